@@ -1,0 +1,20 @@
+//! Every decision of the Towline agent, without I/O.
+//!
+//! [`Mesh`](mesh::Mesh) owns every peer. It is told what happened (a change of the map, an observation of the
+//! data plane, a probe that came in, a deadline that passed), each time with the time `now`; it
+//! answers with [`Output`](mesh::Output)s, which the caller drains until there are none; and it
+//! names the one moment at which it wants to be called again.
+//!
+//! # Contract
+//!
+//! - No clock, no socket, no lock, no task, no thread. Randomness is a seed given at construction.
+//! - The same calls with the same times and the same seed give the same outputs.
+//! - `now` never goes back. A caller whose clock jumped passes the latest time it ever passed.
+//! - After each call: drain [`Mesh::poll_output`](mesh::Mesh::poll_output) until `None`, then look
+//!   at [`Mesh::poll_timeout`](mesh::Mesh::poll_timeout), and at that time (or later) call
+//!   [`Mesh::handle_timeout`](mesh::Mesh::handle_timeout).
+//! - The peer table and the plan come whole and are comparable: the one before is replaced.
+
+pub mod mesh;
+pub mod peer_table;
+pub mod plan;

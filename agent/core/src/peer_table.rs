@@ -1,0 +1,71 @@
+//! What the data plane is to do, as one comparable value.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use towline_proto::id::WireguardKey;
+
+/// The peers of the data plane, whole. The data plane makes its own state follow it: new peers
+/// get a tunnel, peers that are gone lose theirs, all others keep their sessions.
+///
+/// Invariant: no prefix stands under two peers; longer prefixes inside shorter ones may.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PeerTable {
+    /// By the key that names the peer in WireGuard.
+    pub peers: BTreeMap<WireguardKey, PeerEntry>,
+}
+
+/// One peer of the data plane.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerEntry {
+    /// Where its datagrams go; `None` while no path is known: they wait (a few of them) or are
+    /// dropped and counted.
+    pub endpoint: Option<SocketAddr>,
+    /// Inner networks that are reached through it, and from which alone it may send.
+    pub prefixes: Vec<IpNet>,
+    /// How often an idle tunnel says something, to keep a NAT's mapping open; `None`: never.
+    pub keepalive: Option<Duration>,
+    /// Mixed into the handshake, for static peers.
+    pub preshared_key: Option<PresharedKey>,
+    /// Of the peer's record. When it grows, handshake timestamps of earlier boots are forgotten.
+    pub boot_epoch: u64,
+}
+
+/// A WireGuard pre-shared key. `Debug` hides it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PresharedKey(pub [u8; 32]);
+
+impl std::fmt::Debug for PresharedKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("(hidden)")
+    }
+}
+
+/// What the data plane saw of one peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Observation {
+    /// A handshake was completed; its last message came from `from`.
+    Handshake {
+        /// The peer's outer address.
+        from: SocketAddr,
+    },
+    /// An authentic datagram came from another address than the peer's endpoint. The data plane
+    /// does not move by itself: the core decides.
+    Roamed {
+        /// The peer's outer address.
+        from: SocketAddr,
+    },
+    /// An initiation of ours was not answered for [`REKEY_TIMEOUT`].
+    HandshakeUnanswered,
+    /// The session ended (no new one for 180 s, or 90 s of unanswered initiations); the tunnel
+    /// does nothing until it is told to start a handshake.
+    SessionExpired,
+    /// There is inner traffic for the peer and no session. Said once until a handshake completes
+    /// or is given up.
+    Wanted,
+}
+
+/// WireGuard's Rekey-Timeout: how long an initiation waits for its response.
+pub const REKEY_TIMEOUT: Duration = Duration::from_secs(5);

@@ -1,0 +1,74 @@
+//! The operating-system state that the agent wants, as one comparable value.
+//!
+//! `HostNetwork::apply` makes the host be like the plan. The same plan twice makes no system
+//! call; what somebody else removed is put back.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+/// Everything of ours on the host. Names and numbers are ours alone, so that removal is exact.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The TUN link.
+    pub link: LinkPlan,
+    /// The routing table that holds every route of ours.
+    pub table: u32,
+    /// Routes in that table. A prefix with [`RouteVia::Unreachable`] is a guard: it stays when
+    /// the link is gone, behind (with a worse metric than) the route through the link.
+    pub routes: BTreeMap<(IpNet, RouteVia), RoutePlan>,
+    /// What sends packets to the table.
+    pub rules: RulePlan,
+    /// The nftables side.
+    pub firewall: FirewallPlan,
+}
+
+/// The TUN link: its name and what stands on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkPlan {
+    /// Interface name.
+    pub name: String,
+    /// Bytes; never below 1,280 (below it Linux deletes every IPv6 address for good).
+    pub mtu: u32,
+    /// Our overlay addresses, each as a host prefix.
+    pub addresses: BTreeSet<IpNet>,
+}
+
+/// Where a route leads. Ordered: the better one first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RouteVia {
+    /// Into the tunnel.
+    Link,
+    /// Nowhere: the sender gets an ICMP error.
+    Unreachable,
+}
+
+/// A route's attributes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RoutePlan {
+    /// The source address that the host prefers; `None`: the kernel chooses.
+    pub source: Option<IpAddr>,
+    /// The route's own MTU, where the peer's path leaves less than the link's.
+    pub mtu: Option<u32>,
+}
+
+/// Policy rules of both families: whatever does not carry our mark looks into our table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RulePlan {
+    /// Priority of the rule.
+    pub priority: u32,
+    /// The mark on every socket of ours, which bypasses the table.
+    pub mark: u32,
+    /// Bits of the mark that are ours.
+    pub mask: u32,
+}
+
+/// The table `inet towline`: named sets, and the guard that drops what must not leave in clear.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct FirewallPlan {
+    /// The table's name.
+    pub table: String,
+    /// Destinations that may leave by our link (or stay on the machine) and by no other.
+    pub guarded: BTreeSet<IpNet>,
+}

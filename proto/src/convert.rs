@@ -1,0 +1,312 @@
+//! Messages become plain types here, and nowhere else: every bound and form is checked once.
+//!
+//! `TryFrom<pb::X> for X` parses; `From<&X> for pb::X` is its inverse.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::id::{InvalidId, Label, NodeName, WireguardKey};
+use crate::limits;
+use crate::node::{
+    Candidate, CandidateKind, Grant, MeshConfig, OverlayAddresses, Record, Tombstone,
+};
+use crate::pb;
+
+/// Why a message is not what it should be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Invalid {
+    /// The bytes are no such message.
+    #[error("malformed {0}")]
+    Malformed(&'static str),
+    /// A field that must be there.
+    #[error("{0} is missing")]
+    Missing(&'static str),
+    /// More bytes or items than `limits` allows.
+    #[error("{0} is too long")]
+    TooLong(&'static str),
+    /// Not an address that can stand there.
+    #[error("{0} is no usable address")]
+    Address(&'static str),
+    /// Not a network: wrong length, or host bits set.
+    #[error("{0} is no network")]
+    Prefix(&'static str),
+    /// A name, id or key of the wrong form.
+    #[error(transparent)]
+    Id(#[from] InvalidId),
+}
+
+/// Refuses more than `limit` items or bytes.
+pub fn bounded(what: &'static str, len: usize, limit: usize) -> Result<(), Invalid> {
+    if len > limit { Err(Invalid::TooLong(what)) } else { Ok(()) }
+}
+
+fn ip(what: &'static str, bytes: &[u8]) -> Result<IpAddr, Invalid> {
+    if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
+        Ok(IpAddr::from(v4))
+    } else if let Ok(v6) = <[u8; 16]>::try_from(bytes) {
+        Ok(IpAddr::from(v6))
+    } else {
+        Err(Invalid::Address(what))
+    }
+}
+
+fn ip_bytes(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
+}
+
+impl TryFrom<&pb::Prefix> for IpNet {
+    type Error = Invalid;
+
+    fn try_from(prefix: &pb::Prefix) -> Result<Self, Invalid> {
+        let what = "prefix";
+        let length = u8::try_from(prefix.length).map_err(|_| Invalid::Prefix(what))?;
+        let net =
+            IpNet::new(ip(what, &prefix.address)?, length).map_err(|_| Invalid::Prefix(what))?;
+        if net.trunc() == net { Ok(net) } else { Err(Invalid::Prefix(what)) }
+    }
+}
+
+impl From<&IpNet> for pb::Prefix {
+    fn from(net: &IpNet) -> Self {
+        Self { address: ip_bytes(net.network()), length: net.prefix_len().into() }
+    }
+}
+
+/// Networks, at most [`limits::PREFIXES`].
+pub fn prefixes(list: &[pb::Prefix]) -> Result<Vec<IpNet>, Invalid> {
+    bounded("list of prefixes", list.len(), limits::PREFIXES)?;
+    list.iter().map(IpNet::try_from).collect()
+}
+
+/// A site's name; empty is none.
+pub fn site(text: String) -> Result<Option<Label>, Invalid> {
+    if text.is_empty() { Ok(None) } else { Ok(Some(text.parse()?)) }
+}
+
+/// Labels, at most [`limits::LABELS`].
+pub fn labels(
+    map: impl IntoIterator<Item = (String, String)>,
+) -> Result<BTreeMap<Label, String>, Invalid> {
+    let labels = map
+        .into_iter()
+        .take(limits::LABELS + 1)
+        .map(|(key, value)| {
+            bounded("value of a label", value.len(), limits::LABEL_VALUE_BYTES)?;
+            Ok((key.parse()?, value))
+        })
+        .collect::<Result<BTreeMap<_, _>, Invalid>>()?;
+    bounded("list of labels", labels.len(), limits::LABELS)?;
+    Ok(labels)
+}
+
+fn wireguard_keys<B: AsRef<[u8]>>(keys: &[B]) -> Result<Vec<WireguardKey>, Invalid> {
+    bounded("list of WireGuard keys", keys.len(), limits::WIREGUARD_KEYS)?;
+    if keys.is_empty() {
+        return Err(Invalid::Missing("WireGuard key"));
+    }
+    keys.iter().map(|key| Ok(WireguardKey::try_from(key.as_ref())?)).collect()
+}
+
+fn id<T>(bytes: impl AsRef<[u8]>) -> Result<T, Invalid>
+where
+    T: for<'a> TryFrom<&'a [u8], Error = InvalidId>,
+{
+    Ok(T::try_from(bytes.as_ref())?)
+}
+
+fn overlay<B: AsRef<[u8]>>(addresses: &[B]) -> Result<OverlayAddresses, Invalid> {
+    let what = "overlay address";
+    bounded("list of overlay addresses", addresses.len(), limits::OVERLAY_ADDRESSES)?;
+    let (mut v4, mut v6) = (None, None);
+    for address in addresses {
+        match ip(what, address.as_ref())? {
+            IpAddr::V4(ip) => v4 = Some(ip),
+            IpAddr::V6(ip) => v6 = Some(ip),
+        }
+    }
+    match (v6, v4) {
+        (Some(v6), Some(v4)) => Ok(OverlayAddresses { v6, v4 }),
+        _ => Err(Invalid::Missing(what)),
+    }
+}
+
+impl TryFrom<pb::Grant> for Grant {
+    type Error = Invalid;
+
+    fn try_from(grant: pb::Grant) -> Result<Self, Invalid> {
+        Ok(Self {
+            mesh_id: id(&grant.mesh_id)?,
+            node_id: id(&grant.node_id)?,
+            name: NodeName::try_from(grant.name)?,
+            identity_key: id(&grant.identity_key)?,
+            wireguard_keys: wireguard_keys(&grant.wireguard_keys)?,
+            overlay: overlay(&grant.overlay_addresses)?,
+            allowed_prefixes: prefixes(&grant.allowed_prefixes)?,
+            site: site(grant.site)?,
+            labels: labels(grant.labels)?,
+            issued_at: grant.issued_at,
+            ephemeral: grant.ephemeral,
+        })
+    }
+}
+
+impl From<&Grant> for pb::Grant {
+    fn from(grant: &Grant) -> Self {
+        Self {
+            mesh_id: grant.mesh_id.0.to_vec(),
+            node_id: grant.node_id.0.to_vec(),
+            name: grant.name.to_string(),
+            identity_key: grant.identity_key.0.to_vec(),
+            wireguard_keys: grant.wireguard_keys.iter().map(|key| key.0.to_vec()).collect(),
+            overlay_addresses: grant.overlay.iter().map(ip_bytes).collect(),
+            allowed_prefixes: grant.allowed_prefixes.iter().map(Into::into).collect(),
+            site: grant.site.as_ref().map(Label::to_string).unwrap_or_default(),
+            labels: grant.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
+            issued_at: grant.issued_at,
+            ephemeral: grant.ephemeral,
+        }
+    }
+}
+
+impl TryFrom<&pb::Candidate> for Candidate {
+    type Error = Invalid;
+
+    fn try_from(candidate: &pb::Candidate) -> Result<Self, Invalid> {
+        let what = "candidate";
+        let kind = match candidate.kind() {
+            pb::CandidateKind::Unspecified => return Err(Invalid::Malformed(what)),
+            pb::CandidateKind::Local => CandidateKind::Local,
+            pb::CandidateKind::Reflexive => CandidateKind::Reflexive,
+            pb::CandidateKind::Configured => CandidateKind::Configured,
+            pb::CandidateKind::Relayed => CandidateKind::Relayed,
+        };
+        let port = u16::try_from(candidate.port).map_err(|_| Invalid::Address(what))?;
+        let address = SocketAddr::new(ip(what, &candidate.address)?, port);
+        Self::new(kind, address).ok_or(Invalid::Address(what))
+    }
+}
+
+impl From<&Candidate> for pb::Candidate {
+    fn from(candidate: &Candidate) -> Self {
+        let kind = match candidate.kind() {
+            CandidateKind::Local => pb::CandidateKind::Local,
+            CandidateKind::Reflexive => pb::CandidateKind::Reflexive,
+            CandidateKind::Configured => pb::CandidateKind::Configured,
+            CandidateKind::Relayed => pb::CandidateKind::Relayed,
+        };
+        Self {
+            kind: kind.into(),
+            address: ip_bytes(candidate.address().ip()),
+            port: candidate.address().port().into(),
+        }
+    }
+}
+
+impl TryFrom<pb::Record> for Record {
+    type Error = Invalid;
+
+    /// A candidate of a kind this version does not know is left out rather than refused: a newer
+    /// agent must not become unreachable for an older one.
+    fn try_from(record: pb::Record) -> Result<Self, Invalid> {
+        bounded("list of candidates", record.candidates.len(), limits::CANDIDATES)?;
+        bounded("version", record.version.len(), limits::VERSION_BYTES)?;
+        Ok(Self {
+            node_id: id(&record.node_id)?,
+            generation: record.generation,
+            boot_epoch: record.boot_epoch,
+            wireguard_keys: wireguard_keys(&record.wireguard_keys)?,
+            candidates: record
+                .candidates
+                .iter()
+                .filter_map(|candidate| Candidate::try_from(candidate).ok())
+                .collect(),
+            prefixes: prefixes(&record.prefixes)?,
+            version: record.version.chars().filter(|c| !c.is_control()).collect(),
+        })
+    }
+}
+
+impl From<&Record> for pb::Record {
+    fn from(record: &Record) -> Self {
+        Self {
+            node_id: record.node_id.0.to_vec(),
+            generation: record.generation,
+            boot_epoch: record.boot_epoch,
+            wireguard_keys: record.wireguard_keys.iter().map(|key| key.0.to_vec()).collect(),
+            candidates: record.candidates.iter().map(Into::into).collect(),
+            prefixes: record.prefixes.iter().map(Into::into).collect(),
+            version: record.version.clone(),
+        }
+    }
+}
+
+impl TryFrom<pb::Tombstone> for Tombstone {
+    type Error = Invalid;
+
+    fn try_from(tombstone: pb::Tombstone) -> Result<Self, Invalid> {
+        Ok(Self {
+            mesh_id: id(&tombstone.mesh_id)?,
+            node_id: id(&tombstone.node_id)?,
+            name: NodeName::try_from(tombstone.name)?,
+            identity_key: id(&tombstone.identity_key)?,
+            removed_at: tombstone.removed_at,
+        })
+    }
+}
+
+impl From<&Tombstone> for pb::Tombstone {
+    fn from(tombstone: &Tombstone) -> Self {
+        Self {
+            mesh_id: tombstone.mesh_id.0.to_vec(),
+            node_id: tombstone.node_id.0.to_vec(),
+            name: tombstone.name.to_string(),
+            identity_key: tombstone.identity_key.0.to_vec(),
+            removed_at: tombstone.removed_at,
+        }
+    }
+}
+
+impl TryFrom<pb::MeshConfig> for MeshConfig {
+    type Error = Invalid;
+
+    fn try_from(mesh: pb::MeshConfig) -> Result<Self, Invalid> {
+        let net = |prefix: Option<&pb::Prefix>, what| -> Result<IpNet, Invalid> {
+            prefix.ok_or(Invalid::Missing(what))?.try_into()
+        };
+        let overlay_v6 = match net(mesh.overlay_v6.as_ref(), "overlay_v6")? {
+            IpNet::V6(net) => net,
+            IpNet::V4(_) => return Err(Invalid::Prefix("overlay_v6")),
+        };
+        let overlay_v4 = match net(mesh.overlay_v4.as_ref(), "overlay_v4")? {
+            IpNet::V4(net) => net,
+            IpNet::V6(_) => return Err(Invalid::Prefix("overlay_v4")),
+        };
+        Ok(Self {
+            mesh_id: id(&mesh.mesh_id)?,
+            overlay_v6,
+            overlay_v4,
+            protected: prefixes(&mesh.protected)?,
+            lease: Duration::from_secs(mesh.lease_seconds.into()),
+            generation: mesh.generation,
+        })
+    }
+}
+
+impl From<&MeshConfig> for pb::MeshConfig {
+    fn from(mesh: &MeshConfig) -> Self {
+        Self {
+            mesh_id: mesh.mesh_id.0.to_vec(),
+            overlay_v6: Some((&IpNet::V6(mesh.overlay_v6)).into()),
+            overlay_v4: Some((&IpNet::V4(mesh.overlay_v4)).into()),
+            protected: mesh.protected.iter().map(Into::into).collect(),
+            lease_seconds: u32::try_from(mesh.lease.as_secs()).unwrap_or(u32::MAX),
+            generation: mesh.generation,
+        }
+    }
+}
