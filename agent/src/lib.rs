@@ -1,1 +1,11 @@
-//! placeholder
+//! The Towline agent: everything that the node `towline` does, with all its I/O.
+//!
+//! The decisions are in `towline-core`; here are the parts that carry them out, and the command
+//! line. The binary is one call of [`cli::run`].
+
+pub mod cli;
+pub mod config;
+pub mod keys;
+pub mod map_cache;
+pub mod state;
+pub mod tls;

@@ -1,0 +1,349 @@
+//! The agent's configuration: a TOML file, all of it parsed before anything is opened.
+//!
+//! Every field has a default, so an empty or absent file is a working configuration. A key that
+//! is not known is refused by name. What a flag or an environment variable says wins over the
+//! file; see `cli`.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use towline_core::plan::RulePlan;
+use towline_proto::limits;
+use towline_proto::node::{Candidate, CandidateKind};
+use towline_proto::token::ControllerAddress;
+
+/// Where the file is when nobody says.
+pub const DEFAULT_PATH: &str = "/etc/towline/agent.toml";
+
+/// The whole configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Keys, membership, and the cached map; 0700, made when it is not there.
+    pub state_dir: PathBuf,
+    /// The Unix socket that the command line speaks to; 0600.
+    pub socket: PathBuf,
+    /// What this node says of itself.
+    pub node: NodeConfig,
+    /// The UDP side of the tunnels.
+    pub wireguard: WireguardConfig,
+    /// The TUN link.
+    pub link: LinkConfig,
+    /// Our numbers in the host's routing.
+    pub routing: RoutingConfig,
+    /// How to reach the controllers.
+    pub controller: ControllerConfig,
+}
+
+/// What this node says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NodeConfig {
+    /// Addresses, with port, at which other nodes can reach this one's UDP port: a public address
+    /// that no interface carries, or a forwarded port.
+    pub advertise: Vec<SocketAddr>,
+    /// Networks that are reached through this node; its grant must allow them.
+    pub prefixes: Vec<IpNet>,
+}
+
+/// The UDP side of the tunnels.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WireguardConfig {
+    /// UDP port, 1 to 65535.
+    pub port: u16,
+}
+
+/// The TUN link.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LinkConfig {
+    /// Interface name, at most 15 bytes.
+    pub name: String,
+    /// Bytes, 1,280 to 65,455. The default leaves room for the tunnel's 80 bytes in 1,500.
+    pub mtu: u32,
+}
+
+/// Our numbers in the host's routing. Two programs that share one number fight over it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RoutingConfig {
+    /// Routing table that holds our routes.
+    pub table: u32,
+    /// Priority of our policy rules, 1 to 32,765.
+    pub priority: u32,
+    /// The mark on our own sockets, inside `mask`.
+    pub mark: u32,
+    /// Bits of the mark that are ours.
+    pub mask: u32,
+    /// Name of our nftables table, family inet.
+    pub nftables_table: String,
+}
+
+/// How to reach the controllers.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ControllerConfig {
+    /// `host:port` of each controller, instead of the addresses that came with the join token.
+    #[serde(with = "addresses")]
+    pub addresses: Vec<ControllerAddress>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            state_dir: "/var/lib/towline".into(),
+            socket: "/run/towline/agent.sock".into(),
+            node: NodeConfig::default(),
+            wireguard: WireguardConfig::default(),
+            link: LinkConfig::default(),
+            routing: RoutingConfig::default(),
+            controller: ControllerConfig::default(),
+        }
+    }
+}
+
+impl Default for WireguardConfig {
+    fn default() -> Self {
+        Self { port: 51830 }
+    }
+}
+
+impl Default for LinkConfig {
+    fn default() -> Self {
+        Self { name: "towline0".into(), mtu: 1420 }
+    }
+}
+
+impl Default for RoutingConfig {
+    fn default() -> Self {
+        Self {
+            table: 21580,
+            priority: 21580,
+            mark: 0x10,
+            mask: 0x30,
+            nftables_table: "towline".into(),
+        }
+    }
+}
+
+/// Why a configuration is not one.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not TOML, a key that is not known, or a value of the wrong form.
+    #[error("{path}: {message}")]
+    Parse {
+        /// Which file.
+        path: PathBuf,
+        /// Where, and what is wrong.
+        message: String,
+    },
+    /// A value out of its bounds.
+    #[error("{path}: {key}: {message}")]
+    Value {
+        /// Which file.
+        path: PathBuf,
+        /// Which key.
+        key: &'static str,
+        /// What is wrong, and what would be right.
+        message: String,
+    },
+}
+
+impl Config {
+    /// Reads `path`. An absent file is the default configuration only when `path` is the default
+    /// one and nobody named it.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let (file, named) = match path {
+            Some(path) => (path, true),
+            None => (Path::new(DEFAULT_PATH), false),
+        };
+        match std::fs::read_to_string(file) {
+            Ok(text) => Self::parse(&text, file),
+            Err(error) if !named && error.kind() == std::io::ErrorKind::NotFound => {
+                Ok(Self::default())
+            }
+            Err(source) => Err(ConfigError::Read { path: file.into(), source }),
+        }
+    }
+
+    /// Parses the text of a file; `path` is for the message only.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Parse {
+            path: path.into(),
+            message: one_line(&error, text),
+        })?;
+        config.check().map_err(|(key, message)| ConfigError::Value {
+            path: path.into(),
+            key,
+            message,
+        })?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        let name = &self.link.name;
+        let name_ok = !name.is_empty()
+            && name.len() <= 15
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+            && name != "."
+            && name != "..";
+        if !name_ok {
+            return Err(("link.name", "use 1 to 15 letters, digits, `-`, `_` and `.`".into()));
+        }
+        if !(1280..=65455).contains(&self.link.mtu) {
+            return Err(("link.mtu", format!("{} is outside 1280 to 65455", self.link.mtu)));
+        }
+        if self.wireguard.port == 0 {
+            return Err(("wireguard.port", "0 is no port: peers must know it".into()));
+        }
+        let routing = &self.routing;
+        if matches!(routing.table, 0 | 253..=255) {
+            return Err((
+                "routing.table",
+                format!("{} is the kernel's own: use another", routing.table),
+            ));
+        }
+        if !(1..=32765).contains(&routing.priority) {
+            return Err((
+                "routing.priority",
+                format!("{} is outside 1 to 32765 (before the main table)", routing.priority),
+            ));
+        }
+        if routing.mark == 0 || routing.mark & !routing.mask != 0 {
+            return Err((
+                "routing.mark",
+                format!(
+                    "{:#x} must not be 0 and must lie inside the mask {:#x}",
+                    routing.mark, routing.mask
+                ),
+            ));
+        }
+        if routing.nftables_table.is_empty() || routing.nftables_table.len() > 31 {
+            return Err(("routing.nftables_table", "use 1 to 31 characters".into()));
+        }
+        if self.node.advertise.len() > limits::CANDIDATES / 2 {
+            return Err(("node.advertise", format!("at most {}", limits::CANDIDATES / 2)));
+        }
+        if let Some(bad) = self
+            .node
+            .advertise
+            .iter()
+            .find(|a| Candidate::new(CandidateKind::Configured, **a).is_none())
+        {
+            return Err(("node.advertise", format!("nothing can be sent to {bad}")));
+        }
+        if self.node.prefixes.len() > limits::PREFIXES {
+            return Err(("node.prefixes", format!("at most {}", limits::PREFIXES)));
+        }
+        if let Some(bad) = self.node.prefixes.iter().find(|p| p.trunc() != **p) {
+            return Err(("node.prefixes", format!("{bad} has host bits set: use {}", bad.trunc())));
+        }
+        Ok(())
+    }
+
+    /// The configured candidates.
+    pub fn candidates(&self) -> Vec<Candidate> {
+        self.node
+            .advertise
+            .iter()
+            .filter_map(|address| Candidate::new(CandidateKind::Configured, *address))
+            .collect()
+    }
+
+    /// Our policy rules.
+    pub fn rules(&self) -> RulePlan {
+        RulePlan {
+            priority: self.routing.priority,
+            mark: self.routing.mark,
+            mask: self.routing.mask,
+        }
+    }
+}
+
+/// TOML's error as one line: place, then message.
+fn one_line(error: &toml::de::Error, text: &str) -> String {
+    let message = error.message().replace('\n', " ");
+    match error.span() {
+        Some(span) => {
+            let line = text[..span.start.min(text.len())].matches('\n').count() + 1;
+            format!("line {line}: {message}")
+        }
+        None => message,
+    }
+}
+
+mod addresses {
+    use serde::{Deserialize, Deserializer, Serializer};
+    use towline_proto::token::ControllerAddress;
+
+    pub(super) fn serialize<S: Serializer>(
+        list: &[ControllerAddress],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(list.iter().map(ControllerAddress::as_str))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<ControllerAddress>, D::Error> {
+        Vec::<String>::deserialize(deserializer)?
+            .iter()
+            .map(|text| text.parse().map_err(serde::de::Error::custom))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(text, Path::new("agent.toml")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn an_empty_file_is_the_default() {
+        assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line() {
+        let error = parse("[wireguard]\nport = 1\nprot = 2\n").unwrap_err();
+        assert!(error.contains("line 3") && error.contains("prot"), "{error}");
+        assert!(!error.contains('\n'), "{error}");
+    }
+
+    #[test]
+    fn values_out_of_bounds_say_what_would_be_right() {
+        for (text, says) in [
+            ("[link]\nmtu = 1000", "1280"),
+            ("[link]\nname = \"a-name-that-is-too-long\"", "15"),
+            ("[wireguard]\nport = 0", "port"),
+            ("[routing]\ntable = 254", "kernel"),
+            ("[routing]\nmark = 0x100", "mask"),
+            ("[node]\nprefixes = [\"10.0.0.1/8\"]", "10.0.0.0/8"),
+            ("[node]\nadvertise = [\"0.0.0.0:1\"]", "sent"),
+            ("[controller]\naddresses = [\"nope\"]", "host:port"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(says), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_default_configuration_reads_back() {
+        let text = toml::to_string(&Config::default()).unwrap();
+        assert_eq!(parse(&text).unwrap(), Config::default());
+    }
+}

@@ -1,0 +1,343 @@
+//! The network map as this node last saw it: signed bytes, verified on the way in.
+//!
+//! The cache is what lets a node rejoin its peers while every controller is away. It holds the
+//! statements as they were signed; reading them back verifies them again, so a cache file that
+//! somebody changed is refused entry by entry.
+//!
+//! Invariants: a node that has a tombstone has no entry and gets none again; of two records the
+//! one with the higher generation stays; absence never removes anything.
+
+use std::collections::BTreeMap;
+
+use prost::Message as _;
+use towline_core::mesh::MapChange;
+use towline_proto::id::{IdentityKey, NodeId};
+use towline_proto::limits;
+use towline_proto::node::{MeshConfig, Record};
+use towline_proto::{pb, signed};
+
+const MAGIC: &[u8; 8] = b"TLMAP\x001\n";
+
+/// Why a cache file is not one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidCache {
+    /// Another kind of file, or one that was cut.
+    #[error("not a map, or cut short")]
+    Malformed,
+}
+
+/// What the last changes mean for this node.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// For the core, in order.
+    pub changes: Vec<MapChange>,
+    /// Statements that were refused, with the reason: a controller that lies, or a newer form.
+    pub refused: Vec<String>,
+}
+
+/// The map. See the module's invariants.
+#[derive(Debug, Clone)]
+pub struct MapCache {
+    ca: IdentityKey,
+    own: NodeId,
+    epoch: u64,
+    revision: u64,
+    entries: BTreeMap<NodeId, pb::Entry>,
+    generations: BTreeMap<NodeId, u64>,
+    tombstones: BTreeMap<NodeId, pb::Signed>,
+    mesh: Option<(pb::Signed, MeshConfig)>,
+    own_record: Option<Record>,
+}
+
+impl MapCache {
+    /// An empty one. Statements are verified against `ca`.
+    pub fn new(ca: IdentityKey, own: NodeId) -> Self {
+        Self {
+            ca,
+            own,
+            epoch: 0,
+            revision: 0,
+            entries: BTreeMap::new(),
+            generations: BTreeMap::new(),
+            tombstones: BTreeMap::new(),
+            mesh: None,
+            own_record: None,
+        }
+    }
+
+    /// Where to resume: epoch and revision.
+    pub fn position(&self) -> (u64, u64) {
+        (self.epoch, self.revision)
+    }
+
+    /// The controller counts in another epoch: everything is asked for again, nothing is dropped.
+    pub fn enter_epoch(&mut self, epoch: u64) {
+        if self.epoch != epoch {
+            self.epoch = epoch;
+            self.revision = 0;
+        }
+    }
+
+    /// Whether this node was removed from the mesh.
+    pub fn own_removed(&self) -> bool {
+        self.tombstones.contains_key(&self.own)
+    }
+
+    /// The record that the mesh has of this node.
+    pub fn own_record(&self) -> Option<&Record> {
+        self.own_record.as_ref()
+    }
+
+    /// Tombstones, to be published again.
+    pub fn tombstones(&self) -> Vec<pb::Signed> {
+        self.tombstones.values().take(limits::TOMBSTONES).cloned().collect()
+    }
+
+    /// Takes in what the controller said, each statement on its own merit.
+    pub fn apply(&mut self, changes: pb::Changes) -> Applied {
+        let mut applied = Applied::default();
+        self.revision = self.revision.max(changes.revision);
+        for change in changes.changes.into_iter().filter_map(|change| change.kind) {
+            let result = match change {
+                pb::change::Kind::Upsert(entry) => self.upsert(entry),
+                pb::change::Kind::Tombstone(tombstone) => self.bury(tombstone),
+                pb::change::Kind::Mesh(mesh) => self.configure(mesh),
+            };
+            match result {
+                Ok(change) => applied.changes.extend(change),
+                Err(error) => applied.refused.push(error.to_string()),
+            }
+        }
+        applied
+    }
+
+    fn upsert(&mut self, entry: pb::Entry) -> Result<Option<MapChange>, signed::Untrusted> {
+        let Some(node) = signed::node(&entry, &self.ca)? else { return Ok(None) };
+        let (id, generation) = (node.id(), node.record().generation);
+        if self.tombstones.contains_key(&id)
+            || self.generations.get(&id).is_some_and(|have| *have > generation)
+            || (self.entries.len() >= limits::NODES && !self.entries.contains_key(&id))
+        {
+            return Ok(None);
+        }
+        self.entries.insert(id, entry);
+        self.generations.insert(id, generation);
+        if id == self.own {
+            self.own_record = Some(node.record().clone());
+            return Ok(None);
+        }
+        Ok(Some(MapChange::Upsert(Box::new(node))))
+    }
+
+    fn bury(&mut self, tombstone: pb::Signed) -> Result<Option<MapChange>, signed::Untrusted> {
+        let verified = signed::tombstone(Some(&tombstone), &self.ca)?;
+        let id = verified.node_id;
+        self.entries.remove(&id);
+        self.generations.remove(&id);
+        if self.tombstones.insert(id, tombstone).is_some() {
+            return Ok(None);
+        }
+        Ok((id != self.own).then_some(MapChange::Remove(verified)))
+    }
+
+    fn configure(&mut self, mesh: pb::Signed) -> Result<Option<MapChange>, signed::Untrusted> {
+        let verified = signed::mesh(Some(&mesh), &self.ca)?;
+        if self.mesh.as_ref().is_some_and(|(_, have)| have.generation >= verified.generation) {
+            return Ok(None);
+        }
+        self.mesh = Some((mesh, verified.clone()));
+        Ok(Some(MapChange::Mesh(verified)))
+    }
+
+    /// The cache file's bytes: magic, epoch (big-endian), and the map as one `Changes` message.
+    pub fn encode(&self) -> Vec<u8> {
+        let upserts = self.entries.values().cloned().map(pb::change::Kind::Upsert);
+        let tombstones = self.tombstones.values().cloned().map(pb::change::Kind::Tombstone);
+        let mesh = self.mesh.iter().map(|(signed, _)| pb::change::Kind::Mesh(signed.clone()));
+        let changes = pb::Changes {
+            changes: mesh
+                .chain(tombstones)
+                .chain(upserts)
+                .map(|kind| pb::Change { kind: Some(kind) })
+                .collect(),
+            revision: self.revision,
+            synced: true,
+        };
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend_from_slice(&self.epoch.to_be_bytes());
+        bytes.extend_from_slice(&changes.encode_to_vec());
+        bytes
+    }
+
+    /// Reads what [`MapCache::encode`] wrote into this empty cache.
+    pub fn restore(mut self, bytes: &[u8]) -> Result<Self, InvalidCache> {
+        let rest = bytes.strip_prefix(MAGIC).ok_or(InvalidCache::Malformed)?;
+        let (epoch, body) = rest.split_first_chunk::<8>().ok_or(InvalidCache::Malformed)?;
+        let changes = pb::Changes::decode(body).map_err(|_| InvalidCache::Malformed)?;
+        self.epoch = u64::from_be_bytes(*epoch);
+        let applied = self.apply(changes);
+        if !applied.refused.is_empty() {
+            // What was refused is asked for again.
+            self.revision = 0;
+        }
+        Ok(self)
+    }
+
+    /// Everything in it, as the core wants it at the start.
+    pub fn changes(&self) -> Vec<MapChange> {
+        let mesh = self.mesh.iter().map(|(_, mesh)| MapChange::Mesh(mesh.clone()));
+        let tombstones = self
+            .tombstones
+            .values()
+            .filter_map(|t| signed::tombstone(Some(t), &self.ca).ok())
+            .filter(|t| t.node_id != self.own)
+            .map(MapChange::Remove);
+        let upserts = self
+            .entries
+            .iter()
+            .filter(|(id, _)| **id != self.own)
+            .filter_map(|(_, entry)| signed::node(entry, &self.ca).ok().flatten())
+            .map(|node| MapChange::Upsert(Box::new(node)));
+        mesh.chain(tombstones).chain(upserts).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::Identity;
+    use ring::signature::{Ed25519KeyPair, KeyPair as _};
+    use towline_proto::id::{MeshId, WireguardKey};
+    use towline_proto::node::{Grant, OverlayAddresses, Tombstone};
+
+    struct Ca(Ed25519KeyPair);
+
+    impl Ca {
+        fn new() -> Self {
+            let seed = [9; 32];
+            Self(Ed25519KeyPair::from_seed_unchecked(&seed).unwrap())
+        }
+
+        fn key(&self) -> IdentityKey {
+            self.0.public_key().as_ref().try_into().unwrap()
+        }
+
+        fn entry(&self, id: u8, generation: u64) -> pb::Entry {
+            let identity = Identity::generate().unwrap();
+            let grant = Grant {
+                mesh_id: MeshId([1; 16]),
+                node_id: NodeId([id; 16]),
+                name: format!("node-{id}").parse().unwrap(),
+                identity_key: identity.public(),
+                wireguard_keys: vec![WireguardKey([id; 32])],
+                overlay: OverlayAddresses {
+                    v6: "fd00::1".parse().unwrap(),
+                    v4: [198, 19, 0, id].into(),
+                },
+                allowed_prefixes: Vec::new(),
+                site: None,
+                labels: BTreeMap::new(),
+                issued_at: 0,
+                ephemeral: false,
+            };
+            let record = Record {
+                node_id: grant.node_id,
+                generation,
+                boot_epoch: 1,
+                wireguard_keys: grant.wireguard_keys.clone(),
+                candidates: Vec::new(),
+                prefixes: Vec::new(),
+                version: String::new(),
+            };
+            pb::Entry {
+                grant: Some(signed::sign(signed::Domain::Grant, &pb::Grant::from(&grant), &self.0)),
+                record: Some(identity.sign_record(&pb::Record::from(&record))),
+            }
+        }
+
+        fn tombstone(&self, id: u8) -> pb::Signed {
+            let tombstone = Tombstone {
+                mesh_id: MeshId([1; 16]),
+                node_id: NodeId([id; 16]),
+                name: format!("node-{id}").parse().unwrap(),
+                identity_key: IdentityKey([0; 32]),
+                removed_at: 0,
+            };
+            signed::sign(signed::Domain::Tombstone, &pb::Tombstone::from(&tombstone), &self.0)
+        }
+    }
+
+    fn changes(revision: u64, kinds: Vec<pb::change::Kind>) -> pb::Changes {
+        let changes = kinds.into_iter().map(|kind| pb::Change { kind: Some(kind) }).collect();
+        pb::Changes { changes, revision, synced: true }
+    }
+
+    use pb::change::Kind::{Tombstone as Bury, Upsert};
+
+    #[test]
+    fn the_cache_survives_a_restart() {
+        let ca = Ca::new();
+        let mut map = MapCache::new(ca.key(), NodeId([1; 16]));
+        map.enter_epoch(4);
+        map.apply(changes(
+            7,
+            vec![Upsert(ca.entry(2, 1)), Upsert(ca.entry(3, 1)), Bury(ca.tombstone(3))],
+        ));
+        let read = MapCache::new(ca.key(), NodeId([1; 16])).restore(&map.encode()).unwrap();
+        assert_eq!(read.position(), (4, 7));
+        assert_eq!(read.changes().len(), 2);
+        assert_eq!(read.encode(), map.encode());
+    }
+
+    #[test]
+    fn a_removed_node_does_not_come_back() {
+        let ca = Ca::new();
+        let mut map = MapCache::new(ca.key(), NodeId([1; 16]));
+        map.apply(changes(1, vec![Bury(ca.tombstone(2))]));
+        let applied = map.apply(changes(2, vec![Upsert(ca.entry(2, 9))]));
+        assert!(applied.changes.is_empty());
+    }
+
+    #[test]
+    fn an_older_record_does_not_replace_a_newer_one() {
+        let ca = Ca::new();
+        let mut map = MapCache::new(ca.key(), NodeId([1; 16]));
+        assert_eq!(map.apply(changes(1, vec![Upsert(ca.entry(2, 5))])).changes.len(), 1);
+        assert!(map.apply(changes(2, vec![Upsert(ca.entry(2, 4))])).changes.is_empty());
+    }
+
+    #[test]
+    fn a_forged_entry_is_refused_and_the_rest_taken() {
+        let ca = Ca::new();
+        let mut map = MapCache::new(ca.key(), NodeId([1; 16]));
+        let mut forged = ca.entry(2, 1);
+        if let Some(record) = &mut forged.record {
+            let mut body = record.body.to_vec();
+            body.push(0);
+            record.body = body.into();
+        }
+        let applied = map.apply(changes(1, vec![Upsert(forged), Upsert(ca.entry(3, 1))]));
+        assert_eq!((applied.changes.len(), applied.refused.len()), (1, 1));
+    }
+
+    #[test]
+    fn a_cut_cache_is_refused_without_panic() {
+        let ca = Ca::new();
+        let mut map = MapCache::new(ca.key(), NodeId([1; 16]));
+        map.apply(changes(1, vec![Upsert(ca.entry(2, 1))]));
+        let bytes = map.encode();
+        for end in 0..bytes.len() {
+            // Any outcome but a panic; a cut between fields may still read as a smaller map.
+            let _ = MapCache::new(ca.key(), NodeId([1; 16])).restore(&bytes[..end]);
+        }
+        assert!(MapCache::new(ca.key(), NodeId([1; 16])).restore(b"nonsense").is_err());
+    }
+
+    #[test]
+    fn our_own_tombstone_is_known_as_ours() {
+        let ca = Ca::new();
+        let mut map = MapCache::new(ca.key(), NodeId([1; 16]));
+        let applied = map.apply(changes(1, vec![Bury(ca.tombstone(1))]));
+        assert!(applied.changes.is_empty() && map.own_removed());
+    }
+}

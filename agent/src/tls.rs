@@ -1,0 +1,171 @@
+//! TLS towards the controller: the mesh's CA is pinned, and nothing else is believed.
+//!
+//! Before the join only the CA's fingerprint is known (it came with the token); the controller
+//! sends its CA certificate along, and [`Pin`] checks that it is that one before the chain is
+//! verified under it. After the join the stored certificate is the only root. The name asked for
+//! is always [`CONTROLLER_TLS_NAME`]: whatever address was dialled, the CA says who answers.
+
+use std::sync::{Arc, OnceLock};
+
+use ring::digest::{SHA256, digest};
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, Error as TlsError, RootCertStore,
+    SignatureScheme,
+};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use towline_proto::CONTROLLER_TLS_NAME;
+use towline_proto::id::{Fingerprint, IdentityKey};
+
+use crate::keys::Identity;
+
+/// The one provider of cryptography.
+pub fn provider() -> Arc<CryptoProvider> {
+    static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
+    PROVIDER.get_or_init(|| Arc::new(rustls::crypto::ring::default_provider())).clone()
+}
+
+/// The name that the controller's certificate must have.
+pub fn server_name() -> ServerName<'static> {
+    // A constant that is a DNS name; a test says so.
+    ServerName::try_from(CONTROLLER_TLS_NAME).unwrap_or(ServerName::IpAddress(
+        std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED).into(),
+    ))
+}
+
+/// SHA-256 over a certificate.
+pub fn fingerprint(certificate: &CertificateDer<'_>) -> Fingerprint {
+    let mut bytes = [0; 32];
+    bytes.copy_from_slice(digest(&SHA256, certificate).as_ref());
+    Fingerprint(bytes)
+}
+
+/// The Ed25519 key in a certificate.
+pub fn public_key(certificate: &CertificateDer<'_>) -> Option<IdentityKey> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    let info = parsed.public_key();
+    let ed25519 = x509_parser::oid_registry::OID_SIG_ED25519;
+    if info.algorithm.algorithm != ed25519 {
+        return None;
+    }
+    IdentityKey::try_from(info.subject_public_key.data.as_ref()).ok()
+}
+
+/// When a certificate begins and stops to hold, in seconds since 1970.
+pub fn validity(certificate: &CertificateDer<'_>) -> Option<(i64, i64)> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    Some((parsed.validity().not_before.timestamp(), parsed.validity().not_after.timestamp()))
+}
+
+/// For a join: trusts the CA with this fingerprint, and shows no certificate of ours.
+pub fn joining(pin: Fingerprint) -> Result<ClientConfig, TlsError> {
+    let verifier = Arc::new(Pin { fingerprint: pin, provider: provider() });
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config)
+}
+
+/// For a member: trusts the CA; shows the node's certificate when there is one.
+pub fn member(
+    ca: &CertificateDer<'static>,
+    client: Option<(&[CertificateDer<'static>], &Identity)>,
+) -> Result<ClientConfig, TlsError> {
+    let mut roots = RootCertStore::empty();
+    roots.add(ca.clone())?;
+    let builder = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(roots);
+    let mut config = match client {
+        Some((chain, identity)) => {
+            builder.with_client_auth_cert(chain.to_vec(), identity.tls_key())?
+        }
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config)
+}
+
+/// The CA certificate in a chain that [`Pin`] accepted.
+pub fn pinned_ca(
+    chain: &[CertificateDer<'_>],
+    pin: Fingerprint,
+) -> Option<CertificateDer<'static>> {
+    chain.iter().find(|cert| fingerprint(cert) == pin).map(|cert| cert.clone().into_owned())
+}
+
+/// Verifies the controller's chain under the CA whose fingerprint the token named.
+#[derive(Debug)]
+struct Pin {
+    fingerprint: Fingerprint,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for Pin {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, TlsError> {
+        let ca = pinned_ca(intermediates, self.fingerprint)
+            .ok_or(TlsError::InvalidCertificate(CertificateError::UnknownIssuer))?;
+        let mut roots = RootCertStore::empty();
+        roots.add(ca)?;
+        WebPkiServerVerifier::builder_with_provider(Arc::new(roots), self.provider.clone())
+            .build()
+            .map_err(|error| TlsError::General(error.to_string()))?
+            .verify_server_cert(end_entity, intermediates, server_name, ocsp, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        Err(TlsError::General("TLS 1.2 is not spoken here".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_controllers_name_is_a_dns_name() {
+        assert!(matches!(server_name(), ServerName::DnsName(_)));
+    }
+
+    #[test]
+    fn the_key_in_a_certificate_is_found() {
+        let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+        let certificate =
+            rcgen::CertificateParams::new(vec!["x".into()]).unwrap().self_signed(&key).unwrap();
+        let found = public_key(certificate.der()).unwrap();
+        assert_eq!(found.as_bytes().as_slice(), key.public_key_raw());
+        let (from, until) = validity(certificate.der()).unwrap();
+        assert!(from < until);
+    }
+}
