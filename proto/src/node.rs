@@ -186,6 +186,13 @@ impl Node {
         Ok(Self { grant, record })
     }
 
+    /// The same node, less those of its prefixes that another one holds.
+    #[must_use]
+    pub fn without(mut self, withheld: &[IpNet]) -> Self {
+        self.record.prefixes.retain(|prefix| !withheld.contains(prefix));
+        self
+    }
+
     /// Its id.
     pub fn id(&self) -> NodeId {
         self.grant.node_id

@@ -117,7 +117,8 @@ pub fn mesh(signed: Option<&pb::Signed>, ca: &IdentityKey) -> Result<MeshConfig,
     Ok(decode::<pb::MeshConfig>(Domain::Mesh, body)?.try_into()?)
 }
 
-/// A whole node: the CA's grant, the node's record, and the one standing under the other.
+/// A whole node: the CA's grant, the node's record, and the one standing under the other, less
+/// what the controller withholds (a controller can withhold, but neither forge nor alter).
 /// `Ok(None)` for a node that has joined and not yet published.
 pub fn node(entry: &pb::Entry, ca: &IdentityKey) -> Result<Option<Node>, Untrusted> {
     let grant = grant(entry.grant.as_ref(), ca)?;
@@ -125,5 +126,6 @@ pub fn node(entry: &pb::Entry, ca: &IdentityKey) -> Result<Option<Node>, Untrust
         return Ok(None);
     }
     let record = record(entry.record.as_ref(), &grant.identity_key)?;
-    Ok(Some(Node::new(grant, record)?))
+    let withheld = crate::convert::prefixes(&entry.withheld)?;
+    Ok(Some(Node::new(grant, record)?.without(&withheld)))
 }
