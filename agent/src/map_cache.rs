@@ -252,6 +252,7 @@ mod tests {
             pb::Entry {
                 grant: Some(signed::sign(signed::Domain::Grant, &pb::Grant::from(&grant), &self.0)),
                 record: Some(identity.sign_record(&pb::Record::from(&record))),
+                withheld: Vec::new(),
             }
         }
 
