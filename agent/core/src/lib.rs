@@ -15,6 +15,14 @@
 //!   [`Mesh::handle_timeout`](mesh::Mesh::handle_timeout).
 //! - The peer table and the plan come whole and are comparable: the one before is replaced.
 
+mod claims;
+mod derive;
+mod local;
 pub mod mesh;
+mod peer;
 pub mod peer_table;
+mod pings;
 pub mod plan;
+mod prefixes;
+mod rtt;
+mod timers;

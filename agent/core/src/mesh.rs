@@ -1,16 +1,38 @@
 //! The mesh as one node sees it: its peers, their states, and what is to be done.
+//!
+//! Invariants, whatever comes in:
+//!
+//! - A node that was removed never comes back, nor does its identity key under another id.
+//! - Of one node the newest record holds; an older one changes nothing.
+//! - Only a removal takes a peer away.
+//! - What a peer ever held stays guarded until another peer holds it or its node is removed.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use towline_proto::id::{NodeId, WireguardKey};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use towline_proto::id::{IdentityKey, NodeId, WireguardKey};
+use towline_proto::limits;
 use towline_proto::node::{Candidate, Grant, MeshConfig, Node, Tombstone};
 
+use crate::claims::Claims;
+use crate::derive;
+use crate::local::Local;
+use crate::peer::{Context, Peer};
 use crate::peer_table::{Observation, PeerTable};
+use crate::pings::{Pings, Purpose};
 use crate::plan::{Plan, RulePlan};
+use crate::prefixes::covering;
+use crate::timers::{Timer, Timers};
+
+/// First attempts of many peers that come at once are spread over this much for each.
+const SPREAD_PER_PEER: Duration = Duration::from_millis(2);
+/// And over no more than this.
+const SPREAD_MAX: Duration = Duration::from_secs(2);
 
 /// What the core is told once.
 #[derive(Debug, Clone)]
@@ -147,19 +169,60 @@ pub struct PeerStatus {
     pub last_handshake: Option<Instant>,
     /// What is routed to it.
     pub prefixes: Vec<IpNet>,
+    /// What it claims and another node holds, a line each; empty when all is well.
+    pub conflicts: Vec<String>,
 }
 
 /// Every peer of one node. See the crate's contract.
 #[derive(Debug)]
 pub struct Mesh {
     config: Config,
+    local: Local,
+    own_prefixes: Vec<IpNet>,
+    now: Instant,
+    rng: StdRng,
+    timers: Timers,
+    pings: Pings,
+    operator_pings: BTreeSet<u64>,
+    peers: BTreeMap<NodeId, Peer>,
+    removed: BTreeSet<NodeId>,
+    removed_keys: BTreeSet<IdentityKey>,
+    withdrawn: BTreeSet<IpNet>,
+    claims: Claims,
+    /// What was handed out last, and whether it may have changed since.
+    table: Option<Arc<PeerTable>>,
+    plan: Option<Arc<Plan>>,
+    claims_changed: bool,
+    table_changed: bool,
+    plan_changed: bool,
     outputs: VecDeque<Output>,
 }
 
 impl Mesh {
-    /// A mesh without peers. `seed` is the only source of randomness.
-    pub fn new(config: Config, _seed: [u8; 32], _now: Instant) -> Self {
-        Self { config, outputs: VecDeque::new() }
+    /// A mesh without peers. `seed` is the only source of randomness; probes are unforgeable only
+    /// if nobody else knows it.
+    pub fn new(config: Config, seed: [u8; 32], now: Instant) -> Self {
+        Self {
+            local: Local::new(&config.grant, &config.mesh),
+            config,
+            own_prefixes: Vec::new(),
+            now,
+            rng: StdRng::from_seed(seed),
+            timers: Timers::default(),
+            pings: Pings::default(),
+            operator_pings: BTreeSet::new(),
+            peers: BTreeMap::new(),
+            removed: BTreeSet::new(),
+            removed_keys: BTreeSet::new(),
+            withdrawn: BTreeSet::new(),
+            claims: Claims::default(),
+            table: None,
+            plan: None,
+            claims_changed: true,
+            table_changed: true,
+            plan_changed: true,
+            outputs: VecDeque::new(),
+        }
     }
 
     /// Our own grant.
@@ -167,23 +230,268 @@ impl Mesh {
         &self.config.grant
     }
 
-    /// The next thing to do.
+    /// Takes in a change of the map. Our own node is ignored, and so is what is older than what
+    /// we know: changes may come twice and in any order.
+    pub fn update(&mut self, now: Instant, change: MapChange) {
+        self.advance(now);
+        match change {
+            MapChange::Upsert(node) => self.upsert(*node),
+            MapChange::Remove(tombstone) => self.remove(&tombstone),
+            MapChange::Mesh(mesh) => {
+                if mesh.generation > self.config.mesh.generation {
+                    self.local.set_mesh(&mesh);
+                    self.config.mesh = mesh;
+                    self.plan_changed = true;
+                }
+            }
+        }
+    }
+
+    /// Our grant was issued anew (an operator changed it).
+    pub fn set_grant(&mut self, now: Instant, grant: Grant) {
+        self.advance(now);
+        if self.config.grant != grant {
+            self.local.set_grant(&grant);
+            self.config.grant = grant;
+            self.claims_changed = true;
+        }
+    }
+
+    /// Takes the candidates that our host and our configuration have now, whole. Those that others
+    /// can use come back as [`Output::Advertise`] when they changed.
+    pub fn set_candidates(&mut self, now: Instant, candidates: Vec<Candidate>) {
+        self.advance(now);
+        if self.local.set_candidates(candidates) {
+            self.outputs.push_back(Output::Advertise(self.local.candidates().to_vec()));
+            self.each_peer(|peer, cx| peer.local_changed(cx));
+        }
+    }
+
+    /// Takes the prefixes that we announce now, whole: they are reached by the host's own routes,
+    /// so neither routed into the tunnel nor guarded.
+    pub fn set_prefixes(&mut self, now: Instant, prefixes: Vec<IpNet>) {
+        self.advance(now);
+        let prefixes: Vec<IpNet> = covering(prefixes).into_iter().collect();
+        if self.own_prefixes != prefixes {
+            self.own_prefixes = prefixes;
+            self.claims_changed = true;
+            self.plan_changed = true;
+        }
+    }
+
+    /// Takes in what the data plane saw. An unknown peer is ignored: it was removed meanwhile.
+    pub fn observe(&mut self, now: Instant, peer: WireguardKey, what: Observation) {
+        self.advance(now);
+        self.with_key(peer, |peer, cx| peer.observe(cx, what));
+    }
+
+    /// Takes in a probe that was opened with the key of the pair.
+    pub fn probe_received(
+        &mut self,
+        now: Instant,
+        peer: WireguardKey,
+        from: SocketAddr,
+        probe: ReceivedProbe,
+    ) {
+        self.advance(now);
+        match probe {
+            ReceivedProbe::Ping { transaction } => {
+                self.with_key(peer, |peer, cx| peer.on_ping(cx, from, transaction));
+            }
+            ReceivedProbe::Pong { transaction, observed: _ } => {
+                self.resolve_claims();
+                let answered = self
+                    .claims
+                    .key(&peer)
+                    .and_then(|id| self.pings.answered(id, from, transaction));
+                let Some(sent) = answered else { return };
+                self.with_key(peer, |peer, cx| peer.on_pong(cx, &sent));
+                if let Purpose::Operator(id) = sent.purpose
+                    && self.operator_pings.remove(&id)
+                {
+                    self.timers.cancel(Timer::OperatorPing(id));
+                    let rtt = now.saturating_duration_since(sent.at);
+                    let answer = Some((from, rtt));
+                    self.outputs.push_back(Output::PingResult { id, answer });
+                }
+            }
+        }
+    }
+
+    /// Pings a peer for an operator; [`Output::PingResult`] with this `id` tells how it ended, at
+    /// the latest after `timeout`. An unknown peer ends at once, without an answer.
+    pub fn ping(&mut self, now: Instant, peer: NodeId, id: u64, timeout: Duration) {
+        self.advance(now);
+        if !self.peers.contains_key(&peer) {
+            self.outputs.push_back(Output::PingResult { id, answer: None });
+            return;
+        }
+        self.operator_pings.insert(id);
+        self.timers.set(Timer::OperatorPing(id), self.now + timeout);
+        self.with_peer(peer, |peer, cx| peer.operator_ping(cx, id));
+    }
+
+    /// Does what is due. To be called at the time that [`Self::poll_timeout`] names, or later.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.advance(now);
+        while let Some(timer) = self.timers.pop_due(self.now) {
+            match timer {
+                Timer::Attempt(id) => self.with_peer(id, |peer, cx| peer.attempt(cx)),
+                Timer::Probe(id) => self.with_peer(id, |peer, cx| peer.probe(cx)),
+                Timer::OperatorPing(id) => {
+                    if self.operator_pings.remove(&id) {
+                        self.outputs.push_back(Output::PingResult { id, answer: None });
+                    }
+                }
+            }
+        }
+    }
+
+    /// When [`Self::handle_timeout`] wants to be called, and why.
+    pub fn poll_timeout(&self) -> Option<(Instant, WakeReason)> {
+        self.timers.next().map(|(at, timer)| (at, timer.reason()))
+    }
+
+    /// The next thing to do. A changed peer table comes before what speaks of its peers.
     pub fn poll_output(&mut self) -> Option<Output> {
+        self.resolve_claims();
+        if std::mem::take(&mut self.table_changed) {
+            let table = derive::peer_table(&self.claims, self.peers.values());
+            if self.table.as_deref() != Some(&table) {
+                let table = Arc::new(table);
+                self.table = Some(table.clone());
+                return Some(Output::PeerTable(table));
+            }
+        }
+        if std::mem::take(&mut self.plan_changed) {
+            let held = self.claims.prefixes();
+            let plan = derive::plan(&self.config, &self.own_prefixes, held, &self.withdrawn);
+            if self.plan.as_deref() != Some(&plan) {
+                let plan = Arc::new(plan);
+                self.plan = Some(plan.clone());
+                return Some(Output::Plan(plan));
+            }
+        }
         self.outputs.pop_front()
     }
-}
 
-/// Signatures to come, so that callers can be written against them.
-///
-/// ```text
-/// fn update(&mut self, now: Instant, change: MapChange)
-/// fn set_candidates(&mut self, now: Instant, candidates: Vec<Candidate>)   // local + configured
-/// fn observe(&mut self, now: Instant, peer: WireguardKey, what: Observation)
-/// fn probe_received(&mut self, now: Instant, peer: WireguardKey, from: SocketAddr, probe: ReceivedProbe)
-/// fn ping(&mut self, now: Instant, peer: NodeId, id: u64, timeout: Duration)
-/// fn handle_timeout(&mut self, now: Instant)
-/// fn poll_timeout(&self) -> Option<(Instant, WakeReason)>
-/// fn peers(&self) -> impl Iterator<Item = PeerStatus> + '_
-/// ```
-#[doc(hidden)]
-pub const _CONTRACT: (Option<Observation>, Option<PeerTable>) = (None, None);
+    /// Every peer, by node id.
+    pub fn peers(&self) -> impl Iterator<Item = PeerStatus> + '_ {
+        self.peers.values().map(|peer| {
+            let claim = self.claims.of(peer.id());
+            let reason = match claim.and_then(|claim| claim.key_holder.as_ref()) {
+                Some(holder) => format!("its WireGuard key is held by {holder}"),
+                None => peer.reason(self.now, &self.local),
+            };
+            PeerStatus {
+                node: peer.node().clone(),
+                state: peer.state(),
+                since: peer.since(),
+                reason,
+                path: peer.path(),
+                rtt: peer.rtt(),
+                last_handshake: peer.last_handshake(),
+                prefixes: claim.map(|claim| claim.prefixes.clone()).unwrap_or_default(),
+                conflicts: claim.map(|claim| claim.conflicts.clone()).unwrap_or_default(),
+            }
+        })
+    }
+
+    fn upsert(&mut self, node: Node) {
+        let id = node.id();
+        let gone =
+            self.removed.contains(&id) || self.removed_keys.contains(&node.grant().identity_key);
+        let ours = id == self.config.grant.node_id;
+        if ours || gone || node.grant().mesh_id != self.config.mesh.mesh_id {
+            return;
+        }
+        let age = |node: &Node| (node.record().generation, node.grant().issued_at);
+        let known = self.peers.get(&id);
+        if known.is_none() && self.peers.len() >= limits::NODES
+            || known.is_some_and(|peer| age(peer.node()) >= age(&node))
+        {
+            return;
+        }
+        let node = Arc::new(node);
+        if known.is_some() {
+            self.with_peer(id, |peer, cx| peer.set_node(cx, node));
+        } else {
+            let peers = u32::try_from(self.peers.len()).unwrap_or(u32::MAX);
+            let spread = SPREAD_PER_PEER.saturating_mul(peers).min(SPREAD_MAX);
+            let delay = spread.mul_f64(self.rng.random());
+            let peer = Peer::new(&mut self.context().1, node, delay);
+            self.peers.insert(id, peer);
+        }
+        self.claims_changed = true;
+    }
+
+    fn remove(&mut self, tombstone: &Tombstone) {
+        let id = tombstone.node_id;
+        if id == self.config.grant.node_id || tombstone.mesh_id != self.config.mesh.mesh_id {
+            return;
+        }
+        self.removed.insert(id);
+        self.removed_keys.insert(tombstone.identity_key);
+        if self.peers.remove(&id).is_some() {
+            self.timers.cancel(Timer::Attempt(id));
+            self.timers.cancel(Timer::Probe(id));
+            self.claims_changed = true;
+        }
+    }
+
+    /// Decides anew who holds what, if the map changed; what somebody held and nobody holds now
+    /// stays guarded, unless its node was removed.
+    fn resolve_claims(&mut self) {
+        if !std::mem::take(&mut self.claims_changed) {
+            return;
+        }
+        let nodes = self.peers.values().map(|peer| &**peer.node());
+        let claims = Claims::resolve(&self.config.grant, &self.own_prefixes, nodes);
+        let before = std::mem::replace(&mut self.claims, claims);
+        let still_here = before.iter().filter(|(id, _)| self.peers.contains_key(id));
+        self.withdrawn.extend(still_here.flat_map(|(_, claim)| &claim.prefixes));
+        for held in self.claims.prefixes() {
+            self.withdrawn.remove(held);
+        }
+        self.table_changed = true;
+        self.plan_changed = true;
+    }
+
+    fn advance(&mut self, now: Instant) {
+        self.now = self.now.max(now);
+    }
+
+    fn with_key(&mut self, key: WireguardKey, f: impl FnOnce(&mut Peer, &mut Context<'_>)) {
+        self.resolve_claims();
+        if let Some(id) = self.claims.key(&key) {
+            self.with_peer(id, f);
+        }
+    }
+
+    fn with_peer(&mut self, id: NodeId, f: impl FnOnce(&mut Peer, &mut Context<'_>)) {
+        let (peers, mut cx) = self.context();
+        if let Some(peer) = peers.get_mut(&id) {
+            f(peer, &mut cx);
+        }
+    }
+
+    fn each_peer(&mut self, mut f: impl FnMut(&mut Peer, &mut Context<'_>)) {
+        let (peers, mut cx) = self.context();
+        for peer in peers.values_mut() {
+            f(peer, &mut cx);
+        }
+    }
+
+    fn context(&mut self) -> (&mut BTreeMap<NodeId, Peer>, Context<'_>) {
+        let context = Context {
+            now: self.now,
+            rng: &mut self.rng,
+            timers: &mut self.timers,
+            outputs: &mut self.outputs,
+            pings: &mut self.pings,
+            local: &self.local,
+            table_changed: &mut self.table_changed,
+        };
+        (&mut self.peers, context)
+    }
+}

@@ -1,0 +1,553 @@
+//! One mesh, step by step, in the order of a peer's life.
+
+#![allow(clippy::unwrap_used)] // helpers of tests may panic too: a panic is the report
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use towline_core::mesh::{Config, MapChange, Mesh, Output, PeerState, PeerStatus, ReceivedProbe};
+use towline_core::peer_table::{Observation, PeerTable};
+use towline_core::plan::{Plan, RouteVia, RulePlan};
+use towline_proto::id::{IdentityKey, MeshId, NodeId, WireguardKey};
+use towline_proto::node::{
+    Candidate, CandidateKind, Grant, MeshConfig, Node, OverlayAddresses, Record, Tombstone,
+};
+
+const PUBLIC: &str = "203.0.113.7:51830";
+const PRIVATE: &str = "192.168.1.7:51830";
+
+// Being told of a peer
+
+#[test]
+fn the_guards_stand_before_any_peer_is_known() {
+    let mut us = Us::new(5);
+    us.drain();
+    let routes: Vec<_> = us.plan().routes.keys().copied().collect();
+    assert_eq!(
+        routes,
+        [
+            (net("10.0.0.0/8"), RouteVia::Unreachable),
+            (net("198.19.0.0/16"), RouteVia::Unreachable),
+            (net("fd00::/64"), RouteVia::Unreachable),
+        ]
+    );
+    assert_eq!(us.plan().firewall.guarded.len(), 3);
+    assert!(us.plan().link.addresses.contains(&net("198.19.0.5/32")));
+}
+
+#[test]
+fn a_peers_prefixes_are_routed_into_the_tunnel_with_our_overlay_address_as_source() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2).prefixes(&["10.244.2.0/24", "192.168.50.0/24"]));
+    us.drain();
+    let route = |text: &str, via| us.plan().routes.get(&(net(text), via)).copied();
+    let source = |text| route(text, RouteVia::Link).and_then(|route| route.source);
+    assert_eq!(source("10.244.2.0/24"), Some([198, 19, 0, 5].into()));
+    assert_eq!(source("fd00::2/128"), Some("fd00::5".parse().unwrap()));
+    assert!(route("192.168.50.0/24", RouteVia::Unreachable).is_some(), "guarded too");
+    assert!(route("10.244.2.0/24", RouteVia::Unreachable).is_none(), "10.0.0.0/8 covers it");
+    assert_eq!(us.table().peers[&key(2)].prefixes.len(), 4);
+}
+
+#[test]
+fn the_same_map_twice_changes_nothing_and_an_older_record_neither() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2).generation(4).prefixes(&["10.1.0.0/16"]));
+    us.drain();
+    us.upsert(peer(2).generation(4).prefixes(&["10.1.0.0/16"]));
+    us.upsert(peer(2).generation(3).prefixes(&["10.2.0.0/16"]));
+    let outputs = us.drain();
+    assert!(!outputs.iter().any(|o| matches!(o, Output::PeerTable(_) | Output::Plan(_))));
+}
+
+#[test]
+fn a_removed_node_never_comes_back_nor_does_its_key_under_another_id() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2));
+    us.mesh.update(us.now, MapChange::Remove(tombstone(2)));
+    us.upsert(peer(2).generation(9));
+    us.upsert(peer(3).identity(2));
+    us.drain();
+    assert!(us.table().peers.is_empty());
+    assert_eq!(us.mesh.peers().count(), 0);
+}
+
+#[test]
+fn our_own_node_in_the_map_is_ignored_and_our_own_prefix_stays_out_of_the_tunnel() {
+    let mut us = Us::new(5);
+    us.mesh.set_prefixes(us.now, vec![net("10.244.5.0/24")]);
+    us.upsert(peer(5));
+    us.upsert(peer(2).prefixes(&["10.244.5.0/24"]));
+    us.drain();
+    assert_eq!(us.table().peers.len(), 1);
+    let inside = |n: &IpNet| n.contains(&net("10.244.5.0/24")) || net("10.244.5.0/24").contains(n);
+    assert!(!us.plan().routes.keys().any(|(n, _)| inside(n)), "local pods keep their routes");
+    assert!(!us.plan().firewall.guarded.iter().any(inside));
+    assert_eq!(us.peer(2).conflicts, ["prefix 10.244.5.0/24 is held by this node"]);
+}
+
+#[test]
+fn a_withdrawn_prefix_stays_guarded_until_its_node_is_removed() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2).prefixes(&["172.20.0.0/16"]));
+    us.drain();
+    us.upsert(peer(2).generation(2));
+    us.drain();
+    assert!(!us.plan().routes.contains_key(&(net("172.20.0.0/16"), RouteVia::Link)));
+    assert!(us.plan().routes.contains_key(&(net("172.20.0.0/16"), RouteVia::Unreachable)));
+    us.upsert(peer(3).prefixes(&["172.20.0.0/16"]));
+    us.drain();
+    assert!(us.plan().routes.contains_key(&(net("172.20.0.0/16"), RouteVia::Link)));
+    us.mesh.update(us.now, MapChange::Remove(tombstone(3)));
+    us.drain();
+    assert!(!us.plan().firewall.guarded.contains(&net("172.20.0.0/16")));
+}
+
+#[test]
+fn of_two_claims_the_earlier_grant_wins_whatever_came_first() {
+    let claims = || {
+        [
+            peer(2).issued(20).prefixes(&["10.1.0.0/16"]),
+            peer(3).issued(10).prefixes(&["10.1.0.0/16"]),
+        ]
+    };
+    for reverse in [false, true] {
+        let mut us = Us::new(5);
+        let mut nodes = claims().to_vec();
+        if reverse {
+            nodes.reverse();
+        }
+        for node in nodes {
+            us.upsert(node);
+        }
+        us.drain();
+        assert!(!us.table().peers[&key(2)].prefixes.contains(&net("10.1.0.0/16")));
+        assert!(us.table().peers[&key(3)].prefixes.contains(&net("10.1.0.0/16")));
+        assert_eq!(us.peer(2).conflicts, ["prefix 10.1.0.0/16 is held by node-3"]);
+    }
+}
+
+#[test]
+fn a_key_that_another_node_holds_gives_no_tunnel_and_says_why() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2).issued(1).candidates(&[PUBLIC]));
+    us.upsert(peer(3).issued(2).wireguard(2).candidates(&[PUBLIC]));
+    us.run(Duration::from_secs(1));
+    assert_eq!(us.table().peers.len(), 1);
+    assert_eq!(us.peer(3).reason, "its WireGuard key is held by node-2");
+}
+
+// Connecting
+
+#[test]
+fn all_candidates_are_tried_at_once_with_one_initiation() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC, "192.168.1.7:51830", "203.0.113.7:51830"]));
+    let outputs = us.run(Duration::from_millis(100));
+    assert_eq!(handshakes(&outputs), [vec![addr(PUBLIC), addr(PRIVATE)]]);
+    assert_eq!(outputs.iter().filter(|o| matches!(o, Output::Ping { .. })).count(), 2);
+}
+
+#[test]
+fn of_two_nodes_that_can_both_be_called_the_one_with_the_higher_key_waits_a_moment() {
+    let mut us = Us::new(9);
+    us.mesh.set_candidates(us.now, vec![candidate("203.0.113.9:51830")]);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    assert!(handshakes(&us.run(Duration::from_millis(250))).is_empty());
+    assert_eq!(handshakes(&us.run(Duration::from_millis(200))).len(), 1);
+}
+
+#[test]
+fn who_cannot_be_called_begins_at_once_and_keeps_the_mapping_alive() {
+    let mut us = Us::new(9);
+    us.mesh.set_candidates(us.now, vec![candidate("192.168.7.9:51830")]);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    assert_eq!(handshakes(&us.run(Duration::from_millis(50))).len(), 1);
+    assert_eq!(us.table().peers[&key(2)].keepalive, Some(Duration::from_secs(25)));
+}
+
+#[test]
+fn no_answer_means_down_with_a_reason_and_attempts_for_ever_but_few() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate("203.0.113.9:51830")]);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.run(Duration::from_secs(60));
+    let status = us.peer(2);
+    assert_eq!(status.state, PeerState::Down);
+    assert!(status.reason.starts_with("no answer from 1 candidate for "), "{}", status.reason);
+    let later = handshakes(&us.run(Duration::from_secs(3600))).len();
+    assert!((100..=160).contains(&later), "{later}");
+}
+
+#[test]
+fn two_nodes_behind_nat_say_that_they_need_a_relay() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate("192.168.7.9:51830")]);
+    us.upsert(peer(2).candidates(&["192.168.1.7:51830"]));
+    us.run(Duration::from_secs(30));
+    let reason = us.peer(2).reason;
+    assert!(reason.starts_with("both nodes are behind NAT and no relay is configured"), "{reason}");
+}
+
+#[test]
+fn new_candidates_of_a_peer_that_is_down_are_tried_at_once() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&["192.168.1.7:51830"]));
+    us.run(Duration::from_secs(60));
+    us.upsert(peer(2).generation(2).candidates(&[PUBLIC]));
+    assert_eq!(handshakes(&us.run(Duration::from_millis(10))), [vec![addr(PUBLIC)]]);
+}
+
+#[test]
+fn a_ping_from_a_peer_that_we_could_not_find_shows_where_it_is() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate("203.0.113.9:51830")]);
+    us.upsert(peer(2));
+    us.run(Duration::from_secs(60));
+    let from = addr("198.51.100.4:4444");
+    us.mesh.probe_received(us.now, key(2), from, ReceivedProbe::Ping { transaction: 7 });
+    let outputs = us.run(Duration::from_secs(1));
+    assert!(outputs.contains(&Output::Pong { peer: key(2), to: from, transaction: 7 }));
+    assert!(handshakes(&outputs).contains(&vec![from]));
+}
+
+// Up
+
+#[test]
+fn a_handshake_makes_its_address_the_path_and_the_path_is_measured() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.drain();
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: addr(PUBLIC) });
+    us.echo(Duration::from_millis(40), Duration::from_secs(5));
+    let status = us.peer(2);
+    assert_eq!((status.state, status.path), (PeerState::Up, Some(addr(PUBLIC))));
+    assert_eq!(status.rtt, Some(Duration::from_millis(40)));
+    assert_eq!(status.reason, "");
+    assert_eq!(us.table().peers[&key(2)].endpoint, Some(addr(PUBLIC)));
+}
+
+#[test]
+fn a_silent_path_is_noticed_within_three_seconds_and_everything_is_tried() {
+    let mut us = Us::up(PUBLIC);
+    let outputs = us.run(Duration::from_secs(3));
+    let changed = outputs.iter().any(|o| {
+        matches!(o, Output::StateChanged { from: PeerState::Up, to: PeerState::Connecting, .. })
+    });
+    assert!(changed);
+    assert!(!handshakes(&outputs).is_empty());
+}
+
+#[test]
+fn one_lost_pong_changes_nothing() {
+    let mut us = Us::up(PUBLIC);
+    us.run(Duration::from_millis(1_400));
+    us.echo(Duration::from_millis(10), Duration::from_secs(3));
+    assert_eq!(us.peer(2).state, PeerState::Up);
+}
+
+#[test]
+fn a_pong_that_comes_from_elsewhere_or_twice_counts_for_nothing() {
+    let mut us = Us::up(PUBLIC);
+    let before = us.peer(2).rtt;
+    let pings = pings(&us.run(Duration::from_millis(1_010)));
+    let (to, transaction) = pings[0];
+    let pong = ReceivedProbe::Pong { transaction, observed: addr(PRIVATE) };
+    us.mesh.probe_received(us.now, key(2), addr("198.51.100.1:1"), pong);
+    assert_eq!(us.peer(2).rtt, before);
+    us.mesh.probe_received(us.now, key(2), to, pong);
+    let once = us.peer(2).rtt;
+    us.now += Duration::from_millis(500);
+    us.mesh.probe_received(us.now, key(2), to, pong);
+    assert_eq!(us.peer(2).rtt, once);
+}
+
+#[test]
+fn a_session_that_ended_is_renewed_at_once_on_the_path() {
+    let mut us = Us::up(PUBLIC);
+    us.mesh.observe(us.now, key(2), Observation::SessionExpired);
+    assert_eq!(handshakes(&us.drain()), [vec![addr(PUBLIC)]]);
+    assert_eq!(us.peer(2).state, PeerState::Up);
+}
+
+#[test]
+fn a_peer_that_roamed_is_followed_but_not_into_the_tunnel() {
+    let mut us = Us::up(PUBLIC);
+    let elsewhere = addr("198.51.100.9:9");
+    us.mesh.observe(us.now, key(2), Observation::Roamed { from: elsewhere });
+    us.drain();
+    assert_eq!(us.table().peers[&key(2)].endpoint, Some(elsewhere));
+    us.mesh.observe(us.now, key(2), Observation::Roamed { from: addr("198.19.0.2:51830") });
+    us.drain();
+    assert_eq!(us.table().peers[&key(2)].endpoint, Some(elsewhere));
+}
+
+#[test]
+fn an_operators_ping_ends_with_an_answer_or_without() {
+    let mut us = Us::up(PUBLIC);
+    us.mesh.ping(us.now, id(2), 1, Duration::from_secs(1));
+    us.echo(Duration::from_millis(30), Duration::from_secs(1));
+    us.mesh.ping(us.now, id(2), 2, Duration::from_secs(1));
+    us.mesh.ping(us.now, id(77), 3, Duration::from_secs(1));
+    us.run(Duration::from_secs(1));
+    let answer = Some((addr(PUBLIC), Duration::from_millis(30)));
+    assert_eq!(us.results, BTreeMap::from([(1, answer), (2, None), (3, None)]));
+}
+
+#[test]
+fn an_idle_mesh_of_two_is_cheap() {
+    let mut us = Us::up(PUBLIC);
+    let start = us.outputs;
+    us.echo(Duration::from_millis(1), Duration::from_secs(100));
+    assert!(us.outputs - start < 150, "{}", us.outputs - start);
+}
+
+// Harness
+
+struct Us {
+    mesh: Mesh,
+    now: Instant,
+    table: Arc<PeerTable>,
+    plan: Option<Arc<Plan>>,
+    results: BTreeMap<u64, Option<(SocketAddr, Duration)>>,
+    outputs: usize,
+}
+
+impl Us {
+    fn new(number: u8) -> Self {
+        #[allow(clippy::disallowed_methods)] // some instant to count from
+        let now = Instant::now();
+        let config = Config {
+            grant: grant(number),
+            mesh: MeshConfig {
+                mesh_id: MeshId([1; 16]),
+                overlay_v6: "fd00::/64".parse().unwrap(),
+                overlay_v4: "198.19.0.0/16".parse().unwrap(),
+                protected: vec![net("10.0.0.0/8")],
+                lease: Duration::from_secs(600),
+                generation: 1,
+            },
+            link: "towline0".into(),
+            mtu: 1420,
+            table: 1,
+            rules: RulePlan { priority: 1, mark: 1, mask: 1 },
+            firewall_table: "towline".into(),
+        };
+        let mesh = Mesh::new(config, [7; 32], now);
+        let (table, results) = (Arc::default(), BTreeMap::new());
+        Self { mesh, now, table, plan: None, results, outputs: 0 }
+    }
+
+    /// With peer 2 up on `path`, and one pong taken.
+    fn up(path: &str) -> Self {
+        let mut us = Self::new(1);
+        us.upsert(peer(2).candidates(&[path]));
+        us.drain();
+        us.mesh.observe(us.now, key(2), Observation::Handshake { from: addr(path) });
+        us.echo(Duration::from_millis(10), Duration::from_millis(500));
+        us
+    }
+
+    fn upsert(&mut self, node: Build) {
+        self.mesh.update(self.now, MapChange::Upsert(Box::new(node.build())));
+    }
+
+    fn drain(&mut self) -> Vec<Output> {
+        let mut outputs = Vec::new();
+        while let Some(output) = self.mesh.poll_output() {
+            match &output {
+                Output::PeerTable(table) => self.table = table.clone(),
+                Output::Plan(plan) => self.plan = Some(plan.clone()),
+                Output::PingResult { id, answer } => {
+                    assert!(self.results.insert(*id, *answer).is_none(), "ping {id} ended twice");
+                }
+                Output::Ping { .. }
+                | Output::Pong { .. }
+                | Output::Handshake { .. }
+                | Output::Advertise(_)
+                | Output::StateChanged { .. } => {}
+            }
+            self.outputs += 1;
+            outputs.push(output);
+        }
+        outputs
+    }
+
+    /// Time passes; nobody answers.
+    fn run(&mut self, time: Duration) -> Vec<Output> {
+        self.pass(time, None)
+    }
+
+    /// Time passes; every ping is answered after `rtt`.
+    fn echo(&mut self, rtt: Duration, time: Duration) {
+        self.pass(time, Some(rtt));
+    }
+
+    fn pass(&mut self, time: Duration, rtt: Option<Duration>) -> Vec<Output> {
+        let end = self.now + time;
+        let mut all = self.drain();
+        let mut pongs: Vec<_> = Vec::new();
+        let mut fresh = all.clone();
+        loop {
+            if let Some(rtt) = rtt {
+                for (to, transaction) in pings(&fresh) {
+                    pongs.push((self.now + rtt, to, transaction));
+                }
+            }
+            let pong = pongs.iter().map(|(at, ..)| *at).min();
+            let timeout = self.mesh.poll_timeout().map(|(at, _)| at);
+            let Some(next) = pong.into_iter().chain(timeout).min().filter(|at| *at <= end) else {
+                break;
+            };
+            self.now = self.now.max(next);
+            if pong == Some(next) {
+                let first = pongs.iter().position(|(at, ..)| *at == next).unwrap();
+                let (_, to, transaction) = pongs.remove(first);
+                let pong = ReceivedProbe::Pong { transaction, observed: addr(PRIVATE) };
+                self.mesh.probe_received(self.now, key(2), to, pong);
+            } else {
+                self.mesh.handle_timeout(self.now);
+            }
+            fresh = self.drain();
+            all.extend(fresh.iter().cloned());
+        }
+        self.now = end;
+        all
+    }
+
+    fn table(&self) -> &PeerTable {
+        &self.table
+    }
+
+    fn plan(&self) -> &Plan {
+        self.plan.as_ref().unwrap()
+    }
+
+    fn peer(&self, number: u8) -> PeerStatus {
+        self.mesh.peers().find(|peer| peer.node.id() == id(number)).unwrap()
+    }
+}
+
+fn handshakes(outputs: &[Output]) -> Vec<Vec<SocketAddr>> {
+    let to = outputs.iter().filter_map(|o| match o {
+        Output::Handshake { to, .. } => Some(to.clone()),
+        _ => None,
+    });
+    to.collect()
+}
+
+fn pings(outputs: &[Output]) -> Vec<(SocketAddr, u64)> {
+    let to = outputs.iter().filter_map(|o| match o {
+        Output::Ping { to, transaction, .. } => Some((*to, *transaction)),
+        _ => None,
+    });
+    to.collect()
+}
+
+#[derive(Clone)]
+struct Build {
+    grant: Grant,
+    record: Record,
+}
+
+fn peer(number: u8) -> Build {
+    let record = Record {
+        node_id: id(number),
+        generation: 1,
+        boot_epoch: 1,
+        wireguard_keys: vec![key(number)],
+        candidates: Vec::new(),
+        prefixes: Vec::new(),
+        version: String::new(),
+    };
+    Build { grant: grant(number), record }
+}
+
+impl Build {
+    fn candidates(mut self, list: &[&str]) -> Self {
+        self.record.candidates = list.iter().map(|text| candidate(text)).collect();
+        self
+    }
+
+    fn prefixes(mut self, list: &[&str]) -> Self {
+        self.record.prefixes = list.iter().map(|text| net(text)).collect();
+        self
+    }
+
+    fn generation(mut self, generation: u64) -> Self {
+        self.record.generation = generation;
+        self
+    }
+
+    fn issued(mut self, at: i64) -> Self {
+        self.grant.issued_at = at;
+        self
+    }
+
+    fn identity(mut self, number: u8) -> Self {
+        self.grant.identity_key = IdentityKey([number; 32]);
+        self
+    }
+
+    fn wireguard(mut self, number: u8) -> Self {
+        self.grant.wireguard_keys = vec![key(number)];
+        self.record.wireguard_keys = vec![key(number)];
+        self
+    }
+
+    fn build(self) -> Node {
+        Node::new(self.grant, self.record).unwrap()
+    }
+}
+
+fn grant(number: u8) -> Grant {
+    Grant {
+        mesh_id: MeshId([1; 16]),
+        node_id: id(number),
+        name: format!("node-{number}").parse().unwrap(),
+        identity_key: IdentityKey([number; 32]),
+        wireguard_keys: vec![key(number)],
+        overlay: OverlayAddresses {
+            v6: format!("fd00::{number}").parse().unwrap(),
+            v4: [198, 19, 0, number].into(),
+        },
+        allowed_prefixes: ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"].map(net).to_vec(),
+        site: None,
+        labels: BTreeMap::new(),
+        issued_at: i64::from(number),
+        ephemeral: false,
+    }
+}
+
+fn tombstone(number: u8) -> Tombstone {
+    Tombstone {
+        mesh_id: MeshId([1; 16]),
+        node_id: id(number),
+        name: format!("node-{number}").parse().unwrap(),
+        identity_key: IdentityKey([number; 32]),
+        removed_at: 0,
+    }
+}
+
+fn candidate(text: &str) -> Candidate {
+    Candidate::new(CandidateKind::Local, addr(text)).unwrap()
+}
+
+fn id(number: u8) -> NodeId {
+    NodeId([number; 16])
+}
+
+fn key(number: u8) -> WireguardKey {
+    WireguardKey([number; 32])
+}
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
