@@ -7,5 +7,6 @@ pub mod cli;
 pub mod config;
 pub mod keys;
 pub mod map_cache;
+pub mod netlink;
 pub mod state;
 pub mod tls;

@@ -1,0 +1,277 @@
+//! Netlink messages as bytes: a builder, and a reader that skips what it does not know.
+//!
+//! A message is a 16-byte header, a fixed header of its family, and attributes: a length and a
+//! kind of 16 bits each, the value, padding to four bytes; attributes nest. Numbers are in host
+//! order, those of nftables in network order (the `_be` methods).
+
+use std::ffi::CStr;
+use std::net::IpAddr;
+
+/// Bytes of a message's header: length, type, flags, sequence number, port.
+pub const HEADER_BYTES: usize = 16;
+/// Bytes that one attribute can hold, its own header included; longer lists must be split.
+pub const ATTRIBUTE_BYTES: usize = u16::MAX as usize;
+
+const NESTED: u16 = 1 << 15;
+const KIND_MASK: u16 = 0x3fff;
+
+/// One request, built front to back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    bytes: Vec<u8>,
+}
+
+impl Message {
+    /// A message of the given type with `NLM_F_REQUEST` and the given flags; `fixed` is the
+    /// family's own header.
+    pub fn new(kind: u16, flags: u16, fixed: &[u8]) -> Self {
+        let mut bytes = Vec::with_capacity(128);
+        bytes.extend_from_slice(&0u32.to_ne_bytes());
+        bytes.extend_from_slice(&kind.to_ne_bytes());
+        bytes.extend_from_slice(&(flags | libc::NLM_F_REQUEST as u16).to_ne_bytes());
+        bytes.extend_from_slice(&[0; 8]);
+        bytes.extend_from_slice(fixed);
+        pad(&mut bytes);
+        Self { bytes }
+    }
+
+    /// An attribute of raw bytes.
+    pub fn bytes(&mut self, kind: u16, value: &[u8]) -> &mut Self {
+        let length = (value.len() + 4) as u16;
+        debug_assert!(value.len() + 4 <= ATTRIBUTE_BYTES);
+        self.bytes.extend_from_slice(&length.to_ne_bytes());
+        self.bytes.extend_from_slice(&kind.to_ne_bytes());
+        self.bytes.extend_from_slice(value);
+        pad(&mut self.bytes);
+        self
+    }
+
+    /// One byte.
+    pub fn u8(&mut self, kind: u16, value: u8) -> &mut Self {
+        self.bytes(kind, &[value])
+    }
+
+    /// 16 bits in host order.
+    pub fn u16(&mut self, kind: u16, value: u16) -> &mut Self {
+        self.bytes(kind, &value.to_ne_bytes())
+    }
+
+    /// 32 bits in host order.
+    pub fn u32(&mut self, kind: u16, value: u32) -> &mut Self {
+        self.bytes(kind, &value.to_ne_bytes())
+    }
+
+    /// 32 bits in network order.
+    pub fn u32_be(&mut self, kind: u16, value: u32) -> &mut Self {
+        self.bytes(kind, &value.to_be_bytes())
+    }
+
+    /// 64 bits in network order.
+    pub fn u64_be(&mut self, kind: u16, value: u64) -> &mut Self {
+        self.bytes(kind, &value.to_be_bytes())
+    }
+
+    /// A string, with the zero byte that ends it.
+    pub fn string(&mut self, kind: u16, value: &str) -> &mut Self {
+        let mut bytes = value.as_bytes().to_vec();
+        bytes.push(0);
+        self.bytes(kind, &bytes)
+    }
+
+    /// An address: 4 or 16 bytes.
+    pub fn ip(&mut self, kind: u16, value: IpAddr) -> &mut Self {
+        match value {
+            IpAddr::V4(v4) => self.bytes(kind, &v4.octets()),
+            IpAddr::V6(v6) => self.bytes(kind, &v6.octets()),
+        }
+    }
+
+    /// An attribute that holds attributes; its whole length must fit [`ATTRIBUTE_BYTES`].
+    pub fn nest(&mut self, kind: u16, fill: impl FnOnce(&mut Self)) -> &mut Self {
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(&[0, 0]);
+        self.bytes.extend_from_slice(&(kind | NESTED).to_ne_bytes());
+        fill(self);
+        let length = self.bytes.len() - start;
+        debug_assert!(length <= ATTRIBUTE_BYTES, "an attribute of {length} bytes");
+        self.bytes[start..start + 2].copy_from_slice(&(length as u16).to_ne_bytes());
+        self
+    }
+
+    /// Raw bytes inside an attribute, such as a header that stands before nested attributes.
+    pub fn raw(&mut self, value: &[u8]) -> &mut Self {
+        self.bytes.extend_from_slice(value);
+        pad(&mut self.bytes);
+        self
+    }
+
+    /// Bytes so far.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Never: a message holds its header at least.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// The message type.
+    pub fn kind(&self) -> u16 {
+        u16::from_ne_bytes([self.bytes[4], self.bytes[5]])
+    }
+
+    /// Adds flags.
+    pub(super) fn add_flags(&mut self, flags: u16) {
+        let all = u16::from_ne_bytes([self.bytes[6], self.bytes[7]]) | flags;
+        self.bytes[6..8].copy_from_slice(&all.to_ne_bytes());
+    }
+
+    /// The finished bytes under a sequence number.
+    pub(super) fn finish(&mut self, sequence: u32) -> &[u8] {
+        let length = self.bytes.len() as u32;
+        self.bytes[0..4].copy_from_slice(&length.to_ne_bytes());
+        self.bytes[8..12].copy_from_slice(&sequence.to_ne_bytes());
+        &self.bytes
+    }
+}
+
+fn pad(bytes: &mut Vec<u8>) {
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+}
+
+/// A message as received.
+#[derive(Debug, Clone, Copy)]
+pub struct Received<'a> {
+    /// The message type.
+    pub kind: u16,
+    /// `NLM_F_*`.
+    pub flags: u16,
+    /// Of the request that it answers; 0 for notifications.
+    pub sequence: u32,
+    /// What follows the header.
+    pub payload: &'a [u8],
+}
+
+/// The messages in one datagram; ends at the first that is cut short.
+pub fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Received<'_>> {
+    std::iter::from_fn(move || {
+        let header = datagram.get(..HEADER_BYTES)?;
+        let length = u32_at(header, 0)? as usize;
+        let payload = datagram.get(HEADER_BYTES..length)?;
+        let message = Received {
+            kind: u16::from_ne_bytes([header[4], header[5]]),
+            flags: u16::from_ne_bytes([header[6], header[7]]),
+            sequence: u32_at(header, 8)?,
+            payload,
+        };
+        datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(message)
+    })
+}
+
+/// 32 bits in host order at an offset.
+pub fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+    let value = bytes.get(offset..offset + 4)?;
+    Some(u32::from_ne_bytes(value.try_into().ok()?))
+}
+
+/// One attribute as received.
+#[derive(Debug, Clone, Copy)]
+pub struct Attribute<'a> {
+    /// Without the flag bits.
+    pub kind: u16,
+    /// Without padding.
+    pub value: &'a [u8],
+}
+
+/// The attributes after a fixed header of `skip` bytes; ends at the first that is cut short.
+pub fn attributes(payload: &[u8], skip: usize) -> impl Iterator<Item = Attribute<'_>> {
+    let mut rest = payload.get(skip.next_multiple_of(4)..).unwrap_or_default();
+    std::iter::from_fn(move || {
+        let header = rest.get(..4)?;
+        let length = usize::from(u16::from_ne_bytes([header[0], header[1]]));
+        let kind = u16::from_ne_bytes([header[2], header[3]]) & KIND_MASK;
+        let value = rest.get(4..length)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(Attribute { kind, value })
+    })
+}
+
+impl<'a> Attribute<'a> {
+    /// One byte.
+    pub fn u8(&self) -> Option<u8> {
+        self.value.first().copied()
+    }
+
+    /// 32 bits in host order.
+    pub fn u32(&self) -> Option<u32> {
+        Some(u32::from_ne_bytes(self.value.try_into().ok()?))
+    }
+
+    /// 32 bits in network order.
+    pub fn u32_be(&self) -> Option<u32> {
+        Some(u32::from_be_bytes(self.value.try_into().ok()?))
+    }
+
+    /// 64 bits in network order.
+    pub fn u64_be(&self) -> Option<u64> {
+        Some(u64::from_be_bytes(self.value.try_into().ok()?))
+    }
+
+    /// A string that may end in zero bytes; what is not UTF-8 is replaced.
+    pub fn string(&self) -> String {
+        match CStr::from_bytes_until_nul(self.value) {
+            Ok(text) => text.to_string_lossy().into_owned(),
+            Err(_) => String::from_utf8_lossy(self.value).into_owned(),
+        }
+    }
+
+    /// An address of either family, told by its length.
+    pub fn ip(&self) -> Option<IpAddr> {
+        if let Ok(v4) = <[u8; 4]>::try_from(self.value) {
+            return Some(v4.into());
+        }
+        <[u8; 16]>::try_from(self.value).ok().map(Into::into)
+    }
+
+    /// The attributes inside.
+    pub fn nested(&self) -> impl Iterator<Item = Attribute<'a>> + use<'a> {
+        attributes(self.value, 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_built_is_read_back() {
+        let mut message = Message::new(16, libc::NLM_F_ACK as u16, &[7; 6]);
+        message.string(3, "eth0").u32(4, 1_500).nest(18, |inner| {
+            inner.u8(1, 9).u32_be(2, 77);
+        });
+        let bytes = message.finish(42);
+        let read: Vec<_> = messages(bytes).collect();
+        assert_eq!(read.len(), 1);
+        assert_eq!((read[0].kind, read[0].sequence), (16, 42));
+        let found: Vec<_> = attributes(read[0].payload, 6).collect();
+        assert_eq!(found[0].string(), "eth0");
+        assert_eq!(found[1].u32(), Some(1_500));
+        let inner: Vec<_> = found[2].nested().collect();
+        assert_eq!((found[2].kind, inner[0].u8(), inner[1].u32_be()), (18, Some(9), Some(77)));
+    }
+
+    #[test]
+    fn cut_messages_end_the_reading() {
+        let mut message = Message::new(16, 0, &[]);
+        message.string(3, "eth0").u32(4, 1_500);
+        let bytes = message.finish(1).to_vec();
+        for length in 0..bytes.len() {
+            assert_eq!(messages(&bytes[..length]).count(), 0);
+            let payload = &bytes[HEADER_BYTES.min(length)..length];
+            assert!(attributes(payload, 0).count() <= 2);
+        }
+        assert_eq!(attributes(&[0, 0, 0, 0], 0).count(), 0);
+        assert_eq!(messages(&[0; HEADER_BYTES]).count(), 0);
+    }
+}

@@ -1,0 +1,317 @@
+//! The transport: one socket, requests and their answers.
+//!
+//! The kernel works off a request while it is being sent, so its answers are queued when `send`
+//! returns. A failure is always answered, success only when asked for. From that follows how
+//! many requests travel cheaply: they are sent in chunks whose failures fit the receive buffer,
+//! and only a chunk's last message asks for its acknowledgement.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use netlink_sys::{Socket, SocketAddr};
+use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::codec::{Message, Received, attributes, messages};
+use super::error::{NetlinkError, Refusal};
+
+/// Which part of the kernel is spoken to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// Links, addresses, routes, rules.
+    Route,
+    /// nftables.
+    Netfilter,
+}
+
+impl Protocol {
+    pub(super) fn number(self) -> isize {
+        match self {
+            Self::Route => libc::NETLINK_ROUTE as isize,
+            Self::Netfilter => libc::NETLINK_NETFILTER as isize,
+        }
+    }
+}
+
+/// A failed message of a chunk: its place in what was given, and why.
+pub type Failure = (usize, Refusal);
+
+/// A socket bound to the network namespace of the thread that opened it.
+#[derive(Debug)]
+pub struct Connection {
+    socket: Socket,
+    sequence: u32,
+    buffer: Vec<u8>,
+    send_bytes: usize,
+}
+
+/// What is asked of the kernel for each buffer.
+const BUFFER_BYTES: usize = 8 << 20;
+/// A dump's datagrams are at most 32 KiB; an answer quotes no more than its request's header.
+const RECEIVE_BYTES: usize = 64 << 10;
+/// Messages per send: their refusals (about 1 KiB of buffer each) fit the smallest buffer.
+const CHUNK_MESSAGES: usize = 128;
+/// Bytes per send.
+const CHUNK_BYTES: usize = 64 << 10;
+/// How often a dump is begun again when a change ran through it. The last one then counts: what
+/// it missed shows up at the next reading.
+const DUMP_ATTEMPTS: usize = 8;
+
+impl Connection {
+    /// Opens a socket in the calling thread's network namespace; it stays there.
+    pub fn open(protocol: Protocol) -> Result<Self, NetlinkError> {
+        let mut socket = Socket::new(protocol.number()).map_err(failed("open"))?;
+        socket.bind_auto().map_err(failed("bind"))?;
+        socket.connect(&SocketAddr::new(0, 0)).map_err(failed("connect"))?;
+        enlarge_buffers(socket.as_fd());
+        let send_bytes = nix::sys::socket::getsockopt(&socket.as_fd(), sockopt::SndBuf)
+            .map_err(|errno| failed("read its buffer size")(errno.into()))?;
+        // Older kernels lack some of these; only the words and the filtering get worse.
+        let _ = socket.set_ext_ack(true);
+        let _ = socket.set_cap_ack(true);
+        let _ = socket.set_netlink_get_strict_chk(true);
+        Ok(Self { socket, sequence: 0, buffer: vec![0; RECEIVE_BYTES], send_bytes })
+    }
+
+    /// Bytes that one send can carry.
+    pub fn send_limit(&self) -> usize {
+        // The kernel keeps 32 bytes for itself and accounts twice what was asked for.
+        self.send_bytes.saturating_sub(32)
+    }
+
+    /// One request; returns when the kernel did it. `what` completes "cannot ...".
+    pub fn request(
+        &mut self,
+        what: impl FnOnce() -> String,
+        message: Message,
+    ) -> Result<(), NetlinkError> {
+        match self.chunk(&mut [message])?.pop() {
+            None => Ok(()),
+            Some((_, refusal)) => Err(NetlinkError::Refused { what: what(), refusal }),
+        }
+    }
+
+    /// Many requests, independent of each other: one that fails does not keep the others from
+    /// being done. The failures, in order.
+    pub fn request_all(&mut self, mut batch: Vec<Message>) -> Result<Vec<Failure>, NetlinkError> {
+        let mut failures = Vec::new();
+        let mut start = 0;
+        while start < batch.len() {
+            let mut bytes = 0;
+            let end = batch[start..]
+                .iter()
+                .take(CHUNK_MESSAGES)
+                .take_while(|message| {
+                    bytes += message.len();
+                    bytes <= CHUNK_BYTES
+                })
+                .count()
+                .max(1)
+                + start;
+            let failed = self.chunk(&mut batch[start..end])?;
+            failures.extend(failed.into_iter().map(|(at, refusal)| (start + at, refusal)));
+            start = end;
+        }
+        Ok(failures)
+    }
+
+    /// The one thing that a request asks for; `None` if the kernel's answer was not understood.
+    pub fn get<T>(
+        &mut self,
+        what: impl FnOnce() -> String,
+        mut message: Message,
+        mut parse: impl FnMut(Received<'_>) -> Option<T>,
+    ) -> Result<Option<T>, NetlinkError> {
+        let sequence = self.next_sequence();
+        message.add_flags(libc::NLM_F_ACK as u16);
+        self.send(message.finish(sequence))?;
+        let mut found = None;
+        loop {
+            let Some(length) = self.receive(0).map_err(lost("answer"))? else { continue };
+            for received in messages(&self.buffer[..length]) {
+                if received.sequence != sequence {
+                    continue;
+                }
+                if i32::from(received.kind) == libc::NLMSG_ERROR {
+                    return match outcome(&received) {
+                        None => Ok(found),
+                        Some(refusal) => Err(NetlinkError::Refused { what: what(), refusal }),
+                    };
+                }
+                found = parse(received);
+            }
+        }
+    }
+
+    /// Everything that a dump request yields; `parse` skips what it does not want.
+    pub fn dump<T>(
+        &mut self,
+        what: &str,
+        message: &Message,
+        mut parse: impl FnMut(Received<'_>) -> Option<T>,
+    ) -> Result<Vec<T>, NetlinkError> {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let mut message = message.clone();
+            message.add_flags(libc::NLM_F_DUMP as u16);
+            let (items, consistent) = self.dump_once(what, message, &mut parse)?;
+            if consistent || attempts == DUMP_ATTEMPTS {
+                return Ok(items);
+            }
+        }
+    }
+
+    fn dump_once<T>(
+        &mut self,
+        what: &str,
+        mut message: Message,
+        parse: &mut impl FnMut(Received<'_>) -> Option<T>,
+    ) -> Result<(Vec<T>, bool), NetlinkError> {
+        let sequence = self.next_sequence();
+        self.send(message.finish(sequence))?;
+        let mut items = Vec::new();
+        let mut consistent = true;
+        loop {
+            let Some(length) = self.receive(0).map_err(lost(what))? else { continue };
+            for received in messages(&self.buffer[..length]) {
+                if received.sequence != sequence {
+                    continue;
+                }
+                consistent &= received.flags & libc::NLM_F_DUMP_INTR as u16 == 0;
+                let kind = i32::from(received.kind);
+                if kind == libc::NLMSG_DONE || kind == libc::NLMSG_ERROR {
+                    return match outcome(&received) {
+                        None => Ok((items, consistent)),
+                        Some(refusal) => {
+                            Err(NetlinkError::Refused { what: what.to_owned(), refusal })
+                        }
+                    };
+                }
+                items.extend(parse(received));
+            }
+        }
+    }
+
+    /// Sends the messages at once, the last with a request for acknowledgement, and collects
+    /// what failed.
+    fn chunk(&mut self, batch: &mut [Message]) -> Result<Vec<Failure>, NetlinkError> {
+        let Some(last) = batch.last_mut() else { return Ok(Vec::new()) };
+        last.add_flags(libc::NLM_F_ACK as u16);
+        let first_sequence = self.sequence.wrapping_add(1);
+        let mut bytes = Vec::with_capacity(batch.iter().map(Message::len).sum());
+        for message in batch.iter_mut() {
+            let sequence = self.next_sequence();
+            bytes.extend_from_slice(message.finish(sequence));
+        }
+        self.send(&bytes)?;
+
+        let mut failures = Vec::new();
+        loop {
+            let Some(length) = self.receive(0).map_err(lost("change the network"))? else {
+                continue;
+            };
+            for received in messages(&self.buffer[..length]) {
+                let place = received.sequence.wrapping_sub(first_sequence) as usize;
+                if place >= batch.len() || i32::from(received.kind) != libc::NLMSG_ERROR {
+                    continue;
+                }
+                if let Some(refusal) = outcome(&received) {
+                    failures.push((place, refusal));
+                }
+                if place == batch.len() - 1 {
+                    return Ok(failures);
+                }
+            }
+        }
+    }
+
+    fn next_sequence(&mut self) -> u32 {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.sequence
+    }
+
+    fn send(&self, bytes: &[u8]) -> Result<(), NetlinkError> {
+        loop {
+            match self.socket.send(bytes, 0) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(failed("send")(error)),
+            }
+        }
+    }
+
+    /// One datagram into the buffer; `None` if it did not come from the kernel or there was only
+    /// an interruption.
+    fn receive(&mut self, flags: libc::c_int) -> io::Result<Option<usize>> {
+        receive(&self.socket, &mut self.buffer, flags)
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+pub(super) fn receive(
+    socket: &Socket,
+    buffer: &mut [u8],
+    flags: libc::c_int,
+) -> io::Result<Option<usize>> {
+    let room = buffer.len();
+    match socket.recv_from(&mut &mut buffer[..], flags) {
+        Ok((length, from)) if from.port_number() == 0 => Ok(Some(length.min(room))),
+        Ok(_) => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// 8 MiB each way; without the right to force it, as much as the system's limits leave.
+pub(super) fn enlarge_buffers(socket: BorrowedFd<'_>) {
+    if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER_BYTES).is_err() {
+        let _ = setsockopt(&socket, sockopt::RcvBuf, &BUFFER_BYTES);
+    }
+    if setsockopt(&socket, sockopt::SndBufForce, &BUFFER_BYTES).is_err() {
+        let _ = setsockopt(&socket, sockopt::SndBuf, &BUFFER_BYTES);
+    }
+}
+
+/// The refusal that an error message or the end of a dump carries; `None` for success.
+fn outcome(received: &Received<'_>) -> Option<Refusal> {
+    let code = received.payload.get(..4)?;
+    let code = i32::from_ne_bytes(code.try_into().ok()?);
+    if code == 0 {
+        return None;
+    }
+    // An error quotes the header of its request; the end of a dump does not.
+    let quoted = match i32::from(received.kind) {
+        libc::NLMSG_ERROR if received.flags & NLM_F_CAPPED != 0 => 4 + 16,
+        libc::NLMSG_ERROR => 4 + super::codec::u32_at(received.payload, 4)? as usize,
+        _ => 4,
+    };
+    const NLMSGERR_ATTR_MSG: u16 = 1;
+    let text = (received.flags & NLM_F_ACK_TLVS != 0)
+        .then(|| attributes(received.payload, quoted).find(|a| a.kind == NLMSGERR_ATTR_MSG))
+        .flatten()
+        .map(|attribute| attribute.string());
+    Some(Refusal { errno: Errno::from_raw(-code), text })
+}
+
+const NLM_F_CAPPED: u16 = 0x100;
+const NLM_F_ACK_TLVS: u16 = 0x200;
+
+pub(super) fn failed(action: &'static str) -> impl Fn(io::Error) -> NetlinkError {
+    move |source| NetlinkError::Socket { action, source }
+}
+
+fn lost(what: &str) -> impl Fn(io::Error) -> NetlinkError {
+    move |error| {
+        if error.raw_os_error() == Some(libc::ENOBUFS) {
+            NetlinkError::Overrun(what.to_owned())
+        } else {
+            failed("receive")(error)
+        }
+    }
+}

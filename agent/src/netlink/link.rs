@@ -1,0 +1,304 @@
+//! Links: what there is, and veth pairs and bridges of our own.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use nix::errno::Errno;
+
+use super::codec::{Message, Received, attributes, u32_at};
+use super::{CREATE, NetlinkError, Rtnetlink};
+
+/// A link as the kernel describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// Its number in this namespace.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// The driver's kind (`bridge`, `veth`, `tun`, `wireguard`...); `None` for hardware.
+    pub kind: Option<String>,
+    /// Bytes.
+    pub mtu: u32,
+    /// Index of the bridge or bond that it belongs to.
+    pub master: Option<u32>,
+    /// Set up by its administrator.
+    pub up: bool,
+    /// Up and with a carrier.
+    pub running: bool,
+    /// A loopback.
+    pub loopback: bool,
+    /// Has no neighbours, only another end (tunnels).
+    pub point_to_point: bool,
+    /// Packets that may wait to be sent.
+    pub queue_length: u32,
+}
+
+/// The far end of a veth pair.
+#[derive(Debug, Clone, Copy)]
+pub struct VethPeer<'a> {
+    /// Its name there.
+    pub name: &'a str,
+    /// The network namespace to make it in; `None`: the same.
+    pub namespace: Option<BorrowedFd<'a>>,
+}
+
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_MASTER: u16 = 10;
+const IFLA_TXQLEN: u16 = 13;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_NET_NS_FD: u16 = 28;
+const IFLA_GSO_MAX_SEGS: u16 = 40;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
+const VETH_INFO_PEER: u16 = 1;
+/// Bytes of `struct ifinfomsg`.
+pub(super) const LINK_HEADER: usize = 16;
+
+impl Rtnetlink {
+    /// Every link of the namespace.
+    pub fn links(&mut self) -> Result<Vec<Link>, NetlinkError> {
+        let request = Message::new(libc::RTM_GETLINK, 0, &header(0, 0, 0));
+        self.connection.dump("list links", &request, |received| parse(&received))
+    }
+
+    /// The link of that name, if there is one.
+    pub fn link(&mut self, name: &str) -> Result<Option<Link>, NetlinkError> {
+        let mut request = Message::new(libc::RTM_GETLINK, 0, &header(0, 0, 0));
+        request.string(IFLA_IFNAME, name);
+        let found = self.connection.get(|| format!("look up link {name}"), request, |r| parse(&r));
+        match found {
+            Err(error) if error.errno() == Some(Errno::ENODEV) => Ok(None),
+            other => other,
+        }
+    }
+
+    /// The index of the link of that name.
+    pub fn link_index(&mut self, name: &str) -> Result<u32, NetlinkError> {
+        let link = self.link(name)?.ok_or_else(|| NetlinkError::NoLink(name.to_owned()))?;
+        Ok(link.index)
+    }
+
+    /// Makes a veth pair: `name` here, its peer here or in another namespace. Both are down.
+    pub fn add_veth(&mut self, name: &str, peer: VethPeer<'_>) -> Result<(), NetlinkError> {
+        let mut request = Message::new(libc::RTM_NEWLINK, CREATE, &header(0, 0, 0));
+        request.string(IFLA_IFNAME, name).nest(IFLA_LINKINFO, |info| {
+            info.string(IFLA_INFO_KIND, "veth").nest(IFLA_INFO_DATA, |data| {
+                data.nest(VETH_INFO_PEER, |other| {
+                    other.raw(&header(0, 0, 0)).string(IFLA_IFNAME, peer.name);
+                    if let Some(namespace) = peer.namespace {
+                        other.u32(IFLA_NET_NS_FD, namespace.as_raw_fd() as u32);
+                    }
+                });
+            });
+        });
+        let what = || format!("make the veth pair {name} and {}", peer.name);
+        self.connection.request(what, request)
+    }
+
+    /// Makes a bridge (without spanning tree). It is down.
+    pub fn add_bridge(&mut self, name: &str) -> Result<(), NetlinkError> {
+        let mut request = Message::new(libc::RTM_NEWLINK, CREATE, &header(0, 0, 0));
+        request.string(IFLA_IFNAME, name).nest(IFLA_LINKINFO, |info| {
+            info.string(IFLA_INFO_KIND, "bridge");
+        });
+        self.connection.request(|| format!("make the bridge {name}"), request)
+    }
+
+    /// Sets a link up or down.
+    pub fn set_up(&mut self, index: u32, up: bool) -> Result<(), NetlinkError> {
+        const IFF_UP: u32 = libc::IFF_UP as u32;
+        let request =
+            Message::new(libc::RTM_NEWLINK, 0, &header(index, if up { IFF_UP } else { 0 }, IFF_UP));
+        let state = if up { "up" } else { "down" };
+        self.connection.request(|| format!("set link {index} {state}"), request)
+    }
+
+    /// Sets the MTU, in bytes.
+    pub fn set_mtu(&mut self, index: u32, mtu: u32) -> Result<(), NetlinkError> {
+        self.change(
+            index,
+            || format!("set the MTU of link {index} to {mtu}"),
+            |request| {
+                request.u32(IFLA_MTU, mtu);
+            },
+        )
+    }
+
+    /// Puts a link under a bridge or bond, or (`None`) takes it away from there.
+    pub fn set_master(&mut self, index: u32, master: Option<u32>) -> Result<(), NetlinkError> {
+        self.change(
+            index,
+            || format!("set the master of link {index}"),
+            |request| {
+                request.u32(IFLA_MASTER, master.unwrap_or(0));
+            },
+        )
+    }
+
+    /// Renames a link.
+    pub fn rename(&mut self, index: u32, name: &str) -> Result<(), NetlinkError> {
+        self.change(
+            index,
+            || format!("rename link {index} to {name}"),
+            |request| {
+                request.string(IFLA_IFNAME, name);
+            },
+        )
+    }
+
+    /// Moves a link into another network namespace, where it is down and without addresses.
+    pub fn move_link(&mut self, index: u32, namespace: BorrowedFd<'_>) -> Result<(), NetlinkError> {
+        self.change(
+            index,
+            || format!("move link {index} to another namespace"),
+            |request| {
+                request.u32(IFLA_NET_NS_FD, namespace.as_raw_fd() as u32);
+            },
+        )
+    }
+
+    /// Limits how many segments one packet train may have; 1: every packet travels alone.
+    pub fn set_gso_max_segs(&mut self, index: u32, segments: u32) -> Result<(), NetlinkError> {
+        self.change(
+            index,
+            || format!("set gso_max_segs of link {index}"),
+            |request| {
+                request.u32(IFLA_GSO_MAX_SEGS, segments);
+            },
+        )
+    }
+
+    /// Sets how many packets may wait to be sent.
+    pub fn set_queue_length(&mut self, index: u32, packets: u32) -> Result<(), NetlinkError> {
+        self.change(
+            index,
+            || format!("set the queue length of link {index}"),
+            |request| {
+                request.u32(IFLA_TXQLEN, packets);
+            },
+        )
+    }
+
+    /// Deletes a link; one end of a veth pair takes the other along.
+    pub fn delete_link(&mut self, index: u32) -> Result<(), NetlinkError> {
+        let request = Message::new(libc::RTM_DELLINK, 0, &header(index, 0, 0));
+        self.connection.request(|| format!("delete link {index}"), request)
+    }
+
+    fn change(
+        &mut self,
+        index: u32,
+        what: impl FnOnce() -> String,
+        fill: impl FnOnce(&mut Message),
+    ) -> Result<(), NetlinkError> {
+        let mut request = Message::new(libc::RTM_NEWLINK, 0, &header(index, 0, 0));
+        fill(&mut request);
+        self.connection.request(what, request)
+    }
+}
+
+/// `struct ifinfomsg`: family, padding, type, index, flags, change mask.
+fn header(index: u32, flags: u32, change: u32) -> [u8; LINK_HEADER] {
+    let mut header = [0; LINK_HEADER];
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    header[8..12].copy_from_slice(&flags.to_ne_bytes());
+    header[12..16].copy_from_slice(&change.to_ne_bytes());
+    header
+}
+
+fn parse(received: &Received<'_>) -> Option<Link> {
+    if received.kind != libc::RTM_NEWLINK {
+        return None;
+    }
+    let flags = u32_at(received.payload, 8)? as i32;
+    let mut link = Link {
+        index: u32_at(received.payload, 4)?,
+        name: String::new(),
+        kind: None,
+        mtu: 0,
+        master: None,
+        up: flags & libc::IFF_UP != 0,
+        running: flags & libc::IFF_LOWER_UP != 0 && flags & libc::IFF_UP != 0,
+        loopback: flags & libc::IFF_LOOPBACK != 0,
+        point_to_point: flags & libc::IFF_POINTOPOINT != 0,
+        queue_length: 0,
+    };
+    for attribute in attributes(received.payload, LINK_HEADER) {
+        match attribute.kind {
+            IFLA_IFNAME => link.name = attribute.string(),
+            IFLA_MTU => link.mtu = attribute.u32()?,
+            IFLA_MASTER => link.master = attribute.u32(),
+            IFLA_TXQLEN => link.queue_length = attribute.u32()?,
+            IFLA_LINKINFO => {
+                link.kind = attribute
+                    .nested()
+                    .find(|inner| inner.kind == IFLA_INFO_KIND)
+                    .map(|inner| inner.string());
+            }
+            _ => {}
+        }
+    }
+    Some(link)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::testing::{NetworkNamespace, add_link, namespace_test};
+
+    namespace_test! {
+        fn a_veth_pair_reaches_into_another_namespace() {
+            let other = NetworkNamespace::new();
+            let mut here = Rtnetlink::open().unwrap();
+            here.add_veth("near", VethPeer { name: "far", namespace: Some(other.as_fd()) })
+                .unwrap();
+            let near = here.link("near").unwrap().unwrap();
+            assert_eq!((near.kind.as_deref(), near.up), (Some("veth"), false));
+            here.set_up(near.index, true).unwrap();
+            here.set_mtu(near.index, 1_400).unwrap();
+            here.set_gso_max_segs(near.index, 1).unwrap();
+            other.enter(|| {
+                let mut there = Rtnetlink::open().unwrap();
+                let far = there.link_index("far").unwrap();
+                there.set_up(far, true).unwrap();
+                there.rename(far, "eth0").expect("links can be renamed while up, or the test fails");
+            });
+            let near = here.link("near").unwrap().unwrap();
+            assert!(near.up && near.running);
+            assert_eq!(near.mtu, 1_400);
+            here.delete_link(near.index).unwrap();
+            assert_eq!(here.link("near").unwrap(), None);
+            other.enter(|| {
+                assert_eq!(Rtnetlink::open().unwrap().link("eth0").unwrap(), None);
+            });
+        }
+    }
+
+    namespace_test! {
+        fn bridges_take_links_and_give_them_back() {
+            let mut rtnetlink = Rtnetlink::open().unwrap();
+            rtnetlink.add_bridge("br0").unwrap();
+            let port = add_link("d0");
+            let bridge = rtnetlink.link_index("br0").unwrap();
+            rtnetlink.set_master(port, Some(bridge)).unwrap();
+            assert_eq!(rtnetlink.link("d0").unwrap().unwrap().master, Some(bridge));
+            rtnetlink.set_master(port, None).unwrap();
+            assert_eq!(rtnetlink.link("d0").unwrap().unwrap().master, None);
+            let names: Vec<_> =
+                rtnetlink.links().unwrap().into_iter().map(|link| link.name).collect();
+            assert!(names.contains(&"lo".to_owned()) && names.contains(&"br0".to_owned()));
+        }
+    }
+
+    namespace_test! {
+        fn a_refusal_says_what_and_why() {
+            let mut rtnetlink = Rtnetlink::open().unwrap();
+            rtnetlink.add_bridge("br0").unwrap();
+            let error = rtnetlink.add_bridge("br0").unwrap_err();
+            assert_eq!(error.errno(), Some(Errno::EEXIST));
+            assert!(error.to_string().starts_with("cannot make the bridge br0: "), "{error}");
+            let error = rtnetlink.link_index("nowhere").unwrap_err();
+            assert_eq!(error.to_string(), "there is no link nowhere");
+        }
+    }
+}

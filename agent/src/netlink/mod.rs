@@ -1,0 +1,79 @@
+//! Talking to the kernel's network: a synchronous netlink transport, and typed operations on
+//! links, addresses, routes and rules.
+//!
+//! # Contract
+//!
+//! - A socket belongs to the network namespace of the thread that opened it and stays there.
+//! - Calls block only while the kernel works; nothing here waits for an event of the network.
+//! - What the kernel says of others' links and routes never makes a call fail: unknown attributes
+//!   and kinds are skipped. This is why messages are read and written attribute by attribute
+//!   ([`codec`]) instead of through types that must know them all.
+//! - An error names what was asked for, and carries the kernel's own words where it gives any.
+
+mod address;
+pub mod codec;
+mod connection;
+mod error;
+mod link;
+mod monitor;
+mod route;
+mod rule;
+#[cfg(test)]
+pub(crate) mod testing;
+
+use std::net::IpAddr;
+
+pub use address::{Address, AddressFlags, AddressOptions};
+pub use connection::{Connection, Failure, Protocol};
+pub use error::{NetlinkError, Refusal};
+pub use link::{Link, VethPeer};
+pub use monitor::{Group, Monitor, Notified};
+pub use route::{MAIN_TABLE, Route, RouteKind};
+pub use rule::{Rule, RuleAction};
+
+/// An address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both, IPv4 first.
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// The family of an address.
+    pub fn of(address: IpAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+
+    /// `AF_INET` or `AF_INET6`.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::V4 => libc::AF_INET as u8,
+            Self::V6 => libc::AF_INET6 as u8,
+        }
+    }
+
+    fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|family| family.number() == number)
+    }
+}
+
+/// Links, addresses, routes and rules of one network namespace.
+#[derive(Debug)]
+pub struct Rtnetlink {
+    connection: Connection,
+}
+
+impl Rtnetlink {
+    /// Opens a socket in the calling thread's network namespace.
+    pub fn open() -> Result<Self, NetlinkError> {
+        Ok(Self { connection: Connection::open(Protocol::Route)? })
+    }
+}
+
+const CREATE: u16 = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
+const CREATE_OR_REPLACE: u16 = (libc::NLM_F_CREATE | libc::NLM_F_REPLACE) as u16;

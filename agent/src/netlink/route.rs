@@ -1,0 +1,367 @@
+//! Routes.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use nix::errno::Errno;
+
+use super::codec::{Message, Received, attributes};
+use super::{CREATE, CREATE_OR_REPLACE, Failure, Family, NetlinkError, Rtnetlink};
+
+/// A route.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// Where to; host bits are zero.
+    pub destination: IpNet,
+    /// The table it stands in; 254 is the main one.
+    pub table: u32,
+    /// What becomes of a packet.
+    pub kind: RouteKind,
+    /// The link to send on.
+    pub link: Option<u32>,
+    /// The next hop.
+    pub gateway: Option<IpAddr>,
+    /// Lower is better. For IPv6 the kernel takes 0 for 1,024.
+    pub metric: u32,
+    /// The source address that the host prefers.
+    pub source: Option<IpAddr>,
+    /// Bytes.
+    pub mtu: Option<u32>,
+    /// Who made it (`RTPROT_*`).
+    pub protocol: u8,
+}
+
+/// What becomes of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RouteKind {
+    /// It is sent on.
+    Unicast,
+    /// It is dropped, the sender gets an ICMP error.
+    Unreachable,
+    /// It is dropped.
+    Blackhole,
+    /// Any other (`RTN_*`), as read.
+    Other(u8),
+}
+
+/// The main routing table.
+pub const MAIN_TABLE: u32 = libc::RT_TABLE_MAIN as u32;
+
+impl Route {
+    /// A unicast route in the main table, to be completed.
+    pub fn new(destination: IpNet) -> Self {
+        Self {
+            destination: destination.trunc(),
+            table: MAIN_TABLE,
+            kind: RouteKind::Unicast,
+            link: None,
+            gateway: None,
+            metric: 0,
+            source: None,
+            mtu: None,
+            protocol: libc::RTPROT_STATIC,
+        }
+    }
+
+    /// Through a gateway.
+    pub fn via(mut self, gateway: IpAddr) -> Self {
+        self.gateway = Some(gateway);
+        self
+    }
+
+    /// By a link.
+    pub fn dev(mut self, index: u32) -> Self {
+        self.link = Some(index);
+        self
+    }
+
+    /// In another table.
+    pub fn table(mut self, table: u32) -> Self {
+        self.table = table;
+        self
+    }
+
+    /// Of another kind.
+    pub fn kind(mut self, kind: RouteKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    /// With a metric.
+    pub fn metric(mut self, metric: u32) -> Self {
+        self.metric = metric;
+        self
+    }
+
+    /// With a preferred source address, which must stand on some link of the host.
+    pub fn source(mut self, source: IpAddr) -> Self {
+        self.source = Some(source);
+        self
+    }
+
+    /// With an MTU.
+    pub fn mtu(mut self, mtu: u32) -> Self {
+        self.mtu = Some(mtu);
+        self
+    }
+}
+
+const RTA_DST: u16 = 1;
+const RTA_OIF: u16 = 4;
+const RTA_GATEWAY: u16 = 5;
+const RTA_PRIORITY: u16 = 6;
+const RTA_PREFSRC: u16 = 7;
+const RTA_METRICS: u16 = 8;
+const RTA_TABLE: u16 = 15;
+const RTAX_MTU: u16 = 2;
+/// Bytes of `struct rtmsg`.
+pub(super) const ROUTE_HEADER: usize = 12;
+
+impl Rtnetlink {
+    /// Adds a route that is not there yet.
+    pub fn add_route(&mut self, route: &Route) -> Result<(), NetlinkError> {
+        let request = message(libc::RTM_NEWROUTE, CREATE, route);
+        self.connection.request(|| format!("add the route to {}", route.destination), request)
+    }
+
+    /// Adds a route, or replaces the one to the same destination with the same metric.
+    pub fn replace_route(&mut self, route: &Route) -> Result<(), NetlinkError> {
+        let request = message(libc::RTM_NEWROUTE, CREATE_OR_REPLACE, route);
+        self.connection.request(|| format!("set the route to {}", route.destination), request)
+    }
+
+    /// Deletes a route.
+    pub fn delete_route(&mut self, route: &Route) -> Result<(), NetlinkError> {
+        let request = message(libc::RTM_DELROUTE, 0, route);
+        self.connection.request(|| format!("delete the route to {}", route.destination), request)
+    }
+
+    /// Replaces (or adds) many routes and deletes many, in few system calls. The failures name
+    /// their place in `delete` followed by `replace`, which is the order of work.
+    pub fn change_routes(
+        &mut self,
+        delete: &[Route],
+        replace: &[Route],
+    ) -> Result<Vec<Failure>, NetlinkError> {
+        let deleted = delete.iter().map(|route| message(libc::RTM_DELROUTE, 0, route));
+        let replaced =
+            replace.iter().map(|route| message(libc::RTM_NEWROUTE, CREATE_OR_REPLACE, route));
+        self.connection.request_all(deleted.chain(replaced).collect())
+    }
+
+    /// The routes of a family in one table, or (`None`) in all.
+    pub fn routes(
+        &mut self,
+        family: Family,
+        table: Option<u32>,
+    ) -> Result<Vec<Route>, NetlinkError> {
+        let mut header = [0; ROUTE_HEADER];
+        header[0] = family.number();
+        let mut request = Message::new(libc::RTM_GETROUTE, 0, &header);
+        if let Some(table) = table {
+            request.u32(RTA_TABLE, table);
+        }
+        let found = self.connection.dump("list routes", &request, |received| {
+            parse(&received).filter(|route| table.is_none_or(|table| table == route.table))
+        });
+        match found {
+            // A table that was never used does not exist.
+            Err(error) if error.errno() == Some(Errno::ENOENT) => Ok(Vec::new()),
+            other => other,
+        }
+    }
+}
+
+fn message(kind: u16, flags: u16, route: &Route) -> Message {
+    let mut header = [0; ROUTE_HEADER];
+    header[0] = Family::of(route.destination.addr()).number();
+    header[1] = route.destination.prefix_len();
+    header[4] = libc::RT_TABLE_UNSPEC;
+    header[5] = route.protocol;
+    header[6] = match (route.kind, route.gateway) {
+        _ if kind == libc::RTM_DELROUTE => libc::RT_SCOPE_NOWHERE,
+        (RouteKind::Unicast, None) => libc::RT_SCOPE_LINK,
+        _ => libc::RT_SCOPE_UNIVERSE,
+    };
+    header[7] = route.kind.number();
+    let mut message = Message::new(kind, flags, &header);
+    message.ip(RTA_DST, route.destination.network()).u32(RTA_TABLE, route.table);
+    if let Some(link) = route.link {
+        message.u32(RTA_OIF, link);
+    }
+    if let Some(gateway) = route.gateway {
+        message.ip(RTA_GATEWAY, gateway);
+    }
+    if route.metric != 0 {
+        message.u32(RTA_PRIORITY, route.metric);
+    }
+    // A route is deleted by its key alone: destination, table, metric, kind, next hop.
+    if kind != libc::RTM_DELROUTE {
+        if let Some(source) = route.source {
+            message.ip(RTA_PREFSRC, source);
+        }
+        if let Some(mtu) = route.mtu {
+            message.nest(RTA_METRICS, |metrics| {
+                metrics.u32(RTAX_MTU, mtu);
+            });
+        }
+    }
+    message
+}
+
+fn parse(received: &Received<'_>) -> Option<Route> {
+    if received.kind != libc::RTM_NEWROUTE {
+        return None;
+    }
+    let [family, length, _, _, table, protocol, _, kind] = *received.payload.first_chunk::<8>()?;
+    const RTM_F_CLONED: u32 = 0x200;
+    if super::codec::u32_at(received.payload, 8)? & RTM_F_CLONED != 0 {
+        return None;
+    }
+    let unspecified: IpAddr = match Family::from_number(family)? {
+        Family::V4 => std::net::Ipv4Addr::UNSPECIFIED.into(),
+        Family::V6 => std::net::Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let mut destination = unspecified;
+    let mut route = Route {
+        destination: IpNet::new(unspecified, 0).ok()?,
+        table: u32::from(table),
+        kind: RouteKind::from_number(kind),
+        link: None,
+        gateway: None,
+        metric: 0,
+        source: None,
+        mtu: None,
+        protocol,
+    };
+    for attribute in attributes(received.payload, ROUTE_HEADER) {
+        match attribute.kind {
+            RTA_DST => destination = attribute.ip()?,
+            RTA_OIF => route.link = attribute.u32(),
+            RTA_GATEWAY => route.gateway = attribute.ip(),
+            RTA_PRIORITY => route.metric = attribute.u32()?,
+            RTA_PREFSRC => route.source = attribute.ip(),
+            RTA_TABLE => route.table = attribute.u32()?,
+            RTA_METRICS => {
+                let mtu = attribute.nested().find(|metric| metric.kind == RTAX_MTU);
+                route.mtu = mtu.and_then(|metric| metric.u32());
+            }
+            _ => {}
+        }
+    }
+    route.destination = IpNet::new(destination, length).ok()?;
+    Some(route)
+}
+
+impl RouteKind {
+    fn number(self) -> u8 {
+        match self {
+            Self::Unicast => libc::RTN_UNICAST,
+            Self::Unreachable => libc::RTN_UNREACHABLE,
+            Self::Blackhole => libc::RTN_BLACKHOLE,
+            Self::Other(number) => number,
+        }
+    }
+
+    fn from_number(number: u8) -> Self {
+        match number {
+            libc::RTN_UNICAST => Self::Unicast,
+            libc::RTN_UNREACHABLE => Self::Unreachable,
+            libc::RTN_BLACKHOLE => Self::Blackhole,
+            other => Self::Other(other),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::AddressOptions;
+    use crate::netlink::testing::{add_link, namespace_test};
+
+    fn link_with_addresses(rtnetlink: &mut Rtnetlink) -> u32 {
+        let index = add_link("d0");
+        let options = AddressOptions { no_dad: true, no_prefix_route: false };
+        rtnetlink.add_address(index, "192.0.2.1/24".parse().unwrap(), options).unwrap();
+        rtnetlink.add_address(index, "2001:db8::1/64".parse().unwrap(), options).unwrap();
+        index
+    }
+
+    namespace_test! {
+        fn routes_are_read_back_as_they_were_written() {
+            let mut rtnetlink = Rtnetlink::open().unwrap();
+            let index = link_with_addresses(&mut rtnetlink);
+            let written = [
+                Route::new("10.1.0.0/16".parse().unwrap())
+                    .via("192.0.2.254".parse().unwrap())
+                    .dev(index)
+                    .metric(10),
+                Route::new("10.2.0.0/16".parse().unwrap())
+                    .dev(index)
+                    .table(21_580)
+                    .metric(10)
+                    .source("192.0.2.1".parse().unwrap())
+                    .mtu(1_380),
+                Route::new("10.2.0.0/16".parse().unwrap())
+                    .table(21_580)
+                    .metric(20)
+                    .kind(RouteKind::Unreachable),
+                Route::new("fd01::/64".parse().unwrap())
+                    .dev(index)
+                    .table(21_580)
+                    .metric(10)
+                    .source("2001:db8::1".parse().unwrap())
+                    .mtu(1_380),
+                Route::new("0.0.0.0/0".parse().unwrap())
+                    .via("192.0.2.254".parse().unwrap())
+                    .dev(index),
+            ];
+            for route in &written {
+                rtnetlink.add_route(route).unwrap();
+                rtnetlink.replace_route(route).unwrap();
+            }
+            for route in &written {
+                let family = Family::of(route.destination.addr());
+                let listed = rtnetlink.routes(family, Some(route.table)).unwrap();
+                assert!(listed.contains(route), "{route:?} is not in {listed:?}");
+            }
+            assert_eq!(rtnetlink.routes(Family::V4, Some(21_580)).unwrap().len(), 2);
+            for route in &written {
+                rtnetlink.delete_route(route).unwrap();
+                let error = rtnetlink.delete_route(route).unwrap_err();
+                assert_eq!(error.errno(), Some(Errno::ESRCH));
+            }
+        }
+    }
+
+    namespace_test! {
+        fn many_routes_travel_in_few_calls_and_failures_are_named() {
+            let mut rtnetlink = Rtnetlink::open().unwrap();
+            let index = link_with_addresses(&mut rtnetlink);
+            let mut routes: Vec<_> = (0..2_000u32)
+                .map(|n| {
+                    let address = std::net::Ipv4Addr::from(0x0a00_0000 + n * 256);
+                    Route::new(IpNet::new(address.into(), 24).unwrap()).dev(index).table(21_580)
+                })
+                .collect();
+            let bad = Route::new("10.99.0.0/16".parse().unwrap()).dev(9_999).table(21_580);
+            routes.insert(700, bad);
+            let failures = rtnetlink.change_routes(&[], &routes).unwrap();
+            assert_eq!(failures.len(), 1);
+            assert_eq!((failures[0].0, failures[0].1.errno), (700, Errno::ENODEV));
+            assert_eq!(rtnetlink.routes(Family::V4, Some(21_580)).unwrap().len(), 2_000);
+            routes.remove(700);
+            assert_eq!(rtnetlink.change_routes(&routes, &[]).unwrap(), []);
+            assert_eq!(rtnetlink.routes(Family::V4, Some(21_580)).unwrap(), []);
+        }
+    }
+
+    namespace_test! {
+        fn a_table_that_nobody_used_is_empty() {
+            let mut rtnetlink = Rtnetlink::open().unwrap();
+            for family in Family::ALL {
+                assert_eq!(rtnetlink.routes(family, Some(4_711)).unwrap(), []);
+            }
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Tests that need a network of their own: each runs in a process of its own, in a new user and
+//! network namespace, so that neither root nor the machine's network is touched.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use nix::sched::{CloneFlags, setns, unshare};
+
+use super::{Rtnetlink, VethPeer};
+
+/// A test whose body runs as root of a fresh network namespace; skipped with a printed reason
+/// where the machine refuses.
+macro_rules! namespace_test {
+    ($(#[$meta:meta])* fn $name:ident() $body:block) => {
+        $(#[$meta])*
+        #[test]
+        fn $name() {
+            $crate::netlink::testing::in_namespace(
+                concat!(module_path!(), "::", stringify!($name)),
+                || $body,
+            );
+        }
+    };
+}
+pub(crate) use namespace_test;
+
+const INSIDE: &str = "TOWLINE_TEST_NAMESPACE";
+
+/// Runs `body` inside a namespace: the test's own program is started again there for this one
+/// test. `path` is the test's path with the crate's name.
+pub(crate) fn in_namespace(path: &str, body: impl FnOnce()) {
+    if std::env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    let (_, test) = path.split_once("::").expect("a path inside the crate");
+    let mut command = Command::new(std::env::current_exe().expect("the test's own program"));
+    command.args([test, "--exact", "--nocapture", "--include-ignored"]).env(INSIDE, "1");
+    let uid_map = format!("0 {} 1", nix::unistd::geteuid());
+    let gid_map = format!("0 {} 1", nix::unistd::getegid());
+    // SAFETY: between fork and exec the closure makes system calls only; its strings were made
+    // before (paths this short stay on the stack), so no lock of the allocator is needed.
+    unsafe {
+        command.pre_exec(move || enter_new_namespace(&uid_map, &gid_map));
+    }
+    match command.output() {
+        Err(error) => println!("skipped: no user and network namespaces here: {error}"),
+        Ok(output) => {
+            let text = String::from_utf8_lossy(&output.stdout);
+            print!("{text}");
+            let errors = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "in the namespace: {errors}");
+            assert!(text.contains("1 passed"), "{test} is not the name of the test");
+        }
+    }
+}
+
+fn enter_new_namespace(uid_map: &str, gid_map: &str) -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET)?;
+    std::fs::write("/proc/self/setgroups", "deny")?;
+    std::fs::write("/proc/self/uid_map", uid_map)?;
+    std::fs::write("/proc/self/gid_map", gid_map)
+}
+
+/// Another network namespace of the running test.
+#[derive(Debug)]
+pub(crate) struct NetworkNamespace {
+    handle: File,
+}
+
+impl NetworkNamespace {
+    /// A fresh one with its loopback down.
+    pub(crate) fn new() -> Self {
+        let handle = std::thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace");
+            File::open("/proc/thread-self/ns/net").expect("the namespace's file")
+        });
+        Self { handle: handle.join().expect("the thread ends") }
+    }
+
+    /// Runs `body` on a thread inside.
+    pub(crate) fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                setns(&self.handle, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+                body()
+            });
+            thread.join().expect("the thread ends")
+        })
+    }
+
+    /// To hand to netlink.
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.handle.as_fd()
+    }
+}
+
+/// A link of that name (with a peer in the same namespace), up and running; its index.
+pub(crate) fn add_link(name: &str) -> u32 {
+    let mut rtnetlink = Rtnetlink::open().expect("a netlink socket");
+    let peer = format!("{name}p");
+    rtnetlink.add_veth(name, VethPeer { name: &peer, namespace: None }).expect("a veth pair");
+    for end in [name, &peer] {
+        let index = rtnetlink.link_index(end).expect("the link");
+        rtnetlink.set_up(index, true).expect("the link comes up");
+    }
+    rtnetlink.link_index(name).expect("the link")
+}
