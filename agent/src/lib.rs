@@ -8,5 +8,6 @@ pub mod config;
 pub mod keys;
 pub mod map_cache;
 pub mod netlink;
+pub mod nft;
 pub mod state;
 pub mod tls;

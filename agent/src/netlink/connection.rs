@@ -75,7 +75,7 @@ impl Connection {
 
     /// Bytes that one send can carry.
     pub fn send_limit(&self) -> usize {
-        // The kernel keeps 32 bytes for itself and accounts twice what was asked for.
+        // The kernel keeps 32 bytes for itself.
         self.send_bytes.saturating_sub(32)
     }
 
@@ -224,6 +224,46 @@ impl Connection {
                 }
             }
         }
+    }
+
+    /// Sends messages that form one transaction, whose answers are failures only, and returns
+    /// the failures by place. Since nothing is acknowledged, silence is success.
+    pub(crate) fn transact(&mut self, batch: &mut [Message]) -> Result<Vec<Failure>, NetlinkError> {
+        let first_sequence = self.sequence.wrapping_add(1);
+        let mut bytes = Vec::with_capacity(batch.iter().map(Message::len).sum());
+        for message in batch.iter_mut() {
+            let sequence = self.next_sequence();
+            bytes.extend_from_slice(message.finish(sequence));
+        }
+        self.send(&bytes)?;
+
+        let mut failures = Vec::new();
+        let mut overrun = false;
+        loop {
+            match self.receive(libc::MSG_DONTWAIT) {
+                Ok(Some(length)) => {
+                    for received in messages(&self.buffer[..length]) {
+                        let place = received.sequence.wrapping_sub(first_sequence) as usize;
+                        if place < batch.len()
+                            && i32::from(received.kind) == libc::NLMSG_ERROR
+                            && let Some(refusal) = outcome(&received)
+                        {
+                            failures.push((place, refusal));
+                        }
+                    }
+                }
+                Ok(None) => {}
+                Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+                    Errno::EAGAIN => break,
+                    Errno::ENOBUFS => overrun = true,
+                    _ => return Err(failed("receive")(error)),
+                },
+            }
+        }
+        if overrun && failures.is_empty() {
+            return Err(NetlinkError::Overrun("change a table".to_owned()));
+        }
+        Ok(failures)
     }
 
     fn next_sequence(&mut self) -> u32 {

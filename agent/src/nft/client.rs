@@ -1,0 +1,602 @@
+//! The socket: reads tables, commits transactions.
+
+use std::collections::BTreeMap;
+
+use nix::errno::Errno;
+
+use crate::netlink::codec::{Attribute, Message, Received, attributes};
+use crate::netlink::{Connection, NetlinkError, Protocol, Refusal};
+
+use super::expression::Expression;
+use super::rule::Rule;
+use super::set::{Interval, KeyType, Set, join};
+use super::table::{Base, Chain, ChainKind, Hook, Policy, Table, TableFamily};
+use super::transaction::{Step, Transaction};
+use super::wire;
+
+/// nftables of one network namespace.
+#[derive(Debug)]
+pub struct Nft {
+    connection: Connection,
+}
+
+/// Why an nftables operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum NftError {
+    /// The kernel has no nftables at all.
+    #[error("this kernel has no nftables: load the module nf_tables")]
+    Unsupported,
+    /// The kernel refused a step; nothing was changed.
+    #[error("cannot {what}: {refusal}")]
+    Refused {
+        /// Which step.
+        what: String,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// The transport failed; what was done is known after reading again.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+}
+
+impl NftError {
+    /// The kernel's error number, if it refused.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::Unsupported => None,
+            Self::Refused { refusal, .. } => Some(refusal.errno),
+            Self::Netlink(error) => error.errno(),
+        }
+    }
+}
+
+/// A table as it was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loaded {
+    /// The table.
+    pub table: Table,
+    /// What goes with its rules, by chain and in their order.
+    rules: BTreeMap<String, Vec<RuleState>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct RuleState {
+    handle: u64,
+    counter: Option<Counter>,
+}
+
+/// What a rule's counter shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counter {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes, headers of the network layer included.
+    pub bytes: u64,
+}
+
+impl Loaded {
+    /// The counter of the rule that carries the comment.
+    pub fn counter(&self, chain: &str, comment: &str) -> Option<Counter> {
+        let place = self.place(chain, comment)?;
+        self.rules.get(chain)?.get(place)?.counter
+    }
+
+    /// The handle of the rule that carries the comment, to delete it by.
+    pub fn handle(&self, chain: &str, comment: &str) -> Option<u64> {
+        let place = self.place(chain, comment)?;
+        Some(self.rules.get(chain)?.get(place)?.handle)
+    }
+
+    fn place(&self, chain: &str, comment: &str) -> Option<usize> {
+        let rules = &self.table.chains.get(chain)?.rules;
+        rules.iter().position(|rule| rule.comment.as_deref() == Some(comment))
+    }
+}
+
+impl Nft {
+    /// Opens a socket in the calling thread's network namespace.
+    pub fn open() -> Result<Self, NftError> {
+        match Connection::open(Protocol::Netfilter) {
+            Ok(connection) => Ok(Self { connection }),
+            Err(error) if error.errno() == Some(Errno::EPROTONOSUPPORT) => {
+                Err(NftError::Unsupported)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Reads a table with all that is in it; `None` if there is none of that name.
+    pub fn read(&mut self, family: TableFamily, name: &str) -> Result<Option<Loaded>, NftError> {
+        let Some(mut table) = self.read_head(family, name)? else { return Ok(None) };
+        table.sets = self.read_sets(family, name)?;
+        let mut chains = self.read_chains(family, name)?;
+        let mut states: BTreeMap<String, Vec<RuleState>> = BTreeMap::new();
+        for (chain, rule, state) in self.read_rules(family, name)? {
+            chains.entry(chain.clone()).or_default().rules.push(rule);
+            states.entry(chain).or_default().push(state);
+        }
+        table.chains = chains;
+        Ok(Some(Loaded { table, rules: states }))
+    }
+
+    /// Reads one chain's rules, which may be somebody else's; `None` if there is no such chain.
+    pub fn read_chain(
+        &mut self,
+        family: TableFamily,
+        table: &str,
+        chain: &str,
+    ) -> Result<Option<Loaded>, NftError> {
+        let Some(mut head) = self.read_head(family, table)? else { return Ok(None) };
+        let Some(mut found) = self.read_chains(family, table)?.remove(chain) else {
+            return Ok(None);
+        };
+        let mut states = Vec::new();
+        for (name, rule, state) in self.read_rules(family, table)? {
+            if name == chain {
+                found.rules.push(rule);
+                states.push(state);
+            }
+        }
+        head.chains.insert(chain.to_owned(), found);
+        Ok(Some(Loaded { table: head, rules: [(chain.to_owned(), states)].into() }))
+    }
+
+    /// Makes the kernel's table equal to this one, whatever is there; says whether anything had
+    /// to be changed.
+    pub fn load(&mut self, table: &Table) -> Result<bool, NftError> {
+        let have = self.read(table.family, &table.name)?;
+        let transaction = table.changes(have.as_ref().map(|loaded| &loaded.table));
+        let changed = !transaction.is_empty();
+        self.commit(transaction)?;
+        Ok(changed)
+    }
+
+    /// Deletes a table with all that is in it; says whether there was one.
+    pub fn delete(&mut self, family: TableFamily, name: &str) -> Result<bool, NftError> {
+        let mut transaction = Transaction::new();
+        transaction.delete_table(family, name);
+        match self.commit(transaction) {
+            Ok(()) => Ok(true),
+            Err(error) if error.errno() == Some(Errno::ENOENT) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Commits a transaction. One that fits a single send is done wholly or not at all; of a
+    /// larger one, element lists may have been committed before the failure.
+    pub fn commit(&mut self, transaction: Transaction) -> Result<(), NftError> {
+        let mut part: Vec<Step> = Vec::new();
+        let mut bytes = 0;
+        let limit = self.connection.send_limit() - BATCH_MARGIN;
+        for step in transaction.steps {
+            if step.separable && bytes + step.message.len() > limit {
+                self.commit_part(std::mem::take(&mut part))?;
+                bytes = 0;
+            }
+            bytes += step.message.len();
+            part.push(step);
+        }
+        self.commit_part(part)
+    }
+
+    fn commit_part(&mut self, steps: Vec<Step>) -> Result<(), NftError> {
+        if steps.is_empty() {
+            return Ok(());
+        }
+        let (messages, names): (Vec<_>, Vec<_>) =
+            steps.into_iter().map(|step| (step.message, step.what)).unzip();
+        let mut batch = Vec::with_capacity(messages.len() + 2);
+        batch.push(boundary(wire::BATCH_BEGIN));
+        batch.extend(messages);
+        batch.push(boundary(wire::BATCH_END));
+        let failures = self.connection.transact(&mut batch)?;
+        let Some((place, refusal)) = failures.into_iter().next() else { return Ok(()) };
+        if refusal.errno == Errno::EOPNOTSUPP && place == 0 {
+            return Err(NftError::Unsupported);
+        }
+        // A refusal of the batch itself stands at its beginning.
+        let what = place.checked_sub(1).and_then(|at| names.get(at)).or(names.first());
+        Err(NftError::Refused { what: what.cloned().unwrap_or_default(), refusal })
+    }
+
+    fn read_head(&mut self, family: TableFamily, name: &str) -> Result<Option<Table>, NftError> {
+        let mut request = request(family, wire::GET_TABLE);
+        request.string(wire::table::NAME, name);
+        let what = || format!("read table {family} {name}");
+        let found = self.connection.get(what, request, |received| {
+            let mut table = Table::new(family, name);
+            for attribute in payload(&received, wire::NEW_TABLE)? {
+                if attribute.kind == wire::table::USERDATA {
+                    table.comment = wire::comment_from_userdata(attribute.value);
+                }
+            }
+            Some(table)
+        });
+        match found {
+            Err(error) if error.errno() == Some(Errno::ENOENT) => Ok(None),
+            Err(error) if error.errno() == Some(Errno::EINVAL) => Err(NftError::Unsupported),
+            other => Ok(other?),
+        }
+    }
+
+    fn read_chains(
+        &mut self,
+        family: TableFamily,
+        table: &str,
+    ) -> Result<BTreeMap<String, Chain>, NftError> {
+        let mut request = request(family, wire::GET_CHAIN);
+        request.string(wire::chain::TABLE, table);
+        let chains = self
+            .connection
+            .dump("list chains", &request, |received| parse_chain(&received, table))?;
+        Ok(chains.into_iter().collect())
+    }
+
+    fn read_rules(
+        &mut self,
+        family: TableFamily,
+        table: &str,
+    ) -> Result<Vec<(String, Rule, RuleState)>, NftError> {
+        let mut request = request(family, wire::GET_RULE);
+        request.string(wire::rule::TABLE, table);
+        let rules = self
+            .connection
+            .dump("list rules", &request, |received| parse_rule(&received, table))?;
+        Ok(rules)
+    }
+
+    fn read_sets(
+        &mut self,
+        family: TableFamily,
+        table: &str,
+    ) -> Result<BTreeMap<String, Set>, NftError> {
+        let mut request = request(family, wire::GET_SET);
+        request.string(wire::set::TABLE, table);
+        let heads =
+            self.connection.dump("list sets", &request, |received| parse_set(&received, table))?;
+        let mut sets = BTreeMap::new();
+        for (name, mut set) in heads {
+            let boundaries = self.read_elements(family, table, &name)?;
+            set.elements = if set.interval {
+                join(boundaries, set.key.max())
+            } else {
+                boundaries.into_iter().map(|(value, _)| Interval::new(value, value)).collect()
+            };
+            sets.insert(name, set);
+        }
+        Ok(sets)
+    }
+
+    /// The elements of a set; of an interval set, where intervals begin and (`true`) end.
+    fn read_elements(
+        &mut self,
+        family: TableFamily,
+        table: &str,
+        set: &str,
+    ) -> Result<Vec<(u128, bool)>, NftError> {
+        let mut request = request(family, wire::GET_ELEMENT);
+        request.string(wire::element::LIST_TABLE, table).string(wire::element::LIST_SET, set);
+        let lists = self.connection.dump("list set elements", &request, |received| {
+            let list = payload(&received, wire::NEW_ELEMENT)?
+                .find(|attribute| attribute.kind == wire::element::LIST_ELEMENTS)?;
+            Some(list.nested().filter_map(parse_element).collect::<Vec<_>>())
+        })?;
+        Ok(lists.into_iter().flatten().collect())
+    }
+}
+
+/// Room for the two messages around a transaction.
+const BATCH_MARGIN: usize = 64;
+
+fn boundary(kind: u16) -> Message {
+    Message::new(kind, 0, &wire::header(0, libc::NFNL_SUBSYS_NFTABLES as u16))
+}
+
+fn request(family: TableFamily, kind: u16) -> Message {
+    Message::new(wire::message_kind(kind), 0, &wire::header(family.number(), 0))
+}
+
+/// The attributes of a message, if it is of that kind.
+fn payload<'a>(
+    received: &Received<'a>,
+    kind: u16,
+) -> Option<impl Iterator<Item = Attribute<'a>> + use<'a>> {
+    let wanted = received.kind == wire::message_kind(kind);
+    wanted.then(|| attributes(received.payload, wire::HEADER))
+}
+
+fn parse_chain(received: &Received<'_>, table: &str) -> Option<(String, Chain)> {
+    let mut name = None;
+    let mut kind = None;
+    let mut hook = None;
+    let mut policy = Policy::Accept;
+    for attribute in payload(received, wire::NEW_CHAIN)? {
+        match attribute.kind {
+            wire::chain::TABLE if attribute.string() != table => return None,
+            wire::chain::NAME => name = Some(attribute.string()),
+            wire::chain::TYPE => kind = ChainKind::from_name(&attribute.string()),
+            wire::chain::POLICY => policy = Policy::from_number(attribute.u32_be()?),
+            wire::chain::HOOK => {
+                let number =
+                    |kind| attribute.nested().find(|a| a.kind == kind).and_then(|a| a.u32_be());
+                hook = Some((
+                    number(wire::chain::HOOK_NUMBER)?,
+                    number(wire::chain::HOOK_PRIORITY)? as i32,
+                ));
+            }
+            _ => {}
+        }
+    }
+    let base = match (kind, hook) {
+        (Some(kind), Some((number, priority))) => {
+            Hook::from_number(number).map(|hook| Base { kind, hook, priority, policy })
+        }
+        _ => None,
+    };
+    Some((name?, Chain { base, rules: Vec::new() }))
+}
+
+fn parse_rule(received: &Received<'_>, table: &str) -> Option<(String, Rule, RuleState)> {
+    let mut chain = None;
+    let mut rule = Rule::new();
+    let mut state = RuleState { handle: 0, counter: None };
+    for attribute in payload(received, wire::NEW_RULE)? {
+        match attribute.kind {
+            wire::rule::TABLE if attribute.string() != table => return None,
+            wire::rule::CHAIN => chain = Some(attribute.string()),
+            wire::rule::HANDLE => state.handle = attribute.u64_be()?,
+            wire::rule::USERDATA => rule.comment = wire::comment_from_userdata(attribute.value),
+            wire::rule::EXPRESSIONS => {
+                for item in attribute.nested() {
+                    let (expression, counted) = Expression::decode(item);
+                    rule.expressions.push(expression);
+                    if let Some((packets, bytes)) = counted {
+                        state.counter = Some(Counter { packets, bytes });
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Some((chain?, rule, state))
+}
+
+fn parse_set(received: &Received<'_>, table: &str) -> Option<(String, Set)> {
+    let mut name = None;
+    let (mut flags, mut number, mut length) = (0, 0, 0);
+    for attribute in payload(received, wire::NEW_SET)? {
+        match attribute.kind {
+            wire::set::TABLE if attribute.string() != table => return None,
+            wire::set::NAME => name = Some(attribute.string()),
+            wire::set::FLAGS => flags = attribute.u32_be()?,
+            wire::set::KEY_TYPE => number = attribute.u32_be()?,
+            wire::set::KEY_LENGTH => length = attribute.u32_be()?,
+            _ => {}
+        }
+    }
+    // One without a name belongs to its rule.
+    if flags & wire::set::FLAG_ANONYMOUS != 0 {
+        return None;
+    }
+    let interval = flags & wire::set::FLAG_INTERVAL != 0;
+    let key = KeyType::from_number(number, length);
+    Some((name?, Set { key, interval, elements: Default::default() }))
+}
+
+fn parse_element(item: Attribute<'_>) -> Option<(u128, bool)> {
+    let mut value = None;
+    let mut flags = 0;
+    for attribute in item.nested() {
+        match attribute.kind {
+            wire::element::KEY => {
+                let data = attribute.nested().find(|inner| inner.kind == wire::DATA_VALUE)?;
+                value = KeyType::decode(data.value);
+            }
+            wire::element::FLAGS => flags = attribute.u32_be()?,
+            _ => {}
+        }
+    }
+    Some((value?, flags & wire::element::FLAG_INTERVAL_END != 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use ipnet::IpNet;
+
+    use super::*;
+    use crate::netlink::Family;
+    use crate::netlink::testing::namespace_test;
+    use crate::nft::{CtState, Verdict};
+
+    fn nets(nets: &[&str]) -> Vec<IpNet> {
+        nets.iter().map(|net| net.parse().unwrap()).collect()
+    }
+
+    /// Every statement that the module can write, one rule each.
+    fn all_rules() -> Vec<Rule> {
+        let udp = libc::IPPROTO_UDP as u8;
+        let tcp = libc::IPPROTO_TCP as u8;
+        vec![
+            Rule::new().input("eth0").not_input("lo").accept(),
+            Rule::new().comment("counted").protocol(udp).source_port(53).counter(),
+            Rule::new().protocol(tcp).destination_ports(6_443..=6_444).reject_tcp(),
+            Rule::new().protocol(tcp).destination_port_in("ports").reject(),
+            Rule::new().source("10.0.0.0/8".parse().unwrap()).drop(),
+            Rule::new().not_source("10.0.0.1/32".parse().unwrap()).drop(),
+            Rule::new().destination("fd00::/8".parse().unwrap()).return_(),
+            Rule::new().not_destination("fd00::1/128".parse().unwrap()).return_(),
+            Rule::new().source_in(Family::V4, "v4").destination_in(Family::V4, "v4").drop(),
+            Rule::new().destination_in(Family::V6, "v6").drop(),
+            Rule::new().mark(0x10, 0x30).set_mark(0x20, 0x30),
+            Rule::new().not_mark(0x10, 0x30).set_ct_mark(0x20, 0x30),
+            Rule::new().ct_mark(0x10, 0x30).ct_reply().accept(),
+            Rule::new().ct_state(CtState::ESTABLISHED | CtState::RELATED).accept(),
+            Rule::new().destination_is_local().accept(),
+            Rule::new().source_is_local().accept(),
+            Rule::new().chance(10, 100).drop(),
+            Rule::new().clamp_mss(1_300),
+            Rule::new().clamp_mss_to_route(),
+            Rule::new().jump("regular"),
+            Rule::new().step(Expression::Verdict(Verdict::Goto("regular".to_owned()))),
+        ]
+    }
+
+    fn everything() -> Table {
+        let address = "192.0.2.7".parse().unwrap();
+        let udp = libc::IPPROTO_UDP as u8;
+        Table::new(TableFamily::Inet, "test")
+            .comment("made by a test")
+            .set("v4", Set::networks(KeyType::Ipv4, &nets(&["10.0.0.0/24", "10.0.1.0/24"])))
+            .set("v6", Set::networks(KeyType::Ipv6, &nets(&["fd00::/8", "ff00::/8"])))
+            .set("empty", Set::networks(KeyType::Ipv4, &[]))
+            .set("all", Set::networks(KeyType::Ipv4, &nets(&["0.0.0.0/0"])))
+            .set("ports", Set::ports([22, 6_443]))
+            .chain("regular", Chain::regular().rule(Rule::new().counter()))
+            .chain("filter", Chain::base(ChainKind::Filter, Hook::Forward, -5).rules(all_rules()))
+            .chain(
+                "early",
+                Chain::base(ChainKind::Filter, Hook::Prerouting, -300)
+                    .rule(Rule::new().protocol(udp).notrack()),
+            )
+            .chain("reroute", Chain::base(ChainKind::Route, Hook::Output, -150))
+            .chain("closed", Chain::base(ChainKind::Filter, Hook::Input, 0).policy(Policy::Drop))
+            .chain(
+                "dnat",
+                Chain::base(ChainKind::Nat, Hook::Prerouting, -100)
+                    .rule(Rule::new().protocol(udp).destination_port(80).dnat(address, Some(8_080)))
+                    .rule(Rule::new().dnat(address, None)),
+            )
+            .chain(
+                "snat",
+                Chain::base(ChainKind::Nat, Hook::Postrouting, 100)
+                    .rule(Rule::new().snat("2001:db8::1".parse().unwrap(), None))
+                    .rule(Rule::new().output("wan").masquerade())
+                    .rule(Rule::new().output("wan").masquerade_random()),
+            )
+    }
+
+    namespace_test! {
+        fn a_table_is_read_back_as_it_was_loaded() {
+            let mut nft = Nft::open().unwrap();
+            let table = everything();
+            assert!(nft.load(&table).unwrap());
+            let loaded = nft.read(TableFamily::Inet, "test").unwrap().unwrap();
+            for (name, chain) in &table.chains {
+                for (place, rule) in chain.rules.iter().enumerate() {
+                    assert_eq!(&loaded.table.chains[name].rules[place], rule, "{name} {place}");
+                }
+            }
+            assert_eq!(loaded.table, table);
+            assert!(!nft.load(&table).unwrap());
+            assert_eq!(loaded.counter("filter", "counted"), Some(Counter::default()));
+            assert_eq!(nft.read(TableFamily::Ip, "test").unwrap(), None);
+            assert!(nft.delete(TableFamily::Inet, "test").unwrap());
+            assert!(!nft.delete(TableFamily::Inet, "test").unwrap());
+        }
+    }
+
+    namespace_test! {
+        fn another_program_reads_the_same() {
+            let mut nft = Nft::open().unwrap();
+            nft.load(&everything()).unwrap();
+            let listed = std::process::Command::new("nft").args(["list", "table", "inet", "test"]).output();
+            let Ok(listed) = listed else { return println!("skipped: there is no program nft") };
+            let text = String::from_utf8(listed.stdout).unwrap();
+            for line in [
+                "comment \"made by a test\"",
+                "elements = { 10.0.0.0/24, 10.0.1.0/24 }",
+                "tcp option maxseg size set rt mtu",
+                "meta mark & 0x00000030 == 0x00000010",
+                "masquerade fully-random",
+                "dnat ip to 192.0.2.7:8080",
+            ] {
+                assert!(text.contains(line), "no {line:?} in {text}");
+            }
+        }
+    }
+
+    namespace_test! {
+        fn changes_lead_from_any_table_to_any_other() {
+            let mut nft = Nft::open().unwrap();
+            let full = everything();
+            let bare = Table::new(TableFamily::Inet, "test");
+            let mut other = full.clone();
+            other.sets.remove("ports");
+            other.sets.insert("v4".into(), Set::networks(KeyType::Ipv4, &nets(&["10.0.0.0/23"])));
+            other.sets.insert("new".into(), Set::networks(KeyType::Ipv6, &nets(&["::/0"])));
+            other.chains.remove("dnat");
+            let filter = other.chains.get_mut("filter").unwrap();
+            filter.base.as_mut().unwrap().priority = 7;
+            filter.rules.retain(|rule| {
+                !rule.expressions.iter().any(|e| matches!(e, Expression::Lookup { set, .. } if set == "ports"))
+            });
+            let mut reshaped = full.clone();
+            reshaped.sets.insert("v4".into(), Set { interval: false, ..Set::networks(KeyType::Ipv4, &[]) });
+            let tables = [&bare, &full, &other, &reshaped, &bare, &other, &full];
+            for table in tables {
+                assert!(nft.load(table).unwrap());
+                let read = nft.read(TableFamily::Inet, "test").unwrap().unwrap().table;
+                assert_eq!(read.chains, table.chains);
+                assert_eq!(read.sets, table.sets);
+            }
+        }
+    }
+
+    namespace_test! {
+        fn thousands_of_elements_fit_whatever_buffer_there_is() {
+            let mut nft = Nft::open().unwrap();
+            let many = |step: u32| -> Vec<IpNet> {
+                (0..20_000u32)
+                    .map(|n| IpNet::new(Ipv4Addr::from(0x0a00_0000 + n * step).into(), 32).unwrap())
+                    .collect()
+            };
+            for step in [2, 3, 1] {
+                let nets = many(step);
+                let table = Table::new(TableFamily::Inet, "test")
+                    .set("v4", Set::networks(KeyType::Ipv4, &nets));
+                nft.load(&table).unwrap();
+                let read = nft.read(TableFamily::Inet, "test").unwrap().unwrap().table;
+                assert_eq!(read, table);
+            }
+        }
+    }
+
+    namespace_test! {
+        fn a_refused_transaction_changes_nothing_and_names_the_step() {
+            let mut nft = Nft::open().unwrap();
+            let table = Table::new(TableFamily::Inet, "test")
+                .chain("input", Chain::base(ChainKind::Filter, Hook::Input, 0).rule(
+                    Rule::new().destination_in(Family::V4, "nowhere").drop(),
+                ));
+            let error = nft.load(&table).unwrap_err();
+            assert_eq!(error.errno(), Some(Errno::ENOENT));
+            let text = error.to_string();
+            assert!(text.starts_with("cannot add a rule to inet test input (meta, cmp, payload, lookup"), "{text}");
+            assert_eq!(nft.read(TableFamily::Inet, "test").unwrap(), None);
+        }
+    }
+
+    namespace_test! {
+        fn rules_in_the_chains_of_others_come_and_go_by_handle() {
+            let mut nft = Nft::open().unwrap();
+            let foreign = Table::new(TableFamily::Ip, "filter")
+                .chain("DOCKER-USER", Chain::regular().rule(Rule::new().counter().return_()));
+            nft.load(&foreign).unwrap();
+            let ours = Rule::new().comment("towline").output("towline0").accept();
+            let mut transaction = Transaction::new();
+            transaction.insert_rule(TableFamily::Ip, "filter", "DOCKER-USER", &ours);
+            nft.commit(transaction).unwrap();
+            let loaded = nft.read_chain(TableFamily::Ip, "filter", "DOCKER-USER").unwrap().unwrap();
+            let rules = &loaded.table.chains["DOCKER-USER"].rules;
+            assert_eq!((rules.len(), &rules[0]), (2, &ours));
+            let mut transaction = Transaction::new();
+            let handle = loaded.handle("DOCKER-USER", "towline").unwrap();
+            transaction.delete_rule(TableFamily::Ip, "filter", "DOCKER-USER", handle);
+            nft.commit(transaction).unwrap();
+            assert_eq!(nft.read(TableFamily::Ip, "filter").unwrap().unwrap().table, foreign);
+            assert_eq!(nft.read_chain(TableFamily::Ip, "filter", "NONE").unwrap(), None);
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! Named sets and their elements.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
+
+use ipnet::IpNet;
+
+/// A named set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Set {
+    /// What its elements are.
+    pub key: KeyType,
+    /// Holds ranges and networks; they must not overlap. Without it: single values.
+    pub interval: bool,
+    /// What is in it.
+    pub elements: BTreeSet<Interval>,
+}
+
+/// What the elements of a set are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum KeyType {
+    /// IPv4 addresses.
+    Ipv4,
+    /// IPv6 addresses.
+    Ipv6,
+    /// Ports.
+    Port,
+    /// Any other, as read.
+    Other {
+        /// The kernel's number of the type.
+        number: u32,
+        /// Bytes of an element.
+        length: u32,
+    },
+}
+
+/// A range of values, both ends included. A single value is a range of one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Interval {
+    first: u128,
+    last: u128,
+}
+
+impl Set {
+    /// The networks of one family, as an interval set. Those of the other family are left out.
+    ///
+    /// The networks must not overlap, see [`Set`].
+    pub fn networks<'a>(key: KeyType, networks: impl IntoIterator<Item = &'a IpNet>) -> Self {
+        let wanted = |net: &&IpNet| match key {
+            KeyType::Ipv4 => matches!(net, IpNet::V4(_)),
+            KeyType::Ipv6 => matches!(net, IpNet::V6(_)),
+            KeyType::Port | KeyType::Other { .. } => false,
+        };
+        let elements = networks.into_iter().filter(wanted).map(|net| Interval::from(*net));
+        Self { key, interval: true, elements: elements.collect() }
+    }
+
+    /// Single ports.
+    pub fn ports(ports: impl IntoIterator<Item = u16>) -> Self {
+        let elements = ports.into_iter().map(Interval::from).collect();
+        Self { key: KeyType::Port, interval: false, elements }
+    }
+
+    /// Whether both can hold the same elements.
+    pub(super) fn same_shape(&self, other: &Self) -> bool {
+        self.key == other.key && self.interval == other.interval
+    }
+}
+
+impl KeyType {
+    pub(super) fn number(self) -> u32 {
+        match self {
+            Self::Ipv4 => 7,
+            Self::Ipv6 => 8,
+            Self::Port => 13,
+            Self::Other { number, .. } => number,
+        }
+    }
+
+    /// Bytes of an element.
+    pub(super) fn length(self) -> usize {
+        match self {
+            Self::Ipv4 => 4,
+            Self::Ipv6 => 16,
+            Self::Port => 2,
+            Self::Other { length, .. } => length as usize,
+        }
+    }
+
+    pub(super) fn from_number(number: u32, length: u32) -> Self {
+        [Self::Ipv4, Self::Ipv6, Self::Port]
+            .into_iter()
+            .find(|key| key.number() == number)
+            .unwrap_or(Self::Other { number, length })
+    }
+
+    /// The greatest value of this type.
+    pub(super) fn max(self) -> u128 {
+        match self.length() {
+            length @ 1..16 => (1 << (8 * length)) - 1,
+            _ => u128::MAX,
+        }
+    }
+
+    /// A value in network order, as long as the type says.
+    pub(super) fn encode(self, value: u128) -> Vec<u8> {
+        let bytes = value.to_be_bytes();
+        bytes[bytes.len().saturating_sub(self.length())..].to_vec()
+    }
+
+    /// A value from network order; `None` if it is too long.
+    pub(super) fn decode(bytes: &[u8]) -> Option<u128> {
+        let mut value = [0; 16];
+        let start = value.len().checked_sub(bytes.len())?;
+        value[start..].copy_from_slice(bytes);
+        Some(u128::from_be_bytes(value))
+    }
+}
+
+impl Interval {
+    pub(super) fn new(first: u128, last: u128) -> Self {
+        Self { first, last }
+    }
+
+    /// The first value, as a number in host order.
+    pub fn first(&self) -> u128 {
+        self.first
+    }
+
+    /// The last value, as a number in host order.
+    pub fn last(&self) -> u128 {
+        self.last
+    }
+}
+
+impl From<IpNet> for Interval {
+    fn from(net: IpNet) -> Self {
+        Self { first: number(net.network()), last: number(net.broadcast()) }
+    }
+}
+
+impl From<IpAddr> for Interval {
+    fn from(address: IpAddr) -> Self {
+        Self { first: number(address), last: number(address) }
+    }
+}
+
+impl From<u16> for Interval {
+    fn from(port: u16) -> Self {
+        Self { first: port.into(), last: port.into() }
+    }
+}
+
+impl From<RangeInclusive<u16>> for Interval {
+    fn from(ports: RangeInclusive<u16>) -> Self {
+        Self { first: (*ports.start()).into(), last: (*ports.end()).into() }
+    }
+}
+
+fn number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(v4) => Ipv4Addr::to_bits(v4).into(),
+        IpAddr::V6(v6) => Ipv6Addr::to_bits(v6),
+    }
+}
+
+/// Puts the boundaries of an interval set together: each is a value and whether it ends an
+/// interval (the first value that no longer belongs to it).
+pub(super) fn join(mut boundaries: Vec<(u128, bool)>, max: u128) -> BTreeSet<Interval> {
+    // Where one interval ends and the next begins, the end comes first.
+    boundaries.sort_unstable_by_key(|(value, end)| (*value, !end));
+    let mut intervals = BTreeSet::new();
+    let mut open = None;
+    for (value, end) in boundaries {
+        if let Some(first) = open.take() {
+            intervals.insert(Interval::new(first, value.saturating_sub(1)));
+        }
+        if !end {
+            open = Some(value);
+        }
+    }
+    if let Some(first) = open {
+        intervals.insert(Interval::new(first, max));
+    }
+    intervals
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn boundaries_are_joined_in_any_order() {
+        let boundaries = vec![(20, true), (10, false), (20, false), (30, true), (250, false)];
+        let expected =
+            [Interval::new(10, 19), Interval::new(20, 29), Interval::new(250, 255)].into();
+        assert_eq!(join(boundaries, 255), expected);
+        assert_eq!(join(vec![(0, true)], 255), BTreeSet::new());
+    }
+
+    #[test]
+    fn networks_become_ranges_of_their_family() {
+        let nets: Vec<IpNet> = vec!["10.0.0.0/8".parse().unwrap(), "::/0".parse().unwrap()];
+        let v4 = Set::networks(KeyType::Ipv4, &nets);
+        assert_eq!(v4.elements, [Interval::new(0x0a00_0000, 0x0aff_ffff)].into());
+        let v6 = Set::networks(KeyType::Ipv6, &nets);
+        assert_eq!(v6.elements, [Interval::new(0, u128::MAX)].into());
+        assert_eq!(KeyType::Ipv4.encode(0x0a00_0001), [10, 0, 0, 1]);
+        assert_eq!(KeyType::Ipv4.max(), u128::from(u32::MAX));
+    }
+}

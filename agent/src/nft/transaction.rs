@@ -1,0 +1,236 @@
+//! Changes that are committed together.
+
+use crate::netlink::codec::Message;
+
+use super::rule::Rule;
+use super::set::{Interval, KeyType, Set};
+use super::table::{Chain, Table, TableFamily};
+use super::wire;
+
+/// A list of changes. Committed, all of them are done or none.
+#[derive(Debug, Default)]
+pub struct Transaction {
+    pub(super) steps: Vec<Step>,
+}
+
+/// One message, with what it does in words that complete "cannot ...".
+#[derive(Debug)]
+pub(super) struct Step {
+    pub(super) message: Message,
+    pub(super) what: String,
+    /// May be committed apart from the steps before it, if all do not fit one send.
+    pub(super) separable: bool,
+}
+
+/// Elements per message: the list is one attribute, which holds 64 KiB; an IPv6 interval takes
+/// 64 bytes.
+const ELEMENTS: usize = 500;
+
+const CREATE: u16 = libc::NLM_F_CREATE as u16;
+const APPEND: u16 = (libc::NLM_F_CREATE | libc::NLM_F_APPEND) as u16;
+
+impl Transaction {
+    /// Nothing to do.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    /// How many messages it takes.
+    pub fn messages(&self) -> usize {
+        self.steps.len()
+    }
+
+    /// Makes a table with everything in it, which must not be there yet.
+    pub fn create(&mut self, table: &Table) {
+        self.add_table(table);
+        for (name, set) in &table.sets {
+            self.add_set(table, name, set);
+        }
+        for (name, chain) in &table.chains {
+            self.add_chain(table, name, chain);
+        }
+        // After the chains, since rules may jump to any of them.
+        for (name, chain) in &table.chains {
+            for rule in &chain.rules {
+                self.add_rule(table.family, &table.name, name, rule);
+            }
+        }
+        for (name, set) in &table.sets {
+            self.add_elements(table, name, set.key, set.interval, set.elements.iter());
+        }
+    }
+
+    /// Deletes a table with everything in it.
+    pub fn delete_table(&mut self, family: TableFamily, name: &str) {
+        let mut message = message(family, wire::DELETE_TABLE, 0);
+        message.string(wire::table::NAME, name);
+        self.push(message, format!("delete table {family} {name}"));
+    }
+
+    /// Appends a rule to a chain, which may be somebody else's.
+    pub fn add_rule(&mut self, family: TableFamily, table: &str, chain: &str, rule: &Rule) {
+        let mut message = message(family, wire::NEW_RULE, APPEND);
+        message.string(wire::rule::TABLE, table).string(wire::rule::CHAIN, chain);
+        self.finish_rule(message, format!("add a rule to {family} {table} {chain}"), rule);
+    }
+
+    /// Puts a rule before all others of a chain, which may be somebody else's.
+    pub fn insert_rule(&mut self, family: TableFamily, table: &str, chain: &str, rule: &Rule) {
+        let mut message = message(family, wire::NEW_RULE, CREATE);
+        message.string(wire::rule::TABLE, table).string(wire::rule::CHAIN, chain);
+        self.finish_rule(message, format!("insert a rule into {family} {table} {chain}"), rule);
+    }
+
+    fn finish_rule(&mut self, mut message: Message, what: String, rule: &Rule) {
+        message.nest(wire::rule::EXPRESSIONS, |list| {
+            for expression in &rule.expressions {
+                expression.encode(list);
+            }
+        });
+        if let Some(comment) = &rule.comment {
+            message.bytes(wire::rule::USERDATA, &wire::comment_to_userdata(comment));
+        }
+        let names: Vec<_> = rule.expressions.iter().map(|e| e.name()).collect();
+        self.push(message, format!("{what} ({})", names.join(", ")));
+    }
+
+    /// Deletes one rule of a chain, by the handle it was read with.
+    pub fn delete_rule(&mut self, family: TableFamily, table: &str, chain: &str, handle: u64) {
+        let mut message = message(family, wire::DELETE_RULE, 0);
+        message.string(wire::rule::TABLE, table).string(wire::rule::CHAIN, chain);
+        message.u64_be(wire::rule::HANDLE, handle);
+        self.push(message, format!("delete a rule of {family} {table} {chain}"));
+    }
+
+    pub(super) fn add_table(&mut self, table: &Table) {
+        let mut message = message(table.family, wire::NEW_TABLE, CREATE);
+        message.string(wire::table::NAME, &table.name);
+        if let Some(comment) = &table.comment {
+            message.bytes(wire::table::USERDATA, &wire::comment_to_userdata(comment));
+        }
+        self.push(message, format!("make table {} {}", table.family, table.name));
+    }
+
+    pub(super) fn add_chain(&mut self, table: &Table, name: &str, chain: &Chain) {
+        let mut message = message(table.family, wire::NEW_CHAIN, CREATE);
+        message.string(wire::chain::TABLE, &table.name).string(wire::chain::NAME, name);
+        if let Some(base) = &chain.base {
+            message.string(wire::chain::TYPE, base.kind.name());
+            message.nest(wire::chain::HOOK, |hook| {
+                hook.u32_be(wire::chain::HOOK_NUMBER, base.hook.number());
+                // Signed, although the attribute is not.
+                hook.u32_be(wire::chain::HOOK_PRIORITY, base.priority as u32);
+            });
+            message.u32_be(wire::chain::POLICY, base.policy.number());
+        }
+        self.push(message, format!("make chain {} {} {name}", table.family, table.name));
+    }
+
+    pub(super) fn delete_chain(&mut self, table: &Table, name: &str) {
+        let mut message = message(table.family, wire::DELETE_CHAIN, 0);
+        message.string(wire::chain::TABLE, &table.name).string(wire::chain::NAME, name);
+        self.push(message, format!("delete chain {} {} {name}", table.family, table.name));
+    }
+
+    /// Deletes every rule of a chain.
+    pub(super) fn flush_chain(&mut self, table: &Table, name: &str) {
+        let mut message = message(table.family, wire::DELETE_RULE, 0);
+        message.string(wire::rule::TABLE, &table.name).string(wire::rule::CHAIN, name);
+        self.push(message, format!("empty chain {} {} {name}", table.family, table.name));
+    }
+
+    pub(super) fn add_set(&mut self, table: &Table, name: &str, set: &Set) {
+        let mut message = message(table.family, wire::NEW_SET, CREATE);
+        message.string(wire::set::TABLE, &table.name).string(wire::set::NAME, name);
+        let flags = if set.interval { wire::set::FLAG_INTERVAL } else { 0 };
+        message.u32_be(wire::set::FLAGS, flags);
+        message.u32_be(wire::set::KEY_TYPE, set.key.number());
+        message.u32_be(wire::set::KEY_LENGTH, set.key.length() as u32);
+        // Wanted by the kernel; of use only to refer to a set without a name.
+        message.u32_be(wire::set::ID, self.steps.len() as u32);
+        self.push(message, format!("make set {} {} {name}", table.family, table.name));
+    }
+
+    pub(super) fn delete_set(&mut self, table: &Table, name: &str) {
+        let mut message = message(table.family, wire::DELETE_SET, 0);
+        message.string(wire::set::TABLE, &table.name).string(wire::set::NAME, name);
+        self.push(message, format!("delete set {} {} {name}", table.family, table.name));
+    }
+
+    pub(super) fn add_elements<'a>(
+        &mut self,
+        table: &Table,
+        set: &str,
+        key: KeyType,
+        interval: bool,
+        elements: impl Iterator<Item = &'a Interval>,
+    ) {
+        self.elements(wire::NEW_ELEMENT, CREATE, table, set, key, interval, elements);
+    }
+
+    pub(super) fn delete_elements<'a>(
+        &mut self,
+        table: &Table,
+        set: &str,
+        key: KeyType,
+        interval: bool,
+        elements: impl Iterator<Item = &'a Interval>,
+    ) {
+        self.elements(wire::DELETE_ELEMENT, 0, table, set, key, interval, elements);
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the two callers name what they are")]
+    fn elements<'a>(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        table: &Table,
+        set: &str,
+        key: KeyType,
+        interval: bool,
+        elements: impl Iterator<Item = &'a Interval>,
+    ) {
+        let verb = if kind == wire::NEW_ELEMENT { "add elements to" } else { "delete elements of" };
+        let mut elements = elements.peekable();
+        while elements.peek().is_some() {
+            let mut message = message(table.family, kind, flags);
+            message.string(wire::element::LIST_TABLE, &table.name);
+            message.string(wire::element::LIST_SET, set);
+            message.nest(wire::element::LIST_ELEMENTS, |list| {
+                for element in elements.by_ref().take(ELEMENTS) {
+                    put_element(list, &key.encode(element.first()), false);
+                    // What reaches to the very end has no first value beyond it.
+                    if interval && element.last() < key.max() {
+                        put_element(list, &key.encode(element.last() + 1), true);
+                    }
+                }
+            });
+            let what = format!("{verb} set {} {} {set}", table.family, table.name);
+            self.steps.push(Step { message, what, separable: true });
+        }
+    }
+
+    fn push(&mut self, message: Message, what: String) {
+        self.steps.push(Step { message, what, separable: false });
+    }
+}
+
+fn message(family: TableFamily, kind: u16, flags: u16) -> Message {
+    Message::new(wire::message_kind(kind), flags, &wire::header(family.number(), 0))
+}
+
+fn put_element(list: &mut Message, key: &[u8], end: bool) {
+    list.nest(wire::LIST_ITEM, |item| {
+        item.nest(wire::element::KEY, |data| {
+            data.bytes(wire::DATA_VALUE, key);
+        });
+        if end {
+            item.u32_be(wire::element::FLAGS, wire::element::FLAG_INTERVAL_END);
+        }
+    });
+}
