@@ -1,1 +1,3 @@
-//! placeholder
+//! Towline's simulator, scripted servers, namespace lab and benchmarks.
+
+pub mod scripted;
