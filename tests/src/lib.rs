@@ -1,3 +1,4 @@
 //! Towline's simulator, scripted servers, namespace lab and benchmarks.
 
+pub mod lab;
 pub mod scripted;
