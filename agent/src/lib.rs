@@ -5,6 +5,7 @@
 
 pub mod config;
 pub mod control;
+pub mod dataplane;
 pub mod dial;
 pub mod discovery;
 pub mod join;
