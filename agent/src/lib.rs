@@ -8,6 +8,7 @@ pub mod control;
 pub mod dataplane;
 pub mod dial;
 pub mod discovery;
+pub mod host;
 pub mod join;
 pub mod keys;
 pub mod map_cache;
