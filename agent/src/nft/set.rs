@@ -204,7 +204,8 @@ mod tests {
 
     #[test]
     fn networks_become_ranges_of_their_family() {
-        let nets: Vec<IpNet> = vec!["10.0.0.0/8".parse().unwrap(), "::/0".parse().unwrap()];
+        let nets = ["10.255.255.0/24", "10.0.0.0/24", "10.0.0.0/8", "11.0.0.0/8", "::/0"];
+        let nets: Vec<IpNet> = nets.map(|net| net.parse().unwrap()).into();
         let v4 = Set::networks(KeyType::Ipv4, &nets);
         let ten = Interval::new(0x0a00_0000, 0x0aff_ffff);
         let eleven = Interval::new(0x0b00_0000, 0x0bff_ffff);
