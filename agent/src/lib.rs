@@ -3,8 +3,10 @@
 //! The decisions are in `towline-core`; here are the parts that carry them out, and the command
 //! line. The binary is one call of `cli::run`.
 
+pub mod cli;
 pub mod config;
 pub mod control;
+pub mod daemon;
 pub mod dataplane;
 pub mod dial;
 pub mod discovery;
