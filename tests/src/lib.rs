@@ -1,4 +1,1 @@
-//! Towline's simulator, scripted servers, namespace lab and benchmarks.
-
-pub mod lab;
-pub mod scripted;
+//! placeholder

@@ -1,0 +1,365 @@
+//! The mesh's certificate authority: one Ed25519 key that signs certificates (X.509) and
+//! statements (`towline_proto::signed`).
+//!
+//! The key is a file of its own, never in the store. The CA's certificate names the mesh, so the
+//! mesh's id is fixed at the first start. Nothing of a signing request but its public key ever
+//! reaches a certificate.
+
+use std::time::Duration;
+
+use data_encoding::HEXLOWER;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ED25519, PublicKeyData,
+    SanType, SerialNumber,
+};
+use ring::digest;
+use ring::signature::Ed25519KeyPair;
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer};
+use towline_proto::id::{Fingerprint, IdentityKey, MeshId, NodeId};
+use towline_proto::limits;
+use towline_proto::node::{Grant, MeshConfig, Tombstone};
+use towline_proto::signed::{self, Domain};
+use towline_proto::{CONTROLLER_TLS_NAME, pb};
+
+use crate::entropy::{self, NoEntropy};
+use crate::peer;
+use crate::state_dir::{StateDir, StateError};
+
+/// Life of a node's certificate; the agent renews it in time.
+pub const NODE_LIFE: Duration = Duration::from_secs(24 * 3600);
+/// Life of the controller's own certificate, which it replaces while it runs.
+pub const SERVER_LIFE: Duration = Duration::from_secs(24 * 3600);
+/// Life of the administrator's certificate, which the controller replaces while it runs.
+pub const ADMIN_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Certificates are valid from a while before they were made, for clocks that are behind.
+pub const BACKDATED: Duration = Duration::from_secs(3600);
+/// Life of the CA itself.
+const CA_LIFE: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
+
+/// The CA.
+pub struct Authority {
+    mesh_id: MeshId,
+    certificate: CertificateDer<'static>,
+    fingerprint: Fingerprint,
+    public_key: IdentityKey,
+    issuer: Issuer<'static, KeyPair>,
+    statements: Ed25519KeyPair,
+}
+
+/// Why there is no CA.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthorityError {
+    /// Its files cannot be read or written.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// One of its two files is gone.
+    #[error(
+        "{missing} is missing although the mesh was set up before: restore it from a backup \
+         (without it the mesh has to be set up anew, in an empty state directory)"
+    )]
+    Gone {
+        /// Which file.
+        missing: String,
+    },
+    /// No random bytes.
+    #[error(transparent)]
+    Entropy(#[from] NoEntropy),
+    /// Signing failed.
+    #[error("cannot make a certificate: {0}")]
+    Certificate(#[from] rcgen::Error),
+}
+
+/// Why a signing request is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidCsr {
+    /// Not PKCS#10, or its own signature does not verify.
+    #[error("the certificate signing request is malformed, or its signature does not verify")]
+    Malformed,
+    /// Longer than `limits::CSR_BYTES`.
+    #[error("the certificate signing request is too long")]
+    TooLong,
+    /// Another kind of key.
+    #[error("the certificate signing request is not for an Ed25519 key")]
+    Algorithm,
+}
+
+/// Whom a certificate is for.
+#[derive(Debug, Clone, Copy)]
+pub enum Subject<'a> {
+    /// The controller itself.
+    Controller,
+    /// An administrator.
+    Admin(&'a str),
+    /// A node.
+    Node(NodeId),
+}
+
+impl Authority {
+    /// Reads the CA from the state directory. It is made where there is none yet; `fresh` says
+    /// that nothing was signed with it so far, so that a first start that was cut short between
+    /// the two files goes on.
+    pub fn load_or_create(dir: &StateDir, fresh: bool, now: i64) -> Result<Self, AuthorityError> {
+        let gone =
+            |name: &str| AuthorityError::Gone { missing: dir.file(name).display().to_string() };
+        let key = match dir.read("ca.key")? {
+            Some(pem) => KeyPair::from_pkcs8_pem_and_sign_algo(&pem, &PKCS_ED25519)
+                .map_err(|_| dir.damaged("ca.key", "it holds no Ed25519 key"))?,
+            None if fresh => {
+                let key = KeyPair::generate_for(&PKCS_ED25519)?;
+                dir.write("ca.key", 0o600, &key.serialize_pem())?;
+                key
+            }
+            None => return Err(gone("ca.key")),
+        };
+        let certificate = match dir.read("ca.crt")? {
+            Some(pem) => CertificateDer::from_pem_slice(pem.as_bytes())
+                .map_err(|_| dir.damaged("ca.crt", "it holds no certificate"))?,
+            None if fresh => {
+                let certificate = ca_params(MeshId(entropy::random()?), now)?.self_signed(&key)?;
+                dir.write("ca.crt", 0o644, &certificate.pem())?;
+                certificate.into()
+            }
+            None => return Err(gone("ca.crt")),
+        };
+        Self::new(certificate, key)
+            .ok_or_else(|| dir.damaged("ca.crt", "it is not the certificate of ca.key").into())
+    }
+
+    fn new(certificate: CertificateDer<'static>, key: KeyPair) -> Option<Self> {
+        let (mesh_id, public_key) = peer::mesh_authority(&certificate)?;
+        if key.public_key_raw() != public_key.as_bytes() {
+            return None;
+        }
+        let statements = Ed25519KeyPair::from_pkcs8_maybe_unchecked(key.serialized_der()).ok()?;
+        let digest = digest::digest(&digest::SHA256, &certificate);
+        let fingerprint = Fingerprint::try_from(digest.as_ref()).ok()?;
+        let issuer = Issuer::from_ca_cert_der(&certificate, key).ok()?;
+        Some(Self { mesh_id, certificate, fingerprint, public_key, issuer, statements })
+    }
+
+    /// The mesh it stands for.
+    pub fn mesh_id(&self) -> MeshId {
+        self.mesh_id
+    }
+
+    /// Its certificate.
+    pub fn certificate(&self) -> &CertificateDer<'static> {
+        &self.certificate
+    }
+
+    /// SHA-256 over its certificate, as tokens carry it.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+
+    /// The key that its statements verify with.
+    pub fn public_key(&self) -> &IdentityKey {
+        &self.public_key
+    }
+
+    /// Signs a grant.
+    pub fn sign_grant(&self, grant: &Grant) -> pb::Signed {
+        signed::sign(Domain::Grant, &pb::Grant::from(grant), &self.statements)
+    }
+
+    /// Signs a tombstone.
+    pub fn sign_tombstone(&self, tombstone: &Tombstone) -> pb::Signed {
+        signed::sign(Domain::Tombstone, &pb::Tombstone::from(tombstone), &self.statements)
+    }
+
+    /// Signs the mesh's configuration.
+    pub fn sign_mesh(&self, mesh: &MeshConfig) -> pb::Signed {
+        signed::sign(Domain::Mesh, &pb::MeshConfig::from(mesh), &self.statements)
+    }
+
+    /// A certificate for a key that the subject holds; `now` in seconds since 1970.
+    pub fn issue(
+        &self,
+        subject: Subject<'_>,
+        key: &impl PublicKeyData,
+        now: i64,
+    ) -> Result<CertificateDer<'static>, AuthorityError> {
+        let life = match subject {
+            Subject::Controller => SERVER_LIFE,
+            Subject::Admin(_) => ADMIN_LIFE,
+            Subject::Node(_) => NODE_LIFE,
+        };
+        let mut params = params(now, life)?;
+        params.use_authority_key_identifier_extension = true;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![match subject {
+            Subject::Controller => ExtendedKeyUsagePurpose::ServerAuth,
+            Subject::Admin(_) | Subject::Node(_) => ExtendedKeyUsagePurpose::ClientAuth,
+        }];
+        let (name, san) = match subject {
+            Subject::Controller => (
+                "towline controller".to_owned(),
+                SanType::DnsName(CONTROLLER_TLS_NAME.to_owned().try_into()?),
+            ),
+            Subject::Admin(admin) => {
+                (format!("towline admin {admin}"), uri(&peer::admin_uri(self.mesh_id, admin))?)
+            }
+            Subject::Node(node) => {
+                (format!("towline node {node}"), uri(&peer::node_uri(self.mesh_id, node))?)
+            }
+        };
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.subject_alt_names = vec![san];
+        Ok(params.signed_by(key, &self.issuer)?.into())
+    }
+}
+
+/// The Ed25519 key of a signing request whose own signature holds. All else it says is ignored.
+pub fn csr_key(der: &[u8]) -> Result<(IdentityKey, impl PublicKeyData), InvalidCsr> {
+    if der.len() > limits::CSR_BYTES {
+        return Err(InvalidCsr::TooLong);
+    }
+    let csr = CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(der))
+        .map_err(|_| InvalidCsr::Malformed)?;
+    if csr.public_key.algorithm() != &PKCS_ED25519 {
+        return Err(InvalidCsr::Algorithm);
+    }
+    let key =
+        IdentityKey::try_from(csr.public_key.der_bytes()).map_err(|_| InvalidCsr::Algorithm)?;
+    Ok((key, csr.public_key))
+}
+
+/// Makes the administrator's credential, or renews its certificate; the key stays.
+pub fn renew_admin(dir: &StateDir, authority: &Authority, now: i64) -> Result<(), AuthorityError> {
+    let kept = dir.read("admin.key")?;
+    let kept = kept.and_then(|pem| KeyPair::from_pkcs8_pem_and_sign_algo(&pem, &PKCS_ED25519).ok());
+    let key = match kept {
+        Some(key) => key,
+        None => {
+            let key = KeyPair::generate_for(&PKCS_ED25519)?;
+            dir.write("admin.key", 0o600, &key.serialize_pem())?;
+            key
+        }
+    };
+    let certificate = authority.issue(Subject::Admin("local"), &key, now)?;
+    Ok(dir.write("admin.crt", 0o600, &pem(&certificate))?)
+}
+
+/// A key for the controller's own certificate, and that certificate.
+pub fn server_credential(
+    authority: &Authority,
+    now: i64,
+) -> Result<(CertificateDer<'static>, PrivatePkcs8KeyDer<'static>), AuthorityError> {
+    let key = KeyPair::generate_for(&PKCS_ED25519)?;
+    Ok((authority.issue(Subject::Controller, &key, now)?, key.into()))
+}
+
+fn pem(certificate: &CertificateDer<'_>) -> String {
+    let body = data_encoding::BASE64.encode(certificate);
+    let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
+    for line in body.as_bytes().chunks(64) {
+        pem.extend(line.iter().copied().map(char::from));
+        pem.push('\n');
+    }
+    pem.push_str("-----END CERTIFICATE-----\n");
+    pem
+}
+
+fn uri(text: &str) -> Result<SanType, rcgen::Error> {
+    Ok(SanType::URI(text.to_owned().try_into()?))
+}
+
+fn params(now: i64, life: Duration) -> Result<CertificateParams, AuthorityError> {
+    let mut serial: [u8; 16] = entropy::random()?;
+    // RFC 5280 section 4.1.2.2: positive.
+    serial[0] = serial[0] & 0x7f | 0x40;
+    let mut params = CertificateParams::default();
+    let epoch = rcgen::date_time_ymd(1970, 1, 1);
+    let seconds = u64::try_from(now).unwrap_or(0);
+    params.not_before = epoch + Duration::from_secs(seconds).saturating_sub(BACKDATED);
+    params.not_after = epoch + (Duration::from_secs(seconds) + life);
+    params.serial_number = Some(SerialNumber::from_slice(&serial));
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    Ok(params)
+}
+
+fn ca_params(mesh_id: MeshId, now: i64) -> Result<CertificateParams, AuthorityError> {
+    let mut params = params(now, CA_LIFE)?;
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let name = format!("towline mesh {}", HEXLOWER.encode(&mesh_id.0));
+    params.distinguished_name.push(DnType::CommonName, name);
+    params.subject_alt_names = vec![uri(&peer::mesh_uri(mesh_id))?];
+    Ok(params)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn authority(dir: &StateDir) -> Authority {
+        Authority::load_or_create(dir, true, 1_700_000_000).unwrap()
+    }
+
+    #[test]
+    fn the_authority_is_the_same_after_a_restart_and_is_never_made_twice() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(root.path());
+        let first = authority(&dir);
+        let again = Authority::load_or_create(&dir, false, 1_800_000_000).unwrap();
+        assert_eq!(first.fingerprint(), again.fingerprint());
+        assert_eq!(first.mesh_id(), again.mesh_id());
+
+        dir.remove("ca.crt").unwrap();
+        let error = Authority::load_or_create(&dir, false, 0).err().unwrap();
+        assert!(error.to_string().contains("ca.crt is missing"), "{error}");
+        dir.remove("ca.key").unwrap();
+        let error = Authority::load_or_create(&dir, false, 0).err().unwrap();
+        assert!(error.to_string().contains("ca.key is missing"), "{error}");
+    }
+
+    #[test]
+    fn a_key_of_another_authority_or_no_key_at_all_is_told_and_kept() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(root.path());
+        authority(&dir);
+        let other = KeyPair::generate_for(&PKCS_ED25519).unwrap().serialize_pem();
+        dir.write("ca.key", 0o600, &other).unwrap();
+        let error = Authority::load_or_create(&dir, true, 0).err().unwrap();
+        assert!(error.to_string().contains("not the certificate of ca.key"), "{error}");
+        dir.write("ca.key", 0o600, "junk").unwrap();
+        let error = Authority::load_or_create(&dir, true, 0).err().unwrap();
+        assert!(error.to_string().contains("no Ed25519 key"), "{error}");
+        assert_eq!(dir.read("ca.key").unwrap().as_deref(), Some("junk"));
+    }
+
+    #[test]
+    fn only_the_key_of_a_signing_request_reaches_the_certificate() {
+        let root = tempfile::tempdir().unwrap();
+        let authority = authority(&StateDir::new(root.path()));
+        let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
+        let admin = peer::admin_uri(authority.mesh_id(), "local");
+        let mut asked = CertificateParams::new([CONTROLLER_TLS_NAME.to_owned()]).unwrap();
+        asked.subject_alt_names.push(uri(&admin).unwrap());
+        let csr = asked.serialize_request(&key).unwrap();
+
+        let (identity, public) = csr_key(csr.der()).unwrap();
+        assert_eq!(identity.as_bytes().as_slice(), key.public_key_raw());
+        let node = NodeId([5; 16]);
+        let der = authority.issue(Subject::Node(node), &public, 1_700_000_000).unwrap();
+        let seen = peer::Peer::from_certificate(&der).unwrap();
+        assert_eq!(seen.name, peer::PeerName::Node(node));
+        assert_eq!(seen.key, identity);
+    }
+
+    #[test]
+    fn signing_requests_of_another_kind_are_refused() {
+        let ecdsa = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+        let csr = CertificateParams::default().serialize_request(&ecdsa).unwrap();
+        assert_eq!(csr_key(csr.der()).err(), Some(InvalidCsr::Algorithm));
+        assert_eq!(csr_key(b"junk").err(), Some(InvalidCsr::Malformed));
+        assert_eq!(csr_key(&[0; limits::CSR_BYTES + 1]).err(), Some(InvalidCsr::TooLong));
+        let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
+        let mut forged =
+            CertificateParams::default().serialize_request(&key).unwrap().der().to_vec();
+        *forged.last_mut().unwrap() ^= 1;
+        assert_eq!(csr_key(&forged).err(), Some(InvalidCsr::Malformed));
+    }
+}

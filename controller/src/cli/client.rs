@@ -1,0 +1,131 @@
+//! The connection to a running controller, as an administrator.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use hyper_util::rt::TokioIo;
+use rustls::RootCertStore;
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tonic::transport::{Channel, Endpoint};
+use towline_proto::id::IdentityKey;
+use towline_proto::pb::admin_client::AdminClient;
+use towline_proto::token::ControllerAddress;
+use towline_proto::{CONTROLLER_TLS_NAME, limits};
+
+use crate::peer;
+use crate::state_dir::StateDir;
+use crate::tls::ALPN;
+
+/// How long a connection, and any one answer, may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A connected administrator.
+pub(super) struct Client {
+    /// The service.
+    pub(super) admin: AdminClient<Channel>,
+    /// The key that the CA's statements verify with.
+    pub(super) ca: IdentityKey,
+}
+
+/// Connects to the controller at `address`, or to the one that runs on the state directory.
+pub(super) async fn connect(
+    state_dir: &Path,
+    address: Option<&ControllerAddress>,
+) -> anyhow::Result<Client> {
+    let dir = StateDir::new(state_dir);
+    let shown = state_dir.display();
+    let Some(ca) = dir.read("ca.crt")? else {
+        bail!(
+            "no controller was set up in {shown}: start one with `towline-controller serve`, or name its --state-dir"
+        );
+    };
+    let not_running = || {
+        format!(
+            "the controller of {shown} is not running: start it with `towline-controller serve`"
+        )
+    };
+    let address = match (address, dir.read("address")?) {
+        (Some(address), _) => address.to_string(),
+        (None, Some(address)) => address.trim_end().to_owned(),
+        (None, None) => bail!(not_running()),
+    };
+    let ca = CertificateDer::from_pem_slice(ca.as_bytes()).context("ca.crt is damaged")?;
+    let (_, ca_key) = peer::mesh_authority(&ca).context("ca.crt is damaged")?;
+    let connector = tls(&dir, ca)?;
+
+    let connecting = async {
+        let stream = TcpStream::connect(&address).await?;
+        let name = ServerName::try_from(CONTROLLER_TLS_NAME).map_err(std::io::Error::other)?;
+        connector.connect(name, stream).await
+    };
+    let stream = match timeout(PATIENCE, connecting).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+            bail!(not_running())
+        }
+        Ok(Err(error)) => {
+            return Err(error)
+                .with_context(|| format!("cannot connect to the controller at {address}"));
+        }
+        Err(_) => bail!("the controller at {address} does not answer"),
+    };
+    let channel = channel(stream).await.context("cannot speak to the controller")?;
+    let admin = AdminClient::new(channel).max_decoding_message_size(limits::MESSAGE_BYTES);
+    Ok(Client { admin, ca: ca_key })
+}
+
+fn tls(dir: &StateDir, ca: CertificateDer<'static>) -> anyhow::Result<TlsConnector> {
+    let read = |name: &str| -> anyhow::Result<String> {
+        let text = dir.read(name)?;
+        text.with_context(|| {
+            format!(
+                "{} is missing: restart the controller, it makes it anew",
+                dir.file(name).display()
+            )
+        })
+    };
+    let certificate = CertificateDer::from_pem_slice(read("admin.crt")?.as_bytes())
+        .context("admin.crt is damaged: restart the controller, it makes it anew")?;
+    let key = PrivateKeyDer::from_pem_slice(read("admin.key")?.as_bytes())
+        .context("admin.key is damaged: remove it and restart the controller, it makes it anew")?;
+    let mut roots = RootCertStore::empty();
+    roots.add(ca).context("ca.crt is damaged")?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(roots)
+        .with_client_auth_cert(vec![certificate], key)
+        .context("admin.crt and admin.key do not belong together: restart the controller")?;
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    Ok(TlsConnector::from(Arc::new(config)))
+}
+
+/// A channel over a stream that is there already, so that what went wrong with connecting can be
+/// told in its own words.
+async fn channel(stream: TlsStream<TcpStream>) -> Result<Channel, tonic::transport::Error> {
+    let mut stream = Some(stream);
+    Endpoint::from_static("http://controller")
+        .timeout(PATIENCE)
+        .connect_with_connector(tower::service_fn(move |_: http::Uri| {
+            let stream = stream.take().map(TokioIo::new);
+            async { stream.ok_or_else(|| std::io::Error::other("the connection is over")) }
+        }))
+        .await
+}
+
+/// What a refused request says to the operator.
+pub(super) fn told(status: tonic::Status) -> anyhow::Error {
+    let line: String = status.message().split_whitespace().collect::<Vec<_>>().join(" ");
+    if line.is_empty() {
+        anyhow::anyhow!("the controller refused: {}", status.code())
+    } else {
+        anyhow::anyhow!(line)
+    }
+}

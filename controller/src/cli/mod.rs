@@ -1,0 +1,211 @@
+//! The command line: stdout is data, stderr is talk. Exit 0 done, 1 failed, 2 wrong usage.
+//!
+//! `serve` runs the controller; every other command talks to a running one over gRPC, with the
+//! administrator's credential from the state directory. None ever opens the store.
+
+mod client;
+mod node;
+mod output;
+mod token;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use jiff::SignedDuration;
+use tokio::signal::unix::{SignalKind, signal};
+use towline_proto::token::ControllerAddress;
+use tracing_subscriber::EnvFilter;
+
+use crate::config::Settings;
+use crate::server::Controller;
+
+/// The Towline controller: who is in the mesh, and who may be.
+#[derive(Debug, Parser)]
+#[command(name = "towline-controller", version = towline_proto::VERSION, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Args)]
+struct Common {
+    /// Configuration file [default: /etc/towline/controller.toml, if it is there]
+    #[arg(long, global = true, env = "TOWLINE_CONTROLLER_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where the controller keeps its state [default: /var/lib/towline-controller]
+    #[arg(long, global = true, env = "TOWLINE_CONTROLLER_STATE_DIR", value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// The running controller to talk to [default: the one of the state directory]
+    #[arg(long, global = true, env = "TOWLINE_CONTROLLER", value_name = "HOST:PORT")]
+    controller: Option<ControllerAddress>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the controller; its first start creates the mesh
+    Serve(Serve),
+    /// Create, list and revoke join tokens
+    #[command(subcommand)]
+    Token(token::Token),
+    /// List, show and remove nodes
+    #[command(subcommand)]
+    Node(node::Node),
+    /// Look at the configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Print the version
+    Version,
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Parse the configuration as `serve` would, and do nothing else
+    Check(Serve),
+}
+
+#[derive(Debug, Args)]
+struct Serve {
+    /// Where to listen [default: [::]:7443]
+    #[arg(long, env = "TOWLINE_CONTROLLER_LISTEN", value_name = "ADDR:PORT")]
+    listen: Option<SocketAddr>,
+    /// An address under which nodes reach the controller, to be put into tokens; may be repeated
+    #[arg(
+        long,
+        env = "TOWLINE_CONTROLLER_ADVERTISE",
+        value_name = "HOST:PORT",
+        value_delimiter = ','
+    )]
+    advertise: Vec<ControllerAddress>,
+    /// IPv6 range of the overlay [default: a random /64 in fd00::/8]
+    #[arg(long, env = "TOWLINE_CONTROLLER_OVERLAY_V6", value_name = "CIDR")]
+    overlay_v6: Option<Ipv6Net>,
+    /// IPv4 range of the overlay [default: 198.19.0.0/16]
+    #[arg(long, env = "TOWLINE_CONTROLLER_OVERLAY_V4", value_name = "CIDR")]
+    overlay_v4: Option<Ipv4Net>,
+    /// A range inside which an address without an owner is unreachable rather than sent in clear;
+    /// may be repeated
+    #[arg(long, env = "TOWLINE_CONTROLLER_PROTECTED", value_name = "CIDR", value_delimiter = ',')]
+    protected: Vec<IpNet>,
+    /// How long a node may be offline before others may take over its prefixes [default: 10m]
+    #[arg(long, env = "TOWLINE_CONTROLLER_LEASE", value_name = "DURATION")]
+    lease: Option<SignedDuration>,
+}
+
+impl Common {
+    fn settings(&self) -> anyhow::Result<Settings> {
+        let flags = Settings { state_dir: self.state_dir.clone(), ..Settings::default() };
+        Ok(flags.or(Settings::read(self.config.as_deref())?))
+    }
+
+    async fn connect(&self) -> anyhow::Result<client::Client> {
+        client::connect(&self.settings()?.state_dir(), self.controller.as_ref()).await
+    }
+}
+
+impl Serve {
+    fn settings(self, common: &Common) -> anyhow::Result<Settings> {
+        let some = |list: Vec<_>| (!list.is_empty()).then_some(list);
+        let flags = Settings {
+            state_dir: None,
+            listen: self.listen,
+            advertise: (!self.advertise.is_empty()).then_some(self.advertise),
+            overlay_v6: self.overlay_v6,
+            overlay_v4: self.overlay_v4,
+            protected: some(self.protected),
+            lease: self.lease,
+        };
+        Ok(flags.or(common.settings()?))
+    }
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("towline-controller: {}", output::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let Cli { common, command } = cli;
+    match command {
+        Command::Serve(serve) => serve_until_signal(serve.settings(&common)?),
+        Command::Token(command) => block_on(token::run(command, &common)),
+        Command::Node(command) => block_on(node::run(command, &common)),
+        Command::Config(ConfigCommand::Check(serve)) => {
+            serve.settings(&common)?.resolve()?;
+            eprintln!("the configuration is good");
+            Ok(())
+        }
+        Command::Version => output::line(towline_proto::VERSION),
+    }
+}
+
+fn serve_until_signal(settings: Settings) -> anyhow::Result<()> {
+    let config = settings.resolve()?;
+    let filter = EnvFilter::try_from_env("TOWLINE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_writer(std::io::stderr)
+        .init();
+    raise_file_limit();
+    block_on(async {
+        // Before the start, so that no signal after it is missed.
+        let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+        let controller = Controller::start(config)?;
+        tracing::info!(
+            version = towline_proto::VERSION,
+            state_dir = %controller.state_dir().display(),
+            "started"
+        );
+        controller
+            .run(async {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+            })
+            .await?;
+        Ok(())
+    })
+}
+
+/// Each node holds a connection: as many as the system lets us have. Less is no error here.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(future)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,205 @@
+//! `towline-controller node`.
+
+use std::collections::BTreeMap;
+
+use anyhow::Context;
+use clap::Subcommand;
+use serde::Serialize;
+use towline_proto::id::{IdentityKey, NodeId};
+use towline_proto::{pb, signed};
+
+use super::Common;
+use super::client::{Client, told};
+use super::output::{self, Format};
+use crate::clock::Now;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Node {
+    /// List the nodes
+    List {
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
+    /// Show all that is known of a node
+    Show {
+        /// Its name
+        name: String,
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
+    /// Remove a node for good: it can join again only with a new token and fresh keys
+    Remove {
+        /// Its name
+        name: String,
+    },
+}
+
+pub(super) async fn run(command: Node, common: &Common) -> anyhow::Result<()> {
+    match command {
+        Node::List { output } => {
+            let nodes = list(&mut common.connect().await?).await?;
+            output::write(output, &nodes, |wide| table(&nodes, wide))
+        }
+        Node::Show { name, output } => {
+            let mut client = common.connect().await?;
+            let request = pb::ListNodesRequest { name, after: String::new() };
+            let found = client.admin.list_nodes(request).await.map_err(told)?.into_inner().nodes;
+            let node = found.first().context("the controller answered without the node")?;
+            let node = View::read(node, &client.ca)?;
+            output::write(output, &node, |_| sheet(&node))
+        }
+        Node::Remove { name } => {
+            let request = pb::RemoveNodeRequest { name: name.clone() };
+            common.connect().await?.admin.remove_node(request).await.map_err(told)?;
+            eprintln!("node {name} is removed");
+            Ok(())
+        }
+    }
+}
+
+async fn list(client: &mut Client) -> anyhow::Result<Vec<View>> {
+    let mut nodes: Vec<View> = Vec::new();
+    loop {
+        let after = nodes.last().map(|node| node.name.clone()).unwrap_or_default();
+        let request = pb::ListNodesRequest { name: String::new(), after };
+        let page = client.admin.list_nodes(request).await.map_err(told)?.into_inner();
+        for node in &page.nodes {
+            nodes.push(View::read(node, &client.ca)?);
+        }
+        if !page.more {
+            return Ok(nodes);
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct View {
+    name: String,
+    id: NodeId,
+    site: String,
+    online: bool,
+    overlay_addresses: Vec<String>,
+    prefixes: Vec<String>,
+    allowed_prefixes: Vec<String>,
+    candidates: Vec<String>,
+    version: String,
+    generation: Option<u64>,
+    wireguard_key: Option<String>,
+    identity_key: IdentityKey,
+    labels: BTreeMap<String, String>,
+    ephemeral: bool,
+    joined_at: Option<String>,
+    last_seen: Option<String>,
+    session_address: String,
+    problems: Vec<String>,
+    #[serde(skip)]
+    last_seen_unix: i64,
+}
+
+impl View {
+    fn read(info: &pb::NodeInfo, ca: &IdentityKey) -> anyhow::Result<Self> {
+        let grant = signed::grant(info.grant.as_ref(), ca)?;
+        let record = match &info.record {
+            Some(record) => Some(signed::record(Some(record), &grant.identity_key)?),
+            None => None,
+        };
+        let texts = |items: &[ipnet::IpNet]| items.iter().map(ToString::to_string).collect();
+        let candidate = |candidate: &towline_proto::node::Candidate| {
+            format!("{} ({})", candidate.address(), candidate.kind())
+        };
+        Ok(Self {
+            name: grant.name.to_string(),
+            id: grant.node_id,
+            site: grant.site.as_ref().map(ToString::to_string).unwrap_or_default(),
+            online: info.online,
+            overlay_addresses: grant.overlay.iter().map(|address| address.to_string()).collect(),
+            prefixes: record.as_ref().map(|record| texts(&record.prefixes)).unwrap_or_default(),
+            allowed_prefixes: texts(&grant.allowed_prefixes),
+            candidates: record
+                .as_ref()
+                .map(|record| record.candidates.iter().map(candidate).collect())
+                .unwrap_or_default(),
+            generation: record.as_ref().map(|record| record.generation),
+            version: record.map(|record| record.version).unwrap_or_default(),
+            wireguard_key: grant.wireguard_keys.first().map(ToString::to_string),
+            identity_key: grant.identity_key,
+            labels: grant.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
+            ephemeral: grant.ephemeral,
+            joined_at: output::time(info.joined_at),
+            last_seen: output::time(info.last_seen),
+            session_address: info.session_address.clone(),
+            problems: info.problems.clone(),
+            last_seen_unix: info.last_seen,
+        })
+    }
+
+    fn state(&self) -> &'static str {
+        if self.online { "online" } else { "offline" }
+    }
+
+    fn seen(&self) -> String {
+        match self.last_seen_unix {
+            0 => "never".to_owned(),
+            _ if self.online => "now".to_owned(),
+            at => format!("{} ago", output::span(Now::read().unix - at)),
+        }
+    }
+}
+
+fn or_dash(text: &str) -> String {
+    if text.is_empty() { "-".to_owned() } else { text.to_owned() }
+}
+
+fn table(nodes: &[View], wide: bool) -> String {
+    let mut header = vec!["NAME", "SITE", "STATE", "SEEN", "OVERLAY", "PREFIXES", "PROBLEMS"];
+    if wide {
+        header.extend(["ID", "VERSION", "FROM", "WIREGUARD KEY"]);
+    }
+    let rows = nodes.iter().map(|node| {
+        let mut row = vec![
+            node.name.clone(),
+            or_dash(&node.site),
+            node.state().to_owned(),
+            node.seen(),
+            output::list(&node.overlay_addresses),
+            output::list(&node.prefixes),
+            node.problems.len().to_string(),
+        ];
+        if wide {
+            row.extend([
+                node.id.to_string(),
+                or_dash(&node.version),
+                or_dash(&node.session_address),
+                or_dash(node.wireguard_key.as_deref().unwrap_or_default()),
+            ]);
+        }
+        row
+    });
+    output::table(&header, rows)
+}
+
+fn sheet(node: &View) -> String {
+    let labels: Vec<String> = node.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
+    let mut lines = vec![
+        ("name", node.name.clone()),
+        ("id", node.id.to_string()),
+        ("site", or_dash(&node.site)),
+        ("state", format!("{}, seen {}", node.state(), node.seen())),
+        ("from", or_dash(&node.session_address)),
+        ("joined", or_dash(node.joined_at.as_deref().unwrap_or_default())),
+        ("overlay", output::list(&node.overlay_addresses)),
+        ("prefixes", output::list(&node.prefixes)),
+        ("allowed", output::list(&node.allowed_prefixes)),
+        ("candidates", output::list(&node.candidates)),
+        ("labels", output::list(&labels)),
+        ("ephemeral", node.ephemeral.to_string()),
+        ("version", or_dash(&node.version)),
+        ("wireguard key", or_dash(node.wireguard_key.as_deref().unwrap_or_default())),
+        ("identity key", node.identity_key.to_string()),
+    ];
+    lines.extend(node.problems.iter().map(|problem| ("problem", problem.clone())));
+    let lines = lines.iter().map(|(name, value)| format!("{:<15}{value}", format!("{name}:")));
+    lines.collect::<Vec<_>>().join("\n")
+}

@@ -1,0 +1,117 @@
+//! Results as tables, JSON or YAML.
+
+use std::io::{self, Write};
+
+use clap::ValueEnum;
+use comfy_table::Table;
+use comfy_table::presets::NOTHING;
+use jiff::Timestamp;
+use serde::Serialize;
+
+/// In which form a reading command answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(super) enum Format {
+    /// For people.
+    #[default]
+    Table,
+    /// For people with wide windows.
+    Wide,
+    /// One JSON value.
+    Json,
+    /// One YAML document.
+    Yaml,
+}
+
+/// Writes one line, or several, to standard output.
+pub(super) fn line(text: &str) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "{text}")?;
+    Ok(stdout.flush()?)
+}
+
+/// Writes a value as JSON or YAML, or its table.
+pub(super) fn write(
+    format: Format,
+    value: &impl Serialize,
+    table: impl FnOnce(bool) -> String,
+) -> anyhow::Result<()> {
+    match format {
+        Format::Table => line(&table(false)),
+        Format::Wide => line(&table(true)),
+        Format::Json => line(&serde_json::to_string_pretty(value)?),
+        Format::Yaml => line(serde_saphyr::to_string(value)?.trim_end()),
+    }
+}
+
+/// Columns side by side, without lines.
+pub(super) fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(NOTHING).set_header(header.iter().copied());
+    table.add_rows(rows);
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table.trim_fmt()
+}
+
+/// Several values in one cell.
+pub(super) fn list<T: ToString>(items: &[T]) -> String {
+    if items.is_empty() {
+        return "-".to_owned();
+    }
+    items.iter().map(T::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// A moment, RFC 3339; `None` for one that never was.
+pub(super) fn time(unix: i64) -> Option<String> {
+    if unix == 0 {
+        return None;
+    }
+    Timestamp::from_second(unix).ok().map(|time| time.to_string())
+}
+
+/// A span of time, in its largest whole unit.
+pub(super) fn span(seconds: i64) -> String {
+    let seconds = seconds.max(0);
+    match seconds {
+        0..120 => format!("{seconds}s"),
+        120..7_200 => format!("{}m", seconds / 60),
+        7_200..172_800 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+/// An error and its causes in one line, each said once.
+pub(super) fn chain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text.replace('\n', " ")
+}
+
+/// The reader of standard output has gone: nothing to complain about.
+pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_has_no_trailing_blanks_and_spans_are_short() {
+        let text = table(&["A", "LONG"], [vec!["aaaa".into(), "b".into()]]);
+        assert_eq!(text, "A     LONG\naaaa  b");
+        assert_eq!(span(59), "59s");
+        assert_eq!(span(3600), "60m");
+        assert_eq!(span(3 * 86_400), "3d");
+        assert_eq!(time(0), None);
+        assert_eq!(time(1_700_000_000).unwrap(), "2023-11-14T22:13:20Z");
+    }
+}

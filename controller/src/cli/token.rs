@@ -1,0 +1,232 @@
+//! `towline-controller token`.
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use ipnet::IpNet;
+use jiff::SignedDuration;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use towline_proto::{limits, pb};
+
+use super::Common;
+use super::client::{Client, told};
+use super::output::{self, Format};
+use crate::clock::Now;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Token {
+    /// Create a join token; it is shown once, alone on standard output
+    Create(Create),
+    /// List the tokens; never their secrets
+    List {
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
+    /// Revoke a token; nodes that joined with it stay
+    Revoke {
+        /// Its id
+        id: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Create {
+    /// How long it is good for, as in `30m` or `7d`
+    #[arg(long, default_value = "1h", value_name = "DURATION")]
+    ttl: SignedDuration,
+    /// How many nodes may join with it
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    uses: u32,
+    /// Which names they may have: a DNS label in which `*` stands for any run of characters
+    #[arg(long, value_name = "PATTERN")]
+    name: Option<String>,
+    /// Their site: nodes of one site share a LAN
+    #[arg(long)]
+    site: Option<String>,
+    /// A label of theirs; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    labels: Vec<String>,
+    /// A network that they may announce, whole or in part; may be repeated
+    #[arg(long = "prefix", value_name = "CIDR")]
+    prefixes: Vec<IpNet>,
+    /// The node that the joining machine replaces: it is removed as the other joins
+    #[arg(long, value_name = "NAME")]
+    replace: Option<String>,
+    /// Remove the nodes when they stay away for longer than the lease
+    #[arg(long)]
+    ephemeral: bool,
+    /// Form of the output; `table` is the token alone
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+pub(super) async fn run(command: Token, common: &Common) -> anyhow::Result<()> {
+    match command {
+        Token::Create(create) => {
+            let output = create.output;
+            let request = create.request()?;
+            let mut client = common.connect().await?;
+            let created = client.admin.create_token(request).await.map_err(told)?.into_inner();
+            let info = created.info.context("the controller answered without the token's data")?;
+            let expires = output::span(info.expires_at - Now::read().unix);
+            eprintln!("token {} admits {} within {expires}", info.id, nodes(info.uses));
+            let shown = Created { token: &created.token, info: View::from(info) };
+            output::write(output, &shown, |_| created.token.clone())
+        }
+        Token::List { output } => {
+            let tokens = list(&mut common.connect().await?).await?;
+            let views: Vec<View> = tokens.into_iter().map(View::from).collect();
+            output::write(output, &views, |wide| table(&views, wide))
+        }
+        Token::Revoke { id } => {
+            let request = pb::RevokeTokenRequest { id: id.clone() };
+            common.connect().await?.admin.revoke_token(request).await.map_err(told)?;
+            eprintln!("token {id} is revoked");
+            Ok(())
+        }
+    }
+}
+
+async fn list(client: &mut Client) -> anyhow::Result<Vec<pb::Token>> {
+    let mut tokens: Vec<pb::Token> = Vec::new();
+    loop {
+        let after = tokens.last().map(|token| token.id.clone()).unwrap_or_default();
+        let request = pb::ListTokensRequest { after };
+        let page = client.admin.list_tokens(request).await.map_err(told)?.into_inner();
+        tokens.extend(page.tokens);
+        if !page.more {
+            return Ok(tokens);
+        }
+    }
+}
+
+impl Create {
+    fn request(self) -> anyhow::Result<pb::CreateTokenRequest> {
+        let ttl = std::time::Duration::try_from(self.ttl).unwrap_or_default();
+        if ttl.as_secs() == 0 || ttl > limits::TOKEN_TTL {
+            bail!(
+                "--ttl must lie between one second and {} days",
+                limits::TOKEN_TTL.as_secs() / 86_400
+            );
+        }
+        let labels = self.labels.iter().map(|label| {
+            let (key, value) = label
+                .split_once('=')
+                .with_context(|| format!("`{label}` is no label: use KEY=VALUE"))?;
+            Ok((key.to_owned(), value.to_owned()))
+        });
+        for prefix in &self.prefixes {
+            if prefix.trunc() != *prefix {
+                bail!("prefix {prefix} has host bits: use {}", prefix.trunc());
+            }
+        }
+        Ok(pb::CreateTokenRequest {
+            ttl_seconds: u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX),
+            uses: self.uses,
+            name_pattern: self.name.unwrap_or_default(),
+            site: self.site.unwrap_or_default(),
+            labels: labels.collect::<anyhow::Result<_>>()?,
+            allowed_prefixes: self.prefixes.iter().map(Into::into).collect(),
+            replace: self.replace.unwrap_or_default(),
+            ephemeral: self.ephemeral,
+        })
+    }
+}
+
+#[derive(Serialize)]
+struct Created<'a> {
+    token: &'a str,
+    #[serde(flatten)]
+    info: View,
+}
+
+#[derive(Serialize)]
+struct View {
+    id: String,
+    state: &'static str,
+    name: String,
+    site: String,
+    uses: u32,
+    used: u32,
+    created_at: Option<String>,
+    expires_at: Option<String>,
+    labels: BTreeMap<String, String>,
+    prefixes: Vec<String>,
+    replace: String,
+    ephemeral: bool,
+    nodes: Vec<String>,
+    #[serde(skip)]
+    expires_in: i64,
+}
+
+impl From<pb::Token> for View {
+    fn from(token: pb::Token) -> Self {
+        let expires_in = token.expires_at - Now::read().unix;
+        let state = if token.revoked {
+            "revoked"
+        } else if token.used >= token.uses {
+            "used"
+        } else if expires_in <= 0 {
+            "expired"
+        } else {
+            "open"
+        };
+        let prefix = |prefix: &pb::Prefix| IpNet::try_from(prefix).map(|net| net.to_string());
+        Self {
+            state,
+            created_at: output::time(token.created_at),
+            expires_at: output::time(token.expires_at),
+            prefixes: token.allowed_prefixes.iter().filter_map(|p| prefix(p).ok()).collect(),
+            labels: token.labels.into_iter().collect(),
+            id: token.id,
+            name: token.name_pattern,
+            site: token.site,
+            uses: token.uses,
+            used: token.used,
+            replace: token.replace,
+            ephemeral: token.ephemeral,
+            nodes: token.nodes,
+            expires_in,
+        }
+    }
+}
+
+fn table(tokens: &[View], wide: bool) -> String {
+    let mut header = vec!["ID", "STATE", "USED", "EXPIRES", "NAME", "SITE", "NODES"];
+    if wide {
+        header.extend(["PREFIXES", "REPLACE", "EPHEMERAL", "LABELS"]);
+    }
+    let or = |text: &str, or: &str| if text.is_empty() { or.to_owned() } else { text.to_owned() };
+    let rows = tokens.iter().map(|token| {
+        let expires = match token.state {
+            "open" => format!("in {}", output::span(token.expires_in)),
+            _ => "-".to_owned(),
+        };
+        let mut row = vec![
+            token.id.clone(),
+            token.state.to_owned(),
+            format!("{}/{}", token.used, token.uses),
+            expires,
+            or(&token.name, "*"),
+            or(&token.site, "-"),
+            output::list(&token.nodes),
+        ];
+        if wide {
+            let labels: Vec<String> =
+                token.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+            row.extend([
+                output::list(&token.prefixes),
+                or(&token.replace, "-"),
+                token.ephemeral.to_string(),
+                output::list(&labels),
+            ]);
+        }
+        row
+    });
+    output::table(&header, rows)
+}
+
+fn nodes(uses: u32) -> String {
+    if uses == 1 { "one node".to_owned() } else { format!("{uses} nodes") }
+}

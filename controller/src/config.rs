@@ -1,0 +1,282 @@
+//! The controller's configuration: flags over environment over file, all of it parsed before
+//! anything is opened.
+
+use std::fmt::Display;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use jiff::SignedDuration;
+use serde::{Deserialize, Deserializer};
+use towline_proto::limits;
+use towline_proto::token::ControllerAddress;
+
+/// Read where `--config` is not given; it need not exist.
+pub const FILE: &str = "/etc/towline/controller.toml";
+/// Where the state lies by default.
+pub const STATE_DIR: &str = "/var/lib/towline-controller";
+/// Where the controller listens by default; on IPv4 alone where the machine has no IPv6.
+pub const LISTEN: &str = "[::]:7443";
+/// The default overlay range for IPv4: outside RFC 1918 and outside 100.64.0.0/10.
+pub const OVERLAY_V4: &str = "198.19.0.0/16";
+/// The default lease.
+pub const LEASE: Duration = Duration::from_secs(600);
+/// How often each side of a watch lets itself be heard.
+pub const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// What the controller runs with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where the state lies.
+    pub state_dir: PathBuf,
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// The addresses that go into tokens.
+    pub advertise: Vec<ControllerAddress>,
+    /// What holds for the mesh.
+    pub mesh: MeshSettings,
+    /// How often each side of a watch lets itself be heard.
+    pub heartbeat: Duration,
+}
+
+/// Settings that the mesh keeps: what is not given stays as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MeshSettings {
+    /// The overlay's IPv6 range; by default a random /64 of fd00::/8.
+    pub overlay_v6: Option<Ipv6Net>,
+    /// The overlay's IPv4 range.
+    pub overlay_v4: Option<Ipv4Net>,
+    /// Ranges inside which an address without an owner is unreachable.
+    pub protected: Option<Vec<IpNet>>,
+    /// How long a node may be offline before others may take over its prefixes.
+    pub lease: Option<Duration>,
+}
+
+/// One source of settings: the file, or flags and environment.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// See [`Config::state_dir`].
+    pub state_dir: Option<PathBuf>,
+    /// See [`Config::listen`].
+    pub listen: Option<SocketAddr>,
+    /// See [`Config::advertise`]: each `host:port`.
+    #[serde(deserialize_with = "from_texts")]
+    pub advertise: Option<Vec<ControllerAddress>>,
+    /// See [`MeshSettings::overlay_v6`].
+    #[serde(deserialize_with = "from_text")]
+    pub overlay_v6: Option<Ipv6Net>,
+    /// See [`MeshSettings::overlay_v4`].
+    #[serde(deserialize_with = "from_text")]
+    pub overlay_v4: Option<Ipv4Net>,
+    /// See [`MeshSettings::protected`].
+    #[serde(deserialize_with = "from_texts")]
+    pub protected: Option<Vec<IpNet>>,
+    /// See [`MeshSettings::lease`]: as in `10m` or `1h 30m`.
+    #[serde(deserialize_with = "from_text")]
+    pub lease: Option<SignedDuration>,
+}
+
+fn from_text<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err: Display>,
+{
+    parse(&String::deserialize(deserializer)?).map(Some)
+}
+
+fn from_texts<'de, D, T>(deserializer: D) -> Result<Option<Vec<T>>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err: Display>,
+{
+    let texts = <Vec<String>>::deserialize(deserializer)?;
+    texts.iter().map(|text| parse(text)).collect::<Result<_, _>>().map(Some)
+}
+
+fn parse<T: FromStr<Err: Display>, E: serde::de::Error>(text: &str) -> Result<T, E> {
+    text.parse().map_err(|error| E::custom(format_args!("`{text}`: {error}")))
+}
+
+/// Why the configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The file is no such configuration.
+    #[error("{path}: {why}")]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// Where in it, and what is wrong, in one line.
+        why: String,
+    },
+    /// A setting that cannot be.
+    #[error("{setting}: {why}")]
+    Setting {
+        /// Which.
+        setting: &'static str,
+        /// What is wrong, and what would be right.
+        why: String,
+    },
+}
+
+impl Settings {
+    /// Reads a file. The default one ([`FILE`]) may be absent, a named one may not.
+    pub fn read(named: Option<&Path>) -> Result<Self, ConfigError> {
+        let path = named.unwrap_or(Path::new(FILE));
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Self::default());
+            }
+            Err(source) => return Err(ConfigError::Read { path: path.to_owned(), source }),
+        };
+        toml::from_str(&text).map_err(|error| {
+            let at = error.span().map_or(0, |span| span.start);
+            let line = text.get(..at).map_or(0, |before| before.matches('\n').count()) + 1;
+            let message = error.message().replace('\n', " ");
+            ConfigError::Parse { path: path.to_owned(), why: format!("line {line}: {message}") }
+        })
+    }
+
+    /// These settings, and `below` where they say nothing.
+    #[must_use]
+    pub fn or(self, below: Self) -> Self {
+        Self {
+            state_dir: self.state_dir.or(below.state_dir),
+            listen: self.listen.or(below.listen),
+            advertise: self.advertise.or(below.advertise),
+            overlay_v6: self.overlay_v6.or(below.overlay_v6),
+            overlay_v4: self.overlay_v4.or(below.overlay_v4),
+            protected: self.protected.or(below.protected),
+            lease: self.lease.or(below.lease),
+        }
+    }
+
+    /// The state directory alone, for commands that talk to a running controller.
+    pub fn state_dir(&self) -> PathBuf {
+        self.state_dir.clone().unwrap_or_else(|| STATE_DIR.into())
+    }
+
+    /// The whole configuration, with defaults where nothing was said.
+    pub fn resolve(self) -> Result<Config, ConfigError> {
+        let invalid = |setting: &'static str, why: String| ConfigError::Setting { setting, why };
+        let state_dir = self.state_dir();
+        let listen = match self.listen {
+            Some(listen) => listen,
+            None => LISTEN.parse().map_err(|_| invalid("listen", "no default".into()))?,
+        };
+        let advertise = self.advertise.unwrap_or_default();
+        if advertise.len() > limits::CONTROLLERS {
+            let why = format!("at most {} addresses go into a token", limits::CONTROLLERS);
+            return Err(invalid("advertise", why));
+        }
+        // A controller that listens on one address can tell others of it.
+        let advertise =
+            if advertise.is_empty() && !listen.ip().is_unspecified() && listen.port() != 0 {
+                listen.to_string().parse().map(|address| vec![address]).unwrap_or_default()
+            } else {
+                advertise
+            };
+        if let Some(v6) = self.overlay_v6
+            && (v6.trunc() != v6 || v6.prefix_len() > 112)
+        {
+            return Err(invalid("overlay-v6", format!("{v6} must be a network of at most /112")));
+        }
+        if let Some(v4) = self.overlay_v4
+            && (v4.trunc() != v4 || v4.prefix_len() > 29)
+        {
+            return Err(invalid("overlay-v4", format!("{v4} must be a network of at most /29")));
+        }
+        let protected = self.protected;
+        if let Some(list) = &protected {
+            if list.len() > limits::PREFIXES {
+                let why = format!("at most {} ranges can be protected", limits::PREFIXES);
+                return Err(invalid("protected", why));
+            }
+            if let Some(net) = list.iter().find(|net| net.trunc() != **net) {
+                return Err(invalid(
+                    "protected",
+                    format!("{net} has host bits: use {}", net.trunc()),
+                ));
+            }
+        }
+        let lease = match self.lease.map(Duration::try_from) {
+            None => None,
+            Some(Ok(lease)) if (10..=u64::from(u32::MAX)).contains(&lease.as_secs()) => Some(lease),
+            Some(_) => return Err(invalid("lease", "it must be at least 10s".into())),
+        };
+        let mesh = MeshSettings {
+            overlay_v6: self.overlay_v6,
+            overlay_v4: self.overlay_v4,
+            protected,
+            lease,
+        };
+        Ok(Config { state_dir, listen, advertise, mesh, heartbeat: HEARTBEAT })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Settings, ConfigError> {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("controller.toml");
+        std::fs::write(&path, text).unwrap();
+        Settings::read(Some(&path))
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let file =
+            parse("listen = \"127.0.0.1:1\"\nlease = \"5m\"\nadvertise = [\"a:1\"]").unwrap();
+        let flags =
+            Settings { listen: Some("127.0.0.1:2".parse().unwrap()), ..Settings::default() };
+        let config = flags.or(file).resolve().unwrap();
+        assert_eq!(config.listen, "127.0.0.1:2".parse().unwrap());
+        assert_eq!(config.mesh.lease, Some(Duration::from_secs(300)));
+        assert_eq!(config.advertise.len(), 1);
+        assert_eq!(config.state_dir, Path::new(STATE_DIR));
+    }
+
+    #[test]
+    fn a_concrete_listen_address_is_advertised_where_nothing_else_is_said() {
+        let listen = |text: &str| {
+            let settings = Settings { listen: Some(text.parse().unwrap()), ..Settings::default() };
+            let advertise = settings.resolve().unwrap().advertise;
+            advertise.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(listen("192.0.2.1:7443"), ["192.0.2.1:7443"]);
+        assert_eq!(listen("[2001:db8::1]:7443"), ["[2001:db8::1]:7443"]);
+        assert!(listen("[::]:7443").is_empty());
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_in_one_line() {
+        let line = |result: Result<Config, ConfigError>| {
+            let text = result.unwrap_err().to_string();
+            assert!(!text.contains('\n'), "{text}");
+            text
+        };
+        let of = |text: &str| line(parse(text).and_then(Settings::resolve));
+        assert!(of("\nlissten = 1").contains("line 2: unknown field `lissten`"));
+        assert!(of("listen = \"nowhere\"").contains("line 1"));
+        assert!(of("advertise = [\"nowhere\"]").contains("host:port"));
+        assert!(of("overlay_v4 = \"198.19.0.0/31\"").contains("overlay-v4"));
+        assert!(of("overlay_v6 = \"fd00::1/64\"").contains("overlay-v6"));
+        assert!(of("protected = [\"10.0.0.1/8\"]").contains("10.0.0.0/8"));
+        assert!(of("lease = \"1s\"").contains("lease"));
+        let missing = Settings::read(Some(Path::new("/nonexistent/x.toml"))).unwrap_err();
+        assert!(missing.to_string().contains("/nonexistent/x.toml"));
+    }
+}

@@ -1,0 +1,210 @@
+//! Connections: accepting, TLS, and bounds on how many there are.
+//!
+//! - A handshake must end within [`HANDSHAKE`]; only so many run at once. Beyond that, new
+//!   connections are closed at once, so that those who hold handshakes open cannot make others
+//!   wait behind them.
+//! - A connection without a client certificate (somebody who joins, or anybody at all) lives for
+//!   [`STRANGER_LIFE`] at most, and only so many live at once, so that strangers cannot take the
+//!   places of nodes.
+//! - Whatever bytes come, the worst is a closed connection, logged at debug.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::{Sleep, sleep, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tonic::transport::server::Connected;
+use towline_proto::limits;
+
+use crate::peer::Peer;
+
+/// The longest TLS handshake.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Handshakes at once.
+const HANDSHAKES: usize = 512;
+/// Life of a connection without a client certificate.
+pub const STRANGER_LIFE: Duration = Duration::from_secs(60);
+/// Connections without a client certificate at once.
+const STRANGERS: usize = 512;
+/// Connections with one at once: each node's, and one more while it changes over.
+const MEMBERS: usize = 2 * limits::NODES;
+
+/// A connection whose handshake is done.
+pub struct Connection {
+    stream: TlsStream<TcpStream>,
+    info: ConnectionInfo,
+    /// When a stranger's time is over.
+    end: Option<Pin<Box<Sleep>>>,
+    _place: OwnedSemaphorePermit,
+}
+
+/// Who is at the other end; an extension of each request.
+#[derive(Debug, Clone)]
+pub struct ConnectionInfo {
+    /// Where.
+    pub address: SocketAddr,
+    /// What the client's certificate says, if it has one that names somebody.
+    pub peer: Option<Arc<PresentedPeer>>,
+}
+
+/// A client's certificate, as it was presented.
+#[derive(Debug)]
+pub struct PresentedPeer {
+    /// Whom it names.
+    pub peer: Peer,
+    /// It had expired when the connection began.
+    pub expired: bool,
+}
+
+/// Listens on `address`; on all addresses of both families, or of IPv4 alone where the machine
+/// has no IPv6, when it is `[::]`.
+pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    match bind_one(address) {
+        Err(error)
+            if address.ip() == Ipv6Addr::UNSPECIFIED
+                && matches!(
+                    error.raw_os_error(),
+                    Some(nix::libc::EAFNOSUPPORT | nix::libc::EADDRNOTAVAIL)
+                ) =>
+        {
+            bind_one((Ipv4Addr::UNSPECIFIED, address.port()).into())
+        }
+        result => result,
+    }
+}
+
+fn bind_one(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // A restart must not wait for connections of the run before.
+    socket.set_reuseaddr(true)?;
+    if address.ip() == Ipv6Addr::UNSPECIFIED {
+        setsockopt(&socket, sockopt::Ipv6V6Only, &false)?;
+    }
+    socket.bind(address)?;
+    socket.listen(1024)
+}
+
+/// Accepts for as long as the receiver is there.
+pub async fn accept(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    connections: mpsc::Sender<io::Result<Connection>>,
+    now: fn() -> i64,
+) {
+    let places = Places {
+        handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
+        strangers: Arc::new(Semaphore::new(STRANGERS)),
+        members: Arc::new(Semaphore::new(MEMBERS)),
+    };
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = connections.closed() => return,
+        };
+        let (stream, address) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of file descriptors, most likely: some will be closed.
+                tracing::warn!(%error, "accept");
+                sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let address = SocketAddr::new(address.ip().to_canonical(), address.port());
+        let Ok(place) = places.handshakes.clone().try_acquire_owned() else {
+            tracing::debug!(%address, "too many handshakes");
+            continue;
+        };
+        let (acceptor, places, connections) =
+            (acceptor.clone(), places.clone(), connections.clone());
+        tokio::spawn(async move {
+            match timeout(HANDSHAKE, handshake(stream, address, acceptor, &places, now)).await {
+                Ok(Ok(connection)) => drop(connections.send(Ok(connection)).await),
+                Ok(Err(error)) => tracing::debug!(%address, %error, "handshake"),
+                Err(_) => tracing::debug!(%address, "handshake took too long"),
+            }
+            drop(place);
+        });
+    }
+}
+
+#[derive(Clone)]
+struct Places {
+    handshakes: Arc<Semaphore>,
+    strangers: Arc<Semaphore>,
+    members: Arc<Semaphore>,
+}
+
+async fn handshake(
+    stream: TcpStream,
+    address: SocketAddr,
+    acceptor: TlsAcceptor,
+    places: &Places,
+    now: fn() -> i64,
+) -> io::Result<Connection> {
+    stream.set_nodelay(true)?;
+    let stream = acceptor.accept(stream).await?;
+    let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let peer = certificate.and_then(|der| Peer::from_certificate(der).map(|peer| (peer, der)));
+    let peer = peer.map(|(peer, der)| {
+        Arc::new(PresentedPeer { peer, expired: crate::peer::is_expired(der, now()) })
+    });
+    let places = if peer.is_some() { &places.members } else { &places.strangers };
+    let place =
+        places.clone().try_acquire_owned().map_err(|_| io::Error::other("too many connections"))?;
+    let end = peer.is_none().then(|| Box::pin(sleep(STRANGER_LIFE)));
+    Ok(Connection { stream, info: ConnectionInfo { address, peer }, end, _place: place })
+}
+
+impl Connected for Connection {
+    type ConnectInfo = ConnectionInfo;
+
+    fn connect_info(&self) -> ConnectionInfo {
+        self.info.clone()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if let Some(end) = &mut self.end
+            && end.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,280 @@
+//! The network map as it is shown: what is stored, and nothing that is not.
+//!
+//! A watcher is a cursor, a revision up to which it has seen everything. It is sent what changed
+//! after that, each thing once in its newest state, in bounded messages; so nothing is queued for
+//! a watcher, and a slow one gets later states instead of more of them.
+
+use std::collections::{BTreeMap, HashMap};
+
+use parking_lot::RwLock;
+use prost::Message;
+use tokio::sync::watch;
+use towline_proto::id::{IdentityKey, NodeId, NodeName};
+use towline_proto::{limits, pb};
+
+use crate::registry::{MapChange, Refusal};
+
+/// The map, shared between the writer, who changes it, and all who read.
+pub struct Map {
+    inner: RwLock<Inner>,
+    latest: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct Inner {
+    epoch: u64,
+    revision: u64,
+    mesh: pb::Signed,
+    nodes: HashMap<NodeId, Node>,
+    removed: HashMap<NodeId, Removed>,
+    /// Each item once, at the revision of its newest state.
+    index: BTreeMap<u64, Item>,
+    mesh_revision: u64,
+}
+
+struct Node {
+    revision: u64,
+    name: NodeName,
+    identity: IdentityKey,
+    entry: pb::Entry,
+}
+
+struct Removed {
+    revision: u64,
+    name: NodeName,
+    tombstone: pb::Signed,
+}
+
+#[derive(Clone, Copy)]
+enum Item {
+    Node(NodeId),
+    Removed(NodeId),
+    Mesh,
+}
+
+impl Map {
+    /// A map with nothing in it.
+    pub fn new() -> Self {
+        Self { inner: RwLock::default(), latest: watch::Sender::new(0) }
+    }
+
+    /// Shows `changes`, which are stored, up to `revision`, and wakes the watchers.
+    pub fn apply(&self, epoch: u64, revision: u64, changes: Vec<MapChange>) {
+        {
+            let mut inner = self.inner.write();
+            inner.epoch = epoch;
+            inner.revision = inner.revision.max(revision);
+            for change in changes {
+                inner.apply(change);
+            }
+        }
+        self.latest.send_if_modified(|latest| {
+            let newer = revision > *latest;
+            *latest = revision.max(*latest);
+            newer
+        });
+    }
+
+    /// Wakes whenever the map has something newer.
+    pub fn latest(&self) -> watch::Receiver<u64> {
+        self.latest.subscribe()
+    }
+
+    /// The mesh's epoch.
+    pub fn epoch(&self) -> u64 {
+        self.inner.read().epoch
+    }
+
+    /// The newest revision.
+    pub fn revision(&self) -> u64 {
+        self.inner.read().revision
+    }
+
+    /// The mesh's configuration.
+    pub fn mesh(&self) -> pb::Signed {
+        self.inner.read().mesh.clone()
+    }
+
+    /// The name and the grant of a node whose certificate has this key.
+    pub fn member(
+        &self,
+        node: NodeId,
+        identity: &IdentityKey,
+    ) -> Result<(NodeName, pb::Signed), Refusal> {
+        let inner = self.inner.read();
+        match inner.nodes.get(&node) {
+            Some(member) if member.identity == *identity => {
+                Ok((member.name.clone(), member.entry.grant.clone().unwrap_or_default()))
+            }
+            Some(_) => Err(Refusal::NodeKey { node }),
+            None => Err(inner.missing(node)),
+        }
+    }
+
+    /// Why a node is not in the map; `None` if it is.
+    pub fn refusal(&self, node: NodeId) -> Option<Refusal> {
+        let inner = self.inner.read();
+        (!inner.nodes.contains_key(&node)).then(|| inner.missing(node))
+    }
+
+    /// Whether the tombstone of a node is known.
+    pub fn is_removed(&self, node: NodeId) -> bool {
+        self.inner.read().removed.contains_key(&node)
+    }
+
+    /// What changed after `cursor`: as much as one message may hold, and whether that was all.
+    /// The message's revision is the cursor to go on from.
+    pub fn changes_after(&self, cursor: u64) -> (pb::Changes, bool) {
+        let inner = self.inner.read();
+        let mut message = pb::Changes { changes: Vec::new(), revision: cursor, synced: false };
+        let mut bytes = 0;
+        for (&revision, item) in inner.index.range(cursor.saturating_add(1)..) {
+            let Some(change) = inner.change(*item) else { continue };
+            let size = change.encoded_len();
+            let full = message.changes.len() >= limits::CHANGES
+                || (bytes + size > limits::CHANGES_BYTES && !message.changes.is_empty());
+            if full {
+                return (message, false);
+            }
+            bytes += size;
+            message.revision = revision;
+            message.changes.push(change);
+        }
+        // Changes that nobody sees may have raised it further.
+        message.revision = message.revision.max(inner.revision);
+        (message, true)
+    }
+}
+
+impl Default for Map {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Inner {
+    fn apply(&mut self, change: MapChange) {
+        let revision = change.revision();
+        self.revision = self.revision.max(revision);
+        let item = match change {
+            MapChange::Node { revision, id, name, identity, entry } => {
+                let node = Node { revision, name, identity, entry };
+                if let Some(old) = self.nodes.insert(id, node) {
+                    self.index.remove(&old.revision);
+                }
+                Item::Node(id)
+            }
+            MapChange::Removed { revision, id, name, tombstone } => {
+                if let Some(old) = self.nodes.remove(&id) {
+                    self.index.remove(&old.revision);
+                }
+                if let Some(old) = self.removed.insert(id, Removed { revision, name, tombstone }) {
+                    self.index.remove(&old.revision);
+                }
+                Item::Removed(id)
+            }
+            MapChange::Mesh { revision, signed } => {
+                self.index.remove(&self.mesh_revision);
+                self.mesh_revision = revision;
+                self.mesh = signed;
+                Item::Mesh
+            }
+        };
+        self.index.insert(revision, item);
+    }
+
+    fn missing(&self, node: NodeId) -> Refusal {
+        match self.removed.get(&node) {
+            Some(removed) => Refusal::NodeRemoved {
+                name: removed.name.clone(),
+                tombstone: removed.tombstone.clone(),
+            },
+            None => Refusal::NodeUnknown { node },
+        }
+    }
+
+    fn change(&self, item: Item) -> Option<pb::Change> {
+        let kind = match item {
+            Item::Node(id) => pb::change::Kind::Upsert(self.nodes.get(&id)?.entry.clone()),
+            Item::Removed(id) => {
+                pb::change::Kind::Tombstone(self.removed.get(&id)?.tombstone.clone())
+            }
+            Item::Mesh => pb::change::Kind::Mesh(self.mesh.clone()),
+        };
+        Some(pb::Change { kind: Some(kind) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn upsert(revision: u64, id: u8, size: usize) -> MapChange {
+        let signed = pb::Signed { body: vec![id; size].into(), signature: vec![0; 64].into() };
+        MapChange::Node {
+            revision,
+            id: NodeId([id; 16]),
+            name: format!("n{id}").parse().unwrap(),
+            identity: IdentityKey([id; 32]),
+            entry: pb::Entry { grant: Some(signed), record: None, withheld: Vec::new() },
+        }
+    }
+
+    fn ids(changes: &pb::Changes) -> Vec<u8> {
+        let id = |change: &pb::Change| match change.kind.as_ref().unwrap() {
+            pb::change::Kind::Upsert(entry) => entry.grant.as_ref().unwrap().body[0],
+            pb::change::Kind::Tombstone(_) => 0,
+            pb::change::Kind::Mesh(_) => 255,
+        };
+        changes.changes.iter().map(id).collect()
+    }
+
+    #[test]
+    fn a_cursor_gets_each_thing_once_in_its_newest_state() {
+        let map = Map::new();
+        map.apply(1, 3, vec![upsert(1, 1, 8), upsert(2, 2, 8), upsert(3, 3, 8)]);
+        map.apply(1, 4, vec![upsert(4, 1, 8)]);
+        let (changes, all) = map.changes_after(0);
+        assert_eq!((ids(&changes), changes.revision, all), (vec![2, 3, 1], 4, true));
+        let (changes, all) = map.changes_after(3);
+        assert_eq!((ids(&changes), changes.revision, all), (vec![1], 4, true));
+        let (changes, all) = map.changes_after(4);
+        assert_eq!((ids(&changes), changes.revision, all), (vec![], 4, true));
+    }
+
+    #[test]
+    fn messages_are_bounded_and_one_goes_on_where_the_other_ended() {
+        let map = Map::new();
+        let size = limits::SIGNED_BODY_BYTES;
+        map.apply(1, 40, (1..=40).map(|i| upsert(i.into(), i, size)).collect());
+        let (mut cursor, mut seen, mut messages) = (0, Vec::new(), 0);
+        loop {
+            let (changes, all) = map.changes_after(cursor);
+            assert!(changes.encoded_len() <= limits::CHANGES_BYTES + 1024);
+            seen.extend(ids(&changes));
+            cursor = changes.revision;
+            messages += 1;
+            if all {
+                break;
+            }
+        }
+        assert_eq!(seen, (1..=40).collect::<Vec<u8>>());
+        assert!(messages >= 5, "{messages}");
+    }
+
+    #[test]
+    fn a_removed_node_leaves_its_tombstone_and_nothing_else() {
+        let map = Map::new();
+        map.apply(1, 1, vec![upsert(1, 1, 8)]);
+        let id = NodeId([1; 16]);
+        assert!(map.member(id, &IdentityKey([1; 32])).is_ok());
+        let wrong = map.member(id, &IdentityKey([2; 32]));
+        assert!(matches!(wrong, Err(Refusal::NodeKey { .. })));
+
+        let tombstone = pb::Signed::default();
+        let name: NodeName = "n1".parse().unwrap();
+        map.apply(1, 2, vec![MapChange::Removed { revision: 2, id, name, tombstone }]);
+        assert!(matches!(map.refusal(id), Some(Refusal::NodeRemoved { .. })));
+        assert_eq!(ids(&map.changes_after(0).0), [0]);
+    }
+}

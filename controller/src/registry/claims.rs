@@ -1,0 +1,127 @@
+//! Which node holds which announced prefix. An index only: who may take what is decided in
+//! `publish`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use towline_proto::id::NodeId;
+
+/// The held prefixes, by prefix and by node. No prefix has two holders.
+#[derive(Debug, Default)]
+pub(super) struct Claims {
+    holders: BTreeMap<IpNet, NodeId>,
+    held: BTreeMap<NodeId, BTreeSet<IpNet>>,
+}
+
+impl Claims {
+    /// Who holds exactly this prefix.
+    pub(super) fn holder(&self, prefix: &IpNet) -> Option<NodeId> {
+        self.holders.get(prefix).copied()
+    }
+
+    /// What a node holds.
+    pub(super) fn held_by(&self, node: NodeId) -> Vec<IpNet> {
+        self.held.get(&node).map(|held| held.iter().copied().collect()).unwrap_or_default()
+    }
+
+    /// Every held prefix that has an address in common with `prefix`, itself included.
+    pub(super) fn overlapping(&self, prefix: &IpNet) -> Vec<(IpNet, NodeId)> {
+        let wider = (0..prefix.prefix_len()).filter_map(|length| {
+            let wider = IpNet::new(prefix.addr(), length).ok()?.trunc();
+            self.holders.get(&wider).map(|holder| (wider, *holder))
+        });
+        // The networks inside lie together: they sort by address, then by length.
+        let inside = self
+            .holders
+            .range(first(prefix)..=last(prefix))
+            .filter(|(other, _)| prefix.contains(*other))
+            .map(|(other, holder)| (*other, *holder));
+        wider.chain(inside).collect()
+    }
+
+    /// The node holds the prefix now.
+    pub(super) fn hold(&mut self, prefix: IpNet, node: NodeId) {
+        self.release(&prefix);
+        self.holders.insert(prefix, node);
+        self.held.entry(node).or_default().insert(prefix);
+    }
+
+    /// Nobody holds the prefix now.
+    pub(super) fn release(&mut self, prefix: &IpNet) {
+        let Some(holder) = self.holders.remove(prefix) else { return };
+        if let Some(held) = self.held.get_mut(&holder) {
+            held.remove(prefix);
+            if held.is_empty() {
+                self.held.remove(&holder);
+            }
+        }
+    }
+}
+
+/// The first network in sort order that can lie inside `prefix`.
+fn first(prefix: &IpNet) -> IpNet {
+    prefix.trunc()
+}
+
+/// The last one: the host network of the last address.
+fn last(prefix: &IpNet) -> IpNet {
+    let address: IpAddr = match prefix {
+        IpNet::V4(net) => net.broadcast().into(),
+        IpNet::V6(net) => net.broadcast().into(),
+    };
+    IpNet::from(address)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn what_overlaps_is_found_whether_wider_narrower_or_equal() {
+        let mut claims = Claims::default();
+        let net = |text: &str| text.parse::<IpNet>().unwrap();
+        for (i, text) in ["10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "10.2.0.0/16", "fd00::/8"]
+            .into_iter()
+            .enumerate()
+        {
+            claims.hold(net(text), NodeId([i as u8; 16]));
+        }
+        let found = |text: &str| -> Vec<String> {
+            claims.overlapping(&net(text)).into_iter().map(|(p, _)| p.to_string()).collect()
+        };
+        assert_eq!(found("10.1.0.0/16"), ["10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24"]);
+        assert_eq!(found("10.1.2.3/32"), ["10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24"]);
+        assert_eq!(found("11.0.0.0/8"), Vec::<String>::new());
+        assert_eq!(found("fd00:1::/32"), ["fd00::/8"]);
+    }
+
+    proptest! {
+        #[test]
+        fn the_index_agrees_with_a_plain_search(
+            nets in prop::collection::vec((0u32..256, 24u8..=32), 0..24),
+            asked in (0u32..256, 24u8..=32),
+        ) {
+            let net = |(host, length): (u32, u8)| {
+                IpNet::new(std::net::Ipv4Addr::from(0x0a00_0000 + host).into(), length)
+                    .unwrap()
+                    .trunc()
+            };
+            let mut claims = Claims::default();
+            for (i, pair) in nets.iter().enumerate() {
+                claims.hold(net(*pair), NodeId([i as u8; 16]));
+            }
+            let asked = net(asked);
+            let found: BTreeSet<IpNet> =
+                claims.overlapping(&asked).into_iter().map(|(p, _)| p).collect();
+            let plain: BTreeSet<IpNet> = nets
+                .iter()
+                .map(|pair| net(*pair))
+                .filter(|p| p.contains(&asked) || asked.contains(p))
+                .collect();
+            prop_assert_eq!(found, plain);
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! A token becomes a node.
+
+use towline_proto::id::{IdentityKey, NodeId, NodeName, TokenId, WireguardKey};
+use towline_proto::node::{Grant, OverlayAddresses};
+use towline_proto::token::TokenSecret;
+use towline_proto::{limits, pb};
+
+use super::sessions::Sessions;
+use super::{Event, Key, Member, Refusal, Registry, address};
+use crate::clock::Now;
+
+/// A request to join. That the machine holds both private keys was proven before.
+#[derive(Debug, Clone)]
+pub struct Join {
+    /// The token's public half.
+    pub token: TokenId,
+    /// Its secret half.
+    pub secret: TokenSecret,
+    /// The name that is asked for.
+    pub name: NodeName,
+    /// The key that will sign the node's records.
+    pub identity_key: IdentityKey,
+    /// The key of the node's tunnel.
+    pub wireguard_key: WireguardKey,
+    /// Random: the node's id, if it becomes one.
+    pub node_id: NodeId,
+}
+
+/// What a join gives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Joined {
+    /// The node.
+    pub node_id: NodeId,
+    /// Who it is.
+    pub grant: pb::Signed,
+    /// What holds for all.
+    pub mesh: pb::Signed,
+}
+
+impl Registry {
+    /// Admits a node, or says why not. An agent that was killed before it could save the answer
+    /// asks again with the same token, keys and name, and gets the same answer.
+    pub fn join(&mut self, join: &Join, sessions: &Sessions, now: Now) -> Result<Joined, Refusal> {
+        let id = join.token;
+        let token = self.tokens.get(&id).ok_or(Refusal::TokenUnknown { token: id })?;
+        token.authenticate(&join.secret)?;
+        if token.revoked {
+            return Err(Refusal::TokenRevoked { token: id });
+        }
+        if let Some(member) = self.joined_before(join) {
+            return Ok(self.answer(member));
+        }
+        token.admits(&join.name, now.unix)?;
+        let terms = token.terms.clone();
+        let replaced = terms.replace.as_ref().and_then(|name| self.names.get(name).copied());
+        self.check_unique(join, replaced)?;
+        let freed = usize::from(replaced.is_some());
+        if self.nodes.len() - freed >= limits::NODES {
+            return Err(Refusal::MeshFull);
+        }
+        let (overlay, v4_cursor) = self.allocate(join.node_id)?;
+
+        // Nothing can be refused from here on.
+        if let Some(replaced) = replaced {
+            let _ = self.remove(replaced, "replaced", sessions, now);
+        }
+        self.v4_cursor = v4_cursor;
+        if let Some(token) = self.tokens.get_mut(&id) {
+            token.used += 1;
+            self.dirty.insert(Key::Token(id));
+        }
+        let grant = Grant {
+            mesh_id: self.mesh.config.mesh_id,
+            node_id: join.node_id,
+            name: join.name.clone(),
+            identity_key: join.identity_key,
+            wireguard_keys: vec![join.wireguard_key],
+            overlay,
+            allowed_prefixes: terms.allowed_prefixes,
+            site: terms.site,
+            labels: terms.labels,
+            issued_at: now.unix,
+            ephemeral: terms.ephemeral,
+        };
+        let member = Member {
+            signed_grant: self.authority.sign_grant(&grant),
+            grant,
+            record: None,
+            withheld: Vec::new(),
+            revision: 0,
+            token: id,
+            joined_at: now.unix,
+            last_seen: 0,
+            seen: now.mono,
+        };
+        let joined = self.answer(&member);
+        self.index(join.node_id, member);
+        self.touch(join.node_id);
+        let name = join.name.clone();
+        self.events.push(Event::Joined { name, node: join.node_id, token: id });
+        Ok(joined)
+    }
+
+    /// The node that this very request made earlier.
+    fn joined_before(&self, join: &Join) -> Option<&Member> {
+        let member = self.nodes.get(self.identities.get(&join.identity_key)?)?;
+        let same = member.token == join.token
+            && member.grant.name == join.name
+            && member.grant.wireguard_keys == [join.wireguard_key];
+        same.then_some(member)
+    }
+
+    fn answer(&self, member: &Member) -> Joined {
+        Joined {
+            node_id: member.grant.node_id,
+            grant: member.signed_grant.clone(),
+            mesh: self.mesh.signed.clone(),
+        }
+    }
+
+    /// That nobody else, but for the node that is replaced, has what is asked for.
+    fn check_unique(&mut self, join: &Join, replaced: Option<NodeId>) -> Result<(), Refusal> {
+        if let Some(grave) = self.removed_identities.get(&join.identity_key) {
+            let name = self.graves.get(grave).map(|grave| grave.tombstone.name.clone());
+            return Err(Refusal::IdentityRemoved { name: name.unwrap_or(join.name.clone()) });
+        }
+        if let Some(holder) = self.identities.get(&join.identity_key) {
+            // Also when it is the replaced one: its key is about to be one that never joins again.
+            let name = self.nodes.get(holder).map(|member| member.grant.name.clone());
+            let holder = name.unwrap_or(join.name.clone());
+            return Err(Refusal::IdentityTaken { key: join.identity_key, holder });
+        }
+        let other = |holder: &&NodeId| Some(**holder) != replaced;
+        if let Some(holder) = self.names.get(&join.name).filter(other).copied() {
+            self.note(
+                holder,
+                None,
+                format!("another machine tried to join as `{}` and was refused", join.name),
+            );
+            return Err(Refusal::NameTaken { name: join.name.clone(), holder });
+        }
+        if let Some(holder) = self.wireguard_keys.get(&join.wireguard_key).filter(other).copied() {
+            self.note(
+                holder,
+                None,
+                format!(
+                    "a machine tried to join as `{}` with this node's WireGuard key",
+                    join.name
+                ),
+            );
+            let name = self.nodes.get(&holder).map(|member| member.grant.name.clone());
+            let holder = name.unwrap_or(join.name.clone());
+            return Err(Refusal::WireguardKeyTaken { key: join.wireguard_key, holder });
+        }
+        Ok(())
+    }
+
+    fn allocate(&self, node: NodeId) -> Result<(OverlayAddresses, u32), Refusal> {
+        let config = &self.mesh.config;
+        let v6 = address::v6(config.overlay_v6, node, |a| self.overlay_v6.contains_key(&a))
+            .ok_or(Refusal::OverlayFull { family: "v6" })?;
+        let (v4, cursor) =
+            address::v4(config.overlay_v4, self.v4_cursor, |a| self.overlay_v4.contains_key(&a))
+                .ok_or(Refusal::OverlayFull { family: "v4" })?;
+        Ok((OverlayAddresses { v6, v4 }, cursor))
+    }
+}

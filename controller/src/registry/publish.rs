@@ -1,0 +1,249 @@
+//! A node's record enters the map, and its prefixes are settled.
+//!
+//! A record is signed whole, so a prefix that another node holds cannot be cut out of it: it is
+//! withheld, by name, beside the record. All nodes then decide alike, the contested prefix stays
+//! where it was, and the rest of the record is of use.
+//!
+//! A claim that meets a holder is refused and noted at both nodes. A holder that was offline for
+//! longer than the lease yields to a claimant that is connected. Claims that were refused are
+//! looked at again whenever a prefix is freed, and as time goes by.
+
+use ipnet::IpNet;
+use towline_proto::id::{NodeId, NodeName};
+use towline_proto::node::{Node, Record};
+use towline_proto::pb;
+
+use super::sessions::{SessionId, Sessions};
+use super::{Event, Refusal, Registry};
+use crate::clock::Now;
+
+/// What a publication came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    /// The revision at which the map has it.
+    pub revision: u64,
+    /// What stays out of the map.
+    pub withheld: Vec<Withheld>,
+}
+
+/// A prefix that stays out of the map.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Withheld {
+    /// Which.
+    pub prefix: IpNet,
+    /// Why, in a line for the operator.
+    pub reason: String,
+}
+
+impl Registry {
+    /// Takes a record whose signature was verified, from a node's live session.
+    pub fn publish(
+        &mut self,
+        node: NodeId,
+        session: &SessionId,
+        record: Record,
+        signed: pb::Signed,
+        sessions: &Sessions,
+        now: Now,
+    ) -> Result<Published, Refusal> {
+        let member = self.member(node)?;
+        if sessions.live(node, now).is_none_or(|live| live.id != *session) {
+            return Err(Refusal::NoSession);
+        }
+        if let Some((stored, have)) = &member.record {
+            if record.generation < stored.generation {
+                let (offered, stored) = (record.generation, stored.generation);
+                return Err(Refusal::GenerationBehind { offered, stored });
+            }
+            if record.generation == stored.generation {
+                if have.body != signed.body {
+                    return Err(Refusal::GenerationReused { generation: record.generation });
+                }
+                return Ok(self.settled(node, sessions, now));
+            }
+        }
+        if let Err(error) = Node::new(member.grant.clone(), record.clone()) {
+            self.note(node, None, error.to_string());
+            return Err(error.into());
+        }
+        let freed = self.claims.held_by(node).iter().any(|have| !record.prefixes.contains(have));
+        if let Some(member) = self.nodes.get_mut(&node) {
+            member.record = Some((record, signed));
+            member.last_seen = now.unix;
+        }
+        self.touch(node);
+        let published = self.settled(node, sessions, now);
+        if freed {
+            self.reconsider(sessions, now);
+        }
+        Ok(published)
+    }
+
+    fn settled(&mut self, node: NodeId, sessions: &Sessions, now: Now) -> Published {
+        let withheld = self.settle(node, sessions, now);
+        let revision = self.nodes.get(&node).map_or(self.revision, |member| member.revision);
+        Published { revision, withheld }
+    }
+
+    /// Looks again at every claim that is withheld.
+    pub(super) fn reconsider(&mut self, sessions: &Sessions, now: Now) {
+        let waiting = self.nodes.iter().filter(|(_, member)| !member.withheld.is_empty());
+        let waiting: Vec<NodeId> = waiting.map(|(id, _)| *id).collect();
+        for node in waiting {
+            self.settle(node, sessions, now);
+        }
+    }
+
+    /// Gives a node what it can have of what its record claims, and takes what it no longer
+    /// claims; the rest is withheld.
+    fn settle(&mut self, node: NodeId, sessions: &Sessions, now: Now) -> Vec<Withheld> {
+        let Some(member) = self.nodes.get(&node) else { return Vec::new() };
+        let Some((record, _)) = &member.record else { return Vec::new() };
+        let wanted = record.prefixes.clone();
+        for prefix in self.claims.held_by(node) {
+            if !wanted.contains(&prefix) {
+                self.claims.release(&prefix);
+            }
+        }
+        let mut withheld = Vec::new();
+        for prefix in wanted {
+            if let Err(reason) = self.claim(node, prefix, sessions, now) {
+                withheld.push(Withheld { prefix, reason });
+            }
+        }
+        let list: Vec<IpNet> = withheld.iter().map(|withheld| withheld.prefix).collect();
+        let settled: Vec<IpNet> = self.withheld(node).filter(|was| !list.contains(was)).collect();
+        for prefix in settled {
+            self.forget_problems(node, &prefix);
+        }
+        if let Some(member) = self.nodes.get_mut(&node)
+            && member.withheld != list
+        {
+            member.withheld = list;
+            self.touch(node);
+        }
+        withheld
+    }
+
+    fn withheld(&self, node: NodeId) -> impl Iterator<Item = IpNet> {
+        self.nodes.get(&node).into_iter().flat_map(|member| member.withheld.iter().copied())
+    }
+
+    /// The node holds the prefix afterwards, or the reason says who else does.
+    fn claim(
+        &mut self,
+        node: NodeId,
+        prefix: IpNet,
+        sessions: &Sessions,
+        now: Now,
+    ) -> Result<(), String> {
+        if self.claims.holder(&prefix) == Some(node) {
+            return Ok(());
+        }
+        if let Some(reason) = self.unusable(&prefix) {
+            self.note(node, Some((node, prefix)), reason.clone());
+            return Err(reason);
+        }
+        let rivals: Vec<(IpNet, NodeId)> = self
+            .claims
+            .overlapping(&prefix)
+            .into_iter()
+            .filter(|(other, holder)| {
+                *holder != node && !self.is_granted_nesting(node, &prefix, *holder, other)
+            })
+            .collect();
+        let connected = sessions.live(node, now).is_some();
+        let in_the_way =
+            rivals.iter().find(|(_, holder)| !connected || !self.is_away(*holder, sessions, now));
+        if let Some((other, holder)) = in_the_way.copied() {
+            let reason = format!(
+                "prefix {prefix} of node `{}` overlaps {other}, which node `{}` holds: \
+                 take it from one of the two, or grant exactly the nested prefix to its node",
+                self.name_of(node),
+                self.name_of(holder),
+            );
+            self.note(node, Some((node, prefix)), reason.clone());
+            self.note(holder, Some((node, prefix)), reason.clone());
+            return Err(reason);
+        }
+        for (other, holder) in rivals {
+            self.take_from(holder, other, node, prefix);
+        }
+        self.claims.hold(prefix, node);
+        Ok(())
+    }
+
+    /// A holder that is away yields.
+    fn take_from(&mut self, holder: NodeId, held: IpNet, node: NodeId, prefix: IpNet) {
+        self.claims.release(&held);
+        if let Some(member) = self.nodes.get_mut(&holder) {
+            member.withheld.push(held);
+        }
+        self.touch(holder);
+        let (from, to) = (self.name_of(holder), self.name_of(node));
+        let text = format!(
+            "prefix {held} of node `{from}` went to node `{to}` ({prefix}), \
+             since `{from}` had been offline for longer than the lease"
+        );
+        self.note(holder, Some((holder, held)), text.clone());
+        self.note(node, Some((holder, held)), text);
+        self.events.push(Event::PrefixMoved { prefix, from, to });
+    }
+
+    /// Whether one of two prefixes lies inside the other and its holder's grant names exactly it.
+    fn is_granted_nesting(
+        &self,
+        node: NodeId,
+        prefix: &IpNet,
+        holder: NodeId,
+        other: &IpNet,
+    ) -> bool {
+        let names = |node: NodeId, prefix: &IpNet| {
+            self.nodes
+                .get(&node)
+                .is_some_and(|member| member.grant.allowed_prefixes.contains(prefix))
+        };
+        if prefix == other {
+            false
+        } else if other.contains(prefix) {
+            names(node, prefix)
+        } else {
+            names(holder, other)
+        }
+    }
+
+    fn unusable(&self, prefix: &IpNet) -> Option<String> {
+        let config = &self.mesh.config;
+        let overlay = [IpNet::from(config.overlay_v6), IpNet::from(config.overlay_v4)];
+        if let Some(overlay) = overlay.iter().find(|o| o.contains(prefix) || prefix.contains(*o)) {
+            return Some(format!(
+                "prefix {prefix} overlaps the mesh's own range {overlay}: announce another"
+            ));
+        }
+        has_no_hosts(prefix).then(|| format!("prefix {prefix} is no range of hosts: take it away"))
+    }
+
+    fn name_of(&self, node: NodeId) -> NodeName {
+        // Only nodes of the registry are asked for.
+        let Some(member) = self.nodes.get(&node) else { unreachable!("no node {node}") };
+        member.grant.name.clone()
+    }
+}
+
+/// Everything, loopback, link-local and multicast ranges: never reached through a node.
+pub(super) fn has_no_hosts(prefix: &IpNet) -> bool {
+    prefix.prefix_len() == 0
+        || match prefix {
+            IpNet::V4(net) => {
+                let first = net.network();
+                first.octets()[0] == 0
+                    || first.octets()[0] >= 224
+                    || first.is_loopback()
+                    || first.is_link_local()
+            }
+            IpNet::V6(net) => {
+                let first = net.network();
+                first.is_loopback() || first.is_multicast() || first.is_unicast_link_local()
+            }
+        }
+}

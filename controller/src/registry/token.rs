@@ -1,0 +1,246 @@
+//! Join tokens as the registry keeps them: never the secret, only its hash.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use ipnet::IpNet;
+use ring::digest;
+use subtle::ConstantTimeEq;
+use towline_proto::convert::{self, Invalid};
+use towline_proto::id::{Label, NodeName, TokenId};
+use towline_proto::token::TokenSecret;
+use towline_proto::{limits, pb};
+
+use super::Refusal;
+
+/// SHA-256 of a token's secret. The secret is 32 random bytes, so no salt is needed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SecretHash([u8; 32]);
+
+impl SecretHash {
+    /// The hash that is kept.
+    pub fn of(secret: &TokenSecret) -> Self {
+        let hash = digest::digest(&digest::SHA256, &secret.0);
+        // SHA-256 has 32 bytes.
+        Self(hash.as_ref().first_chunk().copied().unwrap_or_default())
+    }
+
+    /// From the store.
+    pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        bytes.try_into().ok().map(Self)
+    }
+
+    /// For the store.
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// In constant time.
+    fn matches(&self, other: &Self) -> bool {
+        self.0.ct_eq(&other.0).into()
+    }
+}
+
+/// Which names a token is good for: a DNS label in which `*` stands for any run of characters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamePattern(String);
+
+impl NamePattern {
+    /// Whether a name is meant.
+    pub fn matches(&self, name: &NodeName) -> bool {
+        let mut rest = name.as_str();
+        let mut parts = self.0.split('*');
+        // The first part is anchored at the start, the last one at the end, the others follow
+        // one another: taking each as early as it comes leaves the most for those behind.
+        let first = parts.next().unwrap_or("");
+        let Some(after) = rest.strip_prefix(first) else { return false };
+        rest = after;
+        let Some(last) = parts.next_back() else { return rest.is_empty() };
+        for part in parts {
+            let Some(at) = rest.find(part) else { return false };
+            rest = &rest[at + part.len()..];
+        }
+        rest.ends_with(last)
+    }
+}
+
+impl fmt::Display for NamePattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+/// Not a pattern for names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the name pattern must be 1 to 63 lower-case letters, digits, inner hyphens and `*` for any run of characters"
+)]
+pub struct InvalidPattern;
+
+impl FromStr for NamePattern {
+    type Err = InvalidPattern;
+
+    fn from_str(text: &str) -> Result<Self, InvalidPattern> {
+        let allowed =
+            |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'*';
+        let good = !text.is_empty()
+            && text.len() <= limits::NAME_BYTES
+            && text.bytes().all(allowed)
+            && !text.starts_with('-')
+            && !text.ends_with('-');
+        if good { Ok(Self(text.to_owned())) } else { Err(InvalidPattern) }
+    }
+}
+
+/// What a token says: what its bearer may become.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenTerms {
+    /// How many nodes may join with it; at least 1.
+    pub uses: u32,
+    /// Which names; `None`: any.
+    pub name: Option<NamePattern>,
+    /// The site of the nodes.
+    pub site: Option<Label>,
+    /// Their labels.
+    pub labels: BTreeMap<Label, String>,
+    /// What they may announce.
+    pub allowed_prefixes: Vec<IpNet>,
+    /// The node that the bearer replaces; then it is good for one use.
+    pub replace: Option<NodeName>,
+    /// Whether the nodes are removed when they stay away.
+    pub ephemeral: bool,
+}
+
+/// A join token.
+#[derive(Clone)]
+pub struct Token {
+    /// Its public half.
+    pub id: TokenId,
+    /// What it says.
+    pub terms: TokenTerms,
+    /// Seconds since 1970.
+    pub created_at: i64,
+    /// Seconds since 1970.
+    pub expires_at: i64,
+    /// Nodes that joined so far.
+    pub used: u32,
+    /// Whether an operator took it back.
+    pub revoked: bool,
+    pub(super) secret_hash: SecretHash,
+}
+
+impl Token {
+    /// That the bearer holds the secret.
+    pub(super) fn authenticate(&self, secret: &TokenSecret) -> Result<(), Refusal> {
+        if self.secret_hash.matches(&SecretHash::of(secret)) {
+            Ok(())
+        } else {
+            Err(Refusal::TokenSecret { token: self.id })
+        }
+    }
+
+    /// That a further node may join with it, under this name.
+    pub(super) fn admits(&self, name: &NodeName, now: i64) -> Result<(), Refusal> {
+        let token = self.id;
+        if self.used >= self.terms.uses {
+            return Err(Refusal::TokenUsed { token });
+        }
+        if now >= self.expires_at {
+            return Err(Refusal::TokenExpired { token });
+        }
+        match &self.terms.name {
+            Some(pattern) if !pattern.matches(name) => {
+                Err(Refusal::Name { name: name.clone(), pattern: pattern.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether it can still admit somebody.
+    pub fn is_open(&self, now: i64) -> bool {
+        !self.revoked && self.used < self.terms.uses && now < self.expires_at
+    }
+
+    pub(super) fn from_pb(secret_hash: SecretHash, token: pb::Token) -> Result<Self, Invalid> {
+        let malformed = |_| Invalid::Malformed("token");
+        let optional = |text: String| Some(text).filter(|text| !text.is_empty());
+        Ok(Self {
+            id: token.id.parse()?,
+            terms: TokenTerms {
+                uses: token.uses,
+                name: optional(token.name_pattern)
+                    .map(|text| text.parse().map_err(malformed))
+                    .transpose()?,
+                site: convert::site(token.site)?,
+                labels: convert::labels(token.labels)?,
+                allowed_prefixes: convert::prefixes(&token.allowed_prefixes)?,
+                replace: optional(token.replace).map(NodeName::try_from).transpose()?,
+                ephemeral: token.ephemeral,
+            },
+            created_at: token.created_at,
+            expires_at: token.expires_at,
+            used: token.used,
+            revoked: token.revoked,
+            secret_hash,
+        })
+    }
+}
+
+impl From<&Token> for pb::Token {
+    /// Without the names of the nodes, which are not kept with the token.
+    fn from(token: &Token) -> Self {
+        let terms = &token.terms;
+        Self {
+            id: token.id.to_string(),
+            created_at: token.created_at,
+            expires_at: token.expires_at,
+            uses: terms.uses,
+            used: token.used,
+            revoked: token.revoked,
+            name_pattern: terms.name.as_ref().map(NamePattern::to_string).unwrap_or_default(),
+            site: terms.site.as_ref().map(Label::to_string).unwrap_or_default(),
+            labels: terms.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
+            allowed_prefixes: terms.allowed_prefixes.iter().map(Into::into).collect(),
+            replace: terms.replace.as_ref().map(NodeName::to_string).unwrap_or_default(),
+            ephemeral: terms.ephemeral,
+            nodes: Vec::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_stands_for_any_run_of_characters() {
+        let matches = |pattern: &str, name: &str| {
+            pattern.parse::<NamePattern>().unwrap().matches(&name.parse().unwrap())
+        };
+        for (pattern, name) in [
+            ("worker-1", "worker-1"),
+            ("worker-*", "worker-1"),
+            ("*", "anything"),
+            ("a*c", "abc"),
+            ("a*c", "ac"),
+            ("*-dc-*-x", "w-dc-a-dc-b-x"),
+            ("a*b*b", "abb"),
+            ("a**b", "a1b"),
+        ] {
+            assert!(matches(pattern, name), "{pattern} {name}");
+        }
+        for (pattern, name) in [
+            ("worker-1", "worker-11"),
+            ("worker-*", "master-1"),
+            ("a*c", "abcd"),
+            ("a*b*b", "ab"),
+            ("ab*ba", "aba"),
+        ] {
+            assert!(!matches(pattern, name), "{pattern} {name}");
+        }
+        for bad in ["", "A*", "a.b", "-a", "a b"] {
+            assert!(bad.parse::<NamePattern>().is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,378 @@
+//! The controller as a whole: start, run, stop.
+//!
+//! The order of a start matters. The state directory is taken first, so that nobody else changes
+//! it; then the address, so that a busy port changes nothing. The start is counted in the store
+//! before it is counted beside the CA's key: a kill between the two leaves a store that is ahead,
+//! which is no sign of a restored backup.
+
+use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::Ipv6Net;
+use parking_lot::Mutex;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{interval, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Server;
+use towline_proto::limits;
+use towline_proto::node::MeshConfig;
+use towline_proto::pb::admin_server::AdminServer;
+use towline_proto::pb::discovery_server::DiscoveryServer;
+use x25519_dalek::{PublicKey, StaticSecret};
+
+use crate::authority::{self, ADMIN_LIFE, Authority, AuthorityError};
+use crate::clock::Now;
+use crate::config::{Config, LEASE, MeshSettings, OVERLAY_V4};
+use crate::entropy::{NoEntropy, random};
+use crate::listen;
+use crate::map::Map;
+use crate::registry::limiter::Limiter;
+use crate::registry::sessions::Sessions;
+use crate::registry::{OverlayInUse, Registry};
+use crate::service::{AdminService, DiscoveryService, Gate, Shared};
+use crate::state_dir::{Lock, StateDir, StateError};
+use crate::store::{CommitError, OpenError, Store};
+use crate::tls::{self, ServerCertificate, TlsError};
+use crate::writer::{self, ReadError, Writer};
+
+/// How long connections have to close once the controller stops.
+const GRACE: Duration = Duration::from_secs(1);
+/// How often certificates are looked at.
+const CERTIFICATE_CHECK: Duration = Duration::from_secs(300);
+/// How often the registry learns that time goes by.
+const TICK: Duration = Duration::from_secs(5);
+/// Pings on idle connections, and how long an answer may take.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(10));
+/// HTTP/2 streams that one connection may have open.
+const STREAMS: u32 = 32;
+
+/// Why the controller does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The state directory.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The CA.
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    /// The store cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The store cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The store cannot be written.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+    /// The store is there, what stands beside it is not, or the other way round.
+    #[error("{0}")]
+    Incomplete(String),
+    /// The overlay ranges are in use.
+    #[error(transparent)]
+    Overlay(#[from] OverlayInUse),
+    /// TLS.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// No random bytes.
+    #[error(transparent)]
+    Entropy(#[from] NoEntropy),
+    /// The address.
+    #[error("cannot listen on {address}: {source}; stop what uses it, or choose another --listen")]
+    Listen {
+        /// Which.
+        address: SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// No thread for the store.
+    #[error("cannot start the store's thread: {0}")]
+    Thread(std::io::Error),
+    /// The server ended by itself.
+    #[error("the server ended: {0}")]
+    Server(#[from] tonic::transport::Error),
+    /// The thread that owns the store ended by itself.
+    #[error("the store's thread ended unexpectedly; see the log")]
+    WriterEnded,
+}
+
+/// A controller that has started and listens, and does not serve yet.
+pub struct Controller {
+    dir: StateDir,
+    _lock: Lock,
+    listener: TcpListener,
+    address: SocketAddr,
+    authority: Arc<Authority>,
+    certificate: Arc<ServerCertificate>,
+    acceptor: TlsAcceptor,
+    shared: Shared,
+    stop: watch::Sender<bool>,
+    writer_ended: oneshot::Receiver<()>,
+}
+
+/// Starts a controller and runs it until `shutdown` resolves.
+pub async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
+    Controller::start(config)?.run(shutdown).await
+}
+
+impl Controller {
+    /// Takes the state directory (a first start fills it) and the address. Within a tokio runtime.
+    pub fn start(config: Config) -> Result<Self, ServeError> {
+        let dir = StateDir::new(&config.state_dir);
+        let lock = dir.lock()?;
+        let listen_error = |source| ServeError::Listen { address: config.listen, source };
+        let listener = listen::bind(config.listen).map_err(listen_error)?;
+        let address = listener.local_addr().map_err(listen_error)?;
+
+        let now = Now::read();
+        let fresh = is_fresh(&dir)?;
+        let authority = Arc::new(Authority::load_or_create(&dir, fresh, now.unix)?);
+        let (store, registry) = open_registry(&dir, fresh, &authority, &config.mesh, now)?;
+        authority::renew_admin(&dir, &authority, now.unix)?;
+        let certificate = Arc::new(ServerCertificate::new(&authority, now.unix)?);
+        let tls = tls::server_config(&authority, certificate.clone())?;
+
+        let map = Arc::new(Map::new());
+        let sessions = Arc::new(Mutex::new(Sessions::new(config.heartbeat)));
+        let (writer, writer_ended) =
+            writer::start(store, registry, authority.clone(), map.clone(), sessions.clone())
+                .map_err(ServeError::Thread)?;
+        let proof_key = StaticSecret::from(random::<32>()?);
+        let (stop, stopping) = watch::channel(false);
+        let shared = Shared {
+            authority: authority.clone(),
+            writer,
+            map,
+            sessions,
+            limiter: Mutex::new(Limiter::default()),
+            proof_public: PublicKey::from(&proof_key),
+            proof_key,
+            advertise: config.advertise,
+            stopping,
+        };
+        dir.write("address", 0o644, &format!("{}\n", local(address)))?;
+        Ok(Self {
+            dir,
+            _lock: lock,
+            listener,
+            address,
+            authority,
+            certificate,
+            acceptor: TlsAcceptor::from(Arc::new(tls)),
+            shared,
+            stop,
+            writer_ended,
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where its state lies.
+    pub fn state_dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Serves until `shutdown` resolves; then ends within about a second, and nothing that was
+    /// acknowledged is lost.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
+        let Self { dir, listener, address, authority, acceptor, shared, stop, .. } = self;
+        let mut writer_ended = self.writer_ended;
+        tracing::info!(%address, "listening");
+        let (accepted, connections) = mpsc::channel(64);
+        let accepting =
+            tokio::spawn(listen::accept(listener, acceptor, accepted, || Now::read().unix));
+        let renewing = tokio::spawn(renew(dir.clone(), authority, self.certificate));
+        let ticking = tokio::spawn(tick(shared.writer.clone()));
+
+        let mut stopping = shared.stopping.clone();
+        let gate = Gate::new(shared.map.clone(), shared.authority.mesh_id());
+        let shared = Arc::new(shared);
+        let discovery = DiscoveryServer::new(DiscoveryService::new(shared.clone()))
+            .max_decoding_message_size(limits::MESSAGE_BYTES)
+            .max_encoding_message_size(limits::MESSAGE_BYTES);
+        let admin = AdminServer::new(AdminService::new(shared))
+            .max_decoding_message_size(limits::MESSAGE_BYTES)
+            .max_encoding_message_size(limits::MESSAGE_BYTES);
+        let server = Server::builder()
+            .http2_keepalive_interval(Some(KEEPALIVE.0))
+            .http2_keepalive_timeout(Some(KEEPALIVE.1))
+            .max_concurrent_streams(STREAMS)
+            .layer(gate)
+            .add_service(discovery)
+            .add_service(admin)
+            .serve_with_incoming_shutdown(ReceiverStream::new(connections), async move {
+                // The sender is there until the end of `run`.
+                let _ = stopping.wait_for(|stopping| *stopping).await;
+            });
+        let mut server = Box::pin(server);
+        let result = tokio::select! {
+            () = shutdown => Ok(()),
+            ended = &mut server => ended.map_err(ServeError::from),
+            _ = &mut writer_ended => Err(ServeError::WriterEnded),
+        };
+        tracing::info!("stopping");
+        let _ = stop.send(true);
+        for task in [accepting, renewing, ticking] {
+            task.abort();
+        }
+        if result.is_ok() {
+            // Watches end themselves; who does not close in time is cut off.
+            let _ = timeout(GRACE, &mut server).await;
+        }
+        // The last writer handle goes with the server's tasks: the store's thread then finishes
+        // what it was handed and ends.
+        drop(server);
+        let _ = timeout(GRACE, writer_ended).await;
+        dir.remove("address")?;
+        result
+    }
+}
+
+/// Whether nothing was ever set up here. Anything in between is an error: to begin anew beside
+/// the remains of a mesh would lose it.
+fn is_fresh(dir: &StateDir) -> Result<bool, ServeError> {
+    let store: PathBuf = dir.store();
+    let exists = store.try_exists().map_err(|error| {
+        ServeError::Incomplete(format!("cannot look at {}: {error}", store.display()))
+    })?;
+    match (exists, dir.starts()?.is_some()) {
+        (false, false) => Ok(true),
+        (false, true) => Err(OpenError::Missing(store).into()),
+        // A kill in the first start, after the store was made.
+        (true, _) => Ok(false),
+    }
+}
+
+fn open_registry(
+    dir: &StateDir,
+    fresh: bool,
+    authority: &Arc<Authority>,
+    settings: &MeshSettings,
+    now: Now,
+) -> Result<(Store, Registry), ServeError> {
+    let path = dir.store();
+    let mut store = if fresh {
+        let mut registry = Registry::create(authority.clone(), first_mesh(authority, settings)?);
+        let store = Store::create(&path, &registry.take_changes().writes)?;
+        tracing::info!(mesh = %authority.mesh_id(), ca = %authority.fingerprint(), "mesh created");
+        store
+    } else {
+        Store::open(&path)?
+    };
+    let mut registry = writer::read(&store, authority.clone(), now)?;
+    let started = registry.start(dir.starts()?);
+    if started.restored {
+        tracing::warn!(
+            epoch = started.starts.epoch,
+            voided_tokens = started.voided,
+            "store was restored from a backup: every watch begins anew, open tokens are void"
+        );
+    }
+    registry.configure(|mesh| {
+        mesh.overlay_v6 = settings.overlay_v6.unwrap_or(mesh.overlay_v6);
+        mesh.overlay_v4 = settings.overlay_v4.unwrap_or(mesh.overlay_v4);
+        mesh.lease = settings.lease.unwrap_or(mesh.lease);
+        if let Some(protected) = &settings.protected {
+            mesh.protected.clone_from(protected);
+        }
+    })?;
+    store.commit(store.sequence(), &registry.take_changes().writes)?;
+    dir.set_starts(started.starts)?;
+    Ok((store, registry))
+}
+
+fn first_mesh(authority: &Authority, settings: &MeshSettings) -> Result<MeshConfig, ServeError> {
+    let overlay_v6 = match settings.overlay_v6 {
+        Some(range) => range,
+        None => random_ula()?,
+    };
+    let overlay_v4 = match settings.overlay_v4 {
+        Some(range) => range,
+        // The default is a network.
+        None => OVERLAY_V4.parse().unwrap_or_default(),
+    };
+    Ok(MeshConfig {
+        mesh_id: authority.mesh_id(),
+        overlay_v6,
+        overlay_v4,
+        protected: settings.protected.clone().unwrap_or_default(),
+        lease: settings.lease.unwrap_or(LEASE),
+        generation: 1,
+    })
+}
+
+/// A unique local /64: fd00::/8 and 40 random bits (RFC 4193 section 3.1), and a random subnet.
+fn random_ula() -> Result<Ipv6Net, NoEntropy> {
+    let random: [u8; 7] = random()?;
+    let mut address = [0; 16];
+    address[0] = 0xfd;
+    address[1..8].copy_from_slice(&random);
+    // A /64 is a valid length.
+    Ok(Ipv6Net::new(Ipv6Addr::from(address), 64).unwrap_or_default())
+}
+
+/// Under which address this machine's own command line reaches the listener.
+fn local(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}
+
+/// Replaces the controller's and the administrator's certificates in time.
+async fn renew(dir: StateDir, authority: Arc<Authority>, certificate: Arc<ServerCertificate>) {
+    let mut admin_since = Now::read().unix;
+    let mut checks = interval(CERTIFICATE_CHECK);
+    loop {
+        checks.tick().await;
+        let now = Now::read().unix;
+        match certificate.renew(&authority, now) {
+            Ok(true) => tracing::info!("certificate renewed"),
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "certificate not renewed"),
+        }
+        if tls::is_due(admin_since, ADMIN_LIFE, now) {
+            match authority::renew_admin(&dir, &authority, now) {
+                Ok(()) => admin_since = now,
+                Err(error) => tracing::error!(%error, "administrator's certificate not renewed"),
+            }
+        }
+    }
+}
+
+/// Lets the registry know that time goes by.
+async fn tick(writer: Writer) {
+    let mut ticks = interval(TICK);
+    loop {
+        ticks.tick().await;
+        // It says so itself when it cannot store.
+        let _ = writer.run(|registry, sessions, now| registry.tick(sessions, now)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ipnet::IpNet;
+
+    use super::*;
+
+    #[test]
+    fn the_default_overlay_ranges_are_what_they_should_be() {
+        let v4: IpNet = OVERLAY_V4.parse().unwrap();
+        let carrier: IpNet = "100.64.0.0/10".parse().unwrap();
+        assert!(!carrier.contains(&v4));
+        let v6 = random_ula().unwrap();
+        assert_eq!((v6.prefix_len(), v6.trunc()), (64, v6));
+        assert!("fd00::/8".parse::<Ipv6Net>().unwrap().contains(&v6));
+        assert_ne!(random_ula().unwrap(), v6);
+    }
+}

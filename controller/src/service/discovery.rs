@@ -1,0 +1,291 @@
+//! What agents ask.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use towline_proto::convert::{self, Invalid};
+use towline_proto::id::{NodeId, NodeName, TokenId, WireguardKey};
+use towline_proto::join_proof::{self, Claim};
+use towline_proto::pb::discovery_server::Discovery;
+use towline_proto::token::TokenSecret;
+use towline_proto::{limits, pb, signed};
+use x25519_dalek::{PublicKey, StaticSecret};
+
+use crate::authority::{Subject, csr_key};
+use crate::clock::{self, Now};
+use crate::entropy::random;
+use crate::registry::sessions::Session;
+use crate::registry::{Join, Refusal, Registry};
+
+use super::auth::Caller;
+use super::watch::{self, Watcher};
+use super::{Shared, invalid, invalid_csr, missing, no_entropy, refused, unavailable};
+
+/// How long a client may take to begin a watch.
+const FIRST_WORD: Duration = Duration::from_secs(10);
+
+/// The service `towline.v1.Discovery`.
+pub struct DiscoveryService {
+    shared: Arc<Shared>,
+}
+
+impl DiscoveryService {
+    /// Over the shared state.
+    pub fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    async fn admit(&self, join: WireJoin, source: SocketAddr) -> Result<pb::JoinResponse, Status> {
+        let shared = &self.shared;
+        if join.proof_key != *shared.proof_public.as_bytes() {
+            return Err(Status::unavailable(
+                "the controller restarted since it said hello: say hello again, then join",
+            ));
+        }
+        let (identity_key, public) = csr_key(&join.csr).map_err(invalid_csr)?;
+        if !join.holds_wireguard_key(&shared.proof_key) {
+            return Err(Status::invalid_argument(
+                "the proof of the WireGuard key does not hold: join with the key's own private half",
+            ));
+        }
+        let node_id = NodeId(random().map_err(no_entropy)?);
+        let WireJoin { token, secret, name, wireguard_key, .. } = join;
+        let request = Join { token, secret, name, identity_key, wireguard_key, node_id };
+        let run = move |registry: &mut Registry, sessions: &_, now| {
+            registry.join(&request, sessions, now)
+        };
+        let joined = shared.writer.run(run).await.map_err(unavailable)?;
+        let joined = joined.map_err(|refusal| {
+            if is_guess(&refusal) {
+                shared.limiter.lock().failed(source.ip(), Now::read());
+            }
+            tracing::info!(%source, %token, reason = %refusal, "join refused");
+            refused(refusal)
+        })?;
+        let chain = self.certificates(joined.node_id, &public)?;
+        Ok(pb::JoinResponse {
+            grant: Some(joined.grant),
+            mesh: Some(joined.mesh),
+            certificate_chain: chain,
+        })
+    }
+
+    fn certificates(
+        &self,
+        node: NodeId,
+        key: &impl rcgen::PublicKeyData,
+    ) -> Result<Vec<Vec<u8>>, Status> {
+        let authority = &self.shared.authority;
+        let leaf = authority
+            .issue(Subject::Node(node), key, Now::read().unix)
+            .map_err(|error| Status::unavailable(error.to_string()))?;
+        Ok(vec![leaf.to_vec(), authority.certificate().to_vec()])
+    }
+}
+
+#[tonic::async_trait]
+impl Discovery for DiscoveryService {
+    async fn hello(
+        &self,
+        _: Request<pb::HelloRequest>,
+    ) -> Result<Response<pb::HelloResponse>, Status> {
+        Ok(Response::new(pb::HelloResponse {
+            mesh_id: self.shared.authority.mesh_id().0.to_vec(),
+            server_time_ms: clock::unix_millis(),
+            proof_key: self.shared.proof_public.as_bytes().to_vec(),
+            version: towline_proto::VERSION.to_owned(),
+        }))
+    }
+
+    async fn join(
+        &self,
+        request: Request<pb::JoinRequest>,
+    ) -> Result<Response<pb::JoinResponse>, Status> {
+        let source = Caller::of(&request)?.address;
+        let wait = self.shared.limiter.lock().wait(source.ip(), Now::read());
+        if let Some(wait) = wait {
+            return Err(Status::resource_exhausted(format!(
+                "too many failed joins from {}: wait {} s",
+                source.ip(),
+                wait.as_secs() + 1
+            )));
+        }
+        let join = WireJoin::parse(request.into_inner()).map_err(invalid)?;
+        Ok(Response::new(self.admit(join, source).await?))
+    }
+
+    async fn renew(
+        &self,
+        request: Request<pb::RenewRequest>,
+    ) -> Result<Response<pb::RenewResponse>, Status> {
+        let (node, _) = Caller::node(&request)?;
+        let (key, public) = csr_key(&request.get_ref().csr).map_err(invalid_csr)?;
+        if key != node.identity {
+            return Err(refused(Refusal::NodeKey { node: node.id }));
+        }
+        let (_, grant) = self.shared.map.member(node.id, &node.identity).map_err(refused)?;
+        Ok(Response::new(pb::RenewResponse {
+            certificate_chain: self.certificates(node.id, &public)?,
+            grant: Some(grant),
+        }))
+    }
+
+    async fn publish(
+        &self,
+        request: Request<pb::PublishRequest>,
+    ) -> Result<Response<pb::PublishResponse>, Status> {
+        let (node, _) = Caller::node(&request)?;
+        let request = request.into_inner();
+        let session = request.session_id.as_slice().try_into().map_err(|_| missing("session"))?;
+        let record = signed::record(request.record.as_ref(), &node.identity)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let signed = request.record.ok_or_else(|| missing("record"))?;
+        let run = move |registry: &mut Registry, sessions: &_, now| {
+            registry.publish(node.id, &session, record, signed, sessions, now)
+        };
+        let published = self.shared.writer.run(run).await.map_err(unavailable)?.map_err(refused)?;
+        let refused = published.withheld.into_iter().map(|withheld| pb::RefusedPrefix {
+            prefix: Some((&withheld.prefix).into()),
+            reason: withheld.reason,
+        });
+        Ok(Response::new(pb::PublishResponse {
+            revision: published.revision,
+            refused: refused.collect(),
+        }))
+    }
+
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<pb::WatchResponse, Status>> + Send>>;
+
+    async fn watch(
+        &self,
+        request: Request<Streaming<pb::WatchRequest>>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let (node, address) = Caller::node(&request)?;
+        let mut requests = request.into_inner();
+        let first = tokio::time::timeout(FIRST_WORD, requests.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("the watch was not begun"))??;
+        let Some(pb::watch_request::Kind::Start(start)) = first.and_then(|first| first.kind) else {
+            return Err(missing("start of the watch"));
+        };
+        if start.instance_id.is_empty() {
+            return Err(missing("instance_id"));
+        }
+        convert::bounded("instance_id", start.instance_id.len(), 64).map_err(invalid)?;
+        watch::relearn(&self.shared, start.tombstones).await?;
+
+        let id = random().map_err(no_entropy)?;
+        let now = Now::read();
+        let session = Session { id, instance: start.instance_id, address, heard: now.mono };
+        let opened = self.shared.sessions.lock().open(node.id, session, now);
+        if let Err(other) = opened {
+            let refusal = Refusal::Cloned { name: node.name, address: other };
+            watch::note_clone(&self.shared, node.id, address, other).await;
+            return Err(refused(refusal));
+        }
+        tracing::info!(node = %node.name, %address, "session opened");
+        let (responses, receiver) = tokio::sync::mpsc::channel(1);
+        let watcher =
+            Watcher::new(self.shared.clone(), node, id, (start.epoch, start.revision), responses);
+        tokio::spawn(watcher.run(requests));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn leave(
+        &self,
+        request: Request<pb::LeaveRequest>,
+    ) -> Result<Response<pb::LeaveResponse>, Status> {
+        let (node, _) = Caller::node(&request)?;
+        let run = move |registry: &mut Registry, sessions: &_, now| {
+            registry.remove(node.id, "it left", sessions, now)
+        };
+        let tombstone = self.shared.writer.run(run).await.map_err(unavailable)?.map_err(refused)?;
+        Ok(Response::new(pb::LeaveResponse { tombstone: Some(tombstone) }))
+    }
+}
+
+/// Whether a refused join may have been somebody who guesses.
+fn is_guess(refusal: &Refusal) -> bool {
+    matches!(refusal, Refusal::TokenUnknown { .. } | Refusal::TokenSecret { .. })
+}
+
+/// A [`pb::JoinRequest`] whose form was checked.
+struct WireJoin {
+    token: TokenId,
+    secret: TokenSecret,
+    name: NodeName,
+    csr: Vec<u8>,
+    wireguard_key: WireguardKey,
+    proof: Vec<u8>,
+    proof_key: [u8; 32],
+}
+
+impl WireJoin {
+    fn parse(join: pb::JoinRequest) -> Result<Self, Invalid> {
+        let secret: [u8; 32] =
+            join.token_secret.try_into().map_err(|_| Invalid::Malformed("token"))?;
+        convert::bounded("certificate signing request", join.csr.len(), limits::CSR_BYTES)?;
+        Ok(Self {
+            token: TokenId::try_from(join.token_id.as_slice())?,
+            secret: TokenSecret(secret),
+            name: NodeName::try_from(join.name)?,
+            csr: join.csr,
+            wireguard_key: WireguardKey::try_from(join.wireguard_key.as_slice())?,
+            proof: join.wireguard_proof,
+            proof_key: join.proof_key.try_into().map_err(|_| Invalid::Malformed("proof_key"))?,
+        })
+    }
+
+    fn holds_wireguard_key(&self, proof_key: &StaticSecret) -> bool {
+        let shared = proof_key.diffie_hellman(&PublicKey::from(self.wireguard_key.0));
+        let claim = Claim { token: self.token, wireguard_key: &self.wireguard_key, csr: &self.csr };
+        // A key of small order gives everybody the same secret, so it proves nothing.
+        shared.was_contributory() && join_proof::verify(shared.as_bytes(), claim, &self.proof)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use prost::Message;
+    use towline_proto::id::IdentityKey;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_parsers_panic(bytes in prop::collection::vec(any::<u8>(), 0..512)) {
+            if let Ok(join) = pb::JoinRequest::decode(bytes.as_slice())
+                && let Ok(join) = WireJoin::parse(join)
+            {
+                let _ = csr_key(&join.csr);
+                join.holds_wireguard_key(&StaticSecret::from([1; 32]));
+            }
+            let _ = csr_key(&bytes);
+            let _ = pb::WatchRequest::decode(bytes.as_slice());
+            if let Ok(publish) = pb::PublishRequest::decode(bytes.as_slice()) {
+                let _ = signed::record(publish.record.as_ref(), &IdentityKey([1; 32]));
+            }
+        }
+    }
+
+    #[test]
+    fn a_key_of_small_order_proves_nothing() {
+        let claim =
+            Claim { token: TokenId([1; 8]), wireguard_key: &WireguardKey([0; 32]), csr: b"" };
+        let join = WireJoin {
+            token: claim.token,
+            secret: TokenSecret([0; 32]),
+            name: "n".parse().unwrap(),
+            csr: Vec::new(),
+            wireguard_key: WireguardKey([0; 32]),
+            proof: join_proof::prove(&[0; 32], claim),
+            proof_key: [0; 32],
+        };
+        assert!(!join.holds_wireguard_key(&StaticSecret::from([1; 32])));
+    }
+}

@@ -1,0 +1,378 @@
+//! The store: what the controller must not forget, in one redb file.
+//!
+//! A flat space of keys. Each record keeps the sequence number of the commit that wrote it, and a
+//! commit names the sequence number that it was computed from: if the store moved on since, the
+//! commit is refused ([`CommitError::Conflict`]). So whoever computes from a stale state cannot
+//! overwrite a newer one, and a store that several controllers share can stand beside this one.
+//!
+//! - [`Store::commit`] returns after the data is on the disk (fsync): acknowledged means stored.
+//! - A kill at any moment leaves the state of the last commit, whole.
+//! - A file that was cut or altered is told apart from an empty one: opening never makes a new
+//!   store, and every page's checksum is verified.
+//!
+//! Calls block; `writer` makes them on a thread of its own.
+
+use std::path::{Path, PathBuf};
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+
+/// Key to (sequence of the commit that wrote it, value).
+const RECORDS: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("records");
+/// `sequence` and `format`.
+const HEAD: TableDefinition<'_, &str, u64> = TableDefinition::new("head");
+/// Raised with every change that an older controller could not read.
+const FORMAT: u64 = 1;
+/// Everything is read once at start and kept in memory, so there is little to cache.
+const CACHE_BYTES: usize = 4 * 1024 * 1024;
+
+/// An open store.
+pub struct Store {
+    path: PathBuf,
+    /// `None` after a failed commit, until it is opened again.
+    database: Option<Database>,
+    sequence: u64,
+    #[cfg(test)]
+    fail_next: std::cell::Cell<bool>,
+}
+
+/// One change: a key's new value, or `None` where it is to be gone.
+pub type Write = (String, Option<Vec<u8>>);
+
+/// One record as it was read.
+pub type Record = (String, Vec<u8>);
+
+/// Why the store cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// No such file.
+    #[error(
+        "{0} is missing although the mesh was set up before: restore it from a backup \
+         (`ca.key` stays as it is)"
+    )]
+    Missing(PathBuf),
+    /// Another process has it open.
+    #[error("{0} is in use by another process: stop the other controller")]
+    Locked(PathBuf),
+    /// Not what was written.
+    #[error("{path} is damaged ({why}): nothing was changed; restore it from a backup")]
+    Damaged {
+        /// Which file.
+        path: PathBuf,
+        /// What was found.
+        why: String,
+    },
+    /// Written by a newer controller.
+    #[error("{path} has format {found}, this controller knows {FORMAT}: run the newer version")]
+    Format {
+        /// Which file.
+        path: PathBuf,
+        /// Its format.
+        found: u64,
+    },
+    /// The file cannot be opened or read.
+    #[error("cannot open {path}: {why}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        why: String,
+    },
+}
+
+/// Why a commit did not happen, or is not known to have.
+#[derive(Debug, thiserror::Error)]
+pub enum CommitError {
+    /// The store moved on since the changes were computed.
+    #[error("the store is at {found}, the change was computed from {expected}")]
+    Conflict {
+        /// Where the change came from.
+        expected: u64,
+        /// Where the store is.
+        found: u64,
+    },
+    /// The disk refused; the store has to be opened again.
+    #[error("cannot write {path}: {why}; free space or mend the disk")]
+    Failed {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        why: String,
+    },
+}
+
+impl Store {
+    /// Makes a new store that holds `records`; it appears whole or not at all. There must be none.
+    pub fn create(path: &Path, records: &[Write]) -> Result<Self, OpenError> {
+        let failed = |why: String| OpenError::Io { path: path.to_owned(), why };
+        let temporary = path.with_extension("redb.new");
+        match std::fs::remove_file(&temporary) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(failed(error.to_string()));
+            }
+            _ => {}
+        }
+        {
+            use std::os::unix::fs::OpenOptionsExt;
+            // redb fills an empty file; made here, it has its mode from the first moment.
+            let mut options = std::fs::OpenOptions::new();
+            options.write(true).create_new(true).mode(0o600);
+            options.open(&temporary).map_err(|error| failed(error.to_string()))?;
+            let database = Database::builder()
+                .set_cache_size(CACHE_BYTES)
+                .create(&temporary)
+                .map_err(|error| failed(error.to_string()))?;
+            write(&database, 0, records).map_err(|error| failed(error.to_string()))?;
+        }
+        std::fs::rename(&temporary, path).map_err(|error| failed(error.to_string()))?;
+        if let Some(parent) = path.parent() {
+            let synced = std::fs::File::open(parent).and_then(|parent| parent.sync_all());
+            synced.map_err(|error| failed(error.to_string()))?;
+        }
+        Self::open(path)
+    }
+
+    /// Opens the store that is there, and verifies it.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        let mut store = Self {
+            path: path.to_owned(),
+            database: None,
+            sequence: 0,
+            #[cfg(test)]
+            fail_next: std::cell::Cell::default(),
+        };
+        store.reopen()?;
+        Ok(store)
+    }
+
+    /// Opens it again after a failed commit, to find out what is in it.
+    pub fn reopen(&mut self) -> Result<(), OpenError> {
+        self.database = None;
+        let path = || self.path.clone();
+        match std::fs::metadata(&self.path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(OpenError::Missing(path()));
+            }
+            Ok(metadata) if metadata.len() == 0 => {
+                return Err(OpenError::Damaged { path: path(), why: "it is empty".into() });
+            }
+            _ => {}
+        }
+        let database = Database::builder()
+            .set_cache_size(CACHE_BYTES)
+            .set_check_integrity_on_open(true)
+            .open(&self.path)
+            .map_err(|error| self.open_error(&error))?;
+        let damaged = |why: String| OpenError::Damaged { path: path(), why };
+        let head = |name: &str| -> Result<Option<u64>, redb::Error> {
+            let table = database.begin_read()?.open_table(HEAD)?;
+            Ok(table.get(name)?.map(|value| value.value()))
+        };
+        match head("format").map_err(|error| damaged(error.to_string()))? {
+            Some(FORMAT) => {}
+            Some(found) => return Err(OpenError::Format { path: path(), found }),
+            None => return Err(damaged("it has no format".into())),
+        }
+        let sequence = head("sequence").map_err(|error| damaged(error.to_string()))?;
+        self.sequence = sequence.ok_or_else(|| damaged("it has no sequence".into()))?;
+        self.database = Some(database);
+        Ok(())
+    }
+
+    fn open_error(&self, error: &redb::DatabaseError) -> OpenError {
+        use redb::{DatabaseError, StorageError};
+        let path = self.path.clone();
+        match error {
+            DatabaseError::DatabaseAlreadyOpen => OpenError::Locked(path),
+            // A file that is too short, or whose first bytes are another's, is an I/O error of
+            // these kinds to redb.
+            DatabaseError::Storage(StorageError::Io(io))
+                if !matches!(
+                    io.kind(),
+                    std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof
+                ) =>
+            {
+                OpenError::Io { path, why: io.to_string() }
+            }
+            other => OpenError::Damaged { path, why: other.to_string() },
+        }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The sequence number of the last commit.
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Every record, in the order of the keys.
+    pub fn load(&self) -> Result<Vec<Record>, OpenError> {
+        self.read_all()
+            .map_err(|error| OpenError::Damaged { path: self.path.clone(), why: error.to_string() })
+    }
+
+    fn read_all(&self) -> Result<Vec<Record>, redb::Error> {
+        let database = self.database.as_ref().ok_or(redb::Error::DatabaseClosed)?;
+        let table = database.begin_read()?.open_table(RECORDS)?;
+        let mut records = Vec::new();
+        for entry in table.iter()? {
+            let (key, value) = entry?;
+            records.push((key.value().to_owned(), value.value().1.to_vec()));
+        }
+        Ok(records)
+    }
+
+    /// Applies all of `writes`, or none, if the store is still at `expected`; returns the new
+    /// sequence number once all is on the disk.
+    pub fn commit(&mut self, expected: u64, writes: &[Write]) -> Result<u64, CommitError> {
+        if self.sequence != expected {
+            return Err(CommitError::Conflict { expected, found: self.sequence });
+        }
+        match self.try_commit(writes) {
+            Ok(sequence) => {
+                self.sequence = sequence;
+                Ok(sequence)
+            }
+            Err(error) => {
+                self.database = None;
+                Err(CommitError::Failed { path: self.path.clone(), why: error.to_string() })
+            }
+        }
+    }
+
+    fn try_commit(&self, writes: &[Write]) -> Result<u64, redb::Error> {
+        #[cfg(test)]
+        if self.fail_next.take() {
+            return Err(redb::Error::PreviousIo);
+        }
+        let database = self.database.as_ref().ok_or(redb::Error::DatabaseClosed)?;
+        write(database, self.sequence, writes)
+    }
+
+    /// The next commit fails as it would on a full disk.
+    #[cfg(test)]
+    pub(crate) fn fail_next_commit(&self) {
+        self.fail_next.set(true);
+    }
+}
+
+fn write(database: &Database, sequence: u64, writes: &[Write]) -> Result<u64, redb::Error> {
+    let sequence = sequence + 1;
+    let transaction = database.begin_write()?;
+    {
+        let mut head = transaction.open_table(HEAD)?;
+        head.insert("format", FORMAT)?;
+        head.insert("sequence", sequence)?;
+        let mut records = transaction.open_table(RECORDS)?;
+        for (key, value) in writes {
+            match value {
+                Some(value) => drop(records.insert(key.as_str(), (sequence, value.as_slice()))?),
+                None => drop(records.remove(key.as_str())?),
+            }
+        }
+    }
+    transaction.commit()?;
+    Ok(sequence)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(key: &str, value: &str) -> Write {
+        (key.to_owned(), Some(value.as_bytes().to_vec()))
+    }
+
+    fn records(store: &Store) -> Vec<(String, String)> {
+        let text = |(key, value)| (key, String::from_utf8(value).unwrap());
+        store.load().unwrap().into_iter().map(text).collect()
+    }
+
+    fn pair(key: &str, value: &str) -> (String, String) {
+        (key.to_owned(), value.to_owned())
+    }
+
+    #[test]
+    fn what_was_committed_is_there_after_a_reopen_without_a_close() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("towline.redb");
+        let mut store = Store::create(&path, &[put("a", "1")]).unwrap();
+        let first = store.sequence();
+        let second = store.commit(first, &[put("b", "2"), ("a".into(), None)]).unwrap();
+        assert!(second > first);
+
+        // A copy of the file as it is on the disk is what a killed process leaves.
+        let copy = root.path().join("copy.redb");
+        std::fs::copy(&path, &copy).unwrap();
+        let copy = Store::open(&copy).unwrap();
+        assert_eq!(records(&copy), [pair("b", "2")]);
+        assert_eq!(copy.sequence(), second);
+    }
+
+    #[test]
+    fn a_commit_computed_from_a_stale_state_changes_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let mut store = Store::create(&root.path().join("s"), &[put("a", "1")]).unwrap();
+        let stale = store.sequence();
+        store.commit(stale, &[put("a", "2")]).unwrap();
+        let error = store.commit(stale, &[put("a", "3")]).unwrap_err();
+        assert!(matches!(error, CommitError::Conflict { .. }));
+        assert_eq!(records(&store), [pair("a", "2")]);
+    }
+
+    #[test]
+    fn a_failed_commit_leaves_the_state_before_it() {
+        let root = tempfile::tempdir().unwrap();
+        let mut store = Store::create(&root.path().join("s"), &[put("a", "1")]).unwrap();
+        let sequence = store.sequence();
+        store.fail_next_commit();
+        let error = store.commit(sequence, &[put("a", "2")]).unwrap_err();
+        assert!(matches!(error, CommitError::Failed { .. }));
+        store.reopen().unwrap();
+        assert_eq!(store.sequence(), sequence);
+        assert_eq!(records(&store), [pair("a", "1")]);
+    }
+
+    #[test]
+    fn an_absent_an_empty_and_a_locked_store_are_told_apart() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("s");
+        assert!(matches!(Store::open(&path), Err(OpenError::Missing(_))));
+        std::fs::write(&path, b"").unwrap();
+        assert!(matches!(Store::open(&path), Err(OpenError::Damaged { .. })));
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 0, "an empty file must stay empty");
+
+        let path = root.path().join("t");
+        let _store = Store::create(&path, &[]).unwrap();
+        assert!(matches!(Store::open(&path), Err(OpenError::Locked(_))));
+    }
+
+    #[test]
+    fn a_cut_or_altered_store_is_an_error_and_never_another_content() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("s");
+        let writes: Vec<_> = (0..300).map(|i| put(&format!("k{i:03}"), &"v".repeat(200))).collect();
+        let expected = records(&Store::create(&path, &writes).unwrap());
+        let good = std::fs::read(&path).unwrap();
+        let step = good.len() / 40;
+        let mut refused = 0;
+        for at in (0..good.len()).step_by(step) {
+            let mut altered = good.clone();
+            altered[at..(at + 64).min(good.len())].iter_mut().for_each(|b| *b ^= 0xa5);
+            for bytes in [&good[..at], &altered[..]] {
+                std::fs::write(&path, bytes).unwrap();
+                match Store::open(&path) {
+                    // Some bytes of the file are not in use.
+                    Ok(store) => assert_eq!(records(&store), expected, "at {at}"),
+                    Err(error) => {
+                        refused += 1;
+                        assert!(!error.to_string().contains('\n'), "{error}");
+                    }
+                }
+            }
+        }
+        assert!(refused > 30, "only {refused} damages were noticed");
+    }
+}

@@ -1,0 +1,205 @@
+//! The writer: the one thread that owns registry and store.
+//!
+//! Requests wait in a bounded queue. The writer takes what is there, applies one after the other
+//! to the registry in memory, stores what they changed in one transaction, shows it to the
+//! watchers, and only then answers: acknowledged means stored, and nothing is shown that is not.
+//! The disk is waited for once for all requests that came meanwhile.
+//!
+//! When a transaction fails, none of its requests happened: the registry is loaded anew from the
+//! store, and the callers are told why.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::authority::Authority;
+use crate::clock::Now;
+use crate::map::Map;
+use crate::registry::sessions::Sessions;
+use crate::registry::{Event, LoadError, Registry};
+use crate::store::{OpenError, Store};
+
+/// Requests that may wait.
+const QUEUE: usize = 1024;
+/// Requests that are stored in one transaction.
+const BATCH: usize = 256;
+
+/// Where requests are handed in. Dropping the last one ends the writer, after the last request.
+#[derive(Clone)]
+pub struct Writer {
+    queue: mpsc::Sender<Job>,
+}
+
+/// The request did not happen.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the controller cannot store anything now: {0}")]
+pub struct Unavailable(Arc<str>);
+
+/// Given the registry, applies itself and returns what will answer its caller; given a reason why
+/// it cannot be, answers its caller at once.
+type Job =
+    Box<dyn FnOnce(Result<(&mut Registry, &Sessions, Now), Unavailable>) -> Option<Answer> + Send>;
+type Answer = Box<dyn FnOnce(Result<(), Unavailable>) + Send>;
+
+/// The registry as the store has it.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The store cannot be opened or read.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// What it holds is no registry.
+    #[error("{path} is damaged: {error}; restore it from a backup")]
+    Load {
+        /// The store's file.
+        path: String,
+        /// What is wrong.
+        error: LoadError,
+    },
+}
+
+/// Reads the registry out of an open store.
+pub fn read(store: &Store, authority: Arc<Authority>, now: Now) -> Result<Registry, ReadError> {
+    let path = || store.path().display().to_string();
+    Registry::load(authority, store.load()?, now)
+        .map_err(|error| ReadError::Load { path: path(), error })
+}
+
+/// Starts the writer's thread. The receiver resolves when it has ended.
+pub fn start(
+    store: Store,
+    registry: Registry,
+    authority: Arc<Authority>,
+    map: Arc<Map>,
+    sessions: Arc<Mutex<Sessions>>,
+) -> std::io::Result<(Writer, oneshot::Receiver<()>)> {
+    let (queue, requests) = mpsc::channel(QUEUE);
+    let (ended, has_ended) = oneshot::channel();
+    map.apply(registry.epoch(), registry.revision(), registry.snapshot());
+    let thread = Thread { store, registry, authority, map, sessions, broken: false };
+    std::thread::Builder::new().name("store".into()).spawn(move || {
+        thread.run(requests);
+        let _ = ended.send(());
+    })?;
+    Ok((Writer { queue }, has_ended))
+}
+
+impl Writer {
+    /// Applies `request`, and returns its result once what it changed is on the disk.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        request: impl FnOnce(&mut Registry, &Sessions, Now) -> T + Send + 'static,
+    ) -> Result<T, Unavailable> {
+        let stopping = || Unavailable("it is stopping".into());
+        let (answer, answered) = oneshot::channel();
+        // The caller may have gone when it is answered; what it asked for is done all the same.
+        let job: Job = Box::new(move |state| match state {
+            Ok((registry, sessions, now)) => {
+                let result = request(registry, sessions, now);
+                Some(Box::new(move |stored: Result<(), Unavailable>| {
+                    let _ = answer.send(stored.map(|()| result));
+                }))
+            }
+            Err(unavailable) => {
+                let _ = answer.send(Err(unavailable));
+                None
+            }
+        });
+        self.queue.send(job).await.map_err(|_| stopping())?;
+        answered.await.map_err(|_| stopping())?
+    }
+}
+
+struct Thread {
+    store: Store,
+    registry: Registry,
+    authority: Arc<Authority>,
+    map: Arc<Map>,
+    sessions: Arc<Mutex<Sessions>>,
+    /// Registry and store may differ, after a failed transaction.
+    broken: bool,
+}
+
+impl Thread {
+    fn run(mut self, mut requests: mpsc::Receiver<Job>) {
+        while let Some(first) = requests.blocking_recv() {
+            let mut batch = vec![first];
+            while batch.len() < BATCH {
+                let Ok(next) = requests.try_recv() else { break };
+                batch.push(next);
+            }
+            self.serve(batch);
+        }
+    }
+
+    fn serve(&mut self, batch: Vec<Job>) {
+        if let Err(unavailable) = self.mend() {
+            for job in batch {
+                job(Err(unavailable.clone()));
+            }
+            return;
+        }
+        let now = Now::read();
+        let answers: Vec<Answer> = {
+            let sessions = self.sessions.lock();
+            batch
+                .into_iter()
+                .filter_map(|job| job(Ok((&mut self.registry, &sessions, now))))
+                .collect()
+        };
+        let stored = self.store();
+        for answer in answers {
+            answer(stored.clone());
+        }
+    }
+
+    /// Stores and shows what the registry changed.
+    fn store(&mut self) -> Result<(), Unavailable> {
+        let changes = self.registry.take_changes();
+        if !changes.writes.is_empty() {
+            let expected = self.store.sequence();
+            if let Err(error) = self.store.commit(expected, &changes.writes) {
+                tracing::error!(%error, "store");
+                self.broken = true;
+                return Err(Unavailable(error.to_string().into()));
+            }
+            self.map.apply(self.registry.epoch(), self.registry.revision(), changes.map);
+        }
+        changes.events.iter().for_each(log);
+        Ok(())
+    }
+
+    /// After a failed transaction: opens the store again, and loads the registry from it.
+    fn mend(&mut self) -> Result<(), Unavailable> {
+        if !self.broken {
+            return Ok(());
+        }
+        let reread = self.store.reopen().map_err(ReadError::from);
+        let registry = reread.and_then(|()| read(&self.store, self.authority.clone(), Now::read()));
+        match registry {
+            Ok(registry) => {
+                self.map.apply(registry.epoch(), registry.revision(), registry.snapshot());
+                self.registry = registry;
+                self.broken = false;
+                tracing::info!("store works again");
+                Ok(())
+            }
+            Err(error) => {
+                tracing::error!(%error, "store");
+                Err(Unavailable(error.to_string().into()))
+            }
+        }
+    }
+}
+
+fn log(event: &Event) {
+    match event {
+        Event::Joined { name, node, token } => tracing::info!(%name, %node, %token, "node joined"),
+        Event::Removed { name, node, why } => tracing::info!(%name, %node, why, "node removed"),
+        Event::PrefixMoved { prefix, from, to } => {
+            tracing::warn!(%prefix, %from, %to, "prefix moved");
+        }
+        Event::TokenCreated { token } => tracing::info!(%token, "token created"),
+        Event::TokenRevoked { token } => tracing::info!(%token, "token revoked"),
+    }
+}
