@@ -342,6 +342,11 @@ mod tests {
     }
 
     #[test]
+    fn the_example_that_is_shipped_is_the_default() {
+        assert_eq!(parse(include_str!("../../deploy/agent.toml")).unwrap(), Config::default());
+    }
+
+    #[test]
     fn the_default_configuration_reads_back() {
         let text = toml::to_string(&Config::default()).unwrap();
         assert_eq!(parse(&text).unwrap(), Config::default());

@@ -1,13 +1,21 @@
 //! The Towline agent: everything that the node `towline` does, with all its I/O.
 //!
 //! The decisions are in `towline-core`; here are the parts that carry them out, and the command
-//! line. The binary is one call of [`cli::run`].
+//! line. The binary is one call of `cli::run`.
 
 pub mod cli;
 pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod dataplane;
+pub mod dial;
+pub mod discovery;
+pub mod host;
+pub mod join;
 pub mod keys;
 pub mod map_cache;
 pub mod netlink;
 pub mod nft;
+pub mod probe;
 pub mod state;
 pub mod tls;

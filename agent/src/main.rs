@@ -1,1 +1,5 @@
-fn main() {}
+//! The binary `towline`.
+
+fn main() -> std::process::ExitCode {
+    towline_agent::cli::run()
+}

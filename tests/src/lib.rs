@@ -1,1 +1,4 @@
-//! placeholder
+//! Towline's simulator, scripted servers, namespace lab and benchmarks.
+
+pub mod lab;
+pub mod scripted;

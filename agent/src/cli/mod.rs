@@ -1,1 +1,145 @@
-//! The command line.
+//! The command line: `towline`.
+//!
+//! Data goes to stdout, talk to stderr. Exit status 0 done, 1 failed, 2 wrong usage. A flag wins
+//! over the environment, the environment over the file.
+
+mod daemon;
+mod join;
+mod local;
+mod output;
+mod peers;
+mod ping;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::Config;
+use output::Format;
+
+/// Joins this machine to an encrypted node network, and shows how it stands.
+#[derive(Debug, Parser)]
+#[command(name = "towline", version, propagate_version = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Args)]
+struct Global {
+    /// Configuration file [default: /etc/towline/agent.toml, if it is there]
+    #[arg(long, env = "TOWLINE_CONFIG", global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// State directory, instead of the configured one
+    #[arg(long, env = "TOWLINE_STATE_DIR", global = true, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// The agent's socket, instead of the configured one
+    #[arg(long, env = "TOWLINE_SOCKET", global = true, value_name = "FILE")]
+    socket: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Join a mesh with a token (from a file, the environment, or standard input)
+    Join(join::JoinArgs),
+    /// Run the agent in the foreground
+    Agent,
+    /// Show how this node stands
+    Status(OutputArgs),
+    /// Show every peer: state, path, round-trip time, traffic
+    Peers(OutputArgs),
+    /// Probe the path to a node
+    Ping(ping::PingArgs),
+    /// Leave the mesh for good: the node is removed, the machine opened
+    Leave(LeaveArgs),
+    /// Open the machine: stop the agent and remove its link, routes and guards
+    Down,
+    /// Look at the configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Show the version
+    Version(OutputArgs),
+}
+
+#[derive(Debug, Args)]
+struct OutputArgs {
+    /// How to write what is found
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+#[derive(Debug, Args)]
+struct LeaveArgs {
+    /// Forget the mesh here even though no controller can be told (an operator then removes the
+    /// node there)
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Parse the configuration and say what is wrong with it
+    Check,
+    /// Write the configuration in force, defaults included
+    Show,
+}
+
+/// Runs the command line.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("towline: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    let config = || load(&cli.global);
+    match cli.command {
+        Command::Join(args) => join::run(&config()?, args),
+        Command::Agent => daemon::run(load(&cli.global)?, cli.global.config),
+        Command::Status(args) => status::run(&config()?, args.output),
+        Command::Peers(args) => peers::run(&config()?, args.output),
+        Command::Ping(args) => ping::run(&config()?, args),
+        Command::Leave(args) => daemon::leave(&config()?, args.force),
+        Command::Down => daemon::down(&config()?),
+        Command::Config(ConfigCommand::Check) => {
+            config()?;
+            eprintln!("configuration is good");
+            Ok(())
+        }
+        Command::Config(ConfigCommand::Show) => output::print(&toml::to_string(&config()?)?),
+        Command::Version(args) => status::version(args.output),
+    }
+}
+
+/// The configuration in force: the file, then the environment and the flags over it.
+fn load(global: &Global) -> anyhow::Result<Config> {
+    let mut config = Config::load(global.config.as_deref())?;
+    if let Some(dir) = &global.state_dir {
+        config.state_dir.clone_from(dir);
+    }
+    if let Some(socket) = &global.socket {
+        config.socket.clone_from(socket);
+    }
+    Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+}

@@ -39,6 +39,11 @@ impl AddressFlags {
         self.0 & libc::IFA_F_DEPRECATED != 0
     }
 
+    /// Stays until somebody takes it away, as opposed to a lease.
+    pub fn permanent(self) -> bool {
+        self.0 & libc::IFA_F_PERMANENT != 0
+    }
+
     /// Made without a route for its network.
     pub fn no_prefix_route(self) -> bool {
         self.0 & IFA_F_NOPREFIXROUTE != 0

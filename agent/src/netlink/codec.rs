@@ -146,8 +146,10 @@ pub struct Received<'a> {
     pub kind: u16,
     /// `NLM_F_*`.
     pub flags: u16,
-    /// Of the request that it answers; 0 for notifications.
+    /// Of the request that it answers.
     pub sequence: u32,
+    /// Of the socket that asked for it, or (a notification) that made the change; 0: the kernel.
+    pub port: u32,
     /// What follows the header.
     pub payload: &'a [u8],
 }
@@ -162,6 +164,7 @@ pub fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Received<'_>> {
             kind: u16::from_ne_bytes([header[4], header[5]]),
             flags: u16::from_ne_bytes([header[6], header[7]]),
             sequence: u32_at(header, 8)?,
+            port: u32_at(header, 12)?,
             payload,
         };
         datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();

@@ -40,6 +40,7 @@ pub type Failure = (usize, Refusal);
 #[derive(Debug)]
 pub struct Connection {
     socket: Socket,
+    port: u32,
     sequence: u32,
     buffer: Vec<u8>,
     send_bytes: usize,
@@ -61,7 +62,7 @@ impl Connection {
     /// Opens a socket in the calling thread's network namespace; it stays there.
     pub fn open(protocol: Protocol) -> Result<Self, NetlinkError> {
         let mut socket = Socket::new(protocol.number()).map_err(failed("open"))?;
-        socket.bind_auto().map_err(failed("bind"))?;
+        let port = socket.bind_auto().map_err(failed("bind"))?.port_number();
         socket.connect(&SocketAddr::new(0, 0)).map_err(failed("connect"))?;
         enlarge_buffers(socket.as_fd());
         let send_bytes = nix::sys::socket::getsockopt(&socket.as_fd(), sockopt::SndBuf)
@@ -70,7 +71,12 @@ impl Connection {
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_cap_ack(true);
         let _ = socket.set_netlink_get_strict_chk(true);
-        Ok(Self { socket, sequence: 0, buffer: vec![0; RECEIVE_BYTES], send_bytes })
+        Ok(Self { socket, port, sequence: 0, buffer: vec![0; RECEIVE_BYTES], send_bytes })
+    }
+
+    /// The socket's number in its namespace: notifications of what it changed carry it.
+    pub fn port(&self) -> u32 {
+        self.port
     }
 
     /// Bytes that one send can carry.

@@ -28,7 +28,7 @@ pub use connection::{Connection, Failure, Protocol};
 pub use error::{NetlinkError, Refusal};
 pub use link::{Link, VethPeer};
 pub use monitor::{Group, Monitor, Notified};
-pub use route::{MAIN_TABLE, Route, RouteKind};
+pub use route::{MAIN_TABLE, Route, RouteChange, RouteKind};
 pub use rule::{Rule, RuleAction};
 
 /// An address family.
@@ -72,6 +72,11 @@ impl Rtnetlink {
     /// Opens a socket in the calling thread's network namespace.
     pub fn open() -> Result<Self, NetlinkError> {
         Ok(Self { connection: Connection::open(Protocol::Route)? })
+    }
+
+    /// See [`Connection::port`].
+    pub fn port(&self) -> u32 {
+        self.connection.port()
     }
 }
 

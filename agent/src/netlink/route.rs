@@ -44,6 +44,15 @@ pub enum RouteKind {
     Other(u8),
 }
 
+/// One of many changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RouteChange {
+    /// Adds the route, or replaces the one to the same destination with the same metric.
+    Set(Route),
+    /// Deletes the route.
+    Delete(Route),
+}
+
 /// The main routing table.
 pub const MAIN_TABLE: u32 = libc::RT_TABLE_MAIN as u32;
 
@@ -136,17 +145,14 @@ impl Rtnetlink {
         self.connection.request(|| format!("delete the route to {}", route.destination), request)
     }
 
-    /// Replaces (or adds) many routes and deletes many, in few system calls. The failures name
-    /// their place in `delete` followed by `replace`, which is the order of work.
-    pub fn change_routes(
-        &mut self,
-        delete: &[Route],
-        replace: &[Route],
-    ) -> Result<Vec<Failure>, NetlinkError> {
-        let deleted = delete.iter().map(|route| message(libc::RTM_DELROUTE, 0, route));
-        let replaced =
-            replace.iter().map(|route| message(libc::RTM_NEWROUTE, CREATE_OR_REPLACE, route));
-        self.connection.request_all(deleted.chain(replaced).collect())
+    /// Works off many changes in order, in few system calls. One that fails does not keep the
+    /// others from being done; the failures name their place in `changes`.
+    pub fn change_routes(&mut self, changes: &[RouteChange]) -> Result<Vec<Failure>, NetlinkError> {
+        let messages = changes.iter().map(|change| match change {
+            RouteChange::Set(route) => message(libc::RTM_NEWROUTE, CREATE_OR_REPLACE, route),
+            RouteChange::Delete(route) => message(libc::RTM_DELROUTE, 0, route),
+        });
+        self.connection.request_all(messages.collect())
     }
 
     /// The routes of a family in one table, or (`None`) in all.
@@ -346,12 +352,14 @@ mod tests {
                 .collect();
             let bad = Route::new("10.99.0.0/16".parse().unwrap()).dev(9_999).table(21_580);
             routes.insert(700, bad);
-            let failures = rtnetlink.change_routes(&[], &routes).unwrap();
+            let set: Vec<_> = routes.iter().cloned().map(RouteChange::Set).collect();
+            let failures = rtnetlink.change_routes(&set).unwrap();
             assert_eq!(failures.len(), 1);
             assert_eq!((failures[0].0, failures[0].1.errno), (700, Errno::ENODEV));
             assert_eq!(rtnetlink.routes(Family::V4, Some(21_580)).unwrap().len(), 2_000);
             routes.remove(700);
-            assert_eq!(rtnetlink.change_routes(&routes, &[]).unwrap(), []);
+            let delete: Vec<_> = routes.into_iter().map(RouteChange::Delete).collect();
+            assert_eq!(rtnetlink.change_routes(&delete).unwrap(), []);
             assert_eq!(rtnetlink.routes(Family::V4, Some(21_580)).unwrap(), []);
         }
     }

@@ -108,3 +108,13 @@ pub(crate) fn add_link(name: &str) -> u32 {
     }
     rtnetlink.link_index(name).expect("the link")
 }
+
+/// A persistent TUN link of that name, down; its index. `None`, with a printed reason, where TUN
+/// devices cannot be opened.
+pub(crate) fn add_tun(name: &str) -> Option<u32> {
+    if let Err(error) = crate::dataplane::open_tun(name) {
+        println!("skipped: {error}");
+        return None;
+    }
+    Some(Rtnetlink::open().expect("a netlink socket").link_index(name).expect("the link"))
+}

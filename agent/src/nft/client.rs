@@ -105,6 +105,11 @@ impl Nft {
         }
     }
 
+    /// See [`Connection::port`].
+    pub fn port(&self) -> u32 {
+        self.connection.port()
+    }
+
     /// Reads a table with all that is in it; `None` if there is none of that name.
     pub fn read(&mut self, family: TableFamily, name: &str) -> Result<Option<Loaded>, NftError> {
         let Some(mut table) = self.read_head(family, name)? else { return Ok(None) };

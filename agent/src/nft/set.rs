@@ -43,17 +43,20 @@ pub struct Interval {
 }
 
 impl Set {
-    /// The networks of one family, as an interval set. Those of the other family are left out.
-    ///
-    /// The networks must not overlap, see [`Set`].
+    /// The networks of one family, as an interval set. Those of the other family are left out,
+    /// and those that lie inside another.
     pub fn networks<'a>(key: KeyType, networks: impl IntoIterator<Item = &'a IpNet>) -> Self {
         let wanted = |net: &&IpNet| match key {
             KeyType::Ipv4 => matches!(net, IpNet::V4(_)),
             KeyType::Ipv6 => matches!(net, IpNet::V6(_)),
             KeyType::Port | KeyType::Other { .. } => false,
         };
-        let elements = networks.into_iter().filter(wanted).map(|net| Interval::from(*net));
-        Self { key, interval: true, elements: elements.collect() }
+        let mut sorted: Vec<Interval> =
+            networks.into_iter().filter(wanted).map(|net| Interval::from(*net)).collect();
+        // Of those that begin alike the widest comes first; what follows lies inside or beyond.
+        sorted.sort_unstable_by_key(|interval| (interval.first, std::cmp::Reverse(interval.last)));
+        sorted.dedup_by(|next, kept| next.last <= kept.last);
+        Self { key, interval: true, elements: sorted.into_iter().collect() }
     }
 
     /// Single ports.
@@ -201,9 +204,12 @@ mod tests {
 
     #[test]
     fn networks_become_ranges_of_their_family() {
-        let nets: Vec<IpNet> = vec!["10.0.0.0/8".parse().unwrap(), "::/0".parse().unwrap()];
+        let nets = ["10.255.255.0/24", "10.0.0.0/24", "10.0.0.0/8", "11.0.0.0/8", "::/0"];
+        let nets: Vec<IpNet> = nets.map(|net| net.parse().unwrap()).into();
         let v4 = Set::networks(KeyType::Ipv4, &nets);
-        assert_eq!(v4.elements, [Interval::new(0x0a00_0000, 0x0aff_ffff)].into());
+        let ten = Interval::new(0x0a00_0000, 0x0aff_ffff);
+        let eleven = Interval::new(0x0b00_0000, 0x0bff_ffff);
+        assert_eq!(v4.elements, [ten, eleven].into());
         let v6 = Set::networks(KeyType::Ipv6, &nets);
         assert_eq!(v6.elements, [Interval::new(0, u128::MAX)].into());
         assert_eq!(KeyType::Ipv4.encode(0x0a00_0001), [10, 0, 0, 1]);

@@ -1,0 +1,52 @@
+//! `towline agent`, `towline leave` and `towline down`.
+
+use std::path::PathBuf;
+
+use towline_proto::pb;
+use tracing_subscriber::EnvFilter;
+
+use super::local::{runtime, said, with_agent};
+use crate::config::Config;
+use crate::daemon;
+use crate::state::StateDir;
+
+pub(super) fn run(config: Config, config_path: Option<PathBuf>) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_from_env("TOWLINE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
+    daemon::run(config, config_path)
+}
+
+pub(super) fn leave(config: &Config, force: bool) -> anyhow::Result<()> {
+    if daemon::is_running(&config.socket) {
+        let left = with_agent(&config.socket, async |mut agent| {
+            agent.leave(pb::LocalLeaveRequest {}).await.map_err(|status| said(&status))?;
+            Ok(())
+        });
+        if let Err(error) = left {
+            let hint = "still a member (to forget the mesh here anyway: stop the agent, then `towline leave --force`)";
+            return Err(error.context(hint));
+        }
+    } else {
+        let state = StateDir::open(&config.state_dir)?;
+        runtime()?.block_on(daemon::leave(config, &state, force))?;
+    }
+    eprintln!("left the mesh; this machine is open again");
+    Ok(())
+}
+
+pub(super) fn down(config: &Config) -> anyhow::Result<()> {
+    if daemon::is_running(&config.socket) {
+        with_agent(&config.socket, async |mut agent| {
+            agent.down(pb::DownRequest {}).await.map_err(|status| said(&status))?;
+            Ok(())
+        })?;
+    } else {
+        daemon::open_host(config)?;
+    }
+    eprintln!("agent stopped; its link, routes and guards are removed");
+    Ok(())
+}

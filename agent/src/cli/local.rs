@@ -1,0 +1,53 @@
+//! The command line's connection to the agent of this machine.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use hyper_util::rt::TokioIo;
+use tonic::transport::{Channel, Endpoint};
+use towline_proto::limits;
+use towline_proto::pb::local_client::LocalClient;
+
+/// Runs `work` on a runtime of its own, with a client of the agent's socket.
+pub(super) fn with_agent<T>(
+    socket: &Path,
+    work: impl AsyncFnOnce(LocalClient<Channel>) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    runtime()?.block_on(async { work(connect(socket).await?).await })
+}
+
+/// A runtime for one command.
+pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")
+}
+
+async fn connect(socket: &Path) -> anyhow::Result<LocalClient<Channel>> {
+    let path: PathBuf = socket.into();
+    // Once by hand, so that the error is the socket's own.
+    tokio::net::UnixStream::connect(&path).await.map_err(|error| match error.kind() {
+        std::io::ErrorKind::PermissionDenied => {
+            anyhow::anyhow!("not allowed to speak to the agent ({}): run this as root", path.display())
+        }
+        _ => anyhow::anyhow!(
+            "no agent is running (nothing answers at {}): start it with `towline agent`, or name its socket with --socket",
+            path.display()
+        ),
+    })?;
+    let channel = Endpoint::from_static("http://agent")
+        .connect_with_connector(tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
+        }))
+        .await
+        .context("the agent does not speak to us")?;
+    Ok(LocalClient::new(channel).max_decoding_message_size(16 * limits::MESSAGE_BYTES))
+}
+
+/// The agent's words when it refuses.
+pub(super) fn said(status: &tonic::Status) -> anyhow::Error {
+    let words: String = status.message().chars().filter(|c| !c.is_control()).collect();
+    anyhow::anyhow!(if words.is_empty() { status.code().to_string() } else { words })
+}

@@ -1,0 +1,169 @@
+//! `towline peers`: every peer, its state, its path, and why it is not up.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use towline_proto::node::Candidate;
+use towline_proto::pb;
+
+use super::local::{said, with_agent};
+use super::output::{self, Format};
+use crate::config::Config;
+
+#[derive(Serialize)]
+struct Peer {
+    name: String,
+    node_id: String,
+    site: Option<String>,
+    overlay_addresses: Vec<String>,
+    state: String,
+    reason: Option<String>,
+    since_ms: u64,
+    path_kind: Option<String>,
+    path: Option<String>,
+    rtt_us: Option<u64>,
+    handshake_age_ms: Option<u64>,
+    rx_bytes: u64,
+    tx_bytes: u64,
+    prefixes: Vec<String>,
+    public_key: String,
+    candidates: Vec<Candidate>,
+}
+
+fn present(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
+}
+
+impl From<pb::PeerStatus> for Peer {
+    fn from(peer: pb::PeerStatus) -> Self {
+        Self {
+            name: peer.name,
+            node_id: peer.node_id,
+            site: present(peer.site),
+            overlay_addresses: peer.overlay_addresses,
+            state: peer.state,
+            reason: present(peer.reason),
+            since_ms: peer.since_ms,
+            path_kind: present(peer.path_kind),
+            path: present(peer.path),
+            rtt_us: peer.rtt_us,
+            handshake_age_ms: peer.handshake_age_ms,
+            rx_bytes: peer.rx_bytes,
+            tx_bytes: peer.tx_bytes,
+            prefixes: peer.prefixes,
+            public_key: peer.public_key,
+            candidates: peer
+                .candidates
+                .iter()
+                .filter_map(|candidate| Candidate::try_from(candidate).ok())
+                .collect(),
+        }
+    }
+}
+
+pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
+    let peers: Vec<Peer> = with_agent(&config.socket, async |mut agent| {
+        let answer = agent.peers(pb::PeersRequest {}).await.map_err(|status| said(&status))?;
+        Ok(answer.into_inner().peers.into_iter().map(Peer::from).collect())
+    })?;
+    match output::document(format, &peers)? {
+        Some(document) => output::print(&document),
+        None => output::print(&text(&peers, format == Format::Wide)),
+    }
+}
+
+fn text(peers: &[Peer], wide: bool) -> String {
+    if peers.is_empty() {
+        return "no peers yet: this node knows of no other\n".into();
+    }
+    let mut header = vec![
+        "PEER",
+        "SITE",
+        "OVERLAY",
+        "STATE",
+        "PATH",
+        "RTT",
+        "HANDSHAKE",
+        "RX",
+        "TX",
+        "PREFIXES",
+    ];
+    if wide {
+        header.extend(["SINCE", "PUBLIC KEY", "CANDIDATES"]);
+    }
+    let mut table = output::table(&header);
+    for peer in peers {
+        let path = match (&peer.path_kind, &peer.path) {
+            (Some(kind), Some(path)) => Some(format!("{kind} {path}")),
+            _ => None,
+        };
+        let handshake = peer.handshake_age_ms.map(Duration::from_millis);
+        let mut row = vec![
+            peer.name.clone(),
+            output::or_dash(peer.site.clone()),
+            // The first is enough for a narrow terminal; all are in the wide form.
+            if wide {
+                peer.overlay_addresses.join(" ")
+            } else {
+                output::or_dash(peer.overlay_addresses.last().cloned())
+            },
+            peer.state.clone(),
+            output::or_dash(path),
+            output::or_dash(peer.rtt_us.map(output::rtt)),
+            output::or_dash(handshake.map(output::age)),
+            output::bytes(peer.rx_bytes),
+            output::bytes(peer.tx_bytes),
+            output::or_dash(Some(peer.prefixes.join(" "))),
+        ];
+        if wide {
+            row.push(output::age(Duration::from_millis(peer.since_ms)));
+            row.push(peer.public_key.clone());
+            let candidates = peer
+                .candidates
+                .iter()
+                .map(|candidate| format!("{} ({})", candidate.address(), candidate.kind()));
+            row.push(output::or_dash(Some(candidates.collect::<Vec<_>>().join(" "))));
+        }
+        table.add_row(row);
+    }
+    let mut text = output::render(&table);
+    let mut first = true;
+    for peer in peers {
+        let Some(reason) = &peer.reason else { continue };
+        if std::mem::take(&mut first) {
+            text.push('\n');
+        }
+        text.push_str(&format!(
+            "{} is {} for {}: {reason}\n",
+            peer.name,
+            peer.state,
+            output::age(Duration::from_millis(peer.since_ms))
+        ));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(name: &str, state: &str, reason: &str) -> Peer {
+        Peer::from(pb::PeerStatus {
+            name: name.into(),
+            state: state.into(),
+            reason: reason.into(),
+            overlay_addresses: vec!["fd00::1".into(), "198.19.0.1".into()],
+            since_ms: 61_000,
+            ..Default::default()
+        })
+    }
+
+    #[test]
+    fn a_peer_that_is_down_says_why_below_the_table() {
+        let text = text(&[peer("cp", "up", ""), peer("worker-b", "down", "no answer")], false);
+        assert!(text.lines().next().unwrap().starts_with("PEER"), "{text}");
+        assert!(text.ends_with("\nworker-b is down for 1m 1s: no answer\n"), "{text}");
+        assert!(!text.contains("cp is"), "{text}");
+        assert!(text.lines().all(|line| line == line.trim_end()), "{text}");
+    }
+}

@@ -1,0 +1,96 @@
+//! `towline ping NODE`: probes the path, beside the tunnel's own traffic.
+
+use anyhow::bail;
+use clap::Args;
+use serde::Serialize;
+use towline_proto::pb;
+
+use super::local::{said, with_agent};
+use super::output::{self, Format};
+use crate::config::Config;
+
+#[derive(Debug, Args)]
+pub(super) struct PingArgs {
+    /// A node's name, or one of its overlay addresses
+    node: String,
+    /// How many probes
+    #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    count: u32,
+    /// Milliseconds between probes
+    #[arg(short, long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(10..=60_000))]
+    interval: u32,
+    /// Milliseconds to wait for each answer
+    #[arg(short, long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(10..=60_000))]
+    timeout: u32,
+    /// How to write what is found
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+#[derive(Serialize)]
+struct Report {
+    node: String,
+    sent: usize,
+    received: usize,
+    probes: Vec<Probe>,
+}
+
+#[derive(Serialize)]
+struct Probe {
+    sequence: u32,
+    rtt_us: Option<u64>,
+    path_kind: String,
+    path: String,
+    reason: String,
+}
+
+/// Succeeds when at least one probe was answered.
+pub(super) fn run(config: &Config, args: PingArgs) -> anyhow::Result<()> {
+    let request = pb::PingRequest {
+        node: args.node.clone(),
+        count: args.count,
+        interval_ms: args.interval,
+        timeout_ms: args.timeout,
+    };
+    let live = matches!(args.output, Format::Table | Format::Wide);
+    let node = args.node;
+    let probes = with_agent(&config.socket, async |mut agent| {
+        let answer = agent.ping(request).await.map_err(|status| said(&status))?;
+        let mut stream = answer.into_inner();
+        let mut probes = Vec::new();
+        while let Some(answer) = stream.message().await.map_err(|status| said(&status))? {
+            if live {
+                output::print(&line(&node, &answer))?;
+            }
+            probes.push(Probe {
+                sequence: answer.sequence,
+                rtt_us: answer.rtt_us,
+                path_kind: answer.path_kind,
+                path: answer.path,
+                reason: answer.reason,
+            });
+        }
+        Ok(probes)
+    })?;
+    let received = probes.iter().filter(|probe| probe.rtt_us.is_some()).count();
+    let report = Report { node, sent: probes.len(), received, probes };
+    if let Some(document) = output::document(args.output, &report)? {
+        output::print(&document)?;
+    }
+    if received == 0 {
+        bail!("no answer from {}: `towline peers` says why", report.node);
+    }
+    Ok(())
+}
+
+fn line(node: &str, answer: &pb::PingResponse) -> String {
+    match answer.rtt_us {
+        Some(rtt) => format!(
+            "answer from {node} by {} {}: {}\n",
+            answer.path_kind,
+            answer.path,
+            output::rtt(rtt)
+        ),
+        None => format!("no answer from {node}: {}\n", answer.reason),
+    }
+}

@@ -1,0 +1,170 @@
+//! `towline status` and `towline version`.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use towline_proto::node::Candidate;
+use towline_proto::pb;
+
+use super::local::{said, with_agent};
+use super::output::{self, Format};
+use crate::config::Config;
+
+#[derive(Serialize)]
+struct Status {
+    name: String,
+    node_id: String,
+    mesh_id: String,
+    site: Option<String>,
+    overlay_addresses: Vec<String>,
+    version: String,
+    uptime_ms: u64,
+    listen_port: u32,
+    link: String,
+    mtu: u32,
+    candidates: Vec<Candidate>,
+    controller: Controller,
+    peers_up: u32,
+    peers_total: u32,
+    certificate_expires_at: Option<String>,
+    problems: Vec<String>,
+    drops: std::collections::BTreeMap<String, u64>,
+    features: Vec<Feature>,
+}
+
+#[derive(Serialize)]
+struct Controller {
+    connected: bool,
+    address: String,
+    revision: u64,
+    last_heard_ms: Option<u64>,
+    reason: String,
+}
+
+#[derive(Serialize)]
+struct Feature {
+    name: String,
+    active: bool,
+    reason: String,
+}
+
+impl From<pb::StatusResponse> for Status {
+    fn from(status: pb::StatusResponse) -> Self {
+        let controller = status.controller.unwrap_or_default();
+        let expires = jiff::Timestamp::from_second(status.certificate_expires_at).ok();
+        Self {
+            name: status.name,
+            node_id: status.node_id,
+            mesh_id: status.mesh_id,
+            site: (!status.site.is_empty()).then_some(status.site),
+            overlay_addresses: status.overlay_addresses,
+            version: status.version,
+            uptime_ms: status.uptime_ms,
+            listen_port: status.listen_port,
+            link: status.link,
+            mtu: status.mtu,
+            candidates: status
+                .candidates
+                .iter()
+                .filter_map(|candidate| Candidate::try_from(candidate).ok())
+                .collect(),
+            controller: Controller {
+                connected: controller.connected,
+                address: controller.address,
+                revision: controller.revision,
+                last_heard_ms: controller.last_heard_ms,
+                reason: controller.reason,
+            },
+            peers_up: status.peers_up,
+            peers_total: status.peers_total,
+            certificate_expires_at: expires
+                .filter(|_| status.certificate_expires_at != 0)
+                .map(|at| at.to_string()),
+            problems: status.problems,
+            drops: status.drops.into_iter().map(|drop| (drop.name, drop.count)).collect(),
+            features: status
+                .features
+                .into_iter()
+                .map(|f| Feature { name: f.name, active: f.active, reason: f.reason })
+                .collect(),
+        }
+    }
+}
+
+pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
+    let status: Status = with_agent(&config.socket, async |mut agent| {
+        let answer = agent.status(pb::StatusRequest {}).await.map_err(|status| said(&status))?;
+        Ok(answer.into_inner().into())
+    })?;
+    match output::document(format, &status)? {
+        Some(document) => output::print(&document),
+        None => output::print(&text(&status, format == Format::Wide)),
+    }
+}
+
+fn text(status: &Status, wide: bool) -> String {
+    let mut lines = Vec::new();
+    let mut line = |name: &str, value: String| lines.push(format!("{name:<14}{value}"));
+    line("node", format!("{} ({})", status.name, status.node_id));
+    line("mesh", status.mesh_id.clone());
+    line("site", output::or_dash(status.site.clone()));
+    line("overlay", status.overlay_addresses.join("  "));
+    line("link", format!("{}, mtu {}, udp port {}", status.link, status.mtu, status.listen_port));
+    let controller = &status.controller;
+    let heard = controller.last_heard_ms.map(Duration::from_millis).map(output::age);
+    line(
+        "controller",
+        match (controller.connected, heard) {
+            (true, _) => format!("{}, revision {}", controller.address, controller.revision),
+            (false, Some(heard)) => {
+                format!("not connected, last heard {heard} ago: {}", controller.reason)
+            }
+            (false, None) => format!("not connected: {}", controller.reason),
+        },
+    );
+    line("peers", format!("{} up of {}", status.peers_up, status.peers_total));
+    line(
+        "certificate",
+        match &status.certificate_expires_at {
+            Some(at) => format!("renewed before {at}"),
+            None => "none yet".into(),
+        },
+    );
+    line(
+        "agent",
+        format!(
+            "version {}, up {}",
+            status.version,
+            output::age(Duration::from_millis(status.uptime_ms))
+        ),
+    );
+    for feature in status.features.iter().filter(|feature| wide || !feature.active) {
+        let state = if feature.active { "on".into() } else { format!("off: {}", feature.reason) };
+        line("data plane", format!("{} {state}", feature.name));
+    }
+    if wide {
+        for candidate in &status.candidates {
+            line("candidate", format!("{} ({})", candidate.address(), candidate.kind()));
+        }
+        for (name, count) in status.drops.iter().filter(|(_, count)| **count > 0) {
+            line("drops", format!("{name} {count}"));
+        }
+    }
+    for problem in &status.problems {
+        line("problem", problem.clone());
+    }
+    lines.join("\n") + "\n"
+}
+
+#[derive(Serialize)]
+struct Version {
+    version: &'static str,
+}
+
+pub(super) fn version(format: Format) -> anyhow::Result<()> {
+    let version = Version { version: towline_proto::VERSION };
+    match output::document(format, &version)? {
+        Some(document) => output::print(&document),
+        None => output::print(&format!("towline {}\n", version.version)),
+    }
+}

@@ -1,0 +1,552 @@
+//! The daemon: one task that owns the [`Mesh`] and connects it with everything that does I/O.
+//!
+//! ```text
+//!   discovery ──map──────────►┐                ┌──PeerTable, handshakes, probes──► data plane
+//!   data plane ─observations─►│  Mesh, owned   ├──Plan────────────────────────────► host
+//!   host ───────addresses────►│  by this task  ├──candidates──────────────────────► discovery
+//!   control ────requests─────►┘                └──answers─────────────────────────► control
+//! ```
+//!
+//! Every input carries the time; after each, the outputs are drained and the one deadline is armed
+//! again. The task never waits for any of its neighbours.
+
+mod host;
+mod report;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use rand::Rng as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot, watch};
+use towline_core::mesh::{self, Mesh, Output, PeerState, ReceivedProbe};
+use towline_core::peer_table::PeerTable;
+use towline_proto::frame::Probe;
+use towline_proto::id::NodeId;
+
+use crate::config::Config;
+use crate::control::{self, PingAnswer, Request};
+use crate::dataplane::{self, DataPlane};
+use crate::discovery::{self, Announcement, Discovery};
+use crate::host::HostEvent;
+use crate::join;
+use crate::probe::ProbeKeys;
+use crate::state::{Keys, Membership, StateDir};
+use host::Host;
+
+/// How the daemon ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Exit {
+    /// By a signal: link, routes and guards stay.
+    Stopped,
+    /// By `towline down`: the host was opened.
+    Down,
+    /// By `towline leave`: the host was opened and the membership forgotten.
+    Left,
+}
+
+/// Runs the agent until a signal, `towline down` or `towline leave`.
+///
+/// `config_path` is read again on SIGHUP.
+pub fn run(config: Config, config_path: Option<PathBuf>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        // Name resolution and the writing of the cached map.
+        .max_blocking_threads(4)
+        .build()
+        .context("cannot start the runtime")?;
+    let result = runtime.block_on(async {
+        let daemon = Daemon::start(config, config_path)?;
+        daemon.run().await
+    });
+    // A name that is being resolved must not hold up the end.
+    runtime.shutdown_timeout(Duration::from_millis(500));
+    result
+}
+
+struct Daemon {
+    config: Config,
+    config_path: Option<PathBuf>,
+    state: Arc<StateDir>,
+    keys: Keys,
+    membership: Membership,
+    started: Instant,
+
+    mesh: Mesh,
+    data_plane: DataPlane,
+    probe_keys: ProbeKeys,
+    host: Host,
+    removed: bool,
+
+    announcements: watch::Sender<Option<Announcement>>,
+    commands: mpsc::Sender<discovery::Command>,
+    controller: ControllerView,
+    published: Result<Vec<String>, String>,
+    certificate_expires_at: i64,
+
+    pings: BTreeMap<u64, oneshot::Sender<PingAnswer>>,
+    next_ping: u64,
+
+    inputs: Inputs,
+}
+
+/// Where inputs come from.
+struct Inputs {
+    data_plane: mpsc::Receiver<dataplane::Event>,
+    discovery: mpsc::Receiver<discovery::Event>,
+    control: mpsc::Receiver<Request>,
+}
+
+/// What is known of the controller.
+#[derive(Debug, Default)]
+struct ControllerView {
+    connected: bool,
+    address: String,
+    revision: u64,
+    last_heard: Option<Instant>,
+    reason: String,
+}
+
+impl Daemon {
+    /// Opens everything, in an order in which each failure leaves nothing behind: the state's
+    /// lock, the socket, the UDP port, the TUN; then starts the parts.
+    fn start(config: Config, config_path: Option<PathBuf>) -> anyhow::Result<Self> {
+        let state = Arc::new(StateDir::open(&config.state_dir)?);
+        let membership = state.require_membership()?;
+        let keys = state.keys()?;
+        let mut counters = state.counters()?;
+        counters.boot_epoch += 1;
+        state.store_counters(counters)?;
+        let map = state.map(&membership)?;
+
+        let listener = control::listen(&config.socket)?;
+        let udp = dataplane::open_udp(config.wireguard.port, config.routing.mark)?;
+        let host = Host::open(&config)?;
+        let tun = dataplane::open_tun(&config.link.name)?;
+
+        let (events, data_plane_events) = mpsc::channel(1024);
+        let data_plane = DataPlane::start(
+            dataplane::Config { private_key: keys.wireguard.secret().clone() },
+            tun,
+            udp,
+            events,
+        )
+        .context("cannot start the data plane")?;
+
+        let (requests, control_requests) = mpsc::channel(16);
+        tokio::spawn(control::serve(listener, requests));
+
+        let now = Instant::now();
+        let mut mesh = Mesh::new(core_config(&config, &membership), rand::rng().random(), now);
+        let removed = map.own_removed();
+        for change in map.changes() {
+            mesh.update(now, change);
+        }
+
+        let (announcements, announced) = watch::channel(None);
+        let (commands, command_queue) = mpsc::channel(4);
+        let (events, discovery_events) = mpsc::channel(64);
+        let discovery = Discovery::new(
+            discovery::Setup {
+                state: state.clone(),
+                keys: keys.clone(),
+                controllers: join::controllers(&config.controller.addresses, &membership),
+                membership: membership.clone(),
+                mark: config.routing.mark,
+                map,
+                counters,
+            },
+            events,
+        )?;
+        tokio::spawn(discovery.run(announced, command_queue));
+
+        tracing::info!(
+            node = %membership.grant.name,
+            mesh = %membership.grant.mesh_id,
+            port = config.wireguard.port,
+            link = %config.link.name,
+            version = towline_proto::VERSION,
+            "agent started"
+        );
+        Ok(Self {
+            config,
+            config_path,
+            state,
+            keys,
+            membership,
+            started: now,
+            mesh,
+            data_plane,
+            probe_keys: ProbeKeys::default(),
+            host,
+            removed,
+            announcements,
+            commands,
+            controller: ControllerView {
+                reason: "not connected yet".into(),
+                ..ControllerView::default()
+            },
+            published: Ok(Vec::new()),
+            certificate_expires_at: 0,
+            pings: BTreeMap::new(),
+            next_ping: 0,
+            inputs: Inputs {
+                data_plane: data_plane_events,
+                discovery: discovery_events,
+                control: control_requests,
+            },
+        })
+    }
+
+    async fn run(mut self) -> anyhow::Result<()> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hangup = signal(SignalKind::hangup())?;
+        self.prefixes_changed();
+        self.addresses_changed();
+        let exit = loop {
+            self.drain();
+            let deadline = self.mesh.poll_timeout().map(|(at, _reason)| at);
+            let wake = tokio::time::sleep_until(
+                deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600)).into(),
+            );
+            tokio::select! {
+                () = wake, if deadline.is_some() => self.mesh.handle_timeout(Instant::now()),
+                Some(event) = self.inputs.data_plane.recv() => self.data_plane_event(event)?,
+                Some(event) = self.inputs.discovery.recv() => self.discovery_event(event),
+                event = self.host.next() => match event {
+                    HostEvent::AddressesChanged => self.addresses_changed(),
+                    HostEvent::OursChanged => self.host.put_back(),
+                },
+                Some(request) = self.inputs.control.recv() => {
+                    if let Some(exit) = self.control_request(request).await {
+                        break exit;
+                    }
+                }
+                _ = terminate.recv() => break Exit::Stopped,
+                _ = interrupt.recv() => break Exit::Stopped,
+                _ = hangup.recv() => self.reload(),
+            }
+        };
+        self.data_plane.stop();
+        tracing::info!(?exit, "agent stopped");
+        Ok(())
+    }
+
+    /// Does all that the core wants done.
+    fn drain(&mut self) {
+        while let Some(output) = self.mesh.poll_output() {
+            match output {
+                Output::Ping { peer, to, transaction } => {
+                    self.send_probe(&peer, to, Probe::Ping { transaction });
+                }
+                Output::Pong { peer, to, transaction } => {
+                    self.send_probe(&peer, to, Probe::Pong { transaction, observed: to });
+                }
+                Output::Handshake { peer, to } => self.data_plane.handshake(peer, to),
+                Output::PeerTable(table) => self.peer_table(table),
+                Output::Plan(plan) => self.host.apply(plan),
+                Output::Advertise(candidates) => {
+                    let prefixes = self.granted_prefixes();
+                    self.announcements.send_replace(Some(Announcement { candidates, prefixes }));
+                }
+                Output::StateChanged { peer, from, to } => self.state_changed(peer, from, to),
+                Output::PingResult { id, answer } => self.ping_result(id, answer),
+            }
+        }
+    }
+
+    fn send_probe(
+        &self,
+        peer: &towline_proto::id::WireguardKey,
+        to: std::net::SocketAddr,
+        probe: Probe,
+    ) {
+        if let Some(datagram) = self.probe_keys.seal(peer, &probe) {
+            self.data_plane.send(to, &datagram);
+        }
+    }
+
+    fn peer_table(&mut self, table: Arc<PeerTable>) {
+        // A node that was removed speaks to nobody.
+        let table = if self.removed { Arc::default() } else { table };
+        self.probe_keys.follow(&self.keys.wireguard, table.peers.keys());
+        self.data_plane.apply(&table);
+    }
+
+    fn state_changed(&self, peer: NodeId, from: PeerState, to: PeerState) {
+        let status = self.mesh.peers().find(|status| status.node.id() == peer);
+        let Some(status) = status else { return };
+        let name = status.node.name();
+        match status.path {
+            Some(path) => tracing::info!(peer = %name, ?from, ?to, %path, "peer"),
+            None => tracing::info!(peer = %name, ?from, ?to, reason = %status.reason, "peer"),
+        }
+    }
+
+    fn data_plane_event(&mut self, event: dataplane::Event) -> anyhow::Result<()> {
+        let now = Instant::now();
+        match event {
+            dataplane::Event::Peer { peer, what } => self.mesh.observe(now, peer, what),
+            dataplane::Event::Probe { from, datagram } => {
+                let Some((peer, probe)) = self.probe_keys.open(&datagram) else { return Ok(()) };
+                let probe = match probe {
+                    Probe::Ping { transaction } => ReceivedProbe::Ping { transaction },
+                    Probe::Pong { transaction, observed } => {
+                        ReceivedProbe::Pong { transaction, observed }
+                    }
+                };
+                self.mesh.probe_received(now, peer, from, probe);
+            }
+            dataplane::Event::Stun { .. } => {}
+            dataplane::Event::Fault(fault) => {
+                anyhow::bail!("the data plane stopped: {fault}");
+            }
+        }
+        Ok(())
+    }
+
+    fn discovery_event(&mut self, event: discovery::Event) {
+        let now = Instant::now();
+        match event {
+            discovery::Event::Connected { address } => {
+                self.controller.connected = true;
+                self.controller.address = address.to_string();
+                self.controller.reason.clear();
+                self.controller.last_heard = Some(now);
+            }
+            discovery::Event::Disconnected { reason } => {
+                self.controller.connected = false;
+                self.controller.reason = reason;
+            }
+            discovery::Event::Heard { revision } => {
+                self.controller.revision = revision;
+                self.controller.last_heard = Some(now);
+            }
+            discovery::Event::Map(changes) => {
+                for change in changes {
+                    self.mesh.update(now, change);
+                }
+            }
+            discovery::Event::Grant(grant) => {
+                self.membership.grant = (*grant).clone();
+                self.mesh.set_grant(now, *grant);
+                self.prefixes_changed();
+            }
+            discovery::Event::Published(result) => self.published = result,
+            discovery::Event::Certificate { expires_at } => {
+                self.certificate_expires_at = expires_at;
+            }
+            discovery::Event::Removed => {
+                if !std::mem::replace(&mut self.removed, true) {
+                    tracing::error!("this node was removed from the mesh");
+                    self.peer_table(Arc::default());
+                }
+            }
+        }
+    }
+
+    fn addresses_changed(&mut self) {
+        let guarded = self.membership.mesh.guarded().collect();
+        let mut candidates = self.config.candidates();
+        candidates.extend(self.host.local_candidates(self.config.wireguard.port, guarded));
+        self.mesh.set_candidates(Instant::now(), candidates);
+    }
+
+    fn prefixes_changed(&mut self) {
+        let prefixes = self.granted_prefixes();
+        self.mesh.set_prefixes(Instant::now(), prefixes.clone());
+        self.announcements.send_if_modified(|announcement| match announcement {
+            Some(announcement) if announcement.prefixes != prefixes => {
+                announcement.prefixes = prefixes;
+                true
+            }
+            _ => false,
+        });
+    }
+
+    /// The configured prefixes that our grant allows: the others would only get the whole record
+    /// refused. They are shown as a problem.
+    fn granted_prefixes(&self) -> Vec<ipnet::IpNet> {
+        let grant = &self.membership.grant;
+        self.config.node.prefixes.iter().filter(|prefix| grant.allows(prefix)).copied().collect()
+    }
+
+    async fn control_request(&mut self, request: Request) -> Option<Exit> {
+        match request {
+            Request::Status(reply) => {
+                let _ = reply.send(self.status());
+            }
+            Request::Peers(reply) => {
+                let _ = reply.send(self.peers());
+            }
+            Request::Ping { node, timeout, reply } => self.ping(&node, timeout, reply),
+            Request::Down(reply) => {
+                let result = self.open_host();
+                let ended = result.is_ok();
+                let _ = reply.send(result);
+                if ended {
+                    return Some(Exit::Down);
+                }
+            }
+            Request::Leave(reply) => {
+                let result = self.leave().await;
+                let ended = result.is_ok();
+                let _ = reply.send(result);
+                if ended {
+                    return Some(Exit::Left);
+                }
+            }
+        }
+        None
+    }
+
+    fn open_host(&mut self) -> Result<(), String> {
+        self.data_plane.stop();
+        self.host.remove()
+    }
+
+    async fn leave(&mut self) -> Result<(), String> {
+        let (reply, answer) = oneshot::channel();
+        let stopped = "the discovery task has stopped";
+        self.commands
+            .send(discovery::Command::Leave(reply))
+            .await
+            .map_err(|_| stopped.to_owned())?;
+        // Events that the task is about to send must not block its answer.
+        let mut answer = answer;
+        let result = loop {
+            tokio::select! {
+                result = &mut answer => break result.map_err(|_| stopped.to_owned())?,
+                Some(event) = self.inputs.discovery.recv() => self.discovery_event(event),
+            }
+        };
+        if !self.removed {
+            result?;
+        }
+        self.open_host()?;
+        self.state.forget().map_err(|error| error.to_string())
+    }
+
+    fn ping(&mut self, node: &str, timeout: Duration, reply: oneshot::Sender<PingAnswer>) {
+        let named = |status: &mesh::PeerStatus| {
+            status.node.name().as_str() == node
+                || status.node.grant().overlay.iter().any(|ip| ip.to_string() == node)
+        };
+        let Some(peer) = self.mesh.peers().find(named) else {
+            let _ = reply.send(PingAnswer::UnknownNode);
+            return;
+        };
+        if peer.path.is_none() {
+            let _ = reply.send(PingAnswer::Silence(if peer.reason.is_empty() {
+                "no path yet".into()
+            } else {
+                peer.reason
+            }));
+            return;
+        }
+        let id = self.next_ping;
+        self.next_ping += 1;
+        self.pings.insert(id, reply);
+        self.mesh.ping(Instant::now(), peer.node.id(), id, timeout);
+    }
+
+    fn ping_result(&mut self, id: u64, answer: Option<(std::net::SocketAddr, Duration)>) {
+        let Some(reply) = self.pings.remove(&id) else { return };
+        let _ = reply.send(match answer {
+            Some((path, rtt)) => PingAnswer::Answer { path_kind: "direct", path, rtt },
+            None => PingAnswer::Silence("no answer in time".into()),
+        });
+    }
+
+    /// SIGHUP: reads the configuration again and takes over what can change in a running agent.
+    /// A file that does not parse changes nothing.
+    fn reload(&mut self) {
+        let fresh = match Config::load(self.config_path.as_deref()) {
+            Ok(fresh) => fresh,
+            Err(error) => {
+                tracing::error!(%error, "configuration not re-read: the one before stays in force");
+                return;
+            }
+        };
+        let mut kept = fresh.clone();
+        kept.node = self.config.node.clone();
+        kept.state_dir.clone_from(&self.config.state_dir);
+        kept.socket.clone_from(&self.config.socket);
+        if kept != self.config {
+            tracing::warn!("only [node] is taken over: restart the agent for the rest");
+        }
+        self.config.node = fresh.node;
+        self.prefixes_changed();
+        self.addresses_changed();
+        tracing::info!("configuration re-read");
+    }
+}
+
+fn core_config(config: &Config, membership: &Membership) -> mesh::Config {
+    mesh::Config {
+        grant: membership.grant.clone(),
+        mesh: membership.mesh.clone(),
+        link: config.link.name.clone(),
+        mtu: config.link.mtu,
+        table: config.routing.table,
+        rules: config.rules(),
+        firewall_table: config.routing.nftables_table.clone(),
+    }
+}
+
+/// Opens the host without a running agent.
+pub fn open_host(config: &Config) -> anyhow::Result<()> {
+    host::remove(config)
+}
+
+/// Leaves the mesh without a running agent: tells a controller, opens the host, forgets.
+///
+/// With `force`, a controller that cannot be told is no obstacle.
+pub async fn leave(config: &Config, state: &StateDir, force: bool) -> anyhow::Result<()> {
+    let membership = state.require_membership()?;
+    let keys = state.keys()?;
+    if let Err(error) = tell_controller(config, state, &membership, &keys).await {
+        if !force {
+            return Err(error.context("still a member (--force forgets the mesh here anyway)"));
+        }
+        tracing::warn!(error = %format!("{error:#}"), "no controller was told");
+    }
+    open_host(config)?;
+    state.forget()?;
+    Ok(())
+}
+
+async fn tell_controller(
+    config: &Config,
+    state: &StateDir,
+    membership: &Membership,
+    keys: &Keys,
+) -> anyhow::Result<()> {
+    let chain = state.certificate()?.unwrap_or_default();
+    let tls = crate::tls::member(&membership.ca, Some((&chain, &keys.identity)))?;
+    let tls = Arc::new(tls);
+    let mut last = anyhow::anyhow!("no controller is known");
+    for address in join::controllers(&config.controller.addresses, membership) {
+        let told = async {
+            let connection = crate::dial::dial(&address, tls.clone(), config.routing.mark).await?;
+            let request = towline_proto::pb::LeaveRequest {};
+            let answer = join::client(connection.channel).leave(request).await;
+            answer.map_err(|status| anyhow::anyhow!(join::refusal(&status)))?;
+            anyhow::Ok(())
+        };
+        match told.await {
+            Ok(()) => return Ok(()),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// Where a running agent would be found.
+pub fn is_running(socket: &Path) -> bool {
+    std::os::unix::net::UnixStream::connect(socket).is_ok()
+}

@@ -1,0 +1,138 @@
+//! What the daemon tells the command line: the local API's messages from its state.
+
+use std::time::{Duration, Instant};
+
+use towline_core::mesh::{PeerState, PeerStatus};
+use towline_proto::pb;
+
+use super::Daemon;
+
+impl Daemon {
+    pub(super) fn status(&self) -> pb::StatusResponse {
+        let grant = &self.membership.grant;
+        let (mut up, mut total) = (0, 0);
+        for peer in self.mesh.peers() {
+            total += 1;
+            up += u32::from(peer.state == PeerState::Up);
+        }
+        let snapshot = self.data_plane.snapshot();
+        let announcement = self.announcements.borrow();
+        pb::StatusResponse {
+            name: grant.name.to_string(),
+            node_id: grant.node_id.to_string(),
+            mesh_id: grant.mesh_id.to_string(),
+            site: grant.site.as_ref().map(ToString::to_string).unwrap_or_default(),
+            overlay_addresses: grant.overlay.iter().map(|ip| ip.to_string()).collect(),
+            version: towline_proto::VERSION.into(),
+            listen_port: self.config.wireguard.port.into(),
+            link: self.config.link.name.clone(),
+            mtu: self.config.link.mtu,
+            candidates: announcement
+                .iter()
+                .flat_map(|announcement| &announcement.candidates)
+                .map(Into::into)
+                .collect(),
+            controller: Some(pb::ControllerStatus {
+                connected: self.controller.connected,
+                address: self.controller.address.clone(),
+                revision: self.controller.revision,
+                last_heard_ms: self.controller.last_heard.map(|at| millis(at.elapsed())),
+                reason: self.controller.reason.clone(),
+            }),
+            peers_up: up,
+            peers_total: total,
+            certificate_expires_at: self.certificate_expires_at,
+            uptime_ms: millis(self.started.elapsed()),
+            problems: self.problems(),
+            drops: snapshot
+                .drops
+                .iter()
+                .map(|(name, count)| pb::Counter { name: (*name).into(), count: *count })
+                .collect(),
+            features: snapshot
+                .features
+                .into_iter()
+                .map(|feature| pb::Feature {
+                    name: feature.name.into(),
+                    active: feature.active,
+                    reason: feature.reason,
+                })
+                .collect(),
+        }
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if self.removed {
+            problems.push(
+                "this node was removed from the mesh: run `towline leave`, then join with a new token"
+                    .into(),
+            );
+        }
+        match &self.published {
+            Ok(remarks) => problems.extend(remarks.iter().cloned()),
+            Err(reason) => {
+                problems.push(format!("this node's record is not in the map: {reason}"));
+            }
+        }
+        problems.extend(self.host.problems().iter().cloned());
+        let grant = &self.membership.grant;
+        problems.extend(
+            self.config.node.prefixes.iter().filter(|prefix| !grant.allows(prefix)).map(|prefix| {
+                format!("prefix {prefix} is not granted to this node and not announced")
+            }),
+        );
+        problems
+    }
+
+    pub(super) fn peers(&self) -> pb::PeersResponse {
+        let snapshot = self.data_plane.snapshot();
+        let now = Instant::now();
+        let peers = self
+            .mesh
+            .peers()
+            .map(|peer| {
+                let counters = snapshot.peers.get(&peer.node.wireguard_key());
+                let (rx_bytes, tx_bytes) = counters
+                    .map_or((0, 0), |counters| (counters.received_bytes, counters.sent_bytes));
+                pb::PeerStatus { rx_bytes, tx_bytes, ..peer_status(peer, now) }
+            })
+            .collect();
+        pb::PeersResponse { peers }
+    }
+}
+
+fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
+    let grant = peer.node.grant();
+    pb::PeerStatus {
+        name: grant.name.to_string(),
+        node_id: grant.node_id.to_string(),
+        site: grant.site.as_ref().map(ToString::to_string).unwrap_or_default(),
+        overlay_addresses: grant.overlay.iter().map(|ip| ip.to_string()).collect(),
+        state: state(peer.state).into(),
+        path_kind: if peer.path.is_some() { "direct" } else { "" }.into(),
+        path: peer.path.map(|path| path.to_string()).unwrap_or_default(),
+        rtt_us: peer.rtt.map(|rtt| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
+        handshake_age_ms: peer.last_handshake.map(|at| millis(now.saturating_duration_since(at))),
+        rx_bytes: 0,
+        tx_bytes: 0,
+        prefixes: peer.node.record().prefixes.iter().map(ToString::to_string).collect(),
+        since_ms: millis(now.saturating_duration_since(peer.since)),
+        public_key: peer.node.wireguard_key().to_string(),
+        candidates: peer.node.record().candidates.iter().map(Into::into).collect(),
+        reason: peer.reason,
+    }
+}
+
+fn state(state: PeerState) -> &'static str {
+    match state {
+        PeerState::Idle => "idle",
+        PeerState::Connecting => "connecting",
+        PeerState::Up => "up",
+        PeerState::Down => "down",
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

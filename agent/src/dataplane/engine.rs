@@ -1,0 +1,368 @@
+//! What happens to each batch: outbound from TUN to network, inbound from network to TUN, and the
+//! timers. No I/O here beyond handing full batches to the socket.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use towline_proto::frame::DatagramKind;
+use towline_proto::id::WireguardKey;
+
+use super::arena::{RecvBatch, SendBatch, TunBatch, WriteBatch};
+use super::drops::{DropReason, Drops};
+use super::events::{Event, EventSink};
+use super::limiter::SourceLimiter;
+use super::packet::Inner;
+use super::peer::Act;
+use super::session::{Admission, DATA_HEADER, HANDSHAKE_BYTES, MessageKind, Secrets, Segments};
+use super::split::Split;
+use super::table::{Peer, Slot, Table};
+use super::udp::UdpIo;
+use super::vnet::VnetHeader;
+
+/// Handshakes per second and source address, and how many at once: many nodes may share one.
+const HANDSHAKES: (u32, u32) = (64, 128);
+/// Probes and STUN messages, likewise.
+const PROBES: (u32, u32) = (256, 512);
+
+/// One worker's packet path.
+#[derive(Debug)]
+pub(super) struct Engine {
+    secrets: Arc<Secrets>,
+    table: Arc<ArcSwap<Table>>,
+    drops: Arc<Drops>,
+    events: EventSink,
+    started: Instant,
+    handshakes: SourceLimiter,
+    probes: SourceLimiter,
+    /// Of the link: no segment is padded beyond it.
+    mtu: usize,
+    /// Places of the packets of one train, kept for its capacity.
+    opened: Vec<(usize, usize)>,
+}
+
+impl Engine {
+    pub(super) fn new(
+        secrets: Arc<Secrets>,
+        table: Arc<ArcSwap<Table>>,
+        drops: Arc<Drops>,
+        events: EventSink,
+        started: Instant,
+    ) -> Self {
+        Self {
+            secrets,
+            table,
+            drops,
+            events,
+            started,
+            handshakes: SourceLimiter::new(HANDSHAKES.0, HANDSHAKES.1, started),
+            probes: SourceLimiter::new(PROBES.0, PROBES.1, started),
+            mtu: usize::MAX,
+            opened: Vec::with_capacity(super::arena::SLOT_BYTES / 32),
+        }
+    }
+
+    pub(super) fn set_mtu(&mut self, mtu: usize) {
+        self.mtu = mtu;
+    }
+
+    pub(super) fn events(&mut self) -> &mut EventSink {
+        &mut self.events
+    }
+
+    /// Seals what came from the TUN. `out` is sent whenever it is full, and at the end.
+    pub(super) fn outbound<U: UdpIo>(
+        &mut self,
+        now: Instant,
+        batch: &mut TunBatch,
+        out: &mut SendBatch,
+        udp: &mut U,
+    ) {
+        let table = self.table.load();
+        let mut last = None;
+        for number in 0..batch.packets().len() {
+            let packet = batch.packets()[number];
+            let bytes = batch.packet_mut(&packet);
+            let inner = Inner::parse(&bytes[super::arena::HEADROOM..]);
+            let Some(inner) = inner.filter(|inner| inner.total_len == packet.len) else {
+                self.drops.count(DropReason::InnerMalformed);
+                continue;
+            };
+            let Some(peer) = route(&table, &mut last, inner.destination) else {
+                self.drops.count(DropReason::NoRoute);
+                continue;
+            };
+            match Split::new(bytes, packet.len, &packet.header, self.mtu) {
+                Ok(segments) => self.seal(now, peer, segments, out, udp),
+                Err(reason) => self.drops.count(reason),
+            }
+        }
+        if !out.is_empty() {
+            udp.send(out, &self.drops);
+            out.clear();
+        }
+    }
+
+    fn seal<U: UdpIo>(
+        &mut self,
+        now: Instant,
+        peer: &Peer,
+        mut segments: impl Segments,
+        out: &mut SendBatch,
+        udp: &mut U,
+    ) {
+        let mut tunnel = peer.tunnel.lock();
+        if !tunnel.is_ready() {
+            let mut act = self.act(now, peer, out);
+            while segments.next_len().is_some() {
+                tunnel.wait(segments.take(), &mut act);
+            }
+            return;
+        }
+        let Some(to) = tunnel.endpoint(peer.endpoint()) else {
+            while segments.next_len().is_some() {
+                segments.take();
+                self.drops.count(DropReason::NoEndpoint);
+            }
+            return;
+        };
+        loop {
+            peer.counters.sent(tunnel.seal(&mut segments, to, out, now));
+            if segments.next_len().is_none() {
+                return;
+            }
+            udp.send(out, &self.drops);
+            out.clear();
+        }
+    }
+
+    /// Opens what came from the network into `writes`, and puts what is to be answered into
+    /// `out`.
+    pub(super) fn inbound(
+        &mut self,
+        now: Instant,
+        batch: &RecvBatch,
+        writes: &mut WriteBatch,
+        out: &mut SendBatch,
+    ) {
+        let table = self.table.load();
+        for received in batch.received() {
+            let end = received.start + received.len;
+            let mut at = received.start;
+            while at < end {
+                let first = &batch.bytes()[at..end.min(at + received.stride)];
+                let run = match (DatagramKind::of(first), MessageKind::of(first)) {
+                    (DatagramKind::WireGuard, Some(MessageKind::Data { receiver })) => {
+                        let train = &batch.bytes()[at..end];
+                        let run = data_run(train, received.stride, receiver);
+                        let run = (at, &train[..run], received.stride);
+                        self.open(now, &table, received.from, receiver, run, writes, out);
+                        run.1.len()
+                    }
+                    (DatagramKind::WireGuard, Some(kind)) => {
+                        self.handshake(now, &table, received.from, kind, first, out);
+                        first.len()
+                    }
+                    (kind, _) => {
+                        self.other(now, received.from, kind, first);
+                        first.len()
+                    }
+                };
+                at += run;
+            }
+            // Only a datagram of no bytes has none to look at.
+            if received.len == 0 {
+                self.drops.count(DropReason::UnknownKind);
+            }
+        }
+    }
+
+    /// A run of data messages with one receiver: `(first byte, bytes, stride)`.
+    #[expect(clippy::too_many_arguments, reason = "a run, its sender and where the results go")]
+    fn open(
+        &mut self,
+        now: Instant,
+        table: &Table,
+        from: SocketAddr,
+        receiver: u32,
+        (start, datagrams, stride): (usize, &[u8], usize),
+        writes: &mut WriteBatch,
+        out: &mut SendBatch,
+    ) {
+        let found = table.by_receiver(receiver);
+        let Some((slot, peer)) = found.and_then(|slot| Some((slot, table.peer(slot)?))) else {
+            let datagrams = datagrams.len().div_ceil(stride.max(1));
+            self.drops.add(DropReason::UnknownIndex, datagrams as u64);
+            return;
+        };
+        let mut opened = std::mem::take(&mut self.opened);
+        opened.clear();
+        let plain = &mut writes.bytes_mut()[start..start + datagrams.len()];
+        let mut act = self.act(now, peer, out);
+        peer.tunnel.lock().open(
+            from,
+            peer.endpoint(),
+            receiver,
+            datagrams,
+            stride,
+            plain,
+            &mut act,
+            |at, len| opened.push((start + at, len)),
+        );
+        let mut last: Option<(IpAddr, Option<Slot>)> = None;
+        for (at, len) in &opened {
+            let Some(inner) = Inner::parse(&writes.bytes()[*at..at + len]) else {
+                self.drops.count(DropReason::OpenedMalformed);
+                continue;
+            };
+            let owner = match last {
+                Some((source, owner)) if source == inner.source => owner,
+                _ => table.route(inner.source),
+            };
+            last = Some((inner.source, owner));
+            if owner != Some(slot) {
+                self.drops.count(DropReason::WrongSource);
+                continue;
+            }
+            writes.push(VnetHeader::default(), *at, *len);
+        }
+        self.opened = opened;
+    }
+
+    fn handshake(
+        &mut self,
+        now: Instant,
+        table: &Table,
+        from: SocketAddr,
+        kind: MessageKind,
+        message: &[u8],
+        out: &mut SendBatch,
+    ) {
+        let peer = match kind {
+            MessageKind::Initiation => {
+                if !self.handshakes.admit(from.ip(), now) {
+                    self.drops.count(DropReason::SourceLimited);
+                    return;
+                }
+                let mut cookie = [0; HANDSHAKE_BYTES];
+                match self.secrets.admit(from, message, &mut cookie) {
+                    Admission::Claims(key) => table.by_key(&key).ok_or(DropReason::UnknownPeer),
+                    Admission::Cookie(len) => {
+                        if !out.push(from, &cookie[..len]) {
+                            self.drops.count(DropReason::SendBufferFull);
+                        }
+                        Err(DropReason::UnderLoad)
+                    }
+                    Admission::Refused(reason) => Err(reason),
+                }
+            }
+            MessageKind::Response { receiver }
+            | MessageKind::CookieReply { receiver }
+            | MessageKind::Data { receiver } => {
+                let slot = table.by_receiver(receiver);
+                slot.and_then(|slot| table.peer(slot)).ok_or(DropReason::UnknownIndex)
+            }
+        };
+        match peer {
+            Ok(peer) => {
+                let mut act = self.act(now, peer, out);
+                peer.tunnel.lock().handshake(message, from, peer.endpoint(), &mut act);
+            }
+            Err(reason) => self.drops.count(reason),
+        }
+    }
+
+    fn other(&mut self, now: Instant, from: SocketAddr, kind: DatagramKind, datagram: &[u8]) {
+        let reason = match kind {
+            DatagramKind::Probe | DatagramKind::Stun if !self.probes.admit(from.ip(), now) => {
+                DropReason::SourceLimited
+            }
+            DatagramKind::Probe => {
+                return self.events.datagram(|| Event::Probe { from, datagram: datagram.into() });
+            }
+            DatagramKind::Stun => {
+                return self.events.datagram(|| Event::Stun { from, datagram: datagram.into() });
+            }
+            DatagramKind::WireGuard => DropReason::Malformed,
+            DatagramKind::Unknown => DropReason::UnknownKind,
+        };
+        self.drops.count(reason);
+    }
+
+    /// Starts a handshake with a peer of the table.
+    pub(super) fn initiate(
+        &mut self,
+        now: Instant,
+        peer: &WireguardKey,
+        to: Vec<SocketAddr>,
+        out: &mut SendBatch,
+    ) {
+        let table = self.table.load();
+        if let Some(peer) = table.by_key(peer) {
+            let mut act = self.act(now, peer, out);
+            peer.tunnel.lock().initiate(to, &mut act);
+        }
+    }
+
+    /// Lets time pass for every tunnel that needs it. Returns whether there is one, or something
+    /// else to be done soon.
+    pub(super) fn tick<U: UdpIo>(
+        &mut self,
+        now: Instant,
+        out: &mut SendBatch,
+        udp: &mut U,
+    ) -> bool {
+        self.events.retry();
+        let table = self.table.load();
+        let mut live = self.events.is_waiting();
+        for peer in &table.peers {
+            let mut act = self.act(now, peer, out);
+            live |= peer.tunnel.lock().tick(peer.endpoint(), peer.keepalive(), &mut act);
+            // A tick writes a few messages at most.
+            if out.spare(8 * HANDSHAKE_BYTES).is_none() {
+                udp.send(out, &self.drops);
+                out.clear();
+            }
+        }
+        if !out.is_empty() {
+            udp.send(out, &self.drops);
+            out.clear();
+        }
+        live
+    }
+
+    fn act<'a>(&'a mut self, now: Instant, peer: &'a Peer, out: &'a mut SendBatch) -> Act<'a> {
+        Act {
+            now,
+            started: self.started,
+            out,
+            events: &mut self.events,
+            drops: &self.drops,
+            counters: &peer.counters,
+        }
+    }
+}
+
+/// The peer for a destination; most packets go where the one before went.
+fn route<'a>(
+    table: &'a Table,
+    last: &mut Option<(IpAddr, Slot)>,
+    destination: IpAddr,
+) -> Option<&'a Arc<Peer>> {
+    let slot = match last {
+        Some((address, slot)) if *address == destination => *slot,
+        _ => table.route(destination)?,
+    };
+    *last = Some((destination, slot));
+    table.peer(slot)
+}
+
+/// How many bytes of a train, from its start, are data messages for `receiver`.
+fn data_run(train: &[u8], stride: usize, receiver: u32) -> usize {
+    let fits = |datagram: &&[u8]| matches!(MessageKind::of(datagram), Some(MessageKind::Data { receiver: r }) if r == receiver);
+    train.chunks(stride.max(1)).take_while(fits).map(<[u8]>::len).sum()
+}
+
+/// The place of a payload in its datagram, which must leave room for a virtio header.
+const _: () = assert!(DATA_HEADER >= super::vnet::VNET_HEADER_BYTES);

@@ -1,0 +1,283 @@
+//! The two seams without an operating system: a TUN that is a pair of queues, and a network on
+//! which somebody listens. For tests of the data plane and of what stands on it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use parking_lot::{Condvar, Mutex};
+
+use super::Feature;
+use super::arena::{HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, TunBatch, WriteBatch};
+use super::drops::{DropReason, Drops};
+use super::tun::TunIo;
+use super::udp::UdpIo;
+use super::vnet::VnetHeader;
+
+/// A queue whose other end can be waited for, by a thread or by epoll.
+#[derive(Debug)]
+struct Queue<V> {
+    items: Mutex<VecDeque<V>>,
+    filled: Condvar,
+    readable: EventFd,
+}
+
+impl<V> Queue<V> {
+    fn new() -> io::Result<Self> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Ok(Self {
+            items: Mutex::default(),
+            filled: Condvar::new(),
+            readable: EventFd::from_value_and_flags(0, flags)?,
+        })
+    }
+
+    fn push(&self, item: V) {
+        let mut items = self.items.lock();
+        items.push_back(item);
+        let _ = self.readable.write(1);
+        self.filled.notify_all();
+    }
+
+    fn pop(&self) -> Option<V> {
+        let mut items = self.items.lock();
+        let item = items.pop_front();
+        if items.is_empty() {
+            let _ = self.readable.read();
+        }
+        item
+    }
+
+    fn wait(&self, patience: Duration) -> Option<V> {
+        let deadline = Instant::now() + patience;
+        let mut items = self.items.lock();
+        while items.is_empty() {
+            if self.filled.wait_until(&mut items, deadline).timed_out() {
+                break;
+            }
+        }
+        drop(items);
+        self.pop()
+    }
+}
+
+/// The data plane's end of a TUN in memory.
+#[derive(Debug)]
+pub struct MemoryTun {
+    from_host: Arc<Queue<(VnetHeader, Vec<u8>)>>,
+    to_host: Arc<Queue<Vec<u8>>>,
+    mtu: usize,
+}
+
+/// The host's end of a [`MemoryTun`].
+#[derive(Debug, Clone)]
+pub struct MemoryHost {
+    from_host: Arc<Queue<(VnetHeader, Vec<u8>)>>,
+    to_host: Arc<Queue<Vec<u8>>>,
+}
+
+/// A TUN in memory.
+///
+/// # Errors
+///
+/// When the system gives no descriptors.
+pub fn tun(mtu: usize) -> io::Result<(MemoryTun, MemoryHost)> {
+    let from_host = Arc::new(Queue::new()?);
+    let to_host = Arc::new(Queue::new()?);
+    let host = MemoryHost { from_host: from_host.clone(), to_host: to_host.clone() };
+    Ok((MemoryTun { from_host, to_host, mtu }, host))
+}
+
+impl MemoryHost {
+    /// The host sends a packet.
+    pub fn send(&self, packet: &[u8]) {
+        self.from_host.push((VnetHeader::default(), packet.to_vec()));
+    }
+
+    /// The next packet for the host; `None` if there is none within `patience`.
+    pub fn receive(&self, patience: Duration) -> Option<Vec<u8>> {
+        self.to_host.wait(patience)
+    }
+}
+
+impl TunIo for MemoryTun {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.from_host.readable.as_fd()
+    }
+
+    fn mtu(&self) -> usize {
+        self.mtu
+    }
+
+    fn read(&mut self, batch: &mut TunBatch) -> io::Result<()> {
+        while let Some(spare) = batch.spare() {
+            let Some((header, packet)) = self.from_host.pop() else { break };
+            let len = packet.len().min(SLOT_BYTES);
+            spare[HEADROOM..HEADROOM + len].copy_from_slice(&packet[..len]);
+            batch.commit(header, len);
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, batch: &WriteBatch, _drops: &Drops) {
+        for frame in batch.frames() {
+            self.to_host.push(batch.pieces(frame).collect::<Vec<_>>().concat());
+        }
+    }
+
+    fn features(&self) -> Vec<Feature> {
+        Vec::new()
+    }
+}
+
+/// A datagram on a [`Network`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Datagram {
+    /// Its sender.
+    pub from: SocketAddr,
+    /// Its receiver.
+    pub to: SocketAddr,
+    /// All of it.
+    pub bytes: Vec<u8>,
+}
+
+/// Says whether a datagram is delivered.
+type Filter = Box<dyn FnMut(&Datagram) -> bool + Send>;
+
+/// A network in memory. It sees everything.
+#[derive(Clone)]
+pub struct Network(Arc<Mutex<Wire>>);
+
+struct Wire {
+    sockets: BTreeMap<SocketAddr, Arc<Queue<Datagram>>>,
+    seen: Vec<Datagram>,
+    filter: Option<Filter>,
+}
+
+impl std::fmt::Debug for Network {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Network").finish_non_exhaustive()
+    }
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Network {
+    /// An empty network that delivers everything.
+    pub fn new() -> Self {
+        Self(Arc::new(Mutex::new(Wire {
+            sockets: BTreeMap::new(),
+            seen: Vec::new(),
+            filter: None,
+        })))
+    }
+
+    /// A socket at this address; the one that had it before gets nothing any more.
+    ///
+    /// # Errors
+    ///
+    /// When the system gives no descriptors.
+    pub fn bind(&self, address: SocketAddr) -> io::Result<MemoryUdp> {
+        let inbox = Arc::new(Queue::new()?);
+        self.0.lock().sockets.insert(address, inbox.clone());
+        Ok(MemoryUdp { network: self.clone(), address, inbox, held: None })
+    }
+
+    /// From now on this says what is delivered. Everything is seen all the same.
+    pub fn filter(&self, filter: impl FnMut(&Datagram) -> bool + Send + 'static) {
+        self.0.lock().filter = Some(Box::new(filter));
+    }
+
+    /// Puts a datagram on the network, with any source.
+    pub fn inject(&self, datagram: Datagram) {
+        let mut wire = self.0.lock();
+        let delivered = match &mut wire.filter {
+            Some(filter) => filter(&datagram),
+            None => true,
+        };
+        wire.seen.push(datagram.clone());
+        if let Some(inbox) = wire.sockets.get(&datagram.to).filter(|_| delivered) {
+            inbox.push(datagram);
+        }
+    }
+
+    /// Everything that was ever sent, in order.
+    pub fn seen(&self) -> Vec<Datagram> {
+        self.0.lock().seen.clone()
+    }
+}
+
+/// A socket on a [`Network`].
+#[derive(Debug)]
+pub struct MemoryUdp {
+    network: Network,
+    address: SocketAddr,
+    inbox: Arc<Queue<Datagram>>,
+    /// Taken from the inbox, and first of the next batch.
+    held: Option<Datagram>,
+}
+
+impl MemoryUdp {
+    /// As the kernel joins datagrams of one sender and one length.
+    fn joins(first: &Datagram, len: usize, next: &Datagram) -> bool {
+        next.from == first.from
+            && !next.bytes.is_empty()
+            && len.is_multiple_of(first.bytes.len().max(1))
+            && next.bytes.len() <= first.bytes.len()
+            && len + next.bytes.len() <= SLOT_BYTES
+    }
+}
+
+impl UdpIo for MemoryUdp {
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.inbox.readable.as_fd()]
+    }
+
+    fn receive(&mut self, batch: &mut RecvBatch, _drops: &Drops) -> io::Result<()> {
+        for slot in 0..batch.slots() {
+            let Some(first) = self.held.take().or_else(|| self.inbox.pop()) else { break };
+            let bytes = &mut batch.bytes_mut()[slot * SLOT_BYTES..][..SLOT_BYTES];
+            let mut len = first.bytes.len().min(SLOT_BYTES);
+            bytes[..len].copy_from_slice(&first.bytes[..len]);
+            while let Some(next) = self.inbox.pop() {
+                if !Self::joins(&first, len, &next) {
+                    self.held = Some(next);
+                    break;
+                }
+                bytes[len..len + next.bytes.len()].copy_from_slice(&next.bytes);
+                len += next.bytes.len();
+            }
+            batch.push(slot, first.from, len, first.bytes.len());
+        }
+        if self.held.is_some() {
+            // There is more, though the inbox may be empty.
+            let _ = self.inbox.readable.write(1);
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, batch: &SendBatch, drops: &Drops) {
+        for train in batch.trains() {
+            let bytes = &batch.bytes()[train.start..train.start + train.len];
+            if bytes.is_empty() {
+                drops.count(DropReason::SendRefused);
+            }
+            for datagram in bytes.chunks(train.stride.max(1)) {
+                let (from, to) = (self.address, train.to);
+                self.network.inject(Datagram { from, to, bytes: datagram.to_vec() });
+            }
+        }
+    }
+
+    fn features(&self) -> Vec<Feature> {
+        Vec::new()
+    }
+}

@@ -1,0 +1,249 @@
+//! The data plane: packets without decisions.
+//!
+//! TUN on one side, UDP on the other, WireGuard between. It obeys the core's [`PeerTable`] and
+//! reports what it saw as [`Event`]s; it never decides whom to talk to, or where.
+//!
+//! # Contract
+//!
+//! - [`DataPlane::start`] runs a thread of its own. The handle is cheap to clone and never waits.
+//! - [`DataPlane::apply`] takes effect whole: a packet sees one table from lookup to send. Peers
+//!   that stay keep their sessions, also when their pre-shared key or boot epoch changes.
+//! - Batches, never packets, cross the two seams ([`TunIo`], [`UdpIo`]). The order within a flow
+//!   is kept.
+//! - Every packet that goes no further is counted under one [`DropReason`]. A datagram from
+//!   outside never panics and never logs; boringtun does log handshakes at `debug` and timers up
+//!   to `error`, so a subscriber should turn the target `boringtun` off.
+//! - Datagrams are told apart one by one (`towline_proto::frame`): WireGuard is handled here,
+//!   probes and STUN are handed on as [`Event`]s.
+//!
+//! # Files
+//!
+//! | file | owns |
+//! |---|---|
+//! | `worker` | the thread: what wakes it, in which order it works |
+//! | `engine` | what happens to a batch in each direction |
+//! | `peer` | one tunnel over time |
+//! | `session` | the protocol engine; the only file that names boringtun |
+//! | `table` | address, key and index to peer |
+//! | `arena` | the buffers of a batch |
+//! | `split`, `vnet`, `checksum`, `packet` | inner packets |
+//! | `tun`, `udp`, `memory` | the seams |
+//! | `events`, `drops`, `counters`, `limiter` | what is told, counted and limited |
+
+pub mod arena;
+pub mod checksum;
+mod counters;
+pub mod drops;
+mod engine;
+mod events;
+mod limiter;
+pub mod memory;
+pub mod packet;
+mod peer;
+pub mod session;
+pub mod split;
+mod table;
+pub mod tun;
+pub mod udp;
+pub mod vnet;
+mod worker;
+
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use tokio::sync::mpsc::Sender;
+use towline_core::peer_table::PeerTable;
+use towline_proto::id::WireguardKey;
+use x25519_dalek::StaticSecret;
+
+pub use drops::DropReason;
+pub use events::{Event, Fault};
+pub use tun::{OpenTunError, Tun, TunIo, open_tun};
+pub use udp::{OpenUdpError, Udp, UdpIo, open_udp};
+
+use drops::Drops;
+use engine::Engine;
+use events::EventSink;
+use session::Secrets;
+use table::Table;
+use worker::{Command, Inbox, Worker};
+
+/// What the data plane is told once.
+pub struct Config {
+    /// The node's WireGuard key.
+    pub private_key: StaticSecret,
+}
+
+impl std::fmt::Debug for Config {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Config").finish_non_exhaustive()
+    }
+}
+
+/// Something that makes the data plane faster, and whether it is in use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Feature {
+    /// For the operator and for metrics.
+    pub name: &'static str,
+    /// In use.
+    pub active: bool,
+    /// Why not; empty if it is.
+    pub reason: String,
+}
+
+/// How it stands at one moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// By public key.
+    pub peers: BTreeMap<WireguardKey, PeerSnapshot>,
+    /// What was dropped since the start, by [`DropReason::name`]; reasons that never occurred are
+    /// there with 0.
+    pub drops: BTreeMap<&'static str, u64>,
+    /// What speeds it up, and if not, why not.
+    pub features: Vec<Feature>,
+}
+
+/// How it stands with a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerSnapshot {
+    /// Bytes of UDP payload received from it, authentic ones only.
+    pub received_bytes: u64,
+    /// Bytes of UDP payload sent to it.
+    pub sent_bytes: u64,
+    /// When the last handshake was completed.
+    pub last_handshake: Option<Instant>,
+    /// Where its datagrams go.
+    pub endpoint: Option<SocketAddr>,
+}
+
+/// A running data plane. The last handle to go stops it without waiting; [`DataPlane::stop`]
+/// waits.
+#[derive(Debug, Clone)]
+pub struct DataPlane(Arc<Running>);
+
+#[derive(Debug)]
+struct Running {
+    secrets: Arc<Secrets>,
+    table: Arc<ArcSwap<Table>>,
+    /// One at a time builds the next table.
+    building: Mutex<()>,
+    inbox: Arc<Inbox>,
+    drops: Arc<Drops>,
+    started: Instant,
+    features: Vec<Feature>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.inbox.stop();
+    }
+}
+
+impl DataPlane {
+    /// Starts moving packets. Without peers it drops everything, so [`DataPlane::apply`] is next.
+    ///
+    /// `events` should hold some hundred: it is never waited for.
+    ///
+    /// # Errors
+    ///
+    /// When the system gives no thread or no descriptors.
+    pub fn start<T: TunIo, U: UdpIo>(
+        config: Config,
+        tun: T,
+        udp: U,
+        events: Sender<Event>,
+    ) -> io::Result<Self> {
+        let started = Instant::now();
+        let secrets = Arc::new(Secrets::new(config.private_key));
+        let table = Arc::new(ArcSwap::from_pointee(Table::default()));
+        let drops = Arc::new(Drops::default());
+        let inbox = Arc::new(Inbox::new()?);
+        let mut features = tun.features();
+        features.extend(udp.features());
+        let sink = EventSink::new(events, drops.clone());
+        let engine = Engine::new(secrets.clone(), table.clone(), drops.clone(), sink, started);
+        let worker = Worker::new(tun, udp, engine, inbox.clone(), drops.clone())?;
+        let thread =
+            std::thread::Builder::new().name("dataplane".to_owned()).spawn(|| worker.run())?;
+        Ok(Self(Arc::new(Running {
+            secrets,
+            table,
+            building: Mutex::new(()),
+            inbox,
+            drops,
+            started,
+            features,
+            thread: Mutex::new(Some(thread)),
+        })))
+    }
+
+    /// The node's own public key.
+    pub fn public_key(&self) -> WireguardKey {
+        self.0.secrets.public_key()
+    }
+
+    /// The peers are now these. Those that stay keep their sessions.
+    pub fn apply(&self, table: &PeerTable) {
+        let _building = self.0.building.lock();
+        let next = self.0.table.load().next(table, &self.0.secrets);
+        self.0.table.store(Arc::new(next));
+        self.0.inbox.wake();
+    }
+
+    /// Starts a handshake: one initiation, the same bytes to each address. It is repeated every
+    /// five seconds (and a little) for 90 s, to the same addresses, unless it is answered or
+    /// another order comes. Nothing happens for a peer that is not in the table.
+    pub fn handshake(&self, peer: WireguardKey, to: Vec<SocketAddr>) {
+        self.0.inbox.push(Command::Handshake(peer, to));
+    }
+
+    /// Sends a datagram as it is, from the WireGuard port.
+    pub fn send(&self, to: SocketAddr, datagram: &[u8]) {
+        self.0.inbox.push(Command::Send(to, datagram.to_vec()));
+    }
+
+    /// How it stands now.
+    pub fn snapshot(&self) -> Snapshot {
+        let table = self.0.table.load();
+        let peers = table.peers.iter().map(|peer| {
+            let (sent_bytes, received_bytes) = peer.counters.bytes();
+            let snapshot = PeerSnapshot {
+                received_bytes,
+                sent_bytes,
+                last_handshake: peer.counters.last_handshake(self.0.started),
+                endpoint: peer.tunnel.lock().endpoint(peer.endpoint()),
+            };
+            (peer.key, snapshot)
+        });
+        let drops = DropReason::ALL.iter().map(|reason| (reason.name(), self.0.drops.get(*reason)));
+        Snapshot {
+            peers: peers.collect(),
+            drops: drops.collect(),
+            features: self.0.features.clone(),
+        }
+    }
+
+    /// Ends it, and waits until its thread is gone. The TUN link stays if it is persistent.
+    pub fn stop(&self) {
+        self.0.inbox.stop();
+        if let Some(thread) = self.0.thread.lock().take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the data plane's thread panicked");
+        }
+    }
+}
+
+/// A random number, for what has to differ from node to node and need not be secret.
+fn random() -> u64 {
+    // Each state has keys of its own, which come from the system's randomness.
+    RandomState::new().hash_one(())
+}

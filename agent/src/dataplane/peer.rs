@@ -1,0 +1,485 @@
+//! The tunnel with one peer over time: which session seals, what waits for one, when a handshake
+//! is repeated, when a keepalive is due, where the peer was last seen.
+//!
+//! The rules of WireGuard's timers that need no decision are here; whether and where to start a
+//! handshake is the core's. In particular:
+//!
+//! - a tunnel without a session does nothing by itself: it says [`Observation::Wanted`];
+//! - a keepalive goes out only on a session, and only when nothing else was sent for that long,
+//!   so that two ends with keepalives neither fight over who initiates nor chat on a busy tunnel;
+//! - who initiated a session renews it while keepalives hold it open (boringtun counts data
+//!   alone), the other end does not;
+//! - a tunnel that was rebuilt (pre-shared key, boot epoch) keeps using the old one until the new
+//!   one has a session: no gap.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use towline_core::peer_table::{Observation, PresharedKey, REKEY_TIMEOUT};
+use towline_proto::id::WireguardKey;
+
+use super::arena::SendBatch;
+use super::counters::PeerCounters;
+use super::drops::{DropReason, Drops};
+use super::events::EventSink;
+use super::session::{
+    Answered, HANDSHAKE_BYTES, MessageKind, Opened, Secrets, Segments, Session, Tick,
+};
+
+/// Rekey-After-Time, whitepaper section 6.1.
+const REKEY_AFTER: Duration = Duration::from_secs(120);
+/// Reject-After-Time, and a little: by then the engine has dropped the session.
+const SESSION_GONE: Duration = Duration::from_secs(182);
+/// Rekey-Attempt-Time, and a little: by then the engine has given up.
+const ATTEMPT_GONE: Duration = Duration::from_secs(92);
+/// A repeated initiation is late by less than this, at random.
+const RETRY_JITTER_MS: u64 = 333;
+/// A second order to initiate within this time, to the same addresses, is the same order: the
+/// engine may have repeated the initiation just before it came.
+const SAME_ORDER: Duration = Duration::from_millis(200);
+/// Packets that wait for a session.
+const WAITING: usize = 16;
+/// How long they wait.
+const WAITING_TIME: Duration = Duration::from_secs(10);
+
+/// What a call needs to act: where to write, whom to tell.
+pub(super) struct Act<'a> {
+    pub(super) now: Instant,
+    pub(super) started: Instant,
+    pub(super) out: &'a mut SendBatch,
+    pub(super) events: &'a mut EventSink,
+    pub(super) drops: &'a Drops,
+    pub(super) counters: &'a PeerCounters,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Tunnel {
+    peer: WireguardKey,
+    secrets: Arc<Secrets>,
+    psk: Option<PresharedKey>,
+    index: u32,
+    /// Made when it is first needed: it holds several kilobytes.
+    active: Option<Box<Session>>,
+    /// The one before a rebuild, and its index.
+    retired: Option<(Box<Session>, u32)>,
+    initiation: Option<Initiation>,
+    /// A session that the peer initiated and has not used yet, by its receiver index.
+    unconfirmed: Option<u32>,
+    /// When the present session came to be, and whether we initiated it.
+    established: Option<(Instant, bool)>,
+    last_sent: Option<Instant>,
+    waiting: VecDeque<(Instant, Box<[u8]>)>,
+    wanted_said: bool,
+    /// Where an authentic handshake came from, while the core knows no endpoint.
+    adopted: Option<SocketAddr>,
+    roamed_said: Option<SocketAddr>,
+    /// Until when time has to pass for the engine.
+    live_until: Option<Instant>,
+}
+
+/// A handshake of ours that is not answered yet.
+#[derive(Debug)]
+struct Initiation {
+    sent: Instant,
+    jitter: Duration,
+    to: Vec<SocketAddr>,
+}
+
+impl Tunnel {
+    pub(super) fn new(
+        peer: WireguardKey,
+        psk: Option<PresharedKey>,
+        index: u32,
+        secrets: &Arc<Secrets>,
+    ) -> Self {
+        Self {
+            peer,
+            secrets: secrets.clone(),
+            psk,
+            index,
+            active: None,
+            retired: None,
+            initiation: None,
+            unconfirmed: None,
+            established: None,
+            last_sent: None,
+            waiting: VecDeque::new(),
+            wanted_said: false,
+            adopted: None,
+            roamed_said: None,
+            live_until: None,
+        }
+    }
+
+    /// From now on handshakes use this key and index. Sessions of before stay until the next
+    /// handshake is through.
+    pub(super) fn renew(&mut self, psk: Option<PresharedKey>, index: u32) {
+        if let Some(active) = self.active.take().filter(|active| active.is_ready()) {
+            self.retired = Some((active, self.index));
+        }
+        self.psk = psk;
+        self.index = index;
+        self.initiation = None;
+        self.unconfirmed = None;
+    }
+
+    /// Where datagrams go, given what the core knows.
+    pub(super) fn endpoint(&mut self, known: Option<SocketAddr>) -> Option<SocketAddr> {
+        if known.is_some() {
+            self.adopted = None;
+        }
+        known.or(self.adopted)
+    }
+
+    /// Whether there is a session to seal with.
+    pub(super) fn is_ready(&self) -> bool {
+        self.active.as_ref().is_some_and(|active| active.is_ready())
+            || self.retired.as_ref().is_some_and(|(retired, _)| retired.is_ready())
+    }
+
+    /// Seals until `segments` are done or `out` is full. Call only when [`Tunnel::is_ready`].
+    pub(super) fn seal(
+        &mut self,
+        segments: &mut impl Segments,
+        to: SocketAddr,
+        out: &mut SendBatch,
+        now: Instant,
+    ) -> usize {
+        self.last_sent = Some(now);
+        match self.sealing() {
+            Some(session) => session.seal(segments, to, out),
+            None => 0,
+        }
+    }
+
+    /// Keeps a few packets until there is a session. They come with their padding.
+    pub(super) fn wait(&mut self, packet: &[u8], act: &mut Act<'_>) {
+        if self.waiting.len() == WAITING {
+            self.waiting.pop_front();
+            act.drops.count(DropReason::QueueFull);
+        }
+        self.waiting.push_back((act.now, packet.into()));
+        self.live_for(act.now, WAITING_TIME);
+        if !self.wanted_said {
+            self.wanted_said = true;
+            act.events.observe(self.peer, Observation::Wanted);
+        }
+    }
+
+    /// Opens a train of data messages that all name the receiver index `receiver`; see
+    /// [`Session::open`].
+    #[expect(clippy::too_many_arguments, reason = "the train, its sender and the context")]
+    pub(super) fn open(
+        &mut self,
+        from: SocketAddr,
+        known: Option<SocketAddr>,
+        receiver: u32,
+        datagrams: &[u8],
+        stride: usize,
+        plain: &mut [u8],
+        act: &mut Act<'_>,
+        mut each: impl FnMut(usize, usize),
+    ) {
+        let session = match (&mut self.active, &mut self.retired) {
+            (Some(active), _) if receiver >> 8 == self.index => active,
+            (_, Some((retired, index))) if receiver >> 8 == *index => retired,
+            _ => {
+                let datagrams = datagrams.len().div_ceil(stride.max(1));
+                act.drops.add(DropReason::NoSession, datagrams as u64);
+                return;
+            }
+        };
+        let drops = act.drops;
+        let mut authentic = 0;
+        session.open(datagrams, stride, plain, |bytes, opened| match opened {
+            Opened::Packet { start, len } => {
+                authentic += bytes;
+                each(start, len);
+            }
+            Opened::Keepalive => authentic += bytes,
+            Opened::Refused(reason) => drops.count(reason),
+        });
+        if authentic == 0 {
+            return;
+        }
+        act.counters.received(authentic);
+        if self.unconfirmed == Some(receiver) {
+            self.unconfirmed = None;
+            self.completed(from, known, false, act);
+        }
+        self.seen(from, known, act);
+    }
+
+    /// Takes a handshake message of any kind.
+    pub(super) fn handshake(
+        &mut self,
+        message: &[u8],
+        from: SocketAddr,
+        known: Option<SocketAddr>,
+        act: &mut Act<'_>,
+    ) {
+        let solicited = matches!(MessageKind::of(message), Some(MessageKind::Initiation))
+            || self.initiation.is_some();
+        if !solicited {
+            act.drops.count(DropReason::InvalidHandshake);
+            return;
+        }
+        let mut reply = [0; HANDSHAKE_BYTES];
+        match self.active().handshake(message, &mut reply) {
+            Answered::Response { len, receiver } => {
+                act.counters.received(message.len());
+                self.unconfirmed = Some(receiver);
+                self.live_for(act.now, SESSION_GONE);
+                self.send(&reply[..len], from, act);
+                if known.is_none() {
+                    self.adopted = Some(from);
+                    self.tell_roamed(from, act);
+                }
+                self.seen(from, known, act);
+            }
+            Answered::Established { len } => {
+                act.counters.received(message.len());
+                self.initiation = None;
+                self.live_for(act.now, SESSION_GONE);
+                // Only this datagram lets the peer use the session: it takes the way that works.
+                self.send(&reply[..len], from, act);
+                if known.is_none() {
+                    self.adopted = Some(from);
+                }
+                self.completed(from, known, true, act);
+                self.seen(from, known, act);
+            }
+            Answered::Cookie => {}
+            Answered::Refused(reason) => act.drops.count(reason),
+        }
+    }
+
+    /// Starts a handshake: one initiation, the same bytes to each address.
+    pub(super) fn initiate(&mut self, to: Vec<SocketAddr>, act: &mut Act<'_>) {
+        if let Some(running) = &self.initiation
+            && act.now.saturating_duration_since(running.sent) < SAME_ORDER
+            && to.iter().all(|address| running.to.contains(address))
+        {
+            return;
+        }
+        let mut message = [0; HANDSHAKE_BYTES];
+        let len = self.active().initiate(&mut message);
+        if len > 0 {
+            self.initiated(&message[..len], to, act);
+        }
+    }
+
+    /// Lets time pass. Returns whether it has to be called again, a few times per second.
+    pub(super) fn tick(
+        &mut self,
+        known: Option<SocketAddr>,
+        keepalive: Option<Duration>,
+        act: &mut Act<'_>,
+    ) -> bool {
+        if !self.is_live(act.now) {
+            return false;
+        }
+        while let Some((since, _)) = self.waiting.front()
+            && act.now.saturating_duration_since(*since) >= WAITING_TIME
+        {
+            self.waiting.pop_front();
+            act.drops.count(DropReason::QueueExpired);
+        }
+        let had_session = self.established.is_some();
+        self.tick_engines(known, act);
+        if had_session && !self.is_ready() && self.initiation.is_none() {
+            self.ended(act);
+        }
+        self.keep_alive(known, keepalive, act);
+        self.is_live(act.now)
+    }
+
+    fn tick_engines(&mut self, known: Option<SocketAddr>, act: &mut Act<'_>) {
+        let mut message = [0; HANDSHAKE_BYTES];
+        let mut renew = false;
+        if let Some((retired, _)) = &mut self.retired {
+            renew = matches!(retired.tick(&mut message), Tick::Initiation(_));
+            if !retired.is_ready() {
+                self.retired = None;
+            }
+        }
+        let repeated = self.initiation.as_ref().map(|initiation| {
+            let age = act.now.saturating_duration_since(initiation.sent);
+            (age >= REKEY_TIMEOUT, age >= REKEY_TIMEOUT + initiation.jitter)
+        });
+        let tick = match (&mut self.active, repeated) {
+            // boringtun would repeat it now; all nodes that lost one peer would do so together.
+            (_, Some((true, false))) | (None, _) => Tick::Quiet,
+            (Some(active), _) => active.tick(&mut message),
+        };
+        match tick {
+            Tick::Quiet if renew && self.initiation.is_none() => {
+                let to = self.endpoint(known).into_iter().collect();
+                self.initiate(to, act);
+            }
+            Tick::Quiet => {
+                // The engine repeats no initiation after it answered one of the peer's.
+                if let Some((_, true)) = repeated {
+                    self.initiation = None;
+                }
+            }
+            Tick::Initiation(len) => {
+                let to = match self.initiation.take() {
+                    Some(unanswered) => {
+                        act.events.observe(self.peer, Observation::HandshakeUnanswered);
+                        unanswered.to
+                    }
+                    None => self.endpoint(known).into_iter().collect(),
+                };
+                self.initiated(&message[..len], to, act);
+            }
+            Tick::Keepalive(len) => {
+                if let Some(to) = self.endpoint(known) {
+                    self.send(&message[..len], to, act);
+                }
+            }
+            Tick::Expired => self.ended(act),
+        }
+    }
+
+    fn keep_alive(
+        &mut self,
+        known: Option<SocketAddr>,
+        keepalive: Option<Duration>,
+        act: &mut Act<'_>,
+    ) {
+        let Some(interval) = keepalive else { return };
+        if let Some((since, true)) = self.established
+            && self.initiation.is_none()
+            && act.now.saturating_duration_since(since) >= REKEY_AFTER
+        {
+            let to = self.endpoint(known).into_iter().collect();
+            self.initiate(to, act);
+        }
+        let silent = |since: Instant| act.now.saturating_duration_since(since) >= interval;
+        if !self.last_sent.is_none_or(silent) {
+            return;
+        }
+        let Some(to) = self.endpoint(known) else { return };
+        let mut message = [0; HANDSHAKE_BYTES];
+        if let Some(session) = self.sealing() {
+            let len = session.keepalive(&mut message);
+            self.send(&message[..len], to, act);
+        }
+    }
+
+    fn is_live(&self, now: Instant) -> bool {
+        self.live_until.is_some_and(|until| now < until)
+    }
+
+    fn live_for(&mut self, now: Instant, time: Duration) {
+        self.live_until = self.live_until.max(Some(now + time));
+    }
+
+    fn active(&mut self) -> &mut Session {
+        let Self { secrets, peer, psk, index, .. } = self;
+        self.active
+            .get_or_insert_with(|| Box::new(Session::new(secrets, *peer, psk.as_ref(), *index)))
+    }
+
+    fn sealing(&mut self) -> Option<&mut Session> {
+        match &mut self.active {
+            Some(active) if active.is_ready() => Some(active),
+            _ => self.retired.as_mut().map(|(retired, _)| &mut **retired).filter(|r| r.is_ready()),
+        }
+    }
+
+    /// An initiation was made: notes and sends it.
+    fn initiated(&mut self, message: &[u8], to: Vec<SocketAddr>, act: &mut Act<'_>) {
+        for address in &to {
+            self.send(message, *address, act);
+        }
+        let jitter = Duration::from_millis(super::random() % RETRY_JITTER_MS);
+        self.initiation = Some(Initiation { sent: act.now, jitter, to });
+        self.live_for(act.now, ATTEMPT_GONE);
+    }
+
+    /// A handshake is through.
+    fn completed(
+        &mut self,
+        from: SocketAddr,
+        known: Option<SocketAddr>,
+        ours: bool,
+        act: &mut Act<'_>,
+    ) {
+        self.established = Some((act.now, ours));
+        self.wanted_said = false;
+        act.counters.handshake(act.started, act.now);
+        act.events.observe(self.peer, Observation::Handshake { from });
+        let to = self.endpoint(known).unwrap_or(from);
+        while let Some((since, packet)) = self.waiting.pop_front() {
+            if act.now.saturating_duration_since(since) >= WAITING_TIME {
+                act.drops.count(DropReason::QueueExpired);
+                continue;
+            }
+            let sealed = self.seal(&mut Waited { packet, taken: false }, to, act.out, act.now);
+            act.counters.sent(sealed);
+            if sealed == 0 {
+                act.drops.count(DropReason::SendBufferFull);
+            }
+        }
+    }
+
+    /// There is no session any more, and none under way.
+    fn ended(&mut self, act: &mut Act<'_>) {
+        self.established = None;
+        self.initiation = None;
+        self.unconfirmed = None;
+        self.live_until = None;
+        self.wanted_said = false;
+        act.drops.add(DropReason::QueueExpired, self.waiting.len() as u64);
+        self.waiting.clear();
+        act.events.observe(self.peer, Observation::SessionExpired);
+    }
+
+    /// An authentic datagram came from `from`.
+    fn seen(&mut self, from: SocketAddr, known: Option<SocketAddr>, act: &mut Act<'_>) {
+        if self.endpoint(known) == Some(from) {
+            if known.is_some() {
+                self.roamed_said = None;
+            }
+        } else {
+            self.tell_roamed(from, act);
+        }
+    }
+
+    fn tell_roamed(&mut self, from: SocketAddr, act: &mut Act<'_>) {
+        if self.roamed_said != Some(from) {
+            self.roamed_said = Some(from);
+            act.events.observe(self.peer, Observation::Roamed { from });
+        }
+    }
+
+    fn send(&mut self, message: &[u8], to: SocketAddr, act: &mut Act<'_>) {
+        self.last_sent = Some(act.now);
+        if act.out.push(to, message) {
+            act.counters.sent(message.len());
+        } else {
+            act.drops.count(DropReason::SendBufferFull);
+        }
+    }
+}
+
+/// A packet that waited, as segments: it was padded before.
+struct Waited {
+    packet: Box<[u8]>,
+    taken: bool,
+}
+
+impl Segments for Waited {
+    fn next_len(&self) -> Option<usize> {
+        (!self.taken).then_some(self.packet.len())
+    }
+
+    fn take(&mut self) -> &[u8] {
+        if std::mem::replace(&mut self.taken, true) { &[] } else { &self.packet }
+    }
+}

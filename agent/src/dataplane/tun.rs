@@ -1,0 +1,247 @@
+//! The host side: batches of packets through a TUN link.
+
+use std::ffi::{CStr, c_int, c_short, c_ulong};
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use super::Feature;
+use super::arena::{HEADROOM, TunBatch, WriteBatch};
+use super::drops::{DropReason, Drops};
+use super::vnet::{VNET_HEADER_BYTES, VnetHeader};
+
+/// A way to exchange packets with the host in batches. Two stand behind it: [`Tun`], and
+/// [`MemoryTun`](super::memory::MemoryTun).
+pub trait TunIo: Send + 'static {
+    /// What to wait on for something to read.
+    fn fd(&self) -> BorrowedFd<'_>;
+
+    /// The link's MTU now, in bytes.
+    fn mtu(&self) -> usize;
+
+    /// Fills the batch with what the host has sent, without waiting.
+    ///
+    /// # Errors
+    ///
+    /// Only when the link is gone.
+    fn read(&mut self, batch: &mut TunBatch) -> io::Result<()>;
+
+    /// Writes the whole batch in order. What the host refuses is counted.
+    fn write(&mut self, batch: &WriteBatch, drops: &Drops);
+
+    /// What speeds it up, and if not, why not.
+    fn features(&self) -> Vec<Feature>;
+}
+
+/// Why a TUN link could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenTunError {
+    /// The kernel has no TUN, or the container was not given it.
+    #[error(
+        "/dev/net/tun is missing: load the kernel module `tun`, or give the container that device"
+    )]
+    NoDevice,
+    /// Not root.
+    #[error("opening the TUN link `{0}` was not permitted: run as root or grant CAP_NET_ADMIN")]
+    NotPermitted(String),
+    /// Somebody has it open.
+    #[error("the TUN link `{0}` is in use by another process: stop it, or configure another name")]
+    Busy(String),
+    /// The name is too long, or not one.
+    #[error("`{0}` cannot name a link: use 1 to 15 characters without `/` or space")]
+    BadName(String),
+    /// A link of another kind has the name.
+    #[error(
+        "the link `{0}` exists and is no TUN link of ours: remove it, or configure another name"
+    )]
+    NameTaken(String),
+    /// Anything else.
+    #[error("the TUN link `{name}` could not be opened: {step}: {error}")]
+    Other {
+        /// Its name.
+        name: String,
+        /// What failed.
+        step: &'static str,
+        /// How.
+        error: io::Error,
+    },
+}
+
+/// A TUN link: packets come with a virtio header. It is persistent: it outlives us, with its
+/// addresses and routes.
+#[derive(Debug)]
+pub struct Tun {
+    file: File,
+    /// For questions about the link that the TUN itself does not answer.
+    control: OwnedFd,
+    name: String,
+}
+
+/// Opens the TUN link `name`; makes it if it does not exist. It is neither up nor configured by
+/// this.
+///
+/// # Errors
+///
+/// One line for the operator, see [`OpenTunError`].
+pub fn open_tun(name: &str) -> Result<Tun, OpenTunError> {
+    let other = |step| {
+        let name = name.to_owned();
+        move |error| OpenTunError::Other { name, step, error }
+    };
+    let mut request = interface_request(name)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")
+        .map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => OpenTunError::NoDevice,
+            Some(libc::EPERM | libc::EACCES) => OpenTunError::NotPermitted(name.to_owned()),
+            _ => other("/dev/net/tun")(error),
+        })?;
+    request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as c_short;
+    // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is.
+    unsafe { ioctl(file.as_fd(), libc::TUNSETIFF, (&raw mut request).cast()) }.map_err(
+        |error| match error.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) => OpenTunError::NotPermitted(name.to_owned()),
+            Some(libc::EBUSY) => OpenTunError::Busy(name.to_owned()),
+            Some(libc::EINVAL | libc::EEXIST) => OpenTunError::NameTaken(name.to_owned()),
+            _ => other("TUNSETIFF")(error),
+        },
+    )?;
+    let set = |code: c_ulong, step, value: usize| {
+        // SAFETY: these take their argument by value.
+        unsafe { ioctl(file.as_fd(), code, value as *mut _) }.map_err(other(step))
+    };
+    set(libc::TUNSETPERSIST as _, "TUNSETPERSIST", 1)?;
+    // A persistent link keeps what its last owner set, so everything is set anew.
+    set(libc::TUNSETOFFLOAD as _, "TUNSETOFFLOAD", 0)?;
+    let put = |code: c_ulong, step, mut value: c_int| {
+        // SAFETY: these read one `int`, which `value` is.
+        unsafe { ioctl(file.as_fd(), code, (&raw mut value).cast()) }.map_err(other(step))
+    };
+    put(libc::TUNSETVNETHDRSZ as _, "TUNSETVNETHDRSZ", VNET_HEADER_BYTES as c_int)?;
+    put(libc::TUNSETVNETLE as _, "TUNSETVNETLE", 1)?;
+    let control = control_socket().map_err(other("socket"))?;
+    let name = interface_name(&request).unwrap_or_else(|| name.to_owned());
+    Ok(Tun { file, control, name })
+}
+
+impl Tun {
+    /// The link's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl TunIo for Tun {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    fn mtu(&self) -> usize {
+        // The name may have changed since.
+        let mut request = zeroed_request();
+        // SAFETY: TUNGETIFF writes one `ifreq`, SIOCGIFMTU reads and writes one.
+        let asked = unsafe {
+            ioctl(self.fd(), libc::TUNGETIFF, (&raw mut request).cast()).and_then(|()| {
+                ioctl(self.control.as_fd(), libc::SIOCGIFMTU, (&raw mut request).cast())
+            })
+        };
+        match asked {
+            // SAFETY: SIOCGIFMTU has just written this member; every bit pattern is an `int`.
+            Ok(()) => unsafe { request.ifr_ifru.ifru_mtu as usize },
+            Err(_) => usize::MAX,
+        }
+    }
+
+    fn read(&mut self, batch: &mut TunBatch) -> io::Result<()> {
+        while let Some(spare) = batch.spare() {
+            let start = HEADROOM - VNET_HEADER_BYTES;
+            match self.file.read(&mut spare[start..]) {
+                Ok(len) if len >= VNET_HEADER_BYTES => {
+                    let header = spare[start..].first_chunk().map(VnetHeader::decode);
+                    batch.commit(header.unwrap_or_default(), len - VNET_HEADER_BYTES);
+                }
+                Ok(_) => break,
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EAGAIN) => break,
+                    Some(libc::EBADFD | libc::ENODEV | libc::EFAULT) => return Err(error),
+                    // A single packet that could not be handed over.
+                    _ => break,
+                },
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, batch: &WriteBatch, drops: &Drops) {
+        for frame in batch.frames() {
+            let header = frame.header.encode();
+            let mut pieces = [IoSlice::new(&[]); 2];
+            pieces[0] = IoSlice::new(&header);
+            for (piece, bytes) in pieces[1..].iter_mut().zip(batch.pieces(frame)) {
+                *piece = IoSlice::new(bytes);
+            }
+            if self.file.write_vectored(&pieces).is_err() {
+                drops.count(DropReason::TunRefused);
+            }
+        }
+    }
+
+    fn features(&self) -> Vec<Feature> {
+        Vec::new()
+    }
+}
+
+/// # Safety
+///
+/// `argument` must be what the request `code` takes.
+unsafe fn ioctl(
+    fd: BorrowedFd<'_>,
+    code: impl Into<c_ulong>,
+    argument: *mut libc::c_void,
+) -> io::Result<()> {
+    // SAFETY: the descriptor is open; the caller answers for the argument.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), code.into() as _, argument) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+fn zeroed_request() -> libc::ifreq {
+    // SAFETY: `ifreq` is plain data; all zero is one of its values.
+    unsafe { std::mem::zeroed() }
+}
+
+fn interface_request(name: &str) -> Result<libc::ifreq, OpenTunError> {
+    let bad = name.is_empty()
+        || name == "."
+        || name == ".."
+        || name.len() >= libc::IFNAMSIZ
+        || name.bytes().any(|byte| byte == b'/' || byte == b'%' || byte <= b' ');
+    if bad {
+        return Err(OpenTunError::BadName(name.escape_default().to_string()));
+    }
+    let mut request = zeroed_request();
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as _;
+    }
+    Ok(request)
+}
+
+fn interface_name(request: &libc::ifreq) -> Option<String> {
+    let bytes: Vec<u8> = request.ifr_name.iter().map(|byte| *byte as u8).collect();
+    Some(CStr::from_bytes_until_nul(&bytes).ok()?.to_str().ok()?.to_owned())
+}
+
+fn control_socket() -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    if fd == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

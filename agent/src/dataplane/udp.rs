@@ -1,0 +1,549 @@
+//! The network side: batches of datagrams through UDP sockets.
+
+use std::ffi::{c_int, c_uint, c_void};
+use std::io;
+use std::mem::{size_of, zeroed};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::ptr;
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use super::Feature;
+use super::arena::{RecvBatch, SLOT_BYTES, SendBatch, Train};
+use super::drops::{DropReason, Drops};
+
+/// A way to send and receive datagrams in batches. Two stand behind it: [`Udp`], and
+/// [`MemoryUdp`](super::memory::MemoryUdp).
+pub trait UdpIo: Send + 'static {
+    /// What to wait on for something to receive.
+    fn fds(&self) -> Vec<BorrowedFd<'_>>;
+
+    /// Fills the batch with what has arrived, without waiting. What cannot be taken is counted.
+    ///
+    /// # Errors
+    ///
+    /// Only when nothing can be received any more.
+    fn receive(&mut self, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()>;
+
+    /// Sends the whole batch in order; waits a little where the kernel has no room. What cannot
+    /// be sent is counted.
+    fn send(&mut self, batch: &SendBatch, drops: &Drops);
+
+    /// What speeds it up, and if not, why not.
+    fn features(&self) -> Vec<Feature>;
+}
+
+/// Why the UDP port could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenUdpError {
+    /// Somebody has it.
+    #[error("UDP port {0} is in use by another process: stop it, or configure another port")]
+    Busy(u16),
+    /// The mark is what keeps our own datagrams out of the tunnel.
+    #[error("marking the socket was not permitted: run as root or grant CAP_NET_ADMIN")]
+    MarkNotPermitted,
+    /// A port below 1,024, or the like.
+    #[error("UDP port {0} was not permitted: configure a port from 1024, or run as root")]
+    NotPermitted(u16),
+    /// Anything else.
+    #[error("UDP port {port} could not be opened: {error}")]
+    Other {
+        /// The port.
+        port: u16,
+        /// How it failed.
+        error: io::Error,
+    },
+}
+
+/// `linux/udp.h`: the length of each segment of a send.
+const UDP_SEGMENT: c_int = 103;
+/// `linux/udp.h`: joins what arrives, and says the length of each segment.
+const UDP_GRO: c_int = 104;
+
+/// What the kernel may hold for us, in bytes, where we may force it.
+const RECEIVE_BUFFER: usize = 4 << 20;
+const SEND_BUFFER: usize = 2 << 20;
+/// How long a send may wait for room before it is dropped.
+const SEND_PATIENCE: Duration = Duration::from_millis(20);
+/// For how long segmentation is left alone after the kernel refused it.
+const SEGMENT_PAUSE: Duration = Duration::from_secs(60);
+
+/// A socket for each family, on one port. IPv6 may be missing.
+#[derive(Debug)]
+pub struct Udp {
+    v4: Option<Endpoint>,
+    v6: Option<Endpoint>,
+    port: u16,
+    /// Whose turn it is to receive first, so that a flood on one cannot starve the other.
+    v6_first: bool,
+}
+
+/// Opens the port (0: any) for IPv4 and IPv6. `mark` goes on every datagram (0: none).
+///
+/// # Errors
+///
+/// One line for the operator, see [`OpenUdpError`].
+pub fn open_udp(port: u16, mark: u32) -> Result<Udp, OpenUdpError> {
+    // With port 0 the second family may find the first one's choice taken: choose again.
+    for _ in 0..16 {
+        let v4 = open_family(Domain::IPV4, port, mark)?;
+        let chosen = match &v4 {
+            Some(v4) => v4.port().map_err(|error| OpenUdpError::Other { port, error })?,
+            None => port,
+        };
+        match open_family(Domain::IPV6, chosen, mark) {
+            Err(OpenUdpError::Busy(_)) if port == 0 => {}
+            Err(error) => return Err(error),
+            Ok(None) if v4.is_none() => {
+                let error = io::Error::from_raw_os_error(libc::EAFNOSUPPORT);
+                return Err(OpenUdpError::Other { port, error });
+            }
+            Ok(v6) => {
+                let port = match (&v4, &v6) {
+                    (None, Some(v6)) => v6.port().unwrap_or(chosen),
+                    _ => chosen,
+                };
+                return Ok(Udp { v4, v6, port, v6_first: false });
+            }
+        }
+    }
+    Err(OpenUdpError::Busy(port))
+}
+
+impl Udp {
+    /// The port, as chosen by the kernel where 0 was asked for.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+}
+
+impl UdpIo for Udp {
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.v4.iter().chain(&self.v6).map(|endpoint| endpoint.socket.as_fd()).collect()
+    }
+
+    fn receive(&mut self, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()> {
+        self.v6_first = !self.v6_first;
+        let order =
+            if self.v6_first { [&mut self.v6, &mut self.v4] } else { [&mut self.v4, &mut self.v6] };
+        for endpoint in order.into_iter().flatten() {
+            endpoint.receive(batch, drops)?;
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, batch: &SendBatch, drops: &Drops) {
+        let mut trains = batch.trains();
+        while let Some(first) = trains.first() {
+            let same = |train: &&Train| train.to.is_ipv4() == first.to.is_ipv4();
+            let run = trains.iter().take_while(same).count();
+            let endpoint = if first.to.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
+            match endpoint {
+                Some(endpoint) => endpoint.send(batch.bytes(), &trains[..run], drops),
+                None => {
+                    let datagrams: usize = trains[..run].iter().map(|train| train.segments).sum();
+                    drops.add(DropReason::SendRefused, datagrams as u64);
+                }
+            }
+            trains = &trains[run..];
+        }
+    }
+
+    fn features(&self) -> Vec<Feature> {
+        let Some(endpoint) = self.v4.as_ref().or(self.v6.as_ref()) else { return Vec::new() };
+        let feature = |name, error: &Option<String>| Feature {
+            name,
+            active: error.is_none(),
+            reason: error.clone().unwrap_or_default(),
+        };
+        vec![
+            feature("udp_send_segments", &endpoint.no_segment),
+            feature("udp_receive_joined", &endpoint.no_gro),
+        ]
+    }
+}
+
+/// One socket, with the headers of its system calls made once.
+struct Endpoint {
+    socket: Socket,
+    headers: Headers,
+    /// Why datagrams are not sent many at a time; `None`: they are.
+    no_segment: Option<String>,
+    /// Why datagrams are not received many at a time; `None`: they are.
+    no_gro: Option<String>,
+    /// Segmentation was refused at run time; it is tried again then.
+    segment_again: Option<Instant>,
+}
+
+impl std::fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Endpoint").field("socket", &self.socket).finish_non_exhaustive()
+    }
+}
+
+fn open_family(domain: Domain, port: u16, mark: u32) -> Result<Option<Endpoint>, OpenUdpError> {
+    let other = |error| OpenUdpError::Other { port, error };
+    let socket = match Socket::new(domain, Type::DGRAM.nonblocking(), Some(Protocol::UDP)) {
+        Ok(socket) => socket,
+        // Switched off on this machine.
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(None),
+        Err(error) => return Err(other(error)),
+    };
+    if mark != 0 {
+        socket.set_mark(mark).map_err(|error| match error.raw_os_error() {
+            Some(libc::EPERM) => OpenUdpError::MarkNotPermitted,
+            _ => other(error),
+        })?;
+    }
+    let any = if domain == Domain::IPV4 {
+        // As kernel WireGuard does: a router on the way may fragment.
+        set(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
+            .map_err(other)?;
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+    } else {
+        socket.set_only_v6(true).map_err(other)?;
+        set(&socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
+            .map_err(other)?;
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+    };
+    buffer(&socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, RECEIVE_BUFFER);
+    buffer(&socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, SEND_BUFFER);
+    let refused = |error: io::Error| format!("the kernel refused it: {error}");
+    // Setting no segment length changes nothing, but tells whether the kernel knows the option.
+    let no_segment = set(&socket, libc::SOL_UDP, UDP_SEGMENT, 0).err().map(refused);
+    let no_gro = set(&socket, libc::SOL_UDP, UDP_GRO, 1).err().map(refused);
+    match socket.bind(&SockAddr::from(SocketAddr::new(any, port))) {
+        Ok(()) => {}
+        Err(error) => {
+            return match error.raw_os_error() {
+                Some(libc::EADDRINUSE) => Err(OpenUdpError::Busy(port)),
+                Some(libc::EACCES | libc::EPERM) => Err(OpenUdpError::NotPermitted(port)),
+                // Switched off on this machine, but not compiled out.
+                Some(libc::EADDRNOTAVAIL) if domain == Domain::IPV6 => Ok(None),
+                _ => Err(other(error)),
+            };
+        }
+    }
+    Ok(Some(Endpoint { socket, headers: Headers::new(), no_segment, no_gro, segment_again: None }))
+}
+
+fn set(socket: &Socket, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
+    let length = size_of::<c_int>() as libc::socklen_t;
+    // SAFETY: the option is an `int`, which `value` is, and so long.
+    let result = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), length)
+    };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// As much as we may have: forced, else asked for (the kernel then caps it). Never an error.
+fn buffer(socket: &Socket, force: c_int, ask: c_int, bytes: usize) {
+    if set(socket, libc::SOL_SOCKET, force, bytes as c_int).is_err() {
+        let _ = set(socket, libc::SOL_SOCKET, ask, bytes as c_int);
+    }
+}
+
+impl Endpoint {
+    fn port(&self) -> io::Result<u16> {
+        Ok(self.socket.local_addr()?.as_socket().map_or(0, |address| address.port()))
+    }
+
+    fn receive(&mut self, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()> {
+        let taken = batch.received().len();
+        let free = batch.slots() - taken;
+        if free == 0 {
+            return Ok(());
+        }
+        let free = free.min(MESSAGES);
+        let slots = &mut batch.bytes_mut()[taken * SLOT_BYTES..];
+        let count = match self.headers.receive(&self.socket, &mut slots[..free * SLOT_BYTES]) {
+            Ok(count) => count,
+            Err(error) => {
+                return match error.raw_os_error() {
+                    Some(libc::EBADF | libc::ENOTSOCK | libc::EFAULT | libc::EINVAL) => Err(error),
+                    // Nothing there, or an error that some datagram of ours brought back.
+                    _ => Ok(()),
+                };
+            }
+        };
+        for message in 0..count {
+            match self.headers.received(message) {
+                Some((from, len, stride)) => batch.push(taken + message, from, len, stride),
+                None => drops.count(DropReason::Truncated),
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, bytes: &[u8], mut trains: &[Train], drops: &Drops) {
+        if self.segment_again.is_some_and(|again| Instant::now() >= again) {
+            self.segment_again = None;
+            self.no_segment = None;
+        }
+        let mut deadline = None;
+        while let Some(first) = trains.first() {
+            if self.no_segment.is_some() && first.segments > 1 {
+                self.send_singly(bytes, first, drops);
+                trains = &trains[1..];
+                continue;
+            }
+            let limit = trains.len().min(MESSAGES);
+            let whole = |train: &&Train| self.no_segment.is_none() || train.segments == 1;
+            let run = trains[..limit].iter().take_while(whole).count();
+            match self.headers.send(&self.socket, bytes, &trains[..run]) {
+                Ok(sent) => {
+                    trains = &trains[sent.max(1)..];
+                    deadline = None;
+                }
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EAGAIN | libc::ENOBUFS) if self.wait(&mut deadline) => {}
+                    // Segments that the device or the route does not take. The length may be at
+                    // fault, which concerns this train alone, or segmentation itself.
+                    Some(code @ (libc::EIO | libc::EINVAL | libc::EMSGSIZE))
+                        if first.segments > 1 =>
+                    {
+                        if code != libc::EMSGSIZE {
+                            self.no_segment = Some(format!("the kernel gave up on it: {error}"));
+                            self.segment_again = Some(Instant::now() + SEGMENT_PAUSE);
+                        }
+                        self.send_singly(bytes, first, drops);
+                        trains = &trains[1..];
+                    }
+                    code => {
+                        drops.add(send_reason(code), first.segments as u64);
+                        trains = &trains[1..];
+                    }
+                },
+            }
+        }
+    }
+
+    fn send_singly(&mut self, bytes: &[u8], train: &Train, drops: &Drops) {
+        let mut singles = [*train; MESSAGES];
+        let mut at = 0;
+        while at < train.len {
+            let mut count = 0;
+            for single in &mut singles {
+                if at == train.len {
+                    break;
+                }
+                let len = train.stride.min(train.len - at);
+                let start = train.start + at;
+                *single = Train { to: train.to, start, len, stride: len, segments: 1 };
+                at += len;
+                count += 1;
+            }
+            let mut left = &singles[..count];
+            let mut deadline = None;
+            while let Some(_first) = left.first() {
+                match self.headers.send(&self.socket, bytes, left) {
+                    Ok(sent) => {
+                        left = &left[sent.max(1)..];
+                        deadline = None;
+                    }
+                    Err(error) => match error.raw_os_error() {
+                        Some(libc::EAGAIN | libc::ENOBUFS) if self.wait(&mut deadline) => {}
+                        code => {
+                            drops.count(send_reason(code));
+                            left = &left[1..];
+                        }
+                    },
+                }
+            }
+        }
+    }
+
+    /// Waits for room in the socket; `false` when it was waited for long enough.
+    fn wait(&self, deadline: &mut Option<Instant>) -> bool {
+        let now = Instant::now();
+        let deadline = *deadline.get_or_insert(now + SEND_PATIENCE);
+        let Some(left) = deadline.checked_duration_since(now).filter(|left| !left.is_zero()) else {
+            return false;
+        };
+        let fd = libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+        let mut fds = [fd];
+        let milliseconds = left.as_millis().max(1) as c_int;
+        // SAFETY: one `pollfd`, which lives until the call returns.
+        unsafe { libc::poll(fds.as_mut_ptr(), 1, milliseconds) };
+        true
+    }
+}
+
+fn send_reason(code: Option<i32>) -> DropReason {
+    match code {
+        Some(libc::EAGAIN | libc::ENOBUFS) => DropReason::SendBufferFull,
+        Some(libc::EMSGSIZE) => DropReason::SendTooLarge,
+        _ => DropReason::SendRefused,
+    }
+}
+
+/// Messages in one system call.
+const MESSAGES: usize = 64;
+/// Bytes of a control message that holds an `int`, aligned as the kernel wants it.
+const CONTROL: usize = 64;
+
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+struct Control([u8; CONTROL]);
+
+/// What `sendmmsg` and `recvmmsg` are given, made once. The pointers in `messages` are written
+/// anew before each call, and mean nothing afterwards.
+struct Headers {
+    messages: Box<[libc::mmsghdr]>,
+    vectors: Box<[libc::iovec]>,
+    addresses: Box<[libc::sockaddr_storage]>,
+    controls: Box<[Control]>,
+}
+
+// SAFETY: the raw pointers inside are only used within a call that has just written them, under
+// `&mut self`.
+unsafe impl Send for Headers {}
+
+impl Headers {
+    fn new() -> Self {
+        // SAFETY: all three are plain data; all zero is one of their values.
+        let (message, vector, address) = unsafe { (zeroed(), zeroed(), zeroed()) };
+        Self {
+            messages: vec![message; MESSAGES].into(),
+            vectors: vec![vector; MESSAGES].into(),
+            addresses: vec![address; MESSAGES].into(),
+            controls: vec![Control([0; CONTROL]); MESSAGES].into(),
+        }
+    }
+
+    /// Receives up to one message per slot of `slots`; see [`Headers::received`].
+    fn receive(&mut self, socket: &Socket, slots: &mut [u8]) -> io::Result<usize> {
+        let mut count = 0;
+        for slot in slots.chunks_exact_mut(SLOT_BYTES).take(MESSAGES) {
+            self.vectors[count] =
+                libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: SLOT_BYTES };
+            let header = &mut self.messages[count].msg_hdr;
+            header.msg_name = (&raw mut self.addresses[count]).cast();
+            header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+            header.msg_iov = &raw mut self.vectors[count];
+            header.msg_iovlen = 1;
+            header.msg_control = (&raw mut self.controls[count]).cast();
+            header.msg_controllen = CONTROL as _;
+            header.msg_flags = 0;
+            count += 1;
+        }
+        // SAFETY: `count` headers were filled above; each points to one address, one vector and
+        // one control buffer of `self`, and the vector to a slot of `slots`; all of them are
+        // exclusively borrowed until the call returns.
+        let received = unsafe {
+            libc::recvmmsg(
+                socket.as_raw_fd(),
+                self.messages.as_mut_ptr(),
+                count as c_uint,
+                libc::MSG_DONTWAIT as _,
+                ptr::null_mut(),
+            )
+        };
+        if received == -1 { Err(io::Error::last_os_error()) } else { Ok(received as usize) }
+    }
+
+    /// Sender, length and stride (0: one datagram) of a message that was just received; `None` if
+    /// it was cut off or has no sender.
+    fn received(&self, message: usize) -> Option<(SocketAddr, usize, usize)> {
+        let received = &self.messages[message];
+        if received.msg_hdr.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
+            return None;
+        }
+        let from = read_address(&self.addresses[message])?;
+        let mut stride = 0;
+        // SAFETY: the kernel has filled the control buffer that the header points to, which
+        // `self` owns; the macros stay within `msg_controllen`, and the value of UDP_GRO is an
+        // `int`, maybe unaligned.
+        unsafe {
+            let mut next = libc::CMSG_FIRSTHDR(&received.msg_hdr);
+            while !next.is_null() {
+                if (*next).cmsg_level == libc::SOL_UDP && (*next).cmsg_type == UDP_GRO {
+                    stride = ptr::read_unaligned(libc::CMSG_DATA(next).cast::<c_int>());
+                }
+                next = libc::CMSG_NXTHDR(&received.msg_hdr, next);
+            }
+        }
+        Some((from, received.msg_len as usize, usize::try_from(stride).unwrap_or(0)))
+    }
+
+    /// Sends as many of the trains as the kernel takes, at most [`MESSAGES`].
+    fn send(&mut self, socket: &Socket, bytes: &[u8], trains: &[Train]) -> io::Result<usize> {
+        let mut count = 0;
+        for train in trains.iter().take(MESSAGES) {
+            let Some(datagrams) = bytes.get(train.start..train.start + train.len) else {
+                return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            };
+            self.vectors[count] = libc::iovec {
+                iov_base: datagrams.as_ptr().cast_mut().cast(),
+                iov_len: datagrams.len(),
+            };
+            let header = &mut self.messages[count].msg_hdr;
+            header.msg_namelen = write_address(&mut self.addresses[count], train.to);
+            header.msg_name = (&raw mut self.addresses[count]).cast();
+            header.msg_iov = &raw mut self.vectors[count];
+            header.msg_iovlen = 1;
+            header.msg_flags = 0;
+            header.msg_control = ptr::null_mut();
+            header.msg_controllen = 0;
+            if train.segments > 1 {
+                let stride = train.stride as u16;
+                header.msg_control = (&raw mut self.controls[count]).cast();
+                // SAFETY: no pointers; and the buffer is larger than the space for a `u16`. The
+                // first header of a buffer that large exists, and its data has room for a `u16`.
+                unsafe {
+                    header.msg_controllen = libc::CMSG_SPACE(size_of::<u16>() as c_uint) as _;
+                    let control = libc::CMSG_FIRSTHDR(header);
+                    (*control).cmsg_level = libc::SOL_UDP;
+                    (*control).cmsg_type = UDP_SEGMENT;
+                    (*control).cmsg_len = libc::CMSG_LEN(size_of::<u16>() as c_uint) as _;
+                    ptr::write_unaligned(libc::CMSG_DATA(control).cast::<u16>(), stride);
+                }
+            }
+            count += 1;
+        }
+        // SAFETY: `count` headers were filled above; each points to parts of `self` and, to be
+        // read only, of `bytes`, all of which live until the call returns.
+        let sent = unsafe {
+            libc::sendmmsg(
+                socket.as_raw_fd(),
+                self.messages.as_mut_ptr(),
+                count as c_uint,
+                libc::MSG_DONTWAIT as _,
+            )
+        };
+        if sent == -1 { Err(io::Error::last_os_error()) } else { Ok(sent as usize) }
+    }
+}
+
+/// Returns the length of what was written.
+fn write_address(to: &mut libc::sockaddr_storage, address: SocketAddr) -> libc::socklen_t {
+    let address = SockAddr::from(address);
+    // SAFETY: both are `sockaddr_storage`, as `SockAddr` promises.
+    *to = unsafe { ptr::read(address.as_ptr().cast::<libc::sockaddr_storage>()) };
+    address.len()
+}
+
+fn read_address(from: &libc::sockaddr_storage) -> Option<SocketAddr> {
+    let from = ptr::from_ref(from).cast::<c_void>();
+    // SAFETY: the storage is large and aligned enough for either address, and its family says
+    // which of them the kernel wrote.
+    unsafe {
+        match c_int::from((*from.cast::<libc::sockaddr>()).sa_family) {
+            libc::AF_INET => {
+                let v4 = &*from.cast::<libc::sockaddr_in>();
+                let ip = Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr));
+                Some(SocketAddr::new(ip.into(), u16::from_be(v4.sin_port)))
+            }
+            libc::AF_INET6 => {
+                let v6 = &*from.cast::<libc::sockaddr_in6>();
+                let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
+                // The flow label is no part of who sent it.
+                let port = u16::from_be(v6.sin6_port);
+                Some(SocketAddrV6::new(ip, port, 0, v6.sin6_scope_id).into())
+            }
+            _ => None,
+        }
+    }
+}

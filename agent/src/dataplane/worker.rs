@@ -1,0 +1,234 @@
+//! The loop that moves packets: a thread of its own, woken by the TUN, the sockets, an order or
+//! the time.
+//!
+//! One worker does both directions: on two cores it has the throughput of two threads, a better
+//! latency, and spends less. More workers (shards) would each have their own queue of the TUN
+//! and their own sockets, and share the table.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use parking_lot::Mutex;
+use towline_proto::id::WireguardKey;
+
+use super::arena::{RecvBatch, SendBatch, TunBatch, WriteBatch};
+use super::drops::{DropReason, Drops};
+use super::engine::Engine;
+use super::events::Fault;
+use super::tun::TunIo;
+use super::udp::UdpIo;
+
+/// How often time passes for the tunnels while any of them is alive.
+const TICK: Duration = Duration::from_millis(250);
+/// How often the link's MTU is looked at, in ticks.
+const MTU_TICKS: u32 = 8;
+/// Receive calls in one batch.
+const RECEIVE_SLOTS: usize = 8;
+/// Super-packets from the TUN in one batch, and packets altogether.
+const TUN_LARGE: usize = 4;
+const TUN_PACKETS: usize = 256;
+/// Bytes and trains of one send.
+const SEND_BYTES: usize = 512 * 1024;
+const SEND_TRAINS: usize = 256;
+
+/// An order to the worker.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Start a handshake.
+    Handshake(WireguardKey, Vec<SocketAddr>),
+    /// Send a datagram as it is.
+    Send(SocketAddr, Vec<u8>),
+}
+
+/// How the worker is told something.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    commands: Mutex<Vec<Command>>,
+    wake: EventFd,
+    stop: AtomicBool,
+}
+
+impl Inbox {
+    pub(super) fn new() -> nix::Result<Self> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Ok(Self {
+            commands: Mutex::new(Vec::new()),
+            wake: EventFd::from_value_and_flags(0, flags)?,
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn push(&self, command: Command) {
+        self.commands.lock().push(command);
+        self.wake();
+    }
+
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    pub(super) fn wake(&self) {
+        // It fails only when the counter is at its end, and then the worker is awake.
+        let _ = self.wake.write(1);
+    }
+}
+
+/// See the module.
+pub(super) struct Worker<T, U> {
+    tun: T,
+    udp: U,
+    engine: Engine,
+    inbox: Arc<Inbox>,
+    drops: Arc<Drops>,
+    epoll: Epoll,
+    received: RecvBatch,
+    writes: WriteBatch,
+    read: TunBatch,
+    out: SendBatch,
+}
+
+const WAKE: u64 = 0;
+const TUN: u64 = 1;
+const UDP: u64 = 2;
+
+impl<T: TunIo, U: UdpIo> Worker<T, U> {
+    pub(super) fn new(
+        tun: T,
+        udp: U,
+        engine: Engine,
+        inbox: Arc<Inbox>,
+        drops: Arc<Drops>,
+    ) -> nix::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(&inbox.wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
+        epoll.add(tun.fd(), EpollEvent::new(EpollFlags::EPOLLIN, TUN))?;
+        for fd in udp.fds() {
+            epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, UDP))?;
+        }
+        Ok(Self {
+            tun,
+            udp,
+            engine,
+            inbox,
+            drops,
+            epoll,
+            received: RecvBatch::new(RECEIVE_SLOTS),
+            writes: WriteBatch::new(RECEIVE_SLOTS),
+            read: TunBatch::new(TUN_LARGE, TUN_PACKETS),
+            out: SendBatch::new(SEND_BYTES, SEND_TRAINS),
+        })
+    }
+
+    /// Runs until it is told to stop, or cannot go on.
+    pub(super) fn run(mut self) {
+        if let Err(error) = self.serve() {
+            self.engine.events().fault(Fault::Worker(error.to_string()));
+        }
+    }
+
+    fn serve(&mut self) -> nix::Result<()> {
+        let mut next_tick: Option<Instant> = None;
+        let mut ticks = 0u32;
+        self.engine.set_mtu(self.tun.mtu());
+        loop {
+            let mut ready = [EpollEvent::empty(); 4];
+            let ready = match self.epoll.wait(&mut ready, timeout(next_tick)) {
+                Ok(count) => &ready[..count],
+                Err(nix::errno::Errno::EINTR) => continue,
+                Err(error) => return Err(error),
+            };
+            let now = Instant::now();
+            let is_ready = |what: u64| ready.iter().any(|event| event.data() == what);
+            if is_ready(WAKE) {
+                if self.inbox.stop.load(Ordering::Acquire) {
+                    return Ok(());
+                }
+                self.obey(now);
+            }
+            if is_ready(UDP) {
+                self.inbound(now)?;
+            }
+            if is_ready(TUN) {
+                self.outbound(now)?;
+            }
+            if !ready.is_empty() && next_tick.is_none() {
+                next_tick = Some(now + TICK);
+            }
+            if next_tick.is_some_and(|tick| now >= tick) {
+                let live = self.engine.tick(now, &mut self.out, &mut self.udp);
+                next_tick = live.then(|| now + TICK);
+                ticks = ticks.wrapping_add(1);
+                if ticks.is_multiple_of(MTU_TICKS) {
+                    self.engine.set_mtu(self.tun.mtu());
+                }
+            }
+        }
+    }
+
+    fn obey(&mut self, now: Instant) {
+        let _ = self.inbox.wake.read();
+        let commands = std::mem::take(&mut *self.inbox.commands.lock());
+        for command in commands {
+            match command {
+                Command::Handshake(peer, to) => {
+                    self.engine.initiate(now, &peer, to, &mut self.out);
+                }
+                Command::Send(to, datagram) => {
+                    if !self.out.push(to, &datagram) {
+                        self.drops.count(DropReason::SendBufferFull);
+                    }
+                }
+            }
+            if self.out.spare(super::arena::TRAIN_BYTES).is_none() {
+                self.flush();
+            }
+        }
+        self.flush();
+    }
+
+    fn inbound(&mut self, now: Instant) -> nix::Result<()> {
+        self.received.clear();
+        self.udp.receive(&mut self.received, &self.drops).map_err(errno)?;
+        self.engine.inbound(now, &self.received, &mut self.writes, &mut self.out);
+        if !self.writes.is_empty() {
+            self.tun.write(&self.writes, &self.drops);
+            self.writes.clear();
+        }
+        self.flush();
+        Ok(())
+    }
+
+    fn outbound(&mut self, now: Instant) -> nix::Result<()> {
+        self.read.clear();
+        if let Err(error) = self.tun.read(&mut self.read) {
+            self.engine.events().fault(Fault::TunGone(error.to_string()));
+            // The tunnels stay up for the core to see; a new link needs a new data plane.
+            return self.epoll.delete(self.tun.fd());
+        }
+        self.engine.outbound(now, &mut self.read, &mut self.out, &mut self.udp);
+        Ok(())
+    }
+
+    fn flush(&mut self) {
+        if !self.out.is_empty() {
+            self.udp.send(&self.out, &self.drops);
+            self.out.clear();
+        }
+    }
+}
+
+fn errno(error: std::io::Error) -> nix::errno::Errno {
+    nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0))
+}
+
+fn timeout(next_tick: Option<Instant>) -> EpollTimeout {
+    let Some(tick) = next_tick else { return EpollTimeout::NONE };
+    // Rounded up: waking too early would mean waking twice.
+    let left = tick.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
+    EpollTimeout::try_from(left).unwrap_or(EpollTimeout::ZERO)
+}

@@ -1,0 +1,175 @@
+//! A connection to a controller: TCP with our mark, TLS under the pinned CA, one HTTP/2 channel.
+//!
+//! TLS is done here, before the channel exists, so that a wrong CA or a wrong clock is an error
+//! of its own with advice in it. The channel has exactly this one connection: when it dies, the
+//! caller dials again, with its own backoff.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use rustls::{CertificateError, ClientConfig, Error as TlsError};
+use rustls_pki_types::CertificateDer;
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tonic::transport::{Channel, Endpoint};
+use towline_proto::token::ControllerAddress;
+
+use crate::tls;
+
+/// How long one address may take to answer, and how long TLS may take after that.
+const STEP: Duration = Duration::from_secs(5);
+/// How long before the next address of the same name is tried beside the first (RFC 8305).
+const STAGGER: Duration = Duration::from_millis(250);
+
+/// Why a controller cannot be reached.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// The name does not resolve.
+    #[error("cannot resolve {address}: {source}")]
+    Resolve {
+        /// What was dialled.
+        address: ControllerAddress,
+        /// Why.
+        source: io::Error,
+    },
+    /// No TCP connection.
+    #[error("cannot reach the controller at {address}: {source}")]
+    Connect {
+        /// What was dialled.
+        address: ControllerAddress,
+        /// Why, of the address that failed last.
+        source: io::Error,
+    },
+    /// The controller has another CA than the one that we know.
+    #[error(
+        "{address} is not this mesh's controller: its certificate is not from the pinned CA; check the address, and that the token is of this mesh"
+    )]
+    WrongCa {
+        /// What was dialled.
+        address: ControllerAddress,
+    },
+    /// The certificate does not hold at this machine's time.
+    #[error(
+        "the certificate of {address} does not hold at this machine's time: check the clock here (and there), for instance with `timedatectl`"
+    )]
+    Clock {
+        /// What was dialled.
+        address: ControllerAddress,
+    },
+    /// TLS failed for another reason.
+    #[error("no TLS with {address}: {source}")]
+    Tls {
+        /// What was dialled.
+        address: ControllerAddress,
+        /// Why.
+        source: io::Error,
+    },
+    /// The channel could not be made on the connection.
+    #[error("no HTTP/2 with {address}: {source}")]
+    Http {
+        /// What was dialled.
+        address: ControllerAddress,
+        /// Why.
+        source: tonic::transport::Error,
+    },
+}
+
+/// A connection that stands.
+#[derive(Debug)]
+pub struct Connection {
+    /// For one gRPC client or several.
+    pub channel: Channel,
+    /// What the controller showed, leaf first.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// Where it is.
+    pub remote: SocketAddr,
+}
+
+/// Dials `address`. `mark` goes onto the socket, so that it bypasses the tunnel; where that is
+/// refused (a join without privileges), the socket goes without: the tunnel is not up then.
+pub async fn dial(
+    address: &ControllerAddress,
+    config: Arc<ClientConfig>,
+    mark: u32,
+) -> Result<Connection, DialError> {
+    let tcp = connect(address, mark).await?;
+    let failed = |source| tls_error(address, source);
+    let remote = tcp.peer_addr().map_err(failed)?;
+    let stream = timeout(STEP, TlsConnector::from(config).connect(tls::server_name(), tcp))
+        .await
+        .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "it does not answer")))
+        .map_err(failed)?;
+    let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+    let chain = chain.iter().map(|cert| cert.clone().into_owned()).collect();
+    let mut stream = Some(TokioIo::new(stream));
+    let channel = Endpoint::from_static("http://controller")
+        .http2_keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(10))
+        .connect_with_connector(tower::service_fn(move |_| {
+            let taken = stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected));
+            async move { taken }
+        }))
+        .await
+        .map_err(|source| DialError::Http { address: address.clone(), source })?;
+    Ok(Connection { channel, chain, remote })
+}
+
+async fn connect(address: &ControllerAddress, mark: u32) -> Result<TcpStream, DialError> {
+    let resolve_failed = |source| DialError::Resolve { address: address.clone(), source };
+    let resolved = timeout(STEP, tokio::net::lookup_host(address.as_str()))
+        .await
+        .unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut)))
+        .map_err(resolve_failed)?;
+    let mut attempts = JoinSet::new();
+    for (index, remote) in resolved.take(8).enumerate() {
+        let head_start = STAGGER.saturating_mul(u32::try_from(index).unwrap_or(u32::MAX));
+        attempts.spawn(async move {
+            tokio::time::sleep(head_start).await;
+            timeout(STEP, connect_one(remote, mark))
+                .await
+                .unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut)))
+        });
+    }
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    while let Some(result) = attempts.join_next().await {
+        match result {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) => last = error,
+            Err(join) => last = io::Error::other(join),
+        }
+    }
+    Err(DialError::Connect { address: address.clone(), source: last })
+}
+
+async fn connect_one(remote: SocketAddr, mark: u32) -> io::Result<TcpStream> {
+    let socket = if remote.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    match socket2::SockRef::from(&socket).set_mark(mark) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            tracing::debug!(%remote, "connection without a mark: no CAP_NET_ADMIN");
+        }
+        Err(error) => return Err(error),
+    }
+    socket.set_nodelay(true)?;
+    socket.connect(remote).await
+}
+
+fn tls_error(address: &ControllerAddress, source: io::Error) -> DialError {
+    let address = address.clone();
+    let tls = source.get_ref().and_then(|inner| inner.downcast_ref::<TlsError>());
+    match tls {
+        Some(TlsError::InvalidCertificate(
+            CertificateError::Expired
+            | CertificateError::ExpiredContext { .. }
+            | CertificateError::NotValidYet
+            | CertificateError::NotValidYetContext { .. },
+        )) => DialError::Clock { address },
+        Some(TlsError::InvalidCertificate(_)) => DialError::WrongCa { address },
+        _ => DialError::Tls { address, source },
+    }
+}

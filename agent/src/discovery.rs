@@ -1,0 +1,648 @@
+//! The agent's side of discovery: one task that keeps a session with a controller.
+//!
+//! A session is a watch (the map comes in, heartbeats go both ways) and the publishing of our
+//! record. When it ends, for whatever reason, the next one is tried after a jittered backoff, with
+//! the next controller of the list, and resumes from the revision that was reached. Established
+//! tunnels do not care: nothing that happens here removes a peer, but a signed tombstone.
+//!
+//! What the task learns it verifies, caches on disk, and passes on as [`Event`]s; what the node
+//! wants to say of itself it reads from a watch channel of [`Announcement`]s.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use prost::Message as _;
+use rand::Rng as _;
+use rustls_pki_types::CertificateDer;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+use tonic::transport::Channel;
+use towline_core::mesh::MapChange;
+use towline_proto::node::{Candidate, Grant, Record};
+use towline_proto::pb::discovery_client::DiscoveryClient;
+use towline_proto::pb::watch_response::Kind;
+use towline_proto::token::ControllerAddress;
+use towline_proto::{limits, pb, signed};
+
+use crate::dial;
+use crate::join::{self, JoinError, refusal};
+use crate::map_cache::MapCache;
+use crate::state::{Counters, Keys, Membership, StateDir, StateError};
+use crate::tls;
+
+/// The first backoff; doubled each time, up to [`BACKOFF_MAX`], the real one drawn below it.
+const BACKOFF_MIN: Duration = Duration::from_millis(250);
+/// The longest backoff.
+const BACKOFF_MAX: Duration = Duration::from_secs(15);
+/// How long a controller may take for its first word.
+const READY: Duration = Duration::from_secs(10);
+/// How long after a refused record it is offered again.
+const PUBLISH_RETRY: Duration = Duration::from_secs(30);
+/// Missed heartbeats that end a session.
+const MISSED: u32 = 3;
+/// Between two writes of the cached map.
+const CACHE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What the node says of itself, before it is numbered and signed.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Announcement {
+    /// Where it might be reached.
+    pub candidates: Vec<Candidate>,
+    /// What is reached through it.
+    pub prefixes: Vec<ipnet::IpNet>,
+}
+
+/// What the task tells the daemon.
+#[derive(Debug)]
+pub enum Event {
+    /// A session stands.
+    Connected {
+        /// With which controller.
+        address: ControllerAddress,
+    },
+    /// It ended, or could not be had.
+    Disconnected {
+        /// Why, for the operator.
+        reason: String,
+    },
+    /// The map changed.
+    Map(Vec<MapChange>),
+    /// The controller is alive, and the map stands at this revision.
+    Heard {
+        /// Of the map.
+        revision: u64,
+    },
+    /// Our grant changed.
+    Grant(Box<Grant>),
+    /// Our record was accepted, with these remarks (prefixes that others hold), or refused with
+    /// this reason.
+    Published(Result<Vec<String>, String>),
+    /// The client certificate that is in use now ends then, in seconds since 1970.
+    Certificate {
+        /// Seconds since 1970.
+        expires_at: i64,
+    },
+    /// This node was removed from the mesh.
+    Removed,
+}
+
+/// What the daemon asks of the task.
+#[derive(Debug)]
+pub enum Command {
+    /// Leave the mesh for good.
+    Leave(oneshot::Sender<Result<(), String>>),
+}
+
+/// The task's belongings.
+#[derive(Debug)]
+pub struct Discovery {
+    state: Arc<StateDir>,
+    keys: Keys,
+    membership: Membership,
+    controllers: Vec<ControllerAddress>,
+    mark: u32,
+    certificate: Vec<CertificateDer<'static>>,
+    counters: Counters,
+    map: MapCache,
+    instance: [u8; 16],
+    /// The record that was signed last: offered again, unchanged, in each new session.
+    current: Option<(Announcement, pb::Signed)>,
+    events: mpsc::Sender<Event>,
+}
+
+/// Why a session ended. All but `Stop` are tried again.
+enum Ended {
+    /// The daemon is gone, or this node has left.
+    Stop,
+    /// For this reason.
+    Because(String),
+    /// By the controller's word.
+    Refused(tonic::Status),
+}
+
+impl From<JoinError> for Ended {
+    fn from(error: JoinError) -> Self {
+        match error {
+            JoinError::Refused(status) => Self::Refused(status),
+            other => Self::Because(other.to_string()),
+        }
+    }
+}
+
+impl From<dial::DialError> for Ended {
+    fn from(error: dial::DialError) -> Self {
+        Self::Because(error.to_string())
+    }
+}
+
+impl From<StateError> for Ended {
+    fn from(error: StateError) -> Self {
+        Self::Because(error.to_string())
+    }
+}
+
+impl From<tonic::Status> for Ended {
+    fn from(status: tonic::Status) -> Self {
+        Self::Refused(status)
+    }
+}
+
+impl From<rustls::Error> for Ended {
+    fn from(error: rustls::Error) -> Self {
+        Self::Because(format!("cannot set up TLS: {error}"))
+    }
+}
+
+/// What a task is made of.
+#[derive(Debug)]
+pub struct Setup {
+    /// Where everything is kept.
+    pub state: Arc<StateDir>,
+    /// The node's keys.
+    pub keys: Keys,
+    /// What the join gave.
+    pub membership: Membership,
+    /// `host:port` of each controller; at least one.
+    pub controllers: Vec<ControllerAddress>,
+    /// The mark on our sockets.
+    pub mark: u32,
+    /// The map as it was cached.
+    pub map: MapCache,
+    /// The counters, with this start's boot epoch in them.
+    pub counters: Counters,
+}
+
+impl Discovery {
+    /// A task to run. Events go to `events`.
+    pub fn new(setup: Setup, events: mpsc::Sender<Event>) -> Result<Self, StateError> {
+        let certificate = setup.state.certificate()?.unwrap_or_default();
+        Ok(Self {
+            state: setup.state,
+            keys: setup.keys,
+            membership: setup.membership,
+            controllers: setup.controllers,
+            mark: setup.mark,
+            certificate,
+            counters: setup.counters,
+            map: setup.map,
+            instance: rand::rng().random(),
+            current: None,
+            events,
+        })
+    }
+
+    /// Runs until the daemon drops its ends of the channels, or the node leaves.
+    pub async fn run(
+        mut self,
+        mut announcements: watch::Receiver<Option<Announcement>>,
+        mut commands: mpsc::Receiver<Command>,
+    ) {
+        let mut backoff = Backoff::default();
+        for address in self.controllers.clone().into_iter().cycle() {
+            let ended =
+                self.session(&address, &mut announcements, &mut commands, &mut backoff).await;
+            let reason = match ended {
+                Ended::Stop => return,
+                Ended::Because(reason) => reason,
+                Ended::Refused(status) => {
+                    if self.take_tombstone(&status).await.is_err() {
+                        return;
+                    }
+                    refusal(&status)
+                }
+            };
+            tracing::info!(controller = %address, %reason, "discovery session ended");
+            if self.events.send(Event::Disconnected { reason: reason.clone() }).await.is_err() {
+                return;
+            }
+            if !wait(backoff.next(), &reason, &mut commands).await {
+                return;
+            }
+        }
+    }
+
+    async fn session(
+        &mut self,
+        address: &ControllerAddress,
+        announcements: &mut watch::Receiver<Option<Announcement>>,
+        commands: &mut mpsc::Receiver<Command>,
+        backoff: &mut Backoff,
+    ) -> Ended {
+        let mut session = match self.open(address).await {
+            Ok(session) => session,
+            Err(ended) => return ended,
+        };
+        backoff.reset();
+        tracing::info!(controller = %address, revision = self.map.position().1, "discovery session");
+        if self.events.send(Event::Connected { address: address.clone() }).await.is_err() {
+            return Ended::Stop;
+        }
+        let result = self.follow(&mut session, announcements, commands).await;
+        // What was learned is kept, also of a session that broke.
+        self.save_map(&mut session).await;
+        match result {
+            Ok(never) => match never {},
+            Err(ended) => ended,
+        }
+    }
+
+    /// Dials, renews the certificate where that is due, and starts the watch.
+    async fn open(&mut self, address: &ControllerAddress) -> Result<Session, Ended> {
+        if renewal_due(&self.certificate, SystemTime::now()) {
+            // A connection of its own: its certificate may have ended, and is good for this alone.
+            let connection = self.dial(address).await?;
+            self.renew(connection.channel).await?;
+        }
+        let connection = self.dial(address).await?;
+        let mut client = join::client(connection.channel.clone());
+        let (requests, outgoing) = mpsc::channel(4);
+        let (epoch, revision) = self.map.position();
+        let start = pb::watch_request::Kind::Start(pb::WatchStart {
+            epoch,
+            revision,
+            instance_id: self.instance.to_vec(),
+            tombstones: self.map.tombstones(),
+        });
+        // The channel is empty: this cannot wait.
+        let _ = requests.send(pb::WatchRequest { kind: Some(start) }).await;
+        let opening = async {
+            let mut incoming = client.watch(ReceiverStream::new(outgoing)).await?.into_inner();
+            match incoming.message().await? {
+                Some(pb::WatchResponse { kind: Some(Kind::Ready(ready)) }) => Ok((incoming, ready)),
+                _ => Err(Ended::Because("the controller did not begin the watch".into())),
+            }
+        };
+        let (incoming, ready) = timeout(READY, opening)
+            .await
+            .unwrap_or_else(|_| Err(Ended::Because("the controller does not answer".into())))?;
+        self.take_ready(&ready).await?;
+        self.certificate_event().await?;
+        Ok(Session {
+            client,
+            channel: connection.channel,
+            requests,
+            incoming,
+            id: ready.session_id,
+            heartbeat: Duration::from_millis(ready.heartbeat_ms.clamp(100, 60_000).into()),
+            published: false,
+            retry_publish: None,
+            map_dirty: false,
+            map_saved: Instant::now(),
+        })
+    }
+
+    async fn dial(&self, address: &ControllerAddress) -> Result<dial::Connection, Ended> {
+        let client = Some((self.certificate.as_slice(), &self.keys.identity));
+        let config = Arc::new(tls::member(&self.membership.ca, client)?);
+        Ok(dial::dial(address, config, self.mark).await?)
+    }
+
+    async fn take_ready(&mut self, ready: &pb::WatchReady) -> Result<(), Ended> {
+        self.map.enter_epoch(ready.epoch);
+        if let Some(mesh) = &ready.mesh {
+            let mesh = pb::Change { kind: Some(pb::change::Kind::Mesh(mesh.clone())) };
+            let changes = pb::Changes { changes: vec![mesh], revision: 0, synced: false };
+            self.take_changes(changes).await?;
+        }
+        if let Some(grant) = &ready.grant {
+            self.take_grant(grant.clone()).await?;
+        }
+        Ok(())
+    }
+
+    /// An operator may have changed our grant.
+    async fn take_grant(&mut self, signed_grant: pb::Signed) -> Result<(), Ended> {
+        if signed_grant == self.membership.signed_grant {
+            return Ok(());
+        }
+        let grant: Grant = signed::grant(Some(&signed_grant), &self.membership.ca_key)
+            .map_err(|error| Ended::Because(error.to_string()))?;
+        if grant.node_id != self.membership.grant.node_id {
+            return Err(Ended::Because("the controller sent another node's grant".into()));
+        }
+        self.membership.grant = grant.clone();
+        self.membership.signed_grant = signed_grant;
+        self.state.store_membership(&self.membership)?;
+        self.events.send(Event::Grant(Box::new(grant))).await.map_err(|_| Ended::Stop)
+    }
+
+    async fn follow(
+        &mut self,
+        session: &mut Session,
+        announcements: &mut watch::Receiver<Option<Announcement>>,
+        commands: &mut mpsc::Receiver<Command>,
+    ) -> Result<std::convert::Infallible, Ended> {
+        let mut beat = interval(session.heartbeat);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let patience = session.heartbeat * MISSED;
+        let mut deadline = Instant::now() + patience;
+        let renewal = sleep(until_renewal(&self.certificate, SystemTime::now()));
+        tokio::pin!(renewal);
+        announcements.mark_changed();
+        loop {
+            let retry = session.retry_publish.unwrap_or_else(|| Instant::now() + PUBLISH_RETRY);
+            let save = session.map_saved + CACHE_INTERVAL;
+            tokio::select! {
+                message = session.incoming.message() => {
+                    deadline = Instant::now() + patience;
+                    self.take_message(session, message?).await?;
+                }
+                () = sleep_until(deadline) => {
+                    return Err(Ended::Because("the controller fell silent".into()));
+                }
+                _ = beat.tick() => session.beat(self.map.position().1)?,
+                changed = announcements.changed() => {
+                    changed.map_err(|_| Ended::Stop)?;
+                    let announcement = announcements.borrow_and_update().clone();
+                    self.publish(session, announcement).await?;
+                }
+                () = sleep_until(retry), if session.retry_publish.is_some() => {
+                    session.retry_publish = None;
+                    let announcement = announcements.borrow().clone();
+                    self.publish(session, announcement).await?;
+                }
+                () = sleep_until(save), if session.map_dirty => self.save_map(session).await,
+                () = &mut renewal => {
+                    self.renew(session.channel.clone()).await?;
+                    self.certificate_event().await?;
+                    let next = until_renewal(&self.certificate, SystemTime::now());
+                    renewal.as_mut().reset(Instant::now() + next);
+                }
+                command = commands.recv() => {
+                    let Some(Command::Leave(reply)) = command else { return Err(Ended::Stop) };
+                    self.leave(session, reply).await?;
+                }
+            }
+        }
+    }
+
+    async fn take_message(
+        &mut self,
+        session: &mut Session,
+        message: Option<pb::WatchResponse>,
+    ) -> Result<(), Ended> {
+        let Some(message) = message else {
+            return Err(Ended::Because("the controller ended the session".into()));
+        };
+        match message.kind {
+            Some(Kind::Changes(changes)) => {
+                let synced = changes.synced;
+                self.take_changes(changes).await?;
+                session.map_dirty = true;
+                if synced {
+                    self.save_map(session).await;
+                }
+            }
+            Some(Kind::Heartbeat(_)) => {}
+            // A second beginning, or something newer than we know.
+            Some(Kind::Ready(_)) | None => {}
+        }
+        let revision = self.map.position().1;
+        self.events.send(Event::Heard { revision }).await.map_err(|_| Ended::Stop)
+    }
+
+    async fn take_changes(&mut self, changes: pb::Changes) -> Result<(), Ended> {
+        let applied = self.map.apply(changes);
+        for reason in applied.refused {
+            tracing::warn!(%reason, "statement of the map refused");
+        }
+        if let Some(record) = self.map.own_record() {
+            // The mesh knows a later record of ours than we do: our state was set back.
+            self.counters.generation = self.counters.generation.max(record.generation);
+        }
+        let mesh = applied.changes.iter().rev().find_map(|change| match change {
+            MapChange::Mesh(mesh) => Some(mesh.clone()),
+            MapChange::Upsert(_) | MapChange::Remove(_) => None,
+        });
+        if let Some(mesh) = mesh {
+            self.membership.mesh = mesh;
+        }
+        if self.map.own_removed() {
+            self.events.send(Event::Removed).await.map_err(|_| Ended::Stop)?;
+        }
+        if applied.changes.is_empty() {
+            return Ok(());
+        }
+        self.events.send(Event::Map(applied.changes)).await.map_err(|_| Ended::Stop)
+    }
+
+    /// A node that was removed is refused with its tombstone: from then on it knows.
+    async fn take_tombstone(&mut self, status: &tonic::Status) -> Result<(), Ended> {
+        if status.code() != tonic::Code::PermissionDenied || status.details().is_empty() {
+            return Ok(());
+        }
+        let Ok(tombstone) = pb::Signed::decode(status.details()) else { return Ok(()) };
+        let kind = Some(pb::change::Kind::Tombstone(tombstone));
+        let changes = vec![pb::Change { kind }];
+        self.take_changes(pb::Changes { changes, revision: 0, synced: false }).await?;
+        let (state, encoded) = (self.state.clone(), self.map.encode());
+        // Written now, so that a restart knows it too.
+        if let Err(error) = state.store_map(&encoded) {
+            tracing::warn!(%error, "map not cached");
+        }
+        Ok(())
+    }
+
+    async fn publish(
+        &mut self,
+        session: &mut Session,
+        announcement: Option<Announcement>,
+    ) -> Result<(), Ended> {
+        let Some(announcement) = announcement else { return Ok(()) };
+        let unchanged = self.current.as_ref().is_some_and(|(have, _)| *have == announcement);
+        if unchanged && session.published {
+            return Ok(());
+        }
+        let signed = match &self.current {
+            Some((_, signed)) if unchanged => signed.clone(),
+            _ => self.sign(announcement)?,
+        };
+        let request = pb::PublishRequest { record: Some(signed), session_id: session.id.clone() };
+        let result = match session.client.publish(request).await {
+            Ok(answer) => {
+                session.published = true;
+                Ok(answer.into_inner().refused.into_iter().map(|refused| refused.reason).collect())
+            }
+            Err(status) if is_about_the_record(&status) => {
+                session.retry_publish = Some(Instant::now() + PUBLISH_RETRY);
+                let reason = refusal(&status);
+                tracing::warn!(%reason, "record refused");
+                Err(reason)
+            }
+            Err(status) => return Err(status.into()),
+        };
+        self.events.send(Event::Published(result)).await.map_err(|_| Ended::Stop)
+    }
+
+    /// Numbers and signs what the node says; the number is on disk before it is used.
+    fn sign(&mut self, announcement: Announcement) -> Result<pb::Signed, Ended> {
+        self.counters.generation += 1;
+        self.state.store_counters(self.counters)?;
+        let record = Record {
+            node_id: self.membership.grant.node_id,
+            generation: self.counters.generation,
+            boot_epoch: self.counters.boot_epoch,
+            wireguard_keys: vec![self.keys.wireguard.public()],
+            candidates: announcement.candidates.iter().copied().take(limits::CANDIDATES).collect(),
+            prefixes: announcement.prefixes.iter().copied().take(limits::PREFIXES).collect(),
+            version: towline_proto::VERSION.to_owned(),
+        };
+        let signed = self.keys.identity.sign_record(&pb::Record::from(&record));
+        self.current = Some((announcement, signed.clone()));
+        Ok(signed)
+    }
+
+    async fn renew(&mut self, channel: Channel) -> Result<(), Ended> {
+        let (chain, grant) = join::renew(channel, &self.keys.identity).await?;
+        self.state.store_certificate(&chain)?;
+        self.certificate = chain;
+        tracing::info!("certificate renewed");
+        if let Some(grant) = grant {
+            self.take_grant(grant).await?;
+        }
+        Ok(())
+    }
+
+    async fn certificate_event(&self) -> Result<(), Ended> {
+        let expires_at = self.certificate.first().and_then(tls::validity).map_or(0, |(_, end)| end);
+        self.events.send(Event::Certificate { expires_at }).await.map_err(|_| Ended::Stop)
+    }
+
+    async fn leave(
+        &mut self,
+        session: &mut Session,
+        reply: oneshot::Sender<Result<(), String>>,
+    ) -> Result<(), Ended> {
+        match session.client.leave(pb::LeaveRequest {}).await {
+            Ok(_) => {
+                let _ = reply.send(Ok(()));
+                Err(Ended::Stop)
+            }
+            Err(status) => {
+                let _ = reply.send(Err(refusal(&status)));
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes the cached map, off this thread. A full disk is logged; the map in memory stays.
+    async fn save_map(&mut self, session: &mut Session) {
+        session.map_saved = Instant::now();
+        if !std::mem::take(&mut session.map_dirty) {
+            return;
+        }
+        let (state, encoded) = (self.state.clone(), self.map.encode());
+        let written = tokio::task::spawn_blocking(move || state.store_map(&encoded)).await;
+        if let Ok(Err(error)) = written {
+            tracing::warn!(%error, "map not cached");
+        }
+    }
+}
+
+/// One session with one controller.
+struct Session {
+    client: DiscoveryClient<Channel>,
+    channel: Channel,
+    requests: mpsc::Sender<pb::WatchRequest>,
+    incoming: Streaming<pb::WatchResponse>,
+    id: Vec<u8>,
+    heartbeat: Duration,
+    published: bool,
+    retry_publish: Option<Instant>,
+    map_dirty: bool,
+    map_saved: Instant,
+}
+
+impl Session {
+    fn beat(&self, revision: u64) -> Result<(), Ended> {
+        let heartbeat = pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision });
+        match self.requests.try_send(pb::WatchRequest { kind: Some(heartbeat) }) {
+            // A full channel means that the connection does not drain: the deadline will tell.
+            Ok(()) | Err(mpsc::error::TrySendError::Full(_)) => Ok(()),
+            Err(mpsc::error::TrySendError::Closed(_)) => {
+                Err(Ended::Because("the connection broke".into()))
+            }
+        }
+    }
+}
+
+/// Waits for the backoff; a command that needs a session is refused meanwhile. `false`: stop.
+async fn wait(backoff: Duration, reason: &str, commands: &mut mpsc::Receiver<Command>) -> bool {
+    let pause = sleep(backoff);
+    tokio::pin!(pause);
+    loop {
+        tokio::select! {
+            () = &mut pause => return true,
+            command = commands.recv() => match command {
+                Some(Command::Leave(reply)) => {
+                    let _ = reply.send(Err(reason.to_owned()));
+                }
+                None => return false,
+            },
+        }
+    }
+}
+
+/// Refusals that another session would not change.
+fn is_about_the_record(status: &tonic::Status) -> bool {
+    matches!(
+        status.code(),
+        tonic::Code::InvalidArgument
+            | tonic::Code::AlreadyExists
+            | tonic::Code::PermissionDenied
+            | tonic::Code::ResourceExhausted
+    )
+}
+
+/// Two thirds of the certificate's life; at once when there is none or it is past.
+fn until_renewal(chain: &[CertificateDer<'_>], now: SystemTime) -> Duration {
+    let Some((from, until)) = chain.first().and_then(tls::validity) else { return Duration::ZERO };
+    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let due = from + (until - from) / 3 * 2;
+    Duration::from_secs(u64::try_from(due).unwrap_or(0).saturating_sub(now))
+}
+
+fn renewal_due(chain: &[CertificateDer<'_>], now: SystemTime) -> bool {
+    until_renewal(chain, now).is_zero()
+}
+
+/// Exponential, with full jitter, so that a thousand agents do not come back at one moment.
+#[derive(Debug, Default)]
+struct Backoff {
+    failures: u32,
+}
+
+impl Backoff {
+    fn next(&mut self) -> Duration {
+        let ceiling = BACKOFF_MIN.saturating_mul(1 << self.failures.min(8)).min(BACKOFF_MAX);
+        self.failures += 1;
+        rand::rng().random_range(ceiling / 4..=ceiling)
+    }
+
+    fn reset(&mut self) {
+        self.failures = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_backoff_grows_to_its_bound_and_starts_again() {
+        let mut backoff = Backoff::default();
+        assert!(backoff.next() <= BACKOFF_MIN);
+        for _ in 0..20 {
+            assert!(backoff.next() <= BACKOFF_MAX);
+        }
+        backoff.reset();
+        assert!(backoff.next() <= BACKOFF_MIN);
+    }
+
+    #[test]
+    fn no_certificate_is_renewed_at_once() {
+        assert!(renewal_due(&[], SystemTime::now()));
+    }
+}

@@ -1,0 +1,273 @@
+//! Which of the host's addresses are worth telling others.
+//!
+//! A wrong one costs every peer probes that lead nowhere, or worse, to another machine that has
+//! the same address; a missing one can cost the direct path. So: what is plainly not the
+//! machine's own way to the outside is left out, everything else is told.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
+
+use ipnet::IpNet;
+
+use super::LocalAddress;
+
+/// What to leave out besides.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CandidatePolicy {
+    /// Our own link's name.
+    pub own_link: String,
+    /// Networks none of whose addresses is told: the overlay, pod and service networks.
+    pub excluded: Vec<IpNet>,
+}
+
+/// The addresses to tell, in their order, each once.
+///
+/// Left out are: addresses of links that are down, loopback, ours, or made by a container
+/// runtime, a CNI plugin, a virtual machine manager, an overlay or a VPN (by name or kind);
+/// bridges without a way out; addresses without global meaning (loopback, link-local,
+/// multicast, benchmarking and documentation are left to the sender); addresses that may go
+/// away soon or are not yet usable (temporary, deprecated, tentative); service addresses that
+/// wander between machines (an IPv4 secondary, or a lone host address beside the link's
+/// own network); and everything inside the excluded networks.
+pub fn candidates(addresses: &[LocalAddress], policy: &CandidatePolicy) -> Vec<IpAddr> {
+    let chosen: BTreeSet<IpAddr> = addresses
+        .iter()
+        .filter(|address| {
+            leads_outside(address, policy)
+                && is_global(address.prefix.addr())
+                && is_lasting(address)
+                && !wanders(address, addresses)
+                && !policy.excluded.iter().any(|net| net.contains(&address.prefix.addr()))
+        })
+        .map(|address| address.prefix.addr())
+        .collect();
+    chosen.into_iter().collect()
+}
+
+/// How names begin of links that lead to containers, virtual machines or other overlays.
+const INNER_NAMES: &[&str] = &[
+    "antrea",
+    "cali",
+    "cbr",
+    "cilium",
+    "cni",
+    "docker",
+    "dummy",
+    "flannel",
+    "genev_sys",
+    "gre",
+    "incusbr",
+    "ip6tnl",
+    "ipvs",
+    "kube-",
+    "kubespan",
+    "lxc",
+    "lxdbr",
+    "nebula",
+    "nerdctl",
+    "nodelocaldns",
+    "ovn",
+    "ovs-",
+    "podman",
+    "sit",
+    "tailscale",
+    "tun",
+    "tunl",
+    "utun",
+    "veth",
+    "vibr",
+    "virbr",
+    "vmnet",
+    "vnet",
+    "vti",
+    "vxlan",
+    "weave",
+    "wg",
+    "zt",
+];
+
+/// Kinds of links that never are a machine's own way to the outside.
+const INNER_KINDS: &[&str] = &[
+    "amt",
+    "bareudp",
+    "dummy",
+    "erspan",
+    "fou",
+    "geneve",
+    "gre",
+    "gretap",
+    "gtp",
+    "ifb",
+    "ip6erspan",
+    "ip6gre",
+    "ip6gretap",
+    "ip6tnl",
+    "ipip",
+    "netkit",
+    "ovpn",
+    "sit",
+    "tun",
+    "vcan",
+    "vti",
+    "vti6",
+    "vxlan",
+    "wireguard",
+    "xfrm",
+];
+
+fn leads_outside(address: &LocalAddress, policy: &CandidatePolicy) -> bool {
+    let name = address.link.as_str();
+    if !address.up || address.loopback || name == policy.own_link {
+        return false;
+    }
+    let kind = address.kind.as_deref().unwrap_or_default();
+    if INNER_KINDS.contains(&kind) || INNER_NAMES.iter().any(|inner| name.starts_with(inner)) {
+        return false;
+    }
+    kind != "bridge" || address.outward
+}
+
+fn is_global(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => {
+            let this_network = v4.octets()[0] == 0;
+            !(this_network
+                || v4.is_loopback()
+                || v4.is_link_local()
+                || v4.is_multicast()
+                || v4 == Ipv4Addr::BROADCAST)
+        }
+        IpAddr::V6(v6) => {
+            let site_local = v6.segments()[0] & 0xffc0 == 0xfec0;
+            !(v6.is_unspecified()
+                || v6.is_loopback()
+                || v6.is_unicast_link_local()
+                || v6.is_multicast()
+                || v6.to_ipv4_mapped().is_some()
+                || site_local)
+        }
+    }
+}
+
+fn is_lasting(address: &LocalAddress) -> bool {
+    let flags = address.flags;
+    // For IPv4 the same bit means: not the first of its network.
+    !(flags.temporary() || flags.deprecated() || flags.tentative())
+}
+
+/// A host address that stands beside a network of the same family on the same link was put there
+/// by hand or by a fail-over daemon. What DHCPv6 leases looks the same but ends.
+fn wanders(address: &LocalAddress, all: &[LocalAddress]) -> bool {
+    let lone = |prefix: &IpNet| prefix.prefix_len() == prefix.max_prefix_len();
+    let same_family = |other: &IpNet| other.addr().is_ipv4() == address.prefix.addr().is_ipv4();
+    lone(&address.prefix)
+        && address.flags.permanent()
+        && !address.point_to_point
+        && all.iter().any(|other| {
+            other.index == address.index
+                && same_family(&other.prefix)
+                && !lone(&other.prefix)
+                && is_global(other.prefix.addr())
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::AddressFlags;
+
+    fn on(link: &str, kind: Option<&str>, prefix: &str) -> LocalAddress {
+        LocalAddress {
+            prefix: prefix.parse().unwrap(),
+            flags: AddressFlags(libc::IFA_F_PERMANENT),
+            link: link.to_owned(),
+            index: link.bytes().map(u32::from).sum(),
+            kind: kind.map(str::to_owned),
+            up: true,
+            loopback: link == "lo",
+            point_to_point: false,
+            outward: false,
+        }
+    }
+
+    fn chosen(addresses: &[LocalAddress]) -> Vec<String> {
+        let policy = CandidatePolicy {
+            own_link: "towline0".to_owned(),
+            excluded: vec!["198.19.0.0/16".parse().unwrap(), "10.244.0.0/16".parse().unwrap()],
+        };
+        candidates(addresses, &policy).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_machines_own_addresses_are_told() {
+        let mut bridge = on("vmbr0", Some("bridge"), "192.0.2.5/24");
+        bridge.outward = true;
+        let addresses = [
+            on("eth0", None, "203.0.113.7/24"),
+            on("eth0", None, "2001:db8::7/64"),
+            on("eth1", Some("veth"), "192.168.1.7/24"),
+            on("bond0.12", Some("vlan"), "10.0.0.7/8"),
+            on("ens4", None, "10.128.0.9/32"),
+            bridge,
+        ];
+        let expected =
+            ["10.0.0.7", "10.128.0.9", "192.0.2.5", "192.168.1.7", "203.0.113.7", "2001:db8::7"];
+        assert_eq!(chosen(&addresses), expected);
+    }
+
+    #[test]
+    fn what_leads_inward_or_into_another_overlay_is_not() {
+        let mut down = on("eth7", None, "203.0.113.8/24");
+        down.up = false;
+        let addresses = [
+            down,
+            on("lo", None, "203.0.113.9/32"),
+            on("towline0", Some("tun"), "203.0.113.10/32"),
+            on("docker0", Some("bridge"), "172.17.0.1/16"),
+            on("br-0123456789ab", Some("bridge"), "172.18.0.1/16"),
+            on("cni0", Some("bridge"), "172.19.0.1/24"),
+            on("virbr0", Some("bridge"), "192.168.122.1/24"),
+            on("flannel.1", Some("vxlan"), "172.20.0.0/32"),
+            on("kube-ipvs0", Some("dummy"), "10.96.0.1/32"),
+            on("nodelocaldns", Some("dummy"), "169.254.20.10/32"),
+            on("cilium_host", Some("veth"), "172.21.0.1/32"),
+            on("tailscale0", Some("tun"), "100.64.0.9/32"),
+            on("wg0", Some("wireguard"), "172.22.0.1/24"),
+            on("office", Some("wireguard"), "172.22.0.2/24"),
+            on("vetha1b2", Some("veth"), "172.23.0.1/24"),
+        ];
+        assert_eq!(chosen(&addresses), [""; 0]);
+    }
+
+    #[test]
+    fn addresses_without_a_future_are_not() {
+        let with = |flags: u32, prefix: &str| LocalAddress {
+            flags: AddressFlags(flags),
+            ..on("eth0", None, prefix)
+        };
+        let addresses = [
+            with(libc::IFA_F_TEMPORARY, "2001:db8::a/64"),
+            with(libc::IFA_F_DEPRECATED, "2001:db8::b/64"),
+            with(libc::IFA_F_TENTATIVE, "2001:db8::c/64"),
+            with(libc::IFA_F_PERMANENT, "fe80::1/64"),
+            with(libc::IFA_F_PERMANENT, "169.254.1.1/16"),
+            with(libc::IFA_F_PERMANENT, "198.19.0.7/32"),
+            with(libc::IFA_F_PERMANENT, "10.244.1.1/24"),
+        ];
+        assert_eq!(chosen(&addresses), [""; 0]);
+    }
+
+    #[test]
+    fn service_addresses_that_wander_are_not_but_leased_ones_are() {
+        let leased =
+            LocalAddress { flags: AddressFlags(0), ..on("eth0", None, "2001:db8::1234/128") };
+        let addresses = [
+            on("eth0", None, "192.0.2.5/24"),
+            on("eth0", None, "192.0.2.100/32"),
+            on("eth0", None, "2001:db8::5/64"),
+            on("eth0", None, "2001:db8::100/128"),
+            leased,
+        ];
+        assert_eq!(chosen(&addresses), ["192.0.2.5", "2001:db8::5", "2001:db8::1234"]);
+    }
+}

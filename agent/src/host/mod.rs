@@ -1,0 +1,167 @@
+//! The host's network made like the plan, and watched.
+//!
+//! # Contract
+//!
+//! - [`HostNetwork::apply`] is idempotent. The same plan twice makes no system call; another plan
+//!   changes what differs and nothing else. After [`HostNetwork::invalidate`] (a notification
+//!   said that somebody touched what is ours) it reads what is there and puts back what is
+//!   missing.
+//! - What is ours: the link of our name with its addresses; routes in our table and rules at our
+//!   priorities that carry our protocol number ([`OURS`]); the nftables table of our name that
+//!   carries our comment. Nothing else is ever changed or removed.
+//! - Fail closed: guards come first and go last. Without the link there are still the guards;
+//!   without nftables there are still the routes. What could not be done is said
+//!   ([`Changes::problems`]), and the rest is done all the same.
+//! - Everything belongs to the network namespace of the thread that called
+//!   [`HostNetwork::open`].
+
+mod address;
+mod candidates;
+mod firewall;
+mod problem;
+mod state;
+#[cfg(test)]
+mod tests;
+mod watch;
+
+use towline_core::plan::Plan;
+
+use crate::netlink::{NetlinkError, Rtnetlink};
+use crate::nft::{Nft, NftError};
+
+pub use address::LocalAddress;
+pub use candidates::{CandidatePolicy, candidates};
+pub use problem::{ApplyError, Problem};
+pub use state::Names;
+use state::{Foreign, State};
+pub use watch::{HostEvent, Watch};
+
+/// The number that our routes and rules carry as their maker (`RTPROT_*`): "T".
+pub const OURS: u8 = 84;
+
+/// The host's network, as far as it is ours.
+#[derive(Debug)]
+pub struct HostNetwork {
+    rtnetlink: Rtnetlink,
+    /// `None`: this kernel has no nftables.
+    nft: Option<Nft>,
+    /// What is there of ours, as read or as made by the last apply.
+    known: Option<State>,
+    /// The plan that `known` follows.
+    applied: Option<Plan>,
+}
+
+/// What an apply did.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Netlink messages that changed something.
+    pub messages: usize,
+    /// What is not as planned. Empty: all is.
+    pub problems: Vec<Problem>,
+}
+
+impl HostNetwork {
+    /// Opens the sockets, in the calling thread's network namespace.
+    pub fn open() -> Result<Self, NetlinkError> {
+        let nft = match Nft::open() {
+            Ok(nft) => Some(nft),
+            Err(NftError::Netlink(error)) => return Err(error),
+            Err(_) => None,
+        };
+        Ok(Self { rtnetlink: Rtnetlink::open()?, nft, known: None, applied: None })
+    }
+
+    /// Makes the host be like the plan.
+    ///
+    /// # Errors
+    ///
+    /// When a name or number of ours is somebody else's, before anything was changed; when the
+    /// kernel cannot be spoken to. What it refuses piece by piece is a [`Problem`].
+    pub fn apply(&mut self, plan: &Plan) -> Result<Changes, ApplyError> {
+        if self.known.is_some() && self.applied.as_ref() == Some(plan) {
+            return Ok(Changes::default());
+        }
+        match self.try_apply(plan) {
+            // Answers were lost: read again what was done.
+            Err(ApplyError::Netlink(NetlinkError::Overrun(_))) => {
+                self.invalidate();
+                self.try_apply(plan)
+            }
+            other => other,
+        }
+    }
+
+    /// Forgets what is known of the host: the next apply reads it again.
+    pub fn invalidate(&mut self) {
+        self.known = None;
+    }
+
+    /// Takes away everything of ours: addresses, rules, routes, the nftables table, and at last
+    /// the link. What is not there is no error; says how many things were removed.
+    pub fn remove(&mut self, names: &Names) -> Result<usize, ApplyError> {
+        self.invalidate();
+        self.applied = None;
+        let (have, foreign) = State::read(&mut self.rtnetlink, self.nft.as_mut(), names)?;
+        // What is somebody else's stays.
+        drop(foreign);
+        have.remove(&mut self.rtnetlink, self.nft.as_mut(), names)
+    }
+
+    /// Every address of the host, with what is known of its link.
+    pub fn local_addresses(&mut self) -> Result<Vec<LocalAddress>, NetlinkError> {
+        address::read(&mut self.rtnetlink)
+    }
+
+    /// Hears of changes that others make; what this one makes is left out.
+    pub fn watch(&mut self, names: &Names) -> Result<Watch, NetlinkError> {
+        let ports = [Some(self.rtnetlink.port()), self.nft.as_ref().map(Nft::port)];
+        Watch::open(&mut self.rtnetlink, names, ports.into_iter().flatten().collect())
+    }
+
+    fn try_apply(&mut self, plan: &Plan) -> Result<Changes, ApplyError> {
+        let names = Names::of(plan);
+        let old = self.applied.as_ref().map(Names::of).filter(|old| *old != names);
+        if old.is_some() {
+            self.invalidate();
+        }
+        let mut changes = Changes::default();
+        let have = match self.known.take() {
+            Some(known) => known,
+            None => {
+                let (have, foreign) = State::read(&mut self.rtnetlink, self.nft.as_mut(), &names)?;
+                self.judge(foreign, &mut changes)?;
+                have
+            }
+        };
+        let want = State::wanted(plan, have.link.as_ref());
+        let now =
+            have.become_(want, &names, &mut self.rtnetlink, self.nft.as_mut(), &mut changes)?;
+        // Under new names all stands anew before the old goes.
+        if let Some(old) = old {
+            let (mut have, _) = State::read(&mut self.rtnetlink, self.nft.as_mut(), &old)?;
+            if old.link == names.link {
+                have.link = None;
+            }
+            if old.firewall == names.firewall {
+                have.firewall = None;
+            }
+            changes.messages += have.remove(&mut self.rtnetlink, self.nft.as_mut(), &old)?;
+        }
+        self.applied = Some(plan.clone());
+        self.known = (!changes.problems.iter().any(Problem::is_passing)).then_some(now);
+        Ok(changes)
+    }
+
+    /// At the start, a name or number that somebody else uses is refused; once we run, it is
+    /// somebody else who came into ours: the guards are not given up for that.
+    fn judge(&self, foreign: Foreign, changes: &mut Changes) -> Result<(), ApplyError> {
+        match foreign.first() {
+            Some(error) if self.applied.is_none() => Err(error),
+            Some(error) => {
+                changes.problems.push(Problem::Intruder(error.to_string()));
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+}

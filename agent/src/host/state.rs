@@ -1,0 +1,424 @@
+//! What is ours on the host: as planned, as read, and the way from one to the other.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use nix::errno::Errno;
+use towline_core::plan::{Plan, RouteVia};
+
+use crate::netlink::{
+    AddressOptions, Family, Link, NetlinkError, Route, RouteChange, RouteKind, Rtnetlink, Rule,
+    RuleAction,
+};
+use crate::nft::{Nft, NftError, Table, TableFamily};
+
+use super::firewall;
+use super::problem::{ApplyError, Problem};
+use super::{Changes, OURS};
+
+/// The names and numbers under which everything of ours is found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Names {
+    /// The link.
+    pub link: String,
+    /// The routing table.
+    pub table: u32,
+    /// The first of our rules' priorities.
+    pub priority: u32,
+    /// The nftables table, family inet.
+    pub firewall: String,
+}
+
+impl Names {
+    /// Those of a plan.
+    pub fn of(plan: &Plan) -> Self {
+        Self {
+            link: plan.link.name.clone(),
+            table: plan.table,
+            priority: plan.rules.priority,
+            firewall: plan.firewall.table.clone(),
+        }
+    }
+
+    /// Whether a rule of this priority is in our place.
+    pub(super) fn has_priority(&self, priority: u32) -> bool {
+        (self.priority..self.priority + PRIORITIES).contains(&priority)
+    }
+}
+
+/// How many priorities are ours, from the configured one on.
+pub(super) const PRIORITIES: u32 = 1;
+/// The way through the link is better than nowhere, which is better than another table.
+const LINK_METRIC: u32 = 10;
+const UNREACHABLE_METRIC: u32 = 20_000;
+
+/// What is ours.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct State {
+    /// `None`: there is no link of our name.
+    pub(super) link: Option<LinkState>,
+    addresses: BTreeSet<IpNet>,
+    rules: Vec<Rule>,
+    /// By destination and metric, which the kernel takes as a route's name.
+    routes: BTreeMap<(IpNet, u32), Route>,
+    /// Routes of ours that stand beside another of the same name; never wanted.
+    doubles: Vec<Route>,
+    pub(super) firewall: Option<Table>,
+}
+
+/// Our link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct LinkState {
+    index: u32,
+    mtu: u32,
+    up: bool,
+    /// Takes packets from sources whose way back leads elsewhere; `None`: unknown.
+    loose: Option<bool>,
+}
+
+/// What others have under our names and numbers.
+#[derive(Debug, Default)]
+pub(super) struct Foreign {
+    found: Vec<ApplyError>,
+}
+
+impl Foreign {
+    /// One of them.
+    pub(super) fn first(self) -> Option<ApplyError> {
+        self.found.into_iter().next()
+    }
+}
+
+impl State {
+    /// What the plan wants, given the link that is there.
+    pub(super) fn wanted(plan: &Plan, link: Option<&LinkState>) -> Self {
+        let index = link.map(|link| link.index);
+        let routes = plan.routes.iter().filter_map(|((destination, via), attributes)| {
+            let route = Route::new(*destination).table(plan.table);
+            let route = match via {
+                RouteVia::Link => Route {
+                    source: attributes.source,
+                    mtu: attributes.mtu,
+                    ..route.dev(index?).metric(LINK_METRIC)
+                },
+                RouteVia::Unreachable => {
+                    route.kind(RouteKind::Unreachable).metric(UNREACHABLE_METRIC)
+                }
+            };
+            Some(((route.destination, route.metric), Route { protocol: OURS, ..route }))
+        });
+        Self {
+            link: index.map(|index| LinkState {
+                index,
+                mtu: plan.link.mtu,
+                up: true,
+                loose: Some(true),
+            }),
+            addresses: if index.is_some() { plan.link.addresses.clone() } else { BTreeSet::new() },
+            rules: rules(plan),
+            routes: routes.collect(),
+            doubles: Vec::new(),
+            firewall: Some(firewall::table(plan)),
+        }
+    }
+
+    /// What is there.
+    pub(super) fn read(
+        rtnetlink: &mut Rtnetlink,
+        nft: Option<&mut Nft>,
+        names: &Names,
+    ) -> Result<(Self, Foreign), ApplyError> {
+        let mut state = Self::default();
+        let mut foreign = Foreign::default();
+        state.read_link(rtnetlink, names, &mut foreign)?;
+        for family in Family::ALL {
+            for rule in rtnetlink.rules(family)? {
+                if rule.made_by == OURS
+                    && (names.has_priority(rule.priority)
+                        || rule.action == RuleAction::Table(names.table))
+                {
+                    state.rules.push(rule);
+                } else if names.has_priority(rule.priority) {
+                    foreign.found.push(ApplyError::PriorityInUse { priority: rule.priority });
+                }
+            }
+            for route in rtnetlink.routes(family, Some(names.table))? {
+                state.take_route(route, &mut foreign);
+            }
+        }
+        if let Some(nft) = nft {
+            match nft.read(TableFamily::Inet, &names.firewall) {
+                Ok(Some(loaded)) if firewall::is_ours(&loaded.table) => {
+                    state.firewall = Some(loaded.table);
+                }
+                Ok(Some(_)) => foreign
+                    .found
+                    .push(ApplyError::FirewallTableInUse { name: names.firewall.clone() }),
+                Ok(None) | Err(NftError::Unsupported) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok((state, foreign))
+    }
+
+    fn read_link(
+        &mut self,
+        rtnetlink: &mut Rtnetlink,
+        names: &Names,
+        foreign: &mut Foreign,
+    ) -> Result<(), NetlinkError> {
+        let Some(link) = rtnetlink.link(&names.link)? else { return Ok(()) };
+        if !is_tun(&link) {
+            let kind = link.kind.unwrap_or_else(|| "hardware link".to_owned());
+            foreign.found.push(ApplyError::LinkInUse { name: link.name, kind });
+            return Ok(());
+        }
+        let addresses = rtnetlink.addresses(Some(link.index))?.into_iter();
+        self.addresses = addresses
+            .map(|address| address.prefix)
+            .filter(|prefix| !is_link_local(prefix.addr()))
+            .collect();
+        self.link = Some(LinkState {
+            index: link.index,
+            mtu: link.mtu,
+            up: link.up,
+            loose: read_setting(&reverse_path_filter(&names.link)).map(|value| value == LOOSE),
+        });
+        Ok(())
+    }
+
+    fn take_route(&mut self, mut route: Route, foreign: &mut Foreign) {
+        if route.protocol != OURS {
+            foreign.found.push(ApplyError::TableInUse {
+                table: route.table,
+                destination: route.destination,
+            });
+            return;
+        }
+        if route.kind != RouteKind::Unicast {
+            // IPv6 hangs them on the loopback.
+            route.link = None;
+        }
+        let double = self.routes.insert((route.destination, route.metric), route);
+        self.doubles.extend(double);
+    }
+
+    /// Does what turns this state into the wanted one; returns what then is there.
+    ///
+    /// Order: the firewall's guard, link and addresses, rules, routes (new before old, so that
+    /// no guard is missing in between), addresses that go.
+    pub(super) fn become_(
+        mut self,
+        mut want: Self,
+        names: &Names,
+        rtnetlink: &mut Rtnetlink,
+        nft: Option<&mut Nft>,
+        changes: &mut Changes,
+    ) -> Result<Self, ApplyError> {
+        want.firewall = change_firewall(self.firewall.take(), want.firewall.take(), nft, changes)?;
+        match (&self.link, &mut want.link) {
+            (Some(have), Some(want)) => change_link(have, want, names, rtnetlink, changes)?,
+            _ => changes.problems.push(Problem::LinkMissing(names.link.clone())),
+        }
+        let index = want.link.as_ref().map_or(0, |link| link.index);
+        for address in want.addresses.difference(&self.addresses) {
+            let options = AddressOptions { no_dad: true, no_prefix_route: true };
+            note(rtnetlink.add_address(index, *address, options), changes)?;
+        }
+        for rule in want.rules.iter().filter(|rule| !self.rules.contains(rule)) {
+            note(rtnetlink.add_rule(rule), changes)?;
+        }
+        for rule in self.rules.iter().filter(|rule| !want.rules.contains(rule)) {
+            note(rtnetlink.delete_rule(rule), changes)?;
+        }
+        change_routes(&self, &want, rtnetlink, changes)?;
+        for address in self.addresses.difference(&want.addresses) {
+            note(rtnetlink.delete_address(index, *address), changes)?;
+        }
+        Ok(want)
+    }
+
+    /// Deletes all of it; says how many things there were.
+    pub(super) fn remove(
+        self,
+        rtnetlink: &mut Rtnetlink,
+        nft: Option<&mut Nft>,
+        names: &Names,
+    ) -> Result<usize, ApplyError> {
+        let mut removed = 0;
+        for rule in &self.rules {
+            removed += usize::from(gone(rtnetlink.delete_rule(rule))?);
+        }
+        let routes: Vec<_> =
+            self.routes.into_values().chain(self.doubles).map(RouteChange::Delete).collect();
+        let failures = rtnetlink.change_routes(&routes)?;
+        removed += routes.len() - failures.len();
+        for (place, refusal) in failures {
+            if !is_absence(refusal.errno) {
+                let what = name_of(&routes[place]);
+                return Err(NetlinkError::Refused { what, refusal }.into());
+            }
+        }
+        if let Some(link) = self.link {
+            // Takes the addresses along.
+            removed += usize::from(gone(rtnetlink.delete_link(link.index))?);
+        }
+        if let (Some(_), Some(nft)) = (self.firewall, nft) {
+            removed += usize::from(nft.delete(TableFamily::Inet, &names.firewall)?);
+        }
+        Ok(removed)
+    }
+}
+
+fn rules(plan: &Plan) -> Vec<Rule> {
+    let rules = &plan.rules;
+    let rule = |family| Rule {
+        invert: true,
+        mark: Some((rules.mark, rules.mask)),
+        made_by: OURS,
+        ..Rule::new(family, rules.priority, RuleAction::Table(plan.table))
+    };
+    Family::ALL.into_iter().map(rule).collect()
+}
+
+fn change_firewall(
+    have: Option<Table>,
+    want: Option<Table>,
+    nft: Option<&mut Nft>,
+    changes: &mut Changes,
+) -> Result<Option<Table>, ApplyError> {
+    let (Some(want), Some(nft)) = (want, nft) else {
+        let why = NftError::Unsupported.to_string();
+        changes.problems.push(Problem::NoFirewall(why));
+        return Ok(have);
+    };
+    let transaction = want.changes(have.as_ref());
+    if transaction.is_empty() {
+        return Ok(Some(want));
+    }
+    let messages = transaction.messages();
+    match nft.commit(transaction) {
+        Ok(()) => {
+            changes.messages += messages;
+            Ok(Some(want))
+        }
+        Err(NftError::Netlink(error)) => Err(error.into()),
+        Err(error) => {
+            changes.problems.push(Problem::NoFirewall(error.to_string()));
+            Ok(have)
+        }
+    }
+}
+
+fn change_link(
+    have: &LinkState,
+    want: &mut LinkState,
+    names: &Names,
+    rtnetlink: &mut Rtnetlink,
+    changes: &mut Changes,
+) -> Result<(), ApplyError> {
+    if have.mtu != want.mtu {
+        note(rtnetlink.set_mtu(have.index, want.mtu), changes)?;
+    }
+    if !have.up {
+        note(rtnetlink.set_up(have.index, true), changes)?;
+    }
+    if have.loose != want.loose {
+        let path = reverse_path_filter(&names.link);
+        if let Err(error) = std::fs::write(&path, LOOSE) {
+            want.loose = have.loose;
+            changes.problems.push(Problem::Setting { path, reason: error.to_string() });
+        }
+    }
+    Ok(())
+}
+
+fn change_routes(
+    have: &State,
+    want: &State,
+    rtnetlink: &mut Rtnetlink,
+    changes: &mut Changes,
+) -> Result<(), ApplyError> {
+    let way = |route: &Route| (route.kind, route.link, route.gateway);
+    let mut list: Vec<_> = have.doubles.iter().cloned().map(RouteChange::Delete).collect();
+    for (name, route) in &want.routes {
+        match have.routes.get(name) {
+            Some(old) if old == route => continue,
+            // Not every kernel replaces one kind of route by another.
+            Some(old) if way(old) != way(route) => list.push(RouteChange::Delete(old.clone())),
+            _ => {}
+        }
+        list.push(RouteChange::Set(route.clone()));
+    }
+    let gone = have.routes.iter().filter(|(name, _)| !want.routes.contains_key(*name));
+    list.extend(gone.map(|(_, route)| RouteChange::Delete(route.clone())));
+    if list.is_empty() {
+        return Ok(());
+    }
+    changes.messages += list.len();
+    let failures = rtnetlink.change_routes(&list)?;
+    // One of many tells enough: they fail for the same reason.
+    let failure = failures.into_iter().find(|(place, refusal)| {
+        !(matches!(list[*place], RouteChange::Delete(_)) && is_absence(refusal.errno))
+    });
+    if let Some((place, refusal)) = failure {
+        changes.problems.push(Problem::Refused { what: name_of(&list[place]), refusal });
+    }
+    Ok(())
+}
+
+fn name_of(change: &RouteChange) -> String {
+    match change {
+        RouteChange::Set(route) => format!("set the route to {}", route.destination),
+        RouteChange::Delete(route) => format!("delete the route to {}", route.destination),
+    }
+}
+
+/// Counts a request; a refusal is a problem, unless it says that what was to go is gone.
+fn note(result: Result<(), NetlinkError>, changes: &mut Changes) -> Result<(), ApplyError> {
+    changes.messages += 1;
+    match result {
+        Ok(()) => Ok(()),
+        Err(NetlinkError::Refused { what, refusal }) => {
+            if !(what.starts_with("delete") && is_absence(refusal.errno)) {
+                changes.problems.push(Problem::Refused { what, refusal });
+            }
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether something was deleted; it is no error that it was not there.
+fn gone(result: Result<(), NetlinkError>) -> Result<bool, NetlinkError> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if error.errno().is_some_and(is_absence) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn is_absence(errno: Errno) -> bool {
+    matches!(errno, Errno::ENOENT | Errno::ESRCH | Errno::ENODEV | Errno::EADDRNOTAVAIL)
+}
+
+fn is_tun(link: &Link) -> bool {
+    link.kind.as_deref() == Some("tun")
+}
+
+fn is_link_local(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
+}
+
+/// `rp_filter`, RFC 3704: loose. Strict would drop what comes out of the tunnel when the way
+/// back is not in the main table; the kernel takes the larger of this and that of `all`.
+const LOOSE: &str = "2";
+
+fn reverse_path_filter(link: &str) -> String {
+    format!("/proc/sys/net/ipv4/conf/{link}/rp_filter")
+}
+
+fn read_setting(path: &str) -> Option<String> {
+    Some(std::fs::read_to_string(path).ok()?.trim().to_owned())
+}

@@ -1,0 +1,241 @@
+//! Joining a mesh with a token, and staying a member: renewals.
+//!
+//! Order: keys are made and stored; the CA is pinned by the token's fingerprint before anything
+//! is said; the controller's clock is compared with ours; then the token is spent. What comes
+//! back is verified under the pinned CA and stored. A join that was cut off anywhere is simply
+//! run again: the controller answers the same identity key with the same grant.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustls_pki_types::CertificateDer;
+use tonic::transport::Channel;
+use towline_proto::id::{NodeName, WireguardKey};
+use towline_proto::limits;
+use towline_proto::pb;
+use towline_proto::pb::discovery_client::DiscoveryClient;
+use towline_proto::token::{ControllerAddress, JoinToken};
+
+use crate::dial::{self, DialError};
+use crate::keys::{Identity, InvalidKey};
+use crate::state::{InvalidMembership, Keys, Membership, StateDir, StateError};
+use crate::tls;
+
+/// Why a join or a renewal failed.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    /// The controller cannot be reached, or is not the one.
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    /// The controller refused; its words say what to do.
+    #[error("{}", refusal(.0))]
+    Refused(#[from] tonic::Status),
+    /// The two clocks are too far apart: certificates and handshakes would fail later.
+    #[error(
+        "this machine's clock is {skew_seconds} s {direction} the controller's: set it (for instance with `timedatectl set-ntp true`) and join again"
+    )]
+    Clock {
+        /// By how much.
+        skew_seconds: u64,
+        /// "behind" or "ahead of".
+        direction: &'static str,
+    },
+    /// The controller's answer is not signed by the pinned CA.
+    #[error("the controller's answer is not to be believed: {0}")]
+    Untrusted(#[from] InvalidMembership),
+    /// The controller's answer lacks something.
+    #[error("the controller's answer has no {0}: is it of another version?")]
+    Incomplete(&'static str),
+    /// A key cannot be used.
+    #[error(transparent)]
+    Key(#[from] InvalidKey),
+    /// The state directory failed.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// TLS cannot be set up.
+    #[error("cannot set up TLS: {0}")]
+    Tls(#[from] rustls::Error),
+    /// The machine is a member already, by another name.
+    #[error(
+        "this machine is already `{have}` of mesh {mesh}: run `towline leave` first, to join as `{want}`"
+    )]
+    OtherName {
+        /// Its name.
+        have: NodeName,
+        /// Its mesh.
+        mesh: towline_proto::id::MeshId,
+        /// The name asked for.
+        want: NodeName,
+    },
+}
+
+/// How a join ended.
+#[derive(Debug)]
+pub enum Joined {
+    /// The machine is a member now.
+    New(Membership),
+    /// It was one before; nothing was changed and the token was not used.
+    Already(Membership),
+}
+
+/// Joins, unless the machine is a member already.
+pub async fn join(
+    state: &StateDir,
+    token: &JoinToken,
+    name: &NodeName,
+    mark: u32,
+) -> Result<Joined, JoinError> {
+    if let Some(membership) = state.membership()? {
+        if membership.grant.name != *name {
+            return Err(JoinError::OtherName {
+                have: membership.grant.name,
+                mesh: membership.grant.mesh_id,
+                want: name.clone(),
+            });
+        }
+        return Ok(Joined::Already(membership));
+    }
+    let keys = state.keys_or_generate()?;
+    let (channel, ca) = first_reachable(token, mark).await?;
+    let mut client = client(channel);
+    let hello = client.hello(pb::HelloRequest {}).await?.into_inner();
+    check_clock(hello.server_time_ms, SystemTime::now())?;
+    let answer = client.join(request(token, name, &keys, &hello)?).await?.into_inner();
+    let membership = Membership::new(
+        ca,
+        token.controllers.clone(),
+        answer.grant.ok_or(JoinError::Incomplete("grant"))?,
+        answer.mesh.ok_or(JoinError::Incomplete("mesh configuration"))?,
+    )?;
+    // The certificate first: the membership is what says that the join is done.
+    state.store_certificate(&chain(answer.certificate_chain)?)?;
+    state.store_membership(&membership)?;
+    Ok(Joined::New(membership))
+}
+
+/// A fresh certificate, and the grant as it stands now.
+pub async fn renew(
+    channel: Channel,
+    identity: &Identity,
+) -> Result<(Vec<CertificateDer<'static>>, Option<pb::Signed>), JoinError> {
+    let csr = identity.signing_request()?;
+    let answer = client(channel).renew(pb::RenewRequest { csr }).await?.into_inner();
+    Ok((chain(answer.certificate_chain)?, answer.grant))
+}
+
+/// A discovery client with the bounds that both sides keep.
+pub fn client(channel: Channel) -> DiscoveryClient<Channel> {
+    DiscoveryClient::new(channel)
+        .max_decoding_message_size(limits::MESSAGE_BYTES)
+        .max_encoding_message_size(limits::MESSAGE_BYTES)
+}
+
+async fn first_reachable(
+    token: &JoinToken,
+    mark: u32,
+) -> Result<(Channel, CertificateDer<'static>), JoinError> {
+    let config = Arc::new(tls::joining(token.ca)?);
+    let mut last = None;
+    for address in &token.controllers {
+        match dial::dial(address, config.clone(), mark).await {
+            Ok(connection) => match tls::pinned_ca(&connection.chain, token.ca) {
+                Some(ca) => return Ok((connection.channel, ca)),
+                None => last = Some(DialError::WrongCa { address: address.clone() }),
+            },
+            Err(error) => {
+                tracing::debug!(%address, %error, "controller not reached");
+                last = Some(error);
+            }
+        }
+    }
+    // A token holds at least one address.
+    Err(last.map_or(JoinError::Incomplete("address"), JoinError::Dial))
+}
+
+fn check_clock(server_time_ms: i64, now: SystemTime) -> Result<(), JoinError> {
+    let ours = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let theirs = Duration::from_millis(u64::try_from(server_time_ms).unwrap_or(0));
+    let skew = ours.abs_diff(theirs);
+    if skew <= limits::CLOCK_SKEW {
+        return Ok(());
+    }
+    let direction = if ours < theirs { "behind" } else { "ahead of" };
+    Err(JoinError::Clock { skew_seconds: skew.as_secs(), direction })
+}
+
+fn request(
+    token: &JoinToken,
+    name: &NodeName,
+    keys: &Keys,
+    hello: &pb::HelloResponse,
+) -> Result<pb::JoinRequest, JoinError> {
+    let csr = keys.identity.signing_request()?;
+    let incomplete = JoinError::Incomplete("usable proof key");
+    let Ok(proof_key) = WireguardKey::try_from(hello.proof_key.as_slice()) else {
+        return Err(incomplete);
+    };
+    let Some(proof) = keys.wireguard.join_proof(&proof_key, token.id, &csr) else {
+        return Err(incomplete);
+    };
+    Ok(pb::JoinRequest {
+        token_id: token.id.0.to_vec(),
+        token_secret: token.secret.0.to_vec(),
+        name: name.to_string(),
+        csr,
+        wireguard_key: keys.wireguard.public().0.to_vec(),
+        wireguard_proof: proof,
+        proof_key: hello.proof_key.clone(),
+    })
+}
+
+fn chain(certificates: Vec<Vec<u8>>) -> Result<Vec<CertificateDer<'static>>, JoinError> {
+    let sane = !certificates.is_empty()
+        && certificates.len() <= limits::CERTIFICATES
+        && certificates.iter().all(|cert| cert.len() <= limits::CERTIFICATE_BYTES);
+    if !sane {
+        return Err(JoinError::Incomplete("usable certificate"));
+    }
+    Ok(certificates.into_iter().map(CertificateDer::from).collect())
+}
+
+/// The controller's words for the operator; tonic's own for what it did not say.
+pub fn refusal(status: &tonic::Status) -> String {
+    let words: String = status.message().chars().filter(|c| !c.is_control()).take(500).collect();
+    match status.code() {
+        _ if words.is_empty() => format!("the controller refused: {}", status.code()),
+        tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => {
+            format!("the controller did not answer: {words}")
+        }
+        _ => format!("the controller refused: {words}"),
+    }
+}
+
+/// What the tests of other crates need: the address list as it is kept.
+pub fn controllers(
+    configured: &[ControllerAddress],
+    membership: &Membership,
+) -> Vec<ControllerAddress> {
+    if configured.is_empty() { membership.controllers.clone() } else { configured.to_vec() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_an_hour_off_is_told_which_way() {
+        let now = UNIX_EPOCH + Duration::from_secs(10_000);
+        assert!(check_clock(10_000_000, now).is_ok());
+        assert!(check_clock(10_299_000, now).is_ok());
+        let behind = check_clock(13_600_000, now).unwrap_err().to_string();
+        assert!(behind.contains("3600 s behind"), "{behind}");
+        let ahead = check_clock(6_400_000, now).unwrap_err().to_string();
+        assert!(ahead.contains("3600 s ahead of"), "{ahead}");
+    }
+
+    #[test]
+    fn a_refusal_is_one_printable_line() {
+        let status = tonic::Status::permission_denied("no\u{1b}[2J\nway");
+        assert_eq!(refusal(&status), "the controller refused: no[2Jway");
+    }
+}

@@ -1,0 +1,190 @@
+//! Sealing and opening of probes (layout: `towline_proto::frame`).
+//!
+//! Each pair of nodes has two keys, one a direction, from HKDF-SHA-256 (RFC 5869) over the X25519
+//! secret of their WireGuard keys; with each key comes the pair id by which the receiver finds
+//! it. So a probe names nobody to an onlooker, and only the two can make one.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+use ring::hkdf::{HKDF_SHA256, KeyType, Prk, Salt};
+use ring::rand::{SecureRandom as _, SystemRandom};
+use towline_proto::frame::{
+    PROBE_BODY_BYTES, PROBE_BYTES, PROBE_HEADER_BYTES, PROBE_TAG_BYTES, Probe, ProbeHeader,
+};
+use towline_proto::id::WireguardKey;
+
+use crate::keys::Wireguard;
+
+const INFO: &[u8] = b"towline probe v1";
+/// The largest probe that is opened, in bytes: a datagram.
+const OPEN_BYTES: usize = 65_535;
+
+/// The keys of all pairs that this node is part of.
+#[derive(Default)]
+pub struct ProbeKeys {
+    peers: HashMap<WireguardKey, Pair>,
+    by_id: HashMap<[u8; 8], WireguardKey>,
+    scratch: Vec<u8>,
+}
+
+impl fmt::Debug for ProbeKeys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ProbeKeys({} peers)", self.peers.len())
+    }
+}
+
+struct Pair {
+    to: Direction,
+    from: Direction,
+}
+
+struct Direction {
+    id: [u8; 8],
+    key: LessSafeKey,
+}
+
+impl ProbeKeys {
+    /// Makes the set of peers be `peers`: new ones get keys, others lose theirs.
+    pub fn follow<'a>(&mut self, own: &Wireguard, peers: impl Iterator<Item = &'a WireguardKey>) {
+        let wanted: std::collections::HashSet<&WireguardKey> = peers.collect();
+        self.peers.retain(|peer, pair| {
+            let stays = wanted.contains(peer);
+            if !stays {
+                self.by_id.remove(&pair.from.id);
+            }
+            stays
+        });
+        for peer in wanted {
+            if self.peers.contains_key(peer) {
+                continue;
+            }
+            // A key of low order has no pair: nothing is ever sent to it nor believed from it.
+            let Some(pair) = Pair::new(own, peer) else { continue };
+            self.by_id.insert(pair.from.id, *peer);
+            self.peers.insert(*peer, pair);
+        }
+    }
+
+    /// The datagram of a probe to `peer`; `None` for a peer that is not in the set.
+    pub fn seal(&self, peer: &WireguardKey, probe: &Probe) -> Option<Vec<u8>> {
+        let direction = &self.peers.get(peer)?.to;
+        let mut nonce = [0; 12];
+        SystemRandom::new().fill(&mut nonce).ok()?;
+        let header = ProbeHeader { pair: direction.id, nonce }.encode();
+        let mut datagram = Vec::with_capacity(PROBE_BYTES);
+        datagram.extend_from_slice(&header);
+        datagram.extend_from_slice(&probe.encode());
+        let tag = direction
+            .key
+            .seal_in_place_separate_tag(
+                Nonce::assume_unique_for_key(nonce),
+                Aad::from(header),
+                &mut datagram[PROBE_HEADER_BYTES..],
+            )
+            .ok()?;
+        datagram.extend_from_slice(tag.as_ref());
+        Some(datagram)
+    }
+
+    /// Who sent the probe in `datagram`, and what it says; `None` for anything not authentic.
+    pub fn open(&mut self, datagram: &[u8]) -> Option<(WireguardKey, Probe)> {
+        let (header, sealed) = ProbeHeader::decode(datagram)?;
+        if sealed.len() > OPEN_BYTES || sealed.len() < PROBE_BODY_BYTES + PROBE_TAG_BYTES {
+            return None;
+        }
+        let peer = *self.by_id.get(&header.pair)?;
+        let key = &self.peers.get(&peer)?.from.key;
+        self.scratch.clear();
+        self.scratch.extend_from_slice(sealed);
+        let body = key
+            .open_in_place(
+                Nonce::assume_unique_for_key(header.nonce),
+                Aad::from(header.encode()),
+                &mut self.scratch,
+            )
+            .ok()?;
+        Some((peer, Probe::decode(body)?))
+    }
+}
+
+impl Pair {
+    fn new(own: &Wireguard, peer: &WireguardKey) -> Option<Self> {
+        let shared = own.shared(peer)?;
+        let prk = Salt::new(HKDF_SHA256, &[]).extract(shared.as_slice());
+        let own = own.public();
+        Some(Self {
+            to: Direction::new(&prk, &own, peer)?,
+            from: Direction::new(&prk, peer, &own)?,
+        })
+    }
+}
+
+/// 32 bytes of key, then 8 of id.
+struct KeyAndId;
+
+impl KeyType for KeyAndId {
+    fn len(&self) -> usize {
+        40
+    }
+}
+
+impl Direction {
+    fn new(prk: &Prk, sender: &WireguardKey, receiver: &WireguardKey) -> Option<Self> {
+        let info = [INFO, sender.as_bytes(), receiver.as_bytes()];
+        let mut bytes = zeroize::Zeroizing::new([0; 40]);
+        prk.expand(&info, KeyAndId).ok()?.fill(bytes.as_mut()).ok()?;
+        let (key, id) = bytes.split_first_chunk::<32>()?;
+        Some(Self {
+            id: id.try_into().ok()?,
+            key: LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).ok()?),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (Wireguard, ProbeKeys, Wireguard, ProbeKeys) {
+        let (a, b) = (Wireguard::generate().unwrap(), Wireguard::generate().unwrap());
+        let (mut a_keys, mut b_keys) = (ProbeKeys::default(), ProbeKeys::default());
+        a_keys.follow(&a, [b.public()].iter());
+        b_keys.follow(&b, [a.public()].iter());
+        (a, a_keys, b, b_keys)
+    }
+
+    #[test]
+    fn a_probe_is_opened_by_its_peer_and_by_nobody_else() {
+        let (a, mut a_keys, b, mut b_keys) = pair();
+        let ping = Probe::Ping { transaction: 7 };
+        let datagram = a_keys.seal(&b.public(), &ping).unwrap();
+        assert_eq!(datagram.len(), PROBE_BYTES);
+        assert_eq!(b_keys.open(&datagram), Some((a.public(), ping)));
+        // Not by the sender, to whom it might be reflected.
+        assert_eq!(a_keys.open(&datagram), None);
+        let (_, _, _, mut stranger) = pair();
+        assert_eq!(stranger.open(&datagram), None);
+    }
+
+    #[test]
+    fn a_changed_probe_is_refused_whatever_bit_changed() {
+        let (_, a_keys, b, mut b_keys) = pair();
+        let datagram = a_keys.seal(&b.public(), &Probe::Ping { transaction: 7 }).unwrap();
+        for byte in 0..datagram.len() {
+            let mut changed = datagram.clone();
+            changed[byte] ^= 1;
+            assert_eq!(b_keys.open(&changed), None, "byte {byte}");
+        }
+        assert_eq!(b_keys.open(&datagram[..datagram.len() - 1]), None);
+    }
+
+    #[test]
+    fn a_peer_that_is_gone_is_not_believed_any_more() {
+        let (_, a_keys, b, mut b_keys) = pair();
+        let datagram = a_keys.seal(&b.public(), &Probe::Ping { transaction: 7 }).unwrap();
+        b_keys.follow(&b, std::iter::empty());
+        assert_eq!(b_keys.open(&datagram), None);
+    }
+}

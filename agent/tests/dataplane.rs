@@ -1,0 +1,544 @@
+//! Two data planes back to back, over a TUN and a network in memory, with an eavesdropper on it.
+
+#![expect(clippy::unwrap_used, reason = "a panic is the report")]
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use tokio::sync::mpsc::{Receiver, channel};
+use towline_agent::dataplane::memory::{self, Datagram, MemoryHost, Network};
+use towline_agent::dataplane::{Config, DataPlane, Event};
+use towline_core::peer_table::{Observation, PeerEntry, PeerTable, PresharedKey};
+use towline_proto::id::WireguardKey;
+use x25519_dalek::{PublicKey, StaticSecret};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+/// For what must not happen: long enough for a thread to have run.
+const A_WHILE: Duration = Duration::from_millis(100);
+const PATTERN: &[u8] = b"an inner byte pattern that nobody may see";
+
+/// One end: a data plane, its host, and what it reports.
+struct End {
+    plane: DataPlane,
+    host: MemoryHost,
+    events: Receiver<Event>,
+    address: SocketAddr,
+    inner: Ipv4Addr,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl End {
+    fn new(network: &Network, number: u8) -> Self {
+        let address = SocketAddr::from(([192, 0, 2, number], 51830));
+        let (tun, host) = memory::tun(1420).unwrap();
+        let (sender, events) = channel(256);
+        let config = Config { private_key: StaticSecret::from([number; 32]) };
+        let plane = DataPlane::start(config, tun, network.bind(address).unwrap(), sender).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        Self { plane, host, events, address, inner: Ipv4Addr::new(10, 0, 0, number), runtime }
+    }
+
+    fn key(&self) -> WireguardKey {
+        self.plane.public_key()
+    }
+
+    /// This end as a peer of another.
+    fn entry(&self) -> PeerEntry {
+        PeerEntry {
+            endpoint: Some(self.address),
+            prefixes: vec![ipnet::IpNet::from(std::net::IpAddr::from(self.inner))],
+            keepalive: None,
+            preshared_key: None,
+            boot_epoch: 0,
+        }
+    }
+
+    fn event(&mut self) -> Event {
+        let Self { runtime, events, .. } = self;
+        let next = runtime.block_on(async { tokio::time::timeout(PATIENCE, events.recv()).await });
+        next.expect("an event in time").expect("the data plane lives")
+    }
+
+    /// Waits until this is observed of `peer`; other events are passed over.
+    fn observed(&mut self, of: WireguardKey, wanted: impl Fn(Observation) -> bool) {
+        loop {
+            if let Event::Peer { peer, what } = self.event()
+                && peer == of
+                && wanted(what)
+            {
+                return;
+            }
+        }
+    }
+
+    fn apply(&self, peers: impl IntoIterator<Item = (WireguardKey, PeerEntry)>) {
+        self.plane.apply(&PeerTable { peers: BTreeMap::from_iter(peers) });
+    }
+
+    fn drops(&self, reason: &str) -> u64 {
+        self.plane.snapshot().drops[reason]
+    }
+
+    /// Waits until so many were dropped for this reason.
+    fn dropped(&self, reason: &str, count: u64) {
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while self.drops(reason) < count {
+            assert!(std::time::Instant::now() < deadline, "{reason}: {:?}", self.plane.snapshot());
+            std::thread::yield_now();
+        }
+        assert_eq!(self.drops(reason), count);
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.plane.stop();
+    }
+}
+
+/// Two ends that know each other, without a session.
+fn strangers() -> (Network, End, End) {
+    let network = Network::new();
+    let (a, b) = (End::new(&network, 1), End::new(&network, 2));
+    a.apply([(b.key(), b.entry())]);
+    b.apply([(a.key(), a.entry())]);
+    (network, a, b)
+}
+
+/// Two ends with a session that the first has initiated.
+fn friends() -> (Network, End, End) {
+    let (network, mut a, mut b) = strangers();
+    a.plane.handshake(b.key(), vec![b.address]);
+    a.observed(b.key(), |what| what == Observation::Handshake { from: b.address });
+    b.observed(a.key(), |what| what == Observation::Handshake { from: a.address });
+    (network, a, b)
+}
+
+/// A UDP packet of IPv4 with the pattern in it.
+fn packet(from: &End, to: &End, payload: usize) -> Vec<u8> {
+    packet_from(from.inner, to.inner, payload)
+}
+
+fn packet_from(from: Ipv4Addr, to: Ipv4Addr, payload: usize) -> Vec<u8> {
+    let len = 28 + payload;
+    let mut packet = vec![0; len];
+    packet[0] = 0x45;
+    packet[2..4].copy_from_slice(&(len as u16).to_be_bytes());
+    packet[8] = 64;
+    packet[9] = 17;
+    packet[12..16].copy_from_slice(&from.octets());
+    packet[16..20].copy_from_slice(&to.octets());
+    packet[24..26].copy_from_slice(&((payload + 8) as u16).to_be_bytes());
+    for (to, from) in packet[28..].iter_mut().zip(PATTERN.iter().cycle()) {
+        *to = *from;
+    }
+    packet
+}
+
+fn carries(from: &End, to: &End, payload: usize) {
+    let packet = packet(from, to, payload);
+    from.host.send(&packet);
+    assert_eq!(to.host.receive(PATIENCE).as_ref(), Some(&packet));
+}
+
+fn of_type(seen: &[Datagram], kind: u8) -> Vec<&Datagram> {
+    seen.iter().filter(|datagram| datagram.bytes.first() == Some(&kind)).collect()
+}
+
+#[test]
+fn packets_pass_both_ways_and_an_eavesdropper_learns_nothing() {
+    let (network, a, b) = friends();
+    for payload in [0, 1, 3, 100, 1000, 1391, 1392] {
+        carries(&a, &b, payload);
+        carries(&b, &a, payload);
+    }
+    let seen = network.seen();
+    for datagram in &seen {
+        let leaked =
+            datagram.bytes.windows(12).any(|window| PATTERN.windows(12).any(|p| p == window));
+        assert!(!leaked, "{datagram:?}");
+    }
+    for datagram in of_type(&seen, 4) {
+        let payload = datagram.bytes.len() - 32;
+        assert!(payload.is_multiple_of(16) || payload == 1420, "padding: {payload}");
+    }
+    assert_eq!(of_type(&seen, 1).len(), 1, "initiations");
+    assert_eq!(of_type(&seen, 2).len(), 1, "responses");
+    for end in [&a, &b] {
+        assert!(end.plane.snapshot().drops.values().all(|count| *count == 0));
+    }
+}
+
+#[test]
+fn bytes_and_handshakes_are_counted() {
+    let (network, a, b) = friends();
+    carries(&a, &b, 1000);
+    carries(&b, &a, 10);
+    let (of_a, of_b) = (a.plane.snapshot(), b.plane.snapshot());
+    let (a_sees, b_sees) = (of_a.peers[&b.key()], of_b.peers[&a.key()]);
+    let sent = |from: &End| -> u64 {
+        let seen = network.seen();
+        seen.iter().filter(|d| d.from == from.address).map(|d| d.bytes.len() as u64).sum()
+    };
+    assert_eq!(a_sees.sent_bytes, sent(&a));
+    assert_eq!(b_sees.received_bytes, sent(&a));
+    assert_eq!(b_sees.sent_bytes, sent(&b));
+    assert_eq!(a_sees.received_bytes, sent(&b));
+    assert!(a_sees.last_handshake.is_some() && b_sees.last_handshake.is_some());
+    assert_eq!(a_sees.endpoint, Some(b.address));
+}
+
+#[test]
+fn a_long_burst_arrives_complete_and_in_order() {
+    let (_network, a, b) = friends();
+    let packets: Vec<_> = (0..2000).map(|n| packet(&a, &b, 1392 - n % 3 * (n % 600))).collect();
+    for packet in &packets {
+        a.host.send(packet);
+    }
+    for packet in &packets {
+        assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet));
+    }
+}
+
+#[test]
+fn without_a_session_traffic_is_wanted_once_and_waits() {
+    let (network, mut a, b) = strangers();
+    let packets: Vec<_> = (0..5).map(|n| packet(&a, &b, n)).collect();
+    for packet in &packets {
+        a.host.send(packet);
+    }
+    a.observed(b.key(), |what| what == Observation::Wanted);
+    assert!(network.seen().is_empty(), "nothing goes out unasked");
+    a.plane.handshake(b.key(), vec![b.address]);
+    for packet in &packets {
+        assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet));
+    }
+    a.observed(b.key(), |what| {
+        assert_ne!(what, Observation::Wanted, "said twice");
+        matches!(what, Observation::Handshake { .. })
+    });
+}
+
+#[test]
+fn only_a_few_packets_wait() {
+    let (_network, mut a, b) = strangers();
+    let packets: Vec<_> = (0..40).map(|n| packet(&a, &b, n)).collect();
+    for packet in &packets {
+        a.host.send(packet);
+    }
+    a.observed(b.key(), |what| what == Observation::Wanted);
+    a.dropped("queue_full", 24);
+    a.plane.handshake(b.key(), vec![b.address]);
+    for packet in &packets[24..] {
+        assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet), "the newest are kept");
+    }
+}
+
+#[test]
+fn one_initiation_goes_to_each_address_and_counts_once() {
+    let (network, mut a, mut b) = strangers();
+    let nowhere = SocketAddr::from(([198, 51, 100, 9], 9));
+    a.plane.handshake(b.key(), vec![nowhere, b.address, b.address]);
+    a.observed(b.key(), |what| what == Observation::Handshake { from: b.address });
+    b.observed(a.key(), |what| what == Observation::Handshake { from: a.address });
+    b.dropped("stale_handshake", 1);
+    let seen = network.seen();
+    let initiations = of_type(&seen, 1);
+    assert_eq!(initiations.len(), 3);
+    assert!(initiations.iter().all(|datagram| datagram.bytes == initiations[0].bytes));
+    assert_eq!(of_type(&seen, 2).len(), 1);
+    carries(&b, &a, 100);
+}
+
+#[test]
+fn both_ends_may_initiate_at_once() {
+    let (_network, mut a, mut b) = strangers();
+    a.plane.handshake(b.key(), vec![b.address]);
+    b.plane.handshake(a.key(), vec![a.address]);
+    a.observed(b.key(), |what| matches!(what, Observation::Handshake { .. }));
+    b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
+    carries(&a, &b, 100);
+    carries(&b, &a, 100);
+}
+
+#[test]
+fn a_responder_that_knows_no_address_answers_where_the_handshake_came_from() {
+    let (_network, mut a, mut b) = strangers();
+    b.apply([(a.key(), PeerEntry { endpoint: None, ..a.entry() })]);
+    a.plane.handshake(b.key(), vec![b.address]);
+    b.observed(a.key(), |what| what == Observation::Roamed { from: a.address });
+    a.observed(b.key(), |what| matches!(what, Observation::Handshake { .. }));
+    carries(&b, &a, 10);
+    carries(&a, &b, 10);
+    assert_eq!(b.plane.snapshot().peers[&a.key()].endpoint, Some(a.address));
+}
+
+#[test]
+fn an_authentic_datagram_from_elsewhere_is_reported_and_replies_stay() {
+    let (network, a, mut b) = friends();
+    let elsewhere = SocketAddr::from(([203, 0, 113, 5], 1024));
+    let (inside, outside) = (a.address, b.address);
+    let moving = network.clone();
+    network.filter(move |datagram| {
+        let moved = datagram.from == inside && datagram.to == outside;
+        if moved {
+            let (moving, datagram) =
+                (moving.clone(), Datagram { from: elsewhere, ..datagram.clone() });
+            std::thread::spawn(move || moving.inject(datagram));
+        }
+        !moved
+    });
+    carries(&a, &b, 10);
+    b.observed(a.key(), |what| what == Observation::Roamed { from: elsewhere });
+    carries(&b, &a, 10);
+    // Once is enough.
+    carries(&a, &b, 10);
+    assert!(b.events.try_recv().is_err());
+}
+
+#[test]
+fn a_replay_is_refused() {
+    let (network, a, b) = friends();
+    carries(&a, &b, 100);
+    for datagram in network.seen() {
+        network.inject(datagram);
+    }
+    b.dropped("stale_handshake", 1);
+    b.dropped("replayed", 2);
+    a.dropped("invalid_handshake", 1);
+    assert_eq!(b.host.receive(A_WHILE), None);
+    carries(&a, &b, 100);
+    carries(&b, &a, 100);
+}
+
+#[test]
+fn a_foreign_source_is_dropped_and_counted() {
+    let (_network, a, b) = friends();
+    a.host.send(&packet_from(Ipv4Addr::new(10, 0, 0, 77), b.inner, 10));
+    b.dropped("wrong_source", 1);
+    // A prefix of its own inside the peer's belongs to the other peer alone.
+    let third = WireguardKey(PublicKey::from(&StaticSecret::from([3; 32])).to_bytes());
+    let whole = PeerEntry { prefixes: vec!["10.0.0.0/8".parse().unwrap()], ..a.entry() };
+    let part =
+        PeerEntry { prefixes: vec!["10.7.0.0/16".parse().unwrap()], endpoint: None, ..a.entry() };
+    b.apply([(a.key(), whole), (third, part)]);
+    let good = packet_from(Ipv4Addr::new(10, 8, 1, 1), b.inner, 10);
+    a.host.send(&packet_from(Ipv4Addr::new(10, 7, 1, 1), b.inner, 10));
+    a.host.send(&good);
+    assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(&good));
+    b.dropped("wrong_source", 2);
+}
+
+#[test]
+fn what_no_peer_holds_is_dropped_and_counted() {
+    let (network, a, _b) = friends();
+    let before = network.seen().len();
+    a.host.send(&packet_from(a.inner, Ipv4Addr::new(10, 9, 9, 9), 10));
+    a.dropped("no_route", 1);
+    a.host.send(&[0x45, 0, 0, 60]);
+    a.host.send(&[]);
+    a.dropped("inner_malformed", 2);
+    assert_eq!(network.seen().len(), before);
+}
+
+#[test]
+fn a_new_table_keeps_the_sessions_of_those_who_stay() {
+    let (network, a, b) = friends();
+    let other = WireguardKey(PublicKey::from(&StaticSecret::from([9; 32])).to_bytes());
+    let another = PeerEntry { prefixes: vec!["10.0.9.0/24".parse().unwrap()], ..a.entry() };
+    let more = PeerEntry {
+        prefixes: vec!["10.0.0.2/32".parse().unwrap(), "10.5.0.0/16".parse().unwrap()],
+        ..b.entry()
+    };
+    a.apply([(b.key(), more), (other, another)]);
+    carries(&a, &b, 10);
+    carries(&b, &a, 10);
+    a.apply([(b.key(), b.entry())]);
+    carries(&b, &a, 10);
+    assert_eq!(of_type(&network.seen(), 1).len(), 1, "one handshake served all tables");
+    // Who is gone is a stranger.
+    b.apply([]);
+    a.host.send(&packet(&a, &b, 10));
+    b.dropped("unknown_index", 1);
+    a.plane.handshake(b.key(), vec![b.address]);
+    b.dropped("unknown_peer", 1);
+}
+
+#[test]
+fn a_preshared_key_must_be_the_same_on_both_sides() {
+    let (_network, mut a, b) = strangers();
+    let psk = |byte| Some(PresharedKey([byte; 32]));
+    a.apply([(b.key(), PeerEntry { preshared_key: psk(5), ..b.entry() })]);
+    b.apply([(a.key(), PeerEntry { preshared_key: psk(6), ..a.entry() })]);
+    a.plane.handshake(b.key(), vec![b.address]);
+    a.dropped("invalid_handshake", 1);
+    b.apply([(a.key(), PeerEntry { preshared_key: psk(5), ..a.entry() })]);
+    // The same addresses at once would be taken for the same order.
+    a.plane.handshake(b.key(), vec![b.address, SocketAddr::from(([198, 51, 100, 9], 9))]);
+    a.observed(b.key(), |what| matches!(what, Observation::Handshake { .. }));
+    carries(&a, &b, 10);
+    carries(&b, &a, 10);
+}
+
+#[test]
+fn a_preshared_key_changes_without_a_gap() {
+    let (network, mut a, b) = friends();
+    let psk = Some(PresharedKey([5; 32]));
+    a.apply([(b.key(), PeerEntry { preshared_key: psk.clone(), ..b.entry() })]);
+    carries(&a, &b, 10);
+    carries(&b, &a, 10);
+    b.apply([(a.key(), PeerEntry { preshared_key: psk, ..a.entry() })]);
+    carries(&a, &b, 10);
+    carries(&b, &a, 10);
+    assert_eq!(of_type(&network.seen(), 1).len(), 1, "on the session of before");
+    a.plane.handshake(b.key(), vec![b.address]);
+    a.observed(b.key(), |what| matches!(what, Observation::Handshake { .. }));
+    carries(&a, &b, 10);
+    carries(&b, &a, 10);
+    assert_eq!(of_type(&network.seen(), 1).len(), 2);
+    let before = network.seen();
+    carries(&a, &b, 10);
+    let receiver = |datagram: &Datagram| datagram.bytes[4..8].to_vec();
+    let (first, last) = (of_type(&before, 4)[0].clone(), network.seen().pop().unwrap());
+    assert_ne!(receiver(&first), receiver(&last), "on the new session");
+}
+
+#[test]
+fn a_node_whose_clock_was_set_back_returns_when_its_boot_epoch_grows() {
+    let network = Network::new();
+    let (a, mut b) = (End::new(&network, 1), End::new(&network, 2));
+    b.apply([(a.key(), a.entry())]);
+    a.apply([(b.key(), b.entry())]);
+    a.plane.handshake(b.key(), vec![b.address]);
+    b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
+    let recorded = of_type(&network.seen(), 1)[0].clone();
+    // An initiation that is not newer than the last stands for any of a clock set back.
+    network.inject(recorded.clone());
+    b.dropped("stale_handshake", 1);
+    b.apply([(a.key(), PeerEntry { boot_epoch: 1, ..a.entry() })]);
+    carries(&a, &b, 10);
+    let answers = of_type(&network.seen(), 2).len();
+    network.inject(recorded);
+    b.plane.send(a.address, &[0x50]);
+    carries(&b, &a, 10);
+    assert_eq!(of_type(&network.seen(), 2).len(), answers + 1, "it is answered now");
+    b.dropped("stale_handshake", 1);
+}
+
+#[test]
+fn probes_and_stun_are_handed_on_and_sent() {
+    let (network, a, mut b) = strangers();
+    let probe = [&[0x50u8, 1, 0, 0][..], &[7; 60]].concat();
+    let stun = [&[0u8, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42][..], &[9; 12]].concat();
+    a.plane.send(b.address, &probe);
+    match b.event() {
+        Event::Probe { from, datagram } => assert_eq!((from, &*datagram), (a.address, &*probe)),
+        other => panic!("{other:?}"),
+    }
+    network.inject(Datagram { from: a.address, to: b.address, bytes: stun.clone() });
+    match b.event() {
+        Event::Stun { from, datagram } => assert_eq!((from, &*datagram), (a.address, &*stun)),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn junk_is_dropped_and_counted_and_harms_nobody() {
+    let (network, a, b) = friends();
+    let mut junk: Vec<Vec<u8>> = vec![
+        vec![],
+        vec![0xff; 1],
+        vec![1, 0, 0, 0],
+        vec![0; 65_507],
+        [&[1u8, 0, 0, 0][..], &[0xaa; 144]].concat(),
+        [&[2u8, 0, 0, 0][..], &[0xaa; 88]].concat(),
+        [&[3u8, 0, 0, 0][..], &[0xaa; 60]].concat(),
+        [&[4u8, 0, 0, 0][..], &[0xaa; 28]].concat(),
+        [&[4u8, 0, 0, 0][..], &[0xaa; 27]].concat(),
+        [&[4u8, 0, 0, 0][..], &[0xaa; 65_503]].concat(),
+    ];
+    // Real ones with a bit turned, and real ones that end too early.
+    carries(&a, &b, 100);
+    for datagram in network.seen().iter().filter(|datagram| datagram.to == b.address) {
+        for at in (0..datagram.bytes.len()).step_by(7) {
+            let mut bytes = datagram.bytes.clone();
+            bytes[at] ^= 0x10;
+            junk.push(bytes);
+            junk.push(datagram.bytes[..at].to_vec());
+        }
+    }
+    let before: u64 = b.plane.snapshot().drops.values().sum();
+    for (port, bytes) in junk.iter().enumerate() {
+        let from = SocketAddr::from(([203, 0, 113, 7], port as u16));
+        network.inject(Datagram { from, to: b.address, bytes: bytes.clone() });
+    }
+    carries(&a, &b, 100);
+    carries(&b, &a, 100);
+    let dropped = b.plane.snapshot().drops.values().sum::<u64>() - before;
+    let probes = junk.iter().filter(|bytes| bytes.first() == Some(&0x50)).count();
+    assert_eq!(dropped as usize + probes, junk.len(), "{:?}", b.plane.snapshot().drops);
+}
+
+#[test]
+fn a_counter_near_its_end_is_refused() {
+    let (network, a, b) = friends();
+    carries(&a, &b, 10);
+    let mut datagram = network.seen().pop().unwrap();
+    datagram.bytes[8..16].copy_from_slice(&(u64::MAX - 100).to_le_bytes());
+    network.inject(datagram);
+    b.dropped("counter_exhausted", 1);
+    carries(&a, &b, 10);
+}
+
+#[test]
+fn one_loud_source_is_limited_before_its_handshakes_cost_anything() {
+    let (network, a, mut b) = strangers();
+    let loud = SocketAddr::from(([203, 0, 113, 1], 1));
+    a.plane.handshake(b.key(), vec![SocketAddr::from(([198, 51, 100, 9], 9))]);
+    while network.seen().is_empty() {
+        std::thread::yield_now();
+    }
+    let mut initiation = network.seen()[0].bytes.clone();
+    initiation[140] ^= 1;
+    initiation[120] ^= 1;
+    for _ in 0..1000 {
+        let bytes = initiation.clone();
+        network.inject(Datagram { from: loud, to: b.address, bytes });
+    }
+    a.plane.handshake(b.key(), vec![b.address]);
+    b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
+    assert!(b.drops("source_limited") > 700, "{:?}", b.plane.snapshot().drops);
+    assert_eq!(b.drops("under_load"), 0);
+}
+
+#[test]
+fn keepalives_fill_a_silence_and_nothing_else() {
+    let (network, a, b) = friends();
+    let keepalive = Some(Duration::from_millis(300));
+    a.apply([(b.key(), PeerEntry { keepalive, ..b.entry() })]);
+    let keepalives = |network: &Network| {
+        let seen = network.seen();
+        seen.iter().filter(|d| d.from == a.address && d.bytes.len() == 32).count()
+    };
+    let before = keepalives(&network);
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while keepalives(&network) < before + 2 {
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    assert_eq!(of_type(&network.seen(), 1).len(), 1);
+    assert!(network.seen().iter().all(|d| d.from != b.address || d.bytes.len() != 32));
+}
+
+#[test]
+fn a_stopped_data_plane_is_silent() {
+    let (network, a, b) = friends();
+    b.plane.stop();
+    let before = network.seen().len();
+    a.plane.handshake(b.key(), vec![b.address]);
+    while network.seen().len() == before {
+        std::thread::yield_now();
+    }
+    assert!(network.seen().iter().skip(before).all(|datagram| datagram.from == a.address));
+}

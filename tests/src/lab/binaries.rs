@@ -1,0 +1,134 @@
+//! Building the daemons, and where they are.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+
+use super::talk::line;
+
+/// How the daemons are built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// The one of `cargo test`: quick to build.
+    Dev,
+    /// For figures.
+    Release,
+}
+
+/// The daemons of this working copy.
+#[derive(Debug, Clone)]
+pub struct Binaries {
+    /// `towline`.
+    pub towline: PathBuf,
+    /// `towline-controller`.
+    pub controller: PathBuf,
+}
+
+impl Binaries {
+    /// Builds them with `$CARGO` (else `cargo`) and takes their places from what cargo says: the
+    /// target directory may be anywhere. On a terminal cargo shows its own progress.
+    pub fn build(profile: Profile) -> anyhow::Result<Self> {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let terminal = std::io::stderr().is_terminal();
+        let release = profile == Profile::Release;
+        line(if release { "building the daemons (release)" } else { "building the daemons" });
+        let mut command = Command::new(&cargo);
+        command
+            .args(["build", "--message-format=json-render-diagnostics"])
+            // The lab's own package takes part, without being built, so that the dependencies
+            // get the same features as for the lab itself and are not built a second time.
+            .args(["-p", "towline-agent", "-p", "towline-controller", "-p", "towline-tests"])
+            .args(["--bin", "towline", "--bin", "towline-controller"])
+            .current_dir(workspace())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit());
+        if release {
+            command.arg("--release");
+        }
+        if !terminal {
+            command.arg("--quiet");
+        }
+        for (name, _) in std::env::vars_os() {
+            if name.to_str().is_some_and(of_an_outer_cargo) {
+                command.env_remove(name);
+            }
+        }
+        let name = cargo.display();
+        let mut child = command.spawn().with_context(|| format!("cannot start `{name} build`"))?;
+        let messages = child.stdout.take().ok_or_else(|| anyhow!("cargo has no output"))?;
+        let mut found = BTreeMap::new();
+        let mut said = Instant::now();
+        let mut units = 0;
+        for message in BufReader::new(messages).lines() {
+            units += 1;
+            if let Some((name, path)) = executable(&message?) {
+                found.insert(name, path);
+            }
+            if !terminal && said.elapsed() > Duration::from_secs(20) {
+                said = Instant::now();
+                line(&format!("still building: {units} units done"));
+            }
+        }
+        if !child.wait()?.success() {
+            bail!("the daemons do not build: see above");
+        }
+        let mut take = |name: &str| {
+            found.remove(name).ok_or_else(|| anyhow!("cargo built no binary named {name}"))
+        };
+        Ok(Self { towline: take("towline")?, controller: take("towline-controller")? })
+    }
+
+    /// The directory that holds them, for a shell's `PATH`.
+    pub fn directory(&self) -> &Path {
+        self.towline.parent().unwrap_or(Path::new("/"))
+    }
+}
+
+/// The workspace that this package was built from.
+fn workspace() -> PathBuf {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    package.parent().unwrap_or(package).to_owned()
+}
+
+/// Whether a variable tells of the package that an outer `cargo run` or `cargo test` runs. Build
+/// scripts look at some of them: seeing others than last time, they would build all over again.
+fn of_an_outer_cargo(variable: &str) -> bool {
+    ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_", "CARGO_PRIMARY_PACKAGE"]
+        .iter()
+        .any(|prefix| variable.starts_with(prefix))
+}
+
+/// Name and path of the executable in one of cargo's messages, if that is what it tells of.
+fn executable(message: &str) -> Option<(String, PathBuf)> {
+    let message: serde_json::Value = serde_json::from_str(message).ok()?;
+    if message["reason"] != "compiler-artifact" {
+        return None;
+    }
+    let path = message["executable"].as_str()?;
+    Some((message["target"]["name"].as_str()?.to_owned(), path.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn executables_are_found_in_cargos_messages() {
+        let message = r#"{"reason":"compiler-artifact","target":{"name":"towline","kind":["bin"]},
+            "executable":"/somewhere/debug/towline"}"#;
+        let found = executable(message).unwrap();
+        assert_eq!(found, ("towline".to_owned(), PathBuf::from("/somewhere/debug/towline")));
+        for other in [
+            r#"{"reason":"compiler-artifact","target":{"name":"libc"},"executable":null}"#,
+            r#"{"reason":"build-finished","success":true}"#,
+            "not json",
+        ] {
+            assert_eq!(executable(other), None);
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! The outer headers of an Ethernet frame, as far as a capture needs them.
+
+use std::net::IpAddr;
+
+use towline_proto::frame::DatagramKind;
+
+/// The outer IP packet of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Outer<'a> {
+    pub(super) source: IpAddr,
+    pub(super) destination: IpAddr,
+    /// Of UDP, when it is that.
+    udp_payload: Option<&'a [u8]>,
+}
+
+const ETHERNET_BYTES: usize = 14;
+const UDP: u8 = 17;
+const UDP_BYTES: usize = 8;
+
+impl<'a> Outer<'a> {
+    /// `None` for what is no IP.
+    pub(super) fn parse(frame: &'a [u8]) -> Option<Self> {
+        let packet = frame.get(ETHERNET_BYTES..)?;
+        match frame.get(12..14)? {
+            [0x08, 0x00] => Self::v4(packet),
+            [0x86, 0xdd] => Self::v6(packet),
+            _ => None,
+        }
+    }
+
+    pub(super) fn is_wireguard(&self) -> bool {
+        self.udp_payload.is_some_and(|bytes| DatagramKind::of(bytes) == DatagramKind::WireGuard)
+    }
+
+    fn v4(packet: &'a [u8]) -> Option<Self> {
+        let (header, _) = packet.split_first_chunk::<20>()?;
+        let header_bytes = usize::from(header[0] & 0x0f) * 4;
+        let later_fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0;
+        let address = |at: usize| <[u8; 4]>::try_from(&header[at..at + 4]).map(IpAddr::from).ok();
+        let udp = header[9] == UDP && !later_fragment;
+        Some(Self {
+            source: address(12)?,
+            destination: address(16)?,
+            udp_payload: if udp { packet.get(header_bytes + UDP_BYTES..) } else { None },
+        })
+    }
+
+    fn v6(packet: &'a [u8]) -> Option<Self> {
+        let (header, rest) = packet.split_first_chunk::<40>()?;
+        let address = |at: usize| <[u8; 16]>::try_from(&header[at..at + 16]).map(IpAddr::from).ok();
+        Some(Self {
+            source: address(8)?,
+            destination: address(24)?,
+            udp_payload: if header[6] == UDP { rest.get(UDP_BYTES..) } else { None },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outer_headers_are_read() {
+        let mut frame = vec![0; ETHERNET_BYTES];
+        frame[12..].copy_from_slice(&[0x08, 0x00]);
+        frame.extend([0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, UDP, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2]);
+        frame.extend([0; UDP_BYTES]);
+        frame.extend([4, 0, 0, 0, 9]);
+        let outer = Outer::parse(&frame).unwrap();
+        assert_eq!(outer.source.to_string(), "192.0.2.1");
+        assert_eq!(outer.destination.to_string(), "192.0.2.2");
+        assert!(outer.is_wireguard());
+        for length in 0..frame.len() {
+            // Cut anywhere: no panic.
+            let _ = Outer::parse(&frame[..length]);
+        }
+    }
+
+    #[test]
+    fn a_later_fragment_is_no_datagram() {
+        let mut frame = vec![0; ETHERNET_BYTES];
+        frame[12..].copy_from_slice(&[0x08, 0x00]);
+        frame.extend([0x45, 0, 0, 0, 0, 0, 0x00, 9, 64, UDP, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2]);
+        frame.extend([0; UDP_BYTES]);
+        frame.extend([4, 0, 0, 0, 9]);
+        assert!(!Outer::parse(&frame).unwrap().is_wireguard());
+    }
+}

@@ -1,0 +1,172 @@
+//! Every packet on the simulated internet, searched for what must not be there.
+//!
+//! A capture sees the frames that enter the ports of a namespace's bridge: all outer traffic, as its
+//! sender made it (a train of datagrams may be one frame). It looks for three things:
+//!
+//! - the [`Pattern`]'s mark anywhere in a frame: inner payload in clear;
+//! - an outer address inside a watched network (the overlay): an inner packet in clear, whatever it
+//!   carries;
+//! - WireGuard datagrams, so that "nothing in clear" is not said of a silent wire.
+//!
+//! What the ring could not hold is counted by the kernel: [`Seen::missed`] other than 0 means that
+//! nothing can be promised.
+
+mod frame;
+mod ring;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+
+use anyhow::Context;
+use ipnet::IpNet;
+use memchr::memmem::Finder;
+use parking_lot::Mutex;
+use serde::Serialize;
+
+use super::interrupt::wait_for;
+use super::namespace::Namespace;
+use super::traffic::Pattern;
+use frame::Outer;
+use ring::Ring;
+
+/// A running capture. Dropping it ends it.
+#[derive(Debug)]
+pub struct Capture {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<anyhow::Result<()>>>,
+}
+
+/// What was seen so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct Seen {
+    /// Frames.
+    pub frames: u64,
+    /// Bytes of them.
+    pub bytes: u64,
+    /// Frames that carry WireGuard.
+    pub wireguard: u64,
+    /// Frames that hold the pattern's mark.
+    pub marked: u64,
+    /// Frames from or to an address of the watched networks.
+    pub inner_addresses: u64,
+    /// Frames that the ring could not hold.
+    pub missed: u64,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    counts: Counts,
+    watched: Mutex<Vec<IpNet>>,
+    stop: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    frames: AtomicU64,
+    bytes: AtomicU64,
+    wireguard: AtomicU64,
+    marked: AtomicU64,
+    inner_addresses: AtomicU64,
+    missed: AtomicU64,
+}
+
+impl Capture {
+    /// Captures what enters any link of `namespace`.
+    pub fn start(namespace: &Namespace, pattern: Pattern) -> anyhow::Result<Self> {
+        let ring = namespace.run(Ring::open).context("cannot capture")?;
+        let shared = Arc::new(Shared::default());
+        let worker = Arc::clone(&shared);
+        let thread = Builder::new()
+            .name(format!("capture-{}", namespace.name()))
+            .spawn(move || worker.work(ring, pattern))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// From now on counts outer addresses inside these networks.
+    pub fn watch(&self, networks: impl IntoIterator<Item = IpNet>) {
+        self.shared.watched.lock().extend(networks);
+    }
+
+    /// What was seen so far; the last few milliseconds may be missing.
+    pub fn seen(&self) -> Seen {
+        self.shared.counts.read()
+    }
+
+    /// Waits until the detector found the mark in something that was just sent in clear, on
+    /// purpose, and forgets it: from here on every find is a leak.
+    pub fn expect_mark(&self, limit: Duration) -> anyhow::Result<()> {
+        wait_for("sight of the mark that was sent in clear", limit, || {
+            Ok((self.seen().marked > 0).then_some(()))
+        })?;
+        self.shared.counts.marked.store(0, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Ends the capture once all that was on the wire before has been looked at.
+    pub fn stop(mut self) -> anyhow::Result<Seen> {
+        self.end().unwrap_or(Ok(()))?;
+        Ok(self.seen())
+    }
+
+    fn end(&mut self) -> Option<anyhow::Result<()>> {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        let thread = self.thread.take()?;
+        Some(thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the capture panicked"))))
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Shared {
+    fn work(&self, mut ring: Ring, pattern: Pattern) -> anyhow::Result<()> {
+        let finder = Finder::new(pattern.mark());
+        loop {
+            // Asked before the look, so that the last look comes after the request.
+            let stopping = self.stop.load(Ordering::Relaxed);
+            let watched = self.watched.lock().clone();
+            let any = ring.next_block(|frame| self.look(frame, &finder, &watched))?;
+            self.counts.missed.fetch_add(ring.missed()?, Ordering::Relaxed);
+            if stopping && !any {
+                return Ok(());
+            }
+        }
+    }
+
+    fn look(&self, frame: &[u8], finder: &Finder<'_>, watched: &[IpNet]) {
+        let counts = &self.counts;
+        let add = |counter: &AtomicU64, n: u64| counter.fetch_add(n, Ordering::Relaxed);
+        add(&counts.frames, 1);
+        add(&counts.bytes, frame.len() as u64);
+        if finder.find(frame).is_some() {
+            add(&counts.marked, 1);
+        }
+        let Some(outer) = Outer::parse(frame) else { return };
+        if outer.is_wireguard() {
+            add(&counts.wireguard, 1);
+        }
+        if watched.iter().any(|net| net.contains(&outer.source) || net.contains(&outer.destination))
+        {
+            add(&counts.inner_addresses, 1);
+        }
+    }
+}
+
+impl Counts {
+    fn read(&self) -> Seen {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Seen {
+            frames: read(&self.frames),
+            bytes: read(&self.bytes),
+            wireguard: read(&self.wireguard),
+            marked: read(&self.marked),
+            inner_addresses: read(&self.inner_addresses),
+            missed: read(&self.missed),
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! The command line of `cargo lab`.
+//!
+//! Exit status: 0 every promise held, 1 one did not, 2 wrong usage, 3 this machine forbids it.
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use super::binaries::{Binaries, Profile};
+use super::interrupt;
+use super::keep::Kept;
+use super::privilege::acquire;
+use super::report::{Forbidden, finish, print};
+use super::scenario::{Setting, demo};
+use super::talk::{Talk, line};
+
+/// Hosts as network namespaces, the real binaries inside them, and nothing left behind.
+#[derive(Debug, Parser)]
+#[command(name = "cargo lab", bin_name = "cargo lab", version, disable_help_subcommand = true)]
+struct Command {
+    #[command(subcommand)]
+    what: What,
+    /// Work in a user namespace even as root.
+    #[arg(long, global = true)]
+    rootless: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Names the scenarios, a line each.
+    List,
+    /// Two workers behind NAT join a control plane; traffic flows, sealed.
+    Demo(DemoArguments),
+    /// Opens a shell, or runs a command, in a node of a lab that is kept up.
+    Shell {
+        /// cp, worker-a, worker-b, router-a, router-b or internet.
+        node: String,
+        /// What to run instead of a shell.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+struct DemoArguments {
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    json: bool,
+    /// Stay up afterwards, until Ctrl-C.
+    #[arg(long)]
+    keep: bool,
+    /// Send this much each way, over each tunnel and address family.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    megabytes: u64,
+}
+
+/// Runs what the command line says.
+pub fn main() -> ExitCode {
+    let Command { what, rootless } = Command::parse();
+    run(what, rootless).unwrap_or_else(|error| {
+        line(&format!("{error:#}"));
+        ExitCode::from(if error.downcast_ref::<Forbidden>().is_some() { 3 } else { 1 })
+    })
+}
+
+fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
+    match what {
+        What::List => {
+            print(LIST)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        What::Demo(DemoArguments { json, keep, megabytes }) => {
+            let setting = prepare(rootless, Profile::Dev)?;
+            let figures = demo::run(&setting, demo::Options { megabytes, keep })?;
+            drop(setting);
+            finish(&figures, json)
+        }
+        What::Shell { node, command } => match Kept::find()?.enter(&node, &command)? {},
+    }
+}
+
+/// One line each; none of these needs the real root.
+const LIST: &str = "\
+demo    two workers behind NAT join a control plane; traffic flows, sealed
+";
+
+/// The right to make namespaces first: a refusal should not come after minutes of building.
+fn prepare(rootless: bool, profile: Profile) -> anyhow::Result<Setting> {
+    interrupt::install()?;
+    let rank = acquire(rootless)?;
+    let binaries = Binaries::build(profile)?;
+    Ok(Setting { rank, binaries, talk: Talk::new() })
+}

@@ -1,0 +1,53 @@
+//! `cargo test` inside namespaces: a test's program is started again, for that one test, as root of
+//! a user namespace.
+//!
+//! A test program has threads from the start, so it cannot enter a user namespace by itself.
+
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use nix::unistd::{getegid, geteuid};
+
+use super::privilege::{Rank, enter_user_namespace, usable};
+use super::report::Forbidden;
+
+const INSIDE: &str = "TOWLINE_LAB_INSIDE";
+
+/// Runs `body` as root of a user namespace. Prints the reason and runs nothing where this machine
+/// forbids it. `test` is the path of the test that calls this, without the crate's name.
+///
+/// # Panics
+/// When the test fails inside.
+pub fn inside(test: &str, body: impl FnOnce(Rank)) {
+    if std::env::var_os(INSIDE).is_some() {
+        match usable() {
+            Ok(()) => body(Rank::Rootless),
+            Err(forbidden) => skip(&forbidden),
+        }
+        return;
+    }
+    let started = std::env::current_exe().and_then(|program| {
+        let mut command = Command::new(program);
+        command.args([test, "--exact", "--nocapture", "--include-ignored"]).env(INSIDE, "1");
+        command.stdin(Stdio::null());
+        let (uid, gid) = (geteuid(), getegid());
+        // SAFETY: between fork and exec the child makes system calls, and allocations that glibc
+        // and musl allow there.
+        unsafe { command.pre_exec(move || enter_user_namespace(uid, gid)) };
+        command.output()
+    });
+    match started {
+        Err(error) => skip(&super::privilege::refused(&format!("no user namespace: {error}"))),
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stdout);
+            let errors = String::from_utf8_lossy(&output.stderr);
+            print!("{said}");
+            assert!(output.status.success(), "in the namespace:\n{said}\n{errors}");
+            assert!(said.contains("1 passed"), "`{test}` is not the name of the test");
+        }
+    }
+}
+
+fn skip(forbidden: &Forbidden) {
+    println!("skipped: {forbidden}");
+}

@@ -1,0 +1,173 @@
+//! A lab that stays up after its scenario, and shells inside it.
+//!
+//! The kept lab writes down its process and the threads that hold its namespaces; `lab shell`
+//! enters them by `/proc`. The note lies beside the lab's binary, so a working copy keeps one lab at
+//! a time, and is removed with the lab.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use nix::sched::{CloneFlags, setns};
+use serde::{Deserialize, Serialize};
+
+use super::interrupt;
+use super::namespace::Namespace;
+
+/// What a shell needs to know of a kept lab.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Kept {
+    process: i32,
+    /// Of the process, in ticks since boot: tells it from a later one with the same number.
+    started: u64,
+    binaries: PathBuf,
+    places: BTreeMap<String, Place>,
+}
+
+/// One namespace of a kept lab.
+#[derive(Debug, Serialize, Deserialize)]
+struct Place {
+    thread: i32,
+    environment: BTreeMap<String, String>,
+}
+
+impl Kept {
+    /// A lab of this process with nothing to enter yet; `binaries` is put first in a shell's `PATH`.
+    pub fn new(binaries: &Path) -> anyhow::Result<Self> {
+        let process = nix::unistd::getpid().as_raw();
+        Ok(Self {
+            process,
+            started: started(process).context("this process has no start time")?,
+            binaries: binaries.to_owned(),
+            places: BTreeMap::new(),
+        })
+    }
+
+    /// Adds a namespace, with what a shell in it gets as environment.
+    pub fn add<N: Into<String>, V: Into<String>>(
+        &mut self,
+        namespace: &Namespace,
+        environment: impl IntoIterator<Item = (N, V)>,
+    ) {
+        let place = Place {
+            thread: namespace.thread_id().as_raw(),
+            environment: environment.into_iter().map(|(n, v)| (n.into(), v.into())).collect(),
+        };
+        self.places.insert(namespace.name().to_owned(), place);
+    }
+
+    /// Lets shells in until Ctrl-C.
+    pub fn stay(&self) -> anyhow::Result<()> {
+        let note = Note::path()?;
+        if let Ok(other) = Self::read(&note)
+            && other.alive()
+        {
+            bail!("another lab is kept by process {}: end it first", other.process);
+        }
+        let text = serde_json::to_string_pretty(self)?;
+        fs::write(&note, text).with_context(|| format!("cannot write {}", note.display()))?;
+        let _note = Note(note);
+        while !interrupt::raised() {
+            // Ctrl-C is what is waited for.
+            let _ = interrupt::pass(Duration::from_secs(1));
+        }
+        Ok(())
+    }
+
+    /// The lab that is kept by this working copy.
+    pub fn find() -> anyhow::Result<Self> {
+        match Self::read(&Note::path()?) {
+            Ok(kept) if kept.alive() => Ok(kept),
+            Ok(_) => bail!("no lab is kept up: start one with `cargo lab demo --keep`"),
+            Err(error) if is_missing(&error) => {
+                bail!("no lab is kept up: start one with `cargo lab demo --keep`")
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Becomes `command` (else the user's shell) inside the namespace of this name. Returns only
+    /// when that fails. Call it before any thread is started.
+    pub fn enter(&self, name: &str, command: &[String]) -> anyhow::Result<Infallible> {
+        let Some(place) = self.places.get(name) else {
+            let names: Vec<&str> = self.places.keys().map(String::as_str).collect();
+            bail!("the lab has no `{name}`: choose one of {}", names.join(", "));
+        };
+        let user = format!("/proc/{}/ns/user", self.process);
+        if inode(&user)? != inode("/proc/self/ns/user")? {
+            join(&user, CloneFlags::CLONE_NEWUSER)?;
+        }
+        let net = format!("/proc/{}/task/{}/ns/net", self.process, place.thread);
+        join(&net, CloneFlags::CLONE_NEWNET)?;
+        let shell = || std::env::var("SHELL").unwrap_or_else(|_| "/bin/sh".to_owned());
+        let (program, arguments) = match command {
+            [] => (shell(), &[][..]),
+            [program, arguments @ ..] => (program.clone(), arguments),
+        };
+        let mut path = self.binaries.clone().into_os_string();
+        if let Some(rest) = std::env::var_os("PATH") {
+            path.push(":");
+            path.push(rest);
+        }
+        let error = Command::new(&program)
+            .args(arguments)
+            .env("PATH", &path)
+            .env("TOWLINE_LAB_NODE", name)
+            .envs(&place.environment)
+            .exec();
+        Err(error).with_context(|| format!("cannot start {program}"))
+    }
+
+    fn read(note: &Path) -> anyhow::Result<Self> {
+        let text =
+            fs::read_to_string(note).with_context(|| format!("cannot read {}", note.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("{} is damaged", note.display()))
+    }
+
+    fn alive(&self) -> bool {
+        started(self.process).is_some_and(|started| started == self.started)
+    }
+}
+
+/// The file that tells of a kept lab, removed in the end.
+struct Note(PathBuf);
+
+impl Note {
+    fn path() -> anyhow::Result<PathBuf> {
+        let own = std::env::current_exe().context("cannot tell where this program is")?;
+        Ok(own.with_file_name("towline-lab-kept.json"))
+    }
+}
+
+impl Drop for Note {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// When a process started, in ticks since boot; `None`: there is none.
+fn started(process: i32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The second field is a name that may hold anything; fields are counted behind it.
+    text.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+fn inode(path: &str) -> anyhow::Result<u64> {
+    Ok(fs::metadata(path).with_context(|| format!("cannot look at {path}"))?.ino())
+}
+
+fn join(path: &str, kind: CloneFlags) -> anyhow::Result<()> {
+    let namespace = File::open(path).with_context(|| format!("cannot open {path}"))?;
+    setns(namespace, kind).with_context(|| format!("cannot enter {path}"))
+}
+
+fn is_missing(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::NotFound)
+}

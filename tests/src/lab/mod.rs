@@ -1,0 +1,63 @@
+//! The lab: hosts as network namespaces, the real binaries inside them, and nothing left behind.
+//!
+//! ```text
+//!                       the internet: namespace `internet`
+//!            ┌───────────────── bridge net0 ─────────────────┐      203.0.113.0/24
+//!            │  every port is captured                       │      2001:db8::/64
+//!     ┌──────┴──────┐         ┌──────┴──────┐         ┌──────┴──────┐
+//!     │ cp          │         │ router-a    │         │ router-b    │  public .10, .11, .12
+//!     │ controller  │         │ masquerade  │         │ masquerade  │
+//!     │ agent       │         │ bridge lan0 │         │ bridge lan0 │  192.168.1.0/24, 192.168.2.0/24
+//!     └─────────────┘         └──────┬──────┘         └──────┬──────┘
+//!                             ┌──────┴──────┐         ┌──────┴──────┐
+//!                             │ worker-a    │         │ worker-b    │
+//!                             │ agent       │         │ agent       │
+//!                             └─────────────┘         └─────────────┘
+//! ```
+//!
+//! # Parts, bottom up
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`privilege`] | the right to make namespaces; a user namespace when we are not root |
+//! | [`namespace`] | one network namespace, held by a thread; what runs inside it |
+//! | [`topology`] | hosts, routers, links and addresses: a builder for any picture |
+//! | [`nat`] | what routers do to packets, by nftables |
+//! | [`binaries`] | building and finding the daemons |
+//! | [`process`] | daemons and commands inside a host: logs, deadlines, an end for sure |
+//! | [`mesh`] | Towline in the lab: a controller, nodes, tokens, joins, agents |
+//! | [`capture`] | every packet on the simulated internet, searched for what must not be there |
+//! | [`traffic`], [`ping`] | generators that verify each byte and each reply |
+//! | [`report`], [`talk`] | promises, figures and the exit status; progress for people |
+//! | [`keep`] | a lab that stays up, and shells inside it |
+//! | [`scenario`], [`cli`] | what `cargo lab NAME` runs |
+//! | [`inside`] | the same hosts for `cargo test` |
+//!
+//! # Invariants
+//!
+//! - `setns` is per thread: whatever runs inside a host runs on a thread of its own or in a
+//!   process; the main thread never changes its network namespace.
+//! - Everything is owned: dropping a [`topology::Lab`] ends its processes, its namespaces and its
+//!   directory, also while panicking. Were the lab itself killed, the kernel would end the
+//!   processes (`PR_SET_PDEATHSIG`), and the namespaces go with them.
+//! - Nothing waits by sleeping: [`interrupt::wait_for`] polls until a deadline, and every wait ends
+//!   at Ctrl-C.
+//! - Nothing on the machine outside the lab's namespaces and its directory changes.
+
+pub mod binaries;
+pub mod capture;
+pub mod cli;
+pub mod inside;
+pub mod interrupt;
+pub mod keep;
+pub mod mesh;
+pub mod namespace;
+pub mod nat;
+pub mod ping;
+pub mod privilege;
+pub mod process;
+pub mod report;
+pub mod scenario;
+pub mod talk;
+pub mod topology;
+pub mod traffic;

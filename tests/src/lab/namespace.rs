@@ -1,0 +1,169 @@
+//! One network namespace, held open by a thread that lives in it.
+//!
+//! The thread does two things: it keeps the namespace alive and it starts processes, which so
+//! begin their life inside and end (`PR_SET_PDEATHSIG`) when the thread does. Everything else that
+//! is to happen inside runs on short-lived threads of its own ([`Namespace::run`],
+//! [`Namespace::thread`]).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command};
+use std::sync::mpsc;
+use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
+
+use anyhow::{Context, anyhow};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
+/// A network namespace of its own, loopback up.
+#[derive(Debug)]
+pub struct Namespace {
+    name: String,
+    file: File,
+    thread_id: Pid,
+    /// `None` only while dropping.
+    requests: Option<mpsc::Sender<Request>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Request {
+    command: Command,
+    answer: mpsc::Sender<io::Result<Child>>,
+}
+
+impl Namespace {
+    /// A new one; `name` is for threads and messages only.
+    pub fn new(name: &str) -> anyhow::Result<Self> {
+        let (requests, inbox) = mpsc::channel();
+        let (ready, when_ready) = mpsc::channel();
+        let thread = Builder::new().name(format!("ns-{name}")).spawn(move || {
+            let entered = unshare(CloneFlags::CLONE_NEWNET)
+                .map_err(io::Error::from)
+                .and_then(|()| File::open("/proc/thread-self/ns/net"));
+            let failed = entered.is_err();
+            if ready.send(entered.map(|file| (file, nix::unistd::gettid()))).is_ok() && !failed {
+                hold(&inbox);
+            }
+        })?;
+        let (file, thread_id) = when_ready
+            .recv()
+            .map_err(|_| anyhow!("the thread of namespace {name} ended"))?
+            .with_context(|| format!("cannot make a network namespace for {name}"))?;
+        Ok(Self {
+            name: name.to_owned(),
+            file,
+            thread_id,
+            requests: Some(requests),
+            thread: Some(thread),
+        })
+    }
+
+    /// The name it was given.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The thread that lives in it: `/proc/PID/task/TID/ns/net` names the namespace to others.
+    pub fn thread_id(&self) -> Pid {
+        self.thread_id
+    }
+
+    /// The namespace itself, as netlink and `setns` want it.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Runs `job` inside, on a thread of its own, and waits for it.
+    pub fn run<T: Send>(
+        &self,
+        job: impl FnOnce() -> anyhow::Result<T> + Send,
+    ) -> anyhow::Result<T> {
+        std::thread::scope(|scope| join(self.thread(scope, "run", job)?))
+    }
+
+    /// Starts `job` inside, on a thread of `scope`. Take its result with [`join`].
+    pub fn thread<'scope, 'env, T: Send + 'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, 'env>,
+        name: &str,
+        job: impl FnOnce() -> anyhow::Result<T> + Send + 'scope,
+    ) -> anyhow::Result<ScopedJoinHandle<'scope, anyhow::Result<T>>> {
+        let handle = Builder::new().name(format!("{name}-{}", self.name)).spawn_scoped(
+            scope,
+            move || {
+                self.enter()?;
+                job()
+            },
+        )?;
+        Ok(handle)
+    }
+
+    /// Starts a process inside. It is killed when this namespace is dropped or the lab dies, is
+    /// the leader of its own process group (Ctrl-C at a terminal reaches the lab alone), and starts
+    /// with no signal blocked.
+    pub fn spawn(&self, mut command: Command) -> io::Result<Child> {
+        command.process_group(0);
+        // SAFETY: between fork and exec only async-signal-safe calls are made: prctl and
+        // getppid are plain system calls.
+        unsafe {
+            let parent = nix::unistd::getpid();
+            command.pre_exec(move || {
+                nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+                // The lab may have died before the line above.
+                if nix::unistd::getppid() != parent {
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
+                Ok(())
+            });
+        }
+        let gone = || io::Error::other(format!("the thread of namespace {} ended", self.name));
+        let (answer, when_answered) = mpsc::channel();
+        let requests = self.requests.as_ref().ok_or_else(gone)?;
+        requests.send(Request { command, answer }).map_err(|_| gone())?;
+        when_answered.recv().map_err(|_| gone())?
+    }
+
+    /// Writes a setting below `/proc/sys` as this namespace sees it, such as
+    /// `net.ipv4.ip_forward`. Dots separate; an interface with a dot in its name is not supported.
+    pub fn sysctl(&self, name: &str, value: &str) -> anyhow::Result<()> {
+        let path = format!("/proc/sys/{}", name.replace('.', "/"));
+        self.run(|| {
+            std::fs::write(&path, value).with_context(|| format!("cannot write {value} to {path}"))
+        })
+    }
+
+    /// Moves the calling thread inside, for good.
+    fn enter(&self) -> anyhow::Result<()> {
+        setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET)
+            .with_context(|| format!("cannot enter the namespace of {}", self.name))
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        drop(self.requests.take());
+        if let Some(thread) = self.thread.take() {
+            // It only waits for requests; had it panicked, there is nothing to save.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The result of a thread; a panic becomes an error.
+pub fn join<T>(handle: ScopedJoinHandle<'_, anyhow::Result<T>>) -> anyhow::Result<T> {
+    handle.join().unwrap_or_else(|_| Err(anyhow!("a thread of the lab panicked")))
+}
+
+fn hold(inbox: &mpsc::Receiver<Request>) {
+    while let Ok(Request { mut command, answer }) = inbox.recv() {
+        let started = command.spawn();
+        if let Err(mpsc::SendError(Ok(mut orphan))) = answer.send(started) {
+            let _ = orphan.kill();
+            let _ = orphan.wait();
+        }
+    }
+}

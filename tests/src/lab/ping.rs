@@ -1,0 +1,231 @@
+//! ICMP echo, by raw sockets of our own: how soon, how many, how long a gap.
+
+use std::io::ErrorKind;
+use std::mem::MaybeUninit;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use super::interrupt;
+use super::namespace::Namespace;
+use super::traffic::Pattern;
+
+/// What a series of echoes showed.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Echoes {
+    /// Requests sent.
+    pub sent: u32,
+    /// Replies that came back with their payload as it was sent.
+    pub received: u32,
+    /// Median round-trip time of those.
+    pub median: Option<Duration>,
+}
+
+/// The time of the first reply, from requests sent every few milliseconds through the link
+/// `link` alone (which need not exist yet): none leaves by another way. `None` when `deadline`
+/// passed first.
+pub fn first_reply(
+    namespace: &Namespace,
+    target: IpAddr,
+    link: &str,
+    deadline: Instant,
+) -> anyhow::Result<Option<Instant>> {
+    /// Between two requests.
+    const PACE: Duration = Duration::from_millis(4);
+    namespace.run(|| {
+        let mut echo = Echo::open(target)?;
+        while echo.socket.bind_device(Some(link.as_bytes())).is_err() {
+            interrupt::check()?;
+            if Instant::now() > deadline {
+                return Ok(None);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let mut sequence = 0;
+        while Instant::now() < deadline {
+            interrupt::check()?;
+            // A link that is not up yet refuses: the next one will tell.
+            let _ = echo.request(sequence, &[]);
+            if let Some((_, at)) = echo.reply(Instant::now() + PACE)? {
+                return Ok(Some(at));
+            }
+            sequence = sequence.wrapping_add(1);
+        }
+        Ok(None)
+    })
+}
+
+/// Sends `count` requests with a payload of the pattern, one after the other, each waited for up
+/// to `patience`.
+pub fn echoes(
+    namespace: &Namespace,
+    target: IpAddr,
+    count: u32,
+    patience: Duration,
+    pattern: Pattern,
+) -> anyhow::Result<Echoes> {
+    namespace.run(|| {
+        let mut echo = Echo::open(target)?;
+        let mut times = Vec::new();
+        for number in 0..count {
+            interrupt::check()?;
+            let sequence = number as u16;
+            let mut payload = pattern.cell(number.into()).to_vec();
+            payload.extend(pattern.cell(u64::from(number) + 1));
+            let sent = Instant::now();
+            echo.request(sequence, &payload)
+                .with_context(|| format!("cannot send an echo request to {target}"))?;
+            while let Some((reply, at)) = echo.reply(sent + patience)? {
+                if reply == sequence && echo.payload() == payload {
+                    times.push(at - sent);
+                    break;
+                }
+            }
+        }
+        times.sort_unstable();
+        Ok(Echoes {
+            sent: count,
+            received: times.len() as u32,
+            median: times.get(times.len() / 2).copied(),
+        })
+    })
+}
+
+/// Tells the replies of one socket from those of another in the same namespace.
+static NEXT_IDENTIFIER: AtomicU16 = AtomicU16::new(1);
+
+/// One raw socket that asks one target.
+struct Echo {
+    socket: Socket,
+    target: IpAddr,
+    identifier: u16,
+    buffer: [MaybeUninit<u8>; 2048],
+    payload: Vec<u8>,
+}
+
+const HEADER: usize = 8;
+const V4_REQUEST: u8 = 8;
+const V4_REPLY: u8 = 0;
+const V6_REQUEST: u8 = 128;
+const V6_REPLY: u8 = 129;
+
+impl Echo {
+    fn open(target: IpAddr) -> anyhow::Result<Self> {
+        let (domain, protocol) = match target {
+            IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4),
+            IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6),
+        };
+        let socket = Socket::new(domain, Type::RAW, Some(protocol)).context("no raw socket")?;
+        Ok(Self {
+            socket,
+            target,
+            identifier: NEXT_IDENTIFIER.fetch_add(1, Ordering::Relaxed),
+            buffer: [MaybeUninit::uninit(); 2048],
+            payload: Vec::new(),
+        })
+    }
+
+    fn request(&self, sequence: u16, payload: &[u8]) -> std::io::Result<()> {
+        let kind = if self.target.is_ipv4() { V4_REQUEST } else { V6_REQUEST };
+        let mut message = vec![kind, 0, 0, 0];
+        message.extend(self.identifier.to_be_bytes());
+        message.extend(sequence.to_be_bytes());
+        message.extend(payload);
+        if self.target.is_ipv4() {
+            // For ICMPv6 the kernel does it.
+            let sum = checksum(&message);
+            message[2..4].copy_from_slice(&sum.to_be_bytes());
+        }
+        self.socket.send_to(&message, &SockAddr::from(SocketAddr::new(self.target, 0))).map(drop)
+    }
+
+    /// The next reply of ours: its sequence number and when it came; `None` at `until`.
+    fn reply(&mut self, until: Instant) -> anyhow::Result<Option<(u16, Instant)>> {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            self.socket.set_read_timeout(Some(left.max(Duration::from_micros(100))))?;
+            let (length, from) = match self.socket.recv_from(&mut self.buffer) {
+                Ok(got) => got,
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+                    ) =>
+                {
+                    continue;
+                }
+                Err(error) => return Err(error).context("cannot receive echo replies"),
+            };
+            let now = Instant::now();
+            if from.as_socket().map(|address| address.ip()) != Some(self.target) {
+                continue;
+            }
+            // SAFETY: the kernel initialised the first `length` bytes.
+            let bytes = unsafe { self.buffer[..length].assume_init_ref() };
+            let wanted = (self.target.is_ipv4(), self.identifier);
+            if let Some((sequence, payload)) = read_reply(bytes, wanted.0, wanted.1) {
+                self.payload = payload.to_vec();
+                return Ok(Some((sequence, now)));
+            }
+        }
+    }
+
+    /// Of the reply that came last.
+    fn payload(&self) -> &[u8] {
+        &self.payload
+    }
+}
+
+/// Sequence number and payload, if the packet is an echo reply with this identifier. Raw IPv4
+/// sockets show the IP header, raw IPv6 ones do not.
+fn read_reply(packet: &[u8], v4: bool, identifier: u16) -> Option<(u16, &[u8])> {
+    let message = if v4 { packet.get(usize::from(packet.first()? & 0x0f) * 4..)? } else { packet };
+    let (header, payload) = message.split_first_chunk::<HEADER>()?;
+    let kind = if v4 { V4_REPLY } else { V6_REPLY };
+    let [found, 0, _, _, i0, i1, s0, s1] = *header else { return None };
+    (found == kind && u16::from_be_bytes([i0, i1]) == identifier)
+        .then(|| (u16::from_be_bytes([s0, s1]), payload))
+}
+
+/// The Internet checksum, RFC 1071.
+fn checksum(message: &[u8]) -> u16 {
+    let mut sum: u32 = message
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair.get(1).copied().unwrap_or(0)))
+        .sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_with_its_checksum_sums_to_zero() {
+        let mut message = vec![V4_REQUEST, 0, 0, 0, 0x12, 0x34, 0, 1, 0xab, 0xcd, 0xef];
+        let sum = checksum(&message);
+        message[2..4].copy_from_slice(&sum.to_be_bytes());
+        assert_eq!(checksum(&message), 0);
+    }
+
+    #[test]
+    fn only_our_own_replies_are_read() {
+        let mut packet = vec![0x45; 20];
+        packet.extend([V4_REPLY, 0, 9, 9, 0x12, 0x34, 0, 7, 0xaa]);
+        assert_eq!(read_reply(&packet, true, 0x1234), Some((7, &[0xaa][..])));
+        assert_eq!(read_reply(&packet, true, 0x1235), None);
+        assert_eq!(read_reply(&packet[20..], false, 0x1234), None, "another kind in ICMPv6");
+        for length in 0..packet.len() - 1 {
+            assert_eq!(read_reply(&packet[..length], true, 0x1234), None);
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! The right to make network namespaces, and how to come by it without sudo.
+//!
+//! Root makes them directly. Anybody else becomes root of a user namespace first, where the
+//! machine allows that; the lab then can do all but what the kernel keeps for the real root (forced
+//! socket buffers, conntrack sizes). What is missing is told once, with its remedy, before anything
+//! is built.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::path::Path;
+
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{Gid, Uid, getegid, geteuid};
+
+use super::report::Forbidden;
+
+/// Who the lab is towards the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rank {
+    /// Root of the machine.
+    Root,
+    /// Root of a user namespace only.
+    Rootless,
+}
+
+const TUN: &str = "/dev/net/tun";
+
+/// Makes sure that this process can make network namespaces; enters a user namespace when it must
+/// or when `rootless` asks for it.
+///
+/// Call it before any thread is started: a process of several threads cannot enter a user
+/// namespace.
+///
+/// # Errors
+/// [`Forbidden`], with the remedy.
+pub fn acquire(rootless: bool) -> Result<Rank, Forbidden> {
+    let direct = geteuid().is_root() && !rootless && can_make_namespaces();
+    if !direct {
+        enter_user_namespace(geteuid(), getegid())
+            .map_err(|error| refused(&format!("user namespaces are refused: {error}")))?;
+    }
+    usable()?;
+    Ok(if direct && in_initial_user_namespace() { Rank::Root } else { Rank::Rootless })
+}
+
+/// Whether this process can build a lab, as it stands.
+///
+/// # Errors
+/// [`Forbidden`], with the remedy.
+pub fn usable() -> Result<(), Forbidden> {
+    if !can_make_namespaces() {
+        return Err(refused("network namespaces are refused inside a user namespace"));
+    }
+    check_tun()
+}
+
+/// Makes the calling process root of a new user namespace, in which it is this user and group.
+/// The process must have one thread.
+pub(super) fn enter_user_namespace(uid: Uid, gid: Gid) -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWUSER)?;
+    fs::write("/proc/self/setgroups", "deny")?;
+    fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;
+    fs::write("/proc/self/gid_map", format!("0 {gid} 1"))
+}
+
+/// Tries on a thread, so that this one keeps its namespace.
+fn can_make_namespaces() -> bool {
+    std::thread::spawn(|| unshare(CloneFlags::CLONE_NEWNET).is_ok()).join().unwrap_or(false)
+}
+
+fn in_initial_user_namespace() -> bool {
+    // The initial one maps every id to itself.
+    fs::read_to_string("/proc/self/uid_map")
+        .is_ok_and(|map| map.split_whitespace().eq(["0", "0", "4294967295"]))
+}
+
+/// Finds the setting that stands in the way of namespaces.
+pub(super) fn refused(what: &str) -> Forbidden {
+    let setting = |path: &str| fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
+    let blocked = [
+        ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
+        ("kernel/unprivileged_userns_clone", "0", "1"),
+        ("user/max_user_namespaces", "0", "10000"),
+        ("user/max_net_namespaces", "0", "10000"),
+    ]
+    .into_iter()
+    .find(|(path, bad, _)| setting(&format!("/proc/sys/{path}")).as_deref() == Some(*bad));
+    let remedy = match blocked {
+        Some((path, _, good)) => {
+            format!("allow them with `sysctl -w {}={good}`, or run as root", path.replace('/', "."))
+        }
+        None => "run as root; in a container, allow it to make namespaces".to_owned(),
+    };
+    Forbidden { what: what.to_owned(), remedy }
+}
+
+fn check_tun() -> Result<(), Forbidden> {
+    let open = || -> io::Result<File> { OpenOptions::new().read(true).write(true).open(TUN) };
+    let Err(error) = open() else { return Ok(()) };
+    let remedy = if error.kind() == ErrorKind::PermissionDenied {
+        format!("let every user open it with `chmod 0666 {TUN}` (it gives no rights by itself)")
+    } else if Path::new("/sys/module/tun").exists() {
+        format!("make it with `mkdir -p /dev/net && mknod -m 0666 {TUN} c 10 200`")
+    } else {
+        "load it with `modprobe tun`; in a container, pass the device in".to_owned()
+    };
+    Err(Forbidden { what: format!("{TUN} cannot be opened: {error}"), remedy })
+}

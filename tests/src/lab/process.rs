@@ -1,0 +1,259 @@
+//! Processes in hosts: daemons that end for sure, and commands that end in time.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, SysconfVar, sysconf};
+
+use super::interrupt::wait_for;
+use super::namespace::Namespace;
+
+/// What is run: a program, its arguments, its environment beside the inherited one.
+#[derive(Debug, Clone)]
+pub struct Program {
+    path: PathBuf,
+    arguments: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
+    input: Option<String>,
+}
+
+/// What a command said.
+#[derive(Debug, Clone)]
+pub struct Said {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+/// A daemon. Dropping it kills it.
+#[derive(Debug)]
+pub struct Daemon {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Program {
+    /// Without arguments.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), arguments: Vec::new(), environment: Vec::new(), input: None }
+    }
+
+    /// Adds an argument.
+    #[must_use]
+    pub fn arg(mut self, argument: impl Into<OsString>) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
+    /// Adds arguments.
+    #[must_use]
+    pub fn args<A: Into<OsString>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
+        self.arguments.extend(arguments.into_iter().map(Into::into));
+        self
+    }
+
+    /// Adds an environment variable.
+    #[must_use]
+    pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+        self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// Gives it this on standard input; otherwise standard input is empty.
+    #[must_use]
+    pub fn input(mut self, text: impl Into<String>) -> Self {
+        self.input = Some(text.into());
+        self
+    }
+
+    /// Runs it inside `namespace` and waits for its end, for at most `limit`; then it is killed.
+    /// A status other than 0 is no error here.
+    pub fn run(&self, namespace: &Namespace, limit: Duration) -> anyhow::Result<Said> {
+        let mut command = self.command();
+        command.stdin(if self.input.is_some() { Stdio::piped() } else { Stdio::null() });
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = namespace.spawn(command).with_context(|| format!("cannot start {self}"))?;
+        let mut guard = KillOnDrop(child.id());
+        if let (Some(mut pipe), Some(text)) = (child.stdin.take(), &self.input) {
+            // A command that does not read its input says why by its status.
+            let _ = pipe.write_all(text.as_bytes());
+        }
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        std::thread::scope(|scope| {
+            let stdout = scope.spawn(|| read_all(stdout));
+            let stderr = scope.spawn(|| read_all(stderr));
+            let ended = wait_for(&format!("end of {self}"), limit, || Ok(child.try_wait()?));
+            if ended.is_err() {
+                // The readers below end with the process.
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            guard.0 = 0;
+            let said = |reader: std::thread::ScopedJoinHandle<'_, String>| {
+                reader.join().unwrap_or_else(|_| String::new())
+            };
+            let (stdout, stderr) = (said(stdout), said(stderr));
+            Ok(Said { status: ended?, stdout, stderr })
+        })
+    }
+
+    /// As [`Program::run`], and an end with another status than 0 is an error that quotes stderr.
+    pub fn run_ok(&self, namespace: &Namespace, limit: Duration) -> anyhow::Result<String> {
+        let said = self.run(namespace, limit)?;
+        if !said.status.success() {
+            bail!("{self} ended with {}: {}", ending(said.status), said.stderr.trim());
+        }
+        Ok(said.stdout)
+    }
+
+    /// Starts it inside `namespace` as a daemon; what it says is appended to `log`.
+    pub fn start(&self, namespace: &Namespace, name: &str, log: &Path) -> anyhow::Result<Daemon> {
+        let output = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .with_context(|| format!("cannot open {}", log.display()))?;
+        let mut command = self.command();
+        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        let child = namespace.spawn(command).with_context(|| format!("cannot start {self}"))?;
+        Ok(Daemon { name: name.to_owned(), child, log: log.to_owned() })
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.path);
+        command.args(&self.arguments).envs(self.environment.iter().map(|(n, v)| (n, v)));
+        command
+    }
+}
+
+impl std::fmt::Display for Program {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "`{}", self.path.file_name().unwrap_or_default().display())?;
+        for argument in &self.arguments {
+            write!(f, " {}", argument.display())?;
+        }
+        f.write_str("`")
+    }
+}
+
+impl Daemon {
+    /// What it is called in messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        // A process id fits: the kernel's own type is signed.
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// An error that quotes the end of its log when it is no longer running.
+    pub fn check(&mut self) -> anyhow::Result<()> {
+        match self.child.try_wait()? {
+            None => Ok(()),
+            Some(status) => {
+                bail!("{} ended with {}: {}", self.name, ending(status), self.last_words())
+            }
+        }
+    }
+
+    /// `kill -9`, and its end awaited.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// SIGTERM, and its end awaited for at most `limit`; then it is killed and that is an error.
+    pub fn stop(mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
+        kill(self.pid(), Signal::SIGTERM)?;
+        let what = format!("end of {} on SIGTERM", self.name);
+        wait_for(&what, limit, || Ok(self.child.try_wait()?))
+    }
+
+    /// The last lines of its log.
+    pub fn last_words(&self) -> String {
+        let text = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = text.trim_end().lines().collect();
+        lines[lines.len().saturating_sub(12)..].join("\n    ")
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Fails only when it is gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// "status 1" or "signal 9".
+pub fn ending(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("status {code}"),
+        (None, Some(signal)) => format!("signal {signal}"),
+        (None, None) => status.to_string(),
+    }
+}
+
+/// Resident memory of a process, in megabytes (10^6 bytes).
+pub fn resident_mb(pid: Pid) -> anyhow::Result<f64> {
+    let path = format!("/proc/{pid}/status");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("no {path}"))?;
+    let kilobytes = text
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"))
+        .and_then(|number| number.trim().parse::<f64>().ok());
+    match kilobytes {
+        Some(kilobytes) => Ok(kilobytes * 1024.0 / 1e6),
+        None => bail!("{path} does not say how much is resident"),
+    }
+}
+
+/// Processor time of a process so far: user and system, of all its threads.
+pub fn processor_time(pid: Pid) -> anyhow::Result<Duration> {
+    let path = format!("/proc/{pid}/stat");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("no {path}"))?;
+    // The second field is a name that may hold anything; fields are counted behind it.
+    let (_, fields) = text.rsplit_once(')').ok_or_else(|| anyhow!("{path} is no such file"))?;
+    let ticks: u64 = fields
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .map(|field| field.parse::<u64>().unwrap_or(0))
+        .sum();
+    let per_second = sysconf(SysconfVar::CLK_TCK)?.unwrap_or(100);
+    Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
+}
+
+/// Ends a process whose owner unwinds; 0 means that it ended.
+struct KillOnDrop(u32);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if self.0 != 0 {
+            let _ = kill(Pid::from_raw(self.0.cast_signed()), Signal::SIGKILL);
+        }
+    }
+}
+
+fn read_all(pipe: Option<impl Read>) -> String {
+    let mut bytes = Vec::new();
+    if let Some(mut pipe) = pipe {
+        // What came before a failure is still worth showing.
+        let _ = pipe.read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}

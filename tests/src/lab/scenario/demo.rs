@@ -1,0 +1,408 @@
+//! `cargo lab demo`: two datacenter workers behind NAT join a control plane in the cloud, and real
+//! traffic flows between them, sealed.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use serde::Serialize;
+
+use super::Setting;
+use super::hybrid::{Hybrid, NODES};
+use crate::lab::capture::Seen;
+use crate::lab::interrupt;
+use crate::lab::keep::Kept;
+use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
+use crate::lab::namespace::join;
+use crate::lab::ping::{echoes, first_reply};
+use crate::lab::privilege::Rank;
+use crate::lab::report::{Figures, Promises};
+use crate::lab::traffic::{Pattern, tcp_both_ways};
+
+/// How a demo is run.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Sent each way over each tunnel and address family.
+    pub megabytes: u64,
+    /// Stay up afterwards, until Ctrl-C.
+    pub keep: bool,
+}
+
+/// What a demo showed.
+#[derive(Debug, Default, Serialize)]
+pub struct Demo {
+    /// The lab ran without root's rights over the machine.
+    pub rootless: bool,
+    /// Nodes that joined.
+    pub joined: usize,
+    /// Pairs of nodes that both call each other up.
+    pub tunnels_up: usize,
+    /// Why the other pairs are down.
+    pub tunnels_down: BTreeMap<String, String>,
+    /// Every byte of every transfer, and every echo, arrived as it was sent.
+    pub bytes_ok: bool,
+    /// Something inner crossed the internet in clear.
+    pub plaintext_seen: bool,
+    /// From the start of the later agent of the pair, joining included, to the first inner reply.
+    pub first_packet_ms: BTreeMap<String, f64>,
+    /// Median round-trip time of the pair, by family.
+    pub ping_ms: BTreeMap<String, BTreeMap<&'static str, f64>>,
+    /// Megabits a second of TCP payload of the pair, by family: there and back.
+    pub throughput_mbit_per_s: BTreeMap<String, BTreeMap<&'static str, [f64; 2]>>,
+    /// What the capture on the internet counted.
+    pub capture: Seen,
+    /// Promises that did not hold.
+    pub failed: Vec<String>,
+    #[serde(skip)]
+    tables: Vec<(String, String)>,
+}
+
+/// A worker and the control plane exchange packets this soon after the worker's start.
+const FIRST_PACKET_LIMIT: Duration = Duration::from_secs(2);
+/// How long the first packet of such a pair is waited for, to say how late it was.
+const FIRST_PACKET_PATIENCE: Duration = Duration::from_secs(15);
+/// How long the first packet of two workers, who may have no path, is waited for.
+const WORKERS_PATIENCE: Duration = Duration::from_secs(3);
+/// Daemons end on SIGTERM within this.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
+const ECHOES: u32 = 20;
+
+/// Runs the demo.
+///
+/// # Errors
+/// [`Forbidden`](crate::lab::report::Forbidden) when the kernel lacks something; everything else
+/// that goes wrong is a promise that did not hold.
+pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Demo> {
+    let hybrid = Hybrid::build(setting)?;
+    let mut demo = Demo { rootless: setting.rank == Rank::Rootless, ..Demo::default() };
+    let mut promises = Promises::new();
+    let mut stage = Stage { controller: None, nodes: Vec::new() };
+    let played = demo.play(setting, options, &hybrid, &mut stage, &mut promises);
+    if let Err(error) = played {
+        promises.fail(format!("{error:#}"));
+        stage.explain(setting);
+    }
+    if options.keep && !interrupt::raised() {
+        stage.keep(setting, &hybrid)?;
+    }
+    demo.failed = promises.into_failed();
+    Ok(demo)
+}
+
+/// What runs on the hosts, so that it can be looked at after a failure.
+struct Stage {
+    controller: Option<Controller>,
+    nodes: Vec<Node>,
+}
+
+impl Demo {
+    fn play(
+        &mut self,
+        setting: &Setting,
+        options: Options,
+        hybrid: &Hybrid,
+        stage: &mut Stage,
+        promises: &mut Promises,
+    ) -> anyhow::Result<()> {
+        let talk = &setting.talk;
+        let pattern = Pattern::random()?;
+        let capture = hybrid.capture(pattern)?;
+        talk.step("starting the controller");
+        stage.controller = Some(Controller::start(&hybrid.lab, &hybrid.cp, &setting.binaries)?);
+        for (name, site, configuration) in NODES {
+            talk.step(&format!("{name} joins with a token"));
+            let host = hybrid.host(name)?;
+            let node = Node::new(&hybrid.lab, host, name, &setting.binaries, configuration)?;
+            self.add_node(node, site, stage)?;
+        }
+        self.joined = stage.nodes.len();
+        talk.step("waiting for the tunnels");
+        let pairs = self.tunnels(stage, promises)?;
+        self.bytes_ok = true;
+        for (a, b) in &pairs {
+            self.exchange(setting, options, pattern, &stage.nodes[*a], &stage.nodes[*b], promises)?;
+        }
+        self.bytes_ok &= !pairs.is_empty();
+        for node in &stage.nodes {
+            self.tables.push((node.name().to_owned(), node.peers_table()?));
+        }
+        if !options.keep {
+            talk.step("stopping the daemons");
+            stage.stop(promises);
+        }
+        self.capture = capture.stop()?;
+        self.judge_capture(promises);
+        Ok(())
+    }
+
+    /// Joins a node, starts its agent, and times the first reply from each node before it.
+    fn add_node(&mut self, mut node: Node, site: &str, stage: &mut Stage) -> anyhow::Result<()> {
+        let controller = stage.controller.as_ref().context("there is no controller")?;
+        let token = controller.token(site)?;
+        let mut others = Vec::new();
+        for other in &stage.nodes {
+            let overlay = other.status()?.overlay_addresses;
+            let target = overlay.iter().find(|address| address.is_ipv4()).copied();
+            let patience =
+                if other.name() == "cp" { FIRST_PACKET_PATIENCE } else { WORKERS_PATIENCE };
+            let target = target.with_context(|| format!("{} has no overlay IPv4", other.name()))?;
+            others.push((format!("{}/{}", node.name(), other.name()), target, patience));
+        }
+        let by_input = stage.nodes.len() % 2 == 1;
+        let start = Instant::now();
+        let host = std::sync::Arc::clone(node.host());
+        let namespace = host.namespace();
+        let first = std::thread::scope(|scope| {
+            let probes: Vec<_> = others
+                .iter()
+                .map(|(pair, target, patience)| {
+                    let probe = scope
+                        .spawn(|| first_reply(namespace, *target, "towline0", start + *patience));
+                    (pair.clone(), probe)
+                })
+                .collect();
+            let started = (|| {
+                if by_input {
+                    node.join_by_input(&token)?;
+                } else {
+                    node.join(&token)?;
+                }
+                node.launch()?;
+                node.await_status(START_LIMIT)
+            })();
+            let first: anyhow::Result<Vec<_>> =
+                probes.into_iter().map(|(pair, probe)| Ok((pair, join(probe)?))).collect();
+            started?;
+            first
+        })?;
+        for (pair, reply) in first {
+            if let Some(at) = reply {
+                self.first_packet_ms.insert(pair, milliseconds(at - start));
+            }
+        }
+        stage.nodes.push(node);
+        Ok(())
+    }
+
+    /// Which pairs are up. Those with the control plane have to be.
+    fn tunnels(
+        &mut self,
+        stage: &Stage,
+        promises: &mut Promises,
+    ) -> anyhow::Result<Vec<(usize, usize)>> {
+        let mut up = Vec::new();
+        for later in 1..stage.nodes.len() {
+            for earlier in 0..later {
+                let (a, b) = (&stage.nodes[later], &stage.nodes[earlier]);
+                let pair = format!("{}/{}", a.name(), b.name());
+                let required = earlier == 0;
+                let limit = if required { START_LIMIT } else { Duration::ZERO };
+                match await_tunnel(a, b, limit)? {
+                    None => up.push((later, earlier)),
+                    Some(reason) => {
+                        promises.hold(!required, || format!("tunnel {pair} up: {reason}"));
+                        promises.hold(!reason.is_empty(), || format!("{pair}: a reason for down"));
+                        self.tunnels_down.insert(pair.clone(), reason);
+                    }
+                }
+                if required {
+                    let first = self.first_packet_ms.get(&pair).copied();
+                    let limit = milliseconds(FIRST_PACKET_LIMIT);
+                    promises.hold(first.is_some_and(|ms| ms <= limit), || match first {
+                        Some(ms) => format!("first packet of {pair} within {limit} ms: {ms} ms"),
+                        None => format!("first packet of {pair}: none came"),
+                    });
+                }
+            }
+        }
+        self.tunnels_up = up.len();
+        Ok(up)
+    }
+
+    /// Echoes and a TCP stream each way, by both families.
+    fn exchange(
+        &mut self,
+        setting: &Setting,
+        options: Options,
+        pattern: Pattern,
+        a: &Node,
+        b: &Node,
+        promises: &mut Promises,
+    ) -> anyhow::Result<()> {
+        let pair = format!("{}/{}", a.name(), b.name());
+        let bytes = options.megabytes * 1_000_000;
+        for target in b.status()?.overlay_addresses {
+            let family = family(target);
+            setting.talk.step(&format!("echoes {pair} over {family}"));
+            let replies =
+                echoes(a.host().namespace(), target, ECHOES, Duration::from_secs(1), pattern)?;
+            let all = replies.received == replies.sent;
+            promises.hold(all, || {
+                format!("echoes {pair} {family}: {} of {}", replies.received, replies.sent)
+            });
+            self.bytes_ok &= all;
+            if let Some(median) = replies.median {
+                self.ping_ms.entry(pair.clone()).or_default().insert(family, milliseconds(median));
+            }
+            let what = format!("{} MB each way {pair} over {family}", options.megabytes);
+            setting.talk.step(&what);
+            let progress =
+                |done: u64| setting.talk.progress(&format!("{what}: {} MB", done / 1_000_000));
+            let (from, to) = (a.host().namespace(), b.host().namespace());
+            match tcp_both_ways(from, to, target, bytes, pattern, progress) {
+                Ok(ways) => {
+                    let figures = ways.map(|way| round(way.mbit_per_s()));
+                    self.throughput_mbit_per_s
+                        .entry(pair.clone())
+                        .or_default()
+                        .insert(family, figures);
+                }
+                Err(error) => {
+                    interrupt::check()?;
+                    self.bytes_ok = false;
+                    promises.fail(format!("transfer {pair} {family}: {error:#}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn judge_capture(&mut self, promises: &mut Promises) {
+        let seen = self.capture;
+        self.plaintext_seen = seen.marked > 0 || seen.inner_addresses > 0;
+        promises.hold(!self.plaintext_seen, || {
+            format!(
+                "nothing inner in clear: {} frames with the pattern, {} with inner addresses",
+                seen.marked, seen.inner_addresses
+            )
+        });
+        promises.hold(seen.wireguard > 0, || "the capture sees the tunnels".to_owned());
+        promises.hold(seen.missed == 0, || format!("the capture misses nothing: {}", seen.missed));
+    }
+}
+
+impl Stage {
+    fn stop(&mut self, promises: &mut Promises) {
+        let agents = self.nodes.iter_mut().filter_map(Node::take_agent);
+        let controller = self.controller.as_mut().and_then(Controller::take_daemon);
+        for daemon in agents.chain(controller) {
+            let name = daemon.name().to_owned();
+            match daemon.stop(STOP_LIMIT) {
+                Ok(status) => promises.hold(status.success(), || {
+                    format!("{name} ends well on SIGTERM: {}", crate::lab::process::ending(status))
+                }),
+                Err(error) => promises.fail(format!("{error:#}")),
+            }
+        }
+    }
+
+    /// Shows what the daemons said last.
+    fn explain(&mut self, setting: &Setting) {
+        let agents = self.nodes.iter_mut().filter_map(|node| node.agent().ok());
+        let controller = self.controller.iter_mut().filter_map(|c| c.daemon().ok());
+        for daemon in agents.chain(controller) {
+            let words = daemon.last_words();
+            if !words.is_empty() {
+                setting.talk.note(&format!("{} said last:\n    {words}", daemon.name()));
+            }
+        }
+    }
+
+    /// Stays up until Ctrl-C.
+    fn keep(&self, setting: &Setting, hybrid: &Hybrid) -> anyhow::Result<()> {
+        let mut kept = Kept::new(setting.binaries.directory())?;
+        kept.add(hybrid.lab.internet(), [("", ""); 0]);
+        for router in &hybrid.routers {
+            kept.add(router.host().namespace(), [("", ""); 0]);
+        }
+        for node in &self.nodes {
+            let mut environment = vec![("TOWLINE_CONFIG", node.config().display().to_string())];
+            if node.name() == "cp"
+                && let Some(controller) = &self.controller
+            {
+                environment.push((
+                    "TOWLINE_CONTROLLER_STATE_DIR",
+                    controller.state().display().to_string(),
+                ));
+            }
+            kept.add(node.host().namespace(), environment);
+        }
+        setting.talk.step("the lab stays up; Ctrl-C takes it down");
+        for line in [
+            "look around from another terminal:",
+            "  cargo lab shell worker-a                       a shell on a node",
+            "  cargo lab shell worker-a towline peers         the operator's table",
+            "  cargo lab shell cp towline-controller node list",
+            "  cargo lab shell internet                       where every outer packet passes",
+            &format!("  logs and state: {}", hybrid.lab.directory().display()),
+        ] {
+            setting.talk.note(line);
+        }
+        kept.stay()
+    }
+}
+
+impl Figures for Demo {
+    fn failed(&self) -> &[String] {
+        &self.failed
+    }
+
+    fn for_people(&self) -> String {
+        let mut text = String::new();
+        for (node, table) in &self.tables {
+            let _ = writeln!(text, "towline peers on {node}:\n{}\n", table.trim_end());
+        }
+        let _ = writeln!(
+            text,
+            "{} nodes joined, {} tunnels up{}",
+            self.joined,
+            self.tunnels_up,
+            if self.rootless { " (without root)" } else { "" }
+        );
+        for (pair, ms) in &self.first_packet_ms {
+            let _ = writeln!(text, "  {pair}: first packet after {ms} ms");
+        }
+        for (pair, families) in &self.throughput_mbit_per_s {
+            for (family, [there, back]) in families {
+                let ping = self.ping_ms.get(pair).and_then(|families| families.get(family));
+                let ping = ping.map_or(String::new(), |ms| format!(", ping {ms} ms"));
+                let _ = writeln!(text, "  {pair} {family}: {there} and {back} Mbit/s{ping}");
+            }
+        }
+        for (pair, reason) in &self.tunnels_down {
+            let _ = writeln!(text, "  {pair}: down: {reason}");
+        }
+        let _ = writeln!(
+            text,
+            "on the simulated internet: {} frames, {} of them WireGuard, {} with anything in clear",
+            self.capture.frames,
+            self.capture.wireguard,
+            self.capture.marked + self.capture.inner_addresses
+        );
+        match &*self.failed {
+            [] => text.push_str("every promise held"),
+            failed => {
+                text.push_str("FAILED:");
+                for promise in failed {
+                    let _ = write!(text, "\n  {promise}");
+                }
+            }
+        }
+        text
+    }
+}
+
+fn family(address: IpAddr) -> &'static str {
+    if address.is_ipv4() { "IPv4" } else { "IPv6" }
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    round(duration.as_secs_f64() * 1e3)
+}
+
+/// Two digits behind the point are enough for anybody.
+fn round(figure: f64) -> f64 {
+    (figure * 100.0).round() / 100.0
+}

@@ -1,0 +1,143 @@
+//! The picture that most scenarios start from: a control plane in the cloud and two datacenters,
+//! each a worker behind its own NAT router (drawn in [`crate::lab`]).
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use ipnet::IpNet;
+use nix::errno::Errno;
+use towline_agent::netlink::NetlinkError;
+
+use super::Setting;
+use crate::lab::capture::Capture;
+use crate::lab::mesh::{Controller, Node, START_LIMIT};
+use crate::lab::nat::Nat;
+use crate::lab::report::Forbidden;
+use crate::lab::topology::{Host, Lab, Router};
+use crate::lab::traffic::Pattern;
+
+/// The hosts. Nothing runs on them yet.
+#[derive(Debug)]
+pub struct Hybrid {
+    /// The cloud's host: the controller and a node.
+    pub cp: Arc<Host>,
+    /// The datacenters' hosts.
+    pub workers: [Arc<Host>; 2],
+    /// One for each worker.
+    pub routers: [Router; 2],
+    /// Owns what lies under it.
+    pub lab: Lab,
+}
+
+/// A controller and the nodes `cp`, `worker-a`, `worker-b`.
+#[derive(Debug)]
+pub struct Mesh {
+    /// On the host `cp`.
+    pub controller: Controller,
+    /// `cp` first.
+    pub nodes: Vec<Node>,
+}
+
+/// Where overlay addresses lie by default: the controller's IPv4 range, and every unique local IPv6
+/// address (RFC 4193). Nothing else in the lab uses them.
+const OVERLAY: [IpNet; 2] = [
+    IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(198, 19, 0, 0)), 16),
+    IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0)), 7),
+];
+
+/// Name, site, and what the node's configuration says beyond its paths.
+pub const NODES: [(&str, &str, &str); 3] = [
+    ("cp", "cloud", "[node]\nadvertise = [\"203.0.113.10:51830\"]\n"),
+    ("worker-a", "dc-a", ""),
+    ("worker-b", "dc-b", ""),
+];
+
+impl Hybrid {
+    /// Builds the hosts.
+    ///
+    /// # Errors
+    /// [`Forbidden`] where the kernel has no bridge, no veth or no nftables.
+    pub fn build(setting: &Setting) -> anyhow::Result<Self> {
+        setting.talk.step("building the simulated internet, two datacenters and a cloud");
+        Self::try_build(setting).map_err(|error| {
+            let errno =
+                error.chain().find_map(|cause| cause.downcast_ref::<NetlinkError>()?.errno());
+            match errno {
+                Some(Errno::EOPNOTSUPP | Errno::EAFNOSUPPORT | Errno::EPERM | Errno::ENOENT) => {
+                    anyhow!(Forbidden {
+                        what: format!("this kernel refuses what the lab is built of: {error:#}"),
+                        remedy:
+                            "load its modules with `modprobe -a veth bridge nf_tables nft_masq \
+                                 nft_ct`"
+                                .to_owned(),
+                    })
+                }
+                _ => error.context("the lab cannot be built"),
+            }
+        })
+    }
+
+    fn try_build(setting: &Setting) -> anyhow::Result<Self> {
+        let mut lab = Lab::new(setting.rank)?;
+        let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.build()?;
+        let mut site = |letter: &str, number: u8| -> anyhow::Result<(Router, Arc<Host>)> {
+            let router = lab
+                .router(&format!("router-{letter}"))
+                .public(&format!("203.0.113.1{number}"), &format!("2001:db8::1{number}"))?
+                .lan(&format!("192.168.{number}.0/24"), &format!("2001:db8:{number}::/64"))?
+                .nat(Nat::Masquerade)
+                .build()?;
+            let worker = lab.host(&format!("worker-{letter}")).behind(&router).build()?;
+            Ok((router, worker))
+        };
+        let (router_a, worker_a) = site("a", 1)?;
+        let (router_b, worker_b) = site("b", 2)?;
+        Ok(Self { cp, workers: [worker_a, worker_b], routers: [router_a, router_b], lab })
+    }
+
+    /// The host of a node of [`NODES`].
+    pub fn host(&self, name: &str) -> anyhow::Result<&Arc<Host>> {
+        std::iter::once(&self.cp)
+            .chain(&self.workers)
+            .find(|host| host.name() == name)
+            .ok_or_else(|| anyhow!("no host is named {name}"))
+    }
+
+    /// Captures the internet, with a detector that has just proved that it works: one datagram with
+    /// the pattern goes from a datacenter to the cloud in clear and must be found.
+    pub fn capture(&self, pattern: Pattern) -> anyhow::Result<Capture> {
+        /// RFC 863.
+        const DISCARD: u16 = 9;
+        let capture = Capture::start(self.lab.internet(), pattern)?;
+        capture.watch(OVERLAY);
+        let cloud = *self.cp.addresses().first().ok_or_else(|| anyhow!("cp has no address"))?;
+        self.workers[0].namespace().run(|| {
+            let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
+            let bytes = [pattern.cell(0), pattern.cell(1)].concat();
+            socket.send_to(&bytes, SocketAddr::new(cloud, DISCARD))?;
+            Ok(())
+        })?;
+        capture.expect_mark(Duration::from_secs(5)).context("the capture's own test")?;
+        Ok(capture)
+    }
+
+    /// Starts the controller, then joins and starts every node, and waits until all agents answer
+    /// and are connected.
+    pub fn bring_up(&self, setting: &Setting) -> anyhow::Result<Mesh> {
+        setting.talk.step("starting the controller");
+        let controller = Controller::start(&self.lab, &self.cp, &setting.binaries)?;
+        let mut nodes = Vec::new();
+        for (name, site, configuration) in NODES {
+            setting.talk.step(&format!("joining {name}"));
+            let host = self.host(name)?;
+            let mut node = Node::new(&self.lab, host, name, &setting.binaries, configuration)?;
+            node.join(&controller.token(site)?)?;
+            node.launch()?;
+            node.await_status(START_LIMIT)?;
+            nodes.push(node);
+        }
+        Ok(Mesh { controller, nodes })
+    }
+}

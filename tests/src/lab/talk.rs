@@ -1,0 +1,73 @@
+//! Progress for people, on stderr: a spinner on a terminal, else a line a step.
+
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Says what goes on. Made after the lab entered its namespaces: a spinner has a thread, and a
+/// process of several threads cannot enter a user namespace.
+#[derive(Debug)]
+pub struct Talk {
+    spinner: Option<ProgressBar>,
+}
+
+impl Talk {
+    /// A spinner where stderr is a terminal.
+    pub fn new() -> Self {
+        let spinner = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new_spinner();
+            if let Ok(style) = ProgressStyle::with_template("{spinner:.cyan} {msg} [{elapsed}]") {
+                bar.set_style(style);
+            }
+            bar.enable_steady_tick(Duration::from_millis(100));
+            bar
+        });
+        Self { spinner }
+    }
+
+    /// The next step begins.
+    pub fn step(&self, what: &str) {
+        match &self.spinner {
+            Some(bar) => {
+                bar.reset_elapsed();
+                bar.set_message(what.to_owned());
+            }
+            None => line(what),
+        }
+    }
+
+    /// How far a long step is; only a terminal shows it.
+    pub fn progress(&self, what: &str) {
+        if let Some(bar) = &self.spinner {
+            bar.set_message(what.to_owned());
+        }
+    }
+
+    /// Something that stays to be read.
+    pub fn note(&self, what: &str) {
+        match &self.spinner {
+            Some(bar) => bar.suspend(|| line(what)),
+            None => line(what),
+        }
+    }
+}
+
+impl Default for Talk {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Talk {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.spinner {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Writes a line to stderr; a closed stderr is nobody's concern.
+pub fn line(what: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "lab: {what}");
+}

@@ -1,0 +1,380 @@
+//! Hosts, routers, links and addresses: what a scenario's picture is built of.
+//!
+//! ```no_run
+//! # use towline_tests::lab::{nat::Nat, privilege::Rank, topology::Lab};
+//! # fn picture(rank: Rank) -> anyhow::Result<()> {
+//! let mut lab = Lab::new(rank)?;
+//! let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.build()?;
+//! let router = lab
+//!     .router("router-a")
+//!     .public("203.0.113.11", "2001:db8::11")?
+//!     .lan("192.168.1.0/24", "2001:db8:1::/64")?
+//!     .nat(Nat::Masquerade)
+//!     .build()?;
+//! let worker = lab.host("worker-a").behind(&router).build()?;
+//! # Ok(()) }
+//! ```
+//!
+//! The internet is a bridge in a namespace of its own, [`Lab::internet`]. It is also the next hop
+//! of whoever has a public address, and knows the IPv6 networks behind the routers. IPv4 networks
+//! behind routers are private: two routers may have the same.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use tempfile::TempDir;
+use towline_agent::netlink::{AddressOptions, Route, Rtnetlink, VethPeer};
+
+use super::namespace::Namespace;
+use super::nat::{self, Nat};
+use super::ping::first_reply;
+use super::privilege::Rank;
+
+/// Everything that was built. Dropping it takes it all down.
+#[derive(Debug)]
+pub struct Lab {
+    rank: Rank,
+    internet: Namespace,
+    /// Dropped last: logs and state of what runs in the hosts.
+    directory: TempDir,
+}
+
+/// A machine: a namespace with links.
+#[derive(Debug)]
+pub struct Host {
+    namespace: Namespace,
+    addresses: Vec<IpAddr>,
+}
+
+/// A host that forwards between the internet and a LAN of its own.
+#[derive(Debug)]
+pub struct Router {
+    host: Host,
+    lan: (Ipv4Net, Ipv6Net),
+    /// The next free host number in the LAN.
+    next: AtomicU8,
+}
+
+/// A link that carries nothing after this never will.
+const LINK_LIMIT: Duration = Duration::from_secs(5);
+const BRIDGE: &str = "net0";
+const LAN: &str = "lan0";
+const INTERNET_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(203, 0, 113, 0), 24);
+const INTERNET_V6: Ipv6Net =
+    Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0), 64);
+
+impl Lab {
+    /// An internet without hosts.
+    pub fn new(rank: Rank) -> anyhow::Result<Self> {
+        let directory = tempfile::Builder::new()
+            .prefix("towline-lab-")
+            .tempdir()
+            .context("cannot make the lab's directory")?;
+        let internet = bare("internet")?;
+        internet.run(|| {
+            let mut netlink = Rtnetlink::open()?;
+            netlink.add_bridge(BRIDGE)?;
+            let gateway = (first_v4(INTERNET_V4), first_v6(INTERNET_V6));
+            address(&mut netlink, BRIDGE, IpNet::new(gateway.0.into(), INTERNET_V4.prefix_len())?)?;
+            address(&mut netlink, BRIDGE, IpNet::new(gateway.1.into(), INTERNET_V6.prefix_len())?)
+        })?;
+        forward(&internet)?;
+        Ok(Self { rank, internet, directory })
+    }
+
+    /// Who the lab is towards the kernel.
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// Where the bridge is: capture here.
+    pub fn internet(&self) -> &Namespace {
+        &self.internet
+    }
+
+    /// A directory for logs and state, removed with the lab.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Begins a machine; its name (at most 15 bytes) also names its ports on bridges.
+    pub fn host<'a>(&'a mut self, name: &'a str) -> HostBuilder<'a> {
+        HostBuilder { lab: self, name, uplinks: Vec::new() }
+    }
+
+    /// Begins a router.
+    pub fn router<'a>(&'a mut self, name: &'a str) -> RouterBuilder<'a> {
+        RouterBuilder { lab: self, name, public: None, lan: None, nat: None }
+    }
+}
+
+impl Host {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        self.namespace.name()
+    }
+
+    /// Where its processes run.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// Its own addresses (not the overlay's), uplink by uplink, IPv4 before IPv6.
+    pub fn addresses(&self) -> &[IpAddr] {
+        &self.addresses
+    }
+}
+
+impl Router {
+    /// Its side of the lab.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+}
+
+/// A machine to be.
+#[derive(Debug)]
+#[must_use = "a host is made by `build`"]
+pub struct HostBuilder<'a> {
+    lab: &'a mut Lab,
+    name: &'a str,
+    uplinks: Vec<Uplink<'a>>,
+}
+
+#[derive(Debug)]
+enum Uplink<'a> {
+    Internet(Ipv4Addr, Ipv6Addr),
+    Lan(&'a Router),
+}
+
+impl<'a> HostBuilder<'a> {
+    /// An uplink straight to the internet, with these addresses out of 203.0.113.0/24 and
+    /// 2001:db8::/64; number 1 of each is taken.
+    pub fn public(mut self, v4: &str, v6: &str) -> anyhow::Result<Self> {
+        let (v4, v6) = public(v4, v6)?;
+        self.uplinks.push(Uplink::Internet(v4, v6));
+        Ok(self)
+    }
+
+    /// An uplink to a router's LAN, with its next free addresses.
+    pub fn behind(mut self, router: &'a Router) -> Self {
+        self.uplinks.push(Uplink::Lan(router));
+        self
+    }
+
+    /// Makes it. Its links are eth0, eth1, ... in the order of its uplinks; the earlier ones are
+    /// preferred.
+    pub fn build(self) -> anyhow::Result<Arc<Host>> {
+        let Self { lab, name, uplinks } = self;
+        let namespace = bare(name)?;
+        let mut addresses = Vec::new();
+        for (index, uplink) in uplinks.iter().enumerate() {
+            let link = format!("eth{index}");
+            let port = if index == 0 { name.to_owned() } else { format!("{name}-{index}") };
+            let (switch, bridge, own, gateways) = match uplink {
+                Uplink::Internet(v4, v6) => (
+                    &lab.internet,
+                    BRIDGE,
+                    [in_net(*v4, INTERNET_V4), in_net(*v6, INTERNET_V6)],
+                    [first_v4(INTERNET_V4).into(), first_v6(INTERNET_V6).into()],
+                ),
+                Uplink::Lan(router) => {
+                    let (v4, v6) = router.lan;
+                    let number = router.next.fetch_add(1, Ordering::Relaxed);
+                    (
+                        &router.host.namespace,
+                        LAN,
+                        [in_net(nth_v4(v4, number), v4), in_net(nth_v6(v6, number), v6)],
+                        [first_v4(v4).into(), first_v6(v6).into()],
+                    )
+                }
+            };
+            plug(&namespace, &link, switch, bridge, &port)?;
+            // The kernel takes an IPv6 metric of 0 for 1,024.
+            connect(&namespace, &link, own, gateways, 100 + index as u32)?;
+            addresses.extend(own.map(|net| net.addr()));
+        }
+        Ok(Arc::new(Host { namespace, addresses }))
+    }
+}
+
+/// A router to be.
+#[derive(Debug)]
+#[must_use = "a router is made by `build`"]
+pub struct RouterBuilder<'a> {
+    lab: &'a mut Lab,
+    name: &'a str,
+    public: Option<(Ipv4Addr, Ipv6Addr)>,
+    lan: Option<(Ipv4Net, Ipv6Net)>,
+    nat: Option<Nat>,
+}
+
+impl RouterBuilder<'_> {
+    /// Its addresses on the internet.
+    pub fn public(mut self, v4: &str, v6: &str) -> anyhow::Result<Self> {
+        self.public = Some(public(v4, v6)?);
+        Ok(self)
+    }
+
+    /// The networks of its LAN; number 1 of each is its own.
+    pub fn lan(mut self, v4: &str, v6: &str) -> anyhow::Result<Self> {
+        let parse = || -> anyhow::Result<_> { Ok((v4.parse()?, v6.parse()?)) };
+        self.lan = Some(parse().with_context(|| format!("{v4} and {v6} are no LAN"))?);
+        Ok(self)
+    }
+
+    /// What it does to what it forwards; without it it only forwards.
+    pub fn nat(mut self, nat: Nat) -> Self {
+        self.nat = Some(nat);
+        self
+    }
+
+    /// Makes it.
+    pub fn build(self) -> anyhow::Result<Router> {
+        let Self { lab, name, public, lan, nat } = self;
+        let missing = |what| anyhow!("router {name} has no {what}");
+        let (v4, v6) = public.ok_or_else(|| missing("public address"))?;
+        let lan = lan.ok_or_else(|| missing("LAN"))?;
+        let namespace = bare(name)?;
+        plug(&namespace, "eth0", &lab.internet, BRIDGE, name)?;
+        let own = [in_net(v4, INTERNET_V4), in_net(v6, INTERNET_V6)];
+        let gateways = [first_v4(INTERNET_V4).into(), first_v6(INTERNET_V6).into()];
+        connect(&namespace, "eth0", own, gateways, 100)?;
+        namespace.run(|| {
+            let mut netlink = Rtnetlink::open()?;
+            netlink.add_bridge(LAN)?;
+            address(&mut netlink, LAN, in_net(first_v4(lan.0), lan.0))?;
+            address(&mut netlink, LAN, in_net(first_v6(lan.1), lan.1))
+        })?;
+        forward(&namespace)?;
+        if let Some(nat) = nat {
+            namespace.run(|| nat::install(nat, "eth0"))?;
+        }
+        lab.internet
+            .run(|| Ok(Rtnetlink::open()?.add_route(&Route::new(lan.1.into()).via(v6.into()))?))?;
+        let host = Host { namespace, addresses: own.map(|net| net.addr()).to_vec() };
+        Ok(Router { host, lan, next: AtomicU8::new(10) })
+    }
+}
+
+/// A namespace with its loopback up and settings that do not depend on the machine's.
+fn bare(name: &str) -> anyhow::Result<Namespace> {
+    let namespace = Namespace::new(name)?;
+    for (setting, value) in [
+        // Addresses are usable at once, and nobody advertises any.
+        ("net.ipv6.conf.default.accept_dad", "0"),
+        ("net.ipv6.conf.default.accept_ra", "0"),
+        ("net.ipv6.conf.all.disable_ipv6", "0"),
+        ("net.ipv6.conf.default.disable_ipv6", "0"),
+        // What systemd sets on most distributions.
+        ("net.ipv4.conf.all.rp_filter", "0"),
+        ("net.ipv4.conf.default.rp_filter", "2"),
+    ] {
+        namespace.sysctl(setting, value)?;
+    }
+    namespace.run(|| {
+        let mut netlink = Rtnetlink::open()?;
+        let loopback = netlink.link_index("lo")?;
+        Ok(netlink.set_up(loopback, true)?)
+    })?;
+    Ok(namespace)
+}
+
+fn forward(namespace: &Namespace) -> anyhow::Result<()> {
+    namespace.sysctl("net.ipv4.ip_forward", "1")?;
+    namespace.sysctl("net.ipv6.conf.all.forwarding", "1")?;
+    // The way by the gateway is the way: in a capture nothing else should happen.
+    namespace.sysctl("net.ipv4.conf.all.send_redirects", "0")
+}
+
+/// A cable from `link` of a host to the port `port` of a bridge.
+fn plug(
+    host: &Namespace,
+    link: &str,
+    switch: &Namespace,
+    bridge: &str,
+    port: &str,
+) -> anyhow::Result<()> {
+    switch.run(|| {
+        let mut netlink = Rtnetlink::open()?;
+        let peer = VethPeer { name: link, namespace: Some(host.file().as_fd()) };
+        netlink.add_veth(port, peer)?;
+        let (port, bridge) = (netlink.link_index(port)?, netlink.link_index(bridge)?);
+        netlink.set_master(port, Some(bridge))?;
+        netlink.set_up(port, true)?;
+        Ok(())
+    })
+}
+
+/// Addresses and default routes on a link; then waits until both gateways answer: a fresh link
+/// drops what is sent until the kernel's link watch has run, up to a second later.
+fn connect(
+    host: &Namespace,
+    link: &str,
+    own: [IpNet; 2],
+    gateways: [IpAddr; 2],
+    metric: u32,
+) -> anyhow::Result<()> {
+    host.run(|| {
+        let mut netlink = Rtnetlink::open()?;
+        for (own, gateway) in own.into_iter().zip(gateways) {
+            address(&mut netlink, link, own)?;
+            let index = netlink.link_index(link)?;
+            let everywhere = match own {
+                IpNet::V4(_) => IpNet::V4(Ipv4Net::default()),
+                IpNet::V6(_) => IpNet::V6(Ipv6Net::default()),
+            };
+            netlink.add_route(&Route::new(everywhere).via(gateway).dev(index).metric(metric))?;
+        }
+        Ok(())
+    })?;
+    for gateway in gateways {
+        first_reply(host, gateway, link, Instant::now() + LINK_LIMIT)?
+            .with_context(|| format!("{} does not reach its gateway {gateway}", host.name()))?;
+    }
+    Ok(())
+}
+
+/// Adds an address to a link and sets it up.
+fn address(netlink: &mut Rtnetlink, link: &str, net: IpNet) -> anyhow::Result<()> {
+    let index = netlink.link_index(link)?;
+    netlink.add_address(index, net, AddressOptions { no_dad: true, ..Default::default() })?;
+    netlink.set_up(index, true)?;
+    Ok(())
+}
+
+fn public(v4: &str, v6: &str) -> anyhow::Result<(Ipv4Addr, Ipv6Addr)> {
+    let parse = || -> anyhow::Result<_> { Ok((v4.parse()?, v6.parse()?)) };
+    let (v4, v6) = parse().with_context(|| format!("{v4} and {v6} are no addresses"))?;
+    if !INTERNET_V4.contains(&v4) || !INTERNET_V6.contains(&v6) {
+        return Err(anyhow!("{v4} or {v6} is not on the simulated internet"));
+    }
+    Ok((v4, v6))
+}
+
+fn in_net(address: impl Into<IpAddr>, net: impl Into<IpNet>) -> IpNet {
+    let (address, net) = (address.into(), net.into());
+    IpNet::new_assert(address, net.prefix_len())
+}
+
+fn first_v4(net: Ipv4Net) -> Ipv4Addr {
+    nth_v4(net, 1)
+}
+
+fn first_v6(net: Ipv6Net) -> Ipv6Addr {
+    nth_v6(net, 1)
+}
+
+fn nth_v4(net: Ipv4Net, number: u8) -> Ipv4Addr {
+    Ipv4Addr::from_bits(net.network().to_bits() | u32::from(number))
+}
+
+fn nth_v6(net: Ipv6Net, number: u8) -> Ipv6Addr {
+    Ipv6Addr::from_bits(net.network().to_bits() | u128::from(number))
+}

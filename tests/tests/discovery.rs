@@ -1,0 +1,428 @@
+//! The agent's discovery client against a scripted controller.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use prost::Message as _;
+use rcgen::PublicKeyData as _;
+use tokio::sync::{mpsc, watch};
+use tonic::Status;
+use towline_agent::discovery::{Announcement, Command, Discovery, Event, Setup};
+use towline_agent::join::{self, JoinError, Joined};
+use towline_agent::state::{Counters, Membership, StateDir};
+use towline_core::mesh::MapChange;
+use towline_proto::node::{Candidate, CandidateKind};
+use towline_proto::pb::change::Kind::{Tombstone, Upsert};
+use towline_proto::token::{JoinToken, TokenSecret};
+use towline_proto::{id::TokenId, pb, signed};
+use towline_tests::scripted::{Ca, Call, ScriptedController, changes, ready};
+
+const OWN: u8 = 1;
+
+struct Node {
+    state: Arc<StateDir>,
+    _dir: tempfile::TempDir,
+    membership: Membership,
+}
+
+/// What the daemon would hold.
+struct Daemon {
+    events: mpsc::Receiver<Event>,
+    announcements: watch::Sender<Option<Announcement>>,
+    commands: mpsc::Sender<Command>,
+}
+
+impl Node {
+    /// A member, with a certificate that lives for `life` from an hour ago.
+    fn new(ca: &Ca, controller: &ScriptedController, life: Duration) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let state = Arc::new(StateDir::open(dir.path()).unwrap());
+        let keys = state.keys_or_generate().unwrap();
+        let csr = keys.identity.signing_request().unwrap();
+        let public =
+            rcgen::CertificateSigningRequestParams::from_der(&csr.into()).unwrap().public_key;
+        state.store_certificate(&[ca.issue("node", &public, life).unwrap()]).unwrap();
+        let membership = Membership::new(
+            ca.certificate(),
+            vec![controller.address.to_string().parse().unwrap()],
+            ca.grant(OWN, &keys.identity, &keys.wireguard),
+            ca.mesh(),
+        )
+        .unwrap();
+        state.store_membership(&membership).unwrap();
+        Self { state, _dir: dir, membership }
+    }
+
+    fn start(&self) -> Daemon {
+        let (sender, events) = mpsc::channel(64);
+        let (announcements, announced) = watch::channel(None);
+        let (commands, queue) = mpsc::channel(1);
+        let discovery = Discovery::new(
+            Setup {
+                state: self.state.clone(),
+                keys: self.state.keys().unwrap(),
+                membership: self.membership.clone(),
+                controllers: self.membership.controllers.clone(),
+                mark: 0,
+                map: self.state.map(&self.membership).unwrap(),
+                counters: self.state.counters().unwrap(),
+            },
+            sender,
+        )
+        .unwrap();
+        tokio::spawn(discovery.run(announced, queue));
+        Daemon { events, announcements, commands }
+    }
+}
+
+impl Daemon {
+    async fn event<T>(&mut self, wanted: impl Fn(Event) -> Option<T>) -> T {
+        loop {
+            let event = self.events.recv().await.expect("the task runs");
+            if let Some(found) = wanted(event) {
+                return found;
+            }
+        }
+    }
+
+    async fn map(&mut self) -> Vec<MapChange> {
+        self.event(|event| match event {
+            Event::Map(changes) => Some(changes),
+            _ => None,
+        })
+        .await
+    }
+
+    async fn disconnected(&mut self) -> String {
+        self.event(|event| match event {
+            Event::Disconnected { reason } => Some(reason),
+            _ => None,
+        })
+        .await
+    }
+
+    fn announce(&self, port: u16) {
+        let address = format!("192.0.2.1:{port}").parse().unwrap();
+        let candidates = vec![Candidate::new(CandidateKind::Local, address).unwrap()];
+        self.announcements.send_replace(Some(Announcement { candidates, prefixes: Vec::new() }));
+    }
+}
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+#[tokio::test]
+async fn the_map_comes_in_and_a_new_session_resumes_where_the_last_one_ended() {
+    let ca = Ca::new().unwrap();
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    let node = Node::new(&ca, &controller, DAY);
+    let mut daemon = node.start();
+
+    let watch = controller.watch().await.unwrap();
+    assert_eq!((watch.start.epoch, watch.start.revision), (0, 0));
+    watch.send(ready(5)).await;
+    watch.send(changes(3, vec![Upsert(ca.entry(2, 1).unwrap())])).await;
+    assert!(
+        matches!(&daemon.map().await[..], [MapChange::Upsert(node)] if node.name().as_str() == "node-2")
+    );
+    drop(watch);
+
+    let watch = controller.watch().await.unwrap();
+    assert_eq!((watch.start.epoch, watch.start.revision), (5, 3));
+}
+
+#[tokio::test]
+async fn what_was_learned_is_on_disk_for_a_start_without_a_controller() {
+    let ca = Ca::new().unwrap();
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    let node = Node::new(&ca, &controller, DAY);
+    let mut daemon = node.start();
+    let watch = controller.watch().await.unwrap();
+    watch.send(ready(5)).await;
+    watch
+        .send(changes(
+            3,
+            vec![Upsert(ca.entry(2, 1).unwrap()), Tombstone(ca.tombstone(3).unwrap())],
+        ))
+        .await;
+    daemon.map().await;
+    drop(watch);
+    daemon.disconnected().await;
+
+    let map = node.state.map(&node.membership).unwrap();
+    assert_eq!(map.position(), (5, 3));
+    assert_eq!(map.changes().len(), 2);
+    assert_eq!(map.tombstones().len(), 1);
+}
+
+#[tokio::test]
+async fn another_epoch_is_watched_from_its_beginning_and_removes_nobody() {
+    let ca = Ca::new().unwrap();
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    let node = Node::new(&ca, &controller, DAY);
+    let mut daemon = node.start();
+    let watch = controller.watch().await.unwrap();
+    watch.send(ready(5)).await;
+    watch.send(changes(9, vec![Upsert(ca.entry(2, 1).unwrap())])).await;
+    daemon.map().await;
+    drop(watch);
+
+    let watch = controller.watch().await.unwrap();
+    watch.send(ready(6)).await;
+    watch.send(changes(1, vec![Upsert(ca.entry(3, 1).unwrap())])).await;
+    assert!(matches!(&daemon.map().await[..], [MapChange::Upsert(_)]));
+    drop(watch);
+    let watch = controller.watch().await.unwrap();
+    assert_eq!((watch.start.epoch, watch.start.revision), (6, 1));
+}
+
+#[tokio::test]
+async fn a_forged_entry_is_refused_and_the_rest_is_taken() {
+    let ca = Ca::new().unwrap();
+    let liar = Ca::new().unwrap();
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    let node = Node::new(&ca, &controller, DAY);
+    let mut daemon = node.start();
+    let watch = controller.watch().await.unwrap();
+    watch.send(ready(1)).await;
+    let forged = Upsert(liar.entry(2, 1).unwrap());
+    watch.send(changes(1, vec![forged, Upsert(ca.entry(3, 1).unwrap())])).await;
+    assert!(
+        matches!(&daemon.map().await[..], [MapChange::Upsert(node)] if node.name().as_str() == "node-3")
+    );
+}
+
+#[tokio::test]
+async fn a_record_is_published_and_offered_again_unchanged_in_the_next_session() {
+    let ca = Ca::new().unwrap();
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    let node = Node::new(&ca, &controller, DAY);
+    let daemon = node.start();
+    daemon.announce(1000);
+    let watch = controller.watch().await.unwrap();
+    watch.send(ready(1)).await;
+    let first = controller.published().await.unwrap();
+    let identity = node.membership.grant.identity_key;
+    assert_eq!(signed::record(Some(&first), &identity).unwrap().generation, 1);
+    drop(watch);
+
+    let watch = controller.watch().await.unwrap();
+    watch.send(ready(1)).await;
+    assert_eq!(controller.published().await.unwrap(), first);
+
+    daemon.announce(2000);
+    let second = controller.published().await.unwrap();
+    assert_eq!(signed::record(Some(&second), &identity).unwrap().generation, 2);
+    assert_eq!(node.state.counters().unwrap(), Counters { boot_epoch: 0, generation: 2 });
+}
+
+#[tokio::test]
+async fn a_node_whose_state_was_set_back_numbers_its_records_after_those_the_mesh_has() {
+    let ca = Ca::new().unwrap();
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    let node = Node::new(&ca, &controller, DAY);
+    let mut daemon = node.start();
+    let watch = controller.watch().await.unwrap();
+    watch.send(ready(1)).await;
+    // Our own record, as the mesh has it.
+    let keys = node.state.keys().unwrap();
+    let record = pb::Record {
+        node_id: vec![OWN; 16],
+        generation: 41,
+        wireguard_keys: vec![keys.wireguard.public().0.to_vec()],
+        ..Default::default()
+    };
+    let own = pb::Entry {
+        grant: Some(node.membership.signed_grant.clone()),
+        record: Some(keys.identity.sign_record(&record)),
+        withheld: Vec::new(),
+    };
+    watch.send(changes(1, vec![Upsert(own), Upsert(ca.entry(2, 1).unwrap())])).await;
+    daemon.map().await;
+    daemon.announce(1000);
+    let published = controller.published().await.unwrap();
+    let identity = node.membership.grant.identity_key;
+    assert_eq!(signed::record(Some(&published), &identity).unwrap().generation, 42);
+}
+
+#[tokio::test]
+async fn a_silent_controller_is_left() {
+    let ca = Ca::new().unwrap();
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    let node = Node::new(&ca, &controller, DAY);
+    let mut daemon = node.start();
+    let watch = controller.watch().await.unwrap();
+    let pb::watch_response::Kind::Ready(mut soon) = ready(1) else { unreachable!() };
+    soon.heartbeat_ms = 100;
+    watch.send(pb::watch_response::Kind::Ready(soon)).await;
+    assert!(daemon.disconnected().await.contains("silent"));
+    controller.watch().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_refused_record_is_a_reason_and_not_the_end_of_the_session() {
+    let ca = Ca::new().unwrap();
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    let node = Node::new(&ca, &controller, DAY);
+    let mut daemon = node.start();
+    daemon.announce(1000);
+    let watch = controller.watch().await.unwrap();
+    watch.send(ready(1)).await;
+    loop {
+        if let Call::Publish(_, reply) = controller.call().await.unwrap() {
+            let _ = reply.send(Err(Status::invalid_argument("no such prefix")));
+            break;
+        }
+    }
+    let refused = daemon
+        .event(|event| match event {
+            Event::Published(Err(reason)) => Some(reason),
+            Event::Disconnected { reason } => panic!("disconnected: {reason}"),
+            _ => None,
+        })
+        .await;
+    assert!(refused.contains("no such prefix"), "{refused}");
+    watch.send(changes(1, vec![Upsert(ca.entry(2, 1).unwrap())])).await;
+    daemon.map().await;
+}
+
+#[tokio::test]
+async fn a_removed_node_learns_it_from_the_tombstone_it_is_refused_with() {
+    let ca = Ca::new().unwrap();
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    let node = Node::new(&ca, &controller, DAY);
+    let mut daemon = node.start();
+    let watch = controller.watch().await.unwrap();
+    let tombstone = ca.tombstone(OWN).unwrap().encode_to_vec();
+    let code = tonic::Code::PermissionDenied;
+    watch.fail(Status::with_details(code, "this node was removed", tombstone.into())).await;
+    daemon.event(|event| matches!(event, Event::Removed).then_some(())).await;
+    assert!(node.state.map(&node.membership).unwrap().own_removed());
+}
+
+#[tokio::test]
+async fn a_certificate_near_its_end_is_renewed_before_the_watch() {
+    let ca = Ca::new().unwrap();
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    // Ended: it lived for half an hour, from an hour ago.
+    let node = Node::new(&ca, &controller, Duration::from_secs(1800));
+    let _daemon = node.start();
+    let Call::Renew(request, reply) = controller.call().await.unwrap() else {
+        panic!("something came before the renewal")
+    };
+    let csr = rcgen::CertificateSigningRequestParams::from_der(&request.csr.into()).unwrap();
+    assert_eq!(csr.public_key.der_bytes(), node.membership.grant.identity_key.as_bytes());
+    let fresh = ca.issue("node", &csr.public_key, DAY).unwrap();
+    let certificate_chain = vec![fresh.to_vec()];
+    let _ = reply.send(Ok(pb::RenewResponse { certificate_chain, grant: None }));
+    controller.watch().await.unwrap();
+    assert_eq!(node.state.certificate().unwrap().unwrap(), vec![fresh]);
+}
+
+#[tokio::test]
+async fn another_meshs_controller_is_not_spoken_to() {
+    let ca = Ca::new().unwrap();
+    let controller = ScriptedController::start(&Ca::new().unwrap()).await.unwrap();
+    let node = Node::new(&ca, &controller, DAY);
+    let reason = node.start().disconnected().await;
+    assert!(reason.contains("not this mesh's controller"), "{reason}");
+}
+
+#[tokio::test]
+async fn leaving_is_told_to_the_controller_and_ends_the_task() {
+    let ca = Ca::new().unwrap();
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    let node = Node::new(&ca, &controller, DAY);
+    let mut daemon = node.start();
+    let watch = controller.watch().await.unwrap();
+    watch.send(ready(1)).await;
+    let (reply, left) = tokio::sync::oneshot::channel();
+    daemon.commands.send(Command::Leave(reply)).await.unwrap();
+    let Call::Leave(answer) = controller.call().await.unwrap() else { panic!("not a leave") };
+    let _ = answer.send(Ok(pb::LeaveResponse::default()));
+    assert_eq!(left.await.unwrap(), Ok(()));
+    while daemon.events.recv().await.is_some() {}
+}
+
+fn token(ca: &Ca, controller: &ScriptedController) -> JoinToken {
+    JoinToken {
+        ca: towline_agent::tls::fingerprint(&ca.certificate()),
+        id: TokenId([1; 8]),
+        secret: TokenSecret([2; 32]),
+        controllers: vec![controller.address.to_string().parse().unwrap()],
+    }
+}
+
+fn hello(now_ms: i64) -> pb::HelloResponse {
+    let proof_key = towline_agent::keys::Wireguard::generate().unwrap().public();
+    pb::HelloResponse {
+        server_time_ms: now_ms,
+        proof_key: proof_key.0.to_vec(),
+        ..Default::default()
+    }
+}
+
+fn now_ms() -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    i64::try_from(now.as_millis()).unwrap()
+}
+
+#[tokio::test]
+async fn a_join_stores_what_it_was_given_and_a_second_one_changes_nothing() {
+    let ca = Ca::new().unwrap();
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let (token, name) = (token(&ca, &controller), "node-1".parse().unwrap());
+    let serve = async {
+        let Call::Hello(reply) = controller.call().await.unwrap() else { panic!("not a hello") };
+        let _ = reply.send(Ok(hello(now_ms())));
+        let Call::Join(request, reply) = controller.call().await.unwrap() else {
+            panic!("not a join")
+        };
+        assert_eq!(request.name, "node-1");
+        assert_eq!(request.token_secret, [2; 32]);
+        let keys = state.keys().unwrap();
+        let csr = rcgen::CertificateSigningRequestParams::from_der(&request.csr.into()).unwrap();
+        let answer = pb::JoinResponse {
+            grant: Some(ca.grant(OWN, &keys.identity, &keys.wireguard)),
+            mesh: Some(ca.mesh()),
+            certificate_chain: vec![ca.issue("node", &csr.public_key, DAY).unwrap().to_vec()],
+        };
+        let _ = reply.send(Ok(answer));
+    };
+    let (joined, ()) = tokio::join!(join::join(&state, &token, &name, 0), serve);
+    assert!(matches!(joined.unwrap(), Joined::New(_)));
+    let again = join::join(&state, &token, &name, 0).await.unwrap();
+    assert!(matches!(again, Joined::Already(_)));
+    let other = join::join(&state, &token, &"other".parse().unwrap(), 0).await;
+    assert!(matches!(other, Err(JoinError::OtherName { .. })));
+}
+
+#[tokio::test]
+async fn a_join_with_another_meshs_token_says_nothing_to_the_controller() {
+    let ca = Ca::new().unwrap();
+    let controller = ScriptedController::start(&ca).await.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let foreign =
+        JoinToken { ca: towline_proto::id::Fingerprint([9; 32]), ..token(&ca, &controller) };
+    let error = join::join(&state, &foreign, &"a".parse().unwrap(), 0).await.unwrap_err();
+    assert!(error.to_string().contains("not this mesh's controller"), "{error}");
+    assert!(state.membership().unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_join_with_a_wrong_clock_spends_no_token() {
+    let ca = Ca::new().unwrap();
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let (token, name) = (token(&ca, &controller), "node-1".parse().unwrap());
+    let serve = async {
+        let Call::Hello(reply) = controller.call().await.unwrap() else { panic!("not a hello") };
+        let _ = reply.send(Ok(hello(now_ms() + 3_600_000)));
+    };
+    let (joined, ()) = tokio::join!(join::join(&state, &token, &name, 0), serve);
+    let error = joined.unwrap_err().to_string();
+    assert!(error.contains("behind") && error.contains("clock"), "{error}");
+}
