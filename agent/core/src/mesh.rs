@@ -377,24 +377,31 @@ impl Mesh {
 
     /// Every peer, by node id.
     pub fn peers(&self) -> impl Iterator<Item = PeerStatus> + '_ {
-        self.peers.values().map(|peer| {
-            let claim = self.claims.of(peer.id());
-            let reason = match claim.and_then(|claim| claim.key_holder.as_ref()) {
-                Some(holder) => format!("its WireGuard key is held by {holder}"),
-                None => peer.reason(self.now, &self.local),
-            };
-            PeerStatus {
-                node: peer.node().clone(),
-                state: peer.state(),
-                since: peer.since(),
-                reason,
-                path: peer.path(),
-                rtt: peer.rtt(),
-                last_handshake: peer.last_handshake(),
-                prefixes: claim.map(|claim| claim.prefixes.clone()).unwrap_or_default(),
-                conflicts: claim.map(|claim| claim.conflicts.clone()).unwrap_or_default(),
-            }
-        })
+        self.peers.values().map(|peer| self.status(peer))
+    }
+
+    /// One peer.
+    pub fn peer(&self, id: NodeId) -> Option<PeerStatus> {
+        self.peers.get(&id).map(|peer| self.status(peer))
+    }
+
+    fn status(&self, peer: &Peer) -> PeerStatus {
+        let claim = self.claims.of(peer.id());
+        let reason = match claim.and_then(|claim| claim.key_holder.as_ref()) {
+            Some(holder) => format!("its WireGuard key is held by {holder}"),
+            None => peer.reason(self.now, &self.local),
+        };
+        PeerStatus {
+            node: peer.node().clone(),
+            state: peer.state(),
+            since: peer.since(),
+            reason,
+            path: peer.path(),
+            rtt: peer.rtt(),
+            last_handshake: peer.last_handshake(),
+            prefixes: claim.map(|claim| claim.prefixes.clone()).unwrap_or_default(),
+            conflicts: claim.map(|claim| claim.conflicts.clone()).unwrap_or_default(),
+        }
     }
 
     fn upsert(&mut self, node: Node) {
@@ -406,9 +413,11 @@ impl Mesh {
             return;
         }
         let age = |node: &Node| (node.record().generation, node.grant().issued_at);
-        let known = self.peers.get(&id);
+        let known = self.peers.get(&id).map(Peer::node);
+        // Of equal age is also what differs only by the prefixes that the controller withholds:
+        // the later word holds.
         if known.is_none() && self.peers.len() >= limits::NODES
-            || known.is_some_and(|peer| age(peer.node()) >= age(&node))
+            || known.is_some_and(|known| age(known) > age(&node) || **known == node)
         {
             return;
         }

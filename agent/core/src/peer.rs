@@ -259,26 +259,9 @@ impl Peer {
             }
             // The next attempt is scheduled; while up, the tunnel repeats its own re-key.
             Observation::HandshakeUnanswered => {}
-            Observation::SessionExpired => {
-                self.session = false;
-                match self.path() {
-                    Some(path) => {
-                        self.initiate(cx, vec![path]);
-                        let at = cx.now + jittered(cx.rng, FIRST_RETRIES[1]);
-                        cx.timers.set(Timer::Attempt(self.id()), at);
-                    }
-                    None => cx.timers.set_no_later(
-                        Timer::Attempt(self.id()),
-                        cx.now + jittered(cx.rng, REKEY_TIMEOUT),
-                    ),
-                }
-            }
-            Observation::Wanted => {
-                let rested = self.last_initiation.is_none_or(|at| cx.now >= at + REKEY_TIMEOUT);
-                if rested && !(self.state == PeerState::Up && self.session) {
-                    cx.timers.set_no_later(Timer::Attempt(self.id()), cx.now);
-                }
-            }
+            Observation::SessionExpired => self.renew(cx),
+            // Also while up: the session may have been ours alone to lose, or never confirmed.
+            Observation::Wanted => self.renew(cx),
         }
     }
 
@@ -387,6 +370,21 @@ impl Peer {
         self.awaited = None;
         self.set_state(cx, PeerState::Up);
         cx.timers.set(Timer::Probe(self.id()), cx.now);
+    }
+
+    /// There is no session: a handshake on the path if there is one, else the next attempt now;
+    /// neither sooner after the last initiation than WireGuard would.
+    fn renew(&mut self, cx: &mut Context<'_>) {
+        self.session = false;
+        let rested = self.last_initiation.map_or(cx.now, |at| (at + REKEY_TIMEOUT).max(cx.now));
+        match self.path() {
+            Some(path) if rested <= cx.now => {
+                self.initiate(cx, vec![path]);
+                let at = cx.now + jittered(cx.rng, FIRST_RETRIES[1]);
+                cx.timers.set(Timer::Attempt(self.id()), at);
+            }
+            _ => cx.timers.set_no_later(Timer::Attempt(self.id()), rested),
+        }
     }
 
     /// Begins a new series of attempts, now.

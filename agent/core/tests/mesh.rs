@@ -64,6 +64,16 @@ fn the_same_map_twice_changes_nothing_and_an_older_record_neither() {
 }
 
 #[test]
+fn a_prefix_that_the_controller_begins_to_withhold_leaves_the_tunnel() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2).prefixes(&["10.1.0.0/16"]));
+    us.drain();
+    us.upsert(peer(2));
+    us.drain();
+    assert!(!us.table().peers[&key(2)].prefixes.contains(&net("10.1.0.0/16")));
+}
+
+#[test]
 fn a_removed_node_never_comes_back_nor_does_its_key_under_another_id() {
     let mut us = Us::new(5);
     us.upsert(peer(2));

@@ -1,0 +1,407 @@
+//! A simulated machine: what survives a restart of its agent, and the running agent.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use towline_core::mesh::{Config, MapChange, Mesh, Output, PeerState, ReceivedProbe};
+use towline_core::peer_table::PeerTable;
+use towline_core::plan::{Plan, RulePlan};
+use towline_proto::frame::Probe;
+use towline_proto::id::{IdentityKey, MeshId, NodeId, WireguardKey};
+use towline_proto::node::{
+    Candidate, CandidateKind, Grant, MeshConfig, Node, OverlayAddresses, Record, Tombstone,
+};
+
+use super::net::RealmId;
+use super::tunnel::{Message, Tunnels};
+
+/// The port of every agent.
+pub const PORT: u16 = 51830;
+
+/// What travels in a datagram.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Payload {
+    /// A probe, which only `to` can open and only `from` can have sealed.
+    Probe {
+        /// Who sealed it.
+        from: WireguardKey,
+        /// Who can open it.
+        to: WireguardKey,
+        /// What it says.
+        probe: Probe,
+    },
+    /// WireGuard's own.
+    WireGuard(Message),
+}
+
+/// What a machine wants the world to do.
+#[derive(Debug, Clone)]
+pub enum Action {
+    /// Send a datagram.
+    Send(SocketAddr, Payload),
+    /// Hand this record to the controller.
+    Publish(Box<Node>),
+    /// A peer's state changed.
+    StateChanged(NodeId, PeerState, PeerState),
+}
+
+/// A machine.
+#[derive(Debug)]
+pub struct Host {
+    /// Its number, which makes its name, keys and addresses.
+    pub number: u16,
+    /// Its grant; `None` before it joined.
+    pub grant: Grant,
+    /// Its interfaces.
+    pub addresses: Vec<(RealmId, IpAddr)>,
+    /// Named in its configuration.
+    pub configured: Vec<SocketAddr>,
+    /// What it announces.
+    pub prefixes: Vec<IpNet>,
+    /// Its wall clock, in seconds beside the true time.
+    pub clock_offset: i64,
+    /// Whether it reaches the controller.
+    pub controller_reachable: bool,
+    /// Whether the controller's watch stands.
+    pub watching: bool,
+    /// Its agent, while it runs.
+    pub agent: Option<Agent>,
+    /// The mesh's configuration as it was at the join.
+    pub mesh_config: MeshConfig,
+    /// The map on its disk.
+    pub cache: BTreeMap<NodeId, Node>,
+    /// Tombstones on its disk.
+    pub tombstones: BTreeMap<NodeId, Tombstone>,
+    /// Datagrams sent, by second of the simulation.
+    pub sent: BTreeMap<u64, u32>,
+    boot_epoch: u64,
+    generation: u64,
+    seed: u64,
+}
+
+/// A running agent.
+#[derive(Debug)]
+pub struct Agent {
+    /// The core under test.
+    pub mesh: Mesh,
+    /// Its data plane.
+    pub tunnels: Tunnels,
+    /// The table that the core handed out last.
+    pub table: Option<Arc<PeerTable>>,
+    /// And the plan.
+    pub plan: Option<Arc<Plan>>,
+    /// What it advertises.
+    pub candidates: Vec<Candidate>,
+    /// When it wants to be woken; known to the event queue.
+    pub wake: Option<Instant>,
+    /// Numbers of the echo replies that came.
+    pub replies: BTreeSet<u64>,
+}
+
+impl Host {
+    /// A machine that joined, with its agent not yet started.
+    pub fn new(number: u16, seed: u64, mesh_config: MeshConfig) -> Self {
+        Self {
+            number,
+            grant: grant(number),
+            addresses: Vec::new(),
+            configured: Vec::new(),
+            prefixes: Vec::new(),
+            clock_offset: 0,
+            controller_reachable: true,
+            watching: false,
+            agent: None,
+            mesh_config,
+            cache: BTreeMap::new(),
+            tombstones: BTreeMap::new(),
+            sent: BTreeMap::new(),
+            boot_epoch: 0,
+            generation: 0,
+            seed,
+        }
+    }
+
+    /// Its id.
+    pub fn id(&self) -> NodeId {
+        self.grant.node_id
+    }
+
+    /// Its tunnel's key.
+    pub fn key(&self) -> WireguardKey {
+        self.grant.wireguard_keys[0]
+    }
+
+    /// Starts its agent from what is on its disk.
+    pub fn start(&mut self, now: Instant) {
+        self.boot_epoch += 1;
+        self.watching = false;
+        let mut seed = [0; 32];
+        seed[..8].copy_from_slice(&self.seed.to_le_bytes());
+        seed[8..10].copy_from_slice(&self.number.to_le_bytes());
+        seed[16..24].copy_from_slice(&self.boot_epoch.to_le_bytes());
+        let config = Config {
+            grant: self.grant.clone(),
+            mesh: self.mesh_config.clone(),
+            link: "towline0".into(),
+            mtu: 1_420,
+            table: 21_580,
+            rules: RulePlan { priority: 21_580, mark: 0x10, mask: 0x30 },
+            firewall_table: "towline".into(),
+        };
+        let mut mesh = Mesh::new(config, seed, now);
+        for tombstone in self.tombstones.values() {
+            mesh.update(now, MapChange::Remove(tombstone.clone()));
+        }
+        for node in self.cache.values() {
+            mesh.update(now, MapChange::Upsert(Box::new(node.clone())));
+        }
+        mesh.set_prefixes(now, self.prefixes.clone());
+        mesh.set_candidates(now, self.local_candidates());
+        self.agent = Some(Agent {
+            mesh,
+            tunnels: Tunnels::new(u64::from(self.number) << 12 | self.boot_epoch),
+            table: None,
+            plan: None,
+            candidates: Vec::new(),
+            wake: None,
+            replies: BTreeSet::new(),
+        });
+    }
+
+    /// Its addresses changed.
+    pub fn addresses_changed(&mut self, now: Instant) {
+        let candidates = self.local_candidates();
+        if let Some(agent) = &mut self.agent {
+            agent.mesh.set_candidates(now, candidates);
+        }
+    }
+
+    /// It announces something else from now on.
+    pub fn set_prefixes(&mut self, now: Instant, prefixes: Vec<IpNet>) -> Vec<Action> {
+        self.prefixes = prefixes;
+        let Some(agent) = &mut self.agent else { return Vec::new() };
+        agent.mesh.set_prefixes(now, self.prefixes.clone());
+        vec![self.publish()]
+    }
+
+    /// A change of the map arrived; it also goes to the disk.
+    pub fn map_changed(&mut self, now: Instant, change: MapChange) {
+        match &change {
+            MapChange::Upsert(node) => {
+                if !self.tombstones.contains_key(&node.id()) {
+                    self.cache.insert(node.id(), (**node).clone());
+                }
+            }
+            MapChange::Remove(tombstone) => {
+                self.cache.remove(&tombstone.node_id);
+                self.tombstones.insert(tombstone.node_id, tombstone.clone());
+            }
+            MapChange::Mesh(mesh) => self.mesh_config = mesh.clone(),
+        }
+        if let Some(agent) = &mut self.agent {
+            agent.mesh.update(now, change);
+        }
+    }
+
+    /// A datagram arrived.
+    pub fn receive(&mut self, now: Instant, from: SocketAddr, payload: Payload) {
+        let me = self.key();
+        let Some(agent) = &mut self.agent else { return };
+        match payload {
+            Payload::Probe { from: peer, to, probe } => {
+                if to != me || !agent.knows(&peer) {
+                    return;
+                }
+                let probe = match probe {
+                    Probe::Ping { transaction } => ReceivedProbe::Ping { transaction },
+                    Probe::Pong { transaction, observed } => {
+                        ReceivedProbe::Pong { transaction, observed }
+                    }
+                };
+                agent.mesh.probe_received(now, peer, from, probe);
+            }
+            Payload::WireGuard(message) => agent.tunnels.receive(now, me, from, message),
+        }
+    }
+
+    /// Sends an inner packet.
+    pub fn send_inner(&mut self, now: Instant, to: WireguardKey, number: u64) {
+        if let Some(agent) = &mut self.agent {
+            agent.tunnels.send(now, to, super::tunnel::Inner { number, reply: false });
+        }
+    }
+
+    /// Does what is due.
+    pub fn handle_timeout(&mut self, now: Instant, clock: i64) {
+        let me = self.key();
+        let Some(agent) = &mut self.agent else { return };
+        if agent.mesh.poll_timeout().is_some_and(|(at, _)| at <= now) {
+            agent.mesh.handle_timeout(now);
+        }
+        if agent.tunnels.poll_timeout().is_some_and(|at| at <= now) {
+            agent.tunnels.handle_timeout(now, clock, me);
+        }
+    }
+
+    /// Everything that the core and the data plane want done, until they want nothing more.
+    pub fn drain(&mut self, now: Instant, clock: i64) -> Vec<Action> {
+        let me = self.key();
+        let mut actions = Vec::new();
+        loop {
+            let Some(agent) = &mut self.agent else { return actions };
+            if let Some(output) = agent.mesh.poll_output() {
+                match output {
+                    Output::Ping { peer, to, transaction } => {
+                        let probe = Probe::Ping { transaction };
+                        actions
+                            .push(Action::Send(to, Payload::Probe { from: me, to: peer, probe }));
+                    }
+                    Output::Pong { peer, to, transaction } => {
+                        let probe = Probe::Pong { transaction, observed: to };
+                        actions
+                            .push(Action::Send(to, Payload::Probe { from: me, to: peer, probe }));
+                    }
+                    Output::Handshake { peer, to } => {
+                        assert!(agent.knows(&peer), "of a peer in the table");
+                        agent.tunnels.handshake(now, clock, me, peer, &to);
+                    }
+                    Output::PeerTable(table) => {
+                        assert_ne!(Some(&table), agent.table.as_ref(), "only when it changed");
+                        agent.tunnels.apply(&table);
+                        agent.table = Some(table);
+                    }
+                    Output::Plan(plan) => {
+                        assert_ne!(Some(&plan), agent.plan.as_ref(), "only when it changed");
+                        agent.plan = Some(plan);
+                    }
+                    Output::Advertise(candidates) => {
+                        agent.candidates = candidates;
+                        actions.push(self.publish());
+                    }
+                    Output::StateChanged { peer, from, to } => {
+                        actions.push(Action::StateChanged(peer, from, to));
+                    }
+                    Output::PingResult { .. } => {}
+                }
+            } else if let Some(effect) = agent.tunnels.effects.pop_front() {
+                use super::tunnel::Effect;
+                match effect {
+                    Effect::Send(to, message) => {
+                        actions.push(Action::Send(to, Payload::WireGuard(message)));
+                    }
+                    Effect::Observed(peer, what) => agent.mesh.observe(now, peer, what),
+                    Effect::Received(_, inner) if inner.reply => {
+                        agent.replies.insert(inner.number);
+                    }
+                    Effect::Received(peer, inner) => {
+                        let reply = super::tunnel::Inner { reply: true, ..inner };
+                        agent.tunnels.send(now, peer, reply);
+                    }
+                }
+            } else {
+                return actions;
+            }
+        }
+    }
+
+    /// When the agent wants to be woken.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let agent = self.agent.as_ref()?;
+        let core = agent.mesh.poll_timeout().map(|(at, _)| at);
+        core.into_iter().chain(agent.tunnels.poll_timeout()).min()
+    }
+
+    /// Which of its addresses a datagram to `to` leaves from.
+    pub fn source(&self, to: SocketAddr) -> Option<(RealmId, SocketAddr)> {
+        let fits = |ip: &IpAddr| ip.is_ipv4() == to.is_ipv4();
+        let (realm, ip) = self.addresses.iter().find(|(_, ip)| fits(ip))?;
+        Some((*realm, SocketAddr::new(*ip, PORT)))
+    }
+
+    /// What the core says of a peer.
+    pub fn peer_state(&self, peer: NodeId) -> Option<PeerState> {
+        Some(self.agent.as_ref()?.mesh.peer(peer)?.state)
+    }
+
+    /// A record of now, for the controller.
+    pub fn publish(&mut self) -> Action {
+        self.generation += 1;
+        let candidates =
+            self.agent.as_ref().map(|agent| agent.candidates.clone()).unwrap_or_default();
+        let record = Record {
+            node_id: self.id(),
+            generation: self.generation,
+            boot_epoch: self.boot_epoch,
+            wireguard_keys: self.grant.wireguard_keys.clone(),
+            candidates,
+            prefixes: self.prefixes.clone(),
+            version: "sim".into(),
+        };
+        let node = Node::new(self.grant.clone(), record).expect("it announces what it may");
+        Action::Publish(Box::new(node))
+    }
+
+    fn local_candidates(&self) -> Vec<Candidate> {
+        let local =
+            self.addresses.iter().map(|(_, ip)| (CandidateKind::Local, SocketAddr::new(*ip, PORT)));
+        let configured = self.configured.iter().map(|addr| (CandidateKind::Configured, *addr));
+        local.chain(configured).filter_map(|(kind, addr)| Candidate::new(kind, addr)).collect()
+    }
+}
+
+impl Agent {
+    fn knows(&self, peer: &WireguardKey) -> bool {
+        self.table.as_ref().is_some_and(|table| table.peers.contains_key(peer))
+    }
+}
+
+/// The mesh that every simulated host is in.
+pub fn mesh_config() -> MeshConfig {
+    MeshConfig {
+        mesh_id: MeshId([1; 16]),
+        overlay_v6: "fd00:71::/64".parse().expect("a network"),
+        overlay_v4: "198.19.0.0/16".parse().expect("a network"),
+        protected: vec!["10.244.0.0/16".parse().expect("a network")],
+        lease: Duration::from_secs(600),
+        generation: 1,
+    }
+}
+
+/// The tombstone of a host.
+pub fn tombstone(grant: &Grant) -> Tombstone {
+    Tombstone {
+        mesh_id: grant.mesh_id,
+        node_id: grant.node_id,
+        name: grant.name.clone(),
+        identity_key: grant.identity_key,
+        removed_at: 0,
+    }
+}
+
+fn grant(number: u16) -> Grant {
+    let bytes = number.to_be_bytes();
+    let mut id = [0; 16];
+    id[14..].copy_from_slice(&bytes);
+    // Keys in an order of their own, so that who begins does not follow from the number.
+    let mut key = [0; 32];
+    key[..2].copy_from_slice(&number.wrapping_mul(40_503).to_be_bytes());
+    Grant {
+        mesh_id: MeshId([1; 16]),
+        node_id: NodeId(id),
+        name: format!("host-{number}").parse().expect("a name"),
+        identity_key: IdentityKey(key),
+        wireguard_keys: vec![WireguardKey(key)],
+        overlay: OverlayAddresses {
+            v6: std::net::Ipv6Addr::new(0xfd00, 0x71, 0, 0, 0, 0, 0, number),
+            v4: std::net::Ipv4Addr::new(198, 19, bytes[0], bytes[1]),
+        },
+        allowed_prefixes: vec!["10.244.0.0/16".parse().expect("a network")],
+        site: None,
+        labels: BTreeMap::new(),
+        issued_at: i64::from(number),
+        ephemeral: false,
+    }
+}

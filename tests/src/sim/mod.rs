@@ -1,0 +1,344 @@
+//! The simulator: many cores on virtual time, through NATs, loss, partitions and restarts.
+//!
+//! [`Sim`] owns everything: the clock, the queue of events, the network, the hosts and a
+//! controller that only keeps the map. Each host runs the real [`Mesh`](towline_core::mesh::Mesh)
+//! above a model of the data plane ([`tunnel`]). The seed decides everything; the same seed and
+//! the same calls give the same [`Sim::trace`].
+
+pub mod host;
+pub mod nat;
+pub mod net;
+pub mod tunnel;
+
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use towline_core::mesh::{MapChange, PeerState};
+use towline_proto::id::NodeId;
+use towline_proto::node::{Node, Tombstone};
+
+use host::{Action, Host, Payload};
+use net::{Conditions, HostId, Network, RealmId};
+
+/// From an agent to the controller, or back.
+const CONTROLLER_LATENCY: Duration = Duration::from_millis(20);
+/// How often an agent without a watch tries to get one.
+const WATCH_RETRY: Duration = Duration::from_millis(500);
+
+#[derive(Debug)]
+enum Event {
+    Arrive { host: HostId, from: SocketAddr, payload: Payload },
+    Wake(HostId),
+    Published(HostId, Box<Node>),
+    Map(HostId, MapChange),
+    Watch(HostId),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Sim {
+    /// The present.
+    pub now: Instant,
+    /// The network.
+    pub net: Network,
+    /// The hosts, running or not.
+    pub hosts: Vec<Host>,
+    /// Whether the controller answers.
+    pub controller_up: bool,
+    /// Every change of a peer's state: when, at whom, of whom, to what.
+    pub changes: Vec<(Duration, HostId, NodeId, PeerState)>,
+    start: Instant,
+    seed: u64,
+    rng: StdRng,
+    queue: BTreeMap<(Instant, u64), Event>,
+    next_event: u64,
+    next_inner: u64,
+    map: BTreeMap<NodeId, Node>,
+    tombstones: BTreeMap<NodeId, Tombstone>,
+    trace: DefaultHasher,
+}
+
+impl Sim {
+    /// An empty world.
+    pub fn new(seed: u64, conditions: Conditions) -> Self {
+        let start = Instant::now();
+        let mut bytes = [0; 32];
+        bytes[..8].copy_from_slice(&seed.to_le_bytes());
+        Self {
+            now: start,
+            net: Network::new(conditions),
+            hosts: Vec::new(),
+            controller_up: true,
+            changes: Vec::new(),
+            start,
+            seed,
+            rng: StdRng::from_seed(bytes),
+            queue: BTreeMap::new(),
+            next_event: 0,
+            next_inner: 0,
+            map: BTreeMap::new(),
+            tombstones: BTreeMap::new(),
+            trace: DefaultHasher::new(),
+        }
+    }
+
+    /// Time since the beginning.
+    pub fn elapsed(&self) -> Duration {
+        self.now - self.start
+    }
+
+    /// A digest of every event so far.
+    pub fn trace(&self) -> u64 {
+        self.trace.finish()
+    }
+
+    /// Adds a machine with these addresses; its agent does not run yet.
+    pub fn add_host(&mut self, addresses: &[(RealmId, IpAddr)]) -> HostId {
+        let id = self.hosts.len();
+        let number = u16::try_from(id + 1).expect("few hosts");
+        let mut host = Host::new(number, self.seed, host::mesh_config());
+        host.addresses = addresses.to_vec();
+        for (realm, ip) in addresses {
+            self.net.attach(id, *realm, *ip);
+        }
+        self.hosts.push(host);
+        id
+    }
+
+    /// Starts an agent, or starts it anew.
+    pub fn start(&mut self, host: HostId) {
+        self.hosts[host].start(self.now);
+        self.settle(host);
+        self.schedule(self.now + CONTROLLER_LATENCY, Event::Watch(host));
+    }
+
+    /// Kills an agent.
+    pub fn stop(&mut self, host: HostId) {
+        self.hosts[host].agent = None;
+        self.hosts[host].watching = false;
+    }
+
+    /// Removes a node from the mesh for good.
+    pub fn remove(&mut self, host: HostId) {
+        let tombstone = host::tombstone(&self.hosts[host].grant);
+        self.map.remove(&tombstone.node_id);
+        self.tombstones.insert(tombstone.node_id, tombstone.clone());
+        self.stop(host);
+        self.tell_all(&MapChange::Remove(tombstone));
+    }
+
+    /// A host announces other prefixes.
+    pub fn set_prefixes(&mut self, host: HostId, prefixes: Vec<IpNet>) {
+        let actions = self.hosts[host].set_prefixes(self.now, prefixes);
+        self.act(host, actions);
+        self.settle(host);
+    }
+
+    /// A host gets other addresses.
+    pub fn readdress(&mut self, host: HostId, addresses: &[(RealmId, IpAddr)]) {
+        for (realm, ip) in std::mem::take(&mut self.hosts[host].addresses) {
+            self.net.detach(realm, ip);
+        }
+        for (realm, ip) in addresses {
+            self.net.attach(host, *realm, *ip);
+        }
+        self.hosts[host].addresses = addresses.to_vec();
+        self.hosts[host].addresses_changed(self.now);
+        self.settle(host);
+    }
+
+    /// The controller goes away or comes back.
+    pub fn set_controller(&mut self, up: bool) {
+        self.controller_up = up;
+        if !up {
+            for host in 0..self.hosts.len() {
+                self.lose_watch(host);
+            }
+        }
+    }
+
+    /// A host loses its way to the controller, or gets it back.
+    pub fn set_reachable(&mut self, host: HostId, reachable: bool) {
+        self.hosts[host].controller_reachable = reachable;
+        if !reachable {
+            self.lose_watch(host);
+        }
+    }
+
+    /// Sends an inner packet; [`Self::replied`] tells whether its echo came back.
+    pub fn send_inner(&mut self, from: HostId, to: HostId) -> u64 {
+        self.next_inner += 1;
+        let key = self.hosts[to].key();
+        self.hosts[from].send_inner(self.now, key, self.next_inner);
+        self.settle(from);
+        self.next_inner
+    }
+
+    /// Whether the echo of an inner packet came back.
+    pub fn replied(&self, host: HostId, number: u64) -> bool {
+        self.hosts[host].agent.as_ref().is_some_and(|agent| agent.replies.contains(&number))
+    }
+
+    /// Whether `a`'s core says that `b` is up.
+    pub fn is_up(&self, a: HostId, b: HostId) -> bool {
+        self.hosts[a].peer_state(self.hosts[b].id()) == Some(PeerState::Up)
+    }
+
+    /// Time passes.
+    pub fn run(&mut self, time: Duration) {
+        self.run_until(time, |_| false);
+    }
+
+    /// Time passes until something holds, or `time` is over; says which.
+    pub fn run_until(&mut self, time: Duration, mut holds: impl FnMut(&Self) -> bool) -> bool {
+        let end = self.now + time;
+        loop {
+            if holds(self) {
+                return true;
+            }
+            match self.queue.first_key_value() {
+                Some(((at, _), _)) if *at <= end => {}
+                _ => break,
+            }
+            if let Some(((at, _), event)) = self.queue.pop_first() {
+                self.now = at;
+                self.handle(event);
+            }
+        }
+        self.now = end;
+        false
+    }
+
+    fn handle(&mut self, event: Event) {
+        (self.elapsed(), format!("{event:?}")).hash(&mut self.trace);
+        match event {
+            Event::Arrive { host, from, payload } => {
+                self.hosts[host].receive(self.now, from, payload);
+                self.settle(host);
+            }
+            Event::Wake(host) => {
+                let due = |agent: &host::Agent| agent.wake.is_some_and(|at| at <= self.now);
+                if self.hosts[host].agent.as_ref().is_some_and(due) {
+                    if let Some(agent) = &mut self.hosts[host].agent {
+                        agent.wake = None;
+                    }
+                    let clock = self.clock(host);
+                    self.hosts[host].handle_timeout(self.now, clock);
+                    self.settle(host);
+                }
+            }
+            Event::Published(host, node) => self.published(host, *node),
+            Event::Map(host, change) => {
+                if self.hosts[host].watching {
+                    self.hosts[host].map_changed(self.now, change);
+                    self.settle(host);
+                }
+            }
+            Event::Watch(host) => self.watch(host),
+        }
+    }
+
+    /// Does all that a host wants done, and notes when it wants to be woken.
+    fn settle(&mut self, host: HostId) {
+        let clock = self.clock(host);
+        let actions = self.hosts[host].drain(self.now, clock);
+        self.act(host, actions);
+        let wanted = self.hosts[host].poll_timeout().map(|at| at.max(self.now));
+        if let Some(agent) = &mut self.hosts[host].agent
+            && let Some(at) = wanted
+            && agent.wake.is_none_or(|wake| at < wake)
+        {
+            agent.wake = Some(at);
+            self.schedule(at, Event::Wake(host));
+        }
+    }
+
+    fn act(&mut self, host: HostId, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Send(to, payload) => self.send(host, to, payload),
+                Action::Publish(node) => {
+                    if self.hosts[host].watching {
+                        let at = self.now + CONTROLLER_LATENCY;
+                        self.schedule(at, Event::Published(host, node));
+                    }
+                }
+                Action::StateChanged(peer, _, to) => {
+                    self.changes.push((self.elapsed(), host, peer, to));
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, host: HostId, to: SocketAddr, payload: Payload) {
+        let second = self.elapsed().as_secs();
+        *self.hosts[host].sent.entry(second).or_default() += 1;
+        let Some((realm, from)) = self.hosts[host].source(to) else { return };
+        let arrival = self.net.send(self.now, &mut self.rng, host, realm, from, to);
+        if let Some(arrival) = arrival {
+            let event = Event::Arrive { host: arrival.host, from: arrival.from, payload };
+            self.schedule(self.now + arrival.after, event);
+        }
+    }
+
+    fn published(&mut self, host: HostId, node: Node) {
+        let newer = self
+            .map
+            .get(&node.id())
+            .is_none_or(|known| known.record().generation < node.record().generation);
+        if !self.hosts[host].watching || !newer || self.tombstones.contains_key(&node.id()) {
+            return;
+        }
+        self.map.insert(node.id(), node.clone());
+        self.tell_all(&MapChange::Upsert(Box::new(node)));
+    }
+
+    fn tell_all(&mut self, change: &MapChange) {
+        for host in 0..self.hosts.len() {
+            if self.hosts[host].watching {
+                let at = self.now + CONTROLLER_LATENCY;
+                self.schedule(at, Event::Map(host, change.clone()));
+            }
+        }
+    }
+
+    fn watch(&mut self, host: HostId) {
+        let it = &mut self.hosts[host];
+        if it.agent.is_none() || it.watching {
+            return;
+        }
+        if !self.controller_up || !it.controller_reachable {
+            self.schedule(self.now + WATCH_RETRY, Event::Watch(host));
+            return;
+        }
+        it.watching = true;
+        let removed = self.tombstones.values().cloned().map(MapChange::Remove);
+        let known = self.map.values().cloned().map(|node| MapChange::Upsert(Box::new(node)));
+        for change in removed.chain(known).collect::<Vec<_>>() {
+            self.schedule(self.now + CONTROLLER_LATENCY, Event::Map(host, change));
+        }
+        let publish = self.hosts[host].publish();
+        self.act(host, vec![publish]);
+    }
+
+    fn lose_watch(&mut self, host: HostId) {
+        if std::mem::take(&mut self.hosts[host].watching) {
+            self.schedule(self.now + WATCH_RETRY, Event::Watch(host));
+        }
+    }
+
+    fn clock(&self, host: HostId) -> i64 {
+        let elapsed = i64::try_from(self.elapsed().as_nanos()).unwrap_or(i64::MAX);
+        elapsed + self.hosts[host].clock_offset * 1_000_000_000
+    }
+
+    fn schedule(&mut self, at: Instant, event: Event) {
+        self.next_event += 1;
+        self.queue.insert((at, self.next_event), event);
+    }
+}

@@ -1,0 +1,391 @@
+//! The data plane as the core sees it: WireGuard's handshake, sessions and timers, without
+//! cryptography. It follows the peer table and reports observations, as the agent's does.
+//!
+//! Kept from WireGuard (and boringtun): a handshake takes a round trip; a responder refuses an
+//! initiation that is not newer than the last; a session re-keys after 120 s and ends after
+//! 180 s; an unanswered initiation is repeated every 5 s for 90 s and then given up for good; who
+//! sent something and heard nothing for 15 s initiates; a data counter outside the replay window
+//! is refused. A peer that rebooted gets a new tunnel.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use towline_core::peer_table::{Observation, PeerEntry, PeerTable, REKEY_TIMEOUT};
+use towline_proto::id::WireguardKey;
+
+const REKEY_AFTER: Duration = Duration::from_secs(120);
+const REJECT_AFTER: Duration = Duration::from_secs(180);
+const SILENCE: Duration = Duration::from_secs(15);
+const ATTEMPT_TIME: Duration = Duration::from_secs(90);
+const REPLAY_WINDOW: u64 = 1_024;
+/// Inner packets that wait for a session.
+const QUEUE: usize = 8;
+
+/// An inner packet: an echo request or its reply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Inner {
+    /// Which one.
+    pub number: u64,
+    /// Whether it is the answer.
+    pub reply: bool,
+}
+
+/// A WireGuard message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Message {
+    /// Type 1.
+    Initiation {
+        /// The sender, who proves to be that.
+        sender: WireguardKey,
+        /// Who alone can read it.
+        to: WireguardKey,
+        /// The initiator's number of the exchange.
+        exchange: u64,
+        /// The initiator's wall clock.
+        timestamp: i64,
+    },
+    /// Type 2.
+    Response {
+        /// The initiation's.
+        exchange: u64,
+        /// The session that begins.
+        session: u64,
+    },
+    /// Type 4; without a packet it is a keepalive.
+    Data {
+        /// In which session.
+        session: u64,
+        /// Never twice.
+        counter: u64,
+        /// What it carries.
+        inner: Option<Inner>,
+    },
+}
+
+/// What a tunnel wants done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// Send to the peer.
+    Send(SocketAddr, Message),
+    /// Tell the core.
+    Observed(WireguardKey, Observation),
+    /// An inner packet came from this peer.
+    Received(WireguardKey, Inner),
+}
+
+/// All tunnels of a host.
+#[derive(Debug, Default)]
+pub struct Tunnels {
+    peers: BTreeMap<WireguardKey, Tunnel>,
+    /// Numbers of exchanges and sessions: unique in the whole simulation by `unique`.
+    next: u64,
+    unique: u64,
+    /// What is to be done, in order.
+    pub effects: VecDeque<Effect>,
+}
+
+#[derive(Debug)]
+struct Tunnel {
+    entry: PeerEntry,
+    sessions: Vec<Session>,
+    pending: Option<Pending>,
+    /// The greatest timestamp of an initiation.
+    greatest: i64,
+    queue: VecDeque<Inner>,
+    sent_at: Option<Instant>,
+    /// When an inner packet was sent that nothing answered yet.
+    unanswered_since: Option<Instant>,
+    keepalive_at: Option<Instant>,
+    wanted: bool,
+}
+
+#[derive(Debug)]
+struct Session {
+    id: u64,
+    initiator: bool,
+    since: Instant,
+    /// The responder sends in it only after it heard something in it.
+    usable: bool,
+    counter: u64,
+    greatest: u64,
+    seen: BTreeSet<u64>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    exchange: u64,
+    began: Instant,
+    sent: Instant,
+}
+
+impl Tunnels {
+    /// No tunnels; `unique` tells this start of this host from all others.
+    pub fn new(unique: u64) -> Self {
+        Self { unique, ..Self::default() }
+    }
+
+    /// Follows the table.
+    pub fn apply(&mut self, table: &PeerTable) {
+        self.peers.retain(|key, _| table.peers.contains_key(key));
+        for (key, entry) in &table.peers {
+            match self.peers.get_mut(key) {
+                Some(tunnel) => {
+                    if entry.boot_epoch > tunnel.entry.boot_epoch {
+                        *tunnel = Tunnel::new(entry.clone());
+                    } else {
+                        tunnel.entry = entry.clone();
+                    }
+                }
+                None => {
+                    self.peers.insert(*key, Tunnel::new(entry.clone()));
+                }
+            }
+        }
+    }
+
+    /// The core wants a handshake.
+    pub fn handshake(
+        &mut self,
+        now: Instant,
+        clock: i64,
+        me: WireguardKey,
+        peer: WireguardKey,
+        to: &[SocketAddr],
+    ) {
+        let exchange = self.number();
+        let Some(tunnel) = self.peers.get_mut(&peer) else { return };
+        tunnel.pending = Some(Pending { exchange, began: now, sent: now });
+        let message = Message::Initiation { sender: me, to: peer, exchange, timestamp: clock };
+        self.effects.extend(to.iter().map(|to| Effect::Send(*to, message.clone())));
+    }
+
+    /// The host has an inner packet for the peer.
+    pub fn send(&mut self, now: Instant, peer: WireguardKey, inner: Inner) {
+        let Some(tunnel) = self.peers.get_mut(&peer) else { return };
+        if tunnel.transmit(now, Some(inner), &mut self.effects) {
+            return;
+        }
+        tunnel.queue.push_back(inner);
+        tunnel.queue.truncate(QUEUE);
+        if !std::mem::replace(&mut tunnel.wanted, true) {
+            self.effects.push_back(Effect::Observed(peer, Observation::Wanted));
+        }
+    }
+
+    /// A message came in.
+    pub fn receive(&mut self, now: Instant, me: WireguardKey, from: SocketAddr, message: Message) {
+        match message {
+            Message::Initiation { sender, to, exchange, timestamp } => {
+                if to != me {
+                    return;
+                }
+                let session = self.number();
+                let Some(tunnel) = self.peers.get_mut(&sender) else { return };
+                if timestamp <= tunnel.greatest {
+                    return;
+                }
+                tunnel.greatest = timestamp;
+                tunnel.begin(now, session, false);
+                let response = Message::Response { exchange, session };
+                self.effects.push_back(Effect::Send(from, response));
+                self.effects.push_back(Effect::Observed(sender, Observation::Handshake { from }));
+            }
+            Message::Response { exchange, session } => {
+                let waiting = self.peers.iter_mut().find(|(_, tunnel)| {
+                    tunnel.pending.as_ref().is_some_and(|pending| pending.exchange == exchange)
+                });
+                let Some((key, tunnel)) = waiting else { return };
+                tunnel.pending = None;
+                tunnel.wanted = false;
+                tunnel.begin(now, session, true);
+                self.effects.push_back(Effect::Observed(*key, Observation::Handshake { from }));
+                tunnel.entry.endpoint = Some(from);
+                // The first data message lets the responder use the session.
+                if tunnel.queue.is_empty() {
+                    tunnel.transmit(now, None, &mut self.effects);
+                }
+                tunnel.flush(now, &mut self.effects);
+            }
+            Message::Data { session, counter, inner } => {
+                let holder = self
+                    .peers
+                    .iter_mut()
+                    .find(|(_, tunnel)| tunnel.sessions.iter().any(|known| known.id == session));
+                let Some((key, tunnel)) = holder else { return };
+                if !tunnel.accept(session, counter) {
+                    return;
+                }
+                tunnel.unanswered_since = None;
+                if tunnel.entry.endpoint != Some(from) {
+                    self.effects.push_back(Effect::Observed(*key, Observation::Roamed { from }));
+                }
+                if let Some(inner) = inner {
+                    self.effects.push_back(Effect::Received(*key, inner));
+                }
+                tunnel.flush(now, &mut self.effects);
+            }
+        }
+    }
+
+    /// When [`Self::handle_timeout`] wants to be called.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.peers.values().filter_map(Tunnel::deadline).min()
+    }
+
+    /// Does what is due.
+    pub fn handle_timeout(&mut self, now: Instant, clock: i64, me: WireguardKey) {
+        let mut initiate = Vec::new();
+        for (key, tunnel) in &mut self.peers {
+            if tunnel.rekey_at().is_some_and(|at| at <= now) {
+                tunnel.unanswered_since = None;
+                initiate.push((*key, true));
+            }
+            let had = !tunnel.sessions.is_empty();
+            tunnel.sessions.retain(|session| now < session.since + REJECT_AFTER);
+            if had && tunnel.sessions.is_empty() {
+                tunnel.pending = None;
+                self.effects.push_back(Effect::Observed(*key, Observation::SessionExpired));
+            }
+            if let Some(pending) = &tunnel.pending {
+                if now >= pending.began + ATTEMPT_TIME {
+                    tunnel.pending = None;
+                    tunnel.wanted = false;
+                    tunnel.sessions.clear();
+                    tunnel.queue.clear();
+                    self.effects.push_back(Effect::Observed(*key, Observation::SessionExpired));
+                } else if now >= pending.sent + REKEY_TIMEOUT {
+                    let unanswered = Observation::HandshakeUnanswered;
+                    self.effects.push_back(Effect::Observed(*key, unanswered));
+                    initiate.push((*key, false));
+                }
+            }
+            if tunnel.keepalive_due().is_some_and(|at| at <= now) {
+                tunnel.keepalive_at = Some(now);
+                tunnel.transmit(now, None, &mut self.effects);
+            }
+        }
+        for (key, anew) in initiate {
+            let exchange = self.number();
+            let Some(tunnel) = self.peers.get_mut(&key) else { continue };
+            let began = match &tunnel.pending {
+                Some(pending) if !anew => pending.began,
+                _ => now,
+            };
+            tunnel.pending = Some(Pending { exchange, began, sent: now });
+            if let Some(to) = tunnel.entry.endpoint {
+                let message =
+                    Message::Initiation { sender: me, to: key, exchange, timestamp: clock };
+                self.effects.push_back(Effect::Send(to, message));
+            }
+        }
+    }
+
+    /// Whether inner packets can be sent to the peer right now.
+    pub fn established(&self, peer: &WireguardKey) -> bool {
+        self.peers.get(peer).is_some_and(|tunnel| tunnel.sessions.iter().any(|s| s.usable))
+    }
+
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.unique << 32 | self.next
+    }
+}
+
+impl Tunnel {
+    fn new(entry: PeerEntry) -> Self {
+        Self {
+            entry,
+            sessions: Vec::new(),
+            pending: None,
+            greatest: i64::MIN,
+            queue: VecDeque::new(),
+            sent_at: None,
+            unanswered_since: None,
+            keepalive_at: None,
+            wanted: false,
+        }
+    }
+
+    fn begin(&mut self, now: Instant, id: u64, initiator: bool) {
+        let (counter, greatest) = (0, 0);
+        let seen = BTreeSet::new();
+        let session =
+            Session { id, initiator, since: now, usable: initiator, counter, greatest, seen };
+        self.sessions.push(session);
+        if self.sessions.len() > 4 {
+            self.sessions.remove(0);
+        }
+    }
+
+    /// Sends in the newest usable session; says whether there was one.
+    fn transmit(
+        &mut self,
+        now: Instant,
+        inner: Option<Inner>,
+        effects: &mut VecDeque<Effect>,
+    ) -> bool {
+        let Some(session) = self.sessions.iter_mut().rev().find(|session| session.usable) else {
+            return false;
+        };
+        session.counter += 1;
+        let message = Message::Data { session: session.id, counter: session.counter, inner };
+        self.sent_at = Some(now);
+        if inner.is_some() {
+            self.unanswered_since.get_or_insert(now);
+        }
+        if let Some(to) = self.entry.endpoint {
+            effects.push_back(Effect::Send(to, message));
+        }
+        true
+    }
+
+    fn flush(&mut self, now: Instant, effects: &mut VecDeque<Effect>) {
+        while let Some(inner) = self.queue.pop_front() {
+            if !self.transmit(now, Some(inner), effects) {
+                self.queue.push_front(inner);
+                return;
+            }
+        }
+    }
+
+    fn accept(&mut self, session: u64, counter: u64) -> bool {
+        let Some(session) = self.sessions.iter_mut().find(|known| known.id == session) else {
+            return false;
+        };
+        if counter + REPLAY_WINDOW <= session.greatest || !session.seen.insert(counter) {
+            return false;
+        }
+        session.greatest = session.greatest.max(counter);
+        while session.seen.first().is_some_and(|first| first + REPLAY_WINDOW <= session.greatest) {
+            session.seen.pop_first();
+        }
+        session.usable = true;
+        true
+    }
+
+    /// The initiator re-keys once it sent something in a session that is old enough; either does
+    /// when nothing comes back.
+    fn rekey_at(&self) -> Option<Instant> {
+        let newest = self.sessions.last().filter(|_| self.pending.is_none())?;
+        let sent = self.sent_at.is_some_and(|at| at > newest.since);
+        let age = (newest.initiator && sent).then(|| newest.since + REKEY_AFTER);
+        let silence = self.unanswered_since.map(|at| at + SILENCE);
+        age.into_iter().chain(silence).min()
+    }
+
+    fn keepalive_due(&self) -> Option<Instant> {
+        let every = self.entry.keepalive?;
+        let newest = self.sessions.last()?;
+        Some(self.keepalive_at.unwrap_or(newest.since) + every)
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let pending = self
+            .pending
+            .as_ref()
+            .map(|pending| (pending.sent + REKEY_TIMEOUT).min(pending.began + ATTEMPT_TIME));
+        let expiry = self.sessions.iter().map(|session| session.since + REJECT_AFTER).min();
+        pending.into_iter().chain(expiry).chain(self.rekey_at()).chain(self.keepalive_due()).min()
+    }
+}
