@@ -11,7 +11,9 @@ use crate::daemon;
 use crate::state::StateDir;
 
 pub(super) fn run(config: Config, config_path: Option<PathBuf>) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_from_env("TOWLINE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    // boringtun logs what strangers send it.
+    let filter = EnvFilter::try_from_env("TOWLINE_LOG")
+        .unwrap_or_else(|_| EnvFilter::new("info,boringtun=off"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -22,8 +22,8 @@ use anyhow::Context as _;
 use rand::Rng as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
-use towline_core::mesh::{self, Mesh, Output, PeerState, ReceivedProbe};
-use towline_core::peer_table::PeerTable;
+use towline_core::mesh::{self, MapChange, Mesh, Output, PeerState, ReceivedProbe};
+use towline_core::peer_table::{Observation, PeerTable};
 use towline_proto::frame::Probe;
 use towline_proto::id::NodeId;
 
@@ -77,6 +77,7 @@ struct Daemon {
 
     mesh: Mesh,
     data_plane: DataPlane,
+    table: Arc<PeerTable>,
     probe_keys: ProbeKeys,
     host: Host,
     removed: bool,
@@ -123,18 +124,8 @@ impl Daemon {
         let map = state.map(&membership)?;
 
         let listener = control::listen(&config.socket)?;
-        let udp = dataplane::open_udp(config.wireguard.port, config.routing.mark)?;
         let host = Host::open(&config)?;
-        let tun = dataplane::open_tun(&config.link.name)?;
-
-        let (events, data_plane_events) = mpsc::channel(1024);
-        let data_plane = DataPlane::start(
-            dataplane::Config { private_key: keys.wireguard.secret().clone() },
-            tun,
-            udp,
-            events,
-        )
-        .context("cannot start the data plane")?;
+        let (data_plane, data_plane_events) = start_data_plane(&config, &keys)?;
 
         let (requests, control_requests) = mpsc::channel(16);
         tokio::spawn(control::serve(listener, requests));
@@ -180,6 +171,7 @@ impl Daemon {
             started: now,
             mesh,
             data_plane,
+            table: Arc::default(),
             probe_keys: ProbeKeys::default(),
             host,
             removed,
@@ -275,6 +267,7 @@ impl Daemon {
         let table = if self.removed { Arc::default() } else { table };
         self.probe_keys.follow(&self.keys.wireguard, table.peers.keys());
         self.data_plane.apply(&table);
+        self.table = table;
     }
 
     fn state_changed(&self, peer: NodeId, from: PeerState, to: PeerState) {
@@ -303,8 +296,22 @@ impl Daemon {
             }
             dataplane::Event::Stun { .. } => {}
             dataplane::Event::Fault(fault) => {
-                anyhow::bail!("the data plane stopped: {fault}");
+                tracing::error!(%fault, "data plane starts anew");
+                self.restart_data_plane()?;
             }
+        }
+        Ok(())
+    }
+
+    /// Somebody deleted the link, or the worker broke: a new one, with new sessions.
+    fn restart_data_plane(&mut self) -> anyhow::Result<()> {
+        self.data_plane.stop();
+        (self.data_plane, self.inputs.data_plane) = start_data_plane(&self.config, &self.keys)?;
+        self.data_plane.apply(&self.table);
+        self.host.put_back();
+        let now = Instant::now();
+        for peer in self.table.peers.keys() {
+            self.mesh.observe(now, *peer, Observation::SessionExpired);
         }
         Ok(())
     }
@@ -328,6 +335,9 @@ impl Daemon {
             }
             discovery::Event::Map(changes) => {
                 for change in changes {
+                    if let MapChange::Mesh(mesh) = &change {
+                        self.membership.mesh = mesh.clone();
+                    }
                     self.mesh.update(now, change);
                 }
             }
@@ -484,6 +494,19 @@ impl Daemon {
         self.addresses_changed();
         tracing::info!("configuration re-read");
     }
+}
+
+fn start_data_plane(
+    config: &Config,
+    keys: &Keys,
+) -> anyhow::Result<(DataPlane, mpsc::Receiver<dataplane::Event>)> {
+    let udp = dataplane::open_udp(config.wireguard.port, config.routing.mark)?;
+    let tun = dataplane::open_tun(&config.link.name)?;
+    let (events, receiver) = mpsc::channel(1024);
+    let settings = dataplane::Config { private_key: keys.wireguard.secret().clone() };
+    let data_plane =
+        DataPlane::start(settings, tun, udp, events).context("cannot start the data plane")?;
+    Ok((data_plane, receiver))
 }
 
 fn core_config(config: &Config, membership: &Membership) -> mesh::Config {
