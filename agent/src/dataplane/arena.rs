@@ -263,6 +263,7 @@ pub struct Frame {
     /// What the kernel is to do with it.
     pub header: VnetHeader,
     first: u32,
+    last: u32,
     /// How many pieces.
     pub pieces: usize,
     /// Bytes of all pieces.
@@ -301,8 +302,28 @@ impl WriteBatch {
     pub fn push(&mut self, header: VnetHeader, start: usize, len: usize) -> usize {
         let piece = self.pieces.len() as u32;
         self.pieces.push(Piece { start, len, next: None });
-        self.frames.push(Frame { header, first: piece, pieces: 1, len });
+        self.frames.push(Frame { header, first: piece, last: piece, pieces: 1, len });
         self.frames.len() - 1
+    }
+
+    /// Bytes `start..start + len` of the block continue a frame.
+    pub fn append(&mut self, frame: usize, start: usize, len: usize) {
+        let Some(frame) = self.frames.get_mut(frame) else { return };
+        let piece = self.pieces.len() as u32;
+        if let Some(last) = self.pieces.get_mut(frame.last as usize) {
+            last.next = Some(piece);
+        }
+        self.pieces.push(Piece { start, len, next: None });
+        frame.last = piece;
+        frame.pieces += 1;
+        frame.len += len;
+    }
+
+    /// What the kernel is to do with a frame.
+    pub fn set_header(&mut self, frame: usize, header: VnetHeader) {
+        if let Some(frame) = self.frames.get_mut(frame) {
+            frame.header = header;
+        }
     }
 
     /// What is to be written, in order.

@@ -10,6 +10,7 @@ use towline_proto::frame::DatagramKind;
 use towline_proto::id::WireguardKey;
 
 use super::arena::{RecvBatch, SendBatch, TunBatch, WriteBatch};
+use super::coalesce::{Coalesce, Coalescer};
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
 use super::limiter::SourceLimiter;
@@ -19,7 +20,6 @@ use super::session::{Admission, DATA_HEADER, HANDSHAKE_BYTES, MessageKind, Secre
 use super::split::Split;
 use super::table::{Peer, Slot, Table};
 use super::udp::UdpIo;
-use super::vnet::VnetHeader;
 
 /// Handshakes per second and source address, and how many at once: many nodes may share one.
 const HANDSHAKES: (u32, u32) = (64, 128);
@@ -38,6 +38,7 @@ pub(super) struct Engine {
     probes: SourceLimiter,
     /// Of the link: no segment is padded beyond it.
     mtu: usize,
+    coalescer: Coalescer,
     /// Places of the packets of one train, kept for its capacity.
     opened: Vec<(usize, usize)>,
 }
@@ -59,6 +60,7 @@ impl Engine {
             handshakes: SourceLimiter::new(HANDSHAKES.0, HANDSHAKES.1, started),
             probes: SourceLimiter::new(PROBES.0, PROBES.1, started),
             mtu: usize::MAX,
+            coalescer: Coalescer::default(),
             opened: Vec::with_capacity(super::arena::SLOT_BYTES / 32),
         }
     }
@@ -137,16 +139,18 @@ impl Engine {
         }
     }
 
-    /// Opens what came from the network into `writes`, and puts what is to be answered into
-    /// `out`.
+    /// Opens what came from the network into `writes`, joined as far as `allowed`, and puts what
+    /// is to be answered into `out`.
     pub(super) fn inbound(
         &mut self,
         now: Instant,
+        allowed: Coalesce,
         batch: &RecvBatch,
         writes: &mut WriteBatch,
         out: &mut SendBatch,
     ) {
         let table = self.table.load();
+        self.coalescer.allow(allowed);
         for received in batch.received() {
             let end = received.start + received.len;
             let mut at = received.start;
@@ -176,6 +180,7 @@ impl Engine {
                 self.drops.count(DropReason::UnknownKind);
             }
         }
+        self.coalescer.finish(writes);
     }
 
     /// A run of data messages with one receiver: `(first byte, bytes, stride)`.
@@ -225,7 +230,7 @@ impl Engine {
                 self.drops.count(DropReason::WrongSource);
                 continue;
             }
-            writes.push(VnetHeader::default(), *at, *len);
+            self.coalescer.add(writes, *at, &inner);
         }
         self.opened = opened;
     }

@@ -12,8 +12,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::{Condvar, Mutex};
 
 use super::Feature;
-use super::arena::{HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, TunBatch, WriteBatch};
+use super::arena::{HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, TAILROOM, TunBatch, WriteBatch};
+use super::coalesce::Coalesce;
 use super::drops::{DropReason, Drops};
+use super::packet::Inner;
+use super::session::Segments;
+use super::split::Split;
 use super::tun::TunIo;
 use super::udp::UdpIo;
 use super::vnet::VnetHeader;
@@ -98,6 +102,11 @@ impl MemoryHost {
         self.from_host.push((VnetHeader::default(), packet.to_vec()));
     }
 
+    /// The host sends a packet and leaves something undone, as `header` says.
+    pub fn send_with(&self, header: VnetHeader, packet: &[u8]) {
+        self.from_host.push((header, packet.to_vec()));
+    }
+
     /// The next packet for the host; `None` if there is none within `patience`.
     pub fn receive(&self, patience: Duration) -> Option<Vec<u8>> {
         self.to_host.wait(patience)
@@ -123,9 +132,26 @@ impl TunIo for MemoryTun {
         Ok(())
     }
 
-    fn write(&mut self, batch: &WriteBatch, _drops: &Drops) {
+    fn coalesce(&self) -> Coalesce {
+        Coalesce { tcp: true, udp: true }
+    }
+
+    /// Splits super-packets, as the host's stack would.
+    fn write(&mut self, batch: &WriteBatch, drops: &Drops) {
         for frame in batch.frames() {
-            self.to_host.push(batch.pieces(frame).collect::<Vec<_>>().concat());
+            let len = frame.len;
+            let mut bytes = vec![0; HEADROOM + len + TAILROOM];
+            let packet = batch.pieces(frame).collect::<Vec<_>>().concat();
+            bytes[HEADROOM..HEADROOM + len].copy_from_slice(&packet);
+            let Ok(mut split) = Split::new(&mut bytes, len, &frame.header, usize::MAX) else {
+                drops.count(DropReason::TunRefused);
+                continue;
+            };
+            while split.next_len().is_some() {
+                let padded = split.take();
+                let len = Inner::parse(padded).map_or(padded.len(), |inner| inner.total_len);
+                self.to_host.push(padded[..len].to_vec());
+            }
         }
     }
 

@@ -26,12 +26,13 @@
 //! | `session` | the protocol engine; the only file that names boringtun |
 //! | `table` | address, key and index to peer |
 //! | `arena` | the buffers of a batch |
-//! | `split`, `vnet`, `checksum`, `packet` | inner packets |
+//! | `split`, `coalesce`, `vnet`, `checksum`, `packet` | inner packets, and the kernel's super-packets |
 //! | `tun`, `udp`, `memory` | the seams |
 //! | `events`, `drops`, `counters`, `limiter` | what is told, counted and limited |
 
 pub mod arena;
 pub mod checksum;
+pub mod coalesce;
 mod counters;
 pub mod drops;
 mod engine;
@@ -43,6 +44,8 @@ mod peer;
 pub mod session;
 pub mod split;
 mod table;
+#[cfg(test)]
+mod testing;
 pub mod tun;
 pub mod udp;
 pub mod vnet;
@@ -65,8 +68,8 @@ use x25519_dalek::StaticSecret;
 
 pub use drops::DropReason;
 pub use events::{Event, Fault};
-pub use tun::{OpenTunError, Tun, TunIo, open_tun};
-pub use udp::{OpenUdpError, Udp, UdpIo, open_udp};
+pub use tun::{OpenTunError, Tun, TunIo, open_tun, open_tun_with};
+pub use udp::{OpenUdpError, Udp, UdpIo, open_udp, open_udp_with};
 
 use drops::Drops;
 use engine::Engine;
@@ -96,6 +99,39 @@ pub struct Feature {
     pub active: bool,
     /// Why not; empty if it is.
     pub reason: String,
+}
+
+impl Feature {
+    /// `refusal` says why it is not in use.
+    fn new(name: &'static str, refusal: &Option<String>) -> Self {
+        let reason = refusal.clone().unwrap_or_default();
+        Self { name, active: refusal.is_none(), reason }
+    }
+}
+
+/// Which of the kernel's offloads may be used, each where the kernel has it. By default all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Offloads {
+    /// The TUN hands over, and takes, many segments of a TCP stream as one packet.
+    pub tun_tcp: bool,
+    /// Likewise many datagrams of a UDP flow (Linux 6.2). Needs `tun_tcp`.
+    pub tun_udp: bool,
+    /// Many datagrams for one peer are sent at once (`UDP_SEGMENT`).
+    pub udp_segment: bool,
+    /// Many datagrams of one peer are received at once (`UDP_GRO`).
+    pub udp_gro: bool,
+}
+
+impl Offloads {
+    /// None of them.
+    pub const NONE: Self =
+        Self { tun_tcp: false, tun_udp: false, udp_segment: false, udp_gro: false };
+}
+
+impl Default for Offloads {
+    fn default() -> Self {
+        Self { tun_tcp: true, tun_udp: true, udp_segment: true, udp_gro: true }
+    }
 }
 
 /// How it stands at one moment.

@@ -1,15 +1,16 @@
 //! The host side: batches of packets through a TUN link.
 
-use std::ffi::{CStr, c_int, c_short, c_ulong};
+use std::ffi::{CStr, c_int, c_short, c_uint, c_ulong};
 use std::fs::{File, OpenOptions};
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use super::Feature;
-use super::arena::{HEADROOM, TunBatch, WriteBatch};
+use super::arena::{Frame, HEADROOM, TunBatch, WriteBatch};
+use super::coalesce::Coalesce;
 use super::drops::{DropReason, Drops};
-use super::vnet::{VNET_HEADER_BYTES, VnetHeader};
+use super::vnet::{GSO_NONE, GSO_UDP_L4, VNET_HEADER_BYTES, VnetHeader};
+use super::{Feature, Offloads};
 
 /// A way to exchange packets with the host in batches. Two stand behind it: [`Tun`], and
 /// [`MemoryTun`](super::memory::MemoryTun).
@@ -26,6 +27,9 @@ pub trait TunIo: Send + 'static {
     ///
     /// Only when the link is gone.
     fn read(&mut self, batch: &mut TunBatch) -> io::Result<()>;
+
+    /// What may be joined in the batches that are written.
+    fn coalesce(&self) -> Coalesce;
 
     /// Writes the whole batch in order. What the host refuses is counted.
     fn write(&mut self, batch: &WriteBatch, drops: &Drops);
@@ -76,15 +80,34 @@ pub struct Tun {
     /// For questions about the link that the TUN itself does not answer.
     control: OwnedFd,
     name: String,
+    /// Why super-packets of TCP do not pass; `None`: they do.
+    no_tcp: Option<String>,
+    /// Why super-packets of UDP do not pass; `None`: they do.
+    no_udp: Option<String>,
+    /// The parts of one write, kept for their capacity. Empty between writes.
+    vectors: Vec<libc::iovec>,
 }
 
+// SAFETY: the raw pointers in `vectors` are only used within a call that has just written them,
+// under `&mut self`.
+unsafe impl Send for Tun {}
+
 /// Opens the TUN link `name`; makes it if it does not exist. It is neither up nor configured by
-/// this.
+/// this. Uses every offload that the kernel has.
 ///
 /// # Errors
 ///
 /// One line for the operator, see [`OpenTunError`].
 pub fn open_tun(name: &str) -> Result<Tun, OpenTunError> {
+    open_tun_with(name, Offloads::default())
+}
+
+/// As [`open_tun`], with only these offloads.
+///
+/// # Errors
+///
+/// One line for the operator, see [`OpenTunError`].
+pub fn open_tun_with(name: &str, offloads: Offloads) -> Result<Tun, OpenTunError> {
     let other = |step| {
         let name = name.to_owned();
         move |error| OpenTunError::Other { name, step, error }
@@ -116,7 +139,25 @@ pub fn open_tun(name: &str) -> Result<Tun, OpenTunError> {
     };
     set(libc::TUNSETPERSIST as _, "TUNSETPERSIST", 1)?;
     // A persistent link keeps what its last owner set, so everything is set anew.
-    set(libc::TUNSETOFFLOAD as _, "TUNSETOFFLOAD", 0)?;
+    let tcp = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+    let udp = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+    let off = || Some("switched off in the configuration".to_owned());
+    let refused = |error: io::Error| format!("the kernel refused it: {error}");
+    let offload = |flags: c_uint| {
+        // SAFETY: this takes its argument by value.
+        unsafe { ioctl(file.as_fd(), libc::TUNSETOFFLOAD, flags as usize as *mut _) }
+    };
+    offload(0).map_err(other("TUNSETOFFLOAD"))?;
+    let no_tcp = if offloads.tun_tcp { offload(tcp).err().map(refused) } else { off() };
+    let no_udp = match (&no_tcp, offloads.tun_udp) {
+        // The kernel has no checksum offload for UDP without that for TCP.
+        (Some(reason), true) => Some(reason.clone()),
+        (_, false) => off(),
+        (None, true) => offload(tcp | udp).err().map(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) => "it needs Linux 6.2".to_owned(),
+            _ => refused(error),
+        }),
+    };
     let put = |code: c_ulong, step, mut value: c_int| {
         // SAFETY: these read one `int`, which `value` is.
         unsafe { ioctl(file.as_fd(), code, (&raw mut value).cast()) }.map_err(other(step))
@@ -125,13 +166,34 @@ pub fn open_tun(name: &str) -> Result<Tun, OpenTunError> {
     put(libc::TUNSETVNETLE as _, "TUNSETVNETLE", 1)?;
     let control = control_socket().map_err(other("socket"))?;
     let name = interface_name(&request).unwrap_or_else(|| name.to_owned());
-    Ok(Tun { file, control, name })
+    Ok(Tun { file, control, name, no_tcp, no_udp, vectors: Vec::new() })
 }
 
 impl Tun {
     /// The link's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+}
+
+impl Tun {
+    fn write_frame(&mut self, batch: &WriteBatch, frame: &Frame) -> io::Result<()> {
+        let header = frame.header.encode();
+        let vector = |bytes: &[u8]| libc::iovec {
+            iov_base: bytes.as_ptr().cast_mut().cast(),
+            iov_len: bytes.len(),
+        };
+        self.vectors.clear();
+        self.vectors.push(vector(&header));
+        self.vectors.extend(batch.pieces(frame).map(vector));
+        // SAFETY: the vectors point, to be read only, to the header on the stack and to parts of
+        // the batch, all of which live until the call returns.
+        let written = unsafe {
+            let count = self.vectors.len() as c_int;
+            libc::writev(self.file.as_raw_fd(), self.vectors.as_ptr(), count)
+        };
+        self.vectors.clear();
+        if written == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
 
@@ -176,22 +238,27 @@ impl TunIo for Tun {
         Ok(())
     }
 
+    fn coalesce(&self) -> Coalesce {
+        Coalesce { tcp: self.no_tcp.is_none(), udp: self.no_udp.is_none() }
+    }
+
     fn write(&mut self, batch: &WriteBatch, drops: &Drops) {
         for frame in batch.frames() {
-            let header = frame.header.encode();
-            let mut pieces = [IoSlice::new(&[]); 2];
-            pieces[0] = IoSlice::new(&header);
-            for (piece, bytes) in pieces[1..].iter_mut().zip(batch.pieces(frame)) {
-                *piece = IoSlice::new(bytes);
-            }
-            if self.file.write_vectored(&pieces).is_err() {
-                drops.count(DropReason::TunRefused);
+            let Err(error) = self.write_frame(batch, frame) else { continue };
+            drops.add(DropReason::TunRefused, frame.pieces as u64);
+            if error.raw_os_error() == Some(libc::EINVAL) && frame.header.gso_type != GSO_NONE {
+                let reason = Some(format!("the kernel gave up on it: {error}"));
+                if frame.header.gso_type == GSO_UDP_L4 {
+                    self.no_udp = reason;
+                } else {
+                    self.no_tcp = reason;
+                }
             }
         }
     }
 
     fn features(&self) -> Vec<Feature> {
-        Vec::new()
+        vec![Feature::new("tun_tcp", &self.no_tcp), Feature::new("tun_udp", &self.no_udp)]
     }
 }
 

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use super::Feature;
 use super::arena::{RecvBatch, SLOT_BYTES, SendBatch, Train};
 use super::drops::{DropReason, Drops};
+use super::{Feature, Offloads};
 
 /// A way to send and receive datagrams in batches. Two stand behind it: [`Udp`], and
 /// [`MemoryUdp`](super::memory::MemoryUdp).
@@ -67,6 +67,8 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 const SEND_BUFFER: usize = 2 << 20;
 /// How long a send may wait for room before it is dropped.
 const SEND_PATIENCE: Duration = Duration::from_millis(20);
+/// Before, `UDP_GRO` delivered wrong lengths.
+const GRO_SINCE: (u32, u32) = (5, 12);
 /// For how long segmentation is left alone after the kernel refused it.
 const SEGMENT_PAUSE: Duration = Duration::from_secs(60);
 
@@ -80,20 +82,30 @@ pub struct Udp {
     v6_first: bool,
 }
 
-/// Opens the port (0: any) for IPv4 and IPv6. `mark` goes on every datagram (0: none).
+/// Opens the port (0: any) for IPv4 and IPv6. `mark` goes on every datagram (0: none). Uses every
+/// offload that the kernel has.
 ///
 /// # Errors
 ///
 /// One line for the operator, see [`OpenUdpError`].
 pub fn open_udp(port: u16, mark: u32) -> Result<Udp, OpenUdpError> {
+    open_udp_with(port, mark, Offloads::default())
+}
+
+/// As [`open_udp`], with only these offloads.
+///
+/// # Errors
+///
+/// One line for the operator, see [`OpenUdpError`].
+pub fn open_udp_with(port: u16, mark: u32, offloads: Offloads) -> Result<Udp, OpenUdpError> {
     // With port 0 the second family may find the first one's choice taken: choose again.
     for _ in 0..16 {
-        let v4 = open_family(Domain::IPV4, port, mark)?;
+        let v4 = open_family(Domain::IPV4, port, mark, offloads)?;
         let chosen = match &v4 {
             Some(v4) => v4.port().map_err(|error| OpenUdpError::Other { port, error })?,
             None => port,
         };
-        match open_family(Domain::IPV6, chosen, mark) {
+        match open_family(Domain::IPV6, chosen, mark, offloads) {
             Err(OpenUdpError::Busy(_)) if port == 0 => {}
             Err(error) => return Err(error),
             Ok(None) if v4.is_none() => {
@@ -153,14 +165,9 @@ impl UdpIo for Udp {
 
     fn features(&self) -> Vec<Feature> {
         let Some(endpoint) = self.v4.as_ref().or(self.v6.as_ref()) else { return Vec::new() };
-        let feature = |name, error: &Option<String>| Feature {
-            name,
-            active: error.is_none(),
-            reason: error.clone().unwrap_or_default(),
-        };
         vec![
-            feature("udp_send_segments", &endpoint.no_segment),
-            feature("udp_receive_joined", &endpoint.no_gro),
+            Feature::new("udp_segment", &endpoint.no_segment),
+            Feature::new("udp_gro", &endpoint.no_gro),
         ]
     }
 }
@@ -183,7 +190,12 @@ impl std::fmt::Debug for Endpoint {
     }
 }
 
-fn open_family(domain: Domain, port: u16, mark: u32) -> Result<Option<Endpoint>, OpenUdpError> {
+fn open_family(
+    domain: Domain,
+    port: u16,
+    mark: u32,
+    offloads: Offloads,
+) -> Result<Option<Endpoint>, OpenUdpError> {
     let other = |error| OpenUdpError::Other { port, error };
     let socket = match Socket::new(domain, Type::DGRAM.nonblocking(), Some(Protocol::UDP)) {
         Ok(socket) => socket,
@@ -211,9 +223,20 @@ fn open_family(domain: Domain, port: u16, mark: u32) -> Result<Option<Endpoint>,
     buffer(&socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, RECEIVE_BUFFER);
     buffer(&socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, SEND_BUFFER);
     let refused = |error: io::Error| format!("the kernel refused it: {error}");
-    // Setting no segment length changes nothing, but tells whether the kernel knows the option.
-    let no_segment = set(&socket, libc::SOL_UDP, UDP_SEGMENT, 0).err().map(refused);
-    let no_gro = set(&socket, libc::SOL_UDP, UDP_GRO, 1).err().map(refused);
+    let off = || Some("switched off in the configuration".to_owned());
+    let no_segment = if offloads.udp_segment {
+        // Setting no length changes nothing, but tells whether the kernel knows the option.
+        set(&socket, libc::SOL_UDP, UDP_SEGMENT, 0).err().map(refused)
+    } else {
+        off()
+    };
+    let no_gro = if !offloads.udp_gro {
+        off()
+    } else if kernel_version() < GRO_SINCE {
+        Some("it is broken before Linux 5.12".to_owned())
+    } else {
+        set(&socket, libc::SOL_UDP, UDP_GRO, 1).err().map(refused)
+    };
     match socket.bind(&SockAddr::from(SocketAddr::new(any, port))) {
         Ok(()) => {}
         Err(error) => {
@@ -242,6 +265,17 @@ fn set(socket: &Socket, level: c_int, name: c_int, value: c_int) -> io::Result<(
 fn buffer(socket: &Socket, force: c_int, ask: c_int, bytes: usize) {
     if set(socket, libc::SOL_SOCKET, force, bytes as c_int).is_err() {
         let _ = set(socket, libc::SOL_SOCKET, ask, bytes as c_int);
+    }
+}
+
+/// Major and minor; what cannot be read counts as old.
+fn kernel_version() -> (u32, u32) {
+    let Ok(name) = nix::sys::utsname::uname() else { return (0, 0) };
+    let release = name.release().to_string_lossy();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
+        _ => (0, 0),
     }
 }
 

@@ -194,7 +194,8 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
     fn inbound(&mut self, now: Instant) -> nix::Result<()> {
         self.received.clear();
         self.udp.receive(&mut self.received, &self.drops).map_err(errno)?;
-        self.engine.inbound(now, &self.received, &mut self.writes, &mut self.out);
+        let joined = self.tun.coalesce();
+        self.engine.inbound(now, joined, &self.received, &mut self.writes, &mut self.out);
         if !self.writes.is_empty() {
             self.tun.write(&self.writes, &self.drops);
             self.writes.clear();

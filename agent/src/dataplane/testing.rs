@@ -1,0 +1,148 @@
+//! Inner packets for tests, with checksums by the book.
+
+use std::net::IpAddr;
+
+use super::packet::{PROTOCOL_TCP, PROTOCOL_UDP};
+
+/// A TCP or UDP packet to be made.
+#[derive(Debug, Clone)]
+pub(super) struct Recipe {
+    pub(super) source: IpAddr,
+    pub(super) destination: IpAddr,
+    pub(super) ports: (u16, u16),
+    pub(super) tcp: Option<Tcp>,
+    pub(super) identification: u16,
+    pub(super) traffic_class: u8,
+    pub(super) hops: u8,
+    pub(super) payload: Vec<u8>,
+}
+
+/// Of TCP alone.
+#[derive(Debug, Clone)]
+pub(super) struct Tcp {
+    pub(super) sequence: u32,
+    pub(super) acknowledged: u32,
+    pub(super) flags: u8,
+    pub(super) window: u16,
+    /// A multiple of four bytes, at most 40.
+    pub(super) options: Vec<u8>,
+}
+
+/// The checksum by its definition.
+pub(super) fn slow_sum(bytes: &[u8]) -> u16 {
+    let mut sum = 0u32;
+    for pair in bytes.chunks(2) {
+        sum += u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));
+        sum = (sum >> 16) + (sum & 0xffff);
+    }
+    sum as u16
+}
+
+impl Recipe {
+    pub(super) fn protocol(&self) -> u8 {
+        if self.tcp.is_some() { PROTOCOL_TCP } else { PROTOCOL_UDP }
+    }
+
+    /// Bytes of the IP header, and of all headers.
+    pub(super) fn headers(&self) -> (usize, usize) {
+        let ip = if self.source.is_ipv4() { 20 } else { 40 };
+        (ip, ip + self.tcp.as_ref().map_or(8, |tcp| 20 + tcp.options.len()))
+    }
+
+    /// The packet, with correct checksums.
+    pub(super) fn build(&self) -> Vec<u8> {
+        let (ip_len, headers_len) = self.headers();
+        let mut packet = vec![0; headers_len];
+        packet.extend_from_slice(&self.payload);
+        let total = packet.len();
+        match (self.source, self.destination) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                packet[0] = 0x45;
+                packet[1] = self.traffic_class;
+                packet[2..4].copy_from_slice(&(total as u16).to_be_bytes());
+                packet[4..6].copy_from_slice(&self.identification.to_be_bytes());
+                packet[6] = 0x40;
+                packet[8] = self.hops;
+                packet[9] = self.protocol();
+                packet[12..16].copy_from_slice(&source.octets());
+                packet[16..20].copy_from_slice(&destination.octets());
+                let sum = !slow_sum(&packet[..20]);
+                packet[10..12].copy_from_slice(&sum.to_be_bytes());
+            }
+            (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                packet[0] = 0x60 | self.traffic_class >> 4;
+                packet[1] = self.traffic_class << 4;
+                packet[4..6].copy_from_slice(&((total - 40) as u16).to_be_bytes());
+                packet[6] = self.protocol();
+                packet[7] = self.hops;
+                packet[8..24].copy_from_slice(&source.octets());
+                packet[24..40].copy_from_slice(&destination.octets());
+            }
+            _ => panic!("two families"),
+        }
+        let transport = &mut packet[ip_len..];
+        transport[0..2].copy_from_slice(&self.ports.0.to_be_bytes());
+        transport[2..4].copy_from_slice(&self.ports.1.to_be_bytes());
+        let at = match &self.tcp {
+            Some(tcp) => {
+                transport[4..8].copy_from_slice(&tcp.sequence.to_be_bytes());
+                transport[8..12].copy_from_slice(&tcp.acknowledged.to_be_bytes());
+                transport[12] = ((20 + tcp.options.len()) / 4 << 4) as u8;
+                transport[13] = tcp.flags;
+                transport[14..16].copy_from_slice(&tcp.window.to_be_bytes());
+                transport[20..20 + tcp.options.len()].copy_from_slice(&tcp.options);
+                16
+            }
+            None => {
+                let length = (transport.len() as u16).to_be_bytes();
+                transport[4..6].copy_from_slice(&length);
+                6
+            }
+        };
+        let sum = match !slow_sum(&self.covered(&packet)) {
+            0 => 0xffff,
+            sum => sum,
+        };
+        packet[ip_len + at..ip_len + at + 2].copy_from_slice(&sum.to_be_bytes());
+        packet
+    }
+
+    /// What the checksum covers: the pseudo-header, then the transport part of `packet`.
+    pub(super) fn covered(&self, packet: &[u8]) -> Vec<u8> {
+        let mut covered = Vec::new();
+        for address in [self.source, self.destination] {
+            match address {
+                IpAddr::V4(v4) => covered.extend_from_slice(&v4.octets()),
+                IpAddr::V6(v6) => covered.extend_from_slice(&v6.octets()),
+            }
+        }
+        let transport = &packet[self.headers().0..];
+        covered.extend_from_slice(&(transport.len() as u32).to_be_bytes());
+        covered.extend_from_slice(&[0, 0, 0, self.protocol()]);
+        covered.extend_from_slice(transport);
+        covered
+    }
+
+    /// The packets that splitting this one into `size` bytes of payload each must give.
+    pub(super) fn segments(&self, size: usize) -> Vec<Recipe> {
+        let count = self.payload.len().div_ceil(size).max(1);
+        (0..count)
+            .map(|number| {
+                let at = number * size;
+                let mut segment = self.clone();
+                segment.payload = self.payload[at..self.payload.len().min(at + size)].to_vec();
+                segment.identification = self.identification.wrapping_add(number as u16);
+                if let Some(tcp) = &mut segment.tcp {
+                    tcp.sequence = tcp.sequence.wrapping_add(at as u32);
+                    if number > 0 {
+                        tcp.flags &= !0x80;
+                    }
+                    if number + 1 < count {
+                        tcp.flags &= !0x09;
+                    }
+                }
+                segment
+            })
+            .collect()
+    }
+}
