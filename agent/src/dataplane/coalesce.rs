@@ -511,6 +511,9 @@ mod tests {
         assert_eq!(split(&coalesce(&packets)), packets);
     }
 
+    /// For each packet: what is changed, and to what.
+    type Changes = Vec<(u8, u8)>;
+
     prop_compose! {
         fn flows()(
             flows in proptest::collection::vec(
@@ -523,7 +526,8 @@ mod tests {
                 1..5,
             ),
         ) -> Vec<Vec<Vec<u8>>> {
-            let build = |(flow, (tcp, v6, size, changes)): (usize, (bool, bool, usize, Vec<(u8, u8)>))| {
+            let build = |(flow, spec): (usize, (bool, bool, usize, Changes))| {
+                let (tcp, v6, size, changes) = spec;
                 let sizes: Vec<usize> = changes
                     .iter()
                     .map(|(what, value)| if *what == 0 { usize::from(*value) } else { size })

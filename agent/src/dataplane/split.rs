@@ -39,6 +39,7 @@ pub struct Split<'a> {
 }
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one on the stack per packet; a box would allocate")]
 enum State {
     /// A packet as it is, of so many bytes.
     Whole(usize),

@@ -1,0 +1,296 @@
+//! Two data planes on the real thing: TUN links and UDP sockets of the kernel, in network
+//! namespaces that this process makes for itself. Skipped, with a reason, where that is refused.
+//!
+//! No test harness: user namespaces are for processes with one thread only.
+
+#![expect(clippy::unwrap_used, reason = "a panic is the report")]
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use nix::sched::{CloneFlags, setns, unshare};
+use tokio::sync::mpsc::{Receiver, channel};
+use towline_agent::dataplane::{
+    Config, DataPlane, Event, Fault, Offloads, OpenTunError, OpenUdpError, open_tun, open_tun_with,
+    open_udp, open_udp_with,
+};
+use towline_agent::netlink::{AddressOptions, Rtnetlink, VethPeer};
+use towline_core::peer_table::{PeerEntry, PeerTable};
+use x25519_dalek::StaticSecret;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const MTU: u32 = 1420;
+
+fn main() {
+    if let Err(refusal) = own_namespaces() {
+        println!("skipped: this machine forbids user namespaces: {refusal}");
+        return;
+    }
+    let tests: [(&str, fn()); 8] = [
+        ("every_offload", || carries(Offloads::default())),
+        ("no_offload", || carries(Offloads::NONE)),
+        ("no_tun_offload", || carries(Offloads { tun_tcp: false, ..Offloads::default() })),
+        ("no_udp_on_the_tun", || carries(Offloads { tun_udp: false, ..Offloads::default() })),
+        ("no_segments", || carries(Offloads { udp_segment: false, ..Offloads::default() })),
+        ("no_joined_receive", || carries(Offloads { udp_gro: false, ..Offloads::default() })),
+        ("refusals_are_clear", refusals_are_clear),
+        ("a_link_that_goes_down_or_away", a_link_that_goes_down_or_away),
+    ];
+    // As the harness would: `cargo test NAME` runs what matches.
+    let filter = std::env::args().nth(1).filter(|argument| !argument.starts_with('-'));
+    for (name, test) in tests {
+        if filter.as_ref().is_none_or(|filter| name.contains(filter.as_str())) {
+            test();
+            println!("test {name} ... ok");
+        }
+    }
+}
+
+fn own_namespaces() -> Result<(), Box<dyn std::error::Error>> {
+    let (user, group) = (nix::unistd::getuid(), nix::unistd::getgid());
+    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET)?;
+    std::fs::write("/proc/self/setgroups", "deny")?;
+    std::fs::write("/proc/self/uid_map", format!("0 {user} 1"))?;
+    std::fs::write("/proc/self/gid_map", format!("0 {group} 1"))?;
+    File::open("/dev/net/tun")?;
+    Ok(())
+}
+
+/// A network namespace.
+struct Host(File);
+
+impl Host {
+    fn new() -> Self {
+        let made = std::thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            let file = File::open("/proc/thread-self/ns/net").unwrap();
+            let mut links = Rtnetlink::open().unwrap();
+            let loopback = links.link_index("lo").unwrap();
+            links.set_up(loopback, true).unwrap();
+            file
+        });
+        Self(made.join().unwrap())
+    }
+
+    /// Runs `job` inside.
+    fn run<R: Send>(&self, job: impl FnOnce() -> R + Send) -> R {
+        std::thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET).unwrap();
+                job()
+            });
+            inside.join().unwrap()
+        })
+    }
+}
+
+fn address(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+fn configure(name: &str, mtu: u32, addresses: &[&str]) {
+    let mut links = Rtnetlink::open().unwrap();
+    let index = links.link_index(name).unwrap();
+    links.set_mtu(index, mtu).unwrap();
+    links.set_up(index, true).unwrap();
+    let options = AddressOptions { no_dad: true, ..AddressOptions::default() };
+    for text in addresses {
+        links.add_address(index, address(text), options).unwrap();
+    }
+}
+
+struct Node {
+    host: Host,
+    plane: DataPlane,
+    events: Receiver<Event>,
+    inner: [IpAddr; 2],
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.plane.stop();
+    }
+}
+
+/// Two hosts, a cable between them, and a tunnel through it.
+fn pair(offloads: Offloads, outer: [&str; 2]) -> [Node; 2] {
+    let hosts = [Host::new(), Host::new()];
+    let far = hosts[1].0.as_fd();
+    hosts[0].run(|| {
+        let peer = VethPeer { name: "cable", namespace: Some(far) };
+        Rtnetlink::open().unwrap().add_veth("cable", peer).unwrap();
+    });
+    let mut number = 0;
+    let nodes = hosts.map(|host| {
+        number += 1;
+        let outer = outer[number - 1];
+        let inner = [format!("10.0.0.{number}/24"), format!("fd00:1::{number}/64")];
+        let (plane, events) = host.run(|| {
+            configure("cable", 1500, &[outer]);
+            let tun = open_tun_with("towline0", offloads).unwrap();
+            configure("towline0", MTU, &[&inner[0], &inner[1]]);
+            let udp = open_udp_with(51830, 0, offloads).unwrap();
+            let (sender, events) = channel(1024);
+            let config = Config { private_key: StaticSecret::from([number as u8; 32]) };
+            (DataPlane::start(config, tun, udp, sender).unwrap(), events)
+        });
+        let inner = inner.map(|text| address(&text).addr());
+        Node { host, plane, events, inner }
+    });
+    for (me, you) in [(0, 1), (1, 0)] {
+        let entry = PeerEntry {
+            endpoint: Some(SocketAddr::new(address(outer[you]).addr(), 51830)),
+            prefixes: nodes[you].inner.map(IpNet::from).to_vec(),
+            keepalive: None,
+            preshared_key: None,
+            boot_epoch: 0,
+        };
+        let peers = BTreeMap::from([(nodes[you].plane.public_key(), entry)]);
+        nodes[me].plane.apply(&PeerTable { peers });
+    }
+    let to = SocketAddr::new(address(outer[1]).addr(), 51830);
+    nodes[0].plane.handshake(nodes[1].plane.public_key(), vec![to]);
+    nodes
+}
+
+fn carries(offloads: Offloads) {
+    for outer in [["192.0.2.1/24", "192.0.2.2/24"], ["fd00:2::1/64", "fd00:2::2/64"]] {
+        let nodes = pair(offloads, outer);
+        for family in 0..2 {
+            for (from, to) in [(0, 1), (1, 0)] {
+                stream(&nodes[from], &nodes[to], family, 8 << 20);
+                datagrams(&nodes[from], &nodes[to], family);
+            }
+        }
+        for node in &nodes {
+            let snapshot = node.plane.snapshot();
+            for feature in &snapshot.features {
+                let wanted = match feature.name {
+                    "tun_tcp" => offloads.tun_tcp,
+                    "tun_udp" => offloads.tun_tcp && offloads.tun_udp,
+                    "udp_segment" => offloads.udp_segment,
+                    "udp_gro" => offloads.udp_gro,
+                    other => panic!("{other}"),
+                };
+                assert!(!feature.active || wanted, "{feature:?}");
+            }
+            // The kernel's own multicast finds no peer.
+            let mut drops = snapshot.drops.clone();
+            drops.remove("no_route");
+            assert!(drops.values().all(|count| *count == 0), "{drops:?}");
+        }
+    }
+}
+
+/// Bytes that differ everywhere.
+fn pattern(len: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let step = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    };
+    std::iter::repeat_with(step).take(len).collect()
+}
+
+fn stream(from: &Node, to: &Node, family: usize, len: usize) {
+    let at = SocketAddr::new(to.inner[family], 4000);
+    let listener = to.host.run(|| TcpListener::bind(at).unwrap());
+    let sent = pattern(len);
+    std::thread::scope(|scope| {
+        let received = scope.spawn(|| {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut received = Vec::new();
+            stream.read_to_end(&mut received).unwrap();
+            received
+        });
+        from.host
+            .run(|| TcpStream::connect_timeout(&at, PATIENCE).unwrap().write_all(&sent).unwrap());
+        assert!(received.join().unwrap() == sent, "the stream arrived changed");
+    });
+}
+
+fn datagrams(from: &Node, to: &Node, family: usize) {
+    let at = SocketAddr::new(to.inner[family], 4001);
+    let receiver = to.host.run(|| UdpSocket::bind(at).unwrap());
+    receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+    let sender = from.host.run(|| UdpSocket::bind((from.inner[family], 0)).unwrap());
+    sender.connect(at).unwrap();
+    let sizes = (0..40).map(|_| 1200).chain([1300, 100, 0, 1, 1392, 8000, 60_000]);
+    for (number, size) in sizes.enumerate() {
+        let mut datagram = pattern(size);
+        datagram.extend_from_slice(&(number as u32).to_be_bytes());
+        sender.send(&datagram).unwrap();
+        let mut received = vec![0; 65_535];
+        let len = receiver.recv(&mut received).unwrap();
+        assert!(received[..len] == datagram, "datagram {number} of {size} bytes");
+    }
+}
+
+fn refusals_are_clear() {
+    Host::new().run(|| {
+        let taken = open_tun("lo").unwrap_err();
+        assert!(matches!(taken, OpenTunError::NameTaken(_)), "{taken}");
+        let bad = open_tun("far-too-long-for-a-link").unwrap_err();
+        assert!(matches!(bad, OpenTunError::BadName(_)), "{bad}");
+        let tun = open_tun("towline0").unwrap();
+        let busy = open_tun("towline0").unwrap_err();
+        assert!(matches!(busy, OpenTunError::Busy(_)), "{busy}");
+        drop(tun);
+        open_tun_with("towline0", Offloads::NONE).unwrap();
+        let mut links = Rtnetlink::open().unwrap();
+        assert!(links.link("towline0").unwrap().is_some(), "the link outlives its owner");
+
+        let udp = open_udp(0, 0).unwrap();
+        let busy = open_udp(udp.port(), 0).unwrap_err();
+        assert!(matches!(busy, OpenUdpError::Busy(_)), "{busy}");
+        open_udp(0, 0x10).unwrap();
+    });
+}
+
+fn a_link_that_goes_down_or_away() {
+    let mut nodes = pair(Offloads::default(), ["192.0.2.1/24", "192.0.2.2/24"]);
+    stream(&nodes[0], &nodes[1], 0, 1 << 20);
+    let set_up = |node: &Node, up| {
+        node.host.run(|| {
+            let mut links = Rtnetlink::open().unwrap();
+            let index = links.link_index("towline0").unwrap();
+            links.set_up(index, up).unwrap();
+        });
+    };
+    set_up(&nodes[1], false);
+    let from = nodes[0].inner[0];
+    let to = SocketAddr::new(nodes[1].inner[0], 4002);
+    nodes[0].host.run(|| UdpSocket::bind((from, 0)).unwrap().send_to(b"?", to).unwrap());
+    let deadline = Instant::now() + PATIENCE;
+    while nodes[1].plane.snapshot().drops["tun_refused"] == 0 {
+        assert!(Instant::now() < deadline, "{:?}", nodes[1].plane.snapshot());
+        std::thread::yield_now();
+    }
+    set_up(&nodes[1], true);
+    stream(&nodes[0], &nodes[1], 0, 1 << 20);
+
+    // A smaller MTU under a running tunnel: packets are padded within it, and pass.
+    nodes[0].host.run(|| configure("towline0", 1300, &[]));
+    stream(&nodes[0], &nodes[1], 0, 1 << 20);
+    stream(&nodes[1], &nodes[0], 0, 1 << 20);
+
+    nodes[1].host.run(|| {
+        let mut links = Rtnetlink::open().unwrap();
+        let index = links.link_index("towline0").unwrap();
+        links.delete_link(index).unwrap();
+    });
+    loop {
+        match nodes[1].events.blocking_recv().unwrap() {
+            Event::Fault(Fault::TunGone(_)) => break,
+            Event::Fault(fault) => panic!("{fault}"),
+            _ => {}
+        }
+    }
+}
