@@ -511,7 +511,7 @@ impl Discovery {
     }
 
     async fn leave(
-        &mut self,
+        &self,
         session: &mut Session,
         reply: oneshot::Sender<Result<(), String>>,
     ) -> Result<(), Ended> {
@@ -528,7 +528,7 @@ impl Discovery {
     }
 
     /// Writes the cached map, off this thread. A full disk is logged; the map in memory stays.
-    async fn save_map(&mut self, session: &mut Session) {
+    async fn save_map(&self, session: &mut Session) {
         session.map_saved = Instant::now();
         if !std::mem::take(&mut session.map_dirty) {
             return;

@@ -1,4 +1,5 @@
 //! The agent's discovery client against a scripted controller.
+#![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use std::sync::Arc;
 use std::time::Duration;
