@@ -9,7 +9,7 @@ use crate::claims::Claims;
 use crate::mesh::Config;
 use crate::peer::Peer;
 use crate::peer_table::{PeerEntry, PeerTable};
-use crate::plan::{FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia};
+use crate::plan::{FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, UnderlayPlan};
 use crate::prefixes::{covering, without};
 
 /// The data plane's peers: all that hold their key.
@@ -32,6 +32,7 @@ pub(crate) fn peer_table<'a>(claims: &Claims, peers: impl Iterator<Item = &'a Pe
 /// ever held leads there or nowhere.
 pub(crate) fn plan<'a>(
     config: &Config,
+    underlay: &UnderlayPlan,
     own_prefixes: &[IpNet],
     held: impl Iterator<Item = &'a IpNet>,
     withdrawn: &BTreeSet<IpNet>,
@@ -72,6 +73,11 @@ pub(crate) fn plan<'a>(
         table: config.table,
         routes,
         rules: config.rules,
-        firewall: FirewallPlan { table: config.firewall_table.clone(), guarded },
+        underlay: underlay.clone(),
+        firewall: FirewallPlan {
+            table: config.firewall_table.clone(),
+            guarded,
+            plain: BTreeSet::new(),
+        },
     }
 }

@@ -25,7 +25,7 @@ use crate::local::Local;
 use crate::peer::{Context, Peer};
 use crate::peer_table::{Observation, PeerTable};
 use crate::pings::{Pings, Purpose};
-use crate::plan::{Plan, RulePlan};
+use crate::plan::{Plan, RulePlan, UnderlayPlan};
 use crate::prefixes::covering;
 use crate::timers::{Timer, Timers};
 
@@ -179,6 +179,7 @@ pub struct Mesh {
     config: Config,
     local: Local,
     own_prefixes: Vec<IpNet>,
+    underlay: UnderlayPlan,
     now: Instant,
     rng: StdRng,
     timers: Timers,
@@ -206,6 +207,7 @@ impl Mesh {
             local: Local::new(&config.grant, &config.mesh),
             config,
             own_prefixes: Vec::new(),
+            underlay: UnderlayPlan::default(),
             now,
             rng: StdRng::from_seed(seed),
             timers: Timers::default(),
@@ -275,6 +277,15 @@ impl Mesh {
         if self.own_prefixes != prefixes {
             self.own_prefixes = prefixes;
             self.claims_changed = true;
+            self.plan_changed = true;
+        }
+    }
+
+    /// Takes what of ours travels outside the tunnel now, whole: the plan lets it pass.
+    pub fn set_underlay(&mut self, now: Instant, underlay: UnderlayPlan) {
+        self.advance(now);
+        if self.underlay != underlay {
+            self.underlay = underlay;
             self.plan_changed = true;
         }
     }
@@ -365,7 +376,13 @@ impl Mesh {
         }
         if std::mem::take(&mut self.plan_changed) {
             let held = self.claims.prefixes();
-            let plan = derive::plan(&self.config, &self.own_prefixes, held, &self.withdrawn);
+            let plan = derive::plan(
+                &self.config,
+                &self.underlay,
+                &self.own_prefixes,
+                held,
+                &self.withdrawn,
+            );
             if self.plan.as_deref() != Some(&plan) {
                 let plan = Arc::new(plan);
                 self.plan = Some(plan.clone());

@@ -4,7 +4,7 @@
 //! call; what somebody else removed is put back.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -20,6 +20,8 @@ pub struct Plan {
     pub routes: BTreeMap<(IpNet, RouteVia), RoutePlan>,
     /// What sends packets to the table.
     pub rules: RulePlan,
+    /// What of ours travels outside the tunnel.
+    pub underlay: UnderlayPlan,
     /// The nftables side.
     pub firewall: FirewallPlan,
 }
@@ -56,12 +58,33 @@ pub struct RoutePlan {
 /// Policy rules of both families: whatever does not carry our mark looks into our table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RulePlan {
-    /// Priority of the rule.
+    /// The first of a few consecutive priorities.
     pub priority: u32,
     /// The mark on every socket of ours, which bypasses the table.
     pub mark: u32,
-    /// Bits of the mark that are ours.
+    /// Bits of the mark that are ours; one more than the mark's own, see [`RulePlan::tunnel`].
     pub mask: u32,
+}
+
+impl RulePlan {
+    /// The mark of packets that look into the table whatever else holds: the answers to what came
+    /// out of the tunnel.
+    pub fn tunnel(&self) -> u32 {
+        self.mask & !self.mark
+    }
+}
+
+/// What of ours travels outside the tunnel, and would be taken for mesh traffic where the other
+/// end's outer address is a mesh address too.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct UnderlayPlan {
+    /// UDP port of the tunnels.
+    pub port: Option<u16>,
+    /// Controllers (and relays), which we speak to over TCP from marked sockets.
+    pub controllers: BTreeSet<SocketAddr>,
+    /// TCP ports of this host: what reaches them outside the tunnel is let in and answered
+    /// outside the tunnel; what reaches them inside is answered inside.
+    pub plain_ports: BTreeSet<u16>,
 }
 
 /// The table `inet towline`: named sets, and the guard that drops what must not leave in clear.
@@ -69,6 +92,10 @@ pub struct RulePlan {
 pub struct FirewallPlan {
     /// The table's name.
     pub table: String,
-    /// Destinations that may leave by our link (or stay on the machine) and by no other.
+    /// Destinations that may leave by our link (or stay on the machine) and by no other, and
+    /// sources that may arrive by our link and by no other.
     pub guarded: BTreeSet<IpNet>,
+    /// Sources that may arrive outside the tunnel too, and then are answered there: networks of
+    /// peers that prefer reachability while a tunnel is down.
+    pub plain: BTreeSet<IpNet>,
 }

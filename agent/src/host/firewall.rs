@@ -1,63 +1,239 @@
 //! The plan's firewall as an nftables table.
 //!
-//! One chain is the guard: at the end of every packet's way out, what goes to a guarded network
-//! by another link than ours is dropped. Our own sockets' packets carry our mark and pass: they
-//! are sealed.
-
-use std::collections::BTreeSet;
+//! | chain | where | does |
+//! |---|---|---|
+//! | `outer` | before everything that comes in | marks our own outer packets, so that what asks for the way back with the mark (firewalld's IPv6 filter) finds the uplink; drops what claims a mesh source outside the tunnel |
+//! | `answer`, `answer_out` | after connection tracking | has a connection answered the way it came; only where both ways are allowed, since it needs connection tracking |
+//! | `clamp`, `clamp_in` | routed | lowers the MSS of TCP connections through the tunnel to what the routes leave |
+//! | `guard` | at the end of the way out | drops what goes to a guarded network by another link than ours |
+//!
+//! Our own sockets' packets carry our mark and pass the guard: they are sealed. Neighbour
+//! discovery passes both guards: on a LAN whose addresses are mesh addresses it is what finds the
+//! other end of the tunnel, and it carries nothing.
 
 use ipnet::IpNet;
 use towline_core::plan::Plan;
 
 use crate::netlink::Family;
-use crate::nft::{Chain, ChainKind, Hook, KeyType, Rule, Set, Table, TableFamily};
+use crate::nft::{
+    Chain, ChainKind, CtState, Hook, KeyType, Nft, NftError, Rule, Set, Table, TableFamily,
+};
+
+use super::Changes;
+use super::problem::{ApplyError, Problem};
+
+/// How much of the table this kernel takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    /// All of it.
+    Full,
+    /// The guard, made of what every nftables has.
+    GuardOnly,
+}
 
 /// Says whose table it is.
 pub(super) const COMMENT: &str = "towline: made by the agent, removed by towline down";
-/// Names of the sets of guarded networks.
-const GUARDED_V4: &str = "guarded4";
-const GUARDED_V6: &str = "guarded6";
+/// On the rules that drop packets with forged sources.
+const FORGED: [&str; 2] = ["forged source, IPv4", "forged source, IPv6"];
+/// On the rules that drop what would leave in clear.
+const IN_CLEAR: [&str; 2] = ["would leave in clear, IPv4", "would leave in clear, IPv6"];
+
 const GUARD: &str = "guard";
+const PLAIN_PORTS: &str = "plain_ports";
+/// Before everybody else (raw tables are at -300), after defragmentation (-400).
+const OUTER_PRIORITY: i32 = -310;
+/// After connection tracking (-200).
+const MANGLE_PRIORITY: i32 = -150;
 /// After everything that still changes packets, before source addresses are translated.
 const GUARD_PRIORITY: i32 = 50;
 
-/// The whole table.
-pub(super) fn table(plan: &Plan) -> Table {
-    let guarded = &plan.firewall.guarded;
-    Table::new(TableFamily::Inet, &plan.firewall.table)
-        .comment(COMMENT)
-        .set(GUARDED_V4, networks(KeyType::Ipv4, guarded))
-        .set(GUARDED_V6, networks(KeyType::Ipv6, guarded))
-        .chain(GUARD, guard(plan))
+const TCP: u8 = libc::IPPROTO_TCP as u8;
+const UDP: u8 = libc::IPPROTO_UDP as u8;
+
+/// Brings the kernel's table from `have` to what the plan wants, as far as this kernel can;
+/// returns the table that then is there.
+///
+/// # Errors
+///
+/// [`ApplyError::Nft`] when `have` is not `fresh` (just read) and was refused: it may no longer
+/// be what is there.
+pub(super) fn change(
+    plan: &Plan,
+    have: Option<Table>,
+    fresh: bool,
+    nft: Option<&mut Nft>,
+    changes: &mut Changes,
+) -> Result<Option<Table>, ApplyError> {
+    let Some(nft) = nft else {
+        changes.problems.push(Problem::NoFirewall(NftError::Unsupported.to_string()));
+        return Ok(have);
+    };
+    let mut refused = None;
+    for extent in [Extent::Full, Extent::GuardOnly] {
+        let want = table(plan, extent);
+        let transaction = want.changes(have.as_ref());
+        let messages = transaction.messages();
+        match nft.commit(transaction) {
+            Ok(()) => {
+                changes.messages += messages;
+                changes.problems.extend(refused.map(Problem::FirewallReduced));
+                return Ok(Some(want));
+            }
+            Err(NftError::Netlink(error)) => return Err(error.into()),
+            Err(error) if !fresh => return Err(error.into()),
+            Err(error) => {
+                refused.get_or_insert(error.to_string());
+            }
+        }
+    }
+    changes.problems.extend(refused.map(Problem::NoFirewall));
+    Ok(have)
+}
+
+fn table(plan: &Plan, extent: Extent) -> Table {
+    let mut table = Table::new(TableFamily::Inet, &plan.firewall.table).comment(COMMENT);
+    for family in Family::ALL {
+        let guarded = Set::networks(key(family), &plan.firewall.guarded);
+        table = table.set(guarded_set(family), guarded);
+    }
+    table = table.chain(GUARD, guard(plan));
+    if extent == Extent::GuardOnly {
+        return table;
+    }
+    for family in Family::ALL {
+        table = table.set(plain_set(family), Set::networks(key(family), &plan.firewall.plain));
+    }
+    table = table
+        .set(PLAIN_PORTS, Set::ports(plan.underlay.plain_ports.iter().copied()))
+        .chain("outer", outer(plan))
+        .chain("clamp", clamp(plan))
+        .chain("clamp_in", clamp_in(plan));
+    if both_ways(plan) {
+        table = table.chain("answer", answer(plan)).chain("answer_out", answer_out(plan));
+    }
+    table
 }
 
 /// Whether a table of our name is ours. A kernel before 5.10 forgets the comment.
 pub(super) fn is_ours(table: &Table) -> bool {
     match &table.comment {
         Some(comment) => comment == COMMENT,
-        None => table.sets.contains_key(GUARDED_V4) && table.chains.contains_key(GUARD),
+        None => {
+            table.sets.contains_key(guarded_set(Family::V4)) && table.chains.contains_key(GUARD)
+        }
     }
 }
 
-fn networks(key: KeyType, networks: &BTreeSet<IpNet>) -> Set {
-    Set::networks(key, networks)
+fn guarded_set(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "guarded4",
+        Family::V6 => "guarded6",
+    }
+}
+
+fn plain_set(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "plain4",
+        Family::V6 => "plain6",
+    }
+}
+
+fn key(family: Family) -> KeyType {
+    match family {
+        Family::V4 => KeyType::Ipv4,
+        Family::V6 => KeyType::Ipv6,
+    }
+}
+
+/// Whether some connections may come either way, so that they must be answered the way they came.
+fn both_ways(plan: &Plan) -> bool {
+    plan.rules.tunnel() != 0
+        && !(plan.underlay.plain_ports.is_empty() && plan.firewall.plain.is_empty())
+}
+
+fn outer(plan: &Plan) -> Chain {
+    let marks = &plan.rules;
+    let mark = |rule: Rule| rule.set_mark(marks.mark, marks.mask).accept();
+    let here = |rule: Rule| rule.destination_is_local();
+
+    let mut chain = Chain::base(ChainKind::Filter, Hook::Prerouting, OUTER_PRIORITY)
+        .rule(Rule::new().input(&plan.link.name).accept())
+        .rule(Rule::new().input("lo").accept())
+        .rule(Rule::new().neighbour_discovery().accept());
+    if let Some(port) = plan.underlay.port {
+        let datagram = Rule::new().protocol(UDP).destination_port(port);
+        chain = chain.rule(mark(here(datagram)));
+    }
+    for controller in &plan.underlay.controllers {
+        let segment = Rule::new()
+            .source(IpNet::from(controller.ip()))
+            .protocol(TCP)
+            .source_port(controller.port());
+        chain = chain.rule(mark(here(segment)));
+    }
+    let plain = Rule::new().protocol(TCP).destination_port_in(PLAIN_PORTS);
+    chain = chain.rule(here(plain).accept());
+    for (family, forged) in Family::ALL.into_iter().zip(FORGED) {
+        let source_in = |set| Rule::new().source_in(family, set);
+        chain = chain
+            .rule(source_in(plain_set(family)).accept())
+            .rule(source_in(guarded_set(family)).comment(forged).counter().drop());
+    }
+    chain
+}
+
+fn answer(plan: &Plan) -> Chain {
+    let marks = &plan.rules;
+    let link = plan.link.name.as_str();
+    let new = || Rule::new().not_input("lo").ct_state(CtState::NEW);
+    let outside = |rule: Rule| rule.set_ct_mark(marks.mark, marks.mask);
+
+    let mut chain = Chain::base(ChainKind::Filter, Hook::Prerouting, MANGLE_PRIORITY)
+        .rule(new().input(link).set_ct_mark(marks.tunnel(), marks.mask));
+    let plain = new().not_input(link).protocol(TCP).destination_port_in(PLAIN_PORTS);
+    chain = chain.rule(outside(plain.destination_is_local()));
+    for family in Family::ALL {
+        let plain = new().not_input(link).source_in(family, plain_set(family));
+        chain = chain.rule(outside(plain));
+    }
+    chain.rules(answers(plan, |rule| rule.not_input(link).not_input("lo")))
+}
+
+fn answer_out(plan: &Plan) -> Chain {
+    let chain = Chain::base(ChainKind::Route, Hook::Output, MANGLE_PRIORITY);
+    chain.rules(answers(plan, |rule| rule))
+}
+
+/// Marks replies as their connection is marked.
+fn answers(plan: &Plan, which: impl Fn(Rule) -> Rule) -> [Rule; 2] {
+    let marks = plan.rules;
+    [marks.mark, marks.tunnel()].map(|mark| {
+        which(Rule::new()).ct_reply().ct_mark(mark, marks.mask).set_mark(mark, marks.mask)
+    })
+}
+
+fn clamp(plan: &Plan) -> Chain {
+    Chain::base(ChainKind::Filter, Hook::Postrouting, MANGLE_PRIORITY)
+        .rule(Rule::new().output(&plan.link.name).clamp_mss_to_route())
+}
+
+/// The other side may be a plain WireGuard peer that clamps nothing.
+fn clamp_in(plan: &Plan) -> Chain {
+    Chain::base(ChainKind::Filter, Hook::Forward, MANGLE_PRIORITY)
+        .rule(Rule::new().input(&plan.link.name).clamp_mss_to_route())
 }
 
 fn guard(plan: &Plan) -> Chain {
-    let rules = &plan.rules;
-    Chain::base(ChainKind::Filter, Hook::Postrouting, GUARD_PRIORITY).rules([
+    let marks = &plan.rules;
+    let mut chain = Chain::base(ChainKind::Filter, Hook::Postrouting, GUARD_PRIORITY).rules([
         Rule::new().output(&plan.link.name).accept(),
         Rule::new().output("lo").accept(),
-        Rule::new().mark(rules.mark, rules.mask).accept(),
-        Rule::new()
-            .comment("left in clear")
-            .destination_in(Family::V4, GUARDED_V4)
-            .counter()
-            .drop(),
-        Rule::new()
-            .comment("left in clear, IPv6")
-            .destination_in(Family::V6, GUARDED_V6)
-            .counter()
-            .drop(),
-    ])
+        Rule::new().mark(marks.mark, marks.mask).accept(),
+        Rule::new().neighbour_discovery().accept(),
+    ]);
+    for (family, in_clear) in Family::ALL.into_iter().zip(IN_CLEAR) {
+        let leak = Rule::new().comment(in_clear).destination_in(family, guarded_set(family));
+        chain = chain.rule(leak.counter().drop());
+    }
+    chain
 }

@@ -19,6 +19,7 @@ mod address;
 mod candidates;
 mod firewall;
 mod problem;
+mod rules;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -47,8 +48,9 @@ pub struct HostNetwork {
     nft: Option<Nft>,
     /// What is there of ours, as read or as made by the last apply.
     known: Option<State>,
-    /// The plan that `known` follows.
+    /// The plan that `known` follows, and what of it is not so.
     applied: Option<Plan>,
+    problems: Vec<Problem>,
 }
 
 /// What an apply did.
@@ -56,7 +58,7 @@ pub struct HostNetwork {
 pub struct Changes {
     /// Netlink messages that changed something.
     pub messages: usize,
-    /// What is not as planned. Empty: all is.
+    /// What is not as planned, also if it was so before. Empty: all is.
     pub problems: Vec<Problem>,
 }
 
@@ -68,7 +70,13 @@ impl HostNetwork {
             Err(NftError::Netlink(error)) => return Err(error),
             Err(_) => None,
         };
-        Ok(Self { rtnetlink: Rtnetlink::open()?, nft, known: None, applied: None })
+        Ok(Self {
+            rtnetlink: Rtnetlink::open()?,
+            nft,
+            known: None,
+            applied: None,
+            problems: Vec::new(),
+        })
     }
 
     /// Makes the host be like the plan.
@@ -79,11 +87,11 @@ impl HostNetwork {
     /// kernel cannot be spoken to. What it refuses piece by piece is a [`Problem`].
     pub fn apply(&mut self, plan: &Plan) -> Result<Changes, ApplyError> {
         if self.known.is_some() && self.applied.as_ref() == Some(plan) {
-            return Ok(Changes::default());
+            return Ok(Changes { messages: 0, problems: self.problems.clone() });
         }
         match self.try_apply(plan) {
-            // Answers were lost: read again what was done.
-            Err(ApplyError::Netlink(NetlinkError::Overrun(_))) => {
+            // Answers were lost, or what was remembered is no longer so: read again.
+            Err(ApplyError::Netlink(NetlinkError::Overrun(_)) | ApplyError::Nft(_)) => {
                 self.invalidate();
                 self.try_apply(plan)
             }
@@ -125,7 +133,9 @@ impl HostNetwork {
             self.invalidate();
         }
         let mut changes = Changes::default();
-        let have = match self.known.take() {
+        let known = self.known.take();
+        let fresh = known.is_none();
+        let mut have = match known {
             Some(known) => known,
             None => {
                 let (have, foreign) = State::read(&mut self.rtnetlink, self.nft.as_mut(), &names)?;
@@ -133,9 +143,11 @@ impl HostNetwork {
                 have
             }
         };
-        let want = State::wanted(plan, have.link.as_ref());
-        let now =
-            have.become_(want, &names, &mut self.rtnetlink, self.nft.as_mut(), &mut changes)?;
+        let (table, nft) = (have.firewall.take(), self.nft.as_mut());
+        let firewall = firewall::change(plan, table, fresh, nft, &mut changes)?;
+        let mut want = State::wanted(plan, have.link.as_ref());
+        want.firewall = firewall;
+        let now = have.become_(want, &names, &mut self.rtnetlink, &mut changes)?;
         // Under new names all stands anew before the old goes.
         if let Some(old) = old {
             let (mut have, _) = State::read(&mut self.rtnetlink, self.nft.as_mut(), &old)?;
@@ -148,6 +160,7 @@ impl HostNetwork {
             changes.messages += have.remove(&mut self.rtnetlink, self.nft.as_mut(), &old)?;
         }
         self.applied = Some(plan.clone());
+        self.problems = changes.problems.clone();
         self.known = (!changes.problems.iter().any(Problem::is_passing)).then_some(now);
         Ok(changes)
     }

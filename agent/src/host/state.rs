@@ -15,7 +15,7 @@ use crate::nft::{Nft, NftError, Table, TableFamily};
 
 use super::firewall;
 use super::problem::{ApplyError, Problem};
-use super::{Changes, OURS};
+use super::{Changes, OURS, rules};
 
 /// The names and numbers under which everything of ours is found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,8 +47,8 @@ impl Names {
     }
 }
 
-/// How many priorities are ours, from the configured one on.
-pub(super) const PRIORITIES: u32 = 1;
+/// How many priorities are ours, from the configured one on, see `rules`.
+const PRIORITIES: u32 = 4;
 /// The way through the link is better than nowhere, which is better than another table.
 const LINK_METRIC: u32 = 10;
 const UNREACHABLE_METRIC: u32 = 20_000;
@@ -91,7 +91,8 @@ impl Foreign {
 }
 
 impl State {
-    /// What the plan wants, given the link that is there.
+    /// What the plan wants, given the link that is there; the firewall's table is left out, see
+    /// [`firewall::change`].
     pub(super) fn wanted(plan: &Plan, link: Option<&LinkState>) -> Self {
         let index = link.map(|link| link.index);
         let routes = plan.routes.iter().filter_map(|((destination, via), attributes)| {
@@ -116,10 +117,10 @@ impl State {
                 loose: Some(true),
             }),
             addresses: if index.is_some() { plan.link.addresses.clone() } else { BTreeSet::new() },
-            rules: rules(plan),
+            rules: rules::wanted(plan),
             routes: routes.collect(),
             doubles: Vec::new(),
-            firewall: Some(firewall::table(plan)),
+            firewall: None,
         }
     }
 
@@ -204,19 +205,18 @@ impl State {
         self.doubles.extend(double);
     }
 
-    /// Does what turns this state into the wanted one; returns what then is there.
+    /// Does what turns this state into the wanted one, but for the firewall, which stands
+    /// already; returns what then is there.
     ///
-    /// Order: the firewall's guard, link and addresses, rules, routes (new before old, so that
-    /// no guard is missing in between), addresses that go.
+    /// Order: link and addresses, rules, routes (new before old, so that no guard is missing in
+    /// between), addresses that go.
     pub(super) fn become_(
-        mut self,
+        self,
         mut want: Self,
         names: &Names,
         rtnetlink: &mut Rtnetlink,
-        nft: Option<&mut Nft>,
         changes: &mut Changes,
     ) -> Result<Self, ApplyError> {
-        want.firewall = change_firewall(self.firewall.take(), want.firewall.take(), nft, changes)?;
         match (&self.link, &mut want.link) {
             (Some(have), Some(want)) => change_link(have, want, names, rtnetlink, changes)?,
             _ => changes.problems.push(Problem::LinkMissing(names.link.clone())),
@@ -268,46 +268,6 @@ impl State {
             removed += usize::from(nft.delete(TableFamily::Inet, &names.firewall)?);
         }
         Ok(removed)
-    }
-}
-
-fn rules(plan: &Plan) -> Vec<Rule> {
-    let rules = &plan.rules;
-    let rule = |family| Rule {
-        invert: true,
-        mark: Some((rules.mark, rules.mask)),
-        made_by: OURS,
-        ..Rule::new(family, rules.priority, RuleAction::Table(plan.table))
-    };
-    Family::ALL.into_iter().map(rule).collect()
-}
-
-fn change_firewall(
-    have: Option<Table>,
-    want: Option<Table>,
-    nft: Option<&mut Nft>,
-    changes: &mut Changes,
-) -> Result<Option<Table>, ApplyError> {
-    let (Some(want), Some(nft)) = (want, nft) else {
-        let why = NftError::Unsupported.to_string();
-        changes.problems.push(Problem::NoFirewall(why));
-        return Ok(have);
-    };
-    let transaction = want.changes(have.as_ref());
-    if transaction.is_empty() {
-        return Ok(Some(want));
-    }
-    let messages = transaction.messages();
-    match nft.commit(transaction) {
-        Ok(()) => {
-            changes.messages += messages;
-            Ok(Some(want))
-        }
-        Err(NftError::Netlink(error)) => Err(error.into()),
-        Err(error) => {
-            changes.problems.push(Problem::NoFirewall(error.to_string()));
-            Ok(have)
-        }
     }
 }
 

@@ -43,6 +43,10 @@ pub struct Rule {
 pub enum RuleAction {
     /// It is looked up in a table; if nothing is found there, the next rule is asked.
     Table(u32),
+    /// On to the rule of this (higher) priority.
+    Goto(u32),
+    /// Nothing: where another goes to.
+    Nop,
     /// The lookup fails: the network is unreachable.
     Unreachable,
     /// Any other (`FR_ACT_*`), as read.
@@ -73,6 +77,7 @@ impl Rule {
 const FRA_DST: u16 = 1;
 const FRA_SRC: u16 = 2;
 const FRA_IIFNAME: u16 = 3;
+const FRA_GOTO: u16 = 4;
 const FRA_PRIORITY: u16 = 6;
 const FRA_FWMARK: u16 = 10;
 const FRA_TABLE: u16 = 15;
@@ -83,6 +88,8 @@ const FRA_IP_PROTO: u16 = 22;
 const FRA_SPORT_RANGE: u16 = 23;
 const FRA_DPORT_RANGE: u16 = 24;
 const FR_ACT_TO_TBL: u8 = 1;
+const FR_ACT_GOTO: u8 = 2;
+const FR_ACT_NOP: u8 = 3;
 const FR_ACT_UNREACHABLE: u8 = 7;
 const FIB_RULE_INVERT: u32 = 2;
 /// Bytes of `struct fib_rule_hdr`.
@@ -121,8 +128,10 @@ impl std::fmt::Display for Rule {
 }
 
 fn message(kind: u16, flags: u16, rule: &Rule) -> Message {
-    let (action, table) = match rule.action {
-        RuleAction::Table(table) => (FR_ACT_TO_TBL, Some(table)),
+    let (action, target) = match rule.action {
+        RuleAction::Table(table) => (FR_ACT_TO_TBL, Some((FRA_TABLE, table))),
+        RuleAction::Goto(priority) => (FR_ACT_GOTO, Some((FRA_GOTO, priority))),
+        RuleAction::Nop => (FR_ACT_NOP, None),
         RuleAction::Unreachable => (FR_ACT_UNREACHABLE, None),
         RuleAction::Other(action) => (action, None),
     };
@@ -135,8 +144,8 @@ fn message(kind: u16, flags: u16, rule: &Rule) -> Message {
     header[8..12].copy_from_slice(&flag_bits.to_ne_bytes());
     let mut message = Message::new(kind, flags, &header);
     message.u32(FRA_PRIORITY, rule.priority).u8(FRA_PROTOCOL, rule.made_by);
-    if let Some(table) = table {
-        message.u32(FRA_TABLE, table);
+    if let Some((kind, number)) = target {
+        message.u32(kind, number);
     }
     if let Some((mark, mask)) = rule.mark {
         message.u32(FRA_FWMARK, mark).u32(FRA_FWMASK, mask);
@@ -183,6 +192,7 @@ fn parse(received: &Received<'_>) -> Option<Rule> {
     rule.invert = u32_at(received.payload, 8)? & FIB_RULE_INVERT != 0;
     rule.made_by = libc::RTPROT_UNSPEC;
     let (mut mark, mut mask) = (None, u32::MAX);
+    let mut target = 0;
     for attribute in attributes(received.payload, RULE_HEADER) {
         match attribute.kind {
             FRA_DST => rule.destination = IpNet::new(attribute.ip()?, destination_length).ok(),
@@ -193,6 +203,7 @@ fn parse(received: &Received<'_>) -> Option<Rule> {
             FRA_FWMARK => mark = attribute.u32(),
             FRA_FWMASK => mask = attribute.u32()?,
             FRA_TABLE => table = attribute.u32()?,
+            FRA_GOTO => target = attribute.u32()?,
             FRA_PROTOCOL => rule.made_by = attribute.u8()?,
             FRA_IP_PROTO => rule.protocol = attribute.u8(),
             FRA_SPORT_RANGE => rule.source_ports = Some(read_ports(attribute.value)?),
@@ -207,6 +218,8 @@ fn parse(received: &Received<'_>) -> Option<Rule> {
     };
     rule.action = match action {
         FR_ACT_TO_TBL => RuleAction::Table(table),
+        FR_ACT_GOTO => RuleAction::Goto(target),
+        FR_ACT_NOP => RuleAction::Nop,
         FR_ACT_UNREACHABLE => RuleAction::Unreachable,
         other => RuleAction::Other(other),
     };
@@ -247,7 +260,10 @@ mod tests {
                 };
                 by_address.source = Some(source.parse().unwrap());
                 by_address.destination = Some(destination.parse().unwrap());
-                let ours = [marked, unmarked, by_port, by_address];
+                let mut past = Rule::new(family, 21_584, RuleAction::Goto(21_585));
+                past.protocol = Some(libc::IPPROTO_TCP as u8);
+                let target = Rule::new(family, 21_585, RuleAction::Nop);
+                let ours = [marked, unmarked, by_port, by_address, past, target];
                 for rule in &ours {
                     rtnetlink.add_rule(rule).unwrap();
                     let error = rtnetlink.add_rule(rule).unwrap_err();

@@ -229,6 +229,30 @@ impl Rule {
         ])
     }
 
+    /// IPv6 neighbour and router discovery (RFC 4861), which never comes from beyond the link.
+    pub fn neighbour_discovery(self) -> Self {
+        const ROUTER_SOLICITATION: u8 = 133;
+        const REDIRECT: u8 = 137;
+        const HOP_LIMIT_OFFSET: u32 = 7;
+        self.family(Family::V6).protocol(libc::IPPROTO_ICMPV6 as u8).steps([
+            Expression::Payload {
+                base: key::PAYLOAD_NETWORK,
+                offset: HOP_LIMIT_OFFSET,
+                length: 1,
+                register: REGISTER,
+            },
+            compare(key::EQUAL, vec![u8::MAX]),
+            Expression::Payload {
+                base: key::PAYLOAD_TRANSPORT,
+                offset: 0,
+                length: 1,
+                register: REGISTER,
+            },
+            compare(key::NOT_LESS, vec![ROUTER_SOLICITATION]),
+            compare(key::NOT_GREATER, vec![REDIRECT]),
+        ])
+    }
+
     /// Counts the packets that came this far.
     pub fn counter(self) -> Self {
         self.step(Expression::Counter)

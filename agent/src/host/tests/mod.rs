@@ -1,11 +1,15 @@
 //! The host's network in a namespace: what stands, what comes back, what is left alone.
 
+mod traffic;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::time::Instant;
 
 use ipnet::IpNet;
-use towline_core::plan::{FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, RulePlan};
+use towline_core::plan::{
+    FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, RulePlan, UnderlayPlan,
+};
 
 use super::*;
 use crate::netlink::testing::{NetworkNamespace, add_link, add_tun, namespace_test};
@@ -41,7 +45,12 @@ fn plan() -> Plan {
         table: 21_580,
         routes,
         rules: RulePlan { priority: 21_580, mark: 0x10, mask: 0x30 },
-        firewall: FirewallPlan { table: "towline".to_owned(), guarded: guarded.into() },
+        underlay: UnderlayPlan { port: Some(51_830), ..UnderlayPlan::default() },
+        firewall: FirewallPlan {
+            table: "towline".to_owned(),
+            guarded: guarded.into(),
+            plain: Default::default(),
+        },
     }
 }
 
@@ -182,7 +191,7 @@ namespace_test! {
             ("ip rule flush", Box::new(|rtnetlink, _| {
                 for family in Family::ALL {
                     for rule in rtnetlink.rules(family).unwrap() {
-                        if rule.priority == 21_580 { rtnetlink.delete_rule(&rule).unwrap() }
+                        if rule.made_by == OURS { rtnetlink.delete_rule(&rule).unwrap() }
                     }
                 }
             })),
@@ -252,7 +261,7 @@ namespace_test! {
         let now = snapshot();
         assert!(now.firewall.is_none());
         assert!(now.routes.iter().all(|route| route.table != 21_580));
-        assert!(now.rules.iter().all(|rule| rule.priority != 21_580));
+        assert!(now.rules.iter().all(|rule| !(21_580..21_584).contains(&rule.priority)));
     }
 }
 
