@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use towline_core::plan::RulePlan;
+use towline_core::plan::{RulePlan, UnderlayPlan};
 use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
 use towline_proto::token::ControllerAddress;
@@ -76,8 +76,11 @@ pub struct RoutingConfig {
     pub priority: u32,
     /// The mark on our own sockets, inside `mask`.
     pub mark: u32,
-    /// Bits of the mark that are ours.
+    /// Bits of the mark that are ours; at least one more than the mark's.
     pub mask: u32,
+    /// TCP ports of this host that others reach outside the tunnel too, and are answered the way
+    /// they were reached: a Kubernetes API server's, a Towline controller's.
+    pub plain_ports: Vec<u16>,
     /// Name of our nftables table, family inet.
     pub nftables_table: String,
 }
@@ -124,6 +127,7 @@ impl Default for RoutingConfig {
             priority: 21580,
             mark: 0x10,
             mask: 0x30,
+            plain_ports: Vec::new(),
             nftables_table: "towline".into(),
         }
     }
@@ -229,6 +233,16 @@ impl Config {
                 ),
             ));
         }
+        if routing.mask == routing.mark {
+            return Err((
+                "routing.mask",
+                format!("{:#x} leaves no bit besides the mark's: add one", routing.mask),
+            ));
+        }
+        if routing.plain_ports.len() > limits::PLAIN_PORTS || routing.plain_ports.contains(&0) {
+            let most = limits::PLAIN_PORTS;
+            return Err(("routing.plain_ports", format!("at most {most} ports of 1 to 65535")));
+        }
         if routing.nftables_table.is_empty() || routing.nftables_table.len() > 31 {
             return Err(("routing.nftables_table", "use 1 to 31 characters".into()));
         }
@@ -259,6 +273,16 @@ impl Config {
             .iter()
             .filter_map(|address| Candidate::new(CandidateKind::Configured, *address))
             .collect()
+    }
+
+    /// What of ours travels outside the tunnel, if these are the controllers. One that is named
+    /// instead of numbered is left out: its address is not known here.
+    pub fn underlay(&self, controllers: &[ControllerAddress]) -> UnderlayPlan {
+        UnderlayPlan {
+            port: Some(self.wireguard.port),
+            controllers: controllers.iter().filter_map(|c| c.as_str().parse().ok()).collect(),
+            plain_ports: self.routing.plain_ports.iter().copied().collect(),
+        }
     }
 
     /// Our policy rules.
@@ -332,6 +356,8 @@ mod tests {
             ("[wireguard]\nport = 0", "port"),
             ("[routing]\ntable = 254", "kernel"),
             ("[routing]\nmark = 0x100", "mask"),
+            ("[routing]\nmark = 0x30", "besides"),
+            ("[routing]\nplain_ports = [0]", "65535"),
             ("[node]\nprefixes = [\"10.0.0.1/8\"]", "10.0.0.0/8"),
             ("[node]\nadvertise = [\"0.0.0.0:1\"]", "sent"),
             ("[controller]\naddresses = [\"nope\"]", "host:port"),

@@ -132,6 +132,8 @@ impl Daemon {
 
         let now = Instant::now();
         let mut mesh = Mesh::new(core_config(&config, &membership), rand::rng().random(), now);
+        let controllers = join::controllers(&config.controller.addresses, &membership);
+        mesh.set_underlay(now, config.underlay(&controllers));
         let removed = map.own_removed();
         for change in map.changes() {
             mesh.update(now, change);
@@ -144,7 +146,7 @@ impl Daemon {
             discovery::Setup {
                 state: state.clone(),
                 keys: keys.clone(),
-                controllers: join::controllers(&config.controller.addresses, &membership),
+                controllers,
                 membership: membership.clone(),
                 mark: config.routing.mark,
                 map,
