@@ -11,8 +11,9 @@ use super::interrupt;
 use super::keep::Kept;
 use super::privilege::acquire;
 use super::report::{Forbidden, finish, print};
-use super::scenario::{Setting, demo};
+use super::scenario::{Setting, crash, demo, idle};
 use super::talk::{Talk, line};
+use super::traffic::random_bytes;
 
 /// Hosts as network namespaces, the real binaries inside them, and nothing left behind.
 #[derive(Debug, Parser)]
@@ -31,6 +32,24 @@ enum What {
     List,
     /// Two workers behind NAT join a control plane; traffic flows, sealed.
     Demo(DemoArguments),
+    /// What agents and controller cost while nothing happens (release build).
+    Idle {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+    },
+    /// `kill -9` at random moments under a writing load (release build).
+    Crash {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+        /// How many.
+        #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        kills: u32,
+        /// Of victims and moments; random when not given.
+        #[arg(long)]
+        seed: Option<u64>,
+    },
     /// Opens a shell, or runs a command, in a node of a lab that is kept up.
     Shell {
         /// cp, worker-a, worker-b, router-a, router-b or internet.
@@ -75,6 +94,22 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
             drop(setting);
             finish(&figures, json)
         }
+        What::Idle { json } => {
+            let setting = prepare(rootless, Profile::Release)?;
+            let figures = idle::run(&setting)?;
+            drop(setting);
+            finish(&figures, json)
+        }
+        What::Crash { json, kills, seed } => {
+            let setting = prepare(rootless, Profile::Release)?;
+            let seed = match seed {
+                Some(seed) => seed,
+                None => u32::from_be_bytes(random_bytes()?).into(),
+            };
+            let figures = crash::run(&setting, crash::Options { kills, seed })?;
+            drop(setting);
+            finish(&figures, json)
+        }
         What::Shell { node, command } => match Kept::find()?.enter(&node, &command)? {},
     }
 }
@@ -82,6 +117,8 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
 /// One line each; none of these needs the real root.
 const LIST: &str = "\
 demo    two workers behind NAT join a control plane; traffic flows, sealed
+idle    what agents and controller cost while nothing happens
+crash   kill -9 at 100 random moments under a writing load: nothing acknowledged is lost
 ";
 
 /// The right to make namespaces first: a refusal should not come after minutes of building.

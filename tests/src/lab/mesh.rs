@@ -24,12 +24,18 @@ pub const START_LIMIT: Duration = Duration::from_secs(20);
 /// A controller on a host.
 #[derive(Debug)]
 pub struct Controller {
-    host: Arc<Host>,
-    program: PathBuf,
-    state: PathBuf,
+    operator: Operator,
     address: SocketAddr,
     log: PathBuf,
     daemon: Option<Daemon>,
+}
+
+/// Who commands a controller, from its host, with the administrator's credential.
+#[derive(Debug, Clone)]
+pub struct Operator {
+    host: Arc<Host>,
+    program: PathBuf,
+    state: PathBuf,
 }
 
 /// A join token as `token create` prints it.
@@ -48,6 +54,17 @@ pub struct ListedNode {
     pub name: String,
     /// Its watch is live.
     pub online: bool,
+    /// Of the record that it published last.
+    pub generation: Option<u64>,
+}
+
+/// A token as `towline-controller token list` prints it.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ListedToken {
+    /// What names it.
+    pub id: String,
+    /// "open", "used", "expired" or "revoked".
+    pub state: String,
 }
 
 /// A machine that is, or will be, a node of the mesh.
@@ -84,8 +101,7 @@ pub struct Peer {
     /// "up", "connecting", "down" or "idle".
     pub state: String,
     /// Why it is not up.
-    #[serde(default)]
-    pub reason: String,
+    pub reason: Option<String>,
 }
 
 impl Peer {
@@ -99,10 +115,13 @@ impl Controller {
     /// Starts one on a host's first address, port 7443, and waits until it answers.
     pub fn start(lab: &Lab, host: &Arc<Host>, binaries: &Binaries) -> anyhow::Result<Self> {
         let address = host.addresses().first().ok_or_else(|| anyhow!("a host without address"))?;
-        let mut controller = Self {
+        let operator = Operator {
             host: Arc::clone(host),
             program: binaries.controller.clone(),
             state: lab.directory().join("controller"),
+        };
+        let mut controller = Self {
+            operator,
             address: SocketAddr::new(*address, 7443),
             log: lab.directory().join("controller.log"),
             daemon: None,
@@ -119,16 +138,15 @@ impl Controller {
 
     /// Starts it (again), no more.
     pub fn launch(&mut self) -> anyhow::Result<()> {
-        let program = Program::new(&self.program)
-            .arg("serve")
-            .arg("--state-dir")
-            .arg(&self.state)
+        let program = self
+            .operator
+            .program(&["serve"])
             .args(["--listen", &self.address.to_string()])
             .args(["--advertise", &self.address.to_string()]);
         // The one before is gone first: it holds the port and the store.
         self.daemon = None;
         self.daemon =
-            Some(program.start(self.host.namespace(), "towline-controller", &self.log)?);
+            Some(program.start(self.operator.host.namespace(), "towline-controller", &self.log)?);
         Ok(())
     }
 
@@ -138,7 +156,7 @@ impl Controller {
             if let Some(daemon) = &mut self.daemon {
                 daemon.check()?;
             }
-            Ok(self.nodes().ok())
+            Ok(self.operator.nodes().ok())
         })
         .map(drop)
     }
@@ -153,14 +171,21 @@ impl Controller {
         self.daemon.take()
     }
 
-    /// Its state directory.
-    pub fn state(&self) -> &Path {
-        &self.state
+    /// Its operator.
+    pub fn operator(&self) -> &Operator {
+        &self.operator
     }
 
     /// Where agents reach it.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+}
+
+impl Operator {
+    /// The controller's state directory, with the credential.
+    pub fn state(&self) -> &Path {
+        &self.state
     }
 
     /// Runs `towline-controller ARGUMENTS --state-dir ...` on its host.
@@ -189,6 +214,12 @@ impl Controller {
     pub fn nodes(&self) -> anyhow::Result<Vec<ListedNode>> {
         let said = self.command_ok(&["node", "list", "-o", "json"])?;
         serde_json::from_str(&said).context("`node list` printed something else")
+    }
+
+    /// Every token.
+    pub fn tokens(&self) -> anyhow::Result<Vec<ListedToken>> {
+        let said = self.command_ok(&["token", "list", "-o", "json"])?;
+        serde_json::from_str(&said).context("`token list` printed something else")
     }
 
     fn program(&self, arguments: &[&str]) -> Program {
@@ -365,7 +396,7 @@ pub fn await_tunnel(a: &Node, b: &Node, limit: Duration) -> anyhow::Result<Optio
             match here.peer(there.name())? {
                 Some(peer) if peer.is_up() => {}
                 Some(peer) => {
-                    reason = peer.reason;
+                    reason = peer.reason.unwrap_or_default();
                     return Ok(None);
                 }
                 None => {

@@ -3,10 +3,11 @@
 use std::io::ErrorKind;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use parking_lot::Mutex;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::interrupt;
@@ -92,6 +93,56 @@ pub fn echoes(
             median: times.get(times.len() / 2).copied(),
         })
     })
+}
+
+/// Asks every few milliseconds, and remembers when replies came.
+#[derive(Debug, Default)]
+pub struct Ticker {
+    arrivals: Mutex<Vec<Instant>>,
+}
+
+impl Ticker {
+    /// Asks `target` from `namespace`, every `pace`, until `stop`.
+    pub fn run(
+        &self,
+        namespace: &Namespace,
+        target: IpAddr,
+        pace: Duration,
+        stop: &AtomicBool,
+    ) -> anyhow::Result<()> {
+        namespace.run(|| {
+            let mut echo = Echo::open(target)?;
+            let mut sequence = 0;
+            let mut next = Instant::now();
+            while !stop.load(Ordering::Relaxed) && !interrupt::raised() {
+                // What cannot be sent is a tick without a reply.
+                let _ = echo.request(sequence, &[]);
+                sequence = sequence.wrapping_add(1);
+                next += pace;
+                while let Some((_, at)) = echo.reply(next)? {
+                    self.arrivals.lock().push(at);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// When the last reply came.
+    pub fn last(&self) -> Option<Instant> {
+        self.arrivals.lock().last().copied()
+    }
+
+    /// The longest time without a reply between two moments.
+    pub fn longest_gap(&self, from: Instant, to: Instant) -> Duration {
+        let arrivals = self.arrivals.lock();
+        let inside = arrivals.iter().copied().filter(|at| (from..to).contains(at));
+        let mut before = from;
+        inside
+            .chain([to])
+            .map(|at| at.saturating_duration_since(std::mem::replace(&mut before, at)))
+            .max()
+            .unwrap_or_default()
+    }
 }
 
 /// Tells the replies of one socket from those of another in the same namespace.
@@ -215,6 +266,18 @@ mod tests {
         let sum = checksum(&message);
         message[2..4].copy_from_slice(&sum.to_be_bytes());
         assert_eq!(checksum(&message), 0);
+    }
+
+    #[test]
+    fn a_gap_is_counted_from_edge_to_edge() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let ticker = Ticker { arrivals: Mutex::new(vec![at(10), at(20), at(80), at(90)]) };
+        let gap = |from, to| ticker.longest_gap(at(from), at(to)).as_millis();
+        assert_eq!(gap(10, 90), 60);
+        assert_eq!(gap(0, 20), 10);
+        assert_eq!(gap(85, 200), 110);
+        assert_eq!(gap(30, 70), 40, "no reply at all");
     }
 
     #[test]

@@ -56,10 +56,25 @@ pub trait Figures: Serialize {
 /// Prints the figures to stdout (one JSON object and nothing else with `json`) and gives the exit
 /// status: 0 all promises held, 1 one did not.
 pub fn finish(figures: &impl Figures, json: bool) -> anyhow::Result<ExitCode> {
-    let mut text = if json { serde_json::to_string_pretty(figures)? } else { figures.for_people() };
-    text.push('\n');
+    let text = if json {
+        serde_json::to_string_pretty(figures)? + "\n"
+    } else {
+        format!("{}\n{}", figures.for_people(), verdict(figures.failed()))
+    };
     print(&text)?;
     Ok(if figures.failed().is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// Two digits behind the point are enough for anybody.
+pub fn round(figure: f64) -> f64 {
+    (figure * 100.0).round() / 100.0
+}
+
+fn verdict(failed: &[String]) -> String {
+    match failed {
+        [] => "every promise held\n".to_owned(),
+        failed => format!("FAILED:\n  {}\n", failed.join("\n  ")),
+    }
 }
 
 /// Writes to stdout; a reader that went away is no error.

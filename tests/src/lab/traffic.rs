@@ -42,9 +42,7 @@ impl Transferred {
 impl Pattern {
     /// A pattern whose mark occurs nowhere else: random, new for each run.
     pub fn random() -> anyhow::Result<Self> {
-        let mut mark = [0; MARK];
-        SystemRandom::new().fill(&mut mark).map_err(|_| anyhow!("no randomness"))?;
-        Ok(Self { mark })
+        Ok(Self { mark: random_bytes()? })
     }
 
     /// What a capture looks for.
@@ -73,6 +71,13 @@ impl Pattern {
     pub fn verify(&self, first: u64, cells: &[u8]) -> bool {
         (first..).zip(cells.chunks_exact(CELL)).all(|(number, cell)| cell == self.cell(number))
     }
+}
+
+/// Bytes that nobody can foretell.
+pub fn random_bytes<const N: usize>() -> anyhow::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    SystemRandom::new().fill(&mut bytes).map_err(|_| anyhow!("the system has no randomness"))?;
+    Ok(bytes)
 }
 
 /// Sends `bytes` (rounded up to whole cells) over one TCP connection from a host to an address of

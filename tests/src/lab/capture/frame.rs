@@ -9,12 +9,15 @@ use towline_proto::frame::DatagramKind;
 pub(super) struct Outer<'a> {
     pub(super) source: IpAddr,
     pub(super) destination: IpAddr,
+    /// Of a larger packet, the first one included.
+    pub(super) is_fragment: bool,
     /// Of UDP, when it is that.
     udp_payload: Option<&'a [u8]>,
 }
 
 const ETHERNET_BYTES: usize = 14;
 const UDP: u8 = 17;
+const V6_FRAGMENT: u8 = 44;
 const UDP_BYTES: usize = 8;
 
 impl<'a> Outer<'a> {
@@ -35,12 +38,15 @@ impl<'a> Outer<'a> {
     fn v4(packet: &'a [u8]) -> Option<Self> {
         let (header, _) = packet.split_first_chunk::<20>()?;
         let header_bytes = usize::from(header[0] & 0x0f) * 4;
-        let later_fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0;
+        /// More fragments, and the fragment's offset.
+        const FRAGMENT: u16 = 0x3fff;
+        let is_fragment = u16::from_be_bytes([header[6], header[7]]) & FRAGMENT != 0;
         let address = |at: usize| <[u8; 4]>::try_from(&header[at..at + 4]).map(IpAddr::from).ok();
-        let udp = header[9] == UDP && !later_fragment;
+        let udp = header[9] == UDP && !is_fragment;
         Some(Self {
             source: address(12)?,
             destination: address(16)?,
+            is_fragment,
             udp_payload: if udp { packet.get(header_bytes + UDP_BYTES..) } else { None },
         })
     }
@@ -51,6 +57,7 @@ impl<'a> Outer<'a> {
         Some(Self {
             source: address(8)?,
             destination: address(24)?,
+            is_fragment: header[6] == V6_FRAGMENT,
             udp_payload: if header[6] == UDP { rest.get(UDP_BYTES..) } else { None },
         })
     }
@@ -78,12 +85,13 @@ mod tests {
     }
 
     #[test]
-    fn a_later_fragment_is_no_datagram() {
+    fn a_fragment_is_no_datagram() {
         let mut frame = vec![0; ETHERNET_BYTES];
         frame[12..].copy_from_slice(&[0x08, 0x00]);
         frame.extend([0x45, 0, 0, 0, 0, 0, 0x00, 9, 64, UDP, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2]);
         frame.extend([0; UDP_BYTES]);
         frame.extend([4, 0, 0, 0, 9]);
-        assert!(!Outer::parse(&frame).unwrap().is_wireguard());
+        let outer = Outer::parse(&frame).unwrap();
+        assert!(outer.is_fragment && !outer.is_wireguard());
     }
 }

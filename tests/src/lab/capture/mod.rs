@@ -47,6 +47,8 @@ pub struct Seen {
     pub bytes: u64,
     /// Frames that carry WireGuard.
     pub wireguard: u64,
+    /// Frames that carry a fragment of an IP packet.
+    pub fragments: u64,
     /// Frames that hold the pattern's mark.
     pub marked: u64,
     /// Frames from or to an address of the watched networks.
@@ -67,6 +69,7 @@ struct Counts {
     frames: AtomicU64,
     bytes: AtomicU64,
     wireguard: AtomicU64,
+    fragments: AtomicU64,
     marked: AtomicU64,
     inner_addresses: AtomicU64,
     missed: AtomicU64,
@@ -147,6 +150,9 @@ impl Shared {
             add(&counts.marked, 1);
         }
         let Some(outer) = Outer::parse(frame) else { return };
+        if outer.is_fragment {
+            add(&counts.fragments, 1);
+        }
         if outer.is_wireguard() {
             add(&counts.wireguard, 1);
         }
@@ -164,6 +170,7 @@ impl Counts {
             frames: read(&self.frames),
             bytes: read(&self.bytes),
             wireguard: read(&self.wireguard),
+            fragments: read(&self.fragments),
             marked: read(&self.marked),
             inner_addresses: read(&self.inner_addresses),
             missed: read(&self.missed),

@@ -18,7 +18,7 @@ use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::join;
 use crate::lab::ping::{echoes, first_reply};
 use crate::lab::privilege::Rank;
-use crate::lab::report::{Figures, Promises};
+use crate::lab::report::{Figures, Promises, round};
 use crate::lab::traffic::{Pattern, tcp_both_ways};
 
 /// How a demo is run.
@@ -140,7 +140,7 @@ impl Demo {
     /// Joins a node, starts its agent, and times the first reply from each node before it.
     fn add_node(&mut self, mut node: Node, site: &str, stage: &mut Stage) -> anyhow::Result<()> {
         let controller = stage.controller.as_ref().context("there is no controller")?;
-        let token = controller.token(site)?;
+        let token = controller.operator().token(site)?;
         let mut others = Vec::new();
         for other in &stage.nodes {
             let overlay = other.status()?.overlay_addresses;
@@ -279,6 +279,9 @@ impl Demo {
             )
         });
         promises.hold(seen.wireguard > 0, || "the capture sees the tunnels".to_owned());
+        promises.hold(seen.fragments == 0, || {
+            format!("no outer packet is fragmented on this internet: {}", seen.fragments)
+        });
         promises.hold(seen.missed == 0, || format!("the capture misses nothing: {}", seen.missed));
     }
 }
@@ -324,7 +327,7 @@ impl Stage {
             {
                 environment.push((
                     "TOWLINE_CONTROLLER_STATE_DIR",
-                    controller.state().display().to_string(),
+                    controller.operator().state().display().to_string(),
                 ));
             }
             kept.add(node.host().namespace(), environment);
@@ -381,15 +384,7 @@ impl Figures for Demo {
             self.capture.wireguard,
             self.capture.marked + self.capture.inner_addresses
         );
-        match &*self.failed {
-            [] => text.push_str("every promise held"),
-            failed => {
-                text.push_str("FAILED:");
-                for promise in failed {
-                    let _ = write!(text, "\n  {promise}");
-                }
-            }
-        }
+        text.truncate(text.trim_end().len());
         text
     }
 }
@@ -400,9 +395,4 @@ fn family(address: IpAddr) -> &'static str {
 
 fn milliseconds(duration: Duration) -> f64 {
     round(duration.as_secs_f64() * 1e3)
-}
-
-/// Two digits behind the point are enough for anybody.
-fn round(figure: f64) -> f64 {
-    (figure * 100.0).round() / 100.0
 }

@@ -133,7 +133,7 @@ impl Hybrid {
             setting.talk.step(&format!("joining {name}"));
             let host = self.host(name)?;
             let mut node = Node::new(&self.lab, host, name, &setting.binaries, configuration)?;
-            node.join(&controller.token(site)?)?;
+            node.join(&controller.operator().token(site)?)?;
             node.launch()?;
             node.await_status(START_LIMIT)?;
             nodes.push(node);

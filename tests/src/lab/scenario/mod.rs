@@ -1,7 +1,9 @@
 //! What `cargo lab NAME` runs.
 
+pub mod crash;
 pub mod demo;
 pub mod hybrid;
+pub mod idle;
 
 use super::binaries::Binaries;
 use super::privilege::Rank;

@@ -1,0 +1,200 @@
+//! Operators and machines that write all the time, and remember what was acknowledged.
+//!
+//! A write that was not acknowledged may or may not have happened: nothing is expected of it, nor of
+//! what it would have changed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use serde::Serialize;
+
+use crate::lab::binaries::Binaries;
+use crate::lab::interrupt;
+use crate::lab::mesh::{Node, Operator, Token};
+use crate::lab::scenario::Setting;
+use crate::lab::scenario::hybrid::Hybrid;
+
+/// How many writes of each kind were acknowledged.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Acknowledged {
+    /// Tokens created.
+    pub tokens: usize,
+    /// Tokens revoked.
+    pub revocations: usize,
+    /// Nodes that joined.
+    pub joins: usize,
+    /// Nodes removed.
+    pub removals: usize,
+    /// Records published, as the list of nodes showed their generations grow.
+    pub publishes: usize,
+}
+
+impl Acknowledged {
+    /// All together.
+    pub fn all(&self) -> usize {
+        self.tokens + self.revocations + self.joins + self.removals + self.publishes
+    }
+}
+
+/// The writers. Each method that takes `stop` is one writer's life.
+pub(super) struct Writers<'a> {
+    operator: Operator,
+    hybrid: &'a Hybrid,
+    binaries: &'a Binaries,
+    expected: Mutex<Expected>,
+}
+
+/// What has to be found in the end, as far as acknowledgements say.
+#[derive(Debug, Default)]
+struct Expected {
+    done: Acknowledged,
+    tokens: BTreeSet<String>,
+    revoked: BTreeSet<String>,
+    joined: BTreeSet<String>,
+    removed: BTreeSet<String>,
+    /// The highest generation that was seen of each node's record.
+    generations: BTreeMap<String, u64>,
+}
+
+/// Nodes that joined for the writers' sake and are not removed yet, at most.
+const GUESTS: usize = 20;
+/// After a refusal, before the next try.
+const REST: Duration = Duration::from_millis(50);
+
+impl<'a> Writers<'a> {
+    pub(super) fn new(operator: Operator, hybrid: &'a Hybrid, setting: &'a Setting) -> Self {
+        let binaries = &setting.binaries;
+        Self { operator, hybrid, binaries, expected: Mutex::default() }
+    }
+
+    /// An operator who creates tokens and revokes every third.
+    pub(super) fn manage_tokens(&self, stop: &AtomicBool) -> anyhow::Result<()> {
+        let mut count = 0_u64;
+        while !stop.load(Ordering::Relaxed) && !interrupt::raised() {
+            let Some(token) = self.token() else { continue };
+            count += 1;
+            if count.is_multiple_of(3) && self.operate(&["token", "revoke", &token.id]) {
+                let mut expected = self.expected.lock();
+                expected.done.revocations += 1;
+                expected.revoked.insert(token.id);
+            }
+            self.note_generations();
+        }
+        Ok(())
+    }
+
+    /// Machines that join, and an operator who removes the oldest of them.
+    pub(super) fn manage_nodes(&self, stop: &AtomicBool) -> anyhow::Result<()> {
+        let mut guests = std::collections::VecDeque::new();
+        let mut number = 0;
+        while !stop.load(Ordering::Relaxed) && !interrupt::raised() {
+            let Some(token) = self.token() else { continue };
+            number += 1;
+            let name = format!("guest-{number}");
+            let host = &self.hybrid.workers[number % 2];
+            let node = Node::new(&self.hybrid.lab, host, &name, self.binaries, "")?;
+            if node.join(&token).is_err() {
+                continue;
+            }
+            {
+                let mut expected = self.expected.lock();
+                expected.done.joins += 1;
+                expected.joined.insert(name.clone());
+            }
+            guests.push_back(name);
+            if guests.len() > GUESTS
+                && let Some(oldest) = guests.pop_front()
+            {
+                // Unknown until it is acknowledged.
+                self.expected.lock().joined.remove(&oldest);
+                if self.operate(&["node", "remove", &oldest]) {
+                    let mut expected = self.expected.lock();
+                    expected.done.removals += 1;
+                    expected.removed.insert(oldest);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// How much was acknowledged.
+    pub(super) fn acknowledged(&self) -> Acknowledged {
+        self.expected.lock().done
+    }
+
+    /// What was acknowledged and is not there.
+    pub(super) fn lost(&self) -> anyhow::Result<Vec<String>> {
+        let tokens: BTreeMap<String, String> =
+            self.operator.tokens()?.into_iter().map(|token| (token.id, token.state)).collect();
+        let nodes: BTreeMap<String, u64> = self
+            .operator
+            .nodes()?
+            .into_iter()
+            .map(|node| (node.name, node.generation.unwrap_or(0)))
+            .collect();
+        let expected = self.expected.lock();
+        let mut lost = Vec::new();
+        let mut expect = |there: bool, what: String| {
+            if !there {
+                lost.push(what);
+            }
+        };
+        for id in &expected.tokens {
+            expect(tokens.contains_key(id), format!("token {id}"));
+        }
+        for id in &expected.revoked {
+            let revoked = tokens.get(id).is_some_and(|state| state == "revoked");
+            expect(revoked, format!("revocation of token {id}"));
+        }
+        for name in &expected.joined {
+            expect(nodes.contains_key(name), format!("join of {name}"));
+        }
+        for name in &expected.removed {
+            expect(!nodes.contains_key(name), format!("removal of {name}"));
+        }
+        for (name, generation) in &expected.generations {
+            if !expected.removed.contains(name) {
+                let found = nodes.get(name).is_some_and(|found| found >= generation);
+                expect(found, format!("record {generation} of {name}"));
+            }
+        }
+        Ok(lost)
+    }
+
+    fn token(&self) -> Option<Token> {
+        let token = self.operator.token("guests");
+        match token {
+            Ok(token) => {
+                let mut expected = self.expected.lock();
+                expected.done.tokens += 1;
+                expected.tokens.insert(token.id.clone());
+                Some(token)
+            }
+            Err(_) => {
+                std::thread::sleep(REST);
+                None
+            }
+        }
+    }
+
+    /// Whether the controller acknowledged an operator's command.
+    fn operate(&self, arguments: &[&str]) -> bool {
+        let said = self.operator.command(arguments);
+        said.is_ok_and(|said| said.status.success())
+    }
+
+    /// What the list of nodes shows was published and acknowledged.
+    fn note_generations(&self) {
+        let Ok(nodes) = self.operator.nodes() else { return };
+        let mut expected = self.expected.lock();
+        for node in nodes {
+            let Some(generation) = node.generation else { continue };
+            let before = expected.generations.insert(node.name, generation);
+            if before.is_some_and(|before| before < generation) {
+                expected.done.publishes += 1;
+            }
+        }
+    }
+}
