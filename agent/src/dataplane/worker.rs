@@ -172,6 +172,9 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
 
     fn obey(&mut self, now: Instant) {
         let _ = self.inbox.wake.read();
+        // Commands follow a plan, and the plan may just have set the link's MTU: padding beyond it
+        // would have every outer packet fragmented.
+        self.engine.set_mtu(self.tun.mtu());
         let commands = std::mem::take(&mut *self.inbox.commands.lock());
         for command in commands {
             match command {
