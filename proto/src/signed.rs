@@ -65,7 +65,11 @@ pub enum Untrusted {
 
 /// Signs `body`, which is encoded here once and never again.
 pub fn sign(domain: Domain, body: &impl prost::Message, key: &Ed25519KeyPair) -> pb::Signed {
-    let body = body.encode_to_vec();
+    sign_encoded(domain, body.encode_to_vec(), key)
+}
+
+/// Signs a body that is encoded already, as it is: whether it is well-formed is for the reader.
+pub fn sign_encoded(domain: Domain, body: Vec<u8>, key: &Ed25519KeyPair) -> pb::Signed {
     let signature = key.sign(&message(domain, &body));
     pb::Signed { body: body.into(), signature: Bytes::copy_from_slice(signature.as_ref()) }
 }

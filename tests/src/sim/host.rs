@@ -134,10 +134,8 @@ impl Host {
         self.grant.wireguard_keys[0]
     }
 
-    /// Starts its agent from what is on its disk.
-    pub fn start(&mut self, now: Instant) {
-        self.boot_epoch += 1;
-        self.watching = false;
+    /// A core of this machine that knows nobody yet.
+    pub fn core(&self, now: Instant) -> Mesh {
         let mut seed = [0; 32];
         seed[..8].copy_from_slice(&self.seed.to_le_bytes());
         seed[8..10].copy_from_slice(&self.number.to_le_bytes());
@@ -151,7 +149,14 @@ impl Host {
             rules: RulePlan { priority: 21_580, mark: 0x10, mask: 0x30 },
             firewall_table: "towline".into(),
         };
-        let mut mesh = Mesh::new(config, seed, now);
+        Mesh::new(config, seed, now)
+    }
+
+    /// Starts its agent from what is on its disk.
+    pub fn start(&mut self, now: Instant) {
+        self.boot_epoch += 1;
+        self.watching = false;
+        let mut mesh = self.core(now);
         for tombstone in self.tombstones.values() {
             mesh.update(now, MapChange::Remove(tombstone.clone()));
         }

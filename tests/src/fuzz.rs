@@ -1,0 +1,518 @@
+//! What is fuzzed: plain functions of bytes that must not panic and whose promises are asserted.
+//!
+//! `tests/fuzz` calls each from libFuzzer; `cargo test` calls each with the committed corpus, with
+//! the well-formed inputs of [`Target::seeds`], and with thousands of mutations of both.
+
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+use prost::Message as _;
+use ring::signature::{Ed25519KeyPair, KeyPair as _};
+use towline_agent::dataplane::arena::{HEADROOM, TAILROOM};
+use towline_agent::dataplane::packet::Inner;
+use towline_agent::dataplane::session::{MessageKind, Segments};
+use towline_agent::dataplane::split::Split;
+use towline_agent::dataplane::vnet::{VNET_HEADER_BYTES, VnetHeader};
+use towline_core::mesh::{MapChange, Output, ReceivedProbe};
+use towline_core::peer_table::Observation;
+use towline_proto::frame::{DatagramKind, Probe, ProbeHeader};
+use towline_proto::id::{IdentityKey, WireguardKey};
+use towline_proto::limits;
+use towline_proto::node::{Candidate, CandidateKind, Grant, MeshConfig, Node, Record, Tombstone};
+use towline_proto::pb;
+use towline_proto::signed::{self, Domain};
+use towline_proto::token::JoinToken;
+
+use crate::sim::host::{self, Host};
+
+/// A function of bytes, with inputs to begin from.
+pub struct Target {
+    /// Also the name of its corpus and of its libFuzzer target.
+    pub name: &'static str,
+    /// The function.
+    pub run: fn(&[u8]),
+    /// Well-formed inputs.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+}
+
+/// All of them.
+pub const TARGETS: &[Target] = &[
+    Target { name: "signed", run: signed, seeds: signed_seeds },
+    Target { name: "map", run: map, seeds: map_seeds },
+    Target { name: "token", run: token, seeds: token_seeds },
+    Target { name: "probe", run: probe, seeds: probe_seeds },
+    Target { name: "datagram", run: datagram, seeds: datagram_seeds },
+    Target { name: "inner", run: inner, seeds: inner_seeds },
+    Target { name: "mesh", run: mesh, seeds: mesh_seeds },
+];
+
+/// A body signed by the right key, whatever is in it. The first byte says which kind of body.
+///
+/// What is accepted keeps its bounds and reads back as the same value.
+pub fn signed(bytes: &[u8]) {
+    let Some((kind, body)) = bytes.split_first() else { return };
+    let domain = match kind % 4 {
+        0 => Domain::Grant,
+        1 => Domain::Record,
+        2 => Domain::Tombstone,
+        _ => Domain::Mesh,
+    };
+    let signed = sign_bytes(domain, body);
+    let signed = Some(&signed);
+    match domain {
+        Domain::Grant => {
+            if let Ok(grant) = signed::grant(signed, &CA.public) {
+                assert!(grant.allowed_prefixes.len() <= limits::PREFIXES);
+                assert!(!grant.wireguard_keys.is_empty());
+                let again = sign_bytes(domain, &pb::Grant::from(&grant).encode_to_vec());
+                assert_eq!(signed::grant(Some(&again), &CA.public), Ok(grant));
+            }
+        }
+        Domain::Record => {
+            if let Ok(record) = signed::record(signed, &CA.public) {
+                assert!(record.candidates.len() <= limits::CANDIDATES);
+                assert!(!record.version.contains(char::is_control));
+                let again = sign_bytes(domain, &pb::Record::from(&record).encode_to_vec());
+                assert_eq!(signed::record(Some(&again), &CA.public), Ok(record));
+            }
+        }
+        Domain::Tombstone => {
+            if let Ok(tombstone) = signed::tombstone(signed, &CA.public) {
+                let again = sign_bytes(domain, &pb::Tombstone::from(&tombstone).encode_to_vec());
+                assert_eq!(signed::tombstone(Some(&again), &CA.public), Ok(tombstone));
+            }
+        }
+        Domain::Mesh => {
+            if let Ok(mesh) = signed::mesh(signed, &CA.public) {
+                let again = sign_bytes(domain, &pb::MeshConfig::from(&mesh).encode_to_vec());
+                assert_eq!(signed::mesh(Some(&again), &CA.public), Ok(mesh));
+            }
+        }
+    }
+}
+
+/// A message of the map, read as the agent reads it.
+///
+/// Nothing in it is believed that the CA or the node did not sign.
+pub fn map(bytes: &[u8]) {
+    let Ok(message) = pb::WatchResponse::decode(bytes) else { return };
+    let Some(pb::watch_response::Kind::Changes(changes)) = message.kind else { return };
+    for change in changes.changes.into_iter().filter_map(|change| change.kind) {
+        match change {
+            pb::change::Kind::Upsert(entry) => {
+                if let Ok(Some(node)) = signed::node(&entry, &CA.public) {
+                    for prefix in &node.record().prefixes {
+                        assert!(node.grant().allows(prefix));
+                    }
+                    assert!(node.grant().wireguard_keys.contains(&node.wireguard_key()));
+                }
+            }
+            pb::change::Kind::Tombstone(tombstone) => {
+                let _ = signed::tombstone(Some(&tombstone), &CA.public);
+            }
+            pb::change::Kind::Mesh(mesh) => {
+                let _ = signed::mesh(Some(&mesh), &CA.public);
+            }
+        }
+    }
+}
+
+/// A join token as a person pastes it. What is read writes itself the same.
+pub fn token(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    match text.parse::<JoinToken>() {
+        Ok(token) => {
+            assert!(!token.controllers.is_empty());
+            assert_eq!(token.encode().parse(), Ok(token));
+        }
+        Err(error) => {
+            // The message must not repeat the secret, nor control the terminal.
+            let message = error.to_string();
+            assert!(!message.contains(char::is_control));
+        }
+    }
+}
+
+/// A probe, clear and opened part.
+pub fn probe(bytes: &[u8]) {
+    if let Some((header, sealed)) = ProbeHeader::decode(bytes) {
+        assert!(bytes.starts_with(&header.encode()) && bytes.ends_with(sealed));
+    }
+    if let Some(probe) = Probe::decode(bytes) {
+        assert_eq!(Probe::decode(&probe.encode()), Some(probe));
+    }
+}
+
+/// The first look at a datagram on the WireGuard port: at most one parser may claim it.
+pub fn datagram(bytes: &[u8]) {
+    let kind = DatagramKind::of(bytes);
+    let wireguard = MessageKind::of(bytes).is_some();
+    let probe = ProbeHeader::decode(bytes).is_some();
+    assert!(!wireguard || kind == DatagramKind::WireGuard);
+    assert!(!probe || kind == DatagramKind::Probe);
+}
+
+/// A packet from the TUN: its virtio header, then the packet. It is read and split.
+///
+/// What the reader says is consistent, and segments are never longer than they say.
+pub fn inner(bytes: &[u8]) {
+    let Some((header, packet)) = bytes.split_first_chunk::<VNET_HEADER_BYTES>() else { return };
+    if let Some(inner) = Inner::parse(packet) {
+        assert!(inner.header_len <= inner.total_len && inner.total_len <= packet.len());
+    }
+    let mut buffer = vec![0; HEADROOM + packet.len() + TAILROOM];
+    buffer[HEADROOM..HEADROOM + packet.len()].copy_from_slice(packet);
+    let header = VnetHeader::decode(header);
+    if let Ok(mut segments) = Split::new(&mut buffer, packet.len(), &header, 1_420) {
+        let mut count = 0;
+        while let Some(len) = segments.next_len() {
+            assert_eq!(segments.take().len(), len);
+            count += 1;
+            assert!(count <= packet.len().max(1), "a segment carries something");
+        }
+    }
+}
+
+/// Calls to the core, one after the other, as the bytes say.
+///
+/// No prefix ever stands under two peers, nobody who was removed comes back, nothing is sent into
+/// the overlay, and what is sent is bounded by what came in.
+pub fn mesh(bytes: &[u8]) {
+    let mut input = Input(bytes);
+    let mut now = *EPOCH;
+    let mut mesh = Host::new(1, 1, host::mesh_config()).core(now);
+    let mut removed = BTreeSet::new();
+    let mut pings = Vec::new();
+    let mut calls = 0u32;
+    let mut sent = 0u32;
+    while let Some(what) = input.byte() {
+        calls += 1;
+        match what % 10 {
+            0 | 1 => mesh.update(now, MapChange::Upsert(Box::new(input.node()))),
+            2 => {
+                let tombstone =
+                    host::tombstone(&Host::new(input.host(), 1, host::mesh_config()).grant);
+                if tombstone.node_id != mesh.grant().node_id {
+                    removed.insert(tombstone.node_id);
+                }
+                mesh.update(now, MapChange::Remove(tombstone));
+            }
+            3 => {
+                let candidates = input.candidates();
+                mesh.set_candidates(now, candidates);
+            }
+            4 => {
+                let from = input.address();
+                let what = match input.byte().unwrap_or(0) % 5 {
+                    0 => Observation::Handshake { from },
+                    1 => Observation::Roamed { from },
+                    2 => Observation::HandshakeUnanswered,
+                    3 => Observation::SessionExpired,
+                    _ => Observation::Wanted,
+                };
+                mesh.observe(now, input.key(), what);
+            }
+            5 => {
+                let transaction = input.byte().unwrap_or(0).into();
+                let from = input.address();
+                mesh.probe_received(now, input.key(), from, ReceivedProbe::Ping { transaction });
+            }
+            6 => {
+                if let Some((peer, to, transaction)) = pings.pop() {
+                    let pong = ReceivedProbe::Pong { transaction, observed: input.address() };
+                    mesh.probe_received(now, peer, to, pong);
+                }
+            }
+            7 => {
+                let peer = Host::new(input.host(), 1, host::mesh_config()).id();
+                mesh.ping(now, peer, calls.into(), Duration::from_secs(1));
+            }
+            8 => {
+                let prefixes = input.prefixes();
+                mesh.set_prefixes(now, prefixes);
+            }
+            _ => {
+                now += Duration::from_millis(u64::from(input.byte().unwrap_or(0)) * 40);
+                mesh.handle_timeout(now);
+                assert!(mesh.poll_timeout().is_none_or(|(at, _)| at > now));
+            }
+        }
+        while let Some(output) = mesh.poll_output() {
+            check(&output, &mut sent);
+            if let Output::Ping { peer, to, transaction } = output {
+                pings.push((peer, to, transaction));
+            }
+        }
+        for peer in mesh.peers() {
+            assert!(!removed.contains(&peer.node.id()));
+        }
+    }
+    // A handful of hosts, each with all its candidates, for each call.
+    let bound = (calls + 1) * 8 * 2 * limits::CANDIDATES as u32;
+    assert!(sent <= bound, "{sent} datagrams for {calls} calls");
+}
+
+fn check(output: &Output, sent: &mut u32) {
+    let overlay = host::mesh_config().overlay_v4;
+    let mut outer = |to: &SocketAddr| {
+        *sent += 1;
+        let inside = matches!(to.ip(), std::net::IpAddr::V4(ip) if overlay.contains(&ip));
+        assert!(!inside, "{to} leads into the tunnel");
+    };
+    match output {
+        Output::Ping { to, .. } | Output::Pong { to, .. } => outer(to),
+        Output::Handshake { to, .. } => {
+            assert!(to.len() <= limits::CANDIDATES);
+            to.iter().for_each(outer);
+        }
+        Output::PeerTable(table) => {
+            let mut seen = BTreeSet::new();
+            for prefix in table.peers.values().flat_map(|entry| &entry.prefixes) {
+                assert!(seen.insert(*prefix), "{prefix} under two peers");
+            }
+        }
+        Output::Advertise(candidates) => assert!(candidates.len() <= limits::CANDIDATES),
+        Output::Plan(_) | Output::StateChanged { .. } | Output::PingResult { .. } => {}
+    }
+}
+
+// Inputs
+
+static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// The one who signs everything here.
+static CA: LazyLock<Signer> = LazyLock::new(|| {
+    let pair = Ed25519KeyPair::from_seed_unchecked(&[7; 32]).expect("any seed is a key");
+    let public = IdentityKey::try_from(pair.public_key().as_ref()).expect("32 bytes");
+    Signer { pair, public }
+});
+
+struct Signer {
+    pair: Ed25519KeyPair,
+    public: IdentityKey,
+}
+
+/// Signs bytes that need not be a message.
+fn sign_bytes(domain: Domain, body: &[u8]) -> pb::Signed {
+    signed::sign_encoded(domain, body.to_vec(), &CA.pair)
+}
+
+fn signed_seeds() -> Vec<Vec<u8>> {
+    let node = example_node();
+    let mesh = host::mesh_config();
+    [
+        pb::Grant::from(node.grant()).encode_to_vec(),
+        pb::Record::from(node.record()).encode_to_vec(),
+        pb::Tombstone::from(&host::tombstone(node.grant())).encode_to_vec(),
+        pb::MeshConfig::from(&mesh).encode_to_vec(),
+    ]
+    .into_iter()
+    .zip(0u8..)
+    .map(|(body, kind)| [&[kind], body.as_slice()].concat())
+    .collect()
+}
+
+fn map_seeds() -> Vec<Vec<u8>> {
+    let node = example_node();
+    let sign = |domain, body: Vec<u8>| Some(sign_bytes(domain, &body));
+    let grant = Grant { identity_key: CA.public, ..node.grant().clone() };
+    let entry = pb::Entry {
+        grant: sign(Domain::Grant, pb::Grant::from(&grant).encode_to_vec()),
+        record: sign(Domain::Record, pb::Record::from(node.record()).encode_to_vec()),
+        withheld: vec![(&node.record().prefixes[0]).into()],
+    };
+    let tombstone: Tombstone = host::tombstone(&grant);
+    let tombstone = sign_bytes(Domain::Tombstone, &pb::Tombstone::from(&tombstone).encode_to_vec());
+    let mesh: MeshConfig = host::mesh_config();
+    let mesh = sign_bytes(Domain::Mesh, &pb::MeshConfig::from(&mesh).encode_to_vec());
+    let changes = [
+        pb::change::Kind::Upsert(entry),
+        pb::change::Kind::Tombstone(tombstone),
+        pb::change::Kind::Mesh(mesh),
+    ];
+    changes
+        .into_iter()
+        .map(|kind| {
+            let changes = vec![pb::Change { kind: Some(kind) }];
+            let changes = pb::Changes { changes, revision: 7, synced: true };
+            let kind = Some(pb::watch_response::Kind::Changes(changes));
+            pb::WatchResponse { kind }.encode_to_vec()
+        })
+        .collect()
+}
+
+fn token_seeds() -> Vec<Vec<u8>> {
+    use towline_proto::id::{Fingerprint, TokenId};
+    use towline_proto::token::TokenSecret;
+    let controllers = ["cp.example:7443", "[2001:db8::1]:7443", "203.0.113.1:7443"]
+        .map(|text| text.parse().expect("an address"))
+        .to_vec();
+    let token = JoinToken {
+        ca: Fingerprint([1; 32]),
+        id: TokenId([2; 8]),
+        secret: TokenSecret([3; 32]),
+        controllers,
+    };
+    vec![token.encode().into_bytes(), b"towline1.".to_vec()]
+}
+
+fn probe_seeds() -> Vec<Vec<u8>> {
+    let observed = SocketAddr::from((Ipv4Addr::new(203, 0, 113, 1), 51_830));
+    let header = ProbeHeader { pair: [1; 8], nonce: [2; 12] }.encode();
+    let pong = Probe::Pong { transaction: 7, observed }.encode();
+    let ping = Probe::Ping { transaction: 7 }.encode();
+    let whole = [header.as_slice(), &pong, &[0; 16]].concat();
+    vec![ping.to_vec(), pong.to_vec(), whole]
+}
+
+fn datagram_seeds() -> Vec<Vec<u8>> {
+    let wireguard = |kind: u8, len: usize| {
+        let mut bytes = vec![0; len];
+        bytes[0] = kind;
+        bytes
+    };
+    let stun = [&[0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42][..], &[9; 12]].concat();
+    let mut seeds =
+        vec![wireguard(1, 148), wireguard(2, 92), wireguard(3, 64), wireguard(4, 32), stun];
+    seeds.extend(probe_seeds());
+    seeds
+}
+
+fn inner_seeds() -> Vec<Vec<u8>> {
+    let mut v4 = vec![0u8; 60];
+    v4[0] = 0x45;
+    v4[3] = 60;
+    v4[9] = 6;
+    v4[32] = 0x50;
+    let mut v6 = vec![0u8; 80];
+    v6[0] = 0x60;
+    v6[5] = 40;
+    v6[6] = 17;
+    v6[45] = 40;
+    let checksum =
+        VnetHeader { flags: 1, csum_start: 20, csum_offset: 16, ..VnetHeader::default() };
+    let train = VnetHeader { gso_type: 1, gso_size: 8, hdr_len: 40, ..checksum };
+    let plain = VnetHeader::default();
+    vec![
+        [&plain.encode()[..], &v4].concat(),
+        [&plain.encode()[..], &v6].concat(),
+        [&checksum.encode()[..], &v4].concat(),
+        [&train.encode()[..], &v4].concat(),
+    ]
+}
+
+fn mesh_seeds() -> Vec<Vec<u8>> {
+    // A peer appears, is reached, answers, roams, falls silent, is removed.
+    let story: &[&[u8]] = &[
+        &[3, 2, 1, 7, 2, 9],
+        &[0, 2, 1, 2, 5, 6, 1, 3],
+        &[9, 10, 6, 1, 6, 1],
+        &[4, 5, 0, 2, 9, 30, 6, 4, 7, 2, 9, 20],
+        &[4, 6, 1, 2, 9, 30],
+        &[9, 250, 9, 250, 4, 5, 3, 2, 9, 100],
+        &[8, 1, 4, 0, 3, 1, 1, 5, 1, 4],
+        &[2, 2, 0, 2, 1, 2, 5, 6, 1, 3],
+    ];
+    vec![story.concat(), story[..4].concat(), [&[5, 3, 6, 2][..], story[1]].concat()]
+}
+
+fn example_node() -> Node {
+    let mut input = Input(&[2, 3, 2, 5, 6, 2, 3, 4]);
+    input.node()
+}
+
+/// Reads values from bytes, small ones, so that they meet one another often.
+struct Input<'a>(&'a [u8]);
+
+impl Input<'_> {
+    fn byte(&mut self) -> Option<u8> {
+        let (first, rest) = self.0.split_first()?;
+        self.0 = rest;
+        Some(*first)
+    }
+
+    fn below(&mut self, bound: u8) -> u8 {
+        self.byte().unwrap_or(0) % bound
+    }
+
+    fn host(&mut self) -> u16 {
+        u16::from(self.below(5)) + 1
+    }
+
+    fn key(&mut self) -> WireguardKey {
+        Host::new(self.host(), 1, host::mesh_config()).key()
+    }
+
+    fn address(&mut self) -> SocketAddr {
+        let byte = self.byte().unwrap_or(0);
+        let ip = match byte % 5 {
+            0 => Ipv4Addr::new(203, 0, 113, byte),
+            1 => Ipv4Addr::new(192, 168, 1, byte),
+            2 => Ipv4Addr::new(198, 19, 0, byte),
+            3 => Ipv4Addr::new(224, 0, 0, byte),
+            _ => Ipv4Addr::new(10, 244, byte, 1),
+        };
+        SocketAddr::from((ip, u16::from(byte) * 100))
+    }
+
+    fn candidates(&mut self) -> Vec<Candidate> {
+        let kinds = [CandidateKind::Local, CandidateKind::Reflexive, CandidateKind::Configured];
+        (0..self.below(4))
+            .filter_map(|_| {
+                let kind = kinds[usize::from(self.below(3))];
+                Candidate::new(kind, self.address())
+            })
+            .collect()
+    }
+
+    fn prefixes(&mut self) -> Vec<ipnet::IpNet> {
+        (0..self.below(4))
+            .filter_map(|_| {
+                let ip = Ipv4Addr::new(10, 244, self.below(8), 0);
+                let net = ipnet::Ipv4Net::new(ip, 16 + self.below(9)).ok()?;
+                Some(net.trunc().into())
+            })
+            .collect()
+    }
+
+    fn node(&mut self) -> Node {
+        let grant = Host::new(self.host(), 1, host::mesh_config()).grant;
+        let record = Record {
+            node_id: grant.node_id,
+            generation: self.below(8).into(),
+            boot_epoch: self.below(3).into(),
+            wireguard_keys: grant.wireguard_keys.clone(),
+            candidates: self.candidates(),
+            prefixes: self.prefixes(),
+            version: "fuzz".into(),
+        };
+        Node::new(grant, record).expect("it announces what it may")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seeds_reach_what_they_are_meant_for() {
+        for seed in signed_seeds() {
+            let domain = [Domain::Grant, Domain::Record, Domain::Tombstone, Domain::Mesh]
+                [usize::from(seed[0])];
+            let signed = sign_bytes(domain, &seed[1..]);
+            let good = match domain {
+                Domain::Grant => signed::grant(Some(&signed), &CA.public).is_ok(),
+                Domain::Record => signed::record(Some(&signed), &CA.public).is_ok(),
+                Domain::Tombstone => signed::tombstone(Some(&signed), &CA.public).is_ok(),
+                Domain::Mesh => signed::mesh(Some(&signed), &CA.public).is_ok(),
+            };
+            assert!(good);
+        }
+        assert!(
+            example_node().record().prefixes.len() + example_node().record().candidates.len() > 1
+        );
+        assert!(String::from_utf8(token_seeds().remove(0)).unwrap().parse::<JoinToken>().is_ok());
+    }
+}
