@@ -8,13 +8,14 @@
 //! - [`Store::commit`] returns after the data is on the disk (fsync): acknowledged means stored.
 //! - A kill at any moment leaves the state of the last commit, whole.
 //! - A file that was cut or altered is told apart from an empty one: opening never makes a new
-//!   store, and every page's checksum is verified.
+//!   store, every page's checksum is verified, and a file that does not pass stays as it is.
 //!
 //! Calls block; `writer` makes them on a thread of its own.
 
 use std::path::{Path, PathBuf};
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::backends::InMemoryBackend;
+use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
 
 /// Key to (sequence of the commit that wrote it, value).
 const RECORDS: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("records");
@@ -157,6 +158,7 @@ impl Store {
             }
             _ => {}
         }
+        self.rehearse().map_err(|error| self.open_error(&error))?;
         let database = Database::builder()
             .set_cache_size(CACHE_BYTES)
             .set_check_integrity_on_open(true)
@@ -176,6 +178,22 @@ impl Store {
         self.sequence = sequence.ok_or_else(|| damaged("it has no sequence".into()))?;
         self.database = Some(database);
         Ok(())
+    }
+
+    /// Opens a copy in memory: redb repairs as it opens, also what turns out to be beyond repair,
+    /// and then an operator would be left with less than there was.
+    fn rehearse(&self) -> Result<(), redb::DatabaseError> {
+        let storage_error = |error| redb::DatabaseError::Storage(redb::StorageError::Io(error));
+        let bytes = std::fs::read(&self.path).map_err(storage_error)?;
+        let copy = InMemoryBackend::new();
+        copy.set_len(bytes.len() as u64).map_err(storage_error)?;
+        copy.write(0, &bytes).map_err(storage_error)?;
+        drop(bytes);
+        Database::builder()
+            .set_cache_size(CACHE_BYTES)
+            .set_check_integrity_on_open(true)
+            .create_with_backend(copy)
+            .map(drop)
     }
 
     fn open_error(&self, error: &redb::DatabaseError) -> OpenError {
@@ -368,6 +386,7 @@ mod tests {
                     Ok(store) => assert_eq!(records(&store), expected, "at {at}"),
                     Err(error) => {
                         refused += 1;
+                        assert!(std::fs::read(&path).unwrap() == bytes, "changed at {at}");
                         assert!(!error.to_string().contains('\n'), "{error}");
                     }
                 }

@@ -203,3 +203,69 @@ fn log(event: &Event) {
         Event::TokenRevoked { token } => tracing::info!(%token, "token revoked"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::token::{SecretHash, TokenTerms};
+    use crate::state_dir::StateDir;
+    use std::collections::BTreeMap;
+    use std::time::Duration;
+    use towline_proto::id::TokenId;
+    use towline_proto::node::MeshConfig;
+    use towline_proto::token::TokenSecret;
+
+    fn create_token(id: u8) -> impl FnOnce(&mut Registry, &Sessions, Now) -> bool + Send {
+        move |registry, _, now| {
+            let terms = TokenTerms {
+                uses: 1,
+                name: None,
+                site: None,
+                labels: BTreeMap::new(),
+                allowed_prefixes: Vec::new(),
+                replace: None,
+                ephemeral: false,
+            };
+            let hash = SecretHash::of(&TokenSecret([id; 32]));
+            registry.create_token(TokenId([id; 8]), hash, terms, i64::MAX, now).is_ok()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_failed_transaction_is_told_undone_and_got_over() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(root.path());
+        let authority = Arc::new(Authority::load_or_create(&dir, true, 0).unwrap());
+        let mut registry = Registry::create(
+            authority.clone(),
+            MeshConfig {
+                mesh_id: authority.mesh_id(),
+                overlay_v6: "fd00::/64".parse().unwrap(),
+                overlay_v4: "198.19.0.0/16".parse().unwrap(),
+                protected: Vec::new(),
+                lease: Duration::from_secs(600),
+                generation: 1,
+            },
+        );
+        let store = Store::create(&dir.store(), &registry.take_changes().writes).unwrap();
+        store.fail_next_commit();
+        let sessions = Arc::new(Mutex::new(Sessions::new(Duration::from_secs(1))));
+        let (writer, ended) =
+            start(store, registry, authority, Arc::new(Map::new()), sessions).unwrap();
+
+        let error = writer.run(create_token(1)).await.unwrap_err();
+        assert!(error.to_string().contains("free space"), "{error}");
+        assert!(writer.run(create_token(2)).await.unwrap());
+        let tokens = |registry: &mut Registry, _: &Sessions, _| -> Vec<TokenId> {
+            registry.tokens(None).map(|(token, _)| token.id).collect()
+        };
+        assert_eq!(writer.run(tokens).await.unwrap(), [TokenId([2; 8])]);
+        drop(writer);
+        ended.await.unwrap();
+        let store = Store::open(&dir.store()).unwrap();
+        assert_eq!(
+            store.load().unwrap().iter().filter(|(k, _)| k.starts_with("token/")).count(),
+            1
+        );
+    }
+}

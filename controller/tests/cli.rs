@@ -1,0 +1,280 @@
+//! The binary as its operator meets it: exit status, one clear line, and nothing lost.
+
+#![allow(clippy::unwrap_used, reason = "a panic is the report")]
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use towline_proto::token::JoinToken;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_towline-controller");
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(BINARY);
+    command.args(args).stdin(Stdio::null());
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("TOWLINE")) {
+        command.env_remove(name);
+    }
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    command(args).output().unwrap()
+}
+
+/// A running controller; killed when dropped.
+struct Running {
+    child: Child,
+}
+
+impl Running {
+    fn start(dir: &Path) -> Self {
+        let dir = dir.to_str().unwrap();
+        let args = [
+            "serve",
+            "--state-dir",
+            dir,
+            "--listen",
+            "127.0.0.1:0",
+            "--advertise",
+            "controller.example:7443",
+        ];
+        let mut child = command(&args).stderr(Stdio::piped()).spawn().unwrap();
+        let mut log = BufReader::new(child.stderr.take().unwrap());
+        let mut seen = String::new();
+        loop {
+            let before = seen.len();
+            log.read_line(&mut seen).unwrap();
+            assert!(seen.len() > before, "it ended: {seen}");
+            if seen[before..].contains("listening address=127.0.0.1:") {
+                break;
+            }
+        }
+        // The log is read to its end, so that the controller never waits for its reader.
+        std::thread::spawn(move || log.read_to_end(&mut Vec::new()));
+        Self { child }
+    }
+
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// That it failed, with one line; returns the line.
+fn failure(output: &Output) -> String {
+    let stderr = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(output.stdout.is_empty());
+    let told: Vec<&str> = stderr.lines().filter(|line| !line.contains(" INFO ")).collect();
+    assert_eq!(told.len(), 1, "{stderr}");
+    told[0].to_owned()
+}
+
+fn tokens(dir: &str) -> Vec<serde_json::Value> {
+    let listed = run(&["token", "list", "-o", "json", "--state-dir", dir]);
+    serde_json::from_str(&stdout(&listed)).unwrap()
+}
+
+#[test]
+fn tokens_are_created_listed_and_revoked() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().to_str().unwrap();
+    let _controller = Running::start(root.path());
+
+    let created = run(&["token", "create", "--site", "dc-a", "--state-dir", dir]);
+    let token: JoinToken = stdout(&created).trim_end().parse().unwrap();
+    assert_eq!(token.controllers[0].to_string(), "controller.example:7443");
+    assert_eq!(stdout(&created).lines().count(), 1, "the token alone");
+
+    let args = ["token", "create", "--state-dir", dir, "-o", "json", "--label", "rack=7"];
+    let created: serde_json::Value = serde_json::from_str(&stdout(&run(&args))).unwrap();
+    created["token"].as_str().unwrap().parse::<JoinToken>().unwrap();
+    let id = created["id"].as_str().unwrap();
+    assert_eq!(created["labels"]["rack"], "7");
+
+    run(&["token", "revoke", id, "--state-dir", dir]);
+    let revoked = tokens(dir).into_iter().find(|token| token["id"] == id).unwrap();
+    assert_eq!(revoked["state"], "revoked");
+    assert_eq!(tokens(dir).len(), 2);
+    for format in ["table", "wide", "yaml"] {
+        let text = stdout(&run(&["token", "list", "--state-dir", dir, "-o", format]));
+        assert!(text.contains(id), "{text}");
+    }
+    assert_eq!(stdout(&run(&["node", "list", "-o", "json", "--state-dir", dir])), "[]\n");
+    let line = failure(&run(&["node", "show", "nobody", "--state-dir", dir]));
+    assert!(line.contains("no node `nobody`"), "{line}");
+    let line = failure(&run(&["node", "remove", "nobody", "--state-dir", dir]));
+    assert!(line.contains("no node `nobody`"), "{line}");
+    let line = failure(&run(&["token", "create", "--prefix", "10.0.0.1/8", "--state-dir", dir]));
+    assert!(line.contains("10.0.0.0/8"), "{line}");
+    let line =
+        failure(&run(&["token", "create", "--replace", "a", "--uses", "2", "--state-dir", dir]));
+    assert!(line.contains("one use"), "{line}");
+}
+
+#[test]
+fn what_cannot_be_is_one_line_and_a_status() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().to_str().unwrap();
+    let line = failure(&run(&["node", "list", "--state-dir", dir]));
+    assert!(line.contains("no controller was set up"), "{line}");
+    Running::start(root.path()).kill();
+    let line = failure(&run(&["node", "list", "--state-dir", dir]));
+    assert!(line.contains("is not running"), "{line}");
+
+    assert_eq!(run(&["serve", "--nonsense"]).status.code(), Some(2));
+    assert_eq!(run(&["token", "create", "--uses", "0"]).status.code(), Some(2));
+    assert_eq!(stdout(&run(&["version"])), format!("{}\n", towline_proto::VERSION));
+
+    let config = root.path().join("controller.toml");
+    std::fs::write(&config, "lisssten = \"127.0.0.1:1\"\n").unwrap();
+    let config = config.to_str().unwrap();
+    for args in [vec!["config", "check"], vec!["serve", "--state-dir", dir]] {
+        let line = failure(&run(&[&args[..], &["--config", config]].concat()));
+        assert!(line.contains("line 1: unknown field `lisssten`"), "{line}");
+    }
+    std::fs::write(config, "listen = \"127.0.0.1:1\"\n").unwrap();
+    assert!(run(&["config", "check", "--config", config]).status.success());
+}
+
+#[test]
+fn a_reader_that_went_away_is_no_error() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().to_str().unwrap();
+    let _controller = Running::start(root.path());
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = command(&["token", "list", "--state-dir", dir])
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+        .wait_with_output()
+        .unwrap();
+    assert!(output.status.success());
+    assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn a_second_controller_and_a_busy_port_are_told_and_change_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let first = Running::start(root.path());
+    let dir = root.path().to_str().unwrap();
+    let line = failure(&run(&["serve", "--state-dir", dir, "--listen", "127.0.0.1:0"]));
+    assert!(line.contains("another controller runs"), "{line}");
+
+    let address = std::fs::read_to_string(root.path().join("address")).unwrap();
+    let other = tempfile::tempdir().unwrap();
+    let other_dir = other.path().to_str().unwrap();
+    let line = failure(&run(&["serve", "--state-dir", other_dir, "--listen", address.trim()]));
+    assert!(line.contains("--listen"), "{line}");
+    assert!(!other.path().join("ca.key").exists());
+    drop(first);
+}
+
+#[test]
+fn a_damaged_state_is_told_and_nothing_is_overwritten() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().to_str().unwrap();
+    Running::start(root.path()).kill();
+    let serve = || failure(&run(&["serve", "--state-dir", dir, "--listen", "127.0.0.1:0"]));
+    let store = root.path().join("towline.redb");
+    let good = std::fs::read(&store).unwrap();
+
+    std::fs::write(&store, &good[..good.len() / 3]).unwrap();
+    let line = serve();
+    assert!(line.contains("towline.redb") && line.contains("backup"), "{line}");
+    assert!(std::fs::read(&store).unwrap() == good[..good.len() / 3]);
+    std::fs::write(&store, b"").unwrap();
+    assert!(serve().contains("backup"));
+    assert!(std::fs::read(&store).unwrap().is_empty());
+    std::fs::remove_file(&store).unwrap();
+    assert!(serve().contains("missing"));
+    assert!(!store.exists());
+    std::fs::write(&store, &good).unwrap();
+
+    let key = root.path().join("ca.key");
+    let kept = std::fs::read(&key).unwrap();
+    std::fs::write(&key, "junk").unwrap();
+    let line = serve();
+    assert!(line.contains("ca.key"), "{line}");
+    assert_eq!(std::fs::read(&key).unwrap(), b"junk");
+    std::fs::remove_file(&key).unwrap();
+    assert!(serve().contains("ca.key is missing"));
+    assert!(!key.exists());
+    std::fs::write(&key, kept).unwrap();
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+    Running::start(root.path()).kill();
+}
+
+#[test]
+fn a_kill_at_any_moment_loses_nothing_that_was_acknowledged() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().to_str().unwrap();
+    let mut acknowledged: Vec<String> = Vec::new();
+    for round in 0..4u64 {
+        let controller = Running::start(root.path());
+        let pid = Pid::from_raw(i32::try_from(controller.child.id()).unwrap());
+        // Killed in the middle of a stream of writes.
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(30 + 37 * round));
+            kill(pid, Signal::SIGKILL).unwrap();
+        });
+        loop {
+            let created = run(&["token", "create", "-o", "json", "--state-dir", dir]);
+            if !created.status.success() {
+                break;
+            }
+            let created: serde_json::Value = serde_json::from_slice(&created.stdout).unwrap();
+            acknowledged.push(created["id"].as_str().unwrap().to_owned());
+        }
+        killer.join().unwrap();
+    }
+    let _controller = Running::start(root.path());
+    let there: Vec<String> =
+        tokens(dir).iter().map(|token| token["id"].as_str().unwrap().to_owned()).collect();
+    for id in &acknowledged {
+        assert!(there.contains(id), "token {id} of {} was lost", acknowledged.len());
+    }
+    // The backup's sign is never seen after a mere kill.
+    assert!(tokens(dir).iter().all(|token| token["state"] == "open"));
+}
+
+#[test]
+fn it_ends_in_time_when_it_is_told_to() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let root = tempfile::tempdir().unwrap();
+        let mut controller = Running::start(root.path());
+        let pid = Pid::from_raw(i32::try_from(controller.child.id()).unwrap());
+        kill(pid, signal).unwrap();
+        // It promised to end within 2 s.
+        let ended = (0..400).find_map(|_| {
+            let status = controller.child.try_wait().unwrap();
+            if status.is_none() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            status
+        });
+        let status = ended.expect("it still runs");
+        assert!(status.success());
+        assert!(!root.path().join("address").exists());
+    }
+}

@@ -1,0 +1,588 @@
+//! The controller over the wire, as nodes and operators meet it.
+
+#![allow(clippy::unwrap_used, reason = "a panic is the report")]
+#![allow(unreachable_pub, reason = "`common` is a module like a crate")]
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{Machine, Node, TestController, config, prefix, soon, tombstone, upsert};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tonic::Code;
+use towline_controller::authority::{Authority, Subject};
+use towline_controller::clock::Now;
+use towline_controller::service::{ROLES, Role, tombstone_of};
+use towline_controller::state_dir::StateDir;
+use towline_proto::pb::discovery_client::DiscoveryClient;
+use towline_proto::token::TokenSecret;
+use towline_proto::{limits, pb, signed};
+
+#[tokio::test]
+async fn nodes_join_and_see_each_other() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let ca = controller.ca_key();
+    let a = controller.node("a", &["10.1.0.0/16"]).await;
+    let b = controller.node("b", &[]).await;
+    assert_ne!(a.grant.overlay, b.grant.overlay);
+
+    let mut watch_b = b.watch(&controller).await;
+    let seen: Vec<_> = watch_b.synced().await.iter().filter_map(|k| upsert(k, &ca)).collect();
+    assert_eq!(seen, [(a.id(), None), (b.id(), None)]);
+    let mesh = signed::mesh(watch_b.ready.mesh.as_ref(), &ca).unwrap();
+    assert_eq!(mesh.overlay_v4.to_string(), "198.19.0.0/16");
+    assert_eq!(mesh.overlay_v6.prefix_len(), 64);
+
+    let mut watch_a = a.watch(&controller).await;
+    watch_a.synced().await;
+    let published = watch_a.publish(a.record(1, &["10.1.2.0/24"])).await.unwrap();
+    assert!(published.refused.is_empty());
+    let seen = watch_b.until(|kind| upsert(kind, &ca).filter(|(id, _)| *id == a.id())).await;
+    assert_eq!(seen, (a.id(), Some(1)));
+    assert!(watch_b.revision >= published.revision);
+
+    let info = controller.info("a").await;
+    assert!(info.online && info.session_address.starts_with("127.0.0.1:"));
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn of_two_machines_with_one_token_exactly_one_joins() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let token = controller.token(pb::CreateTokenRequest::default()).await;
+    let machines: Vec<Machine> = (0..6).map(|i| Machine::new(&format!("n{i}"))).collect();
+    let joins = machines.iter().map(|machine| machine.join(&controller, &token));
+    let results = futures_util::future::join_all(joins).await;
+    let refused: Vec<_> = results.iter().filter_map(|result| result.as_ref().err()).collect();
+    assert_eq!(refused.len(), 5);
+    for status in refused {
+        assert_eq!(status.code(), Code::FailedPrecondition);
+        assert!(status.message().contains("has been used"), "{status}");
+    }
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_join_is_refused_with_the_reason_and_can_be_repeated_when_its_answer_was_lost() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let mut admin = controller.admin().await;
+    let token = controller.token(pb::CreateTokenRequest::default()).await;
+    let machine = Machine::new("a");
+    let refused = async |machine: &Machine, token| {
+        let status = machine.join(&controller, token).await.unwrap_err();
+        assert!(!status.message().contains('\n'));
+        (status.code(), status.message().to_owned())
+    };
+
+    let mut wrong = token.clone();
+    wrong.secret = TokenSecret([0; 32]);
+    let (code, message) = refused(&machine, &wrong).await;
+    assert_eq!(code, Code::Unauthenticated);
+    assert!(message.contains("secret") && message.contains("is wrong"), "{message}");
+
+    let bad_name = Machine::new("Not-A-Label");
+    assert_eq!(refused(&bad_name, &token).await.0, Code::InvalidArgument);
+
+    // Somebody else's WireGuard key cannot be claimed.
+    let channel = controller.connect(None).await;
+    let mut request = machine.request(channel.clone(), &token).await;
+    request.wireguard_key = Machine::new("b").wireguard_key().0.to_vec();
+    let status = DiscoveryClient::new(channel).join(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().contains("proof"), "{status}");
+
+    let first = machine.join(&controller, &token).await.unwrap();
+    let again = machine.join(&controller, &token).await.unwrap();
+    assert_eq!(first.grant, again.grant);
+
+    let token = controller.token(pb::CreateTokenRequest::default()).await;
+    let (code, message) = refused(&Machine::new("a"), &token).await;
+    assert_eq!(code, Code::AlreadyExists);
+    assert!(message.contains("--replace a"), "{message}");
+
+    let revoke = pb::RevokeTokenRequest { id: token.id.to_string() };
+    admin.revoke_token(revoke).await.unwrap();
+    let (code, message) = refused(&Machine::new("c"), &token).await;
+    assert_eq!(code, Code::FailedPrecondition);
+    assert!(message.contains("revoked"), "{message}");
+
+    let request = pb::CreateTokenRequest { replace: "a".into(), ..Default::default() };
+    let token = controller.token(request).await;
+    let (code, message) = refused(&Machine::new("c"), &token).await;
+    assert_eq!(code, Code::PermissionDenied, "a replacement has the name of what it replaces");
+    assert!(message.contains("`a`"), "{message}");
+    Machine::new("a").join(&controller, &token).await.unwrap();
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_source_that_keeps_guessing_has_to_wait() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let mut token = controller.token(pb::CreateTokenRequest::default()).await;
+    token.secret = TokenSecret([0; 32]);
+    let machine = Machine::new("a");
+    for _ in 0..100 {
+        let status = machine.join(&controller, &token).await.unwrap_err();
+        if status.code() == Code::ResourceExhausted {
+            assert!(status.message().contains("wait"), "{status}");
+            controller.stop().await;
+            return;
+        }
+        assert_eq!(status.code(), Code::Unauthenticated);
+    }
+    panic!("it may guess for ever");
+}
+
+#[tokio::test]
+async fn a_watch_resumes_where_it_was_and_begins_anew_in_another_epoch() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let ca = controller.ca_key();
+    let a = controller.node("a", &[]).await;
+    let mut watch = a.watch(&controller).await;
+    watch.synced().await;
+    let (epoch, revision) = (watch.ready.epoch, watch.revision);
+    drop(watch);
+    let b = controller.node("b", &[]).await;
+
+    let start = |epoch, revision| pb::WatchStart { epoch, revision, ..Default::default() };
+    let resumed = async |epoch, revision| {
+        let mut watch = a.watch_from(&controller, start(epoch, revision)).await.unwrap();
+        let all = watch.synced().await;
+        all.iter().filter_map(|kind| upsert(kind, &ca)).map(|(id, _)| id).collect::<Vec<_>>()
+    };
+    assert_eq!(resumed(epoch, revision).await, [b.id()]);
+    assert_eq!(resumed(epoch + 1, revision).await, [a.id(), b.id()]);
+    assert_eq!(resumed(epoch, revision + 1_000).await, [a.id(), b.id()], "ahead of the map");
+
+    // All of it outlives the controller.
+    controller.stop().await;
+    let controller = TestController::start(root.path());
+    let mut watch = a.watch_from(&controller, start(epoch, revision)).await.unwrap();
+    let seen: Vec<_> = watch.synced().await.iter().filter_map(|k| upsert(k, &ca)).collect();
+    assert_eq!(seen, [(b.id(), None)]);
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_slow_watcher_gets_the_newest_state_and_no_queue() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let ca = controller.ca_key();
+    let fast = controller.node("fast", &[]).await;
+    let slow = controller.node("slow", &[]).await;
+    let mut watch = slow.watch(&controller).await;
+    watch.synced().await;
+    let publisher = fast.watch(&controller).await;
+
+    // Each record fills a good part of the window that the slow one leaves open.
+    const LAST: u64 = 60;
+    let candidates: Vec<pb::Candidate> = (0..limits::CANDIDATES as u32)
+        .map(|i| pb::Candidate { kind: 1, address: vec![10, 0, 0, 1], port: 1000 + i })
+        .collect();
+    let prefixes: Vec<_> = (0..200u8).map(|i| prefix(&format!("10.0.{i}.0/24"))).collect();
+    let wide = controller.token(pb::CreateTokenRequest {
+        allowed_prefixes: vec![prefix("10.0.0.0/8")],
+        ..Default::default()
+    });
+    let machine = Machine::new("wide");
+    let wide = machine.join(&controller, &wide.await).await.unwrap();
+    let wide = Node::new(machine, wide);
+    drop(publisher);
+    let publisher = wide.watch(&controller).await;
+    for generation in 1..=LAST {
+        let record = pb::Record {
+            node_id: wide.id().0.to_vec(),
+            generation,
+            boot_epoch: 1,
+            wireguard_keys: vec![wide.machine.wireguard_key().0.to_vec()],
+            candidates: candidates.clone(),
+            prefixes: prefixes.clone(),
+            version: String::new(),
+        };
+        watch.heartbeat().await;
+        publisher.heartbeat().await;
+        publisher.publish(wide.sign(&record)).await.unwrap();
+    }
+
+    let mut received = 0;
+    loop {
+        let changes = watch.changes().await.unwrap();
+        let newest = changes
+            .changes
+            .iter()
+            .filter_map(|change| upsert(change.kind.as_ref().unwrap(), &ca))
+            .filter(|(id, _)| *id == wide.id())
+            .inspect(|_| received += 1)
+            .filter_map(|(_, generation)| generation)
+            .max();
+        if newest == Some(LAST) {
+            break;
+        }
+    }
+    assert!(received < LAST / 2, "{received} states of one node were queued");
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_removed_node_is_told_so_with_its_tombstone() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let ca = controller.ca_key();
+    let a = controller.node("a", &[]).await;
+    let b = controller.node("b", &[]).await;
+    let mut watch_a = a.watch(&controller).await;
+    let mut watch_b = b.watch(&controller).await;
+    watch_a.synced().await;
+    watch_b.synced().await;
+    let mut client = a.client(&controller).await;
+
+    let request = pb::RemoveNodeRequest { name: "a".into() };
+    controller.admin().await.remove_node(request.clone()).await.unwrap();
+    assert_eq!(watch_b.until(|kind| tombstone(kind, &ca)).await, a.id());
+
+    let is_removed = |status: &tonic::Status| {
+        assert_eq!(status.code(), Code::PermissionDenied, "{status}");
+        let tombstone = tombstone_of(status).unwrap();
+        assert_eq!(signed::tombstone(Some(&tombstone), &ca).unwrap().node_id, a.id());
+    };
+    is_removed(&watch_a.end().await);
+    is_removed(&client.renew(pb::RenewRequest { csr: a.machine.csr() }).await.unwrap_err());
+    is_removed(&a.watch_from(&controller, Default::default()).await.err().unwrap());
+
+    let gone = controller.admin().await.remove_node(request).await.unwrap_err();
+    assert_eq!(gone.code(), Code::NotFound);
+
+    let left = b.client(&controller).await.leave(pb::LeaveRequest {}).await.unwrap().into_inner();
+    assert_eq!(signed::tombstone(left.tombstone.as_ref(), &ca).unwrap().node_id, b.id());
+    let nodes = controller.admin().await.list_nodes(pb::ListNodesRequest::default()).await;
+    assert!(nodes.unwrap().into_inner().nodes.is_empty());
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_cloned_machine_is_refused_and_a_restarted_one_is_not() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let a = controller.node("a", &[]).await;
+    let first = a.watch(&controller).await;
+
+    let clone = pb::WatchStart { instance_id: vec![2], ..Default::default() };
+    let status = a.watch_from(&controller, clone.clone()).await.err().unwrap();
+    assert_eq!(status.code(), Code::AlreadyExists);
+    assert!(status.message().contains("127.0.0.1:"), "{status}");
+    let info = controller.info("a").await;
+    assert!(info.problems[0].contains("two machines"), "{:?}", info.problems);
+
+    // The same instance connects again, over another connection.
+    let mut second = a.watch(&controller).await;
+    second.synced().await;
+    assert!(first.publish(a.record(1, &[])).await.is_err(), "the first session is over");
+    second.publish(a.record(1, &[])).await.unwrap();
+    drop(first);
+
+    // When the machine is gone, another instance may come.
+    drop(second);
+    loop {
+        match a.watch_from(&controller, clone.clone()).await {
+            Ok(_) => break,
+            Err(status) => assert_eq!(status.code(), Code::AlreadyExists),
+        }
+    }
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn who_is_not_heard_is_offline_and_who_is_stays() {
+    let root = tempfile::tempdir().unwrap();
+    let heartbeat = Duration::from_millis(100);
+    let controller =
+        TestController::with(towline_controller::Config { heartbeat, ..config(root.path()) });
+    let silent = controller.node("silent", &[]).await;
+    let heard = controller.node("heard", &[]).await;
+    let mut watch = heard.watch(&controller).await;
+    assert_eq!(watch.ready.heartbeat_ms, 100);
+    watch.synced().await;
+    let listen = tokio::spawn(async move {
+        // Answers each heartbeat until its end.
+        let status = watch.changes().await.unwrap_err();
+        status.code()
+    });
+    let mut watch = silent.watch(&controller).await;
+    let status = watch.end().await;
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+    assert!(!controller.info("silent").await.online);
+    assert!(controller.info("heard").await.online);
+    controller.stop().await;
+    assert_eq!(soon(listen).await.unwrap(), Code::Unavailable, "told that the controller stops");
+}
+
+#[tokio::test]
+async fn every_call_is_refused_without_the_certificate_that_it_needs() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let node = controller.node("a", &[]).await;
+    let stranger = controller.connect(None).await;
+    let member = controller.connect(Some(node.credential())).await;
+    let call = async |channel: tonic::transport::Channel, path: &'static str| {
+        let mut grpc = tonic::client::Grpc::new(channel);
+        grpc.ready().await.unwrap();
+        let codec = tonic_prost::ProstCodec::<pb::LeaveRequest, pb::LeaveResponse>::default();
+        let path = http::uri::PathAndQuery::from_static(path);
+        grpc.unary(tonic::Request::new(pb::LeaveRequest {}), path, codec).await.unwrap_err().code()
+    };
+    for (path, role) in ROLES {
+        match role {
+            Role::Anyone => {}
+            Role::Node | Role::ExpiredNode => {
+                assert_eq!(call(stranger.clone(), path).await, Code::Unauthenticated, "{path}");
+            }
+            Role::Admin => {
+                assert_eq!(call(stranger.clone(), path).await, Code::Unauthenticated, "{path}");
+                assert_eq!(call(member.clone(), path).await, Code::PermissionDenied, "{path}");
+            }
+        }
+    }
+    let unknown = call(member, "/towline.v1.Discovery/Everything").await;
+    assert_eq!(unknown, Code::Unimplemented);
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_certificate_is_renewed_for_its_own_key_even_when_it_has_expired() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let mut node = controller.node("a", &[]).await;
+    let other = Machine::new("b");
+    let mut client = node.client(&controller).await;
+    let status = client.renew(pb::RenewRequest { csr: other.csr() }).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied);
+
+    let authority = Authority::load_or_create(&StateDir::new(root.path()), false, 0).unwrap();
+    let long_ago = Now::read().unix - 10 * 24 * 3600;
+    let expired = authority.issue(Subject::Node(node.id()), &node.machine.identity, long_ago);
+    node.chain = vec![expired.unwrap()];
+    let status = node.watch_from(&controller, Default::default()).await.err().unwrap();
+    assert_eq!(status.code(), Code::Unauthenticated);
+    assert!(status.message().contains("renew"), "{status}");
+
+    let request = pb::RenewRequest { csr: node.machine.csr() };
+    let renewed = node.client(&controller).await.renew(request).await.unwrap().into_inner();
+    assert_eq!(
+        signed::grant(renewed.grant.as_ref(), &controller.ca_key()).unwrap(),
+        node.grant,
+        "the grant as it stands"
+    );
+    node.chain = renewed.certificate_chain.into_iter().map(Into::into).collect();
+    node.watch(&controller).await.synced().await;
+
+    // A certificate of this CA for a node that never was.
+    let ghost = authority.issue(
+        Subject::Node(towline_proto::id::NodeId([9; 16])),
+        &node.machine.identity,
+        Now::read().unix,
+    );
+    node.chain = vec![ghost.unwrap()];
+    let status = node.watch_from(&controller, Default::default()).await.err().unwrap();
+    assert_eq!(status.code(), Code::PermissionDenied);
+    assert!(status.message().contains("not known"), "{status}");
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_record_must_be_signed_and_granted() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let node = controller.node("a", &["10.0.0.0/8"]).await;
+    let watch = node.watch(&controller).await;
+    let mut forged = node.record(1, &[]);
+    let mut signature = forged.signature.to_vec();
+    signature[0] ^= 1;
+    forged.signature = signature.into();
+    let status = watch.publish(forged).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().contains("signature"), "{status}");
+
+    let status = watch.publish(node.record(1, &["192.168.0.0/16"])).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied);
+    assert!(status.message().contains("--prefix 192.168.0.0/16"), "{status}");
+
+    watch.publish(node.record(2, &["10.1.0.0/16"])).await.unwrap();
+    watch.publish(node.record(2, &["10.1.0.0/16"])).await.unwrap();
+    let status = watch.publish(node.record(1, &[])).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_contested_prefix_stays_with_its_holder_and_both_operators_see_it() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let ca = controller.ca_key();
+    let a = controller.node("a", &["10.0.0.0/8"]).await;
+    let b = controller.node("b", &["10.0.0.0/8"]).await;
+    let mut watch_a = a.watch(&controller).await;
+    let watch_b = b.watch(&controller).await;
+    watch_a.synced().await;
+    watch_a.publish(a.record(1, &["10.1.0.0/16"])).await.unwrap();
+    let published = watch_b.publish(b.record(1, &["10.1.2.0/24", "10.2.0.0/16"])).await.unwrap();
+    assert_eq!(published.refused.len(), 1);
+    assert_eq!(published.refused[0].prefix, Some(prefix("10.1.2.0/24")));
+
+    let seen = watch_a
+        .until(|kind| match kind {
+            pb::change::Kind::Upsert(entry) => {
+                let node = signed::node(entry, &ca).unwrap()?;
+                (node.id() == b.id()).then(|| node.record().prefixes.clone())
+            }
+            _ => None,
+        })
+        .await;
+    assert_eq!(seen, ["10.2.0.0/16".parse().unwrap()]);
+    for name in ["a", "b"] {
+        let problems = controller.info(name).await.problems;
+        assert_eq!(problems, [published.refused[0].reason.clone()]);
+    }
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_restored_backup_begins_a_new_epoch_and_learns_its_tombstones_again() {
+    let root = tempfile::tempdir().unwrap();
+    let store = root.path().join("towline.redb");
+    let backup = root.path().join("backup");
+    let controller = TestController::start(root.path());
+    let a = controller.node("a", &[]).await;
+    let b = controller.node("b", &[]).await;
+    let token = controller.token(pb::CreateTokenRequest::default()).await;
+    let epoch = a.watch(&controller).await.ready.epoch;
+    controller.stop().await;
+    std::fs::copy(&store, &backup).unwrap();
+
+    let controller = TestController::start(root.path());
+    let left = b.client(&controller).await.leave(pb::LeaveRequest {}).await.unwrap().into_inner();
+    Machine::new("c").join(&controller, &token).await.unwrap();
+    controller.stop().await;
+    std::fs::copy(&backup, &store).unwrap();
+
+    let controller = TestController::start(root.path());
+    let status = Machine::new("d").join(&controller, &token).await.unwrap_err();
+    assert!(status.message().contains("revoked"), "{status}");
+    b.watch(&controller).await.synced().await;
+    let start = pb::WatchStart {
+        epoch,
+        revision: 3,
+        tombstones: vec![left.tombstone.unwrap()],
+        ..Default::default()
+    };
+    let mut watch = a.watch_from(&controller, start).await.unwrap();
+    assert!(watch.ready.epoch > epoch);
+    let ca = controller.ca_key();
+    let all = watch.synced().await;
+    assert_eq!(all.iter().filter_map(|k| tombstone(k, &ca)).collect::<Vec<_>>(), [b.id()]);
+    assert_eq!(b.watch_from(&controller, Default::default()).await.err().unwrap().code(), {
+        Code::PermissionDenied
+    });
+
+    // Nobody can make a tombstone but the CA.
+    let forged = a.sign(&pb::Record::default());
+    let start = pb::WatchStart { tombstones: vec![forged], ..Default::default() };
+    let status = a.watch_from(&controller, start).await.err().unwrap();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn junk_at_the_port_harms_nobody() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let node = controller.node("a", &[]).await;
+    let mut watch = node.watch(&controller).await;
+    watch.synced().await;
+    for junk in [
+        vec![0; 4096],
+        b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+        // A handshake record that promises more than comes.
+        vec![22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc, 3, 3],
+    ] {
+        let mut stream = tokio::net::TcpStream::connect(controller.address).await.unwrap();
+        stream.write_all(&junk).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut rest = Vec::new();
+        let _ = soon(stream.read_to_end(&mut rest)).await;
+    }
+    // Junk inside TLS: no HTTP/2.
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(controller.ca()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let tls = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let stream = tokio::net::TcpStream::connect(controller.address).await.unwrap();
+    let name = towline_proto::CONTROLLER_TLS_NAME.try_into().unwrap();
+    let mut stream =
+        tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await.unwrap();
+    stream.write_all(&[0xff; 4096]).await.unwrap();
+    let _ = soon(stream.read_to_end(&mut Vec::new())).await;
+
+    watch.publish(node.record(1, &[])).await.unwrap();
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn pages_of_nodes_and_tokens_hold_them_all() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let mut admin = controller.admin().await;
+    // Labels as long as they may be fill a page with a few dozen tokens.
+    let value = "v".repeat(limits::LABEL_VALUE_BYTES);
+    let labels = (0..limits::LABELS).map(|i| (format!("label-{i}"), value.clone()));
+    let request =
+        pb::CreateTokenRequest { labels: labels.collect(), uses: 100, ..Default::default() };
+    let token = controller.token(request.clone()).await;
+    for _ in 1..60 {
+        controller.token(request.clone()).await;
+    }
+    let (mut after, mut ids, mut pages) = (String::new(), Vec::new(), 0);
+    loop {
+        let request = pb::ListTokensRequest { after: after.clone() };
+        let page = admin.list_tokens(request).await.unwrap().into_inner();
+        pages += 1;
+        ids.extend(page.tokens.iter().map(|token| token.id.clone()));
+        if !page.more {
+            break;
+        }
+        after = ids.last().unwrap().clone();
+    }
+    assert!(pages > 1);
+    assert_eq!(ids.len(), 60);
+    assert!(ids.is_sorted());
+
+    for i in 0..40 {
+        Machine::new(&format!("n{i:02}")).join(&controller, &token).await.unwrap();
+    }
+    let (mut after, mut names, mut pages) = (String::new(), Vec::new(), 0);
+    loop {
+        let request = pb::ListNodesRequest { name: String::new(), after: after.clone() };
+        let page = admin.list_nodes(request).await.unwrap().into_inner();
+        pages += 1;
+        for node in &page.nodes {
+            let grant = signed::grant(node.grant.as_ref(), &controller.ca_key()).unwrap();
+            names.push(grant.name.to_string());
+        }
+        if !page.more {
+            break;
+        }
+        after = names.last().unwrap().clone();
+    }
+    assert!(pages > 1);
+    assert_eq!(names, (0..40).map(|i| format!("n{i:02}")).collect::<Vec<_>>());
+    controller.stop().await;
+}
