@@ -1,24 +1,27 @@
 //! Connections: accepting, TLS, and bounds on how many there are.
 //!
-//! - A handshake must end within [`HANDSHAKE`]; only so many run at once. Beyond that, new
-//!   connections are closed at once, so that those who hold handshakes open cannot make others
-//!   wait behind them.
+//! - A handshake must end within [`HANDSHAKE`]; only so many run at once, and fewer from one
+//!   source. Beyond that, new connections are closed at once, so that those who hold handshakes
+//!   open cannot make others wait behind them.
 //! - A connection without a client certificate (somebody who joins, or anybody at all) lives for
-//!   [`STRANGER_LIFE`] at most, and only so many live at once, so that strangers cannot take the
-//!   places of nodes.
+//!   [`STRANGER_LIFE`] at most, and only so many live at once, fewer from one source, so that
+//!   strangers cannot take the places of nodes.
 //! - Whatever bytes come, the worst is a closed connection, logged at debug.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -26,17 +29,19 @@ use tonic::transport::server::Connected;
 use towline_proto::limits;
 
 use crate::peer::Peer;
+use crate::registry::limiter;
 
 /// The longest TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Handshakes at once.
-const HANDSHAKES: usize = 512;
+/// Handshakes at once, and from one source.
+const HANDSHAKES: (usize, usize) = (1024, 128);
 /// Life of a connection without a client certificate.
 pub const STRANGER_LIFE: Duration = Duration::from_secs(60);
-/// Connections without a client certificate at once.
-const STRANGERS: usize = 512;
-/// Connections with one at once: each node's, and one more while it changes over.
-const MEMBERS: usize = 2 * limits::NODES;
+/// Connections without a client certificate at once, and from one source.
+const STRANGERS: (usize, usize) = (1024, 128);
+/// Connections with one at once: each node's, and one more while it changes over. They may all
+/// come from behind one NAT.
+const MEMBERS: (usize, usize) = (2 * limits::NODES, 2 * limits::NODES);
 
 /// A connection whose handshake is done.
 pub struct Connection {
@@ -44,7 +49,7 @@ pub struct Connection {
     info: ConnectionInfo,
     /// When a stranger's time is over.
     end: Option<Pin<Box<Sleep>>>,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 /// Who is at the other end; an extension of each request.
@@ -104,9 +109,9 @@ pub async fn accept(
     now: fn() -> i64,
 ) {
     let places = Places {
-        handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
-        strangers: Arc::new(Semaphore::new(STRANGERS)),
-        members: Arc::new(Semaphore::new(MEMBERS)),
+        handshakes: Places::of(HANDSHAKES),
+        strangers: Places::of(STRANGERS),
+        members: Places::of(MEMBERS),
     };
     loop {
         let accepted = tokio::select! {
@@ -123,7 +128,7 @@ pub async fn accept(
             }
         };
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-        let Ok(place) = places.handshakes.clone().try_acquire_owned() else {
+        let Some(place) = places.handshakes.take(address.ip()) else {
             tracing::debug!(%address, "too many handshakes");
             continue;
         };
@@ -142,9 +147,63 @@ pub async fn accept(
 
 #[derive(Clone)]
 struct Places {
-    handshakes: Arc<Semaphore>,
-    strangers: Arc<Semaphore>,
-    members: Arc<Semaphore>,
+    handshakes: Arc<Bound>,
+    strangers: Arc<Bound>,
+    members: Arc<Bound>,
+}
+
+impl Places {
+    fn of((at_once, from_one_source): (usize, usize)) -> Arc<Bound> {
+        Arc::new(Bound { at_once, from_one_source, taken: Mutex::default() })
+    }
+}
+
+/// How many there may be at once.
+struct Bound {
+    at_once: usize,
+    from_one_source: usize,
+    taken: Mutex<Taken>,
+}
+
+#[derive(Default)]
+struct Taken {
+    all: usize,
+    by_source: HashMap<IpAddr, usize>,
+}
+
+impl Bound {
+    /// A place for a source, until it is dropped.
+    fn take(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
+        let source = limiter::source(address);
+        let mut taken = self.taken.lock();
+        let here = taken.by_source.get(&source).copied().unwrap_or(0);
+        if taken.all >= self.at_once || here >= self.from_one_source {
+            return None;
+        }
+        taken.all += 1;
+        taken.by_source.insert(source, here + 1);
+        drop(taken);
+        Some(Place { bound: self.clone(), source })
+    }
+}
+
+/// One of a bounded number.
+struct Place {
+    bound: Arc<Bound>,
+    source: IpAddr,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut taken = self.bound.taken.lock();
+        taken.all -= 1;
+        if let Entry::Occupied(mut count) = taken.by_source.entry(self.source) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
 }
 
 async fn handshake(
@@ -163,7 +222,7 @@ async fn handshake(
     });
     let places = if peer.is_some() { &places.members } else { &places.strangers };
     let place =
-        places.clone().try_acquire_owned().map_err(|_| io::Error::other("too many connections"))?;
+        places.take(address.ip()).ok_or_else(|| io::Error::other("too many connections"))?;
     let end = peer.is_none().then(|| Box::pin(sleep(STRANGER_LIFE)));
     Ok(Connection { stream, info: ConnectionInfo { address, peer }, end, _place: place })
 }
@@ -206,5 +265,25 @@ impl AsyncWrite for Connection {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_source_cannot_take_every_place_and_places_come_back() {
+        let bound = Places::of((3, 2));
+        let (a, b) = (IpAddr::from([192, 0, 2, 1]), IpAddr::from([192, 0, 2, 2]));
+        let first = bound.take(a).unwrap();
+        let second = bound.take(a).unwrap();
+        assert!(bound.take(a).is_none());
+        let third = bound.take(b).unwrap();
+        assert!(bound.take(b).is_none(), "no place is left");
+        drop(first);
+        assert!(bound.take(b).is_some());
+        drop((second, third));
+        assert!(bound.taken.lock().by_source.is_empty());
     }
 }

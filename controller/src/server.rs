@@ -6,7 +6,7 @@
 //! which is no sign of a restored backup.
 
 use std::future::Future;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,8 +40,8 @@ use crate::store::{CommitError, OpenError, Store};
 use crate::tls::{self, ServerCertificate, TlsError};
 use crate::writer::{self, ReadError, Writer};
 
-/// How long connections have to close once the controller stops.
-const GRACE: Duration = Duration::from_secs(1);
+/// How long connections have to close once the controller stops, and then the store.
+const GRACE: Duration = Duration::from_millis(700);
 /// How often certificates are looked at.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(300);
 /// How often the registry learns that time goes by.
@@ -189,7 +189,8 @@ impl Controller {
         let accepting =
             tokio::spawn(listen::accept(listener, acceptor, accepted, || Now::read().unix));
         let renewing = tokio::spawn(renew(dir.clone(), authority, self.certificate));
-        let ticking = tokio::spawn(tick(shared.writer.clone()));
+        let writer = shared.writer.clone();
+        let ticking = tokio::spawn(tick(writer.clone()));
 
         let mut stopping = shared.stopping.clone();
         let gate = Gate::new(shared.map.clone(), shared.authority.mesh_id());
@@ -226,10 +227,14 @@ impl Controller {
             // Watches end themselves; who does not close in time is cut off.
             let _ = timeout(GRACE, &mut server).await;
         }
-        // The last writer handle goes with the server's tasks: the store's thread then finishes
-        // what it was handed and ends.
         drop(server);
-        let _ = timeout(GRACE, writer_ended).await;
+        // Connections that are still open cannot keep the store's thread: it finishes what it was
+        // handed, and closes the store.
+        let _ = timeout(GRACE, async {
+            writer.stop().await;
+            writer_ended.await
+        })
+        .await;
         dir.remove("address")?;
         result
     }
@@ -320,11 +325,10 @@ fn random_ula() -> Result<Ipv6Net, NoEntropy> {
 
 /// Under which address this machine's own command line reaches the listener.
 fn local(address: SocketAddr) -> SocketAddr {
-    let ip = match address.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    };
+    // A listener on `[::]` takes IPv4 too, and a loopback without IPv6 is more frequent than one
+    // without IPv4.
+    let any = address.ip().is_unspecified();
+    let ip = if any { Ipv4Addr::LOCALHOST.into() } else { address.ip() };
     SocketAddr::new(ip, address.port())
 }
 

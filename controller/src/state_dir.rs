@@ -39,7 +39,7 @@ pub struct Lock {
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// Reading or writing failed.
-    #[error("cannot {act} {path}: {source}")]
+    #[error("cannot {act} {path}: {source}{}", advice(source))]
     Io {
         /// What was tried.
         act: &'static str,
@@ -173,6 +173,15 @@ impl StateDir {
     fn error(&self, act: &'static str, name: &str, source: io::Error) -> StateError {
         let path = if name.is_empty() { self.root.clone() } else { self.root.join(name) };
         StateError::Io { act, path, source }
+    }
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "; run as the user whom the state directory belongs to",
+        io::ErrorKind::StorageFull => "; free space",
+        io::ErrorKind::ReadOnlyFilesystem => "; choose a --state-dir that can be written",
+        _ => "",
     }
 }
 

@@ -25,16 +25,22 @@ const QUEUE: usize = 1024;
 /// Requests that are stored in one transaction.
 const BATCH: usize = 256;
 
-/// Where requests are handed in. Dropping the last one ends the writer, after the last request.
+/// Where requests are handed in. [`Writer::stop`], or dropping the last one, ends the writer.
 #[derive(Clone)]
 pub struct Writer {
-    queue: mpsc::Sender<Job>,
+    queue: mpsc::Sender<Message>,
 }
 
 /// The request did not happen.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the controller cannot store anything now: {0}")]
 pub struct Unavailable(Arc<str>);
+
+enum Message {
+    Job(Job),
+    /// Take no more, finish what waits, end.
+    Stop,
+}
 
 /// Given the registry, applies itself and returns what will answer its caller; given a reason why
 /// it cannot be, answers its caller at once.
@@ -105,8 +111,15 @@ impl Writer {
                 None
             }
         });
-        self.queue.send(job).await.map_err(|_| stopping())?;
+        self.queue.send(Message::Job(job)).await.map_err(|_| stopping())?;
         answered.await.map_err(|_| stopping())?
+    }
+
+    /// Ends the writer once it has answered what was handed in before; whoever still holds a
+    /// handle is refused from then on.
+    pub async fn stop(&self) {
+        // It has ended already, if nobody receives this.
+        let _ = self.queue.send(Message::Stop).await;
     }
 }
 
@@ -121,12 +134,16 @@ struct Thread {
 }
 
 impl Thread {
-    fn run(mut self, mut requests: mpsc::Receiver<Job>) {
+    fn run(mut self, mut requests: mpsc::Receiver<Message>) {
         while let Some(first) = requests.blocking_recv() {
-            let mut batch = vec![first];
-            while batch.len() < BATCH {
-                let Ok(next) = requests.try_recv() else { break };
-                batch.push(next);
+            let mut batch = Vec::new();
+            let mut next = Some(first);
+            while let Some(message) = next {
+                match message {
+                    Message::Job(job) => batch.push(job),
+                    Message::Stop => requests.close(),
+                }
+                next = if batch.len() < BATCH { requests.try_recv().ok() } else { None };
             }
             self.serve(batch);
         }
@@ -260,8 +277,9 @@ mod tests {
             registry.tokens(None).map(|(token, _)| token.id).collect()
         };
         assert_eq!(writer.run(tokens).await.unwrap(), [TokenId([2; 8])]);
-        drop(writer);
+        writer.stop().await;
         ended.await.unwrap();
+        assert!(writer.run(tokens).await.is_err(), "a handle that is left is of no use");
         let store = Store::open(&dir.store()).unwrap();
         assert_eq!(
             store.load().unwrap().iter().filter(|(k, _)| k.starts_with("token/")).count(),

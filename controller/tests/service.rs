@@ -498,6 +498,23 @@ async fn a_restored_backup_begins_a_new_epoch_and_learns_its_tombstones_again() 
 }
 
 #[tokio::test]
+async fn it_ends_in_time_though_clients_hold_on_and_its_store_is_free_at_once() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let node = controller.node("a", &[]).await;
+    // A watch that nobody reads, a connection that says nothing, and half a handshake.
+    let watch = node.watch(&controller).await;
+    let client = node.client(&controller).await;
+    let stranger = tokio::net::TcpStream::connect(controller.address).await.unwrap();
+    let stopped = tokio::time::timeout(Duration::from_secs(2), controller.stop()).await;
+    stopped.expect("it promised to end within 2 s");
+    let controller = TestController::start(root.path());
+    assert_eq!(controller.info("a").await.problems, [""; 0]);
+    drop((watch, client, stranger));
+    controller.stop().await;
+}
+
+#[tokio::test]
 async fn junk_at_the_port_harms_nobody() {
     let root = tempfile::tempdir().unwrap();
     let controller = TestController::start(root.path());

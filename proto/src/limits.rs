@@ -41,8 +41,9 @@ pub const CONTROLLER_ADDRESS_BYTES: usize = 255;
 pub const TOKEN_USES: u32 = 10_000;
 /// The longest life of a token.
 pub const TOKEN_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Tombstones that a client may bring along when it starts to watch.
-pub const TOMBSTONES: usize = 10_000;
+/// Tombstones that a client may bring along when it starts to watch: at up to 220 bytes each they
+/// fit in one message of [`MESSAGE_BYTES`].
+pub const TOMBSTONES: usize = 4_000;
 /// Nodes in a mesh.
 pub const NODES: usize = 10_000;
 /// Bytes in one gRPC message, both ways.

@@ -32,14 +32,14 @@ struct Bucket {
 impl Limiter {
     /// How long the source has to wait before it may try again; `None`: not at all.
     pub fn wait(&mut self, source: IpAddr, now: Now) -> Option<Duration> {
-        let bucket = self.sources.get_mut(&key(source))?;
+        let bucket = self.sources.get_mut(&self::source(source))?;
         bucket.forget(now);
         (bucket.failures >= BURST).then(|| REFILL.saturating_sub(now.since(bucket.since)))
     }
 
     /// The source failed.
     pub fn failed(&mut self, source: IpAddr, now: Now) {
-        let source = key(source);
+        let source = self::source(source);
         if !self.sources.contains_key(&source) && self.sources.len() >= SOURCES {
             let oldest = self.sources.iter().min_by_key(|(_, bucket)| bucket.since);
             if let Some(oldest) = oldest.map(|(source, _)| *source) {
@@ -68,8 +68,9 @@ impl Bucket {
     }
 }
 
-fn key(source: IpAddr) -> IpAddr {
-    match source.to_canonical() {
+/// What counts as one source: an IPv4 address, or an IPv6 /64.
+pub fn source(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
         IpAddr::V4(v4) => v4.into(),
         IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) & !0u128 << 64).into(),
     }
