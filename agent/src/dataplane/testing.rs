@@ -87,7 +87,7 @@ impl Recipe {
             Some(tcp) => {
                 transport[4..8].copy_from_slice(&tcp.sequence.to_be_bytes());
                 transport[8..12].copy_from_slice(&tcp.acknowledged.to_be_bytes());
-                transport[12] = ((20 + tcp.options.len()) / 4 << 4) as u8;
+                transport[12] = (((20 + tcp.options.len()) / 4) << 4) as u8;
                 transport[13] = tcp.flags;
                 transport[14..16].copy_from_slice(&tcp.window.to_be_bytes());
                 transport[20..20 + tcp.options.len()].copy_from_slice(&tcp.options);
