@@ -1,0 +1,143 @@
+//! The command lines as processes: what is said where, and the exit status.
+
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+use towline_tests::lab::binaries::{Binaries, Profile};
+
+fn binaries() -> &'static Binaries {
+    static BUILT: OnceLock<Binaries> = OnceLock::new();
+    BUILT.get_or_init(|| Binaries::build(Profile::Dev).expect("the daemons build"))
+}
+
+fn towline(arguments: &[&str]) -> Output {
+    let mut command = Command::new(&binaries().towline);
+    run(command.args(arguments))
+}
+
+fn controller(arguments: &[&str]) -> Output {
+    let mut command = Command::new(&binaries().controller);
+    run(command.args(arguments))
+}
+
+fn run(command: &mut Command) -> Output {
+    command.env_remove("TOWLINE_CONFIG").env_remove("TOWLINE_SOCKET").env_remove("TOWLINE_TOKEN");
+    command.stdin(std::process::Stdio::null());
+    command.output().expect("the program starts")
+}
+
+/// Exit status 1, nothing on stdout, and one line on stderr that says all of this.
+fn assert_refused(output: &Output, says: &[&str]) {
+    let line = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{line}");
+    assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
+    assert_eq!(line.trim_end().lines().count(), 1, "{line}");
+    for part in says {
+        assert!(line.contains(part), "{line} does not say `{part}`");
+    }
+}
+
+#[test]
+fn without_an_agent_every_question_gets_one_clear_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("agent.sock");
+    let socket = socket.to_str().unwrap();
+    for question in [&["status"][..], &["peers"], &["ping", "cp"], &["status", "-o", "json"]] {
+        let output = towline(&[&["--socket", socket], question].concat());
+        assert_refused(&output, &["no agent is running", "towline agent"]);
+    }
+}
+
+#[test]
+fn an_agent_that_has_not_joined_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("state");
+    let socket = directory.path().join("agent.sock");
+    let (state, socket) = (state.to_str().unwrap(), socket.to_str().unwrap());
+    let output = towline(&["--state-dir", state, "--socket", socket, "agent"]);
+    assert_refused(&output, &["towline join"]);
+}
+
+#[test]
+fn unknown_keys_in_the_configuration_are_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("agent.toml");
+    std::fs::write(&file, "[wireguard]\nport = 1\nprot = 2\n").unwrap();
+    let file = file.to_str().unwrap();
+    for command in [&["config", "check"][..], &["agent"], &["status"], &["join"]] {
+        let output = towline(&[&["--config", file], command].concat());
+        assert_refused(&output, &["line 3", "prot"]);
+    }
+    std::fs::write(directory.path().join("controller.toml"), "listne = \"[::]:7443\"\n").unwrap();
+    let file = directory.path().join("controller.toml");
+    for command in [&["config", "check"][..], &["serve"], &["node", "list"]] {
+        let output = controller(&[&["--config", file.to_str().unwrap()], command].concat());
+        assert_refused(&output, &["line 1", "listne"]);
+    }
+}
+
+#[test]
+fn wrong_usage_is_status_2_and_says_nothing_on_stdout() {
+    for output in [
+        towline(&["no-such-command"]),
+        towline(&["peers", "-o", "xml"]),
+        controller(&["token", "create", "--ttl", "soon"]),
+    ] {
+        assert_eq!(output.status.code(), Some(2));
+        assert!(output.stdout.is_empty() && !output.stderr.is_empty());
+    }
+}
+
+#[test]
+fn no_token_and_no_token_at_all_are_told_apart() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("state");
+    let state = ["--state-dir", state.to_str().unwrap(), "join", "--name", "a"];
+    let missing = towline(&[&state[..], &["--token-file", "/nonexistent/token"]].concat());
+    assert_refused(&missing, &["/nonexistent/token"]);
+    let file = directory.path().join("token");
+    std::fs::write(&file, "what is this").unwrap();
+    let other = towline(&[&state[..], &["--token-file", file.to_str().unwrap()]].concat());
+    assert_refused(&other, &["not a join token", "token create"]);
+}
+
+#[test]
+fn operators_without_a_controller_get_one_clear_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("state");
+    for command in [&["token", "create"][..], &["token", "list"], &["node", "list"]] {
+        let output = controller(&[&["--state-dir", state.to_str().unwrap()], command].concat());
+        assert_refused(&output, &["serve"]);
+    }
+    assert!(!state.exists(), "asking makes nothing");
+}
+
+#[test]
+fn a_reader_that_went_away_is_no_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut child = Command::new(&binaries().towline)
+        .args(["config", "show"])
+        .current_dir(directory.path())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn the_lab_lists_its_scenarios_and_knows_wrong_usage() {
+    let lab = |arguments: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_lab")).args(arguments).output().expect("the lab starts")
+    };
+    let list = lab(&["list"]);
+    assert!(list.status.success());
+    let list = String::from_utf8(list.stdout).unwrap();
+    for scenario in ["demo", "idle", "crash"] {
+        assert!(list.lines().any(|line| line.starts_with(scenario)), "{list}");
+    }
+    assert_eq!(lab(&["no-such-scenario"]).status.code(), Some(2));
+}
