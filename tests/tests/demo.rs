@@ -1,8 +1,12 @@
 //! The lab's demo as a test: real binaries, rootless, with short transfers.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
+use towline_tests::lab::interrupt::wait_for;
 
 #[test]
 fn the_demo_keeps_its_promises_without_root() {
@@ -35,4 +39,52 @@ fn the_demo_keeps_its_promises_without_root() {
     for pair in ["worker-a/cp", "worker-b/cp"] {
         assert!(demo["first_packet_ms"][pair].is_number(), "{pair}: {demo:#}");
     }
+}
+
+#[test]
+fn a_kept_lab_lets_shells_in_and_ends_at_an_interrupt() {
+    // A kept lab is noted beside its binary: a copy keeps clear of one that somebody looks at.
+    let directory = tempfile::tempdir().unwrap();
+    let lab = directory.path().join("lab");
+    std::fs::copy(env!("CARGO_BIN_EXE_lab"), &lab).unwrap();
+    let note = directory.path().join("towline-lab-kept.json");
+    let shell = |arguments: &[&str]| {
+        Command::new(&lab).arg("shell").args(arguments).output().expect("the lab starts")
+    };
+    let nobody = shell(&["cp", "true"]);
+    assert_eq!(nobody.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&nobody.stderr).contains("demo --keep"));
+
+    let mut demo = Command::new(&lab)
+        .args(["demo", "--rootless", "--json", "--keep", "--megabytes", "1"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let kept = wait_for("kept lab", Duration::from_secs(120), || {
+        Ok(match demo.try_wait()? {
+            Some(status) => Some(Err(status)),
+            None => note.exists().then_some(Ok(())),
+        })
+    });
+    if let Ok(Err(status)) = kept
+        && status.code() == Some(3)
+    {
+        println!("skipped: this machine forbids the lab");
+        return;
+    }
+    kept.unwrap().unwrap();
+    let status = shell(&["worker-a", "towline", "status", "-o", "json"]);
+    let status: Value = serde_json::from_slice(&status.stdout).unwrap();
+    assert_eq!(status["name"], "worker-a");
+    let nodes = shell(&["cp", "towline-controller", "node", "list", "-o", "json"]);
+    let nodes: Value = serde_json::from_slice(&nodes.stdout).unwrap();
+    assert_eq!(nodes.as_array().map(Vec::len), Some(3));
+    let nowhere = shell(&["nowhere", "true"]);
+    assert!(String::from_utf8_lossy(&nowhere.stderr).contains("router-b, worker-a, worker-b"));
+
+    kill(Pid::from_raw(demo.id().cast_signed()), Signal::SIGINT).unwrap();
+    let ended = demo.wait_with_output().unwrap();
+    serde_json::from_slice::<Value>(&ended.stdout).unwrap();
+    assert!(!note.exists(), "nothing is left behind");
 }

@@ -72,7 +72,11 @@ impl Kept {
             bail!("another lab is kept by process {}: end it first", other.process);
         }
         let text = serde_json::to_string_pretty(self)?;
-        fs::write(&note, text).with_context(|| format!("cannot write {}", note.display()))?;
+        // Whole or not at all: a shell may look at any moment.
+        let draft = note.with_extension("new");
+        fs::write(&draft, text)
+            .and_then(|()| fs::rename(&draft, &note))
+            .with_context(|| format!("cannot write {}", note.display()))?;
         let _note = Note(note);
         while !interrupt::raised() {
             // Ctrl-C is what is waited for.

@@ -82,7 +82,9 @@ pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Demo> {
     let played = demo.play(setting, options, &hybrid, &mut stage, &mut promises);
     if let Err(error) = played {
         promises.fail(format!("{error:#}"));
-        stage.explain(setting);
+        if !interrupt::raised() {
+            stage.explain(setting);
+        }
     }
     if options.keep && !interrupt::raised() {
         stage.keep(setting, &hybrid)?;
