@@ -29,6 +29,7 @@ fn the_demo_keeps_its_promises_without_root() {
         .iter()
         .filter_map(Value::as_str)
         .filter(|promise| !promise.starts_with("first packet of"))
+        .filter(|promise| !promise.starts_with("no end of"))
         .collect();
     assert!(failed.is_empty(), "{failed:#?}\n{talk}");
     assert_eq!(demo["rootless"], true);

@@ -1,4 +1,11 @@
 //! What `cargo lab NAME` runs.
+//!
+//! A scenario is a module with a `run(&Setting, ...)` that builds its picture ([`hybrid`] is the
+//! common one), notes its promises ([`Promises`](super::report::Promises)), and gives back
+//! [`Figures`](super::report::Figures): one serialisable value, whose JSON keys others rely on.
+//! Whatever goes wrong after the picture stands is a promise that did not hold, so that the figures
+//! so far are still told; only [`Forbidden`](super::report::Forbidden) ends without any. A new one
+//! also gets a subcommand and a line of the list in [`cli`](super::cli).
 
 pub mod crash;
 pub mod demo;
