@@ -250,6 +250,18 @@ mod tests {
     }
 
     #[test]
+    fn the_example_says_what_the_defaults_are() {
+        let example = parse(include_str!("../../deploy/controller.toml")).unwrap();
+        let example = example.resolve().unwrap();
+        let default = Settings::default().resolve().unwrap();
+        assert_eq!(example.state_dir, default.state_dir);
+        assert_eq!(example.listen, default.listen);
+        assert_eq!(example.mesh.overlay_v4, Some(OVERLAY_V4.parse().unwrap()));
+        assert_eq!(example.mesh.lease, Some(LEASE));
+        assert_eq!(example.mesh.protected, Some(Vec::new()));
+    }
+
+    #[test]
     fn a_concrete_listen_address_is_advertised_where_nothing_else_is_said() {
         let listen = |text: &str| {
             let settings = Settings { listen: Some(text.parse().unwrap()), ..Settings::default() };

@@ -226,6 +226,25 @@ fn a_damaged_state_is_told_and_nothing_is_overwritten() {
 }
 
 #[test]
+fn a_first_start_that_was_cut_short_goes_on() {
+    let whole = tempfile::tempdir().unwrap();
+    Running::start(whole.path()).kill();
+    // What each moment of a first start leaves behind, in its order.
+    let files = ["ca.key", "ca.crt", "towline.redb"];
+    for count in 1..=files.len() {
+        let root = tempfile::tempdir().unwrap();
+        for file in &files[..count] {
+            std::fs::copy(whole.path().join(file), root.path().join(file)).unwrap();
+        }
+        std::fs::write(root.path().join("towline.redb.new"), b"half").unwrap();
+        Running::start(root.path()).kill();
+        let key = |dir: &Path| std::fs::read(dir.join("ca.key")).unwrap();
+        assert_eq!(key(root.path()), key(whole.path()));
+        Running::start(root.path()).kill();
+    }
+}
+
+#[test]
 fn a_kill_at_any_moment_loses_nothing_that_was_acknowledged() {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().to_str().unwrap();

@@ -62,6 +62,7 @@ pub(super) async fn connect(
 
     let connecting = async {
         let stream = TcpStream::connect(&address).await?;
+        stream.set_nodelay(true)?;
         let name = ServerName::try_from(CONTROLLER_TLS_NAME).map_err(std::io::Error::other)?;
         connector.connect(name, stream).await
     };

@@ -108,6 +108,7 @@ impl TestController {
         config.alpn_protocols = vec![b"h2".to_vec()];
         let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
         let stream = TcpStream::connect(self.address).await?;
+        stream.set_nodelay(true)?;
         let name = ServerName::try_from(CONTROLLER_TLS_NAME).unwrap();
         let mut stream = Some(connector.connect(name, stream).await?);
         // Small, so that who does not read is felt at once.
