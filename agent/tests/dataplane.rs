@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::{Receiver, channel};
 use towline_agent::dataplane::memory::{self, Datagram, MemoryHost, Network};
-use towline_agent::dataplane::{Config, DataPlane, Event};
+use towline_agent::dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
+use towline_agent::dataplane::{Config, DataPlane, Event, checksum};
 use towline_core::peer_table::{Observation, PeerEntry, PeerTable, PresharedKey};
 use towline_proto::id::WireguardKey;
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -199,6 +200,38 @@ fn a_long_burst_arrives_complete_and_in_order() {
     for packet in &packets {
         assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet));
     }
+}
+
+#[test]
+fn a_super_packet_arrives_as_its_segments() {
+    let (network, a, b) = friends();
+    let size = 1300;
+    let payload: Vec<u8> = (0..40 * size + 77).map(|at| (at / 3) as u8).collect();
+    // The checksum is left to whoever splits, apart from the sum of the pseudo-header.
+    let mut packet = packet(&a, &b, payload.len());
+    packet[28..].copy_from_slice(&payload);
+    let header = VnetHeader {
+        flags: FLAG_NEEDS_CSUM,
+        gso_type: GSO_UDP_L4,
+        hdr_len: 28,
+        gso_size: size as u16,
+        csum_start: 20,
+        csum_offset: 6,
+        ..VnetHeader::default()
+    };
+    a.host.send_with(header, &packet);
+    let mut received = Vec::new();
+    for number in 0..41 {
+        let segment = b.host.receive(PATIENCE).unwrap();
+        assert_eq!(segment.len(), 28 + if number < 40 { size } else { 77 });
+        let pseudo = checksum::pseudo(&a.inner.into(), &b.inner.into(), 17);
+        let sum = checksum::add(pseudo + segment.len() as u64 - 20, &segment[20..]);
+        assert_eq!(checksum::fold(sum), 0xffff, "the checksum of segment {number}");
+        received.extend_from_slice(&segment[28..]);
+    }
+    assert_eq!(received, payload);
+    let data = of_type(&network.seen(), 4).len();
+    assert_eq!(data, 1 + 41, "a keepalive and the segments");
 }
 
 #[test]

@@ -5,11 +5,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic is the report")]
 
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -19,25 +22,54 @@ use towline_agent::dataplane::{
     Config, DataPlane, Event, Fault, Offloads, OpenTunError, OpenUdpError, open_tun, open_tun_with,
     open_udp, open_udp_with,
 };
-use towline_agent::netlink::{AddressOptions, Rtnetlink, VethPeer};
+use towline_agent::netlink::codec::Message;
+use towline_agent::netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use x25519_dalek::StaticSecret;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const MTU: u32 = 1420;
 
+/// Counts what is allocated, by any thread, while it is armed.
+struct Counting;
+
+static ARMED: AtomicBool = AtomicBool::new(false);
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+// SAFETY: everything is done by the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if ARMED.load(Ordering::Relaxed) {
+            ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        }
+        // SAFETY: as our caller promised.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
+        // SAFETY: as our caller promised.
+        unsafe { System.dealloc(place, layout) }
+    }
+}
+
 fn main() {
     if let Err(refusal) = own_namespaces() {
         println!("skipped: this machine forbids user namespaces: {refusal}");
         return;
     }
-    let tests: [(&str, fn()); 8] = [
+    let tests: [(&str, fn()); 11] = [
         ("every_offload", || carries(Offloads::default())),
         ("no_offload", || carries(Offloads::NONE)),
         ("no_tun_offload", || carries(Offloads { tun_tcp: false, ..Offloads::default() })),
         ("no_udp_on_the_tun", || carries(Offloads { tun_udp: false, ..Offloads::default() })),
         ("no_segments", || carries(Offloads { udp_segment: false, ..Offloads::default() })),
         ("no_joined_receive", || carries(Offloads { udp_gro: false, ..Offloads::default() })),
+        ("no_tunnel", || carries(Offloads { tun_tunnel: false, ..Offloads::default() })),
+        ("vxlan_and_geneve_inside", vxlan_and_geneve_inside),
+        ("a_steady_stream_allocates_nothing", a_steady_stream_allocates_nothing),
         ("refusals_are_clear", refusals_are_clear),
         ("a_link_that_goes_down_or_away", a_link_that_goes_down_or_away),
     ];
@@ -173,6 +205,7 @@ fn carries(offloads: Offloads) {
                 let wanted = match feature.name {
                     "tun_tcp" => offloads.tun_tcp,
                     "tun_udp" => offloads.tun_tcp && offloads.tun_udp,
+                    "tun_tunnel" => offloads.tun_tcp && offloads.tun_udp && offloads.tun_tunnel,
                     "udp_segment" => offloads.udp_segment,
                     "udp_gro" => offloads.udp_gro,
                     other => panic!("{other}"),
@@ -200,7 +233,10 @@ fn pattern(len: usize) -> Vec<u8> {
 }
 
 fn stream(from: &Node, to: &Node, family: usize, len: usize) {
-    let at = SocketAddr::new(to.inner[family], 4000);
+    stream_to(from, to, SocketAddr::new(to.inner[family], 4000), len);
+}
+
+fn stream_to(from: &Node, to: &Node, at: SocketAddr, len: usize) {
     let listener = to.host.run(|| TcpListener::bind(at).unwrap());
     let sent = pattern(len);
     std::thread::scope(|scope| {
@@ -231,6 +267,116 @@ fn datagrams(from: &Node, to: &Node, family: usize) {
         let len = receiver.recv(&mut received).unwrap();
         assert!(received[..len] == datagram, "datagram {number} of {size} bytes");
     }
+}
+
+/// Makes a tunnel of the host, of some kind with some attributes, and gives it an address;
+/// `false` where the kernel has none of that kind.
+fn overlay(kind: &str, name: &str, own: &str, fill: impl FnOnce(&mut Message)) -> bool {
+    const IFLA_IFNAME: u16 = 3;
+    const IFLA_LINKINFO: u16 = 18;
+    const IFLA_INFO_KIND: u16 = 1;
+    const IFLA_INFO_DATA: u16 = 2;
+    let flags = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
+    let mut request = Message::new(libc::RTM_NEWLINK, flags, &[0; 16]);
+    request.string(IFLA_IFNAME, name).nest(IFLA_LINKINFO, |info| {
+        info.string(IFLA_INFO_KIND, kind).nest(IFLA_INFO_DATA, fill);
+    });
+    let mut connection = Connection::open(Protocol::Route).unwrap();
+    match connection.request(|| format!("make {name}"), request) {
+        Ok(_) => {
+            configure(name, 1300, &[own]);
+            true
+        }
+        Err(error) if error.errno() == Some(nix::errno::Errno::EOPNOTSUPP) => {
+            println!("skipped {name}: {error}");
+            false
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn vxlan_and_geneve_inside() {
+    for tun_tunnel in [true, false] {
+        let offloads = Offloads { tun_tunnel, ..Offloads::default() };
+        let nodes = pair(offloads, ["192.0.2.1/24", "192.0.2.2/24"]);
+        for (number, checksum) in [(0u8, 0u8), (1, 1)] {
+            let mut nets = std::collections::BTreeSet::new();
+            for (me, you) in [(0, 1), (1, 0)] {
+                let (local, remote) = (nodes[me].inner[0], nodes[you].inner[0]);
+                nodes[me].host.run(|| {
+                    let own = format!("10.{}.0.{}/24", 1 + number, 1 + me);
+                    let vxlan = overlay("vxlan", &format!("vxlan{number}"), &own, |data| {
+                        // Id, remote, local, UDP checksum, port.
+                        data.u32(1, 1).ip(2, remote).ip(4, local).u8(18, checksum);
+                        data.bytes(15, &(4789 + u16::from(number)).to_be_bytes());
+                    });
+                    let own = format!("10.{}.0.{}/24", 3 + number, 1 + me);
+                    let geneve = overlay("geneve", &format!("geneve{number}"), &own, |data| {
+                        // Id, remote, UDP checksum, port.
+                        data.u32(1, 1).ip(2, remote).u8(8, checksum);
+                        data.bytes(5, &(6081 + u16::from(number)).to_be_bytes());
+                    });
+                    nets.extend(vxlan.then_some(1 + number));
+                    nets.extend(geneve.then_some(3 + number));
+                });
+            }
+            for net in nets {
+                for (from, to) in [(0, 1), (1, 0)] {
+                    let at = SocketAddr::from(([10, net, 0, 1 + to as u8], 4000));
+                    stream_to(&nodes[from], &nodes[to], at, 8 << 20);
+                }
+            }
+        }
+        for node in &nodes {
+            let mut drops = node.plane.snapshot().drops;
+            drops.remove("no_route");
+            assert!(drops.values().all(|count| *count == 0), "{drops:?}");
+        }
+    }
+}
+
+/// Streams both ways at once, and small datagrams between.
+fn a_steady_stream_allocates_nothing() {
+    const WARM_UP: usize = 8 << 20;
+    const STEADY: usize = 64 << 20;
+    let nodes = pair(Offloads::default(), ["192.0.2.1/24", "192.0.2.2/24"]);
+    stream(&nodes[0], &nodes[1], 0, 1 << 20);
+    let at = SocketAddr::new(nodes[1].inner[0], 4003);
+    let listener = nodes[1].host.run(|| TcpListener::bind(at).unwrap());
+    let near = nodes[0].host.run(|| TcpStream::connect_timeout(&at, PATIENCE).unwrap());
+    let (far, _) = listener.accept().unwrap();
+    let (armed, done) = (Barrier::new(5), Barrier::new(5));
+    std::thread::scope(|scope| {
+        for stream in [&near, &far] {
+            let (armed, done) = (&armed, &done);
+            scope.spawn(move || {
+                let mut stream = stream;
+                let block = vec![1; 64 << 10];
+                for (len, barrier) in [(WARM_UP, armed), (STEADY, done)] {
+                    for _ in 0..len / block.len() {
+                        stream.write_all(&block).unwrap();
+                    }
+                    barrier.wait();
+                }
+            });
+            scope.spawn(move || {
+                let mut stream = stream;
+                let mut block = vec![0; 64 << 10];
+                for (len, barrier) in [(WARM_UP, armed), (STEADY, done)] {
+                    for _ in 0..len / block.len() {
+                        stream.read_exact(&mut block).unwrap();
+                    }
+                    barrier.wait();
+                }
+            });
+        }
+        armed.wait();
+        ALLOCATIONS.store(0, Ordering::Relaxed);
+        ARMED.store(true, Ordering::Relaxed);
+        done.wait();
+        ARMED.store(false, Ordering::Relaxed);
+    });
+    assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), 0);
 }
 
 fn refusals_are_clear() {

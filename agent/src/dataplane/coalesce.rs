@@ -6,7 +6,9 @@
 //! written as it is, for the kernel to see what is wrong with it.
 //!
 //! A super-packet says that its checksum is yet to be completed, which makes the kernel skip the
-//! verification. So each part is verified here before it is joined.
+//! verification. So each part is verified here before it is joined. UDP datagrams over IPv4 may
+//! have none; joined they get one, since the kernel does not split super-packets without: a
+//! tunnel such as VXLAN sends them so.
 //!
 //! Nothing is copied: a super-packet is the first packet, its headers rewritten, and the payloads
 //! of the others (see [`WriteBatch`]).
@@ -80,6 +82,8 @@ struct Flow {
     total: usize,
     /// The first packet's checksum was found correct.
     verified: bool,
+    /// UDP over IPv4 without a checksum.
+    no_checksum: bool,
     /// TCP: the sequence number that continues it.
     sequence: u32,
     /// IPv4: the last packet's, and by how much it grows; `None`: not known yet.
@@ -97,6 +101,8 @@ struct Candidate {
     payload: usize,
     /// May have others joined to it, and be joined.
     joins: bool,
+    /// UDP over IPv4 without a checksum.
+    no_checksum: bool,
 }
 
 impl Coalescer {
@@ -168,6 +174,7 @@ impl Coalescer {
         let ports = u32::from_be_bytes(*transport.first_chunk()?);
         // Options make a packet rare enough to leave alone.
         let plain = inner.source.is_ipv6() || inner.header_len == IPV4_HEADER;
+        let mut no_checksum = false;
         let (header, joins) = match inner.protocol {
             PROTOCOL_TCP => {
                 let header = usize::from(transport.get(12)? >> 4) * 4;
@@ -176,7 +183,11 @@ impl Coalescer {
             }
             PROTOCOL_UDP => {
                 let length = u16::from_be_bytes(*transport.get(4..)?.first_chunk()?);
-                (UDP_HEADER, self.allowed.udp && usize::from(length) == transport.len())
+                no_checksum = transport.get(UDP_CHECKSUM..UDP_HEADER)? == [0, 0];
+                // Over IPv6 the kernel has to see that it is missing.
+                let fits = usize::from(length) == transport.len()
+                    && !(no_checksum && inner.source.is_ipv6());
+                (UDP_HEADER, self.allowed.udp && fits)
             }
             _ => return None,
         };
@@ -193,6 +204,7 @@ impl Coalescer {
             headers_len,
             payload,
             joins: joins && plain && payload > 0,
+            no_checksum,
         })
     }
 }
@@ -212,6 +224,7 @@ impl Flow {
             packets: 1,
             total: packet.len(),
             verified: false,
+            no_checksum: first.no_checksum,
             sequence: if is_tcp {
                 sequence(transport).wrapping_add(first.payload as u32)
             } else {
@@ -251,11 +264,11 @@ impl Flow {
             Some(step) => step,
             None => return false,
         };
-        if !self.verified && !is_correct(first, self.ip_len, &self.key) {
+        if !self.verified && !self.is_correct(first) {
             return false;
         }
         self.verified = true;
-        if !is_correct(packet, next.ip_len, &next.key) {
+        if !self.is_correct(packet) {
             return false;
         }
         self.step = Some(step);
@@ -301,10 +314,23 @@ impl Flow {
                 && first[18..header] == packet[18..header]
         } else {
             // Both have a checksum, or neither.
-            let none = |udp: &[u8]| udp[UDP_CHECKSUM..UDP_CHECKSUM + 2] == [0, 0];
-            none(first) == none(packet) && !none(first)
+            self.no_checksum == (packet[UDP_CHECKSUM..UDP_CHECKSUM + 2] == [0, 0])
         };
         same.then_some(step)
+    }
+
+    /// Whether the checksums of a packet of this flow are right.
+    fn is_correct(&self, packet: &[u8]) -> bool {
+        let (network, transport) = packet.split_at(self.ip_len);
+        let source = &self.key.source;
+        if source.is_ipv4() && checksum::fold(checksum::add(0, network)) != 0xffff {
+            return false;
+        }
+        if self.no_checksum {
+            return true;
+        }
+        let pseudo = checksum::pseudo(source, &self.key.destination, self.key.protocol);
+        checksum::fold(checksum::add(pseudo + transport.len() as u64, transport)) == 0xffff
     }
 
     /// Writes the headers of the super-packet, if it became one.
@@ -345,19 +371,10 @@ impl Flow {
                 gso_size: self.size as u16,
                 csum_start: self.ip_len as u16,
                 csum_offset: csum_offset as u16,
+                ..VnetHeader::default()
             },
         );
     }
-}
-
-/// Whether the checksums of a packet are right.
-fn is_correct(packet: &[u8], ip_len: usize, key: &Key) -> bool {
-    if key.source.is_ipv4() && checksum::fold(checksum::add(0, &packet[..ip_len])) != 0xffff {
-        return false;
-    }
-    let transport = &packet[ip_len..];
-    let pseudo = checksum::pseudo(&key.source, &key.destination, key.protocol);
-    checksum::fold(checksum::add(pseudo + transport.len() as u64, transport)) == 0xffff
 }
 
 fn sequence(tcp: &[u8]) -> u32 {
@@ -463,6 +480,23 @@ mod tests {
     }
 
     #[test]
+    fn datagrams_without_checksums_are_joined_over_ipv4_alone() {
+        for v6 in [false, true] {
+            let mut packets: Vec<_> =
+                stream(1, false, v6, &[1000; 5]).iter().map(Recipe::build).collect();
+            let at = if v6 { 46 } else { 26 };
+            for packet in &mut packets {
+                packet[at..at + 2].fill(0);
+            }
+            let frames = coalesce(&packets);
+            assert_eq!(frames.len(), if v6 { 5 } else { 1 });
+            let got: Vec<_> = split(&frames).into_iter().map(with_checksum).collect();
+            let expected: Vec<_> = packets.into_iter().map(with_checksum).collect();
+            assert_eq!(got, expected);
+        }
+    }
+
+    #[test]
     fn a_wrong_checksum_is_never_blessed() {
         for wrong in 0..3 {
             let mut packets: Vec<_> =
@@ -564,6 +598,18 @@ mod tests {
         }
     }
 
+    /// The packet, with the checksum that UDP over IPv4 may leave out.
+    fn with_checksum(mut packet: Vec<u8>) -> Vec<u8> {
+        let is_udp = packet[0] == 0x45 && packet[9] == PROTOCOL_UDP;
+        if is_udp && packet[6] & 0x3f == 0 && packet[7] == 0 && packet[26..28] == [0, 0] {
+            let inner = Inner::parse(&packet).unwrap();
+            let pseudo = checksum::pseudo(&inner.source, &inner.destination, PROTOCOL_UDP);
+            let sum = checksum::add(pseudo + (packet.len() - 20) as u64, &packet[20..]);
+            packet[26..28].copy_from_slice(&(!checksum::fold(sum)).to_be_bytes());
+        }
+        packet
+    }
+
     /// The packet, without the identification that means nothing where fragments are forbidden
     /// (RFC 6864 section 4.1): senders that leave it alone are joined, and splitting counts up.
     fn without_atomic_identification(packet: &[u8]) -> Vec<u8> {
@@ -596,7 +642,9 @@ mod tests {
             for flow in &flows {
                 let of_flow = |packets: &[Vec<u8>]| -> Vec<Vec<u8>> {
                     let same = packets.iter().filter(|p| source(p) == source(&flow[0]));
-                    same.map(|packet| without_atomic_identification(packet)).collect()
+                    same.map(|packet| without_atomic_identification(packet))
+                        .map(with_checksum)
+                        .collect()
                 };
                 prop_assert_eq!(of_flow(&got), of_flow(&mixed));
             }

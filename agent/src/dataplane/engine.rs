@@ -101,7 +101,7 @@ impl Engine {
             }
         }
         if !out.is_empty() {
-            udp.send(out, &self.drops);
+            udp.send(now, out, &self.drops);
             out.clear();
         }
     }
@@ -134,7 +134,7 @@ impl Engine {
             if segments.next_len().is_none() {
                 return;
             }
-            udp.send(out, &self.drops);
+            udp.send(now, out, &self.drops);
             out.clear();
         }
     }
@@ -326,12 +326,12 @@ impl Engine {
             live |= peer.tunnel.lock().tick(peer.endpoint(), peer.keepalive(), &mut act);
             // A tick writes a few messages at most.
             if out.spare(8 * HANDSHAKE_BYTES).is_none() {
-                udp.send(out, &self.drops);
+                udp.send(now, out, &self.drops);
                 out.clear();
             }
         }
         if !out.is_empty() {
-            udp.send(out, &self.drops);
+            udp.send(now, out, &self.drops);
             out.clear();
         }
         live

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::{Condvar, Mutex};
 
-use super::Feature;
 use super::arena::{HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, TAILROOM, TunBatch, WriteBatch};
 use super::coalesce::Coalesce;
 use super::drops::{DropReason, Drops};
 use super::packet::Inner;
 use super::session::Segments;
 use super::split::Split;
+use super::switch::Switch;
 use super::tun::TunIo;
 use super::udp::UdpIo;
 use super::vnet::VnetHeader;
@@ -137,7 +137,7 @@ impl TunIo for MemoryTun {
     }
 
     /// Splits super-packets, as the host's stack would.
-    fn write(&mut self, batch: &WriteBatch, drops: &Drops) {
+    fn write(&mut self, _now: Instant, batch: &WriteBatch, drops: &Drops) {
         for frame in batch.frames() {
             let len = frame.len;
             let mut bytes = vec![0; HEADROOM + len + TAILROOM];
@@ -155,7 +155,7 @@ impl TunIo for MemoryTun {
         }
     }
 
-    fn features(&self) -> Vec<Feature> {
+    fn features(&self) -> Vec<Switch> {
         Vec::new()
     }
 }
@@ -290,7 +290,7 @@ impl UdpIo for MemoryUdp {
         Ok(())
     }
 
-    fn send(&mut self, batch: &SendBatch, drops: &Drops) {
+    fn send(&mut self, _now: Instant, batch: &SendBatch, drops: &Drops) {
         for train in batch.trains() {
             let bytes = &batch.bytes()[train.start..train.start + train.len];
             if bytes.is_empty() {
@@ -303,7 +303,7 @@ impl UdpIo for MemoryUdp {
         }
     }
 
-    fn features(&self) -> Vec<Feature> {
+    fn features(&self) -> Vec<Switch> {
         Vec::new()
     }
 }

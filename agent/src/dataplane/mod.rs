@@ -28,6 +28,7 @@
 //! | `arena` | the buffers of a batch |
 //! | `split`, `coalesce`, `vnet`, `checksum`, `packet` | inner packets, and the kernel's super-packets |
 //! | `tun`, `udp`, `memory` | the seams |
+//! | `switch` | what of the kernel is in use |
 //! | `events`, `drops`, `counters`, `limiter` | what is told, counted and limited |
 
 pub mod arena;
@@ -43,6 +44,7 @@ pub mod packet;
 mod peer;
 pub mod session;
 pub mod split;
+pub mod switch;
 mod table;
 #[cfg(test)]
 mod testing;
@@ -68,6 +70,7 @@ use x25519_dalek::StaticSecret;
 
 pub use drops::DropReason;
 pub use events::{Event, Fault};
+pub use switch::Feature;
 pub use tun::{OpenTunError, Tun, TunIo, open_tun, open_tun_with};
 pub use udp::{OpenUdpError, Udp, UdpIo, open_udp, open_udp_with};
 
@@ -75,6 +78,7 @@ use drops::Drops;
 use engine::Engine;
 use events::EventSink;
 use session::Secrets;
+use switch::Switch;
 use table::Table;
 use worker::{Command, Inbox, Worker};
 
@@ -90,25 +94,6 @@ impl std::fmt::Debug for Config {
     }
 }
 
-/// Something that makes the data plane faster, and whether it is in use.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Feature {
-    /// For the operator and for metrics.
-    pub name: &'static str,
-    /// In use.
-    pub active: bool,
-    /// Why not; empty if it is.
-    pub reason: String,
-}
-
-impl Feature {
-    /// `refusal` says why it is not in use.
-    fn new(name: &'static str, refusal: &Option<String>) -> Self {
-        let reason = refusal.clone().unwrap_or_default();
-        Self { name, active: refusal.is_none(), reason }
-    }
-}
-
 /// Which of the kernel's offloads may be used, each where the kernel has it. By default all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Offloads {
@@ -116,6 +101,9 @@ pub struct Offloads {
     pub tun_tcp: bool,
     /// Likewise many datagrams of a UDP flow (Linux 6.2). Needs `tun_tcp`.
     pub tun_udp: bool,
+    /// The TUN hands over super-packets that are inside a UDP tunnel of the host, such as VXLAN
+    /// or Geneve (Linux 6.17). Needs `tun_udp`.
+    pub tun_tunnel: bool,
     /// Many datagrams for one peer are sent at once (`UDP_SEGMENT`).
     pub udp_segment: bool,
     /// Many datagrams of one peer are received at once (`UDP_GRO`).
@@ -124,13 +112,18 @@ pub struct Offloads {
 
 impl Offloads {
     /// None of them.
-    pub const NONE: Self =
-        Self { tun_tcp: false, tun_udp: false, udp_segment: false, udp_gro: false };
+    pub const NONE: Self = Self {
+        tun_tcp: false,
+        tun_udp: false,
+        tun_tunnel: false,
+        udp_segment: false,
+        udp_gro: false,
+    };
 }
 
 impl Default for Offloads {
     fn default() -> Self {
-        Self { tun_tcp: true, tun_udp: true, udp_segment: true, udp_gro: true }
+        Self { tun_tcp: true, tun_udp: true, tun_tunnel: true, udp_segment: true, udp_gro: true }
     }
 }
 
@@ -173,7 +166,7 @@ struct Running {
     inbox: Arc<Inbox>,
     drops: Arc<Drops>,
     started: Instant,
-    features: Vec<Feature>,
+    features: Vec<Switch>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -263,7 +256,7 @@ impl DataPlane {
         Snapshot {
             peers: peers.collect(),
             drops: drops.collect(),
-            features: self.0.features.clone(),
+            features: self.0.features.iter().map(Switch::look).collect(),
         }
     }
 

@@ -483,3 +483,215 @@ impl Segments for Waited {
         if std::mem::replace(&mut self.taken, true) { &[] } else { &self.packet }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataplane::arena::Train;
+    use crate::dataplane::events::Event;
+    use tokio::sync::mpsc::{Receiver, channel};
+    use x25519_dalek::StaticSecret;
+
+    const KEEPALIVE: Option<Duration> = Some(Duration::from_secs(25));
+
+    struct Side {
+        tunnel: Tunnel,
+        address: SocketAddr,
+        out: SendBatch,
+        events: EventSink,
+        observed: Receiver<Event>,
+        drops: Arc<Drops>,
+        counters: PeerCounters,
+        started: Instant,
+    }
+
+    impl Side {
+        fn pair() -> [Self; 2] {
+            let secrets = [1, 2].map(|byte| Arc::new(Secrets::new(StaticSecret::from([byte; 32]))));
+            [0, 1].map(|me| {
+                let (sender, observed) = channel(64);
+                let drops = Arc::new(Drops::default());
+                let peer = secrets[1 - me].public_key();
+                Self {
+                    tunnel: Tunnel::new(peer, None, 100 + me as u32, &secrets[me]),
+                    address: SocketAddr::from(([192, 0, 2, me as u8], 51830)),
+                    out: SendBatch::new(1 << 16, 64),
+                    events: EventSink::new(sender, drops.clone()),
+                    observed,
+                    drops,
+                    counters: PeerCounters::default(),
+                    started: Instant::now(),
+                }
+            })
+        }
+
+        fn with<R>(
+            &mut self,
+            now: Instant,
+            call: impl FnOnce(&mut Tunnel, &mut Act<'_>) -> R,
+        ) -> R {
+            let Self { tunnel, out, events, drops, counters, started, .. } = self;
+            let mut act = Act { now, started: *started, out, events, drops, counters };
+            call(tunnel, &mut act)
+        }
+
+        /// What was put out since the last call.
+        fn sent(&mut self) -> Vec<Vec<u8>> {
+            let datagrams = |train: &Train| -> Vec<Vec<u8>> {
+                let bytes = &self.out.bytes()[train.start..train.start + train.len];
+                bytes.chunks(train.stride).map(<[u8]>::to_vec).collect()
+            };
+            let sent = self.out.trains().iter().flat_map(datagrams).collect();
+            self.out.clear();
+            sent
+        }
+
+        fn observations(&mut self) -> Vec<Observation> {
+            let mut observations = Vec::new();
+            while let Ok(Event::Peer { what, .. }) = self.observed.try_recv() {
+                observations.push(what);
+            }
+            observations
+        }
+
+        /// Takes datagrams from `from`; all of them know each other's address.
+        fn take(&mut self, now: Instant, from: SocketAddr, datagrams: &[Vec<u8>]) {
+            for datagram in datagrams {
+                self.with(now, |tunnel, act| match MessageKind::of(datagram).unwrap() {
+                    MessageKind::Data { receiver } => {
+                        let mut plain = vec![0; datagram.len()];
+                        let (len, known) = (datagram.len(), Some(from));
+                        let each = |_, _| {};
+                        tunnel.open(from, known, receiver, datagram, len, &mut plain, act, each);
+                    }
+                    _ => tunnel.handshake(datagram, from, Some(from), act),
+                });
+            }
+        }
+    }
+
+    /// Lets everything that was put out arrive, until nothing is.
+    fn deliver(now: Instant, [a, b]: &mut [Side; 2]) {
+        loop {
+            let (to_b, to_a) = (a.sent(), b.sent());
+            if to_b.is_empty() && to_a.is_empty() {
+                return;
+            }
+            b.take(now, a.address, &to_b);
+            a.take(now, b.address, &to_a);
+        }
+    }
+
+    /// A session that the first has initiated.
+    fn friends() -> ([Side; 2], Instant) {
+        let mut sides = Side::pair();
+        let now = sides[0].started;
+        let to = vec![sides[1].address];
+        sides[0].with(now, |tunnel, act| tunnel.initiate(to, act));
+        deliver(now, &mut sides);
+        assert!(sides.iter().all(|side| side.tunnel.is_ready()));
+        (sides, now)
+    }
+
+    fn tick(side: &mut Side, now: Instant, keepalive: Option<Duration>) -> Vec<MessageKind> {
+        let known = Some(SocketAddr::from(([192, 0, 2, 77], 51830)));
+        side.with(now, |tunnel, act| tunnel.tick(known, keepalive, act));
+        side.sent().iter().map(|datagram| MessageKind::of(datagram).unwrap()).collect()
+    }
+
+    #[test]
+    fn who_initiated_renews_a_session_that_only_keepalives_hold_open() {
+        let ([mut initiator, mut responder], start) = friends();
+        let due = start + REKEY_AFTER;
+        let initiates = |sent: &[MessageKind]| sent.contains(&MessageKind::Initiation);
+        assert!(!initiates(&tick(&mut initiator, due - Duration::from_secs(1), KEEPALIVE)));
+        assert!(!initiates(&tick(&mut responder, due, KEEPALIVE)), "two would fight");
+        assert!(!initiates(&tick(&mut initiator, due, None)), "nobody needs it");
+        assert!(initiates(&tick(&mut initiator, due, KEEPALIVE)));
+        let again = tick(&mut initiator, due + Duration::from_secs(1), KEEPALIVE);
+        assert!(!initiates(&again), "one is under way");
+    }
+
+    #[test]
+    fn a_keepalive_waits_until_nothing_was_sent_for_long() {
+        let ([mut side, _], start) = friends();
+        let second = Duration::from_secs(1);
+        assert!(tick(&mut side, start + 24 * second, KEEPALIVE).is_empty());
+        let busy = start + 24 * second;
+        let packet = vec![0x45; 32].into_boxed_slice();
+        let to = side.address;
+        let Side { tunnel, out, .. } = &mut side;
+        tunnel.seal(&mut Waited { packet, taken: false }, to, out, busy);
+        side.sent();
+        assert!(tick(&mut side, busy + 24 * second, KEEPALIVE).is_empty(), "it is not idle");
+        let sent = tick(&mut side, busy + 25 * second, KEEPALIVE);
+        assert!(matches!(sent[..], [MessageKind::Data { .. }]), "{sent:?}");
+        assert!(tick(&mut side, busy + 26 * second, KEEPALIVE).is_empty());
+    }
+
+    #[test]
+    fn without_a_session_a_keepalive_starts_nothing() {
+        let [mut side, _] = Side::pair();
+        let now = side.started;
+        assert!(tick(&mut side, now + Duration::from_secs(100), KEEPALIVE).is_empty());
+        assert!(side.observations().is_empty());
+    }
+
+    #[test]
+    fn a_session_is_reported_when_both_have_it() {
+        let mut sides = Side::pair();
+        let now = sides[0].started;
+        let [a, b] = &mut sides;
+        let address = b.address;
+        a.with(now, |tunnel, act| tunnel.initiate(vec![address], act));
+        let initiation = a.sent();
+        b.take(now, a.address, &initiation);
+        assert!(!b.tunnel.is_ready() && b.observations().is_empty(), "not confirmed yet");
+        deliver(now, &mut sides);
+        let [a, b] = &mut sides;
+        assert_eq!(a.observations(), [Observation::Handshake { from: b.address }]);
+        assert_eq!(b.observations(), [Observation::Handshake { from: a.address }]);
+    }
+
+    #[test]
+    fn the_same_order_twice_is_one_initiation() {
+        let [mut side, other] = Side::pair();
+        let now = side.started;
+        let both = vec![other.address, side.address];
+        let mut initiate = |now, to: &[SocketAddr]| {
+            side.with(now, |tunnel, act| tunnel.initiate(to.to_vec(), act));
+            side.sent().len()
+        };
+        assert_eq!(initiate(now, &both), 2);
+        assert_eq!(initiate(now, &both[..1]), 0);
+        assert_eq!(initiate(now, &[SocketAddr::from(([192, 0, 2, 9], 1))]), 1);
+        assert_eq!(initiate(now + SAME_ORDER, &both), 2);
+    }
+
+    #[test]
+    fn what_nobody_asked_for_is_refused() {
+        let ([mut side, mut other], now) = friends();
+        let forged = [[2, 0, 0, 0].as_slice(), &[7; 88]].concat();
+        let reply = [[3, 0, 0, 0].as_slice(), &[7; 60]].concat();
+        side.take(now, other.address, &[forged, reply]);
+        assert_eq!(side.drops.get(DropReason::InvalidHandshake), 2);
+        assert!(
+            side.observations().iter().all(|what| matches!(what, Observation::Handshake { .. }))
+        );
+        assert!(other.sent().is_empty());
+    }
+
+    #[test]
+    fn packets_wait_no_longer_than_they_are_good_for() {
+        let [mut side, _] = Side::pair();
+        let now = side.started;
+        side.with(now, |tunnel, act| tunnel.wait(&[0x45; 32], act));
+        assert_eq!(side.observations(), [Observation::Wanted]);
+        let late = now + WAITING_TIME - Duration::from_millis(1);
+        tick(&mut side, late, None);
+        assert_eq!(side.drops.get(DropReason::QueueExpired), 0);
+        side.with(late, |tunnel, act| tunnel.wait(&[0x45; 32], act));
+        tick(&mut side, now + WAITING_TIME, None);
+        assert_eq!(side.drops.get(DropReason::QueueExpired), 1);
+    }
+}

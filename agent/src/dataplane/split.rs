@@ -13,11 +13,12 @@ use super::drops::DropReason;
 use super::packet::{Inner, PROTOCOL_TCP, PROTOCOL_UDP};
 use super::session::{PADDING, Segments};
 use super::vnet::{
-    FLAG_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, VnetHeader,
+    FLAG_NEEDS_CSUM, FLAG_TUNNEL_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_TUNNEL_V4,
+    GSO_TUNNEL_V6, GSO_UDP_L4, VnetHeader,
 };
 
-/// The longest headers of a super-packet, IP and transport together, with all options.
-const HEADERS: usize = 192;
+/// The longest headers of a super-packet: outer ones, a tunnel's with its options, inner ones.
+const HEADERS: usize = 448;
 
 const TCP_SEQUENCE: usize = 4;
 const TCP_FLAGS: usize = 13;
@@ -25,6 +26,7 @@ const TCP_CHECKSUM: usize = 16;
 const TCP_FIN: u8 = 0x01;
 const TCP_PSH: u8 = 0x08;
 const TCP_CWR: u8 = 0x80;
+const UDP_HEADER: usize = 8;
 const UDP_LENGTH: usize = 4;
 const UDP_CHECKSUM: usize = 6;
 
@@ -54,25 +56,46 @@ struct Train {
     /// As in the super-packet, but what differs from segment to segment is zero.
     headers: [u8; HEADERS],
     headers_len: usize,
+    /// Around the packet that is split: a UDP tunnel, such as VXLAN.
+    outer: Option<Outer>,
+    network: Network,
     /// Where the transport header begins.
     transport: usize,
-    is_v4: bool,
     is_tcp: bool,
-    /// Of the IPv4 header: without length, identification and checksum.
-    ip_sum: u64,
     /// Of pseudo-header and transport header: without lengths, sequence, flags and checksum.
     transport_sum: u64,
-    identification: u16,
     sequence: u32,
     flags: u8,
     /// Payload in each segment but the last.
     size: usize,
-    /// Where the next payload begins in `bytes`, and where the last ends.
+    /// Where the next payload begins in the packet's buffer, and where the last ends.
     next: usize,
     end: usize,
     first: bool,
-    /// What the padding of the last segment has overwritten, and where.
+    /// What the padding of the last segment has overwritten, and how much.
     covered: ([u8; TAILROOM], usize),
+}
+
+/// An IP header that is written for each segment.
+#[derive(Debug)]
+struct Network {
+    /// Where it begins.
+    at: usize,
+    is_v4: bool,
+    len: usize,
+    /// Of the IPv4 header: without length, identification and checksum.
+    sum: u64,
+    identification: u16,
+}
+
+/// The outer headers of a tunnel.
+#[derive(Debug)]
+struct Outer {
+    network: Network,
+    /// Where the UDP header begins.
+    udp: usize,
+    /// Of the pseudo-header without the length, if there is a checksum.
+    pseudo: Option<u64>,
 }
 
 impl<'a> Split<'a> {
@@ -135,23 +158,31 @@ impl Segments for Split<'_> {
 
 impl Train {
     fn new(packet: &[u8], header: &VnetHeader) -> Option<Self> {
-        let inner = Inner::parse(packet).filter(|inner| inner.total_len == packet.len())?;
+        let whole = Inner::parse(packet).filter(|inner| inner.total_len == packet.len())?;
+        let tunnel = header.gso_type & (GSO_TUNNEL_V4 | GSO_TUNNEL_V6);
+        let at = match tunnel {
+            0 => 0,
+            _ => usize::from(header.inner_network),
+        };
+        let inner = match tunnel {
+            0 => whole,
+            GSO_TUNNEL_V4 if whole.source.is_ipv4() => parse_inside(packet, at)?,
+            GSO_TUNNEL_V6 if whole.source.is_ipv6() => parse_inside(packet, at)?,
+            _ => return None,
+        };
         let is_v4 = inner.source.is_ipv4();
-        let is_tcp = match header.gso_type & !GSO_ECN {
+        let is_tcp = match header.gso_type & !(GSO_ECN | tunnel) {
             GSO_TCPV4 if is_v4 => true,
             GSO_TCPV6 if !is_v4 => true,
             GSO_UDP_L4 => false,
             _ => return None,
         };
         let protocol = if is_tcp { PROTOCOL_TCP } else { PROTOCOL_UDP };
-        // On IPv6 there may be extension headers between.
         let transport = usize::from(header.csum_start);
-        let fits = if is_v4 {
-            transport == inner.header_len && inner.protocol == protocol && !inner.fragment
-        } else {
-            transport >= inner.header_len
-        };
-        if header.flags & FLAG_NEEDS_CSUM == 0 || header.gso_size == 0 || !fits {
+        if header.flags & FLAG_NEEDS_CSUM == 0
+            || header.gso_size == 0
+            || !is_behind(transport.checked_sub(at)?, &inner, protocol)
+        {
             return None;
         }
         let transport_len = if is_tcp {
@@ -161,7 +192,7 @@ impl Train {
             }
             words * 4
         } else if header.csum_offset == UDP_CHECKSUM as u16 {
-            8
+            UDP_HEADER
         } else {
             return None;
         };
@@ -171,14 +202,11 @@ impl Train {
         }
         let mut headers = [0; HEADERS];
         headers[..headers_len].copy_from_slice(&packet[..headers_len]);
-        let mut identification = 0;
-        let mut ip_sum = 0;
-        if is_v4 {
-            identification = u16::from_be_bytes([headers[4], headers[5]]);
-            headers[2..6].fill(0);
-            headers[10..12].fill(0);
-            ip_sum = checksum::add(0, &headers[..transport]);
-        }
+        let network = Network::new(&mut headers, at, &inner);
+        let outer = match tunnel {
+            0 => None,
+            _ => Some(Outer::new(&mut headers, &whole, header, at)?),
+        };
         let (mut sequence, mut flags) = (0, 0);
         let part = &mut headers[transport..headers_len];
         if is_tcp {
@@ -188,19 +216,18 @@ impl Train {
             part[TCP_FLAGS] = 0;
             part[TCP_CHECKSUM..TCP_CHECKSUM + 2].fill(0);
         } else {
-            part[UDP_LENGTH..UDP_CHECKSUM + 2].fill(0);
+            part[UDP_LENGTH..UDP_HEADER].fill(0);
         }
         let pseudo = checksum::pseudo(&inner.source, &inner.destination, protocol);
         let transport_sum = checksum::add(pseudo, part);
         Some(Self {
             headers,
             headers_len,
+            outer,
+            network,
             transport,
-            is_v4,
             is_tcp,
-            ip_sum,
             transport_sum,
-            identification,
             sequence,
             flags,
             size: usize::from(header.gso_size),
@@ -226,21 +253,12 @@ impl Train {
         let len = self.headers_len + payload.len();
         let last = payload.end == self.end;
         let payload_sum = checksum::add(self.transport_sum, &bytes[payload.clone()]);
-        let headers = &mut bytes[start..payload.start];
-        headers.copy_from_slice(&self.headers[..self.headers_len]);
+        let segment = &mut bytes[start..payload.end];
+        segment[..self.headers_len].copy_from_slice(&self.headers[..self.headers_len]);
 
-        if self.is_v4 {
-            let total = len as u16;
-            headers[2..4].copy_from_slice(&total.to_be_bytes());
-            headers[4..6].copy_from_slice(&self.identification.to_be_bytes());
-            let sum = self.ip_sum + u64::from(total) + u64::from(self.identification);
-            headers[10..12].copy_from_slice(&(!checksum::fold(sum)).to_be_bytes());
-        } else {
-            let behind = (len - 40) as u16;
-            headers[4..6].copy_from_slice(&behind.to_be_bytes());
-        }
+        self.network.write(segment);
         let transport_len = (len - self.transport) as u64;
-        let part = &mut headers[self.transport..];
+        let part = &mut segment[self.transport..self.headers_len];
         if self.is_tcp {
             let mut flags = self.flags;
             if !self.first {
@@ -252,21 +270,104 @@ impl Train {
             part[TCP_SEQUENCE..TCP_SEQUENCE + 4].copy_from_slice(&self.sequence.to_be_bytes());
             part[TCP_FLAGS] = flags;
             let sum = payload_sum + transport_len + u64::from(self.sequence) + u64::from(flags);
-            let sum = !checksum::fold(sum);
-            part[TCP_CHECKSUM..TCP_CHECKSUM + 2].copy_from_slice(&sum.to_be_bytes());
+            put(part, TCP_CHECKSUM, !checksum::fold(sum));
         } else {
             // The length counts twice: in the header and in the pseudo-header.
-            let sum = not_zero(!checksum::fold(payload_sum + 2 * transport_len));
-            part[UDP_LENGTH..UDP_LENGTH + 2].copy_from_slice(&(transport_len as u16).to_be_bytes());
-            part[UDP_CHECKSUM..UDP_CHECKSUM + 2].copy_from_slice(&sum.to_be_bytes());
+            let sum = payload_sum + 2 * transport_len;
+            put(part, UDP_LENGTH, transport_len as u16);
+            put(part, UDP_CHECKSUM, not_zero(!checksum::fold(sum)));
+        }
+        if let Some(outer) = &mut self.outer {
+            outer.write(segment);
         }
 
         self.sequence = self.sequence.wrapping_add(payload.len() as u32);
-        self.identification = self.identification.wrapping_add(1);
         self.next = payload.end;
         self.first = false;
         (start, len)
     }
+}
+
+impl Network {
+    /// Clears in `headers` what [`Network::write`] will fill in.
+    fn new(headers: &mut [u8], at: usize, inner: &Inner) -> Self {
+        let is_v4 = inner.source.is_ipv4();
+        let len = inner.header_len;
+        let header = &mut headers[at..at + len];
+        let (mut identification, mut sum) = (0, 0);
+        if is_v4 {
+            identification = u16::from_be_bytes([header[4], header[5]]);
+            header[2..6].fill(0);
+            header[10..12].fill(0);
+            sum = checksum::add(0, header);
+        }
+        Self { at, is_v4, len, sum, identification }
+    }
+
+    /// Completes the header in a segment; each has the next identification.
+    fn write(&mut self, segment: &mut [u8]) {
+        let total = segment.len() - self.at;
+        let header = &mut segment[self.at..self.at + self.len];
+        if self.is_v4 {
+            put(header, 2, total as u16);
+            put(header, 4, self.identification);
+            let sum = self.sum + total as u64 + u64::from(self.identification);
+            put(header, 10, !checksum::fold(sum));
+            self.identification = self.identification.wrapping_add(1);
+        } else {
+            put(header, 4, (total - self.len) as u16);
+        }
+    }
+}
+
+impl Outer {
+    fn new(
+        headers: &mut [u8],
+        whole: &Inner,
+        header: &VnetHeader,
+        inner_at: usize,
+    ) -> Option<Self> {
+        let udp = usize::from(header.outer_transport);
+        if !is_behind(udp, whole, PROTOCOL_UDP) || inner_at < udp + UDP_HEADER {
+            return None;
+        }
+        let pseudo = (header.flags & FLAG_TUNNEL_CSUM != 0)
+            .then(|| checksum::pseudo(&whole.source, &whole.destination, PROTOCOL_UDP));
+        headers.get_mut(udp + UDP_LENGTH..udp + UDP_HEADER)?.fill(0);
+        Some(Self { network: Network::new(headers, 0, whole), udp, pseudo })
+    }
+
+    /// Completes the outer headers of a segment that is complete inside.
+    fn write(&mut self, segment: &mut [u8]) {
+        self.network.write(segment);
+        let part = &mut segment[self.udp..];
+        let len = part.len();
+        put(part, UDP_LENGTH, len as u16);
+        if let Some(pseudo) = self.pseudo {
+            let sum = checksum::add(pseudo + len as u64, part);
+            put(part, UDP_CHECKSUM, not_zero(!checksum::fold(sum)));
+        }
+    }
+}
+
+/// The packet in a tunnel, whose header begins at `at`, and which ends with the outer one.
+fn parse_inside(packet: &[u8], at: usize) -> Option<Inner> {
+    let inside = packet.get(at..)?;
+    Inner::parse(inside).filter(|inner| inner.total_len == inside.len())
+}
+
+/// Whether a transport header may stand at `offset` of a packet. On IPv6 there may be extension
+/// headers between.
+fn is_behind(offset: usize, inner: &Inner, protocol: u8) -> bool {
+    if inner.source.is_ipv4() {
+        offset == inner.header_len && inner.protocol == protocol && !inner.fragment
+    } else {
+        offset >= inner.header_len
+    }
+}
+
+fn put(bytes: &mut [u8], at: usize, value: u16) {
+    bytes[at..at + 2].copy_from_slice(&value.to_be_bytes());
 }
 
 /// WireGuard pads to 16 bytes, but not past the link's MTU.
@@ -338,6 +439,21 @@ mod tests {
         }
     }
 
+    /// `inner` in VXLAN or (with options) Geneve, over UDP from `outer`'s ports and addresses.
+    fn tunnel(outer: &Recipe, options: usize, inner: &[u8], checksum: bool) -> (Vec<u8>, usize) {
+        let mut payload = vec![0; 8 + options + 14];
+        payload[0] = 8;
+        payload[20 + options..22 + options].copy_from_slice(&[8, 0]);
+        let inside = outer.headers().1 + payload.len();
+        payload.extend_from_slice(inner);
+        let mut packet = Recipe { tcp: None, payload, ..outer.clone() }.build();
+        if !checksum {
+            let at = outer.headers().0 + UDP_CHECKSUM;
+            packet[at..at + 2].fill(0);
+        }
+        (packet, inside)
+    }
+
     /// As the kernel hands over a super-packet: the sum of the pseudo-header is in place.
     fn super_packet(recipe: &Recipe, size: usize) -> (Vec<u8>, VnetHeader) {
         let packet = recipe.build();
@@ -355,6 +471,7 @@ mod tests {
             gso_size: size as u16,
             csum_start: ip_len as u16,
             csum_offset: csum_offset as u16,
+            ..VnetHeader::default()
         };
         (packet, header)
     }
@@ -372,6 +489,40 @@ mod tests {
             let (packet, header) = super_packet(&recipe, size);
             let expected: Vec<_> = recipe.segments(size).iter().map(Recipe::build).collect();
             prop_assert_eq!(split(&packet, &header, mtu), Ok(expected));
+        }
+
+        #[test]
+        fn segments_in_a_tunnel_are_those_of_the_book(
+            outer in recipe(2),
+            recipe in recipe(20_000),
+            size in 1usize..3000,
+            options in 0usize..60,
+            checksum: bool,
+        ) {
+            let size = size.max(recipe.payload.len() / 60);
+            let outer = Recipe { tcp: None, ..outer };
+            let (inner, header) = super_packet(&recipe, size);
+            let (packet, inside) = tunnel(&outer, options * 4, &inner, checksum);
+            let is_v4 = outer.source.is_ipv4();
+            let header = VnetHeader {
+                flags: header.flags | if checksum { FLAG_TUNNEL_CSUM } else { 0 },
+                gso_type: header.gso_type | if is_v4 { GSO_TUNNEL_V4 } else { GSO_TUNNEL_V6 },
+                csum_start: header.csum_start + inside as u16,
+                outer_transport: outer.headers().0 as u16,
+                inner_network: inside as u16,
+                ..header
+            };
+            let expected: Vec<_> = recipe
+                .segments(size)
+                .iter()
+                .enumerate()
+                .map(|(number, inner)| {
+                    let identification = outer.identification.wrapping_add(number as u16);
+                    let outer = Recipe { identification, ..outer.clone() };
+                    tunnel(&outer, options * 4, &inner.build(), checksum).0
+                })
+                .collect();
+            prop_assert_eq!(split(&packet, &header, 1420), Ok(expected));
         }
 
         #[test]
@@ -394,11 +545,21 @@ mod tests {
         fn hostile_headers_give_an_error_or_packets(
             recipe in recipe(3000),
             size in 1u16..2000,
-            bytes: [u8; 10],
+            bytes: [u8; 24],
             flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
-            keep: [bool; 4],
+            keep: [bool; 5],
         ) {
-            let (mut packet, good) = super_packet(&recipe, usize::from(size));
+            let (packet, mut good) = super_packet(&recipe, usize::from(size));
+            let (mut packet, inside) = match keep[4] {
+                false => (packet, 0),
+                true => tunnel(&Recipe { tcp: None, ..recipe }, 0, &packet, false),
+            };
+            if keep[4] {
+                good.gso_type |= GSO_TUNNEL_V4;
+                good.csum_start += inside as u16;
+                good.outer_transport = 20;
+                good.inner_network = inside as u16;
+            }
             let bad = VnetHeader::decode(&bytes);
             let header = VnetHeader {
                 flags: if keep[0] { good.flags } else { bad.flags },

@@ -5,12 +5,14 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::time::Instant;
 
+use super::Offloads;
 use super::arena::{Frame, HEADROOM, TunBatch, WriteBatch};
 use super::coalesce::Coalesce;
 use super::drops::{DropReason, Drops};
-use super::vnet::{GSO_NONE, GSO_UDP_L4, VNET_HEADER_BYTES, VnetHeader};
-use super::{Feature, Offloads};
+use super::switch::{Switch, switched_off};
+use super::vnet::{GSO_NONE, GSO_UDP_L4, VNET_HEADER_BYTES, VNET_TUNNEL_HEADER_BYTES, VnetHeader};
 
 /// A way to exchange packets with the host in batches. Two stand behind it: [`Tun`], and
 /// [`MemoryTun`](super::memory::MemoryTun).
@@ -32,11 +34,18 @@ pub trait TunIo: Send + 'static {
     fn coalesce(&self) -> Coalesce;
 
     /// Writes the whole batch in order. What the host refuses is counted.
-    fn write(&mut self, batch: &WriteBatch, drops: &Drops);
+    fn write(&mut self, now: Instant, batch: &WriteBatch, drops: &Drops);
 
-    /// What speeds it up, and if not, why not.
-    fn features(&self) -> Vec<Feature>;
+    /// What speeds it up. Clones look on while it runs.
+    fn features(&self) -> Vec<Switch>;
 }
+
+/// Flags of `TUNSETOFFLOAD`. They say what the TUN may hand over.
+const OFFLOAD_TCP: c_uint =
+    libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+const OFFLOAD_UDP: c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+/// `TUN_F_UDP_TUNNEL_GSO` and `TUN_F_UDP_TUNNEL_GSO_CSUM` of `linux/if_tun.h`.
+const OFFLOAD_TUNNEL: c_uint = 0x80 | 0x100;
 
 /// Why a TUN link could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -80,10 +89,14 @@ pub struct Tun {
     /// For questions about the link that the TUN itself does not answer.
     control: OwnedFd,
     name: String,
-    /// Why super-packets of TCP do not pass; `None`: they do.
-    no_tcp: Option<String>,
-    /// Why super-packets of UDP do not pass; `None`: they do.
-    no_udp: Option<String>,
+    /// Bytes of the virtio header before each packet.
+    header_len: usize,
+    /// Super-packets of TCP pass.
+    tcp: Switch,
+    /// Super-packets of UDP pass.
+    udp: Switch,
+    /// Super-packets in a tunnel come; they are never given.
+    tunnel: Switch,
     /// The parts of one write, kept for their capacity. Empty between writes.
     vectors: Vec<libc::iovec>,
 }
@@ -139,34 +152,48 @@ pub fn open_tun_with(name: &str, offloads: Offloads) -> Result<Tun, OpenTunError
     };
     set(libc::TUNSETPERSIST as _, "TUNSETPERSIST", 1)?;
     // A persistent link keeps what its last owner set, so everything is set anew.
-    let tcp = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
-    let udp = libc::TUN_F_USO4 | libc::TUN_F_USO6;
-    let off = || Some("switched off in the configuration".to_owned());
-    let refused = |error: io::Error| format!("the kernel refused it: {error}");
-    let offload = |flags: c_uint| {
-        // SAFETY: this takes its argument by value.
-        unsafe { ioctl(file.as_fd(), libc::TUNSETOFFLOAD, flags as usize as *mut _) }
-    };
-    offload(0).map_err(other("TUNSETOFFLOAD"))?;
-    let no_tcp = if offloads.tun_tcp { offload(tcp).err().map(refused) } else { off() };
-    let no_udp = match (&no_tcp, offloads.tun_udp) {
-        // The kernel has no checksum offload for UDP without that for TCP.
-        (Some(reason), true) => Some(reason.clone()),
-        (_, false) => off(),
-        (None, true) => offload(tcp | udp).err().map(|error| match error.raw_os_error() {
-            Some(libc::EINVAL) => "it needs Linux 6.2".to_owned(),
-            _ => refused(error),
-        }),
-    };
     let put = |code: c_ulong, step, mut value: c_int| {
         // SAFETY: these read one `int`, which `value` is.
         unsafe { ioctl(file.as_fd(), code, (&raw mut value).cast()) }.map_err(other(step))
     };
-    put(libc::TUNSETVNETHDRSZ as _, "TUNSETVNETHDRSZ", VNET_HEADER_BYTES as c_int)?;
     put(libc::TUNSETVNETLE as _, "TUNSETVNETLE", 1)?;
+    let set_offload =
+        |flags: c_uint| set(libc::TUNSETOFFLOAD as _, "TUNSETOFFLOAD", flags as usize);
+    let header_len =
+        |bytes: usize| put(libc::TUNSETVNETHDRSZ as _, "TUNSETVNETHDRSZ", bytes as c_int);
+    set_offload(0)?;
+    header_len(VNET_HEADER_BYTES)?;
+    let try_offload = |wanted: bool, flags: c_uint, since: &str| match wanted {
+        true => set_offload(flags).map_err(|error| format!("it needs {since}: {error}")),
+        false => switched_off(),
+    };
+    let tcp = try_offload(offloads.tun_tcp, OFFLOAD_TCP, "a TUN with TSO");
+    let udp = tcp
+        .clone()
+        .and_then(|()| try_offload(offloads.tun_udp, OFFLOAD_TCP | OFFLOAD_UDP, "Linux 6.2"));
+    let all = OFFLOAD_TCP | OFFLOAD_UDP | OFFLOAD_TUNNEL;
+    let mut bytes = VNET_HEADER_BYTES;
+    let tunnel = udp.clone().and_then(|()| {
+        // The kernel wants room for the longer header first.
+        let room = header_len(VNET_TUNNEL_HEADER_BYTES).map_err(|error| error.to_string());
+        room.and_then(|()| try_offload(offloads.tun_tunnel, all, "Linux 6.17"))
+    });
+    if tunnel.is_ok() {
+        bytes = VNET_TUNNEL_HEADER_BYTES;
+    }
+    header_len(bytes)?;
     let control = control_socket().map_err(other("socket"))?;
     let name = interface_name(&request).unwrap_or_else(|| name.to_owned());
-    Ok(Tun { file, control, name, no_tcp, no_udp, vectors: Vec::new() })
+    Ok(Tun {
+        file,
+        control,
+        name,
+        header_len: bytes,
+        tcp: Switch::new("tun_tcp", tcp),
+        udp: Switch::new("tun_udp", udp),
+        tunnel: Switch::new("tun_tunnel", tunnel),
+        vectors: Vec::new(),
+    })
 }
 
 impl Tun {
@@ -178,13 +205,13 @@ impl Tun {
 
 impl Tun {
     fn write_frame(&mut self, batch: &WriteBatch, frame: &Frame) -> io::Result<()> {
-        let header = frame.header.encode();
+        let header = frame.header.encode_tunnel();
         let vector = |bytes: &[u8]| libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
             iov_len: bytes.len(),
         };
         self.vectors.clear();
-        self.vectors.push(vector(&header));
+        self.vectors.push(vector(&header[..self.header_len]));
         self.vectors.extend(batch.pieces(frame).map(vector));
         // SAFETY: the vectors point, to be read only, to the header on the stack and to parts of
         // the batch, all of which live until the call returns.
@@ -220,11 +247,11 @@ impl TunIo for Tun {
 
     fn read(&mut self, batch: &mut TunBatch) -> io::Result<()> {
         while let Some(spare) = batch.spare() {
-            let start = HEADROOM - VNET_HEADER_BYTES;
+            let start = HEADROOM - self.header_len;
             match self.file.read(&mut spare[start..]) {
-                Ok(len) if len >= VNET_HEADER_BYTES => {
-                    let header = spare[start..].first_chunk().map(VnetHeader::decode);
-                    batch.commit(header.unwrap_or_default(), len - VNET_HEADER_BYTES);
+                Ok(len) if len >= self.header_len => {
+                    let header = VnetHeader::decode(&spare[start..HEADROOM]);
+                    batch.commit(header, len - self.header_len);
                 }
                 Ok(_) => break,
                 Err(error) => match error.raw_os_error() {
@@ -239,26 +266,27 @@ impl TunIo for Tun {
     }
 
     fn coalesce(&self) -> Coalesce {
-        Coalesce { tcp: self.no_tcp.is_none(), udp: self.no_udp.is_none() }
+        Coalesce { tcp: self.tcp.is_on(), udp: self.udp.is_on() }
     }
 
-    fn write(&mut self, batch: &WriteBatch, drops: &Drops) {
+    fn write(&mut self, now: Instant, batch: &WriteBatch, drops: &Drops) {
         for frame in batch.frames() {
             let Err(error) = self.write_frame(batch, frame) else { continue };
             drops.add(DropReason::TunRefused, frame.pieces as u64);
-            if error.raw_os_error() == Some(libc::EINVAL) && frame.header.gso_type != GSO_NONE {
-                let reason = Some(format!("the kernel gave up on it: {error}"));
-                if frame.header.gso_type == GSO_UDP_L4 {
-                    self.no_udp = reason;
-                } else {
-                    self.no_tcp = reason;
+            if error.raw_os_error() == Some(libc::EINVAL) {
+                match frame.header.gso_type {
+                    GSO_NONE => {}
+                    GSO_UDP_L4 => self.udp.give_up(&error, now),
+                    _ => self.tcp.give_up(&error, now),
                 }
             }
         }
+        self.tcp.reconsider(now);
+        self.udp.reconsider(now);
     }
 
-    fn features(&self) -> Vec<Feature> {
-        vec![Feature::new("tun_tcp", &self.no_tcp), Feature::new("tun_udp", &self.no_udp)]
+    fn features(&self) -> Vec<Switch> {
+        vec![self.tcp.clone(), self.udp.clone(), self.tunnel.clone()]
     }
 }
 

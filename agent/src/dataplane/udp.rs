@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
+use super::Offloads;
 use super::arena::{RecvBatch, SLOT_BYTES, SendBatch, Train};
 use super::drops::{DropReason, Drops};
-use super::{Feature, Offloads};
+use super::switch::{Switch, switched_off};
 
 /// A way to send and receive datagrams in batches. Two stand behind it: [`Udp`], and
 /// [`MemoryUdp`](super::memory::MemoryUdp).
@@ -29,10 +30,10 @@ pub trait UdpIo: Send + 'static {
 
     /// Sends the whole batch in order; waits a little where the kernel has no room. What cannot
     /// be sent is counted.
-    fn send(&mut self, batch: &SendBatch, drops: &Drops);
+    fn send(&mut self, now: Instant, batch: &SendBatch, drops: &Drops);
 
-    /// What speeds it up, and if not, why not.
-    fn features(&self) -> Vec<Feature>;
+    /// What speeds it up. Clones look on while it runs.
+    fn features(&self) -> Vec<Switch>;
 }
 
 /// Why the UDP port could not be opened.
@@ -65,12 +66,14 @@ const UDP_GRO: c_int = 104;
 /// What the kernel may hold for us, in bytes, where we may force it.
 const RECEIVE_BUFFER: usize = 4 << 20;
 const SEND_BUFFER: usize = 2 << 20;
+/// How long a self-test waits for what it sent over the loopback.
+const SELF_TEST_PATIENCE: Duration = Duration::from_millis(50);
 /// How long a send may wait for room before it is dropped.
 const SEND_PATIENCE: Duration = Duration::from_millis(20);
 /// Before, `UDP_GRO` delivered wrong lengths.
-const GRO_SINCE: (u32, u32) = (5, 12);
-/// For how long segmentation is left alone after the kernel refused it.
-const SEGMENT_PAUSE: Duration = Duration::from_secs(60);
+const GRO_SINCE: [u32; 3] = [5, 12, 0];
+/// From the first to before the second, segments of equal length were sent damaged.
+const SEGMENT_DAMAGED: [[u32; 3]; 2] = [[7, 0, 0], [7, 1, 5]];
 
 /// A socket for each family, on one port. IPv6 may be missing.
 #[derive(Debug)]
@@ -78,6 +81,10 @@ pub struct Udp {
     v4: Option<Endpoint>,
     v6: Option<Endpoint>,
     port: u16,
+    /// Datagrams are sent many at a time.
+    segment: Switch,
+    /// Datagrams are received many at a time.
+    gro: Switch,
     /// Whose turn it is to receive first, so that a flood on one cannot starve the other.
     v6_first: bool,
 }
@@ -98,14 +105,15 @@ pub fn open_udp(port: u16, mark: u32) -> Result<Udp, OpenUdpError> {
 ///
 /// One line for the operator, see [`OpenUdpError`].
 pub fn open_udp_with(port: u16, mark: u32, offloads: Offloads) -> Result<Udp, OpenUdpError> {
+    let (segment, gro) = probe(offloads);
     // With port 0 the second family may find the first one's choice taken: choose again.
     for _ in 0..16 {
-        let v4 = open_family(Domain::IPV4, port, mark, offloads)?;
+        let v4 = open_family(Domain::IPV4, port, mark, gro.is_ok())?;
         let chosen = match &v4 {
             Some(v4) => v4.port().map_err(|error| OpenUdpError::Other { port, error })?,
             None => port,
         };
-        match open_family(Domain::IPV6, chosen, mark, offloads) {
+        match open_family(Domain::IPV6, chosen, mark, gro.is_ok()) {
             Err(OpenUdpError::Busy(_)) if port == 0 => {}
             Err(error) => return Err(error),
             Ok(None) if v4.is_none() => {
@@ -117,7 +125,14 @@ pub fn open_udp_with(port: u16, mark: u32, offloads: Offloads) -> Result<Udp, Op
                     (None, Some(v6)) => v6.port().unwrap_or(chosen),
                     _ => chosen,
                 };
-                return Ok(Udp { v4, v6, port, v6_first: false });
+                return Ok(Udp {
+                    v4,
+                    v6,
+                    port,
+                    segment: Switch::new("udp_segment", segment),
+                    gro: Switch::new("udp_gro", gro),
+                    v6_first: false,
+                });
             }
         }
     }
@@ -146,14 +161,17 @@ impl UdpIo for Udp {
         Ok(())
     }
 
-    fn send(&mut self, batch: &SendBatch, drops: &Drops) {
+    fn send(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) {
+        self.segment.reconsider(now);
         let mut trains = batch.trains();
         while let Some(first) = trains.first() {
             let same = |train: &&Train| train.to.is_ipv4() == first.to.is_ipv4();
             let run = trains.iter().take_while(same).count();
             let endpoint = if first.to.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
             match endpoint {
-                Some(endpoint) => endpoint.send(batch.bytes(), &trains[..run], drops),
+                Some(endpoint) => {
+                    endpoint.send(now, batch.bytes(), &trains[..run], &self.segment, drops);
+                }
                 None => {
                     let datagrams: usize = trains[..run].iter().map(|train| train.segments).sum();
                     drops.add(DropReason::SendRefused, datagrams as u64);
@@ -163,12 +181,8 @@ impl UdpIo for Udp {
         }
     }
 
-    fn features(&self) -> Vec<Feature> {
-        let Some(endpoint) = self.v4.as_ref().or(self.v6.as_ref()) else { return Vec::new() };
-        vec![
-            Feature::new("udp_segment", &endpoint.no_segment),
-            Feature::new("udp_gro", &endpoint.no_gro),
-        ]
+    fn features(&self) -> Vec<Switch> {
+        vec![self.segment.clone(), self.gro.clone()]
     }
 }
 
@@ -176,12 +190,6 @@ impl UdpIo for Udp {
 struct Endpoint {
     socket: Socket,
     headers: Headers,
-    /// Why datagrams are not sent many at a time; `None`: they are.
-    no_segment: Option<String>,
-    /// Why datagrams are not received many at a time; `None`: they are.
-    no_gro: Option<String>,
-    /// Segmentation was refused at run time; it is tried again then.
-    segment_again: Option<Instant>,
 }
 
 impl std::fmt::Debug for Endpoint {
@@ -194,7 +202,7 @@ fn open_family(
     domain: Domain,
     port: u16,
     mark: u32,
-    offloads: Offloads,
+    gro: bool,
 ) -> Result<Option<Endpoint>, OpenUdpError> {
     let other = |error| OpenUdpError::Other { port, error };
     let socket = match Socket::new(domain, Type::DGRAM.nonblocking(), Some(Protocol::UDP)) {
@@ -222,21 +230,9 @@ fn open_family(
     };
     buffer(&socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, RECEIVE_BUFFER);
     buffer(&socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, SEND_BUFFER);
-    let refused = |error: io::Error| format!("the kernel refused it: {error}");
-    let off = || Some("switched off in the configuration".to_owned());
-    let no_segment = if offloads.udp_segment {
-        // Setting no length changes nothing, but tells whether the kernel knows the option.
-        set(&socket, libc::SOL_UDP, UDP_SEGMENT, 0).err().map(refused)
-    } else {
-        off()
-    };
-    let no_gro = if !offloads.udp_gro {
-        off()
-    } else if kernel_version() < GRO_SINCE {
-        Some("it is broken before Linux 5.12".to_owned())
-    } else {
-        set(&socket, libc::SOL_UDP, UDP_GRO, 1).err().map(refused)
-    };
+    if gro {
+        set(&socket, libc::SOL_UDP, UDP_GRO, 1).map_err(other)?;
+    }
     match socket.bind(&SockAddr::from(SocketAddr::new(any, port))) {
         Ok(()) => {}
         Err(error) => {
@@ -249,7 +245,7 @@ fn open_family(
             };
         }
     }
-    Ok(Some(Endpoint { socket, headers: Headers::new(), no_segment, no_gro, segment_again: None }))
+    Ok(Some(Endpoint { socket, headers: Headers::new() }))
 }
 
 fn set(socket: &Socket, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
@@ -268,14 +264,98 @@ fn buffer(socket: &Socket, force: c_int, ask: c_int, bytes: usize) {
     }
 }
 
-/// Major and minor; what cannot be read counts as old.
-fn kernel_version() -> (u32, u32) {
-    let Ok(name) = nix::sys::utsname::uname() else { return (0, 0) };
-    let release = name.release().to_string_lossy();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
-        _ => (0, 0),
+/// What of sending and receiving many at a time can be relied on here.
+fn probe(offloads: Offloads) -> (Result<(), String>, Result<(), String>) {
+    let version = kernel_version();
+    let segment = if !offloads.udp_segment {
+        switched_off()
+    } else if SEGMENT_DAMAGED[0] <= version && version < SEGMENT_DAMAGED[1] {
+        Err("Linux 7.0 to 7.1.4 damages what is sent".to_owned())
+    } else {
+        try_out(SelfTest::Segment)
+    };
+    let gro = if !offloads.udp_gro {
+        switched_off()
+    } else if version < GRO_SINCE {
+        Err("it is broken before Linux 5.12".to_owned())
+    } else {
+        try_out(SelfTest::Gro)
+    };
+    (segment, gro)
+}
+
+/// Numbers of the kernel's version; what cannot be read counts as 0.
+fn kernel_version() -> [u32; 3] {
+    let mut version = [0; 3];
+    if let Ok(name) = nix::sys::utsname::uname() {
+        let release = name.release().to_string_lossy();
+        let numbers = release.split(|c: char| !c.is_ascii_digit());
+        for (to, from) in version.iter_mut().zip(numbers) {
+            *to = from.parse().unwrap_or(0);
+        }
+    }
+    version
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SelfTest {
+    Segment,
+    Gro,
+}
+
+/// Sends a train over the loopback and looks at what arrives. Without a loopback nothing can be
+/// found out, and nothing is held against it.
+fn try_out(what: SelfTest) -> Result<(), String> {
+    const LENGTHS: [usize; 5] = [1200, 1200, 1200, 1200, 700];
+    let refused = |error: io::Error| format!("the kernel refused it: {error}");
+    let sockets = [0; 2].map(|_| {
+        let any = SockAddr::from(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
+        let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
+        socket.bind(&any)?;
+        socket.set_read_timeout(Some(SELF_TEST_PATIENCE))?;
+        io::Result::Ok(socket)
+    });
+    let [Ok(sender), Ok(receiver)] = sockets else { return Ok(()) };
+    set(&sender, libc::SOL_UDP, UDP_SEGMENT, 0).map_err(refused)?;
+    if what == SelfTest::Gro {
+        set(&receiver, libc::SOL_UDP, UDP_GRO, 1).map_err(refused)?;
+    }
+    let Ok(Some(to)) = receiver.local_addr().map(|address| address.as_socket()) else {
+        return Ok(());
+    };
+    let mut batch = SendBatch::new(SLOT_BYTES, 1);
+    let mut sent: Vec<u8> = Vec::new();
+    for (number, length) in LENGTHS.into_iter().enumerate() {
+        let datagram: Vec<u8> = (0..length).map(|at| (at * 7 + at / 256 + number) as u8).collect();
+        batch.push(to, &datagram);
+        sent.extend_from_slice(&datagram);
+    }
+    let mut headers = Headers::new();
+    match headers.send(&sender, batch.bytes(), batch.trains()) {
+        Ok(_) => {}
+        Err(error) if error.raw_os_error() == Some(libc::ENETUNREACH) => return Ok(()),
+        Err(error) => return Err(refused(error)),
+    }
+    let mut slots = vec![0; SLOT_BYTES];
+    let mut received: Vec<u8> = Vec::new();
+    while received.len() < sent.len() {
+        if headers.receive_waiting(&receiver, &mut slots).is_err() {
+            break;
+        }
+        let Some((_, len, stride)) = headers.received(0) else { break };
+        // A whole train, or one datagram that has the length it was sent with.
+        let whole = stride == LENGTHS[0] && len == sent.len();
+        let single = stride == 0 && LENGTHS.contains(&len);
+        if !whole && !single {
+            return Err(format!("a self-test received {len} bytes in parts of {stride}"));
+        }
+        received.extend_from_slice(&slots[..len]);
+    }
+    // Nothing at all: a loopback that is down, or a firewall.
+    if received.is_empty() || received == sent {
+        Ok(())
+    } else {
+        Err("a self-test received other bytes than were sent".to_owned())
     }
 }
 
@@ -311,20 +391,23 @@ impl Endpoint {
         Ok(())
     }
 
-    fn send(&mut self, bytes: &[u8], mut trains: &[Train], drops: &Drops) {
-        if self.segment_again.is_some_and(|again| Instant::now() >= again) {
-            self.segment_again = None;
-            self.no_segment = None;
-        }
+    fn send(
+        &mut self,
+        now: Instant,
+        bytes: &[u8],
+        mut trains: &[Train],
+        segment: &Switch,
+        drops: &Drops,
+    ) {
         let mut deadline = None;
         while let Some(first) = trains.first() {
-            if self.no_segment.is_some() && first.segments > 1 {
+            if !segment.is_on() && first.segments > 1 {
                 self.send_singly(bytes, first, drops);
                 trains = &trains[1..];
                 continue;
             }
             let limit = trains.len().min(MESSAGES);
-            let whole = |train: &&Train| self.no_segment.is_none() || train.segments == 1;
+            let whole = |train: &&Train| segment.is_on() || train.segments == 1;
             let run = trains[..limit].iter().take_while(whole).count();
             match self.headers.send(&self.socket, bytes, &trains[..run]) {
                 Ok(sent) => {
@@ -339,8 +422,7 @@ impl Endpoint {
                         if first.segments > 1 =>
                     {
                         if code != libc::EMSGSIZE {
-                            self.no_segment = Some(format!("the kernel gave up on it: {error}"));
-                            self.segment_again = Some(Instant::now() + SEGMENT_PAUSE);
+                            segment.give_up(&error, now);
                         }
                         self.send_singly(bytes, first, drops);
                         trains = &trains[1..];
@@ -447,8 +529,23 @@ impl Headers {
         }
     }
 
-    /// Receives up to one message per slot of `slots`; see [`Headers::received`].
+    /// Receives up to one message per slot of `slots`, without waiting; see
+    /// [`Headers::received`].
     fn receive(&mut self, socket: &Socket, slots: &mut [u8]) -> io::Result<usize> {
+        self.receive_with(socket, slots, libc::MSG_DONTWAIT)
+    }
+
+    /// As [`Headers::receive`], but waits as long as the socket's timeout says.
+    fn receive_waiting(&mut self, socket: &Socket, slots: &mut [u8]) -> io::Result<usize> {
+        self.receive_with(socket, slots, 0)
+    }
+
+    fn receive_with(
+        &mut self,
+        socket: &Socket,
+        slots: &mut [u8],
+        flags: c_int,
+    ) -> io::Result<usize> {
         let mut count = 0;
         for slot in slots.chunks_exact_mut(SLOT_BYTES).take(MESSAGES) {
             self.vectors[count] =
@@ -471,7 +568,7 @@ impl Headers {
                 socket.as_raw_fd(),
                 self.messages.as_mut_ptr(),
                 count as c_uint,
-                libc::MSG_DONTWAIT as _,
+                flags as _,
                 ptr::null_mut(),
             )
         };

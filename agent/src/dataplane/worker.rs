@@ -188,10 +188,10 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 }
             }
             if self.out.spare(super::arena::TRAIN_BYTES).is_none() {
-                self.flush();
+                self.flush(now);
             }
         }
-        self.flush();
+        self.flush(now);
     }
 
     fn inbound(&mut self, now: Instant) -> nix::Result<()> {
@@ -200,10 +200,10 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         let joined = self.tun.coalesce();
         self.engine.inbound(now, joined, &self.received, &mut self.writes, &mut self.out);
         if !self.writes.is_empty() {
-            self.tun.write(&self.writes, &self.drops);
+            self.tun.write(now, &self.writes, &self.drops);
             self.writes.clear();
         }
-        self.flush();
+        self.flush(now);
         Ok(())
     }
 
@@ -218,9 +218,9 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         Ok(())
     }
 
-    fn flush(&mut self) {
+    fn flush(&mut self, now: Instant) {
         if !self.out.is_empty() {
-            self.udp.send(&self.out, &self.drops);
+            self.udp.send(now, &self.out, &self.drops);
             self.out.clear();
         }
     }

@@ -14,7 +14,7 @@ use towline_core::plan::{Plan, RouteVia};
 
 use super::{apply, net, plan};
 use crate::dataplane::vnet::{VNET_HEADER_BYTES, VnetHeader};
-use crate::dataplane::{Tun, TunIo, checksum, open_tun};
+use crate::dataplane::{Offloads, Tun, TunIo, checksum, open_tun_with};
 use crate::host::HostNetwork;
 use crate::netlink::testing::{NetworkNamespace, namespace_test};
 use crate::netlink::{AddressOptions, Family, Route, Rtnetlink, VethPeer};
@@ -71,7 +71,7 @@ fn transparent() -> Plan {
 
 /// Applies a plan with the tunnel's far end in our hands; `None` where there is no TUN.
 fn with_tunnel(plan: &Plan) -> Option<(HostNetwork, Tun)> {
-    let tunnel = match open_tun("towline0") {
+    let tunnel = match open_tun_with("towline0", Offloads::NONE) {
         Ok(tunnel) => tunnel,
         Err(error) => {
             println!("skipped: {error}");
