@@ -14,6 +14,8 @@ use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
 use towline_proto::token::ControllerAddress;
 
+use crate::prefixes::Filter;
+
 /// Where the file is when nobody says.
 pub const DEFAULT_PATH: &str = "/etc/towline/agent.toml";
 
@@ -46,6 +48,10 @@ pub struct NodeConfig {
     pub advertise: Vec<SocketAddr>,
     /// Networks that are reached through this node; its grant must allow them.
     pub prefixes: Vec<IpNet>,
+    /// Announce only networks inside these, whoever names them; empty: all.
+    pub include_prefixes: Vec<IpNet>,
+    /// Announce none of these, nor any part of them.
+    pub exclude_prefixes: Vec<IpNet>,
 }
 
 /// The UDP side of the tunnels.
@@ -257,13 +263,24 @@ impl Config {
         {
             return Err(("node.advertise", format!("nothing can be sent to {bad}")));
         }
-        if self.node.prefixes.len() > limits::PREFIXES {
-            return Err(("node.prefixes", format!("at most {}", limits::PREFIXES)));
-        }
-        if let Some(bad) = self.node.prefixes.iter().find(|p| p.trunc() != **p) {
-            return Err(("node.prefixes", format!("{bad} has host bits set: use {}", bad.trunc())));
+        for (key, networks) in [
+            ("node.prefixes", &self.node.prefixes),
+            ("node.include_prefixes", &self.node.include_prefixes),
+            ("node.exclude_prefixes", &self.node.exclude_prefixes),
+        ] {
+            if networks.len() > limits::PREFIXES {
+                return Err((key, format!("at most {}", limits::PREFIXES)));
+            }
+            if let Some(bad) = networks.iter().find(|net| net.trunc() != **net) {
+                return Err((key, format!("{bad} has host bits set: use {}", bad.trunc())));
+            }
         }
         Ok(())
+    }
+
+    /// Which networks are announced.
+    pub fn prefix_filter(&self) -> Filter<'_> {
+        Filter { include: &self.node.include_prefixes, exclude: &self.node.exclude_prefixes }
     }
 
     /// The configured candidates.
@@ -359,6 +376,7 @@ mod tests {
             ("[routing]\nmark = 0x30", "besides"),
             ("[routing]\nplain_ports = [0]", "65535"),
             ("[node]\nprefixes = [\"10.0.0.1/8\"]", "10.0.0.0/8"),
+            ("[node]\nexclude_prefixes = [\"10.0.0.1/8\"]", "10.0.0.0/8"),
             ("[node]\nadvertise = [\"0.0.0.0:1\"]", "sent"),
             ("[controller]\naddresses = [\"nope\"]", "host:port"),
         ] {

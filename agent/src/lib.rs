@@ -16,6 +16,7 @@ pub mod keys;
 pub mod map_cache;
 pub mod netlink;
 pub mod nft;
+pub mod prefixes;
 pub mod probe;
 pub mod state;
 pub mod tls;

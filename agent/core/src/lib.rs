@@ -23,6 +23,6 @@ mod peer;
 pub mod peer_table;
 mod pings;
 pub mod plan;
-mod prefixes;
+pub mod prefixes;
 mod rtt;
 mod timers;

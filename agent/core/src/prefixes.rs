@@ -46,7 +46,7 @@ impl<V> PrefixMap<V> {
 }
 
 /// The networks without those that lie inside another.
-pub(crate) fn covering(nets: impl IntoIterator<Item = IpNet>) -> BTreeSet<IpNet> {
+pub fn covering(nets: impl IntoIterator<Item = IpNet>) -> BTreeSet<IpNet> {
     let sorted: BTreeSet<IpNet> = nets.into_iter().map(|net| net.trunc()).collect();
     let mut kept = BTreeSet::new();
     let mut last: Option<IpNet> = None;
@@ -63,7 +63,7 @@ pub(crate) fn covering(nets: impl IntoIterator<Item = IpNet>) -> BTreeSet<IpNet>
 /// `nets` with `holes` cut out, as the fewest networks that cover the rest.
 ///
 /// `nets` must not overlap one another (see [`covering`]).
-pub(crate) fn without(nets: BTreeSet<IpNet>, holes: &[IpNet]) -> BTreeSet<IpNet> {
+pub fn without(nets: BTreeSet<IpNet>, holes: &[IpNet]) -> BTreeSet<IpNet> {
     let mut rest = nets;
     for hole in holes {
         let touched: Vec<IpNet> =

@@ -33,6 +33,7 @@ use crate::dataplane::{self, DataPlane};
 use crate::discovery::{self, Announcement, Discovery};
 use crate::host::HostEvent;
 use crate::join;
+use crate::prefixes::{Feed, PrefixSource, PrefixUpdate, Prefixes, Selection};
 use crate::probe::ProbeKeys;
 use crate::state::{Keys, Membership, StateDir};
 use host::Host;
@@ -82,6 +83,10 @@ struct Daemon {
     host: Host,
     removed: bool,
 
+    prefixes: Prefixes,
+    announced: Selection,
+    /// To be cloned for every task that is a source of prefixes.
+    _prefix_feed: Feed,
     announcements: watch::Sender<Option<Announcement>>,
     commands: mpsc::Sender<discovery::Command>,
     controller: ControllerView,
@@ -99,6 +104,7 @@ struct Inputs {
     data_plane: mpsc::Receiver<dataplane::Event>,
     discovery: mpsc::Receiver<discovery::Event>,
     control: mpsc::Receiver<Request>,
+    prefixes: mpsc::Receiver<PrefixUpdate>,
 }
 
 /// What is known of the controller.
@@ -139,6 +145,7 @@ impl Daemon {
             mesh.update(now, change);
         }
 
+        let (prefix_feed, prefix_updates) = mpsc::channel(4);
         let (announcements, announced) = watch::channel(None);
         let (commands, command_queue) = mpsc::channel(4);
         let (events, discovery_events) = mpsc::channel(64);
@@ -177,6 +184,9 @@ impl Daemon {
             probe_keys: ProbeKeys::default(),
             host,
             removed,
+            prefixes: Prefixes::default(),
+            announced: Selection::default(),
+            _prefix_feed: prefix_feed,
             announcements,
             commands,
             controller: ControllerView {
@@ -191,6 +201,7 @@ impl Daemon {
                 data_plane: data_plane_events,
                 discovery: discovery_events,
                 control: control_requests,
+                prefixes: prefix_updates,
             },
         })
     }
@@ -199,6 +210,7 @@ impl Daemon {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
+        self.configured_prefixes();
         self.prefixes_changed();
         self.addresses_changed();
         let exit = loop {
@@ -215,6 +227,7 @@ impl Daemon {
                     HostEvent::AddressesChanged => self.addresses_changed(),
                     HostEvent::OursChanged => self.host.put_back(),
                 },
+                Some(update) = self.inputs.prefixes.recv() => self.prefix_update(update),
                 Some(request) = self.inputs.control.recv() => {
                     if let Some(exit) = self.control_request(request).await {
                         break exit;
@@ -244,7 +257,7 @@ impl Daemon {
                 Output::PeerTable(table) => self.peer_table(table),
                 Output::Plan(plan) => self.host.apply(plan),
                 Output::Advertise(candidates) => {
-                    let prefixes = self.granted_prefixes();
+                    let prefixes = self.announced.announced.clone();
                     self.announcements.send_replace(Some(Announcement { candidates, prefixes }));
                 }
                 Output::StateChanged { peer, from, to } => self.state_changed(peer, from, to),
@@ -368,8 +381,22 @@ impl Daemon {
         self.mesh.set_candidates(Instant::now(), candidates);
     }
 
+    fn configured_prefixes(&mut self) {
+        let prefixes = self.config.node.prefixes.clone();
+        self.prefixes.set(PrefixUpdate { source: PrefixSource::Configuration, prefixes });
+    }
+
+    fn prefix_update(&mut self, update: PrefixUpdate) {
+        if self.prefixes.set(update) {
+            self.prefixes_changed();
+        }
+    }
+
+    /// A source, the filter or the grant changed: decides anew what is announced.
     fn prefixes_changed(&mut self) {
-        let prefixes = self.granted_prefixes();
+        let filter = self.config.prefix_filter();
+        self.announced = self.prefixes.select(filter, &self.membership.grant);
+        let prefixes = self.announced.announced.clone();
         self.mesh.set_prefixes(Instant::now(), prefixes.clone());
         self.announcements.send_if_modified(|announcement| match announcement {
             Some(announcement) if announcement.prefixes != prefixes => {
@@ -378,13 +405,6 @@ impl Daemon {
             }
             _ => false,
         });
-    }
-
-    /// The configured prefixes that our grant allows: the others would only get the whole record
-    /// refused. They are shown as a problem.
-    fn granted_prefixes(&self) -> Vec<ipnet::IpNet> {
-        let grant = &self.membership.grant;
-        self.config.node.prefixes.iter().filter(|prefix| grant.allows(prefix)).copied().collect()
     }
 
     async fn control_request(&mut self, request: Request) -> Option<Exit> {
@@ -492,6 +512,7 @@ impl Daemon {
             tracing::warn!("only [node] is taken over: restart the agent for the rest");
         }
         self.config.node = fresh.node;
+        self.configured_prefixes();
         self.prefixes_changed();
         self.addresses_changed();
         tracing::info!("configuration re-read");

@@ -76,12 +76,7 @@ impl Daemon {
             }
         }
         problems.extend(self.host.problems().iter().cloned());
-        let grant = &self.membership.grant;
-        problems.extend(
-            self.config.node.prefixes.iter().filter(|prefix| !grant.allows(prefix)).map(|prefix| {
-                format!("prefix {prefix} is not granted to this node and not announced")
-            }),
-        );
+        problems.extend(self.announced.problems.iter().cloned());
         problems
     }
 
