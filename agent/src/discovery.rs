@@ -488,6 +488,7 @@ impl Discovery {
             candidates: announcement.candidates.iter().copied().take(limits::CANDIDATES).collect(),
             prefixes: announcement.prefixes.iter().copied().take(limits::PREFIXES).collect(),
             version: towline_proto::VERSION.to_owned(),
+            relay: false,
         };
         let signed = self.keys.identity.sign_record(&pb::Record::from(&record));
         self.current = Some((announcement, signed.clone()));

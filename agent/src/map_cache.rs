@@ -248,6 +248,7 @@ mod tests {
                 candidates: Vec::new(),
                 prefixes: Vec::new(),
                 version: String::new(),
+                relay: false,
             };
             pb::Entry {
                 grant: Some(signed::sign(signed::Domain::Grant, &pb::Grant::from(&grant), &self.0)),

@@ -47,7 +47,9 @@ impl End {
     /// This end as a peer of another.
     fn entry(&self) -> PeerEntry {
         PeerEntry {
-            endpoint: Some(self.address),
+            endpoint: Some(self.address.into()),
+            mtu: 1_420,
+            fragment: false,
             prefixes: vec![ipnet::IpNet::from(std::net::IpAddr::from(self.inner))],
             keepalive: None,
             preshared_key: None,
@@ -110,9 +112,9 @@ fn strangers() -> (Network, End, End) {
 /// Two ends with a session that the first has initiated.
 fn friends() -> (Network, End, End) {
     let (network, mut a, mut b) = strangers();
-    a.plane.handshake(b.key(), vec![b.address]);
-    a.observed(b.key(), |what| what == Observation::Handshake { from: b.address });
-    b.observed(a.key(), |what| what == Observation::Handshake { from: a.address });
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    a.observed(b.key(), |what| what == Observation::Handshake { from: b.address.into() });
+    b.observed(a.key(), |what| what == Observation::Handshake { from: a.address.into() });
     (network, a, b)
 }
 
@@ -187,7 +189,7 @@ fn bytes_and_handshakes_are_counted() {
     assert_eq!(b_sees.sent_bytes, sent(&b));
     assert_eq!(a_sees.received_bytes, sent(&b));
     assert!(a_sees.last_handshake.is_some() && b_sees.last_handshake.is_some());
-    assert_eq!(a_sees.endpoint, Some(b.address));
+    assert_eq!(a_sees.endpoint, Some(b.address.into()));
 }
 
 #[test]
@@ -243,7 +245,7 @@ fn without_a_session_traffic_is_wanted_once_and_waits() {
     }
     a.observed(b.key(), |what| what == Observation::Wanted);
     assert!(network.seen().is_empty(), "nothing goes out unasked");
-    a.plane.handshake(b.key(), vec![b.address]);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
     for packet in &packets {
         assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet));
     }
@@ -262,7 +264,7 @@ fn only_a_few_packets_wait() {
     }
     a.observed(b.key(), |what| what == Observation::Wanted);
     a.dropped("queue_full", 24);
-    a.plane.handshake(b.key(), vec![b.address]);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
     for packet in &packets[24..] {
         assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet), "the newest are kept");
     }
@@ -272,9 +274,9 @@ fn only_a_few_packets_wait() {
 fn one_initiation_goes_to_each_address_and_counts_once() {
     let (network, mut a, mut b) = strangers();
     let nowhere = SocketAddr::from(([198, 51, 100, 9], 9));
-    a.plane.handshake(b.key(), vec![nowhere, b.address, b.address]);
-    a.observed(b.key(), |what| what == Observation::Handshake { from: b.address });
-    b.observed(a.key(), |what| what == Observation::Handshake { from: a.address });
+    a.plane.handshake(b.key(), vec![nowhere.into(), b.address.into(), b.address.into()]);
+    a.observed(b.key(), |what| what == Observation::Handshake { from: b.address.into() });
+    b.observed(a.key(), |what| what == Observation::Handshake { from: a.address.into() });
     b.dropped("stale_handshake", 1);
     let seen = network.seen();
     let initiations = of_type(&seen, 1);
@@ -287,8 +289,8 @@ fn one_initiation_goes_to_each_address_and_counts_once() {
 #[test]
 fn both_ends_may_initiate_at_once() {
     let (_network, mut a, mut b) = strangers();
-    a.plane.handshake(b.key(), vec![b.address]);
-    b.plane.handshake(a.key(), vec![a.address]);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    b.plane.handshake(a.key(), vec![a.address.into()]);
     a.observed(b.key(), |what| matches!(what, Observation::Handshake { .. }));
     b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
     carries(&a, &b, 100);
@@ -299,12 +301,12 @@ fn both_ends_may_initiate_at_once() {
 fn a_responder_that_knows_no_address_answers_where_the_handshake_came_from() {
     let (_network, mut a, mut b) = strangers();
     b.apply([(a.key(), PeerEntry { endpoint: None, ..a.entry() })]);
-    a.plane.handshake(b.key(), vec![b.address]);
-    b.observed(a.key(), |what| what == Observation::Roamed { from: a.address });
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    b.observed(a.key(), |what| what == Observation::Roamed { from: a.address.into() });
     a.observed(b.key(), |what| matches!(what, Observation::Handshake { .. }));
     carries(&b, &a, 10);
     carries(&a, &b, 10);
-    assert_eq!(b.plane.snapshot().peers[&a.key()].endpoint, Some(a.address));
+    assert_eq!(b.plane.snapshot().peers[&a.key()].endpoint, Some(a.address.into()));
 }
 
 #[test]
@@ -323,7 +325,7 @@ fn an_authentic_datagram_from_elsewhere_is_reported_and_replies_stay() {
         !moved
     });
     carries(&a, &b, 10);
-    b.observed(a.key(), |what| what == Observation::Roamed { from: elsewhere });
+    b.observed(a.key(), |what| what == Observation::Roamed { from: elsewhere.into() });
     carries(&b, &a, 10);
     // Once is enough.
     carries(&a, &b, 10);
@@ -394,7 +396,7 @@ fn a_new_table_keeps_the_sessions_of_those_who_stay() {
     b.apply([]);
     a.host.send(&packet(&a, &b, 10));
     b.dropped("unknown_index", 1);
-    a.plane.handshake(b.key(), vec![b.address]);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
     b.dropped("unknown_peer", 1);
 }
 
@@ -404,11 +406,14 @@ fn a_preshared_key_must_be_the_same_on_both_sides() {
     let psk = |byte| Some(PresharedKey([byte; 32]));
     a.apply([(b.key(), PeerEntry { preshared_key: psk(5), ..b.entry() })]);
     b.apply([(a.key(), PeerEntry { preshared_key: psk(6), ..a.entry() })]);
-    a.plane.handshake(b.key(), vec![b.address]);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
     a.dropped("invalid_handshake", 1);
     b.apply([(a.key(), PeerEntry { preshared_key: psk(5), ..a.entry() })]);
     // The same addresses at once would be taken for the same order.
-    a.plane.handshake(b.key(), vec![b.address, SocketAddr::from(([198, 51, 100, 9], 9))]);
+    a.plane.handshake(
+        b.key(),
+        vec![b.address.into(), SocketAddr::from(([198, 51, 100, 9], 9)).into()],
+    );
     a.observed(b.key(), |what| matches!(what, Observation::Handshake { .. }));
     carries(&a, &b, 10);
     carries(&b, &a, 10);
@@ -425,7 +430,7 @@ fn a_preshared_key_changes_without_a_gap() {
     carries(&a, &b, 10);
     carries(&b, &a, 10);
     assert_eq!(of_type(&network.seen(), 1).len(), 1, "on the session of before");
-    a.plane.handshake(b.key(), vec![b.address]);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
     a.observed(b.key(), |what| matches!(what, Observation::Handshake { .. }));
     carries(&a, &b, 10);
     carries(&b, &a, 10);
@@ -443,7 +448,7 @@ fn a_node_whose_clock_was_set_back_returns_when_its_boot_epoch_grows() {
     let (a, mut b) = (End::new(&network, 1), End::new(&network, 2));
     b.apply([(a.key(), a.entry())]);
     a.apply([(b.key(), b.entry())]);
-    a.plane.handshake(b.key(), vec![b.address]);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
     b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
     let recorded = of_type(&network.seen(), 1)[0].clone();
     // An initiation that is not newer than the last stands for any of a clock set back.
@@ -453,7 +458,7 @@ fn a_node_whose_clock_was_set_back_returns_when_its_boot_epoch_grows() {
     carries(&a, &b, 10);
     let answers = of_type(&network.seen(), 2).len();
     network.inject(recorded);
-    b.plane.send(a.address, &[0x50]);
+    b.plane.send(a.address.into(), &[0x50]);
     carries(&b, &a, 10);
     assert_eq!(of_type(&network.seen(), 2).len(), answers + 1, "it is answered now");
     b.dropped("stale_handshake", 1);
@@ -464,14 +469,18 @@ fn probes_and_stun_are_handed_on_and_sent() {
     let (network, a, mut b) = strangers();
     let probe = [&[0x50u8, 1, 0, 0][..], &[7; 60]].concat();
     let stun = [&[0u8, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42][..], &[9; 12]].concat();
-    a.plane.send(b.address, &probe);
+    a.plane.send(b.address.into(), &probe);
     match b.event() {
-        Event::Probe { from, datagram } => assert_eq!((from, &*datagram), (a.address, &*probe)),
+        Event::Probe { from, datagram } => {
+            assert_eq!((from, &*datagram), (a.address.into(), &*probe));
+        }
         other => panic!("{other:?}"),
     }
     network.inject(Datagram { from: a.address, to: b.address, bytes: stun.clone() });
     match b.event() {
-        Event::Stun { from, datagram } => assert_eq!((from, &*datagram), (a.address, &*stun)),
+        Event::Stun { from, datagram } => {
+            assert_eq!((from, &*datagram), (a.address.into(), &*stun));
+        }
         other => panic!("{other:?}"),
     }
 }
@@ -528,7 +537,7 @@ fn a_counter_near_its_end_is_refused() {
 fn one_loud_source_is_limited_before_its_handshakes_cost_anything() {
     let (network, a, mut b) = strangers();
     let loud = SocketAddr::from(([203, 0, 113, 1], 1));
-    a.plane.handshake(b.key(), vec![SocketAddr::from(([198, 51, 100, 9], 9))]);
+    a.plane.handshake(b.key(), vec![SocketAddr::from(([198, 51, 100, 9], 9)).into()]);
     while network.seen().is_empty() {
         std::thread::yield_now();
     }
@@ -539,7 +548,7 @@ fn one_loud_source_is_limited_before_its_handshakes_cost_anything() {
         let bytes = initiation.clone();
         network.inject(Datagram { from: loud, to: b.address, bytes });
     }
-    a.plane.handshake(b.key(), vec![b.address]);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
     b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
     assert!(b.drops("source_limited") > 700, "{:?}", b.plane.snapshot().drops);
     assert_eq!(b.drops("under_load"), 0);
@@ -569,7 +578,7 @@ fn a_stopped_data_plane_is_silent() {
     let (network, a, b) = friends();
     b.plane.stop();
     let before = network.seen().len();
-    a.plane.handshake(b.key(), vec![b.address]);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
     while network.seen().len() == before {
         std::thread::yield_now();
     }

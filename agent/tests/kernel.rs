@@ -176,7 +176,9 @@ fn pair(offloads: Offloads, outer: [&str; 2]) -> [Node; 2] {
     });
     for (me, you) in [(0, 1), (1, 0)] {
         let entry = PeerEntry {
-            endpoint: Some(SocketAddr::new(address(outer[you]).addr(), 51830)),
+            endpoint: Some(SocketAddr::new(address(outer[you]).addr(), 51830).into()),
+            mtu: 1_420,
+            fragment: false,
             prefixes: nodes[you].inner.map(IpNet::from).to_vec(),
             keepalive: None,
             preshared_key: None,
@@ -186,7 +188,7 @@ fn pair(offloads: Offloads, outer: [&str; 2]) -> [Node; 2] {
         nodes[me].plane.apply(&PeerTable { peers });
     }
     let to = SocketAddr::new(address(outer[1]).addr(), 51830);
-    nodes[0].plane.handshake(nodes[1].plane.public_key(), vec![to]);
+    nodes[0].plane.handshake(nodes[1].plane.public_key(), vec![to.into()]);
     nodes
 }
 

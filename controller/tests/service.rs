@@ -204,6 +204,7 @@ async fn a_slow_watcher_gets_the_newest_state_and_no_queue() {
             candidates: candidates.clone(),
             prefixes: prefixes.clone(),
             version: String::new(),
+            relay: false,
         };
         watch.heartbeat().await;
         publisher.heartbeat().await;

@@ -228,6 +228,7 @@ impl TryFrom<pb::Record> for Record {
                 .collect(),
             prefixes: prefixes(&record.prefixes)?,
             version: record.version.chars().filter(|c| !c.is_control()).collect(),
+            relay: record.relay,
         })
     }
 }
@@ -242,6 +243,7 @@ impl From<&Record> for pb::Record {
             candidates: record.candidates.iter().map(Into::into).collect(),
             prefixes: record.prefixes.iter().map(Into::into).collect(),
             version: record.version.clone(),
+            relay: record.relay,
         }
     }
 }

@@ -142,6 +142,8 @@ pub struct Record {
     pub prefixes: Vec<IpNet>,
     /// Towline version of its agent.
     pub version: String,
+    /// Forwards sealed datagrams between nodes that have no direct path.
+    pub relay: bool,
 }
 
 /// A node of the mesh: a grant and a record that stands under it.
@@ -292,6 +294,7 @@ mod tests {
             candidates: Vec::new(),
             prefixes: vec!["10.244.3.0/24".parse().unwrap()],
             version: String::new(),
+            relay: false,
         }
     }
 

@@ -16,7 +16,9 @@ use towline_agent::dataplane::session::{MessageKind, Segments};
 use towline_agent::dataplane::split::Split;
 use towline_agent::dataplane::vnet::{VNET_HEADER_BYTES, VnetHeader};
 use towline_core::mesh::{MapChange, Output, ReceivedProbe};
+use towline_core::path::Path;
 use towline_core::peer_table::Observation;
+use towline_core::relay::RelayRequest;
 use towline_proto::frame::{DatagramKind, Probe, ProbeHeader};
 use towline_proto::id::{IdentityKey, WireguardKey};
 use towline_proto::limits;
@@ -204,7 +206,7 @@ pub fn mesh(bytes: &[u8]) {
                 mesh.set_candidates(now, candidates);
             }
             4 => {
-                let from = input.address();
+                let from = input.address().into();
                 let what = match input.byte().unwrap_or(0) % 5 {
                     0 => Observation::Handshake { from },
                     1 => Observation::Roamed { from },
@@ -216,7 +218,7 @@ pub fn mesh(bytes: &[u8]) {
             }
             5 => {
                 let transaction = input.byte().unwrap_or(0).into();
-                let from = input.address();
+                let from = input.address().into();
                 mesh.probe_received(now, input.key(), from, ReceivedProbe::Ping { transaction });
             }
             6 => {
@@ -241,7 +243,7 @@ pub fn mesh(bytes: &[u8]) {
         }
         while let Some(output) = mesh.poll_output() {
             check(&output, &mut sent);
-            if let Output::Ping { peer, to, transaction } = output {
+            if let Output::Ping { peer, to, transaction, .. } = output {
                 pings.push((peer, to, transaction));
             }
         }
@@ -256,8 +258,9 @@ pub fn mesh(bytes: &[u8]) {
 
 fn check(output: &Output, sent: &mut u32) {
     let overlay = host::mesh_config().overlay_v4;
-    let mut outer = |to: &SocketAddr| {
+    let mut outer = |to: &Path| {
         *sent += 1;
+        let to = to.remote;
         let inside = matches!(to.ip(), std::net::IpAddr::V4(ip) if overlay.contains(&ip));
         assert!(!inside, "{to} leads into the tunnel");
     };
@@ -274,6 +277,11 @@ fn check(output: &Output, sent: &mut u32) {
             }
         }
         Output::Advertise(candidates) => assert!(candidates.len() <= limits::CANDIDATES),
+        Output::Stun { to, .. } => outer(&(*to).into()),
+        Output::Relay(RelayRequest::Register { to, .. } | RelayRequest::Open { to, .. }) => {
+            outer(to);
+        }
+        Output::Signal { via, .. } => via.iter().for_each(outer),
         Output::Plan(_) | Output::StateChanged { .. } | Output::PingResult { .. } => {}
     }
 }
@@ -487,6 +495,7 @@ impl Input<'_> {
             candidates: self.candidates(),
             prefixes: self.prefixes(),
             version: "fuzz".into(),
+            relay: false,
         };
         Node::new(grant, record).expect("it announces what it may")
     }

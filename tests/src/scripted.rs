@@ -101,6 +101,7 @@ impl Ca {
             candidates: Vec::new(),
             prefixes: Vec::new(),
             version: String::new(),
+            relay: false,
         };
         Ok(pb::Entry {
             grant: Some(self.grant(id, &identity, &wireguard)),

@@ -13,13 +13,19 @@ use crate::plan::{FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, UnderlayPla
 use crate::prefixes::{covering, without};
 
 /// The data plane's peers: all that hold their key.
-pub(crate) fn peer_table<'a>(claims: &Claims, peers: impl Iterator<Item = &'a Peer>) -> PeerTable {
+pub(crate) fn peer_table<'a>(
+    mtu: u32,
+    claims: &Claims,
+    peers: impl Iterator<Item = &'a Peer>,
+) -> PeerTable {
     let entries = peers.filter_map(|peer| {
         let claim = claims.of(peer.id()).filter(|claim| claim.key_holder.is_none())?;
         let entry = PeerEntry {
             endpoint: peer.endpoint(),
             prefixes: claim.prefixes.clone(),
             keepalive: peer.keepalive(),
+            mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+            fragment: false,
             preshared_key: None,
             boot_epoch: peer.node().record().boot_epoch,
         };

@@ -15,18 +15,21 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use towline_proto::id::{IdentityKey, NodeId, WireguardKey};
+use towline_proto::id::{IdentityKey, NodeId, NodeName, WireguardKey};
 use towline_proto::limits;
 use towline_proto::node::{Candidate, Grant, MeshConfig, Node, Tombstone};
 
 use crate::claims::Claims;
 use crate::derive;
 use crate::local::Local;
+use crate::path::{LocalEnd, Path};
 use crate::peer::{Context, Peer};
 use crate::peer_table::{Observation, PeerTable};
 use crate::pings::{Pings, Purpose};
 use crate::plan::{Plan, RulePlan, UnderlayPlan};
 use crate::prefixes::covering;
+use crate::relay::{RelayAnswer, RelayRequest};
+use crate::signal::Signal;
 use crate::timers::{Timer, Timers};
 
 /// First attempts of many peers that come at once are spread over this much for each.
@@ -51,6 +54,8 @@ pub struct Config {
     pub rules: RulePlan,
     /// Name of our nftables table.
     pub firewall_table: String,
+    /// Whether we relay for others.
+    pub relay: bool,
 }
 
 /// A change of the network map. Signatures and grants were verified before.
@@ -89,16 +94,19 @@ pub enum Output {
         /// To whom.
         peer: WireguardKey,
         /// Where.
-        to: SocketAddr,
+        to: Path,
         /// To find in the pong.
         transaction: u64,
+        /// To how many bytes of UDP payload it is padded (a relay channel's prefix included), and
+        /// then sent unfragmented, to see whether the path takes that much. The pong is short.
+        size: Option<u16>,
     },
     /// Send a pong.
     Pong {
         /// To whom.
         peer: WireguardKey,
-        /// Where: the address that the ping came from.
-        to: SocketAddr,
+        /// Where: the way that the ping came.
+        to: Path,
         /// The ping's.
         transaction: u64,
     },
@@ -108,8 +116,28 @@ pub enum Output {
         /// With whom.
         peer: WireguardKey,
         /// Where; bounded by `limits::CANDIDATES`.
-        to: Vec<SocketAddr>,
+        to: Vec<Path>,
     },
+    /// Ask a reflector for our own address as it sees it: a STUN binding request (RFC 8489).
+    Stun {
+        /// What to send from; `None`: the kernel chooses.
+        local: Option<LocalEnd>,
+        /// The reflector.
+        to: SocketAddr,
+        /// To find in the answer.
+        transaction: [u8; 12],
+    },
+    /// Tell a peer something, sealed for it.
+    Signal {
+        /// To whom.
+        peer: NodeId,
+        /// How: a path to it that works, or `None`, through the controller.
+        via: Option<Path>,
+        /// What.
+        signal: Signal,
+    },
+    /// Ask a relay for something.
+    Relay(RelayRequest),
     /// The peer table is now this one.
     PeerTable(Arc<PeerTable>),
     /// The plan is now this one.
@@ -130,7 +158,7 @@ pub enum Output {
         /// The number given to [`Mesh::ping`].
         id: u64,
         /// Where the answer came from and after how long; `None`: no answer in time.
-        answer: Option<(SocketAddr, Duration)>,
+        answer: Option<(Path, Duration)>,
     },
 }
 
@@ -162,7 +190,12 @@ pub struct PeerStatus {
     /// Why it is not up, in words for the operator; empty when it is.
     pub reason: String,
     /// The path that carries its traffic.
-    pub path: Option<SocketAddr>,
+    pub path: Option<Path>,
+    /// The relay on that path.
+    pub relay: Option<NodeName>,
+    /// The largest inner packet that the path takes, in bytes, once that was found out. Below
+    /// 1,280, outer datagrams are fragmented.
+    pub mtu: Option<u16>,
     /// Smoothed round-trip time of that path.
     pub rtt: Option<Duration>,
     /// When the last handshake was completed.
@@ -301,7 +334,7 @@ impl Mesh {
         &mut self,
         now: Instant,
         peer: WireguardKey,
-        from: SocketAddr,
+        from: Path,
         probe: ReceivedProbe,
     ) {
         self.advance(now);
@@ -327,6 +360,49 @@ impl Mesh {
                 }
             }
         }
+    }
+
+    /// Takes our uplinks, whole: every address of ours that leads outwards, with its interface.
+    pub fn set_uplinks(&mut self, now: Instant, _uplinks: Vec<LocalEnd>) {
+        self.advance(now);
+    }
+
+    /// Takes the reflectors that the controllers offer, whole. Relays and public nodes are known.
+    pub fn set_reflectors(&mut self, now: Instant, _reflectors: Vec<SocketAddr>) {
+        self.advance(now);
+    }
+
+    /// Whether a controller takes signals now.
+    pub fn set_controller_connected(&mut self, now: Instant, _connected: bool) {
+        self.advance(now);
+    }
+
+    /// Takes in a reflector's answer.
+    pub fn stun_received(
+        &mut self,
+        now: Instant,
+        _local: Option<LocalEnd>,
+        _from: SocketAddr,
+        _transaction: [u8; 12],
+        _mapped: SocketAddr,
+    ) {
+        self.advance(now);
+    }
+
+    /// Takes in a peer's signal, opened with the key of the pair, whichever way it came.
+    pub fn signal_received(&mut self, now: Instant, _peer: NodeId, _signal: Signal) {
+        self.advance(now);
+    }
+
+    /// Takes in a relay's answer, opened with the key of the pair of us and the relay.
+    pub fn relay_received(
+        &mut self,
+        now: Instant,
+        _relay: WireguardKey,
+        _from: Path,
+        _answer: RelayAnswer,
+    ) {
+        self.advance(now);
     }
 
     /// Pings a peer for an operator; [`Output::PingResult`] with this `id` tells how it ended, at
@@ -367,7 +443,7 @@ impl Mesh {
     pub fn poll_output(&mut self) -> Option<Output> {
         self.resolve_claims();
         if std::mem::take(&mut self.table_changed) {
-            let table = derive::peer_table(&self.claims, self.peers.values());
+            let table = derive::peer_table(self.config.mtu, &self.claims, self.peers.values());
             if self.table.as_deref() != Some(&table) {
                 let table = Arc::new(table);
                 self.table = Some(table.clone());
@@ -414,6 +490,8 @@ impl Mesh {
             since: peer.since(),
             reason,
             path: peer.path(),
+            relay: None,
+            mtu: None,
             rtt: peer.rtt(),
             last_handshake: peer.last_handshake(),
             prefixes: claim.map(|claim| claim.prefixes.clone()).unwrap_or_default(),

@@ -17,7 +17,6 @@
 //! as dead as one that carries none.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,6 +28,7 @@ use towline_proto::node::Node;
 
 use crate::local::{Local, preference, reachable};
 use crate::mesh::{Output, PeerState};
+use crate::path::Path;
 use crate::peer_table::{Observation, REKEY_TIMEOUT};
 use crate::pings::{Pings, Purpose, Sent};
 use crate::prefixes::is_private;
@@ -86,10 +86,10 @@ pub(crate) struct Peer {
     attempts: u32,
     last_initiation: Option<Instant>,
     /// The WireGuard endpoint: where the last handshake or authentic datagram came from.
-    endpoint: Option<SocketAddr>,
+    endpoint: Option<Path>,
     session: bool,
     last_handshake: Option<Instant>,
-    paths: BTreeMap<SocketAddr, Path>,
+    paths: BTreeMap<Path, Seen>,
     /// The ping on the endpoint that has no pong yet.
     awaited: Option<u64>,
     lost: u32,
@@ -99,7 +99,7 @@ pub(crate) struct Peer {
 
 /// An address of the peer from which we heard.
 #[derive(Debug, Default)]
-struct Path {
+struct Seen {
     rtt: Rtt,
     heard: Option<Instant>,
     answered: Option<Instant>,
@@ -150,7 +150,7 @@ impl Peer {
         self.since
     }
 
-    pub(crate) fn endpoint(&self) -> Option<SocketAddr> {
+    pub(crate) fn endpoint(&self) -> Option<Path> {
         self.endpoint
     }
 
@@ -163,7 +163,7 @@ impl Peer {
     }
 
     /// The path that carries traffic.
-    pub(crate) fn path(&self) -> Option<SocketAddr> {
+    pub(crate) fn path(&self) -> Option<Path> {
         self.endpoint.filter(|_| self.state == PeerState::Up)
     }
 
@@ -247,7 +247,7 @@ impl Peer {
         match what {
             Observation::Handshake { from } => self.handshake(cx, from),
             Observation::Roamed { from } => {
-                if cx.local.may_send_to(from) && self.endpoint != Some(from) {
+                if cx.local.may_send_to(from.remote) && self.endpoint != Some(from) {
                     self.heard(cx, from);
                     self.set_endpoint(cx, Some(from));
                     self.lost = 0;
@@ -258,7 +258,9 @@ impl Peer {
                 }
             }
             // The next attempt is scheduled; while up, the tunnel repeats its own re-key.
-            Observation::HandshakeUnanswered => {}
+            Observation::HandshakeUnanswered
+            | Observation::Active { .. }
+            | Observation::TooBig { .. } => {}
             Observation::SessionExpired => self.renew(cx),
             // Also while up: the session may have been ours alone to lose, or never confirmed.
             Observation::Wanted => self.renew(cx),
@@ -266,8 +268,8 @@ impl Peer {
     }
 
     /// An authentic ping came.
-    pub(crate) fn on_ping(&mut self, cx: &mut Context<'_>, from: SocketAddr, transaction: u64) {
-        if !cx.local.may_send_to(from) || !self.pongs.take(cx.now, PONGS_PER_SECOND) {
+    pub(crate) fn on_ping(&mut self, cx: &mut Context<'_>, from: Path, transaction: u64) {
+        if !cx.local.may_send_to(from.remote) || !self.pongs.take(cx.now, PONGS_PER_SECOND) {
             return;
         }
         cx.outputs.push_back(Output::Pong { peer: self.key(), to: from, transaction });
@@ -354,12 +356,12 @@ impl Peer {
         }
     }
 
-    fn handshake(&mut self, cx: &mut Context<'_>, from: SocketAddr) {
+    fn handshake(&mut self, cx: &mut Context<'_>, from: Path) {
         self.session = true;
         self.last_handshake = Some(cx.now);
         cx.timers.cancel(Timer::Attempt(self.id()));
         self.attempts = 0;
-        if cx.local.may_send_to(from) {
+        if cx.local.may_send_to(from.remote) {
             self.heard(cx, from);
             if self.path() == Some(from) {
                 return;
@@ -414,32 +416,32 @@ impl Peer {
         cx.outputs.push_back(Output::StateChanged { peer: self.id(), from, to });
     }
 
-    fn set_endpoint(&mut self, cx: &mut Context<'_>, endpoint: Option<SocketAddr>) {
+    fn set_endpoint(&mut self, cx: &mut Context<'_>, endpoint: Option<Path>) {
         if self.endpoint != endpoint {
             self.endpoint = endpoint;
             *cx.table_changed = true;
         }
     }
 
-    fn initiate(&mut self, cx: &mut Context<'_>, to: Vec<SocketAddr>) {
+    fn initiate(&mut self, cx: &mut Context<'_>, to: Vec<Path>) {
         if !to.is_empty() {
             self.last_initiation = Some(cx.now);
             cx.outputs.push_back(Output::Handshake { peer: self.key(), to });
         }
     }
 
-    fn ping(&mut self, cx: &mut Context<'_>, to: SocketAddr, purpose: Purpose) -> u64 {
+    fn ping(&mut self, cx: &mut Context<'_>, to: Path, purpose: Purpose) -> u64 {
         if let Some(path) = self.paths.get_mut(&to) {
             path.checked = Some(cx.now);
         }
         let sent = Sent { peer: self.id(), to, at: cx.now, purpose };
         let transaction = cx.pings.sent(cx.rng, sent);
-        cx.outputs.push_back(Output::Ping { peer: self.key(), to, transaction });
+        cx.outputs.push_back(Output::Ping { peer: self.key(), to, transaction, size: None });
         transaction
     }
 
     /// Remembers that something authentic came from there, and forgets what was so long ago.
-    fn heard(&mut self, cx: &Context<'_>, from: SocketAddr) {
+    fn heard(&mut self, cx: &Context<'_>, from: Path) {
         self.paths.entry(from).or_default().heard = Some(cx.now);
         if self.paths.len() > limits::CANDIDATES + HEARD_MAX {
             let keep = (Some(from), self.endpoint);
@@ -456,7 +458,7 @@ impl Peer {
     }
 
     /// Its candidates, as far as we may send there, the likeliest first.
-    fn candidates(&self, local: &Local) -> Vec<SocketAddr> {
+    fn candidates(&self, local: &Local) -> Vec<Path> {
         let same_site = self.node.grant().site.is_some() && self.node.grant().site == local.site;
         let mut usable: Vec<_> = self
             .node
@@ -467,11 +469,11 @@ impl Peer {
             .map(|c| {
                 let private = is_private(c.address().ip());
                 let likely = if private { u8::from(!same_site) * 2 } else { 1 };
-                (likely, preference(c.kind()), c.address())
+                (likely, preference(c.kind()), Path::direct(c.address()))
             })
             .collect();
         usable.sort_unstable();
-        let mut addresses: Vec<SocketAddr> = Vec::with_capacity(usable.len());
+        let mut addresses: Vec<Path> = Vec::with_capacity(usable.len());
         for (_, _, address) in usable {
             if !addresses.contains(&address) {
                 addresses.push(address);
@@ -481,8 +483,8 @@ impl Peer {
     }
 
     /// Where an attempt goes: the last path, the candidates, and where it was heard from lately.
-    fn targets(&self, cx: &Context<'_>) -> Vec<SocketAddr> {
-        let mut targets: Vec<SocketAddr> = self.endpoint.into_iter().collect();
+    fn targets(&self, cx: &Context<'_>) -> Vec<Path> {
+        let mut targets: Vec<Path> = self.endpoint.into_iter().collect();
         let heard = self.paths.iter().filter_map(|(to, path)| {
             let at = path.heard?;
             (cx.now < at + HEARD_FOR).then_some((at, *to))

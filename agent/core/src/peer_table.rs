@@ -1,11 +1,12 @@
 //! What the data plane is to do, as one comparable value.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use ipnet::IpNet;
 use towline_proto::id::WireguardKey;
+
+use crate::path::Path;
 
 /// The peers of the data plane, whole. The data plane makes its own state follow it: new peers
 /// get a tunnel, peers that are gone lose theirs, all others keep their sessions.
@@ -22,13 +23,18 @@ pub struct PeerTable {
 pub struct PeerEntry {
     /// Where its datagrams go; `None` while no path is known: they wait (a few of them) or are
     /// dropped and counted.
-    pub endpoint: Option<SocketAddr>,
+    pub endpoint: Option<Path>,
     /// Inner networks that are reached through it, and from which alone it may send.
     pub prefixes: Vec<IpNet>,
     /// How often an idle tunnel says something, to keep a NAT's mapping open; `None`: never.
     pub keepalive: Option<Duration>,
     /// Mixed into the handshake, for static peers.
     pub preshared_key: Option<PresharedKey>,
+    /// The largest inner packet that the path takes whole, in bytes; at least 1,280.
+    pub mtu: u16,
+    /// The path takes less than inner packets of 1,280 bytes need: outer datagrams are fragmented
+    /// at the source (no "don't fragment"), for the link's own MTU cannot be smaller.
+    pub fragment: bool,
     /// Of the peer's record. When it grows, handshake timestamps of earlier boots are forgotten.
     pub boot_epoch: u64,
 }
@@ -48,14 +54,14 @@ impl std::fmt::Debug for PresharedKey {
 pub enum Observation {
     /// A handshake was completed; its last message came from `from`.
     Handshake {
-        /// The peer's outer address.
-        from: SocketAddr,
+        /// The way that it came.
+        from: Path,
     },
     /// An authentic datagram came from another address than the peer's endpoint. The data plane
     /// does not move by itself: the core decides.
     Roamed {
-        /// The peer's outer address.
-        from: SocketAddr,
+        /// The way that it came.
+        from: Path,
     },
     /// An initiation of ours was not answered for [`REKEY_TIMEOUT`].
     HandshakeUnanswered,
@@ -65,6 +71,21 @@ pub enum Observation {
     /// There is inner traffic for the peer and no session. Said once until a handshake completes
     /// or is given up.
     Wanted,
+    /// Inner packets travelled. Said at most once a second for each peer, and at once when there
+    /// was nothing to say for that long.
+    Active {
+        /// To the peer.
+        sent: bool,
+        /// From the peer: so the way from it works.
+        received: bool,
+    },
+    /// The kernel refused a datagram as too big for the path.
+    TooBig {
+        /// Which.
+        path: Path,
+        /// UDP payload that it takes, in bytes, as far as the kernel knows.
+        payload: u16,
+    },
 }
 
 /// WireGuard's Rekey-Timeout: how long an initiation waits for its response.

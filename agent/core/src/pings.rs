@@ -4,12 +4,13 @@
 //! not answered within [`FORGET_AFTER`] is forgotten; that bounds how many there are.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
 use rand::rngs::StdRng;
 use towline_proto::id::NodeId;
+
+use crate::path::Path;
 
 /// A pong that comes later than this means nothing any more.
 const FORGET_AFTER: Duration = Duration::from_secs(10);
@@ -31,7 +32,7 @@ pub(crate) struct Sent {
     /// To whom.
     pub(crate) peer: NodeId,
     /// Where.
-    pub(crate) to: SocketAddr,
+    pub(crate) to: Path,
     /// When.
     pub(crate) at: Instant,
     /// Why.
@@ -62,12 +63,7 @@ impl Pings {
     }
 
     /// Takes the ping that a pong answers: same peer, and from where the ping was sent to.
-    pub(crate) fn answered(
-        &mut self,
-        peer: NodeId,
-        from: SocketAddr,
-        transaction: u64,
-    ) -> Option<Sent> {
+    pub(crate) fn answered(&mut self, peer: NodeId, from: Path, transaction: u64) -> Option<Sent> {
         let sent = self.by_transaction.get(&transaction)?;
         if sent.peer != peer || sent.to != from {
             return None;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_core::mesh::{Config, MapChange, Mesh, Output, PeerState, PeerStatus, ReceivedProbe};
+use towline_core::path::Path;
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::plan::{Plan, RouteVia, RulePlan};
 use towline_proto::id::{IdentityKey, MeshId, NodeId, WireguardKey};
@@ -157,7 +158,7 @@ fn all_candidates_are_tried_at_once_with_one_initiation() {
     let mut us = Us::new(1);
     us.upsert(peer(2).candidates(&[PUBLIC, "192.168.1.7:51830", "203.0.113.7:51830"]));
     let outputs = us.run(Duration::from_millis(100));
-    assert_eq!(handshakes(&outputs), [vec![addr(PUBLIC), addr(PRIVATE)]]);
+    assert_eq!(handshakes(&outputs), [vec![path(PUBLIC), path(PRIVATE)]]);
     assert_eq!(outputs.iter().filter(|o| matches!(o, Output::Ping { .. })).count(), 2);
 }
 
@@ -208,7 +209,7 @@ fn new_candidates_of_a_peer_that_is_down_are_tried_at_once() {
     us.upsert(peer(2).candidates(&["192.168.1.7:51830"]));
     us.run(Duration::from_secs(60));
     us.upsert(peer(2).generation(2).candidates(&[PUBLIC]));
-    assert_eq!(handshakes(&us.run(Duration::from_millis(10))), [vec![addr(PUBLIC)]]);
+    assert_eq!(handshakes(&us.run(Duration::from_millis(10))), [vec![path(PUBLIC)]]);
 }
 
 #[test]
@@ -217,7 +218,7 @@ fn a_ping_from_a_peer_that_we_could_not_find_shows_where_it_is() {
     us.mesh.set_candidates(us.now, vec![candidate("203.0.113.9:51830")]);
     us.upsert(peer(2));
     us.run(Duration::from_secs(60));
-    let from = addr("198.51.100.4:4444");
+    let from = path("198.51.100.4:4444");
     us.mesh.probe_received(us.now, key(2), from, ReceivedProbe::Ping { transaction: 7 });
     let outputs = us.run(Duration::from_secs(1));
     assert!(outputs.contains(&Output::Pong { peer: key(2), to: from, transaction: 7 }));
@@ -231,13 +232,13 @@ fn a_handshake_makes_its_address_the_path_and_the_path_is_measured() {
     let mut us = Us::new(1);
     us.upsert(peer(2).candidates(&[PUBLIC]));
     us.drain();
-    us.mesh.observe(us.now, key(2), Observation::Handshake { from: addr(PUBLIC) });
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
     us.echo(Duration::from_millis(40), Duration::from_secs(5));
     let status = us.peer(2);
-    assert_eq!((status.state, status.path), (PeerState::Up, Some(addr(PUBLIC))));
+    assert_eq!((status.state, status.path), (PeerState::Up, Some(path(PUBLIC))));
     assert_eq!(status.rtt, Some(Duration::from_millis(40)));
     assert_eq!(status.reason, "");
-    assert_eq!(us.table().peers[&key(2)].endpoint, Some(addr(PUBLIC)));
+    assert_eq!(us.table().peers[&key(2)].endpoint, Some(path(PUBLIC)));
 }
 
 #[test]
@@ -266,7 +267,7 @@ fn a_pong_that_comes_from_elsewhere_or_twice_counts_for_nothing() {
     let pings = pings(&us.run(Duration::from_millis(1_010)));
     let (to, transaction) = pings[0];
     let pong = ReceivedProbe::Pong { transaction, observed: addr(PRIVATE) };
-    us.mesh.probe_received(us.now, key(2), addr("198.51.100.1:1"), pong);
+    us.mesh.probe_received(us.now, key(2), path("198.51.100.1:1"), pong);
     assert_eq!(us.peer(2).rtt, before);
     us.mesh.probe_received(us.now, key(2), to, pong);
     let once = us.peer(2).rtt;
@@ -279,18 +280,18 @@ fn a_pong_that_comes_from_elsewhere_or_twice_counts_for_nothing() {
 fn a_session_that_ended_is_renewed_at_once_on_the_path() {
     let mut us = Us::up(PUBLIC);
     us.mesh.observe(us.now, key(2), Observation::SessionExpired);
-    assert_eq!(handshakes(&us.drain()), [vec![addr(PUBLIC)]]);
+    assert_eq!(handshakes(&us.drain()), [vec![path(PUBLIC)]]);
     assert_eq!(us.peer(2).state, PeerState::Up);
 }
 
 #[test]
 fn a_peer_that_roamed_is_followed_but_not_into_the_tunnel() {
     let mut us = Us::up(PUBLIC);
-    let elsewhere = addr("198.51.100.9:9");
+    let elsewhere = path("198.51.100.9:9");
     us.mesh.observe(us.now, key(2), Observation::Roamed { from: elsewhere });
     us.drain();
     assert_eq!(us.table().peers[&key(2)].endpoint, Some(elsewhere));
-    us.mesh.observe(us.now, key(2), Observation::Roamed { from: addr("198.19.0.2:51830") });
+    us.mesh.observe(us.now, key(2), Observation::Roamed { from: path("198.19.0.2:51830") });
     us.drain();
     assert_eq!(us.table().peers[&key(2)].endpoint, Some(elsewhere));
 }
@@ -303,7 +304,7 @@ fn an_operators_ping_ends_with_an_answer_or_without() {
     us.mesh.ping(us.now, id(2), 2, Duration::from_secs(1));
     us.mesh.ping(us.now, id(77), 3, Duration::from_secs(1));
     us.run(Duration::from_secs(1));
-    let answer = Some((addr(PUBLIC), Duration::from_millis(30)));
+    let answer = Some((path(PUBLIC), Duration::from_millis(30)));
     assert_eq!(us.results, BTreeMap::from([(1, answer), (2, None), (3, None)]));
 }
 
@@ -322,7 +323,7 @@ struct Us {
     now: Instant,
     table: Arc<PeerTable>,
     plan: Option<Arc<Plan>>,
-    results: BTreeMap<u64, Option<(SocketAddr, Duration)>>,
+    results: BTreeMap<u64, Option<(Path, Duration)>>,
     outputs: usize,
 }
 
@@ -345,6 +346,7 @@ impl Us {
             table: 1,
             rules: RulePlan { priority: 1, mark: 1, mask: 1 },
             firewall_table: "towline".into(),
+            relay: false,
         };
         let mesh = Mesh::new(config, [7; 32], now);
         let (table, results) = (Arc::default(), BTreeMap::new());
@@ -356,7 +358,11 @@ impl Us {
         let mut us = Self::new(1);
         us.upsert(peer(2).candidates(&[path]));
         us.drain();
-        us.mesh.observe(us.now, key(2), Observation::Handshake { from: addr(path) });
+        us.mesh.observe(
+            us.now,
+            key(2),
+            Observation::Handshake { from: path.parse::<SocketAddr>().unwrap().into() },
+        );
         us.echo(Duration::from_millis(10), Duration::from_millis(500));
         us
     }
@@ -377,6 +383,9 @@ impl Us {
                 Output::Ping { .. }
                 | Output::Pong { .. }
                 | Output::Handshake { .. }
+                | Output::Stun { .. }
+                | Output::Signal { .. }
+                | Output::Relay(_)
                 | Output::Advertise(_)
                 | Output::StateChanged { .. } => {}
             }
@@ -441,7 +450,7 @@ impl Us {
     }
 }
 
-fn handshakes(outputs: &[Output]) -> Vec<Vec<SocketAddr>> {
+fn handshakes(outputs: &[Output]) -> Vec<Vec<Path>> {
     let to = outputs.iter().filter_map(|o| match o {
         Output::Handshake { to, .. } => Some(to.clone()),
         _ => None,
@@ -449,7 +458,7 @@ fn handshakes(outputs: &[Output]) -> Vec<Vec<SocketAddr>> {
     to.collect()
 }
 
-fn pings(outputs: &[Output]) -> Vec<(SocketAddr, u64)> {
+fn pings(outputs: &[Output]) -> Vec<(Path, u64)> {
     let to = outputs.iter().filter_map(|o| match o {
         Output::Ping { to, transaction, .. } => Some((*to, *transaction)),
         _ => None,
@@ -472,6 +481,7 @@ fn peer(number: u8) -> Build {
         candidates: Vec::new(),
         prefixes: Vec::new(),
         version: String::new(),
+        relay: false,
     };
     Build { grant: grant(number), record }
 }
@@ -556,6 +566,10 @@ fn key(number: u8) -> WireguardKey {
 
 fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap()
+}
+
+fn path(text: &str) -> Path {
+    addr(text).into()
 }
 
 fn net(text: &str) -> IpNet {

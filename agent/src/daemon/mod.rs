@@ -23,6 +23,7 @@ use rand::Rng as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use towline_core::mesh::{self, MapChange, Mesh, Output, PeerState, ReceivedProbe};
+use towline_core::path;
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_proto::frame::Probe;
 use towline_proto::id::NodeId;
@@ -247,12 +248,13 @@ impl Daemon {
     fn drain(&mut self) {
         while let Some(output) = self.mesh.poll_output() {
             match output {
-                Output::Ping { peer, to, transaction } => {
+                Output::Ping { peer, to, transaction, size: _ } => {
                     self.send_probe(&peer, to, Probe::Ping { transaction });
                 }
                 Output::Pong { peer, to, transaction } => {
-                    self.send_probe(&peer, to, Probe::Pong { transaction, observed: to });
+                    self.send_probe(&peer, to, Probe::Pong { transaction, observed: to.remote });
                 }
+                Output::Stun { .. } | Output::Signal { .. } | Output::Relay(_) => {}
                 Output::Handshake { peer, to } => self.data_plane.handshake(peer, to),
                 Output::PeerTable(table) => self.peer_table(table),
                 Output::Plan(plan) => self.host.apply(plan),
@@ -266,12 +268,7 @@ impl Daemon {
         }
     }
 
-    fn send_probe(
-        &self,
-        peer: &towline_proto::id::WireguardKey,
-        to: std::net::SocketAddr,
-        probe: Probe,
-    ) {
+    fn send_probe(&self, peer: &towline_proto::id::WireguardKey, to: path::Path, probe: Probe) {
         if let Some(datagram) = self.probe_keys.seal(peer, &probe) {
             self.data_plane.send(to, &datagram);
         }
@@ -486,10 +483,12 @@ impl Daemon {
         self.mesh.ping(Instant::now(), peer.node.id(), id, timeout);
     }
 
-    fn ping_result(&mut self, id: u64, answer: Option<(std::net::SocketAddr, Duration)>) {
+    fn ping_result(&mut self, id: u64, answer: Option<(path::Path, Duration)>) {
         let Some(reply) = self.pings.remove(&id) else { return };
         let _ = reply.send(match answer {
-            Some((path, rtt)) => PingAnswer::Answer { path_kind: "direct", path, rtt },
+            Some((path, rtt)) => {
+                PingAnswer::Answer { path_kind: path_kind(&path), path: path.remote, rtt }
+            }
             None => PingAnswer::Silence("no answer in time".into()),
         });
     }
@@ -532,6 +531,11 @@ fn start_data_plane(
     Ok((data_plane, receiver))
 }
 
+/// The word for it on the command line.
+fn path_kind(path: &path::Path) -> &'static str {
+    if path.is_relayed() { "relay" } else { "direct" }
+}
+
 fn core_config(config: &Config, membership: &Membership) -> mesh::Config {
     mesh::Config {
         grant: membership.grant.clone(),
@@ -541,6 +545,7 @@ fn core_config(config: &Config, membership: &Membership) -> mesh::Config {
         table: config.routing.table,
         rules: config.rules(),
         firewall_table: config.routing.nftables_table.clone(),
+        relay: false,
     }
 }
 

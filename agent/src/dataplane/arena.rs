@@ -2,7 +2,7 @@
 //! each packet lies. Made once, used for ever: nothing here allocates after construction as long
 //! as the batch keeps within the number of packets it was made for.
 
-use std::net::SocketAddr;
+use towline_core::path::Path;
 
 use super::vnet::VnetHeader;
 
@@ -23,7 +23,7 @@ pub const TAILROOM: usize = 16;
 #[derive(Debug, Clone, Copy)]
 pub struct Train {
     /// Where to.
-    pub to: SocketAddr,
+    pub to: Path,
     /// First byte in the batch.
     pub start: usize,
     /// Bytes of all datagrams together.
@@ -64,7 +64,7 @@ impl SendBatch {
     }
 
     /// The first `len` bytes of [`SendBatch::spare`] are now a datagram for `to`.
-    pub fn commit(&mut self, to: SocketAddr, len: usize) {
+    pub fn commit(&mut self, to: Path, len: usize) {
         debug_assert!(self.used + len <= self.bytes.len());
         match self.trains.last_mut() {
             Some(train)
@@ -86,7 +86,7 @@ impl SendBatch {
     }
 
     /// Copies a datagram in; `false` if there is no room.
-    pub fn push(&mut self, to: SocketAddr, datagram: &[u8]) -> bool {
+    pub fn push(&mut self, to: Path, datagram: &[u8]) -> bool {
         let Some(spare) = self.spare(datagram.len()) else { return false };
         spare[..datagram.len()].copy_from_slice(datagram);
         self.commit(to, datagram.len());
@@ -120,7 +120,7 @@ impl SendBatch {
 #[derive(Debug, Clone, Copy)]
 pub struct Received {
     /// The sender.
-    pub from: SocketAddr,
+    pub from: Path,
     /// First byte in the batch.
     pub start: usize,
     /// Bytes altogether.
@@ -161,7 +161,7 @@ impl RecvBatch {
     }
 
     /// Slot number `slot` now holds `len` bytes, in datagrams of `stride` bytes (0: one datagram).
-    pub fn push(&mut self, slot: usize, from: SocketAddr, len: usize, stride: usize) {
+    pub fn push(&mut self, slot: usize, from: Path, len: usize, stride: usize) {
         let len = len.min(SLOT_BYTES);
         let stride = if stride == 0 || stride > len { len } else { stride };
         self.received.push(Received { from, start: slot * SLOT_BYTES, len, stride });
@@ -366,7 +366,7 @@ mod tests {
             let mut batch = SendBatch::new(1 << 20, 512);
             let mut pushed = Vec::new();
             for (i, (to, len)) in datagrams.iter().enumerate() {
-                let to = SocketAddr::from(([127, 0, 0, 1], u16::from(*to)));
+                let to = Path::direct(([127, 0, 0, 1], u16::from(*to)).into());
                 let datagram = vec![i as u8; *len];
                 prop_assert!(batch.push(to, &datagram));
                 pushed.push((to, datagram));
@@ -389,12 +389,12 @@ mod tests {
 
     #[test]
     fn a_full_batch_says_so() {
-        let to = SocketAddr::from(([127, 0, 0, 1], 1));
+        let to = Path::direct(([127, 0, 0, 1], 1).into());
         let mut batch = SendBatch::new(100, 2);
         assert!(batch.push(to, &[0; 60]));
         assert!(!batch.push(to, &[0; 60]), "no bytes left");
         assert!(batch.push(to, &[0; 20]));
-        assert!(batch.push(SocketAddr::from(([127, 0, 0, 2], 1)), &[0; 1]));
+        assert!(batch.push(Path::direct(([127, 0, 0, 2], 1).into()), &[0; 1]));
         assert!(!batch.push(to, &[0; 1]), "no trains left");
         batch.clear();
         assert!(batch.push(to, &[0; 100]));

@@ -1,11 +1,12 @@
 //! What happens to each batch: outbound from TUN to network, inbound from network to TUN, and the
 //! timers. No I/O here beyond handing full batches to the socket.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
+use towline_core::path::Path;
 use towline_proto::frame::DatagramKind;
 use towline_proto::id::WireguardKey;
 
@@ -189,7 +190,7 @@ impl Engine {
         &mut self,
         now: Instant,
         table: &Table,
-        from: SocketAddr,
+        from: Path,
         receiver: u32,
         (start, datagrams, stride): (usize, &[u8], usize),
         writes: &mut WriteBatch,
@@ -239,19 +240,19 @@ impl Engine {
         &mut self,
         now: Instant,
         table: &Table,
-        from: SocketAddr,
+        from: Path,
         kind: MessageKind,
         message: &[u8],
         out: &mut SendBatch,
     ) {
         let peer = match kind {
             MessageKind::Initiation => {
-                if !self.handshakes.admit(from.ip(), now) {
+                if !self.handshakes.admit(from.remote.ip(), now) {
                     self.drops.count(DropReason::SourceLimited);
                     return;
                 }
                 let mut cookie = [0; HANDSHAKE_BYTES];
-                match self.secrets.admit(from, message, &mut cookie) {
+                match self.secrets.admit(from.remote, message, &mut cookie) {
                     Admission::Claims(key) => table.by_key(&key).ok_or(DropReason::UnknownPeer),
                     Admission::Cookie(len) => {
                         if !out.push(from, &cookie[..len]) {
@@ -278,9 +279,11 @@ impl Engine {
         }
     }
 
-    fn other(&mut self, now: Instant, from: SocketAddr, kind: DatagramKind, datagram: &[u8]) {
+    fn other(&mut self, now: Instant, from: Path, kind: DatagramKind, datagram: &[u8]) {
         let reason = match kind {
-            DatagramKind::Probe | DatagramKind::Stun if !self.probes.admit(from.ip(), now) => {
+            DatagramKind::Probe | DatagramKind::Stun
+                if !self.probes.admit(from.remote.ip(), now) =>
+            {
                 DropReason::SourceLimited
             }
             DatagramKind::Probe => {
@@ -300,7 +303,7 @@ impl Engine {
         &mut self,
         now: Instant,
         peer: &WireguardKey,
-        to: Vec<SocketAddr>,
+        to: Vec<Path>,
         out: &mut SendBatch,
     ) {
         let table = self.table.load();

@@ -1,11 +1,11 @@
 //! What the data plane tells its owner, through a bounded channel that it never waits for.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
+use towline_core::path::Path;
 use towline_core::peer_table::Observation;
 use towline_proto::id::WireguardKey;
 
@@ -24,14 +24,14 @@ pub enum Event {
     /// A datagram that looks like a probe (see `towline_proto::frame`). Not authenticated.
     Probe {
         /// Its sender.
-        from: SocketAddr,
+        from: Path,
         /// All of it.
         datagram: Box<[u8]>,
     },
     /// A datagram that looks like STUN. Not authenticated.
     Stun {
         /// Its sender.
-        from: SocketAddr,
+        from: Path,
         /// All of it.
         datagram: Box<[u8]>,
     },

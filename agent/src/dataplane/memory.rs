@@ -281,7 +281,7 @@ impl UdpIo for MemoryUdp {
                 bytes[len..len + next.bytes.len()].copy_from_slice(&next.bytes);
                 len += next.bytes.len();
             }
-            batch.push(slot, first.from, len, first.bytes.len());
+            batch.push(slot, first.from.into(), len, first.bytes.len());
         }
         if self.held.is_some() {
             // There is more, though the inbox may be empty.
@@ -297,7 +297,7 @@ impl UdpIo for MemoryUdp {
                 drops.count(DropReason::SendRefused);
             }
             for datagram in bytes.chunks(train.stride.max(1)) {
-                let (from, to) = (self.address, train.to);
+                let (from, to) = (self.address, train.to.remote);
                 self.network.inject(Datagram { from, to, bytes: datagram.to_vec() });
             }
         }

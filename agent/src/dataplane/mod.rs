@@ -56,7 +56,6 @@ mod worker;
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -64,6 +63,7 @@ use std::time::Instant;
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::mpsc::Sender;
+use towline_core::path::Path;
 use towline_core::peer_table::PeerTable;
 use towline_proto::id::WireguardKey;
 use x25519_dalek::StaticSecret;
@@ -149,7 +149,7 @@ pub struct PeerSnapshot {
     /// When the last handshake was completed.
     pub last_handshake: Option<Instant>,
     /// Where its datagrams go.
-    pub endpoint: Option<SocketAddr>,
+    pub endpoint: Option<Path>,
 }
 
 /// A running data plane. The last handle to go stops it without waiting; [`DataPlane::stop`]
@@ -230,12 +230,12 @@ impl DataPlane {
     /// Starts a handshake: one initiation, the same bytes to each address. It is repeated every
     /// five seconds (and a little) for 90 s, to the same addresses, unless it is answered or
     /// another order comes. Nothing happens for a peer that is not in the table.
-    pub fn handshake(&self, peer: WireguardKey, to: Vec<SocketAddr>) {
+    pub fn handshake(&self, peer: WireguardKey, to: Vec<Path>) {
         self.0.inbox.push(Command::Handshake(peer, to));
     }
 
     /// Sends a datagram as it is, from the WireGuard port.
-    pub fn send(&self, to: SocketAddr, datagram: &[u8]) {
+    pub fn send(&self, to: Path, datagram: &[u8]) {
         self.0.inbox.push(Command::Send(to, datagram.to_vec()));
     }
 

@@ -13,10 +13,10 @@
 //!   one has a session: no gap.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use towline_core::path::Path;
 use towline_core::peer_table::{Observation, PresharedKey, REKEY_TIMEOUT};
 use towline_proto::id::WireguardKey;
 
@@ -74,8 +74,8 @@ pub(super) struct Tunnel {
     waiting: VecDeque<(Instant, Box<[u8]>)>,
     wanted_said: bool,
     /// Where an authentic handshake came from, while the core knows no endpoint.
-    adopted: Option<SocketAddr>,
-    roamed_said: Option<SocketAddr>,
+    adopted: Option<Path>,
+    roamed_said: Option<Path>,
     /// Until when time has to pass for the engine.
     live_until: Option<Instant>,
 }
@@ -85,7 +85,7 @@ pub(super) struct Tunnel {
 struct Initiation {
     sent: Instant,
     jitter: Duration,
-    to: Vec<SocketAddr>,
+    to: Vec<Path>,
 }
 
 impl Tunnel {
@@ -127,7 +127,7 @@ impl Tunnel {
     }
 
     /// Where datagrams go, given what the core knows.
-    pub(super) fn endpoint(&mut self, known: Option<SocketAddr>) -> Option<SocketAddr> {
+    pub(super) fn endpoint(&mut self, known: Option<Path>) -> Option<Path> {
         if known.is_some() {
             self.adopted = None;
         }
@@ -144,7 +144,7 @@ impl Tunnel {
     pub(super) fn seal(
         &mut self,
         segments: &mut impl Segments,
-        to: SocketAddr,
+        to: Path,
         out: &mut SendBatch,
         now: Instant,
     ) -> usize {
@@ -174,8 +174,8 @@ impl Tunnel {
     #[expect(clippy::too_many_arguments, reason = "the train, its sender and the context")]
     pub(super) fn open(
         &mut self,
-        from: SocketAddr,
-        known: Option<SocketAddr>,
+        from: Path,
+        known: Option<Path>,
         receiver: u32,
         datagrams: &[u8],
         stride: usize,
@@ -217,8 +217,8 @@ impl Tunnel {
     pub(super) fn handshake(
         &mut self,
         message: &[u8],
-        from: SocketAddr,
-        known: Option<SocketAddr>,
+        from: Path,
+        known: Option<Path>,
         act: &mut Act<'_>,
     ) {
         let solicited = matches!(MessageKind::of(message), Some(MessageKind::Initiation))
@@ -258,7 +258,7 @@ impl Tunnel {
     }
 
     /// Starts a handshake: one initiation, the same bytes to each address.
-    pub(super) fn initiate(&mut self, to: Vec<SocketAddr>, act: &mut Act<'_>) {
+    pub(super) fn initiate(&mut self, to: Vec<Path>, act: &mut Act<'_>) {
         if let Some(running) = &self.initiation
             && act.now.saturating_duration_since(running.sent) < SAME_ORDER
             && to.iter().all(|address| running.to.contains(address))
@@ -275,7 +275,7 @@ impl Tunnel {
     /// Lets time pass. Returns whether it has to be called again, a few times per second.
     pub(super) fn tick(
         &mut self,
-        known: Option<SocketAddr>,
+        known: Option<Path>,
         keepalive: Option<Duration>,
         act: &mut Act<'_>,
     ) -> bool {
@@ -297,7 +297,7 @@ impl Tunnel {
         self.is_live(act.now)
     }
 
-    fn tick_engines(&mut self, known: Option<SocketAddr>, act: &mut Act<'_>) {
+    fn tick_engines(&mut self, known: Option<Path>, act: &mut Act<'_>) {
         let mut message = [0; HANDSHAKE_BYTES];
         let mut renew = false;
         if let Some((retired, _)) = &mut self.retired {
@@ -345,12 +345,7 @@ impl Tunnel {
         }
     }
 
-    fn keep_alive(
-        &mut self,
-        known: Option<SocketAddr>,
-        keepalive: Option<Duration>,
-        act: &mut Act<'_>,
-    ) {
+    fn keep_alive(&mut self, known: Option<Path>, keepalive: Option<Duration>, act: &mut Act<'_>) {
         let Some(interval) = keepalive else { return };
         if let Some((since, true)) = self.established
             && self.initiation.is_none()
@@ -393,7 +388,7 @@ impl Tunnel {
     }
 
     /// An initiation was made: notes and sends it.
-    fn initiated(&mut self, message: &[u8], to: Vec<SocketAddr>, act: &mut Act<'_>) {
+    fn initiated(&mut self, message: &[u8], to: Vec<Path>, act: &mut Act<'_>) {
         for address in &to {
             self.send(message, *address, act);
         }
@@ -403,13 +398,7 @@ impl Tunnel {
     }
 
     /// A handshake is through.
-    fn completed(
-        &mut self,
-        from: SocketAddr,
-        known: Option<SocketAddr>,
-        ours: bool,
-        act: &mut Act<'_>,
-    ) {
+    fn completed(&mut self, from: Path, known: Option<Path>, ours: bool, act: &mut Act<'_>) {
         self.established = Some((act.now, ours));
         self.wanted_said = false;
         act.counters.handshake(act.started, act.now);
@@ -441,7 +430,7 @@ impl Tunnel {
     }
 
     /// An authentic datagram came from `from`.
-    fn seen(&mut self, from: SocketAddr, known: Option<SocketAddr>, act: &mut Act<'_>) {
+    fn seen(&mut self, from: Path, known: Option<Path>, act: &mut Act<'_>) {
         if self.endpoint(known) == Some(from) {
             if known.is_some() {
                 self.roamed_said = None;
@@ -451,14 +440,14 @@ impl Tunnel {
         }
     }
 
-    fn tell_roamed(&mut self, from: SocketAddr, act: &mut Act<'_>) {
+    fn tell_roamed(&mut self, from: Path, act: &mut Act<'_>) {
         if self.roamed_said != Some(from) {
             self.roamed_said = Some(from);
             act.events.observe(self.peer, Observation::Roamed { from });
         }
     }
 
-    fn send(&mut self, message: &[u8], to: SocketAddr, act: &mut Act<'_>) {
+    fn send(&mut self, message: &[u8], to: Path, act: &mut Act<'_>) {
         self.last_sent = Some(act.now);
         if act.out.push(to, message) {
             act.counters.sent(message.len());
@@ -496,7 +485,7 @@ mod tests {
 
     struct Side {
         tunnel: Tunnel,
-        address: SocketAddr,
+        address: Path,
         out: SendBatch,
         events: EventSink,
         observed: Receiver<Event>,
@@ -514,7 +503,7 @@ mod tests {
                 let peer = secrets[1 - me].public_key();
                 Self {
                     tunnel: Tunnel::new(peer, None, 100 + me as u32, &secrets[me]),
-                    address: SocketAddr::from(([192, 0, 2, me as u8], 51830)),
+                    address: Path::direct(([192, 0, 2, me as u8], 51830).into()),
                     out: SendBatch::new(1 << 16, 64),
                     events: EventSink::new(sender, drops.clone()),
                     observed,
@@ -555,7 +544,7 @@ mod tests {
         }
 
         /// Takes datagrams from `from`; all of them know each other's address.
-        fn take(&mut self, now: Instant, from: SocketAddr, datagrams: &[Vec<u8>]) {
+        fn take(&mut self, now: Instant, from: Path, datagrams: &[Vec<u8>]) {
             for datagram in datagrams {
                 self.with(now, |tunnel, act| match MessageKind::of(datagram).unwrap() {
                     MessageKind::Data { receiver } => {
@@ -594,7 +583,7 @@ mod tests {
     }
 
     fn tick(side: &mut Side, now: Instant, keepalive: Option<Duration>) -> Vec<MessageKind> {
-        let known = Some(SocketAddr::from(([192, 0, 2, 77], 51830)));
+        let known = Some(Path::direct(([192, 0, 2, 77], 51830).into()));
         side.with(now, |tunnel, act| tunnel.tick(known, keepalive, act));
         side.sent().iter().map(|datagram| MessageKind::of(datagram).unwrap()).collect()
     }
@@ -658,13 +647,13 @@ mod tests {
         let [mut side, other] = Side::pair();
         let now = side.started;
         let both = vec![other.address, side.address];
-        let mut initiate = |now, to: &[SocketAddr]| {
+        let mut initiate = |now, to: &[Path]| {
             side.with(now, |tunnel, act| tunnel.initiate(to.to_vec(), act));
             side.sent().len()
         };
         assert_eq!(initiate(now, &both), 2);
         assert_eq!(initiate(now, &both[..1]), 0);
-        assert_eq!(initiate(now, &[SocketAddr::from(([192, 0, 2, 9], 1))]), 1);
+        assert_eq!(initiate(now, &[Path::direct(([192, 0, 2, 9], 1).into())]), 1);
         assert_eq!(initiate(now + SAME_ORDER, &both), 2);
     }
 

@@ -26,6 +26,7 @@ use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
+use towline_core::path::Path;
 use towline_core::peer_table::PresharedKey;
 use towline_proto::id::WireguardKey;
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -262,12 +263,7 @@ impl Session {
 
     /// Seals segment after segment as datagrams for `to`, until there are no more or `out` is
     /// full. Returns how many bytes were written. Call only when [`Session::is_ready`].
-    pub fn seal(
-        &mut self,
-        segments: &mut impl Segments,
-        to: SocketAddr,
-        out: &mut SendBatch,
-    ) -> usize {
+    pub fn seal(&mut self, segments: &mut impl Segments, to: Path, out: &mut SendBatch) -> usize {
         let mut bytes = 0;
         while let Some(len) = segments.next_len() {
             let need = (len + DATA_OVERHEAD).max(HANDSHAKE_BYTES);

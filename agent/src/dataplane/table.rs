@@ -7,13 +7,14 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::hash::{BuildHasherDefault, Hasher};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use parking_lot::Mutex;
 use prefix_trie::PrefixMap;
+use towline_core::path::Path;
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_proto::id::WireguardKey;
 
@@ -134,7 +135,7 @@ impl Peer {
     }
 
     /// Where its datagrams go, as far as the core knows.
-    pub(super) fn endpoint(&self) -> Option<SocketAddr> {
+    pub(super) fn endpoint(&self) -> Option<Path> {
         self.entry.endpoint
     }
 

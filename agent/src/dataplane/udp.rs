@@ -165,9 +165,9 @@ impl UdpIo for Udp {
         self.segment.reconsider(now);
         let mut trains = batch.trains();
         while let Some(first) = trains.first() {
-            let same = |train: &&Train| train.to.is_ipv4() == first.to.is_ipv4();
+            let same = |train: &&Train| train.to.remote.is_ipv4() == first.to.remote.is_ipv4();
             let run = trains.iter().take_while(same).count();
-            let endpoint = if first.to.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
+            let endpoint = if first.to.remote.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
             match endpoint {
                 Some(endpoint) => {
                     endpoint.send(now, batch.bytes(), &trains[..run], &self.segment, drops);
@@ -327,7 +327,7 @@ fn try_out(what: SelfTest) -> Result<(), String> {
     let mut sent: Vec<u8> = Vec::new();
     for (number, length) in LENGTHS.into_iter().enumerate() {
         let datagram: Vec<u8> = (0..length).map(|at| (at * 7 + at / 256 + number) as u8).collect();
-        batch.push(to, &datagram);
+        batch.push(to.into(), &datagram);
         sent.extend_from_slice(&datagram);
     }
     let mut headers = Headers::new();
@@ -384,7 +384,7 @@ impl Endpoint {
         };
         for message in 0..count {
             match self.headers.received(message) {
-                Some((from, len, stride)) => batch.push(taken + message, from, len, stride),
+                Some((from, len, stride)) => batch.push(taken + message, from.into(), len, stride),
                 None => drops.count(DropReason::Truncated),
             }
         }
@@ -611,7 +611,7 @@ impl Headers {
                 iov_len: datagrams.len(),
             };
             let header = &mut self.messages[count].msg_hdr;
-            header.msg_namelen = write_address(&mut self.addresses[count], train.to);
+            header.msg_namelen = write_address(&mut self.addresses[count], train.to.remote);
             header.msg_name = (&raw mut self.addresses[count]).cast();
             header.msg_iov = &raw mut self.vectors[count];
             header.msg_iovlen = 1;

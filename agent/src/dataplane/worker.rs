@@ -5,7 +5,6 @@
 //! latency, and spends less. More workers (shards) would each have their own queue of the TUN
 //! and their own sockets, and share the table.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -13,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
+use towline_core::path::Path;
 use towline_proto::id::WireguardKey;
 
 use super::arena::{RecvBatch, SendBatch, TunBatch, WriteBatch};
@@ -39,9 +39,9 @@ const SEND_TRAINS: usize = 256;
 #[derive(Debug)]
 pub(super) enum Command {
     /// Start a handshake.
-    Handshake(WireguardKey, Vec<SocketAddr>),
+    Handshake(WireguardKey, Vec<Path>),
     /// Send a datagram as it is.
-    Send(SocketAddr, Vec<u8>),
+    Send(Path, Vec<u8>),
 }
 
 /// How the worker is told something.

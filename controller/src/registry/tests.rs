@@ -190,6 +190,7 @@ impl World {
             candidates: Vec::new(),
             prefixes: prefixes.to_vec(),
             version: String::new(),
+            relay: false,
         };
         let signed = signed::sign(Domain::Record, &pb::Record::from(&record), &identity(key));
         let published =

@@ -286,6 +286,7 @@ impl Node {
             candidates: Vec::new(),
             prefixes: prefixes.iter().map(|text| text.parse().unwrap()).collect(),
             version: "test".to_owned(),
+            relay: false,
         };
         self.sign(&pb::Record::from(&record))
     }

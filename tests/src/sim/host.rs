@@ -148,6 +148,7 @@ impl Host {
             table: 21_580,
             rules: RulePlan { priority: 21_580, mark: 0x10, mask: 0x30 },
             firewall_table: "towline".into(),
+            relay: false,
         };
         Mesh::new(config, seed, now)
     }
@@ -226,7 +227,7 @@ impl Host {
                         ReceivedProbe::Pong { transaction, observed }
                     }
                 };
-                agent.mesh.probe_received(now, peer, from, probe);
+                agent.mesh.probe_received(now, peer, from.into(), probe);
             }
             Payload::WireGuard(message) => agent.tunnels.receive(now, me, from, message),
         }
@@ -259,18 +260,23 @@ impl Host {
             let Some(agent) = &mut self.agent else { return actions };
             if let Some(output) = agent.mesh.poll_output() {
                 match output {
-                    Output::Ping { peer, to, transaction } => {
+                    Output::Ping { peer, to, transaction, .. } => {
                         let probe = Probe::Ping { transaction };
-                        actions
-                            .push(Action::Send(to, Payload::Probe { from: me, to: peer, probe }));
+                        actions.push(Action::Send(
+                            to.remote,
+                            Payload::Probe { from: me, to: peer, probe },
+                        ));
                     }
                     Output::Pong { peer, to, transaction } => {
-                        let probe = Probe::Pong { transaction, observed: to };
-                        actions
-                            .push(Action::Send(to, Payload::Probe { from: me, to: peer, probe }));
+                        let probe = Probe::Pong { transaction, observed: to.remote };
+                        actions.push(Action::Send(
+                            to.remote,
+                            Payload::Probe { from: me, to: peer, probe },
+                        ));
                     }
                     Output::Handshake { peer, to } => {
                         assert!(agent.knows(&peer), "of a peer in the table");
+                        let to: Vec<_> = to.iter().map(|path| path.remote).collect();
                         agent.tunnels.handshake(now, clock, me, peer, &to);
                     }
                     Output::PeerTable(table) => {
@@ -289,7 +295,10 @@ impl Host {
                     Output::StateChanged { peer, from, to } => {
                         actions.push(Action::StateChanged(peer, from, to));
                     }
-                    Output::PingResult { .. } => {}
+                    Output::PingResult { .. }
+                    | Output::Stun { .. }
+                    | Output::Signal { .. }
+                    | Output::Relay(_) => {}
                 }
             } else if let Some(effect) = agent.tunnels.effects.pop_front() {
                 use super::tunnel::Effect;
@@ -344,6 +353,7 @@ impl Host {
             candidates,
             prefixes: self.prefixes.clone(),
             version: "sim".into(),
+            relay: false,
         };
         let node = Node::new(self.grant.clone(), record).expect("it announces what it may");
         Action::Publish(Box::new(node))

@@ -189,7 +189,10 @@ impl Tunnels {
                 tunnel.begin(now, session, false);
                 let response = Message::Response { exchange, session };
                 self.effects.push_back(Effect::Send(from, response));
-                self.effects.push_back(Effect::Observed(sender, Observation::Handshake { from }));
+                self.effects.push_back(Effect::Observed(
+                    sender,
+                    Observation::Handshake { from: from.into() },
+                ));
             }
             Message::Response { exchange, session } => {
                 let waiting = self.peers.iter_mut().find(|(_, tunnel)| {
@@ -199,8 +202,11 @@ impl Tunnels {
                 tunnel.pending = None;
                 tunnel.wanted = false;
                 tunnel.begin(now, session, true);
-                self.effects.push_back(Effect::Observed(*key, Observation::Handshake { from }));
-                tunnel.entry.endpoint = Some(from);
+                self.effects.push_back(Effect::Observed(
+                    *key,
+                    Observation::Handshake { from: from.into() },
+                ));
+                tunnel.entry.endpoint = Some(from.into());
                 // The first data message lets the responder use the session.
                 if tunnel.queue.is_empty() {
                     tunnel.transmit(now, None, &mut self.effects);
@@ -217,8 +223,11 @@ impl Tunnels {
                     return;
                 }
                 tunnel.unanswered_since = None;
-                if tunnel.entry.endpoint != Some(from) {
-                    self.effects.push_back(Effect::Observed(*key, Observation::Roamed { from }));
+                if tunnel.entry.endpoint != Some(from.into()) {
+                    self.effects.push_back(Effect::Observed(
+                        *key,
+                        Observation::Roamed { from: from.into() },
+                    ));
                 }
                 if let Some(inner) = inner {
                     self.effects.push_back(Effect::Received(*key, inner));
@@ -273,7 +282,7 @@ impl Tunnels {
                 _ => now,
             };
             tunnel.pending = Some(Pending { exchange, began, sent: now });
-            if let Some(to) = tunnel.entry.endpoint {
+            if let Some(to) = tunnel.entry.endpoint.map(|path| path.remote) {
                 let message =
                     Message::Initiation { sender: me, to: key, exchange, timestamp: clock };
                 self.effects.push_back(Effect::Send(to, message));
@@ -334,7 +343,7 @@ impl Tunnel {
         if inner.is_some() {
             self.unanswered_since.get_or_insert(now);
         }
-        if let Some(to) = self.entry.endpoint {
+        if let Some(to) = self.entry.endpoint.map(|path| path.remote) {
             effects.push_back(Effect::Send(to, message));
         }
         true

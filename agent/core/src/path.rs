@@ -1,0 +1,64 @@
+//! A way for datagrams between us and one peer.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+/// A path: what we send from, where to, and through which relay channel, if any.
+///
+/// Two uplinks of this host to one address of a peer are two paths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Path {
+    /// What we send from; `None`: the kernel chooses.
+    pub local: Option<LocalEnd>,
+    /// The peer's outer address, or the relay's.
+    pub remote: SocketAddr,
+    /// The channel to the peer, where `remote` is a relay's address.
+    pub channel: Option<ChannelId>,
+}
+
+/// One of our own addresses and the interface that it stands on: what packet info
+/// (`IP_PKTINFO`, `IPV6_PKTINFO`) says of a datagram.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LocalEnd {
+    /// The address.
+    pub address: IpAddr,
+    /// The interface's index.
+    pub interface: u32,
+}
+
+/// A channel at a relay: the relay forwards each datagram that begins with this number from either
+/// of the two nodes that it is bound to, to the other one, under the same number.
+///
+/// The relay gives it out at random. It ends when neither end sent anything for
+/// [`CHANNEL_LIFETIME`](crate::relay::CHANNEL_LIFETIME).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChannelId(pub u64);
+
+impl Path {
+    /// Bytes that a relay channel puts before every datagram.
+    pub const CHANNEL_BYTES: u16 = 16;
+
+    /// To an address of the peer's own, from wherever the kernel chooses.
+    pub fn direct(remote: SocketAddr) -> Self {
+        Self { local: None, remote, channel: None }
+    }
+
+    /// Whether a relay forwards it.
+    pub fn is_relayed(&self) -> bool {
+        self.channel.is_some()
+    }
+}
+
+impl From<SocketAddr> for Path {
+    fn from(remote: SocketAddr) -> Self {
+        Self::direct(remote)
+    }
+}
+
+/// `direct 203.0.113.5:51830` or `relay 203.0.113.5:51830`. Who knows the relay's name says that.
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = if self.is_relayed() { "relay" } else { "direct" };
+        write!(f, "{kind} {}", self.remote)
+    }
+}
