@@ -10,6 +10,7 @@ use std::time::Duration;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use jiff::SignedDuration;
 use serde::{Deserialize, Deserializer};
+use towline_proto::id::Label;
 use towline_proto::limits;
 use towline_proto::token::ControllerAddress;
 
@@ -50,6 +51,10 @@ pub struct MeshSettings {
     pub overlay_v4: Option<Ipv4Net>,
     /// Ranges inside which an address without an owner is unreachable.
     pub protected: Option<Vec<IpNet>>,
+    /// Sites whose nodes reach each other's node IPs outside the tunnel.
+    pub trusted_sites: Option<Vec<Label>>,
+    /// Ranges in which what a node announces is reached in clear while the tunnel to it is down.
+    pub bypass_when_down: Option<Vec<IpNet>>,
     /// How long a node may be offline before others may take over its prefixes.
     pub lease: Option<Duration>,
 }
@@ -74,6 +79,12 @@ pub struct Settings {
     /// See [`MeshSettings::protected`].
     #[serde(deserialize_with = "from_texts")]
     pub protected: Option<Vec<IpNet>>,
+    /// See [`MeshSettings::trusted_sites`].
+    #[serde(deserialize_with = "from_texts")]
+    pub trusted_sites: Option<Vec<Label>>,
+    /// See [`MeshSettings::bypass_when_down`].
+    #[serde(deserialize_with = "from_texts")]
+    pub bypass_when_down: Option<Vec<IpNet>>,
     /// See [`MeshSettings::lease`]: as in `10m` or `1h 30m`.
     #[serde(deserialize_with = "from_text")]
     pub lease: Option<SignedDuration>,
@@ -158,6 +169,8 @@ impl Settings {
             overlay_v6: self.overlay_v6.or(below.overlay_v6),
             overlay_v4: self.overlay_v4.or(below.overlay_v4),
             protected: self.protected.or(below.protected),
+            trusted_sites: self.trusted_sites.or(below.trusted_sites),
+            bypass_when_down: self.bypass_when_down.or(below.bypass_when_down),
             lease: self.lease.or(below.lease),
         }
     }
@@ -197,18 +210,15 @@ impl Settings {
         {
             return Err(invalid("overlay-v4", format!("{v4} must be a network of at most /29")));
         }
-        let protected = self.protected;
-        if let Some(list) = &protected {
-            if list.len() > limits::PREFIXES {
-                let why = format!("at most {} ranges can be protected", limits::PREFIXES);
-                return Err(invalid("protected", why));
-            }
-            if let Some(net) = list.iter().find(|net| net.trunc() != **net) {
-                return Err(invalid(
-                    "protected",
-                    format!("{net} has host bits: use {}", net.trunc()),
-                ));
-            }
+        for (setting, ranges) in
+            [("protected", &self.protected), ("bypass-when-down", &self.bypass_when_down)]
+        {
+            check_ranges(ranges.as_deref().unwrap_or_default())
+                .map_err(|why| invalid(setting, why))?;
+        }
+        if self.trusted_sites.as_ref().is_some_and(|sites| sites.len() > limits::TRUSTED_SITES) {
+            let why = format!("at most {} sites can be trusted", limits::TRUSTED_SITES);
+            return Err(invalid("trusted-sites", why));
         }
         let lease = match self.lease.map(Duration::try_from) {
             None => None,
@@ -218,10 +228,23 @@ impl Settings {
         let mesh = MeshSettings {
             overlay_v6: self.overlay_v6,
             overlay_v4: self.overlay_v4,
-            protected,
+            protected: self.protected,
+            trusted_sites: self.trusted_sites,
+            bypass_when_down: self.bypass_when_down,
             lease,
         };
         Ok(Config { state_dir, listen, advertise, mesh, heartbeat: HEARTBEAT })
+    }
+}
+
+/// Ranges that a mesh's configuration can hold.
+pub fn check_ranges(ranges: &[IpNet]) -> Result<(), String> {
+    if ranges.len() > limits::PREFIXES {
+        return Err(format!("at most {} ranges", limits::PREFIXES));
+    }
+    match ranges.iter().find(|net| net.trunc() != **net) {
+        Some(net) => Err(format!("{net} has host bits: use {}", net.trunc())),
+        None => Ok(()),
     }
 }
 

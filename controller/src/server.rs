@@ -287,6 +287,12 @@ fn open_registry(
         if let Some(protected) = &settings.protected {
             mesh.protected.clone_from(protected);
         }
+        if let Some(sites) = &settings.trusted_sites {
+            mesh.trusted_sites.clone_from(sites);
+        }
+        if let Some(ranges) = &settings.bypass_when_down {
+            mesh.bypass_when_down.clone_from(ranges);
+        }
     })?;
     store.commit(store.sequence(), &registry.take_changes().writes)?;
     dir.set_starts(started.starts)?;
@@ -308,6 +314,8 @@ fn first_mesh(authority: &Authority, settings: &MeshSettings) -> Result<MeshConf
         overlay_v6,
         overlay_v4,
         protected: settings.protected.clone().unwrap_or_default(),
+        trusted_sites: settings.trusted_sites.clone().unwrap_or_default(),
+        bypass_when_down: settings.bypass_when_down.clone().unwrap_or_default(),
         lease: settings.lease.unwrap_or(LEASE),
         generation: 1,
     })

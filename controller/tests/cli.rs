@@ -131,6 +131,36 @@ fn tokens_are_created_listed_and_revoked() {
 }
 
 #[test]
+fn what_holds_for_the_mesh_is_changed_list_by_list_and_survives_a_restart() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().to_str().unwrap();
+    let show = || -> serde_json::Value {
+        let shown = run(&["mesh", "show", "-o", "json", "--state-dir", dir]);
+        serde_json::from_str(&stdout(&shown)).unwrap()
+    };
+    let set = |args: &[&str]| run(&[&["mesh", "set", "--state-dir", dir], args].concat());
+
+    let controller = Running::start(root.path());
+    let first = show();
+    assert_eq!(first["protected"], serde_json::json!([]));
+    stdout(&set(&["--protected", "10.244.0.0/16,fd00:10::/48", "--trusted-site", "dc-a"]));
+    stdout(&set(&["--bypass-when-down", "10.20.0.0/16", "--protected", "10.244.0.0/16"]));
+    controller.kill();
+    let _controller = Running::start(root.path());
+    let mesh = show();
+    assert_eq!(mesh["protected"], serde_json::json!(["10.244.0.0/16"]));
+    assert_eq!(mesh["trusted_sites"], serde_json::json!(["dc-a"]));
+    assert_eq!(mesh["bypass_when_down"], serde_json::json!(["10.20.0.0/16"]));
+    assert_eq!(mesh["generation"], first["generation"].as_u64().unwrap() + 2);
+    stdout(&set(&["--trusted-site", "none"]));
+    assert_eq!(show()["trusted_sites"], serde_json::json!([]));
+
+    assert!(failure(&set(&["--protected", "10.0.0.1/8"])).contains("10.0.0.0/8"));
+    assert!(failure(&set(&["--trusted-site", "two words"])).contains("two words"));
+    assert_eq!(set(&[]).status.code(), Some(2));
+}
+
+#[test]
 fn what_cannot_be_is_one_line_and_a_status() {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().to_str().unwrap();

@@ -89,6 +89,12 @@ pub fn site(text: String) -> Result<Option<Label>, Invalid> {
     if text.is_empty() { Ok(None) } else { Ok(Some(text.parse()?)) }
 }
 
+/// Trusted sites, at most [`limits::TRUSTED_SITES`].
+pub fn sites(list: Vec<String>) -> Result<Vec<Label>, Invalid> {
+    bounded("list of sites", list.len(), limits::TRUSTED_SITES)?;
+    list.iter().map(|text| Ok(text.parse()?)).collect()
+}
+
 /// Labels, at most [`limits::LABELS`].
 pub fn labels(
     map: impl IntoIterator<Item = (String, String)>,
@@ -295,6 +301,8 @@ impl TryFrom<pb::MeshConfig> for MeshConfig {
             overlay_v4,
             protected: prefixes(&mesh.protected)?,
             lease: Duration::from_secs(mesh.lease_seconds.into()),
+            trusted_sites: sites(mesh.trusted_sites)?,
+            bypass_when_down: prefixes(&mesh.bypass_when_down)?,
             generation: mesh.generation,
         })
     }
@@ -308,6 +316,8 @@ impl From<&MeshConfig> for pb::MeshConfig {
             overlay_v4: Some((&IpNet::V4(mesh.overlay_v4)).into()),
             protected: mesh.protected.iter().map(Into::into).collect(),
             lease_seconds: u32::try_from(mesh.lease.as_secs()).unwrap_or(u32::MAX),
+            trusted_sites: mesh.trusted_sites.iter().map(ToString::to_string).collect(),
+            bypass_when_down: mesh.bypass_when_down.iter().map(Into::into).collect(),
             generation: mesh.generation,
         }
     }

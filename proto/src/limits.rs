@@ -17,6 +17,8 @@ pub const LABELS: usize = 32;
 pub const CANDIDATES: usize = 32;
 /// Prefixes in a record, in a grant, or protected in a mesh's configuration.
 pub const PREFIXES: usize = 256;
+/// Trusted sites of a mesh.
+pub const TRUSTED_SITES: usize = 64;
 /// TCP ports of a node that are reached outside the tunnel.
 pub const PLAIN_PORTS: usize = 16;
 /// WireGuard keys in a record or a grant.

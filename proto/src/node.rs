@@ -249,6 +249,11 @@ pub struct MeshConfig {
     pub protected: Vec<IpNet>,
     /// How long a node may be offline before a live, granted one may take over its prefixes.
     pub lease: Duration,
+    /// Sites whose nodes reach each other's node IPs outside the tunnel. Both ends decide by
+    /// their grants, which name the site, so that they always agree.
+    pub trusted_sites: Vec<Label>,
+    /// Ranges in which what a node announces is reached in clear while the tunnel to it is down.
+    pub bypass_when_down: Vec<IpNet>,
     /// Grows with every change.
     pub generation: u64,
 }

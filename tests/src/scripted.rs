@@ -138,6 +138,8 @@ pub fn mesh() -> MeshConfig {
         overlay_v6: ipnet::Ipv6Net::new_assert(v6, 64),
         overlay_v4: ipnet::Ipv4Net::new_assert([198, 19, 0, 0].into(), 16),
         protected: Vec::new(),
+        trusted_sites: Vec::new(),
+        bypass_when_down: Vec::new(),
         lease: Duration::from_secs(600),
         generation: 1,
     }

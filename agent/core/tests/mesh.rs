@@ -338,6 +338,8 @@ impl Us {
                 overlay_v6: "fd00::/64".parse().unwrap(),
                 overlay_v4: "198.19.0.0/16".parse().unwrap(),
                 protected: vec![net("10.0.0.0/8")],
+                trusted_sites: Vec::new(),
+                bypass_when_down: Vec::new(),
                 lease: Duration::from_secs(600),
                 generation: 1,
             },

@@ -4,6 +4,7 @@
 //! administrator's credential from the state directory. None ever opens the store.
 
 mod client;
+mod mesh;
 mod node;
 mod output;
 mod token;
@@ -17,6 +18,7 @@ use clap::{Args, Parser, Subcommand};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use jiff::SignedDuration;
 use tokio::signal::unix::{SignalKind, signal};
+use towline_proto::id::Label;
 use towline_proto::token::ControllerAddress;
 use tracing_subscriber::EnvFilter;
 
@@ -56,6 +58,9 @@ enum Command {
     /// List, show and remove nodes
     #[command(subcommand)]
     Node(node::Node),
+    /// Show and change what holds for the whole mesh
+    #[command(subcommand)]
+    Mesh(mesh::Mesh),
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -92,6 +97,23 @@ struct Serve {
     /// may be repeated
     #[arg(long, env = "TOWLINE_CONTROLLER_PROTECTED", value_name = "CIDR", value_delimiter = ',')]
     protected: Vec<IpNet>,
+    /// A site whose nodes reach each other's node IPs outside the tunnel; may be repeated
+    #[arg(
+        long,
+        env = "TOWLINE_CONTROLLER_TRUSTED_SITES",
+        value_name = "SITE",
+        value_delimiter = ','
+    )]
+    trusted_site: Vec<Label>,
+    /// A range in which what a node announces is reached in clear while the tunnel to it is down;
+    /// may be repeated
+    #[arg(
+        long,
+        env = "TOWLINE_CONTROLLER_BYPASS_WHEN_DOWN",
+        value_name = "CIDR",
+        value_delimiter = ','
+    )]
+    bypass_when_down: Vec<IpNet>,
     /// How long a node may be offline before others may take over its prefixes [default: 10m]
     #[arg(long, env = "TOWLINE_CONTROLLER_LEASE", value_name = "DURATION")]
     lease: Option<SignedDuration>,
@@ -110,14 +132,18 @@ impl Common {
 
 impl Serve {
     fn settings(self, common: &Common) -> anyhow::Result<Settings> {
-        let some = |list: Vec<_>| (!list.is_empty()).then_some(list);
+        fn some<T>(list: Vec<T>) -> Option<Vec<T>> {
+            (!list.is_empty()).then_some(list)
+        }
         let flags = Settings {
             state_dir: None,
             listen: self.listen,
-            advertise: (!self.advertise.is_empty()).then_some(self.advertise),
+            advertise: some(self.advertise),
             overlay_v6: self.overlay_v6,
             overlay_v4: self.overlay_v4,
             protected: some(self.protected),
+            trusted_sites: some(self.trusted_site),
+            bypass_when_down: some(self.bypass_when_down),
             lease: self.lease,
         };
         Ok(flags.or(common.settings()?))
@@ -142,6 +168,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Serve(serve) => serve_until_signal(serve.settings(&common)?),
         Command::Token(command) => block_on(token::run(command, &common)),
         Command::Node(command) => block_on(node::run(command, &common)),
+        Command::Mesh(command) => block_on(mesh::run(command, &common)),
         Command::Config(ConfigCommand::Check(serve)) => {
             serve.settings(&common)?.resolve()?;
             eprintln!("the configuration is good");

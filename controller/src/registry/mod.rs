@@ -331,6 +331,11 @@ impl Registry {
         &self.mesh.config
     }
 
+    /// The same, as the CA signed it.
+    pub fn signed_mesh(&self) -> &pb::Signed {
+        &self.mesh.signed
+    }
+
     /// Raised whenever watchers must begin anew.
     pub fn epoch(&self) -> u64 {
         self.epoch

@@ -37,6 +37,8 @@ fn config(mesh_id: MeshId) -> MeshConfig {
         overlay_v6: "fd00:1:2:3::/64".parse().unwrap(),
         overlay_v4: "198.19.0.0/24".parse().unwrap(),
         protected: Vec::new(),
+        trusted_sites: Vec::new(),
+        bypass_when_down: Vec::new(),
         lease: LEASE,
         generation: 1,
     }

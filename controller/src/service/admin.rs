@@ -133,6 +133,45 @@ impl Admin for AdminService {
         let tombstone = self.shared.writer.run(run).await.map_err(unavailable)?.map_err(refused)?;
         Ok(Response::new(pb::RemoveNodeResponse { tombstone: Some(tombstone) }))
     }
+
+    async fn get_mesh(
+        &self,
+        _: Request<pb::GetMeshRequest>,
+    ) -> Result<Response<pb::GetMeshResponse>, Status> {
+        let run = |registry: &mut Registry, _: &_, _| registry.signed_mesh().clone();
+        let mesh = self.shared.writer.run(run).await.map_err(unavailable)?;
+        Ok(Response::new(pb::GetMeshResponse { mesh: Some(mesh) }))
+    }
+
+    async fn configure_mesh(
+        &self,
+        request: Request<pb::ConfigureMeshRequest>,
+    ) -> Result<Response<pb::ConfigureMeshResponse>, Status> {
+        let request = request.into_inner();
+        let ranges = |list: Option<pb::PrefixList>| match list {
+            Some(list) => convert::prefixes(&list.prefixes).map(Some).map_err(invalid),
+            None => Ok(None),
+        };
+        let protected = ranges(request.protected)?;
+        let bypass_when_down = ranges(request.bypass_when_down)?;
+        let trusted_sites = match request.trusted_sites {
+            Some(list) => Some(convert::sites(list.sites).map_err(invalid)?),
+            None => None,
+        };
+        let run = move |registry: &mut Registry, _: &_, _| {
+            let changed = registry.configure(|mesh| {
+                mesh.protected = protected.unwrap_or(std::mem::take(&mut mesh.protected));
+                mesh.trusted_sites =
+                    trusted_sites.unwrap_or(std::mem::take(&mut mesh.trusted_sites));
+                mesh.bypass_when_down =
+                    bypass_when_down.unwrap_or(std::mem::take(&mut mesh.bypass_when_down));
+            });
+            changed.map(|()| registry.signed_mesh().clone())
+        };
+        let mesh = self.shared.writer.run(run).await.map_err(unavailable)?;
+        let mesh = mesh.map_err(|error| Status::failed_precondition(error.to_string()))?;
+        Ok(Response::new(pb::ConfigureMeshResponse { mesh: Some(mesh) }))
+    }
 }
 
 /// As many items as one message may hold, at least one, and whether there are more.

@@ -45,6 +45,8 @@ pub const ROLES: &[(&str, Role)] = &[
     ("/towline.v1.Admin/RevokeToken", Role::Admin),
     ("/towline.v1.Admin/ListNodes", Role::Admin),
     ("/towline.v1.Admin/RemoveNode", Role::Admin),
+    ("/towline.v1.Admin/GetMesh", Role::Admin),
+    ("/towline.v1.Admin/ConfigureMesh", Role::Admin),
 ];
 
 /// Who calls; an extension of each request that was let through.

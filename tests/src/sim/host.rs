@@ -380,6 +380,8 @@ pub fn mesh_config() -> MeshConfig {
         overlay_v6: "fd00:71::/64".parse().expect("a network"),
         overlay_v4: "198.19.0.0/16".parse().expect("a network"),
         protected: vec!["10.244.0.0/16".parse().expect("a network")],
+        trusted_sites: Vec::new(),
+        bypass_when_down: Vec::new(),
         lease: Duration::from_secs(600),
         generation: 1,
     }

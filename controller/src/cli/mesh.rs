@@ -1,0 +1,143 @@
+//! `towline-controller mesh`.
+
+use std::str::FromStr;
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use ipnet::IpNet;
+use serde::Serialize;
+use towline_proto::id::{IdentityKey, Label, MeshId};
+use towline_proto::{pb, signed};
+
+use super::Common;
+use super::client::told;
+use super::output::{self, Format};
+use crate::config::check_ranges;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Mesh {
+    /// Show what holds for the whole mesh
+    Show {
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
+    /// Change it: each list that is named is replaced, on every node at once
+    Set(Changes),
+}
+
+/// What `set` changes. The controller's own configuration, where it names one of these, holds
+/// again at its next start.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub(super) struct Changes {
+    /// Ranges inside which an address without an owner is unreachable rather than sent in clear,
+    /// or `none`
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    protected: Option<Vec<String>>,
+    /// Sites whose nodes reach each other's node IPs outside the tunnel, or `none`
+    #[arg(long, value_name = "SITE", value_delimiter = ',')]
+    trusted_site: Option<Vec<String>>,
+    /// Ranges in which what a node announces is reached in clear while the tunnel to it is down,
+    /// or `none`
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    bypass_when_down: Option<Vec<String>>,
+}
+
+pub(super) async fn run(command: Mesh, common: &Common) -> anyhow::Result<()> {
+    match command {
+        Mesh::Show { output } => {
+            let mut client = common.connect().await?;
+            let answer = client.admin.get_mesh(pb::GetMeshRequest {}).await.map_err(told)?;
+            let mesh = View::read(answer.into_inner().mesh.as_ref(), &client.ca)?;
+            output::write(output, &mesh, |_| sheet(&mesh))
+        }
+        Mesh::Set(changes) => {
+            let request = changes.request()?;
+            let mut client = common.connect().await?;
+            let answer = client.admin.configure_mesh(request).await.map_err(told)?;
+            let mesh = View::read(answer.into_inner().mesh.as_ref(), &client.ca)?;
+            eprintln!("the mesh's configuration has generation {}", mesh.generation);
+            Ok(())
+        }
+    }
+}
+
+impl Changes {
+    fn request(&self) -> anyhow::Result<pb::ConfigureMeshRequest> {
+        let ranges = |flag: &str, list: &Option<Vec<String>>| -> anyhow::Result<_> {
+            let Some(ranges) = values::<IpNet>(flag, list.as_deref())? else { return Ok(None) };
+            if let Err(why) = check_ranges(&ranges) {
+                bail!("{flag}: {why}");
+            }
+            Ok(Some(pb::PrefixList { prefixes: ranges.iter().map(Into::into).collect() }))
+        };
+        let sites = values::<Label>("--trusted-site", self.trusted_site.as_deref())?;
+        Ok(pb::ConfigureMeshRequest {
+            protected: ranges("--protected", &self.protected)?,
+            trusted_sites: sites.map(|sites| pb::SiteList {
+                sites: sites.iter().map(ToString::to_string).collect(),
+            }),
+            bypass_when_down: ranges("--bypass-when-down", &self.bypass_when_down)?,
+        })
+    }
+}
+
+/// The values of a list flag; `none` alone is the empty list.
+fn values<T>(flag: &str, list: Option<&[String]>) -> anyhow::Result<Option<Vec<T>>>
+where
+    T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
+{
+    match list {
+        None => Ok(None),
+        Some([only]) if only == "none" => Ok(Some(Vec::new())),
+        Some(texts) => texts
+            .iter()
+            .map(|text| text.parse().with_context(|| format!("{flag}: `{text}`")))
+            .collect::<anyhow::Result<_>>()
+            .map(Some),
+    }
+}
+
+#[derive(Serialize)]
+struct View {
+    id: MeshId,
+    overlay_v6: String,
+    overlay_v4: String,
+    protected: Vec<String>,
+    trusted_sites: Vec<String>,
+    bypass_when_down: Vec<String>,
+    lease_seconds: u64,
+    generation: u64,
+}
+
+impl View {
+    fn read(mesh: Option<&pb::Signed>, ca: &IdentityKey) -> anyhow::Result<Self> {
+        let mesh = signed::mesh(mesh, ca)?;
+        let texts = |ranges: &[IpNet]| ranges.iter().map(ToString::to_string).collect();
+        Ok(Self {
+            id: mesh.mesh_id,
+            overlay_v6: mesh.overlay_v6.to_string(),
+            overlay_v4: mesh.overlay_v4.to_string(),
+            protected: texts(&mesh.protected),
+            trusted_sites: mesh.trusted_sites.iter().map(ToString::to_string).collect(),
+            bypass_when_down: texts(&mesh.bypass_when_down),
+            lease_seconds: mesh.lease.as_secs(),
+            generation: mesh.generation,
+        })
+    }
+}
+
+fn sheet(mesh: &View) -> String {
+    let lines = [
+        ("id", mesh.id.to_string()),
+        ("overlay", format!("{} {}", mesh.overlay_v6, mesh.overlay_v4)),
+        ("protected", output::list(&mesh.protected)),
+        ("trusted sites", output::list(&mesh.trusted_sites)),
+        ("in clear when down", output::list(&mesh.bypass_when_down)),
+        ("lease", output::span(i64::try_from(mesh.lease_seconds).unwrap_or(i64::MAX))),
+        ("generation", mesh.generation.to_string()),
+    ];
+    let lines = lines.iter().map(|(name, value)| format!("{:<20}{value}", format!("{name}:")));
+    lines.collect::<Vec<_>>().join("\n")
+}
