@@ -4,7 +4,7 @@
 //! is not known is refused by name. What a flag or an environment variable says wins over the
 //! file; see `cli`.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
@@ -15,6 +15,7 @@ use towline_proto::node::{Candidate, CandidateKind};
 use towline_proto::token::ControllerAddress;
 
 use crate::prefixes::Filter;
+use crate::static_peers::{self, PeerConfig};
 
 /// Where the file is when nobody says.
 pub const DEFAULT_PATH: &str = "/etc/towline/agent.toml";
@@ -37,6 +38,9 @@ pub struct Config {
     pub routing: RoutingConfig,
     /// How to reach the controllers.
     pub controller: ControllerConfig,
+    /// WireGuard peers that are in no mesh, each as `[[peer]]`.
+    #[serde(rename = "peer", skip_serializing_if = "Vec::is_empty")]
+    pub peers: Vec<PeerConfig>,
 }
 
 /// What this node says of itself.
@@ -46,6 +50,8 @@ pub struct NodeConfig {
     /// Addresses, with port, at which other nodes can reach this one's UDP port: a public address
     /// that no interface carries, or a forwarded port.
     pub advertise: Vec<SocketAddr>,
+    /// Addresses of our link besides those that the mesh gives: what static peers know us by.
+    pub addresses: Vec<IpAddr>,
     /// Networks that are reached through this node; its grant must allow them.
     pub prefixes: Vec<IpNet>,
     /// Announce only networks inside these, whoever names them; empty: all.
@@ -110,6 +116,7 @@ impl Default for Config {
             link: LinkConfig::default(),
             routing: RoutingConfig::default(),
             controller: ControllerConfig::default(),
+            peers: Vec::new(),
         }
     }
 }
@@ -251,6 +258,13 @@ impl Config {
         }
         if routing.nftables_table.is_empty() || routing.nftables_table.len() > 31 {
             return Err(("routing.nftables_table", "use 1 to 31 characters".into()));
+        }
+        static_peers::check(&self.peers).map_err(|message| ("peer", message))?;
+        if self.node.addresses.len() > limits::PREFIXES
+            || self.node.addresses.iter().any(|ip| ip.is_unspecified() || ip.is_multicast())
+        {
+            let most = limits::PREFIXES;
+            return Err(("node.addresses", format!("at most {most} addresses of one machine")));
         }
         if self.node.advertise.len() > limits::CANDIDATES / 2 {
             return Err(("node.advertise", format!("at most {}", limits::CANDIDATES / 2)));

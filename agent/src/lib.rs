@@ -19,4 +19,5 @@ pub mod nft;
 pub mod prefixes;
 pub mod probe;
 pub mod state;
+pub mod static_peers;
 pub mod tls;

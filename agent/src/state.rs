@@ -3,7 +3,7 @@
 //! | file | holds | written |
 //! |---|---|---|
 //! | `lock` | nothing; locked by the one agent that runs | once |
-//! | `identity.key`, `wireguard.key` | the node's private keys, 0600 | once, before the join |
+//! | `identity.key`, `wireguard.key` | the node's private keys, 0600 | once, when first needed |
 //! | `membership.json` | mesh, CA certificate, controllers, grant | at the join, at renewals |
 //! | `certificate.pem` | the client certificate chain | at the join, at renewals |
 //! | `counters.json` | boot epoch and record generation | before each use of a new value |

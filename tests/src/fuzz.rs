@@ -196,7 +196,7 @@ pub fn mesh(bytes: &[u8]) {
             2 => {
                 let tombstone =
                     host::tombstone(&Host::new(input.host(), 1, host::mesh_config()).grant);
-                if tombstone.node_id != mesh.grant().node_id {
+                if Some(tombstone.node_id) != mesh.grant().map(|grant| grant.node_id) {
                     removed.insert(tombstone.node_id);
                 }
                 mesh.update(now, MapChange::Remove(tombstone));
@@ -282,7 +282,10 @@ fn check(output: &Output, sent: &mut u32) {
             outer(to);
         }
         Output::Signal { via, .. } => via.iter().for_each(outer),
-        Output::Plan(_) | Output::StateChanged { .. } | Output::PingResult { .. } => {}
+        Output::Plan(_)
+        | Output::StateChanged { .. }
+        | Output::StaticStateChanged { .. }
+        | Output::PingResult { .. } => {}
     }
 }
 

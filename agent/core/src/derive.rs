@@ -34,39 +34,53 @@ pub(crate) fn peer_table<'a>(
     PeerTable { peers: entries.collect() }
 }
 
+/// What is our own, besides what the mesh gave us.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Own<'a> {
+    /// Networks that we announce.
+    pub(crate) prefixes: &'a [IpNet],
+    /// Addresses of our link.
+    pub(crate) addresses: &'a [IpAddr],
+}
+
 /// The host's state: what peers hold leads into the tunnel; whatever the mesh guards or a peer
 /// ever held leads there or nowhere.
 pub(crate) fn plan<'a>(
     config: &Config,
     underlay: &UnderlayPlan,
-    own_prefixes: &[IpNet],
+    own: Own<'_>,
     held: impl Iterator<Item = &'a IpNet>,
+    held_by_static_peers: impl Iterator<Item = &'a IpNet>,
     withdrawn: &BTreeSet<IpNet>,
 ) -> Plan {
-    let held: BTreeSet<IpNet> = held.copied().collect();
-    let overlay = config.grant.overlay;
-    let source = |net: &IpNet| match net {
-        IpNet::V4(_) => IpAddr::V4(overlay.v4),
-        IpNet::V6(_) => IpAddr::V6(overlay.v6),
+    let overlay = config.membership.as_ref().map(|membership| membership.grant.overlay);
+    let overlay: Vec<IpAddr> = overlay.iter().flat_map(|overlay| overlay.iter()).collect();
+    // A node of the mesh knows our overlay address, a static peer rather the configured one.
+    let source = |net: &IpNet, first: &[IpAddr], then: &[IpAddr]| {
+        let is_v4 = net.addr().is_ipv4();
+        first.iter().chain(then).find(|address| address.is_ipv4() == is_v4).copied()
     };
+    let to_nodes = held.map(|net| (*net, source(net, &overlay, &[])));
+    let to_static_peers =
+        held_by_static_peers.map(|net| (*net, source(net, own.addresses, &overlay)));
+    let held: BTreeMap<IpNet, Option<IpAddr>> = to_nodes.chain(to_static_peers).collect();
+    let guarded_by_mesh = config.membership.iter().flat_map(|membership| membership.mesh.guarded());
 
     // What we announce ourselves is reached by the host's own routes. (Our overlay addresses need
     // no hole: the local table comes before ours.)
     let guarded = without(
         covering(
-            config
-                .mesh
-                .guarded()
-                .chain(held.iter().copied())
+            guarded_by_mesh
+                .chain(held.keys().copied())
                 .chain(withdrawn.iter().copied())
                 .filter(|net| net.prefix_len() > 0),
         ),
-        own_prefixes,
+        own.prefixes,
     );
 
     let link = held
         .iter()
-        .map(|net| ((*net, RouteVia::Link), RoutePlan { source: Some(source(net)), mtu: None }));
+        .map(|(net, source)| ((*net, RouteVia::Link), RoutePlan { source: *source, mtu: None }));
     let nowhere = guarded.iter().map(|net| ((*net, RouteVia::Unreachable), RoutePlan::default()));
     let routes: BTreeMap<_, _> = link.chain(nowhere).collect();
 
@@ -74,7 +88,7 @@ pub(crate) fn plan<'a>(
         link: LinkPlan {
             name: config.link.clone(),
             mtu: config.mtu,
-            addresses: overlay.prefixes().collect(),
+            addresses: overlay.iter().chain(own.addresses).copied().map(IpNet::from).collect(),
         },
         table: config.table,
         routes,

@@ -28,4 +28,5 @@ pub mod prefixes;
 pub mod relay;
 mod rtt;
 pub mod signal;
+pub mod static_peers;
 mod timers;

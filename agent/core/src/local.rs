@@ -8,6 +8,7 @@ use towline_proto::id::{Label, WireguardKey};
 use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind, Grant, MeshConfig};
 
+use crate::mesh::Membership;
 use crate::prefixes::is_private;
 
 /// Ourselves.
@@ -17,17 +18,17 @@ pub(crate) struct Local {
     pub(crate) site: Option<Label>,
     candidates: Vec<Candidate>,
     /// The overlay's ranges: a datagram to an address in there would enter the tunnel.
-    overlay: [IpNet; 2],
+    overlay: Vec<IpNet>,
 }
 
 impl Local {
-    pub(crate) fn new(grant: &Grant, mesh: &MeshConfig) -> Self {
-        Self {
-            key: grant.wireguard_keys.first().copied(),
-            site: grant.site.clone(),
-            candidates: Vec::new(),
-            overlay: [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)],
+    pub(crate) fn new(membership: Option<&Membership>) -> Self {
+        let mut local = Self { key: None, site: None, candidates: Vec::new(), overlay: Vec::new() };
+        if let Some(Membership { grant, mesh }) = membership {
+            local.set_grant(grant);
+            local.set_mesh(mesh);
         }
+        local
     }
 
     pub(crate) fn candidates(&self) -> &[Candidate] {
@@ -40,7 +41,7 @@ impl Local {
     }
 
     pub(crate) fn set_mesh(&mut self, mesh: &MeshConfig) {
-        self.overlay = [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)];
+        self.overlay = vec![IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)];
     }
 
     /// Takes our candidates: sorted, each address once (as the best kind that names it), no more

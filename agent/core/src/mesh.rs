@@ -8,7 +8,7 @@
 //! - What a peer ever held stays guarded until another peer holds it or its node is removed.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,7 @@ use crate::plan::{Plan, RulePlan, UnderlayPlan};
 use crate::prefixes::covering;
 use crate::relay::{RelayAnswer, RelayRequest};
 use crate::signal::Signal;
+use crate::static_peers::{StaticPeer, StaticPeerStatus, StaticPeers};
 use crate::timers::{Timer, Timers};
 
 /// First attempts of many peers that come at once are spread over this much for each.
@@ -37,13 +38,20 @@ const SPREAD_PER_PEER: Duration = Duration::from_millis(2);
 /// And over no more than this.
 const SPREAD_MAX: Duration = Duration::from_secs(2);
 
-/// What the core is told once.
+/// What makes us a node of a mesh.
 #[derive(Debug, Clone)]
-pub struct Config {
+pub struct Membership {
     /// Our own grant.
     pub grant: Grant,
     /// What holds for the whole mesh.
     pub mesh: MeshConfig,
+}
+
+/// What the core is told once.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The mesh that we are in; `None`: static peers are all there is.
+    pub membership: Option<Membership>,
     /// Name of the TUN link.
     pub link: String,
     /// MTU of the TUN link, in bytes.
@@ -153,6 +161,15 @@ pub enum Output {
         /// To.
         to: PeerState,
     },
+    /// The same of a static peer.
+    StaticStateChanged {
+        /// Which peer.
+        peer: WireguardKey,
+        /// From.
+        from: PeerState,
+        /// To.
+        to: PeerState,
+    },
     /// An operator's ping (see [`Mesh::ping`]) ended.
     PingResult {
         /// The number given to [`Mesh::ping`].
@@ -212,6 +229,7 @@ pub struct Mesh {
     config: Config,
     local: Local,
     own_prefixes: Vec<IpNet>,
+    own_addresses: Vec<IpAddr>,
     underlay: UnderlayPlan,
     now: Instant,
     rng: StdRng,
@@ -219,6 +237,7 @@ pub struct Mesh {
     pings: Pings,
     operator_pings: BTreeSet<u64>,
     peers: BTreeMap<NodeId, Peer>,
+    static_peers: StaticPeers,
     removed: BTreeSet<NodeId>,
     removed_keys: BTreeSet<IdentityKey>,
     withdrawn: BTreeSet<IpNet>,
@@ -237,9 +256,10 @@ impl Mesh {
     /// if nobody else knows it.
     pub fn new(config: Config, seed: [u8; 32], now: Instant) -> Self {
         Self {
-            local: Local::new(&config.grant, &config.mesh),
+            local: Local::new(config.membership.as_ref()),
             config,
             own_prefixes: Vec::new(),
+            own_addresses: Vec::new(),
             underlay: UnderlayPlan::default(),
             now,
             rng: StdRng::from_seed(seed),
@@ -247,6 +267,7 @@ impl Mesh {
             pings: Pings::default(),
             operator_pings: BTreeSet::new(),
             peers: BTreeMap::new(),
+            static_peers: StaticPeers::default(),
             removed: BTreeSet::new(),
             removed_keys: BTreeSet::new(),
             withdrawn: BTreeSet::new(),
@@ -260,23 +281,25 @@ impl Mesh {
         }
     }
 
-    /// Our own grant.
-    pub fn grant(&self) -> &Grant {
-        &self.config.grant
+    /// Our own grant, if we are in a mesh.
+    pub fn grant(&self) -> Option<&Grant> {
+        self.config.membership.as_ref().map(|membership| &membership.grant)
     }
 
     /// Takes in a change of the map. Our own node is ignored, and so is what is older than what
-    /// we know: changes may come twice and in any order.
+    /// we know: changes may come twice and in any order. Without a mesh there is no map.
     pub fn update(&mut self, now: Instant, change: MapChange) {
         self.advance(now);
         match change {
             MapChange::Upsert(node) => self.upsert(*node),
             MapChange::Remove(tombstone) => self.remove(&tombstone),
             MapChange::Mesh(mesh) => {
-                if mesh.generation > self.config.mesh.generation {
+                if let Some(membership) = &mut self.config.membership
+                    && mesh.generation > membership.mesh.generation
+                {
                     self.local.set_mesh(&mesh);
-                    self.config.mesh = mesh;
-                    self.plan_changed = true;
+                    membership.mesh = mesh;
+                    self.claims_changed = true;
                 }
             }
         }
@@ -285,9 +308,11 @@ impl Mesh {
     /// Our grant was issued anew (an operator changed it).
     pub fn set_grant(&mut self, now: Instant, grant: Grant) {
         self.advance(now);
-        if self.config.grant != grant {
+        if let Some(membership) = &mut self.config.membership
+            && membership.grant != grant
+        {
             self.local.set_grant(&grant);
-            self.config.grant = grant;
+            membership.grant = grant;
             self.claims_changed = true;
         }
     }
@@ -314,6 +339,23 @@ impl Mesh {
         }
     }
 
+    /// Takes the addresses that our link has besides the mesh's, whole.
+    pub fn set_addresses(&mut self, now: Instant, addresses: Vec<IpAddr>) {
+        self.advance(now);
+        if self.own_addresses != addresses {
+            self.own_addresses = addresses;
+            self.plan_changed = true;
+        }
+    }
+
+    /// Takes the peers that stand in our configuration, whole: those that stay keep their
+    /// sessions.
+    pub fn set_static_peers(&mut self, now: Instant, peers: Vec<StaticPeer>) {
+        self.advance(now);
+        self.with_static_peers(|statics, cx| statics.set(cx, peers));
+        self.claims_changed = true;
+    }
+
     /// Takes what of ours travels outside the tunnel now, whole: the plan lets it pass.
     pub fn set_underlay(&mut self, now: Instant, underlay: UnderlayPlan) {
         self.advance(now);
@@ -327,6 +369,7 @@ impl Mesh {
     pub fn observe(&mut self, now: Instant, peer: WireguardKey, what: Observation) {
         self.advance(now);
         self.with_key(peer, |peer, cx| peer.observe(cx, what));
+        self.with_static_peers(|statics, cx| statics.observe(cx, peer, what));
     }
 
     /// Takes in a probe that was opened with the key of the pair.
@@ -425,6 +468,9 @@ impl Mesh {
             match timer {
                 Timer::Attempt(id) => self.with_peer(id, |peer, cx| peer.attempt(cx)),
                 Timer::Probe(id) => self.with_peer(id, |peer, cx| peer.probe(cx)),
+                Timer::StaticAttempt(key) => {
+                    self.with_static_peers(|statics, cx| statics.attempt(cx, key));
+                }
                 Timer::OperatorPing(id) => {
                     if self.operator_pings.remove(&id) {
                         self.outputs.push_back(Output::PingResult { id, answer: None });
@@ -443,7 +489,8 @@ impl Mesh {
     pub fn poll_output(&mut self) -> Option<Output> {
         self.resolve_claims();
         if std::mem::take(&mut self.table_changed) {
-            let table = derive::peer_table(self.config.mtu, &self.claims, self.peers.values());
+            let mut table = derive::peer_table(self.config.mtu, &self.claims, self.peers.values());
+            table.peers.extend(self.static_peers.entries(self.config.mtu));
             if self.table.as_deref() != Some(&table) {
                 let table = Arc::new(table);
                 self.table = Some(table.clone());
@@ -451,12 +498,12 @@ impl Mesh {
             }
         }
         if std::mem::take(&mut self.plan_changed) {
-            let held = self.claims.prefixes();
             let plan = derive::plan(
                 &self.config,
                 &self.underlay,
-                &self.own_prefixes,
-                held,
+                derive::Own { prefixes: &self.own_prefixes, addresses: &self.own_addresses },
+                self.claims.prefixes(),
+                self.static_peers.prefixes(),
                 &self.withdrawn,
             );
             if self.plan.as_deref() != Some(&plan) {
@@ -476,6 +523,11 @@ impl Mesh {
     /// One peer.
     pub fn peer(&self, id: NodeId) -> Option<PeerStatus> {
         self.peers.get(&id).map(|peer| self.status(peer))
+    }
+
+    /// Every static peer, by key.
+    pub fn static_peers(&self) -> impl Iterator<Item = StaticPeerStatus> + '_ {
+        self.static_peers.statuses(self.now)
     }
 
     fn status(&self, peer: &Peer) -> PeerStatus {
@@ -500,11 +552,12 @@ impl Mesh {
     }
 
     fn upsert(&mut self, node: Node) {
+        let Some(membership) = &self.config.membership else { return };
         let id = node.id();
         let gone =
             self.removed.contains(&id) || self.removed_keys.contains(&node.grant().identity_key);
-        let ours = id == self.config.grant.node_id;
-        if ours || gone || node.grant().mesh_id != self.config.mesh.mesh_id {
+        let ours = id == membership.grant.node_id;
+        if ours || gone || node.grant().mesh_id != membership.mesh.mesh_id {
             return;
         }
         let age = |node: &Node| (node.record().generation, node.grant().issued_at);
@@ -530,8 +583,9 @@ impl Mesh {
     }
 
     fn remove(&mut self, tombstone: &Tombstone) {
+        let Some(membership) = &self.config.membership else { return };
         let id = tombstone.node_id;
-        if id == self.config.grant.node_id || tombstone.mesh_id != self.config.mesh.mesh_id {
+        if id == membership.grant.node_id || tombstone.mesh_id != membership.mesh.mesh_id {
             return;
         }
         self.removed.insert(id);
@@ -549,16 +603,54 @@ impl Mesh {
         if !std::mem::take(&mut self.claims_changed) {
             return;
         }
-        let nodes = self.peers.values().map(|peer| &**peer.node());
-        let claims = Claims::resolve(&self.config.grant, &self.own_prefixes, nodes);
+        let claims = match &self.config.membership {
+            Some(membership) => {
+                let nodes = self.peers.values().map(|peer| &**peer.node());
+                Claims::resolve(&membership.grant, &self.own_prefixes, nodes)
+            }
+            None => Claims::default(),
+        };
         let before = std::mem::replace(&mut self.claims, claims);
         let still_here = before.iter().filter(|(id, _)| self.peers.contains_key(id));
         self.withdrawn.extend(still_here.flat_map(|(_, claim)| &claim.prefixes));
-        for held in self.claims.prefixes() {
+        self.resolve_static_peers();
+        for held in self.claims.prefixes().chain(self.static_peers.prefixes()) {
             self.withdrawn.remove(held);
         }
         self.table_changed = true;
         self.plan_changed = true;
+    }
+
+    /// Static peers get what neither the mesh nor one of its nodes holds, nor we.
+    fn resolve_static_peers(&mut self) {
+        let ours = self.own_prefixes.iter().map(|net| (*net, "this node".to_owned()));
+        let mut held: Vec<(IpNet, String)> = ours.collect();
+        if let Some(Membership { mesh, .. }) = &self.config.membership {
+            for net in [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)] {
+                held.push((net, "the mesh".into()));
+            }
+        }
+        let name = |id: &NodeId| self.peers.get(id).map(|peer| peer.node().name().to_string());
+        for (id, claim) in self.claims.iter() {
+            let name = name(id).unwrap_or_default();
+            held.extend(claim.prefixes.iter().map(|net| (*net, name.clone())));
+        }
+        let key_holder = |key: &WireguardKey| {
+            let ours = self.local.key == Some(*key);
+            if ours {
+                Some("this node".into())
+            } else {
+                self.claims.key(key).and_then(|id| name(&id))
+            }
+        };
+        self.static_peers.resolve(held.into_iter(), key_holder);
+    }
+
+    fn with_static_peers(&mut self, f: impl FnOnce(&mut StaticPeers, &mut Context<'_>)) {
+        self.resolve_claims();
+        let mut static_peers = std::mem::take(&mut self.static_peers);
+        f(&mut static_peers, &mut self.context().1);
+        self.static_peers = static_peers;
     }
 
     fn advance(&mut self, now: Instant) {

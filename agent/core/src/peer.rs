@@ -47,7 +47,7 @@ const FIRST_RETRIES: [Duration; 4] = [
 /// The longest pause between attempts.
 const RETRY_MAX: Duration = Duration::from_secs(30);
 /// Trying for longer than this is being down.
-const DOWN_AFTER: Duration = Duration::from_secs(10);
+pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(10);
 /// The least time between two initiations that answer to what the peer sent.
 const INITIATION_MIN: Duration = Duration::from_millis(100);
 /// How often a path that is in use is pinged.
@@ -533,7 +533,7 @@ impl Peer {
 }
 
 /// Between four fifths and six fifths of it.
-fn jittered(rng: &mut StdRng, pause: Duration) -> Duration {
+pub(crate) fn jittered(rng: &mut StdRng, pause: Duration) -> Duration {
     pause.mul_f64(rng.random_range(0.8..1.2))
 }
 

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use towline_proto::id::NodeId;
+use towline_proto::id::{NodeId, WireguardKey};
 
 /// What a deadline is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,6 +15,8 @@ pub(crate) enum Timer {
     Attempt(NodeId),
     /// The next ping on the path that carries a peer's traffic, or the verdict on the last one.
     Probe(NodeId),
+    /// The next handshake with a static peer.
+    StaticAttempt(WireguardKey),
     /// An operator's ping is given up; the number is the caller's.
     OperatorPing(u64),
 }
@@ -23,7 +25,7 @@ impl Timer {
     /// The name that the caller sees.
     pub(crate) fn reason(self) -> &'static str {
         match self {
-            Self::Attempt(_) => "attempt",
+            Self::Attempt(_) | Self::StaticAttempt(_) => "attempt",
             Self::Probe(_) => "probe",
             Self::OperatorPing(_) => "operator-ping",
         }

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use towline_core::mesh::{Config, MapChange, Mesh, Output, PeerState, PeerStatus, ReceivedProbe};
+use towline_core::mesh::{
+    Config, MapChange, Membership, Mesh, Output, PeerState, PeerStatus, ReceivedProbe,
+};
 use towline_core::path::Path;
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::plan::{Plan, RouteVia, RulePlan};
@@ -318,6 +320,19 @@ fn an_idle_mesh_of_two_is_cheap() {
 
 // Harness
 
+fn mesh_config() -> MeshConfig {
+    MeshConfig {
+        mesh_id: MeshId([1; 16]),
+        overlay_v6: "fd00::/64".parse().unwrap(),
+        overlay_v4: "198.19.0.0/16".parse().unwrap(),
+        protected: vec![net("10.0.0.0/8")],
+        trusted_sites: Vec::new(),
+        bypass_when_down: Vec::new(),
+        lease: Duration::from_secs(600),
+        generation: 1,
+    }
+}
+
 struct Us {
     mesh: Mesh,
     now: Instant,
@@ -332,17 +347,7 @@ impl Us {
         #[allow(clippy::disallowed_methods)] // some instant to count from
         let now = Instant::now();
         let config = Config {
-            grant: grant(number),
-            mesh: MeshConfig {
-                mesh_id: MeshId([1; 16]),
-                overlay_v6: "fd00::/64".parse().unwrap(),
-                overlay_v4: "198.19.0.0/16".parse().unwrap(),
-                protected: vec![net("10.0.0.0/8")],
-                trusted_sites: Vec::new(),
-                bypass_when_down: Vec::new(),
-                lease: Duration::from_secs(600),
-                generation: 1,
-            },
+            membership: Some(Membership { grant: grant(number), mesh: mesh_config() }),
             link: "towline0".into(),
             mtu: 1420,
             table: 1,
@@ -389,7 +394,8 @@ impl Us {
                 | Output::Signal { .. }
                 | Output::Relay(_)
                 | Output::Advertise(_)
-                | Output::StateChanged { .. } => {}
+                | Output::StateChanged { .. }
+                | Output::StaticStateChanged { .. } => {}
             }
             self.outputs += 1;
             outputs.push(output);

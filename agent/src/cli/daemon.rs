@@ -1,4 +1,4 @@
-//! `towline agent`, `towline leave` and `towline down`.
+//! `towline agent`, `towline pubkey`, `towline leave` and `towline down`.
 
 use std::path::PathBuf;
 
@@ -6,6 +6,7 @@ use towline_proto::pb;
 use tracing_subscriber::EnvFilter;
 
 use super::local::{runtime, said, with_agent};
+use super::output;
 use crate::config::Config;
 use crate::daemon;
 use crate::state::StateDir;
@@ -20,6 +21,20 @@ pub(super) fn run(config: Config, config_path: Option<PathBuf>) -> anyhow::Resul
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
     daemon::run(config, config_path)
+}
+
+/// Makes the key if there is none yet, so that the other end can be set up first.
+pub(super) fn pubkey(config: &Config) -> anyhow::Result<()> {
+    let key = if daemon::is_running(&config.socket) {
+        with_agent(&config.socket, async |mut agent| {
+            let answer =
+                agent.status(pb::StatusRequest {}).await.map_err(|status| said(&status))?;
+            Ok(answer.into_inner().public_key)
+        })?
+    } else {
+        StateDir::open(&config.state_dir)?.keys_or_generate()?.wireguard.public().to_string()
+    };
+    output::print(&format!("{key}\n"))
 }
 
 pub(super) fn leave(config: &Config, force: bool) -> anyhow::Result<()> {

@@ -52,6 +52,8 @@ enum Command {
     Status(OutputArgs),
     /// Show every peer: state, path, round-trip time, traffic
     Peers(OutputArgs),
+    /// Show this machine's WireGuard public key, for the other end of a static peer
+    Pubkey,
     /// Probe the path to a node
     Ping(ping::PingArgs),
     /// Leave the mesh for good: the node is removed, the machine opened
@@ -108,11 +110,12 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Agent => daemon::run(load(&cli.global)?, cli.global.config),
         Command::Status(args) => status::run(&config()?, args.output),
         Command::Peers(args) => peers::run(&config()?, args.output),
+        Command::Pubkey => daemon::pubkey(&config()?),
         Command::Ping(args) => ping::run(&config()?, args),
         Command::Leave(args) => daemon::leave(&config()?, args.force),
         Command::Down => daemon::down(&config()?),
         Command::Config(ConfigCommand::Check) => {
-            config()?;
+            crate::static_peers::load(&config()?.peers)?;
             eprintln!("configuration is good");
             Ok(())
         }

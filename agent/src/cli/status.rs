@@ -12,18 +12,19 @@ use crate::config::Config;
 
 #[derive(Serialize)]
 struct Status {
-    name: String,
-    node_id: String,
-    mesh_id: String,
+    name: Option<String>,
+    node_id: Option<String>,
+    mesh_id: Option<String>,
     site: Option<String>,
     overlay_addresses: Vec<String>,
+    public_key: String,
     version: String,
     uptime_ms: u64,
     listen_port: u32,
     link: String,
     mtu: u32,
     candidates: Vec<Candidate>,
-    controller: Controller,
+    controller: Option<Controller>,
     peers_up: u32,
     peers_total: u32,
     certificate_expires_at: Option<String>,
@@ -50,14 +51,15 @@ struct Feature {
 
 impl From<pb::StatusResponse> for Status {
     fn from(status: pb::StatusResponse) -> Self {
-        let controller = status.controller.unwrap_or_default();
+        let present = |text: String| (!text.is_empty()).then_some(text);
         let expires = jiff::Timestamp::from_second(status.certificate_expires_at).ok();
         Self {
-            name: status.name,
-            node_id: status.node_id,
-            mesh_id: status.mesh_id,
-            site: (!status.site.is_empty()).then_some(status.site),
+            name: present(status.name),
+            node_id: present(status.node_id),
+            mesh_id: present(status.mesh_id),
+            site: present(status.site),
             overlay_addresses: status.overlay_addresses,
+            public_key: status.public_key,
             version: status.version,
             uptime_ms: status.uptime_ms,
             listen_port: status.listen_port,
@@ -68,13 +70,13 @@ impl From<pb::StatusResponse> for Status {
                 .iter()
                 .filter_map(|candidate| Candidate::try_from(candidate).ok())
                 .collect(),
-            controller: Controller {
+            controller: status.controller.map(|controller| Controller {
                 connected: controller.connected,
                 address: controller.address,
                 revision: controller.revision,
                 last_heard_ms: controller.last_heard_ms,
                 reason: controller.reason,
-            },
+            }),
             peers_up: status.peers_up,
             peers_total: status.peers_total,
             certificate_expires_at: expires
@@ -105,31 +107,39 @@ pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
 fn text(status: &Status, wide: bool) -> String {
     let mut lines = Vec::new();
     let mut line = |name: &str, value: String| lines.push(format!("{name:<14}{value}"));
-    line("node", format!("{} ({})", status.name, status.node_id));
-    line("mesh", status.mesh_id.clone());
-    line("site", output::or_dash(status.site.clone()));
-    line("overlay", status.overlay_addresses.join("  "));
+    if let (Some(name), Some(id)) = (&status.name, &status.node_id) {
+        line("node", format!("{name} ({id})"));
+    }
+    line("mesh", status.mesh_id.clone().unwrap_or_else(|| "none: static peers only".into()));
+    if status.mesh_id.is_some() {
+        line("site", output::or_dash(status.site.clone()));
+    }
+    line("overlay", output::or_dash(Some(status.overlay_addresses.join("  "))));
+    line("public key", status.public_key.clone());
     line("link", format!("{}, mtu {}, udp port {}", status.link, status.mtu, status.listen_port));
-    let controller = &status.controller;
-    let heard = controller.last_heard_ms.map(Duration::from_millis).map(output::age);
-    line(
-        "controller",
-        match (controller.connected, heard) {
-            (true, _) => format!("{}, revision {}", controller.address, controller.revision),
-            (false, Some(heard)) => {
-                format!("not connected, last heard {heard} ago: {}", controller.reason)
-            }
-            (false, None) => format!("not connected: {}", controller.reason),
-        },
-    );
+    if let Some(controller) = &status.controller {
+        let heard = controller.last_heard_ms.map(Duration::from_millis).map(output::age);
+        line(
+            "controller",
+            match (controller.connected, heard) {
+                (true, _) => format!("{}, revision {}", controller.address, controller.revision),
+                (false, Some(heard)) => {
+                    format!("not connected, last heard {heard} ago: {}", controller.reason)
+                }
+                (false, None) => format!("not connected: {}", controller.reason),
+            },
+        );
+    }
     line("peers", format!("{} up of {}", status.peers_up, status.peers_total));
-    line(
-        "certificate",
-        match &status.certificate_expires_at {
-            Some(at) => format!("renewed before {at}"),
-            None => "none yet".into(),
-        },
-    );
+    if status.controller.is_some() {
+        line(
+            "certificate",
+            match &status.certificate_expires_at {
+                Some(at) => format!("renewed before {at}"),
+                None => "none yet".into(),
+            },
+        );
+    }
     line(
         "agent",
         format!(

@@ -13,7 +13,7 @@
 mod host;
 mod report;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ use towline_core::mesh::{self, MapChange, Mesh, Output, PeerState, ReceivedProbe
 use towline_core::path;
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_proto::frame::Probe;
-use towline_proto::id::NodeId;
+use towline_proto::id::{NodeId, WireguardKey};
 
 use crate::config::Config;
 use crate::control::{self, PingAnswer, Request};
@@ -34,9 +34,11 @@ use crate::dataplane::{self, DataPlane};
 use crate::discovery::{self, Announcement, Discovery};
 use crate::host::HostEvent;
 use crate::join;
+use crate::map_cache::MapCache;
 use crate::prefixes::{Feed, PrefixSource, PrefixUpdate, Prefixes, Selection};
 use crate::probe::ProbeKeys;
 use crate::state::{Keys, Membership, StateDir};
+use crate::static_peers;
 use host::Host;
 
 /// How the daemon ended.
@@ -74,7 +76,8 @@ struct Daemon {
     config_path: Option<PathBuf>,
     state: Arc<StateDir>,
     keys: Keys,
-    membership: Membership,
+    /// `None`: no mesh, static peers are all there is.
+    membership: Option<Membership>,
     started: Instant,
 
     mesh: Mesh,
@@ -89,7 +92,7 @@ struct Daemon {
     /// To be cloned for every task that is a source of prefixes.
     _prefix_feed: Feed,
     announcements: watch::Sender<Option<Announcement>>,
-    commands: mpsc::Sender<discovery::Command>,
+    commands: Option<mpsc::Sender<discovery::Command>>,
     controller: ControllerView,
     published: Result<Vec<String>, String>,
     certificate_expires_at: i64,
@@ -123,12 +126,17 @@ impl Daemon {
     /// lock, the socket, the UDP port, the TUN; then starts the parts.
     fn start(config: Config, config_path: Option<PathBuf>) -> anyhow::Result<Self> {
         let state = Arc::new(StateDir::open(&config.state_dir)?);
-        let membership = state.require_membership()?;
-        let keys = state.keys()?;
+        let static_peers = static_peers::load(&config.peers)?;
+        let membership = match state.membership()? {
+            None if !static_peers.is_empty() => None,
+            _ => Some(state.require_membership()?),
+        };
+        // Who peers without a mesh needs a key all the same.
+        let keys = if membership.is_some() { state.keys()? } else { state.keys_or_generate()? };
         let mut counters = state.counters()?;
         counters.boot_epoch += 1;
         state.store_counters(counters)?;
-        let map = state.map(&membership)?;
+        let map = membership.as_ref().map(|membership| state.map(membership)).transpose()?;
 
         let listener = control::listen(&config.socket)?;
         let host = Host::open(&config)?;
@@ -138,35 +146,47 @@ impl Daemon {
         tokio::spawn(control::serve(listener, requests));
 
         let now = Instant::now();
-        let mut mesh = Mesh::new(core_config(&config, &membership), rand::rng().random(), now);
-        let controllers = join::controllers(&config.controller.addresses, &membership);
+        let core_config = core_config(&config, membership.as_ref());
+        let mut mesh = Mesh::new(core_config, rand::rng().random(), now);
+        let controllers = membership.as_ref().map_or_else(Vec::new, |membership| {
+            join::controllers(&config.controller.addresses, membership)
+        });
         mesh.set_underlay(now, config.underlay(&controllers));
-        let removed = map.own_removed();
-        for change in map.changes() {
+        mesh.set_addresses(now, config.node.addresses.clone());
+        mesh.set_static_peers(now, static_peers);
+        let removed = map.as_ref().is_some_and(MapCache::own_removed);
+        for change in map.iter().flat_map(MapCache::changes) {
             mesh.update(now, change);
         }
 
         let (prefix_feed, prefix_updates) = mpsc::channel(4);
         let (announcements, announced) = watch::channel(None);
-        let (commands, command_queue) = mpsc::channel(4);
         let (events, discovery_events) = mpsc::channel(64);
-        let discovery = Discovery::new(
-            discovery::Setup {
-                state: state.clone(),
-                keys: keys.clone(),
-                controllers,
-                membership: membership.clone(),
-                mark: config.routing.mark,
-                map,
-                counters,
-            },
-            events,
-        )?;
-        tokio::spawn(discovery.run(announced, command_queue));
+        let commands = match (&membership, map) {
+            (Some(membership), Some(map)) => {
+                let (commands, command_queue) = mpsc::channel(4);
+                let discovery = Discovery::new(
+                    discovery::Setup {
+                        state: state.clone(),
+                        keys: keys.clone(),
+                        controllers,
+                        membership: membership.clone(),
+                        mark: config.routing.mark,
+                        map,
+                        counters,
+                    },
+                    events,
+                )?;
+                tokio::spawn(discovery.run(announced, command_queue));
+                Some(commands)
+            }
+            _ => None,
+        };
 
         tracing::info!(
-            node = %membership.grant.name,
-            mesh = %membership.grant.mesh_id,
+            node = membership.as_ref().map(|m| tracing::field::display(&m.grant.name)),
+            mesh = membership.as_ref().map(|m| tracing::field::display(&m.grant.mesh_id)),
+            static_peers = config.peers.len(),
             port = config.wireguard.port,
             link = %config.link.name,
             version = towline_proto::VERSION,
@@ -263,23 +283,40 @@ impl Daemon {
                     self.announcements.send_replace(Some(Announcement { candidates, prefixes }));
                 }
                 Output::StateChanged { peer, from, to } => self.state_changed(peer, from, to),
+                Output::StaticStateChanged { peer, from, to } => {
+                    self.static_state_changed(peer, from, to);
+                }
                 Output::PingResult { id, answer } => self.ping_result(id, answer),
             }
         }
     }
 
-    fn send_probe(&self, peer: &towline_proto::id::WireguardKey, to: path::Path, probe: Probe) {
+    fn send_probe(&self, peer: &WireguardKey, to: path::Path, probe: Probe) {
         if let Some(datagram) = self.probe_keys.seal(peer, &probe) {
             self.data_plane.send(to, &datagram);
         }
     }
 
     fn peer_table(&mut self, table: Arc<PeerTable>) {
-        // A node that was removed speaks to nobody.
-        let table = if self.removed { Arc::default() } else { table };
+        // A node that was removed speaks to no other.
+        let table = if self.removed { Arc::new(self.static_only(&table)) } else { table };
         self.probe_keys.follow(&self.keys.wireguard, table.peers.keys());
         self.data_plane.apply(&table);
         self.table = table;
+    }
+
+    fn static_only(&self, table: &PeerTable) -> PeerTable {
+        let keys: BTreeSet<_> = self.config.peers.iter().map(|peer| peer.public_key).collect();
+        let mut table = table.clone();
+        table.peers.retain(|key, _| keys.contains(key));
+        table
+    }
+
+    fn static_state_changed(&self, peer: WireguardKey, from: PeerState, to: PeerState) {
+        let status = self.mesh.static_peers().find(|status| status.public_key == peer);
+        let Some(status) = status else { return };
+        let endpoint = status.endpoint.map(|path| tracing::field::display(path.remote));
+        tracing::info!(peer = %status.name, ?from, ?to, endpoint, reason = %status.reason, "static peer");
     }
 
     fn state_changed(&self, peer: NodeId, from: PeerState, to: PeerState) {
@@ -347,14 +384,18 @@ impl Daemon {
             }
             discovery::Event::Map(changes) => {
                 for change in changes {
-                    if let MapChange::Mesh(mesh) = &change {
-                        self.membership.mesh = mesh.clone();
+                    if let (MapChange::Mesh(mesh), Some(membership)) =
+                        (&change, &mut self.membership)
+                    {
+                        membership.mesh = mesh.clone();
                     }
                     self.mesh.update(now, change);
                 }
             }
             discovery::Event::Grant(grant) => {
-                self.membership.grant = (*grant).clone();
+                if let Some(membership) = &mut self.membership {
+                    membership.grant = (*grant).clone();
+                }
                 self.mesh.set_grant(now, *grant);
                 self.prefixes_changed();
             }
@@ -365,14 +406,14 @@ impl Daemon {
             discovery::Event::Removed => {
                 if !std::mem::replace(&mut self.removed, true) {
                     tracing::error!("this node was removed from the mesh");
-                    self.peer_table(Arc::default());
+                    self.peer_table(self.table.clone());
                 }
             }
         }
     }
 
     fn addresses_changed(&mut self) {
-        let guarded = self.membership.mesh.guarded().collect();
+        let guarded = self.membership.iter().flat_map(|m| m.mesh.guarded()).collect();
         let mut candidates = self.config.candidates();
         candidates.extend(self.host.local_candidates(self.config.wireguard.port, guarded));
         self.mesh.set_candidates(Instant::now(), candidates);
@@ -392,7 +433,9 @@ impl Daemon {
     /// A source, the filter or the grant changed: decides anew what is announced.
     fn prefixes_changed(&mut self) {
         let filter = self.config.prefix_filter();
-        self.announced = self.prefixes.select(filter, &self.membership.grant);
+        // Without a mesh there is nobody to announce anything to.
+        let Some(membership) = &self.membership else { return };
+        self.announced = self.prefixes.select(filter, &membership.grant);
         let prefixes = self.announced.announced.clone();
         self.mesh.set_prefixes(Instant::now(), prefixes.clone());
         self.announcements.send_if_modified(|announcement| match announcement {
@@ -441,10 +484,10 @@ impl Daemon {
     async fn leave(&mut self) -> Result<(), String> {
         let (reply, answer) = oneshot::channel();
         let stopped = "the discovery task has stopped";
-        self.commands
-            .send(discovery::Command::Leave(reply))
-            .await
-            .map_err(|_| stopped.to_owned())?;
+        let Some(commands) = &self.commands else {
+            return Err("this machine is in no mesh: `towline down` opens it".into());
+        };
+        commands.send(discovery::Command::Leave(reply)).await.map_err(|_| stopped.to_owned())?;
         // Events that the task is about to send must not block its answer.
         let mut answer = answer;
         let result = loop {
@@ -466,6 +509,11 @@ impl Daemon {
                 || status.node.grant().overlay.iter().any(|ip| ip.to_string() == node)
         };
         let Some(peer) = self.mesh.peers().find(named) else {
+            if self.mesh.static_peers().any(|peer| peer.name == node) {
+                let why = "a static peer answers no probes: `towline peers` shows its handshakes";
+                let _ = reply.send(PingAnswer::Silence(why.into()));
+                return;
+            }
             let _ = reply.send(PingAnswer::UnknownNode);
             return;
         };
@@ -503,14 +551,27 @@ impl Daemon {
                 return;
             }
         };
+        let static_peers = match static_peers::load(&fresh.peers) {
+            Ok(static_peers) => static_peers,
+            Err(error) => {
+                tracing::error!(%error, "configuration not re-read: the one before stays in force");
+                return;
+            }
+        };
         let mut kept = fresh.clone();
         kept.node = self.config.node.clone();
+        kept.peers.clone_from(&self.config.peers);
         kept.state_dir.clone_from(&self.config.state_dir);
         kept.socket.clone_from(&self.config.socket);
         if kept != self.config {
-            tracing::warn!("only [node] is taken over: restart the agent for the rest");
+            tracing::warn!(
+                "only [node] and [[peer]] are taken over: restart the agent for the rest"
+            );
         }
         self.config.node = fresh.node;
+        self.config.peers = fresh.peers;
+        self.mesh.set_addresses(Instant::now(), self.config.node.addresses.clone());
+        self.mesh.set_static_peers(Instant::now(), static_peers);
         self.configured_prefixes();
         self.prefixes_changed();
         self.addresses_changed();
@@ -536,10 +597,12 @@ fn path_kind(path: &path::Path) -> &'static str {
     if path.is_relayed() { "relay" } else { "direct" }
 }
 
-fn core_config(config: &Config, membership: &Membership) -> mesh::Config {
+fn core_config(config: &Config, membership: Option<&Membership>) -> mesh::Config {
     mesh::Config {
-        grant: membership.grant.clone(),
-        mesh: membership.mesh.clone(),
+        membership: membership.map(|membership| mesh::Membership {
+            grant: membership.grant.clone(),
+            mesh: membership.mesh.clone(),
+        }),
         link: config.link.name.clone(),
         mtu: config.link.mtu,
         table: config.routing.table,

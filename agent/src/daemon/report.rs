@@ -3,26 +3,38 @@
 use std::time::{Duration, Instant};
 
 use towline_core::mesh::{PeerState, PeerStatus};
+use towline_core::static_peers::StaticPeerStatus;
+use towline_proto::id::WireguardKey;
 use towline_proto::pb;
 
 use super::Daemon;
 
 impl Daemon {
     pub(super) fn status(&self) -> pb::StatusResponse {
-        let grant = &self.membership.grant;
+        let grant = self.membership.as_ref().map(|membership| &membership.grant);
         let (mut up, mut total) = (0, 0);
-        for peer in self.mesh.peers() {
+        let states = self.mesh.peers().map(|peer| peer.state);
+        for state in states.chain(self.mesh.static_peers().map(|peer| peer.state)) {
             total += 1;
-            up += u32::from(peer.state == PeerState::Up);
+            up += u32::from(state == PeerState::Up);
         }
         let snapshot = self.data_plane.snapshot();
         let announcement = self.announcements.borrow();
         pb::StatusResponse {
-            name: grant.name.to_string(),
-            node_id: grant.node_id.to_string(),
-            mesh_id: grant.mesh_id.to_string(),
-            site: grant.site.as_ref().map(ToString::to_string).unwrap_or_default(),
-            overlay_addresses: grant.overlay.iter().map(|ip| ip.to_string()).collect(),
+            name: grant.map(|grant| grant.name.to_string()).unwrap_or_default(),
+            node_id: grant.map(|grant| grant.node_id.to_string()).unwrap_or_default(),
+            mesh_id: grant.map(|grant| grant.mesh_id.to_string()).unwrap_or_default(),
+            site: grant
+                .and_then(|grant| grant.site.as_ref())
+                .map(ToString::to_string)
+                .unwrap_or_default(),
+            overlay_addresses: grant
+                .iter()
+                .flat_map(|grant| grant.overlay.iter())
+                .chain(self.config.node.addresses.iter().copied())
+                .map(|ip| ip.to_string())
+                .collect(),
+            public_key: self.keys.wireguard.public().to_string(),
             version: towline_proto::VERSION.into(),
             listen_port: self.config.wireguard.port.into(),
             link: self.config.link.name.clone(),
@@ -32,7 +44,7 @@ impl Daemon {
                 .flat_map(|announcement| &announcement.candidates)
                 .map(Into::into)
                 .collect(),
-            controller: Some(pb::ControllerStatus {
+            controller: self.membership.is_some().then(|| pb::ControllerStatus {
                 connected: self.controller.connected,
                 address: self.controller.address.clone(),
                 revision: self.controller.revision,
@@ -77,23 +89,29 @@ impl Daemon {
         }
         problems.extend(self.host.problems().iter().cloned());
         problems.extend(self.announced.problems.iter().cloned());
+        problems.extend(self.mesh.static_peers().flat_map(|peer| {
+            let name = peer.name;
+            peer.conflicts.into_iter().map(move |why| format!("static peer {name}: {why}"))
+        }));
         problems
     }
 
     pub(super) fn peers(&self) -> pb::PeersResponse {
         let snapshot = self.data_plane.snapshot();
         let now = Instant::now();
-        let peers = self
-            .mesh
-            .peers()
-            .map(|peer| {
-                let counters = snapshot.peers.get(&peer.node.wireguard_key());
-                let (rx_bytes, tx_bytes) = counters
-                    .map_or((0, 0), |counters| (counters.received_bytes, counters.sent_bytes));
-                pb::PeerStatus { rx_bytes, tx_bytes, ..peer_status(peer, now) }
-            })
-            .collect();
-        pb::PeersResponse { peers }
+        let bytes = |key: &WireguardKey| {
+            let counters = snapshot.peers.get(key);
+            counters.map_or((0, 0), |counters| (counters.received_bytes, counters.sent_bytes))
+        };
+        let nodes = self.mesh.peers().map(|peer| {
+            let (rx_bytes, tx_bytes) = bytes(&peer.node.wireguard_key());
+            pb::PeerStatus { rx_bytes, tx_bytes, ..peer_status(peer, now) }
+        });
+        let static_peers = self.mesh.static_peers().map(|peer| {
+            let (rx_bytes, tx_bytes) = bytes(&peer.public_key);
+            pb::PeerStatus { rx_bytes, tx_bytes, ..static_peer_status(peer, now) }
+        });
+        pb::PeersResponse { peers: nodes.chain(static_peers).collect() }
     }
 }
 
@@ -116,6 +134,22 @@ fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
         public_key: peer.node.wireguard_key().to_string(),
         candidates: peer.node.record().candidates.iter().map(Into::into).collect(),
         reason: peer.reason,
+    }
+}
+
+fn static_peer_status(peer: StaticPeerStatus, now: Instant) -> pb::PeerStatus {
+    let age = |at| millis(now.saturating_duration_since(at));
+    pb::PeerStatus {
+        name: peer.name,
+        state: state(peer.state).into(),
+        path_kind: if peer.endpoint.is_some() { "static" } else { "" }.into(),
+        path: peer.endpoint.map(|path| path.remote.to_string()).unwrap_or_default(),
+        handshake_age_ms: peer.last_handshake.map(age),
+        prefixes: peer.prefixes.iter().map(ToString::to_string).collect(),
+        since_ms: age(peer.since),
+        public_key: peer.public_key.to_string(),
+        reason: peer.reason,
+        ..Default::default()
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use towline_core::mesh::{Config, MapChange, Mesh, Output, PeerState, ReceivedProbe};
+use towline_core::mesh::{Config, MapChange, Membership, Mesh, Output, PeerState, ReceivedProbe};
 use towline_core::peer_table::PeerTable;
 use towline_core::plan::{Plan, RulePlan};
 use towline_proto::frame::Probe;
@@ -141,8 +141,10 @@ impl Host {
         seed[8..10].copy_from_slice(&self.number.to_le_bytes());
         seed[16..24].copy_from_slice(&self.boot_epoch.to_le_bytes());
         let config = Config {
-            grant: self.grant.clone(),
-            mesh: self.mesh_config.clone(),
+            membership: Some(Membership {
+                grant: self.grant.clone(),
+                mesh: self.mesh_config.clone(),
+            }),
             link: "towline0".into(),
             mtu: 1_420,
             table: 21_580,
@@ -295,7 +297,8 @@ impl Host {
                     Output::StateChanged { peer, from, to } => {
                         actions.push(Action::StateChanged(peer, from, to));
                     }
-                    Output::PingResult { .. }
+                    Output::StaticStateChanged { .. }
+                    | Output::PingResult { .. }
                     | Output::Stun { .. }
                     | Output::Signal { .. }
                     | Output::Relay(_) => {}
