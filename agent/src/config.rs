@@ -82,9 +82,9 @@ pub struct LinkConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RoutingConfig {
-    /// Routing table that holds our routes.
+    /// Routing table that holds our routes; the one after it is ours as well.
     pub table: u32,
-    /// Priority of our policy rules, 1 to 32,765.
+    /// The first of the five priorities of our policy rules, 1 to 32,761.
     pub priority: u32,
     /// The mark on our own sockets, inside `mask`.
     pub mark: u32,
@@ -225,16 +225,17 @@ impl Config {
             return Err(("wireguard.port", "0 is no port: peers must know it".into()));
         }
         let routing = &self.routing;
-        if matches!(routing.table, 0 | 253..=255) {
+        // The one after it is ours as well.
+        if matches!(routing.table, 0 | 252..=255 | u32::MAX) {
             return Err((
                 "routing.table",
                 format!("{} is the kernel's own: use another", routing.table),
             ));
         }
-        if !(1..=32765).contains(&routing.priority) {
+        if !(1..=32761).contains(&routing.priority) {
             return Err((
                 "routing.priority",
-                format!("{} is outside 1 to 32765 (before the main table)", routing.priority),
+                format!("{} is outside 1 to 32761 (before the main table)", routing.priority),
             ));
         }
         if routing.mark == 0 || routing.mark & !routing.mask != 0 {

@@ -7,6 +7,7 @@
 //! grant names it exactly, or where it is an overlay address.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use towline_proto::id::{NodeId, NodeName, WireguardKey};
@@ -29,14 +30,18 @@ pub(crate) struct Claim {
 /// What every node holds.
 #[derive(Debug, Default)]
 pub(crate) struct Claims {
-    by_node: BTreeMap<NodeId, Claim>,
-    by_key: BTreeMap<WireguardKey, NodeId>,
+    by_node: BTreeMap<NodeId, (Arc<Node>, Claim)>,
+    names: BTreeMap<NodeName, NodeId>,
+    keys: BTreeMap<WireguardKey, Owner>,
+    held: PrefixMap<Owner>,
+    /// Somebody claimed in vain: then one node's change may decide another's claim.
+    disputed: bool,
 }
 
-#[derive(Clone, Copy)]
-struct Holder<'a> {
-    grant: &'a Grant,
-    ours: bool,
+#[derive(Debug, Clone)]
+enum Owner {
+    Us,
+    Node(Arc<Node>),
 }
 
 impl Claims {
@@ -44,46 +49,76 @@ impl Claims {
     pub(crate) fn resolve<'a>(
         own: &Grant,
         own_prefixes: &[IpNet],
-        nodes: impl Iterator<Item = &'a Node>,
+        nodes: impl Iterator<Item = &'a Arc<Node>>,
     ) -> Self {
-        let mut by_age: Vec<&Node> = nodes.collect();
+        let mut by_age: Vec<&Arc<Node>> = nodes.collect();
         by_age.sort_by_key(|node| (node.grant().issued_at, node.id()));
 
-        let us = Holder { grant: own, ours: true };
-        let mut names = BTreeMap::from([(&own.name, own.node_id)]);
-        let mut keys: BTreeMap<WireguardKey, &NodeName> =
-            own.wireguard_keys.iter().map(|key| (*key, &own.name)).collect();
-        let mut held: PrefixMap<Holder<'_>> = PrefixMap::default();
-        for prefix in own.overlay.prefixes().chain(own_prefixes.iter().copied()) {
-            held.insert(prefix, us);
-        }
-
         let mut claims = Self::default();
+        claims.names.insert(own.name.clone(), own.node_id);
+        claims.keys.extend(own.wireguard_keys.iter().map(|key| (*key, Owner::Us)));
+        for prefix in own.overlay.prefixes().chain(own_prefixes.iter().copied()) {
+            claims.held.insert(prefix, Owner::Us);
+        }
         for node in by_age {
-            let mut claim = Claim::default();
-            let grant = node.grant();
-            if let Some(holder) = names.insert(&grant.name, grant.node_id) {
-                claim.conflicts.push(format!("its name is also that of node {holder}"));
-                names.insert(&grant.name, holder);
-            }
-            let taken = node.record().wireguard_keys.iter().find_map(|key| keys.get(key));
-            if let Some(holder) = taken {
-                claim.conflicts.push(format!("its WireGuard key is held by {holder}"));
-                claim.key_holder = Some((*holder).clone());
-                claims.by_node.insert(node.id(), claim);
-                continue;
-            }
-            for key in &node.record().wireguard_keys {
-                keys.insert(*key, &grant.name);
-            }
-            claims.by_key.insert(node.wireguard_key(), node.id());
+            claims.admit(own, node);
+        }
+        claims
+    }
 
-            let holder = Holder { grant, ours: false };
+    /// Takes in that one node is new or changed, where that concerns nobody else. `false`: it may,
+    /// so all must be resolved anew.
+    pub(crate) fn change(&mut self, own: &Grant, node: &Arc<Node>) -> bool {
+        if self.disputed {
+            return false;
+        }
+        self.forget(node.id());
+        self.admit(own, node);
+        !self.disputed
+    }
+
+    /// Takes in that one node is gone, under the same condition.
+    pub(crate) fn remove(&mut self, node: NodeId) -> bool {
+        if self.disputed {
+            return false;
+        }
+        self.forget(node);
+        true
+    }
+
+    fn forget(&mut self, node: NodeId) {
+        let Some((node, claim)) = self.by_node.remove(&node) else { return };
+        self.names.remove(node.name());
+        for key in &node.record().wireguard_keys {
+            self.keys.remove(key);
+        }
+        for prefix in &claim.prefixes {
+            self.held.remove(prefix);
+        }
+    }
+
+    /// Gives a node what is free.
+    fn admit(&mut self, own: &Grant, node: &Arc<Node>) {
+        let mut claim = Claim::default();
+        let grant = node.grant();
+        let holder = *self.names.entry(grant.name.clone()).or_insert(grant.node_id);
+        if holder != grant.node_id {
+            claim.conflicts.push(format!("its name is also that of node {holder}"));
+        }
+        let taken = node.record().wireguard_keys.iter().find_map(|key| self.keys.get(key));
+        if let Some(holder) = taken {
+            let holder = holder.name(own);
+            claim.conflicts.push(format!("its WireGuard key is held by {holder}"));
+            claim.key_holder = Some(holder.clone());
+        } else {
+            for key in &node.record().wireguard_keys {
+                self.keys.insert(*key, Owner::Node(node.clone()));
+            }
             let announced = node.record().prefixes.iter().copied();
             for prefix in grant.overlay.prefixes().chain(announced) {
-                match refused(&held, prefix, grant) {
+                match self.refused(own, prefix, grant) {
                     None => {
-                        held.insert(prefix, holder);
+                        self.held.insert(prefix, Owner::Node(node.clone()));
                         claim.prefixes.push(prefix);
                     }
                     Some(why) => claim.conflicts.push(why),
@@ -91,55 +126,80 @@ impl Claims {
             }
             claim.prefixes.sort_unstable();
             claim.prefixes.dedup();
-            claims.by_node.insert(node.id(), claim);
         }
-        claims
+        self.disputed |= !claim.conflicts.is_empty();
+        self.by_node.insert(node.id(), (node.clone(), claim));
     }
 
     /// What a node holds.
     pub(crate) fn of(&self, node: NodeId) -> Option<&Claim> {
-        self.by_node.get(&node)
+        self.by_node.get(&node).map(|(_, claim)| claim)
     }
 
     /// Every node with what it holds.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&NodeId, &Claim)> {
-        self.by_node.iter()
+        self.by_node.iter().map(|(id, (_, claim))| (id, claim))
     }
 
-    /// Everything that any node holds.
-    pub(crate) fn prefixes(&self) -> impl Iterator<Item = &IpNet> {
-        self.by_node.values().flat_map(|claim| &claim.prefixes)
+    /// Whether anybody else holds exactly this network.
+    pub(crate) fn holds(&self, net: IpNet) -> bool {
+        matches!(self.held.get(&net), Some(Owner::Node(_)))
+    }
+
+    /// Whether anybody holds this network, one around it or a part of it.
+    pub(crate) fn overlaps(&self, net: IpNet) -> bool {
+        self.held.overlapping(net).next().is_some()
     }
 
     /// Which node holds a key.
     pub(crate) fn key(&self, key: &WireguardKey) -> Option<NodeId> {
-        self.by_key.get(key).copied()
+        match self.keys.get(key)? {
+            Owner::Node(node) if node.wireguard_key() == *key => Some(node.id()),
+            _ => None,
+        }
+    }
+
+    /// Why `grant`'s node does not get `prefix`, if it does not.
+    fn refused(&self, own: &Grant, prefix: IpNet, grant: &Grant) -> Option<String> {
+        if prefix.prefix_len() == 0 {
+            return Some(format!("prefix {prefix} is the whole internet: it is never routed"));
+        }
+        self.held.overlapping(prefix).find_map(|(other, holder)| {
+            let theirs = holder.grant(own);
+            let nested = if *other == prefix {
+                false
+            } else if other.contains(&prefix) {
+                names(grant, prefix)
+            } else {
+                names(theirs, *other)
+            };
+            if nested || theirs.node_id == grant.node_id {
+                return None;
+            }
+            let name = match holder {
+                Owner::Us => "this node",
+                Owner::Node(node) => node.name().as_str(),
+            };
+            Some(if *other == prefix {
+                format!("prefix {prefix} is held by {name}")
+            } else {
+                format!("prefix {prefix} overlaps {other} of {name}")
+            })
+        })
     }
 }
 
-/// Why `grant`'s node does not get `prefix`, if it does not.
-fn refused(held: &PrefixMap<Holder<'_>>, prefix: IpNet, grant: &Grant) -> Option<String> {
-    if prefix.prefix_len() == 0 {
-        return Some(format!("prefix {prefix} is the whole internet: it is never routed"));
-    }
-    held.overlapping(prefix).find_map(|(other, holder)| {
-        let nested = if *other == prefix {
-            false
-        } else if other.contains(&prefix) {
-            names(grant, prefix)
-        } else {
-            names(holder.grant, *other)
-        };
-        if nested || holder.grant.node_id == grant.node_id {
-            return None;
+impl Owner {
+    fn grant<'a>(&'a self, own: &'a Grant) -> &'a Grant {
+        match self {
+            Self::Us => own,
+            Self::Node(node) => node.grant(),
         }
-        let name = if holder.ours { "this node" } else { holder.grant.name.as_str() };
-        Some(if *other == prefix {
-            format!("prefix {prefix} is held by {name}")
-        } else {
-            format!("prefix {prefix} overlaps {other} of {name}")
-        })
-    })
+    }
+
+    fn name<'a>(&'a self, own: &'a Grant) -> &'a NodeName {
+        &self.grant(own).name
+    }
 }
 
 /// Whether the grant speaks of this very prefix.

@@ -26,6 +26,7 @@ mod pings;
 pub mod plan;
 pub mod prefixes;
 pub mod relay;
+mod routing;
 mod rtt;
 pub mod signal;
 pub mod static_peers;

@@ -29,6 +29,7 @@ use crate::pings::{Pings, Purpose};
 use crate::plan::{Plan, RulePlan, UnderlayPlan};
 use crate::prefixes::covering;
 use crate::relay::{RelayAnswer, RelayRequest};
+use crate::routing::{Facts, Routing};
 use crate::signal::Signal;
 use crate::static_peers::{StaticPeer, StaticPeerStatus, StaticPeers};
 use crate::timers::{Timer, Timers};
@@ -230,6 +231,7 @@ pub struct Mesh {
     local: Local,
     own_prefixes: Vec<IpNet>,
     own_addresses: Vec<IpAddr>,
+    node_ips: Vec<IpAddr>,
     underlay: UnderlayPlan,
     now: Instant,
     rng: StdRng,
@@ -244,10 +246,14 @@ pub struct Mesh {
     claims: Claims,
     /// What was handed out last, and whether it may have changed since.
     table: Option<Arc<PeerTable>>,
-    plan: Option<Arc<Plan>>,
+    routing: Routing,
+    /// Everything must be resolved anew; or else what these nodes claim.
     claims_changed: bool,
+    nodes_changed: BTreeSet<NodeId>,
     table_changed: bool,
+    /// The whole plan may be another; or else what these nodes do to it.
     plan_changed: bool,
+    replan: BTreeSet<NodeId>,
     outputs: VecDeque<Output>,
 }
 
@@ -260,6 +266,7 @@ impl Mesh {
             config,
             own_prefixes: Vec::new(),
             own_addresses: Vec::new(),
+            node_ips: Vec::new(),
             underlay: UnderlayPlan::default(),
             now,
             rng: StdRng::from_seed(seed),
@@ -273,10 +280,12 @@ impl Mesh {
             withdrawn: BTreeSet::new(),
             claims: Claims::default(),
             table: None,
-            plan: None,
+            routing: Routing::default(),
             claims_changed: true,
+            nodes_changed: BTreeSet::new(),
             table_changed: true,
             plan_changed: true,
+            replan: BTreeSet::new(),
             outputs: VecDeque::new(),
         }
     }
@@ -284,6 +293,11 @@ impl Mesh {
     /// Our own grant, if we are in a mesh.
     pub fn grant(&self) -> Option<&Grant> {
         self.config.membership.as_ref().map(|membership| &membership.grant)
+    }
+
+    /// What holds for the whole mesh.
+    pub fn config(&self) -> Option<&MeshConfig> {
+        self.config.membership.as_ref().map(|membership| &membership.mesh)
     }
 
     /// Takes in a change of the map. Our own node is ignored, and so is what is older than what
@@ -300,6 +314,7 @@ impl Mesh {
                     self.local.set_mesh(&mesh);
                     membership.mesh = mesh;
                     self.claims_changed = true;
+                    self.plan_changed = true;
                 }
             }
         }
@@ -314,6 +329,7 @@ impl Mesh {
             self.local.set_grant(&grant);
             membership.grant = grant;
             self.claims_changed = true;
+            self.plan_changed = true;
         }
     }
 
@@ -348,11 +364,35 @@ impl Mesh {
         }
     }
 
+    /// Takes our own node IPs, at most one of each family, which are announced too: they are the
+    /// preferred sources of what enters the tunnel.
+    pub fn set_node_ips(&mut self, now: Instant, node_ips: Vec<IpAddr>) {
+        self.advance(now);
+        if self.node_ips != node_ips {
+            self.node_ips = node_ips;
+            self.plan_changed = true;
+        }
+    }
+
     /// Takes the peers that stand in our configuration, whole: those that stay keep their
     /// sessions.
     pub fn set_static_peers(&mut self, now: Instant, peers: Vec<StaticPeer>) {
         self.advance(now);
         self.with_static_peers(|statics, cx| statics.set(cx, peers));
+        self.plan_changed = true;
+        self.claims_changed = true;
+    }
+
+    /// Networks that nobody holds now but somebody held once: they stay guarded. To be given back
+    /// by [`Self::set_withdrawn`] at the next start.
+    pub fn withdrawn(&self) -> &BTreeSet<IpNet> {
+        &self.withdrawn
+    }
+
+    /// See [`Self::withdrawn`].
+    pub fn set_withdrawn(&mut self, now: Instant, withdrawn: impl IntoIterator<Item = IpNet>) {
+        self.advance(now);
+        self.withdrawn.extend(withdrawn);
         self.claims_changed = true;
     }
 
@@ -497,18 +537,21 @@ impl Mesh {
                 return Some(Output::PeerTable(table));
             }
         }
-        if std::mem::take(&mut self.plan_changed) {
-            let plan = derive::plan(
-                &self.config,
-                &self.underlay,
-                derive::Own { prefixes: &self.own_prefixes, addresses: &self.own_addresses },
-                self.claims.prefixes(),
-                self.static_peers.prefixes(),
-                &self.withdrawn,
-            );
-            if self.plan.as_deref() != Some(&plan) {
-                let plan = Arc::new(plan);
-                self.plan = Some(plan.clone());
+        if self.plan_changed || !self.replan.is_empty() {
+            let whole = std::mem::take(&mut self.plan_changed);
+            let nodes = std::mem::take(&mut self.replan);
+            let facts = Facts {
+                config: &self.config,
+                underlay: &self.underlay,
+                own_prefixes: &self.own_prefixes,
+                node_ips: &self.node_ips,
+                own_addresses: &self.own_addresses,
+                static_peers: &self.static_peers,
+                withdrawn: &self.withdrawn,
+                claims: &self.claims,
+                peers: &self.peers,
+            };
+            if let Some(plan) = self.routing.update(&facts, whole, &nodes) {
                 return Some(Output::Plan(plan));
             }
         }
@@ -579,7 +622,7 @@ impl Mesh {
             let peer = Peer::new(&mut self.context().1, node, delay);
             self.peers.insert(id, peer);
         }
-        self.claims_changed = true;
+        self.nodes_changed.insert(id);
     }
 
     fn remove(&mut self, tombstone: &Tombstone) {
@@ -593,32 +636,71 @@ impl Mesh {
         if self.peers.remove(&id).is_some() {
             self.timers.cancel(Timer::Attempt(id));
             self.timers.cancel(Timer::Probe(id));
-            self.claims_changed = true;
+            self.nodes_changed.insert(id);
         }
     }
 
     /// Decides anew who holds what, if the map changed; what somebody held and nobody holds now
     /// stays guarded, unless its node was removed.
     fn resolve_claims(&mut self) {
-        if !std::mem::take(&mut self.claims_changed) {
+        let changed = std::mem::take(&mut self.nodes_changed);
+        let mut whole = std::mem::take(&mut self.claims_changed);
+        if !whole && changed.is_empty() {
             return;
         }
-        let claims = match &self.config.membership {
-            Some(membership) => {
-                let nodes = self.peers.values().map(|peer| &**peer.node());
-                Claims::resolve(&membership.grant, &self.own_prefixes, nodes)
+        // A static peer gets what the mesh leaves: it has no claim of its own to remember.
+        whole |= !self.static_peers.is_empty();
+        for id in changed.iter().filter(|_| !whole).collect::<Vec<_>>() {
+            let held = self.claims.of(*id).map(|claim| claim.prefixes.clone());
+            let alone = match (self.peers.get(id), &self.config.membership) {
+                (Some(peer), Some(membership)) => {
+                    self.withdrawn.extend(held.unwrap_or_default());
+                    self.claims.change(&membership.grant, peer.node())
+                }
+                _ => self.claims.remove(*id),
+            };
+            whole |= !alone;
+            for held in self.claims.of(*id).into_iter().flat_map(|claim| &claim.prefixes) {
+                self.withdrawn.remove(held);
             }
+            self.replan.insert(*id);
+        }
+        if whole {
+            self.resolve_all();
+        }
+        self.table_changed = true;
+    }
+
+    fn resolve_all(&mut self) {
+        let nodes = self.peers.values().map(Peer::node);
+        let claims = match &self.config.membership {
+            Some(membership) => Claims::resolve(&membership.grant, &self.own_prefixes, nodes),
             None => Claims::default(),
         };
         let before = std::mem::replace(&mut self.claims, claims);
-        let still_here = before.iter().filter(|(id, _)| self.peers.contains_key(id));
-        self.withdrawn.extend(still_here.flat_map(|(_, claim)| &claim.prefixes));
-        self.resolve_static_peers();
-        for held in self.claims.prefixes().chain(self.static_peers.prefixes()) {
+        for (id, claim) in before.iter() {
+            if self.peers.contains_key(id) {
+                self.withdrawn.extend(&claim.prefixes);
+            }
+            if self.claims.of(*id) != Some(claim) {
+                self.replan.insert(*id);
+            }
+        }
+        for (id, claim) in self.claims.iter() {
+            if before.of(*id).is_none() {
+                self.replan.insert(*id);
+            }
+            for held in &claim.prefixes {
+                self.withdrawn.remove(held);
+            }
+        }
+        if !self.static_peers.is_empty() {
+            self.resolve_static_peers();
+            self.plan_changed = true;
+        }
+        for held in self.static_peers.prefixes() {
             self.withdrawn.remove(held);
         }
-        self.table_changed = true;
-        self.plan_changed = true;
     }
 
     /// Static peers get what neither the mesh nor one of its nodes holds, nor we.
@@ -666,16 +748,25 @@ impl Mesh {
 
     fn with_peer(&mut self, id: NodeId, f: impl FnOnce(&mut Peer, &mut Context<'_>)) {
         let (peers, mut cx) = self.context();
-        if let Some(peer) = peers.get_mut(&id) {
-            f(peer, &mut cx);
+        let Some(peer) = peers.get_mut(&id) else { return };
+        let before = peer.state();
+        f(peer, &mut cx);
+        if peer.state() != before {
+            self.replan.insert(id);
         }
     }
 
     fn each_peer(&mut self, mut f: impl FnMut(&mut Peer, &mut Context<'_>)) {
         let (peers, mut cx) = self.context();
-        for peer in peers.values_mut() {
+        let mut changed = Vec::new();
+        for (id, peer) in peers {
+            let before = peer.state();
             f(peer, &mut cx);
+            if peer.state() != before {
+                changed.push(*id);
+            }
         }
+        self.replan.extend(changed);
     }
 
     fn context(&mut self) -> (&mut BTreeMap<NodeId, Peer>, Context<'_>) {

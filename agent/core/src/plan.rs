@@ -20,6 +20,8 @@ pub struct Plan {
     pub routes: BTreeMap<(IpNet, RouteVia), RoutePlan>,
     /// What sends packets to the table.
     pub rules: RulePlan,
+    /// Who enters the tunnel all the same where a route leaves it to the host.
+    pub detour: DetourPlan,
     /// What of ours travels outside the tunnel.
     pub underlay: UnderlayPlan,
     /// The nftables side.
@@ -42,6 +44,8 @@ pub struct LinkPlan {
 pub enum RouteVia {
     /// Into the tunnel.
     Link,
+    /// Past the tunnel, by the host's other routes.
+    Native,
     /// Nowhere: the sender gets an ICMP error.
     Unreachable,
 }
@@ -74,6 +78,16 @@ impl RulePlan {
     }
 }
 
+/// The node IPs of a trusted site are reached past the tunnel, but our pods' addresses mean nothing
+/// outside it: what comes from them enters it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DetourPlan {
+    /// Networks behind this host.
+    pub sources: BTreeSet<IpNet>,
+    /// Those node IPs.
+    pub destinations: BTreeSet<IpNet>,
+}
+
 /// What of ours travels outside the tunnel, and would be taken for mesh traffic where the other
 /// end's outer address is a mesh address too.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -95,7 +109,9 @@ pub struct FirewallPlan {
     /// Destinations that may leave by our link (or stay on the machine) and by no other, and
     /// sources that may arrive by our link and by no other.
     pub guarded: BTreeSet<IpNet>,
-    /// Sources that may arrive outside the tunnel too, and then are answered there: networks of
-    /// peers that prefer reachability while a tunnel is down.
+    /// Sources that may arrive outside the tunnel too, and then are answered there: node IPs of a
+    /// trusted site, and networks whose owners prefer reachability while a tunnel is down.
     pub plain: BTreeSet<IpNet>,
+    /// Destinations that may leave outside the tunnel now, though they are guarded.
+    pub native: BTreeSet<IpNet>,
 }

@@ -28,6 +28,24 @@ impl<V> PrefixMap<V> {
         }
     }
 
+    /// Takes a network out.
+    pub(crate) fn remove(&mut self, net: &IpNet) -> Option<V> {
+        let value = self.by_net.remove(net)?;
+        let length = (is_v6(net), net.prefix_len());
+        if let Some(count) = self.lengths.get_mut(&length) {
+            *count -= 1;
+            if *count == 0 {
+                self.lengths.remove(&length);
+            }
+        }
+        Some(value)
+    }
+
+    /// The value of exactly this network.
+    pub(crate) fn get(&self, net: &IpNet) -> Option<&V> {
+        self.by_net.get(net)
+    }
+
     /// Every network that overlaps `net`: those around it (and itself), then those inside it.
     pub(crate) fn overlapping(&self, net: IpNet) -> impl Iterator<Item = (&IpNet, &V)> {
         let v6 = is_v6(&net);
@@ -84,6 +102,11 @@ pub fn without(nets: BTreeSet<IpNet>, holes: &[IpNet]) -> BTreeSet<IpNet> {
         }
     }
     rest
+}
+
+/// Whether the network is one address.
+pub fn is_host(net: &IpNet) -> bool {
+    net.prefix_len() == net.max_prefix_len()
 }
 
 /// Whether the address belongs to some private network rather than to the internet: private,

@@ -142,6 +142,11 @@ impl StaticPeers {
         }
     }
 
+    /// Whether there is none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.by_key.is_empty()
+    }
+
     /// Their part of the peer table, over a link of this MTU.
     pub(crate) fn entries(&self, mtu: u32) -> impl Iterator<Item = (WireguardKey, PeerEntry)> {
         let mtu = u16::try_from(mtu).unwrap_or(u16::MAX);

@@ -12,7 +12,7 @@
 //! other end of the tunnel, and it carries nothing.
 
 use ipnet::IpNet;
-use towline_core::plan::Plan;
+use towline_core::plan::{FirewallPlan, Plan};
 
 use crate::netlink::Family;
 use crate::nft::{
@@ -40,6 +40,8 @@ const IN_CLEAR: [&str; 2] = ["would leave in clear, IPv4", "would leave in clear
 
 const GUARD: &str = "guard";
 const PLAIN_PORTS: &str = "plain_ports";
+/// Says whether the table is the whole one.
+const OUTER: &str = "outer";
 /// Before everybody else (raw tables are at -300), after defragmentation (-400).
 const OUTER_PRIORITY: i32 = -310;
 /// After connection tracking (-200).
@@ -90,11 +92,61 @@ pub(super) fn change(
     Ok(have)
 }
 
+/// The same for a plan that differs from the one before in the networks of the firewall and the
+/// routes alone: only elements of sets change.
+pub(super) fn follow(
+    before: &FirewallPlan,
+    plan: &FirewallPlan,
+    have: Table,
+    nft: &mut Nft,
+    changes: &mut Changes,
+) -> Result<Table, ApplyError> {
+    if before == plan {
+        return Ok(have);
+    }
+    let mut want = have.clone();
+    for family in Family::ALL {
+        let of_family = |net: &&IpNet| Family::of(net.addr()) == family;
+        if let Some(set) = want.sets.get_mut(guarded_set(family)) {
+            // They never overlap, so each is an element.
+            for gone in before.guarded.difference(&plan.guarded).filter(of_family) {
+                set.elements.remove(&(*gone).into());
+            }
+            for new in plan.guarded.difference(&before.guarded).filter(of_family) {
+                set.elements.insert((*new).into());
+            }
+        }
+        let others = [
+            (native_set(family), &before.native, &plan.native),
+            (plain_set(family), &before.plain, &plan.plain),
+        ];
+        for (name, before, now) in others {
+            if before != now
+                && let Some(set) = want.sets.get_mut(name)
+            {
+                *set = Set::networks(key(family), now);
+            }
+        }
+    }
+    let transaction = want.changes(Some(&have));
+    let messages = transaction.messages();
+    nft.commit(transaction)?;
+    changes.messages += messages;
+    Ok(want)
+}
+
+/// Whether some connections begin or cease to be answered the way they came: then chains differ.
+pub(super) fn same_chains(before: &Plan, plan: &Plan) -> bool {
+    both_ways(before) == both_ways(plan)
+}
+
 fn table(plan: &Plan, extent: Extent) -> Table {
     let mut table = Table::new(TableFamily::Inet, &plan.firewall.table).comment(COMMENT);
     for family in Family::ALL {
         let guarded = Set::networks(key(family), &plan.firewall.guarded);
         table = table.set(guarded_set(family), guarded);
+        let native = Set::networks(key(family), &plan.firewall.native);
+        table = table.set(native_set(family), native);
     }
     table = table.chain(GUARD, guard(plan));
     if extent == Extent::GuardOnly {
@@ -105,7 +157,7 @@ fn table(plan: &Plan, extent: Extent) -> Table {
     }
     table = table
         .set(PLAIN_PORTS, Set::ports(plan.underlay.plain_ports.iter().copied()))
-        .chain("outer", outer(plan))
+        .chain(OUTER, outer(plan))
         .chain("clamp", clamp(plan))
         .chain("clamp_in", clamp_in(plan));
     if both_ways(plan) {
@@ -128,6 +180,13 @@ fn guarded_set(family: Family) -> &'static str {
     match family {
         Family::V4 => "guarded4",
         Family::V6 => "guarded6",
+    }
+}
+
+fn native_set(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "native4",
+        Family::V6 => "native6",
     }
 }
 
@@ -232,6 +291,7 @@ fn guard(plan: &Plan) -> Chain {
         Rule::new().neighbour_discovery().accept(),
     ]);
     for (family, in_clear) in Family::ALL.into_iter().zip(IN_CLEAR) {
+        chain = chain.rule(Rule::new().destination_in(family, native_set(family)).accept());
         let leak = Rule::new().comment(in_clear).destination_in(family, guarded_set(family));
         chain = chain.rule(leak.counter().drop());
     }

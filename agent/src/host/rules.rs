@@ -5,9 +5,10 @@
 //! | + | matches | does |
 //! |---|---|---|
 //! | 0 | our tunnel mark: answers to what came out of the tunnel | looks into our table |
-//! | 1 | our own outer traffic, by protocol and port | goes on at 3 |
-//! | 2 | whatever does not carry our bypass mark | looks into our table |
-//! | 3 | everything | nothing: the host's other rules follow |
+//! | 1 | our own outer traffic, by protocol and port | goes on at 4 |
+//! | 2 | sources of detours | looks into the table of detours |
+//! | 3 | whatever does not carry our bypass mark | looks into our table |
+//! | 4 | everything | nothing: the host's other rules follow |
 //!
 //! Marked packets need no rule to go out. The rules by port are for those that come in: with a
 //! strict `rp_filter` the kernel asks whether the way back to a packet's source leads through the
@@ -23,6 +24,7 @@ use towline_core::plan::Plan;
 use crate::netlink::{Family, Rule, RuleAction};
 
 use super::OURS;
+use super::state::detour_table;
 
 /// The rules of both families, in the order in which they are to be added.
 pub(super) fn wanted(plan: &Plan) -> Vec<Rule> {
@@ -35,14 +37,20 @@ fn of_family(plan: &Plan, family: Family) -> Vec<Rule> {
     let rule =
         |offset, action| Rule { made_by: OURS, ..Rule::new(family, priority(offset), action) };
     let table = RuleAction::Table(plan.table);
-    let past = RuleAction::Goto(priority(3));
+    let past = RuleAction::Goto(priority(4));
 
     // The one that fails closed comes first.
     let mut rules =
-        vec![Rule { invert: true, mark: Some((marks.mark, marks.mask)), ..rule(2, table) }];
-    rules.push(rule(3, RuleAction::Nop));
+        vec![Rule { invert: true, mark: Some((marks.mark, marks.mask)), ..rule(3, table) }];
+    rules.push(rule(4, RuleAction::Nop));
     if marks.tunnel() != 0 {
         rules.push(Rule { mark: Some((marks.tunnel(), marks.mask)), ..rule(0, table) });
+    }
+    let ours = |net: &&IpNet| Family::of(net.addr()) == family;
+    if plan.detour.destinations.iter().any(|net| ours(&net)) {
+        let detour = RuleAction::Table(detour_table(plan.table));
+        let from = |net: &IpNet| Rule { source: Some(*net), ..rule(2, detour) };
+        rules.extend(plan.detour.sources.iter().filter(ours).map(from));
     }
     let underlay = &plan.underlay;
     rules.extend(underlay.port.map(|port| Rule {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use nix::errno::Errno;
-use towline_core::plan::{Plan, RouteVia};
+use towline_core::plan::{Plan, RoutePlan, RouteVia};
 
 use crate::netlink::{
     AddressOptions, Family, Link, NetlinkError, Route, RouteChange, RouteKind, Rtnetlink, Rule,
@@ -22,7 +22,7 @@ use super::{Changes, OURS, rules};
 pub struct Names {
     /// The link.
     pub link: String,
-    /// The routing table.
+    /// The routing table; the one after it holds the detours.
     pub table: u32,
     /// The first of our rules' priorities.
     pub priority: u32,
@@ -41,6 +41,11 @@ impl Names {
         }
     }
 
+    /// The table of what enters the tunnel where a route of the other leaves it to the host.
+    pub(super) fn detour_table(&self) -> u32 {
+        detour_table(self.table)
+    }
+
     /// Whether a rule of this priority is in our place.
     pub(super) fn has_priority(&self, priority: u32) -> bool {
         (self.priority..self.priority + PRIORITIES).contains(&priority)
@@ -48,10 +53,17 @@ impl Names {
 }
 
 /// How many priorities are ours, from the configured one on, see `rules`.
-const PRIORITIES: u32 = 4;
+const PRIORITIES: u32 = 5;
 /// The way through the link is better than nowhere, which is better than another table.
 const LINK_METRIC: u32 = 10;
 const UNREACHABLE_METRIC: u32 = 20_000;
+
+pub(super) fn detour_table(table: u32) -> u32 {
+    table + 1
+}
+
+/// What the kernel takes as a route's name: table, destination and metric.
+type RouteName = (u32, IpNet, u32);
 
 /// What is ours.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -60,8 +72,7 @@ pub(super) struct State {
     pub(super) link: Option<LinkState>,
     addresses: BTreeSet<IpNet>,
     rules: Vec<Rule>,
-    /// By destination and metric, which the kernel takes as a route's name.
-    routes: BTreeMap<(IpNet, u32), Route>,
+    routes: BTreeMap<RouteName, Route>,
     /// Routes of ours that stand beside another of the same name; never wanted.
     doubles: Vec<Route>,
     pub(super) firewall: Option<Table>,
@@ -96,19 +107,13 @@ impl State {
     pub(super) fn wanted(plan: &Plan, link: Option<&LinkState>) -> Self {
         let index = link.map(|link| link.index);
         let routes = plan.routes.iter().filter_map(|((destination, via), attributes)| {
-            let route = Route::new(*destination).table(plan.table);
-            let route = match via {
-                RouteVia::Link => Route {
-                    source: attributes.source,
-                    mtu: attributes.mtu,
-                    ..route.dev(index?).metric(LINK_METRIC)
-                },
-                RouteVia::Unreachable => {
-                    route.kind(RouteKind::Unreachable).metric(UNREACHABLE_METRIC)
-                }
-            };
-            Some(((route.destination, route.metric), Route { protocol: OURS, ..route }))
+            route(plan, *destination, *via, attributes, index)
         });
+        let detours = plan.detour.destinations.iter().filter_map(|destination| {
+            let route = Route::new(*destination).table(detour_table(plan.table)).dev(index?);
+            Some(Route { protocol: OURS, ..route.metric(LINK_METRIC) })
+        });
+        let routes = routes.chain(detours).map(|route| (name(&route), route));
         Self {
             link: index.map(|index| LinkState {
                 index,
@@ -137,15 +142,18 @@ impl State {
             for rule in rtnetlink.rules(family)? {
                 if rule.made_by == OURS
                     && (names.has_priority(rule.priority)
-                        || rule.action == RuleAction::Table(names.table))
+                        || rule.action == RuleAction::Table(names.table)
+                        || rule.action == RuleAction::Table(names.detour_table()))
                 {
                     state.rules.push(rule);
                 } else if names.has_priority(rule.priority) {
                     foreign.found.push(ApplyError::PriorityInUse { priority: rule.priority });
                 }
             }
-            for route in rtnetlink.routes(family, Some(names.table))? {
-                state.take_route(route, &mut foreign);
+            for table in [names.table, names.detour_table()] {
+                for route in rtnetlink.routes(family, Some(table))? {
+                    state.take_route(route, &mut foreign);
+                }
             }
         }
         if let Some(nft) = nft {
@@ -201,7 +209,7 @@ impl State {
             // IPv6 hangs them on the loopback.
             route.link = None;
         }
-        let double = self.routes.insert((route.destination, route.metric), route);
+        let double = self.routes.insert(name(&route), route);
         self.doubles.extend(double);
     }
 
@@ -239,6 +247,39 @@ impl State {
         Ok(want)
     }
 
+    /// Follows the routes of a plan that differs from the one before in nothing else: what
+    /// differs is found by comparing the plans, so that only that is touched.
+    pub(super) fn follow_routes(
+        &mut self,
+        before: &Plan,
+        plan: &Plan,
+        rtnetlink: &mut Rtnetlink,
+        changes: &mut Changes,
+    ) -> Result<(), ApplyError> {
+        let link = self.link.as_ref().map(|link| link.index);
+        let (mut set, mut gone) = (Vec::new(), Vec::new());
+        for ((destination, via), attributes) in different(&plan.routes, &before.routes) {
+            set.extend(route(plan, *destination, *via, attributes, link));
+        }
+        for ((destination, via), attributes) in different(&before.routes, &plan.routes) {
+            if !plan.routes.contains_key(&(*destination, *via)) {
+                gone.extend(route(plan, *destination, *via, attributes, link));
+            }
+        }
+        // A route into the tunnel and one past it have the same name.
+        gone.retain(|route| !set.iter().any(|new| name(new) == name(route)));
+        let mut list = Vec::new();
+        for route in set {
+            let old = self.routes.insert(name(&route), route.clone());
+            set_route(old.as_ref(), &route, &mut list);
+        }
+        for route in gone {
+            self.routes.remove(&name(&route));
+            list.push(RouteChange::Delete(route));
+        }
+        send_routes(&list, rtnetlink, changes)
+    }
+
     /// Deletes all of it; says how many things there were.
     pub(super) fn remove(
         self,
@@ -271,6 +312,43 @@ impl State {
     }
 }
 
+/// The entries of one map that the other has not, or has otherwise; in one pass over both.
+fn different<'a, K: Ord, V: PartialEq>(
+    these: &'a BTreeMap<K, V>,
+    those: &'a BTreeMap<K, V>,
+) -> impl Iterator<Item = (&'a K, &'a V)> {
+    let mut others = those.iter().peekable();
+    these.iter().filter(move |(key, value)| {
+        while others.next_if(|(other, _)| other < key).is_some() {}
+        others.peek().is_none_or(|(other, same)| other != key || same != value)
+    })
+}
+
+/// One route of the plan; `None`: it leads through the link, which is not there.
+fn route(
+    plan: &Plan,
+    destination: IpNet,
+    via: RouteVia,
+    attributes: &RoutePlan,
+    link: Option<u32>,
+) -> Option<Route> {
+    let route = Route::new(destination).table(plan.table);
+    let route = match via {
+        RouteVia::Link => Route {
+            source: attributes.source,
+            mtu: attributes.mtu,
+            ..route.dev(link?).metric(LINK_METRIC)
+        },
+        RouteVia::Native => route.kind(RouteKind::Throw).metric(LINK_METRIC),
+        RouteVia::Unreachable => route.kind(RouteKind::Unreachable).metric(UNREACHABLE_METRIC),
+    };
+    Some(Route { protocol: OURS, ..route })
+}
+
+fn name(route: &Route) -> RouteName {
+    (route.table, route.destination, route.metric)
+}
+
 fn change_link(
     have: &LinkState,
     want: &mut LinkState,
@@ -300,24 +378,37 @@ fn change_routes(
     rtnetlink: &mut Rtnetlink,
     changes: &mut Changes,
 ) -> Result<(), ApplyError> {
-    let way = |route: &Route| (route.kind, route.link, route.gateway);
     let mut list: Vec<_> = have.doubles.iter().cloned().map(RouteChange::Delete).collect();
     for (name, route) in &want.routes {
-        match have.routes.get(name) {
-            Some(old) if old == route => continue,
-            // Not every kernel replaces one kind of route by another.
-            Some(old) if way(old) != way(route) => list.push(RouteChange::Delete(old.clone())),
-            _ => {}
-        }
-        list.push(RouteChange::Set(route.clone()));
+        set_route(have.routes.get(name), route, &mut list);
     }
     let gone = have.routes.iter().filter(|(name, _)| !want.routes.contains_key(*name));
     list.extend(gone.map(|(_, route)| RouteChange::Delete(route.clone())));
+    send_routes(&list, rtnetlink, changes)
+}
+
+/// What turns the route of the same name into this one.
+fn set_route(have: Option<&Route>, want: &Route, list: &mut Vec<RouteChange>) {
+    let way = |route: &Route| (route.kind, route.link, route.gateway);
+    match have {
+        Some(old) if old == want => return,
+        // Not every kernel replaces one kind of route by another.
+        Some(old) if way(old) != way(want) => list.push(RouteChange::Delete(old.clone())),
+        _ => {}
+    }
+    list.push(RouteChange::Set(want.clone()));
+}
+
+fn send_routes(
+    list: &[RouteChange],
+    rtnetlink: &mut Rtnetlink,
+    changes: &mut Changes,
+) -> Result<(), ApplyError> {
     if list.is_empty() {
         return Ok(());
     }
     changes.messages += list.len();
-    let failures = rtnetlink.change_routes(&list)?;
+    let failures = rtnetlink.change_routes(list)?;
     // One of many tells enough: they fail for the same reason.
     let failure = failures.into_iter().find(|(place, refusal)| {
         !(matches!(list[*place], RouteChange::Delete(_)) && is_absence(refusal.errno))

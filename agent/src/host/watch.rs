@@ -207,7 +207,9 @@ impl Filter {
         const HEADER: usize = 12;
         const TABLE: u16 = 15;
         attributes(received.payload, HEADER)
-            .any(|a| a.kind == TABLE && a.u32() == Some(self.names.table))
+            .filter(|a| a.kind == TABLE)
+            .filter_map(|a| a.u32())
+            .any(|table| table == self.names.table || table == self.names.detour_table())
     }
 
     fn is_our_rule(&self, received: &Received<'_>) -> bool {

@@ -40,6 +40,8 @@ pub enum RouteKind {
     Unreachable,
     /// It is dropped.
     Blackhole,
+    /// This table does not decide: the next rule is asked.
+    Throw,
     /// Any other (`RTN_*`), as read.
     Other(u8),
 }
@@ -265,6 +267,7 @@ impl RouteKind {
             Self::Unicast => libc::RTN_UNICAST,
             Self::Unreachable => libc::RTN_UNREACHABLE,
             Self::Blackhole => libc::RTN_BLACKHOLE,
+            Self::Throw => libc::RTN_THROW,
             Self::Other(number) => number,
         }
     }
@@ -274,6 +277,7 @@ impl RouteKind {
             libc::RTN_UNICAST => Self::Unicast,
             libc::RTN_UNREACHABLE => Self::Unreachable,
             libc::RTN_BLACKHOLE => Self::Blackhole,
+            libc::RTN_THROW => Self::Throw,
             other => Self::Other(other),
         }
     }

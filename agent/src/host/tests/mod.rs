@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 use towline_core::plan::{
-    FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, RulePlan, UnderlayPlan,
+    DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, RulePlan, UnderlayPlan,
 };
 
 use super::*;
@@ -45,11 +45,12 @@ fn plan() -> Plan {
         table: 21_580,
         routes,
         rules: RulePlan { priority: 21_580, mark: 0x10, mask: 0x30 },
+        detour: DetourPlan::default(),
         underlay: UnderlayPlan { port: Some(51_830), ..UnderlayPlan::default() },
         firewall: FirewallPlan {
             table: "towline".to_owned(),
             guarded: guarded.into(),
-            plain: Default::default(),
+            ..FirewallPlan::default()
         },
     }
 }
@@ -261,7 +262,50 @@ namespace_test! {
         let now = snapshot();
         assert!(now.firewall.is_none());
         assert!(now.routes.iter().all(|route| route.table != 21_580));
-        assert!(now.rules.iter().all(|rule| !(21_580..21_584).contains(&rule.priority)));
+        assert!(now.rules.iter().all(|rule| !(21_580..21_585).contains(&rule.priority)));
+    }
+}
+
+namespace_test! {
+    fn a_change_costs_what_differs_however_large_the_mesh() {
+        host_with_foreign_state();
+        if add_tun("towline0").is_none() { return };
+        let pods = |n: u32| -> IpNet {
+            IpNet::new(Ipv4Addr::from(0x0a80_0000 + n * 512).into(), 24).unwrap()
+        };
+        let mut messages = Vec::new();
+        for size in [10, 5_000] {
+            let mut host = HostNetwork::open().unwrap();
+            let mut large = plan();
+            let add = |plan: &mut Plan, n| {
+                plan.routes.insert((pods(n), RouteVia::Link), RoutePlan::default());
+                plan.routes.insert((pods(n), RouteVia::Unreachable), RoutePlan::default());
+                plan.firewall.guarded.insert(pods(n));
+            };
+            (0..size).for_each(|n| add(&mut large, n));
+            let start = Instant::now();
+            apply(&mut host, &large);
+            let full = start.elapsed();
+            let mut next = large.clone();
+            add(&mut next, size);
+            let start = Instant::now();
+            let one_more = apply(&mut host, &next).messages;
+            println!("{size} networks: whole {full:?}, one more {:?}", start.elapsed());
+            let mut native = next.clone();
+            native.routes.remove(&(pods(3), RouteVia::Link));
+            native.routes.insert((pods(3), RouteVia::Native), RoutePlan::default());
+            native.firewall.native.insert(pods(3));
+            let past = apply(&mut host, &native).messages;
+            messages.push([one_more, past, apply(&mut host, &large).messages]);
+
+            // What is remembered is what is there.
+            host.invalidate();
+            assert_eq!(apply(&mut host, &large).messages, 0);
+            host.remove(&Names::of(&large)).unwrap();
+            add_tun("towline0");
+        }
+        assert_eq!(messages[0], messages[1]);
+        assert!(messages[0][0] <= 3, "{messages:?}");
     }
 }
 

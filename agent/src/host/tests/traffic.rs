@@ -3,14 +3,15 @@
 //! own outer traffic must take the tunnel, whose far end the tests hold.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt,
 };
-use towline_core::plan::{Plan, RouteVia};
+use towline_core::plan::{Plan, RoutePlan, RouteVia};
 
 use super::{apply, net, plan};
 use crate::dataplane::vnet::{VNET_HEADER_BYTES, VnetHeader};
@@ -343,6 +344,54 @@ namespace_test! {
                 assert_eq!(&buffer, b"world", "rp_filter {mode}, {host_address}");
             }
         }
+    }
+}
+
+namespace_test! {
+    fn node_ips_of_a_trusted_site_are_reached_past_the_tunnel_but_not_by_our_pods() {
+        let peer = lan();
+        let mut plan = transparent();
+        for (_, peer_address) in PAIRS {
+            let node_ip = IpNet::from(peer_address.parse::<IpAddr>().unwrap());
+            plan.routes.remove(&(node_ip, RouteVia::Link));
+            plan.routes.insert((node_ip, RouteVia::Native), RoutePlan::default());
+            plan.firewall.native.insert(node_ip);
+            plan.firewall.plain.insert(node_ip);
+            plan.detour.destinations.insert(node_ip);
+        }
+        plan.detour.sources = [net("10.9.1.0/24")].into();
+        let Some((mut host, tunnel)) = with_tunnel(&plan) else { return };
+        for mode in [0, 1, 2] {
+            set_reverse_path_filter(mode);
+            for (host_address, peer_address) in PAIRS {
+                let listener = peer.enter(|| TcpListener::bind(at(peer_address, 80)).unwrap());
+                let mut ours = tcp(at(peer_address, 80), false).unwrap();
+                let (mut theirs, from) = listener.accept().unwrap();
+                assert_eq!(from.ip().to_string(), host_address);
+                theirs.write_all(b"hello").unwrap();
+                let mut buffer = [0; 5];
+                ours.read_exact(&mut buffer).unwrap();
+
+                let listener = TcpListener::bind(at(host_address, 81)).unwrap();
+                let mut theirs = peer.enter(|| tcp(at(host_address, 81), false)).unwrap();
+                let (mut ours, _) = listener.accept().unwrap();
+                ours.write_all(b"world").unwrap();
+                theirs.read_exact(&mut buffer).unwrap();
+                assert_eq!(&buffer, b"world", "rp_filter {mode}, {host_address}");
+            }
+        }
+        // A pod of ours sends to the same node IP.
+        let mut rtnetlink = Rtnetlink::open().unwrap();
+        let loopback = rtnetlink.link_index("lo").unwrap();
+        rtnetlink.add_address(loopback, net("10.9.1.7/32"), AddressOptions::default()).unwrap();
+        udp(at("10.9.1.7", 0), false).send_to(b"pod", at("192.0.2.2", 80)).unwrap();
+        assert!(from_tunnel(&tunnel).ends_with(b"pod"));
+
+        // Guarded again as soon as the site is no longer trusted.
+        let changes = host.apply(&transparent()).unwrap();
+        assert!(changes.messages > 0 && changes.problems.is_empty());
+        udp(at("192.0.2.1", 0), false).send_to(b"inner", at("192.0.2.2", 80)).unwrap();
+        assert!(from_tunnel(&tunnel).ends_with(b"inner"));
     }
 }
 

@@ -1,0 +1,291 @@
+//! The plan, kept up to date node by node.
+//!
+//! A change of one node costs what that node announces, not what the mesh does: [`Routing`]
+//! remembers what each node is the reason for and patches the plan by the difference. What holds
+//! for all of it (configuration, our own prefixes) has it built anew.
+//!
+//! The guards are the fewest networks that cover the mesh's ranges and all that a peer holds or
+//! ever held, less what we announce ourselves.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use towline_proto::id::NodeId;
+
+use crate::claims::Claims;
+use crate::mesh::{Config, PeerState};
+use crate::peer::Peer;
+use crate::plan::{DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, UnderlayPlan};
+use crate::prefixes::{covering, is_host, without};
+use crate::static_peers::StaticPeers;
+
+/// Everything that the plan follows from.
+pub(crate) struct Facts<'a> {
+    pub(crate) config: &'a Config,
+    pub(crate) underlay: &'a UnderlayPlan,
+    /// What we announce.
+    pub(crate) own_prefixes: &'a [IpNet],
+    /// Our own node IPs; announced too.
+    pub(crate) node_ips: &'a [IpAddr],
+    /// Addresses of our link besides the mesh's.
+    pub(crate) own_addresses: &'a [IpAddr],
+    pub(crate) static_peers: &'a StaticPeers,
+    pub(crate) withdrawn: &'a BTreeSet<IpNet>,
+    pub(crate) claims: &'a Claims,
+    pub(crate) peers: &'a BTreeMap<NodeId, Peer>,
+}
+
+/// The plan that was handed out last.
+#[derive(Debug, Default)]
+pub(crate) struct Routing {
+    plan: Option<Arc<Plan>>,
+    by_node: BTreeMap<NodeId, Vec<Entry>>,
+}
+
+/// What one network of one node does to the plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Entry {
+    net: IpNet,
+    via: RouteVia,
+    route: RoutePlan,
+    /// May arrive outside the tunnel.
+    plain: bool,
+    /// A node IP of a trusted site: only what our pods send there goes inside.
+    detour: bool,
+}
+
+impl Routing {
+    /// The plan, if it is another one than before. `whole`: more than what the `changed` nodes
+    /// announce may be different.
+    pub(crate) fn update(
+        &mut self,
+        facts: &Facts<'_>,
+        whole: bool,
+        changed: &BTreeSet<NodeId>,
+    ) -> Option<Arc<Plan>> {
+        let patched = match &self.plan {
+            Some(plan) if !whole => self.patch(plan.clone(), facts, changed),
+            _ => None,
+        };
+        let plan = patched.unwrap_or_else(|| self.build(facts));
+        if self.plan.as_ref().is_some_and(|before| Arc::ptr_eq(before, &plan) || *before == plan) {
+            return None;
+        }
+        self.plan = Some(plan.clone());
+        Some(plan)
+    }
+
+    fn build(&mut self, facts: &Facts<'_>) -> Arc<Plan> {
+        let Facts { config, own_prefixes, node_ips, withdrawn, .. } = facts;
+        self.by_node = facts.peers.keys().map(|node| (*node, facts.entries(*node))).collect();
+        let to_static_peers = facts.static_entries();
+        let mut entries: Vec<&Entry> =
+            self.by_node.values().flatten().chain(&to_static_peers).collect();
+        entries.sort_unstable_by_key(|entry| entry.net);
+
+        // What we announce is reached by the host's own routes, so it is left out. Our own
+        // addresses need no hole: the local table comes before ours.
+        let holes: Vec<IpNet> =
+            own_prefixes.iter().filter(|net| !is_own(node_ips, net)).copied().collect();
+        let held = entries.iter().map(|entry| entry.net);
+        let ever = facts.guarded_by_mesh().chain(held).chain(withdrawn.iter().copied());
+        let guarded = without(covering(ever.filter(|net| net.prefix_len() > 0)), &holes);
+
+        let nowhere =
+            guarded.iter().map(|net| ((*net, RouteVia::Unreachable), RoutePlan::default()));
+        let routes = entries.iter().map(|entry| ((entry.net, entry.via), entry.route));
+        let nets = |which: fn(&Entry) -> bool| -> BTreeSet<IpNet> {
+            entries.iter().filter(|entry| which(entry)).map(|entry| entry.net).collect()
+        };
+        Arc::new(Plan {
+            link: LinkPlan {
+                name: config.link.clone(),
+                mtu: config.mtu,
+                addresses: facts.addresses().map(IpNet::from).collect(),
+            },
+            table: config.table,
+            routes: routes.chain(nowhere).collect(),
+            rules: config.rules,
+            detour: DetourPlan {
+                sources: holes.iter().copied().collect(),
+                destinations: nets(|entry| entry.detour),
+            },
+            underlay: facts.underlay.clone(),
+            firewall: FirewallPlan {
+                table: config.firewall_table.clone(),
+                plain: nets(|entry| entry.plain),
+                native: nets(|entry| entry.via == RouteVia::Native),
+                guarded,
+            },
+        })
+    }
+
+    /// The plan with the changes of some nodes; `None`: it must be built anew.
+    fn patch(
+        &mut self,
+        mut plan: Arc<Plan>,
+        facts: &Facts<'_>,
+        changed: &BTreeSet<NodeId>,
+    ) -> Option<Arc<Plan>> {
+        let mut gone = Vec::new();
+        let mut new = Vec::new();
+        for node in changed {
+            let entries = facts.entries(*node);
+            let before = self.by_node.remove(node).unwrap_or_default();
+            gone.extend(before.iter().filter(|entry| !entries.contains(entry)).cloned());
+            new.extend(entries.iter().filter(|entry| !before.contains(entry)).cloned());
+            if !entries.is_empty() {
+                self.by_node.insert(*node, entries);
+            }
+        }
+        if gone.is_empty() && new.is_empty() {
+            return Some(plan);
+        }
+        let patched = Arc::make_mut(&mut plan);
+        for entry in &gone {
+            patched.routes.remove(&(entry.net, entry.via));
+            patched.firewall.plain.remove(&entry.net);
+            patched.firewall.native.remove(&entry.net);
+            patched.detour.destinations.remove(&entry.net);
+        }
+        for entry in &new {
+            patched.routes.insert((entry.net, entry.via), entry.route);
+            if entry.plain {
+                patched.firewall.plain.insert(entry.net);
+            }
+            if entry.via == RouteVia::Native {
+                patched.firewall.native.insert(entry.net);
+            }
+            if entry.detour {
+                patched.detour.destinations.insert(entry.net);
+            }
+            guard(patched, facts, entry.net)?;
+        }
+        for entry in &gone {
+            if !facts.ever_held(entry.net) {
+                release(patched, facts, entry.net)?;
+            }
+        }
+        Some(plan)
+    }
+}
+
+impl Facts<'_> {
+    fn entries(&self, node: NodeId) -> Vec<Entry> {
+        let (Some(claim), Some(peer), Some(ours)) =
+            (self.claims.of(node), self.peers.get(&node), &self.config.membership)
+        else {
+            return Vec::new();
+        };
+        let (mesh, grant) = (&ours.mesh, peer.node().grant());
+        let trusted_site = grant.site.is_some()
+            && grant.site == ours.grant.site
+            && grant.site.as_ref().is_some_and(|site| mesh.trusted_sites.contains(site));
+        let down = peer.state() == PeerState::Down;
+        let entry = |net: &IpNet| {
+            let overlay = grant.overlay.prefixes().any(|own| own == *net);
+            let trusted = trusted_site && !overlay && is_host(net);
+            let in_clear =
+                !overlay && mesh.bypass_when_down.iter().any(|range| range.contains(net));
+            let native = trusted || (in_clear && down);
+            let route = if native {
+                RoutePlan::default()
+            } else {
+                RoutePlan { source: self.source(net), mtu: None }
+            };
+            Entry {
+                net: *net,
+                via: if native { RouteVia::Native } else { RouteVia::Link },
+                route,
+                plain: trusted || in_clear,
+                detour: trusted,
+            }
+        };
+        claim.prefixes.iter().filter(|net| net.prefix_len() > 0).map(entry).collect()
+    }
+
+    /// What a static peer gets is routed and guarded like what a node holds.
+    fn static_entries(&self) -> Vec<Entry> {
+        let entry = |net: &IpNet| {
+            // It knows the configured address of our link rather than the mesh's.
+            let ours = self.own_addresses.iter().copied().chain(self.overlay());
+            let source = of_family(net, ours);
+            let route = RoutePlan { source, mtu: None };
+            Entry { net: *net, via: RouteVia::Link, route, plain: false, detour: false }
+        };
+        self.static_peers.prefixes().map(entry).collect()
+    }
+
+    /// The preferred source: our node IP of that family, else our overlay address.
+    fn source(&self, net: &IpNet) -> Option<IpAddr> {
+        of_family(net, self.node_ips.iter().copied().chain(self.overlay()))
+    }
+
+    /// Everything that stands on our link.
+    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.overlay().chain(self.own_addresses.iter().copied())
+    }
+
+    fn overlay(&self) -> impl Iterator<Item = IpAddr> {
+        self.config.membership.iter().flat_map(|ours| ours.grant.overlay.iter())
+    }
+
+    fn guarded_by_mesh(&self) -> impl Iterator<Item = IpNet> {
+        self.config.membership.iter().flat_map(|ours| ours.mesh.guarded())
+    }
+
+    fn ever_held(&self, net: IpNet) -> bool {
+        self.withdrawn.contains(&net) || self.claims.holds(net)
+    }
+}
+
+/// Guards one more network; `None` where it meets a hole.
+fn guard(plan: &mut Plan, facts: &Facts<'_>, net: IpNet) -> Option<()> {
+    let meets = |own: &&IpNet| own.contains(&net) || net.contains(*own);
+    if facts.own_prefixes.iter().any(|own| meets(&own)) {
+        return None;
+    }
+    let guarded = &mut plan.firewall.guarded;
+    // They do not overlap, so the one around it is the last that sorts no later.
+    if guarded.range(..=net).next_back().is_some_and(|wider| wider.contains(&net)) {
+        return Some(());
+    }
+    let inside: Vec<IpNet> =
+        guarded.range(net..).take_while(|other| net.contains(*other)).copied().collect();
+    for net in inside {
+        guarded.remove(&net);
+        plan.routes.remove(&(net, RouteVia::Unreachable));
+    }
+    guarded.insert(net);
+    plan.routes.insert((net, RouteVia::Unreachable), RoutePlan::default());
+    Some(())
+}
+
+/// No longer guards a network that nobody ever held now; `None` where others lie inside.
+fn release(plan: &mut Plan, facts: &Facts<'_>, net: IpNet) -> Option<()> {
+    if !plan.firewall.guarded.contains(&net) {
+        return Some(());
+    }
+    let inside = |other: &IpNet| net.contains(other);
+    let needed = facts.guarded_by_mesh().any(|range| inside(&range))
+        || facts.withdrawn.range(net..).next().is_some_and(inside)
+        || facts.claims.overlaps(net);
+    if needed {
+        return None;
+    }
+    plan.firewall.guarded.remove(&net);
+    plan.routes.remove(&(net, RouteVia::Unreachable));
+    Some(())
+}
+
+/// The first address of the network's family.
+fn of_family(net: &IpNet, mut addresses: impl Iterator<Item = IpAddr>) -> Option<IpAddr> {
+    let v4 = matches!(net, IpNet::V4(_));
+    addresses.find(|address| address.is_ipv4() == v4)
+}
+
+fn is_own(node_ips: &[IpAddr], net: &IpNet) -> bool {
+    is_host(net) && node_ips.contains(&net.addr())
+}
