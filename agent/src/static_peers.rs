@@ -17,6 +17,9 @@ use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
 use zeroize::Zeroizing;
 
+/// Peers in one configuration.
+const PEERS: usize = 4096;
+
 /// One `[[peer]]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -68,8 +71,8 @@ pub enum PresharedKeyError {
 
 /// What is wrong with these peers, if something is.
 pub(crate) fn check(peers: &[PeerConfig]) -> Result<(), String> {
-    if peers.len() > limits::PREFIXES {
-        return Err(format!("at most {}", limits::PREFIXES));
+    if peers.len() > PEERS {
+        return Err(format!("at most {PEERS}"));
     }
     let mut keys = std::collections::BTreeSet::new();
     let mut names = std::collections::BTreeSet::new();

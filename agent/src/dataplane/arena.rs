@@ -167,6 +167,13 @@ impl RecvBatch {
         self.received.push(Received { from, start: slot * SLOT_BYTES, len, stride });
     }
 
+    /// Exchanges the slots with the block of a [`WriteBatch`] of as many slots, for an engine that
+    /// opens in place. What [`RecvBatch::received`] says is then said of that block.
+    pub fn swap(&mut self, writes: &mut WriteBatch) {
+        debug_assert_eq!(self.bytes.len(), writes.bytes.len());
+        std::mem::swap(&mut self.bytes, &mut writes.bytes);
+    }
+
     /// What came in.
     pub fn received(&self) -> &[Received] {
         &self.received

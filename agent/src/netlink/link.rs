@@ -1,5 +1,6 @@
 //! Links: what there is, and veth pairs and bridges of our own.
 
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
@@ -39,6 +40,28 @@ pub struct VethPeer<'a> {
     pub name: &'a str,
     /// The network namespace to make it in; `None`: the same.
     pub namespace: Option<BorrowedFd<'a>>,
+}
+
+/// A tunnel of the host's own: Ethernet over UDP.
+#[derive(Debug, Clone, Copy)]
+pub struct Overlay {
+    /// Which.
+    pub kind: OverlayKind,
+    /// The number of the network.
+    pub id: u32,
+    /// Whom everything goes to.
+    pub remote: IpAddr,
+    /// UDP.
+    pub port: u16,
+}
+
+/// What is put around the frames of an [`Overlay`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OverlayKind {
+    /// RFC 7348.
+    Vxlan,
+    /// RFC 8926.
+    Geneve,
 }
 
 const IFLA_IFNAME: u16 = 3;
@@ -102,6 +125,24 @@ impl Rtnetlink {
             info.string(IFLA_INFO_KIND, "bridge");
         });
         self.connection.request(|| format!("make the bridge {name}"), request)
+    }
+
+    /// Makes a VXLAN or Geneve link. It is down.
+    pub fn add_overlay(&mut self, name: &str, overlay: Overlay) -> Result<(), NetlinkError> {
+        let Overlay { kind, id, remote, port } = overlay;
+        // Number, then remote address by family, then port.
+        let (kind, id_key, remote_keys, port_key) = match kind {
+            OverlayKind::Vxlan => ("vxlan", 1, [2, 16], 15),
+            OverlayKind::Geneve => ("geneve", 1, [2, 7], 5),
+        };
+        let remote_key = remote_keys[usize::from(remote.is_ipv6())];
+        let mut request = Message::new(libc::RTM_NEWLINK, CREATE, &header(0, 0, 0));
+        request.string(IFLA_IFNAME, name).nest(IFLA_LINKINFO, |info| {
+            info.string(IFLA_INFO_KIND, kind).nest(IFLA_INFO_DATA, |data| {
+                data.u32(id_key, id).ip(remote_key, remote).bytes(port_key, &port.to_be_bytes());
+            });
+        });
+        self.connection.request(|| format!("make the {kind} link {name}"), request)
     }
 
     /// Sets a link up or down.
