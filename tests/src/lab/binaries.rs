@@ -17,6 +17,8 @@ pub enum Profile {
     Dev,
     /// For figures.
     Release,
+    /// For figures, and the lab itself is built so too: a part of it is measured.
+    Bench,
 }
 
 /// The daemons of this working copy.
@@ -26,6 +28,8 @@ pub struct Binaries {
     pub towline: PathBuf,
     /// `towline-controller`.
     pub controller: PathBuf,
+    /// `lab`, of the same profile; only with [`Profile::Bench`].
+    pub lab: Option<PathBuf>,
 }
 
 impl Binaries {
@@ -34,7 +38,7 @@ impl Binaries {
     pub fn build(profile: Profile) -> anyhow::Result<Self> {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let terminal = std::io::stderr().is_terminal();
-        let release = profile == Profile::Release;
+        let release = profile != Profile::Dev;
         line(if release { "building the daemons (release)" } else { "building the daemons" });
         let mut command = Command::new(&cargo);
         command
@@ -49,6 +53,9 @@ impl Binaries {
             .stderr(Stdio::inherit());
         if release {
             command.arg("--release");
+        }
+        if profile == Profile::Bench {
+            command.args(["--bin", "lab"]);
         }
         if !terminal {
             command.arg("--quiet");
@@ -80,7 +87,9 @@ impl Binaries {
         let mut take = |name: &str| {
             found.remove(name).ok_or_else(|| anyhow!("cargo built no binary named {name}"))
         };
-        Ok(Self { towline: take("towline")?, controller: take("towline-controller")? })
+        let (towline, controller) = (take("towline")?, take("towline-controller")?);
+        let lab = if profile == Profile::Bench { Some(take("lab")?) } else { None };
+        Ok(Self { towline, controller, lab })
     }
 
     /// The directory that holds them, for a shell's `PATH`.

@@ -11,7 +11,7 @@ use super::interrupt;
 use super::keep::Kept;
 use super::privilege::acquire;
 use super::report::{Forbidden, finish, print};
-use super::scenario::{Setting, crash, demo, idle};
+use super::scenario::{Setting, bench, crash, demo, idle};
 use super::talk::{Talk, line};
 use super::traffic::random_bytes;
 
@@ -50,6 +50,17 @@ enum What {
         #[arg(long)]
         seed: Option<u64>,
     },
+    /// Towline beside other userspace WireGuards and the bare limit (release build).
+    Bench {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        options: bench::Options,
+    },
+    /// One end of the bare limit, for `bench`.
+    #[command(hide = true)]
+    Limit(bench::limit::Limit),
     /// Opens a shell, or runs a command, in a node of a lab that is kept up.
     Shell {
         /// cp, worker-a, worker-b, router-a, router-b or internet.
@@ -110,6 +121,13 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
             drop(setting);
             finish(&figures, json)
         }
+        What::Bench { json, options } => {
+            let setting = prepare(rootless, Profile::Bench)?;
+            let figures = bench::run(&setting, &options)?;
+            drop(setting);
+            finish(&figures, json)
+        }
+        What::Limit(limit) => limit.run().map(|()| ExitCode::SUCCESS),
         What::Shell { node, command } => match Kept::find()?.enter(&node, &command)? {},
     }
 }
@@ -118,6 +136,7 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
 const LIST: &str = "\
 demo    two workers behind NAT join a control plane; traffic flows, sealed
 idle    what agents and controller cost while nothing happens
+bench   Towline beside other userspace WireGuards: speed, latency, processor time, memory
 crash   kill -9 at 100 random moments under a writing load: nothing acknowledged is lost
 ";
 

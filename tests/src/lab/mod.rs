@@ -26,6 +26,7 @@
 //! | [`binaries`] | building and finding the daemons |
 //! | [`process`] | daemons and commands inside a host: logs, deadlines, an end for sure |
 //! | [`mesh`] | Towline in the lab: a controller, nodes, tokens, joins, agents |
+//! | [`peers`] | other WireGuards: built once, configured over their own sockets |
 //! | [`capture`] | every packet on the simulated internet, searched for what must not be there |
 //! | [`traffic`], [`ping`] | generators that verify each byte and each reply |
 //! | [`report`], [`talk`] | promises, figures and the exit status; progress for people |
@@ -53,6 +54,7 @@ pub mod keep;
 pub mod mesh;
 pub mod namespace;
 pub mod nat;
+pub mod peers;
 pub mod ping;
 pub mod privilege;
 pub mod process;

@@ -95,6 +95,37 @@ pub fn echoes(
     })
 }
 
+/// Asks every `pace` (or as soon as the reply is there, if it comes later) until `over`. The median
+/// round-trip time; `None`: no reply.
+pub fn paced(
+    namespace: &Namespace,
+    target: IpAddr,
+    pace: Duration,
+    over: &AtomicBool,
+) -> anyhow::Result<Option<Duration>> {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    namespace.run(|| {
+        let mut echo = Echo::open(target)?;
+        let mut times = Vec::new();
+        let mut sequence = 0u16;
+        while !over.load(Ordering::Relaxed) && !interrupt::raised() {
+            let sent = Instant::now();
+            // What cannot be sent has no reply.
+            let _ = echo.request(sequence, &[]);
+            while let Some((reply, at)) = echo.reply(sent + PATIENCE)? {
+                if reply == sequence {
+                    times.push(at - sent);
+                    break;
+                }
+            }
+            sequence = sequence.wrapping_add(1);
+            std::thread::sleep(pace.saturating_sub(sent.elapsed()));
+        }
+        times.sort_unstable();
+        Ok(times.get(times.len() / 2).copied())
+    })
+}
+
 /// Asks every few milliseconds, and remembers when replies came.
 #[derive(Debug, Default)]
 pub struct Ticker {

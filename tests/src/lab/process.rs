@@ -210,11 +210,20 @@ pub fn ending(status: ExitStatus) -> String {
 
 /// Resident memory of a process, in megabytes (10^6 bytes).
 pub fn resident_mb(pid: Pid) -> anyhow::Result<f64> {
+    memory_mb(pid, "VmRSS:")
+}
+
+/// The most that was resident of a process so far, in megabytes (10^6 bytes).
+pub fn peak_resident_mb(pid: Pid) -> anyhow::Result<f64> {
+    memory_mb(pid, "VmHWM:")
+}
+
+fn memory_mb(pid: Pid, field: &str) -> anyhow::Result<f64> {
     let path = format!("/proc/{pid}/status");
     let text = std::fs::read_to_string(&path).with_context(|| format!("no {path}"))?;
     let kilobytes = text
         .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"))
+        .find_map(|line| line.strip_prefix(field)?.trim().strip_suffix(" kB"))
         .and_then(|number| number.trim().parse::<f64>().ok());
     match kilobytes {
         Some(kilobytes) => Ok(kilobytes * 1024.0 / 1e6),

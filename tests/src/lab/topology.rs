@@ -108,6 +108,28 @@ impl Lab {
         HostBuilder { lab: self, name, uplinks: Vec::new() }
     }
 
+    /// Two machines, joined by one cable and nothing else: `eth0` of each, with numbers 1 and 2
+    /// of this network.
+    pub fn pair(&mut self, names: [&str; 2], net: IpNet) -> anyhow::Result<[Arc<Host>; 2]> {
+        let [left, right] = [bare(names[0])?, bare(names[1])?];
+        left.run(|| {
+            let far = VethPeer { name: "eth0", namespace: Some(right.file().as_fd()) };
+            Ok(Rtnetlink::open()?.add_veth("eth0", far)?)
+        })?;
+        let own = [1, 2].map(|number| match net {
+            IpNet::V4(v4) => in_net(nth_v4(v4, number), v4),
+            IpNet::V6(v6) => in_net(nth_v6(v6, number), v6),
+        });
+        for (namespace, own) in [&left, &right].into_iter().zip(own) {
+            namespace.run(|| address(&mut Rtnetlink::open()?, "eth0", own))?;
+        }
+        first_reply(&left, own[1].addr(), "eth0", Instant::now() + LINK_LIMIT)?
+            .with_context(|| format!("{} does not reach {}", names[0], names[1]))?;
+        let host =
+            |namespace, own: IpNet| Arc::new(Host { namespace, addresses: vec![own.addr()] });
+        Ok([host(left, own[0]), host(right, own[1])])
+    }
+
     /// Begins a router.
     pub fn router<'a>(&'a mut self, name: &'a str) -> RouterBuilder<'a> {
         RouterBuilder { lab: self, name, public: None, lan: None, nat: None }

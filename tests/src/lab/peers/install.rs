@@ -1,0 +1,102 @@
+//! Building other WireGuards into a cache outside the tree: `$XDG_CACHE_HOME/towline-lab`, else
+//! `~/.cache/towline-lab`. What is there is used as it is.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::{Installed, WireGuard};
+use crate::lab::talk::line;
+
+/// Exact: figures of one run are compared with those of another.
+const GOTATUN: &str = "0.10.2";
+const BORINGTUN: &str = "0.7.1";
+/// Pins wireguard-go and what it needs.
+const GO_MODULE: &str = include_str!("../../../peers/wireguard-go/go.mod");
+const GO_PACKAGE: &str = "golang.zx2c4.com/wireguard";
+
+pub(super) fn install(which: WireGuard) -> Result<Installed, String> {
+    match which {
+        WireGuard::Go => wireguard_go(),
+        WireGuard::Gotatun => crates_io(which, "gotatun-cli", GOTATUN),
+        WireGuard::Boringtun => crates_io(which, "boringtun-cli", BORINGTUN),
+    }
+}
+
+fn wireguard_go() -> Result<Installed, String> {
+    let which = WireGuard::Go;
+    let pinned = GO_MODULE
+        .lines()
+        .find_map(|line| line.trim_start_matches("require ").strip_prefix(GO_PACKAGE))
+        .map_or("", str::trim);
+    let path = cache()?.join(format!("bin/wireguard-go-{pinned}"));
+    if path.exists() {
+        return Ok(Installed { which, path, version: pinned.to_owned() });
+    }
+    line("building wireguard-go");
+    let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers/wireguard-go");
+    let built = run(Command::new("go")
+        .args(["build", "-trimpath", "-o"])
+        .arg(&path)
+        .arg(GO_PACKAGE)
+        .current_dir(module));
+    match built {
+        Ok(()) => Ok(Installed { which, path, version: pinned.to_owned() }),
+        Err(why) => {
+            // What the distribution has: older, and the figures say so.
+            let path = PathBuf::from("/usr/bin/wireguard-go");
+            if path.exists() {
+                let version = format!("the distribution's, since {why}");
+                return Ok(Installed { which, path, version });
+            }
+            Err(format!("{why}; install Go, or the package wireguard-go"))
+        }
+    }
+}
+
+fn crates_io(which: WireGuard, package: &str, version: &str) -> Result<Installed, String> {
+    let root = cache()?.join(format!("{package}-{version}"));
+    let path = root.join("bin").join(package);
+    let installed = Installed { which, path, version: version.to_owned() };
+    if installed.path.exists() {
+        return Ok(installed);
+    }
+    line(&format!("building {package} {version}: a few minutes, once"));
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    run(Command::new(cargo)
+        .args(["install", "--locked", "--quiet", "--root"])
+        .arg(&root)
+        .arg(format!("{package}@{version}"))
+        // The tree's own settings are not for others.
+        .current_dir("/")
+        .env("CARGO_TARGET_DIR", root.join("target")))?;
+    // Only the program is wanted.
+    let _ = std::fs::remove_dir_all(root.join("target"));
+    Ok(installed)
+}
+
+fn cache() -> Result<PathBuf, String> {
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    let base = variable("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")))
+        .ok_or("neither XDG_CACHE_HOME nor HOME says where to build it")?;
+    let cache = base.join("towline-lab");
+    std::fs::create_dir_all(cache.join("bin"))
+        .map_err(|error| format!("cannot make {}: {error}", cache.display()))?;
+    Ok(cache)
+}
+
+/// The error is the last line that the command said.
+fn run(command: &mut Command) -> Result<(), String> {
+    let name = command.get_program().display().to_string();
+    let said = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| format!("cannot start `{name}`: {error}"))?;
+    if said.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&said.stderr);
+    let last = text.trim_end().lines().last().unwrap_or("it did not say why");
+    Err(format!("`{name}` failed: {last}"))
+}

@@ -1,0 +1,209 @@
+//! What is measured.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context;
+use towline_agent::netlink::OverlayKind;
+
+use super::load::{self, Carried, Window};
+use super::subject::Subject;
+use crate::lab::ping;
+use crate::lab::traffic::Pattern;
+
+/// One way of measuring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Case {
+    /// One TCP stream.
+    #[value(name = "tcp1")]
+    Tcp1,
+    /// One, the other way.
+    #[value(name = "tcp1_rev")]
+    Tcp1Reverse,
+    /// Four.
+    #[value(name = "tcp4")]
+    Tcp4,
+    /// Two each way.
+    #[value(name = "bidir")]
+    BothWays,
+    /// Small datagrams.
+    #[value(name = "udp_small")]
+    UdpSmall,
+    /// Large ones.
+    #[value(name = "udp_1200")]
+    Udp1200,
+    /// One TCP stream in VXLAN in the tunnel.
+    #[value(name = "vxlan")]
+    Vxlan,
+    /// One in Geneve.
+    #[value(name = "geneve")]
+    Geneve,
+    /// Echo after echo.
+    #[value(name = "ping")]
+    Ping,
+    /// Echoes beside a TCP stream.
+    #[value(name = "ping_loaded")]
+    PingLoaded,
+    /// One TCP stream over IPv6.
+    #[value(name = "inner_v6")]
+    InnerV6,
+    /// One, the tunnel over IPv6.
+    #[value(name = "outer_v6")]
+    OuterV6,
+    /// One while 0.1 % of the datagrams are lost.
+    #[value(name = "loss_0.1")]
+    Loss1,
+    /// One while 1 % are lost.
+    #[value(name = "loss_1")]
+    Loss10,
+    /// One with 1,000 peers in the table.
+    #[value(name = "peers1000")]
+    Peers1000,
+}
+
+/// What one run of a case gave.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    pub(super) value: f64,
+    pub(super) cpu: Option<f64>,
+    pub(super) carried: Carried,
+}
+
+/// Echoes that are asked for one after another.
+const ECHOES: u32 = 400;
+/// How long one is waited for.
+const ECHO_PATIENCE: Duration = Duration::from_secs(1);
+/// Between two echoes beside a load.
+const LOADED_PACE: Duration = Duration::from_millis(5);
+
+impl Case {
+    pub(super) const ALL: [Self; 15] = [
+        Self::Tcp1,
+        Self::Tcp1Reverse,
+        Self::Tcp4,
+        Self::BothWays,
+        Self::UdpSmall,
+        Self::Udp1200,
+        Self::Vxlan,
+        Self::Geneve,
+        Self::Ping,
+        Self::PingLoaded,
+        Self::InnerV6,
+        Self::OuterV6,
+        Self::Loss1,
+        Self::Loss10,
+        Self::Peers1000,
+    ];
+
+    /// Its key in the figures and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp1 => "tcp1",
+            Self::Tcp1Reverse => "tcp1_rev",
+            Self::Tcp4 => "tcp4",
+            Self::BothWays => "bidir",
+            Self::UdpSmall => "udp_small",
+            Self::Udp1200 => "udp_1200",
+            Self::Vxlan => "vxlan",
+            Self::Geneve => "geneve",
+            Self::Ping => "ping",
+            Self::PingLoaded => "ping_loaded",
+            Self::InnerV6 => "inner_v6",
+            Self::OuterV6 => "outer_v6",
+            Self::Loss1 => "loss_0.1",
+            Self::Loss10 => "loss_1",
+            Self::Peers1000 => "peers1000",
+        }
+    }
+
+    pub(super) fn what(self) -> &'static str {
+        match self {
+            Self::Tcp1 => "TCP, one stream",
+            Self::Tcp1Reverse => "TCP, one stream, reverse",
+            Self::Tcp4 => "TCP, four streams",
+            Self::BothWays => "TCP, two streams each way",
+            Self::UdpSmall => "UDP, 64 bytes",
+            Self::Udp1200 => "UDP, 1200 bytes",
+            Self::Vxlan => "TCP in VXLAN",
+            Self::Geneve => "TCP in Geneve",
+            Self::Ping => "ping -A",
+            Self::PingLoaded => "ping beside a TCP stream",
+            Self::InnerV6 => "TCP over IPv6",
+            Self::OuterV6 => "TCP, tunnel over IPv6",
+            Self::Loss1 => "TCP, 0.1 % lost",
+            Self::Loss10 => "TCP, 1 % lost",
+            Self::Peers1000 => "TCP, 1000 peers in the table",
+        }
+    }
+
+    pub(super) fn unit(self) -> &'static str {
+        match self {
+            Self::UdpSmall | Self::Udp1200 => "Mpps",
+            Self::Ping | Self::PingLoaded => "ms",
+            _ => "Gb/s",
+        }
+    }
+
+    /// Runs it once.
+    pub(super) fn run(
+        self,
+        subject: &Subject,
+        window: Window,
+        pattern: Pattern,
+    ) -> anyhow::Result<Outcome> {
+        let (there, back) = (subject.there(false), subject.back(false));
+        let tcp = |ways: &[load::Way<'_>]| {
+            load::tcp(ways, window, &subject.daemons, || Ok(())).map(Outcome::of_tcp)
+        };
+        let udp = |size| load::udp(&[there], size, window, &subject.daemons).map(Outcome::of_udp);
+        match self {
+            Self::Tcp1 | Self::OuterV6 | Self::Peers1000 => tcp(&[there]),
+            Self::Tcp1Reverse => tcp(&[back]),
+            Self::Tcp4 => tcp(&[there; 4]),
+            Self::BothWays => tcp(&[there, back, there, back]),
+            Self::UdpSmall => udp(64),
+            Self::Udp1200 => udp(1200),
+            Self::Vxlan => tcp(&[subject.overlay(OverlayKind::Vxlan)?]),
+            Self::Geneve => tcp(&[subject.overlay(OverlayKind::Geneve)?]),
+            Self::InnerV6 => tcp(&[subject.there(true)]),
+            Self::Loss1 => subject.losing(1, || tcp(&[there])),
+            Self::Loss10 => subject.losing(10, || tcp(&[there])),
+            Self::Ping => {
+                let echoes =
+                    ping::echoes(there.from, there.address, ECHOES, ECHO_PATIENCE, pattern)?;
+                let median = echoes.median.context("no echo came back")?;
+                Ok(Outcome::of_ping(median, Carried::default()))
+            }
+            Self::PingLoaded => {
+                let mut median = None;
+                let carried = load::tcp(&[there], window, &subject.daemons, || {
+                    let over = AtomicBool::new(false);
+                    median = std::thread::scope(|scope| {
+                        let asked = scope
+                            .spawn(|| ping::paced(there.from, there.address, LOADED_PACE, &over));
+                        let passed = crate::lab::interrupt::pass(window.length);
+                        over.store(true, Ordering::Relaxed);
+                        let asked = asked.join().unwrap_or(Ok(None));
+                        passed.map_err(anyhow::Error::from).and(asked)
+                    })?;
+                    Ok(())
+                })?;
+                Ok(Outcome::of_ping(median.context("no echo came back")?, carried))
+            }
+        }
+    }
+}
+
+impl Outcome {
+    fn of_tcp(carried: Carried) -> Self {
+        Self { value: carried.gbit_per_s(), cpu: Some(carried.cpu_per_gbit()), carried }
+    }
+
+    fn of_udp(carried: Carried) -> Self {
+        Self { value: carried.mpps(), cpu: Some(carried.cpu_per_gbit()), carried }
+    }
+
+    fn of_ping(median: Duration, carried: Carried) -> Self {
+        Self { value: median.as_secs_f64() * 1e3, cpu: None, carried }
+    }
+}

@@ -1,0 +1,259 @@
+//! What was measured, and what follows from it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use serde::Serialize;
+
+use super::case::Case;
+use crate::lab::report::Figures;
+
+/// A benchmark.
+#[derive(Debug, Default, Serialize)]
+pub struct Bench {
+    /// The lab ran without root's rights over the machine.
+    pub rootless: bool,
+    /// Where it ran: figures of two machines are not to be compared.
+    pub machine: Machine,
+    /// How often each case was run with each subject, in an order that turned every time.
+    pub rounds: usize,
+    /// Version of each subject.
+    pub subjects: BTreeMap<&'static str, String>,
+    /// By case, then by subject.
+    pub cases: BTreeMap<&'static str, CaseFigures>,
+    /// Medians of the rounds' ratios; what a name says, above 1 where the first is larger.
+    pub ratios: BTreeMap<String, f64>,
+    /// Least and most of the same rounds' ratios.
+    pub ratio_spread: BTreeMap<String, [f64; 2]>,
+    /// Largest peak of resident memory among a subject's two daemons, in megabytes (10^6 bytes).
+    pub rss_mb: BTreeMap<&'static str, f64>,
+    /// Datagrams of Towline's that came after a later one of their flow, in all cases.
+    pub reordered: u64,
+    /// Datagrams of Towline's that this was seen over.
+    pub ordered_datagrams: u64,
+    /// Who, or what, could not run, and why.
+    pub skipped: Vec<Skipped>,
+    /// Promises that did not hold. A ratio is never one.
+    pub failed: Vec<String>,
+}
+
+/// What a benchmark ran on.
+#[derive(Debug, Default, Serialize)]
+pub struct Machine {
+    /// As `uname -r` says.
+    pub kernel: String,
+    /// Processors that may be used.
+    pub cores: usize,
+}
+
+/// What could not run.
+#[derive(Debug, Serialize)]
+pub struct Skipped {
+    /// A subject, or a case.
+    pub name: String,
+    /// In one line.
+    pub why: String,
+}
+
+/// One case.
+#[derive(Debug, Serialize)]
+pub struct CaseFigures {
+    /// What it is, for people.
+    pub what: &'static str,
+    /// Of the figures.
+    pub unit: &'static str,
+    /// By subject.
+    pub subjects: BTreeMap<&'static str, Figure>,
+}
+
+/// The rounds of one case with one subject.
+#[derive(Debug, Default, Clone, Serialize)]
+pub struct Figure {
+    /// The middle of `rounds`.
+    pub median: f64,
+    /// The least of them.
+    pub min: f64,
+    /// The most.
+    pub max: f64,
+    /// CPU-seconds of both daemons for each gigabit of payload: median.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_s_per_gbit: Option<f64>,
+    /// Each of them, in order.
+    pub rounds: Vec<f64>,
+    #[serde(skip)]
+    pub(super) cpu: Vec<f64>,
+}
+
+impl Figure {
+    pub(super) fn add(&mut self, value: f64, cpu: Option<f64>) {
+        self.rounds.push(digits(value));
+        self.cpu.extend(cpu);
+        self.median = median(&self.rounds);
+        self.min = self.rounds.iter().copied().fold(f64::INFINITY, f64::min);
+        self.max = self.rounds.iter().copied().fold(0.0, f64::max);
+        self.cpu_s_per_gbit = (!self.cpu.is_empty()).then(|| digits(median(&self.cpu)));
+    }
+}
+
+impl Bench {
+    pub(super) fn add(&mut self, case: Case, subject: &'static str, value: f64, cpu: Option<f64>) {
+        let figures = self.cases.entry(case.name()).or_insert_with(|| CaseFigures {
+            what: case.what(),
+            unit: case.unit(),
+            subjects: BTreeMap::new(),
+        });
+        figures.subjects.entry(subject).or_default().add(value, cpu);
+    }
+
+    /// Fills in the ratios of what was measured.
+    pub(super) fn compare(&mut self) {
+        let go = "wireguard-go";
+        for (case, name) in [
+            (Case::Tcp1, "tcp1"),
+            (Case::Tcp1Reverse, "tcp1_rev"),
+            (Case::Tcp4, "tcp4"),
+            (Case::BothWays, "bidir"),
+            (Case::UdpSmall, "udp_small"),
+            (Case::Udp1200, "udp_1200"),
+            (Case::Vxlan, "vxlan"),
+            (Case::Geneve, "geneve"),
+            (Case::Ping, "ping"),
+            (Case::PingLoaded, "ping_loaded"),
+            (Case::InnerV6, "inner_v6"),
+            (Case::OuterV6, "outer_v6"),
+            (Case::Loss1, "loss_0.1"),
+            (Case::Loss10, "loss_1"),
+        ] {
+            self.ratio(format!("{name}_vs_wireguard_go"), (case, "towline"), (case, go), false);
+        }
+        let tcp1 = (Case::Tcp1, "towline");
+        self.ratio("cpu_per_gb_vs_wireguard_go".to_owned(), tcp1, (Case::Tcp1, go), true);
+        self.ratio("vxlan_vs_tcp".to_owned(), (Case::Vxlan, "towline"), tcp1, false);
+        self.ratio("tcp1_vs_limit".to_owned(), tcp1, (Case::Tcp1, "limit"), false);
+        self.ratio("peers1000_vs_1".to_owned(), (Case::Peers1000, "towline"), tcp1, true);
+    }
+
+    fn ratio(&mut self, name: String, above: (Case, &str), below: (Case, &str), cpu: bool) {
+        let rounds = |(case, subject): (Case, &str)| {
+            let figure = self.cases.get(case.name())?.subjects.get(subject)?;
+            Some(if cpu { figure.cpu.clone() } else { figure.rounds.clone() })
+        };
+        let Some((above, below)) = rounds(above).zip(rounds(below)) else { return };
+        let each: Vec<f64> = above
+            .iter()
+            .zip(&below)
+            .map(|(a, b)| a / b)
+            .filter(|ratio| ratio.is_finite())
+            .collect();
+        if each.is_empty() {
+            return;
+        }
+        let least = each.iter().copied().fold(f64::INFINITY, f64::min);
+        let most = each.iter().copied().fold(0.0, f64::max);
+        self.ratio_spread.insert(name.clone(), [digits(least), digits(most)]);
+        self.ratios.insert(name, digits(median(&each)));
+    }
+}
+
+impl Figures for Bench {
+    fn failed(&self) -> &[String] {
+        &self.failed
+    }
+
+    fn for_people(&self) -> String {
+        let mut text = String::new();
+        let subjects: Vec<&str> = self.subjects.keys().copied().collect();
+        let Machine { kernel, cores } = &self.machine;
+        let _ = writeln!(text, "Linux {kernel}, {cores} cores, {} rounds, medians:", self.rounds);
+        let _ = write!(text, "{:44}", "");
+        for subject in &subjects {
+            let _ = write!(text, "{subject:>14}");
+        }
+        let mut cases: Vec<(&&str, &CaseFigures)> = self.cases.iter().collect();
+        cases.sort_by_key(|(name, _)| Case::ALL.iter().position(|case| case.name() == **name));
+        for (_, case) in &cases {
+            let _ = write!(text, "\n{:44}", format!("{}, {}", case.what, case.unit));
+            for subject in &subjects {
+                match case.subjects.get(subject) {
+                    Some(figure) => drop(write!(text, "{:>14.3}", figure.median)),
+                    None => drop(write!(text, "{:>14}", "-")),
+                }
+            }
+        }
+        let _ = write!(text, "\n{:44}", "CPU-seconds per Gb, one stream");
+        for subject in &subjects {
+            let cpu = self
+                .cases
+                .get(Case::Tcp1.name())
+                .and_then(|case| case.subjects.get(subject)?.cpu_s_per_gbit);
+            match cpu {
+                Some(cpu) => drop(write!(text, "{cpu:>14.3}")),
+                None => drop(write!(text, "{:>14}", "-")),
+            }
+        }
+        let _ = write!(text, "\n{:44}", "peak resident memory of a daemon, MB");
+        for subject in &subjects {
+            match self.rss_mb.get(subject) {
+                Some(rss) => drop(write!(text, "{rss:>14.1}")),
+                None => drop(write!(text, "{:>14}", "-")),
+            }
+        }
+        let _ = writeln!(text, "\n\nratios:");
+        for (name, ratio) in &self.ratios {
+            let [least, most] = self.ratio_spread.get(name).copied().unwrap_or_default();
+            let _ = writeln!(text, "  {name:34} {ratio:7.2}   ({least:.2} to {most:.2})");
+        }
+        let _ =
+            writeln!(text, "reordered: {} of {} datagrams", self.reordered, self.ordered_datagrams);
+        for Skipped { name, why } in &self.skipped {
+            let _ = writeln!(text, "without {name}: {why}");
+        }
+        text
+    }
+}
+
+/// The middle one; the mean of the two in the middle.
+pub(super) fn median(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => 0.0,
+        len if len % 2 == 1 => sorted[len / 2],
+        len => (sorted[len / 2 - 1] + sorted[len / 2]) / 2.0,
+    }
+}
+
+/// Four digits: more are noise.
+fn digits(figure: f64) -> f64 {
+    if figure == 0.0 || !figure.is_finite() {
+        return 0.0;
+    }
+    let scale = 10f64.powi(3 - figure.abs().log10().floor() as i32);
+    (figure * scale).round() / scale
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ratio_is_the_median_of_the_rounds_own() {
+        let mut bench = Bench::default();
+        for (ours, theirs) in [(4.0, 2.0), (1.0, 1.0), (9.0, 3.0)] {
+            bench.add(Case::Tcp1, "towline", ours, Some(1.0));
+            bench.add(Case::Tcp1, "wireguard-go", theirs, Some(4.0));
+        }
+        bench.compare();
+        assert_eq!(bench.ratios["tcp1_vs_wireguard_go"], 2.0);
+        assert_eq!(bench.ratio_spread["tcp1_vs_wireguard_go"], [1.0, 3.0]);
+        assert_eq!(bench.ratios["cpu_per_gb_vs_wireguard_go"], 0.25);
+        assert!(!bench.ratios.contains_key("tcp1_vs_limit"), "nothing to compare with");
+    }
+
+    #[test]
+    fn figures_keep_four_digits() {
+        assert_eq!(digits(3.921_77), 3.922);
+        assert_eq!(digits(0.012_345_6), 0.012_35);
+        assert_eq!(digits(0.0), 0.0);
+    }
+}

@@ -1,0 +1,150 @@
+//! The bare limit: the same framing and offloads as the data plane's, around ChaCha20-Poly1305 in
+//! place, between two ends that know each other. No peers, no routes, no sessions, no replay
+//! window, no timers: what is left is what no userspace tunnel of this make can do without.
+
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+use towline_agent::dataplane::arena::{HEADROOM, RecvBatch, SendBatch, TunBatch, WriteBatch};
+use towline_agent::dataplane::coalesce::Coalescer;
+use towline_agent::dataplane::drops::Drops;
+use towline_agent::dataplane::packet::Inner;
+use towline_agent::dataplane::session::{DATA_HEADER, DATA_OVERHEAD, Segments};
+use towline_agent::dataplane::split::Split;
+use towline_agent::dataplane::{TunIo, UdpIo, open_tun, open_udp};
+
+/// How one end is started.
+#[derive(Debug, clap::Args)]
+pub struct Limit {
+    /// The TUN link to make.
+    #[arg(long)]
+    link: String,
+    /// The UDP port of both ends.
+    #[arg(long)]
+    port: u16,
+    /// The other end.
+    #[arg(long)]
+    to: SocketAddr,
+}
+
+/// The same at both ends, and known to all: this is no tunnel to use.
+const KEY: [u8; 32] = [0x42; 32];
+const SLOTS: usize = 8;
+/// Of the link, as everybody's.
+pub(super) const MTU: usize = 1420;
+
+impl Limit {
+    /// Carries packets until it is killed.
+    pub fn run(&self) -> anyhow::Result<()> {
+        let mut tun = open_tun(&self.link)?;
+        let mut udp = open_udp(self.port, 0)?;
+        let key = UnboundKey::new(&CHACHA20_POLY1305, &KEY)
+            .map_err(|_| anyhow::anyhow!("a key of 32 bytes is refused"))?;
+        let key = LessSafeKey::new(key);
+        let drops = Drops::default();
+        let (mut received, mut writes) = (RecvBatch::new(SLOTS), WriteBatch::new(SLOTS));
+        let mut read = TunBatch::new(4, 256);
+        let mut out = SendBatch::new(512 * 1024, 256);
+        let mut coalescer = Coalescer::new(tun.coalesce());
+        let mut counter = 0u64;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(tun.fd(), EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        for fd in udp.fds() {
+            epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 1))?;
+        }
+        loop {
+            let mut events = [EpollEvent::empty(); 4];
+            let ready = match epoll.wait(&mut events, EpollTimeout::NONE) {
+                Ok(count) => &events[..count],
+                Err(nix::errno::Errno::EINTR) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let now = Instant::now();
+            let is_ready = |what| ready.iter().any(|event| event.data() == what);
+            if is_ready(1) {
+                received.clear();
+                udp.receive(&mut received, &drops)?;
+                received.swap(&mut writes);
+                for train in received.received() {
+                    let mut at = train.start;
+                    while at < train.start + train.len {
+                        let len = train.stride.min(train.start + train.len - at);
+                        open(&key, &mut writes, at, len, &mut coalescer);
+                        at += len;
+                    }
+                }
+                coalescer.finish(&mut writes);
+                tun.write(now, &writes, &drops);
+                writes.clear();
+            }
+            if is_ready(0) {
+                read.clear();
+                tun.read(&mut read)?;
+                for number in 0..read.packets().len() {
+                    let packet = read.packets()[number];
+                    let bytes = read.packet_mut(&packet);
+                    let Ok(mut segments) = Split::new(bytes, packet.len, &packet.header, MTU)
+                    else {
+                        continue;
+                    };
+                    while let Some(len) = segments.next_len() {
+                        let Some(spare) = out.spare(len + DATA_OVERHEAD) else {
+                            udp.send(now, &out, &drops);
+                            out.clear();
+                            continue;
+                        };
+                        seal(&key, counter, segments.take(), spare);
+                        counter += 1;
+                        out.commit(self.to.into(), len + DATA_OVERHEAD);
+                    }
+                }
+                udp.send(now, &out, &drops);
+                out.clear();
+            }
+        }
+    }
+}
+
+fn nonce(counter: u64) -> Nonce {
+    let mut nonce = [0; 12];
+    nonce[4..].copy_from_slice(&counter.to_le_bytes());
+    Nonce::assume_unique_for_key(nonce)
+}
+
+fn seal(key: &LessSafeKey, counter: u64, segment: &[u8], to: &mut [u8]) {
+    let (header, rest) = to.split_at_mut(DATA_HEADER);
+    header[..4].copy_from_slice(&4u32.to_le_bytes());
+    header[4..8].fill(0);
+    header[8..].copy_from_slice(&counter.to_le_bytes());
+    let (text, rest) = rest.split_at_mut(segment.len());
+    text.copy_from_slice(segment);
+    if let Ok(tag) = key.seal_in_place_separate_tag(nonce(counter), Aad::empty(), text) {
+        rest[..16].copy_from_slice(tag.as_ref());
+    }
+}
+
+/// Bytes `at..at + len` of the block are a datagram.
+fn open(
+    key: &LessSafeKey,
+    writes: &mut WriteBatch,
+    at: usize,
+    len: usize,
+    coalescer: &mut Coalescer,
+) {
+    let datagram = &mut writes.bytes_mut()[at..at + len];
+    let Some((header, text)) = datagram.split_first_chunk_mut::<DATA_HEADER>() else { return };
+    let mut counter = [0; 8];
+    counter.copy_from_slice(&header[8..]);
+    let Ok(plain) = key.open_in_place(nonce(u64::from_le_bytes(counter)), Aad::empty(), text)
+    else {
+        return;
+    };
+    if let Some(inner) = Inner::parse(plain) {
+        coalescer.add(writes, at + DATA_HEADER, &inner);
+    }
+}
+
+/// The virtio header is read before the packet.
+const _: () = assert!(HEADROOM >= DATA_HEADER);

@@ -1,0 +1,244 @@
+//! `cargo lab bench`: Towline beside other userspace WireGuards and the bare limit.
+//!
+//! Every subject has two hosts of its own, joined by one cable, and all of them stay up for the
+//! whole run, idle but for the one that is measured. A round runs each case with each subject; the
+//! order of the subjects turns every round, and ratios are made of one round's figures, so that a
+//! machine that gets slower meanwhile slows both.
+
+mod case;
+mod figures;
+pub mod limit;
+mod load;
+mod plot;
+mod subject;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+
+pub use case::Case;
+pub use figures::Bench;
+
+use super::Setting;
+use crate::lab::interrupt;
+use crate::lab::peers::WireGuard;
+use crate::lab::privilege::Rank;
+use crate::lab::process::peak_resident_mb;
+use crate::lab::report::Promises;
+use crate::lab::topology::Lab;
+use crate::lab::traffic::{Pattern, tcp_both_ways};
+use figures::{Machine, Skipped};
+use load::Window;
+use subject::{Outer, Subject};
+
+/// How a benchmark is run.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// How often each case is run.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub rounds: Option<u16>,
+    /// Only these.
+    #[arg(long = "case", num_args = 1.., value_enum)]
+    pub cases: Vec<Case>,
+    /// Only these subjects: towline, limit, wireguard-go, gotatun, boringtun.
+    #[arg(long = "subject", num_args = 1..)]
+    pub subjects: Vec<String>,
+    /// Longer windows, more rounds, every case with every subject, and 10 million datagrams
+    /// watched for their order.
+    #[arg(long)]
+    pub full: bool,
+    /// Draw a chart into this file, as SVG.
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+}
+
+/// Bytes that are verified, each way, before a subject is measured.
+const VERIFIED: u64 = 4_000_000;
+const WINDOW: Window =
+    Window { warm_up: Duration::from_millis(300), length: Duration::from_millis(1200) };
+const FULL_WINDOW: Window =
+    Window { warm_up: Duration::from_millis(500), length: Duration::from_secs(4) };
+const ROUNDS: u16 = 3;
+const FULL_ROUNDS: u16 = 7;
+
+/// Who takes part, with what it is measured on.
+struct Contestant {
+    name: &'static str,
+    /// The one that most cases run on, and one whose tunnel goes over
+    /// IPv6.
+    subject: Subject,
+    over_v6: Option<Subject>,
+    /// One with 1,000 peers.
+    crowded: Option<Subject>,
+    /// Everything; else the main cases.
+    all: bool,
+}
+
+/// Runs it.
+pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Bench> {
+    let mut bench = Bench {
+        rootless: setting.rank == Rank::Rootless,
+        machine: Machine {
+            kernel: nix::sys::utsname::uname()?.release().to_string_lossy().into_owned(),
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+        },
+        ..Bench::default()
+    };
+    let mut promises = Promises::new();
+    let mut lab = Lab::new(setting.rank)?;
+    if let Err(error) = measure(setting, options, &mut lab, &mut bench, &mut promises) {
+        promises.fail(format!("{error:#}"));
+    }
+    bench.compare();
+    promises.hold(bench.reordered == 0, || format!("no datagram reordered: {}", bench.reordered));
+    bench.failed = promises.into_failed();
+    if let Some(path) = &options.plot {
+        std::fs::write(path, plot::chart(&bench))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(bench)
+}
+
+fn measure(
+    setting: &Setting,
+    options: &Options,
+    lab: &mut Lab,
+    bench: &mut Bench,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    let cases: &[Case] = if options.cases.is_empty() { &Case::ALL } else { &options.cases };
+    let mut contestants = gather(setting, options, cases, lab, bench)?;
+    let pattern = Pattern::random()?;
+    for contestant in &contestants {
+        let (there, back) = (contestant.subject.there(false), contestant.subject.there(true));
+        for way in [there, back] {
+            tcp_both_ways(way.from, way.to, way.address, VERIFIED, pattern, |_| ())
+                .with_context(|| contestant.name)?;
+        }
+    }
+    let rounds = options.rounds.unwrap_or(if options.full { FULL_ROUNDS } else { ROUNDS });
+    let window = if options.full { FULL_WINDOW } else { WINDOW };
+    let mut broken: Vec<(Case, &str)> = Vec::new();
+    for round in 0..rounds {
+        for case in cases {
+            for contestant in &contestants {
+                let Some(subject) = contestant.for_case(*case) else { continue };
+                if broken.contains(&(*case, contestant.name)) {
+                    continue;
+                }
+                interrupt::check()?;
+                setting.talk.step(&format!(
+                    "round {} of {rounds}: {} with {}",
+                    round + 1,
+                    case.what(),
+                    contestant.name
+                ));
+                match case.run(subject, window, pattern) {
+                    Ok(outcome) => {
+                        bench.add(*case, contestant.name, outcome.value, outcome.cpu);
+                        if contestant.name == "towline" {
+                            bench.reordered += outcome.carried.reordered;
+                            bench.ordered_datagrams += outcome.carried.arrived;
+                        }
+                    }
+                    Err(error) => {
+                        interrupt::check()?;
+                        broken.push((*case, contestant.name));
+                        let (name, why) =
+                            (format!("{}/{}", case.name(), contestant.name), format!("{error:#}"));
+                        // Of others it is told; of ours it is a fault.
+                        if contestant.name == "towline" && *case != Case::Geneve {
+                            promises.fail(format!("{name}: {why}"));
+                        } else {
+                            bench.skipped.push(Skipped { name, why });
+                        }
+                    }
+                }
+            }
+        }
+        bench.rounds += 1;
+        contestants.reverse();
+    }
+    for contestant in &contestants {
+        let peaks = contestant
+            .subject
+            .daemons
+            .iter()
+            .map(|pid| peak_resident_mb(*pid))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        bench.rss_mb.insert(contestant.name, peaks.iter().copied().fold(0.0, f64::max).round());
+    }
+    Ok(())
+}
+
+/// Brings everybody up that takes part.
+fn gather(
+    setting: &Setting,
+    options: &Options,
+    cases: &[Case],
+    lab: &mut Lab,
+    bench: &mut Bench,
+) -> anyhow::Result<Vec<Contestant>> {
+    let wanted = |name: &str| {
+        options.subjects.is_empty() || options.subjects.iter().any(|subject| subject == name)
+    };
+    let outer_v6 = cases.contains(&Case::OuterV6);
+    let mut contestants = Vec::new();
+    if wanted("towline") {
+        setting.talk.step("a controller and two agents");
+        let subject = Subject::towline(setting, lab, "towline", Outer::V4, 1)?;
+        let over_v6 = outer_v6
+            .then(|| Subject::towline(setting, lab, "towline6", Outer::V6, 1))
+            .transpose()?;
+        let crowded = cases
+            .contains(&Case::Peers1000)
+            .then(|| Subject::towline(setting, lab, "crowded", Outer::V4, 1000))
+            .transpose()?;
+        contestants.push(Contestant { name: "towline", subject, over_v6, crowded, all: true });
+        bench.subjects.insert("towline", env!("CARGO_PKG_VERSION").to_owned());
+    }
+    for which in WireGuard::ALL.into_iter().filter(|which| wanted(which.name())) {
+        let name = which.name();
+        let all = which == WireGuard::Go || options.full;
+        let started = which.install().and_then(|program| {
+            setting.talk.step(&format!("two of {name}"));
+            let subject =
+                Subject::other(lab, &program, Outer::V4).map_err(|error| format!("{error:#}"))?;
+            let over_v6 = (outer_v6 && all)
+                .then(|| Subject::other(lab, &program, Outer::V6))
+                .transpose()
+                .map_err(|error| format!("{error:#}"))?;
+            Ok((subject, over_v6, program.version))
+        });
+        match started {
+            Ok((subject, over_v6, version)) => {
+                bench.subjects.insert(name, version);
+                contestants.push(Contestant { name, subject, over_v6, crowded: None, all });
+            }
+            Err(why) => bench.skipped.push(Skipped { name: name.to_owned(), why }),
+        }
+    }
+    if wanted("limit") {
+        setting.talk.step("the bare limit");
+        let subject = Subject::limit(setting, lab)?;
+        let (name, all) = ("limit", options.full);
+        contestants.push(Contestant { name, subject, over_v6: None, crowded: None, all });
+        bench.subjects.insert("limit", env!("CARGO_PKG_VERSION").to_owned());
+    }
+    Ok(contestants)
+}
+
+impl Contestant {
+    /// What the case runs on; `None`: not at all.
+    fn for_case(&self, case: Case) -> Option<&Subject> {
+        match case {
+            Case::Tcp1 | Case::Tcp4 | Case::UdpSmall | Case::Udp1200 | Case::Ping => {
+                Some(&self.subject)
+            }
+            Case::OuterV6 => self.over_v6.as_ref(),
+            Case::Peers1000 => self.crowded.as_ref(),
+            _ => self.all.then_some(&self.subject),
+        }
+    }
+}

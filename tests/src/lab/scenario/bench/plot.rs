@@ -1,0 +1,92 @@
+//! The figures as a chart: a panel for each case, a bar for each subject.
+
+use std::fmt::Write as _;
+
+use super::case::Case;
+use super::figures::{Bench, CaseFigures};
+
+const COLUMNS: usize = 3;
+/// All of them in pixels.
+const PANEL: [f64; 2] = [330.0, 170.0];
+const MARGIN: f64 = 24.0;
+const TITLE: f64 = 64.0;
+const LABEL: f64 = 92.0;
+const BAR: f64 = 18.0;
+const GAP: f64 = 6.0;
+
+/// Ours first and in its own colour; the limit is no rival.
+const SUBJECTS: [(&str, &str); 5] = [
+    ("towline", "#1f6feb"),
+    ("wireguard-go", "#7d8590"),
+    ("gotatun", "#9aa3ad"),
+    ("boringtun", "#b7bec6"),
+    ("limit", "#d9c27a"),
+];
+
+/// An SVG document.
+pub(super) fn chart(bench: &Bench) -> String {
+    let cases: Vec<&CaseFigures> =
+        Case::ALL.iter().filter_map(|case| bench.cases.get(case.name())).collect();
+    let rows = cases.len().div_ceil(COLUMNS);
+    let width = PANEL[0] * COLUMNS as f64 + 2.0 * MARGIN;
+    let height = TITLE + PANEL[1] * rows as f64 + MARGIN;
+    let mut svg = String::new();
+    let _ = writeln!(
+        svg,
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
+         width=\"{width}\" height=\"{height}\" font-family=\"sans-serif\" fill=\"#1f2328\">\n\
+         <rect width=\"{width}\" height=\"{height}\" fill=\"#ffffff\"/>"
+    );
+    text(&mut svg, MARGIN, 30.0, 18, "start", "Userspace WireGuard, side by side");
+    let machine = &bench.machine;
+    let under = format!(
+        "Linux {}, {} cores, medians of {} rounds; lines from the least to the most. \
+         Longer is better, except for milliseconds.",
+        machine.kernel, machine.cores, bench.rounds
+    );
+    text(&mut svg, MARGIN, 50.0, 11, "start", &under);
+    for (number, case) in cases.into_iter().enumerate() {
+        let left = MARGIN + PANEL[0] * (number % COLUMNS) as f64;
+        let top = TITLE + PANEL[1] * (number / COLUMNS) as f64;
+        panel(&mut svg, left, top, case);
+    }
+    svg.push_str("</svg>\n");
+    svg
+}
+
+fn panel(svg: &mut String, left: f64, top: f64, case: &CaseFigures) {
+    let title = format!("{}, {}", case.what, case.unit);
+    text(svg, left, top + 18.0, 13, "start", &title);
+    let most = case.subjects.values().map(|figure| figure.max).fold(0.0, f64::max);
+    // Room for the figure behind the bar.
+    let scale = (PANEL[0] - LABEL - MARGIN - 50.0) / most.max(f64::MIN_POSITIVE);
+    let measured = SUBJECTS
+        .into_iter()
+        .filter_map(|(name, colour)| Some((name, colour, case.subjects.get(name)?)));
+    for (row, (name, colour, figure)) in measured.enumerate() {
+        let y = top + 30.0 + (BAR + GAP) * row as f64;
+        let (x, middle) = (left + LABEL, y + BAR / 2.0);
+        text(svg, x - 6.0, middle + 4.0, 11, "end", name);
+        let _ = writeln!(
+            svg,
+            "<rect x=\"{x}\" y=\"{y}\" width=\"{:.1}\" height=\"{BAR}\" fill=\"{colour}\"/>",
+            figure.median * scale
+        );
+        let _ = writeln!(
+            svg,
+            "<path d=\"M{:.1} {middle}H{:.1}\" stroke=\"#1f2328\" stroke-width=\"1\"/>",
+            x + figure.min * scale,
+            x + figure.max * scale
+        );
+        let end = x + figure.max * scale + 6.0;
+        text(svg, end, middle + 4.0, 11, "start", &format!("{:.3}", figure.median));
+    }
+}
+
+/// Nothing that is written here needs to be escaped: names and numbers.
+fn text(svg: &mut String, x: f64, y: f64, size: u32, anchor: &str, what: &str) {
+    let _ = writeln!(
+        svg,
+        "<text x=\"{x:.1}\" y=\"{y:.1}\" font-size=\"{size}\" text-anchor=\"{anchor}\">{what}</text>"
+    );
+}

@@ -1,0 +1,305 @@
+//! Who is measured: two hosts joined by one cable, a tunnel between them.
+
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use ipnet::IpNet;
+use nix::unistd::Pid;
+use towline_agent::netlink::{AddressOptions, Overlay, OverlayKind, Rtnetlink};
+use towline_agent::nft::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
+use x25519_dalek::{PublicKey, StaticSecret};
+
+use super::load::Way;
+use crate::lab::interrupt::wait_for;
+use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
+use crate::lab::namespace::Namespace;
+use crate::lab::peers::{Installed, Peer, link_name, uapi};
+use crate::lab::ping::first_reply;
+use crate::lab::process::{Daemon, Program};
+use crate::lab::scenario::Setting;
+use crate::lab::topology::{Host, Lab};
+
+/// Two ends of one tunnel, up.
+#[derive(Debug)]
+pub(super) struct Subject {
+    pub(super) hosts: [Arc<Host>; 2],
+    /// Of each end, IPv4 and IPv6.
+    inner: [[IpAddr; 2]; 2],
+    /// The tunnel's.
+    links: [String; 2],
+    pub(super) daemons: [Pid; 2],
+    /// What runs; in order, so that it ends in order.
+    _running: Running,
+}
+
+#[derive(Debug)]
+#[expect(dead_code, reason = "held for its end")]
+enum Running {
+    Towline(Vec<Node>, Controller),
+    Others([Peer; 2]),
+    Limit([Daemon; 2]),
+}
+
+/// What goes around the tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outer {
+    V4,
+    V6,
+}
+
+/// The kernel makes a link, and a link becomes ready, within this.
+const LINK_LIMIT: Duration = Duration::from_secs(10);
+const PORT: u16 = 51830;
+const MTU: u32 = super::limit::MTU as u32;
+/// Of a tunnel in the tunnel: 50 bytes less.
+const OVERLAY_MTU: u32 = MTU - 50;
+const OVERLAY_LINK: &str = "inside0";
+const LOSS_TABLE: &str = "loss";
+
+impl Outer {
+    fn net(self) -> IpNet {
+        match self {
+            Self::V4 => IpNet::new_assert(Ipv4Addr::new(192, 0, 2, 0).into(), 24),
+            Self::V6 => IpNet::new_assert([0x2001, 0xdb8, 7, 0, 0, 0, 0, 0].into(), 64),
+        }
+    }
+}
+
+impl Subject {
+    /// The real controller, and two agents that joined it. Each has so many `peers`; all but the
+    /// other of the two never say anything.
+    pub(super) fn towline(
+        setting: &Setting,
+        lab: &mut Lab,
+        name: &str,
+        outer: Outer,
+        peers: u32,
+    ) -> anyhow::Result<Self> {
+        let names = [format!("{name}-1"), format!("{name}-2")];
+        let hosts = lab.pair([&names[0], &names[1]], outer.net())?;
+        let others = silent_peers(peers - 1);
+        let controller = Controller::start(lab, &hosts[0], &setting.binaries)?;
+        let mut nodes = Vec::new();
+        for (host, name) in hosts.iter().zip(&names) {
+            let mut node = Node::new(lab, host, name, &setting.binaries, &others)?;
+            node.join(&controller.operator().token("bench")?)?;
+            node.launch()?;
+            nodes.push(node);
+        }
+        let mut inner = Vec::new();
+        let mut daemons = Vec::new();
+        for node in &mut nodes {
+            let status = node.await_status(START_LIMIT)?;
+            let of = |v4: bool| status.overlay_addresses.iter().find(|ip| ip.is_ipv4() == v4);
+            let both = of(true).zip(of(false)).context("a node without overlay addresses")?;
+            inner.push([*both.0, *both.1]);
+            daemons.push(node.agent()?.pid());
+        }
+        if let Some(reason) = await_tunnel(&nodes[0], &nodes[1], START_LIMIT)? {
+            return Err(anyhow!("the tunnel is not up: {reason}"));
+        }
+        Self {
+            hosts,
+            inner: [inner[0], inner[1]],
+            links: ["towline0".to_owned(), "towline0".to_owned()],
+            daemons: [daemons[0], daemons[1]],
+            _running: Running::Towline(nodes, controller),
+        }
+        .ready()
+    }
+
+    /// Two of another implementation.
+    pub(super) fn other(lab: &mut Lab, program: &Installed, outer: Outer) -> anyhow::Result<Self> {
+        let name = program.which.name();
+        let names = [format!("{name}-1"), format!("{name}-2")];
+        let hosts = lab.pair([&names[0], &names[1]], outer.net())?;
+        let links = [link_name(), link_name()];
+        let keys = [[0x11; 32], [0x22; 32]];
+        let inner = inner();
+        let start = |end: usize| {
+            let log = lab.directory().join(format!("{}.log", names[end]));
+            let mut peer = Peer::start(program, hosts[end].namespace(), &links[end], &log)?;
+            let far = 1 - end;
+            peer.configure(&uapi::Device {
+                private_key: keys[end],
+                port: PORT,
+                peers: vec![uapi::Peer {
+                    public_key: PublicKey::from(&StaticSecret::from(keys[far])).to_bytes(),
+                    preshared_key: None,
+                    endpoint: Some(SocketAddr::new(hosts[far].addresses()[0], PORT)),
+                    allowed_ips: inner[far].map(IpNet::from).to_vec(),
+                    keepalive: 0,
+                }],
+            })?;
+            configure(hosts[end].namespace(), &links[end], inner[end], inner[far])?;
+            anyhow::Ok(peer)
+        };
+        let mut peers = [start(0)?, start(1)?];
+        let [one, two] = &mut peers;
+        let daemons = [one.daemon().pid(), two.daemon().pid()];
+        Self { hosts, inner, links, daemons, _running: Running::Others(peers) }.ready()
+    }
+
+    /// The bare limit.
+    pub(super) fn limit(setting: &Setting, lab: &mut Lab) -> anyhow::Result<Self> {
+        let names = ["limit-1", "limit-2"];
+        let hosts = lab.pair(names, Outer::V4.net())?;
+        let lab_program = setting.binaries.lab.as_ref().context("the lab was not built")?;
+        let inner = inner();
+        let link = "limit0";
+        let start = |end: usize| {
+            let far = 1 - end;
+            let log = lab.directory().join(format!("{}.log", names[end]));
+            let to = SocketAddr::new(hosts[far].addresses()[0], PORT);
+            let mut daemon = Program::new(lab_program)
+                .args(["limit", "--link", link, "--port", &PORT.to_string()])
+                .args(["--to", &to.to_string()])
+                .start(hosts[end].namespace(), names[end], &log)?;
+            wait_for("link of the bare limit", LINK_LIMIT, || {
+                daemon.check()?;
+                hosts[end].namespace().run(|| Ok(Rtnetlink::open()?.link(link)?.map(drop)))
+            })?;
+            configure(hosts[end].namespace(), link, inner[end], inner[far])?;
+            anyhow::Ok(daemon)
+        };
+        let ends = [start(0)?, start(1)?];
+        let daemons = [ends[0].pid(), ends[1].pid()];
+        let links = [link.to_owned(), link.to_owned()];
+        Self { hosts, inner, links, daemons, _running: Running::Limit(ends) }.ready()
+    }
+
+    /// Waits until both families get through.
+    fn ready(self) -> anyhow::Result<Self> {
+        for address in self.inner[1] {
+            let deadline = std::time::Instant::now() + LINK_LIMIT;
+            let [here, _] = self.namespaces();
+            first_reply(here, address, &self.links[0], deadline)?
+                .with_context(|| format!("{address} does not answer through the tunnel"))?;
+        }
+        Ok(self)
+    }
+
+    pub(super) fn namespaces(&self) -> [&Namespace; 2] {
+        [self.hosts[0].namespace(), self.hosts[1].namespace()]
+    }
+
+    /// From the first end to the second, inside the tunnel.
+    pub(super) fn there(&self, v6: bool) -> Way<'_> {
+        let [from, to] = self.namespaces();
+        Way { from, to, address: self.inner[1][usize::from(v6)] }
+    }
+
+    /// From the second end to the first.
+    pub(super) fn back(&self, v6: bool) -> Way<'_> {
+        let [to, from] = self.namespaces();
+        Way { from, to, address: self.inner[0][usize::from(v6)] }
+    }
+
+    /// From the first end to the second, in a tunnel of the kernel's inside this one, which is
+    /// made when it is first asked for.
+    pub(super) fn overlay(&self, kind: OverlayKind) -> anyhow::Result<Way<'_>> {
+        let (number, port) = match kind {
+            OverlayKind::Vxlan => (0, 4789),
+            OverlayKind::Geneve => (1, 6081),
+        };
+        let link = format!("{OVERLAY_LINK}{number}");
+        let address = |end: usize| IpAddr::from([10, 66, number, 1 + end as u8]);
+        for end in 0..2 {
+            self.namespaces()[end].run(|| {
+                let mut netlink = Rtnetlink::open()?;
+                if netlink.link(&link)?.is_some() {
+                    return Ok(());
+                }
+                let remote = self.inner[1 - end][0];
+                netlink.add_overlay(&link, Overlay { kind, id: 42, remote, port })?;
+                let index = netlink.link_index(&link)?;
+                netlink.set_mtu(index, OVERLAY_MTU)?;
+                let net = IpNet::new_assert(address(end), 24);
+                netlink.add_address(index, net, AddressOptions::default())?;
+                Ok(netlink.set_up(index, true)?)
+            })?;
+        }
+        let [from, to] = self.namespaces();
+        let deadline = std::time::Instant::now() + LINK_LIMIT;
+        first_reply(from, address(1), &link, deadline)?.context("the overlay carries nothing")?;
+        Ok(Way { from, to, address: address(1) })
+    }
+
+    /// Runs `job` while so many of 1,000 datagrams are lost on the cable, each way.
+    pub(super) fn losing<T>(
+        &self,
+        permille: u32,
+        job: impl FnOnce() -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let wire = |segments: u32, lossy: bool| {
+            self.namespaces().into_iter().try_for_each(|namespace| {
+                namespace.run(|| {
+                    // A rule would drop a whole train.
+                    let mut netlink = Rtnetlink::open()?;
+                    let index = netlink.link_index("eth0")?;
+                    netlink.set_gso_max_segs(index, segments)?;
+                    let mut nft = Nft::open()?;
+                    if lossy {
+                        let rule = Rule::new().input("eth0").chance(permille, 1000).drop();
+                        let chain = Chain::base(ChainKind::Filter, Hook::Prerouting, -400);
+                        nft.load(
+                            &Table::new(TableFamily::Inet, LOSS_TABLE)
+                                .chain("loss", chain.rule(rule)),
+                        )?;
+                    } else {
+                        nft.delete(TableFamily::Inet, LOSS_TABLE)?;
+                    }
+                    Ok(())
+                })
+            })
+        };
+        wire(1, true)?;
+        let done = job();
+        wire(65_535, false)?;
+        done
+    }
+}
+
+/// The configuration of peers that have yet to call, each with an address.
+fn silent_peers(count: u32) -> String {
+    (1..=count).fold(String::new(), |mut text, number| {
+        let mut key = [0x99; 32];
+        key[..4].copy_from_slice(&number.to_be_bytes());
+        let address = Ipv4Addr::from_bits(Ipv4Addr::new(10, 99, 0, 0).to_bits() + number);
+        let key = data_encoding::BASE64.encode(&key);
+        let _ =
+            writeln!(text, "[[peer]]\npublic_key = \"{key}\"\nallowed_ips = [\"{address}/32\"]");
+        text
+    })
+}
+
+/// Addresses inside, where nobody gives them out.
+fn inner() -> [[IpAddr; 2]; 2] {
+    [1, 2].map(|number| {
+        [IpAddr::from([10, 88, 0, number]), IpAddr::from([0xfd88, 0, 0, 0, 0, 0, 0, number.into()])]
+    })
+}
+
+/// Addresses and routes of a tunnel that somebody else configures in life.
+fn configure(
+    namespace: &Namespace,
+    link: &str,
+    own: [IpAddr; 2],
+    far: [IpAddr; 2],
+) -> anyhow::Result<()> {
+    namespace.run(|| {
+        let mut netlink = Rtnetlink::open()?;
+        let index = netlink.link_index(link)?;
+        netlink.set_mtu(index, MTU)?;
+        netlink.set_up(index, true)?;
+        for (own, far) in own.into_iter().zip(far) {
+            let options = AddressOptions { no_dad: true, ..Default::default() };
+            netlink.add_address(index, own.into(), options)?;
+            netlink.add_route(&towline_agent::netlink::Route::new(far.into()).dev(index))?;
+        }
+        Ok(())
+    })
+}
