@@ -14,6 +14,7 @@ use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
 use towline_proto::token::ControllerAddress;
 
+use crate::node_ip::NodeIps;
 use crate::prefixes::Filter;
 use crate::static_peers::{self, PeerConfig};
 
@@ -52,12 +53,28 @@ pub struct NodeConfig {
     pub advertise: Vec<SocketAddr>,
     /// Addresses of our link besides those that the mesh gives: what static peers know us by.
     pub addresses: Vec<IpAddr>,
+    /// By which address other nodes know this one.
+    pub addressing: Addressing,
+    /// The machine's own addresses, at most one of each family, where `addressing` is `node-ip`;
+    /// empty: those of the link that leads to the internet.
+    pub node_ips: Vec<IpAddr>,
     /// Networks that are reached through this node; its grant must allow them.
     pub prefixes: Vec<IpNet>,
     /// Announce only networks inside these, whoever names them; empty: all.
     pub include_prefixes: Vec<IpNet>,
     /// Announce none of these, nor any part of them.
     pub exclude_prefixes: Vec<IpNet>,
+}
+
+/// By which address other nodes know a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Addressing {
+    /// Its overlay address, which overlaps nothing.
+    #[default]
+    Overlay,
+    /// The machine's own address, announced as a prefix and routed transparently.
+    NodeIp,
 }
 
 /// The UDP side of the tunnels.
@@ -278,6 +295,13 @@ impl Config {
         {
             return Err(("node.advertise", format!("nothing can be sent to {bad}")));
         }
+        let node_ips = &self.node.node_ips;
+        if NodeIps::first(node_ips.iter().copied()).iter().count() < node_ips.len() {
+            return Err(("node.node_ips", "at most one address of each family".into()));
+        }
+        if let Some(bad) = node_ips.iter().find(|ip| ip.is_unspecified() || ip.is_loopback()) {
+            return Err(("node.node_ips", format!("{bad} is no address for others")));
+        }
         for (key, networks) in [
             ("node.prefixes", &self.node.prefixes),
             ("node.include_prefixes", &self.node.include_prefixes),
@@ -392,6 +416,8 @@ mod tests {
             ("[routing]\nplain_ports = [0]", "65535"),
             ("[node]\nprefixes = [\"10.0.0.1/8\"]", "10.0.0.0/8"),
             ("[node]\nexclude_prefixes = [\"10.0.0.1/8\"]", "10.0.0.0/8"),
+            ("[node]\nnode_ips = [\"10.0.0.1\", \"10.0.0.2\"]", "one address"),
+            ("[node]\naddressing = \"both\"", "node-ip"),
             ("[node]\nadvertise = [\"0.0.0.0:1\"]", "sent"),
             ("[controller]\naddresses = [\"nope\"]", "host:port"),
         ] {

@@ -7,6 +7,7 @@
 //! | `membership.json` | mesh, CA certificate, controllers, grant | at the join, at renewals |
 //! | `certificate.pem` | the client certificate chain | at the join, at renewals |
 //! | `counters.json` | boot epoch and record generation | before each use of a new value |
+//! | `prefixes.json` | what this node announced, and what of others' is still guarded | when it changes |
 //! | `map.bin` | the signed network map, as last seen | after changes, debounced |
 //!
 //! The directory is 0700. A file is replaced whole (written beside, synced, renamed), so at any
@@ -14,10 +15,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
+use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use data_encoding::BASE64;
+use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
@@ -138,11 +141,24 @@ pub struct Counters {
     pub generation: u64,
 }
 
+/// What the guards follow from, besides membership and map.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CachedPrefixes {
+    /// What this node announced: reached by the host's own routes.
+    pub announced: Vec<IpNet>,
+    /// Its own addresses among that.
+    pub node_ips: Vec<IpAddr>,
+    /// What others announced once and nobody does now.
+    pub withdrawn: Vec<IpNet>,
+}
+
 /// An open state directory. One process at a time holds it.
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
-    _lock: Flock<File>,
+    /// `None`: only looked at.
+    _lock: Option<Flock<File>>,
 }
 
 impl StateDir {
@@ -162,12 +178,17 @@ impl StateDir {
             .open(&lock_path)
             .map_err(|source| StateError::Io { path: lock_path.clone(), source })?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self { path: path.into(), _lock: lock }),
+            Ok(lock) => Ok(Self { path: path.into(), _lock: Some(lock) }),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
                 Err(StateError::Locked { path: path.into() })
             }
             Err((_, errno)) => Err(StateError::Io { path: lock_path, source: errno.into() }),
         }
+    }
+
+    /// To be read only, whoever holds it: files are replaced whole.
+    pub fn peek(path: &Path) -> Self {
+        Self { path: path.into(), _lock: None }
     }
 
     /// The directory.
@@ -313,6 +334,24 @@ impl StateDir {
         self.replace("map.bin", encoded)
     }
 
+    /// What the guards follow from besides; nothing before the first run. A damaged file counts as
+    /// absent (and is logged).
+    pub fn prefixes(&self) -> Result<CachedPrefixes, StateError> {
+        let name = "prefixes.json";
+        let Some(bytes) = self.read(name)? else { return Ok(CachedPrefixes::default()) };
+        Ok(serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+            tracing::warn!(path = %self.path.join(name).display(), %error, "cached prefixes ignored");
+            CachedPrefixes::default()
+        }))
+    }
+
+    /// Stores it.
+    pub fn store_prefixes(&self, prefixes: &CachedPrefixes) -> Result<(), StateError> {
+        let json = serde_json::to_vec(prefixes)
+            .map_err(|error| self.damaged("prefixes.json", &error.to_string()))?;
+        self.replace("prefixes.json", &json)
+    }
+
     /// Forgets the membership, the certificate and the map, and the keys with them: the next join
     /// is another node's.
     pub fn forget(&self) -> Result<(), StateError> {
@@ -321,6 +360,7 @@ impl StateDir {
             "membership.json",
             "certificate.pem",
             "map.bin",
+            "prefixes.json",
             "counters.json",
             "wireguard.key",
             "identity.key",

@@ -394,6 +394,7 @@ impl Mesh {
         self.advance(now);
         self.withdrawn.extend(withdrawn);
         self.claims_changed = true;
+        self.plan_changed = true;
     }
 
     /// Takes what of ours travels outside the tunnel now, whole: the plan lets it pass.

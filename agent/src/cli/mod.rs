@@ -4,6 +4,7 @@
 //! over the environment, the environment over the file.
 
 mod daemon;
+mod guard;
 mod join;
 mod local;
 mod output;
@@ -60,6 +61,10 @@ enum Command {
     Leave(LeaveArgs),
     /// Open the machine: stop the agent and remove its link, routes and guards
     Down,
+    /// Guard the mesh's networks before any agent runs, from what is on the disk (for the boot)
+    Guard,
+    /// Show the address by which other nodes know this one, for the kubelet's --node-ip
+    NodeIp(guard::NodeIpArgs),
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -114,6 +119,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Ping(args) => ping::run(&config()?, args),
         Command::Leave(args) => daemon::leave(&config()?, args.force),
         Command::Down => daemon::down(&config()?),
+        Command::Guard => guard::guard(&config()?),
+        Command::NodeIp(args) => guard::node_ip(&config()?, &args),
         Command::Config(ConfigCommand::Check) => {
             crate::static_peers::load(&config()?.peers)?;
             eprintln!("configuration is good");

@@ -1,6 +1,6 @@
 //! The daemon's hold on the host's network: the last plan, applied and kept.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -96,6 +96,15 @@ impl Host {
         let removed = self.network.remove(&self.names).map_err(|error| error.to_string())?;
         tracing::info!(removed, "host network opened");
         Ok(())
+    }
+
+    /// The machine's own addresses by which others could know it, see [`HostNetwork::node_ips`].
+    pub(super) fn node_ips(&mut self, excluded: Vec<IpNet>) -> Vec<IpAddr> {
+        let policy = CandidatePolicy { own_link: self.names.link.clone(), excluded };
+        self.network.node_ips(&policy).unwrap_or_else(|error| {
+            tracing::warn!(%error, "local addresses not read");
+            Vec::new()
+        })
     }
 
     /// The machine's own addresses that are worth telling others.

@@ -14,30 +14,34 @@ mod host;
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use ipnet::IpNet;
 use rand::Rng as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use towline_core::mesh::{self, MapChange, Mesh, Output, PeerState, ReceivedProbe};
 use towline_core::path;
 use towline_core::peer_table::{Observation, PeerTable};
+use towline_core::prefixes::is_host;
 use towline_proto::frame::Probe;
 use towline_proto::id::{NodeId, WireguardKey};
 
-use crate::config::Config;
+use crate::config::{Addressing, Config};
 use crate::control::{self, PingAnswer, Request};
 use crate::dataplane::{self, DataPlane};
 use crate::discovery::{self, Announcement, Discovery};
 use crate::host::HostEvent;
 use crate::join;
 use crate::map_cache::MapCache;
+use crate::node_ip::NodeIps;
 use crate::prefixes::{Feed, PrefixSource, PrefixUpdate, Prefixes, Selection};
 use crate::probe::ProbeKeys;
-use crate::state::{Keys, Membership, StateDir};
+use crate::state::{CachedPrefixes, Keys, Membership, StateDir};
 use crate::static_peers;
 use host::Host;
 
@@ -88,7 +92,10 @@ struct Daemon {
     removed: bool,
 
     prefixes: Prefixes,
+    /// Our own addresses, where others know us by them.
+    node_ips: Vec<IpAddr>,
     announced: Selection,
+    remembered: watch::Sender<CachedPrefixes>,
     /// To be cloned for every task that is a source of prefixes.
     _prefix_feed: Feed,
     announcements: watch::Sender<Option<Announcement>>,
@@ -154,6 +161,9 @@ impl Daemon {
         mesh.set_underlay(now, config.underlay(&controllers));
         mesh.set_addresses(now, config.node.addresses.clone());
         mesh.set_static_peers(now, static_peers);
+        let cached = state.prefixes()?;
+        mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
+        let remembered = remember(state.clone(), cached);
         let removed = map.as_ref().is_some_and(MapCache::own_removed);
         for change in map.iter().flat_map(MapCache::changes) {
             mesh.update(now, change);
@@ -206,7 +216,9 @@ impl Daemon {
             host,
             removed,
             prefixes: Prefixes::default(),
+            node_ips: Vec::new(),
             announced: Selection::default(),
+            remembered,
             _prefix_feed: prefix_feed,
             announcements,
             commands,
@@ -277,7 +289,10 @@ impl Daemon {
                 Output::Stun { .. } | Output::Signal { .. } | Output::Relay(_) => {}
                 Output::Handshake { peer, to } => self.data_plane.handshake(peer, to),
                 Output::PeerTable(table) => self.peer_table(table),
-                Output::Plan(plan) => self.host.apply(plan),
+                Output::Plan(plan) => {
+                    self.host.apply(plan);
+                    self.remember();
+                }
                 Output::Advertise(candidates) => {
                     let prefixes = self.announced.announced.clone();
                     self.announcements.send_replace(Some(Announcement { candidates, prefixes }));
@@ -413,10 +428,55 @@ impl Daemon {
     }
 
     fn addresses_changed(&mut self) {
-        let guarded = self.membership.iter().flat_map(|m| m.mesh.guarded()).collect();
+        // A LAN may lie inside a protected range; the overlay and our pods never are a way in.
+        let mut excluded: Vec<IpNet> =
+            self.announced.announced.iter().filter(|net| !is_host(net)).copied().collect();
+        if let Some(membership) = &self.membership {
+            let mesh = &membership.mesh;
+            excluded.extend([IpNet::from(mesh.overlay_v6), IpNet::from(mesh.overlay_v4)]);
+        }
+        self.node_ips_changed(&excluded);
         let mut candidates = self.config.candidates();
-        candidates.extend(self.host.local_candidates(self.config.wireguard.port, guarded));
+        candidates.extend(self.host.local_candidates(self.config.wireguard.port, excluded));
         self.mesh.set_candidates(Instant::now(), candidates);
+    }
+
+    /// With `node.addressing = "node-ip"`: looks again which addresses those are.
+    fn node_ips_changed(&mut self, excluded: &[IpNet]) {
+        let node = &self.config.node;
+        let found = match node.addressing {
+            Addressing::Overlay => NodeIps::default(),
+            Addressing::NodeIp if !node.node_ips.is_empty() => {
+                NodeIps::first(node.node_ips.iter().copied())
+            }
+            Addressing::NodeIp => NodeIps::first(self.host.node_ips(excluded.to_vec())),
+        };
+        self.node_ips = found.iter().collect();
+        let prefixes = self.node_ips.iter().copied().map(IpNet::from).collect();
+        let update = PrefixUpdate { source: PrefixSource::NodeIp, prefixes };
+        if self.prefixes.set(update) {
+            self.prefixes_changed();
+        }
+    }
+
+    /// Has written down what the guards follow from, for the next boot.
+    fn remember(&self) {
+        let now = CachedPrefixes {
+            announced: self.announced.announced.clone(),
+            node_ips: self.own_node_ips(),
+            withdrawn: self.mesh.withdrawn().iter().copied().collect(),
+        };
+        self.remembered.send_if_modified(|before| {
+            let changed = *before != now;
+            *before = now;
+            changed
+        });
+    }
+
+    /// Those of our addresses that are announced.
+    fn own_node_ips(&self) -> Vec<IpAddr> {
+        let announced = |ip: &&IpAddr| self.announced.announced.contains(&IpNet::from(**ip));
+        self.node_ips.iter().filter(announced).copied().collect()
     }
 
     fn configured_prefixes(&mut self) {
@@ -437,7 +497,10 @@ impl Daemon {
         let Some(membership) = &self.membership else { return };
         self.announced = self.prefixes.select(filter, &membership.grant);
         let prefixes = self.announced.announced.clone();
-        self.mesh.set_prefixes(Instant::now(), prefixes.clone());
+        let now = Instant::now();
+        self.mesh.set_prefixes(now, prefixes.clone());
+        self.mesh.set_node_ips(now, self.own_node_ips());
+        self.remember();
         self.announcements.send_if_modified(|announcement| match announcement {
             Some(announcement) if announcement.prefixes != prefixes => {
                 announcement.prefixes = prefixes;
@@ -597,7 +660,23 @@ fn path_kind(path: &path::Path) -> &'static str {
     if path.is_relayed() { "relay" } else { "direct" }
 }
 
-fn core_config(config: &Config, membership: Option<&Membership>) -> mesh::Config {
+/// Writes down the latest word, one at a time.
+fn remember(state: Arc<StateDir>, first: CachedPrefixes) -> watch::Sender<CachedPrefixes> {
+    let (sender, mut receiver) = watch::channel(first);
+    tokio::spawn(async move {
+        while receiver.changed().await.is_ok() {
+            let (state, prefixes) = (state.clone(), receiver.borrow_and_update().clone());
+            let write = move || state.store_prefixes(&prefixes);
+            if let Ok(Err(error)) = tokio::task::spawn_blocking(write).await {
+                tracing::warn!(%error, "prefixes not cached for the next boot");
+            }
+        }
+    });
+    sender
+}
+
+/// What the core is told once.
+pub(crate) fn core_config(config: &Config, membership: Option<&Membership>) -> mesh::Config {
     mesh::Config {
         membership: membership.map(|membership| mesh::Membership {
             grant: membership.grant.clone(),

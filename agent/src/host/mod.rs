@@ -25,9 +25,11 @@ mod state;
 mod tests;
 mod watch;
 
+use std::net::IpAddr;
+
 use towline_core::plan::Plan;
 
-use crate::netlink::{NetlinkError, Rtnetlink};
+use crate::netlink::{Family, MAIN_TABLE, NetlinkError, Rtnetlink};
 use crate::nft::{Nft, NftError};
 
 pub use address::LocalAddress;
@@ -118,6 +120,26 @@ impl HostNetwork {
     /// Every address of the host, with what is known of its link.
     pub fn local_addresses(&mut self) -> Result<Vec<LocalAddress>, NetlinkError> {
         address::read(&mut self.rtnetlink)
+    }
+
+    /// The machine's own addresses by which others could know it, the best of each family first:
+    /// those of the link that leads to the internet, then the others that are worth telling.
+    pub fn node_ips(&mut self, policy: &CandidatePolicy) -> Result<Vec<IpAddr>, NetlinkError> {
+        let addresses = self.local_addresses()?;
+        let mut outward = Vec::new();
+        for family in Family::ALL {
+            let routes = self.rtnetlink.routes(family, Some(MAIN_TABLE))?;
+            let defaults = routes.iter().filter(|route| route.destination.prefix_len() == 0);
+            let best = defaults.min_by_key(|route| route.metric).and_then(|route| route.link);
+            outward.push(best);
+        }
+        let mut found = candidates(&addresses, policy);
+        found.sort_by_key(|ip| {
+            let outward = outward[usize::from(ip.is_ipv6())];
+            let at = addresses.iter().find(|address| address.prefix.addr() == *ip);
+            at.is_none_or(|address| Some(address.index) != outward)
+        });
+        Ok(found)
     }
 
     /// Hears of changes that others make; what this one makes is left out.

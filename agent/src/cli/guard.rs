@@ -1,0 +1,68 @@
+//! `towline guard` and `towline node-ip`.
+
+use std::net::IpAddr;
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use serde::Serialize;
+
+use super::output::{self, Format};
+use crate::config::{Addressing, Config};
+use crate::guard::{self, Guarded};
+use crate::node_ip;
+
+#[derive(Debug, Args)]
+pub(super) struct NodeIpArgs {
+    /// The IPv4 address alone
+    #[arg(short = '4', long)]
+    ipv4: bool,
+    /// The IPv6 address alone
+    #[arg(short = '6', long, conflicts_with = "ipv4")]
+    ipv6: bool,
+    /// How to write what is found
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+#[derive(Serialize)]
+struct NodeIp {
+    addressing: Addressing,
+    ipv4: Option<IpAddr>,
+    ipv6: Option<IpAddr>,
+}
+
+pub(super) fn guard(config: &Config) -> anyhow::Result<()> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).without_time().init();
+    match guard::run(config)? {
+        Guarded::NotJoined => {
+            eprintln!("this machine has not joined a mesh: there is nothing to guard yet");
+        }
+        Guarded::AgentRuns => eprintln!("an agent runs: it keeps the guards"),
+        Guarded::Stands { networks, problems, .. } if problems.is_empty() => {
+            eprintln!("{networks} networks are guarded");
+        }
+        Guarded::Stands { problems, .. } => bail!("{}", problems.join("; ")),
+    }
+    Ok(())
+}
+
+/// As the kubelet takes it: one address, or one of each family with a comma between.
+pub(super) fn node_ip(config: &Config, args: &NodeIpArgs) -> anyhow::Result<()> {
+    let found = node_ip::in_force(config)?;
+    let wanted = NodeIp {
+        addressing: config.node.addressing,
+        ipv4: found.v4.filter(|_| !args.ipv6),
+        ipv6: found.v6.filter(|_| !args.ipv4),
+    };
+    let addresses: Vec<_> =
+        wanted.ipv4.iter().chain(&wanted.ipv6).map(ToString::to_string).collect();
+    if addresses.is_empty() {
+        let family = if args.ipv6 { "IPv6" } else { "IPv4" };
+        return Err(anyhow::anyhow!("name one in node.node_ips"))
+            .with_context(|| format!("this node has no {family} address"));
+    }
+    match output::document(args.output, &wanted)? {
+        Some(document) => output::print(&document),
+        None => output::print(&(addresses.join(",") + "\n")),
+    }
+}

@@ -1,0 +1,262 @@
+//! `towline guard`: both guards, from what the last run left on the disk, before the network is
+//! up and before any agent runs.
+//!
+//! The plan is the agent's own: the core is told the membership, the cached map and what this
+//! node announced, and nobody is up yet. No controller is asked.
+
+use std::time::Instant;
+
+use anyhow::Context as _;
+use towline_core::mesh::{Mesh, Output};
+use towline_core::plan::{Plan, RouteVia};
+
+use crate::config::Config;
+use crate::daemon;
+use crate::host::{HostNetwork, Problem};
+use crate::join;
+use crate::state::{StateDir, StateError};
+use crate::static_peers;
+
+/// How it went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Guarded {
+    /// Nothing is known that could be guarded: the machine joined no mesh and has no static peer.
+    NotJoined,
+    /// An agent runs, and keeps the guards itself.
+    AgentRuns,
+    /// The guards stand.
+    Stands {
+        /// Networks that are guarded.
+        networks: usize,
+        /// Changes that it took; 0: they stood already.
+        changes: usize,
+        /// What is not as it should be, a line each.
+        problems: Vec<String>,
+    },
+}
+
+/// Sets up the guards. Doing it again changes nothing.
+pub fn run(config: &Config) -> anyhow::Result<Guarded> {
+    let known = config.state_dir.join("membership.json").exists() || !config.peers.is_empty();
+    if !known {
+        return Ok(Guarded::NotJoined);
+    }
+    let state = match StateDir::open(&config.state_dir) {
+        Ok(state) => state,
+        Err(StateError::Locked { .. }) => return Ok(Guarded::AgentRuns),
+        Err(error) => return Err(error.into()),
+    };
+    let plan = plan(config, &state)?;
+    let mut network = HostNetwork::open().context("cannot speak to the kernel's network")?;
+    let applied = network.apply(&plan).context("the guards do not stand")?;
+    let expected = |problem: &&Problem| !matches!(problem, Problem::LinkMissing(_));
+    Ok(Guarded::Stands {
+        networks: plan.routes.keys().filter(|(_, via)| *via == RouteVia::Unreachable).count(),
+        changes: applied.messages,
+        problems: applied.problems.iter().filter(expected).map(ToString::to_string).collect(),
+    })
+}
+
+/// What the agent would do first.
+fn plan(config: &Config, state: &StateDir) -> anyhow::Result<Plan> {
+    let membership = state.membership()?;
+    let cached = state.prefixes()?;
+    // The one look at the clock; nothing here is due.
+    let now = Instant::now();
+    // Nothing here is random either: no probe leaves.
+    let mut mesh = Mesh::new(daemon::core_config(config, membership.as_ref()), [0; 32], now);
+    mesh.set_static_peers(now, static_peers::load(&config.peers)?);
+    mesh.set_addresses(now, config.node.addresses.clone());
+    mesh.set_prefixes(now, cached.announced);
+    mesh.set_node_ips(now, cached.node_ips);
+    mesh.set_withdrawn(now, cached.withdrawn);
+    if let Some(membership) = &membership {
+        let controllers = join::controllers(&config.controller.addresses, membership);
+        mesh.set_underlay(now, config.underlay(&controllers));
+        for change in state.map(membership)?.changes() {
+            mesh.update(now, change);
+        }
+    } else {
+        mesh.set_underlay(now, config.underlay(&[]));
+    }
+    let mut plan = None;
+    while let Some(output) = mesh.poll_output() {
+        if let Output::Plan(wanted) = output {
+            plan = Some(wanted);
+        }
+    }
+    plan.map(|plan| (*plan).clone()).context("the core made no plan")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::net::{Ipv4Addr, UdpSocket};
+    use std::path::Path;
+    use std::time::Duration;
+
+    use rcgen::{CertificateParams, KeyPair, PKCS_ED25519};
+    use ring::signature::Ed25519KeyPair;
+    use towline_proto::id::{MeshId, NodeId};
+    use towline_proto::node::{Grant, MeshConfig, OverlayAddresses, Record};
+    use towline_proto::pb;
+    use towline_proto::signed::{Domain, sign};
+
+    use super::*;
+    use crate::config::Addressing;
+    use crate::keys::{Identity, Wireguard};
+    use crate::map_cache::MapCache;
+    use crate::netlink::testing::{add_link, namespace_test};
+    use crate::netlink::{AddressOptions, Route, Rtnetlink};
+    use crate::node_ip;
+    use crate::state::{CachedPrefixes, Membership};
+
+    fn grant(id: u8, identity: &Identity, wireguard: &Wireguard) -> Grant {
+        Grant {
+            mesh_id: MeshId([7; 16]),
+            node_id: NodeId([id; 16]),
+            name: format!("node-{id}").parse().unwrap(),
+            identity_key: identity.public(),
+            wireguard_keys: vec![wireguard.public()],
+            overlay: OverlayAddresses {
+                v6: format!("fd00:7::{id}").parse().unwrap(),
+                v4: [198, 19, 0, id].into(),
+            },
+            allowed_prefixes: vec!["172.16.0.0/12".parse().unwrap()],
+            site: None,
+            labels: BTreeMap::new(),
+            issued_at: 0,
+            ephemeral: false,
+        }
+    }
+
+    /// The state of node 1 after a run: node 2 announces 172.20.0.0/16, and somebody announced
+    /// 172.21.0.0/16 once.
+    fn state_of_a_node(dir: &Path) {
+        let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
+        let ca = CertificateParams::default().self_signed(&key).unwrap().der().clone();
+        let signing = Ed25519KeyPair::from_pkcs8_maybe_unchecked(&key.serialize_der()).unwrap();
+        let state = StateDir::open(dir).unwrap();
+        let keys = state.keys_or_generate().unwrap();
+        let mesh = MeshConfig {
+            mesh_id: MeshId([7; 16]),
+            overlay_v6: "fd00:7::/64".parse().unwrap(),
+            overlay_v4: "198.19.0.0/16".parse().unwrap(),
+            protected: vec!["10.0.0.0/8".parse().unwrap()],
+            trusted_sites: Vec::new(),
+            bypass_when_down: Vec::new(),
+            lease: Duration::from_secs(600),
+            generation: 1,
+        };
+        let of = |grant: &Grant| sign(Domain::Grant, &pb::Grant::from(grant), &signing);
+        let own = of(&grant(1, &keys.identity, &keys.wireguard));
+        let mesh = sign(Domain::Mesh, &pb::MeshConfig::from(&mesh), &signing);
+        let membership = Membership::new(ca, Vec::new(), own, mesh).unwrap();
+        state.store_membership(&membership).unwrap();
+
+        let (identity, wireguard) = (Identity::generate().unwrap(), Wireguard::generate().unwrap());
+        let record = Record {
+            node_id: NodeId([2; 16]),
+            generation: 1,
+            boot_epoch: 1,
+            wireguard_keys: vec![wireguard.public()],
+            candidates: Vec::new(),
+            prefixes: vec!["172.20.0.0/16".parse().unwrap()],
+            version: String::new(),
+            relay: false,
+        };
+        let entry = pb::Entry {
+            grant: Some(of(&grant(2, &identity, &wireguard))),
+            record: Some(identity.sign_record(&pb::Record::from(&record))),
+            withheld: Vec::new(),
+        };
+        let mut map = MapCache::new(membership.ca_key, membership.grant.node_id);
+        let upsert = pb::Change { kind: Some(pb::change::Kind::Upsert(entry)) };
+        let changes = pb::Changes { changes: vec![upsert], revision: 1, synced: true };
+        assert_eq!(map.apply(changes).refused, [""; 0]);
+        state.store_map(&map.encode()).unwrap();
+        state
+            .store_prefixes(&CachedPrefixes {
+                announced: vec!["10.244.1.0/24".parse().unwrap()],
+                node_ips: Vec::new(),
+                withdrawn: vec!["172.21.0.0/16".parse().unwrap()],
+            })
+            .unwrap();
+    }
+
+    fn host() {
+        let uplink = add_link("eth0");
+        let mut rtnetlink = Rtnetlink::open().unwrap();
+        let options = AddressOptions { no_dad: true, no_prefix_route: false };
+        rtnetlink.add_address(uplink, "192.0.2.1/24".parse().unwrap(), options).unwrap();
+        let gateway = "192.0.2.254".parse().unwrap();
+        let default = Route::new("0.0.0.0/0".parse().unwrap()).via(gateway).dev(uplink);
+        rtnetlink.add_route(&default).unwrap();
+    }
+
+    fn leaves(to: &str) -> bool {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        socket.send_to(b"clear", (to, 9)).is_ok()
+    }
+
+    namespace_test! {
+        fn the_guards_stand_before_the_agent_from_what_is_on_the_disk() {
+            let dir = tempfile::tempdir().unwrap();
+            let config = Config { state_dir: dir.path().join("state"), ..Config::default() };
+            assert_eq!(run(&config).unwrap(), Guarded::NotJoined);
+            assert!(!config.state_dir.exists(), "nothing is made");
+
+            state_of_a_node(&config.state_dir);
+            // The loopback is still down, as it can be this early.
+            let Guarded::Stands { networks, changes, problems } = run(&config).unwrap() else {
+                panic!("they stand");
+            };
+            assert_eq!(problems, [""; 0]);
+            assert!(networks > 4 && changes > networks);
+            assert!(matches!(run(&config).unwrap(), Guarded::Stands { changes: 0, .. }));
+
+            host();
+            for to in ["198.19.0.2", "172.20.0.1", "172.21.0.1", "10.1.2.3"] {
+                assert!(!leaves(to), "{to}");
+            }
+            for to in ["10.244.1.7", "172.22.0.1", "203.0.113.1"] {
+                assert!(leaves(to), "{to}");
+            }
+
+            // A damaged map takes no range of the mesh's away.
+            std::fs::write(config.state_dir.join("map.bin"), b"no map").unwrap();
+            std::fs::write(config.state_dir.join("prefixes.json"), b"{").unwrap();
+            run(&config).unwrap();
+            assert!(!leaves("198.19.0.2") && !leaves("10.1.2.3"));
+
+            let _agent = StateDir::open(&config.state_dir).unwrap();
+            assert_eq!(run(&config).unwrap(), Guarded::AgentRuns);
+        }
+    }
+
+    namespace_test! {
+        fn the_node_ip_is_known_without_an_agent() {
+            let dir = tempfile::tempdir().unwrap();
+            let mut config = Config { state_dir: dir.path().into(), ..Config::default() };
+            assert!(node_ip::in_force(&config).unwrap_err().to_string().contains("towline join"));
+            state_of_a_node(dir.path());
+            let shown = |config: &Config| -> Vec<String> {
+                node_ip::in_force(config).unwrap().iter().map(|ip| ip.to_string()).collect()
+            };
+            assert_eq!(shown(&config), ["198.19.0.1", "fd00:7::1"]);
+
+            config.node.addressing = Addressing::NodeIp;
+            let none = node_ip::in_force(&config).unwrap_err().to_string();
+            assert!(none.contains("node.node_ips"), "{none}");
+            // Another link has a lower address, but does not lead to the internet.
+            let lan = add_link("lan0");
+            let mut rtnetlink = Rtnetlink::open().unwrap();
+            let options = AddressOptions::default();
+            rtnetlink.add_address(lan, "10.0.0.1/24".parse().unwrap(), options).unwrap();
+            host();
+            assert_eq!(shown(&config), ["192.0.2.1"]);
+            config.node.node_ips = vec!["203.0.113.5".parse().unwrap()];
+            assert_eq!(shown(&config), ["203.0.113.5"]);
+        }
+    }
+}
