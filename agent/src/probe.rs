@@ -67,15 +67,17 @@ impl ProbeKeys {
         }
     }
 
-    /// The datagram of a probe to `peer`; `None` for a peer that is not in the set.
-    pub fn seal(&self, peer: &WireguardKey, probe: &Probe) -> Option<Vec<u8>> {
+    /// The datagram of a probe to `peer`, padded to `size` bytes if it is shorter; `None` for a
+    /// peer that is not in the set.
+    pub fn seal(&self, peer: &WireguardKey, probe: &Probe, size: usize) -> Option<Vec<u8>> {
         let direction = &self.peers.get(peer)?.to;
         let mut nonce = [0; 12];
         SystemRandom::new().fill(&mut nonce).ok()?;
         let header = ProbeHeader { pair: direction.id, nonce }.encode();
-        let mut datagram = Vec::with_capacity(PROBE_BYTES);
+        let mut datagram = Vec::with_capacity(PROBE_BYTES.max(size));
         datagram.extend_from_slice(&header);
         datagram.extend_from_slice(&probe.encode());
+        datagram.resize(datagram.len().max(size.saturating_sub(PROBE_TAG_BYTES)), 0);
         let tag = direction
             .key
             .seal_in_place_separate_tag(
@@ -159,7 +161,10 @@ mod tests {
     fn a_probe_is_opened_by_its_peer_and_by_nobody_else() {
         let (a, mut a_keys, b, mut b_keys) = pair();
         let ping = Probe::Ping { transaction: 7 };
-        let datagram = a_keys.seal(&b.public(), &ping).unwrap();
+        let padded = a_keys.seal(&b.public(), &ping, 1420).unwrap();
+        assert_eq!(padded.len(), 1420);
+        assert_eq!(b_keys.open(&padded), Some((a.public(), ping.clone())));
+        let datagram = a_keys.seal(&b.public(), &ping, 0).unwrap();
         assert_eq!(datagram.len(), PROBE_BYTES);
         assert_eq!(b_keys.open(&datagram), Some((a.public(), ping)));
         // Not by the sender, to whom it might be reflected.
@@ -171,7 +176,7 @@ mod tests {
     #[test]
     fn a_changed_probe_is_refused_whatever_bit_changed() {
         let (_, a_keys, b, mut b_keys) = pair();
-        let datagram = a_keys.seal(&b.public(), &Probe::Ping { transaction: 7 }).unwrap();
+        let datagram = a_keys.seal(&b.public(), &Probe::Ping { transaction: 7 }, 0).unwrap();
         for byte in 0..datagram.len() {
             let mut changed = datagram.clone();
             changed[byte] ^= 1;
@@ -183,7 +188,7 @@ mod tests {
     #[test]
     fn a_peer_that_is_gone_is_not_believed_any_more() {
         let (_, a_keys, b, mut b_keys) = pair();
-        let datagram = a_keys.seal(&b.public(), &Probe::Ping { transaction: 7 }).unwrap();
+        let datagram = a_keys.seal(&b.public(), &Probe::Ping { transaction: 7 }, 0).unwrap();
         b_keys.follow(&b, std::iter::empty());
         assert_eq!(b_keys.open(&datagram), None);
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::{Receiver, channel};
 use towline_agent::dataplane::memory::{self, Datagram, MemoryHost, Network};
 use towline_agent::dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
-use towline_agent::dataplane::{Config, DataPlane, Event, checksum};
+use towline_agent::dataplane::{Config, DataPlane, Event, Relay, checksum};
 use towline_core::peer_table::{Observation, PeerEntry, PeerTable, PresharedKey};
 use towline_proto::id::WireguardKey;
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -34,7 +34,11 @@ impl End {
         let address = SocketAddr::from(([192, 0, 2, number], 51830));
         let (tun, host) = memory::tun(1420).unwrap();
         let (sender, events) = channel(256);
-        let config = Config { private_key: StaticSecret::from([number; 32]) };
+        let config = Config {
+            private_key: StaticSecret::from([number; 32]),
+            relay: Relay::default(),
+            link: None,
+        };
         let plane = DataPlane::start(config, tun, network.bind(address).unwrap(), sender).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         Self { plane, host, events, address, inner: Ipv4Addr::new(10, 0, 0, number), runtime }

@@ -19,8 +19,8 @@ use ipnet::IpNet;
 use nix::sched::{CloneFlags, setns, unshare};
 use tokio::sync::mpsc::{Receiver, channel};
 use towline_agent::dataplane::{
-    Config, DataPlane, Event, Fault, Offloads, OpenTunError, OpenUdpError, open_tun, open_tun_with,
-    open_udp, open_udp_with,
+    Config, DataPlane, Event, Fault, Offloads, OpenTunError, OpenUdpError, Relay, open_tun,
+    open_tun_with, open_udp, open_udp_with,
 };
 use towline_agent::netlink::codec::Message;
 use towline_agent::netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
@@ -168,7 +168,11 @@ fn pair(offloads: Offloads, outer: [&str; 2]) -> [Node; 2] {
             configure("towline0", MTU, &[&inner[0], &inner[1]]);
             let udp = open_udp_with(51830, 0, offloads).unwrap();
             let (sender, events) = channel(1024);
-            let config = Config { private_key: StaticSecret::from([number as u8; 32]) };
+            let config = Config {
+                private_key: StaticSecret::from([number as u8; 32]),
+                relay: Relay::default(),
+                link: None,
+            };
             (DataPlane::start(config, tun, udp, sender).unwrap(), events)
         });
         let inner = inner.map(|text| address(&text).addr());

@@ -16,14 +16,45 @@
 //! 24  40+ sealed body, then the tag of 16 bytes
 //! ```
 //!
-//! Body: `kind` 1, zero 7, `transaction` 8, `observed` 18 (address as IPv6, port), zero 6, then
-//! zero padding. A ping and its pong have one length, so nothing is amplified.
+//! Body: `kind` 1, zero 7, `transaction` 8, then what the kind says, then zero padding to at least
+//! [`PROBE_BODY_BYTES`]. No answer is longer than what it answers, so nothing is amplified.
+//!
+//! | kind | says | behind the transaction |
+//! |---|---|---|
+//! | 1 | [ping](Probe::Ping); padded to find out what a path takes | |
+//! | 2 | [pong](Probe::Pong) | address as IPv6 16, port 2 |
+//! | 3, 4 | [register](Probe::Register), [registered](Probe::Registered) | seconds 4 |
+//! | 5, 6 | [open](Probe::Open), [opened](Probe::Opened) | peer's key 32; channel 8 |
+//! | 7 | [refused](Probe::Refused) | |
+//! | 8 | [incoming](Probe::Incoming); transaction 0 | channel 8, peer's key 32 |
+//! | 9 | [call me](Probe::CallMe); its number as transaction | boot epoch 8, count 1, candidates of kind 1, address 16, port 2 |
+//!
+//! A [call](Probe::CallMe) also travels through the controller, as the same sealed bytes: who
+//! carries it cannot read it.
+//!
+//! # Relayed
+//!
+//! ```text
+//!  0   1  0x52
+//!  1   1  version, 1
+//!  2   2  zero
+//!  4   8  channel
+//! 12      the inner datagram: WireGuard, or a probe
+//! ```
+//!
+//! The relay forwards it unchanged to the other end of the channel: both directions bear the same
+//! number. Over a stream (TLS on TCP 443, one day) the same frame would follow its length.
 //!
 //! Key and pair id of each direction come from HKDF-SHA-256 over the X25519 secret of the two
 //! nodes' WireGuard keys; sealing is ChaCha20-Poly1305 (RFC 8439) with the header as additional
 //! data. This module only lays out bytes; the agent seals and opens.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use crate::id::WireguardKey;
+use crate::limits;
+use crate::node::{Candidate, CandidateKind};
 
 /// What a datagram is, by its first bytes. A guess that the right parser has to confirm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +65,8 @@ pub enum DatagramKind {
     Stun,
     /// A [probe](self#probe).
     Probe,
+    /// A datagram inside a [relay's channel](self#relayed).
+    Relayed,
     /// None of ours.
     Unknown,
 }
@@ -52,12 +85,18 @@ pub const PROBE_TAG_BYTES: usize = 16;
 /// Bytes of an unpadded probe.
 pub const PROBE_BYTES: usize = PROBE_HEADER_BYTES + PROBE_BODY_BYTES + PROBE_TAG_BYTES;
 
+const RELAYED_TYPE: u8 = 0x52;
+const RELAYED_VERSION: u8 = 1;
+/// Bytes that a relay's channel puts before every datagram.
+pub const RELAYED_HEADER_BYTES: usize = 12;
+
 impl DatagramKind {
     /// Looks at the first bytes only.
     pub fn of(datagram: &[u8]) -> Self {
         match datagram {
             [1..=4, 0, 0, 0, ..] => Self::WireGuard,
             [PROBE_TYPE, ..] => Self::Probe,
+            [RELAYED_TYPE, ..] => Self::Relayed,
             [0..=0x3f, _, _, _, cookie @ ..] if cookie.starts_with(&STUN_COOKIE) => Self::Stun,
             _ => Self::Unknown,
         }
@@ -100,10 +139,25 @@ impl ProbeHeader {
     }
 }
 
+/// The bytes before a datagram in a relay's channel.
+pub fn relayed_header(channel: u64) -> [u8; RELAYED_HEADER_BYTES] {
+    let mut bytes = [0; RELAYED_HEADER_BYTES];
+    bytes[..2].copy_from_slice(&[RELAYED_TYPE, RELAYED_VERSION]);
+    bytes[4..].copy_from_slice(&channel.to_be_bytes());
+    bytes
+}
+
+/// The channel, and the datagram in it; `None` for anything that is not relayed.
+pub fn relayed(datagram: &[u8]) -> Option<(u64, &[u8])> {
+    let (header, inner) = datagram.split_first_chunk::<RELAYED_HEADER_BYTES>()?;
+    let channel = u64::from_be_bytes(*header[4..].first_chunk()?);
+    (header[..4] == [RELAYED_TYPE, RELAYED_VERSION, 0, 0]).then_some((channel, inner))
+}
+
 /// What a probe says, once opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Probe {
-    /// Asks for a [`Probe::Pong`] of the same length.
+    /// Asks for a [`Probe::Pong`].
     Ping {
         /// Chosen by the sender, not to be guessed.
         transaction: u64,
@@ -115,46 +169,170 @@ pub enum Probe {
         /// Where the ping was seen to come from.
         observed: SocketAddr,
     },
+    /// To a relay: the sender can be reached at the address that this comes from.
+    Register {
+        /// As a ping's.
+        transaction: u64,
+    },
+    /// From a relay.
+    Registered {
+        /// The request's.
+        transaction: u64,
+        /// For how long.
+        lifetime: Duration,
+    },
+    /// To a relay: asks for a channel to another node.
+    Open {
+        /// As a ping's.
+        transaction: u64,
+        /// The other node.
+        peer: WireguardKey,
+    },
+    /// From a relay.
+    Opened {
+        /// The request's.
+        transaction: u64,
+        /// The channel.
+        channel: u64,
+    },
+    /// From a relay: it will not, for now.
+    Refused {
+        /// The request's.
+        transaction: u64,
+    },
+    /// From a relay: another node opened a channel to us.
+    Incoming {
+        /// The channel.
+        channel: u64,
+        /// The other node.
+        peer: WireguardKey,
+    },
+    /// "Call me at these addresses now: I am calling you at yours."
+    CallMe {
+        /// Of the sender's boot.
+        boot_epoch: u64,
+        /// Grows with each call of that boot.
+        number: u64,
+        /// At most [`limits::CANDIDATES`].
+        candidates: Vec<Candidate>,
+    },
 }
 
+/// Bytes of an address and port.
+const ADDRESS_BYTES: usize = 18;
+
 impl Probe {
-    /// The body, unpadded.
-    pub fn encode(&self) -> [u8; PROBE_BODY_BYTES] {
-        let mut bytes = [0; PROBE_BODY_BYTES];
+    /// The body, not padded beyond its least length.
+    pub fn encode(&self) -> Vec<u8> {
+        let (kind, transaction) = match self {
+            Self::Ping { transaction } => (1, *transaction),
+            Self::Pong { transaction, .. } => (2, *transaction),
+            Self::Register { transaction } => (3, *transaction),
+            Self::Registered { transaction, .. } => (4, *transaction),
+            Self::Open { transaction, .. } => (5, *transaction),
+            Self::Opened { transaction, .. } => (6, *transaction),
+            Self::Refused { transaction } => (7, *transaction),
+            Self::Incoming { .. } => (8, 0),
+            Self::CallMe { number, .. } => (9, *number),
+        };
+        let mut bytes = vec![kind, 0, 0, 0, 0, 0, 0, 0];
+        bytes.extend_from_slice(&transaction.to_be_bytes());
         match self {
-            Self::Ping { transaction } => {
-                bytes[0] = 1;
-                bytes[8..16].copy_from_slice(&transaction.to_be_bytes());
+            Self::Ping { .. } | Self::Register { .. } | Self::Refused { .. } => {}
+            Self::Pong { observed, .. } => put_address(&mut bytes, *observed),
+            Self::Registered { lifetime, .. } => {
+                let seconds = u32::try_from(lifetime.as_secs()).unwrap_or(u32::MAX);
+                bytes.extend_from_slice(&seconds.to_be_bytes());
             }
-            Self::Pong { transaction, observed } => {
-                bytes[0] = 2;
-                bytes[8..16].copy_from_slice(&transaction.to_be_bytes());
-                let ip = match observed.ip() {
-                    IpAddr::V4(v4) => v4.to_ipv6_mapped(),
-                    IpAddr::V6(v6) => v6,
-                };
-                bytes[16..32].copy_from_slice(&ip.octets());
-                bytes[32..34].copy_from_slice(&observed.port().to_be_bytes());
+            Self::Open { peer, .. } => bytes.extend_from_slice(peer.as_bytes()),
+            Self::Opened { channel, .. } => bytes.extend_from_slice(&channel.to_be_bytes()),
+            Self::Incoming { channel, peer } => {
+                bytes.extend_from_slice(&channel.to_be_bytes());
+                bytes.extend_from_slice(peer.as_bytes());
+            }
+            Self::CallMe { boot_epoch, candidates, .. } => {
+                let candidates = &candidates[..candidates.len().min(limits::CANDIDATES)];
+                bytes.extend_from_slice(&boot_epoch.to_be_bytes());
+                bytes.push(candidates.len() as u8);
+                for candidate in candidates {
+                    bytes.push(candidate_code(candidate.kind()));
+                    put_address(&mut bytes, candidate.address());
+                }
             }
         }
+        bytes.resize(bytes.len().max(PROBE_BODY_BYTES), 0);
         bytes
     }
 
     /// Reads an opened body; padding is ignored.
     pub fn decode(body: &[u8]) -> Option<Self> {
-        let (body, _padding) = body.split_first_chunk::<PROBE_BODY_BYTES>()?;
-        let transaction = u64::from_be_bytes(*body[8..].first_chunk()?);
-        match body[0] {
-            1 => Some(Self::Ping { transaction }),
-            2 => {
-                let ip = Ipv6Addr::from(*body[16..].first_chunk::<16>()?);
-                let port = u16::from_be_bytes(*body[32..].first_chunk()?);
-                let observed = SocketAddr::new(IpAddr::V6(ip).to_canonical(), port);
-                Some(Self::Pong { transaction, observed })
+        let (head, rest) = body.split_first_chunk::<16>()?;
+        let transaction = u64::from_be_bytes(*head[8..].first_chunk()?);
+        let word = |at: usize| Some(u64::from_be_bytes(*rest.get(at..)?.first_chunk()?));
+        let key = |at: usize| Some(WireguardKey(*rest.get(at..)?.first_chunk()?));
+        Some(match head[0] {
+            1 => Self::Ping { transaction },
+            2 => Self::Pong { transaction, observed: take_address(rest)? },
+            3 => Self::Register { transaction },
+            4 => {
+                let seconds = u32::from_be_bytes(*rest.first_chunk()?);
+                Self::Registered { transaction, lifetime: Duration::from_secs(seconds.into()) }
             }
-            _ => None,
-        }
+            5 => Self::Open { transaction, peer: key(0)? },
+            6 => Self::Opened { transaction, channel: word(0)? },
+            7 => Self::Refused { transaction },
+            8 => Self::Incoming { channel: word(0)?, peer: key(8)? },
+            9 => {
+                let boot_epoch = word(0)?;
+                let count = usize::from(*rest.get(8)?);
+                if count > limits::CANDIDATES {
+                    return None;
+                }
+                let listed = rest.get(9..9 + count * (1 + ADDRESS_BYTES))?;
+                let candidates = listed.chunks(1 + ADDRESS_BYTES).map(|candidate| {
+                    let (code, address) = candidate.split_first()?;
+                    Candidate::new(candidate_kind(*code)?, take_address(address)?)
+                });
+                let candidates = candidates.collect::<Option<_>>()?;
+                Self::CallMe { boot_epoch, number: transaction, candidates }
+            }
+            _ => return None,
+        })
     }
+}
+
+fn put_address(bytes: &mut Vec<u8>, address: SocketAddr) {
+    let ip = match address.ip() {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => v6,
+    };
+    bytes.extend_from_slice(&ip.octets());
+    bytes.extend_from_slice(&address.port().to_be_bytes());
+}
+
+fn take_address(bytes: &[u8]) -> Option<SocketAddr> {
+    let (ip, rest) = bytes.split_first_chunk::<16>()?;
+    let port = u16::from_be_bytes(*rest.first_chunk()?);
+    Some(SocketAddr::new(IpAddr::V6(Ipv6Addr::from(*ip)).to_canonical(), port))
+}
+
+fn candidate_code(kind: CandidateKind) -> u8 {
+    match kind {
+        CandidateKind::Local => 1,
+        CandidateKind::Reflexive => 2,
+        CandidateKind::Configured => 3,
+        CandidateKind::Relayed => 4,
+    }
+}
+
+fn candidate_kind(code: u8) -> Option<CandidateKind> {
+    Some(match code {
+        1 => CandidateKind::Local,
+        2 => CandidateKind::Reflexive,
+        3 => CandidateKind::Configured,
+        4 => CandidateKind::Relayed,
+        _ => return None,
+    })
 }
 
 #[cfg(test)]
@@ -168,6 +346,7 @@ mod tests {
         assert_eq!(DatagramKind::of(&[1, 0, 0, 1]), DatagramKind::Unknown);
         assert_eq!(DatagramKind::of(&[0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42]), DatagramKind::Stun);
         assert_eq!(DatagramKind::of(&[0x50]), DatagramKind::Probe);
+        assert_eq!(DatagramKind::of(&relayed_header(7)), DatagramKind::Relayed);
         assert_eq!(DatagramKind::of(&[]), DatagramKind::Unknown);
     }
 
@@ -183,7 +362,46 @@ mod tests {
             prop_assert_eq!(read, header);
             prop_assert_eq!(Probe::decode(sealed), Some(pong));
             prop_assert_eq!(DatagramKind::of(&frame), DatagramKind::Probe);
-            prop_assert_eq!(Probe::decode(&Probe::Ping { transaction }.encode()), Some(Probe::Ping { transaction }));
+        }
+
+        #[test]
+        fn every_kind_of_probe_reads_back(
+            transaction: u64,
+            channel: u64,
+            seconds: u32,
+            key: [u8; 32],
+            addresses in proptest::collection::vec(any::<SocketAddr>(), 0..limits::CANDIDATES),
+        ) {
+            let peer = WireguardKey(key);
+            let kinds = [CandidateKind::Local, CandidateKind::Reflexive, CandidateKind::Configured, CandidateKind::Relayed];
+            let candidates = addresses.iter().zip(kinds.iter().cycle());
+            let candidates = candidates.filter_map(|(address, kind)| Candidate::new(*kind, *address));
+            let candidates: Vec<Candidate> = candidates.map(|candidate| {
+                // Neither scope nor flow label travel.
+                let address = SocketAddr::new(candidate.address().ip(), candidate.address().port());
+                Candidate::new(candidate.kind(), address).unwrap()
+            }).collect();
+            for probe in [
+                Probe::Ping { transaction },
+                Probe::Register { transaction },
+                Probe::Registered { transaction, lifetime: Duration::from_secs(seconds.into()) },
+                Probe::Open { transaction, peer },
+                Probe::Opened { transaction, channel },
+                Probe::Refused { transaction },
+                Probe::Incoming { channel, peer },
+                Probe::CallMe { boot_epoch: channel, number: transaction, candidates },
+            ] {
+                let mut body = probe.encode();
+                prop_assert!(body.len() >= PROBE_BODY_BYTES);
+                body.resize(body.len() + 100, 0);
+                prop_assert_eq!(Probe::decode(&body), Some(probe));
+            }
+        }
+
+        #[test]
+        fn a_relayed_datagram_reads_back(channel: u64, inner: Vec<u8>) {
+            let frame = [&relayed_header(channel)[..], &inner].concat();
+            prop_assert_eq!(relayed(&frame), Some((channel, &inner[..])));
         }
 
         #[test]
@@ -191,6 +409,7 @@ mod tests {
             DatagramKind::of(&bytes);
             ProbeHeader::decode(&bytes);
             Probe::decode(&bytes);
+            relayed(&bytes);
         }
     }
 }

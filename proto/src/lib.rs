@@ -2,7 +2,7 @@
 //!
 //! Two layers:
 //!
-//! - **Plain types** ([`id`], [`node`], [`token`]) and small codecs ([`frame`]), always there.
+//! - **Plain types** ([`id`], [`node`], [`token`]) and small codecs ([`frame`], [`stun`]), always there.
 //!   A value of such a type keeps its invariants by construction; code that has one need not
 //!   check it again. The crate `towline-core` sees only these.
 //! - With the feature `grpc`: the messages and services (`pb`), the signatures (`signed`), and
@@ -14,6 +14,8 @@ pub mod frame;
 pub mod id;
 pub mod limits;
 pub mod node;
+pub mod source_limiter;
+pub mod stun;
 pub mod token;
 
 #[cfg(feature = "grpc")]

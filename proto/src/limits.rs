@@ -43,6 +43,9 @@ pub const CONTROLLER_ADDRESS_BYTES: usize = 255;
 pub const TOKEN_USES: u32 = 10_000;
 /// The longest life of a token.
 pub const TOKEN_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Bytes of a signal that the controller carries from one node to another: a sealed call with as
+/// many candidates as there may be.
+pub const SIGNAL_BYTES: usize = 1024;
 /// Tombstones that a client may bring along when it starts to watch: at up to 220 bytes each they
 /// fit in one message of [`MESSAGE_BYTES`].
 pub const TOMBSTONES: usize = 4_000;

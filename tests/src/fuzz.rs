@@ -19,12 +19,13 @@ use towline_core::mesh::{MapChange, Output, ReceivedProbe};
 use towline_core::path::Path;
 use towline_core::peer_table::Observation;
 use towline_core::relay::RelayRequest;
-use towline_proto::frame::{DatagramKind, Probe, ProbeHeader};
+use towline_proto::frame::{DatagramKind, Probe, ProbeHeader, relayed};
 use towline_proto::id::{IdentityKey, WireguardKey};
 use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind, Grant, MeshConfig, Node, Record, Tombstone};
 use towline_proto::pb;
 use towline_proto::signed::{self, Domain};
+use towline_proto::stun;
 use towline_proto::token::JoinToken;
 
 use crate::sim::host::{self, Host};
@@ -154,6 +155,12 @@ pub fn datagram(bytes: &[u8]) {
     let probe = ProbeHeader::decode(bytes).is_some();
     assert!(!wireguard || kind == DatagramKind::WireGuard);
     assert!(!probe || kind == DatagramKind::Probe);
+    assert!(relayed(bytes).is_none() || kind == DatagramKind::Relayed);
+    let from = SocketAddr::from(([192, 0, 2, 1], 51830));
+    if let Some((answer, len)) = stun::answer(bytes, from) {
+        // Nothing is amplified, and an answer is answered by nobody.
+        assert!(len <= bytes.len() && stun::answer(&answer[..len], from).is_none());
+    }
 }
 
 /// A packet from the TUN: its virtio header, then the packet. It is read and split.
@@ -387,6 +394,7 @@ fn datagram_seeds() -> Vec<Vec<u8>> {
     let stun = [&[0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42][..], &[9; 12]].concat();
     let mut seeds =
         vec![wireguard(1, 148), wireguard(2, 92), wireguard(3, 64), wireguard(4, 32), stun];
+    seeds.push(stun::request([9; 12]).to_vec());
     seeds.extend(probe_seeds());
     seeds
 }

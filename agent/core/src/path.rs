@@ -36,11 +36,17 @@ pub struct ChannelId(pub u64);
 
 impl Path {
     /// Bytes that a relay channel puts before every datagram.
-    pub const CHANNEL_BYTES: u16 = 16;
+    pub const CHANNEL_BYTES: u16 = towline_proto::frame::RELAYED_HEADER_BYTES as u16;
 
     /// To an address of the peer's own, from wherever the kernel chooses.
     pub fn direct(remote: SocketAddr) -> Self {
         Self { local: None, remote, channel: None }
+    }
+
+    /// The same ends, on a relay's channel.
+    #[must_use]
+    pub fn on_channel(self, channel: ChannelId) -> Self {
+        Self { channel: Some(channel), ..self }
     }
 
     /// Whether a relay forwards it.

@@ -3,6 +3,7 @@
 //! as the batch keeps within the number of packets it was made for.
 
 use towline_core::path::Path;
+use towline_proto::frame::{RELAYED_HEADER_BYTES, relayed_header};
 
 use super::vnet::VnetHeader;
 
@@ -32,6 +33,9 @@ pub struct Train {
     pub stride: usize,
     /// How many.
     pub segments: usize,
+    /// Sent as fragments of the size that every path of its family takes: the path takes less than
+    /// its datagrams, which cannot be made smaller.
+    pub fragment: bool,
 }
 
 /// Datagrams to be sent, in order.
@@ -41,6 +45,7 @@ pub struct SendBatch {
     used: usize,
     trains: Vec<Train>,
     max_trains: usize,
+    fragment: bool,
 }
 
 impl SendBatch {
@@ -51,6 +56,7 @@ impl SendBatch {
             used: 0,
             trains: Vec::with_capacity(trains),
             max_trains: trains,
+            fragment: false,
         }
     }
 
@@ -63,12 +69,33 @@ impl SendBatch {
         self.bytes.get_mut(self.used..).filter(|spare| spare.len() >= need)
     }
 
-    /// The first `len` bytes of [`SendBatch::spare`] are now a datagram for `to`.
+    /// As [`SendBatch::spare`], behind what a relay's channel puts before a datagram for `to`.
+    pub fn place(&mut self, to: &Path, need: usize) -> Option<&mut [u8]> {
+        let header = header_bytes(to);
+        Some(&mut self.spare(header + need)?[header..])
+    }
+
+    /// Whether what is committed from now on is [fragmented](Train::fragment).
+    pub fn fragment(&mut self, fragment: bool) {
+        self.fragment = fragment;
+    }
+
+    /// The first `len` bytes of [`SendBatch::place`] are now a datagram for `to`.
     pub fn commit(&mut self, to: Path, len: usize) {
+        let fragment = self.fragment;
+        let len = match to.channel {
+            Some(channel) => {
+                self.bytes[self.used..][..RELAYED_HEADER_BYTES]
+                    .copy_from_slice(&relayed_header(channel.0));
+                RELAYED_HEADER_BYTES + len
+            }
+            None => len,
+        };
         debug_assert!(self.used + len <= self.bytes.len());
         match self.trains.last_mut() {
             Some(train)
                 if train.to == to
+                    && train.fragment == fragment
                     && train.len == train.stride * train.segments
                     && len <= train.stride
                     && len > 0
@@ -79,7 +106,8 @@ impl SendBatch {
                 train.segments += 1;
             }
             _ => {
-                self.trains.push(Train { to, start: self.used, len, stride: len, segments: 1 });
+                let (start, stride) = (self.used, len);
+                self.trains.push(Train { to, start, len, stride, segments: 1, fragment });
             }
         }
         self.used += len;
@@ -87,7 +115,7 @@ impl SendBatch {
 
     /// Copies a datagram in; `false` if there is no room.
     pub fn push(&mut self, to: Path, datagram: &[u8]) -> bool {
-        let Some(spare) = self.spare(datagram.len()) else { return false };
+        let Some(spare) = self.place(&to, datagram.len()) else { return false };
         spare[..datagram.len()].copy_from_slice(datagram);
         self.commit(to, datagram.len());
         true
@@ -113,6 +141,10 @@ impl SendBatch {
         self.used = 0;
         self.trains.clear();
     }
+}
+
+fn header_bytes(to: &Path) -> usize {
+    if to.channel.is_some() { RELAYED_HEADER_BYTES } else { 0 }
 }
 
 /// What one receive call of the kernel brought: a datagram, or several of one sender that the

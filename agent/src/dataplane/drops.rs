@@ -54,6 +54,16 @@ reasons! {
     Malformed = "malformed",
     /// From the network: too many handshakes, probes or STUN messages from one address.
     SourceLimited = "source_limited",
+    /// From the network: came in through the tunnel's own link, where no outer datagram belongs.
+    TunnelInTunnel = "tunnel_in_tunnel",
+    /// From the network: too many STUN requests from one address.
+    ReflectorLimited = "reflector_limited",
+    /// From the network: a STUN request that is shorter than its answer, or none at all.
+    ReflectorRefused = "reflector_refused",
+    /// On a relay's channel, but from neither of its ends.
+    RelayStranger = "relay_stranger",
+    /// On a relay's channel, from a node that sends more than it may.
+    RelayLimited = "relay_limited",
     /// A handshake while we are under load: answered with a cookie.
     UnderLoad = "under_load",
     /// A handshake whose first MAC is wrong: not meant for our key.

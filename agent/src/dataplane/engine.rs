@@ -6,17 +6,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
-use towline_core::path::Path;
-use towline_proto::frame::DatagramKind;
+use towline_core::path::{ChannelId, Path};
+use towline_proto::frame::{DatagramKind, RELAYED_HEADER_BYTES, relayed};
 use towline_proto::id::WireguardKey;
+use towline_proto::source_limiter::SourceLimiter;
+use towline_proto::stun;
 
-use super::arena::{RecvBatch, SendBatch, TunBatch, WriteBatch};
+use super::arena::{Received, RecvBatch, SendBatch, Train, TunBatch, WriteBatch};
 use super::coalesce::{Coalesce, Coalescer};
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
-use super::limiter::SourceLimiter;
 use super::packet::Inner;
 use super::peer::Act;
+use super::relay::{Forward, Relay};
 use super::session::{Admission, DATA_HEADER, HANDSHAKE_BYTES, MessageKind, Secrets, Segments};
 use super::split::Split;
 use super::table::{Peer, Slot, Table};
@@ -24,8 +26,10 @@ use super::udp::UdpIo;
 
 /// Handshakes per second and source address, and how many at once: many nodes may share one.
 const HANDSHAKES: (u32, u32) = (64, 128);
-/// Probes and STUN messages, likewise.
+/// Probes and STUN answers, likewise.
 const PROBES: (u32, u32) = (256, 512);
+/// STUN requests, likewise: a few from each node behind a NAT, and again when its address changes.
+const REFLECTIONS: (u32, u32) = (32, 128);
 
 /// One worker's packet path.
 #[derive(Debug)]
@@ -37,6 +41,12 @@ pub(super) struct Engine {
     started: Instant,
     handshakes: SourceLimiter,
     probes: SourceLimiter,
+    reflections: SourceLimiter,
+    relay: Relay,
+    /// Trains in the receive buffer that go on to another node.
+    forwards: Vec<Train>,
+    /// Our own link, from which no outer datagram can come.
+    link: Option<u32>,
     /// Of the link: no segment is padded beyond it.
     mtu: usize,
     coalescer: Coalescer,
@@ -50,6 +60,8 @@ impl Engine {
         table: Arc<ArcSwap<Table>>,
         drops: Arc<Drops>,
         events: EventSink,
+        relay: Relay,
+        link: Option<u32>,
         started: Instant,
     ) -> Self {
         Self {
@@ -60,6 +72,12 @@ impl Engine {
             started,
             handshakes: SourceLimiter::new(HANDSHAKES.0, HANDSHAKES.1, started),
             probes: SourceLimiter::new(PROBES.0, PROBES.1, started),
+            reflections: SourceLimiter::new(REFLECTIONS.0, REFLECTIONS.1, started),
+            relay,
+            forwards: Vec::with_capacity(
+                super::worker::RECEIVE_SLOTS * super::arena::TRAIN_SEGMENTS,
+            ),
+            link,
             mtu: usize::MAX,
             coalescer: Coalescer::default(),
             opened: Vec::with_capacity(super::arena::SLOT_BYTES / 32),
@@ -130,14 +148,19 @@ impl Engine {
             }
             return;
         };
+        if let Some(what) = tunnel.sent_inner(now) {
+            self.events.observe(peer.key, what);
+        }
+        out.fragment(peer.entry.fragment);
         loop {
             peer.counters.sent(tunnel.seal(&mut segments, to, out, now));
             if segments.next_len().is_none() {
-                return;
+                break;
             }
             udp.send(now, out, &self.drops);
             out.clear();
         }
+        out.fragment(false);
     }
 
     /// Opens what came from the network into `writes`, joined as far as `allowed`, and puts what
@@ -152,29 +175,36 @@ impl Engine {
     ) {
         let table = self.table.load();
         self.coalescer.allow(allowed);
+        self.forwards.clear();
         for received in batch.received() {
+            if self.link.is_some() && received.from.local.map(|local| local.interface) == self.link
+            {
+                let datagrams = received.len.div_ceil(received.stride.max(1)).max(1);
+                self.drops.add(DropReason::TunnelInTunnel, datagrams as u64);
+                continue;
+            }
             let end = received.start + received.len;
             let mut at = received.start;
             while at < end {
                 let first = &batch.bytes()[at..end.min(at + received.stride)];
-                let run = match (DatagramKind::of(first), MessageKind::of(first)) {
-                    (DatagramKind::WireGuard, Some(MessageKind::Data { receiver })) => {
+                at += match relayed(first) {
+                    Some((channel, _)) => {
                         let train = &batch.bytes()[at..end];
-                        let run = data_run(train, received.stride, receiver);
-                        let run = (at, &train[..run], received.stride);
-                        self.open(now, &table, received.from, receiver, run, writes, out);
-                        run.1.len()
+                        let run = channel_run(train, received.stride);
+                        match self.forward(now, received, channel, at, run) {
+                            Some(run) => run,
+                            None => {
+                                let from = received.from.on_channel(ChannelId(channel));
+                                let run = (at, &train[..run], received.stride);
+                                self.datagrams(now, &table, from, run, writes, out)
+                            }
+                        }
                     }
-                    (DatagramKind::WireGuard, Some(kind)) => {
-                        self.handshake(now, &table, received.from, kind, first, out);
-                        first.len()
-                    }
-                    (kind, _) => {
-                        self.other(now, received.from, kind, first);
-                        first.len()
+                    None => {
+                        let run = (at, &batch.bytes()[at..end], received.stride);
+                        self.datagrams(now, &table, received.from, run, writes, out)
                     }
                 };
-                at += run;
             }
             // Only a datagram of no bytes has none to look at.
             if received.len == 0 {
@@ -182,6 +212,68 @@ impl Engine {
             }
         }
         self.coalescer.finish(writes);
+    }
+
+    /// What of the batch goes on to other nodes: parts of its bytes.
+    pub(super) fn forwards(&self) -> &[Train] {
+        &self.forwards
+    }
+
+    /// Sends a run of datagrams on, if we relay its channel. Returns how many bytes that was;
+    /// `None`: the channel's end is here.
+    fn forward(
+        &mut self,
+        now: Instant,
+        received: &Received,
+        channel: u64,
+        start: usize,
+        len: usize,
+    ) -> Option<usize> {
+        let stride = received.stride.min(len);
+        // Both are as the kernel joined them, but over IPv6 a send takes a little less.
+        let most = (super::arena::TRAIN_BYTES / stride).min(super::arena::TRAIN_SEGMENTS) * stride;
+        let len = len.min(most);
+        let segments = len.div_ceil(stride);
+        match self.relay.forward(now, &received.from, channel, len) {
+            Forward::To(to) => {
+                self.forwards.push(Train { to, start, len, stride, segments, fragment: false });
+            }
+            Forward::Refused(reason) => self.drops.add(reason, segments as u64),
+            Forward::Unknown => return None,
+        }
+        Some(len)
+    }
+
+    /// Takes the first of these datagrams, or as many as are data messages of one session. Returns
+    /// how many bytes that was.
+    fn datagrams(
+        &mut self,
+        now: Instant,
+        table: &Table,
+        from: Path,
+        (start, train, stride): (usize, &[u8], usize),
+        writes: &mut WriteBatch,
+        out: &mut SendBatch,
+    ) -> usize {
+        let skip = if from.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
+        let len = train.len().min(stride);
+        let first = &train[skip.min(len)..len];
+        match (DatagramKind::of(first), MessageKind::of(first)) {
+            (DatagramKind::WireGuard, Some(MessageKind::Data { receiver })) => {
+                let run = data_run(train, stride, skip, receiver);
+                let messages = (start, &train[..run], stride);
+                self.open(now, table, from, receiver, messages, writes, out);
+                run
+            }
+            (DatagramKind::WireGuard, Some(kind)) => {
+                self.handshake(now, table, from, kind, first, out);
+                len
+            }
+            (kind, _) => {
+                self.other(now, from, kind, first, out);
+                len
+            }
+        }
     }
 
     /// A run of data messages with one receiver: `(first byte, bytes, stride)`.
@@ -279,8 +371,29 @@ impl Engine {
         }
     }
 
-    fn other(&mut self, now: Instant, from: Path, kind: DatagramKind, datagram: &[u8]) {
+    fn other(
+        &mut self,
+        now: Instant,
+        from: Path,
+        kind: DatagramKind,
+        datagram: &[u8],
+        out: &mut SendBatch,
+    ) {
         let reason = match kind {
+            // A binding request: we reflect.
+            DatagramKind::Stun if datagram.starts_with(&[0, 1]) => {
+                if from.is_relayed() {
+                    DropReason::ReflectorRefused
+                } else if !self.reflections.admit(from.remote.ip(), now) {
+                    DropReason::ReflectorLimited
+                } else {
+                    match stun::answer(datagram, from.remote) {
+                        Some((answer, len)) if out.push(from, &answer[..len]) => return,
+                        Some(_) => DropReason::SendBufferFull,
+                        None => DropReason::ReflectorRefused,
+                    }
+                }
+            }
             DatagramKind::Probe | DatagramKind::Stun
                 if !self.probes.admit(from.remote.ip(), now) =>
             {
@@ -293,7 +406,8 @@ impl Engine {
                 return self.events.datagram(|| Event::Stun { from, datagram: datagram.into() });
             }
             DatagramKind::WireGuard => DropReason::Malformed,
-            DatagramKind::Unknown => DropReason::UnknownKind,
+            // A channel in a channel is nothing that anybody sends.
+            DatagramKind::Relayed | DatagramKind::Unknown => DropReason::UnknownKind,
         };
         self.drops.count(reason);
     }
@@ -366,9 +480,20 @@ fn route<'a>(
     table.peer(slot)
 }
 
-/// How many bytes of a train, from its start, are data messages for `receiver`.
-fn data_run(train: &[u8], stride: usize, receiver: u32) -> usize {
-    let fits = |datagram: &&[u8]| matches!(MessageKind::of(datagram), Some(MessageKind::Data { receiver: r }) if r == receiver);
+/// How many bytes of a train, from its start, are data messages for `receiver`, each behind `skip`
+/// bytes.
+fn data_run(train: &[u8], stride: usize, skip: usize, receiver: u32) -> usize {
+    let fits = |datagram: &&[u8]| {
+        let message = datagram.get(skip..).and_then(MessageKind::of);
+        matches!(message, Some(MessageKind::Data { receiver: r }) if r == receiver)
+    };
+    train.chunks(stride.max(1)).take_while(fits).map(<[u8]>::len).sum()
+}
+
+/// How many bytes of a train, from its start, are on the channel that its first datagram is on.
+fn channel_run(train: &[u8], stride: usize) -> usize {
+    let header = train.get(..RELAYED_HEADER_BYTES).unwrap_or_default();
+    let fits = |datagram: &&[u8]| datagram.starts_with(header);
     train.chunks(stride.max(1)).take_while(fits).map(<[u8]>::len).sum()
 }
 

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::{Condvar, Mutex};
 
-use super::arena::{HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, TAILROOM, TunBatch, WriteBatch};
+use super::arena::{
+    HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, TAILROOM, Train, TunBatch, WriteBatch,
+};
 use super::coalesce::Coalesce;
 use super::drops::{DropReason, Drops};
 use super::packet::Inner;
@@ -19,7 +21,7 @@ use super::session::Segments;
 use super::split::Split;
 use super::switch::Switch;
 use super::tun::TunIo;
-use super::udp::UdpIo;
+use super::udp::{TooBig, UdpIo};
 use super::vnet::VnetHeader;
 
 /// A queue whose other end can be waited for, by a thread or by epoll.
@@ -290,9 +292,9 @@ impl UdpIo for MemoryUdp {
         Ok(())
     }
 
-    fn send(&mut self, _now: Instant, batch: &SendBatch, drops: &Drops) {
-        for train in batch.trains() {
-            let bytes = &batch.bytes()[train.start..train.start + train.len];
+    fn send_trains(&mut self, _now: Instant, bytes: &[u8], trains: &[Train], drops: &Drops) {
+        for train in trains {
+            let bytes = &bytes[train.start..train.start + train.len];
             if bytes.is_empty() {
                 drops.count(DropReason::SendRefused);
             }
@@ -301,6 +303,11 @@ impl UdpIo for MemoryUdp {
                 self.network.inject(Datagram { from, to, bytes: datagram.to_vec() });
             }
         }
+    }
+
+    fn send_whole(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) -> Result<(), TooBig> {
+        self.send(now, batch, drops);
+        Ok(())
     }
 
     fn features(&self) -> Vec<Switch> {

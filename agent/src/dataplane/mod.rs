@@ -29,7 +29,8 @@
 //! | `split`, `coalesce`, `vnet`, `checksum`, `packet` | inner packets, and the kernel's super-packets |
 //! | `tun`, `udp`, `memory` | the seams |
 //! | `switch` | what of the kernel is in use |
-//! | `events`, `drops`, `counters`, `limiter` | what is told, counted and limited |
+//! | `relay` | channels between other nodes, forwarded as they come |
+//! | `events`, `drops`, `counters` | what is told and counted |
 
 pub mod arena;
 pub mod checksum;
@@ -38,10 +39,10 @@ mod counters;
 pub mod drops;
 mod engine;
 mod events;
-mod limiter;
 pub mod memory;
 pub mod packet;
 mod peer;
+pub mod relay;
 pub mod session;
 pub mod split;
 pub mod switch;
@@ -70,8 +71,9 @@ use x25519_dalek::StaticSecret;
 
 pub use drops::DropReason;
 pub use events::{Event, Fault};
+pub use relay::Relay;
 pub use switch::Feature;
-pub use tun::{OpenTunError, Tun, TunIo, open_tun, open_tun_with};
+pub use tun::{NoTun, OpenTunError, Tun, TunIo, open_tun, open_tun_with};
 pub use udp::{OpenUdpError, Udp, UdpIo, open_udp, open_udp_with};
 
 use drops::Drops;
@@ -86,6 +88,10 @@ use worker::{Command, Inbox, Worker};
 pub struct Config {
     /// The node's WireGuard key.
     pub private_key: StaticSecret,
+    /// Whether we forward for other nodes, and within which limits: the daemon holds a clone.
+    pub relay: Relay,
+    /// Index of the TUN link, from which no outer datagram can come; `None`: there is none.
+    pub link: Option<u32>,
 }
 
 impl std::fmt::Debug for Config {
@@ -198,7 +204,15 @@ impl DataPlane {
         let mut features = tun.features();
         features.extend(udp.features());
         let sink = EventSink::new(events, drops.clone());
-        let engine = Engine::new(secrets.clone(), table.clone(), drops.clone(), sink, started);
+        let engine = Engine::new(
+            secrets.clone(),
+            table.clone(),
+            drops.clone(),
+            sink,
+            config.relay,
+            config.link,
+            started,
+        );
         let worker = Worker::new(tun, udp, engine, inbox.clone(), drops.clone())?;
         let thread =
             std::thread::Builder::new().name("dataplane".to_owned()).spawn(|| worker.run())?;
@@ -237,6 +251,14 @@ impl DataPlane {
     /// Sends a datagram as it is, from the WireGuard port.
     pub fn send(&self, to: Path, datagram: &[u8]) {
         self.0.inbox.push(Command::Send(to, datagram.to_vec()));
+    }
+
+    /// As [`DataPlane::send`], but nobody may fragment it on the way to `peer`. If already the
+    /// kernel knows that it is too big, that is observed ([`Observation::TooBig`]).
+    ///
+    /// [`Observation::TooBig`]: towline_core::peer_table::Observation::TooBig
+    pub fn send_whole(&self, peer: WireguardKey, to: Path, datagram: &[u8]) {
+        self.0.inbox.push(Command::SendWhole(peer, to, datagram.to_vec()));
     }
 
     /// How it stands now.

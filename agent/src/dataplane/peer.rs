@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use towline_core::path::Path;
 use towline_core::peer_table::{Observation, PresharedKey, REKEY_TIMEOUT};
+use towline_proto::frame::RELAYED_HEADER_BYTES;
 use towline_proto::id::WireguardKey;
 
 use super::arena::SendBatch;
@@ -39,6 +40,8 @@ const RETRY_JITTER_MS: u64 = 333;
 /// A second order to initiate within this time, to the same addresses, is the same order: the
 /// engine may have repeated the initiation just before it came.
 const SAME_ORDER: Duration = Duration::from_millis(200);
+/// How often it is said that inner packets travel.
+const ACTIVE_EVERY: Duration = Duration::from_secs(1);
 /// Packets that wait for a session.
 const WAITING: usize = 16;
 /// How long they wait.
@@ -76,8 +79,31 @@ pub(super) struct Tunnel {
     /// Where an authentic handshake came from, while the core knows no endpoint.
     adopted: Option<Path>,
     roamed_said: Option<Path>,
+    travelled: Travelled,
     /// Until when time has to pass for the engine.
     live_until: Option<Instant>,
+}
+
+/// Inner packets that were not told of yet, and when they last were.
+#[derive(Debug, Default)]
+struct Travelled {
+    sent: bool,
+    received: bool,
+    said: Option<Instant>,
+}
+
+impl Travelled {
+    /// What is to be said now, if it is not too soon.
+    fn say(&mut self, now: Instant) -> Option<Observation> {
+        let soon = self.said.is_some_and(|said| now.saturating_duration_since(said) < ACTIVE_EVERY);
+        if soon || !(self.sent || self.received) {
+            return None;
+        }
+        self.said = Some(now);
+        let (sent, received) = (self.sent, self.received);
+        (self.sent, self.received) = (false, false);
+        Some(Observation::Active { sent, received })
+    }
 }
 
 /// A handshake of ours that is not answered yet.
@@ -110,6 +136,7 @@ impl Tunnel {
             wanted_said: false,
             adopted: None,
             roamed_said: None,
+            travelled: Travelled::default(),
             live_until: None,
         }
     }
@@ -155,6 +182,12 @@ impl Tunnel {
         }
     }
 
+    /// Inner packets were sent. Returns what is to be said of it.
+    pub(super) fn sent_inner(&mut self, now: Instant) -> Option<Observation> {
+        self.travelled.sent = true;
+        self.travelled.say(now)
+    }
+
     /// Keeps a few packets until there is a session. They come with their padding.
     pub(super) fn wait(&mut self, packet: &[u8], act: &mut Act<'_>) {
         if self.waiting.len() == WAITING {
@@ -193,10 +226,12 @@ impl Tunnel {
             }
         };
         let drops = act.drops;
-        let mut authentic = 0;
-        session.open(datagrams, stride, plain, |bytes, opened| match opened {
+        let (mut authentic, mut packets) = (0, false);
+        let skip = if from.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
+        session.open(datagrams, stride, skip, plain, |bytes, opened| match opened {
             Opened::Packet { start, len } => {
                 authentic += bytes;
+                packets = true;
                 each(start, len);
             }
             Opened::Keepalive => authentic += bytes,
@@ -206,6 +241,12 @@ impl Tunnel {
             return;
         }
         act.counters.received(authentic);
+        if packets {
+            self.travelled.received = true;
+            if let Some(what) = self.travelled.say(act.now) {
+                act.events.observe(self.peer, what);
+            }
+        }
         if self.unconfirmed == Some(receiver) {
             self.unconfirmed = None;
             self.completed(from, known, false, act);
@@ -287,6 +328,9 @@ impl Tunnel {
         {
             self.waiting.pop_front();
             act.drops.count(DropReason::QueueExpired);
+        }
+        if let Some(what) = self.travelled.say(act.now) {
+            act.events.observe(self.peer, what);
         }
         let had_session = self.established.is_some();
         self.tick_engines(known, act);
@@ -431,7 +475,7 @@ impl Tunnel {
 
     /// An authentic datagram came from `from`.
     fn seen(&mut self, from: Path, known: Option<Path>, act: &mut Act<'_>) {
-        if self.endpoint(known) == Some(from) {
+        if self.endpoint(known).is_some_and(|endpoint| is_way(&endpoint, &from)) {
             if known.is_some() {
                 self.roamed_said = None;
             }
@@ -455,6 +499,14 @@ impl Tunnel {
             act.drops.count(DropReason::SendBufferFull);
         }
     }
+}
+
+/// Whether a datagram that came by `from` came the way that `endpoint` names: where that leaves
+/// our end open, any will do.
+fn is_way(endpoint: &Path, from: &Path) -> bool {
+    endpoint.remote == from.remote
+        && endpoint.channel == from.channel
+        && endpoint.local.is_none_or(|local| from.local == Some(local))
 }
 
 /// A packet that waited, as segments: it was padded before.

@@ -267,7 +267,7 @@ impl Session {
         let mut bytes = 0;
         while let Some(len) = segments.next_len() {
             let need = (len + DATA_OVERHEAD).max(HANDSHAKE_BYTES);
-            let Some(spare) = out.spare(need) else { break };
+            let Some(spare) = out.place(&to, need) else { break };
             let segment = segments.take();
             // Without a session boringtun would start a handshake here, which is no datagram of
             // this segment.
@@ -283,19 +283,25 @@ impl Session {
     }
 
     /// Opens a train of data messages: `datagrams` of `stride` bytes each (the last may be
-    /// shorter) into the same places of `plain`, which is as long. `each` is told of every one.
+    /// shorter), the first `skip` of which are a relay's, into the same places of `plain`, which is
+    /// as long. `each` is told of every one.
     pub fn open(
         &mut self,
         datagrams: &[u8],
         stride: usize,
+        skip: usize,
         plain: &mut [u8],
         mut each: impl FnMut(usize, Opened),
     ) {
         let places = datagrams.chunks(stride.max(1)).zip(plain.chunks_mut(stride.max(1)));
         for (number, (datagram, plain)) in places.enumerate() {
-            let opened = match self.open_one(datagram, plain) {
+            let (Some(message), Some(plain)) = (datagram.get(skip..), plain.get_mut(skip..)) else {
+                each(datagram.len(), Opened::Refused(DropReason::Malformed));
+                continue;
+            };
+            let opened = match self.open_one(message, plain) {
                 Opened::Packet { start, len } => {
-                    Opened::Packet { start: start + number * stride, len }
+                    Opened::Packet { start: start + skip + number * stride, len }
                 }
                 other => other,
             };

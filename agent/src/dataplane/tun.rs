@@ -7,6 +7,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::Instant;
 
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
 use super::Offloads;
 use super::arena::{Frame, HEADROOM, TunBatch, WriteBatch};
 use super::coalesce::Coalesce;
@@ -14,8 +16,8 @@ use super::drops::{DropReason, Drops};
 use super::switch::{Switch, switched_off};
 use super::vnet::{GSO_NONE, GSO_UDP_L4, VNET_HEADER_BYTES, VNET_TUNNEL_HEADER_BYTES, VnetHeader};
 
-/// A way to exchange packets with the host in batches. Two stand behind it: [`Tun`], and
-/// [`MemoryTun`](super::memory::MemoryTun).
+/// A way to exchange packets with the host in batches. Three stand behind it: [`Tun`],
+/// [`NoTun`], and [`MemoryTun`](super::memory::MemoryTun).
 pub trait TunIo: Send + 'static {
     /// What to wait on for something to read.
     fn fd(&self) -> BorrowedFd<'_>;
@@ -38,6 +40,45 @@ pub trait TunIo: Send + 'static {
 
     /// What speeds it up. Clones look on while it runs.
     fn features(&self) -> Vec<Switch>;
+}
+
+/// No link at all, for a relay: nothing comes from it, and what is opened for it goes nowhere.
+#[derive(Debug)]
+pub struct NoTun(EventFd);
+
+impl NoTun {
+    /// # Errors
+    ///
+    /// When the system gives no descriptor.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?))
+    }
+}
+
+impl TunIo for NoTun {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    fn mtu(&self) -> usize {
+        usize::from(u16::MAX)
+    }
+
+    fn read(&mut self, _batch: &mut TunBatch) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn coalesce(&self) -> Coalesce {
+        Coalesce::default()
+    }
+
+    fn write(&mut self, _now: Instant, batch: &WriteBatch, drops: &Drops) {
+        drops.add(DropReason::TunRefused, batch.frames().len() as u64);
+    }
+
+    fn features(&self) -> Vec<Switch> {
+        Vec::new()
+    }
 }
 
 /// Flags of `TUNSETOFFLOAD`. They say what the TUN may hand over.

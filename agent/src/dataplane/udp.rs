@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
+use towline_core::path::{LocalEnd, Path};
+
 use super::Offloads;
 use super::arena::{RecvBatch, SLOT_BYTES, SendBatch, Train};
 use super::drops::{DropReason, Drops};
@@ -30,10 +32,29 @@ pub trait UdpIo: Send + 'static {
 
     /// Sends the whole batch in order; waits a little where the kernel has no room. What cannot
     /// be sent is counted.
-    fn send(&mut self, now: Instant, batch: &SendBatch, drops: &Drops);
+    fn send(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) {
+        self.send_trains(now, batch.bytes(), batch.trains(), drops);
+    }
+
+    /// As [`UdpIo::send`], for trains that lie in `bytes`, wherever that is.
+    fn send_trains(&mut self, now: Instant, bytes: &[u8], trains: &[Train], drops: &Drops);
+
+    /// Sends a batch of one datagram, which nobody may fragment.
+    ///
+    /// # Errors
+    ///
+    /// The kernel knows already that it is too big for its path.
+    fn send_whole(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) -> Result<(), TooBig>;
 
     /// What speeds it up. Clones look on while it runs.
     fn features(&self) -> Vec<Switch>;
+}
+
+/// A datagram does not fit its path unfragmented.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TooBig {
+    /// UDP payload that fits, in bytes, as far as the kernel knows; 0: it does not.
+    pub payload: u16,
 }
 
 /// Why the UDP port could not be opened.
@@ -81,6 +102,7 @@ pub struct Udp {
     v4: Option<Endpoint>,
     v6: Option<Endpoint>,
     port: u16,
+    mark: u32,
     /// Datagrams are sent many at a time.
     segment: Switch,
     /// Datagrams are received many at a time.
@@ -129,6 +151,7 @@ pub fn open_udp_with(port: u16, mark: u32, offloads: Offloads) -> Result<Udp, Op
                     v4,
                     v6,
                     port,
+                    mark,
                     segment: Switch::new("udp_segment", segment),
                     gro: Switch::new("udp_gro", gro),
                     v6_first: false,
@@ -161,16 +184,15 @@ impl UdpIo for Udp {
         Ok(())
     }
 
-    fn send(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) {
+    fn send_trains(&mut self, now: Instant, bytes: &[u8], mut trains: &[Train], drops: &Drops) {
         self.segment.reconsider(now);
-        let mut trains = batch.trains();
         while let Some(first) = trains.first() {
             let same = |train: &&Train| train.to.remote.is_ipv4() == first.to.remote.is_ipv4();
             let run = trains.iter().take_while(same).count();
             let endpoint = if first.to.remote.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
             match endpoint {
                 Some(endpoint) => {
-                    endpoint.send(now, batch.bytes(), &trains[..run], &self.segment, drops);
+                    endpoint.send(now, bytes, &trains[..run], &self.segment, drops);
                 }
                 None => {
                     let datagrams: usize = trains[..run].iter().map(|train| train.segments).sum();
@@ -179,6 +201,29 @@ impl UdpIo for Udp {
             }
             trains = &trains[run..];
         }
+    }
+
+    fn send_whole(
+        &mut self,
+        _now: Instant,
+        batch: &SendBatch,
+        drops: &Drops,
+    ) -> Result<(), TooBig> {
+        for train in batch.trains() {
+            let v4 = train.to.remote.is_ipv4();
+            let Some(endpoint) = (if v4 { &mut self.v4 } else { &mut self.v6 }) else {
+                drops.count(DropReason::SendRefused);
+                continue;
+            };
+            if let Err(error) = endpoint.send_whole(batch.bytes(), train) {
+                drops.count(send_reason(error.raw_os_error()));
+                if error.raw_os_error() == Some(libc::EMSGSIZE) {
+                    let payload = known_payload(&train.to, self.mark).unwrap_or(0);
+                    return Err(TooBig { payload });
+                }
+            }
+        }
+        Ok(())
     }
 
     fn features(&self) -> Vec<Switch> {
@@ -190,6 +235,7 @@ impl UdpIo for Udp {
 struct Endpoint {
     socket: Socket,
     headers: Headers,
+    v4: bool,
 }
 
 impl std::fmt::Debug for Endpoint {
@@ -221,11 +267,13 @@ fn open_family(
         // As kernel WireGuard does: a router on the way may fragment.
         set(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
             .map_err(other)?;
+        set(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 1).map_err(other)?;
         IpAddr::V4(Ipv4Addr::UNSPECIFIED)
     } else {
         socket.set_only_v6(true).map_err(other)?;
         set(&socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
             .map_err(other)?;
+        set(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1).map_err(other)?;
         IpAddr::V6(Ipv6Addr::UNSPECIFIED)
     };
     buffer(&socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, RECEIVE_BUFFER);
@@ -245,7 +293,7 @@ fn open_family(
             };
         }
     }
-    Ok(Some(Endpoint { socket, headers: Headers::new() }))
+    Ok(Some(Endpoint { socket, headers: Headers::new(), v4: domain == Domain::IPV4 }))
 }
 
 fn set(socket: &Socket, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
@@ -386,7 +434,7 @@ impl Endpoint {
         };
         for message in 0..count {
             match self.headers.received(message) {
-                Some((from, len, stride)) => batch.push(taken + message, from.into(), len, stride),
+                Some((from, len, stride)) => batch.push(taken + message, from, len, stride),
                 None => drops.count(DropReason::Truncated),
             }
         }
@@ -403,13 +451,22 @@ impl Endpoint {
     ) {
         let mut deadline = None;
         while let Some(first) = trains.first() {
+            if first.fragment && !self.v4 {
+                self.fragment(true);
+                self.send_singly(bytes, first, drops);
+                self.fragment(false);
+                trains = &trains[1..];
+                continue;
+            }
             if !segment.is_on() && first.segments > 1 {
                 self.send_singly(bytes, first, drops);
                 trains = &trains[1..];
                 continue;
             }
             let limit = trains.len().min(MESSAGES);
-            let whole = |train: &&Train| segment.is_on() || train.segments == 1;
+            let whole = |train: &&Train| {
+                (segment.is_on() || train.segments == 1) && (self.v4 || !train.fragment)
+            };
             let run = trains[..limit].iter().take_while(whole).count();
             match self.headers.send(&self.socket, bytes, &trains[..run]) {
                 Ok(sent) => {
@@ -423,10 +480,12 @@ impl Endpoint {
                     Some(code @ (libc::EIO | libc::EINVAL | libc::EMSGSIZE))
                         if first.segments > 1 =>
                     {
-                        if code != libc::EMSGSIZE {
+                        // Where none goes out one by one either, segmentation is not at fault: our
+                        // own end of the path is gone.
+                        let sent = self.send_singly(bytes, first, drops);
+                        if sent > 0 && code != libc::EMSGSIZE {
                             segment.give_up(&error, now);
                         }
-                        self.send_singly(bytes, first, drops);
                         trains = &trains[1..];
                     }
                     code => {
@@ -438,7 +497,32 @@ impl Endpoint {
         }
     }
 
-    fn send_singly(&mut self, bytes: &[u8], train: &Train, drops: &Drops) {
+    /// From now on datagrams are fragmented to what every path takes (RFC 8200 section 5). Over
+    /// IPv4 nothing is to be done: whoever finds them too big fragments them.
+    fn fragment(&self, fragment: bool) {
+        let mtu = if fragment { IPV6_LEAST_MTU } else { 0 };
+        // Refused, they go as they are, and the path stays as bad as it is.
+        let _ = set(&self.socket, libc::IPPROTO_IPV6, libc::IPV6_MTU, mtu);
+    }
+
+    /// Sends one datagram that nobody may fragment, whatever the kernel believes of the path.
+    fn send_whole(&mut self, bytes: &[u8], train: &Train) -> io::Result<()> {
+        let (level, option, whole, after) = if self.v4 {
+            let option = libc::IP_MTU_DISCOVER;
+            (libc::IPPROTO_IP, option, libc::IP_PMTUDISC_PROBE, libc::IP_PMTUDISC_DONT)
+        } else {
+            let option = libc::IPV6_MTU_DISCOVER;
+            (libc::IPPROTO_IPV6, option, libc::IPV6_PMTUDISC_PROBE, libc::IPV6_PMTUDISC_DONT)
+        };
+        set(&self.socket, level, option, whole)?;
+        let sent = self.headers.send(&self.socket, bytes, &[*train]);
+        set(&self.socket, level, option, after)?;
+        sent.map(drop)
+    }
+
+    /// Returns how many the kernel took.
+    fn send_singly(&mut self, bytes: &[u8], train: &Train, drops: &Drops) -> usize {
+        let mut taken = 0;
         let mut singles = [*train; MESSAGES];
         let mut at = 0;
         while at < train.len {
@@ -449,7 +533,7 @@ impl Endpoint {
                 }
                 let len = train.stride.min(train.len - at);
                 let start = train.start + at;
-                *single = Train { to: train.to, start, len, stride: len, segments: 1 };
+                *single = Train { start, len, stride: len, segments: 1, ..*train };
                 at += len;
                 count += 1;
             }
@@ -458,6 +542,7 @@ impl Endpoint {
             while let Some(_first) = left.first() {
                 match self.headers.send(&self.socket, bytes, left) {
                     Ok(sent) => {
+                        taken += sent;
                         left = &left[sent.max(1)..];
                         deadline = None;
                     }
@@ -471,6 +556,7 @@ impl Endpoint {
                 }
             }
         }
+        taken
     }
 
     /// Waits for room in the socket; `false` when it was waited for long enough.
@@ -497,14 +583,87 @@ fn send_reason(code: Option<i32>) -> DropReason {
     }
 }
 
+/// UDP payload that the kernel knows to fit a path unfragmented.
+fn known_payload(to: &Path, mark: u32) -> Option<u16> {
+    let v4 = to.remote.is_ipv4();
+    let domain = if v4 { Domain::IPV4 } else { Domain::IPV6 };
+    let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)).ok()?;
+    if mark != 0 {
+        socket.set_mark(mark).ok()?;
+    }
+    if let Some(local) = to.local {
+        socket.bind(&SockAddr::from(SocketAddr::new(local.address, 0))).ok()?;
+    }
+    socket.connect(&SockAddr::from(to.remote)).ok()?;
+    let (level, option, headers) = if v4 {
+        (libc::IPPROTO_IP, libc::IP_MTU, 28)
+    } else {
+        (libc::IPPROTO_IPV6, libc::IPV6_MTU, 48)
+    };
+    let mut mtu: c_int = 0;
+    let mut length = size_of::<c_int>() as libc::socklen_t;
+    // SAFETY: the option is an `int`, for which there is room, and `length` says so.
+    let result = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), level, option, (&raw mut mtu).cast(), &raw mut length)
+    };
+    if result == -1 { None } else { u16::try_from(mtu - headers).ok() }
+}
+
+/// RFC 8200 section 5.
+const IPV6_LEAST_MTU: c_int = 1280;
 /// Messages in one system call.
 const MESSAGES: usize = 64;
-/// Bytes of a control message that holds an `int`, aligned as the kernel wants it.
-const CONTROL: usize = 64;
+/// Bytes of the control messages of one datagram: an `int`, and where it came from.
+const CONTROL: usize = 96;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
 struct Control([u8; CONTROL]);
+
+impl Control {
+    /// Appends a control message; returns how much of the buffer is used then.
+    fn put(&mut self, used: usize, level: c_int, kind: c_int, value: &[u8]) -> usize {
+        let length = value.len() as c_uint;
+        // SAFETY: arithmetic only.
+        let (header, len, space) =
+            unsafe { (libc::CMSG_LEN(0), libc::CMSG_LEN(length), libc::CMSG_SPACE(length)) };
+        let (header, end) = (header as usize, used + space as usize);
+        if end > CONTROL {
+            return used;
+        }
+        self.0[used + header..][..value.len()].copy_from_slice(value);
+        // SAFETY: a `cmsghdr` is plain data; there is room for it, as was just checked, and it is
+        // written without regard to alignment.
+        unsafe {
+            let mut message: libc::cmsghdr = zeroed();
+            message.cmsg_len = len as _;
+            message.cmsg_level = level;
+            message.cmsg_type = kind;
+            ptr::write_unaligned(self.0[used..].as_mut_ptr().cast(), message);
+        }
+        end
+    }
+
+    /// Appends from which of our ends the datagram leaves.
+    fn put_local(&mut self, used: usize, local: LocalEnd) -> usize {
+        match local.address {
+            IpAddr::V4(address) => {
+                // `in_pktinfo`: interface, source, and a third field that is not read.
+                let mut info = [0; 12];
+                info[..4].copy_from_slice(&local.interface.to_ne_bytes());
+                info[4..8].copy_from_slice(&address.octets());
+                self.put(used, libc::IPPROTO_IP, libc::IP_PKTINFO, &info)
+            }
+            IpAddr::V6(address) => {
+                // `in6_pktinfo`: source, interface.
+                let mut info = [0; 20];
+                info[..16].copy_from_slice(&address.octets());
+                info[16..].copy_from_slice(&local.interface.to_ne_bytes());
+                self.put(used, libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, &info)
+            }
+        }
+    }
+}
 
 /// What `sendmmsg` and `recvmmsg` are given, made once. The pointers in `messages` are written
 /// anew before each call, and mean nothing afterwards.
@@ -579,25 +738,38 @@ impl Headers {
 
     /// Sender, length and stride (0: one datagram) of a message that was just received; `None` if
     /// it was cut off or has no sender.
-    fn received(&self, message: usize) -> Option<(SocketAddr, usize, usize)> {
+    fn received(&self, message: usize) -> Option<(Path, usize, usize)> {
         let received = &self.messages[message];
         if received.msg_hdr.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
             return None;
         }
-        let from = read_address(&self.addresses[message])?;
-        let mut stride = 0;
+        let remote = read_address(&self.addresses[message])?;
+        let (mut stride, mut local) = (0, None);
         // SAFETY: the kernel has filled the control buffer that the header points to, which
-        // `self` owns; the macros stay within `msg_controllen`, and the value of UDP_GRO is an
-        // `int`, maybe unaligned.
+        // `self` owns; the macros stay within `msg_controllen`, and each value is of the type that
+        // its level and type say, maybe unaligned.
         unsafe {
             let mut next = libc::CMSG_FIRSTHDR(&received.msg_hdr);
             while !next.is_null() {
-                if (*next).cmsg_level == libc::SOL_UDP && (*next).cmsg_type == UDP_GRO {
-                    stride = ptr::read_unaligned(libc::CMSG_DATA(next).cast::<c_int>());
+                let data = libc::CMSG_DATA(next);
+                match ((*next).cmsg_level, (*next).cmsg_type) {
+                    (libc::SOL_UDP, UDP_GRO) => stride = ptr::read_unaligned(data.cast::<c_int>()),
+                    (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
+                        let info = ptr::read_unaligned(data.cast::<libc::in_pktinfo>());
+                        let address = Ipv4Addr::from(u32::from_be(info.ipi_addr.s_addr)).into();
+                        local = Some(LocalEnd { address, interface: info.ipi_ifindex as u32 });
+                    }
+                    (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
+                        let info = ptr::read_unaligned(data.cast::<libc::in6_pktinfo>());
+                        let address = Ipv6Addr::from(info.ipi6_addr.s6_addr).into();
+                        local = Some(LocalEnd { address, interface: info.ipi6_ifindex as u32 });
+                    }
+                    _ => {}
                 }
                 next = libc::CMSG_NXTHDR(&received.msg_hdr, next);
             }
         }
+        let from = Path { local, remote, channel: None };
         Some((from, received.msg_len as usize, usize::try_from(stride).unwrap_or(0)))
     }
 
@@ -618,22 +790,18 @@ impl Headers {
             header.msg_iov = &raw mut self.vectors[count];
             header.msg_iovlen = 1;
             header.msg_flags = 0;
-            header.msg_control = ptr::null_mut();
-            header.msg_controllen = 0;
+            let control = &mut self.controls[count];
+            let mut used = 0;
             if train.segments > 1 {
-                let stride = train.stride as u16;
-                header.msg_control = (&raw mut self.controls[count]).cast();
-                // SAFETY: no pointers; and the buffer is larger than the space for a `u16`. The
-                // first header of a buffer that large exists, and its data has room for a `u16`.
-                unsafe {
-                    header.msg_controllen = libc::CMSG_SPACE(size_of::<u16>() as c_uint) as _;
-                    let control = libc::CMSG_FIRSTHDR(header);
-                    (*control).cmsg_level = libc::SOL_UDP;
-                    (*control).cmsg_type = UDP_SEGMENT;
-                    (*control).cmsg_len = libc::CMSG_LEN(size_of::<u16>() as c_uint) as _;
-                    ptr::write_unaligned(libc::CMSG_DATA(control).cast::<u16>(), stride);
-                }
+                let stride = (train.stride as u16).to_ne_bytes();
+                used = control.put(used, libc::SOL_UDP, UDP_SEGMENT, &stride);
             }
+            if let Some(local) = train.to.local {
+                used = control.put_local(used, local);
+            }
+            header.msg_controllen = used as _;
+            header.msg_control =
+                if used == 0 { ptr::null_mut() } else { ptr::from_mut(control).cast() };
             count += 1;
         }
         // SAFETY: `count` headers were filled above; each points to parts of `self` and, to be

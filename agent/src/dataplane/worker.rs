@@ -13,6 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
 use towline_core::path::Path;
+use towline_core::peer_table::Observation;
 use towline_proto::id::WireguardKey;
 
 use super::arena::{RecvBatch, SendBatch, TunBatch, WriteBatch};
@@ -20,14 +21,14 @@ use super::drops::{DropReason, Drops};
 use super::engine::Engine;
 use super::events::Fault;
 use super::tun::TunIo;
-use super::udp::UdpIo;
+use super::udp::{TooBig, UdpIo};
 
 /// How often time passes for the tunnels while any of them is alive.
 const TICK: Duration = Duration::from_millis(250);
 /// How often the link's MTU is looked at, in ticks.
 const MTU_TICKS: u32 = 8;
 /// Receive calls in one batch.
-const RECEIVE_SLOTS: usize = 8;
+pub(super) const RECEIVE_SLOTS: usize = 8;
 /// Super-packets from the TUN in one batch, and packets altogether.
 const TUN_LARGE: usize = 4;
 const TUN_PACKETS: usize = 256;
@@ -42,6 +43,8 @@ pub(super) enum Command {
     Handshake(WireguardKey, Vec<Path>),
     /// Send a datagram as it is.
     Send(Path, Vec<u8>),
+    /// Send one that nobody may fragment, to see whether the path to this peer takes it.
+    SendWhole(WireguardKey, Path, Vec<u8>),
 }
 
 /// How the worker is told something.
@@ -186,6 +189,17 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                         self.drops.count(DropReason::SendBufferFull);
                     }
                 }
+                Command::SendWhole(peer, to, datagram) => {
+                    self.flush(now);
+                    if self.out.push(to, &datagram) {
+                        let sent = self.udp.send_whole(now, &self.out, &self.drops);
+                        self.out.clear();
+                        if let Err(TooBig { payload }) = sent {
+                            let what = Observation::TooBig { path: to, payload };
+                            self.engine.events().observe(peer, what);
+                        }
+                    }
+                }
             }
             if self.out.spare(super::arena::TRAIN_BYTES).is_none() {
                 self.flush(now);
@@ -199,6 +213,10 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         self.udp.receive(&mut self.received, &self.drops).map_err(errno)?;
         let joined = self.tun.coalesce();
         self.engine.inbound(now, joined, &self.received, &mut self.writes, &mut self.out);
+        if !self.engine.forwards().is_empty() {
+            let forwards = self.engine.forwards();
+            self.udp.send_trains(now, self.received.bytes(), forwards, &self.drops);
+        }
         if !self.writes.is_empty() {
             self.tun.write(now, &self.writes, &self.drops);
             self.writes.clear();

@@ -228,6 +228,7 @@ impl Host {
                     Probe::Pong { transaction, observed } => {
                         ReceivedProbe::Pong { transaction, observed }
                     }
+                    _ => return,
                 };
                 agent.mesh.probe_received(now, peer, from.into(), probe);
             }

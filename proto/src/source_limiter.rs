@@ -13,7 +13,7 @@ const SETS: usize = 1024;
 
 /// A bucket per source: an IPv4 address, or an IPv6 /64.
 #[derive(Debug)]
-pub(super) struct SourceLimiter {
+pub struct SourceLimiter {
     /// Keyed at random: nobody can choose addresses that collide.
     hash: RandomState,
     buckets: Box<[Bucket]>,
@@ -34,7 +34,7 @@ struct Bucket {
 
 impl SourceLimiter {
     /// Each source may ask `per_second` times a second, after a burst of `burst`.
-    pub(super) fn new(per_second: u32, burst: u32, now: Instant) -> Self {
+    pub fn new(per_second: u32, burst: u32, now: Instant) -> Self {
         Self {
             hash: RandomState::new(),
             buckets: vec![Bucket::default(); SETS * WAYS].into_boxed_slice(),
@@ -45,7 +45,7 @@ impl SourceLimiter {
     }
 
     /// Whether `source` may ask once more; if so, it is charged.
-    pub(super) fn admit(&mut self, source: IpAddr, now: Instant) -> bool {
+    pub fn admit(&mut self, source: IpAddr, now: Instant) -> bool {
         let hash = match source {
             IpAddr::V4(v4) => self.hash.hash_one(u32::from(v4)),
             IpAddr::V6(v6) => self.hash.hash_one(u128::from(v6) >> 64),

@@ -1,0 +1,255 @@
+//! STUN binding (RFC 8489): how a node learns from where its WireGuard port is seen.
+//!
+//! Only what a binding needs: a request, its success, and in it XOR-MAPPED-ADDRESS. Of
+//! MAPPED-ADDRESS (classic servers) the address is taken too, where the other is absent. What else
+//! a message carries is passed over, but FINGERPRINT, which has to be right where it is present.
+//!
+//! Our requests are longer than any answer of ours, by a SOFTWARE attribute, which every server
+//! passes over; our reflectors ([`answer`]) refuse shorter ones, so they amplify nothing.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use crate::frame::STUN_COOKIE;
+
+/// Bytes before the attributes, RFC 8489 section 5.
+const HEADER_BYTES: usize = 20;
+/// Bytes of a request of ours: not shorter than [`ANSWER_BYTES`].
+pub const REQUEST_BYTES: usize = HEADER_BYTES + 4 + SOFTWARE.len();
+/// Bytes of the longest answer of ours: one XOR-MAPPED-ADDRESS with an IPv6 address.
+pub const ANSWER_BYTES: usize = HEADER_BYTES + 4 + 20;
+/// The longest message that is read; a binding is far shorter.
+const MESSAGE_BYTES: usize = 1280;
+
+const BINDING_REQUEST: u16 = 0x0001;
+const BINDING_SUCCESS: u16 = 0x0101;
+
+const MAPPED_ADDRESS: u16 = 0x0001;
+const XOR_MAPPED_ADDRESS: u16 = 0x0020;
+const SOFTWARE_ATTRIBUTE: u16 = 0x8022;
+const FINGERPRINT: u16 = 0x8028;
+/// RFC 8489 section 14.7.
+const FINGERPRINT_XOR: u32 = 0x5354_554e;
+/// A multiple of four bytes, so that it needs no padding.
+const SOFTWARE: &[u8; 28] = b"towline                     ";
+
+const _: () = assert!(REQUEST_BYTES >= ANSWER_BYTES);
+
+/// What pairs an answer with its request.
+pub type Transaction = [u8; 12];
+
+/// A message that was understood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Message {
+    /// Asks where it was seen to come from.
+    Request {
+        /// To be repeated in the answer.
+        transaction: Transaction,
+    },
+    /// Answers that.
+    Success {
+        /// Of the request.
+        transaction: Transaction,
+        /// Where the request was seen to come from.
+        mapped: SocketAddr,
+    },
+}
+
+impl Message {
+    /// Reads a datagram; `None` for anything that is no binding request or success.
+    pub fn decode(datagram: &[u8]) -> Option<Self> {
+        let (header, attributes) = datagram.split_first_chunk::<HEADER_BYTES>()?;
+        let [t0, t1, l0, l1, c0, c1, c2, c3, transaction @ ..] = *header;
+        let length = usize::from(u16::from_be_bytes([l0, l1]));
+        if [c0, c1, c2, c3] != STUN_COOKIE
+            || datagram.len() > MESSAGE_BYTES
+            || length != attributes.len()
+            || !length.is_multiple_of(4)
+        {
+            return None;
+        }
+        let kind = u16::from_be_bytes([t0, t1]);
+        let (mut xored, mut plain) = (None, None);
+        let mut rest = attributes;
+        while let Some((attribute, value, after)) = next_attribute(rest) {
+            match attribute {
+                XOR_MAPPED_ADDRESS if xored.is_none() => {
+                    xored = Some(address(value, &STUN_COOKIE, &transaction)?);
+                }
+                MAPPED_ADDRESS if plain.is_none() => {
+                    plain = Some(address(value, &[0; 4], &[0; 12])?);
+                }
+                FINGERPRINT => {
+                    // The last one; it covers all before it.
+                    let covered = &datagram[..datagram.len() - rest.len()];
+                    let expected = (crc32(covered) ^ FINGERPRINT_XOR).to_be_bytes();
+                    if value != expected || !after.is_empty() {
+                        return None;
+                    }
+                }
+                _ => {}
+            }
+            rest = after;
+        }
+        if !rest.is_empty() {
+            return None;
+        }
+        match kind {
+            BINDING_REQUEST => Some(Self::Request { transaction }),
+            BINDING_SUCCESS => Some(Self::Success { transaction, mapped: xored.or(plain)? }),
+            _ => None,
+        }
+    }
+}
+
+/// A binding request.
+pub fn request(transaction: Transaction) -> [u8; REQUEST_BYTES] {
+    let mut bytes = [0; REQUEST_BYTES];
+    header(&mut bytes, BINDING_REQUEST, transaction);
+    bytes[20..22].copy_from_slice(&SOFTWARE_ATTRIBUTE.to_be_bytes());
+    bytes[22..24].copy_from_slice(&(SOFTWARE.len() as u16).to_be_bytes());
+    bytes[24..].copy_from_slice(SOFTWARE);
+    bytes
+}
+
+/// What a reflector sends back to `from`; `None` for anything but a request that is at least as
+/// long as the answer. Returns the buffer and how much of it is used.
+pub fn answer(datagram: &[u8], from: SocketAddr) -> Option<([u8; ANSWER_BYTES], usize)> {
+    let Some(Message::Request { transaction }) = Message::decode(datagram) else { return None };
+    let mut bytes = [0; ANSWER_BYTES];
+    let ip = from.ip().to_canonical();
+    let len = HEADER_BYTES + 4 + if ip.is_ipv4() { 8 } else { 20 };
+    if datagram.len() < len {
+        return None;
+    }
+    header(&mut bytes[..len], BINDING_SUCCESS, transaction);
+    bytes[20..22].copy_from_slice(&XOR_MAPPED_ADDRESS.to_be_bytes());
+    bytes[22..24].copy_from_slice(&((len - HEADER_BYTES - 4) as u16).to_be_bytes());
+    let port = from.port() ^ u16::from_be_bytes([STUN_COOKIE[0], STUN_COOKIE[1]]);
+    bytes[26..28].copy_from_slice(&port.to_be_bytes());
+    let mask = mask(&STUN_COOKIE, &transaction);
+    let mut put = |octets: &[u8]| {
+        for ((to, octet), mask) in bytes[28..].iter_mut().zip(octets).zip(mask) {
+            *to = octet ^ mask;
+        }
+    };
+    match ip {
+        IpAddr::V4(v4) => put(&v4.octets()),
+        IpAddr::V6(v6) => put(&v6.octets()),
+    }
+    bytes[25] = if ip.is_ipv4() { 1 } else { 2 };
+    Some((bytes, len))
+}
+
+fn header(message: &mut [u8], kind: u16, transaction: Transaction) {
+    let length = (message.len() - HEADER_BYTES) as u16;
+    message[0..2].copy_from_slice(&kind.to_be_bytes());
+    message[2..4].copy_from_slice(&length.to_be_bytes());
+    message[4..8].copy_from_slice(&STUN_COOKIE);
+    message[8..20].copy_from_slice(&transaction);
+}
+
+/// Type and value of the first attribute, and what follows it and its padding.
+fn next_attribute(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
+    let ([t0, t1, l0, l1], rest) = bytes.split_first_chunk::<4>()?;
+    let length = usize::from(u16::from_be_bytes([*l0, *l1]));
+    let value = rest.get(..length)?;
+    let after = rest.get(length.next_multiple_of(4)..)?;
+    Some((u16::from_be_bytes([*t0, *t1]), value, after))
+}
+
+/// RFC 8489 section 14.2; with a mask of zeros, section 14.1.
+fn address(value: &[u8], cookie: &[u8; 4], transaction: &Transaction) -> Option<SocketAddr> {
+    let ([_, family, p0, p1], octets) = value.split_first_chunk::<4>()?;
+    let mask = mask(cookie, transaction);
+    let port = u16::from_be_bytes([p0 ^ mask[0], p1 ^ mask[1]]);
+    let mut plain = [0; 16];
+    for ((to, octet), mask) in plain.iter_mut().zip(octets).zip(mask) {
+        *to = octet ^ mask;
+    }
+    let ip = match (family, octets.len()) {
+        (1, 4) => Ipv4Addr::from(*plain.first_chunk::<4>()?).into(),
+        (2, 16) => IpAddr::from(Ipv6Addr::from(plain)).to_canonical(),
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip, port))
+}
+
+fn mask(cookie: &[u8; 4], transaction: &Transaction) -> [u8; 16] {
+    let mut mask = [0; 16];
+    mask[..4].copy_from_slice(cookie);
+    mask[4..].copy_from_slice(transaction);
+    mask
+}
+
+/// CRC-32 as in ITU V.42: a few dozen bytes now and then, so no table.
+fn crc32(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 }
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// RFC 5769 section 2.2: a success with SOFTWARE, XOR-MAPPED-ADDRESS 192.0.2.1:32853,
+    /// MESSAGE-INTEGRITY and FINGERPRINT.
+    const RFC_5769: &[u8] = &[
+        0x01, 0x01, 0x00, 0x3c, 0x21, 0x12, 0xa4, 0x42, 0xb7, 0xe7, 0xa7, 0x01, 0xbc, 0x34, 0xd6,
+        0x86, 0xfa, 0x87, 0xdf, 0xae, 0x80, 0x22, 0x00, 0x0b, 0x74, 0x65, 0x73, 0x74, 0x20, 0x76,
+        0x65, 0x63, 0x74, 0x6f, 0x72, 0x20, 0x00, 0x20, 0x00, 0x08, 0x00, 0x01, 0xa1, 0x47, 0xe1,
+        0x12, 0xa6, 0x43, 0x00, 0x08, 0x00, 0x14, 0x2b, 0x91, 0xf5, 0x99, 0xfd, 0x9e, 0x90, 0xc3,
+        0x8c, 0x74, 0x89, 0xf9, 0x2a, 0xf9, 0xba, 0x53, 0xf0, 0x6b, 0xe7, 0xd7, 0x80, 0x28, 0x00,
+        0x04, 0xc0, 0x7d, 0x4c, 0x96,
+    ];
+
+    #[test]
+    fn the_vector_of_rfc_5769_is_read() {
+        let Some(Message::Success { mapped, .. }) = Message::decode(RFC_5769) else { panic!() };
+        assert_eq!(mapped, "192.0.2.1:32853".parse().unwrap());
+        // Without its type, FINGERPRINT is an attribute that nobody knows.
+        let named = RFC_5769.len() - 8..RFC_5769.len() - 6;
+        for byte in (0..RFC_5769.len()).filter(|byte| !named.contains(byte)) {
+            let mut changed = RFC_5769.to_vec();
+            changed[byte] ^= 0x10;
+            assert_eq!(Message::decode(&changed), None, "byte {byte} is covered by FINGERPRINT");
+        }
+    }
+
+    #[test]
+    fn a_request_that_is_shorter_than_its_answer_is_not_answered() {
+        let mut bare = request([7; 12])[..HEADER_BYTES].to_vec();
+        bare[2..4].copy_from_slice(&[0, 0]);
+        assert!(Message::decode(&bare).is_some());
+        assert!(answer(&bare, "192.0.2.1:1".parse().unwrap()).is_none());
+        let (success, len) = answer(&request([7; 12]), "[2001:db8::1]:1".parse().unwrap()).unwrap();
+        assert!(len <= REQUEST_BYTES);
+        assert!(answer(&success[..len], "192.0.2.1:1".parse().unwrap()).is_none(), "no loop");
+    }
+
+    proptest! {
+        #[test]
+        fn an_answer_says_where_its_request_came_from(transaction: [u8; 12], ip: IpAddr, port: u16) {
+            let from = SocketAddr::new(ip.to_canonical(), port);
+            let (bytes, len) = answer(&request(transaction), from).unwrap();
+            let read = Message::decode(&bytes[..len]);
+            prop_assert_eq!(read, Some(Message::Success { transaction, mapped: from }));
+            prop_assert_eq!(crate::frame::DatagramKind::of(&bytes[..len]), crate::frame::DatagramKind::Stun);
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4)) {
+            Message::decode(&bytes);
+            let mut near = RFC_5769.to_vec();
+            for (at, value) in flips {
+                let at = at.index(near.len());
+                near[at] = value;
+            }
+            Message::decode(&near);
+            answer(&near, "192.0.2.1:1".parse().unwrap());
+        }
+    }
+}
