@@ -42,6 +42,8 @@ pub struct Config {
     /// WireGuard peers that are in no mesh, each as `[[peer]]`.
     #[serde(rename = "peer", skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<PeerConfig>,
+    /// Whether this node forwards for others.
+    pub relay: RelayConfig,
 }
 
 /// What this node says of itself.
@@ -123,6 +125,31 @@ pub struct ControllerConfig {
     pub addresses: Vec<ControllerAddress>,
 }
 
+/// Whether this node forwards between nodes of the mesh that have no direct path.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RelayConfig {
+    /// Only for a node that others reach: with a public address, or a forwarded port.
+    pub enabled: bool,
+    /// Nodes that may be registered at once.
+    pub nodes: usize,
+    /// Channels that one node may have at once.
+    pub channels_per_node: usize,
+    /// How much one node may send, in megabits per second.
+    pub megabits_per_node: u64,
+}
+
+impl Default for RelayConfig {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            nodes: limits::NODES,
+            channels_per_node: 1_024,
+            megabits_per_node: 10_000,
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -134,6 +161,7 @@ impl Default for Config {
             routing: RoutingConfig::default(),
             controller: ControllerConfig::default(),
             peers: Vec::new(),
+            relay: RelayConfig::default(),
         }
     }
 }
@@ -339,6 +367,17 @@ impl Config {
             controllers: controllers.iter().filter_map(|c| c.as_str().parse().ok()).collect(),
             plain_ports: self.routing.plain_ports.iter().copied().collect(),
         }
+    }
+
+    /// What we forward for others.
+    pub fn relay(&self) -> crate::dataplane::Relay {
+        use crate::dataplane::relay::{Limits, Relay};
+        let RelayConfig { enabled, nodes, channels_per_node, megabits_per_node } = self.relay;
+        if !enabled {
+            return Relay::default();
+        }
+        let bytes_per_second = megabits_per_node.saturating_mul(1_000_000 / 8);
+        Relay::new(Limits { nodes, channels: channels_per_node, bytes_per_second })
     }
 
     /// Our policy rules.

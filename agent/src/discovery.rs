@@ -8,6 +8,7 @@
 //! What the task learns it verifies, caches on disk, and passes on as [`Event`]s; what the node
 //! wants to say of itself it reads from a watch channel of [`Announcement`]s.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -20,6 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Channel;
 use towline_core::mesh::MapChange;
+use towline_proto::id::NodeId;
 use towline_proto::node::{Candidate, Grant, Record};
 use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::pb::watch_response::Kind;
@@ -52,6 +54,8 @@ pub struct Announcement {
     pub candidates: Vec<Candidate>,
     /// What is reached through it.
     pub prefixes: Vec<ipnet::IpNet>,
+    /// It relays for others.
+    pub relay: bool,
 }
 
 /// What the task tells the daemon.
@@ -61,6 +65,8 @@ pub enum Event {
     Connected {
         /// With which controller.
         address: ControllerAddress,
+        /// Where its reflectors are.
+        reflectors: Vec<SocketAddr>,
     },
     /// It ended, or could not be had.
     Disconnected {
@@ -74,6 +80,8 @@ pub enum Event {
         /// Of the map.
         revision: u64,
     },
+    /// Another node says something to us: sealed, as it came.
+    Signal(Vec<u8>),
     /// Our grant changed.
     Grant(Box<Grant>),
     /// Our record was accepted, with these remarks (prefixes that others hold), or refused with
@@ -93,6 +101,9 @@ pub enum Event {
 pub enum Command {
     /// Leave the mesh for good.
     Leave(oneshot::Sender<Result<(), String>>),
+    /// Carry something sealed to another node, if it is connected too. Without a session it is
+    /// lost.
+    Signal(NodeId, Vec<u8>),
 }
 
 /// The task's belongings.
@@ -236,7 +247,15 @@ impl Discovery {
         };
         backoff.reset();
         tracing::info!(controller = %address, revision = self.map.position().1, "discovery session");
-        if self.events.send(Event::Connected { address: address.clone() }).await.is_err() {
+        if self
+            .events
+            .send(Event::Connected {
+                address: address.clone(),
+                reflectors: std::mem::take(&mut session.reflectors),
+            })
+            .await
+            .is_err()
+        {
             return Ended::Stop;
         }
         let result = self.follow(&mut session, announcements, commands).await;
@@ -279,12 +298,14 @@ impl Discovery {
             .unwrap_or_else(|_| Err(Ended::Because("the controller does not answer".into())))?;
         self.take_ready(&ready).await?;
         self.certificate_event().await?;
+        let reflectors = reflectors(connection.remote, &ready);
         Ok(Session {
             client,
             channel: connection.channel,
             requests,
             incoming,
             id: ready.session_id,
+            reflectors,
             heartbeat: Duration::from_millis(ready.heartbeat_ms.clamp(100, 60_000).into()),
             published: false,
             retry_publish: None,
@@ -371,8 +392,11 @@ impl Discovery {
                     renewal.as_mut().reset(Instant::now() + next);
                 }
                 command = commands.recv() => {
-                    let Some(Command::Leave(reply)) = command else { return Err(Ended::Stop) };
-                    self.leave(session, reply).await?;
+                    match command {
+                        Some(Command::Leave(reply)) => self.leave(session, reply).await?,
+                        Some(Command::Signal(to, body)) => session.signal(to, body)?,
+                        None => return Err(Ended::Stop),
+                    }
                 }
             }
         }
@@ -394,6 +418,13 @@ impl Discovery {
                 if synced {
                     self.save_map(session).await;
                 }
+            }
+            Some(Kind::Signal(signal)) => {
+                if signal.body.len() <= limits::SIGNAL_BYTES {
+                    let event = Event::Signal(signal.body);
+                    self.events.send(event).await.map_err(|_| Ended::Stop)?;
+                }
+                return Ok(());
             }
             Some(Kind::Heartbeat(_)) => {}
             // A second beginning, or something newer than we know.
@@ -488,7 +519,7 @@ impl Discovery {
             candidates: announcement.candidates.iter().copied().take(limits::CANDIDATES).collect(),
             prefixes: announcement.prefixes.iter().copied().take(limits::PREFIXES).collect(),
             version: towline_proto::VERSION.to_owned(),
-            relay: false,
+            relay: announcement.relay,
         };
         let signed = self.keys.identity.sign_record(&pb::Record::from(&record));
         self.current = Some((announcement, signed.clone()));
@@ -549,6 +580,7 @@ struct Session {
     requests: mpsc::Sender<pb::WatchRequest>,
     incoming: Streaming<pb::WatchResponse>,
     id: Vec<u8>,
+    reflectors: Vec<SocketAddr>,
     heartbeat: Duration,
     published: bool,
     retry_publish: Option<Instant>,
@@ -558,8 +590,15 @@ struct Session {
 
 impl Session {
     fn beat(&self, revision: u64) -> Result<(), Ended> {
-        let heartbeat = pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision });
-        match self.requests.try_send(pb::WatchRequest { kind: Some(heartbeat) }) {
+        self.say(pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision }))
+    }
+
+    fn signal(&self, to: NodeId, body: Vec<u8>) -> Result<(), Ended> {
+        self.say(pb::watch_request::Kind::Signal(pb::Signal { node_id: to.0.to_vec(), body }))
+    }
+
+    fn say(&self, kind: pb::watch_request::Kind) -> Result<(), Ended> {
+        match self.requests.try_send(pb::WatchRequest { kind: Some(kind) }) {
             // A full channel means that the connection does not drain: the deadline will tell.
             Ok(()) | Err(mpsc::error::TrySendError::Full(_)) => Ok(()),
             Err(mpsc::error::TrySendError::Closed(_)) => {
@@ -567,6 +606,18 @@ impl Session {
             }
         }
     }
+}
+
+/// Where the controller reflects: where we reach it, and where it says, within bounds.
+fn reflectors(remote: SocketAddr, ready: &pb::WatchReady) -> Vec<SocketAddr> {
+    let port = u16::try_from(ready.reflector_port).unwrap_or(0);
+    let here = (port != 0).then(|| SocketAddr::new(remote.ip().to_canonical(), port));
+    let others = ready.reflectors.iter().filter_map(|address| address.parse().ok());
+    let mut reflectors: Vec<SocketAddr> =
+        here.into_iter().chain(others.take(limits::CONTROLLERS)).collect();
+    reflectors.sort_unstable();
+    reflectors.dedup();
+    reflectors
 }
 
 /// Waits for the backoff; a command that needs a session is refused meanwhile. `false`: stop.
@@ -580,6 +631,7 @@ async fn wait(backoff: Duration, reason: &str, commands: &mut mpsc::Receiver<Com
                 Some(Command::Leave(reply)) => {
                     let _ = reply.send(Err(reason.to_owned()));
                 }
+                Some(Command::Signal(..)) => {}
                 None => return false,
             },
         }

@@ -34,6 +34,7 @@ pub mod entropy;
 pub mod listen;
 pub mod map;
 pub mod peer;
+mod reflector;
 pub mod registry;
 pub mod server;
 pub mod service;

@@ -31,10 +31,11 @@ use crate::config::{Config, LEASE, MeshSettings, OVERLAY_V4};
 use crate::entropy::{NoEntropy, random};
 use crate::listen;
 use crate::map::Map;
+use crate::reflector::Reflector;
 use crate::registry::limiter::Limiter;
 use crate::registry::sessions::Sessions;
 use crate::registry::{OverlayInUse, Registry};
-use crate::service::{AdminService, DiscoveryService, Gate, Shared};
+use crate::service::{AdminService, DiscoveryService, Gate, Shared, Signals};
 use crate::state_dir::{Lock, StateDir, StateError};
 use crate::store::{CommitError, OpenError, Store};
 use crate::tls::{self, ServerCertificate, TlsError};
@@ -109,6 +110,7 @@ pub struct Controller {
     authority: Arc<Authority>,
     certificate: Arc<ServerCertificate>,
     acceptor: TlsAcceptor,
+    reflector: Option<Reflector>,
     shared: Shared,
     stop: watch::Sender<bool>,
     writer_ended: oneshot::Receiver<()>,
@@ -143,6 +145,11 @@ impl Controller {
                 .map_err(ServeError::Thread)?;
         let proof_key = StaticSecret::from(random::<32>()?);
         let (stop, stopping) = watch::channel(false);
+        // Without it nodes are told of themselves by other nodes only.
+        let reflector = Reflector::bind(address).inspect_err(
+            |error| tracing::warn!(%error, port = address.port(), "not reflecting on UDP"),
+        );
+        let reflector = reflector.ok();
         let shared = Shared {
             authority: authority.clone(),
             writer,
@@ -152,6 +159,8 @@ impl Controller {
             proof_public: PublicKey::from(&proof_key),
             proof_key,
             advertise: config.advertise,
+            signals: Signals::default(),
+            reflector: reflector.as_ref().map(|_| address.port()),
             stopping,
         };
         dir.write("address", 0o644, &format!("{}\n", local(address)))?;
@@ -163,6 +172,7 @@ impl Controller {
             authority,
             certificate,
             acceptor: TlsAcceptor::from(Arc::new(tls)),
+            reflector,
             shared,
             stop,
             writer_ended,
@@ -191,6 +201,12 @@ impl Controller {
         let renewing = tokio::spawn(renew(dir.clone(), authority, self.certificate));
         let writer = shared.writer.clone();
         let ticking = tokio::spawn(tick(writer.clone()));
+        let reflector = self.reflector;
+        let reflecting = tokio::spawn(async move {
+            if let Some(reflector) = reflector {
+                reflector.run().await;
+            }
+        });
 
         let mut stopping = shared.stopping.clone();
         let gate = Gate::new(shared.map.clone(), shared.authority.mesh_id());
@@ -220,7 +236,7 @@ impl Controller {
         };
         tracing::info!("stopping");
         let _ = stop.send(true);
-        for task in [accepting, renewing, ticking] {
+        for task in [accepting, renewing, ticking, reflecting] {
             task.abort();
         }
         if result.is_ok() {

@@ -279,6 +279,8 @@ pub fn ready(epoch: u64) -> pb::watch_response::Kind {
         heartbeat_ms: 60_000,
         mesh: None,
         grant: None,
+        reflector_port: 0,
+        reflectors: Vec::new(),
     })
 }
 

@@ -105,7 +105,11 @@ impl Daemon {
     fn announce(&self, port: u16) {
         let address = format!("192.0.2.1:{port}").parse().unwrap();
         let candidates = vec![Candidate::new(CandidateKind::Local, address).unwrap()];
-        self.announcements.send_replace(Some(Announcement { candidates, prefixes: Vec::new() }));
+        self.announcements.send_replace(Some(Announcement {
+            candidates,
+            prefixes: Vec::new(),
+            relay: false,
+        }));
     }
 }
 

@@ -8,10 +8,14 @@ use tracing_subscriber::EnvFilter;
 use super::local::{runtime, said, with_agent};
 use super::output;
 use crate::config::Config;
-use crate::daemon;
+use crate::daemon::{self, Purpose};
 use crate::state::StateDir;
 
-pub(super) fn run(config: Config, config_path: Option<PathBuf>) -> anyhow::Result<()> {
+pub(super) fn run(
+    config: Config,
+    config_path: Option<PathBuf>,
+    purpose: Purpose,
+) -> anyhow::Result<()> {
     // boringtun logs what strangers send it.
     let filter = EnvFilter::try_from_env("TOWLINE_LOG")
         .unwrap_or_else(|_| EnvFilter::new("info,boringtun=off"));
@@ -20,7 +24,7 @@ pub(super) fn run(config: Config, config_path: Option<PathBuf>) -> anyhow::Resul
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
-    daemon::run(config, config_path)
+    daemon::run(config, config_path, purpose)
 }
 
 /// Makes the key if there is none yet, so that the other end can be set up first.

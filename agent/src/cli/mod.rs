@@ -18,6 +18,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
+use crate::daemon::Purpose;
 use output::Format;
 
 /// Joins this machine to an encrypted node network, and shows how it stands.
@@ -49,6 +50,8 @@ enum Command {
     Join(join::JoinArgs),
     /// Run the agent in the foreground
     Agent,
+    /// Relay for nodes that have no direct path, and nothing else: no link, no routes
+    Relay,
     /// Show how this node stands
     Status(OutputArgs),
     /// Show every peer: state, path, round-trip time, traffic
@@ -112,7 +115,12 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
     let config = || load(&cli.global);
     match cli.command {
         Command::Join(args) => join::run(&config()?, args),
-        Command::Agent => daemon::run(load(&cli.global)?, cli.global.config),
+        Command::Agent => daemon::run(load(&cli.global)?, cli.global.config, Purpose::Node),
+        Command::Relay => {
+            let mut config = load(&cli.global)?;
+            config.relay.enabled = true;
+            daemon::run(config, cli.global.config, Purpose::Relay)
+        }
         Command::Status(args) => status::run(&config()?, args.output),
         Command::Peers(args) => peers::run(&config()?, args.output),
         Command::Pubkey => daemon::pubkey(&config()?),

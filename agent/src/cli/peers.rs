@@ -21,6 +21,8 @@ struct Peer {
     since_ms: u64,
     path_kind: Option<String>,
     path: Option<String>,
+    relay: Option<String>,
+    mtu: Option<u32>,
     rtt_us: Option<u64>,
     handshake_age_ms: Option<u64>,
     rx_bytes: u64,
@@ -46,6 +48,8 @@ impl From<pb::PeerStatus> for Peer {
             since_ms: peer.since_ms,
             path_kind: present(peer.path_kind),
             path: present(peer.path),
+            relay: present(peer.relay),
+            mtu: peer.mtu,
             rtt_us: peer.rtt_us,
             handshake_age_ms: peer.handshake_age_ms,
             rx_bytes: peer.rx_bytes,
@@ -89,12 +93,14 @@ fn text(peers: &[Peer], wide: bool) -> String {
         "PREFIXES",
     ];
     if wide {
-        header.extend(["SINCE", "PUBLIC KEY", "CANDIDATES"]);
+        header.extend(["MTU", "SINCE", "PUBLIC KEY", "CANDIDATES"]);
     }
     let mut table = output::table(&header);
     for peer in peers {
         let path = match (&peer.path_kind, &peer.path) {
-            (Some(kind), Some(path)) => Some(format!("{kind} {path}")),
+            (Some(kind), Some(path)) => {
+                Some(format!("{kind} {}", peer.relay.as_ref().unwrap_or(path)))
+            }
             _ => None,
         };
         let handshake = peer.handshake_age_ms.map(Duration::from_millis);
@@ -116,6 +122,7 @@ fn text(peers: &[Peer], wide: bool) -> String {
             output::or_dash(Some(peer.prefixes.join(" "))),
         ];
         if wide {
+            row.push(output::or_dash(peer.mtu.map(|mtu| mtu.to_string())));
             row.push(output::age(Duration::from_millis(peer.since_ms)));
             row.push(peer.public_key.clone());
             let candidates = peer

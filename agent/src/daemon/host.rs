@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
+use towline_core::path::LocalEnd;
 use towline_core::plan::Plan;
 use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
@@ -107,8 +108,8 @@ impl Host {
         })
     }
 
-    /// The machine's own addresses that are worth telling others.
-    pub(super) fn local_candidates(&mut self, port: u16, excluded: Vec<IpNet>) -> Vec<Candidate> {
+    /// The machine's own ways to the outside: addresses, each with its link.
+    pub(super) fn uplinks(&mut self, excluded: Vec<IpNet>) -> Vec<LocalEnd> {
         let addresses = match self.network.local_addresses() {
             Ok(addresses) => addresses,
             Err(error) => {
@@ -119,10 +120,20 @@ impl Host {
         let policy = CandidatePolicy { own_link: self.names.link.clone(), excluded };
         candidates(&addresses, &policy)
             .into_iter()
-            .filter_map(|ip| Candidate::new(CandidateKind::Local, SocketAddr::new(ip, port)))
+            .filter_map(|address| {
+                let local = addresses.iter().find(|local| local.prefix.addr() == address)?;
+                Some(LocalEnd { address, interface: local.index })
+            })
             .take(limits::CANDIDATES / 2)
             .collect()
     }
+}
+
+/// The uplinks as others may reach them.
+pub(super) fn local_candidates(uplinks: &[LocalEnd], port: u16) -> impl Iterator<Item = Candidate> {
+    uplinks.iter().filter_map(move |uplink| {
+        Candidate::new(CandidateKind::Local, SocketAddr::new(uplink.address, port))
+    })
 }
 
 /// The names and numbers of ours in this configuration.

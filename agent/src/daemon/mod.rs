@@ -11,9 +11,10 @@
 //! again. The task never waits for any of its neighbours.
 
 mod host;
+mod paths;
 mod report;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use ipnet::IpNet;
 use rand::Rng as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
-use towline_core::mesh::{self, MapChange, Mesh, Output, PeerState, ReceivedProbe};
+use towline_core::mesh::{self, MapChange, Mesh, Output, PeerState};
 use towline_core::path;
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::prefixes::is_host;
@@ -33,7 +34,7 @@ use towline_proto::id::{NodeId, WireguardKey};
 
 use crate::config::{Addressing, Config};
 use crate::control::{self, PingAnswer, Request};
-use crate::dataplane::{self, DataPlane};
+use crate::dataplane::{self, DataPlane, Relay};
 use crate::discovery::{self, Announcement, Discovery};
 use crate::host::HostEvent;
 use crate::join;
@@ -44,6 +45,16 @@ use crate::probe::ProbeKeys;
 use crate::state::{CachedPrefixes, Keys, Membership, StateDir};
 use crate::static_peers;
 use host::Host;
+
+/// What the daemon runs for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// A node: its traffic for the mesh enters the tunnel.
+    Node,
+    /// To relay and nothing else: no link, no routes, no guards. Its overlay addresses lead
+    /// nowhere.
+    Relay,
+}
 
 /// How the daemon ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +70,7 @@ enum Exit {
 /// Runs the agent until a signal, `towline down` or `towline leave`.
 ///
 /// `config_path` is read again on SIGHUP.
-pub fn run(config: Config, config_path: Option<PathBuf>) -> anyhow::Result<()> {
+pub fn run(config: Config, config_path: Option<PathBuf>, purpose: Purpose) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // Name resolution and the writing of the cached map.
@@ -67,7 +78,7 @@ pub fn run(config: Config, config_path: Option<PathBuf>) -> anyhow::Result<()> {
         .build()
         .context("cannot start the runtime")?;
     let result = runtime.block_on(async {
-        let daemon = Daemon::start(config, config_path)?;
+        let daemon = Daemon::start(config, config_path, purpose)?;
         daemon.run().await
     });
     // A name that is being resolved must not hold up the end.
@@ -88,6 +99,10 @@ struct Daemon {
     data_plane: DataPlane,
     table: Arc<PeerTable>,
     probe_keys: ProbeKeys,
+    nodes: HashMap<WireguardKey, NodeId>,
+    relay: Relay,
+    relay_swept: Instant,
+    purpose: Purpose,
     host: Host,
     removed: bool,
 
@@ -131,7 +146,11 @@ struct ControllerView {
 impl Daemon {
     /// Opens everything, in an order in which each failure leaves nothing behind: the state's
     /// lock, the socket, the UDP port, the TUN; then starts the parts.
-    fn start(config: Config, config_path: Option<PathBuf>) -> anyhow::Result<Self> {
+    fn start(
+        config: Config,
+        config_path: Option<PathBuf>,
+        purpose: Purpose,
+    ) -> anyhow::Result<Self> {
         let state = Arc::new(StateDir::open(&config.state_dir)?);
         let static_peers = static_peers::load(&config.peers)?;
         let membership = match state.membership()? {
@@ -147,7 +166,9 @@ impl Daemon {
 
         let listener = control::listen(&config.socket)?;
         let host = Host::open(&config)?;
-        let (data_plane, data_plane_events) = start_data_plane(&config, &keys)?;
+        let relay = config.relay();
+        let (data_plane, data_plane_events) =
+            start_data_plane(&config, &keys, relay.clone(), purpose)?;
 
         let (requests, control_requests) = mpsc::channel(16);
         tokio::spawn(control::serve(listener, requests));
@@ -165,7 +186,9 @@ impl Daemon {
         mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
         let remembered = remember(state.clone(), cached);
         let removed = map.as_ref().is_some_and(MapCache::own_removed);
+        let mut nodes = HashMap::new();
         for change in map.iter().flat_map(MapCache::changes) {
+            note_node(&mut nodes, &change);
             mesh.update(now, change);
         }
 
@@ -174,7 +197,7 @@ impl Daemon {
         let (events, discovery_events) = mpsc::channel(64);
         let commands = match (&membership, map) {
             (Some(membership), Some(map)) => {
-                let (commands, command_queue) = mpsc::channel(4);
+                let (commands, command_queue) = mpsc::channel(64);
                 let discovery = Discovery::new(
                     discovery::Setup {
                         state: state.clone(),
@@ -213,6 +236,10 @@ impl Daemon {
             data_plane,
             table: Arc::default(),
             probe_keys: ProbeKeys::default(),
+            nodes,
+            relay,
+            relay_swept: now,
+            purpose,
             host,
             removed,
             prefixes: Prefixes::default(),
@@ -280,22 +307,30 @@ impl Daemon {
     fn drain(&mut self) {
         while let Some(output) = self.mesh.poll_output() {
             match output {
-                Output::Ping { peer, to, transaction, size: _ } => {
-                    self.send_probe(&peer, to, Probe::Ping { transaction });
+                Output::Ping { peer, to, transaction, size } => {
+                    self.send_ping(peer, to, transaction, size);
                 }
                 Output::Pong { peer, to, transaction } => {
-                    self.send_probe(&peer, to, Probe::Pong { transaction, observed: to.remote });
+                    self.send_probe(&peer, to, &Probe::Pong { transaction, observed: to.remote });
                 }
-                Output::Stun { .. } | Output::Signal { .. } | Output::Relay(_) => {}
+                Output::Stun { local, to, transaction } => {
+                    self.ask_reflector(local, to, transaction);
+                }
+                Output::Signal { peer, via, signal } => self.send_signal(peer, via, signal),
+                Output::Relay(request) => self.ask_relay(request),
                 Output::Handshake { peer, to } => self.data_plane.handshake(peer, to),
                 Output::PeerTable(table) => self.peer_table(table),
+                // A relay alone leaves the host's network as it is.
+                Output::Plan(_) if self.purpose == Purpose::Relay => {}
                 Output::Plan(plan) => {
                     self.host.apply(plan);
                     self.remember();
                 }
                 Output::Advertise(candidates) => {
                     let prefixes = self.announced.announced.clone();
-                    self.announcements.send_replace(Some(Announcement { candidates, prefixes }));
+                    let relay = self.config.relay.enabled;
+                    let announcement = Announcement { candidates, prefixes, relay };
+                    self.announcements.send_replace(Some(announcement));
                 }
                 Output::StateChanged { peer, from, to } => self.state_changed(peer, from, to),
                 Output::StaticStateChanged { peer, from, to } => {
@@ -306,17 +341,12 @@ impl Daemon {
         }
     }
 
-    fn send_probe(&self, peer: &WireguardKey, to: path::Path, probe: Probe) {
-        if let Some(datagram) = self.probe_keys.seal(peer, &probe) {
-            self.data_plane.send(to, &datagram);
-        }
-    }
-
     fn peer_table(&mut self, table: Arc<PeerTable>) {
         // A node that was removed speaks to no other.
         let table = if self.removed { Arc::new(self.static_only(&table)) } else { table };
         self.probe_keys.follow(&self.keys.wireguard, table.peers.keys());
         self.data_plane.apply(&table);
+        self.relay.keep(|node| table.peers.contains_key(node));
         self.table = table;
     }
 
@@ -349,16 +379,9 @@ impl Daemon {
         match event {
             dataplane::Event::Peer { peer, what } => self.mesh.observe(now, peer, what),
             dataplane::Event::Probe { from, datagram } => {
-                let Some((peer, probe)) = self.probe_keys.open(&datagram) else { return Ok(()) };
-                let probe = match probe {
-                    Probe::Ping { transaction } => ReceivedProbe::Ping { transaction },
-                    Probe::Pong { transaction, observed } => {
-                        ReceivedProbe::Pong { transaction, observed }
-                    }
-                };
-                self.mesh.probe_received(now, peer, from, probe);
+                self.probe_received(Some(from), &datagram);
             }
-            dataplane::Event::Stun { .. } => {}
+            dataplane::Event::Stun { from, datagram } => self.stun_received(from, &datagram),
             dataplane::Event::Fault(fault) => {
                 tracing::error!(%fault, "data plane starts anew");
                 self.restart_data_plane()?;
@@ -370,7 +393,8 @@ impl Daemon {
     /// Somebody deleted the link, or the worker broke: a new one, with new sessions.
     fn restart_data_plane(&mut self) -> anyhow::Result<()> {
         self.data_plane.stop();
-        (self.data_plane, self.inputs.data_plane) = start_data_plane(&self.config, &self.keys)?;
+        (self.data_plane, self.inputs.data_plane) =
+            start_data_plane(&self.config, &self.keys, self.relay.clone(), self.purpose)?;
         self.data_plane.apply(&self.table);
         self.host.put_back();
         let now = Instant::now();
@@ -383,13 +407,17 @@ impl Daemon {
     fn discovery_event(&mut self, event: discovery::Event) {
         let now = Instant::now();
         match event {
-            discovery::Event::Connected { address } => {
+            discovery::Event::Connected { address, reflectors } => {
+                self.mesh.set_reflectors(now, reflectors);
+                self.mesh.set_controller_connected(now, true);
                 self.controller.connected = true;
                 self.controller.address = address.to_string();
                 self.controller.reason.clear();
                 self.controller.last_heard = Some(now);
             }
+            discovery::Event::Signal(datagram) => self.probe_received(None, &datagram),
             discovery::Event::Disconnected { reason } => {
+                self.mesh.set_controller_connected(now, false);
                 self.controller.connected = false;
                 self.controller.reason = reason;
             }
@@ -404,6 +432,7 @@ impl Daemon {
                     {
                         membership.mesh = mesh.clone();
                     }
+                    note_node(&mut self.nodes, &change);
                     self.mesh.update(now, change);
                 }
             }
@@ -437,8 +466,11 @@ impl Daemon {
         }
         self.node_ips_changed(&excluded);
         let mut candidates = self.config.candidates();
-        candidates.extend(self.host.local_candidates(self.config.wireguard.port, excluded));
-        self.mesh.set_candidates(Instant::now(), candidates);
+        let uplinks = self.host.uplinks(excluded);
+        candidates.extend(host::local_candidates(&uplinks, self.config.wireguard.port));
+        let now = Instant::now();
+        self.mesh.set_uplinks(now, uplinks);
+        self.mesh.set_candidates(now, candidates);
     }
 
     /// With `node.addressing = "node-ip"`: looks again which addresses those are.
@@ -642,17 +674,33 @@ impl Daemon {
     }
 }
 
+/// Which node has a key. One that was removed stays, and says nothing any more.
+fn note_node(nodes: &mut HashMap<WireguardKey, NodeId>, change: &MapChange) {
+    if let MapChange::Upsert(node) = change {
+        nodes.insert(node.wireguard_key(), node.id());
+    }
+}
+
 fn start_data_plane(
     config: &Config,
     keys: &Keys,
+    relay: Relay,
+    purpose: Purpose,
 ) -> anyhow::Result<(DataPlane, mpsc::Receiver<dataplane::Event>)> {
     let udp = dataplane::open_udp(config.wireguard.port, config.routing.mark)?;
-    let tun = dataplane::open_tun(&config.link.name)?;
     let (events, receiver) = mpsc::channel(1024);
-    let settings = dataplane::Config { private_key: keys.wireguard.secret().clone() };
-    let data_plane =
-        DataPlane::start(settings, tun, udp, events).context("cannot start the data plane")?;
-    Ok((data_plane, receiver))
+    let settings =
+        dataplane::Config { private_key: keys.wireguard.secret().clone(), relay, link: None };
+    let data_plane = match purpose {
+        Purpose::Node => {
+            let tun = dataplane::open_tun(&config.link.name)?;
+            let link = nix::net::if_::if_nametoindex(config.link.name.as_str()).ok();
+            let settings = dataplane::Config { link, ..settings };
+            DataPlane::start(settings, tun, udp, events)
+        }
+        Purpose::Relay => DataPlane::start(settings, dataplane::NoTun::new()?, udp, events),
+    };
+    Ok((data_plane.context("cannot start the data plane")?, receiver))
 }
 
 /// The word for it on the command line.
@@ -687,7 +735,7 @@ pub(crate) fn core_config(config: &Config, membership: Option<&Membership>) -> m
         table: config.routing.table,
         rules: config.rules(),
         firewall_table: config.routing.nftables_table.clone(),
-        relay: false,
+        relay: config.relay.enabled,
     }
 }
 

@@ -61,6 +61,15 @@ impl Daemon {
                 .iter()
                 .map(|(name, count)| pb::Counter { name: (*name).into(), count: *count })
                 .collect(),
+            relay: self.config.relay.enabled.then(|| {
+                let relay = self.relay.snapshot();
+                let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
+                pb::RelayStatus {
+                    nodes: count(relay.nodes),
+                    channels: count(relay.channels),
+                    bytes: relay.bytes,
+                }
+            }),
             features: snapshot
                 .features
                 .into_iter()
@@ -125,6 +134,8 @@ fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
         state: state(peer.state).into(),
         path_kind: peer.path.as_ref().map(super::path_kind).unwrap_or_default().into(),
         path: peer.path.map(|path| path.remote.to_string()).unwrap_or_default(),
+        relay: peer.relay.map(|relay| relay.to_string()).unwrap_or_default(),
+        mtu: peer.mtu.map(u32::from),
         rtt_us: peer.rtt.map(|rtt| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
         handshake_age_ms: peer.last_handshake.map(|at| millis(now.saturating_duration_since(at))),
         rx_bytes: 0,

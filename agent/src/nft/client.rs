@@ -385,7 +385,8 @@ fn parse_set(received: &Received<'_>, table: &str) -> Option<(String, Set)> {
     }
     let interval = flags & wire::set::FLAG_INTERVAL != 0;
     let key = KeyType::from_number(number, length);
-    Some((name?, Set { key, interval, elements: Default::default() }))
+    let dynamic = flags & wire::set::FLAG_EVALUATE != 0;
+    Some((name?, Set { key, interval, dynamic, elements: Default::default() }))
 }
 
 fn parse_element(item: Attribute<'_>) -> Option<(u128, bool)> {

@@ -156,6 +156,13 @@ pub enum Expression {
         /// Where to.
         register: u32,
     },
+    /// Adds a value to a dynamic set.
+    Remember {
+        /// The set's name.
+        set: String,
+        /// What.
+        register: u32,
+    },
     /// Leaves the packet out of connection tracking.
     Notrack,
     /// One that this module does not know, as read; it cannot be written.
@@ -211,6 +218,7 @@ const DATA: u16 = 2;
 const TCP_OPTION_OPERATION: u32 = 1;
 const LOOKUP_INVERTED: u32 = 1;
 const RANDOM: u32 = 1;
+const DYNSET_ADD: u32 = 0;
 const HOST_TO_NETWORK: u32 = 1;
 
 impl Expression {
@@ -243,6 +251,7 @@ impl Expression {
             Self::SetTcpOption { .. } => "exthdr",
             Self::Fib { .. } => "fib",
             Self::Random { .. } => "numgen",
+            Self::Remember { .. } => "dynset",
             Self::Notrack => "notrack",
             Self::Other(name) => name,
         }
@@ -320,6 +329,9 @@ impl Expression {
             }
             Self::Random { modulus, register } => {
                 data.u32_be(1, *register).u32_be(2, *modulus).u32_be(3, RANDOM);
+            }
+            Self::Remember { set, register } => {
+                data.string(1, set).u32_be(3, DYNSET_ADD).u32_be(4, *register);
             }
             Self::Counter | Self::Notrack | Self::Other(_) => {}
         }

@@ -128,6 +128,13 @@ impl Rule {
         self.load_address(Side::Destination, family).lookup(set)
     }
 
+    /// Adds the destination to a dynamic set.
+    pub fn remember_destination(self, family: Family, set: &str) -> Self {
+        let set = set.to_owned();
+        let rule = self.load_address(Side::Destination, family);
+        rule.step(Expression::Remember { set, register: REGISTER })
+    }
+
     /// Has that source port; the protocol must have been matched before.
     pub fn source_port(self, port: u16) -> Self {
         self.load_port(Side::Source).step(compare(key::EQUAL, port.to_be_bytes().to_vec()))

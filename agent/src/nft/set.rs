@@ -13,6 +13,8 @@ pub struct Set {
     pub key: KeyType,
     /// Holds ranges and networks; they must not overlap. Without it: single values.
     pub interval: bool,
+    /// Rules may add to it.
+    pub dynamic: bool,
     /// What is in it.
     pub elements: BTreeSet<Interval>,
 }
@@ -56,18 +58,23 @@ impl Set {
         // Of those that begin alike the widest comes first; what follows lies inside or beyond.
         sorted.sort_unstable_by_key(|interval| (interval.first, std::cmp::Reverse(interval.last)));
         sorted.dedup_by(|next, kept| next.last <= kept.last);
-        Self { key, interval: true, elements: sorted.into_iter().collect() }
+        Self { key, interval: true, dynamic: false, elements: sorted.into_iter().collect() }
     }
 
     /// Single ports.
     pub fn ports(ports: impl IntoIterator<Item = u16>) -> Self {
         let elements = ports.into_iter().map(Interval::from).collect();
-        Self { key: KeyType::Port, interval: false, elements }
+        Self { key: KeyType::Port, interval: false, dynamic: false, elements }
+    }
+
+    /// Single values that rules add, none at first.
+    pub fn dynamic(key: KeyType) -> Self {
+        Self { key, interval: false, dynamic: true, elements: BTreeSet::new() }
     }
 
     /// Whether both can hold the same elements.
     pub(super) fn same_shape(&self, other: &Self) -> bool {
-        self.key == other.key && self.interval == other.interval
+        self.key == other.key && self.interval == other.interval && self.dynamic == other.dynamic
     }
 }
 

@@ -147,7 +147,10 @@ impl Transaction {
     pub(super) fn add_set(&mut self, table: &Table, name: &str, set: &Set) {
         let mut message = message(table.family, wire::NEW_SET, CREATE);
         message.string(wire::set::TABLE, &table.name).string(wire::set::NAME, name);
-        let flags = if set.interval { wire::set::FLAG_INTERVAL } else { 0 };
+        let mut flags = if set.interval { wire::set::FLAG_INTERVAL } else { 0 };
+        if set.dynamic {
+            flags |= wire::set::FLAG_EVALUATE;
+        }
         message.u32_be(wire::set::FLAGS, flags);
         message.u32_be(wire::set::KEY_TYPE, set.key.number());
         message.u32_be(wire::set::KEY_LENGTH, set.key.length() as u32);

@@ -65,6 +65,7 @@ pub(super) mod set {
     pub(crate) const ID: u16 = 10;
     pub(crate) const FLAG_ANONYMOUS: u32 = 1;
     pub(crate) const FLAG_INTERVAL: u32 = 4;
+    pub(crate) const FLAG_EVALUATE: u32 = 0x20;
 }
 
 pub(super) mod element {

@@ -4,8 +4,10 @@
 mod admin;
 mod auth;
 mod discovery;
+mod signals;
 mod watch;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -27,6 +29,7 @@ use crate::writer::{Unavailable, Writer};
 pub use admin::AdminService;
 pub use auth::{Caller, Gate, ROLES, Role};
 pub use discovery::DiscoveryService;
+pub use signals::Signals;
 
 /// What the services share.
 pub struct Shared {
@@ -46,8 +49,23 @@ pub struct Shared {
     pub proof_public: PublicKey,
     /// The addresses that go into tokens.
     pub advertise: Vec<ControllerAddress>,
+    /// What nodes say to each other.
+    pub signals: Signals,
+    /// UDP port on which we reflect; `None`: it could not be had.
+    pub reflector: Option<u16>,
     /// Becomes true when the controller stops.
     pub stopping: signal::Receiver<bool>,
+}
+
+impl Shared {
+    /// Where we reflect, as far as that is told by an address.
+    fn reflectors(&self) -> Vec<String> {
+        if self.reflector.is_none() {
+            return Vec::new();
+        }
+        let literal = |address: &ControllerAddress| address.as_str().parse::<SocketAddr>().ok();
+        self.advertise.iter().filter_map(literal).map(|address| address.to_string()).collect()
+    }
 }
 
 /// A refusal as the client sees it.

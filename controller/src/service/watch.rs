@@ -19,6 +19,7 @@ use crate::registry::Registry;
 use crate::registry::sessions::SessionId;
 
 use super::auth::CallingNode;
+use super::signals::Allowance;
 use super::{Shared, invalid, refused, unavailable};
 
 /// Signatures that are verified before other tasks have their turn.
@@ -33,6 +34,7 @@ pub(super) struct Watcher {
     cursor: u64,
     synced: bool,
     responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
+    allowance: Allowance,
 }
 
 /// What is to be sent next.
@@ -57,12 +59,15 @@ impl Watcher {
         let (epoch, revision) = from;
         let known = epoch == shared.map.epoch() && revision <= shared.map.revision();
         let cursor = if known { revision } else { 0 };
-        Self { shared, node, session, cursor, synced: false, responses }
+        let allowance = Allowance::new(Now::read().mono);
+        Self { shared, node, session, cursor, synced: false, responses, allowance }
     }
 
     /// Runs until either side ends it.
     pub(super) async fn run(mut self, mut requests: Streaming<pb::WatchRequest>) {
-        let end = self.follow(&mut requests).await;
+        let mut signals = self.shared.signals.open(self.node.id, self.session);
+        let end = self.follow(&mut requests, &mut signals).await;
+        self.shared.signals.close(self.node.id, self.session);
         let reason = end.as_ref().map_or("closed by the client", Status::message);
         tracing::info!(node = %self.node.name, reason, "session ended");
         if let Some(status) = end {
@@ -80,7 +85,11 @@ impl Watcher {
     }
 
     /// Why the watch ended; `None` if the client closed it.
-    async fn follow(&mut self, requests: &mut Streaming<pb::WatchRequest>) -> Option<Status> {
+    async fn follow(
+        &mut self,
+        requests: &mut Streaming<pb::WatchRequest>,
+        signals: &mut mpsc::Receiver<pb::Signal>,
+    ) -> Option<Status> {
         let mut latest = self.shared.map.latest();
         let mut stopping = self.shared.stopping.clone();
         let (heartbeat, deadline) = {
@@ -91,6 +100,8 @@ impl Watcher {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         ticks.tick().await;
         let mut due = Due::Ready;
+        // Goes before whatever else is due: it is short, and cannot wait.
+        let mut signal = None;
         loop {
             let responses = self.responses.clone();
             tokio::select! {
@@ -98,9 +109,12 @@ impl Watcher {
                     return Some(Status::unavailable("the controller is stopping: try again"));
                 }
                 request = requests.message() => match request {
-                    Ok(Some(_)) => {
+                    Ok(Some(request)) => {
                         if !self.heard() {
                             return Some(Status::aborted("the session was replaced by a newer one"));
+                        }
+                        if let Some(pb::watch_request::Kind::Signal(signal)) = request.kind {
+                            self.carry(signal);
                         }
                     }
                     Ok(None) => return None,
@@ -109,14 +123,21 @@ impl Watcher {
                         return None;
                     }
                 },
-                permit = responses.reserve(), if due != Due::Nothing => {
+                // There is one as long as this session is the node's.
+                Some(next) = signals.recv(), if signal.is_none() => signal = Some(next),
+                permit = responses.reserve(), if due != Due::Nothing || signal.is_some() => {
                     let Ok(permit) = permit else { return None };
+                    if due != Due::Ready && let Some(signal) = signal.take() {
+                        let kind = Some(pb::watch_response::Kind::Signal(signal));
+                        permit.send(Ok(pb::WatchResponse { kind }));
+                        continue;
+                    }
                     latest.mark_unchanged();
                     let (response, then) = self.next(due);
                     permit.send(Ok(response));
                     due = then;
                 }
-                () = responses.closed(), if due == Due::Nothing => return None,
+                () = responses.closed(), if due == Due::Nothing && signal.is_none() => return None,
                 changed = latest.changed(), if self.synced => {
                     // The sender lives as long as `shared`.
                     let _ = changed;
@@ -166,6 +187,16 @@ impl Watcher {
             mesh: Some(map.mesh()),
             // Gone only if it was removed in this very moment; then the session ends soon.
             grant: map.member(self.node.id, &self.node.identity).ok().map(|(_, grant)| grant),
+            reflector_port: self.shared.reflector.map_or(0, u32::from),
+            reflectors: self.shared.reflectors(),
+        }
+    }
+
+    fn carry(&mut self, signal: pb::Signal) {
+        let may = self.allowance.take(Now::read().mono);
+        let carried = may && self.shared.signals.carry(self.node.id, signal);
+        if !carried {
+            tracing::debug!(node = %self.node.name, limited = !may, "signal lost");
         }
     }
 

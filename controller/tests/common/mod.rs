@@ -331,6 +331,7 @@ impl Watch {
                     return Ok(changes);
                 }
                 pb::watch_response::Kind::Heartbeat(_) => self.heartbeat().await,
+                pb::watch_response::Kind::Signal(_) => {}
                 pb::watch_response::Kind::Ready(_) => panic!("ready twice"),
             }
         }

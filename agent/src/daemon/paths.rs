@@ -1,0 +1,192 @@
+//! What travels beside WireGuard: probes, what reflectors, relays and calling peers say, and what
+//! other nodes ask of us as their relay. The core decides; here it is sealed, opened and sent.
+
+use std::time::{Duration, Instant};
+
+use rand::Rng as _;
+use towline_core::mesh::ReceivedProbe;
+use towline_core::path::{ChannelId, LocalEnd, Path};
+use towline_core::relay::{RelayAnswer, RelayRequest};
+use towline_core::signal::Signal;
+use towline_proto::frame::{Probe, RELAYED_HEADER_BYTES};
+use towline_proto::id::{NodeId, WireguardKey};
+use towline_proto::stun;
+
+use super::Daemon;
+use crate::discovery;
+
+/// How often what relayed nodes no longer use is looked for.
+const RELAY_SWEEP: Duration = Duration::from_secs(5);
+/// How many times the other end of a new channel is told: the opener repeats what is lost.
+const INCOMING_COPIES: usize = 2;
+
+impl Daemon {
+    pub(super) fn send_probe(&self, peer: &WireguardKey, to: Path, probe: &Probe) {
+        if let Some(datagram) = self.probe_keys.seal(peer, probe, 0) {
+            self.data_plane.send(to, &datagram);
+        }
+    }
+
+    /// A ping of `size` bytes of UDP payload, all told.
+    pub(super) fn send_ping(
+        &self,
+        peer: WireguardKey,
+        to: Path,
+        transaction: u64,
+        size: Option<u16>,
+    ) {
+        let ping = Probe::Ping { transaction };
+        let Some(size) = size else { return self.send_probe(&peer, to, &ping) };
+        let around = if to.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
+        let size = usize::from(size).saturating_sub(around);
+        if let Some(datagram) = self.probe_keys.seal(&peer, &ping, size) {
+            self.data_plane.send_whole(peer, to, &datagram);
+        }
+    }
+
+    pub(super) fn ask_reflector(
+        &self,
+        local: Option<LocalEnd>,
+        to: std::net::SocketAddr,
+        transaction: stun::Transaction,
+    ) {
+        let to = Path { local, ..Path::direct(to) };
+        self.data_plane.send(to, &stun::request(transaction));
+    }
+
+    pub(super) fn ask_relay(&self, request: RelayRequest) {
+        match request {
+            RelayRequest::Register { relay, to, transaction } => {
+                self.send_probe(&relay, to, &Probe::Register { transaction });
+            }
+            RelayRequest::Open { relay, to, peer, transaction } => {
+                self.send_probe(&relay, to, &Probe::Open { transaction, peer });
+            }
+        }
+    }
+
+    /// Sealed for the peer, whichever way it goes.
+    pub(super) fn send_signal(&self, peer: NodeId, via: Option<Path>, signal: Signal) {
+        let Some(key) = self.mesh.peer(peer).map(|status| status.node.wireguard_key()) else {
+            return;
+        };
+        let Signal::CallMe { boot_epoch, number, candidates } = signal;
+        let call = Probe::CallMe { boot_epoch, number, candidates };
+        let Some(datagram) = self.probe_keys.seal(&key, &call, 0) else { return };
+        match via {
+            Some(path) => self.data_plane.send(path, &datagram),
+            None => {
+                // A queue that is full means a controller that does not keep up: the core asks again.
+                if let Some(commands) = &self.commands {
+                    let _ = commands.try_send(discovery::Command::Signal(peer, datagram));
+                }
+            }
+        }
+    }
+
+    /// A datagram that looks like a probe came in; `from` is `None` if the controller carried it.
+    pub(super) fn probe_received(&mut self, from: Option<Path>, datagram: &[u8]) {
+        let Some((peer, probe)) = self.probe_keys.open(datagram) else { return };
+        let now = Instant::now();
+        let Some(from) = from else {
+            // Nothing else may come this way: whatever else there is names the path that it came.
+            if let Probe::CallMe { .. } = probe {
+                self.called(now, peer, probe);
+            }
+            return;
+        };
+        let answer = match probe {
+            Probe::Ping { transaction } => {
+                return self.mesh.probe_received(
+                    now,
+                    peer,
+                    from,
+                    ReceivedProbe::Ping { transaction },
+                );
+            }
+            Probe::Pong { transaction, observed } => {
+                let pong = ReceivedProbe::Pong { transaction, observed };
+                return self.mesh.probe_received(now, peer, from, pong);
+            }
+            Probe::CallMe { .. } => return self.called(now, peer, probe),
+            Probe::Register { transaction } => return self.register(now, peer, from, transaction),
+            Probe::Open { transaction, peer: other } => {
+                return self.open_channel(now, (peer, from), other, transaction);
+            }
+            Probe::Registered { transaction, lifetime } => {
+                RelayAnswer::Registered { transaction, lifetime }
+            }
+            Probe::Opened { transaction, channel } => {
+                RelayAnswer::Opened { transaction, channel: ChannelId(channel) }
+            }
+            Probe::Refused { transaction } => RelayAnswer::Refused { transaction },
+            Probe::Incoming { channel, peer } => {
+                RelayAnswer::Incoming { peer, channel: ChannelId(channel) }
+            }
+        };
+        self.mesh.relay_received(now, peer, from, answer);
+    }
+
+    pub(super) fn stun_received(&mut self, from: Path, datagram: &[u8]) {
+        if let Some(stun::Message::Success { transaction, mapped }) =
+            stun::Message::decode(datagram)
+        {
+            let now = Instant::now();
+            self.mesh.stun_received(now, from.local, from.remote, transaction, mapped);
+        }
+    }
+
+    fn called(&mut self, now: Instant, peer: WireguardKey, probe: Probe) {
+        let Probe::CallMe { boot_epoch, number, candidates } = probe else { return };
+        if let Some(node) = self.nodes.get(&peer) {
+            let call = Signal::CallMe { boot_epoch, number, candidates };
+            self.mesh.signal_received(now, *node, call);
+        }
+    }
+
+    fn register(&mut self, now: Instant, node: WireguardKey, from: Path, transaction: u64) {
+        if from.is_relayed() {
+            return;
+        }
+        self.sweep_relay(now);
+        let answer = match self.relay.register(now, node, from) {
+            Ok(lifetime) => Probe::Registered { transaction, lifetime },
+            Err(_) => Probe::Refused { transaction },
+        };
+        self.send_probe(&node, from, &answer);
+    }
+
+    fn open_channel(
+        &mut self,
+        now: Instant,
+        (node, from): (WireguardKey, Path),
+        other: WireguardKey,
+        transaction: u64,
+    ) {
+        if from.is_relayed() {
+            return;
+        }
+        self.sweep_relay(now);
+        match self.relay.open(now, (node, from), other, rand::rng().random()) {
+            Ok((channel, path)) => {
+                let opened = Probe::Opened { transaction, channel: channel.0 };
+                self.send_probe(&node, from, &opened);
+                for _ in 0..INCOMING_COPIES {
+                    let incoming = Probe::Incoming { channel: channel.0, peer: node };
+                    self.send_probe(&other, path, &incoming);
+                }
+            }
+            Err(reason) => {
+                tracing::debug!(?reason, "channel refused");
+                self.send_probe(&node, from, &Probe::Refused { transaction });
+            }
+        }
+    }
+
+    fn sweep_relay(&mut self, now: Instant) {
+        if now.saturating_duration_since(self.relay_swept) >= RELAY_SWEEP {
+            self.relay_swept = now;
+            self.relay.expire(now);
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Carries what one node says to another, sealed: it is neither read nor kept.
+//!
+//! Only between live watches; what finds no room, or comes from a node that says too much, is
+//! lost. The nodes repeat what matters, and number what they say, so that a copy changes nothing.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use towline_proto::id::NodeId;
+use towline_proto::{limits, pb};
+
+use crate::registry::sessions::SessionId;
+
+/// Signals that wait for one watch.
+const WAITING: usize = 64;
+/// Signals that one node may send at once, and in which time it earns another: enough to call
+/// every node of a large mesh within a minute of its start.
+const BURST: u32 = 256;
+const EARN: Duration = Duration::from_millis(20);
+
+/// Where each live watch takes its signals.
+#[derive(Debug, Default)]
+pub struct Signals(Mutex<BTreeMap<NodeId, (SessionId, mpsc::Sender<pb::Signal>)>>);
+
+impl Signals {
+    /// A watch begins; it replaces the node's one before.
+    pub(super) fn open(&self, node: NodeId, session: SessionId) -> mpsc::Receiver<pb::Signal> {
+        let (sender, receiver) = mpsc::channel(WAITING);
+        self.0.lock().insert(node, (session, sender));
+        receiver
+    }
+
+    /// It ended.
+    pub(super) fn close(&self, node: NodeId, session: SessionId) {
+        let mut open = self.0.lock();
+        if open.get(&node).is_some_and(|(current, _)| *current == session) {
+            open.remove(&node);
+        }
+    }
+
+    /// Hands on what `from` says; `false` if it is lost.
+    pub(super) fn carry(&self, from: NodeId, signal: pb::Signal) -> bool {
+        let Ok(to) = NodeId::try_from(signal.node_id.as_slice()) else { return false };
+        if signal.body.len() > limits::SIGNAL_BYTES {
+            return false;
+        }
+        let carried = pb::Signal { node_id: from.0.to_vec(), body: signal.body };
+        let open = self.0.lock();
+        open.get(&to).is_some_and(|(_, sender)| sender.try_send(carried).is_ok())
+    }
+}
+
+/// How much one node has said.
+#[derive(Debug)]
+pub(super) struct Allowance {
+    left: u32,
+    since: Instant,
+}
+
+impl Allowance {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { left: BURST, since: now }
+    }
+
+    /// Whether it may say something more.
+    pub(super) fn take(&mut self, now: Instant) -> bool {
+        let passed = now.saturating_duration_since(self.since);
+        let earned = u32::try_from(passed.as_millis() / EARN.as_millis()).unwrap_or(BURST);
+        if earned > 0 {
+            self.left = self.left.saturating_add(earned).min(BURST);
+            self.since = now;
+        }
+        self.left = match self.left.checked_sub(1) {
+            Some(left) => left,
+            None => return false,
+        };
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: NodeId = NodeId([1; 16]);
+    const B: NodeId = NodeId([2; 16]);
+
+    fn to(node: NodeId, bytes: usize) -> pb::Signal {
+        pb::Signal { node_id: node.0.to_vec(), body: vec![7; bytes] }
+    }
+
+    #[test]
+    fn a_signal_reaches_a_live_watch_under_its_senders_name() {
+        let signals = Signals::default();
+        assert!(!signals.carry(A, to(B, 10)), "nobody is there");
+        let mut inbox = signals.open(B, [1; 16]);
+        assert!(signals.carry(A, to(B, 10)));
+        assert_eq!(inbox.try_recv().unwrap(), to(A, 10));
+        assert!(!signals.carry(A, to(B, limits::SIGNAL_BYTES + 1)));
+        signals.close(B, [9; 16]);
+        assert!(signals.carry(A, to(B, 10)), "an older session's end closes nothing");
+        signals.close(B, [1; 16]);
+        assert!(!signals.carry(A, to(B, 10)));
+    }
+
+    #[test]
+    fn what_waits_is_bounded_and_so_is_what_one_may_say() {
+        let signals = Signals::default();
+        let _inbox = signals.open(B, [1; 16]);
+        assert_eq!((0..1000).filter(|_| signals.carry(A, to(B, 10))).count(), WAITING);
+        let now = crate::clock::Now::read().mono;
+        let mut allowance = Allowance::new(now);
+        assert_eq!((0..1000).filter(|_| allowance.take(now)).count(), BURST as usize);
+        let later = now + EARN * 10;
+        assert_eq!((0..1000).filter(|_| allowance.take(later)).count(), 10);
+    }
+}
