@@ -472,7 +472,7 @@ fn a_node_whose_clock_was_set_back_returns_when_its_boot_epoch_grows() {
 fn probes_and_stun_are_handed_on_and_sent() {
     let (network, a, mut b) = strangers();
     let probe = [&[0x50u8, 1, 0, 0][..], &[7; 60]].concat();
-    let stun = [&[0u8, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42][..], &[9; 12]].concat();
+    let stun = [&[1u8, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42][..], &[9; 12]].concat();
     a.plane.send(b.address.into(), &probe);
     match b.event() {
         Event::Probe { from, datagram } => {

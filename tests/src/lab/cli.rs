@@ -11,7 +11,7 @@ use super::interrupt;
 use super::keep::Kept;
 use super::privilege::acquire;
 use super::report::{Forbidden, finish, print};
-use super::scenario::{Setting, bench, crash, demo, idle};
+use super::scenario::{Setting, bench, crash, demo, idle, nat};
 use super::talk::{Talk, line};
 use super::traffic::random_bytes;
 
@@ -32,6 +32,8 @@ enum What {
     List,
     /// Two workers behind NAT join a control plane; traffic flows, sealed.
     Demo(DemoArguments),
+    /// A path between any two nodes, whatever NAT they stand behind.
+    Nat(NatArguments),
     /// What agents and controller cost while nothing happens (release build).
     Idle {
         /// Print one JSON object instead of text.
@@ -84,6 +86,22 @@ struct DemoArguments {
     megabytes: u64,
 }
 
+#[derive(Debug, Args)]
+struct NatArguments {
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    json: bool,
+    /// Every class with each, on each family.
+    #[arg(long)]
+    full: bool,
+    /// Round-trip time of the links, in milliseconds.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=2_000))]
+    rtt: u32,
+    /// Percent of packets that the links lose.
+    #[arg(long, default_value_t = 0.0)]
+    loss: f64,
+}
+
 /// Runs what the command line says.
 pub fn main() -> ExitCode {
     let Command { what, rootless } = Command::parse();
@@ -102,6 +120,13 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
         What::Demo(DemoArguments { json, keep, megabytes }) => {
             let setting = prepare(rootless, Profile::Dev)?;
             let figures = demo::run(&setting, demo::Options { megabytes, keep })?;
+            drop(setting);
+            finish(&figures, json)
+        }
+        What::Nat(NatArguments { json, full, rtt, loss }) => {
+            let setting = prepare(rootless, Profile::Dev)?;
+            let options = nat::Options { full, rtt_ms: rtt, loss_pct: loss.clamp(0.0, 100.0) };
+            let figures = nat::run(&setting, options)?;
             drop(setting);
             finish(&figures, json)
         }
@@ -135,6 +160,7 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
 /// One line each; none of these needs the real root.
 const LIST: &str = "\
 demo    two workers behind NAT join a control plane; traffic flows, sealed
+nat     a path between any two nodes, whatever NAT they stand behind
 idle    what agents and controller cost while nothing happens
 bench   Towline beside other userspace WireGuards: speed, latency, processor time, memory
 crash   kill -9 at 100 random moments under a writing load: nothing acknowledged is lost

@@ -26,6 +26,8 @@ pub const START_LIMIT: Duration = Duration::from_secs(20);
 pub struct Controller {
     operator: Operator,
     address: SocketAddr,
+    listen: String,
+    advertise: Vec<SocketAddr>,
     log: PathBuf,
     daemon: Option<Daemon>,
 }
@@ -102,6 +104,8 @@ pub struct Peer {
     pub state: String,
     /// Why it is not up.
     pub reason: Option<String>,
+    /// "direct" or "relay", when it is.
+    pub path_kind: Option<String>,
 }
 
 impl Peer {
@@ -112,8 +116,26 @@ impl Peer {
 }
 
 impl Controller {
+    /// As [`Self::start`], on all of the host's addresses.
+    pub fn start_on_all(lab: &Lab, host: &Arc<Host>, binaries: &Binaries) -> anyhow::Result<Self> {
+        let advertise = host.addresses().iter().map(|address| SocketAddr::new(*address, 7443));
+        Self::start_with(lab, host, binaries, "[::]:7443".to_owned(), advertise.collect())
+    }
+
     /// Starts one on a host's first address, port 7443, and waits until it answers.
     pub fn start(lab: &Lab, host: &Arc<Host>, binaries: &Binaries) -> anyhow::Result<Self> {
+        let address = host.addresses().first().ok_or_else(|| anyhow!("a host without address"))?;
+        let address = SocketAddr::new(*address, 7443);
+        Self::start_with(lab, host, binaries, address.to_string(), vec![address])
+    }
+
+    fn start_with(
+        lab: &Lab,
+        host: &Arc<Host>,
+        binaries: &Binaries,
+        listen: String,
+        advertise: Vec<SocketAddr>,
+    ) -> anyhow::Result<Self> {
         let address = host.addresses().first().ok_or_else(|| anyhow!("a host without address"))?;
         let operator = Operator {
             host: Arc::clone(host),
@@ -123,6 +145,8 @@ impl Controller {
         let mut controller = Self {
             operator,
             address: SocketAddr::new(*address, 7443),
+            listen,
+            advertise,
             log: lab.directory().join("controller.log"),
             daemon: None,
         };
@@ -138,11 +162,10 @@ impl Controller {
 
     /// Starts it (again), no more.
     pub fn launch(&mut self) -> anyhow::Result<()> {
-        let program = self
-            .operator
-            .program(&["serve"])
-            .args(["--listen", &self.address.to_string()])
-            .args(["--advertise", &self.address.to_string()]);
+        let mut program = self.operator.program(&["serve"]).args(["--listen", &self.listen]);
+        for address in &self.advertise {
+            program = program.args(["--advertise", &address.to_string()]);
+        }
         // The one before is gone first: it holds the port and the store.
         self.daemon = None;
         self.daemon =

@@ -63,3 +63,4 @@ pub mod scenario;
 pub mod talk;
 pub mod topology;
 pub mod traffic;
+pub mod wire;

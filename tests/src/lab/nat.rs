@@ -1,41 +1,100 @@
 //! What routers do to packets, by nftables: the same module that the agent uses.
+//!
+//! The classes are those of RFC 4787, in the older names. On IPv6 nothing is translated, but
+//! filtered alike.
 
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::Serialize;
 use towline_agent::netlink::Family;
-use towline_agent::nft::{Chain, ChainKind, CtState, Hook, Nft, Rule, Table, TableFamily};
+use towline_agent::nft::{
+    Chain, ChainKind, CtState, Hook, KeyType, Nft, Rule, Set, Table, TableFamily,
+};
 
 /// What a router does to packets that it forwards.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Nat {
     /// What most routers at homes and in datacenters do, and Linux's masquerade does: IPv4 leaves
     /// from the router's address, from the same port for every destination while that is free, and
-    /// only answers come in (RFC 4787: address and port dependent filtering). IPv6 is not
-    /// translated, but filtered alike.
+    /// only answers come in (RFC 4787: address and port dependent filtering).
+    #[serde(rename = "port-restricted")]
     Masquerade,
+    /// The same mapping; whoever sends to [`PORT`] gets in.
+    FullCone,
+    /// The same mapping; whom the inside has sent to gets in, from any port.
+    AddressRestricted,
+    /// Each destination sees a port of its own; only answers come in.
+    Symmetric,
+    /// The same, and the ports are drawn from all there are.
+    SymmetricRandom,
+    /// A firewall: as [`Nat::Masquerade`], but UDP neither leaves nor comes in.
+    UdpBlocked,
 }
 
+/// The UDP port of the inside host that the classes are about.
+pub const PORT: u16 = 51830;
+
 const TABLE: &str = "lab";
+/// Before routing: the destination is translated.
+const TRANSLATE_DESTINATION: i32 = -100;
 /// After connection tracking.
 const FILTER: i32 = 0;
 const TRANSLATE_SOURCE: i32 = 100;
+const SEEN: [(Family, &str); 2] = [(Family::V4, "seen4"), (Family::V6, "seen6")];
 
-/// Installs it in the calling thread's namespace; `uplink` leads to the internet.
-pub fn install(nat: Nat, uplink: &str) -> anyhow::Result<()> {
-    let Nat::Masquerade = nat;
+/// Installs it in the calling thread's namespace; `uplink` leads to the internet, `inside` are the
+/// addresses of the host that the class is about.
+pub fn install(nat: Nat, uplink: &str, inside: [IpAddr; 2]) -> anyhow::Result<()> {
     let answers =
         Rule::new().input(uplink).ct_state(CtState::ESTABLISHED | CtState::RELATED).accept();
     let unsolicited = Rule::new().input(uplink).drop();
     let ping = |protocol| Rule::new().protocol(protocol).accept();
-    let translate = Rule::new().family(Family::V4).output(uplink).masquerade();
-    let table = Table::new(TableFamily::Inet, TABLE)
-        .chain(
-            "translate",
-            Chain::base(ChainKind::Nat, Hook::Postrouting, TRANSLATE_SOURCE).rule(translate),
-        )
-        .chain(
-            "forward",
-            Chain::base(ChainKind::Filter, Hook::Forward, FILTER)
-                .rules([answers.clone(), unsolicited.clone()]),
-        )
+    let udp = libc::IPPROTO_UDP as u8;
+    let leaving = Rule::new().family(Family::V4).output(uplink);
+    let mut translate = Chain::base(ChainKind::Nat, Hook::Postrouting, TRANSLATE_SOURCE);
+    translate = match nat {
+        Nat::Symmetric | Nat::SymmetricRandom => translate
+            .rule(leaving.clone().protocol(udp).masquerade_random())
+            .rule(leaving.masquerade()),
+        _ => translate.rule(leaving.masquerade()),
+    };
+    let mut table = Table::new(TableFamily::Inet, TABLE).chain("translate", translate);
+    let mut forward = Chain::base(ChainKind::Filter, Hook::Forward, FILTER);
+    match nat {
+        Nat::Masquerade | Nat::Symmetric | Nat::SymmetricRandom => {}
+        Nat::UdpBlocked => {
+            forward = forward
+                .rule(Rule::new().output(uplink).protocol(udp).drop())
+                .rule(Rule::new().input(uplink).protocol(udp).drop());
+        }
+        Nat::FullCone | Nat::AddressRestricted => {
+            let mut enter = Chain::base(ChainKind::Nat, Hook::Prerouting, TRANSLATE_DESTINATION);
+            for (family, set) in SEEN {
+                let key = if family == Family::V4 { KeyType::Ipv4 } else { KeyType::Ipv6 };
+                table = table.set(set, Set::dynamic(key));
+                forward = forward.rule(
+                    Rule::new().output(uplink).protocol(udp).remember_destination(family, set),
+                );
+            }
+            let known = |rule: Rule, (family, set): (Family, &str)| match nat {
+                Nat::AddressRestricted => rule.source_in(family, set),
+                _ => rule.family(family),
+            };
+            let knock = |rule: Rule| rule.protocol(udp).destination_port(PORT);
+            let outside = || Rule::new().input(uplink);
+            let [v4, _] = inside;
+            enter = enter.rule(knock(known(outside(), SEEN[0])).dnat(v4, Some(PORT)));
+            table = table.chain("enter", enter);
+            for (inside, seen) in inside.into_iter().zip(SEEN) {
+                let rule = known(outside(), seen).destination(IpNet::from(inside));
+                forward = forward.rule(knock(rule).accept());
+            }
+        }
+    }
+    let table = table
+        .chain("forward", forward.rules([answers.clone(), unsolicited.clone()]))
         // What is not for the router itself must not leave a trace in its connection table either:
         // it would take the very port that an inside host is about to use towards that peer.
         .chain(

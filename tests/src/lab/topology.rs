@@ -29,17 +29,21 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tempfile::TempDir;
-use towline_agent::netlink::{AddressOptions, Route, Rtnetlink, VethPeer};
+use towline_agent::netlink::{AddressOptions, Family, Route, Rtnetlink, VethPeer};
 
 use super::namespace::Namespace;
 use super::nat::{self, Nat};
 use super::ping::first_reply;
 use super::privilege::Rank;
+use super::wire::{Cable, Weather};
 
 /// Everything that was built. Dropping it takes it all down.
 #[derive(Debug)]
 pub struct Lab {
     rank: Rank,
+    weather: Weather,
+    /// Dropped before what they lead to.
+    cables: Vec<Cable>,
     internet: Namespace,
     /// Dropped last: logs and state of what runs in the hosts.
     directory: TempDir,
@@ -65,6 +69,8 @@ pub struct Router {
 const LINK_LIMIT: Duration = Duration::from_secs(5);
 const BRIDGE: &str = "net0";
 const LAN: &str = "lan0";
+/// Number of the first host in a LAN.
+const FIRST_HOST: u8 = 10;
 const INTERNET_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(203, 0, 113, 0), 24);
 const INTERNET_V6: Ipv6Net =
     Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0), 64);
@@ -85,12 +91,18 @@ impl Lab {
             address(&mut netlink, BRIDGE, IpNet::new(gateway.1.into(), INTERNET_V6.prefix_len())?)
         })?;
         forward(&internet)?;
-        Ok(Self { rank, internet, directory })
+        Ok(Self { rank, weather: Weather::default(), cables: Vec::new(), internet, directory })
     }
 
     /// Who the lab is towards the kernel.
     pub fn rank(&self) -> Rank {
         self.rank
+    }
+
+    /// What the way of each uplink to the internet is like from now on; by default it is a cable
+    /// that costs nothing.
+    pub fn weather(&mut self, weather: Weather) {
+        self.weather = weather;
     }
 
     /// Where the bridge is: capture here.
@@ -105,7 +117,7 @@ impl Lab {
 
     /// Begins a machine; its name (at most 15 bytes) also names its ports on bridges.
     pub fn host<'a>(&'a mut self, name: &'a str) -> HostBuilder<'a> {
-        HostBuilder { lab: self, name, uplinks: Vec::new() }
+        HostBuilder { lab: self, name, uplinks: Vec::new(), only: None }
     }
 
     /// Two machines, joined by one cable and nothing else: `eth0` of each, with numbers 1 and 2
@@ -132,7 +144,7 @@ impl Lab {
 
     /// Begins a router.
     pub fn router<'a>(&'a mut self, name: &'a str) -> RouterBuilder<'a> {
-        RouterBuilder { lab: self, name, public: None, lan: None, nat: None }
+        RouterBuilder { lab: self, name, uplink: None, lan: None, nat: None }
     }
 }
 
@@ -167,12 +179,44 @@ pub struct HostBuilder<'a> {
     lab: &'a mut Lab,
     name: &'a str,
     uplinks: Vec<Uplink<'a>>,
+    only: Option<Family>,
 }
 
 #[derive(Debug)]
 enum Uplink<'a> {
     Internet(Ipv4Addr, Ipv6Addr),
     Lan(&'a Router),
+}
+
+impl Uplink<'_> {
+    fn weather(&self, lab: &Lab) -> Weather {
+        match self {
+            Uplink::Internet(..) => lab.weather,
+            Uplink::Lan(_) => Weather::default(),
+        }
+    }
+
+    /// Where the cable goes, the next free addresses there, and the gateways.
+    fn ends<'b>(&'b self, lab: &'b Lab) -> (&'b Namespace, &'static str, [IpNet; 2], [IpAddr; 2]) {
+        match self {
+            Uplink::Internet(v4, v6) => (
+                &lab.internet,
+                BRIDGE,
+                [in_net(*v4, INTERNET_V4), in_net(*v6, INTERNET_V6)],
+                [first_v4(INTERNET_V4).into(), first_v6(INTERNET_V6).into()],
+            ),
+            Uplink::Lan(router) => {
+                let (v4, v6) = router.lan;
+                let number = router.next.fetch_add(1, Ordering::Relaxed);
+                (
+                    &router.host.namespace,
+                    LAN,
+                    [in_net(nth_v4(v4, number), v4), in_net(nth_v6(v6, number), v6)],
+                    [first_v4(v4).into(), first_v6(v6).into()],
+                )
+            }
+        }
+    }
 }
 
 impl<'a> HostBuilder<'a> {
@@ -190,38 +234,34 @@ impl<'a> HostBuilder<'a> {
         self
     }
 
+    /// With addresses of this family alone.
+    pub fn only(mut self, family: Family) -> Self {
+        self.only = Some(family);
+        self
+    }
+
     /// Makes it. Its links are eth0, eth1, ... in the order of its uplinks; the earlier ones are
     /// preferred.
     pub fn build(self) -> anyhow::Result<Arc<Host>> {
-        let Self { lab, name, uplinks } = self;
+        let Self { lab, name, uplinks, only } = self;
         let namespace = bare(name)?;
-        let mut addresses = Vec::new();
+        let (mut addresses, mut cables) = (Vec::new(), Vec::new());
         for (index, uplink) in uplinks.iter().enumerate() {
             let link = format!("eth{index}");
             let port = if index == 0 { name.to_owned() } else { format!("{name}-{index}") };
-            let (switch, bridge, own, gateways) = match uplink {
-                Uplink::Internet(v4, v6) => (
-                    &lab.internet,
-                    BRIDGE,
-                    [in_net(*v4, INTERNET_V4), in_net(*v6, INTERNET_V6)],
-                    [first_v4(INTERNET_V4).into(), first_v6(INTERNET_V6).into()],
-                ),
-                Uplink::Lan(router) => {
-                    let (v4, v6) = router.lan;
-                    let number = router.next.fetch_add(1, Ordering::Relaxed);
-                    (
-                        &router.host.namespace,
-                        LAN,
-                        [in_net(nth_v4(v4, number), v4), in_net(nth_v6(v6, number), v6)],
-                        [first_v4(v4).into(), first_v6(v6).into()],
-                    )
-                }
-            };
-            plug(&namespace, &link, switch, bridge, &port)?;
+            let (switch, bridge, own, gateways) = uplink.ends(lab);
+            let cable = plug(&namespace, &link, switch, bridge, &port, uplink.weather(lab))?;
+            cables.extend(cable);
+            let ways: Vec<(IpNet, IpAddr)> = own
+                .into_iter()
+                .zip(gateways)
+                .filter(|(own, _)| only.is_none_or(|only| only == Family::of(own.addr())))
+                .collect();
             // The kernel takes an IPv6 metric of 0 for 1,024.
-            connect(&namespace, &link, own, gateways, 100 + index as u32)?;
-            addresses.extend(own.map(|net| net.addr()));
+            connect(&namespace, &link, &ways, 100 + index as u32)?;
+            addresses.extend(ways.iter().map(|(own, _)| own.addr()));
         }
+        lab.cables.extend(cables);
         Ok(Arc::new(Host { namespace, addresses }))
     }
 }
@@ -232,16 +272,23 @@ impl<'a> HostBuilder<'a> {
 pub struct RouterBuilder<'a> {
     lab: &'a mut Lab,
     name: &'a str,
-    public: Option<(Ipv4Addr, Ipv6Addr)>,
+    uplink: Option<Uplink<'a>>,
     lan: Option<(Ipv4Net, Ipv6Net)>,
     nat: Option<Nat>,
 }
 
-impl RouterBuilder<'_> {
+impl<'a> RouterBuilder<'a> {
     /// Its addresses on the internet.
     pub fn public(mut self, v4: &str, v6: &str) -> anyhow::Result<Self> {
-        self.public = Some(public(v4, v6)?);
+        let (v4, v6) = public(v4, v6)?;
+        self.uplink = Some(Uplink::Internet(v4, v6));
         Ok(self)
+    }
+
+    /// Behind another router, instead of on the internet.
+    pub fn behind(mut self, router: &'a Router) -> Self {
+        self.uplink = Some(Uplink::Lan(router));
+        self
     }
 
     /// The networks of its LAN; number 1 of each is its own.
@@ -259,15 +306,15 @@ impl RouterBuilder<'_> {
 
     /// Makes it.
     pub fn build(self) -> anyhow::Result<Router> {
-        let Self { lab, name, public, lan, nat } = self;
+        let Self { lab, name, uplink, lan, nat } = self;
         let missing = |what| anyhow!("router {name} has no {what}");
-        let (v4, v6) = public.ok_or_else(|| missing("public address"))?;
+        let uplink = uplink.ok_or_else(|| missing("uplink"))?;
         let lan = lan.ok_or_else(|| missing("LAN"))?;
         let namespace = bare(name)?;
-        plug(&namespace, "eth0", &lab.internet, BRIDGE, name)?;
-        let own = [in_net(v4, INTERNET_V4), in_net(v6, INTERNET_V6)];
-        let gateways = [first_v4(INTERNET_V4).into(), first_v6(INTERNET_V6).into()];
-        connect(&namespace, "eth0", own, gateways, 100)?;
+        let (switch, bridge, own, gateways) = uplink.ends(lab);
+        let cable = plug(&namespace, "eth0", switch, bridge, name, uplink.weather(lab))?;
+        let ways: Vec<(IpNet, IpAddr)> = own.into_iter().zip(gateways).collect();
+        connect(&namespace, "eth0", &ways, 100)?;
         namespace.run(|| {
             let mut netlink = Rtnetlink::open()?;
             netlink.add_bridge(LAN)?;
@@ -276,12 +323,24 @@ impl RouterBuilder<'_> {
         })?;
         forward(&namespace)?;
         if let Some(nat) = nat {
-            namespace.run(|| nat::install(nat, "eth0"))?;
+            let inside = [nth_v4(lan.0, FIRST_HOST).into(), nth_v6(lan.1, FIRST_HOST).into()];
+            namespace.run(|| nat::install(nat, "eth0", inside))?;
         }
-        lab.internet
-            .run(|| Ok(Rtnetlink::open()?.add_route(&Route::new(lan.1.into()).via(v6.into()))?))?;
+        // IPv6 is not translated: whoever stands between knows the way back.
+        let lan_v6 = || Route::new(lan.1.into());
+        let here = own[1].addr();
+        let switch = match &uplink {
+            Uplink::Internet(..) => &lab.internet,
+            Uplink::Lan(router) => {
+                let above = router.host.addresses[1];
+                lab.internet.run(|| Ok(Rtnetlink::open()?.add_route(&lan_v6().via(above))?))?;
+                &router.host.namespace
+            }
+        };
+        switch.run(|| Ok(Rtnetlink::open()?.add_route(&lan_v6().via(here))?))?;
+        lab.cables.extend(cable);
         let host = Host { namespace, addresses: own.map(|net| net.addr()).to_vec() };
-        Ok(Router { host, lan, next: AtomicU8::new(10) })
+        Ok(Router { host, lan, next: AtomicU8::new(FIRST_HOST) })
     }
 }
 
@@ -322,7 +381,18 @@ fn plug(
     switch: &Namespace,
     bridge: &str,
     port: &str,
-) -> anyhow::Result<()> {
+    weather: Weather,
+) -> anyhow::Result<Option<Cable>> {
+    if weather != Weather::default() {
+        let cable = Cable::lay((host, link), (switch, port), weather)?;
+        switch.run(|| {
+            let mut netlink = Rtnetlink::open()?;
+            let (port, bridge) = (netlink.link_index(port)?, netlink.link_index(bridge)?);
+            netlink.set_master(port, Some(bridge))?;
+            Ok(netlink.set_up(port, true)?)
+        })?;
+        return Ok(Some(cable));
+    }
     switch.run(|| {
         let mut netlink = Rtnetlink::open()?;
         let peer = VethPeer { name: link, namespace: Some(host.file().as_fd()) };
@@ -331,7 +401,8 @@ fn plug(
         netlink.set_master(port, Some(bridge))?;
         netlink.set_up(port, true)?;
         Ok(())
-    })
+    })?;
+    Ok(None)
 }
 
 /// Addresses and default routes on a link; then waits until both gateways answer: a fresh link
@@ -339,13 +410,12 @@ fn plug(
 fn connect(
     host: &Namespace,
     link: &str,
-    own: [IpNet; 2],
-    gateways: [IpAddr; 2],
+    ways: &[(IpNet, IpAddr)],
     metric: u32,
 ) -> anyhow::Result<()> {
     host.run(|| {
         let mut netlink = Rtnetlink::open()?;
-        for (own, gateway) in own.into_iter().zip(gateways) {
+        for (own, gateway) in ways.iter().copied() {
             address(&mut netlink, link, own)?;
             let index = netlink.link_index(link)?;
             let everywhere = match own {
@@ -356,8 +426,8 @@ fn connect(
         }
         Ok(())
     })?;
-    for gateway in gateways {
-        first_reply(host, gateway, link, Instant::now() + LINK_LIMIT)?
+    for (_, gateway) in ways {
+        first_reply(host, *gateway, link, Instant::now() + LINK_LIMIT)?
             .with_context(|| format!("{} does not reach its gateway {gateway}", host.name()))?;
     }
     Ok(())

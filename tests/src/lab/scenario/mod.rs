@@ -12,6 +12,7 @@ pub mod crash;
 pub mod demo;
 pub mod hybrid;
 pub mod idle;
+pub mod nat;
 
 use super::binaries::Binaries;
 use super::privilege::Rank;

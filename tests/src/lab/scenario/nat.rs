@@ -1,0 +1,543 @@
+//! `cargo lab nat`: a path between any two nodes, whatever NAT they stand behind.
+//!
+//! A controller and two public nodes, one of them a relay; and for each class of NAT and family up
+//! to two nodes, each behind a router of its own. All of them know each other and are idle; then,
+//! pair by pair, the first inner packet is sent.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use serde::Serialize;
+use towline_agent::netlink::Family;
+
+use super::Setting;
+use crate::lab::interrupt::{self, wait_for, wait_up_to};
+use crate::lab::mesh::{Controller, Node, START_LIMIT};
+use crate::lab::namespace::join;
+use crate::lab::nat::Nat;
+use crate::lab::privilege::Rank;
+use crate::lab::report::{Figures, Promises, round};
+use crate::lab::topology::{Host, Lab, Router};
+use crate::lab::wire::Weather;
+
+/// How it is to be run.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// The whole grid.
+    pub full: bool,
+    /// Round-trip time between any two places on the internet, in milliseconds.
+    pub rtt_ms: u32,
+    /// Percent of the packets between them that are lost, each way.
+    pub loss_pct: f64,
+}
+
+/// Paths between classes of NAT.
+#[derive(Debug, Default, Serialize)]
+pub struct NatFigures {
+    /// The lab ran without root's rights over the machine.
+    pub rootless: bool,
+    /// Of the links.
+    pub rtt_ms: u32,
+    /// Of the links.
+    pub loss_pct: f64,
+    /// Each with a first packet of its own.
+    pub pairs: Vec<Pair>,
+    /// Pairs of which one can send no UDP, and what `towline peers` says of it.
+    pub blocked: Vec<Blocked>,
+    /// Over all pairs.
+    pub median_first_packet_ms: Option<f64>,
+    /// Over all pairs.
+    pub worst_first_packet_ms: Option<f64>,
+    /// Promises that did not hold.
+    pub failed: Vec<String>,
+}
+
+/// Two nodes that had nothing to say to each other until then.
+#[derive(Debug, Serialize)]
+pub struct Pair {
+    /// What the sender stands behind.
+    pub a: &'static str,
+    /// What the receiver stands behind.
+    pub b: &'static str,
+    /// "v4", "v6" or "dual".
+    pub family: &'static str,
+    /// From the moment it was sent until it arrived; `None`: it did not.
+    pub first_packet_ms: Option<f64>,
+    /// "direct" or "relay", in the end.
+    pub path: Option<String>,
+    /// From the first packet until the path was direct; `None`: it never was.
+    pub direct_ms: Option<f64>,
+    /// The best path that the two NATs allow.
+    pub expected: &'static str,
+}
+
+/// A pair that cannot be served yet.
+#[derive(Debug, Serialize)]
+pub struct Blocked {
+    /// What the one stands behind.
+    pub a: &'static str,
+    /// What the other stands behind.
+    pub b: &'static str,
+    /// The operator's answer.
+    pub says: String,
+}
+
+/// What a node stands behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Class {
+    Public,
+    Behind(Nat),
+    /// A home's router behind a carrier's.
+    Carrier,
+}
+
+/// Which families a node has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stack {
+    V4,
+    V6,
+    Dual,
+}
+
+use Class::{Behind, Carrier, Public};
+use Nat::{AddressRestricted, FullCone, Masquerade, Symmetric, SymmetricRandom, UdpBlocked};
+
+/// What is tried without `--full`: each class, each family, and both kinds of outcome.
+const PAIRS: [(Class, Class, Stack); 14] = [
+    (Public, Behind(Masquerade), Stack::V4),
+    (Behind(Masquerade), Behind(Masquerade), Stack::V4),
+    (Behind(FullCone), Behind(Symmetric), Stack::V4),
+    (Behind(AddressRestricted), Behind(SymmetricRandom), Stack::V4),
+    (Behind(Masquerade), Behind(AddressRestricted), Stack::V4),
+    (Behind(Masquerade), Carrier, Stack::V4),
+    (Carrier, Carrier, Stack::V4),
+    (Behind(SymmetricRandom), Public, Stack::V4),
+    (Behind(Symmetric), Behind(Masquerade), Stack::V4),
+    (Behind(Symmetric), Behind(SymmetricRandom), Stack::V4),
+    (Carrier, Behind(Symmetric), Stack::V4),
+    (Behind(Masquerade), Behind(Masquerade), Stack::V6),
+    (Behind(Symmetric), Public, Stack::V6),
+    (Behind(Symmetric), Behind(Symmetric), Stack::Dual),
+];
+
+/// Every class that lets UDP pass.
+const CLASSES: [Class; 7] = [
+    Public,
+    Behind(FullCone),
+    Behind(AddressRestricted),
+    Behind(Masquerade),
+    Behind(Symmetric),
+    Behind(SymmetricRandom),
+    Carrier,
+];
+
+/// How long the first packet may take, of which median and worst are promised.
+const GIVE_UP: Duration = Duration::from_secs(8);
+const WORST_MS: f64 = 2_000.0;
+/// How soon the direct path is to have taken over.
+const DIRECT: Duration = Duration::from_secs(5);
+/// What is said when nothing can be done has to be said by then.
+const SAID: Duration = Duration::from_secs(10);
+
+/// Runs it.
+pub fn run(setting: &Setting, options: Options) -> anyhow::Result<NatFigures> {
+    let mut figures = NatFigures {
+        rootless: setting.rank == Rank::Rootless,
+        rtt_ms: options.rtt_ms,
+        loss_pct: options.loss_pct,
+        ..NatFigures::default()
+    };
+    let mut promises = Promises::new();
+    let pairs = if options.full { grid() } else { PAIRS.to_vec() };
+    setting.talk.step("building the simulated internet, and what stands between it and the nodes");
+    let world = World::build(setting, options, &pairs)?;
+    if let Err(error) = figures.measure(setting, &world, &pairs, &mut promises) {
+        promises.fail(format!("{error:#}"));
+    }
+    figures.failed = promises.into_failed();
+    Ok(figures)
+}
+
+/// Each class with each, on each family.
+fn grid() -> Vec<(Class, Class, Stack)> {
+    let mut pairs = Vec::new();
+    for stack in [Stack::V4, Stack::V6, Stack::Dual] {
+        for (number, a) in CLASSES.into_iter().enumerate() {
+            pairs.extend(CLASSES[number..].iter().map(|b| (a, *b, stack)));
+        }
+    }
+    pairs
+}
+
+impl Class {
+    fn name(self) -> &'static str {
+        match self {
+            Public => "none",
+            Behind(FullCone) => "full-cone",
+            Behind(AddressRestricted) => "address-restricted",
+            Behind(Masquerade) => "port-restricted",
+            Behind(Symmetric) => "symmetric",
+            Behind(SymmetricRandom) => "symmetric-random",
+            Behind(UdpBlocked) => "udp-blocked",
+            Carrier => "cgnat",
+        }
+    }
+
+    fn is_symmetric(self) -> bool {
+        matches!(self, Behind(Symmetric | SymmetricRandom))
+    }
+
+    /// Lets in only what comes from the very address and port that was sent to.
+    fn filters_ports(self) -> bool {
+        self == Carrier || self == Behind(Masquerade) || self.is_symmetric()
+    }
+}
+
+impl Stack {
+    fn name(self) -> &'static str {
+        match self {
+            Self::V4 => "v4",
+            Self::V6 => "v6",
+            Self::Dual => "dual",
+        }
+    }
+}
+
+/// The best path between two classes: a port that only the peer's NAT knows can be found out by
+/// whoever lets every port of its address in.
+fn expected(a: Class, b: Class, stack: Stack) -> &'static str {
+    let unknown = a.is_symmetric() && b.filters_ports() || b.is_symmetric() && a.filters_ports();
+    if unknown && stack == Stack::V4 { "relay" } else { "direct" }
+}
+
+type Place = (Class, Stack, usize);
+
+/// Everything that was built. Fields are dropped in this order: processes, hosts, lab.
+struct World {
+    nodes: BTreeMap<Place, Node>,
+    fixed: Vec<Node>,
+    _controller: Controller,
+    _routers: Vec<Router>,
+    _lab: Lab,
+}
+
+impl World {
+    fn build(
+        setting: &Setting,
+        options: Options,
+        pairs: &[(Class, Class, Stack)],
+    ) -> anyhow::Result<Self> {
+        let mut lab = Lab::new(setting.rank)?;
+        // A packet and its answer pass four cables.
+        lab.weather(Weather {
+            delay: Duration::from_millis(options.rtt_ms.into()) / 4,
+            lost: (options.loss_pct * 1000.0 / 2.0) as u32,
+        });
+        let mut places: Vec<Place> = pairs
+            .iter()
+            .flat_map(|(a, b, stack)| [(*a, *stack, 0), (*b, *stack, 1)])
+            .chain([(Behind(UdpBlocked), Stack::V4, 0), (Public, Stack::V4, 1)])
+            .collect();
+        places.sort_unstable();
+        places.dedup();
+        let host = lab.host("ctl").public("203.0.113.2", "2001:db8::2")?.build()?;
+        let mut fixed_hosts = Vec::new();
+        for (name, number) in [("relay", 3), ("cp", 4)] {
+            let (v4, v6) = (format!("203.0.113.{number}"), format!("2001:db8::{number:x}"));
+            fixed_hosts.push((name, lab.host(name).public(&v4, &v6)?.build()?));
+        }
+        let mut routers = Vec::new();
+        let mut hosts = Vec::new();
+        for (number, place) in places.iter().enumerate() {
+            let host = settle(&mut lab, &mut routers, *place, number)?;
+            hosts.push((*place, host));
+        }
+        setting.talk.step("starting the controller");
+        let controller = Controller::start_on_all(&lab, &host, &setting.binaries)?;
+        let mut fixed = Vec::new();
+        for (name, host) in fixed_hosts {
+            let relay = if name == "relay" { "[relay]\nenabled = true\n" } else { "" };
+            let mut node = Node::new(&lab, &host, name, &setting.binaries, relay)?;
+            node.join(&controller.operator().token("cloud")?)?;
+            node.launch()?;
+            fixed.push(node);
+        }
+        setting.talk.step(&format!("joining {} nodes", hosts.len()));
+        let mut nodes = BTreeMap::new();
+        for (number, (place, host)) in hosts.into_iter().enumerate() {
+            let (class, stack, side) = place;
+            let name = format!("{}-{}-{side}", class.name(), stack.name());
+            let mut node = Node::new(&lab, &host, &name, &setting.binaries, "")?;
+            node.join(&controller.operator().token(&format!("site-{number}"))?)?;
+            node.launch()?;
+            nodes.insert(place, node);
+        }
+        let mut world =
+            Self { nodes, fixed, _controller: controller, _routers: routers, _lab: lab };
+        world.settle(setting)?;
+        Ok(world)
+    }
+
+    /// Waits until each node knows every other one, and where it is seen.
+    fn settle(&mut self, setting: &Setting) -> anyhow::Result<()> {
+        setting.talk.step("waiting until all nodes know each other");
+        let others = self.nodes.len() + self.fixed.len() - 1;
+        for node in self.nodes.values_mut().chain(&mut self.fixed) {
+            node.await_status(START_LIMIT)?;
+        }
+        // A record that holds what reflectors say comes a moment after the first one.
+        for node in self.nodes.values().chain(&self.fixed) {
+            let what = format!("map with {others} peers at {}", node.name());
+            wait_for(&what, START_LIMIT, || Ok((node.peers()?.len() == others).then_some(())))?;
+        }
+        interrupt::pass(Duration::from_secs(2))?;
+        Ok(())
+    }
+}
+
+/// A host at its place, with the routers before it.
+fn settle(
+    lab: &mut Lab,
+    routers: &mut Vec<Router>,
+    (class, stack, _): Place,
+    number: usize,
+) -> anyhow::Result<std::sync::Arc<Host>> {
+    let (v4, v6) = (format!("203.0.113.{}", number + 10), format!("2001:db8::{:x}", number + 16));
+    let lan = (format!("192.168.{number}.0/24"), format!("2001:db8:{:x}::/64", number + 1));
+    let name = format!("n{number}");
+    let router = match class {
+        Public => None,
+        Behind(nat) => Some(
+            lab.router(&format!("r{number}"))
+                .public(&v4, &v6)?
+                .lan(&lan.0, &lan.1)?
+                .nat(nat)
+                .build()?,
+        ),
+        Carrier => {
+            let carrier = lab
+                .router(&format!("c{number}"))
+                .public(&v4, &v6)?
+                .lan("100.64.0.0/24", &format!("2001:db8:{:x}::/64", number + 0x1001))?
+                .nat(Masquerade)
+                .build()?;
+            let home = lab
+                .router(&format!("r{number}"))
+                .behind(&carrier)
+                .lan(&lan.0, &lan.1)?
+                .nat(Masquerade)
+                .build()?;
+            routers.push(carrier);
+            Some(home)
+        }
+    };
+    let builder = lab.host(&name);
+    let builder = match &router {
+        Some(router) => builder.behind(router),
+        None => builder.public(&v4, &v6)?,
+    };
+    let builder = match stack {
+        Stack::V4 => builder.only(Family::V4),
+        Stack::V6 => builder.only(Family::V6),
+        Stack::Dual => builder,
+    };
+    let host = builder.build()?;
+    routers.extend(router);
+    Ok(host)
+}
+
+impl NatFigures {
+    fn measure(
+        &mut self,
+        setting: &Setting,
+        world: &World,
+        pairs: &[(Class, Class, Stack)],
+        promises: &mut Promises,
+    ) -> anyhow::Result<()> {
+        for (a, b, stack) in pairs.iter().copied() {
+            let place = |class, side| {
+                let node = world.nodes.get(&(class, stack, side));
+                node.ok_or_else(|| anyhow!("no node behind {class:?}"))
+            };
+            let pair = pair((a, b, stack), place(a, 0)?, place(b, 1)?)?;
+            setting.talk.step(&pair.line());
+            pair.check(promises);
+            self.pairs.push(pair);
+        }
+        let mut first: Vec<f64> =
+            self.pairs.iter().filter_map(|pair| pair.first_packet_ms).collect();
+        first.sort_unstable_by(f64::total_cmp);
+        self.median_first_packet_ms = first.get(first.len() / 2).copied();
+        self.worst_first_packet_ms = first.last().copied();
+        let median_limit = if self.rtt_ms == 0 { 150.0 } else { 500.0 };
+        let median = self.median_first_packet_ms.unwrap_or(f64::INFINITY);
+        promises.hold(median < median_limit, || {
+            format!("median of first_packet_ms below {median_limit}: {median}")
+        });
+        let blocked = world.nodes.get(&(Behind(UdpBlocked), Stack::V4, 0));
+        let open = world.nodes.get(&(Public, Stack::V4, 1));
+        if let (Some(blocked), Some(open)) = (blocked, open) {
+            self.blocked.push(unserved(blocked, open, promises)?);
+        }
+        Ok(())
+    }
+}
+
+fn pair((a, b, stack): (Class, Class, Stack), from: &Node, to: &Node) -> anyhow::Result<Pair> {
+    let target = overlay(to)?;
+    let begun = Instant::now();
+    let first = first_packet(from, to, target, begun)?;
+    let direct = match first {
+        None => None,
+        Some(_) => {
+            let left = DIRECT.saturating_sub(begun.elapsed());
+            let limit = if expected(a, b, stack) == "direct" { left * 2 } else { left };
+            wait_up_to(limit, || {
+                Ok((kind(from, to)?.as_deref() == Some("direct")).then(Instant::now))
+            })?
+        }
+    };
+    let ms = |at: Instant| round((at - begun).as_secs_f64() * 1000.0);
+    Ok(Pair {
+        a: a.name(),
+        b: b.name(),
+        family: stack.name(),
+        first_packet_ms: first.map(ms),
+        path: kind(from, to)?,
+        direct_ms: direct.map(ms),
+        expected: expected(a, b, stack),
+    })
+}
+
+fn kind(from: &Node, to: &Node) -> anyhow::Result<Option<String>> {
+    Ok(from.peer(to.name())?.and_then(|peer| peer.path_kind))
+}
+
+fn overlay(node: &Node) -> anyhow::Result<IpAddr> {
+    let status = node.status()?;
+    let v4 = status.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
+    v4.ok_or_else(|| anyhow!("{} has no overlay address", node.name()))
+}
+
+/// Sends small inner packets until one arrives: when that was.
+fn first_packet(
+    from: &Node,
+    to: &Node,
+    target: IpAddr,
+    begun: Instant,
+) -> anyhow::Result<Option<Instant>> {
+    /// RFC 863.
+    const PORT: u16 = 9;
+    const PACE: Duration = Duration::from_millis(20);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (listening, when_listening) = mpsc::channel();
+        let receiver = to.host().namespace().thread(scope, "first", move || {
+            let socket = UdpSocket::bind(SocketAddr::new(target, PORT))
+                .context("cannot listen on the overlay address")?;
+            socket.set_read_timeout(Some(PACE))?;
+            let _ = listening.send(());
+            let mut byte = [0; 8];
+            while begun.elapsed() < GIVE_UP {
+                interrupt::check()?;
+                if socket.recv_from(&mut byte).is_ok() {
+                    return Ok(Some(Instant::now()));
+                }
+            }
+            Ok(None)
+        })?;
+        let _ = when_listening.recv();
+        let sender = from.host().namespace().thread(scope, "first", || {
+            let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
+            while !done.load(std::sync::atomic::Ordering::Relaxed) && begun.elapsed() < GIVE_UP {
+                let _ = socket.send_to(b"towline", SocketAddr::new(target, PORT));
+                std::thread::sleep(PACE);
+            }
+            Ok(())
+        })?;
+        let arrived = join(receiver);
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        join(sender)?;
+        arrived
+    })
+}
+
+/// Where UDP is blocked altogether there is no path yet; the operator is told so.
+fn unserved(blocked: &Node, open: &Node, promises: &mut Promises) -> anyhow::Result<Blocked> {
+    let target = overlay(open)?;
+    blocked.host().namespace().run(|| {
+        let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
+        let _ = socket.send_to(b"towline", SocketAddr::new(target, 9));
+        Ok(())
+    })?;
+    let says = wait_up_to(SAID, || {
+        let reason = blocked.peer(open.name())?.and_then(|peer| peer.reason);
+        Ok(reason.filter(|reason| reason.contains("UDP")))
+    })?;
+    promises.hold(says.is_some(), || "a node without UDP says so".to_owned());
+    let says = match says {
+        Some(says) => says,
+        None => blocked.peer(open.name())?.and_then(|peer| peer.reason).unwrap_or_default(),
+    };
+    Ok(Blocked { a: Behind(UdpBlocked).name(), b: Public.name(), says })
+}
+
+impl Pair {
+    fn check(&self, promises: &mut Promises) {
+        let name = || format!("{} to {} on {}", self.a, self.b, self.family);
+        match self.first_packet_ms {
+            None => promises.fail(format!("{}: a packet arrives", name())),
+            Some(ms) => promises.hold(ms < WORST_MS, || {
+                format!("{}: first packet within {WORST_MS} ms: {ms}", name())
+            }),
+        }
+        if self.expected == "direct" {
+            let direct = self.direct_ms.unwrap_or(f64::INFINITY);
+            promises.hold(direct <= DIRECT.as_secs_f64() * 1000.0, || {
+                format!("{}: direct within {} s: {direct} ms", name(), DIRECT.as_secs())
+            });
+        }
+    }
+
+    fn line(&self) -> String {
+        let ms = |ms: Option<f64>| ms.map_or("-".to_owned(), |ms| format!("{ms} ms"));
+        format!(
+            "{} to {} on {}: first packet {}, {} (expected {}), direct after {}",
+            self.a,
+            self.b,
+            self.family,
+            ms(self.first_packet_ms),
+            self.path.as_deref().unwrap_or("no path"),
+            self.expected,
+            ms(self.direct_ms)
+        )
+    }
+}
+
+impl Figures for NatFigures {
+    fn failed(&self) -> &[String] {
+        &self.failed
+    }
+
+    fn for_people(&self) -> String {
+        let mut text = String::new();
+        for pair in &self.pairs {
+            let _ = writeln!(text, "{}", pair.line());
+        }
+        for blocked in &self.blocked {
+            let _ = writeln!(text, "{} to {}: {}", blocked.a, blocked.b, blocked.says);
+        }
+        let ms = |ms: Option<f64>| ms.map_or("-".to_owned(), |ms| format!("{ms} ms"));
+        let _ = write!(
+            text,
+            "first packet: median {}, worst {}",
+            ms(self.median_first_packet_ms),
+            ms(self.worst_first_packet_ms)
+        );
+        text
+    }
+}

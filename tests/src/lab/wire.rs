@@ -1,0 +1,134 @@
+//! A cable with a delay and a loss, in userspace: two TAP links and two threads that carry frames
+//! from one to the other. netem is absent from many kernels.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::namespace::Namespace;
+
+/// What happens to a frame on a cable, in each direction.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Weather {
+    /// How long it takes.
+    pub delay: Duration,
+    /// How many of 100,000 never arrive.
+    pub lost: u32,
+}
+
+/// A cable. Dropping it takes it away.
+#[derive(Debug)]
+pub struct Cable {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Frames that may be under way in one direction.
+const UNDER_WAY: usize = 4096;
+const FRAME_BYTES: usize = 65_536;
+/// How often a thread looks whether it is to end.
+const LOOK: Duration = Duration::from_millis(100);
+
+impl Cable {
+    /// From the link `a.1`, which is made in the namespace `a.0`, to `b.1` in `b.0`.
+    pub fn lay(
+        a: (&Namespace, &str),
+        b: (&Namespace, &str),
+        weather: Weather,
+    ) -> anyhow::Result<Self> {
+        let [a, b] = [a, b].map(|(namespace, name)| namespace.run(|| open_tap(name)));
+        let (a, b) = (a?, b?);
+        let stop = Arc::new(AtomicBool::new(false));
+        let ways = [(a.try_clone()?, b.try_clone()?), (b, a)];
+        let mut threads = Vec::new();
+        for (number, (from, to)) in ways.into_iter().enumerate() {
+            let stop = stop.clone();
+            let seed = 0x9e37_79b9_7f4a_7c15 ^ (from.as_raw_fd() as u64) << 8 ^ number as u64;
+            let carry = move || carry(from, to, weather, seed, &stop);
+            threads.push(std::thread::Builder::new().name("cable".to_owned()).spawn(carry)?);
+        }
+        Ok(Self { stop, threads })
+    }
+}
+
+impl Drop for Cable {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Until it is to stop, or a link is gone.
+fn carry(mut from: File, mut to: File, weather: Weather, mut random: u64, stop: &AtomicBool) {
+    let mut under_way: VecDeque<(Instant, Vec<u8>)> = VecDeque::new();
+    let mut frame = vec![0; FRAME_BYTES];
+    while !stop.load(Ordering::Relaxed) {
+        let next = under_way
+            .front()
+            .map_or(LOOK, |(due, _)| due.saturating_duration_since(Instant::now()).min(LOOK));
+        // Rounded up: waking too early would mean waking twice.
+        let next = next + Duration::from_micros(999);
+        let mut fds = [PollFd::new(from.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(next).unwrap_or(PollTimeout::ZERO);
+        let _ = poll(&mut fds, timeout);
+        loop {
+            match from.read(&mut frame) {
+                Ok(len) => {
+                    // xorshift64, Marsaglia 2003.
+                    random ^= random << 13;
+                    random ^= random >> 7;
+                    random ^= random << 17;
+                    let lost = random % 100_000 < u64::from(weather.lost);
+                    if !lost && under_way.len() < UNDER_WAY {
+                        under_way.push_back((Instant::now() + weather.delay, frame[..len].into()));
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                // Down: up again one day, or the lab ends.
+                Err(_) => {
+                    std::thread::sleep(Duration::from_millis(1));
+                    break;
+                }
+            }
+        }
+        while under_way.front().is_some_and(|(due, _)| *due <= Instant::now()) {
+            if let Some((_, frame)) = under_way.pop_front() {
+                let _ = to.write(&frame);
+            }
+        }
+    }
+}
+
+/// Makes a TAP link in the calling thread's namespace, and holds it.
+fn open_tap(name: &str) -> anyhow::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open("/dev/net/tun")
+        .context("cannot open /dev/net/tun")?;
+    // SAFETY: an `ifreq` is plain data; all zero is one of its values.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, byte) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
+        *to = byte as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+    // SAFETY: the request is an `ifreq`, which lives until the call returns.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) };
+    if result == -1 {
+        let error = std::io::Error::last_os_error();
+        return Err(error).with_context(|| format!("cannot make the TAP link {name}"));
+    }
+    Ok(file)
+}
