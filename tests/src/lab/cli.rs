@@ -11,7 +11,7 @@ use super::interrupt;
 use super::keep::Kept;
 use super::privilege::acquire;
 use super::report::{Forbidden, finish, print};
-use super::scenario::{Setting, bench, crash, demo, idle, nat};
+use super::scenario::{Setting, bench, crash, demo, failover, idle, mtu, nat};
 use super::talk::{Talk, line};
 use super::traffic::random_bytes;
 
@@ -34,6 +34,18 @@ enum What {
     Demo(DemoArguments),
     /// A path between any two nodes, whatever NAT they stand behind.
     Nat(NatArguments),
+    /// What breaks on a path, and for how long two nodes do not hear of each other.
+    Failover {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Paths that take less than they seem to, with and without a word of it.
+    Mtu {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+    },
     /// What agents and controller cost while nothing happens (release build).
     Idle {
         /// Print one JSON object instead of text.
@@ -130,6 +142,18 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
             drop(setting);
             finish(&figures, json)
         }
+        What::Failover { json } => {
+            let setting = prepare(rootless, Profile::Dev)?;
+            let figures = failover::run(&setting)?;
+            drop(setting);
+            finish(&figures, json)
+        }
+        What::Mtu { json } => {
+            let setting = prepare(rootless, Profile::Dev)?;
+            let figures = mtu::run(&setting)?;
+            drop(setting);
+            finish(&figures, json)
+        }
         What::Idle { json } => {
             let setting = prepare(rootless, Profile::Release)?;
             let figures = idle::run(&setting)?;
@@ -161,6 +185,8 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
 const LIST: &str = "\
 demo    two workers behind NAT join a control plane; traffic flows, sealed
 nat     a path between any two nodes, whatever NAT they stand behind
+mtu     paths that take less than they seem to, with and without a word of it
+failover  what breaks on a path, and for how long two nodes do not hear of each other
 idle    what agents and controller cost while nothing happens
 bench   Towline beside other userspace WireGuards: speed, latency, processor time, memory
 crash   kill -9 at 100 random moments under a writing load: nothing acknowledged is lost

@@ -106,6 +106,10 @@ pub struct Peer {
     pub reason: Option<String>,
     /// "direct" or "relay", when it is.
     pub path_kind: Option<String>,
+    /// The relay's name, when there is one on the path.
+    pub relay: Option<String>,
+    /// The largest inner packet that the path takes, once known.
+    pub mtu: Option<u32>,
 }
 
 impl Peer {

@@ -48,6 +48,7 @@
 pub mod binaries;
 pub mod capture;
 pub mod cli;
+pub mod flow;
 pub mod inside;
 pub mod interrupt;
 pub mod keep;

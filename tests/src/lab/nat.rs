@@ -109,3 +109,37 @@ pub fn install(nat: Nat, uplink: &str, inside: [IpAddr; 2]) -> anyhow::Result<()
     Nft::open()?.load(&table)?;
     Ok(())
 }
+
+/// Makes the calling thread's namespace forget every connection, as a router does that starts anew.
+pub fn forget_connections() -> anyhow::Result<()> {
+    use nix::sys::socket::{
+        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto,
+        socket,
+    };
+    use std::os::fd::AsRawFd;
+
+    /// `NFNL_SUBSYS_CTNETLINK` and `IPCTNL_MSG_CT_DELETE`: without a tuple, all of them.
+    const DELETE: u16 = 1 << 8 | 2;
+    const REQUEST_AND_ACK: u16 = 1 | 4;
+    let netlink = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkNetFilter,
+    )?;
+    let mut message = Vec::new();
+    message.extend_from_slice(&20u32.to_ne_bytes());
+    message.extend_from_slice(&DELETE.to_ne_bytes());
+    message.extend_from_slice(&REQUEST_AND_ACK.to_ne_bytes());
+    message.extend_from_slice(&[0; 12]);
+    sendto(netlink.as_raw_fd(), &message, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
+    let mut answer = [0; 128];
+    let len = recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+    // `nlmsgerr`: its number follows the header; 0 is an acknowledgement.
+    let error = answer[..len].get(16..20).and_then(|bytes| bytes.first_chunk());
+    match error.map(|bytes| i32::from_ne_bytes(*bytes)) {
+        Some(0) => Ok(()),
+        Some(number) => Err(std::io::Error::from_raw_os_error(-number).into()),
+        None => anyhow::bail!("the kernel gave no answer"),
+    }
+}

@@ -10,8 +10,10 @@
 pub mod bench;
 pub mod crash;
 pub mod demo;
+pub mod failover;
 pub mod hybrid;
 pub mod idle;
+pub mod mtu;
 pub mod nat;
 
 use super::binaries::Binaries;

@@ -1,0 +1,401 @@
+//! `cargo lab failover`: what breaks on a path, and how long two nodes do not hear of each other.
+//!
+//! `a` has two uplinks, each behind a router of its own, `b` is behind a third one; `c` and `d` stand
+//! behind NATs that allow no direct path. Two public nodes relay.
+
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use ipnet::{IpNet, Ipv4Net};
+use serde::Serialize;
+use towline_agent::netlink::{AddressOptions, Family, Route, Rtnetlink};
+use towline_agent::nft::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
+
+use super::Setting;
+use crate::lab::flow::{End, while_talking};
+use crate::lab::interrupt::{pass, wait_for, wait_up_to};
+use crate::lab::mesh::{Controller, Node, START_LIMIT};
+use crate::lab::namespace::Namespace;
+use crate::lab::nat::{Nat, forget_connections};
+use crate::lab::privilege::Rank;
+use crate::lab::report::{Figures, Promises, round};
+use crate::lab::topology::{Lab, Router};
+use crate::lab::traffic::{Pattern, tcp_both_ways};
+
+/// What was broken, and what came of it.
+#[derive(Debug, Default, Serialize)]
+pub struct Failover {
+    /// The lab ran without root's rights over the machine.
+    pub rootless: bool,
+    /// Each broken once with the controller there, and once with it away.
+    pub cases: Vec<Case>,
+    /// Throughput over a relay, as a part of that over a direct path.
+    pub relay_vs_direct: Option<f64>,
+    /// Acts that could not run.
+    pub skipped: Vec<Skipped>,
+    /// Promises that did not hold.
+    pub failed: Vec<String>,
+}
+
+/// One thing that breaks.
+#[derive(Debug, Serialize)]
+pub struct Case {
+    /// What.
+    pub name: &'static str,
+    /// The controller runs.
+    pub controller: bool,
+    /// The longest silence, in either direction.
+    pub outage_ms: f64,
+    /// The TCP connection went on.
+    pub tcp_survived: bool,
+    /// The kernel tells the agent of it.
+    pub notified: bool,
+}
+
+/// An act that could not run.
+#[derive(Debug, Serialize)]
+pub struct Skipped {
+    /// Which.
+    pub name: String,
+    /// Why.
+    pub why: String,
+}
+
+const OUTAGE_MS: f64 = 3_000.0;
+const NOTIFIED_MS: f64 = 1_000.0;
+const RELAY_VS_DIRECT: f64 = 0.6;
+/// How long both talk before something breaks, and after it.
+const BEFORE: Duration = Duration::from_secs(1);
+const AFTER: Duration = Duration::from_secs(6);
+/// How long a direct path may take to come back between two cases.
+const MEND: Duration = Duration::from_secs(20);
+const TRANSFER: u64 = 32 << 20;
+const CUT: &str = "cut";
+
+/// Runs it.
+pub fn run(setting: &Setting) -> anyhow::Result<Failover> {
+    let mut figures = Failover { rootless: setting.rank == Rank::Rootless, ..Failover::default() };
+    let mut promises = Promises::new();
+    let mut world = World::build(setting)?;
+    if let Err(error) = figures.measure(setting, &mut world, &mut promises) {
+        promises.fail(format!("{error:#}"));
+    }
+    figures.failed = promises.into_failed();
+    Ok(figures)
+}
+
+/// Everything that was built. Fields are dropped in this order: processes, hosts, lab.
+struct World {
+    /// a, b, c, d.
+    nodes: Vec<Node>,
+    relays: Vec<Node>,
+    controller: Controller,
+    routers: Vec<Router>,
+    /// Of a's router, as it is now.
+    address: Ipv4Addr,
+    _lab: Lab,
+}
+
+impl World {
+    fn build(setting: &Setting) -> anyhow::Result<Self> {
+        setting.talk.step("building two uplinks, five routers and two relays");
+        let mut lab = Lab::new(setting.rank)?;
+        let host = lab.host("ctl").public("203.0.113.2", "2001:db8::2")?.build()?;
+        let mut relay_hosts = Vec::new();
+        for number in [3, 4] {
+            let (v4, v6) = (format!("203.0.113.{number}"), format!("2001:db8::{number}"));
+            relay_hosts.push(lab.host(&format!("relay{number}")).public(&v4, &v6)?.build()?);
+        }
+        let mut routers = Vec::new();
+        for (number, nat) in [
+            (11, Nat::Masquerade),
+            (12, Nat::Masquerade),
+            (13, Nat::Masquerade),
+            (14, Nat::SymmetricRandom),
+            (15, Nat::SymmetricRandom),
+        ] {
+            routers.push(
+                lab.router(&format!("r{number}"))
+                    .public(&format!("203.0.113.{number}"), &format!("2001:db8::{number}"))?
+                    .lan(&format!("192.168.{number}.0/24"), &format!("2001:db8:{number}::/64"))?
+                    .nat(nat)
+                    .build()?,
+            );
+        }
+        let hosts = [("a", vec![0, 1]), ("b", vec![2]), ("c", vec![3]), ("d", vec![4])];
+        let mut built = Vec::new();
+        for (name, behind) in hosts {
+            let mut builder = lab.host(name).only(Family::V4);
+            for router in behind {
+                builder = builder.behind(&routers[router]);
+            }
+            built.push((name.to_owned(), builder.build()?, ""));
+        }
+        setting.talk.step("starting the controller, joining six nodes");
+        let controller = Controller::start(&lab, &host, &setting.binaries)?;
+        let relays = relay_hosts.into_iter().map(|host| {
+            let name = host.name().to_owned();
+            (name, host, "[relay]\nenabled = true\n")
+        });
+        let mut nodes = Vec::new();
+        for (number, (name, host, more)) in relays.chain(built).enumerate() {
+            let mut node = Node::new(&lab, &Arc::clone(&host), &name, &setting.binaries, more)?;
+            node.join(&controller.operator().token(&format!("site-{number}"))?)?;
+            node.launch()?;
+            node.await_status(START_LIMIT)?;
+            nodes.push(node);
+        }
+        let others = nodes.len() - 1;
+        for node in &nodes {
+            wait_for("map at every node", START_LIMIT, || {
+                Ok((node.peers()?.len() == others).then_some(()))
+            })?;
+        }
+        let relays = nodes.drain(..2).collect();
+        let address = Ipv4Addr::new(203, 0, 113, 11);
+        Ok(Self { nodes, relays, controller, routers, address, _lab: lab })
+    }
+
+    fn end(&self, number: usize) -> anyhow::Result<End<'_>> {
+        let node = &self.nodes[number];
+        let v4 = node.status()?.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
+        let v4 = v4.ok_or_else(|| anyhow!("{} has no overlay address", node.name()))?;
+        Ok((node.host().namespace(), v4))
+    }
+
+    fn router(&self, number: usize) -> &Namespace {
+        self.routers[number].host().namespace()
+    }
+
+    /// Breaks something.
+    fn break_it(&mut self, name: &str) -> anyhow::Result<()> {
+        let there = IpNet::from(IpAddr::from([203, 0, 113, 13]));
+        let udp = |rule: Rule| rule.protocol(libc::IPPROTO_UDP as u8).drop();
+        match name {
+            "nat_flush" => self.router(0).run(forget_connections),
+            "drop_in" => self.cut(udp(Rule::new().input("eth0").source(there))),
+            "drop_out" => self.cut(udp(Rule::new().output("eth0").destination(there))),
+            "nat_readdress" => {
+                let before = self.address;
+                let octets = before.octets();
+                self.address = Ipv4Addr::new(octets[0], octets[1], octets[2], octets[3] + 100);
+                self.readdress(before, self.address)
+            }
+            "uplink_switch" => self.nodes[0].host().namespace().run(|| {
+                let mut netlink = Rtnetlink::open()?;
+                let link = netlink.link_index("eth0")?;
+                Ok(netlink.set_up(link, false)?)
+            }),
+            "relay_kill" => {
+                let used = self.nodes[2].peer("d")?.and_then(|peer| peer.relay);
+                let used = used.ok_or_else(|| anyhow!("c and d use no relay"))?;
+                let relay = self.relays.iter_mut().find(|relay| relay.name() == used);
+                relay.with_context(|| format!("no relay is named {used}"))?.agent()?.kill()
+            }
+            other => Err(anyhow!("nobody knows how to break {other}")),
+        }
+    }
+
+    fn mend(&mut self, name: &str) -> anyhow::Result<()> {
+        match name {
+            "drop_in" | "drop_out" => self.router(0).run(|| {
+                Nft::open()?.delete(TableFamily::Inet, CUT)?;
+                Ok(())
+            }),
+            "uplink_switch" => self.nodes[0].host().namespace().run(|| {
+                let mut netlink = Rtnetlink::open()?;
+                let link = netlink.link_index("eth0")?;
+                netlink.set_up(link, true)?;
+                let gateway = Ipv4Addr::new(192, 168, 11, 1).into();
+                let route = Route::new(IpNet::V4(Ipv4Net::default())).via(gateway);
+                Ok(netlink.add_route(&route.dev(link).metric(100))?)
+            }),
+            "relay_kill" => {
+                for relay in &mut self.relays {
+                    if relay.agent()?.check().is_err() {
+                        relay.launch()?;
+                        relay.await_status(START_LIMIT)?;
+                    }
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn cut(&self, rule: Rule) -> anyhow::Result<()> {
+        /// Before connection tracking, so that what is there is cut too.
+        const FIRST: i32 = -400;
+        let table = [("in", Hook::Prerouting), ("out", Hook::Postrouting)].into_iter().fold(
+            Table::new(TableFamily::Inet, CUT),
+            |table, (name, hook)| {
+                let chain = Chain::base(ChainKind::Filter, hook, FIRST);
+                let fits = match (hook, rule_names_input(&rule)) {
+                    (Hook::Prerouting, true) | (Hook::Postrouting, false) => {
+                        chain.rule(rule.clone())
+                    }
+                    _ => chain,
+                };
+                table.chain(name, fits)
+            },
+        );
+        self.router(0).run(|| {
+            Nft::open()?.load(&table)?;
+            Ok(())
+        })
+    }
+
+    fn readdress(&self, before: Ipv4Addr, after: Ipv4Addr) -> anyhow::Result<()> {
+        let router = self.router(0);
+        // The routes stay, with the new address.
+        router.sysctl("net.ipv4.conf.all.promote_secondaries", "1")?;
+        router.run(|| {
+            let mut netlink = Rtnetlink::open()?;
+            let link = netlink.link_index("eth0")?;
+            let net = |address: Ipv4Addr| IpNet::new_assert(address.into(), 24);
+            netlink.add_address(link, net(after), AddressOptions::default())?;
+            Ok(netlink.delete_address(link, net(before))?)
+        })
+    }
+}
+
+/// Prerouting knows no output link, postrouting no input link.
+fn rule_names_input(rule: &Rule) -> bool {
+    rule.expressions == Rule::new().input("eth0").expressions
+        || rule.expressions.starts_with(&Rule::new().input("eth0").expressions)
+}
+
+/// Name, between which nodes, and whether the kernel tells of it.
+const CASES: [(&str, [usize; 2], bool); 6] = [
+    ("nat_flush", [0, 1], false),
+    ("drop_in", [0, 1], false),
+    ("drop_out", [0, 1], false),
+    ("nat_readdress", [0, 1], false),
+    ("uplink_switch", [0, 1], true),
+    ("relay_kill", [2, 3], false),
+];
+
+impl Failover {
+    fn measure(
+        &mut self,
+        setting: &Setting,
+        world: &mut World,
+        promises: &mut Promises,
+    ) -> anyhow::Result<()> {
+        setting.talk.step("comparing a relay with a direct path");
+        match compare(world) {
+            Ok(ratio) => {
+                self.relay_vs_direct = Some(round(ratio));
+                promises.hold(ratio >= RELAY_VS_DIRECT, || {
+                    format!("relay_vs_direct at least {RELAY_VS_DIRECT}: {}", round(ratio))
+                });
+            }
+            Err(error) => promises.fail(format!("relay_vs_direct: {error:#}")),
+        }
+        for controller in [true, false] {
+            if !controller {
+                drop(world.controller.take_daemon());
+            }
+            for (name, ends, notified) in CASES {
+                let label =
+                    format!("{name}, controller {}", if controller { "there" } else { "away" });
+                setting.talk.step(&label);
+                match case(world, name, ends) {
+                    Ok((outage_ms, tcp_survived)) => {
+                        setting.talk.step(&format!("{label}: {outage_ms} ms, TCP {tcp_survived}"));
+                        let limit = if notified { NOTIFIED_MS } else { OUTAGE_MS };
+                        promises.hold(outage_ms < limit, || {
+                            format!("{label}: outage below {limit} ms: {outage_ms}")
+                        });
+                        promises.hold(tcp_survived, || format!("{label}: TCP survives"));
+                        self.cases.push(Case {
+                            name,
+                            controller,
+                            outage_ms,
+                            tcp_survived,
+                            notified,
+                        });
+                    }
+                    Err(error) => {
+                        promises.fail(format!("{label}: {error:#}"));
+                        let why = format!("{error:#}");
+                        self.skipped.push(Skipped { name: label, why });
+                    }
+                }
+                world.mend(name)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Outage in milliseconds, and whether TCP survived.
+fn case(world: &mut World, name: &str, ends: [usize; 2]) -> anyhow::Result<(f64, bool)> {
+    let wanted = if ends == [0, 1] { "direct" } else { "relay" };
+    let [a, b] = [world.end(ends[0])?, world.end(ends[1])?].map(|(_, address)| address);
+    let hosts = ends.map(|end| Arc::clone(world.nodes[end].host()));
+    let [here, there] = &hosts;
+    let talk = |world: &mut World| {
+        let peer = world.nodes[ends[1]].name().to_owned();
+        while_talking((here.namespace(), a), (there.namespace(), b), || {
+            wait_up_to(MEND, || {
+                let kind = world.nodes[ends[0]].peer(&peer)?.and_then(|peer| peer.path_kind);
+                Ok((kind.as_deref() == Some(wanted)).then_some(()))
+            })?
+            .with_context(|| format!("no {wanted} path to begin with"))
+        })
+    };
+    // What the way to the first path takes is no outage of this case.
+    talk(world)?;
+    let ((), seen) = while_talking((here.namespace(), a), (there.namespace(), b), || {
+        pass(BEFORE)?;
+        world.break_it(name)?;
+        Ok(pass(AFTER)?)
+    })?;
+    Ok((round(seen.outage.as_secs_f64() * 1000.0), seen.tcp_survived))
+}
+
+/// What a relay leaves of a direct path's throughput.
+fn compare(world: &mut World) -> anyhow::Result<f64> {
+    let pattern = Pattern::random()?;
+    let mut rates = Vec::new();
+    for (ends, wanted) in [([0, 1], "direct"), ([2, 3], "relay")] {
+        let (a, b) = (world.end(ends[0])?, world.end(ends[1])?);
+        let peer = world.nodes[ends[1]].name();
+        while_talking(a, b, || {
+            wait_for(&format!("{wanted} path to {peer}"), MEND, || {
+                let kind = world.nodes[ends[0]].peer(peer)?.and_then(|peer| peer.path_kind);
+                Ok((kind.as_deref() == Some(wanted)).then_some(()))
+            })
+        })?;
+        let both = tcp_both_ways(a.0, b.0, b.1, TRANSFER, pattern, |_| {})?;
+        let mean = both.iter().map(|way| way.mbit_per_s()).sum::<f64>() / 2.0;
+        rates.push(mean);
+    }
+    Ok(rates[1] / rates[0].max(1e-9))
+}
+
+impl Figures for Failover {
+    fn failed(&self) -> &[String] {
+        &self.failed
+    }
+
+    fn for_people(&self) -> String {
+        let mut text = String::new();
+        for case in &self.cases {
+            let controller = if case.controller { "there" } else { "away" };
+            let tcp = if case.tcp_survived { "went on" } else { "broke" };
+            let _ = writeln!(
+                text,
+                "{} (controller {controller}): silent for {} ms, TCP {tcp}",
+                case.name, case.outage_ms
+            );
+        }
+        let ratio = self.relay_vs_direct.map_or("-".to_owned(), |ratio| ratio.to_string());
+        let _ = write!(text, "relay to direct: {ratio}");
+        text
+    }
+}
