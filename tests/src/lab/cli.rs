@@ -11,7 +11,7 @@ use super::interrupt;
 use super::keep::Kept;
 use super::privilege::acquire;
 use super::report::{Forbidden, finish, print};
-use super::scenario::{Setting, bench, crash, demo, failover, idle, mtu, nat};
+use super::scenario::{Setting, bench, crash, demo, failover, idle, many, mtu, nat};
 use super::talk::{Talk, line};
 use super::traffic::random_bytes;
 
@@ -36,6 +36,12 @@ enum What {
     Nat(NatArguments),
     /// What breaks on a path, and for how long two nodes do not hear of each other.
     Failover {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+    },
+    /// What an agent costs in a mesh of 1,000 nodes (release build).
+    Many {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
@@ -148,6 +154,12 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
             drop(setting);
             finish(&figures, json)
         }
+        What::Many { json } => {
+            let setting = prepare(rootless, Profile::Release)?;
+            let figures = many::run(&setting)?;
+            drop(setting);
+            finish(&figures, json)
+        }
         What::Mtu { json } => {
             let setting = prepare(rootless, Profile::Dev)?;
             let figures = mtu::run(&setting)?;
@@ -185,6 +197,7 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
 const LIST: &str = "\
 demo    two workers behind NAT join a control plane; traffic flows, sealed
 nat     a path between any two nodes, whatever NAT they stand behind
+many    what an agent costs in a mesh of 1,000 nodes
 mtu     paths that take less than they seem to, with and without a word of it
 failover  what breaks on a path, and for how long two nodes do not hear of each other
 idle    what agents and controller cost while nothing happens

@@ -1,0 +1,275 @@
+//! `cargo lab many`: what one agent costs in a mesh of 1,000 nodes, most of which have nothing to say.
+//!
+//! The agent is real, and so are the ten that talk to it; the other nodes joined and published a
+//! record, and are not there.
+
+use std::fmt::Write as _;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use serde::Serialize;
+use tokio_stream::wrappers::ReceiverStream;
+use towline_agent::netlink::Family;
+use towline_agent::nft::{Chain, ChainKind, Expression, Hook, Nft, Rule, Table, TableFamily};
+use towline_agent::state::StateDir;
+use towline_agent::{dial, join, tls};
+use towline_proto::node::{Candidate, CandidateKind, Record};
+use towline_proto::pb;
+use towline_proto::token::JoinToken;
+
+use super::Setting;
+use crate::lab::interrupt::{self, pass, wait_for};
+use crate::lab::mesh::{Controller, Node, START_LIMIT};
+use crate::lab::privilege::Rank;
+use crate::lab::process::{processor_time, resident_mb};
+use crate::lab::report::{Figures, Promises, round};
+use crate::lab::topology::Lab;
+
+/// What the agent costs.
+#[derive(Debug, Default, Serialize)]
+pub struct Many {
+    /// The lab ran without root's rights over the machine.
+    pub rootless: bool,
+    /// Peers of the agent.
+    pub peers: usize,
+    /// Those that it talks to.
+    pub active: usize,
+    /// Seconds that were measured.
+    pub window_s: f64,
+    /// Percent of a core.
+    pub agent_cpu_pct: f64,
+    /// Resident megabytes.
+    pub agent_rss_mb: f64,
+    /// Initiations that it sent, since its start.
+    pub handshakes: u64,
+    /// Keepalives that it sent, a second of the window.
+    pub keepalives_per_s: f64,
+    /// Promises that did not hold.
+    pub failed: Vec<String>,
+}
+
+const PEERS: usize = 1_000;
+const ACTIVE: usize = 10;
+const SETTLE: Duration = Duration::from_secs(15);
+const WINDOW: Duration = Duration::from_secs(30);
+const CPU_PCT: f64 = 1.0;
+const RSS_MB: f64 = 60.0;
+/// Joins that run at once.
+const AT_ONCE: usize = 8;
+/// Each active peer is said something this often.
+const PACE: Duration = Duration::from_millis(500);
+
+/// Runs it.
+pub fn run(setting: &Setting) -> anyhow::Result<Many> {
+    let mut figures = Many { rootless: setting.rank == Rank::Rootless, ..Many::default() };
+    let mut promises = Promises::new();
+    if let Err(error) = figures.measure(setting, &mut promises) {
+        promises.fail(format!("{error:#}"));
+    }
+    figures.failed = promises.into_failed();
+    Ok(figures)
+}
+
+impl Many {
+    fn measure(&mut self, setting: &Setting, promises: &mut Promises) -> anyhow::Result<()> {
+        let mut lab = Lab::new(setting.rank)?;
+        let host = lab.host("ctl").public("203.0.113.2", "2001:db8::2")?.build()?;
+        let mut hosts = Vec::new();
+        for number in 0..=ACTIVE {
+            let (v4, v6) = (format!("203.0.113.{}", 10 + number), format!("2001:db8::{number:x}a"));
+            let name = format!("node{number}");
+            hosts.push(lab.host(&name).only(Family::V4).public(&v4, &v6)?.build()?);
+        }
+        let controller = Controller::start(&lab, &host, &setting.binaries)?;
+        let absent = PEERS - ACTIVE;
+        setting.talk.step(&format!("joining {absent} nodes that are not there"));
+        let uses = absent.to_string();
+        let token = controller.operator().token_with(&["--site", "far", "--uses", &uses])?;
+        let token: JoinToken = token.token.parse().map_err(|_| anyhow!("no token"))?;
+        let directory = lab.directory().join("absent");
+        host.namespace().run(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(join_all(&directory, &token, absent))
+        })?;
+        setting.talk.step("starting the agent, and ten that talk to it");
+        let mut nodes = Vec::new();
+        for (number, host) in hosts.iter().enumerate() {
+            let name = host.name().to_owned();
+            let mut node = Node::new(&lab, &Arc::clone(host), &name, &setting.binaries, "")?;
+            node.join(&controller.operator().token(&format!("site-{number}"))?)?;
+            if number == 0 {
+                count(&node)?;
+            }
+            node.launch()?;
+            node.await_status(START_LIMIT)?;
+            nodes.push(node);
+        }
+        let one = &nodes[0];
+        wait_for("map of all nodes", START_LIMIT, || {
+            self.peers = one.peers()?.len();
+            Ok((self.peers == PEERS).then_some(()))
+        })?;
+        let targets: Vec<IpAddr> = nodes[1..]
+            .iter()
+            .map(|node| {
+                let v4 = node.status()?.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
+                v4.ok_or_else(|| anyhow!("{} has no overlay address", node.name()))
+            })
+            .collect::<anyhow::Result<_>>()?;
+        setting.talk.step("letting everything settle");
+        talk(one, &targets, SETTLE)?;
+        setting.talk.step(&format!("measuring for {} s", WINDOW.as_secs()));
+        let keepalives = counted(one, KEEPALIVES)?;
+        let pid = nodes[0].agent()?.pid();
+        let one = &nodes[0];
+        let (begun, before) = (Instant::now(), processor_time(pid)?);
+        talk(one, &targets, WINDOW)?;
+        let (window, after) = (begun.elapsed().as_secs_f64(), processor_time(pid)?);
+        let peers = one.peers()?;
+        self.active = peers.iter().filter(|peer| peer.is_up()).count();
+        self.window_s = round(window);
+        self.agent_cpu_pct = round((after - before).as_secs_f64() / window * 100.0);
+        self.agent_rss_mb = round(resident_mb(pid)?);
+        self.handshakes = counted(one, HANDSHAKES)?;
+        let keepalives = counted(one, KEEPALIVES)? - keepalives;
+        self.keepalives_per_s = round(keepalives as f64 / window);
+        promises.hold(self.active == ACTIVE, || format!("{ACTIVE} peers up: {}", self.active));
+        promises.hold(self.agent_cpu_pct < CPU_PCT, || {
+            format!("agent_cpu_pct below {CPU_PCT}: {}", self.agent_cpu_pct)
+        });
+        promises.hold(self.agent_rss_mb < RSS_MB, || {
+            format!("agent_rss_mb below {RSS_MB}: {}", self.agent_rss_mb)
+        });
+        Ok(())
+    }
+}
+
+/// Joins so many nodes, publishes a record of each, and leaves them.
+async fn join_all(directory: &Path, token: &JoinToken, count: usize) -> anyhow::Result<()> {
+    use tokio_stream::StreamExt as _;
+    let mut waiting = tokio_stream::iter(0..count).map(|number| {
+        let state = directory.join(number.to_string());
+        let token = token.clone();
+        async move { publish(&state, &token, number).await }
+    });
+    let mut running = tokio::task::JoinSet::new();
+    loop {
+        interrupt::check()?;
+        if running.len() < AT_ONCE
+            && let Some(next) = waiting.next().await
+        {
+            running.spawn(next);
+            continue;
+        }
+        match running.join_next().await {
+            Some(done) => done.context("a join panicked")??,
+            None => return Ok(()),
+        }
+    }
+}
+
+async fn publish(directory: &Path, token: &JoinToken, number: usize) -> anyhow::Result<()> {
+    let state = StateDir::open(directory)?;
+    join::join(&state, token, &format!("absent-{number}").parse()?, 0).await?;
+    let (membership, keys) = (state.require_membership()?, state.keys()?);
+    let chain = state.certificate()?.context("no certificate")?;
+    let config = tls::member(&membership.ca, Some((&chain, &keys.identity)))?;
+    let address = token.controllers.first().context("no controller")?;
+    let connection = dial::dial(address, Arc::new(config), 0).await?;
+    let mut client = join::client(connection.channel);
+    let start = pb::WatchStart { instance_id: vec![1; 16], ..pb::WatchStart::default() };
+    let (requests, stream) = tokio::sync::mpsc::channel(1);
+    requests.send(pb::WatchRequest { kind: Some(pb::watch_request::Kind::Start(start)) }).await?;
+    let mut watch = client.watch(ReceiverStream::new(stream)).await?.into_inner();
+    let Some(pb::watch_response::Kind::Ready(ready)) =
+        watch.message().await?.and_then(|first| first.kind)
+    else {
+        anyhow::bail!("the watch did not begin");
+    };
+    // Nobody is there.
+    let address = SocketAddr::from(([203, 0, 113, 250], 10_000 + number as u16));
+    let record = Record {
+        node_id: membership.grant.node_id,
+        generation: 1,
+        boot_epoch: 1,
+        wireguard_keys: vec![keys.wireguard.public()],
+        candidates: Candidate::new(CandidateKind::Configured, address).into_iter().collect(),
+        prefixes: Vec::new(),
+        version: String::new(),
+        relay: false,
+    };
+    let record = Some(keys.identity.sign_record(&pb::Record::from(&record)));
+    client.publish(pb::PublishRequest { record, session_id: ready.session_id }).await?;
+    Ok(())
+}
+
+/// Says something to each target, again and again.
+fn talk(node: &Node, targets: &[IpAddr], time: Duration) -> anyhow::Result<()> {
+    node.host().namespace().run(|| {
+        let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            for target in targets {
+                // RFC 863. A refusal shows in the number of peers that are up.
+                let _ = socket.send_to(b"towline", SocketAddr::new(*target, 9));
+            }
+            pass(PACE.min(end.saturating_duration_since(Instant::now())))?;
+        }
+        Ok(())
+    })
+}
+
+const TABLE: &str = "count";
+const CHAIN: &str = "output";
+const HANDSHAKES: &str = "handshakes";
+const KEEPALIVES: &str = "keepalives";
+
+/// Counts what leaves the WireGuard port, by length: IPv4, UDP, and a message that has one length.
+fn count(node: &Node) -> anyhow::Result<()> {
+    /// `NFT_META_LEN`, register 1, `NFT_CMP_EQ`.
+    const META_LENGTH: u32 = 0;
+    let long = |message: u32, name: &str| {
+        let length = Expression::Meta { key: META_LENGTH, register: 1 };
+        let value = (20 + 8 + message).to_ne_bytes().to_vec();
+        let equal = Expression::Compare { register: 1, operator: 0, value };
+        let udp = Rule::new().protocol(libc::IPPROTO_UDP as u8).source_port(51830);
+        udp.step(length).step(equal).counter().comment(name)
+    };
+    let chain = Chain::base(ChainKind::Filter, Hook::Output, 0)
+        .rules([long(148, HANDSHAKES), long(32, KEEPALIVES)]);
+    node.host().namespace().run(|| {
+        Nft::open()?.load(&Table::new(TableFamily::Inet, TABLE).chain(CHAIN, chain))?;
+        Ok(())
+    })
+}
+
+fn counted(node: &Node, name: &str) -> anyhow::Result<u64> {
+    node.host().namespace().run(|| {
+        let table = Nft::open()?.read(TableFamily::Inet, TABLE)?.context("no counters")?;
+        Ok(table.counter(CHAIN, name).context("no counter")?.packets)
+    })
+}
+
+impl Figures for Many {
+    fn failed(&self) -> &[String] {
+        &self.failed
+    }
+
+    fn for_people(&self) -> String {
+        let mut text = String::new();
+        let _ = writeln!(
+            text,
+            "{} peers, {} of them active, for {} s:",
+            self.peers, self.active, self.window_s
+        );
+        let _ = write!(
+            text,
+            "  {} % of a core, {} MB resident, {} initiations, {} keepalives a second",
+            self.agent_cpu_pct, self.agent_rss_mb, self.handshakes, self.keepalives_per_s
+        );
+        text
+    }
+}
