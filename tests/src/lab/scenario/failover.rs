@@ -359,7 +359,7 @@ fn case(world: &mut World, name: &str, ends: [usize; 2]) -> anyhow::Result<(f64,
 }
 
 /// What a relay leaves of a direct path's throughput.
-fn compare(world: &mut World) -> anyhow::Result<f64> {
+fn compare(world: &World) -> anyhow::Result<f64> {
     let pattern = Pattern::random()?;
     let mut rates = Vec::new();
     for (ends, wanted) in [([0, 1], "direct"), ([2, 3], "relay")] {
