@@ -11,7 +11,7 @@ use super::interrupt;
 use super::keep::Kept;
 use super::privilege::acquire;
 use super::report::{Forbidden, finish, print};
-use super::scenario::{Setting, bench, crash, demo, failover, idle, many, mtu, nat};
+use super::scenario::{Setting, bench, crash, demo, failover, idle, interop, many, mtu, nat};
 use super::talk::{Talk, line};
 use super::traffic::random_bytes;
 
@@ -81,6 +81,14 @@ enum What {
     /// One end of the bare limit, for `bench`.
     #[command(hide = true)]
     Limit(bench::limit::Limit),
+    /// Towline and every other WireGuard as plain peers: handshakes, roaming, cookies, NAT.
+    Interop {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+        /// Only these implementations and cases.
+        only: Vec<String>,
+    },
     /// Opens a shell, or runs a command, in a node of a lab that is kept up.
     Shell {
         /// cp, worker-a, worker-b, router-a, router-b or internet.
@@ -189,11 +197,17 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
             finish(&figures, json)
         }
         What::Limit(limit) => limit.run().map(|()| ExitCode::SUCCESS),
+        What::Interop { json, only } => {
+            let setting = prepare(rootless, Profile::Dev)?;
+            let figures = interop::run(&setting, &only)?;
+            drop(setting);
+            finish(&figures, json)
+        }
         What::Shell { node, command } => match Kept::find()?.enter(&node, &command)? {},
     }
 }
 
-/// One line each; none of these needs the real root.
+/// One line each; only those that say so need the real root.
 const LIST: &str = "\
 demo    two workers behind NAT join a control plane; traffic flows, sealed
 nat     a path between any two nodes, whatever NAT they stand behind
@@ -203,6 +217,7 @@ failover  what breaks on a path, and for how long two nodes do not hear of each 
 idle    what agents and controller cost while nothing happens
 bench   Towline beside other userspace WireGuards: speed, latency, processor time, memory
 crash   kill -9 at 100 random moments under a writing load: nothing acknowledged is lost
+interop wireguard-go, boringtun and gotatun as plain peers (root: their sockets lie in /var/run)
 ";
 
 /// The right to make namespaces first: a refusal should not come after minutes of building.

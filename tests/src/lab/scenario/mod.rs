@@ -13,6 +13,7 @@ pub mod demo;
 pub mod failover;
 pub mod hybrid;
 pub mod idle;
+pub mod interop;
 pub mod many;
 pub mod mtu;
 pub mod nat;

@@ -1,0 +1,111 @@
+//! A flood of handshake initiations from forged sources, and who answers it with cookies.
+//!
+//! Each initiation is well made, for the victim's key, by somebody whom the victim does not know:
+//! it costs the victim as much as an initiation can.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::bail;
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use towline_agent::dataplane::session::{HANDSHAKE_BYTES, Secrets, Session};
+use towline_agent::keys::Wireguard;
+use towline_proto::id::WireguardKey;
+
+use crate::lab::interrupt;
+use crate::lab::namespace::Namespace;
+
+/// Different initiations; they are sent again and again.
+const STRANGERS: u32 = 64;
+/// Sent at once, and the pause after: about 20,000 a second.
+const BURST: u32 = 100;
+const PAUSE: Duration = Duration::from_millis(5);
+const IP_HEADER: usize = 20;
+const UDP_HEADER: usize = 8;
+/// Type and length of a cookie reply.
+const COOKIE: (u8, usize) = (3, 64);
+
+/// Floods `target`, whose key is `key`, from `host` until `stop`. Returns how many were sent.
+pub(super) fn run(
+    host: &Namespace,
+    target: SocketAddr,
+    key: WireguardKey,
+    stop: &AtomicBool,
+) -> anyhow::Result<u64> {
+    let IpAddr::V4(victim) = target.ip() else { bail!("the flood is made for IPv4") };
+    let mut packets = Vec::new();
+    for index in 0..STRANGERS {
+        let stranger = Secrets::new(Wireguard::generate()?.secret().clone());
+        let mut message = [0; HANDSHAKE_BYTES];
+        let len = Session::new(&stranger, key, None, index).initiate(&mut message);
+        // The kernel fills in length, identification and checksum.
+        let mut packet = vec![0; IP_HEADER + UDP_HEADER];
+        packet[0] = 0x45;
+        packet[8] = 64;
+        packet[9] = libc::IPPROTO_UDP as u8;
+        packet[16..20].copy_from_slice(&victim.octets());
+        packet[20..22].copy_from_slice(&4_000u16.to_be_bytes());
+        packet[22..24].copy_from_slice(&target.port().to_be_bytes());
+        packet[24..26].copy_from_slice(&((UDP_HEADER + len) as u16).to_be_bytes());
+        packet.extend_from_slice(&message[..len]);
+        packets.push(packet);
+    }
+    host.run(|| {
+        let raw = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
+        let to = SockAddr::from(SocketAddr::new(target.ip(), 0));
+        let mut sent = 0u64;
+        while !stop.load(Ordering::Relaxed) && !interrupt::raised() {
+            for _ in 0..BURST {
+                let packet = &mut packets[sent as usize % STRANGERS as usize];
+                // 198.18.0.0/16, each source a few times a minute.
+                let [.., high, low] = (sent as u32).to_be_bytes();
+                packet[12..16].copy_from_slice(&[198, 18, high, low]);
+                // A full queue loses some: so do floods.
+                if raw.send_to(packet, &to).is_ok() {
+                    sent += 1;
+                }
+            }
+            std::thread::sleep(PAUSE);
+        }
+        Ok(sent)
+    })
+}
+
+/// Counts the cookie replies that reach `host`, until `stop`.
+pub(super) fn count_cookies(
+    host: &Namespace,
+    cookies: &AtomicU64,
+    stop: &AtomicBool,
+) -> anyhow::Result<()> {
+    host.run(|| {
+        let raw = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::UDP))?;
+        raw.set_read_timeout(Some(Duration::from_millis(50)))?;
+        let mut buffer = [MaybeUninit::uninit(); 2048];
+        while !stop.load(Ordering::Relaxed) && !interrupt::raised() {
+            let len = match raw.recv(&mut buffer) {
+                Ok(len) => len,
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock
+                            | io::ErrorKind::TimedOut
+                            | io::ErrorKind::Interrupted
+                    ) =>
+                {
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            // SAFETY: the kernel initialised the first `len` bytes.
+            let bytes = unsafe { buffer[..len].assume_init_ref() };
+            let message = bytes.get(IP_HEADER + UDP_HEADER..).unwrap_or_default();
+            if message.first() == Some(&COOKIE.0) && message.len() == COOKIE.1 {
+                cookies.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,335 @@
+//! Towline and one other WireGuard, each on a host of its own, as each other's plain peer.
+
+use std::fmt::Write as _;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use ipnet::IpNet;
+use towline_agent::keys::Wireguard;
+use towline_agent::netlink::{AddressOptions, Route, Rtnetlink};
+use towline_proto::id::WireguardKey;
+
+use crate::lab::interrupt::wait_for;
+use crate::lab::mesh::{Node, START_LIMIT};
+use crate::lab::namespace::Namespace;
+use crate::lab::nat::Nat;
+use crate::lab::peers::{Installed, Peer, link_name, uapi};
+use crate::lab::ping::first_reply;
+use crate::lab::scenario::Setting;
+use crate::lab::topology::{Host, Lab, Router};
+use crate::lab::traffic::{Pattern, tcp_both_ways};
+
+/// One of the two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    Ours,
+    Theirs,
+}
+
+/// How the hosts are wired.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wiring {
+    /// Both on the internet.
+    Plain,
+    /// This one has two uplinks.
+    Roaming(Side),
+    /// This one is behind a NAT.
+    Behind(Side),
+}
+
+/// What the two know of each other.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Terms {
+    /// Who knows where the other is, and so has to begin.
+    pub(super) caller: Side,
+    /// As each has it: ours, theirs.
+    pub(super) preshared_keys: Option<[[u8; 32]; 2]>,
+    /// The caller's, in seconds.
+    pub(super) keepalive: Option<u16>,
+}
+
+impl Terms {
+    pub(super) fn called_by(caller: Side) -> Self {
+        Self { caller, preshared_keys: None, keepalive: None }
+    }
+}
+
+/// The inner addresses of each side.
+const INNER: [[&str; 2]; 2] = [["10.9.0.1", "fd09::1"], ["10.9.0.2", "fd09::2"]];
+const OUR_PORT: u16 = 51830;
+const THEIR_PORT: u16 = 51820;
+/// Routers forget a mapping that was silent for this many seconds.
+pub(super) const NAT_TIMEOUT: u64 = 3;
+/// What the other is called in our configuration.
+const NAME: &str = "other";
+
+/// Both, running.
+pub(super) struct Pair {
+    pub(super) ours: Node,
+    pub(super) theirs: Peer,
+    hosts: [Arc<Host>; 2],
+    /// On the internet, to misbehave from.
+    pub(super) stranger: Arc<Host>,
+    our_key: WireguardKey,
+    their_key: Wireguard,
+    terms: Terms,
+    _router: Option<Router>,
+    /// Last: its namespaces outlive what runs in them.
+    _lab: Lab,
+}
+
+impl Pair {
+    pub(super) fn start(
+        setting: &Setting,
+        program: &Installed,
+        wiring: Wiring,
+        terms: Terms,
+    ) -> anyhow::Result<Self> {
+        let mut lab = Lab::new(setting.rank)?;
+        let mut router = None;
+        if let Wiring::Behind(_) = wiring {
+            let built = lab
+                .router("router")
+                .public("203.0.113.40", "2001:db8::40")?
+                .lan("192.168.1.0/24", "2001:db8:1::/64")?
+                .nat(Nat::Masquerade)
+                .build()?;
+            for setting in ["udp_timeout", "udp_timeout_stream"] {
+                let setting = format!("net.netfilter.nf_conntrack_{setting}");
+                built.host().namespace().sysctl(&setting, &NAT_TIMEOUT.to_string())?;
+            }
+            router = Some(built);
+        }
+        let hosts = [(Side::Ours, "ours", "10"), (Side::Theirs, "theirs", "20")];
+        let [ours, theirs] = hosts.map(|(side, name, number)| {
+            let builder = lab.host(name);
+            let builder = match &router {
+                Some(router) if wiring == Wiring::Behind(side) => builder.behind(router),
+                _ => builder
+                    .public(&format!("203.0.113.{number}"), &format!("2001:db8::{number}"))?,
+            };
+            let second = format!("{number}1");
+            let builder = if wiring == Wiring::Roaming(side) {
+                builder.public(&format!("203.0.113.{second}"), &format!("2001:db8::{second}"))?
+            } else {
+                builder
+            };
+            builder.build()
+        });
+        let hosts = [ours?, theirs?];
+        let stranger = lab.host("stranger").public("203.0.113.30", "2001:db8::30")?.build()?;
+        let outer = |side: Side, port| -> anyhow::Result<SocketAddr> {
+            let address = hosts[side as usize].addresses().first().context("no address")?;
+            Ok(SocketAddr::new(*address, port))
+        };
+
+        let their_key = Wireguard::generate()?;
+        let configuration =
+            our_configuration(&lab, &their_key, terms, outer(Side::Theirs, THEIR_PORT)?)?;
+        let mut ours = Node::new(&lab, &hosts[0], "ours", &setting.binaries, &configuration)?;
+        let our_key = ours.command_ok(&["pubkey"])?.trim().parse()?;
+        ours.launch()?;
+        wait_for("answer from our agent", START_LIMIT, || {
+            ours.agent()?.check()?;
+            Ok(ours.peers().ok())
+        })?;
+
+        let link = link_name();
+        let log = lab.directory().join("theirs.log");
+        let theirs = Peer::start(program, hosts[1].namespace(), &link, &log)?;
+        let mut pair = Self {
+            ours,
+            theirs,
+            stranger,
+            our_key,
+            their_key,
+            terms,
+            _router: router,
+            hosts: hosts.clone(),
+            _lab: lab,
+        };
+        pair.configure_theirs(outer(Side::Ours, OUR_PORT)?)?;
+        hosts[1].namespace().run(|| dress(&link))?;
+        Ok(pair)
+    }
+
+    fn configure_theirs(&mut self, our_endpoint: SocketAddr) -> anyhow::Result<()> {
+        let calls = self.terms.caller == Side::Theirs;
+        let peer = uapi::Peer {
+            public_key: self.our_key.0,
+            preshared_key: self.terms.preshared_keys.map(|[_, theirs]| theirs),
+            endpoint: calls.then_some(our_endpoint),
+            allowed_ips: inner_nets(Side::Ours)?,
+            keepalive: if calls { self.terms.keepalive.unwrap_or(0) } else { 0 },
+        };
+        self.theirs.configure(&uapi::Device {
+            private_key: self.their_key.secret().to_bytes(),
+            port: THEIR_PORT,
+            peers: vec![peer],
+        })
+    }
+
+    pub(super) fn our_key(&self) -> WireguardKey {
+        self.our_key
+    }
+
+    pub(super) fn their_key(&self) -> WireguardKey {
+        self.their_key.public()
+    }
+
+    pub(super) fn host(&self, side: Side) -> &Namespace {
+        self.hosts[side as usize].namespace()
+    }
+
+    /// Where the tunnels of a side listen, seen from the internet.
+    pub(super) fn outer(&self, side: Side) -> anyhow::Result<SocketAddr> {
+        let address = self.hosts[side as usize].addresses().first().context("no address")?;
+        Ok(SocketAddr::new(*address, if side == Side::Ours { OUR_PORT } else { THEIR_PORT }))
+    }
+
+    /// The inner addresses of a side, IPv4 first.
+    pub(super) fn inner(&self, side: Side) -> anyhow::Result<[IpAddr; 2]> {
+        inner(side)
+    }
+
+    fn link(&self, side: Side) -> &str {
+        if side == Side::Ours { "towline0" } else { self.theirs.link() }
+    }
+
+    /// How long the first reply to pings from this side takes; `None`: longer than `patience`.
+    pub(super) fn ping(&self, from: Side, patience: Duration) -> anyhow::Result<Option<Duration>> {
+        let begun = Instant::now();
+        let [target, _] = inner(from.other())?;
+        let deadline = begun + patience;
+        let at = first_reply(self.host(from), target, self.link(from), deadline)?;
+        Ok(at.map(|at| at - begun))
+    }
+
+    /// As [`Pair::ping`]; no reply is an error that says how it stands.
+    pub(super) fn ping_ok(&self, from: Side, patience: Duration) -> anyhow::Result<Duration> {
+        self.ping(from, patience)?.ok_or_else(|| {
+            let stands = self.stands().unwrap_or_else(|error| format!("{error:#}"));
+            anyhow!("no reply in {} s; {stands}", patience.as_secs())
+        })
+    }
+
+    /// Sends megabytes both ways over TCP, inside both families, each byte verified.
+    pub(super) fn exchange(&self, from: Side, bytes: u64) -> anyhow::Result<()> {
+        let pattern = Pattern::random()?;
+        for address in inner(from.other())? {
+            let (from, to) = (self.host(from), self.host(from.other()));
+            tcp_both_ways(from, to, address, bytes, pattern, |_| ())?;
+        }
+        Ok(())
+    }
+
+    /// What our agent says of the other.
+    pub(super) fn stands(&self) -> anyhow::Result<String> {
+        let peer = self.ours.peer(NAME)?.context("our agent does not know the other")?;
+        Ok(format!("our agent says {} ({})", peer.state, peer.reason.unwrap_or_default()))
+    }
+
+    /// Age of the last handshake, as our agent sees it.
+    pub(super) fn handshake_age(&self) -> anyhow::Result<Duration> {
+        let said = self.ours.command_ok(&["peers", "-o", "json"])?;
+        let peers: serde_json::Value = serde_json::from_str(&said)?;
+        let age = peers[0]["handshake_age_ms"].as_u64().context("no handshake yet")?;
+        Ok(Duration::from_millis(age))
+    }
+
+    /// A counter of `towline status`.
+    pub(super) fn drops(&self, reason: &str) -> anyhow::Result<u64> {
+        let said = self.ours.command_ok(&["status", "-o", "json"])?;
+        let status: serde_json::Value = serde_json::from_str(&said)?;
+        status["drops"][reason].as_u64().with_context(|| format!("no drops named {reason}"))
+    }
+
+    /// The first uplink of a side goes away.
+    pub(super) fn unplug(&self, side: Side) -> anyhow::Result<()> {
+        self.host(side).run(|| {
+            let mut netlink = Rtnetlink::open()?;
+            let index = netlink.link_index("eth0")?;
+            Ok(netlink.set_up(index, false)?)
+        })
+    }
+
+    /// Takes the caller's keepalive away, in the running process.
+    pub(super) fn stop_keepalive(&mut self) -> anyhow::Result<()> {
+        self.terms.keepalive = None;
+        if self.terms.caller == Side::Theirs {
+            let endpoint = self.outer(Side::Ours)?;
+            return self.configure_theirs(endpoint);
+        }
+        let path = self.ours.config();
+        let text = std::fs::read_to_string(&path)?;
+        let lines = text.lines().filter(|line| !line.starts_with("keepalive"));
+        std::fs::write(&path, lines.collect::<Vec<_>>().join("\n"))?;
+        let agent = self.ours.agent()?.pid();
+        nix::sys::signal::kill(agent, nix::sys::signal::Signal::SIGHUP)?;
+        Ok(())
+    }
+}
+
+impl Side {
+    pub(super) fn other(self) -> Self {
+        match self {
+            Self::Ours => Self::Theirs,
+            Self::Theirs => Self::Ours,
+        }
+    }
+}
+
+fn our_configuration(
+    lab: &Lab,
+    their_key: &Wireguard,
+    terms: Terms,
+    their_endpoint: SocketAddr,
+) -> anyhow::Result<String> {
+    let mut text = format!("[node]\naddresses = {:?}\n", INNER[Side::Ours as usize]);
+    let nets = inner_nets(Side::Theirs)?.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let _ = writeln!(text, "[[peer]]\nname = {NAME:?}\nallowed_ips = {nets:?}");
+    let _ = writeln!(text, "public_key = \"{}\"", their_key.public());
+    if terms.caller == Side::Ours {
+        let _ = writeln!(text, "endpoint = \"{their_endpoint}\"");
+        if let Some(seconds) = terms.keepalive {
+            let _ = writeln!(text, "keepalive = {seconds}");
+        }
+    }
+    if let Some([ours, _]) = terms.preshared_keys {
+        let file = lab.directory().join("ours.psk");
+        let options =
+            std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&file)?;
+        // The base64 of a key, whatever it is for.
+        std::io::Write::write_all(&mut &options, WireguardKey(ours).to_string().as_bytes())?;
+        let _ = writeln!(text, "preshared_key_file = {file:?}");
+    }
+    Ok(text)
+}
+
+/// Gives the other's link its addresses and routes.
+fn dress(link: &str) -> anyhow::Result<()> {
+    let mut netlink = Rtnetlink::open()?;
+    let index = netlink.link_index(link)?;
+    netlink.set_mtu(index, 1420)?;
+    for net in inner_nets(Side::Theirs)? {
+        let options = AddressOptions { no_dad: true, ..Default::default() };
+        netlink.add_address(index, net, options)?;
+    }
+    netlink.set_up(index, true)?;
+    for net in inner_nets(Side::Ours)? {
+        netlink.add_route(&Route::new(net).dev(index))?;
+    }
+    Ok(())
+}
+
+fn inner(side: Side) -> anyhow::Result<[IpAddr; 2]> {
+    let [v4, v6] = INNER[side as usize];
+    Ok([v4.parse()?, v6.parse()?])
+}
+
+fn inner_nets(side: Side) -> anyhow::Result<Vec<IpNet>> {
+    Ok(inner(side)?.map(IpNet::from).to_vec())
+}
