@@ -337,6 +337,7 @@ impl Mesh {
     /// can use come back as [`Output::Advertise`] when they changed.
     pub fn set_candidates(&mut self, now: Instant, candidates: Vec<Candidate>) {
         self.advance(now);
+        self.with_static_peers(|statics, cx| statics.local_changed(cx));
         if self.local.set_candidates(candidates) {
             self.outputs.push_back(Output::Advertise(self.local.candidates().to_vec()));
             self.each_peer(|peer, cx| peer.local_changed(cx));

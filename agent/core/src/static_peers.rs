@@ -183,6 +183,11 @@ impl StaticPeers {
         }
     }
 
+    /// Links or addresses of ours changed: what we sent from may be gone.
+    pub(crate) fn local_changed(&mut self, cx: &mut Context<'_>) {
+        self.by_key.values_mut().for_each(|peer| peer.let_kernel_choose(cx));
+    }
+
     /// Every one, by key.
     pub(crate) fn statuses(&self, now: Instant) -> impl Iterator<Item = StaticPeerStatus> + '_ {
         self.by_key.values().map(move |peer| StaticPeerStatus {
@@ -251,13 +256,16 @@ impl Peer {
                 self.set_state(cx, PeerState::Up);
             }
             Observation::Roamed { from } => self.heard(cx, from),
-            Observation::HandshakeUnanswered => match self.state {
-                PeerState::Connecting if cx.now >= self.trying_since + DOWN_AFTER => {
-                    self.set_state(cx, PeerState::Down);
+            Observation::HandshakeUnanswered => {
+                self.let_kernel_choose(cx);
+                match self.state {
+                    PeerState::Connecting if cx.now >= self.trying_since + DOWN_AFTER => {
+                        self.set_state(cx, PeerState::Down);
+                    }
+                    PeerState::Idle | PeerState::Up => self.set_state(cx, PeerState::Connecting),
+                    PeerState::Connecting | PeerState::Down => {}
                 }
-                PeerState::Idle | PeerState::Up => self.set_state(cx, PeerState::Connecting),
-                PeerState::Connecting | PeerState::Down => {}
-            },
+            }
             Observation::SessionExpired => {
                 if self.persists() {
                     if self.state == PeerState::Up {
@@ -279,7 +287,8 @@ impl Peer {
 
     /// Begins a handshake, though no sooner after the last one than WireGuard would.
     fn call(&mut self, cx: &mut Context<'_>) {
-        let mut to: Vec<Path> = self.endpoint.into_iter().collect();
+        let mut to: Vec<Path> = Vec::new();
+        to.extend(self.endpoint.map(|path| Path::direct(path.remote)));
         // A peer that roamed and went silent may be back where it was.
         let home = self.config.endpoint.filter(|home| to.iter().all(|path| path.remote != *home));
         to.extend(home.map(Path::direct));
@@ -303,6 +312,15 @@ impl Peer {
         let usable = !from.is_relayed() && cx.local.may_send_to(from.remote);
         if self.endpoint != Some(from) && usable {
             self.endpoint = Some(from);
+            *cx.table_changed = true;
+        }
+    }
+
+    /// Answers go out from the address that was called, until there is reason to doubt it.
+    fn let_kernel_choose(&mut self, cx: &mut Context<'_>) {
+        if let Some(path) = &mut self.endpoint
+            && path.local.take().is_some()
+        {
             *cx.table_changed = true;
         }
     }

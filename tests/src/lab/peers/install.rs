@@ -17,8 +17,8 @@ const GO_PACKAGE: &str = "golang.zx2c4.com/wireguard";
 pub(super) fn install(which: WireGuard) -> Result<Installed, String> {
     match which {
         WireGuard::Go => wireguard_go(),
-        WireGuard::Gotatun => crates_io(which, "gotatun-cli", GOTATUN),
-        WireGuard::Boringtun => crates_io(which, "boringtun-cli", BORINGTUN),
+        WireGuard::Gotatun => crates_io(which, "gotatun-cli", "gotatun", GOTATUN),
+        WireGuard::Boringtun => crates_io(which, "boringtun-cli", "boringtun-cli", BORINGTUN),
     }
 }
 
@@ -53,9 +53,14 @@ fn wireguard_go() -> Result<Installed, String> {
     }
 }
 
-fn crates_io(which: WireGuard, package: &str, version: &str) -> Result<Installed, String> {
+fn crates_io(
+    which: WireGuard,
+    package: &str,
+    program: &str,
+    version: &str,
+) -> Result<Installed, String> {
     let root = cache()?.join(format!("{package}-{version}"));
-    let path = root.join("bin").join(package);
+    let path = root.join("bin").join(program);
     let installed = Installed { which, path, version: version.to_owned() };
     if installed.path.exists() {
         return Ok(installed);
