@@ -7,6 +7,9 @@
 //! | `clamp`, `clamp_in` | routed | lowers the MSS of TCP connections through the tunnel to what the routes leave |
 //! | `guard` | at the end of the way out | drops what goes to a guarded network by another link than ours |
 //!
+//! Where the kernel can (6.9), the table is owned by our socket: nobody else's flush takes it while the
+//! agent runs, and it stays when the agent is gone.
+//!
 //! Our own sockets' packets carry our mark and pass the guard: they are sealed. Neighbour
 //! discovery passes both guards: on a LAN whose addresses are mesh addresses it is what finds the
 //! other end of the tunnel, and it carries nothing.
@@ -53,7 +56,7 @@ const TCP: u8 = libc::IPPROTO_TCP as u8;
 const UDP: u8 = libc::IPPROTO_UDP as u8;
 
 /// Brings the kernel's table from `have` to what the plan wants, as far as this kernel can;
-/// returns the table that then is there.
+/// returns the table that then is there. `ownable`: this kernel lets us own it, as far as is known.
 ///
 /// # Errors
 ///
@@ -64,6 +67,7 @@ pub(super) fn change(
     have: Option<Table>,
     fresh: bool,
     nft: Option<&mut Nft>,
+    ownable: &mut bool,
     changes: &mut Changes,
 ) -> Result<Option<Table>, ApplyError> {
     let Some(nft) = nft else {
@@ -71,20 +75,28 @@ pub(super) fn change(
         return Ok(have);
     };
     let mut refused = None;
-    for extent in [Extent::Full, Extent::GuardOnly] {
-        let want = table(plan, extent);
-        let transaction = want.changes(have.as_ref());
-        let messages = transaction.messages();
-        match nft.commit(transaction) {
-            Ok(()) => {
-                changes.messages += messages;
-                changes.problems.extend(refused.map(Problem::FirewallReduced));
-                return Ok(Some(want));
-            }
-            Err(NftError::Netlink(error)) => return Err(error.into()),
-            Err(error) if !fresh => return Err(error.into()),
-            Err(error) => {
-                refused.get_or_insert(error.to_string());
+    for owned in [true, false] {
+        if owned && !*ownable {
+            continue;
+        }
+        refused = None;
+        for extent in [Extent::Full, Extent::GuardOnly] {
+            let want = table(plan, extent);
+            let want = if owned { want.owned() } else { want };
+            let transaction = want.changes(have.as_ref());
+            let messages = transaction.messages();
+            match nft.commit(transaction) {
+                Ok(()) => {
+                    *ownable = owned;
+                    changes.messages += messages;
+                    changes.problems.extend(refused.map(Problem::FirewallReduced));
+                    return Ok(Some(want));
+                }
+                Err(NftError::Netlink(error)) => return Err(error.into()),
+                Err(error) if !fresh => return Err(error.into()),
+                Err(error) => {
+                    refused.get_or_insert(error.to_string());
+                }
             }
         }
     }

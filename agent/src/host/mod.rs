@@ -48,6 +48,8 @@ pub struct HostNetwork {
     rtnetlink: Rtnetlink,
     /// `None`: this kernel has no nftables.
     nft: Option<Nft>,
+    /// The nftables table can be owned, as far as is known.
+    ownable: bool,
     /// What is there of ours, as read or as made by the last apply.
     known: Option<State>,
     /// The plan that `known` follows, and what of it is not so.
@@ -75,6 +77,7 @@ impl HostNetwork {
         Ok(Self {
             rtnetlink: Rtnetlink::open()?,
             nft,
+            ownable: true,
             known: None,
             applied: None,
             problems: Vec::new(),
@@ -169,7 +172,7 @@ impl HostNetwork {
             }
         };
         let (table, nft) = (have.firewall.take(), self.nft.as_mut());
-        let firewall = firewall::change(plan, table, fresh, nft, &mut changes)?;
+        let firewall = firewall::change(plan, table, fresh, nft, &mut self.ownable, &mut changes)?;
         let mut want = State::wanted(plan, have.link.as_ref());
         want.firewall = firewall;
         let now = have.become_(want, &names, &mut self.rtnetlink, &mut changes)?;

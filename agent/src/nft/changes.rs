@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::rule::Rule;
 use super::set::Set;
-use super::table::{Chain, Table};
+use super::table::{Chain, Ownership, Table};
 use super::transaction::Transaction;
 
 impl Table {
@@ -21,6 +21,9 @@ impl Table {
             transaction.create(self);
             return transaction;
         }
+        if self.ownership == Ownership::Owner && have.ownership == Ownership::Orphan {
+            transaction.adopt_table(self);
+        }
         self.change_structure(have, &mut transaction);
         // Additions first: where all does not fit one transaction, a set holds too much for a
         // moment rather than too little.
@@ -33,14 +36,16 @@ impl Table {
         transaction
     }
 
-    /// A set's shape cannot be changed while rules name it, nor a table's comment at all.
+    /// A set's shape cannot be changed while rules name it, nor a table's comment at all; nor can what
+    /// was everybody's from the start be owned.
     fn must_be_remade(&self, have: &Table) -> bool {
         let reshaped = self
             .sets
             .iter()
             .any(|(name, set)| have.sets.get(name).is_some_and(|old| !old.same_shape(set)));
+        let unownable = self.ownership == Ownership::Owner && have.ownership == Ownership::Anybody;
         // An old kernel forgets the comment; that alone is no reason.
-        reshaped || (have.comment.is_some() && self.comment != have.comment)
+        reshaped || unownable || (have.comment.is_some() && self.comment != have.comment)
     }
 
     fn change_structure(&self, have: &Table, transaction: &mut Transaction) {

@@ -10,7 +10,7 @@ use crate::netlink::{Connection, NetlinkError, Protocol, Refusal};
 use super::expression::Expression;
 use super::rule::Rule;
 use super::set::{Interval, KeyType, Set, join};
-use super::table::{Base, Chain, ChainKind, Hook, Policy, Table, TableFamily};
+use super::table::{Base, Chain, ChainKind, Hook, Ownership, Policy, Table, TableFamily};
 use super::transaction::{Step, Transaction};
 use super::wire;
 
@@ -211,8 +211,12 @@ impl Nft {
         let found = self.connection.get(what, request, |received| {
             let mut table = Table::new(family, name);
             for attribute in payload(&received, wire::NEW_TABLE)? {
-                if attribute.kind == wire::table::USERDATA {
-                    table.comment = wire::comment_from_userdata(attribute.value);
+                match attribute.kind {
+                    wire::table::USERDATA => {
+                        table.comment = wire::comment_from_userdata(attribute.value);
+                    }
+                    wire::table::FLAGS => table.ownership = ownership(attribute.u32_be()?),
+                    _ => {}
                 }
             }
             Some(table)
@@ -308,6 +312,16 @@ fn payload<'a>(
 ) -> Option<impl Iterator<Item = Attribute<'a>> + use<'a>> {
     let wanted = received.kind == wire::message_kind(kind);
     wanted.then(|| attributes(received.payload, wire::HEADER))
+}
+
+fn ownership(flags: u32) -> Ownership {
+    if flags & wire::table::FLAG_OWNER != 0 {
+        Ownership::Owner
+    } else if flags & wire::table::FLAG_PERSIST != 0 {
+        Ownership::Orphan
+    } else {
+        Ownership::Anybody
+    }
 }
 
 fn parse_chain(received: &Received<'_>, table: &str) -> Option<(String, Chain)> {

@@ -27,5 +27,5 @@ pub use client::{Counter, Loaded, Nft, NftError};
 pub use expression::{Expression, Verdict};
 pub use rule::{CtState, Rule};
 pub use set::{Interval, KeyType, Set};
-pub use table::{Base, Chain, ChainKind, Hook, Policy, Table, TableFamily};
+pub use table::{Base, Chain, ChainKind, Hook, Ownership, Policy, Table, TableFamily};
 pub use transaction::Transaction;

@@ -14,10 +14,26 @@ pub struct Table {
     pub name: String,
     /// Says whose it is. Kernels before 5.10 forget it.
     pub comment: Option<String>,
+    /// Who may change it.
+    pub ownership: Ownership,
     /// Named sets, by name.
     pub sets: BTreeMap<String, Set>,
     /// Chains, by name.
     pub chains: BTreeMap<String, Chain>,
+}
+
+/// Who may change a table. From Linux 6.9 on a table can belong to the socket that made it, so that
+/// nobody else's `nft flush ruleset` takes it, and still outlive that socket; then it is an orphan,
+/// which anybody may change and the next owner adopts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Ownership {
+    /// Everybody.
+    #[default]
+    Anybody,
+    /// The socket that made or adopted it, as long as that is open; wanted, it means ours.
+    Owner,
+    /// Everybody, until somebody adopts it.
+    Orphan,
 }
 
 /// Which packets a table sees.
@@ -97,6 +113,7 @@ impl Table {
             family,
             name: name.into(),
             comment: None,
+            ownership: Ownership::Anybody,
             sets: BTreeMap::new(),
             chains: BTreeMap::new(),
         }
@@ -105,6 +122,12 @@ impl Table {
     /// With a comment.
     pub fn comment(mut self, comment: impl Into<String>) -> Self {
         self.comment = Some(comment.into());
+        self
+    }
+
+    /// Which belongs to us while we live; see [`Ownership`].
+    pub fn owned(mut self) -> Self {
+        self.ownership = Ownership::Owner;
         self
     }
 

@@ -4,7 +4,7 @@ use crate::netlink::codec::Message;
 
 use super::rule::Rule;
 use super::set::{Interval, KeyType, Set};
-use super::table::{Chain, Table, TableFamily};
+use super::table::{Chain, Ownership, Table, TableFamily};
 use super::wire;
 
 /// A list of changes. Committed, all of them are done or none.
@@ -25,6 +25,9 @@ pub(super) struct Step {
 /// Elements per message: the list is one attribute, which holds 64 KiB; an IPv6 interval takes
 /// 64 bytes.
 const ELEMENTS: usize = 500;
+
+/// Belongs to the socket that says so, and outlives it.
+const OWNED: u32 = wire::table::FLAG_OWNER | wire::table::FLAG_PERSIST;
 
 const CREATE: u16 = libc::NLM_F_CREATE as u16;
 const APPEND: u16 = (libc::NLM_F_CREATE | libc::NLM_F_APPEND) as u16;
@@ -72,6 +75,15 @@ impl Transaction {
         self.push(message, format!("delete table {family} {name}"));
     }
 
+    /// Deletes every table of every family, but for those that another socket owns: `nft flush
+    /// ruleset`.
+    pub fn delete_every_table(&mut self) {
+        const ANY_FAMILY: u8 = libc::AF_UNSPEC as u8;
+        let header = wire::header(ANY_FAMILY, 0);
+        let message = Message::new(wire::message_kind(wire::DELETE_TABLE), 0, &header);
+        self.push(message, "delete every table".to_owned());
+    }
+
     /// Appends a rule to a chain, which may be somebody else's.
     pub fn add_rule(&mut self, family: TableFamily, table: &str, chain: &str, rule: &Rule) {
         let mut message = message(family, wire::NEW_RULE, APPEND);
@@ -113,7 +125,18 @@ impl Transaction {
         if let Some(comment) = &table.comment {
             message.bytes(wire::table::USERDATA, &wire::comment_to_userdata(comment));
         }
+        if table.ownership == Ownership::Owner {
+            message.u32_be(wire::table::FLAGS, OWNED);
+        }
         self.push(message, format!("make table {} {}", table.family, table.name));
+    }
+
+    /// Takes an orphaned table over.
+    pub(super) fn adopt_table(&mut self, table: &Table) {
+        let mut message = message(table.family, wire::NEW_TABLE, 0);
+        message.string(wire::table::NAME, &table.name);
+        message.u32_be(wire::table::FLAGS, OWNED);
+        self.push(message, format!("adopt table {} {}", table.family, table.name));
     }
 
     pub(super) fn add_chain(&mut self, table: &Table, name: &str, chain: &Chain) {

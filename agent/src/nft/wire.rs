@@ -35,7 +35,10 @@ pub(super) const DELETE_ELEMENT: u16 = 14;
 
 pub(super) mod table {
     pub(crate) const NAME: u16 = 1;
+    pub(crate) const FLAGS: u16 = 2;
     pub(crate) const USERDATA: u16 = 6;
+    pub(crate) const FLAG_OWNER: u32 = 2;
+    pub(crate) const FLAG_PERSIST: u32 = 4;
 }
 
 pub(super) mod chain {

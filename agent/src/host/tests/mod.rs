@@ -16,7 +16,7 @@ use crate::netlink::testing::{NetworkNamespace, add_link, add_tun, namespace_tes
 use crate::netlink::{
     Address, AddressOptions, Family, Link, Route, RouteKind, Rtnetlink, Rule, RuleAction, VethPeer,
 };
-use crate::nft::{Chain, ChainKind, Hook, Table, TableFamily};
+use crate::nft::{Chain, ChainKind, Hook, Ownership, Table, TableFamily, Transaction};
 
 fn net(text: &str) -> IpNet {
     text.parse().unwrap()
@@ -126,6 +126,11 @@ fn refusal(to: &str) -> Option<i32> {
     socket.send_to(b"clear", (to, 9)).err().and_then(|error| error.raw_os_error())
 }
 
+/// As on a kernel whose tables have no owners, so that others can delete ours.
+fn open_without_ownership() -> HostNetwork {
+    HostNetwork { ownable: false, ..HostNetwork::open().unwrap() }
+}
+
 fn apply(host: &mut HostNetwork, plan: &Plan) -> Changes {
     let changes = host.apply(plan).unwrap();
     assert_eq!(changes.problems, []);
@@ -178,7 +183,7 @@ namespace_test! {
     fn what_others_flush_comes_back_and_theirs_is_left_alone() {
         host_with_foreign_state();
         let Some(link) = add_tun("towline0") else { return };
-        let mut host = HostNetwork::open().unwrap();
+        let mut host = open_without_ownership();
         apply(&mut host, &plan());
         let whole = snapshot();
         let mut rtnetlink = Rtnetlink::open().unwrap();
@@ -314,7 +319,7 @@ namespace_test! {
         host_with_foreign_state();
         let mut rtnetlink = Rtnetlink::open().unwrap();
         let mut nft = Nft::open().unwrap();
-        let mut host = HostNetwork::open().unwrap();
+        let mut host = open_without_ownership();
         let inside = ["198.19.0.2", "10.9.2.1", "10.9.77.1", "fd00:9::2"];
         assert!(inside.iter().all(|to| refusal(to).is_none()), "open before");
 
@@ -340,6 +345,41 @@ namespace_test! {
 
         host.remove(&Names::of(&plan())).unwrap();
         assert!(inside.iter().all(|to| refusal(to).is_none()), "open after");
+    }
+}
+
+namespace_test! {
+    fn nobody_else_takes_the_firewall_while_we_live_and_it_outlives_us() {
+        host_with_foreign_state();
+        let mut host = HostNetwork::open().unwrap();
+        host.apply(&plan()).unwrap();
+        let mut nft = Nft::open().unwrap();
+        let ownership = |nft: &mut Nft| {
+            nft.read(TableFamily::Inet, "towline").unwrap().map(|loaded| loaded.table.ownership)
+        };
+        if ownership(&mut nft) != Some(Ownership::Owner) {
+            println!("skipped: this kernel's tables have no owners");
+            return;
+        }
+        let mut flush = Transaction::new();
+        flush.delete_every_table();
+        nft.commit(flush).unwrap();
+        assert_eq!(nft.read(TableFamily::Inet, "theirs").unwrap().map(|_| ()), None, "flushed");
+        assert_eq!(ownership(&mut nft), Some(Ownership::Owner), "ours is not");
+        assert!(nft.delete(TableFamily::Inet, "towline").is_err());
+
+        drop(host);
+        assert_eq!(ownership(&mut nft), Some(Ownership::Orphan));
+        let mut next = HostNetwork::open().unwrap();
+        assert!(next.apply(&plan()).unwrap().messages <= 1, "adopted as it is");
+        assert_eq!(ownership(&mut nft), Some(Ownership::Owner));
+
+        // What was made without an owner is made anew.
+        next.remove(&Names::of(&plan())).unwrap();
+        open_without_ownership().apply(&plan()).unwrap();
+        assert_eq!(ownership(&mut nft), Some(Ownership::Anybody));
+        next.apply(&plan()).unwrap();
+        assert_eq!(ownership(&mut nft), Some(Ownership::Owner));
     }
 }
 
@@ -389,7 +429,7 @@ namespace_test! {
         nft.delete(TableFamily::Inet, "towline").unwrap();
 
         // Once we stand, an intruder is reported and our guards are put back all the same.
-        let mut host = HostNetwork::open().unwrap();
+        let mut host = open_without_ownership();
         host.apply(&plan()).unwrap();
         rtnetlink.add_route(&route).unwrap();
         nft.delete(TableFamily::Inet, "towline").unwrap();
