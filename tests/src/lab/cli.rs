@@ -2,16 +2,22 @@
 //!
 //! Exit status: 0 every promise held, 1 one did not, 2 wrong usage, 3 this machine forbids it.
 
-use std::process::ExitCode;
+use std::os::unix::process::CommandExt;
+use std::process::{self, ExitCode};
+use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::binaries::{Binaries, Profile};
 use super::interrupt;
 use super::keep::Kept;
 use super::privilege::acquire;
 use super::report::{Forbidden, finish, print};
-use super::scenario::{Setting, bench, crash, demo, failover, idle, interop, many, mtu, nat};
+use super::scenario::{
+    Setting, bench, cohabit, crash, demo, failover, idle, interop, leak, many, mtu, nat, nodes,
+    plan,
+};
 use super::talk::{Talk, line};
 use super::traffic::random_bytes;
 
@@ -88,6 +94,45 @@ enum What {
         json: bool,
         /// Only these implementations and cases.
         only: Vec<String>,
+    },
+    /// Agents die, guards are flushed, strangers forge: nothing leaves in clear, nothing comes in.
+    Leak {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+        /// For how long, in seconds.
+        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3_600))]
+        seconds: u64,
+        /// Of acts and moments; random when not given.
+        #[arg(long)]
+        seed: Option<u64>,
+    },
+    /// Every arrow of a hybrid cluster, in both addressings: it arrives, and by the promised way.
+    Nodes {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+        /// In this addressing only.
+        #[arg(long, value_enum)]
+        addressing: Option<nodes::Addressing>,
+        /// With this `rp_filter` on the uplinks only.
+        #[arg(long, value_parser = clap::value_parser!(u8).range(0..=2))]
+        rp_filter: Option<u8>,
+    },
+    /// Firewalls, network managers and operators flush and delete: it is back, and theirs untouched.
+    Cohabit {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+    },
+    /// What a host's network costs in a mesh of 1,000 peers with 5,000 prefixes (release build).
+    Plan {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+        /// Measure with this very program, instead of a release build of it.
+        #[arg(long, hide = true)]
+        here: bool,
     },
     /// Opens a shell, or runs a command, in a node of a lab that is kept up.
     Shell {
@@ -182,10 +227,7 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
         }
         What::Crash { json, kills, seed } => {
             let setting = prepare(rootless, Profile::Release)?;
-            let seed = match seed {
-                Some(seed) => seed,
-                None => u32::from_be_bytes(random_bytes()?).into(),
-            };
+            let seed = given_or_random(seed)?;
             let figures = crash::run(&setting, crash::Options { kills, seed })?;
             drop(setting);
             finish(&figures, json)
@@ -203,6 +245,45 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
             drop(setting);
             finish(&figures, json)
         }
+        What::Leak { json, seconds, seed } => {
+            let setting = prepare(rootless, Profile::Dev)?;
+            let options = leak::Options {
+                duration: Duration::from_secs(seconds),
+                seed: given_or_random(seed)?,
+            };
+            let figures = leak::run(&setting, options)?;
+            drop(setting);
+            finish(&figures, json)
+        }
+        What::Nodes { json, addressing, rp_filter } => {
+            let setting = prepare(rootless, Profile::Dev)?;
+            let both = nodes::Addressing::value_variants().to_vec();
+            let options = nodes::Options {
+                addressings: addressing.map_or(both, |one| vec![one]),
+                rp_filters: rp_filter.map_or_else(|| vec![0, 1, 2], |one| vec![one]),
+            };
+            let figures = nodes::run(&setting, &options)?;
+            drop(setting);
+            finish(&figures, json)
+        }
+        What::Cohabit { json } => {
+            let setting = prepare(rootless, Profile::Dev)?;
+            let figures = cohabit::run(&setting)?;
+            drop(setting);
+            finish(&figures, json)
+        }
+        What::Plan { json, here: false } => {
+            let lab = Binaries::build(Profile::Bench)?.lab.context("cargo built no lab")?;
+            let flags = [("--json", json), ("--rootless", rootless)];
+            let flags = flags.into_iter().filter_map(|(flag, set)| set.then_some(flag));
+            let error = process::Command::new(lab).args(["plan", "--here"]).args(flags).exec();
+            Err(error).context("cannot start the release build of the lab")
+        }
+        What::Plan { json, here: true } => {
+            interrupt::install()?;
+            let figures = plan::run(acquire(rootless)?)?;
+            finish(&figures, json)
+        }
         What::Shell { node, command } => match Kept::find()?.enter(&node, &command)? {},
     }
 }
@@ -218,7 +299,18 @@ idle    what agents and controller cost while nothing happens
 bench   Towline beside other userspace WireGuards: speed, latency, processor time, memory
 crash   kill -9 at 100 random moments under a writing load: nothing acknowledged is lost
 interop wireguard-go, boringtun and gotatun as plain peers (root: their sockets lie in /var/run)
+leak    agents die, guards are flushed, strangers forge: nothing leaves in clear, nothing comes in
+nodes   every arrow of a hybrid cluster, in both addressings: it arrives, and by the promised way
+cohabit firewalls, network managers and operators flush and delete: it is back, theirs untouched
+plan    what a host's network costs with 1,000 peers and 5,000 prefixes: all of it, and one change
 ";
+
+fn given_or_random(seed: Option<u64>) -> anyhow::Result<u64> {
+    match seed {
+        Some(seed) => Ok(seed),
+        None => Ok(u32::from_be_bytes(random_bytes()?).into()),
+    }
+}
 
 /// The right to make namespaces first: a refusal should not come after minutes of building.
 fn prepare(rootless: bool, profile: Profile) -> anyhow::Result<Setting> {

@@ -29,6 +29,8 @@
 //! | [`peers`] | other WireGuards: built once, configured over their own sockets |
 //! | [`capture`] | every packet on the simulated internet, searched for what must not be there |
 //! | [`traffic`], [`ping`] | generators that verify each byte and each reply |
+//! | [`chatter`] | traffic without pause, that a fault would let out |
+//! | [`meddle`], [`forge`] | what co-tenants do to a host, and what strangers send it |
 //! | [`report`], [`talk`] | promises, figures and the exit status; progress for people |
 //! | [`keep`] | a lab that stays up, and shells inside it |
 //! | [`scenario`], [`cli`] | what `cargo lab NAME` runs |
@@ -47,11 +49,14 @@
 
 pub mod binaries;
 pub mod capture;
+pub mod chatter;
 pub mod cli;
 pub mod flow;
+pub mod forge;
 pub mod inside;
 pub mod interrupt;
 pub mod keep;
+pub mod meddle;
 pub mod mesh;
 pub mod namespace;
 pub mod nat;

@@ -276,7 +276,7 @@ fn read_reply(packet: &[u8], v4: bool, identifier: u16) -> Option<(u16, &[u8])> 
 }
 
 /// The Internet checksum, RFC 1071.
-fn checksum(message: &[u8]) -> u16 {
+pub(super) fn checksum(message: &[u8]) -> u16 {
     let mut sum: u32 = message
         .chunks(2)
         .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair.get(1).copied().unwrap_or(0)))

@@ -163,12 +163,36 @@ impl Host {
     pub fn addresses(&self) -> &[IpAddr] {
         &self.addresses
     }
+
+    /// A pod, as a CNI plugin lays it out: a host of its own behind the bridge `cni0` of this one, which
+    /// forwards. Number 1 of each network is the bridge's, number 2 the pod's. One for each host.
+    pub fn pod(&self, name: &str, v4: Ipv4Net, v6: Ipv6Net) -> anyhow::Result<Host> {
+        const BRIDGE: &str = "cni0";
+        self.namespace.run(|| {
+            let mut netlink = Rtnetlink::open()?;
+            netlink.add_bridge(BRIDGE)?;
+            address(&mut netlink, BRIDGE, in_net(first_v4(v4), v4))?;
+            address(&mut netlink, BRIDGE, in_net(first_v6(v6), v6))
+        })?;
+        forward(&self.namespace)?;
+        let namespace = bare(name)?;
+        plug(&namespace, "eth0", &self.namespace, BRIDGE, "veth0", Weather::default())?;
+        let own = [in_net(nth_v4(v4, 2), v4), in_net(nth_v6(v6, 2), v6)];
+        let ways = [(own[0], first_v4(v4).into()), (own[1], first_v6(v6).into())];
+        connect(&namespace, "eth0", &ways, 100)?;
+        Ok(Host { namespace, addresses: own.map(|net| net.addr()).to_vec() })
+    }
 }
 
 impl Router {
     /// Its side of the lab.
     pub fn host(&self) -> &Host {
         &self.host
+    }
+
+    /// Its own IPv4 address in its LAN.
+    pub fn gateway(&self) -> IpAddr {
+        first_v4(self.lan.0).into()
     }
 }
 

@@ -93,12 +93,42 @@ pub fn tcp_both_ways(
     pattern: Pattern,
     progress: impl Fn(u64) + Sync,
 ) -> anyhow::Result<[Transferred; 2]> {
+    let listen = SocketAddr::new(address, 0);
+    transfer(from, to, listen, None, bytes, pattern, &progress)
+        .with_context(|| format!("tcp from {} to {address} on {}", from.name(), to.name()))
+}
+
+/// As [`tcp_both_ways`], where the client connects to another address than the server listens on: there
+/// is a translation between them.
+///
+/// # Errors
+/// As there.
+pub fn tcp_between(
+    from: &Namespace,
+    to: &Namespace,
+    listen: SocketAddr,
+    target: SocketAddr,
+    bytes: u64,
+    pattern: Pattern,
+) -> anyhow::Result<[Transferred; 2]> {
+    transfer(from, to, listen, Some(target), bytes, pattern, &|_| ())
+        .with_context(|| format!("tcp from {} to {target}", from.name()))
+}
+
+fn transfer(
+    from: &Namespace,
+    to: &Namespace,
+    listen_on: SocketAddr,
+    target: Option<SocketAddr>,
+    bytes: u64,
+    pattern: Pattern,
+    progress: &(impl Fn(u64) + Sync),
+) -> anyhow::Result<[Transferred; 2]> {
     let cells = bytes.div_ceil(CELL as u64);
-    let progress = &progress;
     std::thread::scope(|scope| {
         let (bound, when_bound) = std::sync::mpsc::channel();
         let server = to.thread(scope, "tcp-server", move || {
-            let listener = listen(address)?;
+            let listener = listen(listen_on)?;
             // The client may have given up: then accept ends by its time limit.
             let _ = bound.send(listener.local_addr()?);
             let mut stream = accept(&listener)?;
@@ -107,7 +137,8 @@ pub fn tcp_both_ways(
             Ok(there)
         })?;
         let client = from.thread(scope, "tcp-client", move || {
-            let Ok(target) = when_bound.recv() else { bail!("the other end does not listen") };
+            let Ok(bound) = when_bound.recv() else { bail!("the other end does not listen") };
+            let target = target.unwrap_or(bound);
             let mut stream = connect(target)?;
             let begun = Instant::now();
             send(&mut stream, cells, pattern)?;
@@ -123,7 +154,6 @@ pub fn tcp_both_ways(
             Transferred { bytes, took: back_end - there_end },
         ])
     })
-    .with_context(|| format!("tcp from {} to {address} on {}", from.name(), to.name()))
 }
 
 /// A stream without progress for this long is broken.
@@ -135,8 +165,8 @@ const CHUNK: usize = 256 * 1024;
 /// How often a blocked socket looks for Ctrl-C.
 const LOOK: Duration = Duration::from_millis(200);
 
-fn listen(address: IpAddr) -> anyhow::Result<std::net::TcpListener> {
-    let listener = std::net::TcpListener::bind(SocketAddr::new(address, 0))
+fn listen(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
+    let listener = std::net::TcpListener::bind(address)
         .with_context(|| format!("cannot listen on {address}"))?;
     listener.set_nonblocking(true)?;
     Ok(listener)

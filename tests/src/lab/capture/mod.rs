@@ -14,6 +14,7 @@
 mod frame;
 mod ring;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{Builder, JoinHandle};
@@ -24,6 +25,7 @@ use ipnet::IpNet;
 use memchr::memmem::Finder;
 use parking_lot::Mutex;
 use serde::Serialize;
+use towline_agent::netlink::Rtnetlink;
 
 use super::interrupt::wait_for;
 use super::namespace::Namespace;
@@ -35,6 +37,7 @@ use ring::Ring;
 #[derive(Debug)]
 pub struct Capture {
     shared: Arc<Shared>,
+    links: BTreeMap<String, u32>,
     thread: Option<JoinHandle<anyhow::Result<()>>>,
 }
 
@@ -57,10 +60,19 @@ pub struct Seen {
     pub missed: u64,
 }
 
+impl Seen {
+    /// Signs of inner packets in clear; a frame that shows both counts twice.
+    pub fn in_clear(&self) -> u64 {
+        self.marked + self.inner_addresses
+    }
+}
+
 #[derive(Debug, Default)]
 struct Shared {
     counts: Counts,
     watched: Mutex<Vec<IpNet>>,
+    /// Frames with the mark, by the link that they entered.
+    marked_on: Mutex<BTreeMap<u32, u64>>,
     stop: AtomicBool,
 }
 
@@ -79,12 +91,14 @@ impl Capture {
     /// Captures what enters any link of `namespace`.
     pub fn start(namespace: &Namespace, pattern: Pattern) -> anyhow::Result<Self> {
         let ring = namespace.run(Ring::open).context("cannot capture")?;
+        let links = namespace.run(|| Ok(Rtnetlink::open()?.links()?))?;
+        let links = links.into_iter().map(|link| (link.name, link.index)).collect();
         let shared = Arc::new(Shared::default());
         let worker = Arc::clone(&shared);
         let thread = Builder::new()
             .name(format!("capture-{}", namespace.name()))
             .spawn(move || worker.work(ring, pattern))?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, links, thread: Some(thread) })
     }
 
     /// From now on counts outer addresses inside these networks.
@@ -95,6 +109,13 @@ impl Capture {
     /// What was seen so far; the last few milliseconds may be missing.
     pub fn seen(&self) -> Seen {
         self.shared.counts.read()
+    }
+
+    /// How many frames with the mark entered by a link, so far. 0 if there was no link of this name
+    /// when the capture began.
+    pub fn marked_on(&self, link: &str) -> u64 {
+        let Some(index) = self.links.get(link) else { return 0 };
+        self.shared.marked_on.lock().get(index).copied().unwrap_or(0)
     }
 
     /// Waits until the detector found the mark in something that was just sent in clear, on
@@ -133,7 +154,7 @@ impl Shared {
             // Asked before the look, so that the last look comes after the request.
             let stopping = self.stop.load(Ordering::Relaxed);
             let watched = self.watched.lock().clone();
-            let any = ring.next_block(|frame| self.look(frame, &finder, &watched))?;
+            let any = ring.next_block(|frame, link| self.look(frame, link, &finder, &watched))?;
             self.counts.missed.fetch_add(ring.missed()?, Ordering::Relaxed);
             if stopping && !any {
                 return Ok(());
@@ -141,13 +162,14 @@ impl Shared {
         }
     }
 
-    fn look(&self, frame: &[u8], finder: &Finder<'_>, watched: &[IpNet]) {
+    fn look(&self, frame: &[u8], link: u32, finder: &Finder<'_>, watched: &[IpNet]) {
         let counts = &self.counts;
         let add = |counter: &AtomicU64, n: u64| counter.fetch_add(n, Ordering::Relaxed);
         add(&counts.frames, 1);
         add(&counts.bytes, frame.len() as u64);
         if finder.find(frame).is_some() {
             add(&counts.marked, 1);
+            *self.marked_on.lock().entry(link).or_default() += 1;
         }
         let Some(outer) = Outer::parse(frame) else { return };
         if outer.is_fragment {

@@ -77,8 +77,9 @@ impl Ring {
         Ok(ring)
     }
 
-    /// Waits a little for the next block and shows its frames. `false`: none came.
-    pub(super) fn next_block(&mut self, mut show: impl FnMut(&[u8])) -> io::Result<bool> {
+    /// Waits a little for the next block and shows its frames, each with the index of the link that it
+    /// entered. `false`: none came.
+    pub(super) fn next_block(&mut self, mut show: impl FnMut(&[u8], u32)) -> io::Result<bool> {
         // SAFETY: `next` is below BLOCKS, so the block lies inside the mapping.
         let block = unsafe { self.memory.add(self.next * BLOCK_BYTES) };
         // SAFETY: each block begins with its descriptor, aligned to the block.
@@ -106,9 +107,11 @@ impl Ring {
                 let packet = block.add(offset);
                 let frame = packet.cast::<libc::tpacket3_hdr>().as_ref();
                 let from = packet.add(ADDRESS_OFFSET).cast::<libc::sockaddr_ll>().as_ref();
-                if !self.bridges.contains(&from.sll_ifindex.cast_unsigned()) {
+                let link = from.sll_ifindex.cast_unsigned();
+                if !self.bridges.contains(&link) {
                     let bytes = packet.add(usize::from(frame.tp_mac));
-                    show(std::slice::from_raw_parts(bytes.as_ptr(), frame.tp_snaplen as usize));
+                    let length = frame.tp_snaplen as usize;
+                    show(std::slice::from_raw_parts(bytes.as_ptr(), length), link);
                 }
                 offset += frame.tp_next_offset as usize;
             }

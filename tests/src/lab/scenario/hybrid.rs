@@ -13,6 +13,7 @@ use towline_agent::netlink::NetlinkError;
 use super::Setting;
 use crate::lab::capture::Capture;
 use crate::lab::mesh::{Controller, Node, START_LIMIT};
+use crate::lab::namespace::Namespace;
 use crate::lab::nat::Nat;
 use crate::lab::report::Forbidden;
 use crate::lab::topology::{Host, Lab, Router};
@@ -108,19 +109,20 @@ impl Hybrid {
     /// Captures the internet, with a detector that has just proved that it works: one datagram with
     /// the pattern goes from a datacenter to the cloud in clear and must be found.
     pub fn capture(&self, pattern: Pattern) -> anyhow::Result<Capture> {
-        /// RFC 863.
-        const DISCARD: u16 = 9;
-        let capture = Capture::start(self.lab.internet(), pattern)?;
-        capture.watch(OVERLAY);
         let cloud = *self.cp.addresses().first().ok_or_else(|| anyhow!("cp has no address"))?;
-        self.workers[0].namespace().run(|| {
-            let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
-            let bytes = [pattern.cell(0), pattern.cell(1)].concat();
-            socket.send_to(&bytes, SocketAddr::new(cloud, DISCARD))?;
-            Ok(())
-        })?;
-        capture.expect_mark(Duration::from_secs(5)).context("the capture's own test")?;
-        Ok(capture)
+        proven(self.lab.internet(), &self.workers[0], cloud, pattern)
+    }
+
+    /// Captures every uplink: those of the cloud's host and of the routers on the internet, and those
+    /// of the workers behind their routers; each as [`Self::capture`].
+    pub fn capture_uplinks(&self, pattern: Pattern) -> anyhow::Result<[Capture; 3]> {
+        let [a, b] = &self.routers;
+        let [worker_a, worker_b] = &self.workers;
+        Ok([
+            self.capture(pattern)?,
+            proven(a.host().namespace(), worker_a, a.gateway(), pattern)?,
+            proven(b.host().namespace(), worker_b, b.gateway(), pattern)?,
+        ])
     }
 
     /// Starts the controller, then joins and starts every node, and waits until all agents answer
@@ -140,4 +142,25 @@ impl Hybrid {
         }
         Ok(Mesh { controller, nodes })
     }
+}
+
+/// A capture in `place` that has found a datagram which `sender` sent to `target` in clear.
+fn proven(
+    place: &Namespace,
+    sender: &Host,
+    target: IpAddr,
+    pattern: Pattern,
+) -> anyhow::Result<Capture> {
+    /// RFC 863.
+    const DISCARD: u16 = 9;
+    let capture = Capture::start(place, pattern)?;
+    capture.watch(OVERLAY);
+    sender.namespace().run(|| {
+        let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
+        let bytes = [pattern.cell(0), pattern.cell(1)].concat();
+        socket.send_to(&bytes, SocketAddr::new(target, DISCARD))?;
+        Ok(())
+    })?;
+    capture.expect_mark(Duration::from_secs(5)).context("the capture's own test")?;
+    Ok(capture)
 }

@@ -8,15 +8,19 @@
 //! also gets a subcommand and a line of the list in [`cli`](super::cli).
 
 pub mod bench;
+pub mod cohabit;
 pub mod crash;
 pub mod demo;
 pub mod failover;
 pub mod hybrid;
 pub mod idle;
 pub mod interop;
+pub mod leak;
 pub mod many;
 pub mod mtu;
 pub mod nat;
+pub mod nodes;
+pub mod plan;
 
 use super::binaries::Binaries;
 use super::privilege::Rank;

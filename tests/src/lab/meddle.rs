@@ -1,0 +1,122 @@
+//! What co-tenants do to a host's network, by netlink alone: the acts of `nft flush ruleset`, `ip rule
+//! flush` and the like, in the namespace of the calling thread.
+
+use towline_agent::netlink::{Family, NetlinkError, Rtnetlink};
+use towline_agent::nft::{Nft, NftError, TableFamily, Transaction};
+
+/// Towline's link, table and nftables table as the lab's nodes have them.
+pub const LINK: &str = "towline0";
+const TABLE: u32 = 21_580;
+const FIREWALL: &str = "towline";
+
+/// Something that somebody else does to what is ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Meddling {
+    /// `nft flush ruleset`: every table of every family that has no owner.
+    FlushRuleset,
+    /// `nft delete table inet towline`.
+    DeleteTable,
+    /// `ip rule flush`, but for the kernel's own three rules of each family.
+    FlushRules,
+    /// `ip route flush table 21580`.
+    FlushRoutes,
+    /// `ip link set towline0 down`.
+    LinkDown,
+    /// `ip link delete towline0`.
+    DeleteLink,
+    /// `ip address flush dev towline0`.
+    FlushAddresses,
+}
+
+impl Meddling {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::FlushRuleset,
+        Self::DeleteTable,
+        Self::FlushRules,
+        Self::FlushRoutes,
+        Self::LinkDown,
+        Self::DeleteLink,
+        Self::FlushAddresses,
+    ];
+
+    /// As the command that does the same.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FlushRuleset => "nft flush ruleset",
+            Self::DeleteTable => "nft delete table inet towline",
+            Self::FlushRules => "ip rule flush",
+            Self::FlushRoutes => "ip route flush table 21580",
+            Self::LinkDown => "ip link set towline0 down",
+            Self::DeleteLink => "ip link delete towline0",
+            Self::FlushAddresses => "ip address flush dev towline0",
+        }
+    }
+
+    /// Does it to the calling thread's namespace. What is not there, or is refused because it has an
+    /// owner, is no error: a co-tenant can do no more.
+    pub fn act(self) -> anyhow::Result<()> {
+        match self {
+            Self::FlushRuleset => {
+                let mut transaction = Transaction::new();
+                transaction.delete_every_table();
+                tolerate_nft(Nft::open()?.commit(transaction))?;
+            }
+            Self::DeleteTable => {
+                tolerate_nft(Nft::open()?.delete(TableFamily::Inet, FIREWALL).map(drop))?;
+            }
+            Self::FlushRules => {
+                let mut netlink = Rtnetlink::open()?;
+                for family in Family::ALL {
+                    for rule in netlink.rules(family)? {
+                        if rule.made_by != libc::RTPROT_KERNEL {
+                            tolerate(netlink.delete_rule(&rule))?;
+                        }
+                    }
+                }
+            }
+            Self::FlushRoutes => {
+                let mut netlink = Rtnetlink::open()?;
+                for family in Family::ALL {
+                    for route in netlink.routes(family, Some(TABLE))? {
+                        tolerate(netlink.delete_route(&route))?;
+                    }
+                }
+            }
+            Self::LinkDown => with_link(|netlink, index| netlink.set_up(index, false))?,
+            Self::DeleteLink => with_link(Rtnetlink::delete_link)?,
+            Self::FlushAddresses => with_link(|netlink, index| {
+                for address in netlink.addresses(Some(index))? {
+                    tolerate(netlink.delete_address(index, address.prefix))?;
+                }
+                Ok(())
+            })?,
+        }
+        Ok(())
+    }
+}
+
+fn with_link(
+    act: impl FnOnce(&mut Rtnetlink, u32) -> Result<(), NetlinkError>,
+) -> Result<(), NetlinkError> {
+    let mut netlink = Rtnetlink::open()?;
+    match netlink.link(LINK)? {
+        Some(link) => tolerate(act(&mut netlink, link.index)),
+        None => Ok(()),
+    }
+}
+
+/// Whoever puts things back at the same time may be faster.
+fn tolerate(result: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
+    match result {
+        Err(NetlinkError::Refused { .. }) => Ok(()),
+        other => other,
+    }
+}
+
+fn tolerate_nft(result: Result<(), NftError>) -> Result<(), NftError> {
+    match result {
+        Err(NftError::Refused { .. }) => Ok(()),
+        other => other,
+    }
+}

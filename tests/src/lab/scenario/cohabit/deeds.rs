@@ -1,0 +1,197 @@
+//! What co-tenants do: by netlink alone, and by the real programs.
+
+use std::path::Path;
+use std::time::Duration;
+
+use towline_agent::netlink::{Route, RouteKind, Rtnetlink};
+use towline_agent::nft::{self, Chain, ChainKind, Hook, Nft, Policy, Table, TableFamily};
+
+use crate::lab::meddle::{LINK, Meddling};
+use crate::lab::namespace::Namespace;
+use crate::lab::process::Program;
+
+/// Something that is done to a host.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Deed {
+    /// One act of netlink.
+    Meddling(Meddling),
+    /// Several, or others.
+    Netlink(&'static str, fn() -> anyhow::Result<()>),
+    /// A script for `sh`, and the programs that it needs.
+    Script(&'static str, &'static [&'static str], &'static str),
+    /// Something that cannot be had in a lab, and why.
+    Impossible(&'static str, &'static str),
+}
+
+/// A program of a co-tenant that is not done after this hangs.
+const LIMIT: Duration = Duration::from_secs(40);
+
+impl Deed {
+    /// All of them, those by netlink first.
+    pub(super) fn all() -> Vec<Self> {
+        let meddlings = Meddling::ALL.into_iter().map(Self::Meddling);
+        meddlings.chain(NETLINK).chain(PROGRAMS).collect()
+    }
+
+    /// In words.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Meddling(meddling) => meddling.name(),
+            Self::Netlink(name, _) | Self::Script(name, ..) | Self::Impossible(name, _) => name,
+        }
+    }
+
+    /// Why it cannot be done here.
+    pub(super) fn obstacle(&self) -> Option<String> {
+        match self {
+            Self::Impossible(_, why) => Some((*why).to_owned()),
+            Self::Script(_, needs, _) => {
+                let missing = needs.iter().find(|program| !is_installed(program))?;
+                Some(format!("{missing} is not installed"))
+            }
+            _ => None,
+        }
+    }
+
+    /// Does it.
+    pub(super) fn act(&self, namespace: &Namespace) -> anyhow::Result<()> {
+        match self {
+            Self::Meddling(meddling) => namespace.run(|| meddling.act()),
+            Self::Netlink(_, act) => namespace.run(act),
+            Self::Script(_, _, script) => {
+                // Debian keeps these programs out of a user's path.
+                let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+                Program::new("sh")
+                    .args(["-ec", script])
+                    .env("PATH", path)
+                    .run_ok(namespace, LIMIT)
+                    .map(drop)
+            }
+            Self::Impossible(..) => Ok(()),
+        }
+    }
+}
+
+fn is_installed(program: &str) -> bool {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    path.split(':').any(|directory| Path::new(directory).join(program).exists())
+}
+
+const NETLINK: [Deed; 5] = [
+    // ManageForeignRoutes and ManageForeignRoutingPolicyRules, both on by default.
+    Deed::Netlink("systemd-networkd starts: foreign routes and rules go", || {
+        Meddling::FlushRoutes.act()?;
+        Meddling::FlushRules.act()
+    }),
+    Deed::Netlink("everything at once", || Meddling::ALL.into_iter().try_for_each(Meddling::act)),
+    Deed::Netlink("ip link set towline0 mtu 1300", || {
+        let mut netlink = Rtnetlink::open()?;
+        let link = netlink.link_index(LINK)?;
+        Ok(netlink.set_mtu(link, 1_300)?)
+    }),
+    Deed::Netlink("docker starts: its tables, FORWARD dropped", || {
+        let forward = Chain::base(ChainKind::Filter, Hook::Forward, 0)
+            .policy(Policy::Drop)
+            .rule(nft::Rule::new().counter().jump("DOCKER-USER"));
+        let table = Table::new(TableFamily::Ip, "filter")
+            .chain("DOCKER-USER", Chain::regular().rule(nft::Rule::new().counter().return_()))
+            .chain("FORWARD", forward);
+        Nft::open()?.load(&table)?;
+        Ok(())
+    }),
+    Deed::Netlink("somebody's route to a mesh network in the main table", || {
+        let mut netlink = Rtnetlink::open()?;
+        for network in ["198.19.0.0/24", "fd00::/8"] {
+            netlink.replace_route(&Route::new(network.parse()?).kind(RouteKind::Blackhole))?;
+        }
+        Ok(())
+    }),
+];
+
+const PROGRAMS: [Deed; 16] = [
+    Deed::Script("nft: flush ruleset", &["nft"], "nft flush ruleset"),
+    Deed::Script(
+        "nftables.service restarts with Debian's configuration",
+        &["nft"],
+        "printf 'flush ruleset\ntable inet filter {\n chain input { type filter hook input priority filter; }\n \
+         chain forward { type filter hook forward priority filter; }\n chain output { type filter hook output \
+         priority filter; }\n}\n' | nft -f -",
+    ),
+    Deed::Script(
+        "nft: kube-proxy in nftables mode makes and syncs its tables",
+        &["nft"],
+        "for i in 1 2 3; do printf 'add table ip kube-proxy\nadd chain ip kube-proxy nat-prerouting { type nat \
+         hook prerouting priority dstnat ; }\nflush chain ip kube-proxy nat-prerouting\nadd rule ip kube-proxy \
+         nat-prerouting ip daddr 10.96.0.10 tcp dport 53 dnat to 10.244.9.9:53\n' | nft -f -; done",
+    ),
+    Deed::Script(
+        "iptables: kube-proxy in iptables mode syncs its chains",
+        &["iptables-restore", "ip6tables-restore"],
+        "for i in 1 2 3; do for f in iptables-restore ip6tables-restore; do printf \
+         '*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-POSTROUTING - [0:0]\n-A KUBE-POSTROUTING -m mark ! --mark \
+         0x4000/0x4000 -j RETURN\nCOMMIT\n*filter\n:KUBE-FIREWALL - [0:0]\n:KUBE-FORWARD - [0:0]\n-A KUBE-FORWARD \
+         -m mark --mark 0x4000/0x4000 -j ACCEPT\nCOMMIT\n' | $f --noflush; done; done",
+    ),
+    Deed::Script(
+        "iptables: docker's chains, FORWARD dropped",
+        &["iptables"],
+        "iptables -w -N DOCKER-USER 2>/dev/null || true; iptables -w -P FORWARD DROP; iptables -w -C FORWARD -j \
+         DOCKER-USER 2>/dev/null || iptables -w -I FORWARD -j DOCKER-USER",
+    ),
+    Deed::Script(
+        "iptables: everything flushed",
+        &["iptables", "ip6tables"],
+        "for f in iptables ip6tables; do for t in filter nat mangle; do $f -w -t $t -F; $f -w -t $t -X; done; $f -w \
+         -P FORWARD ACCEPT; done",
+    ),
+    Deed::Script(
+        "ip: rule flush, then the kernel's own rules again",
+        &["ip"],
+        "for f in -4 -6; do ip $f rule flush; ip $f rule add pref 32766 lookup main; done; ip rule add pref 32767 \
+         lookup default",
+    ),
+    Deed::Script(
+        "ip: route flush",
+        &["ip"],
+        "for f in -4 -6; do ip $f route flush table 21580; done",
+    ),
+    Deed::Script(
+        "ip: route flush of every route that is not the kernel's, then the gateways again",
+        &["ip"],
+        "g4=$(ip -4 route show default | head -1); g6=$(ip -6 route show default | head -1); for f in -4 -6; do \
+         for p in 84 static boot; do ip $f route flush table all proto $p; done; done; ip -4 route replace $g4; ip -6 \
+         route replace $g6",
+    ),
+    Deed::Script("ip: address flush", &["ip"], "ip address flush dev towline0"),
+    Deed::Script("ip: link down", &["ip"], "ip link set towline0 down"),
+    Deed::Script(
+        "ip: link down and up",
+        &["ip"],
+        "ip link set towline0 down; ip link set towline0 up",
+    ),
+    Deed::Script("ip: link delete", &["ip"], "ip link delete towline0"),
+    Deed::Script("firewalld starts, reloads and stops", &["firewalld", "dbus-daemon"], FIREWALLD),
+    Deed::Impossible(
+        "systemd-networkd restarts",
+        "it manages no link of a bare namespace; what it does is done by netlink above",
+    ),
+    Deed::Impossible("NetworkManager restarts", "it manages no link of a bare namespace"),
+];
+
+/// With a message bus of its own, so that the machine's firewalld, if it has one, hears nothing.
+const FIREWALLD: &str = r#"
+dir=$(mktemp -d)
+trap 'kill $fw $bus 2>/dev/null; wait; rm -r $dir' EXIT
+cat > $dir/conf <<X
+<busconfig><type>system</type><listen>unix:path=$dir/bus</listen><auth>EXTERNAL</auth>
+<policy context="default"><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/>
+<allow own="*"/></policy></busconfig>
+X
+dbus-daemon --config-file=$dir/conf --nofork --nopidfile & bus=$!
+export DBUS_SYSTEM_BUS_ADDRESS=unix:path=$dir/bus
+while [ ! -S $dir/bus ]; do sleep 0.05; done
+firewalld --nofork --nopid & fw=$!
+until firewall-cmd --state; do sleep 0.2; kill -0 $fw; done
+firewall-cmd --reload
+firewall-cmd --complete-reload
+"#;

@@ -1,0 +1,379 @@
+//! `cargo lab nodes`: a cloud control plane and workers at two sites behind NAT, each with a pod behind a
+//! bridge as a CNI plugin lays it out, in both addressings. Every arrow that a Kubernetes cluster draws is a
+//! TCP transfer, and captures on both nodes say which way its packets really took.
+//!
+//! ```text
+//!   player, www ── internet ──┬── cp (API server) ── pod 10.244.1.2
+//!                             ├── router-a ─┬─ worker-a (kubelet, kube-proxy) ── pod 10.244.2.2
+//!                             │             └─ desk
+//!                             └── router-b ── worker-b (kubelet) ── pod 10.244.3.2
+//! ```
+
+mod cluster;
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::Setting;
+use crate::lab::capture::Capture;
+use crate::lab::interrupt;
+use crate::lab::meddle::LINK;
+use crate::lab::namespace::Namespace;
+use crate::lab::privilege::Rank;
+use crate::lab::report::{Figures, Promises};
+use crate::lab::topology::Host;
+use crate::lab::traffic::{Pattern, tcp_between};
+use cluster::{API_SERVER, CLUSTER_IP, Cluster, HOST_PORT, KUBELET, Member, NODE_PORT, SERVICE};
+
+pub use cluster::Addressing;
+
+/// How it is run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Which addressings.
+    pub addressings: Vec<Addressing>,
+    /// Which values of `rp_filter` on the uplinks.
+    pub rp_filters: Vec<u8>,
+}
+
+/// Every arrow, and how it went.
+#[derive(Debug, Default, Serialize)]
+pub struct Nodes {
+    /// The lab ran without root's rights over the machine.
+    pub rootless: bool,
+    /// In the order in which they were tried.
+    pub arrows: Vec<ArrowFigure>,
+    /// Promises that did not hold.
+    pub failed: Vec<String>,
+}
+
+/// One arrow.
+#[derive(Debug, Clone, Serialize)]
+pub struct ArrowFigure {
+    /// From where to where.
+    pub name: &'static str,
+    /// "IPv4" or "IPv6".
+    pub family: &'static str,
+    /// Of the nodes' uplinks.
+    pub rp_filter: u8,
+    /// "overlay" or "node-ip".
+    pub addressing: Addressing,
+    /// "tunnel" or "uplink": what every packet of both directions took; "mixed" or "none" else.
+    pub via: &'static str,
+    /// Every byte of both directions arrived, by the way that was promised.
+    pub ok: bool,
+}
+
+/// Each way.
+const BYTES: u64 = 256 * 1024;
+/// After this no more arrows: the scenario ends within 8 minutes.
+const BUDGET: Duration = Duration::from_secs(420);
+/// Frames that were just seen are counted after this at the latest.
+const CAPTURE_LAG: Duration = Duration::from_secs(1);
+const TUNNEL: &str = "tunnel";
+const UPLINK: &str = "uplink";
+
+/// Runs it.
+pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Nodes> {
+    let mut nodes = Nodes { rootless: setting.rank == Rank::Rootless, ..Nodes::default() };
+    let mut promises = Promises::new();
+    let begun = Instant::now();
+    for addressing in &options.addressings {
+        if let Err(error) = nodes.play(setting, options, *addressing, begun, &mut promises) {
+            promises.fail(format!("{addressing}: {error:#}"));
+        }
+    }
+    nodes.failed = promises.into_failed();
+    Ok(nodes)
+}
+
+/// Who speaks to whom.
+struct Arrow<'a> {
+    name: &'static str,
+    from: &'a Host,
+    /// What the client connects to.
+    target: SocketAddr,
+    to: &'a Host,
+    /// The server's port.
+    port: u16,
+    via: &'static str,
+    /// Where its packets must be seen.
+    seen: Vec<Place<'a>>,
+    /// Where they may be seen besides: a client's leg before a NodePort.
+    besides: Vec<Place<'a>>,
+}
+
+/// A host, and a link of it by which packets come in.
+type Place<'a> = (&'a str, &'a str);
+
+impl Nodes {
+    fn play(
+        &mut self,
+        setting: &Setting,
+        options: &Options,
+        addressing: Addressing,
+        begun: Instant,
+        promises: &mut Promises,
+    ) -> anyhow::Result<()> {
+        let cluster = Cluster::build(setting, addressing)?;
+        let pattern = Pattern::random()?;
+        let captures = Captures::start(&cluster, pattern)?;
+        for rp_filter in &options.rp_filters {
+            cluster.set_reverse_path_filter(*rp_filter)?;
+            for v4 in [true, false] {
+                for arrow in arrows(&cluster, v4) {
+                    let family = if v4 { "IPv4" } else { "IPv6" };
+                    let what =
+                        format!("{}, {family}, rp_filter {rp_filter}, {addressing}", arrow.name);
+                    setting.talk.progress(&what);
+                    if begun.elapsed() > BUDGET {
+                        promises.fail(format!("{what}: no time was left"));
+                        continue;
+                    }
+                    let (via, outcome) = captures.follow(&arrow, pattern)?;
+                    let ok = outcome.is_ok() && via == arrow.via;
+                    if let Err(error) = outcome {
+                        interrupt::check()?;
+                        promises.fail(format!("{what}: {error:#}"));
+                    }
+                    promises
+                        .hold(via == arrow.via, || format!("{what} by the {}: {via}", arrow.via));
+                    self.arrows.push(ArrowFigure {
+                        name: arrow.name,
+                        family,
+                        rp_filter: *rp_filter,
+                        addressing,
+                        via,
+                        ok,
+                    });
+                }
+            }
+        }
+        captures.stop(promises)
+    }
+}
+
+/// Captures on nodes, routers and the internet, and the links on which packets of a transfer tell which way
+/// they took: in clear on an uplink, or out of the tunnel.
+struct Captures<'a> {
+    captures: Vec<(&'a Namespace, Capture)>,
+    places: Vec<Place<'a>>,
+}
+
+impl<'a> Captures<'a> {
+    fn start(cluster: &'a Cluster, pattern: Pattern) -> anyhow::Result<Self> {
+        let namespaces = cluster.watched().map(|(namespace, _)| namespace);
+        let captures =
+            namespaces.map(|namespace| Ok((namespace, Capture::start(namespace, pattern)?)));
+        let places = cluster
+            .watched()
+            .flat_map(|(namespace, links)| links.iter().map(move |link| (namespace.name(), *link)));
+        Ok(Self { captures: captures.collect::<anyhow::Result<_>>()?, places: places.collect() })
+    }
+
+    fn seen(&self) -> BTreeMap<Place<'a>, u64> {
+        let count = |place: &Place<'a>| {
+            let capture = self.captures.iter().find(|(namespace, _)| namespace.name() == place.0);
+            capture.map_or(0, |(_, capture)| capture.marked_on(place.1))
+        };
+        self.places.iter().map(|place| (*place, count(place))).collect()
+    }
+
+    /// Runs one transfer: which way it took, and whether all arrived and was seen where it should be.
+    fn follow(
+        &self,
+        arrow: &Arrow<'_>,
+        pattern: Pattern,
+    ) -> anyhow::Result<(&'static str, anyhow::Result<()>)> {
+        let before = self.seen();
+        let any: IpAddr = if arrow.target.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+        let listen = SocketAddr::new(any, arrow.port);
+        let (from, to) = (arrow.from.namespace(), arrow.to.namespace());
+        let mut outcome = tcp_between(from, to, listen, arrow.target, BYTES, pattern).map(drop);
+        // What came last is counted when two looks in a row see the same, and something.
+        let mut last = BTreeMap::new();
+        let after = interrupt::wait_up_to(CAPTURE_LAG, || {
+            let now = self.seen();
+            let still = now == last && now != before;
+            last.clone_from(&now);
+            Ok(still.then_some(now))
+        })?;
+        let after = after.unwrap_or(last);
+        let passed = |place: &Place<'_>| after.get(place) > before.get(place);
+        if let Some((host, link)) = arrow.seen.iter().find(|place| !passed(place)) {
+            outcome = outcome.and(Err(anyhow::anyhow!("nothing came by {link} of {host}")));
+        }
+        let took = |tunnel: bool| {
+            let mut ways = self.places.iter().filter(|place| !arrow.besides.contains(place));
+            ways.any(|place| (place.1 == LINK) == tunnel && passed(place))
+        };
+        let via = match (took(true), took(false)) {
+            (true, false) => TUNNEL,
+            (false, true) => UPLINK,
+            (true, true) => "mixed",
+            (false, false) => "none",
+        };
+        Ok((via, outcome))
+    }
+
+    fn stop(self, promises: &mut Promises) -> anyhow::Result<()> {
+        for (_, capture) in self.captures {
+            let seen = capture.stop()?;
+            promises
+                .hold(seen.missed == 0, || format!("a capture misses nothing: {}", seen.missed));
+        }
+        Ok(())
+    }
+}
+
+/// Every arrow of one family.
+fn arrows<'a>(cluster: &'a Cluster, v4: bool) -> Vec<Arrow<'a>> {
+    let of = |addresses: &[IpAddr]| {
+        let found = addresses.iter().copied().find(|ip| ip.is_ipv4() == v4);
+        found.unwrap_or(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED))
+    };
+    let [cp, a, b] = &cluster.members;
+    let (www, player, desk) = (&*cluster.www, &*cluster.player, &*cluster.desk);
+    // Where a node is found inside the mesh, and where by its uplink.
+    let node = |member: &Member| of(&member.addresses);
+    let uplink = |host: &Host| of(host.addresses());
+    let pod = |member: &Member| of(member.pod.addresses());
+    let out_of_tunnel = |member: &'a Member| (member.host.name(), LINK);
+
+    let tunnel =
+        |name, from: &'a Host, near, target: (IpAddr, u16), to: &'a Host, far, port| Arrow {
+            name,
+            from,
+            target: target.into(),
+            to,
+            port,
+            via: TUNNEL,
+            seen: vec![out_of_tunnel(near), out_of_tunnel(far)],
+            besides: Vec::new(),
+        };
+    let local =
+        |name, from: &'a Host, target: (IpAddr, u16), to: &'a Host, port, seen: [_; 2]| Arrow {
+            name,
+            from,
+            target: target.into(),
+            to,
+            port,
+            via: UPLINK,
+            seen: seen.into(),
+            besides: Vec::new(),
+        };
+    // Both directions of what passes worker-a's uplink, and cp's.
+    let by_a: [Place<'a>; 2] = [("worker-a", "eth0"), ("router-a", "worker-a")];
+    let by_cp: [Place<'a>; 2] = [("cp", "eth0"), ("internet", "cp")];
+    let service = of(&CLUSTER_IP);
+    vec![
+        tunnel(
+            "control plane to kubelet, site a",
+            &cp.host,
+            cp,
+            (node(a), KUBELET),
+            &a.host,
+            a,
+            KUBELET,
+        ),
+        tunnel(
+            "control plane to kubelet, site b",
+            &cp.host,
+            cp,
+            (node(b), KUBELET),
+            &b.host,
+            b,
+            KUBELET,
+        ),
+        tunnel(
+            "worker to API server",
+            &a.host,
+            a,
+            (node(cp), API_SERVER),
+            &cp.host,
+            cp,
+            API_SERVER,
+        ),
+        tunnel("pod to pod across sites", &a.pod, a, (pod(b), SERVICE), &b.pod, b, SERVICE),
+        tunnel("pod to pod in the cloud", &b.pod, b, (pod(cp), SERVICE), &cp.pod, cp, SERVICE),
+        tunnel("pod to remote node IP", &a.pod, a, (node(b), KUBELET), &b.host, b, KUBELET),
+        tunnel("node to pod", &a.host, a, (pod(b), SERVICE), &b.pod, b, SERVICE),
+        tunnel(
+            "pod to ClusterIP with remote backend",
+            &a.pod,
+            a,
+            (service, 80),
+            &b.pod,
+            b,
+            SERVICE,
+        ),
+        tunnel(
+            "node to ClusterIP with remote backend",
+            &a.host,
+            a,
+            (service, 80),
+            &b.pod,
+            b,
+            SERVICE,
+        ),
+        Arrow {
+            // What the client on worker-a's LAN sends and gets is no mesh traffic.
+            besides: by_a.into(),
+            ..tunnel(
+                "NodePort with remote backend",
+                desk,
+                a,
+                (uplink(&a.host), NODE_PORT),
+                &b.pod,
+                b,
+                SERVICE,
+            )
+        },
+        local("pod to internet", &a.pod, (uplink(www), 80), www, 80, by_a),
+        local(
+            "player to hostPort pod",
+            player,
+            (of(&cluster.player_sees), HOST_PORT),
+            &a.pod,
+            HOST_PORT,
+            by_a,
+        ),
+        local(
+            "operator to API server from outside",
+            www,
+            (uplink(&cp.host), API_SERVER),
+            &cp.host,
+            API_SERVER,
+            by_cp,
+        ),
+    ]
+}
+
+impl Figures for Nodes {
+    fn failed(&self) -> &[String] {
+        &self.failed
+    }
+
+    fn for_people(&self) -> String {
+        let mut text = String::new();
+        for arrow in &self.arrows {
+            let _ = writeln!(
+                text,
+                "  {}  {:40} {}, {}, rp_filter {}: by the {}",
+                if arrow.ok { "ok    " } else { "FAILED" },
+                arrow.name,
+                arrow.addressing,
+                arrow.family,
+                arrow.rp_filter,
+                arrow.via
+            );
+        }
+        let good = self.arrows.iter().filter(|arrow| arrow.ok).count();
+        let _ = write!(text, "{good} of {} arrows", self.arrows.len());
+        text
+    }
+}

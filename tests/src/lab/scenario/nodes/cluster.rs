@@ -1,0 +1,273 @@
+//! The cluster: hosts, pods, the mesh between them, and what kube-proxy, a CNI plugin and routers would add.
+
+use std::fmt::{self, Display, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+
+use clap::ValueEnum;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::Serialize;
+use towline_agent::netlink::Family;
+use towline_agent::nft::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily, Transaction};
+
+use super::super::Setting;
+use crate::lab::meddle::LINK;
+use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
+use crate::lab::namespace::Namespace;
+use crate::lab::nat::Nat;
+use crate::lab::topology::{Host, Lab, Router};
+
+/// What a node's address is inside the cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Addressing {
+    /// Its overlay address.
+    Overlay,
+    /// The machine's own address, which the mesh routes.
+    NodeIp,
+}
+
+impl Display for Addressing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Overlay => "overlay",
+            Self::NodeIp => "node-ip",
+        })
+    }
+}
+
+/// TCP ports.
+pub(super) const API_SERVER: u16 = 6_443;
+pub(super) const KUBELET: u16 = 10_250;
+/// What the pods of the service listen to.
+pub(super) const SERVICE: u16 = 8_080;
+pub(super) const NODE_PORT: u16 = 30_080;
+/// A game's, on worker-a.
+pub(super) const HOST_PORT: u16 = 7_777;
+/// Of the service, port 80; its only pod is worker-b's.
+pub(super) const CLUSTER_IP: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10)),
+    IpAddr::V6(Ipv6Addr::new(0xfd10, 0x96, 0, 0, 0, 0, 0, 0x10)),
+];
+/// Of all pods.
+const PODS: [IpNet; 2] = [
+    IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(10, 244, 0, 0)), 16),
+    IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0xfd10, 0x244, 0, 0, 0, 0, 0, 0)), 32),
+];
+/// kube-proxy's mark: source to be translated.
+const MASQUERADE: u32 = 0x4000;
+const WIREGUARD: u16 = 51_830;
+
+/// A node of the cluster and its pod.
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) host: Arc<Host>,
+    pub(super) pod: Host,
+    /// By which others in the cluster reach it, one of each family.
+    pub(super) addresses: Vec<IpAddr>,
+    node: Node,
+}
+
+/// Everything.
+#[derive(Debug)]
+pub(super) struct Cluster {
+    /// cp, worker-a, worker-b.
+    pub(super) members: [Member; 3],
+    _controller: Controller,
+    /// Somewhere on the internet.
+    pub(super) www: Arc<Host>,
+    pub(super) player: Arc<Host>,
+    /// On worker-a's LAN, not in the mesh.
+    pub(super) desk: Arc<Host>,
+    /// Where players find worker-a's host port.
+    pub(super) player_sees: Vec<IpAddr>,
+    routers: [Router; 2],
+    lab: Lab,
+}
+
+impl Cluster {
+    pub(super) fn build(setting: &Setting, addressing: Addressing) -> anyhow::Result<Self> {
+        setting.talk.step(&format!("building a cluster, addressing: {addressing}"));
+        let mut lab = Lab::new(setting.rank)?;
+        let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.build()?;
+        let www = lab.host("www").public("203.0.113.80", "2001:db8::80")?.build()?;
+        let player = lab.host("player").public("203.0.113.90", "2001:db8::90")?.build()?;
+        let mut router = |letter: &str, number: u8| {
+            lab.router(&format!("router-{letter}"))
+                .public(&format!("203.0.113.1{number}"), &format!("2001:db8::1{number}"))?
+                .lan(&format!("192.168.{number}.0/24"), &format!("2001:db8:{number}::/64"))?
+                .nat(Nat::Masquerade)
+                .build()
+        };
+        let routers = [router("a", 1)?, router("b", 2)?];
+        let worker_a = lab.host("worker-a").behind(&routers[0]).build()?;
+        let worker_b = lab.host("worker-b").behind(&routers[1]).build()?;
+        let desk = lab.host("desk").behind(&routers[0]).build()?;
+        forward_ports(&routers[0], &worker_a)?;
+        let player_sees = routers[0].host().addresses().iter().filter(|ip| ip.is_ipv4());
+        let player_sees = player_sees.chain(worker_a.addresses().iter().filter(|ip| ip.is_ipv6()));
+        let player_sees = player_sees.copied().collect();
+
+        let controller = Controller::start(&lab, &cp, &setting.binaries)?;
+        let mut members = Vec::new();
+        for (host, site, number, advertise) in [
+            (cp, "cloud", 1, "203.0.113.10"),
+            (worker_a, "dc-a", 2, "203.0.113.11"),
+            (worker_b, "dc-b", 3, ""),
+        ] {
+            setting.talk.step(&format!("joining {}", host.name()));
+            members.push(join(
+                &lab,
+                setting,
+                &controller,
+                host,
+                site,
+                number,
+                advertise,
+                addressing,
+            )?);
+        }
+        let [cp, a, b] = <[Member; 3]>::try_from(members)
+            .map_err(|_| anyhow::anyhow!("a cluster of three nodes has three"))?;
+        for (here, there) in [(&a, &cp), (&b, &cp), (&b, &a)] {
+            if let Some(reason) = await_tunnel(&here.node, &there.node, START_LIMIT)? {
+                let (here, there) = (here.node.name(), there.node.name());
+                anyhow::bail!("tunnel {here}/{there} is not up: {reason}");
+            }
+        }
+        let members = [cp, a, b];
+        for member in &members {
+            let backend = members[2].pod.addresses();
+            let host_port = (member.host.name() == "worker-a").then(|| member.pod.addresses());
+            let kube = kube_proxy(member, backend, host_port);
+            member.host.namespace().run(|| Ok(Nft::open()?.load(&kube)?))?;
+        }
+        Ok(Self { members, _controller: controller, www, player, desk, player_sees, routers, lab })
+    }
+
+    /// Where captures stand, and the links on which they look.
+    pub(super) fn watched(&self) -> impl Iterator<Item = (&Namespace, &'static [&'static str])> {
+        let nodes =
+            self.members.iter().map(|member| (member.host.namespace(), ["eth0", LINK].as_slice()));
+        let routers = self.routers.iter().zip([["worker-a"].as_slice(), &["worker-b"]]);
+        let routers = routers.map(|(router, links)| (router.host().namespace(), links));
+        nodes.chain(routers).chain([(self.lab.internet(), ["cp"].as_slice())])
+    }
+
+    /// On the uplinks of every node.
+    pub(super) fn set_reverse_path_filter(&self, mode: u8) -> anyhow::Result<()> {
+        for member in &self.members {
+            for link in ["all", "eth0"] {
+                let setting = format!("net.ipv4.conf.{link}.rp_filter");
+                member.host.namespace().sysctl(&setting, &mode.to_string())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "one caller, which names them all in a table")]
+fn join(
+    lab: &Lab,
+    setting: &Setting,
+    controller: &Controller,
+    host: Arc<Host>,
+    site: &str,
+    number: u8,
+    advertise: &str,
+    addressing: Addressing,
+) -> anyhow::Result<Member> {
+    let pods = (
+        Ipv4Net::new(Ipv4Addr::new(10, 244, number, 0), 24)?,
+        Ipv6Net::new(Ipv6Addr::new(0xfd10, 0x244, number.into(), 0, 0, 0, 0, 0), 64)?,
+    );
+    let pod = host.pod(&format!("pod-{site}"), pods.0, pods.1)?;
+    let mut granted: Vec<IpNet> = vec![pods.0.into(), pods.1.into()];
+    let mut configuration = String::from("[node]\n");
+    let _ = writeln!(configuration, "prefixes = {:?}", texts(&granted));
+    if addressing == Addressing::NodeIp {
+        granted.extend(host.addresses().iter().map(|address| IpNet::from(*address)));
+    }
+    let _ = writeln!(configuration, "addressing = \"{addressing}\"");
+    if !advertise.is_empty() {
+        let _ = writeln!(configuration, "advertise = [\"{advertise}:{WIREGUARD}\"]");
+    }
+    if host.name() == "cp" {
+        let port = controller.address().port();
+        let _ = writeln!(configuration, "[routing]\nplain_ports = [{API_SERVER}, {port}]");
+    }
+    let mut node = Node::new(lab, &host, host.name(), &setting.binaries, &configuration)?;
+    let granted = texts(&granted);
+    let granted = granted.iter().flat_map(|prefix| ["--prefix", prefix]);
+    let flags: Vec<_> = ["--site", site].into_iter().chain(granted).collect();
+    node.join(&controller.operator().token_with(&flags)?)?;
+    node.launch()?;
+    let status = node.await_status(START_LIMIT)?;
+    let addresses = match addressing {
+        Addressing::Overlay => status.overlay_addresses,
+        Addressing::NodeIp => host.addresses().to_vec(),
+    };
+    Ok(Member { host, pod, addresses, node })
+}
+
+fn texts(prefixes: &[IpNet]) -> Vec<String> {
+    prefixes.iter().map(IpNet::to_string).collect()
+}
+
+/// What an administrator sets at the router of a site: worker-a's WireGuard port and its game are reached
+/// from outside. IPv6 is not translated, only let in.
+fn forward_ports(router: &Router, worker: &Host) -> anyhow::Result<()> {
+    const TRANSLATE_DESTINATION: i32 = -100;
+    let ports = [(libc::IPPROTO_UDP as u8, WIREGUARD), (libc::IPPROTO_TCP as u8, HOST_PORT)];
+    let inside = worker.addresses().iter().copied().find(IpAddr::is_ipv4);
+    let mut translate = Chain::base(ChainKind::Nat, Hook::Prerouting, TRANSLATE_DESTINATION);
+    let mut let_in = Transaction::new();
+    for (protocol, port) in ports {
+        let arrived = || Rule::new().input("eth0").protocol(protocol).destination_port(port);
+        if let Some(inside) = inside {
+            translate = translate.rule(arrived().family(Family::V4).dnat(inside, None));
+        }
+        let_in.insert_rule(TableFamily::Inet, "lab", "forward", &arrived().accept());
+    }
+    let table = Table::new(TableFamily::Inet, "ports").chain("translate", translate);
+    router.host().namespace().run(|| {
+        let mut nft = Nft::open()?;
+        nft.load(&table)?;
+        Ok(nft.commit(let_in)?)
+    })
+}
+
+/// What kube-proxy and the CNI plugin would add: the service's addresses become its pod's, also for
+/// connections from the node itself; what would otherwise be answered past us gets our source; pods reach
+/// what is no pod from their node's address.
+fn kube_proxy(member: &Member, backend: &[IpAddr], host_port: Option<&[IpAddr]>) -> Table {
+    const TRANSLATE_DESTINATION: i32 = -100;
+    const TRANSLATE_SOURCE: i32 = 100;
+    let tcp = || Rule::new().protocol(libc::IPPROTO_TCP as u8);
+    let marked = |rule: Rule| rule.set_mark(MASQUERADE, MASQUERADE);
+    let mut arriving = Chain::base(ChainKind::Nat, Hook::Prerouting, TRANSLATE_DESTINATION);
+    let mut made_here = Chain::base(ChainKind::Nat, Hook::Output, TRANSLATE_DESTINATION);
+    let mut leaving = Chain::base(ChainKind::Nat, Hook::Postrouting, TRANSLATE_SOURCE)
+        .rule(Rule::new().mark(MASQUERADE, MASQUERADE).masquerade());
+    for (service, pod) in CLUSTER_IP.into_iter().zip(backend) {
+        let family = Family::of(service);
+        let to_service = || tcp().destination(service.into()).destination_port(80);
+        arriving = arriving.rule(to_service().dnat(*pod, Some(SERVICE)));
+        made_here = made_here.rule(marked(to_service()).dnat(*pod, Some(SERVICE)));
+        let to_node_port = tcp().family(family).destination_is_local().destination_port(NODE_PORT);
+        arriving = arriving.rule(marked(to_node_port).dnat(*pod, Some(SERVICE)));
+    }
+    for pod in host_port.into_iter().flatten() {
+        let to_host_port =
+            tcp().family(Family::of(*pod)).destination_is_local().destination_port(HOST_PORT);
+        arriving = arriving.rule(to_host_port.dnat(*pod, Some(HOST_PORT)));
+    }
+    for (pods, pod) in PODS.into_iter().zip(member.pod.addresses()) {
+        leaving =
+            leaving.rule(Rule::new().source((*pod).into()).not_destination(pods).masquerade());
+    }
+    Table::new(TableFamily::Inet, "kube")
+        .chain("arriving", arriving)
+        .chain("made-here", made_here)
+        .chain("leaving", leaving)
+}

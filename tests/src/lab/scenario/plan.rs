@@ -1,0 +1,288 @@
+//! `cargo lab plan`: what it costs to bring a host's network into line, for a mesh of 1,000 peers with 5,000
+//! prefixes: all of it, and one change.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use ipnet::IpNet;
+use serde::Serialize;
+use towline_agent::dataplane::open_tun;
+use towline_agent::host::{HostNetwork, Names};
+use towline_agent::netlink::Rtnetlink;
+use towline_core::plan::{
+    DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, RulePlan, UnderlayPlan,
+};
+
+use crate::lab::interrupt;
+use crate::lab::meddle::{LINK, Meddling};
+use crate::lab::namespace::Namespace;
+use crate::lab::privilege::Rank;
+use crate::lab::report::{Figures, Promises, round};
+
+/// What it cost.
+#[derive(Debug, Default, Serialize)]
+pub struct PlanFigures {
+    /// The lab ran without root's rights over the machine: the kernel then limits the socket buffers.
+    pub rootless: bool,
+    /// Of the large mesh.
+    pub peers: u32,
+    /// Networks that are reached through them.
+    pub prefixes: usize,
+    /// The whole plan onto a bare host.
+    pub full_ms: f64,
+    /// Netlink messages of that.
+    pub full_messages: usize,
+    /// One prefix more, or one less.
+    pub change_ms: f64,
+    /// Netlink messages of that.
+    pub change_messages: usize,
+    /// The same in a mesh of a tenth of the size.
+    pub change_messages_small: usize,
+    /// Everything is read, found as planned, and nothing done.
+    pub read_ms: f64,
+    /// Everything is read and all routes are put back after somebody flushed them.
+    pub put_back_ms: f64,
+    /// Promises that did not hold.
+    pub failed: Vec<String>,
+}
+
+const PEERS: u32 = 1_000;
+const FULL_MS: f64 = 500.0;
+const CHANGE_MS: f64 = 5.0;
+const FULL_ROUNDS: usize = 5;
+const CHANGE_ROUNDS: usize = 25;
+
+/// Runs it.
+pub fn run(rank: Rank) -> anyhow::Result<PlanFigures> {
+    let mut figures = PlanFigures { rootless: rank == Rank::Rootless, ..Default::default() };
+    let mut promises = Promises::new();
+    if let Err(error) = figures.measure(&mut promises) {
+        promises.fail(format!("{error:#}"));
+    }
+    figures.failed = promises.into_failed();
+    Ok(figures)
+}
+
+impl PlanFigures {
+    fn measure(&mut self, promises: &mut Promises) -> anyhow::Result<()> {
+        let small = Mesh::new(PEERS / 10).measure()?;
+        let mesh = Mesh::new(PEERS);
+        let large = mesh.measure()?;
+        self.peers = PEERS;
+        self.prefixes = mesh.prefixes();
+        self.full_ms = milliseconds(large.full);
+        self.full_messages = large.full_messages;
+        self.change_ms = milliseconds(large.change);
+        self.change_messages = large.change_messages;
+        self.change_messages_small = small.change_messages;
+        self.read_ms = milliseconds(large.read);
+        self.put_back_ms = milliseconds(large.put_back);
+        promises.hold(self.full_ms < FULL_MS, || {
+            format!("the whole plan in {FULL_MS} ms: {} ms", self.full_ms)
+        });
+        promises.hold(self.change_ms < CHANGE_MS, || {
+            format!("one change in {CHANGE_MS} ms: {} ms", self.change_ms)
+        });
+        promises.hold(self.change_messages <= self.change_messages_small, || {
+            format!(
+                "a change takes as many messages in any mesh: {} of {} peers, {} of {PEERS}",
+                self.change_messages_small,
+                PEERS / 10,
+                self.change_messages
+            )
+        });
+        Ok(())
+    }
+}
+
+/// What one mesh cost; medians.
+struct Cost {
+    full: Duration,
+    full_messages: usize,
+    change: Duration,
+    change_messages: usize,
+    read: Duration,
+    put_back: Duration,
+}
+
+/// A host's view of a mesh: each peer holds its overlay addresses, a node IP, and a pod network of each
+/// family. The mesh guards the overlay and the pods' ranges; node IPs are guarded one by one.
+struct Mesh {
+    plan: Plan,
+}
+
+impl Mesh {
+    fn new(peers: u32) -> Self {
+        let own = [v4([198, 18, 0, 1]), v6(0xfd00, 1)];
+        let guards = [
+            net(v4([198, 18, 0, 0]), 15),
+            net(v6(0xfd00, 0), 64),
+            net(v4([10, 0, 0, 0]), 8),
+            net(v6(0xfd01, 0), 32),
+        ];
+        let mut routes = BTreeMap::new();
+        let mut guarded: std::collections::BTreeSet<_> = guards.into();
+        for peer in 2..peers + 2 {
+            let [.., high, low] = peer.to_be_bytes();
+            let node = net(v4([172, 16, high, low]), 32);
+            guarded.insert(node);
+            let pods6 = Ipv6Addr::new(0xfd01, 0, high.into(), low.into(), 0, 0, 0, 0);
+            for held in [
+                net(v4([198, 18, high, low]), 32),
+                net(v6(0xfd00, peer.into()), 128),
+                node,
+                net(v4([10, high, low, 0]), 24),
+                net(pods6.into(), 64),
+            ] {
+                let source = own[usize::from(held.addr().is_ipv6())];
+                let attributes = RoutePlan { source: Some(source), mtu: None };
+                routes.insert((held, RouteVia::Link), attributes);
+            }
+        }
+        for guard in &guarded {
+            routes.insert((*guard, RouteVia::Unreachable), RoutePlan::default());
+        }
+        let plan = Plan {
+            link: LinkPlan {
+                name: LINK.to_owned(),
+                mtu: 1_420,
+                addresses: own.map(IpNet::from).into(),
+            },
+            table: 21_580,
+            routes,
+            rules: RulePlan { priority: 21_580, mark: 0x10, mask: 0x30 },
+            detour: DetourPlan::default(),
+            underlay: UnderlayPlan { port: Some(51_830), ..UnderlayPlan::default() },
+            firewall: FirewallPlan {
+                table: "towline".to_owned(),
+                guarded,
+                ..FirewallPlan::default()
+            },
+        };
+        Self { plan }
+    }
+
+    fn prefixes(&self) -> usize {
+        self.plan.routes.keys().filter(|(_, via)| *via == RouteVia::Link).count()
+    }
+
+    /// In a namespace of its own.
+    fn measure(&self) -> anyhow::Result<Cost> {
+        let namespace = Namespace::new("plan")?;
+        namespace.run(|| {
+            let mut netlink = Rtnetlink::open()?;
+            let loopback = netlink.link_index("lo")?;
+            netlink.set_up(loopback, true)?;
+            self.measure_here()
+        })
+    }
+
+    fn measure_here(&self) -> anyhow::Result<Cost> {
+        let mut host = HostNetwork::open()?;
+        let names = Names::of(&self.plan);
+        let mut full = Vec::new();
+        let mut full_messages = 0;
+        for _ in 0..FULL_ROUNDS {
+            interrupt::check()?;
+            host.remove(&names)?;
+            // The link is the data plane's to make.
+            let _tunnel = open_tun(LINK)?;
+            let (took, messages) = apply(&mut host, &self.plan)?;
+            full.push(took);
+            full_messages = messages;
+        }
+        let _tunnel = open_tun(LINK)?;
+        let mut change = Vec::new();
+        let mut change_messages = 0;
+        for round in 0..CHANGE_ROUNDS {
+            interrupt::check()?;
+            // A node IP: a route, its guard, and an element of the firewall's set.
+            let node = net(v4([172, 31, 0, round as u8]), 32);
+            let mut more = self.plan.clone();
+            more.routes.insert((node, RouteVia::Link), RoutePlan::default());
+            more.routes.insert((node, RouteVia::Unreachable), RoutePlan::default());
+            more.firewall.guarded.insert(node);
+            for plan in [&more, &self.plan] {
+                let (took, messages) = apply(&mut host, plan)?;
+                change.push(took);
+                change_messages = change_messages.max(messages);
+            }
+        }
+        let mut read = Vec::new();
+        let mut put_back = Vec::new();
+        for _ in 0..FULL_ROUNDS {
+            interrupt::check()?;
+            host.invalidate();
+            let (took, messages) = apply(&mut host, &self.plan)?;
+            anyhow::ensure!(messages == 0, "nobody changed anything, yet {messages} messages");
+            read.push(took);
+            Meddling::FlushRoutes.act()?;
+            host.invalidate();
+            put_back.push(apply(&mut host, &self.plan)?.0);
+        }
+        host.remove(&names)?;
+        Ok(Cost {
+            full: median(full),
+            full_messages,
+            change: median(change),
+            change_messages,
+            read: median(read),
+            put_back: median(put_back),
+        })
+    }
+}
+
+fn apply(host: &mut HostNetwork, plan: &Plan) -> anyhow::Result<(Duration, usize)> {
+    let begun = Instant::now();
+    let changes = host.apply(plan)?;
+    let took = begun.elapsed();
+    match changes.problems.first() {
+        Some(problem) => Err(anyhow::anyhow!("{problem}")).context("not as planned"),
+        None => Ok((took, changes.messages)),
+    }
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    round(duration.as_secs_f64() * 1e3)
+}
+
+fn net(address: IpAddr, length: u8) -> IpNet {
+    IpNet::new_assert(address, length)
+}
+
+fn v4(octets: [u8; 4]) -> IpAddr {
+    Ipv4Addr::from(octets).into()
+}
+
+fn v6(first: u16, last: u128) -> IpAddr {
+    Ipv6Addr::from_bits(u128::from(first) << 112 | last).into()
+}
+
+impl Figures for PlanFigures {
+    fn failed(&self) -> &[String] {
+        &self.failed
+    }
+
+    fn for_people(&self) -> String {
+        let mut text = String::new();
+        let _ = writeln!(text, "{} peers, {} prefixes", self.peers, self.prefixes);
+        let _ =
+            writeln!(text, "  all of it    {} ms, {} messages", self.full_ms, self.full_messages);
+        let _ = writeln!(
+            text,
+            "  one change   {} ms, {} messages ({} with a tenth of the peers)",
+            self.change_ms, self.change_messages, self.change_messages_small
+        );
+        let _ = writeln!(text, "  a look       {} ms", self.read_ms);
+        let _ = write!(text, "  routes back  {} ms", self.put_back_ms);
+        text
+    }
+}
