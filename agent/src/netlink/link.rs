@@ -64,6 +64,7 @@ pub enum OverlayKind {
     Geneve,
 }
 
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_MASTER: u16 = 10;
@@ -161,6 +162,22 @@ impl Rtnetlink {
             || format!("set the MTU of link {index} to {mtu}"),
             |request| {
                 request.u32(IFLA_MTU, mtu);
+            },
+        )
+    }
+
+    /// Sets the hardware address. A bridge that was given none takes the lowest of its ports', and another
+    /// one when a port with a lower one comes.
+    pub fn set_hardware_address(
+        &mut self,
+        index: u32,
+        address: [u8; 6],
+    ) -> Result<(), NetlinkError> {
+        self.change(
+            index,
+            || format!("set the hardware address of link {index}"),
+            |request| {
+                request.bytes(IFLA_ADDRESS, &address);
             },
         )
     }

@@ -85,7 +85,7 @@ impl Lab {
         let internet = bare("internet")?;
         internet.run(|| {
             let mut netlink = Rtnetlink::open()?;
-            netlink.add_bridge(BRIDGE)?;
+            add_bridge(&mut netlink, BRIDGE)?;
             let gateway = (first_v4(INTERNET_V4), first_v6(INTERNET_V6));
             address(&mut netlink, BRIDGE, IpNet::new(gateway.0.into(), INTERNET_V4.prefix_len())?)?;
             address(&mut netlink, BRIDGE, IpNet::new(gateway.1.into(), INTERNET_V6.prefix_len())?)
@@ -170,7 +170,7 @@ impl Host {
         const BRIDGE: &str = "cni0";
         self.namespace.run(|| {
             let mut netlink = Rtnetlink::open()?;
-            netlink.add_bridge(BRIDGE)?;
+            add_bridge(&mut netlink, BRIDGE)?;
             address(&mut netlink, BRIDGE, in_net(first_v4(v4), v4))?;
             address(&mut netlink, BRIDGE, in_net(first_v6(v6), v6))
         })?;
@@ -341,7 +341,7 @@ impl<'a> RouterBuilder<'a> {
         connect(&namespace, "eth0", &ways, 100)?;
         namespace.run(|| {
             let mut netlink = Rtnetlink::open()?;
-            netlink.add_bridge(LAN)?;
+            add_bridge(&mut netlink, LAN)?;
             address(&mut netlink, LAN, in_net(first_v4(lan.0), lan.0))?;
             address(&mut netlink, LAN, in_net(first_v6(lan.1), lan.1))
         })?;
@@ -455,6 +455,16 @@ fn connect(
             .with_context(|| format!("{} does not reach its gateway {gateway}", host.name()))?;
     }
     Ok(())
+}
+
+/// A bridge that keeps its hardware address: one that takes its ports' changes it when a port comes, and who
+/// talked to it before sends to a port's address from then on, which the bridge's host does not take.
+fn add_bridge(netlink: &mut Rtnetlink, name: &str) -> anyhow::Result<()> {
+    /// Locally administered; alone on its LAN.
+    const HARDWARE: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
+    netlink.add_bridge(name)?;
+    let index = netlink.link_index(name)?;
+    Ok(netlink.set_hardware_address(index, HARDWARE)?)
 }
 
 /// Adds an address to a link and sets it up.
