@@ -106,6 +106,9 @@ pub struct Peer {
     pub reason: Option<String>,
     /// "direct" or "relay", when it is.
     pub path_kind: Option<String>,
+    /// Where it might be reached.
+    #[serde(default)]
+    pub candidates: Vec<serde_json::Value>,
     /// The relay's name, when there is one on the path.
     pub relay: Option<String>,
     /// The largest inner packet that the path takes, once known.
@@ -113,6 +116,11 @@ pub struct Peer {
 }
 
 impl Peer {
+    /// Its record is known, not only its grant.
+    pub fn has_candidates(&self) -> bool {
+        !self.candidates.is_empty()
+    }
+
     /// Its path carries traffic.
     pub fn is_up(&self) -> bool {
         self.state == "up"
@@ -348,6 +356,20 @@ impl Node {
         )?;
         self.agent = Some(agent);
         Ok(())
+    }
+
+    /// Ends its agent and takes away the map that it cached: the next start knows no other node.
+    pub fn stop_and_forget_map(&mut self) -> anyhow::Result<()> {
+        if let Some(agent) = self.take_agent() {
+            agent.stop(START_LIMIT)?;
+        }
+        let map = self.state().join("map.bin");
+        match fs::remove_file(&map) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("cannot remove {}", map.display()))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Waits until the agent answers, and gives its status.

@@ -1,13 +1,15 @@
 //! `cargo lab nat`: a path between any two nodes, whatever NAT they stand behind.
 //!
 //! A controller and two public nodes, one of them a relay; and for each class of NAT and family up
-//! to two nodes, each behind a router of its own. All of them know each other and are idle; then,
-//! pair by pair, the first inner packet is sent.
+//! to two nodes, each behind a router of its own. Pair by pair, both agents start anew, without
+//! a map of before, while packets for the one already wait at the other. What counts is the time from
+//! when both hold each other's record until the first of these packets arrives.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::mpsc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -65,11 +67,11 @@ pub struct Pair {
     pub b: &'static str,
     /// "v4", "v6" or "dual".
     pub family: &'static str,
-    /// From the moment it was sent until it arrived; `None`: it did not.
+    /// From when both ends held each other's record until it arrived; `None`: it did not.
     pub first_packet_ms: Option<f64>,
     /// "direct" or "relay", in the end.
     pub path: Option<String>,
-    /// From the first packet until the path was direct; `None`: it never was.
+    /// From the same moment until the path was direct; `None`: it never was.
     pub direct_ms: Option<f64>,
     /// The best path that the two NATs allow.
     pub expected: &'static str,
@@ -135,8 +137,9 @@ const CLASSES: [Class; 7] = [
     Carrier,
 ];
 
-/// How long the first packet may take, of which median and worst are promised.
-const GIVE_UP: Duration = Duration::from_secs(8);
+/// RFC 863.
+const PORT: u16 = 9;
+/// How long the first packet may take at worst.
 const WORST_MS: f64 = 2_000.0;
 /// How soon the direct path is to have taken over.
 const DIRECT: Duration = Duration::from_secs(5);
@@ -154,8 +157,8 @@ pub fn run(setting: &Setting, options: Options) -> anyhow::Result<NatFigures> {
     let mut promises = Promises::new();
     let pairs = if options.full { grid() } else { PAIRS.to_vec() };
     setting.talk.step("building the simulated internet, and what stands between it and the nodes");
-    let world = World::build(setting, options, &pairs)?;
-    if let Err(error) = figures.measure(setting, &world, &pairs, &mut promises) {
+    let mut world = World::build(setting, options, &pairs)?;
+    if let Err(error) = figures.measure(setting, &mut world, &pairs, &mut promises) {
         promises.fail(format!("{error:#}"));
     }
     figures.failed = promises.into_failed();
@@ -282,6 +285,69 @@ impl World {
         Ok(world)
     }
 
+    /// Starts both ends anew and sees how they find each other.
+    fn pair(&mut self, a: Place, b: Place) -> anyhow::Result<Pair> {
+        let expected = expected(a.0, b.0, a.1);
+        let target = overlay(self.node(b)?)?;
+        for place in [a, b] {
+            self.node(place)?.stop_and_forget_map()?;
+        }
+        let (here, there) = (Arc::clone(self.node(a)?.host()), Arc::clone(self.node(b)?.host()));
+        let done = AtomicBool::new(false);
+        let (seen, arrived) = std::thread::scope(|scope| {
+            let arrival = scope.spawn(|| first_packet(&here, &there, target, &done));
+            let seen = self.watch(a, b, expected);
+            done.store(true, Ordering::Relaxed);
+            (seen, arrival.join().unwrap_or_else(|_| Err(anyhow!("a thread panicked"))))
+        });
+        let (known, direct, path) = seen?;
+        let ms = |at: Instant| round(at.saturating_duration_since(known).as_secs_f64() * 1000.0);
+        Ok(Pair {
+            a: a.0.name(),
+            b: b.0.name(),
+            family: a.1.name(),
+            first_packet_ms: arrived?.map(ms),
+            path,
+            direct_ms: direct.map(ms),
+            expected,
+        })
+    }
+
+    /// Launches both, and says when they held each other's record, when their path was direct, and
+    /// what it is in the end.
+    fn watch(
+        &mut self,
+        a: Place,
+        b: Place,
+        expected: &str,
+    ) -> anyhow::Result<(Instant, Option<Instant>, Option<String>)> {
+        for place in [a, b] {
+            self.node(place)?.launch()?;
+        }
+        let find = |place: Place| self.nodes.get(&place).context("no such node");
+        let (from, to) = (find(a)?, find(b)?);
+        // The last look at which they did not: never in the figures' favour.
+        let mut before = Instant::now();
+        wait_for("record of the other at both ends", START_LIMIT, || {
+            let now = Instant::now();
+            let knows = |one: &Node, other: &Node| matches!(one.peer(other.name()), Ok(Some(peer)) if peer.has_candidates());
+            if knows(from, to) && knows(to, from) {
+                return Ok(Some(()));
+            }
+            before = now;
+            Ok(None)
+        })?;
+        let limit = if expected == "direct" { DIRECT * 2 } else { DIRECT };
+        let direct = wait_up_to(limit, || {
+            Ok((kind(from, to)?.as_deref() == Some("direct")).then(Instant::now))
+        })?;
+        Ok((before, direct, kind(from, to)?))
+    }
+
+    fn node(&mut self, place: Place) -> anyhow::Result<&mut Node> {
+        self.nodes.get_mut(&place).with_context(|| format!("no node behind {:?}", place.0))
+    }
+
     /// Waits until each node knows every other one, and where it is seen.
     fn settle(&mut self, setting: &Setting) -> anyhow::Result<()> {
         setting.talk.step("waiting until all nodes know each other");
@@ -305,7 +371,7 @@ fn settle(
     routers: &mut Vec<Router>,
     (class, stack, _): Place,
     number: usize,
-) -> anyhow::Result<std::sync::Arc<Host>> {
+) -> anyhow::Result<Arc<Host>> {
     let (v4, v6) = (format!("203.0.113.{}", number + 10), format!("2001:db8::{:x}", number + 16));
     let lan = (format!("192.168.{number}.0/24"), format!("2001:db8:{:x}::/64", number + 1));
     let name = format!("n{number}");
@@ -354,16 +420,12 @@ impl NatFigures {
     fn measure(
         &mut self,
         setting: &Setting,
-        world: &World,
+        world: &mut World,
         pairs: &[(Class, Class, Stack)],
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
         for (a, b, stack) in pairs.iter().copied() {
-            let place = |class, side| {
-                let node = world.nodes.get(&(class, stack, side));
-                node.ok_or_else(|| anyhow!("no node behind {class:?}"))
-            };
-            let pair = pair((a, b, stack), place(a, 0)?, place(b, 1)?)?;
+            let pair = world.pair((a, stack, 0), (b, stack, 1))?;
             setting.talk.step(&pair.line());
             pair.check(promises);
             self.pairs.push(pair);
@@ -387,32 +449,6 @@ impl NatFigures {
     }
 }
 
-fn pair((a, b, stack): (Class, Class, Stack), from: &Node, to: &Node) -> anyhow::Result<Pair> {
-    let target = overlay(to)?;
-    let begun = Instant::now();
-    let first = first_packet(from, to, target, begun)?;
-    let direct = match first {
-        None => None,
-        Some(_) => {
-            let left = DIRECT.saturating_sub(begun.elapsed());
-            let limit = if expected(a, b, stack) == "direct" { left * 2 } else { left };
-            wait_up_to(limit, || {
-                Ok((kind(from, to)?.as_deref() == Some("direct")).then(Instant::now))
-            })?
-        }
-    };
-    let ms = |at: Instant| round((at - begun).as_secs_f64() * 1000.0);
-    Ok(Pair {
-        a: a.name(),
-        b: b.name(),
-        family: stack.name(),
-        first_packet_ms: first.map(ms),
-        path: kind(from, to)?,
-        direct_ms: direct.map(ms),
-        expected: expected(a, b, stack),
-    })
-}
-
 fn kind(from: &Node, to: &Node) -> anyhow::Result<Option<String>> {
     Ok(from.peer(to.name())?.and_then(|peer| peer.path_kind))
 }
@@ -423,44 +459,41 @@ fn overlay(node: &Node) -> anyhow::Result<IpAddr> {
     v4.ok_or_else(|| anyhow!("{} has no overlay address", node.name()))
 }
 
-/// Sends small inner packets until one arrives: when that was.
+/// Sends small inner packets until one arrives, or all is over: when that was.
 fn first_packet(
-    from: &Node,
-    to: &Node,
+    from: &Host,
+    to: &Host,
     target: IpAddr,
-    begun: Instant,
+    done: &AtomicBool,
 ) -> anyhow::Result<Option<Instant>> {
-    /// RFC 863.
-    const PORT: u16 = 9;
-    const PACE: Duration = Duration::from_millis(20);
-    let done = std::sync::atomic::AtomicBool::new(false);
+    const PACE: Duration = Duration::from_millis(10);
+    let arrived = AtomicBool::new(false);
+    let (arrived, over) = (&arrived, || done.load(Ordering::Relaxed));
     std::thread::scope(|scope| {
-        let (listening, when_listening) = mpsc::channel();
-        let receiver = to.host().namespace().thread(scope, "first", move || {
-            let socket = UdpSocket::bind(SocketAddr::new(target, PORT))
-                .context("cannot listen on the overlay address")?;
+        let receiver = to.namespace().thread(scope, "first", move || {
+            // On any address: the overlay's may not be there yet.
+            let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), PORT))?;
             socket.set_read_timeout(Some(PACE))?;
-            let _ = listening.send(());
             let mut byte = [0; 8];
-            while begun.elapsed() < GIVE_UP {
+            while !over() {
                 interrupt::check()?;
                 if socket.recv_from(&mut byte).is_ok() {
+                    arrived.store(true, Ordering::Relaxed);
                     return Ok(Some(Instant::now()));
                 }
             }
             Ok(None)
         })?;
-        let _ = when_listening.recv();
-        let sender = from.host().namespace().thread(scope, "first", || {
+        let sender = from.namespace().thread(scope, "first", move || {
             let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
-            while !done.load(std::sync::atomic::Ordering::Relaxed) && begun.elapsed() < GIVE_UP {
+            while !arrived.load(Ordering::Relaxed) && !over() {
+                // No route yet, or no path: the next one will tell.
                 let _ = socket.send_to(b"towline", SocketAddr::new(target, PORT));
                 std::thread::sleep(PACE);
             }
             Ok(())
         })?;
         let arrived = join(receiver);
-        done.store(true, std::sync::atomic::Ordering::Relaxed);
         join(sender)?;
         arrived
     })
@@ -471,7 +504,7 @@ fn unserved(blocked: &Node, open: &Node, promises: &mut Promises) -> anyhow::Res
     let target = overlay(open)?;
     blocked.host().namespace().run(|| {
         let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
-        let _ = socket.send_to(b"towline", SocketAddr::new(target, 9));
+        let _ = socket.send_to(b"towline", SocketAddr::new(target, PORT));
         Ok(())
     })?;
     let says = wait_up_to(SAID, || {
