@@ -2,7 +2,7 @@
 //!
 //! A controller and two public nodes, one of them a relay; and for each class of NAT and family up
 //! to two nodes, each behind a router of its own. Pair by pair, both agents start anew, without
-//! a map of before, while packets for the one already wait at the other. What counts is the time from
+//! a map of before and beside the public nodes alone (two dozen agents would share the machine), while packets for the one already wait at the other. What counts is the time from
 //! when both hold each other's record until the first of these packets arrives.
 
 use std::collections::BTreeMap;
@@ -144,7 +144,7 @@ const WORST_MS: f64 = 2_000.0;
 /// How soon the direct path is to have taken over.
 const DIRECT: Duration = Duration::from_secs(5);
 /// What is said when nothing can be done has to be said by then.
-const SAID: Duration = Duration::from_secs(10);
+const SAID: Duration = Duration::from_secs(20);
 
 /// Runs it.
 pub fn run(setting: &Setting, options: Options) -> anyhow::Result<NatFigures> {
@@ -223,6 +223,8 @@ type Place = (Class, Stack, usize);
 struct World {
     nodes: BTreeMap<Place, Node>,
     fixed: Vec<Node>,
+    /// IPv4 addresses in the mesh.
+    overlay: BTreeMap<Place, IpAddr>,
     _controller: Controller,
     _routers: Vec<Router>,
     _lab: Lab,
@@ -279,8 +281,14 @@ impl World {
             node.launch()?;
             nodes.insert(place, node);
         }
-        let mut world =
-            Self { nodes, fixed, _controller: controller, _routers: routers, _lab: lab };
+        let mut world = Self {
+            nodes,
+            fixed,
+            overlay: BTreeMap::new(),
+            _controller: controller,
+            _routers: routers,
+            _lab: lab,
+        };
         world.settle(setting)?;
         Ok(world)
     }
@@ -288,18 +296,20 @@ impl World {
     /// Starts both ends anew and sees how they find each other.
     fn pair(&mut self, a: Place, b: Place) -> anyhow::Result<Pair> {
         let expected = expected(a.0, b.0, a.1);
-        let target = overlay(self.node(b)?)?;
-        for place in [a, b] {
-            self.node(place)?.stop_and_forget_map()?;
-        }
+        let target = *self.overlay.get(&b).context("no such node")?;
         let (here, there) = (Arc::clone(self.node(a)?.host()), Arc::clone(self.node(b)?.host()));
         let done = AtomicBool::new(false);
         let (seen, arrived) = std::thread::scope(|scope| {
             let arrival = scope.spawn(|| first_packet(&here, &there, target, &done));
             let seen = self.watch(a, b, expected);
+            // It may be the last to happen.
+            let _ = wait_up_to(DIRECT, || Ok(arrival.is_finished().then_some(())));
             done.store(true, Ordering::Relaxed);
             (seen, arrival.join().unwrap_or_else(|_| Err(anyhow!("a thread panicked"))))
         });
+        for place in [a, b] {
+            self.node(place)?.stop_and_forget_map()?;
+        }
         let (known, direct, path) = seen?;
         let ms = |at: Instant| round(at.saturating_duration_since(known).as_secs_f64() * 1000.0);
         Ok(Pair {
@@ -344,6 +354,33 @@ impl World {
         Ok((before, direct, kind(from, to)?))
     }
 
+    /// Where UDP is blocked altogether there is no path yet; the operator is told so.
+    fn unserved(&mut self, promises: &mut Promises) -> anyhow::Result<Blocked> {
+        let (a, b) = ((Behind(UdpBlocked), Stack::V4, 0), (Public, Stack::V4, 1));
+        let target = *self.overlay.get(&b).context("no such node")?;
+        for place in [a, b] {
+            self.node(place)?.launch()?;
+            self.node(place)?.await_status(START_LIMIT)?;
+        }
+        let find = |place: Place| self.nodes.get(&place).context("no such node");
+        let (blocked, open) = (find(a)?, find(b)?);
+        blocked.host().namespace().run(|| {
+            let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
+            let _ = socket.send_to(b"towline", SocketAddr::new(target, PORT));
+            Ok(())
+        })?;
+        let reason = || -> anyhow::Result<Option<String>> {
+            Ok(blocked.peer(open.name())?.and_then(|peer| peer.reason))
+        };
+        let says = wait_up_to(SAID, || Ok(reason()?.filter(|reason| reason.contains("UDP"))))?;
+        promises.hold(says.is_some(), || "a node without UDP says so".to_owned());
+        let says = match says {
+            Some(says) => says,
+            None => reason()?.unwrap_or_default(),
+        };
+        Ok(Blocked { a: a.0.name(), b: b.0.name(), says })
+    }
+
     fn node(&mut self, place: Place) -> anyhow::Result<&mut Node> {
         self.nodes.get_mut(&place).with_context(|| format!("no node behind {:?}", place.0))
     }
@@ -361,6 +398,10 @@ impl World {
             wait_for(&what, START_LIMIT, || Ok((node.peers()?.len() == others).then_some(())))?;
         }
         interrupt::pass(Duration::from_secs(2))?;
+        for (place, node) in &mut self.nodes {
+            self.overlay.insert(*place, overlay(node)?);
+            node.stop_and_forget_map()?;
+        }
         Ok(())
     }
 }
@@ -440,11 +481,7 @@ impl NatFigures {
         promises.hold(median < median_limit, || {
             format!("median of first_packet_ms below {median_limit}: {median}")
         });
-        let blocked = world.nodes.get(&(Behind(UdpBlocked), Stack::V4, 0));
-        let open = world.nodes.get(&(Public, Stack::V4, 1));
-        if let (Some(blocked), Some(open)) = (blocked, open) {
-            self.blocked.push(unserved(blocked, open, promises)?);
-        }
+        self.blocked.push(world.unserved(promises)?);
         Ok(())
     }
 }
@@ -497,26 +534,6 @@ fn first_packet(
         join(sender)?;
         arrived
     })
-}
-
-/// Where UDP is blocked altogether there is no path yet; the operator is told so.
-fn unserved(blocked: &Node, open: &Node, promises: &mut Promises) -> anyhow::Result<Blocked> {
-    let target = overlay(open)?;
-    blocked.host().namespace().run(|| {
-        let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
-        let _ = socket.send_to(b"towline", SocketAddr::new(target, PORT));
-        Ok(())
-    })?;
-    let says = wait_up_to(SAID, || {
-        let reason = blocked.peer(open.name())?.and_then(|peer| peer.reason);
-        Ok(reason.filter(|reason| reason.contains("UDP")))
-    })?;
-    promises.hold(says.is_some(), || "a node without UDP says so".to_owned());
-    let says = match says {
-        Some(says) => says,
-        None => blocked.peer(open.name())?.and_then(|peer| peer.reason).unwrap_or_default(),
-    };
-    Ok(Blocked { a: Behind(UdpBlocked).name(), b: Public.name(), says })
 }
 
 impl Pair {
