@@ -104,6 +104,8 @@ pub struct Peer {
     pub state: String,
     /// Why it is not up.
     pub reason: Option<String>,
+    /// Where its datagrams go, when it is.
+    pub path: Option<String>,
     /// "direct" or "relay", when it is.
     pub path_kind: Option<String>,
     /// Where it might be reached.

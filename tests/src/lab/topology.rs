@@ -407,26 +407,36 @@ fn plug(
     port: &str,
     weather: Weather,
 ) -> anyhow::Result<Option<Cable>> {
-    if weather != Weather::default() {
-        let cable = Cable::lay((host, link), (switch, port), weather)?;
-        switch.run(|| {
-            let mut netlink = Rtnetlink::open()?;
-            let (port, bridge) = (netlink.link_index(port)?, netlink.link_index(bridge)?);
-            netlink.set_master(port, Some(bridge))?;
-            Ok(netlink.set_up(port, true)?)
-        })?;
-        return Ok(Some(cable));
-    }
     switch.run(|| {
         let mut netlink = Rtnetlink::open()?;
         let peer = VethPeer { name: link, namespace: Some(host.file().as_fd()) };
-        netlink.add_veth(port, peer)?;
-        let (port, bridge) = (netlink.link_index(port)?, netlink.link_index(bridge)?);
-        netlink.set_master(port, Some(bridge))?;
-        netlink.set_up(port, true)?;
-        Ok(())
+        Ok(netlink.add_veth(port, peer)?)
     })?;
-    Ok(None)
+    if weather == Weather::default() {
+        switch.run(|| attach(port, bridge))?;
+        return Ok(None);
+    }
+    // The host's own link stays a plain one: an agent takes a TAP for no uplink.
+    let [near, far, joint] = ["n", "f", "j"].map(|prefix| format!("{prefix}-{port}"));
+    let cable = Cable::lay((switch, &near), (switch, &far), weather)?;
+    switch.run(|| {
+        Rtnetlink::open()?.add_bridge(&joint)?;
+        attach(port, &joint)?;
+        attach(&near, &joint)?;
+        let mut netlink = Rtnetlink::open()?;
+        let index = netlink.link_index(&joint)?;
+        netlink.set_up(index, true)?;
+        attach(&far, bridge)
+    })?;
+    Ok(Some(cable))
+}
+
+/// Makes a link a port of a bridge of the calling thread's namespace, and sets it up.
+fn attach(port: &str, bridge: &str) -> anyhow::Result<()> {
+    let mut netlink = Rtnetlink::open()?;
+    let (port, bridge) = (netlink.link_index(port)?, netlink.link_index(bridge)?);
+    netlink.set_master(port, Some(bridge))?;
+    Ok(netlink.set_up(port, true)?)
 }
 
 /// Addresses and default routes on a link; then waits until both gateways answer: a fresh link

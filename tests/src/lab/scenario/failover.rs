@@ -4,7 +4,7 @@
 //! behind NATs that allow no direct path. Two public nodes relay.
 
 use std::fmt::Write as _;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -94,8 +94,8 @@ struct World {
     relays: Vec<Node>,
     controller: Controller,
     routers: Vec<Router>,
-    /// Of a's router, as it is now.
-    address: Ipv4Addr,
+    /// Of the routers before a, as they are now.
+    addresses: [Ipv4Addr; 2],
     _lab: Lab,
 }
 
@@ -155,8 +155,8 @@ impl World {
             })?;
         }
         let relays = nodes.drain(..2).collect();
-        let address = Ipv4Addr::new(203, 0, 113, 11);
-        Ok(Self { nodes, relays, controller, routers, address, _lab: lab })
+        let addresses = [11, 12].map(|number| Ipv4Addr::new(203, 0, 113, number));
+        Ok(Self { nodes, relays, controller, routers, addresses, _lab: lab })
     }
 
     fn end(&self, number: usize) -> anyhow::Result<End<'_>> {
@@ -170,23 +170,33 @@ impl World {
         self.routers[number].host().namespace()
     }
 
-    /// Breaks something.
+    /// The uplink of a, by number, by which b reaches it.
+    fn used(&self) -> anyhow::Result<usize> {
+        let path = self.nodes[1].peer("a")?.and_then(|peer| peer.path);
+        let path: SocketAddr = path.context("b has no path to a")?.parse()?;
+        let used = self.addresses.iter().position(|address| IpAddr::V4(*address) == path.ip());
+        used.with_context(|| format!("{path} is no router of a's"))
+    }
+
+    /// Breaks something on the way that is in use.
     fn break_it(&mut self, name: &str) -> anyhow::Result<()> {
         let there = IpNet::from(IpAddr::from([203, 0, 113, 13]));
         let udp = |rule: Rule| rule.protocol(libc::IPPROTO_UDP as u8).drop();
+        let used = if name == "relay_kill" { 0 } else { self.used()? };
         match name {
-            "nat_flush" => self.router(0).run(forget_connections),
-            "drop_in" => self.cut(udp(Rule::new().input("eth0").source(there))),
-            "drop_out" => self.cut(udp(Rule::new().output("eth0").destination(there))),
+            "nat_flush" => self.router(used).run(forget_connections),
+            "drop_in" => self.cut(used, Hook::Prerouting, udp(Rule::new().source(there))),
+            "drop_out" => self.cut(used, Hook::Postrouting, udp(Rule::new().destination(there))),
             "nat_readdress" => {
-                let before = self.address;
+                let before = self.addresses[used];
                 let octets = before.octets();
-                self.address = Ipv4Addr::new(octets[0], octets[1], octets[2], octets[3] + 100);
-                self.readdress(before, self.address)
+                let after = Ipv4Addr::new(octets[0], octets[1], octets[2], octets[3] + 50);
+                self.addresses[used] = after;
+                self.readdress(used, before, after)
             }
             "uplink_switch" => self.nodes[0].host().namespace().run(|| {
                 let mut netlink = Rtnetlink::open()?;
-                let link = netlink.link_index("eth0")?;
+                let link = netlink.link_index(&format!("eth{used}"))?;
                 Ok(netlink.set_up(link, false)?)
             }),
             "relay_kill" => {
@@ -201,17 +211,26 @@ impl World {
 
     fn mend(&mut self, name: &str) -> anyhow::Result<()> {
         match name {
-            "drop_in" | "drop_out" => self.router(0).run(|| {
-                Nft::open()?.delete(TableFamily::Inet, CUT)?;
-                Ok(())
+            "drop_in" | "drop_out" => [0, 1].into_iter().try_for_each(|router| {
+                self.router(router).run(|| {
+                    Nft::open()?.delete(TableFamily::Inet, CUT)?;
+                    Ok(())
+                })
             }),
             "uplink_switch" => self.nodes[0].host().namespace().run(|| {
                 let mut netlink = Rtnetlink::open()?;
-                let link = netlink.link_index("eth0")?;
-                netlink.set_up(link, true)?;
-                let gateway = Ipv4Addr::new(192, 168, 11, 1).into();
-                let route = Route::new(IpNet::V4(Ipv4Net::default())).via(gateway);
-                Ok(netlink.add_route(&route.dev(link).metric(100))?)
+                for uplink in 0..2u8 {
+                    let link = netlink.link(&format!("eth{uplink}"))?.context("no such link")?;
+                    if link.up {
+                        continue;
+                    }
+                    netlink.set_up(link.index, true)?;
+                    let gateway = Ipv4Addr::new(192, 168, 11 + uplink, 1).into();
+                    let route = Route::new(IpNet::V4(Ipv4Net::default())).via(gateway);
+                    let metric = 100 + u32::from(uplink);
+                    netlink.add_route(&route.dev(link.index).metric(metric))?;
+                }
+                Ok(())
             }),
             "relay_kill" => {
                 for relay in &mut self.relays {
@@ -226,30 +245,18 @@ impl World {
         }
     }
 
-    fn cut(&self, rule: Rule) -> anyhow::Result<()> {
-        /// Before connection tracking, so that what is there is cut too.
+    fn cut(&self, router: usize, hook: Hook, rule: Rule) -> anyhow::Result<()> {
+        /// Before connection tracking and translation, so that what is there is cut too.
         const FIRST: i32 = -400;
-        let table = [("in", Hook::Prerouting), ("out", Hook::Postrouting)].into_iter().fold(
-            Table::new(TableFamily::Inet, CUT),
-            |table, (name, hook)| {
-                let chain = Chain::base(ChainKind::Filter, hook, FIRST);
-                let fits = match (hook, rule_names_input(&rule)) {
-                    (Hook::Prerouting, true) | (Hook::Postrouting, false) => {
-                        chain.rule(rule.clone())
-                    }
-                    _ => chain,
-                };
-                table.chain(name, fits)
-            },
-        );
-        self.router(0).run(|| {
-            Nft::open()?.load(&table)?;
+        let chain = Chain::base(ChainKind::Filter, hook, FIRST).rule(rule);
+        self.router(router).run(|| {
+            Nft::open()?.load(&Table::new(TableFamily::Inet, CUT).chain("cut", chain))?;
             Ok(())
         })
     }
 
-    fn readdress(&self, before: Ipv4Addr, after: Ipv4Addr) -> anyhow::Result<()> {
-        let router = self.router(0);
+    fn readdress(&self, router: usize, before: Ipv4Addr, after: Ipv4Addr) -> anyhow::Result<()> {
+        let router = self.router(router);
         // The routes stay, with the new address.
         router.sysctl("net.ipv4.conf.all.promote_secondaries", "1")?;
         router.run(|| {
@@ -260,12 +267,6 @@ impl World {
             Ok(netlink.delete_address(link, net(before))?)
         })
     }
-}
-
-/// Prerouting knows no output link, postrouting no input link.
-fn rule_names_input(rule: &Rule) -> bool {
-    rule.expressions == Rule::new().input("eth0").expressions
-        || rule.expressions.starts_with(&Rule::new().input("eth0").expressions)
 }
 
 /// Name, between which nodes, and whether the kernel tells of it.
