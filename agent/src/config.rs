@@ -14,6 +14,7 @@ use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
 use towline_proto::token::ControllerAddress;
 
+use crate::dataplane::Offloads;
 use crate::node_ip::NodeIps;
 use crate::prefixes::Filter;
 use crate::static_peers::{self, PeerConfig};
@@ -37,6 +38,8 @@ pub struct Config {
     pub link: LinkConfig,
     /// Our numbers in the host's routing.
     pub routing: RoutingConfig,
+    /// Which of the kernel's offloads may be used.
+    pub offloads: Offloads,
     /// How to reach the controllers.
     pub controller: ControllerConfig,
     /// WireGuard peers that are in no mesh, each as `[[peer]]`.
@@ -159,6 +162,7 @@ impl Default for Config {
             wireguard: WireguardConfig::default(),
             link: LinkConfig::default(),
             routing: RoutingConfig::default(),
+            offloads: Offloads::default(),
             controller: ControllerConfig::default(),
             peers: Vec::new(),
             relay: RelayConfig::default(),
@@ -458,11 +462,18 @@ mod tests {
             ("[node]\nnode_ips = [\"10.0.0.1\", \"10.0.0.2\"]", "one address"),
             ("[node]\naddressing = \"both\"", "node-ip"),
             ("[node]\nadvertise = [\"0.0.0.0:1\"]", "sent"),
+            ("[offloads]\nudp_gso = false", "udp_segment"),
             ("[controller]\naddresses = [\"nope\"]", "host:port"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(says), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn one_offload_is_switched_off_without_the_others() {
+        let offloads = parse("[offloads]\ntun_udp = false").unwrap().offloads;
+        assert_eq!(offloads, Offloads { tun_udp: false, ..Offloads::default() });
     }
 
     #[test]

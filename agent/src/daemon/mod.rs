@@ -687,13 +687,14 @@ fn start_data_plane(
     relay: Relay,
     purpose: Purpose,
 ) -> anyhow::Result<(DataPlane, mpsc::Receiver<dataplane::Event>)> {
-    let udp = dataplane::open_udp(config.wireguard.port, config.routing.mark)?;
+    let udp =
+        dataplane::open_udp_with(config.wireguard.port, config.routing.mark, config.offloads)?;
     let (events, receiver) = mpsc::channel(1024);
     let settings =
         dataplane::Config { private_key: keys.wireguard.secret().clone(), relay, link: None };
     let data_plane = match purpose {
         Purpose::Node => {
-            let tun = dataplane::open_tun(&config.link.name)?;
+            let tun = dataplane::open_tun_with(&config.link.name, config.offloads)?;
             let link = nix::net::if_::if_nametoindex(config.link.name.as_str()).ok();
             let settings = dataplane::Config { link, ..settings };
             DataPlane::start(settings, tun, udp, events)

@@ -63,6 +63,7 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::Sender;
 use towline_core::path::Path;
 use towline_core::peer_table::PeerTable;
@@ -101,7 +102,8 @@ impl std::fmt::Debug for Config {
 }
 
 /// Which of the kernel's offloads may be used, each where the kernel has it. By default all.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Offloads {
     /// The TUN hands over, and takes, many segments of a TCP stream as one packet.
     pub tun_tcp: bool,

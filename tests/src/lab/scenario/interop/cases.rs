@@ -1,6 +1,7 @@
 //! What Towline and the other go through together.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -101,9 +102,15 @@ fn cookie(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<
     let pair = Pair::start(setting, program, Wiring::Plain, Terms::called_by(caller))?;
     let key = if side == Side::Ours { pair.our_key() } else { pair.their_key() };
     let target = pair.outer(side)?;
+    // Some others ask only those for a cookie from whose address too much comes. We drop that much
+    // before anything else, forged or not.
+    let also = match pair.outer(caller)?.ip() {
+        IpAddr::V4(address) if side == Side::Theirs => Some(address),
+        _ => None,
+    };
     let (stop, cookies) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
-        let flood = scope.spawn(|| flood::run(pair.stranger.namespace(), target, key, &stop));
+        let flood = scope.spawn(|| flood::run(pair.stranger.namespace(), target, key, also, &stop));
         let counted = scope.spawn(|| flood::count_cookies(pair.host(caller), &cookies, &stop));
         let met = (|| {
             if side == Side::Ours {
@@ -120,7 +127,7 @@ fn cookie(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<
         join(counted)?;
         let first = met.with_context(|| format!("under {sent} forged initiations"))?;
         let cookies = cookies.load(Ordering::Relaxed);
-        ensure!(side == Side::Theirs || cookies > 0, "we sent no cookie");
+        ensure!(cookies > 0, "nobody was asked for a cookie");
         held([
             ("first_reply_ms", millis(first)),
             ("cookies", cookies as f64),

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -28,11 +28,13 @@ const UDP_HEADER: usize = 8;
 /// Type and length of a cookie reply.
 const COOKIE: (u8, usize) = (3, 64);
 
-/// Floods `target`, whose key is `key`, from `host` until `stop`. Returns how many were sent.
+/// Floods `target`, whose key is `key`, from `host` until `stop`; every other one in the name of
+/// `also`. Returns how many were sent.
 pub(super) fn run(
     host: &Namespace,
     target: SocketAddr,
     key: WireguardKey,
+    also: Option<Ipv4Addr>,
     stop: &AtomicBool,
 ) -> anyhow::Result<u64> {
     let IpAddr::V4(victim) = target.ip() else { bail!("the flood is made for IPv4") };
@@ -62,7 +64,11 @@ pub(super) fn run(
                 let packet = &mut packets[sent as usize % STRANGERS as usize];
                 // 198.18.0.0/16, each source a few times a minute.
                 let [.., high, low] = (sent as u32).to_be_bytes();
-                packet[12..16].copy_from_slice(&[198, 18, high, low]);
+                let source = match also {
+                    Some(also) if sent.is_multiple_of(2) => also.octets(),
+                    _ => [198, 18, high, low],
+                };
+                packet[12..16].copy_from_slice(&source);
                 // A full queue loses some: so do floods.
                 if raw.send_to(packet, &to).is_ok() {
                     sent += 1;
