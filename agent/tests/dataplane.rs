@@ -4,10 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc::{Receiver, channel};
 use towline_agent::dataplane::memory::{self, Datagram, MemoryHost, Network};
+use towline_agent::dataplane::session::{HANDSHAKE_BYTES, Secrets, Session};
 use towline_agent::dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
 use towline_agent::dataplane::{Config, DataPlane, Event, Relay, checksum};
 use towline_core::peer_table::{Observation, PeerEntry, PeerTable, PresharedKey};
@@ -556,6 +558,43 @@ fn one_loud_source_is_limited_before_its_handshakes_cost_anything() {
     b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
     assert!(b.drops("source_limited") > 700, "{:?}", b.plane.snapshot().drops);
     assert_eq!(b.drops("under_load"), 0);
+}
+
+#[test]
+fn whoever_forges_a_peers_address_does_not_keep_it_out() {
+    let (network, a, mut b) = strangers();
+    // Somebody unknown, whose initiations are well made.
+    let forger = Secrets::new(StaticSecret::from([77; 32]));
+    let mut initiation = [0; HANDSHAKE_BYTES];
+    let len = Session::new(&forger, b.key(), None, 1).initiate(&mut initiation);
+    let (key, target, owner, plane) = (b.key(), b.address, a.address, &a.plane);
+    let (network, stop) = (&network, &AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                for _ in 0..100 {
+                    let bytes = initiation[..len].to_vec();
+                    network.inject(Datagram { from: owner, to: target, bytes });
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        // Not before the forger has used up what that address is allowed.
+        while b.drops("source_limited") == 0 {
+            std::thread::yield_now();
+        }
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                // The first one earns a cookie, the next one uses it.
+                plane.handshake(key, vec![target.into()]);
+                std::thread::sleep(Duration::from_millis(250));
+            }
+        });
+        b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
+        stop.store(true, Ordering::Relaxed);
+    });
+    let cookies = |d: &Datagram| d.to == owner && d.bytes.first() == Some(&3);
+    assert!(network.seen().iter().any(cookies));
 }
 
 #[test]

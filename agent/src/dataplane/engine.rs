@@ -40,6 +40,8 @@ pub(super) struct Engine {
     events: EventSink,
     started: Instant,
     handshakes: SourceLimiter,
+    /// Of those beyond that which proved their address.
+    proven_handshakes: SourceLimiter,
     probes: SourceLimiter,
     reflections: SourceLimiter,
     relay: Relay,
@@ -71,6 +73,7 @@ impl Engine {
             events,
             started,
             handshakes: SourceLimiter::new(HANDSHAKES.0, HANDSHAKES.1, started),
+            proven_handshakes: SourceLimiter::new(HANDSHAKES.0, HANDSHAKES.1, started),
             probes: SourceLimiter::new(PROBES.0, PROBES.1, started),
             reflections: SourceLimiter::new(REFLECTIONS.0, REFLECTIONS.1, started),
             relay,
@@ -338,23 +341,10 @@ impl Engine {
         out: &mut SendBatch,
     ) {
         let peer = match kind {
-            MessageKind::Initiation => {
-                if !self.handshakes.admit(from.remote.ip(), now) {
-                    self.drops.count(DropReason::SourceLimited);
-                    return;
-                }
-                let mut cookie = [0; HANDSHAKE_BYTES];
-                match self.secrets.admit(from.remote, message, &mut cookie) {
-                    Admission::Claims(key) => table.by_key(&key).ok_or(DropReason::UnknownPeer),
-                    Admission::Cookie(len) => {
-                        if !out.push(from, &cookie[..len]) {
-                            self.drops.count(DropReason::SendBufferFull);
-                        }
-                        Err(DropReason::UnderLoad)
-                    }
-                    Admission::Refused(reason) => Err(reason),
-                }
-            }
+            MessageKind::Initiation => self.knock(now, from, message, out).and_then(|()| {
+                let key = self.secrets.claims(message).ok_or(DropReason::InvalidHandshake)?;
+                table.by_key(&key).ok_or(DropReason::UnknownPeer)
+            }),
             MessageKind::Response { receiver }
             | MessageKind::CookieReply { receiver }
             | MessageKind::Data { receiver } => {
@@ -368,6 +358,34 @@ impl Engine {
                 peer.tunnel.lock().handshake(message, from, peer.endpoint(), &mut act);
             }
             Err(reason) => self.drops.count(reason),
+        }
+    }
+
+    /// Whether there is time for an initiation. From an address that too many come from it needs a
+    /// cookie: somebody else may be forging that address to keep its owner out.
+    fn knock(
+        &mut self,
+        now: Instant,
+        from: Path,
+        initiation: &[u8],
+        out: &mut SendBatch,
+    ) -> Result<(), DropReason> {
+        let ip = from.remote.ip();
+        let crowded = !self.handshakes.admit(ip, now);
+        let mut cookie = [0; HANDSHAKE_BYTES];
+        match self.secrets.admit(from.remote, initiation, crowded, &mut cookie) {
+            Admission::Admitted if crowded && !self.proven_handshakes.admit(ip, now) => {
+                Err(DropReason::SourceLimited)
+            }
+            Admission::Admitted => Ok(()),
+            Admission::Cookie(len) => {
+                if !out.push(from, &cookie[..len]) {
+                    self.drops.count(DropReason::SendBufferFull);
+                }
+                Err(if crowded { DropReason::SourceLimited } else { DropReason::UnderLoad })
+            }
+            Admission::Refused(_) if crowded => Err(DropReason::SourceLimited),
+            Admission::Refused(reason) => Err(reason),
         }
     }
 

@@ -102,6 +102,8 @@ pub struct Secrets {
     public: PublicKey,
     /// Judges initiations, for all peers together.
     gate: RateLimiter,
+    /// Judges those from addresses that too many come from: always under load.
+    strict_gate: RateLimiter,
     /// What the tunnels get: never under load.
     open_gate: Arc<RateLimiter>,
     /// Folds address and port into what boringtun takes for an address.
@@ -117,9 +119,9 @@ impl std::fmt::Debug for Secrets {
 /// What becomes of an initiation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admission {
-    /// It claims to be from this key. Not proven yet.
-    Claims(WireguardKey),
-    /// We are under load: so many bytes of a cookie reply go back.
+    /// It may go on.
+    Admitted,
+    /// It has to prove where it is: so many bytes of a cookie reply go back.
     Cookie(usize),
     /// Dropped.
     Refused(DropReason),
@@ -131,6 +133,7 @@ impl Secrets {
         let public = PublicKey::from(&private);
         Self {
             gate: RateLimiter::new(&public, INITIATIONS_PER_SECOND),
+            strict_gate: RateLimiter::new(&public, 0),
             open_gate: Arc::new(RateLimiter::new(&public, u64::MAX)),
             cookie_keys: [RandomState::new(), RandomState::new()],
             private,
@@ -143,24 +146,37 @@ impl Secrets {
         WireguardKey(self.public.to_bytes())
     }
 
-    /// Looks at an initiation: is it for us, is there time for it, and who claims to send it?
-    pub fn admit(&self, from: SocketAddr, initiation: &[u8], reply: &mut [u8]) -> Admission {
+    /// Looks at an initiation: is it for us, and is there time for it? Where it has to be `proven`
+    /// it needs a cookie, under load or not: then its sender is where it seems to be.
+    pub fn admit(
+        &self,
+        from: SocketAddr,
+        initiation: &[u8],
+        proven: bool,
+        reply: &mut [u8],
+    ) -> Admission {
         if reply.len() < HANDSHAKE_BYTES {
             return Admission::Refused(DropReason::InvalidHandshake);
         }
-        self.gate.reset_count();
-        match self.gate.verify_packet(Some(self.cookie_address(from)), initiation, reply) {
-            Ok(Packet::HandshakeInit(message)) => {
-                match parse_handshake_anon(&self.private, &self.public, &message) {
-                    Ok(half) => Admission::Claims(WireguardKey(half.peer_static_public)),
-                    Err(_) => Admission::Refused(DropReason::InvalidHandshake),
-                }
-            }
+        let gate = if proven { &self.strict_gate } else { &self.gate };
+        gate.reset_count();
+        match gate.verify_packet(Some(self.cookie_address(from)), initiation, reply) {
+            Ok(Packet::HandshakeInit(_)) => Admission::Admitted,
             Ok(_) => Admission::Refused(DropReason::Malformed),
             Err(TunnResult::WriteToNetwork(cookie)) => Admission::Cookie(cookie.len()),
             Err(TunnResult::Err(error)) => Admission::Refused(reason(&error)),
             Err(_) => Admission::Refused(DropReason::InvalidHandshake),
         }
+    }
+
+    /// The key that an admitted initiation claims to be from; `None`: it does not decrypt. Not
+    /// proven yet. The costly part.
+    pub fn claims(&self, initiation: &[u8]) -> Option<WireguardKey> {
+        let Ok(Packet::HandshakeInit(message)) = Tunn::parse_incoming_packet(initiation) else {
+            return None;
+        };
+        let half = parse_handshake_anon(&self.private, &self.public, &message).ok()?;
+        Some(WireguardKey(half.peer_static_public))
     }
 
     /// boringtun's cookie covers an address alone. Behind one NAT there are many nodes, so ours

@@ -102,11 +102,11 @@ fn cookie(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<
     let pair = Pair::start(setting, program, Wiring::Plain, Terms::called_by(caller))?;
     let key = if side == Side::Ours { pair.our_key() } else { pair.their_key() };
     let target = pair.outer(side)?;
-    // Some others ask only those for a cookie from whose address too much comes. We drop that much
-    // before anything else, forged or not.
+    // Some ask only those for a cookie from whose address too much comes. It must not keep the
+    // owner of that address out.
     let also = match pair.outer(caller)?.ip() {
-        IpAddr::V4(address) if side == Side::Theirs => Some(address),
-        _ => None,
+        IpAddr::V4(address) => Some(address),
+        IpAddr::V6(_) => None,
     };
     let (stop, cookies) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
