@@ -39,7 +39,7 @@ const ATTEMPT_GONE: Duration = Duration::from_secs(92);
 const RETRY_JITTER_MS: u64 = 333;
 /// A second order to initiate within this time, to the same addresses, is the same order: the
 /// engine may have repeated the initiation just before it came.
-const SAME_ORDER: Duration = Duration::from_millis(200);
+const SAME_ORDER: Duration = Duration::from_millis(20);
 /// How often it is said that inner packets travel.
 const ACTIVE_EVERY: Duration = Duration::from_secs(1);
 /// Packets that wait for a session.
@@ -249,7 +249,7 @@ impl Tunnel {
         }
         if self.unconfirmed == Some(receiver) {
             self.unconfirmed = None;
-            self.completed(from, known, false, act);
+            self.completed(from, false, act);
         }
         self.seen(from, known, act);
     }
@@ -290,7 +290,7 @@ impl Tunnel {
                 if known.is_none() {
                     self.adopted = Some(from);
                 }
-                self.completed(from, known, true, act);
+                self.completed(from, true, act);
                 self.seen(from, known, act);
             }
             Answered::Cookie => {}
@@ -442,18 +442,18 @@ impl Tunnel {
     }
 
     /// A handshake is through.
-    fn completed(&mut self, from: Path, known: Option<Path>, ours: bool, act: &mut Act<'_>) {
+    fn completed(&mut self, from: Path, ours: bool, act: &mut Act<'_>) {
         self.established = Some((act.now, ours));
         self.wanted_said = false;
         act.counters.handshake(act.started, act.now);
         act.events.observe(self.peer, Observation::Handshake { from });
-        let to = self.endpoint(known).unwrap_or(from);
+        // Over the way that the handshake came: it works, and the one of before may be dead.
         while let Some((since, packet)) = self.waiting.pop_front() {
             if act.now.saturating_duration_since(since) >= WAITING_TIME {
                 act.drops.count(DropReason::QueueExpired);
                 continue;
             }
-            let sealed = self.seal(&mut Waited { packet, taken: false }, to, act.out, act.now);
+            let sealed = self.seal(&mut Waited { packet, taken: false }, from, act.out, act.now);
             act.counters.sent(sealed);
             if sealed == 0 {
                 act.drops.count(DropReason::SendBufferFull);
@@ -475,7 +475,7 @@ impl Tunnel {
 
     /// An authentic datagram came from `from`.
     fn seen(&mut self, from: Path, known: Option<Path>, act: &mut Act<'_>) {
-        if self.endpoint(known).is_some_and(|endpoint| is_way(&endpoint, &from)) {
+        if self.endpoint(known).is_some_and(|endpoint| endpoint.is(&from)) {
             if known.is_some() {
                 self.roamed_said = None;
             }
@@ -499,14 +499,6 @@ impl Tunnel {
             act.drops.count(DropReason::SendBufferFull);
         }
     }
-}
-
-/// Whether a datagram that came by `from` came the way that `endpoint` names: where that leaves
-/// our end open, any will do.
-fn is_way(endpoint: &Path, from: &Path) -> bool {
-    endpoint.remote == from.remote
-        && endpoint.channel == from.channel
-        && endpoint.local.is_none_or(|local| from.local == Some(local))
 }
 
 /// A packet that waited, as segments: it was padded before.
