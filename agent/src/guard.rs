@@ -64,7 +64,7 @@ fn plan(config: &Config, state: &StateDir) -> anyhow::Result<Plan> {
     // The one look at the clock; nothing here is due.
     let now = Instant::now();
     // Nothing here is random either: no probe leaves.
-    let mut mesh = Mesh::new(daemon::core_config(config, membership.as_ref()), [0; 32], now);
+    let mut mesh = Mesh::new(daemon::core_config(config, membership.as_ref(), 0), [0; 32], now);
     mesh.set_static_peers(now, static_peers::load(&config.peers)?);
     mesh.set_addresses(now, config.node.addresses.clone());
     mesh.set_prefixes(now, cached.announced);

@@ -15,8 +15,11 @@
 //!   [`Mesh::handle_timeout`](mesh::Mesh::handle_timeout).
 //! - The peer table and the plan come whole and are comparable: the one before is replaced.
 
+mod budget;
 mod claims;
+pub mod counters;
 mod derive;
+mod homes;
 mod local;
 pub mod mesh;
 pub mod path;
@@ -25,6 +28,7 @@ pub mod peer_table;
 mod pings;
 pub mod plan;
 pub mod prefixes;
+pub mod reflex;
 pub mod relay;
 mod routing;
 mod rtt;

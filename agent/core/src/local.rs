@@ -9,7 +9,11 @@ use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind, Grant, MeshConfig};
 
 use crate::mesh::Membership;
+use crate::path::{LocalEnd, Path};
 use crate::prefixes::is_private;
+
+/// Uplinks of one family that are used.
+const UPLINKS: usize = 4;
 
 /// Ourselves.
 #[derive(Debug)]
@@ -17,13 +21,27 @@ pub(crate) struct Local {
     pub(crate) key: Option<WireguardKey>,
     pub(crate) site: Option<Label>,
     candidates: Vec<Candidate>,
+    /// Where the host's and the configuration's end and the reflexive ones begin.
+    own: usize,
+    /// One address of each interface and family that leads outwards.
+    uplinks: Vec<LocalEnd>,
+    /// Whether a controller takes signals.
+    pub(crate) connected: bool,
     /// The overlay's ranges: a datagram to an address in there would enter the tunnel.
     overlay: Vec<IpNet>,
 }
 
 impl Local {
     pub(crate) fn new(membership: Option<&Membership>) -> Self {
-        let mut local = Self { key: None, site: None, candidates: Vec::new(), overlay: Vec::new() };
+        let mut local = Self {
+            key: None,
+            site: None,
+            candidates: Vec::new(),
+            own: 0,
+            uplinks: Vec::new(),
+            connected: false,
+            overlay: Vec::new(),
+        };
         if let Some(Membership { grant, mesh }) = membership {
             local.set_grant(grant);
             local.set_mesh(mesh);
@@ -45,14 +63,23 @@ impl Local {
     }
 
     /// Takes our candidates: sorted, each address once (as the best kind that names it), no more
-    /// than a record holds. Says whether they changed.
-    pub(crate) fn set_candidates(&mut self, candidates: Vec<Candidate>) -> bool {
+    /// than a record holds; `reflexive` ones come last. Says whether they changed.
+    pub(crate) fn set_candidates(
+        &mut self,
+        candidates: &[Candidate],
+        reflexive: impl Iterator<Item = Candidate>,
+    ) -> bool {
         let mut candidates: Vec<Candidate> =
-            candidates.into_iter().filter(|c| !self.inside(c.address().ip())).collect();
+            candidates.iter().copied().filter(|c| !self.inside(c.address().ip())).collect();
+        candidates.extend(reflexive);
         candidates.sort_unstable_by_key(|c| (preference(c.kind()), c.address()));
         let mut seen = BTreeSet::new();
         candidates.retain(|c| seen.insert(c.address()));
         candidates.truncate(limits::CANDIDATES);
+        self.own = candidates
+            .iter()
+            .take_while(|c| preference(c.kind()) < preference(CandidateKind::Reflexive))
+            .count();
         let changed = candidates != self.candidates;
         self.candidates = candidates;
         changed
@@ -72,7 +99,63 @@ impl Local {
     pub(crate) fn may_send_to(&self, to: SocketAddr) -> bool {
         Candidate::new(CandidateKind::Local, to).is_some()
             && !self.inside(to.ip())
-            && !self.candidates.iter().any(|own| own.address() == to)
+            && !self.is_own(to)
+    }
+
+    /// Whether it is an address of this very host (not one of a NAT before it, behind which others
+    /// may stand too).
+    pub(crate) fn is_own(&self, address: SocketAddr) -> bool {
+        self.candidates[..self.own].iter().any(|own| own.address() == address)
+    }
+
+    /// Takes our uplinks: one address for each interface and family. Says whether they changed.
+    pub(crate) fn set_uplinks(&mut self, uplinks: Vec<LocalEnd>) -> bool {
+        let mut seen = BTreeSet::new();
+        let kept: Vec<LocalEnd> = uplinks
+            .into_iter()
+            .filter(|end| !self.inside(end.address))
+            .filter(|end| seen.insert((end.interface, end.address.is_ipv4())))
+            .collect();
+        let changed = kept != self.uplinks;
+        self.uplinks = kept;
+        changed
+    }
+
+    /// What to send from, for one family: each uplink where there are several, else what the kernel
+    /// chooses.
+    pub(crate) fn ends(&self, v4: bool) -> Vec<Option<LocalEnd>> {
+        let of_family: Vec<_> =
+            self.uplinks.iter().filter(|end| end.address.is_ipv4() == v4).take(UPLINKS).collect();
+        if of_family.len() < 2 {
+            return vec![None];
+        }
+        of_family.into_iter().map(|end| Some(*end)).collect()
+    }
+
+    /// Every direct path to an address.
+    pub(crate) fn paths_to(&self, remote: SocketAddr) -> impl Iterator<Item = Path> {
+        let ends = self.ends(remote.is_ipv4()).into_iter();
+        ends.map(move |local| Path { local, remote, channel: None })
+    }
+
+    /// The path by the name under which we know it: the local end is named only where there are
+    /// several uplinks to choose from.
+    pub(crate) fn canonical(&self, path: Path) -> Path {
+        let ends = self.ends(path.remote.is_ipv4());
+        let named = path.local.and_then(|local| {
+            ends.iter().flatten().find(|end| end.interface == local.interface).copied()
+        });
+        Path { local: named, ..path }
+    }
+
+    /// Whether a path begins at an uplink that we (still) have.
+    pub(crate) fn begins_here(&self, path: &Path) -> bool {
+        self.ends(path.remote.is_ipv4()).contains(&path.local)
+    }
+
+    /// Whether this host has an address of the family of `remote`, as far as it is known.
+    pub(crate) fn has_family(&self, remote: SocketAddr) -> bool {
+        self.candidates[..self.own].iter().any(|c| c.address().is_ipv4() == remote.is_ipv4())
     }
 }
 

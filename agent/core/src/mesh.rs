@@ -19,15 +19,19 @@ use towline_proto::id::{IdentityKey, NodeId, NodeName, WireguardKey};
 use towline_proto::limits;
 use towline_proto::node::{Candidate, Grant, MeshConfig, Node, Tombstone};
 
+use crate::budget::Unanswered;
 use crate::claims::Claims;
+use crate::counters::Counters;
 use crate::derive;
+use crate::homes::{self, Homes};
 use crate::local::Local;
 use crate::path::{LocalEnd, Path};
 use crate::peer::{Context, Peer};
 use crate::peer_table::{Observation, PeerTable};
 use crate::pings::{Pings, Purpose};
 use crate::plan::{Plan, RulePlan, UnderlayPlan};
-use crate::prefixes::covering;
+use crate::prefixes::{covering, is_private};
+use crate::reflex::{Mapping, Reflex};
 use crate::relay::{RelayAnswer, RelayRequest};
 use crate::routing::{Facts, Routing};
 use crate::signal::Signal;
@@ -38,6 +42,12 @@ use crate::timers::{Timer, Timers};
 const SPREAD_PER_PEER: Duration = Duration::from_millis(2);
 /// And over no more than this.
 const SPREAD_MAX: Duration = Duration::from_secs(2);
+
+/// A mesh of up to so many peers is kept connected throughout, so that an operator sees each path
+/// before it is needed; in a larger one a peer is connected when there is traffic for it.
+pub const EAGER_PEERS: usize = 64;
+/// Public nodes that reflect for us, beside controllers and relays.
+const PUBLIC_REFLECTORS: usize = 4;
 
 /// What makes us a node of a mesh.
 #[derive(Debug, Clone)]
@@ -65,6 +75,8 @@ pub struct Config {
     pub firewall_table: String,
     /// Whether we relay for others.
     pub relay: bool,
+    /// Grows with every start of the agent, as in our record.
+    pub boot_epoch: u64,
 }
 
 /// A change of the network map. Signatures and grants were verified before.
@@ -237,6 +249,15 @@ pub struct Mesh {
     rng: StdRng,
     timers: Timers,
     pings: Pings,
+    unanswered: Unanswered,
+    homes: Homes,
+    reflex: Reflex,
+    counters: Counters,
+    signals: u64,
+    /// As the host and the configuration have them: without reflexive ones.
+    host_candidates: Vec<Candidate>,
+    /// Nodes that can be called: they reflect.
+    public: BTreeMap<NodeId, Vec<SocketAddr>>,
     operator_pings: BTreeSet<u64>,
     peers: BTreeMap<NodeId, Peer>,
     static_peers: StaticPeers,
@@ -272,6 +293,13 @@ impl Mesh {
             rng: StdRng::from_seed(seed),
             timers: Timers::default(),
             pings: Pings::default(),
+            unanswered: Unanswered::default(),
+            homes: Homes::default(),
+            reflex: Reflex::default(),
+            counters: Counters::default(),
+            signals: 0,
+            host_candidates: Vec::new(),
+            public: BTreeMap::new(),
             operator_pings: BTreeSet::new(),
             peers: BTreeMap::new(),
             static_peers: StaticPeers::default(),
@@ -338,9 +366,10 @@ impl Mesh {
     pub fn set_candidates(&mut self, now: Instant, candidates: Vec<Candidate>) {
         self.advance(now);
         self.with_static_peers(|statics, cx| statics.local_changed(cx));
-        if self.local.set_candidates(candidates) {
-            self.outputs.push_back(Output::Advertise(self.local.candidates().to_vec()));
-            self.each_peer(|peer, cx| peer.local_changed(cx));
+        if self.host_candidates != candidates {
+            self.host_candidates = candidates;
+            self.advertise();
+            self.local_changed();
         }
     }
 
@@ -427,7 +456,7 @@ impl Mesh {
             ReceivedProbe::Ping { transaction } => {
                 self.with_key(peer, |peer, cx| peer.on_ping(cx, from, transaction));
             }
-            ReceivedProbe::Pong { transaction, observed: _ } => {
+            ReceivedProbe::Pong { transaction, observed } => {
                 self.resolve_claims();
                 let answered = self
                     .claims
@@ -435,6 +464,11 @@ impl Mesh {
                     .and_then(|id| self.pings.answered(id, from, transaction));
                 let Some(sent) = answered else { return };
                 self.with_key(peer, |peer, cx| peer.on_pong(cx, &sent));
+                // Behind a relay it is the relay that is seen, and on a LAN it is no news.
+                let outside = !from.is_relayed() && !is_private(from.remote.ip());
+                if outside && self.reflex.observed(self.now, &self.local, observed) {
+                    self.advertise();
+                }
                 if let Purpose::Operator(id) = sent.purpose
                     && self.operator_pings.remove(&id)
                 {
@@ -448,18 +482,26 @@ impl Mesh {
     }
 
     /// Takes our uplinks, whole: every address of ours that leads outwards, with its interface.
-    pub fn set_uplinks(&mut self, now: Instant, _uplinks: Vec<LocalEnd>) {
+    pub fn set_uplinks(&mut self, now: Instant, uplinks: Vec<LocalEnd>) {
         self.advance(now);
+        if self.local.set_uplinks(uplinks) {
+            self.local_changed();
+        }
     }
 
     /// Takes the reflectors that the controllers offer, whole. Relays and public nodes are known.
-    pub fn set_reflectors(&mut self, now: Instant, _reflectors: Vec<SocketAddr>) {
+    pub fn set_reflectors(&mut self, now: Instant, reflectors: Vec<SocketAddr>) {
         self.advance(now);
+        if self.reflex.offered != reflectors {
+            self.reflex.offered = reflectors;
+            self.reflex.follow(self.now, &self.local, &mut self.timers, false);
+        }
     }
 
     /// Whether a controller takes signals now.
-    pub fn set_controller_connected(&mut self, now: Instant, _connected: bool) {
+    pub fn set_controller_connected(&mut self, now: Instant, connected: bool) {
         self.advance(now);
+        self.local.connected = connected;
     }
 
     /// Takes in a reflector's answer.
@@ -467,27 +509,63 @@ impl Mesh {
         &mut self,
         now: Instant,
         _local: Option<LocalEnd>,
-        _from: SocketAddr,
-        _transaction: [u8; 12],
-        _mapped: SocketAddr,
+        from: SocketAddr,
+        transaction: [u8; 12],
+        mapped: SocketAddr,
     ) {
         self.advance(now);
+        let (local, timers, counters) = (&self.local, &mut self.timers, &mut self.counters);
+        if self.reflex.answer(self.now, local, timers, counters, from, transaction, mapped) {
+            self.advertise();
+        }
     }
 
     /// Takes in a peer's signal, opened with the key of the pair, whichever way it came.
-    pub fn signal_received(&mut self, now: Instant, _peer: NodeId, _signal: Signal) {
+    pub fn signal_received(&mut self, now: Instant, peer: NodeId, signal: Signal) {
         self.advance(now);
+        if !self.peers.contains_key(&peer) {
+            self.counters.signals_refused += 1;
+        }
+        self.with_peer(peer, |peer, cx| peer.on_signal(cx, &signal));
     }
 
     /// Takes in a relay's answer, opened with the key of the pair of us and the relay.
     pub fn relay_received(
         &mut self,
         now: Instant,
-        _relay: WireguardKey,
-        _from: Path,
-        _answer: RelayAnswer,
+        relay: WireguardKey,
+        from: Path,
+        answer: RelayAnswer,
     ) {
         self.advance(now);
+        self.resolve_claims();
+        let relay = self.claims.key(&relay);
+        let taken = relay.is_some_and(|relay| match answer {
+            RelayAnswer::Registered { transaction, lifetime } => self.homes.registered(
+                self.now,
+                relay,
+                from,
+                transaction,
+                lifetime,
+                &mut self.timers,
+            ),
+            RelayAnswer::Opened { transaction, channel } => {
+                let peer = self.homes.opened(relay, transaction);
+                if let Some(peer) = peer {
+                    self.with_peer(peer, |peer, cx| peer.on_channel(cx, from, channel));
+                }
+                peer.is_some()
+            }
+            RelayAnswer::Incoming { peer, channel } => {
+                let home = self.homes.is_home(relay);
+                if home {
+                    self.with_key(peer, |peer, cx| peer.on_channel(cx, from, channel));
+                }
+                home
+            }
+            RelayAnswer::Refused { .. } => true,
+        });
+        self.counters.relay_answers_refused += u64::from(!taken);
     }
 
     /// Pings a peer for an operator; [`Output::PingResult`] with this `id` tells how it ended, at
@@ -513,6 +591,19 @@ impl Mesh {
                 Timer::StaticAttempt(key) => {
                     self.with_static_peers(|statics, cx| statics.attempt(cx, key));
                 }
+                Timer::Mtu(id) => self.with_peer(id, |peer, cx| peer.search_mtu(cx)),
+                Timer::Reflex => {
+                    let (rng, timers) = (&mut self.rng, &mut self.timers);
+                    if self.reflex.ask(self.now, rng, &self.local, timers, &mut self.outputs) {
+                        self.advertise();
+                    }
+                }
+                Timer::Homes => {
+                    let own = self.own_id();
+                    let (rng, timers) = (&mut self.rng, &mut self.timers);
+                    let outputs = &mut self.outputs;
+                    self.homes.register(self.now, rng, own, &self.local, timers, outputs);
+                }
                 Timer::OperatorPing(id) => {
                     if self.operator_pings.remove(&id) {
                         self.outputs.push_back(Output::PingResult { id, answer: None });
@@ -531,7 +622,7 @@ impl Mesh {
     pub fn poll_output(&mut self) -> Option<Output> {
         self.resolve_claims();
         if std::mem::take(&mut self.table_changed) {
-            let mut table = derive::peer_table(self.config.mtu, &self.claims, self.peers.values());
+            let mut table = derive::peer_table(self.mtu(), &self.claims, self.peers.values());
             table.peers.extend(self.static_peers.entries(self.config.mtu));
             if self.table.as_deref() != Some(&table) {
                 let table = Arc::new(table);
@@ -565,6 +656,16 @@ impl Mesh {
         self.peers.values().map(|peer| self.status(peer))
     }
 
+    /// What was refused or held back.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// How the NAT on our side maps, once two reflectors told.
+    pub fn mapping(&self) -> Option<Mapping> {
+        self.reflex.mapping(&self.local)
+    }
+
     /// One peer.
     pub fn peer(&self, id: NodeId) -> Option<PeerStatus> {
         self.peers.get(&id).map(|peer| self.status(peer))
@@ -579,16 +680,20 @@ impl Mesh {
         let claim = self.claims.of(peer.id());
         let reason = match claim.and_then(|claim| claim.key_holder.as_ref()) {
             Some(holder) => format!("its WireGuard key is held by {holder}"),
-            None => peer.reason(self.now, &self.local),
+            None => {
+                let (relays, silent) = (!self.homes.is_empty(), self.reflex.silent());
+                peer.reason(self.now, &self.local, relays, silent)
+            }
         };
+        let relayed = peer.path().filter(Path::is_relayed);
         PeerStatus {
             node: peer.node().clone(),
             state: peer.state(),
             since: peer.since(),
             reason,
             path: peer.path(),
-            relay: None,
-            mtu: None,
+            relay: relayed.and_then(|path| self.homes.at(path.remote)).cloned(),
+            mtu: peer.mtu(),
             rtt: peer.rtt(),
             last_handshake: peer.last_handshake(),
             prefixes: claim.map(|claim| claim.prefixes.clone()).unwrap_or_default(),
@@ -614,13 +719,16 @@ impl Mesh {
         {
             return;
         }
+        self.node_changed(id, Some(&node));
+        let known = self.peers.contains_key(&id);
         let node = Arc::new(node);
-        if known.is_some() {
+        if known {
             self.with_peer(id, |peer, cx| peer.set_node(cx, node));
         } else {
             let peers = u32::try_from(self.peers.len()).unwrap_or(u32::MAX);
             let spread = SPREAD_PER_PEER.saturating_mul(peers).min(SPREAD_MAX);
             let delay = spread.mul_f64(self.rng.random());
+            let delay = (self.peers.len() < EAGER_PEERS).then_some(delay);
             let peer = Peer::new(&mut self.context().1, node, delay);
             self.peers.insert(id, peer);
         }
@@ -635,9 +743,9 @@ impl Mesh {
         }
         self.removed.insert(id);
         self.removed_keys.insert(tombstone.identity_key);
-        if self.peers.remove(&id).is_some() {
-            self.timers.cancel(Timer::Attempt(id));
-            self.timers.cancel(Timer::Probe(id));
+        if let Some(peer) = self.peers.remove(&id) {
+            peer.forget(&mut self.timers);
+            self.node_changed(id, None);
             self.nodes_changed.insert(id);
         }
     }
@@ -737,6 +845,56 @@ impl Mesh {
         self.static_peers = static_peers;
     }
 
+    /// What a node is to all, not only as a peer: a relay, a reflector.
+    fn node_changed(&mut self, id: NodeId, node: Option<&Node>) {
+        let own = self.own_id();
+        let relays = self.homes.update(id, node);
+        if relays && !self.config.relay {
+            self.homes.follow(self.now, own, &mut self.timers, false);
+        }
+        let public = node.map(homes::addresses).unwrap_or_default();
+        let known = self.public.get(&id).map(Vec::as_slice).unwrap_or_default();
+        let changed = known != public;
+        let of_use = self.public.len() < PUBLIC_REFLECTORS || self.public.contains_key(&id);
+        if changed && public.is_empty() {
+            self.public.remove(&id);
+        } else if changed && of_use {
+            self.public.insert(id, public);
+        }
+        if relays || changed && of_use {
+            let public = self.public.values().flatten().copied();
+            self.reflex.mesh = self.homes.addresses().chain(public).collect();
+            self.reflex.follow(self.now, &self.local, &mut self.timers, false);
+        }
+    }
+
+    /// Our addresses are others now: so is how others see us, and perhaps every path.
+    fn local_changed(&mut self) {
+        let own = self.own_id();
+        self.reflex.follow(self.now, &self.local, &mut self.timers, true);
+        self.advertise();
+        if !self.config.relay {
+            self.homes.follow(self.now, own, &mut self.timers, true);
+        }
+        self.each_peer(|peer, cx| peer.local_changed(cx));
+    }
+
+    /// Puts our candidates together, and tells of them if they changed.
+    fn advertise(&mut self) {
+        if self.local.set_candidates(&self.host_candidates, self.reflex.candidates()) {
+            self.outputs.push_back(Output::Advertise(self.local.candidates().to_vec()));
+        }
+    }
+
+    /// Our id; that of nobody before we are a node.
+    fn own_id(&self) -> NodeId {
+        self.config.membership.as_ref().map_or(NodeId([0; 16]), |own| own.grant.node_id)
+    }
+
+    fn mtu(&self) -> u16 {
+        u16::try_from(self.config.mtu).unwrap_or(u16::MAX)
+    }
+
     fn advance(&mut self, now: Instant) {
         self.now = self.now.max(now);
     }
@@ -751,9 +909,9 @@ impl Mesh {
     fn with_peer(&mut self, id: NodeId, f: impl FnOnce(&mut Peer, &mut Context<'_>)) {
         let (peers, mut cx) = self.context();
         let Some(peer) = peers.get_mut(&id) else { return };
-        let before = peer.state();
+        let before = (peer.state(), peer.mtu());
         f(peer, &mut cx);
-        if peer.state() != before {
+        if (peer.state(), peer.mtu()) != before {
             self.replan.insert(id);
         }
     }
@@ -762,9 +920,9 @@ impl Mesh {
         let (peers, mut cx) = self.context();
         let mut changed = Vec::new();
         for (id, peer) in peers {
-            let before = peer.state();
+            let before = (peer.state(), peer.mtu());
             f(peer, &mut cx);
-            if peer.state() != before {
+            if (peer.state(), peer.mtu()) != before {
                 changed.push(*id);
             }
         }
@@ -772,13 +930,21 @@ impl Mesh {
     }
 
     fn context(&mut self) -> (&mut BTreeMap<NodeId, Peer>, Context<'_>) {
+        let (mtu, eager) = (self.mtu(), self.peers.len() <= EAGER_PEERS);
         let context = Context {
             now: self.now,
             rng: &mut self.rng,
             timers: &mut self.timers,
             outputs: &mut self.outputs,
             pings: &mut self.pings,
+            unanswered: &mut self.unanswered,
+            homes: &mut self.homes,
+            counters: &mut self.counters,
             local: &self.local,
+            mtu,
+            eager,
+            boot_epoch: self.config.boot_epoch,
+            signals: &mut self.signals,
             table_changed: &mut self.table_changed,
         };
         (&mut self.peers, context)

@@ -49,6 +49,13 @@ impl Path {
         Self { channel: Some(channel), ..self }
     }
 
+    /// Whether a datagram that came the way `from` came this way: the same, where what the kernel
+    /// chooses may be any local end.
+    pub fn is(&self, from: &Self) -> bool {
+        let local = self.local.is_none() || self.local == from.local;
+        local && self.remote == from.remote && self.channel == from.channel
+    }
+
     /// Whether a relay forwards it.
     pub fn is_relayed(&self) -> bool {
         self.channel.is_some()

@@ -22,6 +22,8 @@ pub(crate) enum Purpose {
     Path,
     /// Does this address work at all?
     Check,
+    /// Does the path take a datagram with this much UDP payload?
+    Size(u16),
     /// An operator asked; the number is theirs.
     Operator(u64),
 }
@@ -31,7 +33,7 @@ pub(crate) enum Purpose {
 pub(crate) struct Sent {
     /// To whom.
     pub(crate) peer: NodeId,
-    /// Where.
+    /// Which way.
     pub(crate) to: Path,
     /// When.
     pub(crate) at: Instant,
@@ -65,7 +67,8 @@ impl Pings {
     /// Takes the ping that a pong answers: same peer, and from where the ping was sent to.
     pub(crate) fn answered(&mut self, peer: NodeId, from: Path, transaction: u64) -> Option<Sent> {
         let sent = self.by_transaction.get(&transaction)?;
-        if sent.peer != peer || sent.to != from {
+        let same = sent.to.remote == from.remote && sent.to.channel == from.channel;
+        if sent.peer != peer || !same {
             return None;
         }
         self.by_transaction.remove(&transaction)

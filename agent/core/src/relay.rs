@@ -16,7 +16,8 @@ pub const CHANNEL_LIFETIME: Duration = Duration::from_secs(120);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RelayRequest {
     /// "I can be reached through you, at the address that this comes from." Repeated before the
-    /// lifetime of [`RelayAnswer::Registered`] is over.
+    /// lifetime of [`RelayAnswer::Registered`] is over. It moves the node's end of its channels
+    /// too, as far as they were bound to the address of the registration before.
     Register {
         /// Which relay.
         relay: WireguardKey,

@@ -16,7 +16,7 @@ use towline_proto::id::NodeId;
 
 use crate::claims::Claims;
 use crate::mesh::{Config, PeerState};
-use crate::peer::Peer;
+use crate::peer::{Peer, clamped};
 use crate::plan::{DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, UnderlayPlan};
 use crate::prefixes::{covering, is_host, without};
 use crate::static_peers::StaticPeers;
@@ -184,6 +184,9 @@ impl Facts<'_> {
             && grant.site == ours.grant.site
             && grant.site.as_ref().is_some_and(|site| mesh.trusted_sites.contains(site));
         let down = peer.state() == PeerState::Down;
+        let link = u16::try_from(self.config.mtu).unwrap_or(u16::MAX);
+        let (mtu, _) = clamped(peer.mtu(), link);
+        let mtu = (mtu < link).then_some(u32::from(mtu));
         let entry = |net: &IpNet| {
             let overlay = grant.overlay.prefixes().any(|own| own == *net);
             let trusted = trusted_site && !overlay && is_host(net);
@@ -193,7 +196,7 @@ impl Facts<'_> {
             let route = if native {
                 RoutePlan::default()
             } else {
-                RoutePlan { source: self.source(net), mtu: None }
+                RoutePlan { source: self.source(net), mtu }
             };
             Entry {
                 net: *net,

@@ -17,6 +17,12 @@ pub(crate) enum Timer {
     Probe(NodeId),
     /// The next handshake with a static peer.
     StaticAttempt(WireguardKey),
+    /// The next step of a search for a path's MTU.
+    Mtu(NodeId),
+    /// The next question to a reflector.
+    Reflex,
+    /// The next registration with a relay.
+    Homes,
     /// An operator's ping is given up; the number is the caller's.
     OperatorPing(u64),
 }
@@ -27,6 +33,9 @@ impl Timer {
         match self {
             Self::Attempt(_) | Self::StaticAttempt(_) => "attempt",
             Self::Probe(_) => "probe",
+            Self::Mtu(_) => "mtu",
+            Self::Reflex => "reflex",
+            Self::Homes => "homes",
             Self::OperatorPing(_) => "operator-ping",
         }
     }

@@ -11,9 +11,12 @@ use ipnet::IpNet;
 use towline_core::mesh::{
     Config, MapChange, Membership, Mesh, Output, PeerState, PeerStatus, ReceivedProbe,
 };
-use towline_core::path::Path;
+use towline_core::path::{ChannelId, Path};
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::plan::{Plan, RouteVia, RulePlan};
+use towline_core::reflex::Mapping;
+use towline_core::relay::{RelayAnswer, RelayRequest};
+use towline_core::signal::Signal;
 use towline_proto::id::{IdentityKey, MeshId, NodeId, WireguardKey};
 use towline_proto::node::{
     Candidate, CandidateKind, Grant, MeshConfig, Node, OverlayAddresses, Record, Tombstone,
@@ -21,6 +24,7 @@ use towline_proto::node::{
 
 const PUBLIC: &str = "203.0.113.7:51830";
 const PRIVATE: &str = "192.168.1.7:51830";
+const OTHER: &str = "203.0.113.77:51830";
 
 // Being told of a peer
 
@@ -174,12 +178,11 @@ fn of_two_nodes_that_can_both_be_called_the_one_with_the_higher_key_waits_a_mome
 }
 
 #[test]
-fn who_cannot_be_called_begins_at_once_and_keeps_the_mapping_alive() {
+fn who_cannot_be_called_begins_at_once() {
     let mut us = Us::new(9);
     us.mesh.set_candidates(us.now, vec![candidate("192.168.7.9:51830")]);
     us.upsert(peer(2).candidates(&[PUBLIC]));
     assert_eq!(handshakes(&us.run(Duration::from_millis(50))).len(), 1);
-    assert_eq!(us.table().peers[&key(2)].keepalive, Some(Duration::from_secs(25)));
 }
 
 #[test]
@@ -412,6 +415,189 @@ fn a_plan_that_was_patched_is_the_one_that_is_built_anew() {
     }
 }
 
+// Liveness
+
+#[test]
+fn an_idle_path_is_pinged_often_enough_for_a_nat_and_no_oftener() {
+    let mut us = Us::up(PUBLIC);
+    us.echo(Duration::from_millis(10), Duration::from_secs(60));
+    let start = us.outputs;
+    us.echo(Duration::from_millis(10), Duration::from_secs(100));
+    let pings = us.outputs - start;
+    assert!((4..=20).contains(&pings), "{pings}");
+}
+
+#[test]
+fn an_idle_path_that_died_is_noticed_soon_after_the_first_packet() {
+    let mut us = Us::up(PUBLIC);
+    us.echo(Duration::from_millis(10), Duration::from_secs(70));
+    assert_eq!(us.peer(2).state, PeerState::Up);
+    us.active();
+    let outputs = us.run(Duration::from_secs(2));
+    assert!(!handshakes(&outputs).is_empty());
+    assert_ne!(us.peer(2).state, PeerState::Up);
+}
+
+#[test]
+fn a_path_in_doubt_yields_to_another_one_that_answers_before_it_is_dead() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC, OTHER]));
+    us.drain();
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+    us.active();
+    us.echo(Duration::from_millis(10), Duration::from_secs(3));
+    us.silent = Some(addr(PUBLIC));
+    us.echo(Duration::from_millis(10), Duration::from_millis(1_700));
+    assert_eq!(us.peer(2).path, Some(path(OTHER)));
+    assert_eq!(us.peer(2).state, PeerState::Up);
+}
+
+// Many peers
+
+#[test]
+fn a_thousand_peers_cost_nothing_until_there_is_traffic_for_one() {
+    let mut us = Us::new(1);
+    for number in 0..1_000 {
+        us.upsert(numbered(number).candidates(&[PUBLIC]));
+    }
+    let outputs = us.run(Duration::from_secs(600));
+    let probes = |outputs: &[Output]| {
+        outputs
+            .iter()
+            .filter(|o| matches!(o, Output::Ping { .. } | Output::Handshake { .. }))
+            .count()
+    };
+    let eager = 64;
+    assert!(handshakes(&outputs).len() < eager * 60, "only those of a small mesh");
+    let quiet = numbered(700).build();
+    assert_eq!(us.mesh.peer(quiet.id()).unwrap().state, PeerState::Idle);
+    us.mesh.observe(us.now, quiet.wireguard_key(), Observation::Wanted);
+    assert_eq!(probes(&us.run(Duration::from_millis(1))), 2);
+}
+
+// Reflexive addresses
+
+#[test]
+fn a_reflexive_address_is_advertised_and_the_mapping_judged_by_two_reflectors_only() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
+    us.mesh.set_reflectors(us.now, vec![addr("203.0.113.1:7443"), addr("203.0.113.2:7443")]);
+    let asked = stun(&us.run(Duration::from_millis(1)));
+    assert_eq!(asked.len(), 2);
+    let mapped = addr("198.51.100.1:4000");
+    us.mesh.stun_received(us.now, None, asked[0].0, asked[0].1, mapped);
+    let outputs = us.drain();
+    assert!(outputs.iter().any(|o| matches!(o, Output::Advertise(list) if list.len() == 2)));
+    assert_eq!(us.mesh.mapping(), None);
+    // Not what nobody asked for, nor what leads into the mesh.
+    us.mesh.stun_received(us.now, None, asked[1].0, [0; 12], mapped);
+    us.mesh.stun_received(us.now, None, asked[1].0, asked[1].1, addr("198.19.0.9:1"));
+    assert_eq!(us.mesh.counters().stun_refused, 2);
+    us.mesh.stun_received(us.now, None, asked[1].0, asked[1].1, addr("198.51.100.1:4001"));
+    assert_eq!(us.mesh.mapping(), Some(Mapping::Dependent));
+}
+
+// Signals and relays
+
+#[test]
+fn a_replayed_signal_and_a_flood_of_them_cost_nothing() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2));
+    us.run(Duration::from_secs(1));
+    let candidates = vec![candidate(PUBLIC)];
+    let signal = Signal::CallMe { boot_epoch: 1, number: 7, candidates };
+    us.mesh.signal_received(us.now, id(2), signal.clone());
+    assert!(!pings(&us.run(Duration::from_millis(1))).is_empty());
+    for _ in 0..1_000 {
+        us.mesh.signal_received(us.now, id(2), signal.clone());
+    }
+    assert!(pings(&us.drain()).is_empty());
+    assert_eq!(us.mesh.counters().signals_refused, 1_000);
+}
+
+#[test]
+fn a_victim_whose_address_many_peers_advertise_gets_a_bounded_number_of_datagrams() {
+    let mut us = Us::new(1);
+    let candidates: Vec<String> = (1..=32).map(|port| format!("192.0.2.9:{port}")).collect();
+    let candidates: Vec<&str> = candidates.iter().map(String::as_str).collect();
+    for number in 0..60 {
+        us.upsert(numbered(number).candidates(&candidates));
+    }
+    let outputs = us.run(Duration::from_secs(10));
+    let sent = pings(&outputs).len() + handshakes(&outputs).iter().map(Vec::len).sum::<usize>();
+    assert!(sent <= 500, "{sent}");
+    assert!(us.mesh.counters().probes_withheld > 1_000);
+}
+
+#[test]
+fn a_node_registers_with_relays_and_asks_for_a_channel_where_the_peer_is_at_home() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
+    us.upsert(peer(9).relay().candidates(&[OTHER]));
+    us.upsert(peer(2).candidates(&["192.168.1.9:51830"]));
+    let requests = relayed(&us.run(Duration::from_millis(50)));
+    let register = requests.iter().find_map(|request| match request {
+        RelayRequest::Register { relay, to, .. } => Some((*relay, to.remote)),
+        RelayRequest::Open { .. } => None,
+    });
+    assert_eq!(register, Some((key(9), addr(OTHER))));
+    let opened = requests.iter().find_map(|request| match request {
+        RelayRequest::Open { peer, transaction, .. } => Some((*peer, *transaction)),
+        RelayRequest::Register { .. } => None,
+    });
+    let (peer, transaction) = opened.unwrap();
+    assert_eq!(peer, key(2));
+    let channel = ChannelId(77);
+    let answer = RelayAnswer::Opened { transaction, channel };
+    us.mesh.relay_received(us.now, key(9), path(OTHER), answer);
+    let through = Path { channel: Some(channel), ..path(OTHER) };
+    let outputs = us.drain();
+    assert!(pings(&outputs).iter().any(|(to, _)| *to == through));
+    assert_eq!(handshakes(&outputs), [vec![through]]);
+    // A relay that lies about channels is not believed.
+    let answer = RelayAnswer::Opened { transaction: 1, channel };
+    us.mesh.relay_received(us.now, key(9), path(OTHER), answer);
+    let answer = RelayAnswer::Incoming { peer: key(2), channel };
+    us.mesh.relay_received(us.now, key(2), path(PUBLIC), answer);
+    assert_eq!(us.mesh.counters().relay_answers_refused, 2);
+}
+
+#[test]
+fn traffic_moves_from_a_relay_to_a_direct_path_by_a_handshake_there() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.drain();
+    let through = Path { channel: Some(ChannelId(7)), ..path(OTHER) };
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: through });
+    us.active();
+    let outputs = us.pass(Duration::from_secs(2), Some(Duration::from_millis(10)));
+    assert!(handshakes(&outputs).contains(&vec![path(PUBLIC)]));
+    assert_eq!(us.table().peers[&key(2)].endpoint, Some(through), "not before it is through");
+}
+
+// Path MTU
+
+#[test]
+fn a_black_hole_is_found_and_the_route_and_the_data_plane_follow() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.drain();
+    us.payload = 1_368 - 28;
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+    us.active();
+    us.echo(Duration::from_millis(10), Duration::from_secs(10));
+    let mtu = us.peer(2).mtu.unwrap();
+    assert!((1_300..=1_308).contains(&mtu), "{mtu}");
+    assert_eq!(us.table().peers[&key(2)].mtu, mtu);
+    assert!(us.plan().routes.values().any(|route| route.mtu == Some(mtu.into())));
+    us.mesh.observe(us.now, key(2), Observation::TooBig { path: path(PUBLIC), payload: 1_252 });
+    us.payload = 1_252;
+    us.active();
+    us.echo(Duration::from_millis(10), Duration::from_secs(10));
+    let entry = &us.table().peers[&key(2)];
+    assert_eq!((entry.mtu, entry.fragment), (1_280, true));
+}
+
 // Harness
 
 fn mesh_config() -> MeshConfig {
@@ -434,6 +620,9 @@ struct Us {
     plan: Option<Arc<Plan>>,
     results: BTreeMap<u64, Option<(Path, Duration)>>,
     outputs: usize,
+    /// Pings to here are not answered, nor larger ones than this.
+    silent: Option<SocketAddr>,
+    payload: u16,
 }
 
 impl Us {
@@ -448,13 +637,14 @@ impl Us {
             rules: RulePlan { priority: 1, mark: 1, mask: 1 },
             firewall_table: "towline".into(),
             relay: false,
+            boot_epoch: 1,
         };
         let mesh = Mesh::new(config, [7; 32], now);
         let (table, results) = (Arc::default(), BTreeMap::new());
-        Self { mesh, now, table, plan: None, results, outputs: 0 }
+        Self { mesh, now, table, plan: None, results, outputs: 0, silent: None, payload: u16::MAX }
     }
 
-    /// With peer 2 up on `path`, and one pong taken.
+    /// With peer 2 up on `path`, in use, and one pong taken.
     fn up(path: &str) -> Self {
         let mut us = Self::new(1);
         us.upsert(peer(2).candidates(&[path]));
@@ -464,6 +654,7 @@ impl Us {
             key(2),
             Observation::Handshake { from: path.parse::<SocketAddr>().unwrap().into() },
         );
+        us.active();
         us.echo(Duration::from_millis(10), Duration::from_millis(500));
         us
     }
@@ -478,6 +669,12 @@ impl Us {
         change(&mut mesh);
         mesh.generation += 1;
         self.mesh.update(self.now, MapChange::Mesh(mesh));
+    }
+
+    /// Inner packets travel to and from peer 2.
+    fn active(&mut self) {
+        let active = Observation::Active { sent: true, received: true };
+        self.mesh.observe(self.now, key(2), active);
     }
 
     fn upsert(&mut self, node: Build) {
@@ -526,7 +723,7 @@ impl Us {
         let mut fresh = all.clone();
         loop {
             if let Some(rtt) = rtt {
-                for (to, transaction) in pings(&fresh) {
+                for (to, transaction) in answerable(&fresh, self.silent, self.payload) {
                     pongs.push((self.now + rtt, to, transaction));
                 }
             }
@@ -572,6 +769,35 @@ fn handshakes(outputs: &[Output]) -> Vec<Vec<Path>> {
     to.collect()
 }
 
+/// Pings that a peer gets to see.
+fn answerable(outputs: &[Output], silent: Option<SocketAddr>, payload: u16) -> Vec<(Path, u64)> {
+    let to = outputs.iter().filter_map(|o| match o {
+        Output::Ping { to, transaction, size, .. }
+            if Some(to.remote) != silent && size.is_none_or(|size| size <= payload) =>
+        {
+            Some((*to, *transaction))
+        }
+        _ => None,
+    });
+    to.collect()
+}
+
+fn stun(outputs: &[Output]) -> Vec<(SocketAddr, [u8; 12])> {
+    let asked = outputs.iter().filter_map(|o| match o {
+        Output::Stun { to, transaction, .. } => Some((*to, *transaction)),
+        _ => None,
+    });
+    asked.collect()
+}
+
+fn relayed(outputs: &[Output]) -> Vec<RelayRequest> {
+    let requests = outputs.iter().filter_map(|o| match o {
+        Output::Relay(request) => Some(*request),
+        _ => None,
+    });
+    requests.collect()
+}
+
 fn pings(outputs: &[Output]) -> Vec<(Path, u64)> {
     let to = outputs.iter().filter_map(|o| match o {
         Output::Ping { to, transaction, .. } => Some((*to, *transaction)),
@@ -600,7 +826,33 @@ fn peer(number: u8) -> Build {
     Build { grant: grant(number), record }
 }
 
+/// One of many: with an id and a key of two bytes.
+fn numbered(number: u16) -> Build {
+    let mut build = peer(2);
+    let [high, low] = (number + 1_000).to_be_bytes();
+    let mut id = [0; 16];
+    id[..2].copy_from_slice(&[high, low]);
+    let mut key = [0; 32];
+    key[..2].copy_from_slice(&[high, low]);
+    build.grant.node_id = NodeId(id);
+    build.grant.name = format!("many-{number}").parse().unwrap();
+    build.grant.identity_key = IdentityKey(key);
+    build.grant.wireguard_keys = vec![WireguardKey(key)];
+    build.grant.overlay = OverlayAddresses {
+        v6: std::net::Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 1, number),
+        v4: [198, 19, high, low].into(),
+    };
+    build.record.node_id = NodeId(id);
+    build.record.wireguard_keys = vec![WireguardKey(key)];
+    build
+}
+
 impl Build {
+    fn relay(mut self) -> Self {
+        self.record.relay = true;
+        self
+    }
+
     fn candidates(mut self, list: &[&str]) -> Self {
         self.record.candidates = list.iter().map(|text| candidate(text)).collect();
         self

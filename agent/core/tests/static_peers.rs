@@ -181,6 +181,7 @@ impl Us {
             rules: RulePlan { priority: 1, mark: 1, mask: 1 },
             firewall_table: "towline".into(),
             relay: false,
+            boot_epoch: 1,
         };
         Self { mesh: Mesh::new(config, [7; 32], now), now, table: Arc::default(), plan: None }
     }

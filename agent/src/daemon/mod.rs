@@ -174,7 +174,7 @@ impl Daemon {
         tokio::spawn(control::serve(listener, requests));
 
         let now = Instant::now();
-        let core_config = core_config(&config, membership.as_ref());
+        let core_config = core_config(&config, membership.as_ref(), counters.boot_epoch);
         let mut mesh = Mesh::new(core_config, rand::rng().random(), now);
         let controllers = membership.as_ref().map_or_else(Vec::new, |membership| {
             join::controllers(&config.controller.addresses, membership)
@@ -725,7 +725,11 @@ fn remember(state: Arc<StateDir>, first: CachedPrefixes) -> watch::Sender<Cached
 }
 
 /// What the core is told once.
-pub(crate) fn core_config(config: &Config, membership: Option<&Membership>) -> mesh::Config {
+pub(crate) fn core_config(
+    config: &Config,
+    membership: Option<&Membership>,
+    boot_epoch: u64,
+) -> mesh::Config {
     mesh::Config {
         membership: membership.map(|membership| mesh::Membership {
             grant: membership.grant.clone(),
@@ -737,6 +741,7 @@ pub(crate) fn core_config(config: &Config, membership: Option<&Membership>) -> m
         rules: config.rules(),
         firewall_table: config.routing.nftables_table.clone(),
         relay: config.relay.enabled,
+        boot_epoch,
     }
 }
 

@@ -7,8 +7,11 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_core::mesh::{Config, MapChange, Membership, Mesh, Output, PeerState, ReceivedProbe};
+use towline_core::path::{ChannelId, LocalEnd, Path};
 use towline_core::peer_table::PeerTable;
 use towline_core::plan::{Plan, RulePlan};
+use towline_core::relay::{RelayAnswer, RelayRequest};
+use towline_core::signal::Signal;
 use towline_proto::frame::Probe;
 use towline_proto::id::{IdentityKey, MeshId, NodeId, WireguardKey};
 use towline_proto::node::{
@@ -16,6 +19,7 @@ use towline_proto::node::{
 };
 
 use super::net::RealmId;
+use super::relay::RelayService;
 use super::tunnel::{Message, Tunnels};
 
 /// The port of every agent.
@@ -32,16 +36,70 @@ pub enum Payload {
         to: WireguardKey,
         /// What it says.
         probe: Probe,
+        /// Bytes to which it is padded.
+        size: Option<u16>,
     },
     /// WireGuard's own.
     WireGuard(Message),
+    /// A signal for `to`, sealed by `from`, over a path.
+    Signal {
+        /// Who sealed it.
+        from: NodeId,
+        /// Who can open it.
+        to: NodeId,
+        /// What it says.
+        signal: Signal,
+    },
+    /// To a relay, sealed by `from`.
+    RelayRequest {
+        /// Who sealed it.
+        from: WireguardKey,
+        /// What it asks.
+        request: RelayRequest,
+    },
+    /// From a relay, sealed for `to`.
+    RelayAnswer {
+        /// Who sealed it.
+        relay: WireguardKey,
+        /// Who can open it.
+        to: WireguardKey,
+        /// What it says.
+        answer: RelayAnswer,
+    },
+    /// A STUN binding request.
+    StunRequest([u8; 12]),
+    /// And its answer: the address that the request came from.
+    StunAnswer([u8; 12], SocketAddr),
+    /// Through a relay: the same bytes, with the channel before them.
+    Channel(ChannelId, std::boxed::Box<Payload>),
+}
+
+impl Payload {
+    /// UDP payload, in bytes, where it matters.
+    pub fn size(&self) -> u16 {
+        match self {
+            Self::Probe { size, .. } => size.unwrap_or(80),
+            Self::Channel(_, payload) => payload.size(),
+            _ => 80,
+        }
+    }
+
+    /// As it travels on a path.
+    fn on(self, path: &Path) -> Self {
+        match path.channel {
+            Some(channel) => Self::Channel(channel, std::boxed::Box::new(self)),
+            None => self,
+        }
+    }
 }
 
 /// What a machine wants the world to do.
 #[derive(Debug, Clone)]
 pub enum Action {
     /// Send a datagram.
-    Send(SocketAddr, Payload),
+    Send(Path, Payload),
+    /// Through the controller.
+    Signal(NodeId, Signal),
     /// Hand this record to the controller.
     Publish(Box<Node>),
     /// A peer's state changed.
@@ -61,6 +119,10 @@ pub struct Host {
     pub configured: Vec<SocketAddr>,
     /// What it announces.
     pub prefixes: Vec<IpNet>,
+    /// Whether it relays and reflects for others.
+    pub relay: bool,
+    /// What it relays: lost with the agent.
+    pub service: RelayService,
     /// Its wall clock, in seconds beside the true time.
     pub clock_offset: i64,
     /// Whether it reaches the controller.
@@ -110,6 +172,8 @@ impl Host {
             addresses: Vec::new(),
             configured: Vec::new(),
             prefixes: Vec::new(),
+            relay: false,
+            service: RelayService::default(),
             clock_offset: 0,
             controller_reachable: true,
             watching: false,
@@ -150,7 +214,8 @@ impl Host {
             table: 21_580,
             rules: RulePlan { priority: 21_580, mark: 0x10, mask: 0x30 },
             firewall_table: "towline".into(),
-            relay: false,
+            relay: self.relay,
+            boot_epoch: self.boot_epoch,
         };
         Mesh::new(config, seed, now)
     }
@@ -159,6 +224,7 @@ impl Host {
     pub fn start(&mut self, now: Instant) {
         self.boot_epoch += 1;
         self.watching = false;
+        self.service = RelayService::default();
         let mut mesh = self.core(now);
         for tombstone in self.tombstones.values() {
             mesh.update(now, MapChange::Remove(tombstone.clone()));
@@ -168,6 +234,7 @@ impl Host {
         }
         mesh.set_prefixes(now, self.prefixes.clone());
         mesh.set_candidates(now, self.local_candidates());
+        mesh.set_uplinks(now, uplinks(&self.addresses));
         self.agent = Some(Agent {
             mesh,
             tunnels: Tunnels::new(u64::from(self.number) << 12 | self.boot_epoch),
@@ -184,6 +251,7 @@ impl Host {
         let candidates = self.local_candidates();
         if let Some(agent) = &mut self.agent {
             agent.mesh.set_candidates(now, candidates);
+            agent.mesh.set_uplinks(now, uplinks(&self.addresses));
         }
     }
 
@@ -215,24 +283,80 @@ impl Host {
     }
 
     /// A datagram arrived.
-    pub fn receive(&mut self, now: Instant, from: SocketAddr, payload: Payload) {
+    pub fn receive(
+        &mut self,
+        now: Instant,
+        at: IpAddr,
+        from: SocketAddr,
+        payload: Payload,
+    ) -> Vec<(SocketAddr, Payload)> {
         let me = self.key();
-        let Some(agent) = &mut self.agent else { return };
+        let Some(agent) = &mut self.agent else { return Vec::new() };
+        let (channel, payload) = match payload {
+            Payload::Channel(channel, payload) => {
+                let forwarded = self.service.forward(now, from, channel);
+                if let Some(to) = forwarded {
+                    return vec![(to, Payload::Channel(channel, payload))];
+                }
+                (Some(channel), *payload)
+            }
+            payload => (None, payload),
+        };
+        let local = uplinks(&self.addresses).into_iter().find(|end| end.address == at);
+        let from = Path { local, remote: from, channel };
         match payload {
-            Payload::Probe { from: peer, to, probe } => {
+            Payload::Probe { from: peer, to, probe, size: _ } => {
                 if to != me || !agent.knows(&peer) {
-                    return;
+                    return Vec::new();
                 }
                 let probe = match probe {
                     Probe::Ping { transaction } => ReceivedProbe::Ping { transaction },
                     Probe::Pong { transaction, observed } => {
                         ReceivedProbe::Pong { transaction, observed }
                     }
-                    _ => return,
+                    _ => return Vec::new(),
                 };
-                agent.mesh.probe_received(now, peer, from.into(), probe);
+                agent.mesh.probe_received(now, peer, from, probe);
             }
             Payload::WireGuard(message) => agent.tunnels.receive(now, me, from, message),
+            Payload::Signal { from, to, signal } => {
+                if to == self.grant.node_id {
+                    agent.mesh.signal_received(now, from, signal);
+                }
+            }
+            Payload::RelayRequest { from: node, request } => {
+                if self.relay && agent.knows(&node) {
+                    return self.service.answer(now, me, node, from.remote, request);
+                }
+            }
+            Payload::RelayAnswer { relay, to, answer } => {
+                if to == me && agent.knows(&relay) {
+                    agent.mesh.relay_received(now, relay, from, answer);
+                }
+            }
+            Payload::StunRequest(transaction) => {
+                return vec![(from.remote, Payload::StunAnswer(transaction, from.remote))];
+            }
+            Payload::StunAnswer(transaction, mapped) => {
+                agent.mesh.stun_received(now, local, from.remote, transaction, mapped);
+            }
+            Payload::Channel(..) => {}
+        }
+        Vec::new()
+    }
+
+    /// The controller brought a signal, or tells whether it takes any.
+    pub fn signalled(&mut self, now: Instant, from: NodeId, signal: Signal) {
+        if let Some(agent) = &mut self.agent {
+            agent.mesh.signal_received(now, from, signal);
+        }
+    }
+
+    /// The controller's watch stands, or not.
+    pub fn set_watching(&mut self, now: Instant, watching: bool) {
+        self.watching = watching;
+        if let Some(agent) = &mut self.agent {
+            agent.mesh.set_controller_connected(now, watching);
         }
     }
 
@@ -263,23 +387,36 @@ impl Host {
             let Some(agent) = &mut self.agent else { return actions };
             if let Some(output) = agent.mesh.poll_output() {
                 match output {
-                    Output::Ping { peer, to, transaction, .. } => {
+                    Output::Ping { peer, to, transaction, size } => {
                         let probe = Probe::Ping { transaction };
-                        actions.push(Action::Send(
-                            to.remote,
-                            Payload::Probe { from: me, to: peer, probe },
-                        ));
+                        let payload = Payload::Probe { from: me, to: peer, probe, size };
+                        actions.push(Action::Send(to, payload.on(&to)));
                     }
                     Output::Pong { peer, to, transaction } => {
                         let probe = Probe::Pong { transaction, observed: to.remote };
-                        actions.push(Action::Send(
-                            to.remote,
-                            Payload::Probe { from: me, to: peer, probe },
-                        ));
+                        let payload = Payload::Probe { from: me, to: peer, probe, size: None };
+                        actions.push(Action::Send(to, payload.on(&to)));
+                    }
+                    Output::Stun { local, to, transaction } => {
+                        let to = Path { local, remote: to, channel: None };
+                        actions.push(Action::Send(to, Payload::StunRequest(transaction)));
+                    }
+                    Output::Signal { peer, via: None, signal } => {
+                        actions.push(Action::Signal(peer, signal));
+                    }
+                    Output::Signal { peer, via: Some(to), signal } => {
+                        let payload =
+                            Payload::Signal { from: self.grant.node_id, to: peer, signal };
+                        actions.push(Action::Send(to, payload.on(&to)));
+                    }
+                    Output::Relay(request) => {
+                        let (RelayRequest::Register { to, .. } | RelayRequest::Open { to, .. }) =
+                            request;
+                        let payload = Payload::RelayRequest { from: me, request };
+                        actions.push(Action::Send(to, payload));
                     }
                     Output::Handshake { peer, to } => {
                         assert!(agent.knows(&peer), "of a peer in the table");
-                        let to: Vec<_> = to.iter().map(|path| path.remote).collect();
                         agent.tunnels.handshake(now, clock, me, peer, &to);
                     }
                     Output::PeerTable(table) => {
@@ -298,17 +435,13 @@ impl Host {
                     Output::StateChanged { peer, from, to } => {
                         actions.push(Action::StateChanged(peer, from, to));
                     }
-                    Output::StaticStateChanged { .. }
-                    | Output::PingResult { .. }
-                    | Output::Stun { .. }
-                    | Output::Signal { .. }
-                    | Output::Relay(_) => {}
+                    Output::StaticStateChanged { .. } | Output::PingResult { .. } => {}
                 }
             } else if let Some(effect) = agent.tunnels.effects.pop_front() {
                 use super::tunnel::Effect;
                 match effect {
                     Effect::Send(to, message) => {
-                        actions.push(Action::Send(to, Payload::WireGuard(message)));
+                        actions.push(Action::Send(to, Payload::WireGuard(message).on(&to)));
                     }
                     Effect::Observed(peer, what) => agent.mesh.observe(now, peer, what),
                     Effect::Received(_, inner) if inner.reply => {
@@ -333,8 +466,11 @@ impl Host {
     }
 
     /// Which of its addresses a datagram to `to` leaves from.
-    pub fn source(&self, to: SocketAddr) -> Option<(RealmId, SocketAddr)> {
-        let fits = |ip: &IpAddr| ip.is_ipv4() == to.is_ipv4();
+    pub fn source(&self, to: &Path) -> Option<(RealmId, SocketAddr)> {
+        let fits = |ip: &IpAddr| match to.local {
+            Some(local) => *ip == local.address,
+            None => ip.is_ipv4() == to.remote.is_ipv4(),
+        };
         let (realm, ip) = self.addresses.iter().find(|(_, ip)| fits(ip))?;
         Some((*realm, SocketAddr::new(*ip, PORT)))
     }
@@ -357,7 +493,7 @@ impl Host {
             candidates,
             prefixes: self.prefixes.clone(),
             version: "sim".into(),
-            relay: false,
+            relay: self.relay,
         };
         let node = Node::new(self.grant.clone(), record).expect("it announces what it may");
         Action::Publish(Box::new(node))
@@ -375,6 +511,12 @@ impl Agent {
     fn knows(&self, peer: &WireguardKey) -> bool {
         self.table.as_ref().is_some_and(|table| table.peers.contains_key(peer))
     }
+}
+
+/// Every address is an uplink, each on an interface of its own and family.
+fn uplinks(addresses: &[(RealmId, IpAddr)]) -> Vec<LocalEnd> {
+    let uplinks = addresses.iter().enumerate();
+    uplinks.map(|(n, (_, ip))| LocalEnd { address: *ip, interface: n as u32 + 1 }).collect()
 }
 
 /// The mesh that every simulated host is in.

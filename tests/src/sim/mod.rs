@@ -8,6 +8,7 @@
 pub mod host;
 pub mod nat;
 pub mod net;
+pub mod relay;
 pub mod tunnel;
 
 use std::collections::BTreeMap;
@@ -19,11 +20,13 @@ use ipnet::IpNet;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use towline_core::mesh::{MapChange, PeerState};
+use towline_core::path::Path;
+use towline_core::signal::Signal;
 use towline_proto::id::NodeId;
 use towline_proto::node::{Node, Tombstone};
 
 use host::{Action, Host, Payload};
-use net::{Conditions, HostId, Network, RealmId};
+use net::{Arrival, Conditions, HostId, Network, RealmId};
 
 /// From an agent to the controller, or back.
 const CONTROLLER_LATENCY: Duration = Duration::from_millis(20);
@@ -32,7 +35,8 @@ const WATCH_RETRY: Duration = Duration::from_millis(500);
 
 #[derive(Debug)]
 enum Event {
-    Arrive { host: HostId, from: SocketAddr, payload: Payload },
+    Arrive { host: HostId, at: IpAddr, from: SocketAddr, payload: Payload },
+    Signal { from: NodeId, to: HostId, signal: Signal },
     Wake(HostId),
     Published(HostId, Box<Node>),
     Map(HostId, MapChange),
@@ -217,8 +221,10 @@ impl Sim {
     fn handle(&mut self, event: Event) {
         (self.elapsed(), format!("{event:?}")).hash(&mut self.trace);
         match event {
-            Event::Arrive { host, from, payload } => {
-                self.hosts[host].receive(self.now, from, payload);
+            Event::Arrive { host, at, from, payload } => {
+                for (to, payload) in self.hosts[host].receive(self.now, at, from, payload) {
+                    self.send(host, Path::direct(to), payload);
+                }
                 self.settle(host);
             }
             Event::Wake(host) => {
@@ -230,6 +236,12 @@ impl Sim {
                     let clock = self.clock(host);
                     self.hosts[host].handle_timeout(self.now, clock);
                     self.settle(host);
+                }
+            }
+            Event::Signal { from, to, signal } => {
+                if self.hosts[to].watching {
+                    self.hosts[to].signalled(self.now, from, signal);
+                    self.settle(to);
                 }
             }
             Event::Published(host, node) => self.published(host, *node),
@@ -262,6 +274,14 @@ impl Sim {
         for action in actions {
             match action {
                 Action::Send(to, payload) => self.send(host, to, payload),
+                Action::Signal(peer, signal) => {
+                    let from = self.hosts[host].id();
+                    let to = self.hosts.iter().position(|host| host.id() == peer);
+                    if let Some(to) = to.filter(|_| self.hosts[host].watching) {
+                        let at = self.now + CONTROLLER_LATENCY * 2;
+                        self.schedule(at, Event::Signal { from, to, signal });
+                    }
+                }
                 Action::Publish(node) => {
                     if self.hosts[host].watching {
                         let at = self.now + CONTROLLER_LATENCY;
@@ -275,13 +295,17 @@ impl Sim {
         }
     }
 
-    fn send(&mut self, host: HostId, to: SocketAddr, payload: Payload) {
+    fn send(&mut self, host: HostId, to: Path, payload: Payload) {
         let second = self.elapsed().as_secs();
         *self.hosts[host].sent.entry(second).or_default() += 1;
-        let Some((realm, from)) = self.hosts[host].source(to) else { return };
-        let arrival = self.net.send(self.now, &mut self.rng, host, realm, from, to);
+        let Some((realm, from)) = self.hosts[host].source(&to) else { return };
+        if payload.size() > self.net.payload {
+            return;
+        }
+        let arrival = self.net.send(self.now, &mut self.rng, host, realm, from, to.remote);
         if let Some(arrival) = arrival {
-            let event = Event::Arrive { host: arrival.host, from: arrival.from, payload };
+            let Arrival { host, at, from, .. } = arrival;
+            let event = Event::Arrive { host, at, from, payload };
             self.schedule(self.now + arrival.after, event);
         }
     }
@@ -316,7 +340,7 @@ impl Sim {
             self.schedule(self.now + WATCH_RETRY, Event::Watch(host));
             return;
         }
-        it.watching = true;
+        it.set_watching(self.now, true);
         let removed = self.tombstones.values().cloned().map(MapChange::Remove);
         let known = self.map.values().cloned().map(|node| MapChange::Upsert(Box::new(node)));
         for change in removed.chain(known).collect::<Vec<_>>() {
@@ -327,7 +351,8 @@ impl Sim {
     }
 
     fn lose_watch(&mut self, host: HostId) {
-        if std::mem::take(&mut self.hosts[host].watching) {
+        if self.hosts[host].watching {
+            self.hosts[host].set_watching(self.now, false);
             self.schedule(self.now + WATCH_RETRY, Event::Watch(host));
         }
     }

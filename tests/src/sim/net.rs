@@ -53,6 +53,8 @@ pub struct Conditions {
 pub struct Arrival {
     /// At whom.
     pub host: HostId,
+    /// At which of its addresses.
+    pub at: IpAddr,
     /// From where, as that host sees it.
     pub from: SocketAddr,
     /// After how long.
@@ -66,6 +68,8 @@ pub struct Network {
     owners: BTreeMap<(RealmId, IpAddr), HostId>,
     /// How the way between realms is.
     pub conditions: Conditions,
+    /// Larger UDP payloads get lost without a word.
+    pub payload: u16,
     /// Nothing passes from the first to the second.
     pub cuts: BTreeSet<(HostId, HostId)>,
 }
@@ -77,7 +81,13 @@ impl Network {
     /// The internet, without hosts.
     pub fn new(conditions: Conditions) -> Self {
         let internet = Realm { parent: INTERNET, v4: None, v6: None };
-        Self { realms: vec![internet], owners: BTreeMap::new(), conditions, cuts: BTreeSet::new() }
+        Self {
+            realms: vec![internet],
+            owners: BTreeMap::new(),
+            conditions,
+            payload: u16::MAX,
+            cuts: BTreeSet::new(),
+        }
     }
 
     /// Adds a network behind `parent`.
@@ -137,7 +147,7 @@ impl Network {
             }
             after = latency * 2 + jitter.mul_f64(rng.random());
         }
-        Some(Arrival { host, from: at.from, after })
+        Some(Arrival { host, at: at.to.ip(), from: at.from, after })
     }
 
     /// From a realm outward until somebody there owns the destination.
@@ -183,9 +193,16 @@ impl Network {
         }
     }
 
+    /// Whether somebody in a realm, or in one behind it, owns an address.
+    fn owned_inside(&self, realm: RealmId, ip: IpAddr) -> bool {
+        self.owners.contains_key(&(realm, ip))
+            || (realm + 1..self.realms.len())
+                .any(|child| self.realms[child].parent == realm && self.owned_inside(child, ip))
+    }
+
     /// Whether the box of `child` stands in the present realm and is or guards the destination.
     fn leads_to(&mut self, child: RealmId, at: &Position) -> bool {
-        let owned = self.owners.contains_key(&(child, at.to.ip()));
+        let owned = self.owned_inside(child, at.to.ip());
         let realm = &mut self.realms[child];
         if realm.parent != at.realm {
             return false;

@@ -8,9 +8,9 @@
 //! is refused. A peer that rebooted gets a new tunnel.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use towline_core::path::Path;
 use towline_core::peer_table::{Observation, PeerEntry, PeerTable, REKEY_TIMEOUT};
 use towline_proto::id::WireguardKey;
 
@@ -67,7 +67,7 @@ pub enum Message {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
     /// Send to the peer.
-    Send(SocketAddr, Message),
+    Send(Path, Message),
     /// Tell the core.
     Observed(WireguardKey, Observation),
     /// An inner packet came from this peer.
@@ -98,6 +98,8 @@ struct Tunnel {
     unanswered_since: Option<Instant>,
     keepalive_at: Option<Instant>,
     wanted: bool,
+    /// When it was last said that inner packets travel.
+    active_said: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -151,7 +153,7 @@ impl Tunnels {
         clock: i64,
         me: WireguardKey,
         peer: WireguardKey,
-        to: &[SocketAddr],
+        to: &[Path],
     ) {
         let exchange = self.number();
         let Some(tunnel) = self.peers.get_mut(&peer) else { return };
@@ -164,6 +166,10 @@ impl Tunnels {
     pub fn send(&mut self, now: Instant, peer: WireguardKey, inner: Inner) {
         let Some(tunnel) = self.peers.get_mut(&peer) else { return };
         if tunnel.transmit(now, Some(inner), &mut self.effects) {
+            if tunnel.active(now) {
+                let active = Observation::Active { sent: true, received: false };
+                self.effects.push_back(Effect::Observed(peer, active));
+            }
             return;
         }
         tunnel.queue.push_back(inner);
@@ -174,7 +180,7 @@ impl Tunnels {
     }
 
     /// A message came in.
-    pub fn receive(&mut self, now: Instant, me: WireguardKey, from: SocketAddr, message: Message) {
+    pub fn receive(&mut self, now: Instant, me: WireguardKey, from: Path, message: Message) {
         match message {
             Message::Initiation { sender, to, exchange, timestamp } => {
                 if to != me {
@@ -189,10 +195,11 @@ impl Tunnels {
                 tunnel.begin(now, session, false);
                 let response = Message::Response { exchange, session };
                 self.effects.push_back(Effect::Send(from, response));
-                self.effects.push_back(Effect::Observed(
-                    sender,
-                    Observation::Handshake { from: from.into() },
-                ));
+                // It is through when the peer has sent something in it.
+                if !tunnel.entry.endpoint.is_some_and(|known| known.is(&from)) {
+                    tunnel.entry.endpoint.get_or_insert(from);
+                    self.effects.push_back(Effect::Observed(sender, Observation::Roamed { from }));
+                }
             }
             Message::Response { exchange, session } => {
                 let waiting = self.peers.iter_mut().find(|(_, tunnel)| {
@@ -202,11 +209,8 @@ impl Tunnels {
                 tunnel.pending = None;
                 tunnel.wanted = false;
                 tunnel.begin(now, session, true);
-                self.effects.push_back(Effect::Observed(
-                    *key,
-                    Observation::Handshake { from: from.into() },
-                ));
-                tunnel.entry.endpoint = Some(from.into());
+                self.effects.push_back(Effect::Observed(*key, Observation::Handshake { from }));
+                tunnel.entry.endpoint = Some(from);
                 // The first data message lets the responder use the session.
                 if tunnel.queue.is_empty() {
                     tunnel.transmit(now, None, &mut self.effects);
@@ -219,18 +223,24 @@ impl Tunnels {
                     .iter_mut()
                     .find(|(_, tunnel)| tunnel.sessions.iter().any(|known| known.id == session));
                 let Some((key, tunnel)) = holder else { return };
+                let confirms = tunnel.sessions.iter().any(|s| s.id == session && !s.usable);
                 if !tunnel.accept(session, counter) {
                     return;
                 }
+                if confirms {
+                    tunnel.wanted = false;
+                    self.effects.push_back(Effect::Observed(*key, Observation::Handshake { from }));
+                }
                 tunnel.unanswered_since = None;
-                if tunnel.entry.endpoint != Some(from.into()) {
-                    self.effects.push_back(Effect::Observed(
-                        *key,
-                        Observation::Roamed { from: from.into() },
-                    ));
+                if !tunnel.entry.endpoint.is_some_and(|known| known.is(&from)) {
+                    self.effects.push_back(Effect::Observed(*key, Observation::Roamed { from }));
                 }
                 if let Some(inner) = inner {
                     self.effects.push_back(Effect::Received(*key, inner));
+                    if tunnel.active(now) {
+                        let active = Observation::Active { sent: false, received: true };
+                        self.effects.push_back(Effect::Observed(*key, active));
+                    }
                 }
                 tunnel.flush(now, &mut self.effects);
             }
@@ -282,7 +292,7 @@ impl Tunnels {
                 _ => now,
             };
             tunnel.pending = Some(Pending { exchange, began, sent: now });
-            if let Some(to) = tunnel.entry.endpoint.map(|path| path.remote) {
+            if let Some(to) = tunnel.entry.endpoint {
                 let message =
                     Message::Initiation { sender: me, to: key, exchange, timestamp: clock };
                 self.effects.push_back(Effect::Send(to, message));
@@ -313,7 +323,17 @@ impl Tunnel {
             unanswered_since: None,
             keepalive_at: None,
             wanted: false,
+            active_said: None,
         }
+    }
+
+    /// Inner packets travel: worth a word once a second.
+    fn active(&mut self, now: Instant) -> bool {
+        let due = self.active_said.is_none_or(|at| now >= at + Duration::from_secs(1));
+        if due {
+            self.active_said = Some(now);
+        }
+        due
     }
 
     fn begin(&mut self, now: Instant, id: u64, initiator: bool) {
@@ -343,7 +363,7 @@ impl Tunnel {
         if inner.is_some() {
             self.unanswered_since.get_or_insert(now);
         }
-        if let Some(to) = self.entry.endpoint.map(|path| path.remote) {
+        if let Some(to) = self.entry.endpoint {
             effects.push_back(Effect::Send(to, message));
         }
         true

@@ -1,0 +1,18 @@
+//! What was refused or held back, for metrics: misbehaviour of others is a counter, not an error.
+
+/// See the fields; each only grows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Signals that were replayed, overtaken, too many, or of an unknown peer.
+    pub signals_refused: u64,
+    /// Candidates that were left out: inside the mesh's prefixes, our own, or too many.
+    pub candidates_refused: u64,
+    /// Datagrams that were not sent to an address that never answers.
+    pub probes_withheld: u64,
+    /// Pings that were not answered, because the peer sent too many.
+    pub pings_refused: u64,
+    /// Answers of a relay that nothing asked for, or of a node that is none.
+    pub relay_answers_refused: u64,
+    /// Answers of a reflector that nothing asked for, or that named an impossible address.
+    pub stun_refused: u64,
+}

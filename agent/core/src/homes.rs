@@ -1,0 +1,276 @@
+//! The relays of the mesh: where we are registered, and which ones serve a pair.
+//!
+//! Every node is at home at [`HOMES`] relays: the first that work in an order that follows from its
+//! id and theirs (rendezvous hashing). So whoever knows the map knows where to look for a node,
+//! also while the controller is away, and load spreads by itself. A home that does not answer is
+//! passed over, and asked now and then whether it is back.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+use rand::rngs::StdRng;
+use towline_proto::id::{NodeId, NodeName, WireguardKey};
+use towline_proto::node::{CandidateKind, Node};
+
+use crate::local::Local;
+use crate::mesh::Output;
+use crate::path::Path;
+use crate::prefixes::is_private;
+use crate::relay::RelayRequest;
+use crate::timers::{Timer, Timers};
+
+/// Relays that a node is registered with at a time.
+pub(crate) const HOMES: usize = 2;
+/// Addresses of one relay that are tried.
+const ADDRESSES: usize = 4;
+/// How often a registration is repeated, so that a NAT's mapping to the relay stays.
+const REFRESH: Duration = Duration::from_secs(20);
+/// The first pause before an unanswered registration is repeated; it doubles up to [`RETRY_MAX`].
+const RETRY: Duration = Duration::from_millis(250);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// Unanswered registrations after which the next relay in the order is taken too.
+const MISSED: u32 = 3;
+/// Requests for a channel that are remembered.
+const OPENS: usize = 1_024;
+
+/// A node that relays.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Relay {
+    name: NodeName,
+    key: WireguardKey,
+    addresses: Vec<SocketAddr>,
+}
+
+#[derive(Debug, Default)]
+struct Home {
+    /// Which way the relay answered.
+    via: Option<Path>,
+    asked: Option<u64>,
+    missed: u32,
+    due: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Open {
+    relay: NodeId,
+    peer: NodeId,
+    transaction: u64,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Homes {
+    relays: BTreeMap<NodeId, Relay>,
+    homes: BTreeMap<NodeId, Home>,
+    opens: VecDeque<Open>,
+}
+
+impl Homes {
+    /// A node is new, changed, or (with `None`) gone. Says whether the relays are others now.
+    pub(crate) fn update(&mut self, id: NodeId, node: Option<&Node>) -> bool {
+        let relay = node.filter(|node| node.record().relay).map(|node| Relay {
+            name: node.name().clone(),
+            key: node.wireguard_key(),
+            addresses: addresses(node),
+        });
+        match relay.filter(|relay| !relay.addresses.is_empty()) {
+            Some(relay) => self.relays.insert(id, relay.clone()) != Some(relay),
+            None => self.relays.remove(&id).is_some(),
+        }
+    }
+
+    /// Their addresses, for reflection.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        self.relays.values().flat_map(|relay| relay.addresses.iter().copied())
+    }
+
+    /// Whether there is any.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.relays.is_empty()
+    }
+
+    /// The relay that stands at an address.
+    pub(crate) fn at(&self, remote: SocketAddr) -> Option<&NodeName> {
+        let relay = self.relays.values().find(|relay| relay.addresses.contains(&remote))?;
+        Some(&relay.name)
+    }
+
+    /// The relays, or our addresses, are others now: register.
+    pub(crate) fn follow(&mut self, now: Instant, own: NodeId, timers: &mut Timers, anew: bool) {
+        let mut working = 0;
+        let mut wanted = Vec::new();
+        for id in self.order(own) {
+            wanted.push(id);
+            working += usize::from(self.homes.get(&id).is_none_or(|home| home.missed < MISSED));
+            if working == HOMES {
+                break;
+            }
+        }
+        self.homes.retain(|id, _| wanted.contains(id));
+        for id in wanted {
+            let home = self.homes.entry(id).or_default();
+            if anew {
+                *home = Home::default();
+            }
+            home.due.get_or_insert(now);
+        }
+        self.schedule(timers);
+    }
+
+    /// Registers where it is time to.
+    pub(crate) fn register(
+        &mut self,
+        now: Instant,
+        rng: &mut StdRng,
+        own: NodeId,
+        local: &Local,
+        timers: &mut Timers,
+        outputs: &mut VecDeque<Output>,
+    ) {
+        let mut lost = false;
+        for (id, home) in &mut self.homes {
+            let Some(relay) = self.relays.get(id) else { continue };
+            if home.due.is_none_or(|due| due > now) {
+                continue;
+            }
+            if home.asked.is_some() {
+                home.missed = home.missed.saturating_add(1);
+                home.via = None;
+                lost |= home.missed == MISSED;
+            }
+            let transaction = rng.random();
+            home.asked = Some(transaction);
+            let pause = (RETRY * 2u32.pow(home.missed.min(7))).min(RETRY_MAX);
+            home.due = Some(now + pause.mul_f64(rng.random_range(0.9..1.1)));
+            for to in ways(home.via, relay, local) {
+                let request = RelayRequest::Register { relay: relay.key, to, transaction };
+                outputs.push_back(Output::Relay(request));
+            }
+        }
+        if lost {
+            self.follow(now, own, timers, false);
+        }
+        self.schedule(timers);
+    }
+
+    /// A relay registered us. Says whether we had asked it.
+    pub(crate) fn registered(
+        &mut self,
+        now: Instant,
+        relay: NodeId,
+        from: Path,
+        transaction: u64,
+        lifetime: Duration,
+        timers: &mut Timers,
+    ) -> bool {
+        let asked = self.homes.get_mut(&relay).filter(|home| home.asked == Some(transaction));
+        let Some(home) = asked else { return false };
+        home.asked = None;
+        home.missed = 0;
+        home.via = Some(from);
+        home.due = Some(now + REFRESH.min(lifetime / 3).max(Duration::from_secs(1)));
+        self.schedule(timers);
+        true
+    }
+
+    /// Whether we are registered with a relay.
+    pub(crate) fn is_home(&self, relay: NodeId) -> bool {
+        self.homes.get(&relay).is_some_and(|home| home.via.is_some())
+    }
+
+    /// A path through `remote` fell silent: see whether the relay is still there, now.
+    pub(crate) fn suspect(&mut self, now: Instant, remote: SocketAddr, timers: &mut Timers) {
+        for home in self.homes.values_mut() {
+            if home.via.is_some_and(|via| via.remote == remote) && home.asked.is_none() {
+                home.due = Some(now);
+            }
+        }
+        self.schedule(timers);
+    }
+
+    /// Asks for channels to `peer`: at its homes, and not for the first time (`turn` above 0), also
+    /// at the relays that would be its homes if those did not work. One address of a relay is asked
+    /// at a time, for the relay binds the channel to where the request came from.
+    pub(crate) fn open(
+        &mut self,
+        rng: &mut StdRng,
+        local: &Local,
+        (peer, key): (NodeId, WireguardKey),
+        turn: u32,
+        outputs: &mut VecDeque<Output>,
+    ) {
+        let count = if turn > 0 { 2 * HOMES } else { HOMES };
+        for id in self.order(peer).into_iter().take(count) {
+            let Some(relay) = self.relays.get(&id) else { continue };
+            let via = self.homes.get(&id).and_then(|home| home.via);
+            let transaction = rng.random();
+            if self.opens.len() == OPENS {
+                self.opens.pop_front();
+            }
+            self.opens.push_back(Open { relay: id, peer, transaction });
+            let mut ways = ways(via, relay, local);
+            ways.sort_by_key(|way| !local.has_family(way.remote));
+            let usable = ways.iter().filter(|way| local.has_family(way.remote)).count();
+            let turns = if usable == 0 { ways.len() } else { usable };
+            if turns == 0 {
+                continue;
+            }
+            let to = ways[turn as usize % turns];
+            let request = RelayRequest::Open { relay: relay.key, to, peer: key, transaction };
+            outputs.push_back(Output::Relay(request));
+        }
+    }
+
+    /// The peer that a channel was asked for, if it was asked for at this relay. The answer may come
+    /// by several ways: it is not forgotten at the first.
+    pub(crate) fn opened(&self, relay: NodeId, transaction: u64) -> Option<NodeId> {
+        let open =
+            self.opens.iter().rev().find(|o| o.transaction == transaction && o.relay == relay)?;
+        Some(open.peer)
+    }
+
+    /// All relays, the one where `node` is at home first.
+    fn order(&self, node: NodeId) -> Vec<NodeId> {
+        let mut order: Vec<NodeId> =
+            self.relays.keys().copied().filter(|relay| *relay != node).collect();
+        order.sort_unstable_by_key(|relay| (weight(node, *relay), *relay));
+        order
+    }
+
+    fn schedule(&self, timers: &mut Timers) {
+        match self.homes.values().filter_map(|home| home.due).min() {
+            Some(due) => timers.set(Timer::Homes, due),
+            None => timers.cancel(Timer::Homes),
+        }
+    }
+}
+
+/// Where a public node can be called.
+pub(crate) fn addresses(node: &Node) -> Vec<SocketAddr> {
+    let public = node.record().candidates.iter().filter(|c| match c.kind() {
+        CandidateKind::Configured => true,
+        CandidateKind::Local => !is_private(c.address().ip()),
+        CandidateKind::Reflexive | CandidateKind::Relayed => false,
+    });
+    public.map(|c| c.address()).take(ADDRESSES).collect()
+}
+
+fn ways(via: Option<Path>, relay: &Relay, local: &Local) -> Vec<Path> {
+    match via {
+        Some(via) => vec![via],
+        None => relay.addresses.iter().flat_map(|to| local.paths_to(*to)).collect(),
+    }
+}
+
+/// Every node computes the same (FNV-1a, then a mix of the bits).
+fn weight(node: NodeId, relay: NodeId) -> u64 {
+    let bytes = node.0.iter().chain(&relay.0);
+    let mut hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    hash ^= hash >> 33;
+    hash = hash.wrapping_mul(0xff51_afd7_ed55_8ccd);
+    hash ^ hash >> 33
+}

@@ -1,0 +1,122 @@
+//! Whether the path that carries a peer's traffic still does.
+//!
+//! ```text
+//!  used:  ping ── 1 s ── ping ── 1 s ── ping ∙∙ no pong in time ∙∙ ping ping ping ∙∙∙ 8 of them
+//!                                               │                                       │
+//!                                               ▼ doubt                                 ▼ dead
+//!                                  every other path is pinged;            all are raced, the
+//!                                  one that answers while this            state is Connecting
+//!                                  one does not takes over
+//!  idle:  ping ── 20 s ── ping ── 20 s ──∙∙ as long as the mesh is small, or the peer recent
+//!                                           and a NAT of ours needs it; then nothing at all
+//! ```
+//!
+//! Only pongs count: a path that carries one direction alone is as dead as one that carries none,
+//! and with one packet in five lost each way, eight pings in a row still get an answer.
+
+use std::time::{Duration, Instant};
+
+/// How often a path that is in use is pinged.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+/// The pause between pings while in doubt.
+const DOUBT_INTERVAL: Duration = Duration::from_millis(125);
+/// Pings without a pong after which a path is dead.
+const DEAD: u32 = 9;
+/// Pings without a pong after which another path that answered takes over.
+const DOUBTFUL: u32 = 3;
+/// The same where the other one is of a worse kind.
+const DOUBTFUL_WORSE: u32 = 6;
+/// How often an idle path is pinged, where it is at all: many NATs forget after 30 s.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+/// A path is in use for this long after inner traffic.
+const USED_FOR: Duration = Duration::from_secs(15);
+/// A peer is recent for this long after inner traffic.
+const RECENT_FOR: Duration = Duration::from_secs(300);
+/// A path that answered so lately needs no ping before it is used.
+const FRESH: Duration = Duration::from_millis(1_500);
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Liveness {
+    used: Option<Instant>,
+    /// Pings in a row that have no pong.
+    unanswered: u32,
+    /// When the first of them was sent.
+    doubt: Option<Instant>,
+    answered: Option<Instant>,
+}
+
+/// What the time for a ping has brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Ping it again, and look after this pause.
+    Ping(Duration),
+    /// The same, and it has just become doubtful: see which other paths work.
+    Doubt(Duration),
+    /// The path is dead.
+    Dead,
+}
+
+impl Liveness {
+    /// Inner traffic. Says whether the path should be pinged now: it was not in use, and nobody
+    /// knows whether it still works.
+    pub(super) fn traffic(&mut self, now: Instant) -> bool {
+        let was_used = self.is_used(now);
+        self.used = Some(now);
+        !was_used && self.answered.is_none_or(|at| now >= at + FRESH)
+    }
+
+    pub(super) fn is_used(&self, now: Instant) -> bool {
+        self.used.is_some_and(|at| now < at + USED_FOR)
+    }
+
+    pub(super) fn is_recent(&self, now: Instant) -> bool {
+        self.used.is_some_and(|at| now < at + RECENT_FOR)
+    }
+
+    /// The path is another one.
+    pub(super) fn moved(&mut self) {
+        self.unanswered = 0;
+        self.doubt = None;
+        self.answered = None;
+    }
+
+    /// A pong came on the path, to a ping that was sent at `sent`. When to ping next: `None`, not
+    /// again. `keep` says that an idle one is kept.
+    pub(super) fn pong(&mut self, now: Instant, sent: Instant, keep: bool) -> Option<Instant> {
+        self.unanswered = 0;
+        self.doubt = None;
+        self.answered = Some(now);
+        if self.is_used(now) {
+            Some((sent + PROBE_INTERVAL).max(now))
+        } else {
+            keep.then_some(now + KEEPALIVE)
+        }
+    }
+
+    /// The time for a ping has come; an answer takes `wait` at most.
+    pub(super) fn due(&mut self, now: Instant, wait: Duration) -> Verdict {
+        if self.unanswered >= DEAD {
+            return Verdict::Dead;
+        }
+        self.unanswered += 1;
+        match self.unanswered {
+            1 => {
+                self.doubt = Some(now);
+                Verdict::Ping(wait)
+            }
+            2 => Verdict::Doubt(DOUBT_INTERVAL),
+            _ => Verdict::Ping(DOUBT_INTERVAL),
+        }
+    }
+
+    /// Since when the path is in so much doubt that another one may take over.
+    pub(super) fn doubtful(&self) -> Option<Instant> {
+        self.doubt.filter(|_| self.unanswered >= DOUBTFUL)
+    }
+
+    /// And whether one of a worse kind may.
+    pub(super) fn yields_to_worse(&self) -> bool {
+        self.unanswered >= DOUBTFUL_WORSE
+    }
+}

@@ -1,0 +1,890 @@
+//! One peer: how it is reached, and whether it still is.
+//!
+//! - [`paths`]: what is known of each path, and which is the best.
+//! - [`race`]: what is tried when, while there is none, or none good enough.
+//! - [`liveness`]: whether the one that carries traffic still does.
+//! - [`pmtu`]: how large a datagram it takes.
+//!
+//! # From nothing to the best path
+//!
+//! ```text
+//!  Idle ── traffic, or a small mesh ──► Connecting ── handshake ──► Up (relayed) ──► Up (direct)
+//!   ▲                                    ▲   │ 10 s      ▲              │  pongs came on a direct
+//!   │ nothing sent for long              │   ▼           │              │  path: fresh handshake
+//!   └──────────────────────────────── dead  Down ────────┘              ▼  there
+//!                                     path   (goes on trying)      rounds go on, slower and slower
+//! ```
+//!
+//! A completed handshake makes its way the path, whichever it is: so traffic starts over a relay
+//! where that is faster to get. Of the two nodes the one with the lower key is in charge of moving
+//! it to a better path, by a fresh handshake there: the old session keeps its own replay window, so
+//! nothing is lost, and the other node simply follows the handshake. Either of them may leave a
+//! path that is dead.
+
+mod liveness;
+mod paths;
+pub(crate) mod pmtu;
+mod race;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::Rng as _;
+use rand::rngs::StdRng;
+use towline_proto::id::{NodeId, WireguardKey};
+use towline_proto::limits;
+use towline_proto::node::{Candidate, Node};
+
+use crate::budget::{Bucket, Unanswered};
+use crate::counters::Counters;
+use crate::homes::Homes;
+use crate::local::{Local, preference, reachable};
+use crate::mesh::{Output, PeerState};
+use crate::path::{ChannelId, Path};
+use crate::peer_table::{Observation, REKEY_TIMEOUT};
+use crate::pings::{Pings, Purpose, Sent};
+use crate::prefixes::is_private;
+use crate::signal::Signal;
+use crate::timers::{Timer, Timers};
+
+use liveness::{Liveness, Verdict};
+use paths::{HEARD_FOR, Paths, Tier};
+use pmtu::{INNER_MIN, Pmtu};
+use race::Race;
+
+/// Trying for longer than this is being down.
+pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(10);
+/// Nothing was sent to it for so long: not tried any more, in a mesh that connects on need.
+const IDLE_AFTER: Duration = Duration::from_secs(600);
+/// The least time between two checks of one path that answer to what the peer sent.
+const CHECK_MIN: Duration = Duration::from_millis(100);
+/// The least time between two handshakes that move traffic to a better path.
+const MOVE_MIN: Duration = Duration::from_millis(500);
+/// How often other good paths are pinged while one is in use.
+const ALTERNATIVES: Duration = Duration::from_secs(10);
+/// How long candidates of a signal are worth a try.
+const SIGNALLED_FOR: Duration = Duration::from_secs(120);
+/// Pongs per second and in a burst: a peer whose pings are replayed costs no more.
+const PONGS_PER_SECOND: u32 = 60;
+/// Signals of one peer that are heeded per second.
+const SIGNALS_PER_SECOND: u32 = 4;
+/// Paths that one round tries.
+const TARGETS: usize = 48;
+/// The wait for an answer to a padded ping, beside that for any.
+const MTU_WAIT: Duration = Duration::from_millis(100);
+
+/// What a peer may use while it handles something.
+pub(crate) struct Context<'a> {
+    pub(crate) now: Instant,
+    pub(crate) rng: &'a mut StdRng,
+    pub(crate) timers: &'a mut Timers,
+    pub(crate) outputs: &'a mut VecDeque<Output>,
+    pub(crate) pings: &'a mut Pings,
+    pub(crate) unanswered: &'a mut Unanswered,
+    pub(crate) homes: &'a mut Homes,
+    pub(crate) counters: &'a mut Counters,
+    pub(crate) local: &'a Local,
+    /// The MTU of the link.
+    pub(crate) mtu: u16,
+    /// The mesh is so small that all of it is kept connected.
+    pub(crate) eager: bool,
+    /// Of our own boot, and how many signals it has sent.
+    pub(crate) boot_epoch: u64,
+    pub(crate) signals: &'a mut u64,
+    /// To be set when something that stands in the peer table changed.
+    pub(crate) table_changed: &'a mut bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    node: Arc<Node>,
+    state: PeerState,
+    since: Instant,
+    /// When it was last up, or began to be tried.
+    trying_since: Instant,
+    race: Race,
+    /// The WireGuard endpoint: the way of the last handshake or authentic datagram.
+    endpoint: Option<Path>,
+    /// The one before, and when it was left: late datagrams still come from there.
+    left: Option<(Path, Instant)>,
+    session: bool,
+    last_handshake: Option<Instant>,
+    moved: Option<Instant>,
+    compared: Option<Instant>,
+    paths: Paths,
+    liveness: Liveness,
+    pmtu: Pmtu,
+    /// From signals: until when they are worth a try.
+    signalled: BTreeMap<SocketAddr, Instant>,
+    heard_signal: (u64, u64),
+    pongs: Bucket,
+    calls: Bucket,
+}
+
+impl Peer {
+    /// A peer that is to be connected after `delay`; `None`: when there is need.
+    pub(crate) fn new(cx: &mut Context<'_>, node: Arc<Node>, delay: Option<Duration>) -> Self {
+        let state = if delay.is_some() { PeerState::Connecting } else { PeerState::Idle };
+        let peer = Self {
+            node,
+            state,
+            since: cx.now,
+            trying_since: cx.now,
+            race: Race::new(cx.now),
+            endpoint: None,
+            left: None,
+            session: false,
+            last_handshake: None,
+            moved: None,
+            compared: None,
+            paths: Paths::default(),
+            liveness: Liveness::default(),
+            pmtu: Pmtu::default(),
+            signalled: BTreeMap::new(),
+            heard_signal: (0, 0),
+            pongs: Bucket::default(),
+            calls: Bucket::default(),
+        };
+        if let Some(delay) = delay {
+            cx.timers.set(Timer::Attempt(peer.id()), cx.now + delay);
+        }
+        peer
+    }
+
+    pub(crate) fn id(&self) -> NodeId {
+        self.node.id()
+    }
+
+    pub(crate) fn key(&self) -> WireguardKey {
+        self.node.wireguard_key()
+    }
+
+    pub(crate) fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    pub(crate) fn state(&self) -> PeerState {
+        self.state
+    }
+
+    pub(crate) fn since(&self) -> Instant {
+        self.since
+    }
+
+    pub(crate) fn endpoint(&self) -> Option<Path> {
+        self.endpoint
+    }
+
+    pub(crate) fn last_handshake(&self) -> Option<Instant> {
+        self.last_handshake
+    }
+
+    /// The path that carries traffic.
+    pub(crate) fn path(&self) -> Option<Path> {
+        self.endpoint.filter(|_| self.state == PeerState::Up)
+    }
+
+    pub(crate) fn rtt(&self) -> Option<Duration> {
+        self.paths.rtt(&self.path()?)
+    }
+
+    /// The largest inner packet that its path takes, once that is known.
+    pub(crate) fn mtu(&self) -> Option<u16> {
+        let path = self.endpoint?;
+        if self.pmtu.path() == Some(path) { self.pmtu.inner() } else { None }
+    }
+
+    /// It is ours no longer: no timer of it may fire.
+    pub(crate) fn forget(&self, timers: &mut Timers) {
+        for timer in [Timer::Attempt(self.id()), Timer::Probe(self.id()), Timer::Mtu(self.id())] {
+            timers.cancel(timer);
+        }
+    }
+
+    /// A newer record, or another grant.
+    pub(crate) fn set_node(&mut self, cx: &mut Context<'_>, node: Arc<Node>) {
+        let (old, new) = (self.node.record(), node.record());
+        let rebooted = new.boot_epoch > old.boot_epoch;
+        let moved = new.candidates != old.candidates;
+        let other_key = self.node.wireguard_key() != node.wireguard_key();
+        self.node = node;
+        if other_key {
+            // Another tunnel: nothing of the old one holds.
+            self.session = false;
+            self.set_endpoint(cx, None);
+        }
+        let wanted = cx.eager || self.state != PeerState::Idle;
+        if other_key || rebooted {
+            // A peer that started anew has forgotten our session, and is waiting for us if it
+            // cannot call us itself.
+            if wanted {
+                self.try_anew(cx);
+            }
+        } else if moved && wanted {
+            match self.path() {
+                None => self.try_anew(cx),
+                // Perhaps a better path than this.
+                Some(path) if path.is_relayed() => self.hurry(cx),
+                Some(_) => {}
+            }
+        }
+    }
+
+    /// Our own addresses or uplinks changed: whatever is not up may be now, and what is up may not
+    /// be. Where traffic goes, everything is tried now, and by a handshake, so that the peer learns
+    /// at once where we are.
+    pub(crate) fn local_changed(&mut self, cx: &mut Context<'_>) {
+        self.paths.retain_uplinks(cx.local);
+        if let Some(path) = self.endpoint.filter(|path| !cx.local.begins_here(path)) {
+            let other = self.paths.best(cx.now, HEARD_FOR, None);
+            let same = cx.local.canonical(path);
+            let same = cx.local.begins_here(&same).then_some(same);
+            self.set_endpoint(cx, other.or(same));
+        }
+        match self.state {
+            PeerState::Idle => {}
+            PeerState::Connecting | PeerState::Down => self.try_anew(cx),
+            PeerState::Up if cx.eager || self.liveness.is_recent(cx.now) => {
+                self.race.restart(cx.now);
+                let targets = self.targets(cx);
+                if self.race.may_answer(cx.now, true) {
+                    self.race.answered(cx.now);
+                    self.initiate(cx, targets.clone());
+                }
+                for to in targets {
+                    self.ping(cx, to, Purpose::Check);
+                }
+                cx.timers.set(Timer::Probe(self.id()), cx.now);
+            }
+            PeerState::Up => {}
+        }
+    }
+
+    /// The time for the next round has come.
+    pub(crate) fn attempt(&mut self, cx: &mut Context<'_>) {
+        let wanted = cx.eager || self.liveness.is_recent(cx.now);
+        match self.state {
+            // There is a path and the session is to be renewed on it.
+            PeerState::Up if !self.session && self.liveness.is_used(cx.now) => {
+                let renewing = self.race.rounds() < 6;
+                if !renewing {
+                    self.set_state(cx, PeerState::Connecting);
+                }
+            }
+            PeerState::Up if !self.seeks_better(cx) => return,
+            PeerState::Connecting | PeerState::Down
+                if !wanted && cx.now >= self.trying_since + IDLE_AFTER =>
+            {
+                self.set_state(cx, PeerState::Idle);
+                return;
+            }
+            PeerState::Connecting if cx.now >= self.trying_since + DOWN_AFTER => {
+                self.set_state(cx, PeerState::Down);
+            }
+            PeerState::Idle => self.set_state(cx, PeerState::Connecting),
+            PeerState::Up | PeerState::Connecting | PeerState::Down => {}
+        }
+        let connected = self.state == PeerState::Up && self.session;
+        let round = self.race.next(cx.now, self.begins(cx.local), cx.rng);
+        if round.help {
+            self.seek_help(cx, round.number);
+        }
+        let mut targets = self.targets(cx);
+        if connected {
+            targets.retain(|to| Some(*to) != self.endpoint);
+        } else if round.call {
+            self.race.called(cx.now);
+            self.initiate(cx, targets.clone());
+        }
+        for to in targets {
+            self.ping(cx, to, Purpose::Check);
+        }
+        cx.timers.set(Timer::Attempt(self.id()), cx.now + round.pause);
+    }
+
+    /// The time for the next ping on the path has come, or for the verdict on the last one.
+    pub(crate) fn probe(&mut self, cx: &mut Context<'_>) {
+        let Some(path) = self.path() else { return };
+        let verdict = self.liveness.due(cx.now, self.paths.wait(&path));
+        if let Some(doubt) = self.liveness.doubtful()
+            && let Some(other) = self.paths.best(cx.now, cx.now - doubt, Some(path))
+            && self.yields(path, other)
+        {
+            self.take_over(cx, other);
+            return;
+        }
+        let pause = match verdict {
+            Verdict::Dead => {
+                self.left = Some((path, cx.now));
+                self.set_state(cx, PeerState::Connecting);
+                self.try_anew(cx);
+                return;
+            }
+            Verdict::Doubt(pause) => {
+                cx.homes.suspect(cx.now, path.remote, cx.timers);
+                self.seek_help(cx, 1);
+                for to in self.targets(cx) {
+                    self.ping(cx, to, Purpose::Check);
+                }
+                pause
+            }
+            Verdict::Ping(pause) => pause,
+        };
+        self.ping(cx, path, Purpose::Path);
+        cx.timers.set(Timer::Probe(self.id()), cx.now + pause);
+    }
+
+    /// The time for the next step of the search for the path's MTU has come.
+    pub(crate) fn search_mtu(&mut self, cx: &mut Context<'_>) {
+        let Some(path) = self.path().filter(|path| self.pmtu.path() == Some(*path)) else { return };
+        if !cx.eager && !self.liveness.is_used(cx.now) {
+            return;
+        }
+        let before = self.pmtu.inner();
+        let step = self.pmtu.step(cx.now, cx.mtu);
+        for size in step.sizes {
+            self.ping(cx, path, Purpose::Size(size));
+        }
+        if self.pmtu.inner() != before {
+            *cx.table_changed = true;
+        }
+        let pause = step.pause.unwrap_or_else(|| self.paths.wait(&path) + MTU_WAIT);
+        cx.timers.set(Timer::Mtu(self.id()), cx.now + pause);
+    }
+
+    /// The data plane saw something.
+    pub(crate) fn observe(&mut self, cx: &mut Context<'_>, what: Observation) {
+        match what {
+            Observation::Handshake { from } => self.handshake(cx, from),
+            Observation::Roamed { from } => self.roamed(cx, from),
+            // The next round is scheduled; while up, the tunnel repeats its own re-key.
+            Observation::HandshakeUnanswered => {}
+            Observation::SessionExpired => {
+                self.session = false;
+                if self.state != PeerState::Up || self.liveness.is_used(cx.now) {
+                    self.renew(cx);
+                } else if !cx.eager {
+                    self.set_state(cx, PeerState::Idle);
+                }
+            }
+            // Also while up: the session may have been ours alone to lose, or never confirmed.
+            Observation::Wanted => {
+                self.traffic(cx);
+                self.renew(cx);
+            }
+            Observation::Active { .. } => self.traffic(cx),
+            Observation::TooBig { path, payload } => {
+                let path = cx.local.canonical(path);
+                if self.pmtu.too_big(path, payload) {
+                    cx.timers.set(Timer::Mtu(self.id()), cx.now);
+                }
+            }
+        }
+    }
+
+    /// An authentic ping came.
+    pub(crate) fn on_ping(&mut self, cx: &mut Context<'_>, from: Path, transaction: u64) {
+        if !cx.local.may_send_to(from.remote) {
+            return;
+        }
+        if !self.pongs.take(cx.now, PONGS_PER_SECOND) {
+            cx.counters.pings_refused += 1;
+            return;
+        }
+        cx.outputs.push_back(Output::Pong { peer: self.key(), to: from, transaction });
+        let from = cx.local.canonical(from);
+        let new = self.paths.get(&from).is_none();
+        self.paths.heard(cx.now, from, self.endpoint);
+        if self.state == PeerState::Up {
+            // It calls from somewhere else: perhaps because the way that we know has ended.
+            if new && self.endpoint != Some(from) {
+                self.ping(cx, from, Purpose::Check);
+                if self.liveness.is_used(cx.now) || cx.eager {
+                    cx.timers.set_no_later(Timer::Probe(self.id()), cx.now);
+                }
+            }
+            return;
+        }
+        // It is there, it knows us, and this way leads from it to us: see about the other way.
+        let known = self.paths.get(&from).and_then(|known| known.checked);
+        if known.is_none_or(|at| cx.now >= at + CHECK_MIN) {
+            self.ping(cx, from, Purpose::Check);
+        }
+        self.answer(cx, from);
+        match self.state {
+            PeerState::Down | PeerState::Idle => self.try_anew(cx),
+            PeerState::Connecting | PeerState::Up => {}
+        }
+    }
+
+    /// An authentic pong came, answering `sent`, from where that was sent to.
+    pub(crate) fn on_pong(&mut self, cx: &mut Context<'_>, sent: &Sent) {
+        let path = sent.to;
+        let rtt = cx.now.saturating_duration_since(sent.at);
+        cx.unanswered.answered(path.remote.ip());
+        if let Purpose::Size(size) = sent.purpose {
+            if self.pmtu.answered(path, size) {
+                cx.timers.set(Timer::Mtu(self.id()), cx.now);
+            }
+            return;
+        }
+        self.paths.answered(cx.now, path, self.endpoint, rtt);
+        match self.path() {
+            Some(current) if current == path => {
+                if self.liveness.doubtful().is_some() {
+                    // Other paths were asked too: they may be better all the same.
+                    self.compared = None;
+                }
+                match self.liveness.pong(cx.now, sent.at, self.keeps(cx)) {
+                    Some(at) => cx.timers.set(Timer::Probe(self.id()), at),
+                    None => cx.timers.cancel(Timer::Probe(self.id())),
+                }
+                if sent.purpose == Purpose::Path {
+                    self.compare(cx, current);
+                }
+                self.move_to_better(cx, current);
+            }
+            Some(current) => {
+                let doubtful = self.liveness.doubtful().is_some_and(|doubt| sent.at >= doubt);
+                if doubtful && self.yields(current, path) {
+                    self.take_over(cx, path);
+                } else {
+                    self.move_to_better(cx, current);
+                }
+            }
+            None => self.answer(cx, path),
+        }
+    }
+
+    /// A signal came, which is authentic; it may be a replay.
+    pub(crate) fn on_signal(&mut self, cx: &mut Context<'_>, signal: &Signal) {
+        let Signal::CallMe { boot_epoch, number, candidates } = signal;
+        let fresh = (*boot_epoch, *number) > self.heard_signal;
+        if !fresh || !self.calls.take(cx.now, SIGNALS_PER_SECOND) {
+            cx.counters.signals_refused += 1;
+            return;
+        }
+        self.heard_signal = (*boot_epoch, *number);
+        self.signalled.retain(|_, until| cx.now < *until);
+        for candidate in candidates {
+            let room = self.signalled.len() < limits::CANDIDATES;
+            if room && cx.local.may_send_to(candidate.address()) {
+                self.signalled.insert(candidate.address(), cx.now + SIGNALLED_FOR);
+            } else {
+                cx.counters.candidates_refused += 1;
+            }
+        }
+        match self.path() {
+            Some(path) if !path.is_relayed() && self.session => {
+                // It may have lost us without our noticing.
+                cx.timers.set_no_later(Timer::Probe(self.id()), cx.now);
+            }
+            Some(_) => self.hurry(cx),
+            None => self.try_anew(cx),
+        }
+    }
+
+    /// A relay opened a channel to it, at our request or at its own.
+    pub(crate) fn on_channel(&mut self, cx: &mut Context<'_>, from: Path, channel: ChannelId) {
+        let from = cx.local.canonical(from);
+        let path = Path { channel: Some(channel), ..from };
+        if !self.paths.opened(cx.now, path, self.endpoint) && self.state == PeerState::Up {
+            return;
+        }
+        self.ping(cx, path, Purpose::Check);
+        match self.state {
+            PeerState::Up => self.hurry(cx),
+            PeerState::Idle | PeerState::Down => self.try_anew(cx),
+            PeerState::Connecting => {}
+        }
+        if self.path().is_none() && self.begins(cx.local) {
+            self.initiate(cx, vec![path]);
+        }
+    }
+
+    /// Sends an operator's ping on the path, or to everywhere while there is none.
+    pub(crate) fn operator_ping(&mut self, cx: &mut Context<'_>, id: u64) {
+        self.liveness.traffic(cx.now);
+        match self.path() {
+            Some(path) => {
+                self.ping(cx, path, Purpose::Operator(id));
+            }
+            None => {
+                for to in self.targets(cx) {
+                    self.ping(cx, to, Purpose::Operator(id));
+                }
+                if self.state == PeerState::Idle {
+                    self.try_anew(cx);
+                }
+            }
+        }
+    }
+
+    /// Why it is not up, in words for the operator; empty when it is.
+    pub(crate) fn reason(&self, now: Instant, local: &Local, relays: bool, silent: bool) -> String {
+        if self.state == PeerState::Up {
+            return String::new();
+        }
+        if self.state == PeerState::Idle {
+            return "nothing was sent to it yet".into();
+        }
+        let tried = self.candidates(now, local).len();
+        let seconds = now.saturating_duration_since(self.trying_since).as_secs();
+        let tried_all = match tried {
+            0 => "it has published no address that we could call".into(),
+            1 => format!("no answer from 1 candidate for {seconds} s"),
+            n => format!("no answer from {n} candidates for {seconds} s"),
+        };
+        if self.state == PeerState::Connecting {
+            return match tried {
+                0 => {
+                    "waiting for it to call: it has published no address that we could call".into()
+                }
+                1 => "trying 1 candidate".into(),
+                n => format!("trying {n} candidates"),
+            };
+        }
+        if self.paths.any_answered(now) {
+            "it answers probes but no handshake: was its clock or ours set back?".into()
+        } else if silent {
+            format!("nothing ever answered us over UDP: does a firewall block it? ({tried_all})")
+        } else if !relays && !local.reachable() && !reachable(&self.node.record().candidates) {
+            format!("both nodes are behind NAT and no relay is configured ({tried_all})")
+        } else {
+            tried_all
+        }
+    }
+
+    fn handshake(&mut self, cx: &mut Context<'_>, from: Path) {
+        self.session = true;
+        self.last_handshake = Some(cx.now);
+        if !cx.local.may_send_to(from.remote) {
+            return;
+        }
+        let from = cx.local.canonical(from);
+        self.paths.heard(cx.now, from, self.endpoint);
+        let was = self.path();
+        self.set_endpoint(cx, Some(from));
+        if was == Some(from) {
+            return;
+        }
+        self.set_state(cx, PeerState::Up);
+        cx.timers.set(Timer::Probe(self.id()), cx.now);
+        self.settle(cx);
+    }
+
+    /// Looks on for something better, unless there is nothing better.
+    fn settle(&self, cx: &mut Context<'_>) {
+        if self.seeks_better(cx) {
+            cx.timers.set_no_later(Timer::Attempt(self.id()), cx.now + MOVE_MIN);
+        } else {
+            cx.timers.cancel(Timer::Attempt(self.id()));
+        }
+    }
+
+    fn roamed(&mut self, cx: &mut Context<'_>, from: Path) {
+        if !cx.local.may_send_to(from.remote) {
+            return;
+        }
+        let from = cx.local.canonical(from);
+        let known = self.paths.get(&from).is_some_and(|known| known.answered.is_some());
+        self.paths.heard(cx.now, from, self.endpoint);
+        if self.endpoint == Some(from) {
+            return;
+        }
+        let late = self.left.is_some_and(|(path, at)| path == from && cx.now < at + MOVE_MIN * 2);
+        let worse = self.path().is_some_and(|path| {
+            Tier::of(&path) < Tier::of(&from) && self.paths.rtt(&path).is_some()
+        });
+        if self.state == PeerState::Up && (late || worse || known && self.leads(cx.local)) {
+            // We know of it, and chose another one: see whether that still works.
+            self.ping(cx, from, Purpose::Check);
+            cx.timers.set_no_later(Timer::Probe(self.id()), cx.now);
+            return;
+        }
+        self.set_endpoint(cx, Some(from));
+        if self.state == PeerState::Up {
+            cx.timers.set(Timer::Probe(self.id()), cx.now);
+        }
+    }
+
+    /// Inner traffic.
+    fn traffic(&mut self, cx: &mut Context<'_>) {
+        let was_used = self.liveness.is_used(cx.now);
+        let unsure = self.liveness.traffic(cx.now);
+        if self.state != PeerState::Up || was_used {
+            return;
+        }
+        let next = if unsure { cx.now } else { cx.now + Duration::from_secs(1) };
+        cx.timers.set_no_later(Timer::Probe(self.id()), next);
+        cx.timers.set_no_later(Timer::Mtu(self.id()), cx.now);
+        if self.seeks_better(cx) {
+            self.hurry(cx);
+        }
+    }
+
+    /// There is no session: a handshake on the path if there is one, else a round now; neither
+    /// sooner after the last initiation than WireGuard would.
+    fn renew(&mut self, cx: &mut Context<'_>) {
+        self.session = false;
+        let last = self.race.last_call();
+        match self.path() {
+            Some(path) => {
+                let rested = last.map_or(cx.now, |at| (at + REKEY_TIMEOUT).max(cx.now));
+                self.race.restart(cx.now);
+                if rested <= cx.now {
+                    self.race.called(cx.now);
+                    self.initiate(cx, vec![path]);
+                }
+                let wait = self.paths.wait(&path) * 2;
+                cx.timers.set(Timer::Attempt(self.id()), cx.now + wait);
+                cx.timers.set_no_later(Timer::Probe(self.id()), cx.now);
+            }
+            None if self.state == PeerState::Idle => self.try_anew(cx),
+            None if self.state == PeerState::Down => {
+                let rested = last.map_or(cx.now, |at| (at + REKEY_TIMEOUT).max(cx.now));
+                cx.timers.set_no_later(Timer::Attempt(self.id()), rested);
+            }
+            None => cx.timers.set_no_later(Timer::Attempt(self.id()), cx.now + REKEY_TIMEOUT),
+        }
+    }
+
+    /// Begins a new series of rounds, now.
+    fn try_anew(&mut self, cx: &mut Context<'_>) {
+        self.race.restart(cx.now);
+        match self.state {
+            PeerState::Up => self.session = false,
+            PeerState::Idle => self.set_state(cx, PeerState::Connecting),
+            PeerState::Connecting | PeerState::Down => {}
+        }
+        cx.timers.set(Timer::Attempt(self.id()), cx.now);
+    }
+
+    /// Begins a new series of rounds for something better, but keeps what there is.
+    fn hurry(&mut self, cx: &mut Context<'_>) {
+        if self.race.began() + MOVE_MIN <= cx.now {
+            self.race.restart(cx.now);
+        }
+        cx.timers.set_no_later(Timer::Attempt(self.id()), cx.now);
+    }
+
+    /// Whether a doubtful path yields to another one that answers: sooner to one that is as good.
+    fn yields(&self, from: Path, to: Path) -> bool {
+        Tier::of(&to) <= Tier::of(&from) || self.liveness.yields_to_worse()
+    }
+
+    /// Leaves a path that seems dead for one that answers.
+    fn take_over(&mut self, cx: &mut Context<'_>, to: Path) {
+        self.set_endpoint(cx, Some(to));
+        // So that the peer follows at once, whether or not we have something to send.
+        self.initiate(cx, vec![to]);
+        cx.timers.set(Timer::Probe(self.id()), cx.now);
+        self.settle(cx);
+    }
+
+    /// Moves traffic to a better path by a handshake there, if it is we who decide.
+    fn move_to_better(&mut self, cx: &mut Context<'_>, current: Path) {
+        if !self.leads(cx.local) || self.moved.is_some_and(|at| cx.now < at + MOVE_MIN) {
+            return;
+        }
+        let since_left = |path: &Path| {
+            let answered = self.paths.get(path).and_then(|known| known.answered);
+            self.left.is_none_or(|(left, at)| left != *path || answered > Some(at))
+        };
+        if let Some(better) = self.paths.better(cx.now, current).filter(since_left) {
+            self.moved = Some(cx.now);
+            self.initiate(cx, vec![better]);
+        }
+    }
+
+    /// Now and then pings the other good paths while one is in use.
+    fn compare(&mut self, cx: &mut Context<'_>, current: Path) {
+        let due = self.compared.is_none_or(|at| cx.now >= at + ALTERNATIVES);
+        if due && self.liveness.is_used(cx.now) && self.leads(cx.local) {
+            self.compared = Some(cx.now);
+            for other in self.paths.alternatives(cx.now, current) {
+                self.ping(cx, other, Purpose::Check);
+            }
+        }
+    }
+
+    /// The peer listens, and this way is open: an initiation there, if it is ours to begin.
+    fn answer(&mut self, cx: &mut Context<'_>, to: Path) {
+        if self.race.may_answer(cx.now, self.begins(cx.local)) {
+            self.race.answered(cx.now);
+            self.initiate(cx, vec![to]);
+        }
+    }
+
+    /// Asks the peer to call us, and relays for channels to it.
+    fn seek_help(&self, cx: &mut Context<'_>, turn: u32) {
+        let callable = !cx.local.candidates().is_empty() || !cx.homes.is_empty();
+        let relayed =
+            self.path().filter(Path::is_relayed).filter(|_| self.liveness.doubtful().is_none());
+        let far = !reachable(&self.node.record().candidates) || !cx.local.reachable();
+        if callable && (far || turn > 0) && (relayed.is_some() || cx.local.connected) {
+            *cx.signals += 1;
+            let candidates = cx.local.candidates().to_vec();
+            let signal =
+                Signal::CallMe { boot_epoch: cx.boot_epoch, number: *cx.signals, candidates };
+            cx.outputs.push_back(Output::Signal { peer: self.id(), via: relayed, signal });
+        }
+        let needs_relay = far || turn > 0;
+        if needs_relay && !self.node.record().relay && relayed.is_none() {
+            cx.homes.open(cx.rng, cx.local, (self.id(), self.key()), turn / 2, cx.outputs);
+        }
+    }
+
+    fn set_state(&mut self, cx: &mut Context<'_>, to: PeerState) {
+        if self.state == to {
+            return;
+        }
+        let from = std::mem::replace(&mut self.state, to);
+        self.since = cx.now;
+        if matches!(from, PeerState::Up | PeerState::Idle) {
+            self.trying_since = cx.now;
+        }
+        if from == PeerState::Up {
+            self.liveness.moved();
+            cx.timers.cancel(Timer::Probe(self.id()));
+            cx.timers.cancel(Timer::Mtu(self.id()));
+        }
+        if to == PeerState::Idle {
+            cx.timers.cancel(Timer::Attempt(self.id()));
+        }
+        cx.outputs.push_back(Output::StateChanged { peer: self.id(), from, to });
+    }
+
+    fn set_endpoint(&mut self, cx: &mut Context<'_>, endpoint: Option<Path>) {
+        if self.endpoint == endpoint && (endpoint.is_none() || self.pmtu.path() == endpoint) {
+            return;
+        }
+        if let Some(before) = self.endpoint {
+            self.left = Some((before, cx.now));
+        }
+        self.endpoint = endpoint;
+        self.liveness.moved();
+        *cx.table_changed = true;
+        if let Some(path) = endpoint {
+            self.pmtu.begin(path, cx.mtu);
+            cx.timers.set(Timer::Mtu(self.id()), cx.now);
+        }
+    }
+
+    fn initiate(&self, cx: &mut Context<'_>, mut to: Vec<Path>) {
+        to.truncate(limits::CANDIDATES);
+        to.retain(|path| self.may_send(cx, path));
+        if !to.is_empty() {
+            cx.outputs.push_back(Output::Handshake { peer: self.key(), to });
+        }
+    }
+
+    fn ping(&mut self, cx: &mut Context<'_>, to: Path, purpose: Purpose) {
+        if !self.may_send(cx, &to) {
+            return;
+        }
+        self.paths.checked(cx.now, to);
+        let sent = Sent { peer: self.id(), to, at: cx.now, purpose };
+        let transaction = cx.pings.sent(cx.rng, sent);
+        let size = match purpose {
+            Purpose::Size(size) => Some(size),
+            Purpose::Path | Purpose::Check | Purpose::Operator(_) => None,
+        };
+        cx.outputs.push_back(Output::Ping { peer: self.key(), to, transaction, size });
+    }
+
+    /// Whoever never answers gets only so much. The path in use is another matter: it has.
+    fn may_send(&self, cx: &mut Context<'_>, to: &Path) -> bool {
+        let free = self.path() == Some(*to) || cx.unanswered.take(cx.now, to.remote.ip());
+        cx.counters.probes_withheld += u64::from(!free);
+        free
+    }
+
+    /// Its candidates, as far as we may send there, the likeliest first.
+    fn candidates(&self, now: Instant, local: &Local) -> Vec<SocketAddr> {
+        let same_site = self.node.grant().site.is_some() && self.node.grant().site == local.site;
+        let rank = |c: &Candidate| {
+            let private = is_private(c.address().ip());
+            (if private { u8::from(!same_site) * 2 } else { 1 }, preference(c.kind()), c.address())
+        };
+        let published = self.node.record().candidates.iter();
+        let mut usable: Vec<_> =
+            published.filter(|c| local.may_send_to(c.address())).map(rank).collect();
+        let signalled = self.signalled.iter().filter(|(_, until)| now < **until);
+        usable.extend(signalled.map(|(address, _)| (3, 0, *address)));
+        usable.sort_unstable();
+        let mut addresses: Vec<SocketAddr> = Vec::with_capacity(usable.len());
+        for (_, _, address) in usable {
+            if !addresses.contains(&address) && local.may_send_to(address) {
+                addresses.push(address);
+            }
+        }
+        addresses
+    }
+
+    /// What a round tries: the last path, where it was heard from lately, every candidate from every
+    /// uplink.
+    fn targets(&self, cx: &Context<'_>) -> Vec<Path> {
+        let mut targets: Vec<Path> = self.endpoint.into_iter().collect();
+        let candidates = self.candidates(cx.now, cx.local);
+        let direct = candidates.iter().flat_map(|to| cx.local.paths_to(*to));
+        for to in self.paths.recent(cx.now).into_iter().chain(direct) {
+            if !targets.contains(&to) && cx.local.may_send_to(to.remote) {
+                targets.push(to);
+            }
+        }
+        targets.truncate(TARGETS);
+        targets
+    }
+
+    /// Whether rounds go on although it is up: the path is relayed, or was only the first to answer.
+    fn seeks_better(&self, cx: &Context<'_>) -> bool {
+        let Some(path) = self.path() else { return true };
+        if !cx.eager && !self.liveness.is_used(cx.now) {
+            return false;
+        }
+        path.is_relayed() || self.race.rounds() < 4 && self.paths_beside(cx, path)
+    }
+
+    fn paths_beside(&self, cx: &Context<'_>, path: Path) -> bool {
+        let tier = Tier::of(&path);
+        self.targets(cx).iter().any(|to| *to != path && Tier::of(to) <= tier)
+    }
+
+    /// Whether of the two nodes it is we who begin.
+    fn begins(&self, local: &Local) -> bool {
+        match (local.reachable(), reachable(&self.node.record().candidates)) {
+            (false, true) => true,
+            (true, false) => false,
+            _ => self.leads(local),
+        }
+    }
+
+    /// Whether of the two nodes it is we who move traffic to a better path.
+    fn leads(&self, local: &Local) -> bool {
+        local.key < Some(self.key())
+    }
+
+    /// Whether an idle path is pinged: in a small mesh always; else where a NAT of ours asks for it
+    /// and the peer is recent.
+    fn keeps(&self, cx: &Context<'_>) -> bool {
+        cx.eager || self.liveness.is_recent(cx.now) && !cx.local.reachable()
+    }
+}
+
+/// What an MTU means to the data plane: the largest inner packet, and whether to fragment.
+pub(crate) fn clamped(mtu: Option<u16>, link: u16) -> (u16, bool) {
+    match mtu {
+        None => (link, false),
+        Some(mtu) if mtu < INNER_MIN => (INNER_MIN, true),
+        Some(mtu) => (mtu.min(link), false),
+    }
+}
+
+/// Between four fifths and six fifths of it.
+pub(crate) fn jittered(rng: &mut StdRng, pause: Duration) -> Duration {
+    pause.mul_f64(rng.random_range(0.8..1.2))
+}

@@ -1,0 +1,182 @@
+//! The paths of one peer: what is known of each, and which is the best.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use towline_proto::limits;
+
+use crate::local::Local;
+use crate::path::Path;
+use crate::prefixes::is_private;
+use crate::rtt::Rtt;
+
+/// Paths that are remembered beside the candidates.
+const MORE: usize = 8;
+/// Channels of one peer that are remembered.
+const CHANNELS: usize = 4;
+/// How long something authentic from a path makes it worth a try.
+pub(super) const HEARD_FOR: Duration = Duration::from_secs(120);
+/// How long a pong shows that a path works.
+const WORKS_FOR: Duration = Duration::from_secs(15);
+/// Of two paths of one tier, the other one has to be faster by this much before traffic moves.
+const FASTER: Duration = Duration::from_millis(3);
+
+/// What is known of a path.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    pub(super) rtt: Rtt,
+    /// When something authentic came from there.
+    pub(super) heard: Option<Instant>,
+    /// When a pong came from there.
+    pub(super) answered: Option<Instant>,
+    pub(super) checked: Option<Instant>,
+    /// Pongs since it was last silent for long.
+    answers: u32,
+}
+
+/// How good a path is in kind, the best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Tier {
+    /// Over a network that both share.
+    Site,
+    /// Over the internet.
+    Direct,
+    /// Through a relay.
+    Relayed,
+}
+
+impl Tier {
+    pub(super) fn of(path: &Path) -> Self {
+        if path.is_relayed() {
+            Self::Relayed
+        } else if is_private(path.remote.ip()) {
+            Self::Site
+        } else {
+            Self::Direct
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Paths {
+    known: BTreeMap<Path, Known>,
+}
+
+impl Paths {
+    pub(super) fn get(&self, path: &Path) -> Option<&Known> {
+        self.known.get(path)
+    }
+
+    /// Something authentic came from there; forgets what was so long ago, but not `keep`.
+    pub(super) fn heard(&mut self, now: Instant, from: Path, keep: Option<Path>) -> &mut Known {
+        self.known.entry(from).or_default().heard = Some(now);
+        let kept = |path: &Path| *path == from || Some(*path) == keep;
+        let channels = self.known.keys().filter(|path| path.is_relayed()).count();
+        let many = self.known.len() > limits::CANDIDATES + MORE;
+        if many || channels > CHANNELS {
+            let oldest = self
+                .known
+                .iter()
+                .filter(|(path, _)| !kept(path) && (many || path.is_relayed()))
+                .min_by_key(|(_, known)| known.heard)
+                .map(|(path, _)| *path);
+            if let Some(oldest) = oldest {
+                self.known.remove(&oldest);
+            }
+        }
+        self.known.entry(from).or_default()
+    }
+
+    /// A pong came.
+    pub(super) fn answered(&mut self, now: Instant, path: Path, keep: Option<Path>, rtt: Duration) {
+        let known = self.heard(now, path, keep);
+        if known.answered.is_none_or(|at| now >= at + WORKS_FOR) {
+            known.answers = 0;
+            known.rtt = Rtt::default();
+        }
+        known.answers += 1;
+        known.answered = Some(now);
+        known.rtt.sample(rtt);
+    }
+
+    /// A ping goes out.
+    pub(super) fn checked(&mut self, now: Instant, path: Path) {
+        if let Some(known) = self.known.get_mut(&path) {
+            known.checked = Some(now);
+        }
+    }
+
+    /// A channel was opened: worth a try, though nothing came over it yet.
+    pub(super) fn opened(&mut self, now: Instant, path: Path, keep: Option<Path>) -> bool {
+        let new = !self.known.contains_key(&path);
+        self.heard(now, path, keep);
+        new
+    }
+
+    /// Forgets paths that begin at an uplink that is gone.
+    pub(super) fn retain_uplinks(&mut self, local: &Local) {
+        self.known.retain(|path, _| local.begins_here(path));
+    }
+
+    /// Paths from which something came lately, the latest first; relay channels are all there.
+    pub(super) fn recent(&self, now: Instant) -> Vec<Path> {
+        let heard = self.known.iter().filter_map(|(path, known)| {
+            let at = known.heard?;
+            (now < at + HEARD_FOR).then_some((at, *path))
+        });
+        let mut heard: Vec<_> = heard.collect();
+        heard.sort_unstable_by(|a, b| b.cmp(a));
+        heard.truncate(MORE);
+        heard.into_iter().map(|(_, path)| path).collect()
+    }
+
+    /// The best path that answered within `fresh`, other than `than`.
+    pub(super) fn best(&self, now: Instant, fresh: Duration, than: Option<Path>) -> Option<Path> {
+        self.known
+            .iter()
+            .filter(|(path, known)| Some(**path) != than && works(known, now, fresh))
+            .min_by_key(|(path, known)| (Tier::of(path), known.rtt.mean(), **path))
+            .map(|(path, _)| *path)
+    }
+
+    /// The path that traffic should move to from `current`, which works too: one of a better tier,
+    /// or a clearly faster one that has answered a few times.
+    pub(super) fn better(&self, now: Instant, current: Path) -> Option<Path> {
+        let other = self.best(now, WORKS_FOR, Some(current))?;
+        let (mine, known) = (self.known.get(&current), self.known.get(&other)?);
+        if Tier::of(&other) != Tier::of(&current) {
+            return (Tier::of(&other) < Tier::of(&current)).then_some(other);
+        }
+        let (now_rtt, then) = (mine.and_then(|mine| mine.rtt.mean())?, known.rtt.mean()?);
+        let faster = then + FASTER < now_rtt && then * 5 < now_rtt * 4;
+        (faster && known.answers >= 3).then_some(other)
+    }
+
+    /// Other paths of the best tiers that work: worth a ping now and then.
+    pub(super) fn alternatives(&self, now: Instant, current: Path) -> Vec<Path> {
+        let of_use = self.known.iter().filter(|(path, known)| {
+            **path != current
+                && Tier::of(path) <= Tier::of(&current)
+                && works(known, now, HEARD_FOR)
+        });
+        of_use.map(|(path, _)| *path).take(3).collect()
+    }
+
+    /// Whether any answered within the time that makes it worth a try.
+    pub(super) fn any_answered(&self, now: Instant) -> bool {
+        self.known.values().any(|known| works(known, now, HEARD_FOR))
+    }
+
+    pub(super) fn wait(&self, path: &Path) -> Duration {
+        self.known.get(path).map_or(Rtt::default().wait(), |known| known.rtt.wait())
+    }
+
+    pub(super) fn rtt(&self, path: &Path) -> Option<Duration> {
+        self.known.get(path)?.rtt.mean()
+    }
+}
+
+fn works(known: &Known, now: Instant, fresh: Duration) -> bool {
+    known.answered.is_some_and(|at| now < at + fresh)
+}

@@ -1,0 +1,346 @@
+//! Every pair of networks that a node may stand in, on the simulator: a path is found, in time, and
+//! of the best kind that the two allow.
+
+#![allow(clippy::unwrap_used)] // helpers of tests may panic too: a panic is the report
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use towline_core::mesh::PeerState;
+use towline_tests::sim::Sim;
+use towline_tests::sim::nat::{Behaviour, Nat};
+use towline_tests::sim::net::{Conditions, HostId, INTERNET, RealmId, Uplink};
+
+/// The lab's bare links.
+const BARE: Conditions =
+    Conditions { latency: Duration::from_millis(1), jitter: Duration::ZERO, loss: 0.0 };
+/// 40 ms there and back, and one datagram in a hundred lost.
+const FAR: Conditions =
+    Conditions { latency: Duration::from_millis(10), jitter: Duration::from_millis(2), loss: 0.01 };
+/// One in five lost, and out of order.
+const AWFUL: Conditions =
+    Conditions { latency: Duration::from_millis(10), jitter: Duration::from_millis(30), loss: 0.2 };
+
+/// Where a node stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Open,
+    FullCone,
+    Restricted,
+    PortRestricted,
+    Symmetric,
+    SymmetricRandom,
+    /// A home router behind the carrier's.
+    Carrier,
+    Blocked,
+}
+
+const PLACES: [Place; 8] = [
+    Place::Open,
+    Place::FullCone,
+    Place::Restricted,
+    Place::PortRestricted,
+    Place::Symmetric,
+    Place::SymmetricRandom,
+    Place::Carrier,
+    Place::Blocked,
+];
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    V4,
+    V6,
+    Dual,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Direct,
+    Relay,
+    None,
+}
+
+/// The best that two places allow.
+fn expected(a: Place, b: Place, family: Family) -> Kind {
+    use Place::{Blocked, Carrier, PortRestricted, Symmetric, SymmetricRandom};
+    let symmetric = |place| matches!(place, Symmetric | SymmetricRandom);
+    let strict = |place| symmetric(place) || matches!(place, PortRestricted | Carrier);
+    if a == Blocked || b == Blocked {
+        Kind::None
+    } else if family == Family::V4 && (symmetric(a) && strict(b) || symmetric(b) && strict(a)) {
+        Kind::Relay
+    } else {
+        // Over IPv6 a NAT is a firewall: addresses stay, so both sides can be told.
+        Kind::Direct
+    }
+}
+
+fn behaviour(place: Place) -> Behaviour {
+    match place {
+        Place::Open | Place::FullCone => Behaviour::FULL_CONE,
+        Place::Restricted => Behaviour::RESTRICTED,
+        Place::PortRestricted | Place::Carrier | Place::Blocked => Behaviour::PORT_RESTRICTED,
+        Place::Symmetric => Behaviour::SYMMETRIC,
+        Place::SymmetricRandom => Behaviour::SYMMETRIC_RANDOM,
+    }
+}
+
+fn uplink(place: Place, family: Family, external: IpAddr) -> Uplink {
+    let nat = match family {
+        Family::V6 => Nat::firewall(behaviour(place)),
+        Family::V4 | Family::Dual => Nat::new(behaviour(place), external),
+    };
+    Uplink { nat, blocks_udp: place == Place::Blocked }
+}
+
+/// A host in its place; `n` makes its addresses.
+fn stand(sim: &mut Sim, place: Place, family: Family, n: u8) -> HostId {
+    let v4 = family != Family::V6;
+    let v6 = family != Family::V4;
+    let public: [IpAddr; 2] =
+        [[203, 0, 113, n].into(), format!("2001:db8:{n}::1").parse().unwrap()];
+    let private: [IpAddr; 2] =
+        [[192, 168, n, 2].into(), format!("2001:db8:{n}::2").parse().unwrap()];
+    let of_family = |addresses: [IpAddr; 2], realm: RealmId| {
+        let [four, six] = addresses;
+        let mut list = Vec::new();
+        if v4 {
+            list.push((realm, four));
+        }
+        if v6 {
+            list.push((realm, six));
+        }
+        list
+    };
+    if place == Place::Open {
+        return sim.add_host(&of_family(public, INTERNET));
+    }
+    let mut outer = INTERNET;
+    let mut external = public[0];
+    if place == Place::Carrier {
+        let carrier = v4.then(|| uplink(place, Family::V4, public[0]));
+        // A carrier translates IPv4 alone.
+        let open =
+            v6.then(|| Uplink { nat: Nat::firewall(Behaviour::FULL_CONE), blocks_udp: false });
+        outer = sim.net.add_realm(INTERNET, carrier, open);
+        external = [100, 64, n, 1].into();
+    }
+    let four = v4.then(|| uplink(place, Family::V4, external));
+    let six = v6.then(|| uplink(place, Family::V6, external));
+    let realm = sim.net.add_realm(outer, four, six);
+    sim.add_host(&of_family(private, realm))
+}
+
+/// A world with two relays, and the two hosts of a pair, up and known to each other.
+struct Pair {
+    sim: Sim,
+    relays: [HostId; 2],
+    a: HostId,
+    b: HostId,
+}
+
+impl Pair {
+    fn new(seed: u64, conditions: Conditions, a: (Place, Family), b: (Place, Family)) -> Self {
+        let mut sim = Sim::new(seed, conditions);
+        let relays = [200, 201].map(|n| {
+            let relay = stand(&mut sim, Place::Open, Family::Dual, n);
+            sim.hosts[relay].relay = true;
+            sim.start(relay);
+            relay
+        });
+        let first = stand(&mut sim, a.0, a.1, 1);
+        let second = stand(&mut sim, b.0, b.1, 2);
+        Self { sim, relays, a: first, b: second }
+    }
+
+    /// Starts `a`, and `b` a moment later: from when both hold the other's record, how long the
+    /// first inner packet takes to be answered, if it is.
+    fn first_packet(&mut self) -> Option<Duration> {
+        self.sim.run(Duration::from_secs(2));
+        self.sim.start(self.a);
+        self.sim.run(Duration::from_secs(2));
+        self.sim.start(self.b);
+        let (a, b) = (self.a, self.b);
+        let knows =
+            |sim: &Sim, x: HostId, y: HostId| sim.hosts[x].peer_state(sim.hosts[y].id()).is_some();
+        assert!(
+            self.sim.run_until(Duration::from_secs(5), |sim| knows(sim, a, b) && knows(sim, b, a))
+        );
+        self.answered_within(Duration::from_secs(10))
+    }
+
+    /// Sends inner packets from `a` until one is answered; how long that took.
+    fn answered_within(&mut self, time: Duration) -> Option<Duration> {
+        let (since, a) = (self.sim.elapsed(), self.a);
+        let mut packets = Vec::new();
+        while self.sim.elapsed() < since + time {
+            packets.push(self.sim.send_inner(a, self.b));
+            let any = |sim: &Sim| packets.iter().any(|packet| sim.replied(a, *packet));
+            if self.sim.run_until(Duration::from_millis(50), any) {
+                return Some(self.sim.elapsed() - since);
+            }
+        }
+        None
+    }
+
+    /// Inner packets each way every 100 ms for `time`; how long the longest gap was at `a`.
+    fn traffic(&mut self, time: Duration) -> Duration {
+        let end = self.sim.elapsed() + time;
+        let (mut gap, mut last) = (Duration::ZERO, self.sim.elapsed());
+        let mut sent = std::collections::VecDeque::new();
+        while self.sim.elapsed() < end {
+            sent.push_back(self.sim.send_inner(self.a, self.b));
+            self.sim.run(Duration::from_millis(50));
+            self.sim.send_inner(self.b, self.a);
+            self.sim.run(Duration::from_millis(50));
+            let newest = sent.iter().rposition(|packet| self.sim.replied(self.a, *packet));
+            if let Some(newest) = newest {
+                sent.drain(..=newest);
+                last = self.sim.elapsed();
+            }
+            gap = gap.max(self.sim.elapsed() - last);
+        }
+        gap
+    }
+
+    fn kind(&self, from: HostId, to: HostId) -> Kind {
+        let mesh = &self.sim.hosts[from].agent.as_ref().unwrap().mesh;
+        match mesh.peer(self.sim.hosts[to].id()).unwrap().path {
+            None => Kind::None,
+            Some(path) if path.is_relayed() => Kind::Relay,
+            Some(_) => Kind::Direct,
+        }
+    }
+
+    fn kinds(&self) -> [Kind; 2] {
+        [self.kind(self.a, self.b), self.kind(self.b, self.a)]
+    }
+}
+
+fn grid(conditions: Conditions, median: Duration, worst: Duration, settled: Duration) {
+    let mut times = Vec::new();
+    let mut failed = Vec::new();
+    let mut seed = 0;
+    for family in [Family::V4, Family::V6, Family::Dual] {
+        for (i, a) in PLACES.into_iter().enumerate() {
+            for b in PLACES.into_iter().skip(i) {
+                seed += 1;
+                let mut pair = Pair::new(seed, conditions, (a, family), (b, family));
+                let first = pair.first_packet();
+                let expected = expected(a, b, family);
+                if expected == Kind::None {
+                    pair.sim.run(Duration::from_secs(30));
+                    if first.is_some() || !pair.blocked_says_so(a, b) {
+                        failed.push(format!("{a:?} {b:?} {family:?}: blocked, {first:?}"));
+                    }
+                    continue;
+                }
+                let good = |kinds| kinds == [expected; 2] || kinds == [Kind::Direct; 2];
+                let settled = pair.sim.elapsed() + settled;
+                while !good(pair.kinds()) && pair.sim.elapsed() < settled {
+                    pair.traffic(Duration::from_millis(500));
+                }
+                let kinds = pair.kinds();
+                let best = good(kinds);
+                if first.is_none_or(|first| first > worst) || !best {
+                    failed.push(format!(
+                        "{a:?} {b:?} {family:?}: {first:?} {kinds:?}, expected {expected:?}"
+                    ));
+                }
+                times.extend(first);
+            }
+        }
+    }
+    times.sort_unstable();
+    println!(
+        "{} pairs, median {:?}, 90 % {:?}, worst {:?}",
+        times.len(),
+        times[times.len() / 2],
+        times[times.len() * 9 / 10],
+        times.last()
+    );
+    assert!(failed.is_empty(), "{}\n{failed:#?}", failed.len());
+    assert!(times[times.len() / 2] < median);
+}
+
+impl Pair {
+    fn blocked_says_so(&self, a: Place, b: Place) -> bool {
+        let blocked = if a == Place::Blocked { self.a } else { self.b };
+        let other = if blocked == self.a { self.b } else { self.a };
+        let _ = b;
+        let mesh = &self.sim.hosts[blocked].agent.as_ref().unwrap().mesh;
+        let status = mesh.peer(self.sim.hosts[other].id()).unwrap();
+        status.state == PeerState::Down && status.reason.contains("firewall")
+    }
+}
+
+#[test]
+fn every_pair_connects_at_once_on_bare_links_by_the_best_path_that_there_is() {
+    grid(BARE, Duration::from_millis(150), Duration::from_secs(2), Duration::from_secs(5));
+}
+
+#[test]
+fn every_pair_connects_within_half_a_second_over_far_links_that_lose() {
+    grid(FAR, Duration::from_millis(500), Duration::from_secs(2), Duration::from_secs(5));
+}
+
+#[test]
+fn every_pair_connects_though_one_in_five_datagrams_is_lost() {
+    grid(AWFUL, Duration::from_secs(2), Duration::from_secs(10), Duration::from_secs(20));
+}
+
+#[test]
+fn a_dead_direction_or_a_forgotten_nat_costs_less_than_three_seconds() {
+    for (n, what) in ["in", "out", "flush", "relay"].into_iter().enumerate() {
+        let (place, family) = (Place::PortRestricted, Family::V4);
+        let other = if what == "relay" { Place::Symmetric } else { place };
+        let mut pair = Pair::new(50 + n as u64, FAR, (place, family), (other, family));
+        pair.first_packet().unwrap();
+        pair.traffic(Duration::from_secs(8));
+        let (a, b) = (pair.a, pair.b);
+        match what {
+            "in" => drop(pair.sim.net.cuts.insert((b, a))),
+            "out" => drop(pair.sim.net.cuts.insert((a, b))),
+            "flush" => pair.sim.net.flush_nats(),
+            _ => {
+                let mesh = &pair.sim.hosts[a].agent.as_ref().unwrap().mesh;
+                let relay = mesh.peer(pair.sim.hosts[b].id()).unwrap().relay.unwrap();
+                let used = pair.relays.into_iter().find(|r| pair.sim.hosts[*r].grant.name == relay);
+                pair.sim.stop(used.unwrap());
+            }
+        }
+        let gap = pair.traffic(Duration::from_secs(8));
+        println!("{what}: {gap:?}");
+        assert!(gap < Duration::from_secs(3), "{what}: {gap:?}");
+    }
+}
+
+#[test]
+fn another_address_is_told_at_once() {
+    for controller in [true, false] {
+        let (place, family) = (Place::PortRestricted, Family::V4);
+        let mut pair = Pair::new(60, FAR, (Place::Open, family), (place, family));
+        pair.first_packet().unwrap();
+        pair.traffic(Duration::from_secs(5));
+        pair.sim.set_controller(controller);
+        pair.sim.readdress(pair.a, &[(INTERNET, [203, 0, 113, 99].into())]);
+        let gap = pair.traffic(Duration::from_secs(5));
+        println!("controller {controller}: {gap:?}");
+        assert!(gap < Duration::from_secs(1), "{gap:?}");
+    }
+}
+
+#[test]
+fn an_idle_pair_behind_nats_is_woken_also_while_the_controller_is_away() {
+    for (n, other) in [Place::PortRestricted, Place::Symmetric].into_iter().enumerate() {
+        let family = Family::V4;
+        let mut pair =
+            Pair::new(70 + n as u64, FAR, (Place::PortRestricted, family), (other, family));
+        pair.first_packet().unwrap();
+        pair.sim.set_controller(false);
+        pair.sim.run(Duration::from_secs(1_800));
+        let woken = pair.answered_within(Duration::from_secs(3));
+        println!("{other:?}: woken in {woken:?}");
+        assert!(woken.is_some());
+    }
+}
