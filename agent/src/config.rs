@@ -42,6 +42,8 @@ pub struct Config {
     pub offloads: Offloads,
     /// How to reach the controllers.
     pub controller: ControllerConfig,
+    /// What is taken from Kubernetes.
+    pub kubernetes: KubernetesConfig,
     /// WireGuard peers that are in no mesh, each as `[[peer]]`.
     #[serde(rename = "peer", skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<PeerConfig>,
@@ -153,6 +155,43 @@ impl Default for RelayConfig {
     }
 }
 
+/// What is taken from Kubernetes, with the kubelet's own credentials.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KubernetesConfig {
+    /// The kubelet's kubeconfig. Empty: where kubeadm or k3s put it.
+    pub kubeconfig: PathBuf,
+    /// Whether the node's pod networks are announced.
+    pub announce_pods: AnnouncePods,
+    /// Where the CNI is configured. Empty: the usual places.
+    pub cni_dir: PathBuf,
+}
+
+/// Whether the node's pod networks are announced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AnnouncePods {
+    /// Where the CNI routes them natively.
+    #[default]
+    Auto,
+    /// Whatever the CNI does.
+    Always,
+    /// Not at all.
+    Never,
+}
+
+impl KubernetesConfig {
+    /// The kubeconfig, when one is named.
+    pub fn kubeconfig(&self) -> Option<&Path> {
+        Some(self.kubeconfig.as_path()).filter(|path| !path.as_os_str().is_empty())
+    }
+
+    /// The CNI's directory, when one is named.
+    pub fn cni_dir(&self) -> Option<&Path> {
+        Some(self.cni_dir.as_path()).filter(|path| !path.as_os_str().is_empty())
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -166,6 +205,7 @@ impl Default for Config {
             controller: ControllerConfig::default(),
             peers: Vec::new(),
             relay: RelayConfig::default(),
+            kubernetes: KubernetesConfig::default(),
         }
     }
 }

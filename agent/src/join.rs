@@ -69,6 +69,26 @@ pub enum JoinError {
     },
 }
 
+impl JoinError {
+    /// Whether the same token may do better later: nobody answered, or the clock is not set yet.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Dial(error) => !matches!(error, DialError::WrongCa { .. }),
+            Self::Refused(status) => matches!(
+                status.code(),
+                tonic::Code::Unavailable
+                    | tonic::Code::Unknown
+                    | tonic::Code::Cancelled
+                    | tonic::Code::DeadlineExceeded
+                    | tonic::Code::ResourceExhausted
+                    | tonic::Code::Internal
+            ),
+            Self::Clock { .. } => true,
+            _ => false,
+        }
+    }
+}
+
 /// How a join ended.
 #[derive(Debug)]
 pub enum Joined {

@@ -352,6 +352,16 @@ impl StateDir {
         self.replace("prefixes.json", &json)
     }
 
+    /// The last good word of Kubernetes, as it was stored.
+    pub fn kubernetes(&self) -> Result<Option<Vec<u8>>, StateError> {
+        self.read("kubernetes.json")
+    }
+
+    /// Keeps the last good word of Kubernetes.
+    pub fn store_kubernetes(&self, encoded: &[u8]) -> Result<(), StateError> {
+        self.replace("kubernetes.json", encoded)
+    }
+
     /// Forgets the membership, the certificate and the map, and the keys with them: the next join
     /// is another node's.
     pub fn forget(&self) -> Result<(), StateError> {
@@ -362,6 +372,7 @@ impl StateDir {
             "map.bin",
             "prefixes.json",
             "counters.json",
+            "kubernetes.json",
             "wireguard.key",
             "identity.key",
         ] {

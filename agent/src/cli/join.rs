@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use towline_proto::id::NodeName;
-use towline_proto::token::JoinToken;
 
 use super::local::runtime;
 use super::output::{self, Format};
@@ -26,9 +25,34 @@ pub(super) struct JoinArgs {
     /// This node's name, a DNS label [default: the host name up to its first dot]
     #[arg(long, env = "TOWLINE_NAME")]
     name: Option<String>,
+    /// Make this machine a node that comes back by itself: write the configuration and the units,
+    /// join, start the agent, wait until the mesh is up, and print the node's address
+    #[arg(long)]
+    install: bool,
+    #[command(flatten)]
+    how: super::install::InstallArgs,
     /// How to write what is found
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
+}
+
+impl JoinArgs {
+    /// Whether the machine is to be set up, too.
+    pub(super) fn install(&self) -> bool {
+        self.install
+    }
+
+    /// What [`super::install`] needs.
+    pub(super) fn parts(self) -> (Source, Option<String>, super::install::InstallArgs, Format) {
+        (Source { argument: self.token, file: self.token_file }, self.name, self.how, self.output)
+    }
+}
+
+/// Where the token is.
+#[derive(Debug)]
+pub(super) struct Source {
+    argument: Option<String>,
+    file: Option<PathBuf>,
 }
 
 #[derive(serde::Serialize)]
@@ -47,7 +71,8 @@ pub(super) fn run(config: &Config, args: JoinArgs) -> anyhow::Result<()> {
         // A member needs no token to be told that it is one.
         Some(membership) if membership.grant.name == name => Joined::Already(membership),
         _ => {
-            let token = token(args.token, args.token_file)?;
+            let source = Source { argument: args.token, file: args.token_file };
+            let token = source.read()?.parse()?;
             runtime()?.block_on(join(&state, &token, &name, config.routing.mark))?
         }
     };
@@ -74,36 +99,40 @@ pub(super) fn run(config: &Config, args: JoinArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// From the argument, the file, the environment, or standard input, in this order.
-fn token(argument: Option<String>, file: Option<PathBuf>) -> anyhow::Result<JoinToken> {
-    if let Some(text) = argument {
-        eprintln!(
-            "warning: a token on the command line can be read by other users; prefer --token-file"
-        );
-        return Ok(text.parse()?);
+impl Source {
+    /// From the argument, the file, the environment, or standard input, in this order.
+    pub(super) fn read(self) -> anyhow::Result<String> {
+        if let Some(text) = self.argument {
+            eprintln!(
+                "warning: a token on the command line can be read by other users; prefer --token-file"
+            );
+            return Ok(text);
+        }
+        if let Some(path) = self.file.filter(|path| path.as_os_str() != "-") {
+            return std::fs::read_to_string(&path)
+                .with_context(|| format!("cannot read the token from {}", path.display()));
+        }
+        // Not through clap, which would show the variable's value in its help.
+        if let Ok(text) = std::env::var("TOWLINE_TOKEN") {
+            return Ok(text);
+        }
+        if std::io::IsTerminal::is_terminal(&std::io::stdin()) {
+            bail!(
+                "no token: give --token-file FILE, set TOWLINE_TOKEN, or write it to standard input"
+            );
+        }
+        let mut text = String::new();
+        // A token is a few hundred bytes; the bound keeps a wrong file from filling the memory.
+        std::io::stdin()
+            .take(64 * 1024)
+            .read_to_string(&mut text)
+            .context("cannot read the token from standard input")?;
+        Ok(text)
     }
-    if let Some(path) = file.filter(|path| path.as_os_str() != "-") {
-        let text = std::fs::read_to_string(&path)
-            .with_context(|| format!("cannot read the token from {}", path.display()))?;
-        return Ok(text.parse()?);
-    }
-    // Not through clap, which would show the variable's value in its help.
-    if let Ok(text) = std::env::var("TOWLINE_TOKEN") {
-        return Ok(text.parse()?);
-    }
-    if std::io::IsTerminal::is_terminal(&std::io::stdin()) {
-        bail!("no token: give --token-file FILE, set TOWLINE_TOKEN, or write it to standard input");
-    }
-    let mut text = String::new();
-    // A token is a few hundred bytes; the bound keeps a wrong file from filling the memory.
-    std::io::stdin()
-        .take(64 * 1024)
-        .read_to_string(&mut text)
-        .context("cannot read the token from standard input")?;
-    Ok(text.parse()?)
 }
 
-fn name(given: Option<String>) -> anyhow::Result<NodeName> {
+/// The given name, else the host's.
+pub(super) fn name(given: Option<String>) -> anyhow::Result<NodeName> {
     if let Some(name) = given {
         return Ok(name.parse()?);
     }

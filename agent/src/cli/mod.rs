@@ -5,12 +5,14 @@
 
 mod daemon;
 mod guard;
+mod install;
 mod join;
 mod local;
 mod output;
 mod peers;
 mod ping;
 mod status;
+mod wait;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -52,6 +54,8 @@ enum Command {
     Agent,
     /// Relay for nodes that have no direct path, and nothing else: no link, no routes
     Relay,
+    /// Wait until the mesh is up
+    Wait(wait::WaitArgs),
     /// Show how this node stands
     Status(OutputArgs),
     /// Show every peer: state, path, round-trip time, traffic
@@ -114,6 +118,7 @@ pub fn run() -> ExitCode {
 fn dispatch(cli: Cli) -> anyhow::Result<()> {
     let config = || load(&cli.global);
     match cli.command {
+        Command::Join(args) if args.install() => install::run(&cli.global, args),
         Command::Join(args) => join::run(&config()?, args),
         Command::Agent => daemon::run(load(&cli.global)?, cli.global.config, Purpose::Node),
         Command::Relay => {
@@ -121,6 +126,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             config.relay.enabled = true;
             daemon::run(config, cli.global.config, Purpose::Relay)
         }
+        Command::Wait(args) => wait::run(&config()?, &args),
         Command::Status(args) => status::run(&config()?, args.output),
         Command::Peers(args) => peers::run(&config()?, args.output),
         Command::Pubkey => daemon::pubkey(&config()?),

@@ -25,6 +25,7 @@ struct Status {
     mtu: u32,
     candidates: Vec<Candidate>,
     controller: Option<Controller>,
+    kubernetes: Option<Kubernetes>,
     peers_up: u32,
     peers_total: u32,
     certificate_expires_at: Option<String>,
@@ -40,6 +41,16 @@ struct Controller {
     revision: u64,
     last_heard_ms: Option<u64>,
     reason: String,
+}
+
+#[derive(Serialize)]
+struct Kubernetes {
+    connected: bool,
+    reason: String,
+    node: String,
+    node_ips: Vec<String>,
+    pod_networks: Vec<String>,
+    cni: String,
 }
 
 #[derive(Serialize)]
@@ -76,6 +87,14 @@ impl From<pb::StatusResponse> for Status {
                 revision: controller.revision,
                 last_heard_ms: controller.last_heard_ms,
                 reason: controller.reason,
+            }),
+            kubernetes: status.kubernetes.map(|kubernetes| Kubernetes {
+                connected: kubernetes.connected,
+                reason: kubernetes.reason,
+                node: kubernetes.node,
+                node_ips: kubernetes.node_ips,
+                pod_networks: kubernetes.pod_networks,
+                cni: kubernetes.cni,
             }),
             peers_up: status.peers_up,
             peers_total: status.peers_total,
@@ -129,6 +148,22 @@ fn text(status: &Status, wide: bool) -> String {
                 (false, None) => format!("not connected: {}", controller.reason),
             },
         );
+    }
+    if let Some(kubernetes) = &status.kubernetes {
+        let node = output::or_dash(Some(kubernetes.node.clone()));
+        let pods = output::or_dash(Some(kubernetes.pod_networks.join("  ")));
+        line(
+            "kubernetes",
+            match kubernetes.connected {
+                true => format!("node {node}, pods {pods}"),
+                false => {
+                    format!("node {node}, pods {pods}; not connected: {}", kubernetes.reason)
+                }
+            },
+        );
+        if !kubernetes.cni.is_empty() {
+            line("cni", kubernetes.cni.clone());
+        }
     }
     line("peers", format!("{} up of {}", status.peers_up, status.peers_total));
     if status.controller.is_some() {

@@ -10,6 +10,7 @@
 //! Every input carries the time; after each, the outputs are drained and the one deadline is armed
 //! again. The task never waits for any of its neighbours.
 
+mod cluster;
 mod host;
 mod paths;
 mod report;
@@ -38,8 +39,10 @@ use crate::dataplane::{self, DataPlane, Relay};
 use crate::discovery::{self, Announcement, Discovery};
 use crate::host::HostEvent;
 use crate::join;
+use crate::kubernetes;
 use crate::map_cache::MapCache;
 use crate::node_ip::NodeIps;
+use crate::notify::Notifier;
 use crate::prefixes::{Feed, PrefixSource, PrefixUpdate, Prefixes, Selection};
 use crate::probe::ProbeKeys;
 use crate::state::{CachedPrefixes, Keys, Membership, StateDir};
@@ -111,6 +114,8 @@ struct Daemon {
     node_ips: Vec<IpAddr>,
     announced: Selection,
     remembered: watch::Sender<CachedPrefixes>,
+    /// What was last taken from `inputs.kubernetes`.
+    kubernetes: kubernetes::View,
     /// To be cloned for every task that is a source of prefixes.
     _prefix_feed: Feed,
     announcements: watch::Sender<Option<Announcement>>,
@@ -131,6 +136,7 @@ struct Inputs {
     discovery: mpsc::Receiver<discovery::Event>,
     control: mpsc::Receiver<Request>,
     prefixes: mpsc::Receiver<PrefixUpdate>,
+    kubernetes: watch::Receiver<kubernetes::View>,
 }
 
 /// What is known of the controller.
@@ -215,6 +221,13 @@ impl Daemon {
             }
             _ => None,
         };
+        let kubernetes = kubernetes::start(kubernetes::Setup {
+            config: config.kubernetes.clone(),
+            link: config.link.name.clone(),
+            mtu: config.link.mtu,
+            state: state.clone(),
+            credentials_period: kubernetes::CREDENTIALS_PERIOD,
+        });
 
         tracing::info!(
             node = membership.as_ref().map(|m| tracing::field::display(&m.grant.name)),
@@ -246,6 +259,7 @@ impl Daemon {
             node_ips: Vec::new(),
             announced: Selection::default(),
             remembered,
+            kubernetes: kubernetes::View::default(),
             _prefix_feed: prefix_feed,
             announcements,
             commands,
@@ -262,6 +276,7 @@ impl Daemon {
                 discovery: discovery_events,
                 control: control_requests,
                 prefixes: prefix_updates,
+                kubernetes,
             },
         })
     }
@@ -270,17 +285,29 @@ impl Daemon {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
+        let notifier = Notifier::from_environment();
+        let mut alive_at = notifier.period().map(|_| Instant::now());
         self.configured_prefixes();
+        self.kubernetes_changed();
         self.prefixes_changed();
         self.addresses_changed();
+        self.drain();
+        // Link, routes and guards stand: what waits for us may begin.
+        notifier.ready();
         let exit = loop {
             self.drain();
+            // Here and nowhere else: a task that hangs is missed.
+            if alive_at.is_some_and(|at| at <= Instant::now()) {
+                notifier.alive();
+                alive_at = notifier.period().map(|period| Instant::now() + period);
+            }
             let deadline = self.mesh.poll_timeout().map(|(at, _reason)| at);
             let wake = tokio::time::sleep_until(
                 deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600)).into(),
             );
             tokio::select! {
                 () = wake, if deadline.is_some() => self.mesh.handle_timeout(Instant::now()),
+                () = at(alive_at) => {}
                 Some(event) = self.inputs.data_plane.recv() => self.data_plane_event(event)?,
                 Some(event) = self.inputs.discovery.recv() => self.discovery_event(event),
                 event = self.host.next() => match event {
@@ -288,6 +315,7 @@ impl Daemon {
                     HostEvent::OursChanged => self.host.put_back(),
                 },
                 Some(update) = self.inputs.prefixes.recv() => self.prefix_update(update),
+                Ok(()) = self.inputs.kubernetes.changed() => self.kubernetes_changed(),
                 Some(request) = self.inputs.control.recv() => {
                     if let Some(exit) = self.control_request(request).await {
                         break exit;
@@ -298,6 +326,7 @@ impl Daemon {
                 _ = hangup.recv() => self.reload(),
             }
         };
+        notifier.stopping();
         self.data_plane.stop();
         tracing::info!(?exit, "agent stopped");
         Ok(())
@@ -441,6 +470,7 @@ impl Daemon {
                     membership.grant = (*grant).clone();
                 }
                 self.mesh.set_grant(now, *grant);
+                self.kubernetes_changed();
                 self.prefixes_changed();
             }
             discovery::Event::Published(result) => self.published = result,
@@ -678,6 +708,13 @@ impl Daemon {
 fn note_node(nodes: &mut HashMap<WireguardKey, NodeId>, change: &MapChange) {
     if let MapChange::Upsert(node) = change {
         nodes.insert(node.wireguard_key(), node.id());
+    }
+}
+
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time.into()).await,
+        None => std::future::pending().await,
     }
 }
 

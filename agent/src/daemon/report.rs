@@ -51,6 +51,7 @@ impl Daemon {
                 last_heard_ms: self.controller.last_heard.map(|at| millis(at.elapsed())),
                 reason: self.controller.reason.clone(),
             }),
+            kubernetes: self.kubernetes_status(),
             peers_up: up,
             peers_total: total,
             certificate_expires_at: self.certificate_expires_at,
@@ -98,6 +99,7 @@ impl Daemon {
         }
         problems.extend(self.host.problems().iter().cloned());
         problems.extend(self.announced.problems.iter().cloned());
+        problems.extend(self.kubernetes_problems());
         problems.extend(self.mesh.static_peers().flat_map(|peer| {
             let name = peer.name;
             peer.conflicts.into_iter().map(move |why| format!("static peer {name}: {why}"))

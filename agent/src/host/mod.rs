@@ -37,6 +37,7 @@ pub use candidates::{CandidatePolicy, candidates};
 pub use problem::{ApplyError, Problem};
 pub use state::Names;
 use state::{Foreign, State};
+pub(crate) use watch::register;
 pub use watch::{HostEvent, Watch};
 
 /// The number that our routes and rules carry as their maker (`RTPROT_*`): "T".

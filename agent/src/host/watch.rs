@@ -141,7 +141,7 @@ fn drain(
     }
 }
 
-fn register(monitor: Monitor) -> Result<AsyncFd<Monitor>, NetlinkError> {
+pub(crate) fn register(monitor: Monitor) -> Result<AsyncFd<Monitor>, NetlinkError> {
     // SAFETY: a monitor owns its socket, names the same one always, and closes it when dropped.
     let registered = unsafe { AsyncFd::register_with_interest(monitor, Interest::READABLE) };
     registered.map_err(|error| wait_failed(error.into()))

@@ -1,0 +1,114 @@
+//! `towline wait`: for scripts and units that must not begin before the mesh is up.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use clap::Args;
+use towline_proto::pb;
+
+use super::local::{said, with_agent};
+use crate::config::Config;
+
+#[derive(Debug, Args)]
+pub(super) struct WaitArgs {
+    /// Give up after this many seconds; 0: never
+    #[arg(long, default_value_t = 120, value_name = "SECONDS")]
+    timeout: u64,
+    /// Wait until this node is reached, too (can be repeated)
+    #[arg(long, value_name = "NODE")]
+    peer: Vec<String>,
+}
+
+/// Between two looks: the agent is on this machine.
+const PERIOD: Duration = Duration::from_millis(100);
+
+pub(super) fn run(config: &Config, args: &WaitArgs) -> anyhow::Result<()> {
+    let limit = (args.timeout > 0).then(|| Duration::from_secs(args.timeout));
+    until_up(&config.socket, &args.peer, limit)?;
+    eprintln!("the mesh is up");
+    Ok(())
+}
+
+/// Waits until the mesh is up: the agent runs, and reaches another node, or is the first of its
+/// mesh and has heard so from a controller; and reaches each of `peers`.
+pub(super) fn until_up(
+    socket: &Path,
+    peers: &[String],
+    limit: Option<Duration>,
+) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    loop {
+        let missing = match look(socket, peers) {
+            Ok(None) => return Ok(()),
+            Ok(Some(missing)) => missing,
+            Err(error) => format!("{error:#}"),
+        };
+        if limit.is_some_and(|limit| begun.elapsed() >= limit) {
+            bail!("the mesh is not up after {} s: {missing}", begun.elapsed().as_secs());
+        }
+        std::thread::sleep(PERIOD);
+    }
+}
+
+/// What is missing.
+fn look(socket: &Path, wanted: &[String]) -> anyhow::Result<Option<String>> {
+    with_agent(socket, async |mut agent| {
+        let status = agent.status(pb::StatusRequest {}).await.map_err(|status| said(&status))?;
+        let peers = agent.peers(pb::PeersRequest {}).await.map_err(|status| said(&status))?;
+        Ok(missing(&status.into_inner(), &peers.into_inner().peers, wanted))
+    })
+}
+
+fn missing(
+    status: &pb::StatusResponse,
+    peers: &[pb::PeerStatus],
+    wanted: &[String],
+) -> Option<String> {
+    let up = |peer: &pb::PeerStatus| peer.state == "up";
+    for name in wanted {
+        match peers.iter().find(|peer| peer.name == *name) {
+            Some(peer) if up(peer) => {}
+            Some(peer) => return Some(format!("{name} is {}: {}", peer.state, peer.reason)),
+            None => return Some(format!("no node is named {name}")),
+        }
+    }
+    let controller = status.controller.as_ref();
+    match peers.first() {
+        _ if peers.iter().any(up) => None,
+        Some(peer) => {
+            Some(format!("no peer is up; {} is {}: {}", peer.name, peer.state, peer.reason))
+        }
+        None if controller.is_some_and(|controller| controller.connected) => None,
+        None => Some(format!(
+            "no peer is known and no controller answers: {}",
+            controller.map_or("none is configured", |controller| controller.reason.as_str())
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(name: &str, state: &str) -> pb::PeerStatus {
+        pb::PeerStatus { name: name.into(), state: state.into(), ..Default::default() }
+    }
+
+    fn status(connected: bool) -> pb::StatusResponse {
+        let controller = pb::ControllerStatus { connected, ..Default::default() };
+        pb::StatusResponse { controller: Some(controller), ..Default::default() }
+    }
+
+    #[test]
+    fn up_means_a_peer_or_being_the_first() {
+        assert_eq!(missing(&status(true), &[], &[]), None);
+        assert!(missing(&status(false), &[], &[]).is_some());
+        let peers = [peer("a", "down"), peer("b", "up")];
+        assert_eq!(missing(&status(false), &peers, &[]), None);
+        assert!(missing(&status(true), &peers[..1], &[]).unwrap().contains("a is down"));
+        assert!(missing(&status(true), &peers, &["a".into()]).is_some());
+        assert!(missing(&status(true), &peers, &["c".into()]).unwrap().contains("named c"));
+        assert_eq!(missing(&status(true), &peers, &["b".into()]), None);
+    }
+}

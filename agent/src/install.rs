@@ -1,0 +1,315 @@
+//! Turning a machine into a node that comes back by itself: files, units, and what is left behind
+//! when a join that nobody watches fails.
+//!
+//! Everything is idempotent: what is as wanted is not written, what a person may have changed is
+//! not overwritten, and units of a package are left to it.
+
+use std::io::Write as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, bail};
+
+use crate::config::{Config, DEFAULT_PATH};
+
+/// A unit's name and text, as it is shipped.
+type Unit = (&'static str, &'static str);
+
+const UNITS: &[Unit] = &[
+    ("towline.service", include_str!("../../deploy/systemd/towline.service")),
+    (GUARD, include_str!("../../deploy/systemd/towline-guard.service")),
+    ("towline-join.service", include_str!("../../deploy/systemd/towline-join.service")),
+    ("towline-join.timer", include_str!("../../deploy/systemd/towline-join.timer")),
+    (
+        "kubelet.service.d/10-towline.conf",
+        include_str!("../../deploy/systemd/kubelet.service.d/10-towline.conf"),
+    ),
+    (
+        "k3s-agent.service.d/10-towline.conf",
+        include_str!("../../deploy/systemd/k3s-agent.service.d/10-towline.conf"),
+    ),
+];
+
+const ADMIN_UNITS: &str = "/etc/systemd/system";
+const PACKAGE_UNITS: [&str; 2] = ["/usr/lib/systemd/system", "/lib/systemd/system"];
+const PROGRAM: &str = "/usr/bin/towline";
+const AGENT: &str = "towline.service";
+const GUARD: &str = "towline-guard.service";
+const RETRY_TIMER: &str = "towline-join.timer";
+/// Where a retry looks for the token.
+pub const TOKEN: &str = "/etc/towline/token";
+/// Why the last unattended join failed.
+const FAILURE: &str = "join-failure";
+
+/// The tree that is installed into: the machine, or a directory.
+#[derive(Debug, Clone)]
+pub struct Tree {
+    root: PathBuf,
+}
+
+/// What an installation did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Files that were written, as seen inside the tree.
+    pub written: Vec<PathBuf>,
+}
+
+impl Tree {
+    /// The machine itself, or what lies under `root`.
+    pub fn new(root: Option<&Path>) -> Self {
+        Self { root: root.unwrap_or(Path::new("/")).to_owned() }
+    }
+
+    /// Where a path of the tree lies.
+    pub fn path(&self, inside: impl AsRef<Path>) -> PathBuf {
+        let inside = inside.as_ref();
+        self.root.join(inside.strip_prefix("/").unwrap_or(inside))
+    }
+
+    /// Whether it is the running machine, and systemd runs it.
+    pub fn has_systemd(&self) -> bool {
+        self.root == Path::new("/") && Path::new("/run/systemd/system").is_dir()
+    }
+
+    /// Writes program, configuration and units.
+    pub fn install(&self, configuration: &str) -> anyhow::Result<Changes> {
+        let mut changes = Changes::default();
+        self.program(&mut changes)?;
+        if !self.path(DEFAULT_PATH).exists() {
+            self.write(DEFAULT_PATH, configuration.as_bytes(), 0o644, &mut changes)?;
+        }
+        for unit in UNITS {
+            self.unit(*unit, &mut changes)?;
+        }
+        if self.has_systemd() && !changes.written.is_empty() {
+            systemctl(&["daemon-reload"])?;
+        }
+        Ok(changes)
+    }
+
+    /// Enables the agent and its guard at boot, and starts the agent where an init system can be
+    /// told to.
+    pub fn start(&self) -> anyhow::Result<()> {
+        self.enable(GUARD, "sysinit.target")?;
+        self.enable(AGENT, "multi-user.target")?;
+        if self.has_systemd() {
+            // Not waited for: who asked waits for the mesh, with a limit of their own.
+            systemctl(&["start", "--no-block", AGENT])?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the token for retries. It is single-use; a join that succeeds removes it.
+    pub fn keep_token(&self, token: &str) -> anyhow::Result<()> {
+        self.write(TOKEN, token.as_bytes(), 0o600, &mut Changes::default())
+    }
+
+    /// Leaves the reason of a failure and, if another try may do better, the timer that makes it.
+    pub fn failed(&self, config: &Config, reason: &str, again: bool) -> anyhow::Result<()> {
+        let path = self.path(config.state_dir.join(FAILURE));
+        if let Some(directory) = path.parent() {
+            std::fs::create_dir_all(directory)
+                .with_context(|| format!("cannot make {}", directory.display()))?;
+        }
+        std::fs::write(&path, format!("{reason}\n"))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        if again { self.enable(RETRY_TIMER, "timers.target") } else { self.no_retry() }
+    }
+
+    /// A join succeeded: no reason, no timer, no token.
+    pub fn succeeded(&self, config: &Config) -> anyhow::Result<()> {
+        remove(&self.path(config.state_dir.join(FAILURE)))?;
+        remove(&self.path(TOKEN))?;
+        self.no_retry()
+    }
+
+    /// Why the last unattended join failed, if it did.
+    pub fn failure(&self, config: &Config) -> Option<String> {
+        std::fs::read_to_string(self.path(config.state_dir.join(FAILURE))).ok()
+    }
+
+    fn no_retry(&self) -> anyhow::Result<()> {
+        let link = self.path(ADMIN_UNITS).join("timers.target.wants").join(RETRY_TIMER);
+        if link.is_symlink() {
+            remove(&link)?;
+            if self.has_systemd() {
+                systemctl(&["daemon-reload"])?;
+                systemctl(&["stop", "--no-block", RETRY_TIMER])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn enable(&self, unit: &str, target: &str) -> anyhow::Result<()> {
+        let wants = self.path(ADMIN_UNITS).join(format!("{target}.wants"));
+        std::fs::create_dir_all(&wants)
+            .with_context(|| format!("cannot make {}", wants.display()))?;
+        let link = wants.join(unit);
+        if !link.is_symlink() {
+            symlink(self.unit_place(unit), &link)
+                .with_context(|| format!("cannot make {}", link.display()))?;
+            if self.has_systemd() {
+                systemctl(&["daemon-reload"])?;
+            }
+        }
+        if self.has_systemd() && unit.ends_with(".timer") {
+            systemctl(&["start", unit])?;
+        }
+        Ok(())
+    }
+
+    /// Where the unit lies as seen inside the tree: the package's, else ours.
+    fn unit_place(&self, unit: &str) -> PathBuf {
+        let packaged = PACKAGE_UNITS.iter().map(|place| Path::new(place).join(unit));
+        packaged
+            .into_iter()
+            .find(|path| self.path(path).is_file())
+            .unwrap_or_else(|| Path::new(ADMIN_UNITS).join(unit))
+    }
+
+    fn unit(&self, (name, text): Unit, changes: &mut Changes) -> anyhow::Result<()> {
+        let place = self.unit_place(name);
+        if place.starts_with(ADMIN_UNITS) {
+            self.write(place, text.as_bytes(), 0o644, changes)?;
+        }
+        Ok(())
+    }
+
+    /// The running program, where units look for it.
+    fn program(&self, changes: &mut Changes) -> anyhow::Result<()> {
+        let place = self.path(PROGRAM);
+        let running = std::env::current_exe().context("cannot find the running program")?;
+        let same = place.canonicalize().is_ok_and(|place| place == running);
+        if same || self.path("/var/lib/dpkg/info/towline.list").exists() {
+            return Ok(());
+        }
+        let bytes = std::fs::read(&running)
+            .with_context(|| format!("cannot read {}", running.display()))?;
+        self.write(PROGRAM, &bytes, 0o755, changes)
+    }
+
+    /// Writes a file in one step, unless it is as wanted.
+    fn write(
+        &self,
+        inside: impl AsRef<Path>,
+        bytes: &[u8],
+        mode: u32,
+        changes: &mut Changes,
+    ) -> anyhow::Result<()> {
+        let path = self.path(&inside);
+        if std::fs::read(&path).is_ok_and(|found| found == bytes) {
+            return Ok(());
+        }
+        let put = || -> std::io::Result<()> {
+            if let Some(directory) = path.parent() {
+                std::fs::create_dir_all(directory)?;
+            }
+            let beside = path.with_extension("towline-new");
+            remove_file(&beside)?;
+            let mut file = std::fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(mode)
+                .open(&beside)?;
+            file.write_all(bytes)?;
+            // Not left to the umask.
+            file.set_permissions(std::fs::Permissions::from_mode(mode))?;
+            file.sync_all()?;
+            std::fs::rename(&beside, &path)
+        };
+        put().with_context(|| format!("cannot write {}", path.display()))?;
+        changes.written.push(inside.as_ref().to_owned());
+        Ok(())
+    }
+}
+
+fn remove(path: &Path) -> anyhow::Result<()> {
+    remove_file(path).with_context(|| format!("cannot remove {}", path.display()))
+}
+
+fn remove_file(path: &Path) -> std::io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn systemctl(arguments: &[&str]) -> anyhow::Result<()> {
+    let said = Command::new("systemctl")
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run systemctl")?;
+    if !said.status.success() {
+        let words = String::from_utf8_lossy(&said.stderr);
+        bail!("`systemctl {}` failed: {}", arguments.join(" "), words.trim());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tree() -> (tempfile::TempDir, Tree) {
+        let directory = tempfile::tempdir().unwrap();
+        let tree = Tree::new(Some(directory.path()));
+        (directory, tree)
+    }
+
+    #[test]
+    fn the_second_time_nothing_is_written() {
+        let (_directory, tree) = tree();
+        let first = tree.install("[node]\n").unwrap();
+        assert!(first.written.contains(&PathBuf::from(DEFAULT_PATH)), "{first:?}");
+        tree.start().unwrap();
+        assert_eq!(tree.install("[node]\n").unwrap(), Changes::default());
+        let link = tree.path("/etc/systemd/system/multi-user.target.wants/towline.service");
+        assert_eq!(
+            std::fs::read_link(link).unwrap(),
+            Path::new("/etc/systemd/system/towline.service")
+        );
+    }
+
+    #[test]
+    fn a_configuration_that_is_there_and_units_of_a_package_are_left_alone() {
+        let (_directory, tree) = tree();
+        for (path, text) in
+            [(DEFAULT_PATH, "# mine\n"), ("/usr/lib/systemd/system/towline.service", "packaged\n")]
+        {
+            let path = tree.path(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        tree.install("[node]\n").unwrap();
+        tree.start().unwrap();
+        assert_eq!(std::fs::read_to_string(tree.path(DEFAULT_PATH)).unwrap(), "# mine\n");
+        assert!(!tree.path("/etc/systemd/system/towline.service").exists());
+        let link = tree.path("/etc/systemd/system/multi-user.target.wants/towline.service");
+        assert_eq!(
+            std::fs::read_link(link).unwrap(),
+            Path::new("/usr/lib/systemd/system/towline.service")
+        );
+    }
+
+    #[test]
+    fn a_failure_leaves_its_reason_and_a_timer_until_a_join_succeeds() {
+        let (_directory, tree) = tree();
+        let config = Config::default();
+        let timer = tree.path("/etc/systemd/system/timers.target.wants/towline-join.timer");
+        tree.install("").unwrap();
+        tree.keep_token("a token").unwrap();
+        let mode = std::fs::metadata(tree.path(TOKEN)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        tree.failed(&config, "no controller answers", true).unwrap();
+        assert_eq!(tree.failure(&config).as_deref(), Some("no controller answers\n"));
+        assert!(timer.is_symlink());
+        tree.failed(&config, "the token was used", false).unwrap();
+        assert!(!timer.is_symlink());
+        tree.failed(&config, "no controller answers", true).unwrap();
+        tree.succeeded(&config).unwrap();
+        assert_eq!(tree.failure(&config), None);
+        assert!(!timer.is_symlink() && !tree.path(TOKEN).exists());
+    }
+}

@@ -1,0 +1,396 @@
+//! Which pod networks of this node may be announced: what the CNI plugin does with pod traffic.
+//!
+//! Where the CNI routes natively, a pod's packets travel with their own addresses and the mesh must
+//! know the pod networks. Where it tunnels (VXLAN, Geneve, IP-in-IP, its own WireGuard), they
+//! travel inside packets between node addresses; to announce the pod networks then would pull
+//! traffic out of the CNI's tunnel, and with it the identities that its policies rest on.
+//!
+//! The reading is a snapshot of the kernel and of the CNI's configuration ([`Reading`]); the
+//! decision is a function of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
+
+use crate::config::AnnouncePods;
+use crate::netlink::{Family, NetlinkError, RouteKind, Rtnetlink};
+
+/// Where the CNI's configuration is looked for: kubeadm's and most others', k3s's.
+const DIRECTORIES: [&str; 2] = ["/etc/cni/net.d", "/var/lib/rancher/k3s/agent/etc/cni/net.d"];
+/// flannel writes it once its backend has made its link.
+const FLANNEL_READY: &str = "/run/flannel/subnet.env";
+/// A CNI configuration longer than this is none.
+const CONFIGURATION_BYTES: u64 = 1 << 20;
+
+/// A link, as far as the decision needs it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkSeen {
+    /// Its name.
+    pub name: String,
+    /// "vxlan", "geneve", "ipip", "wireguard", ...
+    pub kind: Option<String>,
+    /// Bytes.
+    pub mtu: u32,
+}
+
+/// A route of the main table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteSeen {
+    /// Where to.
+    pub destination: IpNet,
+    /// Through which link.
+    pub link: Option<String>,
+    /// It discards what nothing more specific takes.
+    pub blackhole: bool,
+}
+
+/// What the machine looks like now.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Reading {
+    /// The `type` of the first plugin of the configuration that the container runtime takes.
+    pub plugin: Option<String>,
+    /// flannel has made its link, if it makes one.
+    pub flannel_ready: bool,
+    /// Without the mesh's own.
+    pub links: Vec<LinkSeen>,
+    /// The main table's.
+    pub routes: Vec<RouteSeen>,
+    /// The machine's addresses.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+/// What to announce of the pod networks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// These, and nothing else.
+    Announce {
+        /// Sorted.
+        pods: Vec<IpNet>,
+        /// What routes them, for the operator.
+        cni: String,
+    },
+    /// None: the CNI tunnels by itself.
+    Tunnelled {
+        /// What tunnels, for the operator.
+        cni: String,
+        /// The MTU that its pods may have so that a tunnelled packet fits into the mesh's link.
+        mtu: u32,
+        /// The MTU of its link now.
+        mtu_now: u32,
+    },
+    /// Not to be told yet: what was announced stays.
+    Wait {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl Reading {
+    /// Looks at the machine. `own_link` is the mesh's; `directory` replaces the usual ones.
+    pub fn take(own_link: &str, directory: Option<&Path>) -> Result<Self, NetlinkError> {
+        let mut netlink = Rtnetlink::open()?;
+        let links = netlink.links()?;
+        let names: BTreeMap<u32, &str> =
+            links.iter().map(|link| (link.index, link.name.as_str())).collect();
+        let mut routes = Vec::new();
+        for family in Family::ALL {
+            let found = netlink.routes(family, Some(crate::netlink::MAIN_TABLE))?;
+            routes.extend(found.into_iter().map(|route| RouteSeen {
+                destination: route.destination,
+                link: route.link.and_then(|index| names.get(&index).map(|name| (*name).to_owned())),
+                blackhole: route.kind == RouteKind::Blackhole,
+            }));
+        }
+        let addresses = netlink.addresses(None)?;
+        let directories = match directory {
+            Some(directory) => vec![directory.to_owned()],
+            None => DIRECTORIES.map(PathBuf::from).to_vec(),
+        };
+        Ok(Self {
+            plugin: directories.iter().find_map(|directory| plugin(directory)),
+            flannel_ready: Path::new(FLANNEL_READY).exists(),
+            links: links
+                .into_iter()
+                .filter(|link| link.name != own_link)
+                .map(|link| LinkSeen { name: link.name, kind: link.kind, mtu: link.mtu })
+                .collect(),
+            routes,
+            addresses: addresses.into_iter().map(|address| address.prefix.addr()).collect(),
+        })
+    }
+
+    /// Decides, for a node whose pod networks are `node_cidrs` by Kubernetes' own allocation.
+    /// `mtu` is that of the mesh's link.
+    pub fn decide(&self, mode: AnnouncePods, node_cidrs: &[IpNet], mtu: u32) -> Decision {
+        match mode {
+            AnnouncePods::Never => {
+                return Decision::Announce {
+                    pods: Vec::new(),
+                    cni: "announce_pods = never".into(),
+                };
+            }
+            AnnouncePods::Always => {
+                let pods = self.allocations(node_cidrs);
+                return Decision::Announce { pods, cni: "announce_pods = always".into() };
+            }
+            AnnouncePods::Auto => {}
+        }
+        if let Some((link, overhead)) = self.tunnel() {
+            let kind = link.kind.as_deref().unwrap_or("tunnel");
+            return Decision::Tunnelled {
+                cni: format!("{} ({kind} {})", self.plugin_name(), link.name),
+                mtu: mtu.saturating_sub(overhead),
+                mtu_now: link.mtu,
+            };
+        }
+        let Some(plugin) = self.plugin.as_deref() else {
+            return Decision::Wait { reason: "no CNI is configured yet".into() };
+        };
+        match plugin {
+            "flannel" if !self.flannel_ready => {
+                return Decision::Wait { reason: "flannel has not started yet".into() };
+            }
+            _ if NATIVE.contains(&plugin) => {}
+            _ => {
+                return Decision::Wait {
+                    reason: format!(
+                        "the CNI `{plugin}` is not known: say whether it routes pods natively \
+                         with `[kubernetes] announce_pods`"
+                    ),
+                };
+            }
+        }
+        let pods = self.allocations(node_cidrs);
+        if pods.is_empty() {
+            let reason = format!("`{plugin}` has no pod network on this node yet");
+            return Decision::Wait { reason };
+        }
+        Decision::Announce { pods, cni: format!("{plugin} (native routing)") }
+    }
+
+    fn plugin_name(&self) -> &str {
+        self.plugin.as_deref().unwrap_or("CNI")
+    }
+
+    /// The link through which the CNI tunnels, and what it adds to a packet.
+    fn tunnel(&self) -> Option<(&LinkSeen, u32)> {
+        self.links.iter().find_map(|link| {
+            let overhead = match link.kind.as_deref()? {
+                // Outer IPv4 20, UDP 8, VXLAN or Geneve 8, Ethernet 14.
+                "vxlan" | "geneve" => 50,
+                // A tunl0 without a route through it is only the kernel's module.
+                "ipip" if self.carries_routes(&link.name) => 20,
+                // Other programs use WireGuard too: only the CNIs' own names.
+                "wireguard" if CNI_WIREGUARD.iter().any(|name| link.name.starts_with(name)) => 80,
+                _ => return None,
+            };
+            Some((link, overhead))
+        })
+    }
+
+    fn carries_routes(&self, link: &str) -> bool {
+        self.routes.iter().any(|route| route.link.as_deref() == Some(link))
+    }
+
+    /// The node's pod networks: where the CNI allocates by itself, as the kernel's routes show
+    /// them; else Kubernetes' own.
+    fn allocations(&self, node_cidrs: &[IpNet]) -> Vec<IpNet> {
+        let host_route = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
+        let found: BTreeSet<IpNet> = match self.plugin.as_deref() {
+            // Each block that is this node's ends in a blackhole, under the pods' own routes.
+            Some("calico") => self
+                .routes
+                .iter()
+                .filter(|route| route.blackhole && !host_route(&route.destination))
+                .map(|route| route.destination)
+                .collect(),
+            Some("cilium-cni") => self
+                .routes
+                .iter()
+                .filter(|route| route.link.as_deref() == Some("cilium_host"))
+                .map(|route| route.destination)
+                .filter(|net| !host_route(net) && !link_local(net))
+                .collect(),
+            _ => BTreeSet::new(),
+        };
+        let mut pods: Vec<IpNet> =
+            if found.is_empty() { node_cidrs.to_vec() } else { found.into_iter().collect() };
+        pods.sort();
+        pods.dedup();
+        pods
+    }
+}
+
+/// Plugins that tunnel only through a link, so that without one they route natively.
+const NATIVE: &[&str] = &[
+    "antrea",
+    "bridge",
+    "calico",
+    "cilium-cni",
+    "flannel",
+    "host-device",
+    "host-local",
+    "ipvlan",
+    "kube-router",
+    "macvlan",
+    "ptp",
+];
+const CNI_WIREGUARD: [&str; 3] = ["flannel-wg", "wireguard.cali", "cilium_wg"];
+
+fn link_local(net: &IpNet) -> bool {
+    matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local())
+}
+
+/// The main plugin of the first configuration, in the order in which container runtimes look.
+fn plugin(directory: &Path) -> Option<String> {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(directory)
+        .ok()?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| {
+            let extension = path.extension().and_then(|extension| extension.to_str());
+            matches!(extension, Some("conf" | "conflist" | "json"))
+        })
+        .collect();
+    files.sort();
+    files.iter().find_map(|path| {
+        let short = std::fs::metadata(path).ok()?.len() <= CONFIGURATION_BYTES;
+        plugin_type(&std::fs::read_to_string(path).ok().filter(|_| short)?)
+    })
+}
+
+fn plugin_type(text: &str) -> Option<String> {
+    let configuration: serde_json::Value = serde_json::from_str(text).ok()?;
+    let first = configuration.get("plugins").and_then(|plugins| plugins.get(0));
+    Some(first.unwrap_or(&configuration).get("type")?.as_str()?.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(name: &str, kind: &str, mtu: u32) -> LinkSeen {
+        LinkSeen { name: name.into(), kind: Some(kind.into()), mtu }
+    }
+
+    fn route(destination: &str, link: Option<&str>, blackhole: bool) -> RouteSeen {
+        let destination = destination.parse().unwrap();
+        RouteSeen { destination, link: link.map(Into::into), blackhole }
+    }
+
+    fn with(plugin: &str) -> Reading {
+        Reading { plugin: Some(plugin.into()), flannel_ready: true, ..Reading::default() }
+    }
+
+    fn nets(list: &[&str]) -> Vec<IpNet> {
+        list.iter().map(|net| net.parse().unwrap()).collect()
+    }
+
+    fn announced(reading: &Reading, cidrs: &[&str]) -> Vec<IpNet> {
+        match reading.decide(AnnouncePods::Auto, &nets(cidrs), 1420) {
+            Decision::Announce { pods, .. } => pods,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_plain_bridge_routes_natively() {
+        assert_eq!(announced(&with("bridge"), &["10.244.3.0/24"]), nets(&["10.244.3.0/24"]));
+    }
+
+    #[test]
+    fn a_tunnelling_cni_keeps_its_pods_and_says_which_mtu_fits() {
+        for (plugin, name, kind, mtu) in [
+            ("flannel", "flannel.1", "vxlan", 1370),
+            ("calico", "vxlan.calico", "vxlan", 1370),
+            ("cilium-cni", "cilium_geneve", "geneve", 1370),
+            ("flannel", "flannel-wg", "wireguard", 1340),
+        ] {
+            let reading = Reading { links: vec![link(name, kind, 1450)], ..with(plugin) };
+            let decision = reading.decide(AnnouncePods::Auto, &nets(&["10.244.3.0/24"]), 1420);
+            let Decision::Tunnelled { mtu: advice, mtu_now, cni } = decision else {
+                panic!("{plugin}: {decision:?}");
+            };
+            assert_eq!((advice, mtu_now), (mtu, 1450), "{cni}");
+        }
+    }
+
+    #[test]
+    fn an_ipip_link_counts_only_when_it_carries_routes() {
+        let mut reading = Reading { links: vec![link("tunl0", "ipip", 1480)], ..with("calico") };
+        reading.routes.push(route("10.42.7.64/26", None, true));
+        assert_eq!(announced(&reading, &[]), nets(&["10.42.7.64/26"]));
+        reading.routes.push(route("10.42.9.0/26", Some("tunl0"), false));
+        let decision = reading.decide(AnnouncePods::Auto, &[], 1420);
+        assert!(matches!(decision, Decision::Tunnelled { mtu: 1400, .. }), "{decision:?}");
+    }
+
+    #[test]
+    fn another_programs_wireguard_is_no_cni() {
+        let reading = Reading { links: vec![link("wg0", "wireguard", 1420)], ..with("ptp") };
+        assert_eq!(announced(&reading, &["10.1.0.0/24"]), nets(&["10.1.0.0/24"]));
+    }
+
+    #[test]
+    fn calico_and_cilium_allocate_by_themselves() {
+        let mut calico = with("calico");
+        calico.routes = vec![
+            route("10.42.7.64/26", None, true),
+            route("10.42.7.66/32", Some("cali12345"), false),
+            route("10.42.9.0/26", Some("eth0"), false),
+            route("fd00:42::40/122", None, true),
+        ];
+        assert_eq!(
+            announced(&calico, &["10.244.0.0/24"]),
+            nets(&["10.42.7.64/26", "fd00:42::40/122"])
+        );
+        let mut cilium = with("cilium-cni");
+        cilium.routes = vec![
+            route("10.0.1.0/24", Some("cilium_host"), false),
+            route("10.0.1.5/32", Some("cilium_host"), false),
+            route("fe80::/64", Some("cilium_host"), false),
+        ];
+        assert_eq!(announced(&cilium, &["10.244.0.0/24"]), nets(&["10.0.1.0/24"]));
+    }
+
+    #[test]
+    fn what_cannot_be_told_yet_waits() {
+        let cidrs = nets(&["10.244.3.0/24"]);
+        for reading in [
+            Reading::default(),
+            Reading { flannel_ready: false, ..with("flannel") },
+            with("somebody-elses"),
+        ] {
+            let decision = reading.decide(AnnouncePods::Auto, &cidrs, 1420);
+            assert!(matches!(decision, Decision::Wait { .. }), "{decision:?}");
+        }
+        let none = with("bridge").decide(AnnouncePods::Auto, &[], 1420);
+        assert!(matches!(none, Decision::Wait { .. }), "{none:?}");
+    }
+
+    #[test]
+    fn the_operator_has_the_last_word() {
+        let cidrs = nets(&["10.244.3.0/24"]);
+        let tunnels = Reading { links: vec![link("flannel.1", "vxlan", 1450)], ..with("flannel") };
+        let always = tunnels.decide(AnnouncePods::Always, &cidrs, 1420);
+        assert!(matches!(always, Decision::Announce { pods, .. } if pods == cidrs));
+        let never = with("bridge").decide(AnnouncePods::Never, &cidrs, 1420);
+        assert!(matches!(never, Decision::Announce { pods, .. } if pods.is_empty()));
+    }
+
+    #[test]
+    fn the_first_configuration_that_parses_names_the_plugin() {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            std::fs::write(directory.path().join(name), text).unwrap();
+        };
+        assert_eq!(plugin(directory.path()), None);
+        write("20-flannel.conflist", r#"{"plugins": [{"type": "flannel"}, {"type": "portmap"}]}"#);
+        write("00-note.txt", r#"{"type": "ignored"}"#);
+        write("05-broken.conf", "{");
+        assert_eq!(plugin(directory.path()).as_deref(), Some("flannel"));
+        write("10-bridge.conf", r#"{"type": "bridge"}"#);
+        assert_eq!(plugin(directory.path()).as_deref(), Some("bridge"));
+    }
+}

@@ -1,0 +1,414 @@
+//! The task that follows this machine's own Node.
+
+use std::net::IpAddr;
+use std::pin::pin;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt as _;
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::Node;
+use kube::Api;
+use kube::runtime::watcher::{self, Event, watcher};
+use rand::Rng as _;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+
+use super::cni::{Decision, Reading};
+use super::credentials::{self, Credentials, Fingerprint};
+use super::{Facts, Setup, View};
+use crate::host::register;
+use crate::netlink::{Group, Monitor, Protocol};
+
+/// The server ends a watch after this many seconds, and it begins anew.
+const WATCH_SECONDS: u32 = 60;
+/// Between tries, doubled after each failure, each time shortened by up to half at random.
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const LAST_RETRY: Duration = Duration::from_secs(30);
+/// A connection that held for less was none: a flapping API server is not hammered.
+const STABLE: Duration = Duration::from_secs(10);
+/// Changes of the kernel's links and routes come in crowds.
+const SETTLE: Duration = Duration::from_millis(200);
+
+/// Runs until nobody listens.
+pub(super) async fn run(setup: Setup, views: watch::Sender<View>) {
+    let view = views.borrow().clone();
+    let listeners = views.clone();
+    let mut task = Task { setup, views, view, node: None, stored: None };
+    tokio::select! {
+        () = task.follow_credentials() => {}
+        () = listeners.closed() => {}
+    }
+}
+
+struct Task {
+    setup: Setup,
+    views: watch::Sender<View>,
+    view: View,
+    /// The Node as it was seen last, in this run.
+    node: Option<Seen>,
+    /// What the disk holds.
+    stored: Option<Facts>,
+}
+
+/// What is read of a Node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Seen {
+    name: String,
+    node_ips: Vec<IpAddr>,
+    pod_cidrs: Vec<IpNet>,
+    /// What could not be read.
+    problem: Option<String>,
+}
+
+impl Task {
+    /// Never ends.
+    async fn follow_credentials(&mut self) {
+        let configured = self.setup.config.kubeconfig().map(ToOwned::to_owned);
+        loop {
+            let Some(path) = credentials::find(configured.as_deref()) else {
+                let place =
+                    configured.as_ref().map(|path| format!(": {} is not there", path.display()));
+                let place = place.unwrap_or_default();
+                self.failed(None, format!("no kubelet credentials yet{place}"));
+                tokio::time::sleep(self.setup.credentials_period).await;
+                continue;
+            };
+            let files = Fingerprint::of(&path);
+            match Credentials::load(&path).await {
+                Ok(credentials) => {
+                    tracing::info!(
+                        kubeconfig = %credentials.path.display(),
+                        node = credentials.node,
+                        server = credentials.server,
+                        "kubernetes credentials read"
+                    );
+                    self.view.kubeconfig = Some(credentials.path.clone());
+                    self.follow_node(&credentials).await;
+                }
+                Err(error) => {
+                    self.view.kubeconfig = Some(path);
+                    self.failed(Some(()), one_line(&format!("{error:#}")));
+                    // A file that is replaced is read at once; what else may be wrong, now and then.
+                    let again = Instant::now() + LAST_RETRY;
+                    while !files.changed() && Instant::now() < again {
+                        tokio::time::sleep(self.setup.credentials_period).await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Until the credentials change.
+    async fn follow_node(&mut self, credentials: &Credentials) {
+        let mut host = HostChanges::open();
+        let mut period = tokio::time::interval(self.setup.credentials_period);
+        period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut retry = FIRST_RETRY;
+        loop {
+            let begun = Instant::now();
+            let error = {
+                let api: Api<Node> = Api::all(credentials.client.clone());
+                let fields = format!("metadata.name={}", credentials.node);
+                let config = watcher::Config::default().fields(&fields).timeout(WATCH_SECONDS);
+                let mut events = pin!(watcher(api, config));
+                // Whether the list that is coming in held the Node.
+                let mut listed = false;
+                loop {
+                    tokio::select! {
+                        event = events.next() => match event {
+                            Some(Ok(Event::Init)) => listed = false,
+                            Some(Ok(Event::InitApply(node) | Event::Apply(node))) => {
+                                listed = true;
+                                self.seen(&node, &credentials.node);
+                            }
+                            Some(Ok(Event::InitDone)) if listed => {}
+                            Some(Ok(Event::InitDone | Event::Delete(_))) => {
+                                let node = &credentials.node;
+                                self.failed(None, format!("the Node `{node}` is not registered"));
+                            }
+                            Some(Err(error)) => break refused(&error, credentials),
+                            None => break "the watch ended".to_owned(),
+                        },
+                        _ = period.tick() => if credentials.changed() { return },
+                        () = host.changed() => self.decide(),
+                    }
+                }
+            };
+            self.failed(Some(()), error);
+            if begun.elapsed() >= STABLE {
+                retry = FIRST_RETRY;
+            }
+            let wait = retry.mul_f64(rand::rng().random_range(0.5..=1.0));
+            retry = LAST_RETRY.min(retry * 2);
+            let wake = tokio::time::sleep(wait);
+            let mut wake = pin!(wake);
+            loop {
+                tokio::select! {
+                    () = &mut wake => break,
+                    _ = period.tick() => if credentials.changed() { return },
+                    () = host.changed() => self.decide(),
+                }
+            }
+        }
+    }
+
+    /// Takes the Node's word.
+    fn seen(&mut self, node: &Node, expected: &str) {
+        let seen = Seen::read(node);
+        // The selector was ours; a server that answers with something else is not believed.
+        if seen.name != expected {
+            return self.failed(
+                Some(()),
+                format!("the API server answered with another Node, `{}`", seen.name),
+            );
+        }
+        if !self.view.connected {
+            tracing::info!(node = expected, "kubernetes shows this node");
+        }
+        self.view.connected = true;
+        self.view.reason.clear();
+        self.node = Some(seen);
+        self.decide();
+    }
+
+    /// Decides what is announced, by the Node and what the machine looks like.
+    fn decide(&mut self) {
+        let Some(node) = &self.node else { return };
+        let directory = self.setup.config.cni_dir();
+        let reading = match Reading::take(&self.setup.link, directory) {
+            Ok(reading) => reading,
+            Err(error) => {
+                tracing::warn!(%error, "links and routes not read");
+                return;
+            }
+        };
+        let mut problems: Vec<String> = node.problem.iter().cloned().collect();
+        let ours = node.node_ips.is_empty()
+            || node.node_ips.iter().any(|ip| reading.addresses.contains(ip));
+        if !ours {
+            let ips: Vec<String> = node.node_ips.iter().map(ToString::to_string).collect();
+            let problem = format!(
+                "the kubeconfig is of node `{}`, whose address {} is not on this machine: nothing \
+                 of it is announced",
+                node.name,
+                ips.join(", ")
+            );
+            problems.push(problem);
+            return self.publish(self.view.facts.clone(), self.view.cni.clone(), problems);
+        }
+        let mut facts = Facts {
+            node: node.name.clone(),
+            node_ips: node.node_ips.clone(),
+            pods: self.view.facts.pods.clone(),
+        };
+        let mtu = self.setup.mtu;
+        let cni = match reading.decide(self.setup.config.announce_pods, &node.pod_cidrs, mtu) {
+            Decision::Announce { pods, cni } => {
+                facts.pods = pods;
+                format!("{cni}, pod mtu {mtu}")
+            }
+            Decision::Tunnelled { cni, mtu, mtu_now } => {
+                facts.pods.clear();
+                if mtu_now > mtu {
+                    problems.push(format!(
+                        "the CNI's link has an MTU of {mtu_now}, which does not fit into the mesh's: set {mtu} in its configuration"
+                    ));
+                }
+                format!("{cni} tunnels by itself, mtu to set {mtu}")
+            }
+            Decision::Wait { reason } => reason,
+        };
+        self.publish(facts, cni, problems);
+    }
+
+    /// What went wrong; the last good word stays. `Some`: worth a warning.
+    fn failed(&mut self, warn: Option<()>, reason: String) {
+        if self.view.reason != reason {
+            match warn {
+                Some(()) => tracing::warn!(%reason, "kubernetes does not show this node"),
+                None => tracing::info!(%reason, "kubernetes does not show this node"),
+            }
+        }
+        self.view.connected = false;
+        self.view.reason = reason;
+        self.send();
+    }
+
+    fn publish(&mut self, facts: Facts, cni: String, problems: Vec<String>) {
+        if (&facts.pods, &cni) != (&self.view.facts.pods, &self.view.cni) {
+            tracing::info!(pods = ?facts.pods, cni, "pod networks");
+        }
+        for problem in problems.iter().filter(|problem| !self.view.problems.contains(problem)) {
+            tracing::warn!(%problem, "kubernetes");
+        }
+        (self.view.facts, self.view.cni, self.view.problems) = (facts, cni, problems);
+        self.store();
+        self.send();
+    }
+
+    fn store(&mut self) {
+        if self.stored.as_ref() == Some(&self.view.facts) {
+            return;
+        }
+        let Ok(bytes) = serde_json::to_vec(&self.view.facts) else { return };
+        // Once for each change, be the disk full or not: what is in force is not touched by it.
+        self.stored = Some(self.view.facts.clone());
+        if let Err(error) = self.setup.state.store_kubernetes(&bytes) {
+            tracing::warn!(%error, "last word of kubernetes not kept");
+        }
+    }
+
+    fn send(&self) {
+        self.views.send_if_modified(|view| {
+            let changed = *view != self.view;
+            view.clone_from(&self.view);
+            changed
+        });
+    }
+}
+
+impl Seen {
+    fn read(node: &Node) -> Self {
+        let spec = node.spec.as_ref();
+        let texts = match spec.and_then(|spec| spec.pod_cidrs.as_ref()) {
+            Some(list) => list.clone(),
+            None => spec.and_then(|spec| spec.pod_cidr.clone()).into_iter().collect(),
+        };
+        let (mut pod_cidrs, mut problem) = (Vec::new(), None);
+        for text in texts {
+            match text.parse::<IpNet>() {
+                Ok(net) if net.prefix_len() > 0 => pod_cidrs.push(net.trunc()),
+                _ => problem = Some(format!("the Node's pod network `{text}` is none")),
+            }
+        }
+        let addresses = node.status.as_ref().and_then(|status| status.addresses.as_ref());
+        let node_ips = addresses
+            .into_iter()
+            .flatten()
+            .filter(|address| address.type_ == "InternalIP")
+            .filter_map(|address| address.address.parse().ok())
+            .collect();
+        Self { name: node.metadata.name.clone().unwrap_or_default(), node_ips, pod_cidrs, problem }
+    }
+}
+
+/// Hears when links or routes change.
+struct HostChanges {
+    monitor: Option<AsyncFd<Monitor>>,
+    /// Something changed, and its moment has not passed.
+    settling: bool,
+}
+
+impl HostChanges {
+    fn open() -> Self {
+        let groups = [Group::Links, Group::RoutesV4, Group::RoutesV6, Group::AddressesV4];
+        let monitor = Monitor::open(Protocol::Route, &groups).and_then(register);
+        let monitor = match monitor {
+            Ok(monitor) => Some(monitor),
+            Err(error) => {
+                tracing::warn!(%error, "links and routes not watched: changes of the CNI are seen late");
+                None
+            }
+        };
+        Self { monitor, settling: false }
+    }
+
+    /// When something changed and then a moment passed. A call that is dropped loses nothing.
+    async fn changed(&mut self) {
+        let Some(monitor) = &mut self.monitor else { return std::future::pending().await };
+        if !self.settling {
+            match monitor.readable_mut().await {
+                Ok(mut guard) => {
+                    let _ = guard.get_inner_mut().drain(|_| {});
+                    guard.clear_ready();
+                }
+                Err(_) => std::future::pending().await,
+            }
+            self.settling = true;
+        }
+        tokio::time::sleep(SETTLE).await;
+        self.settling = false;
+    }
+}
+
+fn refused(error: &watcher::Error, credentials: &Credentials) -> String {
+    let why = match error {
+        watcher::Error::InitialListFailed(error)
+        | watcher::Error::WatchStartFailed(error)
+        | watcher::Error::WatchFailed(error) => said(error),
+        other => one_line(&other.to_string()),
+    };
+    format!("{}: {why}", credentials.server.trim_end_matches('/'))
+}
+
+/// An error of the client as one line that says what to do.
+pub(super) fn said(error: &kube::Error) -> String {
+    if let kube::Error::Api(status) = error {
+        return match status.code {
+            401 => {
+                "the API server does not know these credentials (401): are they of this cluster?"
+                    .into()
+            }
+            403 => "the API server refuses (403): is this the kubelet's own kubeconfig, of this \
+                    cluster?"
+                .into(),
+            code => one_line(&format!("the API server answered {code}: {}", status.message)),
+        };
+    }
+    let mut chain = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(next) = cause {
+        let text = next.to_string();
+        if !chain.contains(&text) {
+            chain = format!("{chain}: {text}");
+        }
+        cause = next.source();
+    }
+    let hint = if chain.contains("UnknownIssuer") || chain.contains("BadSignature") {
+        "the API server is of another cluster than the kubeconfig: "
+    } else if chain.contains("NotValidYet") || chain.contains("Expired") {
+        "a certificate is not valid now: is this machine's clock right? "
+    } else {
+        "the API server is away: "
+    };
+    one_line(&format!("{hint}{chain}"))
+}
+
+fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(400).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(value: serde_json::Value) -> Seen {
+        Seen::read(&serde_json::from_value(value).unwrap())
+    }
+
+    #[test]
+    fn both_families_are_read_and_the_old_single_field_too() {
+        let seen = node(serde_json::json!({
+            "metadata": {"name": "w"},
+            "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:1::/64"]},
+            "status": {"addresses": [
+                {"type": "InternalIP", "address": "198.19.0.2"},
+                {"type": "Hostname", "address": "w"},
+                {"type": "ExternalIP", "address": "203.0.113.1"},
+            ]},
+        }));
+        assert_eq!(seen.pod_cidrs.len(), 2);
+        assert_eq!(seen.node_ips, ["198.19.0.2".parse::<IpAddr>().unwrap()]);
+        let old = node(serde_json::json!({"metadata": {}, "spec": {"podCIDR": "10.244.1.0/24"}}));
+        assert_eq!(old.pod_cidrs.len(), 1);
+    }
+
+    #[test]
+    fn a_pod_network_that_is_none_is_said_and_left_out() {
+        let seen = node(serde_json::json!({
+            "metadata": {}, "spec": {"podCIDRs": ["10.244.1.0/24", "0.0.0.0/0", "nonsense"]},
+        }));
+        assert_eq!(seen.pod_cidrs.len(), 1);
+        assert!(seen.problem.unwrap().contains("nonsense"));
+    }
+}

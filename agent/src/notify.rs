@@ -1,0 +1,98 @@
+//! What a service tells its service manager: ready, stopping, alive (sd_notify(3)).
+//!
+//! A datagram to the socket that `NOTIFY_SOCKET` names; without it every call does nothing.
+
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
+
+/// The way to the service manager.
+#[derive(Debug, Default)]
+pub struct Notifier {
+    socket: Option<UnixDatagram>,
+    watchdog: Option<Duration>,
+}
+
+impl Notifier {
+    /// As the environment says. Children do not inherit it: they are not the service.
+    pub fn from_environment() -> Self {
+        let socket = std::env::var("NOTIFY_SOCKET").ok().and_then(|path| connect(&path));
+        let ours =
+            std::env::var("WATCHDOG_PID").map_or(true, |pid| pid == std::process::id().to_string());
+        let watchdog = std::env::var("WATCHDOG_USEC").ok().filter(|_| ours && socket.is_some());
+        let watchdog = watchdog.and_then(|text| text.parse().ok()).map(Duration::from_micros);
+        Self { socket, watchdog }
+    }
+
+    /// Service is up.
+    pub fn ready(&self) {
+        self.say("READY=1");
+    }
+
+    /// The end has begun.
+    pub fn stopping(&self) {
+        self.say("STOPPING=1");
+    }
+
+    /// Still alive.
+    pub fn alive(&self) {
+        self.say("WATCHDOG=1");
+    }
+
+    /// How often [`Self::alive`] is to be said: twice in the time after which it is missed.
+    pub fn period(&self) -> Option<Duration> {
+        self.watchdog.map(|limit| limit / 2).filter(|period| !period.is_zero())
+    }
+
+    fn say(&self, what: &str) {
+        if let Some(socket) = &self.socket {
+            // A service manager that does not listen is no reason to stop.
+            let _ = socket.send(what.as_bytes());
+        }
+    }
+}
+
+/// A path, or a name in the abstract namespace after `@`.
+fn connect(path: &str) -> Option<UnixDatagram> {
+    let address = match path.strip_prefix('@') {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(path),
+    };
+    let socket = UnixDatagram::unbound().ok()?;
+    socket.connect_addr(&address.ok()?).ok()?;
+    socket.set_nonblocking(true).ok()?;
+    Some(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_arrive_by_path_and_by_abstract_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("notify");
+        let name = format!("towline-notify-{}", std::process::id());
+        for (bound, given) in [
+            (UnixDatagram::bind(&path), path.display().to_string()),
+            (
+                UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()),
+                format!("@{name}"),
+            ),
+        ] {
+            let listener = bound.unwrap();
+            let notifier = Notifier { socket: connect(&given), watchdog: None };
+            notifier.ready();
+            let mut buffer = [0; 64];
+            let length = listener.recv(&mut buffer).unwrap();
+            assert_eq!(&buffer[..length], b"READY=1");
+        }
+    }
+
+    #[test]
+    fn without_a_service_manager_nothing_is_said() {
+        let notifier = Notifier::default();
+        notifier.ready();
+        assert_eq!(notifier.period(), None);
+    }
+}

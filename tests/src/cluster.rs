@@ -1,0 +1,112 @@
+//! What a Kubernetes cluster is made of, as far as tests need it: a certificate authority, the
+//! certificates of its parts, kubeconfigs.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context as _;
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose,
+};
+
+/// A cluster's certificate authority.
+#[derive(Debug)]
+pub struct ClusterCa {
+    issuer: Issuer<'static, KeyPair>,
+    pem: String,
+}
+
+/// A certificate and its key, as PEM.
+#[derive(Debug, Clone)]
+pub struct Pair {
+    /// The certificate.
+    pub certificate: String,
+    /// The key, PKCS #8.
+    pub key: String,
+}
+
+impl ClusterCa {
+    /// A new one.
+    pub fn new(name: &str) -> anyhow::Result<Self> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
+        let pem = params.self_signed(&key)?.pem();
+        Ok(Self { issuer: Issuer::new(params, key), pem })
+    }
+
+    /// Its certificate.
+    pub fn pem(&self) -> &str {
+        &self.pem
+    }
+
+    /// The certificate of `user` in `group`, as clients show it; with `names`, a server's too.
+    pub fn issue(&self, user: &str, group: &str, names: &[&str]) -> anyhow::Result<Pair> {
+        let key = KeyPair::generate()?;
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let mut params = CertificateParams::new(names)?;
+        params.distinguished_name.push(DnType::CommonName, user);
+        if !group.is_empty() {
+            params.distinguished_name.push(DnType::OrganizationName, group);
+        }
+        let from = SystemTime::now() - Duration::from_secs(3600);
+        params.not_before = from.into();
+        params.not_after = (from + Duration::from_secs(86_400)).into();
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        let certificate = params.signed_by(&key, &self.issuer)?.pem();
+        Ok(Pair { certificate, key: key.serialize_pem() })
+    }
+
+    /// What the node authorizer knows as the node `name`.
+    pub fn issue_node(&self, name: &str) -> anyhow::Result<Pair> {
+        self.issue(&format!("system:node:{name}"), "system:nodes", &[])
+    }
+}
+
+impl Pair {
+    /// Certificate and key in one file, as kubelets keep them.
+    pub fn both(&self) -> String {
+        format!("{}{}", self.certificate, self.key)
+    }
+
+    /// Writes `NAME.crt` and `NAME.key`.
+    pub fn write(&self, directory: &Path, name: &str) -> anyhow::Result<()> {
+        for (suffix, text) in [("crt", &self.certificate), ("key", &self.key)] {
+            replace(&directory.join(format!("{name}.{suffix}")), text)?;
+        }
+        Ok(())
+    }
+}
+
+/// A kubeconfig in kubeadm's form: the certificate and its key lie in `credentials`, a file of
+/// their own. YAML holds all JSON.
+pub fn kubeconfig(server: &str, ca: &Path, credentials: &Path) -> String {
+    serde_json::json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{
+            "name": "lab",
+            "cluster": {"server": server, "certificate-authority": ca},
+        }],
+        "users": [{
+            "name": "node",
+            "user": {"client-certificate": credentials, "client-key": credentials},
+        }],
+        "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "node"}}],
+        "current-context": "lab",
+    })
+    .to_string()
+}
+
+/// Puts a file in place of the one that was there, in one step.
+pub fn replace(path: &Path, text: &str) -> anyhow::Result<()> {
+    let beside = path.with_extension("new");
+    std::fs::write(&beside, text)
+        .and_then(|()| std::fs::rename(&beside, path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}

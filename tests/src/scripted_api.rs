@@ -1,0 +1,232 @@
+//! A Kubernetes API server that does what a test says: real TLS and real HTTP, so that the client
+//! under test is the one that ships. It knows Nodes, and authorizes as the node authorizer does:
+//! a node reads its own Node, named by a field selector, and no other.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use parking_lot::Mutex;
+use rustls::server::WebPkiClientVerifier;
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use crate::cluster::ClusterCa;
+
+/// How it treats requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manner {
+    /// As the real one.
+    Proper,
+    /// Every request is answered with this status.
+    Refuses(u16),
+    /// Every connection is closed once a watch began.
+    Flaps,
+    /// Nothing is accepted, and what was is closed.
+    Away,
+}
+
+/// The server; dropping it ends every connection.
+#[derive(Debug)]
+pub struct ScriptedApi {
+    /// `https://ADDRESS`.
+    pub url: String,
+    state: Arc<State>,
+    _tasks: JoinSet<()>,
+}
+
+#[derive(Debug)]
+struct State {
+    nodes: Mutex<BTreeMap<String, Value>>,
+    /// Resource version and manner: whoever serves a watch hears of both.
+    now: watch::Sender<(u64, Manner)>,
+    /// User names of the requests, in order.
+    users: Mutex<Vec<String>>,
+}
+
+impl ScriptedApi {
+    /// Starts one on the loopback with a certificate of `ca`.
+    pub async fn start(ca: &ClusterCa) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+        let address: SocketAddr = listener.local_addr()?;
+        let acceptor = acceptor(ca)?;
+        let state = Arc::new(State {
+            nodes: Mutex::default(),
+            now: watch::channel((1, Manner::Proper)).0,
+            users: Mutex::default(),
+        });
+        let mut tasks = JoinSet::new();
+        let serving = Arc::clone(&state);
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                if serving.now.borrow().1 == Manner::Away {
+                    continue;
+                }
+                let (state, acceptor) = (Arc::clone(&serving), acceptor.clone());
+                connections.spawn(async move {
+                    let mut away = state.now.subscribe();
+                    tokio::select! {
+                        // What goes wrong with one connection is the client's affair.
+                        _ = connection(&state, acceptor, stream) => {}
+                        _ = away.wait_for(|(_, manner)| *manner == Manner::Away) => {}
+                    }
+                });
+            }
+        });
+        Ok(Self { url: format!("https://{address}"), state, _tasks: tasks })
+    }
+
+    /// Sets a Node: its internal address and its pod networks.
+    pub fn node(&self, name: &str, ip: &str, pods: &[&str]) {
+        let version = self.state.now.borrow().0 + 1;
+        let node = json!({
+            "apiVersion": "v1",
+            "kind": "Node",
+            "metadata": {"name": name, "resourceVersion": version.to_string()},
+            "spec": {"podCIDRs": pods},
+            "status": {"addresses": [{"type": "InternalIP", "address": ip}]},
+        });
+        self.state.nodes.lock().insert(name.to_owned(), node);
+        self.state.now.send_modify(|now| now.0 = version);
+    }
+
+    /// Changes how requests are treated from now on.
+    pub fn behave(&self, manner: Manner) {
+        self.state.now.send_modify(|now| now.1 = manner);
+    }
+
+    /// Who asked so far.
+    pub fn users(&self) -> Vec<String> {
+        self.state.users.lock().clone()
+    }
+}
+
+fn acceptor(ca: &ClusterCa) -> anyhow::Result<TlsAcceptor> {
+    let own = ca.issue("kube-apiserver", "", &["127.0.0.1"])?;
+    let chain = vec![CertificateDer::from_pem_slice(own.certificate.as_bytes())?];
+    let key = PrivateKeyDer::from_pem_slice(own.key.as_bytes())?;
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(ca.pem().as_bytes())?)?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let clients =
+        WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+            .build()?;
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_client_cert_verifier(clients)
+        .with_single_cert(chain, key)?;
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+type Stream = TlsStream<TcpStream>;
+
+async fn connection(state: &State, acceptor: TlsAcceptor, stream: TcpStream) -> anyhow::Result<()> {
+    let mut stream = acceptor.accept(stream).await?;
+    let user = user(&stream).context("a client without a certificate")?;
+    while let Some(target) = request(&mut stream).await? {
+        state.users.lock().push(user.clone());
+        let manner = state.now.borrow().1;
+        let selector = target.split_once("metadata.name%3D").map(|(_, rest)| rest);
+        let name = selector.and_then(|rest| rest.split('&').next()).unwrap_or_default();
+        let own = user.strip_prefix("system:node:").is_some_and(|node| node == name);
+        if let Manner::Refuses(code) = manner {
+            answer(&mut stream, code, &status(code)).await?;
+        } else if !own || !target.starts_with("/api/v1/nodes?") {
+            answer(&mut stream, 403, &status(403)).await?;
+        } else if target.contains("watch=") {
+            if manner == Manner::Flaps {
+                return Ok(());
+            }
+            return serve_watch(state, &mut stream, name).await;
+        } else {
+            let items: Vec<Value> = state.nodes.lock().get(name).cloned().into_iter().collect();
+            let version = state.now.borrow().0.to_string();
+            let list = json!({
+                "apiVersion": "v1",
+                "kind": "NodeList",
+                "metadata": {"resourceVersion": version},
+                "items": items,
+            });
+            answer(&mut stream, 200, &list).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The target of the next request; the bodies of GETs are empty.
+async fn request(stream: &mut Stream) -> anyhow::Result<Option<String>> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        anyhow::ensure!(head.len() < 16 << 10, "a request without end");
+        match stream.read_u8().await {
+            Ok(byte) => head.push(byte),
+            Err(_) if head.is_empty() => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let head = String::from_utf8(head)?;
+    Ok(Some(head.split(' ').nth(1).unwrap_or_default().to_owned()))
+}
+
+async fn answer(stream: &mut Stream, code: u16, body: &Value) -> anyhow::Result<()> {
+    let body = body.to_string();
+    let head = format!(
+        "HTTP/1.1 {code} Said\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await?;
+    stream.write_all(body.as_bytes()).await?;
+    Ok(stream.flush().await?)
+}
+
+async fn serve_watch(state: &State, stream: &mut Stream, name: &str) -> anyhow::Result<()> {
+    let mut now = state.now.subscribe();
+    let head =
+        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
+    stream.write_all(head.as_bytes()).await?;
+    stream.flush().await?;
+    loop {
+        // Also what stands already: a client that lists and then watches may not miss what came
+        // in between.
+        let node = state.nodes.lock().get(name).cloned();
+        if let Some(node) = node {
+            let line = json!({"type": "MODIFIED", "object": node}).to_string() + "\n";
+            stream.write_all(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes()).await?;
+            stream.flush().await?;
+        }
+        now.changed().await?;
+        if now.borrow().1 != Manner::Proper {
+            return Ok(());
+        }
+    }
+}
+
+fn status(code: u16) -> Value {
+    let reason = if code == 403 { "Forbidden" } else { "InternalError" };
+    json!({
+        "apiVersion": "v1",
+        "kind": "Status",
+        "metadata": {},
+        "status": "Failure",
+        "message": "scripted",
+        "reason": reason,
+        "code": code,
+    })
+}
+
+fn user(stream: &Stream) -> Option<String> {
+    let certificate = stream.get_ref().1.peer_certificates()?.first()?;
+    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+    let name = parsed.subject().iter_common_name().next()?;
+    Some(name.as_str().ok()?.to_owned())
+}

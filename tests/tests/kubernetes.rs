@@ -1,0 +1,232 @@
+//! The agent's Kubernetes client against a scripted API server.
+#![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use tokio::sync::watch;
+use towline_agent::config::{AnnouncePods, KubernetesConfig};
+use towline_agent::kubernetes::{self, Setup, View};
+use towline_agent::state::StateDir;
+use towline_tests::cluster::{ClusterCa, kubeconfig, replace};
+use towline_tests::scripted_api::{Manner, ScriptedApi};
+
+/// Whatever takes longer will not come.
+const LIMIT: Duration = Duration::from_secs(60);
+/// An address that is on every machine.
+const OURS: &str = "127.0.0.1";
+
+struct Machine {
+    directory: tempfile::TempDir,
+    views: watch::Receiver<View>,
+}
+
+impl Machine {
+    /// A machine whose CNI is a plain bridge. It has no credentials yet.
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("cni")).unwrap();
+        let bridge = r#"{"plugins": [{"type": "bridge"}]}"#;
+        std::fs::write(directory.path().join("cni/10-bridge.conflist"), bridge).unwrap();
+        let views = start(&directory);
+        Self { directory, views }
+    }
+
+    /// The agent starts again; what it was told stays in its state directory.
+    async fn restart(&mut self) {
+        // Nobody listens any more: the task ends, and with it its hold on the state directory.
+        self.views = watch::channel(View::default()).1;
+        while StateDir::open(&self.path("state")).is_err() {
+            tokio::task::yield_now().await;
+        }
+        self.views = start(&self.directory);
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Puts a kubelet's credentials in place.
+    fn enrol(&self, ca: &ClusterCa, url: &str, node: &str) {
+        replace(&self.path("ca.crt"), ca.pem()).unwrap();
+        self.rotate(ca, node);
+        let text = kubeconfig(url, &self.path("ca.crt"), &self.path("kubelet.pem"));
+        replace(&self.path("kubelet.conf"), &text).unwrap();
+    }
+
+    fn rotate(&self, ca: &ClusterCa, node: &str) {
+        let pair = ca.issue_node(node).unwrap();
+        replace(&self.path("kubelet.pem"), &pair.both()).unwrap();
+    }
+
+    async fn view(&mut self, wanted: impl Fn(&View) -> bool) -> View {
+        let last = self.views.clone();
+        let found = tokio::time::timeout(LIMIT, self.views.wait_for(|view| wanted(view))).await;
+        match found {
+            Ok(view) => view.unwrap().clone(),
+            Err(_) => panic!("not seen; now: {:?}", last.borrow()),
+        }
+    }
+
+    async fn pods(&mut self, wanted: &[&str]) -> View {
+        let wanted = nets(wanted);
+        self.view(|view| view.connected && view.facts.pods == wanted).await
+    }
+
+    async fn reason(&mut self, part: &str) -> View {
+        self.view(|view| !view.connected && view.reason.contains(part)).await
+    }
+}
+
+fn start(directory: &tempfile::TempDir) -> watch::Receiver<View> {
+    kubernetes::start(Setup {
+        config: KubernetesConfig {
+            kubeconfig: directory.path().join("kubelet.conf"),
+            announce_pods: AnnouncePods::Auto,
+            cni_dir: directory.path().join("cni"),
+        },
+        link: "towline0".into(),
+        mtu: 1420,
+        state: Arc::new(StateDir::open(&directory.path().join("state")).unwrap()),
+        credentials_period: Duration::from_millis(10),
+    })
+}
+
+fn nets(list: &[&str]) -> Vec<IpNet> {
+    list.iter().map(|net| net.parse().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn credentials_are_waited_for_and_a_change_of_pod_networks_is_followed() {
+    let ca = ClusterCa::new("cluster").unwrap();
+    let api = ScriptedApi::start(&ca).await.unwrap();
+    api.node("w", OURS, &["10.244.1.0/24"]);
+    let mut machine = Machine::new();
+    machine.reason("no kubelet credentials yet").await;
+    machine.enrol(&ca, &api.url, "w");
+    let view = machine.pods(&["10.244.1.0/24"]).await;
+    assert_eq!(view.facts.node, "w");
+    assert!(view.cni.contains("native"), "{}", view.cni);
+    api.node("w", OURS, &["10.244.7.0/24", "fd00:7::/64"]);
+    machine.pods(&["10.244.7.0/24", "fd00:7::/64"]).await;
+}
+
+#[tokio::test]
+async fn a_node_reads_its_own_node_and_is_refused_every_other() {
+    let ca = ClusterCa::new("cluster").unwrap();
+    let api = ScriptedApi::start(&ca).await.unwrap();
+    api.node("w", OURS, &["10.244.1.0/24"]);
+    api.node("other", OURS, &["10.244.2.0/24"]);
+    let mut machine = Machine::new();
+    machine.enrol(&ca, &api.url, "w");
+    machine.pods(&["10.244.1.0/24"]).await;
+    assert!(api.users().iter().all(|user| user == "system:node:w"));
+}
+
+#[tokio::test]
+async fn a_server_that_refuses_goes_away_or_flaps_changes_nothing() {
+    let ca = ClusterCa::new("cluster").unwrap();
+    let api = ScriptedApi::start(&ca).await.unwrap();
+    api.node("w", OURS, &["10.244.1.0/24"]);
+    let mut machine = Machine::new();
+    machine.enrol(&ca, &api.url, "w");
+    machine.pods(&["10.244.1.0/24"]).await;
+    for (manner, says) in [
+        (Manner::Refuses(403), "403"),
+        (Manner::Refuses(401), "401"),
+        (Manner::Refuses(500), "500"),
+        (Manner::Away, "away"),
+    ] {
+        api.behave(manner);
+        let view = machine.reason(says).await;
+        assert_eq!(view.facts.pods, nets(&["10.244.1.0/24"]), "{manner:?}");
+        assert!(!view.reason.contains('\n'));
+        api.behave(Manner::Proper);
+        machine.pods(&["10.244.1.0/24"]).await;
+    }
+    api.behave(Manner::Flaps);
+    api.node("w", OURS, &["10.244.2.0/24"]);
+    machine.view(|view| view.facts.pods == nets(&["10.244.2.0/24"])).await;
+}
+
+#[tokio::test]
+async fn the_last_good_word_outlives_a_restart_without_a_server() {
+    let ca = ClusterCa::new("cluster").unwrap();
+    let api = ScriptedApi::start(&ca).await.unwrap();
+    api.node("w", OURS, &["10.244.1.0/24"]);
+    let mut machine = Machine::new();
+    machine.enrol(&ca, &api.url, "w");
+    machine.pods(&["10.244.1.0/24"]).await;
+    drop(api);
+    machine.reason("away").await;
+    machine.restart().await;
+    assert_eq!(machine.views.borrow().facts.pods, nets(&["10.244.1.0/24"]));
+    let view = machine.reason("away").await;
+    assert_eq!(view.facts.pods, nets(&["10.244.1.0/24"]));
+}
+
+#[tokio::test]
+async fn a_server_of_another_cluster_is_not_believed() {
+    let (ca, other) = (ClusterCa::new("cluster").unwrap(), ClusterCa::new("other").unwrap());
+    let api = ScriptedApi::start(&other).await.unwrap();
+    api.node("w", OURS, &["10.244.1.0/24"]);
+    let mut machine = Machine::new();
+    machine.enrol(&ca, &api.url, "w");
+    let view = machine.reason("another cluster").await;
+    assert!(view.facts.pods.is_empty());
+}
+
+#[tokio::test]
+async fn a_kubeconfig_of_another_node_announces_nothing() {
+    let ca = ClusterCa::new("cluster").unwrap();
+    let api = ScriptedApi::start(&ca).await.unwrap();
+    api.node("other", "192.0.2.77", &["10.244.9.0/24"]);
+    let mut machine = Machine::new();
+    machine.enrol(&ca, &api.url, "other");
+    let view = machine.view(|view| !view.problems.is_empty()).await;
+    assert!(view.problems[0].contains("not on this machine"), "{:?}", view.problems);
+    assert!(view.facts.pods.is_empty());
+}
+
+#[tokio::test]
+async fn a_kubeconfig_of_a_person_is_refused_with_its_name() {
+    let ca = ClusterCa::new("cluster").unwrap();
+    let api = ScriptedApi::start(&ca).await.unwrap();
+    let mut machine = Machine::new();
+    machine.enrol(&ca, &api.url, "w");
+    let admin = ca.issue("kubernetes-admin", "system:masters", &[]).unwrap();
+    replace(&machine.path("kubelet.pem"), &admin.both()).unwrap();
+    let view = machine.reason("not of a node").await;
+    assert!(view.reason.contains("kubernetes-admin"), "{}", view.reason);
+}
+
+#[tokio::test]
+async fn a_node_without_pod_networks_keeps_the_ones_before() {
+    let ca = ClusterCa::new("cluster").unwrap();
+    let api = ScriptedApi::start(&ca).await.unwrap();
+    api.node("w", OURS, &[]);
+    let mut machine = Machine::new();
+    machine.enrol(&ca, &api.url, "w");
+    machine.view(|view| view.connected && view.cni.contains("no pod network")).await;
+    api.node("w", OURS, &["10.244.1.0/24"]);
+    machine.pods(&["10.244.1.0/24"]).await;
+    api.node("w", OURS, &[]);
+    let view = machine.view(|view| view.cni.contains("no pod network")).await;
+    assert_eq!(view.facts.pods, nets(&["10.244.1.0/24"]));
+}
+
+#[tokio::test]
+async fn rotated_credentials_are_read_again() {
+    let ca = ClusterCa::new("cluster").unwrap();
+    let api = ScriptedApi::start(&ca).await.unwrap();
+    api.node("w", OURS, &["10.244.1.0/24"]);
+    api.node("renamed", OURS, &["10.244.2.0/24"]);
+    let mut machine = Machine::new();
+    machine.enrol(&ca, &api.url, "w");
+    machine.pods(&["10.244.1.0/24"]).await;
+    machine.rotate(&ca, "renamed");
+    let view = machine.pods(&["10.244.2.0/24"]).await;
+    assert_eq!(view.facts.node, "renamed");
+}
