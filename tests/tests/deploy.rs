@@ -1,0 +1,271 @@
+//! What is shipped beside the programs: it parses, and says what it promises.
+#![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+fn deploy(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(path)
+}
+
+fn read(path: &str) -> String {
+    let path = deploy(path);
+    std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+fn yaml(text: &str) -> Value {
+    serde_saphyr::from_str(text).unwrap_or_else(|error| panic!("{error}\n{text}"))
+}
+
+/// Every document of a file; comments alone are none.
+fn documents(text: &str) -> Vec<Value> {
+    let blank = |document: &&str| {
+        document.lines().any(|line| !line.trim().is_empty() && !line.trim().starts_with('#'))
+    };
+    text.split("\n---\n").filter(blank).map(yaml).collect()
+}
+
+fn names(directory: &str, extension: &str) -> Vec<String> {
+    let mut found: Vec<String> = std::fs::read_dir(deploy(directory))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.ends_with(extension))
+        .map(|name| format!("{directory}/{name}"))
+        .collect();
+    found.sort();
+    assert!(!found.is_empty(), "nothing in {directory}");
+    found
+}
+
+/// The chart's templates use values and whole-file conditions, no more, so that a few lines can
+/// render them: Helm is not needed to know what it will say.
+fn rendered(template: &str) -> String {
+    let values = yaml(&read("helm/towline/values.yaml"));
+    let mut text = String::new();
+    for line in read(template).lines().filter(|line| !line.starts_with("{{-")) {
+        let mut rest = line;
+        while let Some((before, after)) = rest.split_once("{{ ") {
+            let (expression, after) = after.split_once(" }}").expect("an expression ends");
+            text.push_str(before);
+            text.push_str(&value(&values, expression));
+            rest = after;
+        }
+        text.push_str(rest);
+        text.push('\n');
+    }
+    text
+}
+
+fn value(values: &Value, expression: &str) -> String {
+    if expression == ".Release.Namespace" {
+        return "towline".to_owned();
+    }
+    let path = expression.strip_prefix(".Values.").expect("a value");
+    let found = path.split('.').fold(values, |at, key| &at[key]);
+    found.as_str().unwrap_or_else(|| panic!("{expression} is not among the values")).to_owned()
+}
+
+fn containers(workload: &Value) -> Vec<&Value> {
+    let pod = &workload["spec"]["template"]["spec"];
+    ["initContainers", "containers"]
+        .iter()
+        .flat_map(|key| pod[*key].as_array().into_iter().flatten())
+        .collect()
+}
+
+#[test]
+fn the_plain_manifests_are_the_chart_with_its_default_values() {
+    for name in ["agent", "controller"] {
+        let chart = rendered(&format!("helm/towline/templates/{name}.yaml"));
+        let plain = deploy(&format!("kubernetes/{name}.yaml"));
+        if std::env::var_os("TOWLINE_WRITE").is_some() {
+            std::fs::write(&plain, &chart).unwrap();
+        }
+        let found = std::fs::read_to_string(&plain).unwrap_or_default();
+        assert_eq!(found, chart, "write {} anew: TOWLINE_WRITE=1 cargo test", plain.display());
+    }
+}
+
+#[test]
+fn every_switch_and_value_of_the_chart_is_there() {
+    let values = yaml(&read("helm/towline/values.yaml"));
+    for name in ["agent", "controller"] {
+        let template = read(&format!("helm/towline/templates/{name}.yaml"));
+        assert!(template.starts_with(&format!("{{{{- if .Values.{name}.enabled }}}}\n")));
+        assert!(template.ends_with("{{- end }}\n"));
+        assert_eq!(values[name]["enabled"], Value::Bool(true));
+    }
+    let chart = yaml(&read("helm/towline/Chart.yaml"));
+    assert_eq!(chart["apiVersion"], "v2");
+    assert_eq!(chart["appVersion"], env!("CARGO_PKG_VERSION"));
+}
+
+#[test]
+fn no_container_is_privileged_and_the_exceptions_are_the_documented_ones() {
+    let mut workloads = 0;
+    for document in names("kubernetes", ".yaml").iter().flat_map(|name| documents(&read(name))) {
+        assert!(document["apiVersion"].is_string() && document["metadata"]["name"].is_string());
+        if !matches!(document["kind"].as_str(), Some("DaemonSet" | "Deployment")) {
+            continue;
+        }
+        workloads += 1;
+        let pod = &document["spec"]["template"]["spec"];
+        let labels = &document["spec"]["template"]["metadata"]["labels"];
+        assert_eq!(document["spec"]["selector"]["matchLabels"], *labels);
+        assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
+        assert_eq!(pod["automountServiceAccountToken"], false);
+        assert!(pod["hostPID"].is_null() && pod["hostIPC"].is_null());
+        let agent = document["kind"] == "DaemonSet";
+        assert_eq!(pod["hostNetwork"] == true, agent);
+        for container in containers(&document) {
+            let context = &container["securityContext"];
+            assert!(context["privileged"].is_null());
+            assert_eq!(context["readOnlyRootFilesystem"], true);
+            assert_eq!(context["allowPrivilegeEscalation"], false);
+            assert_eq!(context["capabilities"]["drop"], serde_json::json!(["ALL"]));
+            let added = &context["capabilities"]["add"];
+            let allowed = if agent { serde_json::json!(["NET_ADMIN"]) } else { Value::Null };
+            assert_eq!(*added, allowed);
+            let volumes: Vec<&Value> = pod["volumes"].as_array().unwrap().iter().collect();
+            for mount in container["volumeMounts"].as_array().unwrap() {
+                assert!(volumes.iter().any(|volume| volume["name"] == mount["name"]), "{mount}");
+            }
+        }
+    }
+    assert_eq!(workloads, 2);
+}
+
+#[test]
+fn the_agents_configuration_in_the_cluster_is_one() {
+    let agent = documents(&read("kubernetes/agent.yaml"));
+    let text = agent[0]["data"]["agent.toml"].as_str().unwrap();
+    towline_agent::config::Config::parse(text, Path::new("agent.toml")).unwrap();
+}
+
+#[test]
+fn cloud_init_says_only_what_cloud_init_knows() {
+    let known = ["package_update", "packages", "write_files", "runcmd"];
+    let mut planes = BTreeMap::new();
+    for name in names("cloud-init", ".yaml") {
+        let text = read(&name);
+        assert!(text.starts_with("#cloud-config\n"), "{name}");
+        let mut document = yaml(&text);
+        for (key, _) in document.as_object().unwrap() {
+            assert!(known.contains(&key.as_str()), "{name}: {key}");
+        }
+        for file in document["write_files"].as_array().unwrap() {
+            let mode = file["permissions"].as_str().expect("permissions are a string");
+            assert!(file["path"].as_str().unwrap().starts_with('/') && file["content"].is_string());
+            let secret = file["path"] == "/etc/towline/token";
+            assert_eq!(mode, if secret { "0600" } else { "0755" }, "{name}");
+            if !secret {
+                parses_as_shell(file["content"].as_str().unwrap());
+            }
+        }
+        for command in document["runcmd"].as_array().unwrap() {
+            assert!(command.as_array().unwrap().iter().all(Value::is_string), "{name}");
+        }
+        if name.contains("control-plane") {
+            // How the public address is learned is all that may differ.
+            let address = &mut document["write_files"][0];
+            assert_eq!(address["path"], "/usr/local/sbin/towline-public-address");
+            address["content"] = Value::Null;
+            planes.insert(name, document);
+        }
+    }
+    let planes: Vec<Value> = planes.into_values().collect();
+    assert_eq!(planes.len(), 3);
+    assert!(planes.windows(2).all(|pair| pair[0] == pair[1]));
+}
+
+/// Every system with cloud-init has `sh`; one without is not failed for it.
+fn parses_as_shell(text: &str) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), text).unwrap();
+    if let Ok(said) = Command::new("sh").arg("-n").arg(file.path()).output() {
+        assert!(said.status.success(), "{}\n{text}", String::from_utf8_lossy(&said.stderr));
+    }
+}
+
+#[test]
+fn units_name_their_order_and_give_up_what_they_do_not_need() {
+    let agent = read("systemd/towline.service");
+    let before = agent.lines().find_map(|line| line.strip_prefix("Before=")).unwrap();
+    for unit in ["containerd.service", "kubelet.service", "k3s-agent.service"] {
+        assert!(before.split(' ').any(|name| name == unit), "{unit}");
+    }
+    for line in [
+        "Type=notify",
+        "WatchdogSec=20",
+        "NoNewPrivileges=yes",
+        "CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW",
+        "ProtectSystem=strict",
+    ] {
+        assert!(agent.lines().any(|found| found == line), "{line}");
+    }
+    for drop_in in ["kubelet.service.d", "k3s-agent.service.d"] {
+        let text = read(&format!("systemd/{drop_in}/10-towline.conf"));
+        assert!(text.contains("After=towline.service"));
+        assert!(text.contains("ExecStartPre=/usr/bin/towline wait"));
+    }
+}
+
+#[test]
+fn systemd_finds_nothing_wrong_with_the_units() {
+    let Ok(version) = Command::new("systemd-analyze").arg("--version").output() else {
+        eprintln!("skipped: no systemd-analyze here");
+        return;
+    };
+    assert!(version.status.success());
+    let directory = tempfile::tempdir().unwrap();
+    let mut units = Vec::new();
+    for name in names("systemd", ".service").into_iter().chain(names("systemd", ".timer")) {
+        // The programs are not installed where tests run.
+        let text = read(&name)
+            .replace("/usr/bin/towline-controller ", "/bin/true ")
+            .replace("/usr/bin/towline ", "/bin/true ");
+        let path = directory.path().join(Path::new(&name).file_name().unwrap());
+        std::fs::write(&path, text).unwrap();
+        units.push(path);
+    }
+    let said = Command::new("systemd-analyze")
+        .args(["verify", "--man=no", "--recursive-errors=no"])
+        .args(&units)
+        .output()
+        .unwrap();
+    let words = String::from_utf8_lossy(&said.stderr);
+    let ours: Vec<&str> = words.lines().filter(|line| line.contains("towline")).collect();
+    assert!(ours.is_empty(), "{words}");
+}
+
+#[test]
+fn the_terraform_example_is_hcl_and_marks_its_secrets() {
+    let text = read("terraform/main.tf");
+    let body: hcl_edit::structure::Body = text.parse().unwrap_or_else(|error| panic!("{error}"));
+    let blocks: Vec<String> =
+        body.get_blocks("output").map(|block| block.body.to_string()).collect();
+    assert!(!blocks.is_empty());
+    assert!(blocks.iter().all(|block| block.contains("sensitive   = true")));
+    assert!(text.contains("encrypt = true"));
+    assert!(read("cloud-init/worker.yaml").contains("content: TOKEN\n"));
+}
+
+#[test]
+fn the_pulumi_example_and_the_falco_rules_parse() {
+    let package: Value = serde_json::from_str(&read("pulumi/package.json")).unwrap();
+    assert!(package["dependencies"]["@pulumi/command"].is_string());
+    assert!(yaml(&read("pulumi/Pulumi.yaml"))["runtime"] == "nodejs");
+    assert!(read("pulumi/index.ts").contains("pulumi.secret("));
+    let rules = yaml(&read("falco/towline_rules.yaml"));
+    let rules: Vec<&Value> =
+        rules.as_array().unwrap().iter().filter(|item| !item["rule"].is_null()).collect();
+    assert!(!rules.is_empty());
+    for rule in rules {
+        for key in ["desc", "condition", "output", "priority"] {
+            assert!(rule[key].is_string(), "{key} of {}", rule["rule"]);
+        }
+    }
+}
