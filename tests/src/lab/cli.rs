@@ -12,11 +12,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use super::binaries::{Binaries, Profile};
 use super::interrupt;
 use super::keep::Kept;
+use super::package;
 use super::privilege::acquire;
 use super::report::{Forbidden, finish, print};
 use super::scenario::{
-    Setting, bench, cohabit, crash, demo, failover, idle, interop, leak, many, mtu, nat, nodes,
-    plan,
+    Setting, bench, bootstrap, cohabit, crash, demo, failover, idle, interop, kubernetes, leak,
+    many, mtu, nat, nodes, plan,
 };
 use super::talk::{Talk, line};
 use super::traffic::random_bytes;
@@ -76,6 +77,12 @@ enum What {
         #[arg(long)]
         seed: Option<u64>,
     },
+    /// One command on a clean machine; again; offline; with a spent token; after a reboot.
+    Bootstrap {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+    },
     /// Towline beside other userspace WireGuards and the bare limit (release build).
     Bench {
         /// Print one JSON object instead of text.
@@ -133,6 +140,21 @@ enum What {
         /// Measure with this very program, instead of a release build of it.
         #[arg(long, hide = true)]
         here: bool,
+    },
+    /// A real API server, two workers behind NAT: each agent follows its own Node.
+    Kubernetes {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Builds the static programs, the Debian package and the OCI image, and reads them back.
+    Package {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+        /// Where to put them.
+        #[arg(long, default_value = "target/package/out")]
+        out: std::path::PathBuf,
     },
     /// Opens a shell, or runs a command, in a node of a lab that is kept up.
     Shell {
@@ -284,6 +306,19 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
             let figures = plan::run(acquire(rootless)?)?;
             finish(&figures, json)
         }
+        What::Bootstrap { json } => {
+            let setting = prepare(rootless, Profile::Dev)?;
+            let figures = bootstrap::run(&setting)?;
+            drop(setting);
+            finish(&figures, json)
+        }
+        What::Kubernetes { json } => {
+            let setting = prepare(rootless, Profile::Dev)?;
+            let figures = kubernetes::run(&setting)?;
+            drop(setting);
+            finish(&figures, json)
+        }
+        What::Package { json, out } => finish(&package::run(&out)?, json),
         What::Shell { node, command } => match Kept::find()?.enter(&node, &command)? {},
     }
 }
@@ -303,6 +338,9 @@ leak    agents die, guards are flushed, strangers forge: nothing leaves in clear
 nodes   every arrow of a hybrid cluster, in both addressings: it arrives, and by the promised way
 cohabit firewalls, network managers and operators flush and delete: it is back, theirs untouched
 plan    what a host's network costs with 1,000 peers and 5,000 prefixes: all of it, and one change
+bootstrap one command turns a clean machine into a node; it survives offline boots and reboots
+kubernetes a real API server: agents follow their own Nodes (needs etcd and Go)
+package the static programs as a Debian package and an OCI image, read back (release build)
 ";
 
 fn given_or_random(seed: Option<u64>) -> anyhow::Result<u64> {

@@ -60,6 +60,7 @@ pub mod meddle;
 pub mod mesh;
 pub mod namespace;
 pub mod nat;
+pub mod package;
 pub mod peers;
 pub mod ping;
 pub mod privilege;

@@ -8,6 +8,7 @@
 //! also gets a subcommand and a line of the list in [`cli`](super::cli).
 
 pub mod bench;
+pub mod bootstrap;
 pub mod cohabit;
 pub mod crash;
 pub mod demo;
@@ -15,6 +16,7 @@ pub mod failover;
 pub mod hybrid;
 pub mod idle;
 pub mod interop;
+pub mod kubernetes;
 pub mod leak;
 pub mod many;
 pub mod mtu;

@@ -1,0 +1,340 @@
+//! `cargo lab package`: the static programs as a Debian package and as an OCI image from scratch,
+//! made without a container engine and without packaging tools; then read back.
+
+mod archive;
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, bail, ensure};
+use ring::digest::{SHA256, digest};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::report::Figures;
+use super::talk::line;
+use archive::{Entry, ar, read_ar, read_tar, tar};
+
+/// What was made.
+#[derive(Debug, Default, Serialize)]
+pub struct Package {
+    /// The Debian package.
+    pub deb: PathBuf,
+    /// The image, as an archive of an OCI layout.
+    pub image: PathBuf,
+    /// The target that was built for.
+    pub target: String,
+    /// Megabytes (10^6 bytes) of each.
+    pub deb_mb: f64,
+    /// See `deb_mb`.
+    pub image_mb: f64,
+    /// Promises that did not hold.
+    pub failed: Vec<String>,
+}
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+const PROGRAMS: [&str; 2] = ["towline", "towline-controller"];
+
+/// Builds the programs and both packages into `out`.
+pub fn run(out: &Path) -> anyhow::Result<Package> {
+    let target = target();
+    let programs = build(&target)?;
+    let mut package = Package { target, ..Package::default() };
+    for (name, bytes) in &programs {
+        if !is_static(bytes) {
+            package.failed.push(format!("{name} is static"));
+        }
+    }
+    std::fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
+    let deb = deb(&programs)?;
+    let image = image(&programs)?;
+    package.deb_mb = deb.len() as f64 / 1e6;
+    package.image_mb = image.len() as f64 / 1e6;
+    package.deb = out.join(format!("towline_{VERSION}_{}.deb", debian_architecture()));
+    package.image = out.join(format!("towline-{VERSION}-oci.tar"));
+    for (path, bytes) in [(&package.deb, &deb), (&package.image, &image)] {
+        std::fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    for (what, checked) in [("the package", check_deb(&deb)), ("the image", check_image(&image))] {
+        if let Err(error) = checked {
+            package.failed.push(format!("{what} reads back: {error:#}"));
+        }
+    }
+    Ok(package)
+}
+
+/// musl where its standard library is installed, else glibc, linked statically.
+fn target() -> String {
+    let musl = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
+    let asked = Command::new("rustc")
+        .args(["--print", "target-libdir", "--target", &musl])
+        .stderr(Stdio::null())
+        .output();
+    let there =
+        asked.is_ok_and(|said| Path::new(String::from_utf8_lossy(&said.stdout).trim()).is_dir());
+    if there { musl } else { format!("{}-unknown-linux-gnu", std::env::consts::ARCH) }
+}
+
+fn build(target: &str) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let base = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    let directory = base.unwrap_or_else(|| root.join("target")).join("package");
+    line(&format!("building the static programs for {target}"));
+    let ended = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .args(["build", "--release", "--locked", "-p", "towline-agent", "-p", "towline-controller"])
+        .args(["--target", target, "--target-dir"])
+        .arg(&directory)
+        .current_dir(&root)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(ended.success(), "the programs do not build: see above");
+    let release = directory.join(target).join("release");
+    PROGRAMS
+        .into_iter()
+        .map(|name| {
+            let path = release.join(name);
+            let bytes = std::fs::read(&path);
+            Ok((name.to_owned(), bytes.with_context(|| format!("no {}", path.display()))?))
+        })
+        .collect()
+}
+
+/// Whether an ELF file asks for no interpreter.
+fn is_static(bytes: &[u8]) -> bool {
+    const PT_INTERP: u32 = 3;
+    let number = |at: usize, length: usize| -> Option<usize> {
+        let field = bytes.get(at..at + length)?;
+        Some(field.iter().rev().fold(0, |sum, byte| sum << 8 | usize::from(*byte)))
+    };
+    let interprets = || -> Option<bool> {
+        // ELF64, little-endian: e_phoff, e_phentsize, e_phnum.
+        (bytes.get(..6)? == b"\x7fELF\x02\x01").then_some(())?;
+        let (at, size, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);
+        let mut kinds = (0..count).filter_map(|index| number(at + index * size, 4));
+        Some(kinds.any(|kind| kind == PT_INTERP as usize))
+    };
+    interprets() == Some(false)
+}
+
+fn debian_architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+/// What both have.
+fn programs_in(programs: &BTreeMap<String, Vec<u8>>) -> Vec<Entry> {
+    programs
+        .iter()
+        .map(|(name, bytes)| Entry::file(&format!("usr/bin/{name}"), 0o755, bytes.clone()))
+        .collect()
+}
+
+fn deploy(name: &str) -> anyhow::Result<Vec<u8>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(name);
+    std::fs::read(&path).with_context(|| format!("no {}", path.display()))
+}
+
+const UNITS: [&str; 7] = [
+    "towline.service",
+    "towline-guard.service",
+    "towline-controller.service",
+    "towline-join.service",
+    "towline-join.timer",
+    "kubelet.service.d/10-towline.conf",
+    "k3s-agent.service.d/10-towline.conf",
+];
+
+fn deb(programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Result<Vec<u8>> {
+    let mut files = programs_in(programs);
+    for unit in UNITS {
+        let place = format!("usr/lib/systemd/system/{unit}");
+        files.push(Entry::file(&place, 0o644, deploy(&format!("systemd/{unit}"))?));
+    }
+    for name in ["agent.toml", "controller.toml", "kubeadm.md", "k3s.md"] {
+        files.push(Entry::file(&format!("usr/share/doc/towline/{name}"), 0o644, deploy(name)?));
+    }
+    files.push(Entry::file("usr/share/doc/towline/README.md", 0o644, deploy("../README.md")?));
+    files.push(Entry::file("usr/share/doc/towline/copyright", 0o644, deploy("../LICENSE")?));
+    let kilobytes = files.iter().map(|file| file.bytes.len().div_ceil(1024)).sum::<usize>();
+    let control = format!(
+        "Package: towline\nVersion: {VERSION}\nArchitecture: {}\nMaintainer: Towline maintainers \
+         <maintainers@towline.invalid>\nInstalled-Size: {kilobytes}\nSection: net\nPriority: \
+         optional\nDescription: encrypted node network for hybrid Kubernetes\n Joins bare-metal \
+         workers and cloud control-plane nodes into one network over\n userspace WireGuard.\n",
+        debian_architecture()
+    );
+    // Nothing is started: a machine that has not joined has nothing to run.
+    let reload = "#!/bin/sh\nset -e\n[ ! -d /run/systemd/system ] || systemctl daemon-reload\n";
+    let scripts = [
+        Entry::file("control", 0o644, control.into()),
+        Entry::file("postinst", 0o755, reload.into()),
+        Entry::file("postrm", 0o755, reload.into()),
+    ];
+    Ok(ar(&[
+        ("debian-binary", b"2.0\n".to_vec()),
+        ("control.tar", tar(&scripts)?),
+        ("data.tar", tar(&files)?),
+    ]))
+}
+
+fn image(programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Result<Vec<u8>> {
+    let layer = tar(&programs_in(programs))?;
+    let architecture = debian_architecture();
+    let config = json!({
+        "architecture": architecture,
+        "os": "linux",
+        "config": {"Entrypoint": ["/usr/bin/towline"], "Env": ["PATH=/usr/bin"]},
+        "rootfs": {"type": "layers", "diff_ids": [sha256(&layer)]},
+    });
+    let config = config.to_string().into_bytes();
+    let described = |kind: &str, bytes: &[u8]| {
+        json!({
+            "mediaType": format!("application/vnd.oci.image.{kind}"),
+            "digest": sha256(bytes),
+            "size": bytes.len(),
+        })
+    };
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": described("config.v1+json", &config),
+        "layers": [described("layer.v1.tar", &layer)],
+    });
+    let manifest = manifest.to_string().into_bytes();
+    let mut listed = described("manifest.v1+json", &manifest);
+    listed["platform"] = json!({"architecture": architecture, "os": "linux"});
+    listed["annotations"] = json!({
+        "org.opencontainers.image.ref.name": VERSION,
+        "io.containerd.image.name": format!("docker.io/library/towline:{VERSION}"),
+    });
+    let index = json!({"schemaVersion": 2, "manifests": [listed]});
+    let blob = |bytes: Vec<u8>| {
+        Entry::file(&format!("blobs/{}", sha256(&bytes).replace(':', "/")), 0o644, bytes)
+    };
+    let layout = br#"{"imageLayoutVersion":"1.0.0"}"#;
+    tar(&[
+        Entry::file("oci-layout", 0o644, layout.to_vec()),
+        Entry::file("index.json", 0o644, index.to_string().into_bytes()),
+        blob(manifest),
+        blob(config),
+        blob(layer),
+    ])
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    let mut text = String::from("sha256:");
+    for byte in digest(&SHA256, bytes).as_ref() {
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
+}
+
+/// Unpacks a package and looks for what must be in it; also with dpkg where there is one.
+fn check_deb(bytes: &[u8]) -> anyhow::Result<()> {
+    let members = read_ar(bytes)?;
+    let names: Vec<&str> = members.iter().map(|(name, _)| name.as_str()).collect();
+    ensure!(names == ["debian-binary", "control.tar", "data.tar"], "its members are {names:?}");
+    let files = read_tar(&members[2].1)?;
+    for name in PROGRAMS {
+        let path = format!("usr/bin/{name}");
+        let found = files.iter().find(|file| file.path == path);
+        ensure!(found.is_some_and(|file| file.mode == 0o755), "no program {path}");
+    }
+    ensure!(files.iter().any(|file| file.path.ends_with("/towline.service")), "no unit");
+    let file = tempfile::NamedTempFile::new()?;
+    std::fs::write(file.path(), bytes)?;
+    let Ok(said) = Command::new("dpkg-deb").arg("--contents").arg(file.path()).output() else {
+        return Ok(());
+    };
+    let words = String::from_utf8_lossy(&said.stderr);
+    ensure!(said.status.success(), "dpkg-deb says: {}", words.trim());
+    Ok(())
+}
+
+/// Follows an image from its index to its files, every digest checked.
+fn check_image(bytes: &[u8]) -> anyhow::Result<()> {
+    let files: BTreeMap<String, Vec<u8>> =
+        read_tar(bytes)?.into_iter().map(|file| (file.path, file.bytes)).collect();
+    let blob = |described: &Value| -> anyhow::Result<&Vec<u8>> {
+        let name = described["digest"].as_str().context("a descriptor without digest")?;
+        let bytes = files.get(&format!("blobs/{}", name.replace(':', "/")));
+        let bytes = bytes.with_context(|| format!("no blob {name}"))?;
+        ensure!(sha256(bytes) == name, "{name} has another digest");
+        ensure!(described["size"] == bytes.len(), "{name} has another size");
+        Ok(bytes)
+    };
+    let index: Value = serde_json::from_slice(files.get("index.json").context("no index.json")?)?;
+    let manifest: Value = serde_json::from_slice(blob(&index["manifests"][0])?)?;
+    let config: Value = serde_json::from_slice(blob(&manifest["config"])?)?;
+    let layer = blob(&manifest["layers"][0])?;
+    ensure!(config["rootfs"]["diff_ids"][0] == sha256(layer), "the layer is another");
+    let found: Vec<String> = read_tar(layer)?.into_iter().map(|file| file.path).collect();
+    for name in PROGRAMS {
+        if !found.contains(&format!("usr/bin/{name}")) {
+            bail!("no {name} in the layer");
+        }
+    }
+    Ok(())
+}
+
+impl Figures for Package {
+    fn failed(&self) -> &[String] {
+        &self.failed
+    }
+
+    fn for_people(&self) -> String {
+        format!(
+            "{} ({:.1} MB)\n{} ({:.1} MB)\nbuilt for {}",
+            self.deb.display(),
+            self.deb_mb,
+            self.image.display(),
+            self.image_mb,
+            self.target
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn programs() -> BTreeMap<String, Vec<u8>> {
+        PROGRAMS.into_iter().map(|name| (name.to_owned(), name.as_bytes().to_vec())).collect()
+    }
+
+    #[test]
+    fn a_package_reads_back_and_the_same_input_gives_the_same_bytes() {
+        let made = deb(&programs()).unwrap();
+        check_deb(&made).unwrap();
+        assert_eq!(made, deb(&programs()).unwrap());
+    }
+
+    #[test]
+    fn an_image_reads_back_and_a_changed_byte_is_found() {
+        let mut made = image(&programs()).unwrap();
+        check_image(&made).unwrap();
+        let at = made.windows(7).rposition(|window| window == b"towline").unwrap();
+        made[at] ^= 1;
+        check_image(&made).unwrap_err();
+    }
+
+    #[test]
+    fn the_running_test_asks_for_an_interpreter_and_no_elf_is_not_static() {
+        assert!(!is_static(b"#!/bin/sh\n"));
+        let mut header = vec![0; 64];
+        header[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        assert!(is_static(&header));
+        header[32] = 64;
+        (header[54], header[56]) = (56, 1);
+        header.extend(3_u32.to_le_bytes());
+        assert!(!is_static(&header));
+    }
+}

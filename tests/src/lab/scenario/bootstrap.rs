@@ -1,0 +1,327 @@
+//! `cargo lab bootstrap`: one command turns a clean machine into a node, and the node comes back
+//! from a reboot with everything else away.
+//!
+//! A machine is a directory tree and a namespace. What init does is done by the lab: it starts the
+//! agent once the tree says that it is wanted at boot.
+
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use serde::Serialize;
+use towline_agent::netlink::Rtnetlink;
+
+use super::Setting;
+use super::hybrid::{Hybrid, NODES};
+use crate::cluster::{ClusterCa, kubeconfig};
+use crate::lab::interrupt::{pass, wait_for};
+use crate::lab::mesh::{Controller, Node, START_LIMIT, Token};
+use crate::lab::namespace::join;
+use crate::lab::ping::first_reply;
+use crate::lab::privilege::Rank;
+use crate::lab::process::{Daemon, Program, Said};
+use crate::lab::report::{Figures, Promises, round};
+use crate::lab::topology::Host;
+
+/// What the acts showed.
+#[derive(Debug, Default, Serialize)]
+pub struct Bootstrap {
+    /// The lab ran without root's rights over the machine.
+    pub rootless: bool,
+    /// From the command's start on a clean machine to its end: joined, and the mesh up.
+    pub seconds_to_mesh: Option<f64>,
+    /// The same command again.
+    pub again_seconds: Option<f64>,
+    /// How long the second machine had no network.
+    pub offline_s: f64,
+    /// From the network's coming to the mesh.
+    pub seconds_to_mesh_after_offline: Option<f64>,
+    /// From the agent's start after a reboot, with controller and API server away, to the first
+    /// inner reply.
+    pub rejoined_ms: Option<f64>,
+    /// Promises that did not hold.
+    pub failed: Vec<String>,
+}
+
+const OFFLINE: Duration = Duration::from_secs(30);
+const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+const SECONDS_TO_MESH: f64 = 10.0;
+const REJOINED_MS: f64 = 3000.0;
+
+/// Runs it.
+pub fn run(setting: &Setting) -> anyhow::Result<Bootstrap> {
+    let hybrid = Hybrid::build(setting)?;
+    let mut figures =
+        Bootstrap { rootless: setting.rank == Rank::Rootless, ..Bootstrap::default() };
+    let mut promises = Promises::new();
+    if let Err(error) = figures.play(setting, &hybrid, &mut promises) {
+        promises.fail(format!("{error:#}"));
+    }
+    figures.failed = promises.into_failed();
+    Ok(figures)
+}
+
+/// A machine with nothing on it.
+struct Machine {
+    name: &'static str,
+    host: Arc<Host>,
+    program: PathBuf,
+    root: PathBuf,
+    log: PathBuf,
+    agent: Option<Daemon>,
+}
+
+/// What the one command said, and how long it took.
+struct Ran {
+    said: Said,
+    took: Duration,
+}
+
+impl Bootstrap {
+    fn play(
+        &mut self,
+        setting: &Setting,
+        hybrid: &Hybrid,
+        promises: &mut Promises,
+    ) -> anyhow::Result<()> {
+        setting.talk.step("starting the controller and the control plane's node");
+        let mut controller = Controller::start(&hybrid.lab, &hybrid.cp, &setting.binaries)?;
+        let (name, site, configuration) = NODES[0];
+        let mut cp = Node::new(&hybrid.lab, &hybrid.cp, name, &setting.binaries, configuration)?;
+        cp.join(&controller.operator().token(site)?)?;
+        cp.launch()?;
+        let status = cp.await_status(START_LIMIT)?;
+        let cloud = status.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
+        let cloud = cloud.context("cp has no IPv4")?;
+
+        let machine = |index: usize, name| Machine {
+            name,
+            host: Arc::clone(&hybrid.workers[index]),
+            program: setting.binaries.towline.clone(),
+            root: hybrid.lab.directory().join(format!("{name}-root")),
+            log: hybrid.lab.directory().join(format!("{name}.log")),
+            agent: None,
+        };
+        let mut first = machine(0, "worker-a");
+        setting.talk.step("one command on a clean machine");
+        let token = controller.operator().token("dc-a")?;
+        let ran = first.install(&token, &[])?;
+        let seconds = ran.took.as_secs_f64();
+        self.seconds_to_mesh = Some(round(seconds));
+        let address = ran.said.stdout.trim().parse::<IpAddr>();
+        promises.hold(ran.said.status.success() && address.is_ok(), || {
+            format!("the command ends well and prints the node's address: {}", ran.talk())
+        });
+        promises.hold(seconds < SECONDS_TO_MESH, || format!("mesh up in 10 s: {seconds:.1} s"));
+
+        setting.talk.step("the same command again, its token spent");
+        let again = first.install(&token, &[])?;
+        self.again_seconds = Some(round(again.took.as_secs_f64()));
+        promises.hold(again.said.status.success() && again.said.stdout == ran.said.stdout, || {
+            format!("the second run changes nothing and says the same: {}", again.talk())
+        });
+        promises.hold(!again.said.stderr.contains("wrote "), || {
+            format!("the second run writes nothing: {}", again.talk())
+        });
+
+        let mut second = machine(1, "worker-b");
+        setting.talk.step("a spent token on another machine");
+        let spent = second.install(&token, &[])?;
+        let reason = second.failure();
+        promises.hold(!spent.said.status.success() && reason.is_some(), || {
+            format!("a spent token fails and leaves its reason: {}", spent.talk())
+        });
+        promises.hold(!second.retries(), || "a spent token is not tried again".to_owned());
+
+        self.without_network(setting, hybrid, &controller, &mut second, promises)?;
+        self.reboot(setting, hybrid, &mut controller, first, cloud, promises)
+    }
+
+    /// The machine boots before its network; first nobody waits for long enough, then somebody
+    /// does.
+    fn without_network(
+        &mut self,
+        setting: &Setting,
+        hybrid: &Hybrid,
+        controller: &Controller,
+        machine: &mut Machine,
+        promises: &mut Promises,
+    ) -> anyhow::Result<()> {
+        setting.talk.step("without network, and nobody waits for it");
+        let token = controller.operator().token("dc-b")?;
+        plug(hybrid, machine.name, false)?;
+        let gave_up = machine.install(&token, &["--timeout", "3"])?;
+        promises.hold(
+            !gave_up.said.status.success() && machine.failure().is_some() && machine.retries(),
+            || format!("an unattended failure leaves a reason and a timer: {}", gave_up.talk()),
+        );
+
+        setting.talk.step(&format!("without network for the first {} s", OFFLINE.as_secs()));
+        self.offline_s = OFFLINE.as_secs_f64();
+        let ran = std::thread::scope(|scope| {
+            let came = scope.spawn(|| {
+                pass(OFFLINE)?;
+                plug(hybrid, "worker-b", true)?;
+                anyhow::Ok(Instant::now())
+            });
+            let ran = machine.install(&token, &[]);
+            let came = join(came)?;
+            anyhow::Ok((ran?, came.elapsed()))
+        });
+        let (ran, since) = ran?;
+        self.seconds_to_mesh_after_offline = Some(round(since.as_secs_f64()));
+        promises.hold(ran.said.status.success() && since.as_secs_f64() < SECONDS_TO_MESH, || {
+            format!("mesh up 10 s after the network came: {since:.1?}, {}", ran.talk())
+        });
+        promises.hold(!machine.retries() && machine.failure().is_none(), || {
+            "a join that succeeds takes reason and timer away".to_owned()
+        });
+        machine.agent = None;
+        Ok(())
+    }
+
+    /// Everything of the node dies, link and routes are gone, controller and API server are away.
+    fn reboot(
+        &mut self,
+        setting: &Setting,
+        hybrid: &Hybrid,
+        controller: &mut Controller,
+        mut machine: Machine,
+        cloud: IpAddr,
+        promises: &mut Promises,
+    ) -> anyhow::Result<()> {
+        setting.talk.step("a reboot with controller and API server away");
+        machine.enrol(hybrid.lab.directory())?;
+        machine.agent = None;
+        // What a reboot does to the kernel's network: link, routes, rules and guards are gone.
+        machine.towline(&["down"]).run_ok(machine.host.namespace(), COMMAND_LIMIT)?;
+        std::fs::remove_dir_all(machine.root.join("run")).context("cannot empty /run")?;
+        drop(controller.take_daemon());
+        let begun = Instant::now();
+        machine.boot()?;
+        let deadline = begun + START_LIMIT;
+        let reply = first_reply(machine.host.namespace(), cloud, "towline0", deadline)?;
+        let rejoined = reply.map(|at| at.saturating_duration_since(begun).as_secs_f64() * 1e3);
+        self.rejoined_ms = rejoined.map(round);
+        promises.hold(rejoined.is_some_and(|rejoined| rejoined < REJOINED_MS), || {
+            format!("rejoined within 3 s of a reboot: {rejoined:?} ms")
+        });
+        Ok(())
+    }
+}
+
+impl Machine {
+    /// The one command, with the lab as init beside it.
+    fn install(&mut self, token: &Token, flags: &[&str]) -> anyhow::Result<Ran> {
+        std::fs::create_dir_all(self.root.join("root"))?;
+        let file = self.root.join("root/token");
+        std::fs::write(&file, &token.token).context("cannot write the token")?;
+        let command = Program::new(&self.program)
+            .args(["join", "--install", "--name", self.name, "--root"])
+            .arg(&self.root)
+            .arg("--token-file")
+            .arg(&file)
+            .args(flags.iter().copied());
+        let host = Arc::clone(&self.host);
+        std::thread::scope(|scope| {
+            let begun = Instant::now();
+            let command = scope.spawn(move || {
+                let said = command.run(host.namespace(), COMMAND_LIMIT)?;
+                anyhow::Ok(Ran { said, took: begun.elapsed() })
+            });
+            let wanted =
+                self.root.join("etc/systemd/system/multi-user.target.wants/towline.service");
+            let wait = wait_for("end of the command", COMMAND_LIMIT, || {
+                Ok((wanted.is_symlink() || command.is_finished()).then_some(()))
+            });
+            if wait.is_ok() && wanted.is_symlink() && self.agent.is_none() {
+                self.boot()?;
+            }
+            let ran = join(command)?;
+            wait.map(|()| ran)
+        })
+    }
+
+    /// What init does.
+    fn boot(&mut self) -> anyhow::Result<()> {
+        let agent = self.towline(&["agent"]);
+        self.agent = Some(agent.start(self.host.namespace(), self.name, &self.log)?);
+        Ok(())
+    }
+
+    /// The program that was installed, with the paths of its tree.
+    fn towline(&self, arguments: &[&str]) -> Program {
+        Program::new(self.root.join("usr/bin/towline"))
+            .arg("--config")
+            .arg(self.root.join("etc/towline/agent.toml"))
+            .arg("--state-dir")
+            .arg(self.root.join("var/lib/towline"))
+            .arg("--socket")
+            .arg(self.root.join("run/towline/agent.sock"))
+            .args(arguments.iter().copied())
+    }
+
+    /// The reason of the last failure.
+    fn failure(&self) -> Option<String> {
+        std::fs::read_to_string(self.root.join("var/lib/towline/join-failure")).ok()
+    }
+
+    /// Whether the timer that tries again is enabled.
+    fn retries(&self) -> bool {
+        self.root.join("etc/systemd/system/timers.target.wants/towline-join.timer").is_symlink()
+    }
+
+    /// Kubelet credentials for an API server that does not answer.
+    fn enrol(&self, directory: &Path) -> anyhow::Result<()> {
+        let ca = ClusterCa::new("lab")?;
+        let [ca_file, credentials, config] =
+            ["api-ca.crt", "kubelet.pem", "kubelet.conf"].map(|name| directory.join(name));
+        std::fs::write(&ca_file, ca.pem())?;
+        std::fs::write(&credentials, ca.issue_node(self.name)?.both())?;
+        std::fs::write(&config, kubeconfig("https://203.0.113.99:6443", &ca_file, &credentials))?;
+        let path = self.root.join("etc/towline/agent.toml");
+        let text = std::fs::read_to_string(&path)?;
+        std::fs::write(&path, format!("{text}\n[kubernetes]\nkubeconfig = {config:?}\n"))?;
+        Ok(())
+    }
+}
+
+impl Ran {
+    fn talk(&self) -> String {
+        format!("{} {:?} {:?}", self.said.status, self.said.stdout.trim(), self.said.stderr.trim())
+    }
+}
+
+/// Pulls the cable between a worker and its router, or puts it back.
+fn plug(hybrid: &Hybrid, port: &str, up: bool) -> anyhow::Result<()> {
+    let router = hybrid.routers[1].host().namespace();
+    router.run(|| {
+        let mut netlink = Rtnetlink::open()?;
+        let port = netlink.link_index(port)?;
+        Ok(netlink.set_up(port, up)?)
+    })
+}
+
+impl Figures for Bootstrap {
+    fn failed(&self) -> &[String] {
+        &self.failed
+    }
+
+    fn for_people(&self) -> String {
+        let figure = |value: Option<f64>| value.map_or("-".to_owned(), |value| value.to_string());
+        let mut text = String::new();
+        let _ = writeln!(text, "clean machine to mesh     {} s", figure(self.seconds_to_mesh));
+        let _ = writeln!(text, "the same command again    {} s", figure(self.again_seconds));
+        let _ = writeln!(
+            text,
+            "after {} s offline        {} s",
+            self.offline_s,
+            figure(self.seconds_to_mesh_after_offline)
+        );
+        let _ = write!(text, "rejoined after a reboot   {} ms", figure(self.rejoined_ms));
+        text
+    }
+}

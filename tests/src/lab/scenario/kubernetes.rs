@@ -1,0 +1,336 @@
+//! `cargo lab kubernetes`: a real API server on the control plane, two workers behind NAT whose
+//! agents use real kubelet certificates.
+
+mod kubelet;
+mod plane;
+mod programs;
+
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use serde::Serialize;
+use serde_json::{Value, json};
+use towline_agent::netlink::{AddressOptions, Rtnetlink};
+
+use super::Setting;
+use super::hybrid::{Hybrid, NODES};
+use crate::lab::interrupt::wait_up_to;
+use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
+use crate::lab::namespace::join;
+use crate::lab::ping::first_reply;
+use crate::lab::privilege::Rank;
+use crate::lab::report::{Figures, Promises, round};
+use plane::{Plane, ask};
+use programs::Programs;
+
+/// Which arrows of the picture hold.
+#[derive(Debug, Default, Serialize)]
+pub struct Kubernetes {
+    /// The lab ran without root's rights over the machine.
+    pub rootless: bool,
+    /// In the order in which they were tried.
+    pub arrows: Vec<Arrow>,
+    /// From a Node's new pod network to the cloud node's knowing it.
+    pub cidr_change_ms: Option<f64>,
+    /// What could not be tried.
+    pub skipped: Vec<Skipped>,
+    /// Promises that did not hold.
+    pub failed: Vec<String>,
+}
+
+/// One promise.
+#[derive(Debug, Serialize)]
+pub struct Arrow {
+    /// Which.
+    pub name: String,
+    /// It held.
+    pub ok: bool,
+}
+
+/// What could not be tried, and why.
+#[derive(Debug, Serialize)]
+pub struct Skipped {
+    name: String,
+    why: String,
+}
+
+const PODS: &str = "10.244.0.0/16";
+const LIMIT: Duration = Duration::from_secs(20);
+const CIDR_CHANGE_MS: f64 = 1000.0;
+
+/// Runs it.
+pub fn run(setting: &Setting) -> anyhow::Result<Kubernetes> {
+    let programs = Programs::find(&setting.talk)?;
+    let hybrid = Hybrid::build(setting)?;
+    let mut figures =
+        Kubernetes { rootless: setting.rank == Rank::Rootless, ..Kubernetes::default() };
+    let mut promises = Promises::new();
+    if let Err(error) = figures.play(setting, &hybrid, programs, &mut promises) {
+        promises.fail(format!("{error:#}"));
+    }
+    figures.failed = promises.into_failed();
+    Ok(figures)
+}
+
+/// A worker, with a kubelet's credentials.
+struct Worker {
+    node: Node,
+    address: IpAddr,
+    kubeconfig: PathBuf,
+    certificate: PathBuf,
+}
+
+impl Kubernetes {
+    fn play(
+        &mut self,
+        setting: &Setting,
+        hybrid: &Hybrid,
+        programs: Programs,
+        promises: &mut Promises,
+    ) -> anyhow::Result<()> {
+        setting.talk.step("starting the mesh");
+        let controller = Controller::start(&hybrid.lab, &hybrid.cp, &setting.binaries)?;
+        let mut nodes = Vec::new();
+        let mut addresses = Vec::new();
+        for (name, site, configuration) in NODES {
+            let cni = hybrid.lab.directory().join(format!("{name}-cni"));
+            std::fs::create_dir(&cni)?;
+            std::fs::write(cni.join("10-bridge.conf"), r#"{"type": "bridge"}"#)?;
+            let kubeconfig = hybrid.lab.directory().join(format!("{name}.conf"));
+            let more = format!(
+                "{configuration}\n[kubernetes]\nkubeconfig = {kubeconfig:?}\ncni_dir = {cni:?}\n"
+            );
+            let host = hybrid.host(name)?;
+            let mut node = Node::new(&hybrid.lab, host, name, &setting.binaries, &more)?;
+            let flags = ["--site", site, "--prefix", PODS];
+            node.join(&controller.operator().token_with(&flags)?)?;
+            node.launch()?;
+            let status = node.await_status(START_LIMIT)?;
+            let address = status.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
+            addresses.push(address.context("a node has no IPv4 address")?);
+            nodes.push(node);
+        }
+        let cp = nodes.remove(0);
+        for worker in &nodes {
+            if let Some(reason) = await_tunnel(worker, &cp, START_LIMIT)? {
+                anyhow::bail!("tunnel {}/cp is not up: {reason}", worker.name());
+            }
+        }
+        setting.talk.step("starting etcd and the API server");
+        let directory = hybrid.lab.directory();
+        let mut plane = Plane::start(&hybrid.cp, addresses[0], directory, programs)?;
+        self.arrow(promises, "the API server serves with authorizer Node,RBAC", true);
+        let workers: Vec<Worker> = nodes
+            .into_iter()
+            .zip(&addresses[1..])
+            .map(|(node, address)| {
+                let name = node.name().to_owned();
+                Worker {
+                    node,
+                    address: *address,
+                    kubeconfig: directory.join(format!("{name}.conf")),
+                    certificate: directory.join(format!("{name}.pem")),
+                }
+            })
+            .collect();
+
+        setting.talk.step("each worker sees its own Node");
+        for (index, worker) in workers.iter().enumerate() {
+            let name = worker.node.name();
+            plane.node(name, worker.address, &format!("10.244.{}.0/24", index + 1))?;
+            let pem = plane.ca.issue_node(name)?.both();
+            plane.credentials(directory, name, &pem)?;
+        }
+        for (index, worker) in workers.iter().enumerate() {
+            let (name, pods) = (worker.node.name(), format!("10.244.{}.0/24", index + 1));
+            let seen = worker.sees(&pods)?;
+            self.arrow(promises, &format!("{name} sees its own Node"), seen);
+            let known = announced(&cp, name, &pods)?;
+            self.arrow(promises, &format!("cp knows the pod network of {name}"), known);
+            let other = workers[1 - index].node.name();
+            let (own_code, _) = worker.ask(&format!("/api/v1/nodes/{name}"))?;
+            let (other_code, _) = worker.ask(&format!("/api/v1/nodes/{other}"))?;
+            let (all_code, _) = worker.ask("/api/v1/nodes")?;
+            let refused = (own_code, other_code, all_code) == (200, 403, 403);
+            self.arrow(promises, &format!("{name} is refused {other} and the list"), refused);
+        }
+
+        setting.talk.step("pods answer, and a pod network changes");
+        let worker = &workers[0];
+        let name = worker.node.name();
+        worker.pod("10.244.1.7")?;
+        self.arrow(promises, "cp reaches a pod", reaches(&cp, "10.244.1.7")?);
+        worker.pod("10.244.9.7")?;
+        let begun = Instant::now();
+        plane.node(name, worker.address, "10.244.9.0/24")?;
+        let followed = announced(&cp, name, "10.244.9.0/24")?;
+        let took = begun.elapsed().as_secs_f64() * 1e3;
+        self.cidr_change_ms = followed.then_some(round(took));
+        let soon = followed && took < CIDR_CHANGE_MS;
+        self.arrow(promises, "a change of pod network is followed within a second", soon);
+        self.arrow(promises, "cp reaches a pod of the new network", reaches(&cp, "10.244.9.7")?);
+
+        setting.talk.step("credentials rotate");
+        let before = worker.credentials_read()?;
+        crate::cluster::replace(&worker.certificate, &plane.ca.issue_node(name)?.both())?;
+        let rotated =
+            wait_up_to(LIMIT, || Ok((worker.credentials_read()? > before).then_some(())))?;
+        let rotated = rotated.is_some() && worker.sees("10.244.9.0/24")?;
+        self.arrow(promises, "rotated credentials are read again", rotated);
+
+        setting.talk.step("the API server goes away and comes back");
+        plane.stop()?;
+        let noticed =
+            wait_up_to(LIMIT, || Ok((worker.view()?["connected"] == false).then_some(())))?;
+        let kept = noticed.is_some()
+            && announced(&cp, name, "10.244.9.0/24")?
+            && reaches(&cp, "10.244.9.7")?;
+        self.arrow(promises, "without the API server the last good state holds", kept);
+        plane.launch()?;
+        plane.await_ready()?;
+        let back =
+            wait_up_to(2 * LIMIT, || Ok((worker.view()?["connected"] == true).then_some(())))?;
+        self.arrow(promises, "the API server is found again", back.is_some());
+
+        setting.talk.step("the API server reaches the kubelet");
+        self.kubelet(&plane, worker, promises)
+    }
+
+    /// Logs of a pod come from the worker's kubelet, through the tunnel.
+    fn kubelet(
+        &mut self,
+        plane: &Plane,
+        worker: &Worker,
+        promises: &mut Promises,
+    ) -> anyhow::Result<()> {
+        let name = worker.node.name();
+        let pod = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "game", "namespace": "default"},
+            "spec": {"nodeName": name, "containers": [{"name": "game", "image": "game"}]},
+        });
+        let (code, said) = plane.admin("POST", "/api/v1/namespaces/default/pods", Some(pod))?;
+        anyhow::ensure!(code == 201, "the pod is not made: {said}");
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let namespace = worker.node.host().namespace();
+            let serve = || kubelet::serve(&plane.ca, name, worker.address, &stop);
+            let server = namespace.thread(scope, "kubelet", serve)?;
+            let wanted = format!("hello from {name}\n");
+            let logs = wait_up_to(LIMIT, || {
+                let path = "/api/v1/namespaces/default/pods/game/log";
+                let answer = plane.admin("GET", path, None).ok();
+                Ok(answer.filter(|(code, text)| *code == 200 && *text == wanted))
+            });
+            let kubectl = plane.kubectl(&["logs", "game"]);
+            stop.store(true, Ordering::Relaxed);
+            join(server)?;
+            self.arrow(
+                promises,
+                "the API server reads logs from a worker behind NAT",
+                logs?.is_some(),
+            );
+            match kubectl {
+                Some(said) => {
+                    let held = said.is_ok_and(|text| text == wanted);
+                    self.arrow(promises, "kubectl logs from the cloud", held);
+                }
+                None => self.skipped.push(Skipped {
+                    name: "kubectl logs from the cloud".to_owned(),
+                    why: "there is no kubectl".to_owned(),
+                }),
+            }
+            Ok(())
+        })
+    }
+
+    fn arrow(&mut self, promises: &mut Promises, name: &str, ok: bool) {
+        promises.hold(ok, || name.to_owned());
+        self.arrows.push(Arrow { name: name.to_owned(), ok });
+    }
+}
+
+impl Worker {
+    /// What `towline status` says of Kubernetes.
+    fn view(&self) -> anyhow::Result<Value> {
+        let status = self.node.command_ok(&["status", "-o", "json"])?;
+        let status: Value = serde_json::from_str(&status).context("the status is no JSON")?;
+        Ok(status["kubernetes"].clone())
+    }
+
+    fn sees(&self, pods: &str) -> anyhow::Result<bool> {
+        let seen = wait_up_to(LIMIT, || {
+            let view = self.view()?;
+            let seen = view["connected"] == true
+                && view["node"] == self.node.name()
+                && view["pod_networks"] == json!([pods]);
+            Ok(seen.then_some(()))
+        })?;
+        Ok(seen.is_some())
+    }
+
+    /// A request with the worker's own credentials, from the worker.
+    fn ask(&self, path: &str) -> anyhow::Result<(u16, String)> {
+        ask(self.node.host(), &self.kubeconfig, "GET", path, None)
+    }
+
+    /// A pod's address on the machine.
+    fn pod(&self, address: &str) -> anyhow::Result<()> {
+        let net = format!("{address}/32").parse()?;
+        self.node.host().namespace().run(|| {
+            let mut netlink = Rtnetlink::open()?;
+            let link = netlink.link_index("lo")?;
+            Ok(netlink.add_address(link, net, AddressOptions::default())?)
+        })
+    }
+
+    /// How often its agent read credentials.
+    fn credentials_read(&self) -> anyhow::Result<usize> {
+        let log = std::fs::read_to_string(self.node.log())?;
+        Ok(log.matches("kubernetes credentials read").count())
+    }
+}
+
+/// Whether `cp` learns that `name` announces this network.
+fn announced(cp: &Node, name: &str, pods: &str) -> anyhow::Result<bool> {
+    let found = wait_up_to(LIMIT, || {
+        let peers = cp.command_ok(&["peers", "-o", "json"])?;
+        let peers: Value = serde_json::from_str(&peers).context("the peers are no JSON")?;
+        let peer =
+            peers.as_array().and_then(|peers| peers.iter().find(|peer| peer["name"] == name));
+        let has = peer.and_then(|peer| peer["prefixes"].as_array());
+        Ok(has.is_some_and(|has| has.iter().any(|net| net == pods)).then_some(()))
+    })?;
+    Ok(found.is_some())
+}
+
+fn reaches(cp: &Node, address: &str) -> anyhow::Result<bool> {
+    let deadline = Instant::now() + LIMIT;
+    let reply = first_reply(cp.host().namespace(), address.parse()?, "towline0", deadline)?;
+    Ok(reply.is_some())
+}
+
+impl Figures for Kubernetes {
+    fn failed(&self) -> &[String] {
+        &self.failed
+    }
+
+    fn for_people(&self) -> String {
+        let mut text = String::new();
+        for arrow in &self.arrows {
+            let _ =
+                writeln!(text, "{}  {}", if arrow.ok { "ok    " } else { "FAILED" }, arrow.name);
+        }
+        for Skipped { name, why } in &self.skipped {
+            let _ = writeln!(text, "skipped {name}: {why}");
+        }
+        let took = self.cidr_change_ms.map_or("-".to_owned(), |took| took.to_string());
+        let _ = write!(text, "a change of pod network took {took} ms");
+        text
+    }
+}
