@@ -131,6 +131,9 @@ enum What {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
+        /// Only what needs no program.
+        #[arg(long)]
+        netlink: bool,
     },
     /// What a host's network costs in a mesh of 1,000 peers with 5,000 prefixes (release build).
     Plan {
@@ -288,9 +291,9 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
             drop(setting);
             finish(&figures, json)
         }
-        What::Cohabit { json } => {
+        What::Cohabit { json, netlink } => {
             let setting = prepare(rootless, Profile::Dev)?;
-            let figures = cohabit::run(&setting)?;
+            let figures = cohabit::run(&setting, netlink)?;
             drop(setting);
             finish(&figures, json)
         }

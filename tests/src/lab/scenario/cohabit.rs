@@ -72,12 +72,12 @@ const VICTIM: usize = 1;
 /// The routing table of somebody else.
 const THEIR_TABLE: u32 = 77;
 
-/// Runs it.
-pub fn run(setting: &Setting) -> anyhow::Result<Cohabit> {
+/// Runs it; with `netlink`, only what needs no program.
+pub fn run(setting: &Setting, netlink: bool) -> anyhow::Result<Cohabit> {
     let hybrid = Hybrid::build(setting)?;
     let mut cohabit = Cohabit { rootless: setting.rank == Rank::Rootless, ..Cohabit::default() };
     let mut promises = Promises::new();
-    if let Err(error) = cohabit.play(setting, &hybrid, &mut promises) {
+    if let Err(error) = cohabit.play(setting, netlink, &hybrid, &mut promises) {
         promises.fail(format!("{error:#}"));
     }
     cohabit.failed = promises.into_failed();
@@ -88,6 +88,7 @@ impl Cohabit {
     fn play(
         &mut self,
         setting: &Setting,
+        netlink: bool,
         hybrid: &Hybrid,
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
@@ -110,7 +111,7 @@ impl Cohabit {
             let mut threads = chatter.listen(scope)?;
             threads.extend(chatter.talk(scope)?);
             let victim = &mut nodes[VICTIM];
-            let acted = self.acts(setting, victim, &chatter, promises);
+            let acted = self.acts(setting, netlink, victim, &chatter, promises);
             chatter.stop();
             for thread in threads {
                 join(thread)?;
@@ -136,6 +137,7 @@ impl Cohabit {
     fn acts(
         &mut self,
         setting: &Setting,
+        netlink: bool,
         victim: &mut Node,
         chatter: &Chatter<'_>,
         promises: &mut Promises,
@@ -147,7 +149,7 @@ impl Cohabit {
             let looks = [namespace.run(looks::ours)?, namespace.run(looks::ours)?];
             Ok((looks[0] == looks[1]).then_some(looks[0].clone()))
         })?;
-        for deed in Deed::all() {
+        for deed in Deed::all().into_iter().filter(|deed| !netlink || deed.is_netlink()) {
             if let Some(why) = deed.obstacle() {
                 self.skipped.push(Skipped { name: deed.name().to_owned(), why });
                 continue;

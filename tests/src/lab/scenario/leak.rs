@@ -70,7 +70,7 @@ pub struct Leak {
 }
 
 /// Fewer show nothing.
-const FEWEST_ACTS: u32 = 20;
+const FEWEST_ACTS_A_MINUTE: u64 = 20;
 /// Between two acts, in milliseconds.
 const PAUSE_MS: std::ops::Range<u64> = 150..1_200;
 /// Between two rounds of forged packets to one node.
@@ -316,7 +316,7 @@ impl Leak {
             promises
                 .hold(seen.missed == 0, || format!("a capture misses nothing: {}", seen.missed));
         }
-        self.judge(promises);
+        self.judge(options.duration, promises);
         Ok(())
     }
 
@@ -399,8 +399,9 @@ impl Leak {
         }
     }
 
-    fn judge(&self, promises: &mut Promises) {
-        promises.hold(self.acts >= FEWEST_ACTS, || format!("{FEWEST_ACTS} acts: {}", self.acts));
+    fn judge(&self, duration: Duration, promises: &mut Promises) {
+        let fewest = FEWEST_ACTS_A_MINUTE * duration.as_secs() / 60;
+        promises.hold(u64::from(self.acts) >= fewest, || format!("{fewest} acts: {}", self.acts));
         promises.hold(self.plaintext_packets == 0, || {
             format!("nothing leaves in clear: {} packets", self.plaintext_packets)
         });

@@ -41,6 +41,11 @@ impl Deed {
         }
     }
 
+    /// Whether it needs no program.
+    pub(super) fn is_netlink(&self) -> bool {
+        matches!(self, Self::Meddling(_) | Self::Netlink(..))
+    }
+
     /// Why it cannot be done here.
     pub(super) fn obstacle(&self) -> Option<String> {
         match self {
