@@ -36,6 +36,8 @@ pub mod arena;
 pub mod checksum;
 pub mod coalesce;
 mod counters;
+#[cfg(test)]
+mod defects;
 pub mod drops;
 mod engine;
 mod events;

@@ -410,6 +410,12 @@ impl Tunnel {
         }
     }
 
+    /// How long after it was sent the initiation is repeated, if one is under way.
+    #[cfg(test)]
+    pub(super) fn repeats_after(&self) -> Option<Duration> {
+        self.initiation.as_ref().map(|initiation| REKEY_TIMEOUT + initiation.jitter)
+    }
+
     fn is_live(&self, now: Instant) -> bool {
         self.live_until.is_some_and(|until| now < until)
     }
