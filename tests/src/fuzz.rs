@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 
 use prost::Message as _;
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
-use towline_agent::dataplane::arena::{HEADROOM, TAILROOM};
+use towline_agent::dataplane::arena::{HEADROOM, TAILROOM, WriteBatch};
+use towline_agent::dataplane::checksum;
+use towline_agent::dataplane::coalesce::{Coalesce, Coalescer};
 use towline_agent::dataplane::packet::Inner;
-use towline_agent::dataplane::session::{MessageKind, Segments};
+use towline_agent::dataplane::session::{DATA_HEADER, MessageKind, Segments};
 use towline_agent::dataplane::split::Split;
 use towline_agent::dataplane::vnet::{VNET_HEADER_BYTES, VnetHeader};
 use towline_core::mesh::{MapChange, Output, ReceivedProbe};
@@ -48,6 +50,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "probe", run: probe, seeds: probe_seeds },
     Target { name: "datagram", run: datagram, seeds: datagram_seeds },
     Target { name: "inner", run: inner, seeds: inner_seeds },
+    Target { name: "coalesce", run: coalesce, seeds: coalesce_seeds },
     Target { name: "mesh", run: mesh, seeds: mesh_seeds },
 ];
 
@@ -182,6 +185,47 @@ pub fn inner(bytes: &[u8]) {
             assert!(count <= packet.len().max(1), "a segment carries something");
         }
     }
+}
+
+/// Packets that were opened, each behind its length (two bytes, little-endian): joined, then split.
+///
+/// As many come out as went in, with as many bytes.
+pub fn coalesce(mut bytes: &[u8]) {
+    const MOST: usize = 64;
+    let mut batch = WriteBatch::new(8);
+    let mut coalescer = Coalescer::new(Coalesce { tcp: true, udp: true });
+    let (mut at, mut went_in) = (0, Vec::new());
+    while let Some((len, rest)) = bytes.split_first_chunk::<2>()
+        && went_in.len() < MOST
+    {
+        let len = usize::from(u16::from_le_bytes(*len) % 2048).min(rest.len());
+        let (packet, rest) = rest.split_at(len);
+        bytes = rest;
+        let Some(inner) = Inner::parse(packet) else { continue };
+        // As a datagram leaves it: behind its WireGuard header, before its tag.
+        at += DATA_HEADER;
+        batch.bytes_mut()[at..at + len].copy_from_slice(packet);
+        coalescer.add(&mut batch, at, &inner);
+        at += len + DATA_HEADER;
+        went_in.push(inner.total_len);
+    }
+    coalescer.finish(&mut batch);
+    let mut came_out = Vec::new();
+    for frame in batch.frames() {
+        let joined = batch.pieces(frame).collect::<Vec<_>>().concat();
+        assert_eq!(joined.len(), frame.len);
+        let mut buffer = vec![0; HEADROOM + joined.len() + TAILROOM];
+        buffer[HEADROOM..HEADROOM + joined.len()].copy_from_slice(&joined);
+        let mut segments = Split::new(&mut buffer, joined.len(), &frame.header, usize::MAX)
+            .expect("what was joined can be split");
+        while segments.next_len().is_some() {
+            let packet = segments.take();
+            came_out.push(Inner::parse(packet).expect("a packet").total_len);
+        }
+    }
+    went_in.sort_unstable();
+    came_out.sort_unstable();
+    assert_eq!(went_in, came_out);
 }
 
 /// Calls to the core, one after the other, as the bytes say.
@@ -397,6 +441,42 @@ fn datagram_seeds() -> Vec<Vec<u8>> {
     seeds.push(stun::request([9; 12]).to_vec());
     seeds.extend(probe_seeds());
     seeds
+}
+
+fn coalesce_seeds() -> Vec<Vec<u8>> {
+    // Three segments of one stream, three datagrams of one flow without checksums, and a stray.
+    let segment = |number: u32, len: u16| {
+        let mut packet = vec![0; 40 + usize::from(len)];
+        packet[0] = 0x45;
+        packet[2..4].copy_from_slice(&(40 + len).to_be_bytes());
+        packet[6] = 0x40;
+        packet[9] = 6;
+        packet[24..28].copy_from_slice(&(number * 100).to_be_bytes());
+        packet[32..34].copy_from_slice(&[0x50, 0x10]);
+        packet
+    };
+    let datagram = |len: u16| {
+        let mut packet = vec![0; 28 + usize::from(len)];
+        packet[0] = 0x45;
+        packet[2..4].copy_from_slice(&(28 + len).to_be_bytes());
+        packet[9] = 17;
+        packet[24..26].copy_from_slice(&(8 + len).to_be_bytes());
+        packet
+    };
+    let framed = |packets: Vec<Vec<u8>>| -> Vec<u8> {
+        let one = |packet: &Vec<u8>| [&(packet.len() as u16).to_le_bytes()[..], packet].concat();
+        packets.iter().flat_map(one).collect()
+    };
+    // Checksums are right, so that they are joined.
+    let mut stream = vec![segment(0, 100), segment(1, 100), segment(2, 7)];
+    for packet in &mut stream {
+        let sum = 6 + (packet.len() - 20) as u64;
+        let sum = !checksum::fold(checksum::add(sum, &packet[20..]));
+        packet[36..38].copy_from_slice(&sum.to_be_bytes());
+        let sum = !checksum::fold(checksum::add(0, &packet[..20]));
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    }
+    vec![framed(stream), framed(vec![datagram(50), datagram(50), datagram(3), segment(9, 9)])]
 }
 
 fn inner_seeds() -> Vec<Vec<u8>> {
