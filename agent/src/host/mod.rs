@@ -37,6 +37,7 @@ pub use candidates::{CandidatePolicy, candidates};
 pub use problem::{ApplyError, Problem};
 pub use state::Names;
 use state::{Foreign, State};
+#[cfg(feature = "kubernetes")]
 pub(crate) use watch::register;
 pub use watch::{HostEvent, Watch};
 
