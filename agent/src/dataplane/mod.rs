@@ -48,7 +48,7 @@ pub mod relay;
 pub mod session;
 pub mod split;
 pub mod switch;
-mod table;
+pub mod table;
 #[cfg(test)]
 mod testing;
 pub mod tun;

@@ -22,8 +22,8 @@ use super::counters::PeerCounters;
 use super::peer::Tunnel;
 use super::session::Secrets;
 
-/// A peer's place in [`Table::peers`].
-pub(super) type Slot = u32;
+/// A peer's place in the table.
+pub type Slot = u32;
 
 /// One peer: what the core wants of it, and what it has become.
 #[derive(Debug)]
@@ -158,7 +158,7 @@ fn free_index(taken: impl Fn(u32) -> bool) -> u32 {
 /// Longest-prefix match. Nearly every address of a mesh is a host prefix, so those come first,
 /// and one hash lookup finds them.
 #[derive(Debug, Default)]
-struct Routes {
+pub struct Routes {
     hosts4: HashMap<u32, Slot, BuildHasherDefault<Fold>>,
     hosts6: HashMap<u128, Slot, BuildHasherDefault<Fold>>,
     nets4: PrefixMap<Ipv4Net, Slot>,
@@ -167,7 +167,7 @@ struct Routes {
 
 impl Routes {
     /// The first to claim a prefix keeps it: a peer table promises that there is no second.
-    fn insert(&mut self, prefix: IpNet, slot: Slot) {
+    pub fn insert(&mut self, prefix: IpNet, slot: Slot) {
         match prefix {
             IpNet::V4(net) if net.prefix_len() == 32 => {
                 self.hosts4.entry(net.addr().into()).or_insert(slot);
@@ -190,7 +190,8 @@ impl Routes {
         }
     }
 
-    fn longest(&self, address: IpAddr) -> Option<Slot> {
+    /// The slot of the longest prefix that holds `address`.
+    pub fn longest(&self, address: IpAddr) -> Option<Slot> {
         match address {
             IpAddr::V4(v4) => self
                 .hosts4
