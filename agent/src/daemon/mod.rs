@@ -11,8 +11,10 @@
 //! again. The task never waits for any of its neighbours.
 
 mod cluster;
+mod departure;
 mod host;
 mod paths;
+mod prefixes;
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -33,7 +35,7 @@ use towline_core::prefixes::is_host;
 use towline_proto::frame::Probe;
 use towline_proto::id::{NodeId, WireguardKey};
 
-use crate::config::{Addressing, Config};
+use crate::config::Config;
 use crate::control::{self, PingAnswer, Request};
 use crate::dataplane::{self, DataPlane, Relay};
 use crate::discovery::{self, Announcement, Discovery};
@@ -41,13 +43,14 @@ use crate::host::HostEvent;
 use crate::join;
 use crate::kubernetes;
 use crate::map_cache::MapCache;
-use crate::node_ip::NodeIps;
 use crate::notify::Notifier;
-use crate::prefixes::{Feed, PrefixSource, PrefixUpdate, Prefixes, Selection};
+use crate::prefixes::{Feed, PrefixUpdate, Prefixes, Selection};
 use crate::probe::ProbeKeys;
 use crate::state::{CachedPrefixes, Keys, Membership, StateDir};
 use crate::static_peers;
 use host::Host;
+
+pub use departure::{leave, open_host};
 
 /// What the daemon runs for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,7 +193,7 @@ impl Daemon {
         mesh.set_static_peers(now, static_peers);
         let cached = state.prefixes()?;
         mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
-        let remembered = remember(state.clone(), cached);
+        let remembered = prefixes::remember(state.clone(), cached);
         let removed = map.as_ref().is_some_and(MapCache::own_removed);
         let mut nodes = HashMap::new();
         for change in map.iter().flat_map(MapCache::changes) {
@@ -503,75 +506,6 @@ impl Daemon {
         self.mesh.set_candidates(now, candidates);
     }
 
-    /// With `node.addressing = "node-ip"`: looks again which addresses those are.
-    fn node_ips_changed(&mut self, excluded: &[IpNet]) {
-        let node = &self.config.node;
-        let found = match node.addressing {
-            Addressing::Overlay => NodeIps::default(),
-            Addressing::NodeIp if !node.node_ips.is_empty() => {
-                NodeIps::first(node.node_ips.iter().copied())
-            }
-            Addressing::NodeIp => NodeIps::first(self.host.node_ips(excluded.to_vec())),
-        };
-        self.node_ips = found.iter().collect();
-        let prefixes = self.node_ips.iter().copied().map(IpNet::from).collect();
-        let update = PrefixUpdate { source: PrefixSource::NodeIp, prefixes };
-        if self.prefixes.set(update) {
-            self.prefixes_changed();
-        }
-    }
-
-    /// Has written down what the guards follow from, for the next boot.
-    fn remember(&self) {
-        let now = CachedPrefixes {
-            announced: self.announced.announced.clone(),
-            node_ips: self.own_node_ips(),
-            withdrawn: self.mesh.withdrawn().iter().copied().collect(),
-        };
-        self.remembered.send_if_modified(|before| {
-            let changed = *before != now;
-            *before = now;
-            changed
-        });
-    }
-
-    /// Those of our addresses that are announced.
-    fn own_node_ips(&self) -> Vec<IpAddr> {
-        let announced = |ip: &&IpAddr| self.announced.announced.contains(&IpNet::from(**ip));
-        self.node_ips.iter().filter(announced).copied().collect()
-    }
-
-    fn configured_prefixes(&mut self) {
-        let prefixes = self.config.node.prefixes.clone();
-        self.prefixes.set(PrefixUpdate { source: PrefixSource::Configuration, prefixes });
-    }
-
-    fn prefix_update(&mut self, update: PrefixUpdate) {
-        if self.prefixes.set(update) {
-            self.prefixes_changed();
-        }
-    }
-
-    /// A source, the filter or the grant changed: decides anew what is announced.
-    fn prefixes_changed(&mut self) {
-        let filter = self.config.prefix_filter();
-        // Without a mesh there is nobody to announce anything to.
-        let Some(membership) = &self.membership else { return };
-        self.announced = self.prefixes.select(filter, &membership.grant);
-        let prefixes = self.announced.announced.clone();
-        let now = Instant::now();
-        self.mesh.set_prefixes(now, prefixes.clone());
-        self.mesh.set_node_ips(now, self.own_node_ips());
-        self.remember();
-        self.announcements.send_if_modified(|announcement| match announcement {
-            Some(announcement) if announcement.prefixes != prefixes => {
-                announcement.prefixes = prefixes;
-                true
-            }
-            _ => false,
-        });
-    }
-
     async fn control_request(&mut self, request: Request) -> Option<Exit> {
         match request {
             Request::Status(reply) => {
@@ -599,33 +533,6 @@ impl Daemon {
             }
         }
         None
-    }
-
-    fn open_host(&mut self) -> Result<(), String> {
-        self.data_plane.stop();
-        self.host.remove()
-    }
-
-    async fn leave(&mut self) -> Result<(), String> {
-        let (reply, answer) = oneshot::channel();
-        let stopped = "the discovery task has stopped";
-        let Some(commands) = &self.commands else {
-            return Err("this machine is in no mesh: `towline down` opens it".into());
-        };
-        commands.send(discovery::Command::Leave(reply)).await.map_err(|_| stopped.to_owned())?;
-        // Events that the task is about to send must not block its answer.
-        let mut answer = answer;
-        let result = loop {
-            tokio::select! {
-                result = &mut answer => break result.map_err(|_| stopped.to_owned())?,
-                Some(event) = self.inputs.discovery.recv() => self.discovery_event(event),
-            }
-        };
-        if !self.removed {
-            result?;
-        }
-        self.open_host()?;
-        self.state.forget().map_err(|error| error.to_string())
     }
 
     fn ping(&mut self, node: &str, timeout: Duration, reply: oneshot::Sender<PingAnswer>) {
@@ -746,21 +653,6 @@ fn path_kind(path: &path::Path) -> &'static str {
     if path.is_relayed() { "relay" } else { "direct" }
 }
 
-/// Writes down the latest word, one at a time.
-fn remember(state: Arc<StateDir>, first: CachedPrefixes) -> watch::Sender<CachedPrefixes> {
-    let (sender, mut receiver) = watch::channel(first);
-    tokio::spawn(async move {
-        while receiver.changed().await.is_ok() {
-            let (state, prefixes) = (state.clone(), receiver.borrow_and_update().clone());
-            let write = move || state.store_prefixes(&prefixes);
-            if let Ok(Err(error)) = tokio::task::spawn_blocking(write).await {
-                tracing::warn!(%error, "prefixes not cached for the next boot");
-            }
-        }
-    });
-    sender
-}
-
 /// What the core is told once.
 pub(crate) fn core_config(
     config: &Config,
@@ -780,54 +672,6 @@ pub(crate) fn core_config(
         relay: config.relay.enabled,
         boot_epoch,
     }
-}
-
-/// Opens the host without a running agent.
-pub fn open_host(config: &Config) -> anyhow::Result<()> {
-    host::remove(config)
-}
-
-/// Leaves the mesh without a running agent: tells a controller, opens the host, forgets.
-///
-/// With `force`, a controller that cannot be told is no obstacle.
-pub async fn leave(config: &Config, state: &StateDir, force: bool) -> anyhow::Result<()> {
-    let membership = state.require_membership()?;
-    let keys = state.keys()?;
-    if let Err(error) = tell_controller(config, state, &membership, &keys).await {
-        if !force {
-            return Err(error.context("still a member (--force forgets the mesh here anyway)"));
-        }
-        tracing::warn!(error = %format!("{error:#}"), "no controller was told");
-    }
-    open_host(config)?;
-    state.forget()?;
-    Ok(())
-}
-
-async fn tell_controller(
-    config: &Config,
-    state: &StateDir,
-    membership: &Membership,
-    keys: &Keys,
-) -> anyhow::Result<()> {
-    let chain = state.certificate()?.unwrap_or_default();
-    let tls = crate::tls::member(&membership.ca, Some((&chain, &keys.identity)))?;
-    let tls = Arc::new(tls);
-    let mut last = anyhow::anyhow!("no controller is known");
-    for address in join::controllers(&config.controller.addresses, membership) {
-        let told = async {
-            let connection = crate::dial::dial(&address, tls.clone(), config.routing.mark).await?;
-            let request = towline_proto::pb::LeaveRequest {};
-            let answer = join::client(connection.channel).leave(request).await;
-            answer.map_err(|status| anyhow::anyhow!(join::refusal(&status)))?;
-            anyhow::Ok(())
-        };
-        match told.await {
-            Ok(()) => return Ok(()),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
 }
 
 /// Where a running agent would be found.

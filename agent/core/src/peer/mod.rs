@@ -1,6 +1,7 @@
 //! One peer: how it is reached, and whether it still is.
 //!
 //! - [`paths`]: what is known of each path, and which is the best.
+//! - [`reach`]: where it might be reached, and what is sent there.
 //! - [`race`]: what is tried when, while there is none, or none good enough.
 //! - [`liveness`]: whether the one that carries traffic still does.
 //! - [`pmtu`]: how large a datagram it takes.
@@ -25,6 +26,7 @@ mod liveness;
 mod paths;
 pub(crate) mod pmtu;
 mod race;
+mod reach;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -35,17 +37,16 @@ use rand::Rng as _;
 use rand::rngs::StdRng;
 use towline_proto::id::{NodeId, WireguardKey};
 use towline_proto::limits;
-use towline_proto::node::{Candidate, Node};
+use towline_proto::node::Node;
 
 use crate::budget::{Bucket, Unanswered};
 use crate::counters::Counters;
 use crate::homes::Homes;
-use crate::local::{Local, preference, reachable};
+use crate::local::{Local, reachable};
 use crate::mesh::{Output, PeerState};
 use crate::path::{ChannelId, Path};
 use crate::peer_table::{Observation, REKEY_TIMEOUT};
 use crate::pings::{Pings, Purpose, Sent};
-use crate::prefixes::is_private;
 use crate::signal::Signal;
 use crate::timers::{Timer, Timers};
 
@@ -70,8 +71,6 @@ const SIGNALLED_FOR: Duration = Duration::from_secs(120);
 const PONGS_PER_SECOND: u32 = 60;
 /// Signals of one peer that are heeded per second.
 const SIGNALS_PER_SECOND: u32 = 4;
-/// Paths that one round tries.
-const TARGETS: usize = 48;
 /// The wait for an answer to a padded ping, beside that for any.
 const MTU_WAIT: Duration = Duration::from_millis(100);
 
@@ -719,25 +718,6 @@ impl Peer {
         }
     }
 
-    /// Asks the peer to call us, and relays for channels to it.
-    fn seek_help(&self, cx: &mut Context<'_>, turn: u32) {
-        let callable = !cx.local.candidates().is_empty() || !cx.homes.is_empty();
-        let relayed =
-            self.path().filter(Path::is_relayed).filter(|_| self.liveness.doubtful().is_none());
-        let far = !reachable(&self.node.record().candidates) || !cx.local.reachable();
-        if callable && (far || turn > 0) && (relayed.is_some() || cx.local.connected) {
-            *cx.signals += 1;
-            let candidates = cx.local.candidates().to_vec();
-            let signal =
-                Signal::CallMe { boot_epoch: cx.boot_epoch, number: *cx.signals, candidates };
-            cx.outputs.push_back(Output::Signal { peer: self.id(), via: relayed, signal });
-        }
-        let needs_relay = far || turn > 0;
-        if needs_relay && !self.node.record().relay && relayed.is_none() {
-            cx.homes.open(cx.rng, cx.local, (self.id(), self.key()), turn / 2, cx.outputs);
-        }
-    }
-
     fn set_state(&mut self, cx: &mut Context<'_>, to: PeerState) {
         if self.state == to {
             return;
@@ -774,72 +754,6 @@ impl Peer {
         }
     }
 
-    fn initiate(&self, cx: &mut Context<'_>, mut to: Vec<Path>) {
-        to.truncate(limits::CANDIDATES);
-        to.retain(|path| self.may_send(cx, path));
-        if !to.is_empty() {
-            cx.outputs.push_back(Output::Handshake { peer: self.key(), to });
-        }
-    }
-
-    fn ping(&mut self, cx: &mut Context<'_>, to: Path, purpose: Purpose) {
-        if !self.may_send(cx, &to) {
-            return;
-        }
-        self.paths.checked(cx.now, to);
-        let sent = Sent { peer: self.id(), to, at: cx.now, purpose };
-        let transaction = cx.pings.sent(cx.rng, sent);
-        let size = match purpose {
-            Purpose::Size(size) => Some(size),
-            Purpose::Path | Purpose::Check | Purpose::Operator(_) => None,
-        };
-        cx.outputs.push_back(Output::Ping { peer: self.key(), to, transaction, size });
-    }
-
-    /// Whoever never answers gets only so much. The path in use is another matter: it has.
-    fn may_send(&self, cx: &mut Context<'_>, to: &Path) -> bool {
-        let free = self.path() == Some(*to) || cx.unanswered.take(cx.now, to.remote.ip());
-        cx.counters.probes_withheld += u64::from(!free);
-        free
-    }
-
-    /// Its candidates, as far as we may send there, the likeliest first.
-    fn candidates(&self, now: Instant, local: &Local) -> Vec<SocketAddr> {
-        let same_site = self.node.grant().site.is_some() && self.node.grant().site == local.site;
-        let rank = |c: &Candidate| {
-            let private = is_private(c.address().ip());
-            (if private { u8::from(!same_site) * 2 } else { 1 }, preference(c.kind()), c.address())
-        };
-        let published = self.node.record().candidates.iter();
-        let mut usable: Vec<_> =
-            published.filter(|c| local.may_send_to(c.address())).map(rank).collect();
-        let signalled = self.signalled.iter().filter(|(_, until)| now < **until);
-        usable.extend(signalled.map(|(address, _)| (3, 0, *address)));
-        usable.sort_unstable();
-        let mut addresses: Vec<SocketAddr> = Vec::with_capacity(usable.len());
-        for (_, _, address) in usable {
-            if !addresses.contains(&address) && local.may_send_to(address) {
-                addresses.push(address);
-            }
-        }
-        addresses
-    }
-
-    /// What a round tries: the last path, where it was heard from lately, every candidate from every
-    /// uplink.
-    fn targets(&self, cx: &Context<'_>) -> Vec<Path> {
-        let mut targets: Vec<Path> = self.endpoint.into_iter().collect();
-        let candidates = self.candidates(cx.now, cx.local);
-        let direct = candidates.iter().flat_map(|to| cx.local.paths_to(*to));
-        for to in self.paths.recent(cx.now).into_iter().chain(direct) {
-            if !targets.contains(&to) && cx.local.may_send_to(to.remote) {
-                targets.push(to);
-            }
-        }
-        targets.truncate(TARGETS);
-        targets
-    }
-
     /// Whether rounds go on although it is up: the path is relayed, or was only the first to answer.
     fn seeks_better(&self, cx: &Context<'_>) -> bool {
         let Some(path) = self.path() else { return true };
@@ -847,11 +761,6 @@ impl Peer {
             return false;
         }
         path.is_relayed() || self.race.rounds() < 4 && self.paths_beside(cx, path)
-    }
-
-    fn paths_beside(&self, cx: &Context<'_>, path: Path) -> bool {
-        let tier = Tier::of(&path);
-        self.targets(cx).iter().any(|to| *to != path && Tier::of(to) <= tier)
     }
 
     /// Whether of the two nodes it is we who begin.

@@ -7,234 +7,46 @@
 //! - Only a removal takes a peer away.
 //! - What a peer ever held stays guarded until another peer holds it or its node is removed.
 
+mod exchange;
+mod map;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
-use towline_proto::id::{IdentityKey, NodeId, NodeName, WireguardKey};
-use towline_proto::limits;
-use towline_proto::node::{Candidate, Grant, MeshConfig, Node, Tombstone};
+use towline_proto::id::{IdentityKey, NodeId, WireguardKey};
+use towline_proto::node::{Candidate, Grant, MeshConfig};
 
 use crate::budget::Unanswered;
 use crate::claims::Claims;
 use crate::counters::Counters;
 use crate::derive;
-use crate::homes::{self, Homes};
+use crate::homes::Homes;
 use crate::local::Local;
 use crate::path::{LocalEnd, Path};
 use crate::peer::{Context, Peer};
 use crate::peer_table::{Observation, PeerTable};
 use crate::pings::{Pings, Purpose};
-use crate::plan::{Plan, RulePlan, UnderlayPlan};
+use crate::plan::UnderlayPlan;
 use crate::prefixes::{covering, is_private};
 use crate::reflex::{Mapping, Reflex};
-use crate::relay::{RelayAnswer, RelayRequest};
+use crate::relay::RelayAnswer;
 use crate::routing::{Facts, Routing};
 use crate::signal::Signal;
 use crate::static_peers::{StaticPeer, StaticPeerStatus, StaticPeers};
 use crate::timers::{Timer, Timers};
 
-/// First attempts of many peers that come at once are spread over this much for each.
-const SPREAD_PER_PEER: Duration = Duration::from_millis(2);
-/// And over no more than this.
-const SPREAD_MAX: Duration = Duration::from_secs(2);
+pub use exchange::{
+    Config, MapChange, Membership, Output, PeerState, PeerStatus, ReceivedProbe, WakeReason,
+};
 
 /// A mesh of up to so many peers is kept connected throughout, so that an operator sees each path
 /// before it is needed; in a larger one a peer is connected when there is traffic for it.
 pub const EAGER_PEERS: usize = 64;
-/// Public nodes that reflect for us, beside controllers and relays.
-const PUBLIC_REFLECTORS: usize = 4;
-
-/// What makes us a node of a mesh.
-#[derive(Debug, Clone)]
-pub struct Membership {
-    /// Our own grant.
-    pub grant: Grant,
-    /// What holds for the whole mesh.
-    pub mesh: MeshConfig,
-}
-
-/// What the core is told once.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// The mesh that we are in; `None`: static peers are all there is.
-    pub membership: Option<Membership>,
-    /// Name of the TUN link.
-    pub link: String,
-    /// MTU of the TUN link, in bytes.
-    pub mtu: u32,
-    /// Routing table of ours.
-    pub table: u32,
-    /// Policy rules of ours.
-    pub rules: RulePlan,
-    /// Name of our nftables table.
-    pub firewall_table: String,
-    /// Whether we relay for others.
-    pub relay: bool,
-    /// Grows with every start of the agent, as in our record.
-    pub boot_epoch: u64,
-}
-
-/// A change of the network map. Signatures and grants were verified before.
-#[derive(Debug, Clone)]
-pub enum MapChange {
-    /// A node is new, or published a newer record.
-    Upsert(Box<Node>),
-    /// A node was removed for good.
-    Remove(Tombstone),
-    /// The mesh's configuration changed.
-    Mesh(MeshConfig),
-}
-
-/// A probe that was opened with the key of the pair, so it is authentic.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ReceivedProbe {
-    /// To be answered, to where it came from, by [`Output::Pong`].
-    Ping {
-        /// The sender's.
-        transaction: u64,
-    },
-    /// The answer to an [`Output::Ping`].
-    Pong {
-        /// Ours.
-        transaction: u64,
-        /// Where the peer saw our ping come from.
-        observed: SocketAddr,
-    },
-}
-
-/// What is to be done. See the crate's contract for how to drain.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Output {
-    /// Send a ping.
-    Ping {
-        /// To whom.
-        peer: WireguardKey,
-        /// Where.
-        to: Path,
-        /// To find in the pong.
-        transaction: u64,
-        /// To how many bytes of UDP payload it is padded (a relay channel's prefix included), and
-        /// then sent unfragmented, to see whether the path takes that much. The pong is short.
-        size: Option<u16>,
-    },
-    /// Send a pong.
-    Pong {
-        /// To whom.
-        peer: WireguardKey,
-        /// Where: the way that the ping came.
-        to: Path,
-        /// The ping's.
-        transaction: u64,
-    },
-    /// Start a handshake now and send one and the same initiation to each of these addresses: the
-    /// peer answers the first that arrives and refuses the later ones as replays.
-    Handshake {
-        /// With whom.
-        peer: WireguardKey,
-        /// Where; bounded by `limits::CANDIDATES`.
-        to: Vec<Path>,
-    },
-    /// Ask a reflector for our own address as it sees it: a STUN binding request (RFC 8489).
-    Stun {
-        /// What to send from; `None`: the kernel chooses.
-        local: Option<LocalEnd>,
-        /// The reflector.
-        to: SocketAddr,
-        /// To find in the answer.
-        transaction: [u8; 12],
-    },
-    /// Tell a peer something, sealed for it.
-    Signal {
-        /// To whom.
-        peer: NodeId,
-        /// How: a path to it that works, or `None`, through the controller.
-        via: Option<Path>,
-        /// What.
-        signal: Signal,
-    },
-    /// Ask a relay for something.
-    Relay(RelayRequest),
-    /// The peer table is now this one.
-    PeerTable(Arc<PeerTable>),
-    /// The plan is now this one.
-    Plan(Arc<Plan>),
-    /// Our candidates are now these: publish them.
-    Advertise(Vec<Candidate>),
-    /// A peer's state changed, for log and events.
-    StateChanged {
-        /// Which peer.
-        peer: NodeId,
-        /// From.
-        from: PeerState,
-        /// To.
-        to: PeerState,
-    },
-    /// The same of a static peer.
-    StaticStateChanged {
-        /// Which peer.
-        peer: WireguardKey,
-        /// From.
-        from: PeerState,
-        /// To.
-        to: PeerState,
-    },
-    /// An operator's ping (see [`Mesh::ping`]) ended.
-    PingResult {
-        /// The number given to [`Mesh::ping`].
-        id: u64,
-        /// Where the answer came from and after how long; `None`: no answer in time.
-        answer: Option<(Path, Duration)>,
-    },
-}
-
-/// How it stands with a peer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum PeerState {
-    /// Nothing was tried, since nothing was wanted.
-    Idle,
-    /// Being tried.
-    Connecting,
-    /// A path carries traffic.
-    Up,
-    /// Tried without success; tried again with backoff, for ever.
-    Down,
-}
-
-/// Why the core wants to be called again.
-pub type WakeReason = &'static str;
-
-/// A peer as the operator sees it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct PeerStatus {
-    /// The node.
-    pub node: Arc<Node>,
-    /// How it stands.
-    pub state: PeerState,
-    /// Since when.
-    pub since: Instant,
-    /// Why it is not up, in words for the operator; empty when it is.
-    pub reason: String,
-    /// The path that carries its traffic.
-    pub path: Option<Path>,
-    /// The relay on that path.
-    pub relay: Option<NodeName>,
-    /// The largest inner packet that the path takes, in bytes, once that was found out. Below
-    /// 1,280, outer datagrams are fragmented.
-    pub mtu: Option<u16>,
-    /// Smoothed round-trip time of that path.
-    pub rtt: Option<Duration>,
-    /// When the last handshake was completed.
-    pub last_handshake: Option<Instant>,
-    /// What is routed to it.
-    pub prefixes: Vec<IpNet>,
-    /// What it claims and another node holds, a line each; empty when all is well.
-    pub conflicts: Vec<String>,
-}
 
 /// Every peer of one node. See the crate's contract.
 #[derive(Debug)]
@@ -701,171 +513,11 @@ impl Mesh {
         }
     }
 
-    fn upsert(&mut self, node: Node) {
-        let Some(membership) = &self.config.membership else { return };
-        let id = node.id();
-        let gone =
-            self.removed.contains(&id) || self.removed_keys.contains(&node.grant().identity_key);
-        let ours = id == membership.grant.node_id;
-        if ours || gone || node.grant().mesh_id != membership.mesh.mesh_id {
-            return;
-        }
-        let age = |node: &Node| (node.record().generation, node.grant().issued_at);
-        let known = self.peers.get(&id).map(Peer::node);
-        // Of equal age is also what differs only by the prefixes that the controller withholds:
-        // the later word holds.
-        if known.is_none() && self.peers.len() >= limits::NODES
-            || known.is_some_and(|known| age(known) > age(&node) || **known == node)
-        {
-            return;
-        }
-        self.node_changed(id, Some(&node));
-        let known = self.peers.contains_key(&id);
-        let node = Arc::new(node);
-        if known {
-            self.with_peer(id, |peer, cx| peer.set_node(cx, node));
-        } else {
-            let peers = u32::try_from(self.peers.len()).unwrap_or(u32::MAX);
-            let spread = SPREAD_PER_PEER.saturating_mul(peers).min(SPREAD_MAX);
-            let delay = spread.mul_f64(self.rng.random());
-            let delay = (self.peers.len() < EAGER_PEERS).then_some(delay);
-            let peer = Peer::new(&mut self.context().1, node, delay);
-            self.peers.insert(id, peer);
-        }
-        self.nodes_changed.insert(id);
-    }
-
-    fn remove(&mut self, tombstone: &Tombstone) {
-        let Some(membership) = &self.config.membership else { return };
-        let id = tombstone.node_id;
-        if id == membership.grant.node_id || tombstone.mesh_id != membership.mesh.mesh_id {
-            return;
-        }
-        self.removed.insert(id);
-        self.removed_keys.insert(tombstone.identity_key);
-        if let Some(peer) = self.peers.remove(&id) {
-            peer.forget(&mut self.timers);
-            self.node_changed(id, None);
-            self.nodes_changed.insert(id);
-        }
-    }
-
-    /// Decides anew who holds what, if the map changed; what somebody held and nobody holds now
-    /// stays guarded, unless its node was removed.
-    fn resolve_claims(&mut self) {
-        let changed = std::mem::take(&mut self.nodes_changed);
-        let mut whole = std::mem::take(&mut self.claims_changed);
-        if !whole && changed.is_empty() {
-            return;
-        }
-        // A static peer gets what the mesh leaves: it has no claim of its own to remember.
-        whole |= !self.static_peers.is_empty();
-        for id in changed.iter().filter(|_| !whole).collect::<Vec<_>>() {
-            let held = self.claims.of(*id).map(|claim| claim.prefixes.clone());
-            let alone = match (self.peers.get(id), &self.config.membership) {
-                (Some(peer), Some(membership)) => {
-                    self.withdrawn.extend(held.unwrap_or_default());
-                    self.claims.change(&membership.grant, peer.node())
-                }
-                _ => self.claims.remove(*id),
-            };
-            whole |= !alone;
-            for held in self.claims.of(*id).into_iter().flat_map(|claim| &claim.prefixes) {
-                self.withdrawn.remove(held);
-            }
-            self.replan.insert(*id);
-        }
-        if whole {
-            self.resolve_all();
-        }
-        self.table_changed = true;
-    }
-
-    fn resolve_all(&mut self) {
-        let nodes = self.peers.values().map(Peer::node);
-        let claims = match &self.config.membership {
-            Some(membership) => Claims::resolve(&membership.grant, &self.own_prefixes, nodes),
-            None => Claims::default(),
-        };
-        let before = std::mem::replace(&mut self.claims, claims);
-        for (id, claim) in before.iter() {
-            if self.peers.contains_key(id) {
-                self.withdrawn.extend(&claim.prefixes);
-            }
-            if self.claims.of(*id) != Some(claim) {
-                self.replan.insert(*id);
-            }
-        }
-        for (id, claim) in self.claims.iter() {
-            if before.of(*id).is_none() {
-                self.replan.insert(*id);
-            }
-            for held in &claim.prefixes {
-                self.withdrawn.remove(held);
-            }
-        }
-        if !self.static_peers.is_empty() {
-            self.resolve_static_peers();
-            self.plan_changed = true;
-        }
-        for held in self.static_peers.prefixes() {
-            self.withdrawn.remove(held);
-        }
-    }
-
-    /// Static peers get what neither the mesh nor one of its nodes holds, nor we.
-    fn resolve_static_peers(&mut self) {
-        let ours = self.own_prefixes.iter().map(|net| (*net, "this node".to_owned()));
-        let mut held: Vec<(IpNet, String)> = ours.collect();
-        if let Some(Membership { mesh, .. }) = &self.config.membership {
-            for net in [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)] {
-                held.push((net, "the mesh".into()));
-            }
-        }
-        let name = |id: &NodeId| self.peers.get(id).map(|peer| peer.node().name().to_string());
-        for (id, claim) in self.claims.iter() {
-            let name = name(id).unwrap_or_default();
-            held.extend(claim.prefixes.iter().map(|net| (*net, name.clone())));
-        }
-        let key_holder = |key: &WireguardKey| {
-            let ours = self.local.key == Some(*key);
-            if ours {
-                Some("this node".into())
-            } else {
-                self.claims.key(key).and_then(|id| name(&id))
-            }
-        };
-        self.static_peers.resolve(held.into_iter(), key_holder);
-    }
-
     fn with_static_peers(&mut self, f: impl FnOnce(&mut StaticPeers, &mut Context<'_>)) {
         self.resolve_claims();
         let mut static_peers = std::mem::take(&mut self.static_peers);
         f(&mut static_peers, &mut self.context().1);
         self.static_peers = static_peers;
-    }
-
-    /// What a node is to all, not only as a peer: a relay, a reflector.
-    fn node_changed(&mut self, id: NodeId, node: Option<&Node>) {
-        let own = self.own_id();
-        let relays = self.homes.update(id, node);
-        if relays && !self.config.relay {
-            self.homes.follow(self.now, own, &mut self.timers, false);
-        }
-        let public = node.map(homes::addresses).unwrap_or_default();
-        let known = self.public.get(&id).map(Vec::as_slice).unwrap_or_default();
-        let changed = known != public;
-        let of_use = self.public.len() < PUBLIC_REFLECTORS || self.public.contains_key(&id);
-        if changed && public.is_empty() {
-            self.public.remove(&id);
-        } else if changed && of_use {
-            self.public.insert(id, public);
-        }
-        if relays || changed && of_use {
-            let public = self.public.values().flatten().copied();
-            self.reflex.mesh = self.homes.addresses().chain(public).collect();
-            self.reflex.follow(self.now, &self.local, &mut self.timers, false);
-        }
     }
 
     /// Our addresses are others now: so is how others see us, and perhaps every path.

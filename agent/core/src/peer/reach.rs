@@ -1,0 +1,111 @@
+//! Where a peer might be reached, and what is sent there.
+
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use towline_proto::limits;
+use towline_proto::node::Candidate;
+
+use super::paths::Tier;
+use super::{Context, Peer};
+use crate::local::{Local, preference, reachable};
+use crate::mesh::Output;
+use crate::path::Path;
+use crate::pings::{Purpose, Sent};
+use crate::prefixes::is_private;
+use crate::signal::Signal;
+
+/// Paths that one round tries.
+const TARGETS: usize = 48;
+
+impl Peer {
+    pub(super) fn initiate(&self, cx: &mut Context<'_>, mut to: Vec<Path>) {
+        to.truncate(limits::CANDIDATES);
+        to.retain(|path| self.may_send(cx, path));
+        if !to.is_empty() {
+            cx.outputs.push_back(Output::Handshake { peer: self.key(), to });
+        }
+    }
+
+    pub(super) fn ping(&mut self, cx: &mut Context<'_>, to: Path, purpose: Purpose) {
+        if !self.may_send(cx, &to) {
+            return;
+        }
+        self.paths.checked(cx.now, to);
+        let sent = Sent { peer: self.id(), to, at: cx.now, purpose };
+        let transaction = cx.pings.sent(cx.rng, sent);
+        let size = match purpose {
+            Purpose::Size(size) => Some(size),
+            Purpose::Path | Purpose::Check | Purpose::Operator(_) => None,
+        };
+        cx.outputs.push_back(Output::Ping { peer: self.key(), to, transaction, size });
+    }
+
+    /// Whoever never answers gets only so much. The path in use is another matter: it has.
+    fn may_send(&self, cx: &mut Context<'_>, to: &Path) -> bool {
+        let free = self.path() == Some(*to) || cx.unanswered.take(cx.now, to.remote.ip());
+        cx.counters.probes_withheld += u64::from(!free);
+        free
+    }
+
+    /// Its candidates, as far as we may send there, the likeliest first.
+    pub(super) fn candidates(&self, now: Instant, local: &Local) -> Vec<SocketAddr> {
+        let same_site = self.node.grant().site.is_some() && self.node.grant().site == local.site;
+        let rank = |c: &Candidate| {
+            let private = is_private(c.address().ip());
+            (if private { u8::from(!same_site) * 2 } else { 1 }, preference(c.kind()), c.address())
+        };
+        let published = self.node.record().candidates.iter();
+        let mut usable: Vec<_> =
+            published.filter(|c| local.may_send_to(c.address())).map(rank).collect();
+        let signalled = self.signalled.iter().filter(|(_, until)| now < **until);
+        usable.extend(signalled.map(|(address, _)| (3, 0, *address)));
+        usable.sort_unstable();
+        let mut addresses: Vec<SocketAddr> = Vec::with_capacity(usable.len());
+        for (_, _, address) in usable {
+            if !addresses.contains(&address) && local.may_send_to(address) {
+                addresses.push(address);
+            }
+        }
+        addresses
+    }
+
+    /// What a round tries: the last path, where it was heard from lately, every candidate from every
+    /// uplink.
+    pub(super) fn targets(&self, cx: &Context<'_>) -> Vec<Path> {
+        let mut targets: Vec<Path> = self.endpoint.into_iter().collect();
+        let candidates = self.candidates(cx.now, cx.local);
+        let direct = candidates.iter().flat_map(|to| cx.local.paths_to(*to));
+        for to in self.paths.recent(cx.now).into_iter().chain(direct) {
+            if !targets.contains(&to) && cx.local.may_send_to(to.remote) {
+                targets.push(to);
+            }
+        }
+        targets.truncate(TARGETS);
+        targets
+    }
+
+    pub(super) fn paths_beside(&self, cx: &Context<'_>, path: Path) -> bool {
+        let tier = Tier::of(&path);
+        self.targets(cx).iter().any(|to| *to != path && Tier::of(to) <= tier)
+    }
+
+    /// Asks the peer to call us, and relays for channels to it.
+    pub(super) fn seek_help(&self, cx: &mut Context<'_>, turn: u32) {
+        let callable = !cx.local.candidates().is_empty() || !cx.homes.is_empty();
+        let relayed =
+            self.path().filter(Path::is_relayed).filter(|_| self.liveness.doubtful().is_none());
+        let far = !reachable(&self.node.record().candidates) || !cx.local.reachable();
+        if callable && (far || turn > 0) && (relayed.is_some() || cx.local.connected) {
+            *cx.signals += 1;
+            let candidates = cx.local.candidates().to_vec();
+            let signal =
+                Signal::CallMe { boot_epoch: cx.boot_epoch, number: *cx.signals, candidates };
+            cx.outputs.push_back(Output::Signal { peer: self.id(), via: relayed, signal });
+        }
+        let needs_relay = far || turn > 0;
+        if needs_relay && !self.node.record().relay && relayed.is_none() {
+            cx.homes.open(cx.rng, cx.local, (self.id(), self.key()), turn / 2, cx.outputs);
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! What others help with: reflectors, and relays.
+
+use super::*;
+
+#[test]
+fn a_reflexive_address_is_advertised_and_the_mapping_judged_by_two_reflectors_only() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
+    us.mesh.set_reflectors(us.now, vec![addr("203.0.113.1:7443"), addr("203.0.113.2:7443")]);
+    let asked = stun(&us.run(Duration::from_millis(1)));
+    assert_eq!(asked.len(), 2);
+    let mapped = addr("198.51.100.1:4000");
+    us.mesh.stun_received(us.now, None, asked[0].0, asked[0].1, mapped);
+    let outputs = us.drain();
+    assert!(outputs.iter().any(|o| matches!(o, Output::Advertise(list) if list.len() == 2)));
+    assert_eq!(us.mesh.mapping(), None);
+    // Not what nobody asked for, nor what leads into the mesh.
+    us.mesh.stun_received(us.now, None, asked[1].0, [0; 12], mapped);
+    us.mesh.stun_received(us.now, None, asked[1].0, asked[1].1, addr("198.19.0.9:1"));
+    assert_eq!(us.mesh.counters().stun_refused, 2);
+    us.mesh.stun_received(us.now, None, asked[1].0, asked[1].1, addr("198.51.100.1:4001"));
+    assert_eq!(us.mesh.mapping(), Some(Mapping::Dependent));
+}
+
+#[test]
+fn a_node_registers_with_relays_and_asks_for_a_channel_where_the_peer_is_at_home() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
+    us.upsert(peer(9).relay().candidates(&[OTHER]));
+    us.upsert(peer(2).candidates(&["192.168.1.9:51830"]));
+    let requests = relayed(&us.run(Duration::from_millis(50)));
+    let register = requests.iter().find_map(|request| match request {
+        RelayRequest::Register { relay, to, .. } => Some((*relay, to.remote)),
+        RelayRequest::Open { .. } => None,
+    });
+    assert_eq!(register, Some((key(9), addr(OTHER))));
+    let opened = requests.iter().find_map(|request| match request {
+        RelayRequest::Open { peer, transaction, .. } => Some((*peer, *transaction)),
+        RelayRequest::Register { .. } => None,
+    });
+    let (peer, transaction) = opened.unwrap();
+    assert_eq!(peer, key(2));
+    let channel = ChannelId(77);
+    let answer = RelayAnswer::Opened { transaction, channel };
+    us.mesh.relay_received(us.now, key(9), path(OTHER), answer);
+    let through = Path { channel: Some(channel), ..path(OTHER) };
+    let outputs = us.drain();
+    assert!(pings(&outputs).iter().any(|(to, _)| *to == through));
+    assert_eq!(handshakes(&outputs), [vec![through]]);
+    // A relay that lies about channels is not believed.
+    let answer = RelayAnswer::Opened { transaction: 1, channel };
+    us.mesh.relay_received(us.now, key(9), path(OTHER), answer);
+    let answer = RelayAnswer::Incoming { peer: key(2), channel };
+    us.mesh.relay_received(us.now, key(2), path(PUBLIC), answer);
+    assert_eq!(us.mesh.counters().relay_answers_refused, 2);
+}
+
+#[test]
+fn traffic_moves_from_a_relay_to_a_direct_path_by_a_handshake_there() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.drain();
+    let through = Path { channel: Some(ChannelId(7)), ..path(OTHER) };
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: through });
+    us.active();
+    let outputs = us.pass(Duration::from_secs(2), Some(Duration::from_millis(10)));
+    assert!(handshakes(&outputs).contains(&vec![path(PUBLIC)]));
+    assert_eq!(us.table().peers[&key(2)].endpoint, Some(through), "not before it is through");
+}

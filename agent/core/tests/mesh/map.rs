@@ -1,0 +1,132 @@
+//! What the map says, and who holds what.
+
+use super::*;
+
+#[test]
+fn the_guards_stand_before_any_peer_is_known() {
+    let mut us = Us::new(5);
+    us.drain();
+    let routes: Vec<_> = us.plan().routes.keys().copied().collect();
+    assert_eq!(
+        routes,
+        [
+            (net("10.0.0.0/8"), RouteVia::Unreachable),
+            (net("198.19.0.0/16"), RouteVia::Unreachable),
+            (net("fd00::/64"), RouteVia::Unreachable),
+        ]
+    );
+    assert_eq!(us.plan().firewall.guarded.len(), 3);
+    assert!(us.plan().link.addresses.contains(&net("198.19.0.5/32")));
+}
+
+#[test]
+fn a_peers_prefixes_are_routed_into_the_tunnel_with_our_overlay_address_as_source() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2).prefixes(&["10.244.2.0/24", "192.168.50.0/24"]));
+    us.drain();
+    let route = |text: &str, via| us.plan().routes.get(&(net(text), via)).copied();
+    let source = |text| route(text, RouteVia::Link).and_then(|route| route.source);
+    assert_eq!(source("10.244.2.0/24"), Some([198, 19, 0, 5].into()));
+    assert_eq!(source("fd00::2/128"), Some("fd00::5".parse().unwrap()));
+    assert!(route("192.168.50.0/24", RouteVia::Unreachable).is_some(), "guarded too");
+    assert!(route("10.244.2.0/24", RouteVia::Unreachable).is_none(), "10.0.0.0/8 covers it");
+    assert_eq!(us.table().peers[&key(2)].prefixes.len(), 4);
+}
+
+#[test]
+fn the_same_map_twice_changes_nothing_and_an_older_record_neither() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2).generation(4).prefixes(&["10.1.0.0/16"]));
+    us.drain();
+    us.upsert(peer(2).generation(4).prefixes(&["10.1.0.0/16"]));
+    us.upsert(peer(2).generation(3).prefixes(&["10.2.0.0/16"]));
+    let outputs = us.drain();
+    assert!(!outputs.iter().any(|o| matches!(o, Output::PeerTable(_) | Output::Plan(_))));
+}
+
+#[test]
+fn a_prefix_that_the_controller_begins_to_withhold_leaves_the_tunnel() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2).prefixes(&["10.1.0.0/16"]));
+    us.drain();
+    us.upsert(peer(2));
+    us.drain();
+    assert!(!us.table().peers[&key(2)].prefixes.contains(&net("10.1.0.0/16")));
+}
+
+#[test]
+fn a_removed_node_never_comes_back_nor_does_its_key_under_another_id() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2));
+    us.mesh.update(us.now, MapChange::Remove(tombstone(2)));
+    us.upsert(peer(2).generation(9));
+    us.upsert(peer(3).identity(2));
+    us.drain();
+    assert!(us.table().peers.is_empty());
+    assert_eq!(us.mesh.peers().count(), 0);
+}
+
+#[test]
+fn our_own_node_in_the_map_is_ignored_and_our_own_prefix_stays_out_of_the_tunnel() {
+    let mut us = Us::new(5);
+    us.mesh.set_prefixes(us.now, vec![net("10.244.5.0/24")]);
+    us.upsert(peer(5));
+    us.upsert(peer(2).prefixes(&["10.244.5.0/24"]));
+    us.drain();
+    assert_eq!(us.table().peers.len(), 1);
+    let inside = |n: &IpNet| n.contains(&net("10.244.5.0/24")) || net("10.244.5.0/24").contains(n);
+    assert!(!us.plan().routes.keys().any(|(n, _)| inside(n)), "local pods keep their routes");
+    assert!(!us.plan().firewall.guarded.iter().any(inside));
+    assert_eq!(us.peer(2).conflicts, ["prefix 10.244.5.0/24 is held by this node"]);
+}
+
+#[test]
+fn a_withdrawn_prefix_stays_guarded_until_its_node_is_removed() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2).prefixes(&["172.20.0.0/16"]));
+    us.drain();
+    us.upsert(peer(2).generation(2));
+    us.drain();
+    assert!(!us.plan().routes.contains_key(&(net("172.20.0.0/16"), RouteVia::Link)));
+    assert!(us.plan().routes.contains_key(&(net("172.20.0.0/16"), RouteVia::Unreachable)));
+    us.upsert(peer(3).prefixes(&["172.20.0.0/16"]));
+    us.drain();
+    assert!(us.plan().routes.contains_key(&(net("172.20.0.0/16"), RouteVia::Link)));
+    us.mesh.update(us.now, MapChange::Remove(tombstone(3)));
+    us.drain();
+    assert!(!us.plan().firewall.guarded.contains(&net("172.20.0.0/16")));
+}
+
+#[test]
+fn of_two_claims_the_earlier_grant_wins_whatever_came_first() {
+    let claims = || {
+        [
+            peer(2).issued(20).prefixes(&["10.1.0.0/16"]),
+            peer(3).issued(10).prefixes(&["10.1.0.0/16"]),
+        ]
+    };
+    for reverse in [false, true] {
+        let mut us = Us::new(5);
+        let mut nodes = claims().to_vec();
+        if reverse {
+            nodes.reverse();
+        }
+        for node in nodes {
+            us.upsert(node);
+        }
+        us.drain();
+        assert!(!us.table().peers[&key(2)].prefixes.contains(&net("10.1.0.0/16")));
+        assert!(us.table().peers[&key(3)].prefixes.contains(&net("10.1.0.0/16")));
+        assert_eq!(us.peer(2).conflicts, ["prefix 10.1.0.0/16 is held by node-3"]);
+    }
+}
+
+#[test]
+fn a_key_that_another_node_holds_gives_no_tunnel_and_says_why() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2).issued(1).candidates(&[PUBLIC]));
+    us.upsert(peer(3).issued(2).wireguard(2).candidates(&[PUBLIC]));
+    us.run(Duration::from_secs(1));
+    assert_eq!(us.table().peers.len(), 1);
+    assert_eq!(us.peer(3).reason, "its WireGuard key is held by node-2");
+}

@@ -1,0 +1,234 @@
+//! One peer, in the order of its life.
+
+use super::*;
+
+// Connecting
+
+#[test]
+fn all_candidates_are_tried_at_once_with_one_initiation() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC, "192.168.1.7:51830", "203.0.113.7:51830"]));
+    let outputs = us.run(Duration::from_millis(100));
+    assert_eq!(handshakes(&outputs), [vec![path(PUBLIC), path(PRIVATE)]]);
+    assert_eq!(outputs.iter().filter(|o| matches!(o, Output::Ping { .. })).count(), 2);
+}
+
+#[test]
+fn of_two_nodes_that_can_both_be_called_the_one_with_the_higher_key_waits_a_moment() {
+    let mut us = Us::new(9);
+    us.mesh.set_candidates(us.now, vec![candidate("203.0.113.9:51830")]);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    assert!(handshakes(&us.run(Duration::from_millis(250))).is_empty());
+    assert_eq!(handshakes(&us.run(Duration::from_millis(200))).len(), 1);
+}
+
+#[test]
+fn who_cannot_be_called_begins_at_once() {
+    let mut us = Us::new(9);
+    us.mesh.set_candidates(us.now, vec![candidate("192.168.7.9:51830")]);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    assert_eq!(handshakes(&us.run(Duration::from_millis(50))).len(), 1);
+}
+
+#[test]
+fn no_answer_means_down_with_a_reason_and_attempts_for_ever_but_few() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate("203.0.113.9:51830")]);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.run(Duration::from_secs(60));
+    let status = us.peer(2);
+    assert_eq!(status.state, PeerState::Down);
+    assert!(status.reason.starts_with("no answer from 1 candidate for "), "{}", status.reason);
+    let later = handshakes(&us.run(Duration::from_secs(3600))).len();
+    assert!((100..=160).contains(&later), "{later}");
+}
+
+#[test]
+fn two_nodes_behind_nat_say_that_they_need_a_relay() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate("192.168.7.9:51830")]);
+    us.upsert(peer(2).candidates(&["192.168.1.7:51830"]));
+    us.run(Duration::from_secs(30));
+    let reason = us.peer(2).reason;
+    assert!(reason.starts_with("both nodes are behind NAT and no relay is configured"), "{reason}");
+}
+
+#[test]
+fn new_candidates_of_a_peer_that_is_down_are_tried_at_once() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&["192.168.1.7:51830"]));
+    us.run(Duration::from_secs(60));
+    us.upsert(peer(2).generation(2).candidates(&[PUBLIC]));
+    assert_eq!(handshakes(&us.run(Duration::from_millis(10))), [vec![path(PUBLIC)]]);
+}
+
+#[test]
+fn a_ping_from_a_peer_that_we_could_not_find_shows_where_it_is() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate("203.0.113.9:51830")]);
+    us.upsert(peer(2));
+    us.run(Duration::from_secs(60));
+    let from = path("198.51.100.4:4444");
+    us.mesh.probe_received(us.now, key(2), from, ReceivedProbe::Ping { transaction: 7 });
+    let outputs = us.run(Duration::from_secs(1));
+    assert!(outputs.contains(&Output::Pong { peer: key(2), to: from, transaction: 7 }));
+    assert!(handshakes(&outputs).contains(&vec![from]));
+}
+
+// Up
+
+#[test]
+fn a_handshake_makes_its_address_the_path_and_the_path_is_measured() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.drain();
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+    us.echo(Duration::from_millis(40), Duration::from_secs(5));
+    let status = us.peer(2);
+    assert_eq!((status.state, status.path), (PeerState::Up, Some(path(PUBLIC))));
+    assert_eq!(status.rtt, Some(Duration::from_millis(40)));
+    assert_eq!(status.reason, "");
+    assert_eq!(us.table().peers[&key(2)].endpoint, Some(path(PUBLIC)));
+}
+
+#[test]
+fn a_silent_path_is_noticed_within_three_seconds_and_everything_is_tried() {
+    let mut us = Us::up(PUBLIC);
+    let outputs = us.run(Duration::from_secs(3));
+    let changed = outputs.iter().any(|o| {
+        matches!(o, Output::StateChanged { from: PeerState::Up, to: PeerState::Connecting, .. })
+    });
+    assert!(changed);
+    assert!(!handshakes(&outputs).is_empty());
+}
+
+#[test]
+fn one_lost_pong_changes_nothing() {
+    let mut us = Us::up(PUBLIC);
+    us.run(Duration::from_millis(1_400));
+    us.echo(Duration::from_millis(10), Duration::from_secs(3));
+    assert_eq!(us.peer(2).state, PeerState::Up);
+}
+
+#[test]
+fn a_session_that_ended_is_renewed_at_once_on_the_path() {
+    let mut us = Us::up(PUBLIC);
+    us.mesh.observe(us.now, key(2), Observation::SessionExpired);
+    assert_eq!(handshakes(&us.drain()), [vec![path(PUBLIC)]]);
+    assert_eq!(us.peer(2).state, PeerState::Up);
+}
+
+#[test]
+fn a_peer_that_roamed_is_followed_but_not_into_the_tunnel() {
+    let mut us = Us::up(PUBLIC);
+    let elsewhere = path("198.51.100.9:9");
+    us.mesh.observe(us.now, key(2), Observation::Roamed { from: elsewhere });
+    us.drain();
+    assert_eq!(us.table().peers[&key(2)].endpoint, Some(elsewhere));
+    us.mesh.observe(us.now, key(2), Observation::Roamed { from: path("198.19.0.2:51830") });
+    us.drain();
+    assert_eq!(us.table().peers[&key(2)].endpoint, Some(elsewhere));
+}
+
+#[test]
+fn an_operators_ping_ends_with_an_answer_or_without() {
+    let mut us = Us::up(PUBLIC);
+    us.mesh.ping(us.now, id(2), 1, Duration::from_secs(1));
+    us.echo(Duration::from_millis(30), Duration::from_secs(1));
+    us.mesh.ping(us.now, id(2), 2, Duration::from_secs(1));
+    us.mesh.ping(us.now, id(77), 3, Duration::from_secs(1));
+    us.run(Duration::from_secs(1));
+    let answer = Some((path(PUBLIC), Duration::from_millis(30)));
+    assert_eq!(us.results, BTreeMap::from([(1, answer), (2, None), (3, None)]));
+}
+
+#[test]
+fn an_idle_mesh_of_two_is_cheap() {
+    let mut us = Us::up(PUBLIC);
+    let start = us.outputs;
+    us.echo(Duration::from_millis(1), Duration::from_secs(100));
+    assert!(us.outputs - start < 150, "{}", us.outputs - start);
+}
+
+// Liveness
+
+#[test]
+fn an_idle_path_is_pinged_often_enough_for_a_nat_and_no_oftener() {
+    let mut us = Us::up(PUBLIC);
+    us.echo(Duration::from_millis(10), Duration::from_secs(60));
+    let start = us.outputs;
+    us.echo(Duration::from_millis(10), Duration::from_secs(100));
+    let pings = us.outputs - start;
+    assert!((4..=20).contains(&pings), "{pings}");
+}
+
+#[test]
+fn an_idle_path_that_died_is_noticed_soon_after_the_first_packet() {
+    let mut us = Us::up(PUBLIC);
+    us.echo(Duration::from_millis(10), Duration::from_secs(70));
+    assert_eq!(us.peer(2).state, PeerState::Up);
+    us.active();
+    let outputs = us.run(Duration::from_secs(2));
+    assert!(!handshakes(&outputs).is_empty());
+    assert_ne!(us.peer(2).state, PeerState::Up);
+}
+
+#[test]
+fn a_path_in_doubt_yields_to_another_one_that_answers_before_it_is_dead() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC, OTHER]));
+    us.drain();
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+    us.active();
+    us.echo(Duration::from_millis(10), Duration::from_secs(3));
+    us.silent = Some(addr(PUBLIC));
+    us.echo(Duration::from_millis(10), Duration::from_millis(1_700));
+    assert_eq!(us.peer(2).path, Some(path(OTHER)));
+    assert_eq!(us.peer(2).state, PeerState::Up);
+}
+
+// Path MTU
+
+#[test]
+fn a_black_hole_is_found_and_the_route_and_the_data_plane_follow() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.drain();
+    us.payload = 1_368 - 28;
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+    us.active();
+    us.echo(Duration::from_millis(10), Duration::from_secs(10));
+    let mtu = us.peer(2).mtu.unwrap();
+    assert!((1_300..=1_308).contains(&mtu), "{mtu}");
+    assert_eq!(us.table().peers[&key(2)].mtu, mtu);
+    assert!(us.plan().routes.values().any(|route| route.mtu == Some(mtu.into())));
+    us.mesh.observe(us.now, key(2), Observation::TooBig { path: path(PUBLIC), payload: 1_252 });
+    us.payload = 1_252;
+    us.active();
+    us.echo(Duration::from_millis(10), Duration::from_secs(10));
+    let entry = &us.table().peers[&key(2)];
+    assert_eq!((entry.mtu, entry.fragment), (1_280, true));
+}
+
+// Many peers
+
+#[test]
+fn a_thousand_peers_cost_nothing_until_there_is_traffic_for_one() {
+    let mut us = Us::new(1);
+    for number in 0..1_000 {
+        us.upsert(numbered(number).candidates(&[PUBLIC]));
+    }
+    let outputs = us.run(Duration::from_secs(600));
+    let probes = |outputs: &[Output]| {
+        outputs
+            .iter()
+            .filter(|o| matches!(o, Output::Ping { .. } | Output::Handshake { .. }))
+            .count()
+    };
+    let eager = 64;
+    assert!(handshakes(&outputs).len() < eager * 60, "only those of a small mesh");
+    let quiet = numbered(700).build();
+    assert_eq!(us.mesh.peer(quiet.id()).unwrap().state, PeerState::Idle);
+    us.mesh.observe(us.now, quiet.wireguard_key(), Observation::Wanted);
+    assert_eq!(probes(&us.run(Duration::from_millis(1))), 2);
+}

@@ -1,0 +1,95 @@
+//! Past the tunnel, and how the plan is put together.
+
+use super::*;
+
+#[test]
+fn node_ips_of_a_trusted_site_are_reached_past_the_tunnel_and_nothing_else_is() {
+    let mut us = Us::new(5);
+    us.site(Some("dc-a"));
+    us.mesh.set_prefixes(us.now, vec![net("10.244.5.0/24"), net("192.168.1.5/32")]);
+    us.mesh.set_node_ips(us.now, vec!["192.168.1.5".parse().unwrap()]);
+    let there = ["192.168.1.2/32", "10.244.2.0/24"];
+    us.upsert(peer(2).site("dc-a").prefixes(&there));
+    us.upsert(peer(3).site("dc-b").prefixes(&["192.168.1.3/32"]));
+    us.drain();
+    let node_ip = (net("192.168.1.2/32"), RouteVia::Native);
+    assert!(!us.plan().routes.contains_key(&node_ip), "not before the mesh says so");
+    let source = us.plan().routes[&(net("192.168.1.2/32"), RouteVia::Link)].source;
+    assert_eq!(source, Some([192, 168, 1, 5].into()), "our node IP");
+
+    us.configure(|mesh| mesh.trusted_sites = vec!["dc-a".parse().unwrap()]);
+    us.drain();
+    let plan = us.plan();
+    assert!(plan.routes.contains_key(&node_ip));
+    let native: Vec<_> = plan.routes.keys().filter(|(_, via)| *via == RouteVia::Native).collect();
+    assert_eq!(native, [&node_ip]);
+    assert_eq!(plan.firewall.native, [net("192.168.1.2/32")].into());
+    assert_eq!(plan.firewall.plain, [net("192.168.1.2/32")].into());
+    assert_eq!(plan.detour.sources, [net("10.244.5.0/24")].into());
+    assert_eq!(plan.detour.destinations, [net("192.168.1.2/32")].into());
+    assert!(plan.firewall.guarded.contains(&net("192.168.1.2/32")), "guarded all the same");
+    assert!(us.table().peers[&key(2)].prefixes.contains(&net("192.168.1.2/32")));
+
+    us.configure(|mesh| mesh.trusted_sites.clear());
+    us.drain();
+    assert!(us.plan().firewall.native.is_empty() && us.plan().detour.destinations.is_empty());
+}
+
+#[test]
+fn what_may_go_in_clear_does_so_only_while_its_peer_is_down() {
+    let mut us = Us::up(PUBLIC);
+    us.upsert(
+        peer(2).candidates(&[PUBLIC]).generation(2).prefixes(&["172.20.2.0/24", "10.9.9.0/24"]),
+    );
+    us.configure(|mesh| mesh.bypass_when_down = vec![net("172.20.0.0/16")]);
+    us.drain();
+    let prefix = net("172.20.2.0/24");
+    assert!(us.plan().routes.contains_key(&(prefix, RouteVia::Link)));
+    assert!(us.plan().firewall.native.is_empty());
+    assert_eq!(us.plan().firewall.plain, [prefix].into(), "the peer may see it as down before us");
+    // Nobody answers any more.
+    us.run(Duration::from_secs(60));
+    assert_eq!(us.peer(2).state, PeerState::Down);
+    assert!(us.plan().routes.contains_key(&(prefix, RouteVia::Native)));
+    assert_eq!(us.plan().firewall.native, [prefix].into());
+    assert!(
+        us.plan().routes.contains_key(&(net("10.9.9.0/24"), RouteVia::Link)),
+        "the others stay"
+    );
+}
+
+#[test]
+fn a_plan_that_was_patched_is_the_one_that_is_built_anew() {
+    let mut us = Us::new(1);
+    us.mesh.set_prefixes(us.now, vec![net("10.244.1.0/24")]);
+    us.drain();
+    let steps: Vec<MapChange> = vec![
+        peer(2).prefixes(&["172.20.1.0/24", "172.20.2.0/24"]).into(),
+        peer(3).prefixes(&["172.21.0.0/16", "192.168.3.0/24"]).into(),
+        peer(2).generation(2).prefixes(&["172.20.2.0/24", "10.244.2.0/24"]).into(),
+        // Around what was withdrawn, and inside another's.
+        peer(4).prefixes(&["172.20.0.0/23", "172.21.7.0/24"]).into(),
+        MapChange::Remove(tombstone(3)),
+        peer(2).generation(3).into(),
+        MapChange::Remove(tombstone(4)),
+        peer(5).prefixes(&["172.20.2.0/24", "10.244.1.0/24"]).into(),
+        MapChange::Remove(tombstone(2)),
+    ];
+    let mut so_far = Vec::new();
+    for step in steps {
+        us.mesh.update(us.now, step.clone());
+        us.drain();
+        so_far.push(step);
+        let mut anew = Us::new(1);
+        anew.mesh.set_prefixes(anew.now, vec![net("10.244.1.0/24")]);
+        // The same history, looked at once.
+        for step in &so_far {
+            anew.mesh.update(anew.now, step.clone());
+            anew.mesh.peers().count();
+            anew.mesh.set_withdrawn(anew.now, us.mesh.withdrawn().iter().copied());
+        }
+        anew.drain();
+        assert_eq!(us.plan(), anew.plan(), "after {} steps", so_far.len());
+        assert_eq!(us.table(), anew.table(), "after {} steps", so_far.len());
+    }
+}
