@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
 use super::codec::{Message, Received, attributes, messages};
 use super::error::{NetlinkError, Refusal};
@@ -44,14 +44,19 @@ pub struct Connection {
     sequence: u32,
     buffer: Vec<u8>,
     send_bytes: usize,
+    chunk_messages: usize,
 }
 
 /// What is asked of the kernel for each buffer.
 const BUFFER_BYTES: usize = 8 << 20;
 /// A dump's datagrams are at most 32 KiB; an answer quotes no more than its request's header.
 const RECEIVE_BYTES: usize = 64 << 10;
-/// Messages per send: their refusals (about 1 KiB of buffer each) fit the smallest buffer.
+/// Messages per send, at most.
 const CHUNK_MESSAGES: usize = 128;
+/// Bytes of the receive buffer that one refusal takes, at most.
+const REFUSAL_BYTES: usize = 2 << 10;
+/// The kernel answers before `send` returns; an answer that is this late never comes.
+const ANSWER_SECONDS: i64 = 10;
 /// Bytes per send.
 const CHUNK_BYTES: usize = 64 << 10;
 /// How often a dump is begun again when a change ran through it. The last one then counts: what
@@ -65,13 +70,28 @@ impl Connection {
         let port = socket.bind_auto().map_err(failed("bind"))?.port_number();
         socket.connect(&SocketAddr::new(0, 0)).map_err(failed("connect"))?;
         enlarge_buffers(socket.as_fd());
-        let send_bytes = nix::sys::socket::getsockopt(&socket.as_fd(), sockopt::SndBuf)
-            .map_err(|errno| failed("read its buffer size")(errno.into()))?;
+        let patience = nix::sys::time::TimeVal::new(ANSWER_SECONDS, 0);
+        setsockopt(&socket.as_fd(), sockopt::ReceiveTimeout, &patience)
+            .map_err(|errno| failed("set its patience")(errno.into()))?;
         // Older kernels lack some of these; only the words and the filtering get worse.
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_cap_ack(true);
         let _ = socket.set_netlink_get_strict_chk(true);
-        Ok(Self { socket, port, sequence: 0, buffer: vec![0; RECEIVE_BYTES], send_bytes })
+        let buffer = vec![0; RECEIVE_BYTES];
+        let mut opened =
+            Self { socket, port, sequence: 0, buffer, send_bytes: 0, chunk_messages: 0 };
+        opened.measure()?;
+        Ok(opened)
+    }
+
+    /// Fits what is sent at once to the buffers there are.
+    fn measure(&mut self) -> Result<(), NetlinkError> {
+        let unknown = |errno: Errno| failed("read its buffer size")(errno.into());
+        let socket = self.socket.as_fd();
+        self.send_bytes = getsockopt(&socket, sockopt::SndBuf).map_err(unknown)?;
+        let receive_bytes = getsockopt(&socket, sockopt::RcvBuf).map_err(unknown)?;
+        self.chunk_messages = (receive_bytes / REFUSAL_BYTES).clamp(1, CHUNK_MESSAGES);
+        Ok(())
     }
 
     /// The socket's number in its namespace: notifications of what it changed carry it.
@@ -83,6 +103,15 @@ impl Connection {
     pub fn send_limit(&self) -> usize {
         // The kernel keeps 32 bytes for itself.
         self.send_bytes.saturating_sub(32)
+    }
+
+    /// Has only this many bytes for each buffer, as on a host whose limits nobody raised.
+    #[cfg(test)]
+    pub(crate) fn shrink_buffers(&mut self, bytes: usize) {
+        let socket = self.socket.as_fd();
+        setsockopt(&socket, sockopt::RcvBuf, &bytes).expect("a smaller buffer");
+        setsockopt(&socket, sockopt::SndBuf, &bytes).expect("a smaller buffer");
+        self.measure().expect("their sizes");
     }
 
     /// One request; returns when the kernel did it. `what` completes "cannot ...".
@@ -100,16 +129,17 @@ impl Connection {
     /// Many requests, independent of each other: one that fails does not keep the others from
     /// being done. The failures, in order.
     pub fn request_all(&mut self, mut batch: Vec<Message>) -> Result<Vec<Failure>, NetlinkError> {
+        let chunk = CHUNK_BYTES.min(self.send_limit());
         let mut failures = Vec::new();
         let mut start = 0;
         while start < batch.len() {
             let mut bytes = 0;
             let end = batch[start..]
                 .iter()
-                .take(CHUNK_MESSAGES)
+                .take(self.chunk_messages)
                 .take_while(|message| {
                     bytes += message.len();
-                    bytes <= CHUNK_BYTES
+                    bytes <= chunk
                 })
                 .count()
                 .max(1)
@@ -277,12 +307,25 @@ impl Connection {
         self.sequence
     }
 
-    fn send(&self, bytes: &[u8]) -> Result<(), NetlinkError> {
+    fn send(&mut self, bytes: &[u8]) -> Result<(), NetlinkError> {
+        self.forget_answers();
         loop {
             match self.socket.send(bytes, 0) {
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(failed("send")(error)),
+            }
+        }
+    }
+
+    /// Answers that nobody waits for any more: once the kernel dropped one for want of space it
+    /// says so, but not again until all that is queued was read.
+    fn forget_answers(&mut self) {
+        loop {
+            match self.receive(libc::MSG_DONTWAIT) {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Err(_) => return,
             }
         }
     }
@@ -354,7 +397,7 @@ pub(super) fn failed(action: &'static str) -> impl Fn(io::Error) -> NetlinkError
 
 fn lost(what: &str) -> impl Fn(io::Error) -> NetlinkError {
     move |error| {
-        if error.raw_os_error() == Some(libc::ENOBUFS) {
+        if matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::EAGAIN)) {
             NetlinkError::Overrun(what.to_owned())
         } else {
             failed("receive")(error)

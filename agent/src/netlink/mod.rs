@@ -69,6 +69,12 @@ pub struct Rtnetlink {
 }
 
 impl Rtnetlink {
+    /// See [`Connection::shrink_buffers`].
+    #[cfg(test)]
+    pub(crate) fn shrink_buffers(&mut self, bytes: usize) {
+        self.connection.shrink_buffers(bytes);
+    }
+
     /// Opens a socket in the calling thread's network namespace.
     pub fn open() -> Result<Self, NetlinkError> {
         Ok(Self { connection: Connection::open(Protocol::Route)? })

@@ -105,6 +105,12 @@ impl Nft {
         }
     }
 
+    /// See [`Connection::shrink_buffers`].
+    #[cfg(test)]
+    pub(crate) fn shrink_buffers(&mut self, bytes: usize) {
+        self.connection.shrink_buffers(bytes);
+    }
+
     /// See [`Connection::port`].
     pub fn port(&self) -> u32 {
         self.connection.port()

@@ -22,9 +22,9 @@ pub(super) struct Step {
     pub(super) separable: bool,
 }
 
-/// Elements per message: the list is one attribute, which holds 64 KiB; an IPv6 interval takes
-/// 64 bytes.
-const ELEMENTS: usize = 500;
+/// Elements per message: the list is one attribute, which holds 64 KiB, and a message must fit the
+/// socket's buffer; an IPv6 interval takes 64 bytes.
+const ELEMENTS: usize = 200;
 
 /// Belongs to the socket that says so, and outlives it.
 const OWNED: u32 = wire::table::FLAG_OWNER | wire::table::FLAG_PERSIST;

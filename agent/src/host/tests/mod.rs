@@ -446,6 +446,35 @@ namespace_test! {
 }
 
 namespace_test! {
+    fn large_plans_survive_small_socket_buffers() {
+        host_with_foreign_state();
+        if add_tun("towline0").is_none() { return };
+        let mut large = plan();
+        for n in 0..3_000u32 {
+            let net = IpNet::new(Ipv4Addr::from(0x0a80_0000 + n * 512).into(), 24).unwrap();
+            large.routes.insert((net, RouteVia::Link), RoutePlan::default());
+            large.routes.insert((net, RouteVia::Unreachable), RoutePlan::default());
+            large.firewall.guarded.insert(net);
+        }
+        let mut host = HostNetwork::open().unwrap();
+        host.rtnetlink.shrink_buffers(16 << 10);
+        host.nft.as_mut().unwrap().shrink_buffers(16 << 10);
+        apply(&mut host, &large);
+        host.invalidate();
+        assert_eq!(apply(&mut host, &large).messages, 0, "all of it is there");
+        // Each of these is refused, which is an answer that takes room.
+        let mut refused = large.clone();
+        for (_, route) in refused.routes.iter_mut().filter(|((_, via), _)| *via == RouteVia::Link) {
+            route.source = Some("203.0.113.77".parse().unwrap());
+        }
+        let problems = host.apply(&refused).unwrap().problems;
+        assert!(matches!(&problems[..], [Problem::Refused { .. }]), "one line: {problems:?}");
+        apply(&mut host, &large);
+        host.remove(&Names::of(&large)).unwrap();
+    }
+}
+
+namespace_test! {
     fn our_own_sockets_pass_the_guards() {
         host_with_foreign_state();
         let mut host = HostNetwork::open().unwrap();
