@@ -76,7 +76,9 @@ pub enum Problem {
     #[error("{0}")]
     Intruder(String),
     /// A setting of our link cannot be written.
-    #[error("cannot write {path}: {reason}")]
+    #[error(
+        "cannot write 2 to {path} ({reason}): the strict filter drops what comes out of the tunnel"
+    )]
     Setting {
         /// The file.
         path: String,

@@ -366,7 +366,9 @@ fn change_link(
         let path = reverse_path_filter(&names.link);
         if let Err(error) = std::fs::write(&path, LOOSE) {
             want.loose = have.loose;
-            changes.problems.push(Problem::Setting { path, reason: error.to_string() });
+            if is_strict(&names.link) {
+                changes.problems.push(Problem::Setting { path, reason: error.to_string() });
+            }
         }
     }
     Ok(())
@@ -465,6 +467,13 @@ fn is_link_local(address: IpAddr) -> bool {
 /// `rp_filter`, RFC 3704: loose. Strict would drop what comes out of the tunnel when the way
 /// back is not in the main table; the kernel takes the larger of this and that of `all`.
 const LOOSE: &str = "2";
+
+/// Whether the filter is strict on a link: without one, nothing has to be written.
+fn is_strict(link: &str) -> bool {
+    let value = |link| read_setting(&reverse_path_filter(link)).and_then(|text| text.parse().ok());
+    let values: [Option<u8>; 2] = [value("all"), value(link)];
+    values.iter().flatten().max() == Some(&1)
+}
 
 fn reverse_path_filter(link: &str) -> String {
     format!("/proc/sys/net/ipv4/conf/{link}/rp_filter")

@@ -475,6 +475,30 @@ namespace_test! {
 }
 
 namespace_test! {
+    fn a_read_only_sysctl_tree_is_said_in_one_line_and_the_plan_stands() {
+        use nix::mount::{MsFlags, mount};
+        host_with_foreign_state();
+        if add_tun("towline0").is_none() { return };
+        let settings = "/proc/sys";
+        let read_only = |flags: MsFlags| {
+            mount(Some(settings), settings, None::<&str>, flags, None::<&str>)
+        };
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        std::fs::write("/proc/sys/net/ipv4/conf/towline0/rp_filter", "1").unwrap();
+        if read_only(MsFlags::MS_BIND).is_err() {
+            return println!("skipped: no bind mounts here");
+        }
+        read_only(MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY).unwrap();
+        let mut host = HostNetwork::open().unwrap();
+        let problems = host.apply(&plan()).unwrap().problems;
+        let [Problem::Setting { path, .. }] = &problems[..] else { panic!("{problems:?}") };
+        assert!(path.ends_with("towline0/rp_filter"));
+        assert_eq!(host.apply(&plan()).unwrap().messages, 0, "not tried again and again");
+        assert!(refusal("10.9.77.1").is_some() && refusal("10.9.2.1").is_none());
+    }
+}
+
+namespace_test! {
     fn our_own_sockets_pass_the_guards() {
         host_with_foreign_state();
         let mut host = HostNetwork::open().unwrap();
