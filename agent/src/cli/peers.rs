@@ -28,6 +28,7 @@ struct Peer {
     rx_bytes: u64,
     tx_bytes: u64,
     prefixes: Vec<String>,
+    conflicts: Vec<String>,
     public_key: String,
     candidates: Vec<Candidate>,
 }
@@ -55,6 +56,7 @@ impl From<pb::PeerStatus> for Peer {
             rx_bytes: peer.rx_bytes,
             tx_bytes: peer.tx_bytes,
             prefixes: peer.prefixes,
+            conflicts: peer.conflicts,
             public_key: peer.public_key,
             candidates: peer
                 .candidates
@@ -93,7 +95,7 @@ fn text(peers: &[Peer], wide: bool) -> String {
         "PREFIXES",
     ];
     if wide {
-        header.extend(["MTU", "SINCE", "PUBLIC KEY", "CANDIDATES"]);
+        header.extend(["MTU", "SINCE", "PUBLIC KEY", "CANDIDATES", "CONFLICTS"]);
     }
     let mut table = output::table(&header);
     for peer in peers {
@@ -130,6 +132,7 @@ fn text(peers: &[Peer], wide: bool) -> String {
                 .iter()
                 .map(|candidate| format!("{} ({})", candidate.address(), candidate.kind()));
             row.push(output::or_dash(Some(candidates.collect::<Vec<_>>().join(" "))));
+            row.push(output::or_dash(Some(peer.conflicts.join("; "))));
         }
         table.add_row(row);
     }

@@ -25,6 +25,7 @@ pub(super) struct Host {
     /// What is not as planned, a line each.
     problems: Vec<String>,
     retry: Option<Instant>,
+    gateways: Vec<IpAddr>,
 }
 
 impl Host {
@@ -32,7 +33,15 @@ impl Host {
         let names = names(config);
         let mut network = HostNetwork::open().context("cannot speak to the kernel's network")?;
         let watch = network.watch(&names).context("cannot watch the host's network")?;
-        Ok(Self { network, watch, names, plan: None, problems: Vec::new(), retry: None })
+        Ok(Self {
+            network,
+            watch,
+            names,
+            plan: None,
+            problems: Vec::new(),
+            retry: None,
+            gateways: Vec::new(),
+        })
     }
 
     /// The next thing that happened to the host, or the time to try again.
@@ -66,6 +75,16 @@ impl Host {
         self.reapply();
     }
 
+    /// Somebody touched a chain in which we have rules.
+    pub(super) fn put_back_hooks(&mut self) {
+        match self.network.apply_hooks() {
+            Ok(0) => {}
+            Ok(messages) => tracing::debug!(messages, "rules in another's chain put back"),
+            // What is wrong is found and said there.
+            Err(_) => self.put_back(),
+        }
+    }
+
     fn reapply(&mut self) {
         let Some(plan) = &self.plan else { return };
         let problems = match self.network.apply(plan) {
@@ -84,6 +103,20 @@ impl Host {
         }
         self.retry = (!problems.is_empty()).then(|| Instant::now() + RETRY);
         self.problems = problems;
+    }
+
+    /// The gateways of the default routes, as of the last look at the addresses.
+    pub(super) fn gateways(&self) -> &[IpAddr] {
+        &self.gateways
+    }
+
+    /// The machine's table of connections is (almost) full: then new ones fail, ours too.
+    pub(super) fn table_of_connections_is_full(&self) -> Option<String> {
+        let read = |name: &str| -> Option<u64> {
+            let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
+            std::fs::read_to_string(path).ok()?.trim().parse().ok()
+        };
+        connections(read("count")?, read("max")?)
     }
 
     pub(super) fn problems(&self) -> &[String] {
@@ -106,6 +139,14 @@ impl Host {
             tracing::warn!(%error, "local addresses not read");
             Vec::new()
         })
+    }
+
+    /// Looks again at the default routes.
+    pub(super) fn read_gateways(&mut self) {
+        match self.network.gateways() {
+            Ok(gateways) => self.gateways = gateways,
+            Err(error) => tracing::warn!(%error, "default routes not read"),
+        }
     }
 
     /// The machine's own ways to the outside: addresses, each with its link.
@@ -136,6 +177,17 @@ pub(super) fn local_candidates(uplinks: &[LocalEnd], port: u16) -> impl Iterator
     })
 }
 
+fn connections(count: u64, max: u64) -> Option<String> {
+    // What is left goes within moments.
+    let full = max > 0 && count >= max - max / 20;
+    full.then(|| {
+        format!(
+            "the kernel's table of connections is full ({count} of {max}), so that it drops new \
+             ones: raise net.netfilter.nf_conntrack_max"
+        )
+    })
+}
+
 /// The names and numbers of ours in this configuration.
 fn names(config: &Config) -> Names {
     Names {
@@ -151,4 +203,17 @@ pub(super) fn remove(config: &Config) -> anyhow::Result<()> {
     let mut network = HostNetwork::open().context("cannot speak to the kernel's network")?;
     network.remove(&names(config)).context("cannot open the host")?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_table_of_connections_is_said_with_the_way_out() {
+        assert_eq!(connections(900, 1_000), None);
+        assert_eq!(connections(0, 0), None);
+        let line = connections(960, 1_000).unwrap();
+        assert!(line.contains("960 of 1000") && line.contains("nf_conntrack_max"), "{line}");
+    }
 }

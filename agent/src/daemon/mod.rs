@@ -316,6 +316,7 @@ impl Daemon {
                 event = self.host.next() => match event {
                     HostEvent::AddressesChanged => self.addresses_changed(),
                     HostEvent::OursChanged => self.host.put_back(),
+                    HostEvent::HooksChanged => self.host.put_back_hooks(),
                 },
                 Some(update) = self.inputs.prefixes.recv() => self.prefix_update(update),
                 Ok(()) = self.inputs.kubernetes.changed() => self.kubernetes_changed(),
@@ -509,6 +510,7 @@ impl Daemon {
     async fn control_request(&mut self, request: Request) -> Option<Exit> {
         match request {
             Request::Status(reply) => {
+                self.host.read_gateways();
                 let _ = reply.send(self.status());
             }
             Request::Peers(reply) => {

@@ -1,7 +1,9 @@
 //! What the daemon tells the command line: the local API's messages from its state.
 
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use towline_core::mesh::{PeerState, PeerStatus};
 use towline_core::static_peers::StaticPeerStatus;
 use towline_proto::id::WireguardKey;
@@ -100,11 +102,32 @@ impl Daemon {
         problems.extend(self.host.problems().iter().cloned());
         problems.extend(self.announced.problems.iter().cloned());
         problems.extend(self.kubernetes_problems());
+        problems.extend(self.host.table_of_connections_is_full());
+        for peer in self.mesh.peers() {
+            let name = peer.node.name();
+            problems.extend(peer.conflicts.iter().map(|why| format!("peer {name}: {why}")));
+            problems.extend(self.covered_gateways(&peer.prefixes, &format!("peer {name}'s")));
+        }
+        if let Some(membership) = &self.membership {
+            let ranges: Vec<_> = membership.mesh.guarded().collect();
+            problems.extend(self.covered_gateways(&ranges, "the mesh's"));
+        }
         problems.extend(self.mesh.static_peers().flat_map(|peer| {
             let name = peer.name;
             peer.conflicts.into_iter().map(move |why| format!("static peer {name}: {why}"))
         }));
         problems
+    }
+
+    /// A gateway that is taken for a mesh address still forwards, but answers nothing itself: no
+    /// DNS, no DHCP.
+    fn covered_gateways(&self, networks: &[IpNet], whose: &str) -> Vec<String> {
+        let covered = |gateway: &&IpAddr| networks.iter().find(|net| net.contains(*gateway));
+        let line = |gateway: &IpAddr| {
+            let net = covered(&gateway)?;
+            Some(format!("{whose} network {net} covers this machine's gateway {gateway}"))
+        };
+        self.host.gateways().iter().filter_map(line).collect()
     }
 
     pub(super) fn peers(&self) -> pb::PeersResponse {
@@ -128,6 +151,8 @@ impl Daemon {
 
 fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
     let grant = peer.node.grant();
+    let held = |net: &&IpNet| peer.prefixes.contains(net);
+    let announced = peer.node.record().prefixes.iter().filter(held);
     pb::PeerStatus {
         name: grant.name.to_string(),
         node_id: grant.node_id.to_string(),
@@ -142,7 +167,8 @@ fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
         handshake_age_ms: peer.last_handshake.map(|at| millis(now.saturating_duration_since(at))),
         rx_bytes: 0,
         tx_bytes: 0,
-        prefixes: peer.node.record().prefixes.iter().map(ToString::to_string).collect(),
+        prefixes: announced.map(ToString::to_string).collect(),
+        conflicts: peer.conflicts,
         since_ms: millis(now.saturating_duration_since(peer.since)),
         public_key: peer.node.wireguard_key().to_string(),
         candidates: peer.node.record().candidates.iter().map(Into::into).collect(),

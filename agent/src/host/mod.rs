@@ -6,9 +6,10 @@
 //!   changes what differs and nothing else. After [`HostNetwork::invalidate`] (a notification
 //!   said that somebody touched what is ours) it reads what is there and puts back what is
 //!   missing.
-//! - What is ours: the link of our name with its addresses; routes in our table and rules at our
+//! - What is ours: the link of our name with its addresses; routes in our tables and rules at our
 //!   priorities that carry our protocol number ([`OURS`]); the nftables table of our name that
-//!   carries our comment. Nothing else is ever changed or removed.
+//!   carries our comment; two tagged rules in the chain that Docker leaves to others. Nothing else
+//!   is ever changed or removed.
 //! - Fail closed: guards come first and go last. Without the link there are still the guards;
 //!   without nftables there are still the routes. What could not be done is said
 //!   ([`Changes::problems`]), and the rest is done all the same.
@@ -18,6 +19,7 @@
 mod address;
 mod candidates;
 mod firewall;
+mod hook;
 mod problem;
 mod rules;
 mod state;
@@ -38,6 +40,7 @@ pub use problem::{ApplyError, Problem};
 pub use state::Names;
 use state::{Foreign, State};
 #[cfg(feature = "kubernetes")]
+use watch::Ports;
 pub(crate) use watch::register;
 pub use watch::{HostEvent, Watch};
 
@@ -119,7 +122,16 @@ impl HostNetwork {
         let (have, foreign) = State::read(&mut self.rtnetlink, self.nft.as_mut(), names)?;
         // What is somebody else's stays.
         drop(foreign);
-        have.remove(&mut self.rtnetlink, self.nft.as_mut(), names)
+        let hooks = self.nft.as_mut().map(hook::remove).transpose()?.unwrap_or_default();
+        Ok(hooks + have.remove(&mut self.rtnetlink, self.nft.as_mut(), names)?)
+    }
+
+    /// Looks after our rules in others' chains alone; says how many changes it took.
+    pub fn apply_hooks(&mut self) -> Result<usize, ApplyError> {
+        let (Some(plan), Some(nft)) = (&self.applied, self.nft.as_mut()) else { return Ok(0) };
+        let mut changes = Changes::default();
+        hook::put(nft, &plan.link.name, &mut changes)?;
+        Ok(changes.messages)
     }
 
     /// Every address of the host, with what is known of its link.
@@ -147,10 +159,22 @@ impl HostNetwork {
         Ok(found)
     }
 
+    /// The gateways of the default routes.
+    pub fn gateways(&mut self) -> Result<Vec<IpAddr>, NetlinkError> {
+        let mut gateways = Vec::new();
+        for family in Family::ALL {
+            let routes = self.rtnetlink.routes(family, Some(MAIN_TABLE))?;
+            let defaults = routes.iter().filter(|route| route.destination.prefix_len() == 0);
+            gateways.extend(defaults.filter_map(|route| route.gateway));
+        }
+        Ok(gateways)
+    }
+
     /// Hears of changes that others make; what this one makes is left out.
     pub fn watch(&mut self, names: &Names) -> Result<Watch, NetlinkError> {
-        let ports = [Some(self.rtnetlink.port()), self.nft.as_ref().map(Nft::port)];
-        Watch::open(&mut self.rtnetlink, names, ports.into_iter().flatten().collect())
+        let ports =
+            Ports { route: self.rtnetlink.port(), netfilter: self.nft.as_ref().map(Nft::port) };
+        Watch::open(&mut self.rtnetlink, names, ports)
     }
 
     fn try_apply(&mut self, plan: &Plan) -> Result<Changes, ApplyError> {
@@ -178,6 +202,9 @@ impl HostNetwork {
         let mut want = State::wanted(plan, have.link.as_ref());
         want.firewall = firewall;
         let now = have.become_(want, &names, &mut self.rtnetlink, &mut changes)?;
+        if let Some(nft) = self.nft.as_mut() {
+            hook::put(nft, &plan.link.name, &mut changes)?;
+        }
         // Under new names all stands anew before the old goes.
         if let Some(old) = old {
             let (mut have, _) = State::read(&mut self.rtnetlink, self.nft.as_mut(), &old)?;

@@ -72,6 +72,9 @@ pub enum Problem {
     /// Some rules of the firewall cannot stand on this kernel; the guard does.
     #[error("the nftables guard stands, but not the rest of its table: {0}")]
     FirewallReduced(String),
+    /// Another's firewall may drop what is forwarded.
+    #[error("forwarded mesh traffic may be dropped by another's firewall: {0}")]
+    Hook(String),
     /// Somebody else put something under a name or number of ours.
     #[error("{0}")]
     Intruder(String),
@@ -99,7 +102,7 @@ impl Problem {
     /// Whether it may be gone at the next apply, without a notification that says so.
     pub(super) fn is_passing(&self) -> bool {
         match self {
-            Self::LinkMissing(_) | Self::Intruder(_) | Self::Refused { .. } => true,
+            Self::LinkMissing(_) | Self::Hook(_) | Self::Intruder(_) | Self::Refused { .. } => true,
             Self::NoFirewall(_) | Self::FirewallReduced(_) | Self::Setting { .. } => false,
         }
     }

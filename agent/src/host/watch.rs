@@ -9,7 +9,7 @@ use tokio::io::unix::AsyncFd;
 use crate::netlink::codec::{Received, attributes, u32_at};
 use crate::netlink::{Group, Monitor, NetlinkError, Notified, Protocol, Rtnetlink};
 
-use super::{Names, OURS};
+use super::{Names, OURS, hook};
 
 /// Something changed. Several changes close together are one event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub enum HostEvent {
     AddressesChanged,
     /// Something of ours, by somebody else: invalidate and apply.
     OursChanged,
+    /// A chain in which we have rules, by somebody else: look after those.
+    HooksChanged,
 }
 
 /// A stream of events.
@@ -40,14 +42,27 @@ struct Filter {
     /// The link's number, as long as it is there.
     link: Option<u32>,
     /// Sockets of ours, whose changes are no news.
-    ports: Vec<u32>,
+    ports: Ports,
+}
+
+/// Socket numbers: each protocol counts its own, so that one's number means nothing in the other.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ports {
+    pub(super) route: u32,
+    pub(super) netfilter: Option<u32>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Pending {
     addresses: bool,
     ours: bool,
+    hooks: bool,
 }
+
+/// Of `NFT_MSG_*`, those that may concern our rules in another's chain.
+const NEW_CHAIN: u16 = 3;
+const NEW_RULE: u16 = 6;
+const DELETE_RULE: u16 = 8;
 
 const ROUTE_GROUPS: [Group; 7] = [
     Group::Links,
@@ -63,7 +78,7 @@ impl Watch {
     pub(super) fn open(
         rtnetlink: &mut Rtnetlink,
         names: &Names,
-        ports: Vec<u32>,
+        ports: Ports,
     ) -> Result<Self, NetlinkError> {
         let route = register(Monitor::open(Protocol::Route, &ROUTE_GROUPS)?)?;
         let netfilter = match Monitor::open(Protocol::Netfilter, &[Group::Nftables]) {
@@ -81,6 +96,9 @@ impl Watch {
         loop {
             if std::mem::take(&mut self.pending.ours) {
                 return Ok(HostEvent::OursChanged);
+            }
+            if std::mem::take(&mut self.pending.hooks) {
+                return Ok(HostEvent::HooksChanged);
             }
             if std::mem::take(&mut self.pending.addresses) {
                 return Ok(HostEvent::AddressesChanged);
@@ -107,7 +125,7 @@ impl Watch {
     /// Takes in everything that is waiting.
     fn read(&mut self) -> Result<(), NetlinkError> {
         let Self { route, netfilter, filter, pending } = self;
-        let all = Pending { addresses: true, ours: true };
+        let all = Pending { addresses: true, ours: true, hooks: true };
         let overrun = drain(route, |received| filter.route(&received, pending))?;
         if overrun {
             *pending = all;
@@ -116,6 +134,7 @@ impl Watch {
             && drain(netfilter, |received| filter.netfilter(&received, pending))?
         {
             pending.ours = true;
+            pending.hooks = true;
         }
         Ok(())
     }
@@ -153,7 +172,7 @@ fn wait_failed(source: io::Error) -> NetlinkError {
 
 impl Filter {
     fn route(&mut self, received: &Received<'_>, pending: &mut Pending) {
-        let by_us = self.ports.contains(&received.port);
+        let by_us = self.ports.route == received.port;
         match received.kind {
             libc::RTM_NEWLINK | libc::RTM_DELLINK => {
                 if self.is_our_link(received) {
@@ -184,9 +203,21 @@ impl Filter {
         // Every message about a thing inside a table, and about the table itself, names the
         // table in its first attribute.
         const TABLE: u16 = 1;
-        let ours = attributes(received.payload, HEADER)
-            .any(|a| a.kind == TABLE && a.string() == self.names.firewall);
-        pending.ours |= ours && !self.ports.contains(&received.port);
+        if self.ports.netfilter == Some(received.port) {
+            return;
+        }
+        let named = |kind: u16, name: &str| {
+            attributes(received.payload, HEADER).any(|a| a.kind == kind && a.string() == name)
+        };
+        pending.ours |= named(TABLE, &self.names.firewall);
+        // A rule names its chain second, a chain itself third.
+        let (table, chain) = hook::PLACE;
+        let place = match received.kind & 0xff {
+            NEW_CHAIN => 3,
+            NEW_RULE | DELETE_RULE => 2,
+            _ => return,
+        };
+        pending.hooks |= named(TABLE, table) && named(place, chain);
     }
 
     /// Whether a link's notification is about ours; follows its number.
@@ -268,6 +299,21 @@ mod tests {
                 rtnetlink.add_rule(&foreign).unwrap();
                 let quiet = tokio::time::timeout(Duration::from_millis(50), watch.next()).await;
                 assert!(quiet.is_err(), "{quiet:?}");
+            });
+        }
+    }
+
+    namespace_test! {
+        fn the_number_of_our_socket_in_one_protocol_hides_nobody_in_another() {
+            // The kernel gives each protocol's first socket of a process the same number.
+            let mut theirs = Nft::open().unwrap();
+            let mut host = HostNetwork::open().unwrap();
+            assert_eq!(theirs.port(), host.rtnetlink.port());
+            run(async {
+                let mut watch = host.watch(&names()).unwrap();
+                theirs.load(&Table::new(TableFamily::Inet, "towline")).unwrap();
+                let heard = tokio::time::timeout(Duration::from_secs(10), watch.next()).await;
+                assert_eq!(heard.expect("a notification").unwrap(), HostEvent::OursChanged);
             });
         }
     }

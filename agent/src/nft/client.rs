@@ -87,6 +87,13 @@ impl Loaded {
         Some(self.rules.get(chain)?.get(place)?.handle)
     }
 
+    /// The rules of a chain, each with its handle.
+    pub fn handles(&self, chain: &str) -> impl Iterator<Item = (&Rule, u64)> {
+        let rules = self.table.chains.get(chain).into_iter().flat_map(|chain| &chain.rules);
+        let states = self.rules.get(chain).into_iter().flatten();
+        rules.zip(states.map(|state| state.handle))
+    }
+
     fn place(&self, chain: &str, comment: &str) -> Option<usize> {
         let rules = &self.table.chains.get(chain)?.rules;
         rules.iter().position(|rule| rule.comment.as_deref() == Some(comment))

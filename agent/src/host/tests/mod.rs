@@ -4,7 +4,7 @@ mod traffic;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_core::plan::{
@@ -22,7 +22,7 @@ fn net(text: &str) -> IpNet {
     text.parse().unwrap()
 }
 
-fn plan() -> Plan {
+pub(super) fn plan() -> Plan {
     let guarded = [net("198.19.0.0/16"), net("10.9.0.0/16"), net("fd00:9::/64")];
     let mut routes = BTreeMap::new();
     for (peer, source) in [
@@ -442,6 +442,58 @@ namespace_test! {
         rtnetlink.add_veth("towline0", VethPeer { name: "x", namespace: None }).unwrap();
         let error = HostNetwork::open().unwrap().apply(&plan()).unwrap_err();
         assert!(error.to_string().contains("the link towline0 is a veth"), "{error}");
+    }
+}
+
+async fn until_hooks_changed(watch: &mut Watch) {
+    let changed = async { while watch.next().await.unwrap() != HostEvent::HooksChanged {} };
+    tokio::time::timeout(Duration::from_secs(10), changed).await.expect("a notification");
+}
+
+namespace_test! {
+    fn dockers_drop_of_what_is_forwarded_is_passed_where_docker_says_so() {
+        host_with_foreign_state();
+        if add_tun("towline0").is_none() { return };
+        let mut nft = Nft::open().unwrap();
+        let theirs = |family| {
+            let user = Chain::regular().rule(crate::nft::Rule::new().counter().return_());
+            let forward = Chain::base(ChainKind::Filter, Hook::Forward, 0)
+                .policy(crate::nft::Policy::Drop)
+                .rule(crate::nft::Rule::new().counter().jump("DOCKER-USER"));
+            Table::new(family, "filter").chain("DOCKER-USER", user).chain("FORWARD", forward)
+        };
+        nft.load(&theirs(TableFamily::Ip)).unwrap();
+        let rules = |nft: &mut Nft, family| -> Vec<Option<String>> {
+            let loaded = nft.read_chain(family, "filter", "DOCKER-USER").unwrap().unwrap();
+            let rules = &loaded.table.chains["DOCKER-USER"].rules;
+            rules.iter().map(|rule| rule.comment.clone()).collect()
+        };
+        let (into, out) = ("towline: into the tunnel", "towline: out of the tunnel");
+        let with_ours = [Some(out.to_owned()), Some(into.to_owned()), None];
+
+        let mut host = HostNetwork::open().unwrap();
+        apply(&mut host, &plan());
+        assert_eq!(rules(&mut nft, TableFamily::Ip), with_ours);
+        assert_eq!(host.apply_hooks().unwrap(), 0);
+
+        // Docker starts later for the other family; somebody empties the chain of this one.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut watch = host.watch(&Names::of(&plan())).unwrap();
+            nft.load(&theirs(TableFamily::Ip6)).unwrap();
+            until_hooks_changed(&mut watch).await;
+            host.apply_hooks().unwrap();
+            assert_eq!(rules(&mut nft, TableFamily::Ip6), with_ours);
+            nft.load(&theirs(TableFamily::Ip)).unwrap();
+            until_hooks_changed(&mut watch).await;
+            host.apply_hooks().unwrap();
+        });
+        assert_eq!(rules(&mut nft, TableFamily::Ip), with_ours);
+
+        host.remove(&Names::of(&plan())).unwrap();
+        for family in [TableFamily::Ip, TableFamily::Ip6] {
+            assert_eq!(nft.read(family, "filter").unwrap().unwrap().table, theirs(family));
+        }
     }
 }
 

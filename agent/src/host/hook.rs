@@ -1,0 +1,91 @@
+//! Our rules in the chains that others document for it.
+//!
+//! Docker sets the policy of its `FORWARD` chain to drop, and no accept of our own table overrides
+//! another table's drop. It leaves `DOCKER-USER` to others, which comes first: there what comes
+//! out of our link or enters it is let pass. Where there is no such chain nothing is done.
+//!
+//! The rules are written as iptables would write them, so that it lists them too, and carry
+//! [`TAG`], by which they are found and removed.
+
+use crate::nft::{Loaded, Nft, NftError, Rule, TableFamily, Transaction};
+
+use super::Changes;
+use super::problem::{ApplyError, Problem};
+
+/// Table and chain, in both families.
+pub(super) const PLACE: (&str, &str) = ("filter", "DOCKER-USER");
+const FAMILIES: [TableFamily; 2] = [TableFamily::Ip, TableFamily::Ip6];
+/// How the comments of our rules begin.
+const TAG: &str = "towline: ";
+
+/// Puts our rules in, where they are missing and there is a place for them.
+pub(super) fn put(nft: &mut Nft, link: &str, changes: &mut Changes) -> Result<(), ApplyError> {
+    for family in FAMILIES {
+        match put_family(nft, family, link) {
+            Ok(messages) => changes.messages += messages,
+            Err(NftError::Netlink(error)) => return Err(error.into()),
+            Err(NftError::Unsupported) => {}
+            // Docker may be making it just now: then a notification comes.
+            Err(error) => changes.problems.push(Problem::Hook(error.to_string())),
+        }
+    }
+    Ok(())
+}
+
+fn put_family(nft: &mut Nft, family: TableFamily, link: &str) -> Result<usize, NftError> {
+    let (table, chain) = PLACE;
+    let Some(have) = nft.read_chain(family, table, chain)? else { return Ok(0) };
+    let wanted = wanted(link);
+    let rules = &have.table.chains[chain].rules;
+    let ours = rules.iter().filter(|rule| is_ours(rule));
+    if ours.eq(&wanted) {
+        return Ok(0);
+    }
+    let mut transaction = Transaction::new();
+    delete(&have, family, &mut transaction);
+    for rule in wanted.iter().rev() {
+        transaction.insert_rule(family, table, chain, rule);
+    }
+    let messages = transaction.messages();
+    nft.commit(transaction)?;
+    Ok(messages)
+}
+
+/// Takes our rules out; says how many there were.
+pub(super) fn remove(nft: &mut Nft) -> Result<usize, NftError> {
+    let (table, chain) = PLACE;
+    let mut removed = 0;
+    for family in FAMILIES {
+        let have = match nft.read_chain(family, table, chain) {
+            Ok(Some(have)) => have,
+            Ok(None) | Err(NftError::Unsupported) => continue,
+            Err(error) => return Err(error),
+        };
+        let mut transaction = Transaction::new();
+        delete(&have, family, &mut transaction);
+        removed += transaction.messages();
+        nft.commit(transaction)?;
+    }
+    Ok(removed)
+}
+
+fn delete(have: &Loaded, family: TableFamily, transaction: &mut Transaction) {
+    let (table, chain) = PLACE;
+    for (rule, handle) in have.handles(chain) {
+        if is_ours(rule) {
+            transaction.delete_rule(family, table, chain, handle);
+        }
+    }
+}
+
+fn wanted(link: &str) -> [Rule; 2] {
+    let rule = |what: &str| Rule::new().comment(format!("{TAG}{what}"));
+    [
+        rule("out of the tunnel").input(link).counter().accept(),
+        rule("into the tunnel").output(link).counter().accept(),
+    ]
+}
+
+fn is_ours(rule: &Rule) -> bool {
+    rule.comment.as_deref().is_some_and(|comment| comment.starts_with(TAG))
+}
