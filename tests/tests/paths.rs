@@ -331,6 +331,40 @@ fn another_address_is_told_at_once() {
 }
 
 #[test]
+fn an_uplink_that_goes_down_costs_less_than_half_a_second_whatever_the_other_nat_forgot() {
+    for seed in 0..20 {
+        let (controller, quiet) = (seed % 2 == 0, seed % 4 < 2);
+        let mut sim = Sim::new(80 + seed, FAR);
+        let relay = stand(&mut sim, Place::Open, Family::Dual, 200);
+        sim.hosts[relay].relay = true;
+        sim.start(relay);
+        let uplinks = [1, 3].map(|n| {
+            let nat = uplink(Place::PortRestricted, Family::V4, [203, 0, 113, n].into());
+            let realm = sim.net.add_realm(INTERNET, Some(nat), None);
+            (realm, IpAddr::from([192, 168, n, 2]))
+        });
+        let a = sim.add_host(&uplinks);
+        let b = stand(&mut sim, Place::PortRestricted, Family::V4, 2);
+        let mut pair = Pair { sim, relays: [relay, relay], a, b };
+        pair.first_packet().unwrap();
+        pair.traffic(Duration::from_secs(10));
+        if quiet {
+            // Nothing but what is in use stays open.
+            pair.traffic(Duration::from_secs(300));
+        }
+        assert_eq!(pair.kinds(), [Kind::Direct; 2]);
+        let mesh = &pair.sim.hosts[a].agent.as_ref().unwrap().mesh;
+        let path = mesh.peer(pair.sim.hosts[b].id()).unwrap().path.unwrap();
+        let left = uplinks.into_iter().find(|(_, ip)| *ip != path.local.unwrap().address);
+        pair.sim.set_controller(controller);
+        pair.sim.readdress(a, &[left.unwrap()]);
+        let gap = pair.traffic(Duration::from_secs(5));
+        println!("controller {controller}, quiet {quiet}: {gap:?}");
+        assert!(gap < Duration::from_millis(500), "{gap:?}");
+    }
+}
+
+#[test]
 fn an_idle_pair_behind_nats_is_woken_also_while_the_controller_is_away() {
     for (n, other) in [Place::PortRestricted, Place::Symmetric].into_iter().enumerate() {
         let family = Family::V4;

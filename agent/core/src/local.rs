@@ -25,6 +25,8 @@ pub(crate) struct Local {
     own: usize,
     /// One address of each interface and family that leads outwards.
     uplinks: Vec<LocalEnd>,
+    /// The same as paths are named by them still, see [`Self::still`].
+    named_by: Vec<LocalEnd>,
     /// Whether a controller takes signals.
     pub(crate) connected: bool,
     /// The overlay's ranges: a datagram to an address in there would enter the tunnel.
@@ -39,6 +41,7 @@ impl Local {
             candidates: Vec::new(),
             own: 0,
             uplinks: Vec::new(),
+            named_by: Vec::new(),
             connected: false,
             overlay: Vec::new(),
         };
@@ -108,7 +111,8 @@ impl Local {
         self.candidates[..self.own].iter().any(|own| own.address() == address)
     }
 
-    /// Takes our uplinks: one address for each interface and family. Says whether they changed.
+    /// Takes our uplinks: one address for each interface and family. Says whether they changed; if
+    /// so, every path is to be named anew, by [`Self::still`], before [`Self::named`] ends that.
     pub(crate) fn set_uplinks(&mut self, uplinks: Vec<LocalEnd>) -> bool {
         let mut seen = BTreeSet::new();
         let kept: Vec<LocalEnd> = uplinks
@@ -119,6 +123,25 @@ impl Local {
         let changed = kept != self.uplinks;
         self.uplinks = kept;
         changed
+    }
+
+    /// The path by the name that it has now that our uplinks changed; `None`: it began at one that
+    /// is gone.
+    pub(crate) fn still(&self, path: Path) -> Option<Path> {
+        let v4 = path.remote.is_ipv4();
+        // Without a name it began at the only one.
+        let mut before = self.named_by.iter().filter(|end| end.address.is_ipv4() == v4);
+        let only = before.next().filter(|_| before.next().is_none()).copied();
+        let local = path.local.or(only);
+        if local.is_some_and(|local| !self.uplinks.contains(&local)) {
+            return None;
+        }
+        Some(self.canonical(Path { local, ..path })).filter(|path| self.begins_here(path))
+    }
+
+    /// Every path has its new name.
+    pub(crate) fn named(&mut self) {
+        self.named_by.clone_from(&self.uplinks);
     }
 
     /// What to send from, for one family: each uplink where there are several, else what the kernel

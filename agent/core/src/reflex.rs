@@ -16,7 +16,7 @@ use towline_proto::node::{Candidate, CandidateKind};
 use crate::counters::Counters;
 use crate::local::Local;
 use crate::mesh::Output;
-use crate::path::LocalEnd;
+use crate::path::{LocalEnd, Path};
 use crate::timers::{Timer, Timers};
 
 /// Reflectors that are asked for each uplink and family.
@@ -66,8 +66,8 @@ pub(crate) struct Reflex {
 }
 
 impl Reflex {
-    /// The reflectors or our uplinks are others now. With `anew`, our addresses changed: what was
-    /// known holds no longer.
+    /// The reflectors or our uplinks are others now. With `anew`, our addresses changed: all are
+    /// asked at once, and what was known holds only where the uplink is the same.
     pub(crate) fn follow(&mut self, now: Instant, local: &Local, timers: &mut Timers, anew: bool) {
         let mut wanted: Vec<Query> = Vec::new();
         for v4 in [true, false] {
@@ -85,11 +85,17 @@ impl Reflex {
                 wanted.extend(reflectors.iter().map(|to| (end, *to)));
             }
         }
-        self.queries.retain(|query, _| wanted.contains(query));
         if anew {
-            self.queries.clear();
             self.observed.clear();
+            let queries = std::mem::take(&mut self.queries).into_iter();
+            let still = queries.filter_map(|((end, remote), asked)| {
+                let path = local.still(Path { local: end, remote, channel: None })?;
+                let asked = Asked { mapped: asked.mapped, due: Some(now), ..Asked::default() };
+                Some(((path.local, remote), asked))
+            });
+            self.queries = still.collect();
         }
+        self.queries.retain(|query, _| wanted.contains(query));
         for query in wanted {
             self.queries
                 .entry(query)

@@ -502,9 +502,7 @@ impl Daemon {
         let mut candidates = self.config.candidates();
         let uplinks = self.host.uplinks(excluded);
         candidates.extend(host::local_candidates(&uplinks, self.config.wireguard.port));
-        let now = Instant::now();
-        self.mesh.set_uplinks(now, uplinks);
-        self.mesh.set_candidates(now, candidates);
+        self.mesh.set_uplinks(Instant::now(), uplinks, candidates);
     }
 
     async fn control_request(&mut self, request: Request) -> Option<Exit> {

@@ -233,8 +233,7 @@ impl Host {
             mesh.update(now, MapChange::Upsert(Box::new(node.clone())));
         }
         mesh.set_prefixes(now, self.prefixes.clone());
-        mesh.set_candidates(now, self.local_candidates());
-        mesh.set_uplinks(now, uplinks(&self.addresses));
+        mesh.set_uplinks(now, uplinks(&self.addresses), self.local_candidates());
         self.agent = Some(Agent {
             mesh,
             tunnels: Tunnels::new(u64::from(self.number) << 12 | self.boot_epoch),
@@ -250,8 +249,7 @@ impl Host {
     pub fn addresses_changed(&mut self, now: Instant) {
         let candidates = self.local_candidates();
         if let Some(agent) = &mut self.agent {
-            agent.mesh.set_candidates(now, candidates);
-            agent.mesh.set_uplinks(now, uplinks(&self.addresses));
+            agent.mesh.set_uplinks(now, uplinks(&self.addresses), candidates);
         }
     }
 
@@ -515,8 +513,8 @@ impl Agent {
 
 /// Every address is an uplink, each on an interface of its own and family.
 fn uplinks(addresses: &[(RealmId, IpAddr)]) -> Vec<LocalEnd> {
-    let uplinks = addresses.iter().enumerate();
-    uplinks.map(|(n, (_, ip))| LocalEnd { address: *ip, interface: n as u32 + 1 }).collect()
+    let uplinks = addresses.iter();
+    uplinks.map(|(realm, ip)| LocalEnd { address: *ip, interface: *realm as u32 + 1 }).collect()
 }
 
 /// The mesh that every simulated host is in.

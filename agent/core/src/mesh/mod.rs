@@ -293,10 +293,20 @@ impl Mesh {
         }
     }
 
-    /// Takes our uplinks, whole: every address of ours that leads outwards, with its interface.
-    pub fn set_uplinks(&mut self, now: Instant, uplinks: Vec<LocalEnd>) {
+    /// Takes our uplinks, whole (every address of ours that leads outwards, with its interface), and
+    /// the candidates as [`Self::set_candidates`] does: they change together.
+    pub fn set_uplinks(
+        &mut self,
+        now: Instant,
+        uplinks: Vec<LocalEnd>,
+        candidates: Vec<Candidate>,
+    ) {
         self.advance(now);
-        if self.local.set_uplinks(uplinks) {
+        self.with_static_peers(|statics, cx| statics.local_changed(cx));
+        let other_uplinks = self.local.set_uplinks(uplinks);
+        if other_uplinks || self.host_candidates != candidates {
+            self.host_candidates = candidates;
+            self.advertise();
             self.local_changed();
         }
     }
@@ -529,6 +539,7 @@ impl Mesh {
             self.homes.follow(self.now, own, &mut self.timers, true);
         }
         self.each_peer(|peer, cx| peer.local_changed(cx));
+        self.local.named();
     }
 
     /// Puts our candidates together, and tells of them if they changed.

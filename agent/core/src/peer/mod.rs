@@ -234,19 +234,33 @@ impl Peer {
 
     /// Our own addresses or uplinks changed: whatever is not up may be now, and what is up may not
     /// be. Where traffic goes, everything is tried now, and by a handshake, so that the peer learns
-    /// at once where we are.
+    /// at once where we are. A path whose uplink is gone is dead, without waiting for the verdict.
     pub(crate) fn local_changed(&mut self, cx: &mut Context<'_>) {
-        self.paths.retain_uplinks(cx.local);
-        if let Some(path) = self.endpoint.filter(|path| !cx.local.begins_here(path)) {
-            let other = self.paths.best(cx.now, HEARD_FOR, None);
-            let same = cx.local.canonical(path);
-            let same = cx.local.begins_here(&same).then_some(same);
-            self.set_endpoint(cx, other.or(same));
+        self.paths.follow_uplinks(cx.local);
+        let mut lost = false;
+        if let Some(path) = self.endpoint {
+            match cx.local.still(path) {
+                Some(name) if name == path => {}
+                Some(name) => self.rename_endpoint(cx, name),
+                None => {
+                    lost = true;
+                    let other = self.paths.best(cx.now, HEARD_FOR, None);
+                    let same = cx.local.canonical(path);
+                    let same = cx.local.begins_here(&same).then_some(same);
+                    self.set_endpoint(cx, other.or(same));
+                }
+            }
         }
+        let wanted = cx.eager || self.liveness.is_recent(cx.now);
         match self.state {
-            PeerState::Idle => {}
             PeerState::Connecting | PeerState::Down => self.try_anew(cx),
-            PeerState::Up if cx.eager || self.liveness.is_recent(cx.now) => {
+            PeerState::Up if wanted && lost => {
+                self.set_state(cx, PeerState::Connecting);
+                self.try_anew(cx);
+                // The peer does not know yet that there is something to begin.
+                self.race.insist();
+            }
+            PeerState::Up if wanted => {
                 self.race.restart(cx.now);
                 let targets = self.targets(cx);
                 if self.race.may_answer(cx.now, true) {
@@ -258,7 +272,7 @@ impl Peer {
                 }
                 cx.timers.set(Timer::Probe(self.id()), cx.now);
             }
-            PeerState::Up => {}
+            PeerState::Idle | PeerState::Up => {}
         }
     }
 
@@ -478,8 +492,14 @@ impl Peer {
         }
         match self.path() {
             Some(path) if !path.is_relayed() && self.session => {
-                // It may have lost us without our noticing.
+                // It may have lost us without our noticing, and our NAT lets it in again only where
+                // we send something to.
                 cx.timers.set_no_later(Timer::Probe(self.id()), cx.now);
+                for to in candidates.iter().flat_map(|to| cx.local.paths_to(to.address())) {
+                    if to != path && cx.local.may_send_to(to.remote) {
+                        self.ping(cx, to, Purpose::Check);
+                    }
+                }
             }
             Some(_) => self.hurry(cx),
             None => self.try_anew(cx),
@@ -736,6 +756,15 @@ impl Peer {
             cx.timers.cancel(Timer::Attempt(self.id()));
         }
         cx.outputs.push_back(Output::StateChanged { peer: self.id(), from, to });
+    }
+
+    /// The same path under another name, so what is known of it holds.
+    fn rename_endpoint(&mut self, cx: &mut Context<'_>, name: Path) {
+        if self.pmtu.path() == self.endpoint {
+            self.pmtu.rename(name);
+        }
+        self.endpoint = Some(name);
+        *cx.table_changed = true;
     }
 
     fn set_endpoint(&mut self, cx: &mut Context<'_>, endpoint: Option<Path>) {

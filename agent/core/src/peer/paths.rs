@@ -114,9 +114,10 @@ impl Paths {
         new
     }
 
-    /// Forgets paths that begin at an uplink that is gone.
-    pub(super) fn retain_uplinks(&mut self, local: &Local) {
-        self.known.retain(|path, _| local.begins_here(path));
+    /// Our uplinks are others now: forgets paths that began at one that is gone.
+    pub(super) fn follow_uplinks(&mut self, local: &Local) {
+        let known = std::mem::take(&mut self.known).into_iter();
+        self.known = known.filter_map(|(path, known)| Some((local.still(path)?, known))).collect();
     }
 
     /// Paths from which something came lately, the latest first; relay channels are all there.

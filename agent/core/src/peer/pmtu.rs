@@ -76,6 +76,11 @@ impl Pmtu {
         *self = Self { path: Some(path), full: payload(&path, inner), ..Self::default() };
     }
 
+    /// The path has another name now.
+    pub(crate) fn rename(&mut self, path: Path) {
+        self.path = Some(path);
+    }
+
     /// The path that is being searched.
     pub(crate) fn path(&self) -> Option<Path> {
         self.path

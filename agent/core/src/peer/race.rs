@@ -44,6 +44,8 @@ const ANSWER_PAUSE: Duration = Duration::from_millis(40);
 #[derive(Debug)]
 pub(super) struct Race {
     began: Instant,
+    /// Nobody else would begin.
+    insists: bool,
     round: u32,
     calls: u32,
     last_call: Option<Instant>,
@@ -64,12 +66,17 @@ pub(super) struct Round {
 
 impl Race {
     pub(super) fn new(now: Instant) -> Self {
-        Self { began: now, round: 0, calls: 0, last_call: None }
+        Self { began: now, insists: false, round: 0, calls: 0, last_call: None }
     }
 
     /// From the beginning again.
     pub(super) fn restart(&mut self, now: Instant) {
-        (self.began, self.round, self.calls) = (now, 0, 0);
+        (self.began, self.insists, self.round, self.calls) = (now, false, 0, 0);
+    }
+
+    /// Does not hold initiations back, whoever begins: only we know that there is something to begin.
+    pub(super) fn insist(&mut self) {
+        self.insists = true;
     }
 
     /// Since when this race runs.
@@ -90,7 +97,7 @@ impl Race {
             let doublings = (number as usize - PAUSES.len()).min(8) as u32;
             (SLOW * 2u32.pow(doublings)).min(RETRY_MAX)
         });
-        let call = (begins || now >= self.began + YIELD) && self.may_call(now);
+        let call = self.may_begin(now, begins) && self.may_call(now);
         Round {
             number,
             call,
@@ -108,7 +115,7 @@ impl Race {
     /// Whether an initiation may answer to something that the peer sent just now.
     pub(super) fn may_answer(&self, now: Instant, begins: bool) -> bool {
         let rested = self.last_call.is_none_or(|at| now >= at + ANSWER_PAUSE);
-        rested && (begins || now >= self.began + YIELD)
+        rested && self.may_begin(now, begins)
     }
 
     /// An initiation answered to something of the peer.
@@ -119,6 +126,10 @@ impl Race {
     /// When an initiation was sent last.
     pub(super) fn last_call(&self) -> Option<Instant> {
         self.last_call
+    }
+
+    fn may_begin(&self, now: Instant, begins: bool) -> bool {
+        begins || self.insists || now >= self.began + YIELD
     }
 
     fn may_call(&self, now: Instant) -> bool {

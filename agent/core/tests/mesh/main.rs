@@ -17,7 +17,7 @@ use ipnet::IpNet;
 use towline_core::mesh::{
     Config, MapChange, Membership, Mesh, Output, PeerState, PeerStatus, ReceivedProbe,
 };
-use towline_core::path::{ChannelId, Path};
+use towline_core::path::{ChannelId, LocalEnd, Path};
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::plan::{Plan, RouteVia, RulePlan};
 use towline_core::reflex::Mapping;

@@ -232,3 +232,59 @@ fn a_thousand_peers_cost_nothing_until_there_is_traffic_for_one() {
     us.mesh.observe(us.now, quiet.wireguard_key(), Observation::Wanted);
     assert_eq!(probes(&us.run(Duration::from_millis(1))), 2);
 }
+
+// Uplinks
+
+/// With two uplinks, peer 2 up by the first one, and both known to work.
+fn by_two_uplinks() -> (Us, [LocalEnd; 2]) {
+    let ends = [1, 2].map(|n| LocalEnd { address: [192, 168, n, 9].into(), interface: n.into() });
+    let mut us = Us::new(1);
+    us.mesh.set_uplinks(us.now, ends.to_vec(), vec![candidate(PRIVATE)]);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.drain();
+    let from = Path { local: Some(ends[0]), ..path(PUBLIC) };
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from });
+    us.active();
+    us.echo(Duration::from_millis(10), Duration::from_secs(12));
+    assert_eq!(us.peer(2).path, Some(from));
+    (us, ends)
+}
+
+#[test]
+fn a_path_whose_uplink_is_gone_is_replaced_by_a_handshake_and_a_signal_at_once() {
+    let (mut us, ends) = by_two_uplinks();
+    us.mesh.set_controller_connected(us.now, true);
+    us.mesh.set_uplinks(us.now, vec![ends[1]], vec![candidate(PRIVATE)]);
+    let outputs = us.run(Duration::from_millis(1));
+    assert!(handshakes(&outputs).contains(&vec![path(PUBLIC)]), "{outputs:?}");
+    assert!(outputs.iter().any(|output| matches!(output, Output::Signal { .. })), "{outputs:?}");
+    assert_eq!(us.peer(2).state, PeerState::Connecting);
+    assert_eq!(us.table().peers[&key(2)].endpoint, Some(path(PUBLIC)), "traffic goes on");
+}
+
+#[test]
+fn an_uplink_that_comes_or_goes_changes_nothing_of_a_path_by_another_one() {
+    let (mut us, ends) = by_two_uplinks();
+    let before = us.peer(2);
+    us.mesh.set_uplinks(us.now, vec![ends[0]], vec![candidate(PRIVATE)]);
+    us.drain();
+    let alone = us.peer(2);
+    assert_eq!((alone.state, alone.path), (PeerState::Up, Some(path(PUBLIC))));
+    assert_eq!((alone.mtu, alone.rtt), (before.mtu, before.rtt));
+    us.mesh.set_uplinks(us.now, ends.to_vec(), vec![candidate(PRIVATE)]);
+    us.drain();
+    let after = us.peer(2);
+    assert_eq!((after.state, after.path), (PeerState::Up, before.path));
+    assert_eq!((after.mtu, after.rtt), (before.mtu, before.rtt));
+}
+
+#[test]
+fn a_call_shows_a_node_that_is_up_where_else_to_open_its_nat() {
+    let mut us = Us::up(PUBLIC);
+    let candidates = vec![candidate(OTHER)];
+    let signal = Signal::CallMe { boot_epoch: 1, number: 1, candidates };
+    us.mesh.signal_received(us.now, id(2), signal);
+    let outputs = us.run(Duration::from_millis(1));
+    assert!(pings(&outputs).iter().any(|(to, _)| *to == path(OTHER)));
+    assert_eq!(us.peer(2).path, Some(path(PUBLIC)));
+}
