@@ -43,8 +43,21 @@ impl ClusterCa {
         &self.pem
     }
 
-    /// The certificate of `user` in `group`, as clients show it; with `names`, a server's too.
+    /// The certificate of `user` in `group`, as clients show it; with `names`, a server's too. Valid
+    /// for a day since an hour ago.
     pub fn issue(&self, user: &str, group: &str, names: &[&str]) -> anyhow::Result<Pair> {
+        let from = SystemTime::now() - Duration::from_secs(3_600);
+        self.issue_from(from, user, group, names)
+    }
+
+    /// The same, valid for a day since `from`.
+    pub fn issue_from(
+        &self,
+        from: SystemTime,
+        user: &str,
+        group: &str,
+        names: &[&str],
+    ) -> anyhow::Result<Pair> {
         let key = KeyPair::generate()?;
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let mut params = CertificateParams::new(names)?;
@@ -52,7 +65,6 @@ impl ClusterCa {
         if !group.is_empty() {
             params.distinguished_name.push(DnType::OrganizationName, group);
         }
-        let from = SystemTime::now() - Duration::from_secs(3600);
         params.not_before = from.into();
         params.not_after = (from + Duration::from_secs(86_400)).into();
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -72,6 +84,16 @@ impl Pair {
     /// Certificate and key in one file, as kubelets keep them.
     pub fn both(&self) -> String {
         format!("{}{}", self.certificate, self.key)
+    }
+
+    /// As a credential plugin prints them.
+    pub fn of_plugin(&self) -> String {
+        serde_json::json!({
+            "apiVersion": PLUGIN_API,
+            "kind": "ExecCredential",
+            "status": {"clientCertificateData": self.certificate, "clientKeyData": self.key},
+        })
+        .to_string()
     }
 
     /// Writes `NAME.crt` and `NAME.key`.
@@ -102,6 +124,33 @@ pub fn kubeconfig(server: &str, ca: &Path, credentials: &Path) -> String {
     })
     .to_string()
 }
+
+/// A kubeconfig whose credentials are what a plugin prints: `command`, and its arguments.
+pub fn kubeconfig_of_plugin(server: &str, ca: &Path, command: &[&str]) -> String {
+    let (program, arguments) = command.split_first().unwrap_or((&"", &[]));
+    serde_json::json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{
+            "name": "lab",
+            "cluster": {"server": server, "certificate-authority": ca},
+        }],
+        "users": [{
+            "name": "node",
+            "user": {"exec": {
+                "apiVersion": PLUGIN_API,
+                "command": program,
+                "args": arguments,
+                "interactiveMode": "Never",
+            }},
+        }],
+        "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "node"}}],
+        "current-context": "lab",
+    })
+    .to_string()
+}
+
+const PLUGIN_API: &str = "client.authentication.k8s.io/v1";
 
 /// Puts a file in place of the one that was there, in one step.
 pub fn replace(path: &Path, text: &str) -> anyhow::Result<()> {

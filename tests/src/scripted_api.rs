@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use anyhow::Context as _;
 use parking_lot::Mutex;
@@ -20,7 +21,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use crate::cluster::ClusterCa;
+use crate::cluster::{ClusterCa, Pair};
 
 /// How it treats requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,9 +57,18 @@ struct State {
 impl ScriptedApi {
     /// Starts one on the loopback with a certificate of `ca`.
     pub async fn start(ca: &ClusterCa) -> anyhow::Result<Self> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+        Self::start_as(ca, &ca.issue(OWN_NAME, "", &[OWN_ADDRESS])?).await
+    }
+
+    /// Starts one whose certificate of `ca` is valid for a day since `from`.
+    pub async fn start_valid_from(ca: &ClusterCa, from: SystemTime) -> anyhow::Result<Self> {
+        Self::start_as(ca, &ca.issue_from(from, OWN_NAME, "", &[OWN_ADDRESS])?).await
+    }
+
+    async fn start_as(ca: &ClusterCa, own: &Pair) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind((OWN_ADDRESS, 0)).await?;
         let address: SocketAddr = listener.local_addr()?;
-        let acceptor = acceptor(ca)?;
+        let acceptor = acceptor(ca, own)?;
         let state = Arc::new(State {
             nodes: Mutex::default(),
             now: watch::channel((1, Manner::Proper)).0,
@@ -111,8 +121,12 @@ impl ScriptedApi {
     }
 }
 
-fn acceptor(ca: &ClusterCa) -> anyhow::Result<TlsAcceptor> {
-    let own = ca.issue("kube-apiserver", "", &["127.0.0.1"])?;
+const OWN_NAME: &str = "kube-apiserver";
+const OWN_ADDRESS: &str = "127.0.0.1";
+/// Where a client asks who it is.
+const REVIEWS: &str = "/apis/authentication.k8s.io/v1/selfsubjectreviews";
+
+fn acceptor(ca: &ClusterCa, own: &Pair) -> anyhow::Result<TlsAcceptor> {
     let chain = vec![CertificateDer::from_pem_slice(own.certificate.as_bytes())?];
     let key = PrivateKeyDer::from_pem_slice(own.key.as_bytes())?;
     let mut roots = rustls::RootCertStore::empty();
@@ -141,6 +155,14 @@ async fn connection(state: &State, acceptor: TlsAcceptor, stream: TcpStream) -> 
         let own = user.strip_prefix("system:node:").is_some_and(|node| node == name);
         if let Manner::Refuses(code) = manner {
             answer(&mut stream, code, &status(code)).await?;
+        } else if target.split('?').next() == Some(REVIEWS) {
+            let review = json!({
+                "apiVersion": "authentication.k8s.io/v1",
+                "kind": "SelfSubjectReview",
+                "metadata": {},
+                "status": {"userInfo": {"username": user}},
+            });
+            answer(&mut stream, 201, &review).await?;
         } else if !own || !target.starts_with("/api/v1/nodes?") {
             answer(&mut stream, 403, &status(403)).await?;
         } else if target.contains("watch=") {
@@ -163,7 +185,7 @@ async fn connection(state: &State, acceptor: TlsAcceptor, stream: TcpStream) -> 
     Ok(())
 }
 
-/// The target of the next request; the bodies of GETs are empty.
+/// The target of the next request; its body is read and left.
 async fn request(stream: &mut Stream) -> anyhow::Result<Option<String>> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -175,6 +197,13 @@ async fn request(stream: &mut Stream) -> anyhow::Result<Option<String>> {
         }
     }
     let head = String::from_utf8(head)?;
+    let length = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
+    });
+    let length: usize = length.unwrap_or_default();
+    anyhow::ensure!(length < 64 << 10, "a request without end");
+    stream.read_exact(&mut vec![0; length]).await?;
     Ok(Some(head.split(' ').nth(1).unwrap_or_default().to_owned()))
 }
 

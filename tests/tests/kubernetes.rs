@@ -3,14 +3,17 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
+use nix::mount::{MsFlags, mount};
+use nix::sched::CloneFlags;
 use tokio::sync::watch;
 use towline_agent::config::{AnnouncePods, KubernetesConfig};
 use towline_agent::kubernetes::{self, Setup, View};
+use towline_agent::netlink::{Overlay, OverlayKind, Rtnetlink};
 use towline_agent::state::StateDir;
-use towline_tests::cluster::{ClusterCa, kubeconfig, replace};
+use towline_tests::cluster::{ClusterCa, kubeconfig, kubeconfig_of_plugin, replace};
 use towline_tests::scripted_api::{Manner, ScriptedApi};
 
 /// Whatever takes longer will not come.
@@ -229,4 +232,146 @@ async fn rotated_credentials_are_read_again() {
     machine.rotate(&ca, "renamed");
     let view = machine.pods(&["10.244.2.0/24"]).await;
     assert_eq!(view.facts.node, "renamed");
+}
+
+#[tokio::test]
+async fn what_a_credential_plugin_prints_is_used_and_the_server_says_whose_it_is() {
+    let ca = ClusterCa::new("cluster").unwrap();
+    let api = ScriptedApi::start(&ca).await.unwrap();
+    api.node("w", OURS, &["10.244.1.0/24"]);
+    let mut machine = Machine::new();
+    replace(&machine.path("ca.crt"), ca.pem()).unwrap();
+    let credential = machine.path("credential.json");
+    let enrol = |machine: &Machine, command: &[&str]| {
+        let text = kubeconfig_of_plugin(&api.url, &machine.path("ca.crt"), command);
+        replace(&machine.path("kubelet.conf"), &text).unwrap();
+    };
+    let print = ["cat", credential.to_str().unwrap()];
+    let fails = ["sh", "-c", "echo no luck >&2; exit 3"];
+    enrol(&machine, &fails);
+    let view = machine.reason("cannot be used").await;
+    assert!(view.reason.contains("kubelet.conf") && !view.reason.contains('\n'), "{view:?}");
+
+    let person = ca.issue("kubernetes-admin", "system:masters", &[]).unwrap();
+    replace(&credential, &person.of_plugin()).unwrap();
+    enrol(&machine, &print);
+    let view = machine.reason("not of a node").await;
+    assert!(view.reason.contains("kubernetes-admin"), "{}", view.reason);
+
+    replace(&credential, &ca.issue_node("w").unwrap().of_plugin()).unwrap();
+    enrol(&machine, &print);
+    let view = machine.pods(&["10.244.1.0/24"]).await;
+    assert_eq!(view.facts.node, "w");
+}
+
+#[tokio::test]
+async fn a_clock_that_is_off_is_named_and_not_the_server() {
+    let ca = ClusterCa::new("cluster").unwrap();
+    let (hour, day) = (Duration::from_secs(3_600), Duration::from_secs(86_400));
+    let now = SystemTime::now();
+    for (from, why) in [(now + hour, "not valid yet"), (now - day - hour, "expired")] {
+        let api = ScriptedApi::start_valid_from(&ca, from).await.unwrap();
+        let mut machine = Machine::new();
+        machine.enrol(&ca, &api.url, "w");
+        let view = machine.reason("clock").await;
+        assert!(view.reason.contains(why) && !view.reason.contains('\n'), "{}", view.reason);
+    }
+}
+
+#[tokio::test]
+async fn another_cni_is_seen_while_the_agent_runs() {
+    let ca = ClusterCa::new("cluster").unwrap();
+    let api = ScriptedApi::start(&ca).await.unwrap();
+    api.node("w", OURS, &["10.244.1.0/24"]);
+    let mut machine = Machine::new();
+    machine.enrol(&ca, &api.url, "w");
+    machine.pods(&["10.244.1.0/24"]).await;
+    // Sorts before the bridge's, so that container runtimes take it.
+    let other = r#"{"plugins": [{"type": "somebodys-own"}]}"#;
+    replace(&machine.path("cni/05-other.conflist"), other).unwrap();
+    let view = machine.view(|view| view.cni.contains("somebodys-own")).await;
+    assert_eq!(view.facts.pods, nets(&["10.244.1.0/24"]), "until it is known what it does");
+    let routes = r#"{"plugins": [{"type": "ptp"}]}"#;
+    replace(&machine.path("cni/05-other.conflist"), routes).unwrap();
+    machine.view(|view| view.cni.contains("ptp (native routing)")).await;
+}
+
+/// Runs a future on a thread of its own in new namespaces; `false`: this machine forbids them.
+fn in_namespaces(flags: CloneFlags, body: impl Future<Output = ()> + Send + 'static) -> bool {
+    let thread = std::thread::spawn(move || {
+        if let Err(error) = nix::sched::unshare(flags) {
+            println!("skipped: no namespaces here: {error}");
+            return false;
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(body);
+        true
+    });
+    thread.join().unwrap()
+}
+
+#[test]
+fn a_cni_that_begins_to_tunnel_takes_the_pod_networks_out_of_the_mesh() {
+    in_namespaces(CloneFlags::CLONE_NEWNET, async {
+        let mut netlink = Rtnetlink::open().unwrap();
+        let loopback = netlink.link_index("lo").unwrap();
+        netlink.set_up(loopback, true).unwrap();
+        let ca = ClusterCa::new("cluster").unwrap();
+        let api = ScriptedApi::start(&ca).await.unwrap();
+        api.node("w", OURS, &["10.244.1.0/24"]);
+        let mut machine = Machine::new();
+        machine.enrol(&ca, &api.url, "w");
+        machine.pods(&["10.244.1.0/24"]).await;
+        let vxlan = Overlay {
+            kind: OverlayKind::Vxlan,
+            id: 1,
+            remote: "192.0.2.1".parse().unwrap(),
+            port: 4_789,
+        };
+        if let Err(error) = netlink.add_overlay("flannel.1", vxlan) {
+            return println!("skipped: no VXLAN here: {error}");
+        }
+        let view = machine.view(|view| view.cni.contains("vxlan flannel.1")).await;
+        assert!(view.facts.pods.is_empty());
+        assert!(view.cni.contains("mtu to set 1370"), "{}", view.cni);
+        let link = netlink.link_index("flannel.1").unwrap();
+        netlink.delete_link(link).unwrap();
+        machine.pods(&["10.244.1.0/24"]).await;
+    });
+}
+
+#[test]
+fn a_full_disk_is_said_and_what_is_in_force_stays() {
+    in_namespaces(CloneFlags::CLONE_NEWNS, async {
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        let ca = ClusterCa::new("cluster").unwrap();
+        let api = ScriptedApi::start(&ca).await.unwrap();
+        api.node("w", OURS, &["10.244.1.0/24"]);
+        let mut machine = Machine::new();
+        machine.enrol(&ca, &api.url, "w");
+        machine.pods(&["10.244.1.0/24"]).await;
+        let kept = machine.path("state/kubernetes.json");
+        let word = std::fs::read(&kept).unwrap();
+        // Over the same directory, with as much room as is taken.
+        let state = machine.path("state");
+        mount(Some("disk"), &state, Some("tmpfs"), MsFlags::empty(), Some("size=8k")).unwrap();
+        std::fs::write(&kept, &word).unwrap();
+        let filler = machine.path("state/filler");
+        while std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&filler)
+            .and_then(|mut file| std::io::Write::write_all(&mut file, &[0; 512]))
+            .is_ok()
+        {}
+        api.node("w", OURS, &["10.244.2.0/24"]);
+        let view = machine.pods(&["10.244.2.0/24"]).await;
+        assert!(view.problems[0].contains("No space left"), "{:?}", view.problems);
+        assert_eq!(std::fs::read(&kept).unwrap(), word, "the last word that could be kept");
+        std::fs::remove_file(&filler).unwrap();
+        api.node("w", OURS, &["10.244.3.0/24"]);
+        machine.view(|view| view.connected && view.problems.is_empty()).await;
+        assert!(String::from_utf8(std::fs::read(&kept).unwrap()).unwrap().contains("10.244.3.0"));
+    });
 }

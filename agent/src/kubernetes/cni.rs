@@ -104,12 +104,8 @@ impl Reading {
             }));
         }
         let addresses = netlink.addresses(None)?;
-        let directories = match directory {
-            Some(directory) => vec![directory.to_owned()],
-            None => DIRECTORIES.map(PathBuf::from).to_vec(),
-        };
         Ok(Self {
-            plugin: directories.iter().find_map(|directory| plugin(directory)),
+            plugin: plugin_of(directory),
             flannel_ready: Path::new(FLANNEL_READY).exists(),
             links: links
                 .into_iter()
@@ -241,6 +237,14 @@ const CNI_WIREGUARD: [&str; 3] = ["flannel-wg", "wireguard.cali", "cilium_wg"];
 
 fn link_local(net: &IpNet) -> bool {
     matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local())
+}
+
+/// The plugin that is configured now. `directory` replaces the usual ones.
+pub fn plugin_of(directory: Option<&Path>) -> Option<String> {
+    match directory {
+        Some(directory) => plugin(directory),
+        None => DIRECTORIES.iter().find_map(|directory| plugin(Path::new(directory))),
+    }
 }
 
 /// The main plugin of the first configuration, in the order in which container runtimes look.

@@ -13,7 +13,7 @@ use rand::Rng as _;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
-use super::cni::{Decision, Reading};
+use super::cni::{self, Decision, Reading};
 use super::credentials::{self, Credentials, Fingerprint};
 use super::{Facts, Setup, View};
 use crate::host::register;
@@ -33,7 +33,7 @@ const SETTLE: Duration = Duration::from_millis(200);
 pub(super) async fn run(setup: Setup, views: watch::Sender<View>) {
     let view = views.borrow().clone();
     let listeners = views.clone();
-    let mut task = Task { setup, views, view, node: None, stored: None };
+    let mut task = Task { setup, views, view, node: None, plugin: None, stored: None };
     tokio::select! {
         () = task.follow_credentials() => {}
         () = listeners.closed() => {}
@@ -46,6 +46,8 @@ struct Task {
     view: View,
     /// The Node as it was seen last, in this run.
     node: Option<Seen>,
+    /// The CNI plugin by which was decided last.
+    plugin: Option<String>,
     /// What the disk holds.
     stored: Option<Facts>,
 }
@@ -129,7 +131,12 @@ impl Task {
                             Some(Err(error)) => break refused(&error, credentials),
                             None => break "the watch ended".to_owned(),
                         },
-                        _ = period.tick() => if credentials.changed() { return },
+                        _ = period.tick() => {
+                            if credentials.changed() {
+                                return;
+                            }
+                            self.decide_for_another_cni();
+                        }
                         () = host.changed() => self.decide(),
                     }
                 }
@@ -171,6 +178,13 @@ impl Task {
         self.decide();
     }
 
+    /// A CNI may be replaced by another without a change of links or routes.
+    fn decide_for_another_cni(&mut self) {
+        if cni::plugin_of(self.setup.config.cni_dir()) != self.plugin {
+            self.decide();
+        }
+    }
+
     /// Decides what is announced, by the Node and what the machine looks like.
     fn decide(&mut self) {
         let Some(node) = &self.node else { return };
@@ -182,6 +196,7 @@ impl Task {
                 return;
             }
         };
+        self.plugin.clone_from(&reading.plugin);
         let mut problems: Vec<String> = node.problem.iter().cloned().collect();
         let ours = node.node_ips.is_empty()
             || node.node_ips.iter().any(|ip| reading.addresses.contains(ip));
@@ -234,27 +249,34 @@ impl Task {
         self.send();
     }
 
-    fn publish(&mut self, facts: Facts, cni: String, problems: Vec<String>) {
+    fn publish(&mut self, facts: Facts, cni: String, mut problems: Vec<String>) {
         if (&facts.pods, &cni) != (&self.view.facts.pods, &self.view.cni) {
             tracing::info!(pods = ?facts.pods, cni, "pod networks");
         }
+        (self.view.facts, self.view.cni) = (facts, cni);
+        problems.extend(self.store());
         for problem in problems.iter().filter(|problem| !self.view.problems.contains(problem)) {
             tracing::warn!(%problem, "kubernetes");
         }
-        (self.view.facts, self.view.cni, self.view.problems) = (facts, cni, problems);
-        self.store();
+        self.view.problems = problems;
         self.send();
     }
 
-    fn store(&mut self) {
+    /// Keeps the facts for the next start; else says why not. What is in force is not touched by
+    /// a full disk, and the next word of Kubernetes tries again.
+    fn store(&mut self) -> Option<String> {
         if self.stored.as_ref() == Some(&self.view.facts) {
-            return;
+            return None;
         }
-        let Ok(bytes) = serde_json::to_vec(&self.view.facts) else { return };
-        // Once for each change, be the disk full or not: what is in force is not touched by it.
-        self.stored = Some(self.view.facts.clone());
-        if let Err(error) = self.setup.state.store_kubernetes(&bytes) {
-            tracing::warn!(%error, "last word of kubernetes not kept");
+        let bytes = serde_json::to_vec(&self.view.facts).ok()?;
+        match self.setup.state.store_kubernetes(&bytes) {
+            Ok(()) => {
+                self.stored = Some(self.view.facts.clone());
+                None
+            }
+            Err(error) => Some(one_line(&format!(
+                "what Kubernetes says now holds until the next start of the agent only: {error}"
+            ))),
         }
     }
 
@@ -295,8 +317,8 @@ impl Seen {
 /// Hears when links or routes change.
 struct HostChanges {
     monitor: Option<AsyncFd<Monitor>>,
-    /// Something changed, and its moment has not passed.
-    settling: bool,
+    /// Something changed, and until then more may.
+    settles: Option<tokio::time::Instant>,
 }
 
 impl HostChanges {
@@ -310,13 +332,15 @@ impl HostChanges {
                 None
             }
         };
-        Self { monitor, settling: false }
+        Self { monitor, settles: None }
     }
 
     /// When something changed and then a moment passed. A call that is dropped loses nothing.
     async fn changed(&mut self) {
         let Some(monitor) = &mut self.monitor else { return std::future::pending().await };
-        if !self.settling {
+        let settles = if let Some(settles) = self.settles {
+            settles
+        } else {
             match monitor.readable_mut().await {
                 Ok(mut guard) => {
                     let _ = guard.get_inner_mut().drain(|_| {});
@@ -324,10 +348,11 @@ impl HostChanges {
                 }
                 Err(_) => std::future::pending().await,
             }
-            self.settling = true;
-        }
-        tokio::time::sleep(SETTLE).await;
-        self.settling = false;
+            *self.settles.insert(tokio::time::Instant::now() + SETTLE)
+        };
+        // Not from now on: calls are dropped and made again all the time.
+        tokio::time::sleep_until(settles).await;
+        self.settles = None;
     }
 }
 
@@ -366,7 +391,7 @@ pub(super) fn said(error: &kube::Error) -> String {
     }
     let hint = if chain.contains("UnknownIssuer") || chain.contains("BadSignature") {
         "the API server is of another cluster than the kubeconfig: "
-    } else if chain.contains("NotValidYet") || chain.contains("Expired") {
+    } else if chain.contains("not valid yet") || chain.contains("expired") {
         "a certificate is not valid now: is this machine's clock right? "
     } else {
         "the API server is away: "

@@ -385,6 +385,33 @@ fn a_node_that_stays_away_yields_its_prefix_and_gets_it_back_when_it_is_free() {
 }
 
 #[test]
+fn the_pod_networks_of_a_dead_node_follow_to_the_one_that_kubernetes_gives_them_to() {
+    let mut world = World::new();
+    let pods = ["10.244.0.0/16", "fd10:244::/48"];
+    let (dead, heir) = (world.node("dead", 1, &pods), world.node("heir", 2, &pods));
+    let given = [net("10.244.1.0/24"), net("fd10:244:0:1::/64")];
+    assert!(world.publish(dead, 1, 1, &given).unwrap().withheld.is_empty());
+    // Kubernetes may be quicker than the lease, even while the node still lives.
+    assert_eq!(world.publish(heir, 2, 1, &given).unwrap().withheld.len(), 2);
+    world.close(dead);
+    world.pass(LEASE / 2);
+    assert_eq!(world.holder("10.244.1.0/24"), Some(dead));
+    world.pass(LEASE);
+    for network in ["10.244.1.0/24", "fd10:244:0:1::/64"] {
+        assert_eq!(world.holder(network), Some(heir), "without a word from it");
+    }
+    assert!(world.problems(heir).iter().all(|line| line.contains("had been offline")));
+    // It comes back with what it had, and then with what Kubernetes gives it now.
+    world.open(dead);
+    let refused = world.publish(dead, 1, 2, &given).unwrap().withheld;
+    assert!(refused.iter().all(|withheld| withheld.reason.contains("`heir`")), "{refused:?}");
+    assert_eq!(world.announce(dead, 1, 3, "10.244.7.0/24"), Vec::<String>::new());
+    // One that only overlaps another's is withheld like the same.
+    let reasons = world.announce(dead, 1, 4, "10.244.0.0/20");
+    assert!(reasons[0].contains("`heir`"), "{reasons:?}");
+}
+
+#[test]
 fn prefixes_that_cannot_be_announced_are_refused() {
     let mut world = World::new();
     for bad in ["198.19.0.0/25", "fd00:1:2:3::/80", "127.0.0.0/8", "ff02::/16", "169.254.1.0/24"] {
