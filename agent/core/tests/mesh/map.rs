@@ -122,6 +122,57 @@ fn of_two_claims_the_earlier_grant_wins_whatever_came_first() {
 }
 
 #[test]
+fn who_holds_what_does_not_depend_on_the_order_in_which_it_was_heard() {
+    let nodes = [
+        peer(2).issued(20).prefixes(&["10.1.0.0/16", "10.5.0.0/16"]),
+        peer(3).issued(10).prefixes(&["10.1.0.0/16"]),
+        // Of the same second; and it covers what others hold.
+        peer(4).issued(20).prefixes(&["10.4.0.0/15", "10.9.0.0/24"]),
+        // Another's key, and what it claims is free for who comes later.
+        peer(6).issued(30).wireguard(3).prefixes(&["10.6.0.0/16"]),
+        peer(7).issued(40).prefixes(&["10.6.0.0/16", "10.9.0.0/24"]),
+    ];
+    let mut found = BTreeSet::new();
+    for order in orders(nodes.len()) {
+        let mut us = Us::new(5);
+        for number in order {
+            us.upsert(nodes[number].clone());
+            us.drain();
+        }
+        let holds =
+            us.table().peers.iter().map(|(key, peer)| format!("{key}: {:?}", peer.prefixes));
+        let peers = us.mesh.peers();
+        let why = peers.map(|peer| format!("{:?} {:?}", peer.node.name(), peer.conflicts));
+        let through = us.plan().routes.iter().filter(|((_, via), _)| *via == RouteVia::Link);
+        let through = through.map(|route| format!("{route:?}"));
+        found.insert(holds.chain(why).chain(through).collect::<Vec<_>>());
+    }
+    assert_eq!(found.len(), 1, "{found:#?}");
+    let text = format!("{found:?}");
+    for line in [
+        "prefix 10.1.0.0/16 is held by node-3",
+        "prefix 10.4.0.0/15 overlaps 10.5.0.0/16 of node-2",
+        "prefix 10.9.0.0/24 is held by node-4",
+        "its WireGuard key is held by node-3",
+    ] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+}
+
+/// Every order of so many things.
+fn orders(count: usize) -> Vec<Vec<usize>> {
+    let Some(last) = count.checked_sub(1) else { return vec![Vec::new()] };
+    let insert = |order: Vec<usize>| {
+        (0..=order.len()).map(move |place| {
+            let mut order = order.clone();
+            order.insert(place, last);
+            order
+        })
+    };
+    orders(last).into_iter().flat_map(insert).collect()
+}
+
+#[test]
 fn a_key_that_another_node_holds_gives_no_tunnel_and_says_why() {
     let mut us = Us::new(5);
     us.upsert(peer(2).issued(1).candidates(&[PUBLIC]));
