@@ -5,19 +5,23 @@
 //! back is verified under the pinned CA and stored. A join that was cut off anywhere is simply
 //! run again: the controller answers the same identity key with the same grant.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use ipnet::IpNet;
 use rustls_pki_types::CertificateDer;
 use tonic::transport::Channel;
 use towline_proto::id::{NodeName, WireguardKey};
 use towline_proto::limits;
+use towline_proto::node::MeshConfig;
 use towline_proto::pb;
 use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::token::{ControllerAddress, JoinToken};
 
 use crate::dial::{self, DialError};
 use crate::keys::{Identity, InvalidKey};
+use crate::netlink::Rtnetlink;
 use crate::state::{InvalidMembership, Keys, Membership, StateDir, StateError};
 use crate::tls;
 
@@ -46,6 +50,17 @@ pub enum JoinError {
     /// The controller's answer lacks something.
     #[error("the controller's answer has no {0}: is it of another version?")]
     Incomplete(&'static str),
+    /// The mesh would take the uplink's gateway for one of its own addresses.
+    #[error(
+        "the mesh's network {range} covers {gateway}, the gateway of this machine's uplink: give \
+         one of the two another network, then join again with the same token"
+    )]
+    Gateway {
+        /// One of the mesh's.
+        range: IpNet,
+        /// This machine's.
+        gateway: IpAddr,
+    },
     /// A key cannot be used.
     #[error(transparent)]
     Key(#[from] InvalidKey),
@@ -127,6 +142,8 @@ pub async fn join(
         answer.grant.ok_or(JoinError::Incomplete("grant"))?,
         answer.mesh.ok_or(JoinError::Incomplete("mesh configuration"))?,
     )?;
+    let gateways = Rtnetlink::open().and_then(|mut netlink| netlink.gateways());
+    refuse_covered(&membership.mesh, &gateways.unwrap_or_default())?;
     // The certificate first: the membership is what says that the join is done.
     state.store_certificate(&chain(answer.certificate_chain)?)?;
     state.store_membership(&membership)?;
@@ -181,6 +198,17 @@ fn check_clock(server_time_ms: i64, now: SystemTime) -> Result<(), JoinError> {
     }
     let direction = if ours < theirs { "behind" } else { "ahead of" };
     Err(JoinError::Clock { skew_seconds: skew.as_secs(), direction })
+}
+
+/// A mesh that covers the gateway would take from this machine what the gateway itself answers,
+/// and its errors.
+fn refuse_covered(mesh: &MeshConfig, gateways: &[IpAddr]) -> Result<(), JoinError> {
+    for range in mesh.guarded() {
+        if let Some(gateway) = gateways.iter().find(|gateway| range.contains(*gateway)) {
+            return Err(JoinError::Gateway { range, gateway: *gateway });
+        }
+    }
+    Ok(())
 }
 
 fn request(
@@ -251,6 +279,28 @@ mod tests {
         assert!(behind.contains("3600 s behind"), "{behind}");
         let ahead = check_clock(6_400_000, now).unwrap_err().to_string();
         assert!(ahead.contains("3600 s ahead of"), "{ahead}");
+    }
+
+    #[test]
+    fn a_mesh_that_covers_the_gateway_is_not_joined_and_both_are_named() {
+        let mesh = MeshConfig {
+            mesh_id: towline_proto::id::MeshId([1; 16]),
+            overlay_v6: "fd00::/64".parse().unwrap(),
+            overlay_v4: "198.19.0.0/16".parse().unwrap(),
+            protected: vec!["10.0.0.0/8".parse().unwrap()],
+            trusted_sites: Vec::new(),
+            bypass_when_down: Vec::new(),
+            lease: Duration::from_secs(600),
+            generation: 1,
+        };
+        let gateways = |text: &str| vec![text.parse::<IpAddr>().unwrap()];
+        assert!(refuse_covered(&mesh, &[]).is_ok());
+        assert!(refuse_covered(&mesh, &gateways("192.168.1.1")).is_ok());
+        assert!(refuse_covered(&mesh, &gateways("fe80::1")).is_ok());
+        let refusal = refuse_covered(&mesh, &gateways("10.3.0.1")).unwrap_err();
+        assert!(!refusal.may_pass());
+        let line = refusal.to_string();
+        assert!(line.contains("10.0.0.0/8") && line.contains("10.3.0.1"), "{line}");
     }
 
     #[test]

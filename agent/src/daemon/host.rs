@@ -12,7 +12,7 @@ use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
 
 use crate::config::Config;
-use crate::host::{CandidatePolicy, HostEvent, HostNetwork, Names, Watch, candidates};
+use crate::host::{CandidatePolicy, Changes, HostEvent, HostNetwork, Names, Watch, candidates};
 
 /// How long after an incomplete apply the next one is tried, if nothing is heard before.
 const RETRY: Duration = Duration::from_secs(1);
@@ -78,8 +78,7 @@ impl Host {
     /// Somebody touched a chain in which we have rules.
     pub(super) fn put_back_hooks(&mut self) {
         match self.network.apply_hooks() {
-            Ok(0) => {}
-            Ok(messages) => tracing::debug!(messages, "rules in another's chain put back"),
+            Ok(changes) => self.changed(&changes),
             // What is wrong is found and said there.
             Err(_) => self.put_back(),
         }
@@ -87,15 +86,20 @@ impl Host {
 
     fn reapply(&mut self) {
         let Some(plan) = &self.plan else { return };
-        let problems = match self.network.apply(plan) {
-            Ok(changes) => {
-                if changes.messages > 0 {
-                    tracing::debug!(messages = changes.messages, "host network changed");
-                }
-                changes.problems.iter().map(ToString::to_string).collect()
-            }
-            Err(error) => vec![error.to_string()],
-        };
+        match self.network.apply(plan) {
+            Ok(changes) => self.changed(&changes),
+            Err(error) => self.take_problems(vec![error.to_string()]),
+        }
+    }
+
+    fn changed(&mut self, changes: &Changes) {
+        if changes.messages > 0 {
+            tracing::debug!(messages = changes.messages, "host network changed");
+        }
+        self.take_problems(changes.problems.iter().map(ToString::to_string).collect());
+    }
+
+    fn take_problems(&mut self, problems: Vec<String>) {
         if problems != self.problems {
             for problem in &problems {
                 tracing::error!(%problem, "host network not as planned");

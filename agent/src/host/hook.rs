@@ -4,10 +4,13 @@
 //! another table's drop. It leaves `DOCKER-USER` to others, which comes first: there what comes
 //! out of our link or enters it is let pass. Where there is no such chain nothing is done.
 //!
+//! firewalld lets nobody add to its tables: there is only looked whether it knows our link, and said
+//! what to do where it does not.
+//!
 //! The rules are written as iptables would write them, so that it lists them too, and carry
 //! [`TAG`], by which they are found and removed.
 
-use crate::nft::{Loaded, Nft, NftError, Rule, TableFamily, Transaction};
+use crate::nft::{Expression, Loaded, Nft, NftError, Rule, TableFamily, Transaction, Verdict};
 
 use super::Changes;
 use super::problem::{ApplyError, Problem};
@@ -15,6 +18,8 @@ use super::problem::{ApplyError, Problem};
 /// Table and chain, in both families.
 pub(super) const PLACE: (&str, &str) = ("filter", "DOCKER-USER");
 const FAMILIES: [TableFamily; 2] = [TableFamily::Ip, TableFamily::Ip6];
+/// firewalld's table.
+pub(super) const FIREWALLD: &str = "firewalld";
 /// How the comments of our rules begin.
 const TAG: &str = "towline: ";
 
@@ -29,7 +34,26 @@ pub(super) fn put(nft: &mut Nft, link: &str, changes: &mut Changes) -> Result<()
             Err(error) => changes.problems.push(Problem::Hook(error.to_string())),
         }
     }
+    match is_without_zone(nft, link) {
+        Ok(true) => changes.problems.push(Problem::NoZone(link.to_owned())),
+        Err(NftError::Netlink(error)) => return Err(error.into()),
+        Ok(false) | Err(_) => {}
+    }
     Ok(())
+}
+
+/// Whether firewalld runs and treats our link as it does any unknown one. Of a link that was put
+/// into a zone, whichever it is, it has a rule that leads to that zone's chain.
+fn is_without_zone(nft: &mut Nft, link: &str) -> Result<bool, NftError> {
+    let Some(rules) = nft.rules(TableFamily::Inet, FIREWALLD)? else { return Ok(false) };
+    let ours = Rule::new().input(link).expressions;
+    let leads = |rule: &Rule| match rule.expressions.strip_prefix(ours.as_slice()) {
+        Some([.., Expression::Verdict(Verdict::Goto(zone) | Verdict::Jump(zone))]) => {
+            zone.starts_with("filter_FWD_")
+        }
+        _ => false,
+    };
+    Ok(!rules.iter().any(leads))
 }
 
 fn put_family(nft: &mut Nft, family: TableFamily, link: &str) -> Result<usize, NftError> {

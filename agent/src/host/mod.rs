@@ -63,7 +63,7 @@ pub struct HostNetwork {
 }
 
 /// What an apply did.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Changes {
     /// Netlink messages that changed something.
     pub messages: usize,
@@ -126,12 +126,16 @@ impl HostNetwork {
         Ok(hooks + have.remove(&mut self.rtnetlink, self.nft.as_mut(), names)?)
     }
 
-    /// Looks after our rules in others' chains alone; says how many changes it took.
-    pub fn apply_hooks(&mut self) -> Result<usize, ApplyError> {
-        let (Some(plan), Some(nft)) = (&self.applied, self.nft.as_mut()) else { return Ok(0) };
-        let mut changes = Changes::default();
+    /// Looks after our rules in others' chains alone.
+    pub fn apply_hooks(&mut self) -> Result<Changes, ApplyError> {
+        let mut changes = Changes { messages: 0, problems: self.problems.clone() };
+        let (Some(plan), Some(nft)) = (&self.applied, self.nft.as_mut()) else {
+            return Ok(changes);
+        };
+        changes.problems.retain(|problem| !problem.is_of_hooks());
         hook::put(nft, &plan.link.name, &mut changes)?;
-        Ok(changes.messages)
+        self.problems = changes.problems.clone();
+        Ok(changes)
     }
 
     /// Every address of the host, with what is known of its link.
@@ -161,13 +165,7 @@ impl HostNetwork {
 
     /// The gateways of the default routes.
     pub fn gateways(&mut self) -> Result<Vec<IpAddr>, NetlinkError> {
-        let mut gateways = Vec::new();
-        for family in Family::ALL {
-            let routes = self.rtnetlink.routes(family, Some(MAIN_TABLE))?;
-            let defaults = routes.iter().filter(|route| route.destination.prefix_len() == 0);
-            gateways.extend(defaults.filter_map(|route| route.gateway));
-        }
-        Ok(gateways)
+        self.rtnetlink.gateways()
     }
 
     /// Hears of changes that others make; what this one makes is left out.

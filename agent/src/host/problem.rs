@@ -75,6 +75,12 @@ pub enum Problem {
     /// Another's firewall may drop what is forwarded.
     #[error("forwarded mesh traffic may be dropped by another's firewall: {0}")]
     Hook(String),
+    /// firewalld does not know our link.
+    #[error(
+        "firewalld has {0} in no zone, so that it may refuse what comes out of the tunnel: run \
+         `firewall-cmd --permanent --zone=trusted --add-interface={0}` and `firewall-cmd --reload`"
+    )]
+    NoZone(String),
     /// Somebody else put something under a name or number of ours.
     #[error("{0}")]
     Intruder(String),
@@ -99,11 +105,19 @@ pub enum Problem {
 }
 
 impl Problem {
+    /// Whether it is of [`super::hook`].
+    pub(super) fn is_of_hooks(&self) -> bool {
+        matches!(self, Self::Hook(_) | Self::NoZone(_))
+    }
+
     /// Whether it may be gone at the next apply, without a notification that says so.
     pub(super) fn is_passing(&self) -> bool {
         match self {
             Self::LinkMissing(_) | Self::Hook(_) | Self::Intruder(_) | Self::Refused { .. } => true,
-            Self::NoFirewall(_) | Self::FirewallReduced(_) | Self::Setting { .. } => false,
+            Self::NoFirewall(_)
+            | Self::FirewallReduced(_)
+            | Self::NoZone(_)
+            | Self::Setting { .. } => false,
         }
     }
 }

@@ -210,6 +210,7 @@ impl Filter {
             attributes(received.payload, HEADER).any(|a| a.kind == kind && a.string() == name)
         };
         pending.ours |= named(TABLE, &self.names.firewall);
+        pending.hooks |= named(TABLE, hook::FIREWALLD);
         // A rule names its chain second, a chain itself third.
         let (table, chain) = hook::PLACE;
         let place = match received.kind & 0xff {

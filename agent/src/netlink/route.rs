@@ -157,6 +157,17 @@ impl Rtnetlink {
         self.connection.request_all(messages.collect())
     }
 
+    /// The gateways of the main table's default routes.
+    pub fn gateways(&mut self) -> Result<Vec<IpAddr>, NetlinkError> {
+        let mut gateways = Vec::new();
+        for family in Family::ALL {
+            let routes = self.routes(family, Some(MAIN_TABLE))?;
+            let defaults = routes.iter().filter(|route| route.destination.prefix_len() == 0);
+            gateways.extend(defaults.filter_map(|route| route.gateway));
+        }
+        Ok(gateways)
+    }
+
     /// The routes of a family in one table, or (`None`) in all.
     pub fn routes(
         &mut self,

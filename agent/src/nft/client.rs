@@ -137,6 +137,19 @@ impl Nft {
         Ok(Some(Loaded { table, rules: states }))
     }
 
+    /// Every rule of a table, which may be somebody else's; `None` if there is no such table.
+    pub fn rules(
+        &mut self,
+        family: TableFamily,
+        table: &str,
+    ) -> Result<Option<Vec<Rule>>, NftError> {
+        if self.read_head(family, table)?.is_none() {
+            return Ok(None);
+        }
+        let rules = self.read_rules(family, table)?;
+        Ok(Some(rules.into_iter().map(|(_, rule, _)| rule).collect()))
+    }
+
     /// Reads one chain's rules, which may be somebody else's; `None` if there is no such chain.
     pub fn read_chain(
         &mut self,

@@ -16,7 +16,9 @@ use crate::netlink::testing::{NetworkNamespace, add_link, add_tun, namespace_tes
 use crate::netlink::{
     Address, AddressOptions, Family, Link, Route, RouteKind, Rtnetlink, Rule, RuleAction, VethPeer,
 };
-use crate::nft::{Chain, ChainKind, Hook, Ownership, Table, TableFamily, Transaction};
+use crate::nft::{
+    Chain, ChainKind, Expression, Hook, Ownership, Table, TableFamily, Transaction, Verdict,
+};
 
 fn net(text: &str) -> IpNet {
     text.parse().unwrap()
@@ -474,7 +476,7 @@ namespace_test! {
         let mut host = HostNetwork::open().unwrap();
         apply(&mut host, &plan());
         assert_eq!(rules(&mut nft, TableFamily::Ip), with_ours);
-        assert_eq!(host.apply_hooks().unwrap(), 0);
+        assert_eq!(host.apply_hooks().unwrap(), Changes::default());
 
         // Docker starts later for the other family; somebody empties the chain of this one.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -494,6 +496,40 @@ namespace_test! {
         for family in [TableFamily::Ip, TableFamily::Ip6] {
             assert_eq!(nft.read(family, "filter").unwrap().unwrap().table, theirs(family));
         }
+    }
+}
+
+namespace_test! {
+    fn a_firewalld_that_does_not_know_our_link_is_said_with_the_way_out() {
+        host_with_foreign_state();
+        if add_tun("towline0").is_none() { return };
+        let goto = |zone: &str| Expression::Verdict(Verdict::Goto(zone.to_owned()));
+        let zones = |links: &[&str]| {
+            let rule = |link: &&str| crate::nft::Rule::new().input(link);
+            let zone = Chain::regular().rule(crate::nft::Rule::new().accept());
+            let chain = links.iter().fold(Chain::regular(), |chain, link| {
+                chain.rule(rule(link).step(goto("filter_FWD_trusted")))
+            });
+            Table::new(TableFamily::Inet, "firewalld")
+                .chain("filter_FWD_trusted", zone)
+                .chain("filter_FORWARD_ZONES", chain)
+        };
+        let mut nft = Nft::open().unwrap();
+        let mut host = HostNetwork::open().unwrap();
+        apply(&mut host, &plan());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut watch = host.watch(&Names::of(&plan())).unwrap();
+            nft.load(&zones(&["eth0"])).unwrap();
+            until_hooks_changed(&mut watch).await;
+            let problems = host.apply_hooks().unwrap().problems;
+            assert_eq!(problems, [Problem::NoZone("towline0".to_owned())]);
+            assert!(problems[0].to_string().contains("--zone=trusted --add-interface=towline0"));
+            nft.load(&zones(&["eth0", "towline0"])).unwrap();
+            until_hooks_changed(&mut watch).await;
+        });
+        assert_eq!(host.apply_hooks().unwrap(), Changes::default());
+        apply(&mut host, &plan());
     }
 }
 

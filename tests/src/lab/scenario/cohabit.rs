@@ -7,10 +7,12 @@ mod looks;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use ipnet::{Ipv4Net, Ipv6Net};
 use serde::Serialize;
 use towline_agent::netlink::{Family, Route, Rtnetlink, Rule, RuleAction};
 use towline_agent::nft::{self, Chain, ChainKind, Hook, Nft, Table, TableFamily};
@@ -19,11 +21,13 @@ use super::Setting;
 use super::hybrid::{Hybrid, Mesh};
 use crate::lab::chatter::{Chatter, Member, StopOnDrop};
 use crate::lab::interrupt::{wait_for, wait_up_to};
+use crate::lab::meddle::LINK;
 use crate::lab::mesh::{Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::join;
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises, round};
-use crate::lab::traffic::Pattern;
+use crate::lab::topology::Host;
+use crate::lab::traffic::{Pattern, tcp_both_ways};
 use deeds::Deed;
 use looks::Watcher;
 
@@ -69,6 +73,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const FLOWS_LIMIT: Duration = Duration::from_secs(10);
 /// worker-a among the nodes.
 const VICTIM: usize = 1;
+/// Of the victim's pods.
+const POD: (Ipv4Net, Ipv6Net) = (
+    Ipv4Net::new_assert(Ipv4Addr::new(10, 244, 2, 0), 24),
+    Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0xdb8, 0x244, 2, 0, 0, 0, 0), 64),
+);
 /// The routing table of somebody else.
 const THEIR_TABLE: u32 = 77;
 
@@ -94,6 +103,8 @@ impl Cohabit {
     ) -> anyhow::Result<()> {
         let pattern = Pattern::random()?;
         let captures = hybrid.capture_uplinks(pattern)?;
+        let (v4, v6) = POD;
+        let pod = hybrid.workers[0].pod("pod", v4, v6)?;
         let Mesh { controller: _controller, mut nodes } = hybrid.bring_up(setting)?;
         for worker in &nodes[1..] {
             if let Some(reason) = await_tunnel(worker, &nodes[0], START_LIMIT)? {
@@ -105,13 +116,15 @@ impl Cohabit {
             Ok(Member::new(host.namespace(), node.status()?.overlay_addresses))
         });
         let members = members.collect::<anyhow::Result<_>>()?;
+        let addresses = nodes[0].status()?.overlay_addresses;
+        let forwarded = Forwarded { pod, to: &hosts[0], addresses, pattern };
         let chatter = Chatter::new(members, pattern, crate::lab::traffic::random_bytes()?);
         std::thread::scope(|scope| {
             let _stop = StopOnDrop(&chatter);
             let mut threads = chatter.listen(scope)?;
             threads.extend(chatter.talk(scope)?);
             let victim = &mut nodes[VICTIM];
-            let acted = self.acts(setting, netlink, victim, &chatter, promises);
+            let acted = self.acts(setting, netlink, victim, &chatter, &forwarded, promises);
             chatter.stop();
             for thread in threads {
                 join(thread)?;
@@ -140,6 +153,7 @@ impl Cohabit {
         netlink: bool,
         victim: &mut Node,
         chatter: &Chatter<'_>,
+        forwarded: &Forwarded<'_>,
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
         let host = std::sync::Arc::clone(victim.host());
@@ -192,6 +206,14 @@ impl Cohabit {
             let now = namespace.run(looks::theirs)?;
             self.foreign(deed.name(), &after, &now, promises);
             victim.agent()?.check().context(deed.name())?;
+            if deed.drops_forwarded()
+                && let Err(error) = forwarded.connect()
+            {
+                promises.fail(format!(
+                    "a forwarded connection passes after `{}`: {error:#}",
+                    deed.name()
+                ));
+            }
             if let Err(heard) = flows(chatter, VICTIM, FLOWS_LIMIT)? {
                 promises.fail(format!(
                     "traffic after `{}` within {} s: {heard} datagrams",
@@ -215,6 +237,27 @@ impl Cohabit {
             let what = if now.contains(change) { "new" } else { "gone" };
             promises.fail(format!("theirs after `{deed}`, {what}: {change}"));
         }
+    }
+}
+
+/// From a pod of the victim to another node, which takes it for the victim's own connection: no
+/// network of pods is announced here.
+struct Forwarded<'a> {
+    pod: Host,
+    to: &'a Host,
+    addresses: Vec<IpAddr>,
+    pattern: Pattern,
+}
+
+impl Forwarded<'_> {
+    /// By both families.
+    fn connect(&self) -> anyhow::Result<()> {
+        const BYTES: u64 = 256 << 10;
+        let (from, to) = (self.pod.namespace(), self.to.namespace());
+        for address in &self.addresses {
+            tcp_both_ways(from, to, *address, BYTES, self.pattern, |_| ())?;
+        }
+        Ok(())
     }
 }
 
@@ -246,8 +289,15 @@ fn make_foreign_things() -> anyhow::Result<()> {
             netlink.add_rule(&rule)?;
         }
     }
-    let chain = Chain::base(ChainKind::Filter, Hook::Input, 0).rule(nft::Rule::new().counter());
-    Nft::open()?.load(&Table::new(TableFamily::Inet, "theirs").chain("input", chain))?;
+    let input = Chain::base(ChainKind::Filter, Hook::Input, 0).rule(nft::Rule::new().counter());
+    // What kube-proxy does to what pods send to a node.
+    let (v4, v6) = POD;
+    let masquerade = |net| nft::Rule::new().source(net).output(LINK).masquerade();
+    let pods = Chain::base(ChainKind::Nat, Hook::Postrouting, 100)
+        .rule(masquerade(v4.trunc().into()))
+        .rule(masquerade(v6.trunc().into()));
+    let table = Table::new(TableFamily::Inet, "theirs").chain("input", input).chain("pods", pods);
+    Nft::open()?.load(&table)?;
     Ok(())
 }
 

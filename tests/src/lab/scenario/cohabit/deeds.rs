@@ -46,6 +46,11 @@ impl Deed {
         matches!(self, Self::Meddling(_) | Self::Netlink(..))
     }
 
+    /// Whether what is forwarded is dropped from now on, but for what the hook lets pass.
+    pub(super) fn drops_forwarded(&self) -> bool {
+        self.name().contains("FORWARD dropped")
+    }
+
     /// Why it cannot be done here.
     pub(super) fn obstacle(&self) -> Option<String> {
         match self {

@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use towline_agent::host::OURS;
 use towline_agent::netlink::{Family, Rtnetlink};
-use towline_agent::nft::{Nft, TableFamily};
+use towline_agent::nft::{Nft, Rule, TableFamily};
 
 use crate::lab::interrupt;
 use crate::lab::meddle::LINK;
 
 const FIREWALL: &str = "towline";
+/// How the comments of our rules in others' chains begin.
+const TAG: &str = "towline: ";
 
 /// What is ours, without what differs from one life of the link to the next.
 pub(super) fn ours() -> anyhow::Result<BTreeSet<String>> {
@@ -91,7 +93,12 @@ pub(super) fn theirs() -> anyhow::Result<BTreeSet<String>> {
     }
     let mut nft = Nft::open()?;
     for (family, name) in THEIR_TABLES {
-        if let Some(loaded) = nft.read(family, name)? {
+        if let Some(mut loaded) = nft.read(family, name)? {
+            // The hook that docker leaves to others holds rules of ours.
+            let ours = |rule: &Rule| rule.comment.as_deref().is_some_and(|c| c.starts_with(TAG));
+            for chain in loaded.table.chains.values_mut() {
+                chain.rules.retain(|rule| !ours(rule));
+            }
             found.insert(format!("{:?}", loaded.table));
         }
     }
