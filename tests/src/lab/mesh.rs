@@ -154,14 +154,14 @@ impl Controller {
         let operator = Operator {
             host: Arc::clone(host),
             program: binaries.controller.clone(),
-            state: lab.directory().join("controller"),
+            state: lab.directory().join(format!("controller-{}", host.name())),
         };
         let mut controller = Self {
             operator,
             address: SocketAddr::new(*address, 7443),
             listen,
             advertise,
-            log: lab.directory().join("controller.log"),
+            log: lab.directory().join(format!("controller-{}.log", host.name())),
             daemon: None,
         };
         controller.restart()?;

@@ -113,7 +113,10 @@ impl Subject {
 
     /// Two of another implementation.
     pub(super) fn other(lab: &mut Lab, program: &Installed, outer: Outer) -> anyhow::Result<Self> {
-        let name = program.which.name();
+        let name = match outer {
+            Outer::V4 => program.which.name().to_owned(),
+            Outer::V6 => format!("{}6", program.which.name()),
+        };
         let names = [format!("{name}-1"), format!("{name}-2")];
         let hosts = lab.pair([&names[0], &names[1]], outer.net())?;
         let links = [link_name(), link_name()];
