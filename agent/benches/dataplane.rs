@@ -121,7 +121,7 @@ fn dataplane(c: &mut Criterion) {
         })
         .collect();
     let pristine = batch.bytes()[..SEGMENTS * stride].to_vec();
-    let mut coalescer = Coalescer::new(Coalesce { tcp: true, udp: true });
+    let mut coalescer = Coalescer::new(Coalesce { tcp: true, udp: true, ..Coalesce::default() });
     group.bench_function("coalesce", |bench| {
         bench.iter(|| {
             batch.clear();

@@ -19,8 +19,8 @@ use ipnet::IpNet;
 use nix::sched::{CloneFlags, setns, unshare};
 use tokio::sync::mpsc::{Receiver, channel};
 use towline_agent::dataplane::{
-    Config, DataPlane, Event, Fault, Offloads, OpenTunError, OpenUdpError, Relay, open_tun,
-    open_tun_with, open_udp, open_udp_with,
+    Config, DataPlane, Event, Fault, Feature, HostTunnels, Offloads, OpenTunError, OpenUdpError,
+    Relay, open_tun, open_tun_with, open_udp, open_udp_with,
 };
 use towline_agent::netlink::codec::Message;
 use towline_agent::netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
@@ -164,7 +164,9 @@ fn pair(offloads: Offloads, outer: [&str; 2]) -> [Node; 2] {
         let inner = [format!("10.0.0.{number}/24"), format!("fd00:1::{number}/64")];
         let (plane, events) = host.run(|| {
             configure("cable", 1500, &[outer]);
-            let tun = open_tun_with("towline0", offloads).unwrap();
+            let tunnels = HostTunnels::default();
+            tunnels.set([4789, 4790, 6081, 6082]);
+            let tun = open_tun_with("towline0", offloads).unwrap().with_host_tunnels(tunnels);
             configure("towline0", MTU, &[&inner[0], &inner[1]]);
             let udp = open_udp_with(51830, 0, offloads).unwrap();
             let (sender, events) = channel(1024);
@@ -337,6 +339,9 @@ fn vxlan_and_geneve_inside() {
             let mut drops = node.plane.snapshot().drops;
             drops.remove("no_route");
             assert!(drops.values().all(|count| *count == 0), "{drops:?}");
+            let given_up = |feature: &&Feature| feature.reason.contains("at run time");
+            let features = node.plane.snapshot().features;
+            assert_eq!(features.iter().find(given_up), None);
         }
     }
 }

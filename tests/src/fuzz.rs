@@ -193,7 +193,8 @@ pub fn inner(bytes: &[u8]) {
 pub fn coalesce(mut bytes: &[u8]) {
     const MOST: usize = 64;
     let mut batch = WriteBatch::new(8);
-    let mut coalescer = Coalescer::new(Coalesce { tcp: true, udp: true });
+    let mut coalescer =
+        Coalescer::new(Coalesce { tcp: true, udp: true, tunnels: [4789, 6081, 0, 0] });
     let (mut at, mut went_in) = (0, Vec::new());
     while let Some((len, rest)) = bytes.split_first_chunk::<2>()
         && went_in.len() < MOST

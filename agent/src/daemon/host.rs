@@ -172,6 +172,14 @@ impl Host {
             .take(limits::CANDIDATES / 2)
             .collect()
     }
+
+    /// The UDP ports of the host's own VXLAN and Geneve links.
+    pub(super) fn tunnel_ports(&mut self) -> Vec<u16> {
+        self.network.tunnel_ports().unwrap_or_else(|error| {
+            tracing::warn!(%error, "links not read");
+            Vec::new()
+        })
+    }
 }
 
 /// The uplinks as others may reach them.

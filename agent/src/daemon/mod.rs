@@ -37,7 +37,7 @@ use towline_proto::id::{NodeId, WireguardKey};
 
 use crate::config::Config;
 use crate::control::{self, PingAnswer, Request};
-use crate::dataplane::{self, DataPlane, Relay};
+use crate::dataplane::{self, DataPlane, HostTunnels, Relay};
 use crate::discovery::{self, Announcement, Discovery};
 use crate::host::HostEvent;
 use crate::join;
@@ -103,6 +103,7 @@ struct Daemon {
 
     mesh: Mesh,
     data_plane: DataPlane,
+    host_tunnels: HostTunnels,
     table: Arc<PeerTable>,
     probe_keys: ProbeKeys,
     nodes: HashMap<WireguardKey, NodeId>,
@@ -176,8 +177,9 @@ impl Daemon {
         let listener = control::listen(&config.socket)?;
         let host = Host::open(&config)?;
         let relay = config.relay();
+        let host_tunnels = HostTunnels::default();
         let (data_plane, data_plane_events) =
-            start_data_plane(&config, &keys, relay.clone(), purpose)?;
+            start_data_plane(&config, &keys, relay.clone(), &host_tunnels, purpose)?;
 
         let (requests, control_requests) = mpsc::channel(16);
         tokio::spawn(control::serve(listener, requests));
@@ -250,6 +252,7 @@ impl Daemon {
             started: now,
             mesh,
             data_plane,
+            host_tunnels,
             table: Arc::default(),
             probe_keys: ProbeKeys::default(),
             nodes,
@@ -426,8 +429,13 @@ impl Daemon {
     /// Somebody deleted the link, or the worker broke: a new one, with new sessions.
     fn restart_data_plane(&mut self) -> anyhow::Result<()> {
         self.data_plane.stop();
-        (self.data_plane, self.inputs.data_plane) =
-            start_data_plane(&self.config, &self.keys, self.relay.clone(), self.purpose)?;
+        (self.data_plane, self.inputs.data_plane) = start_data_plane(
+            &self.config,
+            &self.keys,
+            self.relay.clone(),
+            &self.host_tunnels,
+            self.purpose,
+        )?;
         self.data_plane.apply(&self.table);
         self.host.put_back();
         let now = Instant::now();
@@ -499,6 +507,7 @@ impl Daemon {
             excluded.extend([IpNet::from(mesh.overlay_v6), IpNet::from(mesh.overlay_v4)]);
         }
         self.node_ips_changed(&excluded);
+        self.host_tunnels.set(self.host.tunnel_ports());
         let mut candidates = self.config.candidates();
         let uplinks = self.host.uplinks(excluded);
         candidates.extend(host::local_candidates(&uplinks, self.config.wireguard.port));
@@ -629,6 +638,7 @@ fn start_data_plane(
     config: &Config,
     keys: &Keys,
     relay: Relay,
+    host_tunnels: &HostTunnels,
     purpose: Purpose,
 ) -> anyhow::Result<(DataPlane, mpsc::Receiver<dataplane::Event>)> {
     let udp =
@@ -638,7 +648,8 @@ fn start_data_plane(
         dataplane::Config { private_key: keys.wireguard.secret().clone(), relay, link: None };
     let data_plane = match purpose {
         Purpose::Node => {
-            let tun = dataplane::open_tun_with(&config.link.name, config.offloads)?;
+            let tun = dataplane::open_tun_with(&config.link.name, config.offloads)?
+                .with_host_tunnels(host_tunnels.clone());
             let link = nix::net::if_::if_nametoindex(config.link.name.as_str()).ok();
             let settings = dataplane::Config { link, ..settings };
             DataPlane::start(settings, tun, udp, events)

@@ -18,7 +18,7 @@ use std::net::IpAddr;
 use super::arena::WriteBatch;
 use super::checksum;
 use super::packet::{Inner, PROTOCOL_TCP, PROTOCOL_UDP};
-use super::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, VnetHeader};
+use super::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4, GSO_TCPV6, GSO_TUNNEL_V4, GSO_UDP_L4, VnetHeader};
 
 /// Flows that are joined at a time; the one that was quiet longest goes.
 const FLOWS: usize = 16;
@@ -32,6 +32,7 @@ const IPV4_HEADER: usize = 20;
 const UDP_HEADER: usize = 8;
 const TCP_FLAGS: usize = 13;
 const TCP_CHECKSUM: usize = 16;
+const UDP_LENGTH: usize = 4;
 const UDP_CHECKSUM: usize = 6;
 const TCP_ACK: u8 = 0x10;
 const TCP_PSH: u8 = 0x08;
@@ -46,7 +47,12 @@ pub struct Coalesce {
     pub tcp: bool,
     /// UDP datagrams.
     pub udp: bool,
+    /// TCP segments inside these tunnels of the host.
+    pub tunnels: TunnelPorts,
 }
+
+/// UDP ports on which the host itself takes VXLAN or Geneve out of its tunnel. 0 is none.
+pub type TunnelPorts = [u16; 4];
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -56,7 +62,7 @@ pub struct Coalescer {
     flows: Vec<Flow>,
 }
 
-/// Addresses, ports, protocol.
+/// Addresses, ports, protocol. Of a tunnel the outer ones: it has a port for each flow inside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Key {
     source: IpAddr,
@@ -71,10 +77,9 @@ struct Flow {
     key: Key,
     /// Its number in the batch.
     frame: usize,
-    /// The first packet's place, and its headers.
+    /// The first packet's place.
     start: usize,
-    ip_len: usize,
-    headers_len: usize,
+    layout: Layout,
     /// Payload of the first packet, and so of all but the last.
     size: usize,
     packets: usize,
@@ -82,27 +87,55 @@ struct Flow {
     total: usize,
     /// The first packet's checksum was found correct.
     verified: bool,
-    /// UDP over IPv4 without a checksum.
-    no_checksum: bool,
     /// TCP: the sequence number that continues it.
     sequence: u32,
-    /// IPv4: the last packet's, and by how much it grows; `None`: not known yet.
-    identification: u16,
-    step: Option<u16>,
+    /// Of the header that is joined, and of the one around it.
+    identification: Identification,
+    outer_identification: Identification,
     /// TCP: the last packet had it.
     pushed: bool,
+}
+
+/// How IPv4's identification goes on: the last packet's, and by how much it grows; `None`: not
+/// known yet.
+#[derive(Debug, Clone, Copy)]
+struct Identification {
+    last: u16,
+    step: Option<u16>,
+}
+
+/// Where the headers of a packet lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Layout {
+    /// Around the packet that is joined: bytes of the outer IPv4 header, which begins the packet.
+    /// A UDP header without checksum follows, then a tunnel's.
+    outer: Option<usize>,
+    network: Network,
+    /// Where the transport header begins.
+    transport: usize,
+    is_tcp: bool,
+    /// UDP over IPv4 without a checksum.
+    no_checksum: bool,
+    /// Bytes of all headers.
+    len: usize,
+}
+
+/// An IP header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Network {
+    /// Where it begins.
+    at: usize,
+    source: IpAddr,
+    destination: IpAddr,
 }
 
 /// What a packet is, as far as joining goes.
 struct Candidate {
     key: Key,
-    ip_len: usize,
-    headers_len: usize,
+    layout: Layout,
     payload: usize,
     /// May have others joined to it, and be joined.
     joins: bool,
-    /// UDP over IPv4 without a checksum.
-    no_checksum: bool,
 }
 
 impl Coalescer {
@@ -167,19 +200,79 @@ impl Coalescer {
 
     /// `None`: neither TCP nor UDP, or a part of a datagram.
     fn look(&self, packet: &[u8], inner: &Inner) -> Option<Candidate> {
+        let (key, (layout, plain)) = (Key::of(packet, inner)?, Layout::of(packet, inner, 0)?);
+        let allowed = if layout.is_tcp { self.allowed.tcp } else { self.allowed.udp };
+        let (layout, joins) = match self.inside(packet, inner, &layout) {
+            Some(inside) if plain => inside,
+            _ => (layout, plain && allowed),
+        };
+        let payload = packet.len().saturating_sub(layout.len);
+        Some(Candidate { key, layout, payload, joins: joins && payload > 0 })
+    }
+
+    /// The TCP segment in a tunnel of the host, and whether it may join; `None`: there is none.
+    fn inside(&self, packet: &[u8], outer: &Inner, layout: &Layout) -> Option<(Layout, bool)> {
+        if layout.is_tcp || !layout.no_checksum {
+            return None;
+        }
+        let port = u16::from_be_bytes(*packet.get(layout.transport + 2..)?.first_chunk()?);
+        if port == 0 || !self.allowed.tunnels.contains(&port) {
+            return None;
+        }
+        let at = layout.len + tunnel_len(&packet[layout.len..])?;
+        let inside = packet.get(at..)?;
+        let inner = Inner::parse(inside).filter(|inner| inner.total_len == inside.len())?;
+        let (inside, plain) = Layout::of(packet, &inner, at).filter(|(inside, _)| inside.is_tcp)?;
+        Some((Layout { outer: Some(outer.header_len), ..inside }, plain))
+    }
+}
+
+/// Bytes of a VXLAN (RFC 7348) or Geneve (RFC 8926) header and the Ethernet header behind it;
+/// `None`: neither, or no IP in it.
+fn tunnel_len(payload: &[u8]) -> Option<usize> {
+    const ETHERNET: usize = 14;
+    const TRANSPARENT_ETHERNET: [u8; 2] = [0x65, 0x58];
+    /// The network's number is valid, and not the bit that has another protocol inside.
+    const VXLAN_FLAGS: (u8, u8) = (0x0c, 0x08);
+    let header: &[u8; 8] = payload.first_chunk()?;
+    let len = if header[2..4] == TRANSPARENT_ETHERNET && header[0] >> 6 == 0 {
+        8 + usize::from(header[0] & 0x3f) * 4
+    } else if header[0] & VXLAN_FLAGS.0 == VXLAN_FLAGS.1 {
+        8
+    } else {
+        return None;
+    };
+    let version = match *payload.get(len + 12..)?.first_chunk()? {
+        [0x08, 0x00] => 4,
+        [0x86, 0xdd] => 6,
+        _ => return None,
+    };
+    (payload.get(len + ETHERNET)? >> 4 == version).then_some(len + ETHERNET)
+}
+
+impl Key {
+    fn of(packet: &[u8], inner: &Inner) -> Option<Self> {
+        let ports = u32::from_be_bytes(*packet.get(inner.header_len..)?.first_chunk()?);
+        let (source, destination) = (inner.source, inner.destination);
+        Some(Self { source, destination, ports, protocol: inner.protocol })
+    }
+}
+
+impl Layout {
+    /// Of the packet that begins at `at`, and ends with `packet`; and whether its headers may
+    /// stand for a whole train. `None`: neither TCP nor UDP, or a part of a datagram.
+    fn of(packet: &[u8], inner: &Inner, at: usize) -> Option<(Self, bool)> {
         if inner.fragment {
             return None;
         }
-        let transport = packet.get(inner.header_len..)?;
-        let ports = u32::from_be_bytes(*transport.first_chunk()?);
-        // Options make a packet rare enough to leave alone.
-        let plain = inner.source.is_ipv6() || inner.header_len == IPV4_HEADER;
+        let start = at + inner.header_len;
+        let transport = packet.get(start..)?;
         let mut no_checksum = false;
-        let (header, joins) = match inner.protocol {
+        let (header, fits) = match inner.protocol {
             PROTOCOL_TCP => {
                 let header = usize::from(transport.get(12)? >> 4) * 4;
                 let flags = transport.get(TCP_FLAGS)? & !(TCP_PSH | TCP_ECE);
-                (header, self.allowed.tcp && header >= 20 && flags == TCP_ACK)
+                (header, header >= 20 && flags == TCP_ACK)
             }
             PROTOCOL_UDP => {
                 let length = u16::from_be_bytes(*transport.get(4..)?.first_chunk()?);
@@ -187,150 +280,174 @@ impl Coalescer {
                 // Over IPv6 the kernel has to see that it is missing.
                 let fits = usize::from(length) == transport.len()
                     && !(no_checksum && inner.source.is_ipv6());
-                (UDP_HEADER, self.allowed.udp && fits)
+                (UDP_HEADER, fits)
             }
             _ => return None,
         };
-        let headers_len = inner.header_len + header;
-        let payload = packet.len().saturating_sub(headers_len);
-        Some(Candidate {
-            key: Key {
-                source: inner.source,
-                destination: inner.destination,
-                ports,
-                protocol: inner.protocol,
-            },
-            ip_len: inner.header_len,
-            headers_len,
-            payload,
-            joins: joins && plain && payload > 0,
+        // Options make a packet rare enough to leave alone.
+        let plain = inner.source.is_ipv6() || inner.header_len == IPV4_HEADER;
+        let layout = Self {
+            outer: None,
+            network: Network { at, source: inner.source, destination: inner.destination },
+            transport: start,
+            is_tcp: inner.protocol == PROTOCOL_TCP,
             no_checksum,
-        })
+            len: start + header,
+        };
+        Some((layout, fits && plain))
+    }
+
+    fn is_v4(&self) -> bool {
+        self.network.source.is_ipv4()
+    }
+
+    /// The sum of the pseudo-header, for so many bytes of transport header and payload.
+    fn pseudo(&self, transport_len: usize) -> u64 {
+        let protocol = if self.is_tcp { PROTOCOL_TCP } else { PROTOCOL_UDP };
+        let Network { source, destination, .. } = &self.network;
+        checksum::pseudo(source, destination, protocol) + transport_len as u64
+    }
+
+    /// Whether the checksums of a packet are right.
+    fn is_correct(&self, packet: &[u8]) -> bool {
+        let header_is_correct = |header: &[u8]| checksum::fold(checksum::add(0, header)) == 0xffff;
+        if self.outer.is_some_and(|len| !header_is_correct(&packet[..len])) {
+            return false;
+        }
+        let (headers, transport) = packet.split_at(self.transport);
+        if self.is_v4() && !header_is_correct(&headers[self.network.at..]) {
+            return false;
+        }
+        let sum = checksum::add(self.pseudo(transport.len()), transport);
+        self.no_checksum || checksum::fold(sum) == 0xffff
+    }
+}
+
+impl Identification {
+    fn of(header: &[u8]) -> Self {
+        Self { last: identification(header), step: None }
+    }
+
+    /// Whether the IPv4 header `next` is the one that splitting would give a later packet than
+    /// `first`, as far as its length and sum are left aside; if so, it is the last now.
+    /// Addresses are compared elsewhere.
+    fn goes_on(self, first: &[u8], next: &[u8]) -> Option<Self> {
+        // Type of service, flags, time to live, protocol.
+        let same = first[1] == next[1] && first[6..10] == next[6..10];
+        let last = identification(next);
+        let step = last.wrapping_sub(self.last);
+        let known = self.step.is_none_or(|known| known == step);
+        // Splitting counts up. Where nothing may be fragmented, the number means nothing, and some
+        // leave it alone.
+        let fits = step == 1 || (step == 0 && first[6] & IPV4_DF != 0);
+        (same && known && fits).then_some(Self { last, step: Some(step) })
     }
 }
 
 impl Flow {
     fn new(bytes: &[u8], frame: usize, start: usize, first: &Candidate) -> Self {
-        let packet = &bytes[start..start + first.headers_len + first.payload];
-        let is_tcp = first.key.protocol == PROTOCOL_TCP;
-        let transport = &packet[first.ip_len..];
+        let layout = first.layout;
+        let packet = &bytes[start..start + layout.len + first.payload];
+        let transport = &packet[layout.transport..];
+        let is_tcp = layout.is_tcp;
+        let sequence = if is_tcp { sequence(transport) } else { 0 };
         Self {
             key: first.key,
             frame,
             start,
-            ip_len: first.ip_len,
-            headers_len: first.headers_len,
+            layout,
             size: first.payload,
             packets: 1,
             total: packet.len(),
             verified: false,
-            no_checksum: first.no_checksum,
-            sequence: if is_tcp {
-                sequence(transport).wrapping_add(first.payload as u32)
-            } else {
-                0
-            },
-            identification: identification(packet),
-            step: None,
+            sequence: sequence.wrapping_add(first.payload as u32),
+            identification: Identification::of(&packet[layout.network.at..]),
+            outer_identification: Identification::of(packet),
             pushed: is_tcp && transport[TCP_FLAGS] & TCP_PSH != 0,
         }
     }
 
     /// Nothing can follow any more.
     fn is_full(&self) -> bool {
-        let limit = if self.is_tcp() { TCP_PACKETS } else { UDP_PACKETS };
-        let shorter = self.total - self.headers_len < self.size * self.packets;
+        let limit = if self.layout.is_tcp { TCP_PACKETS } else { UDP_PACKETS };
+        let shorter = self.total - self.layout.len < self.size * self.packets;
         self.packets >= limit || self.pushed || shorter
-    }
-
-    fn is_tcp(&self) -> bool {
-        self.key.protocol == PROTOCOL_TCP
     }
 
     /// Joins the packet if it continues this one.
     fn join(&mut self, batch: &mut WriteBatch, start: usize, next: &Candidate) -> bool {
         if !next.joins
             || self.is_full()
-            || next.headers_len != self.headers_len
+            || next.layout != self.layout
             || next.payload > self.size
             || self.total + next.payload > FRAME_BYTES
         {
             return false;
         }
+        let layout = self.layout;
         let bytes = batch.bytes();
-        let first = &bytes[self.start..self.start + self.headers_len + self.size];
-        let packet = &bytes[start..start + next.headers_len + next.payload];
-        let step = match self.same_headers(first, packet) {
-            Some(step) => step,
-            None => return false,
-        };
-        if !self.verified && !self.is_correct(first) {
+        let first = &bytes[self.start..self.start + layout.len + self.size];
+        let packet = &bytes[start..start + layout.len + next.payload];
+        let Some((outer, inner)) = self.same_headers(first, packet) else { return false };
+        if !self.verified && !layout.is_correct(first) {
             return false;
         }
         self.verified = true;
-        if !self.is_correct(packet) {
+        if !layout.is_correct(packet) {
             return false;
         }
-        self.step = Some(step);
-        self.identification = identification(packet);
-        self.pushed = self.is_tcp() && packet[self.ip_len + TCP_FLAGS] & TCP_PSH != 0;
+        (self.outer_identification, self.identification) = (outer, inner);
+        self.pushed = layout.is_tcp && packet[layout.transport + TCP_FLAGS] & TCP_PSH != 0;
         self.sequence = self.sequence.wrapping_add(next.payload as u32);
         self.packets += 1;
         self.total += next.payload;
-        batch.append(self.frame, start + next.headers_len, next.payload);
+        batch.append(self.frame, start + layout.len, next.payload);
         true
     }
 
-    /// Whether `packet`'s headers are those that splitting would give it. Returns the step of
-    /// the IPv4 identification.
-    fn same_headers(&self, first: &[u8], packet: &[u8]) -> Option<u16> {
-        let step = if self.key.source.is_ipv4() {
-            // Type of service, flags, time to live, protocol. Addresses are in the key.
-            let same = first[1] == packet[1] && first[6..10] == packet[6..10];
-            let step = identification(packet).wrapping_sub(self.identification);
-            let known = self.step.is_none_or(|known| known == step);
-            // Splitting counts up. Where nothing may be fragmented, the number means nothing,
-            // and some leave it alone.
-            let fits = step == 1 || (step == 0 && first[6] & IPV4_DF != 0);
-            if !same || !known || !fits {
+    /// Whether `packet`'s headers are those that splitting would give it. Returns how the
+    /// identifications go on, the outer one first. The layout is the same.
+    fn same_headers(
+        &self,
+        first: &[u8],
+        packet: &[u8],
+    ) -> Option<(Identification, Identification)> {
+        let Layout { outer, network, transport, len, .. } = self.layout;
+        let mut outer_identification = self.outer_identification;
+        if let Some(outer) = outer {
+            outer_identification = outer_identification.goes_on(first, packet)?;
+            let between = outer + UDP_HEADER..network.at;
+            if first[between.clone()] != packet[between] {
                 return None;
             }
-            step
+        }
+        let (first_network, packet_network) = (&first[network.at..], &packet[network.at..]);
+        let mut identification = self.identification;
+        if self.layout.is_v4() {
+            identification = identification.goes_on(first_network, packet_network)?;
         } else {
             // Version, traffic class, flow label; next header, hop limit.
-            if first[..4] != packet[..4] || first[6..8] != packet[6..8] {
+            let same = |range: std::ops::Range<usize>| {
+                first_network[range.clone()] == packet_network[range]
+            };
+            if !same(0..4) || !same(6..8) {
                 return None;
             }
-            1
-        };
-        let (first, packet) = (&first[self.ip_len..], &packet[self.ip_len..]);
-        let same = if self.is_tcp() {
+        }
+        let (first, packet) = (&first[transport..len], &packet[transport..len]);
+        if self.layout.is_tcp {
             let flags = |tcp: &[u8]| tcp[TCP_FLAGS] & !TCP_PSH;
-            let header = self.headers_len - self.ip_len;
-            sequence(packet) == self.sequence
+            let same = sequence(packet) == self.sequence
+                && first[..4] == packet[..4]
                 && first[8..13] == packet[8..13]
                 && flags(first) == flags(packet)
                 && first[14..16] == packet[14..16]
-                && first[18..header] == packet[18..header]
-        } else {
-            // Both have a checksum, or neither.
-            self.no_checksum == (packet[UDP_CHECKSUM..UDP_CHECKSUM + 2] == [0, 0])
-        };
-        same.then_some(step)
-    }
-
-    /// Whether the checksums of a packet of this flow are right.
-    fn is_correct(&self, packet: &[u8]) -> bool {
-        let (network, transport) = packet.split_at(self.ip_len);
-        let source = &self.key.source;
-        if source.is_ipv4() && checksum::fold(checksum::add(0, network)) != 0xffff {
-            return false;
+                && first[18..] == packet[18..];
+            if !same {
+                return None;
+            }
         }
-        if self.no_checksum {
-            return true;
-        }
-        let pseudo = checksum::pseudo(source, &self.key.destination, self.key.protocol);
-        checksum::fold(checksum::add(pseudo + transport.len() as u64, transport)) == 0xffff
+        Some((outer_identification, identification))
     }
 
     /// Writes the headers of the super-packet, if it became one.
@@ -338,40 +455,47 @@ impl Flow {
         if self.packets == 1 {
             return;
         }
-        let packet = &mut batch.bytes_mut()[self.start..self.start + self.headers_len];
-        let is_v4 = self.key.source.is_ipv4();
-        if is_v4 {
-            packet[2..4].copy_from_slice(&(self.total as u16).to_be_bytes());
-            packet[10..12].fill(0);
-            let sum = !checksum::fold(checksum::add(0, &packet[..self.ip_len]));
-            packet[10..12].copy_from_slice(&sum.to_be_bytes());
-        } else {
-            packet[4..6].copy_from_slice(&((self.total - self.ip_len) as u16).to_be_bytes());
+        let Layout { outer, network, transport, is_tcp, .. } = self.layout;
+        let packet = &mut batch.bytes_mut()[self.start..self.start + self.layout.len];
+        if let Some(outer) = outer {
+            write_ipv4_length(&mut packet[..outer], self.total);
+            put_u16(packet, outer + UDP_LENGTH, self.total - outer);
         }
-        let transport_len = self.total - self.ip_len;
-        let pseudo = checksum::pseudo(&self.key.source, &self.key.destination, self.key.protocol);
-        let pseudo = checksum::fold(pseudo + transport_len as u64).to_be_bytes();
-        let transport = &mut packet[self.ip_len..];
-        let (gso_type, csum_offset) = if self.is_tcp() {
-            if self.pushed {
-                transport[TCP_FLAGS] |= TCP_PSH;
-            }
-            (if is_v4 { GSO_TCPV4 } else { GSO_TCPV6 }, TCP_CHECKSUM)
+        let (len, transport_len) = (self.total - network.at, self.total - transport);
+        let header = &mut packet[network.at..transport];
+        if self.layout.is_v4() {
+            write_ipv4_length(header, len);
         } else {
-            transport[4..6].copy_from_slice(&(transport_len as u16).to_be_bytes());
+            put_u16(header, 4, transport_len);
+        }
+        let part = &mut packet[transport..];
+        let (mut gso_type, csum_offset) = if is_tcp {
+            if self.pushed {
+                part[TCP_FLAGS] |= TCP_PSH;
+            }
+            (if self.layout.is_v4() { GSO_TCPV4 } else { GSO_TCPV6 }, TCP_CHECKSUM)
+        } else {
+            put_u16(part, UDP_LENGTH, transport_len);
             (GSO_UDP_L4, UDP_CHECKSUM)
         };
-        transport[csum_offset..csum_offset + 2].copy_from_slice(&pseudo);
+        let pseudo = checksum::fold(self.layout.pseudo(transport_len));
+        put_u16(part, csum_offset, pseudo.into());
+        let (mut outer_transport, mut inner_network) = (0, 0);
+        if let Some(outer) = outer {
+            gso_type |= GSO_TUNNEL_V4;
+            (outer_transport, inner_network) = (outer as u16, network.at as u16);
+        }
         batch.set_header(
             self.frame,
             VnetHeader {
                 flags: FLAG_NEEDS_CSUM,
                 gso_type,
-                hdr_len: self.headers_len as u16,
+                hdr_len: self.layout.len as u16,
                 gso_size: self.size as u16,
-                csum_start: self.ip_len as u16,
+                csum_start: transport as u16,
                 csum_offset: csum_offset as u16,
-                ..VnetHeader::default()
+                outer_transport,
+                inner_network,
             },
         );
     }
@@ -382,8 +506,19 @@ fn sequence(tcp: &[u8]) -> u32 {
 }
 
 /// Of IPv4; meaningless on IPv6.
-fn identification(packet: &[u8]) -> u16 {
-    u16::from_be_bytes([packet[4], packet[5]])
+fn identification(header: &[u8]) -> u16 {
+    u16::from_be_bytes([header[4], header[5]])
+}
+
+fn write_ipv4_length(header: &mut [u8], total: usize) {
+    put_u16(header, 2, total);
+    put_u16(header, 10, 0);
+    let sum = !checksum::fold(checksum::add(0, header));
+    put_u16(header, 10, sum.into());
+}
+
+fn put_u16(bytes: &mut [u8], at: usize, value: usize) {
+    bytes[at..at + 2].copy_from_slice(&(value as u16).to_be_bytes());
 }
 
 #[cfg(test)]
@@ -395,7 +530,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const BOTH: Coalesce = Coalesce { tcp: true, udp: true };
+    const BOTH: Coalesce = Coalesce { tcp: true, udp: true, tunnels: [VXLAN, GENEVE, 0, 0] };
+
+    const VXLAN: u16 = 8_472;
+    const GENEVE: u16 = 6_081;
 
     /// The frames that the packets are joined to.
     fn coalesce(packets: &[Vec<u8>]) -> Vec<(VnetHeader, Vec<u8>)> {
@@ -534,6 +672,81 @@ mod tests {
         }
     }
 
+    /// The packets in a tunnel of the host to that port, without an outer checksum.
+    fn in_tunnel(from: u8, port: u16, packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
+        let each = packets.iter().enumerate().map(|(number, inner)| {
+            let mut payload = match port {
+                GENEVE => vec![2, 0, 0x65, 0x58, 0, 0, 7, 0, 1, 2, 3, 4, 5, 6, 7, 8],
+                _ => vec![8, 0, 0, 0, 0, 0, 7, 0],
+            };
+            payload.extend_from_slice(&[2; 12]);
+            payload.extend_from_slice(if inner[0] >> 4 == 4 { &[8, 0] } else { &[0x86, 0xdd] });
+            payload.extend_from_slice(inner);
+            let mut packet = Recipe {
+                source: [192, 0, 2, from].into(),
+                destination: [192, 0, 2, 200].into(),
+                ports: (50_000, port),
+                tcp: None,
+                identification: number as u16,
+                traffic_class: 0,
+                hops: 64,
+                payload,
+            }
+            .build();
+            packet[26..28].fill(0);
+            packet
+        });
+        each.collect()
+    }
+
+    #[test]
+    fn a_stream_in_a_tunnel_of_the_host_becomes_one_frame() {
+        for (port, v6, gso_type) in [
+            (VXLAN, false, GSO_TCPV4),
+            (VXLAN, true, GSO_TCPV6),
+            (GENEVE, false, GSO_TCPV4),
+            (GENEVE, true, GSO_TCPV6),
+        ] {
+            let inner: Vec<_> =
+                stream(1, true, v6, &[1300, 1300, 1300, 200]).iter().map(Recipe::build).collect();
+            let packets = in_tunnel(1, port, &inner);
+            let frames = coalesce(&packets);
+            assert_eq!(frames.len(), 1, "port {port}, v6 {v6}");
+            let (header, _) = &frames[0];
+            assert_eq!(header.gso_type, gso_type | GSO_TUNNEL_V4);
+            assert_eq!(header.gso_size, 1300);
+            assert_eq!(header.outer_transport, 20);
+            assert_eq!(split(&frames), packets);
+        }
+    }
+
+    #[test]
+    fn what_is_in_no_tunnel_of_the_host_is_joined_as_datagrams() {
+        let inner: Vec<_> = stream(1, true, false, &[1300; 4]).iter().map(Recipe::build).collect();
+        let frames = coalesce(&in_tunnel(1, 4_789, &inner));
+        assert_eq!(frames.len(), 1);
+        assert_eq!(frames[0].0.gso_type, GSO_UDP_L4);
+    }
+
+    #[test]
+    fn a_segment_in_a_tunnel_that_differs_is_written_alone() {
+        let inner: Vec<_> = stream(1, true, false, &[1000; 3]).iter().map(Recipe::build).collect();
+        // Outer: time to live; the network's number; a hardware address. Inner: payload, sum of
+        // the header.
+        for at in [8, 34, 40, 600, 60] {
+            let mut packets = in_tunnel(1, VXLAN, &inner);
+            packets[1][at] ^= 1;
+            if at == 8 {
+                packets[1][10..12].fill(0);
+                let sum = !checksum::fold(checksum::add(0, &packets[1][..20]));
+                packets[1][10..12].copy_from_slice(&sum.to_be_bytes());
+            }
+            let frames = coalesce(&packets);
+            assert_eq!(frames.len(), 3, "byte {at}");
+            assert_eq!(split(&frames), packets);
+        }
+    }
+
     #[test]
     fn a_fragment_is_not_overtaken() {
         let mut packets: Vec<_> =
@@ -556,12 +769,13 @@ mod tests {
                     any::<bool>(),
                     1usize..1400,
                     proptest::collection::vec((0u8..12, any::<u8>()), 1..30),
+                    proptest::option::of(prop_oneof![Just(VXLAN), Just(GENEVE)]),
                 ),
                 1..5,
             ),
         ) -> Vec<Vec<Vec<u8>>> {
-            let build = |(flow, spec): (usize, (bool, bool, usize, Changes))| {
-                let (tcp, v6, size, changes) = spec;
+            let build = |(flow, spec): (usize, (bool, bool, usize, Changes, Option<u16>))| {
+                let (tcp, v6, size, changes, tunnel) = spec;
                 let sizes: Vec<usize> = changes
                     .iter()
                     .map(|(what, value)| if *what == 0 { usize::from(*value) } else { size })
@@ -592,7 +806,10 @@ mod tests {
                         _ => {}
                     }
                 }
-                packets
+                match tunnel {
+                    Some(port) => in_tunnel(flow as u8, port, &packets),
+                    None => packets,
+                }
             };
             flows.into_iter().enumerate().map(build).collect()
         }
@@ -611,12 +828,23 @@ mod tests {
     }
 
     /// The packet, without the identification that means nothing where fragments are forbidden
-    /// (RFC 6864 section 4.1): senders that leave it alone are joined, and splitting counts up.
+    /// (RFC 6864 section 4.1): senders that leave it alone are joined, and splitting counts up. In
+    /// a tunnel then also without the outer checksum, which covers it.
     fn without_atomic_identification(packet: &[u8]) -> Vec<u8> {
         let mut packet = packet.to_vec();
-        if packet[0] >> 4 == 4 && packet[6] & IPV4_DF != 0 {
-            packet[4..6].fill(0);
-            packet[10..12].fill(0);
+        let inside = match u16::from_be_bytes([packet[22], packet[23]]) {
+            VXLAN => Some(28 + 8 + 14),
+            GENEVE => Some(28 + 16 + 14),
+            _ => None,
+        };
+        for at in std::iter::once(0).chain(inside) {
+            if packet[at] >> 4 == 4 && packet[at + 6] & IPV4_DF != 0 {
+                packet[at + 4..at + 6].fill(0);
+                packet[at + 10..at + 12].fill(0);
+            }
+        }
+        if inside.is_some() {
+            packet[26..28].fill(0);
         }
         packet
     }

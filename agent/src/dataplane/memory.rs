@@ -135,7 +135,7 @@ impl TunIo for MemoryTun {
     }
 
     fn coalesce(&self) -> Coalesce {
-        Coalesce { tcp: true, udp: true }
+        Coalesce { tcp: true, udp: true, ..Coalesce::default() }
     }
 
     /// Splits super-packets, as the host's stack would.

@@ -76,7 +76,7 @@ pub use drops::DropReason;
 pub use events::{Event, Fault};
 pub use relay::Relay;
 pub use switch::Feature;
-pub use tun::{NoTun, OpenTunError, Tun, TunIo, open_tun, open_tun_with};
+pub use tun::{HostTunnels, NoTun, OpenTunError, Tun, TunIo, open_tun, open_tun_with};
 pub use udp::{OpenUdpError, Udp, UdpIo, open_udp, open_udp_with};
 
 use drops::Drops;

@@ -5,16 +5,21 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::Offloads;
 use super::arena::{Frame, HEADROOM, TunBatch, WriteBatch};
-use super::coalesce::Coalesce;
+use super::coalesce::{Coalesce, TunnelPorts};
 use super::drops::{DropReason, Drops};
 use super::switch::{Switch, switched_off};
-use super::vnet::{GSO_NONE, GSO_UDP_L4, VNET_HEADER_BYTES, VNET_TUNNEL_HEADER_BYTES, VnetHeader};
+use super::vnet::{
+    GSO_NONE, GSO_TUNNEL_V4, GSO_TUNNEL_V6, GSO_UDP_L4, VNET_HEADER_BYTES,
+    VNET_TUNNEL_HEADER_BYTES, VnetHeader,
+};
 
 /// A way to exchange packets with the host in batches. Three stand behind it: [`Tun`],
 /// [`NoTun`], and [`MemoryTun`](super::memory::MemoryTun).
@@ -88,6 +93,8 @@ const OFFLOAD_UDP: c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 /// `TUN_F_UDP_TUNNEL_GSO` and `TUN_F_UDP_TUNNEL_GSO_CSUM` of `linux/if_tun.h`.
 const OFFLOAD_TUNNEL: c_uint = 0x80 | 0x100;
 
+const ETHERNET_HEADER_BYTES: u16 = 14;
+
 /// Why a TUN link could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenTunError {
@@ -136,8 +143,9 @@ pub struct Tun {
     tcp: Switch,
     /// Super-packets of UDP pass.
     udp: Switch,
-    /// Super-packets in a tunnel come; they are never given.
+    /// Super-packets in a UDP tunnel of the host pass.
     tunnel: Switch,
+    host_tunnels: HostTunnels,
     /// The parts of one write, kept for their capacity. Empty between writes.
     vectors: Vec<libc::iovec>,
 }
@@ -233,8 +241,30 @@ pub fn open_tun_with(name: &str, offloads: Offloads) -> Result<Tun, OpenTunError
         tcp: Switch::new("tun_tcp", tcp),
         udp: Switch::new("tun_udp", udp),
         tunnel: Switch::new("tun_tunnel", tunnel),
+        host_tunnels: HostTunnels::default(),
         vectors: Vec::new(),
     })
+}
+
+/// The UDP ports on which the host itself takes packets out of VXLAN or Geneve. Only for those may
+/// the segments inside be joined: anybody else would see one large datagram.
+///
+/// Clones are one.
+#[derive(Debug, Clone, Default)]
+pub struct HostTunnels(Arc<AtomicU64>);
+
+impl HostTunnels {
+    /// Tells of all there are. More than four are as good as none: those beyond stay unjoined.
+    pub fn set(&self, ports: impl IntoIterator<Item = u16>) {
+        let packed =
+            ports.into_iter().take(4).fold(0, |packed, port| packed << 16 | u64::from(port));
+        self.0.store(packed, Ordering::Relaxed);
+    }
+
+    fn ports(&self) -> TunnelPorts {
+        let packed = self.0.load(Ordering::Relaxed);
+        [0, 16, 32, 48].map(|shift| (packed >> shift) as u16)
+    }
 }
 
 impl Tun {
@@ -242,11 +272,21 @@ impl Tun {
     pub fn name(&self) -> &str {
         &self.name
     }
-}
 
-impl Tun {
+    /// Lets it know of the host's tunnels, also of later ones.
+    #[must_use]
+    pub fn with_host_tunnels(self, host_tunnels: HostTunnels) -> Self {
+        Self { host_tunnels, ..self }
+    }
+
     fn write_frame(&mut self, batch: &WriteBatch, frame: &Frame) -> io::Result<()> {
-        let header = frame.header.encode_tunnel();
+        let mut header = frame.header;
+        if header.gso_type & (GSO_TUNNEL_V4 | GSO_TUNNEL_V6) != 0 {
+            // The kernel's check counts an Ethernet header, which a TUN does not have; the offset
+            // itself it finds anew from the IP header.
+            header.outer_transport += ETHERNET_HEADER_BYTES;
+        }
+        let header = header.encode_tunnel();
         let vector = |bytes: &[u8]| libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
             iov_len: bytes.len(),
@@ -307,7 +347,8 @@ impl TunIo for Tun {
     }
 
     fn coalesce(&self) -> Coalesce {
-        Coalesce { tcp: self.tcp.is_on(), udp: self.udp.is_on() }
+        let tunnels = if self.tunnel.is_on() { self.host_tunnels.ports() } else { [0; 4] };
+        Coalesce { tcp: self.tcp.is_on(), udp: self.udp.is_on(), tunnels }
     }
 
     fn write(&mut self, now: Instant, batch: &WriteBatch, drops: &Drops) {
@@ -318,12 +359,16 @@ impl TunIo for Tun {
                 match frame.header.gso_type {
                     GSO_NONE => {}
                     GSO_UDP_L4 => self.udp.give_up(&error, now),
+                    inside if inside & (GSO_TUNNEL_V4 | GSO_TUNNEL_V6) != 0 => {
+                        self.tunnel.give_up(&error, now);
+                    }
                     _ => self.tcp.give_up(&error, now),
                 }
             }
         }
         self.tcp.reconsider(now);
         self.udp.reconsider(now);
+        self.tunnel.reconsider(now);
     }
 
     fn features(&self) -> Vec<Switch> {

@@ -143,6 +143,15 @@ impl HostNetwork {
         address::read(&mut self.rtnetlink)
     }
 
+    /// The UDP ports on which the host takes packets out of VXLAN or Geneve, each once.
+    pub fn tunnel_ports(&mut self) -> Result<Vec<u16>, NetlinkError> {
+        let links = self.rtnetlink.links()?;
+        let mut ports: Vec<u16> = links.iter().filter_map(|link| link.tunnel_port).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        Ok(ports)
+    }
+
     /// The machine's own addresses by which others could know it, the best of each family first:
     /// those of the link that leads to the internet, then the others that are worth telling.
     pub fn node_ips(&mut self, policy: &CandidatePolicy) -> Result<Vec<IpAddr>, NetlinkError> {

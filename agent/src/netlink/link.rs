@@ -31,6 +31,8 @@ pub struct Link {
     pub point_to_point: bool,
     /// Packets that may wait to be sent.
     pub queue_length: u32,
+    /// Of a VXLAN or Geneve link: the UDP port that it receives on.
+    pub tunnel_port: Option<u16>,
 }
 
 /// The far end of a veth pair.
@@ -75,6 +77,8 @@ const IFLA_GSO_MAX_SEGS: u16 = 40;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const VETH_INFO_PEER: u16 = 1;
+const VXLAN_PORT: u16 = 15;
+const GENEVE_PORT: u16 = 5;
 /// Bytes of `struct ifinfomsg`.
 pub(super) const LINK_HEADER: usize = 16;
 
@@ -133,8 +137,8 @@ impl Rtnetlink {
         let Overlay { kind, id, remote, port } = overlay;
         // Number, then remote address by family, then port.
         let (kind, id_key, remote_keys, port_key) = match kind {
-            OverlayKind::Vxlan => ("vxlan", 1, [2, 16], 15),
-            OverlayKind::Geneve => ("geneve", 1, [2, 7], 5),
+            OverlayKind::Vxlan => ("vxlan", 1, [2, 16], VXLAN_PORT),
+            OverlayKind::Geneve => ("geneve", 1, [2, 7], GENEVE_PORT),
         };
         let remote_key = remote_keys[usize::from(remote.is_ipv6())];
         let mut request = Message::new(libc::RTM_NEWLINK, CREATE, &header(0, 0, 0));
@@ -280,6 +284,7 @@ fn parse(received: &Received<'_>) -> Option<Link> {
         loopback: flags & libc::IFF_LOOPBACK != 0,
         point_to_point: flags & libc::IFF_POINTOPOINT != 0,
         queue_length: 0,
+        tunnel_port: None,
     };
     for attribute in attributes(received.payload, LINK_HEADER) {
         match attribute.kind {
@@ -288,10 +293,17 @@ fn parse(received: &Received<'_>) -> Option<Link> {
             IFLA_MASTER => link.master = attribute.u32(),
             IFLA_TXQLEN => link.queue_length = attribute.u32()?,
             IFLA_LINKINFO => {
-                link.kind = attribute
-                    .nested()
-                    .find(|inner| inner.kind == IFLA_INFO_KIND)
-                    .map(|inner| inner.string());
+                let info = |kind| attribute.nested().find(|inner| inner.kind == kind);
+                link.kind = info(IFLA_INFO_KIND).map(|kind| kind.string());
+                let port = match link.kind.as_deref() {
+                    Some("vxlan") => Some(VXLAN_PORT),
+                    Some("geneve") => Some(GENEVE_PORT),
+                    _ => None,
+                };
+                link.tunnel_port = port.zip(info(IFLA_INFO_DATA)).and_then(|(port, data)| {
+                    let port = data.nested().find(|inner| inner.kind == port)?;
+                    Some(u16::from_be_bytes(*port.value.first_chunk()?))
+                });
             }
             _ => {}
         }
@@ -329,6 +341,28 @@ mod tests {
             other.enter(|| {
                 assert_eq!(Rtnetlink::open().unwrap().link("eth0").unwrap(), None);
             });
+        }
+    }
+
+    namespace_test! {
+        fn the_port_of_a_tunnel_is_known() {
+            let mut rtnetlink = Rtnetlink::open().unwrap();
+            let remote = "192.0.2.2".parse().unwrap();
+            for (name, kind, port) in
+                [("vx", OverlayKind::Vxlan, 8_472), ("gnv", OverlayKind::Geneve, 6_082)]
+            {
+                match rtnetlink.add_overlay(name, Overlay { kind, id: 7, remote, port }) {
+                    Err(error) if error.errno() == Some(Errno::EOPNOTSUPP) => {
+                        println!("skipped: this kernel has no {kind:?}");
+                    }
+                    made => {
+                        made.unwrap();
+                        let link = rtnetlink.link(name).unwrap().unwrap();
+                        assert_eq!(link.tunnel_port, Some(port));
+                    }
+                }
+            }
+            assert_eq!(rtnetlink.link("lo").unwrap().unwrap().tunnel_port, None);
         }
     }
 
