@@ -90,6 +90,8 @@ pub enum Addressing {
 pub struct WireguardConfig {
     /// UDP port, 1 to 65535.
     pub port: u16,
+    /// Threads that move packets, 1 to 16. One does for a few Gb/s; with several, peers share them.
+    pub workers: usize,
 }
 
 /// The TUN link.
@@ -212,7 +214,7 @@ impl Default for Config {
 
 impl Default for WireguardConfig {
     fn default() -> Self {
-        Self { port: 51830 }
+        Self { port: 51830, workers: 1 }
     }
 }
 
@@ -312,6 +314,10 @@ impl Config {
         }
         if self.wireguard.port == 0 {
             return Err(("wireguard.port", "0 is no port: peers must know it".into()));
+        }
+        if !(1..=16).contains(&self.wireguard.workers) {
+            let workers = self.wireguard.workers;
+            return Err(("wireguard.workers", format!("{workers} is outside 1 to 16")));
         }
         let routing = &self.routing;
         // The one after it is ours as well.

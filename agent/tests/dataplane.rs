@@ -41,7 +41,8 @@ impl End {
             relay: Relay::default(),
             link: None,
         };
-        let plane = DataPlane::start(config, tun, network.bind(address).unwrap(), sender).unwrap();
+        let plane =
+            DataPlane::start(config, [(tun, network.bind(address).unwrap())], sender).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         Self { plane, host, events, address, inner: Ipv4Addr::new(10, 0, 0, number), runtime }
     }

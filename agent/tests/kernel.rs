@@ -20,7 +20,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use tokio::sync::mpsc::{Receiver, channel};
 use towline_agent::dataplane::{
     Config, DataPlane, Event, Fault, Feature, HostTunnels, Offloads, OpenTunError, OpenUdpError,
-    Relay, open_tun, open_tun_with, open_udp, open_udp_with,
+    Relay, open_tun, open_tun_queues, open_tun_with, open_udp, open_udp_group,
 };
 use towline_agent::netlink::codec::Message;
 use towline_agent::netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
@@ -60,7 +60,7 @@ fn main() {
         println!("skipped: this machine forbids user namespaces: {refusal}");
         return;
     }
-    let tests: [(&str, fn()); 11] = [
+    let tests: [(&str, fn()); 13] = [
         ("every_offload", || carries(Offloads::default())),
         ("no_offload", || carries(Offloads::NONE)),
         ("no_tun_offload", || carries(Offloads { tun_tcp: false, ..Offloads::default() })),
@@ -68,6 +68,8 @@ fn main() {
         ("no_segments", || carries(Offloads { udp_segment: false, ..Offloads::default() })),
         ("no_joined_receive", || carries(Offloads { udp_gro: false, ..Offloads::default() })),
         ("no_tunnel", || carries(Offloads { tun_tunnel: false, ..Offloads::default() })),
+        ("several_workers", several_workers),
+        ("several_workers_keep_the_order", several_workers_keep_the_order),
         ("vxlan_and_geneve_inside", vxlan_and_geneve_inside),
         ("a_steady_stream_allocates_nothing", a_steady_stream_allocates_nothing),
         ("refusals_are_clear", refusals_are_clear),
@@ -84,6 +86,11 @@ fn main() {
 }
 
 fn own_namespaces() -> Result<(), Box<dyn std::error::Error>> {
+    // Root may do more in a namespace of the network alone: load programs for several queues.
+    if nix::unistd::geteuid().is_root() && unshare(CloneFlags::CLONE_NEWNET).is_ok() {
+        File::open("/dev/net/tun")?;
+        return Ok(());
+    }
     let (user, group) = (nix::unistd::getuid(), nix::unistd::getgid());
     unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET)?;
     std::fs::write("/proc/self/setgroups", "deny")?;
@@ -151,6 +158,11 @@ impl Drop for Node {
 
 /// Two hosts, a cable between them, and a tunnel through it.
 fn pair(offloads: Offloads, outer: [&str; 2]) -> [Node; 2] {
+    pair_with(offloads, outer, 1)
+}
+
+/// As [`pair`], with so many workers each, if the machine allows it.
+fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] {
     let hosts = [Host::new(), Host::new()];
     let far = hosts[1].0.as_fd();
     hosts[0].run(|| {
@@ -166,16 +178,17 @@ fn pair(offloads: Offloads, outer: [&str; 2]) -> [Node; 2] {
             configure("cable", 1500, &[outer]);
             let tunnels = HostTunnels::default();
             tunnels.set([4789, 4790, 6081, 6082]);
-            let tun = open_tun_with("towline0", offloads).unwrap().with_host_tunnels(tunnels);
+            let queues = open_tun_queues("towline0", offloads, workers).unwrap();
             configure("towline0", MTU, &[&inner[0], &inner[1]]);
-            let udp = open_udp_with(51830, 0, offloads).unwrap();
+            let sockets = open_udp_group(51830, 0, offloads, queues.len()).unwrap();
+            let queues = queues.into_iter().map(|tun| tun.with_host_tunnels(tunnels.clone()));
             let (sender, events) = channel(1024);
             let config = Config {
                 private_key: StaticSecret::from([number as u8; 32]),
                 relay: Relay::default(),
                 link: None,
             };
-            (DataPlane::start(config, tun, udp, sender).unwrap(), events)
+            (DataPlane::start(config, queues.zip(sockets), sender).unwrap(), events)
         });
         let inner = inner.map(|text| address(&text).addr());
         Node { host, plane, events, inner }
@@ -226,6 +239,91 @@ fn carries(offloads: Offloads) {
             assert!(drops.values().all(|count| *count == 0), "{drops:?}");
         }
     }
+}
+
+/// Whether there are several; if not, says why.
+fn has_workers(node: &Node) -> bool {
+    let features = node.plane.snapshot().features;
+    let queues = features.iter().find(|feature| feature.name == "tun_queues").unwrap();
+    if !queues.active {
+        println!("skipped: {}", queues.reason);
+    }
+    queues.active
+}
+
+fn several_workers() {
+    let nodes = pair_with(Offloads::default(), ["192.0.2.1/24", "192.0.2.2/24"], 3);
+    if !has_workers(&nodes[0]) {
+        return;
+    }
+    for family in [0, 1] {
+        stream(&nodes[0], &nodes[1], family, 8 << 20);
+        stream(&nodes[1], &nodes[0], family, 8 << 20);
+        datagrams(&nodes[0], &nodes[1], family);
+    }
+    for mut node in nodes {
+        node.host.run(|| {
+            let mut links = Rtnetlink::open().unwrap();
+            let link = links.link_index("towline0").unwrap();
+            links.delete_link(link).unwrap();
+        });
+        let gone = |event| matches!(event, Event::Fault(Fault::TunGone(_)));
+        assert!(std::iter::from_fn(|| node.events.blocking_recv()).any(gone));
+        node.plane.stop();
+    }
+}
+
+/// Datagrams go to several addresses, each of which answers now and then: whichever queue and
+/// socket an answer takes, what goes the other way keeps its own.
+fn several_workers_keep_the_order() {
+    const FLOWS: usize = 6;
+    const EACH: u64 = 30_000;
+    let nodes = pair_with(Offloads::default(), ["192.0.2.1/24", "192.0.2.2/24"], 2);
+    if !has_workers(&nodes[0]) {
+        return;
+    }
+    let flow = |number: usize| {
+        let [at, from] = [1, 0].map(|node| nodes[node].inner[number % 2]);
+        let receiver = nodes[1].host.run(|| UdpSocket::bind((at, 5000 + number as u16)).unwrap());
+        let sender = nodes[0].host.run(|| UdpSocket::bind((from, 0)).unwrap());
+        sender.connect(receiver.local_addr().unwrap()).unwrap();
+        sender.set_nonblocking(true).unwrap();
+        receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+        (sender, receiver)
+    };
+    let (senders, receivers): (Vec<_>, Vec<_>) = (0..FLOWS).map(flow).unzip();
+    let ended = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for receiver in receivers {
+            let ended = &ended;
+            scope.spawn(move || {
+                let (mut next, mut bytes) = (0, [0; 64]);
+                while next <= EACH {
+                    let (len, from) = receiver.recv_from(&mut bytes).unwrap();
+                    assert_eq!(len, bytes.len());
+                    let number = u64::from_be_bytes(*bytes.first_chunk().unwrap());
+                    assert!(number >= next, "{number} came after {}", next - 1);
+                    next = number + 1;
+                    if number.is_multiple_of(7) {
+                        receiver.send_to(&bytes[..8], from).unwrap();
+                    }
+                }
+                ended.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        // The last are repeated until all have arrived: some may be lost.
+        let mut number = 0;
+        while ended.load(Ordering::Relaxed) < FLOWS as u64 {
+            let mut bytes = [0; 64];
+            bytes[..8].copy_from_slice(&u64::to_be_bytes(number));
+            for sender in &senders {
+                // A receiver that has ended has closed its port, and the answers are not read.
+                let _ = sender.send(&bytes);
+                let _ = sender.recv(&mut [0; 64]);
+            }
+            number += 1;
+        }
+    });
 }
 
 /// Bytes that differ everywhere.

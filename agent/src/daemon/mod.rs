@@ -641,20 +641,24 @@ fn start_data_plane(
     host_tunnels: &HostTunnels,
     purpose: Purpose,
 ) -> anyhow::Result<(DataPlane, mpsc::Receiver<dataplane::Event>)> {
-    let udp =
-        dataplane::open_udp_with(config.wireguard.port, config.routing.mark, config.offloads)?;
+    let (port, mark, offloads) = (config.wireguard.port, config.routing.mark, config.offloads);
     let (events, receiver) = mpsc::channel(1024);
     let settings =
         dataplane::Config { private_key: keys.wireguard.secret().clone(), relay, link: None };
     let data_plane = match purpose {
         Purpose::Node => {
-            let tun = dataplane::open_tun_with(&config.link.name, config.offloads)?
-                .with_host_tunnels(host_tunnels.clone());
+            let queues =
+                dataplane::open_tun_queues(&config.link.name, offloads, config.wireguard.workers)?;
+            let sockets = dataplane::open_udp_group(port, mark, offloads, queues.len())?;
+            let queues = queues.into_iter().map(|tun| tun.with_host_tunnels(host_tunnels.clone()));
             let link = nix::net::if_::if_nametoindex(config.link.name.as_str()).ok();
             let settings = dataplane::Config { link, ..settings };
-            DataPlane::start(settings, tun, udp, events)
+            DataPlane::start(settings, queues.zip(sockets), events)
         }
-        Purpose::Relay => DataPlane::start(settings, dataplane::NoTun::new()?, udp, events),
+        Purpose::Relay => {
+            let udp = dataplane::open_udp_with(port, mark, offloads)?;
+            DataPlane::start(settings, [(dataplane::NoTun::new()?, udp)], events)
+        }
     };
     Ok((data_plane.context("cannot start the data plane")?, receiver))
 }

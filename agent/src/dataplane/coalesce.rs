@@ -18,7 +18,10 @@ use std::net::IpAddr;
 use super::arena::WriteBatch;
 use super::checksum;
 use super::packet::{Inner, PROTOCOL_TCP, PROTOCOL_UDP};
-use super::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4, GSO_TCPV6, GSO_TUNNEL_V4, GSO_UDP_L4, VnetHeader};
+use super::vnet::{
+    FLAG_NEEDS_CSUM, FLAG_TUNNEL_CSUM, GSO_TCPV4, GSO_TCPV6, GSO_TUNNEL_V4, GSO_TUNNEL_V6,
+    GSO_UDP_L4, VnetHeader,
+};
 
 /// Flows that are joined at a time; the one that was quiet longest goes.
 const FLOWS: usize = 16;
@@ -107,9 +110,8 @@ struct Identification {
 /// Where the headers of a packet lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Layout {
-    /// Around the packet that is joined: bytes of the outer IPv4 header, which begins the packet.
-    /// A UDP header without checksum follows, then a tunnel's.
-    outer: Option<usize>,
+    /// Around the packet that is joined, if it is in a tunnel.
+    outer: Option<Outer>,
     network: Network,
     /// Where the transport header begins.
     transport: usize,
@@ -118,6 +120,17 @@ struct Layout {
     no_checksum: bool,
     /// Bytes of all headers.
     len: usize,
+}
+
+/// The headers around a packet in a tunnel, from the start of the packet that carries it: IP, UDP,
+/// the tunnel's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Outer {
+    network: Network,
+    /// Where the UDP header begins.
+    udp: usize,
+    /// It has a checksum.
+    checksum: bool,
 }
 
 /// An IP header.
@@ -202,7 +215,7 @@ impl Coalescer {
     fn look(&self, packet: &[u8], inner: &Inner) -> Option<Candidate> {
         let (key, (layout, plain)) = (Key::of(packet, inner)?, Layout::of(packet, inner, 0)?);
         let allowed = if layout.is_tcp { self.allowed.tcp } else { self.allowed.udp };
-        let (layout, joins) = match self.inside(packet, inner, &layout) {
+        let (layout, joins) = match self.inside(packet, &layout) {
             Some(inside) if plain => inside,
             _ => (layout, plain && allowed),
         };
@@ -211,8 +224,8 @@ impl Coalescer {
     }
 
     /// The TCP segment in a tunnel of the host, and whether it may join; `None`: there is none.
-    fn inside(&self, packet: &[u8], outer: &Inner, layout: &Layout) -> Option<(Layout, bool)> {
-        if layout.is_tcp || !layout.no_checksum {
+    fn inside(&self, packet: &[u8], layout: &Layout) -> Option<(Layout, bool)> {
+        if layout.is_tcp {
             return None;
         }
         let port = u16::from_be_bytes(*packet.get(layout.transport + 2..)?.first_chunk()?);
@@ -223,7 +236,9 @@ impl Coalescer {
         let inside = packet.get(at..)?;
         let inner = Inner::parse(inside).filter(|inner| inner.total_len == inside.len())?;
         let (inside, plain) = Layout::of(packet, &inner, at).filter(|(inside, _)| inside.is_tcp)?;
-        Some((Layout { outer: Some(outer.header_len), ..inside }, plain))
+        let Layout { network, transport: udp, no_checksum, .. } = *layout;
+        let outer = Outer { network, udp, checksum: !no_checksum };
+        Some((Layout { outer: Some(outer), ..inside }, plain))
     }
 }
 
@@ -304,22 +319,67 @@ impl Layout {
     /// The sum of the pseudo-header, for so many bytes of transport header and payload.
     fn pseudo(&self, transport_len: usize) -> u64 {
         let protocol = if self.is_tcp { PROTOCOL_TCP } else { PROTOCOL_UDP };
-        let Network { source, destination, .. } = &self.network;
-        checksum::pseudo(source, destination, protocol) + transport_len as u64
+        self.network.pseudo(protocol, transport_len)
     }
 
     /// Whether the checksums of a packet are right.
     fn is_correct(&self, packet: &[u8]) -> bool {
-        let header_is_correct = |header: &[u8]| checksum::fold(checksum::add(0, header)) == 0xffff;
-        if self.outer.is_some_and(|len| !header_is_correct(&packet[..len])) {
-            return false;
-        }
+        let is_correct = |sum: u64| checksum::fold(sum) == 0xffff;
         let (headers, transport) = packet.split_at(self.transport);
-        if self.is_v4() && !header_is_correct(&headers[self.network.at..]) {
+        let network = &headers[self.network.at..];
+        if self.is_v4() && !is_correct(checksum::add(0, network)) {
             return false;
         }
-        let sum = checksum::add(self.pseudo(transport.len()), transport);
-        self.no_checksum || checksum::fold(sum) == 0xffff
+        if self.no_checksum {
+            return true;
+        }
+        let payload_sum = checksum::add(0, transport);
+        if let Some(outer) = self.outer {
+            let header = &headers[..outer.udp];
+            if outer.network.source.is_ipv4() && !is_correct(checksum::add(0, header)) {
+                return false;
+            }
+            // Every header has an even number of bytes: the sum of what is inside is a part of
+            // the outer one.
+            let all = checksum::add(payload_sum, &headers[outer.udp..]);
+            let pseudo = outer.network.pseudo(PROTOCOL_UDP, packet.len() - outer.udp);
+            if outer.checksum && !is_correct(pseudo + all) {
+                return false;
+            }
+        }
+        is_correct(self.pseudo(transport.len()) + payload_sum)
+    }
+}
+
+impl Network {
+    /// The sum of the pseudo-header, for so many bytes of transport header and payload.
+    fn pseudo(&self, protocol: u8, transport_len: usize) -> u64 {
+        checksum::pseudo(&self.source, &self.destination, protocol) + transport_len as u64
+    }
+
+    /// Whether this header of `next` is the one that splitting would give a packet after `first`,
+    /// as far as its length and sum are left aside; if so, how the identification goes on.
+    /// Addresses are compared elsewhere.
+    fn goes_on(&self, id: Identification, first: &[u8], next: &[u8]) -> Option<Identification> {
+        let (first, next) = (&first[self.at..], &next[self.at..]);
+        if self.source.is_ipv4() {
+            return id.goes_on(first, next);
+        }
+        // Version, traffic class, flow label; next header, hop limit.
+        (first[..4] == next[..4] && first[6..8] == next[6..8]).then_some(id)
+    }
+
+    /// Says in this header, which ends at `transport`, that the packet it begins has `len` bytes.
+    fn write_length(&self, packet: &mut [u8], transport: usize, len: usize) {
+        let header = &mut packet[self.at..transport];
+        if self.source.is_ipv4() {
+            put_u16(header, 2, len);
+            put_u16(header, 10, 0);
+            let sum = !checksum::fold(checksum::add(0, header));
+            put_u16(header, 10, sum.into());
+        } else {
+            put_u16(header, 4, len - header.len());
+        }
     }
 }
 
@@ -328,9 +388,6 @@ impl Identification {
         Self { last: identification(header), step: None }
     }
 
-    /// Whether the IPv4 header `next` is the one that splitting would give a later packet than
-    /// `first`, as far as its length and sum are left aside; if so, it is the last now.
-    /// Addresses are compared elsewhere.
     fn goes_on(self, first: &[u8], next: &[u8]) -> Option<Self> {
         // Type of service, flags, time to live, protocol.
         let same = first[1] == next[1] && first[6..10] == next[6..10];
@@ -415,25 +472,13 @@ impl Flow {
         let Layout { outer, network, transport, len, .. } = self.layout;
         let mut outer_identification = self.outer_identification;
         if let Some(outer) = outer {
-            outer_identification = outer_identification.goes_on(first, packet)?;
-            let between = outer + UDP_HEADER..network.at;
+            outer_identification = outer.network.goes_on(outer_identification, first, packet)?;
+            let between = outer.udp + UDP_HEADER..network.at;
             if first[between.clone()] != packet[between] {
                 return None;
             }
         }
-        let (first_network, packet_network) = (&first[network.at..], &packet[network.at..]);
-        let mut identification = self.identification;
-        if self.layout.is_v4() {
-            identification = identification.goes_on(first_network, packet_network)?;
-        } else {
-            // Version, traffic class, flow label; next header, hop limit.
-            let same = |range: std::ops::Range<usize>| {
-                first_network[range.clone()] == packet_network[range]
-            };
-            if !same(0..4) || !same(6..8) {
-                return None;
-            }
-        }
+        let identification = network.goes_on(self.identification, first, packet)?;
         let (first, packet) = (&first[transport..len], &packet[transport..len]);
         if self.layout.is_tcp {
             let flags = |tcp: &[u8]| tcp[TCP_FLAGS] & !TCP_PSH;
@@ -457,19 +502,25 @@ impl Flow {
         }
         let Layout { outer, network, transport, is_tcp, .. } = self.layout;
         let packet = &mut batch.bytes_mut()[self.start..self.start + self.layout.len];
-        if let Some(outer) = outer {
-            write_ipv4_length(&mut packet[..outer], self.total);
-            put_u16(packet, outer + UDP_LENGTH, self.total - outer);
+        let mut header = VnetHeader::default();
+        if let Some(Outer { network: around, udp, checksum }) = outer {
+            let udp_len = self.total - udp;
+            around.write_length(packet, udp, self.total);
+            put_u16(packet, udp + UDP_LENGTH, udp_len);
+            if checksum {
+                let pseudo = checksum::fold(around.pseudo(PROTOCOL_UDP, udp_len));
+                put_u16(packet, udp + UDP_CHECKSUM, pseudo.into());
+                header.flags = FLAG_TUNNEL_CSUM;
+            }
+            let is_v4 = around.source.is_ipv4();
+            header.gso_type = if is_v4 { GSO_TUNNEL_V4 } else { GSO_TUNNEL_V6 };
+            header.outer_transport = udp as u16;
+            header.inner_network = network.at as u16;
         }
-        let (len, transport_len) = (self.total - network.at, self.total - transport);
-        let header = &mut packet[network.at..transport];
-        if self.layout.is_v4() {
-            write_ipv4_length(header, len);
-        } else {
-            put_u16(header, 4, transport_len);
-        }
+        let transport_len = self.total - transport;
+        network.write_length(packet, transport, self.total - network.at);
         let part = &mut packet[transport..];
-        let (mut gso_type, csum_offset) = if is_tcp {
+        let (gso_type, csum_offset) = if is_tcp {
             if self.pushed {
                 part[TCP_FLAGS] |= TCP_PSH;
             }
@@ -480,24 +531,13 @@ impl Flow {
         };
         let pseudo = checksum::fold(self.layout.pseudo(transport_len));
         put_u16(part, csum_offset, pseudo.into());
-        let (mut outer_transport, mut inner_network) = (0, 0);
-        if let Some(outer) = outer {
-            gso_type |= GSO_TUNNEL_V4;
-            (outer_transport, inner_network) = (outer as u16, network.at as u16);
-        }
-        batch.set_header(
-            self.frame,
-            VnetHeader {
-                flags: FLAG_NEEDS_CSUM,
-                gso_type,
-                hdr_len: self.layout.len as u16,
-                gso_size: self.size as u16,
-                csum_start: transport as u16,
-                csum_offset: csum_offset as u16,
-                outer_transport,
-                inner_network,
-            },
-        );
+        header.flags |= FLAG_NEEDS_CSUM;
+        header.gso_type |= gso_type;
+        header.hdr_len = self.layout.len as u16;
+        header.gso_size = self.size as u16;
+        header.csum_start = transport as u16;
+        header.csum_offset = csum_offset as u16;
+        batch.set_header(self.frame, header);
     }
 }
 
@@ -508,13 +548,6 @@ fn sequence(tcp: &[u8]) -> u32 {
 /// Of IPv4; meaningless on IPv6.
 fn identification(header: &[u8]) -> u16 {
     u16::from_be_bytes([header[4], header[5]])
-}
-
-fn write_ipv4_length(header: &mut [u8], total: usize) {
-    put_u16(header, 2, total);
-    put_u16(header, 10, 0);
-    let sum = !checksum::fold(checksum::add(0, header));
-    put_u16(header, 10, sum.into());
 }
 
 fn put_u16(bytes: &mut [u8], at: usize, value: usize) {
@@ -672,8 +705,14 @@ mod tests {
         }
     }
 
-    /// The packets in a tunnel of the host to that port, without an outer checksum.
-    fn in_tunnel(from: u8, port: u16, packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
+    /// The packets in a tunnel of the host to that port.
+    fn in_tunnel(
+        from: u8,
+        port: u16,
+        checksum: bool,
+        v6: bool,
+        packets: &[Vec<u8>],
+    ) -> Vec<Vec<u8>> {
         let each = packets.iter().enumerate().map(|(number, inner)| {
             let mut payload = match port {
                 GENEVE => vec![2, 0, 0x65, 0x58, 0, 0, 7, 0, 1, 2, 3, 4, 5, 6, 7, 8],
@@ -682,9 +721,13 @@ mod tests {
             payload.extend_from_slice(&[2; 12]);
             payload.extend_from_slice(if inner[0] >> 4 == 4 { &[8, 0] } else { &[0x86, 0xdd] });
             payload.extend_from_slice(inner);
+            let address = |last: u8| match v6 {
+                false => IpAddr::from([192, 0, 2, last]),
+                true => IpAddr::from([0xfd, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last]),
+            };
             let mut packet = Recipe {
-                source: [192, 0, 2, from].into(),
-                destination: [192, 0, 2, 200].into(),
+                source: address(from),
+                destination: address(200),
                 ports: (50_000, port),
                 tcp: None,
                 identification: number as u16,
@@ -693,7 +736,9 @@ mod tests {
                 payload,
             }
             .build();
-            packet[26..28].fill(0);
+            if !checksum && !v6 {
+                packet[26..28].fill(0);
+            }
             packet
         });
         each.collect()
@@ -701,21 +746,21 @@ mod tests {
 
     #[test]
     fn a_stream_in_a_tunnel_of_the_host_becomes_one_frame() {
-        for (port, v6, gso_type) in [
-            (VXLAN, false, GSO_TCPV4),
-            (VXLAN, true, GSO_TCPV6),
-            (GENEVE, false, GSO_TCPV4),
-            (GENEVE, true, GSO_TCPV6),
-        ] {
+        for case in 0..16u8 {
+            let [v6, geneve, checksum, over_v6] = [1, 2, 4, 8].map(|bit| case & bit != 0);
             let inner: Vec<_> =
                 stream(1, true, v6, &[1300, 1300, 1300, 200]).iter().map(Recipe::build).collect();
-            let packets = in_tunnel(1, port, &inner);
+            let port = if geneve { GENEVE } else { VXLAN };
+            let packets = in_tunnel(1, port, checksum, over_v6, &inner);
             let frames = coalesce(&packets);
-            assert_eq!(frames.len(), 1, "port {port}, v6 {v6}");
+            assert_eq!(frames.len(), 1, "case {case}");
             let (header, _) = &frames[0];
-            assert_eq!(header.gso_type, gso_type | GSO_TUNNEL_V4);
+            let inside = if v6 { GSO_TCPV6 } else { GSO_TCPV4 };
+            let around = if over_v6 { GSO_TUNNEL_V6 } else { GSO_TUNNEL_V4 };
+            assert_eq!(header.gso_type, inside | around);
+            assert_eq!(header.flags & FLAG_TUNNEL_CSUM != 0, checksum || over_v6);
             assert_eq!(header.gso_size, 1300);
-            assert_eq!(header.outer_transport, 20);
+            assert_eq!(header.outer_transport, if over_v6 { 40 } else { 20 });
             assert_eq!(split(&frames), packets);
         }
     }
@@ -723,7 +768,7 @@ mod tests {
     #[test]
     fn what_is_in_no_tunnel_of_the_host_is_joined_as_datagrams() {
         let inner: Vec<_> = stream(1, true, false, &[1300; 4]).iter().map(Recipe::build).collect();
-        let frames = coalesce(&in_tunnel(1, 4_789, &inner));
+        let frames = coalesce(&in_tunnel(1, 4_789, true, false, &inner));
         assert_eq!(frames.len(), 1);
         assert_eq!(frames[0].0.gso_type, GSO_UDP_L4);
     }
@@ -732,9 +777,10 @@ mod tests {
     fn a_segment_in_a_tunnel_that_differs_is_written_alone() {
         let inner: Vec<_> = stream(1, true, false, &[1000; 3]).iter().map(Recipe::build).collect();
         // Outer: time to live; the network's number; a hardware address. Inner: payload, sum of
-        // the header.
-        for at in [8, 34, 40, 600, 60] {
-            let mut packets = in_tunnel(1, VXLAN, &inner);
+        // the header. The outer sum.
+        let places = [(8, false), (34, false), (40, false), (600, false), (60, false), (27, true)];
+        for (at, checksum) in places {
+            let mut packets = in_tunnel(1, VXLAN, checksum, false, &inner);
             packets[1][at] ^= 1;
             if at == 8 {
                 packets[1][10..12].fill(0);
@@ -769,12 +815,12 @@ mod tests {
                     any::<bool>(),
                     1usize..1400,
                     proptest::collection::vec((0u8..12, any::<u8>()), 1..30),
-                    proptest::option::of(prop_oneof![Just(VXLAN), Just(GENEVE)]),
+                    proptest::option::of(any::<(bool, bool, bool)>()),
                 ),
                 1..5,
             ),
         ) -> Vec<Vec<Vec<u8>>> {
-            let build = |(flow, spec): (usize, (bool, bool, usize, Changes, Option<u16>))| {
+            let build = |(flow, spec): (usize, (bool, bool, usize, Changes, Option<(bool, bool, bool)>))| {
                 let (tcp, v6, size, changes, tunnel) = spec;
                 let sizes: Vec<usize> = changes
                     .iter()
@@ -807,7 +853,10 @@ mod tests {
                     }
                 }
                 match tunnel {
-                    Some(port) => in_tunnel(flow as u8, port, &packets),
+                    Some((geneve, checksum, over_v6)) => {
+                        let port = if geneve { GENEVE } else { VXLAN };
+                        in_tunnel(flow as u8, port, checksum, over_v6, &packets)
+                    }
                     None => packets,
                 }
             };
@@ -832,9 +881,10 @@ mod tests {
     /// a tunnel then also without the outer checksum, which covers it.
     fn without_atomic_identification(packet: &[u8]) -> Vec<u8> {
         let mut packet = packet.to_vec();
-        let inside = match u16::from_be_bytes([packet[22], packet[23]]) {
-            VXLAN => Some(28 + 8 + 14),
-            GENEVE => Some(28 + 16 + 14),
+        let udp = if packet[0] >> 4 == 4 { 20 } else { 40 };
+        let inside = match u16::from_be_bytes([packet[udp + 2], packet[udp + 3]]) {
+            VXLAN => Some(udp + 8 + 8 + 14),
+            GENEVE => Some(udp + 8 + 16 + 14),
             _ => None,
         };
         for at in std::iter::once(0).chain(inside) {
@@ -844,7 +894,7 @@ mod tests {
             }
         }
         if inside.is_some() {
-            packet[26..28].fill(0);
+            packet[udp + 6..udp + 8].fill(0);
         }
         packet
     }

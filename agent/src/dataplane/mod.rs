@@ -5,7 +5,8 @@
 //!
 //! # Contract
 //!
-//! - [`DataPlane::start`] runs a thread of its own. The handle is cheap to clone and never waits.
+//! - [`DataPlane::start`] runs a thread for each pair of a TUN queue and a socket. The handle is
+//!   cheap to clone and never waits.
 //! - [`DataPlane::apply`] takes effect whole: a packet sees one table from lookup to send. Peers
 //!   that stay keep their sessions, also when their pre-shared key or boot epoch changes.
 //! - Batches, never packets, cross the two seams ([`TunIo`], [`UdpIo`]). The order within a flow
@@ -20,7 +21,7 @@
 //!
 //! | file | owns |
 //! |---|---|
-//! | `worker` | the thread: what wakes it, in which order it works |
+//! | `worker` | a thread: what wakes it, in which order it works |
 //! | `engine` | what happens to a batch in each direction |
 //! | `peer` | one tunnel over time |
 //! | `session` | the protocol engine; the only file that names boringtun |
@@ -28,6 +29,7 @@
 //! | `arena` | the buffers of a batch |
 //! | `split`, `coalesce`, `vnet`, `checksum`, `packet` | inner packets, and the kernel's super-packets |
 //! | `tun`, `udp`, `memory` | the seams |
+//! | `steering` | which queue of the TUN a packet comes by |
 //! | `switch` | what of the kernel is in use |
 //! | `relay` | channels between other nodes, forwarded as they come |
 //! | `events`, `drops`, `counters` | what is told and counted |
@@ -47,6 +49,7 @@ mod peer;
 pub mod relay;
 pub mod session;
 pub mod split;
+mod steering;
 pub mod switch;
 pub mod table;
 #[cfg(test)]
@@ -76,8 +79,10 @@ pub use drops::DropReason;
 pub use events::{Event, Fault};
 pub use relay::Relay;
 pub use switch::Feature;
-pub use tun::{HostTunnels, NoTun, OpenTunError, Tun, TunIo, open_tun, open_tun_with};
-pub use udp::{OpenUdpError, Udp, UdpIo, open_udp, open_udp_with};
+pub use tun::{
+    HostTunnels, NoTun, OpenTunError, Tun, TunIo, open_tun, open_tun_queues, open_tun_with,
+};
+pub use udp::{OpenUdpError, Udp, UdpIo, open_udp, open_udp_group, open_udp_with};
 
 use drops::Drops;
 use engine::Engine;
@@ -85,7 +90,7 @@ use events::EventSink;
 use session::Secrets;
 use switch::Switch;
 use table::Table;
-use worker::{Command, Inbox, Worker};
+use worker::{Command, Inbox, Pace, Worker};
 
 /// What the data plane is told once.
 pub struct Config {
@@ -173,21 +178,38 @@ struct Running {
     table: Arc<ArcSwap<Table>>,
     /// One at a time builds the next table.
     building: Mutex<()>,
-    inbox: Arc<Inbox>,
-    drops: Arc<Drops>,
+    /// Of each worker. Orders go to the first.
+    inboxes: Vec<Arc<Inbox>>,
+    /// Of each worker.
+    drops: Vec<Arc<Drops>>,
     started: Instant,
     features: Vec<Switch>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Running {
+    fn order(&self, command: Command) {
+        if let Some(first) = self.inboxes.first() {
+            first.push(command);
+        }
+    }
+
+    fn stop(&self) {
+        for inbox in &self.inboxes {
+            inbox.stop();
+        }
+    }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.inbox.stop();
+        self.stop();
     }
 }
 
 impl DataPlane {
-    /// Starts moving packets. Without peers it drops everything, so [`DataPlane::apply`] is next.
+    /// Starts moving packets, with a thread for each of `shards`: queues of one link, with sockets
+    /// of one port. Without peers it drops everything, so [`DataPlane::apply`] is next.
     ///
     /// `events` should hold some hundred: it is never waited for.
     ///
@@ -196,40 +218,55 @@ impl DataPlane {
     /// When the system gives no thread or no descriptors.
     pub fn start<T: TunIo, U: UdpIo>(
         config: Config,
-        tun: T,
-        udp: U,
+        shards: impl IntoIterator<Item = (T, U)>,
         events: Sender<Event>,
     ) -> io::Result<Self> {
         let started = Instant::now();
-        let secrets = Arc::new(Secrets::new(config.private_key));
-        let table = Arc::new(ArcSwap::from_pointee(Table::default()));
-        let drops = Arc::new(Drops::default());
-        let inbox = Arc::new(Inbox::new()?);
-        let mut features = tun.features();
-        features.extend(udp.features());
-        let sink = EventSink::new(events, drops.clone());
-        let engine = Engine::new(
-            secrets.clone(),
-            table.clone(),
-            drops.clone(),
-            sink,
-            config.relay,
-            config.link,
-            started,
-        );
-        let worker = Worker::new(tun, udp, engine, inbox.clone(), drops.clone())?;
-        let thread =
-            std::thread::Builder::new().name("dataplane".to_owned()).spawn(|| worker.run())?;
-        Ok(Self(Arc::new(Running {
-            secrets,
-            table,
+        let mut running = Running {
+            secrets: Arc::new(Secrets::new(config.private_key)),
+            table: Arc::new(ArcSwap::from_pointee(Table::default())),
             building: Mutex::new(()),
-            inbox,
-            drops,
+            inboxes: Vec::new(),
+            drops: Vec::new(),
             started,
-            features,
-            thread: Mutex::new(Some(thread)),
-        })))
+            features: Vec::new(),
+            threads: Mutex::default(),
+        };
+        let pace = Arc::new(Pace::new(started));
+        let mut workers = Vec::new();
+        for (tun, udp) in shards {
+            let (inbox, drops) = (Arc::new(Inbox::new()?), Arc::new(Drops::default()));
+            if workers.is_empty() {
+                // The others share them.
+                running.features.extend(tun.features());
+                running.features.extend(udp.features());
+            }
+            let engine = Engine::new(
+                running.secrets.clone(),
+                running.table.clone(),
+                drops.clone(),
+                EventSink::new(events.clone(), drops.clone()),
+                config.relay.clone(),
+                config.link,
+                started,
+            );
+            workers.push(Worker::new(
+                tun,
+                udp,
+                engine,
+                pace.clone(),
+                inbox.clone(),
+                drops.clone(),
+            )?);
+            running.inboxes.push(inbox);
+            running.drops.push(drops);
+        }
+        for worker in workers {
+            // One that cannot be started ends those before it: `running` is dropped.
+            let thread = std::thread::Builder::new().name("dataplane".to_owned());
+            running.threads.get_mut().push(thread.spawn(|| worker.run())?);
+        }
+        Ok(Self(Arc::new(running)))
     }
 
     /// The node's own public key.
@@ -242,19 +279,19 @@ impl DataPlane {
         let _building = self.0.building.lock();
         let next = self.0.table.load().next(table, &self.0.secrets);
         self.0.table.store(Arc::new(next));
-        self.0.inbox.wake();
+        self.0.inboxes.iter().for_each(|inbox| inbox.wake());
     }
 
     /// Starts a handshake: one initiation, the same bytes to each address. It is repeated every
     /// five seconds (and a little) for 90 s, to the same addresses, unless it is answered or
     /// another order comes. Nothing happens for a peer that is not in the table.
     pub fn handshake(&self, peer: WireguardKey, to: Vec<Path>) {
-        self.0.inbox.push(Command::Handshake(peer, to));
+        self.0.order(Command::Handshake(peer, to));
     }
 
     /// Sends a datagram as it is, from the WireGuard port.
     pub fn send(&self, to: Path, datagram: &[u8]) {
-        self.0.inbox.push(Command::Send(to, datagram.to_vec()));
+        self.0.order(Command::Send(to, datagram.to_vec()));
     }
 
     /// As [`DataPlane::send`], but nobody may fragment it on the way to `peer`. If already the
@@ -262,7 +299,7 @@ impl DataPlane {
     ///
     /// [`Observation::TooBig`]: towline_core::peer_table::Observation::TooBig
     pub fn send_whole(&self, peer: WireguardKey, to: Path, datagram: &[u8]) {
-        self.0.inbox.push(Command::SendWhole(peer, to, datagram.to_vec()));
+        self.0.order(Command::SendWhole(peer, to, datagram.to_vec()));
     }
 
     /// How it stands now.
@@ -278,7 +315,9 @@ impl DataPlane {
             };
             (peer.key, snapshot)
         });
-        let drops = DropReason::ALL.iter().map(|reason| (reason.name(), self.0.drops.get(*reason)));
+        let drops = DropReason::ALL.iter().map(|reason| {
+            (reason.name(), self.0.drops.iter().map(|drops| drops.get(*reason)).sum())
+        });
         Snapshot {
             peers: peers.collect(),
             drops: drops.collect(),
@@ -286,13 +325,13 @@ impl DataPlane {
         }
     }
 
-    /// Ends it, and waits until its thread is gone. The TUN link stays if it is persistent.
+    /// Ends it, and waits until its threads are gone. The TUN link stays if it is persistent.
     pub fn stop(&self) {
-        self.0.inbox.stop();
-        if let Some(thread) = self.0.thread.lock().take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the data plane's thread panicked");
+        self.0.stop();
+        for thread in self.0.threads.lock().drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the data plane panicked");
+            }
         }
     }
 }

@@ -15,6 +15,7 @@ use super::Offloads;
 use super::arena::{Frame, HEADROOM, TunBatch, WriteBatch};
 use super::coalesce::{Coalesce, TunnelPorts};
 use super::drops::{DropReason, Drops};
+use super::steering;
 use super::switch::{Switch, switched_off};
 use super::vnet::{
     GSO_NONE, GSO_TUNNEL_V4, GSO_TUNNEL_V6, GSO_UDP_L4, VNET_HEADER_BYTES,
@@ -145,6 +146,8 @@ pub struct Tun {
     udp: Switch,
     /// Super-packets in a UDP tunnel of the host pass.
     tunnel: Switch,
+    /// There are several queues, if several were asked for.
+    queues: Option<Switch>,
     host_tunnels: HostTunnels,
     /// The parts of one write, kept for their capacity. Empty between writes.
     vectors: Vec<libc::iovec>,
@@ -170,6 +173,75 @@ pub fn open_tun(name: &str) -> Result<Tun, OpenTunError> {
 ///
 /// One line for the operator, see [`OpenTunError`].
 pub fn open_tun_with(name: &str, offloads: Offloads) -> Result<Tun, OpenTunError> {
+    // A persistent link is of the kind that it was made as, until somebody removes it.
+    let (file, name) = match attach(name, false) {
+        Err(OpenTunError::NameTaken(_)) => attach(name, true)?,
+        attached => attached?,
+    };
+    configure(file, name, offloads)
+}
+
+/// Opens as many queues of the TUN link `name` as are asked for, for one worker each; makes it if
+/// it does not exist. All packets for one address come by one of them. Where that cannot be, there
+/// is only one queue, and [`TunIo::features`] says why.
+///
+/// # Errors
+///
+/// See [`OpenTunError`].
+pub fn open_tun_queues(
+    name: &str,
+    offloads: Offloads,
+    count: usize,
+) -> Result<Vec<Tun>, OpenTunError> {
+    if count < 2 {
+        return Ok(vec![open_tun_with(name, offloads)?]);
+    }
+    let (mut first, more) = match attach(name, true) {
+        Ok((file, name)) => {
+            let first = configure(file, name, offloads)?;
+            let more = more_queues(&first, count - 1).map_err(|error| error.to_string());
+            (first, more)
+        }
+        Err(OpenTunError::NameTaken(_)) => {
+            let why = "the link was made with one: remove it (`towline down`) and start again";
+            (open_tun_with(name, offloads)?, Err(why.to_owned()))
+        }
+        Err(error) => return Err(error),
+    };
+    let (queues, probed) = match more {
+        Ok(queues) => (queues, Ok(())),
+        Err(why) => (Vec::new(), Err(why)),
+    };
+    first.queues = Some(Switch::new("tun_queues", probed));
+    Ok(std::iter::once(first).chain(queues).collect())
+}
+
+/// Queues beside the first, which share its switches.
+fn more_queues(first: &Tun, count: usize) -> io::Result<Vec<Tun>> {
+    steering::by_destination(first.fd()).map_err(|error| match error.raw_os_error() {
+        Some(libc::EPERM) => io::Error::other("loading a steering program needs CAP_BPF"),
+        _ => error,
+    })?;
+    let more = (0..count).map(|_| {
+        let (file, _) = attach(&first.name, true).map_err(io::Error::other)?;
+        Ok(Tun {
+            file,
+            control: first.control.try_clone()?,
+            name: first.name.clone(),
+            header_len: first.header_len,
+            tcp: first.tcp.clone(),
+            udp: first.udp.clone(),
+            tunnel: first.tunnel.clone(),
+            queues: None,
+            host_tunnels: first.host_tunnels.clone(),
+            vectors: Vec::new(),
+        })
+    });
+    more.collect()
+}
+
+/// A queue of the link, and the link's name; makes the link if it does not exist.
+fn attach(name: &str, of_several: bool) -> Result<(File, String), OpenTunError> {
     let other = |step| {
         let name = name.to_owned();
         move |error| OpenTunError::Other { name, step, error }
@@ -185,7 +257,9 @@ pub fn open_tun_with(name: &str, offloads: Offloads) -> Result<Tun, OpenTunError
             Some(libc::EPERM | libc::EACCES) => OpenTunError::NotPermitted(name.to_owned()),
             _ => other("/dev/net/tun")(error),
         })?;
-    request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as c_short;
+    let several = if of_several { libc::IFF_MULTI_QUEUE } else { 0 };
+    request.ifr_ifru.ifru_flags =
+        (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several) as c_short;
     // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is.
     unsafe { ioctl(file.as_fd(), libc::TUNSETIFF, (&raw mut request).cast()) }.map_err(
         |error| match error.raw_os_error() {
@@ -195,6 +269,16 @@ pub fn open_tun_with(name: &str, offloads: Offloads) -> Result<Tun, OpenTunError
             _ => other("TUNSETIFF")(error),
         },
     )?;
+    let name = interface_name(&request).unwrap_or_else(|| name.to_owned());
+    Ok((file, name))
+}
+
+/// Sets what is set for the whole link.
+fn configure(file: File, name: String, offloads: Offloads) -> Result<Tun, OpenTunError> {
+    let other = |step| {
+        let name = name.clone();
+        move |error| OpenTunError::Other { name, step, error }
+    };
     let set = |code: c_ulong, step, value: usize| {
         // SAFETY: these take their argument by value.
         unsafe { ioctl(file.as_fd(), code, value as *mut _) }.map_err(other(step))
@@ -232,7 +316,6 @@ pub fn open_tun_with(name: &str, offloads: Offloads) -> Result<Tun, OpenTunError
     }
     header_len(bytes)?;
     let control = control_socket().map_err(other("socket"))?;
-    let name = interface_name(&request).unwrap_or_else(|| name.to_owned());
     Ok(Tun {
         file,
         control,
@@ -241,6 +324,7 @@ pub fn open_tun_with(name: &str, offloads: Offloads) -> Result<Tun, OpenTunError
         tcp: Switch::new("tun_tcp", tcp),
         udp: Switch::new("tun_udp", udp),
         tunnel: Switch::new("tun_tunnel", tunnel),
+        queues: None,
         host_tunnels: HostTunnels::default(),
         vectors: Vec::new(),
     })
@@ -372,7 +456,8 @@ impl TunIo for Tun {
     }
 
     fn features(&self) -> Vec<Switch> {
-        vec![self.tcp.clone(), self.udp.clone(), self.tunnel.clone()]
+        let all = [&self.tcp, &self.udp, &self.tunnel].into_iter().chain(&self.queues);
+        all.cloned().collect()
     }
 }
 

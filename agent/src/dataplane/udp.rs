@@ -128,14 +128,47 @@ pub fn open_udp(port: u16, mark: u32) -> Result<Udp, OpenUdpError> {
 /// One line for the operator, see [`OpenUdpError`].
 pub fn open_udp_with(port: u16, mark: u32, offloads: Offloads) -> Result<Udp, OpenUdpError> {
     let (segment, gro) = probe(offloads);
+    let switches = [Switch::new("udp_segment", segment), Switch::new("udp_gro", gro)];
+    open_pair(port, mark, switches, false)
+}
+
+/// Opens the port as often as asked for, for one worker each: all datagrams from one address come
+/// by one of them.
+///
+/// # Errors
+///
+/// One line for the operator, see [`OpenUdpError`].
+pub fn open_udp_group(
+    port: u16,
+    mark: u32,
+    offloads: Offloads,
+    count: usize,
+) -> Result<Vec<Udp>, OpenUdpError> {
+    let alone = open_udp_with(port, mark, offloads)?;
+    if count < 2 {
+        return Ok(vec![alone]);
+    }
+    // Nobody else has the port; now it can be shared.
+    let (port, switches) = (alone.port, [alone.segment.clone(), alone.gro.clone()]);
+    drop(alone);
+    (0..count).map(|_| open_pair(port, mark, switches.clone(), true)).collect()
+}
+
+fn open_pair(
+    port: u16,
+    mark: u32,
+    [segment, gro]: [Switch; 2],
+    shared: bool,
+) -> Result<Udp, OpenUdpError> {
     // With port 0 the second family may find the first one's choice taken: choose again.
     for _ in 0..16 {
-        let v4 = open_family(Domain::IPV4, port, mark, gro.is_ok())?;
+        let options = SocketOptions { mark, gro: gro.is_on(), shared };
+        let v4 = open_family(Domain::IPV4, port, options)?;
         let chosen = match &v4 {
             Some(v4) => v4.port().map_err(|error| OpenUdpError::Other { port, error })?,
             None => port,
         };
-        match open_family(Domain::IPV6, chosen, mark, gro.is_ok()) {
+        match open_family(Domain::IPV6, chosen, options) {
             Err(OpenUdpError::Busy(_)) if port == 0 => {}
             Err(error) => return Err(error),
             Ok(None) if v4.is_none() => {
@@ -147,15 +180,7 @@ pub fn open_udp_with(port: u16, mark: u32, offloads: Offloads) -> Result<Udp, Op
                     (None, Some(v6)) => v6.port().unwrap_or(chosen),
                     _ => chosen,
                 };
-                return Ok(Udp {
-                    v4,
-                    v6,
-                    port,
-                    mark,
-                    segment: Switch::new("udp_segment", segment),
-                    gro: Switch::new("udp_gro", gro),
-                    v6_first: false,
-                });
+                return Ok(Udp { v4, v6, port, mark, segment, gro, v6_first: false });
             }
         }
     }
@@ -244,11 +269,18 @@ impl std::fmt::Debug for Endpoint {
     }
 }
 
+#[derive(Debug, Clone, Copy)]
+struct SocketOptions {
+    mark: u32,
+    gro: bool,
+    /// With other sockets of this process.
+    shared: bool,
+}
+
 fn open_family(
     domain: Domain,
     port: u16,
-    mark: u32,
-    gro: bool,
+    SocketOptions { mark, gro, shared }: SocketOptions,
 ) -> Result<Option<Endpoint>, OpenUdpError> {
     let other = |error| OpenUdpError::Other { port, error };
     let socket = match Socket::new(domain, Type::DGRAM.nonblocking(), Some(Protocol::UDP)) {
@@ -280,6 +312,9 @@ fn open_family(
     buffer(&socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, SEND_BUFFER);
     if gro {
         set(&socket, libc::SOL_UDP, UDP_GRO, 1).map_err(other)?;
+    }
+    if shared {
+        socket.set_reuse_port(true).map_err(other)?;
     }
     match socket.bind(&SockAddr::from(SocketAddr::new(any, port))) {
         Ok(()) => {}

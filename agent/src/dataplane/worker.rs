@@ -2,11 +2,13 @@
 //! the time.
 //!
 //! One worker does both directions: on two cores it has the throughput of two threads, a better
-//! latency, and spends less. More workers (shards) would each have their own queue of the TUN
-//! and their own sockets, and share the table.
+//! latency, and spends less. More workers (shards) each have their own queue of the TUN and their
+//! own sockets, and share the table. Nothing crosses from one to another, so that a flow keeps its
+//! order: the TUN gives all packets for one address to one queue, and the sockets all datagrams
+//! from one address to one of them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -81,11 +83,44 @@ impl Inbox {
     }
 }
 
+/// What the workers have in common: time passes once for all of them.
+#[derive(Debug)]
+pub(super) struct Pace {
+    started: Instant,
+    /// When time passed last, in milliseconds after the start.
+    ticked: AtomicU64,
+    /// As it turned out then, some tunnel needs more of it.
+    live: AtomicBool,
+    /// Of the link.
+    mtu: AtomicUsize,
+}
+
+impl Pace {
+    pub(super) fn new(started: Instant) -> Self {
+        Self {
+            started,
+            ticked: AtomicU64::new(0),
+            live: AtomicBool::new(true),
+            mtu: AtomicUsize::new(usize::MAX),
+        }
+    }
+
+    /// Whether the caller is the one that lets time pass now.
+    fn claim(&self, now: Instant) -> bool {
+        let now = now.saturating_duration_since(self.started).as_millis() as u64;
+        let last = self.ticked.load(Ordering::Relaxed);
+        // Two workers whose ticks are due together are a little apart.
+        now >= last + (TICK - TICK / 8).as_millis() as u64
+            && self.ticked.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+}
+
 /// See the module.
 pub(super) struct Worker<T, U> {
     tun: T,
     udp: U,
     engine: Engine,
+    pace: Arc<Pace>,
     inbox: Arc<Inbox>,
     drops: Arc<Drops>,
     epoll: Epoll,
@@ -104,6 +139,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         tun: T,
         udp: U,
         engine: Engine,
+        pace: Arc<Pace>,
         inbox: Arc<Inbox>,
         drops: Arc<Drops>,
     ) -> nix::Result<Self> {
@@ -117,6 +153,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             tun,
             udp,
             engine,
+            pace,
             inbox,
             drops,
             epoll,
@@ -137,7 +174,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
     fn serve(&mut self) -> nix::Result<()> {
         let mut next_tick: Option<Instant> = None;
         let mut ticks = 0u32;
-        self.engine.set_mtu(self.tun.mtu());
+        self.look_at_mtu();
         loop {
             let mut ready = [EpollEvent::empty(); 4];
             let ready = match self.epoll.wait(&mut ready, timeout(next_tick)) {
@@ -146,6 +183,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 Err(error) => return Err(error),
             };
             let now = Instant::now();
+            self.engine.set_mtu(self.pace.mtu.load(Ordering::Relaxed));
             let is_ready = |what: u64| ready.iter().any(|event| event.data() == what);
             if is_ready(WAKE) {
                 if self.inbox.stop.load(Ordering::Acquire) {
@@ -163,11 +201,14 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 next_tick = Some(now + TICK);
             }
             if next_tick.is_some_and(|tick| now >= tick) {
-                let live = self.engine.tick(now, &mut self.out, &mut self.udp);
-                next_tick = live.then(|| now + TICK);
+                if self.pace.claim(now) {
+                    let live = self.engine.tick(now, &mut self.out, &mut self.udp);
+                    self.pace.live.store(live, Ordering::Relaxed);
+                }
+                next_tick = self.pace.live.load(Ordering::Relaxed).then(|| now + TICK);
                 ticks = ticks.wrapping_add(1);
                 if ticks.is_multiple_of(MTU_TICKS) {
-                    self.engine.set_mtu(self.tun.mtu());
+                    self.look_at_mtu();
                 }
             }
         }
@@ -177,7 +218,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         let _ = self.inbox.wake.read();
         // Commands follow a plan, and the plan may just have set the link's MTU: padding beyond it
         // would have every outer packet fragmented.
-        self.engine.set_mtu(self.tun.mtu());
+        self.look_at_mtu();
         let commands = std::mem::take(&mut *self.inbox.commands.lock());
         for command in commands {
             match command {
@@ -206,6 +247,12 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             }
         }
         self.flush(now);
+    }
+
+    fn look_at_mtu(&mut self) {
+        let mtu = self.tun.mtu();
+        self.pace.mtu.store(mtu, Ordering::Relaxed);
+        self.engine.set_mtu(mtu);
     }
 
     fn inbound(&mut self, now: Instant) -> nix::Result<()> {
