@@ -208,7 +208,7 @@ pub(super) fn udp(
         for (sender, sink, address) in sockets {
             let to = SocketAddr::new(address, sink.port());
             scope.spawn(move || send(sender, to, size, counters));
-            scope.spawn(move || receive(sink, counters));
+            scope.spawn(move || receive(sink, counters, false));
         }
         let carried = counters.measure(window, daemons, || Ok(()));
         counters.stop.store(true, Ordering::Relaxed);
@@ -218,6 +218,49 @@ pub(super) fn udp(
         reordered: counters.reordered.load(Ordering::Relaxed),
         arrived: counters.datagrams.load(Ordering::Relaxed),
         ..carried
+    })
+}
+
+/// Datagrams of how many bytes, when only their order matters.
+const ORDERED_BYTES: usize = 200;
+/// How long their number may take to arrive.
+const ORDER_LIMIT: Duration = Duration::from_secs(240);
+
+/// Sends numbered datagrams each way until so many have arrived; every flow is answered all the
+/// while.
+pub(super) fn order(ways: &[Way<'_>], datagrams: u64) -> anyhow::Result<Carried> {
+    let single = Offloads { udp_segment: false, ..Offloads::default() };
+    let open = |namespace: &Namespace| namespace.run(|| Ok(open_udp_with(0, 0, single)?));
+    let sockets = ways
+        .iter()
+        .map(|way| Ok((open(way.from)?, open(way.to)?, way.address)))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let counters = &Counters::default();
+    let begun = Instant::now();
+    let arrived = || counters.datagrams.load(Ordering::Relaxed);
+    std::thread::scope(|scope| {
+        for (sender, sink, address) in sockets {
+            let to = SocketAddr::new(address, sink.port());
+            scope.spawn(move || send(sender, to, ORDERED_BYTES, counters));
+            scope.spawn(move || receive(sink, counters, true));
+        }
+        let mut passed = Ok(());
+        while passed.is_ok() && arrived() < datagrams && begun.elapsed() < ORDER_LIMIT {
+            passed = pass(Duration::from_millis(100));
+        }
+        counters.stop.store(true, Ordering::Relaxed);
+        passed
+    })?;
+    if arrived() < datagrams {
+        bail!("only {} of {datagrams} datagrams arrived", arrived());
+    }
+    Ok(Carried {
+        bytes: counters.bytes.load(Ordering::Relaxed),
+        datagrams: arrived(),
+        reordered: counters.reordered.load(Ordering::Relaxed),
+        arrived: arrived(),
+        seconds: begun.elapsed().as_secs_f64(),
+        ..Carried::default()
     })
 }
 
@@ -237,8 +280,10 @@ fn send(mut socket: Udp, to: SocketAddr, size: usize, counters: &Counters) {
     }
 }
 
-fn receive(mut socket: Udp, counters: &Counters) {
+/// Takes what arrives; if `answers`, a small datagram goes back for each batch. Nobody reads those.
+fn receive(mut socket: Udp, counters: &Counters, answers: bool) {
     let mut batch = RecvBatch::new(UDP_SLOTS);
+    let mut answer = SendBatch::new(ORDERED_BYTES, 1);
     let drops = Drops::default();
     let mut next = 0u64;
     loop {
@@ -257,6 +302,11 @@ fn receive(mut socket: Udp, counters: &Counters) {
                 bytes += datagram.len() as u64;
                 datagrams += 1;
             }
+        }
+        if answers && let Some(first) = batch.received().first() {
+            answer.clear();
+            answer.push(first.from, &[0x5a; 8]);
+            socket.send(Instant::now(), &answer, &drops);
         }
         counters.bytes.fetch_add(bytes, Ordering::Relaxed);
         counters.datagrams.fetch_add(datagrams, Ordering::Relaxed);

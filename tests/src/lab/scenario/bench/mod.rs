@@ -59,6 +59,9 @@ const WINDOW: Window =
     Window { warm_up: Duration::from_millis(300), length: Duration::from_millis(1200) };
 const FULL_WINDOW: Window =
     Window { warm_up: Duration::from_millis(500), length: Duration::from_secs(4) };
+/// Datagrams whose order is watched.
+const ORDERED: u64 = 1_000_000;
+const FULL_ORDERED: u64 = 10_000_000;
 const ROUNDS: u16 = 3;
 const FULL_ROUNDS: u16 = 7;
 
@@ -160,6 +163,10 @@ fn measure(
         bench.rounds += 1;
         contestants.reverse();
     }
+    let ours = contestants.iter().any(|contestant| contestant.name == "towline");
+    if ours && (options.cases.is_empty() || options.full) {
+        watch_order(setting, options, lab, bench)?;
+    }
     for contestant in &contestants {
         let peaks = contestant
             .subject
@@ -169,6 +176,23 @@ fn measure(
             .collect::<anyhow::Result<Vec<_>>>()?;
         bench.rss_mb.insert(contestant.name, peaks.iter().copied().fold(0.0, f64::max).round());
     }
+    Ok(())
+}
+
+/// Four flows, each answered all the while, between two agents with two workers each.
+fn watch_order(
+    setting: &Setting,
+    options: &Options,
+    lab: &mut Lab,
+    bench: &mut Bench,
+) -> anyhow::Result<()> {
+    let datagrams = if options.full { FULL_ORDERED } else { ORDERED };
+    setting.talk.step(&format!("the order of {datagrams} datagrams, by two workers"));
+    let subject = Subject::towline(setting, lab, "workers", Outer::V4, 1, 2)?;
+    let (there, back) = (subject.there(false), subject.back(false));
+    let carried = load::order(&[there, back, subject.there(true), subject.back(true)], datagrams)?;
+    bench.reordered += carried.reordered;
+    bench.ordered_datagrams += carried.arrived;
     Ok(())
 }
 
@@ -187,13 +211,13 @@ fn gather(
     let mut contestants = Vec::new();
     if wanted("towline") {
         setting.talk.step("a controller and two agents");
-        let subject = Subject::towline(setting, lab, "towline", Outer::V4, 1)?;
+        let subject = Subject::towline(setting, lab, "towline", Outer::V4, 1, 1)?;
         let over_v6 = outer_v6
-            .then(|| Subject::towline(setting, lab, "towline6", Outer::V6, 1))
+            .then(|| Subject::towline(setting, lab, "towline6", Outer::V6, 1, 1))
             .transpose()?;
         let crowded = cases
             .contains(&Case::Peers1000)
-            .then(|| Subject::towline(setting, lab, "crowded", Outer::V4, 1000))
+            .then(|| Subject::towline(setting, lab, "crowded", Outer::V4, 1000, 1))
             .transpose()?;
         contestants.push(Contestant { name: "towline", subject, over_v6, crowded, all: true });
         bench.subjects.insert("towline", env!("CARGO_PKG_VERSION").to_owned());

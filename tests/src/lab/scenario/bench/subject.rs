@@ -70,21 +70,22 @@ impl Outer {
 
 impl Subject {
     /// The real controller, and two agents that joined it. Each has so many `peers`; all but the
-    /// other of the two never say anything.
+    /// other of the two never say anything. So many `workers` move its packets.
     pub(super) fn towline(
         setting: &Setting,
         lab: &mut Lab,
         name: &str,
         outer: Outer,
         peers: u32,
+        workers: u32,
     ) -> anyhow::Result<Self> {
         let names = [format!("{name}-1"), format!("{name}-2")];
         let hosts = lab.pair([&names[0], &names[1]], outer.net())?;
-        let others = silent_peers(peers - 1);
+        let more = format!("[wireguard]\nworkers = {workers}\n{}", silent_peers(peers - 1));
         let controller = Controller::start(lab, &hosts[0], &setting.binaries)?;
         let mut nodes = Vec::new();
         for (host, name) in hosts.iter().zip(&names) {
-            let mut node = Node::new(lab, host, name, &setting.binaries, &others)?;
+            let mut node = Node::new(lab, host, name, &setting.binaries, &more)?;
             node.join(&controller.operator().token("bench")?)?;
             node.launch()?;
             nodes.push(node);
