@@ -27,6 +27,7 @@ pub struct ProbeKeys {
     peers: HashMap<WireguardKey, Pair>,
     by_id: HashMap<[u8; 8], WireguardKey>,
     scratch: Vec<u8>,
+    refused: u64,
 }
 
 impl fmt::Debug for ProbeKeys {
@@ -90,8 +91,20 @@ impl ProbeKeys {
         Some(datagram)
     }
 
-    /// Who sent the probe in `datagram`, and what it says; `None` for anything not authentic.
+    /// Who sent the probe in `datagram`, and what it says; `None`, and counted, for anything not
+    /// authentic.
     pub fn open(&mut self, datagram: &[u8]) -> Option<(WireguardKey, Probe)> {
+        let opened = self.authentic(datagram);
+        self.refused += u64::from(opened.is_none());
+        opened
+    }
+
+    /// How many were not authentic so far.
+    pub fn refused(&self) -> u64 {
+        self.refused
+    }
+
+    fn authentic(&mut self, datagram: &[u8]) -> Option<(WireguardKey, Probe)> {
         let (header, sealed) = ProbeHeader::decode(datagram)?;
         if sealed.len() > OPEN_BYTES || sealed.len() < PROBE_BODY_BYTES + PROBE_TAG_BYTES {
             return None;
@@ -183,6 +196,7 @@ mod tests {
             assert_eq!(b_keys.open(&changed), None, "byte {byte}");
         }
         assert_eq!(b_keys.open(&datagram[..datagram.len() - 1]), None);
+        assert_eq!(b_keys.refused(), datagram.len() as u64 + 1);
     }
 
     #[test]

@@ -322,3 +322,22 @@ impl From<&MeshConfig> for pb::MeshConfig {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_with_ten_thousand_candidates_is_refused_and_one_with_all_that_there_may_be_is_not()
+    {
+        let candidate = pb::Candidate { kind: 1, address: vec![203, 0, 113, 7], port: 51_830 };
+        let record = |candidates| pb::Record {
+            node_id: vec![1; 16],
+            wireguard_keys: vec![vec![2; 32]],
+            candidates: vec![candidate.clone(); candidates],
+            ..pb::Record::default()
+        };
+        assert!(Record::try_from(record(10_000)).is_err());
+        assert!(Record::try_from(record(limits::CANDIDATES)).is_ok());
+    }
+}

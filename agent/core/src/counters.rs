@@ -11,8 +11,22 @@ pub struct Counters {
     pub probes_withheld: u64,
     /// Pings that were not answered, because the peer sent too many.
     pub pings_refused: u64,
-    /// Answers of a relay that nothing asked for, or of a node that is none.
+    /// Answers of a relay that nothing asked for, or too many, or of a node that is none.
     pub relay_answers_refused: u64,
     /// Answers of a reflector that nothing asked for, or that named an impossible address.
     pub stun_refused: u64,
+}
+
+impl Counters {
+    /// Each by the name that operators see.
+    pub fn named(&self) -> [(&'static str, u64); 6] {
+        [
+            ("signals_refused", self.signals_refused),
+            ("candidates_refused", self.candidates_refused),
+            ("probes_withheld", self.probes_withheld),
+            ("pings_refused", self.pings_refused),
+            ("relay_answers_refused", self.relay_answers_refused),
+            ("stun_refused", self.stun_refused),
+        ]
+    }
 }

@@ -67,6 +67,9 @@ impl From<pb::PeerStatus> for Peer {
     }
 }
 
+/// No link may have less (RFC 8200 section 5), so ours keeps to it, whatever a path takes.
+const IPV6_MIN_MTU: u32 = 1280;
+
 pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
     let peers: Vec<Peer> = with_agent(&config.socket, async |mut agent| {
         let answer = agent.peers(pb::PeersRequest {}).await.map_err(|status| said(&status))?;
@@ -136,21 +139,26 @@ fn text(peers: &[Peer], wide: bool) -> String {
         }
         table.add_row(row);
     }
-    let mut text = output::render(&table);
-    let mut first = true;
-    for peer in peers {
-        let Some(reason) = &peer.reason else { continue };
-        if std::mem::take(&mut first) {
-            text.push('\n');
-        }
-        text.push_str(&format!(
-            "{} is {} for {}: {reason}\n",
-            peer.name,
-            peer.state,
-            output::age(Duration::from_millis(peer.since_ms))
-        ));
+    let remarks: Vec<String> = peers.iter().flat_map(remarks).collect();
+    if remarks.is_empty() {
+        return output::render(&table);
     }
-    text
+    output::render(&table) + "\n" + &remarks.concat()
+}
+
+/// What the table alone would leave an operator wondering about, a line each.
+fn remarks(peer: &Peer) -> impl Iterator<Item = String> {
+    let why = peer.reason.as_ref().map(|reason| {
+        let since = output::age(Duration::from_millis(peer.since_ms));
+        format!("{} is {} for {since}: {reason}\n", peer.name, peer.state)
+    });
+    let small = peer.mtu.filter(|mtu| *mtu < IPV6_MIN_MTU).map(|mtu| {
+        format!(
+            "the path to {} takes {mtu} bytes at once: larger packets are sent in two fragments\n",
+            peer.name
+        )
+    });
+    why.into_iter().chain(small)
 }
 
 #[cfg(test)]
@@ -175,5 +183,18 @@ mod tests {
         assert!(text.ends_with("\nworker-b is down for 1m 1s: no answer\n"), "{text}");
         assert!(!text.contains("cp is"), "{text}");
         assert!(text.lines().all(|line| line == line.trim_end()), "{text}");
+    }
+
+    #[test]
+    fn a_path_that_is_relayed_or_small_is_explained_below_the_table() {
+        let relayed = Peer { mtu: Some(1408), ..peer("worker-b", "up", "through a relay: why") };
+        let small = Peer { mtu: Some(1236), ..peer("worker-c", "up", "") };
+        let text = text(&[peer("cp", "up", ""), relayed, small], false);
+        let below = text.split_once("\n\n").unwrap().1;
+        assert_eq!(
+            below,
+            "worker-b is up for 1m 1s: through a relay: why\nthe path to worker-c takes 1236 bytes \
+             at once: larger packets are sent in two fragments\n"
+        );
     }
 }

@@ -28,6 +28,7 @@ struct Status {
     kubernetes: Option<Kubernetes>,
     peers_up: u32,
     peers_total: u32,
+    peers_relayed: u32,
     certificate_expires_at: Option<String>,
     problems: Vec<String>,
     drops: std::collections::BTreeMap<String, u64>,
@@ -98,6 +99,7 @@ impl From<pb::StatusResponse> for Status {
             }),
             peers_up: status.peers_up,
             peers_total: status.peers_total,
+            peers_relayed: status.peers_relayed,
             certificate_expires_at: expires
                 .filter(|_| status.certificate_expires_at != 0)
                 .map(|at| at.to_string()),
@@ -165,7 +167,11 @@ fn text(status: &Status, wide: bool) -> String {
             line("cni", kubernetes.cni.clone());
         }
     }
-    line("peers", format!("{} up of {}", status.peers_up, status.peers_total));
+    let relayed = match status.peers_relayed {
+        0 => String::new(),
+        relayed => format!(", {relayed} through a relay (`towline peers` says why)"),
+    };
+    line("peers", format!("{} up of {}{relayed}", status.peers_up, status.peers_total));
     if status.controller.is_some() {
         line(
             "certificate",

@@ -14,8 +14,11 @@ use super::Daemon;
 impl Daemon {
     pub(super) fn status(&self) -> pb::StatusResponse {
         let grant = self.membership.as_ref().map(|membership| &membership.grant);
-        let (mut up, mut total) = (0, 0);
-        let states = self.mesh.peers().map(|peer| peer.state);
+        let (mut up, mut relayed, mut total) = (0, 0, 0);
+        let states = self.mesh.peers().map(|peer| {
+            relayed += u32::from(peer.path.is_some_and(|path| path.is_relayed()));
+            peer.state
+        });
         for state in states.chain(self.mesh.static_peers().map(|peer| peer.state)) {
             total += 1;
             up += u32::from(state == PeerState::Up);
@@ -56,13 +59,16 @@ impl Daemon {
             kubernetes: self.kubernetes_status(),
             peers_up: up,
             peers_total: total,
+            peers_relayed: relayed,
             certificate_expires_at: self.certificate_expires_at,
             uptime_ms: millis(self.started.elapsed()),
             problems: self.problems(),
             drops: snapshot
                 .drops
-                .iter()
-                .map(|(name, count)| pb::Counter { name: (*name).into(), count: *count })
+                .into_iter()
+                .chain(self.mesh.counters().named())
+                .chain([("probes_refused", self.probe_keys.refused())])
+                .map(|(name, count)| pb::Counter { name: name.into(), count })
                 .collect(),
             relay: self.config.relay.enabled.then(|| {
                 let relay = self.relay.snapshot();

@@ -182,7 +182,7 @@ pub struct PeerStatus {
     pub state: PeerState,
     /// Since when.
     pub since: Instant,
-    /// Why it is not up, in words for the operator; empty when it is.
+    /// Why it is not up, or up through a relay alone, in words for the operator; else empty.
     pub reason: String,
     /// The path that carries its traffic.
     pub path: Option<Path>,

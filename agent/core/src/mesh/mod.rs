@@ -28,7 +28,7 @@ use crate::derive;
 use crate::homes::Homes;
 use crate::local::Local;
 use crate::path::{LocalEnd, Path};
-use crate::peer::{Context, Peer};
+use crate::peer::{Around, Context, Peer};
 use crate::peer_table::{Observation, PeerTable};
 use crate::pings::{Pings, Purpose};
 use crate::plan::UnderlayPlan;
@@ -503,8 +503,12 @@ impl Mesh {
         let reason = match claim.and_then(|claim| claim.key_holder.as_ref()) {
             Some(holder) => format!("its WireGuard key is held by {holder}"),
             None => {
-                let (relays, silent) = (!self.homes.is_empty(), self.reflex.silent());
-                peer.reason(self.now, &self.local, relays, silent)
+                let around = Around {
+                    relays: !self.homes.is_empty(),
+                    silent: self.reflex.silent(),
+                    mapping: self.mapping(),
+                };
+                peer.reason(self.now, &self.local, around)
             }
         };
         let relayed = peer.path().filter(Path::is_relayed);

@@ -3,6 +3,7 @@
 //! - [`paths`]: what is known of each path, and which is the best.
 //! - [`reach`]: where it might be reached, and what is sent there.
 //! - [`race`]: what is tried when, while there is none, or none good enough.
+//! - [`heard`]: what the peer, or a relay that knows it, says to us.
 //! - [`liveness`]: whether the one that carries traffic still does.
 //! - [`pmtu`]: how large a datagram it takes.
 //!
@@ -19,9 +20,10 @@
 //! A completed handshake makes its way the path, whichever it is: so traffic starts over a relay
 //! where that is faster to get. Of the two nodes the one with the lower key is in charge of moving
 //! it to a better path, by a fresh handshake there: the old session keeps its own replay window, so
-//! nothing is lost, and the other node simply follows the handshake. Either of them may leave a
-//! path that is dead.
+//! nothing is lost, and the other node simply follows the handshake. One that is left behind on a
+//! relay moves by itself after a second. Either of them may leave a path that is dead.
 
+mod heard;
 mod liveness;
 mod paths;
 pub(crate) mod pmtu;
@@ -36,7 +38,6 @@ use std::time::{Duration, Instant};
 use rand::Rng as _;
 use rand::rngs::StdRng;
 use towline_proto::id::{NodeId, WireguardKey};
-use towline_proto::limits;
 use towline_proto::node::Node;
 
 use crate::budget::{Bucket, Unanswered};
@@ -44,10 +45,10 @@ use crate::counters::Counters;
 use crate::homes::Homes;
 use crate::local::{Local, reachable};
 use crate::mesh::{Output, PeerState};
-use crate::path::{ChannelId, Path};
+use crate::path::Path;
 use crate::peer_table::{Observation, REKEY_TIMEOUT};
-use crate::pings::{Pings, Purpose, Sent};
-use crate::signal::Signal;
+use crate::pings::{Pings, Purpose};
+use crate::reflex::Mapping;
 use crate::timers::{Timer, Timers};
 
 use liveness::{Liveness, Verdict};
@@ -59,18 +60,12 @@ use race::Race;
 pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(10);
 /// Nothing was sent to it for so long: not tried any more, in a mesh that connects on need.
 const IDLE_AFTER: Duration = Duration::from_secs(600);
-/// The least time between two checks of one path that answer to what the peer sent.
-const CHECK_MIN: Duration = Duration::from_millis(100);
 /// The least time between two handshakes that move traffic to a better path.
 const MOVE_MIN: Duration = Duration::from_millis(500);
+/// The time that the node in charge has for it.
+const LEFT_BEHIND: Duration = Duration::from_secs(1);
 /// How often other good paths are pinged while one is in use.
 const ALTERNATIVES: Duration = Duration::from_secs(10);
-/// How long candidates of a signal are worth a try.
-const SIGNALLED_FOR: Duration = Duration::from_secs(120);
-/// Pongs per second and in a burst: a peer whose pings are replayed costs no more.
-const PONGS_PER_SECOND: u32 = 60;
-/// Signals of one peer that are heeded per second.
-const SIGNALS_PER_SECOND: u32 = 4;
 /// The wait for an answer to a padded ping, beside that for any.
 const MTU_WAIT: Duration = Duration::from_millis(100);
 
@@ -96,6 +91,17 @@ pub(crate) struct Context<'a> {
     pub(crate) table_changed: &'a mut bool,
 }
 
+/// What is known of the networks around, to explain how it stands with a peer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Around {
+    /// The mesh has relays.
+    pub(crate) relays: bool,
+    /// No reflector ever answered.
+    pub(crate) silent: bool,
+    /// How our NAT maps.
+    pub(crate) mapping: Option<Mapping>,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Peer {
@@ -107,6 +113,7 @@ pub(crate) struct Peer {
     race: Race,
     /// The WireGuard endpoint: the way of the last handshake or authentic datagram.
     endpoint: Option<Path>,
+    endpoint_since: Option<Instant>,
     /// The one before, and when it was left: late datagrams still come from there.
     left: Option<(Path, Instant)>,
     session: bool,
@@ -119,8 +126,10 @@ pub(crate) struct Peer {
     /// From signals: until when they are worth a try.
     signalled: BTreeMap<SocketAddr, Instant>,
     heard_signal: (u64, u64),
-    pongs: Bucket,
+    /// Answers on the path in use, and elsewhere.
+    pongs: [Bucket; 2],
     calls: Bucket,
+    channels: Bucket,
 }
 
 impl Peer {
@@ -134,6 +143,7 @@ impl Peer {
             trying_since: cx.now,
             race: Race::new(cx.now),
             endpoint: None,
+            endpoint_since: None,
             left: None,
             session: false,
             last_handshake: None,
@@ -144,8 +154,9 @@ impl Peer {
             pmtu: Pmtu::default(),
             signalled: BTreeMap::new(),
             heard_signal: (0, 0),
-            pongs: Bucket::default(),
+            pongs: <[Bucket; 2]>::default(),
             calls: Bucket::default(),
+            channels: Bucket::default(),
         };
         if let Some(delay) = delay {
             cx.timers.set(Timer::Attempt(peer.id()), cx.now + delay);
@@ -398,132 +409,6 @@ impl Peer {
         }
     }
 
-    /// An authentic ping came.
-    pub(crate) fn on_ping(&mut self, cx: &mut Context<'_>, from: Path, transaction: u64) {
-        if !cx.local.may_send_to(from.remote) {
-            return;
-        }
-        if !self.pongs.take(cx.now, PONGS_PER_SECOND) {
-            cx.counters.pings_refused += 1;
-            return;
-        }
-        cx.outputs.push_back(Output::Pong { peer: self.key(), to: from, transaction });
-        let from = cx.local.canonical(from);
-        let new = self.paths.get(&from).is_none();
-        self.paths.heard(cx.now, from, self.endpoint);
-        if self.state == PeerState::Up {
-            // It calls from somewhere else: perhaps because the way that we know has ended.
-            if new && self.endpoint != Some(from) {
-                self.ping(cx, from, Purpose::Check);
-                if self.liveness.is_used(cx.now) || cx.eager {
-                    cx.timers.set_no_later(Timer::Probe(self.id()), cx.now);
-                }
-            }
-            return;
-        }
-        // It is there, it knows us, and this way leads from it to us: see about the other way.
-        let known = self.paths.get(&from).and_then(|known| known.checked);
-        if known.is_none_or(|at| cx.now >= at + CHECK_MIN) {
-            self.ping(cx, from, Purpose::Check);
-        }
-        self.answer(cx, from);
-        match self.state {
-            PeerState::Down | PeerState::Idle => self.try_anew(cx),
-            PeerState::Connecting | PeerState::Up => {}
-        }
-    }
-
-    /// An authentic pong came, answering `sent`, from where that was sent to.
-    pub(crate) fn on_pong(&mut self, cx: &mut Context<'_>, sent: &Sent) {
-        let path = sent.to;
-        let rtt = cx.now.saturating_duration_since(sent.at);
-        cx.unanswered.answered(path.remote.ip());
-        if let Purpose::Size(size) = sent.purpose {
-            if self.pmtu.answered(path, size) {
-                cx.timers.set(Timer::Mtu(self.id()), cx.now);
-            }
-            return;
-        }
-        self.paths.answered(cx.now, path, self.endpoint, rtt);
-        match self.path() {
-            Some(current) if current == path => {
-                if self.liveness.doubtful().is_some() {
-                    // Other paths were asked too: they may be better all the same.
-                    self.compared = None;
-                }
-                match self.liveness.pong(cx.now, sent.at, self.keeps(cx)) {
-                    Some(at) => cx.timers.set(Timer::Probe(self.id()), at),
-                    None => cx.timers.cancel(Timer::Probe(self.id())),
-                }
-                if sent.purpose == Purpose::Path {
-                    self.compare(cx, current);
-                }
-                self.move_to_better(cx, current);
-            }
-            Some(current) => {
-                let doubtful = self.liveness.doubtful().is_some_and(|doubt| sent.at >= doubt);
-                if doubtful && self.yields(current, path) {
-                    self.take_over(cx, path);
-                } else {
-                    self.move_to_better(cx, current);
-                }
-            }
-            None => self.answer(cx, path),
-        }
-    }
-
-    /// A signal came, which is authentic; it may be a replay.
-    pub(crate) fn on_signal(&mut self, cx: &mut Context<'_>, signal: &Signal) {
-        let Signal::CallMe { boot_epoch, number, candidates } = signal;
-        let fresh = (*boot_epoch, *number) > self.heard_signal;
-        if !fresh || !self.calls.take(cx.now, SIGNALS_PER_SECOND) {
-            cx.counters.signals_refused += 1;
-            return;
-        }
-        self.heard_signal = (*boot_epoch, *number);
-        self.signalled.retain(|_, until| cx.now < *until);
-        for candidate in candidates {
-            let room = self.signalled.len() < limits::CANDIDATES;
-            if room && cx.local.may_send_to(candidate.address()) {
-                self.signalled.insert(candidate.address(), cx.now + SIGNALLED_FOR);
-            } else {
-                cx.counters.candidates_refused += 1;
-            }
-        }
-        match self.path() {
-            Some(path) if !path.is_relayed() && self.session => {
-                // It may have lost us without our noticing, and our NAT lets it in again only where
-                // we send something to.
-                cx.timers.set_no_later(Timer::Probe(self.id()), cx.now);
-                for to in candidates.iter().flat_map(|to| cx.local.paths_to(to.address())) {
-                    if to != path && cx.local.may_send_to(to.remote) {
-                        self.ping(cx, to, Purpose::Check);
-                    }
-                }
-            }
-            Some(_) => self.hurry(cx),
-            None => self.try_anew(cx),
-        }
-    }
-
-    /// A relay opened a channel to it, at our request or at its own.
-    pub(crate) fn on_channel(&mut self, cx: &mut Context<'_>, from: Path, channel: ChannelId) {
-        let from = cx.local.canonical(from);
-        let path = Path { channel: Some(channel), ..from };
-        if !self.paths.opened(cx.now, path, self.endpoint) && self.state == PeerState::Up {
-            return;
-        }
-        self.ping(cx, path, Purpose::Check);
-        match self.state {
-            PeerState::Up => self.hurry(cx),
-            PeerState::Idle | PeerState::Down => self.try_anew(cx),
-            PeerState::Connecting => {}
-        }
-        if self.path().is_none() && self.begins(cx.local) {
-            self.initiate(cx, vec![path]);
-        }
-    }
-
     /// Sends an operator's ping on the path, or to everywhere while there is none.
     pub(crate) fn operator_ping(&mut self, cx: &mut Context<'_>, id: u64) {
         self.liveness.traffic(cx.now);
@@ -542,10 +427,10 @@ impl Peer {
         }
     }
 
-    /// Why it is not up, in words for the operator; empty when it is.
-    pub(crate) fn reason(&self, now: Instant, local: &Local, relays: bool, silent: bool) -> String {
+    /// Why it is not up, or up through a relay alone, in words for the operator; else empty.
+    pub(crate) fn reason(&self, now: Instant, local: &Local, around: Around) -> String {
         if self.state == PeerState::Up {
-            return String::new();
+            return self.reason_for_relay(now, local, around).unwrap_or_default();
         }
         if self.state == PeerState::Idle {
             return "nothing was sent to it yet".into();
@@ -554,27 +439,40 @@ impl Peer {
         let seconds = now.saturating_duration_since(self.trying_since).as_secs();
         let tried_all = match tried {
             0 => "it has published no address that we could call".into(),
-            1 => format!("no answer from 1 candidate for {seconds} s"),
-            n => format!("no answer from {n} candidates for {seconds} s"),
+            n => format!("no answer from {} for {seconds} s", counted(n)),
         };
         if self.state == PeerState::Connecting {
             return match tried {
                 0 => {
                     "waiting for it to call: it has published no address that we could call".into()
                 }
-                1 => "trying 1 candidate".into(),
-                n => format!("trying {n} candidates"),
+                n => format!("trying {}", counted(n)),
             };
         }
         if self.paths.any_answered(now) {
             "it answers probes but no handshake: was its clock or ours set back?".into()
-        } else if silent {
+        } else if around.silent {
             format!("nothing ever answered us over UDP: does a firewall block it? ({tried_all})")
-        } else if !relays && !local.reachable() && !reachable(&self.node.record().candidates) {
+        } else if !around.relays && !local.reachable() && !reachable(&self.node.record().candidates)
+        {
             format!("both nodes are behind NAT and no relay is configured ({tried_all})")
         } else {
             tried_all
         }
+    }
+
+    fn reason_for_relay(&self, now: Instant, local: &Local, around: Around) -> Option<String> {
+        self.path().filter(Path::is_relayed)?;
+        let tried = match self.candidates(now, local).len() {
+            0 => "it has published no address that we could call".into(),
+            tried if now < self.since + DOWN_AFTER => format!("still trying {}", counted(tried)),
+            tried => format!("no answer from {}", counted(tried)),
+        };
+        let ours = match around.mapping {
+            Some(Mapping::Dependent) => "our NAT takes another port for each peer, ",
+            _ => "",
+        };
+        Some(format!("through a relay: {ours}{tried}"))
     }
 
     fn handshake(&mut self, cx: &mut Context<'_>, from: Path) {
@@ -704,16 +602,21 @@ impl Peer {
         self.settle(cx);
     }
 
-    /// Moves traffic to a better path by a handshake there, if it is we who decide.
+    /// Moves traffic to a better path by a handshake there, if it is we who decide, or if the one who
+    /// does has left us behind on a relay: it may be on a better path already, and think that we are.
     fn move_to_better(&mut self, cx: &mut Context<'_>, current: Path) {
-        if !self.leads(cx.local) || self.moved.is_some_and(|at| cx.now < at + MOVE_MIN) {
+        if self.moved.is_some_and(|at| cx.now < at + MOVE_MIN) {
             return;
         }
         let since_left = |path: &Path| {
             let answered = self.paths.get(path).and_then(|known| known.answered);
             self.left.is_none_or(|(left, at)| left != *path || answered > Some(at))
         };
-        if let Some(better) = self.paths.better(cx.now, current).filter(since_left) {
+        let Some(better) = self.paths.better(cx.now, current).filter(since_left) else { return };
+        let left_behind = current.is_relayed()
+            && !better.is_relayed()
+            && self.endpoint_since.is_some_and(|at| cx.now >= at + LEFT_BEHIND);
+        if left_behind || self.leads(cx.local) {
             self.moved = Some(cx.now);
             self.initiate(cx, vec![better]);
         }
@@ -775,6 +678,7 @@ impl Peer {
             self.left = Some((before, cx.now));
         }
         self.endpoint = endpoint;
+        self.endpoint_since = Some(cx.now);
         self.liveness.moved();
         *cx.table_changed = true;
         if let Some(path) = endpoint {
@@ -820,6 +724,10 @@ pub(crate) fn clamped(mtu: Option<u16>, link: u16) -> (u16, bool) {
         Some(mtu) if mtu < INNER_MIN => (INNER_MIN, true),
         Some(mtu) => (mtu.min(link), false),
     }
+}
+
+fn counted(candidates: usize) -> String {
+    format!("{candidates} candidate{}", if candidates == 1 { "" } else { "s" })
 }
 
 /// Between four fifths and six fifths of it.

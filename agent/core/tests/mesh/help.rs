@@ -67,3 +67,34 @@ fn traffic_moves_from_a_relay_to_a_direct_path_by_a_handshake_there() {
     assert!(handshakes(&outputs).contains(&vec![path(PUBLIC)]));
     assert_eq!(us.table().peers[&key(2)].endpoint, Some(through), "not before it is through");
 }
+
+#[test]
+fn a_node_that_was_left_behind_on_a_relay_moves_by_itself_though_the_other_one_leads() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.drain();
+    let through = Path { channel: Some(ChannelId(7)), ..path(OTHER) };
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: through });
+    let outputs = us.pass(Duration::from_millis(900), Some(Duration::from_millis(10)));
+    assert!(!handshakes(&outputs).contains(&vec![path(PUBLIC)]), "the other one has its time");
+    let outputs = us.pass(Duration::from_millis(1_600), Some(Duration::from_millis(10)));
+    assert!(handshakes(&outputs).contains(&vec![path(PUBLIC)]));
+}
+
+#[test]
+fn a_channel_that_a_relay_tells_of_again_begins_no_further_handshake() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
+    us.upsert(peer(9).relay().candidates(&[OTHER]));
+    us.upsert(peer(2));
+    let requests = relayed(&us.run(Duration::from_millis(50)));
+    let transaction = requests.iter().find_map(|request| match request {
+        RelayRequest::Open { transaction, .. } => Some(*transaction),
+        RelayRequest::Register { .. } => None,
+    });
+    let opened = RelayAnswer::Opened { transaction: transaction.unwrap(), channel: ChannelId(77) };
+    for _ in 0..5 {
+        us.mesh.relay_received(us.now, key(9), path(OTHER), opened);
+    }
+    assert_eq!(handshakes(&us.drain()).len(), 1, "each would undo the one before");
+}

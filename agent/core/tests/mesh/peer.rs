@@ -288,3 +288,21 @@ fn a_call_shows_a_node_that_is_up_where_else_to_open_its_nat() {
     assert!(pings(&outputs).iter().any(|(to, _)| *to == path(OTHER)));
     assert_eq!(us.peer(2).path, Some(path(PUBLIC)));
 }
+
+// What the operator is told
+
+#[test]
+fn a_peer_that_is_up_through_a_relay_alone_says_why() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.drain();
+    let through = Path { channel: Some(ChannelId(7)), ..path(OTHER) };
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: through });
+    us.silent = Some(addr(PUBLIC));
+    let reason = us.peer(2).reason;
+    assert_eq!(reason, "through a relay: still trying 1 candidate");
+    us.active();
+    us.echo(Duration::from_millis(10), Duration::from_secs(12));
+    assert_eq!(us.peer(2).state, PeerState::Up);
+    assert_eq!(us.peer(2).reason, "through a relay: no answer from 1 candidate");
+}

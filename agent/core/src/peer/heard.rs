@@ -1,0 +1,160 @@
+//! What the peer, or a relay that knows it, says to us. All of it is authentic; any of it may be a
+//! replay, or a lie of that very peer or relay.
+
+use std::time::Duration;
+
+use towline_proto::limits;
+
+use super::{Context, Peer};
+use crate::mesh::{Output, PeerState};
+use crate::path::{ChannelId, Path};
+use crate::pings::{Purpose, Sent};
+use crate::signal::Signal;
+use crate::timers::Timer;
+
+/// The least time between two checks of one path that answer to what the peer sent.
+const CHECK_MIN: Duration = Duration::from_millis(100);
+/// How long candidates of a signal are worth a try.
+const SIGNALLED_FOR: Duration = Duration::from_secs(120);
+/// Pongs per second and in a burst: a peer whose pings are replayed costs no more.
+const PONGS_PER_SECOND: u32 = 60;
+/// Signals of one peer that are heeded per second.
+const SIGNALS_PER_SECOND: u32 = 4;
+/// Channels to one peer that are heeded per second: relays say each a few times.
+const CHANNELS_PER_SECOND: u32 = 32;
+
+impl Peer {
+    /// An authentic ping came.
+    pub(crate) fn on_ping(&mut self, cx: &mut Context<'_>, from: Path, transaction: u64) {
+        if !cx.local.may_send_to(from.remote) {
+            return;
+        }
+        // Whoever replays pings from elsewhere does not use up what the path in use needs.
+        let elsewhere = self.path().is_none_or(|path| !path.is(&from));
+        if !self.pongs[usize::from(elsewhere)].take(cx.now, PONGS_PER_SECOND) {
+            cx.counters.pings_refused += 1;
+            return;
+        }
+        cx.outputs.push_back(Output::Pong { peer: self.key(), to: from, transaction });
+        let from = cx.local.canonical(from);
+        let new = self.paths.get(&from).is_none();
+        self.paths.heard(cx.now, from, self.endpoint);
+        if self.state == PeerState::Up {
+            // It calls from somewhere else: perhaps because the way that we know has ended.
+            if new && self.endpoint != Some(from) {
+                self.ping(cx, from, Purpose::Check);
+                if self.liveness.is_used(cx.now) || cx.eager {
+                    cx.timers.set_no_later(Timer::Probe(self.id()), cx.now);
+                }
+            }
+            return;
+        }
+        // It is there, it knows us, and this way leads from it to us: see about the other way.
+        let known = self.paths.get(&from).and_then(|known| known.checked);
+        if known.is_none_or(|at| cx.now >= at + CHECK_MIN) {
+            self.ping(cx, from, Purpose::Check);
+        }
+        self.answer(cx, from);
+        match self.state {
+            PeerState::Down | PeerState::Idle => self.try_anew(cx),
+            PeerState::Connecting | PeerState::Up => {}
+        }
+    }
+
+    /// An authentic pong came, answering `sent`, from where that was sent to.
+    pub(crate) fn on_pong(&mut self, cx: &mut Context<'_>, sent: &Sent) {
+        let path = sent.to;
+        let rtt = cx.now.saturating_duration_since(sent.at);
+        cx.unanswered.answered(path.remote.ip());
+        if let Purpose::Size(size) = sent.purpose {
+            if self.pmtu.answered(path, size) {
+                cx.timers.set(Timer::Mtu(self.id()), cx.now);
+            }
+            return;
+        }
+        self.paths.answered(cx.now, path, self.endpoint, rtt);
+        match self.path() {
+            Some(current) if current == path => {
+                if self.liveness.doubtful().is_some() {
+                    // Other paths were asked too: they may be better all the same.
+                    self.compared = None;
+                }
+                match self.liveness.pong(cx.now, sent.at, self.keeps(cx)) {
+                    Some(at) => cx.timers.set(Timer::Probe(self.id()), at),
+                    None => cx.timers.cancel(Timer::Probe(self.id())),
+                }
+                if sent.purpose == Purpose::Path {
+                    self.compare(cx, current);
+                }
+                self.move_to_better(cx, current);
+            }
+            Some(current) => {
+                let doubtful = self.liveness.doubtful().is_some_and(|doubt| sent.at >= doubt);
+                if doubtful && self.yields(current, path) {
+                    self.take_over(cx, path);
+                } else {
+                    self.move_to_better(cx, current);
+                }
+            }
+            None => self.answer(cx, path),
+        }
+    }
+
+    /// A signal came, which is authentic; it may be a replay.
+    pub(crate) fn on_signal(&mut self, cx: &mut Context<'_>, signal: &Signal) {
+        let Signal::CallMe { boot_epoch, number, candidates } = signal;
+        let fresh = (*boot_epoch, *number) > self.heard_signal;
+        if !fresh || !self.calls.take(cx.now, SIGNALS_PER_SECOND) {
+            cx.counters.signals_refused += 1;
+            return;
+        }
+        self.heard_signal = (*boot_epoch, *number);
+        self.signalled.retain(|_, until| cx.now < *until);
+        for candidate in candidates {
+            let room = self.signalled.len() < limits::CANDIDATES;
+            if room && cx.local.may_send_to(candidate.address()) {
+                self.signalled.insert(candidate.address(), cx.now + SIGNALLED_FOR);
+            } else {
+                cx.counters.candidates_refused += 1;
+            }
+        }
+        match self.path() {
+            Some(path) if !path.is_relayed() && self.session => {
+                // It may have lost us without our noticing, and our NAT lets it in again only where
+                // we send something to.
+                cx.timers.set_no_later(Timer::Probe(self.id()), cx.now);
+                for to in candidates.iter().flat_map(|to| cx.local.paths_to(to.address())) {
+                    if to != path && cx.local.may_send_to(to.remote) {
+                        self.ping(cx, to, Purpose::Check);
+                    }
+                }
+            }
+            Some(_) => self.hurry(cx),
+            None => self.try_anew(cx),
+        }
+    }
+
+    /// A relay opened a channel to it, at our request or at its own.
+    pub(crate) fn on_channel(&mut self, cx: &mut Context<'_>, from: Path, channel: ChannelId) {
+        if !self.channels.take(cx.now, CHANNELS_PER_SECOND) {
+            cx.counters.relay_answers_refused += 1;
+            return;
+        }
+        let from = cx.local.canonical(from);
+        let path = Path { channel: Some(channel), ..from };
+        let new = self.paths.opened(cx.now, path, self.endpoint);
+        if !new && self.state == PeerState::Up {
+            return;
+        }
+        self.ping(cx, path, Purpose::Check);
+        match self.state {
+            PeerState::Up => self.hurry(cx),
+            PeerState::Idle | PeerState::Down => self.try_anew(cx),
+            PeerState::Connecting => {}
+        }
+        // Once: each initiation undoes the one before, and the relay tells of a channel several times.
+        if new && self.path().is_none() && self.begins(cx.local) {
+            self.initiate(cx, vec![path]);
+        }
+    }
+}
