@@ -2,7 +2,8 @@
 //!
 //! Docker sets the policy of its `FORWARD` chain to drop, and no accept of our own table overrides
 //! another table's drop. It leaves `DOCKER-USER` to others, which comes first: there what comes
-//! out of our link or enters it is let pass. Where there is no such chain nothing is done.
+//! out of our link or enters it is let pass. Where there is no such chain, or nothing leads to it any
+//! more (whoever flushes everything deletes the empty chains next, and could not), nothing is done.
 //!
 //! firewalld lets nobody add to its tables: there is only looked whether it knows our link, and said
 //! what to do where it does not.
@@ -17,6 +18,8 @@ use super::problem::{ApplyError, Problem};
 
 /// Table and chain, in both families.
 pub(super) const PLACE: (&str, &str) = ("filter", "DOCKER-USER");
+/// The chain of the same table that leads there.
+pub(super) const FORWARD: &str = "FORWARD";
 const FAMILIES: [TableFamily; 2] = [TableFamily::Ip, TableFamily::Ip6];
 /// firewalld's table.
 pub(super) const FIREWALLD: &str = "firewalld";
@@ -59,7 +62,7 @@ fn is_without_zone(nft: &mut Nft, link: &str) -> Result<bool, NftError> {
 fn put_family(nft: &mut Nft, family: TableFamily, link: &str) -> Result<usize, NftError> {
     let (table, chain) = PLACE;
     let Some(have) = nft.read_chain(family, table, chain)? else { return Ok(0) };
-    let wanted = wanted(link);
+    let wanted = if is_led_to(nft, family)? { wanted(link).to_vec() } else { Vec::new() };
     let rules = &have.table.chains[chain].rules;
     let ours = rules.iter().filter(|rule| is_ours(rule));
     if ours.eq(&wanted) {
@@ -73,6 +76,16 @@ fn put_family(nft: &mut Nft, family: TableFamily, link: &str) -> Result<usize, N
     let messages = transaction.messages();
     nft.commit(transaction)?;
     Ok(messages)
+}
+
+fn is_led_to(nft: &mut Nft, family: TableFamily) -> Result<bool, NftError> {
+    let (table, chain) = PLACE;
+    let Some(forward) = nft.read_chain(family, table, FORWARD)? else { return Ok(false) };
+    let leads = |rule: &Rule| match rule.expressions.last() {
+        Some(Expression::Verdict(Verdict::Jump(to) | Verdict::Goto(to))) => to == chain,
+        _ => false,
+    };
+    Ok(forward.table.chains[FORWARD].rules.iter().any(leads))
 }
 
 /// Takes our rules out; says how many there were.

@@ -218,7 +218,8 @@ impl Filter {
             NEW_RULE | DELETE_RULE => 2,
             _ => return,
         };
-        pending.hooks |= named(TABLE, table) && named(place, chain);
+        pending.hooks |=
+            named(TABLE, table) && (named(place, chain) || named(place, hook::FORWARD));
     }
 
     /// Whether a link's notification is about ours; follows its number.

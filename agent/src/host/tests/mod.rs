@@ -492,6 +492,17 @@ namespace_test! {
         });
         assert_eq!(rules(&mut nft, TableFamily::Ip), with_ours);
 
+        // Somebody flushes the table, and then deletes its chains, which must be empty for that.
+        let empty = Table::new(TableFamily::Ip, "filter")
+            .chain("DOCKER-USER", Chain::regular())
+            .chain("FORWARD", Chain::base(ChainKind::Filter, Hook::Forward, 0));
+        nft.load(&empty).unwrap();
+        host.apply_hooks().unwrap();
+        assert_eq!(nft.read(TableFamily::Ip, "filter").unwrap().unwrap().table, empty);
+        nft.load(&theirs(TableFamily::Ip)).unwrap();
+        host.apply_hooks().unwrap();
+        assert_eq!(rules(&mut nft, TableFamily::Ip), with_ours);
+
         host.remove(&Names::of(&plan())).unwrap();
         for family in [TableFamily::Ip, TableFamily::Ip6] {
             assert_eq!(nft.read(family, "filter").unwrap().unwrap().table, theirs(family));
