@@ -9,11 +9,14 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::{Receiver, channel};
 use towline_agent::dataplane::memory::{self, Datagram, MemoryHost, Network};
+use towline_agent::dataplane::relay::Limits;
 use towline_agent::dataplane::session::{HANDSHAKE_BYTES, Secrets, Session};
 use towline_agent::dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
 use towline_agent::dataplane::{Config, DataPlane, Event, Relay, checksum};
 use towline_core::peer_table::{Observation, PeerEntry, PeerTable, PresharedKey};
+use towline_proto::frame::relayed_header;
 use towline_proto::id::WireguardKey;
+use towline_proto::stun;
 use x25519_dalek::{PublicKey, StaticSecret};
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -33,14 +36,14 @@ struct End {
 
 impl End {
     fn new(network: &Network, number: u8) -> Self {
+        Self::relaying(network, number, Relay::default())
+    }
+
+    fn relaying(network: &Network, number: u8, relay: Relay) -> Self {
         let address = SocketAddr::from(([192, 0, 2, number], 51830));
         let (tun, host) = memory::tun(1420).unwrap();
         let (sender, events) = channel(256);
-        let config = Config {
-            private_key: StaticSecret::from([number; 32]),
-            relay: Relay::default(),
-            link: None,
-        };
+        let config = Config { private_key: StaticSecret::from([number; 32]), relay, link: None };
         let plane =
             DataPlane::start(config, [(tun, network.bind(address).unwrap())], sender).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
@@ -627,4 +630,89 @@ fn a_stopped_data_plane_is_silent() {
         std::thread::yield_now();
     }
     assert!(network.seen().iter().skip(before).all(|datagram| datagram.from == a.address));
+}
+
+// What strangers may ask of us
+
+#[test]
+fn a_reflector_answers_padded_requests_alone_and_each_source_a_few_times() {
+    let (network, _a, b) = strangers();
+    let loud = SocketAddr::from(([203, 0, 113, 1], 1));
+    let ask = |from: SocketAddr, request: &[u8]| {
+        network.inject(Datagram { from, to: b.address, bytes: request.to_vec() });
+    };
+    let request = stun::request([7; 12]);
+    // A header alone: the answer would be longer.
+    ask(loud, &[&[0u8, 1, 0, 0][..], &request[4..20]].concat());
+    b.dropped("reflector_refused", 1);
+    for _ in 0..1_000 {
+        ask(loud, &request);
+    }
+    let quiet = SocketAddr::from(([203, 0, 113, 2], 1));
+    ask(quiet, &request);
+    let answers = |to: SocketAddr| {
+        let seen = network.seen().into_iter();
+        seen.filter(move |d| d.from == b.address && d.to == to).collect::<Vec<_>>()
+    };
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while answers(quiet).is_empty() {
+        assert!(std::time::Instant::now() < deadline, "the other one is answered");
+        std::thread::yield_now();
+    }
+    let to_loud = answers(loud);
+    assert!(to_loud.iter().all(|answer| answer.bytes.len() <= request.len()));
+    assert_eq!(to_loud.len() as u64 + b.drops("reflector_limited"), 1_000);
+    assert!(b.drops("reflector_limited") > 500, "{}", to_loud.len());
+}
+
+#[test]
+fn forged_probes_from_one_source_are_limited_and_a_peers_own_come_through() {
+    let (network, a, mut b) = strangers();
+    let loud = SocketAddr::from(([203, 0, 113, 1], 1));
+    for number in 0..5_000u16 {
+        let bytes = [&[0x50u8, 1, 0, 0][..], &number.to_be_bytes(), &[7; 60]].concat();
+        network.inject(Datagram { from: loud, to: b.address, bytes });
+    }
+    let probe = [&[0x50u8, 1, 0, 0][..], &[9; 60]].concat();
+    let mut forged = 0;
+    loop {
+        a.plane.send(b.address.into(), &probe);
+        match b.event() {
+            Event::Probe { from, .. } if from == a.address.into() => break,
+            Event::Probe { .. } => forged += 1,
+            _ => {}
+        }
+    }
+    assert!(forged < 2_000, "{forged} cost more than a look at the first byte");
+    assert!(b.drops("source_limited") > 3_000, "{:?}", b.plane.snapshot().drops);
+}
+
+#[test]
+fn a_stranger_that_floods_a_relays_channel_reaches_nobody_and_keeps_nobody_out() {
+    let network = Network::new();
+    let limits = Limits { nodes: 8, channels: 8, bytes_per_second: 1 << 20 };
+    let relay = Relay::new(limits);
+    let b = End::relaying(&network, 2, relay.clone());
+    let ends = [1, 3].map(|n| SocketAddr::from(([192, 0, 2, n], 51830)));
+    let now = std::time::Instant::now();
+    let keys = [1, 3].map(|n| WireguardKey([n; 32]));
+    relay.register(now, keys[1], ends[1].into()).unwrap();
+    relay.open(now, (keys[0], ends[0].into()), keys[1], 77).unwrap();
+    let on_channel = |channel| [&relayed_header(channel)[..], &[4, 0, 0, 0], &[7; 60]].concat();
+    let stranger = SocketAddr::from(([203, 0, 113, 1], 1));
+    for number in 0..1_000 {
+        // The channel itself, and guesses at others.
+        let bytes = on_channel(if number % 2 == 0 { 77 } else { 1_000 + number });
+        network.inject(Datagram { from: stranger, to: b.address, bytes });
+    }
+    let bytes = on_channel(77);
+    network.inject(Datagram { from: ends[0], to: b.address, bytes: bytes.clone() });
+    let deadline = std::time::Instant::now() + PATIENCE;
+    let sent = || network.seen().into_iter().filter(|d| d.from == b.address).collect::<Vec<_>>();
+    while sent().is_empty() {
+        assert!(std::time::Instant::now() < deadline, "the member is served");
+        std::thread::yield_now();
+    }
+    assert_eq!(sent(), [Datagram { from: b.address, to: ends[1], bytes }]);
+    assert_eq!(b.drops("relay_stranger"), 500);
 }
