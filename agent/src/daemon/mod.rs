@@ -401,8 +401,7 @@ impl Daemon {
     }
 
     fn state_changed(&self, peer: NodeId, from: PeerState, to: PeerState) {
-        let status = self.mesh.peers().find(|status| status.node.id() == peer);
-        let Some(status) = status else { return };
+        let Some(status) = self.mesh.peer(peer) else { return };
         let name = status.node.name();
         match status.path {
             Some(path) => tracing::info!(peer = %name, ?from, ?to, %path, "peer"),

@@ -70,6 +70,11 @@ impl Liveness {
         self.used.is_some_and(|at| now < at + USED_FOR)
     }
 
+    /// Whether there ever was inner traffic.
+    pub(super) fn was_used(&self) -> bool {
+        self.used.is_some()
+    }
+
     pub(super) fn is_recent(&self, now: Instant) -> bool {
         self.used.is_some_and(|at| now < at + RECENT_FOR)
     }

@@ -300,7 +300,7 @@ impl Peer {
             }
             PeerState::Up if !self.seeks_better(cx) => return,
             PeerState::Connecting | PeerState::Down
-                if !wanted && cx.now >= self.trying_since + IDLE_AFTER =>
+                if !wanted && cx.now >= self.trying_since + self.patience() =>
             {
                 self.set_state(cx, PeerState::Idle);
                 return;
@@ -327,6 +327,11 @@ impl Peer {
             self.ping(cx, to, Purpose::Check);
         }
         cx.timers.set(Timer::Attempt(self.id()), cx.now + round.pause);
+    }
+
+    /// For how long it is tried in a mesh that connects on need, though nothing is sent to it.
+    fn patience(&self) -> Duration {
+        if self.liveness.was_used() { IDLE_AFTER } else { DOWN_AFTER }
     }
 
     /// The time for the next ping on the path has come, or for the verdict on the last one.
@@ -484,6 +489,10 @@ impl Peer {
         let from = cx.local.canonical(from);
         self.paths.heard(cx.now, from, self.endpoint);
         let was = self.path();
+        if was.is_some_and(|was| Tier::of(&was) < Tier::of(&from)) && self.is_new_there(cx.now) {
+            // They crossed: this one began before the better way was found.
+            return;
+        }
         self.set_endpoint(cx, Some(from));
         if was == Some(from) {
             return;
@@ -491,6 +500,11 @@ impl Peer {
         self.set_state(cx, PeerState::Up);
         cx.timers.set(Timer::Probe(self.id()), cx.now);
         self.settle(cx);
+    }
+
+    /// Whether it took its path only just now.
+    fn is_new_there(&self, now: Instant) -> bool {
+        self.endpoint_since.is_some_and(|at| now < at + MOVE_MIN)
     }
 
     /// Looks on for something better, unless there is nothing better.

@@ -98,3 +98,18 @@ fn a_channel_that_a_relay_tells_of_again_begins_no_further_handshake() {
     }
     assert_eq!(handshakes(&us.drain()).len(), 1, "each would undo the one before");
 }
+
+#[test]
+fn a_handshake_over_a_relay_that_crossed_the_direct_one_does_not_take_traffic_back() {
+    let mut us = Us::up(PUBLIC);
+    let through = Path { channel: Some(ChannelId(7)), ..path(OTHER) };
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: through });
+    us.drain();
+    assert_eq!(us.peer(2).path, Some(through), "later it is the word of the peer");
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+    us.run(Duration::from_millis(100));
+    us.mesh.observe(us.now, key(2), Observation::Handshake { from: through });
+    us.drain();
+    assert_eq!(us.peer(2).path, Some(path(PUBLIC)));
+    assert_eq!(us.table().peers[&key(2)].endpoint, Some(path(PUBLIC)));
+}
