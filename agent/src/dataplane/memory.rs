@@ -21,7 +21,7 @@ use super::session::Segments;
 use super::split::Split;
 use super::switch::Switch;
 use super::tun::TunIo;
-use super::udp::{TooBig, UdpIo};
+use super::udp::{Ready, TooBig, UdpIo};
 use super::vnet::VnetHeader;
 
 /// A queue whose other end can be waited for, by a thread or by epoll.
@@ -269,7 +269,7 @@ impl UdpIo for MemoryUdp {
         vec![self.inbox.readable.as_fd()]
     }
 
-    fn receive(&mut self, batch: &mut RecvBatch, _drops: &Drops) -> io::Result<()> {
+    fn receive(&mut self, _: Ready, batch: &mut RecvBatch, _drops: &Drops) -> io::Result<()> {
         for slot in 0..batch.slots() {
             let Some(first) = self.held.take().or_else(|| self.inbox.pop()) else { break };
             let bytes = &mut batch.bytes_mut()[slot * SLOT_BYTES..][..SLOT_BYTES];

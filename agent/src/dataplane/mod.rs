@@ -82,7 +82,7 @@ pub use switch::Feature;
 pub use tun::{
     HostTunnels, NoTun, OpenTunError, Tun, TunIo, open_tun, open_tun_queues, open_tun_with,
 };
-pub use udp::{OpenUdpError, Udp, UdpIo, open_udp, open_udp_group, open_udp_with};
+pub use udp::{OpenUdpError, Ready, Udp, UdpIo, open_udp, open_udp_group, open_udp_with};
 
 use drops::Drops;
 use engine::Engine;

@@ -22,15 +22,16 @@ mod messages;
 /// A way to send and receive datagrams in batches. Two stand behind it: [`Udp`], and
 /// [`MemoryUdp`](super::memory::MemoryUdp).
 pub trait UdpIo: Send + 'static {
-    /// What to wait on for something to receive.
+    /// What to wait on for something to receive, at most eight.
     fn fds(&self) -> Vec<BorrowedFd<'_>>;
 
     /// Fills the batch with what has arrived, without waiting. What cannot be taken is counted.
+    /// Of those that [`UdpIo::fds`] gave only the ready ones are looked at.
     ///
     /// # Errors
     ///
     /// Only when nothing can be received any more.
-    fn receive(&mut self, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()>;
+    fn receive(&mut self, ready: Ready, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()>;
 
     /// Sends the whole batch in order; waits a little where the kernel has no room. What cannot
     /// be sent is counted.
@@ -50,6 +51,31 @@ pub trait UdpIo: Send + 'static {
 
     /// What speeds it up. Clones look on while it runs.
     fn features(&self) -> Vec<Switch>;
+}
+
+/// Which of several descriptors have something, by their place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Ready(u8);
+
+impl Ready {
+    /// Each may have something.
+    pub const ALL: Self = Self(u8::MAX);
+
+    /// So has this one.
+    #[must_use]
+    pub fn with(self, place: usize) -> Self {
+        Self(self.0 | 1 << place)
+    }
+
+    /// Whether this one has.
+    pub fn has(self, place: usize) -> bool {
+        self.0 & 1 << place != 0
+    }
+
+    /// None has.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
 }
 
 /// A datagram does not fit its path unfragmented.
@@ -201,10 +227,15 @@ impl UdpIo for Udp {
         self.v4.iter().chain(&self.v6).map(|endpoint| endpoint.socket.as_fd()).collect()
     }
 
-    fn receive(&mut self, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()> {
+    fn receive(&mut self, ready: Ready, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()> {
         self.v6_first = !self.v6_first;
-        let order =
-            if self.v6_first { [&mut self.v6, &mut self.v4] } else { [&mut self.v4, &mut self.v6] };
+        // In the order that `fds` gives them.
+        let both = self.v4.iter_mut().chain(&mut self.v6).enumerate();
+        let mut ready = both.filter(|(place, _)| ready.has(*place)).map(|(_, endpoint)| endpoint);
+        let mut order = [ready.next(), ready.next()];
+        if self.v6_first {
+            order.reverse();
+        }
         for endpoint in order.into_iter().flatten() {
             endpoint.receive(batch, drops)?;
         }

@@ -23,7 +23,7 @@ use super::drops::{DropReason, Drops};
 use super::engine::Engine;
 use super::events::Fault;
 use super::tun::TunIo;
-use super::udp::{TooBig, UdpIo};
+use super::udp::{Ready, TooBig, UdpIo};
 
 /// How often time passes for the tunnels while any of them is alive.
 const TICK: Duration = Duration::from_millis(250);
@@ -132,6 +132,7 @@ pub(super) struct Worker<T, U> {
 
 const WAKE: u64 = 0;
 const TUN: u64 = 1;
+/// And those after it: one for each socket.
 const UDP: u64 = 2;
 
 impl<T: TunIo, U: UdpIo> Worker<T, U> {
@@ -146,8 +147,8 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&inbox.wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
         epoll.add(tun.fd(), EpollEvent::new(EpollFlags::EPOLLIN, TUN))?;
-        for fd in udp.fds() {
-            epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, UDP))?;
+        for (place, fd) in (UDP..).zip(udp.fds()) {
+            epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, place))?;
         }
         Ok(Self {
             tun,
@@ -191,8 +192,10 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 }
                 self.obey(now);
             }
-            if is_ready(UDP) {
-                self.inbound(now)?;
+            let sockets = ready.iter().filter_map(|event| event.data().checked_sub(UDP));
+            let sockets = sockets.fold(Ready::default(), |all, place| all.with(place as usize));
+            if !sockets.is_empty() {
+                self.inbound(now, sockets)?;
             }
             if is_ready(TUN) {
                 self.outbound(now)?;
@@ -255,9 +258,9 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         self.engine.set_mtu(mtu);
     }
 
-    fn inbound(&mut self, now: Instant) -> nix::Result<()> {
+    fn inbound(&mut self, now: Instant, sockets: Ready) -> nix::Result<()> {
         self.received.clear();
-        self.udp.receive(&mut self.received, &self.drops).map_err(errno)?;
+        self.udp.receive(sockets, &mut self.received, &self.drops).map_err(errno)?;
         let joined = self.tun.coalesce();
         self.engine.inbound(now, joined, &self.received, &mut self.writes, &mut self.out);
         if !self.engine.forwards().is_empty() {

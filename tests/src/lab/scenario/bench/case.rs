@@ -59,6 +59,12 @@ pub enum Case {
     /// One with 1,000 peers in the table.
     #[value(name = "peers1000")]
     Peers1000,
+    /// Four TCP streams, two workers in each daemon.
+    #[value(name = "tcp4_2workers")]
+    Tcp4Workers2,
+    /// Echo after echo, likewise.
+    #[value(name = "ping_2workers")]
+    PingWorkers2,
 }
 
 /// What one run of a case gave.
@@ -77,7 +83,7 @@ const ECHO_PATIENCE: Duration = Duration::from_secs(1);
 const LOADED_PACE: Duration = Duration::from_millis(5);
 
 impl Case {
-    pub(super) const ALL: [Self; 15] = [
+    pub(super) const ALL: [Self; 17] = [
         Self::Tcp1,
         Self::Tcp1Reverse,
         Self::Tcp4,
@@ -93,6 +99,8 @@ impl Case {
         Self::Loss1,
         Self::Loss10,
         Self::Peers1000,
+        Self::Tcp4Workers2,
+        Self::PingWorkers2,
     ];
 
     /// Its key in the figures and on the command line.
@@ -113,6 +121,8 @@ impl Case {
             Self::Loss1 => "loss_0.1",
             Self::Loss10 => "loss_1",
             Self::Peers1000 => "peers1000",
+            Self::Tcp4Workers2 => "tcp4_2workers",
+            Self::PingWorkers2 => "ping_2workers",
         }
     }
 
@@ -133,13 +143,15 @@ impl Case {
             Self::Loss1 => "TCP, 0.1 % lost",
             Self::Loss10 => "TCP, 1 % lost",
             Self::Peers1000 => "TCP, 1000 peers in the table",
+            Self::Tcp4Workers2 => "TCP, four streams, two workers",
+            Self::PingWorkers2 => "ping -A, two workers",
         }
     }
 
     pub(super) fn unit(self) -> &'static str {
         match self {
             Self::UdpSmall | Self::Udp1200 => "Mpps",
-            Self::Ping | Self::PingLoaded => "ms",
+            Self::Ping | Self::PingLoaded | Self::PingWorkers2 => "ms",
             _ => "Gb/s",
         }
     }
@@ -159,7 +171,7 @@ impl Case {
         match self {
             Self::Tcp1 | Self::OuterV6 | Self::Peers1000 => tcp(&[there]),
             Self::Tcp1Reverse => tcp(&[back]),
-            Self::Tcp4 => tcp(&[there; 4]),
+            Self::Tcp4 | Self::Tcp4Workers2 => tcp(&[there; 4]),
             Self::BothWays => tcp(&[there, back, there, back]),
             Self::UdpSmall => udp(64),
             Self::Udp1200 => udp(1200),
@@ -168,7 +180,7 @@ impl Case {
             Self::InnerV6 => tcp(&[subject.there(true)]),
             Self::Loss1 => subject.losing(1, || tcp(&[there])),
             Self::Loss10 => subject.losing(10, || tcp(&[there])),
-            Self::Ping => {
+            Self::Ping | Self::PingWorkers2 => {
                 let echoes =
                     ping::echoes(there.from, there.address, ECHOES, ECHO_PATIENCE, pattern)?;
                 let median = echoes.median.context("no echo came back")?;

@@ -131,6 +131,12 @@ impl Bench {
         self.ratio("vxlan_vs_tcp".to_owned(), (Case::Vxlan, "towline"), tcp1, false);
         self.ratio("tcp1_vs_limit".to_owned(), tcp1, (Case::Tcp1, "limit"), false);
         self.ratio("peers1000_vs_1".to_owned(), (Case::Peers1000, "towline"), tcp1, true);
+        for (name, two, one) in [
+            ("tcp4_2workers_vs_1", Case::Tcp4Workers2, Case::Tcp4),
+            ("ping_2workers_vs_1", Case::PingWorkers2, Case::Ping),
+        ] {
+            self.ratio(name.to_owned(), (two, "towline"), (one, "towline"), false);
+        }
     }
 
     fn ratio(&mut self, name: String, above: (Case, &str), below: (Case, &str), cpu: bool) {

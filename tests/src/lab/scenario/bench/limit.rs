@@ -13,7 +13,7 @@ use towline_agent::dataplane::drops::Drops;
 use towline_agent::dataplane::packet::Inner;
 use towline_agent::dataplane::session::{DATA_HEADER, DATA_OVERHEAD, Segments};
 use towline_agent::dataplane::split::Split;
-use towline_agent::dataplane::{TunIo, UdpIo, open_tun, open_udp};
+use towline_agent::dataplane::{Ready, TunIo, UdpIo, open_tun, open_udp};
 
 /// How one end is started.
 #[derive(Debug, clap::Args)]
@@ -65,7 +65,7 @@ impl Limit {
             let is_ready = |what| ready.iter().any(|event| event.data() == what);
             if is_ready(1) {
                 received.clear();
-                udp.receive(&mut received, &drops)?;
+                udp.receive(Ready::ALL, &mut received, &drops)?;
                 received.swap(&mut writes);
                 for train in received.received() {
                     let mut at = train.start;

@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 use socket2::{Domain, Protocol, Socket, Type};
 use towline_agent::dataplane::arena::{RecvBatch, SendBatch};
 use towline_agent::dataplane::drops::Drops;
-use towline_agent::dataplane::{Offloads, Udp, UdpIo, open_udp_with};
+use towline_agent::dataplane::{Offloads, Ready, Udp, UdpIo, open_udp_with};
 
 use crate::lab::interrupt::pass;
 use crate::lab::namespace::Namespace;
@@ -288,7 +288,7 @@ fn receive(mut socket: Udp, counters: &Counters, answers: bool) {
     let mut next = 0u64;
     loop {
         batch.clear();
-        if socket.receive(&mut batch, &drops).is_err() {
+        if socket.receive(Ready::ALL, &mut batch, &drops).is_err() {
             return;
         }
         let (mut bytes, mut datagrams, mut reordered) = (0, 0, 0);

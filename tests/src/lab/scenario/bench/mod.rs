@@ -74,6 +74,8 @@ struct Contestant {
     over_v6: Option<Subject>,
     /// One with 1,000 peers.
     crowded: Option<Subject>,
+    /// One whose packets two workers move.
+    shared: Option<Subject>,
     /// Everything; else the main cases.
     all: bool,
 }
@@ -163,9 +165,10 @@ fn measure(
         bench.rounds += 1;
         contestants.reverse();
     }
-    let ours = contestants.iter().any(|contestant| contestant.name == "towline");
-    if ours && (options.cases.is_empty() || options.full) {
-        watch_order(setting, options, lab, bench)?;
+    for shared in contestants.iter().filter_map(|contestant| contestant.shared.as_ref()) {
+        if ordered(options) {
+            watch_order(setting, options, shared, bench)?;
+        }
     }
     for contestant in &contestants {
         let peaks = contestant
@@ -179,18 +182,22 @@ fn measure(
     Ok(())
 }
 
+/// Whether order is watched beside the cases.
+fn ordered(options: &Options) -> bool {
+    options.cases.is_empty() || options.full
+}
+
 /// Four flows, each answered all the while, between two agents with two workers each.
 fn watch_order(
     setting: &Setting,
     options: &Options,
-    lab: &mut Lab,
+    shared: &Subject,
     bench: &mut Bench,
 ) -> anyhow::Result<()> {
     let datagrams = if options.full { FULL_ORDERED } else { ORDERED };
     setting.talk.step(&format!("the order of {datagrams} datagrams, by two workers"));
-    let subject = Subject::towline(setting, lab, "workers", Outer::V4, 1, 2)?;
-    let (there, back) = (subject.there(false), subject.back(false));
-    let carried = load::order(&[there, back, subject.there(true), subject.back(true)], datagrams)?;
+    let each = [false, true].map(|v6| [shared.there(v6), shared.back(v6)]);
+    let carried = load::order(each.as_flattened(), datagrams)?;
     bench.reordered += carried.reordered;
     bench.ordered_datagrams += carried.arrived;
     Ok(())
@@ -219,7 +226,12 @@ fn gather(
             .contains(&Case::Peers1000)
             .then(|| Subject::towline(setting, lab, "crowded", Outer::V4, 1000, 1))
             .transpose()?;
-        contestants.push(Contestant { name: "towline", subject, over_v6, crowded, all: true });
+        let two = [Case::Tcp4Workers2, Case::PingWorkers2];
+        let shared = (ordered(options) || two.iter().any(|case| cases.contains(case)))
+            .then(|| Subject::towline(setting, lab, "shared", Outer::V4, 1, 2))
+            .transpose()?;
+        let (name, all) = ("towline", true);
+        contestants.push(Contestant { name, subject, over_v6, crowded, shared, all });
         bench.subjects.insert("towline", env!("CARGO_PKG_VERSION").to_owned());
     }
     for which in WireGuard::ALL.into_iter().filter(|which| wanted(which.name())) {
@@ -238,7 +250,14 @@ fn gather(
         match started {
             Ok((subject, over_v6, version)) => {
                 bench.subjects.insert(name, version);
-                contestants.push(Contestant { name, subject, over_v6, crowded: None, all });
+                contestants.push(Contestant {
+                    name,
+                    subject,
+                    over_v6,
+                    crowded: None,
+                    shared: None,
+                    all,
+                });
             }
             Err(why) => bench.skipped.push(Skipped { name: name.to_owned(), why }),
         }
@@ -247,7 +266,8 @@ fn gather(
         setting.talk.step("the bare limit");
         let subject = Subject::limit(setting, lab)?;
         let (name, all) = ("limit", options.full);
-        contestants.push(Contestant { name, subject, over_v6: None, crowded: None, all });
+        let (over_v6, crowded, shared) = (None, None, None);
+        contestants.push(Contestant { name, subject, over_v6, crowded, shared, all });
         bench.subjects.insert("limit", env!("CARGO_PKG_VERSION").to_owned());
     }
     Ok(contestants)
@@ -262,6 +282,7 @@ impl Contestant {
             }
             Case::OuterV6 => self.over_v6.as_ref(),
             Case::Peers1000 => self.crowded.as_ref(),
+            Case::Tcp4Workers2 | Case::PingWorkers2 => self.shared.as_ref(),
             _ => self.all.then_some(&self.subject),
         }
     }
