@@ -29,20 +29,22 @@ pub(super) fn document<T: Serialize>(format: Format, value: &T) -> anyhow::Resul
     })
 }
 
+/// Standard output took no more.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write to standard output: {0}")]
+struct Unwritten(#[source] io::Error);
+
 /// Writes to stdout; a reader that went away is an error that [`is_broken_pipe`] knows.
 pub(super) fn print(text: &str) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    out.flush()?;
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Unwritten)?;
     Ok(())
 }
 
-/// Whether somebody, like `head`, just stopped reading.
+/// Whether somebody, like `head`, just stopped reading. A connection that broke is another matter.
 pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error
-        .chain()
-        .filter_map(|cause| cause.downcast_ref::<io::Error>())
-        .any(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    let unwritten = error.downcast_ref::<Unwritten>();
+    unwritten.is_some_and(|Unwritten(error)| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// A table without lines, as the tools of this trade write it.
@@ -104,6 +106,13 @@ pub(super) fn or_dash(text: Option<String>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_reader_that_went_away_is_excused() {
+        let broken = || io::Error::from(io::ErrorKind::BrokenPipe);
+        assert!(is_broken_pipe(&Unwritten(broken()).into()));
+        assert!(!is_broken_pipe(&anyhow::Error::from(broken()).context("the connection broke")));
+    }
 
     #[test]
     fn figures_are_written_in_the_largest_unit_that_fits() {

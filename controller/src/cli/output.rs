@@ -22,11 +22,16 @@ pub(super) enum Format {
     Yaml,
 }
 
+/// Standard output took no more.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write to standard output: {0}")]
+struct Unwritten(#[source] io::Error);
+
 /// Writes one line, or several, to standard output.
 pub(super) fn line(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
-    writeln!(stdout, "{text}")?;
-    Ok(stdout.flush()?)
+    writeln!(stdout, "{text}").and_then(|()| stdout.flush()).map_err(Unwritten)?;
+    Ok(())
 }
 
 /// Writes a value as JSON or YAML, or its table.
@@ -92,17 +97,23 @@ pub(super) fn chain(error: &anyhow::Error) -> String {
     text.replace('\n', " ")
 }
 
-/// The reader of standard output has gone: nothing to complain about.
+/// The reader of standard output has gone: nothing to complain about. A connection that broke is
+/// another matter.
 pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error
-        .chain()
-        .filter_map(|cause| cause.downcast_ref::<io::Error>())
-        .any(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    let unwritten = error.downcast_ref::<Unwritten>();
+    unwritten.is_some_and(|Unwritten(error)| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_reader_that_went_away_is_excused() {
+        let broken = || io::Error::from(io::ErrorKind::BrokenPipe);
+        assert!(is_broken_pipe(&Unwritten(broken()).into()));
+        assert!(!is_broken_pipe(&anyhow::Error::from(broken()).context("the connection broke")));
+    }
 
     #[test]
     fn a_table_has_no_trailing_blanks_and_spans_are_short() {
