@@ -25,10 +25,6 @@ pub struct Link {
     pub up: bool,
     /// Up and with a carrier.
     pub running: bool,
-    /// The kernel has drawn its conclusions from the carrier that came or went last: its queues are
-    /// open, or closed. It does so for one link of the machine after another, whatever their
-    /// namespaces.
-    pub settled: bool,
     /// A loopback.
     pub loopback: bool,
     /// Has no neighbours, only another end (tunnels).
@@ -285,7 +281,6 @@ fn parse(received: &Received<'_>) -> Option<Link> {
         master: None,
         up: flags & libc::IFF_UP != 0,
         running: flags & libc::IFF_LOWER_UP != 0 && flags & libc::IFF_UP != 0,
-        settled: (flags & libc::IFF_LOWER_UP != 0) == (flags & libc::IFF_RUNNING != 0),
         loopback: flags & libc::IFF_LOOPBACK != 0,
         point_to_point: flags & libc::IFF_POINTOPOINT != 0,
         queue_length: 0,

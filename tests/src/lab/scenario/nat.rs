@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use serde::Serialize;
-use towline_agent::netlink::{Family, Rtnetlink};
+use towline_agent::netlink::Family;
 
 use super::Setting;
 use crate::lab::interrupt::{self, wait_for, wait_up_to};
@@ -107,6 +107,11 @@ enum Stack {
 
 use Class::{Behind, Carrier, Public};
 use Nat::{AddressRestricted, FullCone, Masquerade, Symmetric, SymmetricRandom, UdpBlocked};
+
+/// For each node that was stopped, before the first pair is timed: the kernel has work left from
+/// each, and drops meanwhile what is sent into a link that has just come back. Machines do not
+/// share a kernel.
+const REST: Duration = Duration::from_millis(300);
 
 /// What is tried without `--full`: each class, each family, and both kinds of outcome.
 const PAIRS: [(Class, Class, Stack); 14] = [
@@ -308,9 +313,7 @@ impl World {
             (seen, arrival.join().unwrap_or_else(|_| Err(anyhow!("a thread panicked"))))
         });
         for place in [a, b] {
-            let node = self.node(place)?;
-            node.stop_and_forget_map()?;
-            await_rest(node)?;
+            self.node(place)?.stop_and_forget_map()?;
         }
         let (known, direct, path) = seen?;
         let ms = |at: Instant| round(at.saturating_duration_since(known).as_secs_f64() * 1000.0);
@@ -404,18 +407,8 @@ impl World {
             self.overlay.insert(*place, overlay(node)?);
             node.stop_and_forget_map()?;
         }
-        self.nodes.values().try_for_each(await_rest)
+        Ok(interrupt::pass(REST * self.nodes.len() as u32)?)
     }
-}
-
-/// Waits until the kernel has closed the link of a node that was stopped. Until it has, a link that
-/// comes up elsewhere waits for its turn and drops what it is given, as if machines shared a kernel.
-fn await_rest(node: &Node) -> anyhow::Result<()> {
-    let what = format!("end of the link of {}", node.name());
-    wait_for(&what, START_LIMIT, || {
-        let link = node.host().namespace().run(|| Ok(Rtnetlink::open()?.link("towline0")?))?;
-        Ok(link.is_none_or(|link| link.settled).then_some(()))
-    })
 }
 
 /// A host at its place, with the routers before it.
