@@ -39,8 +39,8 @@ pub use candidates::{CandidatePolicy, candidates};
 pub use problem::{ApplyError, Problem};
 pub use state::Names;
 use state::{Foreign, State};
-#[cfg(feature = "kubernetes")]
 use watch::Ports;
+#[cfg(feature = "kubernetes")]
 pub(crate) use watch::register;
 pub use watch::{HostEvent, Watch};
 
