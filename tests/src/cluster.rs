@@ -106,28 +106,26 @@ impl Pair {
 }
 
 /// A kubeconfig in kubeadm's form: the certificate and its key lie in `credentials`, a file of
-/// their own. YAML holds all JSON.
+/// their own.
 pub fn kubeconfig(server: &str, ca: &Path, credentials: &Path) -> String {
-    serde_json::json!({
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{
-            "name": "lab",
-            "cluster": {"server": server, "certificate-authority": ca},
-        }],
-        "users": [{
-            "name": "node",
-            "user": {"client-certificate": credentials, "client-key": credentials},
-        }],
-        "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "node"}}],
-        "current-context": "lab",
-    })
-    .to_string()
+    let user = serde_json::json!({"client-certificate": credentials, "client-key": credentials});
+    kubeconfig_of(server, ca, &user)
 }
 
 /// A kubeconfig whose credentials are what a plugin prints: `command`, and its arguments.
 pub fn kubeconfig_of_plugin(server: &str, ca: &Path, command: &[&str]) -> String {
     let (program, arguments) = command.split_first().unwrap_or((&"", &[]));
+    let exec = serde_json::json!({
+        "apiVersion": PLUGIN_API,
+        "command": program,
+        "args": arguments,
+        "interactiveMode": "Never",
+    });
+    kubeconfig_of(server, ca, &serde_json::json!({"exec": exec}))
+}
+
+/// YAML holds all JSON.
+fn kubeconfig_of(server: &str, ca: &Path, user: &serde_json::Value) -> String {
     serde_json::json!({
         "apiVersion": "v1",
         "kind": "Config",
@@ -135,15 +133,7 @@ pub fn kubeconfig_of_plugin(server: &str, ca: &Path, command: &[&str]) -> String
             "name": "lab",
             "cluster": {"server": server, "certificate-authority": ca},
         }],
-        "users": [{
-            "name": "node",
-            "user": {"exec": {
-                "apiVersion": PLUGIN_API,
-                "command": program,
-                "args": arguments,
-                "interactiveMode": "Never",
-            }},
-        }],
+        "users": [{"name": "node", "user": user}],
         "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "node"}}],
         "current-context": "lab",
     })

@@ -196,17 +196,10 @@ pub(super) fn udp(
     window: Window,
     daemons: &[Pid],
 ) -> anyhow::Result<Carried> {
-    let single = Offloads { udp_segment: false, ..Offloads::default() };
-    let open = |namespace: &Namespace| namespace.run(|| Ok(open_udp_with(0, 0, single)?));
-    let sockets = ways
-        .iter()
-        .map(|way| Ok((open(way.from)?, open(way.to)?, way.address)))
-        .collect::<anyhow::Result<Vec<_>>>()?;
-    let counters = Counters::default();
-    let counters = &counters;
+    let sockets = sockets(ways)?;
+    let counters = &Counters::default();
     std::thread::scope(|scope| {
-        for (sender, sink, address) in sockets {
-            let to = SocketAddr::new(address, sink.port());
+        for (sender, sink, to) in sockets {
             scope.spawn(move || send(sender, to, size, counters));
             scope.spawn(move || receive(sink, counters, false));
         }
@@ -229,18 +222,12 @@ const ORDER_LIMIT: Duration = Duration::from_secs(240);
 /// Sends numbered datagrams each way until so many have arrived; every flow is answered all the
 /// while.
 pub(super) fn order(ways: &[Way<'_>], datagrams: u64) -> anyhow::Result<Carried> {
-    let single = Offloads { udp_segment: false, ..Offloads::default() };
-    let open = |namespace: &Namespace| namespace.run(|| Ok(open_udp_with(0, 0, single)?));
-    let sockets = ways
-        .iter()
-        .map(|way| Ok((open(way.from)?, open(way.to)?, way.address)))
-        .collect::<anyhow::Result<Vec<_>>>()?;
+    let sockets = sockets(ways)?;
     let counters = &Counters::default();
     let begun = Instant::now();
     let arrived = || counters.datagrams.load(Ordering::Relaxed);
     std::thread::scope(|scope| {
-        for (sender, sink, address) in sockets {
-            let to = SocketAddr::new(address, sink.port());
+        for (sender, sink, to) in sockets {
             scope.spawn(move || send(sender, to, ORDERED_BYTES, counters));
             scope.spawn(move || receive(sink, counters, true));
         }
@@ -262,6 +249,18 @@ pub(super) fn order(ways: &[Way<'_>], datagrams: u64) -> anyhow::Result<Carried>
         seconds: begun.elapsed().as_secs_f64(),
         ..Carried::default()
     })
+}
+
+/// For each way its sender, its sink, and where that listens.
+fn sockets(ways: &[Way<'_>]) -> anyhow::Result<Vec<(Udp, Udp, SocketAddr)>> {
+    let single = Offloads { udp_segment: false, ..Offloads::default() };
+    let open = |namespace: &Namespace| namespace.run(|| Ok(open_udp_with(0, 0, single)?));
+    let of_way = |way: &Way<'_>| {
+        let (sender, sink) = (open(way.from)?, open(way.to)?);
+        let to = SocketAddr::new(way.address, sink.port());
+        Ok((sender, sink, to))
+    };
+    ways.iter().map(of_way).collect()
 }
 
 fn send(mut socket: Udp, to: SocketAddr, size: usize, counters: &Counters) {
