@@ -1,6 +1,7 @@
 //! Addresses on links.
 
 use ipnet::IpNet;
+use nix::errno::Errno;
 
 use super::codec::{Message, Received, attributes, u32_at};
 use super::{CREATE_OR_REPLACE, Family, NetlinkError, Rtnetlink};
@@ -92,16 +93,20 @@ impl Rtnetlink {
         self.connection.request(|| format!("delete address {prefix} of link {index}"), request)
     }
 
-    /// The addresses of one link, or of all.
+    /// The addresses of one link (none, if it is gone), or of all.
     pub fn addresses(&mut self, index: Option<u32>) -> Result<Vec<Address>, NetlinkError> {
         let request = Message::new(
             libc::RTM_GETADDR,
             0,
             &header(libc::AF_UNSPEC as u8, 0, index.unwrap_or(0)),
         );
-        self.connection.dump("list addresses", &request, |received| {
+        let listed = self.connection.dump("list addresses", &request, |received| {
             parse(&received).filter(|address| index.is_none_or(|index| index == address.index))
-        })
+        });
+        match listed {
+            Err(error) if index.is_some() && error.errno() == Some(Errno::ENODEV) => Ok(Vec::new()),
+            listed => listed,
+        }
     }
 }
 
@@ -173,6 +178,9 @@ mod tests {
             }
             let left = rtnetlink.addresses(Some(index)).unwrap();
             assert!(!left.iter().any(|address| prefixes.contains(&address.prefix)));
+            // Its link may go at any moment, and takes them along.
+            rtnetlink.delete_link(index).unwrap();
+            assert_eq!(rtnetlink.addresses(Some(index)).unwrap(), []);
         }
     }
 }
