@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context;
 use towline_agent::netlink::OverlayKind;
 
-use super::load::{self, Carried, Window};
+use super::load::{self, Carried, Congestion, Window};
 use super::subject::Subject;
 use crate::lab::ping;
 use crate::lab::traffic::Pattern;
@@ -20,6 +20,9 @@ pub enum Case {
     /// One, the other way.
     #[value(name = "tcp1_rev")]
     Tcp1Reverse,
+    /// One whose sender runs BBR.
+    #[value(name = "tcp1_bbr")]
+    Tcp1Bbr,
     /// Four.
     #[value(name = "tcp4")]
     Tcp4,
@@ -83,9 +86,10 @@ const ECHO_PATIENCE: Duration = Duration::from_secs(1);
 const LOADED_PACE: Duration = Duration::from_millis(5);
 
 impl Case {
-    pub(super) const ALL: [Self; 17] = [
+    pub(super) const ALL: [Self; 18] = [
         Self::Tcp1,
         Self::Tcp1Reverse,
+        Self::Tcp1Bbr,
         Self::Tcp4,
         Self::BothWays,
         Self::UdpSmall,
@@ -108,6 +112,7 @@ impl Case {
         match self {
             Self::Tcp1 => "tcp1",
             Self::Tcp1Reverse => "tcp1_rev",
+            Self::Tcp1Bbr => "tcp1_bbr",
             Self::Tcp4 => "tcp4",
             Self::BothWays => "bidir",
             Self::UdpSmall => "udp_small",
@@ -130,6 +135,7 @@ impl Case {
         match self {
             Self::Tcp1 => "TCP, one stream",
             Self::Tcp1Reverse => "TCP, one stream, reverse",
+            Self::Tcp1Bbr => "TCP, one stream, BBR",
             Self::Tcp4 => "TCP, four streams",
             Self::BothWays => "TCP, two streams each way",
             Self::UdpSmall => "UDP, 64 bytes",
@@ -148,6 +154,11 @@ impl Case {
         }
     }
 
+    /// Needs what not every kernel has.
+    pub(super) fn is_optional(self) -> bool {
+        matches!(self, Self::Geneve | Self::Tcp1Bbr)
+    }
+
     pub(super) fn unit(self) -> &'static str {
         match self {
             Self::UdpSmall | Self::Udp1200 => "Mpps",
@@ -164,13 +175,15 @@ impl Case {
         pattern: Pattern,
     ) -> anyhow::Result<Outcome> {
         let (there, back) = (subject.there(false), subject.back(false));
-        let tcp = |ways: &[load::Way<'_>]| {
-            load::tcp(ways, window, &subject.daemons, || Ok(())).map(Outcome::of_tcp)
+        let tcp_of = |congestion, ways: &[load::Way<'_>]| {
+            load::tcp(ways, congestion, window, &subject.daemons, || Ok(())).map(Outcome::of_tcp)
         };
+        let tcp = |ways: &[load::Way<'_>]| tcp_of(Congestion::Cubic, ways);
         let udp = |size| load::udp(&[there], size, window, &subject.daemons).map(Outcome::of_udp);
         match self {
             Self::Tcp1 | Self::OuterV6 | Self::Peers1000 => tcp(&[there]),
             Self::Tcp1Reverse => tcp(&[back]),
+            Self::Tcp1Bbr => tcp_of(Congestion::Bbr, &[there]),
             Self::Tcp4 | Self::Tcp4Workers2 => tcp(&[there; 4]),
             Self::BothWays => tcp(&[there, back, there, back]),
             Self::UdpSmall => udp(64),
@@ -188,7 +201,8 @@ impl Case {
             }
             Self::PingLoaded => {
                 let mut median = None;
-                let carried = load::tcp(&[there], window, &subject.daemons, || {
+                let (cubic, daemons) = (Congestion::Cubic, &subject.daemons);
+                let carried = load::tcp(&[there], cubic, window, daemons, || {
                     let over = AtomicBool::new(false);
                     median = std::thread::scope(|scope| {
                         let asked = scope

@@ -111,6 +111,7 @@ impl Bench {
         for (case, name) in [
             (Case::Tcp1, "tcp1"),
             (Case::Tcp1Reverse, "tcp1_rev"),
+            (Case::Tcp1Bbr, "tcp1_bbr"),
             (Case::Tcp4, "tcp4"),
             (Case::BothWays, "bidir"),
             (Case::UdpSmall, "udp_small"),

@@ -30,6 +30,25 @@ pub(super) struct Window {
     pub(super) length: Duration,
 }
 
+/// How the senders of TCP find their pace. Not as the machine has it: how much lies in a tunnel's
+/// queues depends on it, and so what is found.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Congestion {
+    /// RFC 9438, what Linux does unless it is told otherwise.
+    Cubic,
+    /// What many servers are told to do; a module that not every kernel has.
+    Bbr,
+}
+
+impl Congestion {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Cubic => "cubic",
+            Self::Bbr => "bbr",
+        }
+    }
+}
+
 /// One direction of traffic.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Way<'a> {
@@ -128,11 +147,12 @@ const TCP_READ: usize = 512 * 1024;
 /// Sends over one TCP connection for each way, all at once.
 pub(super) fn tcp(
     ways: &[Way<'_>],
+    congestion: Congestion,
     window: Window,
     daemons: &[Pid],
     meanwhile: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<Carried> {
-    let streams = ways.iter().map(connect).collect::<anyhow::Result<Vec<_>>>()?;
+    let streams = ways.iter().map(|way| connect(way, congestion)).collect::<anyhow::Result<Vec<_>>>()?;
     let counters = Counters::default();
     std::thread::scope(|scope| {
         for (sender, receiver) in &streams {
@@ -159,11 +179,15 @@ pub(super) fn tcp(
 }
 
 /// Sockets belong to the namespace that they were made in.
-fn connect(way: &Way<'_>) -> anyhow::Result<(TcpStream, TcpStream)> {
+fn connect(way: &Way<'_>, congestion: Congestion) -> anyhow::Result<(TcpStream, TcpStream)> {
     let listener = way.to.run(|| Ok(TcpListener::bind((way.address, 0))?))?;
     let target = listener.local_addr()?;
     let sender = way.from.run(|| {
         let socket = Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP))?;
+        let name = congestion.name();
+        socket
+            .set_tcp_congestion(name.as_bytes())
+            .with_context(|| format!("this kernel does not offer TCP {name} here"))?;
         socket
             .connect_timeout(&target.into(), CONNECT)
             .with_context(|| format!("cannot connect to {target}"))?;
