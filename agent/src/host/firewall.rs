@@ -4,8 +4,11 @@
 //! |---|---|---|
 //! | `outer` | before everything that comes in | marks our own outer packets, so that what asks for the way back with the mark (firewalld's IPv6 filter) finds the uplink; drops what claims a mesh source outside the tunnel |
 //! | `answer`, `answer_out` | after connection tracking | has a connection answered the way it came; only where both ways are allowed, since it needs connection tracking |
-//! | `clamp`, `clamp_in` | routed | lowers the MSS of TCP connections through the tunnel to what the routes leave |
 //! | `guard` | at the end of the way out | drops what goes to a guarded network by another link than ours |
+//! | `clamp`, `clamp_in` | into the tunnel, called by `guard`; routed out of it | lower the MSS of TCP connections through the tunnel to what the routes leave |
+//!
+//! Every packet of the machine passes the chains of its way, most of them none of ours. So there are
+//! few, and the rules that end most packets' way stand first.
 //!
 //! Where the kernel can (6.9), the table is owned by our socket: nobody else's flush takes it while the
 //! agent runs, and it stays when the agent is gone.
@@ -42,6 +45,7 @@ const FORGED: [&str; 2] = ["forged source, IPv4", "forged source, IPv6"];
 const IN_CLEAR: [&str; 2] = ["would leave in clear, IPv4", "would leave in clear, IPv6"];
 
 const GUARD: &str = "guard";
+const CLAMP: &str = "clamp";
 const PLAIN_PORTS: &str = "plain_ports";
 /// Says whether the table is the whole one.
 const OUTER: &str = "outer";
@@ -160,7 +164,7 @@ fn table(plan: &Plan, extent: Extent) -> Table {
         let native = Set::networks(key(family), &plan.firewall.native);
         table = table.set(native_set(family), native);
     }
-    table = table.chain(GUARD, guard(plan));
+    table = table.chain(GUARD, guard(plan, extent));
     if extent == Extent::GuardOnly {
         return table;
     }
@@ -170,7 +174,7 @@ fn table(plan: &Plan, extent: Extent) -> Table {
     table = table
         .set(PLAIN_PORTS, Set::ports(plan.underlay.plain_ports.iter().copied()))
         .chain(OUTER, outer(plan))
-        .chain("clamp", clamp(plan))
+        .chain(CLAMP, clamp())
         .chain("clamp_in", clamp_in(plan));
     if both_ways(plan) {
         table = table.chain("answer", answer(plan)).chain("answer_out", answer_out(plan));
@@ -283,9 +287,8 @@ fn answers(plan: &Plan, which: impl Fn(Rule) -> Rule) -> [Rule; 2] {
     })
 }
 
-fn clamp(plan: &Plan) -> Chain {
-    Chain::base(ChainKind::Filter, Hook::Postrouting, MANGLE_PRIORITY)
-        .rule(Rule::new().output(&plan.link.name).clamp_mss_to_route())
+fn clamp() -> Chain {
+    Chain::regular().rules([Rule::new().clamp_mss_to_route(), Rule::new().accept()])
 }
 
 /// The other side may be a plain WireGuard peer that clamps nothing.
@@ -294,10 +297,15 @@ fn clamp_in(plan: &Plan) -> Chain {
         .rule(Rule::new().input(&plan.link.name).clamp_mss_to_route())
 }
 
-fn guard(plan: &Plan) -> Chain {
+fn guard(plan: &Plan, extent: Extent) -> Chain {
     let marks = &plan.rules;
+    let tunnel = Rule::new().output(&plan.link.name);
+    let tunnel = match extent {
+        Extent::Full => tunnel.jump(CLAMP),
+        Extent::GuardOnly => tunnel.accept(),
+    };
     let mut chain = Chain::base(ChainKind::Filter, Hook::Postrouting, GUARD_PRIORITY).rules([
-        Rule::new().output(&plan.link.name).accept(),
+        tunnel,
         Rule::new().output("lo").accept(),
         Rule::new().mark(marks.mark, marks.mask).accept(),
         Rule::new().neighbour_discovery().accept(),
