@@ -276,6 +276,11 @@ impl TunBatch {
         &self.packets
     }
 
+    /// Bytes that the packets take up, with the free bytes around them.
+    pub fn bytes(&self) -> usize {
+        self.used
+    }
+
     /// A packet with the free bytes around it: [`HEADROOM`] before, [`TAILROOM`] behind.
     pub fn packet_mut(&mut self, packet: &TunPacket) -> &mut [u8] {
         &mut self.bytes[packet.start - HEADROOM..packet.start + packet.len + TAILROOM]

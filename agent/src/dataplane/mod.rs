@@ -47,6 +47,7 @@ pub mod memory;
 pub mod packet;
 mod peer;
 pub mod relay;
+mod rest;
 pub mod session;
 pub mod split;
 mod steering;

@@ -7,6 +7,7 @@
 //! order: the TUN gives all packets for one address to one queue, and the sockets all datagrams
 //! from one address to one of them.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -22,6 +23,7 @@ use super::arena::{RecvBatch, SendBatch, TunBatch, WriteBatch};
 use super::drops::{DropReason, Drops};
 use super::engine::Engine;
 use super::events::Fault;
+use super::rest::Rest;
 use super::tun::TunIo;
 use super::udp::{Ready, TooBig, UdpIo};
 
@@ -128,6 +130,7 @@ pub(super) struct Worker<T, U> {
     writes: WriteBatch,
     read: TunBatch,
     out: SendBatch,
+    rest: Rest,
 }
 
 const WAKE: u64 = 0;
@@ -150,6 +153,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         for (place, fd) in (UDP..).zip(udp.fds()) {
             epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, place))?;
         }
+        let rest = Rest::new(udp.fds().into_iter().chain([inbox.wake.as_fd()])).map_err(errno)?;
         Ok(Self {
             tun,
             udp,
@@ -162,11 +166,13 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             writes: WriteBatch::new(RECEIVE_SLOTS),
             read: TunBatch::new(TUN_LARGE, TUN_PACKETS),
             out: SendBatch::new(SEND_BYTES, SEND_TRAINS),
+            rest,
         })
     }
 
     /// Runs until it is told to stop, or cannot go on.
     pub(super) fn run(mut self) {
+        Rest::prepare_thread();
         if let Err(error) = self.serve() {
             self.engine.events().fault(Fault::Worker(error.to_string()));
         }
@@ -199,6 +205,8 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             }
             if is_ready(TUN) {
                 self.outbound(now)?;
+                let (packets, bytes) = (self.read.packets().len(), self.read.bytes());
+                self.rest.take(Rest::due(packets, bytes, || now.elapsed()));
             }
             if !ready.is_empty() && next_tick.is_none() {
                 next_tick = Some(now + TICK);

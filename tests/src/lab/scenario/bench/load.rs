@@ -152,7 +152,8 @@ pub(super) fn tcp(
     daemons: &[Pid],
     meanwhile: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<Carried> {
-    let streams = ways.iter().map(|way| connect(way, congestion)).collect::<anyhow::Result<Vec<_>>>()?;
+    let streams =
+        ways.iter().map(|way| connect(way, congestion)).collect::<anyhow::Result<Vec<_>>>()?;
     let counters = Counters::default();
     std::thread::scope(|scope| {
         for (sender, receiver) in &streams {
