@@ -62,6 +62,8 @@ struct Train {
     /// Where the transport header begins.
     transport: usize,
     is_tcp: bool,
+    /// The sum of the pseudo-header without the length.
+    pseudo: u64,
     /// Of pseudo-header and transport header: without lengths, sequence, flags and checksum.
     transport_sum: u64,
     sequence: u32,
@@ -205,7 +207,7 @@ impl Train {
         let network = Network::new(&mut headers, at, &inner);
         let outer = match tunnel {
             0 => None,
-            _ => Some(Outer::new(&mut headers, &whole, header, at)?),
+            _ => Some(Outer::new(&mut headers, &whole, header, at, transport)?),
         };
         let (mut sequence, mut flags) = (0, 0);
         let part = &mut headers[transport..headers_len];
@@ -227,6 +229,7 @@ impl Train {
             network,
             transport,
             is_tcp,
+            pseudo,
             transport_sum,
             sequence,
             flags,
@@ -278,7 +281,9 @@ impl Train {
             put(part, UDP_CHECKSUM, not_zero(!checksum::fold(sum)));
         }
         if let Some(outer) = &mut self.outer {
-            outer.write(segment);
+            // With the pseudo-header, transport header and payload now sum up to nothing.
+            let inside = !checksum::fold(self.pseudo + transport_len);
+            outer.write(segment, self.transport, inside);
         }
 
         self.sequence = self.sequence.wrapping_add(payload.len() as u32);
@@ -326,9 +331,12 @@ impl Outer {
         whole: &Inner,
         header: &VnetHeader,
         inner_at: usize,
+        transport: usize,
     ) -> Option<Self> {
         let udp = usize::from(header.outer_transport);
-        if !is_behind(udp, whole, PROTOCOL_UDP) || inner_at < udp + UDP_HEADER {
+        // Where bytes pair up inside as they do outside, the inner sum is a part of the outer one.
+        let pairs = transport.checked_sub(udp)?.is_multiple_of(2);
+        if !is_behind(udp, whole, PROTOCOL_UDP) || inner_at < udp + UDP_HEADER || !pairs {
             return None;
         }
         let pseudo = (header.flags & FLAG_TUNNEL_CSUM != 0)
@@ -337,14 +345,16 @@ impl Outer {
         Some(Self { network: Network::new(headers, 0, whole), udp, pseudo })
     }
 
-    /// Completes the outer headers of a segment that is complete inside.
-    fn write(&mut self, segment: &mut [u8]) {
+    /// Completes the outer headers of a segment that is complete inside. `inside` is the sum of its
+    /// transport header, which begins at `transport`, and payload.
+    fn write(&mut self, segment: &mut [u8], transport: usize, inside: u16) {
         self.network.write(segment);
         let part = &mut segment[self.udp..];
         let len = part.len();
         put(part, UDP_LENGTH, len as u16);
         if let Some(pseudo) = self.pseudo {
-            let sum = checksum::add(pseudo + len as u64, part);
+            let before = &part[..transport - self.udp];
+            let sum = checksum::add(pseudo + len as u64 + u64::from(inside), before);
             put(part, UDP_CHECKSUM, not_zero(!checksum::fold(sum)));
         }
     }
