@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{Receiver, channel};
 use towline_agent::dataplane::memory::{self, Datagram, MemoryHost, Network};
@@ -209,6 +209,32 @@ fn a_long_burst_arrives_complete_and_in_order() {
     for packet in &packets {
         a.host.send(packet);
     }
+    for packet in &packets {
+        assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet));
+    }
+}
+
+/// Nothing refuses it, and nothing reports it: it can only be seen in what arrives.
+#[test]
+fn what_is_joined_wrongly_is_soon_received_one_by_one() {
+    let (network, a, b) = friends();
+    network.damage_joined();
+    let joins = || {
+        let features = b.plane.snapshot().features;
+        features.iter().any(|feature| feature.name == "udp_gro" && feature.active)
+    };
+    let lost = packet(&a, &b, 1000);
+    let deadline = Instant::now() + PATIENCE;
+    while joins() {
+        assert!(Instant::now() < deadline, "datagrams are still joined");
+        (0..64).for_each(|_| a.host.send(&lost));
+        std::thread::yield_now();
+    }
+    let last = packet(&a, &b, 500);
+    a.host.send(&last);
+    while b.host.receive(PATIENCE).expect("what is not joined any more arrives") != last {}
+    let packets: Vec<_> = (0..100).map(|_| packet(&a, &b, 1000)).collect();
+    packets.iter().for_each(|packet| a.host.send(packet));
     for packet in &packets {
         assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet));
     }

@@ -54,6 +54,15 @@ pub(super) struct Engine {
     coalescer: Coalescer,
     /// Places of the packets of one train, kept for its capacity.
     opened: Vec<(usize, usize)>,
+    joined: Joined,
+}
+
+/// Data messages of one batch that the kernel had joined.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Joined {
+    pub(super) datagrams: usize,
+    /// Of those, not authentic.
+    pub(super) damaged: usize,
 }
 
 impl Engine {
@@ -84,6 +93,7 @@ impl Engine {
             mtu: usize::MAX,
             coalescer: Coalescer::default(),
             opened: Vec::with_capacity(super::arena::SLOT_BYTES / 32),
+            joined: Joined::default(),
         }
     }
 
@@ -179,6 +189,7 @@ impl Engine {
         let table = self.table.load();
         self.coalescer.allow(allowed);
         self.forwards.clear();
+        self.joined = Joined::default();
         for received in batch.received() {
             if self.link.is_some() && received.from.local.map(|local| local.interface) == self.link
             {
@@ -220,6 +231,11 @@ impl Engine {
     /// What of the batch goes on to other nodes: parts of its bytes.
     pub(super) fn forwards(&self) -> &[Train] {
         &self.forwards
+    }
+
+    /// What of the batch the kernel had joined, and how that turned out.
+    pub(super) fn joined(&self) -> Joined {
+        self.joined
     }
 
     /// Sends a run of datagrams on, if we relay its channel. Returns how many bytes that was;
@@ -301,7 +317,7 @@ impl Engine {
         opened.clear();
         let plain = &mut writes.bytes_mut()[start..start + datagrams.len()];
         let mut act = self.act(now, peer, out);
-        peer.tunnel.lock().open(
+        let damaged = peer.tunnel.lock().open(
             from,
             peer.endpoint(),
             receiver,
@@ -311,6 +327,10 @@ impl Engine {
             &mut act,
             |at, len| opened.push((start + at, len)),
         );
+        if datagrams.len() > stride {
+            self.joined.datagrams += datagrams.len().div_ceil(stride);
+            self.joined.damaged += damaged;
+        }
         let mut last: Option<(IpAddr, Option<Slot>)> = None;
         for (at, len) in &opened {
             let Some(inner) = Inner::parse(&writes.bytes()[*at..at + len]) else {

@@ -21,7 +21,7 @@ use super::session::Segments;
 use super::split::Split;
 use super::switch::Switch;
 use super::tun::TunIo;
-use super::udp::{Ready, TooBig, UdpIo};
+use super::udp::{Damage, Ready, TooBig, UdpIo};
 use super::vnet::VnetHeader;
 
 /// A queue whose other end can be waited for, by a thread or by epoll.
@@ -184,6 +184,7 @@ struct Wire {
     sockets: BTreeMap<SocketAddr, Arc<Queue<Datagram>>>,
     seen: Vec<Datagram>,
     filter: Option<Filter>,
+    damages_joined: bool,
 }
 
 impl std::fmt::Debug for Network {
@@ -205,6 +206,7 @@ impl Network {
             sockets: BTreeMap::new(),
             seen: Vec::new(),
             filter: None,
+            damages_joined: false,
         })))
     }
 
@@ -216,7 +218,20 @@ impl Network {
     pub fn bind(&self, address: SocketAddr) -> io::Result<MemoryUdp> {
         let inbox = Arc::new(Queue::new()?);
         self.0.lock().sockets.insert(address, inbox.clone());
-        Ok(MemoryUdp { network: self.clone(), address, inbox, held: None })
+        Ok(MemoryUdp {
+            network: self.clone(),
+            address,
+            inbox,
+            held: None,
+            gro: Switch::new("udp_gro", Ok(())),
+            damage: Damage::default(),
+        })
+    }
+
+    /// From now on datagrams that are joined on their arrival come out damaged, as from a card or a
+    /// kernel that does it wrongly.
+    pub fn damage_joined(&self) {
+        self.0.lock().damages_joined = true;
     }
 
     /// From now on this says what is delivered. Everything is seen all the same.
@@ -251,6 +266,9 @@ pub struct MemoryUdp {
     inbox: Arc<Queue<Datagram>>,
     /// Taken from the inbox, and first of the next batch.
     held: Option<Datagram>,
+    /// Datagrams are joined.
+    gro: Switch,
+    damage: Damage,
 }
 
 impl MemoryUdp {
@@ -276,12 +294,19 @@ impl UdpIo for MemoryUdp {
             let mut len = first.bytes.len().min(SLOT_BYTES);
             bytes[..len].copy_from_slice(&first.bytes[..len]);
             while let Some(next) = self.inbox.pop() {
-                if !Self::joins(&first, len, &next) {
+                if !self.gro.is_on() || !Self::joins(&first, len, &next) {
                     self.held = Some(next);
                     break;
                 }
                 bytes[len..len + next.bytes.len()].copy_from_slice(&next.bytes);
                 len += next.bytes.len();
+            }
+            if len > first.bytes.len() && self.network.0.lock().damages_joined {
+                for datagram in bytes[..len].chunks_mut(first.bytes.len()) {
+                    if let Some(last) = datagram.last_mut() {
+                        *last ^= 1;
+                    }
+                }
             }
             batch.push(slot, first.from.into(), len, first.bytes.len());
         }
@@ -310,7 +335,13 @@ impl UdpIo for MemoryUdp {
         Ok(())
     }
 
+    fn came_joined(&mut self, now: Instant, datagrams: usize, damaged: usize) {
+        if self.damage.count(datagrams, damaged) {
+            self.gro.distrust("what was joined arrived damaged".to_owned(), now);
+        }
+    }
+
     fn features(&self) -> Vec<Switch> {
-        Vec::new()
+        vec![self.gro.clone()]
     }
 }

@@ -203,7 +203,7 @@ impl Tunnel {
     }
 
     /// Opens a train of data messages that all name the receiver index `receiver`; see
-    /// [`Session::open`].
+    /// [`Session::open`]. Returns how many were not authentic.
     #[expect(clippy::too_many_arguments, reason = "the train, its sender and the context")]
     pub(super) fn open(
         &mut self,
@@ -215,18 +215,18 @@ impl Tunnel {
         plain: &mut [u8],
         act: &mut Act<'_>,
         mut each: impl FnMut(usize, usize),
-    ) {
+    ) -> usize {
         let session = match (&mut self.active, &mut self.retired) {
             (Some(active), _) if receiver >> 8 == self.index => active,
             (_, Some((retired, index))) if receiver >> 8 == *index => retired,
             _ => {
                 let datagrams = datagrams.len().div_ceil(stride.max(1));
                 act.drops.add(DropReason::NoSession, datagrams as u64);
-                return;
+                return 0;
             }
         };
         let drops = act.drops;
-        let (mut authentic, mut packets) = (0, false);
+        let (mut authentic, mut packets, mut damaged) = (0, false, 0);
         let skip = if from.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
         session.open(datagrams, stride, skip, plain, |bytes, opened| match opened {
             Opened::Packet { start, len } => {
@@ -235,10 +235,13 @@ impl Tunnel {
                 each(start, len);
             }
             Opened::Keepalive => authentic += bytes,
-            Opened::Refused(reason) => drops.count(reason),
+            Opened::Refused(reason) => {
+                damaged += usize::from(reason == DropReason::NotAuthentic);
+                drops.count(reason);
+            }
         });
         if authentic == 0 {
-            return;
+            return damaged;
         }
         act.counters.received(authentic);
         if packets {
@@ -252,6 +255,7 @@ impl Tunnel {
             self.completed(from, false, act);
         }
         self.seen(from, known, act);
+        damaged
     }
 
     /// Takes a handshake message of any kind.

@@ -55,7 +55,11 @@ impl Switch {
 
     /// The kernel refused it: not used for a while.
     pub fn give_up(&self, error: &std::io::Error, now: Instant) {
-        let reason = format!("the kernel refused it at run time: {error}");
+        self.distrust(format!("the kernel refused it at run time: {error}"), now);
+    }
+
+    /// It does not do what it should: not used for a while.
+    pub fn distrust(&self, reason: String, now: Instant) {
         *self.0.off.lock() = Off { reason, again: Some(now + PAUSE) };
         self.0.active.store(false, Ordering::Relaxed);
     }

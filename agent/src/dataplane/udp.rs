@@ -15,8 +15,10 @@ use super::Offloads;
 use super::arena::{RecvBatch, SLOT_BYTES, SendBatch, Train};
 use super::drops::{DropReason, Drops};
 use super::switch::{Switch, switched_off};
+pub(super) use damage::Damage;
 use messages::{Headers, MESSAGES};
 
+mod damage;
 mod messages;
 
 /// A way to send and receive datagrams in batches. Two stand behind it: [`Udp`], and
@@ -48,6 +50,9 @@ pub trait UdpIo: Send + 'static {
     ///
     /// The kernel knows already that it is too big for its path.
     fn send_whole(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) -> Result<(), TooBig>;
+
+    /// So many datagrams of the last batch came joined, `damaged` of which were not authentic.
+    fn came_joined(&mut self, now: Instant, datagrams: usize, damaged: usize);
 
     /// What speeds it up. Clones look on while it runs.
     fn features(&self) -> Vec<Switch>;
@@ -135,6 +140,9 @@ pub struct Udp {
     segment: Switch,
     /// Datagrams are received many at a time.
     gro: Switch,
+    /// As the sockets are set.
+    joining: bool,
+    damage: Damage,
     /// Whose turn it is to receive first, so that a flood on one cannot starve the other.
     v6_first: bool,
 }
@@ -208,7 +216,9 @@ fn open_pair(
                     (None, Some(v6)) => v6.port().unwrap_or(chosen),
                     _ => chosen,
                 };
-                return Ok(Udp { v4, v6, port, mark, segment, gro, v6_first: false });
+                let (joining, damage) = (options.gro, Damage::default());
+                let v6_first = false;
+                return Ok(Udp { v4, v6, port, mark, segment, gro, joining, damage, v6_first });
             }
         }
     }
@@ -220,6 +230,20 @@ impl Udp {
     pub fn port(&self) -> u16 {
         self.port
     }
+
+    /// Sets the sockets as the switch stands, which another worker may have turned.
+    fn set_joining(&mut self) {
+        let wanted = self.gro.is_on();
+        if wanted == self.joining {
+            return;
+        }
+        self.joining = wanted;
+        for endpoint in self.v4.iter().chain(&self.v6) {
+            // What was switched on can be switched off. Refused the other way round, datagrams
+            // come one by one, as before.
+            let _ = set(&endpoint.socket, libc::SOL_UDP, UDP_GRO, wanted.into());
+        }
+    }
 }
 
 impl UdpIo for Udp {
@@ -228,6 +252,7 @@ impl UdpIo for Udp {
     }
 
     fn receive(&mut self, ready: Ready, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()> {
+        self.set_joining();
         self.v6_first = !self.v6_first;
         // In the order that `fds` gives them.
         let both = self.v4.iter_mut().chain(&mut self.v6).enumerate();
@@ -244,6 +269,7 @@ impl UdpIo for Udp {
 
     fn send_trains(&mut self, now: Instant, bytes: &[u8], mut trains: &[Train], drops: &Drops) {
         self.segment.reconsider(now);
+        self.gro.reconsider(now);
         while let Some(first) = trains.first() {
             let same = |train: &&Train| train.to.remote.is_ipv4() == first.to.remote.is_ipv4();
             let run = trains.iter().take_while(same).count();
@@ -282,6 +308,12 @@ impl UdpIo for Udp {
             }
         }
         Ok(())
+    }
+
+    fn came_joined(&mut self, now: Instant, datagrams: usize, damaged: usize) {
+        if self.damage.count(datagrams, damaged) && self.joining {
+            self.gro.distrust("what the kernel joined arrived damaged".to_owned(), now);
+        }
     }
 
     fn features(&self) -> Vec<Switch> {

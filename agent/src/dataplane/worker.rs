@@ -21,7 +21,7 @@ use towline_proto::id::WireguardKey;
 
 use super::arena::{RecvBatch, SendBatch, TunBatch, WriteBatch};
 use super::drops::{DropReason, Drops};
-use super::engine::Engine;
+use super::engine::{Engine, Joined};
 use super::events::Fault;
 use super::rest::Rest;
 use super::tun::TunIo;
@@ -271,6 +271,8 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         self.udp.receive(sockets, &mut self.received, &self.drops).map_err(errno)?;
         let joined = self.tun.coalesce();
         self.engine.inbound(now, joined, &self.received, &mut self.writes, &mut self.out);
+        let Joined { datagrams, damaged } = self.engine.joined();
+        self.udp.came_joined(now, datagrams, damaged);
         if !self.engine.forwards().is_empty() {
             let forwards = self.engine.forwards();
             self.udp.send_trains(now, self.received.bytes(), forwards, &self.drops);
