@@ -22,6 +22,7 @@
 //! | file | owns |
 //! |---|---|
 //! | `worker` | a thread: what wakes it, in which order it works |
+//! | `rest` | pauses between batches of small packets |
 //! | `engine` | what happens to a batch in each direction |
 //! | `peer` | one tunnel over time |
 //! | `session` | the protocol engine; the only file that names boringtun |
