@@ -191,7 +191,8 @@ const PROGRAMS: [Deed; 16] = [
 /// With a message bus of its own, so that the machine's firewalld, if it has one, hears nothing.
 const FIREWALLD: &str = r#"
 dir=$(mktemp -d)
-trap 'kill $fw $bus 2>/dev/null; wait; rm -r $dir' EXIT
+# Without the bus it would go and leave its rules behind.
+trap 'kill $fw 2>/dev/null; wait $fw; kill $bus 2>/dev/null; wait; rm -r $dir' EXIT
 cat > $dir/conf <<X
 <busconfig><type>system</type><listen>unix:path=$dir/bus</listen><auth>EXTERNAL</auth>
 <policy context="default"><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/>
