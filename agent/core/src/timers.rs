@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn the_earliest_deadline_comes_first_and_a_moved_one_only_once() {
-        // The one place of the crate that needs some instant to begin with.
+        // Some instant to count from.
         #[allow(clippy::disallowed_methods)]
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);

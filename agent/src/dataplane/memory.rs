@@ -336,9 +336,7 @@ impl UdpIo for MemoryUdp {
     }
 
     fn came_joined(&mut self, now: Instant, datagrams: usize, damaged: usize) {
-        if self.damage.count(datagrams, damaged) {
-            self.gro.distrust("what was joined arrived damaged".to_owned(), now);
-        }
+        self.damage.judge(now, datagrams, damaged, &self.gro);
     }
 
     fn features(&self) -> Vec<Switch> {

@@ -311,9 +311,7 @@ impl UdpIo for Udp {
     }
 
     fn came_joined(&mut self, now: Instant, datagrams: usize, damaged: usize) {
-        if self.damage.count(datagrams, damaged) && self.joining {
-            self.gro.distrust("what the kernel joined arrived damaged".to_owned(), now);
-        }
+        self.damage.judge(now, datagrams, damaged, &self.gro);
     }
 
     fn features(&self) -> Vec<Switch> {

@@ -4,6 +4,10 @@
 //! seen of it is that what arrives is not authentic. A stranger's forgeries look the same, so it
 //! takes a good part of all that arrives joined, which nobody forges who could not as well drop it.
 
+use std::time::Instant;
+
+use crate::dataplane::switch::Switch;
+
 /// How many joined datagrams are looked at together.
 const WINDOW: u64 = 256;
 /// One in so many is damage, not chance.
@@ -17,8 +21,22 @@ pub(in super::super) struct Damage {
 }
 
 impl Damage {
-    /// Counts what arrived joined. Returns whether joining is at fault.
-    pub(in super::super) fn count(&mut self, datagrams: usize, damaged: usize) -> bool {
+    /// Counts what arrived joined, and gives joining up where it is at fault.
+    pub(in super::super) fn judge(
+        &mut self,
+        now: Instant,
+        datagrams: usize,
+        damaged: usize,
+        gro: &Switch,
+    ) {
+        // What is off stays off for the reason that it has.
+        if self.count(datagrams, damaged) && gro.is_on() {
+            gro.distrust("what the kernel joined arrived damaged".to_owned(), now);
+        }
+    }
+
+    /// Returns whether joining is at fault.
+    fn count(&mut self, datagrams: usize, damaged: usize) -> bool {
         self.datagrams += datagrams as u64;
         self.damaged += damaged as u64;
         if self.datagrams < WINDOW {
