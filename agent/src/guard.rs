@@ -12,6 +12,7 @@ use towline_core::plan::{Plan, RouteVia};
 
 use crate::config::Config;
 use crate::daemon;
+use crate::down::DownMarker;
 use crate::host::{HostNetwork, Problem};
 use crate::join;
 use crate::state::{StateDir, StateError};
@@ -24,6 +25,8 @@ pub enum Guarded {
     NotJoined,
     /// An agent runs, and keeps the guards itself.
     AgentRuns,
+    /// The machine is open by `towline down`, and stays so until `towline up`.
+    Down,
     /// The guards stand.
     Stands {
         /// Networks that are guarded.
@@ -46,6 +49,10 @@ pub fn run(config: &Config) -> anyhow::Result<Guarded> {
         Err(StateError::Locked { .. }) => return Ok(Guarded::AgentRuns),
         Err(error) => return Err(error.into()),
     };
+    // After the lock was taken: see `down.rs` for the order.
+    if DownMarker::of(config).read().is_some() {
+        return Ok(Guarded::Down);
+    }
     let plan = plan(config, &state)?;
     let mut network = HostNetwork::open().context("cannot speak to the kernel's network")?;
     let applied = network.apply(&plan).context("the guards do not stand")?;
@@ -231,6 +238,25 @@ mod tests {
 
             let _agent = StateDir::open(&config.state_dir).unwrap();
             assert_eq!(run(&config).unwrap(), Guarded::AgentRuns);
+        }
+    }
+
+    namespace_test! {
+        fn a_machine_that_is_down_is_not_guarded_until_it_is_up() {
+            let dir = tempfile::tempdir().unwrap();
+            let config = Config { state_dir: dir.path().into(), ..Config::default() };
+            state_of_a_node(&config.state_dir);
+            host();
+            let marker = config.state_dir.join("down");
+            // The name of the file is the contract, not what is in it.
+            for content in ["{\"since\":1}", ""] {
+                std::fs::write(&marker, content).unwrap();
+                assert_eq!(run(&config).unwrap(), Guarded::Down);
+                assert!(leaves("198.19.0.2"));
+            }
+            std::fs::remove_file(&marker).unwrap();
+            assert!(matches!(run(&config).unwrap(), Guarded::Stands { .. }));
+            assert!(!leaves("198.19.0.2"));
         }
     }
 

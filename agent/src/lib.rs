@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod dataplane;
 pub mod dial;
 pub mod discovery;
+pub mod down;
 pub mod guard;
 pub mod host;
 pub mod install;

@@ -9,6 +9,7 @@
 //! | `counters.json` | boot epoch and record generation | before each use of a new value |
 //! | `prefixes.json` | what this node announced, and what of others' is still guarded | when it changes |
 //! | `map.bin` | the signed network map, as last seen | after changes, debounced |
+//! | `down` | when `towline down` was run (`down.rs`) | by `towline down`; removed by `towline up` |
 //!
 //! The directory is 0700. A file is replaced whole (written beside, synced, renamed), so at any
 //! moment a reader finds the old one or the new one.
@@ -375,6 +376,7 @@ impl StateDir {
             "kubernetes.json",
             "wireguard.key",
             "identity.key",
+            crate::down::NAME,
         ] {
             let path = self.path.join(name);
             match std::fs::remove_file(&path) {

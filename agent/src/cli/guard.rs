@@ -38,6 +38,9 @@ pub(super) fn guard(config: &Config) -> anyhow::Result<()> {
             eprintln!("this machine has not joined a mesh: there is nothing to guard yet");
         }
         Guarded::AgentRuns => eprintln!("an agent runs: it keeps the guards"),
+        Guarded::Down => {
+            eprintln!("this machine is down: nothing is guarded until `towline up` is run");
+        }
         Guarded::Stands { networks, problems, .. } if problems.is_empty() => {
             eprintln!("{networks} networks are guarded");
         }
