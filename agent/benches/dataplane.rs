@@ -5,8 +5,9 @@
 use std::net::{IpAddr, SocketAddr};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use towline_agent::dataplane::arena::{HEADROOM, SendBatch, TAILROOM, WriteBatch};
+use towline_agent::dataplane::arena::{Datagrams, HEADROOM, SendBatch, TAILROOM, WriteBatch};
 use towline_agent::dataplane::coalesce::{Coalesce, Coalescer};
+use towline_agent::dataplane::drops::Drops;
 use towline_agent::dataplane::packet::Inner;
 use towline_agent::dataplane::session::{
     Answered, DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, Secrets, Segments, Session,
@@ -85,7 +86,8 @@ fn sessions() -> [Session; 2] {
         panic!("no session");
     };
     let mut plain = [0; HANDSHAKE_BYTES];
-    b.open(&confirmation[..len], len, 0, &mut plain[..len], |_, _| ());
+    let one = Datagrams::new(&confirmation[..len], 0, 0).expect("one datagram");
+    b.open(one, 0, &mut plain[..len], |_, _| ());
     [a, b]
 }
 
@@ -137,10 +139,11 @@ fn dataplane(c: &mut Criterion) {
 
     let [mut a, mut b] = sessions();
     let mut out = SendBatch::new(1 << 17, 8);
+    let drops = Drops::default();
     group.bench_function("seal", |bench| {
         bench.iter(|| {
             out.clear();
-            a.seal(&mut Ready(segments.iter()), to, &mut out)
+            a.seal(&mut Ready(segments.iter()), to, &mut out, &drops)
         });
     });
 
@@ -149,12 +152,13 @@ fn dataplane(c: &mut Criterion) {
         bench.iter_batched_ref(
             || {
                 out.clear();
-                a.seal(&mut Ready(segments.iter()), to, &mut out);
+                a.seal(&mut Ready(segments.iter()), to, &mut out, &drops);
                 out.bytes()[..SEGMENTS * stride].to_vec()
             },
             |train| {
                 let mut opened = 0;
-                b.open(train, stride, 0, &mut plain, |_, _| opened += 1);
+                let train = Datagrams::new(train, 0, stride).expect("datagrams");
+                b.open(train, 0, &mut plain, |_, _| opened += 1);
                 assert_eq!(opened, SEGMENTS);
             },
             BatchSize::PerIteration,

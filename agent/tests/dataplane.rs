@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{Receiver, channel};
+use towline_agent::dataplane::arena::{SLOT_BYTES, TRAIN_BYTES};
 use towline_agent::dataplane::memory::{self, Datagram, MemoryHost, Network};
 use towline_agent::dataplane::relay::Limits;
 use towline_agent::dataplane::session::{HANDSHAKE_BYTES, Secrets, Session};
@@ -741,4 +742,51 @@ fn a_stranger_that_floods_a_relays_channel_reaches_nobody_and_keeps_nobody_out()
     }
     assert_eq!(sent(), [Datagram { from: b.address, to: ends[1], bytes }]);
     assert_eq!(b.drops("relay_stranger"), 500);
+}
+
+/// IPv4 takes a payload of 65,507 bytes, IPv6 one of 65,527, and a send of ours less than either.
+#[test]
+fn oversized_datagrams_are_dropped_and_counted_and_hang_nothing() {
+    let network = Network::new();
+    let limits = Limits { nodes: 8, channels: 8, bytes_per_second: 1 << 30 };
+    let relay = Relay::new(limits);
+    let (mut a, b) = (End::new(&network, 1), End::relaying(&network, 2, relay.clone()));
+    a.apply([(b.key(), b.entry())]);
+    b.apply([(a.key(), a.entry())]);
+    let now = Instant::now();
+    let ends = [3, 4].map(|n| SocketAddr::from(([192, 0, 2, n], 51830)));
+    let keys = [3, 4].map(|n| WireguardKey([n; 32]));
+    relay.register(now, keys[1], ends[1].into()).unwrap();
+    relay.open(now, (keys[0], ends[0].into()), keys[1], 77).unwrap();
+    let stranger = SocketAddr::from(([203, 0, 113, 1], 1));
+    let heads: [&[u8]; 6] = [
+        &relayed_header(77),
+        &relayed_header(78),
+        &[4, 0, 0, 0, 1, 2, 3, 4],
+        &[0x50, 1, 0, 0],
+        &[0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42],
+        &[],
+    ];
+    let mut count = 0;
+    for from in [ends[0], ends[1], stranger, a.address] {
+        for len in [TRAIN_BYTES + 1, 65_500, 65_507, 65_527, SLOT_BYTES] {
+            for head in heads {
+                let mut bytes = vec![7; len];
+                bytes[..head.len()].copy_from_slice(head);
+                network.inject(Datagram { from, to: b.address, bytes });
+                count += 1;
+            }
+        }
+    }
+    b.dropped("oversized", count);
+    // The longest that a send takes is forwarded, and the tunnels of the relay itself work.
+    let mut bytes = vec![7; TRAIN_BYTES];
+    bytes[..12].copy_from_slice(&relayed_header(77));
+    network.inject(Datagram { from: ends[0], to: b.address, bytes: bytes.clone() });
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    a.observed(b.key(), |what| what == Observation::Handshake { from: b.address.into() });
+    carries(&a, &b, 1000);
+    let forwarded: Vec<_> = network.seen().into_iter().filter(|d| d.to == ends[1]).collect();
+    assert_eq!(forwarded, [Datagram { from: b.address, to: ends[1], bytes }]);
+    assert_eq!(b.drops("oversized"), count);
 }

@@ -2,6 +2,9 @@
 //! each packet lies. Made once, used for ever: nothing here allocates after construction as long
 //! as the batch keeps within the number of packets it was made for.
 
+use std::num::NonZeroUsize;
+use std::slice::Chunks;
+
 use towline_core::path::Path;
 use towline_proto::frame::{RELAYED_HEADER_BYTES, relayed_header};
 
@@ -29,8 +32,8 @@ pub struct Train {
     pub start: usize,
     /// Bytes of all datagrams together.
     pub len: usize,
-    /// Bytes of each datagram but the last.
-    pub stride: usize,
+    /// Bytes of each datagram but the last. A datagram of no bytes counts as one of 1 byte.
+    pub stride: NonZeroUsize,
     /// How many.
     pub segments: usize,
     /// Sent as fragments of the size that every path of its family takes: the path takes less than
@@ -96,8 +99,8 @@ impl SendBatch {
             Some(train)
                 if train.to == to
                     && train.fragment == fragment
-                    && train.len == train.stride * train.segments
-                    && len <= train.stride
+                    && train.len == train.stride.get() * train.segments
+                    && len <= train.stride.get()
                     && len > 0
                     && train.segments < TRAIN_SEGMENTS
                     && train.len + len <= TRAIN_BYTES =>
@@ -106,7 +109,8 @@ impl SendBatch {
                 train.segments += 1;
             }
             _ => {
-                let (start, stride) = (self.used, len);
+                let start = self.used;
+                let stride = NonZeroUsize::new(len).unwrap_or(NonZeroUsize::MIN);
                 self.trains.push(Train { to, start, len, stride, segments: 1, fragment });
             }
         }
@@ -147,18 +151,146 @@ fn header_bytes(to: &Path) -> usize {
     if to.channel.is_some() { RELAYED_HEADER_BYTES } else { 0 }
 }
 
+/// Datagrams that lie one behind another in a batch: what a parser takes apart step by step.
+///
+/// There is at least one, and none is empty or longer than [`TRAIN_BYTES`]. All have the same
+/// length, except that the last may be shorter. Since [`Datagrams::skip`] takes a number that is not
+/// zero, and no datagram is empty, every step of a parser leaves fewer bytes than it found.
+#[derive(Debug, Clone, Copy)]
+pub struct Datagrams<'a> {
+    /// Place of the first byte in the batch.
+    start: usize,
+    /// All datagrams. Not empty.
+    bytes: &'a [u8],
+    /// Bytes of each datagram but the last. At most [`TRAIN_BYTES`].
+    segment_size: NonZeroUsize,
+}
+
+/// Why received bytes are no [`Datagrams`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoDatagrams {
+    /// One datagram of no bytes.
+    Empty,
+    /// Datagrams of more than [`TRAIN_BYTES`] bytes, which nothing here sends or forwards.
+    Oversized {
+        /// How many datagrams.
+        count: usize,
+    },
+}
+
+impl<'a> Datagrams<'a> {
+    /// Bytes that begin at `start` of their batch, as datagrams of `segment_size` bytes each. With
+    /// a size of 0, or one that is longer than the bytes, they are one datagram.
+    ///
+    /// # Errors
+    ///
+    /// When there are no bytes, or the datagrams are too long.
+    pub fn new(bytes: &'a [u8], start: usize, segment_size: usize) -> Result<Self, NoDatagrams> {
+        let whole = NonZeroUsize::new(bytes.len()).ok_or(NoDatagrams::Empty)?;
+        let segment_size = NonZeroUsize::new(segment_size).map_or(whole, |size| size.min(whole));
+        if segment_size.get() > TRAIN_BYTES {
+            return Err(NoDatagrams::Oversized { count: bytes.len().div_ceil(segment_size.get()) });
+        }
+        Ok(Self { start, bytes, segment_size })
+    }
+
+    /// Place of the first byte in the batch.
+    #[inline]
+    pub fn start(&self) -> usize {
+        self.start
+    }
+
+    /// All datagrams, without a gap.
+    #[inline]
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// Bytes of each datagram but the last, which may be shorter.
+    #[inline]
+    pub fn segment_size(&self) -> NonZeroUsize {
+        self.segment_size
+    }
+
+    /// Number of datagrams.
+    #[inline]
+    pub fn count(&self) -> NonZeroUsize {
+        // There are bytes, so it is at least 1.
+        NonZeroUsize::new(self.bytes.len().div_ceil(self.segment_size.get()))
+            .unwrap_or(NonZeroUsize::MIN)
+    }
+
+    /// The first datagram.
+    #[inline]
+    pub fn first(&self) -> &'a [u8] {
+        &self.bytes[..self.bytes.len().min(self.segment_size.get())]
+    }
+
+    /// Each datagram, in order.
+    #[inline]
+    pub fn iter(&self) -> Chunks<'a, u8> {
+        self.bytes.chunks(self.segment_size.get())
+    }
+
+    /// Number of datagrams from the start that belong together: the first, and those after it as
+    /// long as they fit.
+    #[inline]
+    pub fn run(&self, mut fits: impl FnMut(&'a [u8]) -> bool) -> NonZeroUsize {
+        let more = self.iter().skip(1).take_while(|datagram| fits(datagram)).count();
+        NonZeroUsize::MIN.saturating_add(more)
+    }
+
+    /// Number of datagrams from the start that one send takes.
+    #[inline]
+    pub fn one_send(&self) -> NonZeroUsize {
+        // No datagram is longer than `TRAIN_BYTES`, so it is at least 1.
+        NonZeroUsize::new((TRAIN_BYTES / self.segment_size).min(TRAIN_SEGMENTS))
+            .unwrap_or(NonZeroUsize::MIN)
+    }
+
+    /// The first `count` datagrams, or all if there are fewer.
+    #[inline]
+    #[must_use]
+    pub fn take(&self, count: NonZeroUsize) -> Self {
+        Self { bytes: &self.bytes[..self.bytes_of(count)], ..*self }
+    }
+
+    /// What follows the first `count` datagrams; `None`: nothing.
+    #[inline]
+    #[must_use]
+    pub fn skip(&self, count: NonZeroUsize) -> Option<Self> {
+        let len = self.bytes_of(count);
+        let bytes = self.bytes.get(len..).filter(|bytes| !bytes.is_empty())?;
+        Some(Self { start: self.start + len, bytes, ..*self })
+    }
+
+    #[inline]
+    fn bytes_of(&self, count: NonZeroUsize) -> usize {
+        self.segment_size.saturating_mul(count).get().min(self.bytes.len())
+    }
+}
+
 /// What one receive call of the kernel brought: a datagram, or several of one sender that the
-/// kernel joined (`UDP_GRO`).
+/// kernel joined (`UDP_GRO`). [`RecvBatch::datagrams`] takes it apart.
 #[derive(Debug, Clone, Copy)]
 pub struct Received {
     /// The sender.
     pub from: Path,
     /// First byte in the batch.
-    pub start: usize,
+    start: usize,
     /// Bytes altogether.
-    pub len: usize,
-    /// Bytes of each datagram but the last; `len` if it is one.
-    pub stride: usize,
+    len: usize,
+    /// Bytes of each datagram but the last, as the kernel said; 0: it is one datagram.
+    segment_size: usize,
+}
+
+impl Received {
+    /// Where each datagram begins in the batch, and its bytes.
+    pub fn places(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let Self { start, len, segment_size, .. } = *self;
+        let size = NonZeroUsize::new(segment_size).map_or(len.max(1), NonZeroUsize::get);
+        (0..len).step_by(size).map(move |at| (start + at, size.min(len - at)))
+    }
 }
 
 /// Datagrams that came in, in order of arrival.
@@ -166,6 +298,8 @@ pub struct Received {
 pub struct RecvBatch {
     bytes: Box<[u8]>,
     received: Vec<Received>,
+    /// Slots up to the last one that holds something; those after it are free.
+    used: usize,
 }
 
 impl RecvBatch {
@@ -174,12 +308,18 @@ impl RecvBatch {
         Self {
             bytes: vec![0; slots * SLOT_BYTES].into_boxed_slice(),
             received: Vec::with_capacity(slots),
+            used: 0,
         }
     }
 
     /// How many receive calls fit.
     pub fn slots(&self) -> usize {
         self.bytes.len() / SLOT_BYTES
+    }
+
+    /// The first of the free slots. Those before it may hold something.
+    pub fn next_slot(&self) -> usize {
+        self.used
     }
 
     /// All slots, [`SLOT_BYTES`] each: for the one who receives.
@@ -192,11 +332,12 @@ impl RecvBatch {
         &self.bytes
     }
 
-    /// Slot number `slot` now holds `len` bytes, in datagrams of `stride` bytes (0: one datagram).
-    pub fn push(&mut self, slot: usize, from: Path, len: usize, stride: usize) {
+    /// Slot number `slot` now holds `len` bytes, in datagrams of `segment_size` bytes (0: one
+    /// datagram).
+    pub fn push(&mut self, slot: usize, from: Path, len: usize, segment_size: usize) {
         let len = len.min(SLOT_BYTES);
-        let stride = if stride == 0 || stride > len { len } else { stride };
-        self.received.push(Received { from, start: slot * SLOT_BYTES, len, stride });
+        self.received.push(Received { from, start: slot * SLOT_BYTES, len, segment_size });
+        self.used = self.used.max(slot + 1);
     }
 
     /// Exchanges the slots with the block of a [`WriteBatch`] of as many slots, for an engine that
@@ -211,14 +352,26 @@ impl RecvBatch {
         &self.received
     }
 
-    /// Whether another slot is free.
+    /// The datagrams that one receive call brought.
+    ///
+    /// # Errors
+    ///
+    /// When they are nothing to look at.
+    #[inline]
+    pub fn datagrams(&self, received: &Received) -> Result<Datagrams<'_>, NoDatagrams> {
+        let Received { start, len, segment_size, .. } = *received;
+        Datagrams::new(&self.bytes[start..start + len], start, segment_size)
+    }
+
+    /// Whether no slot is free.
     pub fn is_full(&self) -> bool {
-        self.received.len() == self.slots()
+        self.used >= self.slots()
     }
 
     /// Forgets everything.
     pub fn clear(&mut self) {
         self.received.clear();
+        self.used = 0;
     }
 }
 
@@ -424,11 +577,68 @@ mod tests {
                     read.push((train.to, Vec::new()));
                 }
                 let before = read.len();
-                read.extend(bytes.chunks(train.stride.max(1)).map(|d| (train.to, d.to_vec())));
+                read.extend(bytes.chunks(train.stride.get()).map(|d| (train.to, d.to_vec())));
                 prop_assert!(bytes.is_empty() || read.len() - before == train.segments);
             }
             prop_assert_eq!(read, pushed);
         }
+    }
+
+    proptest! {
+        #[test]
+        fn any_steps_end_and_cover_every_byte_once(
+            len in prop_oneof![0usize..200, 65_400usize..=65_536],
+            segment_size in prop_oneof![0usize..300, 0usize..70_000],
+            start in 0usize..1000,
+            steps in proptest::collection::vec(1usize..80, 1..8),
+        ) {
+            let bytes = vec![1; len];
+            let size = if segment_size == 0 { len } else { segment_size.min(len) };
+            let all = match Datagrams::new(&bytes, start, segment_size) {
+                Err(NoDatagrams::Empty) => {
+                    prop_assert_eq!(len, 0);
+                    return Ok(());
+                }
+                Err(NoDatagrams::Oversized { count }) => {
+                    prop_assert!(size > TRAIN_BYTES);
+                    prop_assert_eq!(count, len.div_ceil(size));
+                    return Ok(());
+                }
+                Ok(all) => all,
+            };
+            prop_assert_eq!(all.count().get(), len.div_ceil(size));
+            prop_assert!(all.one_send().get() * size <= TRAIN_BYTES);
+            let (mut rest, mut at, mut taken) = (Some(all), start, 0);
+            let mut steps = steps.iter().cycle().map(|step| NonZeroUsize::new(*step).unwrap());
+            while let Some(datagrams) = rest {
+                let step = steps.next().unwrap();
+                let run = datagrams.take(step);
+                prop_assert_eq!(run.start(), at);
+                prop_assert_eq!(run.count(), step.min(datagrams.count()));
+                prop_assert!(run.iter().all(|datagram| !datagram.is_empty()));
+                at += run.bytes().len();
+                taken += run.count().get();
+                rest = datagrams.skip(step);
+            }
+            prop_assert_eq!(at, start + len);
+            prop_assert_eq!(taken, all.count().get());
+        }
+    }
+
+    /// The slot of one that was cut off stays as it is; the next family must not reuse one that
+    /// holds something.
+    #[test]
+    fn a_slot_that_holds_something_is_not_free() {
+        let from = Path::direct(([127, 0, 0, 1], 1).into());
+        let mut batch = RecvBatch::new(4);
+        batch.push(0, from, 10, 0);
+        batch.push(2, from, 10, 0);
+        assert_eq!((batch.next_slot(), batch.is_full()), (3, false));
+        batch.push(3, from, 10, 5);
+        assert!(batch.is_full());
+        assert_eq!(batch.received()[2].places().count(), 2);
+        batch.clear();
+        assert_eq!(batch.next_slot(), 0);
     }
 
     #[test]

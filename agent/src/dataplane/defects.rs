@@ -31,7 +31,7 @@ use towline_core::peer_table::{Observation, PeerEntry, PeerTable};
 use towline_proto::id::WireguardKey;
 use x25519_dalek::StaticSecret;
 
-use super::arena::SendBatch;
+use super::arena::{Datagrams, SendBatch};
 use super::counters::PeerCounters;
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
@@ -98,7 +98,8 @@ fn establish(a: &mut Session, b: &mut Session) {
         panic!("no session");
     };
     let mut plain = [0; HANDSHAKE_BYTES];
-    b.open(&confirmation[..len], len, 0, &mut plain[..len], |_, opened| {
+    let one = Datagrams::new(&confirmation[..len], 0, 0).unwrap();
+    b.open(one, 0, &mut plain[..len], |_, opened| {
         assert_eq!(opened, Opened::Keepalive);
     });
     assert!(a.is_ready() && b.is_ready());
@@ -106,14 +107,15 @@ fn establish(a: &mut Session, b: &mut Session) {
 
 fn seal(session: &mut Session) -> Vec<u8> {
     let mut out = SendBatch::new(4096, 4);
-    session.seal(&mut Once::new(packet()), address(9).into(), &mut out);
+    session.seal(&mut Once::new(packet()), address(9).into(), &mut out, &Drops::default());
     out.bytes()[out.trains()[0].start..][..out.trains()[0].len].to_vec()
 }
 
 fn open(session: &mut Session, datagram: &[u8]) -> Opened {
     let mut plain = vec![0; datagram.len()];
     let mut found = None;
-    session.open(datagram, datagram.len(), 0, &mut plain, |_, opened| found = Some(opened));
+    let one = Datagrams::new(datagram, 0, 0).unwrap();
+    session.open(one, 0, &mut plain, |_, opened| found = Some(opened));
     found.unwrap()
 }
 
@@ -152,7 +154,7 @@ impl Side {
         let bytes = self.out.bytes();
         let trains = self.out.trains().iter();
         let sent = trains
-            .flat_map(|train| bytes[train.start..][..train.len].chunks(train.stride))
+            .flat_map(|train| bytes[train.start..][..train.len].chunks(train.stride.get()))
             .map(<[u8]>::to_vec)
             .collect();
         self.out.clear();
@@ -162,9 +164,9 @@ impl Side {
     fn take(&mut self, now: Instant, from: Path, known: Path, datagram: &[u8]) {
         self.with(now, |tunnel, act| match MessageKind::of(datagram).unwrap() {
             MessageKind::Data { receiver } => {
-                let (len, mut plain) = (datagram.len(), vec![0; datagram.len()]);
-                let each = |_, _| {};
-                tunnel.open(from, Some(known), receiver, datagram, len, &mut plain, act, each);
+                let one = Datagrams::new(datagram, 0, 0).unwrap();
+                let (mut plain, each) = (vec![0; datagram.len()], |_, _| {});
+                tunnel.open(from, Some(known), receiver, one, &mut plain, act, each);
             }
             _ => tunnel.handshake(datagram, from, Some(known), act),
         });
@@ -306,12 +308,14 @@ fn buffers_that_are_too_small_are_refused() {
         let admission = own.admit(address(1), &initiation[..len], false, &mut buffer);
         assert_eq!(admission, Admission::Refused(DropReason::InvalidHandshake));
         if small < sealed.len() {
-            b.open(&sealed, sealed.len(), 0, &mut buffer, |_, opened| {
+            let one = Datagrams::new(&sealed, 0, 0).unwrap();
+            b.open(one, 0, &mut buffer, |_, opened| {
                 assert!(matches!(opened, Opened::Refused(_)), "{small}: {opened:?}");
             });
         }
         let mut out = SendBatch::new(small, 1);
-        assert_eq!(a.seal(&mut Once::new(packet()), address(9).into(), &mut out), 0);
+        let drops = Drops::default();
+        assert_eq!(a.seal(&mut Once::new(packet()), address(9).into(), &mut out, &drops), 0);
     }
     assert!(matches!(open(&mut b, &sealed), Opened::Packet { .. }));
 }

@@ -48,6 +48,8 @@ reasons! {
     SendTooLarge = "send_too_large",
     /// From the network: longer than the buffer, so cut off.
     Truncated = "truncated",
+    /// From the network: longer than any datagram that a node of the mesh sends or forwards.
+    Oversized = "oversized",
     /// From the network: the first bytes are of no known kind.
     UnknownKind = "unknown_kind",
     /// From the network: WireGuard's type with a length that cannot be.

@@ -2,6 +2,7 @@
 //! timers. No I/O here beyond handing full batches to the socket.
 
 use std::net::IpAddr;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,7 +13,7 @@ use towline_proto::id::WireguardKey;
 use towline_proto::source_limiter::SourceLimiter;
 use towline_proto::stun;
 
-use super::arena::{Received, RecvBatch, SendBatch, Train, TunBatch, WriteBatch};
+use super::arena::{Datagrams, NoDatagrams, RecvBatch, SendBatch, Train, TunBatch, WriteBatch};
 use super::coalesce::{Coalesce, Coalescer};
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
@@ -166,8 +167,16 @@ impl Engine {
         }
         out.fragment(peer.entry.fragment);
         loop {
-            peer.counters.sent(tunnel.seal(&mut segments, to, out, now));
+            peer.counters.sent(tunnel.seal(&mut segments, to, out, &self.drops, now));
             if segments.next_len().is_none() {
+                break;
+            }
+            if out.is_empty() {
+                // What an empty batch has no room for never fits.
+                while segments.next_len().is_some() {
+                    segments.take();
+                    self.drops.count(DropReason::SendTooLarge);
+                }
                 break;
             }
             udp.send(now, out, &self.drops);
@@ -191,38 +200,29 @@ impl Engine {
         self.forwards.clear();
         self.joined = Joined::default();
         for received in batch.received() {
+            let datagrams = batch.datagrams(received);
             if self.link.is_some() && received.from.local.map(|local| local.interface) == self.link
             {
-                let datagrams = received.len.div_ceil(received.stride.max(1)).max(1);
-                self.drops.add(DropReason::TunnelInTunnel, datagrams as u64);
+                let count = match datagrams {
+                    Ok(datagrams) => datagrams.count().get(),
+                    Err(NoDatagrams::Oversized { count }) => count,
+                    Err(NoDatagrams::Empty) => 1,
+                };
+                self.drops.add(DropReason::TunnelInTunnel, count as u64);
                 continue;
             }
-            let end = received.start + received.len;
-            let mut at = received.start;
-            while at < end {
-                let first = &batch.bytes()[at..end.min(at + received.stride)];
-                at += match relayed(first) {
-                    Some((channel, _)) => {
-                        let train = &batch.bytes()[at..end];
-                        let run = channel_run(train, received.stride);
-                        match self.forward(now, received, channel, at, run) {
-                            Some(run) => run,
-                            None => {
-                                let from = received.from.on_channel(ChannelId(channel));
-                                let run = (at, &train[..run], received.stride);
-                                self.datagrams(now, &table, from, run, writes, out)
-                            }
-                        }
+            match datagrams {
+                Ok(datagrams) => {
+                    let mut rest = Some(datagrams);
+                    while let Some(datagrams) = rest {
+                        let run = self.step(now, &table, received.from, datagrams, writes, out);
+                        rest = datagrams.skip(run);
                     }
-                    None => {
-                        let run = (at, &batch.bytes()[at..end], received.stride);
-                        self.datagrams(now, &table, received.from, run, writes, out)
-                    }
-                };
-            }
-            // Only a datagram of no bytes has none to look at.
-            if received.len == 0 {
-                self.drops.count(DropReason::UnknownKind);
+                }
+                Err(NoDatagrams::Oversized { count }) => {
+                    self.drops.add(DropReason::Oversized, count as u64);
+                }
+                Err(NoDatagrams::Empty) => self.drops.count(DropReason::UnknownKind),
             }
         }
         self.coalescer.finish(writes);
@@ -238,64 +238,79 @@ impl Engine {
         self.joined
     }
 
-    /// Sends a run of datagrams on, if we relay its channel. Returns how many bytes that was;
-    /// `None`: the channel's end is here.
+    /// Handles the first of these datagrams, and those after it that belong to the same channel or
+    /// session. Returns how many that were.
+    fn step(
+        &mut self,
+        now: Instant,
+        table: &Table,
+        from: Path,
+        datagrams: Datagrams<'_>,
+        writes: &mut WriteBatch,
+        out: &mut SendBatch,
+    ) -> NonZeroUsize {
+        let Some((channel, _)) = relayed(datagrams.first()) else {
+            return self.datagrams(now, table, from, datagrams, writes, out);
+        };
+        let on_channel = datagrams.take(channel_run(&datagrams));
+        self.forward(now, &from, channel, on_channel).unwrap_or_else(|| {
+            let from = from.on_channel(ChannelId(channel));
+            self.datagrams(now, table, from, on_channel, writes, out)
+        })
+    }
+
+    /// Forwards a run of datagrams, if we relay its channel. Returns how many that were; `None`:
+    /// this node is the channel's end.
     fn forward(
         &mut self,
         now: Instant,
-        received: &Received,
+        from: &Path,
         channel: u64,
-        start: usize,
-        len: usize,
-    ) -> Option<usize> {
-        let stride = received.stride.min(len);
-        // Both are as the kernel joined them, but over IPv6 a send takes a little less.
-        let most = (super::arena::TRAIN_BYTES / stride).min(super::arena::TRAIN_SEGMENTS) * stride;
-        let len = len.min(most);
-        let segments = len.div_ceil(stride);
-        match self.relay.forward(now, &received.from, channel, len) {
+        datagrams: Datagrams<'_>,
+    ) -> Option<NonZeroUsize> {
+        // They are as the kernel joined them, but over IPv6 a send takes a little less.
+        let run = datagrams.one_send().min(datagrams.count());
+        let datagrams = datagrams.take(run);
+        let (start, len, segments) = (datagrams.start(), datagrams.bytes().len(), run.get());
+        match self.relay.forward(now, from, channel, len) {
             Forward::To(to) => {
+                let stride = datagrams.segment_size();
                 self.forwards.push(Train { to, start, len, stride, segments, fragment: false });
             }
             Forward::Refused(reason) => self.drops.add(reason, segments as u64),
             Forward::Unknown => return None,
         }
-        Some(len)
+        Some(run)
     }
 
-    /// Takes the first of these datagrams, or as many as are data messages of one session. Returns
-    /// how many bytes that was.
+    /// Handles the first of these datagrams, or as many as are data messages of one session.
+    /// Returns how many that were.
     fn datagrams(
         &mut self,
         now: Instant,
         table: &Table,
         from: Path,
-        (start, train, stride): (usize, &[u8], usize),
+        datagrams: Datagrams<'_>,
         writes: &mut WriteBatch,
         out: &mut SendBatch,
-    ) -> usize {
+    ) -> NonZeroUsize {
         let skip = if from.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
-        let len = train.len().min(stride);
-        let first = &train[skip.min(len)..len];
+        let first = datagrams.first().get(skip..).unwrap_or_default();
         match (DatagramKind::of(first), MessageKind::of(first)) {
             (DatagramKind::WireGuard, Some(MessageKind::Data { receiver })) => {
-                let run = data_run(train, stride, skip, receiver);
-                let messages = (start, &train[..run], stride);
-                self.open(now, table, from, receiver, messages, writes, out);
-                run
+                let run = data_run(&datagrams, skip, receiver);
+                self.open(now, table, from, receiver, datagrams.take(run), writes, out);
+                return run;
             }
             (DatagramKind::WireGuard, Some(kind)) => {
                 self.handshake(now, table, from, kind, first, out);
-                len
             }
-            (kind, _) => {
-                self.other(now, from, kind, first, out);
-                len
-            }
+            (kind, _) => self.other(now, from, kind, first, out),
         }
+        NonZeroUsize::MIN
     }
 
-    /// A run of data messages with one receiver: `(first byte, bytes, stride)`.
+    /// Opens a run of data messages with one receiver.
     #[expect(clippy::too_many_arguments, reason = "a run, its sender and where the results go")]
     fn open(
         &mut self,
@@ -303,32 +318,32 @@ impl Engine {
         table: &Table,
         from: Path,
         receiver: u32,
-        (start, datagrams, stride): (usize, &[u8], usize),
+        datagrams: Datagrams<'_>,
         writes: &mut WriteBatch,
         out: &mut SendBatch,
     ) {
         let found = table.by_receiver(receiver);
         let Some((slot, peer)) = found.and_then(|slot| Some((slot, table.peer(slot)?))) else {
-            let datagrams = datagrams.len().div_ceil(stride.max(1));
-            self.drops.add(DropReason::UnknownIndex, datagrams as u64);
+            self.drops.add(DropReason::UnknownIndex, datagrams.count().get() as u64);
             return;
         };
         let mut opened = std::mem::take(&mut self.opened);
         opened.clear();
-        let plain = &mut writes.bytes_mut()[start..start + datagrams.len()];
+        let start = datagrams.start();
+        let plain = &mut writes.bytes_mut()[start..start + datagrams.bytes().len()];
         let mut act = self.act(now, peer, out);
         let damaged = peer.tunnel.lock().open(
             from,
             peer.endpoint(),
             receiver,
             datagrams,
-            stride,
             plain,
             &mut act,
             |at, len| opened.push((start + at, len)),
         );
-        if datagrams.len() > stride {
-            self.joined.datagrams += datagrams.len().div_ceil(stride);
+        let count = datagrams.count().get();
+        if count > 1 {
+            self.joined.datagrams += count;
             self.joined.damaged += damaged;
         }
         let mut last: Option<(IpAddr, Option<Slot>)> = None;
@@ -518,21 +533,19 @@ fn route<'a>(
     table.peer(slot)
 }
 
-/// How many bytes of a train, from its start, are data messages for `receiver`, each behind `skip`
+/// Number of datagrams, from the first, that are data messages for `receiver`, each behind `skip`
 /// bytes.
-fn data_run(train: &[u8], stride: usize, skip: usize, receiver: u32) -> usize {
-    let fits = |datagram: &&[u8]| {
+fn data_run(datagrams: &Datagrams<'_>, skip: usize, receiver: u32) -> NonZeroUsize {
+    datagrams.run(|datagram| {
         let message = datagram.get(skip..).and_then(MessageKind::of);
         matches!(message, Some(MessageKind::Data { receiver: r }) if r == receiver)
-    };
-    train.chunks(stride.max(1)).take_while(fits).map(<[u8]>::len).sum()
+    })
 }
 
-/// How many bytes of a train, from its start, are on the channel that its first datagram is on.
-fn channel_run(train: &[u8], stride: usize) -> usize {
-    let header = train.get(..RELAYED_HEADER_BYTES).unwrap_or_default();
-    let fits = |datagram: &&[u8]| datagram.starts_with(header);
-    train.chunks(stride.max(1)).take_while(fits).map(<[u8]>::len).sum()
+/// Number of datagrams, from the first, that are on the channel of the first.
+fn channel_run(datagrams: &Datagrams<'_>) -> NonZeroUsize {
+    let header = datagrams.first().get(..RELAYED_HEADER_BYTES).unwrap_or_default();
+    datagrams.run(|datagram| datagram.starts_with(header))
 }
 
 /// The place of a payload in its datagram, which must leave room for a virtio header.

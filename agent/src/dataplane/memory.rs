@@ -323,7 +323,7 @@ impl UdpIo for MemoryUdp {
             if bytes.is_empty() {
                 drops.count(DropReason::SendRefused);
             }
-            for datagram in bytes.chunks(train.stride.max(1)) {
+            for datagram in bytes.chunks(train.stride.get()) {
                 let (from, to) = (self.address, train.to.remote);
                 self.network.inject(Datagram { from, to, bytes: datagram.to_vec() });
             }

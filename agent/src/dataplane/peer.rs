@@ -21,7 +21,7 @@ use towline_core::peer_table::{Observation, PresharedKey, REKEY_TIMEOUT};
 use towline_proto::frame::RELAYED_HEADER_BYTES;
 use towline_proto::id::WireguardKey;
 
-use super::arena::SendBatch;
+use super::arena::{Datagrams, SendBatch};
 use super::counters::PeerCounters;
 use super::drops::{DropReason, Drops};
 use super::events::EventSink;
@@ -173,13 +173,18 @@ impl Tunnel {
         segments: &mut impl Segments,
         to: Path,
         out: &mut SendBatch,
+        drops: &Drops,
         now: Instant,
     ) -> usize {
         self.last_sent = Some(now);
-        match self.sealing() {
-            Some(session) => session.seal(segments, to, out),
-            None => 0,
+        if let Some(session) = self.sealing() {
+            return session.seal(segments, to, out, drops);
         }
+        while segments.next_len().is_some() {
+            segments.take();
+            drops.count(DropReason::NoSession);
+        }
+        0
     }
 
     /// Inner packets were sent. Returns what is to be said of it.
@@ -210,8 +215,7 @@ impl Tunnel {
         from: Path,
         known: Option<Path>,
         receiver: u32,
-        datagrams: &[u8],
-        stride: usize,
+        datagrams: Datagrams<'_>,
         plain: &mut [u8],
         act: &mut Act<'_>,
         mut each: impl FnMut(usize, usize),
@@ -220,15 +224,14 @@ impl Tunnel {
             (Some(active), _) if receiver >> 8 == self.index => active,
             (_, Some((retired, index))) if receiver >> 8 == *index => retired,
             _ => {
-                let datagrams = datagrams.len().div_ceil(stride.max(1));
-                act.drops.add(DropReason::NoSession, datagrams as u64);
+                act.drops.add(DropReason::NoSession, datagrams.count().get() as u64);
                 return 0;
             }
         };
         let drops = act.drops;
         let (mut authentic, mut packets, mut damaged) = (0, false, 0);
         let skip = if from.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
-        session.open(datagrams, stride, skip, plain, |bytes, opened| match opened {
+        session.open(datagrams, skip, plain, |bytes, opened| match opened {
             Opened::Packet { start, len } => {
                 authentic += bytes;
                 packets = true;
@@ -463,9 +466,10 @@ impl Tunnel {
                 act.drops.count(DropReason::QueueExpired);
                 continue;
             }
-            let sealed = self.seal(&mut Waited { packet, taken: false }, from, act.out, act.now);
+            let mut waited = Waited { packet, taken: false };
+            let sealed = self.seal(&mut waited, from, act.out, act.drops, act.now);
             act.counters.sent(sealed);
-            if sealed == 0 {
+            if !waited.taken {
                 act.drops.count(DropReason::SendBufferFull);
             }
         }
@@ -582,7 +586,7 @@ mod tests {
         fn sent(&mut self) -> Vec<Vec<u8>> {
             let datagrams = |train: &Train| -> Vec<Vec<u8>> {
                 let bytes = &self.out.bytes()[train.start..train.start + train.len];
-                bytes.chunks(train.stride).map(<[u8]>::to_vec).collect()
+                bytes.chunks(train.stride.get()).map(<[u8]>::to_vec).collect()
             };
             let sent = self.out.trains().iter().flat_map(datagrams).collect();
             self.out.clear();
@@ -603,9 +607,9 @@ mod tests {
                 self.with(now, |tunnel, act| match MessageKind::of(datagram).unwrap() {
                     MessageKind::Data { receiver } => {
                         let mut plain = vec![0; datagram.len()];
-                        let (len, known) = (datagram.len(), Some(from));
+                        let one = Datagrams::new(datagram, 0, 0).unwrap();
                         let each = |_, _| {};
-                        tunnel.open(from, known, receiver, datagram, len, &mut plain, act, each);
+                        tunnel.open(from, Some(from), receiver, one, &mut plain, act, each);
                     }
                     _ => tunnel.handshake(datagram, from, Some(from), act),
                 });
@@ -663,8 +667,8 @@ mod tests {
         let busy = start + 24 * second;
         let packet = vec![0x45; 32].into_boxed_slice();
         let to = side.address;
-        let Side { tunnel, out, .. } = &mut side;
-        tunnel.seal(&mut Waited { packet, taken: false }, to, out, busy);
+        let Side { tunnel, out, drops, .. } = &mut side;
+        tunnel.seal(&mut Waited { packet, taken: false }, to, out, drops, busy);
         side.sent();
         assert!(tick(&mut side, busy + 24 * second, KEEPALIVE).is_empty(), "it is not idle");
         let sent = tick(&mut side, busy + 25 * second, KEEPALIVE);

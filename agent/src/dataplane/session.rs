@@ -31,8 +31,8 @@ use towline_core::peer_table::PresharedKey;
 use towline_proto::id::WireguardKey;
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use super::arena::SendBatch;
-use super::drops::DropReason;
+use super::arena::{Datagrams, SendBatch};
+use super::drops::{DropReason, Drops};
 
 /// Bytes that WireGuard puts before a payload: type, receiver, counter.
 pub const DATA_HEADER: usize = 16;
@@ -278,8 +278,15 @@ impl Session {
     }
 
     /// Seals segment after segment as datagrams for `to`, until there are no more or `out` is
-    /// full. Returns how many bytes were written. Call only when [`Session::is_ready`].
-    pub fn seal(&mut self, segments: &mut impl Segments, to: Path, out: &mut SendBatch) -> usize {
+    /// full. A segment that cannot be sealed is counted. Returns how many bytes were written. Call
+    /// only when [`Session::is_ready`].
+    pub fn seal(
+        &mut self,
+        segments: &mut impl Segments,
+        to: Path,
+        out: &mut SendBatch,
+        drops: &Drops,
+    ) -> usize {
         let mut bytes = 0;
         while let Some(len) = segments.next_len() {
             let need = (len + DATA_OVERHEAD).max(HANDSHAKE_BYTES);
@@ -293,31 +300,33 @@ impl Session {
                 let len = datagram.len();
                 out.commit(to, len);
                 bytes += len;
+            } else {
+                drops.count(DropReason::NoSession);
             }
         }
         bytes
     }
 
-    /// Opens a train of data messages: `datagrams` of `stride` bytes each (the last may be
-    /// shorter), the first `skip` of which are a relay's, into the same places of `plain`, which is
-    /// as long. `each` is told of every one.
+    /// Opens data messages, the first `skip` bytes of each of which are a relay's, into the same
+    /// places of `plain`, which is as long. Calls `each` once for every datagram, with its bytes.
     pub fn open(
         &mut self,
-        datagrams: &[u8],
-        stride: usize,
+        datagrams: Datagrams<'_>,
         skip: usize,
         plain: &mut [u8],
         mut each: impl FnMut(usize, Opened),
     ) {
-        let places = datagrams.chunks(stride.max(1)).zip(plain.chunks_mut(stride.max(1)));
-        for (number, (datagram, plain)) in places.enumerate() {
-            let (Some(message), Some(plain)) = (datagram.get(skip..), plain.get_mut(skip..)) else {
+        let size = datagrams.segment_size().get();
+        let mut places = plain.chunks_mut(size);
+        for (number, datagram) in datagrams.iter().enumerate() {
+            let plain = places.next().and_then(|plain| plain.get_mut(skip..));
+            let (Some(message), Some(plain)) = (datagram.get(skip..), plain) else {
                 each(datagram.len(), Opened::Refused(DropReason::Malformed));
                 continue;
             };
             let opened = match self.open_one(message, plain) {
                 Opened::Packet { start, len } => {
-                    Opened::Packet { start: start + skip + number * stride, len }
+                    Opened::Packet { start: start + skip + number * size, len }
                 }
                 other => other,
             };

@@ -122,8 +122,11 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 const SEND_BUFFER: usize = 2 << 20;
 /// How long a self-test waits for what it sent over the loopback.
 const SELF_TEST_PATIENCE: Duration = Duration::from_millis(200);
-/// How long a send may wait for room before it is dropped.
+/// How long a datagram may wait for room in the socket before it is dropped.
 const SEND_PATIENCE: Duration = Duration::from_millis(20);
+/// How long all datagrams of one batch together may wait for room. A device that takes one now and
+/// then would otherwise keep the worker from everything else.
+const BATCH_PATIENCE: Duration = Duration::from_secs(1);
 /// Before, `UDP_GRO` delivered wrong lengths.
 const GRO_SINCE: [u32; 3] = [5, 12, 0];
 /// From the first to before the second, segments of equal length were sent damaged.
@@ -270,13 +273,15 @@ impl UdpIo for Udp {
     fn send_trains(&mut self, now: Instant, bytes: &[u8], mut trains: &[Train], drops: &Drops) {
         self.segment.reconsider(now);
         self.gro.reconsider(now);
+        let mut patience = Patience::default();
         while let Some(first) = trains.first() {
             let same = |train: &&Train| train.to.remote.is_ipv4() == first.to.remote.is_ipv4();
             let run = trains.iter().take_while(same).count();
             let endpoint = if first.to.remote.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
             match endpoint {
                 Some(endpoint) => {
-                    endpoint.send(now, bytes, &trains[..run], &self.segment, drops);
+                    let trains = &trains[..run];
+                    endpoint.send(now, bytes, trains, &self.segment, &mut patience, drops);
                 }
                 None => {
                     let datagrams: usize = trains[..run].iter().map(|train| train.segments).sum();
@@ -513,12 +518,12 @@ impl Endpoint {
     }
 
     fn receive(&mut self, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()> {
-        let taken = batch.received().len();
-        let free = batch.slots() - taken;
-        if free == 0 {
+        // Not the number of those received: one that was cut off leaves its slot unused.
+        let taken = batch.next_slot();
+        if batch.is_full() {
             return Ok(());
         }
-        let free = free.min(MESSAGES);
+        let free = (batch.slots() - taken).min(MESSAGES);
         let slots = &mut batch.bytes_mut()[taken * SLOT_BYTES..];
         let count = match self.headers.receive(&self.socket, &mut slots[..free * SLOT_BYTES]) {
             Ok(count) => count,
@@ -545,34 +550,39 @@ impl Endpoint {
         bytes: &[u8],
         mut trains: &[Train],
         segment: &Switch,
+        patience: &mut Patience,
         drops: &Drops,
     ) {
-        let mut deadline = None;
         while let Some(first) = trains.first() {
+            // Another worker may turn the switch at any time.
+            let segmented = segment.is_on();
             if first.fragment && !self.v4 {
                 self.fragment(true);
-                self.send_singly(bytes, first, drops);
+                self.send_singly(bytes, first, patience, drops);
                 self.fragment(false);
                 trains = &trains[1..];
                 continue;
             }
-            if !segment.is_on() && first.segments > 1 {
-                self.send_singly(bytes, first, drops);
+            if !segmented && first.segments > 1 {
+                self.send_singly(bytes, first, patience, drops);
                 trains = &trains[1..];
                 continue;
             }
             let limit = trains.len().min(MESSAGES);
-            let whole = |train: &&Train| {
-                (segment.is_on() || train.segments == 1) && (self.v4 || !train.fragment)
-            };
+            let whole =
+                |train: &&Train| (segmented || train.segments == 1) && (self.v4 || !train.fragment);
             let run = trains[..limit].iter().take_while(whole).count();
             match self.headers.send(&self.socket, bytes, &trains[..run]) {
+                Ok(0) => {
+                    drops.add(DropReason::SendRefused, first.segments as u64);
+                    trains = &trains[1..];
+                }
                 Ok(sent) => {
-                    trains = &trains[sent.max(1)..];
-                    deadline = None;
+                    trains = &trains[sent..];
+                    patience.went_on();
                 }
                 Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN | libc::ENOBUFS) if self.wait(&mut deadline) => {}
+                    Some(libc::EAGAIN | libc::ENOBUFS) if self.wait(patience) => {}
                     // Segments that the device or the route does not take. The length may be at
                     // fault, which concerns this train alone, or segmentation itself.
                     Some(code @ (libc::EIO | libc::EINVAL | libc::EMSGSIZE))
@@ -580,7 +590,7 @@ impl Endpoint {
                     {
                         // Where none goes out one by one either, segmentation is not at fault: our
                         // own end of the path is gone.
-                        let sent = self.send_singly(bytes, first, drops);
+                        let sent = self.send_singly(bytes, first, patience, drops);
                         if sent > 0 && code != libc::EMSGSIZE {
                             segment.give_up(&error, now);
                         }
@@ -619,7 +629,13 @@ impl Endpoint {
     }
 
     /// Returns how many the kernel took.
-    fn send_singly(&mut self, bytes: &[u8], train: &Train, drops: &Drops) -> usize {
+    fn send_singly(
+        &mut self,
+        bytes: &[u8],
+        train: &Train,
+        patience: &mut Patience,
+        drops: &Drops,
+    ) -> usize {
         let mut taken = 0;
         let mut singles = [*train; MESSAGES];
         let mut at = 0;
@@ -629,23 +645,26 @@ impl Endpoint {
                 if at == train.len {
                     break;
                 }
-                let len = train.stride.min(train.len - at);
+                let len = train.stride.get().min(train.len - at);
                 let start = train.start + at;
-                *single = Train { start, len, stride: len, segments: 1, ..*train };
+                *single = Train { start, len, segments: 1, ..*train };
                 at += len;
                 count += 1;
             }
             let mut left = &singles[..count];
-            let mut deadline = None;
-            while let Some(_first) = left.first() {
+            while !left.is_empty() {
                 match self.headers.send(&self.socket, bytes, left) {
+                    Ok(0) => {
+                        drops.count(DropReason::SendRefused);
+                        left = &left[1..];
+                    }
                     Ok(sent) => {
                         taken += sent;
-                        left = &left[sent.max(1)..];
-                        deadline = None;
+                        left = &left[sent..];
+                        patience.went_on();
                     }
                     Err(error) => match error.raw_os_error() {
-                        Some(libc::EAGAIN | libc::ENOBUFS) if self.wait(&mut deadline) => {}
+                        Some(libc::EAGAIN | libc::ENOBUFS) if self.wait(patience) => {}
                         code => {
                             drops.count(send_reason(code));
                             left = &left[1..];
@@ -658,18 +677,38 @@ impl Endpoint {
     }
 
     /// Waits for room in the socket; `false` when it was waited for long enough.
-    fn wait(&self, deadline: &mut Option<Instant>) -> bool {
-        let now = Instant::now();
-        let deadline = *deadline.get_or_insert(now + SEND_PATIENCE);
-        let Some(left) = deadline.checked_duration_since(now).filter(|left| !left.is_zero()) else {
-            return false;
-        };
+    fn wait(&self, patience: &mut Patience) -> bool {
+        let Some(left) = patience.left(Instant::now()) else { return false };
         let fd = libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
         let mut fds = [fd];
         let milliseconds = left.as_millis().max(1) as c_int;
         // SAFETY: one `pollfd`, which lives until the call returns.
         unsafe { libc::poll(fds.as_mut_ptr(), 1, milliseconds) };
         true
+    }
+}
+
+/// How long the sends of one batch may still wait for room.
+#[derive(Debug, Default)]
+struct Patience {
+    /// When the present datagram is given up. Cleared when one is sent.
+    datagram: Option<Instant>,
+    /// When nothing of the batch waits any more. Set by the first that waits.
+    batch: Option<Instant>,
+}
+
+impl Patience {
+    /// Something was sent.
+    fn went_on(&mut self) {
+        self.datagram = None;
+    }
+
+    /// How long to wait now; `None`: not at all.
+    fn left(&mut self, now: Instant) -> Option<Duration> {
+        let batch = *self.batch.get_or_insert(now + BATCH_PATIENCE);
+        let datagram = *self.datagram.get_or_insert(now + SEND_PATIENCE);
+        let left = datagram.min(batch).checked_duration_since(now)?;
+        (!left.is_zero()).then_some(left)
     }
 }
 
@@ -713,6 +752,27 @@ const IPV6_LEAST_MTU: c_int = 1280;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_batch_that_is_taken_slowly_is_not_waited_for_without_end() {
+        let mut patience = Patience::default();
+        let start = Instant::now();
+        let (mut now, mut waits) = (start, 0);
+        while patience.left(now).is_some() {
+            // Just in time, each time.
+            now += SEND_PATIENCE / 2;
+            patience.went_on();
+            waits += 1;
+            assert!(waits < 1_000, "it never ends");
+        }
+        assert!(now - start >= BATCH_PATIENCE);
+
+        let mut patience = Patience::default();
+        assert!(patience.left(start).is_some());
+        assert!(patience.left(start + SEND_PATIENCE).is_none(), "one datagram");
+        patience.went_on();
+        assert!(patience.left(start + SEND_PATIENCE).is_some(), "the next one");
+    }
 
     /// A probe that fails by its own fault costs half of the throughput, and nothing else tells.
     #[test]

@@ -250,6 +250,8 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                             let what = Observation::TooBig { path: to, payload };
                             self.engine.events().observe(peer, what);
                         }
+                    } else {
+                        self.drops.count(DropReason::SendBufferFull);
                     }
                 }
             }

@@ -205,7 +205,7 @@ impl Headers {
             let control = &mut self.controls[count];
             let mut used = 0;
             if train.segments > 1 {
-                let stride = (train.stride as u16).to_ne_bytes();
+                let stride = (train.stride.get() as u16).to_ne_bytes();
                 used = control.put(used, libc::SOL_UDP, UDP_SEGMENT, &stride);
             }
             if let Some(local) = train.to.local {

@@ -68,11 +68,8 @@ impl Limit {
                 udp.receive(Ready::ALL, &mut received, &drops)?;
                 received.swap(&mut writes);
                 for train in received.received() {
-                    let mut at = train.start;
-                    while at < train.start + train.len {
-                        let len = train.stride.min(train.start + train.len - at);
+                    for (at, len) in train.places() {
                         open(&key, &mut writes, at, len, &mut coalescer);
-                        at += len;
                     }
                 }
                 coalescer.finish(&mut writes);
