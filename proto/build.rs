@@ -2,9 +2,6 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
-    if std::env::var_os("CARGO_FEATURE_GRPC").is_none() {
-        return Ok(());
-    }
     let descriptors = protox::compile(
         [
             "towline/v1/signed.proto",

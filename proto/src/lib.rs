@@ -1,32 +1,16 @@
-//! Towline's wire schema, and the plain types that the agent and the controller share.
-//!
-//! Two layers:
-//!
-//! - **Plain types** ([`id`], [`node`], [`token`]) and small codecs ([`frame`], [`stun`]), always there.
-//!   A value of such a type keeps its invariants by construction; code that has one need not
-//!   check it again. The crate `towline-core` sees only these.
-//! - With the feature `grpc`: the messages and services (`pb`), the signatures (`signed`), and
-//!   the one place where messages become plain types (`convert`).
-//!
-//! Every bound on what comes from outside is in [`limits`].
+//! Towline's wire schema: the messages and services (`pb`), the signatures over them ([`signed`]),
+//! the join proof, and the one place where messages become the plain types of `towline-types`
+//! ([`convert`]).
 
-pub mod frame;
-pub mod id;
-pub mod limits;
-pub mod node;
-pub mod source_limiter;
-pub mod stun;
-pub mod token;
+#![forbid(unsafe_code)]
 
-#[cfg(feature = "grpc")]
+pub use towline_types::{frame, id, limits, node, source_limiter, stun, token};
+
 pub mod convert;
-#[cfg(feature = "grpc")]
 pub mod join_proof;
-#[cfg(feature = "grpc")]
 pub mod signed;
 
 /// The messages and services, generated from `proto/towline/v1/*.proto`.
-#[cfg(feature = "grpc")]
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, rust_2018_idioms)]
 pub mod pb {
     tonic::include_proto!("towline.v1");

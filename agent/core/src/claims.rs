@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use towline_proto::id::{NodeId, NodeName, WireguardKey};
-use towline_proto::node::{Grant, Node};
+use towline_types::id::{NodeId, NodeName, WireguardKey};
+use towline_types::node::{Grant, Node};
 
 use crate::prefixes::PrefixMap;
 

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use rand::rngs::StdRng;
-use towline_proto::id::{NodeId, NodeName, WireguardKey};
-use towline_proto::node::{CandidateKind, Node};
+use towline_types::id::{NodeId, NodeName, WireguardKey};
+use towline_types::node::{CandidateKind, Node};
 
 use crate::local::Local;
-use crate::mesh::Output;
+use crate::output::Output;
 use crate::path::Path;
 use crate::prefixes::is_private;
 use crate::relay::RelayRequest;

@@ -15,13 +15,17 @@
 //!   [`Mesh::handle_timeout`](mesh::Mesh::handle_timeout).
 //! - The peer table and the plan come whole and are comparable: the one before is replaced.
 
+#![forbid(unsafe_code)]
+
 mod budget;
 mod claims;
+pub mod config;
 pub mod counters;
 mod derive;
 mod homes;
 mod local;
 pub mod mesh;
+pub mod output;
 pub mod path;
 mod peer;
 pub mod peer_table;
@@ -34,4 +38,5 @@ mod routing;
 mod rtt;
 pub mod signal;
 pub mod static_peers;
+pub mod status;
 mod timers;

@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use towline_proto::id::{Label, WireguardKey};
-use towline_proto::limits;
-use towline_proto::node::{Candidate, CandidateKind, Grant, MeshConfig};
+use towline_types::id::{Label, WireguardKey};
+use towline_types::limits;
+use towline_types::node::{Candidate, CandidateKind, Grant, MeshConfig};
 
-use crate::mesh::Membership;
+use crate::config::Membership;
 use crate::path::{LocalEnd, Path};
 use crate::prefixes::is_private;
 

@@ -36,7 +36,7 @@ pub struct ChannelId(pub u64);
 
 impl Path {
     /// Bytes that a relay channel puts before every datagram.
-    pub const CHANNEL_BYTES: u16 = towline_proto::frame::RELAYED_HEADER_BYTES as u16;
+    pub const CHANNEL_BYTES: u16 = towline_types::frame::RELAYED_HEADER_BYTES as u16;
 
     /// To an address of the peer's own, from wherever the kernel chooses.
     pub fn direct(remote: SocketAddr) -> Self {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use towline_proto::id::WireguardKey;
+use towline_types::id::WireguardKey;
 
 use crate::path::Path;
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use rand::rngs::StdRng;
-use towline_proto::id::NodeId;
+use towline_types::id::NodeId;
 
 use crate::path::Path;
 

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use rand::rngs::StdRng;
-use towline_proto::node::{Candidate, CandidateKind};
+use towline_types::node::{Candidate, CandidateKind};
 
 use crate::counters::Counters;
 use crate::local::Local;
-use crate::mesh::Output;
+use crate::output::Output;
 use crate::path::{LocalEnd, Path};
 use crate::timers::{Timer, Timers};
 

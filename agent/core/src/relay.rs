@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use towline_proto::id::WireguardKey;
+use towline_types::id::WireguardKey;
 
 use crate::path::{ChannelId, Path};
 

@@ -12,14 +12,15 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use towline_proto::id::NodeId;
+use towline_types::id::NodeId;
 
 use crate::claims::Claims;
-use crate::mesh::{Config, PeerState};
+use crate::config::Config;
 use crate::peer::{Peer, clamped};
 use crate::plan::{DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, UnderlayPlan};
 use crate::prefixes::{covering, is_host, without};
 use crate::static_peers::StaticPeers;
+use crate::status::PeerState;
 
 /// Everything that the plan follows from.
 pub(crate) struct Facts<'a> {

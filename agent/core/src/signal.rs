@@ -3,7 +3,7 @@
 //! A signal goes through the controller, or as a frame of its own over a path that works already
 //! (a relay channel), so that two nodes meet also while the controller is away.
 
-use towline_proto::node::Candidate;
+use towline_types::node::Candidate;
 
 /// A word to one peer.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -15,13 +15,14 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use rand::Rng as _;
-use towline_proto::id::WireguardKey;
+use towline_types::id::WireguardKey;
 
-use crate::mesh::{Output, PeerState};
+use crate::output::Output;
 use crate::path::Path;
 use crate::peer::{Context, DOWN_AFTER, jittered};
 use crate::peer_table::{Observation, PeerEntry, PresharedKey, REKEY_TIMEOUT};
 use crate::prefixes::PrefixMap;
+use crate::status::PeerState;
 use crate::timers::Timer;
 
 /// First handshakes of peers with a keepalive are spread over this long.

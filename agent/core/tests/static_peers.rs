@@ -12,8 +12,8 @@ use towline_core::path::{LocalEnd, Path};
 use towline_core::peer_table::{Observation, PeerTable, PresharedKey};
 use towline_core::plan::{Plan, RouteVia, RulePlan};
 use towline_core::static_peers::{StaticPeer, StaticPeerStatus};
-use towline_proto::id::{IdentityKey, MeshId, NodeId, WireguardKey};
-use towline_proto::node::{Grant, MeshConfig, Node, OverlayAddresses, Record, Tombstone};
+use towline_types::id::{IdentityKey, MeshId, NodeId, WireguardKey};
+use towline_types::node::{Grant, MeshConfig, Node, OverlayAddresses, Record, Tombstone};
 
 const HOME: &str = "203.0.113.7:51820";
 const AWAY: &str = "198.51.100.9:4000";

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use rand::Rng;
-use towline_proto::id::{NodeId, WireguardKey};
-use towline_proto::limits;
-use towline_proto::node::{Node, Tombstone};
+use towline_types::id::{NodeId, WireguardKey};
+use towline_types::limits;
+use towline_types::node::{Node, Tombstone};
 
 use super::{EAGER_PEERS, Membership, Mesh};
 use crate::claims::Claims;

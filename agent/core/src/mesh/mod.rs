@@ -7,7 +7,6 @@
 //! - Only a removal takes a peer away.
 //! - What a peer ever held stays guarded until another peer holds it or its node is removed.
 
-mod exchange;
 mod map;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -18,8 +17,8 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use towline_proto::id::{IdentityKey, NodeId, WireguardKey};
-use towline_proto::node::{Candidate, Grant, MeshConfig};
+use towline_types::id::{IdentityKey, NodeId, WireguardKey};
+use towline_types::node::{Candidate, Grant, MeshConfig};
 
 use crate::budget::Unanswered;
 use crate::claims::Claims;
@@ -40,9 +39,9 @@ use crate::signal::Signal;
 use crate::static_peers::{StaticPeer, StaticPeerStatus, StaticPeers};
 use crate::timers::{Timer, Timers};
 
-pub use exchange::{
-    Config, MapChange, Membership, Output, PeerState, PeerStatus, ReceivedProbe, WakeReason,
-};
+pub use crate::config::{Config, MapChange, Membership};
+pub use crate::output::{Output, ReceivedProbe};
+pub use crate::status::{PeerState, PeerStatus, WakeReason};
 
 /// A mesh of up to so many peers is kept connected throughout, so that an operator sees each path
 /// before it is needed; in a larger one a peer is connected when there is traffic for it.

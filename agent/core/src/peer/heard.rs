@@ -3,13 +3,14 @@
 
 use std::time::Duration;
 
-use towline_proto::limits;
+use towline_types::limits;
 
 use super::{Context, Peer};
-use crate::mesh::{Output, PeerState};
+use crate::output::Output;
 use crate::path::{ChannelId, Path};
 use crate::pings::{Purpose, Sent};
 use crate::signal::Signal;
+use crate::status::PeerState;
 use crate::timers::Timer;
 
 /// The least time between two checks of one path that answer to what the peer sent.

@@ -37,18 +37,19 @@ use std::time::{Duration, Instant};
 
 use rand::Rng as _;
 use rand::rngs::StdRng;
-use towline_proto::id::{NodeId, WireguardKey};
-use towline_proto::node::Node;
+use towline_types::id::{NodeId, WireguardKey};
+use towline_types::node::Node;
 
 use crate::budget::{Bucket, Unanswered};
 use crate::counters::Counters;
 use crate::homes::Homes;
 use crate::local::{Local, reachable};
-use crate::mesh::{Output, PeerState};
+use crate::output::Output;
 use crate::path::Path;
 use crate::peer_table::{Observation, REKEY_TIMEOUT};
 use crate::pings::{Pings, Purpose};
 use crate::reflex::Mapping;
+use crate::status::PeerState;
 use crate::timers::{Timer, Timers};
 
 use liveness::{Liveness, Verdict};

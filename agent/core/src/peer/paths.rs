@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use towline_proto::limits;
+use towline_types::limits;
 
 use crate::local::Local;
 use crate::path::Path;

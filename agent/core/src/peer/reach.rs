@@ -3,13 +3,13 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use towline_proto::limits;
-use towline_proto::node::Candidate;
+use towline_types::limits;
+use towline_types::node::Candidate;
 
 use super::paths::Tier;
 use super::{Context, Peer};
 use crate::local::{Local, preference, reachable};
-use crate::mesh::Output;
+use crate::output::Output;
 use crate::path::Path;
 use crate::pings::{Purpose, Sent};
 use crate::prefixes::is_private;

@@ -23,8 +23,8 @@ use towline_core::plan::{Plan, RouteVia, RulePlan};
 use towline_core::reflex::Mapping;
 use towline_core::relay::{RelayAnswer, RelayRequest};
 use towline_core::signal::Signal;
-use towline_proto::id::{IdentityKey, MeshId, NodeId, WireguardKey};
-use towline_proto::node::{
+use towline_types::id::{IdentityKey, MeshId, NodeId, WireguardKey};
+use towline_types::node::{
     Candidate, CandidateKind, Grant, MeshConfig, Node, OverlayAddresses, Record, Tombstone,
 };
 

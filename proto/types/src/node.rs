@@ -1,8 +1,8 @@
 //! What a mesh knows of its nodes, as plain values.
 //!
-//! Values of [`Grant`], [`Record`], [`Tombstone`] and [`MeshConfig`] come out of `convert`, where
-//! their bounds are checked, and out of `signed`, where their signatures are. A [`Node`] is a
-//! grant with a record that stands under it: whoever holds one need not ask again.
+//! `towline-proto` makes [`Grant`], [`Record`], [`Tombstone`] and [`MeshConfig`] from messages, after it
+//! checked their bounds and their signatures. A [`Node`] is a grant with a record that the grant
+//! allows: code that has one need not check it again.
 
 use std::collections::BTreeMap;
 use std::fmt;
