@@ -113,10 +113,10 @@ mod tests {
     use crate::config::Addressing;
     use crate::keys::{Identity, Wireguard};
     use crate::map_cache::MapCache;
-    use crate::netlink::testing::{add_link, namespace_test};
-    use crate::netlink::{AddressOptions, Route, Rtnetlink};
     use crate::node_ip;
     use crate::state::{CachedPrefixes, Membership};
+    use towline_netlink::{AddressOptions, Route, Rtnetlink};
+    use towline_netns::{add_link, namespace_test};
 
     fn grant(id: u8, identity: &Identity, wireguard: &Wireguard) -> Grant {
         Grant {

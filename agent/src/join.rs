@@ -21,9 +21,9 @@ use towline_proto::token::{ControllerAddress, JoinToken};
 
 use crate::dial::{self, DialError};
 use crate::keys::{Identity, InvalidKey};
-use crate::netlink::Rtnetlink;
 use crate::state::{InvalidMembership, Keys, Membership, StateDir, StateError};
 use crate::tls;
+use towline_netlink::Rtnetlink;
 
 /// Why a join or a renewal failed.
 #[derive(Debug, thiserror::Error)]

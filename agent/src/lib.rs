@@ -18,8 +18,6 @@ pub mod join;
 pub mod keys;
 pub mod kubernetes;
 pub mod map_cache;
-pub mod netlink;
-pub mod nft;
 pub mod node_ip;
 pub mod notify;
 pub mod prefixes;

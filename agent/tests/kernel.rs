@@ -22,9 +22,9 @@ use towline_agent::dataplane::{
     Config, DataPlane, Event, Fault, Feature, HostTunnels, Offloads, OpenTunError, OpenUdpError,
     Relay, open_tun, open_tun_queues, open_tun_with, open_udp, open_udp_group,
 };
-use towline_agent::netlink::codec::Message;
-use towline_agent::netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
 use towline_core::peer_table::{PeerEntry, PeerTable};
+use towline_netlink::codec::Message;
+use towline_netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
 use x25519_dalek::StaticSecret;
 
 const PATIENCE: Duration = Duration::from_secs(20);

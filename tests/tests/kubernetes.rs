@@ -11,8 +11,8 @@ use nix::sched::CloneFlags;
 use tokio::sync::watch;
 use towline_agent::config::{AnnouncePods, KubernetesConfig};
 use towline_agent::kubernetes::{self, Setup, View};
-use towline_agent::netlink::{Overlay, OverlayKind, Rtnetlink};
 use towline_agent::state::StateDir;
+use towline_netlink::{Overlay, OverlayKind, Rtnetlink};
 use towline_tests::cluster::{ClusterCa, kubeconfig, kubeconfig_of_plugin, replace};
 use towline_tests::scripted_api::{Manner, ScriptedApi};
 

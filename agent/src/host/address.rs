@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use ipnet::IpNet;
 
-use crate::netlink::{AddressFlags, Link, NetlinkError, Rtnetlink};
+use towline_netlink::{AddressFlags, Link, NetlinkError, Rtnetlink};
 
 /// An address of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -174,7 +174,7 @@ fn wanders(address: &LocalAddress, all: &[LocalAddress]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netlink::AddressFlags;
+    use towline_netlink::AddressFlags;
 
     fn on(link: &str, kind: Option<&str>, prefix: &str) -> LocalAddress {
         LocalAddress {

@@ -20,8 +20,8 @@
 use ipnet::IpNet;
 use towline_core::plan::{FirewallPlan, Plan};
 
-use crate::netlink::Family;
-use crate::nft::{
+use towline_netlink::Family;
+use towline_nftables::{
     Chain, ChainKind, CtState, Hook, KeyType, Nft, NftError, Rule, Set, Table, TableFamily,
 };
 

@@ -11,7 +11,9 @@
 //! The rules are written as iptables would write them, so that it lists them too, and carry
 //! [`TAG`], by which they are found and removed.
 
-use crate::nft::{Expression, Loaded, Nft, NftError, Rule, TableFamily, Transaction, Verdict};
+use towline_nftables::{
+    Expression, Loaded, Nft, NftError, Rule, TableFamily, Transaction, Verdict,
+};
 
 use super::Changes;
 use super::problem::{ApplyError, Problem};

@@ -31,8 +31,8 @@ use std::net::IpAddr;
 
 use towline_core::plan::Plan;
 
-use crate::netlink::{Family, MAIN_TABLE, NetlinkError, Rtnetlink};
-use crate::nft::{Nft, NftError};
+use towline_netlink::{Family, MAIN_TABLE, NetlinkError, Rtnetlink};
+use towline_nftables::{Nft, NftError};
 
 pub use address::LocalAddress;
 pub use candidates::{CandidatePolicy, candidates};

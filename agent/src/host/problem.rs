@@ -1,7 +1,7 @@
 //! What keeps the host from being as planned.
 
-use crate::netlink::{NetlinkError, Refusal};
-use crate::nft::NftError;
+use towline_netlink::{NetlinkError, Refusal};
+use towline_nftables::NftError;
 
 /// Why nothing was applied.
 #[derive(Debug, thiserror::Error)]

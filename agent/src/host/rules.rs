@@ -21,7 +21,7 @@ use std::net::SocketAddr;
 use ipnet::IpNet;
 use towline_core::plan::Plan;
 
-use crate::netlink::{Family, Rule, RuleAction};
+use towline_netlink::{Family, Rule, RuleAction};
 
 use super::OURS;
 use super::state::detour_table;

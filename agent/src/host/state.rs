@@ -7,11 +7,11 @@ use ipnet::IpNet;
 use nix::errno::Errno;
 use towline_core::plan::{Plan, RoutePlan, RouteVia};
 
-use crate::netlink::{
+use towline_netlink::{
     AddressOptions, Family, Link, NetlinkError, Route, RouteChange, RouteKind, Rtnetlink, Rule,
     RuleAction,
 };
-use crate::nft::{Nft, NftError, Table, TableFamily};
+use towline_nftables::{Nft, NftError, Table, TableFamily};
 
 use super::firewall;
 use super::problem::{ApplyError, Problem};

@@ -6,8 +6,8 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use crate::netlink::codec::{Received, attributes, u32_at};
-use crate::netlink::{Group, Monitor, NetlinkError, Notified, Protocol, Rtnetlink};
+use towline_netlink::codec::{Received, attributes, u32_at};
+use towline_netlink::{Group, Monitor, NetlinkError, Notified, Protocol, Rtnetlink};
 
 use super::{Names, OURS, hook};
 
@@ -261,9 +261,9 @@ impl Filter {
 mod tests {
     use super::*;
     use crate::host::HostNetwork;
-    use crate::netlink::testing::{add_link, namespace_test};
-    use crate::netlink::{Family, Rule, RuleAction};
-    use crate::nft::{Nft, Table, TableFamily};
+    use towline_netlink::{Family, Rule, RuleAction};
+    use towline_netns::{add_link, namespace_test};
+    use towline_nftables::{Nft, Table, TableFamily};
 
     fn names() -> Names {
         Names {

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use ipnet::IpNet;
 
 use crate::config::AnnouncePods;
-use crate::netlink::{Family, NetlinkError, RouteKind, Rtnetlink};
+use towline_netlink::{Family, NetlinkError, RouteKind, Rtnetlink};
 
 /// Where the CNI's configuration is looked for: kubeadm's and most others', k3s's.
 const DIRECTORIES: [&str; 2] = ["/etc/cni/net.d", "/var/lib/rancher/k3s/agent/etc/cni/net.d"];
@@ -96,7 +96,7 @@ impl Reading {
             links.iter().map(|link| (link.index, link.name.as_str())).collect();
         let mut routes = Vec::new();
         for family in Family::ALL {
-            let found = netlink.routes(family, Some(crate::netlink::MAIN_TABLE))?;
+            let found = netlink.routes(family, Some(towline_netlink::MAIN_TABLE))?;
             routes.extend(found.into_iter().map(|route| RouteSeen {
                 destination: route.destination,
                 link: route.link.and_then(|index| names.get(&index).map(|name| (*name).to_owned())),

@@ -17,7 +17,7 @@ use super::cni::{self, Decision, Reading};
 use super::credentials::{self, Credentials, Fingerprint};
 use super::{Facts, Setup, View};
 use crate::host::register;
-use crate::netlink::{Group, Monitor, Protocol};
+use towline_netlink::{Group, Monitor, Protocol};
 
 /// The server ends a watch after this many seconds, and it begins anew.
 const WATCH_SECONDS: u32 = 60;

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use anyhow::{Context, anyhow};
 use nix::ifaddrs::getifaddrs;
 use socket2::{Domain, Socket, Type};
-use towline_agent::netlink::Rtnetlink;
+use towline_netlink::Rtnetlink;
 
 use super::namespace::Namespace;
 use super::ping::checksum;

@@ -1,8 +1,8 @@
 //! What co-tenants do to a host's network, by netlink alone: the acts of `nft flush ruleset`, `ip rule
 //! flush` and the like, in the namespace of the calling thread.
 
-use towline_agent::netlink::{Family, NetlinkError, Rtnetlink};
-use towline_agent::nft::{Nft, NftError, TableFamily, Transaction};
+use towline_netlink::{Family, NetlinkError, Rtnetlink};
+use towline_nftables::{Nft, NftError, TableFamily, Transaction};
 
 /// Towline's link, table and nftables table as the lab's nodes have them.
 pub const LINK: &str = "towline0";

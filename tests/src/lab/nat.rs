@@ -7,8 +7,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use serde::Serialize;
-use towline_agent::netlink::Family;
-use towline_agent::nft::{
+use towline_netlink::Family;
+use towline_nftables::{
     Chain, ChainKind, CtState, Hook, KeyType, Nft, Rule, Set, Table, TableFamily,
 };
 

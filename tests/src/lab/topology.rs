@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tempfile::TempDir;
-use towline_agent::netlink::{AddressOptions, Family, Route, Rtnetlink, VethPeer};
+use towline_netlink::{AddressOptions, Family, Route, Rtnetlink, VethPeer};
 
 use super::namespace::Namespace;
 use super::nat::{self, Nat};

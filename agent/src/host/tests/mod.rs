@@ -12,11 +12,11 @@ use towline_core::plan::{
 };
 
 use super::*;
-use crate::netlink::testing::{NetworkNamespace, add_link, add_tun, namespace_test};
-use crate::netlink::{
+use towline_netlink::{
     Address, AddressOptions, Family, Link, Route, RouteKind, Rtnetlink, Rule, RuleAction, VethPeer,
 };
-use crate::nft::{
+use towline_netns::{NetworkNamespace, add_link, namespace_test};
+use towline_nftables::{
     Chain, ChainKind, Expression, Hook, Ownership, Table, TableFamily, Transaction, Verdict,
 };
 
@@ -112,7 +112,8 @@ fn host_with_foreign_state() {
     rtnetlink.add_rule(&Rule::new(Family::V4, 77, RuleAction::Table(77))).unwrap();
     let theirs = Table::new(TableFamily::Inet, "theirs").chain(
         "input",
-        Chain::base(ChainKind::Filter, Hook::Input, 0).rule(crate::nft::Rule::new().counter()),
+        Chain::base(ChainKind::Filter, Hook::Input, 0)
+            .rule(towline_nftables::Rule::new().counter()),
     );
     Nft::open().unwrap().load(&theirs).unwrap();
 }
@@ -137,6 +138,16 @@ fn apply(host: &mut HostNetwork, plan: &Plan) -> Changes {
     let changes = host.apply(plan).unwrap();
     assert_eq!(changes.problems, []);
     changes
+}
+
+/// A persistent TUN link of that name, down; its index. `None`, with a printed reason, where TUN
+/// devices cannot be opened.
+fn add_tun(name: &str) -> Option<u32> {
+    if let Err(error) = crate::dataplane::open_tun(name) {
+        println!("skipped: {error}");
+        return None;
+    }
+    Some(Rtnetlink::open().expect("a netlink socket").link_index(name).expect("the link"))
 }
 
 namespace_test! {
@@ -458,10 +469,10 @@ namespace_test! {
         if add_tun("towline0").is_none() { return };
         let mut nft = Nft::open().unwrap();
         let theirs = |family| {
-            let user = Chain::regular().rule(crate::nft::Rule::new().counter().return_());
+            let user = Chain::regular().rule(towline_nftables::Rule::new().counter().return_());
             let forward = Chain::base(ChainKind::Filter, Hook::Forward, 0)
-                .policy(crate::nft::Policy::Drop)
-                .rule(crate::nft::Rule::new().counter().jump("DOCKER-USER"));
+                .policy(towline_nftables::Policy::Drop)
+                .rule(towline_nftables::Rule::new().counter().jump("DOCKER-USER"));
             Table::new(family, "filter").chain("DOCKER-USER", user).chain("FORWARD", forward)
         };
         nft.load(&theirs(TableFamily::Ip)).unwrap();
@@ -516,8 +527,8 @@ namespace_test! {
         if add_tun("towline0").is_none() { return };
         let goto = |zone: &str| Expression::Verdict(Verdict::Goto(zone.to_owned()));
         let zones = |links: &[&str]| {
-            let rule = |link: &&str| crate::nft::Rule::new().input(link);
-            let zone = Chain::regular().rule(crate::nft::Rule::new().accept());
+            let rule = |link: &&str| towline_nftables::Rule::new().input(link);
+            let zone = Chain::regular().rule(towline_nftables::Rule::new().accept());
             let chain = links.iter().fold(Chain::regular(), |chain, link| {
                 chain.rule(rule(link).step(goto("filter_FWD_trusted")))
             });

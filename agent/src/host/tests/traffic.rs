@@ -17,9 +17,11 @@ use super::{apply, net, plan};
 use crate::dataplane::vnet::{VNET_HEADER_BYTES, VnetHeader};
 use crate::dataplane::{Offloads, Tun, TunIo, checksum, open_tun_with};
 use crate::host::HostNetwork;
-use crate::netlink::testing::{NetworkNamespace, namespace_test};
-use crate::netlink::{AddressOptions, Family, Route, Rtnetlink, VethPeer};
-use crate::nft::{Chain, ChainKind, Counter, Expression, Hook, Nft, Rule, Table, TableFamily};
+use towline_netlink::{AddressOptions, Family, Route, Rtnetlink, VethPeer};
+use towline_netns::{NetworkNamespace, namespace_test};
+use towline_nftables::{
+    Chain, ChainKind, Counter, Expression, Hook, Nft, Rule, Table, TableFamily,
+};
 
 const PORT: u16 = 51_830;
 const MARK: u32 = 0x10;

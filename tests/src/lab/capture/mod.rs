@@ -25,7 +25,7 @@ use ipnet::IpNet;
 use memchr::memmem::Finder;
 use parking_lot::Mutex;
 use serde::Serialize;
-use towline_agent::netlink::Rtnetlink;
+use towline_netlink::Rtnetlink;
 
 use super::interrupt::wait_for;
 use super::namespace::Namespace;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::poll::{PollFd, PollFlags, poll};
 use socket2::{Domain, Socket, Type};
-use towline_agent::netlink::Rtnetlink;
+use towline_netlink::Rtnetlink;
 
 /// Blocks hold many frames each; the kernel hands over one at a time.
 const BLOCK_BYTES: usize = 1 << 20;

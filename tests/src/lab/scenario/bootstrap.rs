@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use serde::Serialize;
-use towline_agent::netlink::Rtnetlink;
+use towline_netlink::Rtnetlink;
 
 use super::Setting;
 use super::hybrid::{Hybrid, NODES};

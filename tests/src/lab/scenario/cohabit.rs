@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::Serialize;
-use towline_agent::netlink::{Family, Route, Rtnetlink, Rule, RuleAction};
-use towline_agent::nft::{self, Chain, ChainKind, Hook, Nft, Table, TableFamily};
+use towline_netlink::{Family, Route, Rtnetlink, Rule, RuleAction};
+use towline_nftables::{Chain, ChainKind, Hook, Nft, Table, TableFamily};
 
 use super::Setting;
 use super::hybrid::{Hybrid, Mesh};
@@ -289,10 +289,11 @@ fn make_foreign_things() -> anyhow::Result<()> {
             netlink.add_rule(&rule)?;
         }
     }
-    let input = Chain::base(ChainKind::Filter, Hook::Input, 0).rule(nft::Rule::new().counter());
+    let input = Chain::base(ChainKind::Filter, Hook::Input, 0)
+        .rule(towline_nftables::Rule::new().counter());
     // What kube-proxy does to what pods send to a node.
     let (v4, v6) = POD;
-    let masquerade = |net| nft::Rule::new().source(net).output(LINK).masquerade();
+    let masquerade = |net| towline_nftables::Rule::new().source(net).output(LINK).masquerade();
     let pods = Chain::base(ChainKind::Nat, Hook::Postrouting, 100)
         .rule(masquerade(v4.trunc().into()))
         .rule(masquerade(v6.trunc().into()));

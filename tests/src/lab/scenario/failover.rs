@@ -11,8 +11,8 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use ipnet::{IpNet, Ipv4Net};
 use serde::Serialize;
-use towline_agent::netlink::{AddressOptions, Family, Route, Rtnetlink};
-use towline_agent::nft::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
+use towline_netlink::{AddressOptions, Family, Route, Rtnetlink};
+use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
 
 use super::Setting;
 use crate::lab::flow::{End, while_talking};

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use ipnet::IpNet;
 use nix::errno::Errno;
-use towline_agent::netlink::NetlinkError;
+use towline_netlink::NetlinkError;
 
 use super::Setting;
 use crate::lab::capture::Capture;

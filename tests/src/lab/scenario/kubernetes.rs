@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::{Value, json};
-use towline_agent::netlink::{AddressOptions, Rtnetlink};
+use towline_netlink::{AddressOptions, Rtnetlink};
 
 use super::Setting;
 use super::hybrid::{Hybrid, NODES};

@@ -20,7 +20,7 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use serde::Serialize;
-use towline_agent::netlink::Rtnetlink;
+use towline_netlink::Rtnetlink;
 
 use super::Setting;
 use super::hybrid::{Hybrid, Mesh};

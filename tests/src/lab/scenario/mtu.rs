@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use serde::Serialize;
-use towline_agent::netlink::{Family, Rtnetlink};
-use towline_agent::nft::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
+use towline_netlink::{Family, Rtnetlink};
+use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
 
 use super::Setting;
 use crate::lab::flow::while_talking;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use serde::Serialize;
-use towline_agent::netlink::Family;
+use towline_netlink::Family;
 
 use super::Setting;
 use crate::lab::interrupt::{self, wait_for, wait_up_to};

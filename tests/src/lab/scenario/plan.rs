@@ -11,10 +11,10 @@ use ipnet::IpNet;
 use serde::Serialize;
 use towline_agent::dataplane::open_tun;
 use towline_agent::host::{HostNetwork, Names};
-use towline_agent::netlink::Rtnetlink;
 use towline_core::plan::{
     DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, RulePlan, UnderlayPlan,
 };
+use towline_netlink::Rtnetlink;
 
 use crate::lab::interrupt;
 use crate::lab::meddle::{LINK, Meddling};

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
-use towline_agent::netlink::OverlayKind;
+use towline_netlink::OverlayKind;
 
 use super::load::{self, Carried, Congestion, Window};
 use super::subject::Subject;

@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use ipnet::IpNet;
 use nix::unistd::Pid;
-use towline_agent::netlink::{AddressOptions, Overlay, OverlayKind, Rtnetlink};
-use towline_agent::nft::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
+use towline_netlink::{AddressOptions, Overlay, OverlayKind, Rtnetlink};
+use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use super::load::Way;
@@ -302,7 +302,7 @@ fn configure(
         for (own, far) in own.into_iter().zip(far) {
             let options = AddressOptions { no_dad: true, ..Default::default() };
             netlink.add_address(index, own.into(), options)?;
-            netlink.add_route(&towline_agent::netlink::Route::new(far.into()).dev(index))?;
+            netlink.add_route(&towline_netlink::Route::new(far.into()).dev(index))?;
         }
         Ok(())
     })

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
-use towline_agent::netlink::{Route, RouteKind, Rtnetlink};
-use towline_agent::nft::{self, Chain, ChainKind, Hook, Nft, Policy, Table, TableFamily};
+use towline_netlink::{Route, RouteKind, Rtnetlink};
+use towline_nftables::{Chain, ChainKind, Hook, Nft, Policy, Table, TableFamily};
 
 use crate::lab::meddle::{LINK, Meddling};
 use crate::lab::namespace::Namespace;
@@ -102,9 +102,12 @@ const NETLINK: [Deed; 5] = [
     Deed::Netlink("docker starts: its tables, FORWARD dropped", || {
         let forward = Chain::base(ChainKind::Filter, Hook::Forward, 0)
             .policy(Policy::Drop)
-            .rule(nft::Rule::new().counter().jump("DOCKER-USER"));
+            .rule(towline_nftables::Rule::new().counter().jump("DOCKER-USER"));
         let table = Table::new(TableFamily::Ip, "filter")
-            .chain("DOCKER-USER", Chain::regular().rule(nft::Rule::new().counter().return_()))
+            .chain(
+                "DOCKER-USER",
+                Chain::regular().rule(towline_nftables::Rule::new().counter().return_()),
+            )
             .chain("FORWARD", forward);
         Nft::open()?.load(&table)?;
         Ok(())

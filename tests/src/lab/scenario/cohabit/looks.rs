@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use towline_agent::host::OURS;
-use towline_agent::netlink::{Family, Rtnetlink};
-use towline_agent::nft::{Nft, Rule, TableFamily};
+use towline_netlink::{Family, Rtnetlink};
+use towline_nftables::{Nft, Rule, TableFamily};
 
 use crate::lab::interrupt;
 use crate::lab::meddle::LINK;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use ipnet::IpNet;
 use towline_agent::keys::Wireguard;
-use towline_agent::netlink::{AddressOptions, Route, Rtnetlink};
+use towline_netlink::{AddressOptions, Route, Rtnetlink};
 use towline_proto::id::WireguardKey;
 
 use crate::lab::interrupt::wait_for;

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::Serialize;
-use towline_agent::netlink::Family;
-use towline_agent::nft::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily, Transaction};
+use towline_netlink::Family;
+use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily, Transaction};
 
 use super::super::Setting;
 use crate::lab::meddle::LINK;

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use nix::errno::Errno;
 
-use crate::netlink::codec::{Attribute, Message, Received, attributes};
-use crate::netlink::{Connection, NetlinkError, Protocol, Refusal};
+use towline_netlink::codec::{Attribute, Message, Received, attributes};
+use towline_netlink::{Connection, NetlinkError, Protocol, Refusal};
 
 use super::expression::Expression;
 use super::rule::Rule;
@@ -113,8 +113,8 @@ impl Nft {
     }
 
     /// See [`Connection::shrink_buffers`].
-    #[cfg(test)]
-    pub(crate) fn shrink_buffers(&mut self, bytes: usize) {
+    #[doc(hidden)]
+    pub fn shrink_buffers(&mut self, bytes: usize) {
         self.connection.shrink_buffers(bytes);
     }
 
@@ -452,9 +452,9 @@ mod tests {
     use ipnet::IpNet;
 
     use super::*;
-    use crate::netlink::Family;
-    use crate::netlink::testing::namespace_test;
-    use crate::nft::{CtState, Verdict};
+    use crate::{CtState, Verdict};
+    use towline_netlink::Family;
+    use towline_netns::namespace_test;
 
     fn nets(nets: &[&str]) -> Vec<IpNet> {
         nets.iter().map(|net| net.parse().unwrap()).collect()

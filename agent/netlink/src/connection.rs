@@ -106,8 +106,8 @@ impl Connection {
     }
 
     /// Has only this many bytes for each buffer, as on a host whose limits nobody raised.
-    #[cfg(test)]
-    pub(crate) fn shrink_buffers(&mut self, bytes: usize) {
+    #[doc(hidden)]
+    pub fn shrink_buffers(&mut self, bytes: usize) {
         let socket = self.socket.as_fd();
         setsockopt(&socket, sockopt::RcvBuf, &bytes).expect("a smaller buffer");
         setsockopt(&socket, sockopt::SndBuf, &bytes).expect("a smaller buffer");
@@ -264,7 +264,7 @@ impl Connection {
 
     /// Sends messages that form one transaction, whose answers are failures only, and returns
     /// the failures by place. Since nothing is acknowledged, silence is success.
-    pub(crate) fn transact(&mut self, batch: &mut [Message]) -> Result<Vec<Failure>, NetlinkError> {
+    pub fn transact(&mut self, batch: &mut [Message]) -> Result<Vec<Failure>, NetlinkError> {
         let first_sequence = self.sequence.wrapping_add(1);
         let mut bytes = Vec::with_capacity(batch.iter().map(Message::len).sum());
         for message in batch.iter_mut() {

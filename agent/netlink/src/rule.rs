@@ -236,7 +236,7 @@ mod tests {
     use nix::errno::Errno;
 
     use super::*;
-    use crate::netlink::testing::namespace_test;
+    use towline_netns::namespace_test;
 
     namespace_test! {
         fn rules_are_read_back_as_they_were_written() {

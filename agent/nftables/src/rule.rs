@@ -5,7 +5,7 @@ use std::ops::{BitOr, RangeInclusive};
 
 use ipnet::IpNet;
 
-use crate::netlink::Family;
+use towline_netlink::Family;
 
 use super::expression::{Expression, Verdict, key};
 

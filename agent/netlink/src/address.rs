@@ -153,7 +153,7 @@ fn parse(received: &Received<'_>) -> Option<Address> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netlink::testing::{add_link, namespace_test};
+    use towline_netns::{add_link, namespace_test};
 
     namespace_test! {
         fn addresses_come_and_go() {

@@ -4,7 +4,7 @@
 //! rule can be compared with the one that was wanted; counters' values are told apart from the
 //! step that counts.
 
-use crate::netlink::codec::{Attribute, Message, attributes};
+use towline_netlink::codec::{Attribute, Message, attributes};
 
 use super::wire::{DATA_VALUE, DATA_VERDICT, LIST_ITEM};
 

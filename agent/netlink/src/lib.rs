@@ -18,8 +18,6 @@ mod link;
 mod monitor;
 mod route;
 mod rule;
-#[cfg(test)]
-pub(crate) mod testing;
 
 use std::net::IpAddr;
 
@@ -70,8 +68,8 @@ pub struct Rtnetlink {
 
 impl Rtnetlink {
     /// See [`Connection::shrink_buffers`].
-    #[cfg(test)]
-    pub(crate) fn shrink_buffers(&mut self, bytes: usize) {
+    #[doc(hidden)]
+    pub fn shrink_buffers(&mut self, bytes: usize) {
         self.connection.shrink_buffers(bytes);
     }
 

@@ -1,6 +1,6 @@
 //! Changes that are committed together.
 
-use crate::netlink::codec::Message;
+use towline_netlink::codec::Message;
 
 use super::rule::Rule;
 use super::set::{Interval, KeyType, Set};

@@ -9,29 +9,28 @@ use std::process::Command;
 
 use nix::sched::{CloneFlags, setns, unshare};
 
-use super::{Rtnetlink, VethPeer};
+use towline_netlink::{Rtnetlink, VethPeer};
 
 /// A test whose body runs as root of a fresh network namespace; skipped with a printed reason
 /// where the machine refuses.
+#[macro_export]
 macro_rules! namespace_test {
     ($(#[$meta:meta])* fn $name:ident() $body:block) => {
         $(#[$meta])*
         #[test]
         fn $name() {
-            $crate::netlink::testing::in_namespace(
+            $crate::in_namespace(
                 concat!(module_path!(), "::", stringify!($name)),
                 || $body,
             );
         }
     };
 }
-pub(crate) use namespace_test;
-
 const INSIDE: &str = "TOWLINE_TEST_NAMESPACE";
 
 /// Runs `body` inside a namespace: the test's own program is started again there for this one
 /// test. `path` is the test's path with the crate's name.
-pub(crate) fn in_namespace(path: &str, body: impl FnOnce()) {
+pub fn in_namespace(path: &str, body: impl FnOnce()) {
     if std::env::var_os(INSIDE).is_some() {
         return body();
     }
@@ -66,13 +65,19 @@ fn enter_new_namespace(uid_map: &str, gid_map: &str) -> io::Result<()> {
 
 /// Another network namespace of the running test.
 #[derive(Debug)]
-pub(crate) struct NetworkNamespace {
+pub struct NetworkNamespace {
     handle: File,
+}
+
+impl Default for NetworkNamespace {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl NetworkNamespace {
     /// A fresh one with its loopback down.
-    pub(crate) fn new() -> Self {
+    pub fn new() -> Self {
         let handle = std::thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace");
             File::open("/proc/thread-self/ns/net").expect("the namespace's file")
@@ -81,7 +86,7 @@ impl NetworkNamespace {
     }
 
     /// Runs `body` on a thread inside.
-    pub(crate) fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+    pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
                 setns(&self.handle, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
@@ -92,13 +97,13 @@ impl NetworkNamespace {
     }
 
     /// To hand to netlink.
-    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.handle.as_fd()
     }
 }
 
 /// A link of that name (with a peer in the same namespace), up and running; its index.
-pub(crate) fn add_link(name: &str) -> u32 {
+pub fn add_link(name: &str) -> u32 {
     let mut rtnetlink = Rtnetlink::open().expect("a netlink socket");
     let peer = format!("{name}p");
     rtnetlink.add_veth(name, VethPeer { name: &peer, namespace: None }).expect("a veth pair");
@@ -107,14 +112,4 @@ pub(crate) fn add_link(name: &str) -> u32 {
         rtnetlink.set_up(index, true).expect("the link comes up");
     }
     rtnetlink.link_index(name).expect("the link")
-}
-
-/// A persistent TUN link of that name, down; its index. `None`, with a printed reason, where TUN
-/// devices cannot be opened.
-pub(crate) fn add_tun(name: &str) -> Option<u32> {
-    if let Err(error) = crate::dataplane::open_tun(name) {
-        println!("skipped: {error}");
-        return None;
-    }
-    Some(Rtnetlink::open().expect("a netlink socket").link_index(name).expect("the link"))
 }

@@ -122,7 +122,7 @@ mod tests {
     use ipnet::IpNet;
 
     use super::*;
-    use crate::nft::{ChainKind, Hook, KeyType, TableFamily};
+    use crate::{ChainKind, Hook, KeyType, TableFamily};
 
     fn table(nets: &[&str]) -> Table {
         let nets: Vec<IpNet> = nets.iter().map(|net| net.parse().unwrap()).collect();

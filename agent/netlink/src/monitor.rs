@@ -111,8 +111,8 @@ impl AsRawFd for Monitor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netlink::Rtnetlink;
-    use crate::netlink::testing::namespace_test;
+    use crate::Rtnetlink;
+    use towline_netns::namespace_test;
 
     namespace_test! {
         fn changes_are_heard_of() {

@@ -314,7 +314,7 @@ fn parse(received: &Received<'_>) -> Option<Link> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netlink::testing::{NetworkNamespace, add_link, namespace_test};
+    use towline_netns::{NetworkNamespace, add_link, namespace_test};
 
     namespace_test! {
         fn a_veth_pair_reaches_into_another_namespace() {

@@ -297,8 +297,8 @@ impl RouteKind {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netlink::AddressOptions;
-    use crate::netlink::testing::{add_link, namespace_test};
+    use crate::AddressOptions;
+    use towline_netns::{add_link, namespace_test};
 
     fn link_with_addresses(rtnetlink: &mut Rtnetlink) -> u32 {
         let index = add_link("d0");
