@@ -10,8 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
+use towline_service::account::{self, Account};
+use towline_service::directory::PrivateDirectory;
 
 use crate::config::{Config, DEFAULT_PATH};
+use crate::state::{JOIN_FAILURE, StateDir};
 
 /// A unit's name and text, as it is shipped.
 type Unit = (&'static str, &'static str);
@@ -31,6 +34,12 @@ const UNITS: &[Unit] = &[
     ),
 ];
 
+/// System users and directories, below `/usr/lib` (a package's) or `/etc` (ours).
+const DECLARATIONS: [(&str, &str); 2] = [
+    ("sysusers.d/towline.conf", include_str!("../../deploy/systemd/sysusers.d/towline.conf")),
+    ("tmpfiles.d/towline.conf", include_str!("../../deploy/systemd/tmpfiles.d/towline.conf")),
+];
+
 const ADMIN_UNITS: &str = "/etc/systemd/system";
 const PACKAGE_UNITS: [&str; 2] = ["/usr/lib/systemd/system", "/lib/systemd/system"];
 const PROGRAM: &str = "/usr/bin/towline";
@@ -39,8 +48,6 @@ const GUARD: &str = "towline-guard.service";
 const RETRY_TIMER: &str = "towline-join.timer";
 /// Where a retry looks for the token.
 pub const TOKEN: &str = "/etc/towline/token";
-/// Why the last unattended join failed.
-const FAILURE: &str = "join-failure";
 
 /// The tree that is installed into: the machine, or a directory.
 #[derive(Debug, Clone)]
@@ -76,6 +83,7 @@ impl Tree {
     pub fn install(&self, configuration: &str) -> anyhow::Result<Changes> {
         let mut changes = Changes::default();
         self.program(&mut changes)?;
+        self.users(&mut changes)?;
         if !self.path(DEFAULT_PATH).exists() {
             self.write(DEFAULT_PATH, configuration.as_bytes(), 0o644, &mut changes)?;
         }
@@ -84,6 +92,8 @@ impl Tree {
         }
         if self.has_systemd() && !changes.written.is_empty() {
             systemctl(&["daemon-reload"])?;
+            // The agent's own `RuntimeDirectory=` makes it too, at its start.
+            let _ = run(&["systemd-tmpfiles", "--create", "towline.conf"]);
         }
         Ok(changes)
     }
@@ -107,26 +117,82 @@ impl Tree {
 
     /// Leaves the reason of a failure and, if another try may do better, the timer that makes it.
     pub fn failed(&self, config: &Config, reason: &str, again: bool) -> anyhow::Result<()> {
-        let path = self.path(config.state_dir.join(FAILURE));
-        if let Some(directory) = path.parent() {
-            std::fs::create_dir_all(directory)
-                .with_context(|| format!("cannot make {}", directory.display()))?;
-        }
-        std::fs::write(&path, format!("{reason}\n"))
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        let directory = self.state(config)?;
+        directory.replace(JOIN_FAILURE, 0o600, format!("{reason}\n").as_bytes())?;
         if again { self.enable(RETRY_TIMER, "timers.target") } else { self.no_retry() }
     }
 
     /// A join succeeded: no reason, no timer, no token.
     pub fn succeeded(&self, config: &Config) -> anyhow::Result<()> {
-        remove(&self.path(config.state_dir.join(FAILURE)))?;
+        self.state(config)?.remove(JOIN_FAILURE)?;
         remove(&self.path(TOKEN))?;
         self.no_retry()
     }
 
     /// Why the last unattended join failed, if it did.
     pub fn failure(&self, config: &Config) -> Option<String> {
-        std::fs::read_to_string(self.path(config.state_dir.join(FAILURE))).ok()
+        StateDir::peek(&self.path(&config.state_dir)).join_failure().ok().flatten()
+    }
+
+    /// The state directory, which belongs to the agent's user of the tree, if it has that user.
+    pub fn state(&self, config: &Config) -> anyhow::Result<PrivateDirectory> {
+        let path = self.path(&config.state_dir);
+        Ok(PrivateDirectory::create(&path, self.account(account::AGENT)?)?)
+    }
+
+    fn account(&self, name: &str) -> anyhow::Result<Option<Account>> {
+        let passwd = self.path(account::PASSWD);
+        account::find_in(&passwd, name).with_context(|| format!("cannot read {}", passwd.display()))
+    }
+
+    /// Declares the system users and the directories of their own, and makes the users where they
+    /// do not exist yet.
+    fn users(&self, changes: &mut Changes) -> anyhow::Result<()> {
+        for (place, text) in DECLARATIONS {
+            let packaged = self.path(Path::new("/usr/lib").join(place)).is_file();
+            if !packaged {
+                self.write(Path::new("/etc").join(place), text.as_bytes(), 0o644, changes)?;
+            }
+        }
+        // A tree without users is no system yet; one that boots makes them from the declaration.
+        if self.account(account::AGENT)?.is_some() || !self.path(account::PASSWD).exists() {
+            return Ok(());
+        }
+        let made = self.make_users();
+        if self.account(account::AGENT)?.is_none() && self.has_systemd() {
+            let name = account::AGENT;
+            return Err(made.err().unwrap_or_else(|| anyhow::anyhow!("it was not made"))).context(
+                format!(
+                    "cannot make the system user `{name}`: run `useradd --system --user-group \
+                     --no-create-home --shell /usr/sbin/nologin {name}`"
+                ),
+            );
+        }
+        Ok(())
+    }
+
+    /// Makes the users with the first program that can.
+    fn make_users(&self) -> anyhow::Result<()> {
+        let root = self.root.display();
+        let sysusers = format!("--root={root}");
+        let mut tries = vec![vec!["systemd-sysusers", &sysusers, "towline.conf"]];
+        let prefix = self.root.to_string_lossy();
+        for name in [account::AGENT, account::CONTROLLER] {
+            let mut useradd = vec!["useradd", "--system", "--user-group", "--no-create-home"];
+            useradd.extend(["--home-dir", "/nonexistent", "--shell", "/usr/sbin/nologin"]);
+            useradd.extend(["--prefix", &prefix, name]);
+            tries.push(useradd);
+        }
+        let mut said = Err(anyhow::anyhow!("there is neither systemd-sysusers nor useradd"));
+        for words in &tries {
+            said = run(words);
+            if self.account(account::AGENT)?.is_some()
+                && self.account(account::CONTROLLER)?.is_some()
+            {
+                return Ok(());
+            }
+        }
+        said
     }
 
     fn no_retry(&self) -> anyhow::Result<()> {
@@ -236,14 +302,18 @@ fn remove_file(path: &Path) -> std::io::Result<()> {
 }
 
 fn systemctl(arguments: &[&str]) -> anyhow::Result<()> {
-    let said = Command::new("systemctl")
-        .args(arguments)
+    run(&[&["systemctl"], arguments].concat())
+}
+
+fn run(words: &[&str]) -> anyhow::Result<()> {
+    let said = Command::new(words[0])
+        .args(&words[1..])
         .stdin(Stdio::null())
         .output()
-        .context("cannot run systemctl")?;
+        .with_context(|| format!("cannot run {}", words[0]))?;
     if !said.status.success() {
-        let words = String::from_utf8_lossy(&said.stderr);
-        bail!("`systemctl {}` failed: {}", arguments.join(" "), words.trim());
+        let output = String::from_utf8_lossy(&said.stderr);
+        bail!("`{}` failed: {}", words.join(" "), output.trim());
     }
     Ok(())
 }
@@ -270,6 +340,40 @@ mod tests {
             std::fs::read_link(link).unwrap(),
             Path::new("/etc/systemd/system/towline.service")
         );
+    }
+
+    #[test]
+    fn the_agents_user_is_declared_and_gets_the_state_directory() {
+        let (_directory, tree) = tree();
+        let config = Config::default();
+        let passwd = tree.path(account::PASSWD);
+        std::fs::create_dir_all(passwd.parent().unwrap()).unwrap();
+        std::fs::write(&passwd, "root:x:0:0::/:/bin/sh\ntowline:x:64123:64124::/:/x\n").unwrap();
+        let written = tree.install("").unwrap().written;
+        assert!(written.contains(&PathBuf::from("/etc/sysusers.d/towline.conf")), "{written:?}");
+        assert!(written.contains(&PathBuf::from("/etc/tmpfiles.d/towline.conf")), "{written:?}");
+        tree.failed(&config, "no controller answers", false).unwrap();
+        let state = tree.path(&config.state_dir);
+        let probe = tree.path("/probe");
+        std::fs::write(&probe, "").unwrap();
+        if std::os::unix::fs::chown(&probe, Some(64_123), None).is_err() {
+            return println!("skipped: only root of the machine can change owners");
+        }
+        use std::os::unix::fs::MetadataExt as _;
+        for path in [state.clone(), state.join(JOIN_FAILURE)] {
+            let metadata = std::fs::metadata(&path).unwrap();
+            assert_eq!((metadata.uid(), metadata.gid()), (64_123, 64_124), "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn what_a_package_declares_is_left_to_it() {
+        let (_directory, tree) = tree();
+        let packaged = tree.path("/usr/lib/sysusers.d/towline.conf");
+        std::fs::create_dir_all(packaged.parent().unwrap()).unwrap();
+        std::fs::write(packaged, "packaged\n").unwrap();
+        tree.install("").unwrap();
+        assert!(!tree.path("/etc/sysusers.d/towline.conf").exists());
     }
 
     #[test]

@@ -6,18 +6,18 @@
 //! | `identity.key`, `wireguard.key` | the node's private keys, 0600 | once, when first needed |
 //! | `membership.json` | mesh, CA certificate, controllers, grant | at the join, at renewals |
 //! | `certificate.pem` | the client certificate chain | at the join, at renewals |
+//! | `join-failure` | why the last unattended join failed | by `towline join --install` |
 //! | `counters.json` | boot epoch and record generation | before each use of a new value |
 //! | `prefixes.json` | what this node announced, and what of others' is still guarded | when it changes |
 //! | `map.bin` | the signed network map, as last seen | after changes, debounced |
 //! | `down` | when `towline down` was run (`down.rs`) | by `towline down`; removed by `towline up` |
 //!
-//! The directory is 0700. A file is replaced whole (written beside, synced, renamed), so at any
-//! moment a reader finds the old one or the new one.
+//! The directory is 0700 and belongs to the system user that guard and agent run as; so does every
+//! file in it, also one that root writes. See [`towline_service::directory`].
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write as _};
+use std::fs::File;
+use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use data_encoding::BASE64;
@@ -30,9 +30,15 @@ use towline_proto::id::IdentityKey;
 use towline_proto::node::{Grant, MeshConfig};
 use towline_proto::token::ControllerAddress;
 use towline_proto::{pb, signed};
+use towline_service::account;
+use towline_service::directory::{self, DirectoryError, PrivateDirectory};
+use zeroize::Zeroizing;
 
 use crate::keys::{Identity, InvalidKey, Wireguard};
 use crate::map_cache::MapCache;
+
+/// Why the last unattended join failed; written by the join, removed by one that succeeds.
+pub const JOIN_FAILURE: &str = "join-failure";
 
 /// Why the state directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +51,9 @@ pub enum StateError {
         /// Why.
         source: io::Error,
     },
+    /// The directory or a file in it cannot be used, or is not private.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
     /// Another agent runs on it.
     #[error(
         "another agent is using {path}: stop it first, or give this one a `state_dir` of its own"
@@ -158,6 +167,9 @@ pub struct CachedPrefixes {
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
+    /// The directory, once its owner and permissions were checked; `None` for one that is only
+    /// looked at, which is checked when a file is read.
+    directory: Option<PrivateDirectory>,
     /// `None`: only looked at.
     _lock: Option<Flock<File>>,
 }
@@ -165,31 +177,24 @@ pub struct StateDir {
 impl StateDir {
     /// Opens it, making it if it is not there, and locks it.
     pub fn open(path: &Path) -> Result<Self, StateError> {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(path)
-            .map_err(|source| StateError::Io { path: path.into(), source })?;
-        let lock_path = path.join("lock");
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(&lock_path)
-            .map_err(|source| StateError::Io { path: lock_path.clone(), source })?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self { path: path.into(), _lock: Some(lock) }),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-                Err(StateError::Locked { path: path.into() })
+        Self::lock(directory::create_for(path, account::AGENT)?)
+    }
+
+    /// Locks a directory whose owner and permissions were checked.
+    pub fn lock(directory: PrivateDirectory) -> Result<Self, StateError> {
+        let path = directory.path().to_owned();
+        match Flock::lock(directory.open_lock("lock")?, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Self { path, directory: Some(directory), _lock: Some(lock) }),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(StateError::Locked { path }),
+            Err((_, errno)) => {
+                Err(StateError::Io { path: path.join("lock"), source: errno.into() })
             }
-            Err((_, errno)) => Err(StateError::Io { path: lock_path, source: errno.into() }),
         }
     }
 
     /// To be read only, whoever holds it: files are replaced whole.
     pub fn peek(path: &Path) -> Self {
-        Self { path: path.into(), _lock: None }
+        Self { path: path.into(), directory: None, _lock: None }
     }
 
     /// The directory.
@@ -199,11 +204,11 @@ impl StateDir {
 
     /// The node's keys, made and stored if they are not there.
     pub fn keys_or_generate(&self) -> Result<Keys, StateError> {
-        if self.read("identity.key")?.is_none() {
+        if !self.has("identity.key") {
             let identity = Identity::generate().map_err(|e| self.key_error("identity.key", e))?;
             self.replace("identity.key", identity.to_pem().as_bytes())?;
         }
-        if self.read("wireguard.key")?.is_none() {
+        if !self.has("wireguard.key") {
             let wireguard =
                 Wireguard::generate().map_err(|e| self.key_error("wireguard.key", e))?;
             self.replace("wireguard.key", wireguard.to_base64().as_bytes())?;
@@ -211,17 +216,22 @@ impl StateDir {
         self.keys()
     }
 
+    fn has(&self, name: &str) -> bool {
+        self.path.join(name).symlink_metadata().is_ok()
+    }
+
     /// The node's keys.
     pub fn keys(&self) -> Result<Keys, StateError> {
-        let text = |name| -> Result<zeroize::Zeroizing<String>, StateError> {
-            let bytes = self.read(name)?.ok_or_else(|| self.not_joined(name))?;
-            String::from_utf8(bytes)
-                .map(zeroize::Zeroizing::new)
-                .map_err(|_| self.damaged(name, "not text"))
+        let read = |name| -> Result<Zeroizing<Vec<u8>>, StateError> {
+            let key = self.existing()?.map(|directory| directory.read_key(name)).transpose()?;
+            key.flatten().ok_or_else(|| self.not_joined(name))
         };
-        let identity = Identity::from_pem(&text("identity.key")?)
+        let text =
+            |name, bytes| std::str::from_utf8(bytes).map_err(|_| self.damaged(name, "not text"));
+        let (identity, wireguard) = (read("identity.key")?, read("wireguard.key")?);
+        let identity = Identity::from_pem(text("identity.key", &identity)?)
             .map_err(|source| self.key_error("identity.key", source))?;
-        let wireguard = Wireguard::from_base64(&text("wireguard.key")?)
+        let wireguard = Wireguard::from_base64(text("wireguard.key", &wireguard)?)
             .map_err(|source| self.key_error("wireguard.key", source))?;
         Ok(Keys { identity, wireguard })
     }
@@ -378,41 +388,41 @@ impl StateDir {
             "identity.key",
             crate::down::NAME,
         ] {
-            let path = self.path.join(name);
-            match std::fs::remove_file(&path) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => return Err(StateError::Io { path, source }),
+            if let Some(directory) = self.existing()? {
+                directory.remove(name)?;
             }
         }
         self.sync_dir()
     }
 
+    /// The reason of the last unattended join that failed, if one did.
+    pub fn join_failure(&self) -> Result<Option<String>, StateError> {
+        let text = self.read(JOIN_FAILURE)?;
+        Ok(text.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+    }
+
     fn read(&self, name: &str) -> Result<Option<Vec<u8>>, StateError> {
-        let path = self.path.join(name);
-        match std::fs::read(&path) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(StateError::Io { path, source }),
+        Ok(self.existing()?.map(|directory| directory.read(name)).transpose()?.flatten())
+    }
+
+    /// The directory; `None` if it does not exist, which only one that is looked at may not.
+    fn existing(&self) -> Result<Option<PrivateDirectory>, StateError> {
+        if let Some(directory) = &self.directory {
+            return Ok(Some(directory.clone()));
+        }
+        match directory::open_for(&self.path, account::AGENT) {
+            Ok(directory) => Ok(Some(directory)),
+            Err(error) if error.io_kind() == Some(io::ErrorKind::NotFound) => Ok(None),
+            Err(error) => Err(error.into()),
         }
     }
 
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), StateError> {
-        let path = self.path.join(name);
-        let beside = self.path.join(format!(".{name}.new"));
-        let write = || -> io::Result<()> {
-            let mut file = OpenOptions::new()
-                .create(true)
-                .truncate(true)
-                .write(true)
-                .mode(0o600)
-                .open(&beside)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            std::fs::rename(&beside, &path)
+        let directory = match &self.directory {
+            Some(directory) => directory,
+            None => &directory::create_for(&self.path, account::AGENT)?,
         };
-        write().map_err(|source| StateError::Io { path: path.clone(), source })?;
-        self.sync_dir()
+        Ok(directory.replace(name, 0o600, bytes)?)
     }
 
     fn sync_dir(&self) -> Result<(), StateError> {
@@ -492,6 +502,35 @@ mod tests {
             let meta = std::fs::metadata(state.path().join(name)).unwrap();
             assert_eq!(meta.permissions().mode() & 0o777, mode, "{name}");
         }
+    }
+
+    #[test]
+    fn a_directory_or_key_that_others_can_read_is_refused_with_the_command_that_closes_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |mode| std::fs::Permissions::from_mode(mode);
+        StateDir::open(dir.path()).unwrap().keys_or_generate().unwrap();
+        std::fs::set_permissions(dir.path(), open(0o755)).unwrap();
+        let error = StateDir::open(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("chmod 700"), "{error}");
+        let error = StateDir::peek(dir.path()).membership().unwrap_err().to_string();
+        assert!(error.contains("chmod 700"), "{error}");
+        std::fs::set_permissions(dir.path(), open(0o700)).unwrap();
+        for name in ["identity.key", "wireguard.key"] {
+            let path = dir.path().join(name);
+            std::fs::set_permissions(&path, open(0o640)).unwrap();
+            let error = StateDir::open(dir.path()).unwrap().keys().unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("chmod 600"), "{error}");
+            std::fs::set_permissions(&path, open(0o600)).unwrap();
+        }
+        StateDir::open(dir.path()).unwrap().keys().unwrap();
+    }
+
+    #[test]
+    fn what_is_only_looked_at_need_not_exist() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::peek(&dir.path().join("absent"));
+        assert!(state.membership().unwrap().is_none());
+        assert!(matches!(state.keys(), Err(StateError::NotJoined { .. })));
     }
 
     #[test]

@@ -22,6 +22,7 @@ use towline_proto::limits;
 use towline_proto::node::{Grant, MeshConfig, Tombstone};
 use towline_proto::signed::{self, Domain};
 use towline_proto::{CONTROLLER_TLS_NAME, pb};
+use zeroize::Zeroizing;
 
 use crate::entropy::{self, NoEntropy};
 use crate::peer;
@@ -103,12 +104,12 @@ impl Authority {
     pub fn load_or_create(dir: &StateDir, fresh: bool, now: i64) -> Result<Self, AuthorityError> {
         let gone =
             |name: &str| AuthorityError::Gone { missing: dir.file(name).display().to_string() };
-        let key = match dir.read("ca.key")? {
+        let key = match dir.read_key("ca.key")? {
             Some(pem) => KeyPair::from_pkcs8_pem_and_sign_algo(&pem, &PKCS_ED25519)
                 .map_err(|_| dir.damaged("ca.key", "it holds no Ed25519 key"))?,
             None if fresh => {
                 let key = KeyPair::generate_for(&PKCS_ED25519)?;
-                dir.write("ca.key", 0o600, &key.serialize_pem())?;
+                dir.write("ca.key", 0o600, &Zeroizing::new(key.serialize_pem()))?;
                 key
             }
             None => return Err(gone("ca.key")),
@@ -228,13 +229,13 @@ pub fn csr_key(der: &[u8]) -> Result<(IdentityKey, impl PublicKeyData), InvalidC
 
 /// Makes the administrator's credential, or renews its certificate; the key stays.
 pub fn renew_admin(dir: &StateDir, authority: &Authority, now: i64) -> Result<(), AuthorityError> {
-    let kept = dir.read("admin.key")?;
+    let kept = dir.read_key("admin.key")?;
     let kept = kept.and_then(|pem| KeyPair::from_pkcs8_pem_and_sign_algo(&pem, &PKCS_ED25519).ok());
     let key = match kept {
         Some(key) => key,
         None => {
             let key = KeyPair::generate_for(&PKCS_ED25519)?;
-            dir.write("admin.key", 0o600, &key.serialize_pem())?;
+            dir.write("admin.key", 0o600, &Zeroizing::new(key.serialize_pem()))?;
             key
         }
     };

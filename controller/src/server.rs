@@ -282,6 +282,9 @@ fn open_registry(
     let mut store = if fresh {
         let mut registry = Registry::create(authority.clone(), first_mesh(authority, settings)?);
         let store = Store::create(&path, &registry.take_changes().writes)?;
+        if let Ok(file) = std::fs::File::open(&path) {
+            dir.give(&file)?;
+        }
         tracing::info!(mesh = %authority.mesh_id(), ca = %authority.fingerprint(), "mesh created");
         store
     } else {

@@ -10,18 +10,17 @@
 //! | `address` | where the running controller listens, for its own command line | 0644 |
 //! | `lock` | held while a controller runs | 0600 |
 //!
-//! The directory itself is 0700. A file is written beside its place, synced and renamed, so a
-//! kill at any moment leaves the old one or the new one.
+//! The directory itself is 0700 and belongs to the system user that the controller runs as; so does
+//! every file in it, also one that root writes. See [`towline_service::directory`].
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
-
-/// The largest file that is read from the directory besides the store, in bytes.
-const FILE_BYTES: u64 = 64 * 1024;
+use towline_service::account;
+use towline_service::directory::{self, DirectoryError, PrivateDirectory};
+use zeroize::Zeroizing;
 
 /// A state directory; it need not exist.
 #[derive(Debug, Clone)]
@@ -38,14 +37,15 @@ pub struct Lock {
 /// Why the state directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// Reading or writing failed.
-    #[error("cannot {act} {path}: {source}{}", advice(source))]
-    Io {
-        /// What was tried.
-        act: &'static str,
-        /// Where.
+    /// The directory or a file in it cannot be used, or is not private.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    /// The lock cannot be taken.
+    #[error("cannot lock {path}: {source}")]
+    Lock {
+        /// Its file.
         path: PathBuf,
-        /// Why not.
+        /// Reason.
         source: io::Error,
     },
     /// Another controller has it.
@@ -74,19 +74,22 @@ impl StateDir {
 
     /// Makes it where it does not exist, and takes it for this process.
     pub fn lock(&self) -> Result<Lock, StateError> {
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.root);
-        made.map_err(|source| self.error("create", "", source))?;
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(self.root.join("lock"))
-            .map_err(|source| self.error("open", "lock", source))?;
+        let file = directory::create_for(&self.root, account::CONTROLLER)?.open_lock("lock")?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(file) => Ok(Lock { _file: file }),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(StateError::Locked(self.root.clone())),
-            Err((_, errno)) => Err(self.error("lock", "lock", errno.into())),
+            Err((_, errno)) => {
+                Err(StateError::Lock { path: self.file("lock"), source: errno.into() })
+            }
+        }
+    }
+
+    /// The directory, if it exists; its owner and permissions are checked.
+    fn existing(&self) -> Result<Option<PrivateDirectory>, StateError> {
+        match directory::open_for(&self.root, account::CONTROLLER) {
+            Ok(directory) => Ok(Some(directory)),
+            Err(error) if error.io_kind() == Some(io::ErrorKind::NotFound) => Ok(None),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -102,38 +105,35 @@ impl StateDir {
 
     /// A file's text; `None` when there is none.
     pub fn read(&self, name: &str) -> Result<Option<String>, StateError> {
-        let file = match File::open(self.root.join(name)) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(self.error("read", name, source)),
-        };
-        let mut text = String::new();
-        match file.take(FILE_BYTES).read_to_string(&mut text) {
-            Ok(_) => Ok(Some(text)),
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                Err(self.damaged(name, "it is not text"))
-            }
-            Err(source) => Err(self.error("read", name, source)),
-        }
+        let Some(directory) = self.existing()? else { return Ok(None) };
+        let Some(bytes) = directory.read(name)? else { return Ok(None) };
+        String::from_utf8(bytes).map(Some).map_err(|_| self.damaged(name, "it is not text"))
+    }
+
+    /// The text of a file that holds a key and is closed to others; `None` when there is none.
+    pub fn read_key(&self, name: &str) -> Result<Option<Zeroizing<String>>, StateError> {
+        let Some(directory) = self.existing()? else { return Ok(None) };
+        let Some(mut bytes) = directory.read_key(name)? else { return Ok(None) };
+        String::from_utf8(std::mem::take(&mut *bytes))
+            .map(|text| Some(Zeroizing::new(text)))
+            .map_err(|_| self.damaged(name, "it is not text"))
     }
 
     /// Replaces a file whole, or not at all.
     pub fn write(&self, name: &str, mode: u32, text: &str) -> Result<(), StateError> {
-        self.write_file(name, mode, text).map_err(|source| self.error("write", name, source))
+        let directory = directory::create_for(&self.root, account::CONTROLLER)?;
+        Ok(directory.replace(name, mode, text.as_bytes())?)
     }
 
-    fn write_file(&self, name: &str, mode: u32, text: &str) -> io::Result<()> {
-        let temporary = self.root.join(format!("{name}.new"));
-        match fs::remove_file(&temporary) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut file =
-            OpenOptions::new().create_new(true).write(true).mode(mode).open(&temporary)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&temporary, self.root.join(name))?;
-        self.sync()
+    /// Gives a file that root created to the directory's owner.
+    pub fn give(&self, file: &File) -> Result<(), StateError> {
+        let failed = |source| DirectoryError::Io {
+            act: "change the owner of a file in",
+            path: self.root.clone(),
+            source,
+        };
+        let Some(directory) = self.existing()? else { return Ok(()) };
+        Ok(directory.give(file).map_err(failed)?)
     }
 
     /// Makes renames in the directory last.
@@ -143,12 +143,7 @@ impl StateDir {
 
     /// Removes a file, if it is there.
     pub fn remove(&self, name: &str) -> Result<(), StateError> {
-        match fs::remove_file(self.root.join(name)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(self.error("remove", name, error))
-            }
-            _ => Ok(()),
-        }
+        Ok(self.existing()?.map_or(Ok(()), |directory| directory.remove(name))?)
     }
 
     /// The start counter and the epoch as they stand beside the CA's key.
@@ -169,20 +164,6 @@ impl StateDir {
     pub fn damaged(&self, name: &str, why: &'static str) -> StateError {
         StateError::Damaged { path: self.root.join(name), why }
     }
-
-    fn error(&self, act: &'static str, name: &str, source: io::Error) -> StateError {
-        let path = if name.is_empty() { self.root.clone() } else { self.root.join(name) };
-        StateError::Io { act, path, source }
-    }
-}
-
-fn advice(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied => "; run as the user whom the state directory belongs to",
-        io::ErrorKind::StorageFull => "; free space",
-        io::ErrorKind::ReadOnlyFilesystem => "; choose a --state-dir that can be written",
-        _ => "",
-    }
 }
 
 /// How often the controller started, and the epoch it then had.
@@ -196,6 +177,7 @@ pub struct Starts {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
@@ -216,6 +198,24 @@ mod tests {
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(&dir.file("ca.key")), 0o600);
         assert_eq!(mode(dir.path()), 0o700);
+    }
+
+    #[test]
+    fn what_others_can_read_is_refused_with_the_command_that_closes_it() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(root.path().join("state"));
+        dir.write("ca.key", 0o600, "key").unwrap();
+        let open = |mode| fs::Permissions::from_mode(mode);
+        fs::set_permissions(dir.path(), open(0o755)).unwrap();
+        for error in [dir.lock().unwrap_err(), dir.read("address").unwrap_err()] {
+            assert!(error.to_string().contains("run `chmod 700 "), "{error}");
+        }
+        fs::set_permissions(dir.path(), open(0o700)).unwrap();
+        fs::set_permissions(dir.file("ca.key"), open(0o640)).unwrap();
+        let error = dir.read_key("ca.key").unwrap_err().to_string();
+        assert!(error.contains("run `chmod 600 "), "{error}");
+        fs::set_permissions(dir.file("ca.key"), open(0o600)).unwrap();
+        assert_eq!(dir.read_key("ca.key").unwrap().unwrap().as_str(), "key");
     }
 
     #[test]

@@ -263,6 +263,9 @@ fn a_first_start_that_was_cut_short_goes_on() {
     let files = ["ca.key", "ca.crt", "towline.redb"];
     for count in 1..=files.len() {
         let root = tempfile::tempdir().unwrap();
+        // As a first start makes it: one that others can enter is refused.
+        let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+        std::fs::set_permissions(root.path(), private).unwrap();
         for file in &files[..count] {
             std::fs::copy(whole.path().join(file), root.path().join(file)).unwrap();
         }

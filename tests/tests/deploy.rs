@@ -139,6 +139,26 @@ fn no_container_is_privileged_and_the_exceptions_are_the_documented_ones() {
 }
 
 #[test]
+fn the_agents_pod_sees_the_kubelets_own_credentials_and_no_other_key() {
+    let agent = documents(&read("kubernetes/agent.yaml"));
+    let pod = &agent[1]["spec"]["template"]["spec"];
+    let paths: Vec<&str> = pod["volumes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|volume| volume["hostPath"]["path"].as_str())
+        .collect();
+    for path in ["/etc/kubernetes/kubelet.conf", "/var/lib/kubelet/pki"] {
+        assert!(paths.contains(&path), "{paths:?}");
+    }
+    for path in &paths {
+        let keys = Path::new("/etc/kubernetes/pki");
+        assert!(!keys.starts_with(path) && !Path::new(path).starts_with(keys), "{path}");
+        assert!(!Path::new("/etc/kubernetes/admin.conf").starts_with(path), "{path}");
+    }
+}
+
+#[test]
 fn the_agents_configuration_in_the_cluster_is_one() {
     let agent = documents(&read("kubernetes/agent.yaml"));
     let text = agent[0]["data"]["agent.toml"].as_str().unwrap();
@@ -197,19 +217,104 @@ fn units_name_their_order_and_give_up_what_they_do_not_need() {
     for unit in ["containerd.service", "kubelet.service", "k3s-agent.service"] {
         assert!(before.split(' ').any(|name| name == unit), "{unit}");
     }
-    for line in [
-        "Type=notify",
-        "WatchdogSec=20",
-        "NoNewPrivileges=yes",
-        "CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW",
-        "ProtectSystem=strict",
-    ] {
+    for line in ["Type=notify", "WatchdogSec=20", "NoNewPrivileges=yes", "ProtectSystem=strict"] {
         assert!(agent.lines().any(|found| found == line), "{line}");
     }
+    for (unit, user, capabilities) in [
+        ("towline.service", "towline", "CAP_NET_ADMIN"),
+        ("towline-guard.service", "towline", "CAP_NET_ADMIN"),
+        ("towline-controller.service", "towline-controller", ""),
+    ] {
+        let text = read(&format!("systemd/{unit}"));
+        let values = |key: &str| -> Vec<&str> {
+            text.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix('=')).collect()
+        };
+        for (key, value) in [
+            ("User", user),
+            ("Group", user),
+            ("StateDirectory", user),
+            ("StateDirectoryMode", "0700"),
+            ("CapabilityBoundingSet", capabilities),
+            ("AmbientCapabilities", capabilities),
+            ("LimitCORE", "0"),
+            ("KeyringMode", "private"),
+            ("ProtectKernelTunables", "yes"),
+            ("ProtectProc", "invisible"),
+            ("NoNewPrivileges", "yes"),
+        ] {
+            assert_eq!(values(key), [value], "{key} of {unit}");
+        }
+        // It needs room on the disk to start.
+        assert!(values("PrivateTmp").is_empty(), "{unit}");
+        // Their filter would have no effect after one that allows the same calls again.
+        assert_eq!(values("SystemCallFilter"), ["@system-service", "~@privileged @resources"]);
+        let hidden = values("InaccessiblePaths").join(" ");
+        assert!(hidden.split(' ').any(|path| path == "-/etc/shadow"), "{unit}");
+        assert!(hidden.contains("-/etc/kubernetes"), "{unit}");
+    }
+    // Root writes what the kubelet is started with; the agent's directory is not root's.
+    let kubelet = read("systemd/kubelet.service.d/10-towline.conf");
+    assert!(!kubelet.contains("/run/towline/"), "{kubelet}");
     for drop_in in ["kubelet.service.d", "k3s-agent.service.d"] {
         let text = read(&format!("systemd/{drop_in}/10-towline.conf"));
         assert!(text.contains("After=towline.service"));
         assert!(text.contains("ExecStartPre=/usr/bin/towline wait"));
+    }
+}
+
+#[test]
+fn the_units_are_exposed_no_more_than_they_promise() {
+    let limits = [
+        ("towline.service", 2.0),
+        ("towline-guard.service", 2.0),
+        ("towline-controller.service", 1.5),
+        ("towline-join.service", 3.0),
+    ];
+    for (unit, limit) in limits {
+        let ran = Command::new("systemd-analyze")
+            .args(["security", "--offline=true", "--no-pager"])
+            .arg(deploy(&format!("systemd/{unit}")))
+            .output();
+        let Ok(said) = ran else { return eprintln!("skipped: no systemd-analyze here") };
+        let words = String::from_utf8_lossy(&said.stdout);
+        let level = words
+            .lines()
+            .find_map(|line| {
+                line.split_once("exposure level for ")?.1.split_once(": ")?.1.split(' ').next()
+            })
+            .and_then(|level| level.parse::<f64>().ok());
+        let Some(level) = level else {
+            let error = String::from_utf8_lossy(&said.stderr);
+            return eprintln!("skipped: this systemd-analyze does not judge files: {error}");
+        };
+        println!("{unit}: {level}");
+        assert!(level <= limit, "{words}");
+    }
+}
+
+#[test]
+fn the_users_of_the_units_are_declared() {
+    let users = read("systemd/sysusers.d/towline.conf");
+    let declared: Vec<&str> =
+        users.lines().filter_map(|line| line.strip_prefix("u ")?.split(' ').next()).collect();
+    assert_eq!(declared, ["towline", "towline-controller"]);
+    let Ok(said) = Command::new("systemd-sysusers").arg("--version").output() else {
+        return eprintln!("skipped: no systemd-sysusers here");
+    };
+    assert!(said.status.success());
+    let root = tempfile::tempdir().unwrap();
+    std::fs::create_dir(root.path().join("etc")).unwrap();
+    let said = Command::new("systemd-sysusers")
+        .arg(format!("--root={}", root.path().display()))
+        .arg(deploy("systemd/sysusers.d/towline.conf"))
+        .output()
+        .unwrap();
+    let words = String::from_utf8_lossy(&said.stderr);
+    let Ok(passwd) = std::fs::read_to_string(root.path().join("etc/passwd")) else {
+        return eprintln!("skipped: systemd-sysusers cannot write here: {words}");
+    };
+    for user in declared {
+        assert!(passwd.lines().any(|line| line.starts_with(&format!("{user}:"))), "{passwd}");
     }
 }
 

@@ -24,8 +24,25 @@ const WALLS: &[Wall] = &[
     },
     Wall { package: "towline-proto", ours: &["towline-types"], others: None },
     Wall { package: "towline-core", ours: &["towline-types"], others: Some(&["ipnet", "rand"]) },
-    Wall { package: "towline-agent", ours: &["towline-core", "towline-proto"], others: None },
-    Wall { package: "towline-controller", ours: &["towline-proto"], others: None },
+    Wall { package: "towline-netlink", ours: &[], others: None },
+    Wall { package: "towline-nftables", ours: &["towline-netlink"], others: None },
+    Wall {
+        package: "towline-agent",
+        ours: &[
+            "towline-core",
+            "towline-netlink",
+            "towline-nftables",
+            "towline-proto",
+            "towline-service",
+        ],
+        others: None,
+    },
+    Wall {
+        package: "towline-controller",
+        ours: &["towline-proto", "towline-service"],
+        others: None,
+    },
+    Wall { package: "towline-service", ours: &[], others: Some(&["nix", "thiserror", "zeroize"]) },
     Wall {
         package: "towline-tests",
         ours: &[

@@ -33,6 +33,8 @@ pub struct Link {
     pub queue_length: u32,
     /// Of a VXLAN or Geneve link: the UDP port that it receives on.
     pub tunnel_port: Option<u16>,
+    /// `rp_filter` of the link for IPv4: 0 off, 1 strict, 2 loose; `None`: the kernel does not say.
+    pub reverse_path_filter: Option<u32>,
 }
 
 /// The far end of a veth pair.
@@ -72,10 +74,16 @@ const IFLA_MTU: u16 = 4;
 const IFLA_MASTER: u16 = 10;
 const IFLA_TXQLEN: u16 = 13;
 const IFLA_LINKINFO: u16 = 18;
+const IFLA_AF_SPEC: u16 = 26;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_GSO_MAX_SEGS: u16 = 40;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
+/// `linux/if_link.h`: inside `IFLA_AF_SPEC` and `AF_INET`, the settings of `net.ipv4.conf.LINK`. As
+/// sent by the kernel: an array of 32-bit numbers; as sent to it: an attribute for each setting.
+const IFLA_INET_CONF: u16 = 1;
+/// `linux/ip.h`: the number of `rp_filter` among them, counted from 1.
+const IPV4_DEVCONF_RP_FILTER: u16 = 8;
 const VETH_INFO_PEER: u16 = 1;
 const VXLAN_PORT: u16 = 15;
 const GENEVE_PORT: u16 = 5;
@@ -166,6 +174,24 @@ impl Rtnetlink {
             || format!("set the MTU of link {index} to {mtu}"),
             |request| {
                 request.u32(IFLA_MTU, mtu);
+            },
+        )
+    }
+
+    /// Sets `rp_filter` of a link for IPv4, as a write to `net.ipv4.conf.LINK.rp_filter` would;
+    /// `/proc/sys` may be read-only.
+    pub fn set_reverse_path_filter(&mut self, index: u32, mode: u32) -> Result<(), NetlinkError> {
+        self.change(
+            index,
+            || format!("set rp_filter of link {index} to {mode}"),
+            |request| {
+                request.nest(IFLA_AF_SPEC, |families| {
+                    families.nest(libc::AF_INET as u16, |settings| {
+                        settings.nest(IFLA_INET_CONF, |values| {
+                            values.u32(IPV4_DEVCONF_RP_FILTER, mode);
+                        });
+                    });
+                });
             },
         )
     }
@@ -285,6 +311,7 @@ fn parse(received: &Received<'_>) -> Option<Link> {
         point_to_point: flags & libc::IFF_POINTOPOINT != 0,
         queue_length: 0,
         tunnel_port: None,
+        reverse_path_filter: None,
     };
     for attribute in attributes(received.payload, LINK_HEADER) {
         match attribute.kind {
@@ -292,6 +319,13 @@ fn parse(received: &Received<'_>) -> Option<Link> {
             IFLA_MTU => link.mtu = attribute.u32()?,
             IFLA_MASTER => link.master = attribute.u32(),
             IFLA_TXQLEN => link.queue_length = attribute.u32()?,
+            IFLA_AF_SPEC => {
+                let inet = attribute.nested().find(|family| family.kind == libc::AF_INET as u16);
+                let values =
+                    inet.and_then(|inet| inet.nested().find(|inner| inner.kind == IFLA_INET_CONF));
+                let at = usize::from(IPV4_DEVCONF_RP_FILTER - 1) * size_of::<u32>();
+                link.reverse_path_filter = values.and_then(|values| u32_at(values.value, at));
+            }
             IFLA_LINKINFO => {
                 let info = |kind| attribute.nested().find(|inner| inner.kind == kind);
                 link.kind = info(IFLA_INFO_KIND).map(|kind| kind.string());
@@ -341,6 +375,20 @@ mod tests {
             other.enter(|| {
                 assert_eq!(Rtnetlink::open().unwrap().link("eth0").unwrap(), None);
             });
+        }
+    }
+
+    namespace_test! {
+        fn the_reverse_path_filter_is_what_the_setting_says() {
+            let mut rtnetlink = Rtnetlink::open().unwrap();
+            let index = add_link("d0");
+            let path = "/proc/sys/net/ipv4/conf/d0/rp_filter";
+            for mode in [1, 2, 0] {
+                rtnetlink.set_reverse_path_filter(index, mode).unwrap();
+                assert_eq!(std::fs::read_to_string(path).unwrap().trim(), mode.to_string());
+                let link = rtnetlink.link("d0").unwrap().unwrap();
+                assert_eq!(link.reverse_path_filter, Some(mode));
+            }
         }
     }
 

@@ -144,7 +144,7 @@ impl Machine {
         name: &NodeName,
         deadline: Instant,
     ) -> anyhow::Result<()> {
-        let state = StateDir::open(&self.outside.state_dir)?;
+        let state = StateDir::lock(self.tree.state(&self.config)?)?;
         let runtime = runtime()?;
         let mut retry = FIRST_RETRY;
         loop {

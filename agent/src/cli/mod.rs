@@ -104,6 +104,8 @@ enum ConfigCommand {
 
 /// Runs the command line.
 pub fn run() -> ExitCode {
+    // Nearly every command holds a key or a token.
+    towline_service::process::forbid_dumps();
     let cli = Cli::parse();
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,

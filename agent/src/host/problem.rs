@@ -86,11 +86,12 @@ pub enum Problem {
     Intruder(String),
     /// A setting of our link cannot be written.
     #[error(
-        "cannot write 2 to {path} ({reason}): the strict filter drops what comes out of the tunnel"
+        "cannot set rp_filter of {link} to 2: {reason}: the strict filter drops what comes out of \
+         the tunnel: run `sysctl net.ipv4.conf.{link}.rp_filter=2`"
     )]
     Setting {
-        /// The file.
-        path: String,
+        /// The link.
+        link: String,
         /// Why not.
         reason: String,
     },

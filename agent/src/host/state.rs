@@ -84,8 +84,9 @@ pub(super) struct LinkState {
     index: u32,
     mtu: u32,
     up: bool,
-    /// Takes packets from sources whose way back leads elsewhere; `None`: unknown.
-    loose: Option<bool>,
+    /// Mode of the reverse path filter; `None`: unknown. [`LOOSE`] takes packets from sources whose
+    /// way back leads elsewhere.
+    filter: Option<u32>,
 }
 
 /// What others have under our names and numbers.
@@ -119,7 +120,7 @@ impl State {
                 index,
                 mtu: plan.link.mtu,
                 up: true,
-                loose: Some(true),
+                filter: Some(LOOSE),
             }),
             addresses: if index.is_some() { plan.link.addresses.clone() } else { BTreeSet::new() },
             rules: rules::wanted(plan),
@@ -192,7 +193,7 @@ impl State {
             index: link.index,
             mtu: link.mtu,
             up: link.up,
-            loose: read_setting(&reverse_path_filter(&names.link)).map(|value| value == LOOSE),
+            filter: link.reverse_path_filter,
         });
         Ok(())
     }
@@ -362,13 +363,20 @@ fn change_link(
     if !have.up {
         note(rtnetlink.set_up(have.index, true), changes)?;
     }
-    if have.loose != want.loose {
-        let path = reverse_path_filter(&names.link);
-        if let Err(error) = std::fs::write(&path, LOOSE) {
-            want.loose = have.loose;
-            if is_strict(&names.link) {
-                changes.problems.push(Problem::Setting { path, reason: error.to_string() });
+    if have.filter != want.filter {
+        // Not through /proc/sys, which a service or a container has read-only.
+        match rtnetlink.set_reverse_path_filter(have.index, LOOSE) {
+            Ok(()) => {}
+            Err(NetlinkError::Refused { refusal, .. }) => {
+                want.filter = have.filter;
+                if is_strict(have) {
+                    changes.problems.push(Problem::Setting {
+                        link: names.link.clone(),
+                        reason: refusal.to_string(),
+                    });
+                }
             }
+            Err(error) => return Err(error.into()),
         }
     }
     Ok(())
@@ -466,19 +474,13 @@ fn is_link_local(address: IpAddr) -> bool {
 
 /// `rp_filter`, RFC 3704: loose. Strict would drop what comes out of the tunnel when the way
 /// back is not in the main table; the kernel takes the larger of this and that of `all`.
-const LOOSE: &str = "2";
+const LOOSE: u32 = 2;
+/// That of all links together. It can only be read by this path, and is never written.
+const ALL_LINKS: &str = "/proc/sys/net/ipv4/conf/all/rp_filter";
 
-/// Whether the filter is strict on a link: without one, nothing has to be written.
-fn is_strict(link: &str) -> bool {
-    let value = |link| read_setting(&reverse_path_filter(link)).and_then(|text| text.parse().ok());
-    let values: [Option<u8>; 2] = [value("all"), value(link)];
-    values.iter().flatten().max() == Some(&1)
-}
-
-fn reverse_path_filter(link: &str) -> String {
-    format!("/proc/sys/net/ipv4/conf/{link}/rp_filter")
-}
-
-fn read_setting(path: &str) -> Option<String> {
-    Some(std::fs::read_to_string(path).ok()?.trim().to_owned())
+/// Whether the filter is strict on a link: without one, nothing has to be set.
+fn is_strict(link: &LinkState) -> bool {
+    let all = std::fs::read_to_string(ALL_LINKS).ok();
+    let all = all.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    all.max(link.filter.unwrap_or(0)) == 1
 }

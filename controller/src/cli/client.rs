@@ -83,18 +83,14 @@ pub(super) async fn connect(
 }
 
 fn tls(dir: &StateDir, ca: CertificateDer<'static>) -> anyhow::Result<TlsConnector> {
-    let read = |name: &str| -> anyhow::Result<String> {
-        let text = dir.read(name)?;
-        text.with_context(|| {
-            format!(
-                "{} is missing: restart the controller, it makes it anew",
-                dir.file(name).display()
-            )
-        })
+    let missing = |name: &str| {
+        format!("{} is missing: restart the controller, it makes it", dir.file(name).display())
     };
-    let certificate = CertificateDer::from_pem_slice(read("admin.crt")?.as_bytes())
+    let certificate = dir.read("admin.crt")?.with_context(|| missing("admin.crt"))?;
+    let key = dir.read_key("admin.key")?.with_context(|| missing("admin.key"))?;
+    let certificate = CertificateDer::from_pem_slice(certificate.as_bytes())
         .context("admin.crt is damaged: restart the controller, it makes it anew")?;
-    let key = PrivateKeyDer::from_pem_slice(read("admin.key")?.as_bytes())
+    let key = PrivateKeyDer::from_pem_slice(key.as_bytes())
         .context("admin.key is damaged: remove it and restart the controller, it makes it anew")?;
     let mut roots = RootCertStore::empty();
     roots.add(ca).context("ca.crt is damaged")?;

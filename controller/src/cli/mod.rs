@@ -152,6 +152,8 @@ impl Serve {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    // Every command reads a key.
+    towline_service::process::forbid_dumps();
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,

@@ -152,11 +152,36 @@ const UNITS: [&str; 7] = [
     "k3s-agent.service.d/10-towline.conf",
 ];
 
+/// System users and directories: the name below `usr/lib`, and below `deploy/systemd`.
+const DECLARATIONS: [&str; 2] = ["sysusers.d/towline.conf", "tmpfiles.d/towline.conf"];
+
+/// Makes the system users, with the first program that the machine has. Nothing is started: a
+/// machine that has not joined has nothing to run.
+const POSTINST: &str = r#"#!/bin/sh
+set -e
+systemd-sysusers towline.conf 2>/dev/null || true
+for user in towline towline-controller; do
+    grep -q "^$user:" /etc/passwd ||
+        useradd --system --user-group --no-create-home --home-dir /nonexistent \
+            --shell /usr/sbin/nologin "$user" 2>/dev/null ||
+        adduser --system --group --no-create-home --home /nonexistent \
+            --shell /usr/sbin/nologin "$user"
+done
+if [ -d /run/systemd/system ]; then
+    systemctl daemon-reload
+    systemd-tmpfiles --create towline.conf || true
+fi
+"#;
+
 fn deb(programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Result<Vec<u8>> {
     let mut files = programs_in(programs);
     for unit in UNITS {
         let place = format!("usr/lib/systemd/system/{unit}");
         files.push(Entry::file(&place, 0o644, deploy(&format!("systemd/{unit}"))?));
+    }
+    for name in DECLARATIONS {
+        let place = format!("usr/lib/{name}");
+        files.push(Entry::file(&place, 0o644, deploy(&format!("systemd/{name}"))?));
     }
     for name in ["agent.toml", "controller.toml", "kubeadm.md", "k3s.md"] {
         files.push(Entry::file(&format!("usr/share/doc/towline/{name}"), 0o644, deploy(name)?));
@@ -171,11 +196,10 @@ fn deb(programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Result<Vec<u8>> {
          workers and cloud control-plane nodes into one network over\n userspace WireGuard.\n",
         debian_architecture()
     );
-    // Nothing is started: a machine that has not joined has nothing to run.
     let reload = "#!/bin/sh\nset -e\n[ ! -d /run/systemd/system ] || systemctl daemon-reload\n";
     let scripts = [
         Entry::file("control", 0o644, control.into()),
-        Entry::file("postinst", 0o755, reload.into()),
+        Entry::file("postinst", 0o755, POSTINST.into()),
         Entry::file("postrm", 0o755, reload.into()),
     ];
     Ok(ar(&[
@@ -248,7 +272,14 @@ fn check_deb(bytes: &[u8]) -> anyhow::Result<()> {
         let found = files.iter().find(|file| file.path == path);
         ensure!(found.is_some_and(|file| file.mode == 0o755), "no program {path}");
     }
-    ensure!(files.iter().any(|file| file.path.ends_with("/towline.service")), "no unit");
+    let units = UNITS.iter().map(|unit| format!("usr/lib/systemd/system/{unit}"));
+    let declarations = DECLARATIONS.iter().map(|name| format!("usr/lib/{name}"));
+    for path in units.chain(declarations) {
+        ensure!(files.iter().any(|file| file.path == path), "no {path}");
+    }
+    let scripts = read_tar(&members[1].1)?;
+    let postinst = scripts.iter().find(|file| file.path == "postinst").context("no postinst")?;
+    ensure!(postinst.mode == 0o755, "postinst cannot be run");
     let file = tempfile::NamedTempFile::new()?;
     std::fs::write(file.path(), bytes)?;
     let Ok(said) = Command::new("dpkg-deb").arg("--contents").arg(file.path()).output() else {
