@@ -33,7 +33,9 @@ pub enum Guarded {
         networks: usize,
         /// Changes that it took; at most 1 (the nftables table is adopted): they stood already.
         changes: usize,
-        /// What is not as it should be, a line each.
+        /// No guard was refused. Where the kernel has no nftables, that of the routes is all.
+        is_whole: bool,
+        /// What is not as it should be, or particular to this host, a line each.
         problems: Vec<String>,
     },
 }
@@ -56,11 +58,14 @@ pub fn run(config: &Config) -> anyhow::Result<Guarded> {
     let plan = plan(config, &state)?;
     let mut network = HostNetwork::open().context("cannot speak to the kernel's network")?;
     let applied = network.apply(&plan).context("the guards do not stand")?;
-    let expected = |problem: &&Problem| !matches!(problem, Problem::LinkMissing(_));
+    // The link comes with the agent.
+    let unexpected = |problem: &&Problem| !matches!(problem, Problem::LinkMissing(_));
+    let problems: Vec<_> = applied.problems.iter().filter(unexpected).collect();
     Ok(Guarded::Stands {
         networks: plan.routes.keys().filter(|(_, via)| *via == RouteVia::Unreachable).count(),
         changes: applied.messages,
-        problems: applied.problems.iter().filter(expected).map(ToString::to_string).collect(),
+        is_whole: !problems.iter().any(|problem| problem.is_blocking()),
+        problems: problems.iter().map(ToString::to_string).collect(),
     })
 }
 
@@ -215,7 +220,7 @@ mod tests {
 
             state_of_a_node(&config.state_dir);
             // The loopback is still down, as it can be this early.
-            let Guarded::Stands { networks, changes, problems } = run(&config).unwrap() else {
+            let Guarded::Stands { networks, changes, problems, .. } = run(&config).unwrap() else {
                 panic!("they stand");
             };
             assert_eq!(problems, [""; 0]);

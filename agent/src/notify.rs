@@ -24,9 +24,21 @@ impl Notifier {
         Self { socket, watchdog }
     }
 
+    /// To a socket of that name, without a watchdog.
+    #[cfg(test)]
+    pub(crate) fn to(path: &str) -> Self {
+        Self { socket: connect(path), watchdog: None }
+    }
+
     /// Service is up.
     pub fn ready(&self) {
         self.say("READY=1");
+    }
+
+    /// What the service does now, in one line for `systemctl status`.
+    pub fn status(&self, text: &str) {
+        // A line feed would begin another assignment.
+        self.say(&format!("STATUS={}", text.replace('\n', " ")));
     }
 
     /// The end has begun.

@@ -115,6 +115,11 @@ impl Message {
         self.bytes.is_empty()
     }
 
+    /// The address family, which every message of rtnetlink names first, to be changed.
+    pub(super) fn family_mut(&mut self) -> &mut u8 {
+        &mut self.bytes[HEADER_BYTES]
+    }
+
     /// The message type.
     pub fn kind(&self) -> u16 {
         u16::from_ne_bytes([self.bytes[4], self.bytes[5]])

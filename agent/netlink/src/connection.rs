@@ -45,6 +45,8 @@ pub struct Connection {
     buffer: Vec<u8>,
     send_bytes: usize,
     chunk_messages: usize,
+    /// Answers as a kernel without IPv6 does; set in tests alone.
+    lacks_ipv6: bool,
 }
 
 /// What is asked of the kernel for each buffer.
@@ -78,8 +80,15 @@ impl Connection {
         let _ = socket.set_cap_ack(true);
         let _ = socket.set_netlink_get_strict_chk(true);
         let buffer = vec![0; RECEIVE_BYTES];
-        let mut opened =
-            Self { socket, port, sequence: 0, buffer, send_bytes: 0, chunk_messages: 0 };
+        let mut opened = Self {
+            socket,
+            port,
+            sequence: 0,
+            buffer,
+            send_bytes: 0,
+            chunk_messages: 0,
+            lacks_ipv6: false,
+        };
         opened.measure()?;
         Ok(opened)
     }
@@ -112,6 +121,17 @@ impl Connection {
         setsockopt(&socket, sockopt::RcvBuf, &bytes).expect("a smaller buffer");
         setsockopt(&socket, sockopt::SndBuf, &bytes).expect("a smaller buffer");
         self.measure().expect("their sizes");
+    }
+
+    /// From now on answers as a kernel that was booted with `ipv6.disable=1`.
+    #[doc(hidden)]
+    pub fn lack_ipv6(&mut self) {
+        self.lacks_ipv6 = true;
+    }
+
+    /// Whether it answers as a kernel without this family.
+    pub(crate) fn lacks(&self, family: super::Family) -> bool {
+        self.lacks_ipv6 && family == super::Family::V6
     }
 
     /// One request; returns when the kernel did it. `what` completes "cannot ...".
@@ -190,6 +210,9 @@ impl Connection {
         loop {
             attempts += 1;
             let mut message = message.clone();
+            if self.lacks_ipv6 {
+                super::stand_in::dump_without_ipv6(what, &mut message)?;
+            }
             message.add_flags(libc::NLM_F_DUMP as u16);
             let (items, consistent) = self.dump_once(what, message, &mut parse)?;
             if consistent || attempts == DUMP_ATTEMPTS {
@@ -232,6 +255,11 @@ impl Connection {
     /// Sends the messages at once, the last with a request for acknowledgement, and collects
     /// what failed.
     fn chunk(&mut self, batch: &mut [Message]) -> Result<Vec<Failure>, NetlinkError> {
+        if self.lacks_ipv6
+            && let Some(failures) = super::stand_in::refused_without_ipv6(batch)
+        {
+            return Ok(failures);
+        }
         let Some(last) = batch.last_mut() else { return Ok(Vec::new()) };
         last.add_flags(libc::NLM_F_ACK as u16);
         let first_sequence = self.sequence.wrapping_add(1);

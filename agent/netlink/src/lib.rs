@@ -18,6 +18,7 @@ mod link;
 mod monitor;
 mod route;
 mod rule;
+mod stand_in;
 
 use std::net::IpAddr;
 
@@ -81,6 +82,27 @@ impl Rtnetlink {
     /// See [`Connection::port`].
     pub fn port(&self) -> u32 {
         self.connection.port()
+    }
+
+    /// Whether the kernel has sockets of a family. It has none of IPv6 when that is switched off
+    /// at boot (`ipv6.disable=1`). Any failure but the kernel's plain no counts as yes.
+    pub fn has_sockets(&self, family: Family) -> bool {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+        if self.connection.lacks(family) {
+            return false;
+        }
+        let domain = match family {
+            Family::V4 => AddressFamily::Inet,
+            Family::V6 => AddressFamily::Inet6,
+        };
+        let opened = socket(domain, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None);
+        !matches!(opened, Err(nix::errno::Errno::EAFNOSUPPORT))
+    }
+
+    /// See [`Connection::lack_ipv6`].
+    #[doc(hidden)]
+    pub fn lack_ipv6(&mut self) {
+        self.connection.lack_ipv6();
     }
 }
 

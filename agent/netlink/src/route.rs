@@ -168,7 +168,8 @@ impl Rtnetlink {
         Ok(gateways)
     }
 
-    /// The routes of a family in one table, or (`None`) in all.
+    /// The routes of a family in one table, or (`None`) in all. A family that the kernel lacks has
+    /// none, although such a kernel answers with the routes of the families that it has.
     pub fn routes(
         &mut self,
         family: Family,
@@ -181,7 +182,9 @@ impl Rtnetlink {
             request.u32(RTA_TABLE, table);
         }
         let found = self.connection.dump("list routes", &request, |received| {
-            parse(&received).filter(|route| table.is_none_or(|table| table == route.table))
+            parse(&received)
+                .filter(|route| Family::of(route.destination.addr()) == family)
+                .filter(|route| table.is_none_or(|table| table == route.table))
         });
         match found {
             // A table that was never used does not exist.

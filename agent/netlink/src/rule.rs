@@ -113,7 +113,9 @@ impl Rtnetlink {
         let mut header = [0; RULE_HEADER];
         header[0] = family.number();
         let request = Message::new(libc::RTM_GETRULE, 0, &header);
-        self.connection.dump("list policy rules", &request, |received| parse(&received))
+        self.connection.dump("list policy rules", &request, |received| {
+            parse(&received).filter(|rule| rule.family == family)
+        })
     }
 }
 

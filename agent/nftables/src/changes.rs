@@ -36,7 +36,7 @@ impl Table {
         transaction
     }
 
-    /// A set's shape cannot be changed while rules name it, nor a table's comment at all; nor can what
+    /// A table's family cannot be changed, nor a set's shape while rules name it, nor a table's comment at all; nor can what
     /// was everybody's from the start be owned.
     fn must_be_remade(&self, have: &Table) -> bool {
         let reshaped = self
@@ -45,7 +45,10 @@ impl Table {
             .any(|(name, set)| have.sets.get(name).is_some_and(|old| !old.same_shape(set)));
         let unownable = self.ownership == Ownership::Owner && have.ownership == Ownership::Anybody;
         // An old kernel forgets the comment; that alone is no reason.
-        reshaped || unownable || (have.comment.is_some() && self.comment != have.comment)
+        self.family != have.family
+            || reshaped
+            || unownable
+            || (have.comment.is_some() && self.comment != have.comment)
     }
 
     fn change_structure(&self, have: &Table, transaction: &mut Transaction) {

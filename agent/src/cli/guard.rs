@@ -41,10 +41,13 @@ pub(super) fn guard(config: &Config) -> anyhow::Result<()> {
         Guarded::Down => {
             eprintln!("this machine is down: nothing is guarded until `towline up` is run");
         }
-        Guarded::Stands { networks, problems, .. } if problems.is_empty() => {
+        Guarded::Stands { networks, is_whole, problems, .. } => {
+            if !is_whole {
+                bail!("{}", problems.join("; "));
+            }
+            problems.iter().for_each(|problem| eprintln!("{problem}"));
             eprintln!("{networks} networks are guarded");
         }
-        Guarded::Stands { problems, .. } => bail!("{}", problems.join("; ")),
     }
     Ok(())
 }

@@ -31,6 +31,9 @@ struct Status {
     peers_relayed: u32,
     certificate_expires_at: Option<String>,
     problems: Vec<String>,
+    notes: Vec<String>,
+    applied: Option<bool>,
+    applied_reason: String,
     drops: std::collections::BTreeMap<String, u64>,
     features: Vec<Feature>,
 }
@@ -104,6 +107,9 @@ impl From<pb::StatusResponse> for Status {
                 .filter(|_| status.certificate_expires_at != 0)
                 .map(|at| at.to_string()),
             problems: status.problems,
+            notes: status.notes,
+            applied: status.applied,
+            applied_reason: status.applied_reason,
             drops: status.drops.into_iter().map(|drop| (drop.name, drop.count)).collect(),
             features: status
                 .features
@@ -200,6 +206,9 @@ fn text(status: &Status, wide: bool) -> String {
         for (name, count) in status.drops.iter().filter(|(_, count)| **count > 0) {
             line("drops", format!("{name} {count}"));
         }
+    }
+    for note in &status.notes {
+        line("note", note.clone());
     }
     for problem in &status.problems {
         line("problem", problem.clone());

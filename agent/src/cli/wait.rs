@@ -30,8 +30,9 @@ pub(super) fn run(config: &Config, args: &WaitArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits until the mesh is up: the agent runs, and reaches another node, or is the first of its
-/// mesh and has heard so from a controller; and reaches each of `peers`.
+/// Waits until the mesh is up: the agent runs, its link, routes and guards are in place, and it
+/// reaches another node, or is the first of its mesh and has heard so from a controller; and it
+/// reaches each of `peers`.
 pub(super) fn until_up(
     socket: &Path,
     peers: &[String],
@@ -65,6 +66,10 @@ fn missing(
     peers: &[pb::PeerStatus],
     wanted: &[String],
 ) -> Option<String> {
+    // An agent of an older version does not say it.
+    if status.applied == Some(false) {
+        return Some(format!("the host's network is not as planned: {}", status.applied_reason));
+    }
     let up = |peer: &pb::PeerStatus| peer.state == "up";
     for name in wanted {
         match peers.iter().find(|peer| peer.name == *name) {
@@ -110,5 +115,20 @@ mod tests {
         assert!(missing(&status(true), &peers, &["a".into()]).is_some());
         assert!(missing(&status(true), &peers, &["c".into()]).unwrap().contains("named c"));
         assert_eq!(missing(&status(true), &peers, &["b".into()]), None);
+    }
+
+    #[test]
+    fn up_means_that_the_plan_is_applied_too() {
+        let peers = [peer("a", "up")];
+        let applied = |applied, reason: &str| pb::StatusResponse {
+            applied,
+            applied_reason: reason.to_owned(),
+            ..status(true)
+        };
+        let missing = |status| missing(&status, &peers, &["a".into()]);
+        assert_eq!(missing(applied(Some(true), "")), None);
+        assert_eq!(missing(applied(None, "")), None, "an agent of before");
+        let reason = missing(applied(Some(false), "the link towline0 is missing")).unwrap();
+        assert!(reason.contains("the link towline0 is missing"), "{reason}");
     }
 }

@@ -12,7 +12,9 @@ use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
 
 use crate::config::Config;
-use crate::host::{CandidatePolicy, Changes, HostEvent, HostNetwork, Names, Watch, candidates};
+use crate::host::{
+    CandidatePolicy, Changes, HostEvent, HostNetwork, Names, Problem, Watch, candidates,
+};
 
 /// How long after an incomplete apply the next one is tried, if nothing is heard before.
 const RETRY: Duration = Duration::from_secs(1);
@@ -24,6 +26,10 @@ pub(super) struct Host {
     plan: Option<Arc<Plan>>,
     /// What is not as planned, a line each.
     problems: Vec<String>,
+    /// What an operator should know of this host, a line each; nothing has to be repaired.
+    notes: Vec<String>,
+    /// Why the plan does not count as applied; `None`: it does.
+    blocked: Option<String>,
     retry: Option<Instant>,
     gateways: Vec<IpAddr>,
 }
@@ -39,6 +45,8 @@ impl Host {
             names,
             plan: None,
             problems: Vec::new(),
+            notes: Vec::new(),
+            blocked: Some("nothing is planned yet".to_owned()),
             retry: None,
             gateways: Vec::new(),
         })
@@ -88,7 +96,11 @@ impl Host {
         let Some(plan) = &self.plan else { return };
         match self.network.apply(plan) {
             Ok(changes) => self.changed(&changes),
-            Err(error) => self.take_problems(vec![error.to_string()]),
+            Err(error) => {
+                let error = error.to_string();
+                self.take_problems(vec![error.clone()], Vec::new(), Some(error));
+                self.retry = Some(Instant::now() + RETRY);
+            }
         }
     }
 
@@ -96,17 +108,31 @@ impl Host {
         if changes.messages > 0 {
             tracing::debug!(messages = changes.messages, "host network changed");
         }
-        self.take_problems(changes.problems.iter().map(ToString::to_string).collect());
+        let text = |problems: Vec<&Problem>| problems.iter().map(ToString::to_string).collect();
+        let (notes, problems) = changes.problems.iter().partition(|problem| problem.is_note());
+        let blocked = changes.problems.iter().find(|problem| problem.is_blocking());
+        self.take_problems(text(problems), text(notes), blocked.map(ToString::to_string));
+        let again = changes.problems.iter().any(Problem::is_worth_retrying);
+        self.retry = again.then(|| Instant::now() + RETRY);
     }
 
-    fn take_problems(&mut self, problems: Vec<String>) {
+    fn take_problems(
+        &mut self,
+        problems: Vec<String>,
+        notes: Vec<String>,
+        blocked: Option<String>,
+    ) {
         if problems != self.problems {
             for problem in &problems {
                 tracing::error!(%problem, "host network not as planned");
             }
         }
-        self.retry = (!problems.is_empty()).then(|| Instant::now() + RETRY);
-        self.problems = problems;
+        if notes != self.notes {
+            for note in &notes {
+                tracing::info!(%note, "host network");
+            }
+        }
+        (self.problems, self.notes, self.blocked) = (problems, notes, blocked);
     }
 
     /// The gateways of the default routes, as of the last look at the addresses.
@@ -127,10 +153,21 @@ impl Host {
         &self.problems
     }
 
+    pub(super) fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Why the plan does not count as applied: a guard is missing, or nothing can enter the tunnel.
+    /// `None`: it is applied.
+    pub(super) fn blocked(&self) -> Option<&str> {
+        self.blocked.as_deref()
+    }
+
     /// Takes away all that is ours.
     pub(super) fn remove(&mut self) -> Result<(), String> {
         self.plan = None;
         self.retry = None;
+        self.blocked = Some("the host is open".to_owned());
         let removed = self.network.remove(&self.names).map_err(|error| error.to_string())?;
         tracing::info!(removed, "host network opened");
         Ok(())

@@ -16,6 +16,7 @@ mod host;
 mod paths;
 mod prefixes;
 mod report;
+mod start_report;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -49,6 +50,7 @@ use crate::probe::ProbeKeys;
 use crate::state::{CachedPrefixes, Keys, Membership, StateDir};
 use crate::static_peers;
 use host::Host;
+use start_report::StartReport;
 
 pub use departure::{leave, open_host};
 
@@ -292,16 +294,15 @@ impl Daemon {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
         let notifier = Notifier::from_environment();
+        let mut start = StartReport::default();
         let mut alive_at = notifier.period().map(|_| Instant::now());
         self.configured_prefixes();
         self.kubernetes_changed();
         self.prefixes_changed();
         self.addresses_changed();
-        self.drain();
-        // Link, routes and guards stand: what waits for us may begin.
-        notifier.ready();
         let exit = loop {
             self.drain();
+            start.report(&notifier, self.blocked());
             // Here and nowhere else: a task that hangs is missed.
             if alive_at.is_some_and(|at| at <= Instant::now()) {
                 notifier.alive();
@@ -337,6 +338,14 @@ impl Daemon {
         self.data_plane.stop();
         tracing::info!(?exit, "agent stopped");
         Ok(())
+    }
+
+    /// Why this machine must not use the mesh yet: its plan is not applied. A relay alone has none.
+    fn blocked(&self) -> Option<&str> {
+        match self.purpose {
+            Purpose::Node => self.host.blocked(),
+            Purpose::Relay => None,
+        }
     }
 
     /// Does all that the core wants done.

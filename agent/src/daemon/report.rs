@@ -63,6 +63,9 @@ impl Daemon {
             certificate_expires_at: self.certificate_expires_at,
             uptime_ms: millis(self.started.elapsed()),
             problems: self.problems(),
+            notes: self.host.notes().to_vec(),
+            applied: Some(self.blocked().is_none()),
+            applied_reason: self.blocked().unwrap_or_default().to_owned(),
             drops: snapshot
                 .drops
                 .into_iter()

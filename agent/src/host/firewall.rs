@@ -17,15 +17,19 @@
 //! discovery passes both guards: on a LAN whose addresses are mesh addresses it is what finds the
 //! other end of the tunnel, and it carries nothing.
 
+use std::collections::BTreeMap;
+
 use ipnet::IpNet;
 use towline_core::plan::{FirewallPlan, Plan};
 
 use towline_netlink::Family;
 use towline_nftables::{
-    Chain, ChainKind, CtState, Hook, KeyType, Nft, NftError, Rule, Set, Table, TableFamily,
+    Chain, ChainKind, CtState, Expression, Hook, KeyType, Nft, NftError, Rule, Set, Table,
+    TableFamily,
 };
 
 use super::Changes;
+use super::families::Families;
 use super::problem::{ApplyError, Problem};
 
 /// How much of the table this kernel takes.
@@ -35,6 +39,48 @@ enum Extent {
     Full,
     /// The guard, made of what every nftables has.
     GuardOnly,
+}
+
+/// Which address families the table knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Scope {
+    /// Both, in a table of the family inet.
+    Both,
+    /// IPv4 alone, in a table of the family inet.
+    Ipv4,
+    /// IPv4 alone, in a table of the family ip: a kernel that was built without IPv6 has no other.
+    Ipv4Table,
+}
+
+impl Scope {
+    /// Those to try on a host, the best first. A table that guards less than the host has is none.
+    fn of(families: Families) -> &'static [Self] {
+        if families.exists(Family::V6) {
+            &[Self::Both]
+        } else {
+            &[Self::Both, Self::Ipv4, Self::Ipv4Table]
+        }
+    }
+}
+
+/// Where the table goes.
+#[derive(Debug)]
+pub(super) struct Target<'a> {
+    /// `None`: this kernel has no nftables.
+    pub(super) nft: Option<&'a mut Nft>,
+    /// This kernel lets us own the table, as far as is known.
+    pub(super) ownable: &'a mut bool,
+    /// What the host has of IPv4 and IPv6.
+    pub(super) families: Families,
+}
+
+/// The families of tables in which ours may be found on a host.
+pub(super) fn table_families(families: Families) -> &'static [TableFamily] {
+    if families.exists(Family::V6) {
+        &[TableFamily::Inet]
+    } else {
+        &[TableFamily::Inet, TableFamily::Ip]
+    }
 }
 
 /// Says whose table it is.
@@ -60,7 +106,7 @@ const TCP: u8 = libc::IPPROTO_TCP as u8;
 const UDP: u8 = libc::IPPROTO_UDP as u8;
 
 /// Brings the kernel's table from `have` to what the plan wants, as far as this kernel can;
-/// returns the table that then is there. `ownable`: this kernel lets us own it, as far as is known.
+/// returns the table that then is there.
 ///
 /// # Errors
 ///
@@ -70,10 +116,10 @@ pub(super) fn change(
     plan: &Plan,
     have: Option<Table>,
     fresh: bool,
-    nft: Option<&mut Nft>,
-    ownable: &mut bool,
+    target: Target<'_>,
     changes: &mut Changes,
 ) -> Result<Option<Table>, ApplyError> {
+    let Target { nft, ownable, families } = target;
     let Some(nft) = nft else {
         changes.problems.push(Problem::NoFirewall(NftError::Unsupported.to_string()));
         return Ok(have);
@@ -84,8 +130,10 @@ pub(super) fn change(
             continue;
         }
         refused = None;
-        for extent in [Extent::Full, Extent::GuardOnly] {
-            let want = table(plan, extent);
+        let scopes = Scope::of(families);
+        let with = |extent| scopes.iter().map(move |scope| (extent, *scope));
+        for (extent, scope) in with(Extent::Full).chain(with(Extent::GuardOnly)) {
+            let want = scoped(table(plan, extent), scope);
             let want = if owned { want.owned() } else { want };
             let transaction = want.changes(have.as_ref());
             let messages = transaction.messages();
@@ -93,6 +141,7 @@ pub(super) fn change(
                 Ok(()) => {
                     *ownable = owned;
                     changes.messages += messages;
+                    let refused = refused.filter(|_| extent == Extent::GuardOnly);
                     changes.problems.extend(refused.map(Problem::FirewallReduced));
                     return Ok(Some(want));
                 }
@@ -178,6 +227,29 @@ fn table(plan: &Plan, extent: Extent) -> Table {
         .chain("clamp_in", clamp_in(plan));
     if both_ways(plan) {
         table = table.chain("answer", answer(plan)).chain("answer_out", answer_out(plan));
+    }
+    table
+}
+
+/// The same table with what a kernel without IPv6 may refuse left out: sets of IPv6 addresses, and
+/// the rules that look into them.
+fn scoped(mut table: Table, scope: Scope) -> Table {
+    if scope == Scope::Both {
+        return table;
+    }
+    let (gone, kept) = std::mem::take(&mut table.sets)
+        .into_iter()
+        .partition::<BTreeMap<_, _>, _>(|(_, set)| set.key == KeyType::Ipv6);
+    table.sets = kept;
+    let asks = |expression: &Expression| match expression {
+        Expression::Lookup { set, .. } => gone.contains_key(set),
+        _ => false,
+    };
+    for chain in table.chains.values_mut() {
+        chain.rules.retain(|rule| !rule.expressions.iter().any(asks));
+    }
+    if scope == Scope::Ipv4Table {
+        table.family = TableFamily::Ip;
     }
     table
 }
@@ -316,4 +388,41 @@ fn guard(plan: &Plan, extent: Extent) -> Chain {
         chain = chain.rule(leak.counter().drop());
     }
     chain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::tests::plan;
+    use towline_netns::namespace_test;
+
+    namespace_test! {
+        fn a_kernel_that_refuses_ipv6_in_nftables_gets_the_table_of_ipv4() {
+            let mut nft = Nft::open().unwrap();
+            for (scope, family) in
+                [(Scope::Ipv4, TableFamily::Inet), (Scope::Ipv4Table, TableFamily::Ip)]
+            {
+                for extent in [Extent::Full, Extent::GuardOnly] {
+                    let want = scoped(table(&plan(), extent), scope);
+                    assert_eq!(want.family, family);
+                    assert!(want.sets.keys().all(|name| !name.ends_with('6')), "{:?}", want.sets);
+                    nft.load(&want).unwrap();
+                    let found = nft.read(family, "towline").unwrap().unwrap().table;
+                    assert_eq!((&found.sets, &found.chains), (&want.sets, &want.chains));
+                    assert!(is_ours(&found) && !found.sets["guarded4"].elements.is_empty());
+                }
+            }
+            // A kernel that takes more than the one before gets it.
+            let have = nft.read(TableFamily::Ip, "towline").unwrap().unwrap().table;
+            let whole = table(&plan(), Extent::Full);
+            nft.commit(whole.changes(Some(&have))).unwrap();
+            assert_eq!(nft.read(TableFamily::Ip, "towline").unwrap(), None);
+            assert!(nft.read(TableFamily::Inet, "towline").unwrap().is_some());
+        }
+    }
+
+    #[test]
+    fn only_a_host_without_ipv6_may_do_without_its_guard() {
+        assert_eq!(Scope::of(Families::default()), [Scope::Both]);
+    }
 }

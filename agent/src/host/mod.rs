@@ -18,6 +18,7 @@
 
 mod address;
 mod candidates;
+mod families;
 mod firewall;
 mod hook;
 mod problem;
@@ -36,7 +37,8 @@ use towline_nftables::{Nft, NftError};
 
 pub use address::LocalAddress;
 pub use candidates::{CandidatePolicy, candidates};
-pub use problem::{ApplyError, Problem};
+use families::Families;
+pub use problem::{ApplyError, NoIpv6Reason, Piece, Problem};
 pub use state::Names;
 use state::{Foreign, State};
 use watch::Ports;
@@ -119,7 +121,8 @@ impl HostNetwork {
     pub fn remove(&mut self, names: &Names) -> Result<usize, ApplyError> {
         self.invalidate();
         self.applied = None;
-        let (have, foreign) = State::read(&mut self.rtnetlink, self.nft.as_mut(), names)?;
+        let families = Families::probe(&mut self.rtnetlink)?;
+        let (have, foreign) = State::read(&mut self.rtnetlink, self.nft.as_mut(), names, families)?;
         // What is somebody else's stays.
         drop(foreign);
         let hooks = self.nft.as_mut().map(hook::remove).transpose()?.unwrap_or_default();
@@ -199,14 +202,18 @@ impl HostNetwork {
         let mut have = match known {
             Some(known) => known,
             None => {
-                let (have, foreign) = State::read(&mut self.rtnetlink, self.nft.as_mut(), &names)?;
+                let families = Families::probe(&mut self.rtnetlink)?;
+                let (have, foreign) =
+                    State::read(&mut self.rtnetlink, self.nft.as_mut(), &names, families)?;
                 self.judge(foreign, &mut changes)?;
                 have
             }
         };
         let (table, nft) = (have.firewall.take(), self.nft.as_mut());
-        let firewall = firewall::change(plan, table, fresh, nft, &mut self.ownable, &mut changes)?;
-        let mut want = State::wanted(plan, have.link.as_ref());
+        let target = firewall::Target { nft, ownable: &mut self.ownable, families: have.families };
+        let firewall = firewall::change(plan, table, fresh, target, &mut changes)?;
+        let mut want = State::wanted(plan, have.link.as_ref(), have.families);
+        changes.problems.extend(want.problem(plan));
         want.firewall = firewall;
         let now = have.become_(want, &names, &mut self.rtnetlink, &mut changes)?;
         if let Some(nft) = self.nft.as_mut() {
@@ -214,7 +221,9 @@ impl HostNetwork {
         }
         // Under new names all stands anew before the old goes.
         if let Some(old) = old {
-            let (mut have, _) = State::read(&mut self.rtnetlink, self.nft.as_mut(), &old)?;
+            let families = now.families;
+            let (mut have, _) =
+                State::read(&mut self.rtnetlink, self.nft.as_mut(), &old, families)?;
             if old.link == names.link {
                 have.link = None;
             }

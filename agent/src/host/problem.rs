@@ -1,7 +1,7 @@
 //! What keeps the host from being as planned.
 
 use towline_netlink::{NetlinkError, Refusal};
-use towline_nftables::NftError;
+use towline_nftables::{NftError, TableFamily};
 
 /// Why nothing was applied.
 #[derive(Debug, thiserror::Error)]
@@ -28,10 +28,12 @@ pub enum ApplyError {
     },
     /// An nftables table of our name that we did not make.
     #[error(
-        "Towline did not make the nftables table inet {name}: delete it, or set another name in \
-         routing.nftables_table"
+        "Towline did not make the nftables table {family} {name}: delete it, or set another name \
+         in routing.nftables_table"
     )]
     FirewallTableInUse {
+        /// Its family.
+        family: TableFamily,
         /// The name.
         name: String,
     },
@@ -98,11 +100,55 @@ pub enum Problem {
     /// The kernel refused one piece.
     #[error("cannot {what}: {refusal}")]
     Refused {
+        /// What the piece is for.
+        piece: Piece,
         /// What was asked for.
         what: String,
         /// Why not.
         refusal: Refusal,
     },
+    /// The kernel has no IPv6.
+    #[error(
+        "this kernel runs without IPv6 (ipv6.disable=1): the tunnel carries IPv4 alone, and there \
+         is no IPv6 traffic to guard"
+    )]
+    NoIpv6,
+    /// The kernel has IPv6, but no policy rules for it.
+    #[error(
+        "this kernel has no policy rules for IPv6: the tunnel carries IPv4 alone, and only \
+         nftables keeps IPv6 traffic for the mesh from leaving in clear"
+    )]
+    NoIpv6Rules,
+    /// Our link takes no IPv6 addresses.
+    #[error("the link {link} takes no IPv6 addresses ({reason}): the tunnel carries IPv4 alone")]
+    NoIpv6OnLink {
+        /// The link.
+        link: String,
+        /// Why not.
+        reason: NoIpv6Reason,
+    },
+}
+
+/// Why our link takes no IPv6 addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NoIpv6Reason {
+    /// A sysctl says so, of the link or of all links.
+    #[error("net.ipv6.conf has disable_ipv6=1")]
+    Disabled,
+    /// Its packets are smaller than IPv6 allows.
+    #[error("its MTU is below 1280")]
+    Mtu,
+}
+
+/// What a piece of the host's network is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Piece {
+    /// Keeps mesh traffic from leaving in clear: policy rules, unreachable routes.
+    Guard,
+    /// Our link, its addresses and its state.
+    Link,
+    /// One way through the link, past the tunnel, or to be removed.
+    Route,
 }
 
 impl Problem {
@@ -118,7 +164,38 @@ impl Problem {
             Self::NoFirewall(_)
             | Self::FirewallReduced(_)
             | Self::NoZone(_)
-            | Self::Setting { .. } => false,
+            | Self::Setting { .. }
+            | Self::NoIpv6
+            | Self::NoIpv6Rules
+            | Self::NoIpv6OnLink { .. } => false,
+        }
+    }
+
+    /// Whether it only says how this host is, and nothing has to be repaired.
+    pub fn is_note(&self) -> bool {
+        matches!(self, Self::NoIpv6 | Self::NoIpv6OnLink { .. })
+    }
+
+    /// Whether trying again may help, although nothing is heard of the kernel.
+    pub fn is_worth_retrying(&self) -> bool {
+        !matches!(self, Self::NoIpv6 | Self::NoIpv6Rules | Self::NoIpv6OnLink { .. })
+    }
+
+    /// Whether a plan with this problem does not count as applied: a guard is missing, or nothing
+    /// can enter the tunnel. The mesh must not be used then.
+    pub fn is_blocking(&self) -> bool {
+        match self {
+            Self::LinkMissing(_) => true,
+            Self::Refused { piece, .. } => *piece != Piece::Route,
+            Self::NoFirewall(_)
+            | Self::FirewallReduced(_)
+            | Self::Hook(_)
+            | Self::NoZone(_)
+            | Self::Intruder(_)
+            | Self::Setting { .. }
+            | Self::NoIpv6
+            | Self::NoIpv6Rules
+            | Self::NoIpv6OnLink { .. } => false,
         }
     }
 }

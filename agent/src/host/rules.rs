@@ -24,11 +24,12 @@ use towline_core::plan::Plan;
 use towline_netlink::{Family, Rule, RuleAction};
 
 use super::OURS;
+use super::families::Families;
 use super::state::detour_table;
 
-/// The rules of both families, in the order in which they are to be added.
-pub(super) fn wanted(plan: &Plan) -> Vec<Rule> {
-    Family::ALL.into_iter().flat_map(|family| of_family(plan, family)).collect()
+/// The rules of the host's families, in the order in which they are to be added.
+pub(super) fn wanted(plan: &Plan, families: Families) -> Vec<Rule> {
+    families.routed().flat_map(|family| of_family(plan, family)).collect()
 }
 
 fn of_family(plan: &Plan, family: Family) -> Vec<Rule> {

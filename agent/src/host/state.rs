@@ -11,10 +11,11 @@ use towline_netlink::{
     AddressOptions, Family, Link, NetlinkError, Route, RouteChange, RouteKind, Rtnetlink, Rule,
     RuleAction,
 };
-use towline_nftables::{Nft, NftError, Table, TableFamily};
+use towline_nftables::{Nft, NftError, Table};
 
+use super::families::Families;
 use super::firewall;
-use super::problem::{ApplyError, Problem};
+use super::problem::{ApplyError, NoIpv6Reason, Piece, Problem};
 use super::{Changes, OURS, rules};
 
 /// The names and numbers under which everything of ours is found.
@@ -68,6 +69,8 @@ type RouteName = (u32, IpNet, u32);
 /// What is ours.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct State {
+    /// What of IPv4 and IPv6 this host has.
+    pub(super) families: Families,
     /// `None`: there is no link of our name.
     pub(super) link: Option<LinkState>,
     addresses: BTreeSet<IpNet>,
@@ -87,6 +90,25 @@ pub(super) struct LinkState {
     /// Mode of the reverse path filter; `None`: unknown. [`LOOSE`] takes packets from sources whose
     /// way back leads elsewhere.
     filter: Option<u32>,
+    /// Takes IPv6 addresses, and routes of IPv6 can lead through it: false while the sysctl
+    /// `disable_ipv6` of the link is 1.
+    ipv6: bool,
+}
+
+/// Bytes of the smallest MTU on which the kernel runs IPv6 (RFC 8200 section 5).
+const IPV6_MTU: u32 = 1_280;
+
+impl LinkState {
+    /// Why IPv6 cannot be set on the link of the plan; `None`: it can.
+    fn without_ipv6(&self, plan: &Plan) -> Option<NoIpv6Reason> {
+        if !self.ipv6 {
+            Some(NoIpv6Reason::Disabled)
+        } else if plan.link.mtu < IPV6_MTU {
+            Some(NoIpv6Reason::Mtu)
+        } else {
+            None
+        }
+    }
 }
 
 /// What others have under our names and numbers.
@@ -105,29 +127,42 @@ impl Foreign {
 impl State {
     /// What the plan wants, given the link that is there; the firewall's table is left out, see
     /// [`firewall::change`].
-    pub(super) fn wanted(plan: &Plan, link: Option<&LinkState>) -> Self {
-        let index = link.map(|link| link.index);
+    pub(super) fn wanted(plan: &Plan, link: Option<&LinkState>, families: Families) -> Self {
+        let reach = Reach::new(plan, link, families);
         let routes = plan.routes.iter().filter_map(|((destination, via), attributes)| {
-            route(plan, *destination, *via, attributes, index)
+            route(plan, *destination, *via, attributes, reach)
         });
         let detours = plan.detour.destinations.iter().filter_map(|destination| {
-            let route = Route::new(*destination).table(detour_table(plan.table)).dev(index?);
+            let link = reach.link_for(*destination)?;
+            let route = Route::new(*destination).table(detour_table(plan.table)).dev(link);
             Some(Route { protocol: OURS, ..route.metric(LINK_METRIC) })
         });
         let routes = routes.chain(detours).map(|route| (name(&route), route));
+        let addresses = plan.link.addresses.iter().copied();
         Self {
-            link: index.map(|index| LinkState {
-                index,
+            families,
+            link: link.map(|link| LinkState {
+                index: link.index,
                 mtu: plan.link.mtu,
                 up: true,
                 filter: Some(LOOSE),
+                ipv6: link.ipv6,
             }),
-            addresses: if index.is_some() { plan.link.addresses.clone() } else { BTreeSet::new() },
-            rules: rules::wanted(plan),
+            addresses: addresses.filter(|address| reach.link_for(*address).is_some()).collect(),
+            rules: rules::wanted(plan, families),
             routes: routes.collect(),
             doubles: Vec::new(),
             firewall: None,
         }
+    }
+
+    /// What an operator should know of the families in which the plan is not applied.
+    pub(super) fn problem(&self, plan: &Plan) -> Option<Problem> {
+        let of_link = || {
+            let reason = self.link.as_ref()?.without_ipv6(plan)?;
+            Some(Problem::NoIpv6OnLink { link: plan.link.name.clone(), reason })
+        };
+        self.families.problem().or_else(of_link)
     }
 
     /// What is there.
@@ -135,11 +170,12 @@ impl State {
         rtnetlink: &mut Rtnetlink,
         nft: Option<&mut Nft>,
         names: &Names,
+        families: Families,
     ) -> Result<(Self, Foreign), ApplyError> {
-        let mut state = Self::default();
+        let mut state = Self { families, ..Self::default() };
         let mut foreign = Foreign::default();
         state.read_link(rtnetlink, names, &mut foreign)?;
-        for family in Family::ALL {
+        for family in families.routed() {
             for rule in rtnetlink.rules(family)? {
                 if rule.made_by == OURS
                     && (names.has_priority(rule.priority)
@@ -158,15 +194,18 @@ impl State {
             }
         }
         if let Some(nft) = nft {
-            match nft.read(TableFamily::Inet, &names.firewall) {
-                Ok(Some(loaded)) if firewall::is_ours(&loaded.table) => {
-                    state.firewall = Some(loaded.table);
+            for family in firewall::table_families(families) {
+                match nft.read(*family, &names.firewall) {
+                    Ok(Some(loaded)) if firewall::is_ours(&loaded.table) => {
+                        state.firewall.get_or_insert(loaded.table);
+                    }
+                    Ok(Some(_)) => foreign.found.push(ApplyError::FirewallTableInUse {
+                        family: *family,
+                        name: names.firewall.clone(),
+                    }),
+                    Ok(None) | Err(NftError::Unsupported) => {}
+                    Err(error) => return Err(error.into()),
                 }
-                Ok(Some(_)) => foreign
-                    .found
-                    .push(ApplyError::FirewallTableInUse { name: names.firewall.clone() }),
-                Ok(None) | Err(NftError::Unsupported) => {}
-                Err(error) => return Err(error.into()),
             }
         }
         Ok((state, foreign))
@@ -194,6 +233,8 @@ impl State {
             mtu: link.mtu,
             up: link.up,
             filter: link.reverse_path_filter,
+            // Missing while the MTU is too small for IPv6.
+            ipv6: read_setting(&disable_ipv6(&names.link)).is_none_or(|value| value == "0"),
         });
         Ok(())
     }
@@ -233,17 +274,17 @@ impl State {
         let index = want.link.as_ref().map_or(0, |link| link.index);
         for address in want.addresses.difference(&self.addresses) {
             let options = AddressOptions { no_dad: true, no_prefix_route: true };
-            note(rtnetlink.add_address(index, *address, options), changes)?;
+            note(rtnetlink.add_address(index, *address, options), Piece::Link, changes)?;
         }
         for rule in want.rules.iter().filter(|rule| !self.rules.contains(rule)) {
-            note(rtnetlink.add_rule(rule), changes)?;
+            note(rtnetlink.add_rule(rule), Piece::Guard, changes)?;
         }
         for rule in self.rules.iter().filter(|rule| !want.rules.contains(rule)) {
-            note(rtnetlink.delete_rule(rule), changes)?;
+            note(rtnetlink.delete_rule(rule), Piece::Route, changes)?;
         }
         change_routes(&self, &want, rtnetlink, changes)?;
         for address in self.addresses.difference(&want.addresses) {
-            note(rtnetlink.delete_address(index, *address), changes)?;
+            note(rtnetlink.delete_address(index, *address), Piece::Route, changes)?;
         }
         Ok(want)
     }
@@ -257,14 +298,14 @@ impl State {
         rtnetlink: &mut Rtnetlink,
         changes: &mut Changes,
     ) -> Result<(), ApplyError> {
-        let link = self.link.as_ref().map(|link| link.index);
+        let reach = Reach::new(plan, self.link.as_ref(), self.families);
         let (mut set, mut gone) = (Vec::new(), Vec::new());
         for ((destination, via), attributes) in different(&plan.routes, &before.routes) {
-            set.extend(route(plan, *destination, *via, attributes, link));
+            set.extend(route(plan, *destination, *via, attributes, reach));
         }
         for ((destination, via), attributes) in different(&before.routes, &plan.routes) {
             if !plan.routes.contains_key(&(*destination, *via)) {
-                gone.extend(route(plan, *destination, *via, attributes, link));
+                gone.extend(route(plan, *destination, *via, attributes, reach));
             }
         }
         // A route into the tunnel and one past it have the same name.
@@ -306,8 +347,8 @@ impl State {
             // Takes the addresses along.
             removed += usize::from(gone(rtnetlink.delete_link(link.index))?);
         }
-        if let (Some(_), Some(nft)) = (self.firewall, nft) {
-            removed += usize::from(nft.delete(TableFamily::Inet, &names.firewall)?);
+        if let (Some(table), Some(nft)) = (self.firewall, nft) {
+            removed += usize::from(nft.delete(table.family, &names.firewall)?);
         }
         Ok(removed)
     }
@@ -325,20 +366,51 @@ fn different<'a, K: Ord, V: PartialEq>(
     })
 }
 
-/// One route of the plan; `None`: it leads through the link, which is not there.
+/// Which destinations can have routes, and through the link.
+#[derive(Debug, Clone, Copy)]
+struct Reach {
+    families: Families,
+    /// The link's number; `None`: there is no link.
+    link: Option<u32>,
+    /// The link takes IPv6.
+    ipv6: bool,
+}
+
+impl Reach {
+    fn new(plan: &Plan, link: Option<&LinkState>, families: Families) -> Self {
+        Self {
+            families,
+            link: link.map(|link| link.index),
+            ipv6: link.is_some_and(|link| link.without_ipv6(plan).is_none()),
+        }
+    }
+
+    /// The link, if an address or a route of this family can be set on it.
+    fn link_for(self, net: IpNet) -> Option<u32> {
+        let family = Family::of(net.addr());
+        let takes = family == Family::V4 || self.ipv6;
+        self.link.filter(|_| takes && self.families.is_routed(family))
+    }
+}
+
+/// One route of the plan; `None`: it leads through the link, which is not there or does not take
+/// this family, or the host does not have the family.
 fn route(
     plan: &Plan,
     destination: IpNet,
     via: RouteVia,
     attributes: &RoutePlan,
-    link: Option<u32>,
+    reach: Reach,
 ) -> Option<Route> {
+    if !reach.families.is_routed(Family::of(destination.addr())) {
+        return None;
+    }
     let route = Route::new(destination).table(plan.table);
     let route = match via {
         RouteVia::Link => Route {
             source: attributes.source,
             mtu: attributes.mtu,
-            ..route.dev(link?).metric(LINK_METRIC)
+            ..route.dev(reach.link_for(destination)?).metric(LINK_METRIC)
         },
         RouteVia::Native => route.kind(RouteKind::Throw).metric(LINK_METRIC),
         RouteVia::Unreachable => route.kind(RouteKind::Unreachable).metric(UNREACHABLE_METRIC),
@@ -358,10 +430,10 @@ fn change_link(
     changes: &mut Changes,
 ) -> Result<(), ApplyError> {
     if have.mtu != want.mtu {
-        note(rtnetlink.set_mtu(have.index, want.mtu), changes)?;
+        note(rtnetlink.set_mtu(have.index, want.mtu), Piece::Link, changes)?;
     }
     if !have.up {
-        note(rtnetlink.set_up(have.index, true), changes)?;
+        note(rtnetlink.set_up(have.index, true), Piece::Link, changes)?;
     }
     if have.filter != want.filter {
         // Not through /proc/sys, which a service or a container has read-only.
@@ -419,14 +491,25 @@ fn send_routes(
     }
     changes.messages += list.len();
     let failures = rtnetlink.change_routes(list)?;
-    // One of many tells enough: they fail for the same reason.
-    let failure = failures.into_iter().find(|(place, refusal)| {
-        !(matches!(list[*place], RouteChange::Delete(_)) && is_absence(refusal.errno))
-    });
+    // One of many tells enough: they fail for the same reason. A guard matters most.
+    let failure = failures
+        .into_iter()
+        .filter(|(place, refusal)| {
+            !(matches!(list[*place], RouteChange::Delete(_)) && is_absence(refusal.errno))
+        })
+        .min_by_key(|(place, _)| piece_of(&list[*place]) != Piece::Guard);
     if let Some((place, refusal)) = failure {
-        changes.problems.push(Problem::Refused { what: name_of(&list[place]), refusal });
+        let (piece, what) = (piece_of(&list[place]), name_of(&list[place]));
+        changes.problems.push(Problem::Refused { piece, what, refusal });
     }
     Ok(())
+}
+
+fn piece_of(change: &RouteChange) -> Piece {
+    match change {
+        RouteChange::Set(route) if route.kind == RouteKind::Unreachable => Piece::Guard,
+        RouteChange::Set(_) | RouteChange::Delete(_) => Piece::Route,
+    }
 }
 
 fn name_of(change: &RouteChange) -> String {
@@ -437,13 +520,17 @@ fn name_of(change: &RouteChange) -> String {
 }
 
 /// Counts a request; a refusal is a problem, unless it says that what was to go is gone.
-fn note(result: Result<(), NetlinkError>, changes: &mut Changes) -> Result<(), ApplyError> {
+fn note(
+    result: Result<(), NetlinkError>,
+    piece: Piece,
+    changes: &mut Changes,
+) -> Result<(), ApplyError> {
     changes.messages += 1;
     match result {
         Ok(()) => Ok(()),
         Err(NetlinkError::Refused { what, refusal }) => {
             if !(what.starts_with("delete") && is_absence(refusal.errno)) {
-                changes.problems.push(Problem::Refused { what, refusal });
+                changes.problems.push(Problem::Refused { piece, what, refusal });
             }
             Ok(())
         }
@@ -483,4 +570,12 @@ fn is_strict(link: &LinkState) -> bool {
     let all = std::fs::read_to_string(ALL_LINKS).ok();
     let all = all.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
     all.max(link.filter.unwrap_or(0)) == 1
+}
+
+fn disable_ipv6(link: &str) -> String {
+    format!("/proc/sys/net/ipv6/conf/{link}/disable_ipv6")
+}
+
+fn read_setting(path: &str) -> Option<String> {
+    Some(std::fs::read_to_string(path).ok()?.trim().to_owned())
 }

@@ -1,5 +1,6 @@
 //! The host's network in a namespace: what stands, what comes back, what is left alone.
 
+mod families;
 mod traffic;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,42 @@
+//! Answers of a kernel without IPv6, for tests: a network namespace cannot be given such a kernel.
+
+use nix::errno::Errno;
+
+use super::codec::Message;
+use super::{Failure, NetlinkError, Refusal};
+
+const V6: u8 = libc::AF_INET6 as u8;
+
+/// What a kernel without IPv6 makes of a dump request: it knows no policy rules of that family, and
+/// for routes falls back to those of every family that it has.
+pub(crate) fn dump_without_ipv6(what: &str, message: &mut Message) -> Result<(), NetlinkError> {
+    match message.kind() {
+        libc::RTM_GETRULE if *message.family_mut() == V6 => {
+            let refusal = Refusal { errno: Errno::EAFNOSUPPORT, text: None };
+            return Err(NetlinkError::Refused { what: what.to_owned(), refusal });
+        }
+        libc::RTM_GETROUTE if *message.family_mut() == V6 => {
+            *message.family_mut() = libc::AF_UNSPEC as u8;
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// The changes that a kernel without IPv6 refuses; `None`: the whole batch may be sent.
+pub(crate) fn refused_without_ipv6(batch: &mut [Message]) -> Option<Vec<Failure>> {
+    let refused = |message: &Message| match message.kind() {
+        libc::RTM_NEWRULE | libc::RTM_DELRULE => Some(Errno::EAFNOSUPPORT),
+        libc::RTM_NEWADDR | libc::RTM_DELADDR | libc::RTM_NEWROUTE | libc::RTM_DELROUTE => {
+            Some(Errno::EOPNOTSUPP)
+        }
+        _ => None,
+    };
+    let failures: Vec<_> = batch
+        .iter_mut()
+        .enumerate()
+        .filter_map(|(at, message)| (*message.family_mut() == V6).then_some((at, message)))
+        .filter_map(|(at, message)| Some((at, Refusal { errno: refused(message)?, text: None })))
+        .collect();
+    (!failures.is_empty()).then_some(failures)
+}

@@ -1,0 +1,67 @@
+//! What the service manager is told while the agent starts.
+
+use crate::notify::Notifier;
+
+/// What the service manager was told of the start.
+#[derive(Debug, Default)]
+pub(super) struct StartReport {
+    is_ready: bool,
+    /// The reason that was given last for not being ready.
+    reason: String,
+}
+
+impl StartReport {
+    /// Says that the agent is ready, once link, routes and guards are in place: what waits for it
+    /// may begin. Until then says what is missing, whenever that changes; it is the service
+    /// manager that gives up.
+    pub(super) fn report(&mut self, notifier: &Notifier, blocked: Option<&str>) {
+        match blocked {
+            _ if self.is_ready => {}
+            None => {
+                self.is_ready = true;
+                notifier.status("running");
+                notifier.ready();
+            }
+            Some(reason) if reason != self.reason => {
+                reason.clone_into(&mut self.reason);
+                notifier.status(&format!("not ready: {reason}"));
+            }
+            Some(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+
+    use super::*;
+
+    #[test]
+    fn it_is_ready_once_and_not_before_the_plan_is_applied() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("notify");
+        let manager = UnixDatagram::bind(&path).unwrap();
+        manager.set_nonblocking(true).unwrap();
+        let notifier = Notifier::to(&path.display().to_string());
+        let heard = || {
+            let mut buffer = [0; 256];
+            let length = manager.recv(&mut buffer).ok()?;
+            Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
+        };
+        let mut start = StartReport::default();
+        for _ in 0..2 {
+            start.report(&notifier, Some("cannot list\npolicy rules"));
+        }
+        assert_eq!(heard().as_deref(), Some("STATUS=not ready: cannot list policy rules"));
+        assert_eq!(heard(), None, "said once");
+        start.report(&notifier, Some("the link is missing"));
+        assert_eq!(heard().as_deref(), Some("STATUS=not ready: the link is missing"));
+        start.report(&notifier, None);
+        assert_eq!(heard().as_deref(), Some("STATUS=running"));
+        assert_eq!(heard().as_deref(), Some("READY=1"));
+        start.report(&notifier, Some("the link is missing"));
+        start.report(&notifier, None);
+        assert_eq!(heard(), None, "a service that is ready stays so");
+    }
+}
