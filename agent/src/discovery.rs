@@ -345,7 +345,7 @@ impl Discovery {
         }
         self.membership.grant = grant.clone();
         self.membership.signed_grant = signed_grant;
-        self.state.store_membership(&self.membership)?;
+        kept(self.state.store_membership(&self.membership));
         self.events.send(Event::Grant(Box::new(grant))).await.map_err(|_| Ended::Stop)
     }
 
@@ -507,10 +507,11 @@ impl Discovery {
         self.events.send(Event::Published(result)).await.map_err(|_| Ended::Stop)
     }
 
-    /// Numbers and signs what the node says; the number is on disk before it is used.
+    /// Numbers and signs what the node says; the number is on disk before it is used, if the disk
+    /// takes it. Should it be lost, the map brings the last one back.
     fn sign(&mut self, announcement: Announcement) -> Result<pb::Signed, Ended> {
         self.counters.generation += 1;
-        self.state.store_counters(self.counters)?;
+        kept(self.state.store_counters(self.counters));
         let record = Record {
             node_id: self.membership.grant.node_id,
             generation: self.counters.generation,
@@ -528,7 +529,7 @@ impl Discovery {
 
     async fn renew(&mut self, channel: Channel) -> Result<(), Ended> {
         let (chain, grant) = join::renew(channel, &self.keys.identity).await?;
-        self.state.store_certificate(&chain)?;
+        kept(self.state.store_certificate(&chain));
         self.certificate = chain;
         tracing::info!("certificate renewed");
         if let Some(grant) = grant {
@@ -570,6 +571,14 @@ impl Discovery {
         if let Ok(Err(error)) = written {
             tracing::warn!(%error, "map not cached");
         }
+    }
+}
+
+/// What cannot be stored now is used all the same: the state directory keeps it, and `status` says
+/// that it would not outlive a restart.
+fn kept(stored: Result<(), StateError>) {
+    if let Err(error) = stored {
+        tracing::warn!(%error, "not stored for the next start");
     }
 }
 

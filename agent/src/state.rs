@@ -2,7 +2,7 @@
 //!
 //! | file | holds | written |
 //! |---|---|---|
-//! | `lock` | nothing; locked by the one agent that runs | once |
+//! | `lock` | nothing; locked by the one agent that runs, and the directory with it | once |
 //! | `identity.key`, `wireguard.key` | the node's private keys, 0600 | once, when first needed |
 //! | `membership.json` | mesh, CA certificate, controllers, grant | at the join, at renewals |
 //! | `certificate.pem` | the client certificate chain | at the join, at renewals |
@@ -14,15 +14,21 @@
 //!
 //! The directory is 0700 and belongs to the system user that guard and agent run as; so does every
 //! file in it, also one that root writes. See [`towline_service::directory`].
+//!
+//! A full or read-only disk is no reason to stop: what cannot be written is kept in memory, named
+//! by [`StateDir::unsaved`], and written by [`StateDir::save_again`] once that is possible.
+
+mod lock;
+mod unsaved;
 
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use data_encoding::BASE64;
 use ipnet::IpNet;
-use nix::fcntl::{Flock, FlockArg};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
@@ -36,6 +42,8 @@ use zeroize::Zeroizing;
 
 use crate::keys::{Identity, InvalidKey, Wireguard};
 use crate::map_cache::MapCache;
+use lock::StateLock;
+use unsaved::Unsaved;
 
 /// Why the last unattended join failed; written by the join, removed by one that succeeds.
 pub const JOIN_FAILURE: &str = "join-failure";
@@ -145,7 +153,8 @@ struct SignedFile {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Counters {
-    /// Starts of the agent.
+    /// Greater at each start of the agent: the start's time in seconds since 1970, or one more than
+    /// before where the clock was set back. So it grows even when it could not be stored.
     pub boot_epoch: u64,
     /// Generation of the last record that was published or about to be.
     pub generation: u64,
@@ -171,7 +180,9 @@ pub struct StateDir {
     /// looked at, which is checked when a file is read.
     directory: Option<PrivateDirectory>,
     /// `None`: only looked at.
-    _lock: Option<Flock<File>>,
+    _lock: Option<StateLock>,
+    /// Held while a file is replaced, so that the last word on each file wins.
+    unsaved: Mutex<Unsaved>,
 }
 
 impl StateDir {
@@ -182,19 +193,42 @@ impl StateDir {
 
     /// Locks a directory whose owner and permissions were checked.
     pub fn lock(directory: PrivateDirectory) -> Result<Self, StateError> {
+        let lock = StateLock::exclusive(&directory)?;
         let path = directory.path().to_owned();
-        match Flock::lock(directory.open_lock("lock")?, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self { path, directory: Some(directory), _lock: Some(lock) }),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(StateError::Locked { path }),
-            Err((_, errno)) => {
-                Err(StateError::Io { path: path.join("lock"), source: errno.into() })
-            }
-        }
+        Ok(Self { directory: Some(directory), ..Self::with(&path, Some(lock)) })
+    }
+
+    /// Opens it to be read while no agent runs on it. Makes and writes nothing.
+    pub fn open_shared(path: &Path) -> Result<Self, StateError> {
+        Ok(Self::with(path, Some(StateLock::shared(path)?)))
     }
 
     /// To be read only, whoever holds it: files are replaced whole.
     pub fn peek(path: &Path) -> Self {
-        Self { path: path.into(), directory: None, _lock: None }
+        Self::with(path, None)
+    }
+
+    fn with(path: &Path, lock: Option<StateLock>) -> Self {
+        Self { path: path.into(), directory: None, _lock: lock, unsaved: Mutex::default() }
+    }
+
+    /// What would not outlive a restart, and why, in one line; `None`: all is on the disk.
+    pub fn unsaved(&self) -> Option<String> {
+        self.unsaved_files().problem(&self.path)
+    }
+
+    /// Writes what could not be written before. Ends at the first file that still cannot.
+    pub fn save_again(&self) -> Result<(), StateError> {
+        let mut unsaved = self.unsaved_files();
+        for (name, waiting) in unsaved.waiting() {
+            self.write(name, &waiting.bytes)?;
+            unsaved.settled(name);
+        }
+        Ok(())
+    }
+
+    fn unsaved_files(&self) -> MutexGuard<'_, Unsaved> {
+        self.unsaved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The directory.
@@ -206,12 +240,12 @@ impl StateDir {
     pub fn keys_or_generate(&self) -> Result<Keys, StateError> {
         if !self.has("identity.key") {
             let identity = Identity::generate().map_err(|e| self.key_error("identity.key", e))?;
-            self.replace("identity.key", identity.to_pem().as_bytes())?;
+            self.write("identity.key", identity.to_pem().as_bytes())?;
         }
         if !self.has("wireguard.key") {
             let wireguard =
                 Wireguard::generate().map_err(|e| self.key_error("wireguard.key", e))?;
-            self.replace("wireguard.key", wireguard.to_base64().as_bytes())?;
+            self.write("wireguard.key", wireguard.to_base64().as_bytes())?;
         }
         self.keys()
     }
@@ -319,6 +353,22 @@ impl StateDir {
         }
     }
 
+    /// Begins a start of the agent: returns counters with a new boot epoch, stored if that is
+    /// possible. `now`: seconds since 1970.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be read. A disk that does not take them is no error.
+    pub fn start(&self, now: u64) -> Result<Counters, StateError> {
+        let stored = self.counters()?;
+        let boot_epoch = stored.boot_epoch.saturating_add(1).max(now);
+        let counters = Counters { boot_epoch, ..stored };
+        match self.store_counters(counters) {
+            Err(StateError::Directory(DirectoryError::Io { .. })) => Ok(counters),
+            stored => stored.map(|()| counters),
+        }
+    }
+
     /// Stores the counters; to be done before a new value is used.
     pub fn store_counters(&self, counters: Counters) -> Result<(), StateError> {
         let json = serde_json::to_vec(&counters)
@@ -388,6 +438,7 @@ impl StateDir {
             "identity.key",
             crate::down::NAME,
         ] {
+            self.unsaved_files().settled(name);
             if let Some(directory) = self.existing()? {
                 directory.remove(name)?;
             }
@@ -417,7 +468,21 @@ impl StateDir {
         }
     }
 
-    fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), StateError> {
+    /// Replaces a file. If that fails, its content waits in memory for [`Self::save_again`].
+    fn replace(&self, name: &'static str, bytes: &[u8]) -> Result<(), StateError> {
+        let mut unsaved = self.unsaved_files();
+        let written = self.write(name, bytes);
+        match &written {
+            Ok(()) => unsaved.settled(name),
+            Err(StateError::Directory(DirectoryError::Io { source, .. })) => {
+                unsaved.failed(name, bytes, source.to_string());
+            }
+            Err(error) => unsaved.failed(name, bytes, error.to_string()),
+        }
+        written
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> Result<(), StateError> {
         let directory = match &self.directory {
             Some(directory) => directory,
             None => &directory::create_for(&self.path, account::AGENT)?,
@@ -564,6 +629,112 @@ mod tests {
         std::fs::write(dir.path().join("membership.json"), "{").unwrap();
         let error = state.membership().unwrap_err().to_string();
         assert!(error.contains("membership.json") && error.contains("join again"), "{error}");
+    }
+
+    #[test]
+    fn the_boot_epoch_grows_whatever_the_clock_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        let epoch = |now| state.start(now).unwrap().boot_epoch;
+        assert_eq!([epoch(100), epoch(50), epoch(0), epoch(200)], [100, 101, 102, 200]);
+    }
+
+    #[test]
+    fn an_agent_waits_for_a_guard_and_a_guard_for_no_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(StateDir::open_shared(&dir.path().join("missing")).is_ok());
+        assert!(!dir.path().join("missing").exists());
+        let guards = [(); 2].map(|()| StateDir::open_shared(dir.path()).unwrap());
+        let path = dir.path().to_owned();
+        let agent = std::thread::spawn(move || StateDir::open(&path).unwrap());
+        drop(guards);
+        let _agent = agent.join().unwrap();
+        let guard = StateDir::open_shared(dir.path()).unwrap_err();
+        assert!(matches!(guard, StateError::Locked { .. }), "{guard}");
+    }
+
+    /// A file system of its own over `directory`, in this process alone.
+    fn mount_disk(directory: &Path, flags: nix::mount::MsFlags) {
+        use nix::mount::{MsFlags, mount};
+        let none = None::<&str>;
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        mount(Some("disk"), directory, Some("tmpfs"), flags, Some("size=64k")).unwrap();
+    }
+
+    /// Uses up all room; returns the file that does.
+    fn fill(directory: &Path) -> PathBuf {
+        let filler = directory.join("filler");
+        let mut file = File::create(&filler).unwrap();
+        for size in [4_096, 1] {
+            while file.write_all(&vec![0; size]).is_ok() {}
+        }
+        filler
+    }
+
+    crate::netlink::testing::namespace_test! {
+        fn a_full_disk_is_worked_with_and_caught_up_with() {
+            let dir = tempfile::tempdir().unwrap();
+            mount_disk(dir.path(), nix::mount::MsFlags::empty());
+            let state = StateDir::open(dir.path()).unwrap();
+            state.keys_or_generate().unwrap();
+            state.store_map(b"before").unwrap();
+            let first = state.start(100).unwrap();
+            drop(state);
+            let filler = fill(dir.path());
+
+            let state = StateDir::open(dir.path()).unwrap();
+            assert!(state.keys().is_ok());
+            let second = state.start(200).unwrap();
+            assert!(second.boot_epoch > first.boot_epoch);
+            assert!(state.store_map(&[7; 8_192]).is_err());
+            let problem = state.unsaved().unwrap();
+            for part in ["counters.json, map.bin", "No space left", &dir.path().display().to_string()] {
+                assert!(problem.contains(part), "{problem}");
+            }
+            assert!(state.save_again().is_err());
+            assert_eq!(state.counters().unwrap(), first, "what was stored before is whole");
+            assert_eq!(std::fs::read(dir.path().join("map.bin")).unwrap(), b"before");
+
+            std::fs::remove_file(filler).unwrap();
+            state.save_again().unwrap();
+            assert_eq!(state.unsaved(), None);
+            assert_eq!(state.counters().unwrap(), second);
+            assert_eq!(std::fs::read(dir.path().join("map.bin")).unwrap(), [7; 8_192]);
+        }
+    }
+
+    crate::netlink::testing::namespace_test! {
+        fn a_read_only_disk_is_started_on_by_one_agent_at_a_time() {
+            use nix::mount::{MsFlags, mount};
+            let dir = tempfile::tempdir().unwrap();
+            mount_disk(dir.path(), MsFlags::empty());
+            let remount = |flags| {
+                let none = None::<&str>;
+                mount(none, dir.path(), none, MsFlags::MS_REMOUNT | flags, none).unwrap();
+            };
+            let state = StateDir::open(dir.path()).unwrap();
+            state.keys_or_generate().unwrap();
+            let first = state.start(100).unwrap();
+            drop(state);
+            for has_lock_file in [true, false] {
+                remount(MsFlags::empty());
+                if !has_lock_file {
+                    std::fs::remove_file(dir.path().join("lock")).unwrap();
+                }
+                remount(MsFlags::MS_RDONLY);
+                let state = StateDir::open(dir.path()).unwrap();
+                assert!(state.start(200).unwrap().boot_epoch > first.boot_epoch);
+                let problem = state.unsaved().unwrap();
+                assert!(problem.contains("Read-only file system"), "{problem}");
+                for second in [StateDir::open(dir.path()), StateDir::open_shared(dir.path())] {
+                    assert!(matches!(second, Err(StateError::Locked { .. })), "{second:?}");
+                }
+                drop(state);
+                assert!(StateDir::open_shared(dir.path()).is_ok());
+                assert!(StateDir::peek(dir.path()).keys().is_ok());
+            }
+        }
     }
 
     #[test]

@@ -171,9 +171,7 @@ impl Daemon {
         };
         // Who peers without a mesh needs a key all the same.
         let keys = if membership.is_some() { state.keys()? } else { state.keys_or_generate()? };
-        let mut counters = state.counters()?;
-        counters.boot_epoch += 1;
-        state.store_counters(counters)?;
+        let counters = state.start(unix_seconds())?;
         let map = membership.as_ref().map(|membership| state.map(membership)).transpose()?;
 
         let listener = control::listen(&config.socket)?;
@@ -198,6 +196,7 @@ impl Daemon {
         let cached = state.prefixes()?;
         mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
         let remembered = prefixes::remember(state.clone(), cached);
+        tokio::spawn(save_again(state.clone()));
         let removed = map.as_ref().is_some_and(MapCache::own_removed);
         let mut nodes = HashMap::new();
         for change in map.iter().flat_map(MapCache::changes) {
@@ -635,6 +634,25 @@ fn note_node(nodes: &mut HashMap<WireguardKey, NodeId>, change: &MapChange) {
     }
 }
 
+/// Between two attempts to write what a full or read-only disk refused.
+const SAVE_PERIOD: Duration = Duration::from_secs(5);
+
+/// Writes what the disk refused, once it takes it.
+async fn save_again(state: Arc<StateDir>) {
+    let mut period = tokio::time::interval(SAVE_PERIOD);
+    period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        period.tick().await;
+        let Some(problem) = state.unsaved() else { continue };
+        let state = state.clone();
+        match tokio::task::spawn_blocking(move || state.save_again()).await {
+            Ok(Ok(())) => tracing::info!("state saved"),
+            Ok(Err(_)) => tracing::debug!(%problem, "state not saved"),
+            Err(_stopped) => return,
+        }
+    }
+}
+
 async fn at(time: Option<Instant>) {
     match time {
         Some(time) => tokio::time::sleep_until(time.into()).await,
@@ -695,6 +713,12 @@ pub(crate) fn core_config(
         relay: config.relay.enabled,
         boot_epoch,
     }
+}
+
+/// The time of the machine's clock, in seconds since 1970.
+fn unix_seconds() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.unwrap_or_default().as_secs()
 }
 
 /// Where a running agent would be found.

@@ -108,6 +108,7 @@ impl Daemon {
                 problems.push(format!("this node's record is not in the map: {reason}"));
             }
         }
+        problems.extend(self.state.unsaved());
         problems.extend(self.host.problems().iter().cloned());
         problems.extend(self.announced.problems.iter().cloned());
         problems.extend(self.kubernetes_problems());
