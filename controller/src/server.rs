@@ -134,7 +134,11 @@ impl Controller {
         let fresh = is_fresh(&dir)?;
         let authority = Arc::new(Authority::load_or_create(&dir, fresh, now.unix)?);
         let (store, registry) = open_registry(&dir, fresh, &authority, &config.mesh, now)?;
-        authority::renew_admin(&dir, &authority, now.unix)?;
+        // A full disk does not keep a controller that has been set up from serving its mesh.
+        match authority::renew_admin(&dir, &authority, now.unix) {
+            Err(error) if fresh => return Err(error.into()),
+            renewed => warn_unless_stored(renewed, "administrator's certificate not renewed"),
+        }
         let certificate = Arc::new(ServerCertificate::new(&authority, now.unix)?);
         let tls = tls::server_config(&authority, certificate.clone())?;
 
@@ -163,7 +167,11 @@ impl Controller {
             reflector: reflector.as_ref().map(|_| address.port()),
             stopping,
         };
-        dir.write("address", 0o644, &format!("{}\n", local(address)))?;
+        let stored = dir.write("address", 0o644, &format!("{}\n", local(address)));
+        match stored {
+            Err(error) if fresh => return Err(error.into()),
+            stored => warn_unless_stored(stored, "give this machine's commands --address"),
+        }
         Ok(Self {
             dir,
             _lock: lock,
@@ -279,7 +287,7 @@ fn open_registry(
     now: Now,
 ) -> Result<(Store, Registry), ServeError> {
     let path = dir.store();
-    let mut store = if fresh {
+    let store = if fresh {
         let mut registry = Registry::create(authority.clone(), first_mesh(authority, settings)?);
         let store = Store::create(&path, &registry.take_changes().writes)?;
         if let Ok(file) = std::fs::File::open(&path) {
@@ -290,6 +298,20 @@ fn open_registry(
     } else {
         Store::open(&path)?
     };
+    begin(dir, store, authority, settings, now)
+}
+
+/// Reads the registry, counts this start and applies the configuration.
+///
+/// Where the disk takes neither, the mesh is served as it was: no start is counted, so that the
+/// next one finds the counters as if this one had not been.
+fn begin(
+    dir: &StateDir,
+    mut store: Store,
+    authority: &Arc<Authority>,
+    settings: &MeshSettings,
+    now: Now,
+) -> Result<(Store, Registry), ServeError> {
     let mut registry = writer::read(&store, authority.clone(), now)?;
     let started = registry.start(dir.starts()?);
     if started.restored {
@@ -313,9 +335,28 @@ fn open_registry(
             mesh.bypass_when_down.clone_from(ranges);
         }
     })?;
-    store.commit(store.sequence(), &registry.take_changes().writes)?;
-    dir.set_starts(started.starts)?;
+    match store.commit(store.sequence(), &registry.take_changes().writes) {
+        Ok(_) => {}
+        // A restored store must begin a new epoch before anybody sees it.
+        Err(error @ CommitError::Failed { .. }) if !started.restored => {
+            tracing::error!(%error, "this start is not counted and changed settings do not apply");
+            store.reopen()?;
+            let registry = writer::read(&store, authority.clone(), now)?;
+            return Ok((store, registry));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    match dir.set_starts(started.starts) {
+        Err(error) if started.restored || dir.starts()?.is_none() => return Err(error.into()),
+        stored => warn_unless_stored(stored, "this start is counted in the store alone"),
+    }
     Ok((store, registry))
+}
+
+fn warn_unless_stored<E: std::fmt::Display>(stored: Result<(), E>, consequence: &str) {
+    if let Err(error) = stored {
+        tracing::warn!(%error, consequence, "not stored");
+    }
 }
 
 fn first_mesh(authority: &Authority, settings: &MeshSettings) -> Result<MeshConfig, ServeError> {
@@ -395,6 +436,39 @@ mod tests {
     use ipnet::IpNet;
 
     use super::*;
+    use crate::state_dir::Starts;
+
+    #[test]
+    fn a_controller_serves_from_a_disk_that_takes_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(directory.path().join("state"));
+        let _lock = dir.lock().unwrap();
+        let now = Now::read();
+        let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
+        let settings = MeshSettings::default();
+        let first = open_registry(&dir, true, &authority, &settings, now).unwrap();
+        let mesh = first.1.mesh().clone();
+        drop(first);
+        let before = dir.starts().unwrap().unwrap();
+
+        let store = Store::open(&dir.store()).unwrap();
+        store.fail_next_commit();
+        let (mut store, registry) = begin(&dir, store, &authority, &settings, now).unwrap();
+        assert_eq!(*registry.mesh(), mesh);
+        assert_eq!(dir.starts().unwrap(), Some(before));
+        // Once there is room it takes changes again.
+        store.commit(store.sequence(), &[]).unwrap();
+        drop(store);
+
+        // A backup is not served before its new epoch is on the disk.
+        let ahead = Starts { count: before.count + 5, ..before };
+        dir.set_starts(ahead).unwrap();
+        let store = Store::open(&dir.store()).unwrap();
+        store.fail_next_commit();
+        assert!(begin(&dir, store, &authority, &settings, now).is_err());
+        let (_store, _registry) = open_registry(&dir, false, &authority, &settings, now).unwrap();
+        assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
+    }
 
     #[test]
     fn the_default_overlay_ranges_are_what_they_should_be() {
