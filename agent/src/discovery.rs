@@ -148,12 +148,6 @@ impl From<dial::DialError> for Ended {
     }
 }
 
-impl From<StateError> for Ended {
-    fn from(error: StateError) -> Self {
-        Self::Because(error.to_string())
-    }
-}
-
 impl From<tonic::Status> for Ended {
     fn from(status: tonic::Status) -> Self {
         Self::Refused(status)

@@ -4,6 +4,9 @@
 //! The plan is the agent's own: the core is told the membership, the cached map and what this
 //! node announced, and nobody is up yet. No controller is asked.
 
+mod watch;
+
+use std::fmt;
 use std::time::Instant;
 
 use anyhow::Context as _;
@@ -13,10 +16,12 @@ use towline_core::plan::{Plan, RouteVia};
 use crate::config::Config;
 use crate::daemon;
 use crate::down::DownMarker;
-use crate::host::{HostNetwork, Problem};
+use crate::host::{Changes, HostNetwork, Problem};
 use crate::join;
 use crate::state::{StateDir, StateError};
 use crate::static_peers;
+
+pub use watch::watch;
 
 /// How it went.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,31 +47,71 @@ pub enum Guarded {
 
 /// Sets up the guards. Doing it again changes nothing but the owner of the nftables table.
 pub fn run(config: &Config) -> anyhow::Result<Guarded> {
+    let state = match enter(config)? {
+        Ok(state) => state,
+        Err(reason) => return Ok(reason),
+    };
+    let plan = plan(config, &state)?;
+    let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
+    let applied = network.apply(&plan).context("the guards are not installed")?;
+    Ok(outcome(&plan, &applied))
+}
+
+/// Opens the state, to be read while no agent runs; else says who keeps the guards, or why there
+/// are none. Only reads: the disk may be full or read-only.
+fn enter(config: &Config) -> anyhow::Result<Result<StateDir, Guarded>> {
     let known = config.state_dir.join("membership.json").exists() || !config.peers.is_empty();
     if !known {
-        return Ok(Guarded::NotJoined);
+        return Ok(Err(Guarded::NotJoined));
     }
-    let state = match StateDir::open(&config.state_dir) {
+    let state = match StateDir::open_shared(&config.state_dir) {
         Ok(state) => state,
-        Err(StateError::Locked { .. }) => return Ok(Guarded::AgentRuns),
+        Err(StateError::Locked { .. }) => return Ok(Err(Guarded::AgentRuns)),
         Err(error) => return Err(error.into()),
     };
     // After the lock was taken: see `down.rs` for the order.
     if DownMarker::of(config).read().is_some() {
-        return Ok(Guarded::Down);
+        return Ok(Err(Guarded::Down));
     }
-    let plan = plan(config, &state)?;
-    let mut network = HostNetwork::open().context("cannot speak to the kernel's network")?;
-    let applied = network.apply(&plan).context("the guards do not stand")?;
+    // An agent of a version that does not lock the directory.
+    if daemon::is_running(&config.socket) {
+        return Ok(Err(Guarded::AgentRuns));
+    }
+    Ok(Ok(state))
+}
+
+fn outcome(plan: &Plan, applied: &Changes) -> Guarded {
     // The link comes with the agent.
     let unexpected = |problem: &&Problem| !matches!(problem, Problem::LinkMissing(_));
     let problems: Vec<_> = applied.problems.iter().filter(unexpected).collect();
-    Ok(Guarded::Stands {
+    Guarded::Stands {
         networks: plan.routes.keys().filter(|(_, via)| *via == RouteVia::Unreachable).count(),
         changes: applied.messages,
         is_whole: !problems.iter().any(|problem| problem.is_blocking()),
         problems: problems.iter().map(ToString::to_string).collect(),
-    })
+    }
+}
+
+impl fmt::Display for Guarded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotJoined => {
+                f.write_str("this machine has not joined a mesh: there is nothing to guard yet")
+            }
+            Self::AgentRuns => f.write_str("an agent runs: it keeps the guards"),
+            Self::Down => {
+                f.write_str("this machine is down: nothing is guarded until `towline up` is run")
+            }
+            Self::Stands { is_whole, networks, problems, .. } => {
+                if *is_whole {
+                    write!(f, "{networks} networks are guarded")?;
+                } else {
+                    f.write_str("a guard is not installed")?;
+                }
+                problems.iter().try_for_each(|problem| write!(f, "; {problem}"))
+            }
+        }
+    }
 }
 
 /// What the agent would do first.
@@ -144,7 +189,7 @@ mod tests {
 
     /// The state of node 1 after a run: node 2 announces 172.20.0.0/16, and somebody announced
     /// 172.21.0.0/16 once.
-    fn state_of_a_node(dir: &Path) {
+    pub(super) fn state_of_a_node(dir: &Path) {
         let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
         let ca = CertificateParams::default().self_signed(&key).unwrap().der().clone();
         let signing = Ed25519KeyPair::from_pkcs8_maybe_unchecked(&key.serialize_der()).unwrap();
@@ -196,7 +241,7 @@ mod tests {
             .unwrap();
     }
 
-    fn host() {
+    pub(super) fn host() {
         let uplink = add_link("eth0");
         let mut rtnetlink = Rtnetlink::open().unwrap();
         let options = AddressOptions { no_dad: true, no_prefix_route: false };
@@ -206,7 +251,7 @@ mod tests {
         rtnetlink.add_route(&default).unwrap();
     }
 
-    fn leaves(to: &str) -> bool {
+    pub(super) fn leaves(to: &str) -> bool {
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
         socket.send_to(b"clear", (to, 9)).is_ok()
     }

@@ -40,6 +40,13 @@ const DECLARATIONS: [(&str, &str); 2] = [
     ("tmpfiles.d/towline.conf", include_str!("../../deploy/systemd/tmpfiles.d/towline.conf")),
 ];
 
+/// What systemd-networkd must leave alone; a package brings it in the second place.
+const NETWORKD: &str = include_str!("../../deploy/systemd/networkd.conf.d/10-towline.conf");
+const NETWORKD_FILE: &str = "/etc/systemd/networkd.conf.d/10-towline.conf";
+const PACKAGE_NETWORKD_FILES: [&str; 2] = [
+    "/usr/lib/systemd/networkd.conf.d/10-towline.conf",
+    "/lib/systemd/networkd.conf.d/10-towline.conf",
+];
 const ADMIN_UNITS: &str = "/etc/systemd/system";
 const PACKAGE_UNITS: [&str; 2] = ["/usr/lib/systemd/system", "/lib/systemd/system"];
 const PROGRAM: &str = "/usr/bin/towline";
@@ -89,6 +96,9 @@ impl Tree {
         }
         for unit in UNITS {
             self.unit(*unit, &mut changes)?;
+        }
+        if !PACKAGE_NETWORKD_FILES.iter().any(|place| self.path(place).is_file()) {
+            self.write(NETWORKD_FILE, NETWORKD.as_bytes(), 0o644, &mut changes)?;
         }
         if self.has_systemd() && !changes.written.is_empty() {
             systemctl(&["daemon-reload"])?;
@@ -193,6 +203,16 @@ impl Tree {
             }
         }
         said
+    }
+
+    /// Removes the settings of systemd-networkd that [`Self::install`] wrote: without a mesh there
+    /// is nothing of ours that it could delete.
+    pub fn remove_networkd_settings(&self) -> anyhow::Result<()> {
+        let path = self.path(NETWORKD_FILE);
+        if std::fs::read(&path).is_ok_and(|found| found == NETWORKD.as_bytes()) {
+            remove(&path)?;
+        }
+        Ok(())
     }
 
     fn no_retry(&self) -> anyhow::Result<()> {
@@ -395,6 +415,31 @@ mod tests {
             std::fs::read_link(link).unwrap(),
             Path::new("/usr/lib/systemd/system/towline.service")
         );
+    }
+
+    #[test]
+    fn networkd_leaves_the_guards_alone() {
+        let (_directory, tree) = tree();
+        let file = tree.path(NETWORKD_FILE);
+        tree.install("").unwrap();
+        let text = std::fs::read_to_string(&file).unwrap();
+        for line in ["[Network]", "ManageForeignRoutingPolicyRules=no", "ManageForeignRoutes=no"] {
+            assert!(text.lines().any(|found| found == line), "{line}");
+        }
+        tree.remove_networkd_settings().unwrap();
+        tree.remove_networkd_settings().unwrap();
+        assert!(!file.exists());
+        // What a person changed is theirs.
+        std::fs::write(&file, "[Network]\n").unwrap();
+        tree.remove_networkd_settings().unwrap();
+        assert!(file.exists());
+        std::fs::remove_file(&file).unwrap();
+        // A package has its own.
+        let packaged = tree.path(PACKAGE_NETWORKD_FILES[0]);
+        std::fs::create_dir_all(packaged.parent().unwrap()).unwrap();
+        std::fs::write(packaged, text).unwrap();
+        tree.install("").unwrap();
+        assert!(!file.exists());
     }
 
     #[test]

@@ -153,7 +153,7 @@ struct SignedFile {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Counters {
-    /// Greater at each start of the agent: the start's time in seconds since 1970, or one more than
+    /// Greater at each start of the agent: the start's time in milliseconds since 1970, or one more than
     /// before where the clock was set back. So it grows even when it could not be stored.
     pub boot_epoch: u64,
     /// Generation of the last record that was published or about to be.
@@ -354,7 +354,7 @@ impl StateDir {
     }
 
     /// Begins a start of the agent: returns counters with a new boot epoch, stored if that is
-    /// possible. `now`: seconds since 1970.
+    /// possible. `now`: milliseconds since 1970.
     ///
     /// # Errors
     ///
@@ -667,12 +667,12 @@ mod tests {
         let filler = directory.join("filler");
         let mut file = File::create(&filler).unwrap();
         for size in [4_096, 1] {
-            while file.write_all(&vec![0; size]).is_ok() {}
+            while io::Write::write_all(&mut file, &vec![0; size]).is_ok() {}
         }
         filler
     }
 
-    crate::netlink::testing::namespace_test! {
+    towline_netns::namespace_test! {
         fn a_full_disk_is_worked_with_and_caught_up_with() {
             let dir = tempfile::tempdir().unwrap();
             mount_disk(dir.path(), nix::mount::MsFlags::empty());
@@ -704,7 +704,7 @@ mod tests {
         }
     }
 
-    crate::netlink::testing::namespace_test! {
+    towline_netns::namespace_test! {
         fn a_read_only_disk_is_started_on_by_one_agent_at_a_time() {
             use nix::mount::{MsFlags, mount};
             let dir = tempfile::tempdir().unwrap();

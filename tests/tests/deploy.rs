@@ -255,6 +255,11 @@ fn units_name_their_order_and_give_up_what_they_do_not_need() {
     // Root writes what the kubelet is started with; the agent's directory is not root's.
     let kubelet = read("systemd/kubelet.service.d/10-towline.conf");
     assert!(!kubelet.contains("/run/towline/"), "{kubelet}");
+    let guard = read("systemd/towline-guard.service");
+    for line in ["Type=notify", "ExecStart=/usr/bin/towline guard --watch", "Restart=on-failure"] {
+        assert!(guard.lines().any(|found| found == line), "{line}");
+    }
+    assert!(!guard.contains("ReadWritePaths"), "it only reads");
     for drop_in in ["kubelet.service.d", "k3s-agent.service.d"] {
         let text = read(&format!("systemd/{drop_in}/10-towline.conf"));
         assert!(text.contains("After=towline.service"));

@@ -9,6 +9,7 @@ use super::local::{runtime, said, with_agent};
 use super::output;
 use crate::config::Config;
 use crate::daemon::{self, Purpose};
+use crate::install::Tree;
 use crate::state::StateDir;
 
 pub(super) fn run(
@@ -54,6 +55,9 @@ pub(super) fn leave(config: &Config, force: bool) -> anyhow::Result<()> {
     } else {
         let state = StateDir::open(&config.state_dir)?;
         runtime()?.block_on(daemon::leave(config, &state, force))?;
+    }
+    if let Err(error) = Tree::new(None).remove_networkd_settings() {
+        eprintln!("left, but {error:#}");
     }
     eprintln!("left the mesh; this machine is open again");
     Ok(())

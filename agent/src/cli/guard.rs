@@ -12,6 +12,13 @@ use crate::guard::{self, Guarded};
 use crate::node_ip;
 
 #[derive(Debug, Args)]
+pub(super) struct GuardArgs {
+    /// Stay, and put back what others remove, for as long as no agent runs
+    #[arg(long)]
+    watch: bool,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct NodeIpArgs {
     /// The IPv4 address alone
     #[arg(short = '4', long)]
@@ -31,24 +38,16 @@ struct NodeIp {
     ipv6: Option<IpAddr>,
 }
 
-pub(super) fn guard(config: &Config) -> anyhow::Result<()> {
+pub(super) fn guard(config: &Config, args: &GuardArgs) -> anyhow::Result<()> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).without_time().init();
-    match guard::run(config)? {
-        Guarded::NotJoined => {
-            eprintln!("this machine has not joined a mesh: there is nothing to guard yet");
-        }
-        Guarded::AgentRuns => eprintln!("an agent runs: it keeps the guards"),
-        Guarded::Down => {
-            eprintln!("this machine is down: nothing is guarded until `towline up` is run");
-        }
-        Guarded::Stands { networks, is_whole, problems, .. } => {
-            if !is_whole {
-                bail!("{}", problems.join("; "));
-            }
-            problems.iter().for_each(|problem| eprintln!("{problem}"));
-            eprintln!("{networks} networks are guarded");
-        }
+    if args.watch {
+        return guard::watch(config);
     }
+    let guarded = guard::run(config)?;
+    if matches!(guarded, Guarded::Stands { is_whole: false, .. }) {
+        bail!("{guarded}");
+    }
+    eprintln!("{guarded}");
     Ok(())
 }
 

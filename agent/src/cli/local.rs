@@ -9,7 +9,7 @@ use towline_proto::limits;
 use towline_proto::pb::local_client::LocalClient;
 
 /// Runs `work` on a runtime of its own, with a client of the agent's socket.
-pub(super) fn with_agent<T>(
+pub(crate) fn with_agent<T>(
     socket: &Path,
     work: impl AsyncFnOnce(LocalClient<Channel>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {

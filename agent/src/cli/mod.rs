@@ -7,7 +7,7 @@ mod daemon;
 mod guard;
 mod install;
 mod join;
-mod local;
+pub(crate) mod local;
 mod output;
 mod peers;
 mod ping;
@@ -69,7 +69,7 @@ enum Command {
     /// Open the machine: stop the agent and remove its link, routes and guards
     Down,
     /// Guard the mesh's networks before any agent runs, from what is on the disk (for the boot)
-    Guard,
+    Guard(guard::GuardArgs),
     /// Show the address by which other nodes know this one, for the kubelet's --node-ip
     NodeIp(guard::NodeIpArgs),
     /// Look at the configuration
@@ -135,7 +135,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Ping(args) => ping::run(&config()?, args),
         Command::Leave(args) => daemon::leave(&config()?, args.force),
         Command::Down => daemon::down(&config()?),
-        Command::Guard => guard::guard(&config()?),
+        Command::Guard(args) => guard::guard(&config()?, &args),
         Command::NodeIp(args) => guard::node_ip(&config()?, &args),
         Command::Config(ConfigCommand::Check) => {
             crate::static_peers::load(&config()?.peers)?;

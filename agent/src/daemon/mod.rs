@@ -17,6 +17,8 @@ mod paths;
 mod prefixes;
 mod report;
 mod start_report;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -171,7 +173,7 @@ impl Daemon {
         };
         // Who peers without a mesh needs a key all the same.
         let keys = if membership.is_some() { state.keys()? } else { state.keys_or_generate()? };
-        let counters = state.start(unix_seconds())?;
+        let counters = state.start(unix_millis())?;
         let map = membership.as_ref().map(|membership| state.map(membership)).transpose()?;
 
         let listener = control::listen(&config.socket)?;
@@ -715,10 +717,10 @@ pub(crate) fn core_config(
     }
 }
 
-/// The time of the machine's clock, in seconds since 1970.
-fn unix_seconds() -> u64 {
+/// The time of the machine's clock, in milliseconds since 1970.
+fn unix_millis() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    now.unwrap_or_default().as_secs()
+    u64::try_from(now.unwrap_or_default().as_millis()).unwrap_or_default()
 }
 
 /// Where a running agent would be found.

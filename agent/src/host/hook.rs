@@ -11,6 +11,7 @@
 //! The rules are written as iptables would write them, so that it lists them too, and carry
 //! [`TAG`], by which they are found and removed.
 
+use nix::errno::Errno;
 use towline_nftables::{
     Expression, Loaded, Nft, NftError, Rule, TableFamily, Transaction, Verdict,
 };
@@ -33,6 +34,8 @@ pub(super) fn put(nft: &mut Nft, link: &str, changes: &mut Changes) -> Result<()
     for family in FAMILIES {
         match put_family(nft, family, link) {
             Ok(messages) => changes.messages += messages,
+            // A kernel without this family has nobody's chains in it.
+            Err(error) if error.errno() == Some(Errno::EAFNOSUPPORT) => {}
             Err(NftError::Netlink(error)) => return Err(error.into()),
             Err(NftError::Unsupported) => {}
             // Docker may be making it just now: then a notification comes.
@@ -98,6 +101,7 @@ pub(super) fn remove(nft: &mut Nft) -> Result<usize, NftError> {
         let have = match nft.read_chain(family, table, chain) {
             Ok(Some(have)) => have,
             Ok(None) | Err(NftError::Unsupported) => continue,
+            Err(error) if error.errno() == Some(Errno::EAFNOSUPPORT) => continue,
             Err(error) => return Err(error),
         };
         let mut transaction = Transaction::new();

@@ -30,9 +30,10 @@ mod watch;
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use towline_core::plan::Plan;
 
-use towline_netlink::{Family, MAIN_TABLE, NetlinkError, Rtnetlink};
+use towline_netlink::{Family, MAIN_TABLE, NetlinkError, RouteKind, Rtnetlink};
 use towline_nftables::{Nft, NftError};
 
 pub use address::LocalAddress;
@@ -89,6 +90,37 @@ impl HostNetwork {
             applied: None,
             problems: Vec::new(),
         })
+    }
+
+    /// Opens the sockets for a program that only keeps the guards until an agent runs: the nftables table
+    /// is made without an owner, so that the agent can adopt it.
+    pub fn open_unowned() -> Result<Self, NetlinkError> {
+        Ok(Self { ownable: false, ..Self::open()? })
+    }
+
+    /// Returns the networks that unreachable routes of ours guard now.
+    pub fn guarded(&mut self, names: &Names) -> Result<Vec<IpNet>, NetlinkError> {
+        let mut found = Vec::new();
+        for family in Families::probe(&mut self.rtnetlink)?.routed() {
+            let routes = self.rtnetlink.routes(family, Some(names.table))?;
+            let ours = routes
+                .into_iter()
+                .filter(|route| route.protocol == OURS && route.kind == RouteKind::Unreachable);
+            found.extend(ours.map(|route| route.destination));
+        }
+        Ok(found)
+    }
+
+    /// As on a kernel without nftables.
+    #[cfg(test)]
+    pub(crate) fn lack_nftables(&mut self) {
+        self.nft = None;
+    }
+
+    /// Whether the kernel lets it own its nftables table, as far as is known.
+    #[cfg(test)]
+    pub(crate) fn is_owner(&self) -> bool {
+        self.ownable
     }
 
     /// Makes the host be like the plan.

@@ -183,6 +183,8 @@ fn deb(programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Result<Vec<u8>> {
         let place = format!("usr/lib/{name}");
         files.push(Entry::file(&place, 0o644, deploy(&format!("systemd/{name}"))?));
     }
+    let networkd = "systemd/networkd.conf.d/10-towline.conf";
+    files.push(Entry::file(&format!("usr/lib/{networkd}"), 0o644, deploy(networkd)?));
     for name in ["agent.toml", "controller.toml", "kubeadm.md", "k3s.md"] {
         files.push(Entry::file(&format!("usr/share/doc/towline/{name}"), 0o644, deploy(name)?));
     }

@@ -132,7 +132,7 @@ fn refusal(to: &str) -> Option<i32> {
 
 /// As on a kernel whose tables have no owners, so that others can delete ours.
 fn open_without_ownership() -> HostNetwork {
-    HostNetwork { ownable: false, ..HostNetwork::open().unwrap() }
+    HostNetwork::open_unowned().unwrap()
 }
 
 fn apply(host: &mut HostNetwork, plan: &Plan) -> Changes {

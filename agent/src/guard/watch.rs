@@ -1,0 +1,428 @@
+//! `towline guard --watch`: the guards stay in place for as long as no agent runs.
+//!
+//! ```text
+//!             the agent takes the lock
+//!   guards ◄──────────────────────────────► passive
+//!     ▲  │    the agent stopped or crashed
+//!     └──┘
+//!   somebody removed a rule, a route or the table: it is put back
+//! ```
+//!
+//! The lock of the state directory decides: an agent holds it alone, the guard shares it while it
+//! works, and does nothing while it cannot have it. The nftables table is made without an owner,
+//! so that the agent can adopt it.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+use towline_core::plan::{Plan, RoutePlan, RouteVia};
+
+use super::{Guarded, enter, outcome, plan};
+use crate::config::Config;
+use crate::host::{HostEvent, HostNetwork, Names, Problem, Watch};
+use crate::notify::Notifier;
+use crate::state::StateDir;
+
+/// Between two looks at the lock and the files, which say nothing by themselves.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// Sets up the guards and keeps them until a signal ends it; they stay then.
+///
+/// # Errors
+///
+/// When they cannot be set up at the start. Later failures are logged and tried again.
+pub fn watch(config: &Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let notifier = Notifier::from_environment();
+        let mut keeper = Keeper::new(config.clone());
+        let mut said = keeper.look()?.to_string();
+        anyhow::ensure!(keeper.is_whole(), "{said}");
+        tracing::info!("{said}");
+        notifier.status(&said);
+        notifier.ready();
+        loop {
+            tokio::select! {
+                () = keeper.changed() => {}
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+            }
+            let now = match keeper.look() {
+                Ok(guarded) => guarded.to_string(),
+                Err(error) => {
+                    keeper.held = None;
+                    format!("the guards are not kept: {error:#}")
+                }
+            };
+            if now != said {
+                tracing::info!("{now}");
+                notifier.status(&now);
+                said = now;
+            }
+        }
+        notifier.stopping();
+        Ok(())
+    })
+}
+
+/// Keeps the guards while nobody else does.
+struct Keeper {
+    config: Config,
+    /// `None`: somebody else keeps them, or there is nothing to guard.
+    held: Option<Held>,
+}
+
+/// The guards in the keeper's care.
+struct Held {
+    network: HostNetwork,
+    watch: Watch,
+    plan: Plan,
+    /// The files that the plan was made from.
+    files: Files,
+    /// Something of ours was touched, or was refused, since the last apply.
+    is_stale: bool,
+    last: Guarded,
+}
+
+impl Keeper {
+    fn new(config: Config) -> Self {
+        Self { config, held: None }
+    }
+
+    /// Whether no guard was refused at the last look.
+    fn is_whole(&self) -> bool {
+        match self.held.as_ref().map(|held| &held.last) {
+            Some(Guarded::Stands { is_whole, .. }) => *is_whole,
+            _ => true,
+        }
+    }
+
+    /// Puts back what is missing, if nobody else keeps the guards.
+    fn look(&mut self) -> anyhow::Result<Guarded> {
+        // Held to the end: an agent that starts waits for it.
+        let state = match enter(&self.config)? {
+            Ok(state) => state,
+            Err(reason) => {
+                self.held = None;
+                return Ok(reason);
+            }
+        };
+        let files = Files::of(&self.config.state_dir);
+        let held = match self.held.take().filter(|held| held.files == files) {
+            Some(held) => held,
+            None => Held::open(&self.config, &state, files)?,
+        };
+        let held = self.held.insert(held);
+        if std::mem::take(&mut held.is_stale) {
+            let applied = held.network.apply(&held.plan).context("the guards are not installed")?;
+            // The link comes with the agent.
+            held.is_stale = applied.problems.iter().any(|problem| {
+                problem.is_worth_retrying() && !matches!(problem, Problem::LinkMissing(_))
+            });
+            held.last = outcome(&held.plan, &applied);
+        }
+        Ok(held.last.clone())
+    }
+
+    /// Returns when it may be time to look again.
+    async fn changed(&mut self) {
+        let tick = tokio::time::sleep(PERIOD);
+        let Some(held) = &mut self.held else { return tick.await };
+        tokio::select! {
+            () = tick => {}
+            event = held.watch.next() => match event {
+                Ok(HostEvent::OursChanged | HostEvent::HooksChanged) => {
+                    held.network.invalidate();
+                    held.is_stale = true;
+                }
+                Ok(HostEvent::AddressesChanged) => {}
+                // It is opened again at the next look.
+                Err(_) => {
+                    self.held = None;
+                    tokio::time::sleep(PERIOD).await;
+                }
+            },
+        }
+    }
+}
+
+impl Held {
+    fn open(config: &Config, state: &StateDir, files: Files) -> anyhow::Result<Self> {
+        let plan = plan(config, state)?;
+        let mut network = HostNetwork::open_unowned().context("cannot open a netlink socket")?;
+        let names = Names::of(&plan);
+        let watch = network.watch(&names).context("cannot watch the host's network")?;
+        let plan = with_guarded(plan, &mut network)?;
+        let last = Guarded::NotJoined;
+        Ok(Self { network, watch, plan, files, is_stale: true, last })
+    }
+}
+
+/// The plan with the networks that an agent guarded and did not write down: its disk may have been
+/// full.
+fn with_guarded(mut plan: Plan, network: &mut HostNetwork) -> anyhow::Result<Plan> {
+    let found = network.guarded(&Names::of(&plan)).context("cannot read the routes")?;
+    for net in found {
+        if !plan.firewall.guarded.iter().any(|have| have.contains(&net)) {
+            plan.firewall.guarded.insert(net);
+            plan.routes.insert((net, RouteVia::Unreachable), RoutePlan::default());
+        }
+    }
+    Ok(plan)
+}
+
+/// Which files the plan is made from, as far as a change of them shows.
+#[derive(Debug, PartialEq, Eq)]
+struct Files(Vec<Option<(u64, i64, i64)>>);
+
+impl Files {
+    fn of(directory: &Path) -> Self {
+        let of = |name: &str| {
+            let metadata = std::fs::metadata(directory.join(name)).ok()?;
+            Some((metadata.ino(), metadata.mtime(), metadata.mtime_nsec()))
+        };
+        Self(["membership.json", "map.bin", "prefixes.json"].map(of).into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{host, leaves, state_of_a_node};
+    use super::*;
+    use towline_netlink::{Family, Route, RouteKind, Rtnetlink};
+    use towline_netns::namespace_test;
+    use towline_nftables::{Nft, Ownership, TableFamily};
+
+    const OUR_TABLE: u32 = 21_580;
+
+    fn run<T>(body: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(body)
+    }
+
+    fn rules() -> usize {
+        let mut rtnetlink = Rtnetlink::open().unwrap();
+        let all = Family::ALL.map(|family| rtnetlink.rules(family).unwrap());
+        all.iter().flatten().filter(|rule| rule.made_by == crate::host::OURS).count()
+    }
+
+    fn delete_rules() {
+        let mut rtnetlink = Rtnetlink::open().unwrap();
+        for family in Family::ALL {
+            for rule in rtnetlink.rules(family).unwrap() {
+                if rule.made_by == crate::host::OURS {
+                    rtnetlink.delete_rule(&rule).unwrap();
+                }
+            }
+        }
+    }
+
+    fn routes() -> usize {
+        let mut rtnetlink = Rtnetlink::open().unwrap();
+        Family::ALL
+            .map(|family| rtnetlink.routes(family, Some(OUR_TABLE)).unwrap().len())
+            .iter()
+            .sum()
+    }
+
+    fn delete_routes() {
+        let mut rtnetlink = Rtnetlink::open().unwrap();
+        for family in Family::ALL {
+            for route in rtnetlink.routes(family, Some(OUR_TABLE)).unwrap() {
+                rtnetlink.delete_route(&route).unwrap();
+            }
+        }
+    }
+
+    fn has_table() -> bool {
+        Nft::open().unwrap().read(TableFamily::Inet, "towline").unwrap().is_some()
+    }
+
+    fn delete_table() {
+        Nft::open().unwrap().delete(TableFamily::Inet, "towline").unwrap();
+    }
+
+    /// Lets the keeper work until the host is as it should be.
+    async fn until(keeper: &mut Keeper, what: &str, done: impl Fn() -> bool) {
+        let work = async {
+            while !done() {
+                keeper.changed().await;
+                keeper.look().unwrap();
+            }
+        };
+        let ended = tokio::time::timeout(Duration::from_secs(20), work).await;
+        ended.unwrap_or_else(|_| panic!("not repaired: {what}"));
+    }
+
+    fn keeper(directory: &Path) -> Keeper {
+        let config = Config {
+            state_dir: directory.join("state"),
+            socket: directory.join("agent.sock"),
+            ..Config::default()
+        };
+        state_of_a_node(&config.state_dir);
+        Keeper::new(config)
+    }
+
+    namespace_test! {
+        fn what_others_remove_is_put_back_while_no_agent_runs() {
+            let dir = tempfile::tempdir().unwrap();
+            host();
+            run(async {
+                let mut keeper = keeper(dir.path());
+                assert!(matches!(keeper.look().unwrap(), Guarded::Stands { is_whole: true, .. }));
+                let (rules_before, routes_before) = (rules(), routes());
+                assert!(rules_before > 0 && routes_before > 0 && has_table());
+                for (what, act) in [
+                    ("rules", delete_rules as fn()),
+                    ("routes", delete_routes),
+                    ("nftables", delete_table),
+                    ("all of it", || { delete_rules(); delete_routes(); delete_table(); }),
+                ] {
+                    act();
+                    until(&mut keeper, what, || {
+                        rules() == rules_before && routes() == routes_before && has_table()
+                    })
+                    .await;
+                    assert!(!leaves("198.19.0.2"), "{what}");
+                }
+            });
+        }
+    }
+
+    namespace_test! {
+        fn without_nftables_the_routes_alone_are_kept() {
+            let dir = tempfile::tempdir().unwrap();
+            host();
+            run(async {
+                let mut keeper = keeper(dir.path());
+                let state = enter(&keeper.config).unwrap().unwrap();
+                let files = Files::of(&keeper.config.state_dir);
+                let mut held = Held::open(&keeper.config, &state, files).unwrap();
+                held.network.lack_nftables();
+                keeper.held = Some(held);
+                let Guarded::Stands { is_whole, problems, .. } = keeper.look().unwrap() else {
+                    panic!("they stand");
+                };
+                assert!(is_whole && problems[0].contains("nftables"), "{problems:?}");
+                assert!(!leaves("198.19.0.2"));
+                // As systemd-networkd does at its start.
+                delete_rules();
+                delete_routes();
+                assert!(leaves("198.19.0.2"));
+                until(&mut keeper, "rules and routes", || !leaves("198.19.0.2")).await;
+            });
+        }
+    }
+
+    namespace_test! {
+        fn nothing_is_put_back_while_the_machine_is_down() {
+            let dir = tempfile::tempdir().unwrap();
+            host();
+            run(async {
+                let mut keeper = keeper(dir.path());
+                keeper.look().unwrap();
+                let marker = keeper.config.state_dir.join("down");
+                std::fs::write(&marker, "").unwrap();
+                delete_rules();
+                delete_routes();
+                delete_table();
+                for _ in 0..2 {
+                    keeper.changed().await;
+                    assert_eq!(keeper.look().unwrap(), Guarded::Down);
+                }
+                assert!(rules() == 0 && routes() == 0 && !has_table() && leaves("198.19.0.2"));
+                std::fs::remove_file(&marker).unwrap();
+                until(&mut keeper, "after `up`", || !leaves("198.19.0.2")).await;
+            });
+        }
+    }
+
+    namespace_test! {
+        fn an_agent_takes_over_and_what_it_guarded_is_kept_when_it_crashes() {
+            let dir = tempfile::tempdir().unwrap();
+            host();
+            if let Err(error) = crate::dataplane::open_tun("towline0") {
+                return println!("skipped: {error}");
+            }
+            run(async {
+                let mut keeper = keeper(dir.path());
+                keeper.look().unwrap();
+                let plan = keeper.held.as_ref().unwrap().plan.clone();
+
+                let state = StateDir::open(&keeper.config.state_dir).unwrap();
+                let mut agent = HostNetwork::open().unwrap();
+                let mut more = plan.clone();
+                // Learned, and not written down.
+                let learned: ipnet::IpNet = "203.0.113.0/24".parse().unwrap();
+                let learned_v6: ipnet::IpNet = "fd99::/64".parse().unwrap();
+                for net in [learned, learned_v6] {
+                    more.firewall.guarded.insert(net);
+                    more.routes.insert((net, RouteVia::Unreachable), RoutePlan::default());
+                }
+                assert_eq!(agent.apply(&more).unwrap().problems, []);
+                assert_eq!(keeper.look().unwrap(), Guarded::AgentRuns);
+                // The agent's own to repair.
+                delete_rules();
+                keeper.changed().await;
+                assert_eq!(keeper.look().unwrap(), Guarded::AgentRuns);
+                assert_eq!(rules(), 0);
+                agent.invalidate();
+                agent.apply(&more).unwrap();
+
+                // A crash.
+                drop((agent, state));
+                until(&mut keeper, "after the crash", || !leaves("203.0.113.9")).await;
+                assert!(matches!(keeper.look().unwrap(), Guarded::Stands { .. }));
+                delete_routes();
+                delete_table();
+                until(&mut keeper, "what was learned", || {
+                    let found = Rtnetlink::open().unwrap().routes(Family::V4, Some(OUR_TABLE));
+                    let guard = |route: &Route| {
+                        route.destination == learned && route.kind == RouteKind::Unreachable
+                    };
+                    has_table() && found.unwrap().iter().any(guard)
+                })
+                .await;
+                assert!(!leaves("203.0.113.9"));
+
+                // The next agent finds a table that it can own.
+                let _state = StateDir::open(&keeper.config.state_dir).unwrap();
+                let mut agent = HostNetwork::open().unwrap();
+                assert_eq!(agent.apply(&plan).unwrap().problems, []);
+                let table = Nft::open().unwrap().read(TableFamily::Inet, "towline").unwrap().unwrap();
+                assert_eq!(table.table.ownership == Ownership::Owner, agent.is_owner());
+                assert_eq!(keeper.look().unwrap(), Guarded::AgentRuns);
+            });
+        }
+    }
+
+    namespace_test! {
+        fn a_machine_that_joins_while_it_watches_is_guarded() {
+            let dir = tempfile::tempdir().unwrap();
+            host();
+            run(async {
+                let config = Config {
+                    state_dir: dir.path().join("state"),
+                    socket: dir.path().join("agent.sock"),
+                    ..Config::default()
+                };
+                let mut keeper = Keeper::new(config);
+                assert_eq!(keeper.look().unwrap(), Guarded::NotJoined);
+                state_of_a_node(&keeper.config.state_dir);
+                until(&mut keeper, "after the join", || !leaves("198.19.0.2")).await;
+                std::fs::remove_file(keeper.config.state_dir.join("membership.json")).unwrap();
+                keeper.changed().await;
+                assert_eq!(keeper.look().unwrap(), Guarded::NotJoined);
+            });
+        }
+    }
+}
