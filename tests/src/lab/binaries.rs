@@ -36,10 +36,30 @@ impl Binaries {
     /// Builds them with `$CARGO` (else `cargo`) and takes their places from what cargo says: the
     /// target directory may be anywhere. On a terminal cargo shows its own progress.
     pub fn build(profile: Profile) -> anyhow::Result<Self> {
+        line(match profile {
+            Profile::Dev => "building the daemons",
+            Profile::Release | Profile::Bench => "building the daemons (release)",
+        });
+        Self::build_in(workspace(), profile, None)
+    }
+
+    /// Builds the daemons of another checkout, in release mode, into its own directory `target`:
+    /// in a shared one the programs of both would have the same path.
+    pub fn build_of(checkout: &Path) -> anyhow::Result<Self> {
+        let checkout = std::fs::canonicalize(checkout)
+            .with_context(|| format!("no checkout at {}", checkout.display()))?;
+        if checkout == std::fs::canonicalize(workspace())? {
+            bail!("{} is this checkout itself: name another one", checkout.display());
+        }
+        line(&format!("building the daemons of {} (release)", checkout.display()));
+        Self::build_in(&checkout, Profile::Release, Some(&checkout.join("target")))
+            .with_context(|| format!("in {}", checkout.display()))
+    }
+
+    fn build_in(checkout: &Path, profile: Profile, target: Option<&Path>) -> anyhow::Result<Self> {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let terminal = std::io::stderr().is_terminal();
         let release = profile != Profile::Dev;
-        line(if release { "building the daemons (release)" } else { "building the daemons" });
         let mut command = Command::new(&cargo);
         command
             .args(["build", "--message-format=json-render-diagnostics"])
@@ -47,12 +67,15 @@ impl Binaries {
             // get the same features as for the lab itself and are not built a second time.
             .args(["-p", "towline-agent", "-p", "towline-controller", "-p", "towline-tests"])
             .args(["--bin", "towline", "--bin", "towline-controller"])
-            .current_dir(workspace())
+            .current_dir(checkout)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit());
         if release {
             command.arg("--release");
+        }
+        if let Some(target) = target {
+            command.arg("--target-dir").arg(target);
         }
         if profile == Profile::Bench {
             command.args(["--bin", "lab"]);
@@ -99,9 +122,9 @@ impl Binaries {
 }
 
 /// The workspace that this package was built from.
-fn workspace() -> PathBuf {
+fn workspace() -> &'static Path {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-    package.parent().unwrap_or(package).to_owned()
+    package.parent().unwrap_or(package)
 }
 
 /// Whether a variable tells of the package that an outer `cargo run` or `cargo test` runs. Build

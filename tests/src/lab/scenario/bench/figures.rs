@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::case::Case;
+use super::{BEFORE, NOW, interval};
 use crate::lab::report::Figures;
 
 /// A benchmark.
@@ -25,6 +26,9 @@ pub struct Bench {
     pub ratios: BTreeMap<String, f64>,
     /// Least and most of the same rounds' ratios.
     pub ratio_spread: BTreeMap<String, [f64; 2]>,
+    /// By case: this working copy's figures divided by those of the subject `before`. Empty without it.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub against: BTreeMap<&'static str, Against>,
     /// Largest peak of resident memory among a subject's two daemons, in megabytes (10^6 bytes).
     pub rss_mb: BTreeMap<&'static str, f64>,
     /// Datagrams of Towline's that came after a later one of their flow, in all cases.
@@ -53,6 +57,20 @@ pub struct Skipped {
     pub name: String,
     /// In one line.
     pub why: String,
+}
+
+/// One case, compared with another build.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Against {
+    /// Median of the rounds' ratios, this working copy's figure above. Above 1 is faster, except for
+    /// a case in milliseconds.
+    pub ratio: f64,
+    /// Lower end of the interval that holds the median with 95 % confidence.
+    pub low: f64,
+    /// Upper end of that interval.
+    pub high: f64,
+    /// Number of ratios: the rounds in which both were measured.
+    pub rounds: usize,
 }
 
 /// One case.
@@ -140,6 +158,23 @@ impl Bench {
         }
     }
 
+    /// Fills in [`Self::against`] from what was measured.
+    pub(super) fn compare_with_before(&mut self) {
+        for (name, case) in &self.cases {
+            let rounds = |subject| case.subjects.get(subject).map(|figure| &*figure.rounds);
+            let Some((now, before)) = rounds(NOW).zip(rounds(BEFORE)) else { continue };
+            let ratios: Vec<f64> = now
+                .iter()
+                .zip(before)
+                .map(|(now, before)| now / before)
+                .filter(|ratio| ratio.is_finite())
+                .collect();
+            let Some([low, high]) = interval::of_median(&ratios) else { continue };
+            let [ratio, low, high] = [median(&ratios), low, high].map(digits);
+            self.against.insert(name, Against { ratio, low, high, rounds: ratios.len() });
+        }
+    }
+
     fn ratio(&mut self, name: String, above: (Case, &str), below: (Case, &str), cpu: bool) {
         let rounds = |(case, subject): (Case, &str)| {
             let figure = self.cases.get(case.name())?.subjects.get(subject)?;
@@ -210,6 +245,15 @@ impl Figures for Bench {
             let [least, most] = self.ratio_spread.get(name).copied().unwrap_or_default();
             let _ = writeln!(text, "  {name:34} {ratio:7.2}   ({least:.2} to {most:.2})");
         }
+        if !self.against.is_empty() {
+            let _ = writeln!(text, "this build against the other, with 95 % confidence:");
+        }
+        for (name, Against { ratio, low, high, rounds }) in &self.against {
+            let _ = writeln!(
+                text,
+                "  {name:34} {ratio:7.3}   ({low:.3} to {high:.3}, {rounds} rounds)"
+            );
+        }
         let _ =
             writeln!(text, "reordered: {} of {} datagrams", self.reordered, self.ordered_datagrams);
         for Skipped { name, why } in &self.skipped {
@@ -255,6 +299,21 @@ mod tests {
         assert_eq!(bench.ratio_spread["tcp1_vs_wireguard_go"], [1.0, 3.0]);
         assert_eq!(bench.ratios["cpu_per_gb_vs_wireguard_go"], 0.25);
         assert!(!bench.ratios.contains_key("tcp1_vs_limit"), "nothing to compare with");
+    }
+
+    #[test]
+    fn two_builds_are_compared_round_by_round() {
+        let mut bench = Bench::default();
+        for (now, before) in [(2.0, 2.0), (1.0, 2.0), (3.0, 2.0)] {
+            bench.add(Case::Tcp1, "towline", now, None);
+            bench.add(Case::Tcp1, "before", before, None);
+            bench.add(Case::Ping, "towline", now, None);
+        }
+        bench.compare_with_before();
+        let tcp1 = bench.against["tcp1"];
+        assert_eq!((tcp1.ratio, tcp1.rounds), (1.0, 3));
+        assert_eq!((tcp1.low, tcp1.high), (0.5, 1.5), "three rounds say little");
+        assert!(!bench.against.contains_key("ping"), "nothing to compare with");
     }
 
     #[test]

@@ -4,9 +4,13 @@
 //! whole run, idle but for the one that is measured. A round runs each case with each subject; the
 //! order of the subjects turns every round, and ratios are made of one round's figures, so that a
 //! machine that gets slower meanwhile slows both.
+//!
+//! With `--against DIR` the build of another checkout is a subject too, `before`: for each case the
+//! report has the median of the rounds' ratios, and how sure that median is ([`interval`]).
 
 mod case;
 mod figures;
+mod interval;
 pub mod limit;
 mod load;
 mod plot;
@@ -21,10 +25,12 @@ pub use case::Case;
 pub use figures::Bench;
 
 use super::Setting;
+use crate::lab::binaries::Binaries;
 use crate::lab::interrupt;
+use crate::lab::mesh::COMMAND_LIMIT;
 use crate::lab::peers::WireGuard;
 use crate::lab::privilege::Rank;
-use crate::lab::process::peak_resident_mb;
+use crate::lab::process::{Program, peak_resident_mb};
 use crate::lab::report::Promises;
 use crate::lab::topology::Lab;
 use crate::lab::traffic::{Pattern, tcp_both_ways};
@@ -39,11 +45,15 @@ pub struct Options {
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub rounds: Option<u16>,
     /// Only these.
-    #[arg(long = "case", num_args = 1.., value_enum)]
+    #[arg(long = "case", num_args = 1.., value_delimiter = ',', value_enum)]
     pub cases: Vec<Case>,
     /// Only these subjects: towline, limit, wireguard-go, gotatun, boringtun.
-    #[arg(long = "subject", num_args = 1..)]
+    #[arg(long = "subject", num_args = 1.., value_delimiter = ',')]
     pub subjects: Vec<String>,
+    /// Compare with the release build of another checkout, the subject `before`. The others take part
+    /// only where `--subject` names them.
+    #[arg(long, value_name = "DIR")]
+    pub against: Option<PathBuf>,
     /// Longer windows, more rounds, every case with every subject, and 10 million datagrams
     /// watched for their order.
     #[arg(long)]
@@ -80,6 +90,11 @@ struct Contestant {
     all: bool,
 }
 
+/// Name of the subject that is built from this working copy.
+const NOW: &str = "towline";
+/// Name of the subject that is built from another checkout.
+const BEFORE: &str = "before";
+
 /// Runs it.
 pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Bench> {
     let mut bench = Bench {
@@ -91,11 +106,15 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Bench> {
         ..Bench::default()
     };
     let mut promises = Promises::new();
+    let before = options.against.as_deref().map(Binaries::build_of).transpose()?;
     let mut lab = Lab::new(setting.rank)?;
-    if let Err(error) = measure(setting, options, &mut lab, &mut bench, &mut promises) {
+    if let Err(error) =
+        measure(setting, options, before.as_ref(), &mut lab, &mut bench, &mut promises)
+    {
         promises.fail(format!("{error:#}"));
     }
     bench.compare();
+    bench.compare_with_before();
     promises.hold(bench.reordered == 0, || format!("no datagram reordered: {}", bench.reordered));
     bench.failed = promises.into_failed();
     if let Some(path) = &options.plot {
@@ -108,12 +127,13 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Bench> {
 fn measure(
     setting: &Setting,
     options: &Options,
+    before: Option<&Binaries>,
     lab: &mut Lab,
     bench: &mut Bench,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
     let cases: &[Case] = if options.cases.is_empty() { &Case::ALL } else { &options.cases };
-    let mut contestants = gather(setting, options, cases, lab, bench)?;
+    let mut contestants = gather(setting, options, before, cases, lab, bench)?;
     let pattern = Pattern::random()?;
     for contestant in &contestants {
         let (there, back) = (contestant.subject.there(false), contestant.subject.there(true));
@@ -142,7 +162,7 @@ fn measure(
                 match case.run(subject, window, pattern) {
                     Ok(outcome) => {
                         bench.add(*case, contestant.name, outcome.value, outcome.cpu);
-                        if contestant.name == "towline" {
+                        if contestant.name == NOW {
                             bench.reordered += outcome.carried.reordered;
                             bench.ordered_datagrams += outcome.carried.arrived;
                         }
@@ -153,7 +173,7 @@ fn measure(
                         let (name, why) =
                             (format!("{}/{}", case.name(), contestant.name), format!("{error:#}"));
                         // Of others it is told; of ours it is a fault.
-                        if contestant.name == "towline" && !case.is_optional() {
+                        if contestant.name == NOW && !case.is_optional() {
                             promises.fail(format!("{name}: {why}"));
                         } else {
                             bench.skipped.push(Skipped { name, why });
@@ -165,10 +185,11 @@ fn measure(
         bench.rounds += 1;
         contestants.reverse();
     }
-    for shared in contestants.iter().filter_map(|contestant| contestant.shared.as_ref()) {
-        if ordered(options) {
-            watch_order(setting, options, shared, bench)?;
-        }
+    let now = contestants.iter().find(|contestant| contestant.name == NOW);
+    if let Some(shared) = now.and_then(|now| now.shared.as_ref())
+        && ordered(options)
+    {
+        watch_order(setting, options, shared, bench)?;
     }
     for contestant in &contestants {
         let peaks = contestant
@@ -207,32 +228,29 @@ fn watch_order(
 fn gather(
     setting: &Setting,
     options: &Options,
+    before: Option<&Binaries>,
     cases: &[Case],
     lab: &mut Lab,
     bench: &mut Bench,
 ) -> anyhow::Result<Vec<Contestant>> {
-    let wanted = |name: &str| {
-        options.subjects.is_empty() || options.subjects.iter().any(|subject| subject == name)
-    };
+    let named = |name: &str| options.subjects.iter().any(|subject| subject == name);
+    let wanted = |name: &str| named(name) || options.subjects.is_empty() && before.is_none();
     let outer_v6 = cases.contains(&Case::OuterV6);
     let mut contestants = Vec::new();
-    if wanted("towline") {
+    if wanted(NOW) || before.is_some() {
         setting.talk.step("a controller and two agents");
-        let subject = Subject::towline(setting, lab, "towline", Outer::V4, 1, 1)?;
-        let over_v6 = outer_v6
-            .then(|| Subject::towline(setting, lab, "towline6", Outer::V6, 1, 1))
-            .transpose()?;
-        let crowded = cases
-            .contains(&Case::Peers1000)
-            .then(|| Subject::towline(setting, lab, "crowded", Outer::V4, 1000, 1))
-            .transpose()?;
-        let two = [Case::Tcp4Workers2, Case::PingWorkers2];
-        let shared = (ordered(options) || two.iter().any(|case| cases.contains(case)))
-            .then(|| Subject::towline(setting, lab, "shared", Outer::V4, 1, 2))
-            .transpose()?;
-        let (name, all) = ("towline", true);
-        contestants.push(Contestant { name, subject, over_v6, crowded, shared, all });
-        bench.subjects.insert("towline", env!("CARGO_PKG_VERSION").to_owned());
+        let binaries = &setting.binaries;
+        contestants.push(Contestant::towline(NOW, binaries, options, cases, lab)?);
+        bench.subjects.insert(NOW, env!("CARGO_PKG_VERSION").to_owned());
+    }
+    if let Some(binaries) = before {
+        setting.talk.step("a controller and two agents of the other checkout");
+        contestants.push(Contestant::towline(BEFORE, binaries, options, cases, lab)?);
+        let said = Program::new(&binaries.towline)
+            .arg("--version")
+            .run_ok(lab.internet(), COMMAND_LIMIT)?;
+        let version = said.split_whitespace().next_back().unwrap_or_default();
+        bench.subjects.insert(BEFORE, version.to_owned());
     }
     for which in WireGuard::ALL.into_iter().filter(|which| wanted(which.name())) {
         let name = which.name();
@@ -274,6 +292,38 @@ fn gather(
 }
 
 impl Contestant {
+    /// A build of Towline, with everything that the cases need.
+    fn towline(
+        name: &'static str,
+        binaries: &Binaries,
+        options: &Options,
+        cases: &[Case],
+        lab: &mut Lab,
+    ) -> anyhow::Result<Self> {
+        let mut subject = |kind: &str, outer, peers, workers| {
+            Subject::towline(binaries, lab, &format!("{name}{kind}"), outer, peers, workers)
+                .with_context(|| format!("{name}{kind}"))
+        };
+        let two = [Case::Tcp4Workers2, Case::PingWorkers2];
+        let is_shared = two.iter().any(|case| cases.contains(case));
+        Ok(Self {
+            name,
+            subject: subject("", Outer::V4, 1, 1)?,
+            over_v6: cases
+                .contains(&Case::OuterV6)
+                .then(|| subject("6", Outer::V6, 1, 1))
+                .transpose()?,
+            crowded: cases
+                .contains(&Case::Peers1000)
+                .then(|| subject("-many", Outer::V4, 1000, 1))
+                .transpose()?,
+            shared: (is_shared || name == NOW && ordered(options))
+                .then(|| subject("-two", Outer::V4, 1, 2))
+                .transpose()?,
+            all: true,
+        })
+    }
+
     /// What the case runs on; `None`: not at all.
     fn for_case(&self, case: Case) -> Option<&Subject> {
         match case {

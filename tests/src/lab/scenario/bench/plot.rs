@@ -15,8 +15,9 @@ const BAR: f64 = 18.0;
 const GAP: f64 = 6.0;
 
 /// Ours first and in its own colour; the limit is no rival.
-const SUBJECTS: [(&str, &str); 5] = [
+const SUBJECTS: [(&str, &str); 6] = [
     ("towline", "#1f6feb"),
+    ("before", "#8fb8f5"),
     ("wireguard-go", "#7d8590"),
     ("gotatun", "#9aa3ad"),
     ("boringtun", "#b7bec6"),

@@ -13,6 +13,7 @@ use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use super::load::Way;
+use crate::lab::binaries::Binaries;
 use crate::lab::interrupt::wait_for;
 use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::Namespace;
@@ -69,10 +70,10 @@ impl Outer {
 }
 
 impl Subject {
-    /// The real controller, and two agents that joined it. Each has so many `peers`; all but the
-    /// other of the two never say anything. So many `workers` move its packets.
+    /// The real controller, and two agents that joined it, all of one build. Each agent has so many
+    /// `peers`; all but the other of the two never say anything. So many `workers` move its packets.
     pub(super) fn towline(
-        setting: &Setting,
+        binaries: &Binaries,
         lab: &mut Lab,
         name: &str,
         outer: Outer,
@@ -82,10 +83,10 @@ impl Subject {
         let names = [format!("{name}-1"), format!("{name}-2")];
         let hosts = lab.pair([&names[0], &names[1]], outer.net())?;
         let more = format!("[wireguard]\nworkers = {workers}\n{}", silent_peers(peers - 1));
-        let controller = Controller::start(lab, &hosts[0], &setting.binaries)?;
+        let controller = Controller::start(lab, &hosts[0], binaries)?;
         let mut nodes = Vec::new();
         for (host, name) in hosts.iter().zip(&names) {
-            let mut node = Node::new(lab, host, name, &setting.binaries, &more)?;
+            let mut node = Node::new(lab, host, name, binaries, &more)?;
             node.join(&controller.operator().token("bench")?)?;
             node.launch()?;
             nodes.push(node);
