@@ -16,8 +16,8 @@ use super::package;
 use super::privilege::acquire;
 use super::report::{Forbidden, finish, print};
 use super::scenario::{
-    Setting, bench, bootstrap, cohabit, crash, demo, failover, idle, interop, kubernetes, leak,
-    many, mtu, nat, nodes, plan,
+    Setting, attack, bench, bootstrap, cohabit, crash, demo, failover, idle, interop, kubernetes,
+    leak, many, mtu, nat, nodes, plan,
 };
 use super::talk::{Talk, line};
 use super::traffic::random_bytes;
@@ -113,6 +113,14 @@ enum What {
         /// Of acts and moments; random when not given.
         #[arg(long)]
         seed: Option<u64>,
+    },
+    /// Strangers, neighbours, local users, pods and members attack a node: each attempt fails.
+    Attack {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        options: attack::Options,
     },
     /// Every arrow of a hybrid cluster, in both addressings: it arrives, and by the promised way.
     Nodes {
@@ -280,6 +288,16 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
             drop(setting);
             finish(&figures, json)
         }
+        What::Attack { options: attack::Options { list: true, .. }, .. } => {
+            print(&attack::list())?;
+            Ok(ExitCode::SUCCESS)
+        }
+        What::Attack { json, options } => {
+            let setting = prepare(rootless, Profile::Dev)?;
+            let figures = attack::run(&setting, &options)?;
+            drop(setting);
+            finish(&figures, json)
+        }
         What::Nodes { json, addressing, rp_filter } => {
             let setting = prepare(rootless, Profile::Dev)?;
             let both = nodes::Addressing::value_variants().to_vec();
@@ -338,6 +356,7 @@ bench   Towline beside other userspace WireGuards: speed, latency, processor tim
 crash   kill -9 at 100 random moments under a writing load: nothing acknowledged is lost
 interop wireguard-go, boringtun and gotatun as plain peers (root: their sockets lie in /var/run)
 leak    agents die, guards are flushed, strangers forge: nothing leaves in clear, nothing comes in
+attack  strangers, neighbours, local users, pods and members against a node: each attempt fails
 nodes   every arrow of a hybrid cluster, in both addressings: it arrives, and by the promised way
 cohabit firewalls, network managers and operators flush and delete: it is back, theirs untouched
 plan    what a host's network costs with 1,000 peers and 5,000 prefixes: all of it, and one change

@@ -58,6 +58,9 @@ pub struct ListedNode {
     pub online: bool,
     /// Of the record that it published last.
     pub generation: Option<u64>,
+    /// Its addresses in the mesh.
+    #[serde(default)]
+    pub overlay_addresses: Vec<IpAddr>,
 }
 
 /// A token as `towline-controller token list` prints it.
@@ -396,6 +399,12 @@ impl Node {
     /// What the agent says, and what ran before it.
     pub fn log(&self) -> PathBuf {
         self.directory.join("agent.log")
+    }
+
+    /// Starts `towline --config ... ARGUMENTS` on the machine, as a daemon.
+    pub fn start(&self, arguments: &[&str]) -> anyhow::Result<Daemon> {
+        let name = format!("`towline {}` on {}", arguments.join(" "), self.name);
+        self.program(arguments).start(self.host.namespace(), &name, &self.log())
     }
 
     /// Runs `towline --config ... ARGUMENTS` on the machine.

@@ -31,6 +31,8 @@
 //! | [`traffic`], [`ping`] | generators that verify each byte and each reply |
 //! | [`chatter`] | traffic without pause, that a fault would let out |
 //! | [`meddle`], [`forge`] | what co-tenants do to a host, and what strangers send it |
+//! | [`actor`], [`raw_tunnel`], [`ear`] | local users, a member without rules, and who hears what they send |
+//! | [`unusual`] | packets that look as if they might pass a guard |
 //! | [`report`], [`talk`] | promises, figures and the exit status; progress for people |
 //! | [`keep`] | a lab that stays up, and shells inside it |
 //! | [`scenario`], [`cli`] | what `cargo lab NAME` runs |
@@ -47,10 +49,12 @@
 //!   at Ctrl-C.
 //! - Nothing on the machine outside the lab's namespaces and its directory changes.
 
+pub mod actor;
 pub mod binaries;
 pub mod capture;
 pub mod chatter;
 pub mod cli;
+pub mod ear;
 pub mod flow;
 pub mod forge;
 pub mod inside;
@@ -65,9 +69,11 @@ pub mod peers;
 pub mod ping;
 pub mod privilege;
 pub mod process;
+pub mod raw_tunnel;
 pub mod report;
 pub mod scenario;
 pub mod talk;
 pub mod topology;
 pub mod traffic;
+pub mod unusual;
 pub mod wire;

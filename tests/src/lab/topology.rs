@@ -167,16 +167,30 @@ impl Host {
     /// A pod, as a CNI plugin lays it out: a host of its own behind the bridge `cni0` of this one, which
     /// forwards. Number 1 of each network is the bridge's, number 2 the pod's. One for each host.
     pub fn pod(&self, name: &str, v4: Ipv4Net, v6: Ipv6Net) -> anyhow::Result<Host> {
-        const BRIDGE: &str = "cni0";
+        self.behind_bridge(name, ("cni0", "veth0"), v4, v6)
+    }
+
+    /// A container of another program: as [`Self::pod`], behind the bridge `docker0`.
+    pub fn container(&self, name: &str, v4: Ipv4Net, v6: Ipv6Net) -> anyhow::Result<Host> {
+        self.behind_bridge(name, ("docker0", "veth1"), v4, v6)
+    }
+
+    fn behind_bridge(
+        &self,
+        name: &str,
+        (bridge, port): (&str, &str),
+        v4: Ipv4Net,
+        v6: Ipv6Net,
+    ) -> anyhow::Result<Host> {
         self.namespace.run(|| {
             let mut netlink = Rtnetlink::open()?;
-            add_bridge(&mut netlink, BRIDGE)?;
-            address(&mut netlink, BRIDGE, in_net(first_v4(v4), v4))?;
-            address(&mut netlink, BRIDGE, in_net(first_v6(v6), v6))
+            add_bridge(&mut netlink, bridge)?;
+            address(&mut netlink, bridge, in_net(first_v4(v4), v4))?;
+            address(&mut netlink, bridge, in_net(first_v6(v6), v6))
         })?;
         forward(&self.namespace)?;
         let namespace = bare(name)?;
-        plug(&namespace, "eth0", &self.namespace, BRIDGE, "veth0", Weather::default())?;
+        plug(&namespace, "eth0", &self.namespace, bridge, port, Weather::default())?;
         let own = [in_net(nth_v4(v4, 2), v4), in_net(nth_v6(v6, 2), v6)];
         let ways = [(own[0], first_v4(v4).into()), (own[1], first_v6(v6).into())];
         connect(&namespace, "eth0", &ways, 100)?;

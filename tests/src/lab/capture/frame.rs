@@ -12,7 +12,7 @@ pub(super) struct Outer<'a> {
     /// Of a larger packet, the first one included.
     pub(super) is_fragment: bool,
     /// Of UDP, when it is that.
-    udp_payload: Option<&'a [u8]>,
+    pub(super) udp_payload: Option<&'a [u8]>,
 }
 
 const ETHERNET_BYTES: usize = 14;

@@ -13,6 +13,7 @@
 
 mod frame;
 mod ring;
+mod tap;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use super::namespace::Namespace;
 use super::traffic::Pattern;
 use frame::Outer;
 use ring::Ring;
+pub use tap::{Tap, udp_payload};
 
 /// A running capture. Dropping it ends it.
 #[derive(Debug)]

@@ -128,14 +128,28 @@ impl Hybrid {
     /// Starts the controller, then joins and starts every node, and waits until all agents answer
     /// and are connected.
     pub fn bring_up(&self, setting: &Setting) -> anyhow::Result<Mesh> {
+        self.bring_up_with(setting, |_, configuration| (configuration.to_owned(), Vec::new()))
+    }
+
+    /// As [`Self::bring_up`], where `more` turns a node's name and configuration into the configuration
+    /// that it gets and the prefixes that its token grants.
+    pub fn bring_up_with(
+        &self,
+        setting: &Setting,
+        more: impl Fn(&str, &str) -> (String, Vec<IpNet>),
+    ) -> anyhow::Result<Mesh> {
         setting.talk.step("starting the controller");
         let controller = Controller::start(&self.lab, &self.cp, &setting.binaries)?;
         let mut nodes = Vec::new();
         for (name, site, configuration) in NODES {
             setting.talk.step(&format!("joining {name}"));
             let host = self.host(name)?;
-            let mut node = Node::new(&self.lab, host, name, &setting.binaries, configuration)?;
-            node.join(&controller.operator().token(site)?)?;
+            let (configuration, granted) = more(name, configuration);
+            let mut node = Node::new(&self.lab, host, name, &setting.binaries, &configuration)?;
+            let granted: Vec<String> = granted.iter().map(ToString::to_string).collect();
+            let granted = granted.iter().flat_map(|prefix| ["--prefix", prefix.as_str()]);
+            let flags: Vec<&str> = ["--site", site].into_iter().chain(granted).collect();
+            node.join(&controller.operator().token_with(&flags)?)?;
             node.launch()?;
             node.await_status(START_LIMIT)?;
             nodes.push(node);

@@ -7,6 +7,7 @@
 //! so far are still told; only [`Forbidden`](super::report::Forbidden) ends without any. A new one
 //! also gets a subcommand and a line of the list in [`cli`](super::cli).
 
+pub mod attack;
 pub mod bench;
 pub mod bootstrap;
 pub mod cohabit;

@@ -1,0 +1,107 @@
+//! One port of a bridge, read frame by frame: what a host sends, in order.
+
+use std::io::{ErrorKind, Read};
+use std::net::IpAddr;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use memchr::memmem::find;
+use socket2::{Domain, Socket, Type};
+use towline_netlink::Rtnetlink;
+
+use super::frame::Outer;
+use crate::lab::interrupt::wait_up_to;
+use crate::lab::namespace::Namespace;
+
+/// A packet socket on one link. What is read is gone: two questions never see the same frame.
+#[derive(Debug)]
+pub struct Tap {
+    socket: Socket,
+}
+
+/// Room for what a host sends while nobody reads.
+const BUFFER: usize = 4 << 20;
+const FRAME_BYTES: usize = 65_536 + 14;
+
+impl Tap {
+    /// On the link `link` of `namespace`.
+    pub fn open(namespace: &Namespace, link: &str) -> anyhow::Result<Self> {
+        namespace.run(|| {
+            let link = Rtnetlink::open()?.link_index(link)?;
+            let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
+            socket.set_nonblocking(true)?;
+            // The kernel gives at most what the machine allows.
+            socket.set_recv_buffer_size(BUFFER)?;
+            let address = libc::sockaddr_ll {
+                sll_family: libc::AF_PACKET as u16,
+                sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
+                sll_ifindex: link.cast_signed(),
+                sll_hatype: 0,
+                sll_pkttype: 0,
+                sll_halen: 0,
+                sll_addr: [0; 8],
+            };
+            // SAFETY: the pointer and the length describe one sockaddr_ll.
+            let bound = unsafe {
+                libc::bind(
+                    socket.as_raw_fd(),
+                    (&raw const address).cast(),
+                    size_of_val(&address) as libc::socklen_t,
+                )
+            };
+            if bound == -1 {
+                return Err(std::io::Error::last_os_error().into());
+            }
+            Ok(Self { socket })
+        })
+    }
+
+    /// Shows every frame until `each` has what it wants, for at most `limit`.
+    pub fn find<T>(
+        &mut self,
+        limit: Duration,
+        mut each: impl FnMut(&[u8]) -> Option<T>,
+    ) -> anyhow::Result<Option<T>> {
+        let mut frame = vec![0; FRAME_BYTES];
+        wait_up_to(limit, || {
+            loop {
+                match self.socket.read(&mut frame) {
+                    Ok(length) => {
+                        if let Some(found) = each(&frame[..length]) {
+                            return Ok(Some(found));
+                        }
+                    }
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        })
+    }
+
+    /// Counts the frames that hold `mark`, or go to or come from one of these networks, until the
+    /// frame that holds `last`. `None`: that one did not come within `limit`.
+    pub fn in_clear(
+        &mut self,
+        mark: &[u8],
+        networks: &[IpNet],
+        last: &[u8],
+        limit: Duration,
+    ) -> anyhow::Result<Option<u32>> {
+        let mut count = 0;
+        self.find(limit, |frame| {
+            let inside = |address: IpAddr| networks.iter().any(|net| net.contains(&address));
+            let outer = Outer::parse(frame);
+            let is_inner =
+                outer.is_some_and(|outer| inside(outer.source) || inside(outer.destination));
+            count += u32::from(is_inner || find(frame, mark).is_some());
+            find(frame, last).map(|_| count)
+        })
+    }
+}
+
+/// The payload of a UDP datagram in a frame, with its destination.
+pub fn udp_payload(frame: &[u8]) -> Option<(IpAddr, &[u8])> {
+    let outer = Outer::parse(frame)?;
+    Some((outer.destination, outer.udp_payload?))
+}

@@ -1,0 +1,117 @@
+//! A member that keeps to no rule: a WireGuard session with a node, under a member's own key, through
+//! which any inner packet goes.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::path::Path as FilePath;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use data_encoding::BASE64;
+use towline_agent::dataplane::arena::SendBatch;
+use towline_agent::dataplane::drops::Drops;
+use towline_agent::dataplane::session::{
+    Answered, HANDSHAKE_BYTES, PADDING, Secrets, Segments, Session,
+};
+use towline_proto::id::WireguardKey;
+use x25519_dalek::{PublicKey, StaticSecret};
+
+use super::interrupt::wait_up_to;
+use super::namespace::Namespace;
+
+/// A session that stands, and its socket.
+#[derive(Debug)]
+pub struct RawTunnel {
+    session: Session,
+    socket: UdpSocket,
+    to: SocketAddr,
+}
+
+/// A handshake that takes longer does not come about.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// Between two initiations.
+const AGAIN: Duration = Duration::from_millis(700);
+
+/// Reads a WireGuard private key from a node's file.
+pub fn private_key(file: &FilePath) -> anyhow::Result<StaticSecret> {
+    let text =
+        std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let bytes = BASE64.decode(text.trim().as_bytes()).context("no key in base64")?;
+    let bytes: [u8; 32] = bytes.try_into().ok().context("no key of 32 bytes")?;
+    Ok(StaticSecret::from(bytes))
+}
+
+impl RawTunnel {
+    /// Shakes hands with the node whose key is `peer` and that listens at `to`, from `namespace`, as
+    /// the member with the key `own`.
+    pub fn connect(
+        namespace: &Namespace,
+        own: StaticSecret,
+        peer: &PublicKey,
+        to: SocketAddr,
+    ) -> anyhow::Result<Self> {
+        let local: SocketAddr = if to.is_ipv4() {
+            ([0, 0, 0, 0], 0).into()
+        } else {
+            (std::net::Ipv6Addr::UNSPECIFIED, 0).into()
+        };
+        let socket = namespace.run(|| Ok(UdpSocket::bind(local)?))?;
+        socket.connect(to)?;
+        socket.set_read_timeout(Some(AGAIN))?;
+        let secrets = Secrets::new(own);
+        let session = Session::new(&secrets, WireguardKey(peer.to_bytes()), None, 1);
+        let mut tunnel = Self { session, socket, to };
+        let done = wait_up_to(HANDSHAKE_LIMIT, || {
+            let mut message = [0; HANDSHAKE_BYTES];
+            let length = tunnel.session.initiate(&mut message);
+            tunnel.socket.send(&message[..length])?;
+            tunnel.await_response()
+        })?;
+        done.with_context(|| format!("no handshake with {to}"))?;
+        Ok(tunnel)
+    }
+
+    fn await_response(&mut self) -> anyhow::Result<Option<()>> {
+        let (mut datagram, mut reply) = ([0; 2048], [0; HANDSHAKE_BYTES]);
+        while let Ok(length) = self.socket.recv(&mut datagram) {
+            // Only a response answers; probes and the node's own initiations do not matter here.
+            if datagram[0] != 2 && datagram[0] != 3 {
+                continue;
+            }
+            if let Answered::Established { len } =
+                self.session.handshake(&datagram[..length], &mut reply)
+            {
+                self.socket.send(&reply[..len])?;
+                return Ok(Some(()));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Seals an inner packet and sends it.
+    pub fn send(&mut self, packet: &[u8]) -> anyhow::Result<()> {
+        if !self.session.is_ready() {
+            bail!("the session with {} is over", self.to);
+        }
+        let mut padded = packet.to_vec();
+        padded.resize(packet.len().next_multiple_of(PADDING), 0);
+        let mut out = SendBatch::new(padded.len() + 2 * HANDSHAKE_BYTES, 1);
+        self.session.seal(&mut Once(Some(&padded)), self.to.into(), &mut out, &Drops::default());
+        for train in out.trains() {
+            self.socket.send(&out.bytes()[train.start..train.start + train.len])?;
+        }
+        Ok(())
+    }
+}
+
+/// One segment.
+struct Once<'a>(Option<&'a [u8]>);
+
+impl Segments for Once<'_> {
+    fn next_len(&self) -> Option<usize> {
+        self.0.map(<[u8]>::len)
+    }
+
+    fn take(&mut self) -> &[u8] {
+        self.0.take().unwrap_or(&[])
+    }
+}

@@ -1,0 +1,213 @@
+//! Traffic for the mesh that looks as if it might leave in clear: by its ports, its marks, its form, from
+//! the host and from a pod, while the agent runs, and while it does not and one guard is gone.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
+
+use super::stage::{ARRIVAL, Condition, PLAIN_PORT, PORT, Place, Stage, TIMES, WIREGUARD};
+use super::{Attacker, Case, Outcome};
+use crate::lab::actor::Actor;
+use crate::lab::capture::Tap;
+use crate::lab::forge::{self, Forger};
+use crate::lab::meddle::LINK;
+use crate::lab::unusual::{FromHost, FromPod, Transport, Way};
+
+/// Marks that a host may carry: the bypass mark itself, and values of other programs that have its bits.
+const MARKS: [u32; 6] = [0x10, 0x110, 0x1_bd10, 0x51, 0xc350, 0x1_0f10];
+/// Where a second agent keeps its chains: beside the mangle chains of everybody.
+const MANGLE: i32 = -145;
+/// Repeated so often, a payload needs fragments.
+const LARGE: usize = 200;
+const FOREIGN: &str = "foreign";
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    // Grouped by condition: going from one to the next takes a restart.
+    for condition in Condition::ALL {
+        let is_gone = condition != Condition::Running;
+        let one_guard = matches!(condition, Condition::NoTable | Condition::NoRoutes);
+        let mut local = |name: &str, is_short: bool, how: FromHost, is_large: bool| {
+            let actor = match how.actor {
+                Actor::Root => "root",
+                Actor::User => "user",
+                Actor::RawUser => "raw-user",
+            };
+            let name = format!("outward/{actor}/{name}/{}", condition.name());
+            let case = Case::new(name, Attacker::LocalUser, Outcome::Held, move |stage| {
+                stage.require(how.actor)?;
+                stage.be(condition)?;
+                watch(stage, |stage| send_from_host(stage, how, is_large))
+            });
+            cases.push(if is_short { case } else { case.long() });
+        };
+        let udp = |actor, port| FromHost { port, ..FromHost::udp(actor) };
+        let tcp = |actor| FromHost { transport: Transport::Tcp, ..udp(actor, PLAIN_PORT) };
+        local("udp", one_guard, udp(Actor::Root, 0), false);
+        local("tcp-6443", one_guard, tcp(Actor::Root), false);
+        local("tcp-6443", false, tcp(Actor::User), false);
+        if is_gone {
+            // While the agent runs the port is taken.
+            let root = udp(Actor::Root, WIREGUARD);
+            local("udp-51830", one_guard, root, false);
+            local("udp-51830", one_guard, udp(Actor::User, WIREGUARD), false);
+            local("udp-51830-fragments", condition == Condition::NoTable, root, true);
+        }
+        for mark in MARKS {
+            let marked = |actor| FromHost { mark: Some(mark), ..udp(actor, 0) };
+            let name = format!("mark-{mark:#x}");
+            let is_short = condition == Condition::Running || one_guard && mark == 0x10;
+            local(&name, is_short, marked(Actor::Root), false);
+            local(&name, is_short && mark == 0x10, marked(Actor::RawUser), false);
+        }
+        let marked = FromHost { mark: Some(0x10), ..udp(Actor::User, 0) };
+        local("mark-0x10", false, marked, false);
+        // Its mark and its port are the agent's, its owner is not.
+        let own = FromHost {
+            actor: Actor::RawUser,
+            transport: Transport::Raw,
+            port: WIREGUARD,
+            mark: Some(0x10),
+        };
+        local("mark-0x10-from-51830", condition == Condition::Running, own, false);
+
+        let mut pod = |name: &str, is_short: bool, how: FromPod, mark: Option<u32>| {
+            let name = format!("outward/pod/{name}/{}", condition.name());
+            let case = Case::new(name, Attacker::Pod, Outcome::Held, move |stage| {
+                stage.be(condition)?;
+                let marks = mark.map(|mark| foreign_mark(stage, mark)).transpose()?;
+                let outcome = watch(stage, |stage| send_from_pod(stage, how));
+                drop(marks);
+                outcome
+            });
+            cases.push(if is_short { case } else { case.long() });
+        };
+        pod("udp-4444", one_guard, FromPod::Udp(PORT), None);
+        pod("udp-51830", true, FromPod::Udp(WIREGUARD), None);
+        pod("tcp-6443", one_guard, FromPod::Tcp(PLAIN_PORT), None);
+        pod("udp-51830-fragments", one_guard, FromPod::Fragments(WIREGUARD), None);
+        pod("udp-4444-fragments", false, FromPod::Fragments(PORT), None);
+        let options = FromPod::Extended(WIREGUARD, forge::DESTINATION_OPTIONS);
+        pod("udp-51830-options", one_guard, options, None);
+        pod("udp-51830-hop-by-hop", false, FromPod::Extended(WIREGUARD, forge::HOP_BY_HOP), None);
+        for mark in MARKS {
+            let is_short = matches!(
+                (condition, mark),
+                (Condition::Running, 0x10 | 0x1_bd10)
+                    | (Condition::NoTable | Condition::NoRoutes, 0x1_bd10)
+            );
+            pod(&format!("marked-{mark:#x}"), is_short, FromPod::Udp(PORT), Some(mark));
+            let name = format!("marked-{mark:#x}-from-51830");
+            pod(&name, false, FromPod::Udp(WIREGUARD), Some(mark));
+        }
+        if condition == Condition::Running {
+            for mark in MARKS {
+                let name = format!("outward/answer/connection-mark-{mark:#x}");
+                let case = Case::new(name, Attacker::Member, Outcome::Held, move |stage| {
+                    answer(stage, mark)
+                });
+                cases.push(if mark == 0x1_bd10 { case } else { case.long() });
+            }
+        }
+    }
+    cases
+}
+
+/// Whether anything leaves in clear while `attempt` runs.
+fn watch(
+    stage: &mut Stage<'_>,
+    attempt: impl FnOnce(&mut Stage<'_>) -> anyhow::Result<()>,
+) -> anyhow::Result<Outcome> {
+    let mut tap = stage.tap()?;
+    // The way to the gateway is resolved before.
+    let ready = stage.finish_in_clear()?;
+    look(stage, &mut tap, &ready)?;
+    attempt(stage)?;
+    let last = stage.finish_in_clear()?;
+    let in_clear = look(stage, &mut tap, &last)?;
+    Ok(if in_clear == 0 { Outcome::Held } else { Outcome::InClear })
+}
+
+fn look(stage: &Stage<'_>, tap: &mut Tap, last: &[u8]) -> anyhow::Result<u32> {
+    let overlay = stage.overlay()?;
+    let inner: Vec<IpNet> = overlay.a.into_iter().chain(overlay.b).map(IpNet::from).collect();
+    let seen = tap.in_clear(stage.tag.bytes(), &inner, last, ARRIVAL)?;
+    seen.ok_or_else(|| anyhow::anyhow!("what a sends in clear to the internet is not seen"))
+}
+
+/// From `a` or its pod to both addresses of `b`.
+fn ways(stage: &Stage<'_>, from: [IpAddr; 2]) -> anyhow::Result<[Way; 2]> {
+    let [v4, v6] = stage.overlay()?.b;
+    let way = |from, to| Way { from, to: SocketAddr::new(to, PORT) };
+    Ok([way(from[0], v4), way(from[1], v6)])
+}
+
+fn send_from_host(stage: &mut Stage<'_>, how: FromHost, is_large: bool) -> anyhow::Result<()> {
+    let number = stage.number();
+    let payload = stage.tag.payload(number).repeat(if is_large { LARGE } else { 1 });
+    let ways = ways(stage, stage.overlay()?.a)?;
+    how.send(stage.hosts.a.namespace(), &ways, &payload, TIMES)
+}
+
+fn send_from_pod(stage: &mut Stage<'_>, how: FromPod) -> anyhow::Result<()> {
+    let number = stage.number();
+    let pod = &stage.hosts.pod;
+    let ways = ways(stage, [pod.addresses()[0], pod.addresses()[1]])?;
+    let forger = Forger::new(pod.namespace(), "eth0", stage.hosts.a.namespace(), "cni0")?;
+    how.send(&forger, &ways, &stage.tag.payload(number), TIMES)
+}
+
+/// Another program's table on `a`. Dropping it takes it away.
+struct ForeignTable(std::sync::Arc<crate::lab::topology::Host>);
+
+impl ForeignTable {
+    fn load(stage: &Stage<'_>, rule: Rule) -> anyhow::Result<Self> {
+        let chain = Chain::base(ChainKind::Filter, Hook::Prerouting, MANGLE).rule(rule);
+        let table = Table::new(TableFamily::Inet, FOREIGN).chain("mark", chain);
+        stage.hosts.a.namespace().run(|| Ok(Nft::open()?.load(&table)?))?;
+        Ok(Self(std::sync::Arc::clone(&stage.hosts.a)))
+    }
+}
+
+impl Drop for ForeignTable {
+    fn drop(&mut self) {
+        // Gone already where the whole ruleset was flushed.
+        let _ = self
+            .0
+            .namespace()
+            .run(|| Ok(Nft::open()?.delete(TableFamily::Inet, FOREIGN).map(drop)?));
+    }
+}
+
+/// Marks what comes from pods, as CNI plugins and other meshes do.
+fn foreign_mark(stage: &Stage<'_>, mark: u32) -> anyhow::Result<ForeignTable> {
+    ForeignTable::load(stage, Rule::new().input("cni0").set_mark(mark, u32::MAX))
+}
+
+/// Answers to what came out of the tunnel, while another program marks the connection.
+fn answer(stage: &mut Stage<'_>, mark: u32) -> anyhow::Result<Outcome> {
+    stage.be(Condition::Running)?;
+    let udp = Rule::new().input(LINK).protocol(libc::IPPROTO_UDP as u8);
+    let marks = ForeignTable::load(stage, udp.set_ct_mark(mark, u32::MAX))?;
+    let outcome = watch(stage, |stage| {
+        for family in 0..2 {
+            let (number, answer) = (stage.number(), stage.number());
+            let payload = stage.tag.payload(number);
+            let to = SocketAddr::new(stage.overlay()?.a[family], PORT);
+            stage.hosts.b.namespace().run(|| {
+                let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() };
+                let socket = std::net::UdpSocket::bind((any, 0))?;
+                for _ in 0..TIMES {
+                    socket.send_to(&payload, to)?;
+                }
+                Ok(())
+            })?;
+            let asked = stage.ear(Place::A)?.answers(number, answer, TIMES as u32, ARRIVAL)?;
+            anyhow::ensure!(asked, "nothing comes from b to a");
+        }
+        Ok(())
+    });
+    drop(marks);
+    outcome
+}

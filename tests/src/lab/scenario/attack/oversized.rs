@@ -1,0 +1,189 @@
+//! Datagrams that are longer, shorter or stranger than any that an agent sends, to a relay's UDP port.
+//!
+//! The channel's number is read from the wire, in clear, as anybody on the path can.
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+
+use anyhow::Context;
+
+use super::stage::{ARRIVAL, STOP_LIMIT, Stage, WIREGUARD};
+use super::{Attacker, Case, Outcome};
+use crate::lab::capture::udp_payload;
+use crate::lab::forge::{self, Forger};
+
+/// Before a relayed datagram: kind, version, zero, and the number of the channel.
+const CHANNEL_HEADER: usize = 12;
+const RELAYED: [u8; 4] = [0x52, 1, 0, 0];
+/// What the uplinks take.
+const MTU: usize = 1_500;
+/// The longest payload of UDP over each family.
+const LONGEST_V4: usize = 65_507;
+const LONGEST_V6: usize = 65_527;
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for size in [65_487, 65_488, 65_494, 65_500, LONGEST_V4] {
+        let is_short = matches!(size, 65_488 | LONGEST_V4);
+        let case = |who: Attacker, name: &str, attempt: fn(&mut Stage<'_>, usize) -> _| {
+            let name = format!("oversized/{name}/v4/{size}");
+            let case = Case::new(name, who, Outcome::Works, move |stage| attempt(stage, size));
+            if is_short { case } else { case.long() }
+        };
+        cases.push(case(Attacker::Stranger, "stranger", |stage, size| by_stranger(stage, 0, size)));
+        cases.push(case(Attacker::Member, "end", |stage, size| by_end(stage, 0, size)));
+    }
+    for size in [65_488, 65_508, LONGEST_V6] {
+        let case = |who: Attacker, name: &str, attempt: fn(&mut Stage<'_>, usize) -> _| {
+            let name = format!("oversized/{name}/v6/{size}");
+            let case = Case::new(name, who, Outcome::Works, move |stage| attempt(stage, size));
+            if size == LONGEST_V6 { case } else { case.long() }
+        };
+        cases.push(case(Attacker::Stranger, "stranger", |stage, size| by_stranger(stage, 1, size)));
+        cases.push(case(Attacker::Member, "end", |stage, size| by_end(stage, 1, size)));
+    }
+    let stranger = |name, attempt: fn(&mut Stage<'_>) -> _| {
+        Case::new(name, Attacker::Stranger, Outcome::Works, attempt)
+    };
+    cases.push(stranger("oversized/stranger/without-channel", without_channel));
+    cases.push(stranger("oversized/stranger/every-kind-cut-short", cut_short));
+    cases.push(stranger("oversized/stranger/then-sigterm", then_sigterm));
+    cases
+}
+
+/// The number of a channel that `a` uses, as it goes over the wire.
+fn channel(stage: &mut Stage<'_>) -> anyhow::Result<[u8; CHANNEL_HEADER]> {
+    anyhow::ensure!(stage.relay_works()?, "a and b do not reach each other by the relay");
+    let mut tap = stage.tap()?;
+    // The pair's probes use it twice a second; an echo, at once.
+    let works = stage.relay_works()?;
+    let header = tap.find(ARRIVAL, |frame| {
+        let (_, payload) = udp_payload(frame)?;
+        let header = payload.first_chunk::<CHANNEL_HEADER>()?;
+        header.starts_with(&RELAYED).then_some(*header)
+    })?;
+    anyhow::ensure!(works, "a and b do not reach each other by the relay");
+    header.context("nothing of a channel on the wire")
+}
+
+fn datagram(stage: &mut Stage<'_>, size: usize) -> anyhow::Result<Vec<u8>> {
+    let mut datagram = channel(stage)?.to_vec();
+    datagram.resize(size, 0x5a);
+    Ok(datagram)
+}
+
+/// From neither end of the channel.
+fn by_stranger(stage: &mut Stage<'_>, family: usize, size: usize) -> anyhow::Result<Outcome> {
+    let datagram = datagram(stage, size)?;
+    stage_send(stage, family, &[datagram])?;
+    verdict(stage)
+}
+
+/// From the address and port of an end, which is forged here.
+fn by_end(stage: &mut Stage<'_>, family: usize, size: usize) -> anyhow::Result<Outcome> {
+    let datagram = datagram(stage, size)?;
+    let from = SocketAddr::new(stage.hosts.a.addresses()[family], WIREGUARD);
+    let to = relay(stage, family);
+    // Both lengths count the header of UDP, which IPv6 alone has room for beyond this.
+    let packet = forge::udp(from, to, &datagram)?;
+    let forger = Forger::new(stage.internet(), "cp", stage.hosts.cp.namespace(), "eth0")?;
+    for fragment in forge::fragments(&packet, MTU)? {
+        forger.send(&fragment)?;
+    }
+    verdict(stage)
+}
+
+fn relay(stage: &Stage<'_>, family: usize) -> SocketAddr {
+    SocketAddr::new(stage.hosts.cp.addresses()[family], WIREGUARD)
+}
+
+fn stage_send(
+    stage: &Stage<'_>,
+    family: usize,
+    datagrams: &[impl AsRef<[u8]> + Sync],
+) -> anyhow::Result<()> {
+    let to = relay(stage, family);
+    stage.hosts.evil.namespace().run(|| {
+        let any: IpAddr =
+            if to.is_ipv4() { [0; 4].into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
+        let socket = UdpSocket::bind((any, 0))?;
+        for datagram in datagrams {
+            socket.send_to(datagram.as_ref(), to)?;
+        }
+        Ok(())
+    })
+}
+
+/// Whether the relay still forwards; one that does not is replaced.
+fn verdict(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
+    if stage.relay_works()? {
+        return Ok(Outcome::Works);
+    }
+    stage.restart_cp()?;
+    Ok(Outcome::Hangs)
+}
+
+/// Every length around the limits, of a channel that nobody has, and of each other kind.
+fn without_channel(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
+    let beginnings: [&[u8]; 5] = [
+        &[0x52, 1, 0, 0, 9, 9, 9, 9, 9, 9, 9, 9],
+        &[0x50, 1, 0, 0],
+        &[4, 0, 0, 0, 1, 0, 0, 0],
+        &[1, 0, 0, 0],
+        &[0xff; 4],
+    ];
+    let datagrams: Vec<Vec<u8>> = beginnings
+        .into_iter()
+        .flat_map(|beginning| {
+            [65_471, 65_486, 65_487, 65_488, 65_499, 65_507].map(|size| {
+                let mut datagram = beginning.to_vec();
+                datagram.resize(size, 0);
+                datagram
+            })
+        })
+        .collect();
+    for family in 0..2 {
+        stage_send(stage, family, &datagrams)?;
+    }
+    verdict(stage)
+}
+
+/// The beginnings of every kind, of every length from nothing on.
+fn cut_short(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
+    let header = channel(stage)?;
+    let kinds: [&[u8]; 8] = [
+        &header,
+        &[0x50, 1, 0, 0],
+        &[1, 0, 0, 0],
+        &[2, 0, 0, 0],
+        &[3, 0, 0, 0],
+        &[4, 0, 0, 0],
+        // A STUN request: type, length, cookie.
+        &[0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42],
+        &[0x41, 0, 0, 0],
+    ];
+    let datagrams: Vec<Vec<u8>> = kinds
+        .into_iter()
+        .flat_map(|kind| {
+            (0..160).map(|length| {
+                let mut datagram = kind.to_vec();
+                datagram.resize(length, 0xff);
+                datagram
+            })
+        })
+        .collect();
+    stage_send(stage, 0, &datagrams)?;
+    verdict(stage)
+}
+
+/// The longest datagrams, and SIGTERM while they arrive.
+fn then_sigterm(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
+    let datagram = datagram(stage, LONGEST_V4)?;
+    stage_send(stage, 0, &[&datagram, &datagram, &datagram])?;
+    let agent = stage.mesh()?.cp.take_agent().context("no agent runs on cp")?;
+    let ended = agent.stop(STOP_LIMIT);
+    stage.restart_cp()?;
+    Ok(match ended {
+        Ok(status) if status.success() => Outcome::Works,
+        Ok(_) | Err(_) => Outcome::Hangs,
+    })
+}

@@ -1,0 +1,546 @@
+//! The hosts of the attempts.
+//!
+//! ```text
+//!              internet (203.0.113.0/24, 2001:db8::/64, also 169.254.169.254)
+//!    ┌──────────────┬──────────────┬──────────────┬──────────────┐
+//!   cp (relay)      a              b             evil          router
+//!                   ├─ cni0    pod 10.9.1.2, announced           │ 192.168.77.0/24
+//!                   ├─ docker0 container 10.66.0.2, not          ├─ desk, also 192.168.88.5
+//!                   └─ eth1 ─────────────────────────────────────┘
+//! ```
+//!
+//! `a` is the victim. It announces its pods and 192.168.88.0/24, which is reached through `desk`. `a` and
+//! `b` exchange no UDP, so that `cp` relays between them. `evil` is a member whose agent is gone.
+
+use std::fs::{Permissions, set_permissions};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use towline_netlink::{AddressOptions, Route, Rtnetlink};
+use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
+use x25519_dalek::PublicKey;
+
+use super::{Setting, Unavailable};
+use crate::lab::actor::Actor;
+use crate::lab::capture::Tap;
+use crate::lab::ear::{Ear, Tag};
+use crate::lab::forge::{self, Forger};
+use crate::lab::interrupt::wait_up_to;
+use crate::lab::meddle::{LINK, Meddling};
+use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
+use crate::lab::namespace::Namespace;
+use crate::lab::ping::echoes;
+use crate::lab::privilege::Rank;
+use crate::lab::raw_tunnel::{RawTunnel, private_key};
+use crate::lab::topology::{Host, Lab, Router};
+use crate::lab::traffic::Pattern;
+
+/// UDP port of everything that listens, and TCP port that `a` serves to both sides.
+pub(super) const PORT: u16 = 4_444;
+pub(super) const PLAIN_PORT: u16 = 6_443;
+pub(super) const WIREGUARD: u16 = 51_830;
+/// What arrives at all arrives within this.
+pub(super) const ARRIVAL: Duration = Duration::from_secs(3);
+/// What comes by a longer way than the packet after it comes within this.
+pub(super) const DETOUR: Duration = Duration::from_millis(250);
+/// Resident and mapped memory of an agent, in bytes, at most: an attempt must not take the machine's.
+const MEMORY: u64 = 2 << 30;
+/// SIGTERM ends an agent within this.
+pub(super) const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// Each packet of an attempt is sent so often: one lost to a queue shows nothing.
+pub(super) const TIMES: usize = 5;
+
+const POD: (Ipv4Net, Ipv6Net) = (
+    Ipv4Net::new_assert(Ipv4Addr::new(10, 9, 1, 0), 24),
+    Ipv6Net::new_assert(Ipv6Addr::new(0xfd09, 1, 0, 0, 0, 0, 0, 0), 64),
+);
+const CONTAINER: (Ipv4Net, Ipv6Net) = (
+    Ipv4Net::new_assert(Ipv4Addr::new(10, 66, 0, 0), 24),
+    Ipv6Net::new_assert(Ipv6Addr::new(0xfd66, 0, 0, 0, 0, 0, 0, 0), 64),
+);
+/// An announced LAN behind `desk`, its address there, and one that nobody announces.
+pub(super) const DESK_ANNOUNCED: Ipv4Addr = Ipv4Addr::new(192, 168, 88, 5);
+pub(super) const DESK_ELSEWHERE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 5);
+pub(super) const DESK_FOREIGN: Ipv6Addr = Ipv6Addr::new(0xfdee, 0, 0, 0, 0, 0, 0, 5);
+pub(super) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+/// An address of the link that only the configuration of `a` names.
+pub(super) const CONFIGURED: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 1);
+/// Groups that `a` is a member of on its TUN link.
+pub(super) const GROUP_V4: Ipv4Addr = Ipv4Addr::new(239, 1, 1, 1);
+pub(super) const GROUP_V6: Ipv6Addr = Ipv6Addr::new(0xff05, 0, 0, 0, 0, 0, 1, 3);
+
+/// What became of the agent of `a` and its guards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Condition {
+    /// It runs.
+    Running,
+    /// It was killed.
+    Killed,
+    /// It was ended by SIGTERM.
+    Stopped,
+    /// It was killed, and the nftables table deleted.
+    NoTable,
+    /// It was killed, and rules and routes flushed.
+    NoRoutes,
+}
+
+impl Condition {
+    pub(super) const ALL: [Self; 4] = [Self::Running, Self::Killed, Self::NoTable, Self::NoRoutes];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Killed => "killed",
+            Self::Stopped => "stopped",
+            Self::NoTable => "no-table",
+            Self::NoRoutes => "no-routes",
+        }
+    }
+}
+
+/// Where something listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    A,
+    B,
+    Cp,
+    Pod,
+    Container,
+    Desk,
+    Internet,
+}
+
+/// Hosts, agents and everything that listens.
+pub(super) struct Stage<'s> {
+    setting: &'s Setting,
+    pub(super) tag: Tag,
+    next: u64,
+    condition: Condition,
+    ears: Vec<(Place, Ear)>,
+    pub(super) mesh: Option<Mesh>,
+    pub(super) hosts: Hosts,
+    lab: Lab,
+}
+
+/// The machines.
+pub(super) struct Hosts {
+    pub(super) pod: Host,
+    pub(super) container: Host,
+    pub(super) desk: Arc<Host>,
+    pub(super) cp: Arc<Host>,
+    pub(super) a: Arc<Host>,
+    pub(super) b: Arc<Host>,
+    pub(super) evil: Arc<Host>,
+    _router: Router,
+}
+
+/// What runs on them.
+pub(super) struct Mesh {
+    pub(super) cp: Node,
+    pub(super) a: Node,
+    pub(super) b: Node,
+    /// It joined and published its record; its agent is gone.
+    evil: Node,
+    /// In the mesh, IPv4 before IPv6.
+    pub(super) overlay: Overlay,
+    controller: Controller,
+}
+
+/// Addresses in the mesh, IPv4 before IPv6.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Overlay {
+    pub(super) cp: [IpAddr; 2],
+    pub(super) a: [IpAddr; 2],
+    pub(super) b: [IpAddr; 2],
+    pub(super) evil: [IpAddr; 2],
+}
+
+impl<'s> Stage<'s> {
+    /// Builds the hosts; nothing runs on them yet.
+    pub(super) fn build(setting: &'s Setting) -> anyhow::Result<Self> {
+        setting.talk.step("building the hosts");
+        let mut lab = Lab::new(setting.rank)?;
+        let hosts = Hosts::build(&mut lab).context("the lab cannot be built")?;
+        // A local user is to meet the agent's own permissions, not the lab's.
+        set_permissions(lab.directory(), Permissions::from_mode(0o755))?;
+        let tag = Tag::random()?;
+        let (condition, ears) = (Condition::Running, Vec::new());
+        Ok(Self { setting, tag, next: 0, condition, ears, mesh: None, hosts, lab })
+    }
+
+    /// Joins and starts every node, waits for the tunnels, and listens everywhere.
+    pub(super) fn begin(&mut self) -> anyhow::Result<()> {
+        self.setting.talk.step("starting the mesh");
+        self.mesh = Some(Mesh::start(self.setting, &self.lab, &self.hosts)?);
+        let link = self.hosts.a.namespace().run(|| Ok(Rtnetlink::open()?.link_index(LINK)?))?;
+        // As where `a` masquerades: what it forwards for `evil` can be answered.
+        let answer = route(self.overlay()?.evil[0], self.hosts.a.addresses()[0]);
+        self.internet().run(|| Ok(Rtnetlink::open()?.add_route(&answer)?))?;
+        let none: (&[Ipv4Addr], &[Ipv6Addr]) = (&[], &[]);
+        let groups: (&[Ipv4Addr], &[Ipv6Addr]) = (&[GROUP_V4], &[GROUP_V6]);
+        for place in [
+            Place::A,
+            Place::B,
+            Place::Cp,
+            Place::Pod,
+            Place::Container,
+            Place::Desk,
+            Place::Internet,
+        ] {
+            let joined = if place == Place::A { groups } else { none };
+            let ear = Ear::open(self.namespace(place), PORT, self.tag, joined, link)?;
+            self.ears.push((place, ear));
+        }
+        self.setting.talk.step("attacking");
+        Ok(())
+    }
+
+    /// Whether an actor's rights can be had.
+    pub(super) fn require(&self, actor: Actor) -> anyhow::Result<()> {
+        if actor != Actor::Root && self.setting.rank == Rank::Rootless {
+            let why = "root of a user namespace knows no other user: run as root";
+            return Err(Unavailable(why.to_owned()).into());
+        }
+        Ok(())
+    }
+
+    pub(super) fn mesh(&mut self) -> anyhow::Result<&mut Mesh> {
+        self.mesh.as_mut().context("the mesh is not up")
+    }
+
+    pub(super) fn overlay(&self) -> anyhow::Result<Overlay> {
+        Ok(self.mesh.as_ref().context("the mesh is not up")?.overlay)
+    }
+
+    pub(super) fn internet(&self) -> &Namespace {
+        self.lab.internet()
+    }
+
+    pub(super) fn namespace(&self, place: Place) -> &Namespace {
+        let hosts = &self.hosts;
+        match place {
+            Place::A => hosts.a.namespace(),
+            Place::B => hosts.b.namespace(),
+            Place::Cp => hosts.cp.namespace(),
+            Place::Pod => hosts.pod.namespace(),
+            Place::Container => hosts.container.namespace(),
+            Place::Desk => hosts.desk.namespace(),
+            Place::Internet => self.lab.internet(),
+        }
+    }
+
+    /// The number of the next datagram.
+    pub(super) fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    pub(super) fn ear(&mut self, place: Place) -> anyhow::Result<&mut Ear> {
+        let found = self.ears.iter_mut().find(|(at, _)| *at == place);
+        found.map(|(_, ear)| ear).context("nobody listens there")
+    }
+
+    /// Packets with the tag as a neighbour on the first uplink of `a` sends them.
+    pub(super) fn neighbour(&self) -> anyhow::Result<Forger> {
+        Forger::new(self.internet(), "a", self.hosts.a.namespace(), "eth0")
+    }
+
+    /// Everything that `a` sends by its first uplink.
+    pub(super) fn tap(&self) -> anyhow::Result<Tap> {
+        Tap::open(self.internet(), "a")
+    }
+
+    /// A session of `evil` with `a`.
+    pub(super) fn raw_tunnel(&mut self) -> anyhow::Result<RawTunnel> {
+        let mesh = self.mesh.as_ref().context("the mesh is not up")?;
+        let own = private_key(&mesh.evil.state().join("wireguard.key"))?;
+        let theirs = PublicKey::from(&private_key(&mesh.a.state().join("wireguard.key"))?);
+        let to = SocketAddr::new(self.hosts.a.addresses()[0], WIREGUARD);
+        RawTunnel::connect(self.hosts.evil.namespace(), own, &theirs, to)
+    }
+
+    /// Sends a datagram of `a` in clear to the internet, which shows that everything before it was sent.
+    pub(super) fn finish_in_clear(&mut self) -> anyhow::Result<[u8; crate::lab::ear::PAYLOAD]> {
+        /// RFC 863.
+        const DISCARD: u16 = 9;
+        let number = self.number();
+        // Not the tag itself: that would be something in clear.
+        let payload = self.tag.payload(number).map(|byte| !byte);
+        let cloud = self.hosts.cp.addresses()[0];
+        self.hosts.a.namespace().run(|| {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+            socket.send_to(&payload, (cloud, DISCARD))?;
+            Ok(())
+        })?;
+        Ok(payload)
+    }
+
+    /// Brings the agent of `a` and its guards into a condition.
+    pub(super) fn be(&mut self, condition: Condition) -> anyhow::Result<()> {
+        if self.condition == condition {
+            return Ok(());
+        }
+        let is_next = self.condition == Condition::Killed
+            && matches!(condition, Condition::NoTable | Condition::NoRoutes);
+        if self.condition != Condition::Running && !is_next {
+            self.start_a()?;
+        }
+        if condition == Condition::Running {
+            return Ok(());
+        }
+        if condition == Condition::Stopped {
+            let agent = self.mesh()?.a.take_agent().context("no agent runs on a")?;
+            self.condition = condition;
+            agent.stop(STOP_LIMIT)?;
+        } else if self.condition == Condition::Running {
+            self.mesh()?.a.agent()?.kill()?;
+        }
+        // Set before the attempt: whatever fails, the agent is gone.
+        self.condition = condition;
+        let meddlings: &[Meddling] = match condition {
+            Condition::Running | Condition::Killed | Condition::Stopped => &[],
+            Condition::NoTable => &[Meddling::FlushRuleset],
+            Condition::NoRoutes => &[Meddling::FlushRules, Meddling::FlushRoutes],
+        };
+        self.hosts.a.namespace().run(|| meddlings.iter().try_for_each(|meddling| meddling.act()))
+    }
+
+    fn start_a(&mut self) -> anyhow::Result<()> {
+        let mesh = self.mesh()?;
+        launch(&mut mesh.a)?;
+        for other in [&mesh.cp, &mesh.b] {
+            up(&mesh.a, other)?;
+        }
+        self.condition = Condition::Running;
+        Ok(())
+    }
+
+    /// Starts what does not run, after an attempt that failed in the middle.
+    pub(super) fn recover(&mut self) -> anyhow::Result<()> {
+        let mesh = self.mesh()?;
+        for node in [&mut mesh.cp, &mut mesh.b] {
+            if node.agent().and_then(|agent| agent.check()).is_err() {
+                launch(node)?;
+            }
+        }
+        let is_running = self.mesh()?.a.agent().and_then(|agent| agent.check()).is_ok();
+        if self.condition == Condition::Running && !is_running {
+            self.start_a()?;
+        }
+        Ok(())
+    }
+
+    /// Starts the agent of `b`, whose process is gone, and waits for its tunnels.
+    pub(super) fn restart_b(&mut self) -> anyhow::Result<()> {
+        let mesh = self.mesh()?;
+        launch(&mut mesh.b)?;
+        for other in [&mesh.cp, &mesh.a] {
+            up(&mesh.b, other)?;
+        }
+        Ok(())
+    }
+
+    /// Kills and starts the agent of `cp`.
+    pub(super) fn restart_cp(&mut self) -> anyhow::Result<()> {
+        let mesh = self.mesh()?;
+        if let Some(mut agent) = mesh.cp.take_agent() {
+            agent.kill()?;
+        }
+        launch(&mut mesh.cp)?;
+        for other in [&mesh.a, &mesh.b] {
+            up(other, &mesh.cp)?;
+        }
+        up(&mesh.a, &mesh.b)
+    }
+
+    /// Whether echoes from `a` come back, from `cp` and, relayed by it, from `b`.
+    pub(super) fn relay_works(&mut self) -> anyhow::Result<bool> {
+        let overlay = self.overlay()?;
+        for target in [overlay.cp[0], overlay.b[0]] {
+            let pattern = Pattern::random()?;
+            let came = wait_up_to(ARRIVAL, || {
+                let limit = Duration::from_millis(500);
+                let echoes = echoes(self.hosts.a.namespace(), target, 1, limit, pattern)?;
+                Ok((echoes.received > 0).then_some(()))
+            })?;
+            if came.is_none() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Sends a datagram with a new number by the tunnel from `a` to `b`, and waits for it: what `a` put
+    /// into its TUN link before has been sent.
+    pub(super) fn finish_through_tunnel(&mut self, v6: bool) -> anyhow::Result<()> {
+        let (number, to) = (self.number(), self.overlay()?.b[usize::from(v6)]);
+        let payload = self.tag.payload(number);
+        self.hosts.a.namespace().run(|| {
+            let any: IpAddr = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { [0; 4].into() };
+            Ok(UdpSocket::bind((any, 0))?.send_to(&payload, (to, PORT))?)
+        })?;
+        anyhow::ensure!(self.ear(Place::B)?.hears(number, ARRIVAL)?, "nothing passes from a to b");
+        Ok(())
+    }
+
+    /// A datagram with a number of its own, as a packet.
+    pub(super) fn packet(&mut self, from: IpAddr, to: IpAddr) -> anyhow::Result<(u64, Vec<u8>)> {
+        let number = self.number();
+        let packet = forge::udp((from, PORT).into(), (to, PORT).into(), &self.tag.payload(number))?;
+        Ok((number, packet))
+    }
+}
+
+impl Hosts {
+    fn build(lab: &mut Lab) -> anyhow::Result<Self> {
+        let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.build()?;
+        let b = lab.host("b").public("203.0.113.12", "2001:db8::12")?.build()?;
+        let evil = lab.host("evil").public("203.0.113.66", "2001:db8::66")?.build()?;
+        let router = lab
+            .router("router")
+            .public("203.0.113.20", "2001:db8::20")?
+            .lan("192.168.77.0/24", "2001:db8:77::/64")?
+            .build()?;
+        let a = lab.host("a").public("203.0.113.11", "2001:db8::11")?.behind(&router).build()?;
+        let desk = lab.host("desk").behind(&router).build()?;
+        let pod = a.pod("pod", POD.0, POD.1)?;
+        let container = a.container("container", CONTAINER.0, CONTAINER.1)?;
+        // What a cloud answers, and what lies behind the desk.
+        let add = |namespace: &Namespace, address: IpAddr| {
+            namespace.run(|| {
+                let mut netlink = Rtnetlink::open()?;
+                let loopback = netlink.link_index("lo")?;
+                let options = AddressOptions { no_dad: true, ..Default::default() };
+                Ok(netlink.add_address(loopback, address.into(), options)?)
+            })
+        };
+        add(lab.internet(), METADATA.into())?;
+        let desk_lan = [desk.addresses()[0], desk.addresses()[1]];
+        let a_lan = [a.addresses()[2], a.addresses()[3]];
+        for address in [DESK_ANNOUNCED.into(), DESK_ELSEWHERE.into(), IpAddr::V6(DESK_FOREIGN)] {
+            add(desk.namespace(), address)?;
+            let via = desk_lan[usize::from(address.is_ipv6())];
+            a.namespace().run(|| Ok(Rtnetlink::open()?.add_route(&route(address, via))?))?;
+        }
+        // The desk reaches the mesh through `a`.
+        desk.namespace().run(|| {
+            let mesh: IpNet = "198.19.0.0/16".parse()?;
+            Ok(Rtnetlink::open()?.add_route(&Route::new(mesh).via(a_lan[0]))?)
+        })?;
+        for (setting, value) in [
+            ("net.ipv4.conf.all.rp_filter", "0"),
+            ("net.ipv4.conf.eth0.rp_filter", "0"),
+            ("net.ipv4.conf.eth1.rp_filter", "0"),
+            // As some CNI plugins have it: the address family alone then protects nothing.
+            ("net.ipv4.conf.all.route_localnet", "1"),
+        ] {
+            a.namespace().sysctl(setting, value)?;
+        }
+        // No direct path between `a` and `b`.
+        b.namespace().run(|| {
+            let udp = || Rule::new().protocol(libc::IPPROTO_UDP as u8);
+            let nets: Vec<IpNet> = a
+                .addresses()
+                .iter()
+                .map(|address| IpNet::from(*address))
+                .chain([IpNet::from(desk_lan[1]), "192.168.77.0/24".parse()?])
+                .collect();
+            let enter = Chain::base(ChainKind::Filter, Hook::Prerouting, -400)
+                .rules(nets.iter().map(|net| udp().source(*net).drop()));
+            let leave = Chain::base(ChainKind::Filter, Hook::Postrouting, 400)
+                .rules(nets.iter().map(|net| udp().destination(*net).drop()));
+            let wall = Table::new(TableFamily::Inet, "wall");
+            Ok(Nft::open()?.load(&wall.chain("enter", enter).chain("leave", leave))?)
+        })?;
+        Ok(Self { pod, container, desk, cp, a, b, evil, _router: router })
+    }
+}
+
+fn route(to: IpAddr, via: IpAddr) -> Route {
+    Route::new(to.into()).via(via)
+}
+
+impl Mesh {
+    fn start(setting: &Setting, lab: &Lab, hosts: &Hosts) -> anyhow::Result<Self> {
+        let binaries = &setting.binaries;
+        let controller = Controller::start(lab, &hosts.cp, binaries)?;
+        let announced = ["10.9.1.0/24", "fd09:1::/64", "192.168.88.0/24"];
+        let of_a = format!(
+            "[node]\nprefixes = {announced:?}\naddresses = [\"{CONFIGURED}\"]\n\
+             [routing]\nplain_ports = [{PLAIN_PORT}]\n"
+        );
+        let of_cp = "[node]\nadvertise = [\"203.0.113.10:51830\"]\n[relay]\nenabled = true\n";
+        let join = |host: &Arc<Host>, more: &str, granted: &[&str]| {
+            let node = Node::new(lab, host, host.name(), binaries, more)?;
+            set_permissions(
+                node.config().parent().context("no directory")?,
+                Permissions::from_mode(0o755),
+            )?;
+            let flags = granted.iter().flat_map(|prefix| ["--prefix", prefix]);
+            let flags: Vec<&str> = ["--site", "lab"].into_iter().chain(flags).collect();
+            node.join(&controller.operator().token_with(&flags)?)?;
+            anyhow::Ok(node)
+        };
+        let mut cp = join(&hosts.cp, of_cp, &[])?;
+        let mut a = join(&hosts.a, &of_a, &announced)?;
+        let mut b = join(&hosts.b, "[wireguard]\nworkers = 2\n", &[])?;
+        let mut evil = join(&hosts.evil, "", &[])?;
+        for node in [&mut cp, &mut a, &mut b, &mut evil] {
+            launch(node)?;
+        }
+        for (here, there) in [(&a, &cp), (&b, &cp), (&a, &b), (&a, &evil)] {
+            up(here, there)?;
+        }
+        // From now on the attempts speak in its name.
+        evil.agent()?.kill()?;
+        let nodes = controller.operator().nodes()?;
+        let overlay = |name: &str| {
+            let node = nodes.iter().find(|node| node.name == name);
+            let of = |v4: bool| {
+                let mut addresses = node?.overlay_addresses.iter();
+                addresses.find(|address| address.is_ipv4() == v4).copied()
+            };
+            let both = of(true).zip(of(false));
+            both.map(|(v4, v6)| [v4, v6]).with_context(|| format!("{name} has no addresses"))
+        };
+        let overlay = Overlay {
+            cp: overlay("cp")?,
+            a: overlay("a")?,
+            b: overlay("b")?,
+            evil: overlay("evil")?,
+        };
+        Ok(Self { cp, a, b, evil, overlay, controller })
+    }
+
+    /// `towline-controller` as its operator runs it.
+    pub(super) fn controller(&self) -> &Controller {
+        &self.controller
+    }
+}
+
+/// Starts an agent with a limit on its memory, and waits until it answers.
+fn launch(node: &mut Node) -> anyhow::Result<()> {
+    node.launch()?;
+    let limit = libc::rlimit { rlim_cur: MEMORY, rlim_max: MEMORY };
+    let pid = node.agent()?.pid().as_raw();
+    // SAFETY: the pointer is to one rlimit, which is only read.
+    let done =
+        unsafe { libc::prlimit(pid, libc::RLIMIT_AS, &raw const limit, std::ptr::null_mut()) };
+    if done == -1 {
+        return Err(std::io::Error::last_os_error()).context("cannot limit an agent's memory");
+    }
+    node.await_status(START_LIMIT).map(drop)
+}
+
+fn up(here: &Node, there: &Node) -> anyhow::Result<()> {
+    match await_tunnel(here, there, START_LIMIT)? {
+        None => Ok(()),
+        Some(reason) => {
+            anyhow::bail!("tunnel {}/{} is not up: {reason}", here.name(), there.name())
+        }
+    }
+}

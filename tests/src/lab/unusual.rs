@@ -1,0 +1,170 @@
+//! Packets that look as if they might pass a guard: by their ports, their marks, their form. From a local
+//! socket, or from a pod.
+
+use std::net::{IpAddr, SocketAddr};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::actor::Actor;
+use super::forge::{self, Forger};
+use super::namespace::Namespace;
+
+/// How a local socket sends.
+#[derive(Debug, Clone, Copy)]
+pub struct FromHost {
+    /// Whose socket it is.
+    pub actor: Actor,
+    /// What it is.
+    pub transport: Transport,
+    /// Source port; 0: the kernel chooses.
+    pub port: u16,
+    /// `SO_MARK`. `nobody` has no right to it and sends without.
+    pub mark: Option<u32>,
+}
+
+/// What a local socket is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// Of UDP.
+    Udp,
+    /// Of TCP: its SYN is all that is sent.
+    Tcp,
+    /// Of IP: a UDP datagram is made whole, headers included. IPv4 alone.
+    Raw,
+}
+
+/// What a pod's packet looks like. Each has a source port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FromPod {
+    /// A UDP datagram.
+    Udp(u16),
+    /// The SYN of a TCP connection.
+    Tcp(u16),
+    /// The fragments of a UDP datagram.
+    Fragments(u16),
+    /// A UDP datagram behind an extension header of this kind; IPv6 alone.
+    Extended(u16, u8),
+}
+
+/// A packet's addresses.
+#[derive(Debug, Clone, Copy)]
+pub struct Way {
+    /// Source.
+    pub from: IpAddr,
+    /// Destination, and its port.
+    pub to: SocketAddr,
+}
+
+/// What the uplinks take.
+const MTU: usize = 1_500;
+/// A payload that is sent in fragments has at least this many bytes.
+const LARGE: usize = 4_000;
+
+impl FromHost {
+    /// A datagram of UDP from an ephemeral port.
+    pub const fn udp(actor: Actor) -> Self {
+        Self { actor, transport: Transport::Udp, port: 0, mark: None }
+    }
+
+    /// Sends the payload from the host in `namespace`, `times` times each way. A refusal is what a guard
+    /// does; what cannot even be bound or marked is an error.
+    pub fn send(
+        self,
+        namespace: &Namespace,
+        ways: &[Way],
+        payload: &[u8],
+        times: usize,
+    ) -> anyhow::Result<()> {
+        self.actor
+            .run(namespace, || ways.iter().try_for_each(|way| self.send_one(*way, payload, times)))
+    }
+
+    fn send_one(self, Way { from, to }: Way, payload: &[u8], times: usize) -> anyhow::Result<()> {
+        match self.transport {
+            Transport::Udp => {
+                let socket = self.socket(to, Type::DGRAM, Protocol::UDP)?;
+                for _ in 0..times {
+                    let _ = socket.send_to(payload, &to.into());
+                }
+            }
+            Transport::Tcp => {
+                let socket = self.socket(to, Type::STREAM, Protocol::TCP)?;
+                // The SYN is sent at once; nobody waits for the answer.
+                let _ = socket.connect(&to.into());
+            }
+            Transport::Raw if to.is_ipv4() => {
+                let packet = forge::udp((from, self.port).into(), to, payload)?;
+                let unbound = Self { port: 0, ..self };
+                let socket = unbound.socket(to, Type::RAW, Protocol::from(libc::IPPROTO_RAW))?;
+                for _ in 0..times {
+                    let _ = socket.send_to(&packet, &to.into());
+                }
+            }
+            Transport::Raw => {}
+        }
+        Ok(())
+    }
+
+    fn socket(self, to: SocketAddr, kind: Type, protocol: Protocol) -> anyhow::Result<Socket> {
+        let socket = Socket::new(Domain::for_address(to), kind, Some(protocol))?;
+        socket.set_nonblocking(true)?;
+        if kind == Type::STREAM {
+            socket.set_reuse_address(true)?;
+        }
+        if let Some(mark) = self.mark {
+            let marked = socket.set_mark(mark);
+            if self.actor != Actor::User {
+                marked?;
+            }
+        }
+        if self.port != 0 {
+            let any: IpAddr = match to {
+                SocketAddr::V4(_) => [0; 4].into(),
+                SocketAddr::V6(_) => {
+                    socket.set_only_v6(true)?;
+                    [0u16; 8].into()
+                }
+            };
+            socket.bind(&SocketAddr::new(any, self.port).into())?;
+        }
+        Ok(socket)
+    }
+}
+
+impl FromPod {
+    /// Puts packets with the payload onto the pod's link, `times` times each way.
+    pub fn send(
+        self,
+        forger: &Forger,
+        ways: &[Way],
+        payload: &[u8],
+        times: usize,
+    ) -> anyhow::Result<()> {
+        for way in ways {
+            let packets = self.packets(*way, payload)?;
+            for _ in 0..times {
+                for packet in &packets {
+                    forger.send(packet)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn packets(self, Way { from, to }: Way, payload: &[u8]) -> anyhow::Result<Vec<Vec<u8>>> {
+        match self {
+            Self::Udp(port) => Ok(vec![forge::udp((from, port).into(), to, payload)?]),
+            Self::Tcp(port) => Ok(vec![forge::tcp_syn((from, port).into(), to)?]),
+            Self::Fragments(port) => {
+                // Each fragment holds the payload at least once.
+                let large = payload.repeat(LARGE.div_ceil(payload.len().max(1)));
+                forge::fragments(&forge::udp((from, port).into(), to, &large)?, MTU)
+            }
+            Self::Extended(..) if to.is_ipv4() => Ok(Vec::new()),
+            Self::Extended(port, kind) => {
+                let packet = forge::udp((from, port).into(), to, payload)?;
+                Ok(vec![forge::extended(&packet, kind)?])
+            }
+        }
+    }
+}
