@@ -7,15 +7,20 @@
 //! take away one of its two guards (the nftables table, or the routing side), never both: that is what two
 //! independent guards promise. The guard against forged packets is the nftables table alone; while a
 //! node has neither agent nor table, nothing forged is sent to it.
+//!
+//! After each act the host that it was done to, and a pod of that host, also send what looks as if it
+//! might pass a guard ([`crate::lab::unusual`]): from the ports and with the marks of the agent and of others, in
+//! fragments, behind extension headers. Strangers forge the nodes' own pods too.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -24,6 +29,7 @@ use towline_netlink::Rtnetlink;
 
 use super::Setting;
 use super::hybrid::{Hybrid, Mesh};
+use crate::lab::actor::Actor;
 use crate::lab::capture::Capture;
 use crate::lab::chatter::{Chatter, Member, PORT, StopOnDrop};
 use crate::lab::forge::{self, Forger};
@@ -33,7 +39,9 @@ use crate::lab::mesh::{Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::{Namespace, join};
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises};
+use crate::lab::topology::Host;
 use crate::lab::traffic::{MARK, Pattern, random_bytes};
+use crate::lab::unusual::{FromHost, FromPod, Transport, Way};
 
 /// How it is run.
 #[derive(Debug, Clone, Copy)]
@@ -61,12 +69,25 @@ pub struct Leak {
     pub forged_sent: u64,
     /// Of these, how many a socket was given.
     pub forged_accepted: u64,
+    /// Rounds of packets with unusual ports, marks and forms, each from a host and from its pod.
+    pub unusual_rounds: u64,
     /// Datagrams that arrived where they were to, by the tunnel.
     pub delivered: u64,
     /// Frames with sealed packets on the uplinks.
     pub sealed_packets: u64,
+    /// What could not run, and why.
+    pub skipped: Vec<Skipped>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
+}
+
+/// What could not run.
+#[derive(Debug, Serialize)]
+pub struct Skipped {
+    /// What it is.
+    pub name: String,
+    /// In one line.
+    pub why: String,
 }
 
 /// Fewer show nothing.
@@ -78,6 +99,29 @@ const FORGING_PACE: Duration = Duration::from_millis(5);
 /// Everything flows again this soon after the last act.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(20);
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// TCP port that every node serves on both sides.
+const PLAIN_PORT: u16 = 6_443;
+const WIREGUARD: u16 = 51_830;
+/// The agents' bypass mark, and marks of other programs with its bits.
+const MARKS: [u32; 5] = [0x10, 0x110, 0x1_bd10, 0x51, 0xc350];
+const POD_BRIDGE: &str = "cni0";
+/// Of all pods.
+const PODS: IpNet = IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(10, 244, 0, 0)), 16);
+
+/// The pods of a node, by its number.
+fn pods(number: u8) -> (Ipv4Net, Ipv6Net) {
+    let v6 = Ipv6Addr::new(0xfd10, 0x244, number.into(), 0, 0, 0, 0, 0);
+    (Ipv4Net::new_assert(Ipv4Addr::new(10, 244, number, 0), 24), Ipv6Net::new_assert(v6, 64))
+}
+
+/// A pod address of a node that no pod has.
+fn absent_pods(number: u8) -> [IpAddr; 2] {
+    let (v4, v6) = pods(number);
+    [
+        Ipv4Addr::from_bits(v4.network().to_bits() | 7).into(),
+        Ipv6Addr::from_bits(v6.network().to_bits() | 7).into(),
+    ]
+}
 
 /// Runs it.
 pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Leak> {
@@ -124,6 +168,10 @@ impl Act {
 /// A node, its cable and what is gone of it.
 struct Place<'a> {
     node: Node,
+    /// Behind the node.
+    pod: &'a Host,
+    /// Of the node, from the uplink's on.
+    addresses: Vec<IpAddr>,
     /// Where the other end of its cable is.
     switch: &'a Namespace,
     running: bool,
@@ -222,6 +270,40 @@ impl Place<'_> {
         Ok(())
     }
 
+    /// Sends what looks as if it might pass a guard to these addresses, from the host and from its pod.
+    fn probe(&self, targets: &[SocketAddr], payload: &[u8]) -> anyhow::Result<()> {
+        let namespace = self.node.host().namespace();
+        let ways = |own: &[IpAddr]| -> Vec<Way> {
+            let way = |to: &SocketAddr| {
+                let from = own.iter().find(|own| own.is_ipv4() == to.is_ipv4());
+                from.map(|from| Way { from: *from, to: *to })
+            };
+            targets.iter().filter_map(way).collect()
+        };
+        let from_host = ways(&self.addresses);
+        let udp = FromHost::udp(Actor::Root);
+        let marks = MARKS.map(|mark| FromHost { mark: Some(mark), ..udp });
+        let tcp = FromHost { transport: Transport::Tcp, port: PLAIN_PORT, ..udp };
+        // While the agent runs the port is taken.
+        let own_port = (!self.running).then_some(FromHost { port: WIREGUARD, ..udp });
+        for how in marks.into_iter().chain([tcp]).chain(own_port) {
+            how.send(namespace, &from_host, payload, 1)?;
+        }
+        let forger = Forger::new(self.pod.namespace(), "eth0", namespace, POD_BRIDGE)?;
+        for how in [
+            FromPod::Udp(PORT),
+            FromPod::Udp(WIREGUARD),
+            FromPod::Tcp(PLAIN_PORT),
+            FromPod::Fragments(PORT),
+            FromPod::Fragments(WIREGUARD),
+            FromPod::Extended(WIREGUARD, forge::DESTINATION_OPTIONS),
+            FromPod::Extended(WIREGUARD, forge::HOP_BY_HOP),
+        ] {
+            how.send(&forger, &ways(self.pod.addresses()), payload, 1)?;
+        }
+        Ok(())
+    }
+
     fn cable(&mut self, plugged: bool) -> anyhow::Result<()> {
         let name = self.node.name();
         self.switch.run(|| {
@@ -245,7 +327,23 @@ impl Leak {
         let pattern = Pattern::random()?;
         let tag: [u8; MARK] = random_bytes()?;
         let captures = hybrid.capture_uplinks(pattern)?;
-        let Mesh { controller, nodes } = hybrid.bring_up(setting)?;
+        for capture in &captures {
+            capture.watch([PODS]);
+        }
+        let hosts = [&hybrid.cp, &hybrid.workers[0], &hybrid.workers[1]];
+        let behind = (0..).zip(hosts).map(|(number, host)| {
+            let (v4, v6) = pods(number);
+            host.pod(&format!("pod-{number}"), v4, v6)
+        });
+        let behind: Vec<Host> = behind.collect::<anyhow::Result<_>>()?;
+        let Mesh { controller, nodes } = hybrid.bring_up_with(setting, |name, more| {
+            let number = hosts.iter().position(|host| host.name() == name).unwrap_or_default();
+            let (v4, v6) = pods(number as u8);
+            let announced = format!("prefixes = [\"{v4}\", \"{v6}\"]\n");
+            let node = if more.is_empty() { "[node]\n" } else { more };
+            let plain = format!("[routing]\nplain_ports = [{PLAIN_PORT}]\n");
+            (format!("{node}{announced}{plain}"), vec![v4.into(), v6.into()])
+        })?;
         for worker in &nodes[1..] {
             if let Some(reason) = await_tunnel(worker, &nodes[0], START_LIMIT)? {
                 anyhow::bail!("tunnel {}/cp is not up: {reason}", worker.name());
@@ -263,7 +361,8 @@ impl Leak {
             hybrid.routers[1].host().namespace(),
         ];
         let mut places = Vec::new();
-        for ((node, switch), unarmed) in nodes.into_iter().zip(switches).zip(&unarmed) {
+        let around = switches.into_iter().zip(&behind).zip(&unarmed);
+        for (node, ((switch, pod), unarmed)) in nodes.into_iter().zip(around) {
             // As a Kubernetes node is, and with the filter that lets most in.
             let namespace = node.host().namespace();
             for (name, value) in [
@@ -275,7 +374,9 @@ impl Leak {
                 namespace.sysctl(name, value)?;
             }
             places.push(Place {
+                addresses: node.host().addresses().to_vec(),
                 node,
+                pod,
                 switch,
                 running: true,
                 plugged: true,
@@ -300,7 +401,9 @@ impl Leak {
             threads.extend(forgeries.iter().map(|forgery| scope.spawn(|| forgery.run(&chatter))));
             let remove =
                 |name: &str| controller.operator().command_ok(&["node", "remove", name]).map(drop);
-            let acted = self.acts(setting, options, &mut places, &captures, promises, remove);
+            let unusual = Unusual::new(&chatter, &behind, pattern);
+            let acted =
+                self.acts(setting, options, &mut places, &captures, &unusual, promises, remove);
             let flows = acted.and_then(|()| self.recover(setting, &mut places, &chatter));
             chatter.stop();
             for thread in threads {
@@ -320,12 +423,14 @@ impl Leak {
         Ok(())
     }
 
+    #[expect(clippy::too_many_arguments, reason = "one caller, which made them all")]
     fn acts(
         &mut self,
         setting: &Setting,
         options: Options,
         places: &mut [Place<'_>],
         captures: &[Capture],
+        unusual: &Unusual,
         promises: &mut Promises,
         remove: impl Fn(&str) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
@@ -346,6 +451,8 @@ impl Leak {
             place.act(act, &remove).with_context(|| what.clone())?;
             self.acts += 1;
             *self.acts_by_kind.entry(act.name().to_owned()).or_default() += 1;
+            place.probe(&unusual.targets[index], &unusual.payload).with_context(|| what.clone())?;
+            self.unusual_rounds += 1;
             pass(Duration::from_millis(random.random_range(PAUSE_MS)))?;
             let now = captures.iter().map(|capture| capture.seen().in_clear()).sum();
             if now > leaked {
@@ -409,8 +516,36 @@ impl Leak {
             format!("nothing forged comes in: {} of {}", self.forged_accepted, self.forged_sent)
         });
         promises.hold(self.forged_sent > 0, || "forged packets were sent".to_owned());
+        promises.hold(self.unusual_rounds > 0, || "unusual packets were sent".to_owned());
         promises.hold(self.delivered > 0, || "traffic flows".to_owned());
         promises.hold(self.sealed_packets > 0, || "the captures see the tunnels".to_owned());
+    }
+}
+
+/// What is sent after each act, and where to.
+struct Unusual {
+    /// From each place: the other members' addresses in the mesh, and their pods'.
+    targets: Vec<Vec<SocketAddr>>,
+    payload: Vec<u8>,
+}
+
+impl Unusual {
+    fn new(chatter: &Chatter<'_>, pods: &[Host], pattern: Pattern) -> Self {
+        let all: Vec<Vec<SocketAddr>> = chatter
+            .members()
+            .iter()
+            .zip(pods)
+            .map(|(member, pod)| {
+                let addresses = member.addresses.iter().chain(pod.addresses());
+                addresses.map(|address| (*address, PORT).into()).collect()
+            })
+            .collect();
+        let others = |place: usize| {
+            let others = all.iter().enumerate().filter(|(other, _)| *other != place);
+            others.flat_map(|(_, targets)| targets.clone()).collect()
+        };
+        let payload = [pattern.cell(0), pattern.cell(1)].concat();
+        Self { targets: (0..all.len()).map(others).collect(), payload }
     }
 }
 
@@ -427,8 +562,8 @@ struct Forgery<'a> {
 }
 
 impl<'a> Forgery<'a> {
-    /// From every address of the mesh, the victim's own included, to the victim's uplink, to its
-    /// addresses in the mesh, and through it to the others.
+    /// From every address of the mesh and a pod of every node, the victim's own included, to the victim's
+    /// uplink, to its addresses in the mesh, and through it to the others.
     fn new(
         forger: Forger,
         chatter: &Chatter<'_>,
@@ -438,7 +573,8 @@ impl<'a> Forgery<'a> {
     ) -> Self {
         let mesh = || chatter.members().iter().flat_map(|member| member.addresses.iter().copied());
         let mut packets = Vec::new();
-        for from in mesh() {
+        let nodes = chatter.members().len() as u8;
+        for from in mesh().chain((0..nodes).flat_map(absent_pods)) {
             for to in uplink.iter().copied().chain(mesh()).filter(|to| *to != from) {
                 packets.extend(forge::udp((from, PORT).into(), (to, PORT).into(), &tag));
             }
@@ -502,11 +638,15 @@ impl Figures for Leak {
             "{} datagrams delivered, {} packets sealed, {} in clear",
             self.delivered, self.sealed_packets, self.plaintext_packets
         );
+        let _ = writeln!(text, "{} rounds of unusual packets", self.unusual_rounds);
         let _ = write!(
             text,
             "{} forged packets sent, {} accepted",
             self.forged_sent, self.forged_accepted
         );
+        for Skipped { name, why } in &self.skipped {
+            let _ = write!(text, "\nwithout {name}: {why}");
+        }
         text
     }
 }
