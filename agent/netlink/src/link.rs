@@ -35,6 +35,9 @@ pub struct Link {
     pub tunnel_port: Option<u16>,
     /// `rp_filter` of the link for IPv4: 0 off, 1 strict, 2 loose; `None`: the kernel does not say.
     pub reverse_path_filter: Option<u32>,
+    /// `disable_ipv6` of the link: its addresses and routes of IPv6 are refused. `None`: the
+    /// kernel does not say, or runs no IPv6 on the link, as with an MTU below 1280.
+    pub ipv6_disabled: Option<bool>,
 }
 
 /// The far end of a veth pair.
@@ -84,6 +87,11 @@ const IFLA_INFO_DATA: u16 = 2;
 const IFLA_INET_CONF: u16 = 1;
 /// `linux/ip.h`: the number of `rp_filter` among them, counted from 1.
 const IPV4_DEVCONF_RP_FILTER: u16 = 8;
+/// `linux/if_link.h`: inside `IFLA_AF_SPEC` and `AF_INET6`, the settings of `net.ipv6.conf.LINK`, an
+/// array of 32-bit numbers.
+const IFLA_INET6_CONF: u16 = 2;
+/// `linux/ipv6.h`: the number of `disable_ipv6` among them, counted from 0.
+const DEVCONF_DISABLE_IPV6: usize = 26;
 const VETH_INFO_PEER: u16 = 1;
 const VXLAN_PORT: u16 = 15;
 const GENEVE_PORT: u16 = 5;
@@ -312,6 +320,7 @@ fn parse(received: &Received<'_>) -> Option<Link> {
         queue_length: 0,
         tunnel_port: None,
         reverse_path_filter: None,
+        ipv6_disabled: None,
     };
     for attribute in attributes(received.payload, LINK_HEADER) {
         match attribute.kind {
@@ -320,11 +329,15 @@ fn parse(received: &Received<'_>) -> Option<Link> {
             IFLA_MASTER => link.master = attribute.u32(),
             IFLA_TXQLEN => link.queue_length = attribute.u32()?,
             IFLA_AF_SPEC => {
-                let inet = attribute.nested().find(|family| family.kind == libc::AF_INET as u16);
-                let values =
-                    inet.and_then(|inet| inet.nested().find(|inner| inner.kind == IFLA_INET_CONF));
-                let at = usize::from(IPV4_DEVCONF_RP_FILTER - 1) * size_of::<u32>();
-                link.reverse_path_filter = values.and_then(|values| u32_at(values.value, at));
+                let setting = |family: libc::c_int, settings: u16, place: usize| {
+                    let family = attribute.nested().find(|inner| inner.kind == family as u16)?;
+                    let values = family.nested().find(|inner| inner.kind == settings)?;
+                    u32_at(values.value, place * size_of::<u32>())
+                };
+                let filter = usize::from(IPV4_DEVCONF_RP_FILTER - 1);
+                link.reverse_path_filter = setting(libc::AF_INET, IFLA_INET_CONF, filter);
+                let disabled = setting(libc::AF_INET6, IFLA_INET6_CONF, DEVCONF_DISABLE_IPV6);
+                link.ipv6_disabled = disabled.map(|value| value != 0);
             }
             IFLA_LINKINFO => {
                 let info = |kind| attribute.nested().find(|inner| inner.kind == kind);
@@ -388,6 +401,19 @@ mod tests {
                 assert_eq!(std::fs::read_to_string(path).unwrap().trim(), mode.to_string());
                 let link = rtnetlink.link("d0").unwrap().unwrap();
                 assert_eq!(link.reverse_path_filter, Some(mode));
+            }
+        }
+    }
+
+    namespace_test! {
+        fn a_link_says_whether_ipv6_is_disabled_on_it() {
+            let mut rtnetlink = Rtnetlink::open().unwrap();
+            add_link("d0");
+            for disabled in [true, false, true] {
+                let value = if disabled { "1" } else { "0" };
+                std::fs::write("/proc/sys/net/ipv6/conf/d0/disable_ipv6", value).unwrap();
+                let link = rtnetlink.link("d0").unwrap().unwrap();
+                assert_eq!(link.ipv6_disabled, Some(disabled));
             }
         }
     }

@@ -234,7 +234,7 @@ impl State {
             up: link.up,
             filter: link.reverse_path_filter,
             // Missing while the MTU is too small for IPv6.
-            ipv6: read_setting(&disable_ipv6(&names.link)).is_none_or(|value| value == "0"),
+            ipv6: link.ipv6_disabled != Some(true),
         });
         Ok(())
     }
@@ -570,12 +570,4 @@ fn is_strict(link: &LinkState) -> bool {
     let all = std::fs::read_to_string(ALL_LINKS).ok();
     let all = all.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
     all.max(link.filter.unwrap_or(0)) == 1
-}
-
-fn disable_ipv6(link: &str) -> String {
-    format!("/proc/sys/net/ipv6/conf/{link}/disable_ipv6")
-}
-
-fn read_setting(path: &str) -> Option<String> {
-    Some(std::fs::read_to_string(path).ok()?.trim().to_owned())
 }
