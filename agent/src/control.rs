@@ -14,6 +14,7 @@ use std::time::Duration;
 use futures_util::Stream;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
@@ -21,6 +22,11 @@ use tonic::{Response, Status};
 use towline_proto::limits;
 use towline_proto::pb;
 use towline_proto::pb::local_server::{Local, LocalServer};
+
+use crate::down::Lasts;
+
+/// How long the responses that are due may take to be written once the daemon ends.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
 
 /// What the daemon is asked. Each carries the way back.
 #[derive(Debug)]
@@ -39,9 +45,43 @@ pub enum Request {
         reply: oneshot::Sender<PingAnswer>,
     },
     /// `towline leave`.
-    Leave(oneshot::Sender<Result<(), String>>),
+    Leave {
+        /// Forget the mesh even though no controller can be told.
+        force: bool,
+        /// Receives the result.
+        reply: oneshot::Sender<Result<(), String>>,
+    },
     /// `towline down`.
-    Down(oneshot::Sender<Result<(), String>>),
+    Down(oneshot::Sender<Result<DownAnswer, String>>),
+    /// `towline up`; the answer says whether the machine was up before.
+    Up(oneshot::Sender<Result<bool, String>>),
+    /// `towline confirm`; the answer says whether there was something to confirm.
+    Confirm(oneshot::Sender<Result<bool, String>>),
+}
+
+/// What `towline down` did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DownAnswer {
+    /// The machine was down before.
+    pub already: bool,
+    /// Why it does not stay down until `towline up`; `None`: it does.
+    pub warning: Option<String>,
+}
+
+impl DownAnswer {
+    /// Returns the answer for a marker that was written, or could not be.
+    pub fn new(already: bool, marker: io::Result<Lasts>) -> Self {
+        let warning = match marker {
+            Ok(Lasts::UntilUp) => None,
+            Ok(Lasts::UntilReboot(why)) => {
+                Some(format!("this machine is down until the next reboot only: {why}"))
+            }
+            Err(error) => {
+                Some(format!("the next start of the agent brings the mesh up again: {error}"))
+            }
+        };
+        Self { already, warning }
+    }
 }
 
 /// How one probe ended.
@@ -103,8 +143,51 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
     Ok(listener)
 }
 
-/// Serves until the task is dropped.
-pub async fn serve(listener: UnixListener, daemon: mpsc::Sender<Request>) {
+/// The served socket, and the requests that come in by it.
+#[derive(Debug)]
+pub struct ControlServer {
+    requests: mpsc::Receiver<Request>,
+    stop: oneshot::Sender<()>,
+    served: JoinHandle<()>,
+}
+
+impl ControlServer {
+    /// Binds the socket and serves it in a task of its own.
+    pub fn start(path: &Path) -> Result<Self, ListenError> {
+        let listener = listen(path)?;
+        let (daemon, requests) = mpsc::channel(16);
+        let (stop, stopped) = oneshot::channel();
+        let served = tokio::spawn(serve(listener, daemon, async {
+            // Stopped, or dropped.
+            let _ = stopped.await;
+        }));
+        Ok(Self { requests, stop, served })
+    }
+
+    /// Waits for the next request. Nothing is lost when the future is dropped.
+    pub async fn next(&mut self) -> Option<Request> {
+        self.requests.recv().await
+    }
+
+    /// Ends: requests that were not taken are told that the agent stops, and every response is
+    /// written before the connections are closed, within a time limit.
+    pub async fn stop(self) {
+        let Self { requests, stop, mut served } = self;
+        drop(requests);
+        let _ = stop.send(());
+        if tokio::time::timeout(STOP_LIMIT, &mut served).await.is_err() {
+            tracing::warn!("local connections closed before their responses were read");
+            served.abort();
+        }
+    }
+}
+
+/// Serves until `stopped`, and then until every response that is due was written.
+async fn serve(
+    listener: UnixListener,
+    daemon: mpsc::Sender<Request>,
+    stopped: impl Future<Output = ()>,
+) {
     let incoming = UnixListenerStream::new(listener).filter(|connection| match connection {
         Ok(stream) => allowed(stream),
         Err(_) => true,
@@ -114,7 +197,7 @@ pub async fn serve(listener: UnixListener, daemon: mpsc::Sender<Request>) {
     let served = tonic::transport::Server::builder()
         .concurrency_limit_per_connection(8)
         .add_service(service)
-        .serve_with_incoming(incoming)
+        .serve_with_incoming_shutdown(incoming, stopped)
         .await;
     if let Err(error) = served {
         tracing::error!(%error, "local socket is not served any more");
@@ -227,9 +310,11 @@ impl Local for Service {
 
     async fn leave(
         &self,
-        _: tonic::Request<pb::LocalLeaveRequest>,
+        request: tonic::Request<pb::LocalLeaveRequest>,
     ) -> Result<Response<pb::LocalLeaveResponse>, Status> {
-        self.ask(Request::Leave).await?.map_err(Status::failed_precondition)?;
+        let force = request.into_inner().force;
+        let left = self.ask(|reply| Request::Leave { force, reply }).await?;
+        left.map_err(Status::failed_precondition)?;
         Ok(Response::new(pb::LocalLeaveResponse {}))
     }
 
@@ -237,7 +322,95 @@ impl Local for Service {
         &self,
         _: tonic::Request<pb::DownRequest>,
     ) -> Result<Response<pb::DownResponse>, Status> {
-        self.ask(Request::Down).await?.map_err(Status::failed_precondition)?;
-        Ok(Response::new(pb::DownResponse {}))
+        let answer = self.ask(Request::Down).await?.map_err(Status::failed_precondition)?;
+        let DownAnswer { already, warning } = answer;
+        Ok(Response::new(pb::DownResponse { already, warning: warning.unwrap_or_default() }))
+    }
+
+    async fn up(
+        &self,
+        _: tonic::Request<pb::UpRequest>,
+    ) -> Result<Response<pb::UpResponse>, Status> {
+        let already = self.ask(Request::Up).await?.map_err(Status::failed_precondition)?;
+        Ok(Response::new(pb::UpResponse { already }))
+    }
+
+    async fn confirm(
+        &self,
+        _: tonic::Request<pb::ConfirmRequest>,
+    ) -> Result<Response<pb::ConfirmResponse>, Status> {
+        let was_due = self.ask(Request::Confirm).await?.map_err(Status::failed_precondition)?;
+        Ok(Response::new(pb::ConfirmResponse { was_due }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper_util::rt::TokioIo;
+    use tonic::transport::{Channel, Endpoint};
+    use towline_proto::pb::local_client::LocalClient;
+
+    use super::*;
+
+    async fn client(path: &Path) -> LocalClient<Channel> {
+        let path = path.to_owned();
+        let connector = tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        });
+        let endpoint = Endpoint::from_static("http://agent");
+        LocalClient::new(endpoint.connect_with_connector(connector).await.unwrap())
+    }
+
+    /// The answers of requests whose handling ends the daemon are written before it ends.
+    #[tokio::test]
+    async fn an_answer_is_delivered_though_the_daemon_ends_with_it() {
+        let directory = tempfile::tempdir().unwrap();
+        for round in 0..20 {
+            let path = directory.path().join(format!("{round}.sock"));
+            let mut control = ControlServer::start(&path).unwrap();
+            let daemon = tokio::spawn(async move {
+                match control.next().await.unwrap() {
+                    Request::Down(reply) => {
+                        let answer = DownAnswer::new(false, Ok(Lasts::UntilUp));
+                        reply.send(Ok(answer)).unwrap();
+                    }
+                    Request::Leave { force, reply } => {
+                        assert!(force);
+                        reply.send(Ok(())).unwrap();
+                    }
+                    other => panic!("{other:?}"),
+                }
+                control.stop().await;
+            });
+            let mut client = client(&path).await;
+            if round % 2 == 0 {
+                let answer = client.down(pb::DownRequest {}).await.unwrap().into_inner();
+                assert_eq!(answer, pb::DownResponse::default());
+            } else {
+                client.leave(pb::LocalLeaveRequest { force: true }).await.unwrap();
+            }
+            daemon.await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_request_that_was_not_taken_is_told_that_the_agent_stops() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("agent.sock");
+        let mut control = ControlServer::start(&path).unwrap();
+        let (mut first, mut second) = (client(&path).await, client(&path).await);
+        let daemon = tokio::spawn(async move {
+            let Some(Request::Down(reply)) = control.next().await else { panic!("down") };
+            // The other one is on its way or waits; either way nobody takes it.
+            reply.send(Err("the host is busy".into())).unwrap();
+            control.stop().await;
+        });
+        let (one, other) =
+            tokio::join!(first.down(pb::DownRequest {}), second.down(pb::DownRequest {}));
+        daemon.await.unwrap();
+        let errors = [one.unwrap_err(), other.unwrap_err()];
+        assert!(errors.iter().any(|error| error.message() == "the host is busy"), "{errors:?}");
+        assert!(errors.iter().any(|error| error.code() == tonic::Code::Unavailable), "{errors:?}");
     }
 }

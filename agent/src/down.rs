@@ -9,7 +9,7 @@
 //! looks for the marker afterwards.
 
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -116,6 +116,8 @@ fn write(path: &Path, now: SystemTime) -> io::Result<()> {
         .write(true)
         .mode(0o644)
         .open(&beside)?;
+    // Not left to the umask.
+    file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
     file.write_all(&serde_json::to_vec(&Content { since })?)?;
     file.sync_all()?;
     std::fs::rename(&beside, path)?;

@@ -10,10 +10,12 @@ use std::fmt;
 use std::time::Instant;
 
 use anyhow::Context as _;
+use ipnet::IpNet;
 use towline_core::mesh::{Mesh, Output};
 use towline_core::plan::{Plan, RouteVia};
 
 use crate::config::Config;
+use crate::confirm::{self, Confirmation, Moment};
 use crate::daemon;
 use crate::down::DownMarker;
 use crate::host::{Changes, HostNetwork, Problem};
@@ -32,6 +34,8 @@ pub enum Guarded {
     AgentRuns,
     /// The machine is open by `towline down`, and stays so until `towline up`.
     Down,
+    /// The join was not confirmed in time; the agent undoes it.
+    Unconfirmed,
     /// The guards stand.
     Stands {
         /// Networks that are guarded.
@@ -73,6 +77,9 @@ fn enter(config: &Config) -> anyhow::Result<Result<StateDir, Guarded>> {
     if DownMarker::of(config).read().is_some() {
         return Ok(Err(Guarded::Down));
     }
+    if confirm::look(&config.state_dir, &Moment::now()) == Confirmation::Missed {
+        return Ok(Err(Guarded::Unconfirmed));
+    }
     // An agent of a version that does not lock the directory.
     if daemon::is_running(&config.socket) {
         return Ok(Err(Guarded::AgentRuns));
@@ -102,6 +109,9 @@ impl fmt::Display for Guarded {
             Self::Down => {
                 f.write_str("this machine is down: nothing is guarded until `towline up` is run")
             }
+            Self::Unconfirmed => f.write_str(
+                "the join was not confirmed in time: nothing is guarded, and it is undone",
+            ),
             Self::Stands { is_whole, networks, problems, .. } => {
                 if *is_whole {
                     write!(f, "{networks} networks are guarded")?;
@@ -112,6 +122,13 @@ impl fmt::Display for Guarded {
             }
         }
     }
+}
+
+/// Returns the networks that an agent would reach through the tunnel or not at all, from what is on
+/// the disk.
+pub fn networks(config: &Config) -> anyhow::Result<Vec<IpNet>> {
+    let plan = plan(config, &StateDir::peek(&config.state_dir))?;
+    Ok(plan.routes.keys().map(|(network, _)| *network).collect())
 }
 
 /// What the agent would do first.

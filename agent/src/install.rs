@@ -55,6 +55,8 @@ const GUARD: &str = "towline-guard.service";
 const RETRY_TIMER: &str = "towline-join.timer";
 /// Where a retry looks for the token.
 pub const TOKEN: &str = "/etc/towline/token";
+/// Written by the drop-in for k3s.
+const K3S_ADDRESS: &str = "/etc/rancher/k3s/config.yaml.d/10-towline.yaml";
 
 /// The tree that is installed into: the machine, or a directory.
 #[derive(Debug, Clone)]
@@ -118,6 +120,70 @@ impl Tree {
             systemctl(&["start", "--no-block", AGENT])?;
         }
         Ok(())
+    }
+
+    /// Whether the units that were installed run an agent on this state directory.
+    pub fn serves(&self, state_dir: &Path) -> bool {
+        let file = self.path(DEFAULT_PATH);
+        let config = if file.exists() { Config::load(Some(&file)) } else { Ok(Config::default()) };
+        let theirs = config.map(|config| self.path(config.state_dir));
+        let same = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        theirs.is_ok_and(|theirs| same(&theirs) == same(state_dir))
+    }
+
+    /// Whether the agent's unit is installed.
+    pub fn has_agent_unit(&self) -> bool {
+        self.path(self.unit_place(AGENT)).is_file()
+    }
+
+    /// Starts the agent's unit, where systemd runs the machine. It is not waited for.
+    pub fn start_agent(&self) -> anyhow::Result<()> {
+        // A unit that failed is not kept from the next try.
+        let _ = systemctl(&["reset-failed", AGENT]);
+        systemctl(&["start", "--no-block", AGENT])
+    }
+
+    /// Undoes [`Self::start`]: nothing of ours comes up at the next boot. Also removes our drop-ins
+    /// for the kubelet and k3s, which would wait for a mesh, unless somebody changed them. Returns
+    /// what was done, a line each.
+    pub fn disable(&self) -> anyhow::Result<Vec<String>> {
+        let mut done = Vec::new();
+        let wants = [
+            (RETRY_TIMER, "timers.target"),
+            (AGENT, "multi-user.target"),
+            (GUARD, "sysinit.target"),
+        ];
+        for (unit, target) in wants {
+            let link = self.path(ADMIN_UNITS).join(format!("{target}.wants")).join(unit);
+            if link.is_symlink() {
+                remove(&link)?;
+                done.push(format!("disabled {unit}"));
+            }
+        }
+        for (name, text) in UNITS.iter().filter(|(name, _)| name.ends_with(".conf")) {
+            let path = Path::new(ADMIN_UNITS).join(name);
+            match std::fs::read_to_string(self.path(&path)) {
+                Ok(found) if found == *text => {
+                    remove(&self.path(&path))?;
+                    done.push(format!("removed {}", path.display()));
+                }
+                Ok(_) => done.push(format!("left {}: it was changed", path.display())),
+                Err(_) => {}
+            }
+        }
+        let k3s = self.path(K3S_ADDRESS);
+        if std::fs::read_to_string(&k3s).is_ok_and(|text| text.contains("flannel-iface: towline")) {
+            remove(&k3s)?;
+            done.push(format!("removed {K3S_ADDRESS}"));
+        }
+        if self.has_systemd() && !done.is_empty() {
+            systemctl(&["daemon-reload"])?;
+            for unit in [RETRY_TIMER, AGENT, GUARD] {
+                // One that was never loaded is no error.
+                let _ = systemctl(&["stop", "--no-block", unit]);
+            }
+        }
+        Ok(done)
     }
 
     /// Keeps the token for retries. It is single-use; a join that succeeds removes it.
@@ -440,6 +506,44 @@ mod tests {
         std::fs::write(packaged, text).unwrap();
         tree.install("").unwrap();
         assert!(!file.exists());
+    }
+
+    #[test]
+    fn disabling_undoes_the_start_and_leaves_what_a_person_changed() {
+        let (_directory, tree) = tree();
+        let config = Config::default();
+        tree.install("").unwrap();
+        tree.start().unwrap();
+        tree.failed(&config, "no controller answers", true).unwrap();
+        let kubelet = tree.path("/etc/systemd/system/kubelet.service.d/10-towline.conf");
+        let k3s = tree.path("/etc/systemd/system/k3s-agent.service.d/10-towline.conf");
+        std::fs::write(&k3s, "# mine\n").unwrap();
+        let done = tree.disable().unwrap().join("\n");
+        for target in ["multi-user", "sysinit", "timers"] {
+            let wants = tree.path(format!("/etc/systemd/system/{target}.target.wants"));
+            assert_eq!(std::fs::read_dir(wants).unwrap().count(), 0, "{target}");
+        }
+        assert!(!kubelet.exists() && k3s.exists(), "{done}");
+        for part in [AGENT, GUARD, RETRY_TIMER, "removed", "was changed"] {
+            assert!(done.contains(part), "{done}");
+        }
+        // The units themselves stay, for the next join.
+        assert!(tree.path("/etc/systemd/system/towline.service").exists());
+        let again = tree.disable().unwrap();
+        assert!(again.iter().all(|line| line.starts_with("left ")), "{again:?}");
+        tree.install("").unwrap();
+        tree.start().unwrap();
+        assert!(kubelet.exists(), "the next join installs it again");
+    }
+
+    #[test]
+    fn units_serve_the_state_directory_of_the_configuration_that_they_read() {
+        let (_directory, tree) = tree();
+        assert!(tree.serves(&tree.path("/var/lib/towline")));
+        assert!(!tree.serves(Path::new("/var/lib/towline")));
+        tree.install("state_dir = \"/srv/towline\"\n").unwrap();
+        assert!(tree.serves(&tree.path("/srv/towline")));
+        assert!(!tree.serves(&tree.path("/var/lib/towline")));
     }
 
     #[test]

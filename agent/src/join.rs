@@ -21,6 +21,7 @@ use towline_proto::token::{ControllerAddress, JoinToken};
 
 use crate::dial::{self, DialError};
 use crate::keys::{Identity, InvalidKey};
+use crate::lockout::{self, CutOff, Session};
 use crate::state::{InvalidMembership, Keys, Membership, StateDir, StateError};
 use crate::tls;
 use towline_netlink::Rtnetlink;
@@ -61,6 +62,9 @@ pub enum JoinError {
         /// This machine's.
         gateway: IpAddr,
     },
+    /// The mesh would cut off the operator's own SSH session.
+    #[error("{0}")]
+    CutOff(CutOff),
     /// A key cannot be used.
     #[error(transparent)]
     Key(#[from] InvalidKey),
@@ -113,12 +117,40 @@ pub enum Joined {
     Already(Membership),
 }
 
+/// How the operator reaches this machine, which a mesh must not end.
+#[derive(Debug, Clone, Default)]
+pub struct Operator {
+    /// The SSH sessions; empty: there are none, or they may be cut off.
+    pub sessions: Vec<Session>,
+    /// TCP ports that are reached outside the tunnel too.
+    pub plain_ports: Vec<u16>,
+}
+
+impl Operator {
+    /// Refuses networks that would cut off one of the sessions, and names it.
+    pub fn refuse_cut_off(&self, networks: &[IpNet]) -> Result<(), JoinError> {
+        let found = lockout::cut_off(&self.sessions, networks, &self.plain_ports);
+        found.into_iter().next().map_or(Ok(()), |cut_off| Err(JoinError::CutOff(cut_off)))
+    }
+}
+
 /// Joins, unless the machine is a member already.
 pub async fn join(
     state: &StateDir,
     token: &JoinToken,
     name: &NodeName,
     mark: u32,
+) -> Result<Joined, JoinError> {
+    join_as(state, token, name, mark, &Operator::default()).await
+}
+
+/// Joins, unless the machine is a member already or the mesh would cut off its operator.
+pub async fn join_as(
+    state: &StateDir,
+    token: &JoinToken,
+    name: &NodeName,
+    mark: u32,
+    operator: &Operator,
 ) -> Result<Joined, JoinError> {
     if let Some(membership) = state.membership()? {
         if membership.grant.name != *name {
@@ -144,6 +176,7 @@ pub async fn join(
     )?;
     let gateways = Rtnetlink::open().and_then(|mut netlink| netlink.gateways());
     refuse_covered(&membership.mesh, &gateways.unwrap_or_default())?;
+    operator.refuse_cut_off(&membership.mesh.guarded().collect::<Vec<_>>())?;
     // The certificate first: the membership is what says that the join is done.
     state.store_certificate(&chain(answer.certificate_chain)?)?;
     state.store_membership(&membership)?;

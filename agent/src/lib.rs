@@ -5,6 +5,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod confirm;
 pub mod control;
 pub mod daemon;
 pub mod dataplane;
@@ -17,6 +18,7 @@ pub mod install;
 pub mod join;
 pub mod keys;
 pub mod kubernetes;
+pub mod lockout;
 pub mod map_cache;
 pub mod node_ip;
 pub mod notify;

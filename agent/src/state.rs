@@ -10,6 +10,9 @@
 //! | `counters.json` | boot epoch and record generation | before each use of a new value |
 //! | `prefixes.json` | what this node announced, and what of others' is still guarded | when it changes |
 //! | `map.bin` | the signed network map, as last seen | after changes, debounced |
+//! | `confirm-by` | until when the join has to be confirmed (`confirm.rs`) | at the join; removed by `towline confirm` |
+//! | `join-failure` | why the last join failed or was undone | when it does; removed by a join |
+//! | `undone` | why the last join was undone | when it is undone; removed once the units are disabled |
 //! | `down` | when `towline down` was run (`down.rs`) | by `towline down`; removed by `towline up` |
 //!
 //! The directory is 0700 and belongs to the system user that guard and agent run as; so does every
@@ -40,6 +43,7 @@ use towline_service::account;
 use towline_service::directory::{self, DirectoryError, PrivateDirectory};
 use zeroize::Zeroizing;
 
+use crate::confirm::{self, Confirmation, Moment, Unconfirmed};
 use crate::keys::{Identity, InvalidKey, Wireguard};
 use crate::map_cache::MapCache;
 use lock::StateLock;
@@ -78,6 +82,9 @@ pub enum StateError {
         /// The membership file.
         path: PathBuf,
     },
+    /// Too late to confirm the join.
+    #[error("the join was not confirmed in time: it is undone: join again with a new token")]
+    Unconfirmed,
     /// A key file that holds no key.
     #[error(
         "{path}: {source}; restore it from a backup, or remove {dir} and join again with a new token"
@@ -423,6 +430,52 @@ impl StateDir {
         self.replace("kubernetes.json", encoded)
     }
 
+    /// Makes the join one that is undone unless it is confirmed in time.
+    pub fn store_unconfirmed(&self, unconfirmed: &Unconfirmed) -> Result<(), StateError> {
+        self.replace(confirm::NAME, &unconfirmed.encode())
+    }
+
+    /// Makes the join permanent; returns whether it was not.
+    pub fn confirm(&self) -> Result<bool, StateError> {
+        match confirm::look(&self.path, &Moment::now()) {
+            Confirmation::Settled => Ok(false),
+            Confirmation::Due(_) => {
+                self.remove(confirm::NAME)?;
+                self.sync_dir()?;
+                Ok(true)
+            }
+            Confirmation::Missed => Err(StateError::Unconfirmed),
+        }
+    }
+
+    /// Forgets that a join was to be confirmed.
+    pub fn forget_unconfirmed(&self) -> Result<(), StateError> {
+        self.remove(confirm::NAME)
+    }
+
+    /// Stores why the last join was undone.
+    pub fn store_undone(&self, reason: &str) -> Result<(), StateError> {
+        let line = format!("{reason}\n");
+        self.replace(JOIN_FAILURE, line.as_bytes())?;
+        self.replace(confirm::UNDONE, line.as_bytes())
+    }
+
+    /// Whether the last join was undone, and the units are still enabled.
+    pub fn is_undone(&self) -> bool {
+        self.path.join(confirm::UNDONE).exists()
+    }
+
+    /// Why the last join failed or was undone, if it did.
+    pub fn join_failure(&self) -> Result<Option<String>, StateError> {
+        let reason = self.read(JOIN_FAILURE)?;
+        Ok(reason.map(|reason| String::from_utf8_lossy(&reason).into_owned()))
+    }
+
+    /// Forgets that the last join was undone.
+    pub fn forget_undone(&self) -> Result<(), StateError> {
+        self.remove(confirm::UNDONE)
+    }
+
     /// Forgets the membership, the certificate and the map, and the keys with them: the next join
     /// is another node's.
     pub fn forget(&self) -> Result<(), StateError> {
@@ -437,19 +490,19 @@ impl StateDir {
             "wireguard.key",
             "identity.key",
             crate::down::NAME,
+            confirm::NAME,
         ] {
-            self.unsaved_files().settled(name);
-            if let Some(directory) = self.existing()? {
-                directory.remove(name)?;
-            }
+            self.remove(name)?;
         }
         self.sync_dir()
     }
 
-    /// The reason of the last unattended join that failed, if one did.
-    pub fn join_failure(&self) -> Result<Option<String>, StateError> {
-        let text = self.read(JOIN_FAILURE)?;
-        Ok(text.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+    fn remove(&self, name: &str) -> Result<(), StateError> {
+        self.unsaved_files().settled(name);
+        match self.existing()? {
+            Some(directory) => Ok(directory.remove(name)?),
+            None => Ok(()),
+        }
     }
 
     fn read(&self, name: &str) -> Result<Option<Vec<u8>>, StateError> {

@@ -1,15 +1,14 @@
-//! `towline agent`, `towline pubkey`, `towline leave` and `towline down`.
+//! `towline agent` and `towline pubkey`.
 
 use std::path::PathBuf;
 
 use towline_proto::pb;
 use tracing_subscriber::EnvFilter;
 
-use super::local::{runtime, said, with_agent};
+use super::local::{said, with_agent};
 use super::output;
 use crate::config::Config;
 use crate::daemon::{self, Purpose};
-use crate::install::Tree;
 use crate::state::StateDir;
 
 pub(super) fn run(
@@ -40,38 +39,4 @@ pub(super) fn pubkey(config: &Config) -> anyhow::Result<()> {
         StateDir::open(&config.state_dir)?.keys_or_generate()?.wireguard.public().to_string()
     };
     output::print(&format!("{key}\n"))
-}
-
-pub(super) fn leave(config: &Config, force: bool) -> anyhow::Result<()> {
-    if daemon::is_running(&config.socket) {
-        let left = with_agent(&config.socket, async |mut agent| {
-            agent.leave(pb::LocalLeaveRequest {}).await.map_err(|status| said(&status))?;
-            Ok(())
-        });
-        if let Err(error) = left {
-            let hint = "still a member (to forget the mesh here anyway: stop the agent, then `towline leave --force`)";
-            return Err(error.context(hint));
-        }
-    } else {
-        let state = StateDir::open(&config.state_dir)?;
-        runtime()?.block_on(daemon::leave(config, &state, force))?;
-    }
-    if let Err(error) = Tree::new(None).remove_networkd_settings() {
-        eprintln!("left, but {error:#}");
-    }
-    eprintln!("left the mesh; this machine is open again");
-    Ok(())
-}
-
-pub(super) fn down(config: &Config) -> anyhow::Result<()> {
-    if daemon::is_running(&config.socket) {
-        with_agent(&config.socket, async |mut agent| {
-            agent.down(pb::DownRequest {}).await.map_err(|status| said(&status))?;
-            Ok(())
-        })?;
-    } else {
-        daemon::open_host(config)?;
-    }
-    eprintln!("agent stopped; its link, routes and guards are removed");
-    Ok(())
 }

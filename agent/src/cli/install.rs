@@ -11,12 +11,13 @@ use rand::Rng as _;
 use towline_proto::id::NodeName;
 use towline_proto::token::JoinToken;
 
-use super::join::JoinArgs;
+use super::join::{JoinArgs, Parts};
 use super::local::{runtime, said, with_agent};
 use super::{Global, output, wait};
 use crate::config::{Config, DEFAULT_PATH};
+use crate::confirm::{self, Confirmation, Moment, Unconfirmed};
 use crate::install::{TOKEN, Tree};
-use crate::join::{JoinError, join};
+use crate::join::{JoinError, join_as};
 use crate::node_ip;
 use crate::state::StateDir;
 
@@ -36,6 +37,11 @@ pub(super) struct InstallArgs {
     /// Try for this many seconds, then leave the reason and a timer that tries again
     #[arg(long, default_value_t = 300, value_name = "SECONDS", requires = "install")]
     timeout: u64,
+    /// Undo everything after this many seconds, counted from the agent's start, unless `towline
+    /// confirm` is run before: a way back if the mesh locks you out
+    #[arg(long, value_name = "SECONDS", requires = "install",
+          value_parser = clap::value_parser!(u64).range(1..=confirm::MAX_SECONDS))]
+    confirm: Option<u64>,
 }
 
 #[derive(serde::Serialize)]
@@ -50,6 +56,18 @@ struct Report {
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LAST_RETRY: Duration = Duration::from_secs(5);
 
+/// How a join is tried.
+struct Attempt {
+    /// Join even though the mesh cuts off the operator.
+    force: bool,
+    /// How long the confirmation may take, in seconds; `None`: none is needed.
+    confirm: Option<u64>,
+    /// How long it may be tried, in seconds.
+    timeout: u64,
+    /// When the trying ends.
+    deadline: Instant,
+}
+
 /// A machine that is being installed.
 struct Machine {
     tree: Tree,
@@ -60,17 +78,23 @@ struct Machine {
 }
 
 pub(super) fn run(global: &Global, args: JoinArgs) -> anyhow::Result<()> {
-    let (source, name, how, format) = args.parts();
+    let Parts { source, name, force, how, output: format } = args.parts();
     let deadline = Instant::now() + Duration::from_secs(how.timeout);
     let machine = Machine::prepare(global, &how)?;
     let already = machine.member(name.as_deref())?;
-    if !already {
+    if already {
+        super::machine::refuse_down(&machine.outside)?;
+        if how.confirm.is_some() {
+            eprintln!("this machine is a member already: --confirm is not applied");
+        }
+    } else {
         let name = super::join::name(name)?;
         // Before anything is tried: a token that is none is never one.
         let text = source.read()?;
         let token: JoinToken = text.parse()?;
         machine.tree.keep_token(&text)?;
-        machine.join(&token, &name, deadline)?;
+        let attempt = Attempt { force, confirm: how.confirm, timeout: how.timeout, deadline };
+        machine.join(&token, &name, &attempt)?;
     }
     machine.tree.succeeded(&machine.config)?;
     machine.tree.start()?;
@@ -83,6 +107,9 @@ pub(super) fn run(global: &Global, args: JoinArgs) -> anyhow::Result<()> {
         if already { "this machine is already" } else { "joined as" },
         report.name
     );
+    if let Confirmation::Due(left) = confirm::look(&machine.outside.state_dir, &Moment::now()) {
+        eprintln!("run `towline confirm` within {} s, or the join is undone", left.as_secs());
+    }
     match output::document(format, &report)? {
         Some(document) => output::print(&document),
         None => output::print(&format!("{}\n", report.node_ip)),
@@ -126,12 +153,16 @@ impl Machine {
         }))
     }
 
-    fn join(&self, token: &JoinToken, name: &NodeName, deadline: Instant) -> anyhow::Result<()> {
-        let Err(error) = self.keep_trying(token, name, deadline) else { return Ok(()) };
-        let again = error.downcast_ref::<JoinError>().is_some_and(JoinError::may_pass);
+    fn join(&self, token: &JoinToken, name: &NodeName, attempt: &Attempt) -> anyhow::Result<()> {
+        let Err(error) = self.keep_trying(token, name, attempt) else { return Ok(()) };
+        // Who wants to confirm is there: a timer's join would need no confirmation.
+        let again = error.downcast_ref::<JoinError>().is_some_and(JoinError::may_pass)
+            && attempt.confirm.is_none();
         self.tree.failed(&self.config, &format!("{error:#}"), again)?;
         let next = if again {
             format!("not joined; towline-join.timer tries again with {TOKEN}")
+        } else if attempt.confirm.is_some() {
+            "not joined, and no timer tries again: the join would need a confirmation".to_owned()
         } else {
             "not joined, and trying again would not help".to_owned()
         };
@@ -142,19 +173,47 @@ impl Machine {
         &self,
         token: &JoinToken,
         name: &NodeName,
-        deadline: Instant,
+        attempt: &Attempt,
     ) -> anyhow::Result<()> {
         let state = StateDir::lock(self.tree.state(&self.config)?)?;
+        // Before the join: a machine that dies in the middle of it has not joined for good.
+        match attempt.confirm {
+            Some(seconds) => {
+                let seconds = seconds.saturating_add(attempt.timeout);
+                state.store_unconfirmed(&Unconfirmed::new(&Moment::now(), seconds))?;
+            }
+            None => state.forget_unconfirmed()?,
+        }
+        let result = self.try_until_joined(&state, token, name, attempt);
+        match (&result, attempt.confirm) {
+            (Err(_), _) => state.forget_unconfirmed()?,
+            (Ok(()), Some(seconds)) => {
+                state.store_unconfirmed(&Unconfirmed::new(&Moment::now(), seconds))?;
+            }
+            (Ok(()), None) => {}
+        }
+        result
+    }
+
+    fn try_until_joined(
+        &self,
+        state: &StateDir,
+        token: &JoinToken,
+        name: &NodeName,
+        attempt: &Attempt,
+    ) -> anyhow::Result<()> {
+        let operator = super::join::operator(&self.config, attempt.force);
+        let mark = self.config.routing.mark;
         let runtime = runtime()?;
         let mut retry = FIRST_RETRY;
         loop {
-            let error = match runtime.block_on(join(&state, token, name, self.config.routing.mark))
-            {
-                Ok(_) => return Ok(()),
+            let joined = runtime.block_on(join_as(state, token, name, mark, &operator));
+            let error = match joined {
+                Ok(_) => return Ok(state.forget_undone()?),
                 Err(error) => error,
             };
             let wait = retry.mul_f64(rand::rng().random_range(0.5..=1.0));
-            if !error.may_pass() || Instant::now() + wait >= deadline {
+            if !error.may_pass() || Instant::now() + wait >= attempt.deadline {
                 return Err(error.into());
             }
             eprintln!("{error}; trying again");
@@ -207,6 +266,7 @@ mod tests {
             advertise: vec!["203.0.113.10:51830".parse().unwrap()],
             plain_port: vec![6443, 7443],
             timeout: 0,
+            confirm: None,
         };
         let config = Config::parse(&configuration(&how).unwrap(), Path::new("x")).unwrap();
         assert_eq!(config.node.advertise, how.advertise);

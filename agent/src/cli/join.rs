@@ -10,7 +10,7 @@ use towline_proto::id::NodeName;
 use super::local::runtime;
 use super::output::{self, Format};
 use crate::config::Config;
-use crate::join::{Joined, join};
+use crate::join::{Joined, Operator, join_as};
 use crate::state::StateDir;
 
 #[derive(Debug, Args)]
@@ -29,6 +29,9 @@ pub(super) struct JoinArgs {
     /// join, start the agent, wait until the mesh is up, and print the node's address
     #[arg(long)]
     install: bool,
+    /// Join even though the mesh cuts off the SSH session from which this is run
+    #[arg(long)]
+    force: bool,
     #[command(flatten)]
     how: super::install::InstallArgs,
     /// How to write what is found
@@ -43,9 +46,19 @@ impl JoinArgs {
     }
 
     /// What [`super::install`] needs.
-    pub(super) fn parts(self) -> (Source, Option<String>, super::install::InstallArgs, Format) {
-        (Source { argument: self.token, file: self.token_file }, self.name, self.how, self.output)
+    pub(super) fn parts(self) -> Parts {
+        let Self { token, token_file, name, force, how, output, install: _ } = self;
+        Parts { source: Source { argument: token, file: token_file }, name, force, how, output }
     }
+}
+
+/// The arguments, for [`super::install`].
+pub(super) struct Parts {
+    pub(super) source: Source,
+    pub(super) name: Option<String>,
+    pub(super) force: bool,
+    pub(super) how: super::install::InstallArgs,
+    pub(super) output: Format,
 }
 
 /// Where the token is.
@@ -73,7 +86,11 @@ pub(super) fn run(config: &Config, args: JoinArgs) -> anyhow::Result<()> {
         _ => {
             let source = Source { argument: args.token, file: args.token_file };
             let token = source.read()?.parse()?;
-            runtime()?.block_on(join(&state, &token, &name, config.routing.mark))?
+            let operator = operator(config, args.force);
+            let mark = config.routing.mark;
+            let joined = runtime()?.block_on(join_as(&state, &token, &name, mark, &operator))?;
+            state.forget_undone()?;
+            joined
         }
     };
     let (membership, already) = match joined {
@@ -97,6 +114,11 @@ pub(super) fn run(config: &Config, args: JoinArgs) -> anyhow::Result<()> {
         output::print(&document)?;
     }
     Ok(())
+}
+
+/// How the operator reaches this machine; nothing of it counts with `force`.
+pub(super) fn operator(config: &Config, force: bool) -> Operator {
+    if force { Operator::default() } else { super::machine::operator(config) }
 }
 
 impl Source {

@@ -8,6 +8,7 @@ mod guard;
 mod install;
 mod join;
 pub(crate) mod local;
+mod machine;
 mod output;
 mod peers;
 mod ping;
@@ -21,7 +22,12 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
 use crate::daemon::Purpose;
+use crate::state::StateError;
 use output::Format;
+
+/// Exit status of a service on a machine that has not joined a mesh ("not configured" of the Linux
+/// Standard Base): the unit is not restarted then (`RestartPreventExitStatus`).
+const NOT_JOINED: u8 = 6;
 
 /// Joins this machine to an encrypted node network, and shows how it stands.
 #[derive(Debug, Parser)]
@@ -64,14 +70,22 @@ enum Command {
     Pubkey,
     /// Probe the path to a node
     Ping(ping::PingArgs),
-    /// Leave the mesh for good: the node is removed, the machine opened
-    Leave(LeaveArgs),
-    /// Open the machine: stop the agent and remove its link, routes and guards
+    /// Leave the mesh for good: the node is removed, the machine opened, its units disabled
+    Leave(machine::LeaveArgs),
+    /// Open the machine until `towline up`, also over a reboot: stop the agent and remove its link,
+    /// routes and guards
     Down,
+    /// Bring up the mesh again after `towline down`
+    Up(machine::UpArgs),
+    /// Make a join permanent that was made with --confirm
+    Confirm,
     /// Guard the mesh's networks before any agent runs, from what is on the disk (for the boot)
     Guard(guard::GuardArgs),
     /// Show the address by which other nodes know this one, for the kubelet's --node-ip
     NodeIp(guard::NodeIpArgs),
+    /// Do as root what an agent that undid its join left to do (for the unit)
+    #[command(hide = true)]
+    AfterStop(machine::AfterStopArgs),
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -84,14 +98,6 @@ struct OutputArgs {
     /// How to write what is found
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
-}
-
-#[derive(Debug, Args)]
-struct LeaveArgs {
-    /// Forget the mesh here even though no controller can be told (an operator then removes the
-    /// node there)
-    #[arg(long)]
-    force: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -107,12 +113,18 @@ pub fn run() -> ExitCode {
     // Nearly every command holds a key or a token.
     towline_service::process::forbid_dumps();
     let cli = Cli::parse();
+    let is_agent = matches!(cli.command, Command::Agent | Command::Relay);
+    let is_service = is_agent && std::env::var_os("NOTIFY_SOCKET").is_some();
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("towline: {error:#}");
-            ExitCode::FAILURE
+            match error.downcast_ref() {
+                // To a service manager it is no failure that the next start could end.
+                Some(StateError::NotJoined { .. }) if is_service => ExitCode::from(NOT_JOINED),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -133,8 +145,11 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Peers(args) => peers::run(&config()?, args.output),
         Command::Pubkey => daemon::pubkey(&config()?),
         Command::Ping(args) => ping::run(&config()?, args),
-        Command::Leave(args) => daemon::leave(&config()?, args.force),
-        Command::Down => daemon::down(&config()?),
+        Command::Leave(args) => machine::leave(&config()?, &args),
+        Command::Down => machine::down(&config()?),
+        Command::Up(args) => machine::up(&config()?, &args),
+        Command::Confirm => machine::confirm(&config()?),
+        Command::AfterStop(args) => machine::after_stop(&config()?, &args),
         Command::Guard(args) => guard::guard(&config()?, &args),
         Command::NodeIp(args) => guard::node_ip(&config()?, &args),
         Command::Config(ConfigCommand::Check) => {

@@ -12,6 +12,12 @@ use crate::config::Config;
 
 #[derive(Serialize)]
 struct Status {
+    /// "running" or "down".
+    state: String,
+    /// When `towline down` was run; `null`: the machine is not down, or it is not known since when.
+    down_since: Option<String>,
+    /// The join is undone after this time unless it is confirmed; `null`: it is permanent.
+    confirm_within_ms: Option<u64>,
     name: Option<String>,
     node_id: Option<String>,
     mesh_id: Option<String>,
@@ -68,7 +74,12 @@ impl From<pb::StatusResponse> for Status {
     fn from(status: pb::StatusResponse) -> Self {
         let present = |text: String| (!text.is_empty()).then_some(text);
         let expires = jiff::Timestamp::from_second(status.certificate_expires_at).ok();
+        let down_since = status.down_since.filter(|since| *since != 0);
+        let down_since = down_since.and_then(|since| jiff::Timestamp::from_second(since).ok());
         Self {
+            state: status.state,
+            down_since: down_since.map(|since| since.to_string()),
+            confirm_within_ms: status.confirm_within_ms,
             name: present(status.name),
             node_id: present(status.node_id),
             mesh_id: present(status.mesh_id),
@@ -137,6 +148,11 @@ fn text(status: &Status, wide: bool) -> String {
     if let (Some(name), Some(id)) = (&status.name, &status.node_id) {
         line("node", format!("{name} ({id})"));
     }
+    let down = status.state == "down";
+    if down {
+        let since = status.down_since.as_ref().map(|since| format!(" since {since}"));
+        line("state", format!("down{}: run `towline up`", since.unwrap_or_default()));
+    }
     line("mesh", status.mesh_id.clone().unwrap_or_else(|| "none: static peers only".into()));
     if status.mesh_id.is_some() {
         line("site", output::or_dash(status.site.clone()));
@@ -144,7 +160,7 @@ fn text(status: &Status, wide: bool) -> String {
     line("overlay", output::or_dash(Some(status.overlay_addresses.join("  "))));
     line("public key", status.public_key.clone());
     line("link", format!("{}, mtu {}, udp port {}", status.link, status.mtu, status.listen_port));
-    if let Some(controller) = &status.controller {
+    if let Some(controller) = status.controller.as_ref().filter(|_| !down) {
         let heard = controller.last_heard_ms.map(Duration::from_millis).map(output::age);
         line(
             "controller",

@@ -66,6 +66,9 @@ fn missing(
     peers: &[pb::PeerStatus],
     wanted: &[String],
 ) -> Option<String> {
+    if status.state == "down" {
+        return Some("this machine is down: run `towline up`".to_owned());
+    }
     // An agent of an older version does not say it.
     if status.applied == Some(false) {
         return Some(format!("the host's network is not as planned: {}", status.applied_reason));
@@ -103,6 +106,12 @@ mod tests {
     fn status(connected: bool) -> pb::StatusResponse {
         let controller = pb::ControllerStatus { connected, ..Default::default() };
         pb::StatusResponse { controller: Some(controller), ..Default::default() }
+    }
+
+    #[test]
+    fn a_machine_that_is_down_is_not_up() {
+        let down = pb::StatusResponse { state: "down".into(), ..status(true) };
+        assert!(missing(&down, &[], &[]).unwrap().contains("towline up"));
     }
 
     #[test]

@@ -1,41 +1,63 @@
-//! `towline down` and `towline leave`, with a running agent and without one.
+//! `towline down`, `towline leave` and the undoing of a join, with a running daemon and without.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::oneshot;
 
 use super::{Daemon, host};
 use crate::config::Config;
+use crate::control::DownAnswer;
 use crate::discovery;
+use crate::down::DownMarker;
 use crate::join;
 use crate::state::{Keys, Membership, StateDir};
 
+/// How long a controller may take to be told that a join is undone.
+const UNDO_LIMIT: Duration = Duration::from_secs(10);
+
 impl Daemon {
+    /// Takes away all that is ours. From here on nothing enters the tunnel.
     pub(super) fn open_host(&mut self) -> Result<(), String> {
         self.data_plane.stop();
         self.host.remove()
     }
 
-    pub(super) async fn leave(&mut self) -> Result<(), String> {
-        let (reply, answer) = oneshot::channel();
-        let stopped = "the discovery task has stopped";
-        let Some(commands) = &self.commands else {
+    pub(super) fn down(&mut self) -> Result<DownAnswer, String> {
+        // The marker first: an agent that ends half-way opens the host at its next start.
+        let marker = DownMarker::of(&self.config).set(SystemTime::now());
+        self.open_host()?;
+        Ok(DownAnswer::new(false, marker))
+    }
+
+    pub(super) async fn leave(&mut self, force: bool) -> Result<(), String> {
+        if self.membership.is_none() {
             return Err("this machine is in no mesh: `towline down` opens it".into());
-        };
-        commands.send(discovery::Command::Leave(reply)).await.map_err(|_| stopped.to_owned())?;
-        // Events that the task is about to send must not block its answer.
-        let mut answer = answer;
-        let result = loop {
-            tokio::select! {
-                result = &mut answer => break result.map_err(|_| stopped.to_owned())?,
-                Some(event) = self.inputs.discovery.recv() => self.discovery_event(event),
-            }
-        };
-        if !self.removed {
-            result?;
+        }
+        let told = self.tell_controller().await;
+        match told {
+            Ok(()) => {}
+            Err(_) if self.removed => {}
+            Err(error) if force => tracing::warn!(%error, "no controller was told"),
+            Err(error) => return Err(error),
         }
         self.open_host()?;
         self.state.forget().map_err(|error| error.to_string())
+    }
+
+    async fn tell_controller(&mut self) -> Result<(), String> {
+        let (reply, answer) = oneshot::channel();
+        let stopped = || "the discovery task has stopped".to_owned();
+        let Some(commands) = &self.commands else { return Err(stopped()) };
+        commands.send(discovery::Command::Leave(reply)).await.map_err(|_| stopped())?;
+        // Events that the task is about to send must not block its answer.
+        let mut answer = answer;
+        loop {
+            tokio::select! {
+                result = &mut answer => return result.map_err(|_| stopped())?,
+                Some(event) = self.inputs.discovery.recv() => self.discovery_event(event),
+            }
+        }
     }
 }
 
@@ -57,6 +79,26 @@ pub async fn leave(config: &Config, state: &StateDir, force: bool) -> anyhow::Re
         tracing::warn!(error = %format!("{error:#}"), "no controller was told");
     }
     open_host(config)?;
+    state.forget()?;
+    Ok(())
+}
+
+/// Undoes a join that was not confirmed. The host is open; a controller that cannot be told is no
+/// obstacle.
+pub(super) async fn undo_join(config: &Config, state: &StateDir) -> anyhow::Result<()> {
+    let told = async {
+        let (membership, keys) = (state.require_membership()?, state.keys()?);
+        tell_controller(config, state, &membership, &keys).await
+    };
+    let told = tokio::time::timeout(UNDO_LIMIT, told).await;
+    let told = told.unwrap_or_else(|_| Err(anyhow::anyhow!("it did not answer in time")));
+    if let Err(error) = told {
+        tracing::warn!(error = %format!("{error:#}"), "no controller was told that the join is undone");
+    }
+    // A full disk can forget, but not remember why.
+    if let Err(error) = state.store_undone("undone: not confirmed in time with `towline confirm`") {
+        tracing::warn!(%error, "the reason of the undoing is not kept");
+    }
     state.forget()?;
     Ok(())
 }

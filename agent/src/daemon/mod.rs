@@ -16,6 +16,7 @@ mod host;
 mod paths;
 mod prefixes;
 mod report;
+mod standby;
 mod start_report;
 #[cfg(test)]
 mod tests;
@@ -35,13 +36,16 @@ use towline_core::mesh::{self, MapChange, Mesh, Output, PeerState};
 use towline_core::path;
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::prefixes::is_host;
+use towline_core::static_peers::StaticPeer;
 use towline_proto::frame::Probe;
 use towline_proto::id::{NodeId, WireguardKey};
 
 use crate::config::Config;
-use crate::control::{self, PingAnswer, Request};
+use crate::confirm::{self, Confirmation, Moment};
+use crate::control::{ControlServer, PingAnswer, Request};
 use crate::dataplane::{self, DataPlane, HostTunnels, Relay};
 use crate::discovery::{self, Announcement, Discovery};
+use crate::down::DownMarker;
 use crate::host::HostEvent;
 use crate::join;
 use crate::kubernetes;
@@ -49,12 +53,16 @@ use crate::map_cache::MapCache;
 use crate::notify::Notifier;
 use crate::prefixes::{Feed, PrefixUpdate, Prefixes, Selection};
 use crate::probe::ProbeKeys;
-use crate::state::{CachedPrefixes, Keys, Membership, StateDir};
+use crate::state::{CachedPrefixes, Counters, Keys, Membership, StateDir};
 use crate::static_peers;
 use host::Host;
+use standby::Standby;
 use start_report::StartReport;
 
 pub use departure::{leave, open_host};
+
+/// How often the time that is left for a confirmation is looked at.
+const CONFIRMATION_PERIOD: Duration = Duration::from_secs(10);
 
 /// What the daemon runs for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +77,9 @@ pub enum Purpose {
 /// How the daemon ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Exit {
+    /// The machine has to be opened, and the agent stays to see to it: a join was not confirmed, or
+    /// the host could not be opened at once.
+    Standby,
     /// By a signal: link, routes and guards stay.
     Stopped,
     /// By `towline down`: the host was opened.
@@ -79,7 +90,7 @@ enum Exit {
 
 /// Runs the agent until a signal, `towline down` or `towline leave`.
 ///
-/// `config_path` is read again on SIGHUP.
+/// `config_path` is read again on SIGHUP and at `towline up`.
 pub fn run(config: Config, config_path: Option<PathBuf>, purpose: Purpose) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -87,13 +98,120 @@ pub fn run(config: Config, config_path: Option<PathBuf>, purpose: Purpose) -> an
         .max_blocking_threads(4)
         .build()
         .context("cannot start the runtime")?;
-    let result = runtime.block_on(async {
-        let daemon = Daemon::start(config, config_path, purpose)?;
-        daemon.run().await
-    });
+    let result = runtime.block_on(serve(config, config_path, purpose));
     // A name that is being resolved must not hold up the end.
     runtime.shutdown_timeout(Duration::from_millis(500));
     result
+}
+
+/// Runs the daemon, or waits for `towline up` where the machine is down.
+async fn serve(
+    config: Config,
+    config_path: Option<PathBuf>,
+    purpose: Purpose,
+) -> anyhow::Result<()> {
+    let state = Arc::new(StateDir::open(&config.state_dir)?);
+    let mut signals = Signals::new()?;
+    let notifier = Notifier::from_environment();
+    // After the lock was taken: see `down.rs`.
+    let is_down = DownMarker::of(&config).read().is_some()
+        || confirm::look(state.path(), &Moment::now()) == Confirmation::Missed;
+    let (mut daemon, mut control) = if is_down {
+        (None, ControlServer::start(&config.socket)?)
+    } else {
+        let stored = Stored::read(&config, &state)?;
+        let control = ControlServer::start(&config.socket)?;
+        let path = config_path.clone();
+        let daemon = Daemon::start(config.clone(), path, purpose, state.clone(), stored)?;
+        (Some((daemon, None)), control)
+    };
+    let mut standby = Standby::new(config, config_path, purpose, state);
+    let exit = loop {
+        let (daemon, asked) = match daemon.take() {
+            Some(daemon) => daemon,
+            None => match standby.run(&mut control, &mut signals, &notifier).await {
+                standby::Ended::Stopped => break Ok(Exit::Stopped),
+                standby::Ended::Left => break Ok(Exit::Left),
+                standby::Ended::Up(daemon, asked) => (*daemon, Some(asked)),
+            },
+        };
+        match daemon.run(&mut control, &mut signals, &notifier, asked).await {
+            Ok(Exit::Standby) => {}
+            exit => break exit,
+        }
+    };
+    notifier.stopping();
+    // The answers of `down` and `leave` are delivered before the process ends.
+    control.stop().await;
+    let exit = exit?;
+    tracing::info!(?exit, "agent stopped");
+    Ok(())
+}
+
+/// The signals that the agent handles.
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+    hangup: tokio::signal::unix::Signal,
+}
+
+/// What a signal means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SignalMeaning {
+    /// SIGTERM or SIGINT: end.
+    End,
+    /// SIGHUP: read the configuration again.
+    Reload,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// Waits for the next one. None is lost when the future is dropped.
+    async fn next(&mut self) -> SignalMeaning {
+        tokio::select! {
+            _ = self.terminate.recv() => SignalMeaning::End,
+            _ = self.interrupt.recv() => SignalMeaning::End,
+            _ = self.hangup.recv() => SignalMeaning::Reload,
+        }
+    }
+
+    /// Waits for one that ends the agent.
+    async fn end(&mut self) {
+        while self.next().await != SignalMeaning::End {}
+    }
+}
+
+/// What a start finds in the state directory.
+struct Stored {
+    static_peers: Vec<StaticPeer>,
+    /// `None`: no mesh, static peers are all there is.
+    membership: Option<Membership>,
+    keys: Keys,
+    counters: Counters,
+    map: Option<MapCache>,
+}
+
+impl Stored {
+    /// Reads it, and counts the start.
+    fn read(config: &Config, state: &StateDir) -> anyhow::Result<Self> {
+        let static_peers = static_peers::load(&config.peers)?;
+        let membership = match state.membership()? {
+            None if !static_peers.is_empty() => None,
+            _ => Some(state.require_membership()?),
+        };
+        // Who peers without a mesh needs a key all the same.
+        let keys = if membership.is_some() { state.keys()? } else { state.keys_or_generate()? };
+        let counters = state.start(unix_millis())?;
+        let map = membership.as_ref().map(|membership| state.map(membership)).transpose()?;
+        Ok(Self { static_peers, membership, keys, counters, map })
+    }
 }
 
 struct Daemon {
@@ -142,7 +260,6 @@ struct Daemon {
 struct Inputs {
     data_plane: mpsc::Receiver<dataplane::Event>,
     discovery: mpsc::Receiver<discovery::Event>,
-    control: mpsc::Receiver<Request>,
     prefixes: mpsc::Receiver<PrefixUpdate>,
     kubernetes: watch::Receiver<kubernetes::View>,
 }
@@ -158,33 +275,20 @@ struct ControllerView {
 }
 
 impl Daemon {
-    /// Opens everything, in an order in which each failure leaves nothing behind: the state's
-    /// lock, the socket, the UDP port, the TUN; then starts the parts.
+    /// Opens the UDP port and the TUN, and starts the parts.
     fn start(
         config: Config,
         config_path: Option<PathBuf>,
         purpose: Purpose,
+        state: Arc<StateDir>,
+        stored: Stored,
     ) -> anyhow::Result<Self> {
-        let state = Arc::new(StateDir::open(&config.state_dir)?);
-        let static_peers = static_peers::load(&config.peers)?;
-        let membership = match state.membership()? {
-            None if !static_peers.is_empty() => None,
-            _ => Some(state.require_membership()?),
-        };
-        // Who peers without a mesh needs a key all the same.
-        let keys = if membership.is_some() { state.keys()? } else { state.keys_or_generate()? };
-        let counters = state.start(unix_millis())?;
-        let map = membership.as_ref().map(|membership| state.map(membership)).transpose()?;
-
-        let listener = control::listen(&config.socket)?;
+        let Stored { static_peers, membership, keys, counters, map } = stored;
         let host = Host::open(&config)?;
         let relay = config.relay();
         let host_tunnels = HostTunnels::default();
         let (data_plane, data_plane_events) =
             start_data_plane(&config, &keys, relay.clone(), &host_tunnels, purpose)?;
-
-        let (requests, control_requests) = mpsc::channel(16);
-        tokio::spawn(control::serve(listener, requests));
 
         let now = Instant::now();
         let core_config = core_config(&config, membership.as_ref(), counters.boot_epoch);
@@ -237,6 +341,7 @@ impl Daemon {
             credentials_period: kubernetes::CREDENTIALS_PERIOD,
         });
 
+        let certificate_expires_at = report::certificate_expires_at(&state);
         tracing::info!(
             node = membership.as_ref().map(|m| tracing::field::display(&m.grant.name)),
             mesh = membership.as_ref().map(|m| tracing::field::display(&m.grant.mesh_id)),
@@ -277,24 +382,27 @@ impl Daemon {
                 ..ControllerView::default()
             },
             published: Ok(Vec::new()),
-            certificate_expires_at: 0,
+            certificate_expires_at,
             pings: BTreeMap::new(),
             next_ping: 0,
             inputs: Inputs {
                 data_plane: data_plane_events,
                 discovery: discovery_events,
-                control: control_requests,
                 prefixes: prefix_updates,
                 kubernetes,
             },
         })
     }
 
-    async fn run(mut self) -> anyhow::Result<()> {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut hangup = signal(SignalKind::hangup())?;
-        let notifier = Notifier::from_environment();
+    /// Runs until something ends it. `asked` is answered once the first plan was applied.
+    async fn run(
+        mut self,
+        control: &mut ControlServer,
+        signals: &mut Signals,
+        notifier: &Notifier,
+        mut asked: Option<oneshot::Sender<Result<bool, String>>>,
+    ) -> anyhow::Result<Exit> {
+        let mut confirm_at = self.next_confirmation();
         let mut start = StartReport::default();
         let mut alive_at = notifier.period().map(|_| Instant::now());
         self.configured_prefixes();
@@ -303,7 +411,10 @@ impl Daemon {
         self.addresses_changed();
         let exit = loop {
             self.drain();
-            start.report(&notifier, self.blocked());
+            start.report(notifier, self.blocked());
+            if let Some(asked) = asked.take() {
+                let _ = asked.send(Ok(false));
+            }
             // Here and nowhere else: a task that hangs is missed.
             if alive_at.is_some_and(|at| at <= Instant::now()) {
                 notifier.alive();
@@ -325,20 +436,42 @@ impl Daemon {
                 },
                 Some(update) = self.inputs.prefixes.recv() => self.prefix_update(update),
                 Ok(()) = self.inputs.kubernetes.changed() => self.kubernetes_changed(),
-                Some(request) = self.inputs.control.recv() => {
-                    if let Some(exit) = self.control_request(request).await {
+                Some(request) = control.next() => {
+                    if let Some(exit) = self.control_request(request, notifier).await {
                         break exit;
                     }
+                    confirm_at = self.next_confirmation();
                 }
-                _ = terminate.recv() => break Exit::Stopped,
-                _ = interrupt.recv() => break Exit::Stopped,
-                _ = hangup.recv() => self.reload(),
+                () = at(confirm_at) => {
+                    if self.confirmation() == Confirmation::Missed {
+                        tracing::error!("the join was not confirmed in time: it is undone");
+                        break Exit::Standby;
+                    }
+                    confirm_at = self.next_confirmation();
+                }
+                meaning = signals.next() => match meaning {
+                    SignalMeaning::End => break Exit::Stopped,
+                    SignalMeaning::Reload => self.reload(),
+                },
             }
         };
-        notifier.stopping();
         self.data_plane.stop();
-        tracing::info!(?exit, "agent stopped");
-        Ok(())
+        Ok(exit)
+    }
+
+    /// Whether the join still has to be confirmed.
+    fn confirmation(&self) -> Confirmation {
+        confirm::look(self.state.path(), &Moment::now())
+    }
+
+    /// When to look at the confirmation again: the boot's clock goes on while the machine sleeps,
+    /// timers do not.
+    fn next_confirmation(&self) -> Option<Instant> {
+        match self.confirmation() {
+            Confirmation::Settled => None,
+            Confirmation::Due(left) => Some(Instant::now() + left.min(CONFIRMATION_PERIOD)),
+            Confirmation::Missed => Some(Instant::now()),
+        }
     }
 
     /// Why this machine must not use the mesh yet: its plan is not applied. A relay alone has none.
@@ -523,7 +656,7 @@ impl Daemon {
         self.mesh.set_uplinks(Instant::now(), uplinks, candidates);
     }
 
-    async fn control_request(&mut self, request: Request) -> Option<Exit> {
+    async fn control_request(&mut self, request: Request, notifier: &Notifier) -> Option<Exit> {
         match request {
             Request::Status(reply) => {
                 self.host.read_gateways();
@@ -534,20 +667,24 @@ impl Daemon {
             }
             Request::Ping { node, timeout, reply } => self.ping(&node, timeout, reply),
             Request::Down(reply) => {
-                let result = self.open_host();
-                let ended = result.is_ok();
+                let result = self.down();
+                let exit = if result.is_ok() { Exit::Down } else { Exit::Standby };
                 let _ = reply.send(result);
-                if ended {
-                    return Some(Exit::Down);
-                }
+                return Some(exit);
             }
-            Request::Leave(reply) => {
-                let result = self.leave().await;
+            Request::Leave { force, reply } => {
+                let result = with_heartbeat(notifier, self.leave(force)).await;
                 let ended = result.is_ok();
                 let _ = reply.send(result);
                 if ended {
                     return Some(Exit::Left);
                 }
+            }
+            Request::Up(reply) => {
+                let _ = reply.send(Ok(true));
+            }
+            Request::Confirm(reply) => {
+                let _ = reply.send(self.state.confirm().map_err(|error| error.to_string()));
             }
         }
         None
@@ -651,6 +788,18 @@ async fn save_again(state: Arc<StateDir>) {
             Ok(Ok(())) => tracing::info!("state saved"),
             Ok(Err(_)) => tracing::debug!(%problem, "state not saved"),
             Err(_stopped) => return,
+        }
+    }
+}
+
+/// Runs `work`, and tells the service manager meanwhile that the agent is alive.
+async fn with_heartbeat<T>(notifier: &Notifier, work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
+    let mut ticks = tokio::time::interval(notifier.period().unwrap_or(CONFIRMATION_PERIOD));
+    loop {
+        tokio::select! {
+            result = &mut work => return result,
+            _ = ticks.tick() => notifier.alive(),
         }
     }
 }

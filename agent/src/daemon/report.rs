@@ -1,7 +1,7 @@
 //! What the daemon tells the command line: the local API's messages from its state.
 
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ipnet::IpNet;
 use towline_core::mesh::{PeerState, PeerStatus};
@@ -10,10 +10,19 @@ use towline_proto::id::WireguardKey;
 use towline_proto::pb;
 
 use super::Daemon;
+use crate::config::Config;
+use crate::confirm::Confirmation;
+use crate::down::Down;
+use crate::state::{Membership, StateDir};
+use crate::tls;
+
+/// State of an agent whose machine is not down.
+pub(super) const RUNNING: &str = "running";
+/// State of an agent whose machine is down.
+pub(super) const DOWN: &str = "down";
 
 impl Daemon {
     pub(super) fn status(&self) -> pb::StatusResponse {
-        let grant = self.membership.as_ref().map(|membership| &membership.grant);
         let (mut up, mut relayed, mut total) = (0, 0, 0);
         let states = self.mesh.peers().map(|peer| {
             relayed += u32::from(peer.path.is_some_and(|path| path.is_relayed()));
@@ -26,19 +35,6 @@ impl Daemon {
         let snapshot = self.data_plane.snapshot();
         let announcement = self.announcements.borrow();
         pb::StatusResponse {
-            name: grant.map(|grant| grant.name.to_string()).unwrap_or_default(),
-            node_id: grant.map(|grant| grant.node_id.to_string()).unwrap_or_default(),
-            mesh_id: grant.map(|grant| grant.mesh_id.to_string()).unwrap_or_default(),
-            site: grant
-                .and_then(|grant| grant.site.as_ref())
-                .map(ToString::to_string)
-                .unwrap_or_default(),
-            overlay_addresses: grant
-                .iter()
-                .flat_map(|grant| grant.overlay.iter())
-                .chain(self.config.node.addresses.iter().copied())
-                .map(|ip| ip.to_string())
-                .collect(),
             public_key: self.keys.wireguard.public().to_string(),
             version: towline_proto::VERSION.into(),
             listen_port: self.config.wireguard.port.into(),
@@ -91,6 +87,9 @@ impl Daemon {
                     reason: feature.reason,
                 })
                 .collect(),
+            state: RUNNING.into(),
+            confirm_within_ms: confirm_within_ms(self.confirmation()),
+            ..identity(self.membership.as_ref(), &self.config)
         }
     }
 
@@ -102,6 +101,7 @@ impl Daemon {
                     .into(),
             );
         }
+        problems.extend(unconfirmed(self.confirmation()));
         match &self.published {
             Ok(remarks) => problems.extend(remarks.iter().cloned()),
             Err(reason) => {
@@ -159,6 +159,63 @@ impl Daemon {
     }
 }
 
+/// Who this node is.
+pub(super) fn identity(membership: Option<&Membership>, config: &Config) -> pb::StatusResponse {
+    let grant = membership.map(|membership| &membership.grant);
+    let site = grant.and_then(|grant| grant.site.as_ref());
+    pb::StatusResponse {
+        name: grant.map(|grant| grant.name.to_string()).unwrap_or_default(),
+        node_id: grant.map(|grant| grant.node_id.to_string()).unwrap_or_default(),
+        mesh_id: grant.map(|grant| grant.mesh_id.to_string()).unwrap_or_default(),
+        site: site.map(ToString::to_string).unwrap_or_default(),
+        overlay_addresses: grant
+            .iter()
+            .flat_map(|grant| grant.overlay.iter())
+            .chain(config.node.addresses.iter().copied())
+            .map(|ip| ip.to_string())
+            .collect(),
+        ..Default::default()
+    }
+}
+
+/// When the certificate in the state directory ends, in seconds since 1970; 0: there is none.
+pub(super) fn certificate_expires_at(state: &StateDir) -> i64 {
+    let chain = state.certificate().ok().flatten().unwrap_or_default();
+    chain.first().and_then(tls::validity).map_or(0, |(_, end)| end)
+}
+
+/// What the operator is told of a machine that is down.
+pub(super) fn down_line(down: Down) -> String {
+    let since = down.since.and_then(|since| jiff::Timestamp::try_from(since).ok());
+    let since = since.map(|since| format!(" since {since}")).unwrap_or_default();
+    format!("this machine is down{since}: run `towline up`")
+}
+
+/// What the operator has to do so that the join is not undone.
+pub(super) fn unconfirmed(confirmation: Confirmation) -> Option<String> {
+    match confirmation {
+        Confirmation::Settled => None,
+        Confirmation::Due(left) => {
+            let seconds = left.as_secs_f64().ceil();
+            Some(format!("the join is not confirmed: undone in {seconds} s: run `towline confirm`"))
+        }
+        Confirmation::Missed => Some("the join was not confirmed in time: it is undone".into()),
+    }
+}
+
+pub(super) fn confirm_within_ms(confirmation: Confirmation) -> Option<u64> {
+    match confirmation {
+        Confirmation::Settled => None,
+        Confirmation::Due(left) => Some(millis(left)),
+        Confirmation::Missed => Some(0),
+    }
+}
+
+pub(super) fn unix_seconds(time: Option<SystemTime>) -> i64 {
+    let since = time.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    since.and_then(|since| i64::try_from(since.as_secs()).ok()).unwrap_or(0)
+}
+
 fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
     let grant = peer.node.grant();
     let held = |net: &&IpNet| peer.prefixes.contains(net);
@@ -211,6 +268,6 @@ fn state(state: PeerState) -> &'static str {
     }
 }
 
-fn millis(duration: Duration) -> u64 {
+pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,0 +1,259 @@
+//! The agent on a machine that is down: it keeps the host open and answers its socket, so that
+//! units that start after it go on, and `towline up` finds an agent to ask.
+//!
+//! No link, no UDP port, no controller. The state directory's lock is held, so that nobody else
+//! brings the mesh up meanwhile.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::sync::oneshot;
+use towline_proto::pb;
+
+use super::{
+    CONFIRMATION_PERIOD, Daemon, Purpose, SignalMeaning, Signals, Stored, at, departure, host,
+    report, with_heartbeat,
+};
+use crate::config::Config;
+use crate::confirm::{self, Confirmation, Moment};
+use crate::control::{ControlServer, DownAnswer, PingAnswer, Request};
+use crate::down::{Down, DownMarker};
+use crate::notify::Notifier;
+use crate::state::StateDir;
+
+/// How long after a failure the host is opened again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What the agent needs while the machine is down.
+pub(super) struct Standby {
+    pub(super) config: Config,
+    pub(super) config_path: Option<PathBuf>,
+    pub(super) purpose: Purpose,
+    pub(super) state: Arc<StateDir>,
+    pub(super) marker: DownMarker,
+    started: Instant,
+    /// Why something of ours may still be in the host's network; `None`: the host is open.
+    problem: Option<String>,
+    /// Why a join that was not confirmed could not be undone yet; `None`: there is none, or it was
+    /// not tried.
+    undo: Option<String>,
+}
+
+/// How the standby ended.
+pub(super) enum Ended {
+    /// By a signal.
+    Stopped,
+    /// By `towline leave`.
+    Left,
+    /// By `towline up`: this daemon has to run, and the answer is due once its plan was applied.
+    Up(Box<Daemon>, oneshot::Sender<Result<bool, String>>),
+}
+
+impl Standby {
+    pub(super) fn new(
+        config: Config,
+        config_path: Option<PathBuf>,
+        purpose: Purpose,
+        state: Arc<StateDir>,
+    ) -> Self {
+        let marker = DownMarker::of(&config);
+        let started = Instant::now();
+        Self { config, config_path, purpose, state, marker, started, problem: None, undo: None }
+    }
+
+    /// Runs until a signal, `towline leave` or `towline up`.
+    pub(super) async fn run(
+        &mut self,
+        control: &mut ControlServer,
+        signals: &mut Signals,
+        notifier: &Notifier,
+    ) -> Ended {
+        tracing::info!("this machine is down until `towline up`");
+        self.open();
+        notifier.ready();
+        let period = notifier.period();
+        let mut alive_at = period.map(|_| Instant::now());
+        let mut retry_at = self.retry_at();
+        let mut confirm_at = self.confirm_at();
+        loop {
+            if alive_at.is_some_and(|at| at <= Instant::now()) {
+                notifier.alive();
+                alive_at = period.map(|period| Instant::now() + period);
+            }
+            tokio::select! {
+                () = at(alive_at) => {}
+                () = at(retry_at) => {
+                    self.open();
+                    retry_at = self.retry_at();
+                }
+                () = at(confirm_at) => {
+                    if self.confirmation() == Confirmation::Missed {
+                        let undoing = Box::pin(departure::undo_join(&self.config, &self.state));
+                        let undone = tokio::select! {
+                            undone = with_heartbeat(notifier, undoing) => undone,
+                            () = signals.end() => return Ended::Stopped,
+                        };
+                        match undone {
+                            Ok(()) => return Ended::Left,
+                            Err(error) => {
+                                let error = format!("the join cannot be undone: {error:#}");
+                                tracing::error!(%error, "join not undone");
+                                self.undo = Some(error);
+                            }
+                        }
+                    }
+                    confirm_at = self.confirm_at();
+                }
+                Some(request) = control.next() => match request {
+                    Request::Up(reply) => match self.up() {
+                        Ok(daemon) => return Ended::Up(Box::new(daemon), reply),
+                        Err(error) => {
+                            let _ = reply.send(Err(format!("{error:#}")));
+                            retry_at = self.retry_at();
+                        }
+                    },
+                    Request::Leave { force, reply } => {
+                        let leaving = Box::pin(departure::leave(&self.config, &self.state, force));
+                        let result = tokio::select! {
+                            result = with_heartbeat(notifier, leaving) => result,
+                            () = signals.end() => return Ended::Stopped,
+                        };
+                        let left = result.is_ok();
+                        let _ = reply.send(result.map_err(|error| format!("{error:#}")));
+                        if left {
+                            return Ended::Left;
+                        }
+                    }
+                    request => {
+                        self.answer(request);
+                        confirm_at = self.confirm_at();
+                    }
+                },
+                meaning = signals.next() => match meaning {
+                    SignalMeaning::End => return Ended::Stopped,
+                    // The configuration is read when the mesh comes up.
+                    SignalMeaning::Reload => {}
+                },
+            }
+        }
+    }
+
+    fn answer(&mut self, request: Request) {
+        match request {
+            Request::Status(reply) => {
+                let _ = reply.send(self.status());
+            }
+            Request::Peers(reply) => {
+                let _ = reply.send(pb::PeersResponse::default());
+            }
+            Request::Ping { reply, .. } => {
+                let _ = reply.send(PingAnswer::Silence(report::down_line(self.down())));
+            }
+            Request::Down(reply) => {
+                let lasts = self.marker.set(SystemTime::now());
+                self.open();
+                let _ = reply.send(match (lasts, &self.problem) {
+                    (_, Some(problem)) => Err(problem.clone()),
+                    (lasts, None) => Ok(DownAnswer::new(true, lasts)),
+                });
+            }
+            Request::Confirm(reply) => {
+                let _ = reply.send(self.state.confirm().map_err(|error| error.to_string()));
+            }
+            Request::Up(_) | Request::Leave { .. } => {}
+        }
+    }
+
+    fn down(&self) -> Down {
+        self.marker.read().unwrap_or(Down { since: None })
+    }
+
+    /// Makes sure that nothing of ours is in the host's network.
+    fn open(&mut self) {
+        // A relay alone puts nothing there.
+        if self.purpose == Purpose::Relay {
+            return;
+        }
+        let problem = host::remove(&self.config).err().map(|error| format!("{error:#}"));
+        if let Some(problem) = problem.as_ref().filter(|_| problem != self.problem) {
+            tracing::error!(%problem, "host network not opened");
+        }
+        self.problem = problem;
+    }
+
+    fn confirmation(&self) -> Confirmation {
+        confirm::look(self.state.path(), &Moment::now())
+    }
+
+    /// When to look at the confirmation of the join again.
+    fn confirm_at(&self) -> Option<Instant> {
+        match (self.confirmation(), &self.undo) {
+            (Confirmation::Settled, _) => None,
+            (Confirmation::Due(left), _) => Some(Instant::now() + left.min(CONFIRMATION_PERIOD)),
+            (Confirmation::Missed, None) => Some(Instant::now()),
+            (Confirmation::Missed, Some(_)) => Some(Instant::now() + CONFIRMATION_PERIOD),
+        }
+    }
+
+    fn retry_at(&self) -> Option<Instant> {
+        self.problem.is_some().then(|| Instant::now() + RETRY)
+    }
+
+    /// Starts the daemon, and then removes the marker. If either fails, the machine stays down.
+    fn up(&mut self) -> anyhow::Result<Daemon> {
+        let started = self.start();
+        if started.is_err() {
+            self.open();
+        }
+        started
+    }
+
+    fn start(&self) -> anyhow::Result<Daemon> {
+        if self.confirmation() == Confirmation::Missed {
+            anyhow::bail!("the join was not confirmed in time, and is being undone");
+        }
+        // It may have been changed since the agent read it.
+        let mut config = Config::load(self.config_path.as_deref())?;
+        config.state_dir.clone_from(&self.config.state_dir);
+        config.socket.clone_from(&self.config.socket);
+        config.relay.enabled |= self.purpose == Purpose::Relay;
+        let stored = Stored::read(&config, &self.state)?;
+        let path = self.config_path.clone();
+        let daemon = Daemon::start(config, path, self.purpose, self.state.clone(), stored)?;
+        if let Err(error) = self.marker.clear() {
+            daemon.data_plane.stop();
+            anyhow::bail!("{error}: this machine stays down");
+        }
+        Ok(daemon)
+    }
+
+    fn status(&self) -> pb::StatusResponse {
+        let membership = self.state.membership();
+        let mut problems: Vec<String> = self.problem.iter().cloned().collect();
+        problems.extend(self.undo.clone());
+        problems.extend(report::unconfirmed(self.confirmation()));
+        problems.extend(membership.as_ref().err().map(ToString::to_string));
+        let membership = membership.ok().flatten();
+        let keys = self.state.keys().ok();
+        let down = self.down();
+        pb::StatusResponse {
+            public_key: keys.map(|k| k.wireguard.public().to_string()).unwrap_or_default(),
+            version: towline_proto::VERSION.into(),
+            listen_port: self.config.wireguard.port.into(),
+            link: self.config.link.name.clone(),
+            mtu: self.config.link.mtu,
+            controller: membership.as_ref().map(|_| pb::ControllerStatus {
+                reason: report::down_line(down),
+                ..Default::default()
+            }),
+            certificate_expires_at: report::certificate_expires_at(&self.state),
+            uptime_ms: report::millis(self.started.elapsed()),
+            problems,
+            state: report::DOWN.into(),
+            confirm_within_ms: report::confirm_within_ms(self.confirmation()),
+            down_since: Some(report::unix_seconds(down.since)),
+            ..report::identity(membership.as_ref(), &self.config)
+        }
+    }
+}
