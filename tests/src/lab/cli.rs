@@ -16,8 +16,8 @@ use super::package;
 use super::privilege::acquire;
 use super::report::{Forbidden, finish, print};
 use super::scenario::{
-    Setting, attack, bench, bootstrap, cohabit, crash, demo, failover, idle, interop, kubernetes,
-    leak, many, mtu, nat, nodes, plan,
+    Setting, attack, bench, bootstrap, cohabit, crash, demo, departure, failover, idle, interop,
+    kubernetes, leak, many, mtu, nat, nodes, plan,
 };
 use super::talk::{Talk, line};
 use super::traffic::random_bytes;
@@ -151,6 +151,12 @@ enum What {
         /// Measure with this very program, instead of a release build of it.
         #[arg(long, hide = true)]
         here: bool,
+    },
+    /// Down, up, leave and a join that has to be confirmed: every order, every exit status.
+    Departure {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
     },
     /// A real API server, two workers behind NAT: each agent follows its own Node.
     Kubernetes {
@@ -333,6 +339,12 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
             drop(setting);
             finish(&figures, json)
         }
+        What::Departure { json } => {
+            let setting = prepare(rootless, Profile::Dev)?;
+            let figures = departure::run(&setting)?;
+            drop(setting);
+            finish(&figures, json)
+        }
         What::Kubernetes { json } => {
             let setting = prepare(rootless, Profile::Dev)?;
             let figures = kubernetes::run(&setting)?;
@@ -361,6 +373,7 @@ nodes   every arrow of a hybrid cluster, in both addressings: it arrives, and by
 cohabit firewalls, network managers and operators flush and delete: it is back, theirs untouched
 plan    what a host's network costs with 1,000 peers and 5,000 prefixes: all of it, and one change
 bootstrap one command turns a clean machine into a node; it survives offline boots and reboots
+departure down, up, leave and a join that has to be confirmed: every order, every exit status
 kubernetes a real API server: agents follow their own Nodes (needs etcd and Go)
 package the static programs as a Debian package and an OCI image, read back (release build)
 ";

@@ -439,7 +439,8 @@ impl Node {
         self.command_ok(&["peers"])
     }
 
-    fn program(&self, arguments: &[&str]) -> Program {
+    /// `towline --config ... ARGUMENTS`, to be run on the machine.
+    pub fn program(&self, arguments: &[&str]) -> Program {
         Program::new(&self.program)
             .arg("--config")
             .arg(self.config())

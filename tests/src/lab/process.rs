@@ -132,6 +132,8 @@ impl Program {
 
     fn command(&self) -> Command {
         let mut command = Command::new(&self.path);
+        // The session of who runs the lab is none of the simulated machines'.
+        command.env_remove("SSH_CONNECTION").env_remove("SSH_CLIENT");
         command.args(&self.arguments).envs(self.environment.iter().map(|(n, v)| (n, v)));
         command
     }
@@ -174,6 +176,12 @@ impl Daemon {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
+    }
+
+    /// Waits for its end for at most `limit`, without asking for it.
+    pub fn wait(mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
+        let what = format!("end of {}", self.name);
+        wait_for(&what, limit, || Ok(self.child.try_wait()?))
     }
 
     /// SIGTERM, and its end awaited for at most `limit`; then it is killed and that is an error.

@@ -65,18 +65,18 @@ pub fn run(setting: &Setting) -> anyhow::Result<Bootstrap> {
 }
 
 /// A machine with nothing on it.
-struct Machine {
-    name: &'static str,
-    host: Arc<Host>,
+pub(super) struct Machine {
+    pub(super) name: &'static str,
+    pub(super) host: Arc<Host>,
     program: PathBuf,
-    root: PathBuf,
+    pub(super) root: PathBuf,
     log: PathBuf,
-    agent: Option<Daemon>,
+    pub(super) agent: Option<Daemon>,
 }
 
 /// What the one command said, and how long it took.
-struct Ran {
-    said: Said,
+pub(super) struct Ran {
+    pub(super) said: Said,
     took: Duration,
 }
 
@@ -97,14 +97,7 @@ impl Bootstrap {
         let cloud = status.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
         let cloud = cloud.context("cp has no IPv4")?;
 
-        let machine = |index: usize, name| Machine {
-            name,
-            host: Arc::clone(&hybrid.workers[index]),
-            program: setting.binaries.towline.clone(),
-            root: hybrid.lab.directory().join(format!("{name}-root")),
-            log: hybrid.lab.directory().join(format!("{name}.log")),
-            agent: None,
-        };
+        let machine = |index, name| Machine::new(setting, hybrid, index, name);
         let mut first = machine(0, "worker-a");
         setting.talk.step("one command on a clean machine");
         let token = controller.operator().token("dc-a")?;
@@ -198,6 +191,9 @@ impl Bootstrap {
         machine.agent = None;
         // What a reboot does to the kernel's network: link, routes, rules and guards are gone.
         machine.towline(&["down"]).run_ok(machine.host.namespace(), COMMAND_LIMIT)?;
+        // Which nobody ran on the machine that reboots.
+        std::fs::remove_file(machine.root.join("var/lib/towline/down"))
+            .context("cannot remove the marker of `towline down`")?;
         std::fs::remove_dir_all(machine.root.join("run")).context("cannot empty /run")?;
         drop(controller.take_daemon());
         let begun = Instant::now();
@@ -214,8 +210,25 @@ impl Bootstrap {
 }
 
 impl Machine {
+    /// The worker of this index, with nothing on it.
+    pub(super) fn new(
+        setting: &Setting,
+        hybrid: &Hybrid,
+        index: usize,
+        name: &'static str,
+    ) -> Self {
+        Self {
+            name,
+            host: Arc::clone(&hybrid.workers[index]),
+            program: setting.binaries.towline.clone(),
+            root: hybrid.lab.directory().join(format!("{name}-root")),
+            log: hybrid.lab.directory().join(format!("{name}.log")),
+            agent: None,
+        }
+    }
+
     /// The one command, with the lab as init beside it.
-    fn install(&mut self, token: &Token, flags: &[&str]) -> anyhow::Result<Ran> {
+    pub(super) fn install(&mut self, token: &Token, flags: &[&str]) -> anyhow::Result<Ran> {
         std::fs::create_dir_all(self.root.join("root"))?;
         let file = self.root.join("root/token");
         std::fs::write(&file, &token.token).context("cannot write the token")?;
@@ -246,14 +259,14 @@ impl Machine {
     }
 
     /// What init does.
-    fn boot(&mut self) -> anyhow::Result<()> {
+    pub(super) fn boot(&mut self) -> anyhow::Result<()> {
         let agent = self.towline(&["agent"]);
         self.agent = Some(agent.start(self.host.namespace(), self.name, &self.log)?);
         Ok(())
     }
 
     /// The program that was installed, with the paths of its tree.
-    fn towline(&self, arguments: &[&str]) -> Program {
+    pub(super) fn towline(&self, arguments: &[&str]) -> Program {
         Program::new(self.root.join("usr/bin/towline"))
             .arg("--config")
             .arg(self.root.join("etc/towline/agent.toml"))
@@ -274,6 +287,12 @@ impl Machine {
         self.root.join("etc/systemd/system/timers.target.wants/towline-join.timer").is_symlink()
     }
 
+    /// Whether the agent's unit starts at boot.
+    pub(super) fn is_enabled(&self) -> bool {
+        let wants = self.root.join("etc/systemd/system/multi-user.target.wants");
+        wants.join("towline.service").is_symlink()
+    }
+
     /// Kubelet credentials for an API server that does not answer.
     fn enrol(&self, directory: &Path) -> anyhow::Result<()> {
         let ca = ClusterCa::new("lab")?;
@@ -290,7 +309,7 @@ impl Machine {
 }
 
 impl Ran {
-    fn talk(&self) -> String {
+    pub(super) fn talk(&self) -> String {
         format!("{} {:?} {:?}", self.said.status, self.said.stdout.trim(), self.said.stderr.trim())
     }
 }

@@ -13,6 +13,7 @@ pub mod bootstrap;
 pub mod cohabit;
 pub mod crash;
 pub mod demo;
+pub mod departure;
 pub mod failover;
 pub mod hybrid;
 pub mod idle;

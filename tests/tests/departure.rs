@@ -1,0 +1,24 @@
+//! `towline down`, `up`, `leave` and `confirm`, with the real binaries: see the lab's scenario.
+
+#![allow(clippy::unwrap_used)] // helpers of tests may panic too: a panic is the report
+
+use std::process::Command;
+
+use serde_json::Value;
+
+#[test]
+fn every_order_of_down_up_leave_and_confirm_ends_as_it_says() {
+    let output = Command::new(env!("CARGO_BIN_EXE_lab"))
+        .args(["departure", "--rootless", "--json"])
+        .output()
+        .unwrap();
+    let talk = String::from_utf8_lossy(&output.stderr);
+    if output.status.code() == Some(3) {
+        println!("skipped: {}", talk.trim_end());
+        return;
+    }
+    let figures: Value = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("stdout is not one JSON object ({error}): {talk}"));
+    assert_eq!(figures["failed"], Value::Array(Vec::new()), "{talk}");
+    assert!(figures["commands"].as_u64() > Some(40), "{figures}");
+}
