@@ -110,12 +110,14 @@ fn since(bytes: &[u8]) -> Option<SystemTime> {
 fn write(path: &Path, now: SystemTime) -> io::Result<()> {
     let since = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let beside = path.with_extension("new");
-    let mut file = std::fs::OpenOptions::new()
-        .create(true)
-        .truncate(true)
-        .write(true)
-        .mode(0o644)
-        .open(&beside)?;
+    // Made, never opened: root writes into a directory of another user, who may have put a symbolic
+    // link there.
+    match std::fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file =
+        std::fs::OpenOptions::new().create_new(true).write(true).mode(0o644).open(&beside)?;
     // Not left to the umask.
     file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
     file.write_all(&serde_json::to_vec(&Content { since })?)?;

@@ -33,6 +33,7 @@ pub mod config;
 pub mod entropy;
 pub mod listen;
 pub mod map;
+pub mod notify;
 pub mod peer;
 mod reflector;
 pub mod registry;

@@ -4,6 +4,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -329,4 +330,33 @@ fn it_ends_in_time_when_it_is_told_to() {
         assert!(status.success());
         assert!(!root.path().join("address").exists());
     }
+}
+
+#[test]
+fn once_it_says_that_it_is_ready_it_serves() {
+    let directory = tempfile::tempdir().unwrap();
+    let (state, socket) = (directory.path().join("state"), directory.path().join("notify"));
+    let manager = UnixDatagram::bind(&socket).unwrap();
+    manager.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let heard = || {
+        let mut buffer = [0; 64];
+        let length = manager.recv(&mut buffer).unwrap();
+        String::from_utf8(buffer[..length].to_vec()).unwrap()
+    };
+    let state = state.to_str().unwrap();
+    let serve = ["serve", "--state-dir", state, "--listen", "127.0.0.1:0"];
+    let advertise = ["--advertise", "controller.example:7443"];
+    let child = command(&[&serve[..], &advertise].concat())
+        .env("NOTIFY_SOCKET", &socket)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut running = Running { child };
+    assert_eq!(heard(), "READY=1");
+    // At once, as `systemctl enable --now` is followed by it.
+    let token = stdout(&run(&["--state-dir", state, "token", "create"]));
+    token.trim().parse::<JoinToken>().unwrap();
+    kill(Pid::from_raw(running.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+    assert_eq!(heard(), "STOPPING=1");
+    assert!(running.child.wait().unwrap().success());
 }

@@ -260,6 +260,8 @@ fn units_name_their_order_and_give_up_what_they_do_not_need() {
         assert!(guard.lines().any(|found| found == line), "{line}");
     }
     assert!(!guard.contains("ReadWritePaths"), "it only reads");
+    let controller = read("systemd/towline-controller.service");
+    assert!(controller.lines().any(|line| line == "Type=notify"), "{controller}");
     for drop_in in ["kubelet.service.d", "k3s-agent.service.d"] {
         let text = read(&format!("systemd/{drop_in}/10-towline.conf"));
         assert!(text.contains("After=towline.service"));

@@ -24,6 +24,10 @@ use crate::state::{StateDir, StateError};
 
 /// How long an agent may take to start or to end before it is called stuck.
 const AGENT_LIMIT: Duration = Duration::from_secs(15);
+/// How long an agent may take for an answer that needs nobody else.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// How long an agent may take to leave: it tries every controller.
+const LEAVE_LIMIT: Duration = Duration::from_secs(300);
 /// Between two looks at the agent, which is on this machine.
 const PERIOD: Duration = Duration::from_millis(50);
 
@@ -69,16 +73,27 @@ enum Doer<T> {
 /// for.
 fn ask_or_replace<T>(
     config: &Config,
+    limit: Duration,
     ask: impl AsyncFn(LocalClient<Channel>) -> Result<T, tonic::Status>,
 ) -> anyhow::Result<Doer<T>> {
     let begun = Instant::now();
     let stuck = loop {
         let stuck = if daemon::is_running(&config.socket) {
-            let answer = with_agent(&config.socket, async |agent| Ok(ask(agent).await));
+            let answer = with_agent(&config.socket, async |agent| {
+                let answer = tokio::time::timeout(limit, ask(agent)).await;
+                answer.map_err(|_| {
+                    let seconds = limit.as_secs();
+                    anyhow::anyhow!(
+                        "the agent did not answer within {seconds} s: stop its process, then \
+                         repeat the command"
+                    )
+                })
+            });
             match answer {
                 Ok(Ok(answer)) => return Ok(Doer::Agent(answer)),
                 Ok(Err(status)) if !is_of_the_transport(&status) => return Err(said(&status)),
                 Ok(Err(status)) => said(&status).context("the agent ended before it answered"),
+                Err(error) if begun.elapsed() >= limit => return Err(error),
                 Err(error) => error,
             }
         } else {
@@ -129,7 +144,7 @@ pub(super) fn down(config: &Config) -> anyhow::Result<()> {
     let answer = if has_something_to_run(config) || daemon::is_running(&config.socket) {
         // The marker first: an agent that starts from here on does not bring the mesh up.
         let written = marker.set(SystemTime::now());
-        let done = ask_or_replace(config, async |mut agent| {
+        let done = ask_or_replace(config, ANSWER_LIMIT, async |mut agent| {
             agent.down(pb::DownRequest {}).await.map(|answer| answer.into_inner())
         })?;
         match done {
@@ -179,8 +194,9 @@ pub(super) fn up(config: &Config, args: &UpArgs) -> anyhow::Result<()> {
         operator(config).refuse_cut_off(&guard::networks(config)?)?;
     }
     let marker = DownMarker::of(config);
-    let done = ask_or_replace(config, async |mut agent| agent.up(pb::UpRequest {}).await)
-        .context("this machine stays down")?;
+    let done =
+        ask_or_replace(config, ANSWER_LIMIT, async |mut agent| agent.up(pb::UpRequest {}).await)
+            .context("this machine stays down")?;
     match done {
         Doer::Agent(_) => {}
         Doer::Us(_) | Doer::Unlocked(_) => {
@@ -247,7 +263,7 @@ pub(super) fn leave(config: &Config, args: &LeaveArgs) -> anyhow::Result<()> {
         not_joined(config)?;
     }
     let request = pb::LocalLeaveRequest { force };
-    let done = ask_or_replace(config, async |mut agent| agent.leave(request).await)
+    let done = ask_or_replace(config, LEAVE_LIMIT, async |mut agent| agent.leave(request).await)
         .context("still a member (to forget the mesh here anyway: `towline leave --force`)")?;
     match done {
         Doer::Agent(_) => await_end(config),
@@ -287,7 +303,7 @@ pub(super) fn confirm(config: &Config) -> anyhow::Result<()> {
     if !daemon::is_running(&config.socket) {
         not_joined(config)?;
     }
-    let done = ask_or_replace(config, async |mut agent| {
+    let done = ask_or_replace(config, ANSWER_LIMIT, async |mut agent| {
         agent.confirm(pb::ConfirmRequest {}).await.map(|answer| answer.into_inner().was_due)
     })?;
     let was_due = match done {

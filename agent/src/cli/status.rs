@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anyhow::bail;
 use serde::Serialize;
 use towline_proto::node::Candidate;
 use towline_proto::pb;
@@ -9,6 +10,8 @@ use towline_proto::pb;
 use super::local::{said, with_agent};
 use super::output::{self, Format};
 use crate::config::Config;
+use crate::daemon;
+use crate::down::DownMarker;
 
 #[derive(Serialize)]
 struct Status {
@@ -132,6 +135,10 @@ impl From<pb::StatusResponse> for Status {
 }
 
 pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
+    let marker = DownMarker::of(config).read().filter(|_| !daemon::is_running(&config.socket));
+    if let Some(down) = marker {
+        bail!("no agent is running, and {}", daemon::down_line(down));
+    }
     let status: Status = with_agent(&config.socket, async |mut agent| {
         let answer = agent.status(pb::StatusRequest {}).await.map_err(|status| said(&status))?;
         Ok(answer.into_inner().into())

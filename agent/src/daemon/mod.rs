@@ -60,6 +60,7 @@ use standby::Standby;
 use start_report::StartReport;
 
 pub use departure::{leave, open_host};
+pub(crate) use report::down_line;
 
 /// How often the time that is left for a confirmation is looked at.
 const CONFIRMATION_PERIOD: Duration = Duration::from_secs(10);

@@ -185,7 +185,7 @@ pub(super) fn certificate_expires_at(state: &StateDir) -> i64 {
 }
 
 /// What the operator is told of a machine that is down.
-pub(super) fn down_line(down: Down) -> String {
+pub(crate) fn down_line(down: Down) -> String {
     let since = down.since.and_then(|since| jiff::Timestamp::try_from(since).ok());
     let since = since.map(|since| format!(" since {since}")).unwrap_or_default();
     format!("this machine is down{since}: run `towline up`")

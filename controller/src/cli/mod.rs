@@ -23,6 +23,7 @@ use towline_proto::token::ControllerAddress;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::Settings;
+use crate::notify::{Message, notify};
 use crate::server::Controller;
 
 /// The Towline controller: who is in the mesh, and who may be.
@@ -199,12 +200,15 @@ fn serve_until_signal(settings: Settings) -> anyhow::Result<()> {
             state_dir = %controller.state_dir().display(),
             "started"
         );
+        // It listens: who connects from here on is served.
+        notify(Message::Ready);
         controller
             .run(async {
                 tokio::select! {
                     _ = terminate.recv() => {}
                     _ = interrupt.recv() => {}
                 }
+                notify(Message::Stopping);
             })
             .await?;
         Ok(())

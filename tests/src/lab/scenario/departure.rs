@@ -7,7 +7,8 @@
 use anyhow::Context as _;
 use nix::sys::signal::{Signal, kill};
 use serde::Serialize;
-use towline_agent::netlink::{Family, Rtnetlink};
+use towline_netlink::{Family, Rtnetlink};
+use towline_nftables::{Nft, TableFamily};
 
 use super::Setting;
 use super::bootstrap::Machine;
@@ -144,6 +145,8 @@ impl Acts {
         self.is_open("down", place)?;
         let marker = worker.state().join("down");
         self.promises.hold(marker.is_file(), || "down leaves its marker".to_owned());
+        let said = worker.command(&["status"])?;
+        self.says("status while down without an agent", &said, 1, &["down since", "towline up"]);
         let said = worker.command(&["down"])?;
         self.says("down twice", &said, 0, &["down already"]);
 
@@ -188,7 +191,7 @@ impl Acts {
         let said = up(&["--force"])?;
         self.says("up with --force", &said, 0, &["up"]);
         let complete = ours(place)?;
-        self.promises.hold(complete.len() == 3, || format!("up has applied all: {complete:?}"));
+        self.promises.hold(complete.len() == 4, || format!("up has applied all: {complete:?}"));
         self.promises.hold(!marker.exists(), || "up removes the marker".to_owned());
         let said = worker.command(&["up"])?;
         self.says("up when up", &said, 0, &["up already"]);
@@ -317,6 +320,12 @@ impl Acts {
         wait_for("loss of the controller", START_LIMIT, || {
             Ok(worker.status().is_ok_and(|status| !status.controller.connected).then_some(()))
         })?;
+        worker.launch()?;
+        worker.await_status(START_LIMIT)?;
+        let status = json(worker, "status")?;
+        self.promises.hold(status["certificate_expires_at"].is_string(), || {
+            format!("the certificate on the disk is shown without a controller: {status}")
+        });
         let said = worker.command(&["leave"])?;
         self.says("leave without a controller", &said, 1, &["still a member", "--force"]);
         worker.agent()?.check()?;
@@ -474,6 +483,9 @@ fn ours(place: &Namespace) -> anyhow::Result<Vec<&'static str>> {
         let rules = netlink.rules(Family::V4)?;
         if rules.iter().any(|rule| (TABLE..TABLE + 8).contains(&rule.priority)) {
             found.push("rules");
+        }
+        if Nft::open()?.read(TableFamily::Inet, "towline")?.is_some() {
+            found.push("firewall");
         }
         Ok(found)
     })
