@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use towline_core::own_networks::is_special;
 use towline_core::plan::{RulePlan, UnderlayPlan};
 use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
@@ -67,6 +68,8 @@ pub struct NodeConfig {
     pub node_ips: Vec<IpAddr>,
     /// Networks that are reached through this node; its grant must allow them.
     pub prefixes: Vec<IpNet>,
+    /// Networks that packets out of the tunnel may be forwarded to, though they are not announced.
+    pub forward_to: Vec<IpNet>,
     /// Announce only networks inside these, whoever names them; empty: all.
     pub include_prefixes: Vec<IpNet>,
     /// Announce none of these, nor any part of them.
@@ -382,6 +385,7 @@ impl Config {
         }
         for (key, networks) in [
             ("node.prefixes", &self.node.prefixes),
+            ("node.forward_to", &self.node.forward_to),
             ("node.include_prefixes", &self.node.include_prefixes),
             ("node.exclude_prefixes", &self.node.exclude_prefixes),
         ] {
@@ -391,6 +395,15 @@ impl Config {
             if let Some(bad) = networks.iter().find(|net| net.trunc() != **net) {
                 return Err((key, format!("{bad} has host bits set: use {}", bad.trunc())));
             }
+        }
+        if let Some(bad) = self.node.forward_to.iter().find(|net| is_special(net)) {
+            return Err((
+                "node.forward_to",
+                format!(
+                    "{bad} never comes out of a tunnel (loopback, link-local, multicast or \
+                     broadcast): remove it"
+                ),
+            ));
         }
         Ok(())
     }
@@ -504,6 +517,10 @@ mod tests {
             ("[routing]\nmark = 0x30", "besides"),
             ("[routing]\nplain_ports = [0]", "65535"),
             ("[node]\nprefixes = [\"10.0.0.1/8\"]", "10.0.0.0/8"),
+            ("[node]\nforward_to = [\"10.0.0.1/8\"]", "10.0.0.0/8"),
+            ("[node]\nforward_to = [\"169.254.169.254/32\"]", "never comes out of a tunnel"),
+            ("[node]\nforward_to = [\"fe80::/64\"]", "never comes out of a tunnel"),
+            ("[node]\nforward_to = [\"224.0.0.0/4\"]", "never comes out of a tunnel"),
             ("[node]\nexclude_prefixes = [\"10.0.0.1/8\"]", "10.0.0.0/8"),
             ("[node]\nnode_ips = [\"10.0.0.1\", \"10.0.0.2\"]", "one address"),
             ("[node]\naddressing = \"both\"", "node-ip"),

@@ -141,6 +141,7 @@ fn plan(config: &Config, state: &StateDir) -> anyhow::Result<Plan> {
     let mut mesh = Mesh::new(daemon::core_config(config, membership.as_ref(), 0), [0; 32], now);
     mesh.set_static_peers(now, static_peers::load(&config.peers)?);
     mesh.set_addresses(now, config.node.addresses.clone());
+    mesh.set_forward_to(now, config.node.forward_to.clone());
     mesh.set_prefixes(now, cached.announced);
     mesh.set_node_ips(now, cached.node_ips);
     mesh.set_withdrawn(now, cached.withdrawn);

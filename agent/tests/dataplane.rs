@@ -14,6 +14,7 @@ use towline_agent::dataplane::relay::Limits;
 use towline_agent::dataplane::session::{HANDSHAKE_BYTES, Secrets, Session};
 use towline_agent::dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
 use towline_agent::dataplane::{Config, DataPlane, Event, Relay, checksum};
+use towline_core::own_networks::OwnNetworks;
 use towline_core::peer_table::{Observation, PeerEntry, PeerTable, PresharedKey};
 use towline_proto::frame::relayed_header;
 use towline_proto::id::WireguardKey;
@@ -65,6 +66,7 @@ impl End {
             keepalive: None,
             preshared_key: None,
             boot_epoch: 0,
+            is_static: false,
         }
     }
 
@@ -87,7 +89,16 @@ impl End {
     }
 
     fn apply(&self, peers: impl IntoIterator<Item = (WireguardKey, PeerEntry)>) {
-        self.plane.apply(&PeerTable { peers: BTreeMap::from_iter(peers) });
+        self.apply_with(peers, OwnNetworks::new([self.inner.into()], [], []));
+    }
+
+    /// With these inner addresses instead of the one.
+    fn apply_with(
+        &self,
+        peers: impl IntoIterator<Item = (WireguardKey, PeerEntry)>,
+        own: OwnNetworks,
+    ) {
+        self.plane.apply(&PeerTable { peers: BTreeMap::from_iter(peers), own });
     }
 
     fn drops(&self, reason: &str) -> u64 {
@@ -148,6 +159,10 @@ fn packet_from(from: Ipv4Addr, to: Ipv4Addr, payload: usize) -> Vec<u8> {
         *to = *from;
     }
     packet
+}
+
+fn net(text: &str) -> ipnet::IpNet {
+    text.parse().unwrap()
 }
 
 fn carries(from: &End, to: &End, payload: usize) {
@@ -387,6 +402,9 @@ fn a_replay_is_refused() {
 #[test]
 fn a_foreign_source_is_dropped_and_counted() {
     let (_network, a, b) = friends();
+    // The sender's own check would stop it.
+    let anybody = OwnNetworks::new([], [net("10.0.0.0/8")], []);
+    a.apply_with([(b.key(), b.entry())], anybody);
     a.host.send(&packet_from(Ipv4Addr::new(10, 0, 0, 77), b.inner, 10));
     b.dropped("wrong_source", 1);
     // A prefix of its own inside the peer's belongs to the other peer alone.
@@ -400,6 +418,75 @@ fn a_foreign_source_is_dropped_and_counted() {
     a.host.send(&good);
     assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(&good));
     b.dropped("wrong_source", 2);
+}
+
+#[test]
+fn what_is_for_somebody_else_is_dropped_and_counted() {
+    let (_network, a, b) = friends();
+    let everywhere = ["0.0.0.0/1", "128.0.0.0/1"].map(net).to_vec();
+    let to_b = PeerEntry { prefixes: everywhere.clone(), ..b.entry() };
+    a.apply([(b.key(), to_b)]);
+    let to = |octets: [u8; 4]| packet_from(a.inner, octets.into(), 10);
+    let own = OwnNetworks::new([b.inner.into()], [net("192.168.77.0/24")], []);
+    b.apply_with([(a.key(), a.entry())], own);
+    let foreign = [
+        [10, 0, 0, 3],
+        [192, 168, 78, 1],
+        [192, 168, 77, 255],
+        [8, 8, 8, 8],
+        [127, 0, 0, 1],
+        [169, 254, 169, 254],
+        [224, 0, 0, 1],
+        [255, 255, 255, 255],
+        [0, 0, 0, 0],
+    ];
+    for (count, octets) in (1..).zip(foreign) {
+        a.host.send(&to(octets));
+        b.dropped("wrong_destination", count);
+    }
+    for good in [[192, 168, 77, 1], b.inner.octets()] {
+        a.host.send(&to(good));
+        assert_eq!(b.host.receive(PATIENCE), Some(to(good)));
+    }
+
+    // Forwarding to everywhere is still no way to what is special.
+    let own = OwnNetworks::new([], [], everywhere);
+    b.apply_with([(a.key(), a.entry())], own);
+    a.host.send(&to([8, 8, 8, 8]));
+    assert_eq!(b.host.receive(PATIENCE), Some(to([8, 8, 8, 8])));
+    for (count, octets) in (foreign.len() as u64 + 1..).zip(&foreign[4..]) {
+        a.host.send(&to(*octets));
+        b.dropped("wrong_destination", count);
+    }
+
+    // Nothing is accepted while nothing is known.
+    let before = b.drops("wrong_destination");
+    b.apply_with([(a.key(), a.entry())], OwnNetworks::default());
+    a.host.send(&to(b.inner.octets()));
+    b.dropped("wrong_destination", before + 1);
+}
+
+#[test]
+fn what_somebody_else_sends_into_the_tunnel_is_dropped_and_counted() {
+    let (network, a, b) = friends();
+    let before = network.seen().len();
+    let foreign = packet_from(Ipv4Addr::new(10, 9, 1, 7), b.inner, 10);
+    a.host.send(&foreign);
+    a.dropped("foreign_source", 1);
+    // Nor from a network that packets are only forwarded to.
+    let own = OwnNetworks::new([a.inner.into()], [], [net("10.9.0.0/16")]);
+    a.apply_with([(b.key(), b.entry())], own);
+    a.host.send(&foreign);
+    a.dropped("foreign_source", 2);
+    assert_eq!(network.seen().len(), before);
+
+    // A peer of the configuration is what its configuration says.
+    a.apply([(b.key(), PeerEntry { is_static: true, ..b.entry() })]);
+    let wide = PeerEntry { prefixes: vec![net("10.0.0.0/8")], ..a.entry() };
+    b.apply([(a.key(), wide)]);
+    a.host.send(&foreign);
+    assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(&foreign));
+    assert_eq!(a.drops("foreign_source"), 2);
 }
 
 #[test]

@@ -22,6 +22,7 @@ use towline_agent::dataplane::{
     Config, DataPlane, Event, Fault, Feature, HostTunnels, Offloads, OpenTunError, OpenUdpError,
     Relay, open_tun, open_tun_queues, open_tun_with, open_udp, open_udp_group,
 };
+use towline_core::own_networks::OwnNetworks;
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_netlink::codec::Message;
 use towline_netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
@@ -202,9 +203,11 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
             keepalive: None,
             preshared_key: None,
             boot_epoch: 0,
+            is_static: false,
         };
         let peers = BTreeMap::from([(nodes[you].plane.public_key(), entry)]);
-        nodes[me].plane.apply(&PeerTable { peers });
+        let own = OwnNetworks::new(nodes[me].inner, [], []);
+        nodes[me].plane.apply(&PeerTable { peers, own });
     }
     let to = SocketAddr::new(address(outer[1]).addr(), 51830);
     nodes[0].plane.handshake(nodes[1].plane.public_key(), vec![to.into()]);

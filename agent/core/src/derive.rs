@@ -1,6 +1,7 @@
 //! The peer table, built whole from what the core knows.
 
 use crate::claims::Claims;
+use crate::own_networks::OwnNetworks;
 use crate::peer::{Peer, clamped};
 use crate::peer_table::{PeerEntry, PeerTable};
 
@@ -9,6 +10,7 @@ pub(crate) fn peer_table<'a>(
     link: u16,
     claims: &Claims,
     peers: impl Iterator<Item = &'a Peer>,
+    own: OwnNetworks,
 ) -> PeerTable {
     let entries = peers.filter_map(|peer| {
         let claim = claims.of(peer.id()).filter(|claim| claim.key_holder.is_none())?;
@@ -22,8 +24,9 @@ pub(crate) fn peer_table<'a>(
             fragment,
             preshared_key: None,
             boot_epoch: peer.node().record().boot_epoch,
+            is_static: false,
         };
         Some((peer.key(), entry))
     });
-    PeerTable { peers: entries.collect() }
+    PeerTable { peers: entries.collect(), own }
 }

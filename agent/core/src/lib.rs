@@ -26,6 +26,7 @@ mod homes;
 mod local;
 pub mod mesh;
 pub mod output;
+pub mod own_networks;
 pub mod path;
 mod peer;
 pub mod peer_table;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use towline_types::id::WireguardKey;
 
+use crate::own_networks::OwnNetworks;
 use crate::path::Path;
 
 /// The peers of the data plane, whole. The data plane makes its own state follow it: new peers
@@ -16,6 +17,9 @@ use crate::path::Path;
 pub struct PeerTable {
     /// By the key that names the peer in WireGuard.
     pub peers: BTreeMap<WireguardKey, PeerEntry>,
+    /// Inner addresses of this node. Packets that are neither for nor from one of them are dropped; while
+    /// it is empty, that is every packet.
+    pub own: OwnNetworks,
 }
 
 /// One peer of the data plane.
@@ -37,6 +41,8 @@ pub struct PeerEntry {
     pub fragment: bool,
     /// Of the peer's record. When it grows, handshake timestamps of earlier boots are forgotten.
     pub boot_epoch: u64,
+    /// True for a peer of the configuration: it may be sent packets from any source.
+    pub is_static: bool,
 }
 
 /// A WireGuard pre-shared key. `Debug` hides it.

@@ -8,6 +8,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
+use crate::own_networks::OwnNetworks;
+
 /// Everything of ours on the host. Names and numbers are ours alone, so that removal is exact.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
@@ -114,4 +116,6 @@ pub struct FirewallPlan {
     pub plain: BTreeSet<IpNet>,
     /// Destinations that may leave outside the tunnel now, though they are guarded.
     pub native: BTreeSet<IpNet>,
+    /// What may come out of the tunnel here, and what no other link may bring in as a source.
+    pub own: OwnNetworks,
 }

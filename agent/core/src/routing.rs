@@ -16,6 +16,7 @@ use towline_types::id::NodeId;
 
 use crate::claims::Claims;
 use crate::config::Config;
+use crate::own_networks::OwnNetworks;
 use crate::peer::{Peer, clamped};
 use crate::plan::{DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, UnderlayPlan};
 use crate::prefixes::{covering, is_host, without};
@@ -32,6 +33,8 @@ pub(crate) struct Facts<'a> {
     pub(crate) node_ips: &'a [IpAddr],
     /// Addresses of our link besides the mesh's.
     pub(crate) own_addresses: &'a [IpAddr],
+    /// Networks that packets out of the tunnel may be forwarded to, though we do not announce them.
+    pub(crate) forward_to: &'a [IpNet],
     pub(crate) static_peers: &'a StaticPeers,
     pub(crate) withdrawn: &'a BTreeSet<IpNet>,
     pub(crate) claims: &'a Claims,
@@ -119,6 +122,7 @@ impl Routing {
                 plain: nets(|entry| entry.plain),
                 native: nets(|entry| entry.via == RouteVia::Native),
                 guarded,
+                own: facts.own_networks(),
             },
         })
     }
@@ -225,6 +229,12 @@ impl Facts<'_> {
     /// The preferred source: our node IP of that family, else our overlay address.
     fn source(&self, net: &IpNet) -> Option<IpAddr> {
         of_family(net, self.node_ips.iter().copied().chain(self.overlay()))
+    }
+
+    /// Inner addresses that are ours.
+    pub(crate) fn own_networks(&self) -> OwnNetworks {
+        let reachable = self.forward_to.iter().chain(self.static_peers.prefixes());
+        OwnNetworks::new(self.addresses(), self.own_prefixes.iter().copied(), reachable.copied())
     }
 
     /// Everything that stands on our link.

@@ -160,6 +160,7 @@ impl StaticPeers {
                 mtu,
                 fragment: false,
                 boot_epoch: 0,
+                is_static: true,
             };
             (*key, entry)
         })

@@ -33,6 +33,14 @@ fn without_a_mesh_static_peers_are_routed_from_the_configured_address_and_guarde
     let entry = &us.table.peers[&key(2)];
     assert_eq!(entry.endpoint, Some(path(HOME)));
     assert_eq!(entry.prefixes.len(), 2);
+    assert!(entry.is_static);
+    let own = &us.table.own;
+    assert_eq!(plan.firewall.own, *own);
+    let (ours, theirs) = ("10.9.0.2".parse().unwrap(), "10.9.0.7".parse().unwrap());
+    assert!(own.accepts(ours) && own.owns(ours));
+    assert!(own.accepts(theirs) && !own.owns(theirs), "another static peer may send there");
+    us.set(Vec::new());
+    assert!(us.table.own.accepts(ours) && !us.table.own.accepts(theirs));
 }
 
 #[test]

@@ -299,6 +299,7 @@ impl Daemon {
         });
         mesh.set_underlay(now, config.underlay(&controllers));
         mesh.set_addresses(now, config.node.addresses.clone());
+        mesh.set_forward_to(now, config.node.forward_to.clone());
         mesh.set_static_peers(now, static_peers);
         let cached = state.prefixes()?;
         mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
@@ -759,6 +760,7 @@ impl Daemon {
         self.config.node = fresh.node;
         self.config.peers = fresh.peers;
         self.mesh.set_addresses(Instant::now(), self.config.node.addresses.clone());
+        self.mesh.set_forward_to(Instant::now(), self.config.node.forward_to.clone());
         self.mesh.set_static_peers(Instant::now(), static_peers);
         self.configured_prefixes();
         self.prefixes_changed();

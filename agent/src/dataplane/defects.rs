@@ -339,9 +339,10 @@ fn indices_tell_nothing() {
         mtu: 1420,
         fragment: false,
         boot_epoch: 0,
+        is_static: false,
     };
     let peers = (0..64).map(|number| (WireguardKey([number; 32]), entry.clone())).collect();
-    let table = Table::default().next(&PeerTable { peers }, &secrets(1));
+    let table = Table::default().next(&PeerTable { peers, ..PeerTable::default() }, &secrets(1));
     let mut sent = BTreeSet::new();
     let mut neighbours = 0;
     for peer in &table.peers {

@@ -32,6 +32,8 @@ reasons! {
     InnerMalformed = "inner_malformed",
     /// From the TUN: no peer's prefix holds the destination.
     NoRoute = "no_route",
+    /// From the TUN: the source is none of this node's addresses, and the peer is no static one.
+    ForeignSource = "foreign_source",
     /// From the TUN: the peer has a session, but no address is known for it.
     NoEndpoint = "no_endpoint",
     /// From the TUN: no session yet, and the few places to wait were taken: the oldest went.
@@ -91,6 +93,9 @@ reasons! {
     OpenedMalformed = "opened_malformed",
     /// Authentic, but the inner source does not belong to the peer that sent it.
     WrongSource = "wrong_source",
+    /// Authentic, but the inner destination is none of this node's addresses, or one that never comes out of
+    /// a tunnel (loopback, link-local, multicast, broadcast).
+    WrongDestination = "wrong_destination",
     /// To the TUN: refused, as when the link is down.
     TunRefused = "tun_refused",
     /// The receiver of events is too slow.

@@ -56,6 +56,8 @@ pub(super) struct Engine {
     /// Places of the packets of one train, kept for its capacity.
     opened: Vec<(usize, usize)>,
     joined: Joined,
+    /// Destination of the last packet out of the tunnel, and whether it is ours. Cleared with each batch.
+    accepted: Option<(IpAddr, bool)>,
 }
 
 /// Data messages of one batch that the kernel had joined.
@@ -95,6 +97,7 @@ impl Engine {
             coalescer: Coalescer::default(),
             opened: Vec::with_capacity(super::arena::SLOT_BYTES / 32),
             joined: Joined::default(),
+            accepted: None,
         }
     }
 
@@ -116,6 +119,7 @@ impl Engine {
     ) {
         let table = self.table.load();
         let mut last = None;
+        let mut last_source = None;
         for number in 0..batch.packets().len() {
             let packet = batch.packets()[number];
             let bytes = batch.packet_mut(&packet);
@@ -128,6 +132,11 @@ impl Engine {
                 self.drops.count(DropReason::NoRoute);
                 continue;
             };
+            let source = inner.source;
+            if !cached(&mut last_source, source, || table.owns(source)) && !peer.entry.is_static {
+                self.drops.count(DropReason::ForeignSource);
+                continue;
+            }
             match Split::new(bytes, packet.len, &packet.header, self.mtu) {
                 Ok(segments) => self.seal(now, peer, segments, out, udp),
                 Err(reason) => self.drops.count(reason),
@@ -199,6 +208,7 @@ impl Engine {
         self.coalescer.allow(allowed);
         self.forwards.clear();
         self.joined = Joined::default();
+        self.accepted = None;
         for received in batch.received() {
             let datagrams = batch.datagrams(received);
             if self.link.is_some() && received.from.local.map(|local| local.interface) == self.link
@@ -359,6 +369,11 @@ impl Engine {
             last = Some((inner.source, owner));
             if owner != Some(slot) {
                 self.drops.count(DropReason::WrongSource);
+                continue;
+            }
+            let destination = inner.destination;
+            if !cached(&mut self.accepted, destination, || table.accepts(destination)) {
+                self.drops.count(DropReason::WrongDestination);
                 continue;
             }
             self.coalescer.add(writes, *at, &inner);
@@ -531,6 +546,18 @@ fn route<'a>(
     };
     *last = Some((destination, slot));
     table.peer(slot)
+}
+
+/// What holds for an address; most packets have that of the one before.
+fn cached<T: Copy>(last: &mut Option<(IpAddr, T)>, address: IpAddr, look_up: impl Fn() -> T) -> T {
+    match last {
+        Some((known, value)) if *known == address => *value,
+        _ => {
+            let value = look_up();
+            *last = Some((address, value));
+            value
+        }
+    }
 }
 
 /// Number of datagrams, from the first, that are data messages for `receiver`, each behind `skip`

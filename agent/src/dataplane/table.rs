@@ -14,6 +14,7 @@ use std::time::Duration;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use parking_lot::Mutex;
 use prefix_trie::PrefixMap;
+use towline_core::own_networks::OwnNetworks;
 use towline_core::path::Path;
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_proto::id::WireguardKey;
@@ -49,6 +50,7 @@ pub(super) struct Table {
     by_key: HashMap<WireguardKey, Slot>,
     by_index: HashMap<u32, Slot, BuildHasherDefault<Fold>>,
     routes: Routes,
+    own: OwnAddresses,
 }
 
 impl Table {
@@ -56,7 +58,7 @@ impl Table {
     ///
     /// `secrets` are for the tunnels of new peers.
     pub(super) fn next(&self, wanted: &PeerTable, secrets: &Arc<Secrets>) -> Self {
-        let mut next = Self::default();
+        let mut next = Self { own: OwnAddresses::new(&wanted.own), ..Self::default() };
         next.peers.reserve(wanted.peers.len());
         for (key, entry) in &wanted.peers {
             let slot = next.peers.len() as Slot;
@@ -89,6 +91,16 @@ impl Table {
     /// The peer whose prefix holds `address` and is the longest of all.
     pub(super) fn route(&self, address: IpAddr) -> Option<Slot> {
         self.routes.longest(address)
+    }
+
+    /// Whether a packet to this address may come out of the tunnel here.
+    pub(super) fn accepts(&self, destination: IpAddr) -> bool {
+        self.own.accepts(destination)
+    }
+
+    /// Whether a packet from this address may enter the tunnel towards any peer.
+    pub(super) fn owns(&self, source: IpAddr) -> bool {
+        self.own.owns(source)
     }
 
     /// The peer in a slot.
@@ -155,54 +167,105 @@ fn free_index(taken: impl Fn(u32) -> bool) -> u32 {
     }
 }
 
-/// Longest-prefix match. Nearly every address of a mesh is a host prefix, so those come first,
-/// and one hash lookup finds them.
+/// Which addresses are this node's, see [`OwnNetworks`].
 #[derive(Debug, Default)]
-pub struct Routes {
-    hosts4: HashMap<u32, Slot, BuildHasherDefault<Fold>>,
-    hosts6: HashMap<u128, Slot, BuildHasherDefault<Fold>>,
-    nets4: PrefixMap<Ipv4Net, Slot>,
-    nets6: PrefixMap<Ipv6Net, Slot>,
+struct OwnAddresses(Routes<Own>);
+
+/// What the longest prefix around an address says of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Own {
+    /// Destination out of the tunnel and source into it.
+    Both,
+    /// Destination out of the tunnel only.
+    Destination,
+    /// Neither.
+    Refused,
 }
 
-impl Routes {
+impl OwnAddresses {
+    fn new(own: &OwnNetworks) -> Self {
+        let mut routes = Routes::default();
+        // The first of one prefix keeps it.
+        for (nets, what) in [
+            (own.sources().collect::<Vec<_>>(), Own::Both),
+            (own.refused().collect(), Own::Refused),
+            (own.destinations().collect(), Own::Destination),
+        ] {
+            for net in nets {
+                routes.insert(net, what);
+            }
+        }
+        Self(routes)
+    }
+
+    fn accepts(&self, destination: IpAddr) -> bool {
+        matches!(self.0.longest(destination), Some(Own::Both | Own::Destination))
+    }
+
+    fn owns(&self, source: IpAddr) -> bool {
+        self.0.longest(source) == Some(Own::Both)
+    }
+}
+
+/// Longest-prefix match. Nearly every address of a mesh is a host prefix, so those come first,
+/// and one hash lookup finds them.
+#[derive(Debug)]
+pub struct Routes<V = Slot> {
+    hosts4: HashMap<u32, V, BuildHasherDefault<Fold>>,
+    hosts6: HashMap<u128, V, BuildHasherDefault<Fold>>,
+    nets4: PrefixMap<Ipv4Net, V>,
+    nets6: PrefixMap<Ipv6Net, V>,
+}
+
+impl<V> Default for Routes<V> {
+    fn default() -> Self {
+        Self {
+            hosts4: HashMap::default(),
+            hosts6: HashMap::default(),
+            nets4: PrefixMap::default(),
+            nets6: PrefixMap::default(),
+        }
+    }
+}
+
+impl<V: Copy> Routes<V> {
     /// The first to claim a prefix keeps it: a peer table promises that there is no second.
-    pub fn insert(&mut self, prefix: IpNet, slot: Slot) {
+    pub fn insert(&mut self, prefix: IpNet, value: V) {
         match prefix {
             IpNet::V4(net) if net.prefix_len() == 32 => {
-                self.hosts4.entry(net.addr().into()).or_insert(slot);
+                self.hosts4.entry(net.addr().into()).or_insert(value);
             }
             IpNet::V6(net) if net.prefix_len() == 128 => {
                 if let Entry::Vacant(entry) = self.hosts6.entry(net.addr().into()) {
-                    entry.insert(slot);
+                    entry.insert(value);
                 }
             }
             IpNet::V4(net) => {
                 if self.nets4.get(&net.trunc()).is_none() {
-                    self.nets4.insert(net.trunc(), slot);
+                    self.nets4.insert(net.trunc(), value);
                 }
             }
             IpNet::V6(net) => {
                 if self.nets6.get(&net.trunc()).is_none() {
-                    self.nets6.insert(net.trunc(), slot);
+                    self.nets6.insert(net.trunc(), value);
                 }
             }
         }
     }
 
-    /// The slot of the longest prefix that holds `address`.
-    pub fn longest(&self, address: IpAddr) -> Option<Slot> {
+    /// The value of the longest prefix that holds `address`.
+    pub fn longest(&self, address: IpAddr) -> Option<V> {
         match address {
             IpAddr::V4(v4) => self
                 .hosts4
                 .get(&v4.into())
                 .copied()
-                .or_else(|| self.nets4.get_lpm(&Ipv4Net::from(v4)).map(|(_, slot)| *slot)),
+                .or_else(|| self.nets4.get_lpm(&Ipv4Net::from(v4)).map(|(_, value)| *value)),
             IpAddr::V6(v6) => self
                 .hosts6
                 .get(&v6.into())
                 .copied()
-                .or_else(|| self.nets6.get_lpm(&Ipv6Net::from(v6)).map(|(_, slot)| *slot)),
+                .or_else(|| self.nets6.get_lpm(&Ipv6Net::from(v6)).map(|(_, value)| *value)),
         }
     }
 }
@@ -247,6 +310,14 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Addresses of which many lie close together, and some are special.
+    fn small() -> impl Strategy<Value = IpAddr> {
+        let octet = || prop_oneof![Just(0u8), Just(1), Just(3), Just(127), Just(255)];
+        let first = prop_oneof![Just(0u8), Just(10), Just(127), Just(169), Just(224), Just(255)];
+        (first, prop_oneof![Just(1u8), Just(254)], octet(), octet())
+            .prop_map(|(a, b, c, d)| IpAddr::from([a, b, c, d]))
+    }
+
     proptest! {
         #[test]
         fn the_longest_prefix_wins(
@@ -274,6 +345,24 @@ mod tests {
                 let first = longest
                     .and_then(|net| prefixes.iter().position(|prefix| prefix.trunc() == net));
                 prop_assert_eq!(routes.longest(address).map(|slot| slot as usize), first);
+            }
+        }
+
+        #[test]
+        fn own_addresses_are_those_of_the_core(
+            addresses in proptest::collection::vec(small(), 0..4),
+            announced in proptest::collection::vec((small(), 0u8..=32), 0..4),
+            reachable in proptest::collection::vec((small(), 0u8..=32), 0..4),
+            looked_up in proptest::collection::vec(small(), 1..40),
+        ) {
+            let nets = |list: Vec<(IpAddr, u8)>| {
+                list.into_iter().map(|(ip, len)| IpNet::new(ip, len).unwrap().trunc())
+            };
+            let own = OwnNetworks::new(addresses.clone(), nets(announced), nets(reachable));
+            let fast = OwnAddresses::new(&own);
+            for address in looked_up.into_iter().chain(addresses) {
+                prop_assert_eq!(fast.accepts(address), own.accepts(address), "{}", address);
+                prop_assert_eq!(fast.owns(address), own.owns(address), "{}", address);
             }
         }
     }

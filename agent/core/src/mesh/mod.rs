@@ -54,6 +54,7 @@ pub struct Mesh {
     local: Local,
     own_prefixes: Vec<IpNet>,
     own_addresses: Vec<IpAddr>,
+    forward_to: Vec<IpNet>,
     node_ips: Vec<IpAddr>,
     underlay: UnderlayPlan,
     now: Instant,
@@ -98,6 +99,7 @@ impl Mesh {
             config,
             own_prefixes: Vec::new(),
             own_addresses: Vec::new(),
+            forward_to: Vec::new(),
             node_ips: Vec::new(),
             underlay: UnderlayPlan::default(),
             now,
@@ -201,7 +203,17 @@ impl Mesh {
         self.advance(now);
         if self.own_addresses != addresses {
             self.own_addresses = addresses;
-            self.plan_changed = true;
+            self.own_networks_changed();
+        }
+    }
+
+    /// Takes the networks that packets out of the tunnel may be forwarded to, though we do not announce
+    /// them, whole.
+    pub fn set_forward_to(&mut self, now: Instant, networks: Vec<IpNet>) {
+        self.advance(now);
+        if self.forward_to != networks {
+            self.forward_to = networks;
+            self.own_networks_changed();
         }
     }
 
@@ -443,7 +455,8 @@ impl Mesh {
     pub fn poll_output(&mut self) -> Option<Output> {
         self.resolve_claims();
         if std::mem::take(&mut self.table_changed) {
-            let mut table = derive::peer_table(self.mtu(), &self.claims, self.peers.values());
+            let own = self.facts().own_networks();
+            let mut table = derive::peer_table(self.mtu(), &self.claims, self.peers.values(), own);
             table.peers.extend(self.static_peers.entries(self.config.mtu));
             if self.table.as_deref() != Some(&table) {
                 let table = Arc::new(table);
@@ -454,18 +467,10 @@ impl Mesh {
         if self.plan_changed || !self.replan.is_empty() {
             let whole = std::mem::take(&mut self.plan_changed);
             let nodes = std::mem::take(&mut self.replan);
-            let facts = Facts {
-                config: &self.config,
-                underlay: &self.underlay,
-                own_prefixes: &self.own_prefixes,
-                node_ips: &self.node_ips,
-                own_addresses: &self.own_addresses,
-                static_peers: &self.static_peers,
-                withdrawn: &self.withdrawn,
-                claims: &self.claims,
-                peers: &self.peers,
-            };
-            if let Some(plan) = self.routing.update(&facts, whole, &nodes) {
+            let mut routing = std::mem::take(&mut self.routing);
+            let changed = routing.update(&self.facts(), whole, &nodes);
+            self.routing = routing;
+            if let Some(plan) = changed {
                 return Some(Output::Plan(plan));
             }
         }
@@ -531,6 +536,28 @@ impl Mesh {
         let mut static_peers = std::mem::take(&mut self.static_peers);
         f(&mut static_peers, &mut self.context().1);
         self.static_peers = static_peers;
+    }
+
+    /// Everything that plan and peer table follow from.
+    fn facts(&self) -> Facts<'_> {
+        Facts {
+            config: &self.config,
+            underlay: &self.underlay,
+            own_prefixes: &self.own_prefixes,
+            node_ips: &self.node_ips,
+            own_addresses: &self.own_addresses,
+            forward_to: &self.forward_to,
+            static_peers: &self.static_peers,
+            withdrawn: &self.withdrawn,
+            claims: &self.claims,
+            peers: &self.peers,
+        }
+    }
+
+    /// Other inner addresses are ours: plan and peer table both hold them.
+    fn own_networks_changed(&mut self) {
+        self.plan_changed = true;
+        self.table_changed = true;
     }
 
     /// Our addresses are others now: so is how others see us, and perhaps every path.

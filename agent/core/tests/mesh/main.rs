@@ -17,6 +17,7 @@ use ipnet::IpNet;
 use towline_core::mesh::{
     Config, MapChange, Membership, Mesh, Output, PeerState, PeerStatus, ReceivedProbe,
 };
+use towline_core::own_networks::OwnNetworks;
 use towline_core::path::{ChannelId, LocalEnd, Path};
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::plan::{Plan, RouteVia, RulePlan};

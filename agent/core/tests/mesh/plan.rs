@@ -36,6 +36,49 @@ fn node_ips_of_a_trusted_site_are_reached_past_the_tunnel_and_nothing_else_is() 
 }
 
 #[test]
+fn plan_and_peer_table_say_which_addresses_are_ours() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).prefixes(&["10.244.2.0/24"]));
+    us.drain();
+    let overlay = ["198.19.0.1", "fd00::1"];
+    let all = |own: &OwnNetworks| own.destinations().map(|net| net.to_string()).collect::<Vec<_>>();
+    let whole = |us: &Us| {
+        assert_eq!(us.plan().firewall.own, us.table().own);
+        us.table().own.clone()
+    };
+    assert_eq!(all(&whole(&us)), ["198.19.0.1/32", "fd00::1/128"]);
+
+    us.mesh.set_prefixes(us.now, vec![net("10.244.1.0/24"), net("192.168.1.5/32")]);
+    us.mesh.set_node_ips(us.now, vec!["192.168.1.5".parse().unwrap()]);
+    us.drain();
+    let own = whole(&us);
+    for ours in overlay.into_iter().chain(["10.244.1.9", "192.168.1.5"]) {
+        let ours = ours.parse().unwrap();
+        assert!(own.accepts(ours) && own.owns(ours), "{ours}");
+    }
+    for other in ["10.244.2.9", "192.168.1.6", "198.19.0.2", "10.244.1.255"] {
+        let other = other.parse().unwrap();
+        assert!(!own.accepts(other) && !own.owns(other), "{other}");
+    }
+
+    us.mesh.set_addresses(us.now, vec!["10.99.0.1".parse().unwrap()]);
+    us.mesh.set_forward_to(us.now, vec![net("172.30.0.0/16"), net("0.0.0.0/0")]);
+    us.drain();
+    let own = whole(&us);
+    let (address, outside) = ("10.99.0.1".parse().unwrap(), "172.30.1.1".parse().unwrap());
+    assert!(own.owns(address) && own.accepts(outside) && !own.owns(outside));
+    assert!(!own.accepts("169.254.169.254".parse().unwrap()));
+
+    us.mesh.set_forward_to(us.now, Vec::new());
+    us.mesh.set_addresses(us.now, Vec::new());
+    us.mesh.set_prefixes(us.now, Vec::new());
+    us.mesh.set_node_ips(us.now, Vec::new());
+    us.drain();
+    assert_eq!(all(&whole(&us)), ["198.19.0.1/32", "fd00::1/128"]);
+    assert!(us.table().peers.values().all(|entry| !entry.is_static));
+}
+
+#[test]
 fn what_may_go_in_clear_does_so_only_while_its_peer_is_down() {
     let mut us = Us::up(PUBLIC);
     us.upsert(
