@@ -42,7 +42,7 @@ fn every_arrow_of_a_cluster_is_drawn() {
     let short = ["nodes", "--addressing", "node-ip", "--rp-filter", "1"];
     let Some(nodes) = lab(&short) else { return };
     let arrows = nodes["arrows"].as_array().unwrap();
-    assert_eq!(arrows.len(), 26, "13 of each family");
+    assert_eq!(arrows.len(), 38, "19 of each family");
     for arrow in arrows {
         assert_eq!(arrow["ok"], true, "{arrow}");
         assert_eq!(arrow["addressing"], "node-ip");

@@ -165,6 +165,15 @@ pub enum Expression {
     },
     /// Leaves the packet out of connection tracking.
     Notrack,
+    /// A match of iptables (`xt_*`), as its own programs write it: other expressions they cannot list.
+    Match {
+        /// Such as `conntrack`.
+        name: String,
+        /// Which layout of `info`.
+        revision: u32,
+        /// The match's structure, with padding.
+        info: Vec<u8>,
+    },
     /// One that this module does not know, as read; it cannot be written.
     Other(String),
 }
@@ -201,9 +210,11 @@ pub(super) mod key {
     pub(crate) const NOT_LESS: u32 = libc::NFT_CMP_GTE as u32;
     pub(crate) const NOT_GREATER: u32 = libc::NFT_CMP_LTE as u32;
     pub(crate) const ROUTE_TCP_MSS: u32 = 3;
+    pub(crate) const FIB_LINK: u32 = 1;
     pub(crate) const FIB_ADDRESS_TYPE: u32 = 3;
     pub(crate) const FIB_SOURCE: u32 = 1;
     pub(crate) const FIB_DESTINATION: u32 = 2;
+    pub(crate) const FIB_BY_INPUT: u32 = 1 << 3;
     pub(crate) const NAT_RANDOM_FULLY: u32 = 1 << 4;
     pub(crate) const REJECT_ICMPX: u32 = libc::NFT_REJECT_ICMPX_UNREACH as u32;
     pub(crate) const REJECT_TCP_RESET: u32 = libc::NFT_REJECT_TCP_RST as u32;
@@ -253,6 +264,7 @@ impl Expression {
             Self::Random { .. } => "numgen",
             Self::Remember { .. } => "dynset",
             Self::Notrack => "notrack",
+            Self::Match { .. } => "match",
             Self::Other(name) => name,
         }
     }
@@ -332,6 +344,9 @@ impl Expression {
             }
             Self::Remember { set, register } => {
                 data.string(1, set).u32_be(3, DYNSET_ADD).u32_be(4, *register);
+            }
+            Self::Match { name, revision, info } => {
+                data.string(1, name).u32_be(2, *revision).bytes(3, info);
             }
             Self::Counter | Self::Notrack | Self::Other(_) => {}
         }
@@ -429,6 +444,11 @@ impl Expression {
                 Self::Random { register: fields.number(1)?, modulus: fields.number(2)? }
             }
             "notrack" => Self::Notrack,
+            "match" => Self::Match {
+                name: fields.get(1)?.string(),
+                revision: fields.number(2)?,
+                info: fields.get(3)?.value.to_vec(),
+            },
             _ => return None,
         })
     }

@@ -25,7 +25,7 @@ mod wire;
 
 pub use client::{Counter, Loaded, Nft, NftError};
 pub use expression::{Expression, Verdict};
-pub use rule::{CtState, Rule};
+pub use rule::{CtState, IptablesStates, Rule};
 pub use set::{Interval, KeyType, Set};
 pub use table::{Base, Chain, ChainKind, Hook, Ownership, Policy, Table, TableFamily};
 pub use transaction::Transaction;

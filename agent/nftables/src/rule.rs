@@ -41,6 +41,27 @@ impl BitOr for CtState {
     }
 }
 
+/// States of a connection as iptables numbers them; they can be combined with `|`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IptablesStates(u16);
+
+impl IptablesStates {
+    /// Both directions were seen.
+    pub const ESTABLISHED: Self = Self(1 << 1);
+    /// Belongs to another connection (ICMP errors).
+    pub const RELATED: Self = Self(1 << 2);
+    /// Its destination was translated.
+    pub const DNAT: Self = Self(1 << 7);
+}
+
+impl BitOr for IptablesStates {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
 const LINK_NAME_BYTES: usize = 16;
 const REGISTER: u32 = key::REGISTER_1;
 const TCP_OPTION_MSS: u8 = 2;
@@ -75,6 +96,12 @@ impl Rule {
     /// Leaves by another link.
     pub fn not_output(self, link: &str) -> Self {
         self.link(key::META_OIFNAME, link, key::NOT_EQUAL)
+    }
+
+    /// Came in by a link whose name begins otherwise.
+    pub fn not_input_like(self, prefix: &str) -> Self {
+        let name = Expression::Meta { key: key::META_IIFNAME, register: REGISTER };
+        self.steps([name, compare(key::NOT_EQUAL, prefix.as_bytes().to_vec())])
     }
 
     /// Of that address family.
@@ -116,6 +143,25 @@ impl Rule {
     /// Has a destination outside the network, of the same family.
     pub fn not_destination(self, net: IpNet) -> Self {
         self.address(Side::Destination, net, key::NOT_EQUAL)
+    }
+
+    /// Has a destination inside the network, in a table of its family alone, written as iptables writes it.
+    pub fn iptables_destination(self, net: IpNet) -> Self {
+        let family = Family::of(net.addr());
+        self.load_address_of_table(Side::Destination, family).compare_address(net, key::EQUAL)
+    }
+
+    /// Its connection is in one of these states, written as iptables writes it.
+    pub fn iptables_conntrack(self, states: IptablesStates) -> Self {
+        // struct xt_conntrack_mtinfo3: eight addresses, two times, five ports, then these fields.
+        const BYTES: usize = 168;
+        const MATCH_FLAGS: usize = 146;
+        const STATE_MASK: usize = 150;
+        const BY_STATE: u16 = 1;
+        let mut info = vec![0; BYTES];
+        info[MATCH_FLAGS..MATCH_FLAGS + 2].copy_from_slice(&BY_STATE.to_ne_bytes());
+        info[STATE_MASK..STATE_MASK + 2].copy_from_slice(&states.0.to_ne_bytes());
+        self.step(Expression::Match { name: "conntrack".to_owned(), revision: 3, info })
     }
 
     /// Has a source in the named set of that family's addresses.
@@ -197,6 +243,21 @@ impl Rule {
     /// Its destination is an address of this host.
     pub fn destination_is_local(self) -> Self {
         self.local(key::FIB_DESTINATION)
+    }
+
+    /// Its destination is the broadcast address of a network that this host is connected to.
+    pub fn destination_is_broadcast(self) -> Self {
+        self.address_type(key::FIB_DESTINATION, libc::RTN_BROADCAST)
+    }
+
+    /// The way back to its source leads nowhere, or out by another link than the one that it came by.
+    /// Before routing only.
+    pub fn source_leads_elsewhere(self) -> Self {
+        let flags = key::FIB_SOURCE | key::FIB_BY_INPUT;
+        self.steps([
+            Expression::Fib { flags, result: key::FIB_LINK, register: REGISTER },
+            compare(key::EQUAL, vec![0; 4]),
+        ])
     }
 
     /// Its source is an address of this host.
@@ -374,7 +435,11 @@ impl Rule {
     }
 
     fn address(self, side: Side, net: IpNet, operator: u32) -> Self {
-        let rule = self.load_address(side, Family::of(net.addr()));
+        self.load_address(side, Family::of(net.addr())).compare_address(net, operator)
+    }
+
+    fn compare_address(self, net: IpNet, operator: u32) -> Self {
+        let rule = self;
         let rule = if net.prefix_len() == net.max_prefix_len() {
             rule
         } else {
@@ -386,18 +451,19 @@ impl Rule {
     }
 
     fn load_address(self, side: Side, family: Family) -> Self {
+        self.family(family).load_address_of_table(side, family)
+    }
+
+    /// In a table of that family alone.
+    fn load_address_of_table(self, side: Side, family: Family) -> Self {
         let (offset, length) = match (family, side) {
             (Family::V4, Side::Source) => (12, 4),
             (Family::V4, Side::Destination) => (16, 4),
             (Family::V6, Side::Source) => (8, 16),
             (Family::V6, Side::Destination) => (24, 16),
         };
-        self.family(family).step(Expression::Payload {
-            base: key::PAYLOAD_NETWORK,
-            offset,
-            length,
-            register: REGISTER,
-        })
+        let base = key::PAYLOAD_NETWORK;
+        self.step(Expression::Payload { base, offset, length, register: REGISTER })
     }
 
     fn load_port(self, side: Side) -> Self {
@@ -430,10 +496,13 @@ impl Rule {
     }
 
     fn local(self, flags: u32) -> Self {
-        let local = u32::from(libc::RTN_LOCAL).to_ne_bytes().to_vec();
+        self.address_type(flags, libc::RTN_LOCAL)
+    }
+
+    fn address_type(self, flags: u32, kind: u8) -> Self {
         self.steps([
             Expression::Fib { flags, result: key::FIB_ADDRESS_TYPE, register: REGISTER },
-            compare(key::EQUAL, local),
+            compare(key::EQUAL, u32::from(kind).to_ne_bytes().to_vec()),
         ])
     }
 

@@ -2,7 +2,8 @@
 //!
 //! | chain | where | does |
 //! |---|---|---|
-//! | `outer` | before everything that comes in | marks our own outer packets, so that what asks for the way back with the mark (firewalld's IPv6 filter) finds the uplink; drops what claims a mesh source outside the tunnel |
+//! | `outer` | before everything that comes in | marks our own outer packets, so that what asks for the way back with the mark (firewalld's IPv6 filter) finds the uplink; drops what claims a mesh source outside the tunnel, or one of ours on a link that does not lead to it |
+//! | `ingress` | called by `outer` for what comes out of the tunnel | drops what is not for this node, before destinations are translated |
 //! | `answer`, `answer_out` | after connection tracking | has a connection answered the way it came; only where both ways are allowed, since it needs connection tracking |
 //! | `guard` | at the end of the way out | drops what goes to a guarded network by another link than ours |
 //! | `clamp`, `clamp_in` | into the tunnel, called by `guard`; routed out of it | lower the MSS of TCP connections through the tunnel to what the routes leave |
@@ -20,6 +21,7 @@
 use std::collections::BTreeMap;
 
 use ipnet::IpNet;
+use towline_core::own_networks::SPECIAL;
 use towline_core::plan::{FirewallPlan, Plan};
 
 use towline_netlink::Family;
@@ -87,14 +89,27 @@ pub(super) fn table_families(families: Families) -> &'static [TableFamily] {
 pub(super) const COMMENT: &str = "towline: made by the agent, removed by towline down";
 /// On the rules that drop packets with forged sources.
 const FORGED: [&str; 2] = ["forged source, IPv4", "forged source, IPv6"];
+/// On the rules that drop packets from elsewhere with one of our own addresses as source.
+const OWN_ADDRESS: [&str; 2] = ["own address as source, IPv4", "own address as source, IPv6"];
+/// On the rules that drop packets with a source of our networks that came by a link that does not lead there.
+const OWN_NETWORK: [&str; 2] = ["own network as source, IPv4", "own network as source, IPv6"];
+/// On the rules that drop what came out of the tunnel for loopback, link-local or multicast.
+const SPECIAL_DESTINATION: [&str; 2] = ["special destination, IPv4", "special destination, IPv6"];
+/// On the rule that drops what came out of the tunnel for somebody else.
+const NOT_OURS: &str = "not for this node";
+/// On the rule that drops broadcasts out of the tunnel.
+const BROADCAST: &str = "broadcast out of the tunnel";
+/// How the names of Cilium's links to its pods begin. It checks the sources of pods itself, and its routes lead
+/// back to them by another link.
+const CILIUM_POD: &str = "lxc";
 /// On the rules that drop what would leave in clear.
 const IN_CLEAR: [&str; 2] = ["would leave in clear, IPv4", "would leave in clear, IPv6"];
 
 const GUARD: &str = "guard";
 const CLAMP: &str = "clamp";
 const PLAIN_PORTS: &str = "plain_ports";
-/// Says whether the table is the whole one.
 const OUTER: &str = "outer";
+const INGRESS: &str = "ingress";
 /// Before everybody else (raw tables are at -300), after defragmentation (-400).
 const OUTER_PRIORITY: i32 = -310;
 /// After connection tracking (-200).
@@ -181,9 +196,14 @@ pub(super) fn follow(
                 set.elements.insert((*new).into());
             }
         }
+        let (own_before, own) = (&before.own, &plan.own);
+        let [addresses, announced, reachable] = own_sets(family);
         let others = [
             (native_set(family), &before.native, &plan.native),
             (plain_set(family), &before.plain, &plan.plain),
+            (addresses, own_before.addresses(), own.addresses()),
+            (announced, own_before.announced(), own.announced()),
+            (reachable, own_before.reachable(), own.reachable()),
         ];
         for (name, before, now) in others {
             if before != now
@@ -213,7 +233,19 @@ fn table(plan: &Plan, extent: Extent) -> Table {
         let native = Set::networks(key(family), &plan.firewall.native);
         table = table.set(native_set(family), native);
     }
-    table = table.chain(GUARD, guard(plan, extent));
+    for family in Family::ALL {
+        let own = &plan.firewall.own;
+        let [addresses, announced, reachable] = own_sets(family);
+        table = table
+            .set(addresses, Set::networks(key(family), own.addresses()))
+            .set(announced, Set::networks(key(family), own.announced()))
+            .set(reachable, Set::networks(key(family), own.reachable()))
+            .set(special_set(family), Set::networks(key(family), &SPECIAL));
+    }
+    table = table
+        .chain(GUARD, guard(plan, extent))
+        .chain(OUTER, outer(plan, extent))
+        .chain(INGRESS, ingress(extent));
     if extent == Extent::GuardOnly {
         return table;
     }
@@ -222,7 +254,6 @@ fn table(plan: &Plan, extent: Extent) -> Table {
     }
     table = table
         .set(PLAIN_PORTS, Set::ports(plan.underlay.plain_ports.iter().copied()))
-        .chain(OUTER, outer(plan))
         .chain(CLAMP, clamp())
         .chain("clamp_in", clamp_in(plan));
     if both_ways(plan) {
@@ -285,6 +316,21 @@ fn plain_set(family: Family) -> &'static str {
     }
 }
 
+/// The sets of our own addresses, announced networks, and networks that are only forwarded to.
+fn own_sets(family: Family) -> [&'static str; 3] {
+    match family {
+        Family::V4 => ["addresses4", "announced4", "reachable4"],
+        Family::V6 => ["addresses6", "announced6", "reachable6"],
+    }
+}
+
+fn special_set(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "special4",
+        Family::V6 => "special6",
+    }
+}
+
 fn key(family: Family) -> KeyType {
     match family {
         Family::V4 => KeyType::Ipv4,
@@ -298,13 +344,21 @@ fn both_ways(plan: &Plan) -> bool {
         && !(plan.underlay.plain_ports.is_empty() && plan.firewall.plain.is_empty())
 }
 
-fn outer(plan: &Plan) -> Chain {
+fn outer(plan: &Plan, extent: Extent) -> Chain {
+    let chain = Chain::base(ChainKind::Filter, Hook::Prerouting, OUTER_PRIORITY)
+        .rule(Rule::new().input(&plan.link.name).jump(INGRESS));
+    match extent {
+        Extent::Full => outside_of_tunnel(plan, chain),
+        Extent::GuardOnly => chain,
+    }
+}
+
+fn outside_of_tunnel(plan: &Plan, chain: Chain) -> Chain {
     let marks = &plan.rules;
     let mark = |rule: Rule| rule.set_mark(marks.mark, marks.mask).accept();
     let here = |rule: Rule| rule.destination_is_local();
 
-    let mut chain = Chain::base(ChainKind::Filter, Hook::Prerouting, OUTER_PRIORITY)
-        .rule(Rule::new().input(&plan.link.name).accept())
+    let mut chain = chain
         .rule(Rule::new().input("lo").accept())
         .rule(Rule::new().neighbour_discovery().accept());
     if let Some(port) = plan.underlay.port {
@@ -318,6 +372,13 @@ fn outer(plan: &Plan) -> Chain {
             .source_port(controller.port());
         chain = chain.rule(mark(here(segment)));
     }
+    for (number, family) in Family::ALL.into_iter().enumerate() {
+        let [addresses, announced, _] = own_sets(family);
+        let address = Rule::new().source_in(family, addresses).comment(OWN_ADDRESS[number]);
+        let network = Rule::new().source_in(family, announced).not_input_like(CILIUM_POD);
+        let network = network.source_leads_elsewhere().comment(OWN_NETWORK[number]);
+        chain = chain.rule(address.counter().drop()).rule(network.counter().drop());
+    }
     let plain = Rule::new().protocol(TCP).destination_port_in(PLAIN_PORTS);
     chain = chain.rule(here(plain).accept());
     for (family, forged) in Family::ALL.into_iter().zip(FORGED) {
@@ -327,6 +388,29 @@ fn outer(plan: &Plan) -> Chain {
             .rule(source_in(guarded_set(family)).comment(forged).counter().drop());
     }
     chain
+}
+
+/// What comes out of the tunnel is for this node, or it is dropped. Nothing is translated yet, so a service
+/// behind one of our addresses is judged by that address.
+fn ingress(extent: Extent) -> Chain {
+    let to = |family, set| Rule::new().destination_in(family, set);
+    let mut chain = Chain::regular();
+    for family in Family::ALL {
+        chain = chain.rule(to(family, own_sets(family)[0]).accept());
+    }
+    for (family, comment) in Family::ALL.into_iter().zip(SPECIAL_DESTINATION) {
+        let special = to(family, special_set(family)).comment(comment);
+        chain = chain.rule(special.counter().drop());
+    }
+    if extent == Extent::Full {
+        let broadcast = Rule::new().family(Family::V4).destination_is_broadcast();
+        chain = chain.rule(broadcast.comment(BROADCAST).counter().drop());
+    }
+    for family in Family::ALL {
+        let [_, announced, reachable] = own_sets(family);
+        chain = chain.rule(to(family, announced).accept()).rule(to(family, reachable).accept());
+    }
+    chain.rule(Rule::new().comment(NOT_OURS).counter().drop())
 }
 
 fn answer(plan: &Plan) -> Chain {

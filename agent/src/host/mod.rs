@@ -8,7 +8,7 @@
 //!   missing.
 //! - What is ours: the link of our name with its addresses; routes in our tables and rules at our
 //!   priorities that carry our protocol number ([`OURS`]); the nftables table of our name that
-//!   carries our comment; two tagged rules in the chain that Docker leaves to others. Nothing else
+//!   carries our comment; tagged rules in the chain that Docker leaves to others. Nothing else
 //!   is ever changed or removed.
 //! - Fail closed: guards come first and go last. Without the link there are still the guards;
 //!   without nftables there are still the routes. What could not be done is said
@@ -168,7 +168,7 @@ impl HostNetwork {
             return Ok(changes);
         };
         changes.problems.retain(|problem| !problem.is_of_hooks());
-        hook::put(nft, &plan.link.name, &mut changes)?;
+        hook::put(nft, plan, &mut changes)?;
         self.problems = changes.problems.clone();
         Ok(changes)
     }
@@ -249,7 +249,7 @@ impl HostNetwork {
         want.firewall = firewall;
         let now = have.become_(want, &names, &mut self.rtnetlink, &mut changes)?;
         if let Some(nft) = self.nft.as_mut() {
-            hook::put(nft, &plan.link.name, &mut changes)?;
+            hook::put(nft, plan, &mut changes)?;
         }
         // Under new names all stands anew before the old goes.
         if let Some(old) = old {
@@ -283,9 +283,13 @@ impl HostNetwork {
         let Some(mut known) = self.known.take_if(|_| same) else { return Ok(None) };
         let mut changes = Changes { messages: 0, problems: self.problems.clone() };
         if let (Some(table), Some(nft)) = (known.firewall.take(), self.nft.as_mut()) {
-            let before = &before.firewall;
-            let table = firewall::follow(before, &plan.firewall, table, nft, &mut changes)?;
+            let table =
+                firewall::follow(&before.firewall, &plan.firewall, table, nft, &mut changes)?;
             known.firewall = Some(table);
+            if before.firewall.own != plan.firewall.own {
+                changes.problems.retain(|problem| !problem.is_of_hooks());
+                hook::put(nft, plan, &mut changes)?;
+            }
         }
         known.follow_routes(before, plan, &mut self.rtnetlink, &mut changes)?;
         self.applied = Some(plan.clone());

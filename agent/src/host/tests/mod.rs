@@ -1,6 +1,7 @@
 //! The host's network in a namespace: what stands, what comes back, what is left alone.
 
 mod families;
+mod ingress;
 mod traffic;
 
 use std::collections::BTreeMap;
@@ -8,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use towline_core::own_networks::OwnNetworks;
 use towline_core::plan::{
     DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, RulePlan, UnderlayPlan,
 };
@@ -22,6 +24,10 @@ use towline_nftables::{
 };
 
 fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
@@ -53,6 +59,7 @@ pub(super) fn plan() -> Plan {
         firewall: FirewallPlan {
             table: "towline".to_owned(),
             guarded: guarded.into(),
+            own: OwnNetworks::new(["198.19.0.1", "fd00:9::1"].map(address), [], []),
             ..FirewallPlan::default()
         },
     }

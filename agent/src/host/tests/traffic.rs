@@ -11,6 +11,7 @@ use ipnet::IpNet;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt,
 };
+use towline_core::own_networks::OwnNetworks;
 use towline_core::plan::{Plan, RoutePlan, RouteVia};
 
 use super::{apply, net, plan};
@@ -26,11 +27,12 @@ use towline_nftables::{
 const PORT: u16 = 51_830;
 const MARK: u32 = 0x10;
 /// Each family's address of the host and of the peer on their LAN.
-const PAIRS: [(&str, &str); 2] = [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")];
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PAIRS: [(&str, &str); 2] =
+    [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")];
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The host's LAN link `eth0`, and the peer at its other end.
-fn lan() -> NetworkNamespace {
+pub(super) fn lan() -> NetworkNamespace {
     let peer = NetworkNamespace::new();
     let mut rtnetlink = Rtnetlink::open().unwrap();
     rtnetlink.add_veth("eth0", VethPeer { name: "eth0", namespace: Some(peer.as_fd()) }).unwrap();
@@ -69,11 +71,14 @@ fn transparent() -> Plan {
         }
         plan.firewall.guarded.insert(net(address));
     }
+    let node_ips = PAIRS.map(|(host, _)| IpNet::from(host.parse::<IpAddr>().unwrap()));
+    let addresses = ["198.19.0.1", "fd00:9::1"].map(|text| text.parse().unwrap());
+    plan.firewall.own = OwnNetworks::new(addresses, node_ips, []);
     plan
 }
 
 /// Applies a plan with the tunnel's far end in our hands; `None` where there is no TUN.
-fn with_tunnel(plan: &Plan) -> Option<(HostNetwork, Tun)> {
+pub(super) fn with_tunnel(plan: &Plan) -> Option<(HostNetwork, Tun)> {
     let tunnel = match open_tun_with("towline0", Offloads::NONE) {
         Ok(tunnel) => tunnel,
         Err(error) => {
@@ -86,14 +91,14 @@ fn with_tunnel(plan: &Plan) -> Option<(HostNetwork, Tun)> {
     Some((host, tunnel))
 }
 
-fn set_reverse_path_filter(mode: u8) {
+pub(super) fn set_reverse_path_filter(mode: u8) {
     for link in ["all", "eth0"] {
         let path = format!("/proc/sys/net/ipv4/conf/{link}/rp_filter");
         std::fs::write(path, mode.to_string()).unwrap();
     }
 }
 
-fn udp(bound: SocketAddr, marked: bool) -> UdpSocket {
+pub(super) fn udp(bound: SocketAddr, marked: bool) -> UdpSocket {
     let socket = UdpSocket::bind(bound).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     if marked {
@@ -115,12 +120,12 @@ fn tcp(to: SocketAddr, marked: bool) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-fn at(address: &str, port: u16) -> SocketAddr {
+pub(super) fn at(address: &str, port: u16) -> SocketAddr {
     SocketAddr::new(address.parse().unwrap(), port)
 }
 
 /// One packet that the host sent into the tunnel, other than the kernel's own chatter.
-fn from_tunnel(tunnel: &Tun) -> Vec<u8> {
+pub(super) fn from_tunnel(tunnel: &Tun) -> Vec<u8> {
     let deadline = std::time::Instant::now() + PATIENCE;
     let mut buffer = vec![0; 70_000];
     loop {
@@ -142,14 +147,14 @@ fn from_tunnel(tunnel: &Tun) -> Vec<u8> {
     }
 }
 
-fn into_tunnel(tunnel: &Tun, packet: &[u8]) {
+pub(super) fn into_tunnel(tunnel: &Tun, packet: &[u8]) {
     let mut bytes = VnetHeader::default().encode().to_vec();
     bytes.extend_from_slice(packet);
     nix::unistd::write(tunnel.fd(), &bytes).unwrap();
 }
 
 /// An IPv4 TCP segment with its checksums.
-fn segment(from: (&str, u16), to: (&str, u16), flags: u8) -> Vec<u8> {
+pub(super) fn segment(from: (&str, u16), to: (&str, u16), flags: u8) -> Vec<u8> {
     let octets = |text: &str| text.parse::<std::net::Ipv4Addr>().unwrap().octets();
     let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0];
     packet.extend(octets(from.0));
@@ -165,7 +170,7 @@ fn segment(from: (&str, u16), to: (&str, u16), flags: u8) -> Vec<u8> {
     packet
 }
 
-fn counter(chain: &str, comment: &str) -> Counter {
+pub(super) fn counter(chain: &str, comment: &str) -> Counter {
     let loaded = Nft::open().unwrap().read(TableFamily::Inet, "towline").unwrap().unwrap();
     loaded.counter(chain, comment).unwrap()
 }
@@ -265,8 +270,8 @@ namespace_test! {
     }
 }
 
-const SYN: u8 = 2;
-const ACK: u8 = 16;
+pub(super) const SYN: u8 = 2;
+pub(super) const ACK: u8 = 16;
 
 namespace_test! {
     fn a_controller_at_a_mesh_address_is_reached_outside_the_tunnel() {

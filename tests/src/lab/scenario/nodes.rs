@@ -27,7 +27,10 @@ use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises};
 use crate::lab::topology::Host;
 use crate::lab::traffic::{Pattern, tcp_between};
-use cluster::{API_SERVER, CLUSTER_IP, Cluster, HOST_PORT, KUBELET, Member, NODE_PORT, SERVICE};
+use cluster::{
+    API_SERVER, CLUSTER_IP, Cluster, HOST_PORT, KUBELET, LOCAL_NODE_PORT, Member, NODE_PORT,
+    PUBLISHED, SERVICE,
+};
 
 pub use cluster::Addressing;
 
@@ -346,6 +349,60 @@ fn arrows<'a>(cluster: &'a Cluster, v4: bool) -> Vec<Arrow<'a>> {
                 &b.pod,
                 b,
                 SERVICE,
+            )
+        },
+        Arrow {
+            // In at worker-a, and on to the pod.
+            seen: vec![out_of_tunnel(cp), out_of_tunnel(a), out_of_tunnel(b)],
+            ..tunnel(
+                "NodePort of another node, policy Cluster",
+                &cp.host,
+                cp,
+                (node(a), NODE_PORT),
+                &b.pod,
+                b,
+                SERVICE,
+            )
+        },
+        tunnel(
+            "NodePort of another node, policy Local",
+            &cp.host,
+            cp,
+            (node(a), LOCAL_NODE_PORT),
+            &a.pod,
+            a,
+            SERVICE,
+        ),
+        tunnel("hostPort of another node", &cp.pod, cp, (node(a), HOST_PORT), &a.pod, a, HOST_PORT),
+        tunnel(
+            "hairpin: pod to itself by another node's NodePort",
+            &b.pod,
+            b,
+            (node(a), NODE_PORT),
+            &b.pod,
+            a,
+            SERVICE,
+        ),
+        tunnel(
+            "published container port of another node",
+            &cp.host,
+            cp,
+            (node(a), PUBLISHED),
+            &cluster.container,
+            a,
+            SERVICE,
+        ),
+        Arrow {
+            // Between the machine of the LAN and the node it is no mesh traffic.
+            besides: by_a.into(),
+            ..tunnel(
+                "LAN masqueraded behind the node",
+                desk,
+                a,
+                (node(cp), KUBELET),
+                &cp.host,
+                cp,
+                KUBELET,
             )
         },
         local("pod to internet", &a.pod, (uplink(www), 80), www, 80, by_a),

@@ -4,10 +4,11 @@ use std::fmt::{self, Display, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use clap::ValueEnum;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::Serialize;
-use towline_netlink::Family;
+use towline_netlink::{Family, Route, Rtnetlink};
 use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily, Transaction};
 
 use super::super::Setting;
@@ -41,7 +42,12 @@ pub(super) const API_SERVER: u16 = 6_443;
 pub(super) const KUBELET: u16 = 10_250;
 /// What the pods of the service listen to.
 pub(super) const SERVICE: u16 = 8_080;
+/// Any node takes it (`externalTrafficPolicy: Cluster`): to the service's pod, with the node's source.
 pub(super) const NODE_PORT: u16 = 30_080;
+/// Worker-a takes it (`externalTrafficPolicy: Local`): to its own pod, with the client's source.
+pub(super) const LOCAL_NODE_PORT: u16 = 30_081;
+/// Worker-a's, of a container that is in no network that a node announces.
+pub(super) const PUBLISHED: u16 = 8_088;
 /// A game's, on worker-a.
 pub(super) const HOST_PORT: u16 = 7_777;
 /// Of the service, port 80; its only pod is worker-b's.
@@ -53,6 +59,16 @@ pub(super) const CLUSTER_IP: [IpAddr; 2] = [
 const PODS: [IpNet; 2] = [
     IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(10, 244, 0, 0)), 16),
     IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0xfd10, 0x244, 0, 0, 0, 0, 0, 0)), 32),
+];
+/// Of worker-a's containers.
+const CONTAINERS: (Ipv4Net, Ipv6Net) = (
+    Ipv4Net::new_assert(Ipv4Addr::new(172, 17, 0, 0), 16),
+    Ipv6Net::new_assert(Ipv6Addr::new(0xfd17, 0, 0, 0, 0, 0, 0, 0), 64),
+);
+/// Worker-a's LAN.
+const LAN: [IpNet; 2] = [
+    IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(192, 168, 1, 0)), 24),
+    IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0)), 64),
 ];
 /// kube-proxy's mark: source to be translated.
 const MASQUERADE: u32 = 0x4000;
@@ -79,6 +95,8 @@ pub(super) struct Cluster {
     pub(super) player: Arc<Host>,
     /// On worker-a's LAN, not in the mesh.
     pub(super) desk: Arc<Host>,
+    /// Worker-a's, of which one port is published.
+    pub(super) container: Host,
     /// Where players find worker-a's host port.
     pub(super) player_sees: Vec<IpAddr>,
     routers: [Router; 2],
@@ -136,13 +154,25 @@ impl Cluster {
             }
         }
         let members = [cp, a, b];
+        let container = members[1].host.container("container", CONTAINERS.0, CONTAINERS.1)?;
         for member in &members {
             let backend = members[2].pod.addresses();
-            let host_port = (member.host.name() == "worker-a").then(|| member.pod.addresses());
-            let kube = kube_proxy(member, backend, host_port);
+            let here = (member.host.name() == "worker-a").then_some(&container);
+            let kube = kube_proxy(member, backend, here);
             member.host.namespace().run(|| Ok(Nft::open()?.load(&kube)?))?;
         }
-        Ok(Self { members, _controller: controller, www, player, desk, player_sees, routers, lab })
+        lead_into_mesh(&desk, &members[1].host, &members[0].addresses)?;
+        Ok(Self {
+            members,
+            _controller: controller,
+            www,
+            player,
+            desk,
+            container,
+            player_sees,
+            routers,
+            lab,
+        })
     }
 
     /// Where captures stand, and the links on which they look.
@@ -237,10 +267,24 @@ fn forward_ports(router: &Router, worker: &Host) -> anyhow::Result<()> {
     })
 }
 
+/// A machine of the LAN reaches these addresses by a node of the mesh beside it, which gives it its source.
+fn lead_into_mesh(machine: &Host, node: &Host, addresses: &[IpAddr]) -> anyhow::Result<()> {
+    machine.namespace().run(|| {
+        let mut netlink = Rtnetlink::open()?;
+        for address in addresses {
+            let gateway = node.addresses().iter().find(|ip| ip.is_ipv4() == address.is_ipv4());
+            let gateway = gateway.context("a node without that family")?;
+            netlink.replace_route(&Route::new(IpNet::from(*address)).via(*gateway))?;
+        }
+        Ok(())
+    })
+}
+
 /// What kube-proxy and the CNI plugin would add: the service's addresses become its pod's, also for
 /// connections from the node itself; what would otherwise be answered past us gets our source; pods reach
-/// what is no pod from their node's address.
-fn kube_proxy(member: &Member, backend: &[IpAddr], host_port: Option<&[IpAddr]>) -> Table {
+/// what is no pod from their node's address. On worker-a besides: a host port, a node port of its own pod, a
+/// container's published port, and its LAN reaches the mesh from its address.
+fn kube_proxy(member: &Member, backend: &[IpAddr], container: Option<&Host>) -> Table {
     const TRANSLATE_DESTINATION: i32 = -100;
     const TRANSLATE_SOURCE: i32 = 100;
     let tcp = || Rule::new().protocol(libc::IPPROTO_TCP as u8);
@@ -257,10 +301,21 @@ fn kube_proxy(member: &Member, backend: &[IpAddr], host_port: Option<&[IpAddr]>)
         let to_node_port = tcp().family(family).destination_is_local().destination_port(NODE_PORT);
         arriving = arriving.rule(marked(to_node_port).dnat(*pod, Some(SERVICE)));
     }
-    for pod in host_port.into_iter().flatten() {
-        let to_host_port =
-            tcp().family(Family::of(*pod)).destination_is_local().destination_port(HOST_PORT);
-        arriving = arriving.rule(to_host_port.dnat(*pod, Some(HOST_PORT)));
+    if let Some(container) = container {
+        let pod = member.pod.addresses();
+        for (port, to, target) in [
+            (HOST_PORT, pod, HOST_PORT),
+            (LOCAL_NODE_PORT, pod, SERVICE),
+            (PUBLISHED, container.addresses(), SERVICE),
+        ] {
+            for to in to {
+                let here = tcp().family(Family::of(*to)).destination_is_local();
+                arriving = arriving.rule(here.destination_port(port).dnat(*to, Some(target)));
+            }
+        }
+        for lan in LAN {
+            leaving = leaving.rule(Rule::new().source(lan).output(LINK).masquerade());
+        }
     }
     for (pods, pod) in PODS.into_iter().zip(member.pod.addresses()) {
         leaving =
