@@ -113,7 +113,6 @@ fn packet(
     mut body: Vec<u8>,
     sum_at: usize,
 ) -> anyhow::Result<Vec<u8>> {
-    const HOPS: u8 = 64;
     let length = u16::try_from(body.len()).context("too long")?;
     let addresses = match (from, to) {
         (IpAddr::V4(from), IpAddr::V4(to)) => [from.octets(), to.octets()].concat(),
@@ -141,6 +140,8 @@ fn packet(
     Ok(packet)
 }
 
+/// Hops that every packet is sent with.
+pub const HOPS: u8 = 64;
 /// Bytes of the fixed IPv4 and IPv6 headers.
 const V4_HEADER: usize = 20;
 const V6_HEADER: usize = 40;

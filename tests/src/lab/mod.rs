@@ -32,7 +32,7 @@
 //! | [`chatter`] | traffic without pause, that a fault would let out |
 //! | [`meddle`], [`forge`] | what co-tenants do to a host, and what strangers send it |
 //! | [`actor`], [`raw_tunnel`], [`ear`] | local users, a member without rules, and who hears what they send |
-//! | [`unusual`] | packets that look as if they might pass a guard |
+//! | [`unusual`], [`redirect`] | packets that look as if they might pass a guard, or a pod's past the stack |
 //! | [`report`], [`talk`] | promises, figures and the exit status; progress for people |
 //! | [`keep`] | a lab that stays up, and shells inside it |
 //! | [`scenario`], [`cli`] | what `cargo lab NAME` runs |
@@ -70,6 +70,7 @@ pub mod ping;
 pub mod privilege;
 pub mod process;
 pub mod raw_tunnel;
+pub mod redirect;
 pub mod report;
 pub mod scenario;
 pub mod talk;

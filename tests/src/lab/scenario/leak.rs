@@ -38,6 +38,7 @@ use crate::lab::meddle::Meddling;
 use crate::lab::mesh::{Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::{Namespace, join};
 use crate::lab::privilege::Rank;
+use crate::lab::redirect::Redirect;
 use crate::lab::report::{Figures, Promises};
 use crate::lab::topology::Host;
 use crate::lab::traffic::{MARK, Pattern, random_bytes};
@@ -105,6 +106,8 @@ const WIREGUARD: u16 = 51_830;
 /// The agents' bypass mark, and marks of other programs with its bits.
 const MARKS: [u32; 5] = [0x10, 0x110, 0x1_bd10, 0x51, 0xc350];
 const POD_BRIDGE: &str = "cni0";
+/// The pod's port on it.
+const POD_PORT: &str = "veth0";
 /// Of all pods.
 const PODS: IpNet = IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(10, 244, 0, 0)), 16);
 
@@ -404,7 +407,9 @@ impl Leak {
             let unusual = Unusual::new(&chatter, &behind, pattern);
             let acted =
                 self.acts(setting, options, &mut places, &captures, &unusual, promises, remove);
-            let flows = acted.and_then(|()| self.recover(setting, &mut places, &chatter));
+            let flows = acted
+                .and_then(|()| self.recover(setting, &mut places, &chatter))
+                .and_then(|()| self.redirect(setting, &mut places, &unusual));
             chatter.stop();
             for thread in threads {
                 join(thread)?;
@@ -493,6 +498,47 @@ impl Leak {
             })?;
         }
         Ok(())
+    }
+
+    /// Has a program on a pod's link send its packets on by the kernel's tables, past every hook of
+    /// nftables: with an agent, without, and without the table. The routing guard holds alone.
+    fn redirect(
+        &mut self,
+        setting: &Setting,
+        places: &mut [Place<'_>],
+        unusual: &Unusual,
+    ) -> anyhow::Result<()> {
+        for (name, why) in [
+            (
+                "macvlan",
+                "a port on the uplink is a host of that LAN: no guard of this host sees it",
+            ),
+            ("redirect without lookup", "no table of the kernel is asked, so no guard can hold it"),
+        ] {
+            self.skipped.push(Skipped { name: name.to_owned(), why: why.to_owned() });
+        }
+        let Some(index) = places.iter().position(|place| !place.removed) else { return Ok(()) };
+        let place = &mut places[index];
+        let attached = Redirect::attach(place.node.host().namespace(), POD_PORT);
+        let redirect = match attached {
+            Ok(redirect) => redirect,
+            Err(error) => {
+                let (name, why) = ("redirect by lookup".to_owned(), format!("{error:#}"));
+                self.skipped.push(Skipped { name, why });
+                return Ok(());
+            }
+        };
+        setting.talk.step("redirecting a pod's packets past the stack");
+        let nobody = |_: &str| Ok(());
+        for act in [None, Some(Act::Kill), Some(Act::Meddle(Meddling::FlushRuleset))] {
+            if let Some(act) = act {
+                place.act(act, nobody)?;
+            }
+            place.probe(&unusual.targets[index], &unusual.payload)?;
+            self.unusual_rounds += 1;
+        }
+        drop(redirect);
+        place.start()
     }
 
     fn count(&mut self, members: &[Member<'_>], forgeries: &[Forgery<'_>]) {

@@ -4,14 +4,16 @@
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
+use memchr::memmem::find;
 use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
 
 use super::stage::{ARRIVAL, Condition, PLAIN_PORT, PORT, Place, Stage, TIMES, WIREGUARD};
-use super::{Attacker, Case, Outcome};
+use super::{Attacker, Case, Outcome, Unavailable};
 use crate::lab::actor::Actor;
 use crate::lab::capture::Tap;
 use crate::lab::forge::{self, Forger};
 use crate::lab::meddle::LINK;
+use crate::lab::redirect::Redirect;
 use crate::lab::unusual::{FromHost, FromPod, Transport, Way};
 
 /// Marks that a host may carry: the bypass mark itself, and values of other programs that have its bits.
@@ -21,6 +23,8 @@ const MANGLE: i32 = -145;
 /// Repeated so often, a payload needs fragments.
 const LARGE: usize = 200;
 const FOREIGN: &str = "foreign";
+/// The pod's port on the bridge.
+const POD_PORT: &str = "veth0";
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -101,6 +105,15 @@ pub(super) fn cases() -> Vec<Case> {
             let name = format!("marked-{mark:#x}-from-51830");
             pod(&name, false, FromPod::Udp(WIREGUARD), Some(mark));
         }
+        if condition != Condition::NoRoutes {
+            // The routing guard alone holds it: no nftables hook sees it.
+            let name = format!("outward/pod/ebpf-redirect/{}", condition.name());
+            let case = Case::new(name, Attacker::Pod, Outcome::Held, move |stage| {
+                stage.be(condition)?;
+                redirected(stage)
+            });
+            cases.push(case);
+        }
         if condition == Condition::Running {
             for mark in MARKS {
                 let name = format!("outward/answer/connection-mark-{mark:#x}");
@@ -156,6 +169,31 @@ fn send_from_pod(stage: &mut Stage<'_>, how: FromPod) -> anyhow::Result<()> {
     let ways = ways(stage, [pod.addresses()[0], pod.addresses()[1]])?;
     let forger = Forger::new(pod.namespace(), "eth0", stage.hosts.a.namespace(), "cni0")?;
     how.send(&forger, &ways, &stage.tag.payload(number), TIMES)
+}
+
+/// Packets of a pod that a program on its link sends on by the kernel's tables, past the host's stack.
+fn redirected(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
+    /// In a frame: the hops that are left, which forwarding makes fewer and redirecting does not.
+    const HOPS: usize = 14 + 8;
+    let redirect = Redirect::attach(stage.hosts.a.namespace(), POD_PORT)
+        .map_err(|error| Unavailable(format!("no eBPF program on a link: {error:#}")))?;
+    let mut tap = stage.tap()?;
+    let number = stage.number();
+    let payload = stage.tag.payload(number).map(|byte| !byte);
+    let pod = &stage.hosts.pod;
+    let to = SocketAddr::new(stage.hosts.cp.addresses()[0], PORT);
+    let forger = Forger::new(pod.namespace(), "eth0", stage.hosts.a.namespace(), "cni0")?;
+    let way = Way { from: pod.addresses()[0], to };
+    FromPod::Udp(PORT).send(&forger, &[way], &payload, TIMES)?;
+    let hops =
+        tap.find(ARRIVAL, |frame| find(frame, &payload).and_then(|_| frame.get(HOPS).copied()))?;
+    anyhow::ensure!(hops == Some(forge::HOPS), "the program redirects nothing: {hops:?}");
+    let outcome = watch(stage, |stage| {
+        send_from_pod(stage, FromPod::Udp(PORT))?;
+        send_from_pod(stage, FromPod::Udp(WIREGUARD))
+    });
+    drop(redirect);
+    outcome
 }
 
 /// Another program's table on `a`. Dropping it takes it away.
