@@ -323,17 +323,17 @@ impl Config {
             return Err(("wireguard.workers", format!("{workers} is outside 1 to 16")));
         }
         let routing = &self.routing;
-        // The one after it is ours as well.
-        if matches!(routing.table, 0 | 252..=255 | u32::MAX) {
+        // The two after it are ours as well.
+        if matches!(routing.table, 0 | 251..=255 | 0xffff_fffe..) {
             return Err((
                 "routing.table",
                 format!("{} is the kernel's own: use another", routing.table),
             ));
         }
-        if !(1..=32761).contains(&routing.priority) {
+        if !(1..=32759).contains(&routing.priority) {
             return Err((
                 "routing.priority",
-                format!("{} is outside 1 to 32761 (before the main table)", routing.priority),
+                format!("{} is outside 1 to 32759 (before the main table)", routing.priority),
             ));
         }
         if routing.mark == 0 || routing.mark & !routing.mask != 0 {
@@ -426,10 +426,19 @@ impl Config {
     /// instead of numbered is left out: its address is not known here.
     pub fn underlay(&self, controllers: &[ControllerAddress]) -> UnderlayPlan {
         UnderlayPlan {
+            owner: self.owner(),
             port: Some(self.wireguard.port),
             controllers: controllers.iter().filter_map(|c| c.as_str().parse().ok()).collect(),
             plain_ports: self.routing.plain_ports.iter().copied().collect(),
         }
+    }
+
+    /// The user that the agent runs as: who owns its state, also when somebody else (root, by
+    /// hand) sets up the guards for it.
+    fn owner(&self) -> u32 {
+        use std::os::unix::fs::MetadataExt as _;
+        std::fs::metadata(&self.state_dir)
+            .map_or_else(|_| nix::unistd::geteuid().as_raw(), |metadata| metadata.uid())
     }
 
     /// What we forward for others.

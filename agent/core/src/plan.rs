@@ -61,23 +61,17 @@ pub struct RoutePlan {
     pub mtu: Option<u32>,
 }
 
-/// Policy rules of both families: whatever does not carry our mark looks into our table.
+/// Policy rules of both families: what is not known to be our own outer traffic looks into our
+/// table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RulePlan {
     /// The first of a few consecutive priorities.
     pub priority: u32,
-    /// The mark on every socket of ours, which bypasses the table.
+    /// The mark on every socket of ours. Others can set it too: with it, a packet's port and its
+    /// socket's owner are looked at, without it, nothing is.
     pub mark: u32,
-    /// Bits of the mark that are ours; one more than the mark's own, see [`RulePlan::tunnel`].
+    /// Bits of the mark that are ours; at least one more than the mark's own.
     pub mask: u32,
-}
-
-impl RulePlan {
-    /// The mark of packets that look into the table whatever else holds: the answers to what came
-    /// out of the tunnel.
-    pub fn tunnel(&self) -> u32 {
-        self.mask & !self.mark
-    }
 }
 
 /// The node IPs of a trusted site are reached past the tunnel, but our pods' addresses mean nothing
@@ -94,6 +88,8 @@ pub struct DetourPlan {
 /// end's outer address is a mesh address too.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct UnderlayPlan {
+    /// User that the agent runs as, who owns its sockets.
+    pub owner: u32,
     /// UDP port of the tunnels.
     pub port: Option<u16>,
     /// Controllers (and relays), which we speak to over TCP from marked sockets.

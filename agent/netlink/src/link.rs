@@ -87,6 +87,8 @@ const IFLA_INFO_DATA: u16 = 2;
 const IFLA_INET_CONF: u16 = 1;
 /// `linux/ip.h`: the number of `rp_filter` among them, counted from 1.
 const IPV4_DEVCONF_RP_FILTER: u16 = 8;
+/// The same of `src_valid_mark`.
+const IPV4_DEVCONF_SRC_VMARK: u16 = 24;
 /// `linux/if_link.h`: inside `IFLA_AF_SPEC` and `AF_INET6`, the settings of `net.ipv6.conf.LINK`, an
 /// array of 32-bit numbers.
 const IFLA_INET6_CONF: u16 = 2;
@@ -264,6 +266,24 @@ impl Rtnetlink {
         )
     }
 
+    /// Sets the link's `src_valid_mark` of IPv4: whether the filter of reverse paths looks up a
+    /// packet's way back with the packet's mark.
+    pub fn set_source_valid_mark(&mut self, index: u32, on: bool) -> Result<(), NetlinkError> {
+        self.change(
+            index,
+            || format!("set src_valid_mark of link {index}"),
+            |request| {
+                request.nest(IFLA_AF_SPEC, |families| {
+                    families.nest(libc::AF_INET as u16, |inet| {
+                        inet.nest(IFLA_INET_CONF, |settings| {
+                            settings.u32(IPV4_DEVCONF_SRC_VMARK, u32::from(on));
+                        });
+                    });
+                });
+            },
+        )
+    }
+
     /// Sets how many packets may wait to be sent.
     pub fn set_queue_length(&mut self, index: u32, packets: u32) -> Result<(), NetlinkError> {
         self.change(
@@ -414,6 +434,19 @@ mod tests {
                 std::fs::write("/proc/sys/net/ipv6/conf/d0/disable_ipv6", value).unwrap();
                 let link = rtnetlink.link("d0").unwrap().unwrap();
                 assert_eq!(link.ipv6_disabled, Some(disabled));
+            }
+        }
+    }
+
+    namespace_test! {
+        fn the_filter_of_reverse_paths_is_told_to_look_at_marks() {
+            let link = add_link("eth0");
+            let mut rtnetlink = Rtnetlink::open().unwrap();
+            let path = "/proc/sys/net/ipv4/conf/eth0/src_valid_mark";
+            for on in [true, false] {
+                rtnetlink.set_source_valid_mark(link, on).unwrap();
+                let read = std::fs::read_to_string(path).unwrap();
+                assert_eq!(read.trim(), if on { "1" } else { "0" });
             }
         }
     }

@@ -34,6 +34,9 @@ pub struct Rule {
     pub source_ports: Option<RangeInclusive<u16>>,
     /// Destination ports.
     pub destination_ports: Option<RangeInclusive<u16>>,
+    /// Users of the sockets that packets come from. What no socket of a user sent counts as
+    /// root's: forwarded packets, and questions of the kernel itself.
+    pub users: Option<RangeInclusive<u32>>,
     /// Who made it (`RTPROT_*`).
     pub made_by: u8,
 }
@@ -69,6 +72,7 @@ impl Rule {
             protocol: None,
             source_ports: None,
             destination_ports: None,
+            users: None,
             made_by: libc::RTPROT_STATIC,
         }
     }
@@ -83,6 +87,7 @@ const FRA_FWMARK: u16 = 10;
 const FRA_TABLE: u16 = 15;
 const FRA_FWMASK: u16 = 16;
 const FRA_OIFNAME: u16 = 17;
+const FRA_UID_RANGE: u16 = 20;
 const FRA_PROTOCOL: u16 = 21;
 const FRA_IP_PROTO: u16 = 22;
 const FRA_SPORT_RANGE: u16 = 23;
@@ -173,6 +178,11 @@ fn message(kind: u16, flags: u16, rule: &Rule) -> Message {
     if let Some(ports) = &rule.destination_ports {
         message.bytes(FRA_DPORT_RANGE, &port_range(ports));
     }
+    if let Some(users) = &rule.users {
+        // `struct fib_rule_uid_range`.
+        let [start, end] = [users.start().to_ne_bytes(), users.end().to_ne_bytes()];
+        message.bytes(FRA_UID_RANGE, &[start, end].concat());
+    }
     message
 }
 
@@ -209,6 +219,10 @@ fn parse(received: &Received<'_>) -> Option<Rule> {
             FRA_PROTOCOL => rule.made_by = attribute.u8()?,
             FRA_IP_PROTO => rule.protocol = attribute.u8(),
             FRA_SPORT_RANGE => rule.source_ports = Some(read_ports(attribute.value)?),
+            FRA_UID_RANGE => {
+                let [start, end] = [0, 4].map(|at| u32_at(attribute.value, at));
+                rule.users = Some(start?..=end?);
+            }
             FRA_DPORT_RANGE => rule.destination_ports = Some(read_ports(attribute.value)?),
             _ => {}
         }
@@ -264,6 +278,7 @@ mod tests {
                 by_address.destination = Some(destination.parse().unwrap());
                 let mut past = Rule::new(family, 21_584, RuleAction::Goto(21_585));
                 past.protocol = Some(libc::IPPROTO_TCP as u8);
+                past.users = Some(0..=0);
                 let target = Rule::new(family, 21_585, RuleAction::Nop);
                 let ours = [marked, unmarked, by_port, by_address, past, target];
                 for rule in &ours {

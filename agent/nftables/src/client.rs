@@ -291,6 +291,10 @@ impl Nft {
             self.connection.dump("list sets", &request, |received| parse_set(&received, table))?;
         let mut sets = BTreeMap::new();
         for (name, mut set) in heads {
+            if set.expiring.is_some() {
+                sets.insert(name, set);
+                continue;
+            }
             let boundaries = self.read_elements(family, table, &name)?;
             set.elements = if set.interval {
                 join(boundaries, set.key.max())
@@ -408,7 +412,7 @@ fn parse_rule(received: &Received<'_>, table: &str) -> Option<(String, Rule, Rul
 
 fn parse_set(received: &Received<'_>, table: &str) -> Option<(String, Set)> {
     let mut name = None;
-    let (mut flags, mut number, mut length) = (0, 0, 0);
+    let (mut flags, mut number, mut length, mut size) = (0, 0, 0, 0);
     for attribute in payload(received, wire::NEW_SET)? {
         match attribute.kind {
             wire::set::TABLE if attribute.string() != table => return None,
@@ -416,6 +420,11 @@ fn parse_set(received: &Received<'_>, table: &str) -> Option<(String, Set)> {
             wire::set::FLAGS => flags = attribute.u32_be()?,
             wire::set::KEY_TYPE => number = attribute.u32_be()?,
             wire::set::KEY_LENGTH => length = attribute.u32_be()?,
+            wire::set::DESCRIPTION => {
+                let mut inner = attribute.nested();
+                let found = inner.find(|inner| inner.kind == wire::set::DESCRIPTION_SIZE);
+                size = found.and_then(|inner| inner.u32_be()).unwrap_or(0);
+            }
             _ => {}
         }
     }
@@ -426,7 +435,8 @@ fn parse_set(received: &Received<'_>, table: &str) -> Option<(String, Set)> {
     let interval = flags & wire::set::FLAG_INTERVAL != 0;
     let key = KeyType::from_number(number, length);
     let dynamic = flags & wire::set::FLAG_EVALUATE != 0;
-    Some((name?, Set { key, interval, dynamic, elements: Default::default() }))
+    let expiring = (flags & wire::set::FLAG_TIMEOUT != 0).then_some(size);
+    Some((name?, Set { key, interval, dynamic, expiring, elements: Default::default() }))
 }
 
 fn parse_element(item: Attribute<'_>) -> Option<(u128, bool)> {
@@ -448,6 +458,7 @@ fn parse_element(item: Attribute<'_>) -> Option<(u128, bool)> {
 #[cfg(test)]
 mod tests {
     use std::net::Ipv4Addr;
+    use std::time::Duration;
 
     use ipnet::IpNet;
 
@@ -481,6 +492,11 @@ mod tests {
             Rule::new().ct_state(CtState::ESTABLISHED | CtState::RELATED).accept(),
             Rule::new().destination_is_local().accept(),
             Rule::new().source_is_local().accept(),
+            Rule::new().made_here().socket_owner(65_534).accept(),
+            Rule::new().ct_original().connection_in("connections").goto("regular"),
+            Rule::new().remember_connection("connections", Duration::from_secs(60)),
+            Rule::new().forget_connection("connections"),
+            Rule::new().tcp_ends(),
             Rule::new().chance(10, 100).drop(),
             Rule::new().clamp_mss(1_300),
             Rule::new().clamp_mss_to_route(),
@@ -499,6 +515,7 @@ mod tests {
             .set("empty", Set::networks(KeyType::Ipv4, &[]))
             .set("all", Set::networks(KeyType::Ipv4, &nets(&["0.0.0.0/0"])))
             .set("ports", Set::ports([22, 6_443]))
+            .set("connections", Set::expiring(KeyType::Connection, 1_000))
             .chain("regular", Chain::regular().rule(Rule::new().counter()))
             .chain("filter", Chain::base(ChainKind::Filter, Hook::Forward, -5).rules(all_rules()))
             .chain(

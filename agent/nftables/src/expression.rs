@@ -162,6 +162,16 @@ pub enum Expression {
         set: String,
         /// What.
         register: u32,
+        /// Milliseconds after which it is gone, counted from the last time that it was added;
+        /// `None`: it stays.
+        expires: Option<u64>,
+    },
+    /// Takes a value out of a dynamic set.
+    Forget {
+        /// The set's name.
+        set: String,
+        /// What.
+        register: u32,
     },
     /// Leaves the packet out of connection tracking.
     Notrack,
@@ -199,6 +209,8 @@ pub(super) mod key {
     pub(crate) const META_OIFNAME: u32 = libc::NFT_META_OIFNAME as u32;
     pub(crate) const META_NFPROTO: u32 = libc::NFT_META_NFPROTO as u32;
     pub(crate) const META_L4PROTO: u32 = libc::NFT_META_L4PROTO as u32;
+    pub(crate) const META_SKUID: u32 = libc::NFT_META_SKUID as u32;
+    pub(crate) const CT_ID: u32 = 23;
     pub(crate) const CT_STATE: u32 = libc::NFT_CT_STATE as u32;
     pub(crate) const CT_MARK: u32 = libc::NFT_CT_MARK as u32;
     pub(crate) const CT_DIRECTION: u32 = libc::NFT_CT_DIRECTION as u32;
@@ -230,6 +242,8 @@ const TCP_OPTION_OPERATION: u32 = 1;
 const LOOKUP_INVERTED: u32 = 1;
 const RANDOM: u32 = 1;
 const DYNSET_ADD: u32 = 0;
+const DYNSET_UPDATE: u32 = 1;
+const DYNSET_DELETE: u32 = 2;
 const HOST_TO_NETWORK: u32 = 1;
 
 impl Expression {
@@ -262,7 +276,7 @@ impl Expression {
             Self::SetTcpOption { .. } => "exthdr",
             Self::Fib { .. } => "fib",
             Self::Random { .. } => "numgen",
-            Self::Remember { .. } => "dynset",
+            Self::Remember { .. } | Self::Forget { .. } => "dynset",
             Self::Notrack => "notrack",
             Self::Match { .. } => "match",
             Self::Other(name) => name,
@@ -342,8 +356,15 @@ impl Expression {
             Self::Random { modulus, register } => {
                 data.u32_be(1, *register).u32_be(2, *modulus).u32_be(3, RANDOM);
             }
-            Self::Remember { set, register } => {
+            Self::Remember { set, register, expires: None } => {
                 data.string(1, set).u32_be(3, DYNSET_ADD).u32_be(4, *register);
+            }
+            Self::Remember { set, register, expires: Some(milliseconds) } => {
+                data.string(1, set).u32_be(3, DYNSET_UPDATE).u32_be(4, *register);
+                data.u64_be(6, *milliseconds);
+            }
+            Self::Forget { set, register } => {
+                data.string(1, set).u32_be(3, DYNSET_DELETE).u32_be(4, *register);
             }
             Self::Match { name, revision, info } => {
                 data.string(1, name).u32_be(2, *revision).bytes(3, info);
@@ -442,6 +463,18 @@ impl Expression {
             },
             "numgen" if fields.number(3)? == RANDOM => {
                 Self::Random { register: fields.number(1)?, modulus: fields.number(2)? }
+            }
+            "dynset" => {
+                let (set, register) = (fields.get(1)?.string(), fields.number(4)?);
+                match fields.number(3)? {
+                    DYNSET_ADD => Self::Remember { set, register, expires: None },
+                    DYNSET_UPDATE => {
+                        let expires = fields.get(6)?.u64_be();
+                        Self::Remember { set, register, expires }
+                    }
+                    DYNSET_DELETE => Self::Forget { set, register },
+                    _ => return None,
+                }
             }
             "notrack" => Self::Notrack,
             "match" => Self::Match {

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::ops::{BitOr, RangeInclusive};
+use std::time::Duration;
 
 use ipnet::IpNet;
 
@@ -65,6 +66,9 @@ impl BitOr for IptablesStates {
 const LINK_NAME_BYTES: usize = 16;
 const REGISTER: u32 = key::REGISTER_1;
 const TCP_OPTION_MSS: u8 = 2;
+const FIN: u8 = 1;
+const SYN: u8 = 2;
+const RST: u8 = 4;
 
 impl Rule {
     /// Matches every packet and does nothing.
@@ -86,6 +90,20 @@ impl Rule {
     /// Came in by another link; also matches what was made here.
     pub fn not_input(self, link: &str) -> Self {
         self.link(key::META_IIFNAME, link, key::NOT_EQUAL)
+    }
+
+    /// Was made on this host, instead of having come in by a link.
+    pub fn made_here(self) -> Self {
+        self.link(key::META_IIFNAME, "", key::EQUAL)
+    }
+
+    /// Was sent by a socket of this host that a process of that user opened. Packets of sockets
+    /// that nobody holds any more, and of other network namespaces, have no owner.
+    pub fn socket_owner(self, uid: u32) -> Self {
+        self.steps([
+            Expression::Meta { key: key::META_SKUID, register: REGISTER },
+            compare(key::EQUAL, uid.to_ne_bytes().to_vec()),
+        ])
     }
 
     /// Leaves by the link of that name.
@@ -178,7 +196,29 @@ impl Rule {
     pub fn remember_destination(self, family: Family, set: &str) -> Self {
         let set = set.to_owned();
         let rule = self.load_address(Side::Destination, family);
-        rule.step(Expression::Remember { set, register: REGISTER })
+        rule.step(Expression::Remember { set, register: REGISTER, expires: None })
+    }
+
+    /// Belongs to a connection whose number is in the named set.
+    pub fn connection_in(self, set: &str) -> Self {
+        self.step(Expression::Ct { key: key::CT_ID, register: REGISTER }).lookup(set)
+    }
+
+    /// Adds the connection's number to an expiring set, or has its time begin again.
+    pub fn remember_connection(self, set: &str, time: Duration) -> Self {
+        let expires = Some(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+        self.steps([
+            Expression::Ct { key: key::CT_ID, register: REGISTER },
+            Expression::Remember { set: set.to_owned(), register: REGISTER, expires },
+        ])
+    }
+
+    /// Takes the connection's number out of a dynamic set.
+    pub fn forget_connection(self, set: &str) -> Self {
+        self.steps([
+            Expression::Ct { key: key::CT_ID, register: REGISTER },
+            Expression::Forget { set: set.to_owned(), register: REGISTER },
+        ])
     }
 
     /// Has that source port; the protocol must have been matched before.
@@ -240,6 +280,14 @@ impl Rule {
         ])
     }
 
+    /// Travels in the direction in which its connection began.
+    pub fn ct_original(self) -> Self {
+        self.steps([
+            Expression::Ct { key: key::CT_DIRECTION, register: REGISTER },
+            compare(key::EQUAL, vec![0]),
+        ])
+    }
+
     /// Its destination is an address of this host.
     pub fn destination_is_local(self) -> Self {
         self.local(key::FIB_DESTINATION)
@@ -277,9 +325,16 @@ impl Rule {
 
     /// A TCP segment that opens a connection, of either side.
     pub fn tcp_syn(self) -> Self {
+        self.tcp_flags(SYN | RST).step(compare(key::EQUAL, vec![SYN]))
+    }
+
+    /// A TCP segment that ends one direction of a connection, or all of it.
+    pub fn tcp_ends(self) -> Self {
+        self.tcp_flags(FIN | RST).step(compare(key::NOT_EQUAL, vec![0]))
+    }
+
+    fn tcp_flags(self, mask: u8) -> Self {
         const FLAGS_OFFSET: u32 = 13;
-        const SYN: u8 = 2;
-        const RST: u8 = 4;
         self.protocol(libc::IPPROTO_TCP as u8).steps([
             Expression::Payload {
                 base: key::PAYLOAD_TRANSPORT,
@@ -290,10 +345,9 @@ impl Rule {
             Expression::Bitwise {
                 source: REGISTER,
                 target: REGISTER,
-                mask: vec![SYN | RST],
+                mask: vec![mask],
                 xor: vec![0],
             },
-            compare(key::EQUAL, vec![SYN]),
         ])
     }
 
@@ -377,6 +431,11 @@ impl Rule {
     /// Goes through another chain, and back.
     pub fn jump(self, chain: &str) -> Self {
         self.step(Expression::Verdict(Verdict::Jump(chain.to_owned())))
+    }
+
+    /// Goes through another chain, and not back.
+    pub fn goto(self, chain: &str) -> Self {
+        self.step(Expression::Verdict(Verdict::Goto(chain.to_owned())))
     }
 
     /// Answers with an ICMP error (administratively prohibited) and drops.

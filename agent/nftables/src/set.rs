@@ -15,6 +15,9 @@ pub struct Set {
     pub interval: bool,
     /// Rules may add to it.
     pub dynamic: bool,
+    /// `Some`: each element is gone when its time is over, and there are at most so many. What
+    /// rules keep in such a set is theirs: it is neither read nor changed.
+    pub expiring: Option<u32>,
     /// What is in it.
     pub elements: BTreeSet<Interval>,
 }
@@ -28,6 +31,8 @@ pub enum KeyType {
     Ipv6,
     /// Ports.
     Port,
+    /// Numbers that the kernel gave to connections.
+    Connection,
     /// Any other, as read.
     Other {
         /// The kernel's number of the type.
@@ -51,30 +56,44 @@ impl Set {
         let wanted = |net: &&IpNet| match key {
             KeyType::Ipv4 => matches!(net, IpNet::V4(_)),
             KeyType::Ipv6 => matches!(net, IpNet::V6(_)),
-            KeyType::Port | KeyType::Other { .. } => false,
+            KeyType::Port | KeyType::Connection | KeyType::Other { .. } => false,
         };
         let mut sorted: Vec<Interval> =
             networks.into_iter().filter(wanted).map(|net| Interval::from(*net)).collect();
         // Of those that begin alike the widest comes first; what follows lies inside or beyond.
         sorted.sort_unstable_by_key(|interval| (interval.first, std::cmp::Reverse(interval.last)));
         sorted.dedup_by(|next, kept| next.last <= kept.last);
-        Self { key, interval: true, dynamic: false, elements: sorted.into_iter().collect() }
+        Self {
+            key,
+            interval: true,
+            dynamic: false,
+            expiring: None,
+            elements: sorted.into_iter().collect(),
+        }
     }
 
     /// Single ports.
     pub fn ports(ports: impl IntoIterator<Item = u16>) -> Self {
         let elements = ports.into_iter().map(Interval::from).collect();
-        Self { key: KeyType::Port, interval: false, dynamic: false, elements }
+        Self { key: KeyType::Port, interval: false, dynamic: false, expiring: None, elements }
     }
 
     /// Single values that rules add, none at first.
     pub fn dynamic(key: KeyType) -> Self {
-        Self { key, interval: false, dynamic: true, elements: BTreeSet::new() }
+        Self { key, interval: false, dynamic: true, expiring: None, elements: BTreeSet::new() }
+    }
+
+    /// Single values that rules add for a time, at most `size`, none at first.
+    pub fn expiring(key: KeyType, size: u32) -> Self {
+        Self { expiring: Some(size), ..Self::dynamic(key) }
     }
 
     /// Whether both can hold the same elements.
     pub(super) fn same_shape(&self, other: &Self) -> bool {
-        self.key == other.key && self.interval == other.interval && self.dynamic == other.dynamic
+        self.key == other.key
+            && self.interval == other.interval
+            && self.dynamic == other.dynamic
+            && self.expiring == other.expiring
     }
 }
 
@@ -83,6 +102,8 @@ impl KeyType {
         match self {
             Self::Ipv4 => 7,
             Self::Ipv6 => 8,
+            // An integer: no type of nft's own is meant for it.
+            Self::Connection => 4,
             Self::Port => 13,
             Self::Other { number, .. } => number,
         }
@@ -91,7 +112,7 @@ impl KeyType {
     /// Bytes of an element.
     pub(super) fn length(self) -> usize {
         match self {
-            Self::Ipv4 => 4,
+            Self::Ipv4 | Self::Connection => 4,
             Self::Ipv6 => 16,
             Self::Port => 2,
             Self::Other { length, .. } => length as usize,
@@ -99,9 +120,9 @@ impl KeyType {
     }
 
     pub(super) fn from_number(number: u32, length: u32) -> Self {
-        [Self::Ipv4, Self::Ipv6, Self::Port]
+        [Self::Ipv4, Self::Ipv6, Self::Port, Self::Connection]
             .into_iter()
-            .find(|key| key.number() == number)
+            .find(|key| key.number() == number && key.length() == length as usize)
             .unwrap_or(Self::Other { number, length })
     }
 

@@ -174,6 +174,12 @@ impl Transaction {
         if set.dynamic {
             flags |= wire::set::FLAG_EVALUATE;
         }
+        if let Some(size) = set.expiring {
+            flags |= wire::set::FLAG_TIMEOUT;
+            message.nest(wire::set::DESCRIPTION, |description| {
+                description.u32_be(wire::set::DESCRIPTION_SIZE, size);
+            });
+        }
         message.u32_be(wire::set::FLAGS, flags);
         message.u32_be(wire::set::KEY_TYPE, set.key.number());
         message.u32_be(wire::set::KEY_LENGTH, set.key.length() as u32);

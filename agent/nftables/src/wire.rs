@@ -65,9 +65,12 @@ pub(super) mod set {
     pub(crate) const FLAGS: u16 = 3;
     pub(crate) const KEY_TYPE: u16 = 4;
     pub(crate) const KEY_LENGTH: u16 = 5;
+    pub(crate) const DESCRIPTION: u16 = 9;
     pub(crate) const ID: u16 = 10;
+    pub(crate) const DESCRIPTION_SIZE: u16 = 1;
     pub(crate) const FLAG_ANONYMOUS: u32 = 1;
     pub(crate) const FLAG_INTERVAL: u32 = 4;
+    pub(crate) const FLAG_TIMEOUT: u32 = 0x10;
     pub(crate) const FLAG_EVALUATE: u32 = 0x20;
 }
 

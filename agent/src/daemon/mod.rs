@@ -297,7 +297,11 @@ impl Daemon {
         let controllers = membership.as_ref().map_or_else(Vec::new, |membership| {
             join::controllers(&config.controller.addresses, membership)
         });
-        mesh.set_underlay(now, config.underlay(&controllers));
+        let owner = nix::unistd::geteuid().as_raw();
+        mesh.set_underlay(
+            now,
+            towline_core::plan::UnderlayPlan { owner, ..config.underlay(&controllers) },
+        );
         mesh.set_addresses(now, config.node.addresses.clone());
         mesh.set_forward_to(now, config.node.forward_to.clone());
         mesh.set_static_peers(now, static_peers);

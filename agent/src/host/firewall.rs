@@ -4,8 +4,9 @@
 //! |---|---|---|
 //! | `outer` | before everything that comes in | marks our own outer packets, so that what asks for the way back with the mark (firewalld's IPv6 filter) finds the uplink; drops what claims a mesh source outside the tunnel, or one of ours on a link that does not lead to it |
 //! | `ingress` | called by `outer` for what comes out of the tunnel | drops what is not for this node, before destinations are translated |
-//! | `answer`, `answer_out` | after connection tracking | has a connection answered the way it came; only where both ways are allowed, since it needs connection tracking |
-//! | `guard` | at the end of the way out | drops what goes to a guarded network by another link than ours |
+//! | `answer`, and from there `accepted` | after connection tracking | remembers, in the set `answered`, the connections to local sockets that begin outside the tunnel on a plain port or from a network that may come either way; only where there are such, since it needs connection tracking |
+//! | `answer_out` | made here, routed | marks what answers those, which has it routed again, past our tables |
+//! | `guard`, and from there `guarded` | at the end of the way out | drops what goes to a guarded network by another link than ours |
 //! | `clamp`, `clamp_in` | into the tunnel, called by `guard`; routed out of it | lower the MSS of TCP connections through the tunnel to what the routes leave |
 //!
 //! Every packet of the machine passes the chains of its way, most of them none of ours. So there are
@@ -14,11 +15,15 @@
 //! Where the kernel can (6.9), the table is owned by our socket: nobody else's flush takes it while the
 //! agent runs, and it stays when the agent is gone.
 //!
-//! Our own sockets' packets carry our mark and pass the guard: they are sealed. Neighbour
-//! discovery passes both guards: on a LAN whose addresses are mesh addresses it is what finds the
+//! Our own sockets' packets pass the guard, since they are sealed: those that carry our mark and
+//! come from our port (or go to a controller's) and from a socket that the agent's user opened.
+//! So do answers of the connections in `answered`, which only rules of this table fill. Others
+//! set packet marks and connection marks too, and anybody chooses a source port: none of these is
+//! a permission. Neighbour discovery passes both guards: on a LAN whose addresses are mesh addresses it is what finds the
 //! other end of the tunnel, and it carries nothing.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use towline_core::own_networks::SPECIAL;
@@ -26,7 +31,7 @@ use towline_core::plan::{FirewallPlan, Plan};
 
 use towline_netlink::Family;
 use towline_nftables::{
-    Chain, ChainKind, CtState, Expression, Hook, KeyType, Nft, NftError, Rule, Set, Table,
+    Chain, ChainKind, CtState, Expression, Hook, KeyType, Loaded, Nft, NftError, Rule, Set, Table,
     TableFamily,
 };
 
@@ -105,7 +110,17 @@ const CILIUM_POD: &str = "lxc";
 /// On the rules that drop what would leave in clear.
 const IN_CLEAR: [&str; 2] = ["would leave in clear, IPv4", "would leave in clear, IPv6"];
 
+/// On the rules that count what carries our mark and is not ours: before it is dropped.
+const FOREIGN_MARK: [&str; 2] =
+    ["another's packet with our mark, IPv4", "another's packet with our mark, IPv6"];
+
 const GUARD: &str = "guard";
+const GUARDED: &str = "guarded";
+const ACCEPTED: &str = "accepted";
+/// Holds the connections that are answered outside the tunnel.
+const ANSWERED: &str = "answered";
+/// So many of them at most. Each entry takes about 100 bytes, in a table of a megabyte.
+const CONNECTIONS: u32 = 131_072;
 const CLAMP: &str = "clamp";
 const PLAIN_PORTS: &str = "plain_ports";
 const OUTER: &str = "outer";
@@ -117,6 +132,14 @@ const MANGLE_PRIORITY: i32 = -150;
 /// After everything that still changes packets, before source addresses are translated.
 const GUARD_PRIORITY: i32 = 50;
 
+/// How long a connection is remembered after its last packet, as long as connection tracking does
+/// or longer: one that began, one that is open, one that ends, and what is not TCP.
+const OPENING: Duration = Duration::from_secs(60);
+const OPEN: Duration = Duration::from_secs(5 * 24 * 3_600);
+const CLOSING: Duration = Duration::from_secs(120);
+const STREAM: Duration = Duration::from_secs(180);
+
+const ROOT: u32 = 0;
 const TCP: u8 = libc::IPPROTO_TCP as u8;
 const UDP: u8 = libc::IPPROTO_UDP as u8;
 
@@ -222,7 +245,7 @@ pub(super) fn follow(
 
 /// Whether some connections begin or cease to be answered the way they came: then chains differ.
 pub(super) fn same_chains(before: &Plan, plan: &Plan) -> bool {
-    both_ways(before) == both_ways(plan)
+    before.firewall.plain.is_empty() == plan.firewall.plain.is_empty()
 }
 
 fn table(plan: &Plan, extent: Extent) -> Table {
@@ -244,6 +267,7 @@ fn table(plan: &Plan, extent: Extent) -> Table {
     }
     table = table
         .chain(GUARD, guard(plan, extent))
+        .chain(GUARDED, guarded(plan, extent))
         .chain(OUTER, outer(plan, extent))
         .chain(INGRESS, ingress(extent));
     if extent == Extent::GuardOnly {
@@ -252,14 +276,23 @@ fn table(plan: &Plan, extent: Extent) -> Table {
     for family in Family::ALL {
         table = table.set(plain_set(family), Set::networks(key(family), &plan.firewall.plain));
     }
-    table = table
-        .set(PLAIN_PORTS, Set::ports(plan.underlay.plain_ports.iter().copied()))
-        .chain(CLAMP, clamp())
-        .chain("clamp_in", clamp_in(plan));
     if both_ways(plan) {
-        table = table.chain("answer", answer(plan)).chain("answer_out", answer_out(plan));
+        table = table
+            .set(ANSWERED, Set::expiring(KeyType::Connection, CONNECTIONS))
+            .chain("answer", answer(plan))
+            .chain(ACCEPTED, accepted(plan))
+            .chain("answer_out", answer_out(plan));
     }
     table
+        .set(PLAIN_PORTS, Set::ports(plan.underlay.plain_ports.iter().copied()))
+        .chain(CLAMP, clamp())
+        .chain("clamp_in", clamp_in(plan))
+}
+
+/// How many packets for guarded networks carried our mark without being ours.
+pub(super) fn marked_by_others(loaded: &Loaded) -> u64 {
+    let packets = |comment| loaded.counter(GUARDED, comment).map_or(0, |counter| counter.packets);
+    FOREIGN_MARK.into_iter().map(packets).sum()
 }
 
 /// The same table with what a kernel without IPv6 may refuse left out: sets of IPv6 addresses, and
@@ -309,6 +342,14 @@ fn native_set(family: Family) -> &'static str {
     }
 }
 
+fn foreign_mark(family: Family) -> &'static str {
+    let [v4, v6] = FOREIGN_MARK;
+    match family {
+        Family::V4 => v4,
+        Family::V6 => v6,
+    }
+}
+
 fn plain_set(family: Family) -> &'static str {
     match family {
         Family::V4 => "plain4",
@@ -340,8 +381,7 @@ fn key(family: Family) -> KeyType {
 
 /// Whether some connections may come either way, so that they must be answered the way they came.
 fn both_ways(plan: &Plan) -> bool {
-    plan.rules.tunnel() != 0
-        && !(plan.underlay.plain_ports.is_empty() && plan.firewall.plain.is_empty())
+    !(plan.underlay.plain_ports.is_empty() && plan.firewall.plain.is_empty())
 }
 
 fn outer(plan: &Plan, extent: Extent) -> Chain {
@@ -380,7 +420,7 @@ fn outside_of_tunnel(plan: &Plan, chain: Chain) -> Chain {
         chain = chain.rule(address.counter().drop()).rule(network.counter().drop());
     }
     let plain = Rule::new().protocol(TCP).destination_port_in(PLAIN_PORTS);
-    chain = chain.rule(here(plain).accept());
+    chain = chain.rule(mark(here(plain)));
     for (family, forged) in Family::ALL.into_iter().zip(FORGED) {
         let source_in = |set| Rule::new().source_in(family, set);
         chain = chain
@@ -413,34 +453,51 @@ fn ingress(extent: Extent) -> Chain {
     chain.rule(Rule::new().comment(NOT_OURS).counter().drop())
 }
 
+/// Remembers the connections that begin outside the tunnel and may be answered there, as long as
+/// they live.
 fn answer(plan: &Plan) -> Chain {
-    let marks = &plan.rules;
-    let link = plan.link.name.as_str();
-    let new = || Rule::new().not_input("lo").ct_state(CtState::NEW);
-    let outside = |rule: Rule| rule.set_ct_mark(marks.mark, marks.mask);
-
-    let mut chain = Chain::base(ChainKind::Filter, Hook::Prerouting, MANGLE_PRIORITY)
-        .rule(new().input(link).set_ct_mark(marks.tunnel(), marks.mask));
-    let plain = new().not_input(link).protocol(TCP).destination_port_in(PLAIN_PORTS);
-    chain = chain.rule(outside(plain.destination_is_local()));
-    for family in Family::ALL {
-        let plain = new().not_input(link).source_in(family, plain_set(family));
-        chain = chain.rule(outside(plain));
+    let mut chain = Chain::base(ChainKind::Filter, Hook::Prerouting, MANGLE_PRIORITY);
+    if !plan.underlay.plain_ports.is_empty() {
+        let plain = Rule::new().protocol(TCP).destination_port_in(PLAIN_PORTS);
+        chain = chain.rule(plain.goto(ACCEPTED));
     }
-    chain.rules(answers(plan, |rule| rule.not_input(link).not_input("lo")))
+    if !plan.firewall.plain.is_empty() {
+        let from = |family| Rule::new().source_in(family, plain_set(family)).goto(ACCEPTED);
+        chain = chain.rules(Family::ALL.map(from));
+    }
+    chain
 }
 
+/// Once a connection's packets come through the tunnel, it is answered there alone.
+fn accepted(plan: &Plan) -> Chain {
+    let known = || Rule::new().connection_in(ANSWERED);
+    let remember = |rule: Rule, time| rule.remember_connection(ANSWERED, time);
+    let new = Rule::new().ct_state(CtState::NEW).destination_is_local();
+    Chain::regular().rules([
+        Rule::new().input(&plan.link.name).forget_connection(ANSWERED).accept(),
+        Rule::new().input("lo").accept(),
+        remember(new, OPENING),
+        remember(known().tcp_ends(), CLOSING).accept(),
+        remember(known().protocol(TCP), OPEN).accept(),
+        remember(known(), STREAM),
+    ])
+}
+
+/// Has what answers a remembered connection routed again, past our tables.
 fn answer_out(plan: &Plan) -> Chain {
-    let chain = Chain::base(ChainKind::Route, Hook::Output, MANGLE_PRIORITY);
-    chain.rules(answers(plan, |rule| rule))
-}
-
-/// Marks replies as their connection is marked.
-fn answers(plan: &Plan, which: impl Fn(Rule) -> Rule) -> [Rule; 2] {
     let marks = plan.rules;
-    [marks.mark, marks.tunnel()].map(|mark| {
-        which(Rule::new()).ct_reply().ct_mark(mark, marks.mask).set_mark(mark, marks.mask)
-    })
+    let answers = |rule: Rule| {
+        rule.ct_reply().connection_in(ANSWERED).set_mark(marks.mark, marks.mask).accept()
+    };
+    let mut chain = Chain::base(ChainKind::Route, Hook::Output, MANGLE_PRIORITY);
+    if !plan.underlay.plain_ports.is_empty() {
+        chain = chain.rule(answers(Rule::new().protocol(TCP).source_port_in(PLAIN_PORTS)));
+    }
+    if !plan.firewall.plain.is_empty() {
+        let to = |family| answers(Rule::new().destination_in(family, plain_set(family)));
+        chain = chain.rules(Family::ALL.map(to));
+    }
+    chain
 }
 
 fn clamp() -> Chain {
@@ -453,23 +510,49 @@ fn clamp_in(plan: &Plan) -> Chain {
         .rule(Rule::new().input(&plan.link.name).clamp_mss_to_route())
 }
 
+/// Most packets go to no guarded network, and end here.
 fn guard(plan: &Plan, extent: Extent) -> Chain {
-    let marks = &plan.rules;
     let tunnel = Rule::new().output(&plan.link.name);
     let tunnel = match extent {
         Extent::Full => tunnel.jump(CLAMP),
         Extent::GuardOnly => tunnel.accept(),
     };
-    let mut chain = Chain::base(ChainKind::Filter, Hook::Postrouting, GUARD_PRIORITY).rules([
-        tunnel,
-        Rule::new().output("lo").accept(),
-        Rule::new().mark(marks.mark, marks.mask).accept(),
-        Rule::new().neighbour_discovery().accept(),
-    ]);
+    let guarded = |family| Rule::new().destination_in(family, guarded_set(family)).goto(GUARDED);
+    Chain::base(ChainKind::Filter, Hook::Postrouting, GUARD_PRIORITY)
+        .rules([tunnel, Rule::new().output("lo").accept()])
+        .rules(Family::ALL.map(guarded))
+}
+
+/// What goes to a guarded network past the tunnel.
+fn guarded(plan: &Plan, extent: Extent) -> Chain {
+    let (marks, underlay) = (&plan.rules, &plan.underlay);
+    let marked = || Rule::new().mark(marks.mark, marks.mask);
+    let mut chain = Chain::regular();
+    if let Some(port) = underlay.port {
+        let datagram = marked().protocol(UDP).source_port(port);
+        chain = chain.rule(datagram.socket_owner(underlay.owner).accept());
+    }
+    for controller in &underlay.controllers {
+        let segment = || {
+            let to = IpNet::from(controller.ip());
+            marked().destination(to).protocol(TCP).destination_port(controller.port())
+        };
+        // Root runs the commands that speak to controllers.
+        let mut owners = vec![underlay.owner, ROOT];
+        owners.dedup();
+        chain = chain.rules(owners.into_iter().map(|uid| segment().socket_owner(uid).accept()));
+    }
+    if extent == Extent::Full && both_ways(plan) {
+        let answer = Rule::new().made_here().ct_reply().connection_in(ANSWERED);
+        chain = chain.rule(answer.source_is_local().accept());
+    }
+    chain = chain.rule(Rule::new().neighbour_discovery().accept());
     for (family, in_clear) in Family::ALL.into_iter().zip(IN_CLEAR) {
-        chain = chain.rule(Rule::new().destination_in(family, native_set(family)).accept());
-        let leak = Rule::new().comment(in_clear).destination_in(family, guarded_set(family));
-        chain = chain.rule(leak.counter().drop());
+        let to = |set| Rule::new().destination_in(family, set);
+        let leak = Rule::new().family(family).comment(in_clear).counter().drop();
+        chain = chain.rule(to(native_set(family)).accept());
+        chain = chain.rule(marked().family(family).comment(foreign_mark(family)).counter());
+        chain = chain.rule(leak);
     }
     chain
 }

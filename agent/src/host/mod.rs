@@ -26,8 +26,10 @@ mod rules;
 mod state;
 #[cfg(test)]
 mod tests;
+mod uplinks;
 mod watch;
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -41,7 +43,7 @@ pub use candidates::{CandidatePolicy, candidates};
 use families::Families;
 pub use problem::{ApplyError, NoIpv6Reason, Piece, Problem};
 pub use state::Names;
-use state::{Foreign, State};
+use state::{Foreign, ForeignMark, State};
 use watch::Ports;
 #[cfg(feature = "kubernetes")]
 pub(crate) use watch::register;
@@ -63,6 +65,8 @@ pub struct HostNetwork {
     /// The plan that `known` follows, and what of it is not so.
     applied: Option<Plan>,
     problems: Vec<Problem>,
+    /// Other programs' uses of our mark, as found by the last reading.
+    marks: Vec<Problem>,
 }
 
 /// What an apply did.
@@ -89,6 +93,7 @@ impl HostNetwork {
             known: None,
             applied: None,
             problems: Vec::new(),
+            marks: Vec::new(),
         })
     }
 
@@ -158,6 +163,8 @@ impl HostNetwork {
         // What is somebody else's stays.
         drop(foreign);
         let hooks = self.nft.as_mut().map(hook::remove).transpose()?.unwrap_or_default();
+        let addresses = address::read(&mut self.rtnetlink)?;
+        let hooks = hooks + uplinks::unmark(&mut self.rtnetlink, &addresses, &names.link)?;
         Ok(hooks + have.remove(&mut self.rtnetlink, self.nft.as_mut(), names)?)
     }
 
@@ -175,7 +182,13 @@ impl HostNetwork {
 
     /// Every address of the host, with what is known of its link.
     pub fn local_addresses(&mut self) -> Result<Vec<LocalAddress>, NetlinkError> {
-        address::read(&mut self.rtnetlink)
+        let addresses = address::read(&mut self.rtnetlink)?;
+        if let Some(plan) = &self.applied {
+            // A link may be new. What fails is said by the next apply.
+            let (link, mut unsaid) = (&plan.link.name, Changes::default());
+            let _ = uplinks::mark(&mut self.rtnetlink, &addresses, link, &mut unsaid);
+        }
+        Ok(addresses)
     }
 
     /// The UDP ports on which the host takes packets out of VXLAN or Geneve, each once.
@@ -237,13 +250,17 @@ impl HostNetwork {
                 let families = Families::probe(&mut self.rtnetlink)?;
                 let (have, foreign) =
                     State::read(&mut self.rtnetlink, self.nft.as_mut(), &names, families)?;
+                self.marks = marks_of_others(plan, &foreign);
                 self.judge(foreign, &mut changes)?;
                 have
             }
         };
+        changes.problems.extend(self.marks.iter().cloned());
         let (table, nft) = (have.firewall.take(), self.nft.as_mut());
         let target = firewall::Target { nft, ownable: &mut self.ownable, families: have.families };
         let firewall = firewall::change(plan, table, fresh, target, &mut changes)?;
+        let addresses = address::read(&mut self.rtnetlink)?;
+        uplinks::mark(&mut self.rtnetlink, &addresses, &plan.link.name, &mut changes)?;
         let mut want = State::wanted(plan, have.link.as_ref(), have.families);
         changes.problems.extend(want.problem(plan));
         want.firewall = firewall;
@@ -279,7 +296,8 @@ impl HostNetwork {
             && before.detour == plan.detour
             && before.underlay == plan.underlay
             && before.firewall.table == plan.firewall.table
-            && firewall::same_chains(before, plan);
+            && firewall::same_chains(before, plan)
+            && rules::same(before, plan);
         let Some(mut known) = self.known.take_if(|_| same) else { return Ok(None) };
         let mut changes = Changes { messages: 0, problems: self.problems.clone() };
         if let (Some(table), Some(nft)) = (known.firewall.take(), self.nft.as_mut()) {
@@ -310,4 +328,23 @@ impl HostNetwork {
             None => Ok(()),
         }
     }
+}
+
+/// Which other programs use our mark, at most this many of them.
+fn marks_of_others(plan: &Plan, foreign: &Foreign) -> Vec<Problem> {
+    const MOST: usize = 8;
+    let ours = plan.rules;
+    let shared = |theirs: &&ForeignMark| {
+        let common = theirs.mask & ours.mask;
+        theirs.mark & common != 0 && (theirs.mark ^ ours.mark) & common == 0
+    };
+    // Both families have the same one as a rule.
+    let rules: BTreeSet<ForeignMark> = foreign.marks.iter().filter(shared).copied().collect();
+    let problem =
+        |ForeignMark { priority, mark, mask }| Problem::MarkInUse { priority, mark, mask };
+    let mut found: Vec<Problem> = rules.into_iter().take(MOST).map(problem).collect();
+    if foreign.marked_packets != 0 {
+        found.push(Problem::MarkSeen { packets: foreign.marked_packets });
+    }
+    found
 }

@@ -86,6 +86,28 @@ pub enum Problem {
     /// Somebody else put something under a name or number of ours.
     #[error("{0}")]
     Intruder(String),
+    /// A rule of another program takes packets by a mark that holds ours.
+    #[error(
+        "the policy rule of priority {priority} takes packets by the mark {mark:#x}/{mask:#x}, which \
+         Towline's sockets carry too: set other bits in [routing] mark and mask"
+    )]
+    MarkInUse {
+        /// The rule's priority.
+        priority: u32,
+        /// The rule's mark.
+        mark: u32,
+        /// The rule's mask.
+        mask: u32,
+    },
+    /// Packets of others with our mark were dropped.
+    #[error(
+        "{packets} packets for mesh networks carried Towline's mark but were not Towline's, and were \
+         dropped: another program sets marks with these bits: set others in [routing] mark and mask"
+    )]
+    MarkSeen {
+        /// Since the firewall's rules were made.
+        packets: u64,
+    },
     /// A setting of our link cannot be written.
     #[error(
         "cannot set rp_filter of {link} to 2: {reason}: the strict filter drops what comes out of \
@@ -164,6 +186,8 @@ impl Problem {
             Self::NoFirewall(_)
             | Self::FirewallReduced(_)
             | Self::NoZone(_)
+            | Self::MarkInUse { .. }
+            | Self::MarkSeen { .. }
             | Self::Setting { .. }
             | Self::NoIpv6
             | Self::NoIpv6Rules
@@ -178,7 +202,14 @@ impl Problem {
 
     /// Whether trying again may help, although nothing is heard of the kernel.
     pub fn is_worth_retrying(&self) -> bool {
-        !matches!(self, Self::NoIpv6 | Self::NoIpv6Rules | Self::NoIpv6OnLink { .. })
+        !matches!(
+            self,
+            Self::NoIpv6
+                | Self::NoIpv6Rules
+                | Self::NoIpv6OnLink { .. }
+                | Self::MarkInUse { .. }
+                | Self::MarkSeen { .. }
+        )
     }
 
     /// Whether a plan with this problem does not count as applied: a guard is missing, or nothing
@@ -192,6 +223,8 @@ impl Problem {
             | Self::Hook(_)
             | Self::NoZone(_)
             | Self::Intruder(_)
+            | Self::MarkInUse { .. }
+            | Self::MarkSeen { .. }
             | Self::Setting { .. }
             | Self::NoIpv6
             | Self::NoIpv6Rules

@@ -23,7 +23,7 @@ use super::{Changes, OURS, rules};
 pub struct Names {
     /// The link.
     pub link: String,
-    /// The routing table; the one after it holds the detours.
+    /// The routing table; the two after it hold the detours and the answers.
     pub table: u32,
     /// The first of our rules' priorities.
     pub priority: u32,
@@ -42,25 +42,29 @@ impl Names {
         }
     }
 
-    /// The table of what enters the tunnel where a route of the other leaves it to the host.
-    pub(super) fn detour_table(&self) -> u32 {
-        detour_table(self.table)
+    /// Every routing table of ours.
+    pub(super) fn tables(&self) -> [u32; 3] {
+        [self.table, detour_table(self.table), answers_table(self.table)]
     }
 
     /// Whether a rule of this priority is in our place.
     pub(super) fn has_priority(&self, priority: u32) -> bool {
-        (self.priority..self.priority + PRIORITIES).contains(&priority)
+        (self.priority..self.priority + rules::PRIORITIES).contains(&priority)
     }
 }
 
-/// How many priorities are ours, from the configured one on, see `rules`.
-const PRIORITIES: u32 = 5;
 /// The way through the link is better than nowhere, which is better than another table.
 const LINK_METRIC: u32 = 10;
 const UNREACHABLE_METRIC: u32 = 20_000;
 
+/// The table of what enters the tunnel where a route of ours leaves it to the host.
 pub(super) fn detour_table(table: u32) -> u32 {
     table + 1
+}
+
+/// The table of answers: ours with the tunnel in place of nowhere, where ports are plain.
+pub(super) fn answers_table(table: u32) -> u32 {
+    table + 2
 }
 
 /// What the kernel takes as a route's name: table, destination and metric.
@@ -115,6 +119,18 @@ impl LinkState {
 #[derive(Debug, Default)]
 pub(super) struct Foreign {
     found: Vec<ApplyError>,
+    /// Rules by marks, whatever their place.
+    pub(super) marks: Vec<ForeignMark>,
+    /// Packets of others that carried our mark and were dropped.
+    pub(super) marked_packets: u64,
+}
+
+/// A rule that takes packets by their mark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct ForeignMark {
+    pub(super) priority: u32,
+    pub(super) mark: u32,
+    pub(super) mask: u32,
 }
 
 impl Foreign {
@@ -129,8 +145,8 @@ impl State {
     /// [`firewall::change`].
     pub(super) fn wanted(plan: &Plan, link: Option<&LinkState>, families: Families) -> Self {
         let reach = Reach::new(plan, link, families);
-        let routes = plan.routes.iter().filter_map(|((destination, via), attributes)| {
-            route(plan, *destination, *via, attributes, reach)
+        let routes = plan.routes.iter().flat_map(|((destination, via), attributes)| {
+            routes(plan, *destination, *via, attributes, reach)
         });
         let detours = plan.detour.destinations.iter().filter_map(|destination| {
             let link = reach.link_for(*destination)?;
@@ -179,15 +195,21 @@ impl State {
             for rule in rtnetlink.rules(family)? {
                 if rule.made_by == OURS
                     && (names.has_priority(rule.priority)
-                        || rule.action == RuleAction::Table(names.table)
-                        || rule.action == RuleAction::Table(names.detour_table()))
+                        || names.tables().map(RuleAction::Table).contains(&rule.action))
                 {
                     state.rules.push(rule);
-                } else if names.has_priority(rule.priority) {
+                    continue;
+                }
+                if let Some((mark, mask)) =
+                    rule.mark.filter(|_| !rule.invert && rule.made_by != OURS)
+                {
+                    foreign.marks.push(ForeignMark { priority: rule.priority, mark, mask });
+                }
+                if names.has_priority(rule.priority) {
                     foreign.found.push(ApplyError::PriorityInUse { priority: rule.priority });
                 }
             }
-            for table in [names.table, names.detour_table()] {
+            for table in names.tables() {
                 for route in rtnetlink.routes(family, Some(table))? {
                     state.take_route(route, &mut foreign);
                 }
@@ -197,6 +219,7 @@ impl State {
             for family in firewall::table_families(families) {
                 match nft.read(*family, &names.firewall) {
                     Ok(Some(loaded)) if firewall::is_ours(&loaded.table) => {
+                        foreign.marked_packets += firewall::marked_by_others(&loaded);
                         state.firewall.get_or_insert(loaded.table);
                     }
                     Ok(Some(_)) => foreign.found.push(ApplyError::FirewallTableInUse {
@@ -301,11 +324,11 @@ impl State {
         let reach = Reach::new(plan, self.link.as_ref(), self.families);
         let (mut set, mut gone) = (Vec::new(), Vec::new());
         for ((destination, via), attributes) in different(&plan.routes, &before.routes) {
-            set.extend(route(plan, *destination, *via, attributes, reach));
+            set.extend(routes(plan, *destination, *via, attributes, reach));
         }
         for ((destination, via), attributes) in different(&before.routes, &plan.routes) {
             if !plan.routes.contains_key(&(*destination, *via)) {
-                gone.extend(route(plan, *destination, *via, attributes, reach));
+                gone.extend(routes(plan, *destination, *via, attributes, reach));
             }
         }
         // A route into the tunnel and one past it have the same name.
@@ -393,29 +416,37 @@ impl Reach {
     }
 }
 
-/// One route of the plan; `None`: it leads through the link, which is not there or does not take
-/// this family, or the host does not have the family.
-fn route(
+/// What one route of the plan is in each of the kernel's tables. What leads through the link is
+/// missing while that is, or does not take this family; all is, if the host does not have the
+/// family.
+fn routes(
     plan: &Plan,
     destination: IpNet,
     via: RouteVia,
     attributes: &RoutePlan,
     reach: Reach,
-) -> Option<Route> {
-    if !reach.families.is_routed(Family::of(destination.addr())) {
-        return None;
-    }
-    let route = Route::new(destination).table(plan.table);
-    let route = match via {
-        RouteVia::Link => Route {
+) -> impl Iterator<Item = Route> + use<> {
+    let link = reach.link_for(destination);
+    let in_table = |table| Route { protocol: OURS, ..Route::new(destination).table(table) };
+    let route = |table| match via {
+        RouteVia::Link => Some(Route {
             source: attributes.source,
             mtu: attributes.mtu,
-            ..route.dev(reach.link_for(destination)?).metric(LINK_METRIC)
-        },
-        RouteVia::Native => route.kind(RouteKind::Throw).metric(LINK_METRIC),
-        RouteVia::Unreachable => route.kind(RouteKind::Unreachable).metric(UNREACHABLE_METRIC),
+            ..in_table(table).dev(link?).metric(LINK_METRIC)
+        }),
+        RouteVia::Native => Some(in_table(table).kind(RouteKind::Throw).metric(LINK_METRIC)),
+        RouteVia::Unreachable => {
+            Some(in_table(table).kind(RouteKind::Unreachable).metric(UNREACHABLE_METRIC))
+        }
     };
-    Some(Route { protocol: OURS, ..route })
+    let answer = |table| match via {
+        RouteVia::Link | RouteVia::Native => route(table),
+        RouteVia::Unreachable => Some(in_table(table).dev(link?).metric(UNREACHABLE_METRIC)),
+    };
+    let answers = !plan.underlay.plain_ports.is_empty();
+    let answer = answers.then(|| answer(answers_table(plan.table))).flatten();
+    let routed = reach.families.is_routed(Family::of(destination.addr()));
+    [route(plan.table), answer].into_iter().flatten().filter(move |_| routed)
 }
 
 fn name(route: &Route) -> RouteName {
@@ -520,7 +551,7 @@ fn name_of(change: &RouteChange) -> String {
 }
 
 /// Counts a request; a refusal is a problem, unless it says that what was to go is gone.
-fn note(
+pub(super) fn note(
     result: Result<(), NetlinkError>,
     piece: Piece,
     changes: &mut Changes,

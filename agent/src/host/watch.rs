@@ -242,7 +242,7 @@ impl Filter {
         attributes(received.payload, HEADER)
             .filter(|a| a.kind == TABLE)
             .filter_map(|a| a.u32())
-            .any(|table| table == self.names.table || table == self.names.detour_table())
+            .any(|table| self.names.tables().contains(&table))
     }
 
     fn is_our_rule(&self, received: &Received<'_>) -> bool {

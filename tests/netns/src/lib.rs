@@ -26,6 +26,21 @@ macro_rules! namespace_test {
         }
     };
 }
+
+/// Like [`namespace_test`], for a test that needs users beside root: only the network namespace is
+/// new. Skipped with a printed reason where the tests do not run as root.
+#[macro_export]
+macro_rules! root_namespace_test {
+    (fn $name:ident() $body:block) => {
+        #[test]
+        fn $name() {
+            $crate::in_namespace_of_root(concat!(module_path!(), "::", stringify!($name)), || {
+                $body
+            });
+        }
+    };
+}
+
 const INSIDE: &str = "TOWLINE_TEST_NAMESPACE";
 
 /// Runs `body` inside a namespace: the test's own program is started again there for this one
@@ -34,6 +49,21 @@ pub fn in_namespace(path: &str, body: impl FnOnce()) {
     if std::env::var_os(INSIDE).is_some() {
         return body();
     }
+    run_again(path, enter_new_namespace);
+}
+
+/// Runs `body` inside a new network namespace, in the user namespace that there is.
+pub fn in_namespace_of_root(path: &str, body: impl FnOnce()) {
+    if std::env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return println!("skipped: not root");
+    }
+    run_again(path, |_, _| Ok(unshare(CloneFlags::CLONE_NEWNET)?));
+}
+
+fn run_again(path: &str, enter: impl Fn(&str, &str) -> io::Result<()> + Send + Sync + 'static) {
     let (_, test) = path.split_once("::").expect("a path inside the crate");
     let mut command = Command::new(std::env::current_exe().expect("the test's own program"));
     command.args([test, "--exact", "--nocapture", "--include-ignored"]).env(INSIDE, "1");
@@ -42,7 +72,7 @@ pub fn in_namespace(path: &str, body: impl FnOnce()) {
     // SAFETY: between fork and exec the closure makes system calls only; its strings were made
     // before (paths this short stay on the stack), so no lock of the allocator is needed.
     unsafe {
-        command.pre_exec(move || enter_new_namespace(&uid_map, &gid_map));
+        command.pre_exec(move || enter(&uid_map, &gid_map));
     }
     match command.output() {
         Err(error) => println!("skipped: no user and network namespaces here: {error}"),

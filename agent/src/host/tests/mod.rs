@@ -3,6 +3,7 @@
 mod families;
 mod ingress;
 mod traffic;
+mod trust;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
@@ -288,7 +289,7 @@ namespace_test! {
         let now = snapshot();
         assert!(now.firewall.is_none());
         assert!(now.routes.iter().all(|route| route.table != 21_580));
-        assert!(now.rules.iter().all(|rule| !(21_580..21_585).contains(&rule.priority)));
+        assert!(now.rules.iter().all(|rule| !(21_580..21_587).contains(&rule.priority)));
     }
 }
 
@@ -623,7 +624,7 @@ namespace_test! {
         host_with_foreign_state();
         let mut host = HostNetwork::open().unwrap();
         host.apply(&plan()).unwrap();
-        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 51_830)).unwrap();
         nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Mark, &0x10).unwrap();
         // The peer's node IP is inside a guarded network, and its endpoint too.
         socket.send_to(b"sealed", "10.9.2.1:51830").unwrap();

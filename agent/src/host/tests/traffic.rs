@@ -24,8 +24,8 @@ use towline_nftables::{
     Chain, ChainKind, Counter, Expression, Hook, Nft, Rule, Table, TableFamily,
 };
 
-const PORT: u16 = 51_830;
-const MARK: u32 = 0x10;
+pub(super) const PORT: u16 = 51_830;
+pub(super) const MARK: u32 = 0x10;
 /// Each family's address of the host and of the peer on their LAN.
 pub(super) const PAIRS: [(&str, &str); 2] =
     [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")];
@@ -63,7 +63,7 @@ fn set_up_lan(addresses: [&str; 2], others: &[&str]) {
 }
 
 /// The plan in which the peer's LAN addresses are reached through the tunnel.
-fn transparent() -> Plan {
+pub(super) fn transparent() -> Plan {
     let mut plan = plan();
     for address in ["192.0.2.2/32", "2001:db8::2/128"] {
         for via in [RouteVia::Link, RouteVia::Unreachable] {
@@ -107,7 +107,7 @@ pub(super) fn udp(bound: SocketAddr, marked: bool) -> UdpSocket {
     socket
 }
 
-fn tcp(to: SocketAddr, marked: bool) -> io::Result<TcpStream> {
+pub(super) fn tcp(to: SocketAddr, marked: bool) -> io::Result<TcpStream> {
     let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let stream = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&stream, sockopt::SendTimeout, &nix::sys::time::TimeVal::new(5, 0))?;
@@ -396,7 +396,8 @@ namespace_test! {
 
         // Guarded again as soon as the site is no longer trusted.
         let changes = host.apply(&transparent()).unwrap();
-        assert!(changes.messages > 0 && changes.problems.is_empty());
+        assert_eq!(changes.problems, []);
+        assert!(changes.messages > 0);
         udp(at("192.0.2.1", 0), false).send_to(b"inner", at("192.0.2.2", 80)).unwrap();
         assert!(from_tunnel(&tunnel).ends_with(b"inner"));
     }
