@@ -22,6 +22,8 @@ type Unit = (&'static str, &'static str);
 const UNITS: &[Unit] = &[
     ("towline.service", include_str!("../../deploy/systemd/towline.service")),
     (GUARD, include_str!("../../deploy/systemd/towline-guard.service")),
+    (HELPER, include_str!("../../deploy/systemd/towline-helper.socket")),
+    ("towline-helper@.service", include_str!("../../deploy/systemd/towline-helper@.service")),
     ("towline-join.service", include_str!("../../deploy/systemd/towline-join.service")),
     ("towline-join.timer", include_str!("../../deploy/systemd/towline-join.timer")),
     (
@@ -51,6 +53,8 @@ const ADMIN_UNITS: &str = "/etc/systemd/system";
 const PACKAGE_UNITS: [&str; 2] = ["/usr/lib/systemd/system", "/lib/systemd/system"];
 const PROGRAM: &str = "/usr/bin/towline";
 const AGENT: &str = "towline.service";
+const HELPER: &str = "towline-helper.socket";
+const HELPER_PROGRAM: &str = "/usr/bin/towline-helper";
 const GUARD: &str = "towline-guard.service";
 const RETRY_TIMER: &str = "towline-join.timer";
 /// Where a retry looks for the token.
@@ -114,6 +118,7 @@ impl Tree {
     /// told to.
     pub fn start(&self) -> anyhow::Result<()> {
         self.enable(GUARD, "sysinit.target")?;
+        self.enable(HELPER, "sockets.target")?;
         self.enable(AGENT, "multi-user.target")?;
         if self.has_systemd() {
             // Not waited for: who asked waits for the mesh, with a limit of their own.
@@ -338,7 +343,12 @@ impl Tree {
         }
         let bytes = std::fs::read(&running)
             .with_context(|| format!("cannot read {}", running.display()))?;
-        self.write(PROGRAM, &bytes, 0o755, changes)
+        self.write(PROGRAM, &bytes, 0o755, changes)?;
+        // Shipped beside the agent. Without it the agent does without what only root may open.
+        match std::fs::read(running.with_file_name("towline-helper")) {
+            Ok(bytes) => self.write(HELPER_PROGRAM, &bytes, 0o755, changes),
+            Err(_) => Ok(()),
+        }
     }
 
     /// Writes a file in one step, unless it is as wanted.

@@ -52,6 +52,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "inner", run: inner, seeds: inner_seeds },
     Target { name: "coalesce", run: coalesce, seeds: coalesce_seeds },
     Target { name: "mesh", run: mesh, seeds: mesh_seeds },
+    Target { name: "helper", run: helper, seeds: helper_seeds },
 ];
 
 /// A body signed by the right key, whatever is in it. The first byte says which kind of body.
@@ -404,6 +405,32 @@ fn map_seeds() -> Vec<Vec<u8>> {
             pb::WatchResponse { kind }.encode_to_vec()
         })
         .collect()
+}
+
+/// A message to or from the root helper. What is read writes itself the same, and a request names
+/// files of its own list only.
+pub fn helper(bytes: &[u8]) {
+    use towline_helper::protocol::{DESCRIPTORS, Request, Response, Status};
+    if let Some(request) = Request::parse(bytes) {
+        assert_eq!(request.encode(), bytes);
+        if let Request::Kubelet(installation) = request {
+            assert!(installation.files().len() <= DESCRIPTORS);
+        }
+    }
+    if let Some(response) = Response::parse(bytes) {
+        assert_eq!(response.encode(), bytes);
+        assert!(response.status == Status::Done || response.present == 0);
+    }
+}
+
+fn helper_seeds() -> Vec<Vec<u8>> {
+    use towline_helper::protocol::{Request, Response, Status};
+    let responses = [
+        Response { status: Status::Done, present: 0b11, errno: 0 },
+        Response::without(Status::Failed, 13),
+    ];
+    let requests = Request::ALL.iter().map(|request| request.encode().to_vec());
+    requests.chain(responses.map(|response| response.encode().to_vec())).collect()
 }
 
 fn token_seeds() -> Vec<Vec<u8>> {

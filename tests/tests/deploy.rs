@@ -252,6 +252,25 @@ fn units_name_their_order_and_give_up_what_they_do_not_need() {
         assert!(hidden.split(' ').any(|path| path == "-/etc/shadow"), "{unit}");
         assert!(hidden.contains("-/etc/kubernetes"), "{unit}");
     }
+    // The helper: root, but with nothing of root's rights over other users' files.
+    let socket = read("systemd/towline-helper.socket");
+    for line in ["ListenSequentialPacket=/run/towline/helper.sock", "Accept=yes"] {
+        assert!(socket.lines().any(|found| found == line), "{line}");
+    }
+    let helper = read("systemd/towline-helper@.service");
+    for line in [
+        "CapabilityBoundingSet=CAP_BPF CAP_NET_ADMIN",
+        "NoNewPrivileges=yes",
+        "ProtectSystem=strict",
+        "RestrictAddressFamilies=AF_UNIX",
+    ] {
+        assert!(helper.lines().any(|found| found == line), "{line}");
+    }
+    assert!(
+        agent
+            .lines()
+            .any(|line| line.starts_with("Wants=") && line.contains("towline-helper.socket"))
+    );
     // Root writes what the kubelet is started with; the agent's directory is not root's.
     let kubelet = read("systemd/kubelet.service.d/10-towline.conf");
     assert!(!kubelet.contains("/run/towline/"), "{kubelet}");
@@ -276,6 +295,7 @@ fn the_units_are_exposed_no_more_than_they_promise() {
         ("towline-guard.service", 2.0),
         ("towline-controller.service", 1.5),
         ("towline-join.service", 3.0),
+        ("towline-helper@.service", 2.0),
     ];
     for (unit, limit) in limits {
         let ran = Command::new("systemd-analyze")
@@ -334,10 +354,15 @@ fn systemd_finds_nothing_wrong_with_the_units() {
     assert!(version.status.success());
     let directory = tempfile::tempdir().unwrap();
     let mut units = Vec::new();
-    for name in names("systemd", ".service").into_iter().chain(names("systemd", ".timer")) {
+    for name in names("systemd", ".service")
+        .into_iter()
+        .chain(names("systemd", ".timer"))
+        .chain(names("systemd", ".socket"))
+    {
         // The programs are not installed where tests run.
         let text = read(&name)
             .replace("/usr/bin/towline-controller ", "/bin/true ")
+            .replace("/usr/bin/towline-helper", "/bin/true")
             .replace("/usr/bin/towline ", "/bin/true ");
         let path = directory.path().join(Path::new(&name).file_name().unwrap());
         std::fs::write(&path, text).unwrap();

@@ -20,16 +20,23 @@ const WALLS: &[Wall] = &[
     Wall {
         package: "towline-types",
         ours: &[],
-        others: Some(&["data-encoding", "ipnet", "serde", "thiserror"]),
+        others: Some(&["data-encoding", "ipnet", "serde", "thiserror", "zeroize"]),
     },
     Wall { package: "towline-proto", ours: &["towline-types"], others: None },
-    Wall { package: "towline-core", ours: &["towline-types"], others: Some(&["ipnet", "rand"]) },
+    Wall {
+        package: "towline-core",
+        ours: &["towline-types"],
+        others: Some(&["ipnet", "rand", "zeroize"]),
+    },
     Wall { package: "towline-netlink", ours: &[], others: None },
+    // It runs as root.
+    Wall { package: "towline-helper", ours: &[], others: Some(&["libc", "nix"]) },
     Wall { package: "towline-nftables", ours: &["towline-netlink"], others: None },
     Wall {
         package: "towline-agent",
         ours: &[
             "towline-core",
+            "towline-helper",
             "towline-netlink",
             "towline-nftables",
             "towline-proto",
@@ -49,6 +56,7 @@ const WALLS: &[Wall] = &[
             "towline-agent",
             "towline-controller",
             "towline-core",
+            "towline-helper",
             "towline-netlink",
             "towline-nftables",
             "towline-proto",

@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use towline_helper::client;
+use towline_helper::protocol::Request;
 
 use super::Offloads;
 use super::arena::{Frame, HEADROOM, TunBatch, WriteBatch};
@@ -105,7 +107,9 @@ pub enum OpenTunError {
     )]
     NoDevice,
     /// Not root.
-    #[error("opening the TUN link `{0}` was not permitted: run as root or grant CAP_NET_ADMIN")]
+    #[error(
+        "opening the TUN link `{0}` was not permitted: run as root or grant CAP_NET_ADMIN, and let the agent's user open /dev/net/tun"
+    )]
     NotPermitted(String),
     /// Somebody has it open.
     #[error("the TUN link `{0}` is in use by another process: stop it, or configure another name")]
@@ -218,10 +222,7 @@ pub fn open_tun_queues(
 
 /// Queues beside the first, which share its switches.
 fn more_queues(first: &Tun, count: usize) -> io::Result<Vec<Tun>> {
-    steering::by_destination(first.fd()).map_err(|error| match error.raw_os_error() {
-        Some(libc::EPERM) => io::Error::other("loading a steering program needs CAP_BPF"),
-        _ => error,
-    })?;
+    steering::by_destination(first.fd())?;
     let more = (0..count).map(|_| {
         let (file, _) = attach(&first.name, true).map_err(io::Error::other)?;
         Ok(Tun {
@@ -240,6 +241,22 @@ fn more_queues(first: &Tun, count: usize) -> io::Result<Vec<Tun>> {
     more.collect()
 }
 
+/// Opens the device; through the helper on a machine where only root may.
+fn open_device() -> io::Result<File> {
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun");
+    match opened {
+        Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
+            // What the helper says is of less use than that the device is closed.
+            client::ask_for_one(Request::TunDevice).map(File::from).map_err(|_| error)
+        }
+        opened => opened,
+    }
+}
+
 /// A queue of the link, and the link's name; makes the link if it does not exist.
 fn attach(name: &str, of_several: bool) -> Result<(File, String), OpenTunError> {
     let other = |step| {
@@ -247,16 +264,11 @@ fn attach(name: &str, of_several: bool) -> Result<(File, String), OpenTunError> 
         move |error| OpenTunError::Other { name, step, error }
     };
     let mut request = interface_request(name)?;
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open("/dev/net/tun")
-        .map_err(|error| match error.raw_os_error() {
-            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => OpenTunError::NoDevice,
-            Some(libc::EPERM | libc::EACCES) => OpenTunError::NotPermitted(name.to_owned()),
-            _ => other("/dev/net/tun")(error),
-        })?;
+    let file = open_device().map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => OpenTunError::NoDevice,
+        Some(libc::EPERM | libc::EACCES) => OpenTunError::NotPermitted(name.to_owned()),
+        _ => other("/dev/net/tun")(error),
+    })?;
     let several = if of_several { libc::IFF_MULTI_QUEUE } else { 0 };
     request.ifr_ifru.ifru_flags =
         (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several) as c_short;

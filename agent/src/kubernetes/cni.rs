@@ -10,15 +10,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
+use towline_helper::protocol::CNI_DIRECTORIES;
 
 use crate::config::AnnouncePods;
 use towline_netlink::{Family, NetlinkError, RouteKind, Rtnetlink};
 
-/// Where the CNI's configuration is looked for: kubeadm's and most others', k3s's.
-const DIRECTORIES: [&str; 2] = ["/etc/cni/net.d", "/var/lib/rancher/k3s/agent/etc/cni/net.d"];
 /// flannel writes it once its backend has made its link.
 const FLANNEL_READY: &str = "/run/flannel/subnet.env";
 /// A CNI configuration longer than this is none.
@@ -88,8 +88,8 @@ pub enum Decision {
 }
 
 impl Reading {
-    /// Looks at the machine. `own_link` is the mesh's; `directory` replaces the usual ones.
-    pub fn take(own_link: &str, directory: Option<&Path>) -> Result<Self, NetlinkError> {
+    /// Looks at the machine. `own_link` is the mesh's; `plugin` is what [`plugin_of`] found.
+    pub fn take(own_link: &str, plugin: Option<String>) -> Result<Self, NetlinkError> {
         let mut netlink = Rtnetlink::open()?;
         let links = netlink.links()?;
         let names: BTreeMap<u32, &str> =
@@ -105,7 +105,7 @@ impl Reading {
         }
         let addresses = netlink.addresses(None)?;
         Ok(Self {
-            plugin: plugin_of(directory),
+            plugin,
             flannel_ready: Path::new(FLANNEL_READY).exists(),
             links: links
                 .into_iter()
@@ -239,18 +239,38 @@ fn link_local(net: &IpNet) -> bool {
     matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local())
 }
 
+/// What tells a configuration from one that was there before: its path, inode, time of change in
+/// seconds and nanoseconds.
+pub type Mark = (PathBuf, [i64; 3]);
+
+/// The configuration that the container runtime takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Configured {
+    /// It names this plugin, or there is none.
+    Plugin(Option<String>),
+    /// It is closed to us: only the helper can read it. The marks are of those that can be seen.
+    Closed(Vec<Mark>),
+}
+
 /// The plugin that is configured now. `directory` replaces the usual ones.
-pub fn plugin_of(directory: Option<&Path>) -> Option<String> {
-    match directory {
-        Some(directory) => plugin(directory),
-        None => DIRECTORIES.iter().find_map(|directory| plugin(Path::new(directory))),
-    }
+pub fn plugin_of(directory: Option<&Path>) -> Configured {
+    let directories = match directory {
+        Some(directory) => vec![directory],
+        None => CNI_DIRECTORIES.map(Path::new).to_vec(),
+    };
+    let mut found = directories.into_iter().map(plugin);
+    found.find(|found| *found != Configured::Plugin(None)).unwrap_or(Configured::Plugin(None))
 }
 
 /// The main plugin of the first configuration, in the order in which container runtimes look.
-fn plugin(directory: &Path) -> Option<String> {
-    let mut files: Vec<PathBuf> = std::fs::read_dir(directory)
-        .ok()?
+fn plugin(directory: &Path) -> Configured {
+    let denied = |error: &std::io::Error| error.kind() == std::io::ErrorKind::PermissionDenied;
+    let entries = match std::fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if denied(&error) => return Configured::Closed(Vec::new()),
+        Err(_) => return Configured::Plugin(None),
+    };
+    let mut files: Vec<PathBuf> = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| {
             let extension = path.extension().and_then(|extension| extension.to_str());
@@ -258,13 +278,34 @@ fn plugin(directory: &Path) -> Option<String> {
         })
         .collect();
     files.sort();
-    files.iter().find_map(|path| {
-        let short = std::fs::metadata(path).ok()?.len() <= CONFIGURATION_BYTES;
-        plugin_type(&std::fs::read_to_string(path).ok().filter(|_| short)?)
-    })
+    for path in &files {
+        let Ok(metadata) = std::fs::metadata(path) else { continue };
+        if metadata.len() > CONFIGURATION_BYTES {
+            continue;
+        }
+        match std::fs::read_to_string(path) {
+            Ok(text) => {
+                if let Some(plugin) = plugin_type(&text) {
+                    return Configured::Plugin(Some(plugin));
+                }
+            }
+            Err(error) if denied(&error) => {
+                return Configured::Closed(files.iter().filter_map(|path| mark(path)).collect());
+            }
+            Err(_) => {}
+        }
+    }
+    Configured::Plugin(None)
 }
 
-fn plugin_type(text: &str) -> Option<String> {
+fn mark(path: &Path) -> Option<Mark> {
+    let metadata = std::fs::metadata(path).ok()?;
+    let number = metadata.ino().cast_signed();
+    Some((path.to_owned(), [number, metadata.mtime(), metadata.mtime_nsec()]))
+}
+
+/// The `type` of a configuration's main plugin.
+pub(super) fn plugin_type(text: &str) -> Option<String> {
     let configuration: serde_json::Value = serde_json::from_str(text).ok()?;
     let first = configuration.get("plugins").and_then(|plugins| plugins.get(0));
     Some(first.unwrap_or(&configuration).get("type")?.as_str()?.to_owned())
@@ -389,12 +430,13 @@ mod tests {
         let write = |name: &str, text: &str| {
             std::fs::write(directory.path().join(name), text).unwrap();
         };
-        assert_eq!(plugin(directory.path()), None);
+        let found = |name: &str| Configured::Plugin(Some(name.to_owned()));
+        assert_eq!(plugin(directory.path()), Configured::Plugin(None));
         write("20-flannel.conflist", r#"{"plugins": [{"type": "flannel"}, {"type": "portmap"}]}"#);
         write("00-note.txt", r#"{"type": "ignored"}"#);
         write("05-broken.conf", "{");
-        assert_eq!(plugin(directory.path()).as_deref(), Some("flannel"));
+        assert_eq!(plugin(directory.path()), found("flannel"));
         write("10-bridge.conf", r#"{"type": "bridge"}"#);
-        assert_eq!(plugin(directory.path()).as_deref(), Some("bridge"));
+        assert_eq!(plugin(directory.path()), found("bridge"));
     }
 }

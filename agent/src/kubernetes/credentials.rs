@@ -1,6 +1,5 @@
 //! The kubelet's own credentials: where they are, whose they are, whether they changed.
 
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,10 +10,10 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
+use towline_helper::protocol::Installation;
 
-/// Where kubeadm and k3s put the kubelet's kubeconfig.
-const KUBECONFIGS: [&str; 2] =
-    ["/etc/kubernetes/kubelet.conf", "/var/lib/rancher/k3s/agent/kubelet.kubeconfig"];
+use super::files::{self, Fingerprint};
+
 /// Of the user name in every kubelet's certificate.
 const NODE_USER: &str = "system:node:";
 /// An exec plugin that takes longer hangs.
@@ -35,48 +34,26 @@ pub(super) struct Credentials {
     files: Fingerprint,
 }
 
-/// What tells a file from the one that was there before. Kubelets rotate by a new link or file.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct Fingerprint(Vec<(PathBuf, Option<[i128; 4]>)>);
-
 /// The kubeconfig: the configured one, else the first of the usual ones that is there.
 pub(super) fn find(configured: Option<&Path>) -> Option<PathBuf> {
-    let usual = KUBECONFIGS.map(Path::new);
+    let usual = Installation::ALL.map(|installation| Path::new(installation.files()[0]));
     let places = match configured {
         Some(path) => vec![path],
         None => usual.to_vec(),
     };
-    places.into_iter().find(|path| path.exists()).map(Path::to_owned)
-}
-
-impl Fingerprint {
-    /// Of the kubeconfig alone: for one that could not be read.
-    pub(super) fn of(path: &Path) -> Self {
-        Self::of_files(vec![path.to_owned()])
-    }
-
-    fn of_files(paths: Vec<PathBuf>) -> Self {
-        let mark = |path: &Path| {
-            let data = std::fs::metadata(path).ok()?;
-            let time = i128::from(data.mtime()) * 1_000_000_000 + i128::from(data.mtime_nsec());
-            Some([data.dev().into(), data.ino().into(), time, data.size().into()])
-        };
-        Self(paths.into_iter().map(|path| (path.clone(), mark(&path))).collect())
-    }
-
-    /// Whether the files are others now.
-    pub(super) fn changed(&self) -> bool {
-        *self != Self::of_files(self.0.iter().map(|(path, _)| path.clone()).collect())
-    }
+    let closed = |path: &&&Path| path.metadata().is_err_and(|error| files::is_denied(&error));
+    // A directory that is closed to us may hold it.
+    let found = places.iter().find(|path| path.exists()).or_else(|| places.iter().find(closed));
+    found.map(|path| (*path).to_owned())
 }
 
 impl Credentials {
     /// Reads them and finds out whose they are.
     pub(super) async fn load(path: &Path) -> anyhow::Result<Self> {
-        let kubeconfig = Kubeconfig::read_from(path)
-            .with_context(|| format!("{} is no kubeconfig", path.display()))?;
+        let mut kubeconfig = read(path).await?;
         // Before the contents are read: a change in between is seen as one.
-        let files = Fingerprint::of_files(referenced(path, &kubeconfig));
+        let files = Fingerprint::of(referenced(path, &kubeconfig)).await;
+        take_in(&mut kubeconfig).await?;
         let name = certificate(&kubeconfig)?.map(|certificate| common_name(&certificate));
         let mut config =
             kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
@@ -105,9 +82,75 @@ impl Credentials {
     }
 
     /// Whether the files are others now.
-    pub(super) fn changed(&self) -> bool {
-        self.files.changed()
+    pub(super) async fn changed(&self) -> bool {
+        self.files.changed().await
     }
+}
+
+/// Reads a kubeconfig; through the helper if it is closed to us.
+async fn read(path: &Path) -> anyhow::Result<Kubeconfig> {
+    let context = || format!("{} is no kubeconfig", path.display());
+    match std::fs::File::open(path) {
+        Err(error) if files::is_denied(&error) => {}
+        _ => return Kubeconfig::read_from(path).with_context(context),
+    }
+    let bytes = files::read(path).await;
+    let bytes = bytes.with_context(|| format!("cannot read {}", path.display()))?;
+    let mut kubeconfig =
+        Kubeconfig::from_yaml(&String::from_utf8_lossy(&bytes)).with_context(context)?;
+    // As kube does for one that it reads itself.
+    for file in named_files(&mut kubeconfig) {
+        let absolute = path.parent().map(|directory| directory.join(&*file));
+        if let Some(absolute) = absolute {
+            *file = absolute.to_string_lossy().into_owned();
+        }
+    }
+    Ok(kubeconfig)
+}
+
+/// Every file that a kubeconfig names.
+fn named_files(kubeconfig: &mut Kubeconfig) -> impl Iterator<Item = &mut String> {
+    let clusters = kubeconfig.clusters.iter_mut().filter_map(|named| named.cluster.as_mut());
+    let users = kubeconfig.auth_infos.iter_mut().filter_map(|named| named.auth_info.as_mut());
+    let of_clusters = clusters.map(|cluster| &mut cluster.certificate_authority);
+    let of_users = users.flat_map(|user| {
+        [&mut user.client_certificate, &mut user.client_key, &mut user.token_file]
+    });
+    of_clusters.chain(of_users).flatten()
+}
+
+/// Takes the contents of files that are closed to us into the kubeconfig, where kube, which reads
+/// files itself, finds them.
+async fn take_in(kubeconfig: &mut Kubeconfig) -> anyhow::Result<()> {
+    for cluster in kubeconfig.clusters.iter_mut().filter_map(|named| named.cluster.as_mut()) {
+        if let Some(data) = closed(cluster.certificate_authority.as_deref()).await? {
+            cluster.certificate_authority_data = Some(data);
+            cluster.certificate_authority = None;
+        }
+    }
+    for user in kubeconfig.auth_infos.iter_mut().filter_map(|named| named.auth_info.as_mut()) {
+        if let Some(data) = closed(user.client_certificate.as_deref()).await? {
+            user.client_certificate_data = Some(data);
+            user.client_certificate = None;
+        }
+        if let Some(data) = closed(user.client_key.as_deref()).await? {
+            user.client_key_data = Some(data.into());
+            user.client_key = None;
+        }
+    }
+    Ok(())
+}
+
+/// The content, in base64, of a file that is there and closed to us.
+async fn closed(path: Option<&str>) -> anyhow::Result<Option<String>> {
+    let Some(path) = path.map(Path::new) else { return Ok(None) };
+    match std::fs::File::open(path) {
+        Err(error) if files::is_denied(&error) => {}
+        _ => return Ok(None),
+    }
+    let bytes = files::read(path).await;
+    let bytes = bytes.with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(Some(data_encoding::BASE64.encode(&bytes)))
 }
 
 /// The kubeconfig and every file that it names.

@@ -12,6 +12,8 @@ pub mod cni;
 #[cfg(feature = "kubernetes")]
 mod credentials;
 #[cfg(feature = "kubernetes")]
+mod files;
+#[cfg(feature = "kubernetes")]
 mod own_node;
 
 use std::net::IpAddr;

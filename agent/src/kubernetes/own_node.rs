@@ -13,8 +13,9 @@ use rand::Rng as _;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
-use super::cni::{self, Decision, Reading};
-use super::credentials::{self, Credentials, Fingerprint};
+use super::cni::{self, Configured, Decision, Reading};
+use super::credentials::{self, Credentials};
+use super::files::{self, Fingerprint};
 use super::{Facts, Setup, View};
 use crate::host::register;
 use towline_netlink::{Group, Monitor, Protocol};
@@ -28,12 +29,24 @@ const LAST_RETRY: Duration = Duration::from_secs(30);
 const STABLE: Duration = Duration::from_secs(10);
 /// Changes of the kernel's links and routes come in crowds.
 const SETTLE: Duration = Duration::from_millis(200);
+/// How often the helper is asked for configurations that are closed to us and did not change, as far
+/// as can be seen.
+const CLOSED_PERIOD: Duration = Duration::from_secs(60);
 
 /// Runs until nobody listens.
 pub(super) async fn run(setup: Setup, views: watch::Sender<View>) {
     let view = views.borrow().clone();
     let listeners = views.clone();
-    let mut task = Task { setup, views, view, node: None, plugin: None, stored: None };
+    let mut task = Task {
+        setup,
+        views,
+        view,
+        node: None,
+        plugin: None,
+        closed: Vec::new(),
+        asked: None,
+        stored: None,
+    };
     tokio::select! {
         () = task.follow_credentials() => {}
         () = listeners.closed() => {}
@@ -46,8 +59,12 @@ struct Task {
     view: View,
     /// The Node as it was seen last, in this run.
     node: Option<Seen>,
-    /// The CNI plugin by which was decided last.
+    /// The CNI plugin that is configured, as it was seen last.
     plugin: Option<String>,
+    /// Marks of the configurations that the helper was last asked for; empty if none is closed.
+    closed: Vec<cni::Mark>,
+    /// When the helper was last asked for them.
+    asked: Option<Instant>,
     /// What the disk holds.
     stored: Option<Facts>,
 }
@@ -75,7 +92,7 @@ impl Task {
                 tokio::time::sleep(self.setup.credentials_period).await;
                 continue;
             };
-            let files = Fingerprint::of(&path);
+            let files = Fingerprint::of(vec![path.clone()]).await;
             match Credentials::load(&path).await {
                 Ok(credentials) => {
                     tracing::info!(
@@ -92,7 +109,7 @@ impl Task {
                     self.failed(Some(()), one_line(&format!("{error:#}")));
                     // A file that is replaced is read at once; what else may be wrong, now and then.
                     let again = Instant::now() + LAST_RETRY;
-                    while !files.changed() && Instant::now() < again {
+                    while !files.changed().await && Instant::now() < again {
                         tokio::time::sleep(self.setup.credentials_period).await;
                     }
                 }
@@ -103,6 +120,7 @@ impl Task {
     /// Until the credentials change.
     async fn follow_node(&mut self, credentials: &Credentials) {
         let mut host = HostChanges::open();
+        self.look_for_plugin().await;
         let mut period = tokio::time::interval(self.setup.credentials_period);
         period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut retry = FIRST_RETRY;
@@ -121,6 +139,7 @@ impl Task {
                             Some(Ok(Event::Init)) => listed = false,
                             Some(Ok(Event::InitApply(node) | Event::Apply(node))) => {
                                 listed = true;
+                                self.look_for_plugin().await;
                                 self.seen(&node, &credentials.node);
                             }
                             Some(Ok(Event::InitDone)) if listed => {}
@@ -132,12 +151,15 @@ impl Task {
                             None => break "the watch ended".to_owned(),
                         },
                         _ = period.tick() => {
-                            if credentials.changed() {
+                            if credentials.changed().await {
                                 return;
                             }
-                            self.decide_for_another_cni();
+                            self.decide_for_another_cni().await;
                         }
-                        () = host.changed() => self.decide(),
+                        () = host.changed() => {
+                            self.look_for_plugin().await;
+                            self.decide();
+                        }
                     }
                 }
             };
@@ -152,8 +174,11 @@ impl Task {
             loop {
                 tokio::select! {
                     () = &mut wake => break,
-                    _ = period.tick() => if credentials.changed() { return },
-                    () = host.changed() => self.decide(),
+                    _ = period.tick() => if credentials.changed().await { return },
+                    () = host.changed() => {
+                            self.look_for_plugin().await;
+                            self.decide();
+                        }
                 }
             }
         }
@@ -179,24 +204,49 @@ impl Task {
     }
 
     /// A CNI may be replaced by another without a change of links or routes.
-    fn decide_for_another_cni(&mut self) {
-        if cni::plugin_of(self.setup.config.cni_dir()) != self.plugin {
+    async fn decide_for_another_cni(&mut self) {
+        if self.look_for_plugin().await {
             self.decide();
         }
+    }
+
+    /// Looks which CNI plugin is configured; whether it is another than before.
+    async fn look_for_plugin(&mut self) -> bool {
+        let plugin = match cni::plugin_of(self.setup.config.cni_dir()) {
+            Configured::Plugin(plugin) => plugin,
+            Configured::Closed(marks) => {
+                let due = self.asked.is_none_or(|asked| asked.elapsed() >= CLOSED_PERIOD);
+                if marks == self.closed && !due {
+                    return false;
+                }
+                self.closed = marks;
+                self.asked = Some(Instant::now());
+                match files::container_network().await {
+                    Ok(found) => found
+                        .iter()
+                        .find_map(|bytes| cni::plugin_type(std::str::from_utf8(bytes).ok()?)),
+                    Err(error) => {
+                        tracing::warn!(%error, "configuration of the container network not read");
+                        return false;
+                    }
+                }
+            }
+        };
+        let other = plugin != self.plugin;
+        self.plugin = plugin;
+        other
     }
 
     /// Decides what is announced, by the Node and what the machine looks like.
     fn decide(&mut self) {
         let Some(node) = &self.node else { return };
-        let directory = self.setup.config.cni_dir();
-        let reading = match Reading::take(&self.setup.link, directory) {
+        let reading = match Reading::take(&self.setup.link, self.plugin.clone()) {
             Ok(reading) => reading,
             Err(error) => {
                 tracing::warn!(%error, "links and routes not read");
                 return;
             }
         };
-        self.plugin.clone_from(&reading.plugin);
         let mut problems: Vec<String> = node.problem.iter().cloned().collect();
         let ours = node.node_ips.is_empty()
             || node.node_ips.iter().any(|ip| reading.addresses.contains(ip));

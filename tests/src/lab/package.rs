@@ -35,7 +35,7 @@ pub struct Package {
 }
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-const PROGRAMS: [&str; 2] = ["towline", "towline-controller"];
+const PROGRAMS: [&str; 3] = ["towline", "towline-helper", "towline-controller"];
 
 /// Builds the programs and both packages into `out`.
 pub fn run(out: &Path) -> anyhow::Result<Package> {
@@ -83,8 +83,8 @@ fn build(target: &str) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
     let directory = base.unwrap_or_else(|| root.join("target")).join("package");
     line(&format!("building the static programs for {target}"));
     let ended = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .args(["build", "--release", "--locked", "-p", "towline-agent", "-p", "towline-controller"])
-        .args(["--target", target, "--target-dir"])
+        .args(["build", "--release", "--locked", "-p", "towline-agent", "-p", "towline-helper"])
+        .args(["-p", "towline-controller", "--target", target, "--target-dir"])
         .arg(&directory)
         .current_dir(&root)
         .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
@@ -142,9 +142,11 @@ fn deploy(name: &str) -> anyhow::Result<Vec<u8>> {
     std::fs::read(&path).with_context(|| format!("no {}", path.display()))
 }
 
-const UNITS: [&str; 7] = [
+const UNITS: [&str; 9] = [
     "towline.service",
     "towline-guard.service",
+    "towline-helper.socket",
+    "towline-helper@.service",
     "towline-controller.service",
     "towline-join.service",
     "towline-join.timer",

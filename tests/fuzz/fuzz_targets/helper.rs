@@ -1,0 +1,5 @@
+//! See `towline_tests::fuzz::helper`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| towline_tests::fuzz::helper(bytes));
