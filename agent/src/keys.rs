@@ -9,13 +9,15 @@ use std::sync::Arc;
 
 use data_encoding::BASE64;
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
+use rustls::crypto::ring::sign::any_eddsa_type;
+use rustls::sign::SigningKey;
+use rustls_pki_types::PrivatePkcs8KeyDer;
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use towline_proto::id::{IdentityKey, WireguardKey};
 use towline_proto::join_proof::Claim;
 use towline_proto::{id::TokenId, join_proof, pb, signed};
 use x25519_dalek::{PublicKey, StaticSecret};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize as _, Zeroizing};
 
 /// Why a key cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -45,9 +47,11 @@ impl Identity {
 
     /// Reads the file's text.
     pub fn from_pem(pem: &str) -> Result<Self, InvalidKey> {
-        let der = PrivatePkcs8KeyDer::from_pem_slice(pem.as_bytes())
+        let mut der = PrivatePkcs8KeyDer::from_pem_slice(pem.as_bytes())
             .map_err(|_| InvalidKey("not a PKCS#8 private key in PEM"))?;
-        Self::from_pkcs8(der.secret_pkcs8_der().to_vec())
+        let identity = Self::from_pkcs8(der.secret_pkcs8_der().to_vec());
+        der.zeroize();
+        identity
     }
 
     fn from_pkcs8(pkcs8: Vec<u8>) -> Result<Self, InvalidKey> {
@@ -76,23 +80,26 @@ impl Identity {
         IdentityKey(key)
     }
 
-    /// The private half as rustls wants it.
-    pub fn tls_key(&self) -> PrivateKeyDer<'static> {
-        PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.pkcs8.to_vec()))
+    /// The private half as rustls signs with it. rustls keeps ring's key pair, and no copy of the
+    /// file's bytes.
+    pub fn tls_key(&self) -> Result<Arc<dyn SigningKey>, rustls::Error> {
+        any_eddsa_type(&PrivatePkcs8KeyDer::from(self.pkcs8.as_slice()))
     }
 
     /// A certificate signing request (PKCS#10, DER). It asks for nothing: the controller decides
     /// what the certificate says.
     pub fn signing_request(&self) -> Result<Vec<u8>, InvalidKey> {
         let failed = |_| InvalidKey("the certificate signing request cannot be made");
-        let key = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(
-            &PrivatePkcs8KeyDer::from(self.pkcs8.to_vec()),
+        let mut key = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(
+            &PrivatePkcs8KeyDer::from(self.pkcs8.as_slice()),
             &rcgen::PKCS_ED25519,
         )
         .map_err(failed)?;
         let params = rcgen::CertificateParams::default();
-        let request = params.serialize_request(&key).map_err(failed)?;
-        Ok(request.der().to_vec())
+        let request = params.serialize_request(&key).map_err(failed);
+        // rcgen does not do so by itself.
+        key.zeroize();
+        Ok(request?.der().to_vec())
     }
 
     /// Signs a record.
@@ -125,13 +132,17 @@ impl Wireguard {
         let invalid = InvalidKey("not a WireGuard private key in base64");
         let bytes = BASE64.decode(text.trim().as_bytes()).map(Zeroizing::new);
         let bytes = bytes.map_err(|_| invalid.clone())?;
-        let bytes: [u8; 32] = bytes.as_slice().try_into().map_err(|_| invalid)?;
-        Ok(Self(StaticSecret::from(bytes)))
+        let bytes: Zeroizing<[u8; 32]> =
+            Zeroizing::new(bytes.as_slice().try_into().map_err(|_| invalid)?);
+        Ok(Self(StaticSecret::from(*bytes)))
     }
 
     /// The file's text.
     pub fn to_base64(&self) -> Zeroizing<String> {
-        Zeroizing::new(format!("{}\n", BASE64.encode(self.0.as_bytes())))
+        let mut text = Zeroizing::new(String::with_capacity(64));
+        BASE64.encode_append(self.0.as_bytes(), &mut text);
+        text.push('\n');
+        text
     }
 
     /// The public half.

@@ -11,6 +11,7 @@ use ring::digest::{SHA256, digest};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error as TlsError, RootCertStore,
     SignatureScheme,
@@ -83,7 +84,9 @@ pub fn member(
         .with_root_certificates(roots);
     let mut config = match client {
         Some((chain, identity)) => {
-            builder.with_client_auth_cert(chain.to_vec(), identity.tls_key())?
+            let certified = CertifiedKey::new(chain.to_vec(), identity.tls_key()?);
+            certified.keys_match()?;
+            builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certified)))
         }
         None => builder.with_no_client_auth(),
     };

@@ -45,8 +45,8 @@ pub struct PeerEntry {
     pub is_static: bool,
 }
 
-/// A WireGuard pre-shared key. `Debug` hides it.
-#[derive(Clone, PartialEq, Eq)]
+/// A WireGuard pre-shared key. `Debug` hides it, and it is wiped when it is dropped.
+#[derive(Clone, PartialEq, Eq, zeroize::Zeroize, zeroize::ZeroizeOnDrop)]
 pub struct PresharedKey(pub [u8; 32]);
 
 impl std::fmt::Debug for PresharedKey {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use towline_proto::id::NodeName;
+use zeroize::Zeroizing;
 
 use super::local::runtime;
 use super::output::{self, Format};
@@ -123,27 +124,28 @@ pub(super) fn operator(config: &Config, force: bool) -> Operator {
 
 impl Source {
     /// From the argument, the file, the environment, or standard input, in this order.
-    pub(super) fn read(self) -> anyhow::Result<String> {
+    pub(super) fn read(self) -> anyhow::Result<Zeroizing<String>> {
         if let Some(text) = self.argument {
             eprintln!(
                 "warning: a token on the command line can be read by other users; prefer --token-file"
             );
-            return Ok(text);
+            return Ok(Zeroizing::new(text));
         }
         if let Some(path) = self.file.filter(|path| path.as_os_str() != "-") {
             return std::fs::read_to_string(&path)
+                .map(Zeroizing::new)
                 .with_context(|| format!("cannot read the token from {}", path.display()));
         }
         // Not through clap, which would show the variable's value in its help.
         if let Ok(text) = std::env::var("TOWLINE_TOKEN") {
-            return Ok(text);
+            return Ok(Zeroizing::new(text));
         }
         if std::io::IsTerminal::is_terminal(&std::io::stdin()) {
             bail!(
                 "no token: give --token-file FILE, set TOWLINE_TOKEN, or write it to standard input"
             );
         }
-        let mut text = String::new();
+        let mut text = Zeroizing::new(String::new());
         // A token is a few hundred bytes; the bound keeps a wrong file from filling the memory.
         std::io::stdin()
             .take(64 * 1024)

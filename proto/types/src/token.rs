@@ -15,14 +15,16 @@ use std::fmt;
 use std::str::FromStr;
 
 use data_encoding::BASE64URL_NOPAD;
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 use crate::id::{Fingerprint, TokenId};
 use crate::limits;
 
 const PREFIX: &str = "towline1.";
 
-/// The secret half of a token. It shows itself to nobody: no `Display`, and `Debug` hides it.
-#[derive(Clone, PartialEq, Eq)]
+/// The secret half of a token. It shows itself to nobody: no `Display`, `Debug` hides it, and it is
+/// wiped when it is dropped.
+#[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
 pub struct TokenSecret(pub [u8; 32]);
 
 impl fmt::Debug for TokenSecret {
@@ -114,11 +116,13 @@ pub enum InvalidToken {
 impl JoinToken {
     /// The token as text. It holds the secret: show it once, to its owner.
     pub fn encode(&self) -> String {
-        let mut bytes = Vec::with_capacity(128);
+        let controllers = &self.controllers[..self.controllers.len().min(limits::CONTROLLERS)];
+        // Room for all of it: a buffer that grows leaves copies of the secret behind.
+        let addresses: usize = controllers.iter().map(|address| 1 + address.as_str().len()).sum();
+        let mut bytes = Zeroizing::new(Vec::with_capacity(128 + addresses));
         bytes.extend_from_slice(&self.ca.0);
         bytes.extend_from_slice(&self.id.0);
         bytes.extend_from_slice(&self.secret.0);
-        let controllers = &self.controllers[..self.controllers.len().min(limits::CONTROLLERS)];
         bytes.push(controllers.len() as u8);
         for controller in controllers {
             // A longer address cannot be made: see `limits::CONTROLLER_ADDRESS_BYTES`.
@@ -137,7 +141,8 @@ impl FromStr for JoinToken {
 
     fn from_str(text: &str) -> Result<Self, InvalidToken> {
         let body = text.trim().strip_prefix(PREFIX).ok_or(InvalidToken::NotAToken)?;
-        let bytes = BASE64URL_NOPAD.decode(body.as_bytes()).map_err(|_| InvalidToken::Damaged)?;
+        let bytes = BASE64URL_NOPAD.decode(body.as_bytes()).map(Zeroizing::new);
+        let bytes = bytes.map_err(|_| InvalidToken::Damaged)?;
         let (body, crc) = bytes.split_last_chunk::<4>().ok_or(InvalidToken::Damaged)?;
         if crc32(body) != u32::from_be_bytes(*crc) {
             return Err(InvalidToken::Damaged);
