@@ -7,6 +7,7 @@
 mod watch;
 
 use std::fmt;
+use std::os::unix::fs::MetadataExt as _;
 use std::time::Instant;
 
 use anyhow::Context as _;
@@ -22,6 +23,7 @@ use crate::host::{Changes, HostNetwork, Problem};
 use crate::join;
 use crate::state::{StateDir, StateError};
 use crate::static_peers;
+use crate::tun_owner;
 
 pub use watch::watch;
 
@@ -58,7 +60,7 @@ pub fn run(config: &Config) -> anyhow::Result<Guarded> {
     let plan = plan(config, &state)?;
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
     let applied = network.apply(&plan).context("the guards are not installed")?;
-    Ok(outcome(&plan, &applied))
+    Ok(outcome(config, &plan, &applied))
 }
 
 /// Opens the state, to be read while no agent runs; else says who keeps the guards, or why there
@@ -87,7 +89,7 @@ fn enter(config: &Config) -> anyhow::Result<Result<StateDir, Guarded>> {
     Ok(Ok(state))
 }
 
-fn outcome(plan: &Plan, applied: &Changes) -> Guarded {
+fn outcome(config: &Config, plan: &Plan, applied: &Changes) -> Guarded {
     // The link comes with the agent.
     let unexpected = |problem: &&Problem| !matches!(problem, Problem::LinkMissing(_));
     let problems: Vec<_> = applied.problems.iter().filter(unexpected).collect();
@@ -95,7 +97,7 @@ fn outcome(plan: &Plan, applied: &Changes) -> Guarded {
         networks: plan.routes.keys().filter(|(_, via)| *via == RouteVia::Unreachable).count(),
         changes: applied.messages,
         is_whole: !problems.iter().any(|problem| problem.is_blocking()),
-        problems: problems.iter().map(ToString::to_string).collect(),
+        problems: problems.iter().map(ToString::to_string).chain(own_link(config)).collect(),
     }
 }
 
@@ -129,6 +131,17 @@ impl fmt::Display for Guarded {
 pub fn networks(config: &Config) -> anyhow::Result<Vec<IpNet>> {
     let plan = plan(config, &StateDir::peek(&config.state_dir))?;
     Ok(plan.routes.keys().map(|(network, _)| *network).collect())
+}
+
+/// Keeps other users away from a TUN link that an earlier run left. The agent will run as the user
+/// whom the state directory belongs to. Returns what hinders it.
+fn own_link(config: &Config) -> Option<String> {
+    let owner = std::fs::metadata(&config.state_dir).map(|state| state.uid());
+    let secured =
+        owner.map_err(Into::into).and_then(|owner| tun_owner::secure(&config.link.name, owner));
+    let link = &config.link.name;
+    let error = secured.err()?;
+    Some(format!("cannot give the link {link} to the agent's user: {error:#}"))
 }
 
 /// What the agent would do first.
@@ -184,7 +197,7 @@ mod tests {
     use crate::node_ip;
     use crate::state::{CachedPrefixes, Membership};
     use towline_netlink::{AddressOptions, Route, Rtnetlink};
-    use towline_netns::{add_link, namespace_test};
+    use towline_netns::{add_link, add_unowned_tun, namespace_test};
 
     fn grant(id: u8, identity: &Identity, wireguard: &Wireguard) -> Grant {
         Grant {
@@ -303,6 +316,17 @@ mod tests {
             std::fs::write(config.state_dir.join("prefixes.json"), b"{").unwrap();
             run(&config).unwrap();
             assert!(!leaves("198.19.0.2") && !leaves("10.1.2.3"));
+
+            // A link of an earlier version: from now on only the agent's user may attach to it.
+            if add_unowned_tun(&config.link.name) {
+                let owner = || {
+                    let mut links = Rtnetlink::open().unwrap();
+                    links.link(&config.link.name).unwrap().unwrap().tun.unwrap().owner
+                };
+                assert_eq!(owner(), None);
+                run(&config).unwrap();
+                assert_eq!(owner(), Some(nix::unistd::geteuid().as_raw()));
+            }
 
             let _agent = StateDir::open(&config.state_dir).unwrap();
             assert_eq!(run(&config).unwrap(), Guarded::AgentRuns);

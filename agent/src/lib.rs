@@ -27,3 +27,4 @@ pub mod probe;
 pub mod state;
 pub mod static_peers;
 pub mod tls;
+pub mod tun_owner;

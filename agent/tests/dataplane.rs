@@ -4,16 +4,23 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{Receiver, channel};
-use towline_agent::dataplane::arena::{SLOT_BYTES, TRAIN_BYTES};
-use towline_agent::dataplane::memory::{self, Datagram, MemoryHost, Network};
+use towline_agent::dataplane::arena::{SLOT_BYTES, TRAIN_BYTES, TunBatch, WriteBatch};
+use towline_agent::dataplane::coalesce::Coalesce;
+use towline_agent::dataplane::drops::Drops;
+use towline_agent::dataplane::memory::{self, Datagram, MemoryHost, MemoryTun, Network};
 use towline_agent::dataplane::relay::Limits;
 use towline_agent::dataplane::session::{HANDSHAKE_BYTES, Secrets, Session};
+use towline_agent::dataplane::switch::Switch;
 use towline_agent::dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
-use towline_agent::dataplane::{Config, DataPlane, Event, Relay, checksum};
+use towline_agent::dataplane::{
+    Config, DataPlane, Event, Fault, Relay, StuckWorkers, TunIo, checksum,
+};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::peer_table::{Observation, PeerEntry, PeerTable, PresharedKey};
 use towline_proto::frame::relayed_header;
@@ -118,7 +125,8 @@ impl End {
 
 impl Drop for End {
     fn drop(&mut self) {
-        self.plane.stop();
+        let stopped = self.plane.stop();
+        assert!(stopped.is_ok() || std::thread::panicking(), "{stopped:?}");
     }
 }
 
@@ -737,7 +745,7 @@ fn keepalives_fill_a_silence_and_nothing_else() {
 #[test]
 fn a_stopped_data_plane_is_silent() {
     let (network, a, b) = friends();
-    b.plane.stop();
+    b.plane.stop().unwrap();
     let before = network.seen().len();
     a.plane.handshake(b.key(), vec![b.address.into()]);
     while network.seen().len() == before {
@@ -876,4 +884,217 @@ fn oversized_datagrams_are_dropped_and_counted_and_hang_nothing() {
     let forwarded: Vec<_> = network.seen().into_iter().filter(|d| d.to == ends[1]).collect();
     assert_eq!(forwarded, [Datagram { from: b.address, to: ends[1], bytes }]);
     assert_eq!(b.drops("oversized"), count);
+}
+
+/// What a faulty TUN does when it is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Reading {
+    #[default]
+    Works,
+    /// It waits without end.
+    Hangs,
+    /// It is doing so.
+    Hanging,
+    Fails,
+    Panics,
+}
+
+/// A TUN in memory that breaks when it is told to.
+struct FaultyTun {
+    tun: MemoryTun,
+    reading: Arc<(Mutex<Reading>, Condvar)>,
+}
+
+impl TunIo for FaultyTun {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.tun.fd()
+    }
+
+    fn mtu(&self) -> usize {
+        self.tun.mtu()
+    }
+
+    fn read(&mut self, batch: &mut TunBatch, drops: &Drops) -> std::io::Result<()> {
+        let (reading, changed) = &*self.reading;
+        let mut reading = reading.lock().unwrap();
+        while matches!(*reading, Reading::Hangs | Reading::Hanging) {
+            *reading = Reading::Hanging;
+            changed.notify_all();
+            reading = changed.wait(reading).unwrap();
+        }
+        match *reading {
+            Reading::Fails => Err(std::io::Error::other("it was deleted")),
+            Reading::Panics => {
+                drop(reading);
+                panic!("as the test wants it")
+            }
+            _ => self.tun.read(batch, drops),
+        }
+    }
+
+    fn coalesce(&self) -> Coalesce {
+        self.tun.coalesce()
+    }
+
+    fn write(&mut self, now: Instant, batch: &WriteBatch, drops: &Drops) {
+        self.tun.write(now, batch, drops);
+    }
+
+    fn features(&self) -> Vec<Switch> {
+        self.tun.features()
+    }
+}
+
+/// A data plane of two workers, the second of which has a TUN that can break.
+struct Faulty {
+    plane: DataPlane,
+    host: MemoryHost,
+    reading: Arc<(Mutex<Reading>, Condvar)>,
+    /// The channel is full from the start, and nobody reads it.
+    events: Receiver<Event>,
+}
+
+impl Faulty {
+    fn new() -> Self {
+        let network = Network::new();
+        let (good, _) = memory::tun(1420).unwrap();
+        let (tun, host) = memory::tun(1420).unwrap();
+        let reading = Arc::new((Mutex::new(Reading::Works), Condvar::new()));
+        let tuns = [Arc::default(), reading.clone()].into_iter().zip([good, tun]);
+        let shards = tuns.enumerate().map(|(number, (reading, tun))| {
+            let address = SocketAddr::from(([192, 0, 2, number as u8], 51830));
+            (FaultyTun { tun, reading }, network.bind(address).unwrap())
+        });
+        let (sender, events) = channel(1);
+        let datagram = Box::from([0x50]);
+        sender
+            .try_send(Event::Probe { from: SocketAddr::from(([1; 4], 1)).into(), datagram })
+            .unwrap();
+        let private_key = StaticSecret::from([1; 32]);
+        let config = Config { private_key, relay: Relay::default(), link: None };
+        let plane = DataPlane::start(config, shards, sender).unwrap();
+        Self { plane, host, reading, events }
+    }
+
+    fn read(&self, how: Reading) {
+        *self.reading.0.lock().unwrap() = how;
+        self.reading.1.notify_all();
+        self.host.send(&[0x45; 20]);
+    }
+
+    /// Breaks the TUN, and waits until the worker hangs in it.
+    fn hang(&self) {
+        self.read(Reading::Hangs);
+        let (reading, changed) = &*self.reading;
+        let mut reading = reading.lock().unwrap();
+        while *reading != Reading::Hanging {
+            let (next, timeout) = changed.wait_timeout(reading, PATIENCE).unwrap();
+            assert!(!timeout.timed_out(), "the worker reads");
+            reading = next;
+        }
+    }
+
+    /// Looks until a look shows this number of stalled workers; none may show fewer.
+    fn stalled(&self, workers: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let look = self.plane.stalled_workers();
+            assert!(look >= workers, "{look} workers are stalled");
+            if look == workers {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{look} workers are stalled");
+            std::thread::yield_now();
+        }
+    }
+
+    fn fault(&self) -> Fault {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let mut faults = self.plane.faults();
+        runtime.block_on(async {
+            let fault = tokio::time::timeout(PATIENCE, faults.wait_for(Option::is_some)).await;
+            fault.expect("a fault in time").unwrap().clone().unwrap()
+        })
+    }
+}
+
+#[test]
+fn a_worker_that_hangs_is_noticed_while_idle_ones_are_not_and_holds_up_nobody() {
+    let faulty = Faulty::new();
+    for _ in 0..3 {
+        faulty.stalled(0);
+    }
+    faulty.hang();
+    faulty.plane.stalled_workers();
+    for _ in 0..100 {
+        faulty.stalled(1);
+    }
+    // All that the daemon calls goes on.
+    faulty.plane.apply(&PeerTable::default());
+    faulty.plane.snapshot();
+    for _ in 0..10_000 {
+        faulty.plane.send(SocketAddr::from(([192, 0, 2, 9], 1)).into(), b"order");
+    }
+    let patience = Duration::from_millis(200);
+    let stuck = faulty.plane.stop_within(patience);
+    assert_eq!(stuck, Err(StuckWorkers { workers: 1, patience }));
+    faulty.read(Reading::Works);
+    assert_eq!(faulty.plane.stop(), Ok(()));
+}
+
+#[test]
+fn orders_that_a_worker_does_not_take_are_bounded_and_counted() {
+    let network = Network::new();
+    let (tun, host) = memory::tun(1420).unwrap();
+    let reading = Arc::new((Mutex::new(Reading::Hangs), Condvar::new()));
+    let shard = (
+        FaultyTun { tun, reading: reading.clone() },
+        network.bind(SocketAddr::from(([192, 0, 2, 1], 51830))).unwrap(),
+    );
+    let (sender, _events) = channel(8);
+    let private_key = StaticSecret::from([1; 32]);
+    let config = Config { private_key, relay: Relay::default(), link: None };
+    let plane = DataPlane::start(config, [shard], sender).unwrap();
+    host.send(&[0x45; 20]);
+    let deadline = Instant::now() + PATIENCE;
+    // Some are taken before it hangs.
+    while plane.snapshot().drops["orders_full"] < 1_000 {
+        assert!(Instant::now() < deadline, "{:?}", plane.snapshot());
+        plane.send(SocketAddr::from(([192, 0, 2, 9], 1)).into(), b"order");
+    }
+    *reading.0.lock().unwrap() = Reading::Works;
+    reading.1.notify_all();
+    assert_eq!(plane.stop(), Ok(()));
+}
+
+#[test]
+fn a_fault_is_seen_though_the_channel_of_events_is_full() {
+    for (how, wanted) in [
+        (Reading::Fails, Fault::TunGone("it was deleted".to_owned())),
+        (Reading::Panics, Fault::Panicked),
+    ] {
+        let mut faulty = Faulty::new();
+        faulty.read(how);
+        assert_eq!(faulty.fault(), wanted);
+        assert_eq!(faulty.fault(), wanted, "a late look shows it too");
+        assert!(faulty.events.try_recv().is_ok() && faulty.events.try_recv().is_err());
+        assert_eq!(faulty.plane.stop(), Ok(()));
+    }
+}
+
+#[test]
+fn packets_that_wait_for_a_peer_that_is_removed_are_counted() {
+    let (_network, mut a, b) = strangers();
+    a.host.send(&packet(&a, &b, 100));
+    a.host.send(&packet(&a, &b, 100));
+    a.observed(b.key(), |what| what == Observation::Wanted);
+    a.apply([]);
+    a.host.send(&packet(&a, &b, 100));
+    let deadline = Instant::now() + PATIENCE;
+    let lost = || a.drops("queue_expired") + a.drops("no_route");
+    while lost() < 3 {
+        assert!(Instant::now() < deadline, "{:?}", a.plane.snapshot());
+        std::thread::yield_now();
+    }
+    assert_eq!(lost(), 3);
 }

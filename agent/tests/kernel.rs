@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -20,8 +20,9 @@ use nix::sched::{CloneFlags, setns, unshare};
 use tokio::sync::mpsc::{Receiver, channel};
 use towline_agent::dataplane::{
     Config, DataPlane, Event, Fault, Feature, HostTunnels, Offloads, OpenTunError, OpenUdpError,
-    Relay, open_tun, open_tun_queues, open_tun_with, open_udp, open_udp_group,
+    Relay, open_tun, open_tun_queues, open_tun_with, open_udp, open_udp_group, own_tun,
 };
+use towline_agent::tun_owner::{self, Secured, secure};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_netlink::codec::Message;
@@ -61,7 +62,7 @@ fn main() {
         println!("skipped: this machine forbids user namespaces: {refusal}");
         return;
     }
-    let tests: [(&str, fn()); 13] = [
+    let tests: [(&str, fn()); 14] = [
         ("every_offload", || carries(Offloads::default())),
         ("no_offload", || carries(Offloads::NONE)),
         ("no_tun_offload", || carries(Offloads { tun_tcp: false, ..Offloads::default() })),
@@ -75,6 +76,7 @@ fn main() {
         ("a_steady_stream_allocates_nothing", a_steady_stream_allocates_nothing),
         ("refusals_are_clear", refusals_are_clear),
         ("a_link_that_goes_down_or_away", a_link_that_goes_down_or_away),
+        ("nobody_else_attaches_to_the_link", nobody_else_attaches_to_the_link),
     ];
     // As the harness would: `cargo test NAME` runs what matches.
     let filter = std::env::args().nth(1).filter(|argument| !argument.starts_with('-'));
@@ -147,13 +149,27 @@ fn configure(name: &str, mtu: u32, addresses: &[&str]) {
 struct Node {
     host: Host,
     plane: DataPlane,
-    events: Receiver<Event>,
+    /// Keeps the channel open.
+    _events: Receiver<Event>,
     inner: [IpAddr; 2],
+}
+
+impl Node {
+    /// Waits for the data plane's fault.
+    fn fault(&self) -> Fault {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let mut faults = self.plane.faults();
+        runtime.block_on(async {
+            let fault = tokio::time::timeout(PATIENCE, faults.wait_for(Option::is_some)).await;
+            fault.expect("a fault in time").unwrap().clone().unwrap()
+        })
+    }
 }
 
 impl Drop for Node {
     fn drop(&mut self) {
-        self.plane.stop();
+        let stopped = self.plane.stop();
+        assert!(stopped.is_ok() || std::thread::panicking(), "{stopped:?}");
     }
 }
 
@@ -192,7 +208,7 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
             (DataPlane::start(config, queues.zip(sockets), sender).unwrap(), events)
         });
         let inner = inner.map(|text| address(&text).addr());
-        Node { host, plane, events, inner }
+        Node { host, plane, _events: events, inner }
     });
     for (me, you) in [(0, 1), (1, 0)] {
         let entry = PeerEntry {
@@ -264,15 +280,14 @@ fn several_workers() {
         stream(&nodes[1], &nodes[0], family, 8 << 20);
         datagrams(&nodes[0], &nodes[1], family);
     }
-    for mut node in nodes {
+    for node in nodes {
         node.host.run(|| {
             let mut links = Rtnetlink::open().unwrap();
             let link = links.link_index("towline0").unwrap();
             links.delete_link(link).unwrap();
         });
-        let gone = |event| matches!(event, Event::Fault(Fault::TunGone(_)));
-        assert!(std::iter::from_fn(|| node.events.blocking_recv()).any(gone));
-        node.plane.stop();
+        assert!(matches!(node.fault(), Fault::TunGone(_)));
+        node.plane.stop().unwrap();
     }
 }
 
@@ -505,7 +520,7 @@ fn refusals_are_clear() {
 }
 
 fn a_link_that_goes_down_or_away() {
-    let mut nodes = pair(Offloads::default(), ["192.0.2.1/24", "192.0.2.2/24"]);
+    let nodes = pair(Offloads::default(), ["192.0.2.1/24", "192.0.2.2/24"]);
     stream(&nodes[0], &nodes[1], 0, 1 << 20);
     let set_up = |node: &Node, up| {
         node.host.run(|| {
@@ -536,11 +551,168 @@ fn a_link_that_goes_down_or_away() {
         let index = links.link_index("towline0").unwrap();
         links.delete_link(index).unwrap();
     });
-    loop {
-        match nodes[1].events.blocking_recv().unwrap() {
-            Event::Fault(Fault::TunGone(_)) => break,
-            Event::Fault(fault) => panic!("{fault}"),
-            _ => {}
-        }
+    assert!(matches!(nodes[1].fault(), Fault::TunGone(_)));
+}
+
+/// What a stranger tries to attach to: with one queue, or as one more of several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Queues {
+    One,
+    Several,
+}
+
+/// Opens `/dev/net/tun` with the rights of the test: elsewhere any user may.
+fn tun_device() -> File {
+    File::options().read(true).write(true).open("/dev/net/tun").unwrap()
+}
+
+/// Attaches a descriptor to the link of that name, as any program would.
+fn attach(device: &File, name: &str, queues: Queues) -> std::io::Result<()> {
+    let several = if queues == Queues::Several { libc::IFF_MULTI_QUEUE } else { 0 };
+    // SAFETY: `ifreq` is plain data; all zero is one of its values.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as _;
     }
+    request.ifr_ifru.ifru_flags =
+        (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several) as _;
+    // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is.
+    match unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) } {
+        -1 => Err(std::io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// Makes a persistent link as earlier versions did: without an owner.
+fn make_unowned(name: &str, queues: Queues) {
+    let device = tun_device();
+    attach(&device, name, queues).unwrap();
+    // SAFETY: TUNSETPERSIST takes its argument by value.
+    assert_eq!(unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETPERSIST as _, 1) }, 0);
+}
+
+/// Runs `job` on a thread that is the user `uid`, with these capabilities alone (bits). `None`:
+/// this machine does not let us become another user.
+fn as_user<R: Send>(uid: u32, capabilities: u32, job: impl FnOnce() -> R + Send) -> Option<R> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let uid = libc::c_long::from(uid);
+            // For the calling thread alone, unlike the functions of the C library.
+            // SAFETY: none of these takes a pointer.
+            let changed = unsafe {
+                libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0);
+                libc::syscall(libc::SYS_setresuid, uid, uid, uid)
+            };
+            if changed != 0 {
+                return None;
+            }
+            // `linux/capability.h`: version 3, for the calling thread; effective, permitted and
+            // inheritable, in two words each.
+            let header = [0x2008_0522u32, 0];
+            let sets = [capabilities, capabilities, 0, 0, 0, 0];
+            // SAFETY: both are as long as this version says.
+            let set = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+            assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+            Some(job())
+        });
+        thread.join().unwrap()
+    })
+}
+
+const STRANGER: u32 = 65534;
+const AGENT: u32 = 64_999;
+const CAP_DAC_OVERRIDE: u32 = 1 << 1;
+const CAP_NET_ADMIN: u32 = 1 << 12;
+
+/// Tries both ways in; neither may work.
+fn nobody_else_attaches(name: &str, when: &str) {
+    for queues in [Queues::One, Queues::Several] {
+        let device = tun_device();
+        let tried = as_user(STRANGER, 0, || attach(&device, name, queues)).unwrap();
+        let code = tried.as_ref().err().and_then(std::io::Error::raw_os_error);
+        // Links of one queue refuse those of several, and the other way round, before anything else.
+        assert!(matches!(code, Some(libc::EPERM | libc::EINVAL)), "{when}, {queues:?}: {tried:?}");
+    }
+}
+
+fn nobody_else_attaches_to_the_link() {
+    if as_user(STRANGER, 0, || ()).is_none() {
+        println!("skipped: only root can become another user");
+        return;
+    }
+    for (queues, count) in [(Queues::One, 1), (Queues::Several, 2)] {
+        Host::new().run(|| {
+            let name = "towline0";
+            let stranger = |when| nobody_else_attaches(name, when);
+            let opened = open_tun_queues(name, Offloads::default(), count).unwrap();
+            stranger("running");
+            // A crash is no different: nothing is done to the link when its descriptors close.
+            drop(opened);
+            stranger("stopped or crashed");
+            let opened = open_tun_queues(name, Offloads::default(), count).unwrap();
+            stranger("running again");
+            drop(opened);
+
+            // Made by an earlier version, and found by the agent or by the guard first.
+            let mut links = Rtnetlink::open().unwrap();
+            for repair in [
+                (|| drop(open_tun("old0").unwrap())) as fn(),
+                || own_tun("old0", 0).unwrap(),
+                || assert_eq!(secure("old0", 0).unwrap(), Secured::Taken),
+            ] {
+                make_unowned("old0", queues);
+                let device = tun_device();
+                let attached = as_user(STRANGER, 0, || attach(&device, "old0", queues)).unwrap();
+                assert!(attached.is_ok(), "the test shows nothing: {attached:?}");
+                drop(device);
+                repair();
+                nobody_else_attaches("old0", "repaired");
+                let tun = links.link("old0").unwrap().unwrap().tun.unwrap();
+                assert_eq!((tun.owner, tun.queues), (Some(0), 0));
+                assert_eq!(secure("old0", 0).unwrap(), Secured::Owned);
+                let index = links.link_index("old0").unwrap();
+                links.delete_link(index).unwrap();
+            }
+
+            // Somebody attached before it had an owner, and holds on.
+            make_unowned("held0", queues);
+            let device = tun_device();
+            as_user(STRANGER, 0, || attach(&device, "held0", queues)).unwrap().unwrap();
+            assert_eq!(secure("held0", 0).unwrap(), Secured::Removed);
+            drop(open_tun_queues("held0", Offloads::default(), count).unwrap());
+            nobody_else_attaches("held0", "made again");
+            let mut byte = [0];
+            let read = (&device).read(&mut byte).unwrap_err();
+            assert_eq!(read.raw_os_error(), Some(libc::EBADFD), "the thief has nothing");
+
+            if queues == Queues::Several {
+                // Somebody was quick enough while the link was made.
+                drop(open_tun_queues("race0", Offloads::default(), count).unwrap());
+                attach(&device, "race0", queues).unwrap();
+                let opened = tun_owner::open("race0", Offloads::default(), count).unwrap();
+                let read = (&device).read(&mut byte).unwrap_err();
+                assert_eq!(read.raw_os_error(), Some(libc::EBADFD), "the thief has nothing");
+                nobody_else_attaches("race0", "made again");
+                drop(opened);
+            }
+
+            // An installation whose agent has a user of its own now.
+            let capabilities = CAP_NET_ADMIN | CAP_DAC_OVERRIDE;
+            as_user(AGENT, capabilities, || drop(open_tun(name).unwrap())).unwrap();
+            let owner =
+                |links: &mut Rtnetlink| links.link(name).unwrap().unwrap().tun.unwrap().owner;
+            assert_eq!(owner(&mut links), Some(AGENT));
+            stranger("another user's");
+            // And back again.
+            drop(open_tun(name).unwrap());
+            assert_eq!(owner(&mut links), Some(0));
+            assert_eq!(secure(name, AGENT).unwrap(), Secured::Taken);
+            assert_eq!(owner(&mut links), Some(AGENT));
+        });
+    }
+    Host::new().run(|| {
+        assert_eq!(secure("none0", 0).unwrap(), Secured::NoLink);
+        assert_eq!(secure("lo", 0).unwrap(), Secured::NoLink);
+        assert!(Rtnetlink::open().unwrap().link("none0").unwrap().is_none(), "nothing is made");
+    });
 }

@@ -25,7 +25,7 @@ use std::net::IpAddr;
 pub use address::{Address, AddressFlags, AddressOptions};
 pub use connection::{Connection, Failure, Protocol};
 pub use error::{NetlinkError, Refusal};
-pub use link::{Link, Overlay, OverlayKind, VethPeer};
+pub use link::{Link, Overlay, OverlayKind, TunInfo, VethPeer};
 pub use monitor::{Group, Monitor, Notified};
 pub use route::{MAIN_TABLE, Route, RouteChange, RouteKind};
 pub use rule::{Rule, RuleAction};

@@ -38,6 +38,18 @@ pub struct Link {
     /// `disable_ipv6` of the link: its addresses and routes of IPv6 are refused. `None`: the
     /// kernel does not say, or runs no IPv6 on the link, as with an MTU below 1280.
     pub ipv6_disabled: Option<bool>,
+    /// Of a TUN link.
+    pub tun: Option<TunInfo>,
+}
+
+/// What the kernel tells of a TUN link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TunInfo {
+    /// User who may attach to it without privileges; `None`: every user.
+    pub owner: Option<u32>,
+    /// Processes' queues that are attached. Known only of a link that is made for several; 0 of
+    /// others.
+    pub queues: u32,
 }
 
 /// The far end of a veth pair.
@@ -94,6 +106,9 @@ const IPV4_DEVCONF_SRC_VMARK: u16 = 24;
 const IFLA_INET6_CONF: u16 = 2;
 /// `linux/ipv6.h`: the number of `disable_ipv6` among them, counted from 0.
 const DEVCONF_DISABLE_IPV6: usize = 26;
+const IFLA_TUN_OWNER: u16 = 1;
+const IFLA_TUN_NUM_QUEUES: u16 = 8;
+const IFLA_TUN_NUM_DISABLED_QUEUES: u16 = 9;
 const VETH_INFO_PEER: u16 = 1;
 const VXLAN_PORT: u16 = 15;
 const GENEVE_PORT: u16 = 5;
@@ -341,6 +356,7 @@ fn parse(received: &Received<'_>) -> Option<Link> {
         tunnel_port: None,
         reverse_path_filter: None,
         ipv6_disabled: None,
+        tun: None,
     };
     for attribute in attributes(received.payload, LINK_HEADER) {
         match attribute.kind {
@@ -362,6 +378,15 @@ fn parse(received: &Received<'_>) -> Option<Link> {
             IFLA_LINKINFO => {
                 let info = |kind| attribute.nested().find(|inner| inner.kind == kind);
                 link.kind = info(IFLA_INFO_KIND).map(|kind| kind.string());
+                link.tun = (link.kind.as_deref() == Some("tun")).then(|| {
+                    let value = |kind| {
+                        let data = info(IFLA_INFO_DATA)?;
+                        data.nested().find(|inner| inner.kind == kind)?.u32()
+                    };
+                    let queues = [IFLA_TUN_NUM_QUEUES, IFLA_TUN_NUM_DISABLED_QUEUES];
+                    let queues = queues.into_iter().filter_map(value).sum();
+                    TunInfo { owner: value(IFLA_TUN_OWNER), queues }
+                });
                 let port = match link.kind.as_deref() {
                     Some("vxlan") => Some(VXLAN_PORT),
                     Some("geneve") => Some(GENEVE_PORT),

@@ -19,7 +19,9 @@ const UNDO_LIMIT: Duration = Duration::from_secs(10);
 impl Daemon {
     /// Takes away all that is ours. From here on nothing enters the tunnel.
     pub(super) fn open_host(&mut self) -> Result<(), String> {
-        self.data_plane.stop();
+        if let Err(error) = self.data_plane.stop() {
+            tracing::error!(%error, "data plane hangs: the host is opened all the same");
+        }
         self.host.remove()
     }
 

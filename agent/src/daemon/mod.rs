@@ -18,8 +18,10 @@ mod prefixes;
 mod report;
 mod standby;
 mod start_report;
+mod termination;
 #[cfg(test)]
 mod tests;
+mod watchdog;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -55,9 +57,12 @@ use crate::prefixes::{Feed, PrefixUpdate, Prefixes, Selection};
 use crate::probe::ProbeKeys;
 use crate::state::{CachedPrefixes, Counters, Keys, Membership, StateDir};
 use crate::static_peers;
+use crate::tun_owner;
 use host::Host;
 use standby::Standby;
 use start_report::StartReport;
+use termination::{GRACE, Termination};
+use watchdog::{Verdict, Watchdog};
 
 pub use departure::{leave, open_host};
 pub(crate) use report::down_line;
@@ -151,8 +156,7 @@ async fn serve(
 
 /// The signals that the agent handles.
 struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
+    termination: Termination,
     hangup: tokio::signal::unix::Signal,
 }
 
@@ -168,8 +172,7 @@ enum SignalMeaning {
 impl Signals {
     fn new() -> anyhow::Result<Self> {
         Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
+            termination: Termination::watch(GRACE).context("cannot receive signals")?,
             hangup: signal(SignalKind::hangup())?,
         })
     }
@@ -177,8 +180,7 @@ impl Signals {
     /// Waits for the next one. None is lost when the future is dropped.
     async fn next(&mut self) -> SignalMeaning {
         tokio::select! {
-            _ = self.terminate.recv() => SignalMeaning::End,
-            _ = self.interrupt.recv() => SignalMeaning::End,
+            () = self.termination.requested() => SignalMeaning::End,
             _ = self.hangup.recv() => SignalMeaning::Reload,
         }
     }
@@ -260,6 +262,8 @@ struct Daemon {
 /// Where inputs come from.
 struct Inputs {
     data_plane: mpsc::Receiver<dataplane::Event>,
+    /// State of the data plane: what it broke of.
+    faults: watch::Receiver<Option<dataplane::Fault>>,
     discovery: mpsc::Receiver<discovery::Event>,
     prefixes: mpsc::Receiver<PrefixUpdate>,
     kubernetes: watch::Receiver<kubernetes::View>,
@@ -290,6 +294,7 @@ impl Daemon {
         let host_tunnels = HostTunnels::default();
         let (data_plane, data_plane_events) =
             start_data_plane(&config, &keys, relay.clone(), &host_tunnels, purpose)?;
+        let faults = data_plane.faults();
 
         let now = Instant::now();
         let core_config = core_config(&config, membership.as_ref(), counters.boot_epoch);
@@ -392,6 +397,7 @@ impl Daemon {
             pings: BTreeMap::new(),
             next_ping: 0,
             inputs: Inputs {
+                faults,
                 data_plane: data_plane_events,
                 discovery: discovery_events,
                 prefixes: prefix_updates,
@@ -410,7 +416,7 @@ impl Daemon {
     ) -> anyhow::Result<Exit> {
         let mut confirm_at = self.next_confirmation();
         let mut start = StartReport::default();
-        let mut alive_at = notifier.period().map(|_| Instant::now());
+        let mut watchdog = Watchdog::new(Instant::now(), notifier.period());
         self.configured_prefixes();
         self.kubernetes_changed();
         self.prefixes_changed();
@@ -421,10 +427,16 @@ impl Daemon {
             if let Some(asked) = asked.take() {
                 let _ = asked.send(Ok(false));
             }
-            // Here and nowhere else: a task that hangs is missed.
-            if alive_at.is_some_and(|at| at <= Instant::now()) {
-                notifier.alive();
-                alive_at = notifier.period().map(|period| Instant::now() + period);
+            // Here and nowhere else: a task that hangs is missed, and so is a worker.
+            if watchdog.due() <= Instant::now() {
+                match watchdog.check(Instant::now(), self.data_plane.stalled_workers()) {
+                    Verdict::Alive => notifier.alive(),
+                    Verdict::Stalled { workers, news: true } => {
+                        tracing::warn!(workers, "data plane stalls");
+                    }
+                    Verdict::Stalled { .. } => {}
+                    Verdict::Stuck(stuck) => return Err(stuck.into()),
+                }
             }
             let deadline = self.mesh.poll_timeout().map(|(at, _reason)| at);
             let wake = tokio::time::sleep_until(
@@ -432,8 +444,9 @@ impl Daemon {
             );
             tokio::select! {
                 () = wake, if deadline.is_some() => self.mesh.handle_timeout(Instant::now()),
-                () = at(alive_at) => {}
-                Some(event) = self.inputs.data_plane.recv() => self.data_plane_event(event)?,
+                () = tokio::time::sleep_until(watchdog.due().into()) => {}
+                Ok(()) = self.inputs.faults.changed() => self.data_plane_fault()?,
+                Some(event) = self.inputs.data_plane.recv() => self.data_plane_event(event),
                 Some(event) = self.inputs.discovery.recv() => self.discovery_event(event),
                 event = self.host.next() => match event {
                     HostEvent::AddressesChanged => self.addresses_changed(),
@@ -461,7 +474,9 @@ impl Daemon {
                 },
             }
         };
-        self.data_plane.stop();
+        if let Err(error) = self.data_plane.stop() {
+            tracing::error!(%error, "data plane hangs: the agent ends all the same");
+        }
         Ok(exit)
     }
 
@@ -558,7 +573,7 @@ impl Daemon {
         }
     }
 
-    fn data_plane_event(&mut self, event: dataplane::Event) -> anyhow::Result<()> {
+    fn data_plane_event(&mut self, event: dataplane::Event) {
         let now = Instant::now();
         match event {
             dataplane::Event::Peer { peer, what } => self.mesh.observe(now, peer, what),
@@ -566,17 +581,20 @@ impl Daemon {
                 self.probe_received(Some(from), &datagram);
             }
             dataplane::Event::Stun { from, datagram } => self.stun_received(from, &datagram),
-            dataplane::Event::Fault(fault) => {
-                tracing::error!(%fault, "data plane starts anew");
-                self.restart_data_plane()?;
-            }
         }
-        Ok(())
+    }
+
+    fn data_plane_fault(&mut self) -> anyhow::Result<()> {
+        let fault = self.inputs.faults.borrow_and_update().clone();
+        let Some(fault) = fault else { return Ok(()) };
+        tracing::error!(%fault, "data plane is started again");
+        self.restart_data_plane()
     }
 
     /// Somebody deleted the link, or the worker broke: a new one, with new sessions.
     fn restart_data_plane(&mut self) -> anyhow::Result<()> {
-        self.data_plane.stop();
+        // What hangs keeps the link and the port: only the end of the process frees them.
+        self.data_plane.stop()?;
         (self.data_plane, self.inputs.data_plane) = start_data_plane(
             &self.config,
             &self.keys,
@@ -584,6 +602,7 @@ impl Daemon {
             &self.host_tunnels,
             self.purpose,
         )?;
+        self.inputs.faults = self.data_plane.faults();
         self.data_plane.apply(&self.table);
         self.host.put_back();
         let now = Instant::now();
@@ -831,8 +850,7 @@ fn start_data_plane(
         dataplane::Config { private_key: keys.wireguard.secret().clone(), relay, link: None };
     let data_plane = match purpose {
         Purpose::Node => {
-            let queues =
-                dataplane::open_tun_queues(&config.link.name, offloads, config.wireguard.workers)?;
+            let queues = tun_owner::open(&config.link.name, offloads, config.wireguard.workers)?;
             let sockets = dataplane::open_udp_group(port, mark, offloads, queues.len())?;
             let queues = queues.into_iter().map(|tun| tun.with_host_tunnels(host_tunnels.clone()));
             let link = nix::net::if_::if_nametoindex(config.link.name.as_str()).ok();

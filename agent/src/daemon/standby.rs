@@ -222,7 +222,9 @@ impl Standby {
         let path = self.config_path.clone();
         let daemon = Daemon::start(config, path, self.purpose, self.state.clone(), stored)?;
         if let Err(error) = self.marker.clear() {
-            daemon.data_plane.stop();
+            if let Err(error) = daemon.data_plane.stop() {
+                tracing::error!(%error, "data plane hangs");
+            }
             anyhow::bail!("{error}: this machine stays down");
         }
         Ok(daemon)

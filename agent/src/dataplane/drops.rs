@@ -98,8 +98,12 @@ reasons! {
     WrongDestination = "wrong_destination",
     /// To the TUN: refused, as when the link is down.
     TunRefused = "tun_refused",
-    /// The receiver of events is too slow.
+    /// From the TUN: the kernel could not hand it over.
+    TunUnreadable = "tun_unreadable",
+    /// A probe or STUN message: the receiver of events is too slow.
     EventsFull = "events_full",
+    /// An order of the daemon's, such as a probe to be sent: the worker is too slow.
+    OrdersFull = "orders_full",
 }
 
 /// One counter per [`DropReason`]. One thread writes, any thread reads.

@@ -124,7 +124,7 @@ impl TunIo for MemoryTun {
         self.mtu
     }
 
-    fn read(&mut self, batch: &mut TunBatch) -> io::Result<()> {
+    fn read(&mut self, batch: &mut TunBatch, _drops: &Drops) -> io::Result<()> {
         while let Some(spare) = batch.spare() {
             let Some((header, packet)) = self.from_host.pop() else { break };
             let len = packet.len().min(SLOT_BYTES);
@@ -146,7 +146,7 @@ impl TunIo for MemoryTun {
             let packet = batch.pieces(frame).collect::<Vec<_>>().concat();
             bytes[HEADROOM..HEADROOM + len].copy_from_slice(&packet);
             let Ok(mut split) = Split::new(&mut bytes, len, &frame.header, usize::MAX) else {
-                drops.count(DropReason::TunRefused);
+                drops.add(DropReason::TunRefused, frame.pieces as u64);
                 continue;
             };
             while split.next_len().is_some() {

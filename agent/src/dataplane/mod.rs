@@ -11,6 +11,8 @@
 //!   that stay keep their sessions, also when their pre-shared key or boot epoch changes.
 //! - Batches, never packets, cross the two seams ([`TunIo`], [`UdpIo`]). The order within a flow
 //!   is kept.
+//! - A fault is a state ([`DataPlane::faults`]), which nobody can miss, and every worker counts its
+//!   loops, so that one that hangs is noticed ([`DataPlane::stalled_workers`]).
 //! - Every packet that goes no further is counted under one [`DropReason`]. A datagram from
 //!   outside never panics and never logs; boringtun does log handshakes at `debug` and timers up
 //!   to `error`, so a subscriber should turn the target `boringtun` off.
@@ -34,6 +36,7 @@
 //! | `switch` | what of the kernel is in use |
 //! | `relay` | channels between other nodes, forwarded as they come |
 //! | `events`, `drops`, `counters` | what is told and counted |
+//! | `internals` | the packet path without its thread, for fuzzing |
 
 pub mod arena;
 pub mod checksum;
@@ -44,6 +47,8 @@ mod defects;
 pub mod drops;
 mod engine;
 mod events;
+#[doc(hidden)]
+pub mod internals;
 pub mod memory;
 pub mod packet;
 mod peer;
@@ -65,13 +70,15 @@ use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::sync::Arc;
+use std::sync::mpsc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::Sender;
+use tokio::sync::watch;
 use towline_core::path::Path;
 use towline_core::peer_table::PeerTable;
 use towline_proto::id::WireguardKey;
@@ -82,13 +89,13 @@ pub use events::{Event, Fault};
 pub use relay::Relay;
 pub use switch::Feature;
 pub use tun::{
-    HostTunnels, NoTun, OpenTunError, Tun, TunIo, open_tun, open_tun_queues, open_tun_with,
+    HostTunnels, NoTun, OpenTunError, Tun, TunIo, open_tun, open_tun_queues, open_tun_with, own_tun,
 };
 pub use udp::{OpenUdpError, Ready, Udp, UdpIo, open_udp, open_udp_group, open_udp_with};
 
 use drops::Drops;
 use engine::Engine;
-use events::EventSink;
+use events::{EventSink, FaultState};
 use session::Secrets;
 use switch::Switch;
 use table::Table;
@@ -169,6 +176,23 @@ pub struct PeerSnapshot {
     pub endpoint: Option<Path>,
 }
 
+/// Workers that did not end when they were told to. Their threads, descriptors and the link's queues
+/// stay until the process ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{workers} of the data plane's workers did not stop within {patience:?}")]
+pub struct StuckWorkers {
+    /// Number of workers.
+    pub workers: usize,
+    /// How long they were waited for.
+    pub patience: Duration,
+}
+
+/// How long a snapshot waits for a tunnel that a worker is busy with. A batch takes less than a
+/// millisecond.
+const SNAPSHOT_PATIENCE: Duration = Duration::from_millis(100);
+/// How long [`DataPlane::stop`] waits. A worker may wait about a second for room in a socket.
+const STOP_PATIENCE: Duration = Duration::from_secs(4);
+
 /// A running data plane. The last handle to go stops it without waiting; [`DataPlane::stop`]
 /// waits.
 #[derive(Debug, Clone)]
@@ -180,13 +204,27 @@ struct Running {
     table: Arc<ArcSwap<Table>>,
     /// One at a time builds the next table.
     building: Mutex<()>,
+    /// What was lost with peers that left the table. Written under `building` alone.
+    building_drops: Drops,
     /// Of each worker. Orders go to the first.
     inboxes: Vec<Arc<Inbox>>,
     /// Of each worker.
     drops: Vec<Arc<Drops>>,
     started: Instant,
     features: Vec<Switch>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// The first fault of any worker.
+    faults: watch::Receiver<Option<Fault>>,
+    /// Loops of each worker at the last call of [`DataPlane::stalled_workers`].
+    loops_seen: Mutex<Vec<Option<u64>>>,
+    threads: Mutex<Threads>,
+}
+
+/// The workers' threads.
+#[derive(Debug)]
+struct Threads {
+    handles: Vec<JoinHandle<()>>,
+    /// Disconnected once all of them have ended. Nothing is ever sent.
+    ended: mpsc::Receiver<std::convert::Infallible>,
 }
 
 impl Running {
@@ -213,7 +251,8 @@ impl DataPlane {
     /// Starts moving packets, with a thread for each of `shards`: queues of one link, with sockets
     /// of one port. Without peers it drops everything, so [`DataPlane::apply`] is next.
     ///
-    /// `events` should hold some hundred: it is never waited for.
+    /// `events` should hold some hundred: it is never waited for. A fault is not among them, see
+    /// [`DataPlane::faults`].
     ///
     /// # Errors
     ///
@@ -224,15 +263,20 @@ impl DataPlane {
         events: Sender<Event>,
     ) -> io::Result<Self> {
         let started = Instant::now();
+        let (fault_state, faults) = FaultState::new();
+        let (alive, ended) = mpsc::channel();
         let mut running = Running {
             secrets: Arc::new(Secrets::new(config.private_key)),
             table: Arc::new(ArcSwap::from_pointee(Table::default())),
             building: Mutex::new(()),
+            building_drops: Drops::default(),
             inboxes: Vec::new(),
             drops: Vec::new(),
             started,
             features: Vec::new(),
-            threads: Mutex::default(),
+            faults,
+            loops_seen: Mutex::default(),
+            threads: Mutex::new(Threads { handles: Vec::new(), ended }),
         };
         let pace = Arc::new(Pace::new(started));
         let mut workers = Vec::new();
@@ -259,6 +303,7 @@ impl DataPlane {
                 pace.clone(),
                 inbox.clone(),
                 drops.clone(),
+                fault_state.clone(),
             )?);
             running.inboxes.push(inbox);
             running.drops.push(drops);
@@ -266,7 +311,12 @@ impl DataPlane {
         for worker in workers {
             // One that cannot be started ends those before it: `running` is dropped.
             let thread = std::thread::Builder::new().name("dataplane".to_owned());
-            running.threads.get_mut().push(thread.spawn(|| worker.run())?);
+            let alive = alive.clone();
+            let thread = thread.spawn(move || {
+                worker.run();
+                drop(alive);
+            })?;
+            running.threads.get_mut().handles.push(thread);
         }
         Ok(Self(Arc::new(running)))
     }
@@ -279,8 +329,12 @@ impl DataPlane {
     /// The peers are now these. Those that stay keep their sessions.
     pub fn apply(&self, table: &PeerTable) {
         let _building = self.0.building.lock();
-        let next = self.0.table.load().next(table, &self.0.secrets);
-        self.0.table.store(Arc::new(next));
+        let before = self.0.table.load_full();
+        self.0.table.store(Arc::new(before.next(table, &self.0.secrets)));
+        for peer in before.peers.iter().filter(|peer| !table.peers.contains_key(&peer.key)) {
+            let lost = peer.tunnel.lock().close();
+            self.0.building_drops.add(DropReason::QueueExpired, lost as u64);
+        }
         self.0.inboxes.iter().for_each(|inbox| inbox.wake());
     }
 
@@ -304,6 +358,27 @@ impl DataPlane {
         self.0.order(Command::SendWhole(peer, to, datagram.to_vec()));
     }
 
+    /// Shows the first fault of any worker, after which the data plane has to be started again. It
+    /// stays, so a receiver that looks late finds it too.
+    pub fn faults(&self) -> watch::Receiver<Option<Fault>> {
+        self.0.faults.clone()
+    }
+
+    /// Number of workers that did not go through their loop since the last call, if that is some
+    /// seconds ago. Wakes each of them, so that an idle one will have done so by the next call.
+    pub fn stalled_workers(&self) -> usize {
+        let mut seen = self.0.loops_seen.lock();
+        seen.resize(self.0.inboxes.len(), None);
+        let mut stalled = 0;
+        for (seen, inbox) in seen.iter_mut().zip(&self.0.inboxes) {
+            let loops = Some(inbox.loops());
+            stalled += usize::from(*seen == loops);
+            *seen = loops;
+            inbox.wake();
+        }
+        stalled
+    }
+
     /// How it stands now.
     pub fn snapshot(&self) -> Snapshot {
         let table = self.0.table.load();
@@ -313,12 +388,19 @@ impl DataPlane {
                 received_bytes,
                 sent_bytes,
                 last_handshake: peer.counters.last_handshake(self.0.started),
-                endpoint: peer.tunnel.lock().endpoint(peer.endpoint()),
+                // A worker that hangs may hold it; that must not hang who looks at it.
+                endpoint: match peer.tunnel.try_lock_for(SNAPSHOT_PATIENCE) {
+                    Some(mut tunnel) => tunnel.endpoint(peer.endpoint()),
+                    None => peer.endpoint(),
+                },
             };
             (peer.key, snapshot)
         });
+        let refused: u64 = self.0.inboxes.iter().map(|inbox| inbox.refused()).sum();
         let drops = DropReason::ALL.iter().map(|reason| {
-            (reason.name(), self.0.drops.iter().map(|drops| drops.get(*reason)).sum())
+            let workers: u64 = self.0.drops.iter().map(|drops| drops.get(*reason)).sum();
+            let orders = if *reason == DropReason::OrdersFull { refused } else { 0 };
+            (reason.name(), workers + self.0.building_drops.get(*reason) + orders)
         });
         Snapshot {
             peers: peers.collect(),
@@ -327,14 +409,42 @@ impl DataPlane {
         }
     }
 
-    /// Ends it, and waits until its threads are gone. The TUN link stays if it is persistent.
-    pub fn stop(&self) {
+    /// Ends it, and waits a few seconds until its threads are gone. The TUN link stays if it is
+    /// persistent.
+    ///
+    /// # Errors
+    ///
+    /// When a worker hangs: only the end of the process ends it.
+    pub fn stop(&self) -> Result<(), StuckWorkers> {
+        self.stop_within(STOP_PATIENCE)
+    }
+
+    /// As [`DataPlane::stop`], but waits at most `patience`.
+    ///
+    /// # Errors
+    ///
+    /// When a worker hangs: only the end of the process ends it.
+    pub fn stop_within(&self, patience: Duration) -> Result<(), StuckWorkers> {
         self.0.stop();
-        for thread in self.0.threads.lock().drain(..) {
+        let mut threads = self.0.threads.lock();
+        let ended = match threads.ended.recv_timeout(patience) {
+            Err(mpsc::RecvTimeoutError::Disconnected) => true,
+            Err(mpsc::RecvTimeoutError::Timeout) => false,
+            Ok(never) => match never {},
+        };
+        let (done, stuck): (Vec<_>, Vec<_>) =
+            threads.handles.drain(..).partition(|thread| ended || thread.is_finished());
+        for thread in done {
             if thread.join().is_err() {
                 tracing::error!("a thread of the data plane panicked");
             }
         }
+        if stuck.is_empty() {
+            return Ok(());
+        }
+        let workers = stuck.len();
+        threads.handles = stuck;
+        Err(StuckWorkers { workers, patience })
     }
 }
 

@@ -82,6 +82,8 @@ pub(super) struct Tunnel {
     travelled: Travelled,
     /// Until when time has to pass for the engine.
     live_until: Option<Instant>,
+    /// Set once the peer left the table: nothing waits for a session any more.
+    closed: bool,
 }
 
 /// Inner packets that were not told of yet, and when they last were.
@@ -138,7 +140,19 @@ impl Tunnel {
             roamed_said: None,
             travelled: Travelled::default(),
             live_until: None,
+            closed: false,
         }
+    }
+
+    /// Number of packets that wait for a session.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// The peer left the table. Returns how many packets waited for a session: they are lost.
+    pub(super) fn close(&mut self) -> usize {
+        self.closed = true;
+        std::mem::take(&mut self.waiting).len()
     }
 
     /// From now on handshakes use this key and index. Sessions of before stay until the next
@@ -195,6 +209,10 @@ impl Tunnel {
 
     /// Keeps a few packets until there is a session. They come with their padding.
     pub(super) fn wait(&mut self, packet: &[u8], act: &mut Act<'_>) {
+        if self.closed {
+            act.drops.count(DropReason::NoRoute);
+            return;
+        }
         if self.waiting.len() == WAITING {
             self.waiting.pop_front();
             act.drops.count(DropReason::QueueFull);

@@ -33,12 +33,13 @@ pub trait TunIo: Send + 'static {
     /// The link's MTU now, in bytes.
     fn mtu(&self) -> usize;
 
-    /// Fills the batch with what the host has sent, without waiting.
+    /// Fills the batch with what the host has sent, without waiting. What cannot be read is
+    /// counted.
     ///
     /// # Errors
     ///
     /// Only when the link is gone.
-    fn read(&mut self, batch: &mut TunBatch) -> io::Result<()>;
+    fn read(&mut self, batch: &mut TunBatch, drops: &Drops) -> io::Result<()>;
 
     /// What may be joined in the batches that are written.
     fn coalesce(&self) -> Coalesce;
@@ -72,7 +73,7 @@ impl TunIo for NoTun {
         usize::from(u16::MAX)
     }
 
-    fn read(&mut self, _batch: &mut TunBatch) -> io::Result<()> {
+    fn read(&mut self, _batch: &mut TunBatch, _drops: &Drops) -> io::Result<()> {
         Ok(())
     }
 
@@ -81,7 +82,8 @@ impl TunIo for NoTun {
     }
 
     fn write(&mut self, _now: Instant, batch: &WriteBatch, drops: &Drops) {
-        drops.add(DropReason::TunRefused, batch.frames().len() as u64);
+        let packets: usize = batch.frames().iter().map(|frame| frame.pieces).sum();
+        drops.add(DropReason::TunRefused, packets as u64);
     }
 
     fn features(&self) -> Vec<Switch> {
@@ -257,8 +259,30 @@ fn open_device() -> io::Result<File> {
     }
 }
 
-/// A queue of the link, and the link's name; makes the link if it does not exist.
+/// Gives the TUN link `name` to the user with the id `owner`. One that does not exist is made and
+/// goes away again.
+///
+/// # Errors
+///
+/// One line for the operator, see [`OpenTunError`]; [`OpenTunError::Busy`] if it has one queue and
+/// somebody holds that.
+pub fn own_tun(name: &str, owner: u32) -> Result<(), OpenTunError> {
+    match attach_as(name, false, owner) {
+        Err(OpenTunError::NameTaken(_)) => attach_as(name, true, owner).map(drop),
+        attached => attached.map(drop),
+    }
+}
+
+/// A queue of the link, which belongs to our user from then on, and the link's name; makes the link
+/// if it does not exist.
 fn attach(name: &str, of_several: bool) -> Result<(File, String), OpenTunError> {
+    attach_as(name, of_several, nix::unistd::geteuid().as_raw())
+}
+
+/// As [`attach`], for the user with the id `owner`. To a link without an owner any local user could
+/// attach, read what enters the tunnel and write what seems to come out of it, also while no agent
+/// runs.
+fn attach_as(name: &str, of_several: bool, owner: u32) -> Result<(File, String), OpenTunError> {
     let other = |step| {
         let name = name.to_owned();
         move |error| OpenTunError::Other { name, step, error }
@@ -282,6 +306,10 @@ fn attach(name: &str, of_several: bool) -> Result<(File, String), OpenTunError> 
         },
     )?;
     let name = interface_name(&request).unwrap_or_else(|| name.to_owned());
+    // A link that exists already may have no owner, or that of an earlier installation.
+    // SAFETY: TUNSETOWNER takes its argument by value.
+    unsafe { ioctl(file.as_fd(), libc::TUNSETOWNER, owner as usize as *mut _) }
+        .map_err(|error| OpenTunError::Other { name: name.clone(), step: "TUNSETOWNER", error })?;
     Ok((file, name))
 }
 
@@ -422,7 +450,7 @@ impl TunIo for Tun {
         }
     }
 
-    fn read(&mut self, batch: &mut TunBatch) -> io::Result<()> {
+    fn read(&mut self, batch: &mut TunBatch, drops: &Drops) -> io::Result<()> {
         while let Some(spare) = batch.spare() {
             let start = HEADROOM - self.header_len;
             match self.file.read(&mut spare[start..]) {
@@ -430,12 +458,19 @@ impl TunIo for Tun {
                     let header = VnetHeader::decode(&spare[start..HEADROOM]);
                     batch.commit(header, len - self.header_len);
                 }
-                Ok(_) => break,
+                Ok(_) => {
+                    drops.count(DropReason::TunUnreadable);
+                    break;
+                }
                 Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => break,
+                    // Nothing there, or a link that is about to go away.
+                    Some(libc::EAGAIN | libc::EINTR | libc::EIO) => break,
                     Some(libc::EBADFD | libc::ENODEV | libc::EFAULT) => return Err(error),
-                    // A single packet that could not be handed over.
-                    _ => break,
+                    // A single packet that could not be handed over: the kernel has dropped it.
+                    _ => {
+                        drops.count(DropReason::TunUnreadable);
+                        break;
+                    }
                 },
             }
         }

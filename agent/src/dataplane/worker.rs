@@ -22,7 +22,7 @@ use towline_proto::id::WireguardKey;
 use super::arena::{RecvBatch, SendBatch, TunBatch, WriteBatch};
 use super::drops::{DropReason, Drops};
 use super::engine::{Engine, Joined};
-use super::events::Fault;
+use super::events::{Fault, FaultState};
 use super::rest::Rest;
 use super::tun::TunIo;
 use super::udp::{Ready, TooBig, UdpIo};
@@ -39,6 +39,9 @@ const TUN_PACKETS: usize = 256;
 /// Bytes and trains of one send.
 const SEND_BYTES: usize = 512 * 1024;
 const SEND_TRAINS: usize = 256;
+/// Orders that may wait for the worker. More are refused and counted: the core repeats what it
+/// needs.
+const ORDERS: usize = 4096;
 
 /// An order to the worker.
 #[derive(Debug)]
@@ -51,12 +54,17 @@ pub(super) enum Command {
     SendWhole(WireguardKey, Path, Vec<u8>),
 }
 
-/// How the worker is told something.
+/// How the worker is told something, and how it proves that it goes on.
 #[derive(Debug)]
 pub(super) struct Inbox {
+    /// Orders that wait, at most [`ORDERS`].
     commands: Mutex<Vec<Command>>,
     wake: EventFd,
     stop: AtomicBool,
+    /// Orders that found no room.
+    refused: AtomicU64,
+    /// Number of times that the worker went through its loop. It alone writes it.
+    loops: AtomicU64,
 }
 
 impl Inbox {
@@ -66,12 +74,36 @@ impl Inbox {
             commands: Mutex::new(Vec::new()),
             wake: EventFd::from_value_and_flags(0, flags)?,
             stop: AtomicBool::new(false),
+            refused: AtomicU64::new(0),
+            loops: AtomicU64::new(0),
         })
     }
 
     pub(super) fn push(&self, command: Command) {
-        self.commands.lock().push(command);
+        let mut commands = self.commands.lock();
+        if commands.len() < ORDERS {
+            commands.push(command);
+        } else {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+        }
+        drop(commands);
         self.wake();
+    }
+
+    /// Orders that found no room since the start.
+    pub(super) fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// Number of times that the worker went through its loop. An idle worker does so when it is
+    /// woken.
+    pub(super) fn loops(&self) -> u64 {
+        self.loops.load(Ordering::Relaxed)
+    }
+
+    fn count_loop(&self) {
+        // One writer: no need for a locked instruction.
+        self.loops.store(self.loops.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
     }
 
     pub(super) fn stop(&self) {
@@ -125,6 +157,7 @@ pub(super) struct Worker<T, U> {
     pace: Arc<Pace>,
     inbox: Arc<Inbox>,
     drops: Arc<Drops>,
+    faults: FaultState,
     epoll: Epoll,
     received: RecvBatch,
     writes: WriteBatch,
@@ -146,6 +179,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         pace: Arc<Pace>,
         inbox: Arc<Inbox>,
         drops: Arc<Drops>,
+        faults: FaultState,
     ) -> nix::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&inbox.wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
@@ -161,6 +195,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             pace,
             inbox,
             drops,
+            faults,
             epoll,
             received: RecvBatch::new(RECEIVE_SLOTS),
             writes: WriteBatch::new(RECEIVE_SLOTS),
@@ -174,7 +209,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
     pub(super) fn run(mut self) {
         Rest::prepare_thread();
         if let Err(error) = self.serve() {
-            self.engine.events().fault(Fault::Worker(error.to_string()));
+            self.faults.set(Fault::Worker(error.to_string()));
         }
     }
 
@@ -189,6 +224,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 Err(nix::errno::Errno::EINTR) => continue,
                 Err(error) => return Err(error),
             };
+            self.inbox.count_loop();
             let now = Instant::now();
             self.engine.set_mtu(self.pace.mtu.load(Ordering::Relaxed));
             let is_ready = |what: u64| ready.iter().any(|event| event.data() == what);
@@ -216,7 +252,11 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                     let live = self.engine.tick(now, &mut self.out, &mut self.udp);
                     self.pace.live.store(live, Ordering::Relaxed);
                 }
-                next_tick = self.pace.live.load(Ordering::Relaxed).then(|| now + TICK);
+                // Whoever else lets time pass does not send what waits here.
+                self.engine.events().retry();
+                let live = self.pace.live.load(Ordering::Relaxed);
+                let live = live || self.engine.events().is_waiting();
+                next_tick = live.then(|| now + TICK);
                 ticks = ticks.wrapping_add(1);
                 if ticks.is_multiple_of(MTU_TICKS) {
                     self.look_at_mtu();
@@ -289,8 +329,8 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
 
     fn outbound(&mut self, now: Instant) -> nix::Result<()> {
         self.read.clear();
-        if let Err(error) = self.tun.read(&mut self.read) {
-            self.engine.events().fault(Fault::TunGone(error.to_string()));
+        if let Err(error) = self.tun.read(&mut self.read, &self.drops) {
+            self.faults.set(Fault::TunGone(error.to_string()));
             // The tunnels stay up for the core to see; a new link needs a new data plane.
             return self.epoll.delete(self.tun.fd());
         }

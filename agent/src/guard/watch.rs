@@ -127,7 +127,7 @@ impl Keeper {
             held.is_stale = applied.problems.iter().any(|problem| {
                 problem.is_worth_retrying() && !matches!(problem, Problem::LinkMissing(_))
             });
-            held.last = outcome(&held.plan, &applied);
+            held.last = outcome(&self.config, &held.plan, &applied);
         }
         Ok(held.last.clone())
     }

@@ -3,10 +3,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use nix::libc;
 use nix::sched::{CloneFlags, setns, unshare};
 
 use towline_netlink::{Rtnetlink, VethPeer};
@@ -142,4 +143,31 @@ pub fn add_link(name: &str) -> u32 {
         rtnetlink.set_up(index, true).expect("the link comes up");
     }
     rtnetlink.link_index(name).expect("the link")
+}
+
+/// A persistent TUN link of that name as earlier versions left it: without an owner. `false`, with a
+/// printed reason, where TUN devices cannot be opened.
+pub fn add_unowned_tun(name: &str) -> bool {
+    let device = match File::options().read(true).write(true).open("/dev/net/tun") {
+        Ok(device) => device,
+        Err(error) => {
+            println!("skipped: /dev/net/tun: {error}");
+            return false;
+        }
+    };
+    // SAFETY: `ifreq` is plain data; all zero is one of its values.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as _;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as _;
+    let fd = device.as_raw_fd();
+    // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is; TUNSETPERSIST takes its
+    // argument by value.
+    let made = unsafe {
+        libc::ioctl(fd, libc::TUNSETIFF as _, &raw mut request) == 0
+            && libc::ioctl(fd, libc::TUNSETPERSIST as _, 1) == 0
+    };
+    assert!(made, "a TUN link: {}", io::Error::last_os_error());
+    true
 }

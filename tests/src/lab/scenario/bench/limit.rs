@@ -78,7 +78,7 @@ impl Limit {
             }
             if is_ready(0) {
                 read.clear();
-                tun.read(&mut read)?;
+                tun.read(&mut read, &drops)?;
                 for number in 0..read.packets().len() {
                     let packet = read.packets()[number];
                     let bytes = read.packet_mut(&packet);
