@@ -31,6 +31,9 @@ use towline_proto::stun;
 use towline_proto::token::JoinToken;
 
 use crate::sim::host::{self, Host};
+pub use pipeline::pipeline;
+
+mod pipeline;
 
 /// A function of bytes, with inputs to begin from.
 pub struct Target {
@@ -51,6 +54,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "datagram", run: datagram, seeds: datagram_seeds },
     Target { name: "inner", run: inner, seeds: inner_seeds },
     Target { name: "coalesce", run: coalesce, seeds: coalesce_seeds },
+    Target { name: "pipeline", run: pipeline, seeds: pipeline::seeds },
     Target { name: "mesh", run: mesh, seeds: mesh_seeds },
     Target { name: "helper", run: helper, seeds: helper_seeds },
 ];

@@ -12,7 +12,8 @@ use rand::seq::IndexedRandom as _;
 use rand::{Rng, SeedableRng};
 use towline_tests::fuzz::{TARGETS, Target};
 
-/// Mutations for each target.
+/// Mutations for each target, unless `FUZZ_ROUNDS` says another number. `FUZZ_TARGET` names the only
+/// target, `FUZZ_SEED` makes other mutations.
 const ROUNDS: usize = 3_000;
 
 #[test]
@@ -28,11 +29,15 @@ fn the_committed_corpus_harms_nobody() {
 
 #[test]
 fn thousands_of_mutations_harm_nobody() {
-    for target in TARGETS {
+    let variable = |name| std::env::var(name).ok();
+    let number = |name| variable(name).map(|text| text.parse::<u64>().unwrap());
+    let (rounds, seed) = (number("FUZZ_ROUNDS"), number("FUZZ_SEED"));
+    let only = variable("FUZZ_TARGET");
+    for target in TARGETS.iter().filter(|target| only.as_ref().is_none_or(|o| o == target.name)) {
         let mut inputs = (target.seeds)();
         inputs.extend(corpus(target).into_iter().map(|(_, bytes)| bytes));
-        let mut rng = StdRng::seed_from_u64(1);
-        for round in 0..ROUNDS {
+        let mut rng = StdRng::seed_from_u64(seed.unwrap_or(1));
+        for round in 0..rounds.unwrap_or(ROUNDS as u64) {
             let bytes = mutated(&mut rng, &inputs);
             try_one(target, &bytes, &format!("round {round}"));
         }

@@ -1,0 +1,5 @@
+//! See `towline_tests::fuzz::pipeline`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| towline_tests::fuzz::pipeline(bytes));

@@ -1,0 +1,508 @@
+//! The packet path of a worker: batches from the network and from the TUN, as the bytes say.
+//!
+//! One node with one peer, which has its keys and can seal, and a relay's channel between two other
+//! nodes. Every call ends, what is forwarded are disjoint parts of what was received, and each
+//! datagram has exactly one outcome: delivered, forwarded, handed on, answered or counted.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use towline_agent::dataplane::Event;
+use towline_agent::dataplane::arena::{
+    HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, TAILROOM, TRAIN_BYTES, TRAIN_SEGMENTS, Train,
+    TunBatch, WriteBatch,
+};
+use towline_agent::dataplane::coalesce::Coalesce;
+use towline_agent::dataplane::drops::{DropReason, Drops};
+use towline_agent::dataplane::internals::PacketPath;
+use towline_agent::dataplane::packet::Inner;
+use towline_agent::dataplane::relay::{Limits, Relay};
+use towline_agent::dataplane::session::{
+    Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Secrets, Segments, Session,
+};
+use towline_agent::dataplane::split::Split;
+use towline_agent::dataplane::switch::Switch;
+use towline_agent::dataplane::udp::{Ready, TooBig, UdpIo};
+use towline_agent::dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VNET_HEADER_BYTES, VnetHeader};
+use towline_core::own_networks::OwnNetworks;
+use towline_core::path::{LocalEnd, Path};
+use towline_core::peer_table::{PeerEntry, PeerTable};
+use towline_proto::frame::{DatagramKind, RELAYED_HEADER_BYTES, relayed, relayed_header};
+use towline_proto::id::WireguardKey;
+use x25519_dalek::StaticSecret;
+
+use super::{EPOCH, Input};
+
+/// Calls for one input.
+const CALLS: u32 = 64;
+const SLOTS: usize = 8;
+const MTU: usize = 1_420;
+/// Our own link, from which no outer datagram can come.
+const LINK: u32 = 7;
+/// A channel that the node relays, and one that it does not.
+const RELAYED: u64 = 77;
+const UNKNOWN: u64 = 78;
+
+fn address(number: u8) -> SocketAddr {
+    SocketAddr::from(([192, 0, 2, number], 51_830))
+}
+
+/// See the module.
+pub fn pipeline(bytes: &[u8]) {
+    let mut input = Input(bytes);
+    let mut bench = Bench::new();
+    for _ in 0..CALLS {
+        let Some(what) = input.byte() else { break };
+        match what % 8 {
+            0 | 1 => bench.junk(&mut input),
+            2 => bench.sealed(&mut input),
+            3 => bench.initiation(),
+            4 | 5 => bench.outbound(&mut input),
+            6 => bench.now += Duration::from_millis(input.below(255).into()),
+            _ => bench.inbound(),
+        }
+        if bench.received.is_full() {
+            bench.inbound();
+        }
+    }
+    // The answers to what the last batch brought may ask for another one.
+    for _ in 0..4 {
+        bench.inbound();
+    }
+}
+
+struct Bench {
+    now: Instant,
+    path: PacketPath,
+    peer_key: WireguardKey,
+    peer: Session,
+    received: RecvBatch,
+    writes: WriteBatch,
+    out: SendBatch,
+    read: TunBatch,
+}
+
+/// Counts what is sent.
+#[derive(Default)]
+struct Sink {
+    datagrams: usize,
+}
+
+impl UdpIo for Sink {
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    fn receive(&mut self, _: Ready, _: &mut RecvBatch, _: &Drops) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn send_trains(&mut self, _: Instant, bytes: &[u8], trains: &[Train], _: &Drops) {
+        for train in trains {
+            let sent = &bytes[train.start..train.start + train.len];
+            assert_eq!(sent.chunks(train.stride.get()).count(), train.segments);
+            self.datagrams += train.segments;
+        }
+    }
+
+    fn send_whole(&mut self, _: Instant, _: &SendBatch, _: &Drops) -> Result<(), TooBig> {
+        Ok(())
+    }
+
+    fn came_joined(&mut self, _: Instant, _: usize, _: usize) {}
+
+    fn features(&self) -> Vec<Switch> {
+        Vec::new()
+    }
+}
+
+/// One payload.
+struct Once(Option<Vec<u8>>, Vec<u8>);
+
+impl Segments for Once {
+    fn next_len(&self) -> Option<usize> {
+        self.0.as_ref().map(Vec::len)
+    }
+
+    fn take(&mut self) -> &[u8] {
+        self.1 = self.0.take().unwrap_or_default();
+        &self.1
+    }
+}
+
+impl Bench {
+    fn new() -> Self {
+        let now = *EPOCH;
+        let limits = Limits { nodes: 4, channels: 4, bytes_per_second: 1 << 20 };
+        let relay = Relay::new(limits);
+        let ends = [3, 4].map(|number| (WireguardKey([number; 32]), address(number).into()));
+        relay.register(now, ends[1].0, ends[1].1).expect("there is room");
+        relay.open(now, ends[0], ends[1].0, RELAYED).expect("both are registered");
+        let mut path = PacketPath::new(StaticSecret::from([1; 32]), relay, Some(LINK), now);
+        path.set_mtu(MTU);
+        let secrets = Secrets::new(StaticSecret::from([2; 32]));
+        let peer_key = secrets.public_key();
+        let entry = PeerEntry {
+            endpoint: Some(address(2).into()),
+            prefixes: vec!["10.0.0.2/32".parse().expect("a prefix")],
+            keepalive: None,
+            preshared_key: None,
+            mtu: 1_420,
+            fragment: false,
+            boot_epoch: 0,
+            is_static: false,
+        };
+        let own = OwnNetworks::new([Ipv4Addr::new(10, 0, 0, 1).into()], [], []);
+        path.apply(&PeerTable { peers: [(peer_key, entry)].into(), own });
+        let peer = Session::new(&secrets, path.public_key(), None, 9);
+        Self {
+            now,
+            path,
+            peer_key,
+            peer,
+            received: RecvBatch::new(SLOTS),
+            writes: WriteBatch::new(SLOTS),
+            out: SendBatch::new(512 * 1024, 256),
+            read: TunBatch::new(1, 4),
+        }
+    }
+
+    /// Puts bytes into the next slot, as the kernel would.
+    fn arrive(&mut self, from: Path, bytes: &[u8], segment_size: usize) {
+        if self.received.is_full() {
+            return;
+        }
+        let slot = self.received.next_slot();
+        let len = bytes.len().min(SLOT_BYTES);
+        self.received.bytes_mut()[slot * SLOT_BYTES..][..len].copy_from_slice(&bytes[..len]);
+        self.received.push(slot, from, len, segment_size);
+    }
+
+    /// Datagrams of any size and kind from anybody.
+    fn junk(&mut self, input: &mut Input<'_>) {
+        let from = input.sender();
+        let len = input.size();
+        let segment_size = input.size();
+        let heads: Vec<Vec<u8>> = (0..=input.below(4)).map(|_| self.head(input)).collect();
+        let mut bytes = vec![input.byte().unwrap_or(0); len];
+        let size = if segment_size == 0 { len.max(1) } else { segment_size };
+        for (datagram, head) in bytes.chunks_mut(size).zip(heads.iter().cycle()) {
+            let len = head.len().min(datagram.len());
+            datagram[..len].copy_from_slice(&head[..len]);
+        }
+        self.arrive(from, &bytes, segment_size);
+    }
+
+    fn head(&mut self, input: &mut Input<'_>) -> Vec<u8> {
+        let data = |session: &mut Session| {
+            // The receiver index that the node has chosen.
+            let mut message = [0; HANDSHAKE_BYTES];
+            let len = session.keepalive(&mut message);
+            message[..len.min(16)].to_vec()
+        };
+        match input.below(10) {
+            0 => (0..16).map(|_| input.byte().unwrap_or(0)).collect(),
+            1 => relayed_header(RELAYED).to_vec(),
+            2 => relayed_header(UNKNOWN).to_vec(),
+            3 => data(&mut self.peer),
+            4 => [&relayed_header(UNKNOWN)[..], &data(&mut self.peer)].concat(),
+            5 => vec![4, 0, 0, 0, 1, 2, 3, 4],
+            6 => vec![0x50, 1, 0, 0, 9],
+            7 => [&[0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42][..], &[9; 12]].concat(),
+            8 => vec![input.below(5), 0, 0, 0],
+            _ => [&relayed_header(RELAYED)[..], &relayed_header(UNKNOWN)].concat(),
+        }
+    }
+
+    /// Packets that the peer seals, joined by the kernel, rightly or not.
+    fn sealed(&mut self, input: &mut Input<'_>) {
+        if !self.peer.is_ready() {
+            return;
+        }
+        let count = input.below(64) + 1;
+        let payload = usize::from(input.below(90)) * 16;
+        let to = if input.below(4) == 0 {
+            Path::from(address(2)).on_channel(towline_core::path::ChannelId(UNKNOWN))
+        } else {
+            address(2).into()
+        };
+        let mut sealed = SendBatch::new(SLOT_BYTES, 8);
+        let drops = Drops::default();
+        for number in 0..count {
+            let mut packet = vec![number; payload];
+            if payload > 0 {
+                let version = input.below(16);
+                packet[..16].fill(0);
+                packet[0] = if version < 14 { 0x45 } else { version << 4 };
+                let claimed = payload as u16 - u16::from(input.below(16));
+                packet[2..4].copy_from_slice(&claimed.to_be_bytes());
+                packet[9] = 17;
+                packet[12..16].copy_from_slice(&[10, 0, 0, if version == 0 { 3 } else { 2 }]);
+            }
+            if payload >= 32 {
+                packet[16..20].copy_from_slice(&[10, 0, 0, 1]);
+            }
+            self.peer.seal(&mut Once(Some(packet), Vec::new()), to, &mut sealed, &drops);
+        }
+        let len: usize = sealed.trains().iter().map(|train| train.len).sum();
+        let size = match input.below(4) {
+            0 => input.size(),
+            _ => sealed.trains().first().map_or(0, |train| train.stride.get()),
+        };
+        let bytes = sealed.bytes()[..len].to_vec();
+        self.arrive(address(2).into(), &bytes, size);
+    }
+
+    fn initiation(&mut self) {
+        let mut message = [0; HANDSHAKE_BYTES];
+        let len = self.peer.initiate(&mut message);
+        self.arrive(address(2).into(), &message[..len], 0);
+    }
+
+    /// Lets the batch through, and judges what became of it.
+    fn inbound(&mut self) {
+        let received = self.received.received().iter();
+        let (mut total, mut consumable) = (0, 0);
+        for (start, len) in received.flat_map(|received| {
+            let places: Vec<_> = received.places().collect();
+            // A datagram of no bytes is one too.
+            if places.is_empty() { vec![(0, 0)] } else { places }
+        }) {
+            total += 1;
+            let datagram = &self.received.bytes()[start..start + len];
+            let message = match relayed(datagram) {
+                Some(_) => datagram.get(RELAYED_HEADER_BYTES..).unwrap_or_default(),
+                None => datagram,
+            };
+            consumable += usize::from(match MessageKind::of(message) {
+                Some(MessageKind::Data { .. }) => message.len() == DATA_OVERHEAD,
+                Some(_) => true,
+                None => DatagramKind::of(message) == DatagramKind::Stun,
+            });
+        }
+        // Those of packets that waited are none of these datagrams'.
+        let drops = |path: &PacketPath| {
+            path.all_drops()
+                - path.drops(DropReason::QueueFull)
+                - path.drops(DropReason::QueueExpired)
+        };
+        let before = drops(&self.path);
+        let allowed = Coalesce { tcp: true, udp: true, tunnels: [4789, 0, 0, 0] };
+        self.path.inbound(self.now, allowed, &self.received, &mut self.writes, &mut self.out);
+        let mut outcomes = usize::try_from(drops(&self.path) - before).expect("a few");
+
+        let mut free_from = 0;
+        for train in self.path.forwards() {
+            assert!(train.len > 0 && train.len <= TRAIN_BYTES, "{train:?}");
+            assert!(train.segments <= TRAIN_SEGMENTS, "{train:?}");
+            assert_eq!(train.len.div_ceil(train.stride.get()), train.segments, "{train:?}");
+            assert!(train.start >= free_from, "it was forwarded already: {train:?}");
+            free_from = train.start + train.len;
+            let inside = self.received.received().iter().any(|received| {
+                let (start, end) =
+                    received.places().fold((usize::MAX, 0), |(start, end), (at, len)| {
+                        (start.min(at), end.max(at + len))
+                    });
+                train.start >= start && free_from <= end
+            });
+            assert!(inside, "it was not received: {train:?}");
+            outcomes += train.segments;
+        }
+        for frame in self.writes.frames() {
+            let bytes: usize = self.writes.pieces(frame).map(<[u8]>::len).sum();
+            assert_eq!(bytes, frame.len);
+            outcomes += frame.pieces;
+        }
+        while let Some(event) = self.path.event() {
+            outcomes += usize::from(matches!(event, Event::Probe { .. } | Event::Stun { .. }));
+        }
+        // The rest was handshakes, keepalives and STUN requests that were answered.
+        assert!(
+            outcomes <= total && total - outcomes <= consumable,
+            "{total} datagrams, {outcomes} outcomes, at most {consumable} consumed"
+        );
+        self.writes.clear();
+        self.received.clear();
+        self.answers();
+    }
+
+    /// The peer takes what was sent to it; what it answers arrives next.
+    fn answers(&mut self) {
+        let mut messages = Vec::new();
+        for train in self.out.trains().iter().filter(|train| train.to.remote == address(2)) {
+            let bytes = &self.out.bytes()[train.start..train.start + train.len];
+            messages.extend(bytes.chunks(train.stride.get()).map(<[u8]>::to_vec));
+        }
+        self.out.clear();
+        for message in messages {
+            let handshake = matches!(MessageKind::of(&message), Some(kind) if !matches!(kind, MessageKind::Data { .. }));
+            if !handshake {
+                continue;
+            }
+            let mut reply = [0; HANDSHAKE_BYTES];
+            if let Answered::Response { len, .. } | Answered::Established { len } =
+                self.peer.handshake(&message, &mut reply)
+            {
+                self.arrive(address(2).into(), &reply[..len], 0);
+            }
+        }
+    }
+
+    /// A packet from the TUN, large or small, good or bad.
+    fn outbound(&mut self, input: &mut Input<'_>) {
+        let len = input.size();
+        let mut packet = vec![input.byte().unwrap_or(0); len];
+        let good = input.below(4) != 0;
+        if let Some(header) = packet.first_chunk_mut::<20>() {
+            header[0] = if good { 0x45 } else { input.byte().unwrap_or(0) };
+            header[2..4].copy_from_slice(&(len as u16).to_be_bytes());
+            header[6..8].fill(0);
+            header[9] = 17;
+            let to = if input.below(4) == 0 { 9 } else { 2 };
+            header[12..20].copy_from_slice(&[10, 0, 0, 1, 10, 0, 0, to]);
+        }
+        let header = match input.below(3) {
+            0 => VnetHeader::default(),
+            1 => VnetHeader {
+                flags: FLAG_NEEDS_CSUM,
+                gso_type: GSO_UDP_L4,
+                hdr_len: 28,
+                gso_size: u16::from(input.byte().unwrap_or(0)) * 8,
+                csum_start: 20,
+                csum_offset: 6,
+                ..VnetHeader::default()
+            },
+            _ => {
+                let mut bytes = [0; VNET_HEADER_BYTES];
+                bytes.fill_with(|| input.byte().unwrap_or(0));
+                VnetHeader::decode(&bytes)
+            }
+        };
+        self.read.clear();
+        let spare = self.read.spare().expect("it is empty");
+        spare[HEADROOM..HEADROOM + len].copy_from_slice(&packet);
+        self.read.commit(header, len);
+
+        let expected = segments(&packet, &header);
+        let (drops, waiting) = (self.path.all_drops(), self.path.waiting());
+        let mut sink = Sink::default();
+        let mut out = SendBatch::new(512 * 1024, 256);
+        self.path.outbound(self.now, &mut self.read, &mut out, &mut sink);
+        assert!(out.is_empty(), "all is sent");
+        let dropped = usize::try_from(self.path.all_drops() - drops).expect("a few");
+        let outcomes = sink.datagrams + dropped + self.path.waiting() - waiting;
+        assert_eq!(outcomes, expected, "{len} bytes, {header:?}");
+        if input.below(8) == 0 {
+            let to = vec![address(2).into()];
+            self.path.initiate(self.now, &self.peer_key, to, &mut self.out);
+            self.answers();
+        }
+    }
+}
+
+/// Number of outcomes that a packet from the TUN must have: one for each of its segments, or one for
+/// all of it if it is no good.
+fn segments(packet: &[u8], header: &VnetHeader) -> usize {
+    let good = Inner::parse(packet).filter(|inner| inner.total_len == packet.len());
+    if good.is_none_or(|inner| inner.destination != Ipv4Addr::new(10, 0, 0, 2)) {
+        return 1;
+    }
+    let mut buffer = vec![0; HEADROOM + packet.len() + TAILROOM];
+    buffer[HEADROOM..HEADROOM + packet.len()].copy_from_slice(packet);
+    let Ok(mut split) = Split::new(&mut buffer, packet.len(), header, MTU) else { return 1 };
+    let mut count = 0;
+    while split.next_len().is_some() {
+        split.take();
+        count += 1;
+    }
+    count
+}
+
+impl Input<'_> {
+    /// Zero, a small size, any size, or one near the limits.
+    fn size(&mut self) -> usize {
+        match self.below(4) {
+            0 => self.below(3).into(),
+            1 => usize::from(self.byte().unwrap_or(0)) * 6,
+            2 => {
+                let [high, low] = [self.byte().unwrap_or(0), self.byte().unwrap_or(0)];
+                u16::from_be_bytes([high, low]).into()
+            }
+            _ => 65_535 - usize::from(self.byte().unwrap_or(0)) / 2,
+        }
+    }
+
+    fn sender(&mut self) -> Path {
+        let number = self.below(6);
+        let path = Path::from(address(number));
+        let local = LocalEnd { address: Ipv4Addr::new(10, 0, 0, 1).into(), interface: LINK };
+        if number == 0 { Path { local: Some(local), ..path } } else { path }
+    }
+}
+
+/// Inputs in the order in which the functions above read them.
+pub(super) fn seeds() -> Vec<Vec<u8>> {
+    const SIZE_MAX: [u8; 2] = [3, 0];
+    const WHOLE: [u8; 2] = [0, 0];
+    let [handshake, inbound]: [&[u8]; 2] = [&[3, 7, 7], &[7]];
+    // Sender, length, segment size, one head, fill.
+    let junk = |from: u8, len: &[u8], size: &[u8], head: &[u8]| {
+        [&[0, from], len, size, &[0], head, &[0xaa]].concat()
+    };
+    // Count, size, by the path itself, versions and lengths, joined as they were sealed.
+    let sealed = |count: u8, payload: u8| {
+        let mut bytes = vec![2, count - 1, payload, 1];
+        bytes.extend([1, 0].repeat(count.into()));
+        bytes.push(1);
+        bytes
+    };
+    // Size, fill, good, to the peer.
+    let outbound = |size: &[u8], header: &[u8]| [&[4], size, &[7, 1, 1], header, &[1]].concat();
+    vec![
+        [handshake, &sealed(20, 80), &sealed(3, 0), inbound].concat(),
+        [handshake, &outbound(&[2, 5, 100], &[0]), &outbound(&SIZE_MAX, &[1, 160])].concat(),
+        [outbound(&[2, 0, 200], &[0]), outbound(&[2, 60, 0], &[1, 100]), handshake.to_vec()]
+            .concat(),
+        // The longest datagrams there are, on a channel: by an end of it, and by a stranger.
+        [junk(3, &SIZE_MAX, &WHOLE, &[1]), junk(5, &SIZE_MAX, &WHOLE, &[1]), inbound.to_vec()]
+            .concat(),
+        [junk(3, &SIZE_MAX, &[2, 4, 0], &[1]), junk(4, &[2, 90, 0], &[1, 3], &[9])].concat(),
+        [handshake, &junk(2, &[2, 90, 0], &[1, 40], &[3]), &junk(2, &[2, 9, 0], &[1, 40], &[4])]
+            .concat(),
+        [junk(0, &[2, 3, 0], &[1, 20], &[5]), junk(1, &WHOLE, &WHOLE, &[0])].concat(),
+        [
+            junk(1, &[1, 10], &WHOLE, &[6]),
+            junk(1, &[1, 4], &[1, 4], &[7]),
+            junk(1, &[1, 5], &WHOLE, &[8, 3]),
+        ]
+        .concat(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Otherwise the seeds would only show that junk is dropped.
+    #[test]
+    fn seeds_reach_a_session_and_a_channel() {
+        let mut bench = Bench::new();
+        bench.initiation();
+        bench.inbound();
+        bench.inbound();
+        assert!(bench.peer.is_ready(), "the handshake is through");
+        bench.sealed(&mut Input(&seeds()[0][4..]));
+        let allowed = Coalesce::default();
+        let Bench { now, path, received, writes, out, .. } = &mut bench;
+        path.inbound(*now, allowed, received, writes, out);
+        assert_eq!(writes.frames().len(), 20);
+
+        let mut bench = Bench::new();
+        bench.junk(&mut Input(&seeds()[4][1..]));
+        let Bench { now, path, received, writes, out, .. } = &mut bench;
+        path.inbound(*now, allowed, received, writes, out);
+        assert!(path.forwards().len() > 1, "a long train takes several sends");
+    }
+}
