@@ -24,6 +24,7 @@ pub mod node_ip;
 pub mod notify;
 pub mod prefixes;
 pub mod probe;
+pub mod reserved_port;
 pub mod state;
 pub mod static_peers;
 pub mod tls;

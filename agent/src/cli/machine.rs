@@ -20,6 +20,7 @@ use crate::host::HostNetwork;
 use crate::install::Tree;
 use crate::join::Operator;
 use crate::lockout;
+use crate::reserved_port;
 use crate::state::{StateDir, StateError};
 
 /// How long an agent may take to start or to end before it is called stuck.
@@ -166,11 +167,31 @@ pub(super) fn down(config: &Config) -> anyhow::Result<()> {
     if let Some(warning) = answer.warning {
         eprintln!("warning: {warning}");
     }
+    release_port(config);
     eprintln!(
         "{}; no link, route or guard of ours is on this machine; it stays so until `towline up`",
         if answer.already { "this machine was down already" } else { "agent stopped" }
     );
     Ok(())
+}
+
+/// Keeps the tunnels' port from others, unless this machine is down.
+pub(super) fn reserve_port(config: &Config) -> anyhow::Result<()> {
+    if DownMarker::of(config).read().is_some() {
+        return Ok(());
+    }
+    let port = config.wireguard.port;
+    reserved_port::reserve(port)
+        .map(drop)
+        .with_context(|| format!("cannot reserve UDP port {port}"))
+}
+
+/// Gives the tunnels' port back.
+fn release_port(config: &Config) {
+    let port = config.wireguard.port;
+    if let Err(error) = reserved_port::release(port) {
+        eprintln!("warning: UDP port {port} stays in net.ipv4.ip_local_reserved_ports: {error}");
+    }
 }
 
 /// An agent that was down before goes on running.
@@ -275,6 +296,7 @@ pub(super) fn leave(config: &Config, args: &LeaveArgs) -> anyhow::Result<()> {
         }
         Doer::Unlocked(error) => return Err(error.into()),
     }
+    release_port(config);
     eprintln!("left the mesh; this machine is open again");
     let tree = Tree::new(args.root.as_deref());
     if tree.serves(&config.state_dir) {

@@ -83,6 +83,9 @@ enum Command {
     Guard(guard::GuardArgs),
     /// Show the address by which other nodes know this one, for the kubelet's --node-ip
     NodeIp(guard::NodeIpArgs),
+    /// Keep the tunnels' UDP port from sockets that ask for any port, as root (for the unit)
+    #[command(hide = true)]
+    ReservePort,
     /// Do as root what an agent that undid its join left to do (for the unit)
     #[command(hide = true)]
     AfterStop(machine::AfterStopArgs),
@@ -150,6 +153,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Up(args) => machine::up(&config()?, &args),
         Command::Confirm => machine::confirm(&config()?),
         Command::AfterStop(args) => machine::after_stop(&config()?, &args),
+        Command::ReservePort => machine::reserve_port(&config()?),
         Command::Guard(args) => guard::guard(&config()?, &args),
         Command::NodeIp(args) => guard::node_ip(&config()?, &args),
         Command::Config(ConfigCommand::Check) => {

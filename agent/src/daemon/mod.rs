@@ -55,6 +55,7 @@ use crate::map_cache::MapCache;
 use crate::notify::Notifier;
 use crate::prefixes::{Feed, PrefixUpdate, Prefixes, Selection};
 use crate::probe::ProbeKeys;
+use crate::reserved_port;
 use crate::state::{CachedPrefixes, Counters, Keys, Membership, StateDir};
 use crate::static_peers;
 use crate::tun_owner;
@@ -290,6 +291,10 @@ impl Daemon {
     ) -> anyhow::Result<Self> {
         let Stored { static_peers, membership, keys, counters, map } = stored;
         let host = Host::open(&config)?;
+        // Where the unit's agent may not write, the unit did it before.
+        if let Err(error) = reserved_port::reserve(config.wireguard.port) {
+            tracing::debug!(%error, "UDP port not reserved");
+        }
         let relay = config.relay();
         let host_tunnels = HostTunnels::default();
         let (data_plane, data_plane_events) =
