@@ -51,7 +51,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// The number of a channel that `a` uses, as it goes over the wire.
-fn channel(stage: &mut Stage<'_>) -> anyhow::Result<[u8; CHANNEL_HEADER]> {
+fn channel(stage: &Stage<'_>) -> anyhow::Result<[u8; CHANNEL_HEADER]> {
     anyhow::ensure!(stage.relay_works()?, "a and b do not reach each other by the relay");
     let mut tap = stage.tap()?;
     // The pair's probes use it twice a second; an echo, at once.
@@ -65,7 +65,7 @@ fn channel(stage: &mut Stage<'_>) -> anyhow::Result<[u8; CHANNEL_HEADER]> {
     header.context("nothing of a channel on the wire")
 }
 
-fn datagram(stage: &mut Stage<'_>, size: usize) -> anyhow::Result<Vec<u8>> {
+fn datagram(stage: &Stage<'_>, size: usize) -> anyhow::Result<Vec<u8>> {
     let mut datagram = channel(stage)?.to_vec();
     datagram.resize(size, 0x5a);
     Ok(datagram)

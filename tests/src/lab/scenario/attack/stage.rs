@@ -255,7 +255,7 @@ impl<'s> Stage<'s> {
     }
 
     /// A session of `evil` with `a`.
-    pub(super) fn raw_tunnel(&mut self) -> anyhow::Result<RawTunnel> {
+    pub(super) fn raw_tunnel(&self) -> anyhow::Result<RawTunnel> {
         let mesh = self.mesh.as_ref().context("the mesh is not up")?;
         let own = private_key(&mesh.evil.state().join("wireguard.key"))?;
         let theirs = PublicKey::from(&private_key(&mesh.a.state().join("wireguard.key"))?);
@@ -358,7 +358,7 @@ impl<'s> Stage<'s> {
     }
 
     /// Whether echoes from `a` come back, from `cp` and, relayed by it, from `b`.
-    pub(super) fn relay_works(&mut self) -> anyhow::Result<bool> {
+    pub(super) fn relay_works(&self) -> anyhow::Result<bool> {
         let overlay = self.overlay()?;
         for target in [overlay.cp[0], overlay.b[0]] {
             let pattern = Pattern::random()?;
