@@ -15,10 +15,10 @@ use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
 use towline_proto::token::ControllerAddress;
 
-use crate::dataplane::Offloads;
 use crate::node_ip::NodeIps;
 use crate::prefixes::Filter;
 use crate::static_peers::{self, PeerConfig};
+use towline_dataplane::Offloads;
 
 /// Where the file is when nobody says.
 pub const DEFAULT_PATH: &str = "/etc/towline/agent.toml";
@@ -442,8 +442,8 @@ impl Config {
     }
 
     /// What we forward for others.
-    pub fn relay(&self) -> crate::dataplane::Relay {
-        use crate::dataplane::relay::{Limits, Relay};
+    pub fn relay(&self) -> towline_dataplane::Relay {
+        use towline_dataplane::relay::{Limits, Relay};
         let RelayConfig { enabled, nodes, channels_per_node, megabits_per_node } = self.relay;
         if !enabled {
             return Relay::default();

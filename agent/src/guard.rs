@@ -19,11 +19,11 @@ use crate::config::Config;
 use crate::confirm::{self, Confirmation, Moment};
 use crate::daemon;
 use crate::down::DownMarker;
-use crate::host::{Changes, HostNetwork, Problem};
 use crate::join;
 use crate::state::{StateDir, StateError};
 use crate::static_peers;
 use crate::tun_owner;
+use towline_host::{Changes, HostNetwork, Problem};
 
 pub use watch::watch;
 

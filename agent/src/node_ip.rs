@@ -11,8 +11,8 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 
 use crate::config::{Addressing, Config};
-use crate::host::{CandidatePolicy, HostNetwork};
 use crate::state::{Membership, StateDir};
+use towline_host::{CandidatePolicy, HostNetwork};
 
 /// The node's addresses, at most one of each family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

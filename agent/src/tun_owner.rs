@@ -7,7 +7,7 @@
 use anyhow::Context as _;
 use towline_netlink::Rtnetlink;
 
-use crate::dataplane::{Offloads, OpenTunError, Tun, open_tun_queues, own_tun};
+use towline_dataplane::{Offloads, OpenTunError, Tun, open_tun_queues, own_tun};
 
 /// How often the link is made again because somebody else attached while it was made.
 const ATTEMPTS: usize = 8;

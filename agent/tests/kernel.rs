@@ -18,13 +18,13 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use nix::sched::{CloneFlags, setns, unshare};
 use tokio::sync::mpsc::{Receiver, channel};
-use towline_agent::dataplane::{
-    Config, DataPlane, Event, Fault, Feature, HostTunnels, Offloads, OpenTunError, OpenUdpError,
-    Relay, open_tun, open_tun_queues, open_tun_with, open_udp, open_udp_group, own_tun,
-};
 use towline_agent::tun_owner::{self, Secured, secure};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::peer_table::{PeerEntry, PeerTable};
+use towline_dataplane::{
+    Config, DataPlane, Event, Fault, Feature, HostTunnels, Offloads, OpenTunError, OpenUdpError,
+    Relay, open_tun, open_tun_queues, open_tun_with, open_udp, open_udp_group, own_tun,
+};
 use towline_netlink::codec::Message;
 use towline_netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
 use x25519_dalek::StaticSecret;

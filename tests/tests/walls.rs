@@ -33,10 +33,22 @@ const WALLS: &[Wall] = &[
     Wall { package: "towline-helper", ours: &[], others: Some(&["libc", "nix"]) },
     Wall { package: "towline-nftables", ours: &["towline-netlink"], others: None },
     Wall {
+        package: "towline-dataplane",
+        ours: &["towline-core", "towline-helper", "towline-types"],
+        others: None,
+    },
+    Wall {
+        package: "towline-host",
+        ours: &["towline-core", "towline-netlink", "towline-nftables"],
+        others: None,
+    },
+    Wall {
         package: "towline-agent",
         ours: &[
             "towline-core",
+            "towline-dataplane",
             "towline-helper",
+            "towline-host",
             "towline-netlink",
             "towline-nftables",
             "towline-proto",
@@ -56,7 +68,9 @@ const WALLS: &[Wall] = &[
             "towline-agent",
             "towline-controller",
             "towline-core",
+            "towline-dataplane",
             "towline-helper",
+            "towline-host",
             "towline-netlink",
             "towline-nftables",
             "towline-proto",

@@ -16,12 +16,12 @@ use crate::control::DownAnswer;
 use crate::daemon;
 use crate::down::DownMarker;
 use crate::guard;
-use crate::host::HostNetwork;
 use crate::install::Tree;
 use crate::join::Operator;
 use crate::lockout;
 use crate::reserved_port;
 use crate::state::{StateDir, StateError};
+use towline_host::HostNetwork;
 
 /// How long an agent may take to start or to end before it is called stuck.
 const AGENT_LIMIT: Duration = Duration::from_secs(15);

@@ -12,7 +12,7 @@ use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
 
 use crate::config::Config;
-use crate::host::{
+use towline_host::{
     CandidatePolicy, Changes, HostEvent, HostNetwork, Names, Problem, Watch, candidates,
 };
 

@@ -12,8 +12,8 @@ use towline_proto::pb;
 use super::{Purpose, run};
 use crate::cli::local::with_agent;
 use crate::config::Config;
-use crate::dataplane::open_tun;
 use crate::state::StateDir;
+use towline_dataplane::open_tun;
 use towline_netlink::{AddressOptions, Rtnetlink, VethPeer};
 use towline_netns::{NetworkNamespace, namespace_test};
 

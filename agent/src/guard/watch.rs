@@ -22,9 +22,9 @@ use towline_core::plan::{Plan, RoutePlan, RouteVia};
 
 use super::{Guarded, enter, outcome, plan};
 use crate::config::Config;
-use crate::host::{HostEvent, HostNetwork, Names, Problem, Watch};
 use crate::notify::Notifier;
 use crate::state::StateDir;
+use towline_host::{HostEvent, HostNetwork, Names, Problem, Watch};
 
 /// Between two looks at the lock and the files, which say nothing by themselves.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -211,14 +211,14 @@ mod tests {
     fn rules() -> usize {
         let mut rtnetlink = Rtnetlink::open().unwrap();
         let all = Family::ALL.map(|family| rtnetlink.rules(family).unwrap());
-        all.iter().flatten().filter(|rule| rule.made_by == crate::host::OURS).count()
+        all.iter().flatten().filter(|rule| rule.made_by == towline_host::OURS).count()
     }
 
     fn delete_rules() {
         let mut rtnetlink = Rtnetlink::open().unwrap();
         for family in Family::ALL {
             for rule in rtnetlink.rules(family).unwrap() {
-                if rule.made_by == crate::host::OURS {
+                if rule.made_by == towline_host::OURS {
                     rtnetlink.delete_rule(&rule).unwrap();
                 }
             }
@@ -350,7 +350,7 @@ mod tests {
         fn an_agent_takes_over_and_what_it_guarded_is_kept_when_it_crashes() {
             let dir = tempfile::tempdir().unwrap();
             host();
-            if let Err(error) = crate::dataplane::open_tun("towline0") {
+            if let Err(error) = towline_dataplane::open_tun("towline0") {
                 return println!("skipped: {error}");
             }
             run(async {

@@ -17,7 +17,7 @@ use super::cni::{self, Configured, Decision, Reading};
 use super::credentials::{self, Credentials};
 use super::files::{self, Fingerprint};
 use super::{Facts, Setup, View};
-use crate::host::register;
+use towline_host::register;
 use towline_netlink::{Group, Monitor, Protocol};
 
 /// The server ends a watch after this many seconds, and it begins anew.

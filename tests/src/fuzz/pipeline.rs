@@ -9,26 +9,26 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use towline_agent::dataplane::Event;
-use towline_agent::dataplane::arena::{
-    HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, TAILROOM, TRAIN_BYTES, TRAIN_SEGMENTS, Train,
-    TunBatch, WriteBatch,
-};
-use towline_agent::dataplane::coalesce::Coalesce;
-use towline_agent::dataplane::drops::{DropReason, Drops};
-use towline_agent::dataplane::internals::PacketPath;
-use towline_agent::dataplane::packet::Inner;
-use towline_agent::dataplane::relay::{Limits, Relay};
-use towline_agent::dataplane::session::{
-    Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Secrets, Segments, Session,
-};
-use towline_agent::dataplane::split::Split;
-use towline_agent::dataplane::switch::Switch;
-use towline_agent::dataplane::udp::{Ready, TooBig, UdpIo};
-use towline_agent::dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VNET_HEADER_BYTES, VnetHeader};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::path::{LocalEnd, Path};
 use towline_core::peer_table::{PeerEntry, PeerTable};
+use towline_dataplane::Event;
+use towline_dataplane::arena::{
+    HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, TAILROOM, TRAIN_BYTES, TRAIN_SEGMENTS, Train,
+    TunBatch, WriteBatch,
+};
+use towline_dataplane::coalesce::Coalesce;
+use towline_dataplane::drops::{DropReason, Drops};
+use towline_dataplane::internals::PacketPath;
+use towline_dataplane::packet::Inner;
+use towline_dataplane::relay::{Limits, Relay};
+use towline_dataplane::session::{
+    Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Secrets, Segments, Session,
+};
+use towline_dataplane::split::Split;
+use towline_dataplane::switch::Switch;
+use towline_dataplane::udp::{Ready, TooBig, UdpIo};
+use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VNET_HEADER_BYTES, VnetHeader};
 use towline_proto::frame::{DatagramKind, RELAYED_HEADER_BYTES, relayed, relayed_header};
 use towline_proto::id::WireguardKey;
 use x25519_dalek::StaticSecret;

@@ -7,11 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use data_encoding::BASE64;
-use towline_agent::dataplane::arena::SendBatch;
-use towline_agent::dataplane::drops::Drops;
-use towline_agent::dataplane::session::{
-    Answered, HANDSHAKE_BYTES, PADDING, Secrets, Segments, Session,
-};
+use towline_dataplane::arena::SendBatch;
+use towline_dataplane::drops::Drops;
+use towline_dataplane::session::{Answered, HANDSHAKE_BYTES, PADDING, Secrets, Segments, Session};
 use towline_proto::id::WireguardKey;
 use x25519_dalek::{PublicKey, StaticSecret};
 

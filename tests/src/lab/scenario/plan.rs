@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use ipnet::IpNet;
 use serde::Serialize;
-use towline_agent::dataplane::open_tun;
-use towline_agent::host::{HostNetwork, Names};
 use towline_core::plan::{
     DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, RulePlan, UnderlayPlan,
 };
+use towline_dataplane::open_tun;
+use towline_host::{HostNetwork, Names};
 use towline_netlink::Rtnetlink;
 
 use crate::lab::interrupt;

@@ -7,13 +7,13 @@ use std::time::Instant;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
-use towline_agent::dataplane::arena::{HEADROOM, RecvBatch, SendBatch, TunBatch, WriteBatch};
-use towline_agent::dataplane::coalesce::Coalescer;
-use towline_agent::dataplane::drops::Drops;
-use towline_agent::dataplane::packet::Inner;
-use towline_agent::dataplane::session::{DATA_HEADER, DATA_OVERHEAD, Segments};
-use towline_agent::dataplane::split::Split;
-use towline_agent::dataplane::{Ready, TunIo, UdpIo, open_tun, open_udp};
+use towline_dataplane::arena::{HEADROOM, RecvBatch, SendBatch, TunBatch, WriteBatch};
+use towline_dataplane::coalesce::Coalescer;
+use towline_dataplane::drops::Drops;
+use towline_dataplane::packet::Inner;
+use towline_dataplane::session::{DATA_HEADER, DATA_OVERHEAD, Segments};
+use towline_dataplane::split::Split;
+use towline_dataplane::{Ready, TunIo, UdpIo, open_tun, open_udp};
 
 /// How one end is started.
 #[derive(Debug, clap::Args)]

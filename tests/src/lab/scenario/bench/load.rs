@@ -15,9 +15,9 @@ use anyhow::{Context, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 use socket2::{Domain, Protocol, Socket, Type};
-use towline_agent::dataplane::arena::{RecvBatch, SendBatch};
-use towline_agent::dataplane::drops::Drops;
-use towline_agent::dataplane::{Offloads, Ready, Udp, UdpIo, open_udp_with};
+use towline_dataplane::arena::{RecvBatch, SendBatch};
+use towline_dataplane::drops::Drops;
+use towline_dataplane::{Offloads, Ready, Udp, UdpIo, open_udp_with};
 
 use crate::lab::interrupt::pass;
 use crate::lab::namespace::Namespace;

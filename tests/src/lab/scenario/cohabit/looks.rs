@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use towline_agent::host::OURS;
+use towline_host::OURS;
 use towline_netlink::{Family, Rtnetlink};
 use towline_nftables::{Nft, Rule, TableFamily};
 

@@ -1,0 +1,191 @@
+//! What the parts of the packet path cost, a batch at a time: `cargo bench -p towline-agent`.
+//!
+//! Each works on what one super-packet of 64 KiB gives: 45 segments of 1,408 bytes.
+
+use std::net::{IpAddr, SocketAddr};
+
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use towline_dataplane::arena::{Datagrams, HEADROOM, SendBatch, TAILROOM, WriteBatch};
+use towline_dataplane::coalesce::{Coalesce, Coalescer};
+use towline_dataplane::drops::Drops;
+use towline_dataplane::packet::Inner;
+use towline_dataplane::session::{
+    Answered, DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, Secrets, Segments, Session,
+};
+use towline_dataplane::split::Split;
+use towline_dataplane::table::Routes;
+use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4, VnetHeader};
+use x25519_dalek::StaticSecret;
+
+const SEGMENTS: usize = 45;
+/// With its headers; a multiple of 16, so that no padding is needed.
+const SEGMENT: usize = 1_408;
+const HEADERS: usize = 40;
+const PAYLOAD: usize = SEGMENT - HEADERS;
+
+/// A TCP super-packet as the TUN hands it over, in a buffer to be split.
+fn super_packet() -> (Vec<u8>, usize, VnetHeader) {
+    let len = HEADERS + SEGMENTS * PAYLOAD;
+    let mut buffer = vec![0; HEADROOM + len + TAILROOM];
+    let packet = &mut buffer[HEADROOM..HEADROOM + len];
+    packet[0] = 0x45;
+    packet[2..4].copy_from_slice(&(len as u16).to_be_bytes());
+    packet[6] = 0x40;
+    packet[8] = 64;
+    packet[9] = 6;
+    packet[12..16].copy_from_slice(&[10, 0, 0, 1]);
+    packet[16..20].copy_from_slice(&[10, 0, 0, 2]);
+    packet[32..34].copy_from_slice(&[0x50, 0x10]);
+    let header = VnetHeader {
+        flags: FLAG_NEEDS_CSUM,
+        gso_type: GSO_TCPV4,
+        hdr_len: HEADERS as u16,
+        gso_size: PAYLOAD as u16,
+        csum_start: 20,
+        csum_offset: 16,
+        ..VnetHeader::default()
+    };
+    (buffer, len, header)
+}
+
+/// Its segments, one after the other.
+fn segments() -> Vec<Vec<u8>> {
+    let (mut buffer, len, header) = super_packet();
+    let mut split = Split::new(&mut buffer, len, &header, SEGMENT).expect("it can be split");
+    let mut segments = Vec::new();
+    while split.next_len().is_some() {
+        segments.push(split.take().to_vec());
+    }
+    segments
+}
+
+/// Payloads that were split before.
+struct Ready<'a>(std::slice::Iter<'a, Vec<u8>>);
+
+impl Segments for Ready<'_> {
+    fn next_len(&self) -> Option<usize> {
+        self.0.as_slice().first().map(Vec::len)
+    }
+
+    fn take(&mut self) -> &[u8] {
+        self.0.next().map_or(&[], Vec::as_slice)
+    }
+}
+
+fn sessions() -> [Session; 2] {
+    let [ours, theirs] = [1, 2].map(|byte| Secrets::new(StaticSecret::from([byte; 32])));
+    let mut a = Session::new(&ours, theirs.public_key(), None, 1);
+    let mut b = Session::new(&theirs, ours.public_key(), None, 2);
+    let (mut initiation, mut response, mut confirmation) =
+        ([0; HANDSHAKE_BYTES], [0; HANDSHAKE_BYTES], [0; HANDSHAKE_BYTES]);
+    let len = a.initiate(&mut initiation);
+    let Answered::Response { len, .. } = b.handshake(&initiation[..len], &mut response) else {
+        panic!("no response");
+    };
+    let Answered::Established { len } = a.handshake(&response[..len], &mut confirmation) else {
+        panic!("no session");
+    };
+    let mut plain = [0; HANDSHAKE_BYTES];
+    let one = Datagrams::new(&confirmation[..len], 0, 0).expect("one datagram");
+    b.open(one, 0, &mut plain[..len], |_, _| ());
+    [a, b]
+}
+
+fn dataplane(c: &mut Criterion) {
+    let to = SocketAddr::from(([192, 0, 2, 1], 51830)).into();
+    let mut group = c.benchmark_group("train");
+    group.throughput(Throughput::Elements(SEGMENTS as u64));
+
+    let (buffer, len, header) = super_packet();
+    group.bench_function("split", |bench| {
+        bench.iter_batched_ref(
+            || buffer.clone(),
+            |buffer| {
+                let mut split = Split::new(buffer, len, &header, SEGMENT).expect("splittable");
+                while split.next_len().is_some() {
+                    std::hint::black_box(split.take());
+                }
+            },
+            BatchSize::LargeInput,
+        );
+    });
+
+    let segments = segments();
+    let stride = SEGMENT + DATA_OVERHEAD;
+    let mut batch = WriteBatch::new(2);
+    let places: Vec<(usize, Inner)> = segments
+        .iter()
+        .enumerate()
+        .map(|(number, segment)| {
+            let at = number * stride + DATA_HEADER;
+            batch.bytes_mut()[at..at + SEGMENT].copy_from_slice(segment);
+            (at, Inner::parse(segment).expect("a packet"))
+        })
+        .collect();
+    let pristine = batch.bytes()[..SEGMENTS * stride].to_vec();
+    let mut coalescer = Coalescer::new(Coalesce { tcp: true, udp: true, ..Coalesce::default() });
+    group.bench_function("coalesce", |bench| {
+        bench.iter(|| {
+            batch.clear();
+            // The first segment's header became the frame's.
+            batch.bytes_mut()[..stride].copy_from_slice(&pristine[..stride]);
+            for (at, inner) in &places {
+                coalescer.add(&mut batch, *at, inner);
+            }
+            coalescer.finish(&mut batch);
+            assert_eq!(batch.frames().len(), 1);
+        });
+    });
+
+    let [mut a, mut b] = sessions();
+    let mut out = SendBatch::new(1 << 17, 8);
+    let drops = Drops::default();
+    group.bench_function("seal", |bench| {
+        bench.iter(|| {
+            out.clear();
+            a.seal(&mut Ready(segments.iter()), to, &mut out, &drops)
+        });
+    });
+
+    let mut plain = vec![0; SEGMENTS * stride];
+    group.bench_function("open", |bench| {
+        bench.iter_batched_ref(
+            || {
+                out.clear();
+                a.seal(&mut Ready(segments.iter()), to, &mut out, &drops);
+                out.bytes()[..SEGMENTS * stride].to_vec()
+            },
+            |train| {
+                let mut opened = 0;
+                let train = Datagrams::new(train, 0, stride).expect("datagrams");
+                b.open(train, 0, &mut plain, |_, _| opened += 1);
+                assert_eq!(opened, SEGMENTS);
+            },
+            BatchSize::PerIteration,
+        );
+    });
+    group.finish();
+
+    let mut group = c.benchmark_group("lookup");
+    for nodes in [1u32, 1_000] {
+        let mut routes = Routes::default();
+        for node in 0..nodes {
+            let [.., high, low] = node.to_be_bytes();
+            let prefixes = [format!("198.19.{high}.{low}/32"), format!("10.{high}.{low}.0/24")];
+            for prefix in prefixes {
+                routes.insert(prefix.parse().expect("a prefix"), node);
+            }
+        }
+        for (name, address) in [("host", [198, 19, 0, 0]), ("network", [10, 0, 0, 9])] {
+            let address = IpAddr::from(address);
+            assert_eq!(routes.longest(address), Some(0));
+            group.bench_function(format!("{name}/{nodes}"), |bench| {
+                bench.iter(|| routes.longest(std::hint::black_box(address)));
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, dataplane);
+criterion_main!(benches);

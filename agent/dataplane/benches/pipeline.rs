@@ -1,0 +1,300 @@
+//! Instructions that the data plane spends on a packet, for each direction: `cargo bench -p towline-agent
+//! --bench pipeline`. Needs valgrind; says so where there is none.
+//!
+//! Two data planes, a worker each, with links and a wire that do nothing but copy: the first seals what
+//! the host sends (`outbound`), the second opens it (`inbound`). Counted twice by callgrind, with twice as
+//! many packets the second time: the difference is what a packet costs, without start and end.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path as FilePath;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use towline_core::own_networks::OwnNetworks;
+use towline_core::peer_table::{Observation, PeerEntry, PeerTable};
+use towline_dataplane::arena::{
+    HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, Train, TunBatch, WriteBatch,
+};
+use towline_dataplane::coalesce::Coalesce;
+use towline_dataplane::drops::Drops;
+use towline_dataplane::switch::Switch;
+use towline_dataplane::udp::TooBig;
+use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4, VnetHeader};
+use towline_dataplane::{Config, DataPlane, Event, Ready, Relay, TunIo, UdpIo};
+use x25519_dalek::StaticSecret;
+
+/// Segments of a super-packet of 64 KiB, and the bytes of each without headers.
+const SEGMENTS: u64 = 45;
+const PAYLOAD: usize = 1_368;
+const HEADERS: usize = 40;
+/// Super-packets of the shorter run.
+const LOAD: u64 = 200;
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn event() -> EventFd {
+    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).expect("an eventfd")
+}
+
+/// What the host still has to send, and the bytes that arrived for it.
+struct Host {
+    left: AtomicU64,
+    arrived: AtomicU64,
+    readable: EventFd,
+}
+
+/// A link that copies one super-packet again and again.
+struct Link {
+    host: Arc<Host>,
+    packet: Vec<u8>,
+    header: VnetHeader,
+}
+
+impl TunIo for Link {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.host.readable.as_fd()
+    }
+
+    fn mtu(&self) -> usize {
+        1_420
+    }
+
+    fn read(&mut self, batch: &mut TunBatch, _: &Drops) -> io::Result<()> {
+        while self.host.left.load(Ordering::Relaxed) > 0 {
+            let Some(spare) = batch.spare() else { return Ok(()) };
+            spare[HEADROOM..HEADROOM + self.packet.len()].copy_from_slice(&self.packet);
+            batch.commit(self.header, self.packet.len());
+            self.host.left.fetch_sub(1, Ordering::Relaxed);
+        }
+        let _ = self.host.readable.read();
+        Ok(())
+    }
+
+    fn coalesce(&self) -> Coalesce {
+        Coalesce { tcp: true, udp: true, ..Coalesce::default() }
+    }
+
+    fn write(&mut self, _: Instant, batch: &WriteBatch, _: &Drops) {
+        let bytes: usize = batch.frames().iter().map(|frame| frame.len).sum();
+        self.host.arrived.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn features(&self) -> Vec<Switch> {
+        Vec::new()
+    }
+}
+
+/// What waits for one end of the wire.
+struct Inbox {
+    trains: Mutex<VecDeque<(Vec<u8>, usize)>>,
+    readable: EventFd,
+}
+
+/// One end of a wire that copies trains.
+struct Wire {
+    own: Arc<Inbox>,
+    other: Arc<Inbox>,
+    from: SocketAddr,
+}
+
+impl UdpIo for Wire {
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.own.readable.as_fd()]
+    }
+
+    fn receive(&mut self, _: Ready, batch: &mut RecvBatch, _: &Drops) -> io::Result<()> {
+        let mut trains = self.own.trains.lock().expect("the wire");
+        for slot in 0..batch.slots() {
+            let Some((train, size)) = trains.pop_front() else {
+                let _ = self.own.readable.read();
+                break;
+            };
+            batch.bytes_mut()[slot * SLOT_BYTES..][..train.len()].copy_from_slice(&train);
+            batch.push(slot, self.from.into(), train.len(), size);
+        }
+        Ok(())
+    }
+
+    fn send_trains(&mut self, _: Instant, bytes: &[u8], trains: &[Train], _: &Drops) {
+        let mut waiting = self.other.trains.lock().expect("the wire");
+        for train in trains {
+            let bytes = bytes[train.start..train.start + train.len].to_vec();
+            waiting.push_back((bytes, train.len.div_ceil(train.segments.max(1))));
+        }
+        let _ = self.other.readable.write(1);
+    }
+
+    fn send_whole(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) -> Result<(), TooBig> {
+        self.send(now, batch, drops);
+        Ok(())
+    }
+
+    fn came_joined(&mut self, _: Instant, _: usize, _: usize) {}
+
+    fn features(&self) -> Vec<Switch> {
+        Vec::new()
+    }
+}
+
+/// A TCP super-packet as a TUN hands it over.
+fn super_packet() -> (Vec<u8>, VnetHeader) {
+    let len = HEADERS + SEGMENTS as usize * PAYLOAD;
+    let mut packet = vec![0; len];
+    packet[0] = 0x45;
+    packet[2..4].copy_from_slice(&(len as u16).to_be_bytes());
+    packet[6] = 0x40;
+    packet[8] = 64;
+    packet[9] = 6;
+    packet[12..16].copy_from_slice(&[10, 0, 0, 1]);
+    packet[16..20].copy_from_slice(&[10, 0, 0, 2]);
+    packet[32..34].copy_from_slice(&[0x50, 0x10]);
+    let header = VnetHeader {
+        flags: FLAG_NEEDS_CSUM,
+        gso_type: GSO_TCPV4,
+        hdr_len: HEADERS as u16,
+        gso_size: PAYLOAD as u16,
+        csum_start: 20,
+        csum_offset: 16,
+        ..VnetHeader::default()
+    };
+    (packet, header)
+}
+
+/// One data plane with its host.
+struct End {
+    plane: DataPlane,
+    host: Arc<Host>,
+    events: tokio::sync::mpsc::Receiver<Event>,
+    address: SocketAddr,
+}
+
+impl End {
+    fn start(number: u8, own: &Arc<Inbox>, other: &Arc<Inbox>) -> Self {
+        let address = |number| SocketAddr::from(([192, 0, 2, number], 51830));
+        let host = Arc::new(Host {
+            left: AtomicU64::new(0),
+            arrived: AtomicU64::new(0),
+            readable: event(),
+        });
+        let (packet, header) = super_packet();
+        let link = Link { host: host.clone(), packet, header };
+        let wire = Wire { own: own.clone(), other: other.clone(), from: address(3 - number) };
+        let (sender, events) = tokio::sync::mpsc::channel(256);
+        let private_key = StaticSecret::from([number; 32]);
+        let config = Config { private_key, relay: Relay::default(), link: None };
+        let plane = DataPlane::start(config, [(link, wire)], sender).expect("a data plane");
+        Self { plane, host, events, address: address(number) }
+    }
+
+    /// Makes another end its only peer; both have these addresses inside the tunnel.
+    fn know(&self, peer: &Self, own: [u8; 4], theirs: [u8; 4]) {
+        let entry = PeerEntry {
+            endpoint: Some(peer.address.into()),
+            mtu: 1_420,
+            fragment: false,
+            prefixes: vec![ipnet::IpNet::from(IpAddr::from(theirs))],
+            keepalive: None,
+            preshared_key: None,
+            boot_epoch: 0,
+            is_static: false,
+        };
+        let peers = BTreeMap::from([(peer.plane.public_key(), entry)]);
+        let own = OwnNetworks::new([IpAddr::from(own)], [], []);
+        self.plane.apply(&PeerTable { peers, own });
+    }
+
+    fn await_handshake(&mut self) {
+        let handshake = |event: &Event| {
+            matches!(event, Event::Peer { what: Observation::Handshake { .. }, .. })
+        };
+        while !self.events.blocking_recv().as_ref().is_some_and(handshake) {}
+    }
+}
+
+/// Sends so many super-packets from one end to the other.
+fn carry(load: u64) {
+    let inbox = || {
+        let (trains, readable) = (Mutex::new(VecDeque::new()), event());
+        Arc::new(Inbox { trains, readable })
+    };
+    let (left, right) = (inbox(), inbox());
+    let mut a = End::start(1, &left, &right);
+    let mut b = End::start(2, &right, &left);
+    a.know(&b, [10, 0, 0, 1], [10, 0, 0, 2]);
+    b.know(&a, [10, 0, 0, 2], [10, 0, 0, 1]);
+    a.plane.handshake(b.plane.public_key(), vec![b.address.into()]);
+    a.await_handshake();
+    b.await_handshake();
+    let wanted = load * SEGMENTS * PAYLOAD as u64;
+    a.host.left.store(load, Ordering::Relaxed);
+    let _ = a.host.readable.write(1);
+    let deadline = Instant::now() + PATIENCE;
+    while b.host.arrived.load(Ordering::Relaxed) < wanted {
+        assert!(Instant::now() < deadline, "not everything arrives: {:?}", b.plane.snapshot());
+        std::thread::yield_now();
+    }
+    for end in [a, b] {
+        end.plane.stop().expect("the worker ends");
+    }
+}
+
+/// Instructions of each thread while `load` super-packets are carried, by the thread's number.
+fn count(directory: &FilePath, load: u64) -> BTreeMap<u32, u64> {
+    let out = directory.join(load.to_string());
+    let own = std::env::current_exe().expect("this program's path");
+    let status = Command::new("valgrind")
+        .args(["--tool=callgrind", "--separate-threads=yes", "--quiet"])
+        .arg(format!("--callgrind-out-file={}", out.display()))
+        .arg(own)
+        .args(["--carry", &load.to_string()])
+        .status()
+        .expect("valgrind starts");
+    assert!(status.success(), "valgrind ended with {status}");
+    let name = format!("{load}-");
+    let files = std::fs::read_dir(directory).expect("the directory").flatten();
+    let ours = files.filter(|file| file.file_name().to_string_lossy().starts_with(&name));
+    ours.filter_map(|file| {
+        let text = std::fs::read_to_string(file.path()).ok()?;
+        let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
+        Some((field("thread: ")?.trim().parse().ok()?, field("totals: ")?.trim().parse().ok()?))
+    })
+    .collect()
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    if let [_, flag, load] = &*arguments
+        && flag == "--carry"
+    {
+        return carry(load.parse().expect("a number"));
+    }
+    // `cargo test` runs benches too, with another flag: once, uncounted.
+    if !arguments.iter().any(|argument| argument == "--bench") {
+        return carry(4);
+    }
+    let valgrind = Command::new("valgrind").arg("--version").stdout(Stdio::null()).status();
+    if !valgrind.is_ok_and(|status| status.success()) {
+        println!("skipped: valgrind is not installed, and nothing else counts instructions here");
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let [once, twice] = [LOAD, 2 * LOAD].map(|load| count(directory.path(), load));
+    // The first thread only waits. Of the others the two workers do more for more packets, the sender's
+    // first: it is started first.
+    let more = |thread: &u32| {
+        let before = once.get(thread).copied().unwrap_or_default();
+        twice[thread].saturating_sub(before) / (LOAD * SEGMENTS)
+    };
+    let mut workers: Vec<u32> = twice.keys().copied().filter(|thread| *thread > 1).collect();
+    workers.sort_by_key(|thread| std::cmp::Reverse(more(thread)));
+    workers.truncate(2);
+    workers.sort_unstable();
+    for (direction, thread) in ["outbound", "inbound"].into_iter().zip(&workers) {
+        println!("{direction}: {} instructions per packet", more(thread));
+    }
+}

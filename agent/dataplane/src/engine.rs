@@ -1,0 +1,579 @@
+//! What happens to each batch: outbound from TUN to network, inbound from network to TUN, and the
+//! timers. No I/O here beyond handing full batches to the socket.
+
+use std::net::IpAddr;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use towline_core::path::{ChannelId, Path};
+use towline_types::frame::{DatagramKind, RELAYED_HEADER_BYTES, relayed};
+use towline_types::id::WireguardKey;
+use towline_types::source_limiter::SourceLimiter;
+use towline_types::stun;
+
+use super::arena::{Datagrams, NoDatagrams, RecvBatch, SendBatch, Train, TunBatch, WriteBatch};
+use super::coalesce::{Coalesce, Coalescer};
+use super::drops::{DropReason, Drops};
+use super::events::{Event, EventSink};
+use super::packet::Inner;
+use super::peer::Act;
+use super::relay::{Forward, Relay};
+use super::session::{Admission, DATA_HEADER, HANDSHAKE_BYTES, MessageKind, Secrets, Segments};
+use super::split::Split;
+use super::table::{Peer, Slot, Table};
+use super::udp::UdpIo;
+
+/// Handshakes per second and source address, and how many at once: many nodes may share one.
+const HANDSHAKES: (u32, u32) = (64, 128);
+/// Probes and STUN answers, likewise.
+const PROBES: (u32, u32) = (256, 512);
+/// STUN requests, likewise: a few from each node behind a NAT, and again when its address changes.
+const REFLECTIONS: (u32, u32) = (32, 128);
+
+/// One worker's packet path.
+#[derive(Debug)]
+pub(super) struct Engine {
+    secrets: Arc<Secrets>,
+    table: Arc<ArcSwap<Table>>,
+    drops: Arc<Drops>,
+    events: EventSink,
+    started: Instant,
+    handshakes: SourceLimiter,
+    /// Of those beyond that which proved their address.
+    proven_handshakes: SourceLimiter,
+    probes: SourceLimiter,
+    reflections: SourceLimiter,
+    relay: Relay,
+    /// Trains in the receive buffer that go on to another node.
+    forwards: Vec<Train>,
+    /// Our own link, from which no outer datagram can come.
+    link: Option<u32>,
+    /// Of the link: no segment is padded beyond it.
+    mtu: usize,
+    coalescer: Coalescer,
+    /// Places of the packets of one train, kept for its capacity.
+    opened: Vec<(usize, usize)>,
+    joined: Joined,
+    /// Destination of the last packet out of the tunnel, and whether it is ours. Cleared with each batch.
+    accepted: Option<(IpAddr, bool)>,
+}
+
+/// Data messages of one batch that the kernel had joined.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Joined {
+    pub(super) datagrams: usize,
+    /// Of those, not authentic.
+    pub(super) damaged: usize,
+}
+
+impl Engine {
+    pub(super) fn new(
+        secrets: Arc<Secrets>,
+        table: Arc<ArcSwap<Table>>,
+        drops: Arc<Drops>,
+        events: EventSink,
+        relay: Relay,
+        link: Option<u32>,
+        started: Instant,
+    ) -> Self {
+        Self {
+            secrets,
+            table,
+            drops,
+            events,
+            started,
+            handshakes: SourceLimiter::new(HANDSHAKES.0, HANDSHAKES.1, started),
+            proven_handshakes: SourceLimiter::new(HANDSHAKES.0, HANDSHAKES.1, started),
+            probes: SourceLimiter::new(PROBES.0, PROBES.1, started),
+            reflections: SourceLimiter::new(REFLECTIONS.0, REFLECTIONS.1, started),
+            relay,
+            forwards: Vec::with_capacity(
+                super::worker::RECEIVE_SLOTS * super::arena::TRAIN_SEGMENTS,
+            ),
+            link,
+            mtu: usize::MAX,
+            coalescer: Coalescer::default(),
+            opened: Vec::with_capacity(super::arena::SLOT_BYTES / 32),
+            joined: Joined::default(),
+            accepted: None,
+        }
+    }
+
+    pub(super) fn set_mtu(&mut self, mtu: usize) {
+        self.mtu = mtu;
+    }
+
+    pub(super) fn events(&mut self) -> &mut EventSink {
+        &mut self.events
+    }
+
+    /// Seals what came from the TUN. `out` is sent whenever it is full, and at the end.
+    pub(super) fn outbound<U: UdpIo>(
+        &mut self,
+        now: Instant,
+        batch: &mut TunBatch,
+        out: &mut SendBatch,
+        udp: &mut U,
+    ) {
+        let table = self.table.load();
+        let mut last = None;
+        let mut last_source = None;
+        for number in 0..batch.packets().len() {
+            let packet = batch.packets()[number];
+            let bytes = batch.packet_mut(&packet);
+            let inner = Inner::parse(&bytes[super::arena::HEADROOM..]);
+            let Some(inner) = inner.filter(|inner| inner.total_len == packet.len) else {
+                self.drops.count(DropReason::InnerMalformed);
+                continue;
+            };
+            let Some(peer) = route(&table, &mut last, inner.destination) else {
+                self.drops.count(DropReason::NoRoute);
+                continue;
+            };
+            let source = inner.source;
+            if !cached(&mut last_source, source, || table.owns(source)) && !peer.entry.is_static {
+                self.drops.count(DropReason::ForeignSource);
+                continue;
+            }
+            match Split::new(bytes, packet.len, &packet.header, self.mtu) {
+                Ok(segments) => self.seal(now, peer, segments, out, udp),
+                Err(reason) => self.drops.count(reason),
+            }
+        }
+        if !out.is_empty() {
+            udp.send(now, out, &self.drops);
+            out.clear();
+        }
+    }
+
+    fn seal<U: UdpIo>(
+        &mut self,
+        now: Instant,
+        peer: &Peer,
+        mut segments: impl Segments,
+        out: &mut SendBatch,
+        udp: &mut U,
+    ) {
+        let mut tunnel = peer.tunnel.lock();
+        if !tunnel.is_ready() {
+            let mut act = self.act(now, peer, out);
+            while segments.next_len().is_some() {
+                tunnel.wait(segments.take(), &mut act);
+            }
+            return;
+        }
+        let Some(to) = tunnel.endpoint(peer.endpoint()) else {
+            while segments.next_len().is_some() {
+                segments.take();
+                self.drops.count(DropReason::NoEndpoint);
+            }
+            return;
+        };
+        if let Some(what) = tunnel.sent_inner(now) {
+            self.events.observe(peer.key, what);
+        }
+        out.fragment(peer.entry.fragment);
+        loop {
+            peer.counters.sent(tunnel.seal(&mut segments, to, out, &self.drops, now));
+            if segments.next_len().is_none() {
+                break;
+            }
+            if out.is_empty() {
+                // What an empty batch has no room for never fits.
+                while segments.next_len().is_some() {
+                    segments.take();
+                    self.drops.count(DropReason::SendTooLarge);
+                }
+                break;
+            }
+            udp.send(now, out, &self.drops);
+            out.clear();
+        }
+        out.fragment(false);
+    }
+
+    /// Opens what came from the network into `writes`, joined as far as `allowed`, and puts what
+    /// is to be answered into `out`.
+    pub(super) fn inbound(
+        &mut self,
+        now: Instant,
+        allowed: Coalesce,
+        batch: &RecvBatch,
+        writes: &mut WriteBatch,
+        out: &mut SendBatch,
+    ) {
+        let table = self.table.load();
+        self.coalescer.allow(allowed);
+        self.forwards.clear();
+        self.joined = Joined::default();
+        self.accepted = None;
+        for received in batch.received() {
+            let datagrams = batch.datagrams(received);
+            if self.link.is_some() && received.from.local.map(|local| local.interface) == self.link
+            {
+                let count = match datagrams {
+                    Ok(datagrams) => datagrams.count().get(),
+                    Err(NoDatagrams::Oversized { count }) => count,
+                    Err(NoDatagrams::Empty) => 1,
+                };
+                self.drops.add(DropReason::TunnelInTunnel, count as u64);
+                continue;
+            }
+            match datagrams {
+                Ok(datagrams) => {
+                    let mut rest = Some(datagrams);
+                    while let Some(datagrams) = rest {
+                        let run = self.step(now, &table, received.from, datagrams, writes, out);
+                        rest = datagrams.skip(run);
+                    }
+                }
+                Err(NoDatagrams::Oversized { count }) => {
+                    self.drops.add(DropReason::Oversized, count as u64);
+                }
+                Err(NoDatagrams::Empty) => self.drops.count(DropReason::UnknownKind),
+            }
+        }
+        self.coalescer.finish(writes);
+    }
+
+    /// What of the batch goes on to other nodes: parts of its bytes.
+    pub(super) fn forwards(&self) -> &[Train] {
+        &self.forwards
+    }
+
+    /// What of the batch the kernel had joined, and how that turned out.
+    pub(super) fn joined(&self) -> Joined {
+        self.joined
+    }
+
+    /// Handles the first of these datagrams, and those after it that belong to the same channel or
+    /// session. Returns how many that were.
+    fn step(
+        &mut self,
+        now: Instant,
+        table: &Table,
+        from: Path,
+        datagrams: Datagrams<'_>,
+        writes: &mut WriteBatch,
+        out: &mut SendBatch,
+    ) -> NonZeroUsize {
+        let Some((channel, _)) = relayed(datagrams.first()) else {
+            return self.datagrams(now, table, from, datagrams, writes, out);
+        };
+        let on_channel = datagrams.take(channel_run(&datagrams));
+        self.forward(now, &from, channel, on_channel).unwrap_or_else(|| {
+            let from = from.on_channel(ChannelId(channel));
+            self.datagrams(now, table, from, on_channel, writes, out)
+        })
+    }
+
+    /// Forwards a run of datagrams, if we relay its channel. Returns how many that were; `None`:
+    /// this node is the channel's end.
+    fn forward(
+        &mut self,
+        now: Instant,
+        from: &Path,
+        channel: u64,
+        datagrams: Datagrams<'_>,
+    ) -> Option<NonZeroUsize> {
+        // They are as the kernel joined them, but over IPv6 a send takes a little less.
+        let run = datagrams.one_send().min(datagrams.count());
+        let datagrams = datagrams.take(run);
+        let (start, len, segments) = (datagrams.start(), datagrams.bytes().len(), run.get());
+        match self.relay.forward(now, from, channel, len) {
+            Forward::To(to) => {
+                let stride = datagrams.segment_size();
+                self.forwards.push(Train { to, start, len, stride, segments, fragment: false });
+            }
+            Forward::Refused(reason) => self.drops.add(reason, segments as u64),
+            Forward::Unknown => return None,
+        }
+        Some(run)
+    }
+
+    /// Handles the first of these datagrams, or as many as are data messages of one session.
+    /// Returns how many that were.
+    fn datagrams(
+        &mut self,
+        now: Instant,
+        table: &Table,
+        from: Path,
+        datagrams: Datagrams<'_>,
+        writes: &mut WriteBatch,
+        out: &mut SendBatch,
+    ) -> NonZeroUsize {
+        let skip = if from.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
+        let first = datagrams.first().get(skip..).unwrap_or_default();
+        match (DatagramKind::of(first), MessageKind::of(first)) {
+            (DatagramKind::WireGuard, Some(MessageKind::Data { receiver })) => {
+                let run = data_run(&datagrams, skip, receiver);
+                self.open(now, table, from, receiver, datagrams.take(run), writes, out);
+                return run;
+            }
+            (DatagramKind::WireGuard, Some(kind)) => {
+                self.handshake(now, table, from, kind, first, out);
+            }
+            (kind, _) => self.other(now, from, kind, first, out),
+        }
+        NonZeroUsize::MIN
+    }
+
+    /// Opens a run of data messages with one receiver.
+    #[expect(clippy::too_many_arguments, reason = "a run, its sender and where the results go")]
+    fn open(
+        &mut self,
+        now: Instant,
+        table: &Table,
+        from: Path,
+        receiver: u32,
+        datagrams: Datagrams<'_>,
+        writes: &mut WriteBatch,
+        out: &mut SendBatch,
+    ) {
+        let found = table.by_receiver(receiver);
+        let Some((slot, peer)) = found.and_then(|slot| Some((slot, table.peer(slot)?))) else {
+            self.drops.add(DropReason::UnknownIndex, datagrams.count().get() as u64);
+            return;
+        };
+        let mut opened = std::mem::take(&mut self.opened);
+        opened.clear();
+        let start = datagrams.start();
+        let plain = &mut writes.bytes_mut()[start..start + datagrams.bytes().len()];
+        let mut act = self.act(now, peer, out);
+        let damaged = peer.tunnel.lock().open(
+            from,
+            peer.endpoint(),
+            receiver,
+            datagrams,
+            plain,
+            &mut act,
+            |at, len| opened.push((start + at, len)),
+        );
+        let count = datagrams.count().get();
+        if count > 1 {
+            self.joined.datagrams += count;
+            self.joined.damaged += damaged;
+        }
+        let mut last: Option<(IpAddr, Option<Slot>)> = None;
+        for (at, len) in &opened {
+            let Some(inner) = Inner::parse(&writes.bytes()[*at..at + len]) else {
+                self.drops.count(DropReason::OpenedMalformed);
+                continue;
+            };
+            let owner = match last {
+                Some((source, owner)) if source == inner.source => owner,
+                _ => table.route(inner.source),
+            };
+            last = Some((inner.source, owner));
+            if owner != Some(slot) {
+                self.drops.count(DropReason::WrongSource);
+                continue;
+            }
+            let destination = inner.destination;
+            if !cached(&mut self.accepted, destination, || table.accepts(destination)) {
+                self.drops.count(DropReason::WrongDestination);
+                continue;
+            }
+            self.coalescer.add(writes, *at, &inner);
+        }
+        self.opened = opened;
+    }
+
+    fn handshake(
+        &mut self,
+        now: Instant,
+        table: &Table,
+        from: Path,
+        kind: MessageKind,
+        message: &[u8],
+        out: &mut SendBatch,
+    ) {
+        let peer = match kind {
+            MessageKind::Initiation => self.knock(now, from, message, out).and_then(|()| {
+                let key = self.secrets.claims(message).ok_or(DropReason::InvalidHandshake)?;
+                table.by_key(&key).ok_or(DropReason::UnknownPeer)
+            }),
+            MessageKind::Response { receiver }
+            | MessageKind::CookieReply { receiver }
+            | MessageKind::Data { receiver } => {
+                let slot = table.by_receiver(receiver);
+                slot.and_then(|slot| table.peer(slot)).ok_or(DropReason::UnknownIndex)
+            }
+        };
+        match peer {
+            Ok(peer) => {
+                let mut act = self.act(now, peer, out);
+                peer.tunnel.lock().handshake(message, from, peer.endpoint(), &mut act);
+            }
+            Err(reason) => self.drops.count(reason),
+        }
+    }
+
+    /// Whether there is time for an initiation. From an address that too many come from it needs a
+    /// cookie: somebody else may be forging that address to keep its owner out.
+    fn knock(
+        &mut self,
+        now: Instant,
+        from: Path,
+        initiation: &[u8],
+        out: &mut SendBatch,
+    ) -> Result<(), DropReason> {
+        let ip = from.remote.ip();
+        let crowded = !self.handshakes.admit(ip, now);
+        let mut cookie = [0; HANDSHAKE_BYTES];
+        match self.secrets.admit(from.remote, initiation, crowded, &mut cookie) {
+            Admission::Admitted if crowded && !self.proven_handshakes.admit(ip, now) => {
+                Err(DropReason::SourceLimited)
+            }
+            Admission::Admitted => Ok(()),
+            Admission::Cookie(len) => {
+                if !out.push(from, &cookie[..len]) {
+                    self.drops.count(DropReason::SendBufferFull);
+                }
+                Err(if crowded { DropReason::SourceLimited } else { DropReason::UnderLoad })
+            }
+            Admission::Refused(_) if crowded => Err(DropReason::SourceLimited),
+            Admission::Refused(reason) => Err(reason),
+        }
+    }
+
+    fn other(
+        &mut self,
+        now: Instant,
+        from: Path,
+        kind: DatagramKind,
+        datagram: &[u8],
+        out: &mut SendBatch,
+    ) {
+        let reason = match kind {
+            // A binding request: we reflect.
+            DatagramKind::Stun if datagram.starts_with(&[0, 1]) => {
+                if from.is_relayed() {
+                    DropReason::ReflectorRefused
+                } else if !self.reflections.admit(from.remote.ip(), now) {
+                    DropReason::ReflectorLimited
+                } else {
+                    match stun::answer(datagram, from.remote) {
+                        Some((answer, len)) if out.push(from, &answer[..len]) => return,
+                        Some(_) => DropReason::SendBufferFull,
+                        None => DropReason::ReflectorRefused,
+                    }
+                }
+            }
+            DatagramKind::Probe | DatagramKind::Stun
+                if !self.probes.admit(from.remote.ip(), now) =>
+            {
+                DropReason::SourceLimited
+            }
+            DatagramKind::Probe => {
+                return self.events.datagram(|| Event::Probe { from, datagram: datagram.into() });
+            }
+            DatagramKind::Stun => {
+                return self.events.datagram(|| Event::Stun { from, datagram: datagram.into() });
+            }
+            DatagramKind::WireGuard => DropReason::Malformed,
+            // A channel in a channel is nothing that anybody sends.
+            DatagramKind::Relayed | DatagramKind::Unknown => DropReason::UnknownKind,
+        };
+        self.drops.count(reason);
+    }
+
+    /// Starts a handshake with a peer of the table.
+    pub(super) fn initiate(
+        &mut self,
+        now: Instant,
+        peer: &WireguardKey,
+        to: Vec<Path>,
+        out: &mut SendBatch,
+    ) {
+        let table = self.table.load();
+        if let Some(peer) = table.by_key(peer) {
+            let mut act = self.act(now, peer, out);
+            peer.tunnel.lock().initiate(to, &mut act);
+        }
+    }
+
+    /// Lets time pass for every tunnel that needs it. Returns whether there is one, or something
+    /// else to be done soon.
+    pub(super) fn tick<U: UdpIo>(
+        &mut self,
+        now: Instant,
+        out: &mut SendBatch,
+        udp: &mut U,
+    ) -> bool {
+        self.events.retry();
+        let table = self.table.load();
+        let mut live = self.events.is_waiting();
+        for peer in &table.peers {
+            let mut act = self.act(now, peer, out);
+            live |= peer.tunnel.lock().tick(peer.endpoint(), peer.keepalive(), &mut act);
+            // A tick writes a few messages at most.
+            if out.spare(8 * HANDSHAKE_BYTES).is_none() {
+                udp.send(now, out, &self.drops);
+                out.clear();
+            }
+        }
+        if !out.is_empty() {
+            udp.send(now, out, &self.drops);
+            out.clear();
+        }
+        live
+    }
+
+    fn act<'a>(&'a mut self, now: Instant, peer: &'a Peer, out: &'a mut SendBatch) -> Act<'a> {
+        Act {
+            now,
+            started: self.started,
+            out,
+            events: &mut self.events,
+            drops: &self.drops,
+            counters: &peer.counters,
+        }
+    }
+}
+
+/// The peer for a destination; most packets go where the one before went.
+fn route<'a>(
+    table: &'a Table,
+    last: &mut Option<(IpAddr, Slot)>,
+    destination: IpAddr,
+) -> Option<&'a Arc<Peer>> {
+    let slot = match last {
+        Some((address, slot)) if *address == destination => *slot,
+        _ => table.route(destination)?,
+    };
+    *last = Some((destination, slot));
+    table.peer(slot)
+}
+
+/// What holds for an address; most packets have that of the one before.
+fn cached<T: Copy>(last: &mut Option<(IpAddr, T)>, address: IpAddr, look_up: impl Fn() -> T) -> T {
+    match last {
+        Some((known, value)) if *known == address => *value,
+        _ => {
+            let value = look_up();
+            *last = Some((address, value));
+            value
+        }
+    }
+}
+
+/// Number of datagrams, from the first, that are data messages for `receiver`, each behind `skip`
+/// bytes.
+fn data_run(datagrams: &Datagrams<'_>, skip: usize, receiver: u32) -> NonZeroUsize {
+    datagrams.run(|datagram| {
+        let message = datagram.get(skip..).and_then(MessageKind::of);
+        matches!(message, Some(MessageKind::Data { receiver: r }) if r == receiver)
+    })
+}
+
+/// Number of datagrams, from the first, that are on the channel of the first.
+fn channel_run(datagrams: &Datagrams<'_>) -> NonZeroUsize {
+    let header = datagrams.first().get(..RELAYED_HEADER_BYTES).unwrap_or_default();
+    datagrams.run(|datagram| datagram.starts_with(header))
+}
+
+/// The place of a payload in its datagram, which must leave room for a virtio header.
+const _: () = assert!(DATA_HEADER >= super::vnet::VNET_HEADER_BYTES);

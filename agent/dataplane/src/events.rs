@@ -1,0 +1,251 @@
+//! What the data plane tells its owner.
+//!
+//! | what | how | when the owner is slow |
+//! |---|---|---|
+//! | observations of a peer | the channel | they wait here; of each peer and kind the last one is kept |
+//! | probes and STUN | the channel | they are dropped and counted |
+//! | a fault | a state ([`FaultState`]) | it stays until it is read |
+//!
+//! The channel is bounded, and nothing ever waits for room in it.
+
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
+use std::mem::{Discriminant, discriminant};
+use std::sync::Arc;
+
+use tokio::sync::mpsc::Sender;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::watch;
+use towline_core::path::Path;
+use towline_core::peer_table::Observation;
+use towline_types::id::WireguardKey;
+
+use super::drops::{DropReason, Drops};
+
+/// What the data plane saw.
+#[derive(Debug)]
+pub enum Event {
+    /// Of one peer.
+    Peer {
+        /// Which.
+        peer: WireguardKey,
+        /// What.
+        what: Observation,
+    },
+    /// A datagram that looks like a probe (see `towline_types::frame`). Not authenticated.
+    Probe {
+        /// Its sender.
+        from: Path,
+        /// All of it.
+        datagram: Box<[u8]>,
+    },
+    /// A datagram that looks like STUN. Not authenticated.
+    Stun {
+        /// Its sender.
+        from: Path,
+        /// All of it.
+        datagram: Box<[u8]>,
+    },
+}
+
+/// Why the data plane cannot do its work any more, and has to be started again.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// The TUN link was deleted.
+    #[error("the TUN link is gone: {0}")]
+    TunGone(String),
+    /// The sockets, or what the worker waits with.
+    #[error("the data plane's worker cannot go on: {0}")]
+    Worker(String),
+    /// A defect of ours ended a worker's thread.
+    #[error("the data plane's worker panicked")]
+    Panicked,
+}
+
+/// The first fault of a data plane, which all of its workers share. It is never lost: a
+/// late look finds it too.
+#[derive(Debug, Clone)]
+pub(super) struct FaultState(Arc<watch::Sender<Option<Fault>>>);
+
+impl FaultState {
+    /// No fault yet, and the receiver that shows one.
+    pub(super) fn new() -> (Self, watch::Receiver<Option<Fault>>) {
+        let (sender, receiver) = watch::channel(None);
+        (Self(Arc::new(sender)), receiver)
+    }
+
+    /// Sets the fault, unless there is one already: those that follow are its consequences.
+    pub(super) fn set(&self, fault: Fault) {
+        self.0.send_if_modified(|state| match state {
+            Some(_) => false,
+            None => {
+                *state = Some(fault);
+                true
+            }
+        });
+    }
+}
+
+impl Drop for FaultState {
+    /// Notices the end of a worker that panics.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.set(Fault::Panicked);
+        }
+    }
+}
+
+/// Number of waiting observations from which on only the last of each peer and kind is kept.
+const UNSENT: usize = 4096;
+
+/// The sending side.
+#[derive(Debug)]
+pub(super) struct EventSink {
+    sender: Sender<Event>,
+    /// Observations that wait for room in the channel, in order.
+    unsent: VecDeque<(WireguardKey, Observation)>,
+    /// Number of waiting observations at which they are reduced. At least [`UNSENT`].
+    reduce_at: usize,
+    drops: Arc<Drops>,
+}
+
+impl EventSink {
+    pub(super) fn new(sender: Sender<Event>, drops: Arc<Drops>) -> Self {
+        Self { sender, unsent: VecDeque::new(), reduce_at: UNSENT, drops }
+    }
+
+    /// Reports an observation, now or when there is room.
+    pub(super) fn observe(&mut self, peer: WireguardKey, what: Observation) {
+        if self.unsent.len() >= self.reduce_at {
+            self.reduce();
+        }
+        self.unsent.push_back((peer, what));
+        self.retry();
+    }
+
+    /// Keeps of each peer and kind only the last observation: it says how things are now. What is
+    /// left is bounded by the number of peers.
+    fn reduce(&mut self) {
+        let mut places: HashMap<(WireguardKey, Discriminant<Observation>), usize> = HashMap::new();
+        let mut kept: Vec<(WireguardKey, Observation)> = Vec::new();
+        for (peer, what) in self.unsent.drain(..).rev() {
+            match places.entry((peer, discriminant(&what))) {
+                Entry::Vacant(place) => {
+                    place.insert(kept.len());
+                    kept.push((peer, what));
+                }
+                Entry::Occupied(place) => {
+                    if let Observation::Active { sent: was_sent, received: was_received } = what
+                        && let Some((_, Observation::Active { sent, received })) =
+                            kept.get_mut(*place.get())
+                    {
+                        *sent |= was_sent;
+                        *received |= was_received;
+                    }
+                }
+            }
+        }
+        self.unsent.extend(kept.into_iter().rev());
+        self.reduce_at = UNSENT.max(2 * self.unsent.len());
+    }
+
+    /// Hands on a datagram, unless the channel is so full that observations might need the room.
+    pub(super) fn datagram(&self, event: impl FnOnce() -> Event) {
+        let room = self.sender.capacity() > self.sender.max_capacity() / 4;
+        if !room || self.sender.try_send(event()).is_err() {
+            self.drops.count(DropReason::EventsFull);
+        }
+    }
+
+    /// Sends what found no room before.
+    pub(super) fn retry(&mut self) {
+        while let Some((peer, what)) = self.unsent.front().copied() {
+            match self.sender.try_send(Event::Peer { peer, what }) {
+                Ok(()) | Err(TrySendError::Closed(_)) => self.unsent.pop_front(),
+                Err(TrySendError::Full(_)) => return,
+            };
+        }
+    }
+
+    /// Whether something waits for room.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.unsent.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use towline_core::path::Path;
+
+    fn key(number: u32) -> WireguardKey {
+        let mut key = [0; 32];
+        key[..4].copy_from_slice(&number.to_le_bytes());
+        WireguardKey(key)
+    }
+
+    #[test]
+    fn no_last_observation_of_a_peer_is_lost_however_slow_its_owner_is() {
+        let (sender, mut receiver) = tokio::sync::mpsc::channel(8);
+        let drops = Arc::new(Drops::default());
+        let mut sink = EventSink::new(sender, drops.clone());
+        let from = |port: u16| Path::direct(([192, 0, 2, 1], port).into());
+        const PEERS: u32 = 2_000;
+        for round in 0..20 {
+            for peer in 0..PEERS {
+                sink.observe(key(peer), Observation::Handshake { from: from(round) });
+                sink.observe(key(peer), Observation::Active { sent: round == 0, received: false });
+                sink.observe(key(peer), Observation::Roamed { from: from(1_000 + round) });
+                if peer % 2 == 0 {
+                    sink.observe(key(peer), Observation::SessionExpired);
+                }
+            }
+            assert!(sink.unsent.len() <= 4 * 4 * PEERS as usize, "it stays bounded");
+        }
+        let mut seen: HashMap<WireguardKey, Vec<Observation>> = HashMap::new();
+        while sink.is_waiting() {
+            while let Ok(Event::Peer { peer, what }) = receiver.try_recv() {
+                seen.entry(peer).or_default().push(what);
+            }
+            sink.retry();
+        }
+        while let Ok(Event::Peer { peer, what }) = receiver.try_recv() {
+            seen.entry(peer).or_default().push(what);
+        }
+        for peer in 0..PEERS {
+            let seen = &seen[&key(peer)];
+            let last = if peer % 2 == 0 {
+                Observation::SessionExpired
+            } else {
+                Observation::Roamed { from: from(1_019) }
+            };
+            assert_eq!(seen.last(), Some(&last));
+            assert!(seen.contains(&Observation::Handshake { from: from(19) }));
+            let sent = |what: &Observation| matches!(what, Observation::Active { sent: true, .. });
+            assert!(seen.iter().any(sent), "what was sent is still known");
+        }
+        assert_eq!(drops.get(DropReason::EventsFull), 0);
+    }
+
+    #[test]
+    fn a_fault_is_there_for_one_who_looks_late_and_the_first_one_stays() {
+        let (state, receiver) = FaultState::new();
+        let late = receiver.clone();
+        state.set(Fault::TunGone("deleted".to_owned()));
+        state.clone().set(Fault::Worker("later".to_owned()));
+        drop(state);
+        assert_eq!(*late.borrow(), Some(Fault::TunGone("deleted".to_owned())));
+        assert!(matches!(late.has_changed(), Err(_) | Ok(true)));
+    }
+
+    #[test]
+    fn a_worker_that_panics_leaves_a_fault() {
+        let (state, receiver) = FaultState::new();
+        let worker = std::thread::spawn(move || {
+            let _state = state;
+            panic!("a defect");
+        });
+        assert!(worker.join().is_err());
+        assert_eq!(*receiver.borrow(), Some(Fault::Panicked));
+    }
+}

@@ -1,0 +1,122 @@
+//! The packet path of one worker without its thread, for fuzzing and for benchmarks. No API.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use tokio::sync::mpsc::{Receiver, channel};
+use towline_core::path::Path;
+use towline_core::peer_table::PeerTable;
+use towline_types::id::WireguardKey;
+use x25519_dalek::StaticSecret;
+
+use super::arena::{RecvBatch, SendBatch, Train, TunBatch, WriteBatch};
+use super::coalesce::Coalesce;
+use super::drops::{DropReason, Drops};
+use super::engine::Engine;
+use super::events::{Event, EventSink};
+use super::relay::Relay;
+use super::session::Secrets;
+use super::table::Table;
+use super::udp::UdpIo;
+
+/// Events that are kept until they are drained.
+const EVENTS: usize = 4096;
+
+/// See the module.
+#[derive(Debug)]
+pub struct PacketPath {
+    secrets: Arc<Secrets>,
+    table: Arc<ArcSwap<Table>>,
+    drops: Arc<Drops>,
+    events: Receiver<Event>,
+    engine: Engine,
+}
+
+impl PacketPath {
+    /// Without peers.
+    pub fn new(private_key: StaticSecret, relay: Relay, link: Option<u32>, now: Instant) -> Self {
+        let secrets = Arc::new(Secrets::new(private_key));
+        let table = Arc::new(ArcSwap::from_pointee(Table::default()));
+        let drops = Arc::new(Drops::default());
+        let (sender, events) = channel(EVENTS);
+        let sink = EventSink::new(sender, drops.clone());
+        let engine =
+            Engine::new(secrets.clone(), table.clone(), drops.clone(), sink, relay, link, now);
+        Self { secrets, table, drops, events, engine }
+    }
+
+    /// The node's own public key.
+    pub fn public_key(&self) -> WireguardKey {
+        self.secrets.public_key()
+    }
+
+    /// The peers are now these.
+    pub fn apply(&self, table: &PeerTable) {
+        self.table.store(Arc::new(self.table.load().next(table, &self.secrets)));
+    }
+
+    /// Bytes to which an inner packet may be padded.
+    pub fn set_mtu(&mut self, mtu: usize) {
+        self.engine.set_mtu(mtu);
+    }
+
+    /// What a worker does with a batch from the network.
+    pub fn inbound(
+        &mut self,
+        now: Instant,
+        allowed: Coalesce,
+        batch: &RecvBatch,
+        writes: &mut WriteBatch,
+        out: &mut SendBatch,
+    ) {
+        self.engine.inbound(now, allowed, batch, writes, out);
+    }
+
+    /// Datagrams of the last batch that go on to other nodes.
+    pub fn forwards(&self) -> &[Train] {
+        self.engine.forwards()
+    }
+
+    /// What a worker does with a batch from the TUN.
+    pub fn outbound<U: UdpIo>(
+        &mut self,
+        now: Instant,
+        batch: &mut TunBatch,
+        out: &mut SendBatch,
+        udp: &mut U,
+    ) {
+        self.engine.outbound(now, batch, out, udp);
+    }
+
+    /// Starts a handshake with a peer.
+    pub fn initiate(
+        &mut self,
+        now: Instant,
+        peer: &WireguardKey,
+        to: Vec<Path>,
+        out: &mut SendBatch,
+    ) {
+        self.engine.initiate(now, peer, to, out);
+    }
+
+    /// Number of drops so far, for this reason.
+    pub fn drops(&self, reason: DropReason) -> u64 {
+        self.drops.get(reason)
+    }
+
+    /// Number of drops so far, for all reasons.
+    pub fn all_drops(&self) -> u64 {
+        DropReason::ALL.iter().map(|reason| self.drops.get(*reason)).sum()
+    }
+
+    /// Number of packets that wait for a session.
+    pub fn waiting(&self) -> usize {
+        self.table.load().peers.iter().map(|peer| peer.tunnel.lock().waiting()).sum()
+    }
+
+    /// The next event, if there is one.
+    pub fn event(&mut self) -> Option<Event> {
+        self.events.try_recv().ok()
+    }
+}

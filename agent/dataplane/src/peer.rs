@@ -1,0 +1,762 @@
+//! The tunnel with one peer over time: which session seals, what waits for one, when a handshake
+//! is repeated, when a keepalive is due, where the peer was last seen.
+//!
+//! The rules of WireGuard's timers that need no decision are here; whether and where to start a
+//! handshake is the core's. In particular:
+//!
+//! - a tunnel without a session does nothing by itself: it says [`Observation::Wanted`];
+//! - a keepalive goes out only on a session, and only when nothing else was sent for that long,
+//!   so that two ends with keepalives neither fight over who initiates nor chat on a busy tunnel;
+//! - who initiated a session renews it while keepalives hold it open (boringtun counts data
+//!   alone), the other end does not;
+//! - a tunnel that was rebuilt (pre-shared key, boot epoch) keeps using the old one until the new
+//!   one has a session: no gap.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use towline_core::path::Path;
+use towline_core::peer_table::{Observation, PresharedKey, REKEY_TIMEOUT};
+use towline_types::frame::RELAYED_HEADER_BYTES;
+use towline_types::id::WireguardKey;
+
+use super::arena::{Datagrams, SendBatch};
+use super::counters::PeerCounters;
+use super::drops::{DropReason, Drops};
+use super::events::EventSink;
+use super::session::{
+    Answered, HANDSHAKE_BYTES, MessageKind, Opened, Secrets, Segments, Session, Tick,
+};
+
+/// Rekey-After-Time, whitepaper section 6.1.
+const REKEY_AFTER: Duration = Duration::from_secs(120);
+/// Reject-After-Time, and a little: by then the engine has dropped the session.
+const SESSION_GONE: Duration = Duration::from_secs(182);
+/// Rekey-Attempt-Time, and a little: by then the engine has given up.
+const ATTEMPT_GONE: Duration = Duration::from_secs(92);
+/// A repeated initiation is late by less than this, at random.
+const RETRY_JITTER_MS: u64 = 333;
+/// A second order to initiate within this time, to the same addresses, is the same order: the
+/// engine may have repeated the initiation just before it came.
+const SAME_ORDER: Duration = Duration::from_millis(20);
+/// How often it is said that inner packets travel.
+const ACTIVE_EVERY: Duration = Duration::from_secs(1);
+/// Packets that wait for a session.
+const WAITING: usize = 16;
+/// How long they wait.
+const WAITING_TIME: Duration = Duration::from_secs(10);
+
+/// What a call needs to act: where to write, whom to tell.
+pub(super) struct Act<'a> {
+    pub(super) now: Instant,
+    pub(super) started: Instant,
+    pub(super) out: &'a mut SendBatch,
+    pub(super) events: &'a mut EventSink,
+    pub(super) drops: &'a Drops,
+    pub(super) counters: &'a PeerCounters,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Tunnel {
+    peer: WireguardKey,
+    secrets: Arc<Secrets>,
+    psk: Option<PresharedKey>,
+    index: u32,
+    /// Made when it is first needed: it holds several kilobytes.
+    active: Option<Box<Session>>,
+    /// The one before a rebuild, and its index.
+    retired: Option<(Box<Session>, u32)>,
+    initiation: Option<Initiation>,
+    /// A session that the peer initiated and has not used yet, by its receiver index.
+    unconfirmed: Option<u32>,
+    /// When the present session came to be, and whether we initiated it.
+    established: Option<(Instant, bool)>,
+    last_sent: Option<Instant>,
+    waiting: VecDeque<(Instant, Box<[u8]>)>,
+    wanted_said: bool,
+    /// Where an authentic handshake came from, while the core knows no endpoint.
+    adopted: Option<Path>,
+    roamed_said: Option<Path>,
+    travelled: Travelled,
+    /// Until when time has to pass for the engine.
+    live_until: Option<Instant>,
+    /// Set once the peer left the table: nothing waits for a session any more.
+    closed: bool,
+}
+
+/// Inner packets that were not told of yet, and when they last were.
+#[derive(Debug, Default)]
+struct Travelled {
+    sent: bool,
+    received: bool,
+    said: Option<Instant>,
+}
+
+impl Travelled {
+    /// What is to be said now, if it is not too soon.
+    fn say(&mut self, now: Instant) -> Option<Observation> {
+        let soon = self.said.is_some_and(|said| now.saturating_duration_since(said) < ACTIVE_EVERY);
+        if soon || !(self.sent || self.received) {
+            return None;
+        }
+        self.said = Some(now);
+        let (sent, received) = (self.sent, self.received);
+        (self.sent, self.received) = (false, false);
+        Some(Observation::Active { sent, received })
+    }
+}
+
+/// A handshake of ours that is not answered yet.
+#[derive(Debug)]
+struct Initiation {
+    sent: Instant,
+    jitter: Duration,
+    to: Vec<Path>,
+}
+
+impl Tunnel {
+    pub(super) fn new(
+        peer: WireguardKey,
+        psk: Option<PresharedKey>,
+        index: u32,
+        secrets: &Arc<Secrets>,
+    ) -> Self {
+        Self {
+            peer,
+            secrets: secrets.clone(),
+            psk,
+            index,
+            active: None,
+            retired: None,
+            initiation: None,
+            unconfirmed: None,
+            established: None,
+            last_sent: None,
+            waiting: VecDeque::new(),
+            wanted_said: false,
+            adopted: None,
+            roamed_said: None,
+            travelled: Travelled::default(),
+            live_until: None,
+            closed: false,
+        }
+    }
+
+    /// Number of packets that wait for a session.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// The peer left the table. Returns how many packets waited for a session: they are lost.
+    pub(super) fn close(&mut self) -> usize {
+        self.closed = true;
+        std::mem::take(&mut self.waiting).len()
+    }
+
+    /// From now on handshakes use this key and index. Sessions of before stay until the next
+    /// handshake is through.
+    pub(super) fn renew(&mut self, psk: Option<PresharedKey>, index: u32) {
+        if let Some(active) = self.active.take().filter(|active| active.is_ready()) {
+            self.retired = Some((active, self.index));
+        }
+        self.psk = psk;
+        self.index = index;
+        self.initiation = None;
+        self.unconfirmed = None;
+    }
+
+    /// Where datagrams go, given what the core knows.
+    pub(super) fn endpoint(&mut self, known: Option<Path>) -> Option<Path> {
+        if known.is_some() {
+            self.adopted = None;
+        }
+        known.or(self.adopted)
+    }
+
+    /// Whether there is a session to seal with.
+    pub(super) fn is_ready(&self) -> bool {
+        self.active.as_ref().is_some_and(|active| active.is_ready())
+            || self.retired.as_ref().is_some_and(|(retired, _)| retired.is_ready())
+    }
+
+    /// Seals until `segments` are done or `out` is full. Call only when [`Tunnel::is_ready`].
+    pub(super) fn seal(
+        &mut self,
+        segments: &mut impl Segments,
+        to: Path,
+        out: &mut SendBatch,
+        drops: &Drops,
+        now: Instant,
+    ) -> usize {
+        self.last_sent = Some(now);
+        if let Some(session) = self.sealing() {
+            return session.seal(segments, to, out, drops);
+        }
+        while segments.next_len().is_some() {
+            segments.take();
+            drops.count(DropReason::NoSession);
+        }
+        0
+    }
+
+    /// Inner packets were sent. Returns what is to be said of it.
+    pub(super) fn sent_inner(&mut self, now: Instant) -> Option<Observation> {
+        self.travelled.sent = true;
+        self.travelled.say(now)
+    }
+
+    /// Keeps a few packets until there is a session. They come with their padding.
+    pub(super) fn wait(&mut self, packet: &[u8], act: &mut Act<'_>) {
+        if self.closed {
+            act.drops.count(DropReason::NoRoute);
+            return;
+        }
+        if self.waiting.len() == WAITING {
+            self.waiting.pop_front();
+            act.drops.count(DropReason::QueueFull);
+        }
+        self.waiting.push_back((act.now, packet.into()));
+        self.live_for(act.now, WAITING_TIME);
+        if !self.wanted_said {
+            self.wanted_said = true;
+            act.events.observe(self.peer, Observation::Wanted);
+        }
+    }
+
+    /// Opens a train of data messages that all name the receiver index `receiver`; see
+    /// [`Session::open`]. Returns how many were not authentic.
+    #[expect(clippy::too_many_arguments, reason = "the train, its sender and the context")]
+    pub(super) fn open(
+        &mut self,
+        from: Path,
+        known: Option<Path>,
+        receiver: u32,
+        datagrams: Datagrams<'_>,
+        plain: &mut [u8],
+        act: &mut Act<'_>,
+        mut each: impl FnMut(usize, usize),
+    ) -> usize {
+        let session = match (&mut self.active, &mut self.retired) {
+            (Some(active), _) if receiver >> 8 == self.index => active,
+            (_, Some((retired, index))) if receiver >> 8 == *index => retired,
+            _ => {
+                act.drops.add(DropReason::NoSession, datagrams.count().get() as u64);
+                return 0;
+            }
+        };
+        let drops = act.drops;
+        let (mut authentic, mut packets, mut damaged) = (0, false, 0);
+        let skip = if from.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
+        session.open(datagrams, skip, plain, |bytes, opened| match opened {
+            Opened::Packet { start, len } => {
+                authentic += bytes;
+                packets = true;
+                each(start, len);
+            }
+            Opened::Keepalive => authentic += bytes,
+            Opened::Refused(reason) => {
+                damaged += usize::from(reason == DropReason::NotAuthentic);
+                drops.count(reason);
+            }
+        });
+        if authentic == 0 {
+            return damaged;
+        }
+        act.counters.received(authentic);
+        if packets {
+            self.travelled.received = true;
+            if let Some(what) = self.travelled.say(act.now) {
+                act.events.observe(self.peer, what);
+            }
+        }
+        if self.unconfirmed == Some(receiver) {
+            self.unconfirmed = None;
+            self.completed(from, false, act);
+        }
+        self.seen(from, known, act);
+        damaged
+    }
+
+    /// Takes a handshake message of any kind.
+    pub(super) fn handshake(
+        &mut self,
+        message: &[u8],
+        from: Path,
+        known: Option<Path>,
+        act: &mut Act<'_>,
+    ) {
+        let solicited = matches!(MessageKind::of(message), Some(MessageKind::Initiation))
+            || self.initiation.is_some();
+        if !solicited {
+            act.drops.count(DropReason::InvalidHandshake);
+            return;
+        }
+        let mut reply = [0; HANDSHAKE_BYTES];
+        match self.active().handshake(message, &mut reply) {
+            Answered::Response { len, receiver } => {
+                act.counters.received(message.len());
+                self.unconfirmed = Some(receiver);
+                self.live_for(act.now, SESSION_GONE);
+                self.send(&reply[..len], from, act);
+                if known.is_none() {
+                    self.adopted = Some(from);
+                    self.tell_roamed(from, act);
+                }
+                self.seen(from, known, act);
+            }
+            Answered::Established { len } => {
+                act.counters.received(message.len());
+                self.initiation = None;
+                self.live_for(act.now, SESSION_GONE);
+                // Only this datagram lets the peer use the session: it takes the way that works.
+                self.send(&reply[..len], from, act);
+                if known.is_none() {
+                    self.adopted = Some(from);
+                }
+                self.completed(from, true, act);
+                self.seen(from, known, act);
+            }
+            Answered::Cookie => {}
+            Answered::Refused(reason) => act.drops.count(reason),
+        }
+    }
+
+    /// Starts a handshake: one initiation, the same bytes to each address.
+    pub(super) fn initiate(&mut self, to: Vec<Path>, act: &mut Act<'_>) {
+        if let Some(running) = &self.initiation
+            && act.now.saturating_duration_since(running.sent) < SAME_ORDER
+            && to.iter().all(|address| running.to.contains(address))
+        {
+            return;
+        }
+        let mut message = [0; HANDSHAKE_BYTES];
+        let len = self.active().initiate(&mut message);
+        if len > 0 {
+            self.initiated(&message[..len], to, act);
+        }
+    }
+
+    /// Lets time pass. Returns whether it has to be called again, a few times per second.
+    pub(super) fn tick(
+        &mut self,
+        known: Option<Path>,
+        keepalive: Option<Duration>,
+        act: &mut Act<'_>,
+    ) -> bool {
+        if !self.is_live(act.now) {
+            return false;
+        }
+        while let Some((since, _)) = self.waiting.front()
+            && act.now.saturating_duration_since(*since) >= WAITING_TIME
+        {
+            self.waiting.pop_front();
+            act.drops.count(DropReason::QueueExpired);
+        }
+        if let Some(what) = self.travelled.say(act.now) {
+            act.events.observe(self.peer, what);
+        }
+        let had_session = self.established.is_some();
+        self.tick_engines(known, act);
+        if had_session && !self.is_ready() && self.initiation.is_none() {
+            self.ended(act);
+        }
+        self.keep_alive(known, keepalive, act);
+        self.is_live(act.now)
+    }
+
+    fn tick_engines(&mut self, known: Option<Path>, act: &mut Act<'_>) {
+        let mut message = [0; HANDSHAKE_BYTES];
+        let mut renew = false;
+        if let Some((retired, _)) = &mut self.retired {
+            renew = matches!(retired.tick(&mut message), Tick::Initiation(_));
+            if !retired.is_ready() {
+                self.retired = None;
+            }
+        }
+        let repeated = self.initiation.as_ref().map(|initiation| {
+            let age = act.now.saturating_duration_since(initiation.sent);
+            (age >= REKEY_TIMEOUT, age >= REKEY_TIMEOUT + initiation.jitter)
+        });
+        let tick = match (&mut self.active, repeated) {
+            // boringtun would repeat it now; all nodes that lost one peer would do so together.
+            (_, Some((true, false))) | (None, _) => Tick::Quiet,
+            (Some(active), _) => active.tick(&mut message),
+        };
+        match tick {
+            Tick::Quiet if renew && self.initiation.is_none() => {
+                let to = self.endpoint(known).into_iter().collect();
+                self.initiate(to, act);
+            }
+            Tick::Quiet => {
+                // The engine repeats no initiation after it answered one of the peer's.
+                if let Some((_, true)) = repeated {
+                    self.initiation = None;
+                }
+            }
+            Tick::Initiation(len) => {
+                let to = match self.initiation.take() {
+                    Some(unanswered) => {
+                        act.events.observe(self.peer, Observation::HandshakeUnanswered);
+                        unanswered.to
+                    }
+                    None => self.endpoint(known).into_iter().collect(),
+                };
+                self.initiated(&message[..len], to, act);
+            }
+            Tick::Keepalive(len) => {
+                if let Some(to) = self.endpoint(known) {
+                    self.send(&message[..len], to, act);
+                }
+            }
+            Tick::Expired => self.ended(act),
+        }
+    }
+
+    fn keep_alive(&mut self, known: Option<Path>, keepalive: Option<Duration>, act: &mut Act<'_>) {
+        let Some(interval) = keepalive else { return };
+        if let Some((since, true)) = self.established
+            && self.initiation.is_none()
+            && act.now.saturating_duration_since(since) >= REKEY_AFTER
+        {
+            let to = self.endpoint(known).into_iter().collect();
+            self.initiate(to, act);
+        }
+        let silent = |since: Instant| act.now.saturating_duration_since(since) >= interval;
+        if !self.last_sent.is_none_or(silent) {
+            return;
+        }
+        let Some(to) = self.endpoint(known) else { return };
+        let mut message = [0; HANDSHAKE_BYTES];
+        if let Some(session) = self.sealing() {
+            let len = session.keepalive(&mut message);
+            self.send(&message[..len], to, act);
+        }
+    }
+
+    /// How long after it was sent the initiation is repeated, if one is under way.
+    #[cfg(test)]
+    pub(super) fn repeats_after(&self) -> Option<Duration> {
+        self.initiation.as_ref().map(|initiation| REKEY_TIMEOUT + initiation.jitter)
+    }
+
+    fn is_live(&self, now: Instant) -> bool {
+        self.live_until.is_some_and(|until| now < until)
+    }
+
+    fn live_for(&mut self, now: Instant, time: Duration) {
+        self.live_until = self.live_until.max(Some(now + time));
+    }
+
+    fn active(&mut self) -> &mut Session {
+        let Self { secrets, peer, psk, index, .. } = self;
+        self.active
+            .get_or_insert_with(|| Box::new(Session::new(secrets, *peer, psk.as_ref(), *index)))
+    }
+
+    fn sealing(&mut self) -> Option<&mut Session> {
+        match &mut self.active {
+            Some(active) if active.is_ready() => Some(active),
+            _ => self.retired.as_mut().map(|(retired, _)| &mut **retired).filter(|r| r.is_ready()),
+        }
+    }
+
+    /// An initiation was made: notes and sends it.
+    fn initiated(&mut self, message: &[u8], to: Vec<Path>, act: &mut Act<'_>) {
+        for address in &to {
+            self.send(message, *address, act);
+        }
+        let jitter = Duration::from_millis(super::random() % RETRY_JITTER_MS);
+        self.initiation = Some(Initiation { sent: act.now, jitter, to });
+        self.live_for(act.now, ATTEMPT_GONE);
+    }
+
+    /// A handshake is through.
+    fn completed(&mut self, from: Path, ours: bool, act: &mut Act<'_>) {
+        self.established = Some((act.now, ours));
+        self.wanted_said = false;
+        act.counters.handshake(act.started, act.now);
+        act.events.observe(self.peer, Observation::Handshake { from });
+        // Over the way that the handshake came: it works, and the one of before may be dead.
+        while let Some((since, packet)) = self.waiting.pop_front() {
+            if act.now.saturating_duration_since(since) >= WAITING_TIME {
+                act.drops.count(DropReason::QueueExpired);
+                continue;
+            }
+            let mut waited = Waited { packet, taken: false };
+            let sealed = self.seal(&mut waited, from, act.out, act.drops, act.now);
+            act.counters.sent(sealed);
+            if !waited.taken {
+                act.drops.count(DropReason::SendBufferFull);
+            }
+        }
+    }
+
+    /// There is no session any more, and none under way.
+    fn ended(&mut self, act: &mut Act<'_>) {
+        self.established = None;
+        self.initiation = None;
+        self.unconfirmed = None;
+        self.live_until = None;
+        self.wanted_said = false;
+        act.drops.add(DropReason::QueueExpired, self.waiting.len() as u64);
+        self.waiting.clear();
+        act.events.observe(self.peer, Observation::SessionExpired);
+    }
+
+    /// An authentic datagram came from `from`.
+    fn seen(&mut self, from: Path, known: Option<Path>, act: &mut Act<'_>) {
+        if self.endpoint(known).is_some_and(|endpoint| endpoint.is(&from)) {
+            if known.is_some() {
+                self.roamed_said = None;
+            }
+        } else {
+            self.tell_roamed(from, act);
+        }
+    }
+
+    fn tell_roamed(&mut self, from: Path, act: &mut Act<'_>) {
+        if self.roamed_said != Some(from) {
+            self.roamed_said = Some(from);
+            act.events.observe(self.peer, Observation::Roamed { from });
+        }
+    }
+
+    fn send(&mut self, message: &[u8], to: Path, act: &mut Act<'_>) {
+        self.last_sent = Some(act.now);
+        if act.out.push(to, message) {
+            act.counters.sent(message.len());
+        } else {
+            act.drops.count(DropReason::SendBufferFull);
+        }
+    }
+}
+
+/// A packet that waited, as segments: it was padded before.
+struct Waited {
+    packet: Box<[u8]>,
+    taken: bool,
+}
+
+impl Segments for Waited {
+    fn next_len(&self) -> Option<usize> {
+        (!self.taken).then_some(self.packet.len())
+    }
+
+    fn take(&mut self) -> &[u8] {
+        if std::mem::replace(&mut self.taken, true) { &[] } else { &self.packet }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arena::Train;
+    use crate::events::Event;
+    use tokio::sync::mpsc::{Receiver, channel};
+    use x25519_dalek::StaticSecret;
+
+    const KEEPALIVE: Option<Duration> = Some(Duration::from_secs(25));
+
+    struct Side {
+        tunnel: Tunnel,
+        address: Path,
+        out: SendBatch,
+        events: EventSink,
+        observed: Receiver<Event>,
+        drops: Arc<Drops>,
+        counters: PeerCounters,
+        started: Instant,
+    }
+
+    impl Side {
+        fn pair() -> [Self; 2] {
+            let secrets = [1, 2].map(|byte| Arc::new(Secrets::new(StaticSecret::from([byte; 32]))));
+            [0, 1].map(|me| {
+                let (sender, observed) = channel(64);
+                let drops = Arc::new(Drops::default());
+                let peer = secrets[1 - me].public_key();
+                Self {
+                    tunnel: Tunnel::new(peer, None, 100 + me as u32, &secrets[me]),
+                    address: Path::direct(([192, 0, 2, me as u8], 51830).into()),
+                    out: SendBatch::new(1 << 16, 64),
+                    events: EventSink::new(sender, drops.clone()),
+                    observed,
+                    drops,
+                    counters: PeerCounters::default(),
+                    started: Instant::now(),
+                }
+            })
+        }
+
+        fn with<R>(
+            &mut self,
+            now: Instant,
+            call: impl FnOnce(&mut Tunnel, &mut Act<'_>) -> R,
+        ) -> R {
+            let Self { tunnel, out, events, drops, counters, started, .. } = self;
+            let mut act = Act { now, started: *started, out, events, drops, counters };
+            call(tunnel, &mut act)
+        }
+
+        /// What was put out since the last call.
+        fn sent(&mut self) -> Vec<Vec<u8>> {
+            let datagrams = |train: &Train| -> Vec<Vec<u8>> {
+                let bytes = &self.out.bytes()[train.start..train.start + train.len];
+                bytes.chunks(train.stride.get()).map(<[u8]>::to_vec).collect()
+            };
+            let sent = self.out.trains().iter().flat_map(datagrams).collect();
+            self.out.clear();
+            sent
+        }
+
+        fn observations(&mut self) -> Vec<Observation> {
+            let mut observations = Vec::new();
+            while let Ok(Event::Peer { what, .. }) = self.observed.try_recv() {
+                observations.push(what);
+            }
+            observations
+        }
+
+        /// Takes datagrams from `from`; all of them know each other's address.
+        fn take(&mut self, now: Instant, from: Path, datagrams: &[Vec<u8>]) {
+            for datagram in datagrams {
+                self.with(now, |tunnel, act| match MessageKind::of(datagram).unwrap() {
+                    MessageKind::Data { receiver } => {
+                        let mut plain = vec![0; datagram.len()];
+                        let one = Datagrams::new(datagram, 0, 0).unwrap();
+                        let each = |_, _| {};
+                        tunnel.open(from, Some(from), receiver, one, &mut plain, act, each);
+                    }
+                    _ => tunnel.handshake(datagram, from, Some(from), act),
+                });
+            }
+        }
+    }
+
+    /// Lets everything that was put out arrive, until nothing is.
+    fn deliver(now: Instant, [a, b]: &mut [Side; 2]) {
+        loop {
+            let (to_b, to_a) = (a.sent(), b.sent());
+            if to_b.is_empty() && to_a.is_empty() {
+                return;
+            }
+            b.take(now, a.address, &to_b);
+            a.take(now, b.address, &to_a);
+        }
+    }
+
+    /// A session that the first has initiated.
+    fn friends() -> ([Side; 2], Instant) {
+        let mut sides = Side::pair();
+        let now = sides[0].started;
+        let to = vec![sides[1].address];
+        sides[0].with(now, |tunnel, act| tunnel.initiate(to, act));
+        deliver(now, &mut sides);
+        assert!(sides.iter().all(|side| side.tunnel.is_ready()));
+        (sides, now)
+    }
+
+    fn tick(side: &mut Side, now: Instant, keepalive: Option<Duration>) -> Vec<MessageKind> {
+        let known = Some(Path::direct(([192, 0, 2, 77], 51830).into()));
+        side.with(now, |tunnel, act| tunnel.tick(known, keepalive, act));
+        side.sent().iter().map(|datagram| MessageKind::of(datagram).unwrap()).collect()
+    }
+
+    #[test]
+    fn who_initiated_renews_a_session_that_only_keepalives_hold_open() {
+        let ([mut initiator, mut responder], start) = friends();
+        let due = start + REKEY_AFTER;
+        let initiates = |sent: &[MessageKind]| sent.contains(&MessageKind::Initiation);
+        assert!(!initiates(&tick(&mut initiator, due - Duration::from_secs(1), KEEPALIVE)));
+        assert!(!initiates(&tick(&mut responder, due, KEEPALIVE)), "two would fight");
+        assert!(!initiates(&tick(&mut initiator, due, None)), "nobody needs it");
+        assert!(initiates(&tick(&mut initiator, due, KEEPALIVE)));
+        let again = tick(&mut initiator, due + Duration::from_secs(1), KEEPALIVE);
+        assert!(!initiates(&again), "one is under way");
+    }
+
+    #[test]
+    fn a_keepalive_waits_until_nothing_was_sent_for_long() {
+        let ([mut side, _], start) = friends();
+        let second = Duration::from_secs(1);
+        assert!(tick(&mut side, start + 24 * second, KEEPALIVE).is_empty());
+        let busy = start + 24 * second;
+        let packet = vec![0x45; 32].into_boxed_slice();
+        let to = side.address;
+        let Side { tunnel, out, drops, .. } = &mut side;
+        tunnel.seal(&mut Waited { packet, taken: false }, to, out, drops, busy);
+        side.sent();
+        assert!(tick(&mut side, busy + 24 * second, KEEPALIVE).is_empty(), "it is not idle");
+        let sent = tick(&mut side, busy + 25 * second, KEEPALIVE);
+        assert!(matches!(sent[..], [MessageKind::Data { .. }]), "{sent:?}");
+        assert!(tick(&mut side, busy + 26 * second, KEEPALIVE).is_empty());
+    }
+
+    #[test]
+    fn without_a_session_a_keepalive_starts_nothing() {
+        let [mut side, _] = Side::pair();
+        let now = side.started;
+        assert!(tick(&mut side, now + Duration::from_secs(100), KEEPALIVE).is_empty());
+        assert!(side.observations().is_empty());
+    }
+
+    #[test]
+    fn a_session_is_reported_when_both_have_it() {
+        let mut sides = Side::pair();
+        let now = sides[0].started;
+        let [a, b] = &mut sides;
+        let address = b.address;
+        a.with(now, |tunnel, act| tunnel.initiate(vec![address], act));
+        let initiation = a.sent();
+        b.take(now, a.address, &initiation);
+        assert!(!b.tunnel.is_ready() && b.observations().is_empty(), "not confirmed yet");
+        deliver(now, &mut sides);
+        let [a, b] = &mut sides;
+        assert_eq!(a.observations(), [Observation::Handshake { from: b.address }]);
+        assert_eq!(b.observations(), [Observation::Handshake { from: a.address }]);
+    }
+
+    #[test]
+    fn the_same_order_twice_is_one_initiation() {
+        let [mut side, other] = Side::pair();
+        let now = side.started;
+        let both = vec![other.address, side.address];
+        let mut initiate = |now, to: &[Path]| {
+            side.with(now, |tunnel, act| tunnel.initiate(to.to_vec(), act));
+            side.sent().len()
+        };
+        assert_eq!(initiate(now, &both), 2);
+        assert_eq!(initiate(now, &both[..1]), 0);
+        assert_eq!(initiate(now, &[Path::direct(([192, 0, 2, 9], 1).into())]), 1);
+        assert_eq!(initiate(now + SAME_ORDER, &both), 2);
+    }
+
+    #[test]
+    fn what_nobody_asked_for_is_refused() {
+        let ([mut side, mut other], now) = friends();
+        let forged = [[2, 0, 0, 0].as_slice(), &[7; 88]].concat();
+        let reply = [[3, 0, 0, 0].as_slice(), &[7; 60]].concat();
+        side.take(now, other.address, &[forged, reply]);
+        assert_eq!(side.drops.get(DropReason::InvalidHandshake), 2);
+        assert!(
+            side.observations().iter().all(|what| matches!(what, Observation::Handshake { .. }))
+        );
+        assert!(other.sent().is_empty());
+    }
+
+    #[test]
+    fn packets_wait_no_longer_than_they_are_good_for() {
+        let [mut side, _] = Side::pair();
+        let now = side.started;
+        side.with(now, |tunnel, act| tunnel.wait(&[0x45; 32], act));
+        assert_eq!(side.observations(), [Observation::Wanted]);
+        let late = now + WAITING_TIME - Duration::from_millis(1);
+        tick(&mut side, late, None);
+        assert_eq!(side.drops.get(DropReason::QueueExpired), 0);
+        side.with(late, |tunnel, act| tunnel.wait(&[0x45; 32], act));
+        tick(&mut side, now + WAITING_TIME, None);
+        assert_eq!(side.drops.get(DropReason::QueueExpired), 1);
+    }
+}

@@ -1,0 +1,369 @@
+//! Who is where: inner address to peer, receiver index to peer, key to peer.
+//!
+//! A [`Table`] never changes: the next one is built beside it and takes its place whole, so that
+//! a packet sees one state from lookup to send. What outlives the change (a peer's sessions, its
+//! counters) hangs on shared pointers, which the next table takes over.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use parking_lot::Mutex;
+use prefix_trie::PrefixMap;
+use towline_core::own_networks::OwnNetworks;
+use towline_core::path::Path;
+use towline_core::peer_table::{PeerEntry, PeerTable};
+use towline_types::id::WireguardKey;
+
+use super::counters::PeerCounters;
+use super::peer::Tunnel;
+use super::session::Secrets;
+
+/// A peer's place in the table.
+pub type Slot = u32;
+
+/// One peer: what the core wants of it, and what it has become.
+#[derive(Debug)]
+pub(super) struct Peer {
+    /// Its public key.
+    pub(super) key: WireguardKey,
+    /// What the core wants.
+    pub(super) entry: PeerEntry,
+    /// Its sessions. Locked for a whole train of packets at a time.
+    pub(super) tunnel: Arc<Mutex<Tunnel>>,
+    /// What it sent and received.
+    pub(super) counters: Arc<PeerCounters>,
+    /// The 24-bit tunnel indices that are its own: the present one, and that of the tunnel
+    /// before a change of the pre-shared key or of the boot epoch.
+    indices: [Option<u32>; 2],
+}
+
+/// The whole of it.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    /// Every peer, by slot.
+    pub(super) peers: Vec<Arc<Peer>>,
+    by_key: HashMap<WireguardKey, Slot>,
+    by_index: HashMap<u32, Slot, BuildHasherDefault<Fold>>,
+    routes: Routes,
+    own: OwnAddresses,
+}
+
+impl Table {
+    /// The table that follows `self`: peers that stay keep their sessions and counters.
+    ///
+    /// `secrets` are for the tunnels of new peers.
+    pub(super) fn next(&self, wanted: &PeerTable, secrets: &Arc<Secrets>) -> Self {
+        let mut next = Self { own: OwnAddresses::new(&wanted.own), ..Self::default() };
+        next.peers.reserve(wanted.peers.len());
+        for (key, entry) in &wanted.peers {
+            let slot = next.peers.len() as Slot;
+            let peer = match self.by_key(key) {
+                Some(peer) => peer.following(entry, |index| next.is_taken(self, index)),
+                None => {
+                    let index = free_index(|index| next.is_taken(self, index));
+                    let psk = entry.preshared_key.clone();
+                    Peer {
+                        key: *key,
+                        entry: entry.clone(),
+                        tunnel: Arc::new(Mutex::new(Tunnel::new(*key, psk, index, secrets))),
+                        counters: Arc::default(),
+                        indices: [Some(index), None],
+                    }
+                }
+            };
+            for index in peer.indices.iter().flatten() {
+                next.by_index.insert(*index, slot);
+            }
+            for prefix in &entry.prefixes {
+                next.routes.insert(*prefix, slot);
+            }
+            next.by_key.insert(*key, slot);
+            next.peers.push(Arc::new(peer));
+        }
+        next
+    }
+
+    /// The peer whose prefix holds `address` and is the longest of all.
+    pub(super) fn route(&self, address: IpAddr) -> Option<Slot> {
+        self.routes.longest(address)
+    }
+
+    /// Whether a packet to this address may come out of the tunnel here.
+    pub(super) fn accepts(&self, destination: IpAddr) -> bool {
+        self.own.accepts(destination)
+    }
+
+    /// Whether a packet from this address may enter the tunnel towards any peer.
+    pub(super) fn owns(&self, source: IpAddr) -> bool {
+        self.own.owns(source)
+    }
+
+    /// The peer in a slot.
+    pub(super) fn peer(&self, slot: Slot) -> Option<&Arc<Peer>> {
+        self.peers.get(slot as usize)
+    }
+
+    /// The peer with this public key.
+    pub(super) fn by_key(&self, key: &WireguardKey) -> Option<&Arc<Peer>> {
+        self.peer(*self.by_key.get(key)?)
+    }
+
+    /// The peer that a WireGuard receiver index belongs to.
+    pub(super) fn by_receiver(&self, receiver: u32) -> Option<Slot> {
+        // boringtun: 24 bits name the tunnel, 8 the session.
+        self.by_index.get(&(receiver >> 8)).copied()
+    }
+
+    fn is_taken(&self, before: &Self, index: u32) -> bool {
+        self.by_index.contains_key(&index) || before.by_index.contains_key(&index)
+    }
+}
+
+impl Peer {
+    /// This peer under a new entry. A changed pre-shared key or a newer boot needs a new tunnel
+    /// beside the old one, which carries on until the new one has a session.
+    fn following(&self, entry: &PeerEntry, taken: impl Fn(u32) -> bool) -> Self {
+        let renew = self.entry.preshared_key != entry.preshared_key
+            || self.entry.boot_epoch < entry.boot_epoch;
+        let indices = if renew {
+            let index = free_index(taken);
+            self.tunnel.lock().renew(entry.preshared_key.clone(), index);
+            [Some(index), self.indices[0]]
+        } else {
+            self.indices
+        };
+        Self {
+            key: self.key,
+            entry: entry.clone(),
+            tunnel: self.tunnel.clone(),
+            counters: self.counters.clone(),
+            indices,
+        }
+    }
+
+    /// Where its datagrams go, as far as the core knows.
+    pub(super) fn endpoint(&self) -> Option<Path> {
+        self.entry.endpoint
+    }
+
+    /// How long it may be silent.
+    pub(super) fn keepalive(&self) -> Option<Duration> {
+        self.entry.keepalive
+    }
+}
+
+/// A random index, so that indices tell nothing of how many peers there are.
+fn free_index(taken: impl Fn(u32) -> bool) -> u32 {
+    loop {
+        let index = super::random() as u32 >> 8;
+        if !taken(index) {
+            return index;
+        }
+    }
+}
+
+/// Which addresses are this node's, see [`OwnNetworks`].
+#[derive(Debug, Default)]
+struct OwnAddresses(Routes<Own>);
+
+/// What the longest prefix around an address says of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Own {
+    /// Destination out of the tunnel and source into it.
+    Both,
+    /// Destination out of the tunnel only.
+    Destination,
+    /// Neither.
+    Refused,
+}
+
+impl OwnAddresses {
+    fn new(own: &OwnNetworks) -> Self {
+        let mut routes = Routes::default();
+        // The first of one prefix keeps it.
+        for (nets, what) in [
+            (own.sources().collect::<Vec<_>>(), Own::Both),
+            (own.refused().collect(), Own::Refused),
+            (own.destinations().collect(), Own::Destination),
+        ] {
+            for net in nets {
+                routes.insert(net, what);
+            }
+        }
+        Self(routes)
+    }
+
+    fn accepts(&self, destination: IpAddr) -> bool {
+        matches!(self.0.longest(destination), Some(Own::Both | Own::Destination))
+    }
+
+    fn owns(&self, source: IpAddr) -> bool {
+        self.0.longest(source) == Some(Own::Both)
+    }
+}
+
+/// Longest-prefix match. Nearly every address of a mesh is a host prefix, so those come first,
+/// and one hash lookup finds them.
+#[derive(Debug)]
+pub struct Routes<V = Slot> {
+    hosts4: HashMap<u32, V, BuildHasherDefault<Fold>>,
+    hosts6: HashMap<u128, V, BuildHasherDefault<Fold>>,
+    nets4: PrefixMap<Ipv4Net, V>,
+    nets6: PrefixMap<Ipv6Net, V>,
+}
+
+impl<V> Default for Routes<V> {
+    fn default() -> Self {
+        Self {
+            hosts4: HashMap::default(),
+            hosts6: HashMap::default(),
+            nets4: PrefixMap::default(),
+            nets6: PrefixMap::default(),
+        }
+    }
+}
+
+impl<V: Copy> Routes<V> {
+    /// The first to claim a prefix keeps it: a peer table promises that there is no second.
+    pub fn insert(&mut self, prefix: IpNet, value: V) {
+        match prefix {
+            IpNet::V4(net) if net.prefix_len() == 32 => {
+                self.hosts4.entry(net.addr().into()).or_insert(value);
+            }
+            IpNet::V6(net) if net.prefix_len() == 128 => {
+                if let Entry::Vacant(entry) = self.hosts6.entry(net.addr().into()) {
+                    entry.insert(value);
+                }
+            }
+            IpNet::V4(net) => {
+                if self.nets4.get(&net.trunc()).is_none() {
+                    self.nets4.insert(net.trunc(), value);
+                }
+            }
+            IpNet::V6(net) => {
+                if self.nets6.get(&net.trunc()).is_none() {
+                    self.nets6.insert(net.trunc(), value);
+                }
+            }
+        }
+    }
+
+    /// The value of the longest prefix that holds `address`.
+    pub fn longest(&self, address: IpAddr) -> Option<V> {
+        match address {
+            IpAddr::V4(v4) => self
+                .hosts4
+                .get(&v4.into())
+                .copied()
+                .or_else(|| self.nets4.get_lpm(&Ipv4Net::from(v4)).map(|(_, value)| *value)),
+            IpAddr::V6(v6) => self
+                .hosts6
+                .get(&v6.into())
+                .copied()
+                .or_else(|| self.nets6.get_lpm(&Ipv6Net::from(v6)).map(|(_, value)| *value)),
+        }
+    }
+}
+
+/// A hash of one integer. The keys come from the peer table, never from a packet, so nobody can
+/// choose them to collide.
+#[derive(Debug, Default)]
+struct Fold(u64);
+
+impl Fold {
+    const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
+
+    fn mix(&mut self, word: u64) {
+        let wide = u128::from(self.0 ^ word) * u128::from(Self::ODD);
+        self.0 = (wide >> 64) as u64 ^ wide as u64;
+    }
+}
+
+impl Hasher for Fold {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.mix(u64::from(*byte) + 1);
+        }
+    }
+
+    fn write_u32(&mut self, word: u32) {
+        self.mix(u64::from(word) ^ Self::ODD);
+    }
+
+    fn write_u128(&mut self, word: u128) {
+        self.mix((word >> 64) as u64 ^ Self::ODD);
+        self.mix(word as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Addresses of which many lie close together, and some are special.
+    fn small() -> impl Strategy<Value = IpAddr> {
+        let octet = || prop_oneof![Just(0u8), Just(1), Just(3), Just(127), Just(255)];
+        let first = prop_oneof![Just(0u8), Just(10), Just(127), Just(169), Just(224), Just(255)];
+        (first, prop_oneof![Just(1u8), Just(254)], octet(), octet())
+            .prop_map(|(a, b, c, d)| IpAddr::from([a, b, c, d]))
+    }
+
+    proptest! {
+        #[test]
+        fn the_longest_prefix_wins(
+            prefixes in proptest::collection::vec((any::<IpAddr>(), 0u8..=128), 0..40),
+            near in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..20),
+            far in proptest::collection::vec(any::<IpAddr>(), 0..10),
+        ) {
+            let prefixes: Vec<IpNet> = prefixes
+                .into_iter()
+                .map(|(ip, len)| IpNet::new(ip, len % if ip.is_ipv4() { 33 } else { 129 }).unwrap())
+                .collect();
+            let mut routes = Routes::default();
+            for (slot, prefix) in prefixes.iter().enumerate() {
+                routes.insert(*prefix, slot as Slot);
+            }
+            let near = near.into_iter().filter(|_| !prefixes.is_empty()).map(|(at, flip)| {
+                match prefixes[at.index(prefixes.len())].addr() {
+                    IpAddr::V4(v4) => IpAddr::from((u32::from(v4) ^ u32::from(flip)).to_be_bytes()),
+                    IpAddr::V6(v6) => IpAddr::from((u128::from(v6) ^ u128::from(flip)).to_be_bytes()),
+                }
+            });
+            for address in near.chain(far) {
+                let holding = prefixes.iter().filter(|prefix| prefix.contains(&address));
+                let longest = holding.map(|prefix| prefix.trunc()).max_by_key(IpNet::prefix_len);
+                let first = longest
+                    .and_then(|net| prefixes.iter().position(|prefix| prefix.trunc() == net));
+                prop_assert_eq!(routes.longest(address).map(|slot| slot as usize), first);
+            }
+        }
+
+        #[test]
+        fn own_addresses_are_those_of_the_core(
+            addresses in proptest::collection::vec(small(), 0..4),
+            announced in proptest::collection::vec((small(), 0u8..=32), 0..4),
+            reachable in proptest::collection::vec((small(), 0u8..=32), 0..4),
+            looked_up in proptest::collection::vec(small(), 1..40),
+        ) {
+            let nets = |list: Vec<(IpAddr, u8)>| {
+                list.into_iter().map(|(ip, len)| IpNet::new(ip, len).unwrap().trunc())
+            };
+            let own = OwnNetworks::new(addresses.clone(), nets(announced), nets(reachable));
+            let fast = OwnAddresses::new(&own);
+            for address in looked_up.into_iter().chain(addresses) {
+                prop_assert_eq!(fast.accepts(address), own.accepts(address), "{}", address);
+                prop_assert_eq!(fast.owns(address), own.owns(address), "{}", address);
+            }
+        }
+    }
+}

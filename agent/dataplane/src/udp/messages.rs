@@ -1,0 +1,262 @@
+//! What `sendmmsg` and `recvmmsg` are given and give: addresses, segment lengths, and by which of
+//! our ends a datagram came or goes.
+
+use std::ffi::{c_int, c_uint, c_void};
+use std::io;
+use std::mem::zeroed;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::os::fd::AsRawFd;
+use std::ptr;
+
+use socket2::{SockAddr, Socket};
+use towline_core::path::{LocalEnd, Path};
+
+use super::{UDP_GRO, UDP_SEGMENT};
+use crate::arena::{SLOT_BYTES, Train};
+
+/// Messages in one system call.
+pub(super) const MESSAGES: usize = 64;
+/// Bytes of the control messages of one datagram: an `int`, and where it came from.
+const CONTROL: usize = 96;
+
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+struct Control([u8; CONTROL]);
+
+impl Control {
+    /// Appends a control message; returns how much of the buffer is used then.
+    fn put(&mut self, used: usize, level: c_int, kind: c_int, value: &[u8]) -> usize {
+        let length = value.len() as c_uint;
+        // SAFETY: arithmetic only.
+        let (header, len, space) =
+            unsafe { (libc::CMSG_LEN(0), libc::CMSG_LEN(length), libc::CMSG_SPACE(length)) };
+        let (header, end) = (header as usize, used + space as usize);
+        if end > CONTROL {
+            return used;
+        }
+        self.0[used + header..][..value.len()].copy_from_slice(value);
+        // SAFETY: a `cmsghdr` is plain data; there is room for it, as was just checked, and it is
+        // written without regard to alignment.
+        unsafe {
+            let mut message: libc::cmsghdr = zeroed();
+            message.cmsg_len = len as _;
+            message.cmsg_level = level;
+            message.cmsg_type = kind;
+            ptr::write_unaligned(self.0[used..].as_mut_ptr().cast(), message);
+        }
+        end
+    }
+
+    /// Appends from which of our ends the datagram leaves.
+    fn put_local(&mut self, used: usize, local: LocalEnd) -> usize {
+        match local.address {
+            IpAddr::V4(address) => {
+                // `in_pktinfo`: interface, source, and a third field that is not read.
+                let mut info = [0; 12];
+                info[..4].copy_from_slice(&local.interface.to_ne_bytes());
+                info[4..8].copy_from_slice(&address.octets());
+                self.put(used, libc::IPPROTO_IP, libc::IP_PKTINFO, &info)
+            }
+            IpAddr::V6(address) => {
+                // `in6_pktinfo`: source, interface.
+                let mut info = [0; 20];
+                info[..16].copy_from_slice(&address.octets());
+                info[16..].copy_from_slice(&local.interface.to_ne_bytes());
+                self.put(used, libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, &info)
+            }
+        }
+    }
+}
+
+/// What `sendmmsg` and `recvmmsg` are given, made once. The pointers in `messages` are written
+/// anew before each call, and mean nothing afterwards.
+pub(super) struct Headers {
+    messages: Box<[libc::mmsghdr]>,
+    vectors: Box<[libc::iovec]>,
+    addresses: Box<[libc::sockaddr_storage]>,
+    controls: Box<[Control]>,
+}
+
+// SAFETY: the raw pointers inside are only used within a call that has just written them, under
+// `&mut self`.
+unsafe impl Send for Headers {}
+
+impl Headers {
+    pub(super) fn new() -> Self {
+        // SAFETY: all three are plain data; all zero is one of their values.
+        let (message, vector, address) = unsafe { (zeroed(), zeroed(), zeroed()) };
+        Self {
+            messages: vec![message; MESSAGES].into(),
+            vectors: vec![vector; MESSAGES].into(),
+            addresses: vec![address; MESSAGES].into(),
+            controls: vec![Control([0; CONTROL]); MESSAGES].into(),
+        }
+    }
+
+    /// Receives up to one message per slot of `slots`, without waiting; see
+    /// [`Headers::received`].
+    pub(super) fn receive(&mut self, socket: &Socket, slots: &mut [u8]) -> io::Result<usize> {
+        self.receive_with(socket, slots, libc::MSG_DONTWAIT)
+    }
+
+    /// As [`Headers::receive`], but waits as long as the socket's timeout says.
+    pub(super) fn receive_waiting(
+        &mut self,
+        socket: &Socket,
+        slots: &mut [u8],
+    ) -> io::Result<usize> {
+        self.receive_with(socket, slots, 0)
+    }
+
+    pub(super) fn receive_with(
+        &mut self,
+        socket: &Socket,
+        slots: &mut [u8],
+        flags: c_int,
+    ) -> io::Result<usize> {
+        let mut count = 0;
+        for slot in slots.chunks_exact_mut(SLOT_BYTES).take(MESSAGES) {
+            self.vectors[count] =
+                libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: SLOT_BYTES };
+            let header = &mut self.messages[count].msg_hdr;
+            header.msg_name = (&raw mut self.addresses[count]).cast();
+            header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+            header.msg_iov = &raw mut self.vectors[count];
+            header.msg_iovlen = 1;
+            header.msg_control = (&raw mut self.controls[count]).cast();
+            header.msg_controllen = CONTROL as _;
+            header.msg_flags = 0;
+            count += 1;
+        }
+        // SAFETY: `count` headers were filled above; each points to one address, one vector and
+        // one control buffer of `self`, and the vector to a slot of `slots`; all of them are
+        // exclusively borrowed until the call returns.
+        let received = unsafe {
+            libc::recvmmsg(
+                socket.as_raw_fd(),
+                self.messages.as_mut_ptr(),
+                count as c_uint,
+                flags as _,
+                ptr::null_mut(),
+            )
+        };
+        if received == -1 { Err(io::Error::last_os_error()) } else { Ok(received as usize) }
+    }
+
+    /// Sender, length and stride (0: one datagram) of a message that was just received; `None` if
+    /// it was cut off or has no sender.
+    pub(super) fn received(&self, message: usize) -> Option<(Path, usize, usize)> {
+        let received = &self.messages[message];
+        if received.msg_hdr.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
+            return None;
+        }
+        let remote = read_address(&self.addresses[message])?;
+        let (mut stride, mut local) = (0, None);
+        // SAFETY: the kernel has filled the control buffer that the header points to, which
+        // `self` owns; the macros stay within `msg_controllen`, and each value is of the type that
+        // its level and type say, maybe unaligned.
+        unsafe {
+            let mut next = libc::CMSG_FIRSTHDR(&received.msg_hdr);
+            while !next.is_null() {
+                let data = libc::CMSG_DATA(next);
+                match ((*next).cmsg_level, (*next).cmsg_type) {
+                    (libc::SOL_UDP, UDP_GRO) => stride = ptr::read_unaligned(data.cast::<c_int>()),
+                    (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
+                        let info = ptr::read_unaligned(data.cast::<libc::in_pktinfo>());
+                        let address = Ipv4Addr::from(u32::from_be(info.ipi_addr.s_addr)).into();
+                        local = Some(LocalEnd { address, interface: info.ipi_ifindex as u32 });
+                    }
+                    (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
+                        let info = ptr::read_unaligned(data.cast::<libc::in6_pktinfo>());
+                        let address = Ipv6Addr::from(info.ipi6_addr.s6_addr).into();
+                        local = Some(LocalEnd { address, interface: info.ipi6_ifindex as u32 });
+                    }
+                    _ => {}
+                }
+                next = libc::CMSG_NXTHDR(&received.msg_hdr, next);
+            }
+        }
+        let from = Path { local, remote, channel: None };
+        Some((from, received.msg_len as usize, usize::try_from(stride).unwrap_or(0)))
+    }
+
+    /// Sends as many of the trains as the kernel takes, at most [`MESSAGES`].
+    pub(super) fn send(
+        &mut self,
+        socket: &Socket,
+        bytes: &[u8],
+        trains: &[Train],
+    ) -> io::Result<usize> {
+        let mut count = 0;
+        for train in trains.iter().take(MESSAGES) {
+            let Some(datagrams) = bytes.get(train.start..train.start + train.len) else {
+                return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            };
+            self.vectors[count] = libc::iovec {
+                iov_base: datagrams.as_ptr().cast_mut().cast(),
+                iov_len: datagrams.len(),
+            };
+            let header = &mut self.messages[count].msg_hdr;
+            header.msg_namelen = write_address(&mut self.addresses[count], train.to.remote);
+            header.msg_name = (&raw mut self.addresses[count]).cast();
+            header.msg_iov = &raw mut self.vectors[count];
+            header.msg_iovlen = 1;
+            header.msg_flags = 0;
+            let control = &mut self.controls[count];
+            let mut used = 0;
+            if train.segments > 1 {
+                let stride = (train.stride.get() as u16).to_ne_bytes();
+                used = control.put(used, libc::SOL_UDP, UDP_SEGMENT, &stride);
+            }
+            if let Some(local) = train.to.local {
+                used = control.put_local(used, local);
+            }
+            header.msg_controllen = used as _;
+            header.msg_control =
+                if used == 0 { ptr::null_mut() } else { ptr::from_mut(control).cast() };
+            count += 1;
+        }
+        // SAFETY: `count` headers were filled above; each points to parts of `self` and, to be
+        // read only, of `bytes`, all of which live until the call returns.
+        let sent = unsafe {
+            libc::sendmmsg(
+                socket.as_raw_fd(),
+                self.messages.as_mut_ptr(),
+                count as c_uint,
+                libc::MSG_DONTWAIT as _,
+            )
+        };
+        if sent == -1 { Err(io::Error::last_os_error()) } else { Ok(sent as usize) }
+    }
+}
+
+/// Returns the length of what was written.
+fn write_address(to: &mut libc::sockaddr_storage, address: SocketAddr) -> libc::socklen_t {
+    let address = SockAddr::from(address);
+    // SAFETY: both are `sockaddr_storage`, as `SockAddr` promises.
+    *to = unsafe { ptr::read(address.as_ptr().cast::<libc::sockaddr_storage>()) };
+    address.len()
+}
+
+fn read_address(from: &libc::sockaddr_storage) -> Option<SocketAddr> {
+    let from = ptr::from_ref(from).cast::<c_void>();
+    // SAFETY: the storage is large and aligned enough for either address, and its family says
+    // which of them the kernel wrote.
+    unsafe {
+        match c_int::from((*from.cast::<libc::sockaddr>()).sa_family) {
+            libc::AF_INET => {
+                let v4 = &*from.cast::<libc::sockaddr_in>();
+                let ip = Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr));
+                Some(SocketAddr::new(ip.into(), u16::from_be(v4.sin_port)))
+            }
+            libc::AF_INET6 => {
+                let v6 = &*from.cast::<libc::sockaddr_in6>();
+                let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
+                // The flow label is no part of who sent it.
+                let port = u16::from_be(v6.sin6_port);
+                Some(SocketAddrV6::new(ip, port, 0, v6.sin6_scope_id).into())
+            }
+            _ => None,
+        }
+    }
+}

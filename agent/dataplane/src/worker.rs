@@ -1,0 +1,358 @@
+//! The loop that moves packets: a thread of its own, woken by the TUN, the sockets, an order or
+//! the time.
+//!
+//! One worker does both directions: on two cores it has the throughput of two threads, a better
+//! latency, and spends less. More workers (shards) each have their own queue of the TUN and their
+//! own sockets, and share the table. Nothing crosses from one to another, so that a flow keeps its
+//! order: the TUN gives all packets for one address to one queue, and the sockets all datagrams
+//! from one address to one of them.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use parking_lot::Mutex;
+use towline_core::path::Path;
+use towline_core::peer_table::Observation;
+use towline_types::id::WireguardKey;
+
+use super::arena::{RecvBatch, SendBatch, TunBatch, WriteBatch};
+use super::drops::{DropReason, Drops};
+use super::engine::{Engine, Joined};
+use super::events::{Fault, FaultState};
+use super::rest::Rest;
+use super::tun::TunIo;
+use super::udp::{Ready, TooBig, UdpIo};
+
+/// How often time passes for the tunnels while any of them is alive.
+const TICK: Duration = Duration::from_millis(250);
+/// How often the link's MTU is looked at, in ticks.
+const MTU_TICKS: u32 = 8;
+/// Receive calls in one batch.
+pub(super) const RECEIVE_SLOTS: usize = 8;
+/// Super-packets from the TUN in one batch, and packets altogether.
+const TUN_LARGE: usize = 4;
+const TUN_PACKETS: usize = 256;
+/// Bytes and trains of one send.
+const SEND_BYTES: usize = 512 * 1024;
+const SEND_TRAINS: usize = 256;
+/// Orders that may wait for the worker. More are refused and counted: the core repeats what it
+/// needs.
+const ORDERS: usize = 4096;
+
+/// An order to the worker.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Start a handshake.
+    Handshake(WireguardKey, Vec<Path>),
+    /// Send a datagram as it is.
+    Send(Path, Vec<u8>),
+    /// Send one that nobody may fragment, to see whether the path to this peer takes it.
+    SendWhole(WireguardKey, Path, Vec<u8>),
+}
+
+/// How the worker is told something, and how it proves that it goes on.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    /// Orders that wait, at most [`ORDERS`].
+    commands: Mutex<Vec<Command>>,
+    wake: EventFd,
+    stop: AtomicBool,
+    /// Orders that found no room.
+    refused: AtomicU64,
+    /// Number of times that the worker went through its loop. It alone writes it.
+    loops: AtomicU64,
+}
+
+impl Inbox {
+    pub(super) fn new() -> nix::Result<Self> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Ok(Self {
+            commands: Mutex::new(Vec::new()),
+            wake: EventFd::from_value_and_flags(0, flags)?,
+            stop: AtomicBool::new(false),
+            refused: AtomicU64::new(0),
+            loops: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn push(&self, command: Command) {
+        let mut commands = self.commands.lock();
+        if commands.len() < ORDERS {
+            commands.push(command);
+        } else {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+        }
+        drop(commands);
+        self.wake();
+    }
+
+    /// Orders that found no room since the start.
+    pub(super) fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// Number of times that the worker went through its loop. An idle worker does so when it is
+    /// woken.
+    pub(super) fn loops(&self) -> u64 {
+        self.loops.load(Ordering::Relaxed)
+    }
+
+    fn count_loop(&self) {
+        // One writer: no need for a locked instruction.
+        self.loops.store(self.loops.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+    }
+
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    pub(super) fn wake(&self) {
+        // It fails only when the counter is at its end, and then the worker is awake.
+        let _ = self.wake.write(1);
+    }
+}
+
+/// What the workers have in common: time passes once for all of them.
+#[derive(Debug)]
+pub(super) struct Pace {
+    started: Instant,
+    /// When time passed last, in milliseconds after the start.
+    ticked: AtomicU64,
+    /// As it turned out then, some tunnel needs more of it.
+    live: AtomicBool,
+    /// Of the link.
+    mtu: AtomicUsize,
+}
+
+impl Pace {
+    pub(super) fn new(started: Instant) -> Self {
+        Self {
+            started,
+            ticked: AtomicU64::new(0),
+            live: AtomicBool::new(true),
+            mtu: AtomicUsize::new(usize::MAX),
+        }
+    }
+
+    /// Whether the caller is the one that lets time pass now.
+    fn claim(&self, now: Instant) -> bool {
+        let now = now.saturating_duration_since(self.started).as_millis() as u64;
+        let last = self.ticked.load(Ordering::Relaxed);
+        // Two workers whose ticks are due together are a little apart.
+        now >= last + (TICK - TICK / 8).as_millis() as u64
+            && self.ticked.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+}
+
+/// See the module.
+pub(super) struct Worker<T, U> {
+    tun: T,
+    udp: U,
+    engine: Engine,
+    pace: Arc<Pace>,
+    inbox: Arc<Inbox>,
+    drops: Arc<Drops>,
+    faults: FaultState,
+    epoll: Epoll,
+    received: RecvBatch,
+    writes: WriteBatch,
+    read: TunBatch,
+    out: SendBatch,
+    rest: Rest,
+}
+
+const WAKE: u64 = 0;
+const TUN: u64 = 1;
+/// And those after it: one for each socket.
+const UDP: u64 = 2;
+
+impl<T: TunIo, U: UdpIo> Worker<T, U> {
+    pub(super) fn new(
+        tun: T,
+        udp: U,
+        engine: Engine,
+        pace: Arc<Pace>,
+        inbox: Arc<Inbox>,
+        drops: Arc<Drops>,
+        faults: FaultState,
+    ) -> nix::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(&inbox.wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
+        epoll.add(tun.fd(), EpollEvent::new(EpollFlags::EPOLLIN, TUN))?;
+        for (place, fd) in (UDP..).zip(udp.fds()) {
+            epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, place))?;
+        }
+        let rest = Rest::new(udp.fds().into_iter().chain([inbox.wake.as_fd()])).map_err(errno)?;
+        Ok(Self {
+            tun,
+            udp,
+            engine,
+            pace,
+            inbox,
+            drops,
+            faults,
+            epoll,
+            received: RecvBatch::new(RECEIVE_SLOTS),
+            writes: WriteBatch::new(RECEIVE_SLOTS),
+            read: TunBatch::new(TUN_LARGE, TUN_PACKETS),
+            out: SendBatch::new(SEND_BYTES, SEND_TRAINS),
+            rest,
+        })
+    }
+
+    /// Runs until it is told to stop, or cannot go on.
+    pub(super) fn run(mut self) {
+        Rest::prepare_thread();
+        if let Err(error) = self.serve() {
+            self.faults.set(Fault::Worker(error.to_string()));
+        }
+    }
+
+    fn serve(&mut self) -> nix::Result<()> {
+        let mut next_tick: Option<Instant> = None;
+        let mut ticks = 0u32;
+        self.look_at_mtu();
+        loop {
+            let mut ready = [EpollEvent::empty(); 4];
+            let ready = match self.epoll.wait(&mut ready, timeout(next_tick)) {
+                Ok(count) => &ready[..count],
+                Err(nix::errno::Errno::EINTR) => continue,
+                Err(error) => return Err(error),
+            };
+            self.inbox.count_loop();
+            let now = Instant::now();
+            self.engine.set_mtu(self.pace.mtu.load(Ordering::Relaxed));
+            let is_ready = |what: u64| ready.iter().any(|event| event.data() == what);
+            if is_ready(WAKE) {
+                if self.inbox.stop.load(Ordering::Acquire) {
+                    return Ok(());
+                }
+                self.obey(now);
+            }
+            let sockets = ready.iter().filter_map(|event| event.data().checked_sub(UDP));
+            let sockets = sockets.fold(Ready::default(), |all, place| all.with(place as usize));
+            if !sockets.is_empty() {
+                self.inbound(now, sockets)?;
+            }
+            if is_ready(TUN) {
+                self.outbound(now)?;
+                let (packets, bytes) = (self.read.packets().len(), self.read.bytes());
+                self.rest.take(Rest::due(packets, bytes, || now.elapsed()));
+            }
+            if !ready.is_empty() && next_tick.is_none() {
+                next_tick = Some(now + TICK);
+            }
+            if next_tick.is_some_and(|tick| now >= tick) {
+                if self.pace.claim(now) {
+                    let live = self.engine.tick(now, &mut self.out, &mut self.udp);
+                    self.pace.live.store(live, Ordering::Relaxed);
+                }
+                // Whoever else lets time pass does not send what waits here.
+                self.engine.events().retry();
+                let live = self.pace.live.load(Ordering::Relaxed);
+                let live = live || self.engine.events().is_waiting();
+                next_tick = live.then(|| now + TICK);
+                ticks = ticks.wrapping_add(1);
+                if ticks.is_multiple_of(MTU_TICKS) {
+                    self.look_at_mtu();
+                }
+            }
+        }
+    }
+
+    fn obey(&mut self, now: Instant) {
+        let _ = self.inbox.wake.read();
+        // Commands follow a plan, and the plan may just have set the link's MTU: padding beyond it
+        // would have every outer packet fragmented.
+        self.look_at_mtu();
+        let commands = std::mem::take(&mut *self.inbox.commands.lock());
+        for command in commands {
+            match command {
+                Command::Handshake(peer, to) => {
+                    self.engine.initiate(now, &peer, to, &mut self.out);
+                }
+                Command::Send(to, datagram) => {
+                    if !self.out.push(to, &datagram) {
+                        self.drops.count(DropReason::SendBufferFull);
+                    }
+                }
+                Command::SendWhole(peer, to, datagram) => {
+                    self.flush(now);
+                    if self.out.push(to, &datagram) {
+                        let sent = self.udp.send_whole(now, &self.out, &self.drops);
+                        self.out.clear();
+                        if let Err(TooBig { payload }) = sent {
+                            let what = Observation::TooBig { path: to, payload };
+                            self.engine.events().observe(peer, what);
+                        }
+                    } else {
+                        self.drops.count(DropReason::SendBufferFull);
+                    }
+                }
+            }
+            if self.out.spare(super::arena::TRAIN_BYTES).is_none() {
+                self.flush(now);
+            }
+        }
+        self.flush(now);
+    }
+
+    fn look_at_mtu(&mut self) {
+        let mtu = self.tun.mtu();
+        self.pace.mtu.store(mtu, Ordering::Relaxed);
+        self.engine.set_mtu(mtu);
+    }
+
+    fn inbound(&mut self, now: Instant, sockets: Ready) -> nix::Result<()> {
+        self.received.clear();
+        self.udp.receive(sockets, &mut self.received, &self.drops).map_err(errno)?;
+        let joined = self.tun.coalesce();
+        self.engine.inbound(now, joined, &self.received, &mut self.writes, &mut self.out);
+        let Joined { datagrams, damaged } = self.engine.joined();
+        self.udp.came_joined(now, datagrams, damaged);
+        if !self.engine.forwards().is_empty() {
+            let forwards = self.engine.forwards();
+            self.udp.send_trains(now, self.received.bytes(), forwards, &self.drops);
+        }
+        if !self.writes.is_empty() {
+            self.tun.write(now, &self.writes, &self.drops);
+            self.writes.clear();
+        }
+        self.flush(now);
+        Ok(())
+    }
+
+    fn outbound(&mut self, now: Instant) -> nix::Result<()> {
+        self.read.clear();
+        if let Err(error) = self.tun.read(&mut self.read, &self.drops) {
+            self.faults.set(Fault::TunGone(error.to_string()));
+            // The tunnels stay up for the core to see; a new link needs a new data plane.
+            return self.epoll.delete(self.tun.fd());
+        }
+        self.engine.outbound(now, &mut self.read, &mut self.out, &mut self.udp);
+        Ok(())
+    }
+
+    fn flush(&mut self, now: Instant) {
+        if !self.out.is_empty() {
+            self.udp.send(now, &self.out, &self.drops);
+            self.out.clear();
+        }
+    }
+}
+
+fn errno(error: std::io::Error) -> nix::errno::Errno {
+    nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0))
+}
+
+fn timeout(next_tick: Option<Instant>) -> EpollTimeout {
+    let Some(tick) = next_tick else { return EpollTimeout::NONE };
+    // Rounded up: waking too early would mean waking twice.
+    let left = tick.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
+    EpollTimeout::try_from(left).unwrap_or(EpollTimeout::ZERO)
+}

@@ -1,0 +1,1098 @@
+//! Two data planes back to back, over a TUN and a network in memory, with an eavesdropper on it.
+
+#![expect(clippy::unwrap_used, reason = "a panic is the report")]
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc::{Receiver, channel};
+use towline_core::own_networks::OwnNetworks;
+use towline_core::peer_table::{Observation, PeerEntry, PeerTable, PresharedKey};
+use towline_dataplane::arena::{SLOT_BYTES, TRAIN_BYTES, TunBatch, WriteBatch};
+use towline_dataplane::coalesce::Coalesce;
+use towline_dataplane::drops::Drops;
+use towline_dataplane::memory::{self, Datagram, MemoryHost, MemoryTun, Network};
+use towline_dataplane::relay::Limits;
+use towline_dataplane::session::{HANDSHAKE_BYTES, Secrets, Session};
+use towline_dataplane::switch::Switch;
+use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
+use towline_dataplane::{Config, DataPlane, Event, Fault, Relay, StuckWorkers, TunIo, checksum};
+use towline_types::frame::relayed_header;
+use towline_types::id::WireguardKey;
+use towline_types::stun;
+use x25519_dalek::{PublicKey, StaticSecret};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+/// For what must not happen: long enough for a thread to have run.
+const A_WHILE: Duration = Duration::from_millis(100);
+const PATTERN: &[u8] = b"an inner byte pattern that nobody may see";
+
+/// One end: a data plane, its host, and what it reports.
+struct End {
+    plane: DataPlane,
+    host: MemoryHost,
+    events: Receiver<Event>,
+    address: SocketAddr,
+    inner: Ipv4Addr,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl End {
+    fn new(network: &Network, number: u8) -> Self {
+        Self::relaying(network, number, Relay::default())
+    }
+
+    fn relaying(network: &Network, number: u8, relay: Relay) -> Self {
+        let address = SocketAddr::from(([192, 0, 2, number], 51830));
+        let (tun, host) = memory::tun(1420).unwrap();
+        let (sender, events) = channel(256);
+        let config = Config { private_key: StaticSecret::from([number; 32]), relay, link: None };
+        let plane =
+            DataPlane::start(config, [(tun, network.bind(address).unwrap())], sender).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        Self { plane, host, events, address, inner: Ipv4Addr::new(10, 0, 0, number), runtime }
+    }
+
+    fn key(&self) -> WireguardKey {
+        self.plane.public_key()
+    }
+
+    /// This end as a peer of another.
+    fn entry(&self) -> PeerEntry {
+        PeerEntry {
+            endpoint: Some(self.address.into()),
+            mtu: 1_420,
+            fragment: false,
+            prefixes: vec![ipnet::IpNet::from(std::net::IpAddr::from(self.inner))],
+            keepalive: None,
+            preshared_key: None,
+            boot_epoch: 0,
+            is_static: false,
+        }
+    }
+
+    fn event(&mut self) -> Event {
+        let Self { runtime, events, .. } = self;
+        let next = runtime.block_on(async { tokio::time::timeout(PATIENCE, events.recv()).await });
+        next.expect("an event in time").expect("the data plane lives")
+    }
+
+    /// Waits until this is observed of `peer`; other events are passed over.
+    fn observed(&mut self, of: WireguardKey, wanted: impl Fn(Observation) -> bool) {
+        loop {
+            if let Event::Peer { peer, what } = self.event()
+                && peer == of
+                && wanted(what)
+            {
+                return;
+            }
+        }
+    }
+
+    fn apply(&self, peers: impl IntoIterator<Item = (WireguardKey, PeerEntry)>) {
+        self.apply_with(peers, OwnNetworks::new([self.inner.into()], [], []));
+    }
+
+    /// With these inner addresses instead of the one.
+    fn apply_with(
+        &self,
+        peers: impl IntoIterator<Item = (WireguardKey, PeerEntry)>,
+        own: OwnNetworks,
+    ) {
+        self.plane.apply(&PeerTable { peers: BTreeMap::from_iter(peers), own });
+    }
+
+    fn drops(&self, reason: &str) -> u64 {
+        self.plane.snapshot().drops[reason]
+    }
+
+    /// Waits until so many were dropped for this reason.
+    fn dropped(&self, reason: &str, count: u64) {
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while self.drops(reason) < count {
+            assert!(std::time::Instant::now() < deadline, "{reason}: {:?}", self.plane.snapshot());
+            std::thread::yield_now();
+        }
+        assert_eq!(self.drops(reason), count);
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let stopped = self.plane.stop();
+        assert!(stopped.is_ok() || std::thread::panicking(), "{stopped:?}");
+    }
+}
+
+/// Two ends that know each other, without a session.
+fn strangers() -> (Network, End, End) {
+    let network = Network::new();
+    let (a, b) = (End::new(&network, 1), End::new(&network, 2));
+    a.apply([(b.key(), b.entry())]);
+    b.apply([(a.key(), a.entry())]);
+    (network, a, b)
+}
+
+/// Two ends with a session that the first has initiated.
+fn friends() -> (Network, End, End) {
+    let (network, mut a, mut b) = strangers();
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    a.observed(b.key(), |what| what == Observation::Handshake { from: b.address.into() });
+    b.observed(a.key(), |what| what == Observation::Handshake { from: a.address.into() });
+    (network, a, b)
+}
+
+/// A UDP packet of IPv4 with the pattern in it.
+fn packet(from: &End, to: &End, payload: usize) -> Vec<u8> {
+    packet_from(from.inner, to.inner, payload)
+}
+
+fn packet_from(from: Ipv4Addr, to: Ipv4Addr, payload: usize) -> Vec<u8> {
+    let len = 28 + payload;
+    let mut packet = vec![0; len];
+    packet[0] = 0x45;
+    packet[2..4].copy_from_slice(&(len as u16).to_be_bytes());
+    packet[8] = 64;
+    packet[9] = 17;
+    packet[12..16].copy_from_slice(&from.octets());
+    packet[16..20].copy_from_slice(&to.octets());
+    packet[24..26].copy_from_slice(&((payload + 8) as u16).to_be_bytes());
+    for (to, from) in packet[28..].iter_mut().zip(PATTERN.iter().cycle()) {
+        *to = *from;
+    }
+    packet
+}
+
+fn net(text: &str) -> ipnet::IpNet {
+    text.parse().unwrap()
+}
+
+fn carries(from: &End, to: &End, payload: usize) {
+    let packet = packet(from, to, payload);
+    from.host.send(&packet);
+    assert_eq!(to.host.receive(PATIENCE).as_ref(), Some(&packet));
+}
+
+fn of_type(seen: &[Datagram], kind: u8) -> Vec<&Datagram> {
+    seen.iter().filter(|datagram| datagram.bytes.first() == Some(&kind)).collect()
+}
+
+#[test]
+fn packets_pass_both_ways_and_an_eavesdropper_learns_nothing() {
+    let (network, a, b) = friends();
+    for payload in [0, 1, 3, 100, 1000, 1391, 1392] {
+        carries(&a, &b, payload);
+        carries(&b, &a, payload);
+    }
+    let seen = network.seen();
+    for datagram in &seen {
+        let leaked =
+            datagram.bytes.windows(12).any(|window| PATTERN.windows(12).any(|p| p == window));
+        assert!(!leaked, "{datagram:?}");
+    }
+    for datagram in of_type(&seen, 4) {
+        let payload = datagram.bytes.len() - 32;
+        assert!(payload.is_multiple_of(16) || payload == 1420, "padding: {payload}");
+    }
+    assert_eq!(of_type(&seen, 1).len(), 1, "initiations");
+    assert_eq!(of_type(&seen, 2).len(), 1, "responses");
+    for end in [&a, &b] {
+        assert!(end.plane.snapshot().drops.values().all(|count| *count == 0));
+    }
+}
+
+#[test]
+fn bytes_and_handshakes_are_counted() {
+    let (network, a, b) = friends();
+    carries(&a, &b, 1000);
+    carries(&b, &a, 10);
+    let (of_a, of_b) = (a.plane.snapshot(), b.plane.snapshot());
+    let (a_sees, b_sees) = (of_a.peers[&b.key()], of_b.peers[&a.key()]);
+    let sent = |from: &End| -> u64 {
+        let seen = network.seen();
+        seen.iter().filter(|d| d.from == from.address).map(|d| d.bytes.len() as u64).sum()
+    };
+    assert_eq!(a_sees.sent_bytes, sent(&a));
+    assert_eq!(b_sees.received_bytes, sent(&a));
+    assert_eq!(b_sees.sent_bytes, sent(&b));
+    assert_eq!(a_sees.received_bytes, sent(&b));
+    assert!(a_sees.last_handshake.is_some() && b_sees.last_handshake.is_some());
+    assert_eq!(a_sees.endpoint, Some(b.address.into()));
+}
+
+#[test]
+fn a_long_burst_arrives_complete_and_in_order() {
+    let (_network, a, b) = friends();
+    let packets: Vec<_> = (0..2000).map(|n| packet(&a, &b, 1392 - n % 3 * (n % 600))).collect();
+    for packet in &packets {
+        a.host.send(packet);
+    }
+    for packet in &packets {
+        assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet));
+    }
+}
+
+/// Nothing refuses it, and nothing reports it: it can only be seen in what arrives.
+#[test]
+fn what_is_joined_wrongly_is_soon_received_one_by_one() {
+    let (network, a, b) = friends();
+    network.damage_joined();
+    let joins = || {
+        let features = b.plane.snapshot().features;
+        features.iter().any(|feature| feature.name == "udp_gro" && feature.active)
+    };
+    let lost = packet(&a, &b, 1000);
+    let deadline = Instant::now() + PATIENCE;
+    while joins() {
+        assert!(Instant::now() < deadline, "datagrams are still joined");
+        (0..64).for_each(|_| a.host.send(&lost));
+        std::thread::yield_now();
+    }
+    let last = packet(&a, &b, 500);
+    a.host.send(&last);
+    while b.host.receive(PATIENCE).expect("what is not joined any more arrives") != last {}
+    let packets: Vec<_> = (0..100).map(|_| packet(&a, &b, 1000)).collect();
+    packets.iter().for_each(|packet| a.host.send(packet));
+    for packet in &packets {
+        assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet));
+    }
+}
+
+#[test]
+fn a_super_packet_arrives_as_its_segments() {
+    let (network, a, b) = friends();
+    let size = 1300;
+    let payload: Vec<u8> = (0..40 * size + 77).map(|at| (at / 3) as u8).collect();
+    // The checksum is left to whoever splits, apart from the sum of the pseudo-header.
+    let mut packet = packet(&a, &b, payload.len());
+    packet[28..].copy_from_slice(&payload);
+    let header = VnetHeader {
+        flags: FLAG_NEEDS_CSUM,
+        gso_type: GSO_UDP_L4,
+        hdr_len: 28,
+        gso_size: size as u16,
+        csum_start: 20,
+        csum_offset: 6,
+        ..VnetHeader::default()
+    };
+    a.host.send_with(header, &packet);
+    let mut received = Vec::new();
+    for number in 0..41 {
+        let segment = b.host.receive(PATIENCE).unwrap();
+        assert_eq!(segment.len(), 28 + if number < 40 { size } else { 77 });
+        let pseudo = checksum::pseudo(&a.inner.into(), &b.inner.into(), 17);
+        let sum = checksum::add(pseudo + segment.len() as u64 - 20, &segment[20..]);
+        assert_eq!(checksum::fold(sum), 0xffff, "the checksum of segment {number}");
+        received.extend_from_slice(&segment[28..]);
+    }
+    assert_eq!(received, payload);
+    let data = of_type(&network.seen(), 4).len();
+    assert_eq!(data, 1 + 41, "a keepalive and the segments");
+}
+
+#[test]
+fn without_a_session_traffic_is_wanted_once_and_waits() {
+    let (network, mut a, b) = strangers();
+    let packets: Vec<_> = (0..5).map(|n| packet(&a, &b, n)).collect();
+    for packet in &packets {
+        a.host.send(packet);
+    }
+    a.observed(b.key(), |what| what == Observation::Wanted);
+    assert!(network.seen().is_empty(), "nothing goes out unasked");
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    for packet in &packets {
+        assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet));
+    }
+    a.observed(b.key(), |what| {
+        assert_ne!(what, Observation::Wanted, "said twice");
+        matches!(what, Observation::Handshake { .. })
+    });
+}
+
+#[test]
+fn only_a_few_packets_wait() {
+    let (_network, mut a, b) = strangers();
+    let packets: Vec<_> = (0..40).map(|n| packet(&a, &b, n)).collect();
+    for packet in &packets {
+        a.host.send(packet);
+    }
+    a.observed(b.key(), |what| what == Observation::Wanted);
+    a.dropped("queue_full", 24);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    for packet in &packets[24..] {
+        assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet), "the newest are kept");
+    }
+}
+
+#[test]
+fn one_initiation_goes_to_each_address_and_counts_once() {
+    let (network, mut a, mut b) = strangers();
+    let nowhere = SocketAddr::from(([198, 51, 100, 9], 9));
+    a.plane.handshake(b.key(), vec![nowhere.into(), b.address.into(), b.address.into()]);
+    a.observed(b.key(), |what| what == Observation::Handshake { from: b.address.into() });
+    b.observed(a.key(), |what| what == Observation::Handshake { from: a.address.into() });
+    b.dropped("stale_handshake", 1);
+    let seen = network.seen();
+    let initiations = of_type(&seen, 1);
+    assert_eq!(initiations.len(), 3);
+    assert!(initiations.iter().all(|datagram| datagram.bytes == initiations[0].bytes));
+    assert_eq!(of_type(&seen, 2).len(), 1);
+    carries(&b, &a, 100);
+}
+
+#[test]
+fn both_ends_may_initiate_at_once() {
+    let (_network, mut a, mut b) = strangers();
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    b.plane.handshake(a.key(), vec![a.address.into()]);
+    a.observed(b.key(), |what| matches!(what, Observation::Handshake { .. }));
+    b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
+    carries(&a, &b, 100);
+    carries(&b, &a, 100);
+}
+
+#[test]
+fn a_responder_that_knows_no_address_answers_where_the_handshake_came_from() {
+    let (_network, mut a, mut b) = strangers();
+    b.apply([(a.key(), PeerEntry { endpoint: None, ..a.entry() })]);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    b.observed(a.key(), |what| what == Observation::Roamed { from: a.address.into() });
+    a.observed(b.key(), |what| matches!(what, Observation::Handshake { .. }));
+    carries(&b, &a, 10);
+    carries(&a, &b, 10);
+    assert_eq!(b.plane.snapshot().peers[&a.key()].endpoint, Some(a.address.into()));
+}
+
+#[test]
+fn an_authentic_datagram_from_elsewhere_is_reported_and_replies_stay() {
+    let (network, a, mut b) = friends();
+    let elsewhere = SocketAddr::from(([203, 0, 113, 5], 1024));
+    let (inside, outside) = (a.address, b.address);
+    let moving = network.clone();
+    network.filter(move |datagram| {
+        let moved = datagram.from == inside && datagram.to == outside;
+        if moved {
+            let (moving, datagram) =
+                (moving.clone(), Datagram { from: elsewhere, ..datagram.clone() });
+            std::thread::spawn(move || moving.inject(datagram));
+        }
+        !moved
+    });
+    carries(&a, &b, 10);
+    b.observed(a.key(), |what| what == Observation::Roamed { from: elsewhere.into() });
+    carries(&b, &a, 10);
+    // Once is enough.
+    carries(&a, &b, 10);
+    assert!(b.events.try_recv().is_err());
+}
+
+#[test]
+fn a_replay_is_refused() {
+    let (network, a, b) = friends();
+    carries(&a, &b, 100);
+    for datagram in network.seen() {
+        network.inject(datagram);
+    }
+    b.dropped("stale_handshake", 1);
+    b.dropped("replayed", 2);
+    a.dropped("invalid_handshake", 1);
+    assert_eq!(b.host.receive(A_WHILE), None);
+    carries(&a, &b, 100);
+    carries(&b, &a, 100);
+}
+
+#[test]
+fn a_foreign_source_is_dropped_and_counted() {
+    let (_network, a, b) = friends();
+    // The sender's own check would stop it.
+    let anybody = OwnNetworks::new([], [net("10.0.0.0/8")], []);
+    a.apply_with([(b.key(), b.entry())], anybody);
+    a.host.send(&packet_from(Ipv4Addr::new(10, 0, 0, 77), b.inner, 10));
+    b.dropped("wrong_source", 1);
+    // A prefix of its own inside the peer's belongs to the other peer alone.
+    let third = WireguardKey(PublicKey::from(&StaticSecret::from([3; 32])).to_bytes());
+    let whole = PeerEntry { prefixes: vec!["10.0.0.0/8".parse().unwrap()], ..a.entry() };
+    let part =
+        PeerEntry { prefixes: vec!["10.7.0.0/16".parse().unwrap()], endpoint: None, ..a.entry() };
+    b.apply([(a.key(), whole), (third, part)]);
+    let good = packet_from(Ipv4Addr::new(10, 8, 1, 1), b.inner, 10);
+    a.host.send(&packet_from(Ipv4Addr::new(10, 7, 1, 1), b.inner, 10));
+    a.host.send(&good);
+    assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(&good));
+    b.dropped("wrong_source", 2);
+}
+
+#[test]
+fn what_is_for_somebody_else_is_dropped_and_counted() {
+    let (_network, a, b) = friends();
+    let everywhere = ["0.0.0.0/1", "128.0.0.0/1"].map(net).to_vec();
+    let to_b = PeerEntry { prefixes: everywhere.clone(), ..b.entry() };
+    a.apply([(b.key(), to_b)]);
+    let to = |octets: [u8; 4]| packet_from(a.inner, octets.into(), 10);
+    let own = OwnNetworks::new([b.inner.into()], [net("192.168.77.0/24")], []);
+    b.apply_with([(a.key(), a.entry())], own);
+    let foreign = [
+        [10, 0, 0, 3],
+        [192, 168, 78, 1],
+        [192, 168, 77, 255],
+        [8, 8, 8, 8],
+        [127, 0, 0, 1],
+        [169, 254, 169, 254],
+        [224, 0, 0, 1],
+        [255, 255, 255, 255],
+        [0, 0, 0, 0],
+    ];
+    for (count, octets) in (1..).zip(foreign) {
+        a.host.send(&to(octets));
+        b.dropped("wrong_destination", count);
+    }
+    for good in [[192, 168, 77, 1], b.inner.octets()] {
+        a.host.send(&to(good));
+        assert_eq!(b.host.receive(PATIENCE), Some(to(good)));
+    }
+
+    // Forwarding to everywhere is still no way to what is special.
+    let own = OwnNetworks::new([], [], everywhere);
+    b.apply_with([(a.key(), a.entry())], own);
+    a.host.send(&to([8, 8, 8, 8]));
+    assert_eq!(b.host.receive(PATIENCE), Some(to([8, 8, 8, 8])));
+    for (count, octets) in (foreign.len() as u64 + 1..).zip(&foreign[4..]) {
+        a.host.send(&to(*octets));
+        b.dropped("wrong_destination", count);
+    }
+
+    // Nothing is accepted while nothing is known.
+    let before = b.drops("wrong_destination");
+    b.apply_with([(a.key(), a.entry())], OwnNetworks::default());
+    a.host.send(&to(b.inner.octets()));
+    b.dropped("wrong_destination", before + 1);
+}
+
+#[test]
+fn what_somebody_else_sends_into_the_tunnel_is_dropped_and_counted() {
+    let (network, a, b) = friends();
+    let before = network.seen().len();
+    let foreign = packet_from(Ipv4Addr::new(10, 9, 1, 7), b.inner, 10);
+    a.host.send(&foreign);
+    a.dropped("foreign_source", 1);
+    // Nor from a network that packets are only forwarded to.
+    let own = OwnNetworks::new([a.inner.into()], [], [net("10.9.0.0/16")]);
+    a.apply_with([(b.key(), b.entry())], own);
+    a.host.send(&foreign);
+    a.dropped("foreign_source", 2);
+    assert_eq!(network.seen().len(), before);
+
+    // A peer of the configuration is what its configuration says.
+    a.apply([(b.key(), PeerEntry { is_static: true, ..b.entry() })]);
+    let wide = PeerEntry { prefixes: vec![net("10.0.0.0/8")], ..a.entry() };
+    b.apply([(a.key(), wide)]);
+    a.host.send(&foreign);
+    assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(&foreign));
+    assert_eq!(a.drops("foreign_source"), 2);
+}
+
+#[test]
+fn what_no_peer_holds_is_dropped_and_counted() {
+    let (network, a, _b) = friends();
+    let before = network.seen().len();
+    a.host.send(&packet_from(a.inner, Ipv4Addr::new(10, 9, 9, 9), 10));
+    a.dropped("no_route", 1);
+    a.host.send(&[0x45, 0, 0, 60]);
+    a.host.send(&[]);
+    a.dropped("inner_malformed", 2);
+    assert_eq!(network.seen().len(), before);
+}
+
+#[test]
+fn a_new_table_keeps_the_sessions_of_those_who_stay() {
+    let (network, a, b) = friends();
+    let other = WireguardKey(PublicKey::from(&StaticSecret::from([9; 32])).to_bytes());
+    let another = PeerEntry { prefixes: vec!["10.0.9.0/24".parse().unwrap()], ..a.entry() };
+    let more = PeerEntry {
+        prefixes: vec!["10.0.0.2/32".parse().unwrap(), "10.5.0.0/16".parse().unwrap()],
+        ..b.entry()
+    };
+    a.apply([(b.key(), more), (other, another)]);
+    carries(&a, &b, 10);
+    carries(&b, &a, 10);
+    a.apply([(b.key(), b.entry())]);
+    carries(&b, &a, 10);
+    assert_eq!(of_type(&network.seen(), 1).len(), 1, "one handshake served all tables");
+    // Who is gone is a stranger.
+    b.apply([]);
+    a.host.send(&packet(&a, &b, 10));
+    b.dropped("unknown_index", 1);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    b.dropped("unknown_peer", 1);
+}
+
+#[test]
+fn a_preshared_key_must_be_the_same_on_both_sides() {
+    let (_network, mut a, b) = strangers();
+    let psk = |byte| Some(PresharedKey([byte; 32]));
+    a.apply([(b.key(), PeerEntry { preshared_key: psk(5), ..b.entry() })]);
+    b.apply([(a.key(), PeerEntry { preshared_key: psk(6), ..a.entry() })]);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    a.dropped("invalid_handshake", 1);
+    b.apply([(a.key(), PeerEntry { preshared_key: psk(5), ..a.entry() })]);
+    // The same addresses at once would be taken for the same order.
+    a.plane.handshake(
+        b.key(),
+        vec![b.address.into(), SocketAddr::from(([198, 51, 100, 9], 9)).into()],
+    );
+    a.observed(b.key(), |what| matches!(what, Observation::Handshake { .. }));
+    carries(&a, &b, 10);
+    carries(&b, &a, 10);
+}
+
+#[test]
+fn a_preshared_key_changes_without_a_gap() {
+    let (network, mut a, b) = friends();
+    let psk = Some(PresharedKey([5; 32]));
+    a.apply([(b.key(), PeerEntry { preshared_key: psk.clone(), ..b.entry() })]);
+    carries(&a, &b, 10);
+    carries(&b, &a, 10);
+    b.apply([(a.key(), PeerEntry { preshared_key: psk, ..a.entry() })]);
+    carries(&a, &b, 10);
+    carries(&b, &a, 10);
+    assert_eq!(of_type(&network.seen(), 1).len(), 1, "on the session of before");
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    a.observed(b.key(), |what| matches!(what, Observation::Handshake { .. }));
+    carries(&a, &b, 10);
+    carries(&b, &a, 10);
+    assert_eq!(of_type(&network.seen(), 1).len(), 2);
+    let before = network.seen();
+    carries(&a, &b, 10);
+    let receiver = |datagram: &Datagram| datagram.bytes[4..8].to_vec();
+    let (first, last) = (of_type(&before, 4)[0].clone(), network.seen().pop().unwrap());
+    assert_ne!(receiver(&first), receiver(&last), "on the new session");
+}
+
+#[test]
+fn a_node_whose_clock_was_set_back_returns_when_its_boot_epoch_grows() {
+    let network = Network::new();
+    let (a, mut b) = (End::new(&network, 1), End::new(&network, 2));
+    b.apply([(a.key(), a.entry())]);
+    a.apply([(b.key(), b.entry())]);
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
+    let recorded = of_type(&network.seen(), 1)[0].clone();
+    // An initiation that is not newer than the last stands for any of a clock set back.
+    network.inject(recorded.clone());
+    b.dropped("stale_handshake", 1);
+    b.apply([(a.key(), PeerEntry { boot_epoch: 1, ..a.entry() })]);
+    carries(&a, &b, 10);
+    let answers = of_type(&network.seen(), 2).len();
+    network.inject(recorded);
+    b.plane.send(a.address.into(), &[0x50]);
+    carries(&b, &a, 10);
+    assert_eq!(of_type(&network.seen(), 2).len(), answers + 1, "it is answered now");
+    b.dropped("stale_handshake", 1);
+}
+
+#[test]
+fn probes_and_stun_are_handed_on_and_sent() {
+    let (network, a, mut b) = strangers();
+    let probe = [&[0x50u8, 1, 0, 0][..], &[7; 60]].concat();
+    let stun = [&[1u8, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42][..], &[9; 12]].concat();
+    a.plane.send(b.address.into(), &probe);
+    match b.event() {
+        Event::Probe { from, datagram } => {
+            assert_eq!((from, &*datagram), (a.address.into(), &*probe));
+        }
+        other => panic!("{other:?}"),
+    }
+    network.inject(Datagram { from: a.address, to: b.address, bytes: stun.clone() });
+    match b.event() {
+        Event::Stun { from, datagram } => {
+            assert_eq!((from, &*datagram), (a.address.into(), &*stun));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn junk_is_dropped_and_counted_and_harms_nobody() {
+    let (network, a, b) = friends();
+    let mut junk: Vec<Vec<u8>> = vec![
+        vec![],
+        vec![0xff; 1],
+        vec![1, 0, 0, 0],
+        vec![0; 65_507],
+        [&[1u8, 0, 0, 0][..], &[0xaa; 144]].concat(),
+        [&[2u8, 0, 0, 0][..], &[0xaa; 88]].concat(),
+        [&[3u8, 0, 0, 0][..], &[0xaa; 60]].concat(),
+        [&[4u8, 0, 0, 0][..], &[0xaa; 28]].concat(),
+        [&[4u8, 0, 0, 0][..], &[0xaa; 27]].concat(),
+        [&[4u8, 0, 0, 0][..], &[0xaa; 65_503]].concat(),
+    ];
+    // Real ones with a bit turned, and real ones that end too early.
+    carries(&a, &b, 100);
+    for datagram in network.seen().iter().filter(|datagram| datagram.to == b.address) {
+        for at in (0..datagram.bytes.len()).step_by(7) {
+            let mut bytes = datagram.bytes.clone();
+            bytes[at] ^= 0x10;
+            junk.push(bytes);
+            junk.push(datagram.bytes[..at].to_vec());
+        }
+    }
+    let before: u64 = b.plane.snapshot().drops.values().sum();
+    for (port, bytes) in junk.iter().enumerate() {
+        let from = SocketAddr::from(([203, 0, 113, 7], port as u16));
+        network.inject(Datagram { from, to: b.address, bytes: bytes.clone() });
+    }
+    carries(&a, &b, 100);
+    carries(&b, &a, 100);
+    let dropped = b.plane.snapshot().drops.values().sum::<u64>() - before;
+    let probes = junk.iter().filter(|bytes| bytes.first() == Some(&0x50)).count();
+    assert_eq!(dropped as usize + probes, junk.len(), "{:?}", b.plane.snapshot().drops);
+}
+
+#[test]
+fn a_counter_near_its_end_is_refused() {
+    let (network, a, b) = friends();
+    carries(&a, &b, 10);
+    let mut datagram = network.seen().pop().unwrap();
+    datagram.bytes[8..16].copy_from_slice(&(u64::MAX - 100).to_le_bytes());
+    network.inject(datagram);
+    b.dropped("counter_exhausted", 1);
+    carries(&a, &b, 10);
+}
+
+#[test]
+fn one_loud_source_is_limited_before_its_handshakes_cost_anything() {
+    let (network, a, mut b) = strangers();
+    let loud = SocketAddr::from(([203, 0, 113, 1], 1));
+    a.plane.handshake(b.key(), vec![SocketAddr::from(([198, 51, 100, 9], 9)).into()]);
+    while network.seen().is_empty() {
+        std::thread::yield_now();
+    }
+    let mut initiation = network.seen()[0].bytes.clone();
+    initiation[140] ^= 1;
+    initiation[120] ^= 1;
+    for _ in 0..1000 {
+        let bytes = initiation.clone();
+        network.inject(Datagram { from: loud, to: b.address, bytes });
+    }
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
+    assert!(b.drops("source_limited") > 700, "{:?}", b.plane.snapshot().drops);
+    assert_eq!(b.drops("under_load"), 0);
+}
+
+#[test]
+fn whoever_forges_a_peers_address_does_not_keep_it_out() {
+    let (network, a, mut b) = strangers();
+    // Somebody unknown, whose initiations are well made.
+    let forger = Secrets::new(StaticSecret::from([77; 32]));
+    let mut initiation = [0; HANDSHAKE_BYTES];
+    let len = Session::new(&forger, b.key(), None, 1).initiate(&mut initiation);
+    let (key, target, owner, plane) = (b.key(), b.address, a.address, &a.plane);
+    let (network, stop) = (&network, &AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                for _ in 0..100 {
+                    let bytes = initiation[..len].to_vec();
+                    network.inject(Datagram { from: owner, to: target, bytes });
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        // Not before the forger has used up what that address is allowed.
+        while b.drops("source_limited") == 0 {
+            std::thread::yield_now();
+        }
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                // The first one earns a cookie, the next one uses it.
+                plane.handshake(key, vec![target.into()]);
+                std::thread::sleep(Duration::from_millis(250));
+            }
+        });
+        b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
+        stop.store(true, Ordering::Relaxed);
+    });
+    let cookies = |d: &Datagram| d.to == owner && d.bytes.first() == Some(&3);
+    assert!(network.seen().iter().any(cookies));
+}
+
+#[test]
+fn keepalives_fill_a_silence_and_nothing_else() {
+    let (network, a, b) = friends();
+    let keepalive = Some(Duration::from_millis(300));
+    a.apply([(b.key(), PeerEntry { keepalive, ..b.entry() })]);
+    let keepalives = |network: &Network| {
+        let seen = network.seen();
+        seen.iter().filter(|d| d.from == a.address && d.bytes.len() == 32).count()
+    };
+    let before = keepalives(&network);
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while keepalives(&network) < before + 2 {
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    assert_eq!(of_type(&network.seen(), 1).len(), 1);
+    assert!(network.seen().iter().all(|d| d.from != b.address || d.bytes.len() != 32));
+}
+
+#[test]
+fn a_stopped_data_plane_is_silent() {
+    let (network, a, b) = friends();
+    b.plane.stop().unwrap();
+    let before = network.seen().len();
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    while network.seen().len() == before {
+        std::thread::yield_now();
+    }
+    assert!(network.seen().iter().skip(before).all(|datagram| datagram.from == a.address));
+}
+
+// What strangers may ask of us
+
+#[test]
+fn a_reflector_answers_padded_requests_alone_and_each_source_a_few_times() {
+    let (network, _a, b) = strangers();
+    let loud = SocketAddr::from(([203, 0, 113, 1], 1));
+    let ask = |from: SocketAddr, request: &[u8]| {
+        network.inject(Datagram { from, to: b.address, bytes: request.to_vec() });
+    };
+    let request = stun::request([7; 12]);
+    // A header alone: the answer would be longer.
+    ask(loud, &[&[0u8, 1, 0, 0][..], &request[4..20]].concat());
+    b.dropped("reflector_refused", 1);
+    for _ in 0..1_000 {
+        ask(loud, &request);
+    }
+    let quiet = SocketAddr::from(([203, 0, 113, 2], 1));
+    ask(quiet, &request);
+    let answers = |to: SocketAddr| {
+        let seen = network.seen().into_iter();
+        seen.filter(move |d| d.from == b.address && d.to == to).collect::<Vec<_>>()
+    };
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while answers(quiet).is_empty() {
+        assert!(std::time::Instant::now() < deadline, "the other one is answered");
+        std::thread::yield_now();
+    }
+    let to_loud = answers(loud);
+    assert!(to_loud.iter().all(|answer| answer.bytes.len() <= request.len()));
+    assert_eq!(to_loud.len() as u64 + b.drops("reflector_limited"), 1_000);
+    assert!(b.drops("reflector_limited") > 500, "{}", to_loud.len());
+}
+
+#[test]
+fn forged_probes_from_one_source_are_limited_and_a_peers_own_come_through() {
+    let (network, a, mut b) = strangers();
+    let loud = SocketAddr::from(([203, 0, 113, 1], 1));
+    for number in 0..5_000u16 {
+        let bytes = [&[0x50u8, 1, 0, 0][..], &number.to_be_bytes(), &[7; 60]].concat();
+        network.inject(Datagram { from: loud, to: b.address, bytes });
+    }
+    let probe = [&[0x50u8, 1, 0, 0][..], &[9; 60]].concat();
+    let mut forged = 0;
+    loop {
+        a.plane.send(b.address.into(), &probe);
+        match b.event() {
+            Event::Probe { from, .. } if from == a.address.into() => break,
+            Event::Probe { .. } => forged += 1,
+            _ => {}
+        }
+    }
+    assert!(forged < 2_000, "{forged} cost more than a look at the first byte");
+    assert!(b.drops("source_limited") > 3_000, "{:?}", b.plane.snapshot().drops);
+}
+
+#[test]
+fn a_stranger_that_floods_a_relays_channel_reaches_nobody_and_keeps_nobody_out() {
+    let network = Network::new();
+    let limits = Limits { nodes: 8, channels: 8, bytes_per_second: 1 << 20 };
+    let relay = Relay::new(limits);
+    let b = End::relaying(&network, 2, relay.clone());
+    let ends = [1, 3].map(|n| SocketAddr::from(([192, 0, 2, n], 51830)));
+    let now = std::time::Instant::now();
+    let keys = [1, 3].map(|n| WireguardKey([n; 32]));
+    relay.register(now, keys[1], ends[1].into()).unwrap();
+    relay.open(now, (keys[0], ends[0].into()), keys[1], 77).unwrap();
+    let on_channel = |channel| [&relayed_header(channel)[..], &[4, 0, 0, 0], &[7; 60]].concat();
+    let stranger = SocketAddr::from(([203, 0, 113, 1], 1));
+    for number in 0..1_000 {
+        // The channel itself, and guesses at others.
+        let bytes = on_channel(if number % 2 == 0 { 77 } else { 1_000 + number });
+        network.inject(Datagram { from: stranger, to: b.address, bytes });
+    }
+    let bytes = on_channel(77);
+    network.inject(Datagram { from: ends[0], to: b.address, bytes: bytes.clone() });
+    let deadline = std::time::Instant::now() + PATIENCE;
+    let sent = || network.seen().into_iter().filter(|d| d.from == b.address).collect::<Vec<_>>();
+    while sent().is_empty() {
+        assert!(std::time::Instant::now() < deadline, "the member is served");
+        std::thread::yield_now();
+    }
+    assert_eq!(sent(), [Datagram { from: b.address, to: ends[1], bytes }]);
+    assert_eq!(b.drops("relay_stranger"), 500);
+}
+
+/// IPv4 takes a payload of 65,507 bytes, IPv6 one of 65,527, and a send of ours less than either.
+#[test]
+fn oversized_datagrams_are_dropped_and_counted_and_hang_nothing() {
+    let network = Network::new();
+    let limits = Limits { nodes: 8, channels: 8, bytes_per_second: 1 << 30 };
+    let relay = Relay::new(limits);
+    let (mut a, b) = (End::new(&network, 1), End::relaying(&network, 2, relay.clone()));
+    a.apply([(b.key(), b.entry())]);
+    b.apply([(a.key(), a.entry())]);
+    let now = Instant::now();
+    let ends = [3, 4].map(|n| SocketAddr::from(([192, 0, 2, n], 51830)));
+    let keys = [3, 4].map(|n| WireguardKey([n; 32]));
+    relay.register(now, keys[1], ends[1].into()).unwrap();
+    relay.open(now, (keys[0], ends[0].into()), keys[1], 77).unwrap();
+    let stranger = SocketAddr::from(([203, 0, 113, 1], 1));
+    let heads: [&[u8]; 6] = [
+        &relayed_header(77),
+        &relayed_header(78),
+        &[4, 0, 0, 0, 1, 2, 3, 4],
+        &[0x50, 1, 0, 0],
+        &[0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42],
+        &[],
+    ];
+    let mut count = 0;
+    for from in [ends[0], ends[1], stranger, a.address] {
+        for len in [TRAIN_BYTES + 1, 65_500, 65_507, 65_527, SLOT_BYTES] {
+            for head in heads {
+                let mut bytes = vec![7; len];
+                bytes[..head.len()].copy_from_slice(head);
+                network.inject(Datagram { from, to: b.address, bytes });
+                count += 1;
+            }
+        }
+    }
+    b.dropped("oversized", count);
+    // The longest that a send takes is forwarded, and the tunnels of the relay itself work.
+    let mut bytes = vec![7; TRAIN_BYTES];
+    bytes[..12].copy_from_slice(&relayed_header(77));
+    network.inject(Datagram { from: ends[0], to: b.address, bytes: bytes.clone() });
+    a.plane.handshake(b.key(), vec![b.address.into()]);
+    a.observed(b.key(), |what| what == Observation::Handshake { from: b.address.into() });
+    carries(&a, &b, 1000);
+    let forwarded: Vec<_> = network.seen().into_iter().filter(|d| d.to == ends[1]).collect();
+    assert_eq!(forwarded, [Datagram { from: b.address, to: ends[1], bytes }]);
+    assert_eq!(b.drops("oversized"), count);
+}
+
+/// What a faulty TUN does when it is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Reading {
+    #[default]
+    Works,
+    /// It waits without end.
+    Hangs,
+    /// It is doing so.
+    Hanging,
+    Fails,
+    Panics,
+}
+
+/// A TUN in memory that breaks when it is told to.
+struct FaultyTun {
+    tun: MemoryTun,
+    reading: Arc<(Mutex<Reading>, Condvar)>,
+}
+
+impl TunIo for FaultyTun {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.tun.fd()
+    }
+
+    fn mtu(&self) -> usize {
+        self.tun.mtu()
+    }
+
+    fn read(&mut self, batch: &mut TunBatch, drops: &Drops) -> std::io::Result<()> {
+        let (reading, changed) = &*self.reading;
+        let mut reading = reading.lock().unwrap();
+        while matches!(*reading, Reading::Hangs | Reading::Hanging) {
+            *reading = Reading::Hanging;
+            changed.notify_all();
+            reading = changed.wait(reading).unwrap();
+        }
+        match *reading {
+            Reading::Fails => Err(std::io::Error::other("it was deleted")),
+            Reading::Panics => {
+                drop(reading);
+                panic!("as the test wants it")
+            }
+            _ => self.tun.read(batch, drops),
+        }
+    }
+
+    fn coalesce(&self) -> Coalesce {
+        self.tun.coalesce()
+    }
+
+    fn write(&mut self, now: Instant, batch: &WriteBatch, drops: &Drops) {
+        self.tun.write(now, batch, drops);
+    }
+
+    fn features(&self) -> Vec<Switch> {
+        self.tun.features()
+    }
+}
+
+/// A data plane of two workers, the second of which has a TUN that can break.
+struct Faulty {
+    plane: DataPlane,
+    host: MemoryHost,
+    reading: Arc<(Mutex<Reading>, Condvar)>,
+    /// The channel is full from the start, and nobody reads it.
+    events: Receiver<Event>,
+}
+
+impl Faulty {
+    fn new() -> Self {
+        let network = Network::new();
+        let (good, _) = memory::tun(1420).unwrap();
+        let (tun, host) = memory::tun(1420).unwrap();
+        let reading = Arc::new((Mutex::new(Reading::Works), Condvar::new()));
+        let tuns = [Arc::default(), reading.clone()].into_iter().zip([good, tun]);
+        let shards = tuns.enumerate().map(|(number, (reading, tun))| {
+            let address = SocketAddr::from(([192, 0, 2, number as u8], 51830));
+            (FaultyTun { tun, reading }, network.bind(address).unwrap())
+        });
+        let (sender, events) = channel(1);
+        let datagram = Box::from([0x50]);
+        sender
+            .try_send(Event::Probe { from: SocketAddr::from(([1; 4], 1)).into(), datagram })
+            .unwrap();
+        let private_key = StaticSecret::from([1; 32]);
+        let config = Config { private_key, relay: Relay::default(), link: None };
+        let plane = DataPlane::start(config, shards, sender).unwrap();
+        Self { plane, host, reading, events }
+    }
+
+    fn read(&self, how: Reading) {
+        *self.reading.0.lock().unwrap() = how;
+        self.reading.1.notify_all();
+        self.host.send(&[0x45; 20]);
+    }
+
+    /// Breaks the TUN, and waits until the worker hangs in it.
+    fn hang(&self) {
+        self.read(Reading::Hangs);
+        let (reading, changed) = &*self.reading;
+        let mut reading = reading.lock().unwrap();
+        while *reading != Reading::Hanging {
+            let (next, timeout) = changed.wait_timeout(reading, PATIENCE).unwrap();
+            assert!(!timeout.timed_out(), "the worker reads");
+            reading = next;
+        }
+    }
+
+    /// Looks until a look shows this number of stalled workers; none may show fewer.
+    fn stalled(&self, workers: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let look = self.plane.stalled_workers();
+            assert!(look >= workers, "{look} workers are stalled");
+            if look == workers {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{look} workers are stalled");
+            std::thread::yield_now();
+        }
+    }
+
+    fn fault(&self) -> Fault {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let mut faults = self.plane.faults();
+        runtime.block_on(async {
+            let fault = tokio::time::timeout(PATIENCE, faults.wait_for(Option::is_some)).await;
+            fault.expect("a fault in time").unwrap().clone().unwrap()
+        })
+    }
+}
+
+#[test]
+fn a_worker_that_hangs_is_noticed_while_idle_ones_are_not_and_holds_up_nobody() {
+    let faulty = Faulty::new();
+    for _ in 0..3 {
+        faulty.stalled(0);
+    }
+    faulty.hang();
+    faulty.plane.stalled_workers();
+    for _ in 0..100 {
+        faulty.stalled(1);
+    }
+    // All that the daemon calls goes on.
+    faulty.plane.apply(&PeerTable::default());
+    faulty.plane.snapshot();
+    for _ in 0..10_000 {
+        faulty.plane.send(SocketAddr::from(([192, 0, 2, 9], 1)).into(), b"order");
+    }
+    let patience = Duration::from_millis(200);
+    let stuck = faulty.plane.stop_within(patience);
+    assert_eq!(stuck, Err(StuckWorkers { workers: 1, patience }));
+    faulty.read(Reading::Works);
+    assert_eq!(faulty.plane.stop(), Ok(()));
+}
+
+#[test]
+fn orders_that_a_worker_does_not_take_are_bounded_and_counted() {
+    let network = Network::new();
+    let (tun, host) = memory::tun(1420).unwrap();
+    let reading = Arc::new((Mutex::new(Reading::Hangs), Condvar::new()));
+    let shard = (
+        FaultyTun { tun, reading: reading.clone() },
+        network.bind(SocketAddr::from(([192, 0, 2, 1], 51830))).unwrap(),
+    );
+    let (sender, _events) = channel(8);
+    let private_key = StaticSecret::from([1; 32]);
+    let config = Config { private_key, relay: Relay::default(), link: None };
+    let plane = DataPlane::start(config, [shard], sender).unwrap();
+    host.send(&[0x45; 20]);
+    let deadline = Instant::now() + PATIENCE;
+    // Some are taken before it hangs.
+    while plane.snapshot().drops["orders_full"] < 1_000 {
+        assert!(Instant::now() < deadline, "{:?}", plane.snapshot());
+        plane.send(SocketAddr::from(([192, 0, 2, 9], 1)).into(), b"order");
+    }
+    *reading.0.lock().unwrap() = Reading::Works;
+    reading.1.notify_all();
+    assert_eq!(plane.stop(), Ok(()));
+}
+
+#[test]
+fn a_fault_is_seen_though_the_channel_of_events_is_full() {
+    for (how, wanted) in [
+        (Reading::Fails, Fault::TunGone("it was deleted".to_owned())),
+        (Reading::Panics, Fault::Panicked),
+    ] {
+        let mut faulty = Faulty::new();
+        faulty.read(how);
+        assert_eq!(faulty.fault(), wanted);
+        assert_eq!(faulty.fault(), wanted, "a late look shows it too");
+        assert!(faulty.events.try_recv().is_ok() && faulty.events.try_recv().is_err());
+        assert_eq!(faulty.plane.stop(), Ok(()));
+    }
+}
+
+#[test]
+fn packets_that_wait_for_a_peer_that_is_removed_are_counted() {
+    let (_network, mut a, b) = strangers();
+    a.host.send(&packet(&a, &b, 100));
+    a.host.send(&packet(&a, &b, 100));
+    a.observed(b.key(), |what| what == Observation::Wanted);
+    a.apply([]);
+    a.host.send(&packet(&a, &b, 100));
+    let deadline = Instant::now() + PATIENCE;
+    let lost = || a.drops("queue_expired") + a.drops("no_route");
+    while lost() < 3 {
+        assert!(Instant::now() < deadline, "{:?}", a.plane.snapshot());
+        std::thread::yield_now();
+    }
+    assert_eq!(lost(), 3);
+}

@@ -1,0 +1,327 @@
+//! Hears what others change: of the host's addresses, and of what is ours.
+
+use std::io;
+use std::time::Duration;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use towline_netlink::codec::{Received, attributes, u32_at};
+use towline_netlink::{Group, Monitor, NetlinkError, Notified, Protocol, Rtnetlink};
+
+use super::{Names, OURS, hook};
+
+/// Something changed. Several changes close together are one event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostEvent {
+    /// The host's links or addresses: look for new candidates.
+    AddressesChanged,
+    /// Something of ours, by somebody else: invalidate and apply.
+    OursChanged,
+    /// A chain in which we have rules, by somebody else: look after those.
+    HooksChanged,
+}
+
+/// A stream of events.
+#[derive(Debug)]
+pub struct Watch {
+    route: AsyncFd<Monitor>,
+    /// `None`: the kernel has no nftables.
+    netfilter: Option<AsyncFd<Monitor>>,
+    filter: Filter,
+    pending: Pending,
+}
+
+/// Changes come in bursts: a link that goes takes its addresses and routes along.
+const SETTLE: Duration = Duration::from_millis(5);
+
+/// Which notifications are about what is ours.
+#[derive(Debug)]
+struct Filter {
+    names: Names,
+    /// The link's number, as long as it is there.
+    link: Option<u32>,
+    /// Sockets of ours, whose changes are no news.
+    ports: Ports,
+}
+
+/// Socket numbers: each protocol counts its own, so that one's number means nothing in the other.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ports {
+    pub(super) route: u32,
+    pub(super) netfilter: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Pending {
+    addresses: bool,
+    ours: bool,
+    hooks: bool,
+}
+
+/// Of `NFT_MSG_*`, those that may concern our rules in another's chain.
+const NEW_CHAIN: u16 = 3;
+const NEW_RULE: u16 = 6;
+const DELETE_RULE: u16 = 8;
+
+const ROUTE_GROUPS: [Group; 7] = [
+    Group::Links,
+    Group::AddressesV4,
+    Group::AddressesV6,
+    Group::RoutesV4,
+    Group::RoutesV6,
+    Group::RulesV4,
+    Group::RulesV6,
+];
+
+impl Watch {
+    pub(super) fn open(
+        rtnetlink: &mut Rtnetlink,
+        names: &Names,
+        ports: Ports,
+    ) -> Result<Self, NetlinkError> {
+        let route = register(Monitor::open(Protocol::Route, &ROUTE_GROUPS)?)?;
+        let netfilter = match Monitor::open(Protocol::Netfilter, &[Group::Nftables]) {
+            Ok(monitor) => Some(register(monitor)?),
+            Err(_) => None,
+        };
+        // After the subscription, so that no change falls between.
+        let link = rtnetlink.link(&names.link)?.map(|link| link.index);
+        let filter = Filter { names: names.clone(), link, ports };
+        Ok(Self { route, netfilter, filter, pending: Pending::default() })
+    }
+
+    /// The next event. Nothing is lost when the future is dropped.
+    pub async fn next(&mut self) -> Result<HostEvent, NetlinkError> {
+        loop {
+            if std::mem::take(&mut self.pending.ours) {
+                return Ok(HostEvent::OursChanged);
+            }
+            if std::mem::take(&mut self.pending.hooks) {
+                return Ok(HostEvent::HooksChanged);
+            }
+            if std::mem::take(&mut self.pending.addresses) {
+                return Ok(HostEvent::AddressesChanged);
+            }
+            self.readable().await?;
+            tokio::time::sleep(SETTLE).await;
+            self.read()?;
+        }
+    }
+
+    async fn readable(&mut self) -> Result<(), NetlinkError> {
+        let wait = async {
+            match &mut self.netfilter {
+                None => self.route.readable_mut().await.map(drop),
+                Some(netfilter) => tokio::select! {
+                    ready = self.route.readable_mut() => ready.map(drop),
+                    ready = netfilter.readable_mut() => ready.map(drop),
+                },
+            }
+        };
+        wait.await.map_err(wait_failed)
+    }
+
+    /// Takes in everything that is waiting.
+    fn read(&mut self) -> Result<(), NetlinkError> {
+        let Self { route, netfilter, filter, pending } = self;
+        let all = Pending { addresses: true, ours: true, hooks: true };
+        let overrun = drain(route, |received| filter.route(&received, pending))?;
+        if overrun {
+            *pending = all;
+        }
+        if let Some(netfilter) = netfilter
+            && drain(netfilter, |received| filter.netfilter(&received, pending))?
+        {
+            pending.ours = true;
+            pending.hooks = true;
+        }
+        Ok(())
+    }
+}
+
+/// Reads until nothing is waiting; says whether something was lost.
+fn drain(
+    monitor: &mut AsyncFd<Monitor>,
+    mut take: impl FnMut(Received<'_>),
+) -> Result<bool, NetlinkError> {
+    let result = monitor.try_io_mut(Interest::READABLE, |monitor| {
+        let notified = monitor.drain(&mut take);
+        match notified {
+            Ok(Notified::Overrun) => Ok(Ok(true)),
+            Err(error) => Ok(Err(error)),
+            // Emptied: wait for the next readiness.
+            Ok(Notified::Complete) => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    });
+    match result {
+        Ok(outcome) => outcome,
+        Err(_would_block) => Ok(false),
+    }
+}
+
+/// Registers a monitor with the runtime, to wait until it has something to read.
+///
+/// # Errors
+///
+/// When the runtime takes no further descriptor.
+pub fn register(monitor: Monitor) -> Result<AsyncFd<Monitor>, NetlinkError> {
+    // SAFETY: a monitor owns its socket, names the same one always, and closes it when dropped.
+    let registered = unsafe { AsyncFd::register_with_interest(monitor, Interest::READABLE) };
+    registered.map_err(|error| wait_failed(error.into()))
+}
+
+fn wait_failed(source: io::Error) -> NetlinkError {
+    NetlinkError::Socket { action: "wait", source }
+}
+
+impl Filter {
+    fn route(&mut self, received: &Received<'_>, pending: &mut Pending) {
+        let by_us = self.ports.route == received.port;
+        match received.kind {
+            libc::RTM_NEWLINK | libc::RTM_DELLINK => {
+                if self.is_our_link(received) {
+                    pending.ours |= !by_us;
+                } else {
+                    pending.addresses = true;
+                }
+            }
+            libc::RTM_NEWADDR | libc::RTM_DELADDR => {
+                if self.link.is_some() && u32_at(received.payload, 4) == self.link {
+                    pending.ours |= !by_us;
+                } else {
+                    pending.addresses = true;
+                }
+            }
+            libc::RTM_NEWROUTE | libc::RTM_DELROUTE => {
+                pending.ours |= !by_us && self.is_our_route(received);
+            }
+            libc::RTM_NEWRULE | libc::RTM_DELRULE => {
+                pending.ours |= !by_us && self.is_our_rule(received);
+            }
+            _ => {}
+        }
+    }
+
+    fn netfilter(&self, received: &Received<'_>, pending: &mut Pending) {
+        const HEADER: usize = 4;
+        // Every message about a thing inside a table, and about the table itself, names the
+        // table in its first attribute.
+        const TABLE: u16 = 1;
+        if self.ports.netfilter == Some(received.port) {
+            return;
+        }
+        let named = |kind: u16, name: &str| {
+            attributes(received.payload, HEADER).any(|a| a.kind == kind && a.string() == name)
+        };
+        pending.ours |= named(TABLE, &self.names.firewall);
+        pending.hooks |= named(TABLE, hook::FIREWALLD);
+        // A rule names its chain second, a chain itself third.
+        let (table, chain) = hook::PLACE;
+        let place = match received.kind & 0xff {
+            NEW_CHAIN => 3,
+            NEW_RULE | DELETE_RULE => 2,
+            _ => return,
+        };
+        pending.hooks |=
+            named(TABLE, table) && (named(place, chain) || named(place, hook::FORWARD));
+    }
+
+    /// Whether a link's notification is about ours; follows its number.
+    fn is_our_link(&mut self, received: &Received<'_>) -> bool {
+        const HEADER: usize = 16;
+        const NAME: u16 = 3;
+        let index = u32_at(received.payload, 4);
+        let named = attributes(received.payload, HEADER)
+            .any(|a| a.kind == NAME && a.string() == self.names.link);
+        let was = self.link.is_some() && self.link == index;
+        if named {
+            self.link = index.filter(|_| received.kind == libc::RTM_NEWLINK);
+        }
+        named || was
+    }
+
+    fn is_our_route(&self, received: &Received<'_>) -> bool {
+        const HEADER: usize = 12;
+        const TABLE: u16 = 15;
+        attributes(received.payload, HEADER)
+            .filter(|a| a.kind == TABLE)
+            .filter_map(|a| a.u32())
+            .any(|table| self.names.tables().contains(&table))
+    }
+
+    fn is_our_rule(&self, received: &Received<'_>) -> bool {
+        const HEADER: usize = 12;
+        const PRIORITY: u16 = 6;
+        const PROTOCOL: u16 = 21;
+        attributes(received.payload, HEADER).any(|a| match a.kind {
+            PRIORITY => a.u32().is_some_and(|priority| self.names.has_priority(priority)),
+            PROTOCOL => a.u8() == Some(OURS),
+            _ => false,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::HostNetwork;
+    use towline_netlink::{Family, Rule, RuleAction};
+    use towline_netns::{add_link, namespace_test};
+    use towline_nftables::{Nft, Table, TableFamily};
+
+    fn names() -> Names {
+        Names {
+            link: "towline0".to_owned(),
+            table: 21_580,
+            priority: 21_580,
+            firewall: "towline".to_owned(),
+        }
+    }
+
+    fn run<T>(body: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(body)
+    }
+
+    namespace_test! {
+        fn what_others_change_is_told_apart() {
+            let mut host = HostNetwork::open().unwrap();
+            run(async {
+                let mut watch = host.watch(&names()).unwrap();
+                add_link("eth0");
+                assert_eq!(watch.next().await.unwrap(), HostEvent::AddressesChanged);
+
+                let mut rtnetlink = Rtnetlink::open().unwrap();
+                let rule = Rule::new(Family::V4, 21_580, RuleAction::Table(21_580));
+                rtnetlink.add_rule(&rule).unwrap();
+                assert_eq!(watch.next().await.unwrap(), HostEvent::OursChanged);
+
+                let mut nft = Nft::open().unwrap();
+                nft.load(&Table::new(TableFamily::Inet, "another")).unwrap();
+                nft.load(&Table::new(TableFamily::Inet, "towline")).unwrap();
+                assert_eq!(watch.next().await.unwrap(), HostEvent::OursChanged);
+
+                let foreign = Rule { priority: 100, ..rule };
+                rtnetlink.add_rule(&foreign).unwrap();
+                let quiet = tokio::time::timeout(Duration::from_millis(50), watch.next()).await;
+                assert!(quiet.is_err(), "{quiet:?}");
+            });
+        }
+    }
+
+    namespace_test! {
+        fn the_number_of_our_socket_in_one_protocol_hides_nobody_in_another() {
+            // The kernel gives each protocol's first socket of a process the same number.
+            let mut theirs = Nft::open().unwrap();
+            let mut host = HostNetwork::open().unwrap();
+            assert_eq!(theirs.port(), host.rtnetlink.port());
+            run(async {
+                let mut watch = host.watch(&names()).unwrap();
+                theirs.load(&Table::new(TableFamily::Inet, "towline")).unwrap();
+                let heard = tokio::time::timeout(Duration::from_secs(10), watch.next()).await;
+                assert_eq!(heard.expect("a notification").unwrap(), HostEvent::OursChanged);
+            });
+        }
+    }
+}
