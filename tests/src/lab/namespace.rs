@@ -8,15 +8,15 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::sync::mpsc;
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
 use anyhow::{Context, anyhow};
 use nix::sched::{CloneFlags, setns, unshare};
-use nix::sys::signal::Signal;
 use nix::unistd::Pid;
+
+use super::process::tie_to_parent;
 
 /// A network namespace of its own, loopback up.
 #[derive(Debug)]
@@ -106,20 +106,7 @@ impl Namespace {
     /// the leader of its own process group (Ctrl-C at a terminal reaches the lab alone), and starts
     /// with no signal blocked.
     pub fn spawn(&self, mut command: Command) -> io::Result<Child> {
-        command.process_group(0);
-        // SAFETY: between fork and exec only async-signal-safe calls are made: prctl and
-        // getppid are plain system calls.
-        unsafe {
-            let parent = nix::unistd::getpid();
-            command.pre_exec(move || {
-                nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-                // The lab may have died before the line above.
-                if nix::unistd::getppid() != parent {
-                    return Err(io::ErrorKind::BrokenPipe.into());
-                }
-                Ok(())
-            });
-        }
+        tie_to_parent(&mut command);
         let gone = || io::Error::other(format!("the thread of namespace {} ended", self.name));
         let (answer, when_answered) = mpsc::channel();
         let requests = self.requests.as_ref().ok_or_else(gone)?;

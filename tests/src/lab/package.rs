@@ -1,7 +1,7 @@
 //! `cargo lab package`: the static programs as a Debian package and as an OCI image from scratch,
 //! made without a container engine and without packaging tools; then read back.
 
-mod archive;
+pub(in crate::lab) mod archive;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -35,7 +35,7 @@ pub struct Package {
 }
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-const PROGRAMS: [&str; 3] = ["towline", "towline-helper", "towline-controller"];
+pub(in crate::lab) const PROGRAMS: [&str; 3] = ["towline", "towline-helper", "towline-controller"];
 
 /// Builds the programs and both packages into `out`.
 pub fn run(out: &Path) -> anyhow::Result<Package> {
@@ -175,7 +175,8 @@ if [ -d /run/systemd/system ]; then
 fi
 "#;
 
-fn deb(programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Result<Vec<u8>> {
+/// Returns the Debian package with these programs, by name.
+pub(in crate::lab) fn deb(programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Result<Vec<u8>> {
     let mut files = programs_in(programs);
     for unit in UNITS {
         let place = format!("usr/lib/systemd/system/{unit}");

@@ -6,11 +6,11 @@ use towline_proto::frame::DatagramKind;
 
 /// The outer IP packet of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Outer<'a> {
-    pub(super) source: IpAddr,
-    pub(super) destination: IpAddr,
+pub(in crate::lab) struct Outer<'a> {
+    pub(in crate::lab) source: IpAddr,
+    pub(in crate::lab) destination: IpAddr,
     /// Of a larger packet, the first one included.
-    pub(super) is_fragment: bool,
+    pub(in crate::lab) is_fragment: bool,
     /// Of UDP, when it is that.
     pub(super) udp_payload: Option<&'a [u8]>,
 }
@@ -22,7 +22,7 @@ const UDP_BYTES: usize = 8;
 
 impl<'a> Outer<'a> {
     /// `None` for what is no IP.
-    pub(super) fn parse(frame: &'a [u8]) -> Option<Self> {
+    pub(in crate::lab) fn parse(frame: &'a [u8]) -> Option<Self> {
         let packet = frame.get(ETHERNET_BYTES..)?;
         match frame.get(12..14)? {
             [0x08, 0x00] => Self::v4(packet),
@@ -31,7 +31,7 @@ impl<'a> Outer<'a> {
         }
     }
 
-    pub(super) fn is_wireguard(&self) -> bool {
+    pub(in crate::lab) fn is_wireguard(&self) -> bool {
         self.udp_payload.is_some_and(|bytes| DatagramKind::of(bytes) == DatagramKind::WireGuard)
     }
 

@@ -11,7 +11,7 @@
 //! What the ring could not hold is counted by the kernel: [`Seen::missed`] other than 0 means that
 //! nothing can be promised.
 
-mod frame;
+pub(in crate::lab) mod frame;
 mod ring;
 mod tap;
 

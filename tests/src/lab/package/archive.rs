@@ -7,14 +7,14 @@ use anyhow::{Context as _, bail, ensure};
 
 /// A file in an archive.
 #[derive(Debug, Clone)]
-pub(super) struct Entry {
-    pub(super) path: String,
-    pub(super) mode: u32,
-    pub(super) bytes: Vec<u8>,
+pub(in crate::lab) struct Entry {
+    pub(in crate::lab) path: String,
+    pub(in crate::lab) mode: u32,
+    pub(in crate::lab) bytes: Vec<u8>,
 }
 
 impl Entry {
-    pub(super) fn file(path: &str, mode: u32, bytes: Vec<u8>) -> Self {
+    pub(in crate::lab) fn file(path: &str, mode: u32, bytes: Vec<u8>) -> Self {
         Self { path: path.to_owned(), mode, bytes }
     }
 }
@@ -22,7 +22,7 @@ impl Entry {
 const BLOCK: usize = 512;
 
 /// An archive of these files and the directories above them.
-pub(super) fn tar(files: &[Entry]) -> anyhow::Result<Vec<u8>> {
+pub(in crate::lab) fn tar(files: &[Entry]) -> anyhow::Result<Vec<u8>> {
     let mut archive = Vec::new();
     let mut made = BTreeSet::new();
     for file in files {

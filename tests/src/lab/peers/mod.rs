@@ -56,6 +56,11 @@ pub struct Peer {
 /// One that does not answer after this is broken.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
+/// Returns the directory outside the tree for what is built once, and makes it.
+pub(in crate::lab) fn cache_directory() -> Result<PathBuf, String> {
+    install::cache()
+}
+
 impl WireGuard {
     /// All, the fastest first.
     pub const ALL: [Self; 3] = [Self::Go, Self::Gotatun, Self::Boringtun];
