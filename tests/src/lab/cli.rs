@@ -17,7 +17,7 @@ use super::privilege::acquire;
 use super::report::{Forbidden, finish, print};
 use super::scenario::{
     Setting, attack, bench, bootstrap, cohabit, crash, demo, departure, failover, idle, interop,
-    kubernetes, leak, many, mtu, nat, nodes, plan,
+    kubernetes, leak, many, mtu, nat, nodes, plan, vm,
 };
 use super::talk::{Talk, line};
 use super::traffic::random_bytes;
@@ -163,6 +163,14 @@ enum What {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
+    },
+    /// Booted machines under QEMU: real kernels, systemd, power cuts, hosts of every kind.
+    Vm {
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        options: vm::Options,
     },
     /// Builds the static programs, the Debian package and the OCI image, and reads them back.
     Package {
@@ -351,6 +359,11 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
             drop(setting);
             finish(&figures, json)
         }
+        What::Vm { options, .. } if options.list => {
+            print(&vm::list())?;
+            Ok(ExitCode::SUCCESS)
+        }
+        What::Vm { json, options } => finish(&vm::run(&options)?, json),
         What::Package { json, out } => finish(&package::run(&out)?, json),
         What::Shell { node, command } => match Kept::find()?.enter(&node, &command)? {},
     }
@@ -375,6 +388,7 @@ plan    what a host's network costs with 1,000 peers and 5,000 prefixes: all of 
 bootstrap one command turns a clean machine into a node; it survives offline boots and reboots
 departure down, up, leave and a join that has to be confirmed: every order, every exit status
 kubernetes a real API server: agents follow their own Nodes (needs etcd and Go)
+vm      booted machines under QEMU: kernels, systemd, power cuts (needs QEMU and mmdebstrap)
 package the static programs as a Debian package and an OCI image, read back (release build)
 ";
 

@@ -36,6 +36,7 @@
 //! | [`report`], [`talk`] | promises, figures and the exit status; progress for people |
 //! | [`keep`] | a lab that stays up, and shells inside it |
 //! | [`scenario`], [`cli`] | what `cargo lab NAME` runs |
+//! | [`vm`] | booted machines: real kernels, systemd and power cuts, under QEMU |
 //! | [`inside`] | the same hosts for `cargo test` |
 //!
 //! # Invariants
@@ -77,4 +78,5 @@ pub mod talk;
 pub mod topology;
 pub mod traffic;
 pub mod unusual;
+pub mod vm;
 pub mod wire;

@@ -25,6 +25,7 @@ pub mod mtu;
 pub mod nat;
 pub mod nodes;
 pub mod plan;
+pub mod vm;
 
 use super::binaries::Binaries;
 use super::privilege::Rank;

@@ -1,0 +1,82 @@
+//! How QEMU runs a machine: by KVM where it boots a kernel, else by emulation.
+//!
+//! That `/dev/kvm` is there and opens says nothing: on some hosts, themselves virtual, a guest's
+//! kernel hangs in its first second. So a kernel is booted, once for each boot of the host.
+
+use std::fs::{self, File};
+use std::process::Stdio;
+use std::time::Duration;
+
+use super::cache::Cache;
+use super::kernel::Kernel;
+use super::tools::tool;
+use crate::lab::interrupt::wait_up_to;
+use crate::lab::process::tie_to_parent;
+use crate::lab::talk::line;
+
+/// What executes a machine's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accelerator {
+    /// The processor.
+    Kvm,
+    /// QEMU's emulation.
+    Tcg,
+}
+
+/// With KVM a kernel gets to its first program in a second.
+const PROBE_LIMIT: Duration = Duration::from_secs(15);
+
+impl Accelerator {
+    /// Returns KVM if it boots this kernel.
+    pub fn probe(cache: &Cache, kernel: &Kernel) -> anyhow::Result<Self> {
+        if File::options().read(true).write(true).open("/dev/kvm").is_err() {
+            return Ok(Self::Tcg);
+        }
+        let boot_id = fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let place = cache.entry("kvm", &[&boot_id, kernel.version.as_bytes()], None, |place| {
+            line("trying whether KVM boots a kernel");
+            fs::write(place.join("boots"), if boots(kernel)? { "yes" } else { "no" })?;
+            Ok(())
+        })?;
+        let answer = fs::read_to_string(place.join("boots"))?;
+        Ok(if answer == "yes" { Self::Kvm } else { Self::Tcg })
+    }
+
+    /// Returns what reports call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+
+    pub(super) fn qemu_arguments(self) -> [&'static str; 6] {
+        match self {
+            Self::Kvm => ["-M", "q35", "-accel", "kvm", "-cpu", "host"],
+            Self::Tcg => ["-M", "q35", "-accel", "tcg,thread=single", "-cpu", "max"],
+        }
+    }
+}
+
+fn boots(kernel: &Kernel) -> anyhow::Result<bool> {
+    let console = tempfile::NamedTempFile::new()?;
+    let mut command = tool("qemu-system-x86_64");
+    command
+        .args(Accelerator::Kvm.qemu_arguments())
+        .args(["-m", "256", "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"])
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(&kernel.initramfs)
+        .args(["-append", "console=ttyS0 panic=-1 lab.probe"])
+        .stdin(Stdio::null())
+        .stdout(console.reopen()?)
+        .stderr(Stdio::null());
+    tie_to_parent(&mut command);
+    let mut qemu = command.spawn()?;
+    let ended = wait_up_to(PROBE_LIMIT, || Ok(qemu.try_wait()?));
+    let _ = qemu.kill();
+    let _ = qemu.wait();
+    ended?;
+    Ok(fs::read_to_string(console.path()).unwrap_or_default().contains("lab-probe-done"))
+}

@@ -1,0 +1,287 @@
+//! Power cuts, full disks, clocks, and a controller that is away.
+
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context as _;
+
+use crate::lab::interrupt::wait_for;
+use crate::lab::report::Promises;
+use crate::lab::vm::machine::{CHANGE_LIMIT, Machine};
+use crate::lab::vm::pair::{Pair, Testbed};
+
+use super::{MESH_UP, holds, nothing_in_clear};
+
+/// Fills the disks of both machines, then boots both.
+pub(super) fn full_disk(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    pair.boot()?;
+    for machine in [&mut pair.cp, &mut pair.worker] {
+        // First what can be had at once, then the last blocks.
+        machine.run_ok(
+            "fallocate -l $(($(df --output=avail -B1 / | tail -1) - 65536)) /filler; \
+             cat /dev/zero >/filler2 2>/dev/null; sync; ! touch /var/lib/probe-$RANDOM",
+        )?;
+    }
+    pair.shut_down()?;
+    pair.network.reset();
+    pair.boot()?;
+    let full = pair.worker.run("echo x >/var/lib/probe")?;
+    promises.hold(!full.is_success(), || "the disk is full".to_owned());
+    holds(&mut pair.worker, MESH_UP, "the worker's mesh comes up on a full disk", promises)?;
+    let controller = "systemctl is-active towline-controller";
+    holds(&mut pair.cp, controller, "the controller runs on a full disk", promises)?;
+    pair.ping()?;
+    pair.worker.run_ok("systemctl restart towline.service")?;
+    holds(&mut pair.worker, MESH_UP, "the agent restarts on a full disk", promises)?;
+    nothing_in_clear(pair, "on a full disk", promises);
+    Ok(())
+}
+
+/// An orderly reboot of the worker while the control plane runs.
+pub(super) fn reboot(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    pair.boot()?;
+    pair.ping()?;
+    pair.network.reset();
+    pair.worker.shut_down()?;
+    pair.worker.boot("")?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes back", promises)?;
+    pair.ping()?;
+    nothing_in_clear(pair, "over a reboot", promises);
+    Ok(())
+}
+
+/// The worker loses power with a mesh that works, and again while it boots.
+pub(super) fn power_cut_worker(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    pair.boot()?;
+    pair.ping()?;
+    pair.network.reset();
+    pair.worker.cut_power()?;
+    pair.worker.boot("")?;
+    // In the middle of the boot.
+    pair.worker.cut_power()?;
+    pair.worker.boot("")?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes back", promises)?;
+    pair.ping()?;
+    nothing_in_clear(pair, "over power cuts", promises);
+    Ok(())
+}
+
+/// The machine of the controller loses power right after it acknowledged something.
+pub(super) fn power_cut_control_plane(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    pair.boot()?;
+    pair.ping()?;
+    let tokens = "towline-controller token list -o json";
+    let token = pair.cp.run_ok("towline-controller token create -o json")?;
+    pair.cp.cut_power()?;
+    let token: serde_json::Value = serde_json::from_str(&token)?;
+    let id = token["id"].as_str().context("a token without id")?.to_owned();
+    pair.cp.boot("")?;
+    let listed = pair.cp.run_until_ok(tokens, CHANGE_LIMIT)?;
+    promises.hold(listed.is_success() && listed.stdout.contains(&id), || {
+        format!("a token that was given out survives: {listed}")
+    });
+    holds(&mut pair.cp, MESH_UP, "the control plane's mesh comes back", promises)?;
+    pair.ping()?;
+    nothing_in_clear(pair, "while the control plane was off", promises);
+    Ok(())
+}
+
+/// The worker boots with everything away; later the control plane comes.
+pub(super) fn control_plane_later(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    pair.worker.boot("")?;
+    holds(&mut pair.worker, "towline status", "the agent answers", promises)?;
+    let agent = main_pid(&mut pair.worker)?;
+    pair.cp.boot("")?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes up once the control plane is on", promises)?;
+    pair.ping()?;
+    promises.hold(main_pid(&mut pair.worker)? == agent, || {
+        "the agent was not restarted for it".to_owned()
+    });
+    nothing_in_clear(pair, "while the control plane was off", promises);
+    Ok(())
+}
+
+/// The worker is shut down while it speaks to the mesh.
+pub(super) fn shutdown(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    pair.worker.boot("")?;
+    holds(&mut pair.worker, "towline status", "the agent answers", promises)?;
+    // Kept over the shutdown, to be read afterwards.
+    pair.worker.run_ok("mkdir -p /var/log/journal && journalctl --flush")?;
+    pair.network.reset();
+    pair.worker.shut_down()?;
+    nothing_in_clear(pair, "until the machine is off", promises);
+    pair.worker.boot("")?;
+    let late = pair.worker.run(
+        "journalctl -b -1 --no-pager -o cat | grep -i towline | grep -iE 'timed out|killing|failed'",
+    )?;
+    promises.hold(late.stdout.trim().is_empty(), || {
+        format!("the units end by themselves: {}", late.stdout.trim())
+    });
+    Ok(())
+}
+
+/// A host whose `/usr` cannot be written.
+pub(super) fn read_only_usr(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    pair.boot()?;
+    pair.worker.write("/etc/fstab", "/usr /usr none rbind,ro 0 0\n")?;
+    pair.worker.shut_down()?;
+    pair.network.reset();
+    pair.worker.boot("")?;
+    pair.worker.await_boot_end()?;
+    let written = pair.worker.run("touch /usr/probe")?;
+    promises.hold(!written.is_success(), || "/usr is read-only".to_owned());
+    holds(&mut pair.worker, MESH_UP, "the mesh comes up with a read-only /usr", promises)?;
+    let again =
+        pair.worker.run_for("towline join --install --timeout 60 </dev/null", CHANGE_LIMIT)?;
+    promises.hold(again.is_success(), || {
+        format!("a second `join --install` works with a read-only /usr: {again}")
+    });
+    nothing_in_clear(pair, "with a read-only /usr", promises);
+    Ok(())
+}
+
+/// networkd, which removes routes and rules that are not its own when it starts, is restarted.
+pub(super) fn networkd_restarts(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    pair.cp.start("")?;
+    pair.worker.start("modprobe.blacklist=nf_tables")?;
+    pair.cp.await_runner()?;
+    pair.worker.await_runner()?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes up", promises)?;
+    for command in ["systemctl restart systemd-networkd", "networkctl reconfigure eth0"] {
+        pair.worker.run_ok(command)?;
+        pair.ping().with_context(|| format!("after `{command}`"))?;
+    }
+    nothing_in_clear(pair, "while networkd restarted", promises);
+    Ok(())
+}
+
+/// Both nodes boot, the controller does not.
+pub(super) fn controller_away(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    pair.cp.start("systemd.mask=towline-controller.service")?;
+    pair.worker.start("")?;
+    pair.cp.await_runner()?;
+    pair.worker.await_runner()?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes up by the cached map", promises)?;
+    pair.ping()?;
+    let status = pair.worker.run_ok("towline status -o json")?;
+    let status: serde_json::Value = serde_json::from_str(&status)?;
+    promises.hold(status["controller"]["connected"] == false, || {
+        format!("the status says that the controller is away: {}", status["controller"])
+    });
+    nothing_in_clear(pair, "with the controller away", promises);
+    Ok(())
+}
+
+/// The agent's process is stopped, as if it hung.
+pub(super) fn watchdog(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    pair.boot()?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes up", promises)?;
+    let before = main_pid(&mut pair.worker)?;
+    pair.network.reset();
+    pair.worker.run_ok("systemctl kill --kill-whom=main --signal=STOP towline.service")?;
+    let restarted = wait_for("restart of an agent that hangs", CHANGE_LIMIT, || {
+        let now = main_pid(&mut pair.worker)?;
+        Ok((now != before && now != "0").then_some(()))
+    });
+    promises.hold(restarted.is_ok(), || "the watchdog restarts an agent that hangs".to_owned());
+    holds(&mut pair.worker, MESH_UP, "the mesh comes back", promises)?;
+    pair.ping()?;
+    nothing_in_clear(pair, "while the agent hung", promises);
+    Ok(())
+}
+
+fn main_pid(machine: &mut Machine) -> anyhow::Result<String> {
+    let shown = machine.run_ok("systemctl show --property=MainPID --value towline.service")?;
+    Ok(shown.trim().to_owned())
+}
+
+/// A worker whose battery is empty, with the control plane's clock right.
+pub(super) fn clock_off(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    pair.cp.boot("")?;
+    let hour = Duration::from_secs(3600);
+    let now = SystemTime::now();
+    for (when, time) in [("an hour back", now - hour), ("an hour ahead", now + hour)] {
+        pair.network.reset();
+        let base = format!("base={}", utc(time)?);
+        pair.worker.start_with("", &["-rtc", &base])?;
+        pair.worker.await_runner()?;
+        let what = format!("the mesh comes up with a clock {when}");
+        holds(&mut pair.worker, MESH_UP, &what, promises)?;
+        pair.ping().with_context(|| format!("with a clock {when}"))?;
+        nothing_in_clear(pair, &format!("with a clock {when}"), promises);
+        pair.worker.cut_power()?;
+    }
+    Ok(())
+}
+
+/// Returns a time as QEMU wants it: `2026-11-27T21:00:00`.
+fn utc(time: SystemTime) -> anyhow::Result<String> {
+    let time = x509_parser::time::ASN1Time::from_timestamp(
+        time.duration_since(SystemTime::UNIX_EPOCH)?.as_secs().try_into()?,
+    )?;
+    let time = time.to_datetime();
+    let (date, clock) = (time.date(), time.time());
+    Ok(format!(
+        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}",
+        date.year(),
+        u8::from(date.month()),
+        date.day(),
+        clock.hour(),
+        clock.minute(),
+        clock.second()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_written_as_qemu_reads_it() {
+        let time = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        assert_eq!(utc(time).unwrap(), "2023-11-14T22:13:20");
+    }
+}

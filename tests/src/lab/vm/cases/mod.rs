@@ -1,0 +1,324 @@
+//! The cases: each boots machines, does something to them, and notes what did not hold.
+//!
+//! A case is a function and an entry of [`CASES`]. It gets two machines that are off, and does
+//! everything in them by commands.
+
+mod boot;
+mod faults;
+mod kernel;
+mod lifecycle;
+
+use std::time::Duration;
+
+use super::kernel::{DEFAULT, RELEASES, Release};
+use super::machine::{CHANGE_LIMIT, Machine};
+use super::pair::{Pair, Testbed};
+use crate::lab::interrupt::pass;
+use crate::lab::report::Promises;
+
+/// A case.
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    /// What `--case` calls it.
+    pub name: &'static str,
+    /// What it shows, for `--list`.
+    pub about: &'static str,
+    /// On which kernels `--full` runs it.
+    pub kernels: Kernels,
+    /// Whether it runs without flags.
+    pub is_quick: bool,
+    /// What is on the machines' disks. They are off.
+    pub disks: Disks,
+    /// Runs it. What does not hold is noted; an error means that the case could not go on.
+    pub run: fn(&Testbed<'_>, &mut Pair, &mut Promises) -> anyhow::Result<()>,
+}
+
+/// What is on the machines' disks before a case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disks {
+    /// Debian alone.
+    Blank,
+    /// A control plane and a worker that joined its mesh.
+    Joined,
+}
+
+/// Kernels for which a case is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernels {
+    /// The kernel does not matter: the default one.
+    Default,
+    /// All.
+    All,
+}
+
+impl Kernels {
+    /// Returns the kernels, oldest first.
+    pub fn releases(self) -> Vec<Release> {
+        match self {
+            Self::Default => vec![DEFAULT],
+            Self::All => RELEASES.to_vec(),
+        }
+    }
+}
+
+/// All cases, in the order in which they run.
+pub const CASES: &[Case] = &[
+    Case {
+        name: "smoke",
+        about: "package, join --install of a control plane and a worker, traffic, nothing in clear",
+        kernels: Kernels::All,
+        is_quick: true,
+        disks: Disks::Blank,
+        run: lifecycle::smoke,
+    },
+    Case {
+        name: "boot-order",
+        about: "everything away: nothing in clear from the first second of a boot",
+        kernels: Kernels::All,
+        is_quick: true,
+        disks: Disks::Joined,
+        run: boot::order,
+    },
+    Case {
+        name: "boot-order-without-nftables",
+        about: "the same on a kernel without nftables",
+        kernels: Kernels::All,
+        is_quick: true,
+        disks: Disks::Joined,
+        run: boot::order_without_nftables,
+    },
+    Case {
+        name: "agent-never-starts",
+        about: "the guard alone, on a kernel without nftables, while networkd starts and restarts",
+        kernels: Kernels::Default,
+        is_quick: true,
+        disks: Disks::Joined,
+        run: boot::agent_never_starts,
+    },
+    Case {
+        name: "ipv6-absent",
+        about: "ipv6.disable=1: the IPv4 mesh works, nothing in clear",
+        kernels: Kernels::Default,
+        is_quick: true,
+        disks: Disks::Joined,
+        run: boot::ipv6_absent,
+    },
+    Case {
+        name: "ipv6-disabled",
+        about: "disable_ipv6=1: the IPv4 mesh works without a standing problem, nothing in clear",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: boot::ipv6_disabled,
+    },
+    Case {
+        name: "read-only-root",
+        about: "root and /var read-only, as after a disk error: the guard holds",
+        kernels: Kernels::Default,
+        is_quick: true,
+        disks: Disks::Joined,
+        run: boot::read_only_root,
+    },
+    Case {
+        name: "full-disk",
+        about: "a full disk: agent and controller start, traffic flows",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::full_disk,
+    },
+    Case {
+        name: "down-up",
+        about: "down ends with 0, lasts over a reboot until up",
+        kernels: Kernels::Default,
+        is_quick: true,
+        disks: Disks::Joined,
+        run: lifecycle::down_up,
+    },
+    Case {
+        name: "leave",
+        about: "leave ends with 0, disables the units, and the next boot is quiet",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: lifecycle::leave,
+    },
+    Case {
+        name: "reboot",
+        about: "an orderly reboot of the worker: the mesh comes back by itself",
+        kernels: Kernels::All,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::reboot,
+    },
+    Case {
+        name: "power-cut-worker",
+        about: "the worker loses power while it works: the mesh comes back",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::power_cut_worker,
+    },
+    Case {
+        name: "power-cut-control-plane",
+        about: "controller and control plane lose power right after a token was made: it is kept",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::power_cut_control_plane,
+    },
+    Case {
+        name: "controller-away",
+        about: "boot with the controller stopped: both nodes reach each other by the cached map",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::controller_away,
+    },
+    Case {
+        name: "watchdog",
+        about: "an agent that hangs is restarted, and nothing leaves in clear meanwhile",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::watchdog,
+    },
+    Case {
+        name: "hardening",
+        about: "systemd-analyze verify and security of the installed units",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: lifecycle::hardening,
+    },
+    Case {
+        name: "clock-off",
+        about: "the worker's clock an hour back, then an hour ahead, at boot",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::clock_off,
+    },
+    Case {
+        name: "control-plane-later",
+        about: "the worker boots with everything away, and needs no restart when it comes",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::control_plane_later,
+    },
+    Case {
+        name: "shutdown",
+        about: "an orderly shutdown: nothing in clear until the end, and no unit has to be killed",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::shutdown,
+    },
+    Case {
+        name: "read-only-usr",
+        about: "a read-only /usr, and a second join --install on it",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::read_only_usr,
+    },
+    Case {
+        name: "networkd-restarts",
+        about: "networkd restarts under a mesh that works, without nftables",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::networkd_restarts,
+    },
+    Case {
+        name: "kubelet-arguments",
+        about: "the kubelet's drop-in keeps the operator's own arguments",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: lifecycle::kubelet,
+    },
+    Case {
+        name: "reinstall",
+        about: "the package replaced under a mesh that works",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: lifecycle::reinstall,
+    },
+    Case {
+        name: "features",
+        about: "the offloads that are active are those of docs/kernels.md",
+        kernels: Kernels::All,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: kernel::features,
+    },
+    Case {
+        name: "tunnels",
+        about: "VXLAN and Geneve between mesh addresses",
+        kernels: Kernels::All,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: kernel::tunnels,
+    },
+    Case {
+        name: "wireguard-peer",
+        about: "the kernel's WireGuard as a static peer: preshared key, both ways, roaming",
+        kernels: Kernels::All,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: kernel::wireguard_peer,
+    },
+];
+
+/// The mesh is up when this ends with 0.
+const MESH_UP: &str = "towline wait --timeout 40";
+/// How long a machine is watched for clear packets once it is in a state.
+const WINDOW: Duration = Duration::from_secs(5);
+
+/// Notes whether the worker sent nothing of the mesh in clear since the last reset, and whether the
+/// background traffic, which would show it, ran.
+fn nothing_in_clear(pair: &Pair, when: &str, promises: &mut Promises) {
+    let sent = pair.sent();
+    promises.hold(sent.clear == 0, || {
+        format!("nothing in clear {when}: {} packets, {}", sent.clear, sent.samples.join(", "))
+    });
+    promises.hold(sent.plain > 0, || format!("the background traffic is seen {when}"));
+}
+
+/// Watches for a while, from a state that lasts.
+fn watch(pair: &Pair, when: &str, promises: &mut Promises) -> anyhow::Result<()> {
+    pass(WINDOW)?;
+    nothing_in_clear(pair, when, promises);
+    Ok(())
+}
+
+/// Waits until a command in a machine ends with 0, and notes it if it does not.
+fn holds(
+    machine: &mut Machine,
+    command: &str,
+    what: &str,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    let output = machine.run_until_ok(command, CHANGE_LIMIT)?;
+    promises.hold(output.is_success(), || format!("{what}: `{command}` ends with {output}"));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_fit_a_command_line() {
+        let names: BTreeSet<&str> = CASES.iter().map(|case| case.name).collect();
+        assert_eq!(names.len(), CASES.len());
+        for name in names {
+            assert!(name.bytes().all(|byte| byte.is_ascii_lowercase() || b"-6".contains(&byte)));
+        }
+    }
+}

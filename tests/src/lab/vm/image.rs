@@ -1,0 +1,142 @@
+//! The disk that every machine starts from: Debian with systemd and the lab's own two programs.
+//! Towline is not on it.
+
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+
+use super::cache::{Cache, copy_sparse};
+use super::tools::{output_of, tool};
+use crate::lab::package::archive::{Entry, tar};
+use crate::lab::talk::line;
+
+/// Suite of the userland, whatever the kernel.
+const SUITE: &str = "bookworm";
+/// Packages beside the essential ones.
+const PACKAGES: [&str; 11] = [
+    "systemd",
+    "systemd-sysv",
+    "dbus",
+    "udev",
+    "kmod",
+    "iproute2",
+    "nftables",
+    "iputils-ping",
+    "procps",
+    "wireguard-tools",
+    "busybox-static",
+];
+/// Path in the machine, mode and bytes.
+const FILES: [(&str, u32, &str); 5] = [
+    ("usr/local/lib/lab/runner", 0o755, include_str!("guest/runner")),
+    ("etc/systemd/system/lab-runner.service", 0o644, include_str!("guest/lab-runner.service")),
+    ("usr/local/lib/lab/background-traffic", 0o755, include_str!("guest/background-traffic")),
+    (
+        "etc/systemd/system/background-traffic.service",
+        0o644,
+        include_str!("guest/background-traffic.service"),
+    ),
+    ("etc/lab/targets", 0o644, "# LABEL ADDRESS\n"),
+];
+const ENABLED: &str = "lab-runner background-traffic systemd-networkd";
+/// What a machine does not need: each costs an emulated one up to a second of its boot.
+const MASKED: &str = "getty@.service serial-getty@.service systemd-logind.service \
+    apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
+    e2scrub_reap.service fstrim.timer systemd-update-utmp.service systemd-update-utmp-runlevel.service \
+    systemd-user-sessions.service modprobe@drm.service modprobe@efi_pstore.service \
+    modprobe@dm_mod.service modprobe@loop.service modprobe@fuse.service";
+/// What a machine does not need: documents and translations are half of the tree.
+const EXCLUDED: [&str; 5] = [
+    "path-exclude=/usr/share/doc/*",
+    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/locale/*",
+    "path-exclude=/usr/share/info/*",
+    "path-exclude=/usr/share/zoneinfo/*",
+];
+/// Fixed, so that the same tree gives the same disk.
+const DISK_ID: &str = "6d0f5f5e-5a5c-4b0e-9d4e-70776c696e65";
+/// Of the disk, most of which is a hole. Tests that fill it do so in seconds.
+const DISK_SIZE: &str = "1G";
+/// 2023-11-14: of every file that has no older time.
+const EPOCH: &str = "1700000000";
+
+/// The image.
+#[derive(Debug, Clone)]
+pub struct Image {
+    /// An ext4 file system without partitions, sparse.
+    pub disk: PathBuf,
+    /// A static busybox, for the first program of a machine.
+    pub busybox: PathBuf,
+}
+
+impl Image {
+    /// Takes it from the cache, or builds it: about a minute, and 70 MB to fetch.
+    pub fn get(cache: &Cache) -> anyhow::Result<Self> {
+        let mut recipe =
+            [PACKAGES.as_slice(), &EXCLUDED, &[SUITE, ENABLED, MASKED, DISK_ID, DISK_SIZE]]
+                .concat()
+                .join(" ");
+        for (path, mode, text) in FILES {
+            recipe.push_str(&format!("\n{path} {mode:o}\n{text}"));
+        }
+        let place = cache.entry("image", &[recipe.as_bytes()], None, |place| {
+            line(&format!("building the image: Debian {SUITE}, a minute or two, once"));
+            build(place).context("cannot build the image of the machines")
+        })?;
+        Ok(Self { disk: place.join("disk"), busybox: place.join("busybox") })
+    }
+}
+
+fn build(place: &std::path::Path) -> anyhow::Result<()> {
+    // Without root the hooks run as another user, who writes here.
+    let shared = tempfile::tempdir()?;
+    std::fs::set_permissions(shared.path(), Permissions::from_mode(0o777))?;
+    let at = |name: &str| shared.path().join(name).display().to_string();
+    let entries: Vec<Entry> =
+        FILES.iter().map(|(path, mode, text)| Entry::file(path, *mode, (*text).into())).collect();
+    std::fs::write(at("files.tar"), tar(&entries)?)?;
+    let hooks = [
+        format!("tar-in {} /", at("files.tar")),
+        format!("chroot \"$1\" systemctl enable {ENABLED}"),
+        format!("chroot \"$1\" systemctl --quiet mask {MASKED}"),
+        // Mount point of a kernel's modules.
+        "mkdir -p \"$1\"/usr/lib/modules".to_owned(),
+        // Every machine makes its own.
+        ": >\"$1\"/etc/machine-id; rm -f \"$1\"/etc/hostname \"$1\"/etc/resolv.conf".to_owned(),
+        "rm -rf \"$1\"/var/lib/apt/lists/* \"$1\"/var/cache/apt/*.bin \"$1\"/var/log/*.log"
+            .to_owned(),
+        format!("download /bin/busybox {}", at("busybox")),
+        format!("chroot \"$1\" dpkg-query --show >{}", at("packages")),
+        // Without what is mounted there while the hooks run.
+        format!(
+            "mkdir {0} && tar -C \"$1\" --exclude='./proc/*' --exclude='./sys/*' \
+             --exclude='./dev/*' -c . | tar -C {0} -x",
+            at("tree")
+        ),
+        format!(
+            "mke2fs -q -t ext4 -m 0 -U {DISK_ID} -E hash_seed={DISK_ID},lazy_itable_init=1 \
+             -d {} {} {DISK_SIZE}",
+            at("tree"),
+            at("disk")
+        ),
+        format!("rm -rf {}; chmod 644 {}", at("tree"), at("disk")),
+    ];
+    let mut command = tool("mmdebstrap");
+    command
+        .args(["--quiet", "--variant=minbase", "--format=null"])
+        .arg(format!("--include={}", PACKAGES.join(",")))
+        .arg("--aptopt=Acquire::Languages \"none\"")
+        .args(EXCLUDED.iter().map(|option| format!("--dpkgopt={option}")))
+        .args(hooks.iter().map(|hook| format!("--customize-hook={hook}")))
+        .args([SUITE, "-"])
+        .env("SOURCE_DATE_EPOCH", EPOCH)
+        .env("LC_ALL", "C");
+    output_of(&mut command)?;
+    copy_sparse(&shared.path().join("disk"), &place.join("disk"))?;
+    for name in ["busybox", "packages"] {
+        std::fs::copy(shared.path().join(name), place.join(name))?;
+    }
+    Ok(())
+}

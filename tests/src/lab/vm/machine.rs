@@ -1,0 +1,309 @@
+//! One machine: a QEMU process, the disk that it boots from, and what it says.
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use nix::unistd::Pid;
+
+use super::accelerator::Accelerator;
+use super::cache::copy_sparse;
+use super::kernel::Kernel;
+use super::network::Port;
+use super::runner::{Output, Runner};
+use super::tools::tool;
+use crate::lab::interrupt::{wait_for, wait_up_to};
+use crate::lab::process::{ending, processor_time, tie_to_parent};
+
+/// An emulated machine boots in 15 s; on a host with ten others it takes many minutes.
+pub const BOOT_LIMIT: Duration = Duration::from_secs(900);
+/// Processor time of QEMU until a machine takes commands is 5 to 15 s. One that used this much hangs.
+const BOOT_PROCESSOR_TIME: Duration = Duration::from_secs(120);
+/// Of a command that does little.
+pub const COMMAND_LIMIT: Duration = Duration::from_secs(180);
+/// Of a change of state that needs a few packets or a restart.
+pub const CHANGE_LIMIT: Duration = Duration::from_secs(300);
+
+const MEMORY_MB: u32 = 384;
+/// Of every boot. A panic ends QEMU. On a busy host an emulated timer may fail the test that the kernel
+/// makes of it.
+const KERNEL_ARGUMENTS: &str =
+    "console=ttyS0 panic=-1 no_timer_check net.ifnames=0 loglevel=4 systemd.show_status=error";
+
+/// A machine, running or off.
+#[derive(Debug)]
+pub struct Machine {
+    name: String,
+    /// Sockets, disk and console.
+    directory: PathBuf,
+    port: Port,
+    kernel: Kernel,
+    accelerator: Accelerator,
+    /// A file that the machine sees as its third disk.
+    medium: PathBuf,
+    running: Option<Running>,
+}
+
+#[derive(Debug)]
+struct Running {
+    qemu: Child,
+    /// Once QEMU made its socket.
+    runner: Option<Runner>,
+}
+
+/// What a new machine is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Parts<'a> {
+    /// Its host name, and the name of its directory.
+    pub name: &'a str,
+    /// Where its directory is made.
+    pub directory: &'a Path,
+    /// Copied.
+    pub disk: &'a Path,
+    /// Third disk, read-only.
+    pub medium: &'a Path,
+    /// What it boots with.
+    pub kernel: &'a Kernel,
+    /// How QEMU runs it.
+    pub accelerator: Accelerator,
+}
+
+impl Machine {
+    /// Makes a machine that is off, at a port of a network.
+    pub fn new(parts: Parts<'_>, port: Port) -> anyhow::Result<Self> {
+        let directory = parts.directory.join(parts.name);
+        std::fs::create_dir(&directory)?;
+        copy_sparse(parts.disk, &directory.join("disk"))?;
+        Ok(Self {
+            name: parts.name.to_owned(),
+            directory,
+            port,
+            kernel: parts.kernel.clone(),
+            accelerator: parts.accelerator,
+            medium: parts.medium.to_owned(),
+            running: None,
+        })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where it is plugged in.
+    pub fn port(&self) -> &Port {
+        &self.port
+    }
+
+    /// The disk, which is stable only while the machine is off.
+    pub fn disk(&self) -> PathBuf {
+        self.directory.join("disk")
+    }
+
+    /// Switches it on. `arguments` are added to the kernel's command line.
+    pub fn start(&mut self, arguments: &str) -> anyhow::Result<()> {
+        self.start_with(arguments, &[])
+    }
+
+    /// As [`Self::start`], with more arguments for QEMU, such as `-rtc base=...`.
+    pub fn start_with(&mut self, arguments: &str, qemu: &[&str]) -> anyhow::Result<()> {
+        if self.running.is_some() {
+            bail!("{} is on already", self.name);
+        }
+        let socket = self.socket();
+        let _ = std::fs::remove_file(&socket);
+        let console = File::options().create(true).append(true).open(self.console_path())?;
+        let disk = |id: usize, path: &Path, mode: &str| {
+            format!("if=virtio,index={id},format=raw,file={}{mode}", path.display())
+        };
+        let mut command = tool("qemu-system-x86_64");
+        command
+            .args(self.accelerator.qemu_arguments())
+            .args(["-smp", "1", "-m", &MEMORY_MB.to_string()])
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+            .args(["-serial", "stdio", "-device", "virtio-rng-pci"])
+            .arg("-kernel")
+            .arg(&self.kernel.image)
+            .arg("-initrd")
+            .arg(&self.kernel.initramfs)
+            .args(["-append", &format!("{KERNEL_ARGUMENTS} {arguments}")])
+            .args(["-drive", &disk(0, &self.disk(), "")])
+            .args(["-drive", &disk(1, &self.kernel.modules, ",readonly=on")])
+            .args(["-drive", &disk(2, &self.medium, ",readonly=on")])
+            .arg("-chardev")
+            .arg(format!("socket,id=run,path={},server=on,wait=off", socket.display()))
+            .args(["-device", "virtio-serial-pci"])
+            .args(["-device", "virtserialport,chardev=run,name=run"])
+            .args(self.port.qemu_arguments())
+            .args(qemu)
+            .stdout(console.try_clone()?)
+            .stderr(console)
+            .stdin(Stdio::null());
+        tie_to_parent(&mut command);
+        let qemu = command.spawn().context("cannot start QEMU")?;
+        self.running = Some(Running { qemu, runner: None });
+        Ok(())
+    }
+
+    /// Waits until it takes commands, which is early in the boot.
+    pub fn await_runner(&mut self) -> anyhow::Result<()> {
+        let what = format!("command runner of {}", self.name);
+        let booted = wait_for(&what, BOOT_LIMIT, || {
+            let socket = self.socket();
+            let running = self.running()?;
+            if let Some(status) = running.qemu.try_wait()? {
+                bail!("QEMU ended with {}", ending(status));
+            }
+            let pid = Pid::from_raw(running.qemu.id().cast_signed());
+            if processor_time(pid)? > BOOT_PROCESSOR_TIME {
+                bail!("it hangs: QEMU used {} s of the processor", BOOT_PROCESSOR_TIME.as_secs());
+            }
+            if running.runner.is_none() {
+                // QEMU makes the socket a moment after its start.
+                let Ok(stream) = UnixStream::connect(&socket) else { return Ok(None) };
+                running.runner = Some(Runner::new(stream)?);
+            }
+            let ready = running.runner.as_mut().map(Runner::is_ready).transpose()?;
+            Ok((ready == Some(true)).then_some(()))
+        });
+        booted.with_context(|| format!("{} does not boot: {}", self.name, self.last_words()))
+    }
+
+    /// Switches it on and waits until it takes commands.
+    pub fn boot(&mut self, arguments: &str) -> anyhow::Result<()> {
+        self.start(arguments)?;
+        self.await_runner()
+    }
+
+    /// Waits until systemd has no job left to do, and returns its state: `running` or `degraded`.
+    pub fn await_boot_end(&mut self) -> anyhow::Result<String> {
+        let what = format!("end of the boot of {}", self.name);
+        // `--wait` itself would occupy the runner.
+        wait_for(&what, BOOT_LIMIT, || {
+            let state = self.run("systemctl is-system-running; systemctl list-jobs --no-legend")?;
+            let mut lines = state.stdout.lines();
+            let word = lines.next().unwrap_or_default().to_owned();
+            Ok(matches!(word.as_str(), "running" | "degraded").then_some(word))
+        })
+    }
+
+    /// Runs a bash command in it, for at most [`COMMAND_LIMIT`].
+    pub fn run(&mut self, command: &str) -> anyhow::Result<Output> {
+        self.run_for(command, COMMAND_LIMIT)
+    }
+
+    /// Runs a bash command in it; the machine kills it after `limit`.
+    pub fn run_for(&mut self, command: &str, limit: Duration) -> anyhow::Result<Output> {
+        let name = self.name.clone();
+        let runner = self.running()?.runner.as_mut();
+        let runner = runner.with_context(|| format!("{name} takes no commands yet"))?;
+        runner.run(command, limit).with_context(|| format!("no command can run in {name}"))
+    }
+
+    /// As [`Self::run`]; its standard output, if it ended with 0.
+    pub fn run_ok(&mut self, command: &str) -> anyhow::Result<String> {
+        self.run_ok_for(command, COMMAND_LIMIT)
+    }
+
+    /// As [`Self::run_for`]; its standard output, if it ended with 0.
+    pub fn run_ok_for(&mut self, command: &str, limit: Duration) -> anyhow::Result<String> {
+        let output = self.run_for(command, limit)?;
+        if !output.is_success() {
+            bail!("`{command}` on {} ended with {output}", self.name);
+        }
+        Ok(output.stdout)
+    }
+
+    /// Repeats a command until it ends with 0, and returns its last output: whether it did must be
+    /// looked at.
+    pub fn run_until_ok(&mut self, command: &str, limit: Duration) -> anyhow::Result<Output> {
+        let mut last = Output::default();
+        let done = wait_up_to(limit, || {
+            last = self.run(command)?;
+            Ok(last.is_success().then_some(()))
+        })?;
+        debug_assert!(done.is_some() == last.is_success());
+        Ok(last)
+    }
+
+    /// Writes a file in it, and the directories above.
+    pub fn write(&mut self, path: &str, text: &str) -> anyhow::Result<()> {
+        let encoded = data_encoding::BASE64.encode(text.as_bytes());
+        self.run_ok(&format!("mkdir -p \"$(dirname {path})\" && base64 -d >{path} <<<{encoded}"))
+            .map(drop)
+    }
+
+    /// Cuts the power: what its kernel had not yet written is lost.
+    pub fn cut_power(&mut self) -> anyhow::Result<()> {
+        if let Some(mut running) = self.running.take() {
+            running.qemu.kill()?;
+            running.qemu.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Shuts it down in order and waits for its end; returns how long that took.
+    pub fn shut_down(&mut self) -> anyhow::Result<Duration> {
+        let begun = Instant::now();
+        self.run("systemctl poweroff")?;
+        let what = format!("shutdown of {}", self.name);
+        let ended = wait_for(&what, BOOT_LIMIT, || Ok(self.running()?.qemu.try_wait()?));
+        match ended {
+            Ok(_) => self.running = None,
+            Err(error) => {
+                let last = self.last_words();
+                self.cut_power()?;
+                return Err(error.context(last));
+            }
+        }
+        Ok(begun.elapsed())
+    }
+
+    /// The last lines of the console.
+    pub fn last_words(&self) -> String {
+        let bytes = std::fs::read(self.console_path()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = text.trim_end().lines().map(str::trim_end).collect();
+        lines[lines.len().saturating_sub(8)..].join(" | ")
+    }
+
+    /// What the console and the journal say, to be read after a case failed.
+    pub fn evidence(&mut self) -> String {
+        let console = std::fs::read(self.console_path()).unwrap_or_default();
+        let mut text = format!("==> console of {}\n", self.name);
+        text.push_str(&String::from_utf8_lossy(&console));
+        if self.running.as_ref().is_some_and(|running| running.runner.is_some()) {
+            let commands = "towline status; towline peers; ip rule; ip -6 rule; ip route show table \
+                all; ip -6 route show table all; nft list ruleset; systemctl --failed; networkctl; \
+                journalctl -b --no-pager -n 200";
+            match self.run(commands) {
+                Ok(Output { stdout, stderr, .. }) => text.push_str(&format!("{stdout}{stderr}")),
+                Err(error) => text.push_str(&format!("{error:#}\n")),
+            }
+        }
+        text
+    }
+
+    fn running(&mut self) -> anyhow::Result<&mut Running> {
+        let name = &self.name;
+        self.running.as_mut().with_context(|| format!("{name} is off"))
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.join("run")
+    }
+
+    fn console_path(&self) -> PathBuf {
+        self.directory.join("console")
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Fails only when it is gone already.
+        let _ = self.cut_power();
+    }
+}

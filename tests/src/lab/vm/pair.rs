@@ -1,0 +1,272 @@
+//! A control plane with a controller, and a worker: two machines, and how they become a mesh.
+
+use std::net::{IpAddr, Ipv6Addr};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use ipnet::IpNet;
+use serde::Deserialize;
+
+use super::accelerator::Accelerator;
+use super::cache::{Cache, copy_sparse};
+use super::image::Image;
+use super::kernel::Kernel;
+use super::machine::{CHANGE_LIMIT, Machine, Parts};
+use super::network::{GATEWAY_V4, GATEWAY_V6, Network};
+use super::software::Software;
+use super::witness::{MESH_LABEL, PLAIN_LABEL, Sent};
+use crate::lab::talk::Talk;
+
+/// Two machines on one network.
+#[derive(Debug)]
+pub struct Pair {
+    /// The machine with the controller; also a node.
+    pub cp: Machine,
+    /// The machine under test.
+    pub worker: Machine,
+    /// What joins them. Dropped after the machines.
+    pub network: Network,
+}
+
+/// Addresses of a node in the mesh.
+#[derive(Debug, Clone, Copy)]
+pub struct OverlayAddresses {
+    /// The IPv4 address.
+    pub v4: IpAddr,
+    /// The IPv6 address.
+    pub v6: IpAddr,
+}
+
+/// From which machines are made.
+#[derive(Debug)]
+pub struct Testbed<'a> {
+    /// Holds what is built once.
+    pub cache: &'a Cache,
+    /// The disk without Towline.
+    pub image: &'a Image,
+    /// Towline.
+    pub software: &'a Software,
+    /// What machines boot with.
+    pub kernel: Kernel,
+    /// How QEMU runs them.
+    pub accelerator: Accelerator,
+    /// Progress.
+    pub talk: &'a Talk,
+    /// Where this case's machines lie.
+    pub directory: &'a Path,
+}
+
+/// A disk with a joined node is made for one run of tests, and not kept until its certificate ends.
+const PAIR_LIFETIME: Duration = Duration::from_secs(6 * 3600);
+/// Part of the cache's key: raise it when joining makes other disks.
+const RECIPE: &str = "1";
+const CONTROLLER_ADDRESS: &str = "203.0.113.10:7443";
+const OVERLAY_V4: &str = "198.19.0.0/16";
+const OVERLAY_V6: &str = "fd12:3456:789a:1::/64";
+/// Nobody has them.
+const UNOWNED: [&str; 2] = ["198.19.255.250", "fd12:3456:789a:1:ffff::250"];
+const JOIN_LIMIT: Duration = Duration::from_secs(400);
+
+/// Returns the ranges of the mesh, in which nothing may leave a machine in clear.
+pub fn mesh_ranges() -> Vec<IpNet> {
+    [OVERLAY_V4, OVERLAY_V6].iter().filter_map(|range| range.parse().ok()).collect()
+}
+
+impl Testbed<'_> {
+    /// Makes two machines without Towline, off.
+    pub fn blank(&self) -> anyhow::Result<Pair> {
+        self.pair(&self.image.disk, &self.image.disk)
+    }
+
+    /// Makes two machines whose disks are of a control plane and a worker that joined its mesh, off.
+    pub fn joined(&self) -> anyhow::Result<Pair> {
+        let image = self.image.disk.display().to_string();
+        let made_from = [RECIPE.as_bytes(), image.as_bytes(), self.software.bytes()];
+        let place = self.cache.entry("pair", &made_from, Some(PAIR_LIFETIME), |place| {
+            self.talk.step("installing and joining a control plane and a worker, for all cases");
+            let mut pair = self.blank()?;
+            pair.join(self).inspect_err(|_| pair.keep_evidence(self, "pair"))?;
+            pair.shut_down()?;
+            copy_sparse(&pair.cp.disk(), &place.join("cp"))?;
+            copy_sparse(&pair.worker.disk(), &place.join("worker"))
+        })?;
+        self.pair(&place.join("cp"), &place.join("worker"))
+    }
+
+    fn pair(&self, cp: &Path, worker: &Path) -> anyhow::Result<Pair> {
+        let directory = tempfile::Builder::new().prefix("pair-").tempdir_in(self.directory)?.keep();
+        let network = Network::new(&directory, 2, &mesh_ranges())?;
+        let medium = self.software.medium(&directory)?;
+        let machine = |name, disk, port| {
+            let parts = Parts {
+                name,
+                directory: &directory,
+                disk,
+                medium: &medium,
+                kernel: &self.kernel,
+                accelerator: self.accelerator,
+            };
+            Machine::new(parts, network.port(port))
+        };
+        Ok(Pair { cp: machine("cp", cp, 0)?, worker: machine("worker", worker, 1)?, network })
+    }
+}
+
+impl Pair {
+    /// Switches both on and waits until they take commands.
+    pub fn boot(&mut self) -> anyhow::Result<()> {
+        self.cp.start("")?;
+        self.worker.start("")?;
+        self.cp.await_runner()?;
+        self.worker.await_runner()
+    }
+
+    /// Boots both, installs the package, and joins them: first the control plane to its own
+    /// controller, then the worker. Both are on afterwards.
+    pub fn join(&mut self, bed: &Testbed<'_>) -> anyhow::Result<()> {
+        self.boot()?;
+        for (machine, host) in [(&mut self.cp, 10), (&mut self.worker, 20)] {
+            provision(machine, host).context("cannot set up the network of the machine")?;
+        }
+        for machine in [&mut self.cp, &mut self.worker] {
+            machine.run_ok_for(&bed.software.install_command(), CHANGE_LIMIT)?;
+        }
+        self.cp.write(
+            "/etc/towline/controller.toml",
+            &format!(
+                "advertise = [\"{CONTROLLER_ADDRESS}\"]\noverlay_v4 = \"{OVERLAY_V4}\"\n\
+                 overlay_v6 = \"{OVERLAY_V6}\"\n"
+            ),
+        )?;
+        self.cp.run_ok_for("systemctl enable --now towline-controller", CHANGE_LIMIT)?;
+        let of_cp = self.token()?;
+        join(&mut self.cp, &of_cp, "--plain-port 7443")?;
+        let of_worker = self.token()?;
+        join(&mut self.worker, &of_worker, "")?;
+        self.speak_to_mesh()
+    }
+
+    /// Sends packets between the nodes by their mesh addresses, both ways and families.
+    pub fn ping(&mut self) -> anyhow::Result<()> {
+        let cp = overlay_addresses(&mut self.cp)?;
+        let worker = overlay_addresses(&mut self.worker)?;
+        for (machine, to) in [(&mut self.worker, cp), (&mut self.cp, worker)] {
+            for address in [to.v4, to.v6] {
+                let command = format!("ping -n -c 3 -i 0.3 -W 10 {address}");
+                let output = machine.run_until_ok(&command, CHANGE_LIMIT)?;
+                if !output.is_success() {
+                    bail!("{} does not reach {address}: {output}", machine.name());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns what the worker sent since the last reset of the network's counts.
+    pub fn sent(&self) -> Sent {
+        self.network.sent(self.worker.port())
+    }
+
+    /// Shuts both down in order.
+    pub fn shut_down(&mut self) -> anyhow::Result<()> {
+        for machine in [&mut self.worker, &mut self.cp] {
+            machine.shut_down()?;
+        }
+        Ok(())
+    }
+
+    /// Writes what both machines say into a file of the cache, and names it.
+    pub fn keep_evidence(&mut self, bed: &Testbed<'_>, name: &str) {
+        let text = self.worker.evidence() + &self.cp.evidence();
+        match bed.cache.keep(&format!("failed-{name}-{}.log", bed.kernel.release.name), &text) {
+            Ok(path) => bed.talk.note(&format!("what the machines said: {}", path.display())),
+            Err(error) => bed.talk.note(&format!("cannot keep what the machines said: {error:#}")),
+        }
+    }
+
+    /// A join token, once the controller serves.
+    fn token(&mut self) -> anyhow::Result<String> {
+        let output =
+            self.cp.run_until_ok("towline-controller token create -o json", CHANGE_LIMIT)?;
+        if !output.is_success() {
+            bail!("the controller gives no token: {output}");
+        }
+        #[derive(Deserialize)]
+        struct Token {
+            token: String,
+        }
+        let token: Token = serde_json::from_str(&output.stdout)
+            .context("`token create` printed something else")?;
+        Ok(token.token)
+    }
+
+    /// Names the mesh addresses to which the worker's background traffic goes, from the next boot
+    /// on and at once.
+    fn speak_to_mesh(&mut self) -> anyhow::Result<()> {
+        let cp = overlay_addresses(&mut self.cp)?;
+        let mut targets = String::new();
+        let mesh = [cp.v4.to_string(), cp.v6.to_string()];
+        for address in mesh.iter().map(String::as_str).chain(UNOWNED) {
+            targets.push_str(&format!("{MESH_LABEL} {address}\n"));
+        }
+        for address in [IpAddr::V4(GATEWAY_V4), IpAddr::V6(GATEWAY_V6)] {
+            targets.push_str(&format!("{PLAIN_LABEL} {address}\n"));
+        }
+        self.worker.write("/etc/lab/targets", &targets)?;
+        self.worker.run_ok("systemctl restart background-traffic").map(drop)
+    }
+}
+
+/// Returns a node's addresses, from its agent.
+pub fn overlay_addresses(machine: &mut Machine) -> anyhow::Result<OverlayAddresses> {
+    #[derive(Deserialize)]
+    struct Status {
+        overlay_addresses: Vec<IpAddr>,
+    }
+    let text = machine.run_ok("towline status -o json")?;
+    let status: Status =
+        serde_json::from_str(&text).context("`towline status` printed something else")?;
+    let find =
+        |is_wanted: fn(&IpAddr) -> bool| status.overlay_addresses.iter().copied().find(is_wanted);
+    let name = machine.name();
+    Ok(OverlayAddresses {
+        v4: find(IpAddr::is_ipv4).with_context(|| format!("{name} has no IPv4 mesh address"))?,
+        v6: find(IpAddr::is_ipv6).with_context(|| format!("{name} has no IPv6 mesh address"))?,
+    })
+}
+
+/// Gives a machine its name and its addresses on the network, where it is `host`.
+fn provision(machine: &mut Machine, host: u8) -> anyhow::Result<()> {
+    let name = machine.name().to_owned();
+    let [a, b, c, _] = GATEWAY_V4.octets();
+    let mut v6 = GATEWAY_V6.octets();
+    v6[15] = host;
+    let v6 = Ipv6Addr::from(v6);
+    machine.write("/etc/hostname", &format!("{name}\n"))?;
+    machine.write("/etc/hosts", &format!("127.0.0.1 localhost\n127.0.1.1 {name}\n"))?;
+    machine.write(
+        "/etc/systemd/network/10-eth0.network",
+        &format!(
+            "[Match]\nName=eth0\n\n[Network]\nAddress={a}.{b}.{c}.{host}/24\nAddress={v6}/64\n\
+             Gateway={GATEWAY_V4}\nGateway={GATEWAY_V6}\nIPv6AcceptRA=no\n"
+        ),
+    )?;
+    machine.run_ok(&format!("hostname {name} && sync"))?;
+    // The boot may not have come to networkd yet.
+    let reload = machine.run_until_ok(
+        "networkctl reload && ip route show default | grep -q . && \
+         ip -6 route show default | grep -q .",
+        CHANGE_LIMIT,
+    )?;
+    if !reload.is_success() {
+        bail!("{name} gets no addresses: {reload}");
+    }
+    Ok(())
+}
+
+fn join(machine: &mut Machine, token: &str, flags: &str) -> anyhow::Result<()> {
+    machine.write("/run/token", token)?;
+    let command = format!("towline join --install --token-file /run/token {flags} --timeout 300");
+    machine.run_ok_for(&command, JOIN_LIMIT).map(drop)
+}

@@ -1,0 +1,146 @@
+//! Commands in a machine, over a virtio-serial port: they work without network, on a full disk and
+//! on a read-only root. The other end is `guest/runner`.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use data_encoding::HEXLOWER;
+
+use crate::lab::interrupt::wait_for;
+
+/// The lab's end of the port.
+#[derive(Debug)]
+pub(super) struct Runner {
+    stream: UnixStream,
+    received: Vec<u8>,
+    /// Of the last command; an answer repeats it.
+    last_id: u64,
+}
+
+/// How a command in a machine ended.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Output {
+    /// Exit status, 128 and the signal's number if one killed it.
+    pub status: u8,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Output {
+    /// Whether the command ended with status 0.
+    pub fn is_success(&self) -> bool {
+        self.status == 0
+    }
+}
+
+impl std::fmt::Display for Output {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "status {}: {:?} {:?}", self.status, self.stdout.trim(), self.stderr.trim())
+    }
+}
+
+/// What the guest is given beyond a command's own limit, to say that it killed it.
+const GRACE: Duration = Duration::from_secs(60);
+
+impl Runner {
+    pub(super) fn new(stream: UnixStream) -> anyhow::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Self { stream, received: Vec::new(), last_id: 0 })
+    }
+
+    /// Returns true once the guest said that it is ready.
+    pub(super) fn is_ready(&mut self) -> anyhow::Result<bool> {
+        Ok(self.next_line()?.is_some())
+    }
+
+    /// Runs a command for bash, which the guest kills after `limit`.
+    pub(super) fn run(&mut self, command: &str, limit: Duration) -> anyhow::Result<Output> {
+        self.last_id += 1;
+        let id = self.last_id;
+        let line =
+            format!("{id} {} {}\n", limit.as_secs().max(1), HEXLOWER.encode(command.as_bytes()));
+        self.send(line.as_bytes())?;
+        let what = format!("end of `{}`", command.lines().next().unwrap_or_default());
+        wait_for(&what, limit + GRACE, || {
+            while let Some(line) = self.next_line()? {
+                // Another id belongs to a command that was given up.
+                if let Some((of, output)) = parse(&line)
+                    && of == id
+                {
+                    return Ok(Some(output));
+                }
+            }
+            Ok(None)
+        })
+    }
+
+    fn send(&mut self, mut bytes: &[u8]) -> anyhow::Result<()> {
+        wait_for("room in the machine's port", GRACE, || match self.stream.write(bytes) {
+            Ok(count) => {
+                bytes = &bytes[count..];
+                Ok(bytes.is_empty().then_some(()))
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error).context("the machine's port is closed"),
+        })
+    }
+
+    fn next_line(&mut self) -> anyhow::Result<Option<String>> {
+        let mut chunk = [0; 65536];
+        loop {
+            if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.received.drain(..=end).collect();
+                return Ok(Some(String::from_utf8_lossy(&line).trim().to_owned()));
+            }
+            match self.stream.read(&mut chunk) {
+                Ok(0) => bail!("the machine ended"),
+                Ok(count) => self.received.extend(&chunk[..count]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(error).context("the machine's port is closed"),
+            }
+        }
+    }
+}
+
+/// Parses "ID STATUS STDOUT STDERR"; an empty output is "-".
+fn parse(line: &str) -> Option<(u64, Output)> {
+    let mut fields = line.split(' ');
+    let mut next = || fields.next();
+    let (id, status) = (next()?.parse().ok()?, next()?.parse().ok()?);
+    let mut text = || match fields.next()? {
+        "-" => Some(String::new()),
+        encoded => Some(String::from_utf8_lossy(&HEXLOWER.decode(encoded.as_bytes()).ok()?).into()),
+    };
+    Some((id, Output { status, stdout: text()?, stderr: text()? }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_parsed_and_what_is_none_is_not() {
+        let output = Output { status: 3, stdout: "hello\n".into(), stderr: String::new() };
+        assert_eq!(parse("7 3 68656c6c6f0a -"), Some((7, output)));
+        for line in ["", "7", "7 3", "7 3 68656c6c6f0a", "x 3 - -", "7 3 ! -", "7 300 - -"] {
+            assert_eq!(parse(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn an_answer_to_an_earlier_command_is_skipped() {
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let mut runner = Runner::new(ours).unwrap();
+        assert!(!runner.is_ready().unwrap());
+        guest.write_all(b"0 0 - -\n0 9 - -\n1 0 6f6b -\n").unwrap();
+        assert!(runner.is_ready().unwrap());
+        let output = runner.run("echo ok", Duration::from_secs(1)).unwrap();
+        assert_eq!((output.status, output.stdout.as_str()), (0, "ok"));
+        drop(guest);
+        assert!(runner.run("true", Duration::from_secs(1)).is_err());
+    }
+}

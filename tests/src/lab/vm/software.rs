@@ -1,0 +1,114 @@
+//! The package under test.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Context as _;
+
+use crate::lab::binaries::{Binaries, Profile};
+use crate::lab::package;
+use crate::lab::report::Forbidden;
+
+/// A Debian package, and the medium by which machines get it.
+#[derive(Debug)]
+pub struct Software {
+    bytes: Vec<u8>,
+}
+
+/// The C library of the machines, which is that of Debian bookworm: 2.36.
+const GLIBC_MINOR: u32 = 36;
+/// Of a disk: QEMU gives a machine whole sectors.
+const SECTOR: usize = 512;
+
+impl Software {
+    /// Reads a package that is there already, such as one of `cargo lab package`.
+    pub fn of_file(path: &Path) -> anyhow::Result<Self> {
+        let bytes = fs::read(path).with_context(|| format!("no package {}", path.display()))?;
+        Ok(Self { bytes })
+    }
+
+    /// Builds this checkout's programs, by the profile of `cargo test`, and packs them.
+    ///
+    /// # Errors
+    /// [`Forbidden`] if they need a newer C library than the machines have.
+    pub fn of_checkout() -> anyhow::Result<Self> {
+        let binaries = Binaries::build(Profile::Dev)?;
+        let mut programs = BTreeMap::new();
+        for name in package::PROGRAMS {
+            let bytes = stripped(&binaries.directory().join(name))?;
+            if let Some(minor) = newest_glibc(&bytes).filter(|minor| *minor > GLIBC_MINOR) {
+                return Err(Forbidden {
+                    what: format!(
+                        "{name} needs the C library 2.{minor}, the machines have 2.{GLIBC_MINOR}"
+                    ),
+                    remedy: "give a static package, made by `cargo lab package`, with --package"
+                        .to_owned(),
+                }
+                .into());
+            }
+            programs.insert(name.to_owned(), bytes);
+        }
+        Ok(Self { bytes: package::deb(&programs)? })
+    }
+
+    /// The package's bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Writes the package as a disk, and returns its path.
+    pub fn medium(&self, directory: &Path) -> anyhow::Result<PathBuf> {
+        let path = directory.join("package");
+        let mut bytes = self.bytes.clone();
+        bytes.resize(bytes.len().next_multiple_of(SECTOR), 0);
+        fs::write(&path, bytes)?;
+        Ok(path)
+    }
+
+    /// The command that installs it in a machine which has it as its third disk.
+    pub fn install_command(&self) -> String {
+        format!(
+            "head -c {} /dev/vdc >/run/towline.deb && dpkg --install /run/towline.deb && \
+             rm /run/towline.deb",
+            self.bytes.len()
+        )
+    }
+}
+
+/// Reads a program without its debugging information, which is most of it; as it is where no
+/// `strip` is installed.
+fn stripped(program: &Path) -> anyhow::Result<Vec<u8>> {
+    let scratch = tempfile::tempdir()?;
+    let copy = scratch.path().join("program");
+    let done = Command::new("strip").arg("-o").arg(&copy).arg(program).status();
+    let path = if done.is_ok_and(|status| status.success()) { &copy } else { program };
+    fs::read(path).with_context(|| format!("no {}", path.display()))
+}
+
+/// Returns the minor number of the newest version of the C library that a program asks for.
+fn newest_glibc(program: &[u8]) -> Option<u32> {
+    const MARK: &[u8] = b"GLIBC_2.";
+    memchr::memmem::find_iter(program, MARK)
+        .filter_map(|at| {
+            let digits: String = program[at + MARK.len()..]
+                .iter()
+                .map_while(|byte| byte.is_ascii_digit().then_some(char::from(*byte)))
+                .take(3)
+                .collect();
+            digits.parse().ok()
+        })
+        .max()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_version_of_the_c_library_is_found() {
+        assert_eq!(newest_glibc(b"..GLIBC_2.4\0..GLIBC_2.34\0GLIBC_2.2.5\0"), Some(34));
+        assert_eq!(newest_glibc(b"static GLIBC_2."), None);
+    }
+}

@@ -1,0 +1,107 @@
+//! What a machine sent, judged outside of it.
+
+use std::net::IpAddr;
+use std::time::Instant;
+
+use ipnet::IpNet;
+use memchr::memmem;
+
+use crate::lab::capture::frame::Outer;
+
+/// Payload of the background traffic to addresses of the mesh.
+pub const MESH_LABEL: &str = "lab-mesh-traffic";
+/// Payload of the background traffic to an address outside of the mesh, which shows that it runs.
+pub const PLAIN_LABEL: &str = "lab-plain-traffic";
+/// So many clear packets are described; all are counted.
+const SAMPLES: usize = 5;
+
+/// What one machine sent since the last [`Witness::reset`].
+#[derive(Debug, Clone)]
+pub struct Sent {
+    /// Start of the count.
+    pub since: Instant,
+    /// Packets that belong to the mesh and are not sealed: by an address, or by their payload.
+    pub clear: u64,
+    /// Packets of the background traffic to an address outside of the mesh.
+    pub plain: u64,
+    /// WireGuard messages.
+    pub sealed: u64,
+    /// When, in seconds after `since`, and what: the first clear packets.
+    pub samples: Vec<String>,
+}
+
+/// Judges the frames that one machine sends.
+#[derive(Debug)]
+pub(super) struct Witness {
+    mesh: Vec<IpNet>,
+    sent: Sent,
+}
+
+impl Sent {
+    fn new() -> Self {
+        Self { since: Instant::now(), clear: 0, plain: 0, sealed: 0, samples: Vec::new() }
+    }
+}
+
+impl Witness {
+    pub(super) fn new(mesh: &[IpNet]) -> Self {
+        Self { mesh: mesh.to_vec(), sent: Sent::new() }
+    }
+
+    pub(super) fn sent(&self) -> Sent {
+        self.sent.clone()
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.sent = Sent::new();
+    }
+
+    pub(super) fn see(&mut self, frame: &[u8]) {
+        let Some(outer) = Outer::parse(frame) else { return };
+        let is_of_mesh = |address: IpAddr| self.mesh.iter().any(|net| net.contains(&address));
+        let by_address = is_of_mesh(outer.source) || is_of_mesh(outer.destination);
+        if by_address || memmem::find(frame, MESH_LABEL.as_bytes()).is_some() {
+            self.sent.clear += 1;
+            if self.sent.samples.len() < SAMPLES {
+                let seconds = self.sent.since.elapsed().as_secs_f64();
+                let Outer { source, destination, .. } = outer;
+                self.sent.samples.push(format!("{seconds:.1} s {source} > {destination}"));
+            }
+        } else if memmem::find(frame, PLAIN_LABEL.as_bytes()).is_some() {
+            self.sent.plain += 1;
+        } else if outer.is_wireguard() {
+            self.sent.sealed += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(destination: [u8; 4], payload: &[u8]) -> Vec<u8> {
+        let mut frame = vec![0; 12];
+        frame.extend([0x08, 0x00, 0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 203, 0, 113, 20]);
+        frame.extend(destination);
+        frame.extend([0; 8]);
+        frame.extend(payload);
+        frame
+    }
+
+    #[test]
+    fn clear_packets_are_found_by_address_and_by_payload() {
+        let mut witness = Witness::new(&["198.19.0.0/16".parse().unwrap()]);
+        witness.see(&frame([198, 19, 0, 7], b""));
+        // Inside another, unencrypted tunnel.
+        witness.see(&frame([203, 0, 113, 10], format!("....{MESH_LABEL}").as_bytes()));
+        witness.see(&frame([203, 0, 113, 1], PLAIN_LABEL.as_bytes()));
+        witness.see(&frame([203, 0, 113, 10], &[4, 0, 0, 0, 1, 2, 3, 4]));
+        witness.see(&frame([203, 0, 113, 10], b"something else"));
+        witness.see(&[]);
+        let sent = witness.sent();
+        assert_eq!((sent.clear, sent.plain, sent.sealed), (2, 1, 1));
+        assert_eq!(sent.samples.len(), 2);
+        witness.reset();
+        assert_eq!(witness.sent().clear, 0);
+    }
+}
