@@ -74,9 +74,11 @@ impl Binaries {
         if release {
             command.arg("--release");
         }
-        if let Some(target) = target {
-            command.arg("--target-dir").arg(target);
-        }
+        match target {
+            Some(target) => command.arg("--target-dir").arg(target),
+            // Of the package; another checkout may be older than it.
+            None => command.args(["-p", "towline-helper", "--bin", "towline-helper"]),
+        };
         if profile == Profile::Bench {
             command.args(["--bin", "lab"]);
         }
