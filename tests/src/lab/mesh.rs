@@ -78,6 +78,8 @@ pub struct Node {
     name: String,
     host: Arc<Host>,
     program: PathBuf,
+    /// Words before the program's name; empty: it is run directly.
+    wrapper: Vec<String>,
     directory: PathBuf,
     agent: Option<Daemon>,
 }
@@ -287,6 +289,7 @@ impl Node {
             name: name.to_owned(),
             host: Arc::clone(host),
             program: binaries.towline.clone(),
+            wrapper: Vec::new(),
             directory,
             agent: None,
         };
@@ -297,6 +300,12 @@ impl Node {
         );
         fs::write(node.config(), text).context("cannot write the configuration")?;
         Ok(node)
+    }
+
+    /// Has its programs run by another one from now on: these words, then the program and its
+    /// arguments.
+    pub fn wrap(&mut self, words: Vec<String>) {
+        self.wrapper = words;
     }
 
     /// Its name.
@@ -441,10 +450,11 @@ impl Node {
 
     /// `towline --config ... ARGUMENTS`, to be run on the machine.
     pub fn program(&self, arguments: &[&str]) -> Program {
-        Program::new(&self.program)
-            .arg("--config")
-            .arg(self.config())
-            .args(arguments.iter().copied())
+        let program = match self.wrapper.split_first() {
+            Some((first, words)) => Program::new(first).args(words).arg(&self.program),
+            None => Program::new(&self.program),
+        };
+        program.arg("--config").arg(self.config()).args(arguments.iter().copied())
     }
 }
 

@@ -43,6 +43,17 @@ pub fn acquire(rootless: bool) -> Result<Rank, Forbidden> {
     Ok(if direct && in_initial_user_namespace() { Rank::Root } else { Rank::Rootless })
 }
 
+/// Makes sure that this process is root of the machine and can build a lab, as it stands.
+///
+/// # Errors
+/// [`Forbidden`], with the remedy.
+pub fn acquire_root() -> Result<(), Forbidden> {
+    if !geteuid().is_root() || !in_initial_user_namespace() {
+        return Err(refused("this is not root of the machine"));
+    }
+    usable()
+}
+
 /// Whether this process can build a lab, as it stands.
 ///
 /// # Errors
