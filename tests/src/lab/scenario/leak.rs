@@ -11,6 +11,10 @@
 //! After each act the host that it was done to, and a pod of that host, also send what looks as if it
 //! might pass a guard ([`crate::lab::unusual`]): from the ports and with the marks of the agent and of others, in
 //! fragments, behind extension headers. Strangers forge the nodes' own pods too.
+//!
+//! What a node announces is guarded because it does so, and no longer once its operator removed it. So
+//! before one is removed, the operator protects the pods' networks for the whole mesh: nothing may reach
+//! the removed node's pods, or come from them, after that either.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -109,7 +113,10 @@ const POD_BRIDGE: &str = "cni0";
 /// The pod's port on it.
 const POD_PORT: &str = "veth0";
 /// Of all pods.
-const PODS: IpNet = IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(10, 244, 0, 0)), 16);
+const PODS: [IpNet; 2] = [
+    IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(10, 244, 0, 0)), 16),
+    IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0xfd10, 0x244, 0, 0, 0, 0, 0, 0)), 32),
+];
 
 /// The pods of a node, by its number.
 fn pods(number: u8) -> (Ipv4Net, Ipv6Net) {
@@ -229,6 +236,10 @@ impl Place<'_> {
         act: Act,
         remove: impl FnOnce(&str) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
+        if self.running {
+            // Nobody starts an agent again that ended by itself.
+            self.node.agent()?.check()?;
+        }
         match act {
             Act::Start => self.start()?,
             Act::Kill => {
@@ -331,7 +342,7 @@ impl Leak {
         let tag: [u8; MARK] = random_bytes()?;
         let captures = hybrid.capture_uplinks(pattern)?;
         for capture in &captures {
-            capture.watch([PODS]);
+            capture.watch(PODS);
         }
         let hosts = [&hybrid.cp, &hybrid.workers[0], &hybrid.workers[1]];
         let behind = (0..).zip(hosts).map(|(number, host)| {
@@ -402,8 +413,12 @@ impl Leak {
             }
             threads.extend(chatter.talk(scope)?);
             threads.extend(forgeries.iter().map(|forgery| scope.spawn(|| forgery.run(&chatter))));
-            let remove =
-                |name: &str| controller.operator().command_ok(&["node", "remove", name]).map(drop);
+            let remove = |name: &str| {
+                let operator = controller.operator();
+                let [v4, v6] = PODS.map(|pods| pods.to_string());
+                operator.command_ok(&["mesh", "set", "--protected", &v4, "--protected", &v6])?;
+                operator.command_ok(&["node", "remove", name]).map(drop)
+            };
             let unusual = Unusual::new(&chatter, &behind, pattern);
             let acted =
                 self.acts(setting, options, &mut places, &captures, &unusual, promises, remove);
