@@ -277,14 +277,17 @@ fn guard(plan: &mut Plan, facts: &Facts<'_>, net: IpNet) -> Option<()> {
     Some(())
 }
 
-/// No longer guards a network that nobody ever held now; `None` where others lie inside.
+/// No longer guards a network that nobody ever held now; `None` where others lie inside, or around it: a
+/// wider network from which one of ours is cut out is guarded in pieces, and this may be one of them.
 fn release(plan: &mut Plan, facts: &Facts<'_>, net: IpNet) -> Option<()> {
     if !plan.firewall.guarded.contains(&net) {
         return Some(());
     }
     let inside = |other: &IpNet| net.contains(other);
-    let needed = facts.guarded_by_mesh().any(|range| inside(&range))
+    let mut around = std::iter::successors(net.supernet(), IpNet::supernet);
+    let needed = facts.guarded_by_mesh().any(|range| inside(&range) || range.contains(&net))
         || facts.withdrawn.range(net..).next().is_some_and(inside)
+        || around.any(|wider| facts.withdrawn.contains(&wider))
         || facts.claims.overlaps(net);
     if needed {
         return None;

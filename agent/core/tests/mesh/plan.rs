@@ -102,9 +102,23 @@ fn what_may_go_in_clear_does_so_only_while_its_peer_is_down() {
 }
 
 #[test]
-fn a_plan_that_was_patched_is_the_one_that_is_built_anew() {
+fn a_protected_network_beside_our_own_stays_guarded_when_its_node_is_removed() {
     let mut us = Us::new(1);
     us.mesh.set_prefixes(us.now, vec![net("10.244.1.0/24")]);
+    us.upsert(peer(2).prefixes(&["10.244.0.0/24"]));
+    us.drain();
+    us.mesh.update(us.now, MapChange::Remove(tombstone(2)));
+    us.drain();
+    let removed = net("10.244.0.0/24");
+    assert!(us.plan().firewall.guarded.iter().any(|net| net.contains(&removed)));
+    assert!(us.plan().routes.contains_key(&(removed, RouteVia::Unreachable)));
+}
+
+#[test]
+fn a_plan_that_was_patched_is_the_one_that_is_built_anew() {
+    let own = ["10.244.1.0/24", "172.30.1.0/24"].map(net).to_vec();
+    let mut us = Us::new(1);
+    us.mesh.set_prefixes(us.now, own.clone());
     us.drain();
     let steps: Vec<MapChange> = vec![
         peer(2).prefixes(&["172.20.1.0/24", "172.20.2.0/24"]).into(),
@@ -117,6 +131,14 @@ fn a_plan_that_was_patched_is_the_one_that_is_built_anew() {
         MapChange::Remove(tombstone(4)),
         peer(5).prefixes(&["172.20.2.0/24", "10.244.1.0/24"]).into(),
         MapChange::Remove(tombstone(2)),
+        // A part of a protected range that our own network beside it cut out.
+        peer(6).prefixes(&["10.244.0.0/24"]).into(),
+        MapChange::Remove(tombstone(6)),
+        // The same of what was withdrawn.
+        peer(7).prefixes(&["172.30.0.0/16"]).into(),
+        peer(7).generation(2).into(),
+        peer(8).prefixes(&["172.30.0.0/24"]).into(),
+        MapChange::Remove(tombstone(8)),
     ];
     let mut so_far = Vec::new();
     for step in steps {
@@ -124,7 +146,7 @@ fn a_plan_that_was_patched_is_the_one_that_is_built_anew() {
         us.drain();
         so_far.push(step);
         let mut anew = Us::new(1);
-        anew.mesh.set_prefixes(anew.now, vec![net("10.244.1.0/24")]);
+        anew.mesh.set_prefixes(anew.now, own.clone());
         // The same history, looked at once.
         for step in &so_far {
             anew.mesh.update(anew.now, step.clone());
