@@ -9,17 +9,17 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use towline_core::path::Path;
-
 use super::Offloads;
 use super::arena::{RecvBatch, SLOT_BYTES, SendBatch, Train};
 use super::drops::{DropReason, Drops};
 use super::switch::{Switch, switched_off};
 pub(super) use damage::Damage;
 use messages::{Headers, MESSAGES};
+use whole::Unsent;
 
 mod damage;
 mod messages;
+mod whole;
 
 /// A way to send and receive datagrams in batches. Two stand behind it: [`Udp`], and
 /// [`MemoryUdp`](super::memory::MemoryUdp).
@@ -138,7 +138,6 @@ pub struct Udp {
     v4: Option<Endpoint>,
     v6: Option<Endpoint>,
     port: u16,
-    mark: u32,
     /// Datagrams are sent many at a time.
     segment: Switch,
     /// Datagrams are received many at a time.
@@ -221,7 +220,7 @@ fn open_pair(
                 };
                 let (joining, damage) = (options.gro, Damage::default());
                 let v6_first = false;
-                return Ok(Udp { v4, v6, port, mark, segment, gro, joining, damage, v6_first });
+                return Ok(Udp { v4, v6, port, segment, gro, joining, damage, v6_first });
             }
         }
     }
@@ -304,11 +303,10 @@ impl UdpIo for Udp {
                 drops.count(DropReason::SendRefused);
                 continue;
             };
-            if let Err(error) = endpoint.send_whole(batch.bytes(), train) {
+            if let Err(Unsent { error, payload }) = endpoint.send_whole(batch.bytes(), train) {
                 drops.count(send_reason(error.raw_os_error()));
                 if error.raw_os_error() == Some(libc::EMSGSIZE) {
-                    let payload = known_payload(&train.to, self.mark).unwrap_or(0);
-                    return Err(TooBig { payload });
+                    return Err(TooBig { payload: payload.unwrap_or(0) });
                 }
             }
         }
@@ -613,21 +611,6 @@ impl Endpoint {
         let _ = set(&self.socket, libc::IPPROTO_IPV6, libc::IPV6_MTU, mtu);
     }
 
-    /// Sends one datagram that nobody may fragment, whatever the kernel believes of the path.
-    fn send_whole(&mut self, bytes: &[u8], train: &Train) -> io::Result<()> {
-        let (level, option, whole, after) = if self.v4 {
-            let option = libc::IP_MTU_DISCOVER;
-            (libc::IPPROTO_IP, option, libc::IP_PMTUDISC_PROBE, libc::IP_PMTUDISC_DONT)
-        } else {
-            let option = libc::IPV6_MTU_DISCOVER;
-            (libc::IPPROTO_IPV6, option, libc::IPV6_PMTUDISC_PROBE, libc::IPV6_PMTUDISC_DONT)
-        };
-        set(&self.socket, level, option, whole)?;
-        let sent = self.headers.send(&self.socket, bytes, &[*train]);
-        set(&self.socket, level, option, after)?;
-        sent.map(drop)
-    }
-
     /// Returns how many the kernel took.
     fn send_singly(
         &mut self,
@@ -718,32 +701,6 @@ fn send_reason(code: Option<i32>) -> DropReason {
         Some(libc::EMSGSIZE) => DropReason::SendTooLarge,
         _ => DropReason::SendRefused,
     }
-}
-
-/// UDP payload that the kernel knows to fit a path unfragmented.
-fn known_payload(to: &Path, mark: u32) -> Option<u16> {
-    let v4 = to.remote.is_ipv4();
-    let domain = if v4 { Domain::IPV4 } else { Domain::IPV6 };
-    let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)).ok()?;
-    if mark != 0 {
-        socket.set_mark(mark).ok()?;
-    }
-    if let Some(local) = to.local {
-        socket.bind(&SockAddr::from(SocketAddr::new(local.address, 0))).ok()?;
-    }
-    socket.connect(&SockAddr::from(to.remote)).ok()?;
-    let (level, option, headers) = if v4 {
-        (libc::IPPROTO_IP, libc::IP_MTU, 28)
-    } else {
-        (libc::IPPROTO_IPV6, libc::IPV6_MTU, 48)
-    };
-    let mut mtu: c_int = 0;
-    let mut length = size_of::<c_int>() as libc::socklen_t;
-    // SAFETY: the option is an `int`, for which there is room, and `length` says so.
-    let result = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), level, option, (&raw mut mtu).cast(), &raw mut length)
-    };
-    if result == -1 { None } else { u16::try_from(mtu - headers).ok() }
 }
 
 /// RFC 8200 section 5.
