@@ -9,6 +9,9 @@ use std::io;
 use std::ops::RangeInclusive;
 use std::path::Path;
 
+use towline_dataplane::OpenUdpError;
+use towline_service::port_owner::{self, Transport};
+
 const SETTING: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 
 /// Adds the port; says whether that changed anything.
@@ -28,6 +31,18 @@ pub fn reserve(port: u16) -> io::Result<bool> {
 /// As those of [`reserve`].
 pub fn release(port: u16) -> io::Result<bool> {
     change(Path::new(SETTING), |ports| ports.remove(port))
+}
+
+/// The error of the tunnels' sockets for the operator: names who has the port, where that can be
+/// seen.
+pub fn not_opened(error: OpenUdpError) -> anyhow::Error {
+    let OpenUdpError::Busy(port) = error else { return error.into() };
+    match port_owner::find(Transport::Udp, port) {
+        Some(owner) => anyhow::anyhow!(
+            "cannot bind UDP port {port}: address in use by {owner}: stop it or set [wireguard] port"
+        ),
+        None => error.into(),
+    }
 }
 
 fn change(path: &Path, what: impl FnOnce(&mut Ports) -> bool) -> io::Result<bool> {
@@ -121,6 +136,18 @@ mod tests {
         assert_eq!(joined.to_string(), "51829,51832");
         for unknown in ["port", "1-", "70000", "1-2-3"] {
             assert_eq!(Ports::parse(unknown), None);
+        }
+    }
+
+    namespace_test! {
+        fn who_has_the_port_is_named() {
+            let _taken = std::net::UdpSocket::bind(("0.0.0.0", 51_830)).unwrap();
+            let error = towline_dataplane::open_udp(51_830, 0).unwrap_err();
+            let message = not_opened(error).to_string();
+            let name = std::fs::read_to_string("/proc/self/comm").unwrap();
+            let owner = format!("in use by {} (pid {}): ", name.trim(), std::process::id());
+            assert!(message.starts_with("cannot bind UDP port 51830: address "), "{message}");
+            assert!(message.contains(&owner), "{message}");
         }
     }
 

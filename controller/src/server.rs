@@ -23,6 +23,7 @@ use towline_proto::limits;
 use towline_proto::node::MeshConfig;
 use towline_proto::pb::admin_server::AdminServer;
 use towline_proto::pb::discovery_server::DiscoveryServer;
+use towline_service::port_owner::{self, PortOwner, Transport};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::authority::{self, ADMIN_LIFE, Authority, AuthorityError};
@@ -83,12 +84,17 @@ pub enum ServeError {
     #[error(transparent)]
     Entropy(#[from] NoEntropy),
     /// The address.
-    #[error("cannot listen on {address}: {source}; stop what uses it, or choose another --listen")]
+    #[error(
+        "cannot listen on {address}: {source}{}: stop what uses it, or choose another --listen",
+        .owner.as_ref().map(|owner| format!(" by {owner}")).unwrap_or_default()
+    )]
     Listen {
         /// Which.
         address: SocketAddr,
         /// Why not.
         source: std::io::Error,
+        /// Who has the port, if it is taken and that can be seen.
+        owner: Option<PortOwner>,
     },
     /// No thread for the store.
     #[error("cannot start the store's thread: {0}")]
@@ -121,12 +127,21 @@ pub async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> Result
     Controller::start(config)?.run(shutdown).await
 }
 
+impl ServeError {
+    /// Names who has the port, where it is taken and that can be seen.
+    fn listen(address: SocketAddr, source: std::io::Error) -> Self {
+        let is_taken = source.kind() == std::io::ErrorKind::AddrInUse;
+        let owner = is_taken.then(|| port_owner::find(Transport::Tcp, address.port())).flatten();
+        Self::Listen { address, source, owner }
+    }
+}
+
 impl Controller {
     /// Takes the state directory (a first start fills it) and the address. Within a tokio runtime.
     pub fn start(config: Config) -> Result<Self, ServeError> {
         let dir = StateDir::new(&config.state_dir);
         let lock = dir.lock()?;
-        let listen_error = |source| ServeError::Listen { address: config.listen, source };
+        let listen_error = |source| ServeError::listen(config.listen, source);
         let listener = listen::bind(config.listen).map_err(listen_error)?;
         let address = listener.local_addr().map_err(listen_error)?;
 
@@ -468,6 +483,19 @@ mod tests {
         assert!(begin(&dir, store, &authority, &settings, now).is_err());
         let (_store, _registry) = open_registry(&dir, false, &authority, &settings, now).unwrap();
         assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
+    }
+
+    #[test]
+    fn who_has_the_address_is_named() {
+        let taken = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = taken.local_addr().unwrap();
+        let again = std::net::TcpListener::bind(address).unwrap_err();
+        let message = ServeError::listen(address, again).to_string();
+        let owner = format!("(pid {}): stop what uses it", std::process::id());
+        assert!(message.contains(&owner), "{message}");
+        let denied = std::io::Error::from(std::io::ErrorKind::PermissionDenied);
+        let message = ServeError::listen(address, denied).to_string();
+        assert!(!message.contains("pid"), "{message}");
     }
 
     #[test]

@@ -94,7 +94,9 @@ pub struct TooBig {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenUdpError {
     /// Somebody has it.
-    #[error("UDP port {0} is in use by another process: stop it, or configure another port")]
+    #[error(
+        "cannot bind UDP port {0}: address in use: stop the other program or set [wireguard] port"
+    )]
     Busy(u16),
     /// The mark is what keeps our own datagrams out of the tunnel.
     #[error("marking the socket was not permitted: run as root or grant CAP_NET_ADMIN")]

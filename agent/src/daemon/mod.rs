@@ -856,14 +856,16 @@ fn start_data_plane(
     let data_plane = match purpose {
         Purpose::Node => {
             let queues = tun_owner::open(&config.link.name, offloads, config.wireguard.workers)?;
-            let sockets = dataplane::open_udp_group(port, mark, offloads, queues.len())?;
+            let sockets = dataplane::open_udp_group(port, mark, offloads, queues.len())
+                .map_err(reserved_port::not_opened)?;
             let queues = queues.into_iter().map(|tun| tun.with_host_tunnels(host_tunnels.clone()));
             let link = nix::net::if_::if_nametoindex(config.link.name.as_str()).ok();
             let settings = dataplane::Config { link, ..settings };
             DataPlane::start(settings, queues.zip(sockets), events)
         }
         Purpose::Relay => {
-            let udp = dataplane::open_udp_with(port, mark, offloads)?;
+            let udp = dataplane::open_udp_with(port, mark, offloads)
+                .map_err(reserved_port::not_opened)?;
             DataPlane::start(settings, [(dataplane::NoTun::new()?, udp)], events)
         }
     };

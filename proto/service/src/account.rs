@@ -41,15 +41,35 @@ pub fn find(name: &str) -> io::Result<Option<Account>> {
 ///
 /// If the file exists and cannot be read.
 pub fn find_in(passwd: &Path, name: &str) -> io::Result<Option<Account>> {
+    Ok(read(passwd)?.lines().find_map(|line| parse(line, name)))
+}
+
+/// Returns the name of the first account with that number from a file with the format of
+/// `/etc/passwd`.
+///
+/// # Errors
+///
+/// If the file exists and cannot be read.
+pub fn name_in(passwd: &Path, uid: u32) -> io::Result<Option<String>> {
+    let text = read(passwd)?;
+    let mut names = text.lines().filter_map(|line| {
+        let name = line.split(':').next()?;
+        parse(line, name).filter(|account| account.uid == uid).map(|_| name)
+    });
+    Ok(names.next().map(str::to_owned))
+}
+
+/// The text of the file; a missing one is empty.
+fn read(passwd: &Path) -> io::Result<String> {
     use std::io::Read as _;
     let file = match std::fs::File::open(passwd) {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(String::new()),
         Err(error) => return Err(error),
     };
     let mut text = Vec::new();
     file.take(PASSWD_BYTES).read_to_end(&mut text)?;
-    Ok(String::from_utf8_lossy(&text).lines().find_map(|line| parse(line, name)))
+    Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
 /// Parses `name:password:uid:gid:...` if the line is of that name.

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`account`] | system users, looked up by name |
 //! | [`directory`] | a private state directory: its owner, its permissions, how its files are written |
+//! | [`port_owner`] | who has a port that cannot be bound |
 //! | [`process`] | what a process gives up at its start |
 
 #![forbid(unsafe_code)]
@@ -11,4 +12,5 @@
 
 pub mod account;
 pub mod directory;
+pub mod port_owner;
 pub mod process;
