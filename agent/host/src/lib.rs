@@ -22,6 +22,7 @@ mod families;
 mod firewall;
 mod hook;
 mod problem;
+mod redirects;
 mod rules;
 mod state;
 #[cfg(test)]
@@ -42,6 +43,7 @@ pub use address::LocalAddress;
 pub use candidates::{CandidatePolicy, candidates};
 use families::Families;
 pub use problem::{ApplyError, NoIpv6Reason, Piece, Problem};
+pub use redirects::PastNetfilter;
 pub use state::Names;
 use state::{Foreign, ForeignMark, State};
 use watch::Ports;
@@ -217,6 +219,15 @@ impl HostNetwork {
             at.is_none_or(|address| Some(address.index) != outward)
         });
         Ok(found)
+    }
+
+    /// Returns what may redirect packets past nftables on this host, see [`PastNetfilter`]. Links
+    /// but `own_link` are looked at, as they are now.
+    pub fn past_netfilter(
+        &mut self,
+        own_link: &str,
+    ) -> Result<Option<PastNetfilter>, NetlinkError> {
+        redirects::find(&mut self.rtnetlink, own_link)
     }
 
     /// The gateways of the default routes.

@@ -69,10 +69,17 @@ pub enum Problem {
     #[error("the link {0} is missing: mesh traffic goes nowhere until it is there")]
     LinkMissing(String),
     /// The second guard cannot stand on this kernel.
-    #[error("no nftables guard ({0}): only routes keep mesh traffic from leaving in clear")]
+    #[error(
+        "no nftables guard ({0}): only the unreachable routes keep mesh traffic from leaving in clear, \
+         and nothing drops packets from elsewhere with mesh sources: load the kernel module nf_tables \
+         (`modprobe nf_tables`), or use a kernel that has it"
+    )]
     NoFirewall(String),
     /// Some rules of the firewall cannot stand on this kernel; the guard does.
-    #[error("the nftables guard stands, but not the rest of its table: {0}")]
+    #[error(
+        "the nftables guard is installed, but not the rest of its table: {0}: connections to plain \
+         ports are not answered outside the tunnel, and TCP is not fitted to it: use a newer kernel"
+    )]
     FirewallReduced(String),
     /// Another's firewall may drop what is forwarded.
     #[error("forwarded mesh traffic may be dropped by another's firewall: {0}")]

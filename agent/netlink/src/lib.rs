@@ -19,6 +19,7 @@ mod monitor;
 mod route;
 mod rule;
 mod stand_in;
+mod traffic_control;
 
 use std::net::IpAddr;
 

@@ -13,7 +13,8 @@ use towline_proto::node::{Candidate, CandidateKind};
 
 use crate::config::Config;
 use towline_host::{
-    CandidatePolicy, Changes, HostEvent, HostNetwork, Names, Problem, Watch, candidates,
+    CandidatePolicy, Changes, HostEvent, HostNetwork, Names, PastNetfilter, Problem, Watch,
+    candidates,
 };
 
 /// How long after an incomplete apply the next one is tried, if nothing is heard before.
@@ -32,6 +33,8 @@ pub(super) struct Host {
     blocked: Option<String>,
     retry: Option<Instant>,
     gateways: Vec<IpAddr>,
+    /// What may redirect packets past nftables, as of the last look at the links.
+    past_netfilter: Option<PastNetfilter>,
 }
 
 impl Host {
@@ -49,6 +52,7 @@ impl Host {
             blocked: Some("nothing is planned yet".to_owned()),
             retry: None,
             gateways: Vec::new(),
+            past_netfilter: None,
         })
     }
 
@@ -153,8 +157,9 @@ impl Host {
         &self.problems
     }
 
-    pub(super) fn notes(&self) -> &[String] {
-        &self.notes
+    pub(super) fn notes(&self) -> Vec<String> {
+        let past = self.past_netfilter.iter().map(ToString::to_string);
+        self.notes.iter().cloned().chain(past).collect()
     }
 
     /// Why the plan does not count as applied: a guard is missing, or nothing can enter the tunnel.
@@ -187,6 +192,20 @@ impl Host {
         match self.network.gateways() {
             Ok(gateways) => self.gateways = gateways,
             Err(error) => tracing::warn!(%error, "default routes not read"),
+        }
+    }
+
+    /// Looks again for what may redirect packets past nftables: the kernel tells nobody when a
+    /// program is attached.
+    pub(super) fn look_for_redirects(&mut self) {
+        match self.network.past_netfilter(&self.names.link) {
+            Ok(found) => {
+                if let Some(past) = found.as_ref().filter(|_| found != self.past_netfilter) {
+                    tracing::warn!(note = %past, "host network");
+                }
+                self.past_netfilter = found;
+            }
+            Err(error) => tracing::warn!(%error, "programs on links not read"),
         }
     }
 

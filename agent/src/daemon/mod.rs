@@ -671,6 +671,7 @@ impl Daemon {
     }
 
     fn addresses_changed(&mut self) {
+        self.host.look_for_redirects();
         // A LAN may lie inside a protected range; the overlay and our pods never are a way in.
         let mut excluded: Vec<IpNet> =
             self.announced.announced.iter().filter(|net| !is_host(net)).copied().collect();
@@ -690,6 +691,7 @@ impl Daemon {
         match request {
             Request::Status(reply) => {
                 self.host.read_gateways();
+                self.host.look_for_redirects();
                 let _ = reply.send(self.status());
             }
             Request::Peers(reply) => {

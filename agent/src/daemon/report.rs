@@ -59,7 +59,7 @@ impl Daemon {
             certificate_expires_at: self.certificate_expires_at,
             uptime_ms: millis(self.started.elapsed()),
             problems: self.problems(),
-            notes: self.host.notes().to_vec(),
+            notes: self.host.notes(),
             applied: Some(self.blocked().is_none()),
             applied_reason: self.blocked().unwrap_or_default().to_owned(),
             drops: snapshot

@@ -2,6 +2,7 @@
 
 mod families;
 mod ingress;
+mod redirects;
 mod traffic;
 mod trust;
 
