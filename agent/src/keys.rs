@@ -16,6 +16,7 @@ use rustls_pki_types::pem::PemObject;
 use towline_proto::id::{IdentityKey, WireguardKey};
 use towline_proto::join_proof::Claim;
 use towline_proto::{id::TokenId, join_proof, pb, signed};
+use towline_service::pem;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::{Zeroize as _, Zeroizing};
 
@@ -63,14 +64,7 @@ impl Identity {
 
     /// The file's text.
     pub fn to_pem(&self) -> Zeroizing<String> {
-        let body = Zeroizing::new(BASE64.encode(&self.pkcs8));
-        let mut pem = Zeroizing::new(String::from("-----BEGIN PRIVATE KEY-----\n"));
-        for line in body.as_bytes().chunks(64) {
-            pem.push_str(&String::from_utf8_lossy(line));
-            pem.push('\n');
-        }
-        pem.push_str("-----END PRIVATE KEY-----\n");
-        pem
+        pem::private_key(&self.pkcs8)
     }
 
     /// The public half.

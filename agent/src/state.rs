@@ -41,6 +41,7 @@ use towline_proto::token::ControllerAddress;
 use towline_proto::{pb, signed};
 use towline_service::account;
 use towline_service::directory::{self, DirectoryError, PrivateDirectory};
+use towline_service::pem;
 use zeroize::Zeroizing;
 
 use crate::confirm::{self, Confirmation, Moment, Unconfirmed};
@@ -320,7 +321,7 @@ impl StateDir {
         };
         let file = MembershipFile {
             version: 1,
-            ca_certificate: pem_certificate(&membership.ca),
+            ca_certificate: pem::certificate(&membership.ca),
             controllers: membership.controllers.iter().map(ToString::to_string).collect(),
             grant: signed(&membership.signed_grant),
             mesh: signed(&membership.signed_mesh),
@@ -346,7 +347,7 @@ impl StateDir {
 
     /// Stores the client certificate chain.
     pub fn store_certificate(&self, chain: &[CertificateDer<'_>]) -> Result<(), StateError> {
-        let pem: String = chain.iter().map(pem_certificate).collect();
+        let pem: String = chain.iter().map(|certificate| pem::certificate(certificate)).collect();
         self.replace("certificate.pem", pem.as_bytes())
     }
 
@@ -590,17 +591,6 @@ impl Membership {
         let mesh = signed::mesh(Some(&signed_mesh), &ca_key)?;
         Ok(Self { ca, ca_key, controllers, grant, signed_grant, mesh, signed_mesh })
     }
-}
-
-fn pem_certificate(certificate: &CertificateDer<'_>) -> String {
-    let body = BASE64.encode(certificate);
-    let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
-    for line in body.as_bytes().chunks(64) {
-        pem.push_str(&String::from_utf8_lossy(line));
-        pem.push('\n');
-    }
-    pem.push_str("-----END CERTIFICATE-----\n");
-    pem
 }
 
 #[cfg(test)]

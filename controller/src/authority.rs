@@ -22,6 +22,7 @@ use towline_proto::limits;
 use towline_proto::node::{Grant, MeshConfig, Tombstone};
 use towline_proto::signed::{self, Domain};
 use towline_proto::{CONTROLLER_TLS_NAME, pb};
+use towline_service::pem;
 use zeroize::Zeroizing;
 
 use crate::entropy::{self, NoEntropy};
@@ -240,7 +241,7 @@ pub fn renew_admin(dir: &StateDir, authority: &Authority, now: i64) -> Result<()
         }
     };
     let certificate = authority.issue(Subject::Admin("local"), &key, now)?;
-    Ok(dir.write("admin.crt", 0o600, &pem(&certificate))?)
+    Ok(dir.write("admin.crt", 0o600, &pem::certificate(&certificate))?)
 }
 
 /// A key for the controller's own certificate, and that certificate.
@@ -250,17 +251,6 @@ pub fn server_credential(
 ) -> Result<(CertificateDer<'static>, PrivatePkcs8KeyDer<'static>), AuthorityError> {
     let key = KeyPair::generate_for(&PKCS_ED25519)?;
     Ok((authority.issue(Subject::Controller, &key, now)?, key.into()))
-}
-
-fn pem(certificate: &CertificateDer<'_>) -> String {
-    let body = data_encoding::BASE64.encode(certificate);
-    let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
-    for line in body.as_bytes().chunks(64) {
-        pem.extend(line.iter().copied().map(char::from));
-        pem.push('\n');
-    }
-    pem.push_str("-----END CERTIFICATE-----\n");
-    pem
 }
 
 fn uri(text: &str) -> Result<SanType, rcgen::Error> {

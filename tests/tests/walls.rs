@@ -20,7 +20,7 @@ const WALLS: &[Wall] = &[
     Wall {
         package: "towline-types",
         ours: &[],
-        others: Some(&["data-encoding", "ipnet", "serde", "thiserror", "zeroize"]),
+        others: Some(&["crc32fast", "data-encoding", "ipnet", "serde", "thiserror", "zeroize"]),
     },
     Wall { package: "towline-proto", ours: &["towline-types"], others: None },
     Wall {
@@ -61,7 +61,11 @@ const WALLS: &[Wall] = &[
         ours: &["towline-proto", "towline-service"],
         others: None,
     },
-    Wall { package: "towline-service", ours: &[], others: Some(&["nix", "thiserror", "zeroize"]) },
+    Wall {
+        package: "towline-service",
+        ours: &[],
+        others: Some(&["data-encoding", "nix", "thiserror", "zeroize"]),
+    },
     Wall {
         package: "towline-tests",
         ours: &[

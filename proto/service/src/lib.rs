@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`account`] | system users, looked up by name |
 //! | [`directory`] | a private state directory: its owner, its permissions, how its files are written |
+//! | [`pem`] | certificates and keys as PEM text |
 //! | [`port_owner`] | who has a port that cannot be bound |
 //! | [`process`] | what a process gives up at its start |
 
@@ -12,5 +13,6 @@
 
 pub mod account;
 pub mod directory;
+pub mod pem;
 pub mod port_owner;
 pub mod process;

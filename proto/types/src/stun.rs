@@ -81,7 +81,7 @@ impl Message {
                 FINGERPRINT => {
                     // The last one; it covers all before it.
                     let covered = &datagram[..datagram.len() - rest.len()];
-                    let expected = (crc32(covered) ^ FINGERPRINT_XOR).to_be_bytes();
+                    let expected = (crc32fast::hash(covered) ^ FINGERPRINT_XOR).to_be_bytes();
                     if value != expected || !after.is_empty() {
                         return None;
                     }
@@ -179,15 +179,6 @@ fn mask(cookie: &[u8; 4], transaction: &Transaction) -> [u8; 16] {
     mask[..4].copy_from_slice(cookie);
     mask[4..].copy_from_slice(transaction);
     mask
-}
-
-/// CRC-32 as in ITU V.42: a few dozen bytes now and then, so no table.
-fn crc32(bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(!0, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
-            if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 }
-        })
-    })
 }
 
 #[cfg(test)]
