@@ -21,6 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Channel;
 use towline_core::mesh::MapChange;
+use towline_proto::backoff::{Backoff, Jitter};
 use towline_proto::id::NodeId;
 use towline_proto::node::{Candidate, Grant, Record};
 use towline_proto::pb::discovery_client::DiscoveryClient;
@@ -34,10 +35,9 @@ use crate::map_cache::MapCache;
 use crate::state::{Counters, Keys, Membership, StateDir, StateError};
 use crate::tls;
 
-/// The first backoff; doubled each time, up to [`BACKOFF_MAX`], the real one drawn below it.
-const BACKOFF_MIN: Duration = Duration::from_millis(250);
-/// The longest backoff.
-const BACKOFF_MAX: Duration = Duration::from_secs(15);
+/// Pauses between sessions: a thousand agents do not come back at one moment.
+const BACKOFF: Backoff =
+    Backoff::new(Duration::from_millis(250), Duration::from_secs(15), Jitter::Half);
 /// How long a controller may take for its first word.
 const READY: Duration = Duration::from_secs(10);
 /// How long after a refused record it is offered again.
@@ -204,10 +204,11 @@ impl Discovery {
         mut announcements: watch::Receiver<Option<Announcement>>,
         mut commands: mpsc::Receiver<Command>,
     ) {
-        let mut backoff = Backoff::default();
+        // Sessions in a row that did not begin.
+        let mut failures = 0;
         for address in self.controllers.clone().into_iter().cycle() {
             let ended =
-                self.session(&address, &mut announcements, &mut commands, &mut backoff).await;
+                self.session(&address, &mut announcements, &mut commands, &mut failures).await;
             let reason = match ended {
                 Ended::Stop => return,
                 Ended::Because(reason) => reason,
@@ -222,7 +223,9 @@ impl Discovery {
             if self.events.send(Event::Disconnected { reason: reason.clone() }).await.is_err() {
                 return;
             }
-            if !wait(backoff.next(), &reason, &mut commands).await {
+            let pause = BACKOFF.pause(failures, rand::rng().random());
+            failures = failures.saturating_add(1);
+            if !wait(pause, &reason, &mut commands).await {
                 return;
             }
         }
@@ -233,13 +236,13 @@ impl Discovery {
         address: &ControllerAddress,
         announcements: &mut watch::Receiver<Option<Announcement>>,
         commands: &mut mpsc::Receiver<Command>,
-        backoff: &mut Backoff,
+        failures: &mut u32,
     ) -> Ended {
         let mut session = match self.open(address).await {
             Ok(session) => session,
             Err(ended) => return ended,
         };
-        backoff.reset();
+        *failures = 0;
         tracing::info!(controller = %address, revision = self.map.position().1, "discovery session");
         if self
             .events
@@ -664,38 +667,9 @@ fn renewal_due(chain: &[CertificateDer<'_>], now: SystemTime) -> bool {
     until_renewal(chain, now).is_zero()
 }
 
-/// Exponential, with full jitter, so that a thousand agents do not come back at one moment.
-#[derive(Debug, Default)]
-struct Backoff {
-    failures: u32,
-}
-
-impl Backoff {
-    fn next(&mut self) -> Duration {
-        let ceiling = BACKOFF_MIN.saturating_mul(1 << self.failures.min(8)).min(BACKOFF_MAX);
-        self.failures += 1;
-        rand::rng().random_range(ceiling / 4..=ceiling)
-    }
-
-    fn reset(&mut self) {
-        self.failures = 0;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_backoff_grows_to_its_bound_and_starts_again() {
-        let mut backoff = Backoff::default();
-        assert!(backoff.next() <= BACKOFF_MIN);
-        for _ in 0..20 {
-            assert!(backoff.next() <= BACKOFF_MAX);
-        }
-        backoff.reset();
-        assert!(backoff.next() <= BACKOFF_MIN);
-    }
 
     #[test]
     fn no_certificate_is_renewed_at_once() {

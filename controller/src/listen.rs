@@ -27,9 +27,9 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 use towline_proto::limits;
+use towline_proto::source_limiter::source;
 
 use crate::peer::Peer;
-use crate::registry::limiter;
 
 /// The longest TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -174,7 +174,7 @@ struct Taken {
 impl Bound {
     /// A place for a source, until it is dropped.
     fn take(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
-        let source = limiter::source(address);
+        let source = source(address);
         let mut taken = self.taken.lock();
         let here = taken.by_source.get(&source).copied().unwrap_or(0);
         if taken.all >= self.at_once || here >= self.from_one_source {

@@ -10,13 +10,14 @@ use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 
 use tokio::net::UdpSocket;
+use towline_proto::rate::Rate;
 use towline_proto::source_limiter::SourceLimiter;
 use towline_proto::stun;
 
 use crate::clock::Now;
 
 /// Requests per second and source, and how many at once: many nodes may share one.
-const RATE: (u32, u32) = (32, 128);
+const RATE: Rate = Rate::per_second(32, 128);
 /// A request is far shorter.
 const DATAGRAM_BYTES: usize = 1500;
 /// How many are refused between two lines of the log.
@@ -46,13 +47,13 @@ impl Reflector {
             Ok(socket) => socket,
             Err(error) => return tracing::error!(%error, "not reflecting"),
         };
-        let mut limiter = SourceLimiter::new(RATE.0, RATE.1, Now::read().mono);
+        let mut limiter = SourceLimiter::new(RATE);
         let mut datagram = [0; DATAGRAM_BYTES];
         let (mut answered, mut refused) = (0u64, 0u64);
         loop {
             // An error is of some datagram of before.
             let Ok((len, from)) = socket.recv_from(&mut datagram).await else { continue };
-            let admitted = limiter.admit(from.ip().to_canonical(), Now::read().mono);
+            let admitted = limiter.admit(from.ip(), Now::read().mono);
             let answer = admitted.then(|| stun::answer(&datagram[..len], from)).flatten();
             match answer {
                 Some((answer, len)) => {

@@ -23,6 +23,7 @@ use towline_proto::limits;
 use towline_proto::node::MeshConfig;
 use towline_proto::pb::admin_server::AdminServer;
 use towline_proto::pb::discovery_server::DiscoveryServer;
+use towline_proto::source_limiter::SourceLimiter;
 use towline_service::port_owner::{self, PortOwner, Transport};
 use x25519_dalek::{PublicKey, StaticSecret};
 
@@ -33,10 +34,9 @@ use crate::entropy::{NoEntropy, random};
 use crate::listen;
 use crate::map::Map;
 use crate::reflector::Reflector;
-use crate::registry::limiter::Limiter;
 use crate::registry::sessions::Sessions;
 use crate::registry::{OverlayInUse, Registry};
-use crate::service::{AdminService, DiscoveryService, Gate, Shared, Signals};
+use crate::service::{AdminService, DiscoveryService, FAILED_JOINS, Gate, Shared, Signals};
 use crate::state_dir::{Lock, StateDir, StateError};
 use crate::store::{CommitError, OpenError, Store};
 use crate::tls::{self, ServerCertificate, TlsError};
@@ -174,7 +174,7 @@ impl Controller {
             writer,
             map,
             sessions,
-            limiter: Mutex::new(Limiter::default()),
+            failed_joins: Mutex::new(SourceLimiter::new(FAILED_JOINS)),
             proof_public: PublicKey::from(&proof_key),
             proof_key,
             advertise: config.advertise,

@@ -40,21 +40,3 @@ impl Unanswered {
         self.by_address.remove(&from);
     }
 }
-
-/// A bound on what happens per second.
-#[derive(Debug, Default)]
-pub(crate) struct Bucket {
-    second: Option<Instant>,
-    taken: u32,
-}
-
-impl Bucket {
-    pub(crate) fn take(&mut self, now: Instant, per_second: u32) -> bool {
-        if self.second.is_none_or(|start| now >= start + Duration::from_secs(1)) {
-            self.second = Some(now);
-            self.taken = 0;
-        }
-        self.taken += 1;
-        self.taken <= per_second
-    }
-}

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use rand::rngs::StdRng;
+use towline_types::backoff::{Backoff, Jitter};
 use towline_types::id::{NodeId, NodeName, WireguardKey};
 use towline_types::node::{CandidateKind, Node};
 
@@ -27,9 +28,9 @@ pub(crate) const HOMES: usize = 2;
 const ADDRESSES: usize = 4;
 /// How often a registration is repeated, so that a NAT's mapping to the relay stays.
 const REFRESH: Duration = Duration::from_secs(20);
-/// The first pause before an unanswered registration is repeated; it doubles up to [`RETRY_MAX`].
-const RETRY: Duration = Duration::from_millis(250);
-const RETRY_MAX: Duration = Duration::from_secs(30);
+/// Pauses before an unanswered registration is repeated.
+const RETRY: Backoff =
+    Backoff::new(Duration::from_millis(250), Duration::from_secs(30), Jitter::Tenth);
 /// Unanswered registrations after which the next relay in the order is taken too.
 const MISSED: u32 = 3;
 /// Requests for a channel that are remembered.
@@ -142,8 +143,7 @@ impl Homes {
             }
             let transaction = rng.random();
             home.asked = Some(transaction);
-            let pause = (RETRY * 2u32.pow(home.missed.min(7))).min(RETRY_MAX);
-            home.due = Some(now + pause.mul_f64(rng.random_range(0.9..1.1)));
+            home.due = Some(now + RETRY.pause(home.missed, rng.random()));
             for to in ways(home.via, relay, local) {
                 let request = RelayRequest::Register { relay: relay.key, to, transaction };
                 outputs.push_back(Output::Relay(request));

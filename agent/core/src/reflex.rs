@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use rand::rngs::StdRng;
+use towline_types::backoff::{Backoff, Jitter};
 use towline_types::node::{Candidate, CandidateKind};
 
 use crate::counters::Counters;
@@ -21,9 +22,9 @@ use crate::timers::{Timer, Timers};
 
 /// Reflectors that are asked for each uplink and family.
 const REFLECTORS: usize = 2;
-/// The first pause before an unanswered request is repeated; it doubles up to [`RETRY_MAX`].
-const RETRY: Duration = Duration::from_millis(200);
-const RETRY_MAX: Duration = Duration::from_secs(30);
+/// Pauses before an unanswered request is repeated.
+const RETRY: Backoff =
+    Backoff::new(Duration::from_millis(200), Duration::from_secs(30), Jitter::Tenth);
 /// How often is asked again behind a NAT: many forget a mapping after 30 s.
 const REFRESH: Duration = Duration::from_secs(20);
 /// And where there is none.
@@ -129,9 +130,8 @@ impl Reflex {
             }
             let transaction = rng.random();
             asked.transaction = Some(transaction);
-            let pause = (RETRY * 2u32.pow(asked.tries.min(8))).min(RETRY_MAX);
-            asked.tries += 1;
-            asked.due = Some(now + pause.mul_f64(rng.random_range(0.9..1.1)));
+            asked.due = Some(now + RETRY.pause(asked.tries, rng.random()));
+            asked.tries = asked.tries.saturating_add(1);
             if local.may_send_to(*to) {
                 outputs.push_back(Output::Stun { local: *end, to: *to, transaction });
             }

@@ -10,6 +10,7 @@ use arc_swap::ArcSwap;
 use towline_core::path::{ChannelId, Path};
 use towline_types::frame::{DatagramKind, RELAYED_HEADER_BYTES, relayed};
 use towline_types::id::WireguardKey;
+use towline_types::rate::Rate;
 use towline_types::source_limiter::SourceLimiter;
 use towline_types::stun;
 
@@ -26,11 +27,11 @@ use super::table::{Peer, Slot, Table};
 use super::udp::UdpIo;
 
 /// Handshakes per second and source address, and how many at once: many nodes may share one.
-const HANDSHAKES: (u32, u32) = (64, 128);
+const HANDSHAKES: Rate = Rate::per_second(64, 128);
 /// Probes and STUN answers, likewise.
-const PROBES: (u32, u32) = (256, 512);
+const PROBES: Rate = Rate::per_second(256, 512);
 /// STUN requests, likewise: a few from each node behind a NAT, and again when its address changes.
-const REFLECTIONS: (u32, u32) = (32, 128);
+const REFLECTIONS: Rate = Rate::per_second(32, 128);
 
 /// One worker's packet path.
 #[derive(Debug)]
@@ -84,10 +85,10 @@ impl Engine {
             drops,
             events,
             started,
-            handshakes: SourceLimiter::new(HANDSHAKES.0, HANDSHAKES.1, started),
-            proven_handshakes: SourceLimiter::new(HANDSHAKES.0, HANDSHAKES.1, started),
-            probes: SourceLimiter::new(PROBES.0, PROBES.1, started),
-            reflections: SourceLimiter::new(REFLECTIONS.0, REFLECTIONS.1, started),
+            handshakes: SourceLimiter::new(HANDSHAKES),
+            proven_handshakes: SourceLimiter::new(HANDSHAKES),
+            probes: SourceLimiter::new(PROBES),
+            reflections: SourceLimiter::new(REFLECTIONS),
             relay,
             forwards: Vec::with_capacity(
                 super::worker::RECEIVE_SLOTS * super::arena::TRAIN_SEGMENTS,

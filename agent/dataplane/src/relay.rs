@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 use towline_core::path::{ChannelId, Path};
 use towline_core::relay::CHANNEL_LIFETIME;
 use towline_types::id::WireguardKey;
+use towline_types::rate::{Rate, TokenBucket};
 
 use super::drops::DropReason;
 
@@ -73,6 +74,8 @@ pub struct RelaySnapshot {
 #[derive(Debug)]
 struct State {
     limits: Limits,
+    /// Bytes of one node: those of one second at once.
+    rate: Rate,
     nodes: HashMap<WireguardKey, Node>,
     channels: HashMap<u64, Channel>,
     pairs: HashMap<[WireguardKey; 2], u64>,
@@ -84,14 +87,7 @@ struct Node {
     path: Path,
     heard: Instant,
     channels: Vec<u64>,
-    budget: Arc<Mutex<Budget>>,
-}
-
-/// A token bucket of one second's worth.
-#[derive(Debug)]
-struct Budget {
-    left: u64,
-    at: Instant,
+    budget: Arc<Mutex<TokenBucket>>,
 }
 
 #[derive(Debug)]
@@ -104,7 +100,7 @@ struct Channel {
 struct End {
     node: WireguardKey,
     path: Path,
-    budget: Arc<Mutex<Budget>>,
+    budget: Arc<Mutex<TokenBucket>>,
 }
 
 impl Relay {
@@ -112,6 +108,7 @@ impl Relay {
     pub fn new(limits: Limits) -> Self {
         Self(Some(Arc::new(Mutex::new(State {
             limits,
+            rate: Rate::per_second(limits.bytes_per_second, limits.bytes_per_second),
             nodes: HashMap::new(),
             channels: HashMap::new(),
             pairs: HashMap::new(),
@@ -212,8 +209,7 @@ impl State {
         if self.nodes.len() >= self.limits.nodes {
             return Err(Refusal::Limit);
         }
-        let budget = Budget { left: self.limits.bytes_per_second, at: now };
-        let budget = Arc::new(Mutex::new(budget));
+        let budget = Arc::new(Mutex::new(TokenBucket::default()));
         self.nodes.insert(key, Node { path, heard: now, channels: Vec::new(), budget });
         Ok(())
     }
@@ -275,7 +271,7 @@ impl State {
         } else {
             return Forward::Refused(DropReason::RelayStranger);
         };
-        if !sender.budget.lock().take(now, bytes, self.limits.bytes_per_second) {
+        if !sender.budget.lock().take(&self.rate, now, bytes) {
             return Forward::Refused(DropReason::RelayLimited);
         }
         let to = receiver.path;
@@ -315,23 +311,6 @@ impl State {
                 node.channels.retain(|channel| *channel != number);
             }
         }
-    }
-}
-
-impl Budget {
-    fn take(&mut self, now: Instant, bytes: u64, per_second: u64) -> bool {
-        let passed = now.saturating_duration_since(self.at);
-        let earned = u128::from(per_second) * passed.as_nanos() / 1_000_000_000;
-        if earned > 0 {
-            let earned = u64::try_from(earned).unwrap_or(u64::MAX);
-            self.left = self.left.saturating_add(earned).min(per_second);
-            self.at = now;
-        }
-        let enough = self.left >= bytes;
-        if enough {
-            self.left -= bytes;
-        }
-        enough
     }
 }
 

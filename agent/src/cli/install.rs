@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::Args;
 use rand::Rng as _;
+use towline_proto::backoff::{Backoff, Jitter};
 use towline_proto::id::NodeName;
 use towline_proto::token::JoinToken;
 
@@ -53,8 +54,9 @@ struct Report {
     already: bool,
 }
 
-const FIRST_RETRY: Duration = Duration::from_millis(500);
-const LAST_RETRY: Duration = Duration::from_secs(5);
+/// Pauses between attempts to join.
+const RETRY: Backoff =
+    Backoff::new(Duration::from_millis(500), Duration::from_secs(5), Jitter::Half);
 
 /// How a join is tried.
 struct Attempt {
@@ -205,20 +207,20 @@ impl Machine {
         let operator = super::join::operator(&self.config, attempt.force);
         let mark = self.config.routing.mark;
         let runtime = runtime()?;
-        let mut retry = FIRST_RETRY;
+        let mut failures = 0u32;
         loop {
             let joined = runtime.block_on(join_as(state, token, name, mark, &operator));
             let error = match joined {
                 Ok(_) => return Ok(state.forget_undone()?),
                 Err(error) => error,
             };
-            let wait = retry.mul_f64(rand::rng().random_range(0.5..=1.0));
+            let wait = RETRY.pause(failures, rand::rng().random());
             if !error.may_pass() || Instant::now() + wait >= attempt.deadline {
                 return Err(error.into());
             }
             eprintln!("{error}; trying again");
             std::thread::sleep(wait);
-            retry = LAST_RETRY.min(retry * 2);
+            failures = failures.saturating_add(1);
         }
     }
 

@@ -19,12 +19,14 @@ use super::files::{self, Fingerprint};
 use super::{Facts, Setup, View};
 use towline_host::register;
 use towline_netlink::{Group, Monitor, Protocol};
+use towline_proto::backoff::{Backoff, Jitter};
 
 /// The server ends a watch after this many seconds, and it begins anew.
 const WATCH_SECONDS: u32 = 60;
-/// Between tries, doubled after each failure, each time shortened by up to half at random.
-const FIRST_RETRY: Duration = Duration::from_millis(500);
+/// Longest pause between attempts.
 const LAST_RETRY: Duration = Duration::from_secs(30);
+/// Pauses between attempts.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(500), LAST_RETRY, Jitter::Half);
 /// A connection that held for less was none: a flapping API server is not hammered.
 const STABLE: Duration = Duration::from_secs(10);
 /// Changes of the kernel's links and routes come in crowds.
@@ -123,7 +125,8 @@ impl Task {
         self.look_for_plugin().await;
         let mut period = tokio::time::interval(self.setup.credentials_period);
         period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut retry = FIRST_RETRY;
+        // Connections in a row that failed or did not hold.
+        let mut failures = 0u32;
         loop {
             let begun = Instant::now();
             let error = {
@@ -165,10 +168,10 @@ impl Task {
             };
             self.failed(Some(()), error);
             if begun.elapsed() >= STABLE {
-                retry = FIRST_RETRY;
+                failures = 0;
             }
-            let wait = retry.mul_f64(rand::rng().random_range(0.5..=1.0));
-            retry = LAST_RETRY.min(retry * 2);
+            let wait = RETRY.pause(failures, rand::rng().random());
+            failures = failures.saturating_add(1);
             let wake = tokio::time::sleep(wait);
             let mut wake = pin!(wake);
             loop {

@@ -18,7 +18,6 @@
 mod address;
 mod claims;
 mod join;
-pub mod limiter;
 mod load;
 mod publish;
 mod refusal;

@@ -62,7 +62,7 @@ impl DiscoveryService {
         let joined = shared.writer.run(run).await.map_err(unavailable)?;
         let joined = joined.map_err(|refusal| {
             if is_guess(&refusal) {
-                shared.limiter.lock().failed(source.ip(), Now::read());
+                shared.failed_joins.lock().charge(source.ip(), Now::read().mono);
             }
             tracing::info!(%source, %token, reason = %refusal, "join refused");
             refused(refusal)
@@ -107,8 +107,8 @@ impl Discovery for DiscoveryService {
         request: Request<pb::JoinRequest>,
     ) -> Result<Response<pb::JoinResponse>, Status> {
         let source = Caller::of(&request)?.address;
-        let wait = self.shared.limiter.lock().wait(source.ip(), Now::read());
-        if let Some(wait) = wait {
+        let wait = self.shared.failed_joins.lock().wait(source.ip(), Now::read().mono);
+        if !wait.is_zero() {
             return Err(Status::resource_exhausted(format!(
                 "too many failed joins from {}: wait {} s",
                 source.ip(),

@@ -9,12 +9,15 @@ mod watch;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::watch as signal;
 use tonic::{Code, Status};
 use towline_proto::convert::Invalid;
 use towline_proto::pb;
+use towline_proto::rate::Rate;
+use towline_proto::source_limiter::SourceLimiter;
 use towline_proto::token::ControllerAddress;
 use x25519_dalek::{PublicKey, StaticSecret};
 
@@ -22,7 +25,6 @@ use crate::authority::{Authority, InvalidCsr};
 use crate::entropy::NoEntropy;
 use crate::map::Map;
 use crate::registry::Refusal;
-use crate::registry::limiter::Limiter;
 use crate::registry::sessions::Sessions;
 use crate::writer::{Unavailable, Writer};
 
@@ -30,6 +32,9 @@ pub use admin::AdminService;
 pub use auth::{Caller, Gate, ROLES, Role};
 pub use discovery::DiscoveryService;
 pub use signals::Signals;
+
+/// Failed joins of one source: so many in a row, and one more in each period.
+pub(crate) const FAILED_JOINS: Rate = Rate::one_per(Duration::from_secs(6), 10);
 
 /// What the services share.
 pub struct Shared {
@@ -41,8 +46,9 @@ pub struct Shared {
     pub map: Arc<Map>,
     /// Who is connected.
     pub sessions: Arc<Mutex<Sessions>>,
-    /// Failed joins.
-    pub limiter: Mutex<Limiter>,
+    /// Failed joins of each source. Only failures count, so that machines that join properly from
+    /// behind one NAT do not slow each other down.
+    pub failed_joins: Mutex<SourceLimiter>,
     /// The key that joins prove their WireGuard key to; made at the process's start.
     pub proof_key: StaticSecret,
     /// Its public half.

@@ -4,21 +4,21 @@
 //! lost. The nodes repeat what matters, and number what they say, so that a copy changes nothing.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use towline_proto::id::NodeId;
+use towline_proto::rate::Rate;
 use towline_proto::{limits, pb};
 
 use crate::registry::sessions::SessionId;
 
 /// Signals that wait for one watch.
 const WAITING: usize = 64;
-/// Signals that one node may send at once, and in which time it earns another: enough to call
-/// every node of a large mesh within a minute of its start.
-const BURST: u32 = 256;
-const EARN: Duration = Duration::from_millis(20);
+/// Signals that one node may send at once.
+const BURST: u64 = 256;
+/// Signals of one node: enough to call every node of a large mesh within a minute of its start.
+pub(super) const ALLOWANCE: Rate = Rate::per_second(50, BURST);
 
 /// Where each live watch takes its signals.
 #[derive(Debug, Default)]
@@ -52,37 +52,11 @@ impl Signals {
     }
 }
 
-/// How much one node has said.
-#[derive(Debug)]
-pub(super) struct Allowance {
-    left: u32,
-    since: Instant,
-}
-
-impl Allowance {
-    pub(super) fn new(now: Instant) -> Self {
-        Self { left: BURST, since: now }
-    }
-
-    /// Whether it may say something more.
-    pub(super) fn take(&mut self, now: Instant) -> bool {
-        let passed = now.saturating_duration_since(self.since);
-        let earned = u32::try_from(passed.as_millis() / EARN.as_millis()).unwrap_or(BURST);
-        if earned > 0 {
-            self.left = self.left.saturating_add(earned).min(BURST);
-            self.since = now;
-        }
-        self.left = match self.left.checked_sub(1) {
-            Some(left) => left,
-            None => return false,
-        };
-        true
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+    use towline_proto::rate::TokenBucket;
 
     const A: NodeId = NodeId([1; 16]);
     const B: NodeId = NodeId([2; 16]);
@@ -111,9 +85,9 @@ mod tests {
         let _inbox = signals.open(B, [1; 16]);
         assert_eq!((0..1000).filter(|_| signals.carry(A, to(B, 10))).count(), WAITING);
         let now = crate::clock::Now::read().mono;
-        let mut allowance = Allowance::new(now);
-        assert_eq!((0..1000).filter(|_| allowance.take(now)).count(), BURST as usize);
-        let later = now + EARN * 10;
-        assert_eq!((0..1000).filter(|_| allowance.take(later)).count(), 10);
+        let mut allowance = TokenBucket::default();
+        let mut admitted = |at| (0..1000).filter(|_| allowance.take(&ALLOWANCE, at, 1)).count();
+        assert_eq!(admitted(now), BURST as usize);
+        assert_eq!(admitted(now + Duration::from_millis(200)), 10);
     }
 }

@@ -12,6 +12,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tonic::{Status, Streaming};
 use towline_proto::convert;
 use towline_proto::id::NodeId;
+use towline_proto::rate::TokenBucket;
 use towline_proto::{limits, pb, signed};
 
 use crate::clock::Now;
@@ -19,7 +20,7 @@ use crate::registry::Registry;
 use crate::registry::sessions::SessionId;
 
 use super::auth::CallingNode;
-use super::signals::Allowance;
+use super::signals::ALLOWANCE;
 use super::{Shared, invalid, refused, unavailable};
 
 /// Signatures that are verified before other tasks have their turn.
@@ -34,7 +35,8 @@ pub(super) struct Watcher {
     cursor: u64,
     synced: bool,
     responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
-    allowance: Allowance,
+    /// Signals of this node.
+    allowance: TokenBucket,
 }
 
 /// What is to be sent next.
@@ -59,7 +61,7 @@ impl Watcher {
         let (epoch, revision) = from;
         let known = epoch == shared.map.epoch() && revision <= shared.map.revision();
         let cursor = if known { revision } else { 0 };
-        let allowance = Allowance::new(Now::read().mono);
+        let allowance = TokenBucket::default();
         Self { shared, node, session, cursor, synced: false, responses, allowance }
     }
 
@@ -193,7 +195,7 @@ impl Watcher {
     }
 
     fn carry(&mut self, signal: pb::Signal) {
-        let may = self.allowance.take(Now::read().mono);
+        let may = self.allowance.take(&ALLOWANCE, Now::read().mono, 1);
         let carried = may && self.shared.signals.carry(self.node.id, signal);
         if !carried {
             tracing::debug!(node = %self.node.name, limited = !may, "signal lost");

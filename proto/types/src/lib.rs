@@ -11,15 +11,19 @@
 //! | [`token`] | the join token and its text form |
 //! | [`frame`] | what shares the UDP port: kinds of datagrams, probes, relayed datagrams |
 //! | [`stun`] | STUN binding requests and responses (RFC 8489) |
-//! | [`source_limiter`] | a rate limit for each source address |
+//! | [`rate`] | the token bucket |
+//! | [`source_limiter`] | a token bucket for each source address |
+//! | [`backoff`] | how long to wait before something is tried again |
 //! | [`limits`] | every bound on what comes from outside |
 
 #![forbid(unsafe_code)]
 
+pub mod backoff;
 pub mod frame;
 pub mod id;
 pub mod limits;
 pub mod node;
+pub mod rate;
 pub mod source_limiter;
 pub mod stun;
 pub mod token;

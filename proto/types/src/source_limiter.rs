@@ -5,8 +5,10 @@
 //! who does not cannot use up what others need.
 
 use std::hash::{BuildHasher, RandomState};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::time::{Duration, Instant};
+
+use crate::rate::{Rate, TokenBucket};
 
 const WAYS: usize = 4;
 const SETS: usize = 1024;
@@ -16,65 +18,79 @@ const SETS: usize = 1024;
 pub struct SourceLimiter {
     /// Keyed at random: nobody can choose addresses that collide.
     hash: RandomState,
-    buckets: Box<[Bucket]>,
-    started: Instant,
-    per_second: u64,
-    burst: u64,
+    places: Box<[Place]>,
+    rate: Rate,
 }
 
-/// In an empty bucket `at` is 0 and so is the tag: the first to come finds it full.
+/// Room for the bucket of one source. One that was never used is full, as is that of a new source.
 #[derive(Debug, Clone, Copy, Default)]
-struct Bucket {
+struct Place {
     tag: u32,
-    /// When it was used last, in milliseconds after the start.
-    at: u32,
-    /// What is spent, in thousandths of a token: it drains with time.
-    spent: u64,
+    bucket: TokenBucket,
 }
 
 impl SourceLimiter {
-    /// Each source may ask `per_second` times a second, after a burst of `burst`.
-    pub fn new(per_second: u32, burst: u32, now: Instant) -> Self {
-        Self {
-            hash: RandomState::new(),
-            buckets: vec![Bucket::default(); SETS * WAYS].into_boxed_slice(),
-            started: now,
-            per_second: u64::from(per_second),
-            burst: u64::from(burst) * 1000,
+    /// Makes one in which each source has a bucket of that rate.
+    pub fn new(rate: Rate) -> Self {
+        let places = vec![Place::default(); SETS * WAYS].into_boxed_slice();
+        Self { hash: RandomState::new(), places, rate }
+    }
+
+    /// Says whether `source` may ask once more; if so, it is charged.
+    pub fn admit(&mut self, source: IpAddr, now: Instant) -> bool {
+        let rate = self.rate;
+        self.bucket(source).is_some_and(|bucket| bucket.take(&rate, now, 1))
+    }
+
+    /// Charges `source` for something that has happened, whether or not it had a token left.
+    pub fn charge(&mut self, source: IpAddr, now: Instant) {
+        let rate = self.rate;
+        if let Some(bucket) = self.bucket(source) {
+            bucket.charge(&rate, now, 1);
         }
     }
 
-    /// Whether `source` may ask once more; if so, it is charged.
-    pub fn admit(&mut self, source: IpAddr, now: Instant) -> bool {
-        let hash = match source {
-            IpAddr::V4(v4) => self.hash.hash_one(u32::from(v4)),
-            IpAddr::V6(v6) => self.hash.hash_one(u128::from(v6) >> 64),
-        };
-        // One second ahead, so that 0 means never.
-        let age = now.saturating_duration_since(self.started) + Duration::from_secs(1);
-        let at = age.as_millis() as u32;
-        let set = (hash as usize % SETS) * WAYS;
-        let tag = (hash >> 32) as u32;
-        let Some(ways) = self.buckets.get_mut(set..set + WAYS) else { return false };
-        let found = match ways.iter().position(|bucket| bucket.tag == tag && bucket.at != 0) {
-            Some(found) => found,
-            None => {
-                // Whoever was silent longest loses the place.
-                let oldest = ways.iter().enumerate().min_by_key(|(_, bucket)| bucket.at);
-                let oldest = oldest.map_or(0, |(way, _)| way);
-                ways[oldest] = Bucket { tag, at, spent: 0 };
-                oldest
-            }
-        };
-        let bucket = &mut ways[found];
-        let drained = u64::from(at.wrapping_sub(bucket.at)) * self.per_second;
-        bucket.at = at;
-        bucket.spent = bucket.spent.saturating_sub(drained);
-        let admitted = bucket.spent + 1000 <= self.burst;
-        if admitted {
-            bucket.spent += 1000;
-        }
-        admitted
+    /// Returns how long `source` has to wait for its next token; zero: not at all.
+    pub fn wait(&self, source: IpAddr, now: Instant) -> Duration {
+        let (first, tag) = self.place(source);
+        let found = self.places.iter().skip(first).take(WAYS).find(|place| place.is_of(tag));
+        found.map_or(Duration::ZERO, |place| place.bucket.wait(&self.rate, now, 1))
+    }
+
+    /// Returns the bucket of a source. If it has none, it gets the place of the source that has the
+    /// least to earn, whose bucket is the nearest to a new one.
+    fn bucket(&mut self, source: IpAddr) -> Option<&mut TokenBucket> {
+        let (first, tag) = self.place(source);
+        let ways = self.places.get_mut(first..first + WAYS)?;
+        let found = ways.iter().position(|place| place.is_of(tag));
+        let found = found.or_else(|| {
+            let fullest = ways.iter().enumerate().min_by_key(|(_, place)| place.bucket.full_at());
+            let (way, _) = fullest?;
+            *ways.get_mut(way)? = Place { tag, bucket: TokenBucket::default() };
+            Some(way)
+        });
+        ways.get_mut(found?).map(|place| &mut place.bucket)
+    }
+
+    /// Returns the first of the places where the source may be, and its tag.
+    fn place(&self, address: IpAddr) -> (usize, u32) {
+        let hash = self.hash.hash_one(source(address));
+        ((hash as usize % SETS) * WAYS, (hash >> 32) as u32)
+    }
+}
+
+impl Place {
+    fn is_of(&self, tag: u32) -> bool {
+        self.tag == tag && self.bucket.full_at().is_some()
+    }
+}
+
+/// Returns what counts as one source: an IPv4 address, or an IPv6 /64, since who has one address
+/// there has them all.
+pub fn source(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => v4.into(),
+        IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) & !0u128 << 64).into(),
     }
 }
 
@@ -85,7 +101,7 @@ mod tests {
     #[test]
     fn a_source_gets_its_burst_then_its_rate_and_harms_no_other() {
         let start = Instant::now();
-        let mut limiter = SourceLimiter::new(10, 20, start);
+        let mut limiter = SourceLimiter::new(Rate::per_second(10, 20));
         let loud: IpAddr = "192.0.2.1".parse().unwrap();
         let quiet: IpAddr = "192.0.2.2".parse().unwrap();
         assert_eq!((0..100).filter(|_| limiter.admit(loud, start)).count(), 20);
@@ -99,11 +115,44 @@ mod tests {
     #[test]
     fn a_whole_ipv6_network_is_one_source() {
         let start = Instant::now();
-        let mut limiter = SourceLimiter::new(1, 5, start);
+        let mut limiter = SourceLimiter::new(Rate::per_second(1, 5));
         let admitted = (0..50u128).filter(|host| {
             let source = std::net::Ipv6Addr::from(0x2001_0db8_u128 << 96 | host);
             limiter.admit(source.into(), start)
         });
         assert_eq!(admitted.count(), 5);
+    }
+
+    #[test]
+    fn what_is_charged_has_to_be_waited_for_by_that_source_alone() {
+        let (now, period) = (Instant::now(), Duration::from_secs(6));
+        let mut limiter = SourceLimiter::new(Rate::one_per(period, 3));
+        let failing: IpAddr = "2001:db8::1".parse().unwrap();
+        for _ in 0..3 {
+            assert_eq!(limiter.wait(failing, now), Duration::ZERO);
+            limiter.charge(failing, now);
+        }
+        assert_eq!(limiter.wait("2001:db8::2".parse().unwrap(), now), period);
+        assert_eq!(limiter.wait("192.0.2.1".parse().unwrap(), now), Duration::ZERO);
+        // IPv4 in an IPv6 socket is the same source.
+        for _ in 0..3 {
+            limiter.charge("::ffff:192.0.2.1".parse().unwrap(), now);
+        }
+        assert_eq!(limiter.wait("192.0.2.1".parse().unwrap(), now), period);
+    }
+
+    #[test]
+    fn a_crowd_of_new_sources_does_not_free_one_that_is_in_arrears() {
+        let now = Instant::now();
+        let mut limiter = SourceLimiter::new(Rate::one_per(Duration::from_secs(6), 10));
+        let failing: IpAddr = "192.0.2.1".parse().unwrap();
+        for _ in 0..10 {
+            limiter.charge(failing, now);
+        }
+        for host in 0..100_000 {
+            limiter.charge(std::net::Ipv4Addr::from(host).into(), now);
+        }
+        assert!(limiter.wait(failing, now) > Duration::ZERO);
+        assert_eq!(limiter.places.len(), SETS * WAYS);
     }
 }

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use towline_types::limits;
+use towline_types::rate::Rate;
 
 use super::{Context, Peer};
 use crate::output::Output;
@@ -18,11 +19,11 @@ const CHECK_MIN: Duration = Duration::from_millis(100);
 /// How long candidates of a signal are worth a try.
 const SIGNALLED_FOR: Duration = Duration::from_secs(120);
 /// Pongs per second and in a burst: a peer whose pings are replayed costs no more.
-const PONGS_PER_SECOND: u32 = 60;
-/// Signals of one peer that are heeded per second.
-const SIGNALS_PER_SECOND: u32 = 4;
-/// Channels to one peer that are heeded per second: relays say each a few times.
-const CHANNELS_PER_SECOND: u32 = 32;
+const PONGS: Rate = Rate::per_second(60, 60);
+/// Signals of one peer that are accepted, per second and in a burst.
+const SIGNALS: Rate = Rate::per_second(4, 4);
+/// Channels to one peer that are accepted, per second and in a burst: relays repeat each a few times.
+const CHANNELS: Rate = Rate::per_second(32, 32);
 
 impl Peer {
     /// An authentic ping came.
@@ -32,7 +33,7 @@ impl Peer {
         }
         // Whoever replays pings from elsewhere does not use up what the path in use needs.
         let elsewhere = self.path().is_none_or(|path| !path.is(&from));
-        if !self.pongs[usize::from(elsewhere)].take(cx.now, PONGS_PER_SECOND) {
+        if !self.pongs[usize::from(elsewhere)].take(&PONGS, cx.now, 1) {
             cx.counters.pings_refused += 1;
             return;
         }
@@ -105,7 +106,7 @@ impl Peer {
     pub(crate) fn on_signal(&mut self, cx: &mut Context<'_>, signal: &Signal) {
         let Signal::CallMe { boot_epoch, number, candidates } = signal;
         let fresh = (*boot_epoch, *number) > self.heard_signal;
-        if !fresh || !self.calls.take(cx.now, SIGNALS_PER_SECOND) {
+        if !fresh || !self.calls.take(&SIGNALS, cx.now, 1) {
             cx.counters.signals_refused += 1;
             return;
         }
@@ -137,7 +138,7 @@ impl Peer {
 
     /// A relay opened a channel to it, at our request or at its own.
     pub(crate) fn on_channel(&mut self, cx: &mut Context<'_>, from: Path, channel: ChannelId) {
-        if !self.channels.take(cx.now, CHANNELS_PER_SECOND) {
+        if !self.channels.take(&CHANNELS, cx.now, 1) {
             cx.counters.relay_answers_refused += 1;
             return;
         }

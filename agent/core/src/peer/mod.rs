@@ -37,10 +37,12 @@ use std::time::{Duration, Instant};
 
 use rand::Rng as _;
 use rand::rngs::StdRng;
+use towline_types::backoff::Jitter;
 use towline_types::id::{NodeId, WireguardKey};
 use towline_types::node::Node;
+use towline_types::rate::TokenBucket;
 
-use crate::budget::{Bucket, Unanswered};
+use crate::budget::Unanswered;
 use crate::counters::Counters;
 use crate::homes::Homes;
 use crate::local::{Local, reachable};
@@ -128,9 +130,9 @@ pub(crate) struct Peer {
     signalled: BTreeMap<SocketAddr, Instant>,
     heard_signal: (u64, u64),
     /// Answers on the path in use, and elsewhere.
-    pongs: [Bucket; 2],
-    calls: Bucket,
-    channels: Bucket,
+    pongs: [TokenBucket; 2],
+    calls: TokenBucket,
+    channels: TokenBucket,
 }
 
 impl Peer {
@@ -155,9 +157,9 @@ impl Peer {
             pmtu: Pmtu::default(),
             signalled: BTreeMap::new(),
             heard_signal: (0, 0),
-            pongs: <[Bucket; 2]>::default(),
-            calls: Bucket::default(),
-            channels: Bucket::default(),
+            pongs: <[TokenBucket; 2]>::default(),
+            calls: TokenBucket::default(),
+            channels: TokenBucket::default(),
         };
         if let Some(delay) = delay {
             cx.timers.set(Timer::Attempt(peer.id()), cx.now + delay);
@@ -747,5 +749,5 @@ fn counted(candidates: usize) -> String {
 
 /// Between four fifths and six fifths of it.
 pub(crate) fn jittered(rng: &mut StdRng, pause: Duration) -> Duration {
-    pause.mul_f64(rng.random_range(0.8..1.2))
+    Jitter::Fifth.apply(pause, rng.random())
 }

@@ -20,8 +20,9 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use rand::rngs::StdRng;
+use towline_types::backoff::{Backoff, Jitter};
 
-/// Pauses between the first rounds; afterwards they double from [`SLOW`] on.
+/// Pauses between the first rounds; [`BACKOFF`] follows.
 const PAUSES: [Duration; 6] = [
     Duration::from_millis(100),
     Duration::from_millis(150),
@@ -31,8 +32,8 @@ const PAUSES: [Duration; 6] = [
     Duration::from_millis(2_000),
 ];
 const SLOW: Duration = Duration::from_secs(5);
-/// The longest pause between rounds.
-const RETRY_MAX: Duration = Duration::from_secs(30);
+/// Pauses between all later rounds.
+const BACKOFF: Backoff = Backoff::new(SLOW, Duration::from_secs(30), Jitter::Tenth);
 /// How long the node that does not begin holds its initiations back.
 const YIELD: Duration = Duration::from_millis(250);
 /// The least time between initiations to everywhere; it doubles with each.
@@ -93,16 +94,16 @@ impl Race {
     pub(super) fn next(&mut self, now: Instant, begins: bool, rng: &mut StdRng) -> Round {
         let number = self.round;
         self.round = self.round.saturating_add(1);
-        let pause = PAUSES.get(number as usize).copied().unwrap_or_else(|| {
-            let doublings = (number as usize - PAUSES.len()).min(8) as u32;
-            (SLOW * 2u32.pow(doublings)).min(RETRY_MAX)
-        });
+        let pause = match PAUSES.get(number as usize) {
+            Some(pause) => Jitter::Tenth.apply(*pause, rng.random()),
+            None => BACKOFF.pause(number - PAUSES.len() as u32, rng.random()),
+        };
         let call = self.may_begin(now, begins) && self.may_call(now);
         Round {
             number,
             call,
             help: number.is_multiple_of(2) || number as usize > PAUSES.len(),
-            pause: pause.mul_f64(rng.random_range(0.9..1.1)),
+            pause,
         }
     }
 
