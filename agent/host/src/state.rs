@@ -306,6 +306,12 @@ impl State {
             note(rtnetlink.delete_rule(rule), Piece::Route, changes)?;
         }
         change_routes(&self, &want, rtnetlink, changes)?;
+        let old = |route: &&Route| self.routes.get(&name(route)) == Some(route);
+        let mut guards = want.routes.values().filter(|route| !old(route));
+        let rules = want.rules.iter().filter(|rule| !self.rules.contains(rule));
+        if guards.any(is_guard_of_ipv6) || rules.into_iter().any(|rule| rule.family == Family::V6) {
+            forget_cached_routes(names.priority, rtnetlink)?;
+        }
         for address in self.addresses.difference(&want.addresses) {
             note(rtnetlink.delete_address(index, *address), Piece::Route, changes)?;
         }
@@ -342,7 +348,13 @@ impl State {
             self.routes.remove(&name(&route));
             list.push(RouteChange::Delete(route));
         }
-        send_routes(&list, rtnetlink, changes)
+        let mut set = list.iter().filter_map(|change| match change {
+            RouteChange::Set(route) => Some(route),
+            RouteChange::Delete(_) => None,
+        });
+        let guards = set.any(is_guard_of_ipv6);
+        send_routes(&list, rtnetlink, changes)?;
+        if guards { forget_cached_routes(plan.rules.priority, rtnetlink) } else { Ok(()) }
     }
 
     /// Deletes all of it; says how many things there were.
@@ -447,6 +459,34 @@ fn routes(
     let answer = answers.then(|| answer(answers_table(plan.table))).flatten();
     let routed = reach.families.is_routed(Family::of(destination.addr()));
     [route(plan.table), answer].into_iter().flatten().filter(move |_| routed)
+}
+
+/// Has every IPv6 socket look its route up again.
+///
+/// A connected socket remembers its route, and asks only whether that one changed: a route of ours in a
+/// table that comes before it is not seen, as it is in IPv4. So a socket that sent while our table was empty
+/// would go on past the tunnel, with the firewall as its only guard. A new rule makes the kernel forget all
+/// of it; this one matches next to nothing, does nothing, and goes at once.
+fn forget_cached_routes(priority: u32, rtnetlink: &mut Rtnetlink) -> Result<(), ApplyError> {
+    let last = priority + rules::PRIORITIES - 1;
+    let rule = Rule {
+        made_by: OURS,
+        protocol: Some(libc::IPPROTO_TCP as u8),
+        source_ports: Some(1..=1),
+        ..Rule::new(Family::V6, last, RuleAction::Nop)
+    };
+    for result in [rtnetlink.add_rule(&rule), rtnetlink.delete_rule(&rule)] {
+        match result {
+            // Who refuses this refused the guards, and that was noted.
+            Ok(()) | Err(NetlinkError::Refused { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn is_guard_of_ipv6(route: &Route) -> bool {
+    route.kind == RouteKind::Unreachable && Family::of(route.destination.addr()) == Family::V6
 }
 
 fn name(route: &Route) -> RouteName {

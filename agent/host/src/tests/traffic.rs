@@ -443,3 +443,42 @@ namespace_test! {
         drop(listener);
     }
 }
+
+namespace_test! {
+    fn a_socket_that_sent_while_our_routes_were_gone_takes_the_guard_again() {
+        let _peer = lan();
+        let mut rtnetlink = Rtnetlink::open().unwrap();
+        for (guarded, (_, peer)) in ["10.9.0.0/16", "fd00:9::/64"].into_iter().zip(PAIRS) {
+            let gateway = peer.parse().unwrap();
+            rtnetlink.add_route(&Route::new(net(guarded)).via(gateway)).unwrap();
+        }
+        let Ok(_tunnel) = open_tun_with("towline0", Offloads::NONE) else { return };
+        // The routes are the only guard.
+        let mut host = HostNetwork::open().unwrap();
+        host.lack_nftables();
+        host.apply(&plan()).unwrap();
+        for rules in [false, true] {
+            for family in Family::ALL {
+                for route in rtnetlink.routes(family, Some(21_580)).unwrap() {
+                    rtnetlink.delete_route(&route).unwrap();
+                }
+                let ours = |rule: &towline_netlink::Rule| rules && rule.made_by == crate::OURS;
+                for rule in rtnetlink.rules(family).unwrap().into_iter().filter(ours) {
+                    rtnetlink.delete_rule(&rule).unwrap();
+                }
+            }
+            let sockets = [("0.0.0.0:0", "10.9.3.1:9"), ("[::]:0", "[fd00:9::77]:9")].map(|(any, to)| {
+                let socket = UdpSocket::bind(any).unwrap();
+                socket.connect(to).unwrap();
+                socket.send(b"clear").unwrap();
+                socket
+            });
+            host.invalidate();
+            host.apply(&plan()).unwrap();
+            for socket in &sockets {
+                let to = socket.peer_addr().unwrap();
+                assert!(socket.send(b"guarded").is_err(), "to {to}, rules flushed: {rules}");
+            }
+        }
+    }
+}
