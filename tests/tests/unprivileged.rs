@@ -24,7 +24,7 @@ const AS_ROOT: &str = r#"mount --bind "$0" /etc/passwd && exec "$@""#;
 /// As the user, with what `towline.service` leaves it. Anybody may open the TUN device, as udev's
 /// rules have it.
 const AS_USER: &str = r#"mount --bind "$0" /etc/passwd && mount --bind /proc/sys /proc/sys &&
-    tun="$0.tun" && { test -e "$tun" || mknod -m 666 "$tun" c 10 200; } &&
+    tun="$0.$$" && mknod -m 666 "$tun" c 10 200 &&
     mount --bind "$tun" /dev/net/tun &&
     mount -o remount,bind,ro /proc/sys && ulimit -c 0 && exec setpriv --reuid 64123 --regid 64124 \
     --clear-groups --inh-caps=-all,+net_admin --ambient-caps=-all,+net_admin \
