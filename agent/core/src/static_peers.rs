@@ -52,7 +52,7 @@ pub struct StaticPeerStatus {
     pub name: String,
     /// Its key.
     pub public_key: WireguardKey,
-    /// How it stands.
+    /// Current state, for status output.
     pub state: PeerState,
     /// Since when.
     pub since: Instant,

@@ -9,7 +9,7 @@ use towline_types::node::Node;
 
 use crate::path::Path;
 
-/// How it stands with a peer.
+/// State of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PeerState {
     /// Nothing was tried, since nothing was wanted.
@@ -18,7 +18,7 @@ pub enum PeerState {
     Connecting,
     /// A path carries traffic.
     Up,
-    /// Tried without success; tried again with backoff, for ever.
+    /// Tried without success. Tried again with backoff, without end.
     Down,
 }
 
@@ -30,7 +30,7 @@ pub type WakeReason = &'static str;
 pub struct PeerStatus {
     /// The node.
     pub node: Arc<Node>,
-    /// How it stands.
+    /// Current state, for status output.
     pub state: PeerState,
     /// Since when.
     pub since: Instant,

@@ -216,7 +216,7 @@ impl End {
     }
 }
 
-/// Sends so many super-packets from one end to the other.
+/// Sends the given number of super-packets from one end to the other.
 fn carry(load: u64) {
     let inbox = || {
         let (trains, readable) = (Mutex::new(VecDeque::new()), event());

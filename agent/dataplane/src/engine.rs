@@ -549,7 +549,7 @@ fn route<'a>(
     table.peer(slot)
 }
 
-/// What holds for an address; most packets have that of the one before.
+/// Verdict on an address, kept because most packets have the same address as their predecessor.
 fn cached<T: Copy>(last: &mut Option<(IpAddr, T)>, address: IpAddr, look_up: impl Fn() -> T) -> T {
     match last {
         Some((known, value)) if *known == address => *value,

@@ -163,7 +163,7 @@ pub struct Snapshot {
     pub features: Vec<Feature>,
 }
 
-/// How it stands with a peer.
+/// State of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeerSnapshot {
     /// Bytes of UDP payload received from it, authentic ones only.

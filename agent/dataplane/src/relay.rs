@@ -166,7 +166,7 @@ impl Relay {
         }
     }
 
-    /// How it stands.
+    /// Current state, for status output.
     pub fn snapshot(&self) -> RelaySnapshot {
         self.state().map_or_else(
             |_| RelaySnapshot::default(),

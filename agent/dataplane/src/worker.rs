@@ -252,7 +252,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                     let live = self.engine.tick(now, &mut self.out, &mut self.udp);
                     self.pace.live.store(live, Ordering::Relaxed);
                 }
-                // Whoever else lets time pass does not send what waits here.
+                // Another worker that advances the timers does not send what waits here.
                 self.engine.events().retry();
                 let live = self.pace.live.load(Ordering::Relaxed);
                 let live = live || self.engine.events().is_waiting();

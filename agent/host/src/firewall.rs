@@ -75,7 +75,7 @@ impl Scope {
 pub(super) struct Target<'a> {
     /// `None`: this kernel has no nftables.
     pub(super) nft: Option<&'a mut Nft>,
-    /// This kernel lets us own the table, as far as is known.
+    /// False once this kernel refused to let us own the table.
     pub(super) ownable: &'a mut bool,
     /// What the host has of IPv4 and IPv6.
     pub(super) families: Families,
@@ -119,7 +119,7 @@ const GUARDED: &str = "guarded";
 const ACCEPTED: &str = "accepted";
 /// Holds the connections that are answered outside the tunnel.
 const ANSWERED: &str = "answered";
-/// So many of them at most. Each entry takes about 100 bytes, in a table of a megabyte.
+/// Upper bound of remembered connections. Each entry takes about 100 bytes, in a table of a megabyte.
 const CONNECTIONS: u32 = 131_072;
 const CLAMP: &str = "clamp";
 const PLAIN_PORTS: &str = "plain_ports";
@@ -579,7 +579,7 @@ mod tests {
                     assert!(is_ours(&found) && !found.sets["guarded4"].elements.is_empty());
                 }
             }
-            // A kernel that takes more than the one before gets it.
+            // A kernel that accepts more than the previous one gets it.
             let have = nft.read(TableFamily::Ip, "towline").unwrap().unwrap().table;
             let whole = table(&plan(), Extent::Full);
             nft.commit(whole.changes(Some(&have))).unwrap();

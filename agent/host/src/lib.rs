@@ -123,7 +123,7 @@ impl HostNetwork {
         self.nft = None;
     }
 
-    /// Whether the kernel lets it own its nftables table, as far as is known.
+    /// Returns false once the kernel refused to let it own its nftables table.
     #[doc(hidden)]
     pub fn is_owner(&self) -> bool {
         self.ownable

@@ -90,7 +90,7 @@ fn of_family(plan: &Plan, family: Family) -> Vec<Rule> {
     rules
 }
 
-/// Where rules are made for.
+/// Plan and address family that rules are made for.
 struct Place<'a> {
     plan: &'a Plan,
     family: Family,

@@ -1,4 +1,4 @@
-//! Programs of traffic control: which links have some, as far as netlink tells.
+//! Programs of traffic control: which links have some, by netlink.
 
 use super::codec::{Message, attributes, u32_at};
 use super::link::Link;
