@@ -375,7 +375,7 @@ impl Node {
     /// Ends its agent and takes away the map that it cached: the next start knows no other node.
     pub fn stop_and_forget_map(&mut self) -> anyhow::Result<()> {
         if let Some(agent) = self.take_agent() {
-            agent.stop(START_LIMIT)?;
+            agent.stop()?;
         }
         let map = self.state().join("map.bin");
         match fs::remove_file(&map) {

@@ -15,6 +15,10 @@ use nix::unistd::{Pid, SysconfVar, sysconf};
 use super::interrupt::wait_for;
 use super::namespace::Namespace;
 
+/// How long [`Daemon::stop`] waits. An agent that does not end by itself within 8 s ends with exit
+/// code 1, which callers see: this limit is longer, so that a slow machine is not taken for a fault.
+const STOP_LIMIT: Duration = Duration::from_secs(12);
+
 /// What is run: a program, its arguments, its environment beside the inherited one.
 #[derive(Debug, Clone)]
 pub struct Program {
@@ -184,11 +188,26 @@ impl Daemon {
         wait_for(&what, limit, || Ok(self.child.try_wait()?))
     }
 
-    /// SIGTERM, and its end awaited for at most `limit`; then it is killed and that is an error.
-    pub fn stop(mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
+    /// Sends SIGTERM and waits for the end. A process that does not end is killed, and the error
+    /// says what its threads waited for.
+    pub fn stop(mut self) -> anyhow::Result<ExitStatus> {
         kill(self.pid(), Signal::SIGTERM)?;
         let what = format!("end of {} on SIGTERM", self.name);
-        wait_for(&what, limit, || Ok(self.child.try_wait()?))
+        wait_for(&what, STOP_LIMIT, || Ok(self.child.try_wait()?))
+            .with_context(|| format!("its threads: {}\n    {}", self.threads(), self.last_words()))
+    }
+
+    /// What each thread of it waits for, to show why it does not end.
+    fn threads(&self) -> String {
+        let path = format!("/proc/{}/task", self.child.id());
+        let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+        let threads = std::fs::read_dir(path).into_iter().flatten().flatten().map(|thread| {
+            let about = |name: &str| read(thread.path().join(name)).trim().to_owned();
+            // Where the kernel says it: the calls in progress, the innermost first.
+            let stack = about("stack").replace('\n', " ");
+            format!("{} ({}) {stack}", about("comm"), about("wchan"))
+        });
+        threads.collect::<Vec<_>>().join("; ")
     }
 
     /// The last lines of its log.

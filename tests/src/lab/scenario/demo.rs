@@ -65,8 +65,6 @@ const FIRST_PACKET_LIMIT: Duration = Duration::from_secs(2);
 const FIRST_PACKET_PATIENCE: Duration = Duration::from_secs(15);
 /// How long the first packet of two workers, who may have no path, is waited for.
 const WORKERS_PATIENCE: Duration = Duration::from_secs(3);
-/// Daemons end on SIGTERM within this.
-const STOP_LIMIT: Duration = Duration::from_secs(2);
 const ECHOES: u32 = 20;
 
 /// Runs the demo.
@@ -294,7 +292,7 @@ impl Stage {
         let controller = self.controller.as_mut().and_then(Controller::take_daemon);
         for daemon in agents.chain(controller) {
             let name = daemon.name().to_owned();
-            match daemon.stop(STOP_LIMIT) {
+            match daemon.stop() {
                 Ok(status) => promises.hold(status.success(), || {
                     format!("{name} ends well on SIGTERM: {}", crate::lab::process::ending(status))
                 }),

@@ -103,7 +103,6 @@ const PAUSE_MS: std::ops::Range<u64> = 150..1_200;
 const FORGING_PACE: Duration = Duration::from_millis(5);
 /// Everything flows again this soon after the last act.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(20);
-const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// TCP port that every node serves on both sides.
 const PLAIN_PORT: u16 = 6_443;
 const WIREGUARD: u16 = 51_830;
@@ -248,7 +247,7 @@ impl Place<'_> {
             }
             Act::Stop => {
                 let agent = self.node.take_agent().context("no agent to stop")?;
-                let status = agent.stop(STOP_LIMIT)?;
+                let status = agent.stop()?;
                 anyhow::ensure!(status.success(), "the agent ended badly on SIGTERM");
                 self.running = false;
             }

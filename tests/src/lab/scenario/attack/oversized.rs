@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use anyhow::Context;
 
-use super::stage::{ARRIVAL, STOP_LIMIT, Stage, WIREGUARD};
+use super::stage::{ARRIVAL, Stage, WIREGUARD};
 use super::{Attacker, Case, Outcome};
 use crate::lab::capture::udp_payload;
 use crate::lab::forge::{self, Forger};
@@ -180,7 +180,7 @@ fn then_sigterm(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     let datagram = datagram(stage, LONGEST_V4)?;
     stage_send(stage, 0, &[&datagram, &datagram, &datagram])?;
     let agent = stage.mesh()?.cp.take_agent().context("no agent runs on cp")?;
-    let ended = agent.stop(STOP_LIMIT);
+    let ended = agent.stop();
     stage.restart_cp()?;
     Ok(match ended {
         Ok(status) if status.success() => Outcome::Works,

@@ -49,8 +49,6 @@ pub(super) const ARRIVAL: Duration = Duration::from_secs(3);
 pub(super) const DETOUR: Duration = Duration::from_millis(250);
 /// Resident and mapped memory of an agent, in bytes, at most: an attempt must not take the machine's.
 const MEMORY: u64 = 2 << 30;
-/// SIGTERM ends an agent within this.
-pub(super) const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// Each packet of an attempt is sent so often: one lost to a queue shows nothing.
 pub(super) const TIMES: usize = 5;
 
@@ -295,7 +293,7 @@ impl<'s> Stage<'s> {
         if condition == Condition::Stopped {
             let agent = self.mesh()?.a.take_agent().context("no agent runs on a")?;
             self.condition = condition;
-            agent.stop(STOP_LIMIT)?;
+            agent.stop()?;
         } else if self.condition == Condition::Running {
             self.mesh()?.a.agent()?.kill()?;
         }
