@@ -1,30 +1,31 @@
-//! How long to wait before something is tried again.
+//! Exponential backoff with jitter: pauses between attempts.
 //!
-//! Values only: the caller counts its failures, reads the clock and draws the random number, so
-//! that a test or a simulation decides all three.
+//! This module only computes durations. The caller counts its failures, reads the clock and draws
+//! the random number, so that a test or a simulation controls all three.
 
 use std::time::Duration;
 
-/// How far a pause is moved at random, so that those who began together do not stay together.
+/// Range in which a pause is randomized, so that machines or timers that started together spread
+/// out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Jitter {
-    /// From 50 to 100 %: many machines lost the same server and come back to it.
+    /// 50 to 100 % of the pause: for many machines that reconnect to the same server.
     Half,
-    /// From 80 to 120 %: timers of many peers that began with the same event.
+    /// 80 to 120 % of the pause: for the timers of many peers that the same event started.
     Fifth,
-    /// From 90 to 110 %: repeated requests of one machine, whose pauses are a schedule.
+    /// 90 to 110 % of the pause: for repeated requests of one machine, which follow a schedule.
     Tenth,
 }
 
 impl Jitter {
-    /// Returns the pause moved by `random`, of which every value is equally likely.
+    /// Returns the randomized pause. `random` must be uniformly distributed.
     pub fn apply(self, pause: Duration, random: u64) -> Duration {
         let (least, most) = match self {
             Self::Half => (0.5, 1.0),
             Self::Fifth => (0.8, 1.2),
             Self::Tenth => (0.9, 1.1),
         };
-        // The upper 52 bits: a number from 0 to below 1 that an f64 holds exactly.
+        // The upper 52 bits give a fraction in [0, 1) that an f64 represents exactly.
         let fraction = (random >> 12) as f64 / (1u64 << 52) as f64;
         let seconds = pause.as_secs_f64() * (least + (most - least) * fraction);
         Duration::try_from_secs_f64(seconds).unwrap_or(pause)
@@ -42,7 +43,7 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Makes one that doubles from `first` to `longest`.
+    /// Creates a backoff whose pauses double from `first` to `longest`.
     pub const fn new(first: Duration, longest: Duration, jitter: Jitter) -> Self {
         Self { first, longest, jitter }
     }

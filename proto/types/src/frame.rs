@@ -1,9 +1,9 @@
-//! What travels on the WireGuard UDP port beside WireGuard itself.
+//! Frames that share the UDP port with WireGuard.
 //!
-//! Three kinds share the port and are told apart by their first bytes, per datagram (per GRO
-//! segment): WireGuard's first four bytes are a little-endian 1 to 4; STUN (RFC 8489 section 5)
-//! has two zero bits first and its magic cookie at offset 4; Towline's own frames start with a
-//! byte from 0x41 to 0x7f.
+//! Three kinds of datagrams share the port. Each datagram (each GRO segment) is demultiplexed by
+//! its first bytes: WireGuard's first four bytes are a little-endian 1 to 4; STUN (RFC 8489
+//! section 5) starts with two zero bits and has its magic cookie at offset 4; Towline's own frames
+//! start with a byte from 0x41 to 0x7f.
 //!
 //! # Probe
 //!
@@ -11,17 +11,17 @@
 //!  0   1  0x50
 //!  1   1  version, 1
 //!  2   2  zero
-//!  4   8  pair: which peer sent it, known only to the two (see below)
+//!  4   8  pair id: identifies the sender, known only to the two peers (see below)
 //! 12  12  nonce, random
 //! 24  40+ sealed body, then the tag of 16 bytes
 //! ```
 //!
-//! Body: `kind` 1, zero 7, `transaction` 8, then what the kind says, then zero padding to at least
-//! [`PROBE_BODY_BYTES`]. No answer is longer than what it answers, so nothing is amplified.
+//! Body: `kind` 1, zero 7, `transaction` 8, then the fields of the kind, then zero padding to at
+//! least [`PROBE_BODY_BYTES`]. No response is longer than its request, so nothing is amplified.
 //!
-//! | kind | says | behind the transaction |
+//! | kind | message | fields after the transaction |
 //! |---|---|---|
-//! | 1 | [ping](Probe::Ping); padded to find out what a path takes | |
+//! | 1 | [ping](Probe::Ping); padded to measure the path MTU | |
 //! | 2 | [pong](Probe::Pong) | address as IPv6 16, port 2 |
 //! | 3, 4 | [register](Probe::Register), [registered](Probe::Registered) | seconds 4 |
 //! | 5, 6 | [open](Probe::Open), [opened](Probe::Opened) | peer's key 32; channel 8 |
@@ -29,8 +29,8 @@
 //! | 8 | [incoming](Probe::Incoming); transaction 0 | channel 8, peer's key 32 |
 //! | 9 | [call me](Probe::CallMe); its number as transaction | boot epoch 8, count 1, candidates of kind 1, address 16, port 2 |
 //!
-//! A [call](Probe::CallMe) also travels through the controller, as the same sealed bytes: who
-//! carries it cannot read it.
+//! A [call-me message](Probe::CallMe) is also sent through the controller, as the same sealed
+//! bytes. The controller cannot read it.
 //!
 //! # Relayed
 //!
@@ -42,12 +42,13 @@
 //! 12      the inner datagram: WireGuard, or a probe
 //! ```
 //!
-//! The relay forwards it unchanged to the other end of the channel: both directions bear the same
-//! number. Over a stream (TLS on TCP 443, one day) the same frame would follow its length.
+//! The relay forwards it unchanged to the other end of the channel; both directions use the same
+//! channel number.
 //!
-//! Key and pair id of each direction come from HKDF-SHA-256 over the X25519 secret of the two
-//! nodes' WireGuard keys; sealing is ChaCha20-Poly1305 (RFC 8439) with the header as additional
-//! data. This module only lays out bytes; the agent seals and opens.
+//! The key and the pair id of each direction are derived with HKDF-SHA-256 from the X25519 shared
+//! secret of the two nodes' WireGuard keys. Probes are sealed with ChaCha20-Poly1305 (RFC 8439),
+//! with the header as additional data. This module only encodes and decodes bytes; the agent seals
+//! and opens.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -56,42 +57,42 @@ use crate::id::WireguardKey;
 use crate::limits;
 use crate::node::{Candidate, CandidateKind};
 
-/// What a datagram is, by its first bytes. A guess that the right parser has to confirm.
+/// Kind of a datagram by its first bytes. The parser of that kind must still confirm it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DatagramKind {
-    /// WireGuard's type 1 to 4.
+    /// WireGuard message of type 1 to 4.
     WireGuard,
-    /// STUN.
+    /// STUN message.
     Stun,
-    /// A [probe](self#probe).
+    /// [Probe](self#probe).
     Probe,
-    /// A datagram inside a [relay's channel](self#relayed).
+    /// Datagram inside of a [relay's channel](self#relayed).
     Relayed,
-    /// None of ours.
+    /// Any other datagram.
     Unknown,
 }
 
-/// STUN's magic cookie, RFC 8489 section 5.
+/// Magic cookie of STUN (RFC 8489 section 5).
 pub const STUN_COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
 
 const PROBE_TYPE: u8 = 0x50;
 const PROBE_VERSION: u8 = 1;
-/// Bytes before the sealed body.
+/// Bytes in the header before the sealed body.
 pub const PROBE_HEADER_BYTES: usize = 24;
-/// Bytes of an unpadded body.
+/// Bytes in the shortest body.
 pub const PROBE_BODY_BYTES: usize = 40;
-/// Bytes of the tag behind the body.
+/// Bytes in the authentication tag after the body.
 pub const PROBE_TAG_BYTES: usize = 16;
-/// Bytes of an unpadded probe.
+/// Bytes in the shortest probe.
 pub const PROBE_BYTES: usize = PROBE_HEADER_BYTES + PROBE_BODY_BYTES + PROBE_TAG_BYTES;
 
 const RELAYED_TYPE: u8 = 0x52;
 const RELAYED_VERSION: u8 = 1;
-/// Bytes that a relay's channel puts before every datagram.
+/// Bytes in the header before a relayed datagram.
 pub const RELAYED_HEADER_BYTES: usize = 12;
 
 impl DatagramKind {
-    /// Looks at the first bytes only.
+    /// Returns the kind of a datagram. It reads the first bytes only.
     pub fn of(datagram: &[u8]) -> Self {
         match datagram {
             [1..=4, 0, 0, 0, ..] => Self::WireGuard,
@@ -103,17 +104,17 @@ impl DatagramKind {
     }
 }
 
-/// The clear part of a probe.
+/// Header of a probe, which is not encrypted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProbeHeader {
-    /// Which peer sent it.
+    /// Pair id, which identifies the sender.
     pub pair: [u8; 8],
-    /// Never used twice with one key.
+    /// Random nonce. It must never be used twice with one key.
     pub nonce: [u8; 12],
 }
 
 impl ProbeHeader {
-    /// The header's bytes: also the additional data of the seal.
+    /// Returns the bytes of the header, which are also the additional data of the AEAD.
     pub fn encode(&self) -> [u8; PROBE_HEADER_BYTES] {
         let mut bytes = [0; PROBE_HEADER_BYTES];
         bytes[0] = PROBE_TYPE;
@@ -123,7 +124,9 @@ impl ProbeHeader {
         bytes
     }
 
-    /// The header and the sealed rest; `None` for anything that is no probe of this version.
+    /// Splits a probe into its header and its sealed body. Returns `None` for anything but a probe
+    /// of
+    /// this version.
     pub fn decode(datagram: &[u8]) -> Option<(Self, &[u8])> {
         let (header, sealed) = datagram.split_first_chunk::<PROBE_HEADER_BYTES>()?;
         if header[..4] != [PROBE_TYPE, PROBE_VERSION, 0, 0]
@@ -139,7 +142,7 @@ impl ProbeHeader {
     }
 }
 
-/// The bytes before a datagram in a relay's channel.
+/// Returns the header of a datagram in a relay's channel.
 pub fn relayed_header(channel: u64) -> [u8; RELAYED_HEADER_BYTES] {
     let mut bytes = [0; RELAYED_HEADER_BYTES];
     bytes[..2].copy_from_slice(&[RELAYED_TYPE, RELAYED_VERSION]);
@@ -147,82 +150,84 @@ pub fn relayed_header(channel: u64) -> [u8; RELAYED_HEADER_BYTES] {
     bytes
 }
 
-/// The channel, and the datagram in it; `None` for anything that is not relayed.
+/// Splits a relayed datagram into its channel and the inner datagram. Returns `None` for anything
+/// else.
 pub fn relayed(datagram: &[u8]) -> Option<(u64, &[u8])> {
     let (header, inner) = datagram.split_first_chunk::<RELAYED_HEADER_BYTES>()?;
     let channel = u64::from_be_bytes(*header[4..].first_chunk()?);
     (header[..4] == [RELAYED_TYPE, RELAYED_VERSION, 0, 0]).then_some((channel, inner))
 }
 
-/// What a probe says, once opened.
+/// Decrypted message of a probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Probe {
-    /// Asks for a [`Probe::Pong`].
+    /// Requests a [`Probe::Pong`].
     Ping {
-        /// Chosen by the sender, not to be guessed.
+        /// Transaction id, random, so that it cannot be guessed.
         transaction: u64,
     },
-    /// Answers a ping, to where it came from.
+    /// Answers a ping. It is sent to the source address of the ping.
     Pong {
-        /// The ping's.
+        /// Transaction id of the ping.
         transaction: u64,
-        /// Where the ping was seen to come from.
+        /// Source address of the ping, as its receiver saw it.
         observed: SocketAddr,
     },
-    /// To a relay: the sender can be reached at the address that this comes from.
+    /// Request to a relay: registers the source address of this probe as the sender's address.
     Register {
-        /// As a ping's.
+        /// Transaction id, random.
         transaction: u64,
     },
-    /// From a relay.
+    /// Response of a relay to [`Probe::Register`].
     Registered {
-        /// The request's.
+        /// Transaction id of the request.
         transaction: u64,
-        /// For how long.
+        /// Time for which the registration is valid.
         lifetime: Duration,
     },
-    /// To a relay: asks for a channel to another node.
+    /// Request to a relay: opens a channel to another node.
     Open {
-        /// As a ping's.
+        /// Transaction id, random.
         transaction: u64,
-        /// The other node.
+        /// Key of the other node.
         peer: WireguardKey,
     },
-    /// From a relay.
+    /// Response of a relay to [`Probe::Open`].
     Opened {
-        /// The request's.
+        /// Transaction id of the request.
         transaction: u64,
-        /// The channel.
+        /// Number of the channel.
         channel: u64,
     },
-    /// From a relay: it will not, for now.
+    /// Response of a relay that refuses a request for now.
     Refused {
-        /// The request's.
+        /// Transaction id of the request.
         transaction: u64,
     },
-    /// From a relay: another node opened a channel to us.
+    /// Message of a relay: another node opened a channel to the receiver.
     Incoming {
-        /// The channel.
+        /// Number of the channel.
         channel: u64,
-        /// The other node.
+        /// Key of the other node.
         peer: WireguardKey,
     },
-    /// "Call me at these addresses now: I am calling you at yours."
+    /// Request to connect to the sender's candidates now. The sender connects to the receiver's
+    /// candidates at the same time (hole punching).
     CallMe {
-        /// Of the sender's boot.
+        /// Boot epoch of the sender.
         boot_epoch: u64,
-        /// Grows with each call of that boot.
+        /// Number of the request. It grows with each request of one boot epoch.
         number: u64,
-        /// At most [`limits::CANDIDATES`].
+        /// Candidates of the sender; at most [`limits::CANDIDATES`].
         candidates: Vec<Candidate>,
     },
 }
 
-/// Bytes of an address and port.
+/// Bytes in an encoded address and port.
 const ADDRESS_BYTES: usize = 18;
 
 impl Probe {
-    /// The body, not padded beyond its least length.
+    /// Returns the body, padded to [`PROBE_BODY_BYTES`] if it is shorter.
     pub fn encode(&self) -> Vec<u8> {
         let (kind, transaction) = match self {
             Self::Ping { transaction } => (1, *transaction),
@@ -264,7 +269,7 @@ impl Probe {
         bytes
     }
 
-    /// Reads an opened body; padding is ignored.
+    /// Parses a decrypted body. Padding is ignored.
     pub fn decode(body: &[u8]) -> Option<Self> {
         let (head, rest) = body.split_first_chunk::<16>()?;
         let transaction = u64::from_be_bytes(*head[8..].first_chunk()?);
@@ -377,7 +382,7 @@ mod tests {
             let candidates = addresses.iter().zip(kinds.iter().cycle());
             let candidates = candidates.filter_map(|(address, kind)| Candidate::new(*kind, *address));
             let candidates: Vec<Candidate> = candidates.map(|candidate| {
-                // Neither scope nor flow label travel.
+                // Scope id and flow label are not encoded.
                 let address = SocketAddr::new(candidate.address().ip(), candidate.address().port());
                 Candidate::new(candidate.kind(), address).unwrap()
             }).collect();

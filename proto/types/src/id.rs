@@ -8,21 +8,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits;
 
-/// A value that is not what its type promises.
+/// Error of parsing a name, an id or a key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidId {
-    /// Not a DNS label.
-    #[error("`{0}` is no DNS label: use 1 to 63 lower-case letters, digits and inner hyphens")]
+    /// The text is not a DNS label.
+    #[error("`{0}` is not a DNS label: use 1 to 63 lower-case letters, digits and inner hyphens")]
     Name(String),
-    /// Not a site's name or a label.
-    #[error("`{0}` is no label: use 1 to 63 letters, digits, `-`, `_`, `.` and `/`")]
+    /// The text is not a [`Label`].
+    #[error("`{0}` is not a label: use 1 to 63 letters, digits, `-`, `_`, `.` and `/`")]
     Label(String),
-    /// Not the right number of bytes, or not in the right alphabet.
+    /// The input has the wrong length or characters outside of its alphabet.
     #[error("not {what}: expected {expected}")]
     Bytes {
-        /// What it should have been.
+        /// Type that was expected, for example `a node id`.
         what: &'static str,
-        /// In which form.
+        /// Form that was expected, for example `16 bytes`.
         expected: &'static str,
     },
 }
@@ -37,7 +37,7 @@ macro_rules! byte_id {
             /// Length in bytes.
             pub const LEN: usize = $len;
 
-            /// The bytes.
+            /// Returns the value as bytes.
             pub fn as_bytes(&self) -> &[u8; $len] {
                 &self.0
             }
@@ -97,38 +97,39 @@ macro_rules! hex_text {
 }
 
 byte_id! {
-    /// A mesh: random, made with its CA.
+    /// Id of a mesh: random, created together with the mesh's CA.
     MeshId, 16, "a mesh id"
 }
 hex_text!(MeshId, "a mesh id", "32 hexadecimal digits");
 
 byte_id! {
-    /// A node: random, made by the controller when the node joins. A machine that is
-    /// reinstalled is another node.
+    /// Id of a node: random, chosen by the controller when the node joins. A machine that
+    /// is reinstalled becomes another node.
     NodeId, 16, "a node id"
 }
 hex_text!(NodeId, "a node id", "32 hexadecimal digits");
 
 byte_id! {
-    /// A join token's public half.
+    /// Id of a join token: its public half.
     TokenId, 8, "a token id"
 }
 hex_text!(TokenId, "a token id", "16 hexadecimal digits");
 
 byte_id! {
-    /// SHA-256 over the CA's certificate in DER.
+    /// Fingerprint of a CA: SHA-256 over its certificate in DER.
     Fingerprint, 32, "a CA fingerprint"
 }
 hex_text!(Fingerprint, "a CA fingerprint", "64 hexadecimal digits");
 
 byte_id! {
-    /// An Ed25519 public key (RFC 8032): a node's identity, or the CA's.
+    /// Ed25519 public key (RFC 8032) of a node or of the CA.
     IdentityKey, 32, "an identity key"
 }
 hex_text!(IdentityKey, "an identity key", "64 hexadecimal digits");
 
 byte_id! {
-    /// An X25519 public key (RFC 7748), written in base64 as WireGuard's tools do.
+    /// X25519 public key (RFC 7748) of a WireGuard tunnel. Its text form is base64, as in the
+    /// WireGuard tools.
     WireguardKey, 32, "a WireGuard public key"
 }
 
@@ -150,13 +151,13 @@ impl FromStr for WireguardKey {
     }
 }
 
-/// A node's name: one DNS label in lower case (RFC 1123 section 2.1), unique in its mesh.
+/// Name of a node: one DNS label in lower case (RFC 1123 section 2.1), unique in its mesh.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct NodeName(String);
 
 impl NodeName {
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -176,13 +177,13 @@ impl FromStr for NodeName {
     }
 }
 
-/// A site's name, or a label's key: it compares byte by byte.
+/// Name of a site, or key of a label. Labels are compared byte by byte.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Label(String);
 
 impl Label {
-    /// The label as text.
+    /// Returns the label as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -232,7 +233,8 @@ macro_rules! text_id {
 text_id!(NodeName);
 text_id!(Label);
 
-/// What came from outside, fit to stand in an error message.
+/// Returns outside input in a form that is safe in an error message: the first 80 characters,
+/// escaped.
 fn printable(text: &str) -> String {
     text.chars().take(80).flat_map(char::escape_default).collect()
 }

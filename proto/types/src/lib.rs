@@ -1,20 +1,20 @@
 //! Plain types and small codecs that the agent and the controller share.
 //!
-//! A value of such a type keeps its invariants by construction: code that has one need not check
-//! it again. Nothing here does I/O or reads a clock, and nothing knows the wire schema (that is
-//! `towline-proto`, which converts its messages into these types).
+//! These types keep their invariants by construction: code that has a value need not check it
+//! again. The crate does no I/O, reads no clock and does not depend on the wire schema
+//! (`towline-proto` converts its messages into these types).
 //!
 //! | module | owns |
 //! |---|---|
 //! | [`id`] | names, labels, keys and the other identifiers |
 //! | [`node`] | grants, records, tombstones, the mesh configuration |
 //! | [`token`] | the join token and its text form |
-//! | [`frame`] | what shares the UDP port: kinds of datagrams, probes, relayed datagrams |
+//! | [`frame`] | datagrams on the shared UDP port: their kinds, probes, relayed datagrams |
 //! | [`stun`] | STUN binding requests and responses (RFC 8489) |
 //! | [`rate`] | the token bucket |
 //! | [`source_limiter`] | a token bucket for each source address |
-//! | [`backoff`] | how long to wait before something is tried again |
-//! | [`limits`] | every bound on what comes from outside |
+//! | [`backoff`] | pauses between attempts, with jitter |
+//! | [`limits`] | every bound on outside input |
 
 #![forbid(unsafe_code)]
 

@@ -1,11 +1,11 @@
-//! Every bound on what comes from outside, in one place.
+//! Every bound on outside input, in one place.
 //!
-//! Both sides use the same numbers: a sender stays within them, a receiver refuses what does
-//! not. Raising one is compatible only when receivers are raised first.
+//! Senders and receivers use the same numbers: a sender stays within them, a receiver refuses
+//! input beyond them. To raise a bound compatibly, update the receivers first.
 
 use std::time::Duration;
 
-/// Bytes in a DNS label, RFC 1035 section 2.3.4; a node's name is one.
+/// Bytes in a node's name, which is a DNS label (RFC 1035 section 2.3.4).
 pub const NAME_BYTES: usize = 63;
 /// Bytes in a site's name or a label's key.
 pub const LABEL_KEY_BYTES: usize = 63;
@@ -19,7 +19,7 @@ pub const CANDIDATES: usize = 32;
 pub const PREFIXES: usize = 256;
 /// Trusted sites of a mesh.
 pub const TRUSTED_SITES: usize = 64;
-/// TCP ports of a node that are reached outside the tunnel.
+/// TCP ports of a node that are reached outside of the tunnel.
 pub const PLAIN_PORTS: usize = 16;
 /// WireGuard keys in a record or a grant.
 pub const WIREGUARD_KEYS: usize = 8;
@@ -41,24 +41,23 @@ pub const CONTROLLERS: usize = 8;
 pub const CONTROLLER_ADDRESS_BYTES: usize = 255;
 /// Nodes that one token may admit.
 pub const TOKEN_USES: u32 = 10_000;
-/// The longest life of a token.
+/// Longest lifetime of a token.
 pub const TOKEN_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Bytes of a signal that the controller carries from one node to another: a sealed call with as
-/// many candidates as there may be.
+/// Bytes in a signal that the controller forwards from one node to another. A sealed
+/// [`CallMe`](crate::frame::Probe::CallMe) with [`CANDIDATES`] candidates fits.
 pub const SIGNAL_BYTES: usize = 1024;
-/// Tombstones that a client may bring along when it starts to watch: at up to 220 bytes each they
-/// fit in one message of [`MESSAGE_BYTES`].
+/// Tombstones that a client may send when it starts a watch. At up to 220 bytes each they fit in
+/// one message of [`MESSAGE_BYTES`].
 pub const TOMBSTONES: usize = 4_000;
 /// Nodes in a mesh.
 pub const NODES: usize = 10_000;
-/// Bytes in one gRPC message, both ways.
+/// Bytes in one gRPC message, in both directions.
 pub const MESSAGE_BYTES: usize = 1024 * 1024;
-/// Changes in one message of the map; with [`SIGNED_BODY_BYTES`] the byte bound below applies
-/// first.
+/// Changes in one message of the map. If the entries are large, [`CHANGES_BYTES`] applies first.
 pub const CHANGES: usize = 512;
-/// Bytes after which a message of the map is closed and the next one begun.
+/// Bytes after which a message of the map is full and the next one starts.
 pub const CHANGES_BYTES: usize = 256 * 1024;
-/// Problems that are kept of one node, newest first.
+/// Problems that are kept for one node. The oldest ones are dropped.
 pub const PROBLEMS: usize = 8;
-/// The largest difference between the clocks of a node and its controller at a join.
+/// Largest difference between the clocks of a node and its controller at a join.
 pub const CLOCK_SKEW: Duration = Duration::from_secs(300);

@@ -1,8 +1,8 @@
-//! What a mesh knows of its nodes, as plain values.
+//! Grants, records, tombstones and the mesh configuration, as plain values.
 //!
-//! `towline-proto` makes [`Grant`], [`Record`], [`Tombstone`] and [`MeshConfig`] from messages, after it
-//! checked their bounds and their signatures. A [`Node`] is a grant with a record that the grant
-//! allows: code that has one need not check it again.
+//! `towline-proto` converts messages into [`Grant`], [`Record`], [`Tombstone`] and [`MeshConfig`]
+//! after it checked their bounds and their signatures. A [`Node`] is a grant with a record that
+//! the grant allows: code that has one need not check it again.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,72 +14,72 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{IdentityKey, Label, MeshId, NodeId, NodeName, WireguardKey};
 
-/// Who a node is and what it may announce. Signed by the CA.
+/// Identity of a node and the prefixes that it may announce. Signed by the CA.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Grant {
-    /// The mesh that the grant holds in.
+    /// Mesh in which the grant is valid.
     pub mesh_id: MeshId,
-    /// The node.
+    /// Id of the node.
     pub node_id: NodeId,
-    /// Its name, unique in the mesh.
+    /// Name of the node, unique in the mesh.
     pub name: NodeName,
-    /// The key that signs its records and its TLS handshakes.
+    /// Key that signs the node's records and TLS handshakes.
     pub identity_key: IdentityKey,
-    /// The keys of its tunnels; at least one.
+    /// WireGuard keys of the node; at least one.
     pub wireguard_keys: Vec<WireguardKey>,
-    /// Its own addresses in the mesh.
+    /// Overlay addresses of the node.
     pub overlay: OverlayAddresses,
-    /// Networks that it may announce, whole or in part.
+    /// Networks that the node may announce, whole or in part.
     pub allowed_prefixes: Vec<IpNet>,
-    /// Where it stands; nodes of one site share a LAN.
+    /// Site of the node, if it has one. Nodes of one site share a LAN.
     pub site: Option<Label>,
-    /// What its operator says of it.
+    /// Labels from the join token, set by the operator.
     pub labels: BTreeMap<Label, String>,
-    /// Seconds since 1970.
+    /// Time at which the grant was issued, in seconds since 1970.
     pub issued_at: i64,
-    /// Removed when it stays away for longer than the mesh's lease.
+    /// True if the node is removed once it is offline for longer than [`MeshConfig::lease`].
     pub ephemeral: bool,
 }
 
 impl Grant {
-    /// Whether the node may announce `prefix`: it lies inside an allowed one.
+    /// Returns whether the node may announce `prefix`: an allowed prefix must contain it.
     pub fn allows(&self, prefix: &IpNet) -> bool {
         self.allowed_prefixes.iter().any(|allowed| allowed.contains(prefix))
     }
 }
 
-/// A node's own addresses in the mesh.
+/// Overlay addresses of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct OverlayAddresses {
-    /// Inside [`MeshConfig::overlay_v6`].
+    /// IPv6 address inside [`MeshConfig::overlay_v6`].
     pub v6: Ipv6Addr,
-    /// Inside [`MeshConfig::overlay_v4`].
+    /// IPv4 address inside [`MeshConfig::overlay_v4`].
     pub v4: Ipv4Addr,
 }
 
 impl OverlayAddresses {
-    /// Both, the IPv6 one first.
+    /// Returns both addresses, IPv6 first.
     pub fn iter(&self) -> impl Iterator<Item = IpAddr> {
         [IpAddr::V6(self.v6), IpAddr::V4(self.v4)].into_iter()
     }
 
-    /// Both as host prefixes (/128 and /32).
+    /// Returns both addresses as host prefixes (/128 and /32).
     pub fn prefixes(&self) -> impl Iterator<Item = IpNet> {
         self.iter().map(IpNet::from)
     }
 }
 
-/// How a candidate was learned.
+/// Source of a candidate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CandidateKind {
-    /// An address of the node's own interfaces.
+    /// Address of one of the node's own interfaces.
     Local,
-    /// The address that a reflector saw the node's packets come from.
+    /// Server-reflexive address: the source address that a STUN server saw.
     Reflexive,
-    /// Named in the node's configuration.
+    /// Address from the node's configuration.
     Configured,
-    /// A relay's address for the node.
+    /// Address of a relay that forwards to the node.
     Relayed,
 }
 
@@ -94,9 +94,10 @@ impl fmt::Display for CandidateKind {
     }
 }
 
-/// An address and port at which a node might be reached over UDP.
+/// Address and port at which a node might be reached over UDP.
 ///
-/// Never multicast, unspecified or with port 0; an IPv4-mapped IPv6 address is kept as IPv4.
+/// The address is never multicast, broadcast or unspecified, and the port is never 0. An
+/// IPv4-mapped IPv6 address is stored as IPv4.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct Candidate {
     kind: CandidateKind,
@@ -104,7 +105,7 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// `None` for an address that no datagram can be sent to.
+    /// Creates a candidate. Returns `None` for an address that no datagram can be sent to.
     pub fn new(kind: CandidateKind, address: SocketAddr) -> Option<Self> {
         let ip = address.ip().to_canonical();
         let broadcast = ip == IpAddr::V4(Ipv4Addr::BROADCAST);
@@ -114,66 +115,71 @@ impl Candidate {
         Some(Self { kind, address: SocketAddr::new(ip, address.port()) })
     }
 
-    /// How it was learned.
+    /// Returns the candidate's source.
     pub fn kind(&self) -> CandidateKind {
         self.kind
     }
 
-    /// Where to send to.
+    /// Returns the address and port to send to.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 }
 
-/// What a node says of itself. Signed by its identity key.
+/// Data that a node publishes about itself. Signed by its identity key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// The node.
+    /// Id of the node.
     pub node_id: NodeId,
-    /// Grows with every change; the higher one wins.
+    /// Version number of the record. It grows with every change; the highest one is valid.
     pub generation: u64,
-    /// Grows with every start of the agent.
+    /// Number of the agent's start. It grows with every start.
     pub boot_epoch: u64,
-    /// The keys of its tunnels, each one granted; at least one.
+    /// WireGuard keys of the node, each of them in its grant; at least one.
     pub wireguard_keys: Vec<WireguardKey>,
-    /// Where it might be reached.
+    /// Addresses at which the node might be reached.
     pub candidates: Vec<Candidate>,
-    /// Networks that are reached through it, besides its overlay addresses.
+    /// Networks that are reached through the node, in addition to its overlay addresses.
     pub prefixes: Vec<IpNet>,
-    /// Towline version of its agent.
+    /// Towline version of the node's agent.
     pub version: String,
-    /// Forwards sealed datagrams between nodes that have no direct path.
+    /// True if the node is a relay: it forwards sealed datagrams between nodes that have no direct
+    /// path.
     pub relay: bool,
 }
 
-/// A node of the mesh: a grant and a record that stands under it.
+/// A node of the mesh: a grant and a record that the grant allows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
     grant: Grant,
     record: Record,
 }
 
-/// Why a record does not stand under a grant.
+/// Reason why a grant does not allow a record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NotGranted {
-    /// The two speak of different nodes.
+    /// Grant and record have different node ids.
     #[error("the record of node {record} came with the grant of node {grant}")]
     OtherNode {
-        /// Whose grant.
+        /// Node id of the grant.
         grant: NodeId,
-        /// Whose record.
+        /// Node id of the record.
         record: NodeId,
     },
-    /// A WireGuard key that the grant does not name.
+    /// The record has a WireGuard key that is not in the grant.
     #[error("WireGuard key {0} is not granted: join again with a new token")]
     Key(WireguardKey),
-    /// A prefix outside the granted ones.
+    /// The record has a prefix outside of the granted ones.
     #[error("prefix {0} is not granted: create the token with --prefix {0}, or a wider one")]
     Prefix(IpNet),
 }
 
 impl Node {
-    /// Joins a grant and a record, if the record says nothing that the grant does not allow.
+    /// Combines a grant and a record.
+    ///
+    /// # Errors
+    ///
+    /// If the grant does not allow the record.
     pub fn new(grant: Grant, record: Record) -> Result<Self, NotGranted> {
         if grant.node_id != record.node_id {
             return Err(NotGranted::OtherNode { grant: grant.node_id, record: record.node_id });
@@ -188,78 +194,80 @@ impl Node {
         Ok(Self { grant, record })
     }
 
-    /// The same node, less those of its prefixes that another one holds.
+    /// Returns the node without the prefixes in `withheld`, which another node holds.
     #[must_use]
     pub fn without(mut self, withheld: &[IpNet]) -> Self {
         self.record.prefixes.retain(|prefix| !withheld.contains(prefix));
         self
     }
 
-    /// Its id.
+    /// Returns the node's id.
     pub fn id(&self) -> NodeId {
         self.grant.node_id
     }
 
-    /// Its name.
+    /// Returns the node's name.
     pub fn name(&self) -> &NodeName {
         &self.grant.name
     }
 
-    /// The CA's word on it.
+    /// Returns the node's grant.
     pub fn grant(&self) -> &Grant {
         &self.grant
     }
 
-    /// Its own word.
+    /// Returns the node's record.
     pub fn record(&self) -> &Record {
         &self.record
     }
 
-    /// The key of its tunnel.
+    /// Returns the public key of the node's WireGuard tunnel.
     pub fn wireguard_key(&self) -> WireguardKey {
         self.record.wireguard_keys[0]
     }
 }
 
-/// A node that is no longer one. Signed by the CA; only this removes a peer.
+/// Statement that a node was removed. Signed by the CA; only a tombstone removes a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tombstone {
-    /// The mesh that it holds in.
+    /// Mesh that the node was removed from.
     pub mesh_id: MeshId,
-    /// The node that was.
+    /// Id of the removed node.
     pub node_id: NodeId,
-    /// The name that it had.
+    /// Name of the removed node.
     pub name: NodeName,
-    /// Its key, which never joins again.
+    /// Identity key of the removed node. It cannot join again.
     pub identity_key: IdentityKey,
-    /// Seconds since 1970.
+    /// Time of the removal, in seconds since 1970.
     pub removed_at: i64,
 }
 
-/// What holds for every node of a mesh. Signed by the CA.
+/// Configuration that is valid for every node of a mesh. Signed by the CA.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MeshConfig {
-    /// The mesh.
+    /// Id of the mesh.
     pub mesh_id: MeshId,
-    /// The unique local /64 (RFC 4193) of the overlay.
+    /// IPv6 range of the overlay: a unique local /64 (RFC 4193).
     pub overlay_v6: Ipv6Net,
-    /// The IPv4 range of the overlay.
+    /// IPv4 range of the overlay.
     pub overlay_v4: Ipv4Net,
-    /// Ranges inside which an address without an owner is unreachable.
+    /// Ranges in which an address that no node holds is unreachable instead of sent in clear.
     pub protected: Vec<IpNet>,
-    /// How long a node may be offline before a live, granted one may take over its prefixes.
+    /// Time that a node may be offline before another node that is online and has a grant for them
+    /// may take over its prefixes.
     pub lease: Duration,
-    /// Sites whose nodes reach each other's node IPs outside the tunnel. Both ends decide by
-    /// their grants, which name the site, so that they always agree.
+    /// Sites whose nodes reach each other's node IPs outside of the tunnel. Both ends decide by the
+    /// site in the grants, so that they always agree.
     pub trusted_sites: Vec<Label>,
-    /// Ranges in which what a node announces is reached in clear while the tunnel to it is down.
+    /// Ranges in which a node's announced prefixes are reached in clear while the tunnel to it is
+    /// down.
     pub bypass_when_down: Vec<IpNet>,
-    /// Grows with every change.
+    /// Version number of the configuration. It grows with every change.
     pub generation: u64,
 }
 
 impl MeshConfig {
-    /// The overlay's two ranges and the protected ones: what is guarded on every node.
+    /// Returns the ranges that every node guards: both overlay ranges and the protected ones.
     pub fn guarded(&self) -> impl Iterator<Item = IpNet> {
         [IpNet::V6(self.overlay_v6), IpNet::V4(self.overlay_v4)]
             .into_iter()

@@ -1,27 +1,28 @@
-//! The one token bucket: how much may happen in a time.
+//! The token bucket that every rate limit uses.
 //!
-//! Time is an argument. A bucket is one moment, the one at which it is full again, so that it costs
+//! Time is an argument. A bucket stores only the time at which it is full again, so that it costs
 //! nothing while it is unused and needs no refill (the generic cell rate algorithm of ATM).
 
 use std::time::{Duration, Instant};
 
-/// How fast a bucket fills, and what it holds.
+/// Fill rate and capacity of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
-    /// Tokens that are earned in `per`; 0: nothing is ever admitted.
+    /// Tokens that are earned in `per`. If it is 0, nothing is ever admitted.
     tokens: u64,
+    /// Period in which `tokens` are earned.
     per: Duration,
-    /// Time in which an empty bucket fills.
+    /// Time in which an empty bucket becomes full.
     fill: Duration,
 }
 
 impl Rate {
-    /// Makes one that earns `tokens` a second, after a burst of `burst`.
+    /// Creates a rate of `tokens` per second, with a burst of `burst` tokens.
     pub const fn per_second(tokens: u64, burst: u64) -> Self {
         Self::new(tokens, Duration::from_secs(1), burst)
     }
 
-    /// Makes one that earns a token in each `period`, after a burst of `burst`.
+    /// Creates a rate of one token in each `period`, with a burst of `burst` tokens.
     pub const fn one_per(period: Duration, burst: u64) -> Self {
         Self::new(1, period, burst)
     }
@@ -31,8 +32,9 @@ impl Rate {
         Self { fill: empty.time_for(burst), ..empty }
     }
 
-    /// Returns in which time so many tokens are earned. Rounded down to a nanosecond, and at most
-    /// 584 years, which an [`Instant`] still holds.
+    /// Returns the time in which `tokens` are earned, rounded down to a nanosecond. It is at most
+    /// 584
+    /// years, which can still be added to an [`Instant`].
     const fn time_for(&self, tokens: u64) -> Duration {
         let nanos = self.per.as_nanos().saturating_mul(tokens as u128);
         let nanos = match nanos.checked_div(self.tokens as u128) {
@@ -43,15 +45,15 @@ impl Rate {
     }
 }
 
-/// A token bucket; full at first.
+/// A token bucket. A new one is full.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TokenBucket {
-    /// When all that was spent is earned again; `None`: nothing was spent yet.
+    /// Time at which all spent tokens are earned again; `None` if none was ever spent.
     full_at: Option<Instant>,
 }
 
 impl TokenBucket {
-    /// Spends `tokens` if they are there, and says whether they were.
+    /// Spends `tokens` if the bucket has them. Returns whether it had.
     #[inline]
     pub fn take(&mut self, rate: &Rate, now: Instant, tokens: u64) -> bool {
         let missing = self.missing(now).saturating_add(rate.time_for(tokens));
@@ -62,25 +64,26 @@ impl TokenBucket {
         admitted
     }
 
-    /// Spends `tokens`, also those that are not there: the bucket is empty then, not in debt.
+    /// Spends `tokens` even if the bucket has fewer. It is empty then, not in debt.
     pub fn charge(&mut self, rate: &Rate, now: Instant, tokens: u64) {
         let missing = self.missing(now).saturating_add(rate.time_for(tokens));
         self.full_at = Some(now + missing.min(rate.fill));
     }
 
-    /// Returns how long it takes until `tokens` are there; zero: they are. What is more than the
-    /// burst never is.
+    /// Returns the time until the bucket has `tokens`; zero if it has them now. It never has more
+    /// than
+    /// the burst.
     pub fn wait(&self, rate: &Rate, now: Instant, tokens: u64) -> Duration {
         let needed = self.missing(now).saturating_add(rate.time_for(tokens));
         needed.saturating_sub(rate.fill)
     }
 
-    /// Returns when the bucket is full again; `None` for one that was never used.
+    /// Returns the time at which the bucket is full again; `None` if it was never used.
     pub(crate) fn full_at(&self) -> Option<Instant> {
         self.full_at
     }
 
-    /// Returns how long it takes until the bucket is full.
+    /// Returns the time until the bucket is full.
     #[inline]
     fn missing(&self, now: Instant) -> Duration {
         self.full_at.map_or(Duration::ZERO, |full| full.saturating_duration_since(now))
@@ -122,8 +125,9 @@ mod tests {
     }
 
     proptest! {
-        /// No pattern of requests gets more than the burst and what was earned since the start, nor
-        /// less than that by more than one request.
+        /// No pattern of requests gets more than the burst plus the tokens earned since the start.
+        /// A
+        /// refused request is admitted after the wait that the bucket returns.
         #[test]
         fn no_more_than_the_burst_and_what_is_earned(
             per_second in 1u64..100_000,
@@ -145,7 +149,7 @@ mod tests {
                     prop_assert!(later.take(&rate, now + wait, tokens), "after the wait");
                 }
                 let earned = u128::from(per_second) * (now - start).as_nanos() / 1_000_000_000;
-                // Each request is rounded down to a nanosecond: less than a token in all.
+                // Each request is rounded down to a nanosecond: less than one token in total.
                 prop_assert!(u128::from(spent) <= u128::from(burst) + earned + 1);
             }
         }

@@ -1,8 +1,8 @@
-//! How much one source address may ask of us: a token bucket each, in a table of fixed size.
+//! Rate limit for each source address: one token bucket per source, in a table of fixed size.
 //!
-//! It stands before everything that costs more than a look at the first bytes (a handshake takes
-//! a quarter of a millisecond). Who forges source addresses gets past it, and meets the cookie;
-//! who does not cannot use up what others need.
+//! It is applied before any work that costs more than a look at the first bytes (a handshake takes
+//! a quarter of a millisecond). A sender with forged source addresses passes it, and is stopped by
+//! the WireGuard cookie. A sender with its real address cannot use up what others need.
 
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv6Addr};
@@ -10,19 +10,22 @@ use std::time::{Duration, Instant};
 
 use crate::rate::{Rate, TokenBucket};
 
+/// Places in one set of the table.
 const WAYS: usize = 4;
+/// Sets of the table.
 const SETS: usize = 1024;
 
-/// A bucket per source: an IPv4 address, or an IPv6 /64.
+/// Token buckets per source: an IPv4 address, or an IPv6 /64.
 #[derive(Debug)]
 pub struct SourceLimiter {
-    /// Keyed at random: nobody can choose addresses that collide.
+    /// Hasher with a random key, so that an attacker cannot choose addresses that collide.
     hash: RandomState,
     places: Box<[Place]>,
     rate: Rate,
 }
 
-/// Room for the bucket of one source. One that was never used is full, as is that of a new source.
+/// Place for the bucket of one source. A bucket that was never used is full, as is the bucket of a
+/// new source.
 #[derive(Debug, Clone, Copy, Default)]
 struct Place {
     tag: u32,
@@ -30,19 +33,19 @@ struct Place {
 }
 
 impl SourceLimiter {
-    /// Makes one in which each source has a bucket of that rate.
+    /// Creates a limiter in which each source has a bucket of the given rate.
     pub fn new(rate: Rate) -> Self {
         let places = vec![Place::default(); SETS * WAYS].into_boxed_slice();
         Self { hash: RandomState::new(), places, rate }
     }
 
-    /// Says whether `source` may ask once more; if so, it is charged.
+    /// Takes a token of `source`. Returns whether it had one.
     pub fn admit(&mut self, source: IpAddr, now: Instant) -> bool {
         let rate = self.rate;
         self.bucket(source).is_some_and(|bucket| bucket.take(&rate, now, 1))
     }
 
-    /// Charges `source` for something that has happened, whether or not it had a token left.
+    /// Charges `source` for an event that has happened, whether or not it had a token left.
     pub fn charge(&mut self, source: IpAddr, now: Instant) {
         let rate = self.rate;
         if let Some(bucket) = self.bucket(source) {
@@ -50,15 +53,15 @@ impl SourceLimiter {
         }
     }
 
-    /// Returns how long `source` has to wait for its next token; zero: not at all.
+    /// Returns how long `source` has to wait for its next token; zero if it has one.
     pub fn wait(&self, source: IpAddr, now: Instant) -> Duration {
         let (first, tag) = self.place(source);
         let found = self.places.iter().skip(first).take(WAYS).find(|place| place.is_of(tag));
         found.map_or(Duration::ZERO, |place| place.bucket.wait(&self.rate, now, 1))
     }
 
-    /// Returns the bucket of a source. If it has none, it gets the place of the source that has the
-    /// least to earn, whose bucket is the nearest to a new one.
+    /// Returns the bucket of a source. A source without a bucket replaces the fullest bucket of its
+    /// set, which is the closest to a new one.
     fn bucket(&mut self, source: IpAddr) -> Option<&mut TokenBucket> {
         let (first, tag) = self.place(source);
         let ways = self.places.get_mut(first..first + WAYS)?;
@@ -72,7 +75,7 @@ impl SourceLimiter {
         ways.get_mut(found?).map(|place| &mut place.bucket)
     }
 
-    /// Returns the first of the places where the source may be, and its tag.
+    /// Returns the index of the first place of the source's set, and the source's tag.
     fn place(&self, address: IpAddr) -> (usize, u32) {
         let hash = self.hash.hash_one(source(address));
         ((hash as usize % SETS) * WAYS, (hash >> 32) as u32)
@@ -85,8 +88,8 @@ impl Place {
     }
 }
 
-/// Returns what counts as one source: an IPv4 address, or an IPv6 /64, since who has one address
-/// there has them all.
+/// Returns the address that counts as one source: the IPv4 address, or the IPv6 /64, since a host
+/// usually controls all addresses of its /64.
 pub fn source(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(v4) => v4.into(),
@@ -134,7 +137,7 @@ mod tests {
         }
         assert_eq!(limiter.wait("2001:db8::2".parse().unwrap(), now), period);
         assert_eq!(limiter.wait("192.0.2.1".parse().unwrap(), now), Duration::ZERO);
-        // IPv4 in an IPv6 socket is the same source.
+        // An IPv4-mapped address is the same source.
         for _ in 0..3 {
             limiter.charge("::ffff:192.0.2.1".parse().unwrap(), now);
         }

@@ -1,23 +1,24 @@
-//! STUN binding (RFC 8489): how a node learns from where its WireGuard port is seen.
+//! STUN binding (RFC 8489): a node learns the public address of its WireGuard port.
 //!
-//! Only what a binding needs: a request, its success, and in it XOR-MAPPED-ADDRESS. Of
-//! MAPPED-ADDRESS (classic servers) the address is taken too, where the other is absent. What else
-//! a message carries is passed over, but FINGERPRINT, which has to be right where it is present.
+//! Only binding requests and success responses are implemented. The address comes from
+//! XOR-MAPPED-ADDRESS, or from MAPPED-ADDRESS (classic servers) if the former is absent. A
+//! FINGERPRINT must be correct if it is present. All other attributes are ignored.
 //!
-//! Our requests are longer than any answer of ours, by a SOFTWARE attribute, which every server
-//! passes over; our reflectors ([`answer`]) refuse shorter ones, so they amplify nothing.
+//! A SOFTWARE attribute, which servers ignore, makes Towline's requests at least as long as its
+//! responses. Towline's STUN servers ([`answer`]) refuse requests that are shorter than the
+//! response, so they cannot be used for amplification.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::frame::STUN_COOKIE;
 
-/// Bytes before the attributes, RFC 8489 section 5.
+/// Bytes in the header before the attributes (RFC 8489 section 5).
 const HEADER_BYTES: usize = 20;
-/// Bytes of a request of ours: not shorter than [`ANSWER_BYTES`].
+/// Bytes in a request of Towline: at least [`ANSWER_BYTES`].
 pub const REQUEST_BYTES: usize = HEADER_BYTES + 4 + SOFTWARE.len();
-/// Bytes of the longest answer of ours: one XOR-MAPPED-ADDRESS with an IPv6 address.
+/// Bytes in the longest response of Towline: one XOR-MAPPED-ADDRESS with an IPv6 address.
 pub const ANSWER_BYTES: usize = HEADER_BYTES + 4 + 20;
-/// The longest message that is read; a binding is far shorter.
+/// Longest message that is parsed, in bytes. A binding message is far shorter.
 const MESSAGE_BYTES: usize = 1280;
 
 const BINDING_REQUEST: u16 = 0x0001;
@@ -27,35 +28,35 @@ const MAPPED_ADDRESS: u16 = 0x0001;
 const XOR_MAPPED_ADDRESS: u16 = 0x0020;
 const SOFTWARE_ATTRIBUTE: u16 = 0x8022;
 const FINGERPRINT: u16 = 0x8028;
-/// RFC 8489 section 14.7.
+/// Value that the CRC-32 of a FINGERPRINT is XORed with (RFC 8489 section 14.7).
 const FINGERPRINT_XOR: u32 = 0x5354_554e;
-/// A multiple of four bytes, so that it needs no padding.
+/// Value of the SOFTWARE attribute: a multiple of four bytes, so that it needs no padding.
 const SOFTWARE: &[u8; 28] = b"towline                     ";
 
 const _: () = assert!(REQUEST_BYTES >= ANSWER_BYTES);
 
-/// What pairs an answer with its request.
+/// Transaction id, which matches a response to its request.
 pub type Transaction = [u8; 12];
 
-/// A message that was understood.
+/// A parsed STUN message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Message {
-    /// Asks where it was seen to come from.
+    /// Binding request: asks for the source address that the server sees.
     Request {
-        /// To be repeated in the answer.
+        /// Transaction id that the response repeats.
         transaction: Transaction,
     },
-    /// Answers that.
+    /// Binding success response.
     Success {
-        /// Of the request.
+        /// Transaction id of the request.
         transaction: Transaction,
-        /// Where the request was seen to come from.
+        /// Source address of the request, as the server saw it.
         mapped: SocketAddr,
     },
 }
 
 impl Message {
-    /// Reads a datagram; `None` for anything that is no binding request or success.
+    /// Parses a datagram. Returns `None` for anything but a binding request or success response.
     pub fn decode(datagram: &[u8]) -> Option<Self> {
         let (header, attributes) = datagram.split_first_chunk::<HEADER_BYTES>()?;
         let [t0, t1, l0, l1, c0, c1, c2, c3, transaction @ ..] = *header;
@@ -79,7 +80,7 @@ impl Message {
                     plain = Some(address(value, &[0; 4], &[0; 12])?);
                 }
                 FINGERPRINT => {
-                    // The last one; it covers all before it.
+                    // FINGERPRINT is the last attribute and covers everything before it.
                     let covered = &datagram[..datagram.len() - rest.len()];
                     let expected = (crc32fast::hash(covered) ^ FINGERPRINT_XOR).to_be_bytes();
                     if value != expected || !after.is_empty() {
@@ -101,7 +102,7 @@ impl Message {
     }
 }
 
-/// A binding request.
+/// Returns a binding request.
 pub fn request(transaction: Transaction) -> [u8; REQUEST_BYTES] {
     let mut bytes = [0; REQUEST_BYTES];
     header(&mut bytes, BINDING_REQUEST, transaction);
@@ -111,8 +112,8 @@ pub fn request(transaction: Transaction) -> [u8; REQUEST_BYTES] {
     bytes
 }
 
-/// What a reflector sends back to `from`; `None` for anything but a request that is at least as
-/// long as the answer. Returns the buffer and how much of it is used.
+/// Returns the response to a request from `from`: a buffer and the number of bytes used in it.
+/// Returns `None` for anything but a request that is at least as long as the response.
 pub fn answer(datagram: &[u8], from: SocketAddr) -> Option<([u8; ANSWER_BYTES], usize)> {
     let Some(Message::Request { transaction }) = Message::decode(datagram) else { return None };
     let mut bytes = [0; ANSWER_BYTES];
@@ -148,7 +149,7 @@ fn header(message: &mut [u8], kind: u16, transaction: Transaction) {
     message[8..20].copy_from_slice(&transaction);
 }
 
-/// Type and value of the first attribute, and what follows it and its padding.
+/// Returns the type and value of the first attribute, and the bytes after its padding.
 fn next_attribute(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     let ([t0, t1, l0, l1], rest) = bytes.split_first_chunk::<4>()?;
     let length = usize::from(u16::from_be_bytes([*l0, *l1]));
@@ -157,7 +158,8 @@ fn next_attribute(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     Some((u16::from_be_bytes([*t0, *t1]), value, after))
 }
 
-/// RFC 8489 section 14.2; with a mask of zeros, section 14.1.
+/// Parses XOR-MAPPED-ADDRESS (RFC 8489 section 14.2). With a cookie and a transaction of zeros it
+/// parses MAPPED-ADDRESS (section 14.1).
 fn address(value: &[u8], cookie: &[u8; 4], transaction: &Transaction) -> Option<SocketAddr> {
     let ([_, family, p0, p1], octets) = value.split_first_chunk::<4>()?;
     let mask = mask(cookie, transaction);
@@ -186,7 +188,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// RFC 5769 section 2.2: a success with SOFTWARE, XOR-MAPPED-ADDRESS 192.0.2.1:32853,
+    /// Sample response of RFC 5769 section 2.2: SOFTWARE, XOR-MAPPED-ADDRESS 192.0.2.1:32853,
     /// MESSAGE-INTEGRITY and FINGERPRINT.
     const RFC_5769: &[u8] = &[
         0x01, 0x01, 0x00, 0x3c, 0x21, 0x12, 0xa4, 0x42, 0xb7, 0xe7, 0xa7, 0x01, 0xbc, 0x34, 0xd6,
@@ -201,7 +203,7 @@ mod tests {
     fn the_vector_of_rfc_5769_is_read() {
         let Some(Message::Success { mapped, .. }) = Message::decode(RFC_5769) else { panic!() };
         assert_eq!(mapped, "192.0.2.1:32853".parse().unwrap());
-        // Without its type, FINGERPRINT is an attribute that nobody knows.
+        // With another type, FINGERPRINT is an unknown attribute.
         let named = RFC_5769.len() - 8..RFC_5769.len() - 6;
         for byte in (0..RFC_5769.len()).filter(|byte| !named.contains(byte)) {
             let mut changed = RFC_5769.to_vec();

@@ -1,4 +1,4 @@
-//! The join token: all that a machine needs to find its mesh, and to know it when it does.
+//! The join token: the data that a machine needs to find its mesh and to authenticate it.
 //!
 //! Text form: `towline1.` and base64url (RFC 4648 section 5, no padding) over
 //!
@@ -8,7 +8,7 @@
 //! 32  secret
 //!  1  number of controller addresses
 //!     for each: 1 length, then `host:port` in UTF-8
-//!  4  CRC-32 (IEEE) of all before it, big-endian, so that a token cut short by a paste says so
+//!  4  CRC-32 (IEEE) of all before it, big-endian: detects a token that was cut short by a paste
 //! ```
 
 use std::fmt;
@@ -22,8 +22,8 @@ use crate::limits;
 
 const PREFIX: &str = "towline1.";
 
-/// The secret half of a token. It shows itself to nobody: no `Display`, `Debug` hides it, and it is
-/// wiped when it is dropped.
+/// Secret half of a token. It has no `Display`, `Debug` hides it, and it is wiped when it is
+/// dropped.
 #[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
 pub struct TokenSecret(pub [u8; 32]);
 
@@ -33,13 +33,13 @@ impl fmt::Debug for TokenSecret {
     }
 }
 
-/// A controller's `host:port`. The host is a DNS name, an IPv4 address, or an IPv6 address in
-/// brackets.
+/// Address of a controller, as `host:port`. The host is a DNS name, an IPv4 address, or an IPv6
+/// address in brackets.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct ControllerAddress(String);
 
 impl ControllerAddress {
-    /// `host:port`.
+    /// Returns the address as `host:port`.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -87,37 +87,37 @@ impl FromStr for ControllerAddress {
 /// A join token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JoinToken {
-    /// The CA to pin, before anything is said.
+    /// Fingerprint of the CA. It is verified before the secret is sent.
     pub ca: Fingerprint,
-    /// Which token.
+    /// Id of the token, under which the controller stores it.
     pub id: TokenId,
-    /// That the bearer may use it.
+    /// Secret that authorizes the bearer to use the token.
     pub secret: TokenSecret,
-    /// Where the controllers are; at least one.
+    /// Addresses of the controllers; at least one.
     pub controllers: Vec<ControllerAddress>,
 }
 
-/// Why a text is no token. No variant repeats any part of the token.
+/// Error of parsing a token. No variant contains any part of the token.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidToken {
-    /// Another thing altogether.
+    /// The text does not start with the prefix of a token.
     #[error(
         "not a join token: it starts with `towline1.`; create one with `towline-controller token create`"
     )]
     NotAToken,
-    /// A token that was cut or changed on its way.
+    /// The token was truncated or changed.
     #[error("the join token is damaged: check that it was copied whole")]
     Damaged,
-    /// Not `host:port`.
-    #[error("`{0}` is no controller address: use host:port, with an IPv6 host in brackets")]
+    /// The text is not `host:port`.
+    #[error("`{0}` is not a controller address: use host:port, with an IPv6 host in brackets")]
     Address(String),
 }
 
 impl JoinToken {
-    /// The token as text. It holds the secret: show it once, to its owner.
+    /// Returns the token as text. It contains the secret: show it once, to its owner.
     pub fn encode(&self) -> String {
         let controllers = &self.controllers[..self.controllers.len().min(limits::CONTROLLERS)];
-        // Room for all of it: a buffer that grows leaves copies of the secret behind.
+        // Reserve the whole length: a buffer that grows leaves copies of the secret in memory.
         let addresses: usize = controllers.iter().map(|address| 1 + address.as_str().len()).sum();
         let mut bytes = Zeroizing::new(Vec::with_capacity(128 + addresses));
         bytes.extend_from_slice(&self.ca.0);
@@ -125,7 +125,7 @@ impl JoinToken {
         bytes.extend_from_slice(&self.secret.0);
         bytes.push(controllers.len() as u8);
         for controller in controllers {
-            // A longer address cannot be made: see `limits::CONTROLLER_ADDRESS_BYTES`.
+            // The length fits in a byte: see `limits::CONTROLLER_ADDRESS_BYTES`.
             let text = controller.as_str().as_bytes();
             bytes.push(text.len() as u8);
             bytes.extend_from_slice(text);
