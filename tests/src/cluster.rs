@@ -1,5 +1,5 @@
-//! What a Kubernetes cluster is made of, as far as tests need it: a certificate authority, the
-//! certificates of its parts, kubeconfigs.
+//! Credentials of a Kubernetes cluster that tests need: a certificate authority, certificates of
+//! components, and kubeconfigs.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -17,17 +17,17 @@ pub struct ClusterCa {
     pem: String,
 }
 
-/// A certificate and its key, as PEM.
+/// A certificate and its private key, as PEM.
 #[derive(Debug, Clone)]
 pub struct Pair {
-    /// The certificate.
+    /// The certificate, in PEM.
     pub certificate: String,
-    /// The key, PKCS #8.
+    /// The private key, in PEM (PKCS #8).
     pub key: String,
 }
 
 impl ClusterCa {
-    /// A new one.
+    /// Generates a CA with the common name `name`.
     pub fn new(name: &str) -> anyhow::Result<Self> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
@@ -38,19 +38,19 @@ impl ClusterCa {
         Ok(Self { issuer: Issuer::new(params, key), pem })
     }
 
-    /// Its certificate.
+    /// Returns the CA's certificate, in PEM.
     pub fn pem(&self) -> &str {
         &self.pem
     }
 
-    /// The certificate of `user` in `group`, as clients show it; with `names`, a server's too. Valid
-    /// for a day since an hour ago.
+    /// Issues a client certificate of `user` in `group`. With `names` it is a server certificate
+    /// too. It is valid for one day, beginning an hour ago.
     pub fn issue(&self, user: &str, group: &str, names: &[&str]) -> anyhow::Result<Pair> {
         let from = SystemTime::now() - Duration::from_secs(3_600);
         self.issue_from(from, user, group, names)
     }
 
-    /// The same, valid for a day since `from`.
+    /// Issues the same certificate as [`Self::issue`], valid for one day from `from`.
     pub fn issue_from(
         &self,
         from: SystemTime,
@@ -74,19 +74,19 @@ impl ClusterCa {
         Ok(Pair { certificate, key: key.serialize_pem() })
     }
 
-    /// What the node authorizer knows as the node `name`.
+    /// Issues a client certificate that the node authorizer accepts as that of the node `name`.
     pub fn issue_node(&self, name: &str) -> anyhow::Result<Pair> {
         self.issue(&format!("system:node:{name}"), "system:nodes", &[])
     }
 }
 
 impl Pair {
-    /// Certificate and key in one file, as kubelets keep them.
+    /// Returns certificate and key in one file, as kubelets store them.
     pub fn both(&self) -> String {
         format!("{}{}", self.certificate, self.key)
     }
 
-    /// As a credential plugin prints them.
+    /// Returns certificate and key as a credential plugin prints them.
     pub fn of_plugin(&self) -> String {
         serde_json::json!({
             "apiVersion": PLUGIN_API,
@@ -96,7 +96,7 @@ impl Pair {
         .to_string()
     }
 
-    /// Writes `NAME.crt` and `NAME.key`.
+    /// Writes `NAME.crt` and `NAME.key` into a directory.
     pub fn write(&self, directory: &Path, name: &str) -> anyhow::Result<()> {
         for (suffix, text) in [("crt", &self.certificate), ("key", &self.key)] {
             replace(&directory.join(format!("{name}.{suffix}")), text)?;
@@ -105,14 +105,15 @@ impl Pair {
     }
 }
 
-/// A kubeconfig in kubeadm's form: the certificate and its key lie in `credentials`, a file of
-/// their own.
+/// Returns a kubeconfig in kubeadm's form: the certificate and its key are in a separate file,
+/// `credentials`.
 pub fn kubeconfig(server: &str, ca: &Path, credentials: &Path) -> String {
     let user = serde_json::json!({"client-certificate": credentials, "client-key": credentials});
     kubeconfig_of(server, ca, &user)
 }
 
-/// A kubeconfig whose credentials are what a plugin prints: `command`, and its arguments.
+/// Returns a kubeconfig that gets its credentials from a plugin: `command` is the program and its
+/// arguments.
 pub fn kubeconfig_of_plugin(server: &str, ca: &Path, command: &[&str]) -> String {
     let (program, arguments) = command.split_first().unwrap_or((&"", &[]));
     let exec = serde_json::json!({
@@ -124,7 +125,7 @@ pub fn kubeconfig_of_plugin(server: &str, ca: &Path, command: &[&str]) -> String
     kubeconfig_of(server, ca, &serde_json::json!({"exec": exec}))
 }
 
-/// YAML holds all JSON.
+/// Returns a kubeconfig of this user, as JSON, which is valid YAML.
 fn kubeconfig_of(server: &str, ca: &Path, user: &serde_json::Value) -> String {
     serde_json::json!({
         "apiVersion": "v1",
@@ -142,7 +143,7 @@ fn kubeconfig_of(server: &str, ca: &Path, user: &serde_json::Value) -> String {
 
 const PLUGIN_API: &str = "client.authentication.k8s.io/v1";
 
-/// Puts a file in place of the one that was there, in one step.
+/// Replaces a file atomically.
 pub fn replace(path: &Path, text: &str) -> anyhow::Result<()> {
     let beside = path.with_extension("new");
     std::fs::write(&beside, text)

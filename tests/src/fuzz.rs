@@ -1,4 +1,4 @@
-//! What is fuzzed: plain functions of bytes that must not panic and whose promises are asserted.
+//! Fuzz targets: plain functions of bytes that must not panic, and that assert what they promise.
 //!
 //! `tests/fuzz` calls each from libFuzzer; `cargo test` calls each with the committed corpus, with
 //! the well-formed inputs of [`Target::seeds`], and with thousands of mutations of both.
@@ -35,17 +35,17 @@ pub use pipeline::pipeline;
 
 mod pipeline;
 
-/// A function of bytes, with inputs to begin from.
+/// A function of bytes, with inputs to start from.
 pub struct Target {
-    /// Also the name of its corpus and of its libFuzzer target.
+    /// Name of the target, of its corpus and of its libFuzzer target.
     pub name: &'static str,
-    /// The function.
+    /// Function under test.
     pub run: fn(&[u8]),
-    /// Well-formed inputs.
+    /// Returns well-formed inputs.
     pub seeds: fn() -> Vec<Vec<u8>>,
 }
 
-/// All of them.
+/// All fuzz targets.
 pub const TARGETS: &[Target] = &[
     Target { name: "signed", run: signed, seeds: signed_seeds },
     Target { name: "map", run: map, seeds: map_seeds },
@@ -59,9 +59,10 @@ pub const TARGETS: &[Target] = &[
     Target { name: "helper", run: helper, seeds: helper_seeds },
 ];
 
-/// A body signed by the right key, whatever is in it. The first byte says which kind of body.
+/// Decodes a body that is signed by the right key and may contain any bytes. The first byte selects
+/// the kind of body.
 ///
-/// What is accepted keeps its bounds and reads back as the same value.
+/// An accepted body respects its bounds and decodes again to the same value.
 pub fn signed(bytes: &[u8]) {
     let Some((kind, body)) = bytes.split_first() else { return };
     let domain = match kind % 4 {
@@ -104,9 +105,9 @@ pub fn signed(bytes: &[u8]) {
     }
 }
 
-/// A message of the map, read as the agent reads it.
+/// Decodes a message of the map, as the agent does.
 ///
-/// Nothing in it is believed that the CA or the node did not sign.
+/// Nothing in it is accepted unless the CA or the node signed it.
 pub fn map(bytes: &[u8]) {
     let Ok(message) = pb::WatchResponse::decode(bytes) else { return };
     let Some(pb::watch_response::Kind::Changes(changes)) = message.kind else { return };
@@ -130,7 +131,7 @@ pub fn map(bytes: &[u8]) {
     }
 }
 
-/// A join token as a person pastes it. What is read writes itself the same.
+/// Parses a join token as a person pastes it. A parsed token encodes to the same text.
 pub fn token(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
     match text.parse::<JoinToken>() {
@@ -139,14 +140,15 @@ pub fn token(bytes: &[u8]) {
             assert_eq!(token.encode().parse(), Ok(token));
         }
         Err(error) => {
-            // The message must not repeat the secret, nor control the terminal.
+            // The message must not repeat the secret, and must not contain terminal control
+            // characters.
             let message = error.to_string();
             assert!(!message.contains(char::is_control));
         }
     }
 }
 
-/// A probe, clear and opened part.
+/// Decodes a probe, both its clear header and its opened part.
 pub fn probe(bytes: &[u8]) {
     if let Some((header, sealed)) = ProbeHeader::decode(bytes) {
         assert!(bytes.starts_with(&header.encode()) && bytes.ends_with(sealed));
@@ -156,7 +158,7 @@ pub fn probe(bytes: &[u8]) {
     }
 }
 
-/// The first look at a datagram on the WireGuard port: at most one parser may claim it.
+/// Classifies a datagram of the WireGuard port: at most one parser may claim it.
 pub fn datagram(bytes: &[u8]) {
     let kind = DatagramKind::of(bytes);
     let wireguard = MessageKind::of(bytes).is_some();
@@ -166,14 +168,14 @@ pub fn datagram(bytes: &[u8]) {
     assert!(relayed(bytes).is_none() || kind == DatagramKind::Relayed);
     let from = SocketAddr::from(([192, 0, 2, 1], 51830));
     if let Some((answer, len)) = stun::answer(bytes, from) {
-        // Nothing is amplified, and an answer is answered by nobody.
+        // A response is never longer than its request, and no response is answered again.
         assert!(len <= bytes.len() && stun::answer(&answer[..len], from).is_none());
     }
 }
 
-/// A packet from the TUN: its virtio header, then the packet. It is read and split.
+/// Parses a packet from the TUN (its virtio header, then the packet) and splits it.
 ///
-/// What the reader says is consistent, and segments are never longer than they say.
+/// The values that the parser returns are consistent, and no segment is longer than announced.
 pub fn inner(bytes: &[u8]) {
     let Some((header, packet)) = bytes.split_first_chunk::<VNET_HEADER_BYTES>() else { return };
     if let Some(inner) = Inner::parse(packet) {
@@ -192,9 +194,10 @@ pub fn inner(bytes: &[u8]) {
     }
 }
 
-/// Packets that were opened, each behind its length (two bytes, little-endian): joined, then split.
+/// Coalesces decrypted packets, each preceded by its length (two bytes, little-endian), then splits
+/// them.
 ///
-/// As many come out as went in, with as many bytes.
+/// The number of packets and of bytes stays the same.
 pub fn coalesce(mut bytes: &[u8]) {
     const MOST: usize = 64;
     let mut batch = WriteBatch::new(8);
@@ -208,7 +211,7 @@ pub fn coalesce(mut bytes: &[u8]) {
         let (packet, rest) = rest.split_at(len);
         bytes = rest;
         let Some(inner) = Inner::parse(packet) else { continue };
-        // As a datagram leaves it: behind its WireGuard header, before its tag.
+        // The layout of a decrypted datagram: after its WireGuard header, before its tag.
         at += DATA_HEADER;
         batch.bytes_mut()[at..at + len].copy_from_slice(packet);
         coalescer.add(&mut batch, at, &inner);
@@ -234,10 +237,10 @@ pub fn coalesce(mut bytes: &[u8]) {
     assert_eq!(went_in, came_out);
 }
 
-/// Calls to the core, one after the other, as the bytes say.
+/// Calls the core in the order that the bytes select.
 ///
-/// No prefix ever stands under two peers, nobody who was removed comes back, nothing is sent into
-/// the overlay, and what is sent is bounded by what came in.
+/// A prefix is never assigned to two peers, a removed node does not come back, nothing is sent into
+/// the overlay, and the number of datagrams sent is bounded by the number of calls.
 pub fn mesh(bytes: &[u8]) {
     let mut input = Input(bytes);
     let mut now = *EPOCH;
@@ -308,7 +311,7 @@ pub fn mesh(bytes: &[u8]) {
             assert!(!removed.contains(&peer.node.id()));
         }
     }
-    // A handful of hosts, each with all its candidates, for each call.
+    // Each call sends at most to a few hosts, at each of their candidates.
     let bound = (calls + 1) * 8 * 2 * limits::CANDIDATES as u32;
     assert!(sent <= bound, "{sent} datagrams for {calls} calls");
 }
@@ -350,7 +353,7 @@ fn check(output: &Output, sent: &mut u32) {
 
 static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
 
-/// The one who signs everything here.
+/// Signer of everything in this module.
 static CA: LazyLock<Signer> = LazyLock::new(|| {
     let pair = Ed25519KeyPair::from_seed_unchecked(&[7; 32]).expect("any seed is a key");
     let public = IdentityKey::try_from(pair.public_key().as_ref()).expect("32 bytes");
@@ -362,7 +365,7 @@ struct Signer {
     public: IdentityKey,
 }
 
-/// Signs bytes that need not be a message.
+/// Signs bytes that need not be a valid message.
 fn sign_bytes(domain: Domain, body: &[u8]) -> pb::Signed {
     signed::sign_encoded(domain, body.to_vec(), &CA.pair)
 }
@@ -411,8 +414,8 @@ fn map_seeds() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// A message to or from the root helper. What is read writes itself the same, and a request names
-/// files of its own list only.
+/// Decodes a message to or from the root helper. A decoded message encodes to the same bytes, and a
+/// request names only files of the fixed list.
 pub fn helper(bytes: &[u8]) {
     use towline_helper::protocol::{DESCRIPTORS, Request, Response, Status};
     if let Some(request) = Request::parse(bytes) {
@@ -476,7 +479,8 @@ fn datagram_seeds() -> Vec<Vec<u8>> {
 }
 
 fn coalesce_seeds() -> Vec<Vec<u8>> {
-    // Three segments of one stream, three datagrams of one flow without checksums, and a stray.
+    // Three segments of one TCP stream, three datagrams of one UDP flow without checksums, and one
+    // unrelated packet.
     let segment = |number: u32, len: u16| {
         let mut packet = vec![0; 40 + usize::from(len)];
         packet[0] = 0x45;
@@ -499,7 +503,7 @@ fn coalesce_seeds() -> Vec<Vec<u8>> {
         let one = |packet: &Vec<u8>| [&(packet.len() as u16).to_le_bytes()[..], packet].concat();
         packets.iter().flat_map(one).collect()
     };
-    // Checksums are right, so that they are joined.
+    // Checksums are valid, so that the segments are coalesced.
     let mut stream = vec![segment(0, 100), segment(1, 100), segment(2, 7)];
     for packet in &mut stream {
         let sum = 6 + (packet.len() - 20) as u64;
@@ -535,7 +539,7 @@ fn inner_seeds() -> Vec<Vec<u8>> {
 }
 
 fn mesh_seeds() -> Vec<Vec<u8>> {
-    // A peer appears, is reached, answers, roams, falls silent, is removed.
+    // A peer appears, becomes reachable, answers, roams, stops answering, and is removed.
     let story: &[&[u8]] = &[
         &[3, 2, 1, 7, 2, 9],
         &[0, 2, 1, 2, 5, 6, 1, 3],
@@ -554,7 +558,8 @@ fn example_node() -> Node {
     input.node()
 }
 
-/// Reads values from bytes, small ones, so that they meet one another often.
+/// Reads small values from bytes, so that different inputs often collide on the same host or
+/// prefix.
 struct Input<'a>(&'a [u8]);
 
 impl Input<'_> {

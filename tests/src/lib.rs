@@ -1,4 +1,4 @@
-//! Towline's simulator, scripted servers, namespace lab and benchmarks.
+//! The simulator, scripted servers, fuzz targets, namespace and VM labs, and benchmarks of Towline.
 
 pub mod cluster;
 pub mod fuzz;

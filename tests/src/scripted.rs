@@ -1,8 +1,8 @@
-//! A controller that does what a test says: a real tonic server over TLS, so that the client under
-//! test is the one that ships.
+//! A controller whose responses a test scripts. It is a real tonic server over TLS, so that the
+//! client under test is the one that ships.
 //!
-//! Each call arrives as a [`Call`] with the way to answer it; what the test does not answer stays
-//! unanswered.
+//! Each call arrives as a [`Call`] with its reply channel. A call that the test does not answer
+//! stays unanswered.
 
 use std::io;
 use std::net::SocketAddr;
@@ -39,7 +39,7 @@ pub struct Ca {
 }
 
 impl Ca {
-    /// A new one.
+    /// Generates a CA with new keys.
     pub fn new() -> anyhow::Result<Self> {
         let key = KeyPair::generate_for(&PKCS_ED25519)?;
         let mut params = CertificateParams::default();
@@ -50,17 +50,17 @@ impl Ca {
         Ok(Self { key, signing, certificate })
     }
 
-    /// Its certificate.
+    /// Returns the CA's certificate.
     pub fn certificate(&self) -> CertificateDer<'static> {
         self.certificate.clone()
     }
 
-    /// Its public key.
+    /// Returns the CA's public key.
     pub fn public(&self) -> anyhow::Result<IdentityKey> {
         Ok(IdentityKey::try_from(self.key.public_key_raw())?)
     }
 
-    /// A certificate for `public`, good for `life` from an hour ago.
+    /// Issues a certificate for `public`, valid for `life`, beginning an hour ago.
     pub fn issue(
         &self,
         name: &str,
@@ -75,22 +75,22 @@ impl Ca {
         Ok(params.signed_by(public, &issuer)?.der().clone())
     }
 
-    /// Signs one of the CA's statements.
+    /// Signs a message as the CA.
     pub fn sign(&self, domain: Domain, body: &impl prost::Message) -> pb::Signed {
         sign(domain, body, &self.signing)
     }
 
-    /// The signed configuration of [`mesh`].
+    /// Returns the mesh configuration of [`mesh`], signed.
     pub fn mesh(&self) -> pb::Signed {
         self.sign(Domain::Mesh, &pb::MeshConfig::from(&mesh()))
     }
 
-    /// A grant for a node that has these keys.
+    /// Returns a signed grant for a node that has these keys.
     pub fn grant(&self, id: u8, identity: &Identity, wireguard: &Wireguard) -> pb::Signed {
         self.sign(Domain::Grant, &pb::Grant::from(&grant(id, identity, wireguard)))
     }
 
-    /// A whole node with keys of its own, and a record of this generation.
+    /// Returns a complete node with new keys and a record of this generation.
     pub fn entry(&self, id: u8, generation: u64) -> anyhow::Result<pb::Entry> {
         let (identity, wireguard) = (Identity::generate()?, Wireguard::generate()?);
         let record = Record {
@@ -110,7 +110,7 @@ impl Ca {
         })
     }
 
-    /// A tombstone.
+    /// Returns a signed tombstone of a node.
     pub fn tombstone(&self, id: u8) -> anyhow::Result<pb::Signed> {
         let tombstone = Tombstone {
             mesh_id: MESH,
@@ -123,14 +123,14 @@ impl Ca {
     }
 }
 
-/// The mesh of all tests.
+/// The mesh id that all tests use.
 pub const MESH: MeshId = MeshId([7; 16]);
 
 fn name(id: u8) -> String {
     format!("node-{id}")
 }
 
-/// Its configuration.
+/// Returns the configuration of [`MESH`].
 pub fn mesh() -> MeshConfig {
     let v6 = std::net::Ipv6Addr::new(0xfd00, 0, 0, 7, 0, 0, 0, 0);
     MeshConfig {
@@ -145,7 +145,7 @@ pub fn mesh() -> MeshConfig {
     }
 }
 
-/// A grant for a node that has these keys.
+/// Returns a grant for a node that has these keys.
 pub fn grant(id: u8, identity: &Identity, wireguard: &Wireguard) -> Grant {
     Grant {
         mesh_id: MESH,
@@ -165,36 +165,36 @@ pub fn grant(id: u8, identity: &Identity, wireguard: &Wireguard) -> Grant {
     }
 }
 
-/// How a call is answered.
+/// The reply channel of a call.
 pub type Reply<T> = oneshot::Sender<Result<T, Status>>;
 
-/// A call that came in.
+/// A call that the controller received.
 pub enum Call {
-    /// Hello.
+    /// A `Hello` call.
     Hello(Reply<pb::HelloResponse>),
-    /// Join.
+    /// A `Join` call.
     Join(pb::JoinRequest, Reply<pb::JoinResponse>),
-    /// Renew.
+    /// A `Renew` call.
     Renew(pb::RenewRequest, Reply<pb::RenewResponse>),
-    /// Publish.
+    /// A `Publish` call.
     Publish(pb::PublishRequest, Reply<pb::PublishResponse>),
-    /// A watch began.
+    /// A `Watch` call, which opens a stream.
     Watch(Watch),
-    /// Leave.
+    /// A `Leave` call.
     Leave(Reply<pb::LeaveResponse>),
 }
 
-/// A watch, held by the test. Dropping it ends the stream.
+/// A watch stream that the test holds. Dropping it ends the stream.
 pub struct Watch {
-    /// What the client began with.
+    /// First message of the client.
     pub start: pb::WatchStart,
-    /// What the client says after that.
+    /// Later messages of the client.
     pub requests: Streaming<pb::WatchRequest>,
     responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
 }
 
 impl Watch {
-    /// Says something to the client; `false` when it is gone.
+    /// Sends a message to the client. Returns `false` if the client has disconnected.
     pub async fn send(&self, kind: pb::watch_response::Kind) -> bool {
         self.responses.send(Ok(pb::WatchResponse { kind: Some(kind) })).await.is_ok()
     }
@@ -205,15 +205,15 @@ impl Watch {
     }
 }
 
-/// A running controller.
+/// A running scripted controller.
 pub struct ScriptedController {
-    /// Where it listens.
+    /// Address on which the controller listens.
     pub address: SocketAddr,
     calls: mpsc::Receiver<Call>,
 }
 
 impl ScriptedController {
-    /// Starts one on loopback, with a certificate from `ca`.
+    /// Starts a controller on the loopback, with a certificate from `ca`.
     pub async fn start(ca: &Ca) -> anyhow::Result<Self> {
         let key = KeyPair::generate_for(&PKCS_ED25519)?;
         let leaf = ca.issue(CONTROLLER_TLS_NAME, &key, Duration::from_secs(86_400))?;
@@ -231,7 +231,7 @@ impl ScriptedController {
         let (connections, incoming) = mpsc::channel(16);
         tokio::spawn(async move {
             while let Ok((tcp, _)) = listener.accept().await {
-                // A client that gives up the handshake is that client's own business.
+                // A failed handshake concerns only that client.
                 if let Ok(stream) = acceptor.accept(tcp).await {
                     let _ = connections.send(Ok::<_, std::io::Error>(Tls(stream))).await;
                 }
@@ -246,12 +246,12 @@ impl ScriptedController {
         Ok(Self { address, calls })
     }
 
-    /// The next call.
+    /// Waits for the next call.
     pub async fn call(&mut self) -> anyhow::Result<Call> {
-        self.calls.recv().await.context("the controller is gone")
+        self.calls.recv().await.context("the controller has stopped")
     }
 
-    /// The next call that begins a watch. Anything else before it is left unanswered.
+    /// Waits for the next watch. Calls before it stay unanswered.
     pub async fn watch(&mut self) -> anyhow::Result<Watch> {
         loop {
             if let Call::Watch(watch) = self.call().await? {
@@ -260,7 +260,7 @@ impl ScriptedController {
         }
     }
 
-    /// The next record that is published; it is accepted.
+    /// Waits for the next published record and accepts it.
     pub async fn published(&mut self) -> anyhow::Result<pb::Signed> {
         loop {
             if let Call::Publish(request, reply) = self.call().await? {
@@ -271,7 +271,7 @@ impl ScriptedController {
     }
 }
 
-/// The beginning of a watch, with a heartbeat of 60 s: a test is never hurried.
+/// Returns the first message of a watch. Its heartbeat interval of 60 s is longer than a test runs.
 pub fn ready(epoch: u64) -> pb::watch_response::Kind {
     pb::watch_response::Kind::Ready(pb::WatchReady {
         session_id: vec![1; 16],
@@ -284,13 +284,13 @@ pub fn ready(epoch: u64) -> pb::watch_response::Kind {
     })
 }
 
-/// A message of the map.
+/// Returns a message of the map.
 pub fn changes(revision: u64, kinds: Vec<pb::change::Kind>) -> pb::watch_response::Kind {
     let changes = kinds.into_iter().map(|kind| pb::Change { kind: Some(kind) }).collect();
     pb::watch_response::Kind::Changes(pb::Changes { changes, revision, synced: true })
 }
 
-/// A TLS stream that tonic takes.
+/// A TLS stream in the form that tonic accepts.
 struct Tls(TlsStream<TcpStream>);
 
 impl Connected for Tls {
@@ -383,7 +383,7 @@ impl Discovery for Service {
         let first = requests.message().await?;
         let Some(pb::WatchRequest { kind: Some(pb::watch_request::Kind::Start(start)) }) = first
         else {
-            return Err(Status::invalid_argument("the watch began without a start"));
+            return Err(Status::invalid_argument("the first message of a watch must be its start"));
         };
         let (responses, stream) = mpsc::channel(16);
         let watch = Watch { start, requests, responses };

@@ -1,6 +1,6 @@
-//! A Kubernetes API server that does what a test says: real TLS and real HTTP, so that the client
-//! under test is the one that ships. It knows Nodes, and authorizes as the node authorizer does:
-//! a node reads its own Node, named by a field selector, and no other.
+//! A Kubernetes API server whose behaviour a test scripts. It serves real TLS and real HTTP, so
+//! that the client under test is the one that ships. It serves Nodes, and authorizes as the node
+//! authorizer does: a node may read its own Node, named by a field selector, and no other.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -23,23 +23,23 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use crate::cluster::{ClusterCa, Pair};
 
-/// How it treats requests.
+/// How the server treats requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Manner {
-    /// As the real one.
+    /// Requests are served as a real API server serves them.
     Proper,
-    /// Every request is answered with this status.
+    /// Every request gets this HTTP status.
     Refuses(u16),
-    /// Every connection is closed once a watch began.
+    /// Every connection is closed once a watch has started.
     Flaps,
-    /// Nothing is accepted, and what was is closed.
+    /// No connection is accepted, and existing connections are closed.
     Away,
 }
 
-/// The server; dropping it ends every connection.
+/// A running API server. Dropping it closes every connection.
 #[derive(Debug)]
 pub struct ScriptedApi {
-    /// `https://ADDRESS`.
+    /// URL of the server: `https://ADDRESS`.
     pub url: String,
     state: Arc<State>,
     _tasks: JoinSet<()>,
@@ -48,19 +48,19 @@ pub struct ScriptedApi {
 #[derive(Debug)]
 struct State {
     nodes: Mutex<BTreeMap<String, Value>>,
-    /// Resource version and manner: whoever serves a watch hears of both.
+    /// Resource version and manner. Every watch is notified when one of them changes.
     now: watch::Sender<(u64, Manner)>,
     /// User names of the requests, in order.
     users: Mutex<Vec<String>>,
 }
 
 impl ScriptedApi {
-    /// Starts one on the loopback with a certificate of `ca`.
+    /// Starts a server on the loopback, with a certificate from `ca`.
     pub async fn start(ca: &ClusterCa) -> anyhow::Result<Self> {
         Self::start_as(ca, &ca.issue(OWN_NAME, "", &[OWN_ADDRESS])?).await
     }
 
-    /// Starts one whose certificate of `ca` is valid for a day since `from`.
+    /// Starts a server whose certificate from `ca` is valid for one day from `from`.
     pub async fn start_valid_from(ca: &ClusterCa, from: SystemTime) -> anyhow::Result<Self> {
         Self::start_as(ca, &ca.issue_from(from, OWN_NAME, "", &[OWN_ADDRESS])?).await
     }
@@ -86,7 +86,7 @@ impl ScriptedApi {
                 connections.spawn(async move {
                     let mut away = state.now.subscribe();
                     tokio::select! {
-                        // What goes wrong with one connection is the client's affair.
+                        // A failed connection concerns only that client.
                         _ = connection(&state, acceptor, stream) => {}
                         _ = away.wait_for(|(_, manner)| *manner == Manner::Away) => {}
                     }
@@ -96,7 +96,7 @@ impl ScriptedApi {
         Ok(Self { url: format!("https://{address}"), state, _tasks: tasks })
     }
 
-    /// Sets a Node: its internal address and its pod networks.
+    /// Sets a Node, with its internal address and its pod networks.
     pub fn node(&self, name: &str, ip: &str, pods: &[&str]) {
         let version = self.state.now.borrow().0 + 1;
         let node = json!({
@@ -115,7 +115,7 @@ impl ScriptedApi {
         self.state.now.send_modify(|now| now.1 = manner);
     }
 
-    /// Who asked so far.
+    /// Returns the user names of all requests so far, in order.
     pub fn users(&self) -> Vec<String> {
         self.state.users.lock().clone()
     }
@@ -123,7 +123,7 @@ impl ScriptedApi {
 
 const OWN_NAME: &str = "kube-apiserver";
 const OWN_ADDRESS: &str = "127.0.0.1";
-/// Where a client asks who it is.
+/// Path at which a client asks for its own user name.
 const REVIEWS: &str = "/apis/authentication.k8s.io/v1/selfsubjectreviews";
 
 fn acceptor(ca: &ClusterCa, own: &Pair) -> anyhow::Result<TlsAcceptor> {
@@ -146,7 +146,7 @@ type Stream = TlsStream<TcpStream>;
 
 async fn connection(state: &State, acceptor: TlsAcceptor, stream: TcpStream) -> anyhow::Result<()> {
     let mut stream = acceptor.accept(stream).await?;
-    let user = user(&stream).context("a client without a certificate")?;
+    let user = user(&stream).context("the client has no certificate")?;
     while let Some(target) = request(&mut stream).await? {
         state.users.lock().push(user.clone());
         let manner = state.now.borrow().1;
@@ -185,11 +185,11 @@ async fn connection(state: &State, acceptor: TlsAcceptor, stream: TcpStream) -> 
     Ok(())
 }
 
-/// The target of the next request; its body is read and left.
+/// Reads the next request and returns its target. The request's body is discarded.
 async fn request(stream: &mut Stream) -> anyhow::Result<Option<String>> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
-        anyhow::ensure!(head.len() < 16 << 10, "a request without end");
+        anyhow::ensure!(head.len() < 16 << 10, "the request's head is too long");
         match stream.read_u8().await {
             Ok(byte) => head.push(byte),
             Err(_) if head.is_empty() => return Ok(None),
@@ -202,7 +202,7 @@ async fn request(stream: &mut Stream) -> anyhow::Result<Option<String>> {
         name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
     });
     let length: usize = length.unwrap_or_default();
-    anyhow::ensure!(length < 64 << 10, "a request without end");
+    anyhow::ensure!(length < 64 << 10, "the request's body is too long");
     stream.read_exact(&mut vec![0; length]).await?;
     Ok(Some(head.split(' ').nth(1).unwrap_or_default().to_owned()))
 }
@@ -225,8 +225,8 @@ async fn serve_watch(state: &State, stream: &mut Stream, name: &str) -> anyhow::
     stream.write_all(head.as_bytes()).await?;
     stream.flush().await?;
     loop {
-        // Also what stands already: a client that lists and then watches may not miss what came
-        // in between.
+        // Sends the existing Node too: a client that lists first and then watches must not miss a
+        // change in between.
         let node = state.nodes.lock().get(name).cloned();
         if let Some(node) = node {
             let line = json!({"type": "MODIFIED", "object": node}).to_string() + "\n";

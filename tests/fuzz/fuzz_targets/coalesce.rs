@@ -1,4 +1,4 @@
-//! See `towline_tests::fuzz::coalesce`.
+//! libFuzzer entry point of `towline_tests::fuzz::coalesce`.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! See `towline_tests::fuzz::datagram`.
+//! libFuzzer entry point of `towline_tests::fuzz::datagram`.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! See `towline_tests::fuzz::helper`.
+//! libFuzzer entry point of `towline_tests::fuzz::helper`.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! See `towline_tests::fuzz::inner`.
+//! libFuzzer entry point of `towline_tests::fuzz::inner`.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! See `towline_tests::fuzz::map`.
+//! libFuzzer entry point of `towline_tests::fuzz::map`.
 
 #![no_main]
 

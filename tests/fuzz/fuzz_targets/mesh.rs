@@ -1,4 +1,4 @@
-//! See `towline_tests::fuzz::mesh`.
+//! libFuzzer entry point of `towline_tests::fuzz::mesh`.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! See `towline_tests::fuzz::pipeline`.
+//! libFuzzer entry point of `towline_tests::fuzz::pipeline`.
 
 #![no_main]
 

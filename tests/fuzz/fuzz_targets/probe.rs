@@ -1,4 +1,4 @@
-//! See `towline_tests::fuzz::probe`.
+//! libFuzzer entry point of `towline_tests::fuzz::probe`.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! See `towline_tests::fuzz::signed`.
+//! libFuzzer entry point of `towline_tests::fuzz::signed`.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! See `towline_tests::fuzz::token`.
+//! libFuzzer entry point of `towline_tests::fuzz::token`.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! `cargo lab`: see [`towline_tests::lab`].
+//! Entry point of `cargo lab`: see [`towline_tests::lab`].
 
 use std::process::ExitCode;
 

@@ -1,8 +1,9 @@
-//! The packet path of a worker: batches from the network and from the TUN, as the bytes say.
+//! Fuzzes a worker's packet path: batches from the network and from the TUN, as the bytes select.
 //!
-//! One node with one peer, which has its keys and can seal, and a relay's channel between two other
-//! nodes. Every call ends, what is forwarded are disjoint parts of what was received, and each
-//! datagram has exactly one outcome: delivered, forwarded, handed on, answered or counted.
+//! There is one node with one peer, whose keys the target has and for which it seals, and one relay
+//! channel between two other nodes. Every call returns, forwarded ranges are disjoint parts of what
+//! was received, and each datagram has exactly one outcome: delivered, forwarded, handed to the
+//! daemon, answered or counted as a drop.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -35,13 +36,13 @@ use x25519_dalek::StaticSecret;
 
 use super::{EPOCH, Input};
 
-/// Calls for one input.
+/// Number of calls for one input, which bounds its run time.
 const CALLS: u32 = 64;
 const SLOTS: usize = 8;
 const MTU: usize = 1_420;
-/// Our own link, from which no outer datagram can come.
+/// Interface index of the node's own TUN link, from which no outer datagram may arrive.
 const LINK: u32 = 7;
-/// A channel that the node relays, and one that it does not.
+/// A channel that the node relays; [`UNKNOWN`] is one that it does not relay.
 const RELAYED: u64 = 77;
 const UNKNOWN: u64 = 78;
 
@@ -49,7 +50,7 @@ fn address(number: u8) -> SocketAddr {
     SocketAddr::from(([192, 0, 2, number], 51_830))
 }
 
-/// See the module.
+/// Runs the packet path on one input; see the module's documentation.
 pub fn pipeline(bytes: &[u8]) {
     let mut input = Input(bytes);
     let mut bench = Bench::new();
@@ -67,7 +68,7 @@ pub fn pipeline(bytes: &[u8]) {
             bench.inbound();
         }
     }
-    // The answers to what the last batch brought may ask for another one.
+    // Responses to the last batch may require another batch.
     for _ in 0..4 {
         bench.inbound();
     }
@@ -84,7 +85,7 @@ struct Bench {
     read: TunBatch,
 }
 
-/// Counts what is sent.
+/// A sink that counts the datagrams sent.
 #[derive(Default)]
 struct Sink {
     datagrams: usize,
@@ -118,7 +119,7 @@ impl UdpIo for Sink {
     }
 }
 
-/// One payload.
+/// A source of segments that returns one payload.
 struct Once(Option<Vec<u8>>, Vec<u8>);
 
 impl Segments for Once {
@@ -138,7 +139,7 @@ impl Bench {
         let limits = Limits { nodes: 4, channels: 4, bytes_per_second: 1 << 20 };
         let relay = Relay::new(limits);
         let ends = [3, 4].map(|number| (WireguardKey([number; 32]), address(number).into()));
-        relay.register(now, ends[1].0, ends[1].1).expect("there is room");
+        relay.register(now, ends[1].0, ends[1].1).expect("the table has room");
         relay.open(now, ends[0], ends[1].0, RELAYED).expect("both are registered");
         let mut path = PacketPath::new(StaticSecret::from([1; 32]), relay, Some(LINK), now);
         path.set_mtu(MTU);
@@ -169,7 +170,7 @@ impl Bench {
         }
     }
 
-    /// Puts bytes into the next slot, as the kernel would.
+    /// Puts bytes into the next receive slot, as the kernel would.
     fn arrive(&mut self, from: Path, bytes: &[u8], segment_size: usize) {
         if self.received.is_full() {
             return;
@@ -180,7 +181,7 @@ impl Bench {
         self.received.push(slot, from, len, segment_size);
     }
 
-    /// Datagrams of any size and kind from anybody.
+    /// Receives datagrams of any size and kind, from any sender.
     fn junk(&mut self, input: &mut Input<'_>) {
         let from = input.sender();
         let len = input.size();
@@ -197,7 +198,7 @@ impl Bench {
 
     fn head(&mut self, input: &mut Input<'_>) -> Vec<u8> {
         let data = |session: &mut Session| {
-            // The receiver index that the node has chosen.
+            // Receiver index that the node has chosen.
             let mut message = [0; HANDSHAKE_BYTES];
             let len = session.keepalive(&mut message);
             message[..len.min(16)].to_vec()
@@ -216,7 +217,7 @@ impl Bench {
         }
     }
 
-    /// Packets that the peer seals, joined by the kernel, rightly or not.
+    /// Receives packets that the peer sealed, coalesced as the kernel does or at wrong boundaries.
     fn sealed(&mut self, input: &mut Input<'_>) {
         if !self.peer.is_ready() {
             return;
@@ -261,13 +262,13 @@ impl Bench {
         self.arrive(address(2).into(), &message[..len], 0);
     }
 
-    /// Lets the batch through, and judges what became of it.
+    /// Processes the received batch, and asserts the outcome of each datagram.
     fn inbound(&mut self) {
         let received = self.received.received().iter();
         let (mut total, mut consumable) = (0, 0);
         for (start, len) in received.flat_map(|received| {
             let places: Vec<_> = received.places().collect();
-            // A datagram of no bytes is one too.
+            // An empty datagram counts too.
             if places.is_empty() { vec![(0, 0)] } else { places }
         }) {
             total += 1;
@@ -282,7 +283,7 @@ impl Bench {
                 None => DatagramKind::of(message) == DatagramKind::Stun,
             });
         }
-        // Those of packets that waited are none of these datagrams'.
+        // Drops of packets that waited for a session do not belong to these datagrams.
         let drops = |path: &PacketPath| {
             path.all_drops()
                 - path.drops(DropReason::QueueFull)
@@ -298,7 +299,7 @@ impl Bench {
             assert!(train.len > 0 && train.len <= TRAIN_BYTES, "{train:?}");
             assert!(train.segments <= TRAIN_SEGMENTS, "{train:?}");
             assert_eq!(train.len.div_ceil(train.stride.get()), train.segments, "{train:?}");
-            assert!(train.start >= free_from, "it was forwarded already: {train:?}");
+            assert!(train.start >= free_from, "forwarded twice: {train:?}");
             free_from = train.start + train.len;
             let inside = self.received.received().iter().any(|received| {
                 let (start, end) =
@@ -307,7 +308,7 @@ impl Bench {
                     });
                 train.start >= start && free_from <= end
             });
-            assert!(inside, "it was not received: {train:?}");
+            assert!(inside, "never received: {train:?}");
             outcomes += train.segments;
         }
         for frame in self.writes.frames() {
@@ -318,7 +319,7 @@ impl Bench {
         while let Some(event) = self.path.event() {
             outcomes += usize::from(matches!(event, Event::Probe { .. } | Event::Stun { .. }));
         }
-        // The rest was handshakes, keepalives and STUN requests that were answered.
+        // The other datagrams were handshakes, keepalives, and STUN requests that were answered.
         assert!(
             outcomes <= total && total - outcomes <= consumable,
             "{total} datagrams, {outcomes} outcomes, at most {consumable} consumed"
@@ -328,7 +329,7 @@ impl Bench {
         self.answers();
     }
 
-    /// The peer takes what was sent to it; what it answers arrives next.
+    /// Delivers to the peer what was sent to it; its responses arrive in the next batch.
     fn answers(&mut self) {
         let mut messages = Vec::new();
         for train in self.out.trains().iter().filter(|train| train.to.remote == address(2)) {
@@ -350,7 +351,7 @@ impl Bench {
         }
     }
 
-    /// A packet from the TUN, large or small, good or bad.
+    /// Sends a packet from the TUN, large or small, valid or invalid.
     fn outbound(&mut self, input: &mut Input<'_>) {
         let len = input.size();
         let mut packet = vec![input.byte().unwrap_or(0); len];
@@ -390,7 +391,7 @@ impl Bench {
         let mut sink = Sink::default();
         let mut out = SendBatch::new(512 * 1024, 256);
         self.path.outbound(self.now, &mut self.read, &mut out, &mut sink);
-        assert!(out.is_empty(), "all is sent");
+        assert!(out.is_empty(), "everything was sent");
         let dropped = usize::try_from(self.path.all_drops() - drops).expect("a few");
         let outcomes = sink.datagrams + dropped + self.path.waiting() - waiting;
         assert_eq!(outcomes, expected, "{len} bytes, {header:?}");
@@ -402,8 +403,8 @@ impl Bench {
     }
 }
 
-/// Number of outcomes that a packet from the TUN must have: one for each of its segments, or one for
-/// all of it if it is no good.
+/// Returns the number of outcomes that a packet from the TUN must have: one for each of its
+/// segments, or one in total if the packet is invalid.
 fn segments(packet: &[u8], header: &VnetHeader) -> usize {
     let good = Inner::parse(packet).filter(|inner| inner.total_len == packet.len());
     if good.is_none_or(|inner| inner.destination != Ipv4Addr::new(10, 0, 0, 2)) {
@@ -421,7 +422,7 @@ fn segments(packet: &[u8], header: &VnetHeader) -> usize {
 }
 
 impl Input<'_> {
-    /// Zero, a small size, any size, or one near the limits.
+    /// Returns zero, a small size, any size, or a size near the limits.
     fn size(&mut self) -> usize {
         match self.below(4) {
             0 => self.below(3).into(),
@@ -442,30 +443,30 @@ impl Input<'_> {
     }
 }
 
-/// Inputs in the order in which the functions above read them.
+/// Returns inputs in the order in which the functions above read them.
 pub(super) fn seeds() -> Vec<Vec<u8>> {
     const SIZE_MAX: [u8; 2] = [3, 0];
     const WHOLE: [u8; 2] = [0, 0];
     let [handshake, inbound]: [&[u8]; 2] = [&[3, 7, 7], &[7]];
-    // Sender, length, segment size, one head, fill.
+    // Sender, length, segment size, kind of head, fill byte.
     let junk = |from: u8, len: &[u8], size: &[u8], head: &[u8]| {
         [&[0, from], len, size, &[0], head, &[0xaa]].concat()
     };
-    // Count, size, by the path itself, versions and lengths, joined as they were sealed.
+    // Count, size, direct path, versions and lengths, coalesced as sealed.
     let sealed = |count: u8, payload: u8| {
         let mut bytes = vec![2, count - 1, payload, 1];
         bytes.extend([1, 0].repeat(count.into()));
         bytes.push(1);
         bytes
     };
-    // Size, fill, good, to the peer.
+    // Size, fill byte, validity, destined for the peer.
     let outbound = |size: &[u8], header: &[u8]| [&[4], size, &[7, 1, 1], header, &[1]].concat();
     vec![
         [handshake, &sealed(20, 80), &sealed(3, 0), inbound].concat(),
         [handshake, &outbound(&[2, 5, 100], &[0]), &outbound(&SIZE_MAX, &[1, 160])].concat(),
         [outbound(&[2, 0, 200], &[0]), outbound(&[2, 60, 0], &[1, 100]), handshake.to_vec()]
             .concat(),
-        // The longest datagrams there are, on a channel: by an end of it, and by a stranger.
+        // Datagrams of the maximum length on a channel: from one of its ends, and from a stranger.
         [junk(3, &SIZE_MAX, &WHOLE, &[1]), junk(5, &SIZE_MAX, &WHOLE, &[1]), inbound.to_vec()]
             .concat(),
         [junk(3, &SIZE_MAX, &[2, 4, 0], &[1]), junk(4, &[2, 90, 0], &[1, 3], &[9])].concat(),
@@ -485,14 +486,14 @@ pub(super) fn seeds() -> Vec<Vec<u8>> {
 mod tests {
     use super::*;
 
-    /// Otherwise the seeds would only show that junk is dropped.
+    /// Without this test the seeds might show only that junk is dropped.
     #[test]
     fn seeds_reach_a_session_and_a_channel() {
         let mut bench = Bench::new();
         bench.initiation();
         bench.inbound();
         bench.inbound();
-        assert!(bench.peer.is_ready(), "the handshake is through");
+        assert!(bench.peer.is_ready(), "the handshake is complete");
         bench.sealed(&mut Input(&seeds()[0][4..]));
         let allowed = Coalesce::default();
         let Bench { now, path, received, writes, out, .. } = &mut bench;

@@ -1,7 +1,7 @@
-//! Threads with fewer rights than the lab has: what a local user of a host can do.
+//! Threads with fewer rights than the lab: what a local user of a host can do.
 //!
-//! Credentials belong to a thread in Linux (the C library alone makes them the process's), so a thread
-//! gives its own away by system call, and ends.
+//! In Linux, credentials belong to a thread; only the C library applies them to the whole process.
+//! So a thread drops its own credentials by system call, does its job and ends.
 
 use std::io;
 
@@ -9,33 +9,33 @@ use serde::Serialize;
 
 use super::namespace::Namespace;
 
-/// Whose rights a thread has.
+/// The rights of a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Actor {
     /// Root of the host.
     Root,
-    /// `nobody`, without a capability.
+    /// User `nobody` without capabilities.
     User,
-    /// `nobody` with `CAP_NET_RAW` alone, as a container of the host's network has it.
+    /// User `nobody` with `CAP_NET_RAW` only, like a container in the host's network namespace.
     RawUser,
 }
 
-/// The user and the group `nobody`.
+/// Id of the user and of the group `nobody`.
 const NOBODY: libc::c_long = 65_534;
-/// `_LINUX_CAPABILITY_VERSION_3` of `linux/capability.h`.
+/// Version `_LINUX_CAPABILITY_VERSION_3` of `linux/capability.h`.
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
-/// `CAP_NET_RAW`, as a bit of the first word.
+/// Capability `CAP_NET_RAW`, as a bit of the first word.
 const NET_RAW: u32 = 1 << 13;
 
-/// `struct __user_cap_header_struct`.
+/// `struct __user_cap_header_struct` of `linux/capability.h`.
 #[repr(C)]
 struct CapabilityHeader {
     version: u32,
     thread: i32,
 }
 
-/// `struct __user_cap_data_struct`, of 32 capabilities.
+/// `struct __user_cap_data_struct` of `linux/capability.h`, which holds 32 capabilities.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 struct CapabilityWords {
@@ -57,10 +57,10 @@ impl Actor {
         })
     }
 
-    /// Gives the calling thread these rights for the rest of its life. Needs to be root.
+    /// Gives the calling thread these rights until it ends. Needs root.
     ///
     /// # Errors
-    /// Where this process cannot become another user: as root of a user namespace it knows no other.
+    /// If this process cannot become another user: in a user namespace only one user is mapped.
     pub fn assume(self) -> io::Result<()> {
         let capabilities = match self {
             Self::Root => return Ok(()),

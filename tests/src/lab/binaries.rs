@@ -1,4 +1,4 @@
-//! Building the daemons, and where they are.
+//! Builds the daemons and finds their binaries.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, IsTerminal};
@@ -10,31 +10,33 @@ use anyhow::{Context, anyhow, bail};
 
 use super::talk::line;
 
-/// How the daemons are built.
+/// The build profile of the daemons.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
-    /// The one of `cargo test`: quick to build.
+    /// The dev profile, as in `cargo test`: quick to build.
     Dev,
-    /// For figures.
+    /// The release profile, for measurements.
     Release,
-    /// For figures, and the lab itself is built so too: a part of it is measured.
+    /// The release profile for measurements, also for the lab itself, since a part of it is
+    /// measured.
     Bench,
 }
 
-/// The daemons of this working copy.
+/// Paths of the daemons of one checkout.
 #[derive(Debug, Clone)]
 pub struct Binaries {
-    /// `towline`.
+    /// Path of `towline`.
     pub towline: PathBuf,
-    /// `towline-controller`.
+    /// Path of `towline-controller`.
     pub controller: PathBuf,
-    /// `lab`, of the same profile; only with [`Profile::Bench`].
+    /// Path of `lab` in the same profile; set only with [`Profile::Bench`].
     pub lab: Option<PathBuf>,
 }
 
 impl Binaries {
-    /// Builds them with `$CARGO` (else `cargo`) and takes their places from what cargo says: the
-    /// target directory may be anywhere. On a terminal cargo shows its own progress.
+    /// Builds the daemons with `$CARGO` (default: `cargo`) and takes their paths from cargo's
+    /// messages, since the target directory may be anywhere. On a terminal cargo shows its own
+    /// progress.
     pub fn build(profile: Profile) -> anyhow::Result<Self> {
         line(match profile {
             Profile::Dev => "building the daemons",
@@ -43,8 +45,8 @@ impl Binaries {
         Self::build_in(workspace(), profile, None)
     }
 
-    /// Builds the daemons of another checkout, in release mode, into its own directory `target`:
-    /// in a shared one the programs of both would have the same path.
+    /// Builds the daemons of another checkout in release mode, into that checkout's `target`: in a
+    /// shared target directory the binaries of both would have the same path.
     pub fn build_of(checkout: &Path) -> anyhow::Result<Self> {
         let checkout = std::fs::canonicalize(checkout)
             .with_context(|| format!("no checkout at {}", checkout.display()))?;
@@ -63,8 +65,8 @@ impl Binaries {
         let mut command = Command::new(&cargo);
         command
             .args(["build", "--message-format=json-render-diagnostics"])
-            // The lab's own package takes part, without being built, so that the dependencies
-            // get the same features as for the lab itself and are not built a second time.
+            // The lab's own package is selected, though not built, so that dependencies get the
+            // same features as for the lab and are not built twice.
             .args(["-p", "towline-agent", "-p", "towline-controller", "-p", "towline-tests"])
             .args(["--bin", "towline", "--bin", "towline-controller"])
             .current_dir(checkout)
@@ -76,7 +78,7 @@ impl Binaries {
         }
         match target {
             Some(target) => command.arg("--target-dir").arg(target),
-            // Of the package; another checkout may be older than it.
+            // The helper belongs to the package; another checkout may be too old to have it.
             None => command.args(["-p", "towline-helper", "--bin", "towline-helper"]),
         };
         if profile == Profile::Bench {
@@ -107,7 +109,7 @@ impl Binaries {
             }
         }
         if !child.wait()?.success() {
-            bail!("the daemons do not build: see above");
+            bail!("cannot build the daemons: see the compiler's errors above");
         }
         let mut take = |name: &str| {
             found.remove(name).ok_or_else(|| anyhow!("cargo built no binary named {name}"))
@@ -117,27 +119,28 @@ impl Binaries {
         Ok(Self { towline, controller, lab })
     }
 
-    /// The directory that holds them, for a shell's `PATH`.
+    /// Returns the directory of the binaries, for a shell's `PATH`.
     pub fn directory(&self) -> &Path {
         self.towline.parent().unwrap_or(Path::new("/"))
     }
 }
 
-/// The workspace that this package was built from.
+/// Returns the workspace that this package was built from.
 fn workspace() -> &'static Path {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     package.parent().unwrap_or(package)
 }
 
-/// Whether a variable tells of the package that an outer `cargo run` or `cargo test` runs. Build
-/// scripts look at some of them: seeing others than last time, they would build all over again.
+/// Returns whether an environment variable describes the package that an outer `cargo run` or
+/// `cargo test` runs. Build scripts read some of these variables and would run again if they
+/// changed.
 fn of_an_outer_cargo(variable: &str) -> bool {
     ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_", "CARGO_PRIMARY_PACKAGE"]
         .iter()
         .any(|prefix| variable.starts_with(prefix))
 }
 
-/// Name and path of the executable in one of cargo's messages, if that is what it tells of.
+/// Returns name and path of the executable that one of cargo's messages reports, if any.
 fn executable(message: &str) -> Option<(String, PathBuf)> {
     let message: serde_json::Value = serde_json::from_str(message).ok()?;
     if message["reason"] != "compiler-artifact" {

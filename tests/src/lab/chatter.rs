@@ -1,5 +1,5 @@
-//! Datagrams of the pattern from each node to all others, without pause, whatever becomes of them: so
-//! that whichever guard is gone at any moment, there is something that could leak.
+//! Background traffic: datagrams of the pattern from each node to all others, without pause and
+//! regardless of errors. If a guard is missing at any moment, there is traffic that could leak.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -12,34 +12,34 @@ use super::interrupt;
 use super::namespace::Namespace;
 use super::traffic::{CELL, MARK, Pattern};
 
-/// Where every member listens.
+/// UDP port on which every member listens.
 pub const PORT: u16 = 4_444;
-/// Between two rounds of one member to all others.
+/// Pause between two rounds of one member's datagrams to all others.
 const PACE: Duration = Duration::from_millis(5);
-/// How often a listener looks whether it is to end.
+/// Interval at which a listener checks whether to stop.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Who takes part.
+/// A node that takes part in the background traffic.
 #[derive(Debug)]
 pub struct Member<'a> {
-    /// Its machine.
+    /// The network namespace of the node.
     pub namespace: &'a Namespace,
-    /// Its addresses in the mesh.
+    /// The node's addresses in the mesh.
     pub addresses: Vec<IpAddr>,
     heard: Heard,
 }
 
-/// What reached a member.
+/// Counts of the datagrams that a member received.
 #[derive(Debug, Default)]
 struct Heard {
-    /// Of the pattern, by family.
+    /// Datagrams of the pattern over IPv4.
     v4: AtomicU64,
     v6: AtomicU64,
-    /// With the tag of what is forged.
+    /// Datagrams with the tag of spoofed packets.
     forged: AtomicU64,
 }
 
-/// Members and what they say.
+/// The background traffic between members.
 #[derive(Debug)]
 pub struct Chatter<'a> {
     members: Vec<Member<'a>>,
@@ -49,34 +49,35 @@ pub struct Chatter<'a> {
 }
 
 impl<'a> Member<'a> {
-    /// One that has heard nothing yet.
+    /// Creates a member that has received nothing yet.
     pub fn new(namespace: &'a Namespace, addresses: Vec<IpAddr>) -> Self {
         Self { namespace, addresses, heard: Heard::default() }
     }
 
-    /// Datagrams of others that arrived: by IPv4, by IPv6.
+    /// Returns the number of datagrams received from other members: over IPv4, over IPv6.
     pub fn heard(&self) -> [u64; 2] {
         [&self.heard.v4, &self.heard.v6].map(|counter| counter.load(Ordering::Relaxed))
     }
 
-    /// Forged datagrams that a socket was given.
+    /// Returns the number of spoofed datagrams that reached a socket.
     pub fn forged(&self) -> u64 {
         self.heard.forged.load(Ordering::Relaxed)
     }
 }
 
 impl<'a> Chatter<'a> {
-    /// Of the pattern; what begins with `tag` is forged.
+    /// Creates background traffic of the pattern. A datagram that begins with `tag` counts as
+    /// spoofed.
     pub fn new(members: Vec<Member<'a>>, pattern: Pattern, tag: [u8; MARK]) -> Self {
         Self { members, pattern, tag, stop: AtomicBool::new(false) }
     }
 
-    /// The members.
+    /// Returns the members.
     pub fn members(&self) -> &[Member<'a>] {
         &self.members
     }
 
-    /// Starts listening everywhere; each listener listens once this returns.
+    /// Starts a listener for each member. All sockets are bound when this returns.
     pub fn listen<'scope, 'env>(
         &'scope self,
         scope: &'scope Scope<'scope, 'env>,
@@ -90,7 +91,7 @@ impl<'a> Chatter<'a> {
         self.members.iter().map(listen).collect()
     }
 
-    /// Starts talking everywhere.
+    /// Starts a sender for each member.
     pub fn talk<'scope, 'env>(
         &'scope self,
         scope: &'scope Scope<'scope, 'env>,
@@ -102,12 +103,12 @@ impl<'a> Chatter<'a> {
         (0..self.members.len()).map(talk).collect()
     }
 
-    /// Ends listeners and talkers, soon.
+    /// Asks listeners and senders to stop.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    /// Whether it was stopped.
+    /// Returns whether the traffic was stopped or the lab interrupted.
     pub fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed) || interrupt::raised()
     }
@@ -136,9 +137,9 @@ impl<'a> Chatter<'a> {
         Ok(())
     }
 
-    /// Each destination is sent to in three ways, since the kernel treats them apart: from a socket
-    /// that is bound to nothing, from one bound to our own mesh address, and from a connected one,
-    /// which remembers its route. A refusal is what a guard does.
+    /// Sends to each destination in three ways that the kernel handles differently: from an unbound
+    /// socket, from a socket bound to the own mesh address, and from a connected socket, which
+    /// caches its route. Errors are ignored: guards cause them.
     fn speak(&self, index: usize) -> anyhow::Result<()> {
         let own = &self.members[index].addresses;
         let others = self.members.iter().enumerate().filter(|(other, _)| *other != index);
@@ -188,7 +189,8 @@ impl<'a> Chatter<'a> {
     }
 }
 
-/// Stops the chatter when it is dropped, also while unwinding: its threads would be waited for.
+/// Stops the traffic when it is dropped, also while unwinding: otherwise the scope would wait for
+/// its threads.
 #[derive(Debug)]
 pub struct StopOnDrop<'a, 'b>(pub &'a Chatter<'b>);
 

@@ -1,4 +1,4 @@
-//! Datagrams with a tag and a number, and sockets that tell which numbers arrived.
+//! Datagrams with a tag and a number, and sockets that record which numbers arrived.
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
@@ -9,7 +9,7 @@ use super::interrupt::wait_up_to;
 use super::namespace::Namespace;
 use super::traffic::{MARK, random_bytes};
 
-/// What the datagrams of one run begin with: found nowhere else.
+/// Random bytes with which the datagrams of one run begin; no other traffic contains them.
 #[derive(Debug, Clone, Copy)]
 pub struct Tag([u8; MARK]);
 
@@ -21,21 +21,21 @@ pub struct Ear {
     heard: BTreeSet<u64>,
 }
 
-/// Bytes of a payload.
+/// Size of a payload in bytes.
 pub const PAYLOAD: usize = MARK + size_of::<u64>();
 
 impl Tag {
-    /// A random one.
+    /// Generates a random tag.
     pub fn random() -> anyhow::Result<Self> {
         Ok(Self(random_bytes()?))
     }
 
-    /// The bytes that every payload begins with.
+    /// Returns the bytes with which every payload begins.
     pub fn bytes(&self) -> &[u8; MARK] {
         &self.0
     }
 
-    /// The payload of this number.
+    /// Returns the payload with this number.
     pub fn payload(&self, number: u64) -> [u8; PAYLOAD] {
         let mut payload = [0; PAYLOAD];
         payload[..MARK].copy_from_slice(&self.0);
@@ -43,7 +43,7 @@ impl Tag {
         payload
     }
 
-    /// The number of a payload with this tag.
+    /// Returns the number in a payload, or `None` without this tag.
     pub fn number(&self, payload: &[u8]) -> Option<u64> {
         let rest = payload.strip_prefix(&self.0)?;
         Some(u64::from_be_bytes(*rest.first_chunk()?))
@@ -51,8 +51,8 @@ impl Tag {
 }
 
 impl Ear {
-    /// Listens in `namespace` on `port`, to both families, and to these multicast groups on the link
-    /// of index `link`.
+    /// Opens a socket in `namespace` on `port` for both address families, and joins these multicast
+    /// groups on the link of index `link`.
     pub fn open(
         namespace: &Namespace,
         port: u16,
@@ -75,7 +75,7 @@ impl Ear {
         })
     }
 
-    /// Whether the datagram of this number arrives within `limit`.
+    /// Returns whether the datagram of this number arrives within `limit`.
     pub fn hears(&mut self, number: u64, limit: Duration) -> anyhow::Result<bool> {
         let arrived = wait_up_to(limit, || {
             self.take()?;
@@ -84,8 +84,8 @@ impl Ear {
         Ok(arrived.is_some())
     }
 
-    /// Waits for the datagram of this number and sends the payload of `answer` to where it came
-    /// from, `times` times. Returns whether it arrived within `limit`.
+    /// Waits for the datagram of this number and sends the payload of `answer` back to its source,
+    /// `times` times. Returns whether the datagram arrived within `limit`.
     pub fn answers(
         &mut self,
         number: u64,
@@ -108,7 +108,7 @@ impl Ear {
         })?;
         let Some(from) = from else { return Ok(false) };
         for _ in 0..times {
-            // A refusal is what a guard does.
+            // Errors are ignored: guards cause them.
             let _ = self.socket.send_to(&self.tag.payload(answer), from);
         }
         Ok(true)
@@ -120,7 +120,7 @@ impl Ear {
             match self.socket.recv_from(&mut buffer) {
                 Ok((length, _)) => self.heard.extend(self.tag.number(&buffer[..length])),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
-                // An error that an ICMP message brought concerns what was sent.
+                // An error that an ICMP message caused concerns a datagram that was sent.
                 Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
                 Err(error) => return Err(error.into()),
             }

@@ -1,5 +1,5 @@
-//! What two nodes say to each other all the time: datagrams both ways, and a TCP connection. It
-//! tells for how long they did not hear of each other.
+//! Continuous traffic between two nodes: datagrams in both directions, and a TCP connection. It
+//! measures the longest interruption.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -11,28 +11,28 @@ use anyhow::{Context, bail};
 use super::interrupt;
 use super::namespace::{Namespace, join};
 
-/// Between two datagrams of one direction.
+/// Interval between two datagrams of one direction.
 pub const TICK: Duration = Duration::from_millis(10);
-/// Between two words on the TCP connection.
+/// Interval between two messages on the TCP connection.
 const WORD: Duration = Duration::from_millis(20);
-/// RFC 862.
+/// Port of the echo service (RFC 862).
 const PORT: u16 = 7;
-/// A TCP connection that is silent for this long is lost.
+/// Time without data after which a TCP connection counts as lost.
 const LOST: Duration = Duration::from_secs(15);
 
-/// What the two ends saw.
+/// Results of the two ends.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Seen {
-    /// The longest time in which a direction carried no datagram.
+    /// Longest time in which a direction carried no datagram.
     pub outage: Duration,
-    /// The TCP connection carried words to the end.
+    /// True if the TCP connection carried messages until the end.
     pub tcp_survived: bool,
 }
 
-/// One end: where it runs, and its address in the mesh.
+/// One end: its namespace, and its address in the mesh.
 pub type End<'a> = (&'a Namespace, IpAddr);
 
-/// Runs `act` while the two ends talk, and says what they saw.
+/// Runs `act` while the two ends exchange traffic, and returns its result with theirs.
 pub fn while_talking<T>(
     a: End<'_>,
     b: End<'_>,
@@ -52,7 +52,7 @@ pub fn while_talking<T>(
         for ticker in tickers {
             join(ticker?)?;
         }
-        // It is told by the client: a server that was never reached has nothing to say.
+        // The client decides: a server that was never reached has no result.
         let _ = join(server);
         let tcp_survived = join(client).is_ok();
         let longest = longest.iter().map(|gap| gap.load(Ordering::Relaxed)).max();
@@ -64,14 +64,14 @@ pub fn while_talking<T>(
 fn tick(here: IpAddr, there: IpAddr, done: &AtomicBool, longest: &AtomicU64) -> anyhow::Result<()> {
     let socket = UdpSocket::bind(SocketAddr::new(here, PORT)).context("cannot bind a ticker")?;
     socket.set_read_timeout(Some(TICK / 2))?;
-    // Silence from the very beginning counts like any other.
+    // Silence at the start counts like any other outage.
     let mut heard = Instant::now();
     let mut next = heard;
     let mut datagram = [0; 16];
     while !done.load(Ordering::Relaxed) {
         interrupt::check()?;
         if Instant::now() >= next {
-            // A refusal is an outage, which the other end will tell.
+            // An error is an outage, which the other end measures.
             let _ = socket.send_to(b"tick", SocketAddr::new(there, PORT));
             next = (next + TICK).max(Instant::now());
         }
@@ -124,13 +124,13 @@ fn words(there: IpAddr, done: &AtomicBool) -> anyhow::Result<()> {
     let mut number = 0u64;
     loop {
         interrupt::check()?;
-        // At least one word after the end: the connection still lives.
+        // At least one message follows the end of `act`, to prove that the connection still works.
         let last = done.load(Ordering::Relaxed);
         stream.write_all(&number.to_be_bytes())?;
         let mut word = [0; 8];
         stream.read_exact(&mut word).context("the TCP connection is lost")?;
         if u64::from_be_bytes(word) != number {
-            bail!("the TCP connection brought something else");
+            bail!("the TCP connection returned other data");
         }
         if last {
             return Ok(());

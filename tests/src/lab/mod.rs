@@ -1,4 +1,4 @@
-//! The lab: hosts as network namespaces, the real binaries inside them, and nothing left behind.
+//! The lab: hosts as network namespaces that run the real binaries, with full cleanup.
 //!
 //! ```text
 //!                       the internet: namespace `internet`
@@ -19,36 +19,36 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | [`privilege`] | the right to make namespaces; a user namespace when we are not root |
+//! | [`privilege`] | the right to create namespaces; a user namespace when the lab is not root |
 //! | [`namespace`] | one network namespace, held by a thread; what runs inside it |
-//! | [`topology`] | hosts, routers, links and addresses: a builder for any picture |
-//! | [`nat`] | what routers do to packets, by nftables |
+//! | [`topology`] | hosts, routers, links and addresses: a builder for any network |
+//! | [`nat`] | NAT and firewall rules of routers, as nftables |
 //! | [`binaries`] | building and finding the daemons |
-//! | [`process`] | daemons and commands inside a host: logs, deadlines, an end for sure |
+//! | [`process`] | daemons and commands inside a host: logs, deadlines, guaranteed termination |
 //! | [`mesh`] | Towline in the lab: a controller, nodes, tokens, joins, agents |
-//! | [`peers`] | other WireGuards: built once, configured over their own sockets |
-//! | [`capture`] | every packet on the simulated internet, searched for what must not be there |
+//! | [`peers`] | other WireGuard implementations: built once, configured over their own sockets |
+//! | [`capture`] | captures every packet on the simulated internet and searches it for leaks |
 //! | [`traffic`], [`ping`] | generators that verify each byte and each reply |
-//! | [`chatter`] | traffic without pause, that a fault would let out |
-//! | [`meddle`], [`forge`] | what co-tenants do to a host, and what strangers send it |
-//! | [`actor`], [`raw_tunnel`], [`ear`] | local users, a member without rules, and who hears what they send |
-//! | [`unusual`], [`redirect`] | packets that look as if they might pass a guard, or a pod's past the stack |
-//! | [`report`], [`talk`] | promises, figures and the exit status; progress for people |
-//! | [`keep`] | a lab that stays up, and shells inside it |
+//! | [`chatter`] | background traffic without pause, which a fault would leak |
+//! | [`meddle`], [`forge`] | changes by other programs on a host; spoofed packets from outside |
+//! | [`actor`], [`raw_tunnel`], [`ear`] | local users, a member that ignores the rules, and receivers of what they send |
+//! | [`unusual`], [`redirect`] | unusual packets that might bypass a guard, and eBPF redirects of a pod's packets |
+//! | [`report`], [`talk`] | promises, figures and the exit status; progress output |
+//! | [`keep`] | a lab that keeps running, and shells inside it |
 //! | [`scenario`], [`cli`] | what `cargo lab NAME` runs |
 //! | [`vm`] | booted machines: real kernels, systemd and power cuts, under QEMU |
-//! | [`inside`] | the same hosts for `cargo test` |
+//! | [`inside`] | runs a `cargo test` test inside such hosts |
 //!
 //! # Invariants
 //!
-//! - `setns` is per thread: whatever runs inside a host runs on a thread of its own or in a
+//! - `setns` is per thread: code that runs inside a host runs on a thread of its own or in a
 //!   process; the main thread never changes its network namespace.
 //! - Everything is owned: dropping a [`topology::Lab`] ends its processes, its namespaces and its
-//!   directory, also while panicking. Were the lab itself killed, the kernel would end the
-//!   processes (`PR_SET_PDEATHSIG`), and the namespaces go with them.
+//!   directory, also while panicking. If the lab itself is killed, the kernel ends the processes
+//!   (`PR_SET_PDEATHSIG`), and the namespaces end with them.
 //! - Nothing waits by sleeping: [`interrupt::wait_for`] polls until a deadline, and every wait ends
 //!   at Ctrl-C.
-//! - Nothing on the machine outside the lab's namespaces and its directory changes.
+//! - The lab changes nothing on the machine outside its namespaces and its directory.
 
 pub mod actor;
 pub mod binaries;

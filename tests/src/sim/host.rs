@@ -1,4 +1,4 @@
-//! A simulated machine: what survives a restart of its agent, and the running agent.
+//! A simulated machine: the state that survives a restart of its agent, and the running agent.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -22,60 +22,60 @@ use super::net::RealmId;
 use super::relay::RelayService;
 use super::tunnel::{Message, Tunnels};
 
-/// The port of every agent.
+/// UDP port of every agent.
 pub const PORT: u16 = 51830;
 
-/// What travels in a datagram.
+/// The content of a datagram.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Payload {
-    /// A probe, which only `to` can open and only `from` can have sealed.
+    /// A probe that only `from` can seal and only `to` can open.
     Probe {
-        /// Who sealed it.
+        /// Key of the node that sealed it.
         from: WireguardKey,
-        /// Who can open it.
+        /// Key of the node that can open it.
         to: WireguardKey,
-        /// What it says.
+        /// The probe itself.
         probe: Probe,
-        /// Bytes to which it is padded.
+        /// Size in bytes to which the probe is padded.
         size: Option<u16>,
     },
-    /// WireGuard's own.
+    /// A WireGuard message.
     WireGuard(Message),
-    /// A signal for `to`, sealed by `from`, over a path.
+    /// A signal for `to`, sealed by `from`, that is sent over a path.
     Signal {
-        /// Who sealed it.
+        /// Node that sealed it.
         from: NodeId,
-        /// Who can open it.
+        /// Node that can open it.
         to: NodeId,
-        /// What it says.
+        /// The signal itself.
         signal: Signal,
     },
-    /// To a relay, sealed by `from`.
+    /// A request to a relay, sealed by `from`.
     RelayRequest {
-        /// Who sealed it.
+        /// Key of the node that sealed it.
         from: WireguardKey,
-        /// What it asks.
+        /// The request itself.
         request: RelayRequest,
     },
-    /// From a relay, sealed for `to`.
+    /// A relay's answer, sealed for `to`.
     RelayAnswer {
-        /// Who sealed it.
+        /// Key of the relay that sealed it.
         relay: WireguardKey,
-        /// Who can open it.
+        /// Key of the node that can open it.
         to: WireguardKey,
-        /// What it says.
+        /// The answer itself.
         answer: RelayAnswer,
     },
     /// A STUN binding request.
     StunRequest([u8; 12]),
-    /// And its answer: the address that the request came from.
+    /// A STUN binding response, with the address that the request came from.
     StunAnswer([u8; 12], SocketAddr),
-    /// Through a relay: the same bytes, with the channel before them.
+    /// A payload on a relay channel: the same bytes, preceded by the channel id.
     Channel(ChannelId, std::boxed::Box<Payload>),
 }
 
 impl Payload {
-    /// UDP payload, in bytes, where it matters.
+    /// Returns the size of the UDP payload in bytes, as far as the simulator models it.
     pub fn size(&self) -> u16 {
         match self {
             Self::Probe { size, .. } => size.unwrap_or(80),
@@ -84,7 +84,7 @@ impl Payload {
         }
     }
 
-    /// As it travels on a path.
+    /// Wraps the payload in the relay channel of a path, if the path has one.
     fn on(self, path: &Path) -> Self {
         match path.channel {
             Some(channel) => Self::Channel(channel, std::boxed::Box::new(self)),
@@ -93,49 +93,49 @@ impl Payload {
     }
 }
 
-/// What a machine wants the world to do.
+/// An action that a machine asks the simulator to carry out.
 #[derive(Debug, Clone)]
 pub enum Action {
-    /// Send a datagram.
+    /// Send a datagram on a path.
     Send(Path, Payload),
-    /// Through the controller.
+    /// Send a signal through the controller.
     Signal(NodeId, Signal),
-    /// Hand this record to the controller.
+    /// Publish a record to the controller.
     Publish(Box<Node>),
-    /// A peer's state changed.
+    /// Record that a peer's state changed, from the first state to the second.
     StateChanged(NodeId, PeerState, PeerState),
 }
 
-/// A machine.
+/// A simulated machine.
 #[derive(Debug)]
 pub struct Host {
-    /// Its number, which makes its name, keys and addresses.
+    /// Number from which the host's name, keys and addresses are derived.
     pub number: u16,
-    /// Its grant; `None` before it joined.
+    /// The node's grant.
     pub grant: Grant,
-    /// Its interfaces.
+    /// Addresses of the host, each with the realm that it is in.
     pub addresses: Vec<(RealmId, IpAddr)>,
-    /// Named in its configuration.
+    /// Endpoints that the configuration names.
     pub configured: Vec<SocketAddr>,
-    /// What it announces.
+    /// Prefixes that the node announces.
     pub prefixes: Vec<IpNet>,
-    /// Whether it relays and reflects for others.
+    /// True if the node relays and answers STUN for others.
     pub relay: bool,
-    /// What it relays: lost with the agent.
+    /// State of the node's relay. It is lost when the agent stops.
     pub service: RelayService,
-    /// Its wall clock, in seconds beside the true time.
+    /// Offset of the wall clock from the true time, in seconds.
     pub clock_offset: i64,
-    /// Whether it reaches the controller.
+    /// True while the host has a connection to the controller.
     pub controller_reachable: bool,
-    /// Whether the controller's watch stands.
+    /// True while the agent has a watch at the controller.
     pub watching: bool,
-    /// Its agent, while it runs.
+    /// The agent; `None` while it is stopped.
     pub agent: Option<Agent>,
-    /// The mesh's configuration as it was at the join.
+    /// The mesh configuration that the node received when it joined.
     pub mesh_config: MeshConfig,
-    /// The map on its disk.
+    /// The map on the node's disk.
     pub cache: BTreeMap<NodeId, Node>,
-    /// Tombstones on its disk.
+    /// The tombstones on the node's disk.
     pub tombstones: BTreeMap<NodeId, Tombstone>,
     /// Datagrams sent, by second of the simulation.
     pub sent: BTreeMap<u64, u32>,
@@ -149,22 +149,22 @@ pub struct Host {
 pub struct Agent {
     /// The core under test.
     pub mesh: Mesh,
-    /// Its data plane.
+    /// The agent's data plane.
     pub tunnels: Tunnels,
-    /// The table that the core handed out last.
+    /// The last peer table of the core.
     pub table: Option<Arc<PeerTable>>,
-    /// And the plan.
+    /// The last plan of the core.
     pub plan: Option<Arc<Plan>>,
-    /// What it advertises.
+    /// Candidates that the agent advertises.
     pub candidates: Vec<Candidate>,
-    /// When it wants to be woken; known to the event queue.
+    /// When the agent has to be woken; an event is queued for it.
     pub wake: Option<Instant>,
-    /// Numbers of the echo replies that came.
+    /// Numbers of the echo replies that arrived.
     pub replies: BTreeSet<u64>,
 }
 
 impl Host {
-    /// A machine that joined, with its agent not yet started.
+    /// Creates a machine that has joined and whose agent is not started.
     pub fn new(number: u16, seed: u64, mesh_config: MeshConfig) -> Self {
         Self {
             number,
@@ -188,17 +188,17 @@ impl Host {
         }
     }
 
-    /// Its id.
+    /// Returns the node id.
     pub fn id(&self) -> NodeId {
         self.grant.node_id
     }
 
-    /// Its tunnel's key.
+    /// Returns the node's WireGuard key.
     pub fn key(&self) -> WireguardKey {
         self.grant.wireguard_keys[0]
     }
 
-    /// A core of this machine that knows nobody yet.
+    /// Creates a core for this machine, without peers.
     pub fn core(&self, now: Instant) -> Mesh {
         let mut seed = [0; 32];
         seed[..8].copy_from_slice(&self.seed.to_le_bytes());
@@ -220,7 +220,7 @@ impl Host {
         Mesh::new(config, seed, now)
     }
 
-    /// Starts its agent from what is on its disk.
+    /// Starts the agent from the state on the disk.
     pub fn start(&mut self, now: Instant) {
         self.boot_epoch += 1;
         self.watching = false;
@@ -245,7 +245,7 @@ impl Host {
         });
     }
 
-    /// Its addresses changed.
+    /// Reports the current addresses to the core after a change.
     pub fn addresses_changed(&mut self, now: Instant) {
         let candidates = self.local_candidates();
         if let Some(agent) = &mut self.agent {
@@ -253,7 +253,7 @@ impl Host {
         }
     }
 
-    /// It announces something else from now on.
+    /// Replaces the prefixes that the node announces.
     pub fn set_prefixes(&mut self, now: Instant, prefixes: Vec<IpNet>) -> Vec<Action> {
         self.prefixes = prefixes;
         let Some(agent) = &mut self.agent else { return Vec::new() };
@@ -261,7 +261,7 @@ impl Host {
         vec![self.publish()]
     }
 
-    /// A change of the map arrived; it also goes to the disk.
+    /// Handles a change of the map, and stores it on the disk.
     pub fn map_changed(&mut self, now: Instant, change: MapChange) {
         match &change {
             MapChange::Upsert(node) => {
@@ -280,7 +280,7 @@ impl Host {
         }
     }
 
-    /// A datagram arrived.
+    /// Handles a datagram that arrived.
     pub fn receive(
         &mut self,
         now: Instant,
@@ -343,14 +343,14 @@ impl Host {
         Vec::new()
     }
 
-    /// The controller brought a signal, or tells whether it takes any.
+    /// Handles a signal from the controller.
     pub fn signalled(&mut self, now: Instant, from: NodeId, signal: Signal) {
         if let Some(agent) = &mut self.agent {
             agent.mesh.signal_received(now, from, signal);
         }
     }
 
-    /// The controller's watch stands, or not.
+    /// Sets whether the agent has a watch at the controller.
     pub fn set_watching(&mut self, now: Instant, watching: bool) {
         self.watching = watching;
         if let Some(agent) = &mut self.agent {
@@ -358,14 +358,14 @@ impl Host {
         }
     }
 
-    /// Sends an inner packet.
+    /// Sends an inner packet to a peer.
     pub fn send_inner(&mut self, now: Instant, to: WireguardKey, number: u64) {
         if let Some(agent) = &mut self.agent {
             agent.tunnels.send(now, to, super::tunnel::Inner { number, reply: false });
         }
     }
 
-    /// Does what is due.
+    /// Runs the timers that are due.
     pub fn handle_timeout(&mut self, now: Instant, clock: i64) {
         let me = self.key();
         let Some(agent) = &mut self.agent else { return };
@@ -377,7 +377,7 @@ impl Host {
         }
     }
 
-    /// Everything that the core and the data plane want done, until they want nothing more.
+    /// Returns every action that the core and the data plane ask for, until both have none left.
     pub fn drain(&mut self, now: Instant, clock: i64) -> Vec<Action> {
         let me = self.key();
         let mut actions = Vec::new();
@@ -414,16 +414,24 @@ impl Host {
                         actions.push(Action::Send(to, payload));
                     }
                     Output::Handshake { peer, to } => {
-                        assert!(agent.knows(&peer), "of a peer in the table");
+                        assert!(agent.knows(&peer), "the peer is in the table");
                         agent.tunnels.handshake(now, clock, me, peer, &to);
                     }
                     Output::PeerTable(table) => {
-                        assert_ne!(Some(&table), agent.table.as_ref(), "only when it changed");
+                        assert_ne!(
+                            Some(&table),
+                            agent.table.as_ref(),
+                            "a table comes only when it changed"
+                        );
                         agent.tunnels.apply(&table);
                         agent.table = Some(table);
                     }
                     Output::Plan(plan) => {
-                        assert_ne!(Some(&plan), agent.plan.as_ref(), "only when it changed");
+                        assert_ne!(
+                            Some(&plan),
+                            agent.plan.as_ref(),
+                            "a plan comes only when it changed"
+                        );
                         agent.plan = Some(plan);
                     }
                     Output::Advertise(candidates) => {
@@ -456,14 +464,14 @@ impl Host {
         }
     }
 
-    /// When the agent wants to be woken.
+    /// Returns when the agent has to be woken.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let agent = self.agent.as_ref()?;
         let core = agent.mesh.poll_timeout().map(|(at, _)| at);
         core.into_iter().chain(agent.tunnels.poll_timeout()).min()
     }
 
-    /// Which of its addresses a datagram to `to` leaves from.
+    /// Returns the address from which a datagram to `to` leaves.
     pub fn source(&self, to: &Path) -> Option<(RealmId, SocketAddr)> {
         let fits = |ip: &IpAddr| match to.local {
             Some(local) => *ip == local.address,
@@ -473,12 +481,12 @@ impl Host {
         Some((*realm, SocketAddr::new(*ip, PORT)))
     }
 
-    /// What the core says of a peer.
+    /// Returns the state of a peer, as the core reports it.
     pub fn peer_state(&self, peer: NodeId) -> Option<PeerState> {
         Some(self.agent.as_ref()?.mesh.peer(peer)?.state)
     }
 
-    /// A record of now, for the controller.
+    /// Creates a new record and the action that publishes it.
     pub fn publish(&mut self) -> Action {
         self.generation += 1;
         let candidates =
@@ -493,7 +501,7 @@ impl Host {
             version: "sim".into(),
             relay: self.relay,
         };
-        let node = Node::new(self.grant.clone(), record).expect("it announces what it may");
+        let node = Node::new(self.grant.clone(), record).expect("the record respects the grant");
         Action::Publish(Box::new(node))
     }
 
@@ -511,13 +519,13 @@ impl Agent {
     }
 }
 
-/// Every address is an uplink, each on an interface of its own and family.
+/// Returns the uplinks: every address is on an interface of its realm.
 fn uplinks(addresses: &[(RealmId, IpAddr)]) -> Vec<LocalEnd> {
     let uplinks = addresses.iter();
     uplinks.map(|(realm, ip)| LocalEnd { address: *ip, interface: *realm as u32 + 1 }).collect()
 }
 
-/// The mesh that every simulated host is in.
+/// Returns the configuration of the mesh that every simulated host is in.
 pub fn mesh_config() -> MeshConfig {
     MeshConfig {
         mesh_id: MeshId([1; 16]),
@@ -531,7 +539,7 @@ pub fn mesh_config() -> MeshConfig {
     }
 }
 
-/// The tombstone of a host.
+/// Returns the tombstone of a host.
 pub fn tombstone(grant: &Grant) -> Tombstone {
     Tombstone {
         mesh_id: grant.mesh_id,
@@ -546,7 +554,7 @@ fn grant(number: u16) -> Grant {
     let bytes = number.to_be_bytes();
     let mut id = [0; 16];
     id[14..].copy_from_slice(&bytes);
-    // Keys in an order of their own, so that who begins does not follow from the number.
+    // Keys sort in an order of their own, so that a host's number does not decide the initiator.
     let mut key = [0; 32];
     key[..2].copy_from_slice(&number.wrapping_mul(40_503).to_be_bytes());
     Grant {

@@ -1,9 +1,9 @@
-//! The simulator: many cores on virtual time, through NATs, loss, partitions and restarts.
+//! The simulator: many cores on virtual time, with NATs, loss, partitions and restarts.
 //!
-//! [`Sim`] owns everything: the clock, the queue of events, the network, the hosts and a
-//! controller that only keeps the map. Each host runs the real [`Mesh`](towline_core::mesh::Mesh)
-//! above a model of the data plane ([`tunnel`]). The seed decides everything; the same seed and
-//! the same calls give the same [`Sim::trace`].
+//! [`Sim`] owns everything: the clock, the event queue, the network, the hosts, and a controller
+//! that only keeps the map. Each host runs the real [`Mesh`](towline_core::mesh::Mesh) above a
+//! model of the data plane ([`tunnel`]). The seed decides everything: the same seed and the same
+//! calls give the same [`Sim::trace`].
 
 pub mod host;
 pub mod nat;
@@ -28,9 +28,9 @@ use towline_proto::node::{Node, Tombstone};
 use host::{Action, Host, Payload};
 use net::{Arrival, Conditions, HostId, Network, RealmId};
 
-/// From an agent to the controller, or back.
+/// Latency between an agent and the controller, in each direction.
 const CONTROLLER_LATENCY: Duration = Duration::from_millis(20);
-/// How often an agent without a watch tries to get one.
+/// Interval at which an agent without a watch tries to open one.
 const WATCH_RETRY: Duration = Duration::from_millis(500);
 
 #[derive(Debug)]
@@ -43,18 +43,18 @@ enum Event {
     Watch(HostId),
 }
 
-/// See the module.
+/// A simulation; see the module's documentation.
 #[derive(Debug)]
 pub struct Sim {
-    /// The present.
+    /// Current virtual time.
     pub now: Instant,
-    /// The network.
+    /// The simulated network.
     pub net: Network,
-    /// The hosts, running or not.
+    /// All hosts, whether their agents run or not.
     pub hosts: Vec<Host>,
-    /// Whether the controller answers.
+    /// True while the controller answers.
     pub controller_up: bool,
-    /// Every change of a peer's state: when, at whom, of whom, to what.
+    /// Every change of a peer's state: time since the start, observing host, peer, new state.
     pub changes: Vec<(Duration, HostId, NodeId, PeerState)>,
     start: Instant,
     seed: u64,
@@ -68,7 +68,7 @@ pub struct Sim {
 }
 
 impl Sim {
-    /// An empty world.
+    /// Creates a simulation without hosts.
     pub fn new(seed: u64, conditions: Conditions) -> Self {
         let start = Instant::now();
         let mut bytes = [0; 32];
@@ -91,17 +91,17 @@ impl Sim {
         }
     }
 
-    /// Time since the beginning.
+    /// Returns the virtual time since the start.
     pub fn elapsed(&self) -> Duration {
         self.now - self.start
     }
 
-    /// A digest of every event so far.
+    /// Returns a digest of every event so far.
     pub fn trace(&self) -> u64 {
         self.trace.finish()
     }
 
-    /// Adds a machine with these addresses; its agent does not run yet.
+    /// Adds a machine with these addresses. Its agent does not run yet.
     pub fn add_host(&mut self, addresses: &[(RealmId, IpAddr)]) -> HostId {
         let id = self.hosts.len();
         let number = u16::try_from(id + 1).expect("few hosts");
@@ -114,7 +114,7 @@ impl Sim {
         id
     }
 
-    /// Starts an agent, or starts it anew.
+    /// Starts or restarts an agent.
     pub fn start(&mut self, host: HostId) {
         self.hosts[host].start(self.now);
         self.settle(host);
@@ -127,7 +127,7 @@ impl Sim {
         self.hosts[host].watching = false;
     }
 
-    /// Removes a node from the mesh for good.
+    /// Removes a node from the mesh permanently.
     pub fn remove(&mut self, host: HostId) {
         let tombstone = host::tombstone(&self.hosts[host].grant);
         self.map.remove(&tombstone.node_id);
@@ -136,14 +136,14 @@ impl Sim {
         self.tell_all(&MapChange::Remove(tombstone));
     }
 
-    /// A host announces other prefixes.
+    /// Changes the prefixes that a host announces.
     pub fn set_prefixes(&mut self, host: HostId, prefixes: Vec<IpNet>) {
         let actions = self.hosts[host].set_prefixes(self.now, prefixes);
         self.act(host, actions);
         self.settle(host);
     }
 
-    /// A host gets other addresses.
+    /// Replaces the addresses of a host.
     pub fn readdress(&mut self, host: HostId, addresses: &[(RealmId, IpAddr)]) {
         for (realm, ip) in std::mem::take(&mut self.hosts[host].addresses) {
             self.net.detach(realm, ip);
@@ -156,7 +156,7 @@ impl Sim {
         self.settle(host);
     }
 
-    /// The controller goes away or comes back.
+    /// Stops or restarts the controller.
     pub fn set_controller(&mut self, up: bool) {
         self.controller_up = up;
         if !up {
@@ -166,7 +166,7 @@ impl Sim {
         }
     }
 
-    /// A host loses its way to the controller, or gets it back.
+    /// Cuts or restores a host's connection to the controller.
     pub fn set_reachable(&mut self, host: HostId, reachable: bool) {
         self.hosts[host].controller_reachable = reachable;
         if !reachable {
@@ -174,7 +174,8 @@ impl Sim {
         }
     }
 
-    /// Sends an inner packet; [`Self::replied`] tells whether its echo came back.
+    /// Sends an inner packet and returns its number; [`Self::replied`] tells whether its echo came
+    /// back.
     pub fn send_inner(&mut self, from: HostId, to: HostId) -> u64 {
         self.next_inner += 1;
         let key = self.hosts[to].key();
@@ -183,22 +184,23 @@ impl Sim {
         self.next_inner
     }
 
-    /// Whether the echo of an inner packet came back.
+    /// Returns whether the echo of an inner packet came back.
     pub fn replied(&self, host: HostId, number: u64) -> bool {
         self.hosts[host].agent.as_ref().is_some_and(|agent| agent.replies.contains(&number))
     }
 
-    /// Whether `a`'s core says that `b` is up.
+    /// Returns whether `a`'s core reports `b` as up.
     pub fn is_up(&self, a: HostId, b: HostId) -> bool {
         self.hosts[a].peer_state(self.hosts[b].id()) == Some(PeerState::Up)
     }
 
-    /// Time passes.
+    /// Advances the virtual time by `time`.
     pub fn run(&mut self, time: Duration) {
         self.run_until(time, |_| false);
     }
 
-    /// Time passes until something holds, or `time` is over; says which.
+    /// Advances the virtual time until a condition holds, by at most `time`. Returns whether it
+    /// held.
     pub fn run_until(&mut self, time: Duration, mut holds: impl FnMut(&Self) -> bool) -> bool {
         let end = self.now + time;
         loop {
@@ -255,7 +257,7 @@ impl Sim {
         }
     }
 
-    /// Does all that a host wants done, and notes when it wants to be woken.
+    /// Drains a host's actions and schedules its next wake-up.
     fn settle(&mut self, host: HostId) {
         let clock = self.clock(host);
         let actions = self.hosts[host].drain(self.now, clock);

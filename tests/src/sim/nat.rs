@@ -1,7 +1,7 @@
-//! A NAT, or a stateful firewall, in the terms of RFC 4787.
+//! A NAT or a stateful firewall, in the terms of RFC 4787.
 //!
-//! The internal side sends outward and thereby makes mappings; what comes from outside passes
-//! where a mapping leads and its filter allows. A firewall is a NAT that keeps addresses.
+//! A datagram from the internal side creates a mapping. A datagram from outside passes if a mapping
+//! and its filter allow it. A firewall is a NAT that does not translate addresses.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -10,45 +10,46 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 use rand::rngs::StdRng;
 
-/// On what of the remote side a decision depends: RFC 4787 sections 4.1 (mapping) and 5
+/// What part of the remote endpoint a decision depends on: RFC 4787 sections 4.1 (mapping) and 5
 /// (filtering).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Dependence {
-    /// On nothing.
+    /// Endpoint-independent: the decision ignores the remote side.
     Endpoint,
-    /// On its address.
+    /// Address-dependent.
     Address,
-    /// On its address and port.
+    /// Address- and port-dependent.
     AddressAndPort,
 }
 
-/// Which external port a mapping gets: RFC 4787 section 4.2.
+/// How the external port of a mapping is chosen: RFC 4787 section 4.2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ports {
-    /// The internal one while it is free, else the next free one.
+    /// The internal port if it is free, otherwise the next free port.
     Preserving,
-    /// Any.
+    /// A random port.
     Random,
 }
 
-/// How a NAT behaves.
+/// The behaviour of a NAT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Behaviour {
-    /// When a mapping is used again.
+    /// When an existing mapping is reused.
     pub mapping: Dependence,
-    /// Who may send to it from outside.
+    /// Which remote endpoints may send to a mapping.
     pub filtering: Dependence,
-    /// Its external port.
+    /// How external ports are chosen.
     pub ports: Ports,
-    /// How long it stays without outbound traffic: RFC 4787 section 4.3 asks for 2 minutes, and
-    /// many keep 30 seconds.
+    /// Lifetime of a mapping without outbound traffic. RFC 4787 section 4.3 requires 2 minutes;
+    /// many NATs use 30 seconds.
     pub timeout: Duration,
-    /// Whether an internal host may call another one by its external address: section 6.
+    /// True if internal hosts can reach each other by their external addresses (RFC 4787 section
+    /// 6).
     pub hairpin: bool,
 }
 
 impl Behaviour {
-    /// Everybody may send to a mapping.
+    /// A NAT on which any remote endpoint may send to a mapping.
     pub const FULL_CONE: Self = Self {
         mapping: Dependence::Endpoint,
         filtering: Dependence::Endpoint,
@@ -56,43 +57,44 @@ impl Behaviour {
         timeout: Duration::from_secs(30),
         hairpin: true,
     };
-    /// Whose address was sent to may.
+    /// A NAT on which only addresses that were sent to may answer.
     pub const RESTRICTED: Self = Self { filtering: Dependence::Address, ..Self::FULL_CONE };
-    /// Whose address and port was sent to may: the usual home router.
+    /// A NAT on which only addresses and ports that were sent to may answer: the usual home router.
     pub const PORT_RESTRICTED: Self =
         Self { filtering: Dependence::AddressAndPort, hairpin: false, ..Self::FULL_CONE };
-    /// A new mapping for each remote address and port; the ports go up.
+    /// A NAT with a new mapping for each remote address and port; external ports increase.
     pub const SYMMETRIC: Self =
         Self { mapping: Dependence::AddressAndPort, ..Self::PORT_RESTRICTED };
-    /// The same with random ports.
+    /// A symmetric NAT with random external ports.
     pub const SYMMETRIC_RANDOM: Self = Self { ports: Ports::Random, ..Self::SYMMETRIC };
 }
 
-/// A NAT's state.
+/// A NAT and its mappings.
 #[derive(Debug, Clone)]
 pub struct Nat {
-    /// How it behaves.
+    /// The NAT's behaviour.
     pub behaviour: Behaviour,
-    /// Its address outside; `None`: a firewall, which keeps addresses.
+    /// External address; `None` for a firewall, which does not translate.
     external: Option<IpAddr>,
     mappings: BTreeMap<Key, Mapping>,
-    /// Which mapping stands behind an external port.
+    /// The mapping of each external port.
     ports: BTreeMap<u16, Key>,
 }
 
-/// What makes a mapping: the internal address, and as much of the remote one as it depends on.
+/// The key of a mapping: the internal endpoint, and the part of the remote endpoint that it depends
+/// on.
 type Key = (SocketAddr, Option<IpAddr>, Option<u16>);
 
 #[derive(Debug, Clone)]
 struct Mapping {
     external: SocketAddr,
-    /// When it was last sent through, and to whom when.
+    /// When the mapping last carried an outbound datagram.
     used: Instant,
     remotes: BTreeMap<SocketAddr, Instant>,
 }
 
 impl Nat {
-    /// A NAT with an external address.
+    /// Creates a NAT with an external address.
     pub fn new(behaviour: Behaviour, external: IpAddr) -> Self {
         Self {
             behaviour,
@@ -102,18 +104,19 @@ impl Nat {
         }
     }
 
-    /// A firewall: the same without translation.
+    /// Creates a firewall, which filters in the same way and does not translate.
     pub fn firewall(behaviour: Behaviour) -> Self {
         let behaviour = Behaviour { mapping: Dependence::Endpoint, ..behaviour };
         Self { behaviour, external: None, mappings: BTreeMap::new(), ports: BTreeMap::new() }
     }
 
-    /// Its address outside.
+    /// Returns the external address; `None` for a firewall.
     pub fn external(&self) -> Option<IpAddr> {
         self.external
     }
 
-    /// A datagram goes out: the address that it bears outside. `None` when no port is free.
+    /// Handles an outbound datagram and returns its external source. Returns `None` if no port is
+    /// free.
     pub fn outbound(
         &mut self,
         now: Instant,
@@ -144,7 +147,8 @@ impl Nat {
         Some(mapping.external)
     }
 
-    /// A datagram comes in: the internal address that it is for, if it may pass.
+    /// Handles an inbound datagram and returns the internal endpoint it is for. Returns `None` if
+    /// it is filtered.
     pub fn inbound(
         &mut self,
         now: Instant,
@@ -166,13 +170,13 @@ impl Nat {
         allowed.then_some(key.0)
     }
 
-    /// Forgets everything, as after a restart.
+    /// Removes all mappings, as a restart does.
     pub fn flush(&mut self) {
         self.mappings.clear();
         self.ports.clear();
     }
 
-    /// Gets another external address, which ends all mappings.
+    /// Replaces the external address, which removes all mappings.
     pub fn readdress(&mut self, external: IpAddr) {
         self.external = Some(external);
         self.flush();
@@ -265,7 +269,7 @@ mod tests {
         nat.now += Duration::from_secs(29);
         assert!(nat.passes("192.0.2.1:1", outside));
         nat.now += Duration::from_secs(2);
-        assert!(!nat.passes("192.0.2.1:1", outside), "coming in does not prolong it");
+        assert!(!nat.passes("192.0.2.1:1", outside), "inbound traffic does not extend a mapping");
     }
 
     #[test]

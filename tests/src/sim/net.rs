@@ -1,7 +1,9 @@
-//! The simulated internet: realms, the boxes between them, and what happens on the way.
+//! The simulated internet: realms, the NATs and firewalls between them, and the conditions on the
+//! links.
 //!
-//! Realm 0 is the internet. Every other realm is a network behind a box for each address family
-//! that it has; boxes may stand behind boxes (a home NAT behind a carrier's).
+//! Realm 0 is the internet. Every other realm is a network with one NAT or firewall towards its
+//! parent for each address family that it has. They can be nested (a home NAT behind a carrier's
+//! NAT).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -12,19 +14,19 @@ use rand::rngs::StdRng;
 
 use super::nat::Nat;
 
-/// A host's number.
+/// Index of a host.
 pub type HostId = usize;
 
-/// A network's number; 0 is the internet.
+/// Index of a realm; 0 is the internet.
 pub type RealmId = usize;
 
-/// The internet.
+/// The realm of the internet.
 pub const INTERNET: RealmId = 0;
 
-/// What stands between a realm and its parent, for one address family.
+/// The device between a realm and its parent, for one address family.
 #[derive(Debug, Clone)]
 pub struct Uplink {
-    /// The NAT or firewall.
+    /// True if the device drops all UDP in both directions.
     pub nat: Nat,
     /// Drops all UDP, both ways.
     pub blocks_udp: bool,
@@ -37,48 +39,48 @@ struct Realm {
     v6: Option<Uplink>,
 }
 
-/// How the way between realms is. Inside a realm nothing is lost.
+/// Conditions on the links between realms. Inside a realm nothing is lost.
 #[derive(Debug, Clone, Copy)]
 pub struct Conditions {
-    /// From each side to the middle of the internet.
+    /// One-way latency from each side to the middle of the internet.
     pub latency: Duration,
-    /// Added to each datagram, up to this: it reorders.
+    /// Maximum random delay added to each datagram, which reorders datagrams.
     pub jitter: Duration,
-    /// Share of datagrams that get lost.
+    /// Share of datagrams that are lost, from 0 to 1.
     pub loss: f64,
 }
 
-/// A datagram that arrives.
+/// A datagram that reaches a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Arrival {
-    /// At whom.
+    /// Host that receives the datagram.
     pub host: HostId,
-    /// At which of its addresses.
+    /// Address of that host at which it arrives.
     pub at: IpAddr,
-    /// From where, as that host sees it.
+    /// Source address, as the receiving host sees it.
     pub from: SocketAddr,
-    /// After how long.
+    /// Time from sending to arrival.
     pub after: Duration,
 }
 
-/// See the module.
+/// The simulated network; see the module's documentation.
 #[derive(Debug)]
 pub struct Network {
     realms: Vec<Realm>,
     owners: BTreeMap<(RealmId, IpAddr), HostId>,
-    /// How the way between realms is.
+    /// Conditions on the links between realms.
     pub conditions: Conditions,
-    /// Larger UDP payloads get lost without a word.
+    /// Maximum UDP payload in bytes; larger payloads are dropped without an ICMP message.
     pub payload: u16,
-    /// Nothing passes from the first to the second.
+    /// Pairs of hosts (source, destination) between which nothing passes in that direction.
     pub cuts: BTreeSet<(HostId, HostId)>,
 }
 
-/// Time inside a realm.
+/// Latency inside a realm.
 const LAN: Duration = Duration::from_micros(200);
 
 impl Network {
-    /// The internet, without hosts.
+    /// Creates the internet, without hosts.
     pub fn new(conditions: Conditions) -> Self {
         let internet = Realm { parent: INTERNET, v4: None, v6: None };
         Self {
@@ -90,7 +92,7 @@ impl Network {
         }
     }
 
-    /// Adds a network behind `parent`.
+    /// Adds a realm behind `parent`.
     pub fn add_realm(
         &mut self,
         parent: RealmId,
@@ -101,30 +103,30 @@ impl Network {
         self.realms.len() - 1
     }
 
-    /// Gives a host an address in a network.
+    /// Gives a host an address in a realm.
     pub fn attach(&mut self, host: HostId, realm: RealmId, ip: IpAddr) {
         self.owners.insert((realm, ip), host);
     }
 
-    /// Takes an address away.
+    /// Removes an address from a realm.
     pub fn detach(&mut self, realm: RealmId, ip: IpAddr) {
         self.owners.remove(&(realm, ip));
     }
 
-    /// The boxes of a realm.
+    /// Returns the NATs and firewalls of a realm.
     pub fn uplinks(&mut self, realm: RealmId) -> impl Iterator<Item = &mut Uplink> {
         let realm = &mut self.realms[realm];
         realm.v4.iter_mut().chain(realm.v6.iter_mut())
     }
 
-    /// Every box there is forgets its mappings.
+    /// Removes the mappings of every NAT and firewall.
     pub fn flush_nats(&mut self) {
         for realm in 0..self.realms.len() {
             self.uplinks(realm).for_each(|uplink| uplink.nat.flush());
         }
     }
 
-    /// Sends a datagram; `None` when it gets lost, blocked, or has nowhere to go.
+    /// Sends a datagram. Returns `None` if it is lost or blocked, or has no route.
     pub fn send(
         &mut self,
         now: Instant,
@@ -150,7 +152,8 @@ impl Network {
         Some(Arrival { host, at: at.to.ip(), from: at.from, after })
     }
 
-    /// From a realm outward until somebody there owns the destination.
+    /// Passes a datagram outwards, from realm to parent realm, until a host there owns the
+    /// destination.
     fn up(&mut self, now: Instant, rng: &mut StdRng, at: &mut Position) -> Option<HostId> {
         loop {
             if let Some(host) = self.down(now, at) {
@@ -172,8 +175,8 @@ impl Network {
         }
     }
 
-    /// Inward from a realm. `None`: nobody here owns the destination; `Some(None)`: somebody
-    /// does, and the datagram does not get through.
+    /// Passes a datagram inwards from a realm. Returns `None` if no host below owns the
+    /// destination, and `Some(None)` if one does and the datagram is filtered.
     fn down(&mut self, now: Instant, at: &mut Position) -> Option<Option<HostId>> {
         loop {
             if let Some(host) = self.owners.get(&(at.realm, at.to.ip())) {
@@ -193,14 +196,15 @@ impl Network {
         }
     }
 
-    /// Whether somebody in a realm, or in one behind it, owns an address.
+    /// Returns whether a host in a realm, or in a realm behind it, owns an address.
     fn owned_inside(&self, realm: RealmId, ip: IpAddr) -> bool {
         self.owners.contains_key(&(realm, ip))
             || (realm + 1..self.realms.len())
                 .any(|child| self.realms[child].parent == realm && self.owned_inside(child, ip))
     }
 
-    /// Whether the box of `child` stands in the present realm and is or guards the destination.
+    /// Returns whether the device of `child` is in the current realm, and either has the
+    /// destination address or is a firewall in front of it.
     fn leads_to(&mut self, child: RealmId, at: &Position) -> bool {
         let owned = self.owned_inside(child, at.to.ip());
         let realm = &mut self.realms[child];

@@ -1,4 +1,4 @@
-//! A relay of the simulated world: registrations and channels, without limits.
+//! A relay of the simulated network: registrations and channels, without limits.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -10,10 +10,10 @@ use towline_proto::id::WireguardKey;
 
 use super::host::Payload;
 
-/// How long a registration holds.
+/// Lifetime of a registration.
 const LIFETIME: Duration = Duration::from_secs(60);
 
-/// What a relay knows. Lost when its agent stops.
+/// The state of a relay. It is lost when its agent stops.
 #[derive(Debug, Default)]
 pub struct RelayService {
     registered: BTreeMap<WireguardKey, (SocketAddr, Instant)>,
@@ -27,7 +27,7 @@ struct Channel {
 }
 
 impl RelayService {
-    /// Answers a request that `node` sent from `from`; what is to be sent to whom.
+    /// Handles a request that a node sent from `from`, and returns the datagrams to send.
     pub fn answer(
         &mut self,
         now: Instant,
@@ -70,7 +70,7 @@ impl RelayService {
         }
     }
 
-    /// Where a datagram from `from` on a channel goes on to.
+    /// Returns the endpoint to which a datagram from `from` on a channel is forwarded.
     pub fn forward(&mut self, now: Instant, from: SocketAddr, id: ChannelId) -> Option<SocketAddr> {
         self.channels.retain(|_, channel| now < channel.used + CHANNEL_LIFETIME);
         let channel = self.channels.get_mut(&id)?;
@@ -87,7 +87,7 @@ impl RelayService {
     }
 }
 
-/// A real relay takes a random number; here the seed alone must decide.
+/// Derives a channel id. A real relay draws a random number; here only the seed may decide.
 fn channel_of(relay: WireguardKey, a: WireguardKey, b: WireguardKey) -> ChannelId {
     let (low, high) = if a < b { (a, b) } else { (b, a) };
     let bytes = [low.0[..3].as_ref(), &high.0[..3], &relay.0[..2]].concat();

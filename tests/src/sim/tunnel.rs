@@ -1,11 +1,12 @@
-//! The data plane as the core sees it: WireGuard's handshake, sessions and timers, without
-//! cryptography. It follows the peer table and reports observations, as the agent's does.
+//! A model of the data plane for the core: WireGuard's handshake, sessions and timers, without
+//! cryptography. It applies the peer table and reports observations, as the agent's data plane
+//! does.
 //!
-//! Kept from WireGuard (and boringtun): a handshake takes a round trip; a responder refuses an
-//! initiation that is not newer than the last; a session re-keys after 120 s and ends after
-//! 180 s; an unanswered initiation is repeated every 5 s for 90 s and then given up for good; who
-//! sent something and heard nothing for 15 s initiates; a data counter outside the replay window
-//! is refused. A peer that rebooted gets a new tunnel.
+//! The model keeps these properties of WireGuard (and boringtun): a handshake takes one round trip;
+//! a responder refuses an initiation that is not newer than the last; a session is re-keyed after
+//! 120 s and ends after 180 s; an unanswered initiation is repeated every 5 s for 90 s and then
+//! abandoned; a node that sent something and received nothing for 15 s initiates; a data counter
+//! outside the replay window is refused. A peer that rebooted gets a new tunnel.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -19,58 +20,58 @@ const REJECT_AFTER: Duration = Duration::from_secs(180);
 const SILENCE: Duration = Duration::from_secs(15);
 const ATTEMPT_TIME: Duration = Duration::from_secs(90);
 const REPLAY_WINDOW: u64 = 1_024;
-/// Inner packets that wait for a session.
+/// Maximum number of inner packets that wait for a session.
 const QUEUE: usize = 8;
 
 /// An inner packet: an echo request or its reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Inner {
-    /// Which one.
+    /// Number of the packet, which its reply repeats.
     pub number: u64,
-    /// Whether it is the answer.
+    /// True for an echo reply.
     pub reply: bool,
 }
 
 /// A WireGuard message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message {
-    /// Type 1.
+    /// Handshake initiation (type 1).
     Initiation {
-        /// The sender, who proves to be that.
+        /// Sender's key, which the handshake authenticates.
         sender: WireguardKey,
-        /// Who alone can read it.
+        /// Receiver's key; no other node can read the message.
         to: WireguardKey,
-        /// The initiator's number of the exchange.
+        /// The initiator's number for the exchange.
         exchange: u64,
         /// The initiator's wall clock.
         timestamp: i64,
     },
-    /// Type 2.
+    /// Handshake response (type 2).
     Response {
-        /// The initiation's.
+        /// Number of the exchange, from the initiation.
         exchange: u64,
-        /// The session that begins.
+        /// Number of the new session.
         session: u64,
     },
-    /// Type 4; without a packet it is a keepalive.
+    /// Transport data (type 4); without an inner packet it is a keepalive.
     Data {
-        /// In which session.
+        /// Number of the session.
         session: u64,
-        /// Never twice.
+        /// Packet counter, never used twice in a session.
         counter: u64,
-        /// What it carries.
+        /// Inner packet that it carries.
         inner: Option<Inner>,
     },
 }
 
-/// What a tunnel wants done.
+/// An effect that a tunnel asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
-    /// Send to the peer.
+    /// Send a message to the peer.
     Send(Path, Message),
-    /// Tell the core.
+    /// Report an observation to the core.
     Observed(WireguardKey, Observation),
-    /// An inner packet came from this peer.
+    /// Deliver an inner packet that this peer sent.
     Received(WireguardKey, Inner),
 }
 
@@ -78,10 +79,10 @@ pub enum Effect {
 #[derive(Debug, Default)]
 pub struct Tunnels {
     peers: BTreeMap<WireguardKey, Tunnel>,
-    /// Numbers of exchanges and sessions: unique in the whole simulation by `unique`.
+    /// Next number of an exchange or session. With `unique` it is unique in the whole simulation.
     next: u64,
     unique: u64,
-    /// What is to be done, in order.
+    /// Effects to execute, in order.
     pub effects: VecDeque<Effect>,
 }
 
@@ -90,15 +91,15 @@ struct Tunnel {
     entry: PeerEntry,
     sessions: Vec<Session>,
     pending: Option<Pending>,
-    /// The greatest timestamp of an initiation.
+    /// Greatest timestamp of an accepted initiation.
     greatest: i64,
     queue: VecDeque<Inner>,
     sent_at: Option<Instant>,
-    /// When an inner packet was sent that nothing answered yet.
+    /// When the oldest inner packet was sent that is still unanswered.
     unanswered_since: Option<Instant>,
     keepalive_at: Option<Instant>,
     wanted: bool,
-    /// When it was last said that inner packets travel.
+    /// When activity was last reported to the core.
     active_said: Option<Instant>,
 }
 
@@ -107,7 +108,7 @@ struct Session {
     id: u64,
     initiator: bool,
     since: Instant,
-    /// The responder sends in it only after it heard something in it.
+    /// False for a responder until it received data in the session: only then it may send.
     usable: bool,
     counter: u64,
     greatest: u64,
@@ -122,12 +123,13 @@ struct Pending {
 }
 
 impl Tunnels {
-    /// No tunnels; `unique` tells this start of this host from all others.
+    /// Creates an empty set of tunnels; `unique` distinguishes this start of this host from all
+    /// others.
     pub fn new(unique: u64) -> Self {
         Self { unique, ..Self::default() }
     }
 
-    /// Follows the table.
+    /// Applies a peer table.
     pub fn apply(&mut self, table: &PeerTable) {
         self.peers.retain(|key, _| table.peers.contains_key(key));
         for (key, entry) in &table.peers {
@@ -146,7 +148,7 @@ impl Tunnels {
         }
     }
 
-    /// The core wants a handshake.
+    /// Initiates a handshake, as the core requests.
     pub fn handshake(
         &mut self,
         now: Instant,
@@ -162,7 +164,7 @@ impl Tunnels {
         self.effects.extend(to.iter().map(|to| Effect::Send(*to, message.clone())));
     }
 
-    /// The host has an inner packet for the peer.
+    /// Sends an inner packet of the host to the peer.
     pub fn send(&mut self, now: Instant, peer: WireguardKey, inner: Inner) {
         let Some(tunnel) = self.peers.get_mut(&peer) else { return };
         if tunnel.transmit(now, Some(inner), &mut self.effects) {
@@ -179,7 +181,7 @@ impl Tunnels {
         }
     }
 
-    /// A message came in.
+    /// Handles a message that arrived.
     pub fn receive(&mut self, now: Instant, me: WireguardKey, from: Path, message: Message) {
         match message {
             Message::Initiation { sender, to, exchange, timestamp } => {
@@ -195,7 +197,7 @@ impl Tunnels {
                 tunnel.begin(now, session, false);
                 let response = Message::Response { exchange, session };
                 self.effects.push_back(Effect::Send(from, response));
-                // It is through when the peer has sent something in it.
+                // The handshake is complete once the peer has sent data in the session.
                 if !tunnel.entry.endpoint.is_some_and(|known| known.is(&from)) {
                     tunnel.entry.endpoint.get_or_insert(from);
                     self.effects.push_back(Effect::Observed(sender, Observation::Roamed { from }));
@@ -211,7 +213,7 @@ impl Tunnels {
                 tunnel.begin(now, session, true);
                 self.effects.push_back(Effect::Observed(*key, Observation::Handshake { from }));
                 tunnel.entry.endpoint = Some(from);
-                // The first data message lets the responder use the session.
+                // The first data message allows the responder to use the session.
                 if tunnel.queue.is_empty() {
                     tunnel.transmit(now, None, &mut self.effects);
                 }
@@ -247,12 +249,12 @@ impl Tunnels {
         }
     }
 
-    /// When [`Self::handle_timeout`] wants to be called.
+    /// Returns when [`Self::handle_timeout`] must be called next.
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.peers.values().filter_map(Tunnel::deadline).min()
     }
 
-    /// Does what is due.
+    /// Runs the timers that are due.
     pub fn handle_timeout(&mut self, now: Instant, clock: i64, me: WireguardKey) {
         let mut initiate = Vec::new();
         for (key, tunnel) in &mut self.peers {
@@ -300,7 +302,7 @@ impl Tunnels {
         }
     }
 
-    /// Whether inner packets can be sent to the peer right now.
+    /// Returns whether inner packets can be sent to the peer now.
     pub fn established(&self, peer: &WireguardKey) -> bool {
         self.peers.get(peer).is_some_and(|tunnel| tunnel.sessions.iter().any(|s| s.usable))
     }
@@ -327,7 +329,7 @@ impl Tunnel {
         }
     }
 
-    /// Inner packets travel: worth a word once a second.
+    /// Returns whether activity must be reported now: at most once a second.
     fn active(&mut self, now: Instant) -> bool {
         let due = self.active_said.is_none_or(|at| now >= at + Duration::from_secs(1));
         if due {
@@ -347,7 +349,7 @@ impl Tunnel {
         }
     }
 
-    /// Sends in the newest usable session; says whether there was one.
+    /// Sends in the newest usable session. Returns whether there was one.
     fn transmit(
         &mut self,
         now: Instant,
@@ -393,8 +395,8 @@ impl Tunnel {
         true
     }
 
-    /// The initiator re-keys once it sent something in a session that is old enough; either does
-    /// when nothing comes back.
+    /// Returns when to re-key. The initiator re-keys once it sent something in a session that is
+    /// old enough; either side does when nothing comes back.
     fn rekey_at(&self) -> Option<Instant> {
         let newest = self.sessions.last().filter(|_| self.pending.is_none())?;
         let sent = self.sent_at.is_some_and(|at| at > newest.since);

@@ -1,4 +1,4 @@
-//! The outer headers of an Ethernet frame, as far as a capture needs them.
+//! Parses the outer headers of an Ethernet frame that a capture needs.
 
 use std::net::IpAddr;
 
@@ -9,9 +9,9 @@ use towline_proto::frame::DatagramKind;
 pub(in crate::lab) struct Outer<'a> {
     pub(in crate::lab) source: IpAddr,
     pub(in crate::lab) destination: IpAddr,
-    /// Of a larger packet, the first one included.
+    /// True for every fragment of a larger packet, the first one included.
     pub(in crate::lab) is_fragment: bool,
-    /// Of UDP, when it is that.
+    /// UDP payload; `None` if the packet is not UDP or is a fragment.
     pub(super) udp_payload: Option<&'a [u8]>,
 }
 
@@ -21,7 +21,7 @@ const V6_FRAGMENT: u8 = 44;
 const UDP_BYTES: usize = 8;
 
 impl<'a> Outer<'a> {
-    /// `None` for what is no IP.
+    /// Parses a frame. Returns `None` if it does not contain an IP packet.
     pub(in crate::lab) fn parse(frame: &'a [u8]) -> Option<Self> {
         let packet = frame.get(ETHERNET_BYTES..)?;
         match frame.get(12..14)? {
@@ -38,7 +38,7 @@ impl<'a> Outer<'a> {
     fn v4(packet: &'a [u8]) -> Option<Self> {
         let (header, _) = packet.split_first_chunk::<20>()?;
         let header_bytes = usize::from(header[0] & 0x0f) * 4;
-        /// More fragments, and the fragment's offset.
+        /// Mask of the flag "more fragments" and of the fragment offset.
         const FRAGMENT: u16 = 0x3fff;
         let is_fragment = u16::from_be_bytes([header[6], header[7]]) & FRAGMENT != 0;
         let address = |at: usize| <[u8; 4]>::try_from(&header[at..at + 4]).map(IpAddr::from).ok();
@@ -79,7 +79,7 @@ mod tests {
         assert_eq!(outer.destination.to_string(), "192.0.2.2");
         assert!(outer.is_wireguard());
         for length in 0..frame.len() {
-            // Cut anywhere: no panic.
+            // A truncated frame never panics.
             let _ = Outer::parse(&frame[..length]);
         }
     }

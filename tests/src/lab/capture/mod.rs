@@ -1,15 +1,15 @@
-//! Every packet on the simulated internet, searched for what must not be there.
+//! Captures every packet on the simulated internet and searches it for leaks.
 //!
-//! A capture sees the frames that enter the ports of a namespace's bridge: all outer traffic, as its
-//! sender made it (a train of datagrams may be one frame). It looks for three things:
+//! A capture sees the frames that enter the ports of a namespace's bridge: all outer traffic as its
+//! sender made it (a GSO batch of datagrams may be one frame). It looks for three things:
 //!
 //! - the [`Pattern`]'s mark anywhere in a frame: inner payload in clear;
-//! - an outer address inside a watched network (the overlay): an inner packet in clear, whatever it
-//!   carries;
-//! - WireGuard datagrams, so that "nothing in clear" is not said of a silent wire.
+//! - an outer address inside a watched network (the overlay): an inner packet in clear, with any
+//!   payload;
+//! - WireGuard datagrams, so that "nothing in clear" is not claimed of a silent wire.
 //!
-//! What the ring could not hold is counted by the kernel: [`Seen::missed`] other than 0 means that
-//! nothing can be promised.
+//! The kernel counts the frames that did not fit into the ring. If [`Seen::missed`] is not 0, the
+//! capture proves nothing.
 
 pub(in crate::lab) mod frame;
 mod ring;
@@ -43,27 +43,28 @@ pub struct Capture {
     thread: Option<JoinHandle<anyhow::Result<()>>>,
 }
 
-/// What was seen so far.
+/// Counts of what the capture saw so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct Seen {
-    /// Frames.
+    /// Frames of any kind.
     pub frames: u64,
-    /// Bytes of them.
+    /// Total size of the frames in bytes.
     pub bytes: u64,
-    /// Frames that carry WireGuard.
+    /// Frames that carry WireGuard datagrams.
     pub wireguard: u64,
     /// Frames that carry a fragment of an IP packet.
     pub fragments: u64,
-    /// Frames that hold the pattern's mark.
+    /// Frames that contain the pattern's mark.
     pub marked: u64,
     /// Frames from or to an address of the watched networks.
     pub inner_addresses: u64,
-    /// Frames that the ring could not hold.
+    /// Frames that did not fit into the ring.
     pub missed: u64,
 }
 
 impl Seen {
-    /// Signs of inner packets in clear; a frame that shows both counts twice.
+    /// Returns the number of signs of inner packets in clear. A frame that shows both signs counts
+    /// twice.
     pub fn in_clear(&self) -> u64 {
         self.marked + self.inner_addresses
     }
@@ -73,7 +74,7 @@ impl Seen {
 struct Shared {
     counts: Counts,
     watched: Mutex<Vec<IpNet>>,
-    /// Frames with the mark, by the link that they entered.
+    /// Frames with the mark, by index of the link that they entered.
     marked_on: Mutex<BTreeMap<u32, u64>>,
     stop: AtomicBool,
 }
@@ -90,7 +91,7 @@ struct Counts {
 }
 
 impl Capture {
-    /// Captures what enters any link of `namespace`.
+    /// Captures the frames that enter any link of `namespace`.
     pub fn start(namespace: &Namespace, pattern: Pattern) -> anyhow::Result<Self> {
         let ring = namespace.run(Ring::open).context("cannot capture")?;
         let links = namespace.run(|| Ok(Rtnetlink::open()?.links()?))?;
@@ -103,34 +104,34 @@ impl Capture {
         Ok(Self { shared, links, thread: Some(thread) })
     }
 
-    /// From now on counts outer addresses inside these networks.
+    /// Counts, from now on, frames with outer addresses inside these networks.
     pub fn watch(&self, networks: impl IntoIterator<Item = IpNet>) {
         self.shared.watched.lock().extend(networks);
     }
 
-    /// What was seen so far; the last few milliseconds may be missing.
+    /// Returns the counts so far. The frames of the last few milliseconds may be missing.
     pub fn seen(&self) -> Seen {
         self.shared.counts.read()
     }
 
-    /// How many frames with the mark entered by a link, so far. 0 if there was no link of this name
-    /// when the capture began.
+    /// Returns how many frames with the mark entered by a link so far; 0 if there was no link of
+    /// this name when the capture started.
     pub fn marked_on(&self, link: &str) -> u64 {
         let Some(index) = self.links.get(link) else { return 0 };
         self.shared.marked_on.lock().get(index).copied().unwrap_or(0)
     }
 
-    /// Waits until the detector found the mark in something that was just sent in clear, on
-    /// purpose, and forgets it: from here on every find is a leak.
+    /// Waits until the capture found the mark in a frame that was sent in clear on purpose, then
+    /// resets the count: every later find is a leak.
     pub fn expect_mark(&self, limit: Duration) -> anyhow::Result<()> {
-        wait_for("sight of the mark that was sent in clear", limit, || {
+        wait_for("frame with the mark that was sent in clear", limit, || {
             Ok((self.seen().marked > 0).then_some(()))
         })?;
         self.shared.counts.marked.store(0, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Ends the capture once all that was on the wire before has been looked at.
+    /// Ends the capture once every frame that was on the wire before has been examined.
     pub fn stop(mut self) -> anyhow::Result<Seen> {
         self.end().unwrap_or(Ok(()))?;
         Ok(self.seen())
@@ -153,7 +154,7 @@ impl Shared {
     fn work(&self, mut ring: Ring, pattern: Pattern) -> anyhow::Result<()> {
         let finder = Finder::new(pattern.mark());
         loop {
-            // Asked before the look, so that the last look comes after the request.
+            // Read before the last block, so that the last block comes after the request to stop.
             let stopping = self.stop.load(Ordering::Relaxed);
             let watched = self.watched.lock().clone();
             let any = ring.next_block(|frame, link| self.look(frame, link, &finder, &watched))?;

@@ -1,4 +1,4 @@
-//! One port of a bridge, read frame by frame: what a host sends, in order.
+//! Reads one port of a bridge frame by frame: what a host sends, in order.
 
 use std::io::{ErrorKind, Read};
 use std::net::IpAddr;
@@ -14,24 +14,24 @@ use super::frame::Outer;
 use crate::lab::interrupt::wait_up_to;
 use crate::lab::namespace::Namespace;
 
-/// A packet socket on one link. What is read is gone: two questions never see the same frame.
+/// A packet socket on one link. Each frame is read once: two calls never see the same frame.
 #[derive(Debug)]
 pub struct Tap {
     socket: Socket,
 }
 
-/// Room for what a host sends while nobody reads.
+/// Receive buffer in bytes, for what a host sends between two reads.
 const BUFFER: usize = 4 << 20;
 const FRAME_BYTES: usize = 65_536 + 14;
 
 impl Tap {
-    /// On the link `link` of `namespace`.
+    /// Opens a tap on the link `link` of `namespace`.
     pub fn open(namespace: &Namespace, link: &str) -> anyhow::Result<Self> {
         namespace.run(|| {
             let link = Rtnetlink::open()?.link_index(link)?;
             let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
             socket.set_nonblocking(true)?;
-            // The kernel gives at most what the machine allows.
+            // The kernel limits the buffer to what the machine allows.
             socket.set_recv_buffer_size(BUFFER)?;
             let address = libc::sockaddr_ll {
                 sll_family: libc::AF_PACKET as u16,
@@ -57,7 +57,7 @@ impl Tap {
         })
     }
 
-    /// Shows every frame until `each` has what it wants, for at most `limit`.
+    /// Passes frames to `each` until it returns a value, for at most `limit`.
     pub fn find<T>(
         &mut self,
         limit: Duration,
@@ -79,8 +79,9 @@ impl Tap {
         })
     }
 
-    /// Counts the frames that hold `mark`, or go to or come from one of these networks, until the
-    /// frame that holds `last`. `None`: that one did not come within `limit`.
+    /// Counts the frames that contain `mark`, or whose source or destination is in one of these
+    /// networks, up to the frame that contains `last`. Returns `None` if that frame did not arrive
+    /// within `limit`.
     pub fn in_clear(
         &mut self,
         mark: &[u8],
@@ -100,7 +101,7 @@ impl Tap {
     }
 }
 
-/// The payload of a UDP datagram in a frame, with its destination.
+/// Returns the payload of a UDP datagram in a frame, with its destination.
 pub fn udp_payload(frame: &[u8]) -> Option<(IpAddr, &[u8])> {
     let outer = Outer::parse(frame)?;
     Some((outer.destination, outer.udp_payload?))
