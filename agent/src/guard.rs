@@ -1,8 +1,8 @@
-//! `towline guard`: both guards, from what the last run left on the disk, before the network is
-//! up and before any agent runs.
+//! Installs both guards before the network is up and before any agent runs (`towline guard`), from
+//! what the last run stored on the disk.
 //!
-//! The plan is the agent's own: the core is told the membership, the cached map and what this
-//! node announced, and nobody is up yet. No controller is asked.
+//! The plan is the one that an agent would apply first: the core gets the membership, the cached
+//! map and the prefixes that this node announced, and no peer is up. No controller is asked.
 
 mod watch;
 
@@ -27,31 +27,33 @@ use towline_host::{Changes, HostNetwork, Problem};
 
 pub use watch::watch;
 
-/// How it went.
+/// Result of installing the guards.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Guarded {
-    /// Nothing is known that could be guarded: the machine joined no mesh and has no static peer.
+    /// There is nothing to guard: the machine has not joined a mesh and has no static peer.
     NotJoined,
-    /// An agent runs, and keeps the guards itself.
+    /// An agent runs and keeps the guards itself.
     AgentRuns,
-    /// The machine is open by `towline down`, and stays so until `towline up`.
+    /// `towline down` opened the machine, until `towline up`.
     Down,
     /// The join was not confirmed in time; the agent undoes it.
     Unconfirmed,
-    /// The guards stand.
+    /// The guards are installed.
     Stands {
-        /// Networks that are guarded.
+        /// Number of guarded networks.
         networks: usize,
-        /// Changes that it took; at most 1 (the nftables table is adopted): they stood already.
+        /// Number of changes that were applied. It is at most 1 (adopting the nftables table) if
+        /// the guards were installed before.
         changes: usize,
-        /// No guard was refused. Where the kernel has no nftables, that of the routes is all.
+        /// True if no guard was refused. On a kernel without nftables the routes are the only
+        /// guard.
         is_whole: bool,
-        /// What is not as it should be, or particular to this host, a line each.
+        /// Deviations from the plan and particularities of this host, one line each.
         problems: Vec<String>,
     },
 }
 
-/// Sets up the guards. Doing it again changes nothing but the owner of the nftables table.
+/// Installs the guards. Repeating it changes nothing but the owner of the nftables table.
 pub fn run(config: &Config) -> anyhow::Result<Guarded> {
     let state = match enter(config)? {
         Ok(state) => state,
@@ -63,8 +65,8 @@ pub fn run(config: &Config) -> anyhow::Result<Guarded> {
     Ok(outcome(config, &plan, &applied))
 }
 
-/// Opens the state, to be read while no agent runs; else says who keeps the guards, or why there
-/// are none. Only reads: the disk may be full or read-only.
+/// Opens the state directory for reading while no agent runs. Otherwise returns which program keeps
+/// the guards, or why there are none. Only reads: the disk may be full or read-only.
 fn enter(config: &Config) -> anyhow::Result<Result<StateDir, Guarded>> {
     let known = config.state_dir.join("membership.json").exists() || !config.peers.is_empty();
     if !known {
@@ -75,14 +77,14 @@ fn enter(config: &Config) -> anyhow::Result<Result<StateDir, Guarded>> {
         Err(StateError::Locked { .. }) => return Ok(Err(Guarded::AgentRuns)),
         Err(error) => return Err(error.into()),
     };
-    // After the lock was taken: see `down.rs` for the order.
+    // This is read after the lock is taken: see `down.rs` for the order.
     if DownMarker::of(config).read().is_some() {
         return Ok(Err(Guarded::Down));
     }
     if confirm::look(&config.state_dir, &Moment::now()) == Confirmation::Missed {
         return Ok(Err(Guarded::Unconfirmed));
     }
-    // An agent of a version that does not lock the directory.
+    // An old agent may not lock the directory.
     if daemon::is_running(&config.socket) {
         return Ok(Err(Guarded::AgentRuns));
     }
@@ -90,7 +92,7 @@ fn enter(config: &Config) -> anyhow::Result<Result<StateDir, Guarded>> {
 }
 
 fn outcome(config: &Config, plan: &Plan, applied: &Changes) -> Guarded {
-    // The link comes with the agent.
+    // The link is missing until the agent creates it.
     let unexpected = |problem: &&Problem| !matches!(problem, Problem::LinkMissing(_));
     let problems: Vec<_> = applied.problems.iter().filter(unexpected).collect();
     Guarded::Stands {
@@ -105,14 +107,12 @@ impl fmt::Display for Guarded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotJoined => {
-                f.write_str("this machine has not joined a mesh: there is nothing to guard yet")
+                f.write_str("nothing is guarded: this machine has not joined a mesh")
             }
             Self::AgentRuns => f.write_str("an agent runs: it keeps the guards"),
-            Self::Down => {
-                f.write_str("this machine is down: nothing is guarded until `towline up` is run")
-            }
+            Self::Down => f.write_str("nothing is guarded: this machine is down: run `towline up`"),
             Self::Unconfirmed => f.write_str(
-                "the join was not confirmed in time: nothing is guarded, and it is undone",
+                "nothing is guarded: the join was not confirmed in time, and the agent undoes it",
             ),
             Self::Stands { is_whole, networks, problems, .. } => {
                 if *is_whole {
@@ -126,15 +126,15 @@ impl fmt::Display for Guarded {
     }
 }
 
-/// Returns the networks that an agent would reach through the tunnel or not at all, from what is on
+/// Returns the networks that an agent would reach only through the tunnel, from what is stored on
 /// the disk.
 pub fn networks(config: &Config) -> anyhow::Result<Vec<IpNet>> {
     let plan = plan(config, &StateDir::peek(&config.state_dir))?;
     Ok(plan.routes.keys().map(|(network, _)| *network).collect())
 }
 
-/// Keeps other users away from a TUN link that an earlier run left. The agent will run as the user
-/// whom the state directory belongs to. Returns what hinders it.
+/// Restricts a TUN link of an earlier run to the agent's user, which is the owner of the state
+/// directory. Returns a problem if that fails.
 fn own_link(config: &Config) -> Option<String> {
     let owner = std::fs::metadata(&config.state_dir).map(|state| state.uid());
     let secured =
@@ -144,13 +144,13 @@ fn own_link(config: &Config) -> Option<String> {
     Some(format!("cannot give the link {link} to the agent's user: {error:#}"))
 }
 
-/// What the agent would do first.
+/// Returns the plan that an agent would apply first.
 fn plan(config: &Config, state: &StateDir) -> anyhow::Result<Plan> {
     let membership = state.membership()?;
     let cached = state.prefixes()?;
-    // The one look at the clock; nothing here is due.
+    // The time is read once; no deadline of this plan is due.
     let now = Instant::now();
-    // Nothing here is random either: no probe leaves.
+    // The seed is constant, because no probe is sent.
     let mut mesh = Mesh::new(daemon::core_config(config, membership.as_ref(), 0), [0; 32], now);
     mesh.set_static_peers(now, static_peers::load(&config.peers)?);
     mesh.set_addresses(now, config.node.addresses.clone());
@@ -173,7 +173,7 @@ fn plan(config: &Config, state: &StateDir) -> anyhow::Result<Plan> {
             plan = Some(wanted);
         }
     }
-    plan.map(|plan| (*plan).clone()).context("the core made no plan")
+    plan.map(|plan| (*plan).clone()).context("the core returned no plan")
 }
 
 #[cfg(test)]
@@ -218,8 +218,8 @@ mod tests {
         }
     }
 
-    /// The state of node 1 after a run: node 2 announces 172.20.0.0/16, and somebody announced
-    /// 172.21.0.0/16 once.
+    /// State of node 1 after a run: node 2 announces 172.20.0.0/16, and another node formerly
+    /// announced 172.21.0.0/16.
     pub(super) fn state_of_a_node(dir: &Path) {
         let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
         let ca = CertificateParams::default().self_signed(&key).unwrap().der().clone();
@@ -292,12 +292,12 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let config = Config { state_dir: dir.path().join("state"), ..Config::default() };
             assert_eq!(run(&config).unwrap(), Guarded::NotJoined);
-            assert!(!config.state_dir.exists(), "nothing is made");
+            assert!(!config.state_dir.exists(), "nothing is created");
 
             state_of_a_node(&config.state_dir);
-            // The loopback is still down, as it can be this early.
+            // The loopback link may still be down this early in the boot.
             let Guarded::Stands { networks, changes, problems, .. } = run(&config).unwrap() else {
-                panic!("they stand");
+                panic!("the guards are installed");
             };
             assert_eq!(problems, [""; 0]);
             assert!(networks > 4 && changes > networks);
@@ -311,13 +311,14 @@ mod tests {
                 assert!(leaves(to), "{to}");
             }
 
-            // A damaged map takes no range of the mesh's away.
+            // A damaged map does not remove the mesh's own ranges from the guards.
             std::fs::write(config.state_dir.join("map.bin"), b"no map").unwrap();
             std::fs::write(config.state_dir.join("prefixes.json"), b"{").unwrap();
             run(&config).unwrap();
             assert!(!leaves("198.19.0.2") && !leaves("10.1.2.3"));
 
-            // A link of an earlier version: from now on only the agent's user may attach to it.
+            // From now on only the agent's user may attach to a link that an earlier version
+            // created.
             if add_unowned_tun(&config.link.name) {
                 let owner = || {
                     let mut links = Rtnetlink::open().unwrap();
@@ -340,7 +341,7 @@ mod tests {
             state_of_a_node(&config.state_dir);
             host();
             let marker = config.state_dir.join("down");
-            // The name of the file is the contract, not what is in it.
+            // The marker is the existence of the file; its content does not matter.
             for content in ["{\"since\":1}", ""] {
                 std::fs::write(&marker, content).unwrap();
                 assert_eq!(run(&config).unwrap(), Guarded::Down);
@@ -366,7 +367,7 @@ mod tests {
             config.node.addressing = Addressing::NodeIp;
             let none = node_ip::in_force(&config).unwrap_err().to_string();
             assert!(none.contains("node.node_ips"), "{none}");
-            // Another link has a lower address, but does not lead to the internet.
+            // The other link has a lower address, but does not lead to the internet.
             let lan = add_link("lan0");
             let mut rtnetlink = Rtnetlink::open().unwrap();
             let options = AddressOptions::default();

@@ -7,8 +7,8 @@
 //!   control ────requests─────►┘                └──answers─────────────────────────► control
 //! ```
 //!
-//! Every input carries the time; after each, the outputs are drained and the one deadline is armed
-//! again. The task never waits for any of its neighbours.
+//! Every input carries the time. After each input the outputs are drained and the next deadline is
+//! armed. The task never blocks on another part.
 
 mod cluster;
 mod departure;
@@ -68,50 +68,49 @@ use watchdog::{Verdict, Watchdog};
 pub use departure::{leave, open_host};
 pub(crate) use report::down_line;
 
-/// How often the time that is left for a confirmation is looked at.
+/// Longest interval between two checks of the time that is left for a confirmation.
 const CONFIRMATION_PERIOD: Duration = Duration::from_secs(10);
 
-/// What the daemon runs for.
+/// Role in which the daemon runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     /// A node: its traffic for the mesh enters the tunnel.
     Node,
-    /// To relay and nothing else: no link, no routes, no guards. Its overlay addresses lead
-    /// nowhere.
+    /// A relay alone: no link, no routes and no guards. Its overlay addresses are not reachable.
     Relay,
 }
 
-/// How the daemon ended.
+/// Reason why the daemon ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Exit {
-    /// The machine has to be opened, and the agent stays to see to it: a join was not confirmed, or
-    /// the host could not be opened at once.
+    /// The host has to be opened, and the agent keeps running to do it: a join was not confirmed in
+    /// time, or `towline down` could not open the host.
     Standby,
-    /// By a signal: link, routes and guards stay.
+    /// The agent received a signal to end. Link, routes and guards stay.
     Stopped,
-    /// By `towline down`: the host was opened.
+    /// `towline down` opened the host.
     Down,
-    /// By `towline leave`: the host was opened and the membership forgotten.
+    /// `towline leave` opened the host and removed the membership.
     Left,
 }
 
-/// Runs the agent until a signal, `towline down` or `towline leave`.
+/// Runs the agent until a signal, `towline down` or `towline leave` ends it.
 ///
 /// `config_path` is read again on SIGHUP and at `towline up`.
 pub fn run(config: Config, config_path: Option<PathBuf>, purpose: Purpose) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        // Name resolution and the writing of the cached map.
+        // Blocking threads resolve names and write the cached map.
         .max_blocking_threads(4)
         .build()
         .context("cannot start the runtime")?;
     let result = runtime.block_on(serve(config, config_path, purpose));
-    // A name that is being resolved must not hold up the end.
+    // A name resolution that is still running must not delay the exit.
     runtime.shutdown_timeout(Duration::from_millis(500));
     result
 }
 
-/// Runs the daemon, or waits for `towline up` where the machine is down.
+/// Runs the daemon. Waits for `towline up` if the machine is down.
 async fn serve(
     config: Config,
     config_path: Option<PathBuf>,
@@ -120,7 +119,7 @@ async fn serve(
     let state = Arc::new(StateDir::open(&config.state_dir)?);
     let mut signals = Signals::new()?;
     let notifier = Notifier::from_environment();
-    // After the lock was taken: see `down.rs`.
+    // This is read after the lock is taken: see `down.rs`.
     let is_down = DownMarker::of(&config).read().is_some()
         || confirm::look(state.path(), &Moment::now()) == Confirmation::Missed;
     let (mut daemon, mut control) = if is_down {
@@ -148,23 +147,23 @@ async fn serve(
         }
     };
     notifier.stopping();
-    // The answers of `down` and `leave` are delivered before the process ends.
+    // The responses to `down` and `leave` are delivered before the process ends.
     control.stop().await;
     let exit = exit?;
     tracing::info!(?exit, "agent stopped");
     Ok(())
 }
 
-/// The signals that the agent handles.
+/// Signals that the agent handles.
 struct Signals {
     termination: Termination,
     hangup: tokio::signal::unix::Signal,
 }
 
-/// What a signal means.
+/// Meaning of a signal for the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum SignalMeaning {
-    /// SIGTERM or SIGINT: end.
+    /// SIGTERM or SIGINT: end the agent.
     End,
     /// SIGHUP: read the configuration again.
     Reload,
@@ -178,7 +177,7 @@ impl Signals {
         })
     }
 
-    /// Waits for the next one. None is lost when the future is dropped.
+    /// Waits for the next signal. No signal is lost when the future is dropped.
     async fn next(&mut self) -> SignalMeaning {
         tokio::select! {
             () = self.termination.requested() => SignalMeaning::End,
@@ -186,16 +185,16 @@ impl Signals {
         }
     }
 
-    /// Waits for one that ends the agent.
+    /// Waits for a signal that ends the agent.
     async fn end(&mut self) {
         while self.next().await != SignalMeaning::End {}
     }
 }
 
-/// What a start finds in the state directory.
+/// State that a start reads from the state directory.
 struct Stored {
     static_peers: Vec<StaticPeer>,
-    /// `None`: no mesh, static peers are all there is.
+    /// Membership of this node. `None`: there is no mesh, only static peers.
     membership: Option<Membership>,
     keys: Keys,
     counters: Counters,
@@ -203,14 +202,14 @@ struct Stored {
 }
 
 impl Stored {
-    /// Reads it, and counts the start.
+    /// Reads the state and counts the start.
     fn read(config: &Config, state: &StateDir) -> anyhow::Result<Self> {
         let static_peers = static_peers::load(&config.peers)?;
         let membership = match state.membership()? {
             None if !static_peers.is_empty() => None,
             _ => Some(state.require_membership()?),
         };
-        // Who peers without a mesh needs a key all the same.
+        // A machine with static peers and no mesh needs a key too.
         let keys = if membership.is_some() { state.keys()? } else { state.keys_or_generate()? };
         let counters = state.start(unix_millis())?;
         let map = membership.as_ref().map(|membership| state.map(membership)).transpose()?;
@@ -218,70 +217,80 @@ impl Stored {
     }
 }
 
+/// The state of a running agent, and its connections to the parts that do I/O.
 struct Daemon {
     config: Config,
     config_path: Option<PathBuf>,
     state: Arc<StateDir>,
     keys: Keys,
-    /// `None`: no mesh, static peers are all there is.
+    /// Membership of this node. `None`: there is no mesh, only static peers.
     membership: Option<Membership>,
     started: Instant,
 
     mesh: Mesh,
     data_plane: DataPlane,
     host_tunnels: HostTunnels,
+    /// Peer table that was last applied to the data plane.
     table: Arc<PeerTable>,
     probe_keys: ProbeKeys,
+    /// Node id of each WireGuard key in the map. Removed nodes stay.
     nodes: HashMap<WireguardKey, NodeId>,
     relay: Relay,
     relay_swept: Instant,
     purpose: Purpose,
     host: Host,
+    /// True once this node was removed from the mesh. Only static peers are used then.
     removed: bool,
 
     prefixes: Prefixes,
-    /// Our own addresses, where others know us by them.
+    /// Node IPs of this host, by which other nodes reach it.
     node_ips: Vec<IpAddr>,
     announced: Selection,
     remembered: watch::Sender<CachedPrefixes>,
-    /// What was last taken from `inputs.kubernetes`.
+    /// Value that was last read from `inputs.kubernetes`.
     kubernetes: kubernetes::View,
-    /// To be cloned for every task that is a source of prefixes.
+    /// Sender for prefix updates. Each task that is a source of prefixes gets a clone.
     _prefix_feed: Feed,
     announcements: watch::Sender<Option<Announcement>>,
     commands: Option<mpsc::Sender<discovery::Command>>,
     controller: ControllerView,
+    /// Result of the last publication of the record: remarks about prefixes that other nodes hold,
+    /// or why the controller refused the record.
     published: Result<Vec<String>, String>,
+    /// End of the client certificate that is in use, in seconds since 1970.
     certificate_expires_at: i64,
 
+    /// Reply channel of each `towline ping` probe in flight, by probe id.
     pings: BTreeMap<u64, oneshot::Sender<PingAnswer>>,
     next_ping: u64,
 
     inputs: Inputs,
 }
 
-/// Where inputs come from.
+/// Channels on which the other parts send their events.
 struct Inputs {
     data_plane: mpsc::Receiver<dataplane::Event>,
-    /// State of the data plane: what it broke of.
+    /// Latest fault of the data plane. `None` while it works.
     faults: watch::Receiver<Option<dataplane::Fault>>,
     discovery: mpsc::Receiver<discovery::Event>,
     prefixes: mpsc::Receiver<PrefixUpdate>,
     kubernetes: watch::Receiver<kubernetes::View>,
 }
 
-/// What is known of the controller.
+/// Last known state of the controller connection, for status output.
 #[derive(Debug, Default)]
 struct ControllerView {
     connected: bool,
     address: String,
     revision: u64,
+    /// When the controller last sent something.
     last_heard: Option<Instant>,
+    /// Why there is no connection. Empty while connected.
     reason: String,
 }
 
 impl Daemon {
-    /// Opens the UDP port and the TUN, and starts the parts.
+    /// Opens the UDP port and the TUN device, and starts the parts.
     fn start(
         config: Config,
         config_path: Option<PathBuf>,
@@ -291,7 +300,8 @@ impl Daemon {
     ) -> anyhow::Result<Self> {
         let Stored { static_peers, membership, keys, counters, map } = stored;
         let host = Host::open(&config)?;
-        // Where the unit's agent may not write, the unit did it before.
+        // An agent without the permission relies on its unit, which reserved the port before the
+        // start.
         if let Err(error) = reserved_port::reserve(config.wireguard.port) {
             tracing::debug!(%error, "UDP port not reserved");
         }
@@ -411,7 +421,7 @@ impl Daemon {
         })
     }
 
-    /// Runs until something ends it. `asked` is answered once the first plan was applied.
+    /// Runs until the agent has to end. Replies on `asked` once the first plan was applied.
     async fn run(
         mut self,
         control: &mut ControlServer,
@@ -432,12 +442,12 @@ impl Daemon {
             if let Some(asked) = asked.take() {
                 let _ = asked.send(Ok(false));
             }
-            // Here and nowhere else: a task that hangs is missed, and so is a worker.
+            // The watchdog is fed here only, so that it also notices a hanging task.
             if watchdog.due() <= Instant::now() {
                 match watchdog.check(Instant::now(), self.data_plane.stalled_workers()) {
                     Verdict::Alive => notifier.alive(),
                     Verdict::Stalled { workers, news: true } => {
-                        tracing::warn!(workers, "data plane stalls");
+                        tracing::warn!(workers, "data plane workers stalled");
                     }
                     Verdict::Stalled { .. } => {}
                     Verdict::Stuck(stuck) => return Err(stuck.into()),
@@ -468,7 +478,7 @@ impl Daemon {
                 }
                 () = at(confirm_at) => {
                     if self.confirmation() == Confirmation::Missed {
-                        tracing::error!("the join was not confirmed in time: it is undone");
+                        tracing::error!("the join was not confirmed in time: undoing the join");
                         break Exit::Standby;
                     }
                     confirm_at = self.next_confirmation();
@@ -480,18 +490,18 @@ impl Daemon {
             }
         };
         if let Err(error) = self.data_plane.stop() {
-            tracing::error!(%error, "data plane hangs: the agent ends all the same");
+            tracing::error!(%error, "data plane hangs: ending the agent without it");
         }
         Ok(exit)
     }
 
-    /// Whether the join still has to be confirmed.
+    /// Returns the state of the join's confirmation.
     fn confirmation(&self) -> Confirmation {
         confirm::look(self.state.path(), &Moment::now())
     }
 
-    /// When to look at the confirmation again: the boot's clock goes on while the machine sleeps,
-    /// timers do not.
+    /// Returns when to check the confirmation again. The check is periodic because the boot clock
+    /// advances while the machine sleeps, but timers do not.
     fn next_confirmation(&self) -> Option<Instant> {
         match self.confirmation() {
             Confirmation::Settled => None,
@@ -500,7 +510,8 @@ impl Daemon {
         }
     }
 
-    /// Why this machine must not use the mesh yet: its plan is not applied. A relay alone has none.
+    /// Returns why this machine must not use the mesh yet: its plan is not applied. A relay alone
+    /// has no plan.
     fn blocked(&self) -> Option<&str> {
         match self.purpose {
             Purpose::Node => self.host.blocked(),
@@ -508,7 +519,7 @@ impl Daemon {
         }
     }
 
-    /// Does all that the core wants done.
+    /// Executes all pending outputs of the core.
     fn drain(&mut self) {
         while let Some(output) = self.mesh.poll_output() {
             match output {
@@ -525,7 +536,7 @@ impl Daemon {
                 Output::Relay(request) => self.ask_relay(request),
                 Output::Handshake { peer, to } => self.data_plane.handshake(peer, to),
                 Output::PeerTable(table) => self.peer_table(table),
-                // A relay alone leaves the host's network as it is.
+                // A relay alone does not change the host's network.
                 Output::Plan(_) if self.purpose == Purpose::Relay => {}
                 Output::Plan(plan) => {
                     self.host.apply(plan);
@@ -547,7 +558,7 @@ impl Daemon {
     }
 
     fn peer_table(&mut self, table: Arc<PeerTable>) {
-        // A node that was removed speaks to no other.
+        // A node that was removed from the mesh has no tunnels to its nodes.
         let table = if self.removed { Arc::new(self.static_only(&table)) } else { table };
         self.probe_keys.follow(&self.keys.wireguard, table.peers.keys());
         self.data_plane.apply(&table);
@@ -592,13 +603,14 @@ impl Daemon {
     fn data_plane_fault(&mut self) -> anyhow::Result<()> {
         let fault = self.inputs.faults.borrow_and_update().clone();
         let Some(fault) = fault else { return Ok(()) };
-        tracing::error!(%fault, "data plane is started again");
+        tracing::error!(%fault, "data plane failed: restarting it");
         self.restart_data_plane()
     }
 
-    /// Somebody deleted the link, or the worker broke: a new one, with new sessions.
+    /// Starts a new data plane, without sessions, after its link was deleted or a worker failed.
     fn restart_data_plane(&mut self) -> anyhow::Result<()> {
-        // What hangs keeps the link and the port: only the end of the process frees them.
+        // A hanging worker keeps the link and the port open. Only the end of the process releases
+        // them.
         self.data_plane.stop()?;
         (self.data_plane, self.inputs.data_plane) = start_data_plane(
             &self.config,
@@ -663,7 +675,7 @@ impl Daemon {
             }
             discovery::Event::Removed => {
                 if !std::mem::replace(&mut self.removed, true) {
-                    tracing::error!("this node was removed from the mesh");
+                    tracing::error!("this node was removed from the mesh: run `towline leave`");
                     self.peer_table(self.table.clone());
                 }
             }
@@ -672,7 +684,8 @@ impl Daemon {
 
     fn addresses_changed(&mut self) {
         self.host.look_for_redirects();
-        // A LAN may lie inside a protected range; the overlay and our pods never are a way in.
+        // A LAN may lie inside a protected range. The overlay and this node's pods are never
+        // uplinks.
         let mut excluded: Vec<IpNet> =
             self.announced.announced.iter().filter(|net| !is_host(net)).copied().collect();
         if let Some(membership) = &self.membership {
@@ -729,7 +742,7 @@ impl Daemon {
         };
         let Some(peer) = self.mesh.peers().find(named) else {
             if self.mesh.static_peers().any(|peer| peer.name == node) {
-                let why = "a static peer answers no probes: `towline peers` shows its handshakes";
+                let why = "static peers do not answer probes: run `towline peers`";
                 let _ = reply.send(PingAnswer::Silence(why.into()));
                 return;
             }
@@ -760,20 +773,20 @@ impl Daemon {
         });
     }
 
-    /// SIGHUP: reads the configuration again and takes over what can change in a running agent.
-    /// A file that does not parse changes nothing.
+    /// Reads the configuration again on SIGHUP and applies what can change while the agent runs. A
+    /// file that does not parse changes nothing.
     fn reload(&mut self) {
         let fresh = match Config::load(self.config_path.as_deref()) {
             Ok(fresh) => fresh,
             Err(error) => {
-                tracing::error!(%error, "configuration not re-read: the one before stays in force");
+                tracing::error!(%error, "configuration not reloaded: keeping the current one");
                 return;
             }
         };
         let static_peers = match static_peers::load(&fresh.peers) {
             Ok(static_peers) => static_peers,
             Err(error) => {
-                tracing::error!(%error, "configuration not re-read: the one before stays in force");
+                tracing::error!(%error, "configuration not reloaded: keeping the current one");
                 return;
             }
         };
@@ -784,7 +797,7 @@ impl Daemon {
         kept.socket.clone_from(&self.config.socket);
         if kept != self.config {
             tracing::warn!(
-                "only [node] and [[peer]] are taken over: restart the agent for the rest"
+                "only [node] and [[peer]] were reloaded: restart the agent to apply the rest"
             );
         }
         self.config.node = fresh.node;
@@ -795,21 +808,21 @@ impl Daemon {
         self.configured_prefixes();
         self.prefixes_changed();
         self.addresses_changed();
-        tracing::info!("configuration re-read");
+        tracing::info!("configuration reloaded");
     }
 }
 
-/// Which node has a key. One that was removed stays, and says nothing any more.
+/// Records which node has a key. The keys of removed nodes stay; they have no peer any more.
 fn note_node(nodes: &mut HashMap<WireguardKey, NodeId>, change: &MapChange) {
     if let MapChange::Upsert(node) = change {
         nodes.insert(node.wireguard_key(), node.id());
     }
 }
 
-/// Between two attempts to write what a full or read-only disk refused.
+/// Interval between attempts to write what a full or read-only disk refused.
 const SAVE_PERIOD: Duration = Duration::from_secs(5);
 
-/// Writes what the disk refused, once it takes it.
+/// Retries failed writes until the disk accepts them.
 async fn save_again(state: Arc<StateDir>) {
     let mut period = tokio::time::interval(SAVE_PERIOD);
     period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -825,7 +838,7 @@ async fn save_again(state: Arc<StateDir>) {
     }
 }
 
-/// Runs `work`, and tells the service manager meanwhile that the agent is alive.
+/// Runs `work` and notifies the service manager in the meantime that the agent is alive.
 async fn with_heartbeat<T>(notifier: &Notifier, work: impl Future<Output = T>) -> T {
     tokio::pin!(work);
     let mut ticks = tokio::time::interval(notifier.period().unwrap_or(CONFIRMATION_PERIOD));
@@ -874,12 +887,12 @@ fn start_data_plane(
     Ok((data_plane.context("cannot start the data plane")?, receiver))
 }
 
-/// The word for it on the command line.
+/// Returns the kind of a path for command-line output.
 fn path_kind(path: &path::Path) -> &'static str {
     if path.is_relayed() { "relay" } else { "direct" }
 }
 
-/// What the core is told once.
+/// Returns the configuration of the core, which does not change while the agent runs.
 pub(crate) fn core_config(
     config: &Config,
     membership: Option<&Membership>,
@@ -900,13 +913,13 @@ pub(crate) fn core_config(
     }
 }
 
-/// The time of the machine's clock, in milliseconds since 1970.
+/// Returns the wall-clock time in milliseconds since 1970.
 fn unix_millis() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     u64::try_from(now.unwrap_or_default().as_millis()).unwrap_or_default()
 }
 
-/// Where a running agent would be found.
+/// Returns whether an agent accepts connections on `socket`.
 pub fn is_running(socket: &Path) -> bool {
     std::os::unix::net::UnixStream::connect(socket).is_ok()
 }

@@ -1,16 +1,16 @@
-//! `towline guard --watch`: the guards stay in place for as long as no agent runs.
+//! Keeps the guards installed while no agent runs (`towline guard --watch`).
 //!
 //! ```text
 //!             the agent takes the lock
 //!   guards ◄──────────────────────────────► passive
 //!     ▲  │    the agent stopped or crashed
 //!     └──┘
-//!   somebody removed a rule, a route or the table: it is put back
+//!   another program removed a rule, a route or the table: it is restored
 //! ```
 //!
-//! The lock of the state directory decides: an agent holds it alone, the guard shares it while it
-//! works, and does nothing while it cannot have it. The nftables table is made without an owner,
-//! so that the agent can adopt it.
+//! The lock of the state directory decides: an agent holds it exclusively, the guard shares it
+//! while it works and is passive while it cannot get it. The nftables table is created without an
+//! owner, so that the agent can adopt it.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -26,14 +26,14 @@ use crate::notify::Notifier;
 use crate::state::StateDir;
 use towline_host::{HostEvent, HostNetwork, Names, Problem, Watch};
 
-/// Between two looks at the lock and the files, which say nothing by themselves.
+/// Interval between checks of the lock and the files, which send no events.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Sets up the guards and keeps them until a signal ends it; they stay then.
+/// Installs the guards and keeps them until a signal ends it. The guards stay installed then.
 ///
 /// # Errors
 ///
-/// When they cannot be set up at the start. Later failures are logged and tried again.
+/// Fails if the guards cannot be installed at the start. Later failures are logged and retried.
 pub fn watch(config: &Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -59,7 +59,7 @@ pub fn watch(config: &Config) -> anyhow::Result<()> {
                 Ok(guarded) => guarded.to_string(),
                 Err(error) => {
                     keeper.held = None;
-                    format!("the guards are not kept: {error:#}")
+                    format!("cannot keep the guards: {error:#}")
                 }
             };
             if now != said {
@@ -73,21 +73,22 @@ pub fn watch(config: &Config) -> anyhow::Result<()> {
     })
 }
 
-/// Keeps the guards while nobody else does.
+/// Keeper of the guards while no other program keeps them.
 struct Keeper {
     config: Config,
-    /// `None`: somebody else keeps them, or there is nothing to guard.
+    /// Guards that are kept. `None`: another program keeps them, or there is nothing to guard.
     held: Option<Held>,
 }
 
-/// The guards in the keeper's care.
+/// Guards that are kept, with what is needed to repair them.
 struct Held {
     network: HostNetwork,
     watch: Watch,
     plan: Plan,
-    /// The files that the plan was made from.
+    /// Versions of the files that the plan was made from.
     files: Files,
-    /// Something of ours was touched, or was refused, since the last apply.
+    /// True if state that Towline created was changed, or refused by the kernel, since the last
+    /// apply.
     is_stale: bool,
     last: Guarded,
 }
@@ -97,7 +98,7 @@ impl Keeper {
         Self { config, held: None }
     }
 
-    /// Whether no guard was refused at the last look.
+    /// Returns whether no guard was refused at the last check.
     fn is_whole(&self) -> bool {
         match self.held.as_ref().map(|held| &held.last) {
             Some(Guarded::Stands { is_whole, .. }) => *is_whole,
@@ -105,9 +106,9 @@ impl Keeper {
         }
     }
 
-    /// Puts back what is missing, if nobody else keeps the guards.
+    /// Restores what is missing, if no other program keeps the guards.
     fn look(&mut self) -> anyhow::Result<Guarded> {
-        // Held to the end: an agent that starts waits for it.
+        // The lock is held until the end of the function; an agent that starts waits for it.
         let state = match enter(&self.config)? {
             Ok(state) => state,
             Err(reason) => {
@@ -123,7 +124,7 @@ impl Keeper {
         let held = self.held.insert(held);
         if std::mem::take(&mut held.is_stale) {
             let applied = held.network.apply(&held.plan).context("the guards are not installed")?;
-            // The link comes with the agent.
+            // The link is missing until the agent creates it.
             held.is_stale = applied.problems.iter().any(|problem| {
                 problem.is_worth_retrying() && !matches!(problem, Problem::LinkMissing(_))
             });
@@ -132,7 +133,7 @@ impl Keeper {
         Ok(held.last.clone())
     }
 
-    /// Returns when it may be time to look again.
+    /// Waits for a change or for the next periodic check.
     async fn changed(&mut self) {
         let tick = tokio::time::sleep(PERIOD);
         let Some(held) = &mut self.held else { return tick.await };
@@ -144,7 +145,7 @@ impl Keeper {
                     held.is_stale = true;
                 }
                 Ok(HostEvent::AddressesChanged) => {}
-                // It is opened again at the next look.
+                // The next check opens it again.
                 Err(_) => {
                     self.held = None;
                     tokio::time::sleep(PERIOD).await;
@@ -166,8 +167,7 @@ impl Held {
     }
 }
 
-/// The plan with the networks that an agent guarded and did not write down: its disk may have been
-/// full.
+/// Adds the networks that an agent guarded but could not store, for example on a full disk.
 fn with_guarded(mut plan: Plan, network: &mut HostNetwork) -> anyhow::Result<Plan> {
     let found = network.guarded(&Names::of(&plan)).context("cannot read the routes")?;
     for net in found {
@@ -179,7 +179,7 @@ fn with_guarded(mut plan: Plan, network: &mut HostNetwork) -> anyhow::Result<Pla
     Ok(plan)
 }
 
-/// Which files the plan is made from, as far as a change of them shows.
+/// Inode and modification time of each file that the plan is made from.
 #[derive(Debug, PartialEq, Eq)]
 struct Files(Vec<Option<(u64, i64, i64)>>);
 
@@ -250,7 +250,7 @@ mod tests {
         Nft::open().unwrap().delete(TableFamily::Inet, "towline").unwrap();
     }
 
-    /// Lets the keeper work until the host is as it should be.
+    /// Runs the keeper until the host is as required.
     async fn until(keeper: &mut Keeper, what: &str, done: impl Fn() -> bool) {
         let work = async {
             while !done() {
@@ -310,11 +310,11 @@ mod tests {
                 held.network.lack_nftables();
                 keeper.held = Some(held);
                 let Guarded::Stands { is_whole, problems, .. } = keeper.look().unwrap() else {
-                    panic!("they stand");
+                    panic!("the guards are installed");
                 };
                 assert!(is_whole && problems[0].contains("nftables"), "{problems:?}");
                 assert!(!leaves("198.19.0.2"));
-                // As systemd-networkd does at its start.
+                // systemd-networkd does this when it starts.
                 delete_rules();
                 delete_routes();
                 assert!(leaves("198.19.0.2"));
@@ -361,7 +361,7 @@ mod tests {
                 let state = StateDir::open(&keeper.config.state_dir).unwrap();
                 let mut agent = HostNetwork::open().unwrap();
                 let mut more = plan.clone();
-                // Learned, and not written down.
+                // The agent learned these networks and did not store them.
                 let learned: ipnet::IpNet = "203.0.113.0/24".parse().unwrap();
                 let learned_v6: ipnet::IpNet = "fd99::/64".parse().unwrap();
                 for net in [learned, learned_v6] {
@@ -370,7 +370,7 @@ mod tests {
                 }
                 assert_eq!(agent.apply(&more).unwrap().problems, []);
                 assert_eq!(keeper.look().unwrap(), Guarded::AgentRuns);
-                // The agent's own to repair.
+                // Repairing the rules is the running agent's task.
                 delete_rules();
                 keeper.changed().await;
                 assert_eq!(keeper.look().unwrap(), Guarded::AgentRuns);
@@ -378,7 +378,7 @@ mod tests {
                 agent.invalidate();
                 agent.apply(&more).unwrap();
 
-                // A crash.
+                // This is a crash of the agent.
                 drop((agent, state));
                 until(&mut keeper, "after the crash", || !leaves("203.0.113.9")).await;
                 assert!(matches!(keeper.look().unwrap(), Guarded::Stands { .. }));
@@ -394,7 +394,7 @@ mod tests {
                 .await;
                 assert!(!leaves("203.0.113.9"));
 
-                // The next agent finds a table that it can own.
+                // The next agent can become the owner of the table.
                 let _state = StateDir::open(&keeper.config.state_dir).unwrap();
                 let mut agent = HostNetwork::open().unwrap();
                 assert_eq!(agent.apply(&plan).unwrap().problems, []);
