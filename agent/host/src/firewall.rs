@@ -1,26 +1,29 @@
-//! The plan's firewall as an nftables table.
+//! The plan's firewall, as one nftables table.
 //!
-//! | chain | where | does |
+//! This module builds the table, compares it with the kernel's table and commits the difference. It
+//! changes no other table; `hook` owns the rules in the chains of other programs.
+//!
+//! | chain | hook | what it does |
 //! |---|---|---|
-//! | `outer` | before everything that comes in | marks our own outer packets, so that what asks for the way back with the mark (firewalld's IPv6 filter) finds the uplink; drops what claims a mesh source outside the tunnel, or one of ours on a link that does not lead to it |
-//! | `ingress` | called by `outer` for what comes out of the tunnel | drops what is not for this node, before destinations are translated |
-//! | `answer`, and from there `accepted` | after connection tracking | remembers, in the set `answered`, the connections to local sockets that begin outside the tunnel on a plain port or from a network that may come either way; only where there are such, since it needs connection tracking |
-//! | `answer_out` | made here, routed | marks what answers those, which has it routed again, past our tables |
-//! | `guard`, and from there `guarded` | at the end of the way out | drops what goes to a guarded network by another link than ours |
-//! | `clamp`, `clamp_in` | into the tunnel, called by `guard`; routed out of it | lower the MSS of TCP connections through the tunnel to what the routes leave |
+//! | `outer` | prerouting, before the raw tables | marks the tunnels' own UDP packets and the packets of controllers, so that a reverse path lookup with the mark (firewalld's IPv6 filter) finds the uplink; drops packets with a mesh source that arrive outside the tunnel, and packets with a source of this node that arrive on a link that does not lead to it |
+//! | `ingress` | jump from `outer`, for packets from the tunnel | drops packets whose destination is not this node's, before destination NAT |
+//! | `answer`, which continues at `accepted` | prerouting, after conntrack | stores in the set `answered` the connections to local sockets that begin outside the tunnel on a plain port or from a plain network; exists only if the plan has plain ports or networks, because it needs conntrack |
+//! | `answer_out` | output, chain type route | marks the replies of those connections; the kernel then routes them again, past Towline's routing tables |
+//! | `guard`, which continues at `guarded` | postrouting, before source NAT | drops packets to a guarded network that leave by another link than the tunnel |
+//! | `clamp`, `clamp_in` | jump from `guard`, for packets into the tunnel; forward, for packets out of it | lower the MSS of TCP connections through the tunnel to the MTU of the route |
 //!
-//! Every packet of the machine passes the chains of its way, most of them none of ours. So there are
-//! few, and the rules that end most packets' way stand first.
+//! Every packet of the host passes these chains, and most packets have nothing to do with the mesh.
+//! So there are few chains, and the rules that accept most packets come first.
 //!
-//! Where the kernel can (6.9), the table is owned by our socket: nobody else's flush takes it while the
-//! agent runs, and it stays when the agent is gone.
+//! If the kernel supports it (6.9), our socket owns the table: no other program's flush removes the
+//! table while the agent runs, and the table persists after the agent ends.
 //!
-//! Our own sockets' packets pass the guard, since they are sealed: those that carry our mark and
-//! come from our port (or go to a controller's) and from a socket that the agent's user opened.
-//! So do answers of the connections in `answered`, which only rules of this table fill. Others
-//! set packet marks and connection marks too, and anybody chooses a source port: none of these is
-//! a permission. Neighbour discovery passes both guards: on a LAN whose addresses are mesh addresses it is what finds the
-//! other end of the tunnel, and it carries nothing.
+//! The packets of Towline's own sockets are encrypted and pass the guard. Such a packet carries our
+//! mark, has the tunnels' source port (or a controller's destination address and port), and comes
+//! from a socket of the agent's user. The replies of connections in `answered` pass too; only rules
+//! of this table add to that set. A mark or a source port alone is never a permission, because other
+//! programs can set both. Neighbour discovery passes both guards: on a LAN whose addresses are mesh
+//! addresses it resolves the other end of the tunnel, and it carries no payload.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -39,28 +42,31 @@ use super::Changes;
 use super::families::Families;
 use super::problem::{ApplyError, Problem};
 
-/// How much of the table this kernel takes.
+/// Part of the table that this kernel accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Extent {
-    /// All of it.
+    /// The whole table.
     Full,
-    /// The guard, made of what every nftables has.
+    /// Only the chains `guard`, `guarded`, `outer` and `ingress`, with expressions that every kernel with
+    /// nftables supports. The table then does not drop spoofed sources.
     GuardOnly,
 }
 
-/// Which address families the table knows.
+/// Address families that the table covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Scope {
-    /// Both, in a table of the family inet.
+    /// IPv4 and IPv6, in a table of the family inet.
     Both,
     /// IPv4 alone, in a table of the family inet.
     Ipv4,
-    /// IPv4 alone, in a table of the family ip: a kernel that was built without IPv6 has no other.
+    /// IPv4 alone, in a table of the family ip. A kernel that was built without IPv6 has no family
+    /// inet.
     Ipv4Table,
 }
 
 impl Scope {
-    /// Those to try on a host, the best first. A table that guards less than the host has is none.
+    /// Returns the scopes to try on a host, the best first. If the host has IPv6, the table must cover
+    /// it.
     fn of(families: Families) -> &'static [Self] {
         if families.exists(Family::V6) {
             &[Self::Both]
@@ -70,18 +76,18 @@ impl Scope {
     }
 }
 
-/// Where the table goes.
+/// The nftables connection, and what is known of the host that the table is for.
 #[derive(Debug)]
 pub(super) struct Target<'a> {
-    /// `None`: this kernel has no nftables.
+    /// nftables connection; `None` if this kernel has no nftables.
     pub(super) nft: Option<&'a mut Nft>,
-    /// False once this kernel refused to let us own the table.
+    /// Whether to ask for ownership of the table. Set to false once the kernel refused it.
     pub(super) ownable: &'a mut bool,
-    /// What the host has of IPv4 and IPv6.
+    /// Address families that the host supports.
     pub(super) families: Families,
 }
 
-/// The families of tables in which ours may be found on a host.
+/// Returns the table families in which Towline's table may exist on a host.
 pub(super) fn table_families(families: Families) -> &'static [TableFamily] {
     if families.exists(Family::V6) {
         &[TableFamily::Inet]
@@ -90,66 +96,75 @@ pub(super) fn table_families(families: Families) -> &'static [TableFamily] {
     }
 }
 
-/// Says whose table it is.
+/// Comment of the table. It identifies the table as Towline's and tells an operator how to remove it.
 pub(super) const COMMENT: &str = "towline: made by the agent, removed by towline down";
-/// On the rules that drop packets with forged sources.
+/// Comments of the rules that drop packets with spoofed mesh sources.
 const FORGED: [&str; 2] = ["forged source, IPv4", "forged source, IPv6"];
-/// On the rules that drop packets from elsewhere with one of our own addresses as source.
+/// Comments of the rules that drop packets from outside this node whose source is one of its own
+/// addresses.
 const OWN_ADDRESS: [&str; 2] = ["own address as source, IPv4", "own address as source, IPv6"];
-/// On the rules that drop packets with a source of our networks that came by a link that does not lead there.
+/// Comments of the rules that drop packets whose source is in a network that this node announces, if
+/// the link that they arrive on does not lead to that source.
 const OWN_NETWORK: [&str; 2] = ["own network as source, IPv4", "own network as source, IPv6"];
-/// On the rules that drop what came out of the tunnel for loopback, link-local or multicast.
+/// Comments of the rules that drop packets out of the tunnel to loopback, link-local or multicast
+/// addresses.
 const SPECIAL_DESTINATION: [&str; 2] = ["special destination, IPv4", "special destination, IPv6"];
-/// On the rule that drops what came out of the tunnel for somebody else.
+/// Comment of the rule that drops packets out of the tunnel to destinations that are not this node's.
 const NOT_OURS: &str = "not for this node";
-/// On the rule that drops broadcasts out of the tunnel.
+/// Comment of the rule that drops broadcasts out of the tunnel.
 const BROADCAST: &str = "broadcast out of the tunnel";
-/// How the names of Cilium's links to its pods begin. It checks the sources of pods itself, and its routes lead
-/// back to them by another link.
+/// Prefix of the names of Cilium's links to its pods. Cilium verifies the sources of pods itself, and
+/// its routes to them use another link, so the check of the reverse path would drop their packets.
 const CILIUM_POD: &str = "lxc";
-/// On the rules that drop what would leave in clear.
+/// Comments of the rules that drop packets that would leave in clear.
 const IN_CLEAR: [&str; 2] = ["would leave in clear, IPv4", "would leave in clear, IPv6"];
 
-/// On the rules that count what carries our mark and is not ours: before it is dropped.
+/// Comments of the rules that count packets of other programs that carry our mark. The next rule drops
+/// them.
 const FOREIGN_MARK: [&str; 2] =
     ["another's packet with our mark, IPv4", "another's packet with our mark, IPv6"];
 
 const GUARD: &str = "guard";
 const GUARDED: &str = "guarded";
 const ACCEPTED: &str = "accepted";
-/// Holds the connections that are answered outside the tunnel.
+/// Set of the connections that are answered outside the tunnel.
 const ANSWERED: &str = "answered";
-/// Upper bound of remembered connections. Each entry takes about 100 bytes, in a table of a megabyte.
+/// Greatest number of elements in [`ANSWERED`]. Each takes about 100 bytes, in a hash table of 1 MB.
 const CONNECTIONS: u32 = 131_072;
 const CLAMP: &str = "clamp";
 const PLAIN_PORTS: &str = "plain_ports";
 const OUTER: &str = "outer";
 const INGRESS: &str = "ingress";
-/// Before everybody else (raw tables are at -300), after defragmentation (-400).
+/// Priority before all other tables (raw is -300) and after defragmentation (-400).
 const OUTER_PRIORITY: i32 = -310;
-/// After connection tracking (-200).
+/// Priority after conntrack (-200).
 const MANGLE_PRIORITY: i32 = -150;
-/// After everything that still changes packets, before source addresses are translated.
+/// Priority after all chains that still change packets, and before source NAT (100).
 const GUARD_PRIORITY: i32 = 50;
 
-/// How long a connection is remembered after its last packet, as long as connection tracking does
-/// or longer: one that began, one that is open, one that ends, and what is not TCP.
+// Timeouts of the elements of `ANSWERED`, from a connection's last packet on. Each is at least as long
+// as conntrack keeps a connection in that state by default.
+
+/// Timeout of a new connection.
 const OPENING: Duration = Duration::from_secs(60);
+/// Timeout of an established TCP connection.
 const OPEN: Duration = Duration::from_secs(5 * 24 * 3_600);
+/// Timeout of a TCP connection that ends.
 const CLOSING: Duration = Duration::from_secs(120);
+/// Timeout of a connection that is not TCP.
 const STREAM: Duration = Duration::from_secs(180);
 
 const ROOT: u32 = 0;
 const TCP: u8 = libc::IPPROTO_TCP as u8;
 const UDP: u8 = libc::IPPROTO_UDP as u8;
 
-/// Brings the kernel's table from `have` to what the plan wants, as far as this kernel can;
-/// returns the table that then is there.
+/// Changes the kernel's table from `have` to the one that the plan wants, or to the part of it that
+/// this kernel accepts. Returns the resulting table.
 ///
 /// # Errors
 ///
-/// [`ApplyError::Nft`] when `have` is not `fresh` (just read) and was refused: it may no longer
-/// be what is there.
+/// [`ApplyError::Nft`] if the kernel refused the change and `have` is not `fresh` (just read): the
+/// kernel's table may differ from `have`.
 pub(super) fn change(
     plan: &Plan,
     have: Option<Table>,
@@ -195,8 +210,8 @@ pub(super) fn change(
     Ok(have)
 }
 
-/// The same for a plan that differs from the one before in the networks of the firewall and the
-/// routes alone: only elements of sets change.
+/// Changes the kernel's table to that of a plan that differs from `before` only in networks. Only
+/// elements of sets change.
 pub(super) fn follow(
     before: &FirewallPlan,
     plan: &FirewallPlan,
@@ -211,7 +226,7 @@ pub(super) fn follow(
     for family in Family::ALL {
         let of_family = |net: &&IpNet| Family::of(net.addr()) == family;
         if let Some(set) = want.sets.get_mut(guarded_set(family)) {
-            // They never overlap, so each is an element.
+            // Guarded networks never overlap, so each is one element.
             for gone in before.guarded.difference(&plan.guarded).filter(of_family) {
                 set.elements.remove(&(*gone).into());
             }
@@ -243,11 +258,13 @@ pub(super) fn follow(
     Ok(want)
 }
 
-/// Whether some connections begin or cease to be answered the way they came: then chains differ.
+/// Returns true if both plans have the same chains. The chains differ if only one of the plans has
+/// plain networks.
 pub(super) fn same_chains(before: &Plan, plan: &Plan) -> bool {
     before.firewall.plain.is_empty() == plan.firewall.plain.is_empty()
 }
 
+/// Returns the table of a plan.
 fn table(plan: &Plan, extent: Extent) -> Table {
     let mut table = Table::new(TableFamily::Inet, &plan.firewall.table).comment(COMMENT);
     for family in Family::ALL {
@@ -289,14 +306,15 @@ fn table(plan: &Plan, extent: Extent) -> Table {
         .chain("clamp_in", clamp_in(plan))
 }
 
-/// How many packets for guarded networks carried our mark without being ours.
+/// Returns the number of packets to guarded networks that carried our mark but came from other
+/// programs.
 pub(super) fn marked_by_others(loaded: &Loaded) -> u64 {
     let packets = |comment| loaded.counter(GUARDED, comment).map_or(0, |counter| counter.packets);
     FOREIGN_MARK.into_iter().map(packets).sum()
 }
 
-/// The same table with what a kernel without IPv6 may refuse left out: sets of IPv6 addresses, and
-/// the rules that look into them.
+/// Returns the table without the parts that a kernel without IPv6 may refuse: the sets of IPv6
+/// addresses and the rules that look into them.
 fn scoped(mut table: Table, scope: Scope) -> Table {
     if scope == Scope::Both {
         return table;
@@ -318,7 +336,8 @@ fn scoped(mut table: Table, scope: Scope) -> Table {
     table
 }
 
-/// Whether a table of our name is ours. A kernel before 5.10 forgets the comment.
+/// Returns true if Towline created this table, which has our name. Kernels before 5.10 do not store
+/// the comment; there the table is known by its names of sets and chains.
 pub(super) fn is_ours(table: &Table) -> bool {
     match &table.comment {
         Some(comment) => comment == COMMENT,
@@ -357,7 +376,8 @@ fn plain_set(family: Family) -> &'static str {
     }
 }
 
-/// The sets of our own addresses, announced networks, and networks that are only forwarded to.
+/// Returns the names of the sets of this node's addresses, of the networks that it announces, and of
+/// the networks that it only forwards to.
 fn own_sets(family: Family) -> [&'static str; 3] {
     match family {
         Family::V4 => ["addresses4", "announced4", "reachable4"],
@@ -379,7 +399,8 @@ fn key(family: Family) -> KeyType {
     }
 }
 
-/// Whether some connections may come either way, so that they must be answered the way they came.
+/// Returns true if some connections may arrive either inside or outside the tunnel, so that their
+/// replies must leave the same way.
 fn both_ways(plan: &Plan) -> bool {
     !(plan.underlay.plain_ports.is_empty() && plan.firewall.plain.is_empty())
 }
@@ -393,6 +414,7 @@ fn outer(plan: &Plan, extent: Extent) -> Chain {
     }
 }
 
+/// Adds the rules for packets that arrive outside the tunnel.
 fn outside_of_tunnel(plan: &Plan, chain: Chain) -> Chain {
     let marks = &plan.rules;
     let mark = |rule: Rule| rule.set_mark(marks.mark, marks.mask).accept();
@@ -430,8 +452,8 @@ fn outside_of_tunnel(plan: &Plan, chain: Chain) -> Chain {
     chain
 }
 
-/// What comes out of the tunnel is for this node, or it is dropped. Nothing is translated yet, so a service
-/// behind one of our addresses is judged by that address.
+/// Returns the chain that drops packets out of the tunnel whose destination is not this node's. It runs
+/// before destination NAT, so a packet to a service is checked by the service's address.
 fn ingress(extent: Extent) -> Chain {
     let to = |family, set| Rule::new().destination_in(family, set);
     let mut chain = Chain::regular();
@@ -453,8 +475,7 @@ fn ingress(extent: Extent) -> Chain {
     chain.rule(Rule::new().comment(NOT_OURS).counter().drop())
 }
 
-/// Remembers the connections that begin outside the tunnel and may be answered there, as long as
-/// they live.
+/// Returns the chain that selects the connections that may be answered outside the tunnel.
 fn answer(plan: &Plan) -> Chain {
     let mut chain = Chain::base(ChainKind::Filter, Hook::Prerouting, MANGLE_PRIORITY);
     if !plan.underlay.plain_ports.is_empty() {
@@ -468,7 +489,8 @@ fn answer(plan: &Plan) -> Chain {
     chain
 }
 
-/// Once a connection's packets come through the tunnel, it is answered there alone.
+/// Returns the chain that adds the selected connections to [`ANSWERED`] and refreshes their timeouts.
+/// A connection whose packets arrive through the tunnel is removed: its replies use the tunnel only.
 fn accepted(plan: &Plan) -> Chain {
     let known = || Rule::new().connection_in(ANSWERED);
     let remember = |rule: Rule, time| rule.remember_connection(ANSWERED, time);
@@ -483,7 +505,8 @@ fn accepted(plan: &Plan) -> Chain {
     ])
 }
 
-/// Has what answers a remembered connection routed again, past our tables.
+/// Returns the chain that marks the replies of connections in [`ANSWERED`]. The kernel routes a packet
+/// again when its mark changes, here past Towline's routing tables.
 fn answer_out(plan: &Plan) -> Chain {
     let marks = plan.rules;
     let answers = |rule: Rule| {
@@ -504,13 +527,15 @@ fn clamp() -> Chain {
     Chain::regular().rules([Rule::new().clamp_mss_to_route(), Rule::new().accept()])
 }
 
-/// The other side may be a plain WireGuard peer that clamps nothing.
+/// Returns the chain that clamps the MSS of packets out of the tunnel. The other side may be a plain
+/// WireGuard peer that does not clamp it.
 fn clamp_in(plan: &Plan) -> Chain {
     Chain::base(ChainKind::Filter, Hook::Forward, MANGLE_PRIORITY)
         .rule(Rule::new().input(&plan.link.name).clamp_mss_to_route())
 }
 
-/// Most packets go to no guarded network, and end here.
+/// Returns the chain that sends packets to guarded networks on to [`GUARDED`]. Most packets have
+/// another destination and leave after this chain.
 fn guard(plan: &Plan, extent: Extent) -> Chain {
     let tunnel = Rule::new().output(&plan.link.name);
     let tunnel = match extent {
@@ -523,7 +548,7 @@ fn guard(plan: &Plan, extent: Extent) -> Chain {
         .rules(Family::ALL.map(guarded))
 }
 
-/// What goes to a guarded network past the tunnel.
+/// Returns the chain that accepts or drops packets to guarded networks that leave outside the tunnel.
 fn guarded(plan: &Plan, extent: Extent) -> Chain {
     let (marks, underlay) = (&plan.rules, &plan.underlay);
     let marked = || Rule::new().mark(marks.mark, marks.mask);
@@ -537,7 +562,7 @@ fn guarded(plan: &Plan, extent: Extent) -> Chain {
             let to = IpNet::from(controller.ip());
             marked().destination(to).protocol(TCP).destination_port(controller.port())
         };
-        // Root runs the commands that speak to controllers.
+        // Commands that connect to controllers may run as root.
         let mut owners = vec![underlay.owner, ROOT];
         owners.dedup();
         chain = chain.rules(owners.into_iter().map(|uid| segment().socket_owner(uid).accept()));

@@ -1,39 +1,51 @@
-//! The policy rules that lead into our tables, and past them.
+//! The policy rules that select Towline's routing tables, or skip them.
 //!
-//! By priority, from the configured one on:
+//! This module only computes the rules; `state` applies them. Their priorities are the configured one
+//! plus an offset:
 //!
-//! | + | matches | does |
+//! | offset | matches | action |
 //! |---|---|---|
-//! | 0 | everything but what was made here and carries our mark | goes on at 4 |
-//! | 1 | made here, our mark, and: a UDP source port that is the tunnels', of the agent's user; a controller's address and TCP port, of the agent's user; a plain TCP source port; a destination that may be reached either way | goes on at 6 |
-//! | 2 | IPv6, made here, our mark, UDP or TCP with a port | goes on at 4 |
-//! | 3 | IPv6, made here, our mark, UDP or TCP, no port and no user | goes on at 6 |
-//! | 4 | everything | nothing: others go on here |
-//! | 4 | sources of detours | looks into the table of detours |
-//! | 4 | made here, from a plain TCP port | looks into the table of answers |
-//! | 5 | everything | looks into our table |
-//! | 6 | everything | nothing: the host's other rules follow |
-//! | 6 | a UDP source port of 1 | nothing, but see below |
+//! | 0 | every packet except a local one with our mark | goto offset 4 |
+//! | 1 | local, our mark, user agent or root, and one of: the tunnels' UDP source port; a controller's address and TCP port | goto offset 6 |
+//! | 1 | local, our mark, and one of: a plain TCP source port; a destination that may be reached either way | goto offset 6 |
+//! | 2 | IPv6, local, our mark, UDP or TCP with a port | goto offset 4 |
+//! | 3 | IPv6, local, our mark, UDP or TCP without a port, user root | goto offset 6 |
+//! | 4 | every packet | none: target of the gotos |
+//! | 4 | sources of detours | look up the detour table |
+//! | 4 | local, from a plain TCP port | look up the answers table |
+//! | 5 | every packet | look up the main table of Towline |
+//! | 6 | every packet | none: the host's other rules follow |
+//! | 6 | UDP source port 1 | none: see "Ports" below |
 //!
-//! Others set marks too, and anybody chooses source ports: neither alone leads past our table.
-//! Forwarded packets, a pod's too, never do; the kernel says of what was made here that it comes
-//! in by the loopback.
+//! "Local" means generated on this host: the kernel looks up the route of such a packet with the
+//! loopback as input link. Forwarded packets, also those of pods, never skip our tables. A mark or a
+//! source port alone does not skip them either, because other programs can set both.
 //!
-//! Root stands beside the agent's user for two reasons. A packet that changes its mark on its way
-//! out is routed again, which IPv4 does in root's name. And with a strict `rp_filter` the kernel
-//! asks whether the way back to a packet's source leads through the link that it came by, in
-//! root's name, as if made here, with the packet's ports turned round, and (`src_valid_mark`, see
-//! `uplinks`) with its mark. When a peer's outer address is a mesh address as well, the way back
-//! would be the tunnel; chain `outer` of the firewall has marked the packet before. firewalld's
-//! own filter of IPv6 asks the same, but names no ports; sockets always do, except raw ones.
+//! # Root
 //!
-//! From some version on, the kernel looks for the ports of packets that it did not make just now
-//! only if some rule names ports and not the loopback. The last one does.
+//! The rules at offset 1 accept root next to the agent's user for two reasons:
 //!
-//! A TCP connection that was accepted on a plain port asks for a route before any of its packets
-//! exists. The table of answers is ours with the tunnel in place of nowhere, so that there are
-//! packets, which the firewall then marks if their connection began outside the tunnel. Without
-//! the firewall, the agent drops them.
+//! - A packet whose mark changes on output is routed again, and IPv4 does that as root.
+//! - With a strict `rp_filter` the kernel looks up the route back to a packet's source and compares its
+//!   link with the input link. It does so as root, as for a local packet, with the packet's ports
+//!   swapped and (`src_valid_mark`, see `uplinks`) with its mark. If a peer's outer address is also a
+//!   mesh address, that lookup must not find the tunnel. So chain `outer` of the firewall marks the
+//!   packet first.
+//!
+//! firewalld's IPv6 filter does the same lookup without ports. Sockets always have ports, except raw
+//! ones. The rules at offsets 2 and 3 use that difference.
+//!
+//! # Ports
+//!
+//! Newer kernels dissect the ports of packets that they did not just generate only if some rule has
+//! ports and does not match the loopback. The rule with UDP source port 1 exists for that.
+//!
+//! # Answers
+//!
+//! A TCP connection that is accepted on a plain port needs a route before it has any packet. The
+//! answers table has the tunnel in place of the unreachable routes, so that the lookup succeeds and
+//! packets exist. The firewall marks them if their connection began outside the tunnel. Without the
+//! firewall they enter the tunnel, and the agent drops them.
 
 use std::net::SocketAddr;
 
@@ -46,10 +58,10 @@ use super::OURS;
 use super::families::Families;
 use super::state::{answers_table, detour_table};
 
-/// How many priorities are ours, from the configured one on.
+/// Number of consecutive priorities that the rules use, from the configured one on.
 pub(super) const PRIORITIES: u32 = 7;
-/// Rules for destinations that may be reached either way, at most, of a family. Replies to more of
-/// them go through the tunnel alone.
+/// Greatest number of rules per family for destinations that may be reached either way. Replies to
+/// further destinations use the tunnel only.
 const EITHER_WAY: usize = 64;
 
 const LOOPBACK: &str = "lo";
@@ -57,12 +69,12 @@ const ROOT: u32 = 0;
 const TCP: u8 = libc::IPPROTO_TCP as u8;
 const UDP: u8 = libc::IPPROTO_UDP as u8;
 
-/// The rules of the host's families, in the order in which they are to be added.
+/// Returns the rules of the host's address families, in the order in which to add them.
 pub(super) fn wanted(plan: &Plan, families: Families) -> Vec<Rule> {
     families.routed().flat_map(|family| of_family(plan, family)).collect()
 }
 
-/// Whether two plans that differ in routes and networks alone have the same rules.
+/// Returns true if two plans that differ only in routes and networks have the same rules.
 pub(super) fn same(before: &Plan, plan: &Plan) -> bool {
     let either_way = |plan: &Plan| {
         let (plain, native) = (&plan.firewall.plain, &plan.firewall.native);
@@ -75,7 +87,7 @@ fn of_family(plan: &Plan, family: Family) -> Vec<Rule> {
     let place = Place { plan, family };
     let table = RuleAction::Table(plan.table);
 
-    // The one that fails closed comes first.
+    // The rule that fails closed comes first.
     let nop = |offset| place.rule(offset, RuleAction::Nop);
     let mut rules = vec![place.rule(5, table), nop(6), nop(4)];
     let dissected = Rule { protocol: Some(UDP), source_ports: Some(1..=1), ..nop(6) };
@@ -90,7 +102,7 @@ fn of_family(plan: &Plan, family: Family) -> Vec<Rule> {
     rules
 }
 
-/// Plan and address family that rules are made for.
+/// Plan and address family for which rules are built.
 struct Place<'a> {
     plan: &'a Plan,
     family: Family,
@@ -101,6 +113,7 @@ impl Place<'_> {
         self.plan.rules.priority + offset
     }
 
+    /// Returns the action that skips Towline's tables.
     fn past(&self) -> RuleAction {
         RuleAction::Goto(self.priority(PRIORITIES - 1))
     }
@@ -109,7 +122,7 @@ impl Place<'_> {
         Rule { made_by: OURS, ..Rule::new(self.family, self.priority(offset), action) }
     }
 
-    /// For what was made here and carries our mark.
+    /// Returns a rule for local packets that carry our mark.
     fn marked(&self, offset: u32, action: RuleAction) -> Rule {
         let marks = self.plan.rules;
         Rule {
@@ -123,7 +136,7 @@ impl Place<'_> {
         Family::of(net.addr()) == self.family
     }
 
-    /// For what enters one of our tables before all others.
+    /// Returns the rules that look up the detour table and the answers table.
     fn entries(&self) -> Vec<Rule> {
         let plan = self.plan;
         let mut rules = Vec::new();
@@ -142,7 +155,7 @@ impl Place<'_> {
         rules
     }
 
-    /// For what is ours and goes past our tables.
+    /// Returns the rules for Towline's own packets and for replies, which skip our tables.
     fn ours(&self) -> Vec<Rule> {
         let (plan, underlay) = (self.plan, &self.plan.underlay);
         let mut owners = vec![underlay.owner, ROOT];
@@ -168,7 +181,7 @@ impl Place<'_> {
             source_ports: Some(*port..=*port),
             ..self.marked(1, self.past())
         }));
-        // Those that are native now are past our table anyway.
+        // Destinations that are native now have a throw route, which leaves our table anyway.
         let either_way = plan.firewall.plain.difference(&plan.firewall.native);
         let either_way = either_way.filter(|net| self.has(net)).take(EITHER_WAY);
         rules.extend(
@@ -177,12 +190,12 @@ impl Place<'_> {
         rules
     }
 
-    /// For the way back of a packet that came in, when who asks names no port.
+    /// Returns the rules for reverse path lookups that have no port.
     fn questions(&self, on: RuleAction) -> Vec<Rule> {
         let of = |protocol| {
             let rule =
                 |offset, action| Rule { protocol: Some(protocol), ..self.marked(offset, action) };
-            // The kernel takes no greater one.
+            // The kernel accepts no port range that ends at 65,535.
             let any = Some(1..=u16::MAX - 1);
             [
                 Rule { destination_ports: any.clone(), ..rule(2, on) },

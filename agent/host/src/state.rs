@@ -1,4 +1,7 @@
-//! What is ours on the host: as planned, as read, and the way from one to the other.
+//! Desired and actual state of Towline's objects in the kernel, and the changes between them.
+//!
+//! This module owns the link, its addresses, the policy rules and the routes. It reads the firewall's
+//! table, but `firewall` changes it. It never changes an object that Towline did not create.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -18,21 +21,22 @@ use super::firewall;
 use super::problem::{ApplyError, NoIpv6Reason, Piece, Problem};
 use super::{Changes, OURS, rules};
 
-/// The names and numbers under which everything of ours is found.
+/// Names and numbers that identify the state that Towline created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Names {
-    /// The link.
+    /// Name of the TUN link, such as `towline0`.
     pub link: String,
-    /// The routing table; the two after it hold the detours and the answers.
+    /// Number of the main routing table of Towline. The next two numbers are the detour table and the
+    /// answers table.
     pub table: u32,
-    /// The first of our rules' priorities.
+    /// First of the consecutive priorities of the policy rules.
     pub priority: u32,
-    /// The nftables table, family inet.
+    /// Name of the nftables table.
     pub firewall: String,
 }
 
 impl Names {
-    /// Those of a plan.
+    /// Returns the names and numbers that a plan uses.
     pub fn of(plan: &Plan) -> Self {
         Self {
             link: plan.link.name.clone(),
@@ -42,68 +46,72 @@ impl Names {
         }
     }
 
-    /// Every routing table of ours.
+    /// Returns the numbers of Towline's three routing tables.
     pub(super) fn tables(&self) -> [u32; 3] {
         [self.table, detour_table(self.table), answers_table(self.table)]
     }
 
-    /// Whether a rule of this priority is in our place.
+    /// Returns true if the priority is one of Towline's.
     pub(super) fn has_priority(&self, priority: u32) -> bool {
         (self.priority..self.priority + rules::PRIORITIES).contains(&priority)
     }
 }
 
-/// The way through the link is better than nowhere, which is better than another table.
+/// Metric of routes through the link. It is less than [`UNREACHABLE_METRIC`], so that the link is
+/// preferred while it has the route.
 const LINK_METRIC: u32 = 10;
+/// Metric of unreachable routes, which match when the link has no route. The lookup then ends and does
+/// not continue in another table.
 const UNREACHABLE_METRIC: u32 = 20_000;
 
-/// The table of what enters the tunnel where a route of ours leaves it to the host.
+/// Returns the number of the detour table. Its routes send packets of pods into the tunnel where the
+/// main table of Towline leaves the destination to the host.
 pub(super) fn detour_table(table: u32) -> u32 {
     table + 1
 }
 
-/// The table of answers: ours with the tunnel in place of nowhere, where ports are plain.
+/// Returns the number of the answers table, which packets from plain ports use. It has the routes of
+/// the main table of Towline, with the tunnel in place of the unreachable routes.
 pub(super) fn answers_table(table: u32) -> u32 {
     table + 2
 }
 
-/// What the kernel takes as a route's name: table, destination and metric.
+/// Key by which the kernel identifies a route: table, destination and metric.
 type RouteName = (u32, IpNet, u32);
 
-/// What is ours.
+/// State that Towline created in the kernel, either desired or actual.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct State {
-    /// What of IPv4 and IPv6 this host has.
+    /// Address families that the host supports.
     pub(super) families: Families,
-    /// `None`: there is no link of our name.
+    /// TUN link; `None` if no TUN link has our name.
     pub(super) link: Option<LinkState>,
     addresses: BTreeSet<IpNet>,
     rules: Vec<Rule>,
     routes: BTreeMap<RouteName, Route>,
-    /// Routes of ours that stand beside another of the same name; never wanted.
+    /// Routes of Towline with the same key as another one in `routes`. Empty in a desired state.
     doubles: Vec<Route>,
     pub(super) firewall: Option<Table>,
 }
 
-/// Our link.
+/// State of Towline's TUN link.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct LinkState {
     index: u32,
     mtu: u32,
     up: bool,
-    /// Mode of the reverse path filter; `None`: unknown. [`LOOSE`] takes packets from sources whose
-    /// way back leads elsewhere.
+    /// Mode of the reverse path filter (`rp_filter`); `None` if unknown. [`LOOSE`] accepts packets from
+    /// sources whose return route uses another link.
     filter: Option<u32>,
-    /// Takes IPv6 addresses, and routes of IPv6 can lead through it: false while the sysctl
-    /// `disable_ipv6` of the link is 1.
+    /// Whether the link accepts IPv6 addresses and routes. False while its sysctl `disable_ipv6` is 1.
     ipv6: bool,
 }
 
-/// Bytes of the smallest MTU on which the kernel runs IPv6 (RFC 8200 section 5).
+/// Smallest MTU, in bytes, with which the kernel runs IPv6 (RFC 8200 section 5).
 const IPV6_MTU: u32 = 1_280;
 
 impl LinkState {
-    /// Why IPv6 cannot be set on the link of the plan; `None`: it can.
+    /// Returns the reason why the plan's link cannot have IPv6, or `None` if it can.
     fn without_ipv6(&self, plan: &Plan) -> Option<NoIpv6Reason> {
         if !self.ipv6 {
             Some(NoIpv6Reason::Disabled)
@@ -115,17 +123,17 @@ impl LinkState {
     }
 }
 
-/// What others have under our names and numbers.
+/// State of other programs that uses Towline's names, numbers or mark.
 #[derive(Debug, Default)]
 pub(super) struct Foreign {
     found: Vec<ApplyError>,
-    /// Rules by marks, whatever their place.
+    /// Rules of other programs that match a mark, at any priority.
     pub(super) marks: Vec<ForeignMark>,
-    /// Packets of others that carried our mark and were dropped.
+    /// Number of packets of other programs that carried our mark and were dropped.
     pub(super) marked_packets: u64,
 }
 
-/// A rule that takes packets by their mark.
+/// Policy rule of another program that matches packets by their mark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct ForeignMark {
     pub(super) priority: u32,
@@ -134,14 +142,14 @@ pub(super) struct ForeignMark {
 }
 
 impl Foreign {
-    /// One of them.
+    /// Returns the first object that uses one of Towline's names or numbers.
     pub(super) fn first(self) -> Option<ApplyError> {
         self.found.into_iter().next()
     }
 }
 
 impl State {
-    /// What the plan wants, given the link that is there; the firewall's table is left out, see
+    /// Returns the state that the plan wants on the existing link. It has no firewall table, see
     /// [`firewall::change`].
     pub(super) fn wanted(plan: &Plan, link: Option<&LinkState>, families: Families) -> Self {
         let reach = Reach::new(plan, link, families);
@@ -172,7 +180,7 @@ impl State {
         }
     }
 
-    /// What an operator should know of the families in which the plan is not applied.
+    /// Returns the problem that keeps the plan from being applied in one of the address families.
     pub(super) fn problem(&self, plan: &Plan) -> Option<Problem> {
         let of_link = || {
             let reason = self.link.as_ref()?.without_ipv6(plan)?;
@@ -181,7 +189,8 @@ impl State {
         self.families.problem().or_else(of_link)
     }
 
-    /// What is there.
+    /// Reads the actual state from the kernel, together with the state of other programs that conflicts
+    /// with it.
     pub(super) fn read(
         rtnetlink: &mut Rtnetlink,
         nft: Option<&mut Nft>,
@@ -256,7 +265,7 @@ impl State {
             mtu: link.mtu,
             up: link.up,
             filter: link.reverse_path_filter,
-            // Missing while the MTU is too small for IPv6.
+            // The kernel does not report it while the MTU is too small for IPv6.
             ipv6: link.ipv6_disabled != Some(true),
         });
         Ok(())
@@ -271,18 +280,18 @@ impl State {
             return;
         }
         if route.kind != RouteKind::Unicast {
-            // IPv6 hangs them on the loopback.
+            // The kernel assigns these IPv6 routes to the loopback.
             route.link = None;
         }
         let double = self.routes.insert(name(&route), route);
         self.doubles.extend(double);
     }
 
-    /// Does what turns this state into the wanted one, but for the firewall, which stands
-    /// already; returns what then is there.
+    /// Changes the kernel from this state to the wanted one, and returns the resulting state. The
+    /// firewall is not changed here; it is up to date already.
     ///
-    /// Order: link and addresses, rules, routes (new before old, so that no guard is missing in
-    /// between), addresses that go.
+    /// Order: link and new addresses, rules, routes (new before old, so that no guard is ever
+    /// missing), removal of old addresses.
     pub(super) fn become_(
         self,
         mut want: Self,
@@ -318,8 +327,8 @@ impl State {
         Ok(want)
     }
 
-    /// Follows the routes of a plan that differs from the one before in nothing else: what
-    /// differs is found by comparing the plans, so that only that is touched.
+    /// Applies the routes of a plan that differs from `before` only in routes and networks. It
+    /// compares the two plans, so that its cost depends on the number of differences alone.
     pub(super) fn follow_routes(
         &mut self,
         before: &Plan,
@@ -357,7 +366,7 @@ impl State {
         if guards { forget_cached_routes(plan.rules.priority, rtnetlink) } else { Ok(()) }
     }
 
-    /// Deletes all of it; says how many things there were.
+    /// Deletes everything in this state, and returns the number of objects deleted.
     pub(super) fn remove(
         self,
         rtnetlink: &mut Rtnetlink,
@@ -379,7 +388,7 @@ impl State {
             }
         }
         if let Some(link) = self.link {
-            // Takes the addresses along.
+            // The kernel deletes the addresses with the link.
             removed += usize::from(gone(rtnetlink.delete_link(link.index))?);
         }
         if let (Some(table), Some(nft)) = (self.firewall, nft) {
@@ -389,7 +398,7 @@ impl State {
     }
 }
 
-/// The entries of one map that the other has not, or has otherwise; in one pass over both.
+/// Returns the entries of `these` that `those` lacks or has with another value, in one pass over both.
 fn different<'a, K: Ord, V: PartialEq>(
     these: &'a BTreeMap<K, V>,
     those: &'a BTreeMap<K, V>,
@@ -401,13 +410,13 @@ fn different<'a, K: Ord, V: PartialEq>(
     })
 }
 
-/// Which destinations can have routes, and through the link.
+/// Destinations that can have routes, in any table and through the link.
 #[derive(Debug, Clone, Copy)]
 struct Reach {
     families: Families,
-    /// The link's number; `None`: there is no link.
+    /// Index of the link; `None` if it does not exist.
     link: Option<u32>,
-    /// The link takes IPv6.
+    /// Whether the link accepts IPv6 routes.
     ipv6: bool,
 }
 
@@ -420,7 +429,7 @@ impl Reach {
         }
     }
 
-    /// The link, if an address or a route of this family can be set on it.
+    /// Returns the link's index if it accepts an address or a route of this family.
     fn link_for(self, net: IpNet) -> Option<u32> {
         let family = Family::of(net.addr());
         let takes = family == Family::V4 || self.ipv6;
@@ -428,9 +437,9 @@ impl Reach {
     }
 }
 
-/// What one route of the plan is in each of the kernel's tables. What leads through the link is
-/// missing while that is, or does not take this family; all is, if the host does not have the
-/// family.
+/// Returns the kernel's routes for one route of the plan: that of the main table of Towline and that
+/// of the answers table. Routes through the link are left out if the link does not exist or does not
+/// accept this family. All are left out if the host lacks the family.
 fn routes(
     plan: &Plan,
     destination: IpNet,
@@ -461,12 +470,13 @@ fn routes(
     [route(plan.table), answer].into_iter().flatten().filter(move |_| routed)
 }
 
-/// Has every IPv6 socket look its route up again.
+/// Makes every IPv6 socket look up its route again.
 ///
-/// A connected socket remembers its route, and asks only whether that one changed: a route of ours in a
-/// table that comes before it is not seen, as it is in IPv4. So a socket that sent while our table was empty
-/// would go on past the tunnel, with the firewall as its only guard. A new rule makes the kernel forget all
-/// of it; this one matches next to nothing, does nothing, and goes at once.
+/// A connected IPv6 socket caches its route, and checks only whether that route changed. Unlike IPv4,
+/// it does not notice a new route in a table that is looked up earlier. So a socket that sent while our
+/// table was empty would continue to send outside the tunnel, with the firewall as its only guard.
+/// A new rule makes the kernel drop all cached routes. The rule added here matches almost no packet,
+/// has no effect, and is deleted at once.
 fn forget_cached_routes(priority: u32, rtnetlink: &mut Rtnetlink) -> Result<(), ApplyError> {
     let last = priority + rules::PRIORITIES - 1;
     let rule = Rule {
@@ -477,7 +487,7 @@ fn forget_cached_routes(priority: u32, rtnetlink: &mut Rtnetlink) -> Result<(), 
     };
     for result in [rtnetlink.add_rule(&rule), rtnetlink.delete_rule(&rule)] {
         match result {
-            // Who refuses this refused the guards, and that was noted.
+            // A kernel that refuses this rule refused the guards too, which is a problem already.
             Ok(()) | Err(NetlinkError::Refused { .. }) => {}
             Err(error) => return Err(error.into()),
         }
@@ -507,7 +517,7 @@ fn change_link(
         note(rtnetlink.set_up(have.index, true), Piece::Link, changes)?;
     }
     if have.filter != want.filter {
-        // Not through /proc/sys, which a service or a container has read-only.
+        // Written over netlink: services and containers often have /proc/sys read-only.
         match rtnetlink.set_reverse_path_filter(have.index, LOOSE) {
             Ok(()) => {}
             Err(NetlinkError::Refused { refusal, .. }) => {
@@ -540,12 +550,12 @@ fn change_routes(
     send_routes(&list, rtnetlink, changes)
 }
 
-/// What turns the route of the same name into this one.
+/// Adds to the list the changes that replace the route with the same key by this one.
 fn set_route(have: Option<&Route>, want: &Route, list: &mut Vec<RouteChange>) {
     let way = |route: &Route| (route.kind, route.link, route.gateway);
     match have {
         Some(old) if old == want => return,
-        // Not every kernel replaces one kind of route by another.
+        // Some kernels cannot replace a route by one of another kind.
         Some(old) if way(old) != way(want) => list.push(RouteChange::Delete(old.clone())),
         _ => {}
     }
@@ -562,7 +572,7 @@ fn send_routes(
     }
     changes.messages += list.len();
     let failures = rtnetlink.change_routes(list)?;
-    // One of many tells enough: they fail for the same reason. A guard matters most.
+    // One failure is reported, because the others usually have the same reason. Guards come first.
     let failure = failures
         .into_iter()
         .filter(|(place, refusal)| {
@@ -590,7 +600,7 @@ fn name_of(change: &RouteChange) -> String {
     }
 }
 
-/// Counts a request; a refusal is a problem, unless it says that what was to go is gone.
+/// Counts a request and records its refusal as a problem, unless the object to delete does not exist.
 pub(super) fn note(
     result: Result<(), NetlinkError>,
     piece: Piece,
@@ -609,7 +619,7 @@ pub(super) fn note(
     }
 }
 
-/// Whether something was deleted; it is no error that it was not there.
+/// Returns true if an object was deleted, and false if it did not exist.
 fn gone(result: Result<(), NetlinkError>) -> Result<bool, NetlinkError> {
     match result {
         Ok(()) => Ok(true),
@@ -630,13 +640,14 @@ fn is_link_local(address: IpAddr) -> bool {
     matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
-/// `rp_filter`, RFC 3704: loose. Strict would drop what comes out of the tunnel when the way
-/// back is not in the main table; the kernel takes the larger of this and that of `all`.
+/// Value of `rp_filter` for loose mode (RFC 3704). Strict mode would drop packets out of the tunnel
+/// whose return route is not in the main table. The kernel uses the larger one of the values of the
+/// link and of `all`.
 const LOOSE: u32 = 2;
-/// That of all links together. It can only be read by this path, and is never written.
+/// Path of `rp_filter` for all links. Towline only reads it.
 const ALL_LINKS: &str = "/proc/sys/net/ipv4/conf/all/rp_filter";
 
-/// Whether the filter is strict on a link: without one, nothing has to be set.
+/// Returns true if the reverse path filter of a link is strict. Only then must it be changed.
 fn is_strict(link: &LinkState) -> bool {
     let all = std::fs::read_to_string(ALL_LINKS).ok();
     let all = all.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
