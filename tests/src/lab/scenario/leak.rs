@@ -1,20 +1,26 @@
-//! `cargo lab leak`: every uplink is captured while nodes talk without pause, strangers inject forged
-//! packets, and agents are started, killed, stopped, cut off and removed, and rules, routes, tables and
-//! links flushed and deleted, in random order. Nothing of the mesh leaves in clear, and nothing forged
-//! comes in.
+//! `cargo lab leak`: searches for traffic of the mesh that leaves in clear, and for forged packets
+//! that are accepted, while things go wrong.
 //!
-//! A node whose agent is down has nobody who puts things back. So until its next start somebody else may
-//! take away one of its two guards (the nftables table, or the routing side), never both: that is what two
-//! independent guards promise. The guard against forged packets is the nftables table alone; while a
-//! node has neither agent nor table, nothing forged is sent to it.
+//! Every uplink is captured. The nodes send datagrams to each other all the time, and the uplinks
+//! inject forged packets. Meanwhile, in random order, agents are started, killed, stopped,
+//! disconnected and removed, and rules, routes, tables and links are flushed and deleted. No
+//! traffic of the mesh may leave in clear, and no forged packet may be accepted.
 //!
-//! After each act the host that it was done to, and a pod of that host, also send what looks as if it
-//! might pass a guard ([`crate::lab::unusual`]): from the ports and with the marks of the agent and of others, in
-//! fragments, behind extension headers. Strangers forge the nodes' own pods too.
+//! While the agent of a node is down, nothing restores its guards. Until the next start of the
+//! agent, the scenario therefore removes one of the two guards (the nftables table, or the routing
+//! rules and routes), never both: two independent guards promise exactly that. Only the nftables
+//! table guards against forged packets. While a node has neither agent nor table, no forged packets
+//! are sent to it.
 //!
-//! What a node announces is guarded because it does so, and no longer once its operator removed it. So
-//! before one is removed, the operator protects the pods' networks for the whole mesh: nothing may reach
-//! the removed node's pods, or come from them, after that either.
+//! After each action, the affected host and its pod also send packets that might pass a guard
+//! ([`crate::lab::unusual`]): from the ports and with the marks of the agent and of other programs,
+//! in fragments, and behind extension headers. Some forged packets have the address of a pod of the
+//! nodes as their source.
+//!
+//! The guards cover a prefix because a node announces it, and no longer once the operator has
+//! removed that node. So before a node is removed, the operator adds the pod networks to the
+//! protected ranges of the mesh: even after the removal, no packet may reach the pods of the
+//! removed node or come from them.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -48,82 +54,87 @@ use crate::lab::topology::Host;
 use crate::lab::traffic::{MARK, Pattern, random_bytes};
 use crate::lab::unusual::{FromHost, FromPod, Transport, Way};
 
-/// How it is run.
+/// Options of one run.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// For how long.
+    /// Duration of the random actions.
     pub duration: Duration,
-    /// Of everything that is random.
+    /// Seed of all random choices. The same seed gives the same sequence of actions.
     pub seed: u64,
 }
 
-/// What was tried, and what got through.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Leak {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// Gives the same acts again.
+    /// Seed of the run. Pass it with `--seed` to repeat the sequence of actions.
     pub seed: u64,
-    /// How many things were done to agents and hosts.
+    /// Number of actions on agents and hosts.
     pub acts: u32,
-    /// Of each kind.
+    /// Number of actions of each kind, by name.
     pub acts_by_kind: BTreeMap<String, u32>,
-    /// Frames with inner payload or inner addresses, on any uplink.
+    /// Number of frames with inner payload or inner addresses in clear, on all uplinks.
     pub plaintext_packets: u64,
-    /// Packets with sources of the mesh that were injected from the uplinks.
+    /// Number of packets with a forged mesh source that were injected on the uplinks.
     pub forged_sent: u64,
-    /// Of these, how many a socket was given.
+    /// Number of forged packets that a socket received.
     pub forged_accepted: u64,
-    /// Rounds of packets with unusual ports, marks and forms, each from a host and from its pod.
+    /// Number of rounds of packets with unusual ports, marks and forms. A round comes from one host
+    /// and its pod.
     pub unusual_rounds: u64,
-    /// Datagrams that arrived where they were to, by the tunnel.
+    /// Number of datagrams that arrived through the tunnels.
     pub delivered: u64,
-    /// Frames with sealed packets on the uplinks.
+    /// Number of WireGuard frames on the uplinks.
     pub sealed_packets: u64,
-    /// What could not run, and why.
+    /// Parts of the scenario that could not run on this machine.
     pub skipped: Vec<Skipped>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
-/// What could not run.
+/// A part of the scenario that could not run.
 #[derive(Debug, Serialize)]
 pub struct Skipped {
-    /// What it is.
+    /// Name of the part.
     pub name: String,
-    /// In one line.
+    /// Reason, in one line.
     pub why: String,
 }
 
-/// Fewer show nothing.
+/// Lowest number of actions per minute. A run with fewer actions is not meaningful.
 const FEWEST_ACTS_A_MINUTE: u64 = 20;
-/// Between two acts, in milliseconds.
+/// Pause between two actions, in milliseconds. Random, so that actions meet every state of the
+/// agents.
 const PAUSE_MS: std::ops::Range<u64> = 150..1_200;
-/// Between two rounds of forged packets to one node.
+/// Pause between two rounds of forged packets to one node.
 const FORGING_PACE: Duration = Duration::from_millis(5);
-/// Everything flows again this soon after the last act.
+/// Limit for the recovery: after the last action, all traffic flows again within this time.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(20);
-/// TCP port that every node serves on both sides.
+/// TCP port that every node serves in clear and through the tunnel (`plain_ports`).
 const PLAIN_PORT: u16 = 6_443;
+/// UDP port of the agents.
 const WIREGUARD: u16 = 51_830;
-/// The agents' bypass mark, and marks of other programs with its bits.
+/// Packet marks of the probes: the agents' bypass mark (0x10), and marks of other programs, some of
+/// which contain its bit.
 const MARKS: [u32; 5] = [0x10, 0x110, 0x1_bd10, 0x51, 0xc350];
+/// Bridge of the pods on each node.
 const POD_BRIDGE: &str = "cni0";
-/// The pod's port on it.
+/// Port of the bridge [`POD_BRIDGE`] that leads to the pod.
 const POD_PORT: &str = "veth0";
-/// Of all pods.
+/// Networks that contain the pods of all nodes.
 const PODS: [IpNet; 2] = [
     IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(10, 244, 0, 0)), 16),
     IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0xfd10, 0x244, 0, 0, 0, 0, 0, 0)), 32),
 ];
 
-/// The pods of a node, by its number.
+/// Returns the pod networks of a node, by its number.
 fn pods(number: u8) -> (Ipv4Net, Ipv6Net) {
     let v6 = Ipv6Addr::new(0xfd10, 0x244, number.into(), 0, 0, 0, 0, 0);
     (Ipv4Net::new_assert(Ipv4Addr::new(10, 244, number, 0), 24), Ipv6Net::new_assert(v6, 64))
 }
 
-/// A pod address of a node that no pod has.
+/// Returns addresses in the pod networks of a node that no pod uses.
 fn absent_pods(number: u8) -> [IpAddr; 2] {
     let (v4, v6) = pods(number);
     [
@@ -132,7 +143,7 @@ fn absent_pods(number: u8) -> [IpAddr; 2] {
     ]
 }
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Leak> {
     let hybrid = Hybrid::build(setting)?;
     setting.talk.note(&format!("seed {} (give it again with --seed)", options.seed));
@@ -146,7 +157,7 @@ pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Leak> {
     Ok(leak)
 }
 
-/// Something that is done.
+/// One action on a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Act {
     Start,
@@ -174,25 +185,26 @@ impl Act {
     }
 }
 
-/// A node, its cable and what is gone of it.
+/// A node with its pod and its uplink, and what the actions have changed.
 struct Place<'a> {
     node: Node,
-    /// Behind the node.
+    /// Pod behind the node.
     pod: &'a Host,
-    /// Of the node, from the uplink's on.
+    /// Addresses of the host, those of the uplink first.
     addresses: Vec<IpAddr>,
-    /// Where the other end of its cable is.
+    /// Namespace of the switch or router at the other end of the uplink's cable.
     switch: &'a Namespace,
     running: bool,
     plugged: bool,
     removed: bool,
-    /// What was taken away since the agent went down.
+    /// Guard that was removed since the agent went down. Cleared when the agent starts.
     without_agent: Option<Guard>,
-    /// Nobody may forge: neither agent nor table.
+    /// True while the node has neither an agent nor the nftables table: no forged packets are sent
+    /// to it.
     unarmed: &'a AtomicBool,
 }
 
-/// One of the two guards.
+/// One of the two guards of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Guard {
     Routing,
@@ -236,7 +248,7 @@ impl Place<'_> {
         remove: impl FnOnce(&str) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         if self.running {
-            // Nobody starts an agent again that ended by itself.
+            // An agent that exited without being asked is an error: nothing restarts it.
             self.node.agent()?.check()?;
         }
         match act {
@@ -273,7 +285,7 @@ impl Place<'_> {
         Ok(())
     }
 
-    /// Starts the agent; it is there again once it answers.
+    /// Starts the agent and waits until it answers.
     fn start(&mut self) -> anyhow::Result<()> {
         self.node.launch()?;
         self.running = true;
@@ -283,7 +295,7 @@ impl Place<'_> {
         Ok(())
     }
 
-    /// Sends what looks as if it might pass a guard to these addresses, from the host and from its pod.
+    /// Sends packets that might pass a guard to these addresses, from the host and from its pod.
     fn probe(&self, targets: &[SocketAddr], payload: &[u8]) -> anyhow::Result<()> {
         let namespace = self.node.host().namespace();
         let ways = |own: &[IpAddr]| -> Vec<Way> {
@@ -297,7 +309,7 @@ impl Place<'_> {
         let udp = FromHost::udp(Actor::Root);
         let marks = MARKS.map(|mark| FromHost { mark: Some(mark), ..udp });
         let tcp = FromHost { transport: Transport::Tcp, port: PLAIN_PORT, ..udp };
-        // While the agent runs the port is taken.
+        // While the agent runs, its port is in use.
         let own_port = (!self.running).then_some(FromHost { port: WIREGUARD, ..udp });
         for how in marks.into_iter().chain([tcp]).chain(own_port) {
             how.send(namespace, &from_host, payload, 1)?;
@@ -359,7 +371,7 @@ impl Leak {
         })?;
         for worker in &nodes[1..] {
             if let Some(reason) = await_tunnel(worker, &nodes[0], START_LIMIT)? {
-                anyhow::bail!("tunnel {}/cp is not up: {reason}", worker.name());
+                anyhow::bail!("tunnel {}/cp did not come up: {reason}", worker.name());
             }
         }
         let hosts: Vec<_> = nodes.iter().map(|node| Arc::clone(node.host())).collect();
@@ -376,7 +388,7 @@ impl Leak {
         let mut places = Vec::new();
         let around = switches.into_iter().zip(&behind).zip(&unarmed);
         for (node, ((switch, pod), unarmed)) in nodes.into_iter().zip(around) {
-            // As a Kubernetes node is, and with the filter that lets most in.
+            // The node forwards like a Kubernetes node, and its reverse path filter is off.
             let namespace = node.host().namespace();
             for (name, value) in [
                 ("net.ipv4.ip_forward", "1"),
@@ -435,14 +447,15 @@ impl Leak {
             let seen = capture.stop()?;
             self.plaintext_packets += seen.in_clear();
             self.sealed_packets += seen.wireguard;
-            promises
-                .hold(seen.missed == 0, || format!("a capture misses nothing: {}", seen.missed));
+            promises.hold(seen.missed == 0, || {
+                format!("a capture missed no frame: missed {}", seen.missed)
+            });
         }
         self.judge(options.duration, promises);
         Ok(())
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one caller, which made them all")]
+    #[expect(clippy::too_many_arguments, reason = "one caller, which owns all of them")]
     fn acts(
         &mut self,
         setting: &Setting,
@@ -456,10 +469,10 @@ impl Leak {
         let mut random = StdRng::seed_from_u64(options.seed);
         let begun = Instant::now();
         let mut leaked: u64 = 0;
-        setting.talk.step("doing bad things");
+        setting.talk.step("running random actions");
         while begun.elapsed() < options.duration {
             let index = random.random_range(0..places.len());
-            // One node is removed, in the last third, and never the controller's.
+            // In the last third of the run one node is removed, but never that of the controller.
             let late = begun.elapsed() > options.duration * 2 / 3
                 && index > 0
                 && places.iter().all(|place| !place.removed);
@@ -486,14 +499,15 @@ impl Leak {
         Ok(())
     }
 
-    /// Whatever was done, it is undone by starting agents and plugging cables.
+    /// Starts all agents and connects all cables again, and waits until every member that was not
+    /// removed receives traffic of both families.
     fn recover(
         &self,
         setting: &Setting,
         places: &mut [Place<'_>],
         chatter: &Chatter<'_>,
     ) -> anyhow::Result<()> {
-        setting.talk.step("putting everything back");
+        setting.talk.step("recovering all nodes");
         for place in places.iter_mut() {
             if !place.plugged {
                 place.cable(true)?;
@@ -505,7 +519,7 @@ impl Leak {
         let heard = |place: usize| chatter.members()[place].heard();
         let before: Vec<_> = (0..places.len()).map(heard).collect();
         for (index, place) in places.iter().enumerate().filter(|(_, place)| !place.removed) {
-            let what = format!("traffic to {} by both families", place.node.name());
+            let what = format!("traffic to {} over both families", place.node.name());
             wait_for(&what, RECOVERY_LIMIT, || {
                 let more = heard(index).iter().zip(before[index]).all(|(now, then)| *now > then);
                 Ok(more.then_some(()))
@@ -514,8 +528,9 @@ impl Leak {
         Ok(())
     }
 
-    /// Has a program on a pod's link send its packets on by the kernel's tables, past every hook of
-    /// nftables: with an agent, without, and without the table. The routing guard holds alone.
+    /// Attaches an eBPF program to the link of a pod. It redirects the packets of the pod by the
+    /// kernel's routing tables, past every nftables hook. Tries this with the agent, without it,
+    /// and also without the nftables table: the routing guard must hold alone.
     fn redirect(
         &mut self,
         setting: &Setting,
@@ -525,9 +540,12 @@ impl Leak {
         for (name, why) in [
             (
                 "macvlan",
-                "a port on the uplink is a host of that LAN: no guard of this host sees it",
+                "a port on the uplink is a separate host of that LAN: the guards of this host do not see it",
             ),
-            ("redirect without lookup", "no table of the kernel is asked, so no guard can hold it"),
+            (
+                "redirect without lookup",
+                "the program consults no routing table: no guard can stop it",
+            ),
         ] {
             self.skipped.push(Skipped { name: name.to_owned(), why: why.to_owned() });
         }
@@ -542,7 +560,7 @@ impl Leak {
                 return Ok(());
             }
         };
-        setting.talk.step("redirecting a pod's packets past the stack");
+        setting.talk.step("redirecting the packets of a pod past the network stack");
         let nobody = |_: &str| Ok(());
         for act in [None, Some(Act::Kill), Some(Act::Meddle(Meddling::FlushRuleset))] {
             if let Some(act) = act {
@@ -570,21 +588,29 @@ impl Leak {
         let fewest = FEWEST_ACTS_A_MINUTE * duration.as_secs() / 60;
         promises.hold(u64::from(self.acts) >= fewest, || format!("{fewest} acts: {}", self.acts));
         promises.hold(self.plaintext_packets == 0, || {
-            format!("nothing leaves in clear: {} packets", self.plaintext_packets)
+            format!("no packet leaves in clear: {} did", self.plaintext_packets)
         });
         promises.hold(self.forged_accepted == 0, || {
-            format!("nothing forged comes in: {} of {}", self.forged_accepted, self.forged_sent)
+            format!(
+                "no forged packet is accepted: {} of {} were",
+                self.forged_accepted, self.forged_sent
+            )
         });
-        promises.hold(self.forged_sent > 0, || "forged packets were sent".to_owned());
-        promises.hold(self.unusual_rounds > 0, || "unusual packets were sent".to_owned());
-        promises.hold(self.delivered > 0, || "traffic flows".to_owned());
-        promises.hold(self.sealed_packets > 0, || "the captures see the tunnels".to_owned());
+        promises.hold(self.forged_sent > 0, || "forged packets were sent: none was".to_owned());
+        promises.hold(self.unusual_rounds > 0, || "unusual packets were sent: none was".to_owned());
+        promises.hold(self.delivered > 0, || {
+            "datagrams arrive through the tunnels: none did".to_owned()
+        });
+        promises.hold(self.sealed_packets > 0, || {
+            "the captures see WireGuard frames: none was seen".to_owned()
+        });
     }
 }
 
-/// What is sent after each act, and where to.
+/// Packets that are sent after each action: their payload and their destinations.
 struct Unusual {
-    /// From each place: the other members' addresses in the mesh, and their pods'.
+    /// Destinations by the index of the sending node: the mesh addresses and the pod addresses of
+    /// all other members.
     targets: Vec<Vec<SocketAddr>>,
     payload: Vec<u8>,
 }
@@ -609,21 +635,25 @@ impl Unusual {
     }
 }
 
-/// Forged packets to one node.
+/// Sender of forged packets to one node.
 struct Forgery<'a> {
     forger: Forger,
     packets: Vec<Vec<u8>>,
-    /// Not forged, but for its tag: shows that what is let in is counted.
+    /// Packet with the tag of the forged ones, but with a legitimate source. Shows that the
+    /// listener counts packets that get through.
     honest: Vec<u8>,
     unarmed: &'a AtomicBool,
+    /// Number of forged packets that were sent.
     sent: AtomicU64,
-    /// Accepted while proving.
+    /// Number of packets with the tag that [`Self::prove`] let the member receive. Not counted as
+    /// accepted.
     proof: AtomicU64,
 }
 
 impl<'a> Forgery<'a> {
-    /// From every address of the mesh and a pod of every node, the victim's own included, to the victim's
-    /// uplink, to its addresses in the mesh, and through it to the others.
+    /// Builds packets whose sources are all mesh addresses and a pod address of every node, those
+    /// of the victim included. Their destinations are the addresses of the victim's uplink, its
+    /// mesh addresses, and the mesh addresses of the other members.
     fn new(
         forger: Forger,
         chatter: &Chatter<'_>,
@@ -648,14 +678,15 @@ impl<'a> Forgery<'a> {
         Self { forger, packets, honest, unarmed, sent: AtomicU64::new(0), proof: AtomicU64::new(0) }
     }
 
-    /// A packet with the tag that nobody has to refuse is counted as let in.
+    /// Checks the listener: it must receive and count a packet with the tag that no guard has to
+    /// drop.
     fn prove(&self, member: &Member<'_>) -> anyhow::Result<()> {
         let found = wait_up_to(Duration::from_secs(5), || {
             self.forger.send(&self.honest)?;
             Ok((member.forged() > 0).then_some(()))
         })?;
-        found.context("the test of the listener for forged packets: nothing was heard")?;
-        // What was sent last is still on its way: it ends when nothing more comes.
+        found.context("the listener for forged packets received no test packet")?;
+        // The last packets may still be on their way: wait until the count no longer changes.
         let mut last = 0;
         wait_for("silence", Duration::from_secs(5), || {
             let now = member.forged();
@@ -671,7 +702,7 @@ impl<'a> Forgery<'a> {
                 if self.unarmed.load(Ordering::SeqCst) {
                     break;
                 }
-                // A cable that is pulled takes nothing.
+                // Sending fails while the cable is disconnected.
                 if self.forger.send(packet).is_ok() {
                     self.sent.fetch_add(1, Ordering::Relaxed);
                 }

@@ -1,4 +1,5 @@
-//! `cargo lab vm`: what only a booted machine shows.
+//! `cargo lab vm`: boots machines under QEMU, and runs the cases that need a real kernel, boot or
+//! power loss.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -21,38 +22,38 @@ use crate::lab::vm::pair::Testbed;
 use crate::lab::vm::software::Software;
 use crate::lab::vm::tools;
 
-/// What to run.
+/// Command line options of the scenario.
 #[derive(Debug, Clone, Args)]
 pub struct Options {
-    /// Name the cases, a line each, and run none.
+    /// List the cases, one per line, and run none.
     #[arg(long)]
     pub list: bool,
-    /// Only this case (can be repeated).
+    /// Run only this case (can be repeated).
     #[arg(long, value_name = "NAME")]
     pub case: Vec<String>,
-    /// Only this kernel: 5.10, 6.1, 6.12 or newest (can be repeated).
+    /// Run only on this kernel: 5.10, 6.1, 6.12 or newest (can be repeated).
     #[arg(long, value_name = "NAME")]
     pub kernel: Vec<String>,
-    /// Every case on every kernel that it is meant for.
+    /// Run every case, each on every kernel that it is meant for.
     #[arg(long)]
     pub full: bool,
-    /// This Debian package instead of one of this checkout's debug build.
+    /// Use this Debian package instead of a debug build of this checkout.
     #[arg(long, value_name = "FILE")]
     pub package: Option<PathBuf>,
 }
 
-/// What the cases showed.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Vm {
-    /// What executed the machines' instructions: "kvm" or "tcg".
+    /// Accelerator of QEMU: "kvm" or "tcg" (emulation).
     pub accelerator: &'static str,
-    /// Version of each kernel that was used, by its name.
+    /// Version of each kernel that was used, by the kernel's name.
     pub kernels: BTreeMap<&'static str, String>,
-    /// Every case that ran.
+    /// Cases that ran, in order.
     pub cases: Vec<Ran>,
-    /// Cases that could not run, and why.
+    /// Cases that could not run.
     pub skipped: Vec<Skipped>,
-    /// Of the whole run, once the programs were built.
+    /// Duration of the run in seconds, without the builds of the programs.
     pub seconds: f64,
     /// Promises that did not hold.
     pub failed: Vec<String>,
@@ -61,28 +62,28 @@ pub struct Vm {
 /// A case that ran.
 #[derive(Debug, Serialize)]
 pub struct Ran {
-    /// Its name.
+    /// Name of the case.
     pub name: &'static str,
-    /// The kernel's name.
+    /// Name of the kernel.
     pub kernel: &'static str,
-    /// All of its promises held.
+    /// True if all promises of the case held.
     pub ok: bool,
-    /// How long it took.
+    /// Duration of the case in seconds.
     pub seconds: f64,
 }
 
 /// A case that could not run.
 #[derive(Debug, Serialize)]
 pub struct Skipped {
-    /// Its name.
+    /// Name of the case.
     pub name: &'static str,
-    /// The kernel's name.
+    /// Name of the kernel.
     pub kernel: &'static str,
-    /// Why.
+    /// Reason, in one line.
     pub reason: String,
 }
 
-/// Describes the cases, a line each.
+/// Returns a description of the cases, one per line.
 pub fn list() -> String {
     let mut text = String::new();
     for case in CASES {
@@ -154,11 +155,11 @@ pub fn run(options: &Options) -> anyhow::Result<Vm> {
     Ok(vm)
 }
 
-/// Nothing can run: the packages of which machines are made cannot be had.
+/// Returns the error for a machine that cannot get the packages that the guests are built from.
 fn cannot_prepare(why: &str) -> Forbidden {
     Forbidden {
         what: why.to_owned(),
-        remedy: "check that Debian's packages can be fetched from here".to_owned(),
+        remedy: "check that this machine can download Debian packages".to_owned(),
     }
 }
 
@@ -207,17 +208,17 @@ impl Vm {
     }
 }
 
-/// Returns what to run: the named cases, else all with `--full`, else the quick ones on the default
-/// kernel.
+/// Returns the cases to run, each with its kernel: the named cases; otherwise all with `--full`;
+/// otherwise the quick ones on the default kernel.
 fn select(options: &Options) -> anyhow::Result<Vec<(Case, Release)>> {
     for name in &options.case {
         if !CASES.iter().any(|case| case.name == name) {
-            bail!("there is no case {name}: `cargo lab vm --list` names them");
+            bail!("unknown case {name}: `cargo lab vm --list` shows the names");
         }
     }
     for name in &options.kernel {
         if !RELEASES.iter().any(|release| release.name == name) {
-            bail!("there is no kernel {name}: it is one of 5.10, 6.1, 6.12 and newest");
+            bail!("unknown kernel {name}: use 5.10, 6.1, 6.12 or newest");
         }
     }
     let mut selected = Vec::new();
@@ -238,7 +239,7 @@ fn select(options: &Options) -> anyhow::Result<Vec<(Case, Release)>> {
         };
         selected.extend(releases.into_iter().map(|release| (*case, release)));
     }
-    // One kernel after the other, so that what a kernel needs is made once.
+    // Cases are grouped by kernel, so that each kernel is prepared once.
     selected.sort_by_key(|(_, release)| RELEASES.iter().position(|one| one == release));
     Ok(selected)
 }
@@ -249,7 +250,7 @@ impl Figures for Vm {
     }
 
     fn for_people(&self) -> String {
-        let mut text = format!("machines run by {}\n", self.accelerator);
+        let mut text = format!("accelerator: {}\n", self.accelerator);
         for Ran { name, kernel, ok, seconds } in &self.cases {
             let verdict = if *ok { "ok" } else { "FAILED" };
             let _ = writeln!(text, "{name:<28} {kernel:<8} {verdict:<7} {seconds:>6.1} s");
@@ -257,7 +258,7 @@ impl Figures for Vm {
         for Skipped { name, kernel, reason } in &self.skipped {
             let _ = writeln!(text, "{name:<28} {kernel:<8} skipped: {reason}");
         }
-        let _ = write!(text, "all of it: {:.0} s", self.seconds);
+        let _ = write!(text, "total: {:.0} s", self.seconds);
         text
     }
 }

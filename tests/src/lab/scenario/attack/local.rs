@@ -1,4 +1,5 @@
-//! What belongs to the agent, as another user of its host: the TUN link, the state, the sockets.
+//! Attacks of a local user on what belongs to the agent: its TUN link, its state directory and its
+//! sockets.
 
 use std::fs::{File, OpenOptions, Permissions, set_permissions};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -19,12 +20,14 @@ use crate::lab::meddle::{LINK, Meddling};
 use crate::lab::mesh::Node;
 use crate::lab::namespace::Namespace;
 
-/// `towline guard` has looked at the link by then, and an agent that refuses its state has ended.
+/// Limit for `towline guard` to repair the link, and for an agent that refuses its state to exit.
 const GUARD_LIMIT: Duration = Duration::from_secs(5);
 
-/// Flags of `TUNSETIFF`: what the agent asks for, and what others might.
+/// Flags of `TUNSETIFF` that the agent sets.
 const OURS: i32 = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+/// Flags of `TUNSETIFF` that another program might set.
 const PLAIN: i32 = libc::IFF_TUN | libc::IFF_NO_PI;
+/// Additional flag of `TUNSETIFF` for a link with several queues.
 const SEVERAL: i32 = libc::IFF_MULTI_QUEUE;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -95,8 +98,8 @@ fn given(is_given: bool) -> Outcome {
     if is_given { Outcome::Granted } else { Outcome::Refused }
 }
 
-/// Tries to attach to the TUN link. The device is opened before the rights go, as where everybody may
-/// open it, which is usual.
+/// Tries to attach to the TUN link. Opens `/dev/net/tun` before it drops the rights of root, as on
+/// most machines, where every user may open the device.
 fn attach(namespace: &Namespace, actor: Actor, flags: i32) -> anyhow::Result<Outcome> {
     namespace.run(|| {
         let file = open_tun()?;
@@ -122,27 +125,28 @@ fn set_link(file: &File, flags: i32) -> std::io::Result<()> {
     if result == -1 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Makes the link again without an owner, as earlier versions left it. No agent holds it.
+/// Creates the link again without an owner, as earlier versions left it. No agent has it open.
 fn leave_from_before(namespace: &Namespace, flags: i32) -> anyhow::Result<()> {
     namespace.run(|| {
         Meddling::DeleteLink.act()?;
         let file = open_tun()?;
-        set_link(&file, flags).context("cannot make the link")?;
-        // SAFETY: it takes its argument by value.
+        set_link(&file, flags).context("cannot create the TUN link")?;
+        // SAFETY: TUNSETPERSIST takes its argument by value.
         let kept = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETPERSIST as _, 1) };
         if kept == -1 {
-            return Err(std::io::Error::last_os_error()).context("cannot make the link stay");
+            return Err(std::io::Error::last_os_error())
+                .context("cannot make the TUN link persistent");
         }
         Ok(())
     })
 }
 
-/// The guard gives a link without an owner one.
+/// Checks that `towline guard` sets an owner on a link that has none.
 fn guarded_link(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     stage.require(Actor::User)?;
     stage.be(Condition::Killed)?;
     leave_from_before(stage.namespace(Place::A), OURS)?;
-    // It may stay, to watch, until an agent runs.
+    // The guard process may keep running until an agent starts.
     let guard = stage.mesh()?.a.start(&["guard"])?;
     let refused = wait_up_to(GUARD_LIMIT, || {
         let outcome = attach(stage.namespace(Place::A), Actor::User, OURS)?;
@@ -153,7 +157,8 @@ fn guarded_link(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     Ok(given(refused.is_none()))
 }
 
-/// Several queues, without an agent, or with one that found a link without an owner.
+/// Tries to attach another queue to a link with several queues: without an agent, or while an agent
+/// runs that found the link without an owner (`from_before`).
 fn two_queues(stage: &mut Stage<'_>, from_before: bool) -> anyhow::Result<Outcome> {
     stage.require(Actor::User)?;
     let flags = OURS | SEVERAL;
@@ -171,7 +176,7 @@ fn two_queues(stage: &mut Stage<'_>, from_before: bool) -> anyhow::Result<Outcom
     }
 }
 
-/// Whether a user may list this directory, or read anything in it.
+/// Returns whether a user may list this directory or read a file in it.
 fn reads(namespace: &Namespace, directory: &Path) -> anyhow::Result<Outcome> {
     let mut inside = vec![directory.to_owned()];
     let mut files: Vec<PathBuf> = Vec::new();
@@ -188,7 +193,7 @@ fn reads(namespace: &Namespace, directory: &Path) -> anyhow::Result<Outcome> {
     })
 }
 
-/// Binds the agent's UDP port, with every option that shares one.
+/// Tries to bind the agent's UDP port, with every socket option that shares a port.
 fn share_port() -> anyhow::Result<Outcome> {
     for address in [Ipv4Addr::UNSPECIFIED, Ipv4Addr::LOCALHOST, Ipv4Addr::new(203, 0, 113, 11)] {
         let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
@@ -201,7 +206,7 @@ fn share_port() -> anyhow::Result<Outcome> {
     Ok(Outcome::Refused)
 }
 
-/// An agent whose secrets others may read does not start.
+/// Checks that an agent does not start while other users may read its secrets.
 fn loose(stage: &mut Stage<'_>, path: &Path, loose: u32, tight: u32) -> anyhow::Result<Outcome> {
     stage.be(Condition::Killed)?;
     set_permissions(path, Permissions::from_mode(loose))?;
@@ -213,7 +218,7 @@ fn loose(stage: &mut Stage<'_>, path: &Path, loose: u32, tight: u32) -> anyhow::
     Ok(given(!ended?))
 }
 
-/// Whether an agent that is started ends by itself. One that answers has started.
+/// Returns whether an agent exits by itself after it is started. An agent that answers has started.
 fn ends(node: &mut Node) -> anyhow::Result<bool> {
     node.launch()?;
     let ended = wait_up_to(GUARD_LIMIT, || {

@@ -1,5 +1,5 @@
-//! `cargo lab attack`: what strangers, neighbours, local users, pods and members without rules can do
-//! to a node, each attempt a case with the outcome that the design promises.
+//! `cargo lab attack`: attacks a node as strangers, neighbours, local users, pods, and members that
+//! ignore the protocol's rules. Each case is one attempt with the outcome that the design promises.
 //!
 //! | module | tries |
 //! |---|---|
@@ -9,8 +9,9 @@
 //! | [`outward`] | traffic for the mesh in clear: ports, marks, fragments, with one guard or both |
 //! | [`local`] | the TUN link, the state and the sockets of the agent, as another user |
 //!
-//! Some cases are controls: what has to work. An outcome that differs from the expected one is a
-//! breach, for a control too. Cases run in the order of the list; each leaves the hosts as it found them.
+//! Some cases are controls, which must succeed. Any outcome other than the expected one is a
+//! breach, also for a control. Cases run in the order of the list. Each leaves the hosts as it
+//! found them.
 
 mod inward;
 mod local;
@@ -29,69 +30,71 @@ use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises};
 use stage::Stage;
 
-/// How it is run.
+/// Command line options of the scenario.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Options {
-    /// Every case; else those that show each kind once.
+    /// Run every case; otherwise a selection with at least one case of each kind.
     #[arg(long)]
     pub full: bool,
-    /// Only the cases whose name contains this.
+    /// Run only the cases whose name contains NAME.
     #[arg(long = "case", value_name = "NAME", num_args = 1.., value_delimiter = ',')]
     pub cases: Vec<String>,
-    /// Name the cases instead of running them.
+    /// List the cases, one per line, and run none.
     #[arg(long)]
     pub list: bool,
 }
 
-/// Who attacks.
+/// Position of the attacker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Attacker {
-    /// Somewhere on the internet.
+    /// A host on the internet.
     Stranger,
-    /// On the LAN of an uplink.
+    /// A host on the LAN of an uplink.
     Neighbour,
-    /// A local user: root's programs, `nobody`, or `nobody` with `CAP_NET_RAW`.
+    /// A local user: a program of root, `nobody`, or `nobody` with `CAP_NET_RAW`.
     LocalUser,
-    /// A network namespace behind a veth, forwarded by the host.
+    /// A network namespace behind a veth pair. The host forwards its packets.
     Pod,
-    /// A member of the mesh whose inner packets nobody checks.
+    /// A member of the mesh that sends any inner packet, without the checks of an agent.
     Member,
 }
 
-/// How an attempt ends.
+/// Outcome of an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
-    /// The packet reached a socket.
+    /// A socket received the packet.
     Delivered,
-    /// It did not.
+    /// No socket received the packet.
     Dropped,
-    /// Nothing of the mesh left in clear.
+    /// No traffic of the mesh left in clear.
     Held,
-    /// Something did.
+    /// Some traffic of the mesh left in clear.
     InClear,
-    /// The kernel or the agent said no.
+    /// The kernel or the agent refused the request.
     Refused,
-    /// The attacker was let in.
+    /// The attacker got access.
     Granted,
-    /// The agent went on as before.
+    /// The agent still works.
     Works,
-    /// It did not.
+    /// The agent hangs, or did not exit as it should.
     Hangs,
 }
 
-/// An attempt.
+/// An attempt with its expected outcome.
 pub(super) struct Case {
     name: String,
     attacker: Attacker,
     expected: Outcome,
-    /// Part of the short form.
+    /// True if the case also runs without `--full`.
     is_short: bool,
     attempt: Attempt,
 }
 
 type Attempt = Box<dyn Fn(&mut Stage<'_>) -> anyhow::Result<Outcome>>;
+
+/// Function that makes the attempt and returns its outcome.
 
 impl Case {
     fn new(
@@ -104,7 +107,7 @@ impl Case {
         Self { name, attacker, expected, is_short: true, attempt }
     }
 
-    /// Leaves it to the long form.
+    /// Restricts the case to runs with `--full`.
     fn long(mut self) -> Self {
         self.is_short = false;
         self
@@ -118,44 +121,44 @@ impl Case {
     }
 }
 
-/// What was tried, and what came of it.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Attack {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// Every case that ran, in order.
+    /// Cases that ran, in order.
     pub cases: Vec<Tried>,
-    /// How many ended otherwise than expected.
+    /// Number of cases with an unexpected outcome.
     pub breaches: usize,
-    /// What could not run, and why.
+    /// Cases that could not run on this machine.
     pub skipped: Vec<Skipped>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
-/// One case that ran.
+/// A case that ran.
 #[derive(Debug, Serialize)]
 pub struct Tried {
-    /// Group, attempt and circumstances.
+    /// Name of the case: group, attempt and circumstances, separated by slashes.
     pub name: String,
-    /// Who made it.
+    /// Position of the attacker.
     pub attacker: Attacker,
-    /// What the design promises.
+    /// Outcome that the design promises.
     pub expected: Outcome,
-    /// What happened.
+    /// Outcome that was observed.
     pub got: Outcome,
 }
 
-/// One case that did not.
+/// A case that could not run.
 #[derive(Debug, Serialize)]
 pub struct Skipped {
-    /// Its name.
+    /// Name of the case.
     pub name: String,
-    /// In one line.
+    /// Reason, in one line.
     pub why: String,
 }
 
-/// This machine cannot show the case.
+/// Reason why this machine cannot run a case.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Unavailable(String);
@@ -167,7 +170,7 @@ fn every_case() -> Vec<Case> {
         .collect()
 }
 
-/// The names of the cases, a line each; those of the long form alone say so.
+/// Returns the names of the cases, one per line. Cases that need `--full` are marked.
 pub fn list() -> String {
     every_case().into_iter().fold(String::new(), |mut text, case| {
         let _ = writeln!(text, "{}{}", case.name, if case.is_short { "" } else { "  (--full)" });
@@ -175,11 +178,14 @@ pub fn list() -> String {
     })
 }
 
-/// Runs it.
+/// Runs the selected cases.
 pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Attack> {
     let cases: Vec<Case> =
         every_case().into_iter().filter(|case| case.is_chosen(options)).collect();
-    anyhow::ensure!(!cases.is_empty(), "no case has such a name: `cargo lab attack --list`");
+    anyhow::ensure!(
+        !cases.is_empty(),
+        "no case matches: `cargo lab attack --list` shows the names"
+    );
     let mut stage = Stage::build(setting)?;
     let mut attack = Attack { rootless: setting.rank == Rank::Rootless, ..Attack::default() };
     let mut promises = Promises::new();
@@ -219,7 +225,7 @@ impl Attack {
                 }
                 Err(error) => {
                     interrupt::check()?;
-                    let failed = format!("{name} could not be tried: {error:#}");
+                    let failed = format!("{name} could not run: {error:#}");
                     setting.talk.note(&failed);
                     promises.fail(failed);
                     stage.recover()?;
