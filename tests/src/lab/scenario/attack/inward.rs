@@ -1,4 +1,5 @@
-//! Inner packets of a member whose tunnel is raw: any source, any destination, any form.
+//! Attacks of a member: inner packets with any source, destination and form, sent through a
+//! WireGuard session without an agent.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -13,43 +14,49 @@ use super::{Attacker, Case, Outcome};
 use crate::lab::forge;
 use crate::lab::meddle::LINK;
 
-/// Where an inner packet goes.
+/// Destination of an inner packet. A number selects the address family: 0 is IPv4, 1 is IPv6.
 #[derive(Debug, Clone, Copy)]
 enum To {
-    /// To this address.
+    /// This address.
     Address(IpAddr),
-    /// An overlay address, 0 of IPv4, 1 of IPv6.
+    /// Mesh address of the victim.
     OverlayOfA(usize),
+    /// Mesh address of `b`.
     OverlayOfB(usize),
+    /// Mesh address of `cp`.
     OverlayOfCp(usize),
-    /// One of the host's own addresses by their number: the uplinks', IPv4 before IPv6.
+    /// Address of a link of the victim, by its index: IPv4 and IPv6 of the first uplink, then of
+    /// the LAN.
     OwnOfA(usize),
-    /// One of the desk's.
+    /// Address of `desk` in the LAN of the router.
     Desk(usize),
-    /// The pod's, the container's.
+    /// Address of the victim's pod.
+    /// Address of the victim's container.
     Pod(usize),
     Container(usize),
 }
 
-/// Whose source an inner packet has.
+/// Source of an inner packet.
 #[derive(Debug, Clone, Copy)]
 enum From {
-    /// The member's own.
+    /// Mesh address of the attacker.
     Own,
-    /// Another's.
+    /// Address of another host.
     Of(To),
 }
 
-/// What form it has.
+/// Form of an inner packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
+    /// One packet without extension headers.
     Plain,
+    /// Fragments of a packet.
     Fragments,
-    /// IPv6 extension header of this kind.
+    /// IPv6 packet with an extension header of this kind.
     Extended(u8),
 }
 
-/// The port at which the published container answers, on the victim's overlay address.
+/// UDP port on the victim's mesh address that is published for the container.
 const PUBLISHED: u16 = 30_080;
 
 const fn v4(a: u8, b: u8, c: u8, d: u8) -> To {
@@ -182,8 +189,8 @@ fn address(stage: &Stage<'_>, to: To) -> anyhow::Result<IpAddr> {
     })
 }
 
-/// Sends a packet through the raw tunnel, then one that has to arrive. What the first became is known
-/// when the second is there.
+/// Sends packets through the raw tunnel, then a control packet that must arrive. Once it has
+/// arrived, the outcome of the packets before it is known.
 fn send(
     stage: &mut Stage<'_>,
     from: From,
@@ -220,12 +227,13 @@ fn send(
     }
     tunnel.send(&end)?;
     let passed = stage.ear(Place::A)?.hears(last, ARRIVAL)?;
-    anyhow::ensure!(passed, "nothing comes out of the raw tunnel");
+    anyhow::ensure!(passed, "the control packet does not arrive through the raw tunnel");
     let heard = stage.ear(at)?.hears(number, DETOUR)?;
     Ok(if heard { Outcome::Delivered } else { Outcome::Dropped })
 }
 
-/// Addresses of the links by which a packet could be for the host, if scope were all that kept it out.
+/// Adds addresses of link-local and reserved ranges to the victim. A packet to them must be dropped
+/// even though the kernel considers them local.
 fn lend_link_local(stage: &Stage<'_>) -> anyhow::Result<()> {
     stage.hosts.a.namespace().run(|| {
         let mut netlink = Rtnetlink::open()?;
@@ -245,11 +253,13 @@ fn lend_link_local(stage: &Stage<'_>) -> anyhow::Result<()> {
     })
 }
 
+/// Checks that a published port is reachable at the mesh address.
 fn published(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     with_published(stage, To::OverlayOfA(0))
 }
 
-/// With a port of the host published for the container, as a container engine does it.
+/// Publishes a UDP port of the host for the container, as a container engine does, and sends a
+/// packet to it.
 fn with_published(stage: &mut Stage<'_>, to: To) -> anyhow::Result<Outcome> {
     const TABLE: &str = "published";
     let container = stage.hosts.container.addresses()[0];

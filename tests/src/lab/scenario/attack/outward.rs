@@ -1,5 +1,5 @@
-//! Traffic for the mesh that looks as if it might leave in clear: by its ports, its marks, its form, from
-//! the host and from a pod, while the agent runs, and while it does not and one guard is gone.
+//! Attempts to make traffic for the mesh leave in clear: by its ports, marks and form, from the
+//! host and from a pod, while the agent runs, and while it does not run and one guard is gone.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -16,19 +16,21 @@ use crate::lab::meddle::LINK;
 use crate::lab::redirect::Redirect;
 use crate::lab::unusual::{FromHost, FromPod, Transport, Way};
 
-/// Marks that a host may carry: the bypass mark itself, and values of other programs that have its bits.
+/// Packet marks of the attempts: the bypass mark of the agent (0x10), and marks of other programs,
+/// some of which contain its bit.
 const MARKS: [u32; 6] = [0x10, 0x110, 0x1_bd10, 0x51, 0xc350, 0x1_0f10];
-/// Where a second agent keeps its chains: beside the mangle chains of everybody.
+/// Priority of the foreign chain. It is close to that of the usual mangle chains (-150).
 const MANGLE: i32 = -145;
-/// Repeated so often, a payload needs fragments.
+/// Number of repetitions that makes a payload larger than one packet.
 const LARGE: usize = 200;
+/// Name of another program's nftables table.
 const FOREIGN: &str = "foreign";
-/// The pod's port on the bridge.
+/// Port of the bridge `cni0` that leads to the pod.
 const POD_PORT: &str = "veth0";
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    // Grouped by condition: going from one to the next takes a restart.
+    // Cases are grouped by condition, because most changes of the condition restart the agent.
     for condition in Condition::ALL {
         let is_gone = condition != Condition::Running;
         let one_guard = matches!(condition, Condition::NoTable | Condition::NoRoutes);
@@ -52,7 +54,7 @@ pub(super) fn cases() -> Vec<Case> {
         local("tcp-6443", one_guard, tcp(Actor::Root), false);
         local("tcp-6443", false, tcp(Actor::User), false);
         if is_gone {
-            // While the agent runs the port is taken.
+            // While the agent runs, its port is in use.
             let root = udp(Actor::Root, WIREGUARD);
             local("udp-51830", one_guard, root, false);
             local("udp-51830", one_guard, udp(Actor::User, WIREGUARD), false);
@@ -67,7 +69,7 @@ pub(super) fn cases() -> Vec<Case> {
         }
         let marked = FromHost { mark: Some(0x10), ..udp(Actor::User, 0) };
         local("mark-0x10", false, marked, false);
-        // Its mark and its port are the agent's, its owner is not.
+        // The packet has the mark and the port of the agent, but another owner.
         let own = FromHost {
             actor: Actor::RawUser,
             transport: Transport::Raw,
@@ -106,7 +108,7 @@ pub(super) fn cases() -> Vec<Case> {
             pod(&name, false, FromPod::Udp(WIREGUARD), Some(mark));
         }
         if condition != Condition::NoRoutes {
-            // The routing guard alone holds it: no nftables hook sees it.
+            // Only the routing guard can stop these packets: they pass no nftables hook.
             let name = format!("outward/pod/ebpf-redirect/{}", condition.name());
             let case = Case::new(name, Attacker::Pod, Outcome::Held, move |stage| {
                 stage.be(condition)?;
@@ -127,13 +129,13 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-/// Whether anything leaves in clear while `attempt` runs.
+/// Returns whether any traffic of the mesh leaves in clear while `attempt` runs.
 fn watch(
     stage: &mut Stage<'_>,
     attempt: impl FnOnce(&mut Stage<'_>) -> anyhow::Result<()>,
 ) -> anyhow::Result<Outcome> {
     let mut tap = stage.tap()?;
-    // The way to the gateway is resolved before.
+    // The first datagram makes the kernel resolve the gateway's link-layer address.
     let ready = stage.finish_in_clear()?;
     look(stage, &mut tap, &ready)?;
     attempt(stage)?;
@@ -142,14 +144,15 @@ fn watch(
     Ok(if in_clear == 0 { Outcome::Held } else { Outcome::InClear })
 }
 
+/// Counts the packets in clear that the tap sees, up to the packet with the payload `last`.
 fn look(stage: &Stage<'_>, tap: &mut Tap, last: &[u8]) -> anyhow::Result<u32> {
     let overlay = stage.overlay()?;
     let inner: Vec<IpNet> = overlay.a.into_iter().chain(overlay.b).map(IpNet::from).collect();
     let seen = tap.in_clear(stage.tag.bytes(), &inner, last, ARRIVAL)?;
-    seen.ok_or_else(|| anyhow::anyhow!("what a sends in clear to the internet is not seen"))
+    seen.ok_or_else(|| anyhow::anyhow!("the capture does not see the control datagram of a"))
 }
 
-/// From `a` or its pod to both addresses of `b`.
+/// Returns the ways from these addresses (of `a` or its pod) to both mesh addresses of `b`.
 fn ways(stage: &Stage<'_>, from: [IpAddr; 2]) -> anyhow::Result<[Way; 2]> {
     let [v4, v6] = stage.overlay()?.b;
     let way = |from, to| Way { from, to: SocketAddr::new(to, PORT) };
@@ -171,12 +174,14 @@ fn send_from_pod(stage: &mut Stage<'_>, how: FromPod) -> anyhow::Result<()> {
     how.send(&forger, &ways, &stage.tag.payload(number), TIMES)
 }
 
-/// Packets of a pod that a program on its link sends on by the kernel's tables, past the host's stack.
+/// Checks packets of a pod that an eBPF program on its link redirects by the kernel's routing
+/// tables, past the network stack of the host.
 fn redirected(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
-    /// In a frame: the hops that are left, which forwarding makes fewer and redirecting does not.
+    /// Offset of the IPv4 TTL in a frame. Forwarding decrements the TTL, redirecting does not.
     const HOPS: usize = 14 + 8;
-    let redirect = Redirect::attach(stage.hosts.a.namespace(), POD_PORT)
-        .map_err(|error| Unavailable(format!("no eBPF program on a link: {error:#}")))?;
+    let redirect = Redirect::attach(stage.hosts.a.namespace(), POD_PORT).map_err(|error| {
+        Unavailable(format!("cannot attach an eBPF program to a link: {error:#}"))
+    })?;
     let mut tap = stage.tap()?;
     let number = stage.number();
     let payload = stage.tag.payload(number).map(|byte| !byte);
@@ -187,7 +192,7 @@ fn redirected(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     FromPod::Udp(PORT).send(&forger, &[way], &payload, TIMES)?;
     let hops =
         tap.find(ARRIVAL, |frame| find(frame, &payload).and_then(|_| frame.get(HOPS).copied()))?;
-    anyhow::ensure!(hops == Some(forge::HOPS), "the program redirects nothing: {hops:?}");
+    anyhow::ensure!(hops == Some(forge::HOPS), "the eBPF program does not redirect: TTL {hops:?}");
     let outcome = watch(stage, |stage| {
         send_from_pod(stage, FromPod::Udp(PORT))?;
         send_from_pod(stage, FromPod::Udp(WIREGUARD))
@@ -196,7 +201,7 @@ fn redirected(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     outcome
 }
 
-/// Another program's table on `a`. Dropping it takes it away.
+/// Nftables table of another program on `a`. Dropping this value deletes the table.
 struct ForeignTable(std::sync::Arc<crate::lab::topology::Host>);
 
 impl ForeignTable {
@@ -210,7 +215,7 @@ impl ForeignTable {
 
 impl Drop for ForeignTable {
     fn drop(&mut self) {
-        // Gone already where the whole ruleset was flushed.
+        // The table is already gone if the whole ruleset was flushed.
         let _ = self
             .0
             .namespace()
@@ -218,12 +223,12 @@ impl Drop for ForeignTable {
     }
 }
 
-/// Marks what comes from pods, as CNI plugins and other meshes do.
+/// Marks packets from pods, as CNI plugins and other meshes do.
 fn foreign_mark(stage: &Stage<'_>, mark: u32) -> anyhow::Result<ForeignTable> {
     ForeignTable::load(stage, Rule::new().input("cni0").set_mark(mark, u32::MAX))
 }
 
-/// Answers to what came out of the tunnel, while another program marks the connection.
+/// Answers datagrams from the tunnel while another program sets the connection mark.
 fn answer(stage: &mut Stage<'_>, mark: u32) -> anyhow::Result<Outcome> {
     stage.be(Condition::Running)?;
     let udp = Rule::new().input(LINK).protocol(libc::IPPROTO_UDP as u8);
@@ -242,7 +247,7 @@ fn answer(stage: &mut Stage<'_>, mark: u32) -> anyhow::Result<Outcome> {
                 Ok(())
             })?;
             let asked = stage.ear(Place::A)?.answers(number, answer, TIMES as u32, ARRIVAL)?;
-            anyhow::ensure!(asked, "nothing comes from b to a");
+            anyhow::ensure!(asked, "no datagram comes through the tunnel from b to a");
         }
         Ok(())
     });

@@ -1,6 +1,8 @@
-//! Datagrams that are longer, shorter or stranger than any that an agent sends, to a relay's UDP port.
+//! Attacks on the UDP port of a relay: datagrams that are longer or shorter than those of an agent,
+//! or malformed.
 //!
-//! The channel's number is read from the wire, in clear, as anybody on the path can.
+//! The attacker reads the channel's number from the wire, where it is in clear, as every host on
+//! the path can.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
@@ -11,13 +13,16 @@ use super::{Attacker, Case, Outcome};
 use crate::lab::capture::udp_payload;
 use crate::lab::forge::{self, Forger};
 
-/// Before a relayed datagram: kind, version, zero, and the number of the channel.
+/// Length in bytes of the header of a relayed datagram: kind, version, two zero bytes, channel
+/// number.
 const CHANNEL_HEADER: usize = 12;
+/// First bytes of a relayed datagram: kind, version, two zero bytes.
 const RELAYED: [u8; 4] = [0x52, 1, 0, 0];
-/// What the uplinks take.
+/// MTU of the uplinks, in bytes.
 const MTU: usize = 1_500;
-/// The longest payload of UDP over each family.
+/// Longest UDP payload over IPv4, in bytes.
 const LONGEST_V4: usize = 65_507;
+/// Longest UDP payload over IPv6, in bytes.
 const LONGEST_V6: usize = 65_527;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -50,19 +55,19 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-/// The number of a channel that `a` uses, as it goes over the wire.
+/// Returns the header of a channel that `a` uses, as it is on the wire.
 fn channel(stage: &Stage<'_>) -> anyhow::Result<[u8; CHANNEL_HEADER]> {
-    anyhow::ensure!(stage.relay_works()?, "a and b do not reach each other by the relay");
+    anyhow::ensure!(stage.relay_works()?, "a and b do not reach each other through the relay");
     let mut tap = stage.tap()?;
-    // The pair's probes use it twice a second; an echo, at once.
+    // The probes of the pair use the channel twice a second, an echo request at once.
     let works = stage.relay_works()?;
     let header = tap.find(ARRIVAL, |frame| {
         let (_, payload) = udp_payload(frame)?;
         let header = payload.first_chunk::<CHANNEL_HEADER>()?;
         header.starts_with(&RELAYED).then_some(*header)
     })?;
-    anyhow::ensure!(works, "a and b do not reach each other by the relay");
-    header.context("nothing of a channel on the wire")
+    anyhow::ensure!(works, "a and b do not reach each other through the relay");
+    header.context("no relayed datagram was seen on the wire")
 }
 
 fn datagram(stage: &Stage<'_>, size: usize) -> anyhow::Result<Vec<u8>> {
@@ -71,19 +76,20 @@ fn datagram(stage: &Stage<'_>, size: usize) -> anyhow::Result<Vec<u8>> {
     Ok(datagram)
 }
 
-/// From neither end of the channel.
+/// Sends a datagram from a host that is neither end of the channel.
 fn by_stranger(stage: &mut Stage<'_>, family: usize, size: usize) -> anyhow::Result<Outcome> {
     let datagram = datagram(stage, size)?;
     stage_send(stage, family, &[datagram])?;
     verdict(stage)
 }
 
-/// From the address and port of an end, which is forged here.
+/// Sends a datagram with the forged address and port of an end of the channel.
 fn by_end(stage: &mut Stage<'_>, family: usize, size: usize) -> anyhow::Result<Outcome> {
     let datagram = datagram(stage, size)?;
     let from = SocketAddr::new(stage.hosts.a.addresses()[family], WIREGUARD);
     let to = relay(stage, family);
-    // Both lengths count the header of UDP, which IPv6 alone has room for beyond this.
+    // Only IPv6 has room for a UDP payload of more than 65507 bytes: the IPv4 total length includes
+    // the IP header.
     let packet = forge::udp(from, to, &datagram)?;
     let forger = Forger::new(stage.internet(), "cp", stage.hosts.cp.namespace(), "eth0")?;
     for fragment in forge::fragments(&packet, MTU)? {
@@ -113,7 +119,7 @@ fn stage_send(
     })
 }
 
-/// Whether the relay still forwards; one that does not is replaced.
+/// Returns whether the relay still forwards. Restarts it if not.
 fn verdict(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     if stage.relay_works()? {
         return Ok(Outcome::Works);
@@ -122,7 +128,8 @@ fn verdict(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     Ok(Outcome::Hangs)
 }
 
-/// Every length around the limits, of a channel that nobody has, and of each other kind.
+/// Sends datagrams of many lengths around the limits: for a channel that does not exist, and of
+/// each other kind.
 fn without_channel(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     let beginnings: [&[u8]; 5] = [
         &[0x52, 1, 0, 0, 9, 9, 9, 9, 9, 9, 9, 9],
@@ -147,7 +154,7 @@ fn without_channel(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     verdict(stage)
 }
 
-/// The beginnings of every kind, of every length from nothing on.
+/// Sends the beginning of a datagram of every kind, in every length from zero.
 fn cut_short(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     let header = channel(stage)?;
     let kinds: [&[u8]; 8] = [
@@ -157,7 +164,7 @@ fn cut_short(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
         &[2, 0, 0, 0],
         &[3, 0, 0, 0],
         &[4, 0, 0, 0],
-        // A STUN request: type, length, cookie.
+        // A STUN request: type, length, magic cookie.
         &[0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42],
         &[0x41, 0, 0, 0],
     ];
@@ -175,7 +182,7 @@ fn cut_short(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     verdict(stage)
 }
 
-/// The longest datagrams, and SIGTERM while they arrive.
+/// Sends the longest datagrams, and SIGTERM to the agent while they arrive.
 fn then_sigterm(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     let datagram = datagram(stage, LONGEST_V4)?;
     stage_send(stage, 0, &[&datagram, &datagram, &datagram])?;

@@ -1,31 +1,38 @@
-//! Packets of a neighbour on the LAN of an uplink, whose sources are this node's own or the mesh's.
+//! Attacks of a neighbour on the LAN of an uplink: packets whose source address belongs to this
+//! node or to the mesh.
 
 use std::net::{IpAddr, UdpSocket};
 
 use super::stage::{ARRIVAL, Condition, DESK_ANNOUNCED, DETOUR, PORT, Place, Stage, TIMES};
 use super::{Attacker, Case, Outcome};
 
-/// Whose source a packet has.
+/// Source address of a forged packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
-    /// A pod that there is not, of the victim's pod network.
+    /// An address in the pod network of the victim that no pod uses.
     OwnPod,
-    /// A host of the LAN that the victim announces.
+    /// A host in the LAN that the victim announces.
     OwnLan,
+    /// The mesh address of the victim.
     OwnOverlay,
+    /// The mesh address of another node.
     OtherOverlay,
-    /// Nobody's.
+    /// An address on the internet that no host uses. The control.
     Stranger,
 }
 
-/// Where it goes.
+/// Destination of a forged packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Target {
-    /// Another node, through the tunnel.
+    /// The mesh address of another node, which the victim would forward to through its tunnel.
     OtherNode,
+    /// The victim's address on the uplink.
     Uplink,
+    /// The mesh address of the victim.
     Overlay,
+    /// The victim's address on the bridge of its pods.
     PodGateway,
+    /// The pod of the victim.
     Pod,
 }
 
@@ -109,7 +116,7 @@ pub(super) fn cases() -> Vec<Case> {
             for family in [0, 1] {
                 let is_short = match family {
                     0 => filter == 0,
-                    // A strict filter is none for IPv6.
+                    // The strict reverse path filter (`rp_filter` 1) has no effect on IPv6.
                     _ => filter == 1 && matches!(target, Target::OtherNode | Target::Uplink),
                 };
                 case(Source::OwnPod, target, family, filter, is_short, dropped);
@@ -147,7 +154,7 @@ fn send(
     stage.be(Condition::Running)?;
     for link in ["all", "eth0"] {
         let setting = format!("net.ipv4.conf.{link}.rp_filter");
-        // The stricter one counts.
+        // The kernel uses the higher value of the two.
         let value = if link == "all" { "0".to_owned() } else { filter.to_string() };
         stage.hosts.a.namespace().sysctl(&setting, &value)?;
     }
@@ -160,20 +167,20 @@ fn send(
     if target == Target::OtherNode {
         stage.finish_through_tunnel(family == 1)?;
     } else {
-        // A stranger's packet is let in, and says that all before it were looked at.
+        // A stranger's packet is accepted. When it arrives, all packets before it were processed.
         let (from, to) =
             (Source::Stranger.address(stage, family)?, Target::Uplink.address(stage, family)?);
         let (last, packet) = stage.packet(from, to)?;
         forger.send(&packet)?;
         let passed = stage.ear(Place::A)?.hears(last, ARRIVAL)?;
-        anyhow::ensure!(passed, "a stranger's packet does not arrive");
+        anyhow::ensure!(passed, "the control packet of a stranger does not arrive");
     }
     let heard = stage.ear(target.place())?.hears(number, DETOUR)?;
     Ok(if heard { Outcome::Delivered } else { Outcome::Dropped })
 }
 
-/// The announced LAN's own hosts reach the mesh: the main table leads back to them by the link that
-/// their packets come by.
+/// Checks that the hosts of the announced LAN itself reach the mesh: the main routing table leads
+/// back to them over the link on which their packets arrive.
 fn by_its_own_link(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     stage.be(Condition::Running)?;
     let (number, to) = (stage.number(), stage.overlay()?.b[0]);

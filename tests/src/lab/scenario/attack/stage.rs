@@ -1,4 +1,4 @@
-//! The hosts of the attempts.
+//! Hosts, agents and listeners that the cases attack.
 //!
 //! ```text
 //!              internet (203.0.113.0/24, 2001:db8::/64, also 169.254.169.254)
@@ -9,8 +9,9 @@
 //!                   └─ eth1 ─────────────────────────────────────┘
 //! ```
 //!
-//! `a` is the victim. It announces its pods and 192.168.88.0/24, which is reached through `desk`. `a` and
-//! `b` exchange no UDP, so that `cp` relays between them. `evil` is a member whose agent is gone.
+//! `a` is the victim. It announces its pods and 192.168.88.0/24, which it reaches through `desk`.
+//! `a` and `b` cannot exchange UDP datagrams directly, so `cp` relays between them. `evil` is a
+//! member of the mesh whose agent was killed.
 
 use std::fs::{Permissions, set_permissions};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -39,50 +40,59 @@ use crate::lab::raw_tunnel::{RawTunnel, private_key};
 use crate::lab::topology::{Host, Lab, Router};
 use crate::lab::traffic::Pattern;
 
-/// UDP port of everything that listens, and TCP port that `a` serves to both sides.
+/// UDP port of all listeners.
 pub(super) const PORT: u16 = 4_444;
+/// TCP port that `a` serves in clear and through the tunnel (`plain_ports`).
 pub(super) const PLAIN_PORT: u16 = 6_443;
+/// UDP port of the agents.
 pub(super) const WIREGUARD: u16 = 51_830;
-/// What arrives at all arrives within this.
+/// Limit for the arrival of a packet that is not dropped.
 pub(super) const ARRIVAL: Duration = Duration::from_secs(3);
-/// What comes by a longer way than the packet after it comes within this.
+/// Limit for a packet that takes a longer way than the packet that was sent after it.
 pub(super) const DETOUR: Duration = Duration::from_millis(250);
-/// Resident and mapped memory of an agent, in bytes, at most: an attempt must not take the machine's.
+/// Limit for the address space of an agent, in bytes: an attack must not use up the memory of this
+/// machine.
 const MEMORY: u64 = 2 << 30;
-/// Each packet of an attempt is sent so often: one lost to a queue shows nothing.
+/// Number of times that each packet of an attempt is sent. A single packet may be lost in a queue,
+/// which proves nothing.
 pub(super) const TIMES: usize = 5;
 
+/// Announced networks of the pods of `a`.
 const POD: (Ipv4Net, Ipv6Net) = (
     Ipv4Net::new_assert(Ipv4Addr::new(10, 9, 1, 0), 24),
     Ipv6Net::new_assert(Ipv6Addr::new(0xfd09, 1, 0, 0, 0, 0, 0, 0), 64),
 );
+/// Networks of the containers of `a`, which it does not announce.
 const CONTAINER: (Ipv4Net, Ipv6Net) = (
     Ipv4Net::new_assert(Ipv4Addr::new(10, 66, 0, 0), 24),
     Ipv6Net::new_assert(Ipv6Addr::new(0xfd66, 0, 0, 0, 0, 0, 0, 0), 64),
 );
-/// An announced LAN behind `desk`, its address there, and one that nobody announces.
+/// Address of `desk` in the announced LAN behind it.
 pub(super) const DESK_ANNOUNCED: Ipv4Addr = Ipv4Addr::new(192, 168, 88, 5);
+/// Address of `desk` that `a` has a route to but does not announce.
 pub(super) const DESK_ELSEWHERE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 5);
+/// IPv6 counterpart of [`DESK_ELSEWHERE`], a unique local address.
 pub(super) const DESK_FOREIGN: Ipv6Addr = Ipv6Addr::new(0xfdee, 0, 0, 0, 0, 0, 0, 5);
+/// Address of a cloud's metadata service.
 pub(super) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
-/// An address of the link that only the configuration of `a` names.
+/// Address of the TUN link of `a` that only the configuration of `a` contains.
 pub(super) const CONFIGURED: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 1);
-/// Groups that `a` is a member of on its TUN link.
+/// Multicast groups that `a` joins on its TUN link.
 pub(super) const GROUP_V4: Ipv4Addr = Ipv4Addr::new(239, 1, 1, 1);
 pub(super) const GROUP_V6: Ipv6Addr = Ipv6Addr::new(0xff05, 0, 0, 0, 0, 0, 1, 3);
 
-/// What became of the agent of `a` and its guards.
+/// State of the agent of `a` and of its guards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Condition {
-    /// It runs.
+    /// The agent runs.
     Running,
-    /// It was killed.
+    /// The agent was killed.
     Killed,
-    /// It was ended by SIGTERM.
+    /// The agent exited on SIGTERM.
     Stopped,
-    /// It was killed, and the nftables table deleted.
+    /// The agent was killed, and then the nftables table was deleted.
     NoTable,
-    /// It was killed, and rules and routes flushed.
+    /// The agent was killed, and then policy rules and routes were flushed.
     NoRoutes,
 }
 
@@ -100,7 +110,7 @@ impl Condition {
     }
 }
 
-/// Where something listens.
+/// Host that has a listener.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
     A,
@@ -112,7 +122,7 @@ pub(super) enum Place {
     Internet,
 }
 
-/// Hosts, agents and everything that listens.
+/// Hosts, agents and listeners of one run.
 pub(super) struct Stage<'s> {
     setting: &'s Setting,
     pub(super) tag: Tag,
@@ -124,7 +134,7 @@ pub(super) struct Stage<'s> {
     lab: Lab,
 }
 
-/// The machines.
+/// Hosts of the diagram above.
 pub(super) struct Hosts {
     pub(super) pod: Host,
     pub(super) container: Host,
@@ -136,19 +146,19 @@ pub(super) struct Hosts {
     _router: Router,
 }
 
-/// What runs on them.
+/// Programs that run on the hosts.
 pub(super) struct Mesh {
     pub(super) cp: Node,
     pub(super) a: Node,
     pub(super) b: Node,
-    /// It joined and published its record; its agent is gone.
+    /// Node that joined and published its record, and whose agent was then killed.
     evil: Node,
-    /// In the mesh, IPv4 before IPv6.
+    /// Mesh addresses of the nodes.
     pub(super) overlay: Overlay,
     controller: Controller,
 }
 
-/// Addresses in the mesh, IPv4 before IPv6.
+/// Mesh addresses of each node, IPv4 before IPv6.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Overlay {
     pub(super) cp: [IpAddr; 2],
@@ -158,24 +168,25 @@ pub(super) struct Overlay {
 }
 
 impl<'s> Stage<'s> {
-    /// Builds the hosts; nothing runs on them yet.
+    /// Builds the hosts. No program runs on them yet.
     pub(super) fn build(setting: &'s Setting) -> anyhow::Result<Self> {
         setting.talk.step("building the hosts");
         let mut lab = Lab::new(setting.rank)?;
-        let hosts = Hosts::build(&mut lab).context("the lab cannot be built")?;
-        // A local user is to meet the agent's own permissions, not the lab's.
+        let hosts = Hosts::build(&mut lab).context("cannot build the hosts")?;
+        // The permissions of the agent must stop a local user, not those of the lab's directory.
         set_permissions(lab.directory(), Permissions::from_mode(0o755))?;
         let tag = Tag::random()?;
         let (condition, ears) = (Condition::Running, Vec::new());
         Ok(Self { setting, tag, next: 0, condition, ears, mesh: None, hosts, lab })
     }
 
-    /// Joins and starts every node, waits for the tunnels, and listens everywhere.
+    /// Joins and starts all nodes, waits for their tunnels, and opens the listeners.
     pub(super) fn begin(&mut self) -> anyhow::Result<()> {
         self.setting.talk.step("starting the mesh");
         self.mesh = Some(Mesh::start(self.setting, &self.lab, &self.hosts)?);
         let link = self.hosts.a.namespace().run(|| Ok(Rtnetlink::open()?.link_index(LINK)?))?;
-        // As where `a` masquerades: what it forwards for `evil` can be answered.
+        // The internet gets a route to `evil` through `a`, so that it can answer packets that `a`
+        // forwards for `evil`. Masquerading on `a` would have the same effect.
         let answer = route(self.overlay()?.evil[0], self.hosts.a.addresses()[0]);
         self.internet().run(|| Ok(Rtnetlink::open()?.add_route(&answer)?))?;
         let none: (&[Ipv4Addr], &[Ipv6Addr]) = (&[], &[]);
@@ -197,10 +208,11 @@ impl<'s> Stage<'s> {
         Ok(())
     }
 
-    /// Whether an actor's rights can be had.
+    /// Returns an error of type [`Unavailable`] if the lab cannot act with the rights of this
+    /// actor.
     pub(super) fn require(&self, actor: Actor) -> anyhow::Result<()> {
         if actor != Actor::Root && self.setting.rank == Rank::Rootless {
-            let why = "root of a user namespace knows no other user: run as root";
+            let why = "a user namespace has no other user: run as root";
             return Err(Unavailable(why.to_owned()).into());
         }
         Ok(())
@@ -231,7 +243,7 @@ impl<'s> Stage<'s> {
         }
     }
 
-    /// The number of the next datagram.
+    /// Returns the number of the next datagram.
     pub(super) fn number(&mut self) -> u64 {
         self.next += 1;
         self.next
@@ -239,20 +251,20 @@ impl<'s> Stage<'s> {
 
     pub(super) fn ear(&mut self, place: Place) -> anyhow::Result<&mut Ear> {
         let found = self.ears.iter_mut().find(|(at, _)| *at == place);
-        found.map(|(_, ear)| ear).context("nobody listens there")
+        found.map(|(_, ear)| ear).context("this host has no listener")
     }
 
-    /// Packets with the tag as a neighbour on the first uplink of `a` sends them.
+    /// Returns a sender that acts as a neighbour on the first uplink of `a`.
     pub(super) fn neighbour(&self) -> anyhow::Result<Forger> {
         Forger::new(self.internet(), "a", self.hosts.a.namespace(), "eth0")
     }
 
-    /// Everything that `a` sends by its first uplink.
+    /// Opens a capture of everything that `a` sends on its first uplink.
     pub(super) fn tap(&self) -> anyhow::Result<Tap> {
         Tap::open(self.internet(), "a")
     }
 
-    /// A session of `evil` with `a`.
+    /// Establishes a WireGuard session of `evil` with `a`.
     pub(super) fn raw_tunnel(&self) -> anyhow::Result<RawTunnel> {
         let mesh = self.mesh.as_ref().context("the mesh is not up")?;
         let own = private_key(&mesh.evil.state().join("wireguard.key"))?;
@@ -261,12 +273,13 @@ impl<'s> Stage<'s> {
         RawTunnel::connect(self.hosts.evil.namespace(), own, &theirs, to)
     }
 
-    /// Sends a datagram of `a` in clear to the internet, which shows that everything before it was sent.
+    /// Sends a datagram of `a` in clear to the internet, and returns its payload. Once the payload
+    /// is seen on the uplink, everything that `a` sent before it was seen too.
     pub(super) fn finish_in_clear(&mut self) -> anyhow::Result<[u8; crate::lab::ear::PAYLOAD]> {
-        /// RFC 863.
+        /// UDP port of the discard service (RFC 863).
         const DISCARD: u16 = 9;
         let number = self.number();
-        // Not the tag itself: that would be something in clear.
+        // The payload must not contain the tag, which would count as traffic in clear.
         let payload = self.tag.payload(number).map(|byte| !byte);
         let cloud = self.hosts.cp.addresses()[0];
         self.hosts.a.namespace().run(|| {
@@ -297,7 +310,7 @@ impl<'s> Stage<'s> {
         } else if self.condition == Condition::Running {
             self.mesh()?.a.agent()?.kill()?;
         }
-        // Set before the attempt: whatever fails, the agent is gone.
+        // Set before the next step: the agent is gone even if that step fails.
         self.condition = condition;
         let meddlings: &[Meddling] = match condition {
             Condition::Running | Condition::Killed | Condition::Stopped => &[],
@@ -317,7 +330,7 @@ impl<'s> Stage<'s> {
         Ok(())
     }
 
-    /// Starts what does not run, after an attempt that failed in the middle.
+    /// Starts the agents that should run but do not, after an attempt failed halfway.
     pub(super) fn recover(&mut self) -> anyhow::Result<()> {
         let mesh = self.mesh()?;
         for node in [&mut mesh.cp, &mut mesh.b] {
@@ -332,7 +345,7 @@ impl<'s> Stage<'s> {
         Ok(())
     }
 
-    /// Starts the agent of `b`, whose process is gone, and waits for its tunnels.
+    /// Starts the agent of `b`, which was killed, and waits for its tunnels.
     pub(super) fn restart_b(&mut self) -> anyhow::Result<()> {
         let mesh = self.mesh()?;
         launch(&mut mesh.b)?;
@@ -342,7 +355,7 @@ impl<'s> Stage<'s> {
         Ok(())
     }
 
-    /// Kills and starts the agent of `cp`.
+    /// Kills the agent of `cp`, starts it again, and waits for the tunnels.
     pub(super) fn restart_cp(&mut self) -> anyhow::Result<()> {
         let mesh = self.mesh()?;
         if let Some(mut agent) = mesh.cp.take_agent() {
@@ -355,7 +368,7 @@ impl<'s> Stage<'s> {
         up(&mesh.a, &mesh.b)
     }
 
-    /// Whether echoes from `a` come back, from `cp` and, relayed by it, from `b`.
+    /// Returns whether `a` gets echo replies from `cp` and, through the relay on `cp`, from `b`.
     pub(super) fn relay_works(&self) -> anyhow::Result<bool> {
         let overlay = self.overlay()?;
         for target in [overlay.cp[0], overlay.b[0]] {
@@ -372,8 +385,8 @@ impl<'s> Stage<'s> {
         Ok(true)
     }
 
-    /// Sends a datagram with a new number by the tunnel from `a` to `b`, and waits for it: what `a` put
-    /// into its TUN link before has been sent.
+    /// Sends a datagram with a new number through the tunnel from `a` to `b`, and waits until it
+    /// arrives. Everything that entered the TUN link of `a` before it was sent before it.
     pub(super) fn finish_through_tunnel(&mut self, v6: bool) -> anyhow::Result<()> {
         let (number, to) = (self.number(), self.overlay()?.b[usize::from(v6)]);
         let payload = self.tag.payload(number);
@@ -381,11 +394,14 @@ impl<'s> Stage<'s> {
             let any: IpAddr = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { [0; 4].into() };
             Ok(UdpSocket::bind((any, 0))?.send_to(&payload, (to, PORT))?)
         })?;
-        anyhow::ensure!(self.ear(Place::B)?.hears(number, ARRIVAL)?, "nothing passes from a to b");
+        anyhow::ensure!(
+            self.ear(Place::B)?.hears(number, ARRIVAL)?,
+            "no datagram passes through the tunnel from a to b"
+        );
         Ok(())
     }
 
-    /// A datagram with a number of its own, as a packet.
+    /// Returns the next datagram as an IP packet, with its number.
     pub(super) fn packet(&mut self, from: IpAddr, to: IpAddr) -> anyhow::Result<(u64, Vec<u8>)> {
         let number = self.number();
         let packet = forge::udp((from, PORT).into(), (to, PORT).into(), &self.tag.payload(number))?;
@@ -407,7 +423,8 @@ impl Hosts {
         let desk = lab.host("desk").behind(&router).build()?;
         let pod = a.pod("pod", POD.0, POD.1)?;
         let container = a.container("container", CONTAINER.0, CONTAINER.1)?;
-        // What a cloud answers, and what lies behind the desk.
+        // The metadata service is on the internet's loopback link, the networks behind the desk on
+        // its own.
         let add = |namespace: &Namespace, address: IpAddr| {
             namespace.run(|| {
                 let mut netlink = Rtnetlink::open()?;
@@ -433,12 +450,13 @@ impl Hosts {
             ("net.ipv4.conf.all.rp_filter", "0"),
             ("net.ipv4.conf.eth0.rp_filter", "0"),
             ("net.ipv4.conf.eth1.rp_filter", "0"),
-            // As some CNI plugins have it: the address family alone then protects nothing.
+            // Some CNI plugins set this. Packets to 127.0.0.0/8 are then no longer dropped by the
+            // kernel.
             ("net.ipv4.conf.all.route_localnet", "1"),
         ] {
             a.namespace().sysctl(setting, value)?;
         }
-        // No direct path between `a` and `b`.
+        // Block the direct path between `a` and `b`.
         b.namespace().run(|| {
             let udp = || Rule::new().protocol(libc::IPPROTO_UDP as u8);
             let nets: Vec<IpNet> = a
@@ -475,7 +493,7 @@ impl Mesh {
         let join = |host: &Arc<Host>, more: &str, granted: &[&str]| {
             let node = Node::new(lab, host, host.name(), binaries, more)?;
             set_permissions(
-                node.config().parent().context("no directory")?,
+                node.config().parent().context("the configuration file has no directory")?,
                 Permissions::from_mode(0o755),
             )?;
             let flags = granted.iter().flat_map(|prefix| ["--prefix", prefix]);
@@ -493,7 +511,7 @@ impl Mesh {
         for (here, there) in [(&a, &cp), (&b, &cp), (&a, &b), (&a, &evil)] {
             up(here, there)?;
         }
-        // From now on the attempts speak in its name.
+        // From now on the cases act as this node.
         evil.agent()?.kill()?;
         let nodes = controller.operator().nodes()?;
         let overlay = |name: &str| {
@@ -503,7 +521,7 @@ impl Mesh {
                 addresses.find(|address| address.is_ipv4() == v4).copied()
             };
             let both = of(true).zip(of(false));
-            both.map(|(v4, v6)| [v4, v6]).with_context(|| format!("{name} has no addresses"))
+            both.map(|(v4, v6)| [v4, v6]).with_context(|| format!("{name} has no mesh addresses"))
         };
         let overlay = Overlay {
             cp: overlay("cp")?,
@@ -514,18 +532,18 @@ impl Mesh {
         Ok(Self { cp, a, b, evil, overlay, controller })
     }
 
-    /// `towline-controller` as its operator runs it.
+    /// Returns the controller that manages the mesh.
     pub(super) fn controller(&self) -> &Controller {
         &self.controller
     }
 }
 
-/// Starts an agent with a limit on its memory, and waits until it answers.
+/// Starts an agent with a memory limit, and waits until it answers.
 fn launch(node: &mut Node) -> anyhow::Result<()> {
     node.launch()?;
     let limit = libc::rlimit { rlim_cur: MEMORY, rlim_max: MEMORY };
     let pid = node.agent()?.pid().as_raw();
-    // SAFETY: the pointer is to one rlimit, which is only read.
+    // SAFETY: the pointer is to one rlimit, which prlimit only reads.
     let done =
         unsafe { libc::prlimit(pid, libc::RLIMIT_AS, &raw const limit, std::ptr::null_mut()) };
     if done == -1 {
@@ -534,11 +552,12 @@ fn launch(node: &mut Node) -> anyhow::Result<()> {
     node.await_status(START_LIMIT).map(drop)
 }
 
+/// Waits until the tunnel between two nodes is up.
 fn up(here: &Node, there: &Node) -> anyhow::Result<()> {
     match await_tunnel(here, there, START_LIMIT)? {
         None => Ok(()),
         Some(reason) => {
-            anyhow::bail!("tunnel {}/{} is not up: {reason}", here.name(), there.name())
+            anyhow::bail!("tunnel {}/{} did not come up: {reason}", here.name(), there.name())
         }
     }
 }
