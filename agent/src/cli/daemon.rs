@@ -1,4 +1,4 @@
-//! `towline agent` and `towline pubkey`.
+//! Implements `towline agent`, `towline relay` and `towline pubkey`.
 
 use std::path::PathBuf;
 
@@ -16,7 +16,7 @@ pub(super) fn run(
     config_path: Option<PathBuf>,
     purpose: Purpose,
 ) -> anyhow::Result<()> {
-    // boringtun logs what strangers send it.
+    // boringtun logs unauthenticated datagrams, which strangers can send in any number.
     let filter = EnvFilter::try_from_env("TOWLINE_LOG")
         .unwrap_or_else(|_| EnvFilter::new("info,boringtun=off"));
     tracing_subscriber::fmt()
@@ -27,7 +27,8 @@ pub(super) fn run(
     daemon::run(config, config_path, purpose)
 }
 
-/// Makes the key if there is none yet, so that the other end can be set up first.
+/// Prints the public key. Creates the key if there is none, so that the other end can be set up
+/// first.
 pub(super) fn pubkey(config: &Config) -> anyhow::Result<()> {
     let key = if daemon::is_running(&config.socket) {
         with_agent(&config.socket, async |mut agent| {

@@ -1,4 +1,4 @@
-//! `towline guard` and `towline node-ip`.
+//! Implements `towline guard` and `towline node-ip`.
 
 use std::net::IpAddr;
 
@@ -13,20 +13,20 @@ use crate::node_ip;
 
 #[derive(Debug, Args)]
 pub(super) struct GuardArgs {
-    /// Stay, and put back what others remove, for as long as no agent runs
+    /// Keep running, and restore what other programs remove while no agent runs
     #[arg(long)]
     watch: bool,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct NodeIpArgs {
-    /// The IPv4 address alone
+    /// Only the IPv4 address
     #[arg(short = '4', long)]
     ipv4: bool,
-    /// The IPv6 address alone
+    /// Only the IPv6 address
     #[arg(short = '6', long, conflicts_with = "ipv4")]
     ipv6: bool,
-    /// How to write what is found
+    /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
@@ -51,7 +51,8 @@ pub(super) fn guard(config: &Config, args: &GuardArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// As the kubelet takes it: one address, or one of each family with a comma between.
+/// Prints the node IPs in the format of the kubelet's `--node-ip`: one address, or one of each
+/// family with a comma in between.
 pub(super) fn node_ip(config: &Config, args: &NodeIpArgs) -> anyhow::Result<()> {
     let found = node_ip::in_force(config)?;
     let wanted = NodeIp {
@@ -63,7 +64,7 @@ pub(super) fn node_ip(config: &Config, args: &NodeIpArgs) -> anyhow::Result<()> 
         wanted.ipv4.iter().chain(&wanted.ipv6).map(ToString::to_string).collect();
     if addresses.is_empty() {
         let family = if args.ipv6 { "IPv6" } else { "IPv4" };
-        return Err(anyhow::anyhow!("name one in node.node_ips"))
+        return Err(anyhow::anyhow!("set node.node_ips"))
             .with_context(|| format!("this node has no {family} address"));
     }
     match output::document(args.output, &wanted)? {

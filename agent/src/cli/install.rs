@@ -1,5 +1,5 @@
-//! `towline join --install`: one command that turns a machine into a node, for a person and for
-//! cloud-init alike.
+//! Implements `towline join --install`, which turns a machine into a node in one command, for
+//! people and for cloud-init.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -24,22 +24,22 @@ use crate::state::StateDir;
 
 #[derive(Debug, Args)]
 pub(super) struct InstallArgs {
-    /// Install into this directory instead of the machine; its init system starts the agent
+    /// Directory to install into, instead of the machine; its init system starts the agent later
     #[arg(long, value_name = "DIR", requires = "install")]
     root: Option<PathBuf>,
-    /// Address, with port, at which other nodes reach this one: a cloud's public address, or a
-    /// forwarded port (can be repeated; only for a configuration that is not there yet)
+    /// Address and port at which other nodes reach this one: a cloud's public address or a
+    /// forwarded port (can be repeated; only applied when the configuration is created)
     #[arg(long, value_name = "ADDRESS:PORT", requires = "install")]
     advertise: Vec<SocketAddr>,
-    /// TCP port of this host that is reached outside the tunnel too, such as the API server's
-    /// (can be repeated; only for a configuration that is not there yet)
+    /// TCP port of this host that must be reachable outside the tunnel too, such as the API
+    /// server's (can be repeated; only applied when the configuration is created)
     #[arg(long, value_name = "PORT", requires = "install")]
     plain_port: Vec<u16>,
-    /// Try for this many seconds, then leave the reason and a timer that tries again
+    /// Try for this many seconds, then store the reason and start a timer that tries again
     #[arg(long, default_value_t = 300, value_name = "SECONDS", requires = "install")]
     timeout: u64,
-    /// Undo everything after this many seconds, counted from the agent's start, unless `towline
-    /// confirm` is run before: a way back if the mesh locks you out
+    /// Undo everything this many seconds after the agent's start, unless `towline confirm` is run
+    /// before: a way back if the mesh locks you out
     #[arg(long, value_name = "SECONDS", requires = "install",
           value_parser = clap::value_parser!(u64).range(1..=confirm::MAX_SECONDS))]
     confirm: Option<u64>,
@@ -48,34 +48,34 @@ pub(super) struct InstallArgs {
 #[derive(serde::Serialize)]
 struct Report {
     name: String,
-    /// What the kubelet is started with.
+    /// Value of the kubelet's `--node-ip`.
     node_ip: String,
     overlay_addresses: Vec<String>,
     already: bool,
 }
 
-/// Pauses between attempts to join.
+/// Delay between attempts to join.
 const RETRY: Backoff =
     Backoff::new(Duration::from_millis(500), Duration::from_secs(5), Jitter::Half);
 
-/// How a join is tried.
+/// Options of an attempt to join.
 struct Attempt {
-    /// Join even though the mesh cuts off the operator.
+    /// True to join even if the mesh cuts off the operator.
     force: bool,
-    /// How long the confirmation may take, in seconds; `None`: none is needed.
+    /// Maximum time until the confirmation, in seconds. `None`: no confirmation is needed.
     confirm: Option<u64>,
-    /// How long it may be tried, in seconds.
+    /// Maximum duration of all attempts, in seconds.
     timeout: u64,
-    /// When the trying ends.
+    /// Time at which the attempts end.
     deadline: Instant,
 }
 
 /// A machine that is being installed.
 struct Machine {
     tree: Tree,
-    /// As the agent will read it.
+    /// Configuration with its paths as the agent will see them.
     config: Config,
-    /// The same with its paths as seen from here.
+    /// The same configuration with its paths as seen from this process.
     outside: Config,
 }
 
@@ -91,7 +91,7 @@ pub(super) fn run(global: &Global, args: JoinArgs) -> anyhow::Result<()> {
         }
     } else {
         let name = super::join::name(name)?;
-        // Before anything is tried: a token that is none is never one.
+        // An invalid token fails before anything is tried.
         let text = source.read()?;
         let token: JoinToken = text.parse()?;
         machine.tree.keep_token(&text)?;
@@ -102,7 +102,7 @@ pub(super) fn run(global: &Global, args: JoinArgs) -> anyhow::Result<()> {
     machine.tree.start()?;
     let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_secs(10));
     wait::until_up(&machine.outside.socket, &[], Some(left))
-        .context("joined, and the agent is enabled; but")?;
+        .context("joined and enabled the agent, but it is not ready")?;
     let report = machine.report(already)?;
     eprintln!(
         "{} `{}`; the mesh is up",
@@ -119,7 +119,7 @@ pub(super) fn run(global: &Global, args: JoinArgs) -> anyhow::Result<()> {
 }
 
 impl Machine {
-    /// Writes what the machine needs, and reads its configuration.
+    /// Writes the files that the machine needs, and reads its configuration.
     fn prepare(global: &Global, how: &InstallArgs) -> anyhow::Result<Self> {
         let tree = Tree::new(how.root.as_deref());
         let changes = tree.install(&configuration(how)?)?;
@@ -128,9 +128,7 @@ impl Machine {
         }
         let fresh = changes.written.iter().any(|path| path == Path::new(DEFAULT_PATH));
         if !fresh && (!how.advertise.is_empty() || !how.plain_port.is_empty()) {
-            eprintln!(
-                "{DEFAULT_PATH} was there already: --advertise and --plain-port are not applied"
-            );
+            eprintln!("{DEFAULT_PATH} exists: --advertise and --plain-port are not applied");
         }
         let file = global.config.clone().unwrap_or_else(|| tree.path(DEFAULT_PATH));
         let mut config = Config::load(Some(&file))?;
@@ -146,9 +144,9 @@ impl Machine {
         Ok(Self { tree, config, outside })
     }
 
-    /// Whether it is a member, under `name` if one is given.
+    /// Returns whether the machine is a member, under `name` if one is given.
     fn member(&self, name: Option<&str>) -> anyhow::Result<bool> {
-        // A running agent holds the directory's lock; here it is only looked at.
+        // The directory is read without its lock, which a running agent holds.
         let state = StateDir::peek(&self.outside.state_dir);
         Ok(state.membership()?.is_some_and(|membership| {
             name.is_none_or(|name| membership.grant.name.as_str() == name)
@@ -157,16 +155,16 @@ impl Machine {
 
     fn join(&self, token: &JoinToken, name: &NodeName, attempt: &Attempt) -> anyhow::Result<()> {
         let Err(error) = self.keep_trying(token, name, attempt) else { return Ok(()) };
-        // Who wants to confirm is there: a timer's join would need no confirmation.
+        // A timer would join without a confirmation, but this operator asked for one.
         let again = error.downcast_ref::<JoinError>().is_some_and(JoinError::may_pass)
             && attempt.confirm.is_none();
         self.tree.failed(&self.config, &format!("{error:#}"), again)?;
         let next = if again {
             format!("not joined; towline-join.timer tries again with {TOKEN}")
         } else if attempt.confirm.is_some() {
-            "not joined, and no timer tries again: the join would need a confirmation".to_owned()
+            "not joined; no timer tries again, because the join needs a confirmation".to_owned()
         } else {
-            "not joined, and trying again would not help".to_owned()
+            "not joined; no timer tries again, because it would fail again".to_owned()
         };
         Err(error.context(next))
     }
@@ -178,7 +176,7 @@ impl Machine {
         attempt: &Attempt,
     ) -> anyhow::Result<()> {
         let state = StateDir::lock(self.tree.state(&self.config)?)?;
-        // Before the join: a machine that dies in the middle of it has not joined for good.
+        // This is stored before the join, so that a join that a crash interrupts is undone too.
         match attempt.confirm {
             Some(seconds) => {
                 let seconds = seconds.saturating_add(attempt.timeout);
@@ -240,7 +238,7 @@ impl Machine {
     }
 }
 
-/// The configuration of a new machine: what was said, and defaults for the rest.
+/// Returns the configuration of a new machine: the given options, and defaults for the rest.
 fn configuration(how: &InstallArgs) -> anyhow::Result<String> {
     let mut text =
         String::from("# Every key with its default: /usr/share/doc/towline/agent.toml\n");
@@ -252,7 +250,7 @@ fn configuration(how: &InstallArgs) -> anyhow::Result<String> {
     let quoted = |address: &SocketAddr| format!("\"{address}\"");
     section("node", "advertise", how.advertise.iter().map(quoted).collect());
     section("routing", "plain_ports", how.plain_port.iter().map(ToString::to_string).collect());
-    // Said on the command line, so wrong here already.
+    // Invalid options fail here, before anything is written.
     Config::parse(&text, Path::new(DEFAULT_PATH))?;
     Ok(text)
 }

@@ -1,4 +1,4 @@
-//! `towline join`.
+//! Implements `towline join`.
 
 use std::io::Read as _;
 use std::path::PathBuf;
@@ -16,44 +16,44 @@ use crate::state::StateDir;
 
 #[derive(Debug, Args)]
 pub(super) struct JoinArgs {
-    /// The token itself. Other users of this machine can read it in the list of processes: use
+    /// The token itself. Other users of this machine can read it in the process list: use
     /// --token-file, TOWLINE_TOKEN or standard input instead
     #[arg(value_name = "TOKEN")]
     token: Option<String>,
-    /// File that holds the token; `-` is standard input
+    /// File that contains the token; `-` is standard input
     #[arg(long, value_name = "FILE", conflicts_with = "token")]
     token_file: Option<PathBuf>,
     /// This node's name, a DNS label [default: the host name up to its first dot]
     #[arg(long, env = "TOWLINE_NAME")]
     name: Option<String>,
-    /// Make this machine a node that comes back by itself: write the configuration and the units,
+    /// Set up this machine as a node that survives reboots: write the configuration and the units,
     /// join, start the agent, wait until the mesh is up, and print the node's address
     #[arg(long)]
     install: bool,
-    /// Join even though the mesh cuts off the SSH session from which this is run
+    /// Join even if the mesh cuts off the SSH session that runs this command
     #[arg(long)]
     force: bool,
     #[command(flatten)]
     how: super::install::InstallArgs,
-    /// How to write what is found
+    /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
 
 impl JoinArgs {
-    /// Whether the machine is to be set up, too.
+    /// Returns whether the machine is to be set up too.
     pub(super) fn install(&self) -> bool {
         self.install
     }
 
-    /// What [`super::install`] needs.
+    /// Returns the arguments that [`super::install`] needs.
     pub(super) fn parts(self) -> Parts {
         let Self { token, token_file, name, force, how, output, install: _ } = self;
         Parts { source: Source { argument: token, file: token_file }, name, force, how, output }
     }
 }
 
-/// The arguments, for [`super::install`].
+/// Arguments for [`super::install`].
 pub(super) struct Parts {
     pub(super) source: Source,
     pub(super) name: Option<String>,
@@ -62,7 +62,7 @@ pub(super) struct Parts {
     pub(super) output: Format,
 }
 
-/// Where the token is.
+/// Source of the token.
 #[derive(Debug)]
 pub(super) struct Source {
     argument: Option<String>,
@@ -82,7 +82,7 @@ pub(super) fn run(config: &Config, args: JoinArgs) -> anyhow::Result<()> {
     let name = name(args.name)?;
     let state = StateDir::open(&config.state_dir)?;
     let joined = match state.membership()? {
-        // A member needs no token to be told that it is one.
+        // A member needs no token.
         Some(membership) if membership.grant.name == name => Joined::Already(membership),
         _ => {
             let source = Source { argument: args.token, file: args.token_file };
@@ -100,9 +100,9 @@ pub(super) fn run(config: &Config, args: JoinArgs) -> anyhow::Result<()> {
     };
     let grant = &membership.grant;
     if already {
-        eprintln!("this machine is already `{}`: nothing was changed", grant.name);
+        eprintln!("this machine is already a member as `{}`: nothing was changed", grant.name);
     } else {
-        eprintln!("joined as `{}`; now run `towline agent`", grant.name);
+        eprintln!("joined as `{}`: run `towline agent`", grant.name);
     }
     let report = Report {
         name: grant.name.to_string(),
@@ -117,17 +117,18 @@ pub(super) fn run(config: &Config, args: JoinArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How the operator reaches this machine; nothing of it counts with `force`.
+/// Returns how the operator is connected to this machine; with `force`, no connection is checked.
 pub(super) fn operator(config: &Config, force: bool) -> Operator {
     if force { Operator::default() } else { super::machine::operator(config) }
 }
 
 impl Source {
-    /// From the argument, the file, the environment, or standard input, in this order.
+    /// Reads the token from the argument, the file, the environment or standard input, in this
+    /// order.
     pub(super) fn read(self) -> anyhow::Result<Zeroizing<String>> {
         if let Some(text) = self.argument {
             eprintln!(
-                "warning: a token on the command line can be read by other users; prefer --token-file"
+                "warning: other users can read a token on the command line: use --token-file"
             );
             return Ok(Zeroizing::new(text));
         }
@@ -136,17 +137,15 @@ impl Source {
                 .map(Zeroizing::new)
                 .with_context(|| format!("cannot read the token from {}", path.display()));
         }
-        // Not through clap, which would show the variable's value in its help.
+        // clap is not used for this variable, because its help would show the value.
         if let Ok(text) = std::env::var("TOWLINE_TOKEN") {
             return Ok(Zeroizing::new(text));
         }
         if std::io::IsTerminal::is_terminal(&std::io::stdin()) {
-            bail!(
-                "no token: give --token-file FILE, set TOWLINE_TOKEN, or write it to standard input"
-            );
+            bail!("no token: use --token-file FILE, TOWLINE_TOKEN or standard input");
         }
         let mut text = Zeroizing::new(String::new());
-        // A token is a few hundred bytes; the bound keeps a wrong file from filling the memory.
+        // A token has a few hundred bytes; the bound limits the memory that a wrong file takes.
         std::io::stdin()
             .take(64 * 1024)
             .read_to_string(&mut text)
@@ -155,7 +154,7 @@ impl Source {
     }
 }
 
-/// The given name, else the host's.
+/// Returns the given name, or by default the first label of the host name.
 pub(super) fn name(given: Option<String>) -> anyhow::Result<NodeName> {
     if let Some(name) = given {
         return Ok(name.parse()?);

@@ -1,4 +1,4 @@
-//! The command line's connection to the agent of this machine.
+//! Connection of the command line to the agent of this machine.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use tonic::transport::{Channel, Endpoint};
 use towline_proto::limits;
 use towline_proto::pb::local_client::LocalClient;
 
-/// Runs `work` on a runtime of its own, with a client of the agent's socket.
+/// Runs `work` on a new runtime, with a client for the agent's socket.
 pub(crate) fn with_agent<T>(
     socket: &Path,
     work: impl AsyncFnOnce(LocalClient<Channel>) -> anyhow::Result<T>,
@@ -16,7 +16,7 @@ pub(crate) fn with_agent<T>(
     runtime()?.block_on(async { work(connect(socket).await?).await })
 }
 
-/// A runtime for one command.
+/// Returns a runtime for one command.
 pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -26,13 +26,16 @@ pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 
 async fn connect(socket: &Path) -> anyhow::Result<LocalClient<Channel>> {
     let path: PathBuf = socket.into();
-    // Once by hand, so that the error is the socket's own.
+    // This connection only yields the socket's own error, which tonic would hide.
     tokio::net::UnixStream::connect(&path).await.map_err(|error| match error.kind() {
         std::io::ErrorKind::PermissionDenied => {
-            anyhow::anyhow!("not allowed to speak to the agent ({}): run this as root", path.display())
+            anyhow::anyhow!(
+                "cannot connect to the agent at {}: permission denied: run this as root",
+                path.display()
+            )
         }
         _ => anyhow::anyhow!(
-            "no agent is running (nothing answers at {}): start it with `towline agent`, or name its socket with --socket",
+            "no agent is running: nothing listens at {}: start `towline agent`, or set --socket",
             path.display()
         ),
     })?;
@@ -42,11 +45,11 @@ async fn connect(socket: &Path) -> anyhow::Result<LocalClient<Channel>> {
             async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
         }))
         .await
-        .context("the agent does not speak to us")?;
+        .context("cannot open a gRPC connection to the agent")?;
     Ok(LocalClient::new(channel).max_decoding_message_size(16 * limits::MESSAGE_BYTES))
 }
 
-/// The agent's words when it refuses.
+/// Converts the status with which the agent refused a request to an error.
 pub(super) fn said(status: &tonic::Status) -> anyhow::Error {
     let words: String = status.message().chars().filter(|c| !c.is_control()).collect();
     anyhow::anyhow!(if words.is_empty() { status.code().to_string() } else { words })

@@ -1,5 +1,5 @@
-//! `towline down`, `up`, `leave` and `confirm`: what becomes of this machine, with a running agent
-//! and without.
+//! Implements `towline down`, `up`, `leave`, `confirm` and the root-only steps of the units. Each
+//! command asks a running agent; without an agent it does the work itself.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
@@ -23,22 +23,22 @@ use crate::reserved_port;
 use crate::state::{StateDir, StateError};
 use towline_host::HostNetwork;
 
-/// How long an agent may take to start or to end before it is called stuck.
+/// Maximum time for an agent to start or to end. After it the command fails.
 const AGENT_LIMIT: Duration = Duration::from_secs(15);
-/// How long an agent may take for an answer that needs nobody else.
+/// Maximum time for an answer that the agent gives without contacting another machine.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
-/// How long an agent may take to leave: it tries every controller.
+/// Maximum time for an agent to leave: it tries every controller.
 const LEAVE_LIMIT: Duration = Duration::from_secs(300);
-/// Between two looks at the agent, which is on this machine.
+/// Interval between checks of the agent, which is on this machine.
 const PERIOD: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Args)]
 pub(super) struct LeaveArgs {
-    /// Forget the mesh here even though no controller can be told (an operator then removes the
-    /// node there)
+    /// Forget the mesh on this machine even if no controller can be reached (an operator must then
+    /// remove the node there)
     #[arg(long)]
     force: bool,
-    /// Disable the units in this directory instead of the machine's
+    /// Directory whose units are disabled, instead of the machine's
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
 }
@@ -48,30 +48,30 @@ pub(super) struct UpArgs {
     /// Give up after this many seconds
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     timeout: u64,
-    /// Bring the mesh up even though it cuts off the SSH session from which this is run
+    /// Bring the mesh up even if it cuts off the SSH session that runs this command
     #[arg(long)]
     force: bool,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct AfterStopArgs {
-    /// Look at this directory instead of the machine
+    /// Directory to work on, instead of the machine
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
 }
 
-/// Who does what a command asks for.
+/// Executor of a command: the running agent, or this process.
 enum Doer<T> {
-    /// The agent did it, and this is its answer.
+    /// The agent executed the command and returned this answer.
     Agent(T),
-    /// No agent runs, and none can start while this is held.
+    /// No agent runs, and none can start while this lock is held.
     Us(StateDir),
-    /// No agent is known to run; the state directory cannot be locked, for this reason.
+    /// No agent is known to run, and the state directory cannot be locked for this reason.
     Unlocked(StateError),
 }
 
-/// Asks the agent; without one, takes its place. An agent that starts or ends meanwhile is waited
-/// for.
+/// Sends the command to the agent. If none runs, locks the state directory so that the caller can
+/// do the work. Waits for an agent that is starting or ending.
 fn ask_or_replace<T>(
     config: &Config,
     limit: Duration,
@@ -112,7 +112,8 @@ fn ask_or_replace<T>(
     Err(stuck.context(format!("no answer at {}", config.socket.display())))
 }
 
-/// The connection ended, or the agent is ending: not its answer to the request.
+/// Returns whether the connection ended, or the agent is ending. Such a status does not answer the
+/// request.
 fn is_of_the_transport(status: &tonic::Status) -> bool {
     matches!(
         status.code(),
@@ -123,7 +124,7 @@ fn is_of_the_transport(status: &tonic::Status) -> bool {
     )
 }
 
-/// Waits until the agent that was told to end has ended.
+/// Waits until an agent that was asked to end has ended.
 fn await_end(config: &Config) {
     let begun = Instant::now();
     while begun.elapsed() < AGENT_LIMIT
@@ -134,7 +135,7 @@ fn await_end(config: &Config) {
     }
 }
 
-/// Something on this machine could bring the tunnel up.
+/// Returns whether an agent of this machine would have something to run.
 fn has_something_to_run(config: &Config) -> bool {
     !config.peers.is_empty() || config.state_dir.join("membership.json").exists()
 }
@@ -143,7 +144,7 @@ pub(super) fn down(config: &Config) -> anyhow::Result<()> {
     let marker = DownMarker::of(config);
     let already = marker.read().is_some();
     let answer = if has_something_to_run(config) || daemon::is_running(&config.socket) {
-        // The marker first: an agent that starts from here on does not bring the mesh up.
+        // The marker is set first: an agent that starts after this does not bring the mesh up.
         let written = marker.set(SystemTime::now());
         let done = ask_or_replace(config, ANSWER_LIMIT, async |mut agent| {
             agent.down(pb::DownRequest {}).await.map(|answer| answer.into_inner())
@@ -154,7 +155,7 @@ pub(super) fn down(config: &Config) -> anyhow::Result<()> {
                 let warning = (!answer.warning.is_empty()).then_some(answer.warning);
                 DownAnswer { already: already && answer.already, warning }
             }
-            // What is held or not, the operator wants the host open.
+            // The host is opened with or without the lock, because the operator wants it open.
             Doer::Us(_) | Doer::Unlocked(_) => {
                 daemon::open_host(config)?;
                 DownAnswer::new(already, written)
@@ -169,13 +170,13 @@ pub(super) fn down(config: &Config) -> anyhow::Result<()> {
     }
     release_port(config);
     eprintln!(
-        "{}; no link, route or guard of ours is on this machine; it stays so until `towline up`",
+        "{}; link, routes and guards of Towline are removed until `towline up`",
         if answer.already { "this machine was down already" } else { "agent stopped" }
     );
     Ok(())
 }
 
-/// Keeps the tunnels' port from others, unless this machine is down.
+/// Reserves the tunnels' port, unless this machine is down.
 pub(super) fn reserve_port(config: &Config) -> anyhow::Result<()> {
     if DownMarker::of(config).read().is_some() {
         return Ok(());
@@ -186,15 +187,17 @@ pub(super) fn reserve_port(config: &Config) -> anyhow::Result<()> {
         .with_context(|| format!("cannot reserve UDP port {port}"))
 }
 
-/// Gives the tunnels' port back.
+/// Releases the reservation of the tunnels' port.
 fn release_port(config: &Config) {
     let port = config.wireguard.port;
     if let Err(error) = reserved_port::release(port) {
-        eprintln!("warning: UDP port {port} stays in net.ipv4.ip_local_reserved_ports: {error}");
+        eprintln!(
+            "warning: cannot release UDP port {port} from net.ipv4.ip_local_reserved_ports: {error}"
+        );
     }
 }
 
-/// An agent that was down before goes on running.
+/// Waits for the end of the agent, unless it was down before and keeps running.
 fn await_end_unless(config: &Config, runs_on: bool) {
     if !runs_on {
         await_end(config);
@@ -222,13 +225,11 @@ pub(super) fn up(config: &Config, args: &UpArgs) -> anyhow::Result<()> {
         Doer::Agent(_) => {}
         Doer::Us(_) | Doer::Unlocked(_) => {
             marker.clear().context("this machine stays down")?;
-            // The lock is released: an agent may start.
+            // Dropping releases the lock, so that an agent can start.
             drop(done);
             let tree = Tree::new(None);
             if !(tree.has_systemd() && tree.serves(&config.state_dir) && tree.has_agent_unit()) {
-                eprintln!(
-                    "this machine may come up again, and no agent runs: start it with `towline agent`"
-                );
+                eprintln!("this machine is no longer down, but no agent runs: run `towline agent`");
                 return Ok(());
             }
             tree.start_agent()?;
@@ -246,7 +247,7 @@ fn status(config: &Config) -> anyhow::Result<pb::StatusResponse> {
     })
 }
 
-/// Waits until the agent has applied its plan, and says meanwhile what is missing.
+/// Waits until the agent has applied its plan. Prints what is missing whenever that changes.
 fn await_applied(config: &Config, deadline: Instant) -> anyhow::Result<()> {
     let mut told = String::new();
     loop {
@@ -258,7 +259,7 @@ fn await_applied(config: &Config, deadline: Instant) -> anyhow::Result<()> {
             Err(error) => format!("{error:#}"),
         };
         if Instant::now() >= deadline {
-            bail!("the mesh is not up: {missing}: `towline status` says more");
+            bail!("the mesh is not up: {missing}: run `towline status`");
         }
         if missing != told {
             eprintln!("waiting: {missing}");
@@ -272,24 +273,26 @@ fn missing(status: &pb::StatusResponse) -> Option<String> {
     if status.state == "down" {
         return Some("this machine is down".to_owned());
     }
-    // An agent of an older version does not say it.
+    // An older agent does not send this field.
     (status.applied == Some(false))
-        .then(|| format!("the host's network is not as planned: {}", status.applied_reason))
+        .then(|| format!("the host's network differs from the plan: {}", status.applied_reason))
 }
 
 pub(super) fn leave(config: &Config, args: &LeaveArgs) -> anyhow::Result<()> {
     let force = args.force;
     if !daemon::is_running(&config.socket) {
-        // Nothing is made on a machine that never joined.
+        // A machine that never joined must not get a state directory.
         not_joined(config)?;
     }
     let request = pb::LocalLeaveRequest { force };
     let done = ask_or_replace(config, LEAVE_LIMIT, async |mut agent| agent.leave(request).await)
-        .context("still a member (to forget the mesh here anyway: `towline leave --force`)")?;
+        .context(
+            "still a member (`towline leave --force` forgets the mesh on this machine anyway)",
+        )?;
     match done {
         Doer::Agent(_) => await_end(config),
         Doer::Us(state) => {
-            // An agent that ended while it was asked may have left.
+            // An agent that ended during the request may have left already.
             if state.membership()?.is_some() {
                 runtime()?.block_on(daemon::leave(config, &state, force))?;
             }
@@ -308,7 +311,7 @@ pub(super) fn leave(config: &Config, args: &LeaveArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The error of a machine that has not joined, with the reason if its join was undone.
+/// Fails if the machine has not joined. The error contains the reason if its join was undone.
 fn not_joined(config: &Config) -> anyhow::Result<()> {
     let state = StateDir::peek(&config.state_dir);
     if state.membership()?.is_some() {
@@ -344,7 +347,7 @@ pub(super) fn confirm(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What is left to do by root after the agent ended: it undid a join, and cannot disable units.
+/// Finishes as root what the agent's user cannot do: disabling the units after a join was undone.
 pub(super) fn after_stop(config: &Config, args: &AfterStopArgs) -> anyhow::Result<()> {
     let state = StateDir::peek(&config.state_dir);
     if !state.is_undone() || state.membership()?.is_some() {
@@ -357,21 +360,21 @@ pub(super) fn after_stop(config: &Config, args: &AfterStopArgs) -> anyhow::Resul
             eprintln!("{line}");
         }
     }
-    // The reason of the undoing stays, as that of a join that failed.
+    // The reason stays stored as the failure of the join.
     Ok(state.forget_undone()?)
 }
 
-/// How the operator reaches this machine.
+/// Returns how the operator is connected to this machine.
 pub(super) fn operator(config: &Config) -> Operator {
     let own = HostNetwork::open().and_then(|mut network| network.local_addresses());
     let own: Vec<_> = own.unwrap_or_default().iter().map(|address| address.prefix.addr()).collect();
     Operator { sessions: lockout::sessions(&own), plain_ports: config.routing.plain_ports.clone() }
 }
 
-/// The error of a machine that is a member and down.
+/// Fails if the machine is down.
 pub(super) fn refuse_down(config: &Config) -> anyhow::Result<()> {
     if DownMarker::of(config).read().is_some() {
-        bail!("this machine is a member already, and it is down: run `towline up`");
+        bail!("this machine is already a member and is down: run `towline up`");
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
-//! The command line: `towline`.
+//! Command line of the agent: `towline`.
 //!
-//! Data goes to stdout, talk to stderr. Exit status 0 done, 1 failed, 2 wrong usage. A flag wins
-//! over the environment, the environment over the file.
+//! Data goes to stdout, diagnostics to stderr. Exit status: 0 done, 1 failed, 2 wrong usage. Flags
+//! take precedence over the environment, and the environment over the file.
 
 mod daemon;
 mod guard;
@@ -26,10 +26,10 @@ use crate::state::StateError;
 use output::Format;
 
 /// Exit status of a service on a machine that has not joined a mesh ("not configured" of the Linux
-/// Standard Base): the unit is not restarted then (`RestartPreventExitStatus`).
+/// Standard Base). The unit is then not restarted (`RestartPreventExitStatus`).
 const NOT_JOINED: u8 = 6;
 
-/// Joins this machine to an encrypted node network, and shows how it stands.
+/// Joins this machine to an encrypted node network and shows its state.
 #[derive(Debug, Parser)]
 #[command(name = "towline", version, propagate_version = true)]
 struct Cli {
@@ -41,13 +41,13 @@ struct Cli {
 
 #[derive(Debug, Args)]
 struct Global {
-    /// Configuration file [default: /etc/towline/agent.toml, if it is there]
+    /// Configuration file [default: /etc/towline/agent.toml, if it exists]
     #[arg(long, env = "TOWLINE_CONFIG", global = true, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// State directory, instead of the configured one
+    /// State directory; overrides the configuration
     #[arg(long, env = "TOWLINE_STATE_DIR", global = true, value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// The agent's socket, instead of the configured one
+    /// The agent's socket; overrides the configuration
     #[arg(long, env = "TOWLINE_SOCKET", global = true, value_name = "FILE")]
     socket: Option<PathBuf>,
 }
@@ -58,11 +58,11 @@ enum Command {
     Join(join::JoinArgs),
     /// Run the agent in the foreground
     Agent,
-    /// Relay for nodes that have no direct path, and nothing else: no link, no routes
+    /// Run as a relay only, for nodes that have no direct path: no link, no routes
     Relay,
     /// Wait until the mesh is up
     Wait(wait::WaitArgs),
-    /// Show how this node stands
+    /// Show the state of this node
     Status(OutputArgs),
     /// Show every peer: state, path, round-trip time, traffic
     Peers(OutputArgs),
@@ -70,26 +70,26 @@ enum Command {
     Pubkey,
     /// Probe the path to a node
     Ping(ping::PingArgs),
-    /// Leave the mesh for good: the node is removed, the machine opened, its units disabled
+    /// Leave the mesh permanently: remove the node, its guards and routes, and disable its units
     Leave(machine::LeaveArgs),
-    /// Open the machine until `towline up`, also over a reboot: stop the agent and remove its link,
+    /// Open the machine until `towline up`, across reboots too: stop the agent and remove its link,
     /// routes and guards
     Down,
-    /// Bring up the mesh again after `towline down`
+    /// Bring the mesh up again after `towline down`
     Up(machine::UpArgs),
-    /// Make a join permanent that was made with --confirm
+    /// Make a join with --confirm permanent
     Confirm,
-    /// Guard the mesh's networks before any agent runs, from what is on the disk (for the boot)
+    /// Install the guards before any agent runs, from the stored state (for the boot)
     Guard(guard::GuardArgs),
-    /// Show the address by which other nodes know this one, for the kubelet's --node-ip
+    /// Show the address by which other nodes reach this one, for the kubelet's --node-ip
     NodeIp(guard::NodeIpArgs),
-    /// Keep the tunnels' UDP port from sockets that ask for any port, as root (for the unit)
+    /// Reserve the tunnels' UDP port, so that no socket gets it by chance, as root (for the unit)
     #[command(hide = true)]
     ReservePort,
-    /// Do as root what an agent that undid its join left to do (for the unit)
+    /// Finish, as root, what an agent that undid its join cannot do (for the unit)
     #[command(hide = true)]
     AfterStop(machine::AfterStopArgs),
-    /// Look at the configuration
+    /// Check or show the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
     /// Show the version
@@ -98,22 +98,22 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct OutputArgs {
-    /// How to write what is found
+    /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
 
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
-    /// Parse the configuration and say what is wrong with it
+    /// Check the configuration and print its errors
     Check,
-    /// Write the configuration in force, defaults included
+    /// Print the effective configuration, with all defaults
     Show,
 }
 
-/// Runs the command line.
+/// Runs the command line and returns its exit status.
 pub fn run() -> ExitCode {
-    // Nearly every command holds a key or a token.
+    // Nearly every command has a key or a token in memory.
     towline_service::process::forbid_dumps();
     let cli = Cli::parse();
     let is_agent = matches!(cli.command, Command::Agent | Command::Relay);
@@ -124,7 +124,7 @@ pub fn run() -> ExitCode {
         Err(error) => {
             eprintln!("towline: {error:#}");
             match error.downcast_ref() {
-                // To a service manager it is no failure that the next start could end.
+                // A restart by the service manager would not help.
                 Some(StateError::NotJoined { .. }) if is_service => ExitCode::from(NOT_JOINED),
                 _ => ExitCode::FAILURE,
             }
@@ -158,7 +158,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::NodeIp(args) => guard::node_ip(&config()?, &args),
         Command::Config(ConfigCommand::Check) => {
             crate::static_peers::load(&config()?.peers)?;
-            eprintln!("configuration is good");
+            eprintln!("the configuration is valid");
             Ok(())
         }
         Command::Config(ConfigCommand::Show) => output::print(&toml::to_string(&config()?)?),
@@ -166,7 +166,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-/// The configuration in force: the file, then the environment and the flags over it.
+/// Returns the effective configuration: the file, overridden by the environment and the flags.
 fn load(global: &Global) -> anyhow::Result<Config> {
     let mut config = Config::load(global.config.as_deref())?;
     if let Some(dir) = &global.state_dir {

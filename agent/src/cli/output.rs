@@ -1,4 +1,4 @@
-//! How results are written: tables for people, JSON and YAML for programs.
+//! Output formats: tables for people, JSON and YAML for programs.
 
 use std::io::{self, Write as _};
 use std::time::Duration;
@@ -6,13 +6,13 @@ use std::time::Duration;
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
-/// The form of a result.
+/// Format of a command's result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub(super) enum Format {
-    /// For people
+    /// Table for people
     #[default]
     Table,
-    /// For people with wide terminals: every column
+    /// Table with all columns, for wide terminals
     Wide,
     /// One JSON document
     Json,
@@ -20,7 +20,7 @@ pub(super) enum Format {
     Yaml,
 }
 
-/// Writes `value` in a form for programs; `None` when a table is wanted.
+/// Returns `value` as JSON or YAML, or `None` if a table is wanted.
 pub(super) fn document<T: Serialize>(format: Format, value: &T) -> anyhow::Result<Option<String>> {
     Ok(match format {
         Format::Table | Format::Wide => None,
@@ -29,25 +29,26 @@ pub(super) fn document<T: Serialize>(format: Format, value: &T) -> anyhow::Resul
     })
 }
 
-/// Standard output took no more.
+/// Failure to write to standard output.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write to standard output: {0}")]
 struct Unwritten(#[source] io::Error);
 
-/// Writes to stdout; a reader that went away is an error that [`is_broken_pipe`] knows.
+/// Writes to stdout. [`is_broken_pipe`] recognizes the error if the reader closed the pipe.
 pub(super) fn print(text: &str) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Unwritten)?;
     Ok(())
 }
 
-/// Whether somebody, like `head`, just stopped reading. A connection that broke is another matter.
+/// Returns whether the reader of stdout, like `head`, closed the pipe. Broken connections do not
+/// count.
 pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let unwritten = error.downcast_ref::<Unwritten>();
     unwritten.is_some_and(|Unwritten(error)| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// A table without lines, as the tools of this trade write it.
+/// Returns a table without lines, like those of kubectl.
 pub(super) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table
@@ -57,7 +58,7 @@ pub(super) fn table(header: &[&str]) -> Table {
     table
 }
 
-/// The table's text, without the blanks that fill its last column.
+/// Returns the table's text, without the padding of its last column.
 pub(super) fn render(table: &Table) -> String {
     let mut text = String::new();
     for line in table.to_string().lines() {
@@ -67,7 +68,7 @@ pub(super) fn render(table: &Table) -> String {
     text
 }
 
-/// Bytes in binary units: `1.5 MiB`.
+/// Formats a number of bytes in binary units: `1.5 MiB`.
 pub(super) fn bytes(count: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if count < 1024 {
@@ -82,7 +83,7 @@ pub(super) fn bytes(count: u64) -> String {
     format!("{value:.1} {}", UNITS[unit])
 }
 
-/// An age in its two largest units: `1h 5m`, `12s`.
+/// Formats an age in its two largest units: `1h 5m`, `12s`.
 pub(super) fn age(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match seconds {
@@ -93,12 +94,12 @@ pub(super) fn age(duration: Duration) -> String {
     }
 }
 
-/// A round-trip time in milliseconds: `0.42 ms`.
+/// Formats a round-trip time in milliseconds: `0.42 ms`.
 pub(super) fn rtt(micros: u64) -> String {
     format!("{:.2} ms", micros as f64 / 1000.0)
 }
 
-/// `-` for what is not there.
+/// Returns the text, or `-` if there is none.
 pub(super) fn or_dash(text: Option<String>) -> String {
     text.filter(|text| !text.is_empty()).unwrap_or_else(|| "-".into())
 }

@@ -1,4 +1,4 @@
-//! `towline peers`: every peer, its state, its path, and why it is not up.
+//! Implements `towline peers`: every peer, its state, its path, and why it is not up.
 
 use std::time::Duration;
 
@@ -67,7 +67,8 @@ impl From<pb::PeerStatus> for Peer {
     }
 }
 
-/// No link may have less (RFC 8200 section 5), so ours keeps to it, whatever a path takes.
+/// Minimum MTU of a link with IPv6 (RFC 8200, section 5). The tunnel's link keeps to it even if a
+/// path takes less.
 const IPV6_MIN_MTU: u32 = 1280;
 
 pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
@@ -83,7 +84,7 @@ pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
 
 fn text(peers: &[Peer], wide: bool) -> String {
     if peers.is_empty() {
-        return "no peers yet: this node knows of no other\n".into();
+        return "no peers: this node knows no other node yet\n".into();
     }
     let mut header = vec![
         "PEER",
@@ -112,7 +113,7 @@ fn text(peers: &[Peer], wide: bool) -> String {
         let mut row = vec![
             peer.name.clone(),
             output::or_dash(peer.site.clone()),
-            // The first is enough for a narrow terminal; all are in the wide form.
+            // A narrow terminal shows one address; the wide format shows all.
             if wide {
                 peer.overlay_addresses.join(" ")
             } else {
@@ -146,7 +147,7 @@ fn text(peers: &[Peer], wide: bool) -> String {
     output::render(&table) + "\n" + &remarks.concat()
 }
 
-/// What the table alone would leave an operator wondering about, a line each.
+/// Returns explanations that the table has no column for, one line each.
 fn remarks(peer: &Peer) -> impl Iterator<Item = String> {
     let why = peer.reason.as_ref().map(|reason| {
         let since = output::age(Duration::from_millis(peer.since_ms));
@@ -154,7 +155,7 @@ fn remarks(peer: &Peer) -> impl Iterator<Item = String> {
     });
     let small = peer.mtu.filter(|mtu| *mtu < IPV6_MIN_MTU).map(|mtu| {
         format!(
-            "the path to {} takes {mtu} bytes at once: larger packets are sent in two fragments\n",
+            "the path to {} has an MTU of {mtu} bytes: larger packets are sent in two fragments\n",
             peer.name
         )
     });
@@ -193,8 +194,8 @@ mod tests {
         let below = text.split_once("\n\n").unwrap().1;
         assert_eq!(
             below,
-            "worker-b is up for 1m 1s: through a relay: why\nthe path to worker-c takes 1236 bytes \
-             at once: larger packets are sent in two fragments\n"
+            "worker-b is up for 1m 1s: through a relay: why\nthe path to worker-c has an MTU of \
+             1236 bytes: larger packets are sent in two fragments\n"
         );
     }
 }

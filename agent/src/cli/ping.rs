@@ -1,4 +1,4 @@
-//! `towline ping NODE`: probes the path, beside the tunnel's own traffic.
+//! Implements `towline ping NODE`, which probes the path outside of the WireGuard session.
 
 use anyhow::bail;
 use clap::Args;
@@ -11,9 +11,9 @@ use crate::config::Config;
 
 #[derive(Debug, Args)]
 pub(super) struct PingArgs {
-    /// A node's name, or one of its overlay addresses
+    /// Name of a node, or one of its overlay addresses
     node: String,
-    /// How many probes
+    /// Number of probes
     #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     count: u32,
     /// Milliseconds between probes
@@ -22,7 +22,7 @@ pub(super) struct PingArgs {
     /// Milliseconds to wait for each answer
     #[arg(short, long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(10..=60_000))]
     timeout: u32,
-    /// How to write what is found
+    /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
@@ -44,7 +44,7 @@ struct Probe {
     reason: String,
 }
 
-/// Succeeds when at least one probe was answered.
+/// Probes the path. Succeeds if at least one probe was answered.
 pub(super) fn run(config: &Config, args: PingArgs) -> anyhow::Result<()> {
     let request = pb::PingRequest {
         node: args.node.clone(),
@@ -78,7 +78,7 @@ pub(super) fn run(config: &Config, args: PingArgs) -> anyhow::Result<()> {
         output::print(&document)?;
     }
     if received == 0 {
-        bail!("no answer from {}: `towline peers` says why", report.node);
+        bail!("no answer from {}: run `towline peers` to see why", report.node);
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `towline status` and `towline version`.
+//! Implements `towline status` and `towline version`.
 
 use std::time::Duration;
 
@@ -15,11 +15,11 @@ use crate::down::DownMarker;
 
 #[derive(Serialize)]
 struct Status {
-    /// "running" or "down".
+    /// State of the machine: "running" or "down".
     state: String,
-    /// When `towline down` was run; `null`: the machine is not down, or it is not known since when.
+    /// When `towline down` was run. `null` if the machine is not down, or if the time is unknown.
     down_since: Option<String>,
-    /// The join is undone after this time unless it is confirmed; `null`: it is permanent.
+    /// Time after which the join is undone unless it is confirmed. `null` if it is permanent.
     confirm_within_ms: Option<u64>,
     name: Option<String>,
     node_id: Option<String>,
@@ -137,7 +137,7 @@ impl From<pb::StatusResponse> for Status {
 pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
     let marker = DownMarker::of(config).read().filter(|_| !daemon::is_running(&config.socket));
     if let Some(down) = marker {
-        bail!("no agent is running, and {}", daemon::down_line(down));
+        bail!("no agent is running: {}", daemon::down_line(down));
     }
     let status: Status = with_agent(&config.socket, async |mut agent| {
         let answer = agent.status(pb::StatusRequest {}).await.map_err(|status| said(&status))?;
@@ -198,7 +198,7 @@ fn text(status: &Status, wide: bool) -> String {
     }
     let relayed = match status.peers_relayed {
         0 => String::new(),
-        relayed => format!(", {relayed} through a relay (`towline peers` says why)"),
+        relayed => format!(", {relayed} through a relay (run `towline peers` to see why)"),
     };
     line("peers", format!("{} up of {}{relayed}", status.peers_up, status.peers_total));
     if status.controller.is_some() {

@@ -1,4 +1,4 @@
-//! `towline wait`: for scripts and units that must not begin before the mesh is up.
+//! Implements `towline wait`, for scripts and units that must not start before the mesh is up.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,15 +12,15 @@ use crate::config::Config;
 
 #[derive(Debug, Args)]
 pub(super) struct WaitArgs {
-    /// Give up after this many seconds; 0: never
+    /// Give up after this many seconds; 0: never give up
     #[arg(long, default_value_t = 120, value_name = "SECONDS")]
     timeout: u64,
-    /// Wait until this node is reached, too (can be repeated)
+    /// Wait until this node is up too (can be repeated)
     #[arg(long, value_name = "NODE")]
     peer: Vec<String>,
 }
 
-/// Between two looks: the agent is on this machine.
+/// Interval between status requests. It is short, because the agent is local.
 const PERIOD: Duration = Duration::from_millis(100);
 
 pub(super) fn run(config: &Config, args: &WaitArgs) -> anyhow::Result<()> {
@@ -30,9 +30,9 @@ pub(super) fn run(config: &Config, args: &WaitArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits until the mesh is up: the agent runs, its link, routes and guards are in place, and it
-/// reaches another node, or is the first of its mesh and has heard so from a controller; and it
-/// reaches each of `peers`.
+/// Waits until the mesh is up. That is the case when the agent runs, its link, routes and guards
+/// are in place, each of `peers` is up, and one more condition holds: any peer is up, or a
+/// controller is connected and reports no other node.
 pub(super) fn until_up(
     socket: &Path,
     peers: &[String],
@@ -52,7 +52,7 @@ pub(super) fn until_up(
     }
 }
 
-/// What is missing.
+/// Returns what is missing, or `None` if the mesh is up.
 fn look(socket: &Path, wanted: &[String]) -> anyhow::Result<Option<String>> {
     with_agent(socket, async |mut agent| {
         let status = agent.status(pb::StatusRequest {}).await.map_err(|status| said(&status))?;
@@ -69,9 +69,12 @@ fn missing(
     if status.state == "down" {
         return Some("this machine is down: run `towline up`".to_owned());
     }
-    // An agent of an older version does not say it.
+    // An older agent does not send this field.
     if status.applied == Some(false) {
-        return Some(format!("the host's network is not as planned: {}", status.applied_reason));
+        return Some(format!(
+            "the host's network differs from the plan: {}",
+            status.applied_reason
+        ));
     }
     let up = |peer: &pb::PeerStatus| peer.state == "up";
     for name in wanted {
@@ -136,7 +139,7 @@ mod tests {
         };
         let missing = |status| missing(&status, &peers, &["a".into()]);
         assert_eq!(missing(applied(Some(true), "")), None);
-        assert_eq!(missing(applied(None, "")), None, "an agent of before");
+        assert_eq!(missing(applied(None, "")), None, "an older agent");
         let reason = missing(applied(Some(false), "the link towline0 is missing")).unwrap();
         assert!(reason.contains("the link towline0 is missing"), "{reason}");
     }
