@@ -1,5 +1,5 @@
-//! Packets with sources that are not ours to use, put on the wire beside a host: what a stranger on the
-//! host's LAN, or its provider, could send.
+//! Spoofed packets on the wire next to a host: what a stranger on the host's LAN, or its provider,
+//! could send.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -13,7 +13,7 @@ use towline_netlink::Rtnetlink;
 use super::namespace::Namespace;
 use super::ping::checksum;
 
-/// Sends on one port of a bridge, to the host at its other end.
+/// Sends packets on one port of a bridge, to the host at its other end.
 #[derive(Debug)]
 pub struct Forger {
     socket: Socket,
@@ -22,7 +22,7 @@ pub struct Forger {
 }
 
 impl Forger {
-    /// On the port `port` in `switch`, towards the link `link` of `host`.
+    /// Opens a forger on the port `port` in `switch`, towards the link `link` of `host`.
     pub fn new(
         switch: &Namespace,
         port: &str,
@@ -32,14 +32,14 @@ impl Forger {
         let hardware = host.run(|| hardware_address(link))?;
         switch.run(|| {
             let port = Rtnetlink::open()?.link_index(port)?;
-            // Without a protocol nothing is ever received.
+            // Without a protocol the socket receives nothing.
             let socket = Socket::new(Domain::PACKET, Type::DGRAM, None)?;
             socket.set_nonblocking(true)?;
             Ok(Self { socket, port, hardware })
         })
     }
 
-    /// Puts an IP packet on the wire.
+    /// Sends an IP packet on the wire.
     pub fn send(&self, packet: &[u8]) -> io::Result<()> {
         let protocol = match packet.first() {
             Some(first) if first >> 4 == 4 => libc::ETH_P_IP,
@@ -77,12 +77,13 @@ fn hardware_address(link: &str) -> anyhow::Result<[u8; 6]> {
         .with_context(|| format!("{link} has no hardware address"))
 }
 
-/// A UDP datagram as an IP packet.
+/// Builds a UDP datagram as an IP packet.
 ///
 /// # Errors
-/// When the two addresses are of different families, or the payload is too long.
+/// If the two addresses are of different families, or the payload is too long.
 pub fn udp(from: SocketAddr, to: SocketAddr, payload: &[u8]) -> anyhow::Result<Vec<u8>> {
-    let length = u16::try_from(8 + payload.len()).context("too long")?;
+    let length =
+        u16::try_from(8 + payload.len()).context("the payload is too long for a UDP datagram")?;
     let mut datagram = Vec::with_capacity(usize::from(length));
     datagram.extend(from.port().to_be_bytes());
     datagram.extend(to.port().to_be_bytes());
@@ -92,20 +93,21 @@ pub fn udp(from: SocketAddr, to: SocketAddr, payload: &[u8]) -> anyhow::Result<V
     packet(from.ip(), to.ip(), libc::IPPROTO_UDP as u8, datagram, 6)
 }
 
-/// The SYN that begins a TCP connection, as an IP packet.
+/// Builds the SYN of a TCP connection as an IP packet.
 ///
 /// # Errors
-/// When the two addresses are of different families.
+/// If the two addresses are of different families.
 pub fn tcp_syn(from: SocketAddr, to: SocketAddr) -> anyhow::Result<Vec<u8>> {
     let mut segment = Vec::with_capacity(20);
     segment.extend(from.port().to_be_bytes());
     segment.extend(to.port().to_be_bytes());
-    // Sequence and acknowledgement, then five words of header, SYN, and a window.
+    // Sequence number, acknowledgement number, data offset of 5 words, SYN flag, window.
     segment.extend([0, 0, 0, 1, 0, 0, 0, 0, 5 << 4, 2, 0xff, 0xff, 0, 0, 0, 0]);
     packet(from.ip(), to.ip(), libc::IPPROTO_TCP as u8, segment, 16)
 }
 
-/// Puts an IP header before a body and fills in the checksums; the body's own is at `sum_at`.
+/// Prepends an IP header to a body and fills in the checksums; the body's own checksum is at
+/// `sum_at`.
 fn packet(
     from: IpAddr,
     to: IpAddr,
@@ -140,30 +142,30 @@ fn packet(
     Ok(packet)
 }
 
-/// Hops that every packet is sent with.
+/// Hop limit (TTL) of every packet that is built here.
 pub const HOPS: u8 = 64;
-/// Bytes of the fixed IPv4 and IPv6 headers.
+/// Sizes of the fixed IPv4 and IPv6 headers, in bytes.
 const V4_HEADER: usize = 20;
 const V6_HEADER: usize = 40;
-/// Next header of IPv6: fragment, destination options, hop-by-hop options.
+/// Next-header value of an IPv6 fragment header (RFC 8200, section 4.5).
 const FRAGMENT: u8 = 44;
-/// Destination options (RFC 8200, section 4.6).
+/// Next-header value of destination options (RFC 8200, section 4.6).
 pub const DESTINATION_OPTIONS: u8 = 60;
-/// Hop-by-hop options (RFC 8200, section 4.3).
+/// Next-header value of hop-by-hop options (RFC 8200, section 4.3).
 pub const HOP_BY_HOP: u8 = 0;
 
-/// The fragments of a packet without options, each of at most `mtu` bytes.
+/// Splits a packet without IP options or extension headers into fragments of at most `mtu` bytes.
 ///
 /// # Errors
-/// When there is no IP header, or no room for a fragment in `mtu`.
+/// If the packet has no IP header, or no fragment fits into `mtu` bytes.
 pub fn fragments(packet: &[u8], mtu: usize) -> anyhow::Result<Vec<Vec<u8>>> {
     const IDENTIFICATION: u32 = 0x544c;
     const FRAGMENT_HEADER: usize = 8;
     let is_v4 = packet.first().is_some_and(|first| first >> 4 == 4);
     let (header, overhead) =
         if is_v4 { (V4_HEADER, V4_HEADER) } else { (V6_HEADER, V6_HEADER + FRAGMENT_HEADER) };
-    let (header, body) = packet.split_at_checked(header).context("no IP packet")?;
-    // Offsets count in units of 8 bytes.
+    let (header, body) = packet.split_at_checked(header).context("not an IP packet")?;
+    // Fragment offsets count in units of 8 bytes.
     let room = mtu.saturating_sub(overhead) / 8 * 8;
     anyhow::ensure!(room > 0, "no fragment fits in {mtu} bytes");
     let count = body.len().div_ceil(room);
@@ -193,17 +195,18 @@ pub fn fragments(packet: &[u8], mtu: usize) -> anyhow::Result<Vec<Vec<u8>>> {
     pieces.collect()
 }
 
-/// An IPv6 packet with an extension header of this kind, full of padding, before its payload.
+/// Inserts an extension header of this kind, filled with padding, before the payload of an IPv6
+/// packet.
 ///
 /// # Errors
-/// When it is no IPv6 packet, or would be too long.
+/// If it is not an IPv6 packet, or would become too long.
 pub fn extended(packet: &[u8], kind: u8) -> anyhow::Result<Vec<u8>> {
-    anyhow::ensure!(packet.first().is_some_and(|first| first >> 4 == 6), "no IPv6 packet");
-    let (header, body) = packet.split_at_checked(V6_HEADER).context("no IPv6 packet")?;
+    anyhow::ensure!(packet.first().is_some_and(|first| first >> 4 == 6), "not an IPv6 packet");
+    let (header, body) = packet.split_at_checked(V6_HEADER).context("not an IPv6 packet")?;
     let mut extended = header.to_vec();
     let protocol = std::mem::replace(&mut extended[6], kind);
     extended[4..6].copy_from_slice(&u16::try_from(8 + body.len())?.to_be_bytes());
-    // PadN of six bytes.
+    // A PadN option of six bytes.
     extended.extend([protocol, 0, 1, 4, 0, 0, 0, 0]);
     extended.extend(body);
     Ok(extended)

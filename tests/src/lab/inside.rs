@@ -1,7 +1,7 @@
-//! `cargo test` inside namespaces: a test's program is started again, for that one test, as root of
-//! a user namespace.
+//! Runs a test of `cargo test` inside namespaces: the test program is started again, for that one
+//! test, as root of a user namespace.
 //!
-//! A test program has threads from the start, so it cannot enter a user namespace by itself.
+//! A test program has several threads from the start, so it cannot enter a user namespace itself.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
@@ -13,11 +13,11 @@ use super::report::Forbidden;
 
 const INSIDE: &str = "TOWLINE_LAB_INSIDE";
 
-/// Runs `body` as root of a user namespace. Prints the reason and runs nothing where this machine
-/// forbids it. `test` is the path of the test that calls this, without the crate's name.
+/// Runs `body` as root of a user namespace. If this machine forbids namespaces, prints the reason
+/// and runs nothing. `test` is the path of the calling test, without the crate's name.
 ///
 /// # Panics
-/// When the test fails inside.
+/// If the test fails inside the namespace.
 pub fn inside(test: &str, body: impl FnOnce(Rank)) {
     if std::env::var_os(INSIDE).is_some() {
         match usable() {
@@ -42,8 +42,8 @@ pub fn inside(test: &str, body: impl FnOnce(Rank)) {
             let said = String::from_utf8_lossy(&output.stdout);
             let errors = String::from_utf8_lossy(&output.stderr);
             print!("{said}");
-            assert!(output.status.success(), "in the namespace:\n{said}\n{errors}");
-            assert!(said.contains("1 passed"), "`{test}` is not the name of the test");
+            assert!(output.status.success(), "the test failed in the namespace:\n{said}\n{errors}");
+            assert!(said.contains("1 passed"), "no test is named `{test}`");
         }
     }
 }

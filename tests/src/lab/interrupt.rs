@@ -1,28 +1,28 @@
-//! Ctrl-C, and waiting that ends at it.
+//! Handles Ctrl-C, and provides waits that end at Ctrl-C.
 //!
-//! The first SIGINT or SIGTERM raises a flag which every wait of the lab looks at, so the lab tears
-//! down in order. The second one ends the process at once (the kernel then ends its children).
+//! The first SIGINT or SIGTERM sets a flag that every wait of the lab checks, so that the lab tears
+//! down in order. The second one ends the process at once (the kernel then kills its children).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-/// The lab was asked to end.
+/// Error of a wait that ended because SIGINT or SIGTERM arrived.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted")]
 pub struct Interrupted;
 
-/// How often a wait looks.
+/// Interval at which a wait polls.
 const POLL: Duration = Duration::from_millis(10);
 
 static RAISED: AtomicBool = AtomicBool::new(false);
 
-/// Makes the first SIGINT or SIGTERM raise the flag.
+/// Installs the handler that sets the flag at the first SIGINT or SIGTERM.
 pub fn install() -> anyhow::Result<()> {
     let action = SigAction::new(
         SigHandler::Handler(raise),
-        // A second signal meets the default action.
+        // A second signal gets the default action, which ends the process.
         SaFlags::SA_RESETHAND,
         SigSet::empty(),
     );
@@ -33,20 +33,21 @@ pub fn install() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether the lab was asked to end.
+/// Returns whether SIGINT or SIGTERM arrived.
 pub fn raised() -> bool {
     RAISED.load(Ordering::Relaxed)
 }
 
-/// An error once the lab was asked to end.
+/// Returns an error once SIGINT or SIGTERM arrived.
 pub fn check() -> Result<(), Interrupted> {
     if raised() { Err(Interrupted) } else { Ok(()) }
 }
 
-/// Calls `poll` until it has something, for at most `limit`; `what` completes "no ... after 5 s".
+/// Calls `poll` until it returns a value, for at most `limit`. `what` completes the error "no ...
+/// after 5 s".
 ///
 /// # Errors
-/// What `poll` says, [`Interrupted`], or that the time is up.
+/// The error of `poll`, [`Interrupted`], or a timeout.
 pub fn wait_for<T>(
     what: &str,
     limit: Duration,
@@ -56,10 +57,10 @@ pub fn wait_for<T>(
         .ok_or_else(|| anyhow::anyhow!("no {what} after {:.1} s", limit.as_secs_f64()))
 }
 
-/// Calls `poll` until it has something, at least once; `None` when the time is up.
+/// Calls `poll` until it returns a value, at least once. Returns `None` at the timeout.
 ///
 /// # Errors
-/// What `poll` says, or [`Interrupted`].
+/// The error of `poll`, or [`Interrupted`].
 pub fn wait_up_to<T>(
     limit: Duration,
     mut poll: impl FnMut() -> anyhow::Result<Option<T>>,
@@ -75,10 +76,11 @@ pub fn wait_up_to<T>(
     }
 }
 
-/// Lets `duration` pass, where the passing of time is itself the subject (a measuring window, a
+/// Sleeps for `duration`, where the passage of time is itself the subject (a measuring window, a
 /// random moment).
 ///
 /// # Errors
+/// [`Interrupted`], when SIGINT or SIGTERM arrives.
 /// [`Interrupted`].
 pub fn pass(duration: Duration) -> Result<(), Interrupted> {
     let end = Instant::now() + duration;

@@ -1,8 +1,8 @@
-//! A lab that stays up after its scenario, and shells inside it.
+//! A lab that keeps running after its scenario, and shells inside it.
 //!
-//! The kept lab writes down its process and the threads that hold its namespaces; `lab shell`
-//! enters them by `/proc`. The note lies beside the lab's binary, so a working copy keeps one lab at
-//! a time, and is removed with the lab.
+//! The kept lab writes a note with its process and the threads that hold its namespaces; `lab
+//! shell` enters them through `/proc`. The note is next to the lab's binary, so there is at most
+//! one kept lab for each checkout. The note is removed with the lab.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -21,17 +21,18 @@ use serde::{Deserialize, Serialize};
 use super::interrupt;
 use super::namespace::Namespace;
 
-/// What a shell needs to know of a kept lab.
+/// What a shell needs to know about a kept lab.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Kept {
     process: i32,
-    /// Of the process, in ticks since boot: tells it from a later one with the same number.
+    /// Start time of the process in ticks since boot, which distinguishes it from a later process
+    /// with the same id.
     started: u64,
     binaries: PathBuf,
     places: BTreeMap<String, Place>,
 }
 
-/// One namespace of a kept lab.
+/// A namespace of a kept lab.
 #[derive(Debug, Serialize, Deserialize)]
 struct Place {
     thread: i32,
@@ -39,7 +40,8 @@ struct Place {
 }
 
 impl Kept {
-    /// A lab of this process with nothing to enter yet; `binaries` is put first in a shell's `PATH`.
+    /// Creates a note for this process, without namespaces. `binaries` comes first in a shell's
+    /// `PATH`.
     pub fn new(binaries: &Path) -> anyhow::Result<Self> {
         let process = nix::unistd::getpid().as_raw();
         Ok(Self {
@@ -50,7 +52,7 @@ impl Kept {
         })
     }
 
-    /// Adds a namespace, with what a shell in it gets as environment.
+    /// Adds a namespace, with the environment variables for shells in it.
     pub fn add<N: Into<String>, V: Into<String>>(
         &mut self,
         namespace: &Namespace,
@@ -63,46 +65,46 @@ impl Kept {
         self.places.insert(namespace.name().to_owned(), place);
     }
 
-    /// Lets shells in until Ctrl-C.
+    /// Publishes the note and waits until Ctrl-C, so that shells can enter.
     pub fn stay(&self) -> anyhow::Result<()> {
         let note = Note::path()?;
         if let Ok(other) = Self::read(&note)
             && other.alive()
         {
-            bail!("another lab is kept by process {}: end it first", other.process);
+            bail!("another lab is kept running by process {}: end it first", other.process);
         }
         let text = serde_json::to_string_pretty(self)?;
-        // Whole or not at all: a shell may look at any moment.
+        // Written atomically, since a shell may read it at any moment.
         let draft = note.with_extension("new");
         fs::write(&draft, text)
             .and_then(|()| fs::rename(&draft, &note))
             .with_context(|| format!("cannot write {}", note.display()))?;
         let _note = Note(note);
         while !interrupt::raised() {
-            // Ctrl-C is what is waited for.
+            // Ctrl-C ends the loop.
             let _ = interrupt::pass(Duration::from_secs(1));
         }
         Ok(())
     }
 
-    /// The lab that is kept by this working copy.
+    /// Returns the lab that this checkout keeps running.
     pub fn find() -> anyhow::Result<Self> {
         match Self::read(&Note::path()?) {
             Ok(kept) if kept.alive() => Ok(kept),
-            Ok(_) => bail!("no lab is kept up: start one with `cargo lab demo --keep`"),
+            Ok(_) => bail!("no lab is running: start one with `cargo lab demo --keep`"),
             Err(error) if is_missing(&error) => {
-                bail!("no lab is kept up: start one with `cargo lab demo --keep`")
+                bail!("no lab is running: start one with `cargo lab demo --keep`")
             }
             Err(error) => Err(error),
         }
     }
 
-    /// Becomes `command` (else the user's shell) inside the namespace of this name. Returns only
-    /// when that fails. Call it before any thread is started.
+    /// Replaces this process by `command` (default: the user's shell) inside the namespace of this
+    /// name. Returns only on failure. Call it before any thread is started.
     pub fn enter(&self, name: &str, command: &[String]) -> anyhow::Result<Infallible> {
         let Some(place) = self.places.get(name) else {
             let names: Vec<&str> = self.places.keys().map(String::as_str).collect();
-            bail!("the lab has no `{name}`: choose one of {}", names.join(", "));
+            bail!("the lab has no node `{name}`: choose one of {}", names.join(", "));
         };
         let user = format!("/proc/{}/ns/user", self.process);
         if inode(&user)? != inode("/proc/self/ns/user")? {
@@ -132,7 +134,9 @@ impl Kept {
     fn read(note: &Path) -> anyhow::Result<Self> {
         let text =
             fs::read_to_string(note).with_context(|| format!("cannot read {}", note.display()))?;
-        serde_json::from_str(&text).with_context(|| format!("{} is damaged", note.display()))
+        serde_json::from_str(&text).with_context(|| {
+            format!("cannot parse {}: end the kept lab and start another", note.display())
+        })
     }
 
     fn alive(&self) -> bool {
@@ -140,12 +144,12 @@ impl Kept {
     }
 }
 
-/// The file that tells of a kept lab, removed in the end.
+/// The file that describes a kept lab. Dropping it removes the file.
 struct Note(PathBuf);
 
 impl Note {
     fn path() -> anyhow::Result<PathBuf> {
-        let own = std::env::current_exe().context("cannot tell where this program is")?;
+        let own = std::env::current_exe().context("cannot find the path of this program")?;
         Ok(own.with_file_name("towline-lab-kept.json"))
     }
 }
@@ -156,15 +160,16 @@ impl Drop for Note {
     }
 }
 
-/// When a process started, in ticks since boot; `None`: there is none.
+/// Returns when a process started, in ticks since boot, or `None` if there is no such process.
 fn started(process: i32) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // The second field is a name that may hold anything; fields are counted behind it.
+    // The second field is a name in parentheses that may contain anything; later fields are counted
+    // from its end.
     text.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
 fn inode(path: &str) -> anyhow::Result<u64> {
-    Ok(fs::metadata(path).with_context(|| format!("cannot look at {path}"))?.ino())
+    Ok(fs::metadata(path).with_context(|| format!("cannot read {path}"))?.ino())
 }
 
 fn join(path: &str, kind: CloneFlags) -> anyhow::Result<()> {

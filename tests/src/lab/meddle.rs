@@ -1,15 +1,15 @@
-//! What co-tenants do to a host's network, by netlink alone: the acts of `nft flush ruleset`, `ip rule
-//! flush` and the like, in the namespace of the calling thread.
+//! Changes that other programs make to a host's network, made with netlink alone: the equivalents
+//! of `nft flush ruleset`, `ip rule flush` and the like, in the calling thread's namespace.
 
 use towline_netlink::{Family, NetlinkError, Rtnetlink};
 use towline_nftables::{Nft, NftError, TableFamily, Transaction};
 
-/// Towline's link, table and nftables table as the lab's nodes have them.
+/// Name of Towline's link on the lab's nodes; below, its routing table and its nftables table.
 pub const LINK: &str = "towline0";
 const TABLE: u32 = 21_580;
 const FIREWALL: &str = "towline";
 
-/// Something that somebody else does to what is ours.
+/// A change that another program makes to state that Towline created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Meddling {
     /// `nft flush ruleset`: every table of every family that has no owner.
@@ -29,7 +29,7 @@ pub enum Meddling {
 }
 
 impl Meddling {
-    /// All of them.
+    /// All kinds of changes.
     pub const ALL: [Self; 7] = [
         Self::FlushRuleset,
         Self::DeleteTable,
@@ -53,8 +53,8 @@ impl Meddling {
         }
     }
 
-    /// Does it to the calling thread's namespace. What is not there, or is refused because it has an
-    /// owner, is no error: a co-tenant can do no more.
+    /// Makes the change in the calling thread's namespace. Missing state, or a refusal because the
+    /// state has an owner, is not an error: another program cannot do more either.
     pub fn act(self) -> anyhow::Result<()> {
         match self {
             Self::FlushRuleset => {
@@ -106,7 +106,7 @@ fn with_link(
     }
 }
 
-/// Whoever puts things back at the same time may be faster.
+/// Ignores refusals: another process that restores the state at the same time may be faster.
 fn tolerate(result: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
     match result {
         Err(NetlinkError::Refused { .. }) => Ok(()),

@@ -1,5 +1,5 @@
-//! Towline in the lab: a controller, tokens, nodes and their agents, by the real binaries and
-//! their command lines, as an operator would.
+//! Towline in the lab: a controller, tokens, nodes and their agents, run as an operator does,
+//! through the real binaries and their command lines.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -16,9 +16,9 @@ use super::interrupt::{wait_for, wait_up_to};
 use super::process::{Daemon, Program, Said};
 use super::topology::{Host, Lab};
 
-/// A command of ours that is not done after this hangs.
+/// Time limit of a command; one that takes longer hangs.
 pub const COMMAND_LIMIT: Duration = Duration::from_secs(20);
-/// A daemon of ours that does not answer after this is broken.
+/// Time limit for a daemon to answer after its start; one that takes longer is broken.
 pub const START_LIMIT: Duration = Duration::from_secs(20);
 
 /// A controller on a host.
@@ -32,7 +32,7 @@ pub struct Controller {
     daemon: Option<Daemon>,
 }
 
-/// Who commands a controller, from its host, with the administrator's credential.
+/// An operator of a controller, who runs commands on its host with the administrator's credential.
 #[derive(Debug, Clone)]
 pub struct Operator {
     host: Arc<Host>,
@@ -43,22 +43,22 @@ pub struct Operator {
 /// A join token as `token create` prints it.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Token {
-    /// The whole token: a secret, but of a mesh that lives as long as the lab.
+    /// The whole token. It is a secret, though of a mesh that lives only as long as the lab.
     pub token: String,
-    /// What names it in lists.
+    /// Id of the token, as in lists.
     pub id: String,
 }
 
 /// A node as `towline-controller node list` prints it.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ListedNode {
-    /// Its name.
+    /// Name of the node.
     pub name: String,
-    /// Its watch is live.
+    /// True while the node has a live watch.
     pub online: bool,
-    /// Of the record that it published last.
+    /// Generation of the record that the node published last.
     pub generation: Option<u64>,
-    /// Its addresses in the mesh.
+    /// The node's addresses in the mesh.
     #[serde(default)]
     pub overlay_addresses: Vec<IpAddr>,
 }
@@ -66,84 +66,84 @@ pub struct ListedNode {
 /// A token as `towline-controller token list` prints it.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ListedToken {
-    /// What names it.
+    /// Id of the token.
     pub id: String,
-    /// "open", "used", "expired" or "revoked".
+    /// State of the token: "open", "used", "expired" or "revoked".
     pub state: String,
 }
 
-/// A machine that is, or will be, a node of the mesh.
+/// A machine that is, or will become, a node of the mesh.
 #[derive(Debug)]
 pub struct Node {
     name: String,
     host: Arc<Host>,
     program: PathBuf,
-    /// Words before the program's name; empty: it is run directly.
+    /// Command that wraps the node's programs, with its arguments; empty if they run directly.
     wrapper: Vec<String>,
     directory: PathBuf,
     agent: Option<Daemon>,
 }
 
-/// What the lab reads of `towline status -o json`.
+/// The part of `towline status -o json` that the lab reads.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Status {
     /// The node's addresses in the mesh.
     pub overlay_addresses: Vec<IpAddr>,
-    /// How it stands with the controller.
+    /// State of the connection to the controller.
     pub controller: ControllerStatus,
 }
 
-/// How an agent stands with its controller.
+/// State of an agent's connection to its controller.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ControllerStatus {
-    /// The watch is live.
+    /// True while the agent has a live watch.
     pub connected: bool,
 }
 
-/// What the lab reads of `towline peers -o json`.
+/// The part of `towline peers -o json` that the lab reads.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Peer {
-    /// Its name.
+    /// Name of the peer.
     pub name: String,
-    /// "up", "connecting", "down" or "idle".
+    /// State of the peer: "up", "connecting", "down" or "idle".
     pub state: String,
-    /// Why it is not up.
+    /// Reason why the peer is not up.
     pub reason: Option<String>,
-    /// Where its datagrams go, when it is.
+    /// Endpoint that datagrams are sent to, if the peer is up.
     pub path: Option<String>,
-    /// "direct" or "relay", when it is.
+    /// Kind of the path, "direct" or "relay", if the peer is up.
     pub path_kind: Option<String>,
-    /// Where it might be reached.
+    /// Candidates of the peer.
     #[serde(default)]
     pub candidates: Vec<serde_json::Value>,
-    /// The relay's name, when there is one on the path.
+    /// Name of the relay on the path, if there is one.
     pub relay: Option<String>,
-    /// The largest inner packet that the path takes, once known.
+    /// Size in bytes of the largest inner packet that fits the path, once known.
     pub mtu: Option<u32>,
 }
 
 impl Peer {
-    /// Its record is known, not only its grant.
+    /// Returns whether the peer's record is known, not only its grant.
     pub fn has_candidates(&self) -> bool {
         !self.candidates.is_empty()
     }
 
-    /// Its path carries traffic.
+    /// Returns whether the peer is up.
     pub fn is_up(&self) -> bool {
         self.state == "up"
     }
 }
 
 impl Controller {
-    /// As [`Self::start`], on all of the host's addresses.
+    /// Starts a controller as [`Self::start`] does, on all of the host's addresses.
     pub fn start_on_all(lab: &Lab, host: &Arc<Host>, binaries: &Binaries) -> anyhow::Result<Self> {
         let advertise = host.addresses().iter().map(|address| SocketAddr::new(*address, 7443));
         Self::start_with(lab, host, binaries, "[::]:7443".to_owned(), advertise.collect())
     }
 
-    /// Starts one on a host's first address, port 7443, and waits until it answers.
+    /// Starts a controller on a host's first address, port 7443, and waits until it answers.
     pub fn start(lab: &Lab, host: &Arc<Host>, binaries: &Binaries) -> anyhow::Result<Self> {
-        let address = host.addresses().first().ok_or_else(|| anyhow!("a host without address"))?;
+        let address = host.addresses().first().ok_or_else(|| anyhow!("the host has no address"))?;
         let address = SocketAddr::new(*address, 7443);
         Self::start_with(lab, host, binaries, address.to_string(), vec![address])
     }
@@ -155,7 +155,7 @@ impl Controller {
         listen: String,
         advertise: Vec<SocketAddr>,
     ) -> anyhow::Result<Self> {
-        let address = host.addresses().first().ok_or_else(|| anyhow!("a host without address"))?;
+        let address = host.addresses().first().ok_or_else(|| anyhow!("the host has no address"))?;
         let operator = Operator {
             host: Arc::clone(host),
             program: binaries.controller.clone(),
@@ -173,26 +173,26 @@ impl Controller {
         Ok(controller)
     }
 
-    /// Starts it (again) and waits until it answers.
+    /// Starts or restarts the controller, and waits until it answers.
     pub fn restart(&mut self) -> anyhow::Result<()> {
         self.launch()?;
         self.await_answer(START_LIMIT)
     }
 
-    /// Starts it (again), no more.
+    /// Starts or restarts the controller, without waiting.
     pub fn launch(&mut self) -> anyhow::Result<()> {
         let mut program = self.operator.program(&["serve"]).args(["--listen", &self.listen]);
         for address in &self.advertise {
             program = program.args(["--advertise", &address.to_string()]);
         }
-        // The one before is gone first: it holds the port and the store.
+        // The previous process must end first, since it holds the port and the store.
         self.daemon = None;
         self.daemon =
             Some(program.start(self.operator.host.namespace(), "towline-controller", &self.log)?);
         Ok(())
     }
 
-    /// Waits until it answers an operator.
+    /// Waits until the controller answers an operator.
     pub fn await_answer(&mut self, limit: Duration) -> anyhow::Result<()> {
         wait_for("answer from the controller", limit, || {
             if let Some(daemon) = &mut self.daemon {
@@ -203,65 +203,65 @@ impl Controller {
         .map(drop)
     }
 
-    /// The process, while it runs.
+    /// Returns the controller's process, while it runs.
     pub fn daemon(&mut self) -> anyhow::Result<&mut Daemon> {
-        self.daemon.as_mut().ok_or_else(|| anyhow!("the controller does not run"))
+        self.daemon.as_mut().ok_or_else(|| anyhow!("the controller is not running"))
     }
 
-    /// Takes the process, to end it.
+    /// Takes the process, so that the caller can end it.
     pub fn take_daemon(&mut self) -> Option<Daemon> {
         self.daemon.take()
     }
 
-    /// Its operator.
+    /// Returns the operator of this controller.
     pub fn operator(&self) -> &Operator {
         &self.operator
     }
 
-    /// Where agents reach it.
+    /// Returns the address at which agents reach the controller.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 }
 
 impl Operator {
-    /// The controller's state directory, with the credential.
+    /// Returns the controller's state directory, which contains the operator's credential.
     pub fn state(&self) -> &Path {
         &self.state
     }
 
-    /// Runs `towline-controller ARGUMENTS --state-dir ...` on its host.
+    /// Runs `towline-controller ARGUMENTS --state-dir ...` on the controller's host.
     pub fn command(&self, arguments: &[&str]) -> anyhow::Result<Said> {
         self.program(arguments).run(self.host.namespace(), COMMAND_LIMIT)
     }
 
-    /// As [`Self::command`]; its standard output, if it ended with 0.
+    /// Runs a command as [`Self::command`] does. Returns its standard output if it exits with 0.
     pub fn command_ok(&self, arguments: &[&str]) -> anyhow::Result<String> {
         self.program(arguments).run_ok(self.host.namespace(), COMMAND_LIMIT)
     }
 
-    /// A new token for a node of this site.
+    /// Creates a token for a node of this site.
     pub fn token(&self, site: &str) -> anyhow::Result<Token> {
         self.token_with(&["--site", site])
     }
 
-    /// A new token with these flags of `token create`.
+    /// Creates a token with these flags of `token create`.
     pub fn token_with(&self, flags: &[&str]) -> anyhow::Result<Token> {
         let arguments = [&["token", "create", "-o", "json"], flags].concat();
         let said = self.command_ok(&arguments)?;
-        serde_json::from_str(&said).context("`token create` printed something else")
+        serde_json::from_str(&said).context("cannot parse the output of `token create`")
     }
 
-    /// Every node.
+    /// Returns all nodes.
     pub fn nodes(&self) -> anyhow::Result<Vec<ListedNode>> {
         let said = self.command_ok(&["node", "list", "-o", "json"])?;
-        serde_json::from_str(&said).context("`node list` printed something else")
+        serde_json::from_str(&said).context("cannot parse the output of `node list`")
     }
 
-    /// Every token.
+    /// Returns all tokens.
     pub fn tokens(&self) -> anyhow::Result<Vec<ListedToken>> {
         let said = self.command_ok(&["token", "list", "-o", "json"])?;
-        serde_json::from_str(&said).context("`token list` printed something else")
+        serde_json::from_str(&said).context("cannot parse the output of `token list`")
     }
 
     fn program(&self, arguments: &[&str]) -> Program {
@@ -273,7 +273,7 @@ impl Operator {
 }
 
 impl Node {
-    /// A machine with a configuration of its own: state, socket and log lie in the lab's directory.
+    /// Creates a node with its own configuration: state, socket and log are in the lab's directory.
     /// `more` is appended to the configuration.
     pub fn new(
         lab: &Lab,
@@ -284,7 +284,7 @@ impl Node {
     ) -> anyhow::Result<Self> {
         let directory = lab.directory().join(name);
         fs::create_dir(&directory)
-            .with_context(|| format!("cannot make {}", directory.display()))?;
+            .with_context(|| format!("cannot create {}", directory.display()))?;
         let node = Self {
             name: name.to_owned(),
             host: Arc::clone(host),
@@ -302,41 +302,41 @@ impl Node {
         Ok(node)
     }
 
-    /// Has its programs run by another one from now on: these words, then the program and its
-    /// arguments.
+    /// Runs the node's programs through another program from now on: `words`, then the program and
+    /// its arguments.
     pub fn wrap(&mut self, words: Vec<String>) {
         self.wrapper = words;
     }
 
-    /// Its name.
+    /// Returns the node's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The machine.
+    /// Returns the node's host.
     pub fn host(&self) -> &Arc<Host> {
         &self.host
     }
 
-    /// Its configuration file.
+    /// Returns the path of the configuration file.
     pub fn config(&self) -> PathBuf {
         self.directory.join("agent.toml")
     }
 
-    /// Where its agent listens to the command line.
+    /// Returns the path of the agent's command-line socket.
     pub fn socket(&self) -> PathBuf {
         self.directory.join("agent.sock")
     }
 
-    /// Its state directory.
+    /// Returns the path of the state directory.
     pub fn state(&self) -> PathBuf {
         self.directory.join("state")
     }
 
-    /// `towline join` with the token in a file.
+    /// Runs `towline join` with the token in a file.
     pub fn join(&self, token: &Token) -> anyhow::Result<()> {
         let file = self.directory.join("token");
-        // Written anew, for the owner's eyes only.
+        // The file is created again each time, readable by its owner only.
         fs::remove_file(&file).or_else(|error| match error.kind() {
             std::io::ErrorKind::NotFound => Ok(()),
             _ => Err(error),
@@ -351,7 +351,7 @@ impl Node {
             .map(drop)
     }
 
-    /// `towline join` with the token on standard input.
+    /// Runs `towline join` with the token on standard input.
     pub fn join_by_input(&self, token: &Token) -> anyhow::Result<()> {
         self.program(&["join", "--token-file", "-", "--name", &self.name])
             .input(&*token.token)
@@ -359,9 +359,9 @@ impl Node {
             .map(drop)
     }
 
-    /// Starts its agent, no more.
+    /// Starts the agent, without waiting.
     pub fn launch(&mut self) -> anyhow::Result<()> {
-        // The one before is gone first: it holds the port and the state directory.
+        // The previous process must end first, since it holds the port and the state directory.
         self.agent = None;
         let agent = self.program(&["agent"]).start(
             self.host.namespace(),
@@ -372,7 +372,8 @@ impl Node {
         Ok(())
     }
 
-    /// Ends its agent and takes away the map that it cached: the next start knows no other node.
+    /// Stops the agent and removes the map that it cached, so that the next start knows no other
+    /// node.
     pub fn stop_and_forget_map(&mut self) -> anyhow::Result<()> {
         if let Some(agent) = self.take_agent() {
             agent.stop()?;
@@ -386,7 +387,7 @@ impl Node {
         }
     }
 
-    /// Waits until the agent answers, and gives its status.
+    /// Waits until the agent answers, and returns its status.
     pub fn await_status(&mut self, limit: Duration) -> anyhow::Result<Status> {
         let what = format!("answer from the agent of {}", self.name);
         wait_for(&what, limit, || {
@@ -395,60 +396,60 @@ impl Node {
         })
     }
 
-    /// The agent's process, while it runs.
+    /// Returns the agent's process, while it runs.
     pub fn agent(&mut self) -> anyhow::Result<&mut Daemon> {
-        self.agent.as_mut().ok_or_else(|| anyhow!("the agent of {} does not run", self.name))
+        self.agent.as_mut().ok_or_else(|| anyhow!("the agent of {} is not running", self.name))
     }
 
-    /// Takes the agent's process, to end it.
+    /// Takes the agent's process, so that the caller can end it.
     pub fn take_agent(&mut self) -> Option<Daemon> {
         self.agent.take()
     }
 
-    /// What the agent says, and what ran before it.
+    /// Returns the path of the log of the agent and of earlier commands.
     pub fn log(&self) -> PathBuf {
         self.directory.join("agent.log")
     }
 
-    /// Starts `towline --config ... ARGUMENTS` on the machine, as a daemon.
+    /// Starts `towline --config ... ARGUMENTS` on the host, as a daemon.
     pub fn start(&self, arguments: &[&str]) -> anyhow::Result<Daemon> {
         let name = format!("`towline {}` on {}", arguments.join(" "), self.name);
         self.program(arguments).start(self.host.namespace(), &name, &self.log())
     }
 
-    /// Runs `towline --config ... ARGUMENTS` on the machine.
+    /// Runs `towline --config ... ARGUMENTS` on the host.
     pub fn command(&self, arguments: &[&str]) -> anyhow::Result<Said> {
         self.program(arguments).run(self.host.namespace(), COMMAND_LIMIT)
     }
 
-    /// As [`Self::command`]; its standard output, if it ended with 0.
+    /// Runs a command as [`Self::command`] does. Returns its standard output if it exits with 0.
     pub fn command_ok(&self, arguments: &[&str]) -> anyhow::Result<String> {
         self.program(arguments).run_ok(self.host.namespace(), COMMAND_LIMIT)
     }
 
-    /// `towline status`.
+    /// Runs `towline status`.
     pub fn status(&self) -> anyhow::Result<Status> {
         let said = self.command_ok(&["status", "-o", "json"])?;
-        serde_json::from_str(&said).context("`towline status` printed something else")
+        serde_json::from_str(&said).context("cannot parse the output of `towline status`")
     }
 
-    /// `towline peers`.
+    /// Runs `towline peers`.
     pub fn peers(&self) -> anyhow::Result<Vec<Peer>> {
         let said = self.command_ok(&["peers", "-o", "json"])?;
-        serde_json::from_str(&said).context("`towline peers` printed something else")
+        serde_json::from_str(&said).context("cannot parse the output of `towline peers`")
     }
 
-    /// How it stands with the peer of this name.
+    /// Returns the peer of this name, from `towline peers`.
     pub fn peer(&self, name: &str) -> anyhow::Result<Option<Peer>> {
         Ok(self.peers()?.into_iter().find(|peer| peer.name == name))
     }
 
-    /// `towline peers` as an operator reads it.
+    /// Returns the output of `towline peers` in its form for people.
     pub fn peers_table(&self) -> anyhow::Result<String> {
         self.command_ok(&["peers"])
     }
 
-    /// `towline --config ... ARGUMENTS`, to be run on the machine.
+    /// Returns the program `towline --config ... ARGUMENTS`, to be run on the host.
     pub fn program(&self, arguments: &[&str]) -> Program {
         let program = match self.wrapper.split_first() {
             Some((first, words)) => Program::new(first).args(words).arg(&self.program),
@@ -458,8 +459,8 @@ impl Node {
     }
 }
 
-/// Waits until each of two nodes says that the other is up. `Ok(None)`: they are not after
-/// `limit`; then the reason that the first one gives.
+/// Waits until each of two nodes reports the other as up. If they do not within `limit`, returns
+/// the reason that the node gives.
 pub fn await_tunnel(a: &Node, b: &Node, limit: Duration) -> anyhow::Result<Option<String>> {
     let mut reason = String::new();
     let up = wait_up_to(limit, || {
@@ -471,7 +472,7 @@ pub fn await_tunnel(a: &Node, b: &Node, limit: Duration) -> anyhow::Result<Optio
                     return Ok(None);
                 }
                 None => {
-                    reason = format!("{} does not know it", here.name());
+                    reason = format!("{} does not list the peer", here.name());
                     return Ok(None);
                 }
             }

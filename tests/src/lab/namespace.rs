@@ -1,9 +1,8 @@
-//! One network namespace, held open by a thread that lives in it.
+//! A network namespace, held open by a thread inside it.
 //!
-//! The thread does two things: it keeps the namespace alive and it starts processes, which so
-//! begin their life inside and end (`PR_SET_PDEATHSIG`) when the thread does. Everything else that
-//! is to happen inside runs on short-lived threads of its own ([`Namespace::run`],
-//! [`Namespace::thread`]).
+//! The thread does two things: it keeps the namespace alive, and it starts processes, which
+//! therefore start inside and end (`PR_SET_PDEATHSIG`) when the thread ends. Everything else inside
+//! runs on short-lived threads ([`Namespace::run`], [`Namespace::thread`]).
 
 use std::fs::File;
 use std::io;
@@ -18,13 +17,13 @@ use nix::unistd::Pid;
 
 use super::process::tie_to_parent;
 
-/// A network namespace of its own, loopback up.
+/// A network namespace with its loopback up.
 #[derive(Debug)]
 pub struct Namespace {
     name: String,
     file: File,
     thread_id: Pid,
-    /// `None` only while dropping.
+    /// Requests to the thread; `None` only while dropping.
     requests: Option<mpsc::Sender<Request>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -36,7 +35,7 @@ struct Request {
 }
 
 impl Namespace {
-    /// A new one; `name` is for threads and messages only.
+    /// Creates a namespace; `name` is for threads and messages only.
     pub fn new(name: &str) -> anyhow::Result<Self> {
         let (requests, inbox) = mpsc::channel();
         let (ready, when_ready) = mpsc::channel();
@@ -52,7 +51,7 @@ impl Namespace {
         let (file, thread_id) = when_ready
             .recv()
             .map_err(|_| anyhow!("the thread of namespace {name} ended"))?
-            .with_context(|| format!("cannot make a network namespace for {name}"))?;
+            .with_context(|| format!("cannot create a network namespace for {name}"))?;
         Ok(Self {
             name: name.to_owned(),
             file,
@@ -62,22 +61,23 @@ impl Namespace {
         })
     }
 
-    /// The name it was given.
+    /// Returns the name of the namespace.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The thread that lives in it: `/proc/PID/task/TID/ns/net` names the namespace to others.
+    /// Returns the thread inside the namespace: `/proc/PID/task/TID/ns/net` is the namespace's path
+    /// for other processes.
     pub fn thread_id(&self) -> Pid {
         self.thread_id
     }
 
-    /// The namespace itself, as netlink and `setns` want it.
+    /// Returns the namespace as a file, for netlink and `setns`.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Runs `job` inside, on a thread of its own, and waits for it.
+    /// Runs `job` inside, on its own thread, and waits for it.
     pub fn run<T: Send>(
         &self,
         job: impl FnOnce() -> anyhow::Result<T> + Send,
@@ -102,9 +102,9 @@ impl Namespace {
         Ok(handle)
     }
 
-    /// Starts a process inside. It is killed when this namespace is dropped or the lab dies, is
-    /// the leader of its own process group (Ctrl-C at a terminal reaches the lab alone), and starts
-    /// with no signal blocked.
+    /// Starts a process inside. It is killed when this namespace is dropped or the lab dies, leads
+    /// its own process group (Ctrl-C at a terminal reaches only the lab), and starts with no signal
+    /// blocked.
     pub fn spawn(&self, mut command: Command) -> io::Result<Child> {
         tie_to_parent(&mut command);
         let gone = || io::Error::other(format!("the thread of namespace {} ended", self.name));
@@ -114,8 +114,8 @@ impl Namespace {
         when_answered.recv().map_err(|_| gone())?
     }
 
-    /// Writes a setting below `/proc/sys` as this namespace sees it, such as
-    /// `net.ipv4.ip_forward`. Dots separate; an interface with a dot in its name is not supported.
+    /// Writes a setting below `/proc/sys` of this namespace, such as `net.ipv4.ip_forward`. Dots
+    /// are separators; interface names with a dot are not supported.
     pub fn sysctl(&self, name: &str, value: &str) -> anyhow::Result<()> {
         let path = format!("/proc/sys/{}", name.replace('.', "/"));
         self.run(|| {
@@ -123,7 +123,7 @@ impl Namespace {
         })
     }
 
-    /// Moves the calling thread inside, for good.
+    /// Moves the calling thread into the namespace permanently.
     fn enter(&self) -> anyhow::Result<()> {
         setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET)
             .with_context(|| format!("cannot enter the namespace of {}", self.name))
@@ -134,13 +134,13 @@ impl Drop for Namespace {
     fn drop(&mut self) {
         drop(self.requests.take());
         if let Some(thread) = self.thread.take() {
-            // It only waits for requests; had it panicked, there is nothing to save.
+            // The thread only waits for requests; if it panicked, nothing is lost.
             let _ = thread.join();
         }
     }
 }
 
-/// The result of a thread; a panic becomes an error.
+/// Waits for a thread and returns its result; a panic becomes an error.
 pub fn join<T>(handle: ScopedJoinHandle<'_, anyhow::Result<T>>) -> anyhow::Result<T> {
     handle.join().unwrap_or_else(|_| Err(anyhow!("a thread of the lab panicked")))
 }

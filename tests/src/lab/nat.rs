@@ -1,7 +1,7 @@
-//! What routers do to packets, by nftables: the same module that the agent uses.
+//! NAT and firewall rules of routers, as nftables, installed with the module that the agent uses.
 //!
-//! The classes are those of RFC 4787, in the older names. On IPv6 nothing is translated, but
-//! filtered alike.
+//! The classes are those of RFC 4787, under their older names. IPv6 is filtered in the same way and
+//! not translated.
 
 use std::net::IpAddr;
 
@@ -12,40 +12,40 @@ use towline_nftables::{
     Chain, ChainKind, CtState, Hook, KeyType, Nft, Rule, Set, Table, TableFamily,
 };
 
-/// What a router does to packets that it forwards.
+/// The NAT or firewall class of a router.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Nat {
-    /// What most routers at homes and in datacenters do, and Linux's masquerade does: IPv4 leaves
-    /// from the router's address, from the same port for every destination while that is free, and
-    /// only answers come in (RFC 4787: address and port dependent filtering).
+    /// The behaviour of most home and datacenter routers, and of Linux's masquerade: IPv4 leaves
+    /// from the router's address, from the same port for every destination while it is free, and
+    /// only answers come in (RFC 4787: address- and port-dependent filtering).
     #[serde(rename = "port-restricted")]
     Masquerade,
-    /// The same mapping; whoever sends to [`PORT`] gets in.
+    /// The mapping of [`Nat::Masquerade`]; every remote endpoint may send to [`PORT`].
     FullCone,
-    /// The same mapping; whom the inside has sent to gets in, from any port.
+    /// The mapping of [`Nat::Masquerade`]; a remote address that was sent to may answer from any port.
     AddressRestricted,
-    /// Each destination sees a port of its own; only answers come in.
+    /// A different external port for each destination; only answers come in.
     Symmetric,
-    /// The same, and the ports are drawn from all there are.
+    /// As [`Nat::Symmetric`], with random external ports.
     SymmetricRandom,
-    /// A firewall: as [`Nat::Masquerade`], but UDP neither leaves nor comes in.
+    /// A firewall: as [`Nat::Masquerade`], but UDP is dropped in both directions.
     UdpBlocked,
 }
 
-/// The UDP port of the inside host that the classes are about.
+/// UDP port of the inside host to which the classes apply.
 pub const PORT: u16 = 51830;
 
 const TABLE: &str = "lab";
-/// Before routing: the destination is translated.
+/// nftables priority before routing, at which the destination is translated.
 const TRANSLATE_DESTINATION: i32 = -100;
-/// After connection tracking.
+/// nftables priority after connection tracking.
 const FILTER: i32 = 0;
 const TRANSLATE_SOURCE: i32 = 100;
 const SEEN: [(Family, &str); 2] = [(Family::V4, "seen4"), (Family::V6, "seen6")];
 
-/// Installs it in the calling thread's namespace; `uplink` leads to the internet, `inside` are the
-/// addresses of the host that the class is about.
+/// Installs the rules in the calling thread's namespace. `uplink` leads to the internet; `inside`
+/// are the addresses of the host to which the class applies.
 pub fn install(nat: Nat, uplink: &str, inside: [IpAddr; 2]) -> anyhow::Result<()> {
     let answers =
         Rule::new().input(uplink).ct_state(CtState::ESTABLISHED | CtState::RELATED).accept();
@@ -95,8 +95,9 @@ pub fn install(nat: Nat, uplink: &str, inside: [IpAddr; 2]) -> anyhow::Result<()
     }
     let table = table
         .chain("forward", forward.rules([answers.clone(), unsolicited.clone()]))
-        // What is not for the router itself must not leave a trace in its connection table either:
-        // it would take the very port that an inside host is about to use towards that peer.
+        // Packets that are not for the router itself must not create an entry in its conntrack
+        // table: the entry would take the port that an inside host is about to use towards that
+        // peer.
         .chain(
             "input",
             Chain::base(ChainKind::Filter, Hook::Input, FILTER).rules([
@@ -110,7 +111,7 @@ pub fn install(nat: Nat, uplink: &str, inside: [IpAddr; 2]) -> anyhow::Result<()
     Ok(())
 }
 
-/// Makes the calling thread's namespace forget every connection, as a router does that starts anew.
+/// Deletes all conntrack entries of the calling thread's namespace, as a router's restart does.
 pub fn forget_connections() -> anyhow::Result<()> {
     use nix::sys::socket::{
         AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto,
@@ -118,7 +119,8 @@ pub fn forget_connections() -> anyhow::Result<()> {
     };
     use std::os::fd::AsRawFd;
 
-    /// `NFNL_SUBSYS_CTNETLINK` and `IPCTNL_MSG_CT_DELETE`: without a tuple, all of them.
+    /// Message type `NFNL_SUBSYS_CTNETLINK` with `IPCTNL_MSG_CT_DELETE`: without a tuple it deletes
+    /// all entries.
     const DELETE: u16 = 1 << 8 | 2;
     const REQUEST_AND_ACK: u16 = 1 | 4;
     let netlink = socket(
@@ -135,11 +137,11 @@ pub fn forget_connections() -> anyhow::Result<()> {
     sendto(netlink.as_raw_fd(), &message, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
     let mut answer = [0; 128];
     let len = recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-    // `nlmsgerr`: its number follows the header; 0 is an acknowledgement.
+    // The error number of `nlmsgerr` follows the header; 0 is an acknowledgement.
     let error = answer[..len].get(16..20).and_then(|bytes| bytes.first_chunk());
     match error.map(|bytes| i32::from_ne_bytes(*bytes)) {
         Some(0) => Ok(()),
         Some(number) => Err(std::io::Error::from_raw_os_error(-number).into()),
-        None => anyhow::bail!("the kernel gave no answer"),
+        None => anyhow::bail!("the kernel sent no answer"),
     }
 }

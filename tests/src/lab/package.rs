@@ -1,5 +1,5 @@
-//! `cargo lab package`: the static programs as a Debian package and as an OCI image from scratch,
-//! made without a container engine and without packaging tools; then read back.
+//! `cargo lab package`: packs the static programs as a Debian package and as an OCI image without a
+//! base, without a container engine or packaging tools, then reads both back.
 
 pub(in crate::lab) mod archive;
 
@@ -17,18 +17,18 @@ use super::report::Figures;
 use super::talk::line;
 use archive::{Entry, ar, read_ar, read_tar, tar};
 
-/// What was made.
+/// Results of `cargo lab package`.
 #[derive(Debug, Default, Serialize)]
 pub struct Package {
-    /// The Debian package.
+    /// Path of the Debian package.
     pub deb: PathBuf,
-    /// The image, as an archive of an OCI layout.
+    /// Path of the image, an archive of an OCI layout.
     pub image: PathBuf,
-    /// The target that was built for.
+    /// Target triple of the programs.
     pub target: String,
-    /// Megabytes (10^6 bytes) of each.
+    /// Size of the Debian package in megabytes (10^6 bytes).
     pub deb_mb: f64,
-    /// See `deb_mb`.
+    /// Size of the image in megabytes (10^6 bytes).
     pub image_mb: f64,
     /// Promises that did not hold.
     pub failed: Vec<String>,
@@ -47,7 +47,7 @@ pub fn run(out: &Path) -> anyhow::Result<Package> {
             package.failed.push(format!("{name} is static"));
         }
     }
-    std::fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
+    std::fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
     let deb = deb(&programs)?;
     let image = image(&programs)?;
     package.deb_mb = deb.len() as f64 / 1e6;
@@ -65,7 +65,7 @@ pub fn run(out: &Path) -> anyhow::Result<Package> {
     Ok(package)
 }
 
-/// musl where its standard library is installed, else glibc, linked statically.
+/// Returns musl if its standard library is installed; otherwise glibc, which is linked statically.
 fn target() -> String {
     let musl = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
     let asked = Command::new("rustc")
@@ -92,7 +92,7 @@ fn build(target: &str) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
         .stdout(Stdio::null())
         .status()
         .context("cannot run cargo")?;
-    ensure!(ended.success(), "the programs do not build: see above");
+    ensure!(ended.success(), "cannot build the programs: see the compiler's errors above");
     let release = directory.join(target).join("release");
     PROGRAMS
         .into_iter()
@@ -104,7 +104,7 @@ fn build(target: &str) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
         .collect()
 }
 
-/// Whether an ELF file asks for no interpreter.
+/// Returns whether an ELF file has no interpreter.
 fn is_static(bytes: &[u8]) -> bool {
     const PT_INTERP: u32 = 3;
     let number = |at: usize, length: usize| -> Option<usize> {
@@ -129,7 +129,7 @@ fn debian_architecture() -> &'static str {
     }
 }
 
-/// What both have.
+/// Returns the programs as entries of both packages.
 fn programs_in(programs: &BTreeMap<String, Vec<u8>>) -> Vec<Entry> {
     programs
         .iter()
@@ -154,11 +154,12 @@ const UNITS: [&str; 9] = [
     "k3s-agent.service.d/10-towline.conf",
 ];
 
-/// System users and directories: the name below `usr/lib`, and below `deploy/systemd`.
+/// Declarations of system users and directories: the path below `usr/lib` and below
+/// `deploy/systemd`.
 const DECLARATIONS: [&str; 2] = ["sysusers.d/towline.conf", "tmpfiles.d/towline.conf"];
 
-/// Makes the system users, with the first program that the machine has. Nothing is started: a
-/// machine that has not joined has nothing to run.
+/// Script that creates the system users, with the first suitable program on the machine. It starts
+/// nothing: a machine that has not joined has nothing to run.
 const POSTINST: &str = r#"#!/bin/sh
 set -e
 systemd-sysusers towline.conf 2>/dev/null || true
@@ -266,16 +267,16 @@ fn sha256(bytes: &[u8]) -> String {
     text
 }
 
-/// Unpacks a package and looks for what must be in it; also with dpkg where there is one.
+/// Unpacks a package and checks its contents; also with dpkg if it is installed.
 fn check_deb(bytes: &[u8]) -> anyhow::Result<()> {
     let members = read_ar(bytes)?;
     let names: Vec<&str> = members.iter().map(|(name, _)| name.as_str()).collect();
-    ensure!(names == ["debian-binary", "control.tar", "data.tar"], "its members are {names:?}");
+    ensure!(names == ["debian-binary", "control.tar", "data.tar"], "unexpected members: {names:?}");
     let files = read_tar(&members[2].1)?;
     for name in PROGRAMS {
         let path = format!("usr/bin/{name}");
         let found = files.iter().find(|file| file.path == path);
-        ensure!(found.is_some_and(|file| file.mode == 0o755), "no program {path}");
+        ensure!(found.is_some_and(|file| file.mode == 0o755), "the program {path} is missing");
     }
     let units = UNITS.iter().map(|unit| format!("usr/lib/systemd/system/{unit}"));
     let declarations = DECLARATIONS.iter().map(|name| format!("usr/lib/{name}"));
@@ -284,7 +285,7 @@ fn check_deb(bytes: &[u8]) -> anyhow::Result<()> {
     }
     let scripts = read_tar(&members[1].1)?;
     let postinst = scripts.iter().find(|file| file.path == "postinst").context("no postinst")?;
-    ensure!(postinst.mode == 0o755, "postinst cannot be run");
+    ensure!(postinst.mode == 0o755, "postinst is not executable");
     let file = tempfile::NamedTempFile::new()?;
     std::fs::write(file.path(), bytes)?;
     let Ok(said) = Command::new("dpkg-deb").arg("--contents").arg(file.path()).output() else {
@@ -295,27 +296,27 @@ fn check_deb(bytes: &[u8]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Follows an image from its index to its files, every digest checked.
+/// Follows an image from its index to its files and checks every digest.
 fn check_image(bytes: &[u8]) -> anyhow::Result<()> {
     let files: BTreeMap<String, Vec<u8>> =
         read_tar(bytes)?.into_iter().map(|file| (file.path, file.bytes)).collect();
     let blob = |described: &Value| -> anyhow::Result<&Vec<u8>> {
-        let name = described["digest"].as_str().context("a descriptor without digest")?;
+        let name = described["digest"].as_str().context("a descriptor has no digest")?;
         let bytes = files.get(&format!("blobs/{}", name.replace(':', "/")));
-        let bytes = bytes.with_context(|| format!("no blob {name}"))?;
-        ensure!(sha256(bytes) == name, "{name} has another digest");
-        ensure!(described["size"] == bytes.len(), "{name} has another size");
+        let bytes = bytes.with_context(|| format!("the blob {name} is missing"))?;
+        ensure!(sha256(bytes) == name, "the digest of {name} is wrong");
+        ensure!(described["size"] == bytes.len(), "the size of {name} is wrong");
         Ok(bytes)
     };
     let index: Value = serde_json::from_slice(files.get("index.json").context("no index.json")?)?;
     let manifest: Value = serde_json::from_slice(blob(&index["manifests"][0])?)?;
     let config: Value = serde_json::from_slice(blob(&manifest["config"])?)?;
     let layer = blob(&manifest["layers"][0])?;
-    ensure!(config["rootfs"]["diff_ids"][0] == sha256(layer), "the layer is another");
+    ensure!(config["rootfs"]["diff_ids"][0] == sha256(layer), "the digest of the layer is wrong");
     let found: Vec<String> = read_tar(layer)?.into_iter().map(|file| file.path).collect();
     for name in PROGRAMS {
         if !found.contains(&format!("usr/bin/{name}")) {
-            bail!("no {name} in the layer");
+            bail!("{name} is missing in the layer");
         }
     }
     Ok(())

@@ -1,5 +1,5 @@
-//! A packet socket with a receive ring (`packet(7)`, TPACKET_V3): the kernel copies frames into
-//! memory that we share, so that no socket buffer limits what a burst may hold, also without root.
+//! A packet socket with a receive ring (`packet(7)`, TPACKET_V3). The kernel copies frames into
+//! shared memory, so that no socket buffer limits a burst, also without root.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -10,25 +10,26 @@ use nix::poll::{PollFd, PollFlags, poll};
 use socket2::{Domain, Socket, Type};
 use towline_netlink::Rtnetlink;
 
-/// Blocks hold many frames each; the kernel hands over one at a time.
+/// Size of a block in bytes. A block holds many frames; the kernel hands over one block at a time.
 const BLOCK_BYTES: usize = 1 << 20;
 const BLOCKS: usize = 32;
-/// A block that is not full is handed over after this.
+/// Time after which the kernel hands over a block that is not full, in milliseconds.
 const RETIRE_MS: u32 = 5;
-/// How long to wait for a block, in milliseconds; well above [`RETIRE_MS`].
+/// Time to wait for a block, in milliseconds; well above [`RETIRE_MS`].
 const WAIT_MS: u16 = 50;
 
-/// Where in a frame's header its link stands (`TPACKET_ALIGN`).
+/// Offset of the link's address in a frame's header (`TPACKET_ALIGN`).
 const ADDRESS_OFFSET: usize =
     size_of::<libc::tpacket3_hdr>().next_multiple_of(libc::TPACKET_ALIGNMENT);
 
-/// The ring. Sees what enters any link of the namespace it was opened in, once, not what leaves.
+/// A receive ring. It sees every frame that enters a link of its namespace once, and no frame that
+/// leaves.
 #[derive(Debug)]
 pub(super) struct Ring {
     socket: Socket,
     memory: NonNull<u8>,
     next: usize,
-    /// Links that only repeat what entered another one.
+    /// Indices of bridges, which only repeat what entered by another link.
     bridges: Vec<u32>,
 }
 
@@ -36,9 +37,9 @@ pub(super) struct Ring {
 unsafe impl Send for Ring {}
 
 impl Ring {
-    /// A ring for the links of the calling thread's network namespace.
+    /// Opens a ring for the links of the calling thread's network namespace.
     pub(super) fn open() -> anyhow::Result<Self> {
-        // Without a protocol nothing arrives before the ring stands.
+        // Without a protocol nothing arrives before the ring is complete.
         let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
         let version = libc::tpacket_versions::TPACKET_V3 as libc::c_int;
         set(&socket, libc::PACKET_VERSION, &version)?;
@@ -46,7 +47,7 @@ impl Ring {
         let request = libc::tpacket_req3 {
             tp_block_size: BLOCK_BYTES as u32,
             tp_block_nr: BLOCKS as u32,
-            // Frames have no fixed size in this version; the kernel wants numbers that agree.
+            // Frames have no fixed size in TPACKET_V3; the kernel only requires consistent numbers.
             tp_frame_size: BLOCK_BYTES as u32,
             tp_frame_nr: BLOCKS as u32,
             tp_retire_blk_tov: RETIRE_MS,
@@ -77,8 +78,8 @@ impl Ring {
         Ok(ring)
     }
 
-    /// Waits a little for the next block and shows its frames, each with the index of the link that it
-    /// entered. `false`: none came.
+    /// Waits briefly for the next block and passes each of its frames to `show`, with the index of
+    /// the link that it entered by. Returns `false` if no block came.
     pub(super) fn next_block(&mut self, mut show: impl FnMut(&[u8], u32)) -> io::Result<bool> {
         // SAFETY: `next` is below BLOCKS, so the block lies inside the mapping.
         let block = unsafe { self.memory.add(self.next * BLOCK_BYTES) };
@@ -121,7 +122,7 @@ impl Ring {
         Ok(true)
     }
 
-    /// Frames that found no room since the last call.
+    /// Returns the number of frames that did not fit into the ring since the last call.
     pub(super) fn missed(&self) -> io::Result<u64> {
         let mut statistics =
             libc::tpacket_stats_v3 { tp_packets: 0, tp_drops: 0, tp_freeze_q_cnt: 0 };
@@ -139,7 +140,7 @@ impl Ring {
         if result == 0 { Ok(statistics.tp_drops.into()) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// Binds to every protocol on every link.
+    /// Binds the socket to every protocol on every link, which starts the capture.
     fn begin(&self) -> io::Result<()> {
         let address = libc::sockaddr_ll {
             sll_family: libc::AF_PACKET as u16,

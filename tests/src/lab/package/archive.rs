@@ -1,5 +1,5 @@
-//! tar (POSIX ustar) and ar, as far as packages need them. Owner root, time 0: the same files give
-//! the same bytes.
+//! tar (POSIX ustar) and ar archives, reduced to what packages need. Owner is root and time is 0,
+//! so that the same files give the same bytes.
 
 use std::collections::BTreeSet;
 
@@ -21,7 +21,7 @@ impl Entry {
 
 const BLOCK: usize = 512;
 
-/// An archive of these files and the directories above them.
+/// Creates an archive of these files and of the directories above them.
 pub(in crate::lab) fn tar(files: &[Entry]) -> anyhow::Result<Vec<u8>> {
     let mut archive = Vec::new();
     let mut made = BTreeSet::new();
@@ -41,7 +41,7 @@ pub(in crate::lab) fn tar(files: &[Entry]) -> anyhow::Result<Vec<u8>> {
 }
 
 fn header(path: &str, mode: u32, size: usize, kind: u8) -> anyhow::Result<[u8; BLOCK]> {
-    ensure!(path.len() < 100, "{path} is too long a name");
+    ensure!(path.len() < 100, "the path {path} is too long");
     let mut header = [0; BLOCK];
     let mut put = |at: usize, text: &str| {
         header[at..at + text.len()].copy_from_slice(text.as_bytes());
@@ -52,7 +52,7 @@ fn header(path: &str, mode: u32, size: usize, kind: u8) -> anyhow::Result<[u8; B
     put(116, "0000000");
     put(124, &format!("{size:011o}"));
     put(136, "00000000000");
-    // The sum is made with its own field blank.
+    // The checksum is computed with its own field blank.
     put(148, "        ");
     put(257, "ustar\x0000root");
     put(297, "root");
@@ -62,27 +62,27 @@ fn header(path: &str, mode: u32, size: usize, kind: u8) -> anyhow::Result<[u8; B
     Ok(header)
 }
 
-/// The files of an archive that [`tar`] made.
+/// Returns the files of an archive that [`tar`] created.
 pub(super) fn read_tar(archive: &[u8]) -> anyhow::Result<Vec<Entry>> {
     let mut files = Vec::new();
     let mut rest = archive;
     loop {
-        let (header, after) = rest.split_at_checked(BLOCK).context("the archive breaks off")?;
+        let (header, after) = rest.split_at_checked(BLOCK).context("the archive is truncated")?;
         if header.iter().all(|byte| *byte == 0) {
             return Ok(files);
         }
         let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum::<u32>()
             - header[148..156].iter().map(|byte| u32::from(*byte)).sum::<u32>()
             + 8 * u32::from(b' ');
-        ensure!(octal(&header[148..154])? == u64::from(sum), "a header is damaged");
+        ensure!(octal(&header[148..154])? == u64::from(sum), "a header has a wrong checksum");
         let size = usize::try_from(octal(&header[124..135])?)?;
-        let bytes = after.get(..size).context("the archive breaks off")?;
+        let bytes = after.get(..size).context("the archive is truncated")?;
         if header[156] == b'0' {
             let path = text(&header[..100])?;
             let mode = u32::try_from(octal(&header[100..107])?)?;
             files.push(Entry::file(path, mode, bytes.to_vec()));
         }
-        rest = after.get(size.next_multiple_of(BLOCK)..).context("the archive breaks off")?;
+        rest = after.get(size.next_multiple_of(BLOCK)..).context("the archive is truncated")?;
     }
 }
 
@@ -97,7 +97,7 @@ fn octal(field: &[u8]) -> anyhow::Result<u64> {
 
 const AR_MAGIC: &[u8] = b"!<arch>\n";
 
-/// An ar archive of these members, in this order.
+/// Creates an ar archive of these members, in this order.
 pub(super) fn ar(members: &[(&str, Vec<u8>)]) -> Vec<u8> {
     let mut archive = AR_MAGIC.to_vec();
     for (name, bytes) in members {
@@ -112,14 +112,14 @@ pub(super) fn ar(members: &[(&str, Vec<u8>)]) -> Vec<u8> {
     archive
 }
 
-/// Its members.
+/// Returns the members of an ar archive.
 pub(super) fn read_ar(archive: &[u8]) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
-    let Some(mut rest) = archive.strip_prefix(AR_MAGIC) else { bail!("no ar archive") };
+    let Some(mut rest) = archive.strip_prefix(AR_MAGIC) else { bail!("not an ar archive") };
     let mut members = Vec::new();
     while let Some((header, after)) = rest.split_at_checked(60) {
         let name = std::str::from_utf8(&header[..16])?.trim_end().to_owned();
         let size: usize = std::str::from_utf8(&header[48..58])?.trim_end().parse()?;
-        members.push((name, after.get(..size).context("the archive breaks off")?.to_vec()));
+        members.push((name, after.get(..size).context("the archive is truncated")?.to_vec()));
         rest = after.get(size.next_multiple_of(2)..).unwrap_or_default();
     }
     Ok(members)

@@ -1,5 +1,5 @@
-//! Building other WireGuards into a cache outside the tree: `$XDG_CACHE_HOME/towline-lab`, else
-//! `~/.cache/towline-lab`. What is there is used as it is.
+//! Builds other WireGuard implementations into a cache outside the checkout:
+//! `$XDG_CACHE_HOME/towline-lab`, or `~/.cache/towline-lab`. An existing build is used unchanged.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -7,10 +7,10 @@ use std::process::{Command, Stdio};
 use super::{Installed, WireGuard};
 use crate::lab::talk::line;
 
-/// Exact: figures of one run are compared with those of another.
+/// Version of gotatun; exact, like that of boringtun, so that runs stay comparable.
 const GOTATUN: &str = "0.10.2";
 const BORINGTUN: &str = "0.7.1";
-/// Pins wireguard-go and what it needs.
+/// A `go.mod` that pins wireguard-go and its dependencies.
 const GO_MODULE: &str = include_str!("../../../peers/wireguard-go/go.mod");
 const GO_PACKAGE: &str = "golang.zx2c4.com/wireguard";
 
@@ -42,13 +42,13 @@ fn wireguard_go() -> Result<Installed, String> {
     match built {
         Ok(()) => Ok(Installed { which, path, version: pinned.to_owned() }),
         Err(why) => {
-            // What the distribution has: older, and the figures say so.
+            // The distribution's package is older; the figures name its origin.
             let path = PathBuf::from("/usr/bin/wireguard-go");
             if path.exists() {
                 let version = format!("the distribution's, since {why}");
                 return Ok(Installed { which, path, version });
             }
-            Err(format!("{why}; install Go, or the package wireguard-go"))
+            Err(format!("{why}: install Go, or the package wireguard-go"))
         }
     }
 }
@@ -71,10 +71,10 @@ fn crates_io(
         .args(["install", "--locked", "--quiet", "--root"])
         .arg(&root)
         .arg(format!("{package}@{version}"))
-        // The tree's own settings are not for others.
+        // Cargo settings of the checkout must not apply here.
         .current_dir("/")
         .env("CARGO_TARGET_DIR", root.join("target")))?;
-    // Only the program is wanted.
+    // Only the program is kept.
     let _ = std::fs::remove_dir_all(root.join("target"));
     Ok(installed)
 }
@@ -84,14 +84,14 @@ pub(super) fn cache() -> Result<PathBuf, String> {
     let base = variable("XDG_CACHE_HOME")
         .map(PathBuf::from)
         .or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")))
-        .ok_or("neither XDG_CACHE_HOME nor HOME says where to build it")?;
+        .ok_or("no cache directory: set XDG_CACHE_HOME or HOME")?;
     let cache = base.join("towline-lab");
     std::fs::create_dir_all(cache.join("bin"))
-        .map_err(|error| format!("cannot make {}: {error}", cache.display()))?;
+        .map_err(|error| format!("cannot create {}: {error}", cache.display()))?;
     Ok(cache)
 }
 
-/// The error is the last line that the command said.
+/// Runs a command. The error is the last line of its output.
 fn run(command: &mut Command) -> Result<(), String> {
     let name = command.get_program().display().to_string();
     let said = command
@@ -102,6 +102,6 @@ fn run(command: &mut Command) -> Result<(), String> {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&said.stderr);
-    let last = text.trim_end().lines().last().unwrap_or("it did not say why");
+    let last = text.trim_end().lines().last().unwrap_or("it printed no error");
     Err(format!("`{name}` failed: {last}"))
 }

@@ -1,5 +1,5 @@
-//! Other WireGuards, in the lab: built once into a cache outside the tree, started in a host,
-//! configured over their UAPI socket. No `wg`, no `ip`.
+//! Other WireGuard implementations in the lab: built once into a cache outside the checkout,
+//! started in a host, and configured over their UAPI socket, without `wg` or `ip`.
 //!
 //! ```no_run
 //! # use towline_tests::lab::{namespace::Namespace, peers::{Peer, WireGuard, link_name, uapi}};
@@ -24,48 +24,48 @@ use super::interrupt::wait_for;
 use super::namespace::Namespace;
 use super::process::{Daemon, Program};
 
-/// An implementation that is not ours.
+/// A WireGuard implementation other than Towline's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum WireGuard {
-    /// wireguard-go.
+    /// The program wireguard-go.
     Go,
-    /// gotatun-cli.
+    /// The program gotatun-cli.
     Gotatun,
-    /// boringtun-cli.
+    /// The program boringtun-cli.
     Boringtun,
 }
 
-/// One that can be started.
+/// An implementation that is installed in the cache.
 #[derive(Debug, Clone)]
 pub struct Installed {
-    /// Which.
+    /// Which implementation it is.
     pub which: WireGuard,
-    /// The program.
+    /// Path of the program.
     pub path: PathBuf,
-    /// Its version, and where it is from.
+    /// Version of the program, and its origin.
     pub version: String,
 }
 
-/// One that runs. Dropping it ends it and takes its socket away.
+/// A running implementation. Dropping it kills the process and removes its socket.
 #[derive(Debug)]
 pub struct Peer {
     daemon: Daemon,
     link: String,
 }
 
-/// One that does not answer after this is broken.
+/// Time limit for an implementation to answer after its start; one that takes longer is broken.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
-/// Returns the directory outside the tree for what is built once, and makes it.
+/// Creates and returns the cache directory, which is outside the checkout.
 pub(in crate::lab) fn cache_directory() -> Result<PathBuf, String> {
     install::cache()
 }
 
 impl WireGuard {
-    /// All, the fastest first.
+    /// All implementations, the fastest first.
     pub const ALL: [Self; 3] = [Self::Go, Self::Gotatun, Self::Boringtun];
 
-    /// As it calls itself.
+    /// Returns the name that the implementation uses for itself.
     pub fn name(self) -> &'static str {
         match self {
             Self::Go => "wireguard-go",
@@ -74,15 +74,15 @@ impl WireGuard {
         }
     }
 
-    /// Takes it from the cache, else builds it, which may take minutes and needs the network. The
-    /// error says in one line why it is not to be had.
+    /// Takes the program from the cache, or builds it, which may take minutes and needs the
+    /// network. The error is one line that says why the program is not available.
     pub fn install(self) -> Result<Installed, String> {
         install::install(self)
     }
 }
 
-/// A link's name that no other lab on this machine uses: the sockets of all of them lie in one
-/// directory.
+/// Returns a link name that no other lab on this machine uses, since the sockets of all links share
+/// one directory.
 pub fn link_name() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -90,7 +90,7 @@ pub fn link_name() -> String {
 }
 
 impl Peer {
-    /// Starts it inside `host` with a link of this name, and waits until it answers.
+    /// Starts the program inside `host` with a link of this name, and waits until it answers.
     pub fn start(
         program: &Installed,
         host: &Namespace,
@@ -100,7 +100,7 @@ impl Peer {
         let command = Program::new(&program.path);
         let command = match program.which {
             WireGuard::Go => command.args(["-f", link]),
-            // As root it would give up the right to make sockets of its own.
+            // By default it drops root privileges, and then cannot create its sockets.
             WireGuard::Gotatun | WireGuard::Boringtun => {
                 command.args(["--foreground", "--disable-drop-privileges", link])
             }
@@ -115,18 +115,18 @@ impl Peer {
         Ok(peer)
     }
 
-    /// It is now this, and has these peers.
+    /// Replaces the device's configuration and its peers.
     pub fn configure(&mut self, device: &uapi::Device) -> anyhow::Result<()> {
         uapi::set(&self.link, device)
             .with_context(|| format!("{} refused its configuration", self.daemon.name()))
     }
 
-    /// Its link's name.
+    /// Returns the link's name.
     pub fn link(&self) -> &str {
         &self.link
     }
 
-    /// The process.
+    /// Returns the process.
     pub fn daemon(&mut self) -> &mut Daemon {
         &mut self.daemon
     }
@@ -134,7 +134,7 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // Fails only when it is gone already; the socket of one that was killed stays.
+        // Fails only if the process has already ended. A killed process leaves its socket behind.
         let _ = self.daemon.kill();
         let _ = std::fs::remove_file(uapi::socket(&self.link));
     }

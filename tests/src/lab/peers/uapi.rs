@@ -1,4 +1,4 @@
-//! The cross-platform userspace interface of WireGuard: lines of `key=value` over a Unix socket.
+//! WireGuard's cross-platform userspace interface: lines of `key=value` over a Unix socket.
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Write};
@@ -10,41 +10,41 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use ipnet::IpNet;
 
-/// What a device is told.
+/// Configuration of a device.
 #[derive(Debug, Clone)]
 pub struct Device {
-    /// X25519.
+    /// Private key (X25519).
     pub private_key: [u8; 32],
-    /// UDP.
+    /// UDP port on which the device listens.
     pub port: u16,
-    /// All of its peers: those that it had are gone.
+    /// The complete list of peers; earlier peers are removed.
     pub peers: Vec<Peer>,
 }
 
-/// What a device is told of a peer.
+/// Configuration of a peer.
 #[derive(Debug, Clone)]
 pub struct Peer {
-    /// X25519.
+    /// Public key (X25519).
     pub public_key: [u8; 32],
-    /// A key that both have beside.
+    /// Optional preshared key.
     pub preshared_key: Option<[u8; 32]>,
-    /// Where it is; `None`: it has to come.
+    /// Endpoint of the peer; `None` if the peer has to initiate.
     pub endpoint: Option<SocketAddr>,
-    /// What is reached through it.
+    /// Networks that are reached through the peer.
     pub allowed_ips: Vec<IpNet>,
-    /// Seconds between keepalives; 0: none.
+    /// Interval of persistent keepalives in seconds; 0 disables them.
     pub keepalive: u16,
 }
 
-/// What does not answer in this time does not answer.
+/// Timeout of a read or write on the socket.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Where the socket of a link is.
+/// Returns the path of a link's socket.
 pub fn socket(link: &str) -> PathBuf {
     format!("/var/run/wireguard/{link}.sock").into()
 }
 
-/// The device is now this.
+/// Replaces the configuration of a device.
 pub fn set(link: &str, device: &Device) -> anyhow::Result<()> {
     let mut request = String::from("set=1\n");
     let _ = writeln!(request, "private_key={}", hex(&device.private_key));
@@ -68,7 +68,7 @@ pub fn set(link: &str, device: &Device) -> anyhow::Result<()> {
     ask(link, &request).map(drop)
 }
 
-/// What the device says of itself, key by key; peers follow one another, each begins with
+/// Returns the device's state as pairs of key and value. The entries of each peer begin with
 /// `public_key`.
 pub fn get(link: &str) -> anyhow::Result<Vec<(String, String)>> {
     ask(link, "get=1\n\n")
@@ -90,7 +90,7 @@ fn ask(link: &str, request: &str) -> anyhow::Result<Vec<(String, String)>> {
             None => {}
         }
     }
-    bail!("the answer of {} ended early", path.display())
+    bail!("the answer from {} ended early", path.display())
 }
 
 fn hex(key: &[u8; 32]) -> String {
