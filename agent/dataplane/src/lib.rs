@@ -1,41 +1,44 @@
-//! The data plane: packets without decisions.
+//! The data plane moves packets between the TUN link and the network. It makes no decisions.
 //!
-//! TUN on one side, UDP on the other, WireGuard between. It obeys the core's [`PeerTable`] and
-//! reports what it saw as [`Event`]s; it never decides whom to talk to, or where.
+//! A TUN link is on one side, UDP sockets are on the other, and WireGuard is between them. The data
+//! plane applies the core's [`PeerTable`] and reports what it observed as [`Event`]s. It never
+//! decides which peer to contact or which path to use.
 //!
 //! # Contract
 //!
-//! - [`DataPlane::start`] runs a thread for each pair of a TUN queue and a socket. The handle is
-//!   cheap to clone and never waits.
-//! - [`DataPlane::apply`] takes effect whole: a packet sees one table from lookup to send. Peers
-//!   that stay keep their sessions, also when their pre-shared key or boot epoch changes.
-//! - Batches, never packets, cross the two seams ([`TunIo`], [`UdpIo`]). The order within a flow
-//!   is kept.
-//! - A fault is a state ([`DataPlane::faults`]), which nobody can miss, and every worker counts its
-//!   loops, so that one that hangs is noticed ([`DataPlane::stalled_workers`]).
-//! - Every packet that goes no further is counted under one [`DropReason`]. A datagram from
-//!   outside never panics and never logs; boringtun does log handshakes at `debug` and timers up
-//!   to `error`, so a subscriber should turn the target `boringtun` off.
-//! - Datagrams are told apart one by one (`towline_types::frame`): WireGuard is handled here,
-//!   probes and STUN are handed on as [`Event`]s.
+//! - [`DataPlane::start`] runs one thread for each pair of a TUN queue and a socket. The handle is
+//!   cheap to clone, and its methods do not block, except [`DataPlane::stop`].
+//! - [`DataPlane::apply`] replaces the whole table at once: one packet uses one table from lookup
+//!   to send. Peers that stay in the table keep their sessions, even when their pre-shared key or
+//!   boot epoch changes.
+//! - Batches of packets cross the two I/O traits ([`TunIo`], [`UdpIo`]), never single packets. The
+//!   order within a flow is kept.
+//! - A fault is a state ([`DataPlane::faults`]) that cannot be lost. Every worker counts its loop
+//!   iterations, so that a worker that hangs is detected ([`DataPlane::stalled_workers`]).
+//! - Every dropped packet is counted under one [`DropReason`]. A datagram from outside never causes
+//!   a panic or a log line. boringtun logs handshakes at `debug` and timers up to `error`, so a
+//!   subscriber should disable the target `boringtun`.
+//! - Each datagram is classified by its first bytes (`towline_types::frame`): WireGuard messages
+//!   are handled here, probes and STUN messages are passed on as [`Event`]s.
 //!
 //! # Files
 //!
 //! | file | owns |
 //! |---|---|
-//! | `worker` | a thread: what wakes it, in which order it works |
-//! | `rest` | pauses between batches of small packets |
-//! | `engine` | what happens to a batch in each direction |
-//! | `peer` | one tunnel over time |
-//! | `session` | the protocol engine; the only file that names boringtun |
-//! | `table` | address, key and index to peer |
+//! | `worker` | a thread: what wakes it, and the order of its work |
+//! | `rest` | the delay after a batch of small packets |
+//! | `engine` | the path of a batch in each direction |
+//! | `peer` | one tunnel: timers, keepalives, waiting packets |
+//! | `session` | the WireGuard engine; the only file that names boringtun |
+//! | `table` | lookup of a peer by address, key or receiver index |
 //! | `arena` | the buffers of a batch |
-//! | `split`, `coalesce`, `vnet`, `checksum`, `packet` | inner packets, and the kernel's super-packets |
-//! | `tun`, `udp`, `memory` | the seams |
-//! | `steering` | which queue of the TUN a packet comes by |
-//! | `switch` | what of the kernel is in use |
-//! | `relay` | channels between other nodes, forwarded as they come |
-//! | `events`, `drops`, `counters` | what is told and counted |
+//! | `split`, `coalesce`, `vnet`, `checksum`, `packet` | inner packets, and the kernel's
+//! super-packets |
+//! | `tun`, `udp`, `memory` | the I/O traits and their implementations |
+//! | `steering` | which queue of the TUN receives a packet |
+//! | `switch` | which offloads of the kernel are in use |
+//! | `relay` | the forwarding table for relayed channels |
+//! | `events`, `drops`, `counters` | what is reported and counted |
 //! | `internals` | the packet path without its thread, for fuzzing |
 
 pub mod arena;
@@ -101,13 +104,14 @@ use switch::Switch;
 use table::Table;
 use worker::{Command, Inbox, Pace, Worker};
 
-/// What the data plane is told once.
+/// Settings of a data plane that stay the same while it runs.
 pub struct Config {
     /// The node's WireGuard key.
     pub private_key: StaticSecret,
-    /// Whether we forward for other nodes, and within which limits: the daemon holds a clone.
+    /// Forwarding table and limits for datagrams of other nodes. The daemon holds a clone and
+    /// changes the table through it.
     pub relay: Relay,
-    /// Index of the TUN link, from which no outer datagram can come; `None`: there is none.
+    /// Index of the TUN link, from which no outer datagram may come. `None` if there is no link.
     pub link: Option<u32>,
 }
 
@@ -117,25 +121,26 @@ impl std::fmt::Debug for Config {
     }
 }
 
-/// Which of the kernel's offloads may be used, each where the kernel has it. By default all.
+/// Kernel offloads that may be used, each only if the kernel has it. All are enabled by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Offloads {
-    /// The TUN hands over, and takes, many segments of a TCP stream as one packet.
+    /// The TUN passes several segments of a TCP stream as one packet, in both directions.
     pub tun_tcp: bool,
-    /// Likewise many datagrams of a UDP flow (Linux 6.2). Needs `tun_tcp`.
+    /// The TUN passes several datagrams of a UDP flow as one packet, in both directions (Linux
+    /// 6.2). Needs `tun_tcp`.
     pub tun_udp: bool,
-    /// The TUN hands over super-packets that are inside a UDP tunnel of the host, such as VXLAN
-    /// or Geneve (Linux 6.17). Needs `tun_udp`.
+    /// The TUN passes super-packets that are inside a UDP tunnel of the host, such as VXLAN or
+    /// Geneve (Linux 6.17). Needs `tun_udp`.
     pub tun_tunnel: bool,
-    /// Many datagrams for one peer are sent at once (`UDP_SEGMENT`).
+    /// One system call sends several datagrams for one peer (`UDP_SEGMENT`).
     pub udp_segment: bool,
-    /// Many datagrams of one peer are received at once (`UDP_GRO`).
+    /// One receive buffer holds several datagrams of one peer (`UDP_GRO`).
     pub udp_gro: bool,
 }
 
 impl Offloads {
-    /// None of them.
+    /// The set without any offload.
     pub const NONE: Self = Self {
         tun_tcp: false,
         tun_udp: false,
@@ -151,83 +156,94 @@ impl Default for Offloads {
     }
 }
 
-/// How it stands at one moment.
+/// Counters and state of the data plane at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Snapshot {
-    /// By public key.
+    /// State of each peer, by public key.
     pub peers: BTreeMap<WireguardKey, PeerSnapshot>,
-    /// What was dropped since the start, by [`DropReason::name`]; reasons that never occurred are
-    /// there with 0.
+    /// Number of packets dropped since the start, by [`DropReason::name`]. Reasons that never
+    /// occurred have the value 0.
     pub drops: BTreeMap<&'static str, u64>,
-    /// What speeds it up, and if not, why not.
+    /// Offloads in use, and for the others the reason why they are not.
     pub features: Vec<Feature>,
 }
 
-/// State of a peer.
+/// Counters and state of one peer at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeerSnapshot {
-    /// Bytes of UDP payload received from it, authentic ones only.
+    /// Bytes of authentic UDP payload received from the peer.
     pub received_bytes: u64,
-    /// Bytes of UDP payload sent to it.
+    /// Bytes of UDP payload sent to the peer.
     pub sent_bytes: u64,
-    /// When the last handshake was completed.
+    /// Time when the last handshake completed. `None` before the first.
     pub last_handshake: Option<Instant>,
-    /// Where its datagrams go.
+    /// Path that datagrams to the peer take. `None` while no path is known.
     pub endpoint: Option<Path>,
 }
 
-/// Workers that did not end when they were told to. Their threads, descriptors and the link's queues
-/// stay until the process ends.
+/// Error of [`DataPlane::stop`]: some workers did not end in time. Their threads, descriptors and
+/// queues of the link stay until the process ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{workers} of the data plane's workers did not stop within {patience:?}")]
+#[error(
+    "cannot stop the data plane: {workers} of its workers still run after {patience:?}: restart the agent"
+)]
 pub struct StuckWorkers {
-    /// Number of workers.
+    /// Number of workers that still run.
     pub workers: usize,
-    /// How long they were waited for.
+    /// Time that the call waited for them.
     pub patience: Duration,
 }
 
-/// How long a snapshot waits for a tunnel that a worker is busy with. A batch takes less than a
-/// millisecond.
+/// Longest time that a snapshot waits for a tunnel that a worker has locked. A batch takes less
+/// than a millisecond.
 const SNAPSHOT_PATIENCE: Duration = Duration::from_millis(100);
-/// How long [`DataPlane::stop`] waits. A worker may wait about a second for room in a socket.
+/// Longest time that [`DataPlane::stop`] waits. A worker may wait about a second for room in a
+/// socket buffer.
 const STOP_PATIENCE: Duration = Duration::from_secs(4);
 
-/// A running data plane. The last handle to go stops it without waiting; [`DataPlane::stop`]
-/// waits.
+/// Handle of a running data plane. Dropping the last handle stops the workers without waiting for
+/// them; [`DataPlane::stop`] waits.
 #[derive(Debug, Clone)]
 pub struct DataPlane(Arc<Running>);
 
 #[derive(Debug)]
 struct Running {
+    /// Keys of the node, shared by all tunnels.
     secrets: Arc<Secrets>,
+    /// Current peer table. Workers load it once per batch.
     table: Arc<ArcSwap<Table>>,
-    /// One at a time builds the next table.
+    /// Lock that is held while the next table is built, so that updates are applied one after
+    /// another.
     building: Mutex<()>,
-    /// What was lost with peers that left the table. Written under `building` alone.
+    /// Drops of packets that waited in tunnels of peers that left the table. Written only under
+    /// `building`.
     building_drops: Drops,
-    /// Of each worker. Orders go to the first.
+    /// Inbox of each worker. Commands go to the first.
     inboxes: Vec<Arc<Inbox>>,
-    /// Of each worker.
+    /// Drop counters of each worker.
     drops: Vec<Arc<Drops>>,
+    /// Time of the start, from which the counters of handshakes count.
     started: Instant,
+    /// Offloads in use. The workers share them.
     features: Vec<Switch>,
-    /// The first fault of any worker.
+    /// First fault of any worker.
     faults: watch::Receiver<Option<Fault>>,
-    /// Loops of each worker at the last call of [`DataPlane::stalled_workers`].
+    /// Loop count of each worker at the last call of [`DataPlane::stalled_workers`].
     loops_seen: Mutex<Vec<Option<u64>>>,
+    /// Threads of the workers, taken by [`DataPlane::stop`].
     threads: Mutex<Threads>,
 }
 
-/// The workers' threads.
+/// Threads of the workers, and how to wait for them.
 #[derive(Debug)]
 struct Threads {
     handles: Vec<JoinHandle<()>>,
-    /// Disconnected once all of them have ended. Nothing is ever sent.
+    /// Channel that disconnects when all threads have ended. Nothing is ever sent.
     ended: mpsc::Receiver<std::convert::Infallible>,
 }
 
 impl Running {
+    /// Queues a command for the first worker.
     fn order(&self, command: Command) {
         if let Some(first) = self.inboxes.first() {
             first.push(command);
@@ -248,15 +264,16 @@ impl Drop for Running {
 }
 
 impl DataPlane {
-    /// Starts moving packets, with a thread for each of `shards`: queues of one link, with sockets
-    /// of one port. Without peers it drops everything, so [`DataPlane::apply`] is next.
+    /// Starts the workers, with one thread for each of `shards`: queues of one link, each with
+    /// sockets of one port. Without peers they drop every packet, so call [`DataPlane::apply`]
+    /// next.
     ///
-    /// `events` should hold some hundred: it is never waited for. A fault is not among them, see
-    /// [`DataPlane::faults`].
+    /// `events` should have room for some hundred events, because a worker never waits for it. A
+    /// fault is not an event, see [`DataPlane::faults`].
     ///
     /// # Errors
     ///
-    /// When the system gives no thread or no descriptors.
+    /// Returns the system's error if it provides no thread or no descriptor.
     pub fn start<T: TunIo, U: UdpIo>(
         config: Config,
         shards: impl IntoIterator<Item = (T, U)>,
@@ -283,7 +300,7 @@ impl DataPlane {
         for (tun, udp) in shards {
             let (inbox, drops) = (Arc::new(Inbox::new()?), Arc::new(Drops::default()));
             if workers.is_empty() {
-                // The others share them.
+                // All workers share the offloads of the first.
                 running.features.extend(tun.features());
                 running.features.extend(udp.features());
             }
@@ -309,7 +326,7 @@ impl DataPlane {
             running.drops.push(drops);
         }
         for worker in workers {
-            // One that cannot be started ends those before it: `running` is dropped.
+            // If a thread cannot be started, dropping `running` stops those already started.
             let thread = std::thread::Builder::new().name("dataplane".to_owned());
             let alive = alive.clone();
             let thread = thread.spawn(move || {
@@ -321,12 +338,12 @@ impl DataPlane {
         Ok(Self(Arc::new(running)))
     }
 
-    /// The node's own public key.
+    /// Returns the node's own public key.
     pub fn public_key(&self) -> WireguardKey {
         self.0.secrets.public_key()
     }
 
-    /// The peers are now these. Those that stay keep their sessions.
+    /// Replaces the peer table. Peers that stay in it keep their sessions.
     pub fn apply(&self, table: &PeerTable) {
         let _building = self.0.building.lock();
         let before = self.0.table.load_full();
@@ -338,34 +355,34 @@ impl DataPlane {
         self.0.inboxes.iter().for_each(|inbox| inbox.wake());
     }
 
-    /// Starts a handshake: one initiation, the same bytes to each address. It is repeated every
-    /// five seconds (and a little) for 90 s, to the same addresses, unless it is answered or
-    /// another order comes. Nothing happens for a peer that is not in the table.
+    /// Starts a handshake: sends one initiation, with the same bytes, on each path of `to`. It is
+    /// repeated about every five seconds for 90 s on the same paths, until it is answered or
+    /// another command replaces it. Does nothing if the peer is not in the table.
     pub fn handshake(&self, peer: WireguardKey, to: Vec<Path>) {
         self.0.order(Command::Handshake(peer, to));
     }
 
-    /// Sends a datagram as it is, from the WireGuard port.
+    /// Sends a datagram unencrypted from the WireGuard port.
     pub fn send(&self, to: Path, datagram: &[u8]) {
         self.0.order(Command::Send(to, datagram.to_vec()));
     }
 
-    /// As [`DataPlane::send`], but nobody may fragment it on the way to `peer`. If already the
-    /// kernel knows that it is too big, that is observed ([`Observation::TooBig`]).
-    ///
-    /// [`Observation::TooBig`]: towline_core::peer_table::Observation::TooBig
+    /// Sends a datagram like [`DataPlane::send`], but with fragmentation forbidden, to find out
+    /// whether the path to `peer` takes its size. If the kernel already knows that it is too big,
+    /// [`Observation::TooBig`] is reported.
     pub fn send_whole(&self, peer: WireguardKey, to: Path, datagram: &[u8]) {
         self.0.order(Command::SendWhole(peer, to, datagram.to_vec()));
     }
 
-    /// Shows the first fault of any worker, after which the data plane has to be started again. It
-    /// stays, so a receiver that looks late finds it too.
+    /// Returns a receiver of the first fault of any worker. After a fault the data plane must be
+    /// started again. The fault stays readable, so a receiver that is read late finds it too.
     pub fn faults(&self) -> watch::Receiver<Option<Fault>> {
         self.0.faults.clone()
     }
 
-    /// Number of workers that did not go through their loop since the last call, if that is some
-    /// seconds ago. Wakes each of them, so that an idle one will have done so by the next call.
+    /// Returns the number of workers whose loop did not run since the last call. Meant to be called
+    /// every few seconds. Wakes each worker, so that the loop of an idle one runs before the next
+    /// call.
     pub fn stalled_workers(&self) -> usize {
         let mut seen = self.0.loops_seen.lock();
         seen.resize(self.0.inboxes.len(), None);
@@ -379,7 +396,7 @@ impl DataPlane {
         stalled
     }
 
-    /// How it stands now.
+    /// Returns the current counters and state.
     pub fn snapshot(&self) -> Snapshot {
         let table = self.0.table.load();
         let peers = table.peers.iter().map(|peer| {
@@ -388,7 +405,7 @@ impl DataPlane {
                 received_bytes,
                 sent_bytes,
                 last_handshake: peer.counters.last_handshake(self.0.started),
-                // A worker that hangs may hold it; that must not hang who looks at it.
+                // A worker that hangs may hold the lock. That must not block this call.
                 endpoint: match peer.tunnel.try_lock_for(SNAPSHOT_PATIENCE) {
                     Some(mut tunnel) => tunnel.endpoint(peer.endpoint()),
                     None => peer.endpoint(),
@@ -409,21 +426,21 @@ impl DataPlane {
         }
     }
 
-    /// Ends it, and waits a few seconds until its threads are gone. The TUN link stays if it is
-    /// persistent.
+    /// Stops the workers and waits a few seconds for their threads to end. The TUN link stays if it
+    /// is persistent.
     ///
     /// # Errors
     ///
-    /// When a worker hangs: only the end of the process ends it.
+    /// Returns [`StuckWorkers`] if a worker hangs. Its thread stays until the process ends.
     pub fn stop(&self) -> Result<(), StuckWorkers> {
         self.stop_within(STOP_PATIENCE)
     }
 
-    /// As [`DataPlane::stop`], but waits at most `patience`.
+    /// Stops the workers like [`DataPlane::stop`], but waits at most `patience`.
     ///
     /// # Errors
     ///
-    /// When a worker hangs: only the end of the process ends it.
+    /// Returns [`StuckWorkers`] if a worker hangs. Its thread stays until the process ends.
     pub fn stop_within(&self, patience: Duration) -> Result<(), StuckWorkers> {
         self.0.stop();
         let mut threads = self.0.threads.lock();
@@ -436,7 +453,7 @@ impl DataPlane {
             threads.handles.drain(..).partition(|thread| ended || thread.is_finished());
         for thread in done {
             if thread.join().is_err() {
-                tracing::error!("a thread of the data plane panicked");
+                tracing::error!("data plane worker panicked");
             }
         }
         if stuck.is_empty() {
@@ -448,8 +465,8 @@ impl DataPlane {
     }
 }
 
-/// A random number, for what has to differ from node to node and need not be secret.
+/// Returns a random number for values that must differ between nodes but need not be secret.
 fn random() -> u64 {
-    // Each state has keys of its own, which come from the system's randomness.
+    // Each `RandomState` has its own keys, which the system's randomness seeds.
     RandomState::new().hash_one(())
 }

@@ -1,11 +1,11 @@
-//! Rests between batches of small packets, as a network card holds its interrupts back.
+//! Delay after batches of small packets, like the interrupt moderation of a network card.
 //!
-//! A sender of small datagrams wakes the worker long before it has written many of them, and each
-//! of the small batches that come of it costs a send, a wake-up and a receive of its own. So when a
-//! batch shows such a sender, the next read of the TUN waits for as long as this batch took: the
-//! next one is larger by that much. What comes from the network ends a rest, and so do orders. A
-//! packet now and then, an echo or a request, never meets one; nor do super-packets, which are
-//! batches already.
+//! A program that sends small datagrams wakes the worker long before it has written many of them,
+//! and each of the resulting small batches costs its own send, wake-up and receive. When a batch
+//! shows such a program, the worker waits before the next read of the TUN for as long as this batch
+//! took, at most 0.1 ms, so that the next batch is larger. A datagram from the network or a command
+//! ends the delay early. Single packets, such as an echo or a request, are never delayed. Neither
+//! are super-packets, which are batches already.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,37 +14,39 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 
-/// Packets in one read that show a sender who goes on.
+/// Smallest number of packets in one read that indicates a continuing stream.
 const LEAST_PACKETS: usize = 8;
-/// A batch of this many bytes is worth a send of its own.
+/// Number of bytes from which a batch is large enough for its own send.
 const MOST_BYTES: usize = 32 * 1024;
+/// Longest delay. It bounds the latency that the delay adds.
 const LONGEST: Duration = Duration::from_micros(100);
-/// How much later than asked for the kernel may end a rest. Its default is half of the longest.
+/// Timer slack of the worker's thread: how much later than requested the kernel may end a delay.
+/// The kernel's default of 50 µs is half of [`LONGEST`].
 const SLACK_NS: u64 = 1_000;
-/// Descriptors that can end a rest.
+/// Largest number of descriptors that can end a delay.
 const DESCRIPTORS: usize = 9;
 
-/// What ends a rest early.
+/// Runs the delay, and holds the descriptors that end it early.
 #[derive(Debug)]
 pub(super) struct Rest {
     others: Vec<OwnedFd>,
 }
 
 impl Rest {
-    /// `others`: at most nine.
+    /// Creates a delay that input on any of `others` ends. Only the first [`DESCRIPTORS`] are used.
     pub(super) fn new<'a>(others: impl IntoIterator<Item = BorrowedFd<'a>>) -> io::Result<Self> {
         let others = others.into_iter().take(DESCRIPTORS);
         Ok(Self { others: others.map(|fd| fd.try_clone_to_owned()).collect::<Result<_, _>>()? })
     }
 
-    /// Lets this thread's rests end in time.
+    /// Sets the timer slack of the calling thread, so that its delays end in time.
     pub(super) fn prepare_thread() {
-        // Refused, they last a little longer.
+        // If the call fails, delays last a little longer.
         let _ = nix::sys::prctl::set_timerslack(SLACK_NS);
     }
 
-    /// How long to rest after a read that gave so many packets, of so many bytes altogether, and
-    /// whose work took so long.
+    /// Returns the delay after a read of `packets` packets with `bytes` bytes in total, whose
+    /// processing took the time that `took` returns.
     pub(super) fn due(packets: usize, bytes: usize, took: impl FnOnce() -> Duration) -> Duration {
         if packets < LEAST_PACKETS || bytes >= MOST_BYTES {
             return Duration::ZERO;
@@ -52,14 +54,14 @@ impl Rest {
         took().min(LONGEST)
     }
 
-    /// Rests for so long, or until something else is to be done.
+    /// Waits for `time`, or until one of the descriptors is readable.
     pub(super) fn take(&self, time: Duration) {
         let Some(first) = self.others.first().filter(|_| !time.is_zero()) else { return };
         let mut fds: [_; DESCRIPTORS] = std::array::from_fn(|place| {
             let other = self.others.get(place).unwrap_or(first);
             PollFd::new(other.as_fd(), PollFlags::POLLIN)
         });
-        // A signal ends it too, and then it is over.
+        // A signal ends the delay too, and it is not resumed.
         let _ = ppoll(&mut fds[..self.others.len()], Some(TimeSpec::from_duration(time)), None);
     }
 }
@@ -90,7 +92,7 @@ mod tests {
         Rest::due(1, 100, || unreachable!("the clock was read"));
     }
 
-    /// It would otherwise not end at all.
+    /// A delay that nothing ends would take far longer than any test run.
     #[test]
     fn what_arrives_meanwhile_ends_a_rest() {
         let (reader, writer) = nix::unistd::pipe().unwrap();

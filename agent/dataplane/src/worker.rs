@@ -1,11 +1,11 @@
-//! The loop that moves packets: a thread of its own, woken by the TUN, the sockets, an order or
-//! the time.
+//! The worker: a thread with a loop that moves packets. A readable TUN queue, a readable socket, a
+//! command or a timer wakes it.
 //!
-//! One worker does both directions: on two cores it has the throughput of two threads, a better
-//! latency, and spends less. More workers (shards) each have their own queue of the TUN and their
-//! own sockets, and share the table. Nothing crosses from one to another, so that a flow keeps its
-//! order: the TUN gives all packets for one address to one queue, and the sockets all datagrams
-//! from one address to one of them.
+//! One worker handles both directions: on two cores it reaches the throughput of two threads with
+//! lower latency and less CPU time. More workers (shards) each have their own queue of the TUN and
+//! their own sockets, and share the peer table. No packet passes from one worker to another, so a
+//! flow keeps its order: the TUN steers all packets for one address to one queue, and the kernel
+//! steers all datagrams from one address to one socket.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -27,43 +27,48 @@ use super::rest::Rest;
 use super::tun::TunIo;
 use super::udp::{Ready, TooBig, UdpIo};
 
-/// How often time passes for the tunnels while any of them is alive.
+/// Interval between two ticks of the tunnel timers while any tunnel is live.
 const TICK: Duration = Duration::from_millis(250);
-/// How often the link's MTU is looked at, in ticks.
+/// Number of ticks between two readings of the link's MTU.
 const MTU_TICKS: u32 = 8;
-/// Receive calls in one batch.
+/// Number of receive buffers in one batch: one receive call fills one.
 pub(super) const RECEIVE_SLOTS: usize = 8;
-/// Super-packets from the TUN in one batch, and packets altogether.
+/// Number of full super-packets from the TUN that one batch has room for.
 const TUN_LARGE: usize = 4;
+/// Largest number of packets from the TUN in one batch.
 const TUN_PACKETS: usize = 256;
-/// Bytes and trains of one send.
+/// Size of the send batch in bytes.
 const SEND_BYTES: usize = 512 * 1024;
+/// Largest number of trains in the send batch.
 const SEND_TRAINS: usize = 256;
-/// Orders that may wait for the worker. More are refused and counted: the core repeats what it
-/// needs.
+/// Largest number of commands that wait for the worker. Further commands are dropped and counted;
+/// the core repeats those that are still needed.
 const ORDERS: usize = 4096;
 
-/// An order to the worker.
+/// A command to the worker.
 #[derive(Debug)]
 pub(super) enum Command {
-    /// Start a handshake.
+    /// Starts a handshake on all these paths.
     Handshake(WireguardKey, Vec<Path>),
-    /// Send a datagram as it is.
+    /// Sends a datagram unencrypted.
     Send(Path, Vec<u8>),
-    /// Send one that nobody may fragment, to see whether the path to this peer takes it.
+    /// Sends a datagram with fragmentation forbidden, to find out whether the path to this peer
+    /// takes its size.
     SendWhole(WireguardKey, Path, Vec<u8>),
 }
 
-/// How the worker is told something, and how it proves that it goes on.
+/// The side of a worker that other threads use: commands, stop flag and loop counter.
 #[derive(Debug)]
 pub(super) struct Inbox {
-    /// Orders that wait, at most [`ORDERS`].
+    /// Commands that wait, at most [`ORDERS`].
     commands: Mutex<Vec<Command>>,
+    /// Descriptor that wakes the worker.
     wake: EventFd,
+    /// True once the worker must end. Never cleared.
     stop: AtomicBool,
-    /// Orders that found no room.
+    /// Number of commands that were dropped because the queue was full.
     refused: AtomicU64,
-    /// Number of times that the worker went through its loop. It alone writes it.
+    /// Number of loop iterations. Only the worker writes it.
     loops: AtomicU64,
 }
 
@@ -90,19 +95,18 @@ impl Inbox {
         self.wake();
     }
 
-    /// Orders that found no room since the start.
+    /// Returns the number of commands that were dropped because the queue was full.
     pub(super) fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
     }
 
-    /// Number of times that the worker went through its loop. An idle worker does so when it is
-    /// woken.
+    /// Returns the number of loop iterations. A wake-up causes an iteration also in an idle worker.
     pub(super) fn loops(&self) -> u64 {
         self.loops.load(Ordering::Relaxed)
     }
 
     fn count_loop(&self) {
-        // One writer: no need for a locked instruction.
+        // There is one writer, so no locked instruction is needed.
         self.loops.store(self.loops.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
     }
 
@@ -112,20 +116,20 @@ impl Inbox {
     }
 
     pub(super) fn wake(&self) {
-        // It fails only when the counter is at its end, and then the worker is awake.
+        // It fails only when the counter is at its maximum, and then a wake-up is pending anyway.
         let _ = self.wake.write(1);
     }
 }
 
-/// What the workers have in common: time passes once for all of them.
+/// State that all workers share. One of them advances the timers for all.
 #[derive(Debug)]
 pub(super) struct Pace {
     started: Instant,
-    /// When time passed last, in milliseconds after the start.
+    /// Time of the last tick, in milliseconds after the start.
     ticked: AtomicU64,
-    /// As it turned out then, some tunnel needs more of it.
+    /// True if some tunnel needed further ticks at the last tick.
     live: AtomicBool,
-    /// Of the link.
+    /// MTU of the link in bytes.
     mtu: AtomicUsize,
 }
 
@@ -139,17 +143,19 @@ impl Pace {
         }
     }
 
-    /// Whether the caller is the one that lets time pass now.
+    /// Returns whether the caller must run the tick that is due now. Returns true to one worker
+    /// only.
     fn claim(&self, now: Instant) -> bool {
         let now = now.saturating_duration_since(self.started).as_millis() as u64;
         let last = self.ticked.load(Ordering::Relaxed);
-        // Two workers whose ticks are due together are a little apart.
+        // The margin lets only one of two workers run a tick that is due for both at about the same
+        // time.
         now >= last + (TICK - TICK / 8).as_millis() as u64
             && self.ticked.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 }
 
-/// See the module.
+/// One worker: its queue of the TUN, its sockets and its buffers.
 pub(super) struct Worker<T, U> {
     tun: T,
     udp: U,
@@ -166,9 +172,11 @@ pub(super) struct Worker<T, U> {
     rest: Rest,
 }
 
+/// Epoll token of the inbox.
 const WAKE: u64 = 0;
+/// Epoll token of the TUN.
 const TUN: u64 = 1;
-/// And those after it: one for each socket.
+/// Epoll token of the first socket. The tokens after it belong to the further sockets.
 const UDP: u64 = 2;
 
 impl<T: TunIo, U: UdpIo> Worker<T, U> {
@@ -205,7 +213,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         })
     }
 
-    /// Runs until it is told to stop, or cannot go on.
+    /// Runs the loop until [`Inbox::stop`] is called or a fault occurs.
     pub(super) fn run(mut self) {
         Rest::prepare_thread();
         if let Err(error) = self.serve() {
@@ -252,7 +260,8 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                     let live = self.engine.tick(now, &mut self.out, &mut self.udp);
                     self.pace.live.store(live, Ordering::Relaxed);
                 }
-                // Another worker that advances the timers does not send what waits here.
+                // A worker that runs the tick sends only its own waiting observations, so each
+                // worker retries here.
                 self.engine.events().retry();
                 let live = self.pace.live.load(Ordering::Relaxed);
                 let live = live || self.engine.events().is_waiting();
@@ -267,8 +276,8 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
 
     fn obey(&mut self, now: Instant) {
         let _ = self.inbox.wake.read();
-        // Commands follow a plan, and the plan may just have set the link's MTU: padding beyond it
-        // would have every outer packet fragmented.
+        // Commands follow a plan, and applying the plan may just have changed the link's MTU.
+        // Padding beyond the MTU would cause every outer packet to be fragmented.
         self.look_at_mtu();
         let commands = std::mem::take(&mut *self.inbox.commands.lock());
         for command in commands {
@@ -331,7 +340,8 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         self.read.clear();
         if let Err(error) = self.tun.read(&mut self.read, &self.drops) {
             self.faults.set(Fault::TunGone(error.to_string()));
-            // The tunnels stay up for the core to see; a new link needs a new data plane.
+            // The tunnels stay up, and the core still gets their events. A new link needs a new
+            // data plane.
             return self.epoll.delete(self.tun.fd());
         }
         self.engine.outbound(now, &mut self.read, &mut self.out, &mut self.udp);
@@ -352,7 +362,7 @@ fn errno(error: std::io::Error) -> nix::errno::Errno {
 
 fn timeout(next_tick: Option<Instant>) -> EpollTimeout {
     let Some(tick) = next_tick else { return EpollTimeout::NONE };
-    // Rounded up: waking too early would mean waking twice.
+    // The time is rounded up, because a wake-up that is too early causes a second one.
     let left = tick.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
     EpollTimeout::try_from(left).unwrap_or(EpollTimeout::ZERO)
 }
