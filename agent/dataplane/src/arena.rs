@@ -1,6 +1,6 @@
-//! The buffers that cross the seams: one contiguous block of bytes per batch, and beside it where
-//! each packet lies. Made once, used for ever: nothing here allocates after construction as long
-//! as the batch keeps within the number of packets it was made for.
+//! Buffers of batches. Each batch owns one contiguous block of bytes and a list of the positions of
+//! its packets. A batch is allocated once and reused: nothing here allocates after construction
+//! while the batch stays within the number of packets it was created for.
 
 use std::num::NonZeroUsize;
 use std::slice::Chunks;
@@ -10,38 +10,39 @@ use towline_types::frame::{RELAYED_HEADER_BYTES, relayed_header};
 
 use super::vnet::VnetHeader;
 
-/// The most bytes of one send. The largest UDP payload over IPv4 is 65,507; 20 less leaves room
-/// for IPv6 too.
+/// Largest number of bytes in one send. The largest UDP payload over IPv4 is 65,507; 20 bytes less
+/// leaves room for the larger IPv6 header.
 pub const TRAIN_BYTES: usize = 65_487;
-/// The most datagrams of one send: what every kernel with `UDP_SEGMENT` takes.
+/// Largest number of datagrams in one send: every kernel with `UDP_SEGMENT` takes as many.
 pub const TRAIN_SEGMENTS: usize = 64;
-/// The largest datagram or TUN packet, with room to spare.
+/// Bytes of a slot, which holds the largest datagram or TUN packet.
 pub const SLOT_BYTES: usize = 65_536;
-/// Free bytes before each packet from the TUN: its virtio header is read there.
+/// Free bytes before each packet from the TUN. Its virtio header is read into them.
 pub const HEADROOM: usize = 32;
-/// Free bytes behind each packet from the TUN: padding is written there.
+/// Free bytes after each packet from the TUN. Padding is written into them.
 pub const TAILROOM: usize = 16;
 
-/// Datagrams for one address, one behind another in a [`SendBatch`]. All have the same length,
-/// except that the last may be shorter: what `UDP_SEGMENT` sends at once.
+/// Consecutive datagrams for one path in a [`SendBatch`]. All have the same length, except that the
+/// last may be shorter: `UDP_SEGMENT` sends them with one call.
 #[derive(Debug, Clone, Copy)]
 pub struct Train {
-    /// Where to.
+    /// Path to send on.
     pub to: Path,
-    /// First byte in the batch.
+    /// Offset of the first byte in the batch.
     pub start: usize,
-    /// Bytes of all datagrams together.
+    /// Length of all datagrams together, in bytes.
     pub len: usize,
-    /// Bytes of each datagram but the last. A datagram of no bytes counts as one of 1 byte.
+    /// Segment size: the length of each datagram except the last, in bytes. An empty datagram
+    /// counts as 1 byte.
     pub stride: NonZeroUsize,
-    /// How many.
+    /// Number of datagrams.
     pub segments: usize,
-    /// Sent as fragments of the size that every path of its family takes: the path takes less than
-    /// its datagrams, which cannot be made smaller.
+    /// True if the datagrams are sent as fragments of the size that every path of their family
+    /// takes, because they are larger than their path takes and cannot be made smaller.
     pub fragment: bool,
 }
 
-/// Datagrams to be sent, in order.
+/// Datagrams to send, in order.
 #[derive(Debug)]
 pub struct SendBatch {
     bytes: Box<[u8]>,
@@ -52,7 +53,7 @@ pub struct SendBatch {
 }
 
 impl SendBatch {
-    /// An empty batch of at most `bytes` bytes and `trains` trains.
+    /// Creates an empty batch with room for `bytes` bytes and `trains` trains.
     pub fn new(bytes: usize, trains: usize) -> Self {
         Self {
             bytes: vec![0; bytes].into_boxed_slice(),
@@ -63,8 +64,8 @@ impl SendBatch {
         }
     }
 
-    /// Where the next datagram is to be written; `None` if less than `need` bytes are left, and
-    /// the batch has to be sent first.
+    /// Returns the free space for the next datagram. `None` if less than `need` bytes are left, so
+    /// that the batch must be sent first.
     pub fn spare(&mut self, need: usize) -> Option<&mut [u8]> {
         if self.trains.len() == self.max_trains {
             return None;
@@ -72,18 +73,19 @@ impl SendBatch {
         self.bytes.get_mut(self.used..).filter(|spare| spare.len() >= need)
     }
 
-    /// As [`SendBatch::spare`], behind what a relay's channel puts before a datagram for `to`.
+    /// Returns the free space for the next datagram for `to`, like [`SendBatch::spare`], but after
+    /// room for the header of its relay channel, if it has one.
     pub fn place(&mut self, to: &Path, need: usize) -> Option<&mut [u8]> {
         let header = header_bytes(to);
         Some(&mut self.spare(header + need)?[header..])
     }
 
-    /// Whether what is committed from now on is [fragmented](Train::fragment).
+    /// Sets whether the datagrams committed from now on are [fragmented](Train::fragment).
     pub fn fragment(&mut self, fragment: bool) {
         self.fragment = fragment;
     }
 
-    /// The first `len` bytes of [`SendBatch::place`] are now a datagram for `to`.
+    /// Appends the first `len` bytes of [`SendBatch::place`] as a datagram for `to`.
     pub fn commit(&mut self, to: Path, len: usize) {
         let fragment = self.fragment;
         let len = match to.channel {
@@ -117,7 +119,7 @@ impl SendBatch {
         self.used += len;
     }
 
-    /// Copies a datagram in; `false` if there is no room.
+    /// Appends a copy of a datagram. Returns `false` if there is no room.
     pub fn push(&mut self, to: Path, datagram: &[u8]) -> bool {
         let Some(spare) = self.place(&to, datagram.len()) else { return false };
         spare[..datagram.len()].copy_from_slice(datagram);
@@ -125,22 +127,22 @@ impl SendBatch {
         true
     }
 
-    /// What is to be sent, in order.
+    /// Returns the trains, in order.
     pub fn trains(&self) -> &[Train] {
         &self.trains
     }
 
-    /// The bytes that [`Train::start`] counts from.
+    /// Returns the block of bytes that [`Train::start`] is an offset of.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// Nothing to send.
+    /// Returns whether there is nothing to send.
     pub fn is_empty(&self) -> bool {
         self.trains.is_empty()
     }
 
-    /// Forgets everything.
+    /// Removes all datagrams.
     pub fn clear(&mut self) {
         self.used = 0;
         self.trains.clear();
@@ -151,40 +153,40 @@ fn header_bytes(to: &Path) -> usize {
     if to.channel.is_some() { RELAYED_HEADER_BYTES } else { 0 }
 }
 
-/// Datagrams that lie one behind another in a batch: what a parser takes apart step by step.
+/// Consecutive datagrams in a batch, which a parser consumes step by step.
 ///
 /// There is at least one, and none is empty or longer than [`TRAIN_BYTES`]. All have the same
-/// length, except that the last may be shorter. Since [`Datagrams::skip`] takes a number that is not
-/// zero, and no datagram is empty, every step of a parser leaves fewer bytes than it found.
+/// length, except that the last may be shorter. [`Datagrams::skip`] takes a number that is not
+/// zero, and no datagram is empty, so every step of a parser leaves fewer bytes than before.
 #[derive(Debug, Clone, Copy)]
 pub struct Datagrams<'a> {
-    /// Place of the first byte in the batch.
+    /// Offset of the first byte in the batch.
     start: usize,
-    /// All datagrams. Not empty.
+    /// Bytes of all datagrams. Not empty.
     bytes: &'a [u8],
-    /// Bytes of each datagram but the last. At most [`TRAIN_BYTES`].
+    /// Length of each datagram except the last, in bytes. At most [`TRAIN_BYTES`].
     segment_size: NonZeroUsize,
 }
 
-/// Why received bytes are no [`Datagrams`].
+/// Reason why received bytes are not [`Datagrams`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NoDatagrams {
-    /// One datagram of no bytes.
+    /// One empty datagram.
     Empty,
-    /// Datagrams of more than [`TRAIN_BYTES`] bytes, which nothing here sends or forwards.
+    /// Datagrams of more than [`TRAIN_BYTES`] bytes, which no node of the mesh sends or forwards.
     Oversized {
-        /// How many datagrams.
+        /// Number of datagrams.
         count: usize,
     },
 }
 
 impl<'a> Datagrams<'a> {
-    /// Bytes that begin at `start` of their batch, as datagrams of `segment_size` bytes each. With
-    /// a size of 0, or one that is longer than the bytes, they are one datagram.
+    /// Divides bytes that begin at offset `start` of their batch into datagrams of `segment_size`
+    /// bytes. If the size is 0, or larger than the number of bytes, they are one datagram.
     ///
     /// # Errors
     ///
-    /// When there are no bytes, or the datagrams are too long.
+    /// Returns the reason if there are no bytes, or the datagrams are too long.
     pub fn new(bytes: &'a [u8], start: usize, segment_size: usize) -> Result<Self, NoDatagrams> {
         let whole = NonZeroUsize::new(bytes.len()).ok_or(NoDatagrams::Empty)?;
         let segment_size = NonZeroUsize::new(segment_size).map_or(whole, |size| size.min(whole));
@@ -194,25 +196,25 @@ impl<'a> Datagrams<'a> {
         Ok(Self { start, bytes, segment_size })
     }
 
-    /// Place of the first byte in the batch.
+    /// Returns the offset of the first byte in the batch.
     #[inline]
     pub fn start(&self) -> usize {
         self.start
     }
 
-    /// All datagrams, without a gap.
+    /// Returns the bytes of all datagrams.
     #[inline]
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
 
-    /// Bytes of each datagram but the last, which may be shorter.
+    /// Returns the length of each datagram except the last, which may be shorter.
     #[inline]
     pub fn segment_size(&self) -> NonZeroUsize {
         self.segment_size
     }
 
-    /// Number of datagrams.
+    /// Returns the number of datagrams.
     #[inline]
     pub fn count(&self) -> NonZeroUsize {
         // There are bytes, so it is at least 1.
@@ -220,27 +222,27 @@ impl<'a> Datagrams<'a> {
             .unwrap_or(NonZeroUsize::MIN)
     }
 
-    /// The first datagram.
+    /// Returns the first datagram.
     #[inline]
     pub fn first(&self) -> &'a [u8] {
         &self.bytes[..self.bytes.len().min(self.segment_size.get())]
     }
 
-    /// Each datagram, in order.
+    /// Returns an iterator over the datagrams, in order.
     #[inline]
     pub fn iter(&self) -> Chunks<'a, u8> {
         self.bytes.chunks(self.segment_size.get())
     }
 
-    /// Number of datagrams from the start that belong together: the first, and those after it as
-    /// long as they fit.
+    /// Returns the length of the first run: the first datagram, and those after it for as long as
+    /// `fits` returns true.
     #[inline]
     pub fn run(&self, mut fits: impl FnMut(&'a [u8]) -> bool) -> NonZeroUsize {
         let more = self.iter().skip(1).take_while(|datagram| fits(datagram)).count();
         NonZeroUsize::MIN.saturating_add(more)
     }
 
-    /// Number of datagrams from the start that one send takes.
+    /// Returns the number of leading datagrams that one send takes.
     #[inline]
     pub fn one_send(&self) -> NonZeroUsize {
         // No datagram is longer than `TRAIN_BYTES`, so it is at least 1.
@@ -248,14 +250,14 @@ impl<'a> Datagrams<'a> {
             .unwrap_or(NonZeroUsize::MIN)
     }
 
-    /// The first `count` datagrams, or all if there are fewer.
+    /// Returns the first `count` datagrams, or all if there are fewer.
     #[inline]
     #[must_use]
     pub fn take(&self, count: NonZeroUsize) -> Self {
         Self { bytes: &self.bytes[..self.bytes_of(count)], ..*self }
     }
 
-    /// What follows the first `count` datagrams; `None`: nothing.
+    /// Returns the datagrams after the first `count`. `None` if there are none.
     #[inline]
     #[must_use]
     pub fn skip(&self, count: NonZeroUsize) -> Option<Self> {
@@ -270,22 +272,23 @@ impl<'a> Datagrams<'a> {
     }
 }
 
-/// What one receive call of the kernel brought: a datagram, or several of one sender that the
-/// kernel joined (`UDP_GRO`). [`RecvBatch::datagrams`] takes it apart.
+/// Result of one receive call: a datagram, or several of one sender that the kernel coalesced
+/// (`UDP_GRO`). [`RecvBatch::datagrams`] divides it.
 #[derive(Debug, Clone, Copy)]
 pub struct Received {
-    /// The sender.
+    /// Path that the datagrams came by.
     pub from: Path,
-    /// First byte in the batch.
+    /// Offset of the first byte in the batch.
     start: usize,
-    /// Bytes altogether.
+    /// Length of all datagrams together, in bytes.
     len: usize,
-    /// Bytes of each datagram but the last, as the kernel said; 0: it is one datagram.
+    /// Length of each datagram except the last, as the kernel reported it. 0 if there is one
+    /// datagram.
     segment_size: usize,
 }
 
 impl Received {
-    /// Where each datagram begins in the batch, and its bytes.
+    /// Returns the offset in the batch and the length of each datagram.
     pub fn places(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
         let Self { start, len, segment_size, .. } = *self;
         let size = NonZeroUsize::new(segment_size).map_or(len.max(1), NonZeroUsize::get);
@@ -293,17 +296,17 @@ impl Received {
     }
 }
 
-/// Datagrams that came in, in order of arrival.
+/// Received datagrams, in order of arrival.
 #[derive(Debug)]
 pub struct RecvBatch {
     bytes: Box<[u8]>,
     received: Vec<Received>,
-    /// Slots up to the last one that holds something; those after it are free.
+    /// Number of slots up to the last one in use. The slots after it are free.
     used: usize,
 }
 
 impl RecvBatch {
-    /// Room for `slots` receive calls.
+    /// Creates an empty batch with room for `slots` receive calls.
     pub fn new(slots: usize) -> Self {
         Self {
             bytes: vec![0; slots * SLOT_BYTES].into_boxed_slice(),
@@ -312,27 +315,27 @@ impl RecvBatch {
         }
     }
 
-    /// How many receive calls fit.
+    /// Returns the number of receive calls that fit.
     pub fn slots(&self) -> usize {
         self.bytes.len() / SLOT_BYTES
     }
 
-    /// The first of the free slots. Those before it may hold something.
+    /// Returns the index of the first free slot. Those before it may be in use.
     pub fn next_slot(&self) -> usize {
         self.used
     }
 
-    /// All slots, [`SLOT_BYTES`] each: for the one who receives.
+    /// Returns all slots, [`SLOT_BYTES`] each, to receive into.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.bytes
     }
 
-    /// All slots.
+    /// Returns all slots, [`SLOT_BYTES`] each.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// Slot number `slot` now holds `len` bytes, in datagrams of `segment_size` bytes (0: one
+    /// Records that a slot holds `len` bytes, in datagrams of `segment_size` bytes (0 for one
     /// datagram).
     pub fn push(&mut self, slot: usize, from: Path, len: usize, segment_size: usize) {
         let len = len.min(SLOT_BYTES);
@@ -340,50 +343,50 @@ impl RecvBatch {
         self.used = self.used.max(slot + 1);
     }
 
-    /// Exchanges the slots with the block of a [`WriteBatch`] of as many slots, for an engine that
-    /// opens in place. What [`RecvBatch::received`] says is then said of that block.
+    /// Exchanges the slots with the block of a [`WriteBatch`] with the same number of slots, for an
+    /// engine that decrypts in place. [`RecvBatch::received`] then describes that block.
     pub fn swap(&mut self, writes: &mut WriteBatch) {
         debug_assert_eq!(self.bytes.len(), writes.bytes.len());
         std::mem::swap(&mut self.bytes, &mut writes.bytes);
     }
 
-    /// What came in.
+    /// Returns the result of each receive call, in order.
     pub fn received(&self) -> &[Received] {
         &self.received
     }
 
-    /// The datagrams that one receive call brought.
+    /// Returns the datagrams of one receive call.
     ///
     /// # Errors
     ///
-    /// When they are nothing to look at.
+    /// Returns the reason if there are no bytes, or the datagrams are too long.
     #[inline]
     pub fn datagrams(&self, received: &Received) -> Result<Datagrams<'_>, NoDatagrams> {
         let Received { start, len, segment_size, .. } = *received;
         Datagrams::new(&self.bytes[start..start + len], start, segment_size)
     }
 
-    /// Whether no slot is free.
+    /// Returns whether no slot is free.
     pub fn is_full(&self) -> bool {
         self.used >= self.slots()
     }
 
-    /// Forgets everything.
+    /// Removes all datagrams.
     pub fn clear(&mut self) {
         self.received.clear();
         self.used = 0;
     }
 }
 
-/// One packet from the TUN: up to 64 KiB that are yet to be split.
+/// Packet from the TUN: up to 64 KiB, which may have to be split.
 #[derive(Debug, Clone, Copy)]
 pub struct TunPacket {
-    /// First byte of the IP header in the batch. [`HEADROOM`] bytes before it and [`TAILROOM`]
-    /// bytes behind the packet are free.
+    /// Offset of the IP header in the batch. [`HEADROOM`] bytes before the packet and [`TAILROOM`]
+    /// bytes after it are free.
     pub start: usize,
-    /// Bytes.
+    /// Length in bytes.
     pub len: usize,
-    /// What the kernel left undone.
+    /// Virtio header: the work that the kernel left to the reader.
     pub header: VnetHeader,
 }
 
@@ -397,7 +400,8 @@ pub struct TunBatch {
 }
 
 impl TunBatch {
-    /// Room for at least `large` packets of 64 KiB, and at most `packets` altogether.
+    /// Creates an empty batch with room for at least `large` packets of 64 KiB, and at most
+    /// `packets` in total.
     pub fn new(large: usize, packets: usize) -> Self {
         let slot = HEADROOM + SLOT_BYTES + TAILROOM;
         Self {
@@ -408,7 +412,8 @@ impl TunBatch {
         }
     }
 
-    /// Room for one more packet of any size: [`HEADROOM`] bytes, then the packet. `None`: full.
+    /// Returns space for one more packet of any size: [`HEADROOM`] bytes, then the packet. `None`
+    /// if the batch is full.
     pub fn spare(&mut self) -> Option<&mut [u8]> {
         if self.packets.len() == self.max_packets {
             return None;
@@ -416,37 +421,39 @@ impl TunBatch {
         self.bytes.get_mut(self.used..self.used + HEADROOM + SLOT_BYTES)
     }
 
-    /// A packet of `len` bytes now lies in [`TunBatch::spare`] behind the headroom.
+    /// Appends the packet of `len` bytes that was written to [`TunBatch::spare`] after the
+    /// headroom.
     pub fn commit(&mut self, header: VnetHeader, len: usize) {
         debug_assert!(len <= SLOT_BYTES);
         self.packets.push(TunPacket { start: self.used + HEADROOM, len, header });
-        // Packets start on cache lines of their own.
+        // Each packet starts on its own cache line.
         self.used = (self.used + HEADROOM + len + TAILROOM).next_multiple_of(64);
     }
 
-    /// The packets.
+    /// Returns the packets, in order.
     pub fn packets(&self) -> &[TunPacket] {
         &self.packets
     }
 
-    /// Bytes that the packets take up, with the free bytes around them.
+    /// Returns the number of bytes in use, including the free bytes around the packets.
     pub fn bytes(&self) -> usize {
         self.used
     }
 
-    /// A packet with the free bytes around it: [`HEADROOM`] before, [`TAILROOM`] behind.
+    /// Returns a packet with the free bytes around it: [`HEADROOM`] before, [`TAILROOM`] after.
     pub fn packet_mut(&mut self, packet: &TunPacket) -> &mut [u8] {
         &mut self.bytes[packet.start - HEADROOM..packet.start + packet.len + TAILROOM]
     }
 
-    /// Forgets everything.
+    /// Removes all packets.
     pub fn clear(&mut self) {
         self.used = 0;
         self.packets.clear();
     }
 }
 
-/// A part of a packet for the TUN: bytes in a [`WriteBatch`], and the part that follows.
+/// Part of a packet for the TUN: a range of bytes in a [`WriteBatch`], and the index of the next
+/// part.
 #[derive(Debug, Clone, Copy)]
 struct Piece {
     start: usize,
@@ -454,20 +461,23 @@ struct Piece {
     next: Option<u32>,
 }
 
-/// One packet for the TUN, in pieces.
+/// Packet for the TUN, in pieces.
 #[derive(Debug, Clone, Copy)]
 pub struct Frame {
-    /// What the kernel is to do with it.
+    /// Virtio header: the work that is left to the kernel.
     pub header: VnetHeader,
+    /// Index of the first piece.
     first: u32,
+    /// Index of the last piece.
     last: u32,
-    /// How many pieces.
+    /// Number of pieces.
     pub pieces: usize,
-    /// Bytes of all pieces.
+    /// Length of all pieces together, in bytes.
     pub len: usize,
 }
 
-/// Packets for the TUN, in order: opened into one block of bytes that mirrors a [`RecvBatch`].
+/// Packets for the TUN, in order. They are decrypted into one block of bytes that mirrors a
+/// [`RecvBatch`].
 #[derive(Debug)]
 pub struct WriteBatch {
     bytes: Box<[u8]>,
@@ -476,7 +486,8 @@ pub struct WriteBatch {
 }
 
 impl WriteBatch {
-    /// Room for what is opened from a [`RecvBatch`] of as many slots.
+    /// Creates an empty batch with room for the packets of a [`RecvBatch`] with the same number of
+    /// slots.
     pub fn new(slots: usize) -> Self {
         Self {
             bytes: vec![0; slots * SLOT_BYTES].into_boxed_slice(),
@@ -485,17 +496,18 @@ impl WriteBatch {
         }
     }
 
-    /// The block: a datagram at some place in the [`RecvBatch`] is opened into the same place.
+    /// Returns the block for writing. A datagram of the [`RecvBatch`] is decrypted to the same
+    /// offset.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.bytes
     }
 
-    /// The block.
+    /// Returns the block.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// Bytes `start..start + len` of the block are a packet. Returns the frame's number.
+    /// Appends bytes `start..start + len` of the block as a packet. Returns the index of its frame.
     pub fn push(&mut self, header: VnetHeader, start: usize, len: usize) -> usize {
         let piece = self.pieces.len() as u32;
         self.pieces.push(Piece { start, len, next: None });
@@ -503,7 +515,7 @@ impl WriteBatch {
         self.frames.len() - 1
     }
 
-    /// Bytes `start..start + len` of the block continue a frame.
+    /// Appends bytes `start..start + len` of the block to a frame.
     pub fn append(&mut self, frame: usize, start: usize, len: usize) {
         let Some(frame) = self.frames.get_mut(frame) else { return };
         let piece = self.pieces.len() as u32;
@@ -516,19 +528,19 @@ impl WriteBatch {
         frame.len += len;
     }
 
-    /// What the kernel is to do with a frame.
+    /// Replaces the virtio header of a frame.
     pub fn set_header(&mut self, frame: usize, header: VnetHeader) {
         if let Some(frame) = self.frames.get_mut(frame) {
             frame.header = header;
         }
     }
 
-    /// What is to be written, in order.
+    /// Returns the frames, in order.
     pub fn frames(&self) -> &[Frame] {
         &self.frames
     }
 
-    /// The bytes of a frame, piece by piece.
+    /// Returns the pieces of a frame, in order.
     pub fn pieces<'a>(&'a self, frame: &Frame) -> impl Iterator<Item = &'a [u8]> {
         let mut next = Some(frame.first);
         std::iter::from_fn(move || {
@@ -538,12 +550,12 @@ impl WriteBatch {
         })
     }
 
-    /// Nothing to write.
+    /// Returns whether there is nothing to write.
     pub fn is_empty(&self) -> bool {
         self.frames.is_empty()
     }
 
-    /// Forgets everything.
+    /// Removes all packets.
     pub fn clear(&mut self) {
         self.pieces.clear();
         self.frames.clear();
@@ -625,8 +637,8 @@ mod tests {
         }
     }
 
-    /// The slot of one that was cut off stays as it is; the next family must not reuse one that
-    /// holds something.
+    /// A truncated datagram leaves its slot unused. The other socket must not reuse a slot that
+    /// holds data.
     #[test]
     fn a_slot_that_holds_something_is_not_free() {
         let from = Path::direct(([127, 0, 0, 1], 1).into());

@@ -1,23 +1,23 @@
-//! Why a packet was dropped: a closed list, with one counter each.
+//! Reasons for drops: a closed list, with one counter for each reason.
 //!
-//! Every packet and datagram that the data plane takes in and does not carry on is counted here,
-//! exactly once. Nothing on the packet path logs.
+//! Every packet and datagram that the data plane receives and does not pass on is counted here
+//! exactly once. The packet path never logs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $reason:ident = $name:literal,)*) => {
-        /// Why a packet or datagram went no further.
+        /// Reason why a packet or datagram was dropped.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum DropReason {
             $($(#[$doc])* $reason,)*
         }
 
         impl DropReason {
-            /// Every reason, in order of declaration.
+            /// All reasons, in order of declaration.
             pub const ALL: &[Self] = &[$(Self::$reason,)*];
 
-            /// The name in metrics and in the operator's output.
+            /// Returns the name in metrics and in command output.
             pub fn name(self) -> &'static str {
                 match self {
                     $(Self::$reason => $name,)*
@@ -28,60 +28,61 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// From the TUN: no IP packet, or its lengths contradict one another.
+    /// From the TUN: not an IP packet, or its lengths contradict each other.
     InnerMalformed = "inner_malformed",
-    /// From the TUN: no peer's prefix holds the destination.
+    /// From the TUN: no peer has a prefix that contains the destination.
     NoRoute = "no_route",
-    /// From the TUN: the source is none of this node's addresses, and the peer is no static one.
+    /// From the TUN: the source is not an address of this node, and the peer is not static.
     ForeignSource = "foreign_source",
-    /// From the TUN: the peer has a session, but no address is known for it.
+    /// From the TUN: the peer has a session but no known endpoint.
     NoEndpoint = "no_endpoint",
-    /// From the TUN: no session yet, and the few places to wait were taken: the oldest went.
+    /// From the TUN: the queue of packets that wait for a session was full, so the oldest was
+    /// dropped.
     QueueFull = "queue_full",
-    /// Waited for a session that did not come.
+    /// From the TUN: the packet waited for a session that was not established in time.
     QueueExpired = "queue_expired",
     /// From the TUN: a super-packet that cannot be split.
     Unsplittable = "unsplittable",
     /// To the network: the socket's buffer stayed full.
     SendBufferFull = "send_buffer_full",
-    /// To the network: no route, no such family, or another refusal of the kernel.
+    /// To the network: no route, no socket of that address family, or another error of the kernel.
     SendRefused = "send_refused",
-    /// To the network: larger than the path takes.
+    /// To the network: too large for the path, or for the send batch.
     SendTooLarge = "send_too_large",
-    /// From the network: longer than the buffer, so cut off.
+    /// From the network: truncated, because it was longer than the buffer.
     Truncated = "truncated",
     /// From the network: longer than any datagram that a node of the mesh sends or forwards.
     Oversized = "oversized",
-    /// From the network: the first bytes are of no known kind.
+    /// From the network: empty, or its first bytes are of no known kind of datagram.
     UnknownKind = "unknown_kind",
-    /// From the network: WireGuard's type with a length that cannot be.
+    /// From the network: the type of a WireGuard message with an impossible length.
     Malformed = "malformed",
     /// From the network: too many handshakes, probes or STUN messages from one address.
     SourceLimited = "source_limited",
-    /// From the network: came in through the tunnel's own link, where no outer datagram belongs.
+    /// From the network: arrived through the TUN link, where no outer datagram may come from.
     TunnelInTunnel = "tunnel_in_tunnel",
     /// From the network: too many STUN requests from one address.
     ReflectorLimited = "reflector_limited",
-    /// From the network: a STUN request that is shorter than its answer, or none at all.
+    /// From the network: a STUN request that is invalid, relayed, or shorter than its response.
     ReflectorRefused = "reflector_refused",
-    /// On a relay's channel, but from neither of its ends.
+    /// On a relay channel: the sender is neither of its two ends.
     RelayStranger = "relay_stranger",
-    /// On a relay's channel, from a node that sends more than it may.
+    /// On a relay channel: the sender exceeds its rate.
     RelayLimited = "relay_limited",
-    /// A handshake while we are under load: answered with a cookie.
+    /// An initiation under load that was answered with a cookie.
     UnderLoad = "under_load",
-    /// A handshake whose first MAC is wrong: not meant for our key.
+    /// A handshake whose first MAC is wrong: it is not meant for this node's key.
     WrongMac = "wrong_mac",
-    /// A handshake of a key that the peer table does not have.
+    /// A handshake with a public key that the peer table does not have.
     UnknownPeer = "unknown_peer",
-    /// A receiver index that names no tunnel of ours.
+    /// A receiver index that belongs to no tunnel of this node.
     UnknownIndex = "unknown_index",
-    /// A handshake that is not newer than the last one of that peer: a replay, or a clock that
+    /// A handshake that is not newer than the last one of that peer: a replay, or the peer's clock
     /// was set back.
     StaleHandshake = "stale_handshake",
-    /// A handshake that does not fit the state of its tunnel, or does not decrypt.
+    /// A handshake that does not match the state of its tunnel, or does not decrypt.
     InvalidHandshake = "invalid_handshake",
-    /// Data for a session that is gone.
+    /// Data for a session that no longer exists.
     NoSession = "no_session",
     /// Data that was received before, or is older than the replay window.
     Replayed = "replayed",
@@ -89,24 +90,24 @@ reasons! {
     NotAuthentic = "not_authentic",
     /// Data whose counter is past WireGuard's Reject-After-Messages.
     CounterExhausted = "counter_exhausted",
-    /// Authentic, but what is inside is no IP packet.
+    /// Authentic data that contains no IP packet.
     OpenedMalformed = "opened_malformed",
-    /// Authentic, but the inner source does not belong to the peer that sent it.
+    /// Authentic data whose inner source does not belong to the peer that sent it.
     WrongSource = "wrong_source",
-    /// Authentic, but the inner destination is none of this node's addresses, or one that never comes out of
-    /// a tunnel (loopback, link-local, multicast, broadcast).
+    /// Authentic data whose inner destination does not belong to this node, or never leaves a
+    /// tunnel (loopback, link-local, multicast, broadcast).
     WrongDestination = "wrong_destination",
-    /// To the TUN: refused, as when the link is down.
+    /// To the TUN: refused by the kernel, for example because the link is down.
     TunRefused = "tun_refused",
-    /// From the TUN: the kernel could not hand it over.
+    /// From the TUN: the kernel could not deliver the packet.
     TunUnreadable = "tun_unreadable",
-    /// A probe or STUN message: the receiver of events is too slow.
+    /// A probe or STUN message that was not reported because the channel of events was full.
     EventsFull = "events_full",
-    /// An order of the daemon's, such as a probe to be sent: the worker is too slow.
+    /// A command, such as a probe to send, that was dropped because the worker's queue was full.
     OrdersFull = "orders_full",
 }
 
-/// One counter per [`DropReason`]. One thread writes, any thread reads.
+/// Counters, one per [`DropReason`]. Only one thread may write at a time; any thread may read.
 #[derive(Debug)]
 pub struct Drops([AtomicU64; DropReason::ALL.len()]);
 
@@ -117,19 +118,19 @@ impl Default for Drops {
 }
 
 impl Drops {
-    /// Counts one.
+    /// Counts one packet.
     pub fn count(&self, reason: DropReason) {
         self.add(reason, 1);
     }
 
-    /// Counts several.
+    /// Counts a number of packets.
     pub fn add(&self, reason: DropReason, packets: u64) {
         let counter = &self.0[reason as usize];
-        // One writer: no need for a locked instruction.
+        // There is one writer, so no locked instruction is needed.
         counter.store(counter.load(Ordering::Relaxed) + packets, Ordering::Relaxed);
     }
 
-    /// How many so far.
+    /// Returns the number of packets dropped for a reason.
     pub fn get(&self, reason: DropReason) -> u64 {
         self.0[reason as usize].load(Ordering::Relaxed)
     }

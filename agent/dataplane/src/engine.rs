@@ -1,5 +1,5 @@
-//! What happens to each batch: outbound from TUN to network, inbound from network to TUN, and the
-//! timers. No I/O here beyond handing full batches to the socket.
+//! The path of each batch: outbound from the TUN to the network, inbound from the network to the
+//! TUN, and the timers. The only I/O here is sending a batch that is full.
 
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
@@ -26,14 +26,15 @@ use super::split::Split;
 use super::table::{Peer, Slot, Table};
 use super::udp::UdpIo;
 
-/// Handshakes per second and source address, and how many at once: many nodes may share one.
+/// Rate and burst of handshakes from one source address. Many nodes may share one address.
 const HANDSHAKES: Rate = Rate::per_second(64, 128);
-/// Probes and STUN answers, likewise.
+/// Rate and burst of probes and STUN responses from one source address.
 const PROBES: Rate = Rate::per_second(256, 512);
-/// STUN requests, likewise: a few from each node behind a NAT, and again when its address changes.
+/// Rate and burst of STUN requests from one source address. Each node behind a NAT sends a few, and
+/// again when its address changes.
 const REFLECTIONS: Rate = Rate::per_second(32, 128);
 
-/// One worker's packet path.
+/// Packet path of one worker.
 #[derive(Debug)]
 pub(super) struct Engine {
     secrets: Arc<Secrets>,
@@ -41,31 +42,35 @@ pub(super) struct Engine {
     drops: Arc<Drops>,
     events: EventSink,
     started: Instant,
+    /// Limiter of initiations. Beyond it an initiator must prove its address with a cookie.
     handshakes: SourceLimiter,
-    /// Of those beyond that which proved their address.
+    /// Limiter of initiations beyond `handshakes` that proved their address.
     proven_handshakes: SourceLimiter,
     probes: SourceLimiter,
     reflections: SourceLimiter,
     relay: Relay,
-    /// Trains in the receive buffer that go on to another node.
+    /// Trains in the receive buffer that are forwarded to another node.
     forwards: Vec<Train>,
-    /// Our own link, from which no outer datagram can come.
+    /// Index of the TUN link, from which no outer datagram may come. `None` if there is no link.
     link: Option<u32>,
-    /// Of the link: no segment is padded beyond it.
+    /// MTU of the link in bytes. No segment is padded beyond it.
     mtu: usize,
     coalescer: Coalescer,
-    /// Places of the packets of one train, kept for its capacity.
+    /// Start and length of each decrypted packet of one train. Kept between calls for its capacity.
     opened: Vec<(usize, usize)>,
+    /// Counters of coalesced datagrams. Cleared with each batch.
     joined: Joined,
-    /// Destination of the last packet out of the tunnel, and whether it is ours. Cleared with each batch.
+    /// Destination of the last decrypted packet, and whether it belongs to this node. Cleared with
+    /// each batch.
     accepted: Option<(IpAddr, bool)>,
 }
 
-/// Data messages of one batch that the kernel had joined.
+/// Counters of the data messages of one batch that the kernel had coalesced (`UDP_GRO`).
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Joined {
+    /// Number of coalesced data messages.
     pub(super) datagrams: usize,
-    /// Of those, not authentic.
+    /// Number of them that were not authentic.
     pub(super) damaged: usize,
 }
 
@@ -110,7 +115,8 @@ impl Engine {
         &mut self.events
     }
 
-    /// Seals what came from the TUN. `out` is sent whenever it is full, and at the end.
+    /// Seals the packets of `batch` for their peers. Sends `out` whenever it is full, and at the
+    /// end.
     pub(super) fn outbound<U: UdpIo>(
         &mut self,
         now: Instant,
@@ -182,7 +188,7 @@ impl Engine {
                 break;
             }
             if out.is_empty() {
-                // What an empty batch has no room for never fits.
+                // A segment that does not fit an empty batch never fits.
                 while segments.next_len().is_some() {
                     segments.take();
                     self.drops.count(DropReason::SendTooLarge);
@@ -195,8 +201,8 @@ impl Engine {
         out.fragment(false);
     }
 
-    /// Opens what came from the network into `writes`, joined as far as `allowed`, and puts what
-    /// is to be answered into `out`.
+    /// Opens the datagrams of `batch` into `writes`, with packets coalesced as `allowed` permits,
+    /// and appends responses to `out`.
     pub(super) fn inbound(
         &mut self,
         now: Instant,
@@ -239,18 +245,19 @@ impl Engine {
         self.coalescer.finish(writes);
     }
 
-    /// What of the batch goes on to other nodes: parts of its bytes.
+    /// Returns the trains of the last batch that must be forwarded to other nodes. They refer to
+    /// the bytes of that batch.
     pub(super) fn forwards(&self) -> &[Train] {
         &self.forwards
     }
 
-    /// What of the batch the kernel had joined, and how that turned out.
+    /// Returns the counters of coalesced datagrams of the last batch.
     pub(super) fn joined(&self) -> Joined {
         self.joined
     }
 
-    /// Handles the first of these datagrams, and those after it that belong to the same channel or
-    /// session. Returns how many that were.
+    /// Handles the first datagram, and the following ones that belong to the same relay channel or
+    /// session. Returns the number of datagrams handled.
     fn step(
         &mut self,
         now: Instant,
@@ -270,8 +277,8 @@ impl Engine {
         })
     }
 
-    /// Forwards a run of datagrams, if we relay its channel. Returns how many that were; `None`:
-    /// this node is the channel's end.
+    /// Forwards a run of datagrams if this node relays their channel. Returns the number of
+    /// datagrams handled, or `None` if this node is the end of the channel.
     fn forward(
         &mut self,
         now: Instant,
@@ -279,7 +286,8 @@ impl Engine {
         channel: u64,
         datagrams: Datagrams<'_>,
     ) -> Option<NonZeroUsize> {
-        // They are as the kernel joined them, but over IPv6 a send takes a little less.
+        // The kernel may have coalesced more than one send takes: over IPv6 the limit is a little
+        // lower.
         let run = datagrams.one_send().min(datagrams.count());
         let datagrams = datagrams.take(run);
         let (start, len, segments) = (datagrams.start(), datagrams.bytes().len(), run.get());
@@ -294,8 +302,8 @@ impl Engine {
         Some(run)
     }
 
-    /// Handles the first of these datagrams, or as many as are data messages of one session.
-    /// Returns how many that were.
+    /// Handles the first datagram, or all leading datagrams that are data messages of one session.
+    /// Returns the number of datagrams handled.
     fn datagrams(
         &mut self,
         now: Instant,
@@ -321,7 +329,7 @@ impl Engine {
         NonZeroUsize::MIN
     }
 
-    /// Opens a run of data messages with one receiver.
+    /// Opens a run of data messages that have the same receiver index.
     #[expect(clippy::too_many_arguments, reason = "a run, its sender and where the results go")]
     fn open(
         &mut self,
@@ -412,8 +420,8 @@ impl Engine {
         }
     }
 
-    /// Whether there is time for an initiation. From an address that too many come from it needs a
-    /// cookie: somebody else may be forging that address to keep its owner out.
+    /// Checks whether an initiation may be processed. If too many came from its source address it
+    /// needs a cookie: another host may forge that address to lock its owner out.
     fn knock(
         &mut self,
         now: Instant,
@@ -449,7 +457,7 @@ impl Engine {
         out: &mut SendBatch,
     ) {
         let reason = match kind {
-            // A binding request: we reflect.
+            // A STUN binding request: this node answers it as a STUN server.
             DatagramKind::Stun if datagram.starts_with(&[0, 1]) => {
                 if from.is_relayed() {
                     DropReason::ReflectorRefused
@@ -475,13 +483,13 @@ impl Engine {
                 return self.events.datagram(|| Event::Stun { from, datagram: datagram.into() });
             }
             DatagramKind::WireGuard => DropReason::Malformed,
-            // A channel in a channel is nothing that anybody sends.
+            // No node sends a relayed datagram inside a relayed datagram.
             DatagramKind::Relayed | DatagramKind::Unknown => DropReason::UnknownKind,
         };
         self.drops.count(reason);
     }
 
-    /// Starts a handshake with a peer of the table.
+    /// Starts a handshake with a peer, if the table has it.
     pub(super) fn initiate(
         &mut self,
         now: Instant,
@@ -496,8 +504,8 @@ impl Engine {
         }
     }
 
-    /// Lets time pass for every tunnel that needs it. Returns whether there is one, or something
-    /// else to be done soon.
+    /// Advances the timers of every tunnel. Returns whether further ticks are needed: a tunnel is
+    /// live, or events wait for room.
     pub(super) fn tick<U: UdpIo>(
         &mut self,
         now: Instant,
@@ -510,7 +518,7 @@ impl Engine {
         for peer in &table.peers {
             let mut act = self.act(now, peer, out);
             live |= peer.tunnel.lock().tick(peer.endpoint(), peer.keepalive(), &mut act);
-            // A tick writes a few messages at most.
+            // One tick of a tunnel writes at most a few messages.
             if out.spare(8 * HANDSHAKE_BYTES).is_none() {
                 udp.send(now, out, &self.drops);
                 out.clear();
@@ -535,7 +543,8 @@ impl Engine {
     }
 }
 
-/// The peer for a destination; most packets go where the one before went.
+/// Returns the peer for a destination. Most packets have the same destination as their predecessor,
+/// which `last` keeps.
 fn route<'a>(
     table: &'a Table,
     last: &mut Option<(IpAddr, Slot)>,
@@ -549,7 +558,8 @@ fn route<'a>(
     table.peer(slot)
 }
 
-/// Verdict on an address, kept because most packets have the same address as their predecessor.
+/// Returns the result of `look_up` for an address. Most packets have the same address as their
+/// predecessor, whose result `last` keeps.
 fn cached<T: Copy>(last: &mut Option<(IpAddr, T)>, address: IpAddr, look_up: impl Fn() -> T) -> T {
     match last {
         Some((known, value)) if *known == address => *value,
@@ -561,7 +571,7 @@ fn cached<T: Copy>(last: &mut Option<(IpAddr, T)>, address: IpAddr, look_up: imp
     }
 }
 
-/// Number of datagrams, from the first, that are data messages for `receiver`, each behind `skip`
+/// Returns the number of leading datagrams that are data messages for `receiver`, each after `skip`
 /// bytes.
 fn data_run(datagrams: &Datagrams<'_>, skip: usize, receiver: u32) -> NonZeroUsize {
     datagrams.run(|datagram| {
@@ -570,11 +580,12 @@ fn data_run(datagrams: &Datagrams<'_>, skip: usize, receiver: u32) -> NonZeroUsi
     })
 }
 
-/// Number of datagrams, from the first, that are on the channel of the first.
+/// Returns the number of leading datagrams that are on the channel of the first.
 fn channel_run(datagrams: &Datagrams<'_>) -> NonZeroUsize {
     let header = datagrams.first().get(..RELAYED_HEADER_BYTES).unwrap_or_default();
     datagrams.run(|datagram| datagram.starts_with(header))
 }
 
-/// The place of a payload in its datagram, which must leave room for a virtio header.
+// A decrypted payload starts `DATA_HEADER` bytes into its datagram. That must leave room for a
+// virtio header.
 const _: () = assert!(DATA_HEADER >= super::vnet::VNET_HEADER_BYTES);

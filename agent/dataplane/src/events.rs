@@ -1,12 +1,13 @@
-//! What the data plane tells its owner.
+//! Reports of the data plane to the program that runs it.
 //!
-//! | what | how | when the owner is slow |
+//! | report | transport | when the receiver is slow |
 //! |---|---|---|
-//! | observations of a peer | the channel | they wait here; of each peer and kind the last one is kept |
-//! | probes and STUN | the channel | they are dropped and counted |
+//! | observations of a peer | the channel | they wait here; the last one per peer and kind is kept
+//! |
+//! | probes and STUN messages | the channel | they are dropped and counted |
 //! | a fault | a state ([`FaultState`]) | it stays until it is read |
 //!
-//! The channel is bounded, and nothing ever waits for room in it.
+//! The channel is bounded. A worker never blocks on it.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
@@ -22,59 +23,59 @@ use towline_types::id::WireguardKey;
 
 use super::drops::{DropReason, Drops};
 
-/// What the data plane saw.
+/// Event that the data plane observed.
 #[derive(Debug)]
 pub enum Event {
-    /// Of one peer.
+    /// An observation of one peer.
     Peer {
-        /// Which.
+        /// Public key of the peer.
         peer: WireguardKey,
-        /// What.
+        /// The observation.
         what: Observation,
     },
     /// A datagram that looks like a probe (see `towline_types::frame`). Not authenticated.
     Probe {
-        /// Its sender.
+        /// Path that the datagram came by.
         from: Path,
-        /// All of it.
+        /// The whole datagram.
         datagram: Box<[u8]>,
     },
     /// A datagram that looks like STUN. Not authenticated.
     Stun {
-        /// Its sender.
+        /// Path that the datagram came by.
         from: Path,
-        /// All of it.
+        /// The whole datagram.
         datagram: Box<[u8]>,
     },
 }
 
-/// Why the data plane cannot do its work any more, and has to be started again.
+/// Fault that ends the data plane, which must be started again.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
     /// The TUN link was deleted.
     #[error("the TUN link is gone: {0}")]
     TunGone(String),
-    /// The sockets, or what the worker waits with.
-    #[error("the data plane's worker cannot go on: {0}")]
+    /// A socket or the worker's epoll descriptor failed.
+    #[error("the data plane's worker failed: {0}")]
     Worker(String),
-    /// A defect of ours ended a worker's thread.
+    /// A panic, which is a defect of this program, ended a worker's thread.
     #[error("the data plane's worker panicked")]
     Panicked,
 }
 
-/// The first fault of a data plane, which all of its workers share. It is never lost: a
-/// late look finds it too.
+/// First fault of a data plane, shared by all its workers. It is never lost: a late reader finds it
+/// too.
 #[derive(Debug, Clone)]
 pub(super) struct FaultState(Arc<watch::Sender<Option<Fault>>>);
 
 impl FaultState {
-    /// No fault yet, and the receiver that shows one.
+    /// Creates the state without a fault, and its receiver.
     pub(super) fn new() -> (Self, watch::Receiver<Option<Fault>>) {
         let (sender, receiver) = watch::channel(None);
         (Self(Arc::new(sender)), receiver)
     }
 
-    /// Sets the fault, unless there is one already: those that follow are its consequences.
+    /// Sets the fault if there is none yet. Later faults are consequences of the first.
     pub(super) fn set(&self, fault: Fault) {
         self.0.send_if_modified(|state| match state {
             Some(_) => false,
@@ -87,7 +88,7 @@ impl FaultState {
 }
 
 impl Drop for FaultState {
-    /// Notices the end of a worker that panics.
+    /// Sets [`Fault::Panicked`] if the worker that holds this state panics.
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.set(Fault::Panicked);
@@ -95,16 +96,16 @@ impl Drop for FaultState {
     }
 }
 
-/// Number of waiting observations from which on only the last of each peer and kind is kept.
+/// Number of waiting observations above which only the last one per peer and kind is kept.
 const UNSENT: usize = 4096;
 
-/// The sending side.
+/// Sending side of the channel, with the observations that wait for room in it.
 #[derive(Debug)]
 pub(super) struct EventSink {
     sender: Sender<Event>,
     /// Observations that wait for room in the channel, in order.
     unsent: VecDeque<(WireguardKey, Observation)>,
-    /// Number of waiting observations at which they are reduced. At least [`UNSENT`].
+    /// Number of waiting observations that triggers [`Self::reduce`]. At least [`UNSENT`].
     reduce_at: usize,
     drops: Arc<Drops>,
 }
@@ -114,7 +115,7 @@ impl EventSink {
         Self { sender, unsent: VecDeque::new(), reduce_at: UNSENT, drops }
     }
 
-    /// Reports an observation, now or when there is room.
+    /// Reports an observation, now or once the channel has room.
     pub(super) fn observe(&mut self, peer: WireguardKey, what: Observation) {
         if self.unsent.len() >= self.reduce_at {
             self.reduce();
@@ -123,8 +124,8 @@ impl EventSink {
         self.retry();
     }
 
-    /// Keeps of each peer and kind only the last observation: it says how things are now. What is
-    /// left is bounded by the number of peers.
+    /// Keeps only the last observation of each peer and kind, which describes the current state.
+    /// What remains is bounded by the number of peers.
     fn reduce(&mut self) {
         let mut places: HashMap<(WireguardKey, Discriminant<Observation>), usize> = HashMap::new();
         let mut kept: Vec<(WireguardKey, Observation)> = Vec::new();
@@ -149,7 +150,8 @@ impl EventSink {
         self.reduce_at = UNSENT.max(2 * self.unsent.len());
     }
 
-    /// Hands on a datagram, unless the channel is so full that observations might need the room.
+    /// Reports a datagram, unless the channel is so full that observations may need the room. Then
+    /// the datagram is dropped and counted.
     pub(super) fn datagram(&self, event: impl FnOnce() -> Event) {
         let room = self.sender.capacity() > self.sender.max_capacity() / 4;
         if !room || self.sender.try_send(event()).is_err() {
@@ -157,7 +159,7 @@ impl EventSink {
         }
     }
 
-    /// Sends what found no room before.
+    /// Sends the observations that wait for room.
     pub(super) fn retry(&mut self) {
         while let Some((peer, what)) = self.unsent.front().copied() {
             match self.sender.try_send(Event::Peer { peer, what }) {
@@ -167,7 +169,7 @@ impl EventSink {
         }
     }
 
-    /// Whether something waits for room.
+    /// Returns whether an observation waits for room.
     pub(super) fn is_waiting(&self) -> bool {
         !self.unsent.is_empty()
     }

@@ -1,5 +1,5 @@
-//! The two seams without an operating system: a TUN that is a pair of queues, and a network on
-//! which somebody listens. For tests of the data plane and of what stands on it.
+//! The I/O traits in memory: a TUN that is a pair of queues, and a network that records all
+//! datagrams. For tests of the data plane and of its users.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -24,11 +24,12 @@ use super::tun::TunIo;
 use super::udp::{Damage, Ready, TooBig, UdpIo};
 use super::vnet::VnetHeader;
 
-/// A queue whose other end can be waited for, by a thread or by epoll.
+/// A queue whose reader can wait on a condition variable or with epoll.
 #[derive(Debug)]
 struct Queue<V> {
     items: Mutex<VecDeque<V>>,
     filled: Condvar,
+    /// Descriptor that is readable while the queue is not empty.
     readable: EventFd,
 }
 
@@ -71,7 +72,7 @@ impl<V> Queue<V> {
     }
 }
 
-/// The data plane's end of a TUN in memory.
+/// Data plane's end of a TUN in memory.
 #[derive(Debug)]
 pub struct MemoryTun {
     from_host: Arc<Queue<(VnetHeader, Vec<u8>)>>,
@@ -79,18 +80,18 @@ pub struct MemoryTun {
     mtu: usize,
 }
 
-/// The host's end of a [`MemoryTun`].
+/// Host's end of a [`MemoryTun`].
 #[derive(Debug, Clone)]
 pub struct MemoryHost {
     from_host: Arc<Queue<(VnetHeader, Vec<u8>)>>,
     to_host: Arc<Queue<Vec<u8>>>,
 }
 
-/// A TUN in memory.
+/// Creates a TUN in memory and returns both ends.
 ///
 /// # Errors
 ///
-/// When the system gives no descriptors.
+/// Returns the system's error if it provides no descriptor.
 pub fn tun(mtu: usize) -> io::Result<(MemoryTun, MemoryHost)> {
     let from_host = Arc::new(Queue::new()?);
     let to_host = Arc::new(Queue::new()?);
@@ -99,17 +100,17 @@ pub fn tun(mtu: usize) -> io::Result<(MemoryTun, MemoryHost)> {
 }
 
 impl MemoryHost {
-    /// The host sends a packet.
+    /// Sends a packet from the host.
     pub fn send(&self, packet: &[u8]) {
         self.from_host.push((VnetHeader::default(), packet.to_vec()));
     }
 
-    /// The host sends a packet and leaves something undone, as `header` says.
+    /// Sends a packet from the host, with work left to the reader as `header` describes.
     pub fn send_with(&self, header: VnetHeader, packet: &[u8]) {
         self.from_host.push((header, packet.to_vec()));
     }
 
-    /// The next packet for the host; `None` if there is none within `patience`.
+    /// Returns the next packet for the host. `None` if none arrives within `patience`.
     pub fn receive(&self, patience: Duration) -> Option<Vec<u8>> {
         self.to_host.wait(patience)
     }
@@ -138,7 +139,7 @@ impl TunIo for MemoryTun {
         Coalesce { tcp: true, udp: true, ..Coalesce::default() }
     }
 
-    /// Splits super-packets, as the host's stack would.
+    /// Writes the packets, with super-packets split as the host's stack would.
     fn write(&mut self, _now: Instant, batch: &WriteBatch, drops: &Drops) {
         for frame in batch.frames() {
             let len = frame.len;
@@ -162,28 +163,30 @@ impl TunIo for MemoryTun {
     }
 }
 
-/// A datagram on a [`Network`].
+/// Datagram on a [`Network`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Datagram {
-    /// Its sender.
+    /// Address of the sender.
     pub from: SocketAddr,
-    /// Its receiver.
+    /// Address of the receiver.
     pub to: SocketAddr,
-    /// All of it.
+    /// UDP payload.
     pub bytes: Vec<u8>,
 }
 
-/// Says whether a datagram is delivered.
+/// Function that decides whether a datagram is delivered.
 type Filter = Box<dyn FnMut(&Datagram) -> bool + Send>;
 
-/// A network in memory. It sees everything.
+/// Network in memory, which records every datagram.
 #[derive(Clone)]
 pub struct Network(Arc<Mutex<Wire>>);
 
 struct Wire {
     sockets: BTreeMap<SocketAddr, Arc<Queue<Datagram>>>,
+    /// Every datagram sent, in order, including those not delivered.
     seen: Vec<Datagram>,
     filter: Option<Filter>,
+    /// True if coalesced datagrams are damaged on arrival.
     damages_joined: bool,
 }
 
@@ -200,7 +203,7 @@ impl Default for Network {
 }
 
 impl Network {
-    /// An empty network that delivers everything.
+    /// Creates a network without sockets that delivers everything.
     pub fn new() -> Self {
         Self(Arc::new(Mutex::new(Wire {
             sockets: BTreeMap::new(),
@@ -210,11 +213,11 @@ impl Network {
         })))
     }
 
-    /// A socket at this address; the one that had it before gets nothing any more.
+    /// Opens a socket at this address. A socket that had the address before receives nothing more.
     ///
     /// # Errors
     ///
-    /// When the system gives no descriptors.
+    /// Returns the system's error if it provides no descriptor.
     pub fn bind(&self, address: SocketAddr) -> io::Result<MemoryUdp> {
         let inbox = Arc::new(Queue::new()?);
         self.0.lock().sockets.insert(address, inbox.clone());
@@ -228,18 +231,19 @@ impl Network {
         })
     }
 
-    /// From now on datagrams that are joined on their arrival come out damaged, as from a card or a
-    /// kernel that does it wrongly.
+    /// Damages coalesced datagrams on arrival from now on, like a network card or a kernel that
+    /// coalesces them wrongly.
     pub fn damage_joined(&self) {
         self.0.lock().damages_joined = true;
     }
 
-    /// From now on this says what is delivered. Everything is seen all the same.
+    /// Sets the filter that decides which datagrams are delivered. All datagrams are still
+    /// recorded.
     pub fn filter(&self, filter: impl FnMut(&Datagram) -> bool + Send + 'static) {
         self.0.lock().filter = Some(Box::new(filter));
     }
 
-    /// Puts a datagram on the network, with any source.
+    /// Sends a datagram with any source address.
     pub fn inject(&self, datagram: Datagram) {
         let mut wire = self.0.lock();
         let delivered = match &mut wire.filter {
@@ -252,27 +256,28 @@ impl Network {
         }
     }
 
-    /// Everything that was ever sent, in order.
+    /// Returns every datagram sent so far, in order.
     pub fn seen(&self) -> Vec<Datagram> {
         self.0.lock().seen.clone()
     }
 }
 
-/// A socket on a [`Network`].
+/// Socket on a [`Network`].
 #[derive(Debug)]
 pub struct MemoryUdp {
     network: Network,
     address: SocketAddr,
     inbox: Arc<Queue<Datagram>>,
-    /// Taken from the inbox, and first of the next batch.
+    /// Datagram taken from the inbox that did not fit the last batch. It starts the next one.
     held: Option<Datagram>,
-    /// Datagrams are joined.
+    /// Switch of coalescing on arrival.
     gro: Switch,
     damage: Damage,
 }
 
 impl MemoryUdp {
-    /// As the kernel joins datagrams of one sender and one length.
+    /// Returns whether `next` may be appended to `len` bytes that start with `first`, by the rules
+    /// of `UDP_GRO`: same sender, same length.
     fn joins(first: &Datagram, len: usize, next: &Datagram) -> bool {
         next.from == first.from
             && !next.bytes.is_empty()
@@ -311,7 +316,7 @@ impl UdpIo for MemoryUdp {
             batch.push(slot, first.from.into(), len, first.bytes.len());
         }
         if self.held.is_some() {
-            // There is more, though the inbox may be empty.
+            // A datagram is left although the inbox may be empty.
             let _ = self.inbox.readable.write(1);
         }
         Ok(())

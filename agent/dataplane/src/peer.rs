@@ -1,16 +1,16 @@
-//! The tunnel with one peer over time: which session seals, what waits for one, when a handshake
-//! is repeated, when a keepalive is due, where the peer was last seen.
+//! The tunnel with one peer: which session seals, which packets wait for one, when a handshake is
+//! repeated, when a keepalive is due, and the path that the peer last used.
 //!
-//! The rules of WireGuard's timers that need no decision are here; whether and where to start a
-//! handshake is the core's. In particular:
+//! This module owns WireGuard's timer rules that need no decision. The core decides whether and on
+//! which paths to start a handshake. In particular:
 //!
-//! - a tunnel without a session does nothing by itself: it says [`Observation::Wanted`];
-//! - a keepalive goes out only on a session, and only when nothing else was sent for that long,
-//!   so that two ends with keepalives neither fight over who initiates nor chat on a busy tunnel;
-//! - who initiated a session renews it while keepalives hold it open (boringtun counts data
-//!   alone), the other end does not;
-//! - a tunnel that was rebuilt (pre-shared key, boot epoch) keeps using the old one until the new
-//!   one has a session: no gap.
+//! - A tunnel without a session does nothing by itself; it reports [`Observation::Wanted`].
+//! - A keepalive is sent only on a session, and only when nothing else was sent for the interval.
+//!   So two ends with keepalives neither compete to initiate nor add traffic to a busy tunnel.
+//! - The initiator of a session renews it while keepalives hold it open (boringtun counts data
+//!   only). The responder does not.
+//! - A tunnel that was rebuilt (pre-shared key, boot epoch) uses the old session until the new one
+//!   is established, so there is no gap.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -31,25 +31,26 @@ use super::session::{
 
 /// Rekey-After-Time, whitepaper section 6.1.
 const REKEY_AFTER: Duration = Duration::from_secs(120);
-/// Reject-After-Time, and a little: by then the engine has dropped the session.
+/// Reject-After-Time (180 s) plus a margin: boringtun has dropped the session by then.
 const SESSION_GONE: Duration = Duration::from_secs(182);
-/// Rekey-Attempt-Time, and a little: by then the engine has given up.
+/// Rekey-Attempt-Time (90 s) plus a margin: boringtun has given up by then.
 const ATTEMPT_GONE: Duration = Duration::from_secs(92);
-/// A repeated initiation is late by less than this, at random.
+/// Upper bound of the random delay of a repeated initiation, in milliseconds.
 const RETRY_JITTER_MS: u64 = 333;
-/// A second order to initiate within this time, to the same addresses, is the same order: the
-/// engine may have repeated the initiation just before it came.
+/// Time within which a second command to initiate on the same paths is ignored: boringtun may have
+/// repeated the initiation just before it arrived.
 const SAME_ORDER: Duration = Duration::from_millis(20);
-/// How often it is said that inner packets travel.
+/// Shortest time between two reports of inner traffic ([`Observation::Active`]).
 const ACTIVE_EVERY: Duration = Duration::from_secs(1);
-/// Packets that wait for a session.
+/// Largest number of packets that wait for a session.
 const WAITING: usize = 16;
-/// How long they wait.
+/// Longest time that a packet waits for a session.
 const WAITING_TIME: Duration = Duration::from_secs(10);
 
-/// What a call needs to act: where to write, whom to tell.
+/// Context of a call: the time, the send batch, the event sink and the counters.
 pub(super) struct Act<'a> {
     pub(super) now: Instant,
+    /// Start of the data plane, from which [`PeerCounters`] count.
     pub(super) started: Instant,
     pub(super) out: &'a mut SendBatch,
     pub(super) events: &'a mut EventSink,
@@ -57,36 +58,45 @@ pub(super) struct Act<'a> {
     pub(super) counters: &'a PeerCounters,
 }
 
-/// See the module.
+/// Tunnel with one peer. Owns its sessions and the packets that wait for one.
 #[derive(Debug)]
 pub(super) struct Tunnel {
     peer: WireguardKey,
     secrets: Arc<Secrets>,
     psk: Option<PresharedKey>,
+    /// Tunnel index of `active`: the upper 24 bits of its receiver indices.
     index: u32,
-    /// Made when it is first needed: it holds several kilobytes.
+    /// Current WireGuard engine. Created when it is first needed, because it takes several
+    /// kilobytes.
     active: Option<Box<Session>>,
-    /// The one before a rebuild, and its index.
+    /// Engine from before a rebuild, and its tunnel index. Removed once it has no session.
     retired: Option<(Box<Session>, u32)>,
+    /// Handshake that this node started. Cleared when it is answered or given up.
     initiation: Option<Initiation>,
-    /// A session that the peer initiated and has not used yet, by its receiver index.
+    /// Receiver index of a session that the peer initiated and has not used yet.
     unconfirmed: Option<u32>,
-    /// When the present session came to be, and whether we initiated it.
+    /// Time when the current session was established, and whether this node initiated it.
     established: Option<(Instant, bool)>,
+    /// Time when a datagram was last sent to the peer.
     last_sent: Option<Instant>,
+    /// Packets that wait for a session, each with its arrival time.
     waiting: VecDeque<(Instant, Box<[u8]>)>,
+    /// True once [`Observation::Wanted`] was reported. Cleared when a session is established or
+    /// expires.
     wanted_said: bool,
-    /// Where an authentic handshake came from, while the core knows no endpoint.
+    /// Path that the last authentic handshake came by, used while the core knows no endpoint.
     adopted: Option<Path>,
+    /// Path of the last reported [`Observation::Roamed`], so that it is reported once.
     roamed_said: Option<Path>,
+    /// Inner traffic that must be reported.
     travelled: Travelled,
-    /// Until when time has to pass for the engine.
+    /// Time until which the tunnel needs ticks. `None` if it needs none.
     live_until: Option<Instant>,
-    /// Set once the peer left the table: nothing waits for a session any more.
+    /// True once the peer left the table. No packet may wait for a session after that.
     closed: bool,
 }
 
-/// Inner packets that were not told of yet, and when they last were.
+/// Inner traffic since the last report, and the time of that report.
 #[derive(Debug, Default)]
 struct Travelled {
     sent: bool,
@@ -95,7 +105,8 @@ struct Travelled {
 }
 
 impl Travelled {
-    /// What is to be said now, if it is not too soon.
+    /// Returns the report that is due now. `None` without traffic, or within [`ACTIVE_EVERY`] of
+    /// the last report.
     fn say(&mut self, now: Instant) -> Option<Observation> {
         let soon = self.said.is_some_and(|said| now.saturating_duration_since(said) < ACTIVE_EVERY);
         if soon || !(self.sent || self.received) {
@@ -108,11 +119,14 @@ impl Travelled {
     }
 }
 
-/// A handshake of ours that is not answered yet.
+/// Handshake that this node started and that is not answered yet.
 #[derive(Debug)]
 struct Initiation {
+    /// Time of the last transmission.
     sent: Instant,
+    /// Random part of the delay until the next transmission.
     jitter: Duration,
+    /// Paths that the initiation is sent on.
     to: Vec<Path>,
 }
 
@@ -144,19 +158,20 @@ impl Tunnel {
         }
     }
 
-    /// Number of packets that wait for a session.
+    /// Returns the number of packets that wait for a session.
     pub(super) fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
-    /// The peer left the table. Returns how many packets waited for a session: they are lost.
+    /// Closes the tunnel because the peer left the table. Returns the number of waiting packets,
+    /// which are lost.
     pub(super) fn close(&mut self) -> usize {
         self.closed = true;
         std::mem::take(&mut self.waiting).len()
     }
 
-    /// From now on handshakes use this key and index. Sessions of before stay until the next
-    /// handshake is through.
+    /// Replaces the pre-shared key and the index for future handshakes. Existing sessions stay
+    /// until the next handshake completes.
     pub(super) fn renew(&mut self, psk: Option<PresharedKey>, index: u32) {
         if let Some(active) = self.active.take().filter(|active| active.is_ready()) {
             self.retired = Some((active, self.index));
@@ -167,7 +182,8 @@ impl Tunnel {
         self.unconfirmed = None;
     }
 
-    /// Where datagrams go, given what the core knows.
+    /// Returns the path for datagrams to the peer: the `known` endpoint of the core, or the adopted
+    /// path.
     pub(super) fn endpoint(&mut self, known: Option<Path>) -> Option<Path> {
         if known.is_some() {
             self.adopted = None;
@@ -175,13 +191,14 @@ impl Tunnel {
         known.or(self.adopted)
     }
 
-    /// Whether there is a session to seal with.
+    /// Returns whether there is a session to seal with.
     pub(super) fn is_ready(&self) -> bool {
         self.active.as_ref().is_some_and(|active| active.is_ready())
             || self.retired.as_ref().is_some_and(|(retired, _)| retired.is_ready())
     }
 
-    /// Seals until `segments` are done or `out` is full. Call only when [`Tunnel::is_ready`].
+    /// Seals `segments` until none is left or `out` is full. Returns the number of bytes written.
+    /// Call only when [`Tunnel::is_ready`].
     pub(super) fn seal(
         &mut self,
         segments: &mut impl Segments,
@@ -201,13 +218,14 @@ impl Tunnel {
         0
     }
 
-    /// Inner packets were sent. Returns what is to be said of it.
+    /// Records that inner packets were sent. Returns the report that is due.
     pub(super) fn sent_inner(&mut self, now: Instant) -> Option<Observation> {
         self.travelled.sent = true;
         self.travelled.say(now)
     }
 
-    /// Keeps a few packets until there is a session. They come with their padding.
+    /// Keeps a padded packet until there is a session. If [`WAITING`] packets wait already, drops
+    /// the oldest.
     pub(super) fn wait(&mut self, packet: &[u8], act: &mut Act<'_>) {
         if self.closed {
             act.drops.count(DropReason::NoRoute);
@@ -225,8 +243,8 @@ impl Tunnel {
         }
     }
 
-    /// Opens a train of data messages that all name the receiver index `receiver`; see
-    /// [`Session::open`]. Returns how many were not authentic.
+    /// Opens a train of data messages that all have the receiver index `receiver`, see
+    /// [`Session::open`]. Returns the number of messages that were not authentic.
     #[expect(clippy::too_many_arguments, reason = "the train, its sender and the context")]
     pub(super) fn open(
         &mut self,
@@ -279,7 +297,7 @@ impl Tunnel {
         damaged
     }
 
-    /// Takes a handshake message of any kind.
+    /// Handles a handshake message of any kind.
     pub(super) fn handshake(
         &mut self,
         message: &[u8],
@@ -310,7 +328,8 @@ impl Tunnel {
                 act.counters.received(message.len());
                 self.initiation = None;
                 self.live_for(act.now, SESSION_GONE);
-                // Only this datagram lets the peer use the session: it takes the way that works.
+                // The peer can use the session only after this datagram, so it takes the path that
+                // just worked.
                 self.send(&reply[..len], from, act);
                 if known.is_none() {
                     self.adopted = Some(from);
@@ -323,7 +342,7 @@ impl Tunnel {
         }
     }
 
-    /// Starts a handshake: one initiation, the same bytes to each address.
+    /// Starts a handshake: sends one initiation, with the same bytes, on each path.
     pub(super) fn initiate(&mut self, to: Vec<Path>, act: &mut Act<'_>) {
         if let Some(running) = &self.initiation
             && act.now.saturating_duration_since(running.sent) < SAME_ORDER
@@ -338,7 +357,7 @@ impl Tunnel {
         }
     }
 
-    /// Lets time pass. Returns whether it has to be called again, a few times per second.
+    /// Advances the timers. Returns whether it must be called again, a few times per second.
     pub(super) fn tick(
         &mut self,
         known: Option<Path>,
@@ -380,7 +399,8 @@ impl Tunnel {
             (age >= REKEY_TIMEOUT, age >= REKEY_TIMEOUT + initiation.jitter)
         });
         let tick = match (&mut self.active, repeated) {
-            // boringtun would repeat it now; all nodes that lost one peer would do so together.
+            // boringtun would repeat the initiation now. The jitter keeps all nodes that lost the
+            // same peer from repeating theirs at the same moment.
             (_, Some((true, false))) | (None, _) => Tick::Quiet,
             (Some(active), _) => active.tick(&mut message),
         };
@@ -390,7 +410,7 @@ impl Tunnel {
                 self.initiate(to, act);
             }
             Tick::Quiet => {
-                // The engine repeats no initiation after it answered one of the peer's.
+                // boringtun does not repeat an initiation after it answered one from the peer.
                 if let Some((_, true)) = repeated {
                     self.initiation = None;
                 }
@@ -435,7 +455,7 @@ impl Tunnel {
         }
     }
 
-    /// How long after it was sent the initiation is repeated, if one is under way.
+    /// Returns the delay after which the unanswered initiation is repeated, if there is one.
     #[cfg(test)]
     pub(super) fn repeats_after(&self) -> Option<Duration> {
         self.initiation.as_ref().map(|initiation| REKEY_TIMEOUT + initiation.jitter)
@@ -462,7 +482,7 @@ impl Tunnel {
         }
     }
 
-    /// An initiation was made: notes and sends it.
+    /// Sends an initiation on each path and records it.
     fn initiated(&mut self, message: &[u8], to: Vec<Path>, act: &mut Act<'_>) {
         for address in &to {
             self.send(message, *address, act);
@@ -472,13 +492,14 @@ impl Tunnel {
         self.live_for(act.now, ATTEMPT_GONE);
     }
 
-    /// A handshake is through.
+    /// Records a completed handshake and sends the waiting packets.
     fn completed(&mut self, from: Path, ours: bool, act: &mut Act<'_>) {
         self.established = Some((act.now, ours));
         self.wanted_said = false;
         act.counters.handshake(act.started, act.now);
         act.events.observe(self.peer, Observation::Handshake { from });
-        // Over the way that the handshake came: it works, and the one of before may be dead.
+        // They take the path that the handshake came by: it works, and the previous one may be
+        // dead.
         while let Some((since, packet)) = self.waiting.pop_front() {
             if act.now.saturating_duration_since(since) >= WAITING_TIME {
                 act.drops.count(DropReason::QueueExpired);
@@ -493,7 +514,7 @@ impl Tunnel {
         }
     }
 
-    /// There is no session any more, and none under way.
+    /// Resets the tunnel after its session expired and no handshake is under way.
     fn ended(&mut self, act: &mut Act<'_>) {
         self.established = None;
         self.initiation = None;
@@ -505,7 +526,7 @@ impl Tunnel {
         act.events.observe(self.peer, Observation::SessionExpired);
     }
 
-    /// An authentic datagram came from `from`.
+    /// Records that an authentic datagram came by the path `from`, and reports a change.
     fn seen(&mut self, from: Path, known: Option<Path>, act: &mut Act<'_>) {
         if self.endpoint(known).is_some_and(|endpoint| endpoint.is(&from)) {
             if known.is_some() {
@@ -533,7 +554,7 @@ impl Tunnel {
     }
 }
 
-/// A packet that waited, as segments: it was padded before.
+/// Packet that waited for a session, as a single segment. It is padded already.
 struct Waited {
     packet: Box<[u8]>,
     taken: bool,
@@ -600,7 +621,7 @@ mod tests {
             call(tunnel, &mut act)
         }
 
-        /// What was put out since the last call.
+        /// Returns the datagrams sent since the last call.
         fn sent(&mut self) -> Vec<Vec<u8>> {
             let datagrams = |train: &Train| -> Vec<Vec<u8>> {
                 let bytes = &self.out.bytes()[train.start..train.start + train.len];
@@ -619,7 +640,7 @@ mod tests {
             observations
         }
 
-        /// Takes datagrams from `from`; all of them know each other's address.
+        /// Receives datagrams from `from`, which is also the known endpoint.
         fn take(&mut self, now: Instant, from: Path, datagrams: &[Vec<u8>]) {
             for datagram in datagrams {
                 self.with(now, |tunnel, act| match MessageKind::of(datagram).unwrap() {
@@ -635,7 +656,7 @@ mod tests {
         }
     }
 
-    /// Lets everything that was put out arrive, until nothing is.
+    /// Delivers sent datagrams in both directions until neither side sends any.
     fn deliver(now: Instant, [a, b]: &mut [Side; 2]) {
         loop {
             let (to_b, to_a) = (a.sent(), b.sent());
@@ -647,7 +668,7 @@ mod tests {
         }
     }
 
-    /// A session that the first has initiated.
+    /// Returns two sides with a session that the first initiated.
     fn friends() -> ([Side; 2], Instant) {
         let mut sides = Side::pair();
         let now = sides[0].started;

@@ -1,22 +1,23 @@
-//! The WireGuard protocol engine: seals and opens. The only file that names boringtun.
+//! The WireGuard engine: seals and opens data messages and runs handshakes. The only file that
+//! names boringtun.
 //!
-//! It works on batches ([`Session::seal`], [`Session::open`]), so that another engine can stand
-//! here. Everything that boringtun 0.7.1 leaves undone or does wrong, and that can be met from
-//! outside, is met here and in [`super::peer`]:
+//! It works on batches ([`Session::seal`], [`Session::open`]), so that another engine can replace
+//! it. boringtun 0.7.1 has gaps and defects. Those that can be worked around from outside are
+//! handled here and in [`super::peer`]:
 //!
-//! - payloads come padded to 16 bytes (whitepaper section 5.4.6) from [`Segments`];
-//! - a counter past Reject-After-Messages is refused before boringtun sees it: near 2^64 its
-//!   replay window would overflow;
-//! - its limiter of handshakes is one global counter, counts responses too and forgets the port:
-//!   [`Secrets::admit`] judges initiations alone, with a cookie that knows address and port, and
-//!   the tunnels themselves get a limiter that never says no;
-//! - its clock stands still between two calls of `update_timers`: [`Session::refresh`] comes
-//!   before whatever depends on time;
-//! - buffers that are too small make it panic: every buffer here is checked first;
-//! - its persistent keepalive and its packet queue are not used.
+//! - Payloads from [`Segments`] are padded to 16 bytes already (whitepaper section 5.4.6).
+//! - A counter past Reject-After-Messages is refused before boringtun processes it. Near 2^64
+//!   boringtun's replay window would overflow.
+//! - boringtun's handshake limiter is one global counter that also counts responses, and its cookie
+//!   ignores the port. [`Secrets::admit`] checks initiations alone, with a cookie that covers
+//!   address and port. The tunnels get a limiter that never refuses.
+//! - boringtun's clock advances only in `update_timers`, so [`Session::refresh`] is called before
+//!   everything that depends on time.
+//! - boringtun panics when a buffer is too small, so every buffer is checked here first.
+//! - boringtun's persistent keepalive and its packet queue are not used.
 //!
-//! Nothing here reads the clock per packet, allocates or locks once a session stands (the two
-//! uncontended locks of boringtun's replay window aside).
+//! On an established session nothing here reads the clock per packet, allocates or takes a lock,
+//! except for the two uncontended locks of boringtun's replay window.
 
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -34,45 +35,46 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use super::arena::{Datagrams, SendBatch};
 use super::drops::{DropReason, Drops};
 
-/// Bytes that WireGuard puts before a payload: type, receiver, counter.
+/// Bytes of the header of a data message: type, receiver, counter.
 pub const DATA_HEADER: usize = 16;
-/// Bytes that WireGuard puts around a payload.
+/// Bytes that a data message adds to its payload: header and authentication tag.
 pub const DATA_OVERHEAD: usize = 32;
-/// Bytes of the longest handshake message. No buffer for a message may be smaller.
+/// Bytes of the longest handshake message. Every buffer for a message must have at least this size.
 pub const HANDSHAKE_BYTES: usize = 148;
-/// Payloads are padded to a multiple of this.
+/// Payloads are padded to a multiple of this number of bytes.
 pub const PADDING: usize = 16;
 
-/// Initiations per second from which on initiators have to prove their address by a cookie.
-/// Each one costs about a quarter of a millisecond.
+/// Initiations per second above which initiators must prove their address with a cookie. Each
+/// initiation costs about a quarter of a millisecond.
 const INITIATIONS_PER_SECOND: u64 = 256;
 /// Reject-After-Messages, whitepaper section 6.1.
 const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
 
-/// What a WireGuard message is, by type and length.
+/// Kind of a WireGuard message, by type and length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MessageKind {
-    /// Type 1.
+    /// Handshake initiation, type 1.
     Initiation,
-    /// Type 2.
+    /// Handshake response, type 2.
     Response {
-        /// Names the tunnel that asked.
+        /// Receiver index of the tunnel that initiated.
         receiver: u32,
     },
-    /// Type 3.
+    /// Cookie reply, type 3.
     CookieReply {
-        /// Names the tunnel that asked.
+        /// Receiver index of the tunnel that sent the message it answers.
         receiver: u32,
     },
-    /// Type 4.
+    /// Transport data, type 4.
     Data {
-        /// Names the session.
+        /// Receiver index of the session.
         receiver: u32,
     },
 }
 
 impl MessageKind {
-    /// Looks at type, reserved bytes and length; `None`: no WireGuard message.
+    /// Returns the kind by type, reserved bytes and length. `None` if the datagram is no WireGuard
+    /// message.
     pub fn of(datagram: &[u8]) -> Option<Self> {
         let word = |at: usize| {
             let bytes = datagram.get(at..at + 4)?;
@@ -88,25 +90,26 @@ impl MessageKind {
     }
 }
 
-/// Plaintext to be sealed, one segment after another.
+/// Plaintext to seal, one segment after another.
 pub trait Segments {
-    /// Bytes of the next segment, with its padding; `None`: there is none.
+    /// Returns the bytes of the next segment with its padding. `None` if there is none.
     fn next_len(&self) -> Option<usize>;
-    /// The next segment, with its padding; empty if there is none.
+    /// Returns the next segment with its padding. Empty if there is none.
     fn take(&mut self) -> &[u8];
 }
 
-/// The node's own key, and who may knock.
+/// WireGuard key of the node, and the admission of initiations.
 pub struct Secrets {
     private: StaticSecret,
     public: PublicKey,
-    /// Judges initiations, for all peers together.
+    /// Limiter of initiations for all peers together.
     gate: RateLimiter,
-    /// Judges those from addresses that too many come from: always under load.
+    /// Limiter that always demands a cookie. Used for source addresses that send too many
+    /// initiations.
     strict_gate: RateLimiter,
-    /// What the tunnels get: never under load.
+    /// Limiter of the tunnels. Never under load, because admission was decided before.
     open_gate: Arc<RateLimiter>,
-    /// Folds address and port into what boringtun takes for an address.
+    /// Hash keys that turn an address and a port into what boringtun takes for an address.
     cookie_keys: [RandomState; 2],
 }
 
@@ -116,19 +119,19 @@ impl std::fmt::Debug for Secrets {
     }
 }
 
-/// What becomes of an initiation.
+/// Result of the admission of an initiation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admission {
-    /// It may go on.
+    /// The initiation may be processed.
     Admitted,
-    /// It has to prove where it is: so many bytes of a cookie reply go back.
+    /// The initiator must prove its address: this number of bytes of a cookie reply must be sent.
     Cookie(usize),
-    /// Dropped.
+    /// The initiation is dropped for this reason.
     Refused(DropReason),
 }
 
 impl Secrets {
-    /// From the node's private key.
+    /// Creates the limiters for the node with this private key.
     pub fn new(private: StaticSecret) -> Self {
         let public = PublicKey::from(&private);
         Self {
@@ -141,13 +144,13 @@ impl Secrets {
         }
     }
 
-    /// The node's public key.
+    /// Returns the node's public key.
     pub fn public_key(&self) -> WireguardKey {
         WireguardKey(self.public.to_bytes())
     }
 
-    /// Looks at an initiation: is it for us, and is there time for it? Where it has to be `proven`
-    /// it needs a cookie, under load or not: then its sender is where it seems to be.
+    /// Checks that an initiation is meant for this node and may be processed now. If `proven` is
+    /// set it needs a valid cookie, under load or not, which proves the address of its sender.
     pub fn admit(
         &self,
         from: SocketAddr,
@@ -169,8 +172,8 @@ impl Secrets {
         }
     }
 
-    /// The key that an admitted initiation claims to be from; `None`: it does not decrypt. Not
-    /// proven yet. The costly part.
+    /// Returns the public key that an admitted initiation claims, which is not proven yet. `None`
+    /// if the key does not decrypt. This is the expensive step.
     pub fn claims(&self, initiation: &[u8]) -> Option<WireguardKey> {
         let Ok(Packet::HandshakeInit(message)) = Tunn::parse_incoming_packet(initiation) else {
             return None;
@@ -179,8 +182,8 @@ impl Secrets {
         Some(WireguardKey(half.peer_static_public))
     }
 
-    /// boringtun's cookie covers an address alone. Behind one NAT there are many nodes, so ours
-    /// covers the port too: both are hashed into what looks like an address.
+    /// Returns a pseudo-address for boringtun's cookie, which covers an address only. Many nodes
+    /// may be behind one NAT, so address and port are hashed into one pseudo-address.
     fn cookie_address(&self, from: SocketAddr) -> IpAddr {
         let [high, low] = &self.cookie_keys;
         let half = |key: &RandomState| u128::from(key.hash_one((from.ip(), from.port())));
@@ -188,10 +191,11 @@ impl Secrets {
     }
 }
 
-/// A tunnel with one peer: its handshake and its sessions.
+/// WireGuard state of a tunnel with one peer: its handshake and its sessions.
 pub struct Session {
     tunn: Tunn,
-    /// There is a session to seal with.
+    /// True while there is a session to seal with. Updated after every call of boringtun that may
+    /// change it.
     ready: bool,
 }
 
@@ -201,60 +205,61 @@ impl std::fmt::Debug for Session {
     }
 }
 
-/// How one datagram was opened.
+/// Result of opening one datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Opened {
-    /// A packet, at this place of the plain buffer; truncated to the length its header claims.
+    /// A packet in the plain buffer, truncated to the length that its header claims.
     Packet {
-        /// First byte.
+        /// Offset of the first byte.
         start: usize,
-        /// Bytes.
+        /// Length in bytes.
         len: usize,
     },
-    /// Authentic and empty.
+    /// A keepalive: authentic and empty.
     Keepalive,
-    /// Dropped.
+    /// The datagram is dropped for this reason.
     Refused(DropReason),
 }
 
-/// How a handshake message was taken.
+/// Result of a handshake message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answered {
-    /// An authentic initiation: so many bytes of response go back. The new session is used when
-    /// the first datagram for `receiver` arrives, which confirms it.
+    /// An authentic initiation was answered. The new session is used once the first datagram for
+    /// `receiver` arrives, which confirms it.
     Response {
-        /// Bytes.
+        /// Length of the response in bytes.
         len: usize,
-        /// The new session's receiver index.
+        /// Receiver index of the new session.
         receiver: u32,
     },
-    /// Our initiation was answered: there is a session, and so many bytes of keepalive confirm
-    /// it.
+    /// The initiation of this node was answered: the session is established, and a keepalive
+    /// confirms it.
     Established {
-        /// Bytes.
+        /// Length of the keepalive in bytes.
         len: usize,
     },
-    /// A cookie for our next initiation.
+    /// A cookie for the next initiation of this node.
     Cookie,
-    /// Dropped.
+    /// The message is dropped for this reason.
     Refused(DropReason),
 }
 
-/// What time has brought.
+/// Result of [`Session::tick`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tick {
-    /// Nothing.
+    /// Nothing is due.
     Quiet,
-    /// So many bytes of an initiation are to be sent.
+    /// An initiation of this number of bytes must be sent.
     Initiation(usize),
-    /// So many bytes of a keepalive are to be sent.
+    /// A keepalive of this number of bytes must be sent.
     Keepalive(usize),
-    /// Given up: nothing happens any more until an initiation.
+    /// The session expired, or the handshake was given up. Nothing happens until the next
+    /// initiation.
     Expired,
 }
 
 impl Session {
-    /// Without a session yet. `index` names the tunnel: 24 bits.
+    /// Creates the state without a session. `index` is the 24-bit tunnel index.
     pub fn new(
         secrets: &Secrets,
         peer: WireguardKey,
@@ -272,14 +277,14 @@ impl Session {
         Self { tunn, ready: false }
     }
 
-    /// There is a session to seal with.
+    /// Returns whether there is a session to seal with.
     pub fn is_ready(&self) -> bool {
         self.ready
     }
 
-    /// Seals segment after segment as datagrams for `to`, until there are no more or `out` is
-    /// full. A segment that cannot be sealed is counted. Returns how many bytes were written. Call
-    /// only when [`Session::is_ready`].
+    /// Seals segments as datagrams for `to` until none is left or `out` is full. A segment that
+    /// cannot be sealed is counted. Returns the number of bytes written. Call only when
+    /// [`Session::is_ready`].
     pub fn seal(
         &mut self,
         segments: &mut impl Segments,
@@ -292,7 +297,7 @@ impl Session {
             let need = (len + DATA_OVERHEAD).max(HANDSHAKE_BYTES);
             let Some(spare) = out.place(&to, need) else { break };
             let segment = segments.take();
-            // Without a session boringtun would start a handshake here, which is no datagram of
+            // Without a session boringtun would return an initiation here, which does not carry
             // this segment.
             if let TunnResult::WriteToNetwork(datagram) = self.tunn.encapsulate(segment, spare)
                 && datagram.first() == Some(&4)
@@ -307,8 +312,9 @@ impl Session {
         bytes
     }
 
-    /// Opens data messages, the first `skip` bytes of each of which are a relay's, into the same
-    /// places of `plain`, which is as long. Calls `each` once for every datagram, with its bytes.
+    /// Opens data messages into the same offsets of `plain`, which has the same length. The first
+    /// `skip` bytes of each datagram are a relay's header. Calls `each` once for every datagram,
+    /// with its length in bytes.
     pub fn open(
         &mut self,
         datagrams: Datagrams<'_>,
@@ -360,7 +366,7 @@ impl Session {
         }
     }
 
-    /// Takes a handshake message; the answer goes to `reply`.
+    /// Handles a handshake message and writes the answer to `reply`.
     pub fn handshake(&mut self, message: &[u8], reply: &mut [u8]) -> Answered {
         if reply.len() < HANDSHAKE_BYTES {
             return Answered::Refused(DropReason::InvalidHandshake);
@@ -386,8 +392,9 @@ impl Session {
         answered
     }
 
-    /// Starts a handshake, also when one is under way (the answer to the one before is still
-    /// taken). Returns the bytes of the initiation in `message`; 0 if it could not be made.
+    /// Starts a handshake, even when one is under way (a response to the earlier initiation is
+    /// still accepted). Returns the length of the initiation in `message`, or 0 if it could not be
+    /// made.
     pub fn initiate(&mut self, message: &mut [u8]) -> usize {
         if message.len() < HANDSHAKE_BYTES {
             return 0;
@@ -399,7 +406,8 @@ impl Session {
         }
     }
 
-    /// Seals an empty payload. Returns its bytes in `message`; 0 without a session.
+    /// Seals an empty payload. Returns the length of the datagram in `message`, or 0 without a
+    /// session.
     pub fn keepalive(&mut self, message: &mut [u8]) -> usize {
         if !self.ready || message.len() < HANDSHAKE_BYTES {
             return 0;
@@ -410,7 +418,8 @@ impl Session {
         }
     }
 
-    /// Lets time pass. Call it a few times per second while there is a session or a handshake.
+    /// Advances the protocol timers. Call it a few times per second while there is a session or a
+    /// handshake.
     pub fn tick(&mut self, message: &mut [u8]) -> Tick {
         if message.len() < HANDSHAKE_BYTES {
             return Tick::Quiet;
@@ -427,8 +436,8 @@ impl Session {
         tick
     }
 
-    /// Tells boringtun what time it is, and keeps it from acting on it. After a long silence its
-    /// clock would put a new session into the past, and end it at once.
+    /// Updates boringtun's clock and discards the message that its timers produce. Without this,
+    /// boringtun would date a new session to the start of a long silence and end it at once.
     pub fn refresh(&mut self) {
         let mut unsent = [0; HANDSHAKE_BYTES];
         self.tunn.update_timers(&mut unsent);

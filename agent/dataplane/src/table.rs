@@ -1,8 +1,8 @@
-//! Who is where: inner address to peer, receiver index to peer, key to peer.
+//! Lookup of a peer by inner address, receiver index or public key.
 //!
-//! A [`Table`] never changes: the next one is built beside it and takes its place whole, so that
-//! a packet sees one state from lookup to send. What outlives the change (a peer's sessions, its
-//! counters) hangs on shared pointers, which the next table takes over.
+//! A [`Table`] is immutable. The next table is built separately and replaces it in one step, so
+//! that a packet uses one state from lookup to send. State that outlives the change (sessions and
+//! counters of a peer) is behind shared pointers, which the next table takes over.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -23,26 +23,26 @@ use super::counters::PeerCounters;
 use super::peer::Tunnel;
 use super::session::Secrets;
 
-/// A peer's place in the table.
+/// Index of a peer in the table.
 pub type Slot = u32;
 
-/// One peer: what the core wants of it, and what it has become.
+/// One peer: its entry from the core, its tunnel and its counters.
 #[derive(Debug)]
 pub(super) struct Peer {
-    /// Its public key.
+    /// Public key of the peer.
     pub(super) key: WireguardKey,
-    /// What the core wants.
+    /// Entry that the core supplied.
     pub(super) entry: PeerEntry,
-    /// Its sessions. Locked for a whole train of packets at a time.
+    /// Tunnel with its sessions. Locked for a whole train of packets at a time.
     pub(super) tunnel: Arc<Mutex<Tunnel>>,
-    /// What it sent and received.
+    /// Counters of bytes and handshakes.
     pub(super) counters: Arc<PeerCounters>,
-    /// The 24-bit tunnel indices that are its own: the present one, and that of the tunnel
-    /// before a change of the pre-shared key or of the boot epoch.
+    /// 24-bit tunnel indices of the peer: the current one, and the one from before the last change
+    /// of the pre-shared key or the boot epoch.
     indices: [Option<u32>; 2],
 }
 
-/// The whole of it.
+/// Immutable table of all peers, their prefixes and this node's addresses.
 #[derive(Debug, Default)]
 pub(super) struct Table {
     /// Every peer, by slot.
@@ -54,9 +54,8 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// The table that follows `self`: peers that stay keep their sessions and counters.
-    ///
-    /// `secrets` are for the tunnels of new peers.
+    /// Builds the table that replaces `self`. Peers that stay keep their sessions and counters. New
+    /// peers get tunnels with `secrets`.
     pub(super) fn next(&self, wanted: &PeerTable, secrets: &Arc<Secrets>) -> Self {
         let mut next = Self { own: OwnAddresses::new(&wanted.own), ..Self::default() };
         next.peers.reserve(wanted.peers.len());
@@ -88,34 +87,34 @@ impl Table {
         next
     }
 
-    /// The peer whose prefix holds `address` and is the longest of all.
+    /// Returns the peer with the longest prefix that contains `address`.
     pub(super) fn route(&self, address: IpAddr) -> Option<Slot> {
         self.routes.longest(address)
     }
 
-    /// Whether a packet to this address may come out of the tunnel here.
+    /// Returns whether a packet to this address may leave the tunnel on this node.
     pub(super) fn accepts(&self, destination: IpAddr) -> bool {
         self.own.accepts(destination)
     }
 
-    /// Whether a packet from this address may enter the tunnel towards any peer.
+    /// Returns whether a packet from this address may enter the tunnel towards any peer.
     pub(super) fn owns(&self, source: IpAddr) -> bool {
         self.own.owns(source)
     }
 
-    /// The peer in a slot.
+    /// Returns the peer in a slot.
     pub(super) fn peer(&self, slot: Slot) -> Option<&Arc<Peer>> {
         self.peers.get(slot as usize)
     }
 
-    /// The peer with this public key.
+    /// Returns the peer with this public key.
     pub(super) fn by_key(&self, key: &WireguardKey) -> Option<&Arc<Peer>> {
         self.peer(*self.by_key.get(key)?)
     }
 
-    /// The peer that a WireGuard receiver index belongs to.
+    /// Returns the peer that a WireGuard receiver index belongs to.
     pub(super) fn by_receiver(&self, receiver: u32) -> Option<Slot> {
-        // boringtun: 24 bits name the tunnel, 8 the session.
+        // In boringtun the upper 24 bits identify the tunnel and the lower 8 the session.
         self.by_index.get(&(receiver >> 8)).copied()
     }
 
@@ -125,8 +124,8 @@ impl Table {
 }
 
 impl Peer {
-    /// This peer under a new entry. A changed pre-shared key or a newer boot needs a new tunnel
-    /// beside the old one, which carries on until the new one has a session.
+    /// Returns this peer with a new entry. A changed pre-shared key or a newer boot epoch needs a
+    /// new tunnel state beside the old one, which is used until the new one has a session.
     fn following(&self, entry: &PeerEntry, taken: impl Fn(u32) -> bool) -> Self {
         let renew = self.entry.preshared_key != entry.preshared_key
             || self.entry.boot_epoch < entry.boot_epoch;
@@ -146,18 +145,18 @@ impl Peer {
         }
     }
 
-    /// Where its datagrams go, as far as the core knows.
+    /// Returns the endpoint that the core supplied.
     pub(super) fn endpoint(&self) -> Option<Path> {
         self.entry.endpoint
     }
 
-    /// How long it may be silent.
+    /// Returns the keepalive interval.
     pub(super) fn keepalive(&self) -> Option<Duration> {
         self.entry.keepalive
     }
 }
 
-/// A random index, so that indices tell nothing of how many peers there are.
+/// Returns a random free index, so that indices do not reveal the number of peers.
 fn free_index(taken: impl Fn(u32) -> bool) -> u32 {
     loop {
         let index = super::random() as u32 >> 8;
@@ -167,25 +166,25 @@ fn free_index(taken: impl Fn(u32) -> bool) -> u32 {
     }
 }
 
-/// Which addresses are this node's, see [`OwnNetworks`].
+/// Lookup table of this node's addresses, see [`OwnNetworks`].
 #[derive(Debug, Default)]
 struct OwnAddresses(Routes<Own>);
 
-/// What the longest prefix around an address says of it.
+/// Use of an address, as its longest prefix allows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Own {
-    /// Destination out of the tunnel and source into it.
+    /// Allowed as a destination out of the tunnel and as a source into it.
     Both,
-    /// Destination out of the tunnel only.
+    /// Allowed as a destination out of the tunnel only.
     Destination,
-    /// Neither.
+    /// Allowed as neither.
     Refused,
 }
 
 impl OwnAddresses {
     fn new(own: &OwnNetworks) -> Self {
         let mut routes = Routes::default();
-        // The first of one prefix keeps it.
+        // If a prefix occurs twice, the first insertion counts.
         for (nets, what) in [
             (own.sources().collect::<Vec<_>>(), Own::Both),
             (own.refused().collect(), Own::Refused),
@@ -207,8 +206,8 @@ impl OwnAddresses {
     }
 }
 
-/// Longest-prefix match. Nearly every address of a mesh is a host prefix, so those come first,
-/// and one hash lookup finds them.
+/// Table for longest-prefix matches. Nearly every address of a mesh is a host prefix, so those are
+/// tried first: one hash lookup finds them.
 #[derive(Debug)]
 pub struct Routes<V = Slot> {
     hosts4: HashMap<u32, V, BuildHasherDefault<Fold>>,
@@ -229,7 +228,7 @@ impl<V> Default for Routes<V> {
 }
 
 impl<V: Copy> Routes<V> {
-    /// The first to claim a prefix keeps it: a peer table promises that there is no second.
+    /// Inserts a prefix, unless it has a value already. A peer table contains each prefix once.
     pub fn insert(&mut self, prefix: IpNet, value: V) {
         match prefix {
             IpNet::V4(net) if net.prefix_len() == 32 => {
@@ -253,7 +252,7 @@ impl<V: Copy> Routes<V> {
         }
     }
 
-    /// The value of the longest prefix that holds `address`.
+    /// Returns the value of the longest prefix that contains `address`.
     pub fn longest(&self, address: IpAddr) -> Option<V> {
         match address {
             IpAddr::V4(v4) => self
@@ -270,12 +269,13 @@ impl<V: Copy> Routes<V> {
     }
 }
 
-/// A hash of one integer. The keys come from the peer table, never from a packet, so nobody can
-/// choose them to collide.
+/// Hasher for one integer. The keys come from the peer table, never from a packet, so no attacker
+/// can choose them to collide.
 #[derive(Debug, Default)]
 struct Fold(u64);
 
 impl Fold {
+    /// Odd multiplier: 2^64 divided by the golden ratio, which spreads consecutive keys.
     const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
 
     fn mix(&mut self, word: u64) {
@@ -310,7 +310,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Addresses of which many lie close together, and some are special.
+    /// Strategy for addresses of which many are close together, and some are special.
     fn small() -> impl Strategy<Value = IpAddr> {
         let octet = || prop_oneof![Just(0u8), Just(1), Just(3), Just(127), Just(255)];
         let first = prop_oneof![Just(0u8), Just(10), Just(127), Just(169), Just(224), Just(255)];
