@@ -1,4 +1,5 @@
-//! Messages become plain types here, and nowhere else: every bound and form is checked once.
+//! Conversion of messages into plain types. No other module converts them, so every bound and
+//! every form is checked once.
 //!
 //! `TryFrom<pb::X> for X` parses; `From<&X> for pb::X` is its inverse.
 
@@ -15,30 +16,30 @@ use crate::node::{
 };
 use crate::pb;
 
-/// Why a message is not what it should be.
+/// Error of parsing a message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Invalid {
-    /// The bytes are no such message.
+    /// The bytes do not decode as this message.
     #[error("malformed {0}")]
     Malformed(&'static str),
-    /// A field that must be there.
+    /// A required field is absent.
     #[error("{0} is missing")]
     Missing(&'static str),
-    /// More bytes or items than `limits` allows.
+    /// A field has more bytes or items than [`limits`] allows.
     #[error("{0} is too long")]
     TooLong(&'static str),
-    /// Not an address that can stand there.
-    #[error("{0} is no usable address")]
+    /// An address has a wrong length, or cannot be used for its purpose.
+    #[error("{0} is not a usable address")]
     Address(&'static str),
-    /// Not a network: wrong length, or host bits set.
-    #[error("{0} is no network")]
+    /// A prefix has a wrong length, or host bits that are set.
+    #[error("{0} is not a network")]
     Prefix(&'static str),
-    /// A name, id or key of the wrong form.
+    /// A name, an id or a key has the wrong form.
     #[error(transparent)]
     Id(#[from] InvalidId),
 }
 
-/// Refuses more than `limit` items or bytes.
+/// Checks that `len`, in items or bytes, is at most `limit`.
 pub fn bounded(what: &'static str, len: usize, limit: usize) -> Result<(), Invalid> {
     if len > limit { Err(Invalid::TooLong(what)) } else { Ok(()) }
 }
@@ -78,24 +79,24 @@ impl From<&IpNet> for pb::Prefix {
     }
 }
 
-/// Networks, at most [`limits::PREFIXES`].
+/// Parses a list of at most [`limits::PREFIXES`] prefixes.
 pub fn prefixes(list: &[pb::Prefix]) -> Result<Vec<IpNet>, Invalid> {
     bounded("list of prefixes", list.len(), limits::PREFIXES)?;
     list.iter().map(IpNet::try_from).collect()
 }
 
-/// A site's name; empty is none.
+/// Parses the name of a site. An empty one means no site.
 pub fn site(text: String) -> Result<Option<Label>, Invalid> {
     if text.is_empty() { Ok(None) } else { Ok(Some(text.parse()?)) }
 }
 
-/// Trusted sites, at most [`limits::TRUSTED_SITES`].
+/// Parses a list of at most [`limits::TRUSTED_SITES`] trusted sites.
 pub fn sites(list: Vec<String>) -> Result<Vec<Label>, Invalid> {
     bounded("list of sites", list.len(), limits::TRUSTED_SITES)?;
     list.iter().map(|text| Ok(text.parse()?)).collect()
 }
 
-/// Labels, at most [`limits::LABELS`].
+/// Parses a map of at most [`limits::LABELS`] labels.
 pub fn labels(
     map: impl IntoIterator<Item = (String, String)>,
 ) -> Result<BTreeMap<Label, String>, Invalid> {
@@ -217,8 +218,8 @@ impl From<&Candidate> for pb::Candidate {
 impl TryFrom<pb::Record> for Record {
     type Error = Invalid;
 
-    /// A candidate of a kind this version does not know is left out rather than refused: a newer
-    /// agent must not become unreachable for an older one.
+    /// Parses a record. A candidate of an unknown kind is skipped instead of refused, so that an
+    /// older agent can still reach a newer one.
     fn try_from(record: pb::Record) -> Result<Self, Invalid> {
         bounded("list of candidates", record.candidates.len(), limits::CANDIDATES)?;
         bounded("version", record.version.len(), limits::VERSION_BYTES)?;

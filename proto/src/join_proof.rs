@@ -1,35 +1,37 @@
-//! Proof, at a join, that the node holds the WireGuard private key it names.
+//! Proof that a joining node holds the private key of its WireGuard public key.
 //!
-//! The controller offers an X25519 key; both sides derive a key from the shared secret with
-//! HKDF-SHA-256 (RFC 5869), and the node sends HMAC-SHA-256 over what it asks for. The certificate
-//! signing request binds the proof to the identity key, so a proof that was seen is of no use to
-//! anybody else.
+//! The controller offers an X25519 key. Both sides derive a key from the shared secret with
+//! HKDF-SHA-256 (RFC 5869), and the node sends an HMAC-SHA-256 over its [`Claim`]. The certificate
+//! signing request in it binds the proof to the identity key, so that another machine cannot reuse
+//! a proof that it saw.
 
 use ring::hkdf;
 use ring::hmac;
 
 use crate::id::{TokenId, WireguardKey};
 
+/// Info string of the HKDF expansion.
 const INFO: &[u8] = b"towline join proof v1";
 
-/// What the proof speaks of.
+/// Content that the proof authenticates.
 #[derive(Debug, Clone, Copy)]
 pub struct Claim<'a> {
-    /// The token that is used.
+    /// Id of the join token.
     pub token: TokenId,
-    /// The key that is claimed.
+    /// WireGuard public key of the node.
     pub wireguard_key: &'a WireguardKey,
-    /// The certificate signing request, DER.
+    /// Certificate signing request, in DER.
     pub csr: &'a [u8],
 }
 
-/// The proof. `shared` is the X25519 secret of the node's WireGuard key and the controller's
-/// proof key.
+/// Returns the proof for a claim. `shared` is the X25519 shared secret of the node's WireGuard key
+/// and the controller's proof key.
 pub fn prove(shared: &[u8; 32], claim: Claim<'_>) -> Vec<u8> {
     hmac::sign(&key(shared), &message(claim)).as_ref().to_vec()
 }
 
-/// Whether `proof` was made with the same secret for the same claim; in constant time.
+/// Returns whether `proof` was made with the same secret for the same claim. Compares in constant
+/// time.
 pub fn verify(shared: &[u8; 32], claim: Claim<'_>, proof: &[u8]) -> bool {
     hmac::verify(&key(shared), &message(claim), proof).is_ok()
 }

@@ -1,6 +1,6 @@
-//! Towline's wire schema: the messages and services (`pb`), the signatures over them ([`signed`]),
-//! the join proof, and the one place where messages become the plain types of `towline-types`
-//! ([`convert`]).
+//! Wire schema of Towline: the generated messages and services ([`pb`]), signatures over messages
+//! ([`signed`]), the proof of the WireGuard key at a join ([`join_proof`]), and the conversion of
+//! messages into the plain types of `towline-types` ([`convert`]).
 
 #![forbid(unsafe_code)]
 
@@ -10,19 +10,19 @@ pub mod convert;
 pub mod join_proof;
 pub mod signed;
 
-/// The messages and services, generated from `proto/towline/v1/*.proto`.
+/// Messages and services, generated from `proto/towline/v1/*.proto`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, rust_2018_idioms)]
 pub mod pb {
     tonic::include_proto!("towline.v1");
 
-    /// The schema as a `FileDescriptorSet`, encoded.
+    /// Encoded `FileDescriptorSet` of the schema.
     pub const FILE_DESCRIPTOR_SET: &[u8] =
         include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 }
 
-/// The crate's version, which agent and controller report as theirs.
+/// Version of this crate, which agent and controller report as their own.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The name in the controller's certificate. Agents ask for this name whatever address they
-/// dial, because the pinned CA, not the DNS, says who the controller is.
+/// DNS name in the controller's certificate. Agents expect this name at every address that they
+/// connect to: the pinned CA authenticates the controller, not the DNS.
 pub const CONTROLLER_TLS_NAME: &str = "controller.towline.internal";

@@ -1,8 +1,9 @@
 //! Signatures: Ed25519 (RFC 8032) over `domain || 0x00 || body`.
 //!
-//! A body is opaque here and stays the bytes that its signer wrote. The domain keeps a signature
-//! of one purpose from being shown for another; none of them can begin a TLS 1.3 signature
-//! (64 spaces) or an X.509 certificate (0x30), which the same keys sign too.
+//! A body is opaque here and is never re-encoded after its signer wrote it. The domain prevents
+//! that a signature for one purpose is presented for another. No domain is a prefix of what the
+//! same keys also sign: TLS 1.3 signatures (they start with 64 spaces) and X.509 certificates
+//! (0x30).
 
 use bytes::Bytes;
 use ring::signature::{ED25519, Ed25519KeyPair, UnparsedPublicKey};
@@ -13,16 +14,16 @@ use crate::limits;
 use crate::node::{Grant, MeshConfig, Node, Record, Tombstone};
 use crate::pb;
 
-/// What a signature is for.
+/// Purpose of a signature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Domain {
-    /// A [`Grant`], by the CA.
+    /// Signature of the CA over a [`Grant`].
     Grant,
-    /// A [`Record`], by the node.
+    /// Signature of the node over its [`Record`].
     Record,
-    /// A [`Tombstone`], by the CA.
+    /// Signature of the CA over a [`Tombstone`].
     Tombstone,
-    /// A [`MeshConfig`], by the CA.
+    /// Signature of the CA over the [`MeshConfig`].
     Mesh,
 }
 
@@ -46,29 +47,29 @@ impl Domain {
     }
 }
 
-/// Why a signed thing is not believed.
+/// Error of verifying and parsing a signed message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Untrusted {
-    /// Nothing there.
+    /// The message is absent.
     #[error("the {0} is missing")]
     Missing(&'static str),
-    /// Not made by the key that should have made it, or changed since.
+    /// The signature is not of the expected key, or the body was changed.
     #[error("the signature of the {0} does not verify")]
     Signature(&'static str),
-    /// Well signed, badly formed.
+    /// The signature is valid, but the body is malformed.
     #[error(transparent)]
     Invalid(#[from] Invalid),
-    /// A record that says what its grant does not allow.
+    /// The grant does not allow the record.
     #[error(transparent)]
     NotGranted(#[from] crate::node::NotGranted),
 }
 
-/// Signs `body`, which is encoded here once and never again.
+/// Encodes `body` and signs the encoded bytes.
 pub fn sign(domain: Domain, body: &impl prost::Message, key: &Ed25519KeyPair) -> pb::Signed {
     sign_encoded(domain, body.encode_to_vec(), key)
 }
 
-/// Signs a body that is encoded already, as it is: whether it is well-formed is for the reader.
+/// Signs a body that is encoded already, without checking that it is well-formed.
 pub fn sign_encoded(domain: Domain, body: Vec<u8>, key: &Ed25519KeyPair) -> pb::Signed {
     let signature = key.sign(&message(domain, &body));
     pb::Signed { body: body.into(), signature: Bytes::copy_from_slice(signature.as_ref()) }
@@ -97,33 +98,34 @@ fn decode<M: prost::Message + Default>(domain: Domain, body: &[u8]) -> Result<M,
     M::decode(body).map_err(|_| Invalid::Malformed(domain.name()).into())
 }
 
-/// A grant that the CA signed.
+/// Verifies and parses a grant that the CA signed.
 pub fn grant(signed: Option<&pb::Signed>, ca: &IdentityKey) -> Result<Grant, Untrusted> {
     let body = verify(Domain::Grant, signed, ca)?;
     Ok(decode::<pb::Grant>(Domain::Grant, body)?.try_into()?)
 }
 
-/// A record that `identity` signed.
+/// Verifies and parses a record that `identity` signed.
 pub fn record(signed: Option<&pb::Signed>, identity: &IdentityKey) -> Result<Record, Untrusted> {
     let body = verify(Domain::Record, signed, identity)?;
     Ok(decode::<pb::Record>(Domain::Record, body)?.try_into()?)
 }
 
-/// A tombstone that the CA signed.
+/// Verifies and parses a tombstone that the CA signed.
 pub fn tombstone(signed: Option<&pb::Signed>, ca: &IdentityKey) -> Result<Tombstone, Untrusted> {
     let body = verify(Domain::Tombstone, signed, ca)?;
     Ok(decode::<pb::Tombstone>(Domain::Tombstone, body)?.try_into()?)
 }
 
-/// A mesh configuration that the CA signed.
+/// Verifies and parses a mesh configuration that the CA signed.
 pub fn mesh(signed: Option<&pb::Signed>, ca: &IdentityKey) -> Result<MeshConfig, Untrusted> {
     let body = verify(Domain::Mesh, signed, ca)?;
     Ok(decode::<pb::MeshConfig>(Domain::Mesh, body)?.try_into()?)
 }
 
-/// A whole node: the CA's grant, the node's record, and the one standing under the other, less
-/// what the controller withholds (a controller can withhold, but neither forge nor alter).
-/// `Ok(None)` for a node that has joined and not yet published.
+/// Verifies a map entry: the CA's grant, the node's record, and that the grant allows the record.
+/// Prefixes that the controller withholds are removed from the result (a controller can withhold
+/// them, but neither forge nor alter any). Returns `Ok(None)` for a node that has joined but has
+/// not yet published a record.
 pub fn node(entry: &pb::Entry, ca: &IdentityKey) -> Result<Option<Node>, Untrusted> {
     let grant = grant(entry.grant.as_ref(), ca)?;
     if entry.record.is_none() {

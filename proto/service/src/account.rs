@@ -1,7 +1,8 @@
 //! System users, looked up by name in `/etc/passwd`.
 //!
-//! The file is read directly: the programs are linked statically, and the name service of the C
-//! library needs shared libraries. `systemd-sysusers`, `useradd` and `adduser` all write it.
+//! The file is read directly, because the programs are linked statically and the name service
+//! switch of the C library needs shared libraries. `systemd-sysusers`, `useradd` and `adduser` all
+//! write this file.
 
 use std::io;
 use std::path::Path;
@@ -10,22 +11,22 @@ use std::path::Path;
 pub const AGENT: &str = "towline";
 /// Name of the user that the controller runs as.
 pub const CONTROLLER: &str = "towline-controller";
-/// Where a machine keeps its users.
+/// Path of the machine's list of users.
 pub const PASSWD: &str = "/etc/passwd";
 
-/// Longest `/etc/passwd` that is read, in bytes: some tens of thousands of users.
+/// Longest `/etc/passwd` that is read, in bytes: tens of thousands of users.
 const PASSWD_BYTES: u64 = 8 * 1024 * 1024;
 
-/// User and group number of an account.
+/// User id and group id of an account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Account {
-    /// Number of the user.
+    /// User id.
     pub uid: u32,
-    /// Number of its primary group.
+    /// Id of the primary group.
     pub gid: u32,
 }
 
-/// Returns this machine's account of that name, if it has one.
+/// Returns the account of that name on this machine, if there is one.
 ///
 /// # Errors
 ///
@@ -44,7 +45,7 @@ pub fn find_in(passwd: &Path, name: &str) -> io::Result<Option<Account>> {
     Ok(read(passwd)?.lines().find_map(|line| parse(line, name)))
 }
 
-/// Returns the name of the first account with that number from a file with the format of
+/// Returns the name of the first account with that user id from a file with the format of
 /// `/etc/passwd`.
 ///
 /// # Errors
@@ -59,7 +60,7 @@ pub fn name_in(passwd: &Path, uid: u32) -> io::Result<Option<String>> {
     Ok(names.next().map(str::to_owned))
 }
 
-/// The text of the file; a missing one is empty.
+/// Returns the text of the file; empty if it does not exist.
 fn read(passwd: &Path) -> io::Result<String> {
     use std::io::Read as _;
     let file = match std::fs::File::open(passwd) {
@@ -72,7 +73,7 @@ fn read(passwd: &Path) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// Parses `name:password:uid:gid:...` if the line is of that name.
+/// Parses a line, `name:password:uid:gid:...`, and returns the account if it has that name.
 fn parse(line: &str, name: &str) -> Option<Account> {
     let mut fields = line.split(':');
     if fields.next()? != name {

@@ -1,17 +1,17 @@
-//! A private state directory: who owns it, who may read it, and how its files are written.
+//! A private state directory: its owner, its permissions, and how its files are written.
 //!
 //! - **Files belong to the owner of the directory.** Root may write into the directory of a
-//!   service (`towline join`, run by an administrator): what it creates there is given to the
-//!   directory's owner, or the service could not read it.
-//! - **Nobody else reads it.** A directory that its group or others can enter, or a key that they
-//!   can read, is refused, and the error names the command that repairs it. Two directories are
-//!   accepted nevertheless: an empty one of our own is closed (the kubelet creates the directory of
-//!   a `hostPath` with mode 0755), and a volume of Kubernetes with an `fsGroup` (owned by root,
-//!   set-group-id, of our own group) is as closed as it can be.
-//! - **Root trusts nothing in a directory of somebody else.** It follows no symbolic link there,
-//!   opens only regular files, and never writes into a file that exists.
-//! - **A file is replaced whole**: written beside its place, synced and renamed. A reader finds the
-//!   old one or the new one.
+//!   service (`towline join`, run by an administrator). The files that it creates are given to the
+//!   directory's owner, so that the service can read them.
+//! - **No other user can read it.** A directory that its group or others can enter, or a key that
+//!   they can read, is refused, and the error names the command that repairs it. There are two
+//!   exceptions: an empty directory of the caller gets mode 0700 (the kubelet creates the directory
+//!   of a `hostPath` with mode 0755), and a Kubernetes volume with an `fsGroup` (owned by root,
+//!   set-group-id, of the caller's own group) is accepted as it is.
+//! - **Root trusts nothing in a directory of another user.** It follows no symbolic link there,
+//!   opens only regular files, and never writes into an existing file.
+//! - **A file is replaced atomically**: written under a temporary name in the same directory,
+//!   synced and renamed. A reader finds the old one or the new one.
 
 use std::fs::{DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -27,21 +27,22 @@ use crate::account::{self, Account};
 
 /// Permission bits of the group and of others.
 const NOT_OWNER: u32 = 0o077;
+/// Set-group-id bit of a directory's mode.
 const SET_GROUP_ID: u32 = 0o2000;
-/// Longest file that is read, in bytes. The signed map of the largest mesh is far below it.
+/// Longest file that is read, in bytes. The signed map of the largest mesh is far smaller.
 const FILE_BYTES: u64 = 256 * 1024 * 1024;
 
-/// Why a private directory, or a file in it, cannot be used.
+/// Error of using a private directory or a file in it.
 #[derive(Debug, thiserror::Error)]
 pub enum DirectoryError {
-    /// The file system refused.
+    /// An operation of the file system failed.
     #[error("cannot {act} {path}: {source}{}", advice(path, source))]
     Io {
-        /// What was tried.
+        /// Operation that failed, as a verb for the message.
         act: &'static str,
-        /// File or directory.
+        /// Path of the file or directory.
         path: PathBuf,
-        /// Reason.
+        /// Error of the operating system.
         source: io::Error,
     },
     /// The directory can be entered by its group or by others.
@@ -49,42 +50,43 @@ pub enum DirectoryError {
         "state directory {path} is readable by others: mode {mode:04o}: run `chmod 700 {path}`"
     )]
     Open {
-        /// Directory.
+        /// Path of the directory.
         path: PathBuf,
-        /// Its permission bits.
+        /// Permission bits of the directory.
         mode: u32,
     },
     /// A key can be read by its group or by others.
     #[error("{path} is readable by others: mode {mode:04o}: run `chmod 600 {path}`")]
     OpenKey {
-        /// File.
+        /// Path of the file.
         path: PathBuf,
-        /// Its permission bits.
+        /// Permission bits of the file.
         mode: u32,
     },
-    /// Directory or key belongs to a user who is neither the caller, nor root, nor the service.
+    /// The directory or key belongs to a user that is neither the caller, nor root, nor the
+    /// service.
     #[error(
         "{path} belongs to another user: uid {uid}: run `chown -R {wanted} {path}`, or name \
          another state directory"
     )]
     Foreign {
-        /// Directory or file.
+        /// Path of the directory or file.
         path: PathBuf,
-        /// Its owner.
+        /// User id of its owner.
         uid: u32,
-        /// Owner that it should have, as `chown` takes it.
+        /// User id that it should belong to.
         wanted: u32,
     },
-    /// Something that is no regular file has the name of one of ours.
-    #[error("{path} is no regular file: remove it, and restore the file from a backup")]
+    /// A path of the state directory is not a regular file.
+    #[error("{path} is not a regular file: remove it, and restore the file from a backup")]
     NotRegular {
-        /// File.
+        /// Path of the file.
         path: PathBuf,
     },
 }
 
 impl DirectoryError {
-    /// Returns the kind of a file system's refusal.
+    /// Returns the kind of the operating system's error, if this is one.
     pub fn io_kind(&self) -> Option<io::ErrorKind> {
         match self {
             Self::Io { source, .. } => Some(source.kind()),
@@ -93,7 +95,7 @@ impl DirectoryError {
     }
 }
 
-/// Says what to do about a refusal.
+/// Returns the end of the message that says what to do about an error; empty if nothing is known.
 fn advice(path: &Path, error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::PermissionDenied => {
@@ -125,13 +127,14 @@ fn owner_of(path: &Path) -> Option<u32> {
 #[derive(Debug, Clone)]
 pub struct PrivateDirectory {
     path: PathBuf,
-    /// Owner of the directory, whom new files are given to.
+    /// Owner of the directory. New files are given to it.
     owner: Account,
 }
 
 impl PrivateDirectory {
-    /// Opens the directory, and creates it if it does not exist. A directory that root creates, or
-    /// finds empty, is given to `service`, the account that the daemon runs as, if there is one.
+    /// Opens the directory, and creates it if it does not exist. If the caller is root and the
+    /// directory is empty and belongs to root, it is given to `service`, the account that the
+    /// daemon runs as.
     ///
     /// # Errors
     ///
@@ -154,7 +157,7 @@ impl PrivateDirectory {
                 .map_err(|source| failed("close", source))?;
             match fchown(&directory, Some(service.uid), Some(service.gid)) {
                 Ok(()) => {}
-                // Root of a container or of a user namespace: the directory stays its own.
+                // Root of a container or of a user namespace cannot give the directory away.
                 Err(error) if matches!(error.raw_os_error(), Some(EPERM | EINVAL)) => {}
                 Err(source) => return Err(failed("change the owner of", source)),
             }
@@ -162,8 +165,8 @@ impl PrivateDirectory {
         Self::open(path, service)
     }
 
-    /// Opens a directory that exists. Nothing is written, except that an empty directory of our
-    /// own is closed to others.
+    /// Opens a directory that exists. Changes nothing, except that an empty directory of the caller
+    /// gets mode 0700.
     ///
     /// # Errors
     ///
@@ -201,8 +204,9 @@ impl PrivateDirectory {
         Ok(self.read_checked(name, |_| Ok(()))?.map(|mut bytes| std::mem::take(&mut *bytes)))
     }
 
-    /// Reads a file that holds a key; `None` if it does not exist. It must be closed to others and
-    /// belong to the caller, to root or to the directory's owner.
+    /// Reads a file that holds a key; `None` if it does not exist. It must not be readable by
+    /// others
+    /// and must belong to the caller, to root or to the directory's owner.
     ///
     /// # Errors
     ///
@@ -214,7 +218,7 @@ impl PrivateDirectory {
             if ![0, self.owner.uid, geteuid().as_raw()].contains(&uid) {
                 return Err(DirectoryError::Foreign { path, uid, wanted: self.owner.uid });
             }
-            // The kubelet opens the files of a volume to the pod's own group.
+            // The kubelet makes the files of a volume readable by the pod's own group.
             let own_group = metadata.gid() == getegid().as_raw() && self.is_volume();
             let open = if own_group { mode & 0o007 } else { mode & NOT_OWNER };
             if open != 0 { Err(DirectoryError::OpenKey { path, mode }) } else { Ok(()) }
@@ -228,7 +232,7 @@ impl PrivateDirectory {
     ) -> Result<Option<Zeroizing<Vec<u8>>>, DirectoryError> {
         let path = self.path.join(name);
         let failed = |source| DirectoryError::Io { act: "read", path: path.clone(), source };
-        // Whoever may put a link into our own directory has our rights already.
+        // A user that can create a link in the caller's own directory has its rights already.
         let follow = if self.is_own() { 0 } else { O_NOFOLLOW };
         let opened = OpenOptions::new().read(true).custom_flags(follow | O_NONBLOCK).open(&path);
         let file = match opened {
@@ -244,15 +248,15 @@ impl PrivateDirectory {
             return Err(DirectoryError::NotRegular { path });
         }
         check(&metadata)?;
-        // Room for all of it at once: a buffer that grows leaves copies behind.
+        // Reserve the whole length: a buffer that grows leaves copies of a key in memory.
         let length = usize::try_from(metadata.len().min(FILE_BYTES)).unwrap_or(0);
         let mut bytes = Zeroizing::new(Vec::with_capacity(length + 1));
         file.take(FILE_BYTES).read_to_end(&mut bytes).map_err(failed)?;
         Ok(Some(bytes))
     }
 
-    /// Replaces a file whole, or not at all. It belongs to the directory's owner; `mode` is
-    /// narrowed by the umask.
+    /// Replaces a file atomically. The new file belongs to the directory's owner. The umask is
+    /// applied to `mode`.
     ///
     /// # Errors
     ///
@@ -261,12 +265,12 @@ impl PrivateDirectory {
         let path = self.path.join(name);
         let write = || -> io::Result<()> {
             let beside = self.path.join(format!(".{name}.new"));
-            // One that a crash left behind has whatever mode it has.
+            // A file that a crash left behind may have any mode.
             match std::fs::remove_file(&beside) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
-            // Creating a file follows no link at the end of its path.
+            // `O_CREAT | O_EXCL` follows no link at the end of the path.
             let mut file =
                 OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
             self.give(&file)?;
@@ -278,7 +282,7 @@ impl PrivateDirectory {
         write().map_err(|source| DirectoryError::Io { act: "write", path: path.clone(), source })
     }
 
-    /// Opens a file that is locked and never read, and creates it if it does not exist.
+    /// Opens a lock file, which is never read, and creates it if it does not exist.
     ///
     /// # Errors
     ///
@@ -316,11 +320,11 @@ impl PrivateDirectory {
         }
     }
 
-    /// Makes renames and removals in the directory last.
+    /// Syncs the directory, so that renames and removals in it survive a crash.
     ///
     /// # Errors
     ///
-    /// If the file system refuses.
+    /// If the directory cannot be opened or synced.
     pub fn sync(&self) -> io::Result<()> {
         File::open(&self.path)?.sync_all()
     }
@@ -329,7 +333,7 @@ impl PrivateDirectory {
     ///
     /// # Errors
     ///
-    /// If the file system refuses.
+    /// If the owner cannot be changed.
     pub fn give(&self, file: &File) -> io::Result<()> {
         if self.is_own() || !geteuid().is_root() {
             return Ok(());
@@ -346,7 +350,7 @@ impl PrivateDirectory {
     }
 }
 
-/// Opens what a daemon keeps its state in, by the name of its account, see
+/// Opens or creates the state directory of a daemon, by the name of the daemon's account. See
 /// [`PrivateDirectory::create`].
 ///
 /// # Errors
@@ -356,7 +360,7 @@ pub fn create_for(path: &Path, service: &str) -> Result<PrivateDirectory, Direct
     PrivateDirectory::create(path, service_account(service)?)
 }
 
-/// Opens a state directory that exists, by the name of the daemon's account, see
+/// Opens an existing state directory of a daemon, by the name of the daemon's account. See
 /// [`PrivateDirectory::open`].
 ///
 /// # Errors
@@ -366,7 +370,8 @@ pub fn open_for(path: &Path, service: &str) -> Result<PrivateDirectory, Director
     PrivateDirectory::open(path, service_account(service)?)
 }
 
-/// Only root needs to know the account: nobody else may give files away.
+/// Returns the account of that name if the caller is root. Only root needs it, since no other user
+/// can give files away.
 fn service_account(name: &str) -> Result<Option<Account>, DirectoryError> {
     if !geteuid().is_root() {
         return Ok(None);
@@ -378,8 +383,8 @@ fn service_account(name: &str) -> Result<Option<Account>, DirectoryError> {
     })
 }
 
-/// Whether a directory is the root of a Kubernetes volume with an `fsGroup`: the kubelet leaves it
-/// to root, and opens it to the pod's own group.
+/// Returns whether a directory is the root of a Kubernetes volume with an `fsGroup`: root owns it,
+/// and the kubelet made it accessible for the pod's own group.
 fn is_volume(metadata: &Metadata) -> bool {
     !geteuid().is_root()
         && metadata.uid() == 0

@@ -1,12 +1,12 @@
-//! What both programs need as services of a machine, and nothing of the mesh.
+//! Operating-system services that both programs need. This crate knows nothing of the mesh.
 //!
 //! | module | owns |
 //! |---|---|
 //! | [`account`] | system users, looked up by name |
 //! | [`directory`] | a private state directory: its owner, its permissions, how its files are written |
 //! | [`pem`] | certificates and keys as PEM text |
-//! | [`port_owner`] | who has a port that cannot be bound |
-//! | [`process`] | what a process gives up at its start |
+//! | [`port_owner`] | lookup of the process that uses a port |
+//! | [`process`] | protection of a process's memory |
 
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))] // in a test a panic is the report

@@ -1,22 +1,22 @@
 //! Certificates and keys as PEM text (RFC 7468).
 //!
-//! Only writing: `rustls_pki_types::pem` reads. The `pem` crate would leave copies of a private key
-//! in memory.
+//! This module only writes; `rustls_pki_types::pem` reads. The `pem` crate would leave copies of a
+//! private key in memory.
 
 use data_encoding::BASE64;
 use zeroize::Zeroizing;
 
-/// Characters of base64 in a line.
+/// Characters of base64 in a line (RFC 7468 section 2).
 const LINE: usize = 64;
 
-/// Returns the text of a certificate, from its DER.
+/// Returns a certificate as PEM text, from its DER.
 pub fn certificate(der: &[u8]) -> String {
     let mut text = String::new();
     encode(&mut text, "CERTIFICATE", der);
     text
 }
 
-/// Returns the text of a private key, from its PKCS#8 DER.
+/// Returns a private key as PEM text, from its PKCS#8 DER.
 pub fn private_key(pkcs8: &[u8]) -> Zeroizing<String> {
     let mut text = Zeroizing::new(String::new());
     encode(&mut text, "PRIVATE KEY", pkcs8);
@@ -25,7 +25,7 @@ pub fn private_key(pkcs8: &[u8]) -> Zeroizing<String> {
 
 fn encode(text: &mut String, label: &str, der: &[u8]) {
     let body = Zeroizing::new(BASE64.encode(der));
-    // Room for all of it: a buffer that grows leaves copies of the key behind.
+    // Reserve the whole length: a buffer that grows leaves copies of the key in memory.
     text.reserve(body.len() + body.len() / LINE + 2 * label.len() + 64);
     text.extend(["-----BEGIN ", label, "-----\n"]);
     for line in body.as_bytes().chunks(LINE) {

@@ -1,12 +1,13 @@
-//! Who has a port of this machine, as far as a program may see.
+//! Lookup of the process or user that uses a port of this machine, for error messages.
 //!
 //! ```text
-//! /proc/thread-self/net/udp   port ──► socket's number, user
-//! /proc/PID/fd/*              socket's number ──► process
+//! /proc/thread-self/net/udp   port ──► inode of the socket, user
+//! /proc/PID/fd/*              inode of the socket ──► process
 //! ```
 //!
-//! The processes of others are hidden from a program that is not root (or by `ProtectProc=` of its
-//! unit); the user of a socket is not. A port without any process may belong to the kernel.
+//! A program that is not root (or whose unit sets `ProtectProc=`) cannot see the processes of other
+//! users, but it can see the user of each socket. A port without a process may belong to the
+//! kernel.
 
 use std::fmt;
 use std::io::Read as _;
@@ -14,66 +15,69 @@ use std::path::{Path, PathBuf};
 
 use crate::account;
 
-/// Whose ports.
+/// Transport protocol of a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
-    /// TCP, sockets that listen.
+    /// TCP. Only sockets that listen are considered.
     Tcp,
-    /// UDP.
+    /// UDP. All sockets are considered.
     Udp,
 }
 
-/// Who has a port. Shown in words that follow `in use by`.
+/// Owner of a port. Its `Display` form follows the words `in use by`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PortOwner {
-    /// A process that can be seen.
+    /// The process is visible.
     Process {
-        /// Its name, without anything that a terminal or a log might take for its own.
+        /// Name of the process, in which all characters that a terminal or a log might interpret
+        /// are replaced.
         name: String,
-        /// Its number.
+        /// Process id.
         pid: u32,
     },
-    /// Only the user can be seen.
+    /// Only the user is visible.
     User {
-        /// Number of the user.
+        /// Id of the user.
         uid: u32,
         /// Name of the user, if the machine has one.
         name: Option<String>,
     },
 }
 
-/// Longest table of sockets that is read, in bytes: some 30,000 sockets.
+/// Longest table of sockets that is read, in bytes: about 30,000 sockets.
 const TABLE_BYTES: u64 = 4 << 20;
-/// Sockets of one port that are looked at.
+/// Largest number of sockets of one port that are considered, per table.
 const SOCKETS: usize = 64;
-/// Entries of `/proc`, and descriptors of all processes together, that are looked at.
+/// Largest number of entries of `/proc` that are read.
 const PROCESSES: usize = 65_536;
+/// Largest number of file descriptors that are read, of all processes together.
 const DESCRIPTORS: usize = 262_144;
 /// Longest name of a process, in characters. The kernel's own limit is 15.
 const NAME_LENGTH: usize = 15;
-/// State of a TCP socket that listens, as the table writes it.
+/// State of a listening TCP socket in the table (`TCP_LISTEN`).
 const LISTENS: &str = "0A";
+/// User id of root, which is also shown for sockets of the kernel.
 const ROOT: u32 = 0;
 
-/// Returns who has a port in the network namespace of the calling thread. `None`: nobody, or nothing
-/// can be seen.
+/// Returns the owner of a port in the network namespace of the calling thread. Returns `None` if
+/// the port is free or the tables cannot be read.
 pub fn find(transport: Transport, port: u16) -> Option<PortOwner> {
     Machine { proc: "/proc".into(), passwd: account::PASSWD.into() }.find(transport, port)
 }
 
-/// Where to look.
+/// Files that the lookup reads. A test uses its own.
 struct Machine {
-    /// Directory of processes.
+    /// Path of the proc file system.
     proc: PathBuf,
-    /// List of users.
+    /// Path of the list of users.
     passwd: PathBuf,
 }
 
-/// A row of the kernel's table of sockets.
+/// A row of the kernel's socket table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Row {
     uid: u32,
-    /// Number of the socket in the kernel's file system of sockets.
+    /// Inode of the socket in the kernel's sockfs.
     inode: u64,
 }
 
@@ -96,7 +100,7 @@ impl Machine {
         }))
     }
 
-    /// Looks for a process that has one of the sockets open.
+    /// Returns the first process that has one of the sockets open.
     fn process(&self, rows: &[Row]) -> Option<PortOwner> {
         let links: Vec<PathBuf> =
             rows.iter().map(|row| format!("socket:[{}]", row.inode).into()).collect();
@@ -121,8 +125,9 @@ impl Machine {
     }
 }
 
-/// Parses `sl local remote state queues timer retransmits uid timeout inode ...`, if the socket has
-/// this port.
+/// Parses a row, `sl local remote state queues timer retransmits uid timeout inode ...`, and
+/// returns
+/// it if the socket has this port.
 fn parse(line: &str, transport: Transport, port: u16) -> Option<Row> {
     let mut fields = line.split_ascii_whitespace();
     let (_, local_port) = fields.nth(1)?.rsplit_once(':')?;
@@ -133,14 +138,15 @@ fn parse(line: &str, transport: Transport, port: u16) -> Option<Row> {
     (has_port && (transport == Transport::Udp || state == LISTENS)).then_some(Row { uid, inode })
 }
 
-/// The name that a process gave itself, with anything unusual in it replaced.
+/// Returns the name of a process with all unusual characters replaced. Any process can choose its
+/// name.
 fn plain(name: &str) -> String {
     let usual = |c: char| c.is_ascii_alphanumeric() || "-_.:/+@".contains(c);
     let name = name.trim_end_matches('\n').chars().take(NAME_LENGTH);
     name.map(|c| if usual(c) { c } else { '?' }).collect()
 }
 
-/// The beginning of a file, at most this many bytes; nothing of one that cannot be read.
+/// Returns at most `bytes` bytes from the start of a file; empty if it cannot be read.
 fn read(path: &Path, bytes: u64) -> String {
     let mut text = Vec::new();
     if let Ok(file) = std::fs::File::open(path) {
@@ -242,7 +248,7 @@ mod tests {
         };
         own(find(Transport::Udp, udp.local_addr().unwrap().port()));
         own(find(Transport::Tcp, tcp.local_addr().unwrap().port()));
-        // A connection from a port does not have it: another socket may listen there.
+        // A connected socket does not own its local port: another socket may listen on it.
         let stream = TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
         assert_eq!(find(Transport::Tcp, stream.local_addr().unwrap().port()), None);
     }

@@ -1,4 +1,4 @@
-//! What a process that holds keys gives up at its start.
+//! Protection of the memory of a process that holds keys.
 
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
@@ -6,12 +6,12 @@ use nix::sys::resource::{Resource, setrlimit};
 /// Makes sure that no copy of this process's memory reaches a disk or another process of the same
 /// user: no core dump, no `ptrace`, no reading of `/proc/PID/mem`.
 ///
-/// The files of `/proc/PID` then belong to root. A process can still use those of `/proc/self`
-/// that it needs, such as `exe` and `fd`. Children that execute another program are not affected
-/// by the first of both measures.
+/// The files in `/proc/PID` belong to root afterwards. The process can still use those of
+/// `/proc/self` that it needs, such as `exe` and `fd`. A child that executes another program
+/// becomes dumpable again, but keeps the limit on core dumps.
 pub fn forbid_dumps() {
-    // Neither can fail for a process that only takes from itself. A sandbox that answers EPERM to
-    // `setrlimit` has set the limit already (`LimitCORE=0`).
+    // Neither call can fail, since the process only gives up rights. A sandbox that returns EPERM
+    // for `setrlimit` has set the limit already (`LimitCORE=0`).
     let _ = prctl::set_dumpable(false);
     let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
 }

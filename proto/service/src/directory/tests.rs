@@ -1,11 +1,11 @@
-//! Owners can only be changed by root of the whole machine: tests that need it say that they were
-//! skipped elsewhere.
+//! Only root of the whole machine can change owners. Tests that need this print that they were
+//! skipped if it is not possible.
 
 use std::os::unix::fs::{chown, symlink};
 
 use super::*;
 
-/// Stands for the account of a daemon. No test logs in as it.
+/// Account of a daemon. No test runs as it, and it need not exist.
 const SERVICE: Account = Account { uid: 64_123, gid: 64_124 };
 
 fn set_mode(path: &Path, mode: u32) {
@@ -17,7 +17,7 @@ fn owner(path: &Path) -> Account {
     Account { uid: metadata.uid(), gid: metadata.gid() }
 }
 
-/// A directory, if owners can be changed here.
+/// Returns a directory, if owners can be changed on this machine.
 fn as_root() -> Option<tempfile::TempDir> {
     let directory = tempfile::tempdir().unwrap();
     let probe = directory.path().join("probe");
@@ -42,7 +42,7 @@ fn what_root_creates_belongs_to_the_service() {
         assert_eq!(owner(&path.join(name)), SERVICE, "{name}");
     }
     assert_eq!(directory.read_key("identity.key").unwrap().unwrap().as_slice(), b"secret two");
-    // A later run of root gives its files to the owner even if it does not know the account's name.
+    // A later run by root gives its files to the directory's owner.
     let again = PrivateDirectory::open(&path, Some(SERVICE)).unwrap();
     again.replace("membership.json", 0o600, b"{}").unwrap();
     assert_eq!(owner(&path.join("membership.json")), SERVICE);
@@ -58,7 +58,7 @@ fn an_empty_directory_of_root_is_given_to_the_service_and_a_full_one_is_not() {
     assert_eq!(owner(&empty), SERVICE);
     assert_eq!(std::fs::metadata(&empty).unwrap().mode() & 0o777, 0o700);
 
-    // Files of a version that ran as root: the directory's owner stays, and so do theirs.
+    // Files of a version that ran as root: the owners of the directory and the files stay.
     let full = root.path().join("full");
     let old = PrivateDirectory::create(&full, None).unwrap();
     old.replace("identity.key", 0o600, b"old").unwrap();
@@ -170,7 +170,7 @@ fn root_follows_no_link_in_a_directory_of_the_service() {
         symlink(&victim, path.join(name)).unwrap();
     }
     let error = directory.read("join-failure").unwrap_err().to_string();
-    assert!(error.contains("no regular file"), "{error}");
+    assert!(error.contains("not a regular file"), "{error}");
     directory.open_lock("lock").unwrap_err();
     assert_eq!(owner(&victim).uid, 0);
     nix::unistd::mkfifo(&path.join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -184,7 +184,7 @@ fn a_state_directory_of_root_moves_to_the_service_and_back() {
     let old = PrivateDirectory::create(&path, None).unwrap();
     old.replace("identity.key", 0o600, b"secret").unwrap();
     drop(old.open_lock("lock").unwrap());
-    // What systemd does for `StateDirectory=` when `User=` changes.
+    // Changes owners as systemd does for `StateDirectory=` when `User=` changes.
     let change = |to: Account| {
         for name in ["identity.key", "lock", ""] {
             chown(path.join(name), Some(to.uid), Some(to.gid)).unwrap();
