@@ -1,13 +1,13 @@
-//! A join that undoes itself unless `towline confirm` follows in time.
+//! A join that is undone unless `towline confirm` follows in time.
 //!
 //! `confirm-by` in the state directory exists from the join until it is confirmed. The agent keeps
-//! the deadline: once it passed, the host is opened and the mesh is left. The guard installs
-//! nothing while an expired one exists. Neither the command that joined nor its session has to
-//! live on. A reboot before the confirmation counts as a passed deadline: it may be the only way
-//! in for an operator who was locked out.
+//! the deadline: after it, the host is opened and the node leaves the mesh. The guard installs
+//! nothing while an expired file exists. The command that joined and its session need not exist any
+//! more. A reboot before the confirmation counts as a missed deadline: for an operator who was
+//! locked out it may be the only way in.
 //!
-//! The deadline is one of the boot's clock (`CLOCK_BOOTTIME`): setting the time of day neither
-//! shortens nor lengthens it.
+//! The deadline uses the boot clock (`CLOCK_BOOTTIME`), so that setting the time of day does not
+//! change it.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,51 +15,50 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-/// Name of the file in the state directory.
+/// Name of the file with the deadline, in the state directory.
 pub const NAME: &str = "confirm-by";
-/// Name of the file that says that a join was undone, until the units are disabled.
+/// Name of the file that marks an undone join, until the units are disabled.
 pub const UNDONE: &str = "undone";
-/// The longest time that may be given for a confirmation.
+/// Upper limit for the time until a confirmation, in seconds: one week.
 pub const MAX_SECONDS: u64 = 7 * 24 * 3600;
 
-/// A moment of one boot.
+/// Point in time within one boot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Moment {
-    /// The kernel's id of the boot; `None` where it cannot be read.
+    /// Boot id of the kernel. `None` if it cannot be read.
     boot: Option<String>,
-    /// Time since the boot, suspension included.
+    /// Time since the boot, including suspends.
     uptime: Duration,
-    /// Time of day, since 1970.
+    /// Time of day, as a duration since 1970.
     wall: Duration,
 }
 
-/// A join that has not been confirmed.
+/// Join that has not been confirmed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unconfirmed {
-    /// The boot in which the machine joined; absent if it could not be read.
+    /// Boot id at the join. Absent if it could not be read.
     boot_id: Option<String>,
     /// Uptime at the join, in milliseconds.
     joined_ms: u64,
-    /// How long the confirmation may take, in seconds.
+    /// Time until the deadline, in seconds after the join.
     seconds: u64,
-    /// Time of day at the join, in seconds since 1970. Counts only where boots cannot be told
-    /// apart.
+    /// Time of day at the join, in seconds since 1970. Only used if a boot id is missing.
     joined_at: u64,
 }
 
-/// Whether a join still has to be confirmed.
+/// State of the confirmation of a join.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Confirmation {
-    /// It was confirmed, or needed no confirmation.
+    /// The join was confirmed, or needed no confirmation.
     Settled,
-    /// It has to be confirmed within this time.
+    /// The join has to be confirmed within this time.
     Due(Duration),
-    /// It was not confirmed in time, and is to be undone.
+    /// The join was not confirmed in time and must be undone.
     Missed,
 }
 
 impl Moment {
-    /// Returns the present one.
+    /// Returns the current moment.
     pub fn now() -> Self {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
         let uptime = clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from);
@@ -72,7 +71,7 @@ impl Moment {
 }
 
 impl Unconfirmed {
-    /// Returns a join at `now` that has to be confirmed within so many seconds.
+    /// Creates a join at `now` that has to be confirmed within `seconds`.
     pub fn new(now: &Moment, seconds: u64) -> Self {
         Self {
             boot_id: now.boot.clone(),
@@ -82,11 +81,11 @@ impl Unconfirmed {
         }
     }
 
-    /// Returns how much time is left; `None`: the deadline has passed.
+    /// Returns the time left, or `None` if the deadline has passed.
     pub fn left(&self, now: &Moment) -> Option<Duration> {
         let limit = Duration::from_secs(self.seconds);
         let joined = Duration::from_millis(self.joined_ms);
-        // A clock that went back is another boot's.
+        // An uptime before that of the join is from another boot.
         let passed = now.uptime.checked_sub(joined)?;
         match (&self.boot_id, &now.boot) {
             (Some(then), Some(now)) if then != now => return None,
@@ -99,14 +98,14 @@ impl Unconfirmed {
         limit.checked_sub(passed).filter(|left| !left.is_zero())
     }
 
-    /// Encodes it for the file.
+    /// Encodes the join for the file.
     pub fn encode(&self) -> Vec<u8> {
         serde_json::to_vec(self).unwrap_or_default()
     }
 }
 
 /// Returns whether the join of this state directory still has to be confirmed. A file that cannot
-/// be read or understood counts as missed: only what is certain keeps an operator out.
+/// be read or parsed counts as missed, because an error must not lock an operator out.
 pub fn look(state_dir: &Path, now: &Moment) -> Confirmation {
     let bytes = match std::fs::read(state_dir.join(NAME)) {
         Ok(bytes) => bytes,
@@ -141,13 +140,13 @@ mod tests {
         assert_eq!(left(Some("a"), 1000, 50_000), Some(Duration::from_secs(60)));
         assert_eq!(left(Some("a"), 1017, 50_017), Some(Duration::from_secs(43)));
         assert_eq!(left(Some("a"), 1060, 50_060), None);
-        // Somebody set the time of day.
+        // The time of day was changed.
         assert_eq!(left(Some("a"), 1001, 90_000), Some(Duration::from_secs(59)));
         assert_eq!(left(Some("a"), 1061, 1), None);
-        // A reboot, also one whose clock is ahead of the join's.
+        // The machine rebooted; in the second case its uptime is past that of the join.
         assert_eq!(left(Some("b"), 5, 50_010), None);
         assert_eq!(left(Some("b"), 1001, 50_010), None);
-        // Where boots have no id: the clock that went back, and the time of day.
+        // Without boot ids, a lower uptime or the time of day decides.
         assert_eq!(left(None, 5, 50_010), None);
         assert_eq!(left(None, 1001, 50_061), None);
         assert_eq!(left(None, 1001, 50_001), Some(Duration::from_secs(59)));

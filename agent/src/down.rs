@@ -1,12 +1,13 @@
-//! The marker of `towline down`: while it exists, nothing of ours is brought up on this machine.
+//! Marker of `towline down`. While it exists, the agent and the guard create nothing on this
+//! machine.
 //!
-//! `down` is written into the state directory, so that it outlives a reboot. Where that directory
-//! cannot be written, the marker is beside the agent's socket instead, and lasts until the next
-//! boot. Its existence is what counts; the content only says since when.
+//! The marker is the file `down` in the state directory, so that it survives a reboot. If that
+//! directory cannot be written, the marker is next to the agent's socket and lasts until the next
+//! reboot. Only its existence matters; the content is the time of `towline down`.
 //!
-//! Order, so that nobody brings the mesh up unseen: who opens the machine writes the marker first
-//! and takes the state directory's lock afterwards; who brings it up takes the lock first and
-//! looks for the marker afterwards.
+//! The order of steps prevents a race. Code that opens the machine writes the marker first and then
+//! takes the lock of the state directory. Code that brings the mesh up takes the lock first and
+//! then reads the marker.
 
 use std::io::{self, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
@@ -20,51 +21,52 @@ use crate::config::Config;
 /// Name of the marker in the state directory.
 pub const NAME: &str = "down";
 
-/// Where the marker of one agent is.
+/// Paths of the marker of one agent.
 #[derive(Debug, Clone)]
 pub struct DownMarker {
-    /// In the state directory; outlives a reboot.
+    /// Path in the state directory; the file survives a reboot.
     durable: PathBuf,
-    /// Beside the socket; gone after a reboot.
+    /// Path next to the socket; the file is gone after a reboot.
     volatile: PathBuf,
 }
 
-/// What a marker says.
+/// Content of a marker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Down {
-    /// When `towline down` was run; `None` if the marker does not say.
+    /// When `towline down` was run. `None` if the marker does not contain the time.
     pub since: Option<SystemTime>,
 }
 
-/// How long a marker lasts.
+/// Lifetime of a marker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Lasts {
     /// Until `towline up`.
     UntilUp,
-    /// Until `towline up` or a reboot: the state directory cannot be written, for this reason.
+    /// Until `towline up` or a reboot, because the state directory cannot be written for this
+    /// reason.
     UntilReboot(String),
 }
 
 #[derive(Serialize, Deserialize)]
 struct Content {
-    /// Seconds since 1970.
+    /// Time of `towline down`, in seconds since 1970.
     since: u64,
 }
 
 impl DownMarker {
-    /// Returns the marker's place for this configuration.
+    /// Returns the paths of the marker for this configuration.
     pub fn of(config: &Config) -> Self {
         let mut volatile = config.socket.clone().into_os_string();
         volatile.push(".down");
         Self { durable: config.state_dir.join(NAME), volatile: volatile.into() }
     }
 
-    /// Returns what the marker says; `None`: there is none.
+    /// Returns the content of the marker, or `None` if there is no marker.
     pub fn read(&self) -> Option<Down> {
         [&self.durable, &self.volatile].into_iter().find_map(|path| match std::fs::read(path) {
             Ok(bytes) => Some(Down { since: since(&bytes) }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            // It is there, whatever it says.
+            // An unreadable marker counts too.
             Err(_) => path.symlink_metadata().is_ok().then_some(Down { since: None }),
         })
     }
@@ -73,7 +75,7 @@ impl DownMarker {
     ///
     /// # Errors
     ///
-    /// When it can be written in neither of its places.
+    /// Fails if neither file can be written.
     pub fn set(&self, now: SystemTime) -> io::Result<Lasts> {
         if self.durable.symlink_metadata().is_ok() {
             return Ok(Lasts::UntilUp);
@@ -83,7 +85,7 @@ impl DownMarker {
         Ok(Lasts::UntilReboot(format!("cannot write {}: {error}", self.durable.display())))
     }
 
-    /// Removes the marker. One that is not there is no error.
+    /// Removes the marker, if there is one.
     pub fn clear(&self) -> io::Result<()> {
         for path in [&self.durable, &self.volatile] {
             match std::fs::remove_file(path) {
@@ -105,20 +107,20 @@ fn since(bytes: &[u8]) -> Option<SystemTime> {
     UNIX_EPOCH.checked_add(Duration::from_secs(content.since))
 }
 
-/// Writes the file in one step. Everybody may read it: the agent runs as another user than the one
-/// who runs `towline down`.
+/// Writes the file atomically. All users may read it, because the agent and `towline down` run as
+/// different users.
 fn write(path: &Path, now: SystemTime) -> io::Result<()> {
     let since = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let beside = path.with_extension("new");
-    // Made, never opened: root writes into a directory of another user, who may have put a symbolic
-    // link there.
+    // The file is created, never opened: root writes into a directory of another user, who may have
+    // placed a symbolic link there.
     match std::fs::remove_file(&beside) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let mut file =
         std::fs::OpenOptions::new().create_new(true).write(true).mode(0o644).open(&beside)?;
-    // Not left to the umask.
+    // The mode must not depend on the umask.
     file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
     file.write_all(&serde_json::to_vec(&Content { since })?)?;
     file.sync_all()?;
@@ -127,7 +129,8 @@ fn write(path: &Path, now: SystemTime) -> io::Result<()> {
     Ok(())
 }
 
-/// A file system that cannot be synced has the file all the same.
+/// Syncs the parent directory. Errors are ignored: the file exists even if the file system cannot
+/// sync.
 fn sync_parent(path: &Path) {
     if let Some(parent) = path.parent() {
         let _ = std::fs::File::open(parent).and_then(|directory| directory.sync_all());
@@ -175,7 +178,7 @@ mod tests {
     #[test]
     fn a_state_directory_that_cannot_be_written_is_named() {
         let directory = tempfile::tempdir().unwrap();
-        // Root may write anywhere; a file where the directory should be stops root, too.
+        // Root may write anywhere; but a file in place of the directory stops root too.
         std::fs::write(directory.path().join("state"), "").unwrap();
         let marker = marker(directory.path());
         let Lasts::UntilReboot(why) = marker.set(SystemTime::now()).unwrap() else {

@@ -1,9 +1,9 @@
-//! `towline node-ip`: the addresses by which other nodes know this one, for the kubelet's
-//! `--node-ip`.
+//! Determines the node IPs, by which other nodes reach this one, for the kubelet's `--node-ip`
+//! (`towline node-ip`).
 //!
 //! With `node.addressing = "overlay"` they are the node's overlay addresses, known since the join.
-//! With `"node-ip"` they are the machine's own: those of the configuration, or else those that the
-//! agent announced last, or else (before its first start) those that it would.
+//! With `"node-ip"` they are the machine's own addresses: those of the configuration, or else those
+//! that the agent announced last, or else (before its first start) those that it would announce.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -14,17 +14,17 @@ use crate::config::{Addressing, Config};
 use crate::state::{Membership, StateDir};
 use towline_host::{CandidatePolicy, HostNetwork};
 
-/// The node's addresses, at most one of each family.
+/// Node IPs, at most one of each family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct NodeIps {
-    /// IPv4.
+    /// IPv4 address.
     pub v4: Option<IpAddr>,
-    /// IPv6.
+    /// IPv6 address.
     pub v6: Option<IpAddr>,
 }
 
 impl NodeIps {
-    /// The first of each family.
+    /// Returns the first address of each family.
     pub fn first(addresses: impl IntoIterator<Item = IpAddr>) -> Self {
         let mut found = Self::default();
         for address in addresses {
@@ -34,13 +34,13 @@ impl NodeIps {
         found
     }
 
-    /// Those there are, IPv4 first.
+    /// Returns the addresses, IPv4 first.
     pub fn iter(&self) -> impl Iterator<Item = IpAddr> {
         self.v4.into_iter().chain(self.v6)
     }
 }
 
-/// The addresses in force. Needs no running agent, and disturbs none.
+/// Returns the effective node IPs. Needs no agent and does not disturb a running one.
 pub fn in_force(config: &Config) -> anyhow::Result<NodeIps> {
     let membership = joined(&config.state_dir)?;
     if config.node.addressing == Addressing::Overlay {
@@ -57,9 +57,7 @@ pub fn in_force(config: &Config) -> anyhow::Result<NodeIps> {
         }
     };
     if found == NodeIps::default() {
-        bail!(
-            "this machine has no address of its own that others could reach: name it in node.node_ips"
-        );
+        bail!("this machine has no address that other nodes can reach: set node.node_ips");
     }
     Ok(found)
 }
@@ -68,12 +66,13 @@ fn joined(state_dir: &Path) -> anyhow::Result<Membership> {
     Ok(StateDir::peek(state_dir).require_membership()?)
 }
 
+/// Returns the node IPs that an agent on this machine would announce.
 fn of_the_machine(config: &Config, membership: &Membership) -> anyhow::Result<NodeIps> {
     let mesh = &membership.mesh;
     let policy = CandidatePolicy {
         own_link: config.link.name.clone(),
         excluded: vec![mesh.overlay_v6.into(), mesh.overlay_v4.into()],
     };
-    let mut network = HostNetwork::open().context("cannot speak to the kernel's network")?;
+    let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
     Ok(NodeIps::first(network.node_ips(&policy).context("cannot read this machine's addresses")?))
 }

@@ -1,20 +1,24 @@
-//! What a service tells its service manager: ready, stopping, alive (sd_notify(3)).
+//! Notifications to the service manager: ready, stopping, alive (sd_notify(3)).
 //!
-//! A datagram to the socket that `NOTIFY_SOCKET` names; without it every call does nothing.
+//! They are datagrams to the socket in `NOTIFY_SOCKET`. Without that variable every call does
+//! nothing.
 
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
-/// The way to the service manager.
+/// Connection to the service manager.
 #[derive(Debug, Default)]
 pub struct Notifier {
+    /// Connected socket. `None`: there is no service manager.
     socket: Option<UnixDatagram>,
+    /// Timeout of the service manager's watchdog. `None`: it has none.
     watchdog: Option<Duration>,
 }
 
 impl Notifier {
-    /// As the environment says. Children do not inherit it: they are not the service.
+    /// Creates the notifier that the environment describes. The watchdog is ignored if
+    /// `WATCHDOG_PID` names another process.
     pub fn from_environment() -> Self {
         let socket = std::env::var("NOTIFY_SOCKET").ok().and_then(|path| connect(&path));
         let ours =
@@ -24,47 +28,48 @@ impl Notifier {
         Self { socket, watchdog }
     }
 
-    /// To a socket of that name, without a watchdog.
+    /// Creates a notifier for the socket at `path`, without a watchdog.
     #[cfg(test)]
     pub(crate) fn to(path: &str) -> Self {
         Self { socket: connect(path), watchdog: None }
     }
 
-    /// Service is up.
+    /// Notifies that the service is up.
     pub fn ready(&self) {
         self.say("READY=1");
     }
 
-    /// What the service does now, in one line for `systemctl status`.
+    /// Sets the status text that `systemctl status` shows, as one line.
     pub fn status(&self, text: &str) {
-        // A line feed would begin another assignment.
+        // A line feed would start another assignment.
         self.say(&format!("STATUS={}", text.replace('\n', " ")));
     }
 
-    /// The end has begun.
+    /// Notifies that the service is about to end.
     pub fn stopping(&self) {
         self.say("STOPPING=1");
     }
 
-    /// Still alive.
+    /// Feeds the watchdog.
     pub fn alive(&self) {
         self.say("WATCHDOG=1");
     }
 
-    /// How often [`Self::alive`] is to be said: twice in the time after which it is missed.
+    /// Returns the interval at which [`Self::alive`] is to be called: half of the watchdog's
+    /// timeout.
     pub fn period(&self) -> Option<Duration> {
         self.watchdog.map(|limit| limit / 2).filter(|period| !period.is_zero())
     }
 
     fn say(&self, what: &str) {
         if let Some(socket) = &self.socket {
-            // A service manager that does not listen is no reason to stop.
+            // Failures are ignored: the service must run without its manager too.
             let _ = socket.send(what.as_bytes());
         }
     }
 }
 
-/// A path, or a name in the abstract namespace after `@`.
+/// Connects to a path, or to a name in the abstract namespace after `@`.
 fn connect(path: &str) -> Option<UnixDatagram> {
     let address = match path.strip_prefix('@') {
         Some(name) => SocketAddr::from_abstract_name(name),

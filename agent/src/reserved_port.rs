@@ -1,9 +1,9 @@
-//! The tunnels' UDP port, kept from being given to sockets that ask for any port.
+//! Reserves the tunnels' UDP port, so that no socket gets it by chance.
 //!
-//! It is inside the range from which the kernel chooses (`ip_local_port_range`), so that another
-//! program could have it when the agent starts. `ip_local_reserved_ports` excepts it. What others
-//! wrote there stays. `/proc/sys` is read-only for the unit's agent: `towline reserve-port` does
-//! it as root before.
+//! The port is inside the range from which the kernel assigns ports (`ip_local_port_range`), so
+//! another program could have it when the agent starts. `ip_local_reserved_ports` excludes it.
+//! Entries of other programs stay. `/proc/sys` is read-only for the unit's agent, so `towline
+//! reserve-port` does this as root before the agent starts.
 
 use std::io;
 use std::ops::RangeInclusive;
@@ -14,27 +14,27 @@ use towline_service::port_owner::{self, Transport};
 
 const SETTING: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 
-/// Adds the port; says whether that changed anything.
+/// Adds the port to the reserved ports. Returns whether that changed anything.
 ///
 /// # Errors
 ///
-/// When the setting cannot be read or written, or is none that this knows.
+/// Fails if the setting cannot be read, parsed or written.
 pub fn reserve(port: u16) -> io::Result<bool> {
     change(Path::new(SETTING), |ports| ports.add(port))
 }
 
-/// Takes the port out, unless it is in the midst of a range that somebody else reserved; says
-/// whether that changed anything.
+/// Removes the port from the reserved ports. Inside a range that another program reserved it stays.
+/// Returns whether that changed anything.
 ///
 /// # Errors
 ///
-/// As those of [`reserve`].
+/// Same as [`reserve`].
 pub fn release(port: u16) -> io::Result<bool> {
     change(Path::new(SETTING), |ports| ports.remove(port))
 }
 
-/// The error of the tunnels' sockets for the operator: names who has the port, where that can be
-/// seen.
+/// Converts the error of the tunnels' sockets to one that names the process that uses the port, if
+/// it can be found.
 pub fn not_opened(error: OpenUdpError) -> anyhow::Error {
     let OpenUdpError::Busy(port) = error else { return error.into() };
     match port_owner::find(Transport::Udp, port) {
@@ -51,13 +51,13 @@ fn change(path: &Path, what: impl FnOnce(&mut Ports) -> bool) -> io::Result<bool
     let mut ports = Ports::parse(&text).ok_or_else(unknown)?;
     let changed = what(&mut ports);
     if changed {
-        // An empty line empties the list.
+        // Writing an empty line clears the list.
         std::fs::write(path, format!("{ports}\n"))?;
     }
     Ok(changed)
 }
 
-/// Ranges of ports, as the kernel writes them: in order, none touching another.
+/// Port ranges in the kernel's format: sorted and disjoint.
 #[derive(Debug, PartialEq, Eq)]
 struct Ports(Vec<RangeInclusive<u16>>);
 
@@ -119,9 +119,9 @@ mod tests {
             ("\n", "51830", ""),
             ("8080,9148-9200\n", "8080,9148-9200,51830", "8080,9148-9200"),
             ("60000", "51830,60000", "60000"),
-            // Neighbours, which the kernel then shows as one range.
+            // The kernel then shows these neighbours as one range.
             ("51829", "51829,51830", "51829"),
-            // Another's range.
+            // Another program reserved this range.
             ("51000-52000", "51000-52000", "51000-52000"),
         ] {
             let mut ports = Ports::parse(before).unwrap();

@@ -1,4 +1,4 @@
-//! What the daemon makes of Kubernetes' word: prefixes to announce, and what an operator sees.
+//! The daemon's use of this machine's Kubernetes Node: prefixes to announce, and status output.
 
 use std::net::IpAddr;
 
@@ -10,9 +10,8 @@ use super::Daemon;
 use crate::prefixes::{PrefixSource, PrefixUpdate};
 
 impl Daemon {
-    /// Kubernetes said something else of this machine's Node, or the grant is another. Node
-    /// addresses of the overlay's own need no announcement; others are announced where the grant
-    /// allows them.
+    /// Updates the announced prefixes after the Node object or the grant changed. Node IPs inside
+    /// the overlay are not announced. Others are announced if the grant allows them.
     pub(super) fn kubernetes_changed(&mut self) {
         self.kubernetes = self.inputs.kubernetes.borrow_and_update().clone();
         let Some(grant) = self.membership.as_ref().map(|membership| &membership.grant) else {
@@ -25,7 +24,8 @@ impl Daemon {
         self.prefix_update(PrefixUpdate { source: PrefixSource::Kubernetes, prefixes });
     }
 
-    /// Absent on a machine where nothing of Kubernetes was ever seen.
+    /// Returns the Kubernetes part of the status. `None` if no kubeconfig and no Node were ever
+    /// found.
     pub(super) fn kubernetes_status(&self) -> Option<pb::KubernetesStatus> {
         let view = &self.kubernetes;
         if view.kubeconfig.is_none() && view.facts.node.is_empty() {
@@ -41,7 +41,7 @@ impl Daemon {
         })
     }
 
-    /// What the operator should mend, a line each.
+    /// Returns the Kubernetes problems for the operator, one line each.
     pub(super) fn kubernetes_problems(&self) -> Vec<String> {
         let mut problems = self.kubernetes.problems.clone();
         let Some(membership) = &self.membership else { return problems };
@@ -49,7 +49,7 @@ impl Daemon {
         let unreached = self.kubernetes.facts.node_ips.iter().filter(|ip| !reached(grant, **ip));
         problems.extend(unreached.map(|ip| {
             format!(
-                "Kubernetes knows this node by {ip}, which the mesh does not reach: start the \
+                "Kubernetes uses {ip} for this node, which the mesh does not reach: start the \
                  kubelet with `--node-ip=$(towline node-ip)`"
             )
         }));
@@ -57,6 +57,7 @@ impl Daemon {
     }
 }
 
+/// Returns whether other nodes reach this address of the node through the mesh.
 fn reached(grant: &Grant, ip: IpAddr) -> bool {
     grant.overlay.iter().any(|own| own == ip) || grant.allows(&ip.into())
 }

@@ -1,4 +1,5 @@
-//! `towline down`, `towline leave` and the undoing of a join, with a running daemon and without.
+//! Implements `towline down`, `towline leave` and the undoing of a join, with and without a running
+//! daemon.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -13,20 +14,20 @@ use crate::down::DownMarker;
 use crate::join;
 use crate::state::{Keys, Membership, StateDir};
 
-/// How long a controller may take to be told that a join is undone.
+/// Maximum time to inform a controller that a join is undone.
 const UNDO_LIMIT: Duration = Duration::from_secs(10);
 
 impl Daemon {
-    /// Takes away all that is ours. From here on nothing enters the tunnel.
+    /// Stops the data plane and removes everything that Towline created on the host.
     pub(super) fn open_host(&mut self) -> Result<(), String> {
         if let Err(error) = self.data_plane.stop() {
-            tracing::error!(%error, "data plane hangs: the host is opened all the same");
+            tracing::error!(%error, "data plane hangs: opening the host anyway");
         }
         self.host.remove()
     }
 
     pub(super) fn down(&mut self) -> Result<DownAnswer, String> {
-        // The marker first: an agent that ends half-way opens the host at its next start.
+        // The marker is set first: if the agent ends halfway, its next start opens the host.
         let marker = DownMarker::of(&self.config).set(SystemTime::now());
         self.open_host()?;
         Ok(DownAnswer::new(false, marker))
@@ -34,13 +35,15 @@ impl Daemon {
 
     pub(super) async fn leave(&mut self, force: bool) -> Result<(), String> {
         if self.membership.is_none() {
-            return Err("this machine is in no mesh: `towline down` opens it".into());
+            return Err("this machine has not joined a mesh: run `towline down` to open it".into());
         }
         let told = self.tell_controller().await;
         match told {
             Ok(()) => {}
             Err(_) if self.removed => {}
-            Err(error) if force => tracing::warn!(%error, "no controller was told"),
+            Err(error) if force => {
+                tracing::warn!(%error, "no controller informed: leaving anyway")
+            }
             Err(error) => return Err(error),
         }
         self.open_host()?;
@@ -49,10 +52,10 @@ impl Daemon {
 
     async fn tell_controller(&mut self) -> Result<(), String> {
         let (reply, answer) = oneshot::channel();
-        let stopped = || "the discovery task has stopped".to_owned();
+        let stopped = || "cannot contact a controller: the discovery task has stopped".to_owned();
         let Some(commands) = &self.commands else { return Err(stopped()) };
         commands.send(discovery::Command::Leave(reply)).await.map_err(|_| stopped())?;
-        // Events that the task is about to send must not block its answer.
+        // The queue of events is drained, so that a full queue does not delay the response.
         let mut answer = answer;
         loop {
             tokio::select! {
@@ -68,43 +71,47 @@ pub fn open_host(config: &Config) -> anyhow::Result<()> {
     host::remove(config)
 }
 
-/// Leaves the mesh without a running agent: tells a controller, opens the host, forgets.
+/// Leaves the mesh without a running agent: informs a controller, opens the host, and removes the
+/// membership.
 ///
-/// With `force`, a controller that cannot be told is no obstacle.
+/// With `force`, the machine leaves even if no controller can be informed.
 pub async fn leave(config: &Config, state: &StateDir, force: bool) -> anyhow::Result<()> {
     let membership = state.require_membership()?;
     let keys = state.keys()?;
     if let Err(error) = tell_controller(config, state, &membership, &keys).await {
         if !force {
-            return Err(error.context("still a member (--force forgets the mesh here anyway)"));
+            return Err(
+                error.context("still a member (--force forgets the mesh on this machine anyway)")
+            );
         }
-        tracing::warn!(error = %format!("{error:#}"), "no controller was told");
+        tracing::warn!(error = %format!("{error:#}"), "no controller informed: leaving anyway");
     }
     open_host(config)?;
     state.forget()?;
     Ok(())
 }
 
-/// Undoes a join that was not confirmed. The host is open; a controller that cannot be told is no
-/// obstacle.
+/// Undoes a join that was not confirmed in time, even if no controller can be informed. The host is
+/// already open.
 pub(super) async fn undo_join(config: &Config, state: &StateDir) -> anyhow::Result<()> {
     let told = async {
         let (membership, keys) = (state.require_membership()?, state.keys()?);
         tell_controller(config, state, &membership, &keys).await
     };
     let told = tokio::time::timeout(UNDO_LIMIT, told).await;
-    let told = told.unwrap_or_else(|_| Err(anyhow::anyhow!("it did not answer in time")));
+    let told = told.unwrap_or_else(|_| Err(anyhow::anyhow!("no controller answered in time")));
     if let Err(error) = told {
-        tracing::warn!(error = %format!("{error:#}"), "no controller was told that the join is undone");
+        tracing::warn!(error = %format!("{error:#}"), "no controller informed: undoing the join");
     }
-    // A full disk can forget, but not remember why.
+    // Files can be removed on a full disk, but the reason may not fit.
     if let Err(error) = state.store_undone("undone: not confirmed in time with `towline confirm`") {
-        tracing::warn!(%error, "the reason of the undoing is not kept");
+        tracing::warn!(%error, "reason for undoing the join not stored");
     }
     state.forget()?;
     Ok(())
 }
 
+/// Informs the first reachable controller that this node leaves.
 async fn tell_controller(
     config: &Config,
     state: &StateDir,

@@ -1,4 +1,4 @@
-//! The daemon's hold on the host's network: the last plan, applied and kept.
+//! The daemon's part of the host network: applies the latest plan and repairs it.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -17,30 +17,34 @@ use towline_host::{
     candidates,
 };
 
-/// How long after an incomplete apply the next one is tried, if nothing is heard before.
+/// Delay after an incomplete apply until the next one, unless an event comes first.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// Host network of a running daemon.
 pub(super) struct Host {
     network: HostNetwork,
     watch: Watch,
     names: Names,
     plan: Option<Arc<Plan>>,
-    /// What is not as planned, a line each.
+    /// Deviations from the plan, one line each.
     problems: Vec<String>,
-    /// What an operator should know of this host, a line each; nothing has to be repaired.
+    /// Particularities of this host that need no repair, one line each.
     notes: Vec<String>,
-    /// Why the plan does not count as applied; `None`: it does.
+    /// Why the plan does not count as applied. `None` if it does.
     blocked: Option<String>,
+    /// Time of the next attempt. Set after an apply that is worth retrying.
     retry: Option<Instant>,
+    /// Gateways of the default routes, as of the last [`Self::read_gateways`].
     gateways: Vec<IpAddr>,
-    /// What may redirect packets past nftables, as of the last look at the links.
+    /// Programs and links that may redirect packets around nftables, as of the last
+    /// [`Self::look_for_redirects`].
     past_netfilter: Option<PastNetfilter>,
 }
 
 impl Host {
     pub(super) fn open(config: &Config) -> anyhow::Result<Self> {
         let names = names(config);
-        let mut network = HostNetwork::open().context("cannot speak to the kernel's network")?;
+        let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
         let watch = network.watch(&names).context("cannot watch the host's network")?;
         Ok(Self {
             network,
@@ -49,14 +53,14 @@ impl Host {
             plan: None,
             problems: Vec::new(),
             notes: Vec::new(),
-            blocked: Some("nothing is planned yet".to_owned()),
+            blocked: Some("there is no plan yet".to_owned()),
             retry: None,
             gateways: Vec::new(),
             past_netfilter: None,
         })
     }
 
-    /// The next thing that happened to the host, or the time to try again.
+    /// Waits for the next event of the host network, or for the time of the next attempt.
     pub(super) async fn next(&mut self) -> HostEvent {
         let Some(retry) = self.retry else { return self.watched().await };
         tokio::select! {
@@ -69,7 +73,7 @@ impl Host {
         match self.watch.next().await {
             Ok(event) => event,
             Err(error) => {
-                tracing::error!(%error, "host network not watched for now");
+                tracing::error!(%error, "cannot watch the host network: retrying");
                 tokio::time::sleep(RETRY).await;
                 HostEvent::OursChanged
             }
@@ -81,17 +85,19 @@ impl Host {
         self.reapply();
     }
 
-    /// Somebody touched what is ours, or the last apply was not complete.
+    /// Applies the plan again, after another program changed state that Towline created or after an
+    /// incomplete apply.
     pub(super) fn put_back(&mut self) {
         self.network.invalidate();
         self.reapply();
     }
 
-    /// Somebody touched a chain in which we have rules.
+    /// Applies the hooks again, after another program changed a chain that contains rules of
+    /// Towline.
     pub(super) fn put_back_hooks(&mut self) {
         match self.network.apply_hooks() {
             Ok(changes) => self.changed(&changes),
-            // What is wrong is found and said there.
+            // The full apply finds and reports the problem.
             Err(_) => self.put_back(),
         }
     }
@@ -128,7 +134,7 @@ impl Host {
     ) {
         if problems != self.problems {
             for problem in &problems {
-                tracing::error!(%problem, "host network not as planned");
+                tracing::error!(%problem, "host network differs from the plan");
             }
         }
         if notes != self.notes {
@@ -139,12 +145,13 @@ impl Host {
         (self.problems, self.notes, self.blocked) = (problems, notes, blocked);
     }
 
-    /// The gateways of the default routes, as of the last look at the addresses.
+    /// Returns the gateways of the default routes, as of the last read.
     pub(super) fn gateways(&self) -> &[IpAddr] {
         &self.gateways
     }
 
-    /// The machine's table of connections is (almost) full: then new ones fail, ours too.
+    /// Returns a problem if the conntrack table is almost full. The kernel then drops new
+    /// connections, those of Towline included.
     pub(super) fn table_of_connections_is_full(&self) -> Option<String> {
         let read = |name: &str| -> Option<u64> {
             let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
@@ -162,13 +169,13 @@ impl Host {
         self.notes.iter().cloned().chain(past).collect()
     }
 
-    /// Why the plan does not count as applied: a guard is missing, or nothing can enter the tunnel.
-    /// `None`: it is applied.
+    /// Returns why the plan does not count as applied: a guard is missing, or no packet can enter
+    /// the tunnel. `None` if it is applied.
     pub(super) fn blocked(&self) -> Option<&str> {
         self.blocked.as_deref()
     }
 
-    /// Takes away all that is ours.
+    /// Removes everything that Towline created on the host.
     pub(super) fn remove(&mut self) -> Result<(), String> {
         self.plan = None;
         self.retry = None;
@@ -178,7 +185,7 @@ impl Host {
         Ok(())
     }
 
-    /// The machine's own addresses by which others could know it, see [`HostNetwork::node_ips`].
+    /// Returns the machine's own addresses that can be its node IPs, see [`HostNetwork::node_ips`].
     pub(super) fn node_ips(&mut self, excluded: Vec<IpNet>) -> Vec<IpAddr> {
         let policy = CandidatePolicy { own_link: self.names.link.clone(), excluded };
         self.network.node_ips(&policy).unwrap_or_else(|error| {
@@ -187,7 +194,7 @@ impl Host {
         })
     }
 
-    /// Looks again at the default routes.
+    /// Reads the gateways of the default routes.
     pub(super) fn read_gateways(&mut self) {
         match self.network.gateways() {
             Ok(gateways) => self.gateways = gateways,
@@ -195,8 +202,8 @@ impl Host {
         }
     }
 
-    /// Looks again for what may redirect packets past nftables: the kernel tells nobody when a
-    /// program is attached.
+    /// Looks for programs and links that may redirect packets around nftables. The kernel sends no
+    /// event when a program is attached.
     pub(super) fn look_for_redirects(&mut self) {
         match self.network.past_netfilter(&self.names.link) {
             Ok(found) => {
@@ -209,7 +216,7 @@ impl Host {
         }
     }
 
-    /// The machine's own ways to the outside: addresses, each with its link.
+    /// Returns the machine's own addresses that may reach the internet, each with its link.
     pub(super) fn uplinks(&mut self, excluded: Vec<IpNet>) -> Vec<LocalEnd> {
         let addresses = match self.network.local_addresses() {
             Ok(addresses) => addresses,
@@ -229,7 +236,7 @@ impl Host {
             .collect()
     }
 
-    /// The UDP ports of the host's own VXLAN and Geneve links.
+    /// Returns the UDP ports of the host's VXLAN and Geneve links.
     pub(super) fn tunnel_ports(&mut self) -> Vec<u16> {
         self.network.tunnel_ports().unwrap_or_else(|error| {
             tracing::warn!(%error, "links not read");
@@ -238,7 +245,7 @@ impl Host {
     }
 }
 
-/// The uplinks as others may reach them.
+/// Returns the uplink addresses as candidates.
 pub(super) fn local_candidates(uplinks: &[LocalEnd], port: u16) -> impl Iterator<Item = Candidate> {
     uplinks.iter().filter_map(move |uplink| {
         Candidate::new(CandidateKind::Local, SocketAddr::new(uplink.address, port))
@@ -246,17 +253,17 @@ pub(super) fn local_candidates(uplinks: &[LocalEnd], port: u16) -> impl Iterator
 }
 
 fn connections(count: u64, max: u64) -> Option<String> {
-    // What is left goes within moments.
+    // The last 5 % are used up within moments.
     let full = max > 0 && count >= max - max / 20;
     full.then(|| {
         format!(
-            "the kernel's table of connections is full ({count} of {max}), so that it drops new \
-             ones: raise net.netfilter.nf_conntrack_max"
+            "the conntrack table is full ({count} of {max}): the kernel drops new connections: \
+             raise net.netfilter.nf_conntrack_max"
         )
     })
 }
 
-/// The names and numbers of ours in this configuration.
+/// Returns the names and numbers that identify Towline's state in this configuration.
 fn names(config: &Config) -> Names {
     Names {
         link: config.link.name.clone(),
@@ -266,9 +273,9 @@ fn names(config: &Config) -> Names {
     }
 }
 
-/// Takes away all that is ours, without a running agent.
+/// Removes everything that Towline created on the host, without a running agent.
 pub(super) fn remove(config: &Config) -> anyhow::Result<()> {
-    let mut network = HostNetwork::open().context("cannot speak to the kernel's network")?;
+    let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
     network.remove(&names(config)).context("cannot open the host")?;
     Ok(())
 }

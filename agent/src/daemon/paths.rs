@@ -1,5 +1,5 @@
-//! What travels beside WireGuard: probes, what reflectors, relays and calling peers say, and what
-//! other nodes ask of us as their relay. The core decides; here it is sealed, opened and sent.
+//! Datagrams of the UDP port that are not WireGuard: probes, STUN, relay messages and signals. The
+//! core decides what to send. This module seals and opens the datagrams.
 
 use std::time::{Duration, Instant};
 
@@ -15,9 +15,10 @@ use towline_proto::stun;
 use super::Daemon;
 use crate::discovery;
 
-/// How often what relayed nodes no longer use is looked for.
+/// Minimum interval between searches for expired relay registrations and channels.
 const RELAY_SWEEP: Duration = Duration::from_secs(5);
-/// How many times the other end of a new channel is told: the opener repeats what is lost.
+/// Number of copies of the message that announces a new channel to the other end. If all are lost,
+/// the opener repeats its request.
 const INCOMING_COPIES: usize = 2;
 
 impl Daemon {
@@ -27,7 +28,7 @@ impl Daemon {
         }
     }
 
-    /// A ping of `size` bytes of UDP payload, all told.
+    /// Sends a ping of `size` bytes of UDP payload in total, relay header included.
     pub(super) fn send_ping(
         &self,
         peer: WireguardKey,
@@ -65,7 +66,7 @@ impl Daemon {
         }
     }
 
-    /// Sealed for the peer, whichever way it goes.
+    /// Seals a signal for the peer and sends it over the path `via`, or through the controller.
     pub(super) fn send_signal(&self, peer: NodeId, via: Option<Path>, signal: Signal) {
         let Some(key) = self.mesh.peer(peer).map(|status| status.node.wireguard_key()) else {
             return;
@@ -76,7 +77,7 @@ impl Daemon {
         match via {
             Some(path) => self.data_plane.send(path, &datagram),
             None => {
-                // A queue that is full means a controller that does not keep up: the core asks again.
+                // A full queue means that the controller is too slow. The core repeats the signal.
                 if let Some(commands) = &self.commands {
                     let _ = commands.try_send(discovery::Command::Signal(peer, datagram));
                 }
@@ -84,12 +85,13 @@ impl Daemon {
         }
     }
 
-    /// A datagram that looks like a probe came in; `from` is `None` if the controller carried it.
+    /// Handles a datagram that looks like a probe. `from` is `None` if it came through the
+    /// controller.
     pub(super) fn probe_received(&mut self, from: Option<Path>, datagram: &[u8]) {
         let Some((peer, probe)) = self.probe_keys.open(datagram) else { return };
         let now = Instant::now();
         let Some(from) = from else {
-            // Nothing else may come this way: whatever else there is names the path that it came.
+            // Only this message is valid here: all others refer to the path on which they arrived.
             if let Probe::CallMe { .. } = probe {
                 self.called(now, peer, probe);
             }
@@ -177,7 +179,7 @@ impl Daemon {
                 }
             }
             Err(reason) => {
-                tracing::debug!(?reason, "channel refused");
+                tracing::debug!(?reason, "relay channel refused");
                 self.send_probe(&node, from, &Probe::Refused { transaction });
             }
         }

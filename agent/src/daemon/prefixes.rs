@@ -1,4 +1,4 @@
-//! What we announce, and what of it is remembered for the next boot.
+//! Prefixes that this node announces, and the cache of them for the next boot.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::prefixes::{PrefixSource, PrefixUpdate};
 use crate::state::{CachedPrefixes, StateDir};
 
 impl Daemon {
-    /// With `node.addressing = "node-ip"`: looks again which addresses those are.
+    /// Updates the node IPs. With `node.addressing = "overlay"` there are none to announce.
     pub(super) fn node_ips_changed(&mut self, excluded: &[IpNet]) {
         let node = &self.config.node;
         let found = match node.addressing {
@@ -32,7 +32,7 @@ impl Daemon {
         }
     }
 
-    /// Has written down what the guards follow from, for the next boot.
+    /// Stores what the guards are derived from, for the next boot.
     pub(super) fn remember(&self) {
         let now = CachedPrefixes {
             announced: self.announced.announced.clone(),
@@ -46,7 +46,7 @@ impl Daemon {
         });
     }
 
-    /// Those of our addresses that are announced.
+    /// Returns the node IPs that are announced.
     fn own_node_ips(&self) -> Vec<IpAddr> {
         let announced = |ip: &&IpAddr| self.announced.announced.contains(&IpNet::from(**ip));
         self.node_ips.iter().filter(announced).copied().collect()
@@ -63,10 +63,10 @@ impl Daemon {
         }
     }
 
-    /// A source, the filter or the grant changed: decides anew what is announced.
+    /// Selects the announced prefixes again, after a source, the filter or the grant changed.
     pub(super) fn prefixes_changed(&mut self) {
         let filter = self.config.prefix_filter();
-        // Without a mesh there is nobody to announce anything to.
+        // Without a mesh there are no nodes to announce prefixes to.
         let Some(membership) = &self.membership else { return };
         self.announced = self.prefixes.select(filter, &membership.grant);
         let prefixes = self.announced.announced.clone();
@@ -84,7 +84,7 @@ impl Daemon {
     }
 }
 
-/// Writes down the latest word, one at a time.
+/// Starts a task that stores the latest prefixes, one write at a time.
 pub(super) fn remember(
     state: Arc<StateDir>,
     first: CachedPrefixes,
@@ -95,7 +95,7 @@ pub(super) fn remember(
             let (state, prefixes) = (state.clone(), receiver.borrow_and_update().clone());
             let write = move || state.store_prefixes(&prefixes);
             if let Ok(Err(error)) = tokio::task::spawn_blocking(write).await {
-                tracing::warn!(%error, "prefixes not cached for the next boot");
+                tracing::warn!(%error, "prefixes not stored for the next boot");
             }
         }
     });

@@ -1,4 +1,4 @@
-//! What the daemon tells the command line: the local API's messages from its state.
+//! Converts the daemon's state to the messages of the local API.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -16,9 +16,9 @@ use crate::down::Down;
 use crate::state::{Membership, StateDir};
 use crate::tls;
 
-/// State of an agent whose machine is not down.
+/// State of an agent whose machine is not down, as `towline status` shows it.
 pub(super) const RUNNING: &str = "running";
-/// State of an agent whose machine is down.
+/// State of an agent whose machine is down, as `towline status` shows it.
 pub(super) const DOWN: &str = "down";
 
 impl Daemon {
@@ -105,7 +105,7 @@ impl Daemon {
         match &self.published {
             Ok(remarks) => problems.extend(remarks.iter().cloned()),
             Err(reason) => {
-                problems.push(format!("this node's record is not in the map: {reason}"));
+                problems.push(format!("the controller refused this node's record: {reason}"));
             }
         }
         problems.extend(self.state.unsaved());
@@ -129,8 +129,8 @@ impl Daemon {
         problems
     }
 
-    /// A gateway that is taken for a mesh address still forwards, but answers nothing itself: no
-    /// DNS, no DHCP.
+    /// Returns a problem for each gateway whose address is in one of `networks`. Such a gateway
+    /// still forwards, but does not answer itself, so that its DNS and DHCP fail.
     fn covered_gateways(&self, networks: &[IpNet], whose: &str) -> Vec<String> {
         let covered = |gateway: &&IpAddr| networks.iter().find(|net| net.contains(*gateway));
         let line = |gateway: &IpAddr| {
@@ -159,7 +159,7 @@ impl Daemon {
     }
 }
 
-/// Who this node is.
+/// Returns a status that contains the identity of this node only.
 pub(super) fn identity(membership: Option<&Membership>, config: &Config) -> pb::StatusResponse {
     let grant = membership.map(|membership| &membership.grant);
     let site = grant.and_then(|grant| grant.site.as_ref());
@@ -178,20 +178,20 @@ pub(super) fn identity(membership: Option<&Membership>, config: &Config) -> pb::
     }
 }
 
-/// When the certificate in the state directory ends, in seconds since 1970; 0: there is none.
+/// Returns the end of the stored certificate, in seconds since 1970. 0 if there is none.
 pub(super) fn certificate_expires_at(state: &StateDir) -> i64 {
     let chain = state.certificate().ok().flatten().unwrap_or_default();
     chain.first().and_then(tls::validity).map_or(0, |(_, end)| end)
 }
 
-/// What the operator is told of a machine that is down.
+/// Returns the status line of a machine that is down.
 pub(crate) fn down_line(down: Down) -> String {
     let since = down.since.and_then(|since| jiff::Timestamp::try_from(since).ok());
     let since = since.map(|since| format!(" since {since}")).unwrap_or_default();
     format!("this machine is down{since}: run `towline up`")
 }
 
-/// What the operator has to do so that the join is not undone.
+/// Returns a problem if the join still has to be confirmed.
 pub(super) fn unconfirmed(confirmation: Confirmation) -> Option<String> {
     match confirmation {
         Confirmation::Settled => None,
@@ -199,7 +199,9 @@ pub(super) fn unconfirmed(confirmation: Confirmation) -> Option<String> {
             let seconds = left.as_secs_f64().ceil();
             Some(format!("the join is not confirmed: undone in {seconds} s: run `towline confirm`"))
         }
-        Confirmation::Missed => Some("the join was not confirmed in time: it is undone".into()),
+        Confirmation::Missed => {
+            Some("the join was not confirmed in time: it is being undone".into())
+        }
     }
 }
 

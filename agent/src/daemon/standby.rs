@@ -1,8 +1,8 @@
-//! The agent on a machine that is down: it keeps the host open and answers its socket, so that
-//! units that start after it go on, and `towline up` finds an agent to ask.
+//! The agent on a machine that is down. It keeps the host open and serves its socket, so that units
+//! that start after it can start, and `towline up` has an agent to ask.
 //!
-//! No link, no UDP port, no controller. The state directory's lock is held, so that nobody else
-//! brings the mesh up meanwhile.
+//! It has no link, no UDP port and no controller connection. It holds the lock of the state
+//! directory, so that no other process brings the mesh up in the meantime.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,10 +22,10 @@ use crate::down::{Down, DownMarker};
 use crate::notify::Notifier;
 use crate::state::StateDir;
 
-/// How long after a failure the host is opened again.
+/// Delay after a failure until the host is opened again.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What the agent needs while the machine is down.
+/// State of the agent while the machine is down.
 pub(super) struct Standby {
     pub(super) config: Config,
     pub(super) config_path: Option<PathBuf>,
@@ -33,20 +33,20 @@ pub(super) struct Standby {
     pub(super) state: Arc<StateDir>,
     pub(super) marker: DownMarker,
     started: Instant,
-    /// Why something of ours may still be in the host's network; `None`: the host is open.
+    /// Why state that Towline created may still be on the host. `None`: the host is open.
     problem: Option<String>,
-    /// Why a join that was not confirmed could not be undone yet; `None`: there is none, or it was
-    /// not tried.
+    /// Why a join that was not confirmed could not be undone yet. `None`: nothing is to be undone,
+    /// or it was not tried.
     undo: Option<String>,
 }
 
-/// How the standby ended.
+/// Reason why the standby ended.
 pub(super) enum Ended {
-    /// By a signal.
+    /// The agent received a signal to end.
     Stopped,
-    /// By `towline leave`.
+    /// `towline leave` removed the membership.
     Left,
-    /// By `towline up`: this daemon has to run, and the answer is due once its plan was applied.
+    /// `towline up` started this daemon. The request is answered once the plan is applied.
     Up(Box<Daemon>, oneshot::Sender<Result<bool, String>>),
 }
 
@@ -62,14 +62,14 @@ impl Standby {
         Self { config, config_path, purpose, state, marker, started, problem: None, undo: None }
     }
 
-    /// Runs until a signal, `towline leave` or `towline up`.
+    /// Runs until a signal, `towline leave` or `towline up` ends it.
     pub(super) async fn run(
         &mut self,
         control: &mut ControlServer,
         signals: &mut Signals,
         notifier: &Notifier,
     ) -> Ended {
-        tracing::info!("this machine is down until `towline up`");
+        tracing::info!("this machine is down: run `towline up` to bring the mesh up");
         self.open();
         notifier.ready();
         let period = notifier.period();
@@ -97,7 +97,7 @@ impl Standby {
                         match undone {
                             Ok(()) => return Ended::Left,
                             Err(error) => {
-                                let error = format!("the join cannot be undone: {error:#}");
+                                let error = format!("cannot undo the join: {error:#}");
                                 tracing::error!(%error, "join not undone");
                                 self.undo = Some(error);
                             }
@@ -132,7 +132,7 @@ impl Standby {
                 },
                 meaning = signals.next() => match meaning {
                     SignalMeaning::End => return Ended::Stopped,
-                    // The configuration is read when the mesh comes up.
+                    // The configuration is read when the mesh is brought up.
                     SignalMeaning::Reload => {}
                 },
             }
@@ -169,9 +169,9 @@ impl Standby {
         self.marker.read().unwrap_or(Down { since: None })
     }
 
-    /// Makes sure that nothing of ours is in the host's network.
+    /// Removes everything that Towline created on the host.
     fn open(&mut self) {
-        // A relay alone puts nothing there.
+        // A relay alone creates nothing on the host.
         if self.purpose == Purpose::Relay {
             return;
         }
@@ -186,7 +186,7 @@ impl Standby {
         confirm::look(self.state.path(), &Moment::now())
     }
 
-    /// When to look at the confirmation of the join again.
+    /// Returns when to check the confirmation of the join again.
     fn confirm_at(&self) -> Option<Instant> {
         match (self.confirmation(), &self.undo) {
             (Confirmation::Settled, _) => None,
@@ -200,7 +200,7 @@ impl Standby {
         self.problem.is_some().then(|| Instant::now() + RETRY)
     }
 
-    /// Starts the daemon, and then removes the marker. If either fails, the machine stays down.
+    /// Starts the daemon and then removes the marker. If either fails, the machine stays down.
     fn up(&mut self) -> anyhow::Result<Daemon> {
         let started = self.start();
         if started.is_err() {
@@ -211,9 +211,9 @@ impl Standby {
 
     fn start(&self) -> anyhow::Result<Daemon> {
         if self.confirmation() == Confirmation::Missed {
-            anyhow::bail!("the join was not confirmed in time, and is being undone");
+            anyhow::bail!("the join was not confirmed in time: it is being undone");
         }
-        // It may have been changed since the agent read it.
+        // The file may have changed since the agent read it.
         let mut config = Config::load(self.config_path.as_deref())?;
         config.state_dir.clone_from(&self.config.state_dir);
         config.socket.clone_from(&self.config.socket);

@@ -1,19 +1,19 @@
-//! What the service manager is told while the agent starts.
+//! Notifications to the service manager while the agent starts.
 
 use crate::notify::Notifier;
 
-/// What the service manager was told of the start.
+/// What the service manager was last notified of.
 #[derive(Debug, Default)]
 pub(super) struct StartReport {
     is_ready: bool,
-    /// The reason that was given last for not being ready.
+    /// Reason for not being ready in the last notification.
     reason: String,
 }
 
 impl StartReport {
-    /// Says that the agent is ready, once link, routes and guards are in place: what waits for it
-    /// may begin. Until then says what is missing, whenever that changes; it is the service
-    /// manager that gives up.
+    /// Notifies the service manager that the agent is ready, once link, routes and guards are in
+    /// place. Units that are ordered after the agent start then. Until then notifies it of the
+    /// missing part, whenever that changes. The start timeout is the service manager's.
     pub(super) fn report(&mut self, notifier: &Notifier, blocked: Option<&str>) {
         match blocked {
             _ if self.is_ready => {}
@@ -54,7 +54,7 @@ mod tests {
             start.report(&notifier, Some("cannot list\npolicy rules"));
         }
         assert_eq!(heard().as_deref(), Some("STATUS=not ready: cannot list policy rules"));
-        assert_eq!(heard(), None, "said once");
+        assert_eq!(heard(), None, "the status is sent once");
         start.report(&notifier, Some("the link is missing"));
         assert_eq!(heard().as_deref(), Some("STATUS=not ready: the link is missing"));
         start.report(&notifier, None);

@@ -1,8 +1,8 @@
-//! SIGTERM and SIGINT always end the agent.
+//! Ends the agent on SIGTERM and SIGINT, even if its main task hangs.
 //!
-//! They are received by a thread of their own: the daemon's task may be waiting for something that
-//! never comes. The first signal asks the task to end; a second one, or a task that has not ended
-//! some seconds later, ends the process at once.
+//! A dedicated thread receives the signals, because the daemon's task may block without limit. The
+//! first signal asks the task to end. A second signal, or a task that has not ended after some
+//! seconds, ends the process immediately.
 
 use std::io;
 use std::sync::mpsc;
@@ -12,24 +12,24 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
-/// How long the daemon's task has to end by itself. Longer than the data plane is waited for,
-/// shorter than a service manager waits.
+/// Maximum time for the daemon's task to end by itself. It is longer than the wait for the data
+/// plane, and shorter than the stop timeout of a service manager.
 pub(super) const GRACE: Duration = Duration::from_secs(8);
-/// How long the last log line may take: who reads the log may hang too.
+/// Maximum time for the last log line. The reader of the log may hang too.
 const LOG_PATIENCE: Duration = Duration::from_millis(500);
-/// Exit code of a process that did not end by itself.
+/// Exit status of a process that did not end by itself.
 const FORCED: i32 = 1;
 
-/// Shows whether the agent was asked to end.
+/// Receiver that shows whether the agent was asked to end.
 #[derive(Debug)]
 pub(super) struct Termination(watch::Receiver<bool>);
 
 impl Termination {
-    /// Receives the signals from now on. The process ends at most `grace` after the first one.
+    /// Starts to receive the signals. The process ends at most `grace` after the first one.
     ///
     /// # Errors
     ///
-    /// When the system gives no thread or no descriptors.
+    /// Fails if no thread or no descriptor can be created.
     pub(super) fn watch(grace: Duration) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let signals = {
@@ -46,7 +46,7 @@ impl Termination {
     /// Waits until the agent is asked to end.
     pub(super) async fn requested(&mut self) {
         if self.0.wait_for(|requested| *requested).await.is_err() {
-            // The thread ends with the process alone.
+            // The thread only ends with the process.
             std::future::pending::<()>().await;
         }
     }
@@ -57,18 +57,18 @@ async fn end(mut signals: [Signal; 2], requested: watch::Sender<bool>, grace: Du
     requested.send_replace(true);
     let reason = match tokio::time::timeout(grace, next(&mut signals)).await {
         Ok(()) => "second signal",
-        Err(_) => "it did not end in time",
+        Err(_) => "timeout",
     };
     let (done, logged) = mpsc::channel();
     let log = move || {
-        tracing::error!(reason, ?grace, "agent is ended at once: link, routes and guards stay");
+        tracing::error!(reason, ?grace, "agent hangs: ending it now: link, routes and guards stay");
         let _ = done.send(());
     };
     if thread::Builder::new().spawn(log).is_ok() {
         let _ = logged.recv_timeout(LOG_PATIENCE);
     }
-    // SAFETY: `_exit` may be called at any time. No destructor and no handler runs: one of them
-    // might wait for what hangs.
+    // SAFETY: `_exit` may be called at any time. It runs no destructor and no handler; one of them
+    // might block on what hangs.
     unsafe { libc::_exit(FORCED) }
 }
 
@@ -91,12 +91,12 @@ mod tests {
 
     use super::*;
 
-    /// Set in the process that is to be ended: its grace in milliseconds.
+    /// Environment variable of the child process that the test ends: its grace in milliseconds.
     const INSIDE: &str = "TOWLINE_TEST_TERMINATION";
     const READY: &str = "ready to be ended";
 
-    /// Starts this program again for the test `name`, with a task that never ends by itself; sends
-    /// it the signals, and expects it to end by `_exit`.
+    /// Starts this program again for the test `name`, with a task that never ends by itself. Sends
+    /// it the signals and expects it to end by `_exit`.
     fn ends(name: &str, grace: Duration, signals: &[Signal]) {
         if let Ok(grace) = std::env::var(INSIDE) {
             let grace = Duration::from_millis(grace.parse().unwrap());

@@ -1,4 +1,5 @@
-//! Whole agents in namespaces, joined by static peers, on hosts as people have them.
+//! Tests of whole agents in network namespaces, connected by static peers, on hosts with common
+//! faults.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
@@ -17,12 +18,14 @@ use towline_dataplane::open_tun;
 use towline_netlink::{AddressOptions, Rtnetlink, VethPeer};
 use towline_netns::{NetworkNamespace, namespace_test};
 
+/// Longest wait for a condition. It only bounds a failing test.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Outer and inner address of each host.
+/// Outer address of each host, on the LAN.
 const OUTER: [&str; 2] = ["192.0.2.1", "192.0.2.2"];
+/// Inner address of each host, in the tunnel.
 const INNER: [&str; 2] = ["10.80.0.1", "10.80.0.2"];
 
-/// Two hosts on one LAN.
+/// Creates two hosts on one LAN.
 fn hosts() -> [NetworkNamespace; 2] {
     let hosts = [(); 2].map(|()| NetworkNamespace::new());
     hosts[0].enter(|| {
@@ -44,7 +47,7 @@ fn hosts() -> [NetworkNamespace; 2] {
     hosts
 }
 
-/// Configuration of host `own`, whose peer is the other.
+/// Returns the configuration of host `own`, whose peer is the other host.
 fn configuration(directory: &Path, own: usize, peer_key: &str) -> Config {
     let (state, other) = (directory.join(format!("state{own}")), 1 - own);
     let text = format!(
@@ -58,7 +61,7 @@ fn configuration(directory: &Path, own: usize, peer_key: &str) -> Config {
     Config::parse(&text, Path::new("agent.toml")).unwrap()
 }
 
-/// Runs an agent on a host until the test's process ends.
+/// Starts an agent on a host. It runs until the test's process ends.
 fn start(host: &NetworkNamespace, config: Config) {
     let namespace: OwnedFd = host.as_fd().try_clone_to_owned().unwrap();
     std::thread::spawn(move || {
@@ -67,7 +70,7 @@ fn start(host: &NetworkNamespace, config: Config) {
     });
 }
 
-/// Waits for a status that is as wanted.
+/// Waits for a status that satisfies `wanted`, and returns it.
 fn status(config: &Config, wanted: impl Fn(&pb::StatusResponse) -> bool) -> pb::StatusResponse {
     let begun = Instant::now();
     loop {
@@ -82,7 +85,7 @@ fn status(config: &Config, wanted: impl Fn(&pb::StatusResponse) -> bool) -> pb::
     }
 }
 
-/// Whether a datagram arrives through the tunnel.
+/// Returns whether a datagram arrives through the tunnel.
 fn carries(from: &NetworkNamespace, to: &NetworkNamespace) -> bool {
     let bind = |address: &str| UdpSocket::bind(format!("{address}:0")).unwrap();
     let receiver = to.enter(|| bind(INNER[1]));
@@ -138,7 +141,7 @@ namespace_test! {
         }
         assert!(carries(&hosts[0], &hosts[1]));
 
-        // With room again, nothing is left to say, and the start is on the disk.
+        // Once the disk has room, no problem is left, and the start is stored.
         std::fs::remove_file(filler).unwrap();
         status(&configs[0], |status| status.problems.is_empty());
         assert!(StateDir::peek(&configs[0].state_dir).counters().unwrap().boot_epoch > 1);
@@ -157,7 +160,7 @@ namespace_test! {
         let other = crate::keys::Wireguard::generate().unwrap().public().to_string();
         drop(state);
         let config = configuration(dir.path(), 0, &other);
-        // Somebody else's rule at one of our priorities.
+        // This is another program's rule at one of Towline's priorities.
         let priority = config.routing.priority;
         use towline_netlink::{Family, Rule, RuleAction};
         let theirs = Rule::new(Family::V4, priority, RuleAction::Table(77));

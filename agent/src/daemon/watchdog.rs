@@ -1,71 +1,70 @@
-//! Whether the agent goes on: the service manager hears of it only while every worker of the data
-//! plane went through its loop.
+//! Watchdog: notifies the service manager only while every worker of the data plane makes progress.
 //!
-//! The daemon's task asks twice in each period. A worker that hangs is not heard of again, and the
-//! service manager starts the agent again; where there is none, as in a pod, the agent ends itself.
+//! The daemon's task checks the workers twice in each period. If a worker hangs, the notifications
+//! stop and the service manager restarts the agent. Without a service manager, as in a pod, the
+//! agent ends itself.
 
 use std::time::{Duration, Instant};
 
-/// Stands for the period of a service manager that has no watchdog.
+/// Period that is used if the service manager has no watchdog.
 const DEFAULT_PERIOD: Duration = Duration::from_secs(10);
-/// Periods without a sign of life after which a worker is given up. A period is half of the time
-/// after which the service manager acts.
+/// Number of periods without progress after which a worker counts as stuck. A period is half of the
+/// service manager's timeout.
 const PERIODS: u32 = 2;
 
-/// See the module.
+/// Watchdog of the data plane's workers. See the module documentation.
 #[derive(Debug)]
 pub(super) struct Watchdog {
-    /// Half of the service manager's limit.
+    /// Half of the service manager's timeout.
     period: Duration,
-    /// When the workers are looked at next.
+    /// Time of the next check of the workers.
     due: Instant,
-    /// When all of them went on last.
+    /// Last time at which all workers had made progress.
     all_went_on: Instant,
-    /// Workers that were stalled when they were looked at last.
+    /// Number of stalled workers at the last check.
     stalled: usize,
 }
 
-/// What follows from a look at the workers.
+/// Result of a check of the workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// All went on: the service manager is told.
+    /// All workers made progress: the service manager has to be notified.
     Alive,
-    /// Some did not go on, but may be slow. `news`: so it was not last time.
+    /// Some workers made no progress; they may just be slow.
     Stalled {
-        /// Number of workers.
+        /// Number of stalled workers.
         workers: usize,
-        /// It is the first look that shows it.
+        /// True if no worker was stalled at the previous check.
         news: bool,
     },
-    /// Some did not go on for too long.
+    /// Some workers made no progress for too long.
     Stuck(StuckWorkers),
 }
 
-/// Workers that hang.
+/// Error for workers that hang.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{workers} of the data plane's workers hung for {for_long:?}: the agent has to be started again"
-)]
+#[error("{workers} data plane workers made no progress for {for_long:?}: restart the agent")]
 pub(super) struct StuckWorkers {
-    /// Number of workers.
+    /// Number of stuck workers.
     pub(super) workers: usize,
-    /// How long there was no sign of life.
+    /// Time since all workers last made progress.
     pub(super) for_long: Duration,
 }
 
 impl Watchdog {
-    /// `period`: how often the service manager wants to hear of us, if it does.
+    /// Creates a watchdog. `period` is the interval at which the service manager expects
+    /// notifications, if it has a watchdog.
     pub(super) fn new(now: Instant, period: Option<Duration>) -> Self {
         let period = period.unwrap_or(DEFAULT_PERIOD);
         Self { period, due: now, all_went_on: now, stalled: 0 }
     }
 
-    /// When [`Watchdog::check`] is to be called next.
+    /// Returns when [`Watchdog::check`] has to be called next.
     pub(super) fn due(&self) -> Instant {
         self.due
     }
 
-    /// Judges a look at the workers, `stalled` of which did not go on since the last one.
+    /// Evaluates a check of the workers, `stalled` of which made no progress since the last check.
     pub(super) fn check(&mut self, now: Instant, stalled: usize) -> Verdict {
         self.due = now + self.period / 2;
         let before = std::mem::replace(&mut self.stalled, stalled);
@@ -106,7 +105,7 @@ mod tests {
         loop {
             now = watchdog.due();
             match watchdog.check(now, 2) {
-                Verdict::Alive => panic!("nobody went on"),
+                Verdict::Alive => panic!("no worker made progress"),
                 Verdict::Stalled { .. } => assert!(now - last < 2 * period),
                 Verdict::Stuck(stuck) => {
                     assert_eq!(stuck, StuckWorkers { workers: 2, for_long: 2 * period });
