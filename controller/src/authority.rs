@@ -1,9 +1,9 @@
-//! The mesh's certificate authority: one Ed25519 key that signs certificates (X.509) and
-//! statements (`towline_proto::signed`).
+//! Certificate authority of the mesh: one Ed25519 key that signs certificates (X.509) and
+//! statements ([`towline_proto::signed`]).
 //!
-//! The key is a file of its own, never in the store. The CA's certificate names the mesh, so the
-//! mesh's id is fixed at the first start. Nothing of a signing request but its public key ever
-//! reaches a certificate.
+//! The key is in a separate file and never in the store. The CA's certificate contains the mesh id,
+//! so the id is fixed at the first start. Of a certificate signing request only the public key
+//! enters a certificate.
 
 use std::time::Duration;
 
@@ -29,18 +29,19 @@ use crate::entropy::{self, NoEntropy};
 use crate::peer;
 use crate::state_dir::{StateDir, StateError};
 
-/// Life of a node's certificate; the agent renews it in time.
+/// Lifetime of a node's certificate. The agent renews it in time.
 pub const NODE_LIFE: Duration = Duration::from_secs(24 * 3600);
-/// Life of the controller's own certificate, which it replaces while it runs.
+/// Lifetime of the controller's own certificate, which it renews while it runs.
 pub const SERVER_LIFE: Duration = Duration::from_secs(24 * 3600);
-/// Life of the administrator's certificate, which the controller replaces while it runs.
+/// Lifetime of the administrator's certificate, which the controller renews while it runs.
 pub const ADMIN_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
-/// Certificates are valid from a while before they were made, for clocks that are behind.
+/// Time by which the start of a certificate's validity is set back, for clients whose clocks are
+/// behind.
 pub const BACKDATED: Duration = Duration::from_secs(3600);
-/// Life of the CA itself.
+/// Lifetime of the CA's own certificate.
 const CA_LIFE: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
 
-/// The CA.
+/// Certificate authority of the mesh, with its private key.
 pub struct Authority {
     mesh_id: MeshId,
     certificate: CertificateDer<'static>,
@@ -50,64 +51,65 @@ pub struct Authority {
     statements: Ed25519KeyPair,
 }
 
-/// Why there is no CA.
+/// Error of loading or creating the CA, or of issuing a certificate.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {
-    /// Its files cannot be read or written.
+    /// The CA's files cannot be read or written.
     #[error(transparent)]
     State(#[from] StateError),
-    /// One of its two files is gone.
+    /// One of the CA's two files is missing.
     #[error(
-        "{missing} is missing although the mesh was set up before: restore it from a backup \
-         (without it the mesh has to be set up anew, in an empty state directory)"
+        "{missing} is missing: the mesh was set up before: restore it from a backup, or set up a \
+         new mesh in an empty state directory"
     )]
     Gone {
-        /// Which file.
+        /// Path of the file.
         missing: String,
     },
-    /// No random bytes.
+    /// The operating system provides no random bytes.
     #[error(transparent)]
     Entropy(#[from] NoEntropy),
     /// Signing failed.
-    #[error("cannot make a certificate: {0}")]
+    #[error("cannot issue a certificate: {0}")]
     Certificate(#[from] rcgen::Error),
 }
 
-/// Why a signing request is refused.
+/// Reason to refuse a certificate signing request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidCsr {
-    /// Not PKCS#10, or its own signature does not verify.
+    /// The request is not PKCS#10, or its signature does not verify.
     #[error("the certificate signing request is malformed, or its signature does not verify")]
     Malformed,
-    /// Longer than `limits::CSR_BYTES`.
+    /// The request is longer than [`limits::CSR_BYTES`].
     #[error("the certificate signing request is too long")]
     TooLong,
-    /// Another kind of key.
+    /// The request is for a key that is not Ed25519.
     #[error("the certificate signing request is not for an Ed25519 key")]
     Algorithm,
 }
 
-/// Whom a certificate is for.
+/// Subject of a certificate.
 #[derive(Debug, Clone, Copy)]
 pub enum Subject<'a> {
-    /// The controller itself.
+    /// The controller.
     Controller,
-    /// An administrator.
+    /// An administrator of this name.
     Admin(&'a str),
-    /// A node.
+    /// The node with this id.
     Node(NodeId),
 }
 
 impl Authority {
-    /// Reads the CA from the state directory. It is made where there is none yet; `fresh` says
-    /// that nothing was signed with it so far, so that a first start that was cut short between
-    /// the two files goes on.
+    /// Reads the CA from the state directory. If `fresh` is set, nothing was signed with it yet,
+    /// and
+    /// missing files are created. This also completes a first start that was interrupted between
+    /// the two files.
     pub fn load_or_create(dir: &StateDir, fresh: bool, now: i64) -> Result<Self, AuthorityError> {
         let gone =
             |name: &str| AuthorityError::Gone { missing: dir.file(name).display().to_string() };
         let key = match dir.read_key("ca.key")? {
             Some(pem) => KeyPair::from_pkcs8_pem_and_sign_algo(&pem, &PKCS_ED25519)
-                .map_err(|_| dir.damaged("ca.key", "it holds no Ed25519 key"))?,
+                .map_err(|_| dir.damaged("ca.key", "it does not contain an Ed25519 key"))?,
             None if fresh => {
                 let key = KeyPair::generate_for(&PKCS_ED25519)?;
                 dir.write("ca.key", 0o600, &Zeroizing::new(key.serialize_pem()))?;
@@ -117,7 +119,7 @@ impl Authority {
         };
         let certificate = match dir.read("ca.crt")? {
             Some(pem) => CertificateDer::from_pem_slice(pem.as_bytes())
-                .map_err(|_| dir.damaged("ca.crt", "it holds no certificate"))?,
+                .map_err(|_| dir.damaged("ca.crt", "it does not contain a certificate"))?,
             None if fresh => {
                 let certificate = ca_params(MeshId(entropy::random()?), now)?.self_signed(&key)?;
                 dir.write("ca.crt", 0o644, &certificate.pem())?;
@@ -141,22 +143,22 @@ impl Authority {
         Some(Self { mesh_id, certificate, fingerprint, public_key, issuer, statements })
     }
 
-    /// The mesh it stands for.
+    /// Returns the id of the CA's mesh.
     pub fn mesh_id(&self) -> MeshId {
         self.mesh_id
     }
 
-    /// Its certificate.
+    /// Returns the CA's certificate.
     pub fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
     }
 
-    /// SHA-256 over its certificate, as tokens carry it.
+    /// Returns the SHA-256 of the CA's certificate, which tokens contain.
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
     }
 
-    /// The key that its statements verify with.
+    /// Returns the public key that verifies the CA's statements.
     pub fn public_key(&self) -> &IdentityKey {
         &self.public_key
     }
@@ -171,12 +173,12 @@ impl Authority {
         signed::sign(Domain::Tombstone, &pb::Tombstone::from(tombstone), &self.statements)
     }
 
-    /// Signs the mesh's configuration.
+    /// Signs the mesh configuration.
     pub fn sign_mesh(&self, mesh: &MeshConfig) -> pb::Signed {
         signed::sign(Domain::Mesh, &pb::MeshConfig::from(mesh), &self.statements)
     }
 
-    /// A certificate for a key that the subject holds; `now` in seconds since 1970.
+    /// Issues a certificate for a key of the subject. `now` is in seconds since 1970.
     pub fn issue(
         &self,
         subject: Subject<'_>,
@@ -213,7 +215,8 @@ impl Authority {
     }
 }
 
-/// The Ed25519 key of a signing request whose own signature holds. All else it says is ignored.
+/// Verifies the signature of a certificate signing request and returns its Ed25519 key. All other
+/// fields of the request are ignored.
 pub fn csr_key(der: &[u8]) -> Result<(IdentityKey, impl PublicKeyData), InvalidCsr> {
     if der.len() > limits::CSR_BYTES {
         return Err(InvalidCsr::TooLong);
@@ -228,7 +231,7 @@ pub fn csr_key(der: &[u8]) -> Result<(IdentityKey, impl PublicKeyData), InvalidC
     Ok((key, csr.public_key))
 }
 
-/// Makes the administrator's credential, or renews its certificate; the key stays.
+/// Creates the administrator's key if there is none, and issues a new certificate for it.
 pub fn renew_admin(dir: &StateDir, authority: &Authority, now: i64) -> Result<(), AuthorityError> {
     let kept = dir.read_key("admin.key")?;
     let kept = kept.and_then(|pem| KeyPair::from_pkcs8_pem_and_sign_algo(&pem, &PKCS_ED25519).ok());
@@ -244,7 +247,7 @@ pub fn renew_admin(dir: &StateDir, authority: &Authority, now: i64) -> Result<()
     Ok(dir.write("admin.crt", 0o600, &pem::certificate(&certificate))?)
 }
 
-/// A key for the controller's own certificate, and that certificate.
+/// Generates a key for the controller and issues a certificate for it.
 pub fn server_credential(
     authority: &Authority,
     now: i64,
@@ -259,7 +262,7 @@ fn uri(text: &str) -> Result<SanType, rcgen::Error> {
 
 fn params(now: i64, life: Duration) -> Result<CertificateParams, AuthorityError> {
     let mut serial: [u8; 16] = entropy::random()?;
-    // RFC 5280 section 4.1.2.2: positive.
+    // RFC 5280 section 4.1.2.2: a serial number is positive.
     serial[0] = serial[0] & 0x7f | 0x40;
     let mut params = CertificateParams::default();
     let epoch = rcgen::date_time_ymd(1970, 1, 1);
@@ -317,7 +320,7 @@ mod tests {
         assert!(error.to_string().contains("not the certificate of ca.key"), "{error}");
         dir.write("ca.key", 0o600, "junk").unwrap();
         let error = Authority::load_or_create(&dir, true, 0).err().unwrap();
-        assert!(error.to_string().contains("no Ed25519 key"), "{error}");
+        assert!(error.to_string().contains("not contain an Ed25519 key"), "{error}");
         assert_eq!(dir.read("ca.key").unwrap().as_deref(), Some("junk"));
     }
 

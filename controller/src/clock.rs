@@ -1,13 +1,14 @@
-//! The one place where the clocks are read. What decides (`registry`) is given a [`Now`].
+//! The only module that reads the clocks. The [`registry`](crate::registry) gets a [`Now`] as an
+//! argument.
 
 use std::time::{Duration, Instant, SystemTime};
 
-/// A moment, on both clocks.
+/// The current time on both clocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Now {
-    /// Seconds since 1970: for what is written down and told to others.
+    /// Wall-clock time in seconds since 1970, for values that are stored or sent.
     pub unix: i64,
-    /// For durations within this process: never set back.
+    /// Monotonic time, for durations within this process.
     pub mono: Instant,
 }
 
@@ -20,20 +21,20 @@ impl Now {
         Self { unix: i64::try_from(seconds).unwrap_or(i64::MAX), mono: Instant::now() }
     }
 
-    /// The same moment, some time later on both clocks.
+    /// Returns the time after `later` has passed on both clocks.
     #[must_use]
     pub fn plus(self, later: Duration) -> Self {
         let seconds = i64::try_from(later.as_secs()).unwrap_or(i64::MAX);
         Self { unix: self.unix.saturating_add(seconds), mono: self.mono + later }
     }
 
-    /// How long ago `earlier` was; zero if it lies ahead.
+    /// Returns the time that has passed since `earlier`; zero if it is in the future.
     pub fn since(self, earlier: Instant) -> Duration {
         self.mono.saturating_duration_since(earlier)
     }
 }
 
-/// Milliseconds since 1970.
+/// Returns the wall-clock time in milliseconds since 1970.
 #[allow(clippy::disallowed_methods, reason = "this is where time enters")]
 pub fn unix_millis() -> i64 {
     let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);

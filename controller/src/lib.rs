@@ -1,30 +1,31 @@
-//! The Towline controller: the mesh's certificate authority, its registry, and the map that every
-//! node follows.
+//! The Towline controller: certificate authority of the mesh, registry of its nodes, and the map
+//! that every node watches.
 //!
 //! # Parts
 //!
 //! ```text
 //!  listen ─ tls ─► service (auth, discovery, watch, admin) ──requests──► writer ─► registry
 //!                     │ ▲                                                   │
-//!                     │ └──── reads, waits for revisions ─── map ◄──shows── ┤
+//!                     │ └── reads, waits for revisions ── map ◄──publishes──┤
 //!                     └──── heartbeats ──► sessions                         └──commits──► store
 //! ```
 //!
-//! - [`registry`] decides, in memory, without clock, randomness, I/O or wire API.
-//! - [`writer`] is the one thread that owns registry and [`store`]: acknowledged means stored, and
-//!   nothing is shown that is not.
-//! - [`map`] is what is shown: each watcher is a cursor in it, and nothing is queued for anybody.
-//! - [`authority`] is the CA; its key is a file of its own and never in the store.
-//! - [`service`] turns messages into operations, behind one table of who may call what.
-//! - [`server`] puts it together; [`cli`] is the command line, which only ever talks to a running
-//!   controller.
+//! - [`registry`] makes all decisions, in memory, without clock, randomness, I/O or wire API.
+//! - [`writer`] is the only thread that owns the registry and the [`store`]. A change is stored
+//!   before it is acknowledged and before a watcher sees it.
+//! - [`map`] is the state that watchers see. Each watcher is a cursor in it; nothing is queued.
+//! - [`authority`] is the CA. Its key is in a separate file and never in the store.
+//! - [`service`] implements the RPCs, behind one table that says which role may call which RPC.
+//! - [`server`] starts and stops all parts. [`cli`] is the command line, whose commands call a
+//!   running controller.
 //!
 //! # Contract
 //!
-//! - A kill at any moment loses nothing that was acknowledged.
-//! - It holds no WireGuard private key and no packet, and its store cannot be used to forge a
-//!   node: grants, tombstones and the mesh's configuration are signed by the CA, records by nodes.
-//! - All that comes from outside is bounded by `towline_proto::limits`.
+//! - If the process is killed at any moment, nothing that was acknowledged is lost.
+//! - The controller has no WireGuard private key and sees no packet. Its store cannot be used to
+//!   forge a node: grants, tombstones and the mesh configuration are signed by the CA, records by
+//!   the nodes.
+//! - All outside input is bounded by [`towline_proto::limits`].
 
 pub mod authority;
 pub mod cli;

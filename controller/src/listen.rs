@@ -1,12 +1,13 @@
-//! Connections: accepting, TLS, and bounds on how many there are.
+//! TCP connections: accepting them, their TLS handshakes, and limits on their number.
 //!
-//! - A handshake must end within [`HANDSHAKE`]; only so many run at once, and fewer from one
-//!   source. Beyond that, new connections are closed at once, so that those who hold handshakes
-//!   open cannot make others wait behind them.
-//! - A connection without a client certificate (somebody who joins, or anybody at all) lives for
-//!   [`STRANGER_LIFE`] at most, and only so many live at once, fewer from one source, so that
+//! - A handshake must end within [`HANDSHAKE`]. The number of concurrent handshakes is limited, in
+//!   total and per source ([`HANDSHAKES`]). Connections beyond the limit are closed at once, so
+//! that
+//!   clients that keep handshakes open do not make others wait.
+//! - A connection without a client certificate (a joining node, or any stranger) is closed after
+//!   [`STRANGER_LIFE`]. Their number is limited in total and per source ([`STRANGERS`]), so that
 //!   strangers cannot take the places of nodes.
-//! - Whatever bytes come, the worst is a closed connection, logged at debug.
+//! - Invalid input closes the connection, which is logged at debug, and has no other effect.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -31,47 +32,47 @@ use towline_proto::source_limiter::source;
 
 use crate::peer::Peer;
 
-/// The longest TLS handshake.
+/// Longest duration of a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Handshakes at once, and from one source.
+/// Largest number of concurrent handshakes: in total, and per source.
 const HANDSHAKES: (usize, usize) = (1024, 128);
-/// Life of a connection without a client certificate.
+/// Longest lifetime of a connection without a client certificate.
 pub const STRANGER_LIFE: Duration = Duration::from_secs(60);
-/// Connections without a client certificate at once, and from one source.
+/// Largest number of connections without a client certificate: in total, and per source.
 const STRANGERS: (usize, usize) = (1024, 128);
-/// Connections with one at once: each node's, and one more while it changes over. They may all
-/// come from behind one NAT.
+/// Largest number of connections with a client certificate: in total, and per source. Each node
+/// has one, and a second one while it reconnects. All nodes may be behind one NAT.
 const MEMBERS: (usize, usize) = (2 * limits::NODES, 2 * limits::NODES);
 
-/// A connection whose handshake is done.
+/// A connection whose TLS handshake is complete.
 pub struct Connection {
     stream: TlsStream<TcpStream>,
     info: ConnectionInfo,
-    /// When a stranger's time is over.
+    /// Timer that ends a connection without a client certificate; `None` for all others.
     end: Option<Pin<Box<Sleep>>>,
     _place: Place,
 }
 
-/// Who is at the other end; an extension of each request.
+/// Address and identity of the client, an extension of each request on the connection.
 #[derive(Debug, Clone)]
 pub struct ConnectionInfo {
-    /// Where.
+    /// Source address of the connection.
     pub address: SocketAddr,
-    /// What the client's certificate says, if it has one that names somebody.
+    /// Identity in the client's certificate, if it presented one that has an identity.
     pub peer: Option<Arc<PresentedPeer>>,
 }
 
-/// A client's certificate, as it was presented.
+/// Identity in a client's certificate, and whether the certificate had expired.
 #[derive(Debug)]
 pub struct PresentedPeer {
-    /// Whom it names.
+    /// Identity of the client.
     pub peer: Peer,
-    /// It had expired when the connection began.
+    /// True if the certificate had already expired during the handshake.
     pub expired: bool,
 }
 
-/// Listens on `address`; on all addresses of both families, or of IPv4 alone where the machine
-/// has no IPv6, when it is `[::]`.
+/// Listens on `address`. The address `[::]` means all addresses of both families, or all IPv4
+/// addresses on a machine without IPv6.
 pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     match bind_one(address) {
         Err(error)
@@ -92,7 +93,7 @@ fn bind_one(address: SocketAddr) -> io::Result<TcpListener> {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
-    // A restart must not wait for connections of the run before.
+    // After a restart the port must not stay in use by old connections in TIME_WAIT.
     socket.set_reuseaddr(true)?;
     if address.ip() == Ipv6Addr::UNSPECIFIED {
         setsockopt(&socket, sockopt::Ipv6V6Only, &false)?;
@@ -101,7 +102,7 @@ fn bind_one(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(1024)
 }
 
-/// Accepts for as long as the receiver is there.
+/// Accepts connections until the receiver of `connections` is dropped.
 pub async fn accept(
     listener: TcpListener,
     acceptor: TlsAcceptor,
@@ -121,15 +122,15 @@ pub async fn accept(
         let (stream, address) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                // Out of file descriptors, most likely: some will be closed.
-                tracing::warn!(%error, "accept");
+                // Most likely the process is out of file descriptors; others will be closed.
+                tracing::warn!(%error, "cannot accept a connection");
                 sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
         let Some(place) = places.handshakes.take(address.ip()) else {
-            tracing::debug!(%address, "too many handshakes");
+            tracing::debug!(%address, "connection closed: too many handshakes");
             continue;
         };
         let (acceptor, places, connections) =
@@ -137,8 +138,8 @@ pub async fn accept(
         tokio::spawn(async move {
             match timeout(HANDSHAKE, handshake(stream, address, acceptor, &places, now)).await {
                 Ok(Ok(connection)) => drop(connections.send(Ok(connection)).await),
-                Ok(Err(error)) => tracing::debug!(%address, %error, "handshake"),
-                Err(_) => tracing::debug!(%address, "handshake took too long"),
+                Ok(Err(error)) => tracing::debug!(%address, %error, "handshake failed"),
+                Err(_) => tracing::debug!(%address, "handshake timed out"),
             }
             drop(place);
         });
@@ -158,7 +159,7 @@ impl Places {
     }
 }
 
-/// How many there may be at once.
+/// Limit on the number of connections, in total and per source.
 struct Bound {
     at_once: usize,
     from_one_source: usize,
@@ -172,7 +173,8 @@ struct Taken {
 }
 
 impl Bound {
-    /// A place for a source, until it is dropped.
+    /// Takes a place for a source. Returns `None` if a limit is reached. The place is returned on
+    /// drop.
     fn take(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
         let source = source(address);
         let mut taken = self.taken.lock();
@@ -187,7 +189,7 @@ impl Bound {
     }
 }
 
-/// One of a bounded number.
+/// A place that counts against a [`Bound`] until it is dropped.
 struct Place {
     bound: Arc<Bound>,
     source: IpAddr,

@@ -1,21 +1,22 @@
-//! What the controller tells its service manager (sd_notify(3)): that it serves, that it ends.
+//! Notifications to the service manager (sd_notify(3)): ready and stopping.
 //!
-//! A datagram to the socket that `NOTIFY_SOCKET` names; without it nothing is sent.
+//! A notification is a datagram to the socket that `NOTIFY_SOCKET` names. If the variable is not
+//! set, nothing is sent.
 
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
-/// What a service manager may be told.
+/// A notification to the service manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Message {
-    /// Who connects from here on is served.
+    /// The controller serves requests from now on.
     Ready,
-    /// The end has begun.
+    /// The controller has begun to stop.
     Stopping,
 }
 
-/// Sends the message to the service manager, if there is one. One that does not listen is no
-/// reason to stop.
+/// Sends the message to the service manager, if there is one. A failure is only logged: the
+/// controller also works without a service manager.
 pub fn notify(message: Message) {
     let Ok(path) = std::env::var("NOTIFY_SOCKET") else { return };
     let text = match message {
@@ -23,11 +24,11 @@ pub fn notify(message: Message) {
         Message::Stopping => "STOPPING=1",
     };
     if let Err(error) = send(&path, text) {
-        tracing::debug!(%error, "service manager not told");
+        tracing::debug!(%error, "cannot notify the service manager");
     }
 }
 
-/// To a path, or to a name in the abstract namespace after `@`.
+/// Sends a datagram to a socket: a path, or `@` and a name in the abstract namespace.
 fn send(path: &str, text: &str) -> std::io::Result<()> {
     let address = match path.strip_prefix('@') {
         Some(name) => SocketAddr::from_abstract_name(name)?,

@@ -1,7 +1,7 @@
-//! Who the other end of a connection is, read from its certificate.
+//! Identity of a TLS client, parsed from its certificate.
 //!
-//! The chain and its dates were verified by rustls before; this only reads names. A certificate
-//! without exactly one name of ours names nobody.
+//! rustls has verified the chain and the dates before; this module only parses names. A client
+//! whose certificate does not have exactly one `towline://` name has no identity.
 
 use rustls_pki_types::CertificateDer;
 use towline_proto::id::{IdentityKey, MeshId, NodeId};
@@ -10,30 +10,32 @@ use x509_parser::extensions::GeneralName;
 use x509_parser::oid_registry::OID_SIG_ED25519;
 use x509_parser::prelude::FromDer;
 
+/// Scheme of the URIs in the subject alternative names of Towline's certificates.
 const SCHEME: &str = "towline://";
 
-/// What a client's certificate says.
+/// Identity in a client's certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
-    /// The mesh.
+    /// Mesh of the client.
     pub mesh_id: MeshId,
-    /// In which role.
+    /// Role and name of the client.
     pub name: PeerName,
-    /// The key of the certificate.
+    /// Public key of the certificate.
     pub key: IdentityKey,
 }
 
-/// The role in a client's certificate.
+/// Role and name in a client's certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PeerName {
-    /// A node.
+    /// The client is a node.
     Node(NodeId),
-    /// An administrator.
+    /// The client is an administrator of this name.
     Admin(String),
 }
 
 impl Peer {
-    /// Reads a client's certificate; never panics, whatever the bytes.
+    /// Parses a client's certificate. Returns `None` if it has no identity. Never panics on any
+    /// bytes.
     pub fn from_certificate(der: &[u8]) -> Option<Self> {
         let (certificate, key) = parse(der)?;
         let uri = our_uri(&certificate)?;
@@ -48,29 +50,30 @@ impl Peer {
     }
 }
 
-/// Whether a certificate is past its end at `now` (seconds since 1970); one that cannot be read is.
+/// Returns whether a certificate has expired at `now` (seconds since 1970). One that cannot be
+/// parsed counts as expired.
 pub fn is_expired(der: &[u8], now: i64) -> bool {
     parse(der).is_none_or(|(certificate, _)| certificate.validity().not_after.timestamp() < now)
 }
 
-/// Mesh and key in a CA's certificate.
+/// Returns the mesh id and the key in a CA's certificate.
 pub fn mesh_authority(certificate: &CertificateDer<'_>) -> Option<(MeshId, IdentityKey)> {
     let (certificate, key) = parse(certificate)?;
     let mesh_id = our_uri(&certificate)?.strip_prefix(SCHEME)?.parse().ok()?;
     Some((mesh_id, key))
 }
 
-/// The name in a CA's certificate.
+/// Returns the URI in a CA's certificate.
 pub fn mesh_uri(mesh: MeshId) -> String {
     format!("{SCHEME}{mesh}")
 }
 
-/// The name in a node's certificate.
+/// Returns the URI in a node's certificate.
 pub fn node_uri(mesh: MeshId, node: NodeId) -> String {
     format!("{SCHEME}{mesh}/node/{node}")
 }
 
-/// The name in an administrator's certificate.
+/// Returns the URI in an administrator's certificate.
 pub fn admin_uri(mesh: MeshId, name: &str) -> String {
     format!("{SCHEME}{mesh}/admin/{name}")
 }

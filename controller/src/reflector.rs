@@ -1,10 +1,11 @@
-//! Tells whoever asks from where it was heard: STUN binding (RFC 8489) on UDP, on the port number
-//! that gRPC has on TCP.
+//! STUN server (RFC 8489 binding) on UDP, on the port number that gRPC uses on TCP. It tells a
+//! client its public address.
 //!
-//! It answers nothing but requests that are at least as long as the answer, a few per second from
-//! one source: nobody is flooded through it. It knows nothing and keeps nothing. On a machine with
-//! several addresses, listening on all of them, an answer may leave from another one than was
-//! asked; then the asker takes it for nothing. Listen on one address there.
+//! The server only answers requests that are at least as long as the response, and limits the rate
+//! of each source, so it cannot be used to flood other hosts. It keeps no state except the rate
+//! limiter. On a machine with several addresses that listens on all of them, a response may leave
+//! from another address than the request was sent to, and the client ignores it. Listen on one
+//! address there.
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -16,20 +17,22 @@ use towline_proto::stun;
 
 use crate::clock::Now;
 
-/// Requests per second and source, and how many at once: many nodes may share one.
+/// Requests per second and source, and their burst. Many nodes behind one NAT share a source.
 const RATE: Rate = Rate::per_second(32, 128);
-/// A request is far shorter.
+/// Longest datagram that is read, in bytes. A request is far shorter.
 const DATAGRAM_BYTES: usize = 1500;
-/// How many are refused between two lines of the log.
+/// Number of refused requests between two log messages.
 const REFUSED_PER_LINE: u64 = 10_000;
 
-/// A socket that reflects.
+/// Socket of the STUN server.
 pub(crate) struct Reflector {
     socket: std::net::UdpSocket,
 }
 
 impl Reflector {
-    /// On this address; on all of IPv4 alone where the machine has no IPv6, when it is `[::]`.
+    /// Binds the socket. If the address is `[::]` and cannot be bound, as on a machine without
+    /// IPv6,
+    /// it binds all IPv4 addresses.
     pub(crate) fn bind(address: SocketAddr) -> io::Result<Self> {
         let socket = match std::net::UdpSocket::bind(address) {
             Err(_) if address.ip() == Ipv6Addr::UNSPECIFIED => {
@@ -41,17 +44,17 @@ impl Reflector {
         Ok(Self { socket })
     }
 
-    /// Reflects for ever. Within a tokio runtime.
+    /// Answers requests until the task is aborted. Must be called within a tokio runtime.
     pub(crate) async fn run(self) {
         let socket = match UdpSocket::from_std(self.socket) {
             Ok(socket) => socket,
-            Err(error) => return tracing::error!(%error, "not reflecting"),
+            Err(error) => return tracing::error!(%error, "cannot start the STUN server"),
         };
         let mut limiter = SourceLimiter::new(RATE);
         let mut datagram = [0; DATAGRAM_BYTES];
         let (mut answered, mut refused) = (0u64, 0u64);
         loop {
-            // An error is of some datagram of before.
+            // An error belongs to a datagram that was sent earlier (an ICMP error).
             let Ok((len, from)) = socket.recv_from(&mut datagram).await else { continue };
             let admitted = limiter.admit(from.ip(), Now::read().mono);
             let answer = admitted.then(|| stun::answer(&datagram[..len], from)).flatten();
@@ -63,7 +66,7 @@ impl Reflector {
                 None => {
                     refused += 1;
                     if refused.is_multiple_of(REFUSED_PER_LINE) {
-                        tracing::warn!(answered, refused, "reflector refused requests");
+                        tracing::warn!(answered, refused, "STUN requests refused");
                     }
                 }
             }

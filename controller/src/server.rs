@@ -1,9 +1,9 @@
-//! The controller as a whole: start, run, stop.
+//! Start, run and stop of the whole controller.
 //!
-//! The order of a start matters. The state directory is taken first, so that nobody else changes
-//! it; then the address, so that a busy port changes nothing. The start is counted in the store
-//! before it is counted beside the CA's key: a kill between the two leaves a store that is ahead,
-//! which is no sign of a restored backup.
+//! The order of the start matters. The state directory is locked first, so that no other controller
+//! changes it. The address is bound next, so that a start that fails because the port is in use
+//! changes nothing. The start is counted in the store before it is counted in the file `starts`: a
+//! kill between the two leaves a store that is ahead, which does not look like a restored backup.
 
 use std::future::Future;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -42,24 +42,24 @@ use crate::store::{CommitError, OpenError, Store};
 use crate::tls::{self, ServerCertificate, TlsError};
 use crate::writer::{self, ReadError, Writer};
 
-/// How long connections have to close once the controller stops, and then the store.
+/// Time that connections get to close when the controller stops, and then again the store.
 const GRACE: Duration = Duration::from_millis(700);
-/// How often certificates are looked at.
+/// Interval at which certificates are checked for renewal.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(300);
-/// How often the registry learns that time goes by.
+/// Interval at which the registry runs its periodic work (expired leases and sessions).
 const TICK: Duration = Duration::from_secs(5);
-/// Pings on idle connections, and how long an answer may take.
+/// Interval of HTTP/2 pings on idle connections, and the timeout of a ping.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(10));
-/// HTTP/2 streams that one connection may have open.
+/// Largest number of concurrent HTTP/2 streams on one connection.
 const STREAMS: u32 = 32;
 
-/// Why the controller does not run.
+/// Error that keeps the controller from starting, or that ended it.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The state directory.
+    /// The state directory cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The CA.
+    /// The CA cannot be loaded or created.
     #[error(transparent)]
     Authority(#[from] AuthorityError),
     /// The store cannot be opened.
@@ -71,43 +71,44 @@ pub enum ServeError {
     /// The store cannot be written.
     #[error(transparent)]
     Commit(#[from] CommitError),
-    /// The store is there, what stands beside it is not, or the other way round.
+    /// It cannot be determined whether the store exists.
     #[error("{0}")]
     Incomplete(String),
-    /// The overlay ranges are in use.
+    /// The configuration changes an overlay range that nodes use.
     #[error(transparent)]
     Overlay(#[from] OverlayInUse),
-    /// TLS.
+    /// TLS cannot be set up.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// No random bytes.
+    /// The operating system provides no random bytes.
     #[error(transparent)]
     Entropy(#[from] NoEntropy),
-    /// The address.
+    /// The address cannot be bound.
     #[error(
-        "cannot listen on {address}: {source}{}: stop what uses it, or choose another --listen",
+        "cannot listen on {address}: {source}{}: stop the program that uses it, or choose \
+         another --listen",
         .owner.as_ref().map(|owner| format!(" by {owner}")).unwrap_or_default()
     )]
     Listen {
-        /// Which.
+        /// Address of the listener.
         address: SocketAddr,
-        /// Why not.
+        /// Error of the operating system.
         source: std::io::Error,
-        /// Who has the port, if it is taken and that can be seen.
+        /// Owner of the port, if it is in use and the owner is visible.
         owner: Option<PortOwner>,
     },
-    /// No thread for the store.
+    /// The thread of the store cannot be started.
     #[error("cannot start the store's thread: {0}")]
     Thread(std::io::Error),
-    /// The server ended by itself.
-    #[error("the server ended: {0}")]
+    /// The gRPC server ended by itself.
+    #[error("the gRPC server ended: {0}")]
     Server(#[from] tonic::transport::Error),
     /// The thread that owns the store ended by itself.
-    #[error("the store's thread ended unexpectedly; see the log")]
+    #[error("the store's thread ended unexpectedly: see the log")]
     WriterEnded,
 }
 
-/// A controller that has started and listens, and does not serve yet.
+/// A controller that has started and bound its address, but does not serve yet.
 pub struct Controller {
     dir: StateDir,
     _lock: Lock,
@@ -128,7 +129,7 @@ pub async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> Result
 }
 
 impl ServeError {
-    /// Names who has the port, where it is taken and that can be seen.
+    /// Returns the error of binding `address`, with the owner of the port if it is visible.
     fn listen(address: SocketAddr, source: std::io::Error) -> Self {
         let is_taken = source.kind() == std::io::ErrorKind::AddrInUse;
         let owner = is_taken.then(|| port_owner::find(Transport::Tcp, address.port())).flatten();
@@ -137,7 +138,8 @@ impl ServeError {
 }
 
 impl Controller {
-    /// Takes the state directory (a first start fills it) and the address. Within a tokio runtime.
+    /// Locks the state directory (the first start fills it) and binds the address. Must be called
+    /// within a tokio runtime.
     pub fn start(config: Config) -> Result<Self, ServeError> {
         let dir = StateDir::new(&config.state_dir);
         let lock = dir.lock()?;
@@ -149,10 +151,12 @@ impl Controller {
         let fresh = is_fresh(&dir)?;
         let authority = Arc::new(Authority::load_or_create(&dir, fresh, now.unix)?);
         let (store, registry) = open_registry(&dir, fresh, &authority, &config.mesh, now)?;
-        // A full disk does not keep a controller that has been set up from serving its mesh.
+        // A controller that was set up before serves its mesh even if the disk is full.
         match authority::renew_admin(&dir, &authority, now.unix) {
             Err(error) if fresh => return Err(error.into()),
-            renewed => warn_unless_stored(renewed, "administrator's certificate not renewed"),
+            renewed => {
+                warn_unless_stored(renewed, "the administrator's certificate is not renewed")
+            }
         }
         let certificate = Arc::new(ServerCertificate::new(&authority, now.unix)?);
         let tls = tls::server_config(&authority, certificate.clone())?;
@@ -164,9 +168,9 @@ impl Controller {
                 .map_err(ServeError::Thread)?;
         let proof_key = StaticSecret::from(random::<32>()?);
         let (stop, stopping) = watch::channel(false);
-        // Without it nodes are told of themselves by other nodes only.
+        // Without the STUN server, nodes learn their public addresses only from other nodes.
         let reflector = Reflector::bind(address).inspect_err(
-            |error| tracing::warn!(%error, port = address.port(), "not reflecting on UDP"),
+            |error| tracing::warn!(%error, port = address.port(), "no STUN server: cannot bind UDP"),
         );
         let reflector = reflector.ok();
         let shared = Shared {
@@ -185,7 +189,7 @@ impl Controller {
         let stored = dir.write("address", 0o644, &format!("{}\n", local(address)));
         match stored {
             Err(error) if fresh => return Err(error.into()),
-            stored => warn_unless_stored(stored, "give this machine's commands --address"),
+            stored => warn_unless_stored(stored, "commands on this machine need --address"),
         }
         Ok(Self {
             dir,
@@ -202,17 +206,17 @@ impl Controller {
         })
     }
 
-    /// Where it listens.
+    /// Returns the address on which the controller listens.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where its state lies.
+    /// Returns the path of the state directory.
     pub fn state_dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Serves until `shutdown` resolves; then ends within about a second, and nothing that was
+    /// Serves until `shutdown` resolves, then stops within about 1.5 seconds. Nothing that was
     /// acknowledged is lost.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
         let Self { dir, listener, address, authority, acceptor, shared, stop, .. } = self;
@@ -248,7 +252,7 @@ impl Controller {
             .add_service(discovery)
             .add_service(admin)
             .serve_with_incoming_shutdown(ReceiverStream::new(connections), async move {
-                // The sender is there until the end of `run`.
+                // The sender lives until the end of `run`.
                 let _ = stopping.wait_for(|stopping| *stopping).await;
             });
         let mut server = Box::pin(server);
@@ -263,12 +267,12 @@ impl Controller {
             task.abort();
         }
         if result.is_ok() {
-            // Watches end themselves; who does not close in time is cut off.
+            // Watches end by themselves. Connections that do not close in time are dropped.
             let _ = timeout(GRACE, &mut server).await;
         }
         drop(server);
-        // Connections that are still open cannot keep the store's thread: it finishes what it was
-        // handed, and closes the store.
+        // Connections that are still open do not keep the store's thread alive: it finishes the
+        // requests in its queue and closes the store.
         let _ = timeout(GRACE, async {
             writer.stop().await;
             writer_ended.await
@@ -279,17 +283,17 @@ impl Controller {
     }
 }
 
-/// Whether nothing was ever set up here. Anything in between is an error: to begin anew beside
-/// the remains of a mesh would lose it.
+/// Returns whether no mesh was ever set up in this directory. A directory with remains of a mesh
+/// is an error: a new mesh in it would overwrite them.
 fn is_fresh(dir: &StateDir) -> Result<bool, ServeError> {
     let store: PathBuf = dir.store();
     let exists = store.try_exists().map_err(|error| {
-        ServeError::Incomplete(format!("cannot look at {}: {error}", store.display()))
+        ServeError::Incomplete(format!("cannot access {}: {error}", store.display()))
     })?;
     match (exists, dir.starts()?.is_some()) {
         (false, false) => Ok(true),
         (false, true) => Err(OpenError::Missing(store).into()),
-        // A kill in the first start, after the store was made.
+        // Also after a kill during the first start, once the store exists.
         (true, _) => Ok(false),
     }
 }
@@ -316,10 +320,10 @@ fn open_registry(
     begin(dir, store, authority, settings, now)
 }
 
-/// Reads the registry, counts this start and applies the configuration.
+/// Loads the registry, counts this start and applies the configuration.
 ///
-/// Where the disk takes neither, the mesh is served as it was: no start is counted, so that the
-/// next one finds the counters as if this one had not been.
+/// If the disk accepts no writes, the mesh is served unchanged. The start is not counted then, so
+/// that the next start finds consistent counters.
 fn begin(
     dir: &StateDir,
     mut store: Store,
@@ -333,7 +337,7 @@ fn begin(
         tracing::warn!(
             epoch = started.starts.epoch,
             voided_tokens = started.voided,
-            "store was restored from a backup: every watch begins anew, open tokens are void"
+            "store was restored from a backup: all watches restart, open tokens are void"
         );
     }
     registry.configure(|mesh| {
@@ -352,9 +356,9 @@ fn begin(
     })?;
     match store.commit(store.sequence(), &registry.take_changes().writes) {
         Ok(_) => {}
-        // A restored store must begin a new epoch before anybody sees it.
+        // The new epoch of a restored store must be on the disk before a client sees it.
         Err(error @ CommitError::Failed { .. }) if !started.restored => {
-            tracing::error!(%error, "this start is not counted and changed settings do not apply");
+            tracing::error!(%error, "start not counted, changed settings not applied");
             store.reopen()?;
             let registry = writer::read(&store, authority.clone(), now)?;
             return Ok((store, registry));
@@ -363,14 +367,15 @@ fn begin(
     }
     match dir.set_starts(started.starts) {
         Err(error) if started.restored || dir.starts()?.is_none() => return Err(error.into()),
-        stored => warn_unless_stored(stored, "this start is counted in the store alone"),
+        stored => warn_unless_stored(stored, "this start is counted in the store only"),
     }
     Ok((store, registry))
 }
 
+/// Logs a file that could not be written, and the consequence of that.
 fn warn_unless_stored<E: std::fmt::Display>(stored: Result<(), E>, consequence: &str) {
     if let Err(error) = stored {
-        tracing::warn!(%error, consequence, "not stored");
+        tracing::warn!(%error, consequence, "cannot write the state directory");
     }
 }
 
@@ -381,7 +386,7 @@ fn first_mesh(authority: &Authority, settings: &MeshSettings) -> Result<MeshConf
     };
     let overlay_v4 = match settings.overlay_v4 {
         Some(range) => range,
-        // The default is a network.
+        // The constant is a valid network.
         None => OVERLAY_V4.parse().unwrap_or_default(),
     };
     Ok(MeshConfig {
@@ -396,7 +401,8 @@ fn first_mesh(authority: &Authority, settings: &MeshSettings) -> Result<MeshConf
     })
 }
 
-/// A unique local /64: fd00::/8 and 40 random bits (RFC 4193 section 3.1), and a random subnet.
+/// Returns a unique local /64: fd00::/8, 40 random bits (RFC 4193 section 3.1) and a random subnet
+/// id.
 fn random_ula() -> Result<Ipv6Net, NoEntropy> {
     let random: [u8; 7] = random()?;
     let mut address = [0; 16];
@@ -406,16 +412,16 @@ fn random_ula() -> Result<Ipv6Net, NoEntropy> {
     Ok(Ipv6Net::new(Ipv6Addr::from(address), 64).unwrap_or_default())
 }
 
-/// Under which address this machine's own command line reaches the listener.
+/// Returns the address at which this machine's own command line reaches the listener.
 fn local(address: SocketAddr) -> SocketAddr {
-    // A listener on `[::]` takes IPv4 too, and a loopback without IPv6 is more frequent than one
-    // without IPv4.
+    // A listener on `[::]` accepts IPv4 too, and a loopback interface without IPv6 is more common
+    // than one without IPv4.
     let any = address.ip().is_unspecified();
     let ip = if any { Ipv4Addr::LOCALHOST.into() } else { address.ip() };
     SocketAddr::new(ip, address.port())
 }
 
-/// Replaces the controller's and the administrator's certificates in time.
+/// Renews the controller's and the administrator's certificates periodically.
 async fn renew(dir: StateDir, authority: Arc<Authority>, certificate: Arc<ServerCertificate>) {
     let mut admin_since = Now::read().unix;
     let mut checks = interval(CERTIFICATE_CHECK);
@@ -425,23 +431,25 @@ async fn renew(dir: StateDir, authority: Arc<Authority>, certificate: Arc<Server
         match certificate.renew(&authority, now) {
             Ok(true) => tracing::info!("certificate renewed"),
             Ok(false) => {}
-            Err(error) => tracing::error!(%error, "certificate not renewed"),
+            Err(error) => tracing::error!(%error, "cannot renew the certificate"),
         }
         if tls::is_due(admin_since, ADMIN_LIFE, now) {
             match authority::renew_admin(&dir, &authority, now) {
                 Ok(()) => admin_since = now,
-                Err(error) => tracing::error!(%error, "administrator's certificate not renewed"),
+                Err(error) => {
+                    tracing::error!(%error, "cannot renew the administrator's certificate")
+                }
             }
         }
     }
 }
 
-/// Lets the registry know that time goes by.
+/// Runs the registry's periodic work.
 async fn tick(writer: Writer) {
     let mut ticks = interval(TICK);
     loop {
         ticks.tick().await;
-        // It says so itself when it cannot store.
+        // The writer logs it if the store cannot be written.
         let _ = writer.run(|registry, sessions, now| registry.tick(sessions, now)).await;
     }
 }
@@ -471,11 +479,11 @@ mod tests {
         let (mut store, registry) = begin(&dir, store, &authority, &settings, now).unwrap();
         assert_eq!(*registry.mesh(), mesh);
         assert_eq!(dir.starts().unwrap(), Some(before));
-        // Once there is room it takes changes again.
+        // Once the disk has room, commits succeed again.
         store.commit(store.sequence(), &[]).unwrap();
         drop(store);
 
-        // A backup is not served before its new epoch is on the disk.
+        // A restored backup is not served before its new epoch is on the disk.
         let ahead = Starts { count: before.count + 5, ..before };
         dir.set_starts(ahead).unwrap();
         let store = Store::open(&dir.store()).unwrap();
@@ -491,7 +499,7 @@ mod tests {
         let address = taken.local_addr().unwrap();
         let again = std::net::TcpListener::bind(address).unwrap_err();
         let message = ServeError::listen(address, again).to_string();
-        let owner = format!("(pid {}): stop what uses it", std::process::id());
+        let owner = format!("(pid {}): stop the program that uses it", std::process::id());
         assert!(message.contains(&owner), "{message}");
         let denied = std::io::Error::from(std::io::ErrorKind::PermissionDenied);
         let message = ServeError::listen(address, denied).to_string();

@@ -1,4 +1,4 @@
-//! The state directory: what lies in it, who may read it, and how a file there is replaced.
+//! The state directory of the controller: its files, their permissions, and the lock on it.
 //!
 //! | file | holds | mode |
 //! |---|---|---|
@@ -6,12 +6,12 @@
 //! | `ca.crt` | the CA's certificate, PEM | 0644 |
 //! | `admin.key`, `admin.crt` | the administrator's credential | 0600 |
 //! | `towline.redb` | the store | 0600 |
-//! | `starts` | how often the controller started, and the mesh's epoch: a store that is behind was restored from a backup | 0600 |
-//! | `address` | where the running controller listens, for its own command line | 0644 |
-//! | `lock` | held while a controller runs | 0600 |
+//! | `starts` | number of the controller's starts, and the mesh's epoch: a store that is behind was restored from a backup | 0600 |
+//! | `address` | address on which the running controller listens, for its own command line | 0644 |
+//! | `lock` | lock file, locked while a controller runs | 0600 |
 //!
-//! The directory itself is 0700 and belongs to the system user that the controller runs as; so does
-//! every file in it, also one that root writes. See [`towline_service::directory`].
+//! The directory has mode 0700. It and all files in it, also those that root writes, belong to the
+//! system user that the controller runs as. See [`towline_service::directory`].
 
 use std::fs::File;
 use std::io;
@@ -22,19 +22,19 @@ use towline_service::account;
 use towline_service::directory::{self, DirectoryError, PrivateDirectory};
 use zeroize::Zeroizing;
 
-/// A state directory; it need not exist.
+/// Path of a state directory, which need not exist.
 #[derive(Debug, Clone)]
 pub struct StateDir {
     root: PathBuf,
 }
 
-/// Held as long as a controller runs on the directory.
+/// Lock on a state directory. It is released on drop.
 #[derive(Debug)]
 pub struct Lock {
     _file: Flock<File>,
 }
 
-/// Why the state directory cannot be used.
+/// Error of using the state directory.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// The directory or a file in it cannot be used, or is not private.
@@ -43,36 +43,36 @@ pub enum StateError {
     /// The lock cannot be taken.
     #[error("cannot lock {path}: {source}")]
     Lock {
-        /// Its file.
+        /// Path of the lock file.
         path: PathBuf,
-        /// Reason.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// Another controller has it.
+    /// Another controller holds the lock.
     #[error("another controller runs on {0}: stop it, or give this one its own --state-dir")]
     Locked(PathBuf),
-    /// A file that is not what it should be.
-    #[error("{path} is damaged: {why}; restore the state directory from a backup")]
+    /// A file has invalid content.
+    #[error("{path} is damaged: {why}: restore the state directory from a backup")]
     Damaged {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// In what way.
+        /// Description of the damage, for people.
         why: &'static str,
     },
 }
 
 impl StateDir {
-    /// The directory at `root`; nothing is touched.
+    /// Returns the state directory at `root`, without any access to it.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
 
-    /// Where it is.
+    /// Returns the path of the directory.
     pub fn path(&self) -> &Path {
         &self.root
     }
 
-    /// Makes it where it does not exist, and takes it for this process.
+    /// Creates the directory if it does not exist, and locks it for this process.
     pub fn lock(&self) -> Result<Lock, StateError> {
         let file = directory::create_for(&self.root, account::CONTROLLER)?.open_lock("lock")?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -84,7 +84,8 @@ impl StateDir {
         }
     }
 
-    /// The directory, if it exists; its owner and permissions are checked.
+    /// Opens the directory and checks its owner and permissions. Returns `None` if it does not
+    /// exist.
     fn existing(&self) -> Result<Option<PrivateDirectory>, StateError> {
         match directory::open_for(&self.root, account::CONTROLLER) {
             Ok(directory) => Ok(Some(directory)),
@@ -93,24 +94,26 @@ impl StateDir {
         }
     }
 
-    /// The store's file.
+    /// Returns the path of the store's file.
     pub fn store(&self) -> PathBuf {
         self.root.join("towline.redb")
     }
 
-    /// The path of one of its files.
+    /// Returns the path of a file in the directory.
     pub fn file(&self, name: &str) -> PathBuf {
         self.root.join(name)
     }
 
-    /// A file's text; `None` when there is none.
+    /// Reads a text file; `None` if it does not exist.
     pub fn read(&self, name: &str) -> Result<Option<String>, StateError> {
         let Some(directory) = self.existing()? else { return Ok(None) };
         let Some(bytes) = directory.read(name)? else { return Ok(None) };
         String::from_utf8(bytes).map(Some).map_err(|_| self.damaged(name, "it is not text"))
     }
 
-    /// The text of a file that holds a key and is closed to others; `None` when there is none.
+    /// Reads a text file that holds a key, and checks that no other user can read it; `None` if it
+    /// does
+    /// not exist.
     pub fn read_key(&self, name: &str) -> Result<Option<Zeroizing<String>>, StateError> {
         let Some(directory) = self.existing()? else { return Ok(None) };
         let Some(mut bytes) = directory.read_key(name)? else { return Ok(None) };
@@ -119,7 +122,7 @@ impl StateDir {
             .map_err(|_| self.damaged(name, "it is not text"))
     }
 
-    /// Replaces a file whole, or not at all.
+    /// Replaces a file atomically.
     pub fn write(&self, name: &str, mode: u32, text: &str) -> Result<(), StateError> {
         let directory = directory::create_for(&self.root, account::CONTROLLER)?;
         Ok(directory.replace(name, mode, text.as_bytes())?)
@@ -136,20 +139,20 @@ impl StateDir {
         Ok(directory.give(file).map_err(failed)?)
     }
 
-    /// Makes renames in the directory last.
+    /// Syncs the directory, so that renames in it survive a crash.
     pub fn sync(&self) -> io::Result<()> {
         File::open(&self.root)?.sync_all()
     }
 
-    /// Removes a file, if it is there.
+    /// Removes a file, if it exists.
     pub fn remove(&self, name: &str) -> Result<(), StateError> {
         Ok(self.existing()?.map_or(Ok(()), |directory| directory.remove(name))?)
     }
 
-    /// The start counter and the epoch as they stand beside the CA's key.
+    /// Reads the start counter and the epoch; `None` before the first start.
     pub fn starts(&self) -> Result<Option<Starts>, StateError> {
         let Some(text) = self.read("starts")? else { return Ok(None) };
-        let damaged = || self.damaged("starts", "it holds no two numbers");
+        let damaged = || self.damaged("starts", "it does not contain two numbers");
         let (count, epoch) = text.trim_end().split_once(' ').ok_or_else(damaged)?;
         let number = |text: &str| text.parse::<u64>().map_err(|_| damaged());
         Ok(Some(Starts { count: number(count)?, epoch: number(epoch)? }))
@@ -160,18 +163,18 @@ impl StateDir {
         self.write("starts", 0o600, &format!("{} {}\n", starts.count, starts.epoch))
     }
 
-    /// An error about one of its files.
+    /// Returns an error about a damaged file.
     pub fn damaged(&self, name: &str, why: &'static str) -> StateError {
         StateError::Damaged { path: self.root.join(name), why }
     }
 }
 
-/// How often the controller started, and the epoch it then had.
+/// Start counter and epoch of the mesh. They are stored both in the store and in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Starts {
-    /// Starts so far.
+    /// Number of starts so far.
     pub count: u64,
-    /// The mesh's epoch.
+    /// Epoch of the mesh. It changes when the store is restored from a backup.
     pub epoch: u64,
 }
 

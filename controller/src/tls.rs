@@ -1,8 +1,9 @@
-//! TLS of the controller: version 1.3, its own short-lived certificate, optional client
-//! certificates of the mesh.
+//! TLS configuration of the controller: version 1.3, a short-lived server certificate, and optional
+//! client certificates of the mesh.
 //!
-//! The certificate is replaced while the server runs ([`ServerCertificate::renew`]); connections
-//! that exist keep theirs. No session is resumed, so each connection shows its certificate anew.
+//! The server certificate is renewed while the server runs ([`ServerCertificate::renew`]). Existing
+//! connections are not affected. Sessions are never resumed, so the client certificate is verified
+//! on each connection.
 
 use std::fmt;
 use std::sync::Arc;
@@ -24,42 +25,44 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 
 use crate::authority::{self, Authority, AuthorityError, SERVER_LIFE};
 
-/// HTTP/2 over TLS, RFC 9113 section 3.2.
+/// ALPN protocol id of HTTP/2 over TLS (RFC 9113 section 3.2).
 pub const ALPN: &[u8] = b"h2";
 
-/// Why there is no TLS.
+/// Error of setting up TLS.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// No certificate.
+    /// The server certificate cannot be issued.
     #[error(transparent)]
     Authority(#[from] AuthorityError),
-    /// rustls refused what it was given.
+    /// rustls refused the configuration.
     #[error("cannot set up TLS: {0}")]
     Rustls(#[from] Error),
-    /// No verifier for the mesh's CA.
+    /// The verifier for the mesh's CA cannot be created.
     #[error("cannot set up TLS: {0}")]
     Verifier(#[from] rustls::server::VerifierBuilderError),
 }
 
-/// The controller's own certificate, which changes while it runs.
+/// The controller's own certificate, which is renewed while it runs.
 pub struct ServerCertificate {
     current: RwLock<Current>,
 }
 
 struct Current {
     key: Arc<CertifiedKey>,
-    /// Seconds since 1970.
+    /// Time of issue in seconds since 1970.
     issued_at: i64,
 }
 
 impl ServerCertificate {
-    /// A first one.
+    /// Issues the first certificate.
     pub fn new(authority: &Authority, now: i64) -> Result<Self, TlsError> {
         let key = certified_key(authority, now)?;
         Ok(Self { current: RwLock::new(Current { key, issued_at: now }) })
     }
 
-    /// Replaces it when half its life is over, or when the clock was set back before its start.
+    /// Renews the certificate if half of its lifetime is over, or if the clock was set back to
+    /// before
+    /// its issue. Returns whether it was renewed.
     pub fn renew(&self, authority: &Authority, now: i64) -> Result<bool, TlsError> {
         if !is_due(self.current.read().issued_at, SERVER_LIFE, now) {
             return Ok(false);
@@ -70,7 +73,7 @@ impl ServerCertificate {
     }
 }
 
-/// Whether a certificate of a certain life is to be replaced.
+/// Returns whether a certificate with the lifetime `life` is due for renewal.
 pub fn is_due(issued_at: i64, life: std::time::Duration, now: i64) -> bool {
     let half = i64::try_from(life.as_secs() / 2).unwrap_or(i64::MAX);
     now < issued_at || now - issued_at >= half
@@ -90,12 +93,12 @@ impl fmt::Debug for ServerCertificate {
 
 fn certified_key(authority: &Authority, now: i64) -> Result<Arc<CertifiedKey>, TlsError> {
     let (certificate, key) = authority::server_credential(authority, now)?;
-    // The CA goes along: a joining node has only its fingerprint.
+    // The chain includes the CA, since a joining node has only its fingerprint.
     let chain = vec![certificate, authority.certificate().clone()];
     Ok(Arc::new(CertifiedKey::from_der(chain, PrivateKeyDer::from(key), &default_provider())?))
 }
 
-/// How the controller speaks TLS.
+/// Returns the TLS configuration of the server.
 pub fn server_config(
     authority: &Authority,
     certificate: Arc<ServerCertificate>,
@@ -112,10 +115,10 @@ pub fn server_config(
     Ok(config)
 }
 
-/// Client certificates of the mesh's CA, or none.
+/// Verifier of client certificates: accepts those of the mesh's CA, and clients without one.
 ///
-/// An expired one is let through, because a node that was switched off for longer than its
-/// certificate lives must be able to renew it; `service::auth` lets it do nothing else.
+/// An expired certificate is accepted, because a node that was switched off for longer than the
+/// certificate's lifetime must be able to renew it. `service::auth` allows it nothing else.
 #[derive(Debug)]
 struct MeshVerifier {
     inner: Arc<dyn ClientCertVerifier>,
