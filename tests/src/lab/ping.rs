@@ -1,4 +1,4 @@
-//! ICMP echo, by raw sockets of our own: how soon, how many, how long a gap.
+//! ICMP echo over raw sockets: round-trip times, loss, and the longest gap.
 
 use std::io::ErrorKind;
 use std::mem::MaybeUninit;
@@ -14,27 +14,27 @@ use super::interrupt;
 use super::namespace::Namespace;
 use super::traffic::Pattern;
 
-/// What a series of echoes showed.
+/// Results of a series of echo requests.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Echoes {
-    /// Requests sent.
+    /// Number of requests sent.
     pub sent: u32,
-    /// Replies that came back with their payload as it was sent.
+    /// Number of replies whose payload was unchanged.
     pub received: u32,
-    /// Median round-trip time of those.
+    /// Median round-trip time of those replies.
     pub median: Option<Duration>,
 }
 
-/// The time of the first reply, from requests sent every few milliseconds through the link
-/// `link` alone (which need not exist yet): none leaves by another way. `None` when `deadline`
-/// passed first.
+/// Returns when the first reply arrived. Requests are sent every few milliseconds, only through the
+/// link `link` (which need not exist yet), so that none leaves by another link. Returns `None` if
+/// `deadline` passed first.
 pub fn first_reply(
     namespace: &Namespace,
     target: IpAddr,
     link: &str,
     deadline: Instant,
 ) -> anyhow::Result<Option<Instant>> {
-    /// Between two requests.
+    /// Interval between two requests.
     const PACE: Duration = Duration::from_millis(4);
     namespace.run(|| {
         let mut echo = Echo::open(target)?;
@@ -48,7 +48,7 @@ pub fn first_reply(
         let mut sequence = 0;
         while Instant::now() < deadline {
             interrupt::check()?;
-            // A link that is not up yet refuses: the next one will tell.
+            // A link that is not up yet refuses the request; the next request tries again.
             let _ = echo.request(sequence, &[]);
             if let Some((_, at)) = echo.reply(Instant::now() + PACE)? {
                 return Ok(Some(at));
@@ -59,8 +59,8 @@ pub fn first_reply(
     })
 }
 
-/// Sends `count` requests with a payload of the pattern, one after the other, each waited for up
-/// to `patience`.
+/// Sends `count` requests with a payload of the pattern, one after the other, and waits up to
+/// `patience` for each reply.
 pub fn echoes(
     namespace: &Namespace,
     target: IpAddr,
@@ -95,8 +95,8 @@ pub fn echoes(
     })
 }
 
-/// Asks every `pace` (or as soon as the reply is there, if it comes later) until `over`. The median
-/// round-trip time; `None`: no reply.
+/// Sends a request every `pace` (or when the reply has arrived, if that is later) until `over`.
+/// Returns the median round-trip time, or `None` without any reply.
 pub fn paced(
     namespace: &Namespace,
     target: IpAddr,
@@ -110,7 +110,7 @@ pub fn paced(
         let mut sequence = 0u16;
         while !over.load(Ordering::Relaxed) && !interrupt::raised() {
             let sent = Instant::now();
-            // What cannot be sent has no reply.
+            // A request that cannot be sent has no reply.
             let _ = echo.request(sequence, &[]);
             while let Some((reply, at)) = echo.reply(sent + PATIENCE)? {
                 if reply == sequence {
@@ -126,14 +126,14 @@ pub fn paced(
     })
 }
 
-/// Asks every few milliseconds, and remembers when replies came.
+/// Sends a request every few milliseconds and records when replies arrived.
 #[derive(Debug, Default)]
 pub struct Ticker {
     arrivals: Mutex<Vec<Instant>>,
 }
 
 impl Ticker {
-    /// Asks `target` from `namespace`, every `pace`, until `stop`.
+    /// Sends requests to `target` from `namespace`, every `pace`, until `stop`.
     pub fn run(
         &self,
         namespace: &Namespace,
@@ -146,7 +146,7 @@ impl Ticker {
             let mut sequence = 0;
             let mut next = Instant::now();
             while !stop.load(Ordering::Relaxed) && !interrupt::raised() {
-                // What cannot be sent is a tick without a reply.
+                // A request that cannot be sent has no reply.
                 let _ = echo.request(sequence, &[]);
                 sequence = sequence.wrapping_add(1);
                 next += pace;
@@ -158,12 +158,12 @@ impl Ticker {
         })
     }
 
-    /// When the last reply came.
+    /// Returns when the last reply arrived.
     pub fn last(&self) -> Option<Instant> {
         self.arrivals.lock().last().copied()
     }
 
-    /// The longest time without a reply between two moments.
+    /// Returns the longest time without a reply between two moments.
     pub fn longest_gap(&self, from: Instant, to: Instant) -> Duration {
         let arrivals = self.arrivals.lock();
         let inside = arrivals.iter().copied().filter(|at| (from..to).contains(at));
@@ -176,10 +176,10 @@ impl Ticker {
     }
 }
 
-/// Tells the replies of one socket from those of another in the same namespace.
+/// Next ICMP identifier, which distinguishes the sockets of one namespace.
 static NEXT_IDENTIFIER: AtomicU16 = AtomicU16::new(1);
 
-/// One raw socket that asks one target.
+/// A raw socket that sends echo requests to one target.
 struct Echo {
     socket: Socket,
     target: IpAddr,
@@ -200,7 +200,8 @@ impl Echo {
             IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4),
             IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6),
         };
-        let socket = Socket::new(domain, Type::RAW, Some(protocol)).context("no raw socket")?;
+        let socket =
+            Socket::new(domain, Type::RAW, Some(protocol)).context("cannot open a raw socket")?;
         Ok(Self {
             socket,
             target,
@@ -217,14 +218,15 @@ impl Echo {
         message.extend(sequence.to_be_bytes());
         message.extend(payload);
         if self.target.is_ipv4() {
-            // For ICMPv6 the kernel does it.
+            // The kernel computes the checksum of ICMPv6.
             let sum = checksum(&message);
             message[2..4].copy_from_slice(&sum.to_be_bytes());
         }
         self.socket.send_to(&message, &SockAddr::from(SocketAddr::new(self.target, 0))).map(drop)
     }
 
-    /// The next reply of ours: its sequence number and when it came; `None` at `until`.
+    /// Waits for the next reply to this socket and returns its sequence number and arrival time, or
+    /// `None` at `until`.
     fn reply(&mut self, until: Instant) -> anyhow::Result<Option<(u16, Instant)>> {
         loop {
             let left = until.saturating_duration_since(Instant::now());
@@ -242,7 +244,7 @@ impl Echo {
                 {
                     continue;
                 }
-                Err(error) => return Err(error).context("cannot receive echo replies"),
+                Err(error) => return Err(error).context("cannot receive an echo reply"),
             };
             let now = Instant::now();
             if from.as_socket().map(|address| address.ip()) != Some(self.target) {
@@ -258,14 +260,14 @@ impl Echo {
         }
     }
 
-    /// Of the reply that came last.
+    /// Returns the payload of the last reply.
     fn payload(&self) -> &[u8] {
         &self.payload
     }
 }
 
-/// Sequence number and payload, if the packet is an echo reply with this identifier. Raw IPv4
-/// sockets show the IP header, raw IPv6 ones do not.
+/// Returns sequence number and payload if the packet is an echo reply with this identifier. Raw
+/// IPv4 sockets deliver the IP header, raw IPv6 sockets do not.
 fn read_reply(packet: &[u8], v4: bool, identifier: u16) -> Option<(u16, &[u8])> {
     let message = if v4 { packet.get(usize::from(packet.first()? & 0x0f) * 4..)? } else { packet };
     let (header, payload) = message.split_first_chunk::<HEADER>()?;
@@ -275,7 +277,7 @@ fn read_reply(packet: &[u8], v4: bool, identifier: u16) -> Option<(u16, &[u8])> 
         .then(|| (u16::from_be_bytes([s0, s1]), payload))
 }
 
-/// The Internet checksum, RFC 1071.
+/// Returns the Internet checksum (RFC 1071).
 pub(super) fn checksum(message: &[u8]) -> u16 {
     let mut sum: u32 = message
         .chunks(2)

@@ -1,9 +1,9 @@
-//! The right to make network namespaces, and how to come by it without sudo.
+//! The right to create network namespaces, and how to get it without sudo.
 //!
-//! Root makes them directly. Anybody else becomes root of a user namespace first, where the
-//! machine allows that; the lab then can do all but what the kernel keeps for the real root (forced
-//! socket buffers, conntrack sizes). What is missing is told once, with its remedy, before anything
-//! is built.
+//! Root creates them directly. Any other user first becomes root of a user namespace, if the
+//! machine allows that. The lab can then do everything except what the kernel reserves for the real
+//! root (forced socket buffers, conntrack sizes). If a right is missing, the lab reports it with
+//! its remedy before it builds anything.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -14,21 +14,21 @@ use nix::unistd::{Gid, Uid, getegid, geteuid};
 
 use super::report::Forbidden;
 
-/// Who the lab is towards the kernel.
+/// The rights of the lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rank {
-    /// Root of the machine.
+    /// The lab is root of the machine.
     Root,
-    /// Root of a user namespace only.
+    /// The lab is root of a user namespace only.
     Rootless,
 }
 
 const TUN: &str = "/dev/net/tun";
 
-/// Makes sure that this process can make network namespaces; enters a user namespace when it must
-/// or when `rootless` asks for it.
+/// Ensures that this process can create network namespaces. Enters a user namespace if that is
+/// necessary, or if `rootless` is set.
 ///
-/// Call it before any thread is started: a process of several threads cannot enter a user
+/// Call it before any thread is started: a process with several threads cannot enter a user
 /// namespace.
 ///
 /// # Errors
@@ -43,18 +43,18 @@ pub fn acquire(rootless: bool) -> Result<Rank, Forbidden> {
     Ok(if direct && in_initial_user_namespace() { Rank::Root } else { Rank::Rootless })
 }
 
-/// Makes sure that this process is root of the machine and can build a lab, as it stands.
+/// Checks that this process is root of the machine and can build a lab.
 ///
 /// # Errors
 /// [`Forbidden`], with the remedy.
 pub fn acquire_root() -> Result<(), Forbidden> {
     if !geteuid().is_root() || !in_initial_user_namespace() {
-        return Err(refused("this is not root of the machine"));
+        return Err(refused("this process is not root of the machine"));
     }
     usable()
 }
 
-/// Whether this process can build a lab, as it stands.
+/// Checks that this process can build a lab without further rights.
 ///
 /// # Errors
 /// [`Forbidden`], with the remedy.
@@ -65,8 +65,8 @@ pub fn usable() -> Result<(), Forbidden> {
     check_tun()
 }
 
-/// Makes the calling process root of a new user namespace, in which it is this user and group.
-/// The process must have one thread.
+/// Makes the calling process root of a new user namespace, in which only this user and group are
+/// mapped. The process must have a single thread.
 pub(super) fn enter_user_namespace(uid: Uid, gid: Gid) -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWUSER)?;
     fs::write("/proc/self/setgroups", "deny")?;
@@ -74,18 +74,18 @@ pub(super) fn enter_user_namespace(uid: Uid, gid: Gid) -> io::Result<()> {
     fs::write("/proc/self/gid_map", format!("0 {gid} 1"))
 }
 
-/// Tries on a thread, so that this one keeps its namespace.
+/// Tests it on a thread, so that the calling thread keeps its namespace.
 fn can_make_namespaces() -> bool {
     std::thread::spawn(|| unshare(CloneFlags::CLONE_NEWNET).is_ok()).join().unwrap_or(false)
 }
 
 fn in_initial_user_namespace() -> bool {
-    // The initial one maps every id to itself.
+    // The initial namespace maps every id to itself.
     fs::read_to_string("/proc/self/uid_map")
         .is_ok_and(|map| map.split_whitespace().eq(["0", "0", "4294967295"]))
 }
 
-/// Finds the setting that stands in the way of namespaces.
+/// Returns the error for `what`, with the setting that forbids namespaces as its remedy.
 pub(super) fn refused(what: &str) -> Forbidden {
     let setting = |path: &str| fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
     let blocked = [
@@ -100,7 +100,7 @@ pub(super) fn refused(what: &str) -> Forbidden {
         Some((path, _, good)) => {
             format!("allow them with `sysctl -w {}={good}`, or run as root", path.replace('/', "."))
         }
-        None => "run as root; in a container, allow it to make namespaces".to_owned(),
+        None => "run as root; in a container, allow it to create namespaces".to_owned(),
     };
     Forbidden { what: what.to_owned(), remedy }
 }
@@ -109,11 +109,11 @@ fn check_tun() -> Result<(), Forbidden> {
     let open = || -> io::Result<File> { OpenOptions::new().read(true).write(true).open(TUN) };
     let Err(error) = open() else { return Ok(()) };
     let remedy = if error.kind() == ErrorKind::PermissionDenied {
-        format!("let every user open it with `chmod 0666 {TUN}` (it gives no rights by itself)")
+        format!("let every user open it with `chmod 0666 {TUN}` (that alone grants no rights)")
     } else if Path::new("/sys/module/tun").exists() {
-        format!("make it with `mkdir -p /dev/net && mknod -m 0666 {TUN} c 10 200`")
+        format!("create it with `mkdir -p /dev/net && mknod -m 0666 {TUN} c 10 200`")
     } else {
         "load it with `modprobe tun`; in a container, pass the device in".to_owned()
     };
-    Err(Forbidden { what: format!("{TUN} cannot be opened: {error}"), remedy })
+    Err(Forbidden { what: format!("cannot open {TUN}: {error}"), remedy })
 }

@@ -1,4 +1,4 @@
-//! Processes in hosts: daemons that end for sure, and commands that end in time.
+//! Processes in hosts: daemons that are ended reliably, and commands with a time limit.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -15,11 +15,11 @@ use nix::unistd::{Pid, SysconfVar, sysconf};
 use super::interrupt::wait_for;
 use super::namespace::Namespace;
 
-/// How long [`Daemon::stop`] waits. An agent that does not end by itself within 8 s ends with exit
-/// code 1, which callers see: this limit is longer, so that a slow machine is not taken for a fault.
+/// Time limit of [`Daemon::stop`]. An agent that does not end by itself within 8 s exits with code
+/// 1, which callers check. This limit is longer, so that a slow machine is not reported as a hang.
 const STOP_LIMIT: Duration = Duration::from_secs(12);
 
-/// What is run: a program, its arguments, its environment beside the inherited one.
+/// A program to run, with its arguments and additional environment variables.
 #[derive(Debug, Clone)]
 pub struct Program {
     path: PathBuf,
@@ -28,10 +28,10 @@ pub struct Program {
     input: Option<String>,
 }
 
-/// What a command said.
+/// The result of a command.
 #[derive(Debug, Clone)]
 pub struct Said {
-    /// How it ended.
+    /// Exit status of the command.
     pub status: ExitStatus,
     /// Standard output.
     pub stdout: String,
@@ -39,7 +39,7 @@ pub struct Said {
     pub stderr: String,
 }
 
-/// A daemon. Dropping it kills it.
+/// A running daemon. Dropping it kills the process.
 #[derive(Debug)]
 pub struct Daemon {
     name: String,
@@ -48,7 +48,7 @@ pub struct Daemon {
 }
 
 impl Program {
-    /// Without arguments.
+    /// Creates a program without arguments.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into(), arguments: Vec::new(), environment: Vec::new(), input: None }
     }
@@ -74,15 +74,15 @@ impl Program {
         self
     }
 
-    /// Gives it this on standard input; otherwise standard input is empty.
+    /// Sets the standard input; by default it is empty.
     #[must_use]
     pub fn input(mut self, text: impl Into<String>) -> Self {
         self.input = Some(text.into());
         self
     }
 
-    /// Runs it inside `namespace` and waits for its end, for at most `limit`; then it is killed.
-    /// A status other than 0 is no error here.
+    /// Runs the program inside `namespace` and waits for it, for at most `limit`; then it is
+    /// killed. A status other than 0 is not an error.
     pub fn run(&self, namespace: &Namespace, limit: Duration) -> anyhow::Result<Said> {
         let mut command = self.command();
         command.stdin(if self.input.is_some() { Stdio::piped() } else { Stdio::null() });
@@ -90,7 +90,7 @@ impl Program {
         let mut child = namespace.spawn(command).with_context(|| format!("cannot start {self}"))?;
         let mut guard = KillOnDrop(child.id());
         if let (Some(mut pipe), Some(text)) = (child.stdin.take(), &self.input) {
-            // A command that does not read its input says why by its status.
+            // A command that does not read its input reports the reason by its status.
             let _ = pipe.write_all(text.as_bytes());
         }
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
@@ -99,7 +99,7 @@ impl Program {
             let stderr = scope.spawn(|| read_all(stderr));
             let ended = wait_for(&format!("end of {self}"), limit, || Ok(child.try_wait()?));
             if ended.is_err() {
-                // The readers below end with the process.
+                // The readers below end when the process ends.
                 let _ = child.kill();
                 let _ = child.wait();
             }
@@ -112,7 +112,8 @@ impl Program {
         })
     }
 
-    /// As [`Program::run`], and an end with another status than 0 is an error that quotes stderr.
+    /// Runs the program as [`Program::run`] does. A status other than 0 is an error that quotes
+    /// stderr.
     pub fn run_ok(&self, namespace: &Namespace, limit: Duration) -> anyhow::Result<String> {
         let said = self.run(namespace, limit)?;
         if !said.status.success() {
@@ -121,7 +122,7 @@ impl Program {
         Ok(said.stdout)
     }
 
-    /// Starts it inside `namespace` as a daemon; what it says is appended to `log`.
+    /// Starts the program inside `namespace` as a daemon whose output is appended to `log`.
     pub fn start(&self, namespace: &Namespace, name: &str, log: &Path) -> anyhow::Result<Daemon> {
         let output = File::options()
             .create(true)
@@ -136,7 +137,7 @@ impl Program {
 
     fn command(&self) -> Command {
         let mut command = Command::new(&self.path);
-        // The session of who runs the lab is none of the simulated machines'.
+        // The SSH session of the lab's user must not be visible to the simulated machines.
         command.env_remove("SSH_CONNECTION").env_remove("SSH_CLIENT");
         command.args(&self.arguments).envs(self.environment.iter().map(|(n, v)| (n, v)));
         command
@@ -154,18 +155,18 @@ impl std::fmt::Display for Program {
 }
 
 impl Daemon {
-    /// What it is called in messages.
+    /// Returns the daemon's name, for messages.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Its process id.
+    /// Returns the process id.
     pub fn pid(&self) -> Pid {
-        // A process id fits: the kernel's own type is signed.
+        // A process id fits: the kernel's type is signed.
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// An error that quotes the end of its log when it is no longer running.
+    /// Returns an error that quotes the end of the log if the daemon is no longer running.
     pub fn check(&mut self) -> anyhow::Result<()> {
         match self.child.try_wait()? {
             None => Ok(()),
@@ -175,21 +176,21 @@ impl Daemon {
         }
     }
 
-    /// `kill -9`, and its end awaited.
+    /// Kills the process with SIGKILL and waits for its end.
     pub fn kill(&mut self) -> anyhow::Result<()> {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
     }
 
-    /// Waits for its end for at most `limit`, without asking for it.
+    /// Waits for the end of the process for at most `limit`, without sending a signal.
     pub fn wait(mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
         let what = format!("end of {}", self.name);
         wait_for(&what, limit, || Ok(self.child.try_wait()?))
     }
 
-    /// Sends SIGTERM and waits for the end. A process that does not end is killed, and the error
-    /// says what its threads waited for.
+    /// Sends SIGTERM and waits for the end. A process that does not end is killed; the error then
+    /// shows what its threads waited for.
     pub fn stop(mut self) -> anyhow::Result<ExitStatus> {
         kill(self.pid(), Signal::SIGTERM)?;
         let what = format!("end of {} on SIGTERM", self.name);
@@ -197,20 +198,20 @@ impl Daemon {
             .with_context(|| format!("its threads: {}\n    {}", self.threads(), self.last_words()))
     }
 
-    /// What each thread of it waits for, to show why it does not end.
+    /// Returns what each thread waits for, to show why the process does not end.
     fn threads(&self) -> String {
         let path = format!("/proc/{}/task", self.child.id());
         let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
         let threads = std::fs::read_dir(path).into_iter().flatten().flatten().map(|thread| {
             let about = |name: &str| read(thread.path().join(name)).trim().to_owned();
-            // Where the kernel says it: the calls in progress, the innermost first.
+            // The kernel's stack, if readable: the innermost call first.
             let stack = about("stack").replace('\n', " ");
             format!("{} ({}) {stack}", about("comm"), about("wchan"))
         });
         threads.collect::<Vec<_>>().join("; ")
     }
 
-    /// The last lines of its log.
+    /// Returns the last lines of the log.
     pub fn last_words(&self) -> String {
         let text = std::fs::read_to_string(&self.log).unwrap_or_default();
         let lines: Vec<&str> = text.trim_end().lines().collect();
@@ -220,14 +221,14 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // Fails only when it is gone already.
+        // Fails only if the process has already ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Makes a process end with the thread that starts it, at the latest when the lab dies; it is the
-/// leader of its own process group (Ctrl-C at a terminal reaches the lab alone).
+/// Makes a process end with the thread that starts it, at the latest when the lab dies. The process
+/// leads its own process group (Ctrl-C at a terminal reaches only the lab).
 pub fn tie_to_parent(command: &mut Command) {
     command.process_group(0);
     // SAFETY: between fork and exec only async-signal-safe calls are made: prctl and getppid are
@@ -245,7 +246,7 @@ pub fn tie_to_parent(command: &mut Command) {
     }
 }
 
-/// "status 1" or "signal 9".
+/// Returns an exit status as text: "status 1" or "signal 9".
 pub fn ending(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("status {code}"),
@@ -254,12 +255,12 @@ pub fn ending(status: ExitStatus) -> String {
     }
 }
 
-/// Resident memory of a process, in megabytes (10^6 bytes).
+/// Returns the resident memory of a process in megabytes (10^6 bytes).
 pub fn resident_mb(pid: Pid) -> anyhow::Result<f64> {
     memory_mb(pid, "VmRSS:")
 }
 
-/// The most that was resident of a process so far, in megabytes (10^6 bytes).
+/// Returns the peak resident memory of a process so far in megabytes (10^6 bytes).
 pub fn peak_resident_mb(pid: Pid) -> anyhow::Result<f64> {
     memory_mb(pid, "VmHWM:")
 }
@@ -273,16 +274,17 @@ fn memory_mb(pid: Pid, field: &str) -> anyhow::Result<f64> {
         .and_then(|number| number.trim().parse::<f64>().ok());
     match kilobytes {
         Some(kilobytes) => Ok(kilobytes * 1024.0 / 1e6),
-        None => bail!("{path} does not say how much is resident"),
+        None => bail!("{path} has no resident size"),
     }
 }
 
-/// Processor time of a process so far: user and system, of all its threads.
+/// Returns the processor time of a process so far: user and system time of all its threads.
 pub fn processor_time(pid: Pid) -> anyhow::Result<Duration> {
     let path = format!("/proc/{pid}/stat");
-    let text = std::fs::read_to_string(&path).with_context(|| format!("no {path}"))?;
-    // The second field is a name that may hold anything; fields are counted behind it.
-    let (_, fields) = text.rsplit_once(')').ok_or_else(|| anyhow!("{path} is no such file"))?;
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    // The second field is a name in parentheses that may contain anything; later fields are counted
+    // from its end.
+    let (_, fields) = text.rsplit_once(')').ok_or_else(|| anyhow!("cannot parse {path}"))?;
     let ticks: u64 = fields
         .split_whitespace()
         .skip(11)
@@ -293,7 +295,7 @@ pub fn processor_time(pid: Pid) -> anyhow::Result<Duration> {
     Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
 }
 
-/// Ends a process whose owner unwinds; 0 means that it ended.
+/// Kills a process while its owner unwinds; a process id of 0 means that the process has ended.
 struct KillOnDrop(u32);
 
 impl Drop for KillOnDrop {
@@ -307,7 +309,7 @@ impl Drop for KillOnDrop {
 fn read_all(pipe: Option<impl Read>) -> String {
     let mut bytes = Vec::new();
     if let Some(mut pipe) = pipe {
-        // What came before a failure is still worth showing.
+        // Output before a failure is still worth showing.
         let _ = pipe.read_to_end(&mut bytes);
     }
     String::from_utf8_lossy(&bytes).into_owned()

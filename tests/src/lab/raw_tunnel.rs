@@ -1,5 +1,5 @@
-//! A member that keeps to no rule: a WireGuard session with a node, under a member's own key, through
-//! which any inner packet goes.
+//! A member that ignores all rules: a WireGuard session with a node, under a member's own key,
+//! through which any inner packet can be sent.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::path::Path as FilePath;
@@ -16,7 +16,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use super::interrupt::wait_up_to;
 use super::namespace::Namespace;
 
-/// A session that stands, and its socket.
+/// An established session and its socket.
 #[derive(Debug)]
 pub struct RawTunnel {
     session: Session,
@@ -24,23 +24,23 @@ pub struct RawTunnel {
     to: SocketAddr,
 }
 
-/// A handshake that takes longer does not come about.
+/// Time limit of a handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// Between two initiations.
+/// Interval between two initiations.
 const AGAIN: Duration = Duration::from_millis(700);
 
 /// Reads a WireGuard private key from a node's file.
 pub fn private_key(file: &FilePath) -> anyhow::Result<StaticSecret> {
     let text =
         std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let bytes = BASE64.decode(text.trim().as_bytes()).context("no key in base64")?;
-    let bytes: [u8; 32] = bytes.try_into().ok().context("no key of 32 bytes")?;
+    let bytes = BASE64.decode(text.trim().as_bytes()).context("the key is not valid base64")?;
+    let bytes: [u8; 32] = bytes.try_into().ok().context("the key does not have 32 bytes")?;
     Ok(StaticSecret::from(bytes))
 }
 
 impl RawTunnel {
-    /// Shakes hands with the node whose key is `peer` and that listens at `to`, from `namespace`, as
-    /// the member with the key `own`.
+    /// Completes a handshake from `namespace` with the node whose key is `peer` and that listens at
+    /// `to`, as the member with the key `own`.
     pub fn connect(
         namespace: &Namespace,
         own: StaticSecret,
@@ -71,7 +71,8 @@ impl RawTunnel {
     fn await_response(&mut self) -> anyhow::Result<Option<()>> {
         let (mut datagram, mut reply) = ([0; 2048], [0; HANDSHAKE_BYTES]);
         while let Ok(length) = self.socket.recv(&mut datagram) {
-            // Only a response answers; probes and the node's own initiations do not matter here.
+            // Only responses and cookie replies matter here, not probes or the node's own
+            // initiations.
             if datagram[0] != 2 && datagram[0] != 3 {
                 continue;
             }
@@ -88,7 +89,7 @@ impl RawTunnel {
     /// Seals an inner packet and sends it.
     pub fn send(&mut self, packet: &[u8]) -> anyhow::Result<()> {
         if !self.session.is_ready() {
-            bail!("the session with {} is over", self.to);
+            bail!("the session with {} has expired", self.to);
         }
         let mut padded = packet.to_vec();
         padded.resize(packet.len().next_multiple_of(PADDING), 0);
@@ -101,7 +102,7 @@ impl RawTunnel {
     }
 }
 
-/// One segment.
+/// A source of segments that returns one segment.
 struct Once<'a>(Option<&'a [u8]>);
 
 impl Segments for Once<'_> {

@@ -1,60 +1,61 @@
-//! What a scenario promises, what it measured, and the exit status that follows.
+//! Promises of a scenario, its figures, and the resulting exit status.
 
 use std::io::Write;
 use std::process::ExitCode;
 
 use serde::Serialize;
 
-/// The machine does not let the lab run. Exit status 3.
+/// Error of a lab that this machine does not allow to run. Exit status 3.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}; {remedy}")]
 pub struct Forbidden {
-    /// What is refused.
+    /// What the machine refuses.
     pub what: String,
-    /// What the operator can do about it, in a clause.
+    /// What the operator can do about it, as a clause.
     pub remedy: String,
 }
 
-/// The promises of one run: which did not hold.
+/// Records which promises of one run did not hold.
 #[derive(Debug, Default)]
 pub struct Promises {
     failed: Vec<String>,
 }
 
 impl Promises {
-    /// None broken yet.
+    /// Creates a record without broken promises.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Notes whether a promise held. `name` says what was promised, with the figure that broke it.
+    /// Records whether a promise held. `name` returns what was promised, with the figure that broke
+    /// it.
     pub fn hold(&mut self, held: bool, name: impl FnOnce() -> String) {
         if !held {
             self.failed.push(name());
         }
     }
 
-    /// Notes a promise that could not even be tried.
+    /// Records a promise that could not be tested.
     pub fn fail(&mut self, name: String) {
         self.failed.push(name);
     }
 
-    /// The broken ones, in order.
+    /// Returns the broken promises, in order.
     pub fn into_failed(self) -> Vec<String> {
         self.failed
     }
 }
 
-/// One run's figures. Serialises to one JSON object that has `failed`.
+/// The figures of one run. They serialise to one JSON object that has `failed`.
 pub trait Figures: Serialize {
     /// Promises that did not hold.
     fn failed(&self) -> &[String];
-    /// What a person reads instead of the JSON.
+    /// Returns the figures as text for people.
     fn for_people(&self) -> String;
 }
 
-/// Prints the figures to stdout (one JSON object and nothing else with `json`) and gives the exit
-/// status: 0 all promises held, 1 one did not.
+/// Prints the figures to stdout (with `json`: one JSON object and nothing else) and returns the
+/// exit status: 0 if all promises held, 1 if one did not.
 pub fn finish(figures: &impl Figures, json: bool) -> anyhow::Result<ExitCode> {
     let text = if json {
         serde_json::to_string_pretty(figures)? + "\n"
@@ -65,7 +66,7 @@ pub fn finish(figures: &impl Figures, json: bool) -> anyhow::Result<ExitCode> {
     Ok(if figures.failed().is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
-/// Two digits behind the point are enough for anybody.
+/// Rounds a figure to two decimal places.
 pub fn round(figure: f64) -> f64 {
     (figure * 100.0).round() / 100.0
 }
@@ -77,7 +78,7 @@ fn verdict(failed: &[String]) -> String {
     }
 }
 
-/// Writes to stdout; a reader that went away is no error.
+/// Writes to stdout. A reader that has closed the pipe is not an error.
 pub fn print(text: &str) -> std::io::Result<()> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {

@@ -1,19 +1,20 @@
-//! Progress for people, on stderr: a spinner on a terminal, else a line a step.
+//! Progress output for people, on stderr: a spinner on a terminal, otherwise one line for each
+//! step.
 
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Says what goes on. Made after the lab entered its namespaces: a spinner has a thread, and a
-/// process of several threads cannot enter a user namespace.
+/// Prints progress. Create it after the lab entered its namespaces: a spinner has a thread, and a
+/// process with several threads cannot enter a user namespace.
 #[derive(Debug)]
 pub struct Talk {
     spinner: Option<ProgressBar>,
 }
 
 impl Talk {
-    /// A spinner where stderr is a terminal.
+    /// Creates the output, with a spinner if stderr is a terminal.
     pub fn new() -> Self {
         let spinner = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new_spinner();
@@ -26,7 +27,7 @@ impl Talk {
         Self { spinner }
     }
 
-    /// The next step begins.
+    /// Reports that the next step begins.
     pub fn step(&self, what: &str) {
         match &self.spinner {
             Some(bar) => {
@@ -37,14 +38,14 @@ impl Talk {
         }
     }
 
-    /// How far a long step is; only a terminal shows it.
+    /// Reports the progress of a long step; only a terminal shows it.
     pub fn progress(&self, what: &str) {
         if let Some(bar) = &self.spinner {
             bar.set_message(what.to_owned());
         }
     }
 
-    /// Something that stays to be read.
+    /// Prints a line that stays visible.
     pub fn note(&self, what: &str) {
         match &self.spinner {
             Some(bar) => bar.suspend(|| line(what)),
@@ -67,7 +68,7 @@ impl Drop for Talk {
     }
 }
 
-/// Writes a line to stderr; a closed stderr is nobody's concern.
+/// Writes a line to stderr; errors (a closed stderr) are ignored.
 pub fn line(what: &str) {
     let _ = writeln!(std::io::stderr().lock(), "lab: {what}");
 }

@@ -1,4 +1,4 @@
-//! Hosts, routers, links and addresses: what a scenario's picture is built of.
+//! Hosts, routers, links and addresses: a builder for the network of a scenario.
 //!
 //! ```no_run
 //! # use towline_tests::lab::{nat::Nat, privilege::Rank, topology::Lab};
@@ -15,9 +15,9 @@
 //! # Ok(()) }
 //! ```
 //!
-//! The internet is a bridge in a namespace of its own, [`Lab::internet`]. It is also the next hop
-//! of whoever has a public address, and knows the IPv6 networks behind the routers. IPv4 networks
-//! behind routers are private: two routers may have the same.
+//! The internet is a bridge in its own namespace, [`Lab::internet`]. It is also the next hop of
+//! every host with a public address, and has routes to the IPv6 networks behind the routers. IPv4
+//! networks behind routers are private: two routers may use the same.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
@@ -37,15 +37,15 @@ use super::ping::first_reply;
 use super::privilege::Rank;
 use super::wire::{Cable, Weather};
 
-/// Everything that was built. Dropping it takes it all down.
+/// The network that was built. Dropping it removes everything.
 #[derive(Debug)]
 pub struct Lab {
     rank: Rank,
     weather: Weather,
-    /// Dropped before what they lead to.
+    /// Simulated links; dropped before the namespaces that they connect.
     cables: Vec<Cable>,
     internet: Namespace,
-    /// Dropped last: logs and state of what runs in the hosts.
+    /// Logs and state of the processes in the hosts; dropped last.
     directory: TempDir,
 }
 
@@ -56,16 +56,16 @@ pub struct Host {
     addresses: Vec<IpAddr>,
 }
 
-/// A host that forwards between the internet and a LAN of its own.
+/// A host that forwards between the internet and its own LAN.
 #[derive(Debug)]
 pub struct Router {
     host: Host,
     lan: (Ipv4Net, Ipv6Net),
-    /// The next free host number in the LAN.
+    /// Number of the next free host address in the LAN.
     next: AtomicU8,
 }
 
-/// A link that carries nothing after this never will.
+/// Time limit for a new link to carry its first packet; one that takes longer is broken.
 const LINK_LIMIT: Duration = Duration::from_secs(5);
 const BRIDGE: &str = "net0";
 const LAN: &str = "lan0";
@@ -76,12 +76,12 @@ const INTERNET_V6: Ipv6Net =
     Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0), 64);
 
 impl Lab {
-    /// An internet without hosts.
+    /// Creates an internet without hosts.
     pub fn new(rank: Rank) -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("towline-lab-")
             .tempdir()
-            .context("cannot make the lab's directory")?;
+            .context("cannot create the lab's directory")?;
         let internet = bare("internet")?;
         internet.run(|| {
             let mut netlink = Rtnetlink::open()?;
@@ -94,34 +94,34 @@ impl Lab {
         Ok(Self { rank, weather: Weather::default(), cables: Vec::new(), internet, directory })
     }
 
-    /// Who the lab is towards the kernel.
+    /// Returns the lab's rights.
     pub fn rank(&self) -> Rank {
         self.rank
     }
 
-    /// What the way of each uplink to the internet is like from now on; by default it is a cable
-    /// that costs nothing.
+    /// Sets the delay and loss of uplinks that are created from now on. By default they have
+    /// neither.
     pub fn weather(&mut self, weather: Weather) {
         self.weather = weather;
     }
 
-    /// Where the bridge is: capture here.
+    /// Returns the namespace with the internet's bridge, where captures run.
     pub fn internet(&self) -> &Namespace {
         &self.internet
     }
 
-    /// A directory for logs and state, removed with the lab.
+    /// Returns a directory for logs and state, which is removed with the lab.
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
 
-    /// Begins a machine; its name (at most 15 bytes) also names its ports on bridges.
+    /// Starts to define a host. Its name (at most 15 bytes) also names its ports on bridges.
     pub fn host<'a>(&'a mut self, name: &'a str) -> HostBuilder<'a> {
         HostBuilder { lab: self, name, uplinks: Vec::new(), only: None }
     }
 
-    /// Two machines, joined by one cable and nothing else: `eth0` of each, with numbers 1 and 2
-    /// of this network.
+    /// Creates two hosts that are joined by one link and nothing else: `eth0` of each, with numbers
+    /// 1 and 2 of this network.
     pub fn pair(&mut self, names: [&str; 2], net: IpNet) -> anyhow::Result<[Arc<Host>; 2]> {
         let [left, right] = [bare(names[0])?, bare(names[1])?];
         left.run(|| {
@@ -136,41 +136,42 @@ impl Lab {
             namespace.run(|| address(&mut Rtnetlink::open()?, "eth0", own))?;
         }
         first_reply(&left, own[1].addr(), "eth0", Instant::now() + LINK_LIMIT)?
-            .with_context(|| format!("{} does not reach {}", names[0], names[1]))?;
+            .with_context(|| format!("{} cannot reach {}", names[0], names[1]))?;
         let host =
             |namespace, own: IpNet| Arc::new(Host { namespace, addresses: vec![own.addr()] });
         Ok([host(left, own[0]), host(right, own[1])])
     }
 
-    /// Begins a router.
+    /// Starts to define a router.
     pub fn router<'a>(&'a mut self, name: &'a str) -> RouterBuilder<'a> {
         RouterBuilder { lab: self, name, uplink: None, lan: None, nat: None }
     }
 }
 
 impl Host {
-    /// Its name.
+    /// Returns the host's name.
     pub fn name(&self) -> &str {
         self.namespace.name()
     }
 
-    /// Where its processes run.
+    /// Returns the namespace in which the host's processes run.
     pub fn namespace(&self) -> &Namespace {
         &self.namespace
     }
 
-    /// Its own addresses (not the overlay's), uplink by uplink, IPv4 before IPv6.
+    /// Returns the host's own addresses (not the overlay's), by uplink, IPv4 before IPv6.
     pub fn addresses(&self) -> &[IpAddr] {
         &self.addresses
     }
 
-    /// A pod, as a CNI plugin lays it out: a host of its own behind the bridge `cni0` of this one, which
-    /// forwards. Number 1 of each network is the bridge's, number 2 the pod's. One for each host.
+    /// Creates a pod as a CNI plugin does: a separate host behind the bridge `cni0` of this host,
+    /// which forwards. Number 1 of each network is the bridge, number 2 the pod. Each host can have
+    /// one pod.
     pub fn pod(&self, name: &str, v4: Ipv4Net, v6: Ipv6Net) -> anyhow::Result<Host> {
         self.behind_bridge(name, ("cni0", "veth0"), v4, v6)
     }
 
-    /// A container of another program: as [`Self::pod`], behind the bridge `docker0`.
+    /// Creates a container of another runtime: as [`Self::pod`], behind the bridge `docker0`.
     pub fn container(&self, name: &str, v4: Ipv4Net, v6: Ipv6Net) -> anyhow::Result<Host> {
         self.behind_bridge(name, ("docker0", "veth1"), v4, v6)
     }
@@ -199,18 +200,18 @@ impl Host {
 }
 
 impl Router {
-    /// Its side of the lab.
+    /// Returns the router as a host.
     pub fn host(&self) -> &Host {
         &self.host
     }
 
-    /// Its own IPv4 address in its LAN.
+    /// Returns the router's IPv4 address in its LAN.
     pub fn gateway(&self) -> IpAddr {
         first_v4(self.lan.0).into()
     }
 }
 
-/// A machine to be.
+/// A builder for a host.
 #[derive(Debug)]
 #[must_use = "a host is made by `build`"]
 pub struct HostBuilder<'a> {
@@ -234,7 +235,8 @@ impl Uplink<'_> {
         }
     }
 
-    /// Where the cable goes, the next free addresses there, and the gateways.
+    /// Returns the bridge that the uplink connects to, the next free addresses there, and the
+    /// gateways.
     fn ends<'b>(&'b self, lab: &'b Lab) -> (&'b Namespace, &'static str, [IpNet; 2], [IpAddr; 2]) {
         match self {
             Uplink::Internet(v4, v6) => (
@@ -258,28 +260,28 @@ impl Uplink<'_> {
 }
 
 impl<'a> HostBuilder<'a> {
-    /// An uplink straight to the internet, with these addresses out of 203.0.113.0/24 and
-    /// 2001:db8::/64; number 1 of each is taken.
+    /// Adds an uplink directly to the internet, with these addresses of 203.0.113.0/24 and
+    /// 2001:db8::/64. Number 1 of each is taken.
     pub fn public(mut self, v4: &str, v6: &str) -> anyhow::Result<Self> {
         let (v4, v6) = public(v4, v6)?;
         self.uplinks.push(Uplink::Internet(v4, v6));
         Ok(self)
     }
 
-    /// An uplink to a router's LAN, with its next free addresses.
+    /// Adds an uplink to a router's LAN, with its next free addresses.
     pub fn behind(mut self, router: &'a Router) -> Self {
         self.uplinks.push(Uplink::Lan(router));
         self
     }
 
-    /// With addresses of this family alone.
+    /// Restricts the host to addresses of this family.
     pub fn only(mut self, family: Family) -> Self {
         self.only = Some(family);
         self
     }
 
-    /// Makes it. Its links are eth0, eth1, ... in the order of its uplinks; the earlier ones are
-    /// preferred.
+    /// Builds the host. Its links are eth0, eth1, ... in the order of its uplinks; earlier uplinks
+    /// are preferred.
     pub fn build(self) -> anyhow::Result<Arc<Host>> {
         let Self { lab, name, uplinks, only } = self;
         let namespace = bare(name)?;
@@ -295,7 +297,7 @@ impl<'a> HostBuilder<'a> {
                 .zip(gateways)
                 .filter(|(own, _)| only.is_none_or(|only| only == Family::of(own.addr())))
                 .collect();
-            // The kernel takes an IPv6 metric of 0 for 1,024.
+            // The kernel treats an IPv6 metric of 0 as 1,024.
             connect(&namespace, &link, &ways, 100 + index as u32)?;
             addresses.extend(ways.iter().map(|(own, _)| own.addr()));
         }
@@ -304,7 +306,7 @@ impl<'a> HostBuilder<'a> {
     }
 }
 
-/// A router to be.
+/// A builder for a router.
 #[derive(Debug)]
 #[must_use = "a router is made by `build`"]
 pub struct RouterBuilder<'a> {
@@ -316,33 +318,34 @@ pub struct RouterBuilder<'a> {
 }
 
 impl<'a> RouterBuilder<'a> {
-    /// Its addresses on the internet.
+    /// Sets the router's addresses on the internet.
     pub fn public(mut self, v4: &str, v6: &str) -> anyhow::Result<Self> {
         let (v4, v6) = public(v4, v6)?;
         self.uplink = Some(Uplink::Internet(v4, v6));
         Ok(self)
     }
 
-    /// Behind another router, instead of on the internet.
+    /// Places the router behind another router instead of on the internet.
     pub fn behind(mut self, router: &'a Router) -> Self {
         self.uplink = Some(Uplink::Lan(router));
         self
     }
 
-    /// The networks of its LAN; number 1 of each is its own.
+    /// Sets the networks of the router's LAN; number 1 of each is the router's own.
     pub fn lan(mut self, v4: &str, v6: &str) -> anyhow::Result<Self> {
         let parse = || -> anyhow::Result<_> { Ok((v4.parse()?, v6.parse()?)) };
-        self.lan = Some(parse().with_context(|| format!("{v4} and {v6} are no LAN"))?);
+        self.lan =
+            Some(parse().with_context(|| format!("{v4} and {v6} are not networks of a LAN"))?);
         Ok(self)
     }
 
-    /// What it does to what it forwards; without it it only forwards.
+    /// Sets the router's NAT or firewall class; without one, the router only forwards.
     pub fn nat(mut self, nat: Nat) -> Self {
         self.nat = Some(nat);
         self
     }
 
-    /// Makes it.
+    /// Builds the router.
     pub fn build(self) -> anyhow::Result<Router> {
         let Self { lab, name, uplink, lan, nat } = self;
         let missing = |what| anyhow!("router {name} has no {what}");
@@ -364,7 +367,7 @@ impl<'a> RouterBuilder<'a> {
             let inside = [nth_v4(lan.0, FIRST_HOST).into(), nth_v6(lan.1, FIRST_HOST).into()];
             namespace.run(|| nat::install(nat, "eth0", inside))?;
         }
-        // IPv6 is not translated: whoever stands between knows the way back.
+        // IPv6 is not translated, so every hop between needs a route back.
         let lan_v6 = || Route::new(lan.1.into());
         let here = own[1].addr();
         let switch = match &uplink {
@@ -382,16 +385,16 @@ impl<'a> RouterBuilder<'a> {
     }
 }
 
-/// A namespace with its loopback up and settings that do not depend on the machine's.
+/// Creates a namespace with its loopback up, and with settings that do not depend on the machine's.
 fn bare(name: &str) -> anyhow::Result<Namespace> {
     let namespace = Namespace::new(name)?;
     for (setting, value) in [
-        // Addresses are usable at once, and nobody advertises any.
+        // Addresses are usable at once, and no router advertises addresses.
         ("net.ipv6.conf.default.accept_dad", "0"),
         ("net.ipv6.conf.default.accept_ra", "0"),
         ("net.ipv6.conf.all.disable_ipv6", "0"),
         ("net.ipv6.conf.default.disable_ipv6", "0"),
-        // What systemd sets on most distributions.
+        // The values that systemd sets on most distributions.
         ("net.ipv4.conf.all.rp_filter", "0"),
         ("net.ipv4.conf.default.rp_filter", "2"),
     ] {
@@ -408,11 +411,11 @@ fn bare(name: &str) -> anyhow::Result<Namespace> {
 fn forward(namespace: &Namespace) -> anyhow::Result<()> {
     namespace.sysctl("net.ipv4.ip_forward", "1")?;
     namespace.sysctl("net.ipv6.conf.all.forwarding", "1")?;
-    // The way by the gateway is the way: in a capture nothing else should happen.
+    // All traffic takes the gateway; ICMP redirects would change that.
     namespace.sysctl("net.ipv4.conf.all.send_redirects", "0")
 }
 
-/// A cable from `link` of a host to the port `port` of a bridge.
+/// Connects `link` of a host to the port `port` of a bridge.
 fn plug(
     host: &Namespace,
     link: &str,
@@ -430,7 +433,7 @@ fn plug(
         switch.run(|| attach(port, bridge))?;
         return Ok(None);
     }
-    // The host's own link stays a plain one: an agent takes a TAP for no uplink.
+    // The host keeps a veth link: an agent does not use a TAP link as an uplink.
     let [near, far, joint] = ["n", "f", "j"].map(|prefix| format!("{prefix}-{port}"));
     let cable = Cable::lay((switch, &near), (switch, &far), weather)?;
     switch.run(|| {
@@ -445,7 +448,7 @@ fn plug(
     Ok(Some(cable))
 }
 
-/// Makes a link a port of a bridge of the calling thread's namespace, and sets it up.
+/// Makes a link a port of a bridge in the calling thread's namespace, and sets it up.
 fn attach(port: &str, bridge: &str) -> anyhow::Result<()> {
     let mut netlink = Rtnetlink::open()?;
     let (port, bridge) = (netlink.link_index(port)?, netlink.link_index(bridge)?);
@@ -453,8 +456,8 @@ fn attach(port: &str, bridge: &str) -> anyhow::Result<()> {
     Ok(netlink.set_up(port, true)?)
 }
 
-/// Addresses and default routes on a link; then waits until both gateways answer: a fresh link
-/// drops what is sent until the kernel's link watch has run, up to a second later.
+/// Adds addresses and default routes to a link, then waits until both gateways answer: a new link
+/// drops packets until the kernel's link watch has run, up to a second later.
 fn connect(
     host: &Namespace,
     link: &str,
@@ -476,22 +479,23 @@ fn connect(
     })?;
     for (_, gateway) in ways {
         first_reply(host, *gateway, link, Instant::now() + LINK_LIMIT)?
-            .with_context(|| format!("{} does not reach its gateway {gateway}", host.name()))?;
+            .with_context(|| format!("{} cannot reach its gateway {gateway}", host.name()))?;
     }
     Ok(())
 }
 
-/// A bridge that keeps its hardware address: one that takes its ports' changes it when a port comes, and who
-/// talked to it before sends to a port's address from then on, which the bridge's host does not take.
+/// Adds a bridge with a fixed hardware address. A bridge that inherits the address of a port
+/// changes it when a port is added; its neighbours then keep sending to the old address, which the
+/// bridge's host does not accept.
 fn add_bridge(netlink: &mut Rtnetlink, name: &str) -> anyhow::Result<()> {
-    /// Locally administered; alone on its LAN.
+    /// A locally administered address, unique on its LAN.
     const HARDWARE: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
     netlink.add_bridge(name)?;
     let index = netlink.link_index(name)?;
     Ok(netlink.set_hardware_address(index, HARDWARE)?)
 }
 
-/// Adds an address to a link and sets it up.
+/// Adds an address to a link and sets the link up.
 fn address(netlink: &mut Rtnetlink, link: &str, net: IpNet) -> anyhow::Result<()> {
     let index = netlink.link_index(link)?;
     netlink.add_address(index, net, AddressOptions { no_dad: true, ..Default::default() })?;
@@ -501,7 +505,7 @@ fn address(netlink: &mut Rtnetlink, link: &str, net: IpNet) -> anyhow::Result<()
 
 fn public(v4: &str, v6: &str) -> anyhow::Result<(Ipv4Addr, Ipv6Addr)> {
     let parse = || -> anyhow::Result<_> { Ok((v4.parse()?, v6.parse()?)) };
-    let (v4, v6) = parse().with_context(|| format!("{v4} and {v6} are no addresses"))?;
+    let (v4, v6) = parse().with_context(|| format!("{v4} and {v6} are not addresses"))?;
     if !INTERNET_V4.contains(&v4) || !INTERNET_V6.contains(&v6) {
         return Err(anyhow!("{v4} or {v6} is not on the simulated internet"));
     }

@@ -1,4 +1,4 @@
-//! TCP transfers that verify every byte, of a pattern that a capture can recognise.
+//! TCP transfers that verify every byte, with a pattern that a capture can recognise.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -11,46 +11,47 @@ use socket2::{Domain, Protocol, Socket, Type};
 use super::interrupt;
 use super::namespace::{Namespace, join};
 
-/// Bytes in a cell of the pattern.
+/// Size of a cell of the pattern in bytes.
 pub const CELL: usize = 64;
-/// Bytes of a cell that are the same in every cell: what a capture looks for.
+/// Size in bytes of the mark, which is the same in every cell and which a capture searches for.
 pub const MARK: usize = 16;
 
-/// A stream of cells: the mark, the cell's number, and bytes mixed from that number. Any 79 bytes
-/// of it hold the mark, and a byte that is lost, doubled, moved or changed is noticed.
+/// A stream of cells: the mark, the cell's number, and bytes derived from that number. Any 79 bytes
+/// of the stream contain the mark, and a byte that is lost, duplicated, moved or changed is
+/// detected.
 #[derive(Debug, Clone, Copy)]
 pub struct Pattern {
     mark: [u8; MARK],
 }
 
-/// What a transfer showed.
+/// Results of a transfer.
 #[derive(Debug, Clone, Copy)]
 pub struct Transferred {
-    /// Bytes that arrived as they were sent.
+    /// Bytes that arrived unchanged.
     pub bytes: u64,
-    /// From the first byte written to the last byte read.
+    /// Time from the first byte written to the last byte read.
     pub took: Duration,
 }
 
 impl Transferred {
-    /// Megabits a second of payload.
+    /// Returns the throughput of payload in megabits per second.
     pub fn mbit_per_s(&self) -> f64 {
         self.bytes as f64 * 8.0 / 1e6 / self.took.as_secs_f64().max(1e-9)
     }
 }
 
 impl Pattern {
-    /// A pattern whose mark occurs nowhere else: random, new for each run.
+    /// Generates a pattern with a new random mark, which occurs nowhere else.
     pub fn random() -> anyhow::Result<Self> {
         Ok(Self { mark: random_bytes()? })
     }
 
-    /// What a capture looks for.
+    /// Returns the mark that a capture searches for.
     pub fn mark(&self) -> &[u8; MARK] {
         &self.mark
     }
 
-    /// The cell of this number.
+    /// Returns the cell with this number.
     pub fn cell(&self, number: u64) -> [u8; CELL] {
         let mut cell = [0; CELL];
         cell[..MARK].copy_from_slice(&self.mark);
@@ -60,31 +61,33 @@ impl Pattern {
         cell
     }
 
-    /// Fills whole cells, the first of them being number `first`.
+    /// Fills whole cells, starting with cell number `first`.
     pub fn fill(&self, first: u64, cells: &mut [u8]) {
         for (number, cell) in (first..).zip(cells.chunks_exact_mut(CELL)) {
             cell.copy_from_slice(&self.cell(number));
         }
     }
 
-    /// Whether these whole cells are the ones that begin at number `first`.
+    /// Returns whether these whole cells are those that start at number `first`.
     pub fn verify(&self, first: u64, cells: &[u8]) -> bool {
         (first..).zip(cells.chunks_exact(CELL)).all(|(number, cell)| cell == self.cell(number))
     }
 }
 
-/// Bytes that nobody can foretell.
+/// Returns unpredictable bytes.
 pub fn random_bytes<const N: usize>() -> anyhow::Result<[u8; N]> {
     let mut bytes = [0; N];
-    SystemRandom::new().fill(&mut bytes).map_err(|_| anyhow!("the system has no randomness"))?;
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| anyhow!("cannot get random bytes from the system"))?;
     Ok(bytes)
 }
 
 /// Sends `bytes` (rounded up to whole cells) over one TCP connection from a host to an address of
-/// another, then as many back, each way verified: the figures of both directions.
+/// another, then as many back. Verifies both directions and returns their results.
 ///
 /// # Errors
-/// No connection, no progress for [`STALL`], a byte that is not as it was sent, or Ctrl-C.
+/// If there is no connection, no progress for [`STALL`], a byte that changed, or Ctrl-C.
 pub fn tcp_both_ways(
     from: &Namespace,
     to: &Namespace,
@@ -98,11 +101,11 @@ pub fn tcp_both_ways(
         .with_context(|| format!("tcp from {} to {address} on {}", from.name(), to.name()))
 }
 
-/// As [`tcp_both_ways`], where the client connects to another address than the server listens on: there
-/// is a translation between them.
+/// Transfers as [`tcp_both_ways`] does, where the client connects to another address than the
+/// server listens on, because of a NAT between them.
 ///
 /// # Errors
-/// As there.
+/// The errors of [`tcp_both_ways`].
 pub fn tcp_between(
     from: &Namespace,
     to: &Namespace,
@@ -129,7 +132,7 @@ fn transfer(
         let (bound, when_bound) = std::sync::mpsc::channel();
         let server = to.thread(scope, "tcp-server", move || {
             let listener = listen(listen_on)?;
-            // The client may have given up: then accept ends by its time limit.
+            // The client may have failed; `accept` then ends at its time limit.
             let _ = bound.send(listener.local_addr()?);
             let mut stream = accept(&listener)?;
             let there = receive(&mut stream, cells, pattern, progress)?;
@@ -137,7 +140,7 @@ fn transfer(
             Ok(there)
         })?;
         let client = from.thread(scope, "tcp-client", move || {
-            let Ok(bound) = when_bound.recv() else { bail!("the other end does not listen") };
+            let Ok(bound) = when_bound.recv() else { bail!("the server is not listening") };
             let target = target.unwrap_or(bound);
             let mut stream = connect(target)?;
             let begun = Instant::now();
@@ -156,13 +159,13 @@ fn transfer(
     })
 }
 
-/// A stream without progress for this long is broken.
+/// Time without progress after which a stream counts as broken.
 pub const STALL: Duration = Duration::from_secs(10);
 
-/// Bytes that are generated, written, read or verified at once; whole cells.
+/// Bytes that are generated, written, read or verified at once; a multiple of [`CELL`].
 const CHUNK: usize = 256 * 1024;
 
-/// How often a blocked socket looks for Ctrl-C.
+/// Interval at which a blocked socket checks for Ctrl-C.
 const LOOK: Duration = Duration::from_millis(200);
 
 fn listen(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
@@ -215,7 +218,7 @@ fn send(stream: &mut std::net::TcpStream, cells: u64, pattern: Pattern) -> anyho
     Ok(())
 }
 
-/// When the last of `cells` cells arrived.
+/// Receives and verifies `cells` cells. Returns when the last one arrived.
 fn receive(
     stream: &mut std::net::TcpStream,
     cells: u64,
@@ -235,7 +238,7 @@ fn receive(
         held += read;
         let whole = held / CELL * CELL;
         if !pattern.verify(number, &buffer[..whole]) {
-            bail!("bytes are not as they were sent, from byte {} on", number * CELL as u64);
+            bail!("the received bytes differ from byte {} on", number * CELL as u64);
         }
         number += (whole / CELL) as u64;
         buffer.copy_within(whole..held, 0);
@@ -245,7 +248,7 @@ fn receive(
     Ok(Instant::now())
 }
 
-/// Repeats a blocking call that times out every [`LOOK`], until it succeeds or [`STALL`] passed.
+/// Repeats a blocking call, which times out every [`LOOK`], until it succeeds or [`STALL`] passed.
 fn patiently<T>(mut call: impl FnMut() -> std::io::Result<T>) -> anyhow::Result<T> {
     let begun = Instant::now();
     loop {
@@ -266,7 +269,8 @@ fn patiently<T>(mut call: impl FnMut() -> std::io::Result<T>) -> anyhow::Result<
     }
 }
 
-/// The finaliser of splitmix64 over both inputs: cheap, and no two words of a stream are alike.
+/// Mixes both inputs with the finaliser of splitmix64: it is cheap, and all words of a stream
+/// differ.
 fn mix(number: u64, index: u64) -> u64 {
     let mut word = (number << 3 | index).wrapping_add(0x9e37_79b9_7f4a_7c15);
     word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

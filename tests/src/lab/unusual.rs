@@ -1,5 +1,5 @@
-//! Packets that look as if they might pass a guard: by their ports, their marks, their form. From a local
-//! socket, or from a pod.
+//! Unusual packets that might bypass a guard by their ports, their marks or their form, sent from a
+//! local socket or from a pod.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -9,31 +9,31 @@ use super::actor::Actor;
 use super::forge::{self, Forger};
 use super::namespace::Namespace;
 
-/// How a local socket sends.
+/// A way to send from a local socket.
 #[derive(Debug, Clone, Copy)]
 pub struct FromHost {
-    /// Whose socket it is.
+    /// Rights of the thread that owns the socket.
     pub actor: Actor,
-    /// What it is.
+    /// Kind of the socket.
     pub transport: Transport,
-    /// Source port; 0: the kernel chooses.
+    /// Source port; with 0 the kernel chooses one.
     pub port: u16,
-    /// `SO_MARK`. `nobody` has no right to it and sends without.
+    /// Packet mark (`SO_MARK`). `nobody` may not set one, and sends without a mark.
     pub mark: Option<u32>,
 }
 
-/// What a local socket is.
+/// Kind of a local socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
-    /// Of UDP.
+    /// A UDP socket.
     Udp,
-    /// Of TCP: its SYN is all that is sent.
+    /// A TCP socket, which sends only its SYN.
     Tcp,
-    /// Of IP: a UDP datagram is made whole, headers included. IPv4 alone.
+    /// A raw IP socket, which sends a UDP datagram including all headers; IPv4 only.
     Raw,
 }
 
-/// What a pod's packet looks like. Each has a source port.
+/// Form of a pod's packet. Each form has a source port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FromPod {
     /// A UDP datagram.
@@ -42,32 +42,32 @@ pub enum FromPod {
     Tcp(u16),
     /// The fragments of a UDP datagram.
     Fragments(u16),
-    /// A UDP datagram behind an extension header of this kind; IPv6 alone.
+    /// A UDP datagram after an extension header of this kind; IPv6 only.
     Extended(u16, u8),
 }
 
-/// A packet's addresses.
+/// The addresses of a packet.
 #[derive(Debug, Clone, Copy)]
 pub struct Way {
-    /// Source.
+    /// Source address.
     pub from: IpAddr,
-    /// Destination, and its port.
+    /// Destination address and port.
     pub to: SocketAddr,
 }
 
-/// What the uplinks take.
+/// MTU of the uplinks in bytes.
 const MTU: usize = 1_500;
-/// A payload that is sent in fragments has at least this many bytes.
+/// Minimum size in bytes of a payload that is sent in fragments.
 const LARGE: usize = 4_000;
 
 impl FromHost {
-    /// A datagram of UDP from an ephemeral port.
+    /// Returns a UDP datagram from an ephemeral port.
     pub const fn udp(actor: Actor) -> Self {
         Self { actor, transport: Transport::Udp, port: 0, mark: None }
     }
 
-    /// Sends the payload from the host in `namespace`, `times` times each way. A refusal is what a guard
-    /// does; what cannot even be bound or marked is an error.
+    /// Sends the payload from the host in `namespace`, `times` times for each pair of addresses. A
+    /// failed send is ignored, since guards cause it; a failed bind or mark is an error.
     pub fn send(
         self,
         namespace: &Namespace,
@@ -89,7 +89,7 @@ impl FromHost {
             }
             Transport::Tcp => {
                 let socket = self.socket(to, Type::STREAM, Protocol::TCP)?;
-                // The SYN is sent at once; nobody waits for the answer.
+                // The SYN is sent at once; its answer does not matter.
                 let _ = socket.connect(&to.into());
             }
             Transport::Raw if to.is_ipv4() => {
@@ -132,7 +132,7 @@ impl FromHost {
 }
 
 impl FromPod {
-    /// Puts packets with the payload onto the pod's link, `times` times each way.
+    /// Sends packets with the payload on the pod's link, `times` times for each pair of addresses.
     pub fn send(
         self,
         forger: &Forger,
@@ -156,7 +156,7 @@ impl FromPod {
             Self::Udp(port) => Ok(vec![forge::udp((from, port).into(), to, payload)?]),
             Self::Tcp(port) => Ok(vec![forge::tcp_syn((from, port).into(), to)?]),
             Self::Fragments(port) => {
-                // Each fragment holds the payload at least once.
+                // Each fragment contains the payload at least once.
                 let large = payload.repeat(LARGE.div_ceil(payload.len().max(1)));
                 forge::fragments(&forge::udp((from, port).into(), to, &large)?, MTU)
             }

@@ -1,5 +1,5 @@
-//! A cable with a delay and a loss, in userspace: two TAP links and two threads that carry frames
-//! from one to the other. netem is absent from many kernels.
+//! A simulated link with delay and loss in userspace: two TAP links, and two threads that carry
+//! frames between them. Many kernels have no netem.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -16,30 +16,31 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::namespace::Namespace;
 
-/// What happens to a frame on a cable, in each direction.
+/// Delay and loss of a link, in each direction.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Weather {
-    /// How long it takes.
+    /// One-way delay of each frame.
     pub delay: Duration,
-    /// How many of 100,000 never arrive.
+    /// Number of frames out of 100,000 that are lost.
     pub lost: u32,
 }
 
-/// A cable. Dropping it takes it away.
+/// A simulated link. Dropping it removes it.
 #[derive(Debug)]
 pub struct Cable {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// Frames that may be under way in one direction.
+/// Maximum number of frames in flight in one direction.
 const UNDER_WAY: usize = 4096;
 const FRAME_BYTES: usize = 65_536;
-/// How often a thread looks whether it is to end.
+/// Interval at which a thread checks whether to stop.
 const LOOK: Duration = Duration::from_millis(100);
 
 impl Cable {
-    /// From the link `a.1`, which is made in the namespace `a.0`, to `b.1` in `b.0`.
+    /// Creates the link `a.1` in the namespace `a.0` and the link `b.1` in `b.0`, and connects
+    /// them.
     pub fn lay(
         a: (&Namespace, &str),
         b: (&Namespace, &str),
@@ -69,7 +70,7 @@ impl Drop for Cable {
     }
 }
 
-/// Until it is to stop, or a link is gone.
+/// Carries frames from one TAP link to the other until `stop` is set.
 fn carry(mut from: File, mut to: File, weather: Weather, mut random: u64, stop: &AtomicBool) {
     let mut under_way: VecDeque<(Instant, Vec<u8>)> = VecDeque::new();
     let mut frame = vec![0; FRAME_BYTES];
@@ -77,7 +78,7 @@ fn carry(mut from: File, mut to: File, weather: Weather, mut random: u64, stop: 
         let next = under_way
             .front()
             .map_or(LOOK, |(due, _)| due.saturating_duration_since(Instant::now()).min(LOOK));
-        // Rounded up: waking too early would mean waking twice.
+        // Rounded up, since waking too early would mean waking twice.
         let next = next + Duration::from_micros(999);
         let mut fds = [PollFd::new(from.as_fd(), PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(next).unwrap_or(PollTimeout::ZERO);
@@ -95,7 +96,7 @@ fn carry(mut from: File, mut to: File, weather: Weather, mut random: u64, stop: 
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                // Down: up again one day, or the lab ends.
+                // The link is down: it comes up again, or the lab ends.
                 Err(_) => {
                     std::thread::sleep(Duration::from_millis(1));
                     break;
@@ -110,7 +111,7 @@ fn carry(mut from: File, mut to: File, weather: Weather, mut random: u64, stop: 
     }
 }
 
-/// Makes a TAP link in the calling thread's namespace, and holds it.
+/// Creates a TAP link in the calling thread's namespace; the link exists while the file is open.
 fn open_tap(name: &str) -> anyhow::Result<File> {
     let file = OpenOptions::new()
         .read(true)
@@ -128,7 +129,7 @@ fn open_tap(name: &str) -> anyhow::Result<File> {
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) };
     if result == -1 {
         let error = std::io::Error::last_os_error();
-        return Err(error).with_context(|| format!("cannot make the TAP link {name}"));
+        return Err(error).with_context(|| format!("cannot create the TAP link {name}"));
     }
     Ok(file)
 }
