@@ -1,6 +1,6 @@
-//! `cargo lab crash`: `kill -9` at random moments, while operators and machines write. What was
-//! acknowledged is still there afterwards, everything comes back by itself, and tunnels carry on
-//! while the controller is away.
+//! `cargo lab crash`: kills the controller and agents with SIGKILL at random moments, while
+//! operators and machines write. No acknowledged write may be lost, all programs must recover on
+//! their own, and tunnels must carry traffic while the controller is down.
 
 mod writers;
 
@@ -23,52 +23,55 @@ use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises, round};
 use writers::{Acknowledged, Writers};
 
-/// How it is run.
+/// Options of one run.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// How many kills.
+    /// Number of kills.
     pub kills: u32,
-    /// Of everything that is random.
+    /// Seed of all random choices. The same seed gives the same victims and pauses.
     pub seed: u64,
 }
 
-/// What the kills did.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Crash {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// Gives the same victims and moments again.
+    /// Seed of the run. Pass it with `--seed` to repeat the same victims and pauses.
     pub seed: u64,
-    /// How many were done.
+    /// Number of kills that were done.
     pub kills: u32,
-    /// Of these, how many hit the controller.
+    /// Number of kills of the controller.
     pub controller_kills: u32,
-    /// Writes that were acknowledged.
+    /// Numbers of acknowledged writes.
     pub acknowledged: Acknowledged,
-    /// Of these, how many were not there afterwards.
+    /// Number of acknowledged writes that were missing at the end.
     pub lost_writes: usize,
-    /// Kills after which something was not back 10 s after its restart.
+    /// Number of kills after which the recovery took more than 10 s.
     pub unrecovered: u32,
-    /// The slowest recovery.
+    /// Longest recovery after a restart, in milliseconds.
     pub recovery_ms_max: f64,
-    /// The longest time without an inner reply while only the controller was away.
+    /// Longest time in milliseconds without an echo reply while only the controller was down.
     pub away_gap_ms: f64,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
+/// Limit for the recovery after a restart.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(10);
-/// Kills come at most this long after the restart before.
+/// Longest pause between a recovery and the next kill.
 const LONGEST_PEACE: Duration = Duration::from_millis(1200);
-/// A victim stays down at most this long.
+/// Longest time between a kill and the restart of the same program.
 const LONGEST_DEATH: Duration = Duration::from_millis(400);
-/// After this no more kills: the scenario ends within 8 minutes.
+/// Time after which no more kills follow, so that the scenario ends within 8 minutes.
 const BUDGET: Duration = Duration::from_secs(400);
+/// Interval between two echo requests of a ticker.
 const TICK: Duration = Duration::from_millis(20);
-/// What a busy machine may hold up a ticking tunnel.
+/// Limit for the time without an echo reply while only the controller is down. A busy machine can
+/// delay replies this long.
 const AWAY_GAP_LIMIT: Duration = Duration::from_millis(500);
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Crash> {
     let hybrid = Hybrid::build(setting)?;
     setting.talk.note(&format!("seed {} (give it again with --seed)", options.seed));
@@ -82,17 +85,19 @@ pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Crash> {
     Ok(crash)
 }
 
-/// Who can be killed, and who watches.
+/// Programs that can be killed, and the tickers that observe the tunnels.
 struct Stage<'a> {
     controller: Controller,
     nodes: Vec<Node>,
-    /// Replies from cp to each worker.
+    /// Tickers that send echo requests from each worker to `cp`.
     tickers: &'a [Ticker],
 }
 
+/// Program that is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Victim {
     Controller,
+    /// Agent of the node with this index.
     Agent(usize),
 }
 
@@ -107,16 +112,18 @@ impl Crash {
         let Mesh { controller, nodes } = hybrid.bring_up(setting)?;
         for worker in &nodes[1..] {
             if let Some(reason) = await_tunnel(worker, &nodes[0], START_LIMIT)? {
-                anyhow::bail!("tunnel {}/cp is not up: {reason}", worker.name());
+                anyhow::bail!("tunnel {}/cp did not come up: {reason}", worker.name());
             }
         }
         let cloud = nodes[0].status()?.overlay_addresses;
-        let cloud = cloud.iter().find(|ip| ip.is_ipv4()).copied().context("cp has no IPv4")?;
+        let cloud =
+            cloud.iter().find(|ip| ip.is_ipv4()).copied().context("cp has no IPv4 mesh address")?;
         let tickers = [Ticker::default(), Ticker::default()];
         let stop = AtomicBool::new(false);
         let writers = Writers::new(controller.operator().clone(), hybrid, setting);
         std::thread::scope(|scope| {
-            // Also when the killing below fails or panics: the threads would be waited for.
+            // Stops the threads even if the code below fails or panics. The scope would wait for
+            // them forever.
             let _stop = StopOnDrop(&stop);
             let mut threads = Vec::new();
             for (ticker, worker) in tickers.iter().zip(&hybrid.workers) {
@@ -133,7 +140,7 @@ impl Crash {
                 join(thread)?;
             }
             killed?;
-            setting.talk.step("looking for every acknowledged write");
+            setting.talk.step("searching for all acknowledged writes");
             let lost = writers.lost()?;
             self.acknowledged = writers.acknowledged();
             self.lost_writes = lost.len();
@@ -145,9 +152,14 @@ impl Crash {
         promises.hold(self.kills == options.kills, || {
             format!("{} kills within {} s: {}", options.kills, BUDGET.as_secs(), self.kills)
         });
-        promises.hold(self.acknowledged.all() > 0, || "writes were acknowledged".to_owned());
+        promises.hold(self.acknowledged.all() > 0, || {
+            "the controller acknowledges writes: it acknowledged none".to_owned()
+        });
         promises.hold(self.away_gap_ms < AWAY_GAP_LIMIT.as_secs_f64() * 1e3, || {
-            format!("tunnels carry on while the controller is away: {} ms gap", self.away_gap_ms)
+            format!(
+                "tunnels carry traffic while the controller is down: {} ms without a reply",
+                self.away_gap_ms
+            )
         });
         Ok(())
     }
@@ -161,8 +173,8 @@ impl Crash {
     ) -> anyhow::Result<()> {
         let mut random = StdRng::seed_from_u64(options.seed);
         let begun = Instant::now();
-        setting.talk.step("killing");
-        // Whether everything was up when the kill came.
+        setting.talk.step("killing programs");
+        // True if all programs had recovered before the current kill.
         let mut peace = true;
         while self.kills < options.kills && begun.elapsed() < BUDGET {
             pass(LONGEST_PEACE.mul_f64(random.random()))?;
@@ -177,7 +189,7 @@ impl Crash {
             self.kills += 1;
             self.controller_kills += u32::from(victim == Victim::Controller);
             setting.talk.progress(&format!("killing: {} of {}", self.kills, options.kills));
-            // One in three is followed by the next before it has recovered.
+            // After one kill in three, the next one follows before the recovery.
             if random.random_ratio(1, 3) && self.kills < options.kills {
                 peace = false;
                 continue;
@@ -223,8 +235,8 @@ impl Stage<'_> {
         }
     }
 
-    /// Waits until everything is back: the controller answers and sees every node online, every
-    /// agent is connected, and packets flow. Else what was missing when the time was up.
+    /// Waits until the controller answers and lists every node as online, every agent is connected,
+    /// and packets flow. Otherwise returns the condition that was not met within the limit.
     fn recover(&mut self) -> anyhow::Result<Result<(), String>> {
         let asked = Instant::now();
         let mut missing = String::new();
@@ -239,6 +251,7 @@ impl Stage<'_> {
         Ok(back.ok_or(missing))
     }
 
+    /// Checks the conditions of [`Self::recover`] once.
     fn look(&mut self, asked: Instant) -> anyhow::Result<()> {
         for node in &mut self.nodes {
             node.agent()?.check()?;
@@ -247,23 +260,25 @@ impl Stage<'_> {
         let listed = self.controller.operator().nodes()?;
         for node in &self.nodes {
             let online = listed.iter().any(|entry| entry.name == node.name() && entry.online);
-            anyhow::ensure!(online, "the controller does not see {} online", node.name());
+            anyhow::ensure!(online, "the controller does not list {} as online", node.name());
             let connected = node.status()?.controller.connected;
-            anyhow::ensure!(connected, "{} is not connected", node.name());
+            anyhow::ensure!(connected, "{} is not connected to the controller", node.name());
         }
         for (ticker, worker) in self.tickers.iter().zip(&self.nodes[1..]) {
             let flows = ticker.last().is_some_and(|last| last > asked);
-            anyhow::ensure!(flows, "no packet between {} and cp", worker.name());
+            anyhow::ensure!(flows, "no echo reply between {} and cp", worker.name());
         }
         Ok(())
     }
 
+    /// Returns the longest time without an echo reply on any tunnel.
     fn longest_gap(&self, from: Instant, to: Instant) -> Duration {
         let gaps = self.tickers.iter().map(|ticker| ticker.longest_gap(from, to));
         gaps.max().unwrap_or_default()
     }
 }
 
+/// Sets the flag when it is dropped.
 struct StopOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for StopOnDrop<'_> {
@@ -295,7 +310,11 @@ impl Figures for Crash {
             "  slowest recovery {} ms, not recovered {}",
             self.recovery_ms_max, self.unrecovered
         );
-        let _ = write!(text, "  longest gap while the controller was away {} ms", self.away_gap_ms);
+        let _ = write!(
+            text,
+            "  longest time without a reply while the controller was down {} ms",
+            self.away_gap_ms
+        );
         text
     }
 }

@@ -1,8 +1,9 @@
-//! `cargo lab departure`: what `towline down`, `up`, `leave` and `confirm` do to a machine, in every
-//! order, with a running agent and without, over reboots.
+//! `cargo lab departure`: runs `towline down`, `up`, `leave` and `confirm` in many orders, with and
+//! without a running agent and across reboots, and checks their exit status, their messages and the
+//! state of the machine.
 //!
-//! A reboot is the agent and the guard started again on the same state directory, after everything
-//! of ours is gone from the kernel's network.
+//! A reboot is simulated: the link, routes, rules and nftables table that Towline created are
+//! removed, then the guard and the agent start again with the same state directory.
 
 use anyhow::Context as _;
 use nix::sys::signal::{Signal, kill};
@@ -20,24 +21,26 @@ use crate::lab::privilege::Rank;
 use crate::lab::process::Said;
 use crate::lab::report::{Figures, Promises};
 
-/// Where the agent's link, routes and rules are; the rules' priorities begin at the table's number.
+/// Name of the agent's TUN link.
+/// Number of the agent's routing table. The priorities of its policy rules begin at the same
+/// number.
 const LINK: &str = "towline0";
 const TABLE: u32 = 21580;
-/// How long a join that has to be confirmed waits in the lab, in seconds.
+/// Time in seconds until an unconfirmed join is undone.
 const CONFIRM: &str = "3";
 
-/// What was done.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Departure {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// Commands whose exit status and message were compared.
+    /// Number of commands whose exit status and messages were checked.
     pub commands: usize,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(setting: &Setting) -> anyhow::Result<Departure> {
     let hybrid = Hybrid::build(setting)?;
     let rootless = setting.rank == Rank::Rootless;
@@ -48,6 +51,7 @@ pub fn run(setting: &Setting) -> anyhow::Result<Departure> {
     Ok(Departure { rootless, commands: acts.commands, failed: acts.promises.into_failed() })
 }
 
+/// Progress of a run.
 struct Acts {
     commands: usize,
     promises: Promises,
@@ -74,7 +78,8 @@ impl Acts {
         self.unconfirmed(setting, &controller, &mut machine)
     }
 
-    /// A command ends with this status and says all of this on stderr.
+    /// Checks that a command ended with this status and that its stderr contains all of these
+    /// parts.
     fn says(&mut self, act: &str, said: &Said, status: i32, parts: &[&str]) {
         self.commands += 1;
         let missing = parts.iter().find(|part| !said.stderr.contains(**part));
@@ -88,18 +93,22 @@ impl Acts {
     }
 
     fn is_open(&mut self, act: &str, place: &Namespace) -> anyhow::Result<()> {
+        /// Checks that nothing of Towline is left in the network of the host.
         let ours = ours(place)?;
-        self.promises.hold(ours.is_empty(), || format!("{act}: the host is open: {ours:?}"));
+        self.promises
+            .hold(ours.is_empty(), || format!("{act}: nothing of towline is left: {ours:?}"));
         Ok(())
     }
 
+    /// Checks that a join fails if it would cut off the SSH session it runs in, unless it is
+    /// forced.
     fn cut_off_at_the_join(
         &mut self,
         setting: &Setting,
         controller: &Controller,
         worker: &mut Node,
     ) -> anyhow::Result<()> {
-        setting.talk.step("a join that would cut off its operator");
+        setting.talk.step("joining from an SSH session that it would cut off");
         let token = controller.operator().token("dc-a")?;
         let join = |flags: &[&str], variable: &str, value: &str| {
             worker
@@ -116,7 +125,7 @@ impl Acts {
         ] {
             let said = join(&[], variable, value)?;
             let parts = ["198.19.0.0/16", "198.19.7.7", "plain_ports", "--force"];
-            self.says("join from inside the mesh's range", &said, 1, &parts);
+            self.says("join from an address of the mesh", &said, 1, &parts);
         }
         let inside = "198.19.7.7 50000 192.168.1.2 22";
         let said = join(&["--force"], "SSH_CONNECTION", inside)?;
@@ -126,17 +135,19 @@ impl Acts {
         Ok(())
     }
 
+    /// Checks `down` and `up` with and without a running agent, and a reboot of a machine that is
+    /// down.
     fn down_and_up(
         &mut self,
         setting: &Setting,
         cp: &Node,
         worker: &mut Node,
     ) -> anyhow::Result<()> {
-        setting.talk.step("down with a running agent");
+        setting.talk.step("towline down with a running agent");
         let place = worker.host().clone();
         let place = place.namespace();
         let reason = await_tunnel(cp, worker, START_LIMIT)?;
-        self.promises.hold(reason.is_none(), || format!("the tunnel is up: {reason:?}"));
+        self.promises.hold(reason.is_none(), || format!("the tunnel comes up: {reason:?}"));
         let said = worker.command(&["confirm"])?;
         self.says("confirm with nothing to confirm", &said, 0, &["nothing to confirm"]);
         let said = worker.command(&["down"])?;
@@ -144,13 +155,13 @@ impl Acts {
         self.ends(worker, 0)?;
         self.is_open("down", place)?;
         let marker = worker.state().join("down");
-        self.promises.hold(marker.is_file(), || "down leaves its marker".to_owned());
+        self.promises.hold(marker.is_file(), || "down creates its marker file".to_owned());
         let said = worker.command(&["status"])?;
         self.says("status while down without an agent", &said, 1, &["down since", "towline up"]);
         let said = worker.command(&["down"])?;
         self.says("down twice", &said, 0, &["down already"]);
 
-        setting.talk.step("a reboot of a machine that is down");
+        setting.talk.step("rebooting a machine that is down");
         let said = worker.command(&["guard"])?;
         self.says("guard while down", &said, 0, &["down", "towline up"]);
         self.is_open("guard while down", place)?;
@@ -167,17 +178,17 @@ impl Acts {
         let text = worker.command_ok(&["status"])?;
         self.promises.hold(
             text.lines().any(|l| l.contains("down since") && l.contains("towline up")),
-            || format!("status says how to go on: {text}"),
+            || format!("status shows the command that starts the mesh again: {text}"),
         );
         let said = worker.command(&["wait", "--timeout", "1"])?;
         self.says("wait while down", &said, 1, &["down", "towline up"]);
         let said = worker.command(&["ping", "cp", "-c", "1"])?;
-        self.promises.hold(!said.status.success(), || "no ping while down".to_owned());
+        self.promises.hold(!said.status.success(), || "towline ping fails while down".to_owned());
         let said = worker.command(&["down"])?;
         self.says("down while down", &said, 0, &["down already"]);
         worker.agent()?.check()?;
 
-        setting.talk.step("up, by the agent");
+        setting.talk.step("towline up with a running agent");
         let inside = "198.19.7.7 50000 192.168.1.2 22";
         let up = |flags: &[&str]| {
             worker
@@ -187,61 +198,66 @@ impl Acts {
                 .run(place, COMMAND_LIMIT)
         };
         let said = up(&[])?;
-        self.says("up that cuts off its operator", &said, 1, &["198.19.7.7", "--force"]);
+        self.says("up that would cut off its SSH session", &said, 1, &["198.19.7.7", "--force"]);
         let said = up(&["--force"])?;
         self.says("up with --force", &said, 0, &["up"]);
         let complete = ours(place)?;
-        self.promises.hold(complete.len() == 4, || format!("up has applied all: {complete:?}"));
-        self.promises.hold(!marker.exists(), || "up removes the marker".to_owned());
+        self.promises.hold(complete.len() == 4, || {
+            format!("up creates the link, routes, rules and nftables table: {complete:?}")
+        });
+        self.promises.hold(!marker.exists(), || "up removes the marker file of down".to_owned());
         let said = worker.command(&["up"])?;
         self.says("up when up", &said, 0, &["up already"]);
         let status = json(worker, "status")?;
         self.promises.hold(status["state"] == "running", || format!("running: {status}"));
         let reason = await_tunnel(cp, worker, START_LIMIT)?;
-        self.promises.hold(reason.is_none(), || format!("the tunnel is up again: {reason:?}"));
+        self.promises.hold(reason.is_none(), || format!("the tunnel comes up again: {reason:?}"));
 
-        setting.talk.step("up without an agent");
+        setting.talk.step("towline up without an agent");
         worker.command_ok(&["down"])?;
         self.ends(worker, 0)?;
         let said = worker.command(&["up"])?;
         self.says("up without an agent", &said, 0, &["towline agent"]);
-        self.promises.hold(!marker.exists(), || "up removes the marker".to_owned());
+        self.promises.hold(!marker.exists(), || {
+            "up without an agent removes the marker file of down".to_owned()
+        });
         worker.launch()?;
         worker.await_status(START_LIMIT)?;
         let status = json(worker, "status")?;
         self.promises.hold(status["state"] == "running", || format!("running: {status}"));
 
-        setting.talk.step("down without an agent that died");
+        setting.talk.step("towline down after the agent was killed");
         worker.agent()?.kill()?;
         let said = worker.command(&["down"])?;
         self.says("down without an agent", &said, 0, &["towline up"]);
         self.is_open("down without an agent", place)?;
-        self.promises.hold(marker.exists(), || "down without an agent lasts".to_owned());
+        self.promises
+            .hold(marker.exists(), || "down without an agent creates its marker file".to_owned());
         worker.command_ok(&["up"])?;
         Ok(())
     }
 
-    /// Commands that meet an agent which starts or ends.
+    /// Runs commands while an agent starts or exits.
     fn races(&mut self, setting: &Setting, worker: &mut Node) -> anyhow::Result<()> {
         let place = worker.host().clone();
         let place = place.namespace();
         for round in 0..4 {
-            setting.talk.step("down while the agent starts");
+            setting.talk.step("towline down while the agent starts");
             worker.launch()?;
             let said = worker.command(&["down"])?;
             self.says("down during the start", &said, 0, &["towline up"]);
-            // Either it ended, or it came too late to bring anything up.
+            // Either the agent exited, or `down` came after its start: then it runs without a mesh.
             let standing = wait_up_to(START_LIMIT, || {
                 Ok((worker.agent()?.check().is_err()
                     || json(worker, "status").is_ok_and(|status| status["state"] == "down"))
                 .then_some(()))
             })?;
-            self.promises.hold(standing.is_some(), || "the agent ends, or is down".to_owned());
+            self.promises.hold(standing.is_some(), || "the agent exits or is down".to_owned());
             self.is_open("down during the start", place)?;
             drop(worker.take_agent());
             worker.command_ok(&["up"])?;
 
-            setting.talk.step("SIGTERM beside down");
+            setting.talk.step("towline down and SIGTERM at the same time");
             worker.launch()?;
             worker.await_status(START_LIMIT)?;
             let pid = worker.agent()?.pid();
@@ -252,21 +268,22 @@ impl Acts {
                 }
                 crate::lab::namespace::join(down)
             })?;
-            self.says("down beside SIGTERM", &said, 0, &["towline up"]);
+            self.says("down at the same time as SIGTERM", &said, 0, &["towline up"]);
             self.ends(worker, 0)?;
-            self.is_open("down beside SIGTERM", place)?;
+            self.is_open("down at the same time as SIGTERM", place)?;
             worker.command_ok(&["up"])?;
         }
         Ok(())
     }
 
+    /// Checks `leave` with a running agent, while down, without an agent, and without a controller.
     fn leaving(
         &mut self,
         setting: &Setting,
         controller: &mut Controller,
         worker: &mut Node,
     ) -> anyhow::Result<()> {
-        setting.talk.step("leave with a running agent");
+        setting.talk.step("towline leave with a running agent");
         let place = worker.host().clone();
         let place = place.namespace();
         worker.launch()?;
@@ -292,7 +309,7 @@ impl Acts {
             .run(place, COMMAND_LIMIT)?;
         self.says("the service after leave", &again, 6, &["has not joined"]);
 
-        setting.talk.step("leave while down, by an agent that stands by");
+        setting.talk.step("towline leave while down, with a running agent");
         worker.join(&controller.operator().token("dc-a")?)?;
         worker.command_ok(&["down"])?;
         worker.launch()?;
@@ -302,17 +319,17 @@ impl Acts {
         self.ends(worker, 0)?;
         self.is_gone(controller, "worker-a")?;
         self.promises.hold(!worker.state().join("down").exists(), || {
-            "leave removes the marker of down".to_owned()
+            "leave removes the marker file of down".to_owned()
         });
 
-        setting.talk.step("leave while down, without an agent");
+        setting.talk.step("towline leave while down, without an agent");
         worker.join(&controller.operator().token("dc-a")?)?;
         worker.command_ok(&["down"])?;
         let said = worker.command(&["leave"])?;
         self.says("leave while down without an agent", &said, 0, &["left the mesh"]);
         self.is_gone(controller, "worker-a")?;
 
-        setting.talk.step("leave while the controller is away");
+        setting.talk.step("towline leave while the controller is down");
         worker.join(&controller.operator().token("dc-a")?)?;
         worker.launch()?;
         worker.await_status(START_LIMIT)?;
@@ -324,7 +341,9 @@ impl Acts {
         worker.await_status(START_LIMIT)?;
         let status = json(worker, "status")?;
         self.promises.hold(status["certificate_expires_at"].is_string(), || {
-            format!("the certificate on the disk is shown without a controller: {status}")
+            format!(
+                "status shows the certificate from the disk while the controller is down: {status}"
+            )
         });
         let said = worker.command(&["leave"])?;
         self.says("leave without a controller", &said, 1, &["still a member", "--force"]);
@@ -337,13 +356,14 @@ impl Acts {
         controller.await_answer(START_LIMIT)
     }
 
+    /// Checks a join that is confirmed in time, and the installation and removal of the units.
     fn confirming(
         &mut self,
         setting: &Setting,
         controller: &Controller,
         machine: &mut Machine,
     ) -> anyhow::Result<()> {
-        setting.talk.step("a join that is confirmed");
+        setting.talk.step("joining with a confirmation in time");
         let place = machine.host.clone();
         let place = place.namespace();
         let token = controller.operator().token("dc-b")?;
@@ -355,7 +375,9 @@ impl Acts {
         let said = command(machine, &["status"])?;
         let parts = ["not confirmed", "undone in", "towline confirm"];
         let missing = parts.iter().find(|part| !said.stdout.contains(**part));
-        self.promises.hold(missing.is_none(), || format!("status tells: {}", said.stdout));
+        self.promises.hold(missing.is_none(), || {
+            format!("status shows that the join is not confirmed: {}", said.stdout)
+        });
         let again = machine.install(&token, &["--confirm", "600"])?;
         self.says("join --install --confirm again", &again.said, 0, &["not applied"]);
         let said = command(machine, &["confirm"])?;
@@ -365,10 +387,10 @@ impl Acts {
         let said = command(machine, &["status", "-o", "json"])?;
         let status: serde_json::Value = serde_json::from_str(&said.stdout)?;
         self.promises.hold(status["confirm_within_ms"].is_null(), || {
-            format!("nothing is left to confirm: {status}")
+            format!("after the confirmation, status shows no deadline: {status}")
         });
 
-        setting.talk.step("a second install on a machine that is down");
+        setting.talk.step("installing again on a machine that is down");
         let said = command(machine, &["down"])?;
         self.says("down of an installed machine", &said, 0, &["towline up"]);
         machine.agent = None;
@@ -379,7 +401,7 @@ impl Acts {
         self.says("up of an installed machine", &said, 0, &[]);
         machine.boot()?;
 
-        setting.talk.step("leave disables the units");
+        setting.talk.step("towline leave on an installed machine");
         self.promises.hold(machine.is_enabled(), || "install enables the units".to_owned());
         let root = machine.root.display().to_string();
         wait_for("the agent's answer", START_LIMIT, || {
@@ -395,6 +417,7 @@ impl Acts {
         self.is_gone(controller, "worker-b")
     }
 
+    /// Checks that a join without a confirmation is undone after its deadline, and after a reboot.
     fn unconfirmed(
         &mut self,
         setting: &Setting,
@@ -406,7 +429,7 @@ impl Acts {
         let root = machine.root.display().to_string();
         let state = machine.root.join("var/lib/towline");
         for reboots in [false, true] {
-            setting.talk.step("a join that nobody confirms");
+            setting.talk.step("joining without a confirmation");
             let token = controller.operator().token("dc-b")?;
             let seconds = if reboots { "600" } else { CONFIRM };
             let ran = machine.install(&token, &["--confirm", seconds])?;
@@ -415,8 +438,8 @@ impl Acts {
                 format!("join --confirm: {}", ran.talk())
             });
             if reboots {
-                setting.talk.step("a reboot before the confirmation");
-                machine.agent.as_mut().context("no agent")?.kill()?;
+                setting.talk.step("rebooting before the confirmation");
+                machine.agent.as_mut().context("no agent runs on this machine")?.kill()?;
                 machine.agent = None;
                 let file = state.join("confirm-by");
                 let text = std::fs::read_to_string(&file)?;
@@ -424,52 +447,59 @@ impl Acts {
                 join["boot_id"] = "another boot".into();
                 std::fs::write(&file, join.to_string())?;
                 let said = machine.towline(&["guard"]).run(place, COMMAND_LIMIT)?;
-                self.says("guard before the undoing", &said, 0, &["not confirmed"]);
+                self.says("guard after the reboot", &said, 0, &["not confirmed"]);
                 let said = machine.towline(&["confirm"]).run(place, COMMAND_LIMIT)?;
                 self.says("confirm too late", &said, 1, &["not confirmed in time"]);
                 machine.boot()?;
             }
-            let ended = machine.agent.take().context("no agent")?.wait(START_LIMIT)?;
-            self.promises.hold(ended.success(), || format!("the agent undoes the join: {ended}"));
-            self.is_open("the undoing", place)?;
+            let ended =
+                machine.agent.take().context("no agent runs on this machine")?.wait(START_LIMIT)?;
+            self.promises.hold(ended.success(), || {
+                format!("the agent undoes the join and exits without error: {ended}")
+            });
+            self.is_open("undoing the join", place)?;
             self.is_gone(controller, "worker-b")?;
             self.promises.hold(!state.join("membership.json").exists(), || {
-                "an undone join is forgotten".to_owned()
+                "undoing the join removes the membership".to_owned()
             });
             let said = machine.towline(&["confirm"]).run(place, COMMAND_LIMIT)?;
-            self.says("confirm after the undoing", &said, 1, &["not confirmed in time"]);
+            self.says("confirm after the join was undone", &said, 1, &["not confirmed in time"]);
             let said =
                 machine.towline(&["after-stop", "--root", &root]).run(place, COMMAND_LIMIT)?;
-            self.says("the unit's end", &said, 0, &["disabled towline.service"]);
-            self.promises.hold(!machine.is_enabled(), || "undoing disables the units".to_owned());
+            self.says("after-stop of the unit", &said, 0, &["disabled towline.service"]);
+            self.promises
+                .hold(!machine.is_enabled(), || "undoing the join disables the units".to_owned());
             let said = machine.towline(&["guard"]).run(place, COMMAND_LIMIT)?;
-            self.says("guard after the undoing", &said, 0, &["has not joined"]);
+            self.says("guard after the join was undone", &said, 0, &["has not joined"]);
         }
-        setting.talk.step("a join after one that was undone");
+        setting.talk.step("joining after a join was undone");
         let token = controller.operator().token("dc-b")?;
         let ran = machine.install(&token, &[])?;
-        self.says("join after an undone one", &ran.said, 0, &["joined as"]);
+        self.says("join after a join was undone", &ran.said, 0, &["joined as"]);
         Ok(())
     }
 
-    /// The agent ends by itself, with this status.
+    /// Waits until the agent exits by itself, and checks its exit status.
     fn ends(&mut self, worker: &mut Node, status: i32) -> anyhow::Result<()> {
-        let agent = worker.take_agent().context("no agent")?;
+        let agent = worker.take_agent().context("no agent runs on this machine")?;
         let ended = agent.wait(START_LIMIT)?;
-        self.promises.hold(ended.code() == Some(status), || format!("the agent ends: {ended}"));
+        self.promises.hold(ended.code() == Some(status), || {
+            format!("the agent exits with status {status}: {ended}")
+        });
         Ok(())
     }
 
+    /// Checks that the controller no longer lists a node.
     fn is_gone(&mut self, controller: &Controller, name: &str) -> anyhow::Result<()> {
         let nodes = controller.operator().nodes()?;
         self.promises.hold(nodes.iter().all(|node| node.name != name), || {
-            format!("the controller knows no {name}: {nodes:?}")
+            format!("the controller does not list {name}: {nodes:?}")
         });
         Ok(())
     }
 }
 
-/// What of ours is in the network of a host, a word each.
+/// Returns what Towline created in the network of a host and is still there, one word each.
 fn ours(place: &Namespace) -> anyhow::Result<Vec<&'static str>> {
     place.run(|| {
         let mut netlink = Rtnetlink::open()?;
@@ -502,6 +532,6 @@ impl Figures for Departure {
     }
 
     fn for_people(&self) -> String {
-        format!("commands compared  {}", self.commands)
+        format!("commands checked  {}", self.commands)
     }
 }

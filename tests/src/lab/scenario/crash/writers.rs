@@ -1,7 +1,8 @@
-//! Operators and machines that write all the time, and remember what was acknowledged.
+//! Operators and machines that write to the controller all the time, and the record of all
+//! acknowledged writes.
 //!
-//! A write that was not acknowledged may or may not have happened: nothing is expected of it, nor of
-//! what it would have changed.
+//! A write without an acknowledgement may or may not have been applied. Nothing is expected of it
+//! or of the object that it would have changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,29 +17,29 @@ use crate::lab::mesh::{Node, Operator, Token};
 use crate::lab::scenario::Setting;
 use crate::lab::scenario::hybrid::Hybrid;
 
-/// How many writes of each kind were acknowledged.
+/// Numbers of acknowledged writes of each kind.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Acknowledged {
-    /// Tokens created.
+    /// Number of created tokens.
     pub tokens: usize,
-    /// Tokens revoked.
+    /// Number of revoked tokens.
     pub revocations: usize,
-    /// Nodes that joined.
+    /// Number of nodes that joined.
     pub joins: usize,
-    /// Nodes removed.
+    /// Number of removed nodes.
     pub removals: usize,
-    /// Records published, as the list of nodes showed their generations grow.
+    /// Number of published records, as seen by growing generations in the node list.
     pub publishes: usize,
 }
 
 impl Acknowledged {
-    /// All together.
+    /// Returns the number of all acknowledged writes.
     pub fn all(&self) -> usize {
         self.tokens + self.revocations + self.joins + self.removals + self.publishes
     }
 }
 
-/// The writers. Each method that takes `stop` is one writer's life.
+/// Writers to the controller. Each method that takes `stop` is the loop of one writer.
 pub(super) struct Writers<'a> {
     operator: Operator,
     hybrid: &'a Hybrid,
@@ -46,7 +47,7 @@ pub(super) struct Writers<'a> {
     expected: Mutex<Expected>,
 }
 
-/// What has to be found in the end, as far as acknowledgements say.
+/// Objects that must exist at the end, and changes that must have lasted.
 #[derive(Debug, Default)]
 struct Expected {
     done: Acknowledged,
@@ -54,13 +55,13 @@ struct Expected {
     revoked: BTreeSet<String>,
     joined: BTreeSet<String>,
     removed: BTreeSet<String>,
-    /// The highest generation that was seen of each node's record.
+    /// Highest generation of each node's record that the node list showed.
     generations: BTreeMap<String, u64>,
 }
 
-/// Nodes that joined for the writers' sake and are not removed yet, at most.
+/// Largest number of guest nodes at a time. The oldest is removed first.
 const GUESTS: usize = 20;
-/// After a refusal, before the next try.
+/// Pause after a failed request.
 const REST: Duration = Duration::from_millis(50);
 
 impl<'a> Writers<'a> {
@@ -69,7 +70,7 @@ impl<'a> Writers<'a> {
         Self { operator, hybrid, binaries, expected: Mutex::default() }
     }
 
-    /// An operator who creates tokens and revokes every third.
+    /// Creates tokens and revokes every third one, as an operator does.
     pub(super) fn manage_tokens(&self, stop: &AtomicBool) -> anyhow::Result<()> {
         let mut count = 0_u64;
         while !stop.load(Ordering::Relaxed) && !interrupt::raised() {
@@ -85,7 +86,7 @@ impl<'a> Writers<'a> {
         Ok(())
     }
 
-    /// Machines that join, and an operator who removes the oldest of them.
+    /// Joins new nodes and removes the oldest of them.
     pub(super) fn manage_nodes(&self, stop: &AtomicBool) -> anyhow::Result<()> {
         let mut guests = std::collections::VecDeque::new();
         let mut number = 0;
@@ -107,7 +108,7 @@ impl<'a> Writers<'a> {
             if guests.len() > GUESTS
                 && let Some(oldest) = guests.pop_front()
             {
-                // Unknown until it is acknowledged.
+                // Until the removal is acknowledged, the node may or may not exist.
                 self.expected.lock().joined.remove(&oldest);
                 if self.operate(&["node", "remove", &oldest]) {
                     let mut expected = self.expected.lock();
@@ -119,12 +120,12 @@ impl<'a> Writers<'a> {
         Ok(())
     }
 
-    /// How much was acknowledged.
+    /// Returns the numbers of acknowledged writes.
     pub(super) fn acknowledged(&self) -> Acknowledged {
         self.expected.lock().done
     }
 
-    /// What was acknowledged and is not there.
+    /// Returns a description of each acknowledged write that is missing.
     pub(super) fn lost(&self) -> anyhow::Result<Vec<String>> {
         let tokens: BTreeMap<String, String> =
             self.operator.tokens()?.into_iter().map(|token| (token.id, token.state)).collect();
@@ -163,6 +164,8 @@ impl<'a> Writers<'a> {
         Ok(lost)
     }
 
+    /// Creates a token. Waits for a moment and returns `None` if the controller did not acknowledge
+    /// it.
     fn token(&self) -> Option<Token> {
         let token = self.operator.token("guests");
         match token {
@@ -179,13 +182,14 @@ impl<'a> Writers<'a> {
         }
     }
 
-    /// Whether the controller acknowledged an operator's command.
+    /// Runs an operator's command. Returns whether the controller acknowledged it.
     fn operate(&self, arguments: &[&str]) -> bool {
         let said = self.operator.command(arguments);
         said.is_ok_and(|said| said.status.success())
     }
 
-    /// What the list of nodes shows was published and acknowledged.
+    /// Records the generations in the node list. A generation that the controller shows was
+    /// acknowledged.
     fn note_generations(&self) {
         let Ok(nodes) = self.operator.nodes() else { return };
         let mut expected = self.expected.lock();
