@@ -1,5 +1,5 @@
-//! The picture that most scenarios start from: a control plane in the cloud and two datacenters,
-//! each a worker behind its own NAT router (drawn in [`crate::lab`]).
+//! Host layout of most scenarios: a control plane in the cloud, and two datacenters, each with a
+//! worker behind its own NAT router. [`crate::lab`] has a diagram.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -19,36 +19,36 @@ use crate::lab::report::Forbidden;
 use crate::lab::topology::{Host, Lab, Router};
 use crate::lab::traffic::Pattern;
 
-/// The hosts. Nothing runs on them yet.
+/// Hosts of the layout. No program runs on them until [`Self::bring_up`].
 #[derive(Debug)]
 pub struct Hybrid {
-    /// The cloud's host: the controller and a node.
+    /// Host in the cloud, for the controller and a node.
     pub cp: Arc<Host>,
-    /// The datacenters' hosts.
+    /// Hosts in the datacenters.
     pub workers: [Arc<Host>; 2],
-    /// One for each worker.
+    /// NAT router of each worker.
     pub routers: [Router; 2],
-    /// Owns what lies under it.
+    /// Lab that owns the namespaces and files of all hosts.
     pub lab: Lab,
 }
 
-/// A controller and the nodes `cp`, `worker-a`, `worker-b`.
+/// Controller and the nodes `cp`, `worker-a` and `worker-b`.
 #[derive(Debug)]
 pub struct Mesh {
-    /// On the host `cp`.
+    /// Controller, on the host `cp`.
     pub controller: Controller,
-    /// `cp` first.
+    /// Nodes in the order of [`NODES`].
     pub nodes: Vec<Node>,
 }
 
-/// Where overlay addresses lie by default: the controller's IPv4 range, and every unique local IPv6
-/// address (RFC 4193). Nothing else in the lab uses them.
+/// Default ranges of mesh addresses: the controller's IPv4 range, and all unique local IPv6
+/// addresses (RFC 4193). Nothing else in the lab uses them.
 const OVERLAY: [IpNet; 2] = [
     IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(198, 19, 0, 0)), 16),
     IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0)), 7),
 ];
 
-/// Name, site, and what the node's configuration says beyond its paths.
+/// Name, site and additional configuration of each node.
 pub const NODES: [(&str, &str, &str); 3] = [
     ("cp", "cloud", "[node]\nadvertise = [\"203.0.113.10:51830\"]\n"),
     ("worker-a", "dc-a", ""),
@@ -68,14 +68,14 @@ impl Hybrid {
             match errno {
                 Some(Errno::EOPNOTSUPP | Errno::EAFNOSUPPORT | Errno::EPERM | Errno::ENOENT) => {
                     anyhow!(Forbidden {
-                        what: format!("this kernel refuses what the lab is built of: {error:#}"),
+                        what: format!("this kernel cannot build the lab's network: {error:#}"),
                         remedy:
-                            "load its modules with `modprobe -a veth bridge nf_tables nft_masq \
+                            "load the modules with `modprobe -a veth bridge nf_tables nft_masq \
                                  nft_ct`"
                                 .to_owned(),
                     })
                 }
-                _ => error.context("the lab cannot be built"),
+                _ => error.context("cannot build the hosts"),
             }
         })
     }
@@ -98,23 +98,23 @@ impl Hybrid {
         Ok(Self { cp, workers: [worker_a, worker_b], routers: [router_a, router_b], lab })
     }
 
-    /// The host of a node of [`NODES`].
+    /// Returns the host of a node of [`NODES`].
     pub fn host(&self, name: &str) -> anyhow::Result<&Arc<Host>> {
         std::iter::once(&self.cp)
             .chain(&self.workers)
             .find(|host| host.name() == name)
-            .ok_or_else(|| anyhow!("no host is named {name}"))
+            .ok_or_else(|| anyhow!("there is no host {name}"))
     }
 
-    /// Captures the internet, with a detector that has just proved that it works: one datagram with
-    /// the pattern goes from a datacenter to the cloud in clear and must be found.
+    /// Captures on the internet. Tests the detector first: one datagram with the pattern goes from
+    /// a datacenter to the cloud in clear, and the capture must find it.
     pub fn capture(&self, pattern: Pattern) -> anyhow::Result<Capture> {
         let cloud = *self.cp.addresses().first().ok_or_else(|| anyhow!("cp has no address"))?;
         proven(self.lab.internet(), &self.workers[0], cloud, pattern)
     }
 
-    /// Captures every uplink: those of the cloud's host and of the routers on the internet, and those
-    /// of the workers behind their routers; each as [`Self::capture`].
+    /// Captures on every uplink: those of the cloud host and of the routers on the internet, and
+    /// those of the workers behind their routers. Tests each detector as [`Self::capture`] does.
     pub fn capture_uplinks(&self, pattern: Pattern) -> anyhow::Result<[Capture; 3]> {
         let [a, b] = &self.routers;
         let [worker_a, worker_b] = &self.workers;
@@ -125,14 +125,14 @@ impl Hybrid {
         ])
     }
 
-    /// Starts the controller, then joins and starts every node, and waits until all agents answer
-    /// and are connected.
+    /// Starts the controller, joins and starts all nodes, and waits until their agents answer and
+    /// are connected.
     pub fn bring_up(&self, setting: &Setting) -> anyhow::Result<Mesh> {
         self.bring_up_with(setting, |_, configuration| (configuration.to_owned(), Vec::new()))
     }
 
-    /// As [`Self::bring_up`], where `more` turns a node's name and configuration into the configuration
-    /// that it gets and the prefixes that its token grants.
+    /// Does the same as [`Self::bring_up`]. `more` maps the name and the additional configuration
+    /// of a node to the configuration it gets and the prefixes that its token grants.
     pub fn bring_up_with(
         &self,
         setting: &Setting,
@@ -158,14 +158,15 @@ impl Hybrid {
     }
 }
 
-/// A capture in `place` that has found a datagram which `sender` sent to `target` in clear.
+/// Starts a capture in `place`, and checks that it finds a datagram that `sender` sends to `target`
+/// in clear.
 fn proven(
     place: &Namespace,
     sender: &Host,
     target: IpAddr,
     pattern: Pattern,
 ) -> anyhow::Result<Capture> {
-    /// RFC 863.
+    /// UDP port of the discard service (RFC 863).
     const DISCARD: u16 = 9;
     let capture = Capture::start(place, pattern)?;
     capture.watch(OVERLAY);
@@ -175,6 +176,8 @@ fn proven(
         socket.send_to(&bytes, SocketAddr::new(target, DISCARD))?;
         Ok(())
     })?;
-    capture.expect_mark(Duration::from_secs(5)).context("the capture's own test")?;
+    capture
+        .expect_mark(Duration::from_secs(5))
+        .context("the capture did not find the test datagram")?;
     Ok(capture)
 }

@@ -1,6 +1,7 @@
-//! `cargo lab nodes`: a cloud control plane and workers at two sites behind NAT, each with a pod behind a
-//! bridge as a CNI plugin lays it out, in both addressings. Every arrow that a Kubernetes cluster draws is a
-//! TCP transfer, and captures on both nodes say which way its packets really took.
+//! `cargo lab nodes`: checks the connections of a Kubernetes cluster. A control plane is in the
+//! cloud, and workers are at two sites behind NAT. Each has a pod behind a bridge, as a CNI plugin
+//! sets it up. Both kinds of addressing are covered. Each connection of such a cluster (an arrow)
+//! is a TCP transfer, and captures show whether its packets crossed the tunnel or the uplink.
 //!
 //! ```text
 //!   player, www ── internet ──┬── cp (API server) ── pod 10.244.1.2
@@ -34,55 +35,58 @@ use cluster::{
 
 pub use cluster::Addressing;
 
-/// How it is run.
+/// Options of one run.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Which addressings.
+    /// Addressings to check.
     pub addressings: Vec<Addressing>,
-    /// Which values of `rp_filter` on the uplinks.
+    /// Values of `rp_filter` on the uplinks to check.
     pub rp_filters: Vec<u8>,
 }
 
-/// Every arrow, and how it went.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Nodes {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// In the order in which they were tried.
+    /// All connections, in the order in which they were tried.
     pub arrows: Vec<ArrowFigure>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
-/// One arrow.
+/// Result of one connection.
 #[derive(Debug, Clone, Serialize)]
 pub struct ArrowFigure {
-    /// From where to where.
+    /// Client and server of the connection, for example "node to pod".
     pub name: &'static str,
-    /// "IPv4" or "IPv6".
+    /// Address family: "IPv4" or "IPv6".
     pub family: &'static str,
-    /// Of the nodes' uplinks.
+    /// Value of `rp_filter` on the uplinks of the nodes.
     pub rp_filter: u8,
-    /// "overlay" or "node-ip".
+    /// Addressing of the nodes: "overlay" or "node-ip".
     pub addressing: Addressing,
-    /// "tunnel" or "uplink": what every packet of both directions took; "mixed", "none" or "unknown" else.
+    /// Way of the packets: "tunnel" or "uplink" if all packets of both directions took it;
+    /// otherwise "mixed", "none" or "unknown".
     pub via: &'static str,
-    /// Every byte of both directions arrived, by the way that was promised.
+    /// True if all bytes of both directions arrived by the expected way.
     pub ok: bool,
 }
 
-/// Each way.
+/// Size of a transfer in each direction, in bytes.
 const BYTES: u64 = 256 * 1024;
-/// After this no more arrows: the scenario ends within 8 minutes.
+/// Time after which no more connections are tried, so that the scenario ends within 8 minutes.
 const BUDGET: Duration = Duration::from_secs(420);
-/// Frames that were just seen are counted after this at the latest.
+/// Limit for a capture to count the last frames of a transfer.
 const CAPTURE_LAG: Duration = Duration::from_secs(1);
-/// Of one arrow, as long as captures miss something.
+/// Number of attempts for one connection while a capture misses frames.
 const ATTEMPTS: u32 = 5;
+/// Value of [`ArrowFigure::via`] for packets that cross the tunnel.
 const TUNNEL: &str = "tunnel";
+/// Value of [`ArrowFigure::via`] for packets that cross an uplink in clear.
 const UPLINK: &str = "uplink";
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Nodes> {
     let mut nodes = Nodes { rootless: setting.rank == Rank::Rootless, ..Nodes::default() };
     let mut promises = Promises::new();
@@ -96,23 +100,25 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Nodes> {
     Ok(nodes)
 }
 
-/// Who speaks to whom.
+/// One connection to try, with the expected way of its packets.
 struct Arrow<'a> {
     name: &'static str,
     from: &'a Host,
-    /// What the client connects to.
+    /// Address and port that the client connects to.
     target: SocketAddr,
     to: &'a Host,
-    /// The server's port.
+    /// Port on which the server listens.
     port: u16,
+    /// Expected way of the packets: [`TUNNEL`] or [`UPLINK`].
     via: &'static str,
-    /// Where its packets must be seen.
+    /// Places where packets of the connection must be seen.
     seen: Vec<Place<'a>>,
-    /// Where they may be seen besides: a client's leg before a NodePort.
+    /// Places where packets may also be seen, because the client's part of the way is not mesh
+    /// traffic.
     besides: Vec<Place<'a>>,
 }
 
-/// A host, and a link of it by which packets come in.
+/// Name of a host, and name of one of its links on which packets arrive.
 type Place<'a> = (&'a str, &'a str);
 
 impl Nodes {
@@ -136,7 +142,8 @@ impl Nodes {
                         format!("{}, {family}, rp_filter {rp_filter}, {addressing}", arrow.name);
                     setting.talk.progress(&what);
                     if begun.elapsed() > BUDGET {
-                        promises.fail(format!("{what}: no time was left"));
+                        promises
+                            .fail(format!("{what}: the time limit of the scenario was reached"));
                         continue;
                     }
                     let (via, outcome) = captures.follow_surely(&arrow, pattern)?;
@@ -145,8 +152,9 @@ impl Nodes {
                         interrupt::check()?;
                         promises.fail(format!("{what}: {error:#}"));
                     }
-                    promises
-                        .hold(via == arrow.via, || format!("{what} by the {}: {via}", arrow.via));
+                    promises.hold(via == arrow.via, || {
+                        format!("{what}: packets take the {}: {via}", arrow.via)
+                    });
                     self.arrows.push(ArrowFigure {
                         name: arrow.name,
                         family,
@@ -162,8 +170,8 @@ impl Nodes {
     }
 }
 
-/// Captures on nodes, routers and the internet, and the links on which packets of a transfer tell which way
-/// they took: in clear on an uplink, or out of the tunnel.
+/// Captures on nodes, routers and the internet, and the links that show which way the packets of a
+/// transfer took: in clear over an uplink, or through the tunnel.
 struct Captures<'a> {
     captures: Vec<(&'a Namespace, Capture)>,
     places: Vec<Place<'a>>,
@@ -180,6 +188,7 @@ impl<'a> Captures<'a> {
         Ok(Self { captures: captures.collect::<anyhow::Result<_>>()?, places: places.collect() })
     }
 
+    /// Returns the number of frames with the pattern at each place.
     fn seen(&self) -> BTreeMap<Place<'a>, u64> {
         let count = |place: &Place<'a>| {
             let capture = self.captures.iter().find(|(namespace, _)| namespace.name() == place.0);
@@ -188,7 +197,8 @@ impl<'a> Captures<'a> {
         self.places.iter().map(|place| (*place, count(place))).collect()
     }
 
-    /// Runs one transfer: which way it took, and whether all arrived and was seen where it should be.
+    /// Runs one transfer. Returns the way of its packets, and whether all bytes arrived and were
+    /// seen at the expected places.
     fn follow(
         &self,
         arrow: &Arrow<'_>,
@@ -199,7 +209,8 @@ impl<'a> Captures<'a> {
         let listen = SocketAddr::new(any, arrow.port);
         let (from, to) = (arrow.from.namespace(), arrow.to.namespace());
         let mut outcome = tcp_between(from, to, listen, arrow.target, BYTES, pattern).map(drop);
-        // What came last is counted when two looks in a row see the same, and something.
+        // The last frames are counted once two reads return the same counters, and those have
+        // grown.
         let mut last = BTreeMap::new();
         let after = interrupt::wait_up_to(CAPTURE_LAG, || {
             let now = self.seen();
@@ -210,7 +221,7 @@ impl<'a> Captures<'a> {
         let after = after.unwrap_or(last);
         let passed = |place: &Place<'_>| after.get(place) > before.get(place);
         if let Some((host, link)) = arrow.seen.iter().find(|place| !passed(place)) {
-            outcome = outcome.and(Err(anyhow::anyhow!("nothing came by {link} of {host}")));
+            outcome = outcome.and(Err(anyhow::anyhow!("no packet arrived on {link} of {host}")));
         }
         let took = |tunnel: bool| {
             let mut ways = self.places.iter().filter(|place| !arrow.besides.contains(place));
@@ -225,8 +236,8 @@ impl<'a> Captures<'a> {
         Ok((via, outcome))
     }
 
-    /// As [`Self::follow`], again if a capture could not hold all that passed: on a busy machine one may
-    /// come too late to its ring, and what it missed could have gone either way.
+    /// Runs [`Self::follow`] again if a capture missed frames, which happens on a busy machine: a
+    /// missed frame could have taken either way.
     fn follow_surely(
         &self,
         arrow: &Arrow<'_>,
@@ -248,7 +259,7 @@ impl<'a> Captures<'a> {
     }
 }
 
-/// Every arrow of one family.
+/// Returns all connections of one address family.
 fn arrows<'a>(cluster: &'a Cluster, v4: bool) -> Vec<Arrow<'a>> {
     let of = |addresses: &[IpAddr]| {
         let found = addresses.iter().copied().find(|ip| ip.is_ipv4() == v4);
@@ -256,7 +267,7 @@ fn arrows<'a>(cluster: &'a Cluster, v4: bool) -> Vec<Arrow<'a>> {
     };
     let [cp, a, b] = &cluster.members;
     let (www, player, desk) = (&*cluster.www, &*cluster.player, &*cluster.desk);
-    // Where a node is found inside the mesh, and where by its uplink.
+    // Mesh address of a node, and address of its uplink.
     let node = |member: &Member| of(&member.addresses);
     let uplink = |host: &Host| of(host.addresses());
     let pod = |member: &Member| of(member.pod.addresses());
@@ -284,7 +295,7 @@ fn arrows<'a>(cluster: &'a Cluster, v4: bool) -> Vec<Arrow<'a>> {
             seen: seen.into(),
             besides: Vec::new(),
         };
-    // Both directions of what passes worker-a's uplink, and cp's.
+    // Places that see both directions of the traffic on the uplinks of worker-a and of cp.
     let by_a: [Place<'a>; 2] = [("worker-a", "eth0"), ("router-a", "worker-a")];
     let by_cp: [Place<'a>; 2] = [("cp", "eth0"), ("internet", "cp")];
     let service = of(&CLUSTER_IP);
@@ -339,7 +350,8 @@ fn arrows<'a>(cluster: &'a Cluster, v4: bool) -> Vec<Arrow<'a>> {
             SERVICE,
         ),
         Arrow {
-            // What the client on worker-a's LAN sends and gets is no mesh traffic.
+            // The packets between the client on the LAN of worker-a and that node are not mesh
+            // traffic.
             besides: by_a.into(),
             ..tunnel(
                 "NodePort with remote backend",
@@ -352,7 +364,7 @@ fn arrows<'a>(cluster: &'a Cluster, v4: bool) -> Vec<Arrow<'a>> {
             )
         },
         Arrow {
-            // In at worker-a, and on to the pod.
+            // The packets enter at worker-a, which forwards them to the pod.
             seen: vec![out_of_tunnel(cp), out_of_tunnel(a), out_of_tunnel(b)],
             ..tunnel(
                 "NodePort of another node, policy Cluster",
@@ -393,7 +405,7 @@ fn arrows<'a>(cluster: &'a Cluster, v4: bool) -> Vec<Arrow<'a>> {
             SERVICE,
         ),
         Arrow {
-            // Between the machine of the LAN and the node it is no mesh traffic.
+            // The packets between the machine on the LAN and the node are not mesh traffic.
             besides: by_a.into(),
             ..tunnel(
                 "LAN masqueraded behind the node",
@@ -435,7 +447,7 @@ impl Figures for Nodes {
         for arrow in &self.arrows {
             let _ = writeln!(
                 text,
-                "  {}  {:40} {}, {}, rp_filter {}: by the {}",
+                "  {}  {:40} {}, {}, rp_filter {}: via {}",
                 if arrow.ok { "ok    " } else { "FAILED" },
                 arrow.name,
                 arrow.addressing,

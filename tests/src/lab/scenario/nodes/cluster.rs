@@ -1,4 +1,5 @@
-//! The cluster: hosts, pods, the mesh between them, and what kube-proxy, a CNI plugin and routers would add.
+//! The cluster of the scenario: its hosts, its pods, the mesh between the nodes, and the rules that
+//! kube-proxy, a CNI plugin and the routers of the sites would add.
 
 use std::fmt::{self, Display, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -18,11 +19,11 @@ use crate::lab::namespace::Namespace;
 use crate::lab::nat::Nat;
 use crate::lab::topology::{Host, Lab, Router};
 
-/// What a node's address is inside the cluster.
+/// Kind of address that a node has inside the cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Addressing {
-    /// Its overlay address.
+    /// The mesh address of the node.
     Overlay,
     /// The machine's own address, which the mesh routes.
     NodeIp,
@@ -37,41 +38,46 @@ impl Display for Addressing {
     }
 }
 
-/// TCP ports.
+/// TCP port of the API server.
 pub(super) const API_SERVER: u16 = 6_443;
+/// TCP port of the kubelet.
 pub(super) const KUBELET: u16 = 10_250;
-/// What the pods of the service listen to.
+/// TCP port on which the pods of the service listen.
 pub(super) const SERVICE: u16 = 8_080;
-/// Any node takes it (`externalTrafficPolicy: Cluster`): to the service's pod, with the node's source.
+/// Node port of the service with `externalTrafficPolicy: Cluster`. Every node accepts it, and
+/// forwards to the pod of the service with its own source address.
 pub(super) const NODE_PORT: u16 = 30_080;
-/// Worker-a takes it (`externalTrafficPolicy: Local`): to its own pod, with the client's source.
+/// Node port of the service with `externalTrafficPolicy: Local`. Worker-a accepts it, and forwards
+/// to its own pod with the source address of the client.
 pub(super) const LOCAL_NODE_PORT: u16 = 30_081;
-/// Worker-a's, of a container that is in no network that a node announces.
+/// TCP port of worker-a that is published for a container. No node announces the network of the
+/// container.
 pub(super) const PUBLISHED: u16 = 8_088;
-/// A game's, on worker-a.
+/// TCP port of worker-a that a pod (a game server) uses as its host port.
 pub(super) const HOST_PORT: u16 = 7_777;
-/// Of the service, port 80; its only pod is worker-b's.
+/// Cluster addresses of the service, at port 80. Its only backend is the pod of worker-b.
 pub(super) const CLUSTER_IP: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10)),
     IpAddr::V6(Ipv6Addr::new(0xfd10, 0x96, 0, 0, 0, 0, 0, 0x10)),
 ];
-/// Of all pods.
+/// Networks that contain the pods of all nodes.
 const PODS: [IpNet; 2] = [
     IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(10, 244, 0, 0)), 16),
     IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0xfd10, 0x244, 0, 0, 0, 0, 0, 0)), 32),
 ];
-/// Of worker-a's containers.
+/// Networks of the containers of worker-a.
 const CONTAINERS: (Ipv4Net, Ipv6Net) = (
     Ipv4Net::new_assert(Ipv4Addr::new(172, 17, 0, 0), 16),
     Ipv6Net::new_assert(Ipv6Addr::new(0xfd17, 0, 0, 0, 0, 0, 0, 0), 64),
 );
-/// Worker-a's LAN.
+/// Networks of the LAN of worker-a.
 const LAN: [IpNet; 2] = [
     IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(192, 168, 1, 0)), 24),
     IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0)), 64),
 ];
-/// kube-proxy's mark: source to be translated.
+/// Mark that kube-proxy sets on packets whose source must be translated.
 const MASQUERADE: u32 = 0x4000;
+/// UDP port of the agents.
 const WIREGUARD: u16 = 51_830;
 
 /// A node of the cluster and its pod.
@@ -79,30 +85,33 @@ const WIREGUARD: u16 = 51_830;
 pub(super) struct Member {
     pub(super) host: Arc<Host>,
     pub(super) pod: Host,
-    /// By which others in the cluster reach it, one of each family.
+    /// Addresses by which the other nodes of the cluster reach this node, one of each family.
     pub(super) addresses: Vec<IpAddr>,
     node: Node,
 }
 
-/// Everything.
+/// Hosts, programs and mesh of one cluster.
 #[derive(Debug)]
 pub(super) struct Cluster {
-    /// cp, worker-a, worker-b.
+    /// The nodes cp, worker-a and worker-b, in this order.
     pub(super) members: [Member; 3],
     _controller: Controller,
-    /// Somewhere on the internet.
+    /// Host on the internet that is not in the mesh: a web server, and an operator outside of the
+    /// mesh.
     pub(super) www: Arc<Host>,
+    /// Host on the internet that connects to the game server.
     pub(super) player: Arc<Host>,
-    /// On worker-a's LAN, not in the mesh.
+    /// Machine on the LAN of worker-a that is not in the mesh.
     pub(super) desk: Arc<Host>,
-    /// Worker-a's, of which one port is published.
+    /// Container on worker-a, one port of which is published.
     pub(super) container: Host,
-    /// Where players find worker-a's host port.
+    /// Addresses at which players reach the host port of worker-a.
     pub(super) player_sees: Vec<IpAddr>,
     routers: [Router; 2],
     lab: Lab,
 }
 
+/// Builds the hosts, joins and starts all nodes, and waits for their tunnels.
 impl Cluster {
     pub(super) fn build(setting: &Setting, addressing: Addressing) -> anyhow::Result<Self> {
         setting.talk.step(&format!("building a cluster, addressing: {addressing}"));
@@ -146,11 +155,11 @@ impl Cluster {
             )?);
         }
         let [cp, a, b] = <[Member; 3]>::try_from(members)
-            .map_err(|_| anyhow::anyhow!("a cluster of three nodes has three"))?;
+            .map_err(|_| anyhow::anyhow!("the cluster does not have three nodes"))?;
         for (here, there) in [(&a, &cp), (&b, &cp), (&b, &a)] {
             if let Some(reason) = await_tunnel(&here.node, &there.node, START_LIMIT)? {
                 let (here, there) = (here.node.name(), there.node.name());
-                anyhow::bail!("tunnel {here}/{there} is not up: {reason}");
+                anyhow::bail!("tunnel {here}/{there} did not come up: {reason}");
             }
         }
         let members = [cp, a, b];
@@ -175,7 +184,7 @@ impl Cluster {
         })
     }
 
-    /// Where captures stand, and the links on which they look.
+    /// Returns the namespaces to capture in, each with the links whose frames are counted.
     pub(super) fn watched(&self) -> impl Iterator<Item = (&Namespace, &'static [&'static str])> {
         let nodes =
             self.members.iter().map(|member| (member.host.namespace(), ["eth0", LINK].as_slice()));
@@ -184,7 +193,7 @@ impl Cluster {
         nodes.chain(routers).chain([(self.lab.internet(), ["cp"].as_slice())])
     }
 
-    /// On the uplinks of every node.
+    /// Sets the reverse path filter on the uplinks of all nodes.
     pub(super) fn set_reverse_path_filter(&self, mode: u8) -> anyhow::Result<()> {
         for member in &self.members {
             for link in ["all", "eth0"] {
@@ -196,7 +205,8 @@ impl Cluster {
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "one caller, which names them all in a table")]
+/// Joins a node with its pod, starts its agent, and waits until it answers.
+#[expect(clippy::too_many_arguments, reason = "one caller, which lists the arguments in a table")]
 fn join(
     lab: &Lab,
     setting: &Setting,
@@ -244,8 +254,9 @@ fn texts(prefixes: &[IpNet]) -> Vec<String> {
     prefixes.iter().map(IpNet::to_string).collect()
 }
 
-/// What an administrator sets at the router of a site: worker-a's WireGuard port and its game are reached
-/// from outside. IPv6 is not translated, only let in.
+/// Forwards the ports of worker-a at the router of its site, as an administrator does: its
+/// WireGuard port and its host port are reachable from outside. IPv6 is only let in, without
+/// translation.
 fn forward_ports(router: &Router, worker: &Host) -> anyhow::Result<()> {
     const TRANSLATE_DESTINATION: i32 = -100;
     let ports = [(libc::IPPROTO_UDP as u8, WIREGUARD), (libc::IPPROTO_TCP as u8, HOST_PORT)];
@@ -267,23 +278,25 @@ fn forward_ports(router: &Router, worker: &Host) -> anyhow::Result<()> {
     })
 }
 
-/// A machine of the LAN reaches these addresses by a node of the mesh beside it, which gives it its source.
+/// Routes these addresses through a node of the mesh on the same LAN, which masquerades the
+/// machine's packets.
 fn lead_into_mesh(machine: &Host, node: &Host, addresses: &[IpAddr]) -> anyhow::Result<()> {
     machine.namespace().run(|| {
         let mut netlink = Rtnetlink::open()?;
         for address in addresses {
             let gateway = node.addresses().iter().find(|ip| ip.is_ipv4() == address.is_ipv4());
-            let gateway = gateway.context("a node without that family")?;
+            let gateway = gateway.context("the node has no address of this family")?;
             netlink.replace_route(&Route::new(IpNet::from(*address)).via(*gateway))?;
         }
         Ok(())
     })
 }
 
-/// What kube-proxy and the CNI plugin would add: the service's addresses become its pod's, also for
-/// connections from the node itself; what would otherwise be answered past us gets our source; pods reach
-/// what is no pod from their node's address. On worker-a besides: a host port, a node port of its own pod, a
-/// container's published port, and its LAN reaches the mesh from its address.
+/// Returns the rules that kube-proxy and a CNI plugin would add. Service addresses are translated
+/// to the service's pod, also for connections from the node itself. The node masquerades packets
+/// whose answers would otherwise bypass it, and packets of its pods that leave the pod networks. On
+/// worker-a there are also a host port, a node port of its own pod, a published container port, and
+/// masquerading for packets from its LAN into the mesh.
 fn kube_proxy(member: &Member, backend: &[IpAddr], container: Option<&Host>) -> Table {
     const TRANSLATE_DESTINATION: i32 = -100;
     const TRANSLATE_SOURCE: i32 = 100;
