@@ -1,5 +1,5 @@
-//! `cargo lab demo`: two datacenter workers behind NAT join a control plane in the cloud, and real
-//! traffic flows between them, sealed.
+//! `cargo lab demo`: joins two datacenter workers behind NAT to a control plane in the cloud, and
+//! sends traffic between all nodes through their tunnels.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -21,57 +21,61 @@ use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises, round};
 use crate::lab::traffic::{Pattern, tcp_both_ways};
 
-/// How a demo is run.
+/// Options of one run.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// Sent each way over each tunnel and address family.
+    /// Amount of data to send in each direction, over each tunnel and address family, in megabytes.
     pub megabytes: u64,
-    /// Stay up afterwards, until Ctrl-C.
+    /// If set, the lab keeps running after the checks, until Ctrl-C.
     pub keep: bool,
 }
 
-/// What a demo showed.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Demo {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// Nodes that joined.
+    /// Number of nodes that joined.
     pub joined: usize,
-    /// Pairs of nodes that both call each other up.
+    /// Number of pairs of nodes that both report their tunnel as up.
     pub tunnels_up: usize,
-    /// Why the other pairs are down.
+    /// Reasons why the other tunnels are down, by pair.
     pub tunnels_down: BTreeMap<String, String>,
-    /// Every byte of every transfer, and every echo, arrived as it was sent.
+    /// True if all bytes of all transfers, and all echo replies, arrived unchanged.
     pub bytes_ok: bool,
-    /// Something inner crossed the internet in clear.
+    /// True if any inner packet crossed the internet in clear.
     pub plaintext_seen: bool,
-    /// From the start of the later agent of the pair, joining included, to the first inner reply.
+    /// Time in milliseconds from the start of the join of a pair's later node to the first echo
+    /// reply.
     pub first_packet_ms: BTreeMap<String, f64>,
-    /// Median round-trip time of the pair, by family.
+    /// Median round-trip time in milliseconds, by pair and address family.
     pub ping_ms: BTreeMap<String, BTreeMap<&'static str, f64>>,
-    /// Megabits a second of TCP payload of the pair, by family: there and back.
+    /// TCP throughput in Mbit/s in each direction, by pair and address family.
     pub throughput_mbit_per_s: BTreeMap<String, BTreeMap<&'static str, [f64; 2]>>,
-    /// What the capture on the internet counted.
+    /// Counters of the capture on the internet.
     pub capture: Seen,
     /// Promises that did not hold.
     pub failed: Vec<String>,
+    /// Output of `towline peers` on each node, by the node's name.
     #[serde(skip)]
     tables: Vec<(String, String)>,
 }
 
-/// A worker and the control plane exchange packets this soon after the worker's start.
+/// Limit for the first echo reply between a worker and the control plane after the worker starts to
+/// join.
 const FIRST_PACKET_LIMIT: Duration = Duration::from_secs(2);
-/// How long the first packet of such a pair is waited for, to say how late it was.
+/// Time to wait for that reply. Longer than the limit, so that a late reply is measured too.
 const FIRST_PACKET_PATIENCE: Duration = Duration::from_secs(15);
-/// How long the first packet of two workers, who may have no path, is waited for.
+/// Time to wait for the first echo reply between two workers. They may have no path to each other.
 const WORKERS_PATIENCE: Duration = Duration::from_secs(3);
+/// Number of echo requests for each pair and address family.
 const ECHOES: u32 = 20;
 
-/// Runs the demo.
+/// Runs the scenario.
 ///
 /// # Errors
-/// [`Forbidden`](crate::lab::report::Forbidden) when the kernel lacks something; everything else
-/// that goes wrong is a promise that did not hold.
+/// Returns [`Forbidden`](crate::lab::report::Forbidden) if the kernel lacks a feature. Every other
+/// error is a promise that did not hold.
 pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Demo> {
     let hybrid = Hybrid::build(setting)?;
     let mut demo = Demo { rootless: setting.rank == Rank::Rootless, ..Demo::default() };
@@ -91,7 +95,7 @@ pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Demo> {
     Ok(demo)
 }
 
-/// What runs on the hosts, so that it can be looked at after a failure.
+/// Programs that run on the hosts. Kept outside of the run so that a failure can be examined.
 struct Stage {
     controller: Option<Controller>,
     nodes: Vec<Node>,
@@ -137,9 +141,10 @@ impl Demo {
         Ok(())
     }
 
-    /// Joins a node, starts its agent, and times the first reply from each node before it.
+    /// Joins a node, starts its agent, and measures the time until each earlier node replies to an
+    /// echo request.
     fn add_node(&mut self, mut node: Node, site: &str, stage: &mut Stage) -> anyhow::Result<()> {
-        let controller = stage.controller.as_ref().context("there is no controller")?;
+        let controller = stage.controller.as_ref().context("the controller does not run")?;
         let token = controller.operator().token(site)?;
         let mut others = Vec::new();
         for other in &stage.nodes {
@@ -147,7 +152,8 @@ impl Demo {
             let target = overlay.iter().find(|address| address.is_ipv4()).copied();
             let patience =
                 if other.name() == "cp" { FIRST_PACKET_PATIENCE } else { WORKERS_PATIENCE };
-            let target = target.with_context(|| format!("{} has no overlay IPv4", other.name()))?;
+            let target =
+                target.with_context(|| format!("{} has no IPv4 mesh address", other.name()))?;
             others.push((format!("{}/{}", node.name(), other.name()), target, patience));
         }
         let by_input = stage.nodes.len() % 2 == 1;
@@ -186,7 +192,7 @@ impl Demo {
         Ok(())
     }
 
-    /// Which pairs are up. Those with the control plane have to be.
+    /// Returns the pairs whose tunnels are up. Every tunnel to the control plane must be up.
     fn tunnels(
         &mut self,
         stage: &Stage,
@@ -203,7 +209,9 @@ impl Demo {
                     None => up.push((later, earlier)),
                     Some(reason) => {
                         promises.hold(!required, || format!("tunnel {pair} up: {reason}"));
-                        promises.hold(!reason.is_empty(), || format!("{pair}: a reason for down"));
+                        promises.hold(!reason.is_empty(), || {
+                            format!("status shows why {pair} is down: the reason is empty")
+                        });
                         self.tunnels_down.insert(pair.clone(), reason);
                     }
                 }
@@ -212,7 +220,7 @@ impl Demo {
                     let limit = milliseconds(FIRST_PACKET_LIMIT);
                     promises.hold(first.is_some_and(|ms| ms <= limit), || match first {
                         Some(ms) => format!("first packet of {pair} within {limit} ms: {ms} ms"),
-                        None => format!("first packet of {pair}: none came"),
+                        None => format!("first packet of {pair} within {limit} ms: none arrived"),
                     });
                 }
             }
@@ -221,7 +229,7 @@ impl Demo {
         Ok(up)
     }
 
-    /// Echoes and a TCP stream each way, by both families.
+    /// Sends echo requests and a TCP stream in each direction, over both address families.
     fn exchange(
         &mut self,
         setting: &Setting,
@@ -269,24 +277,30 @@ impl Demo {
         Ok(())
     }
 
+    /// Checks the counters of the capture.
     fn judge_capture(&mut self, promises: &mut Promises) {
         let seen = self.capture;
         self.plaintext_seen = seen.marked > 0 || seen.inner_addresses > 0;
         promises.hold(!self.plaintext_seen, || {
             format!(
-                "nothing inner in clear: {} frames with the pattern, {} with inner addresses",
+                "no inner packet in clear: {} frames with the pattern, {} with inner addresses",
                 seen.marked, seen.inner_addresses
             )
         });
-        promises.hold(seen.wireguard > 0, || "the capture sees the tunnels".to_owned());
-        promises.hold(seen.fragments == 0, || {
-            format!("no outer packet is fragmented on this internet: {}", seen.fragments)
+        promises.hold(seen.wireguard > 0, || {
+            "the capture sees WireGuard frames: it saw none".to_owned()
         });
-        promises.hold(seen.missed == 0, || format!("the capture misses nothing: {}", seen.missed));
+        promises.hold(seen.fragments == 0, || {
+            format!("no outer packet is fragmented: {} fragments", seen.fragments)
+        });
+        promises.hold(seen.missed == 0, || {
+            format!("the capture missed no frame: missed {}", seen.missed)
+        });
     }
 }
 
 impl Stage {
+    /// Stops all programs and checks their exit status.
     fn stop(&mut self, promises: &mut Promises) {
         let agents = self.nodes.iter_mut().filter_map(Node::take_agent);
         let controller = self.controller.as_mut().and_then(Controller::take_daemon);
@@ -294,26 +308,29 @@ impl Stage {
             let name = daemon.name().to_owned();
             match daemon.stop() {
                 Ok(status) => promises.hold(status.success(), || {
-                    format!("{name} ends well on SIGTERM: {}", crate::lab::process::ending(status))
+                    format!(
+                        "{name} exits without error on SIGTERM: {}",
+                        crate::lab::process::ending(status)
+                    )
                 }),
                 Err(error) => promises.fail(format!("{error:#}")),
             }
         }
     }
 
-    /// Shows what the daemons said last.
+    /// Shows the last log lines of each program.
     fn explain(&mut self, setting: &Setting) {
         let agents = self.nodes.iter_mut().filter_map(|node| node.agent().ok());
         let controller = self.controller.iter_mut().filter_map(|c| c.daemon().ok());
         for daemon in agents.chain(controller) {
             let words = daemon.last_words();
             if !words.is_empty() {
-                setting.talk.note(&format!("{} said last:\n    {words}", daemon.name()));
+                setting.talk.note(&format!("last log lines of {}:\n    {words}", daemon.name()));
             }
         }
     }
 
-    /// Stays up until Ctrl-C.
+    /// Keeps the lab running until Ctrl-C.
     fn keep(&self, setting: &Setting, hybrid: &Hybrid) -> anyhow::Result<()> {
         let mut kept = Kept::new(setting.binaries.directory())?;
         kept.add(hybrid.lab.internet(), [("", ""); 0]);
@@ -332,13 +349,13 @@ impl Stage {
             }
             kept.add(node.host().namespace(), environment);
         }
-        setting.talk.step("the lab stays up; Ctrl-C takes it down");
+        setting.talk.step("the lab keeps running: stop it with Ctrl-C");
         for line in [
-            "look around from another terminal:",
+            "commands for another terminal:",
             "  cargo lab shell worker-a                       a shell on a node",
             "  cargo lab shell worker-a towline peers         the operator's table",
             "  cargo lab shell cp towline-controller node list",
-            "  cargo lab shell internet                       where every outer packet passes",
+            "  cargo lab shell internet                       the network that all outer packets cross",
             &format!("  logs and state: {}", hybrid.lab.directory().display()),
         ] {
             setting.talk.note(line);
@@ -379,7 +396,7 @@ impl Figures for Demo {
         }
         let _ = writeln!(
             text,
-            "on the simulated internet: {} frames, {} of them WireGuard, {} with anything in clear",
+            "on the simulated internet: {} frames, {} of them WireGuard, {} with inner data in clear",
             self.capture.frames,
             self.capture.wireguard,
             self.capture.marked + self.capture.inner_addresses

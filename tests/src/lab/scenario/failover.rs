@@ -1,7 +1,7 @@
-//! `cargo lab failover`: what breaks on a path, and how long two nodes do not hear of each other.
+//! `cargo lab failover`: breaks paths between nodes, and measures how long each outage lasts.
 //!
-//! `a` has two uplinks, each behind a router of its own, `b` is behind a third one; `c` and `d` stand
-//! behind NATs that allow no direct path. Two public nodes relay.
+//! `a` has two uplinks, each behind its own router, and `b` is behind a third router. `c` and `d`
+//! are behind NATs that allow no direct path between them. Two public nodes relay.
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -25,57 +25,63 @@ use crate::lab::report::{Figures, Promises, round};
 use crate::lab::topology::{Lab, Router};
 use crate::lab::traffic::{Pattern, tcp_both_ways};
 
-/// What was broken, and what came of it.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Failover {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// Each broken once with the controller there, and once with it away.
+    /// Results of all cases, each once with the controller running and once without it.
     pub cases: Vec<Case>,
-    /// Throughput over a relay, as a part of that over a direct path.
+    /// Throughput over a relay, divided by the throughput over a direct path.
     pub relay_vs_direct: Option<f64>,
-    /// Acts that could not run.
+    /// Cases that could not run.
     pub skipped: Vec<Skipped>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
-/// One thing that breaks.
+/// Result of one case.
 #[derive(Debug, Serialize)]
 pub struct Case {
-    /// What.
+    /// Name of the fault.
     pub name: &'static str,
-    /// The controller runs.
+    /// True if the controller was running.
     pub controller: bool,
-    /// The longest silence, in either direction.
+    /// Longest outage in either direction, in milliseconds.
     pub outage_ms: f64,
-    /// The TCP connection went on.
+    /// True if the TCP connection survived.
     pub tcp_survived: bool,
-    /// The kernel tells the agent of it.
+    /// True if the kernel notifies the agent of this fault.
     pub notified: bool,
 }
 
-/// An act that could not run.
+/// A case that could not run.
 #[derive(Debug, Serialize)]
 pub struct Skipped {
-    /// Which.
+    /// Name of the case and state of the controller.
     pub name: String,
-    /// Why.
+    /// Reason, in one line.
     pub why: String,
 }
 
+/// Limit for an outage that the kernel does not notify the agent of, in milliseconds.
 const OUTAGE_MS: f64 = 3_000.0;
+/// Limit for an outage that the kernel notifies the agent of, in milliseconds.
 const NOTIFIED_MS: f64 = 1_000.0;
+/// Lower bound of [`Failover::relay_vs_direct`].
 const RELAY_VS_DIRECT: f64 = 0.6;
-/// How long both talk before something breaks, and after it.
+/// Duration of the traffic before a fault.
 const BEFORE: Duration = Duration::from_secs(1);
+/// Duration of the traffic after a fault.
 const AFTER: Duration = Duration::from_secs(6);
-/// How long a direct path may take to come back between two cases.
+/// Limit for the expected path to come back between two cases.
 const MEND: Duration = Duration::from_secs(20);
+/// Size of a throughput measurement in each direction, in bytes.
 const TRANSFER: u64 = 32 << 20;
+/// Name of the nftables table that drops packets on a router.
 const CUT: &str = "cut";
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(setting: &Setting) -> anyhow::Result<Failover> {
     let mut figures = Failover { rootless: setting.rank == Rank::Rootless, ..Failover::default() };
     let mut promises = Promises::new();
@@ -87,14 +93,14 @@ pub fn run(setting: &Setting) -> anyhow::Result<Failover> {
     Ok(figures)
 }
 
-/// Everything that was built. Fields are dropped in this order: processes, hosts, lab.
+/// Hosts and programs of the scenario. Fields are dropped in this order: processes, hosts, lab.
 struct World {
-    /// a, b, c, d.
+    /// The nodes a, b, c and d, in this order.
     nodes: Vec<Node>,
     relays: Vec<Node>,
     controller: Controller,
     routers: Vec<Router>,
-    /// Of the routers before a, as they are now.
+    /// Current public IPv4 addresses of the two routers of `a`.
     addresses: [Ipv4Addr; 2],
     _lab: Lab,
 }
@@ -150,7 +156,7 @@ impl World {
         }
         let others = nodes.len() - 1;
         for node in &nodes {
-            wait_for("map at every node", START_LIMIT, || {
+            wait_for("complete map on every node", START_LIMIT, || {
                 Ok((node.peers()?.len() == others).then_some(()))
             })?;
         }
@@ -162,7 +168,7 @@ impl World {
     fn end(&self, number: usize) -> anyhow::Result<End<'_>> {
         let node = &self.nodes[number];
         let v4 = node.status()?.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
-        let v4 = v4.ok_or_else(|| anyhow!("{} has no overlay address", node.name()))?;
+        let v4 = v4.ok_or_else(|| anyhow!("{} has no mesh address", node.name()))?;
         Ok((node.host().namespace(), v4))
     }
 
@@ -170,15 +176,15 @@ impl World {
         self.routers[number].host().namespace()
     }
 
-    /// The uplink of a, by number, by which b reaches it.
+    /// Returns the index of the uplink of `a` that `b` sends to.
     fn used(&self) -> anyhow::Result<usize> {
         let path = self.nodes[1].peer("a")?.and_then(|peer| peer.path);
         let path: SocketAddr = path.context("b has no path to a")?.parse()?;
         let used = self.addresses.iter().position(|address| IpAddr::V4(*address) == path.ip());
-        used.with_context(|| format!("{path} is no router of a's"))
+        used.with_context(|| format!("{path} is not a router of a"))
     }
 
-    /// Breaks something on the way that is in use.
+    /// Breaks the path that is in use. `name` is one of [`CASES`].
     fn break_it(&mut self, name: &str) -> anyhow::Result<()> {
         let there = IpNet::from(IpAddr::from([203, 0, 113, 13]));
         let udp = |rule: Rule| rule.protocol(libc::IPPROTO_UDP as u8).drop();
@@ -201,14 +207,15 @@ impl World {
             }),
             "relay_kill" => {
                 let used = self.nodes[2].peer("d")?.and_then(|peer| peer.relay);
-                let used = used.ok_or_else(|| anyhow!("c and d use no relay"))?;
+                let used = used.ok_or_else(|| anyhow!("no relay is in use between c and d"))?;
                 let relay = self.relays.iter_mut().find(|relay| relay.name() == used);
-                relay.with_context(|| format!("no relay is named {used}"))?.agent()?.kill()
+                relay.with_context(|| format!("there is no relay {used}"))?.agent()?.kill()
             }
-            other => Err(anyhow!("nobody knows how to break {other}")),
+            other => Err(anyhow!("unknown fault {other}")),
         }
     }
 
+    /// Repairs what [`Self::break_it`] has broken.
     fn mend(&mut self, name: &str) -> anyhow::Result<()> {
         match name {
             "drop_in" | "drop_out" => [0, 1].into_iter().try_for_each(|router| {
@@ -220,7 +227,9 @@ impl World {
             "uplink_switch" => self.nodes[0].host().namespace().run(|| {
                 let mut netlink = Rtnetlink::open()?;
                 for uplink in 0..2u8 {
-                    let link = netlink.link(&format!("eth{uplink}"))?.context("no such link")?;
+                    let link = netlink
+                        .link(&format!("eth{uplink}"))?
+                        .context("the link does not exist")?;
                     if link.up {
                         continue;
                     }
@@ -245,8 +254,10 @@ impl World {
         }
     }
 
+    /// Drops packets on a router.
     fn cut(&self, router: usize, hook: Hook, rule: Rule) -> anyhow::Result<()> {
-        /// Before connection tracking and translation, so that what is there is cut too.
+        /// Priority before connection tracking and NAT, so that packets of existing connections are
+        /// dropped too.
         const FIRST: i32 = -400;
         let chain = Chain::base(ChainKind::Filter, hook, FIRST).rule(rule);
         self.router(router).run(|| {
@@ -255,9 +266,10 @@ impl World {
         })
     }
 
+    /// Changes the public address of a router.
     fn readdress(&self, router: usize, before: Ipv4Addr, after: Ipv4Addr) -> anyhow::Result<()> {
         let router = self.router(router);
-        // The routes stay, with the new address.
+        // With this setting, routes remain when the primary address is removed.
         router.sysctl("net.ipv4.conf.all.promote_secondaries", "1")?;
         router.run(|| {
             let mut netlink = Rtnetlink::open()?;
@@ -269,7 +281,7 @@ impl World {
     }
 }
 
-/// Name, between which nodes, and whether the kernel tells of it.
+/// Name of the fault, indexes of the two nodes, and whether the kernel notifies the agent.
 const CASES: [(&str, [usize; 2], bool); 6] = [
     ("nat_flush", [0, 1], false),
     ("drop_in", [0, 1], false),
@@ -286,7 +298,7 @@ impl Failover {
         world: &mut World,
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
-        setting.talk.step("comparing a relay with a direct path");
+        setting.talk.step("measuring the throughput of a relay and of a direct path");
         match compare(world) {
             Ok(ratio) => {
                 self.relay_vs_direct = Some(round(ratio));
@@ -302,7 +314,7 @@ impl Failover {
             }
             for (name, ends, notified) in CASES {
                 let label =
-                    format!("{name}, controller {}", if controller { "there" } else { "away" });
+                    format!("{name}, controller {}", if controller { "running" } else { "down" });
                 setting.talk.step(&label);
                 match case(world, name, ends) {
                     Ok((outage_ms, tcp_survived)) => {
@@ -333,7 +345,7 @@ impl Failover {
     }
 }
 
-/// Outage in milliseconds, and whether TCP survived.
+/// Runs a case. Returns the outage in milliseconds, and whether TCP survived.
 fn case(world: &mut World, name: &str, ends: [usize; 2]) -> anyhow::Result<(f64, bool)> {
     let wanted = if ends == [0, 1] { "direct" } else { "relay" };
     let [a, b] = [world.end(ends[0])?, world.end(ends[1])?].map(|(_, address)| address);
@@ -346,10 +358,10 @@ fn case(world: &mut World, name: &str, ends: [usize; 2]) -> anyhow::Result<(f64,
                 let kind = world.nodes[ends[0]].peer(&peer)?.and_then(|peer| peer.path_kind);
                 Ok((kind.as_deref() == Some(wanted)).then_some(()))
             })?
-            .with_context(|| format!("no {wanted} path to begin with"))
+            .with_context(|| format!("no {wanted} path before the fault"))
         })
     };
-    // What the way to the first path takes is no outage of this case.
+    // The time to establish the first path does not count as an outage.
     talk(world)?;
     let ((), seen) = while_talking((here.namespace(), a), (there.namespace(), b), || {
         pass(BEFORE)?;
@@ -359,7 +371,7 @@ fn case(world: &mut World, name: &str, ends: [usize; 2]) -> anyhow::Result<(f64,
     Ok((round(seen.outage.as_secs_f64() * 1000.0), seen.tcp_survived))
 }
 
-/// What a relay leaves of a direct path's throughput.
+/// Returns the throughput over a relay divided by that over a direct path.
 fn compare(world: &World) -> anyhow::Result<f64> {
     let pattern = Pattern::random()?;
     let mut rates = Vec::new();
@@ -387,11 +399,11 @@ impl Figures for Failover {
     fn for_people(&self) -> String {
         let mut text = String::new();
         for case in &self.cases {
-            let controller = if case.controller { "there" } else { "away" };
-            let tcp = if case.tcp_survived { "went on" } else { "broke" };
+            let controller = if case.controller { "running" } else { "down" };
+            let tcp = if case.tcp_survived { "survived" } else { "lost" };
             let _ = writeln!(
                 text,
-                "{} (controller {controller}): silent for {} ms, TCP {tcp}",
+                "{} (controller {controller}): outage of {} ms, TCP {tcp}",
                 case.name, case.outage_ms
             );
         }

@@ -1,4 +1,5 @@
-//! `cargo lab idle`: what agents and controller cost while nothing happens.
+//! `cargo lab idle`: measures the memory and processor time that agents and controller use while
+//! nothing happens.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -13,35 +14,40 @@ use crate::lab::privilege::Rank;
 use crate::lab::process::{processor_time, resident_mb};
 use crate::lab::report::{Figures, Promises, round};
 
-/// What a mesh of three nodes costs while idle.
+/// Results of one run, for an idle mesh of three nodes.
 #[derive(Debug, Default, Serialize)]
 pub struct Idle {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// Nodes in the mesh.
+    /// Number of nodes in the mesh.
     pub nodes: usize,
-    /// Seconds that processor time was measured for.
+    /// Length of the measurement in seconds.
     pub window_s: f64,
-    /// Resident megabytes of the largest agent.
+    /// Resident memory of the largest agent, in megabytes.
     pub agent_rss_mb: f64,
-    /// Percent of a core of the busiest agent.
+    /// Processor time of the busiest agent, in percent of a core.
     pub agent_cpu_pct: f64,
-    /// Resident megabytes of the controller.
+    /// Resident memory of the controller, in megabytes.
     pub controller_rss_mb: f64,
-    /// Percent of a core of the controller.
+    /// Processor time of the controller, in percent of a core.
     pub controller_cpu_pct: f64,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
-/// After the tunnels are up: what is left of starting.
+/// Pause between the tunnels coming up and the measurement, so that work of the start is not
+/// counted.
 const SETTLE: Duration = Duration::from_secs(10);
+/// Length of the measurement.
 const WINDOW: Duration = Duration::from_secs(30);
+/// Upper bound of [`Idle::agent_rss_mb`].
 const AGENT_RSS_MB: f64 = 30.0;
+/// Upper bound of [`Idle::agent_cpu_pct`].
 const AGENT_CPU_PCT: f64 = 0.5;
+/// Upper bound of [`Idle::controller_rss_mb`].
 const CONTROLLER_RSS_MB: f64 = 50.0;
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(setting: &Setting) -> anyhow::Result<Idle> {
     let hybrid = Hybrid::build(setting)?;
     let mut idle = Idle { rootless: setting.rank == Rank::Rootless, ..Idle::default() };
@@ -65,10 +71,10 @@ impl Idle {
         setting.talk.step("waiting for the tunnels");
         for worker in &nodes[1..] {
             if let Some(reason) = await_tunnel(worker, &nodes[0], START_LIMIT)? {
-                promises.fail(format!("tunnel {}/cp up: {reason}", worker.name()));
+                promises.fail(format!("tunnel {}/cp comes up: {reason}", worker.name()));
             }
         }
-        setting.talk.step("letting everything settle");
+        setting.talk.step("waiting until the nodes are idle");
         pass(SETTLE)?;
         setting.talk.step(&format!("measuring for {} s", WINDOW.as_secs()));
         let controller = controller.daemon()?.pid();

@@ -1,11 +1,12 @@
-//! What `cargo lab NAME` runs.
+//! The scenarios that `cargo lab NAME` runs.
 //!
-//! A scenario is a module with a `run(&Setting, ...)` that builds its picture ([`hybrid`] is the
-//! common one), notes its promises ([`Promises`](super::report::Promises)), and gives back
-//! [`Figures`](super::report::Figures): one serialisable value, whose JSON keys others rely on.
-//! Whatever goes wrong after the picture stands is a promise that did not hold, so that the figures
-//! so far are still told; only [`Forbidden`](super::report::Forbidden) ends without any. A new one
-//! also gets a subcommand and a line of the list in [`cli`](super::cli).
+//! A scenario is a module with a function `run(&Setting, ...)`. It builds its hosts ([`hybrid`] is
+//! the most common layout), checks its promises ([`Promises`](super::report::Promises)), and
+//! returns its [`Figures`](super::report::Figures): one serialisable value whose JSON keys other
+//! programs rely on. Once the hosts are built, every error is a promise that did not hold, so that
+//! the figures up to then are still printed. Only [`Forbidden`](super::report::Forbidden) ends a
+//! scenario without figures. A new scenario also needs a subcommand and a line in the list in
+//! [`cli`](super::cli).
 
 pub mod attack;
 pub mod bench;
@@ -31,13 +32,13 @@ use super::binaries::Binaries;
 use super::privilege::Rank;
 use super::talk::Talk;
 
-/// What every scenario starts from.
+/// Common input of all scenarios.
 #[derive(Debug)]
 pub struct Setting {
-    /// Who we are towards the kernel.
+    /// Rights of the lab on this machine.
     pub rank: Rank,
-    /// The daemons, built.
+    /// Paths of the programs under test, which are already built.
     pub binaries: Binaries,
-    /// Progress.
+    /// Output for progress lines.
     pub talk: Talk,
 }
