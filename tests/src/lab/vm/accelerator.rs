@@ -1,7 +1,7 @@
-//! How QEMU runs a machine: by KVM where it boots a kernel, else by emulation.
+//! Selects how QEMU runs a machine: with KVM if KVM boots a kernel, otherwise by emulation.
 //!
-//! That `/dev/kvm` is there and opens says nothing: on some hosts, themselves virtual, a guest's
-//! kernel hangs in its first second. So a kernel is booted, once for each boot of the host.
+//! The presence of `/dev/kvm` proves nothing: on some hosts, themselves virtual, a guest's kernel
+//! hangs in its first second. So a kernel is booted, once for each boot of the host.
 
 use std::fs::{self, File};
 use std::process::Stdio;
@@ -14,20 +14,20 @@ use crate::lab::interrupt::wait_up_to;
 use crate::lab::process::tie_to_parent;
 use crate::lab::talk::line;
 
-/// What executes a machine's instructions.
+/// A way to execute a machine's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accelerator {
-    /// The processor.
+    /// The host's processor, with KVM.
     Kvm,
-    /// QEMU's emulation.
+    /// QEMU's emulation (TCG).
     Tcg,
 }
 
-/// With KVM a kernel gets to its first program in a second.
+/// Time limit of the probe. With KVM a kernel starts its first program within a second.
 const PROBE_LIMIT: Duration = Duration::from_secs(15);
 
 impl Accelerator {
-    /// Returns KVM if it boots this kernel.
+    /// Returns KVM if it boots this kernel, otherwise TCG.
     pub fn probe(cache: &Cache, kernel: &Kernel) -> anyhow::Result<Self> {
         if File::options().read(true).write(true).open("/dev/kvm").is_err() {
             return Ok(Self::Tcg);
@@ -42,7 +42,7 @@ impl Accelerator {
         Ok(if answer == "yes" { Self::Kvm } else { Self::Tcg })
     }
 
-    /// Returns what reports call it.
+    /// Returns the accelerator's name for reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::Kvm => "kvm",

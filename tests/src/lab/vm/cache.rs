@@ -1,5 +1,6 @@
-//! What is built once: a directory outside the tree, `$XDG_CACHE_HOME/towline-lab/vm`, else
-//! `~/.cache/towline-lab/vm`. An entry's name ends in the hash of all that it is made from.
+//! A cache of what is built once: a directory outside the checkout,
+//! `$XDG_CACHE_HOME/towline-lab/vm`, or `~/.cache/towline-lab/vm`. An entry's name ends in the hash
+//! of everything that it is made from.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
@@ -14,26 +15,26 @@ use ring::digest::{SHA256, digest};
 
 use crate::lab::talk::line;
 
-/// The cache.
+/// The cache directory.
 #[derive(Debug, Clone)]
 pub struct Cache {
     root: PathBuf,
 }
 
-/// An entry that another recipe made is kept for this long after its last use.
+/// Time after its last use for which an entry with an outdated hash is kept.
 const STALE_AFTER: Duration = Duration::from_secs(14 * 24 * 3600);
 
 impl Cache {
-    /// Opens it, and makes it if it is not there.
+    /// Opens the cache, and creates it if it does not exist.
     pub fn open() -> anyhow::Result<Self> {
         let base = crate::lab::peers::cache_directory().map_err(|error| anyhow!(error))?;
         let root = base.join("vm");
-        fs::create_dir_all(&root).with_context(|| format!("cannot make {}", root.display()))?;
+        fs::create_dir_all(&root).with_context(|| format!("cannot create {}", root.display()))?;
         Ok(Self { root })
     }
 
-    /// Returns the directory of the entry `kind`-hash, which `build` fills if it is not there or
-    /// older than `lifetime`. One process builds at a time; an entry is whole or absent.
+    /// Returns the directory of the entry `kind`-hash. `build` fills it if it does not exist or is
+    /// older than `lifetime`. One process builds at a time; an entry is complete or absent.
     pub fn entry(
         &self,
         kind: &str,
@@ -60,7 +61,7 @@ impl Cache {
         let scratch = scratch.keep();
         fs::rename(&scratch, &place)
             .with_context(|| format!("cannot move {} into place", scratch.display()))?;
-        // Dated by its completion, which is what `lifetime` counts from.
+        // `lifetime` counts from the completion.
         File::open(&place)?.set_modified(SystemTime::now())?;
         let prefix = format!("{kind}-");
         for other in fs::read_dir(&self.root)?.filter_map(Result::ok) {
@@ -76,7 +77,7 @@ impl Cache {
         Ok(place)
     }
 
-    /// Writes what a failed case left to be read, and returns its path. It replaces the last one of
+    /// Writes the evidence of a failed case and returns its path. It replaces earlier evidence of
     /// that name.
     pub fn keep(&self, name: &str, text: &str) -> anyhow::Result<PathBuf> {
         let path = self.root.join(name);
@@ -84,13 +85,14 @@ impl Cache {
         Ok(path)
     }
 
-    /// Returns a directory for one run of machines, which goes away with the returned value.
+    /// Returns a directory for one run of machines, which is removed when the returned value is
+    /// dropped.
     pub fn scratch(&self) -> anyhow::Result<tempfile::TempDir> {
         Ok(tempfile::Builder::new().prefix("run-").tempdir_in(&self.root)?)
     }
 }
 
-/// Returns a short hash of the parts; where one ends and the next begins is part of it.
+/// Returns a short hash of the parts, which also depends on their boundaries.
 fn hash(parts: &[&[u8]]) -> String {
     let mut bytes = Vec::new();
     for part in parts {
@@ -99,7 +101,7 @@ fn hash(parts: &[&[u8]]) -> String {
     data_encoding::HEXLOWER.encode(&digest(&SHA256, &bytes).as_ref()[..8])
 }
 
-/// Copies a disk image; holes stay holes, so that a copy costs only what is in it.
+/// Copies a disk image. Holes stay holes, so that a copy costs only what the image contains.
 pub fn copy_sparse(from: &Path, to: &Path) -> anyhow::Result<()> {
     let copy = || -> anyhow::Result<()> {
         let mut source = File::open(from)?;
@@ -111,7 +113,7 @@ pub fn copy_sparse(from: &Path, to: &Path) -> anyhow::Result<()> {
         while position < end {
             let begin = match lseek64(source.as_fd(), position, Whence::SeekData) {
                 Ok(begin) => begin,
-                // Only a hole is left.
+                // Only a hole remains.
                 Err(nix::errno::Errno::ENXIO) => break,
                 Err(errno) => return Err(errno.into()),
             };

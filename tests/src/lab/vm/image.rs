@@ -1,5 +1,5 @@
-//! The disk that every machine starts from: Debian with systemd and the lab's own two programs.
-//! Towline is not on it.
+//! The disk image that every machine starts from: Debian with systemd and the lab's two guest
+//! programs. It does not contain Towline.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
@@ -12,9 +12,9 @@ use super::tools::{output_of, tool};
 use crate::lab::package::archive::{Entry, tar};
 use crate::lab::talk::line;
 
-/// Suite of the userland, whatever the kernel.
+/// Debian suite of the userland, for every kernel.
 const SUITE: &str = "bookworm";
-/// Packages beside the essential ones.
+/// Packages that are installed in addition to the essential ones.
 const PACKAGES: [&str; 11] = [
     "systemd",
     "systemd-sysv",
@@ -28,7 +28,7 @@ const PACKAGES: [&str; 11] = [
     "wireguard-tools",
     "busybox-static",
 ];
-/// Path in the machine, mode and bytes.
+/// Files to install: path in the machine, mode and contents.
 const FILES: [(&str, u32, &str); 5] = [
     ("usr/local/lib/lab/runner", 0o755, include_str!("guest/runner")),
     ("etc/systemd/system/lab-runner.service", 0o644, include_str!("guest/lab-runner.service")),
@@ -41,13 +41,13 @@ const FILES: [(&str, u32, &str); 5] = [
     ("etc/lab/targets", 0o644, "# LABEL ADDRESS\n"),
 ];
 const ENABLED: &str = "lab-runner background-traffic systemd-networkd";
-/// What a machine does not need: each costs an emulated one up to a second of its boot.
+/// Units that a machine does not need: each costs an emulated machine up to a second of its boot.
 const MASKED: &str = "getty@.service serial-getty@.service systemd-logind.service \
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
     e2scrub_reap.service fstrim.timer systemd-update-utmp.service systemd-update-utmp-runlevel.service \
     systemd-user-sessions.service modprobe@drm.service modprobe@efi_pstore.service \
     modprobe@dm_mod.service modprobe@loop.service modprobe@fuse.service";
-/// What a machine does not need: documents and translations are half of the tree.
+/// Files that a machine does not need: documentation and translations are half of the tree.
 const EXCLUDED: [&str; 5] = [
     "path-exclude=/usr/share/doc/*",
     "path-exclude=/usr/share/man/*",
@@ -55,24 +55,25 @@ const EXCLUDED: [&str; 5] = [
     "path-exclude=/usr/share/info/*",
     "path-exclude=/usr/share/zoneinfo/*",
 ];
-/// Fixed, so that the same tree gives the same disk.
+/// UUID of the file system, fixed so that the same tree gives the same disk.
 const DISK_ID: &str = "6d0f5f5e-5a5c-4b0e-9d4e-70776c696e65";
-/// Of the disk, most of which is a hole. Tests that fill it do so in seconds.
+/// Size of the disk, most of which is a hole. It is small, so that tests fill it in seconds.
 const DISK_SIZE: &str = "1G";
-/// 2023-11-14: of every file that has no older time.
+/// Newest modification time of a file in the image: 2023-11-14, in seconds since 1970.
 const EPOCH: &str = "1700000000";
 
-/// The image.
+/// A built image.
 #[derive(Debug, Clone)]
 pub struct Image {
-    /// An ext4 file system without partitions, sparse.
+    /// Path of the disk: a sparse ext4 file system without partitions.
     pub disk: PathBuf,
-    /// A static busybox, for the first program of a machine.
+    /// Path of a static busybox, for the first program of a machine.
     pub busybox: PathBuf,
 }
 
 impl Image {
-    /// Takes it from the cache, or builds it: about a minute, and 70 MB to fetch.
+    /// Returns the image from the cache, or builds it, which takes about a minute and downloads 70
+    /// MB.
     pub fn get(cache: &Cache) -> anyhow::Result<Self> {
         let mut recipe =
             [PACKAGES.as_slice(), &EXCLUDED, &[SUITE, ENABLED, MASKED, DISK_ID, DISK_SIZE]]
@@ -90,7 +91,7 @@ impl Image {
 }
 
 fn build(place: &std::path::Path) -> anyhow::Result<()> {
-    // Without root the hooks run as another user, who writes here.
+    // Without root, the hooks run as another user, who must be able to write here.
     let shared = tempfile::tempdir()?;
     std::fs::set_permissions(shared.path(), Permissions::from_mode(0o777))?;
     let at = |name: &str| shared.path().join(name).display().to_string();
@@ -103,13 +104,13 @@ fn build(place: &std::path::Path) -> anyhow::Result<()> {
         format!("chroot \"$1\" systemctl --quiet mask {MASKED}"),
         // Mount point of a kernel's modules.
         "mkdir -p \"$1\"/usr/lib/modules".to_owned(),
-        // Every machine makes its own.
+        // Every machine creates its own.
         ": >\"$1\"/etc/machine-id; rm -f \"$1\"/etc/hostname \"$1\"/etc/resolv.conf".to_owned(),
         "rm -rf \"$1\"/var/lib/apt/lists/* \"$1\"/var/cache/apt/*.bin \"$1\"/var/log/*.log"
             .to_owned(),
         format!("download /bin/busybox {}", at("busybox")),
         format!("chroot \"$1\" dpkg-query --show >{}", at("packages")),
-        // Without what is mounted there while the hooks run.
+        // File systems that are mounted while the hooks run are excluded.
         format!(
             "mkdir {0} && tar -C \"$1\" --exclude='./proc/*' --exclude='./sys/*' \
              --exclude='./dev/*' -c . | tar -C {0} -x",

@@ -1,5 +1,5 @@
-//! Kernels of Debian's suites, unpacked without touching the host: the kernel, its modules as a
-//! disk, and the first program with what it needs to mount the disks.
+//! Kernels of Debian's suites, unpacked without changing the host: the kernel, its modules as a
+//! disk, and an initramfs whose first program mounts the disks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -12,52 +12,52 @@ use super::image::Image;
 use super::tools::{KEYRING, output_of, tool};
 use crate::lab::talk::line;
 
-/// A kernel that machines can be booted with.
+/// A kernel release that machines can be booted with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Release {
-    /// What `--kernel` calls it.
+    /// Name of the release, for `--kernel`.
     pub name: &'static str,
-    /// The suite that has it.
+    /// Debian suite that contains it.
     suite: &'static str,
 }
 
-/// Oldest first. The variant for virtual machines has the same sources and options of the network
-/// as the generic one, and a third of its size.
+/// All releases, oldest first. The cloud variant has the same sources and network options as the
+/// generic kernel, and a third of its size.
 pub const RELEASES: [Release; 4] = [
     Release { name: "5.10", suite: "bullseye" },
     Release { name: "6.1", suite: "bookworm" },
     Release { name: "6.12", suite: "trixie" },
     Release { name: "newest", suite: "trixie-backports" },
 ];
-/// The one of the userland's suite, for cases that do not depend on the kernel.
+/// The release of the userland's suite, for cases that do not depend on the kernel.
 pub const DEFAULT: Release = RELEASES[1];
 
 const PACKAGE: &str = "linux-image-cloud-amd64";
 const MIRROR: &str = "http://deb.debian.org/debian";
-/// Loaded by the first program, each after what it depends on.
+/// Modules that the first program loads, each after its dependencies.
 const EARLY_MODULES: [&str; 6] =
     ["virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "ext4", "crc32c_generic"];
 const INIT: &str = include_str!("guest/init");
-/// Part of the cache's key: raise it when the code below makes something else.
+/// Version of the code below, as a part of the cache's key. Increase it when the result changes.
 const RECIPE: &str = "1";
 
 /// A kernel that is ready to boot.
 #[derive(Debug, Clone)]
 pub struct Kernel {
-    /// Which one.
+    /// Release of the kernel.
     pub release: Release,
-    /// Its version, such as `6.1.0-50-cloud-amd64`.
+    /// Full version, such as `6.1.0-50-cloud-amd64`.
     pub version: String,
-    /// For QEMU's `-kernel`.
+    /// Path of the kernel image, for QEMU's `-kernel`.
     pub image: PathBuf,
-    /// For QEMU's `-initrd`.
+    /// Path of the initramfs, for QEMU's `-initrd`.
     pub initramfs: PathBuf,
-    /// Its modules, an ext4 file system.
+    /// Path of the disk with the modules, an ext4 file system.
     pub modules: PathBuf,
 }
 
 impl Kernel {
-    /// Takes it from the cache, or fetches and unpacks it: 20 to 50 MB.
+    /// Returns the kernel from the cache, or downloads (20 to 50 MB) and unpacks it.
     pub fn get(cache: &Cache, image: &Image, release: Release) -> anyhow::Result<Self> {
         let busybox = fs::read(&image.busybox)?;
         let modules = EARLY_MODULES.join(" ");
@@ -91,13 +91,14 @@ fn build(place: &Path, release: Release, busybox: &[u8]) -> anyhow::Result<()> {
     unpack(scratch.path(), &tree, release)?;
     let image = only_entry(&tree.join("boot"), "vmlinuz-")?;
     fs::copy(&image, place.join("vmlinuz"))?;
-    // Newer packages have them below /usr.
+    // Newer packages have the modules below /usr.
     let modules = [tree.join("usr/lib/modules"), tree.join("lib/modules")]
         .into_iter()
         .find(|path| path.is_dir())
         .context("the package has no modules")?;
     let versioned = only_entry(&modules, "")?;
-    let version = versioned.file_name().context("a path without name")?.display().to_string();
+    let version =
+        versioned.file_name().context("the modules' path has no name")?.display().to_string();
     let root = scratch.path().join("root");
     fs::create_dir_all(root.join("lib/modules"))?;
     let versioned_in_root = root.join("lib/modules").join(&version);
@@ -115,7 +116,7 @@ fn build(place: &Path, release: Release, busybox: &[u8]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Fetches the kernel's packages with an apt of their own and unpacks them into `tree`.
+/// Downloads the kernel's packages with a separate apt configuration and unpacks them into `tree`.
 fn unpack(scratch: &Path, tree: &Path, release: Release) -> anyhow::Result<()> {
     let apt = Apt::new(&scratch.join("apt"), release.suite)?;
     let of_cpu = |name: &&String| name.starts_with("linux-") && name.contains("-cloud-");
@@ -139,7 +140,7 @@ fn unpack(scratch: &Path, tree: &Path, release: Release) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// An apt that knows one suite, and nothing of the host's packages.
+/// An apt configuration with one suite, independent of the host's packages.
 struct Apt {
     config: PathBuf,
 }
@@ -162,7 +163,7 @@ impl Apt {
             ("Dir::Etc::Parts", at("parts")),
             ("Acquire::Languages", "none".to_owned()),
             ("APT::Sandbox::User", "root".to_owned()),
-            // Suites that are no longer updated expire, and are still signed.
+            // Suites that are no longer updated have an expired date but are still signed.
             ("Acquire::Check-Valid-Until", "false".to_owned()),
         ];
         let text: String =
@@ -195,7 +196,7 @@ fn dependencies(description: &str) -> Vec<String> {
         .collect()
 }
 
-/// Returns the one entry of a directory whose name begins so.
+/// Returns the only entry of a directory whose name begins with `prefix`.
 fn only_entry(directory: &Path, prefix: &str) -> anyhow::Result<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(directory)
@@ -208,11 +209,13 @@ fn only_entry(directory: &Path, prefix: &str) -> anyhow::Result<PathBuf> {
     }
     match <[PathBuf; 1]>::try_from(found) {
         Ok([one]) => Ok(one),
-        Err(found) => bail!("{} has {} of {prefix}*", directory.display(), found.len()),
+        Err(found) => {
+            bail!("{} has {} entries {prefix}* instead of one", directory.display(), found.len())
+        }
     }
 }
 
-/// Returns the archive with the first program, and the modules in the order of loading.
+/// Returns the initramfs: the first program, and the modules in the order in which they are loaded.
 fn initramfs(modules: &Path, busybox: &[u8]) -> anyhow::Result<Vec<u8>> {
     let listed = fs::read_to_string(modules.join("modules.dep"))?;
     let mut archive = Cpio::default();
@@ -224,7 +227,7 @@ fn initramfs(modules: &Path, busybox: &[u8]) -> anyhow::Result<Vec<u8>> {
             Some("zst") => output_of(tool("zstd").arg("-dcq").arg(&compressed))?,
             _ => fs::read(&compressed)?,
         };
-        ensure!(bytes.starts_with(b"\x7fELF"), "{path} is no module");
+        ensure!(bytes.starts_with(b"\x7fELF"), "{path} is not a kernel module");
         let name = module_name(&path);
         archive.add(&format!("modules/{name}"), 0o100_644, &bytes);
         order.push_str(&name);
@@ -236,8 +239,8 @@ fn initramfs(modules: &Path, busybox: &[u8]) -> anyhow::Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
-/// Returns the wanted modules and what they need, dependencies first, from a `modules.dep`. What is
-/// not listed is built in.
+/// Returns the paths of the wanted modules and of their dependencies, dependencies first, from a
+/// `modules.dep`. A module that is not listed is built in.
 fn loading_order(listed: &str, wanted: &[&str]) -> Vec<String> {
     let mut known = BTreeMap::new();
     for line in listed.lines() {
@@ -248,7 +251,7 @@ fn loading_order(listed: &str, wanted: &[&str]) -> Vec<String> {
     let mut order: Vec<String> = Vec::new();
     for name in wanted {
         let Some((path, needs)) = known.get(*name) else { continue };
-        // `modules.dep` names all dependencies, the last one to be loaded first.
+        // `modules.dep` lists all dependencies; the last one must be loaded first.
         for path in needs.split_whitespace().rev().chain([*path]) {
             if !order.iter().any(|known| known == path) {
                 order.push(path.to_owned());
@@ -258,13 +261,13 @@ fn loading_order(listed: &str, wanted: &[&str]) -> Vec<String> {
     order
 }
 
-/// Returns a module's name: `virtio_pci` of `kernel/drivers/virtio/virtio_pci.ko.xz`.
+/// Returns a module's name: `virtio_pci` for `kernel/drivers/virtio/virtio_pci.ko.xz`.
 fn module_name(path: &str) -> String {
     let file = path.rsplit('/').next().unwrap_or(path);
     file.split('.').next().unwrap_or(file).replace('-', "_")
 }
 
-/// A cpio archive (newc), which the kernel unpacks as its first root.
+/// A cpio archive (newc format), which the kernel unpacks as its initial root file system.
 #[derive(Default)]
 struct Cpio {
     bytes: Vec<u8>,

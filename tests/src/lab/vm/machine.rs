@@ -1,4 +1,4 @@
-//! One machine: a QEMU process, the disk that it boots from, and what it says.
+//! A machine: a QEMU process, its disk and its console output.
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
@@ -18,18 +18,20 @@ use super::tools::tool;
 use crate::lab::interrupt::{wait_for, wait_up_to};
 use crate::lab::process::{ending, processor_time, tie_to_parent};
 
-/// An emulated machine boots in 15 s; on a host with ten others it takes many minutes.
+/// Time limit of a boot. An emulated machine boots in 15 s, but takes many minutes on a host that
+/// runs ten others.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(900);
-/// Processor time of QEMU until a machine takes commands is 5 to 15 s. One that used this much hangs.
+/// Limit of QEMU's processor time until the machine accepts commands. Usually it is 5 to 15 s; a
+/// machine that used this much hangs.
 const BOOT_PROCESSOR_TIME: Duration = Duration::from_secs(120);
-/// Of a command that does little.
+/// Time limit of a command that does little.
 pub const COMMAND_LIMIT: Duration = Duration::from_secs(180);
-/// Of a change of state that needs a few packets or a restart.
+/// Time limit of a change of state that needs a few packets or a restart.
 pub const CHANGE_LIMIT: Duration = Duration::from_secs(300);
 
 const MEMORY_MB: u32 = 384;
-/// Of every boot. A panic ends QEMU. On a busy host an emulated timer may fail the test that the kernel
-/// makes of it.
+/// Kernel command line of every boot. A panic ends QEMU. `no_timer_check` is set because an
+/// emulated timer on a busy host may fail the kernel's test of it.
 const KERNEL_ARGUMENTS: &str =
     "console=ttyS0 panic=-1 no_timer_check net.ifnames=0 loglevel=4 systemd.show_status=error";
 
@@ -37,12 +39,12 @@ const KERNEL_ARGUMENTS: &str =
 #[derive(Debug)]
 pub struct Machine {
     name: String,
-    /// Sockets, disk and console.
+    /// Directory of the sockets, the disk and the console output.
     directory: PathBuf,
     port: Port,
     kernel: Kernel,
     accelerator: Accelerator,
-    /// A file that the machine sees as its third disk.
+    /// File that the machine sees as its third disk.
     medium: PathBuf,
     running: Option<Running>,
 }
@@ -50,29 +52,29 @@ pub struct Machine {
 #[derive(Debug)]
 struct Running {
     qemu: Child,
-    /// Once QEMU made its socket.
+    /// Command runner; `None` until QEMU has created its socket.
     runner: Option<Runner>,
 }
 
-/// What a new machine is made of.
+/// The parts of a new machine.
 #[derive(Debug, Clone, Copy)]
 pub struct Parts<'a> {
-    /// Its host name, and the name of its directory.
+    /// Host name, also the name of the machine's directory.
     pub name: &'a str,
-    /// Where its directory is made.
+    /// Directory in which the machine's directory is created.
     pub directory: &'a Path,
-    /// Copied.
+    /// Disk image, which is copied.
     pub disk: &'a Path,
-    /// Third disk, read-only.
+    /// File that becomes the third disk, read-only.
     pub medium: &'a Path,
-    /// What it boots with.
+    /// Kernel that the machine boots.
     pub kernel: &'a Kernel,
-    /// How QEMU runs it.
+    /// Accelerator that QEMU uses.
     pub accelerator: Accelerator,
 }
 
 impl Machine {
-    /// Makes a machine that is off, at a port of a network.
+    /// Creates a machine that is off, at a port of a network.
     pub fn new(parts: Parts<'_>, port: Port) -> anyhow::Result<Self> {
         let directory = parts.directory.join(parts.name);
         std::fs::create_dir(&directory)?;
@@ -88,30 +90,31 @@ impl Machine {
         })
     }
 
-    /// Its name.
+    /// Returns the machine's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Where it is plugged in.
+    /// Returns the machine's port of the network.
     pub fn port(&self) -> &Port {
         &self.port
     }
 
-    /// The disk, which is stable only while the machine is off.
+    /// Returns the path of the disk, whose contents are stable only while the machine is off.
     pub fn disk(&self) -> PathBuf {
         self.directory.join("disk")
     }
 
-    /// Switches it on. `arguments` are added to the kernel's command line.
+    /// Switches the machine on. `arguments` are appended to the kernel's command line.
     pub fn start(&mut self, arguments: &str) -> anyhow::Result<()> {
         self.start_with(arguments, &[])
     }
 
-    /// As [`Self::start`], with more arguments for QEMU, such as `-rtc base=...`.
+    /// Switches the machine on as [`Self::start`] does, with more arguments for QEMU, such as `-rtc
+    /// base=...`.
     pub fn start_with(&mut self, arguments: &str, qemu: &[&str]) -> anyhow::Result<()> {
         if self.running.is_some() {
-            bail!("{} is on already", self.name);
+            bail!("{} is already on", self.name);
         }
         let socket = self.socket();
         let _ = std::fs::remove_file(&socket);
@@ -148,7 +151,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Waits until it takes commands, which is early in the boot.
+    /// Waits until the machine accepts commands, which is early in the boot.
     pub fn await_runner(&mut self) -> anyhow::Result<()> {
         let what = format!("command runner of {}", self.name);
         let booted = wait_for(&what, BOOT_LIMIT, || {
@@ -159,29 +162,32 @@ impl Machine {
             }
             let pid = Pid::from_raw(running.qemu.id().cast_signed());
             if processor_time(pid)? > BOOT_PROCESSOR_TIME {
-                bail!("it hangs: QEMU used {} s of the processor", BOOT_PROCESSOR_TIME.as_secs());
+                bail!(
+                    "the machine hangs: QEMU used {} s of processor time",
+                    BOOT_PROCESSOR_TIME.as_secs()
+                );
             }
             if running.runner.is_none() {
-                // QEMU makes the socket a moment after its start.
+                // QEMU creates the socket shortly after its start.
                 let Ok(stream) = UnixStream::connect(&socket) else { return Ok(None) };
                 running.runner = Some(Runner::new(stream)?);
             }
             let ready = running.runner.as_mut().map(Runner::is_ready).transpose()?;
             Ok((ready == Some(true)).then_some(()))
         });
-        booted.with_context(|| format!("{} does not boot: {}", self.name, self.last_words()))
+        booted.with_context(|| format!("{} failed to boot: {}", self.name, self.last_words()))
     }
 
-    /// Switches it on and waits until it takes commands.
+    /// Switches the machine on and waits until it accepts commands.
     pub fn boot(&mut self, arguments: &str) -> anyhow::Result<()> {
         self.start(arguments)?;
         self.await_runner()
     }
 
-    /// Waits until systemd has no job left to do, and returns its state: `running` or `degraded`.
+    /// Waits until systemd has no job left, and returns its state: `running` or `degraded`.
     pub fn await_boot_end(&mut self) -> anyhow::Result<String> {
         let what = format!("end of the boot of {}", self.name);
-        // `--wait` itself would occupy the runner.
+        // `--wait` would occupy the runner.
         wait_for(&what, BOOT_LIMIT, || {
             let state = self.run("systemctl is-system-running; systemctl list-jobs --no-legend")?;
             let mut lines = state.stdout.lines();
@@ -190,25 +196,25 @@ impl Machine {
         })
     }
 
-    /// Runs a bash command in it, for at most [`COMMAND_LIMIT`].
+    /// Runs a bash command in the machine, for at most [`COMMAND_LIMIT`].
     pub fn run(&mut self, command: &str) -> anyhow::Result<Output> {
         self.run_for(command, COMMAND_LIMIT)
     }
 
-    /// Runs a bash command in it; the machine kills it after `limit`.
+    /// Runs a bash command in the machine, which kills it after `limit`.
     pub fn run_for(&mut self, command: &str, limit: Duration) -> anyhow::Result<Output> {
         let name = self.name.clone();
         let runner = self.running()?.runner.as_mut();
-        let runner = runner.with_context(|| format!("{name} takes no commands yet"))?;
-        runner.run(command, limit).with_context(|| format!("no command can run in {name}"))
+        let runner = runner.with_context(|| format!("{name} does not accept commands yet"))?;
+        runner.run(command, limit).with_context(|| format!("cannot run a command in {name}"))
     }
 
-    /// As [`Self::run`]; its standard output, if it ended with 0.
+    /// Runs a command as [`Self::run`] does. Returns its standard output if it exits with 0.
     pub fn run_ok(&mut self, command: &str) -> anyhow::Result<String> {
         self.run_ok_for(command, COMMAND_LIMIT)
     }
 
-    /// As [`Self::run_for`]; its standard output, if it ended with 0.
+    /// Runs a command as [`Self::run_for`] does. Returns its standard output if it exits with 0.
     pub fn run_ok_for(&mut self, command: &str, limit: Duration) -> anyhow::Result<String> {
         let output = self.run_for(command, limit)?;
         if !output.is_success() {
@@ -217,8 +223,8 @@ impl Machine {
         Ok(output.stdout)
     }
 
-    /// Repeats a command until it ends with 0, and returns its last output: whether it did must be
-    /// looked at.
+    /// Repeats a command until it exits with 0 or `limit` passed, and returns its last output. The
+    /// caller must check whether it succeeded.
     pub fn run_until_ok(&mut self, command: &str, limit: Duration) -> anyhow::Result<Output> {
         let mut last = Output::default();
         let done = wait_up_to(limit, || {
@@ -229,14 +235,14 @@ impl Machine {
         Ok(last)
     }
 
-    /// Writes a file in it, and the directories above.
+    /// Writes a file in the machine, and creates the directories above it.
     pub fn write(&mut self, path: &str, text: &str) -> anyhow::Result<()> {
         let encoded = data_encoding::BASE64.encode(text.as_bytes());
         self.run_ok(&format!("mkdir -p \"$(dirname {path})\" && base64 -d >{path} <<<{encoded}"))
             .map(drop)
     }
 
-    /// Cuts the power: what its kernel had not yet written is lost.
+    /// Cuts the power: data that the machine's kernel had not yet written is lost.
     pub fn cut_power(&mut self) -> anyhow::Result<()> {
         if let Some(mut running) = self.running.take() {
             running.qemu.kill()?;
@@ -245,7 +251,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Shuts it down in order and waits for its end; returns how long that took.
+    /// Shuts the machine down in order, waits for its end, and returns how long that took.
     pub fn shut_down(&mut self) -> anyhow::Result<Duration> {
         let begun = Instant::now();
         self.run("systemctl poweroff")?;
@@ -262,7 +268,7 @@ impl Machine {
         Ok(begun.elapsed())
     }
 
-    /// The last lines of the console.
+    /// Returns the last lines of the console.
     pub fn last_words(&self) -> String {
         let bytes = std::fs::read(self.console_path()).unwrap_or_default();
         let text = String::from_utf8_lossy(&bytes);
@@ -270,7 +276,8 @@ impl Machine {
         lines[lines.len().saturating_sub(8)..].join(" | ")
     }
 
-    /// What the console and the journal say, to be read after a case failed.
+    /// Returns the console output, the journal and the network state, to be read after a case
+    /// failed.
     pub fn evidence(&mut self) -> String {
         let console = std::fs::read(self.console_path()).unwrap_or_default();
         let mut text = format!("==> console of {}\n", self.name);
@@ -303,7 +310,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // Fails only when it is gone already.
+        // Fails only if QEMU has already ended.
         let _ = self.cut_power();
     }
 }

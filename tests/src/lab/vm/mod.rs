@@ -5,31 +5,31 @@
 //!  ┌────────────────┐        ┌──────────────────────┐        ┌────────────────────────┐
 //!  │ controller     │ frames │ switch, gateway, and │ frames │ agent, guard           │
 //!  │ agent     eth0 ├────────┤ witness: counts what ├────────┤ eth0                   │
-//!  │ runner         │        │ a machine says clear │        │ runner                 │
+//!  │ runner         │        │ a machine leaks      │        │ runner                 │
 //!  └──────┬─────────┘        └──────────────────────┘        │ background traffic     │
 //!         └── commands, virtio-serial ──┴────────────────────┴────────────────────────┘
 //! ```
 //!
 //! | module | owns |
 //! |---|---|
-//! | [`tools`] | which programs of the host are needed, and what installs them |
-//! | [`cache`] | the directory outside the tree, by content |
+//! | [`tools`] | which programs of the host are needed, and which packages have them |
+//! | [`cache`] | the directory outside the checkout for what is built once, keyed by hash |
 //! | [`image`] | the disk that every machine starts from |
 //! | [`kernel`] | kernels of Debian's suites, their modules and the first program |
 //! | [`accelerator`] | whether KVM boots a kernel here |
 //! | [`machine`] | one QEMU process and its disk: boot, power cut, shutdown |
 //! | [`runner`] | commands in a machine, without its network |
 //! | [`network`] | the switch between machines, and its gateway |
-//! | [`witness`] | what left a machine that should not have |
+//! | [`witness`] | counts of the packets that left a machine: clear, plain, sealed |
 //! | [`software`] | the package under test |
-//! | [`pair`] | a control plane and a worker that joined its mesh |
-//! | [`cases`] | the cases |
+//! | [`pair`] | a control plane, and a worker that joined its mesh |
+//! | [`cases`] | the test cases |
 //!
 //! # Invariants
 //!
-//! - Root is not needed: machines exchange Ethernet frames over Unix sockets with the lab itself.
-//! - A wait is for a condition; its limit is generous, since an emulated machine on a loaded host is
-//!   ten times slower than a real one.
+//! - Root is not needed: machines exchange Ethernet frames with the lab over Unix sockets.
+//! - Every wait is for a condition. Its limit is generous, since an emulated machine on a loaded
+//!   host is ten times slower than a real one.
 //! - The thread that starts a machine owns it: QEMU ends with that thread.
 
 pub mod accelerator;

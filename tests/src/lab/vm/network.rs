@@ -1,8 +1,8 @@
-//! The switch between machines: QEMU sends each Ethernet frame as a datagram of a Unix socket, and
-//! the lab forwards it. No root, and every frame is seen.
+//! The switch between machines: QEMU sends each Ethernet frame as a datagram over a Unix socket,
+//! and the lab forwards it. It needs no root, and sees every frame.
 //!
-//! The lab is also the gateway of the network: it answers for the gateway's addresses, so that what
-//! a machine sends to the rest of the world leaves it and is counted, and swallows it.
+//! The lab is also the gateway of the network. It answers for the gateway's addresses, so that
+//! packets to the rest of the world leave the machine and are counted; then it discards them.
 
 use std::collections::HashMap;
 use std::io;
@@ -28,7 +28,7 @@ pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 
 type Mac = [u8; 6];
 const GATEWAY_MAC: Mac = [2, 0, 0, 0, 0, 1];
-/// Longest frame that QEMU sends.
+/// Size in bytes of the longest frame that QEMU sends.
 const FRAME_BYTES: usize = 65536;
 
 /// A network segment with a port for each machine.
@@ -39,13 +39,13 @@ pub struct Network {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Where a machine is plugged in.
+/// A port of the segment, to which one machine is connected.
 #[derive(Debug, Clone)]
 pub struct Port {
     index: usize,
-    /// Bound by QEMU.
+    /// Path of the socket that QEMU binds.
     machine: PathBuf,
-    /// Bound by the lab.
+    /// Path of the socket that the lab binds.
     ours: PathBuf,
 }
 
@@ -57,8 +57,8 @@ struct Shared {
 }
 
 impl Network {
-    /// Makes a segment with `count` ports, whose sockets lie in `directory`. Packets of `mesh` must
-    /// not be seen on it in clear.
+    /// Creates a segment with `count` ports, whose sockets are in `directory`. Packets of the
+    /// networks `mesh` must not appear on it in clear.
     pub fn new(directory: &Path, count: usize, mesh: &[IpNet]) -> anyhow::Result<Self> {
         let mut sockets = Vec::new();
         let mut ports = Vec::new();
@@ -88,7 +88,7 @@ impl Network {
         Ok(Self { ports, shared, thread: Some(thread) })
     }
 
-    /// Returns one port.
+    /// Returns a port of the segment.
     pub fn port(&self, index: usize) -> Port {
         self.ports[index].clone()
     }
@@ -98,14 +98,15 @@ impl Network {
         self.shared.witnesses[port.index].lock().sent()
     }
 
-    /// Starts to count again, at all ports.
+    /// Resets the counts of all ports.
     pub fn reset(&self) {
         for witness in &self.shared.witnesses {
             witness.lock().reset();
         }
     }
 
-    /// Pulls the cable behind the machine's own, whose carrier stays: nothing gets through.
+    /// Connects or disconnects a port. A disconnected port passes nothing, while the machine's
+    /// carrier stays up.
     pub fn plug(&self, port: &Port, is_plugged: bool) {
         self.shared.is_plugged[port.index].store(is_plugged, Ordering::Relaxed);
     }
@@ -115,7 +116,7 @@ impl Drop for Network {
     fn drop(&mut self) {
         self.shared.ends.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
-            // It ends within one poll; had it panicked, there is nothing to save.
+            // The thread ends within one poll; if it panicked, nothing is lost.
             let _ = thread.join();
         }
     }
@@ -124,7 +125,7 @@ impl Drop for Network {
 impl Port {
     /// Returns QEMU's arguments for a network card at this port.
     pub(super) fn qemu_arguments(&self) -> Vec<String> {
-        // What an earlier QEMU bound.
+        // An earlier QEMU may have left its socket.
         let _ = std::fs::remove_file(&self.machine);
         let mac = format!("52:54:00:00:00:{:02x}", self.index + 10);
         vec![
@@ -143,7 +144,7 @@ impl Port {
 struct Switch {
     sockets: Vec<UnixDatagram>,
     peers: Vec<PathBuf>,
-    /// Port of each address that was seen as a source.
+    /// Port at which each source address was last seen.
     learned: HashMap<Mac, usize>,
     shared: Arc<Shared>,
 }
@@ -157,12 +158,12 @@ impl Switch {
                 .iter()
                 .map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN))
                 .collect();
-            // The limit is how late the end is noticed.
+            // The timeout bounds how late a stop is noticed.
             if poll(&mut ready, PollTimeout::from(50_u8)).is_err() {
                 continue;
             }
             for port in 0..self.sockets.len() {
-                // Bounded, so that a machine that floods does not keep the others waiting.
+                // Bounded, so that a machine that floods does not starve the others.
                 for _ in 0..256 {
                     match self.sockets[port].recv(&mut frame) {
                         Ok(length) => self.forward(port, &frame[..length]),
@@ -198,7 +199,7 @@ impl Switch {
 
     fn send(&self, to: usize, frame: &[u8]) {
         if self.is_plugged(to) {
-            // A machine that is off, or whose queue is full: a switch drops the frame.
+            // If the machine is off or its queue is full, the frame is dropped, as a switch does.
             let _: io::Result<usize> = self.sockets[to].send_to(frame, &self.peers[to]);
         }
     }
@@ -212,7 +213,7 @@ fn mac_at(frame: &[u8], at: usize) -> Option<Mac> {
     frame.get(at..at + 6)?.try_into().ok()
 }
 
-/// Returns the gateway's answer to a question for its link address (ARP; RFC 4861, section 4.3).
+/// Returns the gateway's answer to a request for its link address (ARP; RFC 4861, section 4.3).
 fn gateway_answer(frame: &[u8]) -> Option<Vec<u8>> {
     match frame.get(12..14)? {
         [0x08, 0x06] => arp_answer(frame),
@@ -231,7 +232,7 @@ fn arp_answer(frame: &[u8]) -> Option<Vec<u8>> {
     let is_for_us = question[6..8] == [0, 1] && question[24..28] == GATEWAY_V4.octets();
     is_for_us.then(|| {
         let mut answer = ethernet(asker_mac, [0x08, 0x06]);
-        // Ethernet, IPv4, lengths, "reply".
+        // Ethernet, IPv4, lengths, opcode "reply".
         answer.extend([0, 1, 8, 0, 6, 4, 0, 2]);
         answer.extend(GATEWAY_MAC);
         answer.extend(GATEWAY_V4.octets());
@@ -251,12 +252,12 @@ fn neighbor_answer(frame: &[u8]) -> Option<Vec<u8>> {
     let is_for_us = header[6] == ICMPV6
         && message[0] == SOLICITATION
         && message[8..24] == GATEWAY_V6.octets()
-        // A duplicate address detection has no source, and would be a conflict.
+        // Duplicate address detection has no source address, and an answer would be a conflict.
         && source != [0; 16];
     if !is_for_us {
         return None;
     }
-    // Router, solicited, override; the target and its link address.
+    // Flags router, solicited and override; then the target and its link address.
     let mut advertisement = vec![ADVERTISEMENT, 0, 0, 0, 0xe0, 0, 0, 0];
     advertisement.extend(GATEWAY_V6.octets());
     advertisement.extend([2, 1]);
@@ -275,7 +276,7 @@ fn neighbor_answer(frame: &[u8]) -> Option<Vec<u8>> {
     Some(answer)
 }
 
-/// RFC 1071, of an even number of bytes.
+/// Returns the Internet checksum (RFC 1071) of an even number of bytes.
 fn internet_checksum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks_exact(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
     let mut sum: u32 = words.sum();
@@ -299,7 +300,7 @@ mod tests {
         [to.as_slice(), &from, &[0x08, 0x00], payload].concat()
     }
 
-    /// The machine's end of a port.
+    /// Binds the machine's end of a port.
     fn machine(network: &Network, index: usize) -> UnixDatagram {
         let port = network.port(index);
         let socket = UnixDatagram::bind(&port.machine).unwrap();
@@ -326,7 +327,7 @@ mod tests {
         b.send(&frame(A, B, b"learned")).unwrap();
         assert_eq!(received(&a)[14..], *b"learned");
         b.send(&frame([0xff; 6], B, b"broadcast")).unwrap();
-        // What went to A alone did not reach C before the broadcast.
+        // The frame to A alone did not reach C before the broadcast.
         assert_eq!(received(&c)[14..], *b"broadcast");
     }
 
@@ -378,7 +379,7 @@ mod tests {
         let answer = gateway_answer(&solicitation([0xfe; 16])).unwrap();
         let (header, message) = (&answer[14..54], &answer[54..]);
         let pseudo_header = [&header[8..40], &[0, 0, 0, 32, 0, 0, 0, 58]].concat();
-        // A correct sum makes the whole zero.
+        // With a correct checksum the total is zero.
         assert_eq!(internet_checksum(&[pseudo_header.as_slice(), message].concat()), 0);
         assert_eq!(gateway_answer(&solicitation([0; 16])), None);
         for length in 0..78 {

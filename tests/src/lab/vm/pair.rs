@@ -1,4 +1,4 @@
-//! A control plane with a controller, and a worker: two machines, and how they become a mesh.
+//! A control plane with a controller, and a worker: two machines that form a mesh.
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
@@ -21,11 +21,11 @@ use crate::lab::talk::Talk;
 /// Two machines on one network.
 #[derive(Debug)]
 pub struct Pair {
-    /// The machine with the controller; also a node.
+    /// The machine with the controller, which is also a node.
     pub cp: Machine,
     /// The machine under test.
     pub worker: Machine,
-    /// What joins them. Dropped after the machines.
+    /// The network between them. It is dropped after the machines.
     pub network: Network,
 }
 
@@ -38,48 +38,51 @@ pub struct OverlayAddresses {
     pub v6: IpAddr,
 }
 
-/// From which machines are made.
+/// The parts from which a case's machines are made.
 #[derive(Debug)]
 pub struct Testbed<'a> {
-    /// Holds what is built once.
+    /// Cache of what is built once.
     pub cache: &'a Cache,
-    /// The disk without Towline.
+    /// Disk image without Towline.
     pub image: &'a Image,
-    /// Towline.
+    /// Package under test.
     pub software: &'a Software,
-    /// What machines boot with.
+    /// Kernel that the machines boot.
     pub kernel: Kernel,
-    /// How QEMU runs them.
+    /// Accelerator that QEMU uses.
     pub accelerator: Accelerator,
-    /// Progress.
+    /// Progress output.
     pub talk: &'a Talk,
-    /// Where this case's machines lie.
+    /// Directory of this case's machines.
     pub directory: &'a Path,
 }
 
-/// A disk with a joined node is made for one run of tests, and not kept until its certificate ends.
+/// Lifetime of the cached disks with joined nodes: long enough for a run of tests, and well below
+/// the lifetime of a node's certificate.
 const PAIR_LIFETIME: Duration = Duration::from_secs(6 * 3600);
-/// Part of the cache's key: raise it when joining makes other disks.
+/// Version of the join steps, as a part of the cache's key. Increase it when they produce other
+/// disks.
 const RECIPE: &str = "1";
 const CONTROLLER_ADDRESS: &str = "203.0.113.10:7443";
 const OVERLAY_V4: &str = "198.19.0.0/16";
 const OVERLAY_V6: &str = "fd12:3456:789a:1::/64";
-/// Nobody has them.
+/// Addresses of the mesh that no node owns.
 const UNOWNED: [&str; 2] = ["198.19.255.250", "fd12:3456:789a:1:ffff::250"];
 const JOIN_LIMIT: Duration = Duration::from_secs(400);
 
-/// Returns the ranges of the mesh, in which nothing may leave a machine in clear.
+/// Returns the networks of the mesh, to which nothing may leave a machine in clear.
 pub fn mesh_ranges() -> Vec<IpNet> {
     [OVERLAY_V4, OVERLAY_V6].iter().filter_map(|range| range.parse().ok()).collect()
 }
 
 impl Testbed<'_> {
-    /// Makes two machines without Towline, off.
+    /// Creates two machines without Towline, switched off.
     pub fn blank(&self) -> anyhow::Result<Pair> {
         self.pair(&self.image.disk, &self.image.disk)
     }
 
-    /// Makes two machines whose disks are of a control plane and a worker that joined its mesh, off.
+    /// Creates two machines, switched off, with the disks of a control plane and of a worker that
+    /// joined its mesh.
     pub fn joined(&self) -> anyhow::Result<Pair> {
         let image = self.image.disk.display().to_string();
         let made_from = [RECIPE.as_bytes(), image.as_bytes(), self.software.bytes()];
@@ -114,7 +117,7 @@ impl Testbed<'_> {
 }
 
 impl Pair {
-    /// Switches both on and waits until they take commands.
+    /// Switches both machines on and waits until they accept commands.
     pub fn boot(&mut self) -> anyhow::Result<()> {
         self.cp.start("")?;
         self.worker.start("")?;
@@ -122,8 +125,8 @@ impl Pair {
         self.worker.await_runner()
     }
 
-    /// Boots both, installs the package, and joins them: first the control plane to its own
-    /// controller, then the worker. Both are on afterwards.
+    /// Boots both machines, installs the package, and joins first the control plane to its own
+    /// controller, then the worker. Both stay on.
     pub fn join(&mut self, bed: &Testbed<'_>) -> anyhow::Result<()> {
         self.boot()?;
         for (machine, host) in [(&mut self.cp, 10), (&mut self.worker, 20)] {
@@ -147,7 +150,7 @@ impl Pair {
         self.speak_to_mesh()
     }
 
-    /// Sends packets between the nodes by their mesh addresses, both ways and families.
+    /// Pings between the nodes by their mesh addresses, in both directions and address families.
     pub fn ping(&mut self) -> anyhow::Result<()> {
         let cp = overlay_addresses(&mut self.cp)?;
         let worker = overlay_addresses(&mut self.worker)?;
@@ -156,7 +159,7 @@ impl Pair {
                 let command = format!("ping -n -c 3 -i 0.3 -W 10 {address}");
                 let output = machine.run_until_ok(&command, CHANGE_LIMIT)?;
                 if !output.is_success() {
-                    bail!("{} does not reach {address}: {output}", machine.name());
+                    bail!("{} cannot reach {address}: {output}", machine.name());
                 }
             }
         }
@@ -168,7 +171,7 @@ impl Pair {
         self.network.sent(self.worker.port())
     }
 
-    /// Shuts both down in order.
+    /// Shuts both machines down in order.
     pub fn shut_down(&mut self) -> anyhow::Result<()> {
         for machine in [&mut self.worker, &mut self.cp] {
             machine.shut_down()?;
@@ -176,33 +179,34 @@ impl Pair {
         Ok(())
     }
 
-    /// Writes what both machines say into a file of the cache, and names it.
+    /// Writes the logs and the state of both machines into a file of the cache, and reports its
+    /// path.
     pub fn keep_evidence(&mut self, bed: &Testbed<'_>, name: &str) {
         let text = self.worker.evidence() + &self.cp.evidence();
         match bed.cache.keep(&format!("failed-{name}-{}.log", bed.kernel.release.name), &text) {
-            Ok(path) => bed.talk.note(&format!("what the machines said: {}", path.display())),
-            Err(error) => bed.talk.note(&format!("cannot keep what the machines said: {error:#}")),
+            Ok(path) => bed.talk.note(&format!("logs of the machines: {}", path.display())),
+            Err(error) => bed.talk.note(&format!("cannot store the machines' logs: {error:#}")),
         }
     }
 
-    /// A join token, once the controller serves.
+    /// Creates a join token, once the controller serves.
     fn token(&mut self) -> anyhow::Result<String> {
         let output =
             self.cp.run_until_ok("towline-controller token create -o json", CHANGE_LIMIT)?;
         if !output.is_success() {
-            bail!("the controller gives no token: {output}");
+            bail!("the controller created no token: {output}");
         }
         #[derive(Deserialize)]
         struct Token {
             token: String,
         }
         let token: Token = serde_json::from_str(&output.stdout)
-            .context("`token create` printed something else")?;
+            .context("cannot parse the output of `token create`")?;
         Ok(token.token)
     }
 
-    /// Names the mesh addresses to which the worker's background traffic goes, from the next boot
-    /// on and at once.
+    /// Sets the mesh addresses to which the worker's background traffic goes, immediately and for
+    /// later boots.
     fn speak_to_mesh(&mut self) -> anyhow::Result<()> {
         let cp = overlay_addresses(&mut self.cp)?;
         let mut targets = String::new();
@@ -218,7 +222,7 @@ impl Pair {
     }
 }
 
-/// Returns a node's addresses, from its agent.
+/// Returns a node's mesh addresses, as its agent reports them.
 pub fn overlay_addresses(machine: &mut Machine) -> anyhow::Result<OverlayAddresses> {
     #[derive(Deserialize)]
     struct Status {
@@ -226,7 +230,7 @@ pub fn overlay_addresses(machine: &mut Machine) -> anyhow::Result<OverlayAddress
     }
     let text = machine.run_ok("towline status -o json")?;
     let status: Status =
-        serde_json::from_str(&text).context("`towline status` printed something else")?;
+        serde_json::from_str(&text).context("cannot parse the output of `towline status`")?;
     let find =
         |is_wanted: fn(&IpAddr) -> bool| status.overlay_addresses.iter().copied().find(is_wanted);
     let name = machine.name();
@@ -236,7 +240,7 @@ pub fn overlay_addresses(machine: &mut Machine) -> anyhow::Result<OverlayAddress
     })
 }
 
-/// Gives a machine its name and its addresses on the network, where it is `host`.
+/// Sets a machine's name and its addresses on the network, where its host number is `host`.
 fn provision(machine: &mut Machine, host: u8) -> anyhow::Result<()> {
     let name = machine.name().to_owned();
     let [a, b, c, _] = GATEWAY_V4.octets();
@@ -253,14 +257,14 @@ fn provision(machine: &mut Machine, host: u8) -> anyhow::Result<()> {
         ),
     )?;
     machine.run_ok(&format!("hostname {name} && sync"))?;
-    // The boot may not have come to networkd yet.
+    // networkd may not have started yet.
     let reload = machine.run_until_ok(
         "networkctl reload && ip route show default | grep -q . && \
          ip -6 route show default | grep -q .",
         CHANGE_LIMIT,
     )?;
     if !reload.is_success() {
-        bail!("{name} gets no addresses: {reload}");
+        bail!("{name} has no default routes: {reload}");
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Commands in a machine, over a virtio-serial port: they work without network, on a full disk and
-//! on a read-only root. The other end is `guest/runner`.
+//! Runs commands in a machine over a virtio-serial port. They work without a network, on a full
+//! disk and on a read-only root. The other end is `guest/runner`.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -15,14 +15,14 @@ use crate::lab::interrupt::wait_for;
 pub(super) struct Runner {
     stream: UnixStream,
     received: Vec<u8>,
-    /// Of the last command; an answer repeats it.
+    /// Id of the last command, which its answer repeats.
     last_id: u64,
 }
 
-/// How a command in a machine ended.
+/// Result of a command in a machine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Output {
-    /// Exit status, 128 and the signal's number if one killed it.
+    /// Exit status; 128 plus the signal's number if a signal killed the command.
     pub status: u8,
     /// Standard output.
     pub stdout: String,
@@ -31,7 +31,7 @@ pub struct Output {
 }
 
 impl Output {
-    /// Whether the command ended with status 0.
+    /// Returns whether the command ended with status 0.
     pub fn is_success(&self) -> bool {
         self.status == 0
     }
@@ -43,7 +43,7 @@ impl std::fmt::Display for Output {
     }
 }
 
-/// What the guest is given beyond a command's own limit, to say that it killed it.
+/// Time beyond a command's own limit in which the guest must report that it killed the command.
 const GRACE: Duration = Duration::from_secs(60);
 
 impl Runner {
@@ -52,12 +52,12 @@ impl Runner {
         Ok(Self { stream, received: Vec::new(), last_id: 0 })
     }
 
-    /// Returns true once the guest said that it is ready.
+    /// Returns true once the guest has reported that it is ready.
     pub(super) fn is_ready(&mut self) -> anyhow::Result<bool> {
         Ok(self.next_line()?.is_some())
     }
 
-    /// Runs a command for bash, which the guest kills after `limit`.
+    /// Runs a bash command, which the guest kills after `limit`.
     pub(super) fn run(&mut self, command: &str, limit: Duration) -> anyhow::Result<Output> {
         self.last_id += 1;
         let id = self.last_id;
@@ -67,7 +67,7 @@ impl Runner {
         let what = format!("end of `{}`", command.lines().next().unwrap_or_default());
         wait_for(&what, limit + GRACE, || {
             while let Some(line) = self.next_line()? {
-                // Another id belongs to a command that was given up.
+                // Another id belongs to a command that was abandoned.
                 if let Some((of, output)) = parse(&line)
                     && of == id
                 {

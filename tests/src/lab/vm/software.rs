@@ -11,28 +11,29 @@ use crate::lab::binaries::{Binaries, Profile};
 use crate::lab::package;
 use crate::lab::report::Forbidden;
 
-/// A Debian package, and the medium by which machines get it.
+/// A Debian package, and the disk by which machines receive it.
 #[derive(Debug)]
 pub struct Software {
     bytes: Vec<u8>,
 }
 
-/// The C library of the machines, which is that of Debian bookworm: 2.36.
+/// Minor version of the machines' C library: Debian bookworm has glibc 2.36.
 const GLIBC_MINOR: u32 = 36;
-/// Of a disk: QEMU gives a machine whole sectors.
+/// Sector size in bytes: the size of a disk is a multiple of it.
 const SECTOR: usize = 512;
 
 impl Software {
-    /// Reads a package that is there already, such as one of `cargo lab package`.
+    /// Reads an existing package, such as one that `cargo lab package` built.
     pub fn of_file(path: &Path) -> anyhow::Result<Self> {
-        let bytes = fs::read(path).with_context(|| format!("no package {}", path.display()))?;
+        let bytes = fs::read(path)
+            .with_context(|| format!("cannot read the package {}", path.display()))?;
         Ok(Self { bytes })
     }
 
-    /// Builds this checkout's programs, by the profile of `cargo test`, and packs them.
+    /// Builds this checkout's programs with the profile of `cargo test`, and packs them.
     ///
     /// # Errors
-    /// [`Forbidden`] if they need a newer C library than the machines have.
+    /// [`Forbidden`] if the programs need a newer C library than the machines have.
     pub fn of_checkout() -> anyhow::Result<Self> {
         let binaries = Binaries::build(Profile::Dev)?;
         let mut programs = BTreeMap::new();
@@ -43,8 +44,9 @@ impl Software {
                     what: format!(
                         "{name} needs the C library 2.{minor}, the machines have 2.{GLIBC_MINOR}"
                     ),
-                    remedy: "give a static package, made by `cargo lab package`, with --package"
-                        .to_owned(),
+                    remedy:
+                        "build a static package with `cargo lab package` and pass it with --package"
+                            .to_owned(),
                 }
                 .into());
             }
@@ -53,12 +55,12 @@ impl Software {
         Ok(Self { bytes: package::deb(&programs)? })
     }
 
-    /// The package's bytes.
+    /// Returns the bytes of the package.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// Writes the package as a disk, and returns its path.
+    /// Writes the package as a disk image, and returns its path.
     pub fn medium(&self, directory: &Path) -> anyhow::Result<PathBuf> {
         let path = directory.join("package");
         let mut bytes = self.bytes.clone();
@@ -67,7 +69,7 @@ impl Software {
         Ok(path)
     }
 
-    /// The command that installs it in a machine which has it as its third disk.
+    /// Returns the command that installs the package in a machine whose third disk contains it.
     pub fn install_command(&self) -> String {
         format!(
             "head -c {} /dev/vdc >/run/towline.deb && dpkg --install /run/towline.deb && \
@@ -77,8 +79,8 @@ impl Software {
     }
 }
 
-/// Reads a program without its debugging information, which is most of it; as it is where no
-/// `strip` is installed.
+/// Reads a program without its debugging information, which is most of it. Without `strip` on the
+/// host, the program stays unchanged.
 fn stripped(program: &Path) -> anyhow::Result<Vec<u8>> {
     let scratch = tempfile::tempdir()?;
     let copy = scratch.path().join("program");
@@ -87,7 +89,7 @@ fn stripped(program: &Path) -> anyhow::Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("no {}", path.display()))
 }
 
-/// Returns the minor number of the newest version of the C library that a program asks for.
+/// Returns the minor number of the newest glibc version that a program requires.
 fn newest_glibc(program: &[u8]) -> Option<u32> {
     const MARK: &[u8] = b"GLIBC_2.";
     memchr::memmem::find_iter(program, MARK)

@@ -1,4 +1,4 @@
-//! The host's programs that booted machines need.
+//! Programs of the host that the VM lab needs.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -7,7 +7,7 @@ use anyhow::{Context as _, bail};
 
 use crate::lab::report::Forbidden;
 
-/// Programs, and the Debian package that has each.
+/// Programs, each with the Debian package that contains it.
 const NEEDED: [(&str, &str); 8] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("mmdebstrap", "mmdebstrap"),
@@ -19,18 +19,18 @@ const NEEDED: [(&str, &str); 8] = [
     ("zstd", "zstd"),
 ];
 
-/// Signs the packages of all Debian suites.
+/// Keyring that verifies the packages of all Debian suites.
 pub(super) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// Checks that this machine can build images and boot machines.
 ///
 /// # Errors
-/// [`Forbidden`] that names what is missing and the command that installs it.
+/// [`Forbidden`], which names the missing programs and the command that installs them.
 pub fn check() -> anyhow::Result<()> {
     if std::env::consts::ARCH != "x86_64" {
         return Err(Forbidden {
             what: format!(
-                "booted machines are x86_64 only, this one is {}",
+                "the VM lab needs an x86_64 host, this one is {}",
                 std::env::consts::ARCH
             ),
             remedy: "run this on an x86_64 machine".to_owned(),
@@ -49,7 +49,7 @@ pub fn check() -> anyhow::Result<()> {
         return Ok(());
     }
     Err(Forbidden {
-        what: format!("booted machines need programs that are not here: {}", missing.join(", ")),
+        what: format!("the VM lab needs programs that are not installed: {}", missing.join(", ")),
         remedy: format!(
             "install them, such as with `apt-get install --no-install-recommends {}`",
             missing.join(" ")
@@ -58,7 +58,7 @@ pub fn check() -> anyhow::Result<()> {
     .into())
 }
 
-/// Where a program is: in `PATH`, or where Debian keeps those of root.
+/// Finds a program in `PATH`, or in the directories where Debian has root's programs.
 fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
@@ -67,7 +67,7 @@ fn find(program: &str) -> Option<PathBuf> {
         .find(|candidate| candidate.is_file())
 }
 
-/// Prepares a command of one of the needed programs.
+/// Prepares a command that runs one of the needed programs.
 pub(super) fn tool(program: &str) -> Command {
     let mut command = Command::new(find(program).unwrap_or_else(|| program.into()));
     command.stdin(Stdio::null());
@@ -77,7 +77,8 @@ pub(super) fn tool(program: &str) -> Command {
 /// Runs a command to its end and returns its standard output.
 ///
 /// # Errors
-/// It cannot be started, or ends with another status than 0; then the end of its stderr is quoted.
+/// If the command cannot be started, or exits with another status than 0; then the end of its
+/// stderr is quoted.
 pub(super) fn output_of(command: &mut Command) -> anyhow::Result<Vec<u8>> {
     let name = command.get_program().display().to_string();
     let output = command.output().with_context(|| format!("cannot start `{name}`"))?;

@@ -1,4 +1,4 @@
-//! What a machine sent, judged outside of it.
+//! Classifies and counts what a machine sent, outside of the machine.
 
 use std::net::IpAddr;
 use std::time::Instant;
@@ -10,27 +10,28 @@ use crate::lab::capture::frame::Outer;
 
 /// Payload of the background traffic to addresses of the mesh.
 pub const MESH_LABEL: &str = "lab-mesh-traffic";
-/// Payload of the background traffic to an address outside of the mesh, which shows that it runs.
+/// Payload of the background traffic to an address outside of the mesh, which proves that the
+/// traffic runs.
 pub const PLAIN_LABEL: &str = "lab-plain-traffic";
-/// So many clear packets are described; all are counted.
+/// Maximum number of clear packets that are described; all are counted.
 const SAMPLES: usize = 5;
 
-/// What one machine sent since the last [`Witness::reset`].
+/// Counts of what one machine sent since the last [`Witness::reset`].
 #[derive(Debug, Clone)]
 pub struct Sent {
-    /// Start of the count.
+    /// Time at which the count started.
     pub since: Instant,
-    /// Packets that belong to the mesh and are not sealed: by an address, or by their payload.
+    /// Packets of the mesh that are not sealed, recognised by an address or by their payload.
     pub clear: u64,
     /// Packets of the background traffic to an address outside of the mesh.
     pub plain: u64,
     /// WireGuard messages.
     pub sealed: u64,
-    /// When, in seconds after `since`, and what: the first clear packets.
+    /// Descriptions of the first clear packets: seconds after `since`, source and destination.
     pub samples: Vec<String>,
 }
 
-/// Judges the frames that one machine sends.
+/// Classifies the frames that one machine sends.
 #[derive(Debug)]
 pub(super) struct Witness {
     mesh: Vec<IpNet>,
@@ -92,7 +93,7 @@ mod tests {
     fn clear_packets_are_found_by_address_and_by_payload() {
         let mut witness = Witness::new(&["198.19.0.0/16".parse().unwrap()]);
         witness.see(&frame([198, 19, 0, 7], b""));
-        // Inside another, unencrypted tunnel.
+        // A clear packet inside another, unencrypted tunnel.
         witness.see(&frame([203, 0, 113, 10], format!("....{MESH_LABEL}").as_bytes()));
         witness.see(&frame([203, 0, 113, 1], PLAIN_LABEL.as_bytes()));
         witness.see(&frame([203, 0, 113, 10], &[4, 0, 0, 0, 1, 2, 3, 4]));
