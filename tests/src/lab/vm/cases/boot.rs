@@ -1,4 +1,4 @@
-//! What a machine says while it boots, on hosts of every kind.
+//! What a machine sends while it boots, on hosts of every kind.
 
 use crate::lab::report::Promises;
 use crate::lab::vm::machine::CHANGE_LIMIT;
@@ -6,12 +6,12 @@ use crate::lab::vm::pair::{Pair, Testbed, overlay_addresses};
 
 use super::{holds, nothing_in_clear, watch};
 
-/// Keeps the kernel from loading nftables.
+/// Kernel argument that prevents nftables from being loaded.
 const NO_NFTABLES: &str = "modprobe.blacklist=nf_tables";
 const AGENT_ANSWERS: &str = "towline status";
 const GUARD_HOLDS: &str = "systemctl is-active towline-guard.service";
 
-/// The worker boots alone: no controller, no peer, no answer from anywhere.
+/// Boots only the worker: no controller, no peer, no answer from the network.
 pub(super) fn order(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -20,7 +20,7 @@ pub(super) fn order(
     alone(pair, "", promises)
 }
 
-/// As [`order`], with the routing guard alone.
+/// Does the same as [`order`] with only the routing guard.
 pub(super) fn order_without_nftables(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -43,7 +43,7 @@ fn alone(pair: &mut Pair, arguments: &str, promises: &mut Promises) -> anyhow::R
     watch(pair, "after the agent was killed", promises)
 }
 
-/// Nothing but the guard, without nftables; networkd removes foreign routes and rules when it starts.
+/// Runs only the guard, without nftables. networkd removes foreign routes and rules when it starts.
 pub(super) fn agent_never_starts(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -61,7 +61,7 @@ pub(super) fn agent_never_starts(
     watch(pair, "after networkd configured the link again", promises)
 }
 
-/// A kernel without IPv6.
+/// Boots a kernel without IPv6.
 pub(super) fn ipv6_absent(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -70,7 +70,7 @@ pub(super) fn ipv6_absent(
     ipv4_alone(pair, "ipv6.disable=1", promises)
 }
 
-/// A host whose operator switched IPv6 off.
+/// Boots a host whose operator disabled IPv6.
 pub(super) fn ipv6_disabled(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -101,7 +101,8 @@ fn ipv4_alone(pair: &mut Pair, arguments: &str, promises: &mut Promises) -> anyh
     watch(pair, "on a host without IPv6", promises)
 }
 
-/// What a disk error at boot leaves. The agent may not run; the guard must hold without it.
+/// Boots with a read-only root, as after a disk error. The agent need not run; the guard must hold
+/// without it.
 pub(super) fn read_only_root(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -113,7 +114,7 @@ pub(super) fn read_only_root(
     holds(&mut pair.worker, GUARD_HOLDS, "the guard is active", promises)?;
     holds(&mut pair.worker, "networkctl status eth0 | grep -q routable", "eth0 is up", promises)?;
     watch(pair, "with a read-only root", promises)?;
-    // A mesh that works would be better still: the cached map needs only to be read.
+    // A working mesh would be better: the agent only needs to read the cached map.
     let agent = pair.worker.run_until_ok(AGENT_ANSWERS, CHANGE_LIMIT)?;
     promises.hold(agent.is_success(), || format!("the agent runs on a read-only root: {agent}"));
     nothing_in_clear(pair, "with a read-only root, later", promises);

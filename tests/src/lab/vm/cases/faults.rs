@@ -1,4 +1,4 @@
-//! Power cuts, full disks, clocks, and a controller that is away.
+//! Power cuts, full disks, wrong clocks, and a controller that is down.
 
 use std::time::{Duration, SystemTime};
 
@@ -19,7 +19,7 @@ pub(super) fn full_disk(
 ) -> anyhow::Result<()> {
     pair.boot()?;
     for machine in [&mut pair.cp, &mut pair.worker] {
-        // First what can be had at once, then the last blocks.
+        // First the space that can be allocated at once, then the last blocks.
         machine.run_ok(
             "fallocate -l $(($(df --output=avail -B1 / | tail -1) - 65536)) /filler; \
              cat /dev/zero >/filler2 2>/dev/null; sync; ! touch /var/lib/probe-$RANDOM",
@@ -40,7 +40,7 @@ pub(super) fn full_disk(
     Ok(())
 }
 
-/// An orderly reboot of the worker while the control plane runs.
+/// Reboots the worker in order while the control plane runs.
 pub(super) fn reboot(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -57,7 +57,7 @@ pub(super) fn reboot(
     Ok(())
 }
 
-/// The worker loses power with a mesh that works, and again while it boots.
+/// Cuts the worker's power while the mesh works, and again during the boot.
 pub(super) fn power_cut_worker(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -77,7 +77,7 @@ pub(super) fn power_cut_worker(
     Ok(())
 }
 
-/// The machine of the controller loses power right after it acknowledged something.
+/// Cuts the power of the controller's machine right after the controller acknowledged a write.
 pub(super) fn power_cut_control_plane(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -101,7 +101,7 @@ pub(super) fn power_cut_control_plane(
     Ok(())
 }
 
-/// The worker boots with everything away; later the control plane comes.
+/// Boots the worker while all else is off, then the control plane.
 pub(super) fn control_plane_later(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -120,7 +120,7 @@ pub(super) fn control_plane_later(
     Ok(())
 }
 
-/// The worker is shut down while it speaks to the mesh.
+/// Shuts the worker down while it sends to the mesh.
 pub(super) fn shutdown(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -128,7 +128,7 @@ pub(super) fn shutdown(
 ) -> anyhow::Result<()> {
     pair.worker.boot("")?;
     holds(&mut pair.worker, "towline status", "the agent answers", promises)?;
-    // Kept over the shutdown, to be read afterwards.
+    // Stored on the disk, to be read after the shutdown.
     pair.worker.run_ok("mkdir -p /var/log/journal && journalctl --flush")?;
     pair.network.reset();
     pair.worker.shut_down()?;
@@ -143,7 +143,7 @@ pub(super) fn shutdown(
     Ok(())
 }
 
-/// A host whose `/usr` cannot be written.
+/// Boots a host whose `/usr` is read-only.
 pub(super) fn read_only_usr(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -167,7 +167,7 @@ pub(super) fn read_only_usr(
     Ok(())
 }
 
-/// networkd, which removes routes and rules that are not its own when it starts, is restarted.
+/// Restarts networkd, which removes foreign routes and rules when it starts.
 pub(super) fn networkd_restarts(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -186,7 +186,7 @@ pub(super) fn networkd_restarts(
     Ok(())
 }
 
-/// Both nodes boot, the controller does not.
+/// Boots both nodes without the controller.
 pub(super) fn controller_away(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -207,7 +207,7 @@ pub(super) fn controller_away(
     Ok(())
 }
 
-/// The agent's process is stopped, as if it hung.
+/// Stops the agent's process with SIGSTOP, as if it hung.
 pub(super) fn watchdog(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -234,7 +234,7 @@ fn main_pid(machine: &mut Machine) -> anyhow::Result<String> {
     Ok(shown.trim().to_owned())
 }
 
-/// A worker whose battery is empty, with the control plane's clock right.
+/// Boots a worker with a wrong clock, while the control plane's clock is right.
 pub(super) fn clock_off(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -257,7 +257,7 @@ pub(super) fn clock_off(
     Ok(())
 }
 
-/// Returns a time as QEMU wants it: `2026-11-27T21:00:00`.
+/// Formats a time for QEMU: `2026-11-27T21:00:00`.
 fn utc(time: SystemTime) -> anyhow::Result<String> {
     let time = x509_parser::time::ASN1Time::from_timestamp(
         time.duration_since(SystemTime::UNIX_EPOCH)?.as_secs().try_into()?,

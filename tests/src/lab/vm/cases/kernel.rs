@@ -1,4 +1,5 @@
-//! What depends on the kernel: offloads, other tunnels inside the mesh, and the kernel's WireGuard.
+//! Features that depend on the kernel: offloads, other tunnels inside the mesh, and the kernel's
+//! WireGuard.
 
 use anyhow::Context as _;
 
@@ -7,7 +8,7 @@ use crate::lab::vm::pair::{Pair, Testbed, overlay_addresses};
 
 use super::{MESH_UP, holds, nothing_in_clear};
 
-/// Offloads that are active on a kernel; the same table is in `docs/kernels.md`.
+/// Offloads that are active on each kernel; `docs/kernels.md` has the same table.
 pub(super) const FEATURES: [(&str, [&str; 5]); 4] = [
     ("5.10", ["tun_tcp", "udp_segment", "", "", ""]),
     ("6.1", ["tun_tcp", "udp_segment", "udp_gro", "", ""]),
@@ -15,7 +16,7 @@ pub(super) const FEATURES: [(&str, [&str; 5]); 4] = [
     ("newest", ["tun_tcp", "udp_segment", "udp_gro", "tun_udp", "tun_tunnel"]),
 ];
 
-/// The offloads that are active are those of the table.
+/// Checks that the active offloads are those of the table.
 pub(super) fn features(
     bed: &Testbed<'_>,
     pair: &mut Pair,
@@ -27,7 +28,7 @@ pub(super) fn features(
     let status: serde_json::Value = serde_json::from_str(&status)?;
     let mut active: Vec<&str> = status["features"]
         .as_array()
-        .context("a status without features")?
+        .context("the status has no features")?
         .iter()
         .filter(|feature| feature["active"] == true)
         .filter_map(|feature| feature["name"].as_str())
@@ -37,7 +38,7 @@ pub(super) fn features(
     let (_, expected) = FEATURES
         .iter()
         .find(|(kernel, _)| *kernel == name)
-        .context("a kernel that the table of features does not have")?;
+        .context("the table of features does not contain this kernel")?;
     let mut expected: Vec<&str> =
         expected.iter().copied().filter(|name| !name.is_empty()).collect();
     expected.sort_unstable();
@@ -49,7 +50,7 @@ pub(super) fn features(
     Ok(())
 }
 
-/// VXLAN and Geneve between the nodes' mesh addresses, as CNIs make them.
+/// Creates VXLAN and Geneve tunnels between the nodes' mesh addresses, as CNIs do.
 pub(super) fn tunnels(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -82,8 +83,8 @@ pub(super) fn tunnels(
     Ok(())
 }
 
-/// The kernel's WireGuard on the control plane's machine as a static peer of the worker, with a
-/// preshared key; then it moves to another port.
+/// Uses the kernel's WireGuard on the control plane's machine as a static peer of the worker, with
+/// a preshared key; then it moves to another port.
 pub(super) fn wireguard_peer(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -114,7 +115,7 @@ pub(super) fn wireguard_peer(
     let back = "ping -n -c 3 -i 0.3 -W 5 10.9.0.2";
     holds(&mut pair.cp, back, "the kernel's WireGuard reaches the worker", promises)?;
     pair.cp.run_ok("wg set wg0 listen-port 52000")?;
-    // What it sends next tells the worker its new port.
+    // The next packet from the peer shows the worker its new port.
     holds(&mut pair.cp, back, "it reaches the worker after it moved", promises)?;
     holds(&mut pair.worker, ping, "it is reached after it moved", promises)?;
     pair.ping()?;
@@ -136,7 +137,7 @@ mod tests {
             let row = rows
                 .clone()
                 .find(|row| row.starts_with(&format!("| {} ", release.name)))
-                .unwrap_or_else(|| panic!("no row of {}", release.name));
+                .unwrap_or_else(|| panic!("no row for {}", release.name));
             let cells: Vec<&str> = row.split('|').map(str::trim).collect();
             let (_, expected) = FEATURES.iter().find(|(name, _)| *name == release.name).unwrap();
             for (name, cell) in

@@ -1,4 +1,4 @@
-//! Installing, joining, opening, leaving.
+//! Install, join, down, up and leave.
 
 use crate::lab::interrupt::wait_up_to;
 use crate::lab::report::Promises;
@@ -7,7 +7,7 @@ use crate::lab::vm::pair::{Pair, Testbed, overlay_addresses};
 
 use super::{MESH_UP, holds, nothing_in_clear, watch};
 
-/// Two machines without Towline become a mesh.
+/// Turns two machines without Towline into a mesh.
 pub(super) fn smoke(
     bed: &Testbed<'_>,
     pair: &mut Pair,
@@ -28,7 +28,7 @@ pub(super) fn smoke(
     Ok(())
 }
 
-/// `towline down`, a reboot, `towline up`.
+/// Runs `towline down`, a reboot and `towline up`.
 pub(super) fn down_up(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -51,8 +51,8 @@ pub(super) fn down_up(
     watch(pair, "after up", promises)
 }
 
-/// Notes whether the machine is open: nothing of ours is in the kernel, and what it sends to the mesh
-/// leaves it in clear, which also shows that the lab would see it.
+/// Checks that the machine is open: no state that Towline created is in the kernel, and packets to
+/// the mesh leave in clear, which also proves that the lab would see them.
 fn is_open(pair: &mut Pair, when: &str, promises: &mut Promises) -> anyhow::Result<()> {
     let left = pair.worker.run(
         "ip -o link show towline0; ip rule | grep 2158; ip -6 rule | grep 2158; \
@@ -67,7 +67,7 @@ fn is_open(pair: &mut Pair, when: &str, promises: &mut Promises) -> anyhow::Resu
     Ok(())
 }
 
-/// `towline leave`, then a reboot.
+/// Runs `towline leave`, then a reboot.
 pub(super) fn leave(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -99,7 +99,8 @@ pub(super) fn leave(
     Ok(())
 }
 
-/// A stand-in for the kubelet, with kubeadm's way to pass arguments and some of the operator's own.
+/// Starts a stand-in for the kubelet that takes arguments as kubeadm passes them, with some of the
+/// operator's own.
 pub(super) fn kubelet(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -131,7 +132,7 @@ pub(super) fn kubelet(
     Ok(())
 }
 
-/// The package is installed again over a mesh that works, as an upgrade does.
+/// Installs the package again while the mesh works, as an upgrade does.
 pub(super) fn reinstall(
     bed: &Testbed<'_>,
     pair: &mut Pair,
@@ -147,7 +148,7 @@ pub(super) fn reinstall(
     Ok(())
 }
 
-/// The units as systemd sees them.
+/// Checks the units with `systemd-analyze`.
 pub(super) fn hardening(
     _: &Testbed<'_>,
     pair: &mut Pair,
@@ -175,7 +176,7 @@ pub(super) fn hardening(
     Ok(())
 }
 
-/// Reads "→ Overall exposure level for towline.service: 1.9 OK :-)".
+/// Parses "→ Overall exposure level for towline.service: 1.9 OK :-)".
 fn exposure(line: &str) -> Option<f64> {
     line.rsplit_once(": ")?.1.split_whitespace().next()?.parse().ok()
 }

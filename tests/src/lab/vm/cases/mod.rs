@@ -1,7 +1,8 @@
-//! The cases: each boots machines, does something to them, and notes what did not hold.
+//! The test cases: each boots machines, causes a fault or a change, and records the promises that
+//! did not hold.
 //!
-//! A case is a function and an entry of [`CASES`]. It gets two machines that are off, and does
-//! everything in them by commands.
+//! A case is a function and an entry of [`CASES`]. It gets two machines that are off, and acts in
+//! them only through commands.
 
 mod boot;
 mod faults;
@@ -16,38 +17,39 @@ use super::pair::{Pair, Testbed};
 use crate::lab::interrupt::pass;
 use crate::lab::report::Promises;
 
-/// A case.
+/// A test case.
 #[derive(Debug, Clone, Copy)]
 pub struct Case {
-    /// What `--case` calls it.
+    /// Name of the case, for `--case`.
     pub name: &'static str,
-    /// What it shows, for `--list`.
+    /// One line that describes the case, for `--list`.
     pub about: &'static str,
-    /// On which kernels `--full` runs it.
+    /// Kernels on which `--full` runs the case.
     pub kernels: Kernels,
-    /// Whether it runs without flags.
+    /// True if the case runs without flags.
     pub is_quick: bool,
-    /// What is on the machines' disks. They are off.
+    /// Contents of the machines' disks. The machines are off.
     pub disks: Disks,
-    /// Runs it. What does not hold is noted; an error means that the case could not go on.
+    /// Runs the case. Broken promises are recorded; an error means that the case could not
+    /// continue.
     pub run: fn(&Testbed<'_>, &mut Pair, &mut Promises) -> anyhow::Result<()>,
 }
 
-/// What is on the machines' disks before a case.
+/// Contents of the machines' disks before a case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Disks {
-    /// Debian alone.
+    /// Debian without Towline.
     Blank,
-    /// A control plane and a worker that joined its mesh.
+    /// A control plane, and a worker that joined its mesh.
     Joined,
 }
 
-/// Kernels for which a case is meant.
+/// Kernels on which a case runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernels {
-    /// The kernel does not matter: the default one.
+    /// Only the default kernel, since the kernel does not matter.
     Default,
-    /// All.
+    /// Every kernel in [`RELEASES`].
     All,
 }
 
@@ -73,7 +75,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "boot-order",
-        about: "everything away: nothing in clear from the first second of a boot",
+        about: "no controller and no peer: nothing in clear from the first second of a boot",
         kernels: Kernels::All,
         is_quick: true,
         disks: Disks::Joined,
@@ -81,7 +83,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "boot-order-without-nftables",
-        about: "the same on a kernel without nftables",
+        about: "no controller and no peer, on a kernel without nftables: nothing in clear",
         kernels: Kernels::All,
         is_quick: true,
         disks: Disks::Joined,
@@ -89,7 +91,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "agent-never-starts",
-        about: "the guard alone, on a kernel without nftables, while networkd starts and restarts",
+        about: "only the guard, on a kernel without nftables, while networkd starts and restarts",
         kernels: Kernels::Default,
         is_quick: true,
         disks: Disks::Joined,
@@ -129,7 +131,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "down-up",
-        about: "down ends with 0, lasts over a reboot until up",
+        about: "down exits with 0, and lasts over a reboot until up",
         kernels: Kernels::Default,
         is_quick: true,
         disks: Disks::Joined,
@@ -137,7 +139,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "leave",
-        about: "leave ends with 0, disables the units, and the next boot is quiet",
+        about: "leave exits with 0, disables the units, and the next boot is quiet",
         kernels: Kernels::Default,
         is_quick: false,
         disks: Disks::Joined,
@@ -177,7 +179,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "watchdog",
-        about: "an agent that hangs is restarted, and nothing leaves in clear meanwhile",
+        about: "an agent that hangs is restarted, and nothing leaves in clear in the meantime",
         kernels: Kernels::Default,
         is_quick: false,
         disks: Disks::Joined,
@@ -201,7 +203,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "control-plane-later",
-        about: "the worker boots with everything away, and needs no restart when it comes",
+        about: "the worker boots without the control plane, and needs no restart when that comes up",
         kernels: Kernels::Default,
         is_quick: false,
         disks: Disks::Joined,
@@ -225,7 +227,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "networkd-restarts",
-        about: "networkd restarts under a mesh that works, without nftables",
+        about: "networkd restarts while the mesh works, without nftables",
         kernels: Kernels::Default,
         is_quick: false,
         disks: Disks::Joined,
@@ -241,7 +243,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "reinstall",
-        about: "the package replaced under a mesh that works",
+        about: "the package is replaced while the mesh works",
         kernels: Kernels::Default,
         is_quick: false,
         disks: Disks::Joined,
@@ -273,13 +275,13 @@ pub const CASES: &[Case] = &[
     },
 ];
 
-/// The mesh is up when this ends with 0.
+/// Command that exits with 0 once the mesh is up.
 const MESH_UP: &str = "towline wait --timeout 40";
-/// How long a machine is watched for clear packets once it is in a state.
+/// Time for which a machine is watched for clear packets once it is in a state.
 const WINDOW: Duration = Duration::from_secs(5);
 
-/// Notes whether the worker sent nothing of the mesh in clear since the last reset, and whether the
-/// background traffic, which would show it, ran.
+/// Records whether the worker sent nothing of the mesh in clear since the last reset, and whether
+/// the background traffic ran, which would show it.
 fn nothing_in_clear(pair: &Pair, when: &str, promises: &mut Promises) {
     let sent = pair.sent();
     promises.hold(sent.clear == 0, || {
@@ -288,14 +290,14 @@ fn nothing_in_clear(pair: &Pair, when: &str, promises: &mut Promises) {
     promises.hold(sent.plain > 0, || format!("the background traffic is seen {when}"));
 }
 
-/// Watches for a while, from a state that lasts.
+/// Watches the worker for [`WINDOW`], in a state that lasts.
 fn watch(pair: &Pair, when: &str, promises: &mut Promises) -> anyhow::Result<()> {
     pass(WINDOW)?;
     nothing_in_clear(pair, when, promises);
     Ok(())
 }
 
-/// Waits until a command in a machine ends with 0, and notes it if it does not.
+/// Waits until a command in a machine exits with 0, and records if it does not.
 fn holds(
     machine: &mut Machine,
     command: &str,
@@ -303,7 +305,7 @@ fn holds(
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
     let output = machine.run_until_ok(command, CHANGE_LIMIT)?;
-    promises.hold(output.is_success(), || format!("{what}: `{command}` ends with {output}"));
+    promises.hold(output.is_success(), || format!("{what}: `{command}` exits with {output}"));
     Ok(())
 }
 
