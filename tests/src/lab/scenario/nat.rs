@@ -1,9 +1,12 @@
-//! `cargo lab nat`: a path between any two nodes, whatever NAT they stand behind.
+//! `cargo lab nat`: measures how nodes behind different kinds of NAT establish a path to each
+//! other.
 //!
-//! A controller and two public nodes, one of them a relay; and for each class of NAT and family up
-//! to two nodes, each behind a router of its own. Pair by pair, both agents start anew, without
-//! a map of before and beside the public nodes alone (two dozen agents would share the machine), while packets for the one already wait at the other. What counts is the time from
-//! when both hold each other's record until the first of these packets arrives.
+//! The mesh has a controller and two public nodes, one of which relays. For each class of NAT and
+//! address family there are up to two more nodes, each behind its own router. The pairs are tried
+//! one after another. Both agents of a pair start without a cached map, and only next to the public
+//! nodes, because two dozen running agents would compete for this machine. Packets for one node
+//! already wait at the other. The result is the time from when both nodes hold each other's record
+//! until the first of these packets arrives.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -26,78 +29,83 @@ use crate::lab::report::{Figures, Promises, round};
 use crate::lab::topology::{Host, Lab, Router};
 use crate::lab::wire::Weather;
 
-/// How it is to be run.
+/// Options of one run.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Options {
-    /// The whole grid.
+    /// If set, all pairs of classes are tried on all address families.
     pub full: bool,
-    /// Round-trip time between any two places on the internet, in milliseconds.
+    /// Round-trip time between any two hosts on the internet, in milliseconds.
     pub rtt_ms: u32,
-    /// Percent of the packets between them that are lost, each way.
+    /// Packet loss between them in each direction, in percent.
     pub loss_pct: f64,
 }
 
-/// Paths between classes of NAT.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct NatFigures {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// Of the links.
+    /// Round-trip time of the simulated internet, in milliseconds.
     pub rtt_ms: u32,
-    /// Of the links.
+    /// Packet loss of the simulated internet in each direction, in percent.
     pub loss_pct: f64,
-    /// Each with a first packet of its own.
+    /// Results of the pairs, in the order in which they were tried.
     pub pairs: Vec<Pair>,
-    /// Pairs of which one can send no UDP, and what `towline peers` says of it.
+    /// Pairs of which one node cannot send UDP datagrams, with the reason that `towline peers`
+    /// shows.
     pub blocked: Vec<Blocked>,
-    /// Over all pairs.
+    /// Median of `first_packet_ms` over all pairs.
     pub median_first_packet_ms: Option<f64>,
-    /// Over all pairs.
+    /// Maximum of `first_packet_ms` over all pairs.
     pub worst_first_packet_ms: Option<f64>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
-/// Two nodes that had nothing to say to each other until then.
+/// Result for two nodes that had no tunnel before.
 #[derive(Debug, Serialize)]
 pub struct Pair {
-    /// What the sender stands behind.
+    /// NAT class of the sender.
     pub a: &'static str,
-    /// What the receiver stands behind.
+    /// NAT class of the receiver.
     pub b: &'static str,
-    /// "v4", "v6" or "dual".
+    /// Address family: "v4", "v6" or "dual".
     pub family: &'static str,
-    /// From when both ends held each other's record until it arrived; `None`: it did not.
+    /// Time from when both nodes held each other's record until the first packet arrived, in
+    /// milliseconds. `None` if no packet arrived.
     pub first_packet_ms: Option<f64>,
-    /// "direct" or "relay", in the end.
+    /// Kind of the final path: "direct" or "relay".
     pub path: Option<String>,
-    /// From the same moment until the path was direct; `None`: it never was.
+    /// Time from the same moment until the path was direct, in milliseconds. `None` if it was never
+    /// direct.
     pub direct_ms: Option<f64>,
-    /// The best path that the two NATs allow.
+    /// Best kind of path that the two NATs allow: "direct" or "relay".
     pub expected: &'static str,
 }
 
-/// A pair that cannot be served yet.
+/// Pair of nodes that cannot establish a path yet.
 #[derive(Debug, Serialize)]
 pub struct Blocked {
-    /// What the one stands behind.
+    /// NAT class of the node that cannot send UDP datagrams.
     pub a: &'static str,
-    /// What the other stands behind.
+    /// NAT class of the other node.
     pub b: &'static str,
-    /// The operator's answer.
+    /// Reason that `towline peers` shows.
     pub says: String,
 }
 
-/// What a node stands behind.
+/// NAT in front of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Class {
+    /// No NAT: the node has public addresses.
     Public,
+    /// One router with this kind of NAT.
     Behind(Nat),
-    /// A home's router behind a carrier's.
+    /// A home router behind a carrier-grade NAT.
     Carrier,
 }
 
-/// Which families a node has.
+/// Address families of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Stack {
     V4,
@@ -108,12 +116,13 @@ enum Stack {
 use Class::{Behind, Carrier, Public};
 use Nat::{AddressRestricted, FullCone, Masquerade, Symmetric, SymmetricRandom, UdpBlocked};
 
-/// For each node that was stopped, before the first pair is timed: the kernel has work left from
-/// each, and drops meanwhile what is sent into a link that has just come back. Machines do not
+/// Pause before the first pair, for each node that was stopped. The kernel still cleans up after
+/// each of them, and until then drops packets to a link that has just come up. Real machines do not
 /// share a kernel.
 const REST: Duration = Duration::from_millis(300);
 
-/// What is tried without `--full`: each class, each family, and both kinds of outcome.
+/// Pairs without `--full`: they cover each class, each address family, and both kinds of final
+/// path.
 const PAIRS: [(Class, Class, Stack); 14] = [
     (Public, Behind(Masquerade), Stack::V4),
     (Behind(Masquerade), Behind(Masquerade), Stack::V4),
@@ -131,7 +140,7 @@ const PAIRS: [(Class, Class, Stack); 14] = [
     (Behind(Symmetric), Behind(Symmetric), Stack::Dual),
 ];
 
-/// Every class that lets UDP pass.
+/// All classes that let UDP through.
 const CLASSES: [Class; 7] = [
     Public,
     Behind(FullCone),
@@ -142,16 +151,16 @@ const CLASSES: [Class; 7] = [
     Carrier,
 ];
 
-/// RFC 863.
+/// UDP port of the discard service (RFC 863).
 const PORT: u16 = 9;
-/// How long the first packet may take at worst.
+/// Limit for the first packet, in milliseconds.
 const WORST_MS: f64 = 2_000.0;
-/// How soon the direct path is to have taken over.
+/// Limit for the path to become direct.
 const DIRECT: Duration = Duration::from_secs(5);
-/// What is said when nothing can be done has to be said by then.
+/// Limit for status to show why no path can be established.
 const SAID: Duration = Duration::from_secs(20);
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(setting: &Setting, options: Options) -> anyhow::Result<NatFigures> {
     let mut figures = NatFigures {
         rootless: setting.rank == Rank::Rootless,
@@ -161,7 +170,7 @@ pub fn run(setting: &Setting, options: Options) -> anyhow::Result<NatFigures> {
     };
     let mut promises = Promises::new();
     let pairs = if options.full { grid() } else { PAIRS.to_vec() };
-    setting.talk.step("building the simulated internet, and what stands between it and the nodes");
+    setting.talk.step("building the simulated internet, the NATs and the nodes");
     let mut world = World::build(setting, options, &pairs)?;
     if let Err(error) = figures.measure(setting, &mut world, &pairs, &mut promises) {
         promises.fail(format!("{error:#}"));
@@ -170,7 +179,7 @@ pub fn run(setting: &Setting, options: Options) -> anyhow::Result<NatFigures> {
     Ok(figures)
 }
 
-/// Each class with each, on each family.
+/// Returns all pairs of classes, on all address families.
 fn grid() -> Vec<(Class, Class, Stack)> {
     let mut pairs = Vec::new();
     for stack in [Stack::V4, Stack::V6, Stack::Dual] {
@@ -199,7 +208,8 @@ impl Class {
         matches!(self, Behind(Symmetric | SymmetricRandom))
     }
 
-    /// Lets in only what comes from the very address and port that was sent to.
+    /// Returns whether the NAT only accepts packets from an address and port that the node has sent
+    /// to.
     fn filters_ports(self) -> bool {
         self == Carrier || self == Behind(Masquerade) || self.is_symmetric()
     }
@@ -215,20 +225,23 @@ impl Stack {
     }
 }
 
-/// The best path between two classes: a port that only the peer's NAT knows can be found out by
-/// whoever lets every port of its address in.
+/// Returns the best kind of path between two classes. The port of a symmetric NAT is not known in
+/// advance. A peer discovers it if its own NAT accepts packets from every port of an address that
+/// it has sent to.
 fn expected(a: Class, b: Class, stack: Stack) -> &'static str {
     let unknown = a.is_symmetric() && b.filters_ports() || b.is_symmetric() && a.filters_ports();
     if unknown && stack == Stack::V4 { "relay" } else { "direct" }
 }
 
+/// Node of the scenario: its NAT, its address families, and its number within these (0 or 1).
 type Place = (Class, Stack, usize);
 
-/// Everything that was built. Fields are dropped in this order: processes, hosts, lab.
+/// Hosts and programs of the scenario. Fields are dropped in this order: processes, hosts, lab.
 struct World {
     nodes: BTreeMap<Place, Node>,
+    /// The two public nodes.
     fixed: Vec<Node>,
-    /// IPv4 addresses in the mesh.
+    /// Mesh address of each node.
     overlay: BTreeMap<Place, IpAddr>,
     _controller: Controller,
     _routers: Vec<Router>,
@@ -242,7 +255,7 @@ impl World {
         pairs: &[(Class, Class, Stack)],
     ) -> anyhow::Result<Self> {
         let mut lab = Lab::new(setting.rank)?;
-        // A packet and its answer pass four cables.
+        // A packet and its reply cross four cables in total, and each direction crosses two.
         lab.weather(Weather {
             delay: Duration::from_millis(options.rtt_ms.into()) / 4,
             lost: (options.loss_pct * 1000.0 / 2.0) as u32,
@@ -298,16 +311,16 @@ impl World {
         Ok(world)
     }
 
-    /// Starts both ends anew and sees how they find each other.
+    /// Starts both agents without a cached map, and measures how they establish a path.
     fn pair(&mut self, a: Place, b: Place) -> anyhow::Result<Pair> {
         let expected = expected(a.0, b.0, a.1);
-        let target = *self.overlay.get(&b).context("no such node")?;
+        let target = *self.overlay.get(&b).context("the node does not exist")?;
         let (here, there) = (Arc::clone(self.node(a)?.host()), Arc::clone(self.node(b)?.host()));
         let done = AtomicBool::new(false);
         let (seen, arrived) = std::thread::scope(|scope| {
             let arrival = scope.spawn(|| first_packet(&here, &there, target, &done));
             let seen = self.watch(a, b, expected);
-            // It may be the last to happen.
+            // The packet may arrive after the path is direct.
             let _ = wait_up_to(DIRECT, || Ok(arrival.is_finished().then_some(())));
             done.store(true, Ordering::Relaxed);
             (seen, arrival.join().unwrap_or_else(|_| Err(anyhow!("a thread panicked"))))
@@ -328,8 +341,8 @@ impl World {
         })
     }
 
-    /// Launches both, and says when they held each other's record, when their path was direct, and
-    /// what it is in the end.
+    /// Starts both agents. Returns when they held each other's record, when their path was direct,
+    /// and the final kind of path.
     fn watch(
         &mut self,
         a: Place,
@@ -339,11 +352,12 @@ impl World {
         for place in [a, b] {
             self.node(place)?.launch()?;
         }
-        let find = |place: Place| self.nodes.get(&place).context("no such node");
+        let find = |place: Place| self.nodes.get(&place).context("the node does not exist");
         let (from, to) = (find(a)?, find(b)?);
-        // The last look at which they did not: never in the figures' favour.
+        // Time of the last check at which a record was missing. The measured times are never too
+        // short.
         let mut before = Instant::now();
-        wait_for("record of the other at both ends", START_LIMIT, || {
+        wait_for("each other's record on both nodes", START_LIMIT, || {
             let now = Instant::now();
             let knows = |one: &Node, other: &Node| matches!(one.peer(other.name()), Ok(Some(peer)) if peer.has_candidates());
             if knows(from, to) && knows(to, from) {
@@ -359,15 +373,16 @@ impl World {
         Ok((before, direct, kind(from, to)?))
     }
 
-    /// Where UDP is blocked altogether there is no path yet; the operator is told so.
+    /// Checks a pair that cannot establish a path, because one node cannot send UDP datagrams:
+    /// status must show the reason.
     fn unserved(&mut self, promises: &mut Promises) -> anyhow::Result<Blocked> {
         let (a, b) = ((Behind(UdpBlocked), Stack::V4, 0), (Public, Stack::V4, 1));
-        let target = *self.overlay.get(&b).context("no such node")?;
+        let target = *self.overlay.get(&b).context("the node does not exist")?;
         for place in [a, b] {
             self.node(place)?.launch()?;
             self.node(place)?.await_status(START_LIMIT)?;
         }
-        let find = |place: Place| self.nodes.get(&place).context("no such node");
+        let find = |place: Place| self.nodes.get(&place).context("the node does not exist");
         let (blocked, open) = (find(a)?, find(b)?);
         blocked.host().namespace().run(|| {
             let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
@@ -378,7 +393,9 @@ impl World {
             Ok(blocked.peer(open.name())?.and_then(|peer| peer.reason))
         };
         let says = wait_up_to(SAID, || Ok(reason()?.filter(|reason| reason.contains("UDP"))))?;
-        promises.hold(says.is_some(), || "a node without UDP says so".to_owned());
+        promises.hold(says.is_some(), || {
+            "peers of a node without UDP shows that UDP is blocked".to_owned()
+        });
         let says = match says {
             Some(says) => says,
             None => reason()?.unwrap_or_default(),
@@ -387,19 +404,22 @@ impl World {
     }
 
     fn node(&mut self, place: Place) -> anyhow::Result<&mut Node> {
-        self.nodes.get_mut(&place).with_context(|| format!("no node behind {:?}", place.0))
+        self.nodes
+            .get_mut(&place)
+            .with_context(|| format!("there is no node of class {:?}", place.0))
     }
 
-    /// Waits until each node knows every other one, and where it is seen.
+    /// Waits until each node knows all other nodes and has found its server-reflexive candidates.
+    /// Then stops the nodes of the pairs.
     fn settle(&mut self, setting: &Setting) -> anyhow::Result<()> {
         setting.talk.step("waiting until all nodes know each other");
         let others = self.nodes.len() + self.fixed.len() - 1;
         for node in self.nodes.values_mut().chain(&mut self.fixed) {
             node.await_status(START_LIMIT)?;
         }
-        // A record that holds what reflectors say comes a moment after the first one.
+        // The record with server-reflexive candidates follows shortly after the first record.
         for node in self.nodes.values().chain(&self.fixed) {
-            let what = format!("map with {others} peers at {}", node.name());
+            let what = format!("map with {others} peers on {}", node.name());
             wait_for(&what, START_LIMIT, || Ok((node.peers()?.len() == others).then_some(())))?;
         }
         interrupt::pass(Duration::from_secs(2))?;
@@ -411,7 +431,7 @@ impl World {
     }
 }
 
-/// A host at its place, with the routers before it.
+/// Builds a host with the routers in front of it.
 fn settle(
     lab: &mut Lab,
     routers: &mut Vec<Router>,
@@ -498,22 +518,23 @@ fn kind(from: &Node, to: &Node) -> anyhow::Result<Option<String>> {
 fn overlay(node: &Node) -> anyhow::Result<IpAddr> {
     let status = node.status()?;
     let v4 = status.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
-    v4.ok_or_else(|| anyhow!("{} has no overlay address", node.name()))
+    v4.ok_or_else(|| anyhow!("{} has no mesh address", node.name()))
 }
 
-/// Sends small inner packets until one arrives, or all is over: when that was.
+/// Sends small inner packets until one arrives or `done` is set. Returns the time of its arrival.
 fn first_packet(
     from: &Host,
     to: &Host,
     target: IpAddr,
     done: &AtomicBool,
 ) -> anyhow::Result<Option<Instant>> {
+    /// Pause between two packets.
     const PACE: Duration = Duration::from_millis(10);
     let arrived = AtomicBool::new(false);
     let (arrived, over) = (&arrived, || done.load(Ordering::Relaxed));
     std::thread::scope(|scope| {
         let receiver = to.namespace().thread(scope, "first", move || {
-            // On any address: the overlay's may not be there yet.
+            // Bind to any address, because the mesh address may not exist yet.
             let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), PORT))?;
             socket.set_read_timeout(Some(PACE))?;
             let mut byte = [0; 8];
@@ -529,7 +550,7 @@ fn first_packet(
         let sender = from.namespace().thread(scope, "first", move || {
             let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
             while !arrived.load(Ordering::Relaxed) && !over() {
-                // No route yet, or no path: the next one will tell.
+                // Without a route or a path the packet is lost. A later one will arrive.
                 let _ = socket.send_to(b"towline", SocketAddr::new(target, PORT));
                 std::thread::sleep(PACE);
             }
@@ -553,7 +574,7 @@ impl Pair {
         if self.expected == "direct" {
             let direct = self.direct_ms.unwrap_or(f64::INFINITY);
             promises.hold(direct <= DIRECT.as_secs_f64() * 1000.0, || {
-                format!("{}: direct within {} s: {direct} ms", name(), DIRECT.as_secs())
+                format!("{}: the path is direct within {} s: {direct} ms", name(), DIRECT.as_secs())
             });
         }
     }
