@@ -1,8 +1,8 @@
-//! `cargo lab bootstrap`: one command turns a clean machine into a node, and the node comes back
-//! from a reboot with everything else away.
+//! `cargo lab bootstrap`: one command turns a clean machine into a node. After a reboot the node
+//! rejoins the mesh while the controller and the API server are down.
 //!
-//! A machine is a directory tree and a namespace. What init does is done by the lab: it starts the
-//! agent once the tree says that it is wanted at boot.
+//! A machine is a directory tree and a network namespace. The lab acts as its init: it starts the
+//! agent once the unit in the tree is enabled.
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
@@ -26,32 +26,37 @@ use crate::lab::process::{Daemon, Program, Said};
 use crate::lab::report::{Figures, Promises, round};
 use crate::lab::topology::Host;
 
-/// What the acts showed.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Bootstrap {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// From the command's start on a clean machine to its end: joined, and the mesh up.
+    /// Duration of the command on a clean machine, in seconds: it joins and waits until the mesh is
+    /// up.
     pub seconds_to_mesh: Option<f64>,
-    /// The same command again.
+    /// Duration of the same command when it runs again, in seconds.
     pub again_seconds: Option<f64>,
-    /// How long the second machine had no network.
+    /// Time that the second machine had no network, in seconds.
     pub offline_s: f64,
-    /// From the network's coming to the mesh.
+    /// Time from when the network is available until the mesh is up, in seconds.
     pub seconds_to_mesh_after_offline: Option<f64>,
-    /// From the agent's start after a reboot, with controller and API server away, to the first
-    /// inner reply.
+    /// Time in milliseconds from the start of the agent after a reboot to the first echo reply,
+    /// while the controller and the API server are down.
     pub rejoined_ms: Option<f64>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
+/// Time that the second machine has no network.
 const OFFLINE: Duration = Duration::from_secs(30);
+/// Limit for a command.
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+/// Limit for a join to bring up the mesh, in seconds.
 const SECONDS_TO_MESH: f64 = 10.0;
+/// Limit for the first echo reply after a reboot, in milliseconds.
 const REJOINED_MS: f64 = 3000.0;
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(setting: &Setting) -> anyhow::Result<Bootstrap> {
     let hybrid = Hybrid::build(setting)?;
     let mut figures =
@@ -64,7 +69,7 @@ pub fn run(setting: &Setting) -> anyhow::Result<Bootstrap> {
     Ok(figures)
 }
 
-/// A machine with nothing on it.
+/// Machine with nothing installed at first.
 pub(super) struct Machine {
     pub(super) name: &'static str,
     pub(super) host: Arc<Host>,
@@ -74,7 +79,7 @@ pub(super) struct Machine {
     pub(super) agent: Option<Daemon>,
 }
 
-/// What the one command said, and how long it took.
+/// Output and duration of a run of the command.
 pub(super) struct Ran {
     pub(super) said: Said,
     took: Duration,
@@ -95,46 +100,49 @@ impl Bootstrap {
         cp.launch()?;
         let status = cp.await_status(START_LIMIT)?;
         let cloud = status.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
-        let cloud = cloud.context("cp has no IPv4")?;
+        let cloud = cloud.context("cp has no IPv4 mesh address")?;
 
         let machine = |index, name| Machine::new(setting, hybrid, index, name);
         let mut first = machine(0, "worker-a");
-        setting.talk.step("one command on a clean machine");
+        setting.talk.step("running the command on a clean machine");
         let token = controller.operator().token("dc-a")?;
         let ran = first.install(&token, &[])?;
         let seconds = ran.took.as_secs_f64();
         self.seconds_to_mesh = Some(round(seconds));
         let address = ran.said.stdout.trim().parse::<IpAddr>();
         promises.hold(ran.said.status.success() && address.is_ok(), || {
-            format!("the command ends well and prints the node's address: {}", ran.talk())
+            format!("the command succeeds and prints the node's address: {}", ran.talk())
         });
-        promises.hold(seconds < SECONDS_TO_MESH, || format!("mesh up in 10 s: {seconds:.1} s"));
+        promises.hold(seconds < SECONDS_TO_MESH, || {
+            format!("the mesh is up within 10 s: {seconds:.1} s")
+        });
 
-        setting.talk.step("the same command again, its token spent");
+        setting.talk.step("running the command again with the used token");
         let again = first.install(&token, &[])?;
         self.again_seconds = Some(round(again.took.as_secs_f64()));
         promises.hold(again.said.status.success() && again.said.stdout == ran.said.stdout, || {
-            format!("the second run changes nothing and says the same: {}", again.talk())
+            format!("the second run changes nothing and prints the same address: {}", again.talk())
         });
         promises.hold(!again.said.stderr.contains("wrote "), || {
-            format!("the second run writes nothing: {}", again.talk())
+            format!("the second run writes no file: {}", again.talk())
         });
 
         let mut second = machine(1, "worker-b");
-        setting.talk.step("a spent token on another machine");
+        setting.talk.step("running the command with the used token on another machine");
         let spent = second.install(&token, &[])?;
         let reason = second.failure();
         promises.hold(!spent.said.status.success() && reason.is_some(), || {
-            format!("a spent token fails and leaves its reason: {}", spent.talk())
+            format!("with a used token the command fails and stores the reason: {}", spent.talk())
         });
-        promises.hold(!second.retries(), || "a spent token is not tried again".to_owned());
+        promises
+            .hold(!second.retries(), || "with a used token no timer retries the join".to_owned());
 
         self.without_network(setting, hybrid, &controller, &mut second, promises)?;
         self.reboot(setting, hybrid, &mut controller, first, cloud, promises)
     }
 
-    /// The machine boots before its network; first nobody waits for long enough, then somebody
-    /// does.
+    /// Checks a machine that boots before its network is available: once with a timeout that is too
+    /// short, once with the default timeout.
     fn without_network(
         &mut self,
         setting: &Setting,
@@ -143,13 +151,18 @@ impl Bootstrap {
         machine: &mut Machine,
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
-        setting.talk.step("without network, and nobody waits for it");
+        setting.talk.step("without network, with a short timeout");
         let token = controller.operator().token("dc-b")?;
         plug(hybrid, machine.name, false)?;
         let gave_up = machine.install(&token, &["--timeout", "3"])?;
         promises.hold(
             !gave_up.said.status.success() && machine.failure().is_some() && machine.retries(),
-            || format!("an unattended failure leaves a reason and a timer: {}", gave_up.talk()),
+            || {
+                format!(
+                    "a failed join stores its reason and enables the retry timer: {}",
+                    gave_up.talk()
+                )
+            },
         );
 
         setting.talk.step(&format!("without network for the first {} s", OFFLINE.as_secs()));
@@ -167,16 +180,20 @@ impl Bootstrap {
         let (ran, since) = ran?;
         self.seconds_to_mesh_after_offline = Some(round(since.as_secs_f64()));
         promises.hold(ran.said.status.success() && since.as_secs_f64() < SECONDS_TO_MESH, || {
-            format!("mesh up 10 s after the network came: {since:.1?}, {}", ran.talk())
+            format!(
+                "the mesh is up within 10 s after the network is available: {since:.1?}, {}",
+                ran.talk()
+            )
         });
         promises.hold(!machine.retries() && machine.failure().is_none(), || {
-            "a join that succeeds takes reason and timer away".to_owned()
+            "a successful join removes the stored reason and the retry timer".to_owned()
         });
         machine.agent = None;
         Ok(())
     }
 
-    /// Everything of the node dies, link and routes are gone, controller and API server are away.
+    /// Checks that a node rejoins after a reboot: its programs, link and routes are gone, and the
+    /// controller and the API server are down.
     fn reboot(
         &mut self,
         setting: &Setting,
@@ -186,14 +203,14 @@ impl Bootstrap {
         cloud: IpAddr,
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
-        setting.talk.step("a reboot with controller and API server away");
+        setting.talk.step("rebooting while the controller and the API server are down");
         machine.enrol(hybrid.lab.directory())?;
         machine.agent = None;
-        // What a reboot does to the kernel's network: link, routes, rules and guards are gone.
+        // A reboot removes the link, routes, rules and nftables tables.
         machine.towline(&["down"]).run_ok(machine.host.namespace(), COMMAND_LIMIT)?;
-        // Which nobody ran on the machine that reboots.
+        // The machine was not down before its reboot.
         std::fs::remove_file(machine.root.join("var/lib/towline/down"))
-            .context("cannot remove the marker of `towline down`")?;
+            .context("cannot remove the marker file of `towline down`")?;
         std::fs::remove_dir_all(machine.root.join("run")).context("cannot empty /run")?;
         drop(controller.take_daemon());
         let begun = Instant::now();
@@ -203,14 +220,14 @@ impl Bootstrap {
         let rejoined = reply.map(|at| at.saturating_duration_since(begun).as_secs_f64() * 1e3);
         self.rejoined_ms = rejoined.map(round);
         promises.hold(rejoined.is_some_and(|rejoined| rejoined < REJOINED_MS), || {
-            format!("rejoined within 3 s of a reboot: {rejoined:?} ms")
+            format!("the node rejoins within 3 s after a reboot: {rejoined:?} ms")
         });
         Ok(())
     }
 }
 
 impl Machine {
-    /// The worker of this index, with nothing on it.
+    /// Returns the worker with this index, with nothing installed.
     pub(super) fn new(
         setting: &Setting,
         hybrid: &Hybrid,
@@ -227,7 +244,7 @@ impl Machine {
         }
     }
 
-    /// The one command, with the lab as init beside it.
+    /// Runs the install command, and acts as init while it runs.
     pub(super) fn install(&mut self, token: &Token, flags: &[&str]) -> anyhow::Result<Ran> {
         std::fs::create_dir_all(self.root.join("root"))?;
         let file = self.root.join("root/token");
@@ -258,14 +275,14 @@ impl Machine {
         })
     }
 
-    /// What init does.
+    /// Starts the agent, as init does.
     pub(super) fn boot(&mut self) -> anyhow::Result<()> {
         let agent = self.towline(&["agent"]);
         self.agent = Some(agent.start(self.host.namespace(), self.name, &self.log)?);
         Ok(())
     }
 
-    /// The program that was installed, with the paths of its tree.
+    /// Returns a command of the installed program, with the paths of the machine's tree.
     pub(super) fn towline(&self, arguments: &[&str]) -> Program {
         Program::new(self.root.join("usr/bin/towline"))
             .arg("--config")
@@ -277,23 +294,23 @@ impl Machine {
             .args(arguments.iter().copied())
     }
 
-    /// The reason of the last failure.
+    /// Returns the stored reason of the last failed join.
     fn failure(&self) -> Option<String> {
         std::fs::read_to_string(self.root.join("var/lib/towline/join-failure")).ok()
     }
 
-    /// Whether the timer that tries again is enabled.
+    /// Returns whether the timer that retries a join is enabled.
     fn retries(&self) -> bool {
         self.root.join("etc/systemd/system/timers.target.wants/towline-join.timer").is_symlink()
     }
 
-    /// Whether the agent's unit starts at boot.
+    /// Returns whether the unit of the agent is enabled.
     pub(super) fn is_enabled(&self) -> bool {
         let wants = self.root.join("etc/systemd/system/multi-user.target.wants");
         wants.join("towline.service").is_symlink()
     }
 
-    /// Kubelet credentials for an API server that does not answer.
+    /// Configures kubelet credentials for an API server that does not answer.
     fn enrol(&self, directory: &Path) -> anyhow::Result<()> {
         let ca = ClusterCa::new("lab")?;
         let [ca_file, credentials, config] =
@@ -308,13 +325,14 @@ impl Machine {
     }
 }
 
+/// Returns the exit status and the output, for messages.
 impl Ran {
     pub(super) fn talk(&self) -> String {
         format!("{} {:?} {:?}", self.said.status, self.said.stdout.trim(), self.said.stderr.trim())
     }
 }
 
-/// Pulls the cable between a worker and its router, or puts it back.
+/// Disconnects the cable between a worker and its router, or connects it again.
 fn plug(hybrid: &Hybrid, port: &str, up: bool) -> anyhow::Result<()> {
     let router = hybrid.routers[1].host().namespace();
     router.run(|| {

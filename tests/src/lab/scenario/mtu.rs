@@ -1,7 +1,7 @@
-//! `cargo lab mtu`: paths that take less than they seem to, with and without a word of it.
+//! `cargo lab mtu`: discovers the MTU of paths with a narrow link, with and without ICMP errors.
 //!
-//! `a` stands behind two routers; the link between them has the MTU in question, so that both
-//! directions meet it in the middle of the path. As a black hole, nobody says so: the routers' ICMP
+//! `a` is behind two routers. The link between them has the MTU of the case, so it is in the middle
+//! of the path for both directions. In a black hole the routers send no errors, because their ICMP
 //! is dropped.
 
 use std::fmt::Write as _;
@@ -25,40 +25,45 @@ use crate::lab::report::{Figures, Promises, round};
 use crate::lab::topology::{Lab, Router};
 use crate::lab::traffic::{Pattern, tcp_both_ways};
 
-/// What different paths leave.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Mtu {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// Each underlay, with ICMP and without.
+    /// Results for each underlay MTU, with ICMP errors and without.
     pub cases: Vec<Case>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
-/// One path.
+/// Result for one path.
 #[derive(Debug, Serialize)]
 pub struct Case {
-    /// MTU of its narrowest link.
+    /// MTU of the narrowest link of the path, in bytes.
     pub underlay: u32,
-    /// Nobody says so.
+    /// True if the routers send no ICMP errors.
     pub blackhole: bool,
-    /// The largest inner packet, as the operator sees it; `None`: not found out.
+    /// Size of the largest inner packet that status shows, in bytes. `None` if it was not
+    /// discovered.
     pub inner_mtu: Option<u32>,
-    /// A TCP transfer made no progress.
+    /// True if a TCP transfer failed.
     pub stalled: bool,
-    /// From the first packet until the MTU was found out.
+    /// Time from the first packet until the MTU was discovered, in milliseconds.
     pub settle_ms: Option<f64>,
 }
 
+/// Underlay MTUs of the cases, in bytes. Above 1500 the whole path has the MTU.
 const UNDERLAYS: [u32; 5] = [1500, 1420, 1368, 1296, 9000];
-/// The tunnel's own bytes over IPv4: IP, UDP, WireGuard.
+/// Bytes that the tunnel adds over IPv4: IP, UDP and WireGuard headers and tag.
 const OVERHEAD: u32 = 20 + 8 + 32;
+/// Lowest MTU of an IPv6 link, in bytes (RFC 8200).
 const LEAST: u32 = 1280;
+/// Size of the transfer in each direction, in bytes.
 const TRANSFER: u64 = 2 << 20;
+/// Limit for the discovery of the MTU.
 const SETTLE: Duration = Duration::from_secs(20);
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(setting: &Setting) -> anyhow::Result<Mtu> {
     let mut figures = Mtu { rootless: setting.rank == Rank::Rootless, ..Mtu::default() };
     let mut promises = Promises::new();
@@ -80,6 +85,7 @@ pub fn run(setting: &Setting) -> anyhow::Result<Mtu> {
     Ok(figures)
 }
 
+/// Builds the path of a case, sends traffic over it, and returns what was measured.
 fn case(setting: &Setting, underlay: u32, blackhole: bool) -> anyhow::Result<Case> {
     let mut lab = Lab::new(setting.rank)?;
     let host = lab.host("ctl").public("203.0.113.2", "2001:db8::2")?.build()?;
@@ -124,13 +130,13 @@ fn case(setting: &Setting, underlay: u32, blackhole: bool) -> anyhow::Result<Cas
         nodes.push(node);
     }
     let peer = |from: usize, to: usize| nodes[from].peer(nodes[to].name());
-    wait_for("map at both nodes", START_LIMIT, || {
+    wait_for("map on both nodes", START_LIMIT, || {
         Ok((peer(0, 1)?.is_some() && peer(1, 0)?.is_some()).then_some(()))
     })?;
     let address = |node: &Node| -> anyhow::Result<IpAddr> {
         let addresses = node.status()?.overlay_addresses;
         let v4 = addresses.into_iter().find(IpAddr::is_ipv4);
-        v4.ok_or_else(|| anyhow!("{} has no overlay address", node.name()))
+        v4.ok_or_else(|| anyhow!("{} has no mesh address", node.name()))
     };
     let (a_end, b_end) = (address(&nodes[0])?, address(&nodes[1])?);
     let begun = Instant::now();
@@ -148,6 +154,7 @@ fn case(setting: &Setting, underlay: u32, blackhole: bool) -> anyhow::Result<Cas
     })
 }
 
+/// Builds a router that is public, or behind another router.
 fn router(lab: &mut Lab, name: &str, behind: Option<&Router>) -> anyhow::Result<Router> {
     let builder = lab.router(name).nat(Nat::Masquerade);
     match behind {
@@ -159,6 +166,7 @@ fn router(lab: &mut Lab, name: &str, behind: Option<&Router>) -> anyhow::Result<
     }
 }
 
+/// Sets the MTU of a link, in bytes.
 fn set_mtu(namespace: &Namespace, link: &str, mtu: u32) -> anyhow::Result<()> {
     namespace.run(|| {
         let mut netlink = Rtnetlink::open()?;
@@ -167,7 +175,7 @@ fn set_mtu(namespace: &Namespace, link: &str, mtu: u32) -> anyhow::Result<()> {
     })
 }
 
-/// Drops the errors that a router itself would send.
+/// Drops all ICMP packets that the router itself sends.
 fn silence(router: &Namespace) -> anyhow::Result<()> {
     let icmp = |protocol: libc::c_int| Rule::new().protocol(protocol as u8).drop();
     let output = Chain::base(ChainKind::Filter, Hook::Output, 0)
@@ -181,7 +189,7 @@ fn silence(router: &Namespace) -> anyhow::Result<()> {
 impl Case {
     fn check(&self, label: &str, promises: &mut Promises) {
         promises.hold(!self.stalled, || format!("{label}: TCP makes progress"));
-        // The link's MTU never falls below what IPv6 needs.
+        // The MTU of the tunnel never falls below the minimum of IPv6.
         let most = self.underlay.saturating_sub(OVERHEAD).max(LEAST);
         let found = self.inner_mtu.unwrap_or(u32::MAX);
         promises.hold(found <= most, || {
@@ -200,7 +208,7 @@ impl Figures for Mtu {
         for case in &self.cases {
             let _ = writeln!(
                 text,
-                "{} bytes{}: inner MTU {}, {}, known after {}",
+                "{} bytes{}: inner MTU {}, {}, discovered after {}",
                 case.underlay,
                 if case.blackhole { ", a black hole" } else { "" },
                 case.inner_mtu.map_or("-".to_owned(), |mtu| mtu.to_string()),
