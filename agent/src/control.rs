@@ -1,8 +1,8 @@
-//! The local socket: what the command line asks, the daemon answers.
+//! Local API for the command line: a gRPC server on a Unix socket.
 //!
-//! gRPC over a Unix socket of mode 0600; besides, each connection's credentials are looked at:
-//! only root and the user that the agent runs as are heard. The server holds no state; each call
-//! becomes a [`Request`] to the daemon's task, which owns everything.
+//! The socket has mode 0600. In addition the server checks the credentials of each connection: only
+//! root and the agent's user may connect. The server holds no state. Each call becomes a
+//! [`Request`] to the daemon's task, which owns all state.
 
 use std::io;
 use std::net::SocketAddr;
@@ -25,105 +25,105 @@ use towline_proto::pb::local_server::{Local, LocalServer};
 
 use crate::down::Lasts;
 
-/// How long the responses that are due may take to be written once the daemon ends.
+/// Maximum time to write the pending responses when the daemon ends.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 
-/// What the daemon is asked. Each carries the way back.
+/// Request to the daemon. Each contains the channel for its reply.
 #[derive(Debug)]
 pub enum Request {
-    /// `towline status`.
+    /// Request of `towline status`.
     Status(oneshot::Sender<pb::StatusResponse>),
-    /// `towline peers`.
+    /// Request of `towline peers`.
     Peers(oneshot::Sender<pb::PeersResponse>),
     /// One probe of `towline ping`.
     Ping {
         /// The node's name, or one of its overlay addresses.
         node: String,
-        /// How long to wait for the answer.
+        /// Maximum time to wait for the answer.
         timeout: Duration,
-        /// Its end.
+        /// Receives the result of the probe.
         reply: oneshot::Sender<PingAnswer>,
     },
-    /// `towline leave`.
+    /// Request of `towline leave`.
     Leave {
-        /// Forget the mesh even though no controller can be told.
+        /// Remove the membership even if no controller can be informed.
         force: bool,
         /// Receives the result.
         reply: oneshot::Sender<Result<(), String>>,
     },
-    /// `towline down`.
+    /// Request of `towline down`.
     Down(oneshot::Sender<Result<DownAnswer, String>>),
-    /// `towline up`; the answer says whether the machine was up before.
+    /// Request of `towline up`. The reply is true if the machine was up before.
     Up(oneshot::Sender<Result<bool, String>>),
-    /// `towline confirm`; the answer says whether there was something to confirm.
+    /// Request of `towline confirm`. The reply is true if the join was still to be confirmed.
     Confirm(oneshot::Sender<Result<bool, String>>),
 }
 
-/// What `towline down` did.
+/// Result of `towline down`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DownAnswer {
-    /// The machine was down before.
+    /// True if the machine was down before.
     pub already: bool,
-    /// Why it does not stay down until `towline up`; `None`: it does.
+    /// Why the machine does not stay down until `towline up`. `None` if it does.
     pub warning: Option<String>,
 }
 
 impl DownAnswer {
-    /// Returns the answer for a marker that was written, or could not be.
+    /// Creates the answer from the result of writing the marker.
     pub fn new(already: bool, marker: io::Result<Lasts>) -> Self {
         let warning = match marker {
             Ok(Lasts::UntilUp) => None,
             Ok(Lasts::UntilReboot(why)) => {
-                Some(format!("this machine is down until the next reboot only: {why}"))
+                Some(format!("this machine is down only until the next reboot: {why}"))
             }
             Err(error) => {
-                Some(format!("the next start of the agent brings the mesh up again: {error}"))
+                Some(format!("this machine is down only until the agent starts again: {error}"))
             }
         };
         Self { already, warning }
     }
 }
 
-/// How one probe ended.
+/// Result of one probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PingAnswer {
-    /// Answered.
+    /// The peer answered.
     Answer {
         /// "direct" or "relay".
         path_kind: &'static str,
-        /// From where.
+        /// Remote address of the path.
         path: SocketAddr,
-        /// After how long.
+        /// Round-trip time.
         rtt: Duration,
     },
-    /// Not answered in time, or never sent, for this reason.
+    /// No answer arrived in time, or nothing was sent, for this reason.
     Silence(String),
-    /// There is no such node.
+    /// No node has this name or address.
     UnknownNode,
 }
 
-/// Why the socket cannot be served.
+/// Error of binding the socket.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    /// Another agent answers on it.
+    /// Another agent serves the socket.
     #[error(
-        "another agent is serving {path}: stop it first, or give this one a `socket` of its own"
+        "cannot listen on {path}: another agent serves it: stop that agent, or set another `socket`"
     )]
     InUse {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
     },
-    /// The file system refused.
+    /// The operating system refused an operation.
     #[error("cannot listen on {path}: {source}")]
     Io {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// Why.
+        /// Error of the operating system.
         source: io::Error,
     },
 }
 
-/// Binds the socket, replacing one that an agent left behind when it died.
+/// Binds the socket. Replaces a socket that a crashed agent left behind.
 pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
     let failed = |source| ListenError::Io { path: path.into(), source };
     if let Some(parent) = path.parent() {
@@ -137,13 +137,14 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed(error)),
     }
-    // Between bind and chmod nobody but the owner gets in either: credentials are checked below.
+    // The socket is open to others until the mode is set; the check of credentials covers that
+    // moment.
     let listener = UnixListener::bind(path).map_err(failed)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     Ok(listener)
 }
 
-/// The served socket, and the requests that come in by it.
+/// Running server of the local API, and the queue of its requests.
 #[derive(Debug)]
 pub struct ControlServer {
     requests: mpsc::Receiver<Request>,
@@ -152,37 +153,37 @@ pub struct ControlServer {
 }
 
 impl ControlServer {
-    /// Binds the socket and serves it in a task of its own.
+    /// Binds the socket and starts a task that serves it.
     pub fn start(path: &Path) -> Result<Self, ListenError> {
         let listener = listen(path)?;
         let (daemon, requests) = mpsc::channel(16);
         let (stop, stopped) = oneshot::channel();
         let served = tokio::spawn(serve(listener, daemon, async {
-            // Stopped, or dropped.
+            // The sender was used or dropped.
             let _ = stopped.await;
         }));
         Ok(Self { requests, stop, served })
     }
 
-    /// Waits for the next request. Nothing is lost when the future is dropped.
+    /// Waits for the next request. No request is lost when the future is dropped.
     pub async fn next(&mut self) -> Option<Request> {
         self.requests.recv().await
     }
 
-    /// Ends: requests that were not taken are told that the agent stops, and every response is
-    /// written before the connections are closed, within a time limit.
+    /// Stops the server. Requests in the queue fail with `UNAVAILABLE`. All responses are written
+    /// before the connections are closed, within a time limit.
     pub async fn stop(self) {
         let Self { requests, stop, mut served } = self;
         drop(requests);
         let _ = stop.send(());
         if tokio::time::timeout(STOP_LIMIT, &mut served).await.is_err() {
-            tracing::warn!("local connections closed before their responses were read");
+            tracing::warn!("local connections closed with unread responses");
             served.abort();
         }
     }
 }
 
-/// Serves until `stopped`, and then until every response that is due was written.
+/// Serves the socket until `stopped`, then writes the pending responses.
 async fn serve(
     listener: UnixListener,
     daemon: mpsc::Sender<Request>,
@@ -200,10 +201,11 @@ async fn serve(
         .serve_with_incoming_shutdown(incoming, stopped)
         .await;
     if let Err(error) = served {
-        tracing::error!(%error, "local socket is not served any more");
+        tracing::error!(%error, "local API server failed: restart the agent");
     }
 }
 
+/// Returns whether the peer of a connection may use the API.
 fn allowed(stream: &UnixStream) -> bool {
     let own = nix::unistd::geteuid().as_raw();
     match stream.peer_cred() {
@@ -235,7 +237,7 @@ impl Service {
     }
 }
 
-/// Sends the probes of one `towline ping`, one after another, until the reader goes away.
+/// Sends the probes of one `towline ping` in sequence, until the client disconnects.
 async fn ping(
     daemon: mpsc::Sender<Request>,
     request: pb::PingRequest,
@@ -274,7 +276,7 @@ fn response(node: &str, sequence: u32, answer: PingAnswer) -> Result<pb::PingRes
             Ok(pb::PingResponse { sequence, reason, ..Default::default() })
         }
         PingAnswer::UnknownNode => Err(Status::not_found(format!(
-            "this node knows no `{node}`: `towline peers` lists those it knows"
+            "no node is named `{node}`: run `towline peers` for a list"
         ))),
     }
 }
@@ -362,7 +364,7 @@ mod tests {
         LocalClient::new(endpoint.connect_with_connector(connector).await.unwrap())
     }
 
-    /// The answers of requests whose handling ends the daemon are written before it ends.
+    /// Responses to requests that end the daemon must be written before it ends.
     #[tokio::test]
     async fn an_answer_is_delivered_though_the_daemon_ends_with_it() {
         let directory = tempfile::tempdir().unwrap();
@@ -402,7 +404,8 @@ mod tests {
         let (mut first, mut second) = (client(&path).await, client(&path).await);
         let daemon = tokio::spawn(async move {
             let Some(Request::Down(reply)) = control.next().await else { panic!("down") };
-            // The other one is on its way or waits; either way nobody takes it.
+            // The other request is in flight or in the queue; in both cases the daemon does not
+            // receive it.
             reply.send(Err("the host is busy".into())).unwrap();
             control.stop().await;
         });

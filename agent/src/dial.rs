@@ -1,8 +1,9 @@
-//! A connection to a controller: TCP with our mark, TLS under the pinned CA, one HTTP/2 channel.
+//! Connection to a controller: TCP with the routing mark, TLS under the pinned CA, one HTTP/2
+//! channel.
 //!
-//! TLS is done here, before the channel exists, so that a wrong CA or a wrong clock is an error
-//! of its own with advice in it. The channel has exactly this one connection: when it dies, the
-//! caller dials again, with its own backoff.
+//! The TLS handshake is done here, before the channel exists, so that a wrong CA or a wrong clock
+//! is a separate error with advice. The channel has exactly one connection. When it fails, the
+//! caller dials again with its own backoff.
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,77 +22,77 @@ use towline_proto::token::ControllerAddress;
 
 use crate::tls;
 
-/// How long one address may take to answer, and how long TLS may take after that.
+/// Maximum time for one address to accept the TCP connection, and for the TLS handshake after that.
 const STEP: Duration = Duration::from_secs(5);
-/// How long before the next address of the same name is tried beside the first (RFC 8305).
+/// Delay before the next address of the same name is tried in parallel (RFC 8305).
 const STAGGER: Duration = Duration::from_millis(250);
 
-/// Why a controller cannot be reached.
+/// Error of connecting to a controller.
 #[derive(Debug, thiserror::Error)]
 pub enum DialError {
-    /// The name does not resolve.
+    /// The name cannot be resolved.
     #[error("cannot resolve {address}: {source}")]
     Resolve {
-        /// What was dialled.
+        /// Address that was dialled.
         address: ControllerAddress,
-        /// Why.
+        /// Error of the resolver.
         source: io::Error,
     },
-    /// No TCP connection.
+    /// No TCP connection could be opened.
     #[error("cannot reach the controller at {address}: {source}")]
     Connect {
-        /// What was dialled.
+        /// Address that was dialled.
         address: ControllerAddress,
-        /// Why, of the address that failed last.
+        /// Error of the address that failed last.
         source: io::Error,
     },
-    /// The controller has another CA than the one that we know.
+    /// The controller's certificate is not from the pinned CA.
     #[error(
-        "{address} is not this mesh's controller: its certificate is not from the pinned CA; check the address, and that the token is of this mesh"
+        "{address} is not this mesh's controller: its certificate is not from the pinned CA: check the address and the token"
     )]
     WrongCa {
-        /// What was dialled.
+        /// Address that was dialled.
         address: ControllerAddress,
     },
-    /// The certificate does not hold at this machine's time.
+    /// The certificate is not valid at this machine's time.
     #[error(
-        "the certificate of {address} does not hold at this machine's time: check the clock here (and there), for instance with `timedatectl`"
+        "the certificate of {address} is not valid at this machine's time: check both clocks, for example with `timedatectl`"
     )]
     Clock {
-        /// What was dialled.
+        /// Address that was dialled.
         address: ControllerAddress,
     },
-    /// TLS failed for another reason.
-    #[error("no TLS with {address}: {source}")]
+    /// The TLS handshake failed for another reason.
+    #[error("TLS handshake with {address} failed: {source}")]
     Tls {
-        /// What was dialled.
+        /// Address that was dialled.
         address: ControllerAddress,
-        /// Why.
+        /// Error of the handshake.
         source: io::Error,
     },
-    /// The channel could not be made on the connection.
-    #[error("no HTTP/2 with {address}: {source}")]
+    /// The HTTP/2 channel could not be opened on the connection.
+    #[error("cannot open an HTTP/2 connection to {address}: {source}")]
     Http {
-        /// What was dialled.
+        /// Address that was dialled.
         address: ControllerAddress,
-        /// Why.
+        /// Error of the channel.
         source: tonic::transport::Error,
     },
 }
 
-/// A connection that stands.
+/// Open connection to a controller.
 #[derive(Debug)]
 pub struct Connection {
-    /// For one gRPC client or several.
+    /// Channel for one or more gRPC clients.
     pub channel: Channel,
-    /// What the controller showed, leaf first.
+    /// Certificate chain of the controller, leaf first.
     pub chain: Vec<CertificateDer<'static>>,
-    /// Where it is.
+    /// Address of the controller.
     pub remote: SocketAddr,
 }
 
-/// Dials `address`. `mark` goes onto the socket, so that it bypasses the tunnel; where that is
-/// refused (a join without privileges), the socket goes without: the tunnel is not up then.
+/// Dials `address`. The socket gets `mark`, so that it bypasses the tunnel. If the kernel refuses
+/// that (a join without privileges), the socket has no mark; the tunnel is not up then.
 pub async fn dial(
     address: &ControllerAddress,
     config: Arc<ClientConfig>,
@@ -102,7 +103,7 @@ pub async fn dial(
     let remote = tcp.peer_addr().map_err(failed)?;
     let stream = timeout(STEP, TlsConnector::from(config).connect(tls::server_name(), tcp))
         .await
-        .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "it does not answer")))
+        .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no answer")))
         .map_err(failed)?;
     let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
     let chain = chain.iter().map(|cert| cert.clone().into_owned()).collect();
@@ -151,7 +152,7 @@ async fn connect_one(remote: SocketAddr, mark: u32) -> io::Result<TcpStream> {
     match socket2::SockRef::from(&socket).set_mark(mark) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            tracing::debug!(%remote, "connection without a mark: no CAP_NET_ADMIN");
+            tracing::debug!(%remote, "no CAP_NET_ADMIN: connection without a mark");
         }
         Err(error) => return Err(error),
     }

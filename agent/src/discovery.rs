@@ -1,12 +1,12 @@
-//! The agent's side of discovery: one task that keeps a session with a controller.
+//! Discovery client: a task that keeps a session with a controller.
 //!
-//! A session is a watch (the map comes in, heartbeats go both ways) and the publishing of our
-//! record. When it ends, for whatever reason, the next one is tried after a jittered backoff, with
-//! the next controller of the list, and resumes from the revision that was reached. Established
-//! tunnels do not care: nothing that happens here removes a peer, but a signed tombstone.
+//! A session consists of a watch (the map arrives, heartbeats go both ways) and of publishing this
+//! node's record. When it ends for any reason, the next session is tried after a jittered backoff,
+//! with the next controller of the list. It resumes from the last received revision. Established
+//! tunnels are not affected: only a signed tombstone removes a peer.
 //!
-//! What the task learns it verifies, caches on disk, and passes on as [`Event`]s; what the node
-//! wants to say of itself it reads from a watch channel of [`Announcement`]s.
+//! The task verifies what it receives, caches it on the disk, and sends it to the daemon as
+//! [`Event`]s. It reads what to publish from a watch channel of [`Announcement`]s.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -35,78 +35,78 @@ use crate::map_cache::MapCache;
 use crate::state::{Counters, Keys, Membership, StateDir, StateError};
 use crate::tls;
 
-/// Pauses between sessions: a thousand agents do not come back at one moment.
+/// Delay between sessions. The jitter keeps many agents from reconnecting at the same time.
 const BACKOFF: Backoff =
     Backoff::new(Duration::from_millis(250), Duration::from_secs(15), Jitter::Half);
-/// How long a controller may take for its first word.
+/// Maximum time for the controller's first message.
 const READY: Duration = Duration::from_secs(10);
-/// How long after a refused record it is offered again.
+/// Delay after which a refused record is published again.
 const PUBLISH_RETRY: Duration = Duration::from_secs(30);
-/// Missed heartbeats that end a session.
+/// Number of missed heartbeats that end a session.
 const MISSED: u32 = 3;
-/// Between two writes of the cached map.
+/// Minimum interval between writes of the cached map.
 const CACHE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What the node says of itself, before it is numbered and signed.
+/// Content of this node's record, before it is numbered and signed.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Announcement {
-    /// Where it might be reached.
+    /// Addresses at which the node might be reached.
     pub candidates: Vec<Candidate>,
-    /// What is reached through it.
+    /// Networks that are reached through the node.
     pub prefixes: Vec<ipnet::IpNet>,
-    /// It relays for others.
+    /// True if the node relays for others.
     pub relay: bool,
 }
 
-/// What the task tells the daemon.
+/// Event that the task sends to the daemon.
 #[derive(Debug)]
 pub enum Event {
-    /// A session stands.
+    /// A session was opened.
     Connected {
-        /// With which controller.
+        /// Address of the controller.
         address: ControllerAddress,
-        /// Where its reflectors are.
+        /// Addresses of the controller's STUN reflectors.
         reflectors: Vec<SocketAddr>,
     },
-    /// It ended, or could not be had.
+    /// The session ended, or could not be opened.
     Disconnected {
-        /// Why, for the operator.
+        /// Reason for the operator.
         reason: String,
     },
-    /// The map changed.
+    /// These parts of the map changed.
     Map(Vec<MapChange>),
-    /// The controller is alive, and the map stands at this revision.
+    /// The controller sent a message, so it is alive.
     Heard {
-        /// Of the map.
+        /// Current revision of the map.
         revision: u64,
     },
-    /// Another node says something to us: sealed, as it came.
+    /// Another node sent a sealed signal to this node.
     Signal(Vec<u8>),
-    /// Our grant changed.
+    /// The grant of this node changed.
     Grant(Box<Grant>),
-    /// Our record was accepted, with these remarks (prefixes that others hold), or refused with
-    /// this reason.
+    /// The controller accepted this node's record, with these remarks (prefixes that other nodes
+    /// hold), or refused it for this reason.
     Published(Result<Vec<String>, String>),
-    /// The client certificate that is in use now ends then, in seconds since 1970.
+    /// The client certificate that is in use changed.
     Certificate {
-        /// Seconds since 1970.
+        /// End of the certificate, in seconds since 1970.
         expires_at: i64,
     },
     /// This node was removed from the mesh.
     Removed,
 }
 
-/// What the daemon asks of the task.
+/// Command of the daemon to the task.
 #[derive(Debug)]
 pub enum Command {
-    /// Leave the mesh for good.
+    /// Leave the mesh permanently.
     Leave(oneshot::Sender<Result<(), String>>),
-    /// Carry something sealed to another node, if it is connected too. Without a session it is
-    /// lost.
+    /// Send a sealed signal to another node, if that node is connected too. It is dropped if there
+    /// is no session.
     Signal(NodeId, Vec<u8>),
 }
 
-/// The task's belongings.
+/// State of the discovery task.
 #[derive(Debug)]
 pub struct Discovery {
     state: Arc<StateDir>,
@@ -118,18 +118,18 @@ pub struct Discovery {
     counters: Counters,
     map: MapCache,
     instance: [u8; 16],
-    /// The record that was signed last: offered again, unchanged, in each new session.
+    /// Record that was signed last. Each new session publishes it again, unchanged.
     current: Option<(Announcement, pb::Signed)>,
     events: mpsc::Sender<Event>,
 }
 
-/// Why a session ended. All but `Stop` are tried again.
+/// Reason why a session ended. After all but `Stop`, another session is tried.
 enum Ended {
-    /// The daemon is gone, or this node has left.
+    /// The daemon dropped its channels, or this node has left.
     Stop,
-    /// For this reason.
+    /// An error, with this description.
     Because(String),
-    /// By the controller's word.
+    /// The controller refused a request with this status.
     Refused(tonic::Status),
 }
 
@@ -160,27 +160,27 @@ impl From<rustls::Error> for Ended {
     }
 }
 
-/// What a task is made of.
+/// Parameters of a new task.
 #[derive(Debug)]
 pub struct Setup {
-    /// Where everything is kept.
+    /// State directory of the node.
     pub state: Arc<StateDir>,
     /// The node's keys.
     pub keys: Keys,
-    /// What the join gave.
+    /// Membership of the node.
     pub membership: Membership,
     /// `host:port` of each controller; at least one.
     pub controllers: Vec<ControllerAddress>,
-    /// The mark on our sockets.
+    /// Routing mark for the task's sockets.
     pub mark: u32,
-    /// The map as it was cached.
+    /// Cached map.
     pub map: MapCache,
-    /// The counters, with this start's boot epoch in them.
+    /// Counters with this start's boot epoch.
     pub counters: Counters,
 }
 
 impl Discovery {
-    /// A task to run. Events go to `events`.
+    /// Creates a task, to be run with [`Self::run`]. It sends its events to `events`.
     pub fn new(setup: Setup, events: mpsc::Sender<Event>) -> Result<Self, StateError> {
         let certificate = setup.state.certificate()?.unwrap_or_default();
         Ok(Self {
@@ -204,7 +204,7 @@ impl Discovery {
         mut announcements: watch::Receiver<Option<Announcement>>,
         mut commands: mpsc::Receiver<Command>,
     ) {
-        // Sessions in a row that did not begin.
+        // Number of consecutive sessions that could not be opened.
         let mut failures = 0;
         for address in self.controllers.clone().into_iter().cycle() {
             let ended =
@@ -243,7 +243,7 @@ impl Discovery {
             Err(ended) => return ended,
         };
         *failures = 0;
-        tracing::info!(controller = %address, revision = self.map.position().1, "discovery session");
+        tracing::info!(controller = %address, revision = self.map.position().1, "discovery session opened");
         if self
             .events
             .send(Event::Connected {
@@ -256,7 +256,7 @@ impl Discovery {
             return Ended::Stop;
         }
         let result = self.follow(&mut session, announcements, commands).await;
-        // What was learned is kept, also of a session that broke.
+        // The map is stored even if the session failed.
         self.save_map(&mut session).await;
         match result {
             Ok(never) => match never {},
@@ -264,10 +264,11 @@ impl Discovery {
         }
     }
 
-    /// Dials, renews the certificate where that is due, and starts the watch.
+    /// Dials, renews the certificate if that is due, and starts the watch.
     async fn open(&mut self, address: &ControllerAddress) -> Result<Session, Ended> {
         if renewal_due(&self.certificate, SystemTime::now()) {
-            // A connection of its own: its certificate may have ended, and is good for this alone.
+            // The renewal has its own connection: an expired certificate is valid for the renewal
+            // only.
             let connection = self.dial(address).await?;
             self.renew(connection.channel).await?;
         }
@@ -281,18 +282,20 @@ impl Discovery {
             instance_id: self.instance.to_vec(),
             tombstones: self.map.tombstones(),
         });
-        // The channel is empty: this cannot wait.
+        // The channel is empty, so this does not block.
         let _ = requests.send(pb::WatchRequest { kind: Some(start) }).await;
         let opening = async {
             let mut incoming = client.watch(ReceiverStream::new(outgoing)).await?.into_inner();
             match incoming.message().await? {
                 Some(pb::WatchResponse { kind: Some(Kind::Ready(ready)) }) => Ok((incoming, ready)),
-                _ => Err(Ended::Because("the controller did not begin the watch".into())),
+                _ => Err(Ended::Because(
+                    "invalid response from the controller: the watch did not start".into(),
+                )),
             }
         };
-        let (incoming, ready) = timeout(READY, opening)
-            .await
-            .unwrap_or_else(|_| Err(Ended::Because("the controller does not answer".into())))?;
+        let (incoming, ready) = timeout(READY, opening).await.unwrap_or_else(|_| {
+            Err(Ended::Because("the controller did not answer in time".into()))
+        })?;
         self.take_ready(&ready).await?;
         self.certificate_event().await?;
         let reflectors = reflectors(connection.remote, &ready);
@@ -330,7 +333,7 @@ impl Discovery {
         Ok(())
     }
 
-    /// An operator may have changed our grant.
+    /// Takes over a new grant, for example after an operator changed it.
     async fn take_grant(&mut self, signed_grant: pb::Signed) -> Result<(), Ended> {
         if signed_grant == self.membership.signed_grant {
             return Ok(());
@@ -338,7 +341,9 @@ impl Discovery {
         let grant: Grant = signed::grant(Some(&signed_grant), &self.membership.ca_key)
             .map_err(|error| Ended::Because(error.to_string()))?;
         if grant.node_id != self.membership.grant.node_id {
-            return Err(Ended::Because("the controller sent another node's grant".into()));
+            return Err(Ended::Because(
+                "invalid response from the controller: it sent another node's grant".into(),
+            ));
         }
         self.membership.grant = grant.clone();
         self.membership.signed_grant = signed_grant;
@@ -368,7 +373,7 @@ impl Discovery {
                     self.take_message(session, message?).await?;
                 }
                 () = sleep_until(deadline) => {
-                    return Err(Ended::Because("the controller fell silent".into()));
+                    return Err(Ended::Because("the controller missed its heartbeats".into()));
                 }
                 _ = beat.tick() => session.beat(self.map.position().1)?,
                 changed = announcements.changed() => {
@@ -424,7 +429,7 @@ impl Discovery {
                 return Ok(());
             }
             Some(Kind::Heartbeat(_)) => {}
-            // A second beginning, or something newer than we know.
+            // A second `Ready` and unknown messages are ignored.
             Some(Kind::Ready(_)) | None => {}
         }
         let revision = self.map.position().1;
@@ -434,10 +439,11 @@ impl Discovery {
     async fn take_changes(&mut self, changes: pb::Changes) -> Result<(), Ended> {
         let applied = self.map.apply(changes);
         for reason in applied.refused {
-            tracing::warn!(%reason, "statement of the map refused");
+            tracing::warn!(%reason, "invalid statement in the map ignored");
         }
         if let Some(record) = self.map.own_record() {
-            // The mesh knows a later record of ours than we do: our state was set back.
+            // The map has a later record of this node, so the state was restored from an older
+            // copy.
             self.counters.generation = self.counters.generation.max(record.generation);
         }
         let mesh = applied.changes.iter().rev().find_map(|change| match change {
@@ -456,7 +462,7 @@ impl Discovery {
         self.events.send(Event::Map(applied.changes)).await.map_err(|_| Ended::Stop)
     }
 
-    /// A node that was removed is refused with its tombstone: from then on it knows.
+    /// Takes the tombstone with which the controller refuses a removed node.
     async fn take_tombstone(&mut self, status: &tonic::Status) -> Result<(), Ended> {
         if status.code() != tonic::Code::PermissionDenied || status.details().is_empty() {
             return Ok(());
@@ -466,9 +472,9 @@ impl Discovery {
         let changes = vec![pb::Change { kind }];
         self.take_changes(pb::Changes { changes, revision: 0, synced: false }).await?;
         let (state, encoded) = (self.state.clone(), self.map.encode());
-        // Written now, so that a restart knows it too.
+        // The map is written immediately, so that the tombstone survives a restart.
         if let Err(error) = state.store_map(&encoded) {
-            tracing::warn!(%error, "map not cached");
+            tracing::warn!(%error, "map not stored");
         }
         Ok(())
     }
@@ -504,8 +510,8 @@ impl Discovery {
         self.events.send(Event::Published(result)).await.map_err(|_| Ended::Stop)
     }
 
-    /// Numbers and signs what the node says; the number is on disk before it is used, if the disk
-    /// takes it. Should it be lost, the map brings the last one back.
+    /// Numbers and signs an announcement. The number is stored before it is used, if the disk
+    /// allows it. If it is lost, the map contains the last one.
     fn sign(&mut self, announcement: Announcement) -> Result<pb::Signed, Ended> {
         self.counters.generation += 1;
         kept(self.state.store_counters(self.counters));
@@ -557,7 +563,7 @@ impl Discovery {
         }
     }
 
-    /// Writes the cached map, off this thread. A full disk is logged; the map in memory stays.
+    /// Stores the map on a blocking thread. A failure is logged; the map in memory stays.
     async fn save_map(&self, session: &mut Session) {
         session.map_saved = Instant::now();
         if !std::mem::take(&mut session.map_dirty) {
@@ -566,13 +572,13 @@ impl Discovery {
         let (state, encoded) = (self.state.clone(), self.map.encode());
         let written = tokio::task::spawn_blocking(move || state.store_map(&encoded)).await;
         if let Ok(Err(error)) = written {
-            tracing::warn!(%error, "map not cached");
+            tracing::warn!(%error, "map not stored");
         }
     }
 }
 
-/// What cannot be stored now is used all the same: the state directory keeps it, and `status` says
-/// that it would not outlive a restart.
+/// Logs a failed write. The value is used anyway: the state directory keeps it in memory, and the
+/// status reports it.
 fn kept(stored: Result<(), StateError>) {
     if let Err(error) = stored {
         tracing::warn!(%error, "not stored for the next start");
@@ -605,16 +611,18 @@ impl Session {
 
     fn say(&self, kind: pb::watch_request::Kind) -> Result<(), Ended> {
         match self.requests.try_send(pb::WatchRequest { kind: Some(kind) }) {
-            // A full channel means that the connection does not drain: the deadline will tell.
+            // A full channel means that the connection does not drain. The heartbeat deadline then
+            // ends the session.
             Ok(()) | Err(mpsc::error::TrySendError::Full(_)) => Ok(()),
             Err(mpsc::error::TrySendError::Closed(_)) => {
-                Err(Ended::Because("the connection broke".into()))
+                Err(Ended::Because("the connection failed".into()))
             }
         }
     }
 }
 
-/// Where the controller reflects: where we reach it, and where it says, within bounds.
+/// Returns the addresses of the STUN reflectors: the one at the controller's address, and a bounded
+/// number of those that the controller lists.
 fn reflectors(remote: SocketAddr, ready: &pb::WatchReady) -> Vec<SocketAddr> {
     let port = u16::try_from(ready.reflector_port).unwrap_or(0);
     let here = (port != 0).then(|| SocketAddr::new(remote.ip().to_canonical(), port));
@@ -626,7 +634,8 @@ fn reflectors(remote: SocketAddr, ready: &pb::WatchReady) -> Vec<SocketAddr> {
     reflectors
 }
 
-/// Waits for the backoff; a command that needs a session is refused meanwhile. `false`: stop.
+/// Waits for the backoff and refuses commands that need a session. Returns false if the task must
+/// stop.
 async fn wait(backoff: Duration, reason: &str, commands: &mut mpsc::Receiver<Command>) -> bool {
     let pause = sleep(backoff);
     tokio::pin!(pause);
@@ -644,7 +653,8 @@ async fn wait(backoff: Duration, reason: &str, commands: &mut mpsc::Receiver<Com
     }
 }
 
-/// Refusals that another session would not change.
+/// Returns whether the controller refused the record itself, so that another session would not
+/// help.
 fn is_about_the_record(status: &tonic::Status) -> bool {
     matches!(
         status.code(),
@@ -655,7 +665,8 @@ fn is_about_the_record(status: &tonic::Status) -> bool {
     )
 }
 
-/// Two thirds of the certificate's life; at once when there is none or it is past.
+/// Returns the time until two thirds of the certificate's life have passed. Zero if there is no
+/// certificate.
 fn until_renewal(chain: &[CertificateDer<'_>], now: SystemTime) -> Duration {
     let Some((from, until)) = chain.first().and_then(tls::validity) else { return Duration::ZERO };
     let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();

@@ -1,7 +1,7 @@
-//! The Towline agent: everything that the node `towline` does, with all its I/O.
+//! The Towline agent: what the binary `towline` does, with all its I/O.
 //!
-//! The decisions are in `towline-core`; here are the parts that carry them out, and the command
-//! line. The binary is one call of `cli::run`.
+//! `towline-core` makes the decisions. This crate has the parts that apply them, and the command
+//! line. The binary only calls `cli::run`.
 
 pub mod cli;
 pub mod config;

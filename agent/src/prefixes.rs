@@ -1,8 +1,8 @@
-//! What this node announces: the networks that are reached through it, by who says so.
+//! Prefixes that this node announces: the networks that are reached through it, by source.
 //!
-//! Every source names its networks whole and again whenever they change; the daemon keeps the
-//! latest word of each, filters it, and announces what the grant allows. Another task becomes a
-//! source by holding a [`Feed`].
+//! Each source sends all its networks whenever they change. The daemon keeps the latest list of
+//! each source, filters it, and announces what the grant allows. A task becomes a source by holding
+//! a [`Feed`].
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,63 +12,63 @@ use towline_core::prefixes::{covering, without};
 use towline_proto::limits;
 use towline_proto::node::Grant;
 
-/// Who says that a network is reached through this node.
+/// Source of announced networks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PrefixSource {
-    /// `node.prefixes`.
+    /// `node.prefixes` of the configuration.
     Configuration,
     /// The machine's own addresses (`node.addressing = "node-ip"`).
     NodeIp,
-    /// The node's pod networks, as Kubernetes knows them.
+    /// The node's pod networks, from Kubernetes.
     Kubernetes,
 }
 
-/// The networks of one source, whole: they replace what it said before.
+/// All networks of one source. They replace its previous networks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PrefixUpdate {
-    /// Who says so.
+    /// Source of the networks.
     pub source: PrefixSource,
-    /// Host bits are ignored.
+    /// Networks of the source. Host bits are ignored.
     pub prefixes: Vec<IpNet>,
 }
 
-/// Where a source says what it has.
+/// Sender on which a source sends its networks.
 pub type Feed = mpsc::Sender<PrefixUpdate>;
 
-/// Which networks are announced, whoever named them.
+/// Filter for the networks of all sources.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Filter<'a> {
-    /// Only what lies inside one of these; empty: everything.
+    /// Only networks inside one of these are announced. Empty: no restriction.
     pub include: &'a [IpNet],
-    /// Never these, nor any part of them: they are cut out.
+    /// Networks that are never announced. They are cut out of larger networks.
     pub exclude: &'a [IpNet],
 }
 
-/// The latest word of every source.
+/// Latest networks of every source.
 #[derive(Debug, Default)]
 pub struct Prefixes {
     by_source: BTreeMap<PrefixSource, Vec<IpNet>>,
 }
 
-/// What of it is announced, and what is not.
+/// Announced networks, and problems with the others.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Selection {
-    /// Sorted; none lies inside another.
+    /// Announced networks, sorted and disjoint.
     pub announced: Vec<IpNet>,
-    /// What is not, a line each, for the operator. What a filter leaves out is no problem.
+    /// Networks that cannot be announced, one line each. Filtered networks are no problem.
     pub problems: Vec<String>,
 }
 
 impl Prefixes {
-    /// Takes a source's word; says whether it differs from the one before.
+    /// Replaces the networks of a source. Returns whether they changed.
     pub fn set(&mut self, update: PrefixUpdate) -> bool {
         let prefixes: Vec<IpNet> = update.prefixes.iter().map(IpNet::trunc).collect();
         let before = self.by_source.insert(update.source, prefixes.clone());
         before.unwrap_or_default() != prefixes
     }
 
-    /// What is announced: filtered, and as far as the grant allows it. The record would be
-    /// refused whole for one network that it does not.
+    /// Selects the networks to announce: those that pass the filter and that the grant allows. One
+    /// network outside the grant would make the controller refuse the whole record.
     pub fn select(&self, filter: Filter<'_>, grant: &Grant) -> Selection {
         let named = self.by_source.values().flatten().copied();
         let included = |net: &IpNet| {
@@ -79,12 +79,12 @@ impl Prefixes {
         for prefix in without(kept, filter.exclude) {
             if !grant.allows(&prefix) {
                 selection.problems.push(format!(
-                    "prefix {prefix} is not granted to this node and not announced: join again \
+                    "prefix {prefix} is not announced: the grant does not include it: join again \
                      with a token made with --prefix {prefix}, or a wider one"
                 ));
             } else if selection.announced.len() == limits::PREFIXES {
                 selection.problems.push(format!(
-                    "prefix {prefix} is not announced: a node announces {} at most",
+                    "prefix {prefix} is not announced: a node can announce at most {}",
                     limits::PREFIXES
                 ));
             } else {

@@ -1,25 +1,26 @@
-//! The state directory: what survives a restart, a crash and a reboot.
+//! State directory: the files that survive a restart, a crash and a reboot.
 //!
 //! | file | holds | written |
 //! |---|---|---|
-//! | `lock` | nothing; locked by the one agent that runs, and the directory with it | once |
+//! | `lock` | nothing; the running agent locks it, and the directory too | once |
 //! | `identity.key`, `wireguard.key` | the node's private keys, 0600 | once, when first needed |
 //! | `membership.json` | mesh, CA certificate, controllers, grant | at the join, at renewals |
 //! | `certificate.pem` | the client certificate chain | at the join, at renewals |
-//! | `join-failure` | why the last unattended join failed | by `towline join --install` |
 //! | `counters.json` | boot epoch and record generation | before each use of a new value |
-//! | `prefixes.json` | what this node announced, and what of others' is still guarded | when it changes |
-//! | `map.bin` | the signed network map, as last seen | after changes, debounced |
-//! | `confirm-by` | until when the join has to be confirmed (`confirm.rs`) | at the join; removed by `towline confirm` |
-//! | `join-failure` | why the last join failed or was undone | when it does; removed by a join |
+//! | `prefixes.json` | prefixes that this node announced, and withdrawn ones that are still guarded | when they change |
+//! | `map.bin` | the signed network map, as last received | after changes, debounced |
+//! | `kubernetes.json` | the last valid facts of this machine's Node object | when they change |
+//! | `confirm-by` | the deadline for confirming the join (`confirm.rs`) | at the join; removed by `towline confirm` |
+//! | `join-failure` | why the last join failed or was undone | when that happens; removed by a join |
 //! | `undone` | why the last join was undone | when it is undone; removed once the units are disabled |
 //! | `down` | when `towline down` was run (`down.rs`) | by `towline down`; removed by `towline up` |
 //!
-//! The directory is 0700 and belongs to the system user that guard and agent run as; so does every
-//! file in it, also one that root writes. See [`towline_service::directory`].
+//! The directory has mode 0700 and belongs to the system user that the guard and the agent run as.
+//! So does every file in it, including those that root writes. See [`towline_service::directory`].
 //!
-//! A full or read-only disk is no reason to stop: what cannot be written is kept in memory, named
-//! by [`StateDir::unsaved`], and written by [`StateDir::save_again`] once that is possible.
+//! A full or read-only disk does not stop the agent. Files that cannot be written are kept in
+//! memory, reported by [`StateDir::unsaved`], and written by [`StateDir::save_again`] once that is
+//! possible.
 
 mod lock;
 mod unsaved;
@@ -50,91 +51,91 @@ use crate::map_cache::MapCache;
 use lock::StateLock;
 use unsaved::Unsaved;
 
-/// Why the last unattended join failed; written by the join, removed by one that succeeds.
+/// Name of the file with the reason why the last join failed. A successful join removes it.
 pub const JOIN_FAILURE: &str = "join-failure";
 
-/// Why the state directory cannot be used.
+/// Error of using the state directory.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// The file system refused.
+    /// The operating system refused an operation.
     #[error("{path}: {source}")]
     Io {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// The directory or a file in it cannot be used, or is not private.
+    /// The directory or a file in it cannot be used, or others can access it.
     #[error(transparent)]
     Directory(#[from] DirectoryError),
-    /// Another agent runs on it.
+    /// Another agent uses the directory.
     #[error(
-        "another agent is using {path}: stop it first, or give this one a `state_dir` of its own"
+        "cannot lock {path}: another agent uses it: stop that agent, or set another `state_dir`"
     )]
     Locked {
-        /// The directory.
+        /// Path of the directory.
         path: PathBuf,
     },
-    /// The node is not a member yet.
+    /// The machine has not joined a mesh.
     #[error(
         "this machine has not joined a mesh: run `towline join --token-file FILE` first ({path} is missing)"
     )]
     NotJoined {
-        /// The membership file.
+        /// Path of the membership file.
         path: PathBuf,
     },
-    /// Too late to confirm the join.
-    #[error("the join was not confirmed in time: it is undone: join again with a new token")]
+    /// The deadline for confirming the join has passed.
+    #[error("the join was not confirmed in time: it is being undone: join again with a new token")]
     Unconfirmed,
-    /// A key file that holds no key.
+    /// A key file contains no valid key.
     #[error(
         "{path}: {source}; restore it from a backup, or remove {dir} and join again with a new token"
     )]
     Key {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its directory.
+        /// State directory that contains the file.
         dir: PathBuf,
-        /// What is wrong.
+        /// Reason why the key is invalid.
         source: InvalidKey,
     },
-    /// A file that does not hold what it should.
+    /// A file has invalid content.
     #[error(
         "{path} is damaged ({what}): restore it from a backup, or remove {dir} and join again with a new token"
     )]
     Damaged {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its directory.
+        /// State directory that contains the file.
         dir: PathBuf,
-        /// What is wrong.
+        /// Description of the damage.
         what: String,
     },
 }
 
-/// Both key pairs.
+/// The node's two key pairs.
 #[derive(Debug, Clone)]
 pub struct Keys {
-    /// Signs.
+    /// Ed25519 key pair, which signs records and requests.
     pub identity: Identity,
-    /// Tunnels.
+    /// X25519 key pair, for the tunnels.
     pub wireguard: Wireguard,
 }
 
-/// What a join gave us: everything the CA says of us and of the mesh.
+/// Membership of a mesh, as a join returns it: the statements that the CA signed for this node.
 #[derive(Debug, Clone)]
 pub struct Membership {
-    /// The CA's certificate, pinned.
+    /// Pinned certificate of the CA.
     pub ca: CertificateDer<'static>,
-    /// The CA's public key, taken from the certificate.
+    /// Public key of the CA, from its certificate.
     pub ca_key: IdentityKey,
-    /// Where the controllers are.
+    /// Addresses of the controllers.
     pub controllers: Vec<ControllerAddress>,
-    /// Our grant, and the bytes that the CA signed.
+    /// Grant of this node.
     pub grant: Grant,
     /// The signed form of `grant`.
     pub signed_grant: pb::Signed,
-    /// The mesh's configuration.
+    /// Configuration of the mesh.
     pub mesh: MeshConfig,
     /// The signed form of `mesh`.
     pub signed_mesh: pb::Signed,
@@ -157,44 +158,46 @@ struct SignedFile {
     signature: String,
 }
 
-/// Numbers that must never go back, also over a crash.
+/// Numbers that must never decrease, not even after a crash.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Counters {
-    /// Greater at each start of the agent: the start's time in milliseconds since 1970, or one more than
-    /// before where the clock was set back. So it grows even when it could not be stored.
+    /// Number of the agent's start, in milliseconds since 1970: the time of the start, or the
+    /// previous value plus one if the clock was set back. So it increases even if it could not be
+    /// stored.
     pub boot_epoch: u64,
-    /// Generation of the last record that was published or about to be.
+    /// Generation of the last record that was published, or is about to be.
     pub generation: u64,
 }
 
-/// What the guards follow from, besides membership and map.
+/// Prefixes that the guards are derived from, in addition to membership and map.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CachedPrefixes {
-    /// What this node announced: reached by the host's own routes.
+    /// Prefixes that this node announced. The host's own routes lead to them.
     pub announced: Vec<IpNet>,
-    /// Its own addresses among that.
+    /// Node IPs of this node among the announced prefixes.
     pub node_ips: Vec<IpAddr>,
-    /// What others announced once and nobody does now.
+    /// Prefixes that other nodes formerly announced and no node announces now.
     pub withdrawn: Vec<IpNet>,
 }
 
-/// An open state directory. One process at a time holds it.
+/// An open state directory. Only one process at a time can lock it exclusively.
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
-    /// The directory, once its owner and permissions were checked; `None` for one that is only
-    /// looked at, which is checked when a file is read.
+    /// The directory, after its owner and permissions were checked. `None` for a directory that is
+    /// only read: it is checked when a file is read.
     directory: Option<PrivateDirectory>,
-    /// `None`: only looked at.
+    /// Lock of the directory. `None` if the directory is only read.
     _lock: Option<StateLock>,
-    /// Held while a file is replaced, so that the last word on each file wins.
+    /// Contents that are still to be written. Locked while a file is replaced, so that the latest
+    /// content wins.
     unsaved: Mutex<Unsaved>,
 }
 
 impl StateDir {
-    /// Opens it, making it if it is not there, and locks it.
+    /// Opens and locks the directory. Creates it if it does not exist.
     pub fn open(path: &Path) -> Result<Self, StateError> {
         Self::lock(directory::create_for(path, account::AGENT)?)
     }
@@ -206,12 +209,13 @@ impl StateDir {
         Ok(Self { directory: Some(directory), ..Self::with(&path, Some(lock)) })
     }
 
-    /// Opens it to be read while no agent runs on it. Makes and writes nothing.
+    /// Opens the directory for reading while no agent uses it. Creates and writes nothing.
     pub fn open_shared(path: &Path) -> Result<Self, StateError> {
         Ok(Self::with(path, Some(StateLock::shared(path)?)))
     }
 
-    /// To be read only, whoever holds it: files are replaced whole.
+    /// Opens the directory for reading without a lock. Files are replaced atomically, so this is
+    /// safe while an agent runs.
     pub fn peek(path: &Path) -> Self {
         Self::with(path, None)
     }
@@ -220,12 +224,13 @@ impl StateDir {
         Self { path: path.into(), directory: None, _lock: lock, unsaved: Mutex::default() }
     }
 
-    /// What would not outlive a restart, and why, in one line; `None`: all is on the disk.
+    /// Returns one line that names the files that a restart would lose, and why. `None` if all
+    /// files are on the disk.
     pub fn unsaved(&self) -> Option<String> {
         self.unsaved_files().problem(&self.path)
     }
 
-    /// Writes what could not be written before. Ends at the first file that still cannot.
+    /// Writes the files that could not be written before. Stops at the first failure.
     pub fn save_again(&self) -> Result<(), StateError> {
         let mut unsaved = self.unsaved_files();
         for (name, waiting) in unsaved.waiting() {
@@ -239,12 +244,12 @@ impl StateDir {
         self.unsaved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The directory.
+    /// Returns the path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The node's keys, made and stored if they are not there.
+    /// Returns the node's keys. Creates and stores those that do not exist.
     pub fn keys_or_generate(&self) -> Result<Keys, StateError> {
         if !self.has("identity.key") {
             let identity = Identity::generate().map_err(|e| self.key_error("identity.key", e))?;
@@ -262,7 +267,7 @@ impl StateDir {
         self.path.join(name).symlink_metadata().is_ok()
     }
 
-    /// The node's keys.
+    /// Returns the node's keys.
     pub fn keys(&self) -> Result<Keys, StateError> {
         let read = |name| -> Result<Zeroizing<Vec<u8>>, StateError> {
             let key = self.existing()?.map(|directory| directory.read_key(name)).transpose()?;
@@ -278,14 +283,14 @@ impl StateDir {
         Ok(Keys { identity, wireguard })
     }
 
-    /// What the join gave; `None` before it.
+    /// Returns the stored membership, or `None` before the join.
     pub fn membership(&self) -> Result<Option<Membership>, StateError> {
         let name = "membership.json";
         let Some(bytes) = self.read(name)? else { return Ok(None) };
         let file: MembershipFile = serde_json::from_slice(&bytes)
             .map_err(|error| self.damaged(name, &error.to_string()))?;
         if file.version != 1 {
-            return Err(self.damaged(name, "made by another version of towline"));
+            return Err(self.damaged(name, "written by an unknown version of towline"));
         }
         let ca = CertificateDer::from_pem_slice(file.ca_certificate.as_bytes())
             .map_err(|_| self.damaged(name, "the CA certificate is not PEM"))?;
@@ -308,12 +313,12 @@ impl StateDir {
             .map_err(|error| self.damaged(name, &error.to_string()))
     }
 
-    /// What the join gave, or the error that says to join.
+    /// Returns the stored membership, or an error that tells the operator to join.
     pub fn require_membership(&self) -> Result<Membership, StateError> {
         self.membership()?.ok_or_else(|| self.not_joined("membership.json"))
     }
 
-    /// Stores what the join gave.
+    /// Stores the membership.
     pub fn store_membership(&self, membership: &Membership) -> Result<(), StateError> {
         let signed = |signed: &pb::Signed| SignedFile {
             body: BASE64.encode(&signed.body),
@@ -332,7 +337,7 @@ impl StateDir {
         self.replace("membership.json", &json)
     }
 
-    /// The client certificate chain, leaf first; `None` before the join.
+    /// Returns the client certificate chain, leaf first, or `None` before the join.
     pub fn certificate(&self) -> Result<Option<Vec<CertificateDer<'static>>>, StateError> {
         let name = "certificate.pem";
         let Some(bytes) = self.read(name)? else { return Ok(None) };
@@ -340,7 +345,7 @@ impl StateDir {
             .collect::<Result<Vec<_>, _>>()
             .map_err(|_| self.damaged(name, "not PEM"))?;
         if chain.is_empty() {
-            return Err(self.damaged(name, "no certificate in it"));
+            return Err(self.damaged(name, "it contains no certificate"));
         }
         Ok(Some(chain))
     }
@@ -351,7 +356,7 @@ impl StateDir {
         self.replace("certificate.pem", pem.as_bytes())
     }
 
-    /// The counters; zero before the first start.
+    /// Returns the counters. They are zero before the first start.
     pub fn counters(&self) -> Result<Counters, StateError> {
         let name = "counters.json";
         match self.read(name)? {
@@ -361,12 +366,12 @@ impl StateDir {
         }
     }
 
-    /// Begins a start of the agent: returns counters with a new boot epoch, stored if that is
-    /// possible. `now`: milliseconds since 1970.
+    /// Counts a start of the agent: returns counters with a new boot epoch, and stores them if
+    /// possible. `now` is in milliseconds since 1970.
     ///
     /// # Errors
     ///
-    /// When they cannot be read. A disk that does not take them is no error.
+    /// Fails if the counters cannot be read. A disk that cannot be written is not an error.
     pub fn start(&self, now: u64) -> Result<Counters, StateError> {
         let stored = self.counters()?;
         let boot_epoch = stored.boot_epoch.saturating_add(1).max(now);
@@ -377,15 +382,15 @@ impl StateDir {
         }
     }
 
-    /// Stores the counters; to be done before a new value is used.
+    /// Stores the counters. Call it before a new value is used.
     pub fn store_counters(&self, counters: Counters) -> Result<(), StateError> {
         let json = serde_json::to_vec(&counters)
             .map_err(|error| self.damaged("counters.json", &error.to_string()))?;
         self.replace("counters.json", &json)
     }
 
-    /// The cached map. A damaged one counts as absent (and is logged): the controller, or the
-    /// peers, bring it again.
+    /// Returns the cached map. A damaged map is logged and treated as absent, because the
+    /// controller or the peers send it again.
     pub fn map(&self, membership: &Membership) -> Result<MapCache, StateError> {
         let empty = MapCache::new(membership.ca_key, membership.grant.node_id);
         let Some(bytes) = self.read("map.bin")? else { return Ok(empty) };
@@ -403,8 +408,8 @@ impl StateDir {
         self.replace("map.bin", encoded)
     }
 
-    /// What the guards follow from besides; nothing before the first run. A damaged file counts as
-    /// absent (and is logged).
+    /// Returns the cached prefixes, empty before the first run. A damaged file is logged and
+    /// treated as absent.
     pub fn prefixes(&self) -> Result<CachedPrefixes, StateError> {
         let name = "prefixes.json";
         let Some(bytes) = self.read(name)? else { return Ok(CachedPrefixes::default()) };
@@ -414,29 +419,29 @@ impl StateDir {
         }))
     }
 
-    /// Stores it.
+    /// Stores the cached prefixes.
     pub fn store_prefixes(&self, prefixes: &CachedPrefixes) -> Result<(), StateError> {
         let json = serde_json::to_vec(prefixes)
             .map_err(|error| self.damaged("prefixes.json", &error.to_string()))?;
         self.replace("prefixes.json", &json)
     }
 
-    /// The last good word of Kubernetes, as it was stored.
+    /// Returns the stored facts of the Kubernetes Node object, in encoded form.
     pub fn kubernetes(&self) -> Result<Option<Vec<u8>>, StateError> {
         self.read("kubernetes.json")
     }
 
-    /// Keeps the last good word of Kubernetes.
+    /// Stores the facts of the Kubernetes Node object.
     pub fn store_kubernetes(&self, encoded: &[u8]) -> Result<(), StateError> {
         self.replace("kubernetes.json", encoded)
     }
 
-    /// Makes the join one that is undone unless it is confirmed in time.
+    /// Stores the deadline after which the join is undone unless it is confirmed.
     pub fn store_unconfirmed(&self, unconfirmed: &Unconfirmed) -> Result<(), StateError> {
         self.replace(confirm::NAME, &unconfirmed.encode())
     }
 
-    /// Makes the join permanent; returns whether it was not.
+    /// Makes the join permanent. Returns whether it was still to be confirmed.
     pub fn confirm(&self) -> Result<bool, StateError> {
         match confirm::look(&self.path, &Moment::now()) {
             Confirmation::Settled => Ok(false),
@@ -449,7 +454,7 @@ impl StateDir {
         }
     }
 
-    /// Forgets that a join was to be confirmed.
+    /// Removes the deadline for confirming the join.
     pub fn forget_unconfirmed(&self) -> Result<(), StateError> {
         self.remove(confirm::NAME)
     }
@@ -461,26 +466,27 @@ impl StateDir {
         self.replace(confirm::UNDONE, line.as_bytes())
     }
 
-    /// Whether the last join was undone, and the units are still enabled.
+    /// Returns whether the last join was undone and the units are still enabled.
     pub fn is_undone(&self) -> bool {
         self.path.join(confirm::UNDONE).exists()
     }
 
-    /// Why the last join failed or was undone, if it did.
+    /// Returns why the last join failed or was undone, if it did.
     pub fn join_failure(&self) -> Result<Option<String>, StateError> {
         let reason = self.read(JOIN_FAILURE)?;
         Ok(reason.map(|reason| String::from_utf8_lossy(&reason).into_owned()))
     }
 
-    /// Forgets that the last join was undone.
+    /// Removes the mark of an undone join.
     pub fn forget_undone(&self) -> Result<(), StateError> {
         self.remove(confirm::UNDONE)
     }
 
-    /// Forgets the membership, the certificate and the map, and the keys with them: the next join
-    /// is another node's.
+    /// Removes the membership, the certificate, the map and the keys. After the next join the
+    /// machine is a new node.
     pub fn forget(&self) -> Result<(), StateError> {
-        // The membership first: a crash half-way leaves a machine that has not joined.
+        // The membership is removed first, so that a crash halfway leaves a machine that has not
+        // joined.
         for name in [
             "membership.json",
             "certificate.pem",
@@ -510,7 +516,8 @@ impl StateDir {
         Ok(self.existing()?.map(|directory| directory.read(name)).transpose()?.flatten())
     }
 
-    /// The directory; `None` if it does not exist, which only one that is looked at may not.
+    /// Returns the directory. `None` if it does not exist, which is possible only if it is only
+    /// read.
     fn existing(&self) -> Result<Option<PrivateDirectory>, StateError> {
         if let Some(directory) = &self.directory {
             return Ok(Some(directory.clone()));
@@ -522,7 +529,7 @@ impl StateDir {
         }
     }
 
-    /// Replaces a file. If that fails, its content waits in memory for [`Self::save_again`].
+    /// Replaces a file. If that fails, keeps the content in memory for [`Self::save_again`].
     fn replace(&self, name: &'static str, bytes: &[u8]) -> Result<(), StateError> {
         let mut unsaved = self.unsaved_files();
         let written = self.write(name, bytes);
@@ -567,19 +574,19 @@ impl StateDir {
     }
 }
 
-/// Why what a join gave is not believed.
+/// Error of verifying a membership.
 #[derive(Debug, thiserror::Error)]
 pub enum InvalidMembership {
-    /// The CA certificate holds no Ed25519 key.
-    #[error("the CA certificate holds no Ed25519 key")]
+    /// The CA certificate contains no Ed25519 key.
+    #[error("the CA certificate contains no Ed25519 key")]
     Ca,
-    /// Not signed by the CA, or malformed.
+    /// A statement is not signed by the CA, or is malformed.
     #[error(transparent)]
     Untrusted(#[from] signed::Untrusted),
 }
 
 impl Membership {
-    /// Verifies both statements against the CA.
+    /// Creates a membership. Verifies both statements with the CA's key.
     pub fn new(
         ca: CertificateDer<'static>,
         controllers: Vec<ControllerAddress>,
@@ -696,7 +703,7 @@ mod tests {
         assert!(matches!(guard, StateError::Locked { .. }), "{guard}");
     }
 
-    /// A file system of its own over `directory`, in this process alone.
+    /// Mounts a new file system on `directory`, visible to this process only.
     fn mount_disk(directory: &Path, flags: nix::mount::MsFlags) {
         use nix::mount::{MsFlags, mount};
         let none = None::<&str>;
@@ -705,7 +712,7 @@ mod tests {
         mount(Some("disk"), directory, Some("tmpfs"), flags, Some("size=64k")).unwrap();
     }
 
-    /// Uses up all room; returns the file that does.
+    /// Fills the file system. Returns the file that takes the space.
     fn fill(directory: &Path) -> PathBuf {
         let filler = directory.join("filler");
         let mut file = File::create(&filler).unwrap();
@@ -736,7 +743,7 @@ mod tests {
                 assert!(problem.contains(part), "{problem}");
             }
             assert!(state.save_again().is_err());
-            assert_eq!(state.counters().unwrap(), first, "what was stored before is whole");
+            assert_eq!(state.counters().unwrap(), first, "the old content is intact");
             assert_eq!(std::fs::read(dir.path().join("map.bin")).unwrap(), b"before");
 
             std::fs::remove_file(filler).unwrap();

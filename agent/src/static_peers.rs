@@ -1,7 +1,7 @@
-//! `[[peer]]` of the configuration: WireGuard peers that are in no mesh.
+//! Static peers: the `[[peer]]` sections of the configuration, WireGuard peers outside of a mesh.
 //!
-//! A pre-shared key stands in a file of its own, never in the configuration: that one is shown
-//! (`towline config show`), copied and put into repositories.
+//! A pre-shared key is in a file of its own, never in the configuration, because configurations are
+//! printed (`towline config show`), copied and committed to repositories.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -17,62 +17,64 @@ use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
 use zeroize::Zeroizing;
 
-/// Peers in one configuration.
+/// Maximum number of peers in one configuration. It bounds the peer table.
 const PEERS: usize = 4096;
 
-/// One `[[peer]]`.
+/// One `[[peer]]` section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PeerConfig {
-    /// What `towline peers` calls it; its public key when there is none.
+    /// Name of the peer in `towline peers`. Its public key if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<NodeName>,
-    /// As `wg pubkey` writes it.
+    /// Public key of the peer, in the format of `wg pubkey`.
     pub public_key: WireguardKey,
-    /// A file with a pre-shared key as `wg genpsk` writes it, closed to others.
+    /// Path of a file with a pre-shared key in the format of `wg genpsk`. Other users must not have
+    /// access.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preshared_key_file: Option<PathBuf>,
-    /// Where it is called, with port; without it, it has to call.
+    /// Address and port of the peer. If absent, the peer has to initiate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<std::net::SocketAddr>,
-    /// Networks that are reached through it, and from which alone it may send.
+    /// Networks that are reached through the peer. Packets from the peer must have a source in one
+    /// of them.
     #[serde(default)]
     pub allowed_ips: Vec<IpNet>,
-    /// Seconds of silence after which the tunnel says something; with it, the tunnel is held up
-    /// without traffic too.
+    /// Interval of persistent keepalives, in seconds. If set, the tunnel is kept up without traffic
+    /// too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keepalive: Option<u16>,
 }
 
-/// Why a pre-shared key cannot be had.
+/// Error of reading a pre-shared key.
 #[derive(Debug, thiserror::Error)]
 pub enum PresharedKeyError {
     /// The file cannot be read.
     #[error("cannot read {path}: {source}")]
     Read {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// Others may read it.
-    #[error("{path} can be read by everybody: `chmod 600 {path}`")]
+    /// Other users have access to the file.
+    #[error("{path} can be read by other users: run `chmod 600 {path}`")]
     Open {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
     },
-    /// No key in it.
-    #[error("{path} holds no pre-shared key: it should be 32 bytes in base64, from `wg genpsk`")]
+    /// The file contains no pre-shared key.
+    #[error("{path} contains no pre-shared key: write 32 bytes in base64, from `wg genpsk`")]
     Malformed {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
     },
 }
 
-/// What is wrong with these peers, if something is.
+/// Checks the peers of a configuration. The error describes the first problem.
 pub(crate) fn check(peers: &[PeerConfig]) -> Result<(), String> {
     if peers.len() > PEERS {
-        return Err(format!("at most {PEERS}"));
+        return Err(format!("at most {PEERS} peers are allowed"));
     }
     let mut keys = std::collections::BTreeSet::new();
     let mut names = std::collections::BTreeSet::new();
@@ -80,38 +82,42 @@ pub(crate) fn check(peers: &[PeerConfig]) -> Result<(), String> {
     for peer in peers {
         let name = peer.display_name();
         if !keys.insert(peer.public_key) {
-            return Err(format!("public_key {} stands under two peers", peer.public_key));
+            return Err(format!("two peers have the public_key {}", peer.public_key));
         }
         if !names.insert(name.clone()) {
             return Err(format!("two peers are named {name}"));
         }
         if peer.allowed_ips.len() > limits::PREFIXES {
-            return Err(format!("{name}: at most {} allowed_ips", limits::PREFIXES));
+            return Err(format!("{name}: at most {} allowed_ips are allowed", limits::PREFIXES));
         }
         for net in &peer.allowed_ips {
             if net.trunc() != *net {
                 return Err(format!("{name}: {net} has host bits set: use {}", net.trunc()));
             }
             if net.prefix_len() == 0 {
-                return Err(format!("{name}: {net} is the whole internet: it is never routed"));
+                return Err(format!(
+                    "{name}: {net} is the whole internet, never routed: use smaller networks"
+                ));
             }
             if let Some(other) = held.insert(*net, name.clone()) {
-                return Err(format!("{net} stands under two peers, {other} and {name}"));
+                return Err(format!(
+                    "{net} is in the allowed_ips of two peers, {other} and {name}"
+                ));
             }
         }
         if let Some(endpoint) = peer.endpoint
             && Candidate::new(CandidateKind::Configured, endpoint).is_none()
         {
-            return Err(format!("{name}: nothing can be sent to {endpoint}"));
+            return Err(format!("{name}: {endpoint} is not a valid endpoint"));
         }
         if peer.keepalive == Some(0) {
-            return Err(format!("{name}: keepalive 0 is none: leave it out"));
+            return Err(format!("{name}: keepalive must not be 0: remove it for no keepalive"));
         }
     }
     Ok(())
 }
 
-/// The peers as the core takes them, each pre-shared key read from its file.
+/// Converts the peers for the core, and reads the pre-shared keys from their files.
 pub fn load(peers: &[PeerConfig]) -> Result<Vec<StaticPeer>, PresharedKeyError> {
     peers.iter().map(PeerConfig::load).collect()
 }
@@ -180,8 +186,8 @@ mod tests {
             (&peer("preshared_key = \"secret\""), "preshared_key_file"),
             (&peer("allowed_ips = [\"10.9.0.1/24\"]"), "10.9.0.0/24"),
             (&peer("allowed_ips = [\"0.0.0.0/0\"]"), "whole internet"),
-            (&peer("endpoint = \"0.0.0.0:1\""), "sent"),
-            (&peer("keepalive = 0"), "leave it out"),
+            (&peer("endpoint = \"0.0.0.0:1\""), "valid endpoint"),
+            (&peer("keepalive = 0"), "must not be 0"),
             (&twice, "two peers"),
         ] {
             let error = parse(text).unwrap_err();

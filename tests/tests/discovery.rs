@@ -259,7 +259,7 @@ async fn a_silent_controller_is_left() {
     let pb::watch_response::Kind::Ready(mut soon) = ready(1) else { unreachable!() };
     soon.heartbeat_ms = 100;
     watch.send(pb::watch_response::Kind::Ready(soon)).await;
-    assert!(daemon.disconnected().await.contains("silent"));
+    assert!(daemon.disconnected().await.contains("missed its heartbeats"));
     controller.watch().await.unwrap();
 }
 

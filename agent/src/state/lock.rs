@@ -1,9 +1,9 @@
-//! The lock of the state directory.
+//! Lock of the state directory.
 //!
-//! An agent (or a command that changes the state) holds it alone; the guard, which only reads,
-//! shares it with other guards for as long as it works. Both only need to read the disk: the
-//! directory itself is locked, which a read-only or full file system allows. The file `lock` is
-//! locked beside it where it exists or can be made, since that is what versions before look at.
+//! An agent (or a command that changes the state) holds the lock exclusively. The guard only reads,
+//! and shares the lock with other guards while it works. Locking needs no write access to the disk:
+//! the directory itself is locked, which works on a read-only or full file system. The file `lock`
+//! is locked too if it exists or can be created, because earlier versions only lock that file.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,21 +17,22 @@ use towline_service::directory::PrivateDirectory;
 
 use super::StateError;
 
-/// A held lock; released when dropped.
+/// Held lock; released when dropped.
 #[derive(Debug)]
 pub(super) struct StateLock {
     _file: Option<Flock<File>>,
-    /// `None` on a file system that locks no directories (NFS); then the file is all there is.
+    /// Lock of the directory. `None` on a file system that cannot lock directories (NFS); the file
+    /// is then the only lock.
     _directory: Option<Flock<File>>,
 }
 
-/// How long a guard may hold the lock at most: it reads the state and sets up its plan.
+/// Maximum time for which a guard holds the lock: it reads the state and installs its plan.
 const GUARD_LIMIT: Duration = Duration::from_secs(20);
-/// Time between two attempts while a guard holds the lock.
+/// Interval between attempts while a guard holds the lock.
 const PERIOD: Duration = Duration::from_millis(5);
 
 impl StateLock {
-    /// Takes the lock for this process alone. Waits for a guard that is at work.
+    /// Takes the exclusive lock. Waits for a guard that holds the shared lock.
     pub(super) fn exclusive(directory: &PrivateDirectory) -> Result<Self, StateError> {
         let path = directory.path();
         let file = match lock_file(directory)? {
@@ -46,7 +47,8 @@ impl StateLock {
             match lock_directory(path, FlockArg::LockExclusiveNonblock)? {
                 Ok(lock) => return Ok(Self { _file: file, _directory: Some(lock) }),
                 Err(Errno::EWOULDBLOCK) if begun.elapsed() < GUARD_LIMIT => {
-                    // Without the file it cannot be told from another agent, which does not end.
+                    // Without the lock file, the holder may also be an agent, which does not
+                    // release the lock soon.
                     if file.is_none() && begun.elapsed() > GUARD_LIMIT / 10 {
                         return Err(StateError::Locked { path: path.into() });
                     }
@@ -59,10 +61,10 @@ impl StateLock {
         }
     }
 
-    /// Takes the lock together with others that only read. Makes and changes nothing.
+    /// Takes the shared lock. Creates and changes nothing.
     pub(super) fn shared(path: &Path) -> Result<Self, StateError> {
         let lock = match lock_directory(path, FlockArg::LockSharedNonblock) {
-            // Nobody is in a directory that does not exist.
+            // No process can hold the lock of a directory that does not exist.
             Err(StateError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 return Ok(Self { _file: None, _directory: None });
             }
@@ -71,13 +73,13 @@ impl StateLock {
         match lock {
             Ok(lock) => Ok(Self { _file: None, _directory: Some(lock) }),
             Err(Errno::EWOULDBLOCK) => Err(StateError::Locked { path: path.into() }),
-            // As long as nobody can lock the directory, nobody holds it.
+            // If the directory cannot be locked at all, no other process holds its lock.
             Err(_) => Ok(Self { _file: None, _directory: None }),
         }
     }
 }
 
-/// The file to lock; `None`: it does not exist, and this file system takes no new one now.
+/// Opens the lock file. `None` if it does not exist and the file system is not writable.
 fn lock_file(directory: &PrivateDirectory) -> Result<Option<File>, StateError> {
     let error = match directory.open_lock("lock") {
         Ok(file) => return Ok(Some(file)),
@@ -95,7 +97,8 @@ fn lock_file(directory: &PrivateDirectory) -> Result<Option<File>, StateError> {
     }
 }
 
-/// Whether the file system takes no writes now: it is full or read-only, or a quota is used up.
+/// Returns whether the file system is not writable: full, read-only, over quota, or without
+/// permission.
 fn is_unwritable(error: io::ErrorKind) -> bool {
     matches!(
         error,

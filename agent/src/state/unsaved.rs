@@ -1,7 +1,7 @@
-//! What could not be written to the disk, kept in memory until it can.
+//! Files that could not be written to the disk, kept in memory until they can be.
 //!
-//! A full or read-only disk stops neither the agent nor what it does with the state: only what is
-//! listed here would not outlive a restart.
+//! A full or read-only disk does not stop the agent. A restart loses only the content that is kept
+//! here.
 
 use std::collections::BTreeMap;
 
@@ -11,37 +11,37 @@ pub(super) struct Unsaved {
     files: BTreeMap<&'static str, Waiting>,
 }
 
-/// A file that waits for room.
+/// File that is still to be written.
 #[derive(Debug, Clone)]
 pub(super) struct Waiting {
-    /// The whole content.
+    /// Whole content of the file.
     pub(super) bytes: Vec<u8>,
-    /// Why the last attempt failed.
+    /// Why the last attempt to write it failed.
     pub(super) reason: String,
 }
 
 impl Unsaved {
-    /// Notes a write that failed; it replaces an earlier one of the same file.
+    /// Adds a file whose write failed. Replaces older content of the same file.
     pub(super) fn failed(&mut self, name: &'static str, bytes: &[u8], reason: String) {
         self.files.insert(name, Waiting { bytes: bytes.to_vec(), reason });
     }
 
-    /// Forgets a file: it was written, or is to be gone.
+    /// Removes a file, because it was written or deleted.
     pub(super) fn settled(&mut self, name: &str) {
         self.files.remove(name);
     }
 
-    /// The files that wait.
+    /// Returns the files that are still to be written.
     pub(super) fn waiting(&self) -> Vec<(&'static str, Waiting)> {
         self.files.iter().map(|(name, waiting)| (*name, waiting.clone())).collect()
     }
 
-    /// One line that names them; `None`: all is on the disk.
+    /// Returns one line that names the files and the reason. `None` if there are none.
     pub(super) fn problem(&self, directory: &std::path::Path) -> Option<String> {
         let reason = &self.files.values().next()?.reason;
         let names: Vec<_> = self.files.keys().copied().collect();
         Some(format!(
-            "{} would not outlive a restart: {reason}: make {} writable, with room for it",
+            "cannot store {}: {reason}: make {} writable and free space, or a restart loses them",
             names.join(", "),
             directory.display()
         ))
