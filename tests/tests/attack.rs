@@ -1,4 +1,4 @@
-//! The attack scenario as a test: real binaries, rootless, with a few quick cases.
+//! Runs the attack scenario as a test: real binaries, rootless, with a few quick cases.
 
 use std::process::Command;
 

@@ -1,5 +1,5 @@
-//! Bad input for running daemons, and what it gets: one clear line, a status other than 0, and
-//! nothing lost or half-written.
+//! Gives bad input to running daemons and commands. Each must fail with one clear line and a status
+//! other than 0, and nothing may be lost or partly written.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
@@ -51,12 +51,12 @@ impl World {
         self.controller.operator().token_with(flags)
     }
 
-    /// A machine on the worker's host.
+    /// Creates a node on the worker's host.
     fn machine(&self, name: &str) -> anyhow::Result<Node> {
         Node::new(&self.lab, &self.worker, name, &self.binaries, "")
     }
 
-    /// `towline join` of a machine, by another name if need be.
+    /// Runs `towline join` for a node, with this name and token.
     fn join(&self, machine: &Node, name: &str, token: &str) -> anyhow::Result<Said> {
         let file = self.lab.directory().join("given-token");
         std::fs::write(&file, token)?;
@@ -69,7 +69,7 @@ impl World {
     }
 }
 
-/// Another status than 0, nothing on stdout, and one line on stderr that says all of this.
+/// Asserts exit status 1, nothing on stdout, and one line on stderr that contains every part.
 fn assert_refused(said: &Said, says: &[&str]) {
     let line = &said.stderr;
     assert_eq!(said.status.code(), Some(1), "{line}");
@@ -80,7 +80,7 @@ fn assert_refused(said: &Said, says: &[&str]) {
     }
 }
 
-/// The end of a daemon that refuses to start: its last line says all of this.
+/// Asserts that a daemon refuses to start, and that its last line contains every part.
 fn assert_ends(daemon: &mut towline_tests::lab::process::Daemon, says: &[&str]) {
     let end = wait_for("end of the daemon", LIMIT, || Ok(daemon.check().err()))
         .expect("a daemon that refuses to start");
@@ -133,7 +133,7 @@ fn tokens_that_admit_nobody() {
         let elsewhere = world.token(&["--name", "db-*"]).unwrap();
         refused(&elsewhere.token, &["db-*", "`machine`"]);
 
-        // None of this spent the good one, and the machine is as good as before.
+        // No refused token used up the good one, and the machine still can join.
         machine.join(&good).unwrap();
         let second = world.machine("second").unwrap();
         let used = world.join(&second, "second", &good.token).unwrap();
@@ -156,14 +156,14 @@ fn names_that_are_refused_and_joins_that_change_nothing() {
         let taken = world.join(&second, "first", &token.token).unwrap();
         assert_refused(&taken, &["`first` is taken", "--replace"]);
 
-        // Again: nothing changes and no token is needed or spent.
+        // A second join changes nothing, and neither needs nor uses a token.
         let again = world.join(&first, "first", &token.token).unwrap();
         assert!(again.status.success(), "{}", again.stderr);
         let renamed = world.join(&first, "another", &token.token).unwrap();
         assert_refused(&renamed, &["`first`", "towline leave"]);
         second.join(&token).unwrap();
 
-        // The same WireGuard key under another identity: a state directory that was half copied.
+        // The same WireGuard key with another identity: a state directory that was copied in part.
         let copy = world.machine("copy").unwrap();
         let _ = world.join(&copy, "copy", "no token").unwrap();
         std::fs::create_dir_all(copy.state()).unwrap();
@@ -247,7 +247,7 @@ fn random_bytes_harm_nobody() {
                 let noise: [u8; 2048] = random_bytes()?;
                 for length in 0..1400 {
                     let mut datagram = noise[length % 600..][..length].to_vec();
-                    // Half of them look like something of ours at first.
+                    // Half of the datagrams begin like one of Towline's.
                     if let Some(first) = datagram.first_mut()
                         && length % 2 == 0
                     {
@@ -259,7 +259,7 @@ fn random_bytes_harm_nobody() {
                     let mut stream = TcpStream::connect_timeout(&grpc, LIMIT)?;
                     stream.set_read_timeout(Some(LIMIT))?;
                     stream.write_all(&noise[start * 50..][..1000])?;
-                    // Answered or closed: either way it ends.
+                    // The connection is answered or closed; either way it ends.
                     let _ = stream.read(&mut [0; 1024]);
                 }
                 Ok(())
@@ -306,7 +306,7 @@ fn a_damaged_store_is_refused_and_left_alone() {
             std::fs::write(store, &damaged).unwrap();
             world.controller.launch().unwrap();
             assert_ends(world.controller.daemon().unwrap(), &["damaged", "backup"]);
-            // The store's own header may be marked; no page behind it is touched.
+            // The store's own header may change; no page after it does.
             let after = std::fs::read(store).unwrap();
             assert!(after[4096..] == damaged[4096..], "the damaged store is left alone");
         }

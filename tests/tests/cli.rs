@@ -1,4 +1,5 @@
-//! The command lines as processes: what is said where, and the exit status.
+//! Runs the command-line programs as processes: what they print on which stream, and their exit
+//! status.
 
 use std::process::{Command, Output};
 use std::sync::OnceLock;
@@ -26,7 +27,7 @@ fn run(command: &mut Command) -> Output {
     command.output().expect("the program starts")
 }
 
-/// Exit status 1, nothing on stdout, and one line on stderr that says all of this.
+/// Asserts exit status 1, nothing on stdout, and one line on stderr that contains every part.
 fn assert_refused(output: &Output, says: &[&str]) {
     let line = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{line}");

@@ -1,4 +1,4 @@
-//! The lab's demo as a test: real binaries, rootless, with short transfers.
+//! Runs the lab's demo as a test: real binaries, rootless, with short transfers.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -22,7 +22,7 @@ fn the_demo_keeps_its_promises_without_root() {
     let demo: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
         panic!("stdout is not one JSON object ({error}): {talk}");
     });
-    // How soon something happens is the demo's to judge; a test also runs on a busy machine.
+    // Only the demo itself checks timings; a test also runs on a busy machine.
     let failed: Vec<&str> = demo["failed"]
         .as_array()
         .unwrap()
@@ -44,7 +44,8 @@ fn the_demo_keeps_its_promises_without_root() {
 
 #[test]
 fn a_kept_lab_lets_shells_in_and_ends_at_an_interrupt() {
-    // A kept lab is noted beside its binary: a copy keeps clear of one that somebody looks at.
+    // A kept lab writes its note next to its binary. A copy of the binary avoids a conflict with a
+    // lab that is in use.
     let directory = tempfile::tempdir().unwrap();
     let lab = directory.path().join("lab");
     std::fs::copy(env!("CARGO_BIN_EXE_lab"), &lab).unwrap();

@@ -1,4 +1,4 @@
-//! `towline down`, `up`, `leave` and `confirm`, with the real binaries: see the lab's scenario.
+//! Runs the lab's scenario of `towline down`, `up`, `leave` and `confirm` with the real binaries.
 
 #![allow(clippy::unwrap_used)] // helpers of tests may panic too: a panic is the report
 

@@ -1,4 +1,4 @@
-//! What is shipped beside the programs: it parses, and says what it promises.
+//! Checks the files that are shipped with the programs: they parse, and contain what they promise.
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use std::collections::BTreeMap;
@@ -20,7 +20,7 @@ fn yaml(text: &str) -> Value {
     serde_saphyr::from_str(text).unwrap_or_else(|error| panic!("{error}\n{text}"))
 }
 
-/// Every document of a file; comments alone are none.
+/// Returns every document of a YAML file, without those that contain only comments.
 fn documents(text: &str) -> Vec<Value> {
     let blank = |document: &&str| {
         document.lines().any(|line| !line.trim().is_empty() && !line.trim().starts_with('#'))
@@ -40,8 +40,8 @@ fn names(directory: &str, extension: &str) -> Vec<String> {
     found
 }
 
-/// The chart's templates use values and whole-file conditions, no more, so that a few lines can
-/// render them: Helm is not needed to know what it will say.
+/// Renders a template of the chart. Templates use only values and whole-file conditions, so that a
+/// few lines can render them and the test does not need Helm.
 fn rendered(template: &str) -> String {
     let values = yaml(&read("helm/towline/values.yaml"));
     let mut text = String::new();
@@ -189,7 +189,7 @@ fn cloud_init_says_only_what_cloud_init_knows() {
             assert!(command.as_array().unwrap().iter().all(Value::is_string), "{name}");
         }
         if name.contains("control-plane") {
-            // How the public address is learned is all that may differ.
+            // Only the way in which the public address is found may differ.
             let address = &mut document["write_files"][0];
             assert_eq!(address["path"], "/usr/local/sbin/towline-public-address");
             address["content"] = Value::Null;
@@ -201,7 +201,8 @@ fn cloud_init_says_only_what_cloud_init_knows() {
     assert!(planes.windows(2).all(|pair| pair[0] == pair[1]));
 }
 
-/// Every system with cloud-init has `sh`; one without is not failed for it.
+/// Checks that `sh` parses a text. Every system with cloud-init has `sh`; without it, nothing is
+/// checked.
 fn parses_as_shell(text: &str) {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), text).unwrap();
@@ -244,15 +245,15 @@ fn units_name_their_order_and_give_up_what_they_do_not_need() {
         ] {
             assert_eq!(values(key), [value], "{key} of {unit}");
         }
-        // It needs room on the disk to start.
+        // A private /tmp needs free disk space at the start.
         assert!(values("PrivateTmp").is_empty(), "{unit}");
-        // Their filter would have no effect after one that allows the same calls again.
+        // These filters would have no effect after one that allows the same calls again.
         assert_eq!(values("SystemCallFilter"), ["@system-service", "~@privileged @resources"]);
         let hidden = values("InaccessiblePaths").join(" ");
         assert!(hidden.split(' ').any(|path| path == "-/etc/shadow"), "{unit}");
         assert!(hidden.contains("-/etc/kubernetes"), "{unit}");
     }
-    // The helper: root, but with nothing of root's rights over other users' files.
+    // The helper runs as root, but without root's rights over other users' files.
     let socket = read("systemd/towline-helper.socket");
     for line in ["ListenSequentialPacket=/run/towline/helper.sock", "Accept=yes"] {
         assert!(socket.lines().any(|found| found == line), "{line}");
@@ -271,7 +272,7 @@ fn units_name_their_order_and_give_up_what_they_do_not_need() {
             .lines()
             .any(|line| line.starts_with("Wants=") && line.contains("towline-helper.socket"))
     );
-    // Root writes what the kubelet is started with; the agent's directory is not root's.
+    // Root writes the arguments of the kubelet; the agent's directory does not belong to root.
     let kubelet = read("systemd/kubelet.service.d/10-towline.conf");
     assert!(!kubelet.contains("/run/towline/"), "{kubelet}");
     let guard = read("systemd/towline-guard.service");

@@ -1,4 +1,4 @@
-//! The agent's discovery client against a scripted controller.
+//! Tests the agent's discovery client against a scripted controller.
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use std::sync::Arc;
@@ -26,7 +26,7 @@ struct Node {
     membership: Membership,
 }
 
-/// What the daemon would hold.
+/// The channels that the daemon would hold.
 struct Daemon {
     events: mpsc::Receiver<Event>,
     announcements: watch::Sender<Option<Announcement>>,
@@ -34,7 +34,7 @@ struct Daemon {
 }
 
 impl Node {
-    /// A member, with a certificate that lives for `life` from an hour ago.
+    /// Creates a member with a certificate that is valid for `life`, beginning an hour ago.
     fn new(ca: &Ca, controller: &ScriptedController, life: Duration) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let state = Arc::new(StateDir::open(dir.path()).unwrap());
@@ -228,7 +228,7 @@ async fn a_node_whose_state_was_set_back_numbers_its_records_after_those_the_mes
     let mut daemon = node.start();
     let watch = controller.watch().await.unwrap();
     watch.send(ready(1)).await;
-    // Our own record, as the mesh has it.
+    // The node's own record, as the mesh has it.
     let keys = node.state.keys().unwrap();
     let record = pb::Record {
         node_id: vec![OWN; 16],
@@ -308,7 +308,7 @@ async fn a_removed_node_learns_it_from_the_tombstone_it_is_refused_with() {
 async fn a_certificate_near_its_end_is_renewed_before_the_watch() {
     let ca = Ca::new().unwrap();
     let mut controller = ScriptedController::start(&ca).await.unwrap();
-    // Ended: it lived for half an hour, from an hour ago.
+    // The certificate has expired: it was valid for half an hour, beginning an hour ago.
     let node = Node::new(&ca, &controller, Duration::from_secs(1800));
     let _daemon = node.start();
     let Call::Renew(request, reply) = controller.call().await.unwrap() else {

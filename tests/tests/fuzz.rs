@@ -1,5 +1,5 @@
-//! The fuzz targets under `cargo test`: the committed corpus, the well-formed seeds, and
-//! thousands of mutations of both, the same each time.
+//! Runs the fuzz targets under `cargo test`: on the committed corpus, on the well-formed seeds, and
+//! on thousands of mutations of both, the same in each run.
 
 #![allow(clippy::unwrap_used)] // helpers of tests may panic too: a panic is the report
 
@@ -12,8 +12,8 @@ use rand::seq::IndexedRandom as _;
 use rand::{Rng, SeedableRng};
 use towline_tests::fuzz::{TARGETS, Target};
 
-/// Mutations for each target, unless `FUZZ_ROUNDS` says another number. `FUZZ_TARGET` names the only
-/// target, `FUZZ_SEED` makes other mutations.
+/// Number of mutations for each target; `FUZZ_ROUNDS` overrides it. `FUZZ_TARGET` selects a single
+/// target, `FUZZ_SEED` other mutations.
 const ROUNDS: usize = 3_000;
 
 #[test]

@@ -1,5 +1,5 @@
-//! The lab's scenarios of the host's network as tests: short forms, rootless, for what they promise about
-//! packets. How soon something happens is the scenarios' own to judge: a test also runs on a busy machine.
+//! Runs the lab's host-network scenarios as tests, in short form and rootless, for their promises
+//! about packets. Only the scenarios check timings: a test also runs on a busy machine.
 
 #![allow(clippy::unwrap_used)] // helpers of tests may panic too: a panic is the report
 
@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-/// What a scenario printed; `None`, with a printed reason, where this machine forbids it.
+/// Returns the output of a scenario, or `None` with a printed reason if this machine forbids it.
 fn lab(arguments: &[&str]) -> Option<Value> {
     let output = Command::new(env!("CARGO_BIN_EXE_lab"))
         .args(arguments)

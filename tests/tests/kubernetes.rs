@@ -1,4 +1,4 @@
-//! The agent's Kubernetes client against a scripted API server.
+//! Tests the agent's Kubernetes client against a scripted API server.
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use std::path::PathBuf;
@@ -16,9 +16,9 @@ use towline_netlink::{Overlay, OverlayKind, Rtnetlink};
 use towline_tests::cluster::{ClusterCa, kubeconfig, kubeconfig_of_plugin, replace};
 use towline_tests::scripted_api::{Manner, ScriptedApi};
 
-/// Whatever takes longer will not come.
+/// Time limit of every wait.
 const LIMIT: Duration = Duration::from_secs(60);
-/// An address that is on every machine.
+/// An address that every machine has.
 const OURS: &str = "127.0.0.1";
 
 struct Machine {
@@ -27,7 +27,7 @@ struct Machine {
 }
 
 impl Machine {
-    /// A machine whose CNI is a plain bridge. It has no credentials yet.
+    /// Creates a machine whose CNI is a plain bridge. It has no credentials yet.
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("cni")).unwrap();
@@ -37,9 +37,9 @@ impl Machine {
         Self { directory, views }
     }
 
-    /// The agent starts again; what it was told stays in its state directory.
+    /// Restarts the agent; the state directory keeps what it learned.
     async fn restart(&mut self) {
-        // Nobody listens any more: the task ends, and with it its hold on the state directory.
+        // Without receivers the task ends and releases the state directory.
         self.views = watch::channel(View::default()).1;
         while StateDir::open(&self.path("state")).is_err() {
             tokio::task::yield_now().await;
@@ -51,7 +51,7 @@ impl Machine {
         self.directory.path().join(name)
     }
 
-    /// Puts a kubelet's credentials in place.
+    /// Installs a kubelet's credentials.
     fn enrol(&self, ca: &ClusterCa, url: &str, node: &str) {
         replace(&self.path("ca.crt"), ca.pem()).unwrap();
         self.rotate(ca, node);
@@ -286,7 +286,7 @@ async fn another_cni_is_seen_while_the_agent_runs() {
     let mut machine = Machine::new();
     machine.enrol(&ca, &api.url, "w");
     machine.pods(&["10.244.1.0/24"]).await;
-    // Sorts before the bridge's, so that container runtimes take it.
+    // It sorts before the bridge's configuration, so that container runtimes use it.
     let other = r#"{"plugins": [{"type": "somebodys-own"}]}"#;
     replace(&machine.path("cni/05-other.conflist"), other).unwrap();
     let view = machine.view(|view| view.cni.contains("somebodys-own")).await;
@@ -296,7 +296,7 @@ async fn another_cni_is_seen_while_the_agent_runs() {
     machine.view(|view| view.cni.contains("ptp (native routing)")).await;
 }
 
-/// Runs a future on a thread of its own in new namespaces; `false`: this machine forbids them.
+/// Runs a future on its own thread in new namespaces. Returns `false` if this machine forbids them.
 fn in_namespaces(flags: CloneFlags, body: impl Future<Output = ()> + Send + 'static) -> bool {
     let thread = std::thread::spawn(move || {
         if let Err(error) = nix::sched::unshare(flags) {
@@ -353,7 +353,7 @@ fn a_full_disk_is_said_and_what_is_in_force_stays() {
         machine.pods(&["10.244.1.0/24"]).await;
         let kept = machine.path("state/kubernetes.json");
         let word = std::fs::read(&kept).unwrap();
-        // Over the same directory, with as much room as is taken.
+        // A full file system over the same directory.
         let state = machine.path("state");
         mount(Some("disk"), &state, Some("tmpfs"), MsFlags::empty(), Some("size=8k")).unwrap();
         std::fs::write(&kept, &word).unwrap();

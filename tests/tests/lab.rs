@@ -1,4 +1,4 @@
-//! The lab itself: its hosts, routers, capture and generators, without Towline.
+//! Tests the lab itself: its hosts, routers, captures and traffic generators, without Towline.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use towline_tests::lab::traffic::{Pattern, tcp_both_ways};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A public host and one behind a NAT router.
+/// A public host, and a host behind a NAT router.
 struct Picture {
     cp: std::sync::Arc<Host>,
     worker: std::sync::Arc<Host>,

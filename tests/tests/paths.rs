@@ -1,5 +1,5 @@
-//! Every pair of networks that a node may stand in, on the simulator: a path is found, in time, and
-//! of the best kind that the two allow.
+//! Tests every pair of network types on the simulator: a path is found, in time, and of the best
+//! kind that the two types allow.
 
 #![allow(clippy::unwrap_used)] // helpers of tests may panic too: a panic is the report
 
@@ -11,17 +11,17 @@ use towline_tests::sim::Sim;
 use towline_tests::sim::nat::{Behaviour, Nat};
 use towline_tests::sim::net::{Conditions, HostId, INTERNET, RealmId, Uplink};
 
-/// The lab's bare links.
+/// Conditions of the lab's links without added delay.
 const BARE: Conditions =
     Conditions { latency: Duration::from_millis(1), jitter: Duration::ZERO, loss: 0.0 };
-/// 40 ms there and back, and one datagram in a hundred lost.
+/// Conditions of a long link: a round-trip time of 40 ms, and 1 % loss.
 const FAR: Conditions =
     Conditions { latency: Duration::from_millis(10), jitter: Duration::from_millis(2), loss: 0.01 };
-/// One in five lost, and out of order.
+/// Conditions of a bad link: 20 % loss, and reordering.
 const AWFUL: Conditions =
     Conditions { latency: Duration::from_millis(10), jitter: Duration::from_millis(30), loss: 0.2 };
 
-/// Where a node stands.
+/// Network type of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
     Open,
@@ -30,7 +30,7 @@ enum Place {
     PortRestricted,
     Symmetric,
     SymmetricRandom,
-    /// A home router behind the carrier's.
+    /// A home router behind a carrier's NAT.
     Carrier,
     Blocked,
 }
@@ -60,7 +60,7 @@ enum Kind {
     None,
 }
 
-/// The best that two places allow.
+/// Returns the best kind of path that two network types allow.
 fn expected(a: Place, b: Place, family: Family) -> Kind {
     use Place::{Blocked, Carrier, PortRestricted, Symmetric, SymmetricRandom};
     let symmetric = |place| matches!(place, Symmetric | SymmetricRandom);
@@ -70,7 +70,8 @@ fn expected(a: Place, b: Place, family: Family) -> Kind {
     } else if family == Family::V4 && (symmetric(a) && strict(b) || symmetric(b) && strict(a)) {
         Kind::Relay
     } else {
-        // Over IPv6 a NAT is a firewall: addresses stay, so both sides can be told.
+        // Over IPv6 the device is a firewall: addresses do not change, so both nodes can learn
+        // them.
         Kind::Direct
     }
 }
@@ -93,7 +94,7 @@ fn uplink(place: Place, family: Family, external: IpAddr) -> Uplink {
     Uplink { nat, blocks_udp: place == Place::Blocked }
 }
 
-/// A host in its place; `n` makes its addresses.
+/// Adds a host of a network type; its addresses are derived from `n`.
 fn stand(sim: &mut Sim, place: Place, family: Family, n: u8) -> HostId {
     let v4 = family != Family::V6;
     let v6 = family != Family::V4;
@@ -119,7 +120,7 @@ fn stand(sim: &mut Sim, place: Place, family: Family, n: u8) -> HostId {
     let mut external = public[0];
     if place == Place::Carrier {
         let carrier = v4.then(|| uplink(place, Family::V4, public[0]));
-        // A carrier translates IPv4 alone.
+        // A carrier translates only IPv4.
         let open =
             v6.then(|| Uplink { nat: Nat::firewall(Behaviour::FULL_CONE), blocks_udp: false });
         outer = sim.net.add_realm(INTERNET, carrier, open);
@@ -131,7 +132,7 @@ fn stand(sim: &mut Sim, place: Place, family: Family, n: u8) -> HostId {
     sim.add_host(&of_family(private, realm))
 }
 
-/// A world with two relays, and the two hosts of a pair, up and known to each other.
+/// A simulation with two relays and a pair of hosts, whose agents run and know each other.
 struct Pair {
     sim: Sim,
     relays: [HostId; 2],
@@ -153,8 +154,8 @@ impl Pair {
         Self { sim, relays, a: first, b: second }
     }
 
-    /// Starts `a`, and `b` a moment later: from when both hold the other's record, how long the
-    /// first inner packet takes to be answered, if it is.
+    /// Starts `a`, and `b` shortly afterwards. Returns the time from when both have the other's
+    /// record until the first inner packet is answered, if it is.
     fn first_packet(&mut self) -> Option<Duration> {
         self.sim.run(Duration::from_secs(2));
         self.sim.start(self.a);
@@ -169,7 +170,7 @@ impl Pair {
         self.answered_within(Duration::from_secs(10))
     }
 
-    /// Sends inner packets from `a` until one is answered; how long that took.
+    /// Sends inner packets from `a` until one is answered, and returns how long that took.
     fn answered_within(&mut self, time: Duration) -> Option<Duration> {
         let (since, a) = (self.sim.elapsed(), self.a);
         let mut packets = Vec::new();
@@ -183,7 +184,8 @@ impl Pair {
         None
     }
 
-    /// Inner packets each way every 100 ms for `time`; how long the longest gap was at `a`.
+    /// Sends inner packets in both directions every 100 ms for `time`, and returns the longest gap
+    /// at `a`.
     fn traffic(&mut self, time: Duration) -> Duration {
         let end = self.sim.elapsed() + time;
         let (mut gap, mut last) = (Duration::ZERO, self.sim.elapsed());
@@ -349,7 +351,7 @@ fn an_uplink_that_goes_down_costs_less_than_half_a_second_whatever_the_other_nat
         pair.first_packet().unwrap();
         pair.traffic(Duration::from_secs(10));
         if quiet {
-            // Nothing but what is in use stays open.
+            // Only what is in use stays open.
             pair.traffic(Duration::from_secs(300));
         }
         assert_eq!(pair.kinds(), [Kind::Direct; 2]);

@@ -1,9 +1,10 @@
-//! The core on the simulator: a few scenarios by hand, then a model-based search for others.
+//! Tests the core on the simulator: a few hand-written scenarios, then a model-based search for
+//! others.
 //!
-//! The model ([`Model`]) knows only what an operator knows: which agents run, who was removed,
-//! who announces what, who can be called. After each step the safety invariants are checked; when
-//! things are calm, every pair that can connect must be up within [`BUDGET`], and an inner packet
-//! must get through both ways.
+//! The model ([`Model`]) knows only what an operator knows: which agents run, which nodes were
+//! removed, the prefixes of each node, and which nodes accept connections. After each step the
+//! safety invariants are checked. Once nothing disturbs the mesh, every pair that can connect must
+//! be up within [`BUDGET`], and an inner packet must get through in both directions.
 
 #![allow(clippy::unwrap_used)] // helpers of tests may panic too: a panic is the report
 
@@ -22,10 +23,10 @@ use towline_tests::sim::nat::{Behaviour, Nat};
 use towline_tests::sim::net::{Conditions, HostId, INTERNET, RealmId, Uplink};
 use towline_tests::sim::{Sim, host};
 
-/// Within this every pair that can connect is up, once nothing disturbs any more: the longest
-/// pause between attempts, and a few round trips.
+/// Time within which every pair that can connect must be up, once nothing disturbs the mesh: the
+/// longest pause between attempts, and a few round trips.
 const BUDGET: Duration = Duration::from_secs(45);
-/// Datagrams that one host may send within one second, for each peer.
+/// Maximum number of datagrams that one host may send within one second, for each peer.
 const STORM: u32 = 60;
 
 const CALM: Conditions =
@@ -123,7 +124,7 @@ fn an_idle_pair_stays_up_for_hours_for_a_few_datagrams_a_second() {
     assert!(down.is_empty(), "{down:?}");
     assert!(sim.is_up(first, cloud));
     let per_second = f64::from(sent(&sim, cloud) - before) / time.as_secs_f64();
-    assert!(per_second < 6.0, "{per_second} for two peers");
+    assert!(per_second < 6.0, "{per_second} datagrams per second for two peers");
 }
 
 #[test]
@@ -157,13 +158,13 @@ fn fifty_nodes_connect_without_a_storm() {
 
 // The model
 
-/// Where a host of the model stands.
+/// Location of a host of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
     Public,
-    /// Behind the first, port-restricted NAT.
+    /// Behind the first NAT, which is port-restricted.
     Home,
-    /// Behind the second, symmetric one.
+    /// Behind the second NAT, which is symmetric.
     Office,
 }
 
@@ -172,7 +173,7 @@ struct Model {
     places: Vec<Place>,
     seed: u64,
     running: BTreeSet<HostId>,
-    /// Agents that ever ran: the others are no node that anybody could know.
+    /// Agents that ever ran; no other node can know the rest.
     known: BTreeSet<HostId>,
     removed: BTreeSet<HostId>,
     prefixes: BTreeMap<HostId, BTreeSet<u8>>,
@@ -182,13 +183,13 @@ struct Model {
 
 #[derive(Debug, Clone)]
 enum Transition {
-    /// An agent starts, or starts anew, with its clock set so many seconds beside the truth.
+    /// Starts or restarts an agent whose clock is off by this many seconds.
     Start(HostId, i64),
     Stop(HostId),
     Remove(HostId),
-    /// Announces these, by the third byte of a /24.
+    /// Announces these prefixes, given by the third byte of a /24.
     Announce(HostId, BTreeSet<u8>),
-    /// Another address in the same place.
+    /// Changes the host's address within the same location.
     Roam(HostId),
     Cut(HostId, HostId),
     Isolate(HostId),
@@ -196,7 +197,7 @@ enum Transition {
     FlushNats,
     Rough(bool),
     Pass(Duration),
-    /// All that disturbs ends; then everything must work.
+    /// Ends everything that disturbs the mesh; then everything must work.
     Calm,
 }
 
@@ -244,14 +245,14 @@ impl ReferenceStateMachine for Model {
     }
 
     fn preconditions(model: &Self, transition: &Transition) -> bool {
-        // A shrunk model may have fewer hosts than its transitions speak of.
+        // A shrunk model may have fewer hosts than its transitions refer to.
         let there = |host: &HostId| *host < model.places.len();
         match transition {
             Transition::Start(host, _) => there(host) && !model.removed.contains(host),
             Transition::Stop(host) | Transition::Roam(host) => model.running.contains(host),
             Transition::Announce(host, set) => {
-                // Who announces what another one announces gets it withheld by the controller,
-                // which the simulated one does not do.
+                // The controller withholds a prefix that another node announces already, which the
+                // simulated controller does not do.
                 let taken = |other: &BTreeSet<u8>| !other.is_disjoint(set);
                 model.running.contains(host)
                     && !model.prefixes.iter().any(|(other, set)| other != host && taken(set))
@@ -299,7 +300,7 @@ impl ReferenceStateMachine for Model {
 }
 
 impl Model {
-    /// Whether two hosts can connect without help: one can be called, or they share a LAN.
+    /// Returns whether two hosts can connect without a relay: one is public, or both share a LAN.
     fn connects(&self, a: HostId, b: HostId) -> bool {
         let (a, b) = (self.places[a], self.places[b]);
         a == Place::Public || b == Place::Public || a == b
@@ -314,7 +315,7 @@ impl Model {
 
 struct World {
     sim: Sim,
-    /// Goes through the same, at another instant of the machine's clock.
+    /// Receives the same calls at another instant of the machine's clock.
     twin: Sim,
     roamed: u8,
 }
@@ -350,7 +351,7 @@ impl StateMachineTest for MeshTest {
             let Some(agent) = &host.agent else { continue };
             check_table(&world.sim, number);
             check_guards(&world.sim, number);
-            // Absence never removes: whoever is in the cache is a peer.
+            // Absence never removes a peer: every node in the cache is one.
             let peers: BTreeSet<_> = agent.mesh.peers().map(|peer| peer.node.id()).collect();
             let cached: BTreeSet<_> =
                 host.cache.keys().copied().filter(|id| *id != host.id()).collect();
@@ -379,8 +380,8 @@ prop_state_machine! {
     fn whatever_happens_the_mesh_stays_whole(sequential 5..30 => MeshTest);
 }
 
-/// The same cases each time, so that a build does not fail by chance. `PROPTEST_RNG_SEED` and
-/// `PROPTEST_CASES` search elsewhere and longer.
+/// Returns a configuration that runs the same cases each time, so that a build does not fail by
+/// chance. Set `PROPTEST_RNG_SEED` and `PROPTEST_CASES` to run other and more cases.
 fn search() -> ProptestConfig {
     let mut config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
     if config.rng_seed == RngSeed::Random {
@@ -430,7 +431,8 @@ fn disturb(sim: &mut Sim, model: &Model, transition: &Transition, roamed: u8) {
     sim.run(Duration::from_millis(100));
 }
 
-/// All that disturbs ends; every pair that can connect does, and carries packets both ways.
+/// Ends everything that disturbs the mesh; then every pair that can connect must do so, and carry
+/// packets in both directions.
 fn calm(sim: &mut Sim, model: &Model) {
     sim.net.cuts.clear();
     sim.net.conditions = CALM;
@@ -446,14 +448,15 @@ fn calm(sim: &mut Sim, model: &Model) {
             let peer = mesh.peer(sim.hosts[*b].id());
             println!("{a} to {b}: {:?}", peer.map(|peer| (peer.state, peer.reason)));
         }
-        panic!("not everything is up {BUDGET:?} after things calmed down");
+        panic!("not every pair is up {BUDGET:?} after the last disturbance");
     }
-    // What broke just before may still be believed: a dead path is noticed within three seconds.
+    // A path that has just failed may still count as up: a dead path is noticed within three
+    // seconds.
     sim.run(Duration::from_secs(4));
-    assert!(sim.run_until(BUDGET, all_up), "up and down again");
+    assert!(sim.run_until(BUDGET, all_up), "a pair went down again");
     for (a, b) in pairs {
-        // Who lost the one message that confirms a session sends in the one before, until
-        // WireGuard notices after 15 s that nothing comes back.
+        // A node that lost the one message that confirms a session keeps sending in the previous
+        // session, until WireGuard notices after 15 s that nothing comes back.
         if !echoes(sim, a, b) {
             sim.run(Duration::from_secs(15));
             echo(sim, a, b);
@@ -463,7 +466,8 @@ fn calm(sim: &mut Sim, model: &Model) {
 
 // Invariants
 
-/// No prefix under two peers, none of ours, nobody that was removed.
+/// Asserts that no prefix has two peers, that no prefix is the node's own, and that no removed node
+/// is a peer.
 fn check_table(sim: &Sim, host: HostId) {
     let host = &sim.hosts[host];
     let Some(agent) = &host.agent else { return };
@@ -475,11 +479,12 @@ fn check_table(sim: &Sim, host: HostId) {
         }
     }
     for own in host.prefixes.iter().copied().chain(host.grant.overlay.prefixes()) {
-        assert!(!seen.contains_key(&own), "{own} is our own");
+        assert!(!seen.contains_key(&own), "{own} is the node's own prefix");
     }
 }
 
-/// Whatever leads into the tunnel is guarded behind it, and the mesh's own ranges always are.
+/// Asserts that every prefix that leads into the tunnel is guarded, and that the mesh's own ranges
+/// always are.
 fn check_guards(sim: &Sim, host: HostId) {
     let host = &sim.hosts[host];
     let Some(agent) = &host.agent else { return };
@@ -519,8 +524,8 @@ fn echo(sim: &mut Sim, from: HostId, to: HostId) {
     assert!(echoes(sim, from, to), "no echo from {to} to {from} at {:?}", sim.elapsed());
 }
 
-/// Whether an inner packet gets through and back; the first may still go into a session that the
-/// other side has forgotten.
+/// Returns whether an inner packet and its echo get through. The first packets may be lost in a
+/// session that the other side has dropped.
 fn echoes(sim: &mut Sim, from: HostId, to: HostId) -> bool {
     (0..5).any(|_| {
         let number = sim.send_inner(from, to);
@@ -528,9 +533,9 @@ fn echoes(sim: &mut Sim, from: HostId, to: HostId) -> bool {
     })
 }
 
-// Worlds
+// Simulated networks
 
-/// A cloud node with a public address, and two workers behind their own NATs; all started.
+/// Creates a cloud node with a public address and two workers behind their own NATs, all started.
 fn datacenters(seed: u64) -> (Sim, [HostId; 3]) {
     let mut sim = Sim::new(seed, CALM);
     let first = nat(&mut sim, Behaviour::PORT_RESTRICTED, [198, 51, 100, 1].into());

@@ -1,7 +1,7 @@
-//! The agent without root's rights: what the unit gives it, and nothing else.
+//! Runs the agent without root's rights, with only what its unit grants.
 //!
-//! What systemd does is done by `unshare`, `mount` and `setpriv` (util-linux): the user exists in a
-//! mount namespace of the program's own, `/proc/sys` is read-only, and one capability is left.
+//! `unshare`, `mount` and `setpriv` (util-linux) stand in for systemd: the user exists in a mount
+//! namespace of the program, `/proc/sys` is read-only, and one capability is left.
 #![allow(clippy::unwrap_used)] // a panic is the report
 
 use std::fs;
@@ -16,13 +16,13 @@ use towline_tests::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
 use towline_tests::lab::privilege::{self, Rank};
 use towline_tests::lab::topology::Lab;
 
-/// Stands for the user `towline`. No machine gives out this number by itself.
+/// Ids that stand in for the user `towline`. No system assigns these numbers by default.
 const USER: (u32, u32) = (64_123, 64_124);
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Runs the rest of its arguments where the user exists. As root: what an administrator does.
+/// Script that runs its arguments as root, where the user exists: what an administrator does.
 const AS_ROOT: &str = r#"mount --bind "$0" /etc/passwd && exec "$@""#;
-/// As the user, with what `towline.service` leaves it. Anybody may open the TUN device, as udev's
-/// rules have it.
+/// Script that runs its arguments as the user, with the rights that `towline.service` leaves. Every
+/// user may open the TUN device, as with udev's rules.
 const AS_USER: &str = r#"mount --bind "$0" /etc/passwd && mount --bind /proc/sys /proc/sys &&
     tun="$0.$$" && mknod -m 666 "$tun" c 10 200 &&
     mount --bind "$tun" /dev/net/tun &&
@@ -30,7 +30,7 @@ const AS_USER: &str = r#"mount --bind "$0" /etc/passwd && mount --bind /proc/sys
     --clear-groups --inh-caps=-all,+net_admin --ambient-caps=-all,+net_admin \
     --bounding-set=-all,+net_admin --no-new-privs "$@""#;
 
-/// Words that run a program through one of the scripts above.
+/// Returns the command that runs a program through one of the scripts above.
 fn wrapped(script: &str, passwd: &Path) -> Vec<String> {
     let words = ["unshare", "--mount", "sh", "-c", script];
     words.into_iter().map(str::to_owned).chain([passwd.display().to_string()]).collect()
@@ -86,7 +86,7 @@ fn root_joins_and_a_user_with_one_capability_runs_the_agent() {
     first.join(&token()).unwrap();
     first.launch().unwrap();
 
-    // By root, for the user: everything in the state directory is the user's.
+    // Root joins for the user: everything in the state directory belongs to the user.
     let mut second = Node::new(&lab, &worker, "second", &binaries, "").unwrap();
     let directory = second.state().parent().unwrap().to_owned();
     chown(&directory, Some(USER.0), Some(USER.1)).unwrap();
@@ -102,7 +102,7 @@ fn root_joins_and_a_user_with_one_capability_runs_the_agent() {
     second.await_status(START_LIMIT).unwrap();
     await_mesh(&first, &second);
 
-    // The process has the one capability and cannot be dumped, and the link is as planned.
+    // The process has only that capability and cannot be dumped, and the link is as planned.
     let pid = second.agent().unwrap().pid();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let value = |key: &str| {
@@ -130,7 +130,7 @@ fn root_joins_and_a_user_with_one_capability_runs_the_agent() {
     let told = second.command_ok(&["status"]).unwrap();
     assert!(!told.contains("rp_filter"), "{told}");
 
-    // Root's commands reach it; those of a third user do not.
+    // Root's commands reach the agent; those of another user do not.
     second.wrap(wrapped(AS_ROOT, &passwd));
     second.status().unwrap();
     let third: Vec<String> = ["setpriv", "--reuid", "64999", "--regid", "64999", "--clear-groups"]
@@ -161,7 +161,7 @@ fn a_state_directory_of_root_is_taken_over_by_the_user_and_given_back() {
     first.join(&token()).unwrap();
     first.launch().unwrap();
 
-    // As a version that knows no user leaves it.
+    // A version that has no such user leaves the directory like this.
     let mut second = Node::new(&lab, &worker, "second", &binaries, "").unwrap();
     let directory = second.state().parent().unwrap().to_owned();
     chown(&directory, Some(USER.0), Some(USER.1)).unwrap();
@@ -169,7 +169,7 @@ fn a_state_directory_of_root_is_taken_over_by_the_user_and_given_back() {
     let state = second.state();
     for round in ["root", "user", "root again"] {
         let user = round == "user";
-        // What systemd does with `StateDirectory=` when `User=` differs from the owner.
+        // systemd does this with `StateDirectory=` if `User=` differs from the owner.
         give(&state, if user { USER } else { (0, 0) });
         second.wrap(if user { wrapped(AS_USER, &passwd) } else { Vec::new() });
         second.launch().unwrap();
@@ -185,5 +185,5 @@ fn a_state_directory_of_root_is_taken_over_by_the_user_and_given_back() {
             assert_eq!(uid, owner, "{name} of {round}");
         }
     }
-    assert_eq!(controller.operator().nodes().unwrap().len(), 2, "it is still the same node");
+    assert_eq!(controller.operator().nodes().unwrap().len(), 2, "the node is still the same");
 }

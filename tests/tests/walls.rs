@@ -1,5 +1,5 @@
-//! The walls between the packages: which of ours each may depend on, and that ARCHITECTURE.md
-//! shows them as they are.
+//! Checks the walls between the packages: which packages of the workspace each may depend on, and
+//! that ARCHITECTURE.md shows the actual dependencies.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,12 +7,12 @@ use std::process::Command;
 
 use serde::Deserialize;
 
-/// What a package may depend on. Build and test dependencies are not walls.
+/// The allowed dependencies of a package. Build and test dependencies are not restricted.
 struct Wall {
     package: &'static str,
-    /// Packages of this workspace.
+    /// Allowed packages of this workspace.
     ours: &'static [&'static str],
-    /// Every other package; `None`: those that the workspace knows.
+    /// Allowed packages from outside the workspace; `None` allows all that the workspace uses.
     others: Option<&'static [&'static str]>,
 }
 
@@ -29,7 +29,7 @@ const WALLS: &[Wall] = &[
         others: Some(&["ipnet", "rand", "zeroize"]),
     },
     Wall { package: "towline-netlink", ours: &[], others: None },
-    // It runs as root.
+    // The helper runs as root.
     Wall { package: "towline-helper", ours: &[], others: Some(&["libc", "nix"]) },
     Wall { package: "towline-nftables", ours: &["towline-netlink"], others: None },
     Wall {
@@ -100,12 +100,12 @@ struct Package {
 #[derive(Deserialize)]
 struct Dependency {
     name: String,
-    /// `None`: a normal dependency, which is what the product is built from.
+    /// Kind of the dependency; `None` is a normal one, which the product is built from.
     kind: Option<String>,
 }
 
 impl Package {
-    /// Names of the normal dependencies, each once, in order.
+    /// Returns the names of the normal dependencies, each once, in order.
     fn depends_on(&self) -> Vec<&str> {
         let normal = self.dependencies.iter().filter(|dependency| dependency.kind.is_none());
         let mut names: Vec<&str> = normal.map(|dependency| dependency.name.as_str()).collect();
@@ -148,7 +148,8 @@ fn no_package_depends_on_what_its_wall_does_not_allow() {
     }
 }
 
-/// A row for each package: path, name, description, and what it depends on of ours.
+/// Returns the table of packages: path, name, description, and dependencies on packages of the
+/// workspace.
 fn crate_table(packages: &[Package]) -> String {
     let root = root();
     let ours: Vec<&str> = packages.iter().map(|package| package.name.as_str()).collect();
