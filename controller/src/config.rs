@@ -1,5 +1,5 @@
-//! The controller's configuration: flags over environment over file, all of it parsed before
-//! anything is opened.
+//! Configuration of the controller: flags override the environment, which overrides the file. All
+//! of it is parsed before any file or socket is opened.
 
 use std::fmt::Display;
 use std::net::SocketAddr;
@@ -14,52 +14,53 @@ use towline_proto::id::Label;
 use towline_proto::limits;
 use towline_proto::token::ControllerAddress;
 
-/// Read where `--config` is not given; it need not exist.
+/// Configuration file that is read if `--config` is not given. It need not exist.
 pub const FILE: &str = "/etc/towline/controller.toml";
-/// Where the state lies by default.
+/// Default state directory.
 pub const STATE_DIR: &str = "/var/lib/towline-controller";
-/// Where the controller listens by default; on IPv4 alone where the machine has no IPv6.
+/// Default listening address: all addresses, or those of IPv4 on a machine without IPv6.
 pub const LISTEN: &str = "[::]:7443";
-/// The default overlay range for IPv4: outside RFC 1918 and outside 100.64.0.0/10.
+/// Default IPv4 range of the overlay. It does not overlap RFC 1918 or 100.64.0.0/10.
 pub const OVERLAY_V4: &str = "198.19.0.0/16";
-/// The default lease.
+/// Default lease.
 pub const LEASE: Duration = Duration::from_secs(600);
-/// How often each side of a watch lets itself be heard.
+/// Interval at which each side of a watch sends a heartbeat.
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
 
-/// What the controller runs with.
+/// Complete configuration of the controller, with defaults applied.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Where the state lies.
+    /// State directory.
     pub state_dir: PathBuf,
-    /// Where to listen.
+    /// Listening address.
     pub listen: SocketAddr,
-    /// The addresses that go into tokens.
+    /// Addresses of the controllers that are written into tokens.
     pub advertise: Vec<ControllerAddress>,
-    /// What holds for the mesh.
+    /// Settings of the mesh.
     pub mesh: MeshSettings,
-    /// How often each side of a watch lets itself be heard.
+    /// Interval at which each side of a watch sends a heartbeat.
     pub heartbeat: Duration,
 }
 
-/// Settings that the mesh keeps: what is not given stays as it is.
+/// Settings of the mesh, which are stored. A setting that is `None` stays unchanged.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MeshSettings {
-    /// The overlay's IPv6 range; by default a random /64 of fd00::/8.
+    /// IPv6 range of the overlay. A new mesh gets a random /64 of fd00::/8 by default.
     pub overlay_v6: Option<Ipv6Net>,
-    /// The overlay's IPv4 range.
+    /// IPv4 range of the overlay.
     pub overlay_v4: Option<Ipv4Net>,
-    /// Ranges inside which an address without an owner is unreachable.
+    /// Ranges in which an address that no node holds is unreachable instead of sent in clear.
     pub protected: Option<Vec<IpNet>>,
-    /// Sites whose nodes reach each other's node IPs outside the tunnel.
+    /// Sites whose nodes reach each other's node IPs outside of the tunnel.
     pub trusted_sites: Option<Vec<Label>>,
-    /// Ranges in which what a node announces is reached in clear while the tunnel to it is down.
+    /// Ranges in which a node's announced prefixes are reached in clear while the tunnel to it is
+    /// down.
     pub bypass_when_down: Option<Vec<IpNet>>,
-    /// How long a node may be offline before others may take over its prefixes.
+    /// Time that a node may be offline before other nodes may take over its prefixes.
     pub lease: Option<Duration>,
 }
 
-/// One source of settings: the file, or flags and environment.
+/// Settings from one source: the file, or flags and environment.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
@@ -67,7 +68,7 @@ pub struct Settings {
     pub state_dir: Option<PathBuf>,
     /// See [`Config::listen`].
     pub listen: Option<SocketAddr>,
-    /// See [`Config::advertise`]: each `host:port`.
+    /// See [`Config::advertise`]; each is `host:port`.
     #[serde(deserialize_with = "from_texts")]
     pub advertise: Option<Vec<ControllerAddress>>,
     /// See [`MeshSettings::overlay_v6`].
@@ -85,7 +86,7 @@ pub struct Settings {
     /// See [`MeshSettings::bypass_when_down`].
     #[serde(deserialize_with = "from_texts")]
     pub bypass_when_down: Option<Vec<IpNet>>,
-    /// See [`MeshSettings::lease`]: as in `10m` or `1h 30m`.
+    /// See [`MeshSettings::lease`]; for example `10m` or `1h 30m`.
     #[serde(deserialize_with = "from_text")]
     pub lease: Option<SignedDuration>,
 }
@@ -111,37 +112,37 @@ fn parse<T: FromStr<Err: Display>, E: serde::de::Error>(text: &str) -> Result<T,
     text.parse().map_err(|error| E::custom(format_args!("`{text}`: {error}")))
 }
 
-/// Why the configuration cannot be used.
+/// Error of reading or checking the configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
     #[error("cannot read {path}: {source}")]
     Read {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// Why not.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// The file is no such configuration.
+    /// The file has invalid TOML, an unknown key or an invalid value.
     #[error("{path}: {why}")]
     Parse {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// Where in it, and what is wrong, in one line.
+        /// Line number and description of the error, in one line.
         why: String,
     },
-    /// A setting that cannot be.
+    /// A setting has an invalid value.
     #[error("{setting}: {why}")]
     Setting {
-        /// Which.
+        /// Name of the setting.
         setting: &'static str,
-        /// What is wrong, and what would be right.
+        /// Description of the error, and of a valid value.
         why: String,
     },
 }
 
 impl Settings {
-    /// Reads a file. The default one ([`FILE`]) may be absent, a named one may not.
+    /// Reads a configuration file: `named`, or [`FILE`], which may be absent.
     pub fn read(named: Option<&Path>) -> Result<Self, ConfigError> {
         let path = named.unwrap_or(Path::new(FILE));
         let text = match std::fs::read_to_string(path) {
@@ -159,7 +160,7 @@ impl Settings {
         })
     }
 
-    /// These settings, and `below` where they say nothing.
+    /// Returns these settings, with absent ones taken from `below`.
     #[must_use]
     pub fn or(self, below: Self) -> Self {
         Self {
@@ -175,12 +176,12 @@ impl Settings {
         }
     }
 
-    /// The state directory alone, for commands that talk to a running controller.
+    /// Returns the state directory, for commands that call a running controller.
     pub fn state_dir(&self) -> PathBuf {
         self.state_dir.clone().unwrap_or_else(|| STATE_DIR.into())
     }
 
-    /// The whole configuration, with defaults where nothing was said.
+    /// Checks the settings, applies defaults to absent ones, and returns the configuration.
     pub fn resolve(self) -> Result<Config, ConfigError> {
         let invalid = |setting: &'static str, why: String| ConfigError::Setting { setting, why };
         let state_dir = self.state_dir();
@@ -190,10 +191,10 @@ impl Settings {
         };
         let advertise = self.advertise.unwrap_or_default();
         if advertise.len() > limits::CONTROLLERS {
-            let why = format!("at most {} addresses go into a token", limits::CONTROLLERS);
+            let why = format!("too many addresses: a token holds at most {}", limits::CONTROLLERS);
             return Err(invalid("advertise", why));
         }
-        // A controller that listens on one address can tell others of it.
+        // A controller that listens on one specific address advertises it by default.
         let advertise =
             if advertise.is_empty() && !listen.ip().is_unspecified() && listen.port() != 0 {
                 listen.to_string().parse().map(|address| vec![address]).unwrap_or_default()
@@ -217,13 +218,15 @@ impl Settings {
                 .map_err(|why| invalid(setting, why))?;
         }
         if self.trusted_sites.as_ref().is_some_and(|sites| sites.len() > limits::TRUSTED_SITES) {
-            let why = format!("at most {} sites can be trusted", limits::TRUSTED_SITES);
+            let why = format!("too many sites: at most {} can be trusted", limits::TRUSTED_SITES);
             return Err(invalid("trusted-sites", why));
         }
         let lease = match self.lease.map(Duration::try_from) {
             None => None,
             Some(Ok(lease)) if (10..=u64::from(u32::MAX)).contains(&lease.as_secs()) => Some(lease),
-            Some(_) => return Err(invalid("lease", "it must be at least 10s".into())),
+            Some(_) => {
+                return Err(invalid("lease", "too short or too long: use at least 10s".into()));
+            }
         };
         let mesh = MeshSettings {
             overlay_v6: self.overlay_v6,
@@ -237,13 +240,13 @@ impl Settings {
     }
 }
 
-/// Ranges that a mesh's configuration can hold.
+/// Checks that a mesh configuration can hold these ranges.
 pub fn check_ranges(ranges: &[IpNet]) -> Result<(), String> {
     if ranges.len() > limits::PREFIXES {
-        return Err(format!("at most {} ranges", limits::PREFIXES));
+        return Err(format!("too many ranges: use at most {}", limits::PREFIXES));
     }
     match ranges.iter().find(|net| net.trunc() != **net) {
-        Some(net) => Err(format!("{net} has host bits: use {}", net.trunc())),
+        Some(net) => Err(format!("{net} has host bits set: use {}", net.trunc())),
         None => Ok(()),
     }
 }

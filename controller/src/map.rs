@@ -1,8 +1,8 @@
-//! The network map as it is shown: what is stored, and nothing that is not.
+//! The network map that watchers see. It only contains state that is stored.
 //!
-//! A watcher is a cursor, a revision up to which it has seen everything. It is sent what changed
-//! after that, each thing once in its newest state, in bounded messages; so nothing is queued for
-//! a watcher, and a slow one gets later states instead of more of them.
+//! A watcher is a cursor: a revision up to which it has received everything. It receives the
+//! changes after its cursor, each item once in its newest state, in bounded messages. So nothing is
+//! queued for a watcher, and a slow one skips intermediate states.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -14,12 +14,14 @@ use towline_proto::{limits, pb};
 
 use crate::registry::{MapChange, Refusal};
 
-/// The map, shared between the writer, who changes it, and all who read.
+/// The network map. The writer changes it; all others read it.
 pub struct Map {
     inner: RwLock<Inner>,
+    /// Newest revision, to wake the watchers.
     latest: watch::Sender<u64>,
 }
 
+/// Content of the map.
 #[derive(Default)]
 struct Inner {
     epoch: u64,
@@ -27,11 +29,12 @@ struct Inner {
     mesh: pb::Signed,
     nodes: HashMap<NodeId, Node>,
     removed: HashMap<NodeId, Removed>,
-    /// Each item once, at the revision of its newest state.
+    /// Items by the revision of their newest state. Each item occurs once.
     index: BTreeMap<u64, Item>,
     mesh_revision: u64,
 }
 
+/// A node, with the revision of its newest state.
 struct Node {
     revision: u64,
     name: NodeName,
@@ -39,12 +42,14 @@ struct Node {
     entry: pb::Entry,
 }
 
+/// A removed node, with the revision of its removal.
 struct Removed {
     revision: u64,
     name: NodeName,
     tombstone: pb::Signed,
 }
 
+/// An item of the map that has a revision.
 #[derive(Clone, Copy)]
 enum Item {
     Node(NodeId),
@@ -53,12 +58,12 @@ enum Item {
 }
 
 impl Map {
-    /// A map with nothing in it.
+    /// Creates an empty map.
     pub fn new() -> Self {
         Self { inner: RwLock::default(), latest: watch::Sender::new(0) }
     }
 
-    /// Shows `changes`, which are stored, up to `revision`, and wakes the watchers.
+    /// Publishes `changes`, which must be stored already, up to `revision`, and wakes the watchers.
     pub fn apply(&self, epoch: u64, revision: u64, changes: Vec<MapChange>) {
         {
             let mut inner = self.inner.write();
@@ -75,27 +80,27 @@ impl Map {
         });
     }
 
-    /// Wakes whenever the map has something newer.
+    /// Returns a receiver of the newest revision. It wakes whenever the map changes.
     pub fn latest(&self) -> watch::Receiver<u64> {
         self.latest.subscribe()
     }
 
-    /// The mesh's epoch.
+    /// Returns the epoch of the mesh.
     pub fn epoch(&self) -> u64 {
         self.inner.read().epoch
     }
 
-    /// The newest revision.
+    /// Returns the newest revision.
     pub fn revision(&self) -> u64 {
         self.inner.read().revision
     }
 
-    /// The mesh's configuration.
+    /// Returns the signed mesh configuration.
     pub fn mesh(&self) -> pb::Signed {
         self.inner.read().mesh.clone()
     }
 
-    /// The name and the grant of a node whose certificate has this key.
+    /// Returns the name and the grant of a node, if its identity key is `identity`.
     pub fn member(
         &self,
         node: NodeId,
@@ -111,19 +116,19 @@ impl Map {
         }
     }
 
-    /// Why a node is not in the map; `None` if it is.
+    /// Returns the reason why a node is not in the map; `None` if it is.
     pub fn refusal(&self, node: NodeId) -> Option<Refusal> {
         let inner = self.inner.read();
         (!inner.nodes.contains_key(&node)).then(|| inner.missing(node))
     }
 
-    /// Whether the tombstone of a node is known.
+    /// Returns whether the map has a tombstone of a node.
     pub fn is_removed(&self, node: NodeId) -> bool {
         self.inner.read().removed.contains_key(&node)
     }
 
-    /// What changed after `cursor`: as much as one message may hold, and whether that was all.
-    /// The message's revision is the cursor to go on from.
+    /// Returns the changes after `cursor` that fit in one message, and whether they are all. The
+    /// message's revision is the next cursor.
     pub fn changes_after(&self, cursor: u64) -> (pb::Changes, bool) {
         let inner = self.inner.read();
         let mut message = pb::Changes { changes: Vec::new(), revision: cursor, synced: false };
@@ -140,7 +145,7 @@ impl Map {
             message.revision = revision;
             message.changes.push(change);
         }
-        // Changes that nobody sees may have raised it further.
+        // Changes that are not part of the map may have raised the revision further.
         message.revision = message.revision.max(inner.revision);
         (message, true)
     }

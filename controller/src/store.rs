@@ -1,108 +1,116 @@
-//! The store: what the controller must not forget, in one redb file.
+//! The store: the persistent state of the registry, in one redb file.
 //!
-//! A flat space of keys. Each record keeps the sequence number of the commit that wrote it, and a
-//! commit names the sequence number that it was computed from: if the store moved on since, the
-//! commit is refused ([`CommitError::Conflict`]). So whoever computes from a stale state cannot
-//! overwrite a newer one, and a store that several controllers share can stand beside this one.
+//! The store maps keys to values. Each record has the sequence number of the commit that wrote it,
+//! and a commit names the sequence number that it was computed from. If the store has a newer one,
+//! the commit is refused ([`CommitError::Conflict`]). So a change that was computed from a stale
+//! state cannot overwrite a newer one, and a store that several controllers share could have the
+//! same interface.
 //!
-//! - [`Store::commit`] returns after the data is on the disk (fsync): acknowledged means stored.
-//! - A kill at any moment leaves the state of the last commit, whole.
-//! - A file that was cut or altered is told apart from an empty one: opening never makes a new
-//!   store, every page's checksum is verified, and a file that does not pass stays as it is.
+//! - [`Store::commit`] returns after the data is on the disk (fsync).
+//! - If the process is killed at any moment, the file has the state of the last commit.
+//! - A truncated or altered file is an error, never an empty store: opening never creates a store,
+//!   the checksum of every page is verified, and a file that fails is not changed.
 //!
-//! Calls block; `writer` makes them on a thread of its own.
+//! Calls block; the [`writer`](crate::writer) makes them on its own thread.
 
 use std::path::{Path, PathBuf};
 
 use redb::backends::InMemoryBackend;
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
 
-/// Key to (sequence of the commit that wrote it, value).
+/// Table of the records: key to sequence number of the commit that wrote it, and value.
 const RECORDS: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("records");
-/// `sequence` and `format`.
+/// Table of two numbers: `sequence` and `format`.
 const HEAD: TableDefinition<'_, &str, u64> = TableDefinition::new("head");
-/// Raised with every change that an older controller could not read.
+/// Version of the format. It is raised with every change that an older controller cannot read.
 const FORMAT: u64 = 1;
-/// Everything is read once at start and kept in memory, so there is little to cache.
+/// Size of redb's cache, in bytes. It is small because all records are read once at the start and
+/// kept in memory.
 const CACHE_BYTES: usize = 4 * 1024 * 1024;
 
 /// An open store.
 pub struct Store {
     path: PathBuf,
-    /// `None` after a failed commit, until it is opened again.
+    /// Open database; `None` after a failed commit, until [`Store::reopen`].
     database: Option<Database>,
+    /// Sequence number of the last commit.
     sequence: u64,
     #[cfg(test)]
     fail_next: std::cell::Cell<bool>,
 }
 
-/// One change: a key's new value, or `None` where it is to be gone.
+/// One change: a key and its new value, or `None` to remove it.
 pub type Write = (String, Option<Vec<u8>>);
 
-/// One record as it was read.
+/// One record: a key and its value.
 pub type Record = (String, Vec<u8>);
 
-/// Why the store cannot be opened.
+/// Error of opening or reading the store.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// No such file.
+    /// The file does not exist.
     #[error(
-        "{0} is missing although the mesh was set up before: restore it from a backup \
-         (`ca.key` stays as it is)"
+        "{0} is missing: the mesh was set up before: restore it from a backup, and keep `ca.key`"
     )]
     Missing(PathBuf),
-    /// Another process has it open.
+    /// Another process has the file open.
     #[error("{0} is in use by another process: stop the other controller")]
     Locked(PathBuf),
-    /// Not what was written.
-    #[error("{path} is damaged ({why}): nothing was changed; restore it from a backup")]
+    /// The file has invalid content.
+    #[error("{path} is damaged: {why}: nothing was changed: restore it from a backup")]
     Damaged {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// What was found.
+        /// Description of the damage.
         why: String,
     },
-    /// Written by a newer controller.
-    #[error("{path} has format {found}, this controller knows {FORMAT}: run the newer version")]
+    /// The file was written by a newer controller.
+    #[error(
+        "cannot read {path}: unsupported format {found}, not {FORMAT}: run the version of the \
+         controller that wrote it"
+    )]
     Format {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its format.
+        /// Format of the file.
         found: u64,
     },
     /// The file cannot be opened or read.
     #[error("cannot open {path}: {why}")]
     Io {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why not.
+        /// Error of the operating system or of redb.
         why: String,
     },
 }
 
-/// Why a commit did not happen, or is not known to have.
+/// Error of a commit.
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError {
-    /// The store moved on since the changes were computed.
-    #[error("the store is at {found}, the change was computed from {expected}")]
+    /// The store has a newer state than the one that the changes were computed from. Nothing was
+    /// changed.
+    #[error("the change was computed from sequence {expected}, but the store is at {found}")]
     Conflict {
-        /// Where the change came from.
+        /// Sequence number that the change was computed from.
         expected: u64,
-        /// Where the store is.
+        /// Sequence number of the store.
         found: u64,
     },
-    /// The disk refused; the store has to be opened again.
-    #[error("cannot write {path}: {why}; free space or mend the disk")]
+    /// Writing failed. The store has to be opened again to find out whether the changes are in
+    /// it.
+    #[error("cannot write {path}: {why}: free space or repair the disk")]
     Failed {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why not.
+        /// Error of redb.
         why: String,
     },
 }
 
 impl Store {
-    /// Makes a new store that holds `records`; it appears whole or not at all. There must be none.
+    /// Creates a store with `records`. The file appears complete or not at all. It must not exist
+    /// yet.
     pub fn create(path: &Path, records: &[Write]) -> Result<Self, OpenError> {
         let failed = |why: String| OpenError::Io { path: path.to_owned(), why };
         let temporary = path.with_extension("redb.new");
@@ -114,7 +122,7 @@ impl Store {
         }
         {
             use std::os::unix::fs::OpenOptionsExt;
-            // redb fills an empty file; made here, it has its mode from the first moment.
+            // redb initializes an empty file. It is created here so that it has its mode at once.
             let mut options = std::fs::OpenOptions::new();
             options.write(true).create_new(true).mode(0o600);
             options.open(&temporary).map_err(|error| failed(error.to_string()))?;
@@ -132,7 +140,7 @@ impl Store {
         Self::open(path)
     }
 
-    /// Opens the store that is there, and verifies it.
+    /// Opens an existing store and verifies it.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         let mut store = Self {
             path: path.to_owned(),
@@ -145,7 +153,7 @@ impl Store {
         Ok(store)
     }
 
-    /// Opens it again after a failed commit, to find out what is in it.
+    /// Opens the store again after a failed commit, to find out what is in it.
     pub fn reopen(&mut self) -> Result<(), OpenError> {
         self.database = None;
         let path = || self.path.clone();
@@ -172,16 +180,17 @@ impl Store {
         match head("format").map_err(|error| damaged(error.to_string()))? {
             Some(FORMAT) => {}
             Some(found) => return Err(OpenError::Format { path: path(), found }),
-            None => return Err(damaged("it has no format".into())),
+            None => return Err(damaged("it has no format number".into())),
         }
         let sequence = head("sequence").map_err(|error| damaged(error.to_string()))?;
-        self.sequence = sequence.ok_or_else(|| damaged("it has no sequence".into()))?;
+        self.sequence = sequence.ok_or_else(|| damaged("it has no sequence number".into()))?;
         self.database = Some(database);
         Ok(())
     }
 
-    /// Opens a copy in memory: redb repairs as it opens, also what turns out to be beyond repair,
-    /// and then an operator would be left with less than there was.
+    /// Opens a copy in memory first. redb repairs a file while it opens it, even if the repair
+    /// fails
+    /// in the end, and the operator would be left with less data than before.
     fn rehearse(&self) -> Result<(), redb::DatabaseError> {
         let storage_error = |error| redb::DatabaseError::Storage(redb::StorageError::Io(error));
         let bytes = std::fs::read(&self.path).map_err(storage_error)?;
@@ -201,8 +210,8 @@ impl Store {
         let path = self.path.clone();
         match error {
             DatabaseError::DatabaseAlreadyOpen => OpenError::Locked(path),
-            // A file that is too short, or whose first bytes are another's, is an I/O error of
-            // these kinds to redb.
+            // redb reports a file that is too short or is not a redb file as an I/O error of
+            // these kinds.
             DatabaseError::Storage(StorageError::Io(io))
                 if !matches!(
                     io.kind(),
@@ -215,17 +224,17 @@ impl Store {
         }
     }
 
-    /// Where it is.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The sequence number of the last commit.
+    /// Returns the sequence number of the last commit.
     pub fn sequence(&self) -> u64 {
         self.sequence
     }
 
-    /// Every record, in the order of the keys.
+    /// Returns all records, sorted by key.
     pub fn load(&self) -> Result<Vec<Record>, OpenError> {
         self.read_all()
             .map_err(|error| OpenError::Damaged { path: self.path.clone(), why: error.to_string() })
@@ -242,8 +251,9 @@ impl Store {
         Ok(records)
     }
 
-    /// Applies all of `writes`, or none, if the store is still at `expected`; returns the new
-    /// sequence number once all is on the disk.
+    /// Applies all of `writes` or none of them, if the store is still at sequence number
+    /// `expected`.
+    /// Returns the new sequence number once the data is on the disk.
     pub fn commit(&mut self, expected: u64, writes: &[Write]) -> Result<u64, CommitError> {
         if self.sequence != expected {
             return Err(CommitError::Conflict { expected, found: self.sequence });
@@ -269,7 +279,7 @@ impl Store {
         write(database, self.sequence, writes)
     }
 
-    /// The next commit fails as it would on a full disk.
+    /// Makes the next commit fail as on a full disk.
     #[cfg(test)]
     pub(crate) fn fail_next_commit(&self) {
         self.fail_next.set(true);
@@ -321,7 +331,7 @@ mod tests {
         let second = store.commit(first, &[put("b", "2"), ("a".into(), None)]).unwrap();
         assert!(second > first);
 
-        // A copy of the file as it is on the disk is what a killed process leaves.
+        // A copy of the file while it is open is what a killed process leaves.
         let copy = root.path().join("copy.redb");
         std::fs::copy(&path, &copy).unwrap();
         let copy = Store::open(&copy).unwrap();
@@ -382,7 +392,7 @@ mod tests {
             for bytes in [&good[..at], &altered[..]] {
                 std::fs::write(&path, bytes).unwrap();
                 match Store::open(&path) {
-                    // Some bytes of the file are not in use.
+                    // Some bytes of the file are unused.
                     Ok(store) => assert_eq!(records(&store), expected, "at {at}"),
                     Err(error) => {
                         refused += 1;

@@ -1,12 +1,12 @@
-//! The writer: the one thread that owns registry and store.
+//! The writer: the only thread that owns the registry and the store.
 //!
-//! Requests wait in a bounded queue. The writer takes what is there, applies one after the other
-//! to the registry in memory, stores what they changed in one transaction, shows it to the
-//! watchers, and only then answers: acknowledged means stored, and nothing is shown that is not.
-//! The disk is waited for once for all requests that came meanwhile.
+//! Requests wait in a bounded queue. The writer takes all queued requests, applies them in order to
+//! the registry in memory, stores their changes in one transaction, publishes the changes to the
+//! watchers, and only then answers. So a change is stored before it is acknowledged or published,
+//! and the queued requests share one fsync.
 //!
-//! When a transaction fails, none of its requests happened: the registry is loaded anew from the
-//! store, and the callers are told why.
+//! If a transaction fails, none of its requests takes effect: the callers get the error, and the
+//! registry is loaded again from the store.
 
 use std::sync::Arc;
 
@@ -20,58 +20,63 @@ use crate::registry::sessions::Sessions;
 use crate::registry::{Event, LoadError, Registry};
 use crate::store::{OpenError, Store};
 
-/// Requests that may wait.
+/// Largest number of requests in the queue.
 const QUEUE: usize = 1024;
-/// Requests that are stored in one transaction.
+/// Largest number of requests in one transaction.
 const BATCH: usize = 256;
 
-/// Where requests are handed in. [`Writer::stop`], or dropping the last one, ends the writer.
+/// Handle to the writer's queue. The writer ends after [`Writer::stop`], or when the last handle is
+/// dropped.
 #[derive(Clone)]
 pub struct Writer {
     queue: mpsc::Sender<Message>,
 }
 
-/// The request did not happen.
+/// Error of a request that was not executed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the controller cannot store anything now: {0}")]
+#[error("the controller cannot store changes: {0}")]
 pub struct Unavailable(Arc<str>);
 
+/// Message in the writer's queue.
 enum Message {
+    /// A request.
     Job(Job),
-    /// Take no more, finish what waits, end.
+    /// Accept no more requests, finish the queued ones and end.
     Stop,
 }
 
-/// Given the registry, applies itself and returns what will answer its caller; given a reason why
-/// it cannot be, answers its caller at once.
+/// A request. Called with the registry, it applies itself and returns the function that answers
+/// the
+/// caller. Called with an error, it answers the caller at once.
 type Job =
     Box<dyn FnOnce(Result<(&mut Registry, &Sessions, Now), Unavailable>) -> Option<Answer> + Send>;
+/// Function that answers the caller of a request, with the result of the transaction.
 type Answer = Box<dyn FnOnce(Result<(), Unavailable>) + Send>;
 
-/// The registry as the store has it.
+/// Error of loading the registry from the store.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// The store cannot be opened or read.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// What it holds is no registry.
-    #[error("{path} is damaged: {error}; restore it from a backup")]
+    /// The records in the store are invalid.
+    #[error("{path} is damaged: {error}: restore it from a backup")]
     Load {
-        /// The store's file.
+        /// Path of the store's file.
         path: String,
-        /// What is wrong.
+        /// Description of the damage.
         error: LoadError,
     },
 }
 
-/// Reads the registry out of an open store.
+/// Loads the registry from an open store.
 pub fn read(store: &Store, authority: Arc<Authority>, now: Now) -> Result<Registry, ReadError> {
     let path = || store.path().display().to_string();
     Registry::load(authority, store.load()?, now)
         .map_err(|error| ReadError::Load { path: path(), error })
 }
 
-/// Starts the writer's thread. The receiver resolves when it has ended.
+/// Starts the writer's thread. The receiver resolves when the thread has ended.
 pub fn start(
     store: Store,
     registry: Registry,
@@ -91,14 +96,14 @@ pub fn start(
 }
 
 impl Writer {
-    /// Applies `request`, and returns its result once what it changed is on the disk.
+    /// Applies `request` and returns its result once its changes are on the disk.
     pub async fn run<T: Send + 'static>(
         &self,
         request: impl FnOnce(&mut Registry, &Sessions, Now) -> T + Send + 'static,
     ) -> Result<T, Unavailable> {
-        let stopping = || Unavailable("it is stopping".into());
+        let stopping = || Unavailable("it is stopping: try again".into());
         let (answer, answered) = oneshot::channel();
-        // The caller may have gone when it is answered; what it asked for is done all the same.
+        // The request is executed even if the caller is gone before it is answered.
         let job: Job = Box::new(move |state| match state {
             Ok((registry, sessions, now)) => {
                 let result = request(registry, sessions, now);
@@ -115,21 +120,21 @@ impl Writer {
         answered.await.map_err(|_| stopping())?
     }
 
-    /// Ends the writer once it has answered what was handed in before; whoever still holds a
-    /// handle is refused from then on.
+    /// Ends the writer once it has answered all queued requests. Later requests are refused.
     pub async fn stop(&self) {
-        // It has ended already, if nobody receives this.
+        // If nothing receives this, the writer has already ended.
         let _ = self.queue.send(Message::Stop).await;
     }
 }
 
+/// State of the writer's thread.
 struct Thread {
     store: Store,
     registry: Registry,
     authority: Arc<Authority>,
     map: Arc<Map>,
     sessions: Arc<Mutex<Sessions>>,
-    /// Registry and store may differ, after a failed transaction.
+    /// True after a failed transaction: registry and store may differ.
     broken: bool,
 }
 
@@ -170,13 +175,13 @@ impl Thread {
         }
     }
 
-    /// Stores and shows what the registry changed.
+    /// Stores the registry's changes and publishes them in the map.
     fn store(&mut self) -> Result<(), Unavailable> {
         let changes = self.registry.take_changes();
         if !changes.writes.is_empty() {
             let expected = self.store.sequence();
             if let Err(error) = self.store.commit(expected, &changes.writes) {
-                tracing::error!(%error, "store");
+                tracing::error!(%error, "cannot store changes");
                 self.broken = true;
                 return Err(Unavailable(error.to_string().into()));
             }
@@ -186,7 +191,7 @@ impl Thread {
         Ok(())
     }
 
-    /// After a failed transaction: opens the store again, and loads the registry from it.
+    /// Opens the store again and loads the registry from it, if a transaction failed.
     fn mend(&mut self) -> Result<(), Unavailable> {
         if !self.broken {
             return Ok(());
@@ -198,11 +203,11 @@ impl Thread {
                 self.map.apply(registry.epoch(), registry.revision(), registry.snapshot());
                 self.registry = registry;
                 self.broken = false;
-                tracing::info!("store works again");
+                tracing::info!("store recovered");
                 Ok(())
             }
             Err(error) => {
-                tracing::error!(%error, "store");
+                tracing::error!(%error, "cannot recover the store");
                 Err(Unavailable(error.to_string().into()))
             }
         }

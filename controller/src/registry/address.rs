@@ -1,4 +1,4 @@
-//! Which overlay addresses a new node gets.
+//! Assignment of overlay addresses to new nodes.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -6,13 +6,13 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use ring::digest;
 use towline_proto::id::NodeId;
 
-/// How many derivations are tried before the range counts as full; with ranges of at least 2^16
-/// addresses and at most `limits::NODES` nodes the first few always suffice.
+/// Number of derived IPv6 addresses that are tried before the range counts as full. With ranges of
+/// at least 2^16 addresses and at most [`limits::NODES`](towline_proto::limits::NODES) nodes, the
+/// first few are practically always enough.
 const ATTEMPTS: u8 = 64;
 
-/// An IPv6 address whose host bits derive from the node's id, so that the same node would get the
-/// same address; another derivation where the first is taken. Never the all-zero host part
-/// (RFC 4291 section 2.6.1).
+/// Returns an IPv6 address whose host bits are derived from the node's id. If it is taken, the next
+/// derivation is tried. The host part is never all zeros (RFC 4291 section 2.6.1).
 pub(super) fn v6(
     range: Ipv6Net,
     node: NodeId,
@@ -28,16 +28,18 @@ pub(super) fn v6(
     })
 }
 
-/// The next free IPv4 address after `cursor` (an offset into the range), and the cursor's new
-/// place. Addresses come round in turn, so that one that was freed is left alone for as long as
-/// possible: caches and firewalls elsewhere may still mean the node that had it.
+/// Returns the next free IPv4 address after `cursor` (an offset into the range), and the new
+/// cursor.
+/// Addresses are assigned in rotation, so that a freed address stays unused for as long as
+/// possible:
+/// caches and firewalls elsewhere may still associate it with the removed node.
 pub(super) fn v4(
     range: Ipv4Net,
     cursor: u32,
     taken: impl Fn(Ipv4Addr) -> bool,
 ) -> Option<(Ipv4Addr, u32)> {
     let network = u32::from(range.network());
-    // Offsets 1 ..= last: neither the network's own address nor the broadcast address.
+    // Offsets from 1 to `last` exclude the network address and the broadcast address.
     let last = u32::from(range.hostmask()).saturating_sub(1);
     let mut offset = cursor.min(last);
     for _ in 0..last {

@@ -1,7 +1,8 @@
-//! Who is connected: at most one live session for each node.
+//! Sessions of the connected nodes: at most one live session for each node.
 //!
-//! A session lives from its watch's start until it is closed, replaced by the same instance, or
-//! not heard of for [`MISSED`] heartbeats. None of it is stored.
+//! A session lives from the start of its watch until it is closed, is replaced by the same
+//! instance,
+//! or has missed [`MISSED`] heartbeats. Sessions are not stored.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -11,22 +12,23 @@ use towline_proto::id::NodeId;
 
 use crate::clock::Now;
 
-/// Heartbeats that may be missed before a session is dead.
+/// Number of heartbeat intervals without a message after which a session is dead.
 pub const MISSED: u32 = 3;
 
-/// Names a session; random.
+/// Id of a session, random.
 pub type SessionId = [u8; 16];
 
-/// A watch that runs.
+/// Session of a running watch.
 #[derive(Debug, Clone)]
 pub struct Session {
-    /// Its name.
+    /// Id of the session.
     pub id: SessionId,
-    /// What the client drew at its start: two live ones for one node are a cloned machine.
+    /// Random id of the agent's start. Two live instances of one node mean that the machine was
+    /// cloned.
     pub instance: Vec<u8>,
-    /// Where the client is.
+    /// Source address of the client.
     pub address: SocketAddr,
-    /// When it was last heard.
+    /// Time of the last message of the client.
     pub heard: Instant,
 }
 
@@ -38,23 +40,26 @@ pub struct Sessions {
 }
 
 impl Sessions {
-    /// None yet; each is to be heard every `heartbeat`.
+    /// Creates an empty table. Each client has to send a message every `heartbeat`.
     pub fn new(heartbeat: Duration) -> Self {
         Self { heartbeat, live: BTreeMap::new() }
     }
 
-    /// How often each side lets itself be heard.
+    /// Returns the interval at which each side sends a heartbeat.
     pub fn heartbeat(&self) -> Duration {
         self.heartbeat
     }
 
-    /// How long a session may stay silent.
+    /// Returns the time without a message after which a session is dead.
     pub fn deadline(&self) -> Duration {
         self.heartbeat * MISSED
     }
 
-    /// Begins a session. Refused, with the other's address, while another instance of the node
-    /// is alive; the same instance replaces its own.
+    /// Starts a session. It replaces an earlier session of the same instance.
+    ///
+    /// # Errors
+    ///
+    /// If another instance of the node has a live session: its address.
     pub fn open(&mut self, node: NodeId, session: Session, now: Now) -> Result<(), SocketAddr> {
         match self.live(node, now) {
             Some(other) if other.instance != session.instance => Err(other.address),
@@ -65,7 +70,8 @@ impl Sessions {
         }
     }
 
-    /// The client let itself be heard; `false` if this is no longer its session.
+    /// Records a message of the client. Returns `false` if the session is not the node's current
+    /// one.
     pub fn heard(&mut self, node: NodeId, id: SessionId, now: Now) -> bool {
         match self.live.get_mut(&node) {
             Some(session) if session.id == id => {
@@ -76,7 +82,7 @@ impl Sessions {
         }
     }
 
-    /// Ends a session; `false` if it was not the node's any more.
+    /// Ends a session. Returns `false` if it was not the node's current one.
     pub fn close(&mut self, node: NodeId, id: SessionId) -> bool {
         let current = self.live.get(&node).is_some_and(|session| session.id == id);
         if current {
@@ -85,17 +91,17 @@ impl Sessions {
         current
     }
 
-    /// The node's session, if it was heard of in time.
+    /// Returns the node's session, if it is live.
     pub fn live(&self, node: NodeId, now: Now) -> Option<&Session> {
         self.live.get(&node).filter(|session| now.since(session.heard) <= self.deadline())
     }
 
-    /// How many there are.
+    /// Returns the number of sessions, including dead ones that were not closed yet.
     pub fn len(&self) -> usize {
         self.live.len()
     }
 
-    /// Whether there is none.
+    /// Returns whether there is no session.
     pub fn is_empty(&self) -> bool {
         self.live.is_empty()
     }
@@ -125,7 +131,7 @@ mod tests {
         assert!(sessions.open(NODE, session(2, 2, later), later).is_err());
         let late = later.plus(Duration::from_millis(1));
         sessions.open(NODE, session(2, 2, late), late).unwrap();
-        assert!(!sessions.heard(NODE, [1; 16], late), "the first one is over");
+        assert!(!sessions.heard(NODE, [1; 16], late), "the first session has ended");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What operators ask.
+//! RPCs for operators: tokens, nodes and the mesh configuration.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,16 +18,16 @@ use crate::registry::{NodeStatus, Registry};
 
 use super::{Shared, invalid, no_entropy, refused, unavailable};
 
-/// A token's life where none is given.
+/// Default lifetime of a token.
 const TTL: Duration = Duration::from_secs(3600);
 
-/// The service `towline.v1.Admin`.
+/// Implementation of the service `towline.v1.Admin`.
 pub struct AdminService {
     shared: Arc<Shared>,
 }
 
 impl AdminService {
-    /// Over the shared state.
+    /// Creates the service on the shared state.
     pub fn new(shared: Arc<Shared>) -> Self {
         Self { shared }
     }
@@ -42,7 +42,7 @@ impl Admin for AdminService {
         let request = request.into_inner();
         if self.shared.advertise.is_empty() {
             return Err(Status::failed_precondition(
-                "the controller does not know under which address nodes reach it: start it with --advertise HOST:PORT",
+                "cannot create a token: the controller has no address to advertise: start it with --advertise HOST:PORT",
             ));
         }
         let ttl = match request.ttl_seconds {
@@ -51,7 +51,7 @@ impl Admin for AdminService {
         };
         if ttl > limits::TOKEN_TTL {
             return Err(Status::invalid_argument(format!(
-                "a token lives for {} days at most: give a shorter --ttl",
+                "the lifetime is too long: a token is valid for at most {} days: give a shorter --ttl",
                 limits::TOKEN_TTL.as_secs() / 86_400
             )));
         }
@@ -128,7 +128,7 @@ impl Admin for AdminService {
         let name = node_name(request.into_inner().name)?;
         let run = move |registry: &mut Registry, sessions: &_, now| {
             let node = registry.by_name(&name)?;
-            registry.remove(node, "an operator removed it", sessions, now)
+            registry.remove(node, "removed by an operator", sessions, now)
         };
         let tombstone = self.shared.writer.run(run).await.map_err(unavailable)?.map_err(refused)?;
         Ok(Response::new(pb::RemoveNodeResponse { tombstone: Some(tombstone) }))
@@ -174,7 +174,7 @@ impl Admin for AdminService {
     }
 }
 
-/// As many items as one message may hold, at least one, and whether there are more.
+/// Returns the items that fit in one message, at least one, and whether there are more.
 fn page<M: prost::Message>(items: impl Iterator<Item = M>) -> (Vec<M>, bool) {
     let (mut page, mut bytes) = (Vec::new(), 0);
     for item in items {
@@ -199,7 +199,7 @@ fn terms(request: pb::CreateTokenRequest) -> Result<TokenTerms, Status> {
     let uses = request.uses.max(1);
     if uses > limits::TOKEN_USES {
         return Err(Status::invalid_argument(format!(
-            "a token admits {} nodes at most: give fewer --uses",
+            "too many uses: a token admits at most {} nodes: give fewer --uses",
             limits::TOKEN_USES
         )));
     }
@@ -207,7 +207,7 @@ fn terms(request: pb::CreateTokenRequest) -> Result<TokenTerms, Status> {
         name if name.is_empty() => None,
         name => Some(node_name(name)?),
     };
-    // Unless it is said otherwise, a machine takes the name of the one it replaces.
+    // By default a machine gets the name of the node that it replaces.
     let pattern = match (request.name_pattern, &replace) {
         (pattern, Some(name)) if pattern.is_empty() => name.to_string(),
         (pattern, _) => pattern,

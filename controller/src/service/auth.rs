@@ -1,7 +1,8 @@
-//! Who may call what: one table for every RPC, looked at before any service sees the request.
+//! Authorization: one table with the role of every RPC. It is checked before a request reaches a
+//! service.
 //!
-//! Default deny: an RPC that is not in the table is refused, and a test walks the schema so that
-//! none is forgotten.
+//! The default is to deny: an RPC that is not in the table is refused. A test compares the table
+//! with the schema, so that no RPC is forgotten.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,20 +20,20 @@ use crate::peer::PeerName;
 
 use super::refused;
 
-/// Who may call an RPC.
+/// Role that a client needs to call an RPC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Whoever reaches the port.
+    /// Any client, also without a certificate.
     Anyone,
     /// A node of the mesh.
     Node,
-    /// A node of the mesh, also with a certificate that has expired.
+    /// A node of the mesh, also with an expired certificate.
     ExpiredNode,
     /// An administrator.
     Admin,
 }
 
-/// Every RPC there is.
+/// Every RPC and the role that it needs.
 pub const ROLES: &[(&str, Role)] = &[
     ("/towline.v1.Discovery/Hello", Role::Anyone),
     ("/towline.v1.Discovery/Join", Role::Anyone),
@@ -49,55 +50,55 @@ pub const ROLES: &[(&str, Role)] = &[
     ("/towline.v1.Admin/ConfigureMesh", Role::Admin),
 ];
 
-/// Who calls; an extension of each request that was let through.
+/// Client that calls an RPC, an extension of each request that passed the [`Gate`].
 #[derive(Debug, Clone)]
 pub struct Caller {
-    /// Where from.
+    /// Source address of the connection.
     pub address: SocketAddr,
-    /// As whom.
+    /// Authenticated identity of the client.
     pub identity: CallerIdentity,
 }
 
-/// As whom somebody calls.
+/// Authenticated identity of a client.
 #[derive(Debug, Clone)]
 pub enum CallerIdentity {
-    /// Nobody that is known.
+    /// The RPC needs no authentication.
     Anyone,
-    /// A node.
+    /// The client is a node of the mesh.
     Node(CallingNode),
-    /// An administrator.
+    /// The client is an administrator.
     Admin,
 }
 
-/// A node that calls.
+/// Node that calls an RPC.
 #[derive(Debug, Clone)]
 pub struct CallingNode {
-    /// Which.
+    /// Id of the node.
     pub id: NodeId,
-    /// Its name.
+    /// Name of the node.
     pub name: NodeName,
-    /// Its identity key.
+    /// Identity key of the node.
     pub identity: IdentityKey,
 }
 
 impl Caller {
-    /// Of a request that went through the gate.
+    /// Returns the client of a request that passed the gate.
     pub fn of<T>(request: &Request<T>) -> Result<Self, Status> {
         let caller = request.extensions().get::<Self>().cloned();
-        caller.ok_or_else(|| Status::internal("the request did not pass the gate"))
+        caller.ok_or_else(|| Status::internal("the request was not authorized"))
     }
 
-    /// The node that calls.
+    /// Returns the node that calls, and its source address.
     pub fn node<T>(request: &Request<T>) -> Result<(CallingNode, SocketAddr), Status> {
         let caller = Self::of(request)?;
         match caller.identity {
             CallerIdentity::Node(node) => Ok((node, caller.address)),
-            _ => Err(Status::permission_denied("only a node may do this")),
+            _ => Err(Status::permission_denied("only a node may call this RPC")),
         }
     }
 }
 
-/// The gate that every request passes.
+/// Authorization check that every request passes.
 #[derive(Clone)]
 pub struct Gate {
     map: Arc<Map>,
@@ -105,14 +106,14 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// For the nodes in `map`.
+    /// Creates the check for the nodes in `map`.
     pub fn new(map: Arc<Map>, mesh_id: MeshId) -> Self {
         Self { map, mesh_id }
     }
 
     fn admit(&self, path: &str, connection: Option<&ConnectionInfo>) -> Result<Caller, Status> {
         let role = ROLES.iter().find(|(rpc, _)| *rpc == path).map(|(_, role)| *role);
-        let role = role.ok_or_else(|| Status::unimplemented("there is no such call"))?;
+        let role = role.ok_or_else(|| Status::unimplemented("unknown RPC"))?;
         let connection = connection.ok_or_else(|| Status::internal("unknown connection"))?;
         let identity = match role {
             Role::Anyone => CallerIdentity::Anyone,
@@ -125,11 +126,11 @@ impl Gate {
 
     fn node(&self, connection: &ConnectionInfo, expired: bool) -> Result<CallingNode, Status> {
         let presented = connection.peer.as_ref().ok_or_else(|| {
-            Status::unauthenticated("this needs a node's certificate: join the mesh first")
+            Status::unauthenticated("a node's certificate is required: join the mesh first")
         })?;
         let peer = &presented.peer;
         let PeerName::Node(id) = peer.name else {
-            return Err(Status::permission_denied("this needs a node's certificate"));
+            return Err(Status::permission_denied("a node's certificate is required"));
         };
         self.check_mesh(peer.mesh_id)?;
         if presented.expired && !expired {
@@ -142,16 +143,16 @@ impl Gate {
     fn admin(&self, connection: &ConnectionInfo) -> Result<CallerIdentity, Status> {
         let presented = connection.peer.as_ref().ok_or_else(|| {
             Status::unauthenticated(
-                "this needs the administrator's credential, from the controller's state directory",
+                "the administrator's credential is required: use the one in the controller's state directory",
             )
         })?;
         let PeerName::Admin(_) = &presented.peer.name else {
-            return Err(Status::permission_denied("only an administrator may do this"));
+            return Err(Status::permission_denied("only an administrator may call this RPC"));
         };
         self.check_mesh(presented.peer.mesh_id)?;
         if presented.expired {
             return Err(Status::unauthenticated(
-                "the administrator's certificate has expired: the running controller renews it in its state directory",
+                "the administrator's certificate has expired: use the one that the controller renewed in its state directory",
             ));
         }
         Ok(CallerIdentity::Admin)
@@ -161,7 +162,7 @@ impl Gate {
         if mesh_id == self.mesh_id {
             Ok(())
         } else {
-            Err(Status::permission_denied("the certificate is of another mesh"))
+            Err(Status::permission_denied("the certificate belongs to another mesh"))
         }
     }
 }
@@ -174,7 +175,7 @@ impl<S> Layer<S> for Gate {
     }
 }
 
-/// A service behind the gate.
+/// A service behind the authorization check.
 #[derive(Clone)]
 pub struct Gated<S> {
     inner: S,
@@ -223,7 +224,7 @@ mod tests {
         let mut rpcs = BTreeSet::new();
         for file in &schema.file {
             for service in &file.service {
-                // The agent's own socket is not served here.
+                // The agent serves this on its own socket.
                 if service.name() == "Local" {
                     continue;
                 }

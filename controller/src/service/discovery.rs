@@ -1,4 +1,4 @@
-//! What agents ask.
+//! RPCs for agents: hello, join, renew, publish, watch and leave.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -26,16 +26,16 @@ use super::auth::Caller;
 use super::watch::{self, Watcher};
 use super::{Shared, invalid, invalid_csr, missing, no_entropy, refused, unavailable};
 
-/// How long a client may take to begin a watch.
+/// Timeout of the first message of a watch.
 const FIRST_WORD: Duration = Duration::from_secs(10);
 
-/// The service `towline.v1.Discovery`.
+/// Implementation of the service `towline.v1.Discovery`.
 pub struct DiscoveryService {
     shared: Arc<Shared>,
 }
 
 impl DiscoveryService {
-    /// Over the shared state.
+    /// Creates the service on the shared state.
     pub fn new(shared: Arc<Shared>) -> Self {
         Self { shared }
     }
@@ -44,13 +44,13 @@ impl DiscoveryService {
         let shared = &self.shared;
         if join.proof_key != *shared.proof_public.as_bytes() {
             return Err(Status::unavailable(
-                "the controller restarted since it said hello: say hello again, then join",
+                "the controller restarted during the join: call Hello again, then Join",
             ));
         }
         let (identity_key, public) = csr_key(&join.csr).map_err(invalid_csr)?;
         if !join.holds_wireguard_key(&shared.proof_key) {
             return Err(Status::invalid_argument(
-                "the proof of the WireGuard key does not hold: join with the key's own private half",
+                "the proof of the WireGuard key is invalid: use the private key of that public key",
             ));
         }
         let node_id = NodeId(random().map_err(no_entropy)?);
@@ -168,7 +168,8 @@ impl Discovery for DiscoveryService {
         let (node, address) = Caller::node(&request)?;
         let mut requests = request.into_inner();
         let first = tokio::time::timeout(FIRST_WORD, requests.message()).await;
-        let first = first.map_err(|_| Status::deadline_exceeded("the watch was not begun"))??;
+        let first = first
+            .map_err(|_| Status::deadline_exceeded("no start message: send WatchStart first"))??;
         let Some(pb::watch_request::Kind::Start(start)) = first.and_then(|first| first.kind) else {
             return Err(missing("start of the watch"));
         };
@@ -201,19 +202,19 @@ impl Discovery for DiscoveryService {
     ) -> Result<Response<pb::LeaveResponse>, Status> {
         let (node, _) = Caller::node(&request)?;
         let run = move |registry: &mut Registry, sessions: &_, now| {
-            registry.remove(node.id, "it left", sessions, now)
+            registry.remove(node.id, "left the mesh", sessions, now)
         };
         let tombstone = self.shared.writer.run(run).await.map_err(unavailable)?.map_err(refused)?;
         Ok(Response::new(pb::LeaveResponse { tombstone: Some(tombstone) }))
     }
 }
 
-/// Whether a refused join may have been somebody who guesses.
+/// Returns whether a refused join may have been an attempt to guess a token.
 fn is_guess(refusal: &Refusal) -> bool {
     matches!(refusal, Refusal::TokenUnknown { .. } | Refusal::TokenSecret { .. })
 }
 
-/// A [`pb::JoinRequest`] whose form was checked.
+/// A parsed [`pb::JoinRequest`].
 struct WireJoin {
     token: TokenId,
     secret: TokenSecret,
@@ -243,7 +244,7 @@ impl WireJoin {
     fn holds_wireguard_key(&self, proof_key: &StaticSecret) -> bool {
         let shared = proof_key.diffie_hellman(&PublicKey::from(self.wireguard_key.0));
         let claim = Claim { token: self.token, wireguard_key: &self.wireguard_key, csr: &self.csr };
-        // A key of small order gives everybody the same secret, so it proves nothing.
+        // With a key of small order the shared secret is known to everyone, so it proves nothing.
         shared.was_contributory() && join_proof::verify(shared.as_bytes(), claim, &self.proof)
     }
 }

@@ -1,5 +1,5 @@
-//! The wire API: gRPC messages in, registry operations, gRPC messages out. No decision is made
-//! here but that of who may ask.
+//! The wire API: it converts gRPC messages into registry operations and their results into gRPC
+//! messages. The only decision that it makes is which client may call which RPC.
 
 mod admin;
 mod auth;
@@ -33,38 +33,40 @@ pub use auth::{Caller, Gate, ROLES, Role};
 pub use discovery::DiscoveryService;
 pub use signals::Signals;
 
-/// Failed joins of one source: so many in a row, and one more in each period.
+/// Rate limit of failed joins per source: a burst of 10, then one in 6 seconds.
 pub(crate) const FAILED_JOINS: Rate = Rate::one_per(Duration::from_secs(6), 10);
 
-/// What the services share.
+/// State that all services share.
 pub struct Shared {
-    /// The CA.
+    /// Certificate authority of the mesh.
     pub authority: Arc<Authority>,
-    /// For whatever changes.
+    /// Writer, which executes all changes.
     pub writer: Writer,
-    /// For what is shown.
+    /// Map that watchers see.
     pub map: Arc<Map>,
-    /// Who is connected.
+    /// Sessions of the connected nodes.
     pub sessions: Arc<Mutex<Sessions>>,
-    /// Failed joins of each source. Only failures count, so that machines that join properly from
-    /// behind one NAT do not slow each other down.
+    /// Rate limit of failed joins per source. Only failures count, so that machines behind one NAT
+    /// that join successfully do not slow each other down.
     pub failed_joins: Mutex<SourceLimiter>,
-    /// The key that joins prove their WireGuard key to; made at the process's start.
+    /// X25519 private key for the proofs of WireGuard keys at joins. It is generated when the
+    /// process starts.
     pub proof_key: StaticSecret,
-    /// Its public half.
+    /// Public key of [`Self::proof_key`].
     pub proof_public: PublicKey,
-    /// The addresses that go into tokens.
+    /// Addresses of the controllers that are written into tokens.
     pub advertise: Vec<ControllerAddress>,
-    /// What nodes say to each other.
+    /// Forwarding of signals between nodes.
     pub signals: Signals,
-    /// UDP port on which we reflect; `None`: it could not be had.
+    /// UDP port of the STUN server; `None` if it could not be bound.
     pub reflector: Option<u16>,
-    /// Becomes true when the controller stops.
+    /// Value that becomes true when the controller stops.
     pub stopping: signal::Receiver<bool>,
 }
 
 impl Shared {
-    /// Where we reflect, as far as that is told by an address.
+    /// Returns the addresses of this controller's STUN server: the advertised addresses that are IP
+    /// addresses, not names.
     fn reflectors(&self) -> Vec<String> {
         if self.reflector.is_none() {
             return Vec::new();
@@ -74,7 +76,7 @@ impl Shared {
     }
 }
 
-/// A refusal as the client sees it.
+/// Returns the gRPC status of a refusal.
 fn refused(refusal: Refusal) -> Status {
     let code = match &refusal {
         Refusal::TokenUnknown { .. } | Refusal::TokenSecret { .. } => Code::Unauthenticated,
@@ -129,8 +131,7 @@ fn missing(what: &'static str) -> Status {
     invalid(Invalid::Missing(what))
 }
 
-/// The tombstone that a [`Refusal::NodeRemoved`] carries in a status's details, as a client reads
-/// it.
+/// Returns the tombstone in the details of a status, which [`Refusal::NodeRemoved`] puts there.
 pub fn tombstone_of(status: &Status) -> Option<pb::Signed> {
     let details = status.details();
     if details.is_empty() {

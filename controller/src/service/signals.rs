@@ -1,7 +1,11 @@
-//! Carries what one node says to another, sealed: it is neither read nor kept.
+//! Forwarding of signals: sealed messages from one node to another, which the controller can
+//! neither
+//! read nor store.
 //!
-//! Only between live watches; what finds no room, or comes from a node that says too much, is
-//! lost. The nodes repeat what matters, and number what they say, so that a copy changes nothing.
+//! Signals are only forwarded between live watches. A signal is dropped if the receiver's queue is
+//! full or the sender exceeds its rate. Nodes repeat important signals and number them, so a loss
+//! or
+//! a duplicate does no harm.
 
 use std::collections::BTreeMap;
 
@@ -13,26 +17,27 @@ use towline_proto::{limits, pb};
 
 use crate::registry::sessions::SessionId;
 
-/// Signals that wait for one watch.
+/// Length of the queue of signals for one watch.
 const WAITING: usize = 64;
-/// Signals that one node may send at once.
+/// Number of signals that one node may send in a burst.
 const BURST: u64 = 256;
-/// Signals of one node: enough to call every node of a large mesh within a minute of its start.
+/// Rate of the signals of one node: enough to reach thousands of nodes within a minute of its
+/// start.
 pub(super) const ALLOWANCE: Rate = Rate::per_second(50, BURST);
 
-/// Where each live watch takes its signals.
+/// Queues of signals, one for each live watch.
 #[derive(Debug, Default)]
 pub struct Signals(Mutex<BTreeMap<NodeId, (SessionId, mpsc::Sender<pb::Signal>)>>);
 
 impl Signals {
-    /// A watch begins; it replaces the node's one before.
+    /// Opens the queue of a new watch. It replaces the queue of the node's previous watch.
     pub(super) fn open(&self, node: NodeId, session: SessionId) -> mpsc::Receiver<pb::Signal> {
         let (sender, receiver) = mpsc::channel(WAITING);
         self.0.lock().insert(node, (session, sender));
         receiver
     }
 
-    /// It ended.
+    /// Closes the queue of a watch that ended.
     pub(super) fn close(&self, node: NodeId, session: SessionId) {
         let mut open = self.0.lock();
         if open.get(&node).is_some_and(|(current, _)| *current == session) {
@@ -40,7 +45,7 @@ impl Signals {
         }
     }
 
-    /// Hands on what `from` says; `false` if it is lost.
+    /// Forwards a signal from the node `from`. Returns `false` if it is dropped.
     pub(super) fn carry(&self, from: NodeId, signal: pb::Signal) -> bool {
         let Ok(to) = NodeId::try_from(signal.node_id.as_slice()) else { return false };
         if signal.body.len() > limits::SIGNAL_BYTES {

@@ -1,8 +1,9 @@
-//! One task for each watch: it sends what its cursor has not seen, listens for heartbeats, and
-//! ends the session with itself.
+//! Task of a watch: it sends the changes after its cursor, receives heartbeats, and ends the
+//! session
+//! when it ends.
 //!
 //! At most one message waits for the client. While it waits, changes only raise the revision of
-//! the map; the next message holds the newest state of all that changed meanwhile.
+//! the map. The next message has the newest state of everything that changed in the meantime.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -23,23 +24,24 @@ use super::auth::CallingNode;
 use super::signals::ALLOWANCE;
 use super::{Shared, invalid, refused, unavailable};
 
-/// Signatures that are verified before other tasks have their turn.
+/// Number of signatures that are verified before the task yields to others.
 const VERIFIED_AT_ONCE: usize = 64;
 
-/// A watch that was begun.
+/// A running watch.
 pub(super) struct Watcher {
     shared: Arc<Shared>,
     node: CallingNode,
     session: SessionId,
-    /// Everything up to this revision was sent.
+    /// Revision up to which everything was sent.
     cursor: u64,
+    /// True once everything that existed at the start of the watch was sent.
     synced: bool,
     responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
-    /// Signals of this node.
+    /// Rate limit of the signals that this node sends.
     allowance: TokenBucket,
 }
 
-/// What is to be sent next.
+/// Kind of the message to send next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Due {
     Ready,
@@ -49,8 +51,9 @@ enum Due {
 }
 
 impl Watcher {
-    /// For a client that stands at `from` (epoch and revision). One of another epoch, or ahead of
-    /// the map, begins anew: the controller was restored from a backup since.
+    /// Creates the watch of a client that has the map at `from` (epoch and revision). If the epoch
+    /// differs or the revision is ahead of the map, the controller was restored from a backup, and
+    /// the watch starts with a full snapshot.
     pub(super) fn new(
         shared: Arc<Shared>,
         node: CallingNode,
@@ -65,7 +68,7 @@ impl Watcher {
         Self { shared, node, session, cursor, synced: false, responses, allowance }
     }
 
-    /// Runs until either side ends it.
+    /// Runs until either side ends the watch.
     pub(super) async fn run(mut self, mut requests: Streaming<pb::WatchRequest>) {
         let mut signals = self.shared.signals.open(self.node.id, self.session);
         let end = self.follow(&mut requests, &mut signals).await;
@@ -73,7 +76,7 @@ impl Watcher {
         let reason = end.as_ref().map_or("closed by the client", Status::message);
         tracing::info!(node = %self.node.name, reason, "session ended");
         if let Some(status) = end {
-            // The client may be gone, or not reading: then nobody waits for it.
+            // The client may be gone or may not read; the send must not wait for it.
             let _ = self.responses.try_send(Err(status));
         }
         let id = self.node.id;
@@ -81,12 +84,13 @@ impl Watcher {
             let run = move |registry: &mut Registry, _: &_, now| {
                 registry.session_ended(id, now);
             };
-            // Only when it was last seen is lost, if this fails.
+            // If this fails, only the node's last-seen time is not updated.
             let _ = self.shared.writer.run(run).await;
         }
     }
 
-    /// Why the watch ended; `None` if the client closed it.
+    /// Sends and receives until the watch ends. Returns the status to send to the client; `None` if
+    /// the client closed the watch.
     async fn follow(
         &mut self,
         requests: &mut Streaming<pb::WatchRequest>,
@@ -102,7 +106,7 @@ impl Watcher {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         ticks.tick().await;
         let mut due = Due::Ready;
-        // Goes before whatever else is due: it is short, and cannot wait.
+        // A signal is sent before any other message that is due: it is short and urgent.
         let mut signal = None;
         loop {
             let responses = self.responses.clone();
@@ -121,11 +125,11 @@ impl Watcher {
                     }
                     Ok(None) => return None,
                     Err(status) => {
-                        tracing::debug!(node = %self.node.name, %status, "watch");
+                        tracing::debug!(node = %self.node.name, %status, "watch failed");
                         return None;
                     }
                 },
-                // There is one as long as this session is the node's.
+                // The sender exists as long as this session is the node's current one.
                 Some(next) = signals.recv(), if signal.is_none() => signal = Some(next),
                 permit = responses.reserve(), if due != Due::Nothing || signal.is_some() => {
                     let Ok(permit) = permit else { return None };
@@ -159,7 +163,7 @@ impl Watcher {
         }
     }
 
-    /// The message that is due, and what is due after it.
+    /// Returns the message that is due, and the kind that is due after it.
     fn next(&mut self, due: Due) -> (pb::WatchResponse, Due) {
         use pb::watch_response::Kind;
         let map = &self.shared.map;
@@ -187,7 +191,7 @@ impl Watcher {
             epoch: map.epoch(),
             heartbeat_ms: u32::try_from(heartbeat.as_millis()).unwrap_or(u32::MAX),
             mesh: Some(map.mesh()),
-            // Gone only if it was removed in this very moment; then the session ends soon.
+            // Absent only if the node was just removed; the session ends soon then.
             grant: map.member(self.node.id, &self.node.identity).ok().map(|(_, grant)| grant),
             reflector_port: self.shared.reflector.map_or(0, u32::from),
             reflectors: self.shared.reflectors(),
@@ -198,7 +202,7 @@ impl Watcher {
         let may = self.allowance.take(&ALLOWANCE, Now::read().mono, 1);
         let carried = may && self.shared.signals.carry(self.node.id, signal);
         if !carried {
-            tracing::debug!(node = %self.node.name, limited = !may, "signal lost");
+            tracing::debug!(node = %self.node.name, limited = !may, "signal dropped");
         }
     }
 
@@ -206,8 +210,8 @@ impl Watcher {
         self.shared.sessions.lock().heard(self.node.id, self.session, Now::read())
     }
 
-    /// Whether the session is to end: the node was removed, the client is silent, or another
-    /// session took its place.
+    /// Returns the status to end the session with, if the node was removed, the client missed its
+    /// heartbeats, or another session replaced this one.
     fn check(&self, deadline: std::time::Duration) -> Option<Status> {
         if let Some(refusal) = self.shared.map.refusal(self.node.id) {
             return Some(refused(refusal));
@@ -224,7 +228,7 @@ impl Watcher {
     }
 }
 
-/// Learns the tombstones that a client kept and this controller does not know.
+/// Adds the tombstones of a client that this controller does not have, after it verified them.
 pub(super) async fn relearn(shared: &Shared, tombstones: Vec<pb::Signed>) -> Result<(), Status> {
     convert::bounded("list of tombstones", tombstones.len(), limits::TOMBSTONES)
         .map_err(invalid)?;
@@ -246,11 +250,12 @@ pub(super) async fn relearn(shared: &Shared, tombstones: Vec<pb::Signed>) -> Res
     let run =
         move |registry: &mut Registry, sessions: &_, now| registry.relearn(unknown, sessions, now);
     let learned = shared.writer.run(run).await.map_err(unavailable)?;
-    tracing::info!(learned, "tombstones learned from a node");
+    tracing::info!(learned, "tombstones received from a node");
     Ok(())
 }
 
-/// Read without its signature: it decides only whether there is anything to learn.
+/// Returns whether the map already has this tombstone. The signature is not verified, since a known
+/// tombstone is skipped.
 fn names_removed_node(shared: &Shared, tombstone: &pb::Signed) -> bool {
     let body: Result<pb::Tombstone, _> = prost::Message::decode(tombstone.body.clone());
     body.ok()
@@ -258,7 +263,7 @@ fn names_removed_node(shared: &Shared, tombstone: &pb::Signed) -> bool {
         .is_some_and(|node| shared.map.is_removed(node))
 }
 
-/// Tells the operator of a cloned machine.
+/// Logs a cloned machine and adds it to the node's problems.
 pub(super) async fn note_clone(
     shared: &Shared,
     node: NodeId,
@@ -274,6 +279,6 @@ pub(super) async fn note_clone(
     let run = move |registry: &mut Registry, _: &_, _| {
         registry.note_clone(node, text);
     };
-    // It is only told; the refusal stands in any case.
+    // If this fails, only the note is missing; the second session is refused in any case.
     let _ = shared.writer.run(run).await;
 }
