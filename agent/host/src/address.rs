@@ -1,4 +1,4 @@
-//! The host's addresses, each with what is known of its link.
+//! Reads the host's addresses, each with the properties of its link. It changes nothing.
 
 use std::collections::BTreeMap;
 
@@ -6,30 +6,30 @@ use ipnet::IpNet;
 
 use towline_netlink::{AddressFlags, Link, NetlinkError, Rtnetlink};
 
-/// An address of the host.
+/// Address of the host, with the properties of its link.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalAddress {
-    /// The address and its network's length.
+    /// Address with the prefix length of its network.
     pub prefix: IpNet,
-    /// What the kernel says of it.
+    /// Kernel's flags of the address (`IFA_F_*`).
     pub flags: AddressFlags,
-    /// The link's name.
+    /// Name of the link.
     pub link: String,
-    /// The link's number.
+    /// Index of the link.
     pub index: u32,
-    /// The link's kind (`bridge`, `vxlan`...); `None`: hardware.
+    /// Kind of the link, such as `bridge` or `vxlan`; `None` for hardware.
     pub kind: Option<String>,
-    /// The link is up.
+    /// Whether the link is up.
     pub up: bool,
-    /// The link is the loopback.
+    /// Whether the link is the loopback.
     pub loopback: bool,
-    /// The link has no neighbours, only another end.
+    /// Whether the link is point-to-point (`IFF_POINTOPOINT`).
     pub point_to_point: bool,
-    /// The link is a bridge that reaches the outside: hardware, a bond or a VLAN is part of it.
+    /// Whether the link is a bridge to other machines: one of its ports is hardware, a bond or a VLAN.
     pub outward: bool,
 }
 
-/// Reads them all.
+/// Reads all addresses of the host.
 pub(super) fn read(rtnetlink: &mut Rtnetlink) -> Result<Vec<LocalAddress>, NetlinkError> {
     let links: BTreeMap<u32, Link> =
         rtnetlink.links()?.into_iter().map(|link| (link.index, link)).collect();
@@ -41,7 +41,7 @@ pub(super) fn read(rtnetlink: &mut Rtnetlink) -> Result<Vec<LocalAddress>, Netli
     };
     let addresses = rtnetlink.addresses(None)?;
     let found = addresses.into_iter().filter_map(|address| {
-        // A link may have come or gone between the two readings; a notification follows.
+        // A link may have appeared or vanished between the two requests; a notification follows.
         let link = links.get(&address.index)?;
         Some(LocalAddress {
             prefix: address.prefix,

@@ -1,8 +1,8 @@
-//! Which of the host's addresses are worth telling others.
+//! Selects the host's addresses to publish as local candidates.
 //!
-//! A wrong one costs every peer probes that lead nowhere, or worse, to another machine that has
-//! the same address; a missing one can cost the direct path. So: what is plainly not the
-//! machine's own way to the outside is left out, everything else is told.
+//! A wrong candidate costs every peer probes that get no answer, or that reach another machine with the
+//! same address. A missing candidate can cost the direct path. So an address is left out only if it
+//! clearly does not lead outside the host.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
@@ -11,24 +11,28 @@ use ipnet::IpNet;
 
 use super::LocalAddress;
 
-/// What to leave out besides.
+/// Addresses to leave out in this mesh.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CandidatePolicy {
-    /// Our own link's name.
+    /// Name of Towline's link, whose addresses are left out.
     pub own_link: String,
-    /// Networks none of whose addresses is told: the overlay, pod and service networks.
+    /// Networks whose addresses are left out: the overlay, pod and service networks.
     pub excluded: Vec<IpNet>,
 }
 
-/// The addresses to tell, in their order, each once.
+/// Returns the addresses to publish, sorted, each once.
 ///
-/// Left out are: addresses of links that are down, loopback, ours, or made by a container
-/// runtime, a CNI plugin, a virtual machine manager, an overlay or a VPN (by name or kind);
-/// bridges without a way out; addresses without global meaning (loopback, link-local,
-/// multicast, benchmarking and documentation are left to the sender); addresses that may go
-/// away soon or are not yet usable (temporary, deprecated, tentative); service addresses that
-/// wander between machines (an IPv4 secondary, or a lone host address beside the link's
-/// own network); and everything inside the excluded networks.
+/// Left out are:
+///
+/// - addresses of links that are down, the loopback or Towline's own;
+/// - addresses of links of a container runtime, CNI plugin, virtual machine manager, overlay or VPN,
+///   which are known by name or kind;
+/// - addresses of bridges without a port that leads outside;
+/// - addresses that are not unicast beyond one link: loopback, link-local, multicast;
+/// - addresses that may vanish soon or are not yet usable: temporary, deprecated, tentative;
+/// - service addresses that move between machines: an IPv4 secondary address, or a single host address
+///   on a link that has a network too;
+/// - addresses in the excluded networks.
 pub fn candidates(addresses: &[LocalAddress], policy: &CandidatePolicy) -> Vec<IpAddr> {
     let chosen: BTreeSet<IpAddr> = addresses
         .iter()
@@ -44,7 +48,7 @@ pub fn candidates(addresses: &[LocalAddress], policy: &CandidatePolicy) -> Vec<I
     chosen.into_iter().collect()
 }
 
-/// How names begin of links that lead to containers, virtual machines or other overlays.
+/// Prefixes of the names of links that lead to containers, virtual machines or other overlays.
 const INNER_NAMES: &[&str] = &[
     "antrea",
     "cali",
@@ -86,7 +90,7 @@ const INNER_NAMES: &[&str] = &[
     "zt",
 ];
 
-/// Kinds of links that never are a machine's own way to the outside.
+/// Kinds of links that never lead directly outside the host.
 const INNER_KINDS: &[&str] = &[
     "amt",
     "bareudp",
@@ -149,14 +153,16 @@ fn is_global(address: IpAddr) -> bool {
     }
 }
 
+/// Returns true if an address is usable now and not expected to vanish soon.
 fn is_lasting(address: &LocalAddress) -> bool {
     let flags = address.flags;
-    // For IPv4 the same bit means: not the first of its network.
+    // The bit of temporary IPv6 addresses (IFA_F_SECONDARY) marks secondary addresses in IPv4.
     !(flags.temporary() || flags.deprecated() || flags.tentative())
 }
 
-/// A host address that stands beside a network of the same family on the same link was put there
-/// by hand or by a fail-over daemon. What DHCPv6 leases looks the same but ends.
+/// Returns true for a service address that may move to another machine: a permanent host address on a
+/// link that also has a network of the same family. An operator or a failover daemon adds such an
+/// address. An address leased by DHCPv6 looks the same but is not permanent.
 fn wanders(address: &LocalAddress, all: &[LocalAddress]) -> bool {
     let lone = |prefix: &IpNet| prefix.prefix_len() == prefix.max_prefix_len();
     let same_family = |other: &IpNet| other.addr().is_ipv4() == address.prefix.addr().is_ipv4();

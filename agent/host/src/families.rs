@@ -1,7 +1,7 @@
-//! Which address families this host can be programmed in.
+//! Address families in which this host can be configured.
 //!
-//! The only place that asks the kernel what it has of IPv6. Everything of [`super::state`] and
-//! [`super::firewall`] follows this value, which is read again whenever the host's state is.
+//! This is the only module that probes the kernel for IPv6. [`super::state`] and [`super::firewall`]
+//! use its result, which is probed again whenever the host's state is read.
 
 use nix::errno::Errno;
 
@@ -9,27 +9,27 @@ use towline_netlink::{Family, NetlinkError, Rtnetlink};
 
 use super::problem::Problem;
 
-/// The address families of this host. IPv4 is always there.
+/// Address families of this host. IPv4 is always available.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Families {
     ipv6: Ipv6,
 }
 
-/// What the kernel has of IPv6.
+/// IPv6 support of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Ipv6 {
-    /// Addresses, routes and policy rules.
+    /// Addresses, routes and policy rules are supported.
     #[default]
     Full,
-    /// Addresses, but no policy rules (built without `CONFIG_IPV6_MULTIPLE_TABLES`), so that
-    /// nothing of IPv6 can be led into the tunnel.
+    /// Addresses are supported, but no policy rules (built without `CONFIG_IPV6_MULTIPLE_TABLES`), so
+    /// that no IPv6 traffic can be routed into the tunnel.
     WithoutRules,
-    /// Nothing: `ipv6.disable=1`, or built without IPv6.
+    /// IPv6 is not supported: `ipv6.disable=1`, or a kernel that was built without it.
     Absent,
 }
 
 impl Families {
-    /// Asks the kernel.
+    /// Probes the kernel for IPv6 policy rules, and then for IPv6 sockets.
     pub(super) fn probe(rtnetlink: &mut Rtnetlink) -> Result<Self, NetlinkError> {
         let ipv6 = match rtnetlink.rules(Family::V6) {
             Ok(_) => Ipv6::Full,
@@ -41,22 +41,22 @@ impl Families {
         Ok(Self { ipv6 })
     }
 
-    /// Whether addresses, routes and policy rules of a family can be set.
+    /// Returns true if addresses, routes and policy rules of a family can be set.
     pub(super) fn is_routed(self, family: Family) -> bool {
         family == Family::V4 || self.ipv6 == Ipv6::Full
     }
 
-    /// The families whose addresses, routes and policy rules can be set.
+    /// Returns the families whose addresses, routes and policy rules can be set.
     pub(super) fn routed(self) -> impl Iterator<Item = Family> {
         Family::ALL.into_iter().filter(move |family| self.is_routed(*family))
     }
 
-    /// Whether packets of a family exist on this host at all, so that they have to be guarded.
+    /// Returns true if this host can send packets of a family, so that they must be guarded.
     pub(super) fn exists(self, family: Family) -> bool {
         family == Family::V4 || self.ipv6 != Ipv6::Absent
     }
 
-    /// What an operator should know of it.
+    /// Returns the problem of a host whose IPv6 support is incomplete.
     pub(super) fn problem(self) -> Option<Problem> {
         match self.ipv6 {
             Ipv6::Full => None,
@@ -66,7 +66,7 @@ impl Families {
     }
 }
 
-/// Whether the kernel says that it does not have a family, or not this part of it.
+/// Returns true for the error codes of a kernel that lacks a family or a part of it.
 fn is_lacking(errno: Errno) -> bool {
     matches!(errno, Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP | Errno::EPFNOSUPPORT)
 }

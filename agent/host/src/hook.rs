@@ -1,17 +1,22 @@
-//! Our rules in the chains that others document for it.
+//! Rules of Towline in the chains that other programs reserve for that.
 //!
-//! Docker sets the policy of its `FORWARD` chain to drop, and no accept of our own table overrides
-//! another table's drop. It leaves `DOCKER-USER` to others, which comes first: there the networks that
-//! are reached through this node, connections whose destination was translated (published ports), and
-//! replies are let pass out of our link, and everything into it. What Docker keeps from strangers it
-//! keeps from the mesh too. Where there is no such chain, or nothing leads to it any
-//! more (whoever flushes everything deletes the empty chains next, and could not), nothing is done.
+//! Docker sets the policy of its `FORWARD` chain to drop, and an accept in Towline's own table cannot
+//! override a drop in another table. Docker reserves the chain `DOCKER-USER` for other programs and
+//! jumps to it first. There this module accepts:
 //!
-//! firewalld lets nobody add to its tables: there is only looked whether it knows our link, and said
-//! what to do where it does not.
+//! - packets from the tunnel to networks that are reached through this node;
+//! - packets from the tunnel of connections with destination NAT (published ports), and replies;
+//! - all packets into the tunnel.
 //!
-//! The rules are written as iptables would write them, so that it lists them too, and carry
-//! [`TAG`], by which they are found and removed.
+//! Other packets from the tunnel are left to Docker's rules. If the chain does not exist, or no rule
+//! jumps to it, the module adds no rules: a program that flushes all chains deletes the empty ones
+//! next, and could not delete a chain with our rules in it.
+//!
+//! firewalld lets no other program change its tables. This module only checks whether Towline's link
+//! is in a zone, and reports a problem if it is not.
+//!
+//! The rules are encoded as iptables encodes them, so that iptables can list them. They carry [`TAG`],
+//! which identifies them for removal.
 
 use ipnet::IpNet;
 use nix::errno::Errno;
@@ -25,29 +30,29 @@ use towline_nftables::{
 use super::Changes;
 use super::problem::{ApplyError, Problem};
 
-/// Table and chain, in both families.
+/// Table and chain of Towline's rules, the same for IPv4 and IPv6.
 pub(super) const PLACE: (&str, &str) = ("filter", "DOCKER-USER");
-/// The chain of the same table that leads there.
+/// Chain of the same table that jumps to `DOCKER-USER`.
 pub(super) const FORWARD: &str = "FORWARD";
 const FAMILIES: [(TableFamily, Family); 2] =
     [(TableFamily::Ip, Family::V4), (TableFamily::Ip6, Family::V6)];
-/// firewalld's table.
+/// Name of firewalld's table.
 pub(super) const FIREWALLD: &str = "firewalld";
-/// How the comments of our rules begin.
+/// Prefix of the comments of Towline's rules.
 const TAG: &str = "towline: ";
 
-/// Puts our rules in, where they are missing and there is a place for them.
+/// Adds Towline's rules where the chain exists and lacks them, and checks firewalld's zones.
 pub(super) fn put(nft: &mut Nft, plan: &Plan, changes: &mut Changes) -> Result<(), ApplyError> {
     let link = plan.link.name.as_str();
     for (table, family) in FAMILIES {
         let wanted = wanted(link, family, &plan.firewall.own);
         match put_family(nft, table, wanted) {
             Ok(messages) => changes.messages += messages,
-            // A kernel without this family has nobody's chains in it.
+            // A kernel without this family has no chains in it.
             Err(error) if error.errno() == Some(Errno::EAFNOSUPPORT) => {}
             Err(NftError::Netlink(error)) => return Err(error.into()),
             Err(NftError::Unsupported) => {}
-            // Docker may be making it just now: then a notification comes.
+            // Docker may be creating the chain right now; a notification follows then.
             Err(error) => changes.problems.push(Problem::Hook(error.to_string())),
         }
     }
@@ -59,8 +64,8 @@ pub(super) fn put(nft: &mut Nft, plan: &Plan, changes: &mut Changes) -> Result<(
     Ok(())
 }
 
-/// Whether firewalld runs and treats our link as it does any unknown one. Of a link that was put
-/// into a zone, whichever it is, it has a rule that leads to that zone's chain.
+/// Returns true if firewalld runs and the link is in none of its zones. For a link in a zone, firewalld
+/// has a rule that jumps to the zone's chain.
 fn is_without_zone(nft: &mut Nft, link: &str) -> Result<bool, NftError> {
     let Some(rules) = nft.rules(TableFamily::Inet, FIREWALLD)? else { return Ok(false) };
     let ours = Rule::new().input(link).expressions;
@@ -92,6 +97,7 @@ fn put_family(nft: &mut Nft, family: TableFamily, wanted: Vec<Rule>) -> Result<u
     Ok(messages)
 }
 
+/// Returns true if a rule of [`FORWARD`] jumps to the chain of Towline's rules.
 fn is_led_to(nft: &mut Nft, family: TableFamily) -> Result<bool, NftError> {
     let (table, chain) = PLACE;
     let Some(forward) = nft.read_chain(family, table, FORWARD)? else { return Ok(false) };
@@ -102,7 +108,7 @@ fn is_led_to(nft: &mut Nft, family: TableFamily) -> Result<bool, NftError> {
     Ok(forward.table.chains[FORWARD].rules.iter().any(leads))
 }
 
-/// Takes our rules out; says how many there were.
+/// Removes Towline's rules and returns their number.
 pub(super) fn remove(nft: &mut Nft) -> Result<usize, NftError> {
     let (table, chain) = PLACE;
     let mut removed = 0;
@@ -133,14 +139,14 @@ fn delete(have: &Loaded, family: TableFamily, transaction: &mut Transaction) {
 fn wanted(link: &str, family: Family, own: &OwnNetworks) -> Vec<Rule> {
     let rule = |what: &str| Rule::new().comment(format!("{TAG}{what}"));
     let out = || rule("out of the tunnel").input(link);
-    // Our own addresses are never forwarded to.
+    // Packets to this node's own addresses are never forwarded.
     let networks = own.announced().iter().chain(own.reachable());
     let networks: Vec<IpNet> =
         networks.filter(|net| Family::of(net.addr()) == family).copied().collect();
     let replies = IptablesStates::ESTABLISHED | IptablesStates::RELATED;
     let mut rules = vec![out().iptables_conntrack(replies | IptablesStates::DNAT)];
     rules.extend(networks.iter().map(|net| out().iptables_destination(*net)));
-    // Whose packets may enter is known after their sources are translated: the data plane looks.
+    // The sources that may enter are known only after source NAT: the data plane checks them.
     rules.push(rule("into the tunnel").output(link));
     rules.into_iter().map(|rule| rule.counter().accept()).collect()
 }

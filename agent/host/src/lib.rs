@@ -1,20 +1,20 @@
-//! The host's network made like the plan, and watched.
+//! Applies a plan to the host's network, and watches the network for changes by other programs.
 //!
 //! # Contract
 //!
-//! - [`HostNetwork::apply`] is idempotent. The same plan twice makes no system call; another plan
-//!   changes what differs and nothing else. After [`HostNetwork::invalidate`] (a notification
-//!   said that somebody touched what is ours) it reads what is there and puts back what is
-//!   missing.
-//! - What is ours: the link of our name with its addresses; routes in our tables and rules at our
-//!   priorities that carry our protocol number ([`OURS`]); the nftables table of our name that
-//!   carries our comment; tagged rules in the chain that Docker leaves to others. Nothing else
-//!   is ever changed or removed.
-//! - Fail closed: guards come first and go last. Without the link there are still the guards;
-//!   without nftables there are still the routes. What could not be done is said
-//!   ([`Changes::problems`]), and the rest is done all the same.
-//! - Everything belongs to the network namespace of the thread that called
-//!   [`HostNetwork::open`].
+//! - [`HostNetwork::apply`] is idempotent. Applying the same plan twice makes no system call. Another
+//!   plan changes only what differs. After [`HostNetwork::invalidate`] (a notification reported that
+//!   another program changed Towline's state) the next apply reads the kernel's state and restores
+//!   what is missing.
+//! - Towline's state consists of: the link that has its name, with the link's addresses; the routes in
+//!   its tables and the rules at its priorities that carry its protocol number ([`OURS`]); the nftables
+//!   table that has its name and its comment; the tagged rules in the chain that Docker reserves for
+//!   other programs; the setting `src_valid_mark` of the uplinks. No other state is ever changed or
+//!   removed.
+//! - Fail closed: guards are installed first and removed last. They hold without the link, and the
+//!   unreachable routes hold without nftables. What could not be applied is reported in
+//!   [`Changes::problems`], and the rest is applied.
+//! - All state belongs to the network namespace of the thread that called [`HostNetwork::open`].
 
 mod address;
 mod candidates;
@@ -50,37 +50,38 @@ use watch::Ports;
 pub use watch::register;
 pub use watch::{HostEvent, Watch};
 
-/// The number that our routes and rules carry as their maker (`RTPROT_*`): "T".
+/// Protocol number (`RTPROT_*`) that identifies the routes and rules of Towline: the letter "T".
 pub const OURS: u8 = 84;
 
-/// The host's network, as far as it is ours.
+/// Handle on Towline's state in the host's network.
 #[derive(Debug)]
 pub struct HostNetwork {
     rtnetlink: Rtnetlink,
-    /// `None`: this kernel has no nftables.
+    /// nftables connection; `None` if this kernel has no nftables.
     nft: Option<Nft>,
-    /// The nftables table can be owned, as far as is known.
+    /// Whether to ask for ownership of the nftables table. Set to false once the kernel refused it.
     ownable: bool,
-    /// What is there of ours, as read or as made by the last apply.
+    /// Towline's state as last read or applied. `None` if the next apply must read it again.
     known: Option<State>,
-    /// The plan that `known` follows, and what of it is not so.
+    /// Plan that was applied last.
     applied: Option<Plan>,
+    /// Problems of the plan that was applied last.
     problems: Vec<Problem>,
-    /// Other programs' uses of our mark, as found by the last reading.
+    /// Uses of Towline's mark by other programs, as found when the state was last read.
     marks: Vec<Problem>,
 }
 
-/// What an apply did.
+/// Result of an apply.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// Netlink messages that changed something.
+    /// Number of netlink messages that changed state.
     pub messages: usize,
-    /// What is not as planned, also if it was so before. Empty: all is.
+    /// Parts of the plan that are not applied, earlier ones included. Empty if the whole plan is.
     pub problems: Vec<Problem>,
 }
 
 impl HostNetwork {
-    /// Opens the sockets, in the calling thread's network namespace.
+    /// Opens the netlink sockets in the calling thread's network namespace.
     pub fn open() -> Result<Self, NetlinkError> {
         let nft = match Nft::open() {
             Ok(nft) => Some(nft),
@@ -98,13 +99,13 @@ impl HostNetwork {
         })
     }
 
-    /// Opens the sockets for a program that only keeps the guards until an agent runs: the nftables table
-    /// is made without an owner, so that the agent can adopt it.
+    /// Opens the netlink sockets for a program that only holds the guards until an agent runs. It
+    /// creates the nftables table without an owner, so that the agent can take ownership.
     pub fn open_unowned() -> Result<Self, NetlinkError> {
         Ok(Self { ownable: false, ..Self::open()? })
     }
 
-    /// Returns the networks that unreachable routes of ours guard now.
+    /// Returns the networks that have an unreachable route of Towline now.
     pub fn guarded(&mut self, names: &Names) -> Result<Vec<IpNet>, NetlinkError> {
         let mut found = Vec::new();
         for family in Families::probe(&mut self.rtnetlink)?.routed() {
@@ -117,30 +118,30 @@ impl HostNetwork {
         Ok(found)
     }
 
-    /// As on a kernel without nftables.
+    /// Simulates a kernel without nftables, for tests.
     #[doc(hidden)]
     pub fn lack_nftables(&mut self) {
         self.nft = None;
     }
 
-    /// Returns false once the kernel refused to let it own its nftables table.
+    /// Returns false once the kernel refused ownership of the nftables table.
     #[doc(hidden)]
     pub fn is_owner(&self) -> bool {
         self.ownable
     }
 
-    /// Makes the host be like the plan.
+    /// Applies the plan to the host.
     ///
     /// # Errors
     ///
-    /// When a name or number of ours is somebody else's, before anything was changed; when the
-    /// kernel cannot be spoken to. What it refuses piece by piece is a [`Problem`].
+    /// If another program uses one of Towline's names or numbers (nothing was changed then), or if
+    /// a netlink socket fails. A refusal of a single request is a [`Problem`].
     pub fn apply(&mut self, plan: &Plan) -> Result<Changes, ApplyError> {
         if self.known.is_some() && self.applied.as_ref() == Some(plan) {
             return Ok(Changes { messages: 0, problems: self.problems.clone() });
         }
         match self.try_apply(plan) {
-            // Answers were lost, or what was remembered is no longer so: read again.
+            // Answers were lost, or the known state is out of date: read it again.
             Err(ApplyError::Netlink(NetlinkError::Overrun(_)) | ApplyError::Nft(_)) => {
                 self.invalidate();
                 self.try_apply(plan)
@@ -149,19 +150,19 @@ impl HostNetwork {
         }
     }
 
-    /// Forgets what is known of the host: the next apply reads it again.
+    /// Discards the known state of the host. The next apply reads it again.
     pub fn invalidate(&mut self) {
         self.known = None;
     }
 
-    /// Takes away everything of ours: addresses, rules, routes, the nftables table, and at last
-    /// the link. What is not there is no error; says how many things were removed.
+    /// Removes all of Towline's state: rules, routes, the link with its addresses, and the nftables
+    /// table. Returns the number of objects removed. Missing objects are no error.
     pub fn remove(&mut self, names: &Names) -> Result<usize, ApplyError> {
         self.invalidate();
         self.applied = None;
         let families = Families::probe(&mut self.rtnetlink)?;
         let (have, foreign) = State::read(&mut self.rtnetlink, self.nft.as_mut(), names, families)?;
-        // What is somebody else's stays.
+        // Objects of other programs stay.
         drop(foreign);
         let hooks = self.nft.as_mut().map(hook::remove).transpose()?.unwrap_or_default();
         let addresses = address::read(&mut self.rtnetlink)?;
@@ -169,7 +170,7 @@ impl HostNetwork {
         Ok(hooks + have.remove(&mut self.rtnetlink, self.nft.as_mut(), names)?)
     }
 
-    /// Looks after our rules in others' chains alone.
+    /// Restores only the rules in chains of other programs.
     pub fn apply_hooks(&mut self) -> Result<Changes, ApplyError> {
         let mut changes = Changes { messages: 0, problems: self.problems.clone() };
         let (Some(plan), Some(nft)) = (&self.applied, self.nft.as_mut()) else {
@@ -181,18 +182,18 @@ impl HostNetwork {
         Ok(changes)
     }
 
-    /// Every address of the host, with what is known of its link.
+    /// Returns every address of the host, with the properties of its link.
     pub fn local_addresses(&mut self) -> Result<Vec<LocalAddress>, NetlinkError> {
         let addresses = address::read(&mut self.rtnetlink)?;
         if let Some(plan) = &self.applied {
-            // A link may be new. What fails is said by the next apply.
+            // A link may be new. The next apply reports failures.
             let (link, mut unsaid) = (&plan.link.name, Changes::default());
             let _ = uplinks::mark(&mut self.rtnetlink, &addresses, link, &mut unsaid);
         }
         Ok(addresses)
     }
 
-    /// The UDP ports on which the host takes packets out of VXLAN or Geneve, each once.
+    /// Returns the UDP ports on which the host decapsulates VXLAN or Geneve, each once.
     pub fn tunnel_ports(&mut self) -> Result<Vec<u16>, NetlinkError> {
         let links = self.rtnetlink.links()?;
         let mut ports: Vec<u16> = links.iter().filter_map(|link| link.tunnel_port).collect();
@@ -201,8 +202,8 @@ impl HostNetwork {
         Ok(ports)
     }
 
-    /// The machine's own addresses by which others could know it, the best of each family first:
-    /// those of the link that leads to the internet, then the others that are worth telling.
+    /// Returns the addresses that can serve as node IPs. Those of the link with the default route come
+    /// first, then the other candidates.
     pub fn node_ips(&mut self, policy: &CandidatePolicy) -> Result<Vec<IpAddr>, NetlinkError> {
         let addresses = self.local_addresses()?;
         let mut outward = Vec::new();
@@ -221,8 +222,8 @@ impl HostNetwork {
         Ok(found)
     }
 
-    /// Returns what may redirect packets past nftables on this host, see [`PastNetfilter`]. Links
-    /// but `own_link` are looked at, as they are now.
+    /// Returns the first thing on this host that may redirect packets past nftables, see
+    /// [`PastNetfilter`]. Reads all links except `own_link`.
     pub fn past_netfilter(
         &mut self,
         own_link: &str,
@@ -230,12 +231,12 @@ impl HostNetwork {
         redirects::find(&mut self.rtnetlink, own_link)
     }
 
-    /// The gateways of the default routes.
+    /// Returns the gateways of the default routes.
     pub fn gateways(&mut self) -> Result<Vec<IpAddr>, NetlinkError> {
         self.rtnetlink.gateways()
     }
 
-    /// Hears of changes that others make; what this one makes is left out.
+    /// Opens a watch for changes by other programs. Changes by this value are left out.
     pub fn watch(&mut self, names: &Names) -> Result<Watch, NetlinkError> {
         let ports =
             Ports { route: self.rtnetlink.port(), netfilter: self.nft.as_ref().map(Nft::port) };
@@ -278,7 +279,7 @@ impl HostNetwork {
         if let Some(nft) = self.nft.as_mut() {
             hook::put(nft, plan, &mut changes)?;
         }
-        // Under new names all stands anew before the old goes.
+        // The state under the new names is complete before the old one is removed.
         if let Some(old) = old {
             let families = now.families;
             let (mut have, _) =
@@ -297,8 +298,9 @@ impl HostNetwork {
         Ok(changes)
     }
 
-    /// The short way to a plan that differs from the applied one in routes and guarded networks
-    /// alone: costs what differs, not what there is. `None`: it differs in more.
+    /// Applies a plan that differs from the applied one only in routes and networks. Its cost depends
+    /// on the number of differences, not on the size of the state. Returns `None` if the plans differ
+    /// in more; nothing was changed then.
     fn follow(&mut self, plan: &Plan) -> Result<Option<Changes>, ApplyError> {
         let Some(before) = &self.applied else { return Ok(None) };
         let same = before.link == plan.link
@@ -326,8 +328,8 @@ impl HostNetwork {
         Ok(Some(changes))
     }
 
-    /// At the start, a name or number that somebody else uses is refused; once we run, it is
-    /// somebody else who came into ours: the guards are not given up for that.
+    /// Handles objects of other programs under Towline's names and numbers. At the first apply they are
+    /// an error. Later they are only a problem, so that the guards stay.
     fn judge(&self, foreign: Foreign, changes: &mut Changes) -> Result<(), ApplyError> {
         match foreign.first() {
             Some(error) if self.applied.is_none() => Err(error),
@@ -340,7 +342,7 @@ impl HostNetwork {
     }
 }
 
-/// Which other programs use our mark, at most this many of them.
+/// Returns a problem for each of the first uses of Towline's mark by other programs.
 fn marks_of_others(plan: &Plan, foreign: &Foreign) -> Vec<Problem> {
     const MOST: usize = 8;
     let ours = plan.rules;
@@ -348,7 +350,7 @@ fn marks_of_others(plan: &Plan, foreign: &Foreign) -> Vec<Problem> {
         let common = theirs.mask & ours.mask;
         theirs.mark & common != 0 && (theirs.mark ^ ours.mark) & common == 0
     };
-    // Both families have the same one as a rule.
+    // Programs usually add the same rule for both families.
     let rules: BTreeSet<ForeignMark> = foreign.marks.iter().filter(shared).copied().collect();
     let problem =
         |ForeignMark { priority, mark, mask }| Problem::MarkInUse { priority, mark, mask };

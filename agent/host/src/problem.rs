@@ -1,54 +1,56 @@
-//! What keeps the host from being as planned.
+//! Errors and problems of applying a plan, with the messages that operators read.
 
 use towline_netlink::{NetlinkError, Refusal};
 use towline_nftables::{NftError, TableFamily};
 
-/// Why nothing was applied.
+/// Error because of which nothing was applied.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
-    /// Our routing table holds routes that we did not make.
+    /// One of Towline's routing tables holds a route that Towline did not create.
     #[error(
-        "routing table {table} holds a route to {destination} that Towline did not make: set \
-         another number in routing.table"
+        "cannot use routing table {table}: it holds a route to {destination} that Towline did not \
+         create: set another number in routing.table"
     )]
     TableInUse {
-        /// The number.
+        /// Number of the routing table.
         table: u32,
-        /// One of the routes.
+        /// Destination of the first such route.
         destination: ipnet::IpNet,
     },
-    /// A policy rule that we did not make has one of our priorities.
+    /// A policy rule that Towline did not create has one of Towline's priorities.
     #[error(
-        "policy rule priority {priority} is used by a rule that Towline did not make: set another \
-         number in routing.priority"
+        "cannot use policy rule priority {priority}: a rule that Towline did not create has it: set \
+         another number in routing.priority"
     )]
     PriorityInUse {
-        /// The number.
+        /// Priority of the rule.
         priority: u32,
     },
-    /// An nftables table of our name that we did not make.
+    /// Towline did not create the nftables table that has its name.
     #[error(
-        "Towline did not make the nftables table {family} {name}: delete it, or set another name \
-         in routing.nftables_table"
+        "cannot use the nftables table {family} {name}: Towline did not create it: delete it, or set \
+         another name in routing.nftables_table"
     )]
     FirewallTableInUse {
-        /// Its family.
+        /// Address family of the table.
         family: TableFamily,
-        /// The name.
+        /// Name of the table.
         name: String,
     },
-    /// A link of our name that is no TUN.
-    #[error("the link {name} is a {kind}, not Towline's: set another name in link.name")]
+    /// The link that has Towline's name is not a TUN device.
+    #[error(
+        "cannot use the link {name}: it is a {kind}, not a TUN device: set another name in link.name"
+    )]
     LinkInUse {
-        /// The name.
+        /// Name of the link.
         name: String,
-        /// What it is.
+        /// Kind of the link, such as `veth`.
         kind: String,
     },
-    /// The kernel cannot be spoken to.
+    /// A netlink request failed.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
-    /// nftables cannot be spoken to.
+    /// An nftables transaction failed.
     #[error(transparent)]
     Nft(NftError),
 }
@@ -62,131 +64,133 @@ impl From<NftError> for ApplyError {
     }
 }
 
-/// Something that is not as planned, while the rest is.
+/// Part of a plan that could not be applied, while the rest was applied.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Problem {
-    /// The TUN link is not there (yet): the guards stand, nothing passes.
-    #[error("the link {0} is missing: mesh traffic goes nowhere until it is there")]
+    /// The TUN link does not exist (yet). The guards are installed, so mesh traffic is dropped.
+    #[error("the link {0} is missing: mesh traffic is dropped until it exists")]
     LinkMissing(String),
-    /// The second guard cannot stand on this kernel.
+    /// The kernel refused the nftables guard, which is the second one.
     #[error(
-        "no nftables guard ({0}): only the unreachable routes keep mesh traffic from leaving in clear, \
-         and nothing drops packets from elsewhere with mesh sources: load the kernel module nf_tables \
-         (`modprobe nf_tables`), or use a kernel that has it"
+        "the nftables guard is not installed: {0}: only the unreachable routes keep mesh traffic from \
+         leaving in clear, and packets with spoofed mesh sources are not dropped: load the kernel \
+         module nf_tables (`modprobe nf_tables`), or use a kernel that has it"
     )]
     NoFirewall(String),
-    /// Some rules of the firewall cannot stand on this kernel; the guard does.
+    /// The kernel refused some rules of the firewall; the guard is installed.
     #[error(
-        "the nftables guard is installed, but not the rest of its table: {0}: connections to plain \
-         ports are not answered outside the tunnel, and TCP is not fitted to it: use a newer kernel"
+        "only the guard of the nftables table is installed: {0}: packets with spoofed mesh sources are \
+         not dropped, connections to plain ports are not answered outside the tunnel, and the MSS of \
+         TCP connections is not clamped: use a newer kernel"
     )]
     FirewallReduced(String),
-    /// Another's firewall may drop what is forwarded.
-    #[error("forwarded mesh traffic may be dropped by another's firewall: {0}")]
+    /// The rules in Docker's chain could not be added, so Docker may drop forwarded packets.
+    #[error("Docker's firewall may drop forwarded mesh traffic: {0}")]
     Hook(String),
-    /// firewalld does not know our link.
+    /// Towline's link is in no zone of firewalld.
     #[error(
-        "firewalld has {0} in no zone, so that it may refuse what comes out of the tunnel: run \
+        "firewalld may reject packets from the tunnel: the link {0} is in no zone: run \
          `firewall-cmd --permanent --zone=trusted --add-interface={0}` and `firewall-cmd --reload`"
     )]
     NoZone(String),
-    /// Somebody else put something under a name or number of ours.
+    /// Another program created an object under one of Towline's names or numbers.
     #[error("{0}")]
     Intruder(String),
-    /// A rule of another program takes packets by a mark that holds ours.
+    /// A policy rule of another program matches a mark that Towline's sockets carry too.
     #[error(
-        "the policy rule of priority {priority} takes packets by the mark {mark:#x}/{mask:#x}, which \
-         Towline's sockets carry too: set other bits in [routing] mark and mask"
+        "another program uses Towline's packet mark: the policy rule of priority {priority} matches \
+         {mark:#x}/{mask:#x}, which Towline's sockets carry too: set other bits in [routing] mark and \
+         mask"
     )]
     MarkInUse {
-        /// The rule's priority.
+        /// Priority of the rule.
         priority: u32,
-        /// The rule's mark.
+        /// Mark that the rule matches.
         mark: u32,
-        /// The rule's mask.
+        /// Mask that the rule applies to a packet's mark.
         mask: u32,
     },
-    /// Packets of others with our mark were dropped.
+    /// Packets of another program carried Towline's mark and were dropped.
     #[error(
-        "{packets} packets for mesh networks carried Towline's mark but were not Towline's, and were \
-         dropped: another program sets marks with these bits: set others in [routing] mark and mask"
+        "another program uses Towline's packet mark: {packets} of its packets to mesh networks were \
+         dropped: set other bits in [routing] mark and mask"
     )]
     MarkSeen {
-        /// Since the firewall's rules were made.
+        /// Number of packets since the firewall's rules were created.
         packets: u64,
     },
-    /// A setting of our link cannot be written.
+    /// The kernel refused a setting of Towline's link.
     #[error(
-        "cannot set rp_filter of {link} to 2: {reason}: the strict filter drops what comes out of \
-         the tunnel: run `sysctl net.ipv4.conf.{link}.rp_filter=2`"
+        "cannot set rp_filter of {link} to 2: {reason}: the strict mode drops packets from the tunnel: \
+         run `sysctl net.ipv4.conf.{link}.rp_filter=2`"
     )]
     Setting {
-        /// The link.
+        /// Name of the link.
         link: String,
-        /// Why not.
+        /// Refusal of the kernel.
         reason: String,
     },
-    /// The kernel refused one piece.
+    /// The kernel refused one request.
     #[error("cannot {what}: {refusal}")]
     Refused {
-        /// What the piece is for.
+        /// Purpose of the object that the request concerns.
         piece: Piece,
-        /// What was asked for.
+        /// Request that was refused, such as `set the route to 10.0.0.0/8`.
         what: String,
-        /// Why not.
+        /// Answer of the kernel.
         refusal: Refusal,
     },
     /// The kernel has no IPv6.
     #[error(
-        "this kernel runs without IPv6 (ipv6.disable=1): the tunnel carries IPv4 alone, and there \
-         is no IPv6 traffic to guard"
+        "the tunnel carries IPv4 only: this kernel runs without IPv6 (ipv6.disable=1), so there is no \
+         IPv6 traffic to guard"
     )]
     NoIpv6,
-    /// The kernel has IPv6, but no policy rules for it.
+    /// The kernel has IPv6, but no IPv6 policy rules.
     #[error(
-        "this kernel has no policy rules for IPv6: the tunnel carries IPv4 alone, and only \
-         nftables keeps IPv6 traffic for the mesh from leaving in clear"
+        "the tunnel carries IPv4 only: this kernel has no IPv6 policy rules, so only nftables keeps \
+         IPv6 mesh traffic from leaving in clear: use a kernel with CONFIG_IPV6_MULTIPLE_TABLES"
     )]
     NoIpv6Rules,
-    /// Our link takes no IPv6 addresses.
-    #[error("the link {link} takes no IPv6 addresses ({reason}): the tunnel carries IPv4 alone")]
+    /// Towline's link accepts no IPv6 addresses.
+    #[error("the tunnel carries IPv4 only: the link {link} accepts no IPv6 addresses: {reason}")]
     NoIpv6OnLink {
-        /// The link.
+        /// Name of the link.
         link: String,
-        /// Why not.
+        /// Setting that prevents IPv6.
         reason: NoIpv6Reason,
     },
 }
 
-/// Why our link takes no IPv6 addresses.
+/// Reason why Towline's link accepts no IPv6 addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NoIpv6Reason {
-    /// A sysctl says so, of the link or of all links.
+    /// The sysctl `disable_ipv6` of the link or of all links is 1.
     #[error("net.ipv6.conf has disable_ipv6=1")]
     Disabled,
-    /// Its packets are smaller than IPv6 allows.
+    /// The MTU of the link is smaller than IPv6 allows.
     #[error("its MTU is below 1280")]
     Mtu,
 }
 
-/// What a piece of the host's network is for.
+/// Purpose of an object in the host's network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Piece {
-    /// Keeps mesh traffic from leaving in clear: policy rules, unreachable routes.
+    /// A policy rule or unreachable route, which keeps mesh traffic from leaving in clear.
     Guard,
-    /// Our link, its addresses and its state.
+    /// Towline's link, one of its addresses or settings.
     Link,
-    /// One way through the link, past the tunnel, or to be removed.
+    /// A route through the link or past the tunnel, or the removal of an object.
     Route,
 }
 
 impl Problem {
-    /// Whether it is of [`super::hook`].
+    /// Returns true if [`super::hook`] reports this problem.
     pub(super) fn is_of_hooks(&self) -> bool {
         matches!(self, Self::Hook(_) | Self::NoZone(_))
     }
 
-    /// Whether it may be gone at the next apply, without a notification that says so.
+    /// Returns true if the next apply may solve the problem although no notification arrives.
     pub(super) fn is_passing(&self) -> bool {
         match self {
             Self::LinkMissing(_) | Self::Hook(_) | Self::Intruder(_) | Self::Refused { .. } => true,
@@ -202,12 +206,12 @@ impl Problem {
         }
     }
 
-    /// Whether it only says how this host is, and nothing has to be repaired.
+    /// Returns true if it only describes the host, and nothing has to be repaired.
     pub fn is_note(&self) -> bool {
         matches!(self, Self::NoIpv6 | Self::NoIpv6OnLink { .. })
     }
 
-    /// Whether trying again may help, although nothing is heard of the kernel.
+    /// Returns true if a retry may help although the kernel sends no notification.
     pub fn is_worth_retrying(&self) -> bool {
         !matches!(
             self,
@@ -219,8 +223,8 @@ impl Problem {
         )
     }
 
-    /// Whether a plan with this problem does not count as applied: a guard is missing, or nothing
-    /// can enter the tunnel. The mesh must not be used then.
+    /// Returns true if a plan with this problem is not applied: a guard is missing, or no packet can
+    /// enter the tunnel. The mesh must not be used then.
     pub fn is_blocking(&self) -> bool {
         match self {
             Self::LinkMissing(_) => true,

@@ -1,39 +1,41 @@
-//! Whether packets may be redirected past every hook of nftables on this host.
+//! Finds programs that may redirect packets past every nftables hook of this host.
 //!
-//! An eBPF program that looks at what enters or leaves a link may send a packet on by another link
-//! itself (`bpf_redirect`): CNI plugins with eBPF host routing do. No nftables hook sees such a
-//! packet. The unreachable routes hold it if the program asks the kernel's tables for the way
-//! (`bpf_fib_lookup`, `bpf_redirect_neigh`); nothing holds it if the program does not. What a
-//! program does cannot be seen from outside, so this finds programs, not redirects.
+//! An eBPF program on a link may send a packet to another link itself (`bpf_redirect`). CNI plugins
+//! with eBPF host routing do so. No nftables hook sees such a packet. The unreachable routes stop it if
+//! the program looks up the kernel's routing tables (`bpf_fib_lookup`, `bpf_redirect_neigh`). Otherwise
+//! no guard stops it. The kernel does not tell what a program does, so this module finds programs, not
+//! redirects. It changes nothing.
 
 use std::fmt;
 use std::mem::size_of;
 
 use towline_netlink::{Link, NetlinkError, Rtnetlink};
 
-/// What may redirect packets past nftables.
+/// Program that may redirect packets past nftables.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PastNetfilter {
-    /// Cilium, known by its link.
+    /// Cilium, identified by its link.
     Cilium,
-    /// Calico with its eBPF data plane, known by its link.
+    /// Calico's eBPF data plane, identified by its link.
     Calico,
-    /// A program on this link.
+    /// An eBPF program on the link of this name.
     Program(String),
 }
 
-/// Links that these plugins make.
+/// Link that Cilium creates.
 const CILIUM: &str = "cilium_host";
+/// Link that Calico creates for its eBPF data plane.
 const CALICO: &str = "bpfin.cali";
-/// Links of this kind carry programs by themselves.
+/// Kind of links that run eBPF programs of their own.
 const NETKIT: &str = "netkit";
 
-/// `linux/bpf.h`: asks which programs are attached; to what enters and leaves a link (TCX,
-/// Linux 6.6).
+/// Command of `bpf(2)` that lists the attached programs (`linux/bpf.h`).
 const BPF_PROG_QUERY: libc::c_int = 16;
+/// Attachment type of programs that see packets entering a link (TCX, Linux 6.6).
 const BPF_TCX_INGRESS: u32 = 46;
+/// Attachment type of programs that see packets leaving a link.
 const BPF_TCX_EGRESS: u32 = 47;
-/// Links that are asked for such programs, two system calls each.
+/// Greatest number of links to query for TCX programs. Each takes two system calls.
 const LINKS: usize = 256;
 
 impl fmt::Display for PastNetfilter {
@@ -49,19 +51,20 @@ impl fmt::Display for PastNetfilter {
             }
             Self::Program(link) => {
                 write!(f, "an eBPF program on the link {link}")?;
-                "check that it redirects nothing"
+                "check that it does not redirect packets"
             }
         };
         write!(
             f,
             " may redirect packets past nftables: only the unreachable routes then keep mesh traffic \
-             from leaving in clear, and nothing does where a program does not ask the kernel's \
-             routes: {remedy}"
+             from leaving in clear, and a program that does not look up the kernel's routes skips \
+             them too: {remedy}"
         )
     }
 }
 
-/// Looks for what may redirect packets past nftables. The link `own` is ours and left out.
+/// Returns the first program found that may redirect packets past nftables. The link `own` is
+/// Towline's and is left out.
 pub(super) fn find(
     rtnetlink: &mut Rtnetlink,
     own: &str,
@@ -82,10 +85,10 @@ pub(super) fn find(
     Ok(program.map(|link| PastNetfilter::Program(link.name.clone())))
 }
 
-/// Whether programs are attached to a link by TCX. `false` where the kernel has none, or does not
-/// let us ask.
+/// Returns true if TCX programs are attached to a link. Returns false if the kernel lacks TCX or does
+/// not permit the query.
 fn has_programs(link: &Link) -> bool {
-    /// The part of `union bpf_attr` for this command.
+    /// Part of `union bpf_attr` that belongs to [`BPF_PROG_QUERY`].
     #[repr(C)]
     #[derive(Default)]
     struct Query {
@@ -103,8 +106,8 @@ fn has_programs(link: &Link) -> bool {
     }
     [BPF_TCX_INGRESS, BPF_TCX_EGRESS].into_iter().any(|attached| {
         let mut query = Query { link: link.index, attached, ..Query::default() };
-        // SAFETY: the kernel reads and writes `query` alone, which has the size that is given and
-        // lives until the call returns; it holds no pointer.
+        // SAFETY: the kernel reads and writes only `query`, which has the given size, lives until the
+        // call returns, and contains no pointer.
         let result = unsafe {
             libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut query, size_of::<Query>())
         };

@@ -1,9 +1,9 @@
-//! Has the kernel's filter of reverse paths (`rp_filter`) see the mark of what comes in.
+//! Makes the kernel's reverse path filter (`rp_filter`) use the marks of incoming packets.
 //!
-//! With `src_valid_mark` on the link that a packet came by, the filter looks the way back up with
-//! the packet's mark. The firewall marks our own outer packets before that, so that their way
-//! back leads past our tables, see `rules`. IPv6 has no such filter. The setting is made over
-//! netlink, since `/proc/sys` may be read-only.
+//! If `src_valid_mark` is set on the link that a packet arrives on, the filter looks up the return
+//! route with the packet's mark. The firewall marks Towline's own outer packets before that lookup, so
+//! that their return route skips Towline's tables, see `rules`. IPv6 has no such filter. This module
+//! changes only that setting, and over netlink, because `/proc/sys` may be read-only.
 
 use std::collections::BTreeSet;
 
@@ -14,7 +14,7 @@ use super::problem::{ApplyError, Piece};
 use super::state::note;
 use super::{Changes, NetlinkError};
 
-/// Makes the setting on every link by which others may send us outer packets.
+/// Sets `src_valid_mark` on every link on which outer packets may arrive.
 pub(super) fn mark(
     rtnetlink: &mut Rtnetlink,
     addresses: &[LocalAddress],
@@ -29,7 +29,8 @@ pub(super) fn mark(
     Ok(())
 }
 
-/// Gives every such link what new links get; says on how many that changed something.
+/// Clears `src_valid_mark` on these links, unless it is set for new links by default. Returns the
+/// number of links changed.
 pub(super) fn unmark(
     rtnetlink: &mut Rtnetlink,
     addresses: &[LocalAddress],
@@ -40,7 +41,7 @@ pub(super) fn unmark(
         if is_set(name) && !is_set("default") {
             match rtnetlink.set_source_valid_mark(index, false) {
                 Ok(()) => changed += 1,
-                // It went meanwhile.
+                // The link vanished in the meantime.
                 Err(error) if error.errno().is_some() => {}
                 Err(error) => return Err(error),
             }
@@ -49,7 +50,7 @@ pub(super) fn unmark(
     Ok(changed)
 }
 
-/// Links with addresses that lead to other machines, each once.
+/// Returns the links with addresses that lead to other machines, each once.
 fn uplinks<'a>(addresses: &'a [LocalAddress], own_link: &str) -> BTreeSet<(u32, &'a str)> {
     let leads_out = |address: &&LocalAddress| match address.kind.as_deref() {
         Some("bridge") => address.outward,

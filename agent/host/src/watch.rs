@@ -1,4 +1,7 @@
-//! Hears what others change: of the host's addresses, and of what is ours.
+//! Receives netlink notifications about changes by other programs: of the host's links and addresses,
+//! of Towline's state, and of the chains that hold Towline's rules.
+//!
+//! This module only reports changes; `HostNetwork` repairs them.
 
 use std::io;
 use std::time::Duration;
@@ -11,47 +14,50 @@ use towline_netlink::{Group, Monitor, NetlinkError, Notified, Protocol, Rtnetlin
 
 use super::{Names, OURS, hook};
 
-/// Something changed. Several changes close together are one event.
+/// Change of the host's network. Several changes within a short time are one event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HostEvent {
-    /// The host's links or addresses: look for new candidates.
+    /// The host's links or addresses changed: gather candidates again.
     AddressesChanged,
-    /// Something of ours, by somebody else: invalidate and apply.
+    /// Another program changed Towline's state: call `invalidate` and `apply`.
     OursChanged,
-    /// A chain in which we have rules, by somebody else: look after those.
+    /// Another program changed a chain that may hold Towline's rules: call `apply_hooks`.
     HooksChanged,
 }
 
-/// A stream of events.
+/// Stream of events.
 #[derive(Debug)]
 pub struct Watch {
     route: AsyncFd<Monitor>,
-    /// `None`: the kernel has no nftables.
+    /// Monitor of nftables; `None` if it cannot be opened, as on a kernel without nftables.
     netfilter: Option<AsyncFd<Monitor>>,
     filter: Filter,
     pending: Pending,
 }
 
-/// Changes come in bursts: a link that goes takes its addresses and routes along.
+/// Time to wait after a notification, so that a burst becomes one event. The kernel deletes the
+/// addresses and routes of a link together with it, for example.
 const SETTLE: Duration = Duration::from_millis(5);
 
-/// Which notifications are about what is ours.
+/// Selects the notifications that matter.
 #[derive(Debug)]
 struct Filter {
     names: Names,
-    /// The link's number, as long as it is there.
+    /// Index of Towline's link. Set while the link exists.
     link: Option<u32>,
-    /// Sockets of ours, whose changes are no news.
+    /// Port ids of Towline's own sockets. Notifications about their changes are ignored.
     ports: Ports,
 }
 
-/// Socket numbers: each protocol counts its own, so that one's number means nothing in the other.
+/// Netlink port ids of Towline's sockets, one per protocol. Each protocol assigns its own ids, so an id
+/// identifies a socket only within its protocol.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Ports {
     pub(super) route: u32,
     pub(super) netfilter: Option<u32>,
 }
 
+/// Events that were received but not yet returned.
 #[derive(Debug, Clone, Copy, Default)]
 struct Pending {
     addresses: bool,
@@ -59,11 +65,12 @@ struct Pending {
     hooks: bool,
 }
 
-/// Of `NFT_MSG_*`, those that may concern our rules in another's chain.
+// Message types (`NFT_MSG_*`) that may concern Towline's rules in a chain of another program.
 const NEW_CHAIN: u16 = 3;
 const NEW_RULE: u16 = 6;
 const DELETE_RULE: u16 = 8;
 
+/// Multicast groups of rtnetlink that the watch subscribes to.
 const ROUTE_GROUPS: [Group; 7] = [
     Group::Links,
     Group::AddressesV4,
@@ -75,6 +82,7 @@ const ROUTE_GROUPS: [Group; 7] = [
 ];
 
 impl Watch {
+    /// Subscribes to the notifications, and reads the index of Towline's link.
     pub(super) fn open(
         rtnetlink: &mut Rtnetlink,
         names: &Names,
@@ -85,13 +93,13 @@ impl Watch {
             Ok(monitor) => Some(register(monitor)?),
             Err(_) => None,
         };
-        // After the subscription, so that no change falls between.
+        // After the subscription, so that no change is missed.
         let link = rtnetlink.link(&names.link)?.map(|link| link.index);
         let filter = Filter { names: names.clone(), link, ports };
         Ok(Self { route, netfilter, filter, pending: Pending::default() })
     }
 
-    /// The next event. Nothing is lost when the future is dropped.
+    /// Waits for the next event. Cancel safe: dropping the future loses no event.
     pub async fn next(&mut self) -> Result<HostEvent, NetlinkError> {
         loop {
             if std::mem::take(&mut self.pending.ours) {
@@ -122,7 +130,8 @@ impl Watch {
         wait.await.map_err(wait_failed)
     }
 
-    /// Takes in everything that is waiting.
+    /// Reads all queued notifications into `pending`. If the kernel dropped notifications, everything
+    /// may have changed.
     fn read(&mut self) -> Result<(), NetlinkError> {
         let Self { route, netfilter, filter, pending } = self;
         let all = Pending { addresses: true, ours: true, hooks: true };
@@ -140,7 +149,7 @@ impl Watch {
     }
 }
 
-/// Reads until nothing is waiting; says whether something was lost.
+/// Reads all queued notifications. Returns true if the kernel dropped some.
 fn drain(
     monitor: &mut AsyncFd<Monitor>,
     mut take: impl FnMut(Received<'_>),
@@ -150,7 +159,7 @@ fn drain(
         match notified {
             Ok(Notified::Overrun) => Ok(Ok(true)),
             Err(error) => Ok(Err(error)),
-            // Emptied: wait for the next readiness.
+            // The queue is empty: wait until the socket is readable again.
             Ok(Notified::Complete) => Err(io::ErrorKind::WouldBlock.into()),
         }
     });
@@ -160,13 +169,13 @@ fn drain(
     }
 }
 
-/// Registers a monitor with the runtime, to wait until it has something to read.
+/// Registers a monitor with the Tokio runtime, to wait until it is readable.
 ///
 /// # Errors
 ///
-/// When the runtime takes no further descriptor.
+/// If the runtime accepts no further file descriptor.
 pub fn register(monitor: Monitor) -> Result<AsyncFd<Monitor>, NetlinkError> {
-    // SAFETY: a monitor owns its socket, names the same one always, and closes it when dropped.
+    // SAFETY: a monitor owns its socket, always returns the same descriptor, and closes it on drop.
     let registered = unsafe { AsyncFd::register_with_interest(monitor, Interest::READABLE) };
     registered.map_err(|error| wait_failed(error.into()))
 }
@@ -205,8 +214,7 @@ impl Filter {
 
     fn netfilter(&self, received: &Received<'_>, pending: &mut Pending) {
         const HEADER: usize = 4;
-        // Every message about a thing inside a table, and about the table itself, names the
-        // table in its first attribute.
+        // Every message about a table or an object in it has the table's name in attribute 1.
         const TABLE: u16 = 1;
         if self.ports.netfilter == Some(received.port) {
             return;
@@ -216,7 +224,7 @@ impl Filter {
         };
         pending.ours |= named(TABLE, &self.names.firewall);
         pending.hooks |= named(TABLE, hook::FIREWALLD);
-        // A rule names its chain second, a chain itself third.
+        // The chain's name is in attribute 2 of a rule and attribute 3 of a chain.
         let (table, chain) = hook::PLACE;
         let place = match received.kind & 0xff {
             NEW_CHAIN => 3,
@@ -227,7 +235,7 @@ impl Filter {
             named(TABLE, table) && (named(place, chain) || named(place, hook::FORWARD));
     }
 
-    /// Whether a link's notification is about ours; follows its number.
+    /// Returns true if a notification concerns Towline's link, and updates the link's index.
     fn is_our_link(&mut self, received: &Received<'_>) -> bool {
         const HEADER: usize = 16;
         const NAME: u16 = 3;
@@ -312,7 +320,7 @@ mod tests {
 
     namespace_test! {
         fn the_number_of_our_socket_in_one_protocol_hides_nobody_in_another() {
-            // The kernel gives each protocol's first socket of a process the same number.
+            // The kernel assigns the same port id to the first socket of a process in each protocol.
             let mut theirs = Nft::open().unwrap();
             let mut host = HostNetwork::open().unwrap();
             assert_eq!(theirs.port(), host.rtnetlink.port());

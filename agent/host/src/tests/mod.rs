@@ -464,7 +464,7 @@ namespace_test! {
 
         rtnetlink.add_veth("towline0", VethPeer { name: "x", namespace: None }).unwrap();
         let error = HostNetwork::open().unwrap().apply(&plan()).unwrap_err();
-        assert!(error.to_string().contains("the link towline0 is a veth"), "{error}");
+        assert!(error.to_string().contains("the link towline0: it is a veth"), "{error}");
     }
 }
 
