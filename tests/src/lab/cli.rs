@@ -1,6 +1,7 @@
 //! The command line of `cargo lab`.
 //!
-//! Exit status: 0 every promise held, 1 one did not, 2 wrong usage, 3 this machine forbids it.
+//! Exit status: 0 if every promise held, 1 if one did not, 2 for wrong usage, 3 if this machine
+//! forbids the lab.
 
 use std::os::unix::process::CommandExt;
 use std::process::{self, ExitCode};
@@ -22,68 +23,70 @@ use super::scenario::{
 use super::talk::{Talk, line};
 use super::traffic::random_bytes;
 
-/// Hosts as network namespaces, the real binaries inside them, and nothing left behind.
+/// Runs the real binaries on hosts that are network namespaces, and removes everything afterwards.
 #[derive(Debug, Parser)]
 #[command(name = "cargo lab", bin_name = "cargo lab", version, disable_help_subcommand = true)]
 struct Command {
     #[command(subcommand)]
     what: What,
-    /// Work in a user namespace even as root.
+    /// Use a user namespace even as root.
     #[arg(long, global = true)]
     rootless: bool,
 }
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Names the scenarios, a line each.
+    /// Lists the scenarios, one per line.
     List,
-    /// Two workers behind NAT join a control plane; traffic flows, sealed.
+    /// Joins two workers behind NAT to a control plane, and sends encrypted traffic between them.
     Demo(DemoArguments),
-    /// A path between any two nodes, whatever NAT they stand behind.
+    /// Connects nodes behind every class of NAT, and checks the path that is chosen.
     Nat(NatArguments),
-    /// What breaks on a path, and for how long two nodes do not hear of each other.
+    /// Breaks paths in various ways, and measures how long the traffic is interrupted.
     Failover {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
     },
-    /// What an agent costs in a mesh of 1,000 nodes (release build).
+    /// Measures what an agent costs in a mesh of 1,000 nodes (release build).
     Many {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
     },
-    /// Paths that take less than they seem to, with and without a word of it.
+    /// Tests paths with a small MTU, with and without ICMP "too big" messages.
     Mtu {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
     },
-    /// What agents and controller cost while nothing happens (release build).
+    /// Measures what agents and the controller cost while the mesh is idle (release build).
     Idle {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
     },
-    /// `kill -9` at random moments under a writing load (release build).
+    /// Kills processes with `kill -9` at random moments while records change (release build).
     Crash {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
-        /// How many.
+        /// Number of kills.
         #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
         kills: u32,
-        /// Of victims and moments; random when not given.
+        /// Seed for the choice of victims and moments [default: random].
         #[arg(long)]
         seed: Option<u64>,
     },
-    /// One command on a clean machine; again; offline; with a spent token; after a reboot.
+    /// Joins a clean machine with one command, and repeats it offline, with a used token and after
+    /// a reboot.
     Bootstrap {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
     },
-    /// Towline beside other userspace WireGuards and the bare limit (release build).
+    /// Compares Towline with other userspace WireGuard implementations and with a minimal tunnel
+    /// (release build).
     Bench {
         /// Print one JSON object instead of text.
         #[arg(long)]
@@ -91,30 +94,32 @@ enum What {
         #[command(flatten)]
         options: bench::Options,
     },
-    /// One end of the bare limit, for `bench`.
+    /// Runs one end of the minimal tunnel that `bench` compares with.
     #[command(hide = true)]
     Limit(bench::limit::Limit),
-    /// Towline and every other WireGuard as plain peers: handshakes, roaming, cookies, NAT.
+    /// Tests other WireGuard implementations as static peers: handshakes, roaming, cookies, NAT.
     Interop {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
-        /// Only these implementations and cases.
+        /// Run only these implementations and cases.
         only: Vec<String>,
     },
-    /// Agents die, guards are flushed, strangers forge: nothing leaves in clear, nothing comes in.
+    /// Kills agents, flushes guards and sends spoofed packets: nothing may leave in clear, and
+    /// nothing spoofed may come in.
     Leak {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
-        /// For how long, in seconds.
+        /// Duration in seconds.
         #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3_600))]
         seconds: u64,
-        /// Of acts and moments; random when not given.
+        /// Seed for the choice of actions and moments [default: random].
         #[arg(long)]
         seed: Option<u64>,
     },
-    /// Strangers, neighbours, local users, pods and members attack a node: each attempt fails.
+    /// Attacks a node as strangers, neighbours, local users, pods and members: each attempt must
+    /// fail.
     Attack {
         /// Print one JSON object instead of text.
         #[arg(long)]
@@ -122,49 +127,53 @@ enum What {
         #[command(flatten)]
         options: attack::Options,
     },
-    /// Every arrow of a hybrid cluster, in both addressings: it arrives, and by the promised way.
+    /// Sends over every connection of a hybrid cluster, in both kinds of addressing: each must
+    /// arrive by the promised path.
     Nodes {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
-        /// In this addressing only.
+        /// Run only this kind of addressing.
         #[arg(long, value_enum)]
         addressing: Option<nodes::Addressing>,
-        /// With this `rp_filter` on the uplinks only.
+        /// Run only with this `rp_filter` on the uplinks.
         #[arg(long, value_parser = clap::value_parser!(u8).range(0..=2))]
         rp_filter: Option<u8>,
     },
-    /// Firewalls, network managers and operators flush and delete: it is back, and theirs untouched.
+    /// Flushes and deletes Towline's state as firewalls, network managers and operators do: it must
+    /// be restored, and the state of others must stay untouched.
     Cohabit {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
-        /// Only what needs no program.
+        /// Run only the cases that need no program of the host.
         #[arg(long)]
         netlink: bool,
     },
-    /// What a host's network costs in a mesh of 1,000 peers with 5,000 prefixes (release build).
+    /// Measures what a host's network configuration costs with 1,000 peers and 5,000 prefixes
+    /// (release build).
     Plan {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
-        /// Measure with this very program, instead of a release build of it.
+        /// Measure with this program itself instead of a release build.
         #[arg(long, hide = true)]
         here: bool,
     },
-    /// Down, up, leave and a join that has to be confirmed: every order, every exit status.
+    /// Runs down, up, leave and a join that has to be confirmed, in every order, and checks each
+    /// exit status.
     Departure {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
     },
-    /// A real API server, two workers behind NAT: each agent follows its own Node.
+    /// Runs a real API server and two workers behind NAT: each agent must follow its own Node.
     Kubernetes {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
     },
-    /// Booted machines under QEMU: real kernels, systemd, power cuts, hosts of every kind.
+    /// Boots machines under QEMU: real kernels, systemd, power cuts, hosts of every kind.
     Vm {
         /// Print one JSON object instead of text.
         #[arg(long)]
@@ -172,20 +181,20 @@ enum What {
         #[command(flatten)]
         options: vm::Options,
     },
-    /// Builds the static programs, the Debian package and the OCI image, and reads them back.
+    /// Builds the static programs, the Debian package and the OCI image, and checks their contents.
     Package {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
-        /// Where to put them.
+        /// Output directory.
         #[arg(long, default_value = "target/package/out")]
         out: std::path::PathBuf,
     },
-    /// Opens a shell, or runs a command, in a node of a lab that is kept up.
+    /// Opens a shell or runs a command on a host of a lab that `demo --keep` keeps running.
     Shell {
-        /// cp, worker-a, worker-b, router-a, router-b or internet.
+        /// Name of the host: cp, worker-a, worker-b, router-a, router-b or internet.
         node: String,
-        /// What to run instead of a shell.
+        /// Command to run instead of a shell.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
@@ -196,10 +205,10 @@ struct DemoArguments {
     /// Print one JSON object instead of text.
     #[arg(long)]
     json: bool,
-    /// Stay up afterwards, until Ctrl-C.
+    /// Keep the lab running afterwards, until Ctrl-C.
     #[arg(long)]
     keep: bool,
-    /// Send this much each way, over each tunnel and address family.
+    /// Megabytes to send in each direction, over each tunnel and address family.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=100_000))]
     megabytes: u64,
 }
@@ -209,18 +218,18 @@ struct NatArguments {
     /// Print one JSON object instead of text.
     #[arg(long)]
     json: bool,
-    /// Every class with each, on each family.
+    /// Test every pair of classes on each address family.
     #[arg(long)]
     full: bool,
     /// Round-trip time of the links, in milliseconds.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=2_000))]
     rtt: u32,
-    /// Percent of packets that the links lose.
+    /// Packet loss of the links, in percent.
     #[arg(long, default_value_t = 0.0)]
     loss: f64,
 }
 
-/// Runs what the command line says.
+/// Parses the command line, runs the command, and returns the exit status.
 pub fn main() -> ExitCode {
     let Command { what, rootless } = Command::parse();
     run(what, rootless).unwrap_or_else(|error| {
@@ -369,27 +378,27 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// One line each; only those that say so need the real root.
+/// Output of `lab list`. A scenario that needs the real root says so.
 const LIST: &str = "\
-demo    two workers behind NAT join a control plane; traffic flows, sealed
-nat     a path between any two nodes, whatever NAT they stand behind
-many    what an agent costs in a mesh of 1,000 nodes
-mtu     paths that take less than they seem to, with and without a word of it
-failover  what breaks on a path, and for how long two nodes do not hear of each other
-idle    what agents and controller cost while nothing happens
-bench   Towline beside other userspace WireGuards: speed, latency, processor time, memory
-crash   kill -9 at 100 random moments under a writing load: nothing acknowledged is lost
-interop wireguard-go, boringtun and gotatun as plain peers (root: their sockets lie in /var/run)
-leak    agents die, guards are flushed, strangers forge: nothing leaves in clear, nothing comes in
-attack  strangers, neighbours, local users, pods and members against a node: each attempt fails
-nodes   every arrow of a hybrid cluster, in both addressings: it arrives, and by the promised way
-cohabit firewalls, network managers and operators flush and delete: it is back, theirs untouched
-plan    what a host's network costs with 1,000 peers and 5,000 prefixes: all of it, and one change
-bootstrap one command turns a clean machine into a node; it survives offline boots and reboots
-departure down, up, leave and a join that has to be confirmed: every order, every exit status
+demo       join two workers behind NAT to a control plane, and send encrypted traffic
+nat        connect nodes behind every class of NAT, and check the path that is chosen
+many       measure what an agent costs in a mesh of 1,000 nodes
+mtu        test paths with a small MTU, with and without ICMP messages about it
+failover   break paths, and measure how long the traffic is interrupted
+idle       measure what agents and the controller cost while the mesh is idle
+bench      compare with other userspace WireGuards: speed, latency, processor time, memory
+crash      kill -9 at 100 random moments while records change: no acknowledged write is lost
+interop    wireguard-go, boringtun and gotatun as static peers (root: sockets in /var/run)
+leak       kill agents, flush guards, spoof: nothing leaves in clear, nothing spoofed comes in
+attack     attack a node as strangers, neighbours, local users, pods and members
+nodes      send over every connection of a hybrid cluster, in both kinds of addressing
+cohabit    flush and delete Towline's state as other programs do: it is restored
+plan       measure what a host's network configuration costs with 5,000 prefixes
+bootstrap  turn a clean machine into a node with one command; reboot it offline
+departure  down, up, leave and confirm, in every order, with every exit status
 kubernetes a real API server: agents follow their own Nodes (needs etcd and Go)
-vm      booted machines under QEMU: kernels, systemd, power cuts (needs QEMU and mmdebstrap)
-package the static programs as a Debian package and an OCI image, read back (release build)
+vm         boot machines under QEMU: kernels, systemd, power cuts (needs QEMU and mmdebstrap)
+package    build a Debian package and an OCI image, and check their contents (release build)
 ";
 
 fn given_or_random(seed: Option<u64>) -> anyhow::Result<u64> {
@@ -399,7 +408,8 @@ fn given_or_random(seed: Option<u64>) -> anyhow::Result<u64> {
     }
 }
 
-/// The right to make namespaces first: a refusal should not come after minutes of building.
+/// Acquires the right to create namespaces, then builds the daemons: a refusal must not come after
+/// minutes of building.
 fn prepare(rootless: bool, profile: Profile) -> anyhow::Result<Setting> {
     interrupt::install()?;
     let rank = acquire(rootless)?;
