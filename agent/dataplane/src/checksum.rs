@@ -1,19 +1,20 @@
-//! The internet checksum, RFC 1071, over whole packets: on the steady path both ways.
+//! The internet checksum (RFC 1071) over whole packets. It is computed for most packets in both
+//! directions, so it must be fast.
 
 use std::net::IpAddr;
 
-/// The ones' complement sum of `bytes`, added to `sum`; not folded, not complemented. Bytes pair
-/// up from the start: only the last block of several may have an odd length.
+/// Returns the ones' complement sum of `bytes` added to `sum`, neither folded nor complemented.
+/// Bytes are paired from the start, so only the last of several blocks may have an odd length.
 #[inline]
 pub fn add(sum: u64, bytes: &[u8]) -> u64 {
-    // A header gains nothing from wide registers.
+    // Headers are too short to benefit from wide registers.
     if bytes.len() < 128 {
         return sum + u64::from(narrow(bytes));
     }
     sum + u64::from(wide(bytes))
 }
 
-/// Folds a sum to 16 bits. Complemented, it is the checksum.
+/// Folds a sum to 16 bits. Its complement is the checksum.
 #[inline]
 pub fn fold(sum: u64) -> u16 {
     let sum = (sum >> 32) + (sum & 0xffff_ffff);
@@ -23,8 +24,8 @@ pub fn fold(sum: u64) -> u16 {
     sum as u16
 }
 
-/// The sum of the pseudo-header of TCP and UDP, without the length: RFC 9293 section 3.1,
-/// RFC 8200 section 8.1.
+/// Returns the sum of the pseudo-header of TCP and UDP without the length (RFC 9293 section 3.1,
+/// RFC 8200 section 8.1).
 #[inline]
 pub fn pseudo(source: &IpAddr, destination: &IpAddr, protocol: u8) -> u64 {
     let sum = u64::from(protocol);
@@ -59,16 +60,15 @@ fn wide(bytes: &[u8]) -> u16 {
         lanes(bytes)
     }
     if is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor has it.
+        // SAFETY: the processor supports AVX2.
         unsafe { lanes_avx2(bytes) }
     } else {
         lanes(bytes)
     }
 }
 
-/// Sums 32-bit words in 64-bit lanes, which the compiler puts into wide registers. The sum does
-/// not care about the order of bytes within words, as long as it is swapped once at the end
-/// (RFC 1071 section 2).
+/// Sums 32-bit words in 64-bit lanes, which the compiler places in wide registers. The sum does not
+/// depend on the byte order of the words if it is swapped once at the end (RFC 1071 section 2).
 #[inline(always)]
 fn lanes(bytes: &[u8]) -> u16 {
     const LANES: usize = 16;
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The definition, word by word.
+    /// Computes the folded sum by its definition, word by word.
     fn slow(bytes: &[u8]) -> u16 {
         let mut sum = 0u32;
         for pair in bytes.chunks(2) {
@@ -99,7 +99,7 @@ mod tests {
         sum as u16
     }
 
-    /// Zero and its complement are one number.
+    /// Compares two sums. In ones' complement 0 and 0xffff are equal.
     fn same(a: u16, b: u16) -> bool {
         a % 0xffff == b % 0xffff
     }

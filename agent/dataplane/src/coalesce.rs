@@ -1,17 +1,17 @@
-//! Inbound: packets of one flow that follow one another become one super-packet for the TUN,
-//! which the kernel then takes through its stack at once.
+//! Inbound packets: consecutive packets of one flow are coalesced into one super-packet for the
+//! TUN, which the kernel then processes as one packet.
 //!
-//! Contract: splitting a super-packet gives back the packets it was made of, byte for byte; the
-//! order within a flow is kept; a packet whose checksum is wrong is never joined to another, but
-//! written as it is, for the kernel to see what is wrong with it.
+//! Contract: splitting a super-packet gives the original packets, byte for byte, and the order
+//! within a flow is kept. A packet with a wrong checksum is never coalesced. It is written
+//! unchanged, so that the kernel can detect the error.
 //!
-//! A super-packet says that its checksum is yet to be completed, which makes the kernel skip the
-//! verification. So each part is verified here before it is joined. UDP datagrams over IPv4 may
-//! have none; joined they get one, since the kernel does not split super-packets without: a
-//! tunnel such as VXLAN sends them so.
+//! The virtio header of a super-packet says that the checksum must still be completed, so the
+//! kernel skips its verification. Therefore each packet is verified here before it is coalesced.
+//! UDP datagrams over IPv4 may have no checksum, and a tunnel such as VXLAN sends them without.
+//! Coalesced they get one, because the kernel does not split super-packets without a checksum.
 //!
-//! Nothing is copied: a super-packet is the first packet, its headers rewritten, and the payloads
-//! of the others (see [`WriteBatch`]).
+//! Nothing is copied: a super-packet consists of the first packet with rewritten headers, and the
+//! payloads of the others (see [`WriteBatch`]).
 
 use std::net::IpAddr;
 
@@ -23,12 +23,13 @@ use super::vnet::{
     GSO_UDP_L4, VnetHeader,
 };
 
-/// Flows that are joined at a time; the one that was quiet longest goes.
+/// Largest number of flows that are coalesced at a time. A new flow replaces the oldest.
 const FLOWS: usize = 16;
-/// Packets in one super-packet. UDP may have 64 at most on older kernels.
+/// Largest number of TCP segments in one super-packet.
 const TCP_PACKETS: usize = 128;
+/// Largest number of UDP datagrams in one super-packet: older kernels accept at most 64.
 const UDP_PACKETS: usize = 64;
-/// Bytes of one super-packet: what the length field of IPv4 can say.
+/// Largest size of a super-packet in bytes, which the length field of IPv4 limits.
 const FRAME_BYTES: usize = 65_535;
 
 const IPV4_HEADER: usize = 20;
@@ -40,32 +41,33 @@ const UDP_CHECKSUM: usize = 6;
 const TCP_ACK: u8 = 0x10;
 const TCP_PSH: u8 = 0x08;
 const TCP_ECE: u8 = 0x40;
-/// IPv4: do not fragment.
+/// "Don't fragment" flag of IPv4.
 const IPV4_DF: u8 = 0x40;
 
-/// What may be joined.
+/// Kinds of packets that may be coalesced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Coalesce {
-    /// TCP segments.
+    /// True if TCP segments may be coalesced.
     pub tcp: bool,
-    /// UDP datagrams.
+    /// True if UDP datagrams may be coalesced.
     pub udp: bool,
-    /// TCP segments inside these tunnels of the host.
+    /// UDP tunnels of the host in which TCP segments may be coalesced.
     pub tunnels: TunnelPorts,
 }
 
-/// UDP ports on which the host itself takes VXLAN or Geneve out of its tunnel. 0 is none.
+/// UDP ports on which the host itself decapsulates VXLAN or Geneve. 0 is an unused entry.
 pub type TunnelPorts = [u16; 4];
 
-/// See the module.
+/// Coalesces the packets of a batch into super-packets.
 #[derive(Debug, Default)]
 pub struct Coalescer {
     allowed: Coalesce,
-    /// The newest last.
+    /// Flows with a super-packet that may still grow. The newest is last.
     flows: Vec<Flow>,
 }
 
-/// Addresses, ports, protocol. Of a tunnel the outer ones: it has a port for each flow inside.
+/// Addresses, ports and protocol of a flow. Of a tunnel these are the outer ones, which differ for
+/// each flow inside because a tunnel varies its source port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Key {
     source: IpAddr,
@@ -74,100 +76,105 @@ struct Key {
     protocol: u8,
 }
 
-/// A super-packet that still grows.
+/// Super-packet that may still grow.
 #[derive(Debug)]
 struct Flow {
     key: Key,
-    /// Its number in the batch.
+    /// Index of its frame in the batch.
     frame: usize,
-    /// The first packet's place.
+    /// Offset of the first packet in the batch.
     start: usize,
+    /// Layout of the headers of each packet.
     layout: Layout,
-    /// Payload of the first packet, and so of all but the last.
+    /// Payload of each packet except the last, in bytes.
     size: usize,
+    /// Number of packets.
     packets: usize,
-    /// Bytes altogether.
+    /// Length of the super-packet in bytes.
     total: usize,
-    /// The first packet's checksum was found correct.
+    /// True once the checksum of the first packet was verified.
     verified: bool,
-    /// TCP: the sequence number that continues it.
+    /// TCP sequence number that the next segment must have.
     sequence: u32,
-    /// Of the header that is joined, and of the one around it.
+    /// Progress of the identification in the IP header of the coalesced packets.
     identification: Identification,
+    /// Progress of the identification in the outer IP header of a tunnel.
     outer_identification: Identification,
-    /// TCP: the last packet had it.
+    /// True if the last TCP segment had the PSH flag, which ends the super-packet.
     pushed: bool,
 }
 
-/// How IPv4's identification goes on: the last packet's, and by how much it grows; `None`: not
-/// known yet.
+/// Progress of the IPv4 identification within a flow.
 #[derive(Debug, Clone, Copy)]
 struct Identification {
+    /// Identification of the last packet.
     last: u16,
+    /// Difference between two packets. `None` before the second packet.
     step: Option<u16>,
 }
 
-/// Where the headers of a packet lie.
+/// Positions of the headers of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Layout {
-    /// Around the packet that is joined, if it is in a tunnel.
+    /// Outer headers, if the coalesced packet is inside a tunnel.
     outer: Option<Outer>,
     network: Network,
-    /// Where the transport header begins.
+    /// Offset of the transport header.
     transport: usize,
     is_tcp: bool,
-    /// UDP over IPv4 without a checksum.
+    /// True for UDP without a checksum.
     no_checksum: bool,
-    /// Bytes of all headers.
+    /// Length of all headers in bytes.
     len: usize,
 }
 
-/// The headers around a packet in a tunnel, from the start of the packet that carries it: IP, UDP,
-/// the tunnel's.
+/// Outer headers of a packet in a tunnel: IP, UDP and the tunnel header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Outer {
     network: Network,
-    /// Where the UDP header begins.
+    /// Offset of the UDP header.
     udp: usize,
-    /// It has a checksum.
+    /// True if the UDP header has a checksum.
     checksum: bool,
 }
 
-/// An IP header.
+/// Position and addresses of an IP header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Network {
-    /// Where it begins.
+    /// Offset of the header.
     at: usize,
     source: IpAddr,
     destination: IpAddr,
 }
 
-/// What a packet is, as far as joining goes.
+/// Properties of a packet that decide whether it is coalesced.
 struct Candidate {
     key: Key,
     layout: Layout,
+    /// Length of the payload in bytes.
     payload: usize,
-    /// May have others joined to it, and be joined.
+    /// True if the packet may be coalesced with others.
     joins: bool,
 }
 
 impl Coalescer {
-    /// Joins what `allowed` says.
+    /// Creates a coalescer for the kinds of packets in `allowed`.
     pub fn new(allowed: Coalesce) -> Self {
         Self { allowed, flows: Vec::with_capacity(FLOWS) }
     }
 
-    /// Changes what is joined. Call between batches.
+    /// Sets the kinds of packets that are coalesced. Call it between batches.
     pub fn allow(&mut self, allowed: Coalesce) {
         self.allowed = allowed;
     }
 
-    /// Bytes `start..start + inner.total_len` of the batch are a packet, whose header is `inner`.
+    /// Adds the packet at bytes `start..start + inner.total_len` of the batch, whose header is
+    /// `inner`.
     pub fn add(&mut self, batch: &mut WriteBatch, start: usize, inner: &Inner) {
         let len = inner.total_len;
         let Some(candidate) = self.look(&batch.bytes()[start..start + len], inner) else {
-            // Whatever it is, it must not be overtaken by its own flow. Only for parts of
-            // datagrams is it unknown which flow that is.
+            // This packet must not be overtaken by its own flow. For most packets without a key no
+            // flow can be open; for fragments and IPv6 the flow is unknown.
             if inner.fragment || inner.source.is_ipv6() {
                 self.close_between(batch, inner);
             }
@@ -211,7 +218,7 @@ impl Coalescer {
         }
     }
 
-    /// `None`: neither TCP nor UDP, or a part of a datagram.
+    /// Returns the properties of a packet. `None` if it is neither TCP nor UDP, or is a fragment.
     fn look(&self, packet: &[u8], inner: &Inner) -> Option<Candidate> {
         let (key, (layout, plain)) = (Key::of(packet, inner)?, Layout::of(packet, inner, 0)?);
         let allowed = if layout.is_tcp { self.allowed.tcp } else { self.allowed.udp };
@@ -223,7 +230,8 @@ impl Coalescer {
         Some(Candidate { key, layout, payload, joins: joins && payload > 0 })
     }
 
-    /// The TCP segment in a tunnel of the host, and whether it may join; `None`: there is none.
+    /// Returns the layout of a TCP segment inside a tunnel of the host, and whether it may be
+    /// coalesced. `None` if there is no such segment.
     fn inside(&self, packet: &[u8], layout: &Layout) -> Option<(Layout, bool)> {
         if layout.is_tcp {
             return None;
@@ -242,12 +250,13 @@ impl Coalescer {
     }
 }
 
-/// Bytes of a VXLAN (RFC 7348) or Geneve (RFC 8926) header and the Ethernet header behind it;
-/// `None`: neither, or no IP in it.
+/// Returns the length of a VXLAN (RFC 7348) or Geneve (RFC 8926) header and the Ethernet header
+/// after it. `None` if the payload is neither, or contains no IP packet.
 fn tunnel_len(payload: &[u8]) -> Option<usize> {
     const ETHERNET: usize = 14;
     const TRANSPARENT_ETHERNET: [u8; 2] = [0x65, 0x58];
-    /// The network's number is valid, and not the bit that has another protocol inside.
+    /// Mask and value of the VXLAN flags: the network identifier is valid, and the flag of the
+    /// Generic Protocol Extension is clear.
     const VXLAN_FLAGS: (u8, u8) = (0x0c, 0x08);
     let header: &[u8; 8] = payload.first_chunk()?;
     let len = if header[2..4] == TRANSPARENT_ETHERNET && header[0] >> 6 == 0 {
@@ -274,8 +283,8 @@ impl Key {
 }
 
 impl Layout {
-    /// Of the packet that begins at `at`, and ends with `packet`; and whether its headers may
-    /// stand for a whole train. `None`: neither TCP nor UDP, or a part of a datagram.
+    /// Returns the layout of the packet that begins at `at` and ends with `packet`, and whether its
+    /// headers allow coalescing. `None` if it is neither TCP nor UDP, or is a fragment.
     fn of(packet: &[u8], inner: &Inner, at: usize) -> Option<(Self, bool)> {
         if inner.fragment {
             return None;
@@ -292,14 +301,14 @@ impl Layout {
             PROTOCOL_UDP => {
                 let length = u16::from_be_bytes(*transport.get(4..)?.first_chunk()?);
                 no_checksum = transport.get(UDP_CHECKSUM..UDP_HEADER)? == [0, 0];
-                // Over IPv6 the kernel has to see that it is missing.
+                // Over IPv6 a missing checksum is an error that the kernel must detect.
                 let fits = usize::from(length) == transport.len()
                     && !(no_checksum && inner.source.is_ipv6());
                 (UDP_HEADER, fits)
             }
             _ => return None,
         };
-        // Options make a packet rare enough to leave alone.
+        // Packets with IPv4 options are too rare to be worth coalescing.
         let plain = inner.source.is_ipv6() || inner.header_len == IPV4_HEADER;
         let layout = Self {
             outer: None,
@@ -316,13 +325,14 @@ impl Layout {
         self.network.source.is_ipv4()
     }
 
-    /// The sum of the pseudo-header, for so many bytes of transport header and payload.
+    /// Returns the checksum sum of the pseudo-header for `transport_len` bytes of transport header
+    /// and payload.
     fn pseudo(&self, transport_len: usize) -> u64 {
         let protocol = if self.is_tcp { PROTOCOL_TCP } else { PROTOCOL_UDP };
         self.network.pseudo(protocol, transport_len)
     }
 
-    /// Whether the checksums of a packet are right.
+    /// Returns whether the checksums of a packet are correct.
     fn is_correct(&self, packet: &[u8]) -> bool {
         let is_correct = |sum: u64| checksum::fold(sum) == 0xffff;
         let (headers, transport) = packet.split_at(self.transport);
@@ -339,8 +349,8 @@ impl Layout {
             if outer.network.source.is_ipv4() && !is_correct(checksum::add(0, header)) {
                 return false;
             }
-            // Every header has an even number of bytes: the sum of what is inside is a part of
-            // the outer one.
+            // Every header has an even number of bytes, so the sum of the inner bytes is a part of
+            // the outer sum.
             let all = checksum::add(payload_sum, &headers[outer.udp..]);
             let pseudo = outer.network.pseudo(PROTOCOL_UDP, packet.len() - outer.udp);
             if outer.checksum && !is_correct(pseudo + all) {
@@ -352,24 +362,26 @@ impl Layout {
 }
 
 impl Network {
-    /// The sum of the pseudo-header, for so many bytes of transport header and payload.
+    /// Returns the checksum sum of the pseudo-header for `transport_len` bytes of transport header
+    /// and payload.
     fn pseudo(&self, protocol: u8, transport_len: usize) -> u64 {
         checksum::pseudo(&self.source, &self.destination, protocol) + transport_len as u64
     }
 
-    /// Whether this header of `next` is the one that splitting would give a packet after `first`,
-    /// as far as its length and sum are left aside; if so, how the identification goes on.
-    /// Addresses are compared elsewhere.
+    /// Compares this header of two packets, except for addresses (compared elsewhere), length and
+    /// checksum. If splitting would give the packet after `first` the header of `next`, returns the
+    /// progress of the identification.
     fn goes_on(&self, id: Identification, first: &[u8], next: &[u8]) -> Option<Identification> {
         let (first, next) = (&first[self.at..], &next[self.at..]);
         if self.source.is_ipv4() {
             return id.goes_on(first, next);
         }
-        // Version, traffic class, flow label; next header, hop limit.
+        // Compares version, traffic class and flow label, then next header and hop limit.
         (first[..4] == next[..4] && first[6..8] == next[6..8]).then_some(id)
     }
 
-    /// Says in this header, which ends at `transport`, that the packet it begins has `len` bytes.
+    /// Sets the length in this header, which ends at `transport`, for an IP packet of `len` bytes,
+    /// and its checksum.
     fn write_length(&self, packet: &mut [u8], transport: usize, len: usize) {
         let header = &mut packet[self.at..transport];
         if self.source.is_ipv4() {
@@ -389,13 +401,13 @@ impl Identification {
     }
 
     fn goes_on(self, first: &[u8], next: &[u8]) -> Option<Self> {
-        // Type of service, flags, time to live, protocol.
+        // Compares type of service, then flags, time to live and protocol.
         let same = first[1] == next[1] && first[6..10] == next[6..10];
         let last = identification(next);
         let step = last.wrapping_sub(self.last);
         let known = self.step.is_none_or(|known| known == step);
-        // Splitting counts up. Where nothing may be fragmented, the number means nothing, and some
-        // leave it alone.
+        // Splitting increments the identification. It has no meaning if fragmentation is forbidden,
+        // and some senders then keep it constant.
         let fits = step == 1 || (step == 0 && first[6] & IPV4_DF != 0);
         (same && known && fits).then_some(Self { last, step: Some(step) })
     }
@@ -424,14 +436,14 @@ impl Flow {
         }
     }
 
-    /// Nothing can follow any more.
+    /// Returns whether no packet can be appended any more.
     fn is_full(&self) -> bool {
         let limit = if self.layout.is_tcp { TCP_PACKETS } else { UDP_PACKETS };
         let shorter = self.total - self.layout.len < self.size * self.packets;
         self.packets >= limit || self.pushed || shorter
     }
 
-    /// Joins the packet if it continues this one.
+    /// Appends the packet if it continues this super-packet. Returns whether it did.
     fn join(&mut self, batch: &mut WriteBatch, start: usize, next: &Candidate) -> bool {
         if !next.joins
             || self.is_full()
@@ -462,8 +474,9 @@ impl Flow {
         true
     }
 
-    /// Whether `packet`'s headers are those that splitting would give it. Returns how the
-    /// identifications go on, the outer one first. The layout is the same.
+    /// Compares the headers of `packet`, which has the same layout, with those that splitting would
+    /// give it. If they are equal, returns the progress of the outer and of the inner
+    /// identification.
     fn same_headers(
         &self,
         first: &[u8],
@@ -495,7 +508,7 @@ impl Flow {
         Some((outer_identification, identification))
     }
 
-    /// Writes the headers of the super-packet, if it became one.
+    /// Writes the headers of the super-packet, if it has more than one packet.
     fn close(self, batch: &mut WriteBatch) {
         if self.packets == 1 {
             return;
@@ -545,7 +558,7 @@ fn sequence(tcp: &[u8]) -> u32 {
     u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]])
 }
 
-/// Of IPv4; meaningless on IPv6.
+/// Returns the identification of an IPv4 header. The value has no meaning on IPv6.
 fn identification(header: &[u8]) -> u16 {
     u16::from_be_bytes([header[4], header[5]])
 }

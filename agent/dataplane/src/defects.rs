@@ -1,10 +1,10 @@
-//! What boringtun 0.7.1 leaves undone or does wrong, and that it is met from outside: one test
-//! each, beside those that stand where the remedy does.
+//! Tests of the workarounds for gaps and defects of boringtun 0.7.1, one for each. Some tests are
+//! next to the workaround.
 //!
-//! | defect | met in | test |
+//! | defect | workaround in | test |
 //! |---|---|---|
 //! | no jitter on repeated initiations | `peer` | here |
-//! | two ends with keepalives fight to initiate | `peer` | here |
+//! | two ends with keepalives compete to initiate | `peer` | here |
 //! | keepalives on busy tunnels | `peer` | `peer`, `agent/tests/dataplane.rs` |
 //! | a replay window of 1,024 | `worker`: order is kept | here |
 //! | no Reject-After-Messages | `session` | `agent/tests/dataplane.rs` |
@@ -12,11 +12,12 @@
 //! | one counter limits handshakes, for addresses without ports | `session`, `engine` | here, `agent/tests/dataplane.rs` |
 //! | responses are limited too | `session` | here |
 //! | a pre-shared key cannot change | `peer`, `table` | `agent/tests/dataplane.rs` |
-//! | an expired tunnel stays so | `peer`, core | here, `agent/core/tests` |
+//! | an expired tunnel stays expired | `peer`, core | here, `agent/core/tests` |
 //! | small buffers panic | `session` | here |
-//! | indices tell how many peers there are | `table` | here |
+//! | indices reveal the number of peers | `table` | here |
 //! | roaming on cookie replies | `peer` | here |
-//! | a source is checked against its own peer's prefixes alone | `engine` | `agent/tests/dataplane.rs` |
+//! | a source is checked only against the prefixes of its own peer | `engine` |
+//! `agent/dataplane/tests/dataplane.rs` |
 //! | a clock that was set back locks a peer out | `peer`, `table` | `agent/tests/dataplane.rs` |
 
 use std::collections::BTreeSet;
@@ -50,7 +51,7 @@ fn address(number: u8) -> SocketAddr {
     SocketAddr::from(([192, 0, 2, number], 51830))
 }
 
-/// One payload, sealed once.
+/// Single payload to seal.
 struct Once(Option<Vec<u8>>, Vec<u8>);
 
 impl Once {
@@ -70,7 +71,7 @@ impl Segments for Once {
     }
 }
 
-/// An IPv4 packet without anything in it, padded.
+/// Returns an IPv4 packet with an empty payload, padded.
 fn packet() -> Vec<u8> {
     let mut packet = vec![0; 32];
     packet[0] = 0x45;
@@ -78,7 +79,7 @@ fn packet() -> Vec<u8> {
     packet
 }
 
-/// Two engines with a session that the first has initiated.
+/// Returns two engines with a session that the first initiated.
 fn engines() -> [Session; 2] {
     let [ours, theirs] = [1, 2].map(secrets);
     let mut a = Session::new(&ours, theirs.public_key(), None, 1);
@@ -119,7 +120,7 @@ fn open(session: &mut Session, datagram: &[u8]) -> Opened {
     found.unwrap()
 }
 
-/// A tunnel, and all that it acts on.
+/// Tunnel, with the context of its calls.
 struct Side {
     tunnel: Tunnel,
     out: SendBatch,
@@ -187,7 +188,8 @@ fn sides() -> [Side; 2] {
     [Side::new(&ours, keys[1]), Side::new(&theirs, keys[0])]
 }
 
-/// Lets everything that was put out arrive; returns the initiations of each side.
+/// Delivers sent datagrams in both directions until neither side sends any. Returns the number of
+/// initiations of each side.
 fn deliver(now: Instant, sides: &mut [Side; 2]) -> [usize; 2] {
     let ways = [Path::direct(address(1)), Path::direct(address(2))];
     let mut initiations = [0; 2];
@@ -262,7 +264,7 @@ fn a_cookie_reply_moves_nobody_and_its_cookie_is_used() {
     assert_ne!(initiation[132..], [0; 16]);
     let mut reply = [0; HANDSHAKE_BYTES];
     assert_eq!(theirs.admit(address(1), &initiation, true, &mut reply), Admission::Admitted);
-    // The cookie is good for that address and port alone.
+    // The cookie is valid for that address and port only.
     let mut other = address(1);
     other.set_port(4);
     assert!(matches!(theirs.admit(other, &initiation, true, &mut reply), Admission::Cookie(_)));
@@ -274,7 +276,7 @@ fn a_tunnel_that_was_given_up_comes_back_when_told_to() {
     let start = sides[0].started;
     sides[0].with(start, |tunnel, act| tunnel.initiate(vec![address(9).into()], act));
     sides[0].sent();
-    // Long after: nothing happens by itself, and nothing stands in the way.
+    // After a long time nothing happens by itself, and a new handshake still works.
     let now = start + Duration::from_secs(1_000);
     let live = sides[0].with(now, |tunnel, act| tunnel.tick(Some(address(2).into()), None, act));
     assert!(!live && sides[0].sent().is_empty());
@@ -322,7 +324,7 @@ fn buffers_that_are_too_small_are_refused() {
 
 #[test]
 fn what_is_sealed_is_a_multiple_of_16_bytes() {
-    // `Segments` come padded, so the engine adds its own bytes and no others.
+    // Segments are padded already, so the engine adds only its own overhead.
     let [mut a, _] = engines();
     let sealed = seal(&mut a);
     assert_eq!(sealed.len(), packet().len() + DATA_OVERHEAD);
@@ -361,8 +363,8 @@ fn indices_tell_nothing() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// boringtun remembers the last 1,024 counters; whatever order they come in, each is taken at
-    /// most once, and the recent ones are taken.
+    /// boringtun remembers the last 1,024 counters. In any order of arrival each counter is
+    /// accepted at most once, and recent ones are accepted.
     #[test]
     fn counters_in_any_order_are_taken_once(
         order in proptest::collection::vec(0usize..1_600, 1..600),

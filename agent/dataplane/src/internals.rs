@@ -1,4 +1,5 @@
-//! The packet path of one worker without its thread, for fuzzing and for benchmarks. No API.
+//! The packet path of one worker without its thread, for fuzzing and benchmarks. Not part of the
+//! public API.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,10 +21,10 @@ use super::session::Secrets;
 use super::table::Table;
 use super::udp::UdpIo;
 
-/// Events that are kept until they are drained.
+/// Largest number of events that are kept until they are drained.
 const EVENTS: usize = 4096;
 
-/// See the module.
+/// Packet path of one worker, with its table, counters and events.
 #[derive(Debug)]
 pub struct PacketPath {
     secrets: Arc<Secrets>,
@@ -34,7 +35,7 @@ pub struct PacketPath {
 }
 
 impl PacketPath {
-    /// Without peers.
+    /// Creates a packet path without peers.
     pub fn new(private_key: StaticSecret, relay: Relay, link: Option<u32>, now: Instant) -> Self {
         let secrets = Arc::new(Secrets::new(private_key));
         let table = Arc::new(ArcSwap::from_pointee(Table::default()));
@@ -46,22 +47,22 @@ impl PacketPath {
         Self { secrets, table, drops, events, engine }
     }
 
-    /// The node's own public key.
+    /// Returns the node's own public key.
     pub fn public_key(&self) -> WireguardKey {
         self.secrets.public_key()
     }
 
-    /// The peers are now these.
+    /// Replaces the peer table.
     pub fn apply(&self, table: &PeerTable) {
         self.table.store(Arc::new(self.table.load().next(table, &self.secrets)));
     }
 
-    /// Bytes to which an inner packet may be padded.
+    /// Sets the MTU in bytes. No inner packet is padded beyond it.
     pub fn set_mtu(&mut self, mtu: usize) {
         self.engine.set_mtu(mtu);
     }
 
-    /// What a worker does with a batch from the network.
+    /// Handles a batch from the network as a worker does.
     pub fn inbound(
         &mut self,
         now: Instant,
@@ -73,12 +74,12 @@ impl PacketPath {
         self.engine.inbound(now, allowed, batch, writes, out);
     }
 
-    /// Datagrams of the last batch that go on to other nodes.
+    /// Returns the trains of the last batch that must be forwarded to other nodes.
     pub fn forwards(&self) -> &[Train] {
         self.engine.forwards()
     }
 
-    /// What a worker does with a batch from the TUN.
+    /// Handles a batch from the TUN as a worker does.
     pub fn outbound<U: UdpIo>(
         &mut self,
         now: Instant,
@@ -100,22 +101,22 @@ impl PacketPath {
         self.engine.initiate(now, peer, to, out);
     }
 
-    /// Number of drops so far, for this reason.
+    /// Returns the number of packets dropped for this reason.
     pub fn drops(&self, reason: DropReason) -> u64 {
         self.drops.get(reason)
     }
 
-    /// Number of drops so far, for all reasons.
+    /// Returns the number of packets dropped for any reason.
     pub fn all_drops(&self) -> u64 {
         DropReason::ALL.iter().map(|reason| self.drops.get(*reason)).sum()
     }
 
-    /// Number of packets that wait for a session.
+    /// Returns the number of packets that wait for a session.
     pub fn waiting(&self) -> usize {
         self.table.load().peers.iter().map(|peer| peer.tunnel.lock().waiting()).sum()
     }
 
-    /// The next event, if there is one.
+    /// Returns the next event, if there is one.
     pub fn event(&mut self) -> Option<Event> {
         self.events.try_recv().ok()
     }

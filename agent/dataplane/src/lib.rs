@@ -370,6 +370,8 @@ impl DataPlane {
     /// Sends a datagram like [`DataPlane::send`], but with fragmentation forbidden, to find out
     /// whether the path to `peer` takes its size. If the kernel already knows that it is too big,
     /// [`Observation::TooBig`] is reported.
+    ///
+    /// [`Observation::TooBig`]: towline_core::peer_table::Observation::TooBig
     pub fn send_whole(&self, peer: WireguardKey, to: Path, datagram: &[u8]) {
         self.0.order(Command::SendWhole(peer, to, datagram.to_vec()));
     }

@@ -1,39 +1,39 @@
-//! Reading the header of an inner packet: who sent it, to whom, and how long it claims to be.
+//! Parser of the IP header of an inner packet: source, destination and claimed length.
 //!
-//! Contract: any bytes give an answer or `None`, never a panic. What is returned is consistent:
+//! Contract: any bytes give a result or `None`, never a panic. The result is consistent:
 //! `header_len <= total_len <= bytes.len()`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// TCP, RFC 9293.
+/// IP protocol number of TCP (RFC 9293).
 pub const PROTOCOL_TCP: u8 = 6;
-/// UDP, RFC 768.
+/// IP protocol number of UDP (RFC 768).
 pub const PROTOCOL_UDP: u8 = 17;
 
 const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
-/// Of the IPv4 fragment field: more fragments, and the offset.
+/// Bits of the IPv4 fragment field that mark a fragment: "more fragments" and the offset.
 const IPV4_FRAGMENT: u16 = 0x3fff;
 
-/// The fixed header of an IPv4 (RFC 791) or IPv6 (RFC 8200) packet.
+/// Fields of the fixed header of an IPv4 (RFC 791) or IPv6 (RFC 8200) packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Inner {
     /// Source address.
     pub source: IpAddr,
     /// Destination address.
     pub destination: IpAddr,
-    /// Length that the header claims, at most the number of bytes given.
+    /// Length of the packet that the header claims, in bytes. At most the number of bytes parsed.
     pub total_len: usize,
-    /// IPv4: with options. IPv6: the fixed header alone.
+    /// Length of the header in bytes: with options for IPv4, without extension headers for IPv6.
     pub header_len: usize,
-    /// IPv4's protocol, or IPv6's first next header.
+    /// Protocol field of IPv4, or next-header field of IPv6.
     pub protocol: u8,
-    /// Part of a larger packet (IPv4 only; IPv6 says so in an extension header).
+    /// True for a fragment. IPv4 only: in IPv6 an extension header marks fragments.
     pub fragment: bool,
 }
 
 impl Inner {
-    /// Reads the header. Bytes behind the claimed length are allowed (they are padding).
+    /// Parses the header. Bytes after the claimed length are allowed, because they are padding.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
         match bytes.first()? >> 4 {
             4 => Self::parse_v4(bytes),

@@ -1,15 +1,17 @@
-//! Channels between other nodes: datagrams that we forward as they come, unopened.
+//! Forwarding table of the relay: channels between other nodes, whose datagrams are forwarded
+//! without decrypting them.
 //!
-//! The daemon, which opens what nodes ask ([`towline_core::relay`]), registers nodes and opens
-//! channels; the worker looks a channel up once for each train and forwards the train as it lies in
-//! the receive buffer, segments and all. Both hold the same [`Relay`].
+//! The daemon opens the requests of nodes ([`towline_core::relay`]), registers nodes and opens
+//! channels. The worker looks up a channel once for each train, and forwards the train from the
+//! receive buffer without copying or splitting it. Both hold the same [`Relay`].
 //!
-//! What bounds it: only nodes of the mesh get in, since requests are sealed for the pair; each has
-//! at most so many channels and bytes per second, and the one who sends is charged. A datagram of a
-//! stranger costs one lookup. Nothing grows with what strangers send.
+//! Limits: only nodes of the mesh get a channel, because a request is encrypted for the pair of
+//! node and relay. Each node has a limited number of channels and of bytes per second, and the
+//! sender is charged. A datagram from a stranger costs one lookup. Nothing grows with the traffic
+//! of strangers.
 //!
 //! A second transport (TLS over TCP 443) would be another kind of [`End`]: the table maps a channel
-//! and who it came from to where it goes, and does not care how either is reached.
+//! and a sender to a receiver, independent of how each is reached.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,76 +25,82 @@ use towline_types::rate::{Rate, TokenBucket};
 
 use super::drops::DropReason;
 
-/// How much one node may have.
+/// Limits of the relay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Nodes that may be registered.
+    /// Largest number of registered nodes.
     pub nodes: usize,
-    /// Channels of one node.
+    /// Largest number of channels of one node.
     pub channels: usize,
-    /// Bytes that one node may send in a second.
+    /// Largest number of bytes that one node may send per second.
     pub bytes_per_second: u64,
 }
 
-/// Forwards for other nodes, or does not. Clones are the same one.
+/// Relay for other nodes, or its disabled form (the default). Clones share their state.
 #[derive(Debug, Clone, Default)]
 pub struct Relay(Option<Arc<Mutex<State>>>);
 
-/// Why a request is refused.
+/// Reason why a request is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// We forward for nobody.
+    /// This node is not a relay.
     Off,
-    /// As many nodes, or channels of one of the two, as there may be.
+    /// The limit of nodes, or of channels of one of the two nodes, is reached.
     Limit,
     /// The other node is not registered.
     NotRegistered,
 }
 
-/// What becomes of a train.
+/// Decision about a train of datagrams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Forward {
-    /// It goes there, unchanged.
+    /// The train is forwarded unchanged on this path.
     To(Path),
-    /// It goes nowhere.
+    /// The train is dropped for this reason.
     Refused(DropReason),
-    /// The channel is none that we forward: we may be its end.
+    /// The channel is not in the table: this node may be its end.
     Unknown,
 }
 
-/// How it stands.
+/// Counters of the relay at one moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RelaySnapshot {
-    /// Nodes that can be reached through us.
+    /// Number of registered nodes.
     pub nodes: usize,
-    /// Open channels.
+    /// Number of open channels.
     pub channels: usize,
-    /// Bytes forwarded so far.
+    /// Number of bytes forwarded since the start.
     pub bytes: u64,
 }
 
 #[derive(Debug)]
 struct State {
     limits: Limits,
-    /// Bytes of one node: those of one second at once.
+    /// Rate of one node in bytes. The burst is the amount of one second.
     rate: Rate,
     nodes: HashMap<WireguardKey, Node>,
+    /// Channels by their number.
     channels: HashMap<u64, Channel>,
+    /// Channel numbers by the sorted pair of nodes.
     pairs: HashMap<[WireguardKey; 2], u64>,
+    /// Number of bytes forwarded.
     bytes: u64,
 }
 
 #[derive(Debug)]
 struct Node {
     path: Path,
+    /// Time of the last registration.
     heard: Instant,
     channels: Vec<u64>,
+    /// Token bucket of bytes, shared by all channels of the node.
     budget: Arc<Mutex<TokenBucket>>,
 }
 
 #[derive(Debug)]
 struct Channel {
     ends: [End; 2],
+    /// Time when the channel was last opened or used.
     used: Instant,
 }
 
@@ -104,7 +112,7 @@ struct End {
 }
 
 impl Relay {
-    /// One that forwards, within these limits.
+    /// Creates a relay with these limits.
     pub fn new(limits: Limits) -> Self {
         Self(Some(Arc::new(Mutex::new(State {
             limits,
@@ -116,12 +124,12 @@ impl Relay {
         }))))
     }
 
-    /// A node can be reached at `path` from now on, also by the channels that it has. Returns for
-    /// how long.
+    /// Registers a node at `path`, which its existing channels use too. Returns the lifetime of the
+    /// registration.
     ///
     /// # Errors
     ///
-    /// Why it is refused.
+    /// Returns the reason of the refusal.
     pub fn register(
         &self,
         now: Instant,
@@ -132,13 +140,13 @@ impl Relay {
         Ok(CHANNEL_LIFETIME)
     }
 
-    /// Opens a channel between a node, which is at `path`, and another one. Returns it with where
-    /// the other one is, to be told of it. `number` is the channel's, if it is a new one: random,
-    /// so that nobody can guess it.
+    /// Opens a channel between a node at `path` and another node. Returns the channel and the path
+    /// of the other node, which must be notified. `number` is used for a new channel. It must be
+    /// random, so that it cannot be guessed.
     ///
     /// # Errors
     ///
-    /// Why it is refused.
+    /// Returns the reason of the refusal.
     pub fn open(
         &self,
         now: Instant,
@@ -149,7 +157,7 @@ impl Relay {
         self.state()?.lock().open(now, (node, path), other, number)
     }
 
-    /// Forgets all but these nodes.
+    /// Removes all nodes for which `stays` returns false, with their channels.
     pub fn keep(&self, stays: impl Fn(&WireguardKey) -> bool) {
         let Ok(state) = self.state() else { return };
         let mut state = state.lock();
@@ -159,7 +167,7 @@ impl Relay {
         }
     }
 
-    /// Forgets what was not used for long. Call it now and then.
+    /// Removes channels and nodes that were not used for the channel lifetime. Call it regularly.
     pub fn expire(&self, now: Instant) {
         if let Ok(state) = self.state() {
             state.lock().expire(now);
@@ -178,7 +186,7 @@ impl Relay {
         )
     }
 
-    /// Where a train of `bytes` goes that came on `channel`.
+    /// Decides about a train of `bytes` bytes that arrived on `channel`.
     pub(super) fn forward(&self, now: Instant, from: &Path, channel: u64, bytes: usize) -> Forward {
         match &self.0 {
             None => Forward::Unknown,
@@ -197,7 +205,7 @@ impl State {
             node.heard = now;
             let before = std::mem::replace(&mut node.path, path);
             if before != path {
-                // Its NAT gave it another address: the channels that were there go on from here.
+                // Its NAT assigned another address, so its channels at the previous path move too.
                 for number in &node.channels {
                     let ends = self.channels.get_mut(number).map(|channel| &mut channel.ends);
                     let own = |end: &&mut End| end.node == key && end.path == before;
@@ -286,7 +294,7 @@ impl State {
         for number in closed.map(|(number, _)| *number).collect::<Vec<_>>() {
             self.close(number);
         }
-        // Who still sends is still there.
+        // A node with open channels stays, because it still sends or receives.
         let gone = self.nodes.iter().filter(|(_, node)| silent(node.heard));
         let gone = gone.filter(|(_, node)| node.channels.is_empty()).map(|(key, _)| *key);
         for node in gone.collect::<Vec<_>>() {

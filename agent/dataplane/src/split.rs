@@ -1,11 +1,12 @@
-//! Outbound: what the kernel left undone is done here, on the way into the cipher.
+//! Outbound packets: completes the checksums and the segmentation that the kernel left undone,
+//! while the segments are encrypted.
 //!
-//! Contract: a packet from the TUN comes with its virtio header; segments come out one at a time,
-//! each a whole IP packet with correct checksums, padded for WireGuard, in the order of the
-//! stream. Hostile or nonsensical headers give an error, never a panic.
+//! Contract: a packet from the TUN comes with its virtio header. Segments come out one at a time,
+//! in the order of the stream. Each is a whole IP packet with correct checksums, padded for
+//! WireGuard. Hostile or inconsistent headers give an error, never a panic.
 //!
-//! A super-packet is split in place: each segment's headers are written over the end of the
-//! payload before it, which is sealed by then. Nothing is copied but headers.
+//! A super-packet is split in place: the headers of each segment overwrite the end of the previous
+//! payload, which is encrypted by then. Only headers are copied.
 
 use super::arena::{HEADROOM, TAILROOM};
 use super::checksum;
@@ -17,7 +18,8 @@ use super::vnet::{
     GSO_TUNNEL_V6, GSO_UDP_L4, VnetHeader,
 };
 
-/// The longest headers of a super-packet: outer ones, a tunnel's with its options, inner ones.
+/// Largest total length of the headers of a super-packet, in bytes: outer headers, a tunnel header
+/// with options, and inner headers.
 const HEADERS: usize = 448;
 
 const TCP_SEQUENCE: usize = 4;
@@ -30,12 +32,12 @@ const UDP_HEADER: usize = 8;
 const UDP_LENGTH: usize = 4;
 const UDP_CHECKSUM: usize = 6;
 
-/// One packet from the TUN as segments.
+/// Packet from the TUN as a sequence of segments.
 #[derive(Debug)]
 pub struct Split<'a> {
-    /// The packet, with the free bytes around it.
+    /// Packet with the free bytes around it.
     bytes: &'a mut [u8],
-    /// No segment is padded beyond this.
+    /// MTU of the link in bytes. No segment is padded beyond it.
     mtu: usize,
     state: State,
 }
@@ -43,70 +45,80 @@ pub struct Split<'a> {
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "one on the stack per packet; a box would allocate")]
 enum State {
-    /// A packet as it is, of so many bytes.
+    /// A packet that needs no splitting, with its length in bytes.
     Whole(usize),
-    /// A super-packet.
+    /// A super-packet that is being split.
     Train(Train),
+    /// All segments were taken.
     Done,
 }
 
-/// A super-packet on its way through.
+/// State of the splitting of a super-packet.
 #[derive(Debug)]
 struct Train {
-    /// As in the super-packet, but what differs from segment to segment is zero.
+    /// Headers of the super-packet. The fields that differ between segments are zero.
     headers: [u8; HEADERS],
     headers_len: usize,
-    /// Around the packet that is split: a UDP tunnel, such as VXLAN.
+    /// Headers of the UDP tunnel, such as VXLAN, that contains the packet. `None` outside a tunnel.
     outer: Option<Outer>,
+    /// IP header of the packet that is split.
     network: Network,
-    /// Where the transport header begins.
+    /// Offset of the transport header.
     transport: usize,
     is_tcp: bool,
-    /// The sum of the pseudo-header without the length.
+    /// Checksum sum of the pseudo-header without the length.
     pseudo: u64,
-    /// Of pseudo-header and transport header: without lengths, sequence, flags and checksum.
+    /// Checksum sum of the pseudo-header and the transport header, without lengths, sequence
+    /// number, flags and checksum.
     transport_sum: u64,
+    /// TCP sequence number of the next segment.
     sequence: u32,
+    /// TCP flags of the super-packet.
     flags: u8,
-    /// Payload in each segment but the last.
+    /// Payload bytes in each segment except the last.
     size: usize,
-    /// Where the next payload begins in the packet's buffer, and where the last ends.
+    /// Offset of the next payload in the packet's buffer.
     next: usize,
+    /// Offset of the end of the last payload.
     end: usize,
+    /// True until the first segment was written.
     first: bool,
-    /// What the padding of the last segment has overwritten, and how much.
+    /// Payload bytes that the padding of the previous segment overwrote, and their number.
     covered: ([u8; TAILROOM], usize),
 }
 
-/// An IP header that is written for each segment.
+/// IP header that is written for each segment.
 #[derive(Debug)]
 struct Network {
-    /// Where it begins.
+    /// Offset of the header in the packet.
     at: usize,
     is_v4: bool,
+    /// Length of the header in bytes.
     len: usize,
-    /// Of the IPv4 header: without length, identification and checksum.
+    /// Checksum sum of the IPv4 header without length, identification and checksum.
     sum: u64,
+    /// IPv4 identification of the next segment.
     identification: u16,
 }
 
-/// The outer headers of a tunnel.
+/// Outer headers of a UDP tunnel.
 #[derive(Debug)]
 struct Outer {
     network: Network,
-    /// Where the UDP header begins.
+    /// Offset of the UDP header.
     udp: usize,
-    /// Of the pseudo-header without the length, if there is a checksum.
+    /// Checksum sum of the pseudo-header without the length. `None` if the tunnel uses no checksum.
     pseudo: Option<u64>,
 }
 
 impl<'a> Split<'a> {
-    /// `bytes` is the packet with [`HEADROOM`] free bytes before it and [`TAILROOM`] behind;
-    /// `len` its length. No segment is padded beyond `mtu` bytes.
+    /// Prepares the packet of `len` bytes in `bytes`, which has [`HEADROOM`] free bytes before it
+    /// and [`TAILROOM`] after it. Completes its checksum if no splitting is needed. No segment is
+    /// padded beyond `mtu` bytes.
     ///
     /// # Errors
     ///
-    /// When the virtio header and the packet do not fit together.
+    /// Returns [`DropReason::Unsplittable`] if the virtio header does not match the packet.
     pub fn new(
         bytes: &'a mut [u8],
         len: usize,
@@ -245,8 +257,8 @@ impl Train {
         self.size.min(self.end - self.next)
     }
 
-    /// Writes the headers of the next segment before its payload. Returns where the segment
-    /// begins, and its length.
+    /// Writes the headers of the next segment before its payload. Returns the offset of the segment
+    /// and its length.
     fn write_next(&mut self, bytes: &mut [u8]) -> (usize, usize) {
         let (covered, len) = &self.covered;
         bytes[self.next..self.next + len].copy_from_slice(&covered[..*len]);
@@ -275,13 +287,14 @@ impl Train {
             let sum = payload_sum + transport_len + u64::from(self.sequence) + u64::from(flags);
             put(part, TCP_CHECKSUM, !checksum::fold(sum));
         } else {
-            // The length counts twice: in the header and in the pseudo-header.
+            // The length is summed twice: it is in the header and in the pseudo-header.
             let sum = payload_sum + 2 * transport_len;
             put(part, UDP_LENGTH, transport_len as u16);
             put(part, UDP_CHECKSUM, not_zero(!checksum::fold(sum)));
         }
         if let Some(outer) = &mut self.outer {
-            // With the pseudo-header, transport header and payload now sum up to nothing.
+            // The checksum is complete, so transport header and payload now add up to the
+            // complement of the pseudo-header.
             let inside = !checksum::fold(self.pseudo + transport_len);
             outer.write(segment, self.transport, inside);
         }
@@ -294,7 +307,7 @@ impl Train {
 }
 
 impl Network {
-    /// Clears in `headers` what [`Network::write`] will fill in.
+    /// Reads the header at `at` and clears the fields that [`Network::write`] sets.
     fn new(headers: &mut [u8], at: usize, inner: &Inner) -> Self {
         let is_v4 = inner.source.is_ipv4();
         let len = inner.header_len;
@@ -309,7 +322,7 @@ impl Network {
         Self { at, is_v4, len, sum, identification }
     }
 
-    /// Completes the header in a segment; each has the next identification.
+    /// Completes the header of a segment, with the next identification.
     fn write(&mut self, segment: &mut [u8]) {
         let total = segment.len() - self.at;
         let header = &mut segment[self.at..self.at + self.len];
@@ -334,7 +347,8 @@ impl Outer {
         transport: usize,
     ) -> Option<Self> {
         let udp = usize::from(header.outer_transport);
-        // Where bytes pair up inside as they do outside, the inner sum is a part of the outer one.
+        // If inner and outer headers have the same 16-bit alignment, the inner sum is a part of the
+        // outer sum.
         let pairs = transport.checked_sub(udp)?.is_multiple_of(2);
         if !is_behind(udp, whole, PROTOCOL_UDP) || inner_at < udp + UDP_HEADER || !pairs {
             return None;
@@ -345,8 +359,8 @@ impl Outer {
         Some(Self { network: Network::new(headers, 0, whole), udp, pseudo })
     }
 
-    /// Completes the outer headers of a segment that is complete inside. `inside` is the sum of its
-    /// transport header, which begins at `transport`, and payload.
+    /// Completes the outer headers of a segment whose inner headers are complete. `inside` is the
+    /// sum of its transport header, which begins at `transport`, and its payload.
     fn write(&mut self, segment: &mut [u8], transport: usize, inside: u16) {
         self.network.write(segment);
         let part = &mut segment[self.udp..];
@@ -360,14 +374,15 @@ impl Outer {
     }
 }
 
-/// The packet in a tunnel, whose header begins at `at`, and which ends with the outer one.
+/// Returns the header of the packet inside a tunnel. The packet begins at `at` and must end where
+/// the outer packet ends.
 fn parse_inside(packet: &[u8], at: usize) -> Option<Inner> {
     let inside = packet.get(at..)?;
     Inner::parse(inside).filter(|inner| inner.total_len == inside.len())
 }
 
-/// Whether a transport header may stand at `offset` of a packet. On IPv6 there may be extension
-/// headers between.
+/// Returns whether a transport header may be at `offset` of a packet. On IPv6 there may be
+/// extension headers before it.
 fn is_behind(offset: usize, inner: &Inner, protocol: u8) -> bool {
     if inner.source.is_ipv4() {
         offset == inner.header_len && inner.protocol == protocol && !inner.fragment
@@ -380,12 +395,13 @@ fn put(bytes: &mut [u8], at: usize, value: u16) {
     bytes[at..at + 2].copy_from_slice(&value.to_be_bytes());
 }
 
-/// WireGuard pads to 16 bytes, but not past the link's MTU.
+/// Returns the length with WireGuard's padding to 16 bytes, but not beyond the MTU of the link.
 fn padded(len: usize, mtu: usize) -> usize {
     len.next_multiple_of(PADDING).min(mtu.max(len))
 }
 
-/// Where the sum goes there stands the sum of the pseudo-header.
+/// Completes the checksum of a packet. The checksum field already contains the sum of the
+/// pseudo-header.
 fn complete_checksum(packet: &mut [u8], header: &VnetHeader) -> Option<()> {
     let start = usize::from(header.csum_start);
     let at = start + usize::from(header.csum_offset);
@@ -394,7 +410,8 @@ fn complete_checksum(packet: &mut [u8], header: &VnetHeader) -> Option<()> {
     Some(())
 }
 
-/// In UDP zero means that there is no sum; elsewhere both stand for zero.
+/// Replaces a checksum of zero with its equivalent 0xffff. In UDP a checksum of zero means that
+/// there is none.
 fn not_zero(sum: u16) -> u16 {
     if sum == 0 { 0xffff } else { sum }
 }
@@ -405,7 +422,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// All segments of a packet, without padding; each is checked to be padded with zeros.
+    /// Returns all segments of a packet without their padding, after checking that it is all zeros.
     fn split(packet: &[u8], header: &VnetHeader, mtu: usize) -> Result<Vec<Vec<u8>>, DropReason> {
         let mut bytes = vec![0xaa; HEADROOM];
         bytes.extend_from_slice(packet);
@@ -449,7 +466,8 @@ mod tests {
         }
     }
 
-    /// `inner` in VXLAN or (with options) Geneve, over UDP from `outer`'s ports and addresses.
+    /// Returns `inner` in VXLAN or (with options) Geneve over UDP with the ports and addresses of
+    /// `outer`, and the offset of `inner`.
     fn tunnel(outer: &Recipe, options: usize, inner: &[u8], checksum: bool) -> (Vec<u8>, usize) {
         let mut payload = vec![0; 8 + options + 14];
         payload[0] = 8;
@@ -464,7 +482,7 @@ mod tests {
         (packet, inside)
     }
 
-    /// As the kernel hands over a super-packet: the sum of the pseudo-header is in place.
+    /// Returns a packet with the virtio header of a super-packet from the kernel.
     fn super_packet(recipe: &Recipe, size: usize) -> (Vec<u8>, VnetHeader) {
         let packet = recipe.build();
         let (ip_len, headers_len) = recipe.headers();

@@ -1,6 +1,5 @@
-//! What makes the data plane faster where the kernel has it: probed at the start, given up at run
-//! time when the kernel turns out not to do it after all, tried again later, shown to the
-//! operator.
+//! Switches of the kernel's offloads: each is probed at the start, disabled for a minute if the
+//! kernel refuses it at run time, retried later, and shown to the operator.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,21 +7,22 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-/// For how long something is left alone after the kernel refused it.
+/// Time for which an offload stays disabled after the kernel refused it.
 const PAUSE: Duration = Duration::from_secs(60);
 
-/// Something that makes the data plane faster, and whether it is in use.
+/// State of an offload, for status output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Feature {
-    /// For the operator and for metrics.
+    /// Name in command output and in metrics.
     pub name: &'static str,
-    /// In use.
+    /// True if the offload is in use.
     pub active: bool,
-    /// Why not; empty if it is.
+    /// Reason why the offload is not in use. Empty if it is.
     pub reason: String,
 }
 
-/// One such thing: the side that uses it holds it, clones of it look on.
+/// Switch of one offload. Clones share its state: the user of the offload holds one, and status
+/// output others.
 #[derive(Debug, Clone)]
 pub struct Switch(Arc<State>);
 
@@ -36,35 +36,35 @@ struct State {
 #[derive(Debug, Default)]
 struct Off {
     reason: String,
-    /// When it is to be tried again; `None`: never.
+    /// Time of the next attempt to use the offload. `None` if it is never retried.
     again: Option<Instant>,
 }
 
 impl Switch {
-    /// In use, or not, for a reason that lasts.
+    /// Creates a switch that is on, or off permanently for the reason in `probed`.
     pub fn new(name: &'static str, probed: Result<(), String>) -> Self {
         let active = AtomicBool::new(probed.is_ok());
         let off = Mutex::new(Off { reason: probed.err().unwrap_or_default(), again: None });
         Self(Arc::new(State { name, active, off }))
     }
 
-    /// Whether to use it. No lock, no clock.
+    /// Returns whether to use the offload. Takes no lock and reads no clock.
     pub fn is_on(&self) -> bool {
         self.0.active.load(Ordering::Relaxed)
     }
 
-    /// The kernel refused it: not used for a while.
+    /// Disables the offload for [`PAUSE`] because the kernel returned an error.
     pub fn give_up(&self, error: &std::io::Error, now: Instant) {
         self.distrust(format!("the kernel refused it at run time: {error}"), now);
     }
 
-    /// It does not do what it should: not used for a while.
+    /// Disables the offload for [`PAUSE`] because it works incorrectly.
     pub fn distrust(&self, reason: String, now: Instant) {
         *self.0.off.lock() = Off { reason, again: Some(now + PAUSE) };
         self.0.active.store(false, Ordering::Relaxed);
     }
 
-    /// Tries again what was given up long enough ago. Call it now and then.
+    /// Enables the offload again if its pause has ended. Call it regularly.
     pub fn reconsider(&self, now: Instant) {
         if self.is_on() {
             return;
@@ -83,7 +83,7 @@ impl Switch {
     }
 }
 
-/// What a configuration says about something that it switches off.
+/// Returns the probe result of an offload that the configuration disables.
 pub(super) fn switched_off() -> Result<(), String> {
     Err("switched off in the configuration".to_owned())
 }

@@ -1,10 +1,10 @@
-//! Inner packets for tests, with checksums by the book.
+//! Inner packets for tests, with checksums computed by their definition.
 
 use std::net::IpAddr;
 
 use super::packet::{PROTOCOL_TCP, PROTOCOL_UDP};
 
-/// A TCP or UDP packet to be made.
+/// Description of a TCP or UDP packet.
 #[derive(Debug, Clone)]
 pub(super) struct Recipe {
     pub(super) source: IpAddr,
@@ -17,18 +17,18 @@ pub(super) struct Recipe {
     pub(super) payload: Vec<u8>,
 }
 
-/// Of TCP alone.
+/// Fields of the TCP header.
 #[derive(Debug, Clone)]
 pub(super) struct Tcp {
     pub(super) sequence: u32,
     pub(super) acknowledged: u32,
     pub(super) flags: u8,
     pub(super) window: u16,
-    /// A multiple of four bytes, at most 40.
+    /// TCP options: a multiple of four bytes, at most 40.
     pub(super) options: Vec<u8>,
 }
 
-/// The checksum by its definition.
+/// Computes the folded ones' complement sum by its definition.
 pub(super) fn slow_sum(bytes: &[u8]) -> u16 {
     let mut sum = 0u32;
     for pair in bytes.chunks(2) {
@@ -43,13 +43,13 @@ impl Recipe {
         if self.tcp.is_some() { PROTOCOL_TCP } else { PROTOCOL_UDP }
     }
 
-    /// Bytes of the IP header, and of all headers.
+    /// Returns the length of the IP header and of all headers, in bytes.
     pub(super) fn headers(&self) -> (usize, usize) {
         let ip = if self.source.is_ipv4() { 20 } else { 40 };
         (ip, ip + self.tcp.as_ref().map_or(8, |tcp| 20 + tcp.options.len()))
     }
 
-    /// The packet, with correct checksums.
+    /// Builds the packet with correct checksums.
     pub(super) fn build(&self) -> Vec<u8> {
         let (ip_len, headers_len) = self.headers();
         let mut packet = vec![0; headers_len];
@@ -107,7 +107,8 @@ impl Recipe {
         packet
     }
 
-    /// What the checksum covers: the pseudo-header, then the transport part of `packet`.
+    /// Returns the bytes that the checksum covers: the pseudo-header, then the transport part of
+    /// `packet`.
     pub(super) fn covered(&self, packet: &[u8]) -> Vec<u8> {
         let mut covered = Vec::new();
         for address in [self.source, self.destination] {
@@ -123,7 +124,7 @@ impl Recipe {
         covered
     }
 
-    /// The packets that splitting this one into `size` bytes of payload each must give.
+    /// Returns the packets that splitting this one into payloads of `size` bytes must give.
     pub(super) fn segments(&self, size: usize) -> Vec<Recipe> {
         let count = self.payload.len().div_ceil(size).max(1);
         (0..count)

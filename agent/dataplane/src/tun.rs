@@ -1,4 +1,4 @@
-//! The host side: batches of packets through a TUN link.
+//! The host side of the data plane: exchanges batches of packets with the host through a TUN link.
 
 use std::ffi::{CStr, c_int, c_short, c_uint, c_ulong};
 use std::fs::{File, OpenOptions};
@@ -24,41 +24,44 @@ use super::vnet::{
     VNET_TUNNEL_HEADER_BYTES, VnetHeader,
 };
 
-/// A way to exchange packets with the host in batches. Three stand behind it: [`Tun`],
-/// [`NoTun`], and [`MemoryTun`](super::memory::MemoryTun).
+/// I/O with the host in batches of packets. Implemented by [`Tun`], [`NoTun`], and
+/// [`MemoryTun`](super::memory::MemoryTun).
 pub trait TunIo: Send + 'static {
-    /// What to wait on for something to read.
+    /// Returns the descriptor that is readable when there is a packet.
     fn fd(&self) -> BorrowedFd<'_>;
 
-    /// The link's MTU now, in bytes.
+    /// Returns the current MTU of the link in bytes.
     fn mtu(&self) -> usize;
 
-    /// Fills the batch with what the host has sent, without waiting. What cannot be read is
-    /// counted.
+    /// Fills the batch with packets that the host has sent, without waiting. A packet that cannot
+    /// be read is counted.
     ///
     /// # Errors
     ///
-    /// Only when the link is gone.
+    /// Returns the system's error if the link is gone.
     fn read(&mut self, batch: &mut TunBatch, drops: &Drops) -> io::Result<()>;
 
-    /// What may be joined in the batches that are written.
+    /// Returns which packets may be coalesced in the batches passed to [`TunIo::write`].
     fn coalesce(&self) -> Coalesce;
 
-    /// Writes the whole batch in order. What the host refuses is counted.
+    /// Writes the whole batch in order. Packets that the host refuses are counted.
     fn write(&mut self, now: Instant, batch: &WriteBatch, drops: &Drops);
 
-    /// What speeds it up. Clones look on while it runs.
+    /// Returns the switches of the offloads, as clones that show their state at any time.
     fn features(&self) -> Vec<Switch>;
 }
 
-/// No link at all, for a relay: nothing comes from it, and what is opened for it goes nowhere.
+/// Replacement for a TUN link on a node without one, such as a relay. No packet comes from it, and
+/// every packet written to it is dropped.
 #[derive(Debug)]
 pub struct NoTun(EventFd);
 
 impl NoTun {
+    /// Creates the replacement.
+    ///
     /// # Errors
     ///
-    /// When the system gives no descriptor.
+    /// Returns the system's error if it provides no descriptor.
     pub fn new() -> io::Result<Self> {
         Ok(Self(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?))
     }
@@ -91,71 +94,78 @@ impl TunIo for NoTun {
     }
 }
 
-/// Flags of `TUNSETOFFLOAD`. They say what the TUN may hand over.
+/// Flags of `TUNSETOFFLOAD` for TCP: the packets that the TUN may deliver unsplit or without a
+/// checksum.
 const OFFLOAD_TCP: c_uint =
     libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+/// Flags of `TUNSETOFFLOAD` for UDP.
 const OFFLOAD_UDP: c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
-/// `TUN_F_UDP_TUNNEL_GSO` and `TUN_F_UDP_TUNNEL_GSO_CSUM` of `linux/if_tun.h`.
+/// Flags of `TUNSETOFFLOAD` for UDP tunnels: `TUN_F_UDP_TUNNEL_GSO` and `TUN_F_UDP_TUNNEL_GSO_CSUM`
+/// of `linux/if_tun.h`.
 const OFFLOAD_TUNNEL: c_uint = 0x80 | 0x100;
 
 const ETHERNET_HEADER_BYTES: u16 = 14;
 
-/// Why a TUN link could not be opened.
+/// Error of opening a TUN link.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenTunError {
-    /// The kernel has no TUN, or the container was not given it.
+    /// The kernel has no TUN driver, or the container has no access to the device.
     #[error(
-        "/dev/net/tun is missing: load the kernel module `tun`, or give the container that device"
+        "cannot open a TUN link: /dev/net/tun is missing: load the kernel module `tun`, or give the container that device"
     )]
     NoDevice,
-    /// Not root.
+    /// The process lacks the privilege.
     #[error(
-        "opening the TUN link `{0}` was not permitted: run as root or grant CAP_NET_ADMIN, and let the agent's user open /dev/net/tun"
+        "cannot open the TUN link `{0}`: permission denied: run as root or grant CAP_NET_ADMIN, and let the agent's user open /dev/net/tun"
     )]
     NotPermitted(String),
-    /// Somebody has it open.
-    #[error("the TUN link `{0}` is in use by another process: stop it, or configure another name")]
-    Busy(String),
-    /// The name is too long, or not one.
-    #[error("`{0}` cannot name a link: use 1 to 15 characters without `/` or space")]
-    BadName(String),
-    /// A link of another kind has the name.
+    /// Another process has the link open.
     #[error(
-        "the link `{0}` exists and is no TUN link of ours: remove it, or configure another name"
+        "cannot open the TUN link `{0}`: in use by another process: stop it, or configure another name"
+    )]
+    Busy(String),
+    /// The name is empty, too long, or has a character that a link's name may not have.
+    #[error(
+        "cannot open the TUN link `{0}`: invalid name: use 1 to 15 characters without `/`, `%` or space"
+    )]
+    BadName(String),
+    #[error(
+        "cannot open the TUN link `{0}`: a link of another kind has that name: remove it, or configure another name"
     )]
     NameTaken(String),
-    /// Anything else.
-    #[error("the TUN link `{name}` could not be opened: {step}: {error}")]
+    /// Another error of the system.
+    #[error("cannot open the TUN link `{name}`: {step}: {error}")]
     Other {
-        /// Its name.
+        /// Name of the link.
         name: String,
-        /// What failed.
+        /// Name of the device, system call or ioctl that failed.
         step: &'static str,
-        /// How.
+        /// Error of the system.
         error: io::Error,
     },
 }
 
-/// A TUN link: packets come with a virtio header. It is persistent: it outlives us, with its
-/// addresses and routes.
+/// TUN link whose packets have a virtio header. It is persistent: it remains after the process
+/// ends, with its addresses and routes.
 #[derive(Debug)]
 pub struct Tun {
     file: File,
-    /// For questions about the link that the TUN itself does not answer.
+    /// Socket for ioctls that the TUN device does not support, such as reading the MTU.
     control: OwnedFd,
     name: String,
-    /// Bytes of the virtio header before each packet.
+    /// Length of the virtio header before each packet, in bytes.
     header_len: usize,
-    /// Super-packets of TCP pass.
+    /// Switch of TCP super-packets.
     tcp: Switch,
-    /// Super-packets of UDP pass.
+    /// Switch of UDP super-packets.
     udp: Switch,
-    /// Super-packets in a UDP tunnel of the host pass.
+    /// Switch of super-packets inside a UDP tunnel of the host.
     tunnel: Switch,
-    /// There are several queues, if several were asked for.
+    /// State of multiple queues. Set in the first queue if several were requested.
     queues: Option<Switch>,
+    /// Ports of the host's UDP tunnels.
     host_tunnels: HostTunnels,
-    /// The parts of one write, kept for their capacity. Empty between writes.
+    /// Parts of one write, kept for their capacity. Empty between writes.
     vectors: Vec<libc::iovec>,
 }
 
@@ -163,23 +173,24 @@ pub struct Tun {
 // under `&mut self`.
 unsafe impl Send for Tun {}
 
-/// Opens the TUN link `name`; makes it if it does not exist. It is neither up nor configured by
-/// this. Uses every offload that the kernel has.
+/// Opens the TUN link `name`, and creates it if it does not exist. Does not set it up or configure
+/// addresses. Uses every offload that the kernel has.
 ///
 /// # Errors
 ///
-/// One line for the operator, see [`OpenTunError`].
+/// Returns [`OpenTunError`], one line for the operator.
 pub fn open_tun(name: &str) -> Result<Tun, OpenTunError> {
     open_tun_with(name, Offloads::default())
 }
 
-/// As [`open_tun`], with only these offloads.
+/// Opens the TUN link like [`open_tun`], with only these offloads.
 ///
 /// # Errors
 ///
-/// One line for the operator, see [`OpenTunError`].
+/// Returns [`OpenTunError`], one line for the operator.
 pub fn open_tun_with(name: &str, offloads: Offloads) -> Result<Tun, OpenTunError> {
-    // A persistent link is of the kind that it was made as, until somebody removes it.
+    // A persistent link keeps the kind it was created with (one queue or several) until it is
+    // removed.
     let (file, name) = match attach(name, false) {
         Err(OpenTunError::NameTaken(_)) => attach(name, true)?,
         attached => attached?,
@@ -187,13 +198,13 @@ pub fn open_tun_with(name: &str, offloads: Offloads) -> Result<Tun, OpenTunError
     configure(file, name, offloads)
 }
 
-/// Opens as many queues of the TUN link `name` as are asked for, for one worker each; makes it if
-/// it does not exist. All packets for one address come by one of them. Where that cannot be, there
-/// is only one queue, and [`TunIo::features`] says why.
+/// Opens `count` queues of the TUN link `name`, one for each worker, and creates the link if it
+/// does not exist. All packets for one address arrive by the same queue. If the kernel cannot do
+/// that, opens one queue only, and [`TunIo::features`] has the reason.
 ///
 /// # Errors
 ///
-/// See [`OpenTunError`].
+/// Returns [`OpenTunError`], one line for the operator.
 pub fn open_tun_queues(
     name: &str,
     offloads: Offloads,
@@ -222,7 +233,7 @@ pub fn open_tun_queues(
     Ok(std::iter::once(first).chain(queues).collect())
 }
 
-/// Queues beside the first, which share its switches.
+/// Opens `count` queues in addition to the first. They share its switches.
 fn more_queues(first: &Tun, count: usize) -> io::Result<Vec<Tun>> {
     steering::by_destination(first.fd())?;
     let more = (0..count).map(|_| {
@@ -243,7 +254,7 @@ fn more_queues(first: &Tun, count: usize) -> io::Result<Vec<Tun>> {
     more.collect()
 }
 
-/// Opens the device; through the helper on a machine where only root may.
+/// Opens the device, through the helper if only root may open it.
 fn open_device() -> io::Result<File> {
     let opened = OpenOptions::new()
         .read(true)
@@ -252,20 +263,20 @@ fn open_device() -> io::Result<File> {
         .open("/dev/net/tun");
     match opened {
         Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
-            // What the helper says is of less use than that the device is closed.
+            // The original error helps the operator more than the helper's.
             client::ask_for_one(Request::TunDevice).map(File::from).map_err(|_| error)
         }
         opened => opened,
     }
 }
 
-/// Gives the TUN link `name` to the user with the id `owner`. One that does not exist is made and
-/// goes away again.
+/// Sets the owner of the TUN link `name` to the user id `owner`. A link that does not exist is
+/// created and disappears again.
 ///
 /// # Errors
 ///
-/// One line for the operator, see [`OpenTunError`]; [`OpenTunError::Busy`] if it has one queue and
-/// somebody holds that.
+/// Returns [`OpenTunError`], one line for the operator. [`OpenTunError::Busy`] if the link has one
+/// queue and another process holds it.
 pub fn own_tun(name: &str, owner: u32) -> Result<(), OpenTunError> {
     match attach_as(name, false, owner) {
         Err(OpenTunError::NameTaken(_)) => attach_as(name, true, owner).map(drop),
@@ -273,15 +284,15 @@ pub fn own_tun(name: &str, owner: u32) -> Result<(), OpenTunError> {
     }
 }
 
-/// A queue of the link, which belongs to our user from then on, and the link's name; makes the link
-/// if it does not exist.
+/// Attaches to a queue of the link and makes the process's effective user its owner. Creates the
+/// link if it does not exist. Returns the queue and the link's name.
 fn attach(name: &str, of_several: bool) -> Result<(File, String), OpenTunError> {
     attach_as(name, of_several, nix::unistd::geteuid().as_raw())
 }
 
-/// As [`attach`], for the user with the id `owner`. To a link without an owner any local user could
-/// attach, read what enters the tunnel and write what seems to come out of it, also while no agent
-/// runs.
+/// Attaches to a queue like [`attach`], with the owner `owner`. Any local user could attach to a
+/// link without an owner, read what enters the tunnel and inject packets that seem to leave it,
+/// even while no agent runs.
 fn attach_as(name: &str, of_several: bool, owner: u32) -> Result<(File, String), OpenTunError> {
     let other = |step| {
         let name = name.to_owned();
@@ -306,27 +317,26 @@ fn attach_as(name: &str, of_several: bool, owner: u32) -> Result<(File, String),
         },
     )?;
     let name = interface_name(&request).unwrap_or_else(|| name.to_owned());
-    // A link that exists already may have no owner, or that of an earlier installation.
-    // SAFETY: TUNSETOWNER takes its argument by value.
+    // An existing link may have no owner, or the owner of an earlier installation.
     unsafe { ioctl(file.as_fd(), libc::TUNSETOWNER, owner as usize as *mut _) }
         .map_err(|error| OpenTunError::Other { name: name.clone(), step: "TUNSETOWNER", error })?;
     Ok((file, name))
 }
 
-/// Sets what is set for the whole link.
+/// Sets the options that apply to the whole link.
 fn configure(file: File, name: String, offloads: Offloads) -> Result<Tun, OpenTunError> {
     let other = |step| {
         let name = name.clone();
         move |error| OpenTunError::Other { name, step, error }
     };
     let set = |code: c_ulong, step, value: usize| {
-        // SAFETY: these take their argument by value.
+        // SAFETY: these requests take their argument by value.
         unsafe { ioctl(file.as_fd(), code, value as *mut _) }.map_err(other(step))
     };
     set(libc::TUNSETPERSIST as _, "TUNSETPERSIST", 1)?;
-    // A persistent link keeps what its last owner set, so everything is set anew.
+    // A persistent link keeps the options of its last user, so all of them are set again.
     let put = |code: c_ulong, step, mut value: c_int| {
-        // SAFETY: these read one `int`, which `value` is.
+        // SAFETY: these requests read one `int`, which `value` is.
         unsafe { ioctl(file.as_fd(), code, (&raw mut value).cast()) }.map_err(other(step))
     };
     put(libc::TUNSETVNETLE as _, "TUNSETVNETLE", 1)?;
@@ -347,7 +357,7 @@ fn configure(file: File, name: String, offloads: Offloads) -> Result<Tun, OpenTu
     let all = OFFLOAD_TCP | OFFLOAD_UDP | OFFLOAD_TUNNEL;
     let mut bytes = VNET_HEADER_BYTES;
     let tunnel = udp.clone().and_then(|()| {
-        // The kernel wants room for the longer header first.
+        // The kernel requires the longer header to be set first.
         let room = header_len(VNET_TUNNEL_HEADER_BYTES).map_err(|error| error.to_string());
         room.and_then(|()| try_offload(offloads.tun_tunnel, all, "Linux 6.17"))
     });
@@ -370,15 +380,16 @@ fn configure(file: File, name: String, offloads: Offloads) -> Result<Tun, OpenTu
     })
 }
 
-/// The UDP ports on which the host itself takes packets out of VXLAN or Geneve. Only for those may
-/// the segments inside be joined: anybody else would see one large datagram.
+/// UDP ports on which the host itself decapsulates VXLAN or Geneve. Segments inside are coalesced
+/// only for those ports: any other receiver would get one large datagram.
 ///
-/// Clones are one.
+/// Clones share their state.
 #[derive(Debug, Clone, Default)]
 pub struct HostTunnels(Arc<AtomicU64>);
 
 impl HostTunnels {
-    /// Tells of all there are. More than four are as good as none: those beyond stay unjoined.
+    /// Replaces the ports. Only the first four are used; segments to further ports are not
+    /// coalesced.
     pub fn set(&self, ports: impl IntoIterator<Item = u16>) {
         let packed =
             ports.into_iter().take(4).fold(0, |packed, port| packed << 16 | u64::from(port));
@@ -392,12 +403,12 @@ impl HostTunnels {
 }
 
 impl Tun {
-    /// The link's name.
+    /// Returns the name of the link.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Lets it know of the host's tunnels, also of later ones.
+    /// Replaces the set of the host's tunnels. Later changes of the set take effect too.
     #[must_use]
     pub fn with_host_tunnels(self, host_tunnels: HostTunnels) -> Self {
         Self { host_tunnels, ..self }
@@ -406,8 +417,8 @@ impl Tun {
     fn write_frame(&mut self, batch: &WriteBatch, frame: &Frame) -> io::Result<()> {
         let mut header = frame.header;
         if header.gso_type & (GSO_TUNNEL_V4 | GSO_TUNNEL_V6) != 0 {
-            // The kernel's check counts an Ethernet header, which a TUN does not have; the offset
-            // itself it finds anew from the IP header.
+            // The kernel's check of this offset counts an Ethernet header, which a TUN does not
+            // have. The kernel then computes the offset itself from the IP header.
             header.outer_transport += ETHERNET_HEADER_BYTES;
         }
         let header = header.encode_tunnel();
@@ -435,7 +446,7 @@ impl TunIo for Tun {
     }
 
     fn mtu(&self) -> usize {
-        // The name may have changed since.
+        // The link may have been renamed since, so the name is read first.
         let mut request = zeroed_request();
         // SAFETY: TUNGETIFF writes one `ifreq`, SIOCGIFMTU reads and writes one.
         let asked = unsafe {
@@ -463,10 +474,10 @@ impl TunIo for Tun {
                     break;
                 }
                 Err(error) => match error.raw_os_error() {
-                    // Nothing there, or a link that is about to go away.
+                    // No packet is left, or the link is about to disappear.
                     Some(libc::EAGAIN | libc::EINTR | libc::EIO) => break,
                     Some(libc::EBADFD | libc::ENODEV | libc::EFAULT) => return Err(error),
-                    // A single packet that could not be handed over: the kernel has dropped it.
+                    // One packet could not be delivered. The kernel has dropped it.
                     _ => {
                         drops.count(DropReason::TunUnreadable);
                         break;
@@ -508,15 +519,17 @@ impl TunIo for Tun {
     }
 }
 
+/// Runs an ioctl.
+///
 /// # Safety
 ///
-/// `argument` must be what the request `code` takes.
+/// `argument` must be valid for the request `code`.
 unsafe fn ioctl(
     fd: BorrowedFd<'_>,
     code: impl Into<c_ulong>,
     argument: *mut libc::c_void,
 ) -> io::Result<()> {
-    // SAFETY: the descriptor is open; the caller answers for the argument.
+    // SAFETY: the descriptor is open; the caller guarantees that the argument is valid.
     match unsafe { libc::ioctl(fd.as_raw_fd(), code.into() as _, argument) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),
@@ -550,11 +563,11 @@ fn interface_name(request: &libc::ifreq) -> Option<String> {
 }
 
 fn control_socket() -> io::Result<OwnedFd> {
-    // SAFETY: no pointers.
+    // SAFETY: the call takes no pointers.
     let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     if fd == -1 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor is new and nobody else's.
+    // SAFETY: the descriptor is new, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

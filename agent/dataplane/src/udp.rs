@@ -1,4 +1,4 @@
-//! The network side: batches of datagrams through UDP sockets.
+//! The network side of the data plane: sends and receives batches of datagrams through UDP sockets.
 
 use std::ffi::c_int;
 use std::io;
@@ -21,163 +21,170 @@ mod damage;
 mod messages;
 mod whole;
 
-/// A way to send and receive datagrams in batches. Two stand behind it: [`Udp`], and
+/// I/O with the network in batches of datagrams. Implemented by [`Udp`] and
 /// [`MemoryUdp`](super::memory::MemoryUdp).
 pub trait UdpIo: Send + 'static {
-    /// What to wait on for something to receive, at most eight.
+    /// Returns the descriptors that are readable when there is a datagram. At most eight.
     fn fds(&self) -> Vec<BorrowedFd<'_>>;
 
-    /// Fills the batch with what has arrived, without waiting. What cannot be taken is counted.
-    /// Of those that [`UdpIo::fds`] gave only the ready ones are looked at.
+    /// Fills the batch with datagrams that have arrived, without waiting. Reads only from those of
+    /// [`UdpIo::fds`] that are in `ready`. A datagram that cannot be received is counted.
     ///
     /// # Errors
     ///
-    /// Only when nothing can be received any more.
+    /// Returns the system's error if the socket can no longer receive.
     fn receive(&mut self, ready: Ready, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()>;
 
-    /// Sends the whole batch in order; waits a little where the kernel has no room. What cannot
-    /// be sent is counted.
+    /// Sends the whole batch in order. Waits a short time if a socket buffer is full. Datagrams
+    /// that cannot be sent are counted.
     fn send(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) {
         self.send_trains(now, batch.bytes(), batch.trains(), drops);
     }
 
-    /// As [`UdpIo::send`], for trains that lie in `bytes`, wherever that is.
+    /// Sends trains like [`UdpIo::send`], with offsets into `bytes`.
     fn send_trains(&mut self, now: Instant, bytes: &[u8], trains: &[Train], drops: &Drops);
 
-    /// Sends a batch of one datagram, which nobody may fragment.
+    /// Sends a batch of one datagram with fragmentation forbidden.
     ///
     /// # Errors
     ///
-    /// The kernel knows already that it is too big for its path.
+    /// Returns [`TooBig`] if the kernel already knows that the datagram is too big for its path.
     fn send_whole(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) -> Result<(), TooBig>;
 
-    /// So many datagrams of the last batch came joined, `damaged` of which were not authentic.
+    /// Records that `datagrams` of the last batch arrived coalesced, and that `damaged` of them
+    /// were not authentic.
     fn came_joined(&mut self, now: Instant, datagrams: usize, damaged: usize);
 
-    /// What speeds it up. Clones look on while it runs.
+    /// Returns the switches of the offloads, as clones that show their state at any time.
     fn features(&self) -> Vec<Switch>;
 }
 
-/// Which of several descriptors have something, by their place.
+/// Set of readable descriptors, by their index in [`UdpIo::fds`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Ready(u8);
 
 impl Ready {
-    /// Each may have something.
+    /// The set of all descriptors.
     pub const ALL: Self = Self(u8::MAX);
 
-    /// So has this one.
+    /// Adds a descriptor to the set.
     #[must_use]
     pub fn with(self, place: usize) -> Self {
         Self(self.0 | 1 << place)
     }
 
-    /// Whether this one has.
+    /// Returns whether a descriptor is in the set.
     pub fn has(self, place: usize) -> bool {
         self.0 & 1 << place != 0
     }
 
-    /// None has.
+    /// Returns whether the set is empty.
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }
 }
 
-/// A datagram does not fit its path unfragmented.
+/// Error of a datagram that is too big for its path without fragmentation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TooBig {
-    /// UDP payload that fits, in bytes, as far as the kernel knows; 0: it does not.
+    /// UDP payload that fits, in bytes, if the kernel knows it; otherwise 0.
     pub payload: u16,
 }
 
-/// Why the UDP port could not be opened.
+/// Error of opening the UDP port.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenUdpError {
-    /// Somebody has it.
+    /// Another socket uses the port.
     #[error(
         "cannot bind UDP port {0}: address in use: stop the other program or set [wireguard] port"
     )]
     Busy(u16),
-    /// The mark is what keeps our own datagrams out of the tunnel.
-    #[error("marking the socket was not permitted: run as root or grant CAP_NET_ADMIN")]
+    /// The process may not set a mark. The mark keeps the node's own datagrams out of the tunnel.
+    #[error("cannot mark the UDP socket: permission denied: run as root or grant CAP_NET_ADMIN")]
     MarkNotPermitted,
-    /// A port below 1,024, or the like.
-    #[error("UDP port {0} was not permitted: configure a port from 1024, or run as root")]
+    /// The process may not use the port, for example one below 1024.
+    #[error(
+        "cannot bind UDP port {0}: permission denied: configure a port from 1024, or run as root"
+    )]
     NotPermitted(u16),
-    /// Anything else.
-    #[error("UDP port {port} could not be opened: {error}")]
+    /// Another error of the system.
+    #[error("cannot open UDP port {port}: {error}")]
     Other {
-        /// The port.
+        /// UDP port.
         port: u16,
-        /// How it failed.
+        /// Error of the system.
         error: io::Error,
     },
 }
 
-/// `linux/udp.h`: the length of each segment of a send.
+/// Control message that gives the length of each segment of a send (`linux/udp.h`).
 const UDP_SEGMENT: c_int = 103;
-/// `linux/udp.h`: joins what arrives, and says the length of each segment.
+/// Socket option that coalesces arriving datagrams, and control message that gives the length of
+/// each (`linux/udp.h`).
 const UDP_GRO: c_int = 104;
 
-/// What the kernel may hold for us, in bytes, where we may force it.
+/// Size of a socket's receive buffer, in bytes, if the process may exceed the system's limit.
 const RECEIVE_BUFFER: usize = 4 << 20;
+/// Size of a socket's send buffer, in bytes, if the process may exceed the system's limit.
 const SEND_BUFFER: usize = 2 << 20;
-/// How long a self-test waits for what it sent over the loopback.
+/// Longest time that a self-test waits for its datagrams on the loopback.
 const SELF_TEST_PATIENCE: Duration = Duration::from_millis(200);
-/// How long a datagram may wait for room in the socket before it is dropped.
+/// Longest time that a datagram waits for room in the socket buffer before it is dropped.
 const SEND_PATIENCE: Duration = Duration::from_millis(20);
-/// How long all datagrams of one batch together may wait for room. A device that takes one now and
-/// then would otherwise keep the worker from everything else.
+/// Longest time that all datagrams of one batch together wait for room. It keeps a slow device from
+/// blocking the worker's other work.
 const BATCH_PATIENCE: Duration = Duration::from_secs(1);
-/// Before, `UDP_GRO` delivered wrong lengths.
+/// First kernel version in which `UDP_GRO` reports correct lengths.
 const GRO_SINCE: [u32; 3] = [5, 12, 0];
-/// From the first to before the second, segments of equal length were sent damaged.
+/// Kernel versions, from the first up to but excluding the second, that damage segments of equal
+/// length when sending.
 const SEGMENT_DAMAGED: [[u32; 3]; 2] = [[7, 0, 0], [7, 1, 5]];
 
-/// A socket for each family, on one port. IPv6 may be missing.
+/// UDP sockets for IPv4 and IPv6 on one port. At least one of them exists.
 #[derive(Debug)]
 pub struct Udp {
     v4: Option<Endpoint>,
     v6: Option<Endpoint>,
     port: u16,
-    /// Datagrams are sent many at a time.
+    /// Switch of `UDP_SEGMENT`.
     segment: Switch,
-    /// Datagrams are received many at a time.
+    /// Switch of `UDP_GRO`.
     gro: Switch,
-    /// As the sockets are set.
+    /// True if `UDP_GRO` is set on the sockets. It follows the switch at the next receive.
     joining: bool,
     damage: Damage,
-    /// Whose turn it is to receive first, so that a flood on one cannot starve the other.
+    /// True if the IPv6 socket is read first. It alternates, so that a flood on one socket cannot
+    /// starve the other.
     v6_first: bool,
 }
 
-/// Opens the port (0: any) for IPv4 and IPv6. `mark` goes on every datagram (0: none). Uses every
-/// offload that the kernel has.
+/// Opens a UDP port for IPv4 and IPv6; the kernel chooses the port if it is 0. Every datagram gets
+/// `mark`, unless that is 0. Uses every offload that the kernel has.
 ///
 /// # Errors
 ///
-/// One line for the operator, see [`OpenUdpError`].
+/// Returns [`OpenUdpError`], one line for the operator.
 pub fn open_udp(port: u16, mark: u32) -> Result<Udp, OpenUdpError> {
     open_udp_with(port, mark, Offloads::default())
 }
 
-/// As [`open_udp`], with only these offloads.
+/// Opens a UDP port like [`open_udp`], with only these offloads.
 ///
 /// # Errors
 ///
-/// One line for the operator, see [`OpenUdpError`].
+/// Returns [`OpenUdpError`], one line for the operator.
 pub fn open_udp_with(port: u16, mark: u32, offloads: Offloads) -> Result<Udp, OpenUdpError> {
     let (segment, gro) = probe(offloads);
     let switches = [Switch::new("udp_segment", segment), Switch::new("udp_gro", gro)];
     open_pair(port, mark, switches, false)
 }
 
-/// Opens the port as often as asked for, for one worker each: all datagrams from one address come
-/// by one of them.
+/// Opens the port `count` times, once for each worker. All datagrams from one address arrive by the
+/// same socket.
 ///
 /// # Errors
 ///
-/// One line for the operator, see [`OpenUdpError`].
+/// Returns [`OpenUdpError`], one line for the operator.
 pub fn open_udp_group(
     port: u16,
     mark: u32,
@@ -188,7 +195,7 @@ pub fn open_udp_group(
     if count < 2 {
         return Ok(vec![alone]);
     }
-    // Nobody else has the port; now it can be shared.
+    // No other program has the port, so it can be opened again with SO_REUSEPORT.
     let (port, switches) = (alone.port, [alone.segment.clone(), alone.gro.clone()]);
     drop(alone);
     (0..count).map(|_| open_pair(port, mark, switches.clone(), true)).collect()
@@ -200,7 +207,8 @@ fn open_pair(
     [segment, gro]: [Switch; 2],
     shared: bool,
 ) -> Result<Udp, OpenUdpError> {
-    // With port 0 the second family may find the first one's choice taken: choose again.
+    // With port 0, the port that the kernel chose for IPv4 may be taken on IPv6. Then another one
+    // is tried.
     for _ in 0..16 {
         let options = SocketOptions { mark, gro: gro.is_on(), shared };
         let v4 = open_family(Domain::IPV4, port, options)?;
@@ -230,12 +238,13 @@ fn open_pair(
 }
 
 impl Udp {
-    /// The port, as chosen by the kernel where 0 was asked for.
+    /// Returns the port. It is the kernel's choice if 0 was requested.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Sets the sockets as the switch stands, which another worker may have turned.
+    /// Sets `UDP_GRO` on the sockets as the switch demands. Another worker may have changed the
+    /// switch.
     fn set_joining(&mut self) {
         let wanted = self.gro.is_on();
         if wanted == self.joining {
@@ -243,8 +252,8 @@ impl Udp {
         }
         self.joining = wanted;
         for endpoint in self.v4.iter().chain(&self.v6) {
-            // What was switched on can be switched off. Refused the other way round, datagrams
-            // come one by one, as before.
+            // Disabling what was enabled cannot fail. If enabling fails, datagrams arrive one by
+            // one, as before.
             let _ = set(&endpoint.socket, libc::SOL_UDP, UDP_GRO, wanted.into());
         }
     }
@@ -258,7 +267,7 @@ impl UdpIo for Udp {
     fn receive(&mut self, ready: Ready, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()> {
         self.set_joining();
         self.v6_first = !self.v6_first;
-        // In the order that `fds` gives them.
+        // This is the order of the descriptors in `fds`.
         let both = self.v4.iter_mut().chain(&mut self.v6).enumerate();
         let mut ready = both.filter(|(place, _)| ready.has(*place)).map(|(_, endpoint)| endpoint);
         let mut order = [ready.next(), ready.next()];
@@ -324,7 +333,7 @@ impl UdpIo for Udp {
     }
 }
 
-/// One socket, with the headers of its system calls made once.
+/// One socket, with the message headers for its system calls, which are allocated once.
 struct Endpoint {
     socket: Socket,
     headers: Headers,
@@ -341,7 +350,7 @@ impl std::fmt::Debug for Endpoint {
 struct SocketOptions {
     mark: u32,
     gro: bool,
-    /// With other sockets of this process.
+    /// True if several sockets of this process share the port.
     shared: bool,
 }
 
@@ -353,7 +362,7 @@ fn open_family(
     let other = |error| OpenUdpError::Other { port, error };
     let socket = match Socket::new(domain, Type::DGRAM.nonblocking(), Some(Protocol::UDP)) {
         Ok(socket) => socket,
-        // Switched off on this machine.
+        // The address family is disabled on this machine.
         Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(None),
         Err(error) => return Err(other(error)),
     };
@@ -364,7 +373,7 @@ fn open_family(
         })?;
     }
     let any = if domain == Domain::IPV4 {
-        // As kernel WireGuard does: a router on the way may fragment.
+        // Routers on the path may fragment, as with WireGuard in the kernel.
         set(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
             .map_err(other)?;
         set(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 1).map_err(other)?;
@@ -390,7 +399,7 @@ fn open_family(
             return match error.raw_os_error() {
                 Some(libc::EADDRINUSE) => Err(OpenUdpError::Busy(port)),
                 Some(libc::EACCES | libc::EPERM) => Err(OpenUdpError::NotPermitted(port)),
-                // Switched off on this machine, but not compiled out.
+                // IPv6 is disabled on this machine, but compiled into the kernel.
                 Some(libc::EADDRNOTAVAIL) if domain == Domain::IPV6 => Ok(None),
                 _ => Err(other(error)),
             };
@@ -401,41 +410,43 @@ fn open_family(
 
 fn set(socket: &Socket, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
     let length = size_of::<c_int>() as libc::socklen_t;
-    // SAFETY: the option is an `int`, which `value` is, and so long.
+    // SAFETY: the option is an `int`, which `value` is, and `length` is its size.
     let result = unsafe {
         libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), length)
     };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// As much as we may have: forced, else asked for (the kernel then caps it). Never an error.
+/// Sets the size of a socket buffer, beyond the system's limit if permitted; otherwise the kernel
+/// caps it. Never fails.
 fn buffer(socket: &Socket, force: c_int, ask: c_int, bytes: usize) {
     if set(socket, libc::SOL_SOCKET, force, bytes as c_int).is_err() {
         let _ = set(socket, libc::SOL_SOCKET, ask, bytes as c_int);
     }
 }
 
-/// What of sending and receiving many at a time can be relied on here.
+/// Checks whether `UDP_SEGMENT` and `UDP_GRO` work on this machine, in this order. An error is the
+/// reason why not.
 fn probe(offloads: Offloads) -> (Result<(), String>, Result<(), String>) {
     let version = kernel_version();
     let segment = if !offloads.udp_segment {
         switched_off()
     } else if SEGMENT_DAMAGED[0] <= version && version < SEGMENT_DAMAGED[1] {
-        Err("Linux 7.0 to 7.1.4 damages what is sent".to_owned())
+        Err("Linux 7.0 to 7.1.4 damages segments that it sends".to_owned())
     } else {
         try_out(SelfTest::Segment)
     };
     let gro = if !offloads.udp_gro {
         switched_off()
     } else if version < GRO_SINCE {
-        Err("it is broken before Linux 5.12".to_owned())
+        Err("UDP_GRO is broken before Linux 5.12".to_owned())
     } else {
         try_out(SelfTest::Gro)
     };
     (segment, gro)
 }
 
-/// Numbers of the kernel's version; what cannot be read counts as 0.
+/// Returns the numbers of the kernel's version. A number that cannot be read is 0.
 fn kernel_version() -> [u32; 3] {
     let mut version = [0; 3];
     if let Ok(name) = nix::sys::utsname::uname() {
@@ -448,14 +459,15 @@ fn kernel_version() -> [u32; 3] {
     version
 }
 
+/// Offload that a self-test checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum SelfTest {
     Segment,
     Gro,
 }
 
-/// Sends a train over the loopback and looks at what arrives. Without a loopback nothing can be
-/// found out, and nothing is held against it.
+/// Sends a train over the loopback and compares what arrives. Without a usable loopback the test
+/// passes.
 fn try_out(what: SelfTest) -> Result<(), String> {
     const LENGTHS: [usize; 5] = [1200, 1200, 1200, 1200, 700];
     let refused = |error: io::Error| format!("the kernel refused it: {error}");
@@ -496,19 +508,19 @@ fn try_out(what: SelfTest) -> Result<(), String> {
             break;
         }
         let Some((_, len, stride)) = headers.received(0) else { break };
-        // A whole train, or one datagram that has the length it was sent with.
+        // Either the whole train arrives at once, or one datagram with the length that was sent.
         let whole = stride == LENGTHS[0] && len == sent.len();
         let single = stride == 0 && LENGTHS.contains(&len);
         if !whole && !single {
-            return Err(format!("a self-test received {len} bytes in parts of {stride}"));
+            return Err(format!("self-test failed: received {len} bytes in segments of {stride}"));
         }
         received.extend_from_slice(&slots[..len]);
     }
-    // Nothing at all: a loopback that is down, or a firewall.
+    // Nothing arrives if the loopback is down or a firewall drops the datagrams.
     if received.is_empty() || received == sent {
         Ok(())
     } else {
-        Err("a self-test received other bytes than were sent".to_owned())
+        Err("self-test failed: the received bytes differ from those sent".to_owned())
     }
 }
 
@@ -518,7 +530,7 @@ impl Endpoint {
     }
 
     fn receive(&mut self, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()> {
-        // Not the number of those received: one that was cut off leaves its slot unused.
+        // This is not the number of datagrams received: a truncated one leaves its slot unused.
         let taken = batch.next_slot();
         if batch.is_full() {
             return Ok(());
@@ -530,7 +542,8 @@ impl Endpoint {
             Err(error) => {
                 return match error.raw_os_error() {
                     Some(libc::EBADF | libc::ENOTSOCK | libc::EFAULT | libc::EINVAL) => Err(error),
-                    // Nothing there, or an error that some datagram of ours brought back.
+                    // No datagram is left, or the socket reports an error that an earlier datagram
+                    // caused.
                     _ => Ok(()),
                 };
             }
@@ -554,7 +567,7 @@ impl Endpoint {
         drops: &Drops,
     ) {
         while let Some(first) = trains.first() {
-            // Another worker may turn the switch at any time.
+            // Another worker may change the switch at any time.
             let segmented = segment.is_on();
             if first.fragment && !self.v4 {
                 self.fragment(true);
@@ -583,13 +596,13 @@ impl Endpoint {
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN | libc::ENOBUFS) if self.wait(patience) => {}
-                    // Segments that the device or the route does not take. The length may be at
-                    // fault, which concerns this train alone, or segmentation itself.
+                    // The device or the route does not take the segments. Either their length is at
+                    // fault, which concerns this train only, or segmentation itself.
                     Some(code @ (libc::EIO | libc::EINVAL | libc::EMSGSIZE))
                         if first.segments > 1 =>
                     {
-                        // Where none goes out one by one either, segmentation is not at fault: our
-                        // own end of the path is gone.
+                        // If sending one by one fails too, segmentation is not at fault: the local
+                        // end of the path is gone.
                         let sent = self.send_singly(bytes, first, patience, drops);
                         if sent > 0 && code != libc::EMSGSIZE {
                             segment.give_up(&error, now);
@@ -605,15 +618,15 @@ impl Endpoint {
         }
     }
 
-    /// From now on datagrams are fragmented to what every path takes (RFC 8200 section 5). Over
-    /// IPv4 nothing is to be done: whoever finds them too big fragments them.
+    /// Sets whether datagrams are fragmented to the size that every path takes (RFC 8200 section
+    /// 5). IPv4 needs nothing: any router fragments a datagram that is too big.
     fn fragment(&self, fragment: bool) {
         let mtu = if fragment { IPV6_LEAST_MTU } else { 0 };
-        // Refused, they go as they are, and the path stays as bad as it is.
+        // If the call fails, the datagrams are sent unfragmented, and may not get through.
         let _ = set(&self.socket, libc::IPPROTO_IPV6, libc::IPV6_MTU, mtu);
     }
 
-    /// Returns how many the kernel took.
+    /// Sends the datagrams of a train one by one. Returns the number that the kernel accepted.
     fn send_singly(
         &mut self,
         bytes: &[u8],
@@ -661,34 +674,34 @@ impl Endpoint {
         taken
     }
 
-    /// Waits for room in the socket; `false` when it was waited for long enough.
+    /// Waits for room in the socket buffer. Returns `false` if no patience is left.
     fn wait(&self, patience: &mut Patience) -> bool {
         let Some(left) = patience.left(Instant::now()) else { return false };
         let fd = libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
         let mut fds = [fd];
         let milliseconds = left.as_millis().max(1) as c_int;
-        // SAFETY: one `pollfd`, which lives until the call returns.
+        // SAFETY: the call gets one `pollfd`, which lives until it returns.
         unsafe { libc::poll(fds.as_mut_ptr(), 1, milliseconds) };
         true
     }
 }
 
-/// How long the sends of one batch may still wait for room.
+/// Deadlines of the datagrams of one batch that wait for room.
 #[derive(Debug, Default)]
 struct Patience {
-    /// When the present datagram is given up. Cleared when one is sent.
+    /// Time when the current datagram is dropped. Cleared when one is sent.
     datagram: Option<Instant>,
-    /// When nothing of the batch waits any more. Set by the first that waits.
+    /// Time after which no datagram of the batch waits. Set by the first that waits.
     batch: Option<Instant>,
 }
 
 impl Patience {
-    /// Something was sent.
+    /// Records that a datagram was sent.
     fn went_on(&mut self) {
         self.datagram = None;
     }
 
-    /// How long to wait now; `None`: not at all.
+    /// Returns the time that the current datagram may still wait. `None` if it must not wait.
     fn left(&mut self, now: Instant) -> Option<Duration> {
         let batch = *self.batch.get_or_insert(now + BATCH_PATIENCE);
         let datagram = *self.datagram.get_or_insert(now + SEND_PATIENCE);
@@ -705,7 +718,7 @@ fn send_reason(code: Option<i32>) -> DropReason {
     }
 }
 
-/// RFC 8200 section 5.
+/// Smallest MTU of an IPv6 link in bytes (RFC 8200 section 5).
 const IPV6_LEAST_MTU: c_int = 1280;
 
 #[cfg(test)]
@@ -718,7 +731,7 @@ mod tests {
         let start = Instant::now();
         let (mut now, mut waits) = (start, 0);
         while patience.left(now).is_some() {
-            // Just in time, each time.
+            // Each datagram is sent just before its own deadline.
             now += SEND_PATIENCE / 2;
             patience.went_on();
             waits += 1;
@@ -733,7 +746,7 @@ mod tests {
         assert!(patience.left(start + SEND_PATIENCE).is_some(), "the next one");
     }
 
-    /// A probe that fails by its own fault costs half of the throughput, and nothing else tells.
+    /// A self-test that fails wrongly halves the throughput, and nothing else reveals it.
     #[test]
     fn a_kernel_that_has_the_offloads_passes_their_self_tests() {
         for (what, since) in [(SelfTest::Segment, [4, 18, 0]), (SelfTest::Gro, GRO_SINCE)] {

@@ -1,63 +1,66 @@
-//! The virtio header before each packet of a TUN with `IFF_VNET_HDR`: what one side left for the
-//! other to do (a checksum, splitting). Virtual I/O Device specification 1.2, section 5.1.6; all
-//! fields little-endian here (`TUNSETVNETLE`).
+//! The virtio header before each packet of a TUN with `IFF_VNET_HDR`. It describes the work that
+//! one side left to the other: completing a checksum, splitting. Virtual I/O Device specification
+//! 1.2, section 5.1.6. All fields are little-endian here (`TUNSETVNETLE`).
 
-/// Bytes of the plain header.
+/// Length of the plain header in bytes.
 pub const VNET_HEADER_BYTES: usize = 10;
-/// Bytes of the header that can also describe a tunnel (Linux 6.17).
+/// Length of the header that can also describe a tunnel (Linux 6.17), in bytes.
 pub const VNET_TUNNEL_HEADER_BYTES: usize = 24;
 
-/// The checksum is not complete.
+/// Flag: the checksum must be completed.
 pub const FLAG_NEEDS_CSUM: u8 = 1;
-/// Of a tunnel: the outer UDP header has a checksum, to be completed too.
+/// Flag: the outer UDP header of a tunnel has a checksum that must be completed too.
 pub const FLAG_TUNNEL_CSUM: u8 = 8;
 
-/// Not to be split.
+/// Type of a packet that needs no splitting.
 pub const GSO_NONE: u8 = 0;
-/// TCP over IPv4.
+/// Type of a super-packet of TCP over IPv4.
 pub const GSO_TCPV4: u8 = 1;
-/// TCP over IPv6.
+/// Type of a super-packet of TCP over IPv6.
 pub const GSO_TCPV6: u8 = 4;
-/// UDP, of either family.
+/// Type of a super-packet of UDP over IPv4 or IPv6.
 pub const GSO_UDP_L4: u8 = 5;
-/// A bit beside the type: the congestion window reduced flag stands on the first segment only.
+/// Bit added to the type: only the first segment keeps the congestion window reduced flag.
 pub const GSO_ECN: u8 = 0x80;
 
-/// A bit beside the type, which is then the inner one: inside a UDP tunnel over IPv4.
+/// Bit added to the type: the packet is inside a UDP tunnel over IPv4, and the type is that of the
+/// inner packet.
 pub const GSO_TUNNEL_V4: u8 = 0x20;
-/// Likewise over IPv6.
+/// Bit added to the type: the packet is inside a UDP tunnel over IPv6, and the type is that of the
+/// inner packet.
 pub const GSO_TUNNEL_V6: u8 = 0x40;
 
-/// The header, decoded. The default says that nothing is left to do.
+/// Decoded virtio header. The default describes a complete packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct VnetHeader {
-    /// [`FLAG_NEEDS_CSUM`] and [`FLAG_TUNNEL_CSUM`], and bits that do not concern us.
+    /// Flags: [`FLAG_NEEDS_CSUM`], [`FLAG_TUNNEL_CSUM`], and others that are ignored.
     pub flags: u8,
-    /// [`GSO_NONE`] and the like.
+    /// Type of the packet: [`GSO_NONE`] or another `GSO_` constant.
     pub gso_type: u8,
-    /// Bytes of all headers together; a hint.
+    /// Length of all headers in bytes. Only a hint.
     pub hdr_len: u16,
-    /// Bytes of payload in each segment but the last.
+    /// Payload bytes in each segment except the last.
     pub gso_size: u16,
-    /// Where the sum begins, from the start of the packet. In a tunnel: the inner sum.
+    /// Offset from which the checksum is computed, from the start of the packet. In a tunnel this
+    /// is the inner checksum.
     pub csum_start: u16,
-    /// Where the sum is to be stored, from `csum_start`.
+    /// Offset of the checksum field, from `csum_start`.
     pub csum_offset: u16,
-    /// In a tunnel: where the outer UDP header begins.
+    /// Offset of the outer UDP header, in a tunnel only.
     pub outer_transport: u16,
-    /// In a tunnel: where the inner IP header begins.
+    /// Offset of the inner IP header, in a tunnel only.
     pub inner_network: u16,
 }
 
 impl VnetHeader {
-    /// The plain header: the bytes before a packet that is in no tunnel.
+    /// Returns the plain header, for a packet that is not inside a tunnel.
     pub fn encode(&self) -> [u8; VNET_HEADER_BYTES] {
         let mut bytes = [0; VNET_HEADER_BYTES];
         bytes.copy_from_slice(&self.encode_tunnel()[..VNET_HEADER_BYTES]);
         bytes
     }
 
-    /// The longer header, where the TUN takes it; it begins with the plain one.
+    /// Returns the longer header, for a TUN that supports it. It starts with the plain header.
     pub fn encode_tunnel(&self) -> [u8; VNET_TUNNEL_HEADER_BYTES] {
         let mut bytes = [0; VNET_TUNNEL_HEADER_BYTES];
         bytes[0] = self.flags;
@@ -71,8 +74,8 @@ impl VnetHeader {
         bytes
     }
 
-    /// Reads a plain or a longer header; fields that are not there are zero. Any bytes are a
-    /// header; whether it makes sense is for the splitter to find out.
+    /// Decodes a plain or a longer header. Missing fields are zero. Any bytes are accepted; the
+    /// splitter checks whether the values make sense.
     pub fn decode(bytes: &[u8]) -> Self {
         let byte = |at: usize| bytes.get(at).copied().unwrap_or(0);
         let field = |at: usize| u16::from_le_bytes([byte(at), byte(at + 1)]);

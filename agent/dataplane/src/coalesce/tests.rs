@@ -10,7 +10,7 @@ const BOTH: Coalesce = Coalesce { tcp: true, udp: true, tunnels: [VXLAN, GENEVE,
 const VXLAN: u16 = 8_472;
 const GENEVE: u16 = 6_081;
 
-/// The frames that the packets are joined to.
+/// Returns the frames into which the packets are coalesced.
 fn coalesce(packets: &[Vec<u8>]) -> Vec<(VnetHeader, Vec<u8>)> {
     let mut batch = WriteBatch::new(8);
     let mut coalescer = Coalescer::new(BOTH);
@@ -147,7 +147,7 @@ fn what_differs_in_a_header_is_not_joined() {
     }
 }
 
-/// The packets in a tunnel of the host to that port.
+/// Returns the packets, each encapsulated in a tunnel of the host with destination port `port`.
 fn in_tunnel(from: u8, port: u16, checksum: bool, v6: bool, packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
     let each = packets.iter().enumerate().map(|(number, inner)| {
         let mut payload = match port {
@@ -212,8 +212,8 @@ fn what_is_in_no_tunnel_of_the_host_is_joined_as_datagrams() {
 #[test]
 fn a_segment_in_a_tunnel_that_differs_is_written_alone() {
     let inner: Vec<_> = stream(1, true, false, &[1000; 3]).iter().map(Recipe::build).collect();
-    // Outer: time to live; the network's number; a hardware address. Inner: payload, sum of
-    // the header. The outer sum.
+    // Bytes of the outer time to live, the network identifier, a hardware address, the inner
+    // payload, the inner header checksum, and the outer checksum.
     let places = [(8, false), (34, false), (40, false), (600, false), (60, false), (27, true)];
     for (at, checksum) in places {
         let mut packets = in_tunnel(1, VXLAN, checksum, false, &inner);
@@ -240,9 +240,10 @@ fn a_fragment_is_not_overtaken() {
     assert_eq!(split(&coalesce(&packets)), packets);
 }
 
-/// For each packet: what is changed, and to what.
+/// Change of each packet: the field to change, and its new value.
 type Changes = Vec<(u8, u8)>;
-/// Of a flow: TCP, IPv6, payload, changes; in a tunnel: Geneve, checksum, over IPv6.
+/// Parameters of a flow: TCP, IPv6, payload size and changes; and inside a tunnel also Geneve,
+/// outer checksum, and outer IPv6.
 type Spec = (bool, bool, usize, Changes, Option<(bool, bool, bool)>);
 
 prop_compose! {
@@ -302,7 +303,7 @@ prop_compose! {
     }
 }
 
-/// The packet, with the checksum that UDP over IPv4 may leave out.
+/// Returns the packet with a UDP checksum, which is optional over IPv4.
 fn with_checksum(mut packet: Vec<u8>) -> Vec<u8> {
     let is_udp = packet[0] == 0x45 && packet[9] == PROTOCOL_UDP;
     if is_udp && packet[6] & 0x3f == 0 && packet[7] == 0 && packet[26..28] == [0, 0] {
@@ -314,9 +315,10 @@ fn with_checksum(mut packet: Vec<u8>) -> Vec<u8> {
     packet
 }
 
-/// The packet, without the identification that means nothing where fragments are forbidden
-/// (RFC 6864 section 4.1): senders that leave it alone are joined, and splitting counts up. In
-/// a tunnel then also without the outer checksum, which covers it.
+/// Returns the packet without the IPv4 identification, if fragmentation is forbidden. The
+/// identification has no meaning then (RFC 6864 section 4.1): packets with a constant value are
+/// coalesced, and splitting increments it. In a tunnel also clears the outer checksum, which covers
+/// the identification.
 fn without_atomic_identification(packet: &[u8]) -> Vec<u8> {
     let mut packet = packet.to_vec();
     let udp = if packet[0] >> 4 == 4 { 20 } else { 40 };
@@ -353,7 +355,7 @@ proptest! {
         }
         let got = split(&coalesce(&mixed));
         prop_assert_eq!(got.len(), mixed.len());
-        // Each flow has a source of its own.
+        // Each flow has its own source address.
         let source = |packet: &Vec<u8>| Inner::parse(packet).unwrap().source;
         for flow in &flows {
             let of_flow = |packets: &[Vec<u8>]| -> Vec<Vec<u8>> {

@@ -1,19 +1,20 @@
-//! Whether datagrams that the kernel joined arrive as they were sealed.
+//! Detection of datagrams that were damaged by coalescing (`UDP_GRO`).
 //!
-//! A kernel or a card that joins them wrongly refuses nothing and reports nothing: all that can be
-//! seen of it is that what arrives is not authentic. A stranger's forgeries look the same, so it
-//! takes a good part of all that arrives joined, which nobody forges who could not as well drop it.
+//! A kernel or a network card that coalesces wrongly reports no error. The only symptom is that
+//! coalesced datagrams are not authentic. Forged datagrams have the same symptom, so only a large
+//! share of them is taken for damage. An attacker who can forge that large a share of the traffic
+//! could drop it as well.
 
 use std::time::Instant;
 
 use crate::switch::Switch;
 
-/// How many joined datagrams are looked at together.
+/// Number of coalesced datagrams that are evaluated together.
 const WINDOW: u64 = 256;
-/// One in so many is damage, not chance.
+/// Inverse of the share of datagrams that counts as damage: one in four.
 const TOLERATED: u64 = 4;
 
-/// Those of the window that is not full yet.
+/// Counters of the window that is not full yet.
 #[derive(Debug, Default)]
 pub(in super::super) struct Damage {
     datagrams: u64,
@@ -21,7 +22,7 @@ pub(in super::super) struct Damage {
 }
 
 impl Damage {
-    /// Counts what arrived joined, and gives joining up where it is at fault.
+    /// Counts coalesced datagrams, and disables `UDP_GRO` if too many of them are damaged.
     pub(in super::super) fn judge(
         &mut self,
         now: Instant,
@@ -29,13 +30,13 @@ impl Damage {
         damaged: usize,
         gro: &Switch,
     ) {
-        // What is off stays off for the reason that it has.
+        // A switch that is off keeps its reason.
         if self.count(datagrams, damaged) && gro.is_on() {
-            gro.distrust("what the kernel joined arrived damaged".to_owned(), now);
+            gro.distrust("coalesced datagrams arrived damaged".to_owned(), now);
         }
     }
 
-    /// Returns whether joining is at fault.
+    /// Counts datagrams. Returns whether a window is full and has too much damage.
     fn count(&mut self, datagrams: usize, damaged: usize) -> bool {
         self.datagrams += datagrams as u64;
         self.damaged += damaged as u64;

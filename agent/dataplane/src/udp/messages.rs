@@ -1,5 +1,5 @@
-//! What `sendmmsg` and `recvmmsg` are given and give: addresses, segment lengths, and by which of
-//! our ends a datagram came or goes.
+//! Message headers of `sendmmsg` and `recvmmsg`: addresses, segment lengths, and the local address
+//! that a datagram leaves from or arrived at.
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::io;
@@ -14,9 +14,9 @@ use towline_core::path::{LocalEnd, Path};
 use super::{UDP_GRO, UDP_SEGMENT};
 use crate::arena::{SLOT_BYTES, Train};
 
-/// Messages in one system call.
+/// Largest number of messages in one system call.
 pub(super) const MESSAGES: usize = 64;
-/// Bytes of the control messages of one datagram: an `int`, and where it came from.
+/// Bytes for the control messages of one datagram: a segment length and a local address.
 const CONTROL: usize = 96;
 
 #[derive(Clone, Copy)]
@@ -24,10 +24,10 @@ const CONTROL: usize = 96;
 struct Control([u8; CONTROL]);
 
 impl Control {
-    /// Appends a control message; returns how much of the buffer is used then.
+    /// Appends a control message after `used` bytes. Returns the number of bytes in use after that.
     fn put(&mut self, used: usize, level: c_int, kind: c_int, value: &[u8]) -> usize {
         let length = value.len() as c_uint;
-        // SAFETY: arithmetic only.
+        // SAFETY: the calls only compute lengths.
         let (header, len, space) =
             unsafe { (libc::CMSG_LEN(0), libc::CMSG_LEN(length), libc::CMSG_SPACE(length)) };
         let (header, end) = (header as usize, used + space as usize);
@@ -35,8 +35,8 @@ impl Control {
             return used;
         }
         self.0[used + header..][..value.len()].copy_from_slice(value);
-        // SAFETY: a `cmsghdr` is plain data; there is room for it, as was just checked, and it is
-        // written without regard to alignment.
+        // SAFETY: a `cmsghdr` is plain data. The check above leaves room for it, and the write does
+        // not need alignment.
         unsafe {
             let mut message: libc::cmsghdr = zeroed();
             message.cmsg_len = len as _;
@@ -47,18 +47,19 @@ impl Control {
         end
     }
 
-    /// Appends from which of our ends the datagram leaves.
+    /// Appends the local address and interface that the datagram leaves from.
     fn put_local(&mut self, used: usize, local: LocalEnd) -> usize {
         match local.address {
             IpAddr::V4(address) => {
-                // `in_pktinfo`: interface, source, and a third field that is not read.
+                // `in_pktinfo` has an interface, a source, and a third field that the kernel does
+                // not read.
                 let mut info = [0; 12];
                 info[..4].copy_from_slice(&local.interface.to_ne_bytes());
                 info[4..8].copy_from_slice(&address.octets());
                 self.put(used, libc::IPPROTO_IP, libc::IP_PKTINFO, &info)
             }
             IpAddr::V6(address) => {
-                // `in6_pktinfo`: source, interface.
+                // `in6_pktinfo` has a source and an interface.
                 let mut info = [0; 20];
                 info[..16].copy_from_slice(&address.octets());
                 info[16..].copy_from_slice(&local.interface.to_ne_bytes());
@@ -68,8 +69,8 @@ impl Control {
     }
 }
 
-/// What `sendmmsg` and `recvmmsg` are given, made once. The pointers in `messages` are written
-/// anew before each call, and mean nothing afterwards.
+/// Message headers of `sendmmsg` and `recvmmsg`, allocated once. The pointers in `messages` are set
+/// before each call and are invalid after it.
 pub(super) struct Headers {
     messages: Box<[libc::mmsghdr]>,
     vectors: Box<[libc::iovec]>,
@@ -83,7 +84,7 @@ unsafe impl Send for Headers {}
 
 impl Headers {
     pub(super) fn new() -> Self {
-        // SAFETY: all three are plain data; all zero is one of their values.
+        // SAFETY: all three are plain data, and all zeros is a valid value of each.
         let (message, vector, address) = unsafe { (zeroed(), zeroed(), zeroed()) };
         Self {
             messages: vec![message; MESSAGES].into(),
@@ -93,13 +94,13 @@ impl Headers {
         }
     }
 
-    /// Receives up to one message per slot of `slots`, without waiting; see
-    /// [`Headers::received`].
+    /// Receives up to one message per slot of `slots`, without waiting. Returns the number of
+    /// messages, which [`Headers::received`] describes.
     pub(super) fn receive(&mut self, socket: &Socket, slots: &mut [u8]) -> io::Result<usize> {
         self.receive_with(socket, slots, libc::MSG_DONTWAIT)
     }
 
-    /// As [`Headers::receive`], but waits as long as the socket's timeout says.
+    /// Receives like [`Headers::receive`], but waits for the receive timeout of the socket.
     pub(super) fn receive_waiting(
         &mut self,
         socket: &Socket,
@@ -143,8 +144,8 @@ impl Headers {
         if received == -1 { Err(io::Error::last_os_error()) } else { Ok(received as usize) }
     }
 
-    /// Sender, length and stride (0: one datagram) of a message that was just received; `None` if
-    /// it was cut off or has no sender.
+    /// Returns the path, the length and the segment size (0 for one datagram) of a message that was
+    /// just received. `None` if it was truncated or has no sender.
     pub(super) fn received(&self, message: usize) -> Option<(Path, usize, usize)> {
         let received = &self.messages[message];
         if received.msg_hdr.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
@@ -152,9 +153,9 @@ impl Headers {
         }
         let remote = read_address(&self.addresses[message])?;
         let (mut stride, mut local) = (0, None);
-        // SAFETY: the kernel has filled the control buffer that the header points to, which
-        // `self` owns; the macros stay within `msg_controllen`, and each value is of the type that
-        // its level and type say, maybe unaligned.
+        // SAFETY: the kernel has filled the control buffer that the header points to, which `self`
+        // owns. The macros stay within `msg_controllen`, and each value has the type of its level
+        // and kind, possibly unaligned.
         unsafe {
             let mut next = libc::CMSG_FIRSTHDR(&received.msg_hdr);
             while !next.is_null() {
@@ -180,7 +181,8 @@ impl Headers {
         Some((from, received.msg_len as usize, usize::try_from(stride).unwrap_or(0)))
     }
 
-    /// Sends as many of the trains as the kernel takes, at most [`MESSAGES`].
+    /// Sends as many of the trains as the kernel accepts, at most [`MESSAGES`]. Returns the number
+    /// of trains sent.
     pub(super) fn send(
         &mut self,
         socket: &Socket,
@@ -230,7 +232,7 @@ impl Headers {
     }
 }
 
-/// Returns the length of what was written.
+/// Writes a socket address and returns its length.
 fn write_address(to: &mut libc::sockaddr_storage, address: SocketAddr) -> libc::socklen_t {
     let address = SockAddr::from(address);
     // SAFETY: both are `sockaddr_storage`, as `SockAddr` promises.
@@ -252,7 +254,7 @@ fn read_address(from: &libc::sockaddr_storage) -> Option<SocketAddr> {
             libc::AF_INET6 => {
                 let v6 = &*from.cast::<libc::sockaddr_in6>();
                 let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
-                // The flow label is no part of who sent it.
+                // The flow label does not identify the sender.
                 let port = u16::from_be(v6.sin6_port);
                 Some(SocketAddrV6::new(ip, port, 0, v6.sin6_scope_id).into())
             }

@@ -1,9 +1,10 @@
-//! Datagrams that nobody may fragment, and how large one may be where the kernel refuses one.
+//! Sending of datagrams with fragmentation forbidden, and the largest length that fits if the
+//! kernel refuses one.
 //!
-//! The kernel says so through the error queue of the socket that sent it (`IP_RECVERR`): so the
-//! answer is that of the route which the datagram would have taken, whatever policy rules there
-//! are. A question by another socket would have another port, which our own rules do not let past
-//! the routes of the tunnel.
+//! The kernel reports that length in the error queue of the sending socket (`IP_RECVERR`), so it is
+//! the length for the route that the datagram would take, including policy rules. Another socket
+//! would give a wrong answer: it has another port, and Towline's own rules would send its datagrams
+//! into the tunnel.
 
 use std::ffi::c_int;
 use std::io;
@@ -17,25 +18,29 @@ use super::messages::Headers;
 use super::{Endpoint, set};
 use crate::arena::Train;
 
-/// Errors that are looked through for the one of the datagram: others may have been queued by what
-/// came back from the network meanwhile.
+/// Largest number of queued errors that are searched for the error of the datagram. Replies from
+/// the network may have queued others.
 const ERRORS: usize = 8;
-/// Bytes of control messages of one error: a `sock_extended_err`, an address, and the datagram's
-/// interface.
+/// Bytes for the control messages of one error: a `sock_extended_err`, an address, and the
+/// datagram's interface.
 const CONTROL: usize = 256;
-/// Bytes of the headers of a datagram: IPv4 or IPv6, and UDP.
+/// Length of the IPv4 and UDP headers of a datagram, in bytes.
 const HEADERS_V4: u32 = 20 + 8;
+/// Length of the IPv6 and UDP headers of a datagram, in bytes.
 const HEADERS_V6: u32 = 40 + 8;
 
-/// What differs between the families.
+/// Socket options of one address family.
 #[derive(Clone, Copy)]
 struct Options {
     level: c_int,
     discover: c_int,
-    /// The value of `discover` while the datagram is sent, and after.
+    /// Value of `discover` while the datagram is sent.
     whole: c_int,
+    /// Value of `discover` after that.
     after: c_int,
+    /// Option that queues errors.
     errors: c_int,
+    /// Length of the headers of a datagram, in bytes.
     headers: u32,
 }
 
@@ -56,11 +61,12 @@ const V6: Options = Options {
     headers: HEADERS_V6,
 };
 
-/// Why a datagram was not sent.
+/// Error of a datagram that was not sent.
 #[derive(Debug)]
 pub(super) struct Unsent {
     pub(super) error: io::Error,
-    /// UDP payload that fits, in bytes, where the datagram was too long and the kernel said so.
+    /// UDP payload that fits, in bytes. Set if the datagram was too long and the kernel reported
+    /// the length that fits.
     pub(super) payload: Option<u16>,
 }
 
@@ -71,7 +77,8 @@ impl From<io::Error> for Unsent {
 }
 
 impl Endpoint {
-    /// Sends one datagram that nobody may fragment, whatever the kernel believes of the path.
+    /// Sends one datagram with fragmentation forbidden, even if the kernel has cached a smaller
+    /// path MTU.
     pub(super) fn send_whole(&mut self, bytes: &[u8], train: &Train) -> Result<(), Unsent> {
         let options = if self.v4 { V4 } else { V6 };
         let Self { socket, headers, .. } = self;
@@ -82,7 +89,7 @@ impl Endpoint {
     }
 }
 
-/// Sends the datagram while the socket queues errors.
+/// Sends the datagram while the socket's error queue is enabled.
 fn send_listening(
     socket: &Socket,
     headers: &mut Headers,
@@ -90,7 +97,7 @@ fn send_listening(
     train: &Train,
     options: Options,
 ) -> Result<(), Unsent> {
-    // Without a queue of errors, the length that fits is unknown.
+    // Without the error queue the length that fits stays unknown.
     let listening = set(socket, options.level, options.errors, 1).is_ok();
     let sent = headers.send(socket, bytes, &[*train]);
     let mtu = match &sent {
@@ -101,18 +108,18 @@ fn send_listening(
     };
     if listening {
         set(socket, options.level, options.errors, 0)?;
-        // What came back meanwhile would otherwise fail the next datagram.
+        // A pending error would otherwise fail the next datagram.
         let _ = socket.take_error();
     }
     let payload = mtu.and_then(|mtu| u16::try_from(mtu.checked_sub(options.headers)?).ok());
     sent.map(drop).map_err(|error| Unsent { error, payload })
 }
 
-/// Takes one error out of the queue: the MTU, if it says that a datagram was too long to leave this
-/// machine. `None`: the queue is empty.
+/// Removes one error from the queue. Returns the MTU if the error says that a datagram was too long
+/// to leave this machine, and `None` if the queue is empty.
 fn next_error(socket: &Socket) -> Option<Option<u32>> {
     let mut control = [MaybeUninit::<u64>::uninit(); CONTROL / size_of::<u64>()];
-    // SAFETY: a `msghdr` is plain data; all zero is one of its values.
+    // SAFETY: a `msghdr` is plain data, and all zeros is a valid value.
     let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
     message.msg_control = control.as_mut_ptr().cast();
     message.msg_controllen = CONTROL as _;
@@ -124,8 +131,8 @@ fn next_error(socket: &Socket) -> Option<Option<u32>> {
         return None;
     }
     let mut mtu = None;
-    // SAFETY: the kernel has filled the control buffer up to `msg_controllen`; the macros stay
-    // within that, and a value is of the type that its level and type say, maybe unaligned.
+    // SAFETY: the kernel has filled the control buffer up to `msg_controllen`. The macros stay
+    // within that, and each value has the type of its level and kind, possibly unaligned.
     unsafe {
         let mut next = libc::CMSG_FIRSTHDR(&raw const message);
         while !next.is_null() {
@@ -170,7 +177,7 @@ mod tests {
     const MARK: u32 = 0x54;
     const TABLE: u32 = 99;
 
-    /// A link with this MTU and the addresses' networks on it.
+    /// Adds a link with this MTU and these addresses, and returns its index.
     fn add_link(links: &mut Rtnetlink, name: &str, mtu: u32, addresses: &[&str]) -> u32 {
         let peer = format!("{name}p");
         links.add_veth(name, VethPeer { name: &peer, namespace: None }).unwrap();
@@ -198,8 +205,8 @@ mod tests {
     }
 
     namespace_test! {
-        /// The routes of the tunnel (here another link with a smaller MTU) hold the peer's outer
-        /// address, and only our own port leads past them.
+        /// The routes of the tunnel (here another link with a smaller MTU) contain the peer's outer
+        /// address. Only datagrams from the node's own port bypass them.
         fn the_length_that_fits_is_that_of_the_datagrams_own_way() {
             let mut links = Rtnetlink::open().unwrap();
             let uplink = add_link(&mut links, "uplink", 1_400, &["10.1.0.1/24", "fd01::1/64"]);
