@@ -1,8 +1,9 @@
-//! `cargo lab interop`: Towline with every other WireGuard as a plain peer, without a controller.
+//! `cargo lab interop`: tests Towline with other WireGuard implementations as plain peers, without
+//! a controller.
 //!
-//! Each implementation goes through the same cases ([`cases`]), each in a lab of its own. The
-//! re-keys take two minutes of real time, since none of the others lets its clock be shortened; all
-//! else happens meanwhile.
+//! Every implementation runs the same cases ([`cases`]), each in its own lab. The re-key cases take
+//! two minutes of real time, because the clocks of the other implementations cannot be changed. All
+//! other cases run at the same time.
 
 mod cases;
 mod flood;
@@ -21,56 +22,58 @@ use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Forbidden, round};
 use cases::{CASES, Judge, Outcome};
 
-/// How Towline and the others got along.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Interop {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// Which version of each implementation it was.
+    /// Version of each implementation, by its name.
     pub versions: BTreeMap<&'static str, String>,
-    /// Implementation, then case.
+    /// Results by implementation and case.
     pub peers: BTreeMap<&'static str, BTreeMap<&'static str, Case>>,
-    /// What could not be tried.
+    /// Implementations and cases that could not run.
     pub skipped: Vec<Skipped>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
-/// How one case went.
+/// Result of one case.
 #[derive(Debug, Serialize)]
 pub struct Case {
-    /// All that it promises held.
+    /// True if all promises of the case held.
     pub ok: bool,
-    /// What did not.
+    /// Promise that did not hold. Absent if all held.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
-    /// Seconds.
+    /// Duration of the case in seconds.
     pub took_s: f64,
-    /// What it measured.
+    /// Figures that the case measured, by name.
     #[serde(flatten)]
     pub figures: BTreeMap<&'static str, f64>,
 }
 
-/// Something that could not be tried here.
+/// An implementation or a case that could not run.
 #[derive(Debug, Serialize)]
 pub struct Skipped {
-    /// An implementation, or a case of one.
+    /// Name of the implementation, or implementation and case separated by a slash.
     pub name: String,
-    /// Why not.
+    /// Reason, in one line.
     pub why: String,
 }
 
-/// The others make their sockets here, all of them.
+/// Directory of the UAPI sockets of all other implementations.
 const SOCKETS: &str = "/var/run/wireguard";
 
-/// Runs it; with `only`, with these implementations or cases alone.
+/// Runs the scenario. If `only` is not empty, runs only these implementations or cases.
 ///
 /// # Errors
-/// [`Forbidden`] where the others cannot make their sockets.
+/// Returns [`Forbidden`] if the other implementations cannot create their sockets.
 pub fn run(setting: &Setting, only: &[String]) -> anyhow::Result<Interop> {
     std::fs::create_dir_all(SOCKETS).and_then(|()| tempfile::tempfile_in(SOCKETS)).map_err(
         |error| Forbidden {
-            what: format!("other WireGuards cannot be spoken to in {SOCKETS}: {error}"),
+            what: format!(
+                "cannot create the sockets of other WireGuard implementations in {SOCKETS}: {error}"
+            ),
             remedy: "run as root".into(),
         },
     )?;
@@ -88,7 +91,7 @@ pub fn run(setting: &Setting, only: &[String]) -> anyhow::Result<Interop> {
             Err(why) => interop.skipped.push(Skipped { name: which.name().into(), why }),
         }
     }
-    setting.talk.step("Towline and others, each case in a lab of its own (about three minutes)");
+    setting.talk.step("running all cases, each in its own lab (about three minutes)");
     let cases: Vec<_> = CASES.into_iter().filter(|(name, _)| chosen(name, &case_names)).collect();
     let tried = std::thread::scope(|scope| {
         let threads: Vec<_> = programs
@@ -105,7 +108,7 @@ pub fn run(setting: &Setting, only: &[String]) -> anyhow::Result<Interop> {
         let which = program.which.name();
         interop.versions.insert(which, program.version.clone());
         if results.len() < cases.len() {
-            interop.failed.push(format!("{which}: the lab panicked"));
+            interop.failed.push(format!("{which}: a thread of the lab panicked"));
         }
         for (name, took_s, result) in results {
             interop.note(which, name, took_s, result);
@@ -114,10 +117,11 @@ pub fn run(setting: &Setting, only: &[String]) -> anyhow::Result<Interop> {
     Ok(interop)
 }
 
-/// One case: its name, how long it took, how it ended.
+/// A case that ran: its name, its duration in seconds, and its outcome.
 type Tried = (&'static str, f64, anyhow::Result<Outcome>);
 
-/// The re-keys at once, since they take so long; the others beside them, one after another.
+/// Runs the re-key cases at once, because they take long, and the other cases one after another at
+/// the same time.
 fn try_all(setting: &Setting, program: &Installed, cases: &[(&'static str, Judge)]) -> Vec<Tried> {
     let one = |(name, judge): &(&'static str, Judge)| -> Tried {
         let begun = Instant::now();

@@ -1,4 +1,4 @@
-//! What Towline and the other go through together.
+//! Cases that each pair of Towline and another implementation runs.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -16,18 +16,18 @@ use crate::lab::ping::Ticker;
 use crate::lab::report::round;
 use crate::lab::scenario::Setting;
 
-/// How a case ended, if it did not fail.
+/// Outcome of a case that did not fail.
 pub(super) enum Outcome {
-    /// All that it promises held; what it measured.
+    /// All promises held. Contains the figures that were measured.
     Held(BTreeMap<&'static str, f64>),
-    /// This machine does not let it be tried.
+    /// The case cannot run on this machine. Contains the reason.
     Impossible(String),
 }
 
-/// Plays one case.
+/// Function that runs one case.
 pub(super) type Judge = fn(&Setting, &Installed) -> anyhow::Result<Outcome>;
 
-/// Every case, by name.
+/// All cases, by name.
 pub(super) const CASES: [(&str, Judge); 11] = [
     ("we_initiate", |setting, program| initiate(setting, program, Side::Ours)),
     ("they_initiate", |setting, program| initiate(setting, program, Side::Theirs)),
@@ -42,20 +42,23 @@ pub(super) const CASES: [(&str, Judge); 11] = [
     ("rekey_they_initiated", |setting, program| rekey(setting, program, Side::Theirs)),
 ];
 
-/// A first handshake is through after this.
+/// Limit for the first handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// Under a flood: the first initiation only earns a cookie, the next comes after five seconds;
-/// a flood may also swallow one.
+/// Limit for the first handshake during a flood. The first initiation is only answered with a
+/// cookie, and the next one follows after five seconds. The flood may also cause the loss of one.
 const FLOODED_LIMIT: Duration = Duration::from_secs(40);
-/// After a change of address packets flow again within this.
+/// Limit for packets to flow again after a change of address.
 const ROAM_LIMIT: Duration = Duration::from_secs(5);
-/// Over a re-key nothing is missing for longer than this.
+/// Limit for the time without an echo reply during a re-key.
 const REKEY_GAP: Duration = Duration::from_secs(1);
-/// Two minutes until the re-key, and some.
+/// Duration of a re-key case: WireGuard re-keys after 120 s.
 const REKEY_WATCH: Duration = Duration::from_secs(132);
+/// Size of a transfer in each direction, in bytes.
 const BYTES: u64 = 4_000_000;
+/// Interval between two echo requests.
 const PACE: Duration = Duration::from_millis(20);
 
+/// Checks that `caller` can initiate the handshake, and that data flows in both directions.
 fn initiate(setting: &Setting, program: &Installed, caller: Side) -> anyhow::Result<Outcome> {
     let pair = Pair::start(setting, program, Wiring::Plain, Terms::called_by(caller))?;
     let first = pair.ping_ok(caller, HANDSHAKE_LIMIT)?;
@@ -65,7 +68,7 @@ fn initiate(setting: &Setting, program: &Installed, caller: Side) -> anyhow::Res
     held([("first_reply_ms", millis(first))])
 }
 
-/// With the same key they meet, with two different ones they do not.
+/// Checks that a tunnel comes up with the same pre-shared key, and not with two different ones.
 fn preshared_key(setting: &Setting, program: &Installed) -> anyhow::Result<Outcome> {
     for caller in [Side::Ours, Side::Theirs] {
         let right = Terms { preshared_keys: Some([[7; 32]; 2]), ..Terms::called_by(caller) };
@@ -76,11 +79,11 @@ fn preshared_key(setting: &Setting, program: &Installed) -> anyhow::Result<Outco
     let wrong = Terms { preshared_keys: Some([[7; 32], [8; 32]]), ..Terms::called_by(Side::Ours) };
     let pair = Pair::start(setting, program, Wiring::Plain, wrong)?;
     let reply = pair.ping(Side::Ours, Duration::from_secs(2))?;
-    ensure!(reply.is_none(), "a tunnel came up though the pre-shared keys differ");
+    ensure!(reply.is_none(), "a tunnel came up although the pre-shared keys differ");
     held([])
 }
 
-/// `side` loses the uplink that it used, under traffic.
+/// Checks that the tunnel survives when `side` loses the uplink it uses.
 fn roam(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<Outcome> {
     let caller = side;
     let pair = Pair::start(setting, program, Wiring::Roaming(side), Terms::called_by(caller))?;
@@ -91,19 +94,19 @@ fn roam(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<Ou
         let unplugged = Instant::now();
         Ok((unplugged, ROAM_LIMIT))
     })?;
-    ensure!(gap < ROAM_LIMIT, "no replies for {:.1} s", gap.as_secs_f64());
+    ensure!(gap < ROAM_LIMIT, "no echo replies for {:.1} s", gap.as_secs_f64());
     pair.exchange(side.other(), BYTES)?;
     held([("gap_ms", millis(gap))])
 }
 
-/// `side` is flooded, and the other wants in.
+/// Checks that the other side can connect while `side` is flooded with initiations.
 fn cookie(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<Outcome> {
     let caller = side.other();
     let pair = Pair::start(setting, program, Wiring::Plain, Terms::called_by(caller))?;
     let key = if side == Side::Ours { pair.our_key() } else { pair.their_key() };
     let target = pair.outer(side)?;
-    // Some ask only those for a cookie from whose address too much comes. It must not keep the
-    // owner of that address out.
+    // Some implementations demand a cookie only from addresses that send too much. Part of the
+    // flood has the forged address of the caller, who must still be able to connect.
     let also = match pair.outer(caller)?.ip() {
         IpAddr::V4(address) => Some(address),
         IpAddr::V6(_) => None,
@@ -127,7 +130,7 @@ fn cookie(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<
         join(counted)?;
         let first = met.with_context(|| format!("under {sent} forged initiations"))?;
         let cookies = cookies.load(Ordering::Relaxed);
-        ensure!(cookies > 0, "nobody was asked for a cookie");
+        ensure!(cookies > 0, "the flooded side sent no cookie reply");
         held([
             ("first_reply_ms", millis(first)),
             ("cookies", cookies as f64),
@@ -136,7 +139,8 @@ fn cookie(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<
     })
 }
 
-/// `side` is behind a NAT that soon forgets; its keepalive alone keeps the way in open.
+/// Checks that the keepalive of `side`, which is behind a NAT with a short timeout, keeps the NAT
+/// mapping open.
 fn nat(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<Outcome> {
     let terms = Terms { keepalive: Some(1), ..Terms::called_by(side) };
     let mut pair = match Pair::start(setting, program, Wiring::Behind(side), terms) {
@@ -147,28 +151,29 @@ fn nat(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<Out
         Err(error) => return Err(error),
     };
     if side == Side::Theirs {
-        // Not all of the others begin by themselves.
+        // Some implementations only initiate a handshake when they have data to send.
         pair.ping_ok(side, HANDSHAKE_LIMIT)?;
     }
-    wait_for("tunnel held up by its keepalive", HANDSHAKE_LIMIT, || {
+    wait_for("handshake with a keepalive", HANDSHAKE_LIMIT, || {
         Ok(pair.handshake_age().is_ok().then_some(()))
     })?;
     let silence = Duration::from_secs(3 * NAT_TIMEOUT);
     pass(silence)?;
     let first = pair
         .ping_ok(side.other(), Duration::from_secs(2))
-        .context("from outside, after a silence, with a keepalive")?;
+        .context("echo from outside, after a pause, with a keepalive")?;
     pair.stop_keepalive()?;
-    // Whatever answers the last ping is over after ten seconds, WireGuard's Keepalive-Timeout.
+    // The last packet may be answered with a keepalive after ten seconds (WireGuard's
+    // Keepalive-Timeout).
     pass(Duration::from_secs(10) + silence)?;
     if pair.ping(side.other(), Duration::from_secs(1))?.is_some() {
-        bail!("the NAT did not forget: this shows nothing");
+        bail!("the NAT mapping did not expire: the test is not valid");
     }
-    pair.ping_ok(side, HANDSHAKE_LIMIT).context("from inside, after a silence")?;
+    pair.ping_ok(side, HANDSHAKE_LIMIT).context("echo from inside, after a pause")?;
     held([("first_reply_ms", millis(first))])
 }
 
-/// Both ways under traffic until the session that `caller` began is renewed.
+/// Checks that traffic flows without a gap while the session that `caller` initiated is renewed.
 fn rekey(setting: &Setting, program: &Installed, caller: Side) -> anyhow::Result<Outcome> {
     let pair = Pair::start(setting, program, Wiring::Plain, Terms::called_by(caller))?;
     pair.ping_ok(caller, HANDSHAKE_LIMIT)?;
@@ -179,13 +184,13 @@ fn rekey(setting: &Setting, program: &Installed, caller: Side) -> anyhow::Result
     })?;
     let age = pair.handshake_age()?;
     ensure!(age < Duration::from_secs(60), "no re-key in {} s", REKEY_WATCH.as_secs());
-    ensure!(gap < REKEY_GAP, "no replies for {:.1} s", gap.as_secs_f64());
+    ensure!(gap < REKEY_GAP, "no echo replies for {:.1} s", gap.as_secs_f64());
     pair.exchange(caller, BYTES)?;
     held([("gap_ms", millis(gap))])
 }
 
-/// Pings from `side` while `act` is played; the longest gap from the moment that it gives until
-/// now, or until as long after as it says.
+/// Sends echo requests from `side` while `act` runs. `act` returns the start of the measurement,
+/// and how long it goes on after `act`. Returns the longest time without a reply since that start.
 fn ticking(
     pair: &Pair,
     side: Side,
@@ -205,6 +210,7 @@ fn ticking(
     })
 }
 
+/// Returns the outcome of a case whose promises held.
 fn held<const N: usize>(figures: [(&'static str, f64); N]) -> anyhow::Result<Outcome> {
     Ok(Outcome::Held(figures.into()))
 }

@@ -1,7 +1,7 @@
-//! A flood of handshake initiations from forged sources, and who answers it with cookies.
+//! Flood of handshake initiations from forged sources, and a counter of the cookie replies to it.
 //!
-//! Each initiation is well made, for the victim's key, by somebody whom the victim does not know:
-//! it costs the victim as much as an initiation can.
+//! Each initiation is valid for the victim's key, but from a key that the victim does not know.
+//! Such an initiation costs the victim as much processor time as any.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -18,18 +18,19 @@ use towline_proto::id::WireguardKey;
 use crate::lab::interrupt;
 use crate::lab::namespace::Namespace;
 
-/// Different initiations; they are sent again and again.
+/// Number of different initiations, which are sent repeatedly.
 const STRANGERS: u32 = 64;
-/// Sent at once, and the pause after: about 20,000 a second.
+/// Number of packets that are sent at once.
+/// Pause after each burst. With [`BURST`], this makes about 20,000 packets per second.
 const BURST: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(5);
 const IP_HEADER: usize = 20;
 const UDP_HEADER: usize = 8;
-/// Type and length of a cookie reply.
+/// Type and length in bytes of a cookie reply.
 const COOKIE: (u8, usize) = (3, 64);
 
-/// Floods `target`, whose key is `key`, from `host` until `stop`; every other one in the name of
-/// `also`. Returns how many were sent.
+/// Sends the flood from `host` to `target`, whose key is `key`, until `stop` is set. If `also` is
+/// set, it is the source of every second packet. Returns the number of packets that were sent.
 pub(super) fn run(
     host: &Namespace,
     target: SocketAddr,
@@ -37,13 +38,13 @@ pub(super) fn run(
     also: Option<Ipv4Addr>,
     stop: &AtomicBool,
 ) -> anyhow::Result<u64> {
-    let IpAddr::V4(victim) = target.ip() else { bail!("the flood is made for IPv4") };
+    let IpAddr::V4(victim) = target.ip() else { bail!("the flood supports only IPv4") };
     let mut packets = Vec::new();
     for index in 0..STRANGERS {
         let stranger = Secrets::new(Wireguard::generate()?.secret().clone());
         let mut message = [0; HANDSHAKE_BYTES];
         let len = Session::new(&stranger, key, None, index).initiate(&mut message);
-        // The kernel fills in length, identification and checksum.
+        // The kernel fills in the total length, identification and checksum.
         let mut packet = vec![0; IP_HEADER + UDP_HEADER];
         packet[0] = 0x45;
         packet[8] = 64;
@@ -62,14 +63,14 @@ pub(super) fn run(
         while !stop.load(Ordering::Relaxed) && !interrupt::raised() {
             for _ in 0..BURST {
                 let packet = &mut packets[sent as usize % STRANGERS as usize];
-                // 198.18.0.0/16, each source a few times a minute.
+                // Sources in 198.18.0.0/16. Each occurs a few times per minute.
                 let [.., high, low] = (sent as u32).to_be_bytes();
                 let source = match also {
                     Some(also) if sent.is_multiple_of(2) => also.octets(),
                     _ => [198, 18, high, low],
                 };
                 packet[12..16].copy_from_slice(&source);
-                // A full queue loses some: so do floods.
+                // Some packets are lost if a queue is full, as in any flood.
                 if raw.send_to(packet, &to).is_ok() {
                     sent += 1;
                 }
@@ -80,7 +81,7 @@ pub(super) fn run(
     })
 }
 
-/// Counts the cookie replies that reach `host`, until `stop`.
+/// Counts the cookie replies that arrive at `host`, until `stop` is set.
 pub(super) fn count_cookies(
     host: &Namespace,
     cookies: &AtomicU64,

@@ -1,4 +1,5 @@
-//! Towline and one other WireGuard, each on a host of its own, as each other's plain peer.
+//! Hosts and programs of one case: Towline and one other WireGuard implementation, each configured
+//! as a plain peer of the other.
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
@@ -22,66 +23,72 @@ use crate::lab::scenario::Setting;
 use crate::lab::topology::{Host, Lab, Router};
 use crate::lab::traffic::{Pattern, tcp_both_ways};
 
-/// One of the two.
+/// One side of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
+    /// Towline.
     Ours,
+    /// The other implementation.
     Theirs,
 }
 
-/// How the hosts are wired.
+/// Network between the two hosts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wiring {
-    /// Both on the internet.
+    /// Both hosts are on the internet.
     Plain,
-    /// This one has two uplinks.
+    /// This side has two uplinks.
     Roaming(Side),
-    /// This one is behind a NAT.
+    /// This side is behind a NAT.
     Behind(Side),
 }
 
-/// What the two know of each other.
+/// Configuration that a case varies.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Terms {
-    /// Who knows where the other is, and so has to begin.
+    /// Side that knows the endpoint of the other, and therefore must initiate the handshake.
     pub(super) caller: Side,
-    /// As each has it: ours, theirs.
+    /// Pre-shared keys that each side is configured with: Towline's, then the other's.
     pub(super) preshared_keys: Option<[[u8; 32]; 2]>,
-    /// The caller's, in seconds.
+    /// Persistent keepalive of the caller, in seconds.
     pub(super) keepalive: Option<u16>,
 }
 
 impl Terms {
+    /// Returns the configuration in which only `caller` knows the endpoint of the other side.
     pub(super) fn called_by(caller: Side) -> Self {
         Self { caller, preshared_keys: None, keepalive: None }
     }
 }
 
-/// The inner addresses of each side.
+/// Inner addresses of each side, IPv4 before IPv6.
 const INNER: [[&str; 2]; 2] = [["10.9.0.1", "fd09::1"], ["10.9.0.2", "fd09::2"]];
+/// UDP port of Towline.
 const OUR_PORT: u16 = 51830;
+/// UDP port of the other implementation.
 const THEIR_PORT: u16 = 51820;
-/// Routers forget a mapping that was silent for this many seconds.
+/// Time in seconds after which the NAT removes an idle UDP mapping.
 pub(super) const NAT_TIMEOUT: u64 = 3;
-/// What the other is called in our configuration.
+/// Name of the other side in Towline's configuration.
 const NAME: &str = "other";
 
-/// Both, running.
+/// A running pair.
 pub(super) struct Pair {
     pub(super) ours: Node,
     pub(super) theirs: Peer,
     hosts: [Arc<Host>; 2],
-    /// On the internet, to misbehave from.
+    /// Host on the internet that sends the flood.
     pub(super) stranger: Arc<Host>,
     our_key: WireguardKey,
     their_key: Wireguard,
     terms: Terms,
     _router: Option<Router>,
-    /// Last: its namespaces outlive what runs in them.
+    /// Last field: the namespaces must outlive the programs that run in them.
     _lab: Lab,
 }
 
 impl Pair {
+    /// Builds the hosts, and configures and starts both programs.
     pub(super) fn start(
         setting: &Setting,
         program: &Installed,
@@ -122,7 +129,8 @@ impl Pair {
         let hosts = [ours?, theirs?];
         let stranger = lab.host("stranger").public("203.0.113.30", "2001:db8::30")?.build()?;
         let outer = |side: Side, port| -> anyhow::Result<SocketAddr> {
-            let address = hosts[side as usize].addresses().first().context("no address")?;
+            let address =
+                hosts[side as usize].addresses().first().context("the host has no address")?;
             Ok(SocketAddr::new(*address, port))
         };
 
@@ -132,7 +140,7 @@ impl Pair {
         let mut ours = Node::new(&lab, &hosts[0], "ours", &setting.binaries, &configuration)?;
         let our_key = ours.command_ok(&["pubkey"])?.trim().parse()?;
         ours.launch()?;
-        wait_for("answer from our agent", START_LIMIT, || {
+        wait_for("answer from the agent", START_LIMIT, || {
             ours.agent()?.check()?;
             Ok(ours.peers().ok())
         })?;
@@ -184,13 +192,14 @@ impl Pair {
         self.hosts[side as usize].namespace()
     }
 
-    /// Where the tunnels of a side listen, seen from the internet.
+    /// Returns the endpoint of a side, as it is seen from the internet.
     pub(super) fn outer(&self, side: Side) -> anyhow::Result<SocketAddr> {
-        let address = self.hosts[side as usize].addresses().first().context("no address")?;
+        let address =
+            self.hosts[side as usize].addresses().first().context("the host has no address")?;
         Ok(SocketAddr::new(*address, if side == Side::Ours { OUR_PORT } else { THEIR_PORT }))
     }
 
-    /// The inner addresses of a side, IPv4 first.
+    /// Returns the inner addresses of a side, IPv4 first.
     pub(super) fn inner(&self, side: Side) -> anyhow::Result<[IpAddr; 2]> {
         inner(side)
     }
@@ -199,7 +208,8 @@ impl Pair {
         if side == Side::Ours { "towline0" } else { self.theirs.link() }
     }
 
-    /// How long the first reply to pings from this side takes; `None`: longer than `patience`.
+    /// Sends echo requests from this side. Returns the time until the first reply, or `None` if
+    /// there is none within `patience`.
     pub(super) fn ping(&self, from: Side, patience: Duration) -> anyhow::Result<Option<Duration>> {
         let begun = Instant::now();
         let [target, _] = inner(from.other())?;
@@ -208,15 +218,16 @@ impl Pair {
         Ok(at.map(|at| at - begun))
     }
 
-    /// As [`Pair::ping`]; no reply is an error that says how it stands.
+    /// Does the same as [`Self::ping`]. Without a reply, returns an error with the peer's state.
     pub(super) fn ping_ok(&self, from: Side, patience: Duration) -> anyhow::Result<Duration> {
         self.ping(from, patience)?.ok_or_else(|| {
             let stands = self.stands().unwrap_or_else(|error| format!("{error:#}"));
-            anyhow!("no reply in {} s; {stands}", patience.as_secs())
+            anyhow!("no echo reply within {} s: {stands}", patience.as_secs())
         })
     }
 
-    /// Sends megabytes both ways over TCP, inside both families, each byte verified.
+    /// Transfers bytes over TCP in both directions and over both inner address families, and
+    /// verifies them.
     pub(super) fn exchange(&self, from: Side, bytes: u64) -> anyhow::Result<()> {
         let pattern = Pattern::random()?;
         for address in inner(from.other())? {
@@ -226,13 +237,13 @@ impl Pair {
         Ok(())
     }
 
-    /// What our agent says of the other.
+    /// Returns a description of the peer's state, as the agent reports it.
     pub(super) fn stands(&self) -> anyhow::Result<String> {
-        let peer = self.ours.peer(NAME)?.context("our agent does not know the other")?;
-        Ok(format!("our agent says {} ({})", peer.state, peer.reason.unwrap_or_default()))
+        let peer = self.ours.peer(NAME)?.context("the agent does not list the other side")?;
+        Ok(format!("the agent reports {} ({})", peer.state, peer.reason.unwrap_or_default()))
     }
 
-    /// Age of the last handshake, as our agent sees it.
+    /// Returns the age of the last handshake, as the agent reports it.
     pub(super) fn handshake_age(&self) -> anyhow::Result<Duration> {
         let said = self.ours.command_ok(&["peers", "-o", "json"])?;
         let peers: serde_json::Value = serde_json::from_str(&said)?;
@@ -240,14 +251,16 @@ impl Pair {
         Ok(Duration::from_millis(age))
     }
 
-    /// A counter of `towline status`.
+    /// Returns a drop counter of `towline status`.
     pub(super) fn drops(&self, reason: &str) -> anyhow::Result<u64> {
         let said = self.ours.command_ok(&["status", "-o", "json"])?;
         let status: serde_json::Value = serde_json::from_str(&said)?;
-        status["drops"][reason].as_u64().with_context(|| format!("no drops named {reason}"))
+        status["drops"][reason]
+            .as_u64()
+            .with_context(|| format!("status has no drop counter {reason}"))
     }
 
-    /// The first uplink of a side goes away.
+    /// Sets the first uplink of a side down.
     pub(super) fn unplug(&self, side: Side) -> anyhow::Result<()> {
         self.host(side).run(|| {
             let mut netlink = Rtnetlink::open()?;
@@ -256,7 +269,7 @@ impl Pair {
         })
     }
 
-    /// Takes the caller's keepalive away, in the running process.
+    /// Removes the caller's persistent keepalive from the running program.
     pub(super) fn stop_keepalive(&mut self) -> anyhow::Result<()> {
         self.terms.keepalive = None;
         if self.terms.caller == Side::Theirs {
@@ -282,6 +295,7 @@ impl Side {
     }
 }
 
+/// Returns Towline's configuration, and writes its pre-shared key.
 fn our_configuration(
     lab: &Lab,
     their_key: &Wireguard,
@@ -302,14 +316,14 @@ fn our_configuration(
         let file = lab.directory().join("ours.psk");
         let options =
             std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&file)?;
-        // The base64 of a key, whatever it is for.
+        // The file contains the key in base64, like every WireGuard key.
         std::io::Write::write_all(&mut &options, WireguardKey(ours).to_string().as_bytes())?;
         let _ = writeln!(text, "preshared_key_file = {file:?}");
     }
     Ok(text)
 }
 
-/// Gives the other's link its addresses and routes.
+/// Sets up the addresses, MTU and routes of the other side's link.
 fn dress(link: &str) -> anyhow::Result<()> {
     let mut netlink = Rtnetlink::open()?;
     let index = netlink.link_index(link)?;
