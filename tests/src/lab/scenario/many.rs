@@ -1,7 +1,8 @@
-//! `cargo lab many`: what one agent costs in a mesh of 1,000 nodes, most of which have nothing to say.
+//! `cargo lab many`: measures the cost of one agent in a mesh of 1,000 nodes, most of which send no
+//! traffic.
 //!
-//! The agent is real, and so are the ten that talk to it; the other nodes joined and published a
-//! record, and are not there.
+//! The agent and the ten nodes that exchange traffic with it are real. The other nodes have joined
+//! and published a record, but do not run.
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -28,41 +29,47 @@ use crate::lab::process::{processor_time, resident_mb};
 use crate::lab::report::{Figures, Promises, round};
 use crate::lab::topology::Lab;
 
-/// What the agent costs.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Many {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// Peers of the agent.
+    /// Number of the agent's peers.
     pub peers: usize,
-    /// Those that it talks to.
+    /// Number of peers with an active tunnel.
     pub active: usize,
-    /// Seconds that were measured.
+    /// Length of the measurement in seconds.
     pub window_s: f64,
-    /// Percent of a core.
+    /// Processor time of the agent, in percent of a core.
     pub agent_cpu_pct: f64,
-    /// Resident megabytes.
+    /// Resident memory of the agent, in megabytes.
     pub agent_rss_mb: f64,
-    /// Initiations that it sent, since its start.
+    /// Number of handshake initiations that the agent has sent since its start.
     pub handshakes: u64,
-    /// Keepalives that it sent, a second of the window.
+    /// Number of keepalives per second that the agent sent during the measurement.
     pub keepalives_per_s: f64,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
+/// Number of the agent's peers.
 const PEERS: usize = 1_000;
+/// Number of peers that exchange traffic with the agent.
 const ACTIVE: usize = 10;
+/// Time with traffic before the measurement, so that work of the start is not counted.
 const SETTLE: Duration = Duration::from_secs(15);
+/// Length of the measurement.
 const WINDOW: Duration = Duration::from_secs(30);
+/// Upper bound of [`Many::agent_cpu_pct`].
 const CPU_PCT: f64 = 1.0;
+/// Upper bound of [`Many::agent_rss_mb`].
 const RSS_MB: f64 = 60.0;
-/// Joins that run at once.
+/// Number of joins that run at the same time.
 const AT_ONCE: usize = 8;
-/// Each active peer is said something this often.
+/// Interval between two datagrams to each active peer.
 const PACE: Duration = Duration::from_millis(500);
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(setting: &Setting) -> anyhow::Result<Many> {
     let mut figures = Many { rootless: setting.rank == Rank::Rootless, ..Many::default() };
     let mut promises = Promises::new();
@@ -85,16 +92,16 @@ impl Many {
         }
         let controller = Controller::start(&lab, &host, &setting.binaries)?;
         let absent = PEERS - ACTIVE;
-        setting.talk.step(&format!("joining {absent} nodes that are not there"));
+        setting.talk.step(&format!("joining {absent} nodes that do not run"));
         let uses = absent.to_string();
         let token = controller.operator().token_with(&["--site", "far", "--uses", &uses])?;
-        let token: JoinToken = token.token.parse().map_err(|_| anyhow!("no token"))?;
+        let token: JoinToken = token.token.parse().map_err(|_| anyhow!("invalid join token"))?;
         let directory = lab.directory().join("absent");
         host.namespace().run(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(join_all(&directory, &token, absent))
         })?;
-        setting.talk.step("starting the agent, and ten that talk to it");
+        setting.talk.step("starting the agent and the ten nodes that exchange traffic with it");
         let mut nodes = Vec::new();
         for (number, host) in hosts.iter().enumerate() {
             let name = host.name().to_owned();
@@ -116,10 +123,10 @@ impl Many {
             .iter()
             .map(|node| {
                 let v4 = node.status()?.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
-                v4.ok_or_else(|| anyhow!("{} has no overlay address", node.name()))
+                v4.ok_or_else(|| anyhow!("{} has no mesh address", node.name()))
             })
             .collect::<anyhow::Result<_>>()?;
-        setting.talk.step("letting everything settle");
+        setting.talk.step("waiting until the agent is idle");
         talk(one, &targets, SETTLE)?;
         setting.talk.step(&format!("measuring for {} s", WINDOW.as_secs()));
         let keepalives = counted(one, KEEPALIVES)?;
@@ -147,7 +154,7 @@ impl Many {
     }
 }
 
-/// Joins so many nodes, publishes a record of each, and leaves them.
+/// Joins `count` nodes and publishes a record for each. They do not run.
 async fn join_all(directory: &Path, token: &JoinToken, count: usize) -> anyhow::Result<()> {
     use tokio_stream::StreamExt as _;
     let mut waiting = tokio_stream::iter(0..count).map(|number| {
@@ -171,13 +178,14 @@ async fn join_all(directory: &Path, token: &JoinToken, count: usize) -> anyhow::
     }
 }
 
+/// Joins one node and publishes its record.
 async fn publish(directory: &Path, token: &JoinToken, number: usize) -> anyhow::Result<()> {
     let state = StateDir::open(directory)?;
     join::join(&state, token, &format!("absent-{number}").parse()?, 0).await?;
     let (membership, keys) = (state.require_membership()?, state.keys()?);
-    let chain = state.certificate()?.context("no certificate")?;
+    let chain = state.certificate()?.context("the join returned no certificate")?;
     let config = tls::member(&membership.ca, Some((&chain, &keys.identity)))?;
-    let address = token.controllers.first().context("no controller")?;
+    let address = token.controllers.first().context("the token has no controller")?;
     let connection = dial::dial(address, Arc::new(config), 0).await?;
     let mut client = join::client(connection.channel);
     let start = pb::WatchStart { instance_id: vec![1; 16], ..pb::WatchStart::default() };
@@ -187,9 +195,9 @@ async fn publish(directory: &Path, token: &JoinToken, number: usize) -> anyhow::
     let Some(pb::watch_response::Kind::Ready(ready)) =
         watch.message().await?.and_then(|first| first.kind)
     else {
-        anyhow::bail!("the watch did not begin");
+        anyhow::bail!("the controller did not accept the watch");
     };
-    // Nobody is there.
+    // No host has this address.
     let address = SocketAddr::from(([203, 0, 113, 250], 10_000 + number as u16));
     let record = Record {
         node_id: membership.grant.node_id,
@@ -206,14 +214,15 @@ async fn publish(directory: &Path, token: &JoinToken, number: usize) -> anyhow::
     Ok(())
 }
 
-/// Says something to each target, again and again.
+/// Sends datagrams to all targets for this time.
 fn talk(node: &Node, targets: &[IpAddr], time: Duration) -> anyhow::Result<()> {
     node.host().namespace().run(|| {
         let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
         let end = Instant::now() + time;
         while Instant::now() < end {
             for target in targets {
-                // RFC 863. A refusal shows in the number of peers that are up.
+                // UDP port of the discard service (RFC 863). An error shows later in the number of
+                // active peers.
                 let _ = socket.send_to(b"towline", SocketAddr::new(*target, 9));
             }
             pass(PACE.min(end.saturating_duration_since(Instant::now())))?;
@@ -222,14 +231,19 @@ fn talk(node: &Node, targets: &[IpAddr], time: Duration) -> anyhow::Result<()> {
     })
 }
 
+/// Name of the nftables table with the counters.
 const TABLE: &str = "count";
+/// Name of the chain with the counters.
 const CHAIN: &str = "output";
+/// Name of the counter of handshake initiations.
 const HANDSHAKES: &str = "handshakes";
+/// Name of the counter of keepalives.
 const KEEPALIVES: &str = "keepalives";
 
-/// Counts what leaves the WireGuard port, by length: IPv4, UDP, and a message that has one length.
+/// Loads nftables rules that count packets from the WireGuard port by their length: the length of
+/// an IPv4 and a UDP header plus that of a message of fixed size.
 fn count(node: &Node) -> anyhow::Result<()> {
-    /// `NFT_META_LEN`, register 1, `NFT_CMP_EQ`.
+    /// `NFT_META_LEN`. The expressions below use register 1 and `NFT_CMP_EQ`.
     const META_LENGTH: u32 = 0;
     let long = |message: u32, name: &str| {
         let length = Expression::Meta { key: META_LENGTH, register: 1 };
@@ -246,10 +260,13 @@ fn count(node: &Node) -> anyhow::Result<()> {
     })
 }
 
+/// Returns the value of a counter that [`count`] has set up.
 fn counted(node: &Node, name: &str) -> anyhow::Result<u64> {
     node.host().namespace().run(|| {
-        let table = Nft::open()?.read(TableFamily::Inet, TABLE)?.context("no counters")?;
-        Ok(table.counter(CHAIN, name).context("no counter")?.packets)
+        let table = Nft::open()?
+            .read(TableFamily::Inet, TABLE)?
+            .context("the table of counters does not exist")?;
+        Ok(table.counter(CHAIN, name).context("there is no such counter")?.packets)
     })
 }
 

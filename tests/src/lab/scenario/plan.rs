@@ -1,5 +1,5 @@
-//! `cargo lab plan`: what it costs to bring a host's network into line, for a mesh of 1,000 peers with 5,000
-//! prefixes: all of it, and one change.
+//! `cargo lab plan`: measures the time and netlink messages to apply a host's network plan for a
+//! mesh of 1,000 peers with 5,000 prefixes: the whole plan, and a single change.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -22,40 +22,47 @@ use crate::lab::namespace::Namespace;
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises, round};
 
-/// What it cost.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct PlanFigures {
-    /// The lab ran without root's rights over the machine: the kernel then limits the socket buffers.
+    /// True if the lab ran without the rights of the real root. The kernel then limits the socket
+    /// buffers.
     pub rootless: bool,
-    /// Of the large mesh.
+    /// Number of peers in the large mesh.
     pub peers: u32,
-    /// Networks that are reached through them.
+    /// Number of prefixes that are reached through these peers.
     pub prefixes: usize,
-    /// The whole plan onto a bare host.
+    /// Median time to apply the whole plan to a host without any state, in milliseconds.
     pub full_ms: f64,
-    /// Netlink messages of that.
+    /// Number of netlink messages for the whole plan.
     pub full_messages: usize,
-    /// One prefix more, or one less.
+    /// Median time to add or remove one prefix, in milliseconds.
     pub change_ms: f64,
-    /// Netlink messages of that.
+    /// Largest number of netlink messages for one prefix.
     pub change_messages: usize,
-    /// The same in a mesh of a tenth of the size.
+    /// Largest number of netlink messages for one prefix, in a mesh of a tenth of the size.
     pub change_messages_small: usize,
-    /// Everything is read, found as planned, and nothing done.
+    /// Median time to read the host's state when it already matches the plan, in milliseconds.
     pub read_ms: f64,
-    /// Everything is read and all routes are put back after somebody flushed them.
+    /// Median time to read the state and restore all routes after another program flushed them, in
+    /// milliseconds.
     pub put_back_ms: f64,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
+/// Number of peers in the large mesh.
 const PEERS: u32 = 1_000;
+/// Upper bound of [`PlanFigures::full_ms`].
 const FULL_MS: f64 = 500.0;
+/// Upper bound of [`PlanFigures::change_ms`].
 const CHANGE_MS: f64 = 5.0;
+/// Number of measurements of the whole plan, of reading, and of restoring.
 const FULL_ROUNDS: usize = 5;
+/// Number of added and removed prefixes that are measured.
 const CHANGE_ROUNDS: usize = 25;
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(rank: Rank) -> anyhow::Result<PlanFigures> {
     let mut figures = PlanFigures { rootless: rank == Rank::Rootless, ..Default::default() };
     let mut promises = Promises::new();
@@ -81,14 +88,14 @@ impl PlanFigures {
         self.read_ms = milliseconds(large.read);
         self.put_back_ms = milliseconds(large.put_back);
         promises.hold(self.full_ms < FULL_MS, || {
-            format!("the whole plan in {FULL_MS} ms: {} ms", self.full_ms)
+            format!("the whole plan is applied within {FULL_MS} ms: {} ms", self.full_ms)
         });
         promises.hold(self.change_ms < CHANGE_MS, || {
-            format!("one change in {CHANGE_MS} ms: {} ms", self.change_ms)
+            format!("one change is applied within {CHANGE_MS} ms: {} ms", self.change_ms)
         });
         promises.hold(self.change_messages <= self.change_messages_small, || {
             format!(
-                "a change takes as many messages in any mesh: {} of {} peers, {} of {PEERS}",
+                "a change needs no more messages in a larger mesh: {} with {} peers, {} with {PEERS}",
                 self.change_messages_small,
                 PEERS / 10,
                 self.change_messages
@@ -98,7 +105,7 @@ impl PlanFigures {
     }
 }
 
-/// What one mesh cost; medians.
+/// Median times and message counts for one mesh.
 struct Cost {
     full: Duration,
     full_messages: usize,
@@ -108,8 +115,9 @@ struct Cost {
     put_back: Duration,
 }
 
-/// A host's view of a mesh: each peer holds its overlay addresses, a node IP, and a pod network of each
-/// family. The mesh guards the overlay and the pods' ranges; node IPs are guarded one by one.
+/// A host's plan for a mesh. Each peer holds its mesh addresses, a node IP, and a pod network of
+/// each family. The mesh guards the mesh addresses and the pod ranges. Each node IP is guarded
+/// separately.
 struct Mesh {
     plan: Plan,
 }
@@ -169,7 +177,7 @@ impl Mesh {
         self.plan.routes.keys().filter(|(_, via)| *via == RouteVia::Link).count()
     }
 
-    /// In a namespace of its own.
+    /// Measures the costs in a new network namespace.
     fn measure(&self) -> anyhow::Result<Cost> {
         let namespace = Namespace::new("plan")?;
         namespace.run(|| {
@@ -180,6 +188,7 @@ impl Mesh {
         })
     }
 
+    /// Measures the costs in the calling thread's namespace.
     fn measure_here(&self) -> anyhow::Result<Cost> {
         let mut host = HostNetwork::open()?;
         let names = Names::of(&self.plan);
@@ -188,7 +197,7 @@ impl Mesh {
         for _ in 0..FULL_ROUNDS {
             interrupt::check()?;
             host.remove(&names)?;
-            // The link is the data plane's to make.
+            // In the product, the data plane creates the link.
             let _tunnel = open_tun(LINK)?;
             let (took, messages) = apply(&mut host, &self.plan)?;
             full.push(took);
@@ -199,7 +208,7 @@ impl Mesh {
         let mut change_messages = 0;
         for round in 0..CHANGE_ROUNDS {
             interrupt::check()?;
-            // A node IP: a route, its guard, and an element of the firewall's set.
+            // A node IP needs a route, its guard, and an element of an nftables set.
             let node = net(v4([172, 31, 0, round as u8]), 32);
             let mut more = self.plan.clone();
             more.routes.insert((node, RouteVia::Link), RoutePlan::default());
@@ -217,7 +226,10 @@ impl Mesh {
             interrupt::check()?;
             host.invalidate();
             let (took, messages) = apply(&mut host, &self.plan)?;
-            anyhow::ensure!(messages == 0, "nobody changed anything, yet {messages} messages");
+            anyhow::ensure!(
+                messages == 0,
+                "the state matches the plan, but {messages} messages were sent"
+            );
             read.push(took);
             Meddling::FlushRoutes.act()?;
             host.invalidate();
@@ -235,12 +247,13 @@ impl Mesh {
     }
 }
 
+/// Applies the plan. Returns the time it took and the number of netlink messages.
 fn apply(host: &mut HostNetwork, plan: &Plan) -> anyhow::Result<(Duration, usize)> {
     let begun = Instant::now();
     let changes = host.apply(plan)?;
     let took = begun.elapsed();
     match changes.problems.first() {
-        Some(problem) => Err(anyhow::anyhow!("{problem}")).context("not as planned"),
+        Some(problem) => Err(anyhow::anyhow!("{problem}")).context("cannot apply the plan"),
         None => Ok((took, changes.messages)),
     }
 }
@@ -275,14 +288,14 @@ impl Figures for PlanFigures {
         let mut text = String::new();
         let _ = writeln!(text, "{} peers, {} prefixes", self.peers, self.prefixes);
         let _ =
-            writeln!(text, "  all of it    {} ms, {} messages", self.full_ms, self.full_messages);
+            writeln!(text, "  whole plan   {} ms, {} messages", self.full_ms, self.full_messages);
         let _ = writeln!(
             text,
             "  one change   {} ms, {} messages ({} with a tenth of the peers)",
             self.change_ms, self.change_messages, self.change_messages_small
         );
-        let _ = writeln!(text, "  a look       {} ms", self.read_ms);
-        let _ = write!(text, "  routes back  {} ms", self.put_back_ms);
+        let _ = writeln!(text, "  reading      {} ms", self.read_ms);
+        let _ = write!(text, "  restoring    {} ms", self.put_back_ms);
         text
     }
 }
