@@ -1,6 +1,7 @@
-//! `cargo lab cohabit`: co-tenants of a worker do what they do, by netlink and by the real programs where
-//! this machine has them. What is ours is back within a second, no clear packet leaves meanwhile, and what is
-//! theirs stays as they left it.
+//! `cargo lab cohabit`: runs what other programs on a worker do to its network, over netlink and
+//! with the real programs that this machine has. State that Towline created must be restored within
+//! a second, no packet of the mesh may leave in clear meanwhile, and state of other programs must
+//! not change.
 
 mod deeds;
 mod looks;
@@ -31,57 +32,61 @@ use crate::lab::traffic::{Pattern, tcp_both_ways};
 use deeds::Deed;
 use looks::Watcher;
 
-/// What was done, and how long something of ours was missing.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Cohabit {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// One by one.
+    /// Actions that ran, in order.
     pub acts: Vec<ActFigure>,
-    /// What could not run here.
+    /// Actions that could not run on this machine.
     pub skipped: Vec<Skipped>,
-    /// Things of others that were not as their owners left them.
+    /// Number of objects of other programs that changed after an action.
     pub foreign_changes: usize,
-    /// Frames with inner payload or inner addresses, on any uplink.
+    /// Number of frames with inner payload or inner addresses in clear, on all uplinks.
     pub plaintext_packets: u64,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
-/// One act.
+/// Result of one action.
 #[derive(Debug, Clone, Serialize)]
 pub struct ActFigure {
-    /// What was done.
+    /// Name of the action.
     pub name: String,
-    /// The longest time that anything of ours was not as it should be; 0: it never was.
+    /// Longest time in milliseconds in which state that Towline created was missing or wrong. 0 if
+    /// it always was complete.
     pub restored_ms: f64,
 }
 
-/// An act that could not run.
+/// An action that could not run.
 #[derive(Debug, Clone, Serialize)]
 pub struct Skipped {
-    /// Which.
+    /// Name of the action.
     pub name: String,
-    /// Why.
+    /// Reason, in one line.
     pub why: String,
 }
 
+/// Limit for state to be restored, in milliseconds.
 const RESTORED_MS: f64 = 1_000.0;
-/// How long a restoration is waited for, to say how late it was.
+/// Time to wait for state to be restored. Longer than the limit, so that a late restoration is
+/// measured too.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Sessions that a deleted link took along are made anew within this.
+/// Limit for sessions to be established again after an action, for example after the link was
+/// deleted.
 const FLOWS_LIMIT: Duration = Duration::from_secs(10);
-/// worker-a among the nodes.
+/// Index of worker-a in the list of nodes.
 const VICTIM: usize = 1;
-/// Of the victim's pods.
+/// Networks of the victim's pods, which are not announced.
 const POD: (Ipv4Net, Ipv6Net) = (
     Ipv4Net::new_assert(Ipv4Addr::new(10, 244, 2, 0), 24),
     Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0xdb8, 0x244, 2, 0, 0, 0, 0), 64),
 );
-/// The routing table of somebody else.
+/// Number of the routing table of another program.
 const THEIR_TABLE: u32 = 77;
 
-/// Runs it; with `netlink`, only what needs no program.
+/// Runs the scenario. With `netlink`, runs only the actions that need no program.
 pub fn run(setting: &Setting, netlink: bool) -> anyhow::Result<Cohabit> {
     let hybrid = Hybrid::build(setting)?;
     let mut cohabit = Cohabit { rootless: setting.rank == Rank::Rootless, ..Cohabit::default() };
@@ -108,7 +113,7 @@ impl Cohabit {
         let Mesh { controller: _controller, mut nodes } = hybrid.bring_up(setting)?;
         for worker in &nodes[1..] {
             if let Some(reason) = await_tunnel(worker, &nodes[0], START_LIMIT)? {
-                anyhow::bail!("tunnel {}/cp is not up: {reason}", worker.name());
+                anyhow::bail!("tunnel {}/cp did not come up: {reason}", worker.name());
             }
         }
         let hosts: Vec<_> = nodes.iter().map(|node| std::sync::Arc::clone(node.host())).collect();
@@ -134,15 +139,18 @@ impl Cohabit {
         for capture in captures {
             let seen = capture.stop()?;
             self.plaintext_packets += seen.in_clear();
-            promises
-                .hold(seen.missed == 0, || format!("a capture misses nothing: {}", seen.missed));
-            promises.hold(seen.wireguard > 0, || "the captures see the tunnels".to_owned());
+            promises.hold(seen.missed == 0, || {
+                format!("a capture missed no frame: missed {}", seen.missed)
+            });
+            promises.hold(seen.wireguard > 0, || {
+                "each capture sees WireGuard frames: one saw none".to_owned()
+            });
         }
         promises.hold(self.plaintext_packets == 0, || {
-            format!("nothing leaves in clear: {} packets", self.plaintext_packets)
+            format!("no packet leaves in clear: {} did", self.plaintext_packets)
         });
         promises.hold(self.foreign_changes == 0, || {
-            format!("what is theirs stays as they left it: {} changes", self.foreign_changes)
+            format!("state of other programs does not change: {} changes", self.foreign_changes)
         });
         Ok(())
     }
@@ -191,7 +199,7 @@ impl Cohabit {
                     continue;
                 }
                 Ok(None) => promises.fail(format!(
-                    "restored after `{}`: after {} s still {}",
+                    "state is restored after `{}`: after {} s still {}",
                     deed.name(),
                     PATIENCE.as_secs(),
                     watcher.difference()
@@ -200,7 +208,10 @@ impl Cohabit {
             }
             let longest = round(watcher.longest().as_secs_f64() * 1e3);
             promises.hold(longest <= RESTORED_MS, || {
-                format!("restored within {RESTORED_MS} ms after `{}`: {longest} ms", deed.name())
+                format!(
+                    "state is restored within {RESTORED_MS} ms after `{}`: {longest} ms",
+                    deed.name()
+                )
             });
             self.acts.push(ActFigure { name: deed.name().to_owned(), restored_ms: longest });
             let now = namespace.run(looks::theirs)?;
@@ -216,7 +227,7 @@ impl Cohabit {
             }
             if let Err(heard) = flows(chatter, VICTIM, FLOWS_LIMIT)? {
                 promises.fail(format!(
-                    "traffic after `{}` within {} s: {heard} datagrams",
+                    "traffic flows after `{}` within {} s: {heard} datagrams",
                     deed.name(),
                     FLOWS_LIMIT.as_secs()
                 ));
@@ -225,6 +236,7 @@ impl Cohabit {
         Ok(())
     }
 
+    /// Compares the state of other programs right after an action with that after the restoration.
     fn foreign(
         &mut self,
         deed: &str,
@@ -235,13 +247,13 @@ impl Cohabit {
         for change in left.symmetric_difference(now) {
             self.foreign_changes += 1;
             let what = if now.contains(change) { "new" } else { "gone" };
-            promises.fail(format!("theirs after `{deed}`, {what}: {change}"));
+            promises.fail(format!("state of other programs after `{deed}`, {what}: {change}"));
         }
     }
 }
 
-/// From a pod of the victim to another node, which takes it for the victim's own connection: no
-/// network of pods is announced here.
+/// Forwarded connections: from a pod of the victim to another node. The victim masquerades them,
+/// because the pod network is not announced.
 struct Forwarded<'a> {
     pod: Host,
     to: &'a Host,
@@ -250,7 +262,7 @@ struct Forwarded<'a> {
 }
 
 impl Forwarded<'_> {
-    /// By both families.
+    /// Transfers data in both directions over both address families.
     fn connect(&self) -> anyhow::Result<()> {
         const BYTES: u64 = 256 << 10;
         let (from, to) = (self.pod.namespace(), self.to.namespace());
@@ -261,7 +273,8 @@ impl Forwarded<'_> {
     }
 }
 
-/// Waits until datagrams arrive at a member, by both families; else what arrived.
+/// Waits until datagrams of both address families arrive at a member. Otherwise returns the numbers
+/// that arrived.
 fn flows(
     chatter: &Chatter<'_>,
     member: usize,
@@ -277,7 +290,8 @@ fn flows(
     Ok(found.ok_or_else(|| format!("{} by IPv4, {} by IPv6", v4 - before[0], v6 - before[1])))
 }
 
-/// A rule, a routing table and an nftables table of somebody else; those that are there stay.
+/// Creates a policy rule, a routing table and an nftables table of another program. Existing ones
+/// are kept.
 fn make_foreign_things() -> anyhow::Result<()> {
     let mut netlink = Rtnetlink::open()?;
     let link = netlink.link_index("eth0")?;
@@ -291,7 +305,7 @@ fn make_foreign_things() -> anyhow::Result<()> {
     }
     let input = Chain::base(ChainKind::Filter, Hook::Input, 0)
         .rule(towline_nftables::Rule::new().counter());
-    // What kube-proxy does to what pods send to a node.
+    // kube-proxy masquerades packets from pods to a node in the same way.
     let (v4, v6) = POD;
     let masquerade = |net| towline_nftables::Rule::new().source(net).output(LINK).masquerade();
     let pods = Chain::base(ChainKind::Nat, Hook::Postrouting, 100)
@@ -317,7 +331,7 @@ impl Figures for Cohabit {
         }
         let _ = write!(
             text,
-            "{} changes of what is theirs, {} packets in clear",
+            "{} changes of other programs' state, {} packets in clear",
             self.foreign_changes, self.plaintext_packets
         );
         text

@@ -1,5 +1,5 @@
-//! `cargo lab kubernetes`: a real API server on the control plane, two workers behind NAT whose
-//! agents use real kubelet certificates.
+//! `cargo lab kubernetes`: runs a real API server on the control plane. Two workers behind NAT have
+//! agents that use real kubelet certificates.
 
 mod kubelet;
 mod plane;
@@ -27,42 +27,46 @@ use crate::lab::report::{Figures, Promises, round};
 use plane::{Plane, ask};
 use programs::Programs;
 
-/// Which arrows of the picture hold.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Kubernetes {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// In the order in which they were tried.
+    /// Checks in the order in which they ran.
     pub arrows: Vec<Arrow>,
-    /// From a Node's new pod network to the cloud node's knowing it.
+    /// Time in milliseconds from a change of a Node's pod network until the cloud node knows the
+    /// new one.
     pub cidr_change_ms: Option<f64>,
-    /// What could not be tried.
+    /// Checks that could not run.
     pub skipped: Vec<Skipped>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
-/// One promise.
+/// Result of one check.
 #[derive(Debug, Serialize)]
 pub struct Arrow {
-    /// Which.
+    /// Name of the check.
     pub name: String,
-    /// It held.
+    /// True if the check succeeded.
     pub ok: bool,
 }
 
-/// What could not be tried, and why.
+/// A check that could not run, and the reason.
 #[derive(Debug, Serialize)]
 pub struct Skipped {
     name: String,
     why: String,
 }
 
+/// Network that contains the pods of all nodes.
 const PODS: &str = "10.244.0.0/16";
+/// Limit for a change to become visible.
 const LIMIT: Duration = Duration::from_secs(20);
+/// Limit for [`Kubernetes::cidr_change_ms`].
 const CIDR_CHANGE_MS: f64 = 1000.0;
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(setting: &Setting) -> anyhow::Result<Kubernetes> {
     let programs = Programs::find(&setting.talk)?;
     let hybrid = Hybrid::build(setting)?;
@@ -76,7 +80,7 @@ pub fn run(setting: &Setting) -> anyhow::Result<Kubernetes> {
     Ok(figures)
 }
 
-/// A worker, with a kubelet's credentials.
+/// Worker node with the files of its kubelet credentials.
 struct Worker {
     node: Node,
     address: IpAddr,
@@ -111,13 +115,13 @@ impl Kubernetes {
             node.launch()?;
             let status = node.await_status(START_LIMIT)?;
             let address = status.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
-            addresses.push(address.context("a node has no IPv4 address")?);
+            addresses.push(address.context("a node has no IPv4 mesh address")?);
             nodes.push(node);
         }
         let cp = nodes.remove(0);
         for worker in &nodes {
             if let Some(reason) = await_tunnel(worker, &cp, START_LIMIT)? {
-                anyhow::bail!("tunnel {}/cp is not up: {reason}", worker.name());
+                anyhow::bail!("tunnel {}/cp did not come up: {reason}", worker.name());
             }
         }
         setting.talk.step("starting etcd and the API server");
@@ -138,7 +142,7 @@ impl Kubernetes {
             })
             .collect();
 
-        setting.talk.step("each worker sees its own Node");
+        setting.talk.step("checking that each worker sees its own Node");
         for (index, worker) in workers.iter().enumerate() {
             let name = worker.node.name();
             plane.node(name, worker.address, &format!("10.244.{}.0/24", index + 1))?;
@@ -159,7 +163,7 @@ impl Kubernetes {
             self.arrow(promises, &format!("{name} is refused {other} and the list"), refused);
         }
 
-        setting.talk.step("pods answer, and a pod network changes");
+        setting.talk.step("changing the pod network of a Node");
         let worker = &workers[0];
         let name = worker.node.name();
         worker.pod("10.244.1.7")?;
@@ -174,7 +178,7 @@ impl Kubernetes {
         self.arrow(promises, "a change of pod network is followed within a second", soon);
         self.arrow(promises, "cp reaches a pod of the new network", reaches(&cp, "10.244.9.7")?);
 
-        setting.talk.step("credentials rotate");
+        setting.talk.step("rotating the credentials of a kubelet");
         let before = worker.credentials_read()?;
         crate::cluster::replace(&worker.certificate, &plane.ca.issue_node(name)?.both())?;
         let rotated =
@@ -182,7 +186,7 @@ impl Kubernetes {
         let rotated = rotated.is_some() && worker.sees("10.244.9.0/24")?;
         self.arrow(promises, "rotated credentials are read again", rotated);
 
-        setting.talk.step("the API server goes away and comes back");
+        setting.talk.step("stopping the API server and starting it again");
         plane.stop()?;
         let noticed =
             wait_up_to(LIMIT, || Ok((worker.view()?["connected"] == false).then_some(())))?;
@@ -196,11 +200,12 @@ impl Kubernetes {
             wait_up_to(2 * LIMIT, || Ok((worker.view()?["connected"] == true).then_some(())))?;
         self.arrow(promises, "the API server is found again", back.is_some());
 
-        setting.talk.step("the API server reaches the kubelet");
+        setting.talk.step("reading logs from a kubelet through the API server");
         self.kubelet(&plane, worker, promises)
     }
 
-    /// Logs of a pod come from the worker's kubelet, through the tunnel.
+    /// Checks that the API server reads the logs of a pod from the worker's kubelet, through the
+    /// tunnel.
     fn kubelet(
         &mut self,
         plane: &Plane,
@@ -215,7 +220,7 @@ impl Kubernetes {
             "spec": {"nodeName": name, "containers": [{"name": "game", "image": "game"}]},
         });
         let (code, said) = plane.admin("POST", "/api/v1/namespaces/default/pods", Some(pod))?;
-        anyhow::ensure!(code == 201, "the pod is not made: {said}");
+        anyhow::ensure!(code == 201, "cannot create the pod: {said}");
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let namespace = worker.node.host().namespace();
@@ -242,13 +247,14 @@ impl Kubernetes {
                 }
                 None => self.skipped.push(Skipped {
                     name: "kubectl logs from the cloud".to_owned(),
-                    why: "there is no kubectl".to_owned(),
+                    why: "kubectl is not installed".to_owned(),
                 }),
             }
             Ok(())
         })
     }
 
+    /// Records the result of a check.
     fn arrow(&mut self, promises: &mut Promises, name: &str, ok: bool) {
         promises.hold(ok, || name.to_owned());
         self.arrows.push(Arrow { name: name.to_owned(), ok });
@@ -256,13 +262,15 @@ impl Kubernetes {
 }
 
 impl Worker {
-    /// What `towline status` says of Kubernetes.
+    /// Returns the section about Kubernetes of `towline status`.
     fn view(&self) -> anyhow::Result<Value> {
         let status = self.node.command_ok(&["status", "-o", "json"])?;
-        let status: Value = serde_json::from_str(&status).context("the status is no JSON")?;
+        let status: Value =
+            serde_json::from_str(&status).context("the output of status is not JSON")?;
         Ok(status["kubernetes"].clone())
     }
 
+    /// Returns whether status shows the worker's own Node with this pod network, within the limit.
     fn sees(&self, pods: &str) -> anyhow::Result<bool> {
         let seen = wait_up_to(LIMIT, || {
             let view = self.view()?;
@@ -274,12 +282,13 @@ impl Worker {
         Ok(seen.is_some())
     }
 
-    /// A request with the worker's own credentials, from the worker.
+    /// Sends a request from the worker with its own credentials. Returns the status code and the
+    /// body.
     fn ask(&self, path: &str) -> anyhow::Result<(u16, String)> {
         ask(self.node.host(), &self.kubeconfig, "GET", path, None)
     }
 
-    /// A pod's address on the machine.
+    /// Adds the address of a pod to the loopback link of the machine.
     fn pod(&self, address: &str) -> anyhow::Result<()> {
         let net = format!("{address}/32").parse()?;
         self.node.host().namespace().run(|| {
@@ -289,18 +298,19 @@ impl Worker {
         })
     }
 
-    /// How often its agent read credentials.
+    /// Returns how often the agent has read its credentials, according to its log.
     fn credentials_read(&self) -> anyhow::Result<usize> {
         let log = std::fs::read_to_string(self.node.log())?;
         Ok(log.matches("kubernetes credentials read").count())
     }
 }
 
-/// Whether `cp` learns that `name` announces this network.
+/// Returns whether `cp` learns within the limit that `name` announces this network.
 fn announced(cp: &Node, name: &str, pods: &str) -> anyhow::Result<bool> {
     let found = wait_up_to(LIMIT, || {
         let peers = cp.command_ok(&["peers", "-o", "json"])?;
-        let peers: Value = serde_json::from_str(&peers).context("the peers are no JSON")?;
+        let peers: Value =
+            serde_json::from_str(&peers).context("the output of peers is not JSON")?;
         let peer =
             peers.as_array().and_then(|peers| peers.iter().find(|peer| peer["name"] == name));
         let has = peer.and_then(|peer| peer["prefixes"].as_array());
@@ -309,6 +319,7 @@ fn announced(cp: &Node, name: &str, pods: &str) -> anyhow::Result<bool> {
     Ok(found.is_some())
 }
 
+/// Returns whether `cp` gets an echo reply from this address through the tunnel, within the limit.
 fn reaches(cp: &Node, address: &str) -> anyhow::Result<bool> {
     let deadline = Instant::now() + LIMIT;
     let reply = first_reply(cp.host().namespace(), address.parse()?, "towline0", deadline)?;

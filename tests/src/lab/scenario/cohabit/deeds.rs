@@ -1,4 +1,4 @@
-//! What co-tenants do: by netlink alone, and by the real programs.
+//! Actions of other programs on a host: over netlink, and with the real programs.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,30 +10,30 @@ use crate::lab::meddle::{LINK, Meddling};
 use crate::lab::namespace::Namespace;
 use crate::lab::process::Program;
 
-/// Something that is done to a host.
+/// An action on the network of a host.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Deed {
-    /// One act of netlink.
+    /// One netlink operation on state that Towline created.
     Meddling(Meddling),
-    /// Several, or others.
+    /// Name and function of another action over netlink.
     Netlink(&'static str, fn() -> anyhow::Result<()>),
-    /// A script for `sh`, and the programs that it needs.
+    /// Name of the action, programs that it needs, and a script for `sh`.
     Script(&'static str, &'static [&'static str], &'static str),
-    /// Something that cannot be had in a lab, and why.
+    /// Name of an action that cannot run in a lab, and the reason.
     Impossible(&'static str, &'static str),
 }
 
-/// A program of a co-tenant that is not done after this hangs.
+/// Limit for a script. One that runs longer hangs.
 const LIMIT: Duration = Duration::from_secs(40);
 
 impl Deed {
-    /// All of them, those by netlink first.
+    /// Returns all actions, those over netlink first.
     pub(super) fn all() -> Vec<Self> {
         let meddlings = Meddling::ALL.into_iter().map(Self::Meddling);
         meddlings.chain(NETLINK).chain(PROGRAMS).collect()
     }
 
-    /// In words.
+    /// Returns the name of the action, for example the command that has the same effect.
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Meddling(meddling) => meddling.name(),
@@ -41,17 +41,18 @@ impl Deed {
         }
     }
 
-    /// Whether it needs no program.
+    /// Returns whether the action needs no program.
     pub(super) fn is_netlink(&self) -> bool {
         matches!(self, Self::Meddling(_) | Self::Netlink(..))
     }
 
-    /// Whether what is forwarded is dropped from now on, but for what the hook lets pass.
+    /// Returns whether forwarded packets are dropped after the action, except for those that a rule
+    /// in `DOCKER-USER` accepts.
     pub(super) fn drops_forwarded(&self) -> bool {
         self.name().contains("FORWARD dropped")
     }
 
-    /// Why it cannot be done here.
+    /// Returns why the action cannot run here, or `None` if it can.
     pub(super) fn obstacle(&self) -> Option<String> {
         match self {
             Self::Impossible(_, why) => Some((*why).to_owned()),
@@ -63,13 +64,13 @@ impl Deed {
         }
     }
 
-    /// Does it.
+    /// Runs the action in a network namespace.
     pub(super) fn act(&self, namespace: &Namespace) -> anyhow::Result<()> {
         match self {
             Self::Meddling(meddling) => namespace.run(|| meddling.act()),
             Self::Netlink(_, act) => namespace.run(act),
             Self::Script(_, _, script) => {
-                // Debian keeps these programs out of a user's path.
+                // On Debian, these programs are not in the `PATH` of an ordinary user.
                 let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
                 Program::new("sh")
                     .args(["-ec", script])
@@ -82,13 +83,15 @@ impl Deed {
     }
 }
 
+/// Returns whether a program is installed.
 fn is_installed(program: &str) -> bool {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     path.split(':').any(|directory| Path::new(directory).join(program).exists())
 }
 
+/// Actions over netlink, in addition to [`Meddling::ALL`].
 const NETLINK: [Deed; 5] = [
-    // ManageForeignRoutes and ManageForeignRoutingPolicyRules, both on by default.
+    // The effect of ManageForeignRoutes and ManageForeignRoutingPolicyRules, both on by default.
     Deed::Netlink("systemd-networkd starts: foreign routes and rules go", || {
         Meddling::FlushRoutes.act()?;
         Meddling::FlushRules.act()
@@ -121,6 +124,7 @@ const NETLINK: [Deed; 5] = [
     }),
 ];
 
+/// Actions with real programs, and those that cannot run in a lab.
 const PROGRAMS: [Deed; 16] = [
     Deed::Script("nft: flush ruleset", &["nft"], "nft flush ruleset"),
     Deed::Script(
@@ -191,7 +195,8 @@ const PROGRAMS: [Deed; 16] = [
     Deed::Impossible("NetworkManager restarts", "it manages no link of a bare namespace"),
 ];
 
-/// With a message bus of its own, so that the machine's firewalld, if it has one, hears nothing.
+/// Script that runs firewalld with its own message bus, so that firewalld of this machine is not
+/// affected.
 const FIREWALLD: &str = r#"
 dir=$(mktemp -d)
 # Without the bus it would go and leave its rules behind.

@@ -1,4 +1,5 @@
-//! What is on a host, ours and theirs, as comparable lists of things.
+//! Network state of a host as comparable sets: what Towline created, and what other programs
+//! created.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,11 +13,13 @@ use towline_nftables::{Nft, Rule, TableFamily};
 use crate::lab::interrupt;
 use crate::lab::meddle::LINK;
 
+/// Name of Towline's nftables table.
 const FIREWALL: &str = "towline";
-/// How the comments of our rules in others' chains begin.
+/// Prefix of the comments on Towline's rules in chains of other programs.
 const TAG: &str = "towline: ";
 
-/// What is ours, without what differs from one life of the link to the next.
+/// Returns the state that Towline created, without details that change when the link is created
+/// again.
 pub(super) fn ours() -> anyhow::Result<BTreeSet<String>> {
     let mut netlink = Rtnetlink::open()?;
     let mut found = BTreeSet::new();
@@ -49,7 +52,7 @@ pub(super) fn ours() -> anyhow::Result<BTreeSet<String>> {
     Ok(found)
 }
 
-/// Tables that co-tenants of this scenario make.
+/// Nftables tables that other programs create in this scenario.
 const THEIR_TABLES: [(TableFamily, &str); 9] = [
     (TableFamily::Inet, "theirs"),
     (TableFamily::Inet, "filter"),
@@ -62,7 +65,7 @@ const THEIR_TABLES: [(TableFamily, &str); 9] = [
     (TableFamily::Ip6, "kube-proxy"),
 ];
 
-/// What is theirs, without what the kernel keeps by itself.
+/// Returns the state of other programs, without routes of the kernel.
 pub(super) fn theirs() -> anyhow::Result<BTreeSet<String>> {
     let mut netlink = Rtnetlink::open()?;
     let mut found = BTreeSet::new();
@@ -85,7 +88,7 @@ pub(super) fn theirs() -> anyhow::Result<BTreeSet<String>> {
         }
         for route in netlink.routes(family, None)? {
             let kernels = i32::from(route.protocol) == i32::from(libc::RTPROT_KERNEL);
-            // Those of our link come and go with it.
+            // Routes over Towline's link are removed and added with it.
             if route.protocol != OURS && !kernels && (own.is_none() || route.link != own) {
                 found.insert(format!("{route:?}"));
             }
@@ -94,7 +97,7 @@ pub(super) fn theirs() -> anyhow::Result<BTreeSet<String>> {
     let mut nft = Nft::open()?;
     for (family, name) in THEIR_TABLES {
         if let Some(mut loaded) = nft.read(family, name)? {
-            // The hook that docker leaves to others holds rules of ours.
+            // The chain `DOCKER-USER` may contain rules of Towline.
             let ours = |rule: &Rule| rule.comment.as_deref().is_some_and(|c| c.starts_with(TAG));
             for chain in loaded.table.chains.values_mut() {
                 chain.rules.retain(|rule| !ours(rule));
@@ -105,30 +108,33 @@ pub(super) fn theirs() -> anyhow::Result<BTreeSet<String>> {
     Ok(found)
 }
 
-/// Looks at what is ours again and again.
+/// Observes the state that Towline created, continuously.
 #[derive(Debug)]
 pub(super) struct Watcher<'a> {
     whole: &'a BTreeSet<String>,
     seen: Mutex<Seen>,
 }
 
+/// Results of the observation so far.
 #[derive(Debug, Default)]
 struct Seen {
-    /// When the look began that found everything there, if the last one did.
+    /// Start of the last observation, if it found the complete state. `None` if it did not.
     whole: Option<Instant>,
+    /// Longest time in which the state was not complete.
     longest: Duration,
+    /// Difference that the last incomplete observation found.
     difference: String,
 }
 
 impl<'a> Watcher<'a> {
-    /// For what should be there.
+    /// Returns an observer that compares with this complete state.
     pub(super) fn new(whole: &'a BTreeSet<String>) -> Self {
         Self { whole, seen: Mutex::new(Seen::default()) }
     }
 
-    /// Looks until `stop`, in the calling thread's namespace.
+    /// Observes until `stop` is set, in the calling thread's namespace.
     pub(super) fn run(&self, stop: &AtomicBool) -> anyhow::Result<()> {
-        // The last look that found everything there.
+        // Start of the last observation that found the complete state.
         let mut whole = Instant::now();
         while !stop.load(Ordering::Relaxed) {
             interrupt::check()?;
@@ -137,7 +143,7 @@ impl<'a> Watcher<'a> {
             let mut seen = self.seen.lock();
             if found == *self.whole {
                 if seen.whole.is_none() {
-                    // It was missing since after the last whole look.
+                    // The state was not complete since the last complete observation.
                     if !seen.difference.is_empty() {
                         seen.longest = seen.longest.max(looked.duration_since(whole));
                     }
@@ -157,17 +163,19 @@ impl<'a> Watcher<'a> {
         Ok(())
     }
 
-    /// Whether everything was there in a look that began after `moment`.
+    /// Returns whether an observation that began after `moment` found the complete state.
     pub(super) fn whole_since(&self, moment: Instant) -> bool {
         self.seen.lock().whole.is_some_and(|looked| looked > moment)
     }
 
-    /// The longest time that something was not as it should be, rounded up to whole looks.
+    /// Returns the longest time in which the state was not complete, rounded up to whole
+    /// observations.
     pub(super) fn longest(&self) -> Duration {
         self.seen.lock().longest
     }
 
-    /// What the last look found missing, or too much.
+    /// Returns the difference between the state that the last observation found and the complete
+    /// state.
     pub(super) fn difference(&self) -> String {
         self.seen.lock().difference.clone()
     }

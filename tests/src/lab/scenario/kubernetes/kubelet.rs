@@ -1,4 +1,4 @@
-//! A stand-in for a kubelet: TLS on 10250, and logs that say whose they are.
+//! Stand-in for a kubelet: a TLS server on port 10250 whose logs contain the node's name.
 
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
 use crate::cluster::ClusterCa;
 
-/// Serves until told to stop; run it inside the worker's namespace.
+/// Serves requests until `stop` is set. Must run in the worker's network namespace.
 pub(super) fn serve(
     ca: &ClusterCa,
     name: &str,
@@ -38,7 +38,7 @@ pub(super) fn serve(
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
         let mut session = rustls::ServerConnection::new(Arc::clone(&config))?;
         let mut tls = rustls::Stream::new(&mut session, &mut stream);
-        // One that breaks off is not the stand-in's affair.
+        // An error of one connection does not affect the next one.
         let _ = answer(&mut tls, name);
         session.send_close_notify();
         let _ = session.complete_io(&mut stream);
@@ -46,6 +46,7 @@ pub(super) fn serve(
     Ok(())
 }
 
+/// Reads a request and answers it with the logs.
 fn answer(stream: &mut (impl std::io::Read + std::io::Write), name: &str) -> std::io::Result<()> {
     let mut head = Vec::new();
     let mut byte = [0];

@@ -1,4 +1,4 @@
-//! A control plane: etcd and the API server on a host, and a client of it.
+//! Kubernetes control plane: etcd and the API server on one host, and a client for it.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -15,11 +15,12 @@ use crate::lab::interrupt::wait_for;
 use crate::lab::process::{Daemon, Program};
 use crate::lab::topology::Host;
 
-/// A cold API server on a busy machine.
+/// Limit for the API server to start on a busy machine.
 const START_LIMIT: Duration = Duration::from_secs(120);
+/// Limit for a request to the API server.
 const REQUEST_LIMIT: Duration = Duration::from_secs(20);
 
-/// etcd and an API server.
+/// Running etcd and API server.
 pub(super) struct Plane {
     host: Arc<Host>,
     address: IpAddr,
@@ -31,7 +32,8 @@ pub(super) struct Plane {
 }
 
 impl Plane {
-    /// Starts both on `host`, reached at `address`, and waits until the API server is ready.
+    /// Starts etcd and the API server on `host`, and waits until the API server is ready. Clients
+    /// use `address`.
     pub(super) fn start(
         host: &Arc<Host>,
         address: IpAddr,
@@ -71,7 +73,7 @@ impl Plane {
         Ok(plane)
     }
 
-    /// Starts the API server (again), no more.
+    /// Starts the API server. Does not wait until it is ready.
     pub(super) fn launch(&mut self) -> anyhow::Result<()> {
         let file = |name: &str| self.directory.join(name).display().to_string();
         let flags = [
@@ -80,7 +82,8 @@ impl Plane {
             ("advertise-address", self.address.to_string()),
             ("authorization-mode", "Node,RBAC".to_owned()),
             ("enable-admission-plugins", "NodeRestriction".to_owned()),
-            // Its controller is not here, and pods of the lab need no account.
+            // The controller of service accounts does not run here, and the pods of the lab need no
+            // account.
             ("disable-admission-plugins", "ServiceAccount".to_owned()),
             ("client-ca-file", file("ca.crt")),
             ("tls-cert-file", file("apiserver.crt")),
@@ -102,7 +105,7 @@ impl Plane {
         Ok(())
     }
 
-    /// Waits until it is ready.
+    /// Waits until the API server is ready.
     pub(super) fn await_ready(&mut self) -> anyhow::Result<()> {
         wait_for("answer from the API server", START_LIMIT, || {
             if let Some(daemon) = &mut self.apiserver {
@@ -116,7 +119,7 @@ impl Plane {
         .map(drop)
     }
 
-    /// Ends the API server.
+    /// Kills the API server.
     pub(super) fn stop(&mut self) -> anyhow::Result<()> {
         if let Some(mut daemon) = self.apiserver.take() {
             daemon.kill()?;
@@ -124,7 +127,7 @@ impl Plane {
         Ok(())
     }
 
-    /// Writes a kubeconfig for this API server, with its certificate in a file beside it.
+    /// Writes a kubeconfig for this API server, and the client certificate to a file next to it.
     pub(super) fn credentials(
         &self,
         directory: &Path,
@@ -140,7 +143,7 @@ impl Plane {
         Ok(path)
     }
 
-    /// A request as the administrator, from the plane's host.
+    /// Sends a request with the rights of an administrator, from the control plane's host.
     pub(super) fn admin(
         &self,
         method: &str,
@@ -150,7 +153,8 @@ impl Plane {
         ask(&self.host, &self.directory.join("admin.conf"), method, path, body)
     }
 
-    /// A Node with this address and pod network, in place of the one that was there.
+    /// Creates a Node with this address and pod network. Replaces an existing Node of the same
+    /// name.
     pub(super) fn node(&self, name: &str, ip: IpAddr, pods: &str) -> anyhow::Result<()> {
         self.admin("DELETE", &format!("/api/v1/nodes/{name}"), None)?;
         let node = json!({
@@ -160,7 +164,7 @@ impl Plane {
             "spec": {"podCIDR": pods, "podCIDRs": [pods]},
         });
         let (code, said) = self.admin("POST", "/api/v1/nodes", Some(node))?;
-        anyhow::ensure!(code == 201, "the Node is not made: {said}");
+        anyhow::ensure!(code == 201, "cannot create the Node: {said}");
         let status = json!({"status": {
             "addresses": [{"type": "InternalIP", "address": ip.to_string()}],
             "daemonEndpoints": {"kubeletEndpoint": {"Port": 10250}},
@@ -168,11 +172,11 @@ impl Plane {
         }});
         let path = format!("/api/v1/nodes/{name}/status");
         let (code, said) = self.admin("PATCH", &path, Some(status))?;
-        anyhow::ensure!(code == 200, "the Node's status is not set: {said}");
+        anyhow::ensure!(code == 200, "cannot set the status of the Node: {said}");
         Ok(())
     }
 
-    /// `kubectl ARGUMENTS` as the administrator, where there is one.
+    /// Runs kubectl with the rights of an administrator. Returns `None` if it is not installed.
     pub(super) fn kubectl(&self, arguments: &[&str]) -> Option<anyhow::Result<String>> {
         let program = Program::new(self.programs.kubectl.as_ref()?)
             .arg("--kubeconfig")
@@ -182,7 +186,7 @@ impl Plane {
     }
 }
 
-/// A request from a host with a kubeconfig: the answer's status and text.
+/// Sends a request from a host with a kubeconfig. Returns the status code and the body.
 pub(super) fn ask(
     host: &Host,
     kubeconfig: &Path,
@@ -212,7 +216,7 @@ pub(super) fn ask(
                 .await
                 .context("the API server does not answer")?;
             match answer {
-                // Whatever was made is 201 to the server; the client only says that it went well.
+                // The client only reports success: a created object has status code 201.
                 Ok(text) => Ok((if method == "POST" { 201 } else { 200 }, text)),
                 Err(kube::Error::Api(status)) => Ok((status.code, status.message)),
                 Err(error) => Err(error.into()),

@@ -1,5 +1,5 @@
-//! The real programs: etcd from the machine, the API server built from the Go module proxy and kept
-//! between runs.
+//! Programs of the Kubernetes control plane: etcd as installed on this machine, and the API server,
+//! which is built from the Go module proxy and cached between runs.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,28 +9,29 @@ use anyhow::{Context as _, anyhow, bail};
 use crate::lab::report::Forbidden;
 use crate::lab::talk::Talk;
 
-/// As `tests/kubernetes/go.mod` says.
+/// Version of the API server. Must match `tests/kubernetes/go.mod`.
 const VERSION: &str = "1.34.4";
 
-/// Where they are.
+/// Paths of the programs.
 #[derive(Debug)]
 pub(super) struct Programs {
     pub(super) etcd: PathBuf,
     pub(super) apiserver: PathBuf,
-    /// When it was built, too.
+    /// Path of kubectl, if it is in the cache or installed.
     pub(super) kubectl: Option<PathBuf>,
 }
 
 impl Programs {
-    /// Finds them, and builds the API server where it is not there yet.
+    /// Finds the programs. Builds the API server if it is not in the cache.
     ///
     /// # Errors
-    /// [`Forbidden`] without etcd or Go.
+    /// Returns [`Forbidden`] if etcd is not installed, or if a build is needed and Go is not
+    /// installed.
     pub(super) fn find(talk: &Talk) -> anyhow::Result<Self> {
         let etcd = in_path("etcd").ok_or_else(|| {
             anyhow!(Forbidden {
-                what: "there is no etcd on this machine".to_owned(),
-                remedy: "install it, for instance with `apt-get install etcd-server`".to_owned(),
+                what: "etcd is not installed".to_owned(),
+                remedy: "install etcd, for instance with `apt-get install etcd-server`".to_owned(),
             })
         })?;
         let directory = cache()?.join(format!("kubernetes-{VERSION}"));
@@ -43,21 +44,22 @@ impl Programs {
     }
 }
 
-/// Outside the working copy, so that it outlives it.
+/// Returns the cache directory. It is outside of the checkout, so that it outlives it.
 fn cache() -> anyhow::Result<PathBuf> {
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let base = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
     Ok(base.context("neither XDG_CACHE_HOME nor HOME is set")?.join("towline-lab"))
 }
 
+/// Builds a program of Kubernetes at `place`.
 fn build(talk: &Talk, name: &str, place: &Path) -> anyhow::Result<()> {
     let go = in_path("go").ok_or_else(|| {
         anyhow!(Forbidden {
-            what: format!("{name} is not built yet and there is no Go on this machine"),
+            what: format!("{name} must be built and Go is not installed"),
             remedy: "install Go 1.24 or later (`apt-get install golang-go`)".to_owned(),
         })
     })?;
-    talk.step(&format!("building {name} {VERSION}: once, and it takes a quarter of an hour"));
+    talk.step(&format!("building {name} {VERSION}: only once, takes about 15 minutes"));
     std::fs::create_dir_all(place.parent().unwrap_or(Path::new("/")))?;
     let ended = Command::new(go)
         .args(["build", "-p", "2", "-trimpath", "-mod=readonly", "-ldflags"])
@@ -72,11 +74,12 @@ fn build(talk: &Talk, name: &str, place: &Path) -> anyhow::Result<()> {
         .status()
         .context("cannot run go")?;
     if !ended.success() {
-        bail!("{name} does not build: see above");
+        bail!("cannot build {name}: see the output above");
     }
     Ok(())
 }
 
+/// Returns the path of a program in `PATH`.
 fn in_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file())
