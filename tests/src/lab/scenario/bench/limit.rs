@@ -1,6 +1,7 @@
-//! The bare limit: the same framing and offloads as the data plane's, around ChaCha20-Poly1305 in
-//! place, between two ends that know each other. No peers, no routes, no sessions, no replay
-//! window, no timers: what is left is what no userspace tunnel of this make can do without.
+//! The bare limit: the framing and offloads of the data plane, with ChaCha20-Poly1305 in place,
+//! between two ends that are configured with each other's address. It has no peers, routes,
+//! sessions, replay window or timers. The rest is what a userspace tunnel of this design cannot do
+//! without.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -15,33 +16,34 @@ use towline_dataplane::session::{DATA_HEADER, DATA_OVERHEAD, Segments};
 use towline_dataplane::split::Split;
 use towline_dataplane::{Ready, TunIo, UdpIo, open_tun, open_udp};
 
-/// How one end is started.
+/// Command line options of one end.
 #[derive(Debug, clap::Args)]
 pub struct Limit {
-    /// The TUN link to make.
+    /// Name of the TUN link to create.
     #[arg(long)]
     link: String,
-    /// The UDP port of both ends.
+    /// UDP port of both ends.
     #[arg(long)]
     port: u16,
-    /// The other end.
+    /// Address and port of the other end.
     #[arg(long)]
     to: SocketAddr,
 }
 
-/// The same at both ends, and known to all: this is no tunnel to use.
+/// Fixed key of both ends. It is public, so this tunnel protects nothing.
 const KEY: [u8; 32] = [0x42; 32];
+/// Number of receive buffers.
 const SLOTS: usize = 8;
-/// Of the link, as everybody's.
+/// MTU of the TUN link in bytes, the same as for all subjects.
 pub(super) const MTU: usize = 1420;
 
 impl Limit {
-    /// Carries packets until it is killed.
+    /// Carries packets until the process is killed.
     pub fn run(&self) -> anyhow::Result<()> {
         let mut tun = open_tun(&self.link)?;
         let mut udp = open_udp(self.port, 0)?;
         let key = UnboundKey::new(&CHACHA20_POLY1305, &KEY)
-            .map_err(|_| anyhow::anyhow!("a key of 32 bytes is refused"))?;
+            .map_err(|_| anyhow::anyhow!("cannot create a key from 32 bytes"))?;
         let key = LessSafeKey::new(key);
         let drops = Drops::default();
         let (mut received, mut writes) = (RecvBatch::new(SLOTS), WriteBatch::new(SLOTS));
@@ -110,6 +112,7 @@ fn nonce(counter: u64) -> Nonce {
     Nonce::assume_unique_for_key(nonce)
 }
 
+/// Seals a segment into `to`, in the format of a WireGuard data message.
 fn seal(key: &LessSafeKey, counter: u64, segment: &[u8], to: &mut [u8]) {
     let (header, rest) = to.split_at_mut(DATA_HEADER);
     header[..4].copy_from_slice(&4u32.to_le_bytes());
@@ -122,7 +125,8 @@ fn seal(key: &LessSafeKey, counter: u64, segment: &[u8], to: &mut [u8]) {
     }
 }
 
-/// Bytes `at..at + len` of the block are a datagram.
+/// Opens the datagram in the bytes `at..at + len` of the block, and adds its inner packet to the
+/// coalescer.
 fn open(
     key: &LessSafeKey,
     writes: &mut WriteBatch,
@@ -143,5 +147,5 @@ fn open(
     }
 }
 
-/// The virtio header is read before the packet.
+/// The free bytes in front of a packet from the TUN link must have room for a data header.
 const _: () = assert!(HEADROOM >= DATA_HEADER);

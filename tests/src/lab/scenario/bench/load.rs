@@ -1,9 +1,9 @@
-//! Traffic that costs as little as it can, and what comes out at the other end.
+//! Traffic generators and receivers that use as little processor time as possible.
 //!
-//! TCP: 128 KiB writes; the reader lets the kernel discard what it has checked. UDP: numbered
-//! datagrams by `sendmmsg`, each by itself, as fast as the sender can, into a sink that the kernel
-//! hands many at a time (`UDP_GRO`). The sender does without segmentation offload: so does what
-//! sends small datagrams in life, and a tunnel has to take them one by one.
+//! TCP: the sender writes 128 KiB at a time, and the receiver lets the kernel discard the data.
+//! UDP: the sender sends numbered datagrams with `sendmmsg`, each in its own message, as fast as it
+//! can. The receiver gets many at a time (`UDP_GRO`). The sender does not use segmentation offload,
+//! like most programs that send small datagrams, so the tunnel receives each datagram separately.
 
 use std::io::Write;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -23,20 +23,20 @@ use crate::lab::interrupt::pass;
 use crate::lab::namespace::Namespace;
 use crate::lab::process::processor_time;
 
-/// For how long is measured, and what goes before.
+/// Duration of a measurement, and of the traffic before it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Window {
     pub(super) warm_up: Duration,
     pub(super) length: Duration,
 }
 
-/// How the senders of TCP find their pace. Not as the machine has it: how much lies in a tunnel's
-/// queues depends on it, and so what is found.
+/// Congestion control of the TCP senders. It is set explicitly, because the queues in a tunnel
+/// depend on it, and so do the results.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Congestion {
-    /// RFC 9438, what Linux does unless it is told otherwise.
+    /// CUBIC (RFC 9438), the default of Linux.
     Cubic,
-    /// What many servers are told to do; a module that not every kernel has.
+    /// BBR, which many servers use. It is a module that not every kernel has.
     Bbr,
 }
 
@@ -54,23 +54,24 @@ impl Congestion {
 pub(super) struct Way<'a> {
     pub(super) from: &'a Namespace,
     pub(super) to: &'a Namespace,
-    /// One of `to`.
+    /// Address of the host `to`.
     pub(super) address: IpAddr,
 }
 
-/// What went through within a window.
+/// Traffic that arrived within a window.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Carried {
-    /// Of payload.
+    /// Payload in bytes.
     pub(super) bytes: u64,
-    /// UDP.
+    /// Number of UDP datagrams.
     pub(super) datagrams: u64,
-    /// UDP: came after one with a higher number, in the whole run.
+    /// Number of UDP datagrams that arrived after one with a higher number, in the whole run.
     pub(super) reordered: u64,
-    /// UDP: arrived, in the whole run.
+    /// Number of UDP datagrams that arrived in the whole run.
     pub(super) arrived: u64,
+    /// Length of the window in seconds.
     pub(super) seconds: f64,
-    /// Of the daemons.
+    /// Processor time of the daemons in seconds.
     pub(super) cpu_seconds: f64,
 }
 
@@ -83,12 +84,13 @@ impl Carried {
         self.datagrams as f64 / 1e6 / self.seconds
     }
 
-    /// CPU-seconds of the daemons for each gigabit of payload.
+    /// Returns the CPU-seconds of the daemons for each gigabit of payload.
     pub(super) fn cpu_per_gbit(&self) -> f64 {
         self.cpu_seconds / (self.bytes as f64 * 8e-9)
     }
 }
 
+/// Counters that the senders and receivers of a run share.
 #[derive(Debug, Default)]
 struct Counters {
     stop: AtomicBool,
@@ -102,7 +104,8 @@ impl Counters {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Lets the window pass, `meanwhile` beside it.
+    /// Waits for the length of the window, and runs `meanwhile` during it. Returns the traffic
+    /// within it.
     fn measure(
         &self,
         window: Window,
@@ -127,7 +130,7 @@ impl Counters {
         pass(window.length.saturating_sub(before.0.elapsed()))?;
         let after = look()?;
         if after.1 == before.1 {
-            bail!("nothing arrived");
+            bail!("no data arrived");
         }
         Ok(Carried {
             bytes: after.1 - before.1,
@@ -139,12 +142,14 @@ impl Counters {
     }
 }
 
-/// What takes longer to connect does not connect.
+/// Limit for a TCP connection to be established.
 const CONNECT: Duration = Duration::from_secs(5);
+/// Size of a write to a TCP socket, in bytes.
 const TCP_WRITE: usize = 128 * 1024;
+/// Largest read from a TCP socket, in bytes.
 const TCP_READ: usize = 512 * 1024;
 
-/// Sends over one TCP connection for each way, all at once.
+/// Sends over one TCP connection for each way, all at the same time.
 pub(super) fn tcp(
     ways: &[Way<'_>],
     congestion: Congestion,
@@ -171,7 +176,7 @@ pub(super) fn tcp(
         let carried = counters.measure(window, daemons, meanwhile);
         counters.stop.store(true, Ordering::Relaxed);
         for (sender, receiver) in &streams {
-            // Fails only where it is shut already.
+            // Fails only if the socket is already shut down.
             let _ = sender.shutdown(Shutdown::Both);
             let _ = receiver.shutdown(Shutdown::Both);
         }
@@ -179,7 +184,7 @@ pub(super) fn tcp(
     })
 }
 
-/// Sockets belong to the namespace that they were made in.
+/// Opens a connection. A socket belongs to the network namespace in which it is created.
 fn connect(way: &Way<'_>, congestion: Congestion) -> anyhow::Result<(TcpStream, TcpStream)> {
     let listener = way.to.run(|| Ok(TcpListener::bind((way.address, 0))?))?;
     let target = listener.local_addr()?;
@@ -188,7 +193,7 @@ fn connect(way: &Way<'_>, congestion: Congestion) -> anyhow::Result<(TcpStream, 
         let name = congestion.name();
         socket
             .set_tcp_congestion(name.as_bytes())
-            .with_context(|| format!("this kernel does not offer TCP {name} here"))?;
+            .with_context(|| format!("this kernel does not offer TCP congestion control {name}"))?;
         socket
             .connect_timeout(&target.into(), CONNECT)
             .with_context(|| format!("cannot connect to {target}"))?;
@@ -198,23 +203,23 @@ fn connect(way: &Way<'_>, congestion: Congestion) -> anyhow::Result<(TcpStream, 
     Ok((sender, receiver))
 }
 
-/// Takes what has arrived without copying it; 0 at the end.
+/// Discards the data that has arrived, without copying it. Returns its length, 0 at the end.
 fn discard(stream: &TcpStream) -> std::io::Result<usize> {
     use std::os::fd::AsRawFd;
-    // SAFETY: with MSG_TRUNC a TCP socket writes nothing to the buffer, which is none.
+    // SAFETY: with MSG_TRUNC, a TCP socket writes nothing to the buffer, so it may be null.
     let length =
         unsafe { libc::recv(stream.as_raw_fd(), std::ptr::null_mut(), TCP_READ, libc::MSG_TRUNC) };
     if length < 0 { Err(std::io::Error::last_os_error()) } else { Ok(length as usize) }
 }
 
-/// Receive calls at once.
+/// Number of receive buffers.
 const UDP_SLOTS: usize = 8;
-/// Datagrams at once.
+/// Number of datagrams in one send call.
 const UDP_BURST: usize = 64;
-/// How often an idle sink looks whether it is over.
+/// Interval at which an idle receiver checks whether the run is over, in milliseconds.
 const LOOK: u16 = 50;
 
-/// Sends numbered datagrams of `size` bytes as fast as it goes, each way its own.
+/// Sends numbered datagrams of `size` bytes on each way, as fast as possible.
 pub(super) fn udp(
     ways: &[Way<'_>],
     size: usize,
@@ -239,13 +244,13 @@ pub(super) fn udp(
     })
 }
 
-/// Datagrams of how many bytes, when only their order matters.
+/// Size of a datagram when only the order matters, in bytes.
 const ORDERED_BYTES: usize = 200;
-/// How long their number may take to arrive.
+/// Limit for all datagrams to arrive when only the order matters.
 const ORDER_LIMIT: Duration = Duration::from_secs(240);
 
-/// Sends numbered datagrams each way until so many have arrived; every flow is answered all the
-/// while.
+/// Sends numbered datagrams on each way until this many have arrived in total. The receivers answer
+/// all the time.
 pub(super) fn order(ways: &[Way<'_>], datagrams: u64) -> anyhow::Result<Carried> {
     let sockets = sockets(ways)?;
     let counters = &Counters::default();
@@ -276,7 +281,7 @@ pub(super) fn order(ways: &[Way<'_>], datagrams: u64) -> anyhow::Result<Carried>
     })
 }
 
-/// For each way its sender, its sink, and where that listens.
+/// Returns for each way the sending socket, the receiving socket, and the receiver's address.
 fn sockets(ways: &[Way<'_>]) -> anyhow::Result<Vec<(Udp, Udp, SocketAddr)>> {
     let single = Offloads { udp_segment: false, ..Offloads::default() };
     let open = |namespace: &Namespace| namespace.run(|| Ok(open_udp_with(0, 0, single)?));
@@ -288,6 +293,7 @@ fn sockets(ways: &[Way<'_>]) -> anyhow::Result<Vec<(Udp, Udp, SocketAddr)>> {
     ways.iter().map(of_way).collect()
 }
 
+/// Sends numbered datagrams until the run is over.
 fn send(mut socket: Udp, to: SocketAddr, size: usize, counters: &Counters) {
     let mut batch = SendBatch::new(UDP_BURST * size, UDP_BURST);
     let drops = Drops::default();
@@ -304,7 +310,8 @@ fn send(mut socket: Udp, to: SocketAddr, size: usize, counters: &Counters) {
     }
 }
 
-/// Takes what arrives; if `answers`, a small datagram goes back for each batch. Nobody reads those.
+/// Receives datagrams until the run is over. With `answers`, sends back a small datagram for each
+/// batch, which no program reads.
 fn receive(mut socket: Udp, counters: &Counters, answers: bool) {
     let mut batch = RecvBatch::new(UDP_SLOTS);
     let mut answer = SendBatch::new(ORDERED_BYTES, 1);
@@ -342,7 +349,7 @@ fn receive(mut socket: Udp, counters: &Counters, answers: bool) {
             let fds = socket.fds();
             let mut fds: Vec<_> =
                 fds.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
-            // What fails is tried again: the next receive says what is wrong.
+            // If polling fails, the next receive call returns the error.
             let _ = poll(&mut fds, PollTimeout::from(LOOK));
         }
     }

@@ -1,4 +1,4 @@
-//! Who is measured: two hosts joined by one cable, a tunnel between them.
+//! Subjects of the benchmark: two hosts that are joined by one cable, and a tunnel between them.
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -23,41 +23,47 @@ use crate::lab::process::{Daemon, Program};
 use crate::lab::scenario::Setting;
 use crate::lab::topology::{Host, Lab};
 
-/// Two ends of one tunnel, up.
+/// Two running ends of one tunnel.
 #[derive(Debug)]
 pub(super) struct Subject {
     pub(super) hosts: [Arc<Host>; 2],
-    /// Of each end, IPv4 and IPv6.
+    /// Inner addresses of each end, IPv4 before IPv6.
     inner: [[IpAddr; 2]; 2],
-    /// The tunnel's.
+    /// Name of the tunnel's link at each end.
     links: [String; 2],
+    /// Process ids of the two tunnel programs.
     pub(super) daemons: [Pid; 2],
-    /// What runs; in order, so that it ends in order.
+    /// Programs of the subject. They are only kept to be stopped when the subject is dropped.
     _running: Running,
 }
 
+/// Programs that run for a subject.
 #[derive(Debug)]
-#[expect(dead_code, reason = "held for its end")]
+#[expect(dead_code, reason = "kept until the subject is dropped")]
 enum Running {
     Towline(Vec<Node>, Controller),
     Others([Peer; 2]),
     Limit([Daemon; 2]),
 }
 
-/// What goes around the tunnel.
+/// Address family that carries the tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outer {
     V4,
     V6,
 }
 
-/// The kernel makes a link, and a link becomes ready, within this.
+/// Limit for the kernel to create a link, and for a link to become ready.
 const LINK_LIMIT: Duration = Duration::from_secs(10);
+/// UDP port of the tunnels that the lab configures.
 const PORT: u16 = 51830;
+/// MTU of the tunnels, in bytes.
 const MTU: u32 = super::limit::MTU as u32;
-/// Of a tunnel in the tunnel: 50 bytes less.
+/// MTU of a tunnel inside the tunnel: 50 bytes less, for the VXLAN or Geneve headers.
 const OVERLAY_MTU: u32 = MTU - 50;
+/// Prefix of the name of a link for a tunnel inside the tunnel.
 const OVERLAY_LINK: &str = "inside0";
+/// Name of the nftables table that drops datagrams.
 const LOSS_TABLE: &str = "loss";
 
 impl Outer {
@@ -70,8 +76,9 @@ impl Outer {
 }
 
 impl Subject {
-    /// The real controller, and two agents that joined it, all of one build. Each agent has so many
-    /// `peers`; all but the other of the two never say anything. So many `workers` move its packets.
+    /// Starts a controller and two agents that join it, all of one build. Each agent has this
+    /// number of `peers`, all of which except for the other agent send nothing, and this number of
+    /// `workers`.
     pub(super) fn towline(
         binaries: &Binaries,
         lab: &mut Lab,
@@ -96,12 +103,13 @@ impl Subject {
         for node in &mut nodes {
             let status = node.await_status(START_LIMIT)?;
             let of = |v4: bool| status.overlay_addresses.iter().find(|ip| ip.is_ipv4() == v4);
-            let both = of(true).zip(of(false)).context("a node without overlay addresses")?;
+            let both =
+                of(true).zip(of(false)).context("a node has no mesh address of one family")?;
             inner.push([*both.0, *both.1]);
             daemons.push(node.agent()?.pid());
         }
         if let Some(reason) = await_tunnel(&nodes[0], &nodes[1], START_LIMIT)? {
-            return Err(anyhow!("the tunnel is not up: {reason}"));
+            return Err(anyhow!("the tunnel did not come up: {reason}"));
         }
         Self {
             hosts,
@@ -113,7 +121,7 @@ impl Subject {
         .ready()
     }
 
-    /// Two of another implementation.
+    /// Starts two instances of another implementation.
     pub(super) fn other(lab: &mut Lab, program: &Installed, outer: Outer) -> anyhow::Result<Self> {
         let name = match outer {
             Outer::V4 => program.which.name().to_owned(),
@@ -148,11 +156,12 @@ impl Subject {
         Self { hosts, inner, links, daemons, _running: Running::Others(peers) }.ready()
     }
 
-    /// The bare limit.
+    /// Starts two ends of the bare limit.
     pub(super) fn limit(setting: &Setting, lab: &mut Lab) -> anyhow::Result<Self> {
         let names = ["limit-1", "limit-2"];
         let hosts = lab.pair(names, Outer::V4.net())?;
-        let lab_program = setting.binaries.lab.as_ref().context("the lab was not built")?;
+        let lab_program =
+            setting.binaries.lab.as_ref().context("the lab's own program was not built")?;
         let inner = inner();
         let link = "limit0";
         let start = |end: usize| {
@@ -176,13 +185,13 @@ impl Subject {
         Self { hosts, inner, links, daemons, _running: Running::Limit(ends) }.ready()
     }
 
-    /// Waits until both families get through.
+    /// Waits until both inner address families work.
     fn ready(self) -> anyhow::Result<Self> {
         for address in self.inner[1] {
             let deadline = std::time::Instant::now() + LINK_LIMIT;
             let [here, _] = self.namespaces();
             first_reply(here, address, &self.links[0], deadline)?
-                .with_context(|| format!("{address} does not answer through the tunnel"))?;
+                .with_context(|| format!("{address} does not reply through the tunnel"))?;
         }
         Ok(self)
     }
@@ -191,20 +200,20 @@ impl Subject {
         [self.hosts[0].namespace(), self.hosts[1].namespace()]
     }
 
-    /// From the first end to the second, inside the tunnel.
+    /// Returns the direction from the first end to the second, inside the tunnel.
     pub(super) fn there(&self, v6: bool) -> Way<'_> {
         let [from, to] = self.namespaces();
         Way { from, to, address: self.inner[1][usize::from(v6)] }
     }
 
-    /// From the second end to the first.
+    /// Returns the direction from the second end to the first, inside the tunnel.
     pub(super) fn back(&self, v6: bool) -> Way<'_> {
         let [to, from] = self.namespaces();
         Way { from, to, address: self.inner[0][usize::from(v6)] }
     }
 
-    /// From the first end to the second, in a tunnel of the kernel's inside this one, which is
-    /// made when it is first asked for.
+    /// Returns the direction from the first end to the second through a kernel tunnel inside this
+    /// tunnel. Creates the kernel tunnel on the first call.
     pub(super) fn overlay(&self, kind: OverlayKind) -> anyhow::Result<Way<'_>> {
         let (number, port) = match kind {
             OverlayKind::Vxlan => (0, 4789),
@@ -229,11 +238,12 @@ impl Subject {
         }
         let [from, to] = self.namespaces();
         let deadline = std::time::Instant::now() + LINK_LIMIT;
-        first_reply(from, address(1), &link, deadline)?.context("the overlay carries nothing")?;
+        first_reply(from, address(1), &link, deadline)?
+            .context("no echo reply through the overlay")?;
         Ok(Way { from, to, address: address(1) })
     }
 
-    /// Runs `job` while so many of 1,000 datagrams are lost on the cable, each way.
+    /// Runs `job` while the cable loses this many of 1,000 datagrams in each direction.
     pub(super) fn losing<T>(
         &self,
         permille: u32,
@@ -242,7 +252,8 @@ impl Subject {
         let wire = |segments: u32, lossy: bool| {
             self.namespaces().into_iter().try_for_each(|namespace| {
                 namespace.run(|| {
-                    // A rule would drop a whole train.
+                    // A rule would drop a whole batch of segments, so every datagram is sent
+                    // separately.
                     let mut netlink = Rtnetlink::open()?;
                     let index = netlink.link_index("eth0")?;
                     netlink.set_gso_max_segs(index, segments)?;
@@ -268,7 +279,7 @@ impl Subject {
     }
 }
 
-/// The configuration of peers that have yet to call, each with an address.
+/// Returns the configuration of peers that never connect, each with its own address.
 fn silent_peers(count: u32) -> String {
     (1..=count).fold(String::new(), |mut text, number| {
         let mut key = [0x99; 32];
@@ -281,14 +292,14 @@ fn silent_peers(count: u32) -> String {
     })
 }
 
-/// Addresses inside, where nobody gives them out.
+/// Returns inner addresses for implementations without a controller.
 fn inner() -> [[IpAddr; 2]; 2] {
     [1, 2].map(|number| {
         [IpAddr::from([10, 88, 0, number]), IpAddr::from([0xfd88, 0, 0, 0, 0, 0, 0, number.into()])]
     })
 }
 
-/// Addresses and routes of a tunnel that somebody else configures in life.
+/// Sets the MTU, addresses and routes of a tunnel, as another program would in production.
 fn configure(
     namespace: &Namespace,
     link: &str,
