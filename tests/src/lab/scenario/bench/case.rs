@@ -1,4 +1,4 @@
-//! What is measured.
+//! Cases of the benchmark: what each measures, and how.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -11,78 +11,82 @@ use super::subject::Subject;
 use crate::lab::ping;
 use crate::lab::traffic::Pattern;
 
-/// One way of measuring.
+/// A kind of measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Case {
     /// One TCP stream.
     #[value(name = "tcp1")]
     Tcp1,
-    /// One, the other way.
+    /// One TCP stream in the opposite direction.
     #[value(name = "tcp1_rev")]
     Tcp1Reverse,
-    /// One whose sender runs BBR.
+    /// One TCP stream with BBR congestion control.
     #[value(name = "tcp1_bbr")]
     Tcp1Bbr,
-    /// Four.
+    /// Four TCP streams.
     #[value(name = "tcp4")]
     Tcp4,
-    /// Two each way.
+    /// Two TCP streams in each direction.
     #[value(name = "bidir")]
     BothWays,
-    /// Small datagrams.
+    /// UDP datagrams of 64 bytes.
     #[value(name = "udp_small")]
     UdpSmall,
-    /// Large ones.
+    /// UDP datagrams of 1,200 bytes.
     #[value(name = "udp_1200")]
     Udp1200,
-    /// One TCP stream in VXLAN in the tunnel.
+    /// One TCP stream in VXLAN inside the tunnel.
     #[value(name = "vxlan")]
     Vxlan,
-    /// One in Geneve.
+    /// One TCP stream in Geneve inside the tunnel.
     #[value(name = "geneve")]
     Geneve,
-    /// Echo after echo.
+    /// Echo requests one after another (`ping -A`).
     #[value(name = "ping")]
     Ping,
-    /// Echoes beside a TCP stream.
+    /// Echo requests during a TCP stream.
     #[value(name = "ping_loaded")]
     PingLoaded,
-    /// One TCP stream over IPv6.
+    /// One TCP stream over inner IPv6.
     #[value(name = "inner_v6")]
     InnerV6,
-    /// One, the tunnel over IPv6.
+    /// One TCP stream in a tunnel over IPv6.
     #[value(name = "outer_v6")]
     OuterV6,
-    /// One while 0.1 % of the datagrams are lost.
+    /// One TCP stream while 0.1 % of the outer datagrams are lost.
     #[value(name = "loss_0.1")]
     Loss1,
-    /// One while 1 % are lost.
+    /// One TCP stream while 1 % of the outer datagrams are lost.
     #[value(name = "loss_1")]
     Loss10,
-    /// One with 1,000 peers in the table.
+    /// One TCP stream between agents with 1,000 peers.
     #[value(name = "peers1000")]
     Peers1000,
-    /// Four TCP streams, two workers in each daemon.
+    /// Four TCP streams between agents with two workers.
     #[value(name = "tcp4_2workers")]
     Tcp4Workers2,
-    /// Echo after echo, likewise.
+    /// Echo requests one after another between agents with two workers.
     #[value(name = "ping_2workers")]
     PingWorkers2,
 }
 
-/// What one run of a case gave.
+/// Figures of one run of a case.
 #[derive(Debug)]
+/// Measured value in [`Case::unit`].
 pub(super) struct Outcome {
+    /// CPU-seconds of both daemons for each gigabit of payload. `None` if the case does not measure
+    /// it.
     pub(super) value: f64,
+    /// Counters of the traffic.
     pub(super) cpu: Option<f64>,
     pub(super) carried: Carried,
 }
 
-/// Echoes that are asked for one after another.
+/// Number of echo requests of a run.
 const ECHOES: u32 = 400;
-/// How long one is waited for.
+/// Limit for one echo reply.
 const ECHO_PATIENCE: Duration = Duration::from_secs(1);
-/// Between two echoes beside a load.
+/// Interval between two echo requests during a TCP stream.
 const LOADED_PACE: Duration = Duration::from_millis(5);
 
 impl Case {
@@ -107,7 +111,7 @@ impl Case {
         Self::PingWorkers2,
     ];
 
-    /// Its key in the figures and on the command line.
+    /// Returns the name of the case in the figures and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Tcp1 => "tcp1",
@@ -131,6 +135,7 @@ impl Case {
         }
     }
 
+    /// Returns a description of the case.
     pub(super) fn what(self) -> &'static str {
         match self {
             Self::Tcp1 => "TCP, one stream",
@@ -154,11 +159,12 @@ impl Case {
         }
     }
 
-    /// Needs what not every kernel has.
+    /// Returns whether the case needs a kernel feature that is often absent.
     pub(super) fn is_optional(self) -> bool {
         matches!(self, Self::Geneve | Self::Tcp1Bbr)
     }
 
+    /// Returns the unit of the measured value.
     pub(super) fn unit(self) -> &'static str {
         match self {
             Self::UdpSmall | Self::Udp1200 => "Mpps",
@@ -167,7 +173,7 @@ impl Case {
         }
     }
 
-    /// Runs it once.
+    /// Runs the case once.
     pub(super) fn run(
         self,
         subject: &Subject,
@@ -196,7 +202,7 @@ impl Case {
             Self::Ping | Self::PingWorkers2 => {
                 let echoes =
                     ping::echoes(there.from, there.address, ECHOES, ECHO_PATIENCE, pattern)?;
-                let median = echoes.median.context("no echo came back")?;
+                let median = echoes.median.context("no echo reply arrived")?;
                 Ok(Outcome::of_ping(median, Carried::default()))
             }
             Self::PingLoaded => {
@@ -214,7 +220,7 @@ impl Case {
                     })?;
                     Ok(())
                 })?;
-                Ok(Outcome::of_ping(median.context("no echo came back")?, carried))
+                Ok(Outcome::of_ping(median.context("no echo reply arrived")?, carried))
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What was measured, and what follows from it.
+//! Figures of the benchmark, and the ratios between them.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -9,100 +9,104 @@ use super::case::Case;
 use super::{BEFORE, NOW, interval};
 use crate::lab::report::Figures;
 
-/// A benchmark.
+/// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Bench {
-    /// The lab ran without root's rights over the machine.
+    /// True if the lab ran without the rights of the real root.
     pub rootless: bool,
-    /// Where it ran: figures of two machines are not to be compared.
+    /// Machine of the run. Figures of different machines cannot be compared.
     pub machine: Machine,
-    /// How often each case was run with each subject, in an order that turned every time.
+    /// Number of rounds. Each round ran each case with each subject, in an order that was reversed
+    /// every time.
     pub rounds: usize,
-    /// Version of each subject.
+    /// Version of each subject, by its name.
     pub subjects: BTreeMap<&'static str, String>,
-    /// By case, then by subject.
+    /// Figures by case.
     pub cases: BTreeMap<&'static str, CaseFigures>,
-    /// Medians of the rounds' ratios; what a name says, above 1 where the first is larger.
+    /// Medians of the rounds' ratios, by name. A ratio `a_vs_b` is the figure of `a` divided by
+    /// that of `b`.
     pub ratios: BTreeMap<String, f64>,
-    /// Least and most of the same rounds' ratios.
+    /// Minimum and maximum of the rounds' ratios, by the names of [`Self::ratios`].
     pub ratio_spread: BTreeMap<String, [f64; 2]>,
-    /// By case: this working copy's figures divided by those of the subject `before`. Empty without it.
+    /// Comparison of this checkout with the subject `before`, by case. Empty without that subject.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub against: BTreeMap<&'static str, Against>,
-    /// Largest peak of resident memory among a subject's two daemons, in megabytes (10^6 bytes).
+    /// Highest peak of resident memory of the two daemons of a subject, in megabytes (10^6 bytes).
     pub rss_mb: BTreeMap<&'static str, f64>,
-    /// Datagrams of Towline's that came after a later one of their flow, in all cases.
+    /// Number of Towline's datagrams that arrived after a later one of their flow, in all cases.
     pub reordered: u64,
-    /// Datagrams of Towline's that this was seen over.
+    /// Number of Towline's datagrams whose order was checked.
     pub ordered_datagrams: u64,
-    /// Who, or what, could not run, and why.
+    /// Subjects and cases that could not run.
     pub skipped: Vec<Skipped>,
-    /// Promises that did not hold. A ratio is never one.
+    /// Promises that did not hold. A ratio is never a promise.
     pub failed: Vec<String>,
 }
 
-/// What a benchmark ran on.
+/// Machine that a benchmark ran on.
 #[derive(Debug, Default, Serialize)]
 pub struct Machine {
-    /// As `uname -r` says.
+    /// Kernel release, as in `uname -r`.
     pub kernel: String,
-    /// Processors that may be used.
+    /// Number of processors that the benchmark may use.
     pub cores: usize,
 }
 
-/// What could not run.
+/// A subject or a case that could not run.
 #[derive(Debug, Serialize)]
 pub struct Skipped {
-    /// A subject, or a case.
+    /// Name of the subject, or case and subject separated by a slash.
     pub name: String,
-    /// In one line.
+    /// Reason, in one line.
     pub why: String,
 }
 
-/// One case, compared with another build.
+/// Comparison of two builds in one case.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Against {
-    /// Median of the rounds' ratios, this working copy's figure above. Above 1 is faster, except for
-    /// a case in milliseconds.
+    /// Median of the rounds' ratios: the figure of this checkout divided by that of the other.
+    /// Above 1, this checkout is faster, except in cases measured in milliseconds.
     pub ratio: f64,
-    /// Lower end of the interval that holds the median with 95 % confidence.
+    /// Lower end of the 95 % confidence interval of the median.
     pub low: f64,
-    /// Upper end of that interval.
+    /// Upper end of the 95 % confidence interval of the median.
     pub high: f64,
-    /// Number of ratios: the rounds in which both were measured.
+    /// Number of ratios: the rounds in which both builds were measured.
     pub rounds: usize,
 }
 
-/// One case.
+/// Figures of one case.
 #[derive(Debug, Serialize)]
 pub struct CaseFigures {
-    /// What it is, for people.
+    /// Description of the case.
     pub what: &'static str,
-    /// Of the figures.
+    /// Unit of the figures.
     pub unit: &'static str,
-    /// By subject.
+    /// Figures by subject.
     pub subjects: BTreeMap<&'static str, Figure>,
 }
 
-/// The rounds of one case with one subject.
+/// Figures of one case with one subject.
 #[derive(Debug, Default, Clone, Serialize)]
 pub struct Figure {
-    /// The middle of `rounds`.
+    /// Median of the rounds.
     pub median: f64,
-    /// The least of them.
+    /// Minimum of the rounds.
     pub min: f64,
-    /// The most.
+    /// Maximum of the rounds.
     pub max: f64,
-    /// CPU-seconds of both daemons for each gigabit of payload: median.
+    /// Median of the CPU-seconds of both daemons for each gigabit of payload.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_s_per_gbit: Option<f64>,
-    /// Each of them, in order.
+    /// Figure of each round, in order.
     pub rounds: Vec<f64>,
+    /// CPU-seconds for each gigabit of payload in each round, in order.
     #[serde(skip)]
     pub(super) cpu: Vec<f64>,
 }
 
 impl Figure {
+    /// Adds the figure of a round.
     pub(super) fn add(&mut self, value: f64, cpu: Option<f64>) {
         self.rounds.push(digits(value));
         self.cpu.extend(cpu);
@@ -114,6 +118,7 @@ impl Figure {
 }
 
 impl Bench {
+    /// Adds the figure of one case, one subject and one round.
     pub(super) fn add(&mut self, case: Case, subject: &'static str, value: f64, cpu: Option<f64>) {
         let figures = self.cases.entry(case.name()).or_insert_with(|| CaseFigures {
             what: case.what(),
@@ -123,7 +128,7 @@ impl Bench {
         figures.subjects.entry(subject).or_default().add(value, cpu);
     }
 
-    /// Fills in the ratios of what was measured.
+    /// Fills in [`Self::ratios`] and [`Self::ratio_spread`] from the figures.
     pub(super) fn compare(&mut self) {
         let go = "wireguard-go";
         for (case, name) in [
@@ -158,7 +163,7 @@ impl Bench {
         }
     }
 
-    /// Fills in [`Self::against`] from what was measured.
+    /// Fills in [`Self::against`] from the figures.
     pub(super) fn compare_with_before(&mut self) {
         for (name, case) in &self.cases {
             let rounds = |subject| case.subjects.get(subject).map(|figure| &*figure.rounds);
@@ -175,6 +180,8 @@ impl Bench {
         }
     }
 
+    /// Adds the ratio of two figures, or of their CPU-seconds with `cpu`. Does nothing if one was
+    /// not measured.
     fn ratio(&mut self, name: String, above: (Case, &str), below: (Case, &str), cpu: bool) {
         let rounds = |(case, subject): (Case, &str)| {
             let figure = self.cases.get(case.name())?.subjects.get(subject)?;
@@ -246,7 +253,8 @@ impl Figures for Bench {
             let _ = writeln!(text, "  {name:34} {ratio:7.2}   ({least:.2} to {most:.2})");
         }
         if !self.against.is_empty() {
-            let _ = writeln!(text, "this build against the other, with 95 % confidence:");
+            let _ =
+                writeln!(text, "this build divided by the other, with 95 % confidence intervals:");
         }
         for (name, Against { ratio, low, high, rounds }) in &self.against {
             let _ = writeln!(
@@ -263,7 +271,7 @@ impl Figures for Bench {
     }
 }
 
-/// The middle one; the mean of the two in the middle.
+/// Returns the median: the middle figure, or the mean of the two in the middle.
 pub(super) fn median(figures: &[f64]) -> f64 {
     let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -274,7 +282,7 @@ pub(super) fn median(figures: &[f64]) -> f64 {
     }
 }
 
-/// Four digits: more are noise.
+/// Rounds to four significant digits. Further digits are noise.
 fn digits(figure: f64) -> f64 {
     if figure == 0.0 || !figure.is_finite() {
         return 0.0;
@@ -312,7 +320,7 @@ mod tests {
         bench.compare_with_before();
         let tcp1 = bench.against["tcp1"];
         assert_eq!((tcp1.ratio, tcp1.rounds), (1.0, 3));
-        assert_eq!((tcp1.low, tcp1.high), (0.5, 1.5), "three rounds say little");
+        assert_eq!((tcp1.low, tcp1.high), (0.5, 1.5), "three rounds give a wide interval");
         assert!(!bench.against.contains_key("ping"), "nothing to compare with");
     }
 

@@ -1,20 +1,21 @@
-//! How sure a median is: a percentile bootstrap (Efron 1979). It assumes nothing of how the figures
-//! scatter, which suits a shared machine, where some rounds are far off.
+//! Confidence interval of a median, by a percentile bootstrap (Efron 1979). The method assumes
+//! nothing about the distribution of the figures. That suits a shared machine, where some rounds
+//! are far from the others.
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::figures::median;
 
-/// Samples that are drawn: the ends of the interval then vary by less than the digits shown.
+/// Number of samples. The ends of the interval then vary by less than the digits that are shown.
 const SAMPLES: usize = 10_000;
-/// The same figures give the same interval.
+/// Seed of the samples. It is fixed, so that the same figures give the same interval.
 const SEED: u64 = 0x544c;
-/// Share of the samples' medians that lies inside.
+/// Share of the samples' medians that lies inside the interval.
 const CONFIDENCE: f64 = 0.95;
 
-/// The interval that holds the median of what these figures are a sample of, with 95 % confidence.
-/// `None` without figures.
+/// Returns the 95 % confidence interval of the median of the distribution that these figures were
+/// drawn from. `None` without figures.
 pub(super) fn of_median(figures: &[f64]) -> Option<[f64; 2]> {
     if figures.is_empty() {
         return None;

@@ -1,12 +1,14 @@
-//! `cargo lab bench`: Towline beside other userspace WireGuards and the bare limit.
+//! `cargo lab bench`: compares Towline with other userspace WireGuard implementations and with the
+//! bare limit.
 //!
-//! Every subject has two hosts of its own, joined by one cable, and all of them stay up for the
-//! whole run, idle but for the one that is measured. A round runs each case with each subject; the
-//! order of the subjects turns every round, and ratios are made of one round's figures, so that a
-//! machine that gets slower meanwhile slows both.
+//! Each subject has its own two hosts, joined by one cable. All subjects stay up for the whole run,
+//! and are idle except for the one that is measured. A round runs each case with each subject. The
+//! order of the subjects is reversed after every round, and ratios are made of figures of the same
+//! round, so that a machine that gets slower during the run slows both.
 //!
-//! With `--against DIR` the build of another checkout is a subject too, `before`: for each case the
-//! report has the median of the rounds' ratios, and how sure that median is ([`interval`]).
+//! With `--against DIR`, the build of another checkout is a subject too, named `before`. For each
+//! case the report has the median of the rounds' ratios with its confidence interval
+//! ([`interval`]).
 
 mod case;
 mod figures;
@@ -38,64 +40,70 @@ use figures::{Machine, Skipped};
 use load::Window;
 use subject::{Outer, Subject};
 
-/// How a benchmark is run.
+/// Command line options of the scenario.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// How often each case is run.
+    /// Run each case this many times.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub rounds: Option<u16>,
-    /// Only these.
+    /// Run only these cases.
     #[arg(long = "case", num_args = 1.., value_delimiter = ',', value_enum)]
     pub cases: Vec<Case>,
-    /// Only these subjects: towline, limit, wireguard-go, gotatun, boringtun.
+    /// Measure only these subjects: towline, limit, wireguard-go, gotatun, boringtun.
     #[arg(long = "subject", num_args = 1.., value_delimiter = ',')]
     pub subjects: Vec<String>,
-    /// Compare with the release build of another checkout, the subject `before`. The others take part
-    /// only where `--subject` names them.
+    /// Compare with the release build of another checkout, the subject `before`. The other subjects
+    /// are measured only if `--subject` lists them.
     #[arg(long, value_name = "DIR")]
     pub against: Option<PathBuf>,
-    /// Longer windows, more rounds, every case with every subject, and 10 million datagrams
-    /// watched for their order.
+    /// Use longer windows and more rounds, run every case with every subject, and check the order
+    /// of 10 million datagrams.
     #[arg(long)]
     pub full: bool,
-    /// Draw a chart into this file, as SVG.
+    /// Write a chart to this file, as SVG.
     #[arg(long, value_name = "FILE")]
     pub plot: Option<PathBuf>,
 }
 
-/// Bytes that are verified, each way, before a subject is measured.
+/// Bytes that are transferred and verified in each direction before a subject is measured.
 const VERIFIED: u64 = 4_000_000;
+/// Measurement window without `--full`.
 const WINDOW: Window =
     Window { warm_up: Duration::from_millis(300), length: Duration::from_millis(1200) };
+/// Measurement window with `--full`.
 const FULL_WINDOW: Window =
     Window { warm_up: Duration::from_millis(500), length: Duration::from_secs(4) };
-/// Datagrams whose order is watched.
+/// Number of datagrams whose order is checked.
 const ORDERED: u64 = 1_000_000;
+/// Number of datagrams whose order is checked with `--full`.
 const FULL_ORDERED: u64 = 10_000_000;
+/// Number of rounds.
 const ROUNDS: u16 = 3;
+/// Number of rounds with `--full`.
 const FULL_ROUNDS: u16 = 7;
 
-/// Who takes part, with what it is measured on.
+/// A program to measure, with its running tunnels.
 struct Contestant {
     name: &'static str,
-    /// The one that most cases run on, and one whose tunnel goes over
-    /// IPv6.
+    /// Tunnel that most cases use.
     subject: Subject,
+    /// Tunnel over IPv6. Built only if a case needs it.
     over_v6: Option<Subject>,
-    /// One with 1,000 peers.
+    /// Tunnel between agents with 1,000 peers. Built only if a case needs it.
     crowded: Option<Subject>,
-    /// One whose packets two workers move.
+    /// Tunnel between agents with two workers. Built only if a case or the check of the order needs
+    /// it.
     shared: Option<Subject>,
-    /// Everything; else the main cases.
+    /// True if all cases are measured, false if only the main ones.
     all: bool,
 }
 
-/// Name of the subject that is built from this working copy.
+/// Name of the subject that is built from this checkout.
 const NOW: &str = "towline";
 /// Name of the subject that is built from another checkout.
 const BEFORE: &str = "before";
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Bench> {
     let mut bench = Bench {
         rootless: setting.rank == Rank::Rootless,
@@ -115,7 +123,9 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Bench> {
     }
     bench.compare();
     bench.compare_with_before();
-    promises.hold(bench.reordered == 0, || format!("no datagram reordered: {}", bench.reordered));
+    promises.hold(bench.reordered == 0, || {
+        format!("no datagram is reordered: {} were", bench.reordered)
+    });
     bench.failed = promises.into_failed();
     if let Some(path) = &options.plot {
         std::fs::write(path, plot::chart(&bench))
@@ -172,7 +182,8 @@ fn measure(
                         broken.push((*case, contestant.name));
                         let (name, why) =
                             (format!("{}/{}", case.name(), contestant.name), format!("{error:#}"));
-                        // Of others it is told; of ours it is a fault.
+                        // A failure of another subject is reported as skipped. A failure of Towline
+                        // is a fault.
                         if contestant.name == NOW && !case.is_optional() {
                             promises.fail(format!("{name}: {why}"));
                         } else {
@@ -203,12 +214,13 @@ fn measure(
     Ok(())
 }
 
-/// Whether order is watched beside the cases.
+/// Returns whether the order of datagrams is checked in addition to the cases.
 fn ordered(options: &Options) -> bool {
     options.cases.is_empty() || options.full
 }
 
-/// Four flows, each answered all the while, between two agents with two workers each.
+/// Checks the order of datagrams in four flows between two agents with two workers each. The
+/// receivers answer all the time.
 fn watch_order(
     setting: &Setting,
     options: &Options,
@@ -216,7 +228,7 @@ fn watch_order(
     bench: &mut Bench,
 ) -> anyhow::Result<()> {
     let datagrams = if options.full { FULL_ORDERED } else { ORDERED };
-    setting.talk.step(&format!("the order of {datagrams} datagrams, by two workers"));
+    setting.talk.step(&format!("checking the order of {datagrams} datagrams with two workers"));
     let each = [false, true].map(|v6| [shared.there(v6), shared.back(v6)]);
     let carried = load::order(each.as_flattened(), datagrams)?;
     bench.reordered += carried.reordered;
@@ -224,7 +236,7 @@ fn watch_order(
     Ok(())
 }
 
-/// Brings everybody up that takes part.
+/// Starts all subjects that are measured.
 fn gather(
     setting: &Setting,
     options: &Options,
@@ -238,13 +250,13 @@ fn gather(
     let outer_v6 = cases.contains(&Case::OuterV6);
     let mut contestants = Vec::new();
     if wanted(NOW) || before.is_some() {
-        setting.talk.step("a controller and two agents");
+        setting.talk.step("starting a controller and two agents");
         let binaries = &setting.binaries;
         contestants.push(Contestant::towline(NOW, binaries, options, cases, lab)?);
         bench.subjects.insert(NOW, env!("CARGO_PKG_VERSION").to_owned());
     }
     if let Some(binaries) = before {
-        setting.talk.step("a controller and two agents of the other checkout");
+        setting.talk.step("starting a controller and two agents of the other checkout");
         contestants.push(Contestant::towline(BEFORE, binaries, options, cases, lab)?);
         let said = Program::new(&binaries.towline)
             .arg("--version")
@@ -256,7 +268,7 @@ fn gather(
         let name = which.name();
         let all = which == WireGuard::Go || options.full;
         let started = which.install().and_then(|program| {
-            setting.talk.step(&format!("two of {name}"));
+            setting.talk.step(&format!("starting two instances of {name}"));
             let subject =
                 Subject::other(lab, &program, Outer::V4).map_err(|error| format!("{error:#}"))?;
             let over_v6 = (outer_v6 && all)
@@ -281,7 +293,7 @@ fn gather(
         }
     }
     if wanted("limit") {
-        setting.talk.step("the bare limit");
+        setting.talk.step("starting the bare limit");
         let subject = Subject::limit(setting, lab)?;
         let (name, all) = ("limit", options.full);
         let (over_v6, crowded, shared) = (None, None, None);
@@ -292,7 +304,7 @@ fn gather(
 }
 
 impl Contestant {
-    /// A build of Towline, with everything that the cases need.
+    /// Starts a build of Towline with all tunnels that the cases need.
     fn towline(
         name: &'static str,
         binaries: &Binaries,
@@ -324,7 +336,7 @@ impl Contestant {
         })
     }
 
-    /// What the case runs on; `None`: not at all.
+    /// Returns the tunnel that a case uses, or `None` if this contestant does not run the case.
     fn for_case(&self, case: Case) -> Option<&Subject> {
         match case {
             Case::Tcp1 | Case::Tcp4 | Case::UdpSmall | Case::Udp1200 | Case::Ping => {

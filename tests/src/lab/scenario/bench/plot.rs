@@ -1,20 +1,26 @@
-//! The figures as a chart: a panel for each case, a bar for each subject.
+//! Chart of the figures: a panel for each case, and a bar for each subject.
 
 use std::fmt::Write as _;
 
 use super::case::Case;
 use super::figures::{Bench, CaseFigures};
 
+/// Number of panels in a row.
 const COLUMNS: usize = 3;
-/// All of them in pixels.
+/// Width and height of a panel, in pixels.
 const PANEL: [f64; 2] = [330.0, 170.0];
+/// Margin around the chart, in pixels.
 const MARGIN: f64 = 24.0;
+/// Height of the title, in pixels.
 const TITLE: f64 = 64.0;
+/// Width of the subjects' names, in pixels.
 const LABEL: f64 = 92.0;
+/// Height of a bar, in pixels.
 const BAR: f64 = 18.0;
+/// Space between two bars, in pixels.
 const GAP: f64 = 6.0;
 
-/// Ours first and in its own colour; the limit is no rival.
+/// Subjects in the order of their bars, each with its colour.
 const SUBJECTS: [(&str, &str); 6] = [
     ("towline", "#1f6feb"),
     ("before", "#8fb8f5"),
@@ -24,7 +30,7 @@ const SUBJECTS: [(&str, &str); 6] = [
     ("limit", "#d9c27a"),
 ];
 
-/// An SVG document.
+/// Returns the chart as an SVG document.
 pub(super) fn chart(bench: &Bench) -> String {
     let cases: Vec<&CaseFigures> =
         Case::ALL.iter().filter_map(|case| bench.cases.get(case.name())).collect();
@@ -38,10 +44,10 @@ pub(super) fn chart(bench: &Bench) -> String {
          width=\"{width}\" height=\"{height}\" font-family=\"sans-serif\" fill=\"#1f2328\">\n\
          <rect width=\"{width}\" height=\"{height}\" fill=\"#ffffff\"/>"
     );
-    text(&mut svg, MARGIN, 30.0, 18, "start", "Userspace WireGuard, side by side");
+    text(&mut svg, MARGIN, 30.0, 18, "start", "Comparison of userspace WireGuard implementations");
     let machine = &bench.machine;
     let under = format!(
-        "Linux {}, {} cores, medians of {} rounds; lines from the least to the most. \
+        "Linux {}, {} cores, medians of {} rounds; lines show minimum and maximum. \
          Longer is better, except for milliseconds.",
         machine.kernel, machine.cores, bench.rounds
     );
@@ -52,6 +58,7 @@ pub(super) fn chart(bench: &Bench) -> String {
         panel(&mut svg, left, top, case);
     }
     svg.push_str("</svg>\n");
+    /// Draws the panel of a case.
     svg
 }
 
@@ -59,7 +66,7 @@ fn panel(svg: &mut String, left: f64, top: f64, case: &CaseFigures) {
     let title = format!("{}, {}", case.what, case.unit);
     text(svg, left, top + 18.0, 13, "start", &title);
     let most = case.subjects.values().map(|figure| figure.max).fold(0.0, f64::max);
-    // Room for the figure behind the bar.
+    // The median is printed to the right of the bar.
     let scale = (PANEL[0] - LABEL - MARGIN - 50.0) / most.max(f64::MIN_POSITIVE);
     let measured = SUBJECTS
         .into_iter()
@@ -84,7 +91,7 @@ fn panel(svg: &mut String, left: f64, top: f64, case: &CaseFigures) {
     }
 }
 
-/// Nothing that is written here needs to be escaped: names and numbers.
+/// Draws text. It consists of names and numbers, which need no escaping.
 fn text(svg: &mut String, x: f64, y: f64, size: u32, anchor: &str, what: &str) {
     let _ = writeln!(
         svg,
