@@ -46,7 +46,7 @@ use crate::writer::{self, ReadError, Writer};
 const GRACE: Duration = Duration::from_millis(700);
 /// Interval at which certificates are checked for renewal.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(300);
-/// Interval at which the registry runs its periodic work (expired leases and sessions).
+/// Interval of the registry's periodic work, see [`Registry::tick`].
 const TICK: Duration = Duration::from_secs(5);
 /// Interval of HTTP/2 pings on idle connections, and the timeout of a ping.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(10));

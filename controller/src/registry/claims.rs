@@ -1,4 +1,4 @@
-//! Which node holds which announced prefix. An index only: who may take what is decided in
+//! Index of the announced prefixes and the nodes that hold them. The rules for a claim are in
 //! `publish`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use towline_proto::id::NodeId;
 
-/// The held prefixes, by prefix and by node. No prefix has two holders.
+/// Held prefixes, by prefix and by node. A prefix has at most one holder.
 #[derive(Debug, Default)]
 pub(super) struct Claims {
     holders: BTreeMap<IpNet, NodeId>,
@@ -15,23 +15,23 @@ pub(super) struct Claims {
 }
 
 impl Claims {
-    /// Who holds exactly this prefix.
+    /// Returns the node that holds exactly this prefix.
     pub(super) fn holder(&self, prefix: &IpNet) -> Option<NodeId> {
         self.holders.get(prefix).copied()
     }
 
-    /// What a node holds.
+    /// Returns the prefixes that a node holds.
     pub(super) fn held_by(&self, node: NodeId) -> Vec<IpNet> {
         self.held.get(&node).map(|held| held.iter().copied().collect()).unwrap_or_default()
     }
 
-    /// Every held prefix that has an address in common with `prefix`, itself included.
+    /// Returns every held prefix that overlaps `prefix`, including `prefix` itself.
     pub(super) fn overlapping(&self, prefix: &IpNet) -> Vec<(IpNet, NodeId)> {
         let wider = (0..prefix.prefix_len()).filter_map(|length| {
             let wider = IpNet::new(prefix.addr(), length).ok()?.trunc();
             self.holders.get(&wider).map(|holder| (wider, *holder))
         });
-        // The networks inside lie together: they sort by address, then by length.
+        // Networks sort by address, then by length, so those inside `prefix` are adjacent.
         let inside = self
             .holders
             .range(first(prefix)..=last(prefix))
@@ -40,14 +40,14 @@ impl Claims {
         wider.chain(inside).collect()
     }
 
-    /// The node holds the prefix now.
+    /// Makes `node` the holder of the prefix.
     pub(super) fn hold(&mut self, prefix: IpNet, node: NodeId) {
         self.release(&prefix);
         self.holders.insert(prefix, node);
         self.held.entry(node).or_default().insert(prefix);
     }
 
-    /// Nobody holds the prefix now.
+    /// Removes the holder of the prefix.
     pub(super) fn release(&mut self, prefix: &IpNet) {
         let Some(holder) = self.holders.remove(prefix) else { return };
         if let Some(held) = self.held.get_mut(&holder) {
@@ -59,12 +59,13 @@ impl Claims {
     }
 }
 
-/// The first network in sort order that can lie inside `prefix`.
+/// Returns the first network in sort order that `prefix` can contain.
 fn first(prefix: &IpNet) -> IpNet {
     prefix.trunc()
 }
 
-/// The last one: the host network of the last address.
+/// Returns the last network in sort order that `prefix` can contain: the host network of its last
+/// address.
 fn last(prefix: &IpNet) -> IpNet {
     let address: IpAddr = match prefix {
         IpNet::V4(net) => net.broadcast().into(),

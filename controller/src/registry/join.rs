@@ -1,4 +1,4 @@
-//! A token becomes a node.
+//! Admission of a node with a join token.
 
 use towline_proto::id::{IdentityKey, NodeId, NodeName, TokenId, WireguardKey};
 use towline_proto::node::{Grant, OverlayAddresses};
@@ -9,37 +9,37 @@ use super::sessions::Sessions;
 use super::{Event, Key, Member, Refusal, Registry, address};
 use crate::clock::Now;
 
-/// A request to join. That the machine holds both private keys was proven before.
+/// A request to join. The caller has verified that the machine holds both private keys.
 #[derive(Debug, Clone)]
 pub struct Join {
-    /// The token's public half.
+    /// Id of the token.
     pub token: TokenId,
-    /// Its secret half.
+    /// Secret of the token.
     pub secret: TokenSecret,
-    /// The name that is asked for.
+    /// Name that the node requests.
     pub name: NodeName,
-    /// The key that will sign the node's records.
+    /// Key that will sign the node's records.
     pub identity_key: IdentityKey,
-    /// The key of the node's tunnel.
+    /// Public key of the node's WireGuard tunnel.
     pub wireguard_key: WireguardKey,
-    /// Random: the node's id, if it becomes one.
+    /// Random id that the node gets if it is admitted.
     pub node_id: NodeId,
 }
 
-/// What a join gives.
+/// Result of a join.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Joined {
-    /// The node.
+    /// Id of the node.
     pub node_id: NodeId,
-    /// Who it is.
+    /// Signed grant of the node.
     pub grant: pb::Signed,
-    /// What holds for all.
+    /// Signed mesh configuration.
     pub mesh: pb::Signed,
 }
 
 impl Registry {
-    /// Admits a node, or says why not. An agent that was killed before it could save the answer
-    /// asks again with the same token, keys and name, and gets the same answer.
+    /// Admits a node. A repeated request with the same token, keys and name returns the same node,
+    /// for an agent that was killed before it could save the response.
     pub fn join(&mut self, join: &Join, sessions: &Sessions, now: Now) -> Result<Joined, Refusal> {
         let id = join.token;
         let token = self.tokens.get(&id).ok_or(Refusal::TokenUnknown { token: id })?;
@@ -60,7 +60,7 @@ impl Registry {
         }
         let (overlay, v4_cursor) = self.allocate(join.node_id)?;
 
-        // Nothing can be refused from here on.
+        // All checks have passed; nothing below can fail.
         if let Some(replaced) = replaced {
             let _ = self.remove(replaced, "replaced", sessions, now);
         }
@@ -101,7 +101,7 @@ impl Registry {
         Ok(joined)
     }
 
-    /// The node that this very request made earlier.
+    /// Returns the node that an earlier, identical request created.
     fn joined_before(&self, join: &Join) -> Option<&Member> {
         let member = self.nodes.get(self.identities.get(&join.identity_key)?)?;
         let same = member.token == join.token
@@ -118,14 +118,14 @@ impl Registry {
         }
     }
 
-    /// That nobody else, but for the node that is replaced, has what is asked for.
+    /// Checks that no node except the replaced one has the requested name or keys.
     fn check_unique(&mut self, join: &Join, replaced: Option<NodeId>) -> Result<(), Refusal> {
         if let Some(grave) = self.removed_identities.get(&join.identity_key) {
             let name = self.graves.get(grave).map(|grave| grave.tombstone.name.clone());
             return Err(Refusal::IdentityRemoved { name: name.unwrap_or(join.name.clone()) });
         }
         if let Some(holder) = self.identities.get(&join.identity_key) {
-            // Also when it is the replaced one: its key is about to be one that never joins again.
+            // This includes the replaced node: its identity key cannot join again.
             let name = self.nodes.get(holder).map(|member| member.grant.name.clone());
             let holder = name.unwrap_or(join.name.clone());
             return Err(Refusal::IdentityTaken { key: join.identity_key, holder });

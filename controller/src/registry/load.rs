@@ -1,5 +1,5 @@
-//! The registry out of its stored records. Every signature is verified anew: what the store
-//! says is believed only as far as the CA signed it.
+//! Loading of the registry from its stored records. Every signature is verified again, so that an
+//! altered store cannot forge grants, tombstones or records.
 
 use std::sync::Arc;
 
@@ -14,24 +14,24 @@ use super::{Grave, Key, Member, Mesh, Registry, stored};
 use crate::authority::Authority;
 use crate::clock::Now;
 
-/// Why the stored records make no registry.
+/// Error of loading the registry.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// A record that must be there.
+    /// A required record is absent.
     #[error("its record `{0}` is missing")]
     Missing(&'static str),
-    /// A record that is not what was written.
+    /// A record is malformed or its signature is invalid.
     #[error("its record `{key}` is not valid: {why}")]
     Invalid {
-        /// Which.
+        /// Key of the record.
         key: String,
-        /// In what way.
+        /// Description of the error.
         why: String,
     },
 }
 
 impl Registry {
-    /// The registry that the records hold.
+    /// Loads the registry from its records.
     pub fn load(
         authority: Arc<Authority>,
         records: Vec<(String, Vec<u8>)>,

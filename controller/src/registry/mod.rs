@@ -1,19 +1,21 @@
-//! The registry: who is in the mesh, and who may be.
+//! The registry: the nodes of the mesh, the tokens to join it, and the rules for both.
 //!
-//! Functions that take `now` and return what changed; no clock, no randomness, no I/O and no wire
-//! API in here, since more than one wire API will be served over it. Every operation checks first
-//! and changes afterwards, so a refused one leaves nothing behind. What an operation changed is
-//! collected and taken by [`Registry::take_changes`], to be stored, then shown to the watchers.
+//! All functions take `now` as an argument. This module reads no clock, draws no randomness, does
+//! no
+//! I/O and knows no wire API, since more than one wire API will be served over it. An operation
+//! checks everything before it changes anything, so a refused one has no effect. Changes are
+//! collected, and returned by [`Registry::take_changes`] to be stored and then published.
 //!
 //! # Invariants
 //!
 //! - No two nodes share a name, an identity key, a WireGuard key or an overlay address.
 //! - No two nodes hold the same or an overlapping prefix, unless the grant of the one that holds
 //!   the nested prefix names exactly that prefix. What a record claims beyond that is withheld.
-//! - An identity key that was removed never joins again; a tombstone is never forgotten.
+//! - The identity key of a removed node can never join again; a tombstone is never deleted.
 //! - Revisions only grow, and each change of a node, a tombstone or the mesh has its own.
-//! - Nodes are removed by an operator, by themselves, by a machine that replaces them, or, when
-//!   ephemeral, by staying away; never by absence alone.
+//! - A node is removed by an operator, by itself, or by a machine that replaces it. An ephemeral
+//!   node
+//!   is also removed when it is offline for longer than the lease.
 
 mod address;
 mod claims;
@@ -50,18 +52,22 @@ pub use refusal::Refusal;
 use sessions::Sessions;
 use token::{SecretHash, Token, TokenTerms};
 
-/// Tokens that may exist at once.
+/// Largest number of tokens, including those that are not open any more.
 const TOKENS: usize = 10_000;
-/// How long a token that can admit nobody any more is still listed, in seconds.
+/// Time in seconds after its expiry for which a token that is not open is still listed.
 const TOKEN_KEPT: i64 = 7 * 24 * 3600;
 
-/// The registry's whole state.
+/// Complete state of the registry.
 pub struct Registry {
     authority: Arc<Authority>,
     mesh: Mesh,
+    /// Epoch of the map. It grows when the store was restored from a backup.
     epoch: u64,
+    /// Revision of the newest change.
     revision: u64,
+    /// Number of starts of the controller.
     starts: u64,
+    /// Offset of the last assigned IPv4 address in the overlay range.
     v4_cursor: u32,
     nodes: BTreeMap<NodeId, Member>,
     names: BTreeMap<NodeName, NodeId>,
@@ -74,54 +80,60 @@ pub struct Registry {
     removed_identities: BTreeMap<IdentityKey, NodeId>,
     tokens: BTreeMap<TokenId, Token>,
     problems: BTreeMap<NodeId, VecDeque<Problem>>,
+    /// Records that changed since the last [`Registry::take_changes`].
     dirty: BTreeSet<Key>,
-    /// Up to where the watchers know of changes.
+    /// Revision up to which changes were taken for the watchers.
     taken: u64,
+    /// Events since the last [`Registry::take_changes`].
     events: Vec<Event>,
 }
 
+/// Configuration of the mesh.
 struct Mesh {
     config: MeshConfig,
     signed: pb::Signed,
     revision: u64,
 }
 
-/// A node.
+/// A node of the mesh.
 pub struct Member {
-    /// Who it is.
+    /// Grant of the node.
     pub grant: Grant,
-    /// The CA's word on that.
+    /// The grant, as the CA signed it.
     pub signed_grant: pb::Signed,
-    /// What it said last, if it spoke.
+    /// Newest record of the node, parsed and as the node signed it; `None` until it published one.
     pub record: Option<(Record, pb::Signed)>,
-    /// Prefixes that its record claims and that stay out of the map.
+    /// Prefixes of the record that are withheld from the map.
     pub withheld: Vec<IpNet>,
-    /// When it last changed for the watchers.
+    /// Revision of the last change that watchers see.
     pub revision: u64,
-    /// The token that it joined with.
+    /// Token that the node joined with.
     pub token: TokenId,
-    /// Seconds since 1970.
+    /// Time of the join, in seconds since 1970.
     pub joined_at: i64,
-    /// Seconds since 1970, as of the end of its last session.
+    /// Time of the last publication or of the end of the last session, in seconds since 1970; 0 if
+    /// there was none.
     pub last_seen: i64,
-    /// The same within this process; its start for a node that was not seen since.
+    /// Monotonic time from which on the node is offline, unless it has a session: the end of its
+    /// last session, or its join or the start of this process if there was none since.
     seen: Instant,
 }
 
+/// A removed node.
 struct Grave {
     tombstone: Tombstone,
     signed: pb::Signed,
     revision: u64,
 }
 
-/// What a node's operator should know.
+/// A problem of a node, for its operator.
 struct Problem {
-    /// The claim it is about, so that it goes away with its cause.
+    /// Claim that causes the problem. The problem is removed when the claim is settled.
     about: Option<(NodeId, IpNet)>,
     text: String,
 }
 
-/// Names one stored record.
+/// Key of a stored record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Key {
     Meta,
@@ -131,120 +143,120 @@ enum Key {
     Token(TokenId),
 }
 
-/// What changed since the last time.
+/// Changes since the previous [`Registry::take_changes`].
 #[derive(Debug, Default)]
 pub struct Changes {
-    /// For the store; `None` where a record is to be gone.
+    /// Writes to the store: a key and its new value, or `None` to remove it.
     pub writes: Vec<(String, Option<Vec<u8>>)>,
-    /// For the watchers, in the order of the revisions.
+    /// Changes that watchers see, sorted by revision.
     pub map: Vec<MapChange>,
-    /// For the log.
+    /// Events to log.
     pub events: Vec<Event>,
 }
 
 /// A change of the network map.
 #[derive(Debug, Clone)]
 pub enum MapChange {
-    /// A node is new or different.
+    /// A node was added or changed.
     Node {
-        /// When.
+        /// Revision of the change.
         revision: u64,
-        /// Which.
+        /// Id of the node.
         id: NodeId,
-        /// Its name.
+        /// Name of the node.
         name: NodeName,
-        /// Its key.
+        /// Identity key of the node.
         identity: IdentityKey,
-        /// What watchers see.
+        /// Map entry that watchers see.
         entry: pb::Entry,
     },
     /// A node was removed.
     Removed {
-        /// When.
+        /// Revision of the change.
         revision: u64,
-        /// Which.
+        /// Id of the node.
         id: NodeId,
-        /// The name that it had.
+        /// Name of the node.
         name: NodeName,
-        /// The CA's word on it.
+        /// Tombstone, as the CA signed it.
         tombstone: pb::Signed,
     },
-    /// The mesh's configuration.
+    /// The mesh configuration changed.
     Mesh {
-        /// When.
+        /// Revision of the change.
         revision: u64,
-        /// As the CA signed it.
+        /// Configuration, as the CA signed it.
         signed: pb::Signed,
     },
 }
 
-/// What an operator would notice: logged once it is stored.
+/// Event that an operator would notice. It is logged once it is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// A node is new.
+    /// A node joined.
     Joined {
-        /// Its name.
+        /// Name of the node.
         name: NodeName,
-        /// Its id.
+        /// Id of the node.
         node: NodeId,
-        /// What it joined with.
+        /// Token that it joined with.
         token: TokenId,
     },
-    /// A node is gone for good.
+    /// A node was removed.
     Removed {
-        /// The name that it had.
+        /// Name of the node.
         name: NodeName,
-        /// Its id.
+        /// Id of the node.
         node: NodeId,
-        /// Why.
+        /// Reason, for the log.
         why: &'static str,
     },
-    /// A prefix went from a node that was away to one that is there.
+    /// A prefix moved from an offline node to a connected one.
     PrefixMoved {
-        /// Which.
+        /// Prefix that the new holder claimed.
         prefix: IpNet,
-        /// Whose it was.
+        /// Name of the previous holder.
         from: NodeName,
-        /// Whose it is.
+        /// Name of the new holder.
         to: NodeName,
     },
-    /// A token is new.
+    /// A token was created.
     TokenCreated {
-        /// Which.
+        /// Id of the token.
         token: TokenId,
     },
-    /// A token was taken back.
+    /// A token was revoked.
     TokenRevoked {
-        /// Which.
+        /// Id of the token.
         token: TokenId,
     },
 }
 
-/// What is known of a node besides grant and record.
+/// Status of a node, for operators.
 pub struct NodeStatus<'a> {
     /// The node.
     pub member: &'a Member,
-    /// Where its live session comes from.
+    /// Source address of its live session; `None` if it is offline.
     pub session: Option<std::net::SocketAddr>,
-    /// Seconds since 1970; now, if it is online.
+    /// Time of its last session in seconds since 1970; the current time if it is online.
     pub last_seen: i64,
-    /// Newest first.
+    /// Problems of the node, newest first.
     pub problems: Vec<String>,
 }
 
-/// How a start went.
+/// Result of counting a start of the controller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Started {
-    /// To be written beside the CA's key, once the store has it.
+    /// Counters to write to the file `starts`, once they are in the store.
     pub starts: Starts,
-    /// The store was behind: it was restored from a backup.
+    /// True if the store was behind the file: it was restored from a backup.
     pub restored: bool,
-    /// Open tokens that were voided for that reason.
+    /// Number of tokens that were revoked for that reason.
     pub voided: usize,
 }
 
 impl Registry {
-    /// An empty registry for a new mesh.
+    /// Creates an empty registry for a new mesh.
     pub fn create(authority: Arc<Authority>, config: MeshConfig) -> Self {
         let signed = authority.sign_mesh(&config);
         let mut registry = Self::empty(authority, Mesh { config, signed, revision: 0 });
@@ -279,9 +291,11 @@ impl Registry {
         }
     }
 
-    /// Counts a start of the controller. `beside` is what stands beside the CA's key: a store that
-    /// is behind it was restored from a backup. Then watchers must begin anew (a higher epoch than
-    /// ever before), and tokens that were used since the backup must not be used again.
+    /// Counts a start of the controller. `beside` are the counters in the file `starts`. A store
+    /// that is behind them was restored from a backup. Then the epoch is raised, so that all
+    /// watches
+    /// start with a full snapshot, and all tokens are revoked, since some may have been used after
+    /// the backup.
     pub fn start(&mut self, beside: Option<Starts>) -> Started {
         let beside = beside.unwrap_or(Starts { count: 0, epoch: 0 });
         let restored = self.starts < beside.count;
@@ -299,8 +313,8 @@ impl Registry {
         Started { starts: Starts { count: self.starts, epoch: self.epoch }, restored, voided }
     }
 
-    /// Changes the mesh's configuration; nothing happens if it is the same. The overlay ranges
-    /// can only change while no node has an address in them.
+    /// Changes the mesh configuration. Does nothing if it stays the same. The overlay ranges can
+    /// only change while the mesh has no nodes.
     pub fn configure(&mut self, change: impl FnOnce(&mut MeshConfig)) -> Result<(), OverlayInUse> {
         let mut config = self.mesh.config.clone();
         change(&mut config);
@@ -325,27 +339,27 @@ impl Registry {
         Ok(())
     }
 
-    /// What holds for every node.
+    /// Returns the mesh configuration.
     pub fn mesh(&self) -> &MeshConfig {
         &self.mesh.config
     }
 
-    /// The same, as the CA signed it.
+    /// Returns the mesh configuration, as the CA signed it.
     pub fn signed_mesh(&self) -> &pb::Signed {
         &self.mesh.signed
     }
 
-    /// Raised whenever watchers must begin anew.
+    /// Returns the epoch. It grows whenever watches have to start with a full snapshot.
     pub fn epoch(&self) -> u64 {
         self.epoch
     }
 
-    /// The revision of the newest change.
+    /// Returns the revision of the newest change.
     pub fn revision(&self) -> u64 {
         self.revision
     }
 
-    /// Makes a token, good until `expires_at`.
+    /// Creates a token that is valid until `expires_at` (seconds since 1970).
     pub fn create_token(
         &mut self,
         id: TokenId,
@@ -380,7 +394,7 @@ impl Registry {
         Ok(self.tokens.entry(id).insert_entry(token).into_mut())
     }
 
-    /// Takes a token back; again is no error.
+    /// Revokes a token. Revoking it again is not an error.
     pub fn revoke_token(&mut self, id: TokenId) -> Result<(), Refusal> {
         let token = self.tokens.get_mut(&id).ok_or(Refusal::TokenUnknown { token: id })?;
         if !token.revoked {
@@ -391,8 +405,9 @@ impl Registry {
         Ok(())
     }
 
-    /// The tokens behind `after`, in the order of their ids, with the names of the nodes that
-    /// joined with each and are still there.
+    /// Returns the tokens after `after`, sorted by id, each with the names of the current nodes
+    /// that
+    /// joined with it.
     pub fn tokens(&self, after: Option<TokenId>) -> impl Iterator<Item = (&Token, Vec<NodeName>)> {
         let behind = after.map_or(Bound::Unbounded, Bound::Excluded);
         self.tokens.range((behind, Bound::Unbounded)).map(|(id, token)| {
@@ -401,12 +416,12 @@ impl Registry {
         })
     }
 
-    /// A node by its name.
+    /// Returns the id of the node with this name.
     pub fn by_name(&self, name: &NodeName) -> Result<NodeId, Refusal> {
         self.names.get(name).copied().ok_or_else(|| Refusal::NoSuchNode { name: name.clone() })
     }
 
-    /// A node.
+    /// Returns the node with this id.
     pub fn member(&self, node: NodeId) -> Result<&Member, Refusal> {
         if let Some(member) = self.nodes.get(&node) {
             return Ok(member);
@@ -420,7 +435,7 @@ impl Registry {
         })
     }
 
-    /// How it stands with the nodes behind `after`, in the order of their names.
+    /// Returns the status of the nodes after `after`, sorted by name.
     pub fn statuses(
         &self,
         after: Option<&NodeName>,
@@ -432,7 +447,7 @@ impl Registry {
         nodes.filter_map(move |(_, id)| self.status_of(*id, sessions, now))
     }
 
-    /// How it stands with one node.
+    /// Returns the status of one node.
     pub fn status(
         &self,
         name: &NodeName,
@@ -456,7 +471,7 @@ impl Registry {
         })
     }
 
-    /// Removes a node for good; returns its tombstone.
+    /// Removes a node permanently. Returns its tombstone.
     pub fn remove(
         &mut self,
         node: NodeId,
@@ -478,8 +493,8 @@ impl Registry {
         Ok(signed)
     }
 
-    /// Learns tombstones, verified before, that a node kept: a controller that was restored from
-    /// a backup forgot them. Returns how many were new.
+    /// Adds tombstones that a node sent, after the caller verified them. A controller that was
+    /// restored from a backup may lack them. Returns the number of new ones.
     pub fn relearn(
         &mut self,
         tombstones: Vec<(Tombstone, pb::Signed)>,
@@ -490,7 +505,7 @@ impl Registry {
         for (tombstone, signed) in tombstones {
             let ours = tombstone.mesh_id == self.mesh.config.mesh_id;
             if ours && !self.graves.contains_key(&tombstone.node_id) {
-                self.bury(tombstone, signed, "a node kept its tombstone");
+                self.bury(tombstone, signed, "tombstone received from a node");
                 learned += 1;
             }
         }
@@ -500,7 +515,7 @@ impl Registry {
         learned
     }
 
-    /// A node's session ended.
+    /// Records the end of a node's session.
     pub fn session_ended(&mut self, node: NodeId, now: Now) {
         if let Some(member) = self.nodes.get_mut(&node) {
             member.last_seen = now.unix;
@@ -509,13 +524,13 @@ impl Registry {
         }
     }
 
-    /// Two machines with the identity of one node were seen.
+    /// Records that two machines use the identity of one node.
     pub fn note_clone(&mut self, node: NodeId, text: String) {
         self.note(node, None, text);
     }
 
-    /// What time alone brings about: ephemeral nodes that stayed away are removed, prefixes go to
-    /// live claimants, old tokens are forgotten.
+    /// Does the periodic work: removes ephemeral nodes that are offline for longer than the lease,
+    /// moves prefixes of offline nodes to connected claimants, and deletes old tokens.
     pub fn tick(&mut self, sessions: &Sessions, now: Now) {
         let gone: Vec<NodeId> = self
             .nodes
@@ -524,9 +539,9 @@ impl Registry {
             .map(|(id, _)| *id)
             .collect();
         for node in gone {
-            // It was there a moment ago, under the same borrow.
+            // This cannot fail: the node was just found.
             let _ =
-                self.remove(node, "ephemeral, and away for longer than the lease", sessions, now);
+                self.remove(node, "ephemeral, offline for longer than the lease", sessions, now);
         }
         self.reconsider(sessions, now);
         let old: Vec<TokenId> = self
@@ -541,7 +556,7 @@ impl Registry {
         }
     }
 
-    /// What changed since the last call, to be stored, then shown.
+    /// Returns the changes since the previous call, to be stored first and then published.
     pub fn take_changes(&mut self) -> Changes {
         if self.dirty.is_empty() {
             return Changes { events: std::mem::take(&mut self.events), ..Changes::default() };
@@ -562,7 +577,7 @@ impl Registry {
         }
     }
 
-    /// The whole map, in the order of the revisions.
+    /// Returns the complete map, sorted by revision.
     pub fn snapshot(&self) -> Vec<MapChange> {
         let keys = self.nodes.keys().map(|id| Key::Node(*id));
         let keys = keys.chain(self.graves.keys().map(|id| Key::Grave(*id))).chain([Key::Mesh]);
@@ -643,7 +658,7 @@ impl Registry {
         self.revision
     }
 
-    /// The node is different for the watchers.
+    /// Gives a node a new revision, since its map entry changed.
     fn touch(&mut self, node: NodeId) {
         let revision = self.next_revision();
         if let Some(member) = self.nodes.get_mut(&node) {
@@ -652,7 +667,7 @@ impl Registry {
         }
     }
 
-    /// Enters a node into every index.
+    /// Adds a node to every index.
     fn index(&mut self, id: NodeId, member: Member) {
         let grant = &member.grant;
         self.names.insert(grant.name.clone(), id);
@@ -665,7 +680,7 @@ impl Registry {
         self.nodes.insert(id, member);
     }
 
-    /// Keeps a tombstone, and takes its node out of every index.
+    /// Adds a tombstone, and removes its node from every index.
     fn bury(&mut self, tombstone: Tombstone, signed: pb::Signed, why: &'static str) {
         let id = tombstone.node_id;
         if let Some(member) = self.nodes.remove(&id) {
@@ -690,7 +705,7 @@ impl Registry {
         self.dirty.insert(Key::Grave(id));
     }
 
-    /// How long a node has been offline; `None` while it is connected.
+    /// Returns how long a node has been offline; `None` if it is connected.
     fn offline(&self, node: NodeId, sessions: &Sessions, now: Now) -> Option<Duration> {
         if sessions.live(node, now).is_some() {
             return None;
@@ -698,7 +713,7 @@ impl Registry {
         self.nodes.get(&node).map(|member| now.since(member.seen))
     }
 
-    /// Whether a node has been offline for longer than the lease.
+    /// Returns whether a node has been offline for longer than the lease.
     fn is_away(&self, node: NodeId, sessions: &Sessions, now: Now) -> bool {
         self.offline(node, sessions, now).is_some_and(|away| away > self.mesh.config.lease)
     }
@@ -709,7 +724,7 @@ impl Registry {
             || IpNet::from(config.overlay_v6).contains(prefix)
     }
 
-    /// Keeps a problem of a node, newest first, each text once.
+    /// Adds a problem of a node at the front. Each text occurs only once.
     fn note(&mut self, node: NodeId, about: Option<(NodeId, IpNet)>, text: String) {
         if !self.nodes.contains_key(&node) {
             return;
@@ -720,7 +735,7 @@ impl Registry {
         problems.truncate(limits::PROBLEMS);
     }
 
-    /// A claim is settled: what was noted about it no longer holds.
+    /// Removes the problems that a claim caused, since it is settled.
     fn forget_problems(&mut self, node: NodeId, prefix: &IpNet) {
         for problems in self.problems.values_mut() {
             problems.retain(|problem| problem.about != Some((node, *prefix)));
@@ -729,7 +744,7 @@ impl Registry {
 }
 
 impl Member {
-    /// What watchers see of it.
+    /// Returns the map entry that watchers see.
     fn entry(&self) -> pb::Entry {
         pb::Entry {
             grant: Some(self.signed_grant.clone()),
@@ -740,7 +755,7 @@ impl Member {
 }
 
 impl MapChange {
-    /// When it happened.
+    /// Returns the revision of the change.
     pub fn revision(&self) -> u64 {
         match self {
             Self::Node { revision, .. }
@@ -762,17 +777,17 @@ impl std::fmt::Display for Key {
     }
 }
 
-/// The overlay ranges cannot change any more.
+/// Error of changing the overlay ranges while nodes have addresses in them.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the overlay ranges cannot change while {nodes} nodes have addresses in {v6} and {v4}: keep them, or set up a new mesh"
+    "cannot change the overlay ranges: {nodes} nodes have addresses in {v6} and {v4}: keep them, or set up a new mesh"
 )]
 pub struct OverlayInUse {
-    /// How many nodes there are.
+    /// Number of nodes.
     pub nodes: usize,
-    /// The IPv6 range.
+    /// Current IPv6 range.
     pub v6: IpNet,
-    /// The IPv4 range.
+    /// Current IPv4 range.
     pub v4: IpNet,
 }
 

@@ -1,12 +1,12 @@
-//! A node's record enters the map, and its prefixes are settled.
+//! Publication of a node's record, and assignment of the prefixes that it claims.
 //!
-//! A record is signed whole, so a prefix that another node holds cannot be cut out of it: it is
-//! withheld, by name, beside the record. All nodes then decide alike, the contested prefix stays
-//! where it was, and the rest of the record is of use.
+//! A record is signed as a whole, so a prefix that another node holds cannot be removed from it.
+//! Instead, the map entry lists the prefix as withheld. So all nodes decide the same way, the
+//! contested prefix stays with its holder, and the rest of the record takes effect.
 //!
-//! A claim that meets a holder is refused and noted at both nodes. A holder that was offline for
-//! longer than the lease yields to a claimant that is connected. Claims that were refused are
-//! looked at again whenever a prefix is freed, and as time goes by.
+//! A claim to a prefix that another node holds is refused, and noted as a problem of both nodes. A
+//! holder that was offline for longer than the lease loses the prefix to a claimant that is
+//! connected. Refused claims are checked again whenever a prefix is freed, and periodically.
 
 use ipnet::IpNet;
 use towline_proto::id::{NodeId, NodeName};
@@ -17,26 +17,26 @@ use super::sessions::{SessionId, Sessions};
 use super::{Event, Refusal, Registry};
 use crate::clock::Now;
 
-/// What a publication came to.
+/// Result of a publication.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
-    /// The revision at which the map has it.
+    /// Revision of the node's map entry.
     pub revision: u64,
-    /// What stays out of the map.
+    /// Prefixes of the record that are withheld from the map.
     pub withheld: Vec<Withheld>,
 }
 
-/// A prefix that stays out of the map.
+/// A prefix that is withheld from the map.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Withheld {
-    /// Which.
+    /// The withheld prefix.
     pub prefix: IpNet,
-    /// Why, in a line for the operator.
+    /// Reason, in one line for the operator.
     pub reason: String,
 }
 
 impl Registry {
-    /// Takes a record whose signature was verified, from a node's live session.
+    /// Stores a record from a node's live session. The caller has verified its signature.
     pub fn publish(
         &mut self,
         node: NodeId,
@@ -85,7 +85,7 @@ impl Registry {
         Published { revision, withheld }
     }
 
-    /// Looks again at every claim that is withheld.
+    /// Checks every withheld claim again.
     pub(super) fn reconsider(&mut self, sessions: &Sessions, now: Now) {
         let waiting = self.nodes.iter().filter(|(_, member)| !member.withheld.is_empty());
         let waiting: Vec<NodeId> = waiting.map(|(id, _)| *id).collect();
@@ -94,8 +94,8 @@ impl Registry {
         }
     }
 
-    /// Gives a node what it can have of what its record claims, and takes what it no longer
-    /// claims; the rest is withheld.
+    /// Assigns the prefixes that a node's record claims, and releases those that it no longer
+    /// claims. Claims that are refused are withheld, and returned.
     fn settle(&mut self, node: NodeId, sessions: &Sessions, now: Now) -> Vec<Withheld> {
         let Some(member) = self.nodes.get(&node) else { return Vec::new() };
         let Some((record, _)) = &member.record else { return Vec::new() };
@@ -129,7 +129,11 @@ impl Registry {
         self.nodes.get(&node).into_iter().flat_map(|member| member.withheld.iter().copied())
     }
 
-    /// The node holds the prefix afterwards, or the reason says who else does.
+    /// Makes the node the holder of the prefix.
+    ///
+    /// # Errors
+    ///
+    /// If the claim is refused: the reason, in one line for the operator.
     fn claim(
         &mut self,
         node: NodeId,
@@ -158,7 +162,7 @@ impl Registry {
         if let Some((other, holder)) = in_the_way.copied() {
             let reason = format!(
                 "prefix {prefix} of node `{}` overlaps {other}, which node `{}` holds: \
-                 take it from one of the two, or grant exactly the nested prefix to its node",
+                 remove it from one of the two, or grant exactly the nested prefix to its node",
                 self.name_of(node),
                 self.name_of(holder),
             );
@@ -173,7 +177,7 @@ impl Registry {
         Ok(())
     }
 
-    /// A holder that is away yields.
+    /// Takes a prefix from a holder that is offline for longer than the lease.
     fn take_from(&mut self, holder: NodeId, held: IpNet, node: NodeId, prefix: IpNet) {
         self.claims.release(&held);
         if let Some(member) = self.nodes.get_mut(&holder) {
@@ -182,15 +186,16 @@ impl Registry {
         self.touch(holder);
         let (from, to) = (self.name_of(holder), self.name_of(node));
         let text = format!(
-            "prefix {held} of node `{from}` went to node `{to}` ({prefix}), \
-             since `{from}` had been offline for longer than the lease"
+            "prefix {held} of node `{from}` moved to node `{to}` ({prefix}): \
+             `{from}` had been offline for longer than the lease"
         );
         self.note(holder, Some((holder, held)), text.clone());
         self.note(node, Some((holder, held)), text);
         self.events.push(Event::PrefixMoved { prefix, from, to });
     }
 
-    /// Whether one of two prefixes lies inside the other and its holder's grant names exactly it.
+    /// Returns whether one of the prefixes contains the other, and the grant of the node with the
+    /// nested prefix names exactly that prefix.
     fn is_granted_nesting(
         &self,
         node: NodeId,
@@ -220,17 +225,20 @@ impl Registry {
                 "prefix {prefix} overlaps the mesh's own range {overlay}: announce another"
             ));
         }
-        has_no_hosts(prefix).then(|| format!("prefix {prefix} is no range of hosts: take it away"))
+        has_no_hosts(prefix)
+            .then(|| format!("prefix {prefix} is not a range of unicast hosts: remove it"))
     }
 
     fn name_of(&self, node: NodeId) -> NodeName {
-        // Only nodes of the registry are asked for.
+        // Callers only pass nodes of the registry.
         let Some(member) = self.nodes.get(&node) else { unreachable!("no node {node}") };
         member.grant.name.clone()
     }
 }
 
-/// Everything, loopback, link-local and multicast ranges: never reached through a node.
+/// Returns whether a prefix is a default route, or a loopback, link-local or multicast range, none
+/// of
+/// which a node may announce.
 pub(super) fn has_no_hosts(prefix: &IpNet) -> bool {
     prefix.prefix_len() == 0
         || match prefix {

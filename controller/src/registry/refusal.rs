@@ -1,4 +1,4 @@
-//! Why the registry refuses: each variant is one line that tells its reader what to do.
+//! Reasons why the registry refuses a request. Each message is one line that says what to do.
 
 use std::net::SocketAddr;
 
@@ -9,173 +9,173 @@ use towline_proto::{limits, pb};
 
 use super::token::NamePattern;
 
-/// A request that is not granted. No variant repeats a secret.
+/// Reason to refuse a request. No variant contains a secret.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Refusal {
-    /// No such token.
+    /// The token does not exist.
     #[error(
         "token {token} is not known here: create one with `towline-controller token create` at this mesh's controller"
     )]
     TokenUnknown {
-        /// Its id.
+        /// Id of the token.
         token: TokenId,
     },
-    /// The id of a token with another secret.
+    /// The secret is not the one of the token.
     #[error("the secret of token {token} is wrong: check that the token was copied whole")]
     TokenSecret {
-        /// Its id.
+        /// Id of the token.
         token: TokenId,
     },
-    /// An operator took it back.
+    /// An operator revoked the token.
     #[error("token {token} was revoked: create another with `towline-controller token create`")]
     TokenRevoked {
-        /// Its id.
+        /// Id of the token.
         token: TokenId,
     },
-    /// Too late.
+    /// The token has expired.
     #[error("token {token} has expired: create another with `towline-controller token create`")]
     TokenExpired {
-        /// Its id.
+        /// Id of the token.
         token: TokenId,
     },
-    /// As many nodes joined as it was good for.
+    /// All uses of the token are used up.
     #[error(
         "token {token} has been used: create another with `towline-controller token create` (--uses N for several nodes)"
     )]
     TokenUsed {
-        /// Its id.
+        /// Id of the token.
         token: TokenId,
     },
-    /// A name that the token is not for.
+    /// The token does not admit a node of this name.
     #[error(
         "the token is for nodes named `{pattern}`, not `{name}`: set the node's name, or create a token with --name {name}"
     )]
     Name {
-        /// The name that was asked for.
+        /// Name that the node requested.
         name: NodeName,
-        /// What the token says.
+        /// Names that the token admits.
         pattern: NamePattern,
     },
-    /// The name of another node.
+    /// Another node has the name.
     #[error(
-        "the name `{name}` is taken by node {holder}: choose another, or, if this machine takes its place, create the token with --replace {name}"
+        "the name `{name}` is taken by node {holder}: choose another name, or create the token with --replace {name} if this machine replaces that node"
     )]
     NameTaken {
-        /// The name.
+        /// Name that the node requested.
         name: NodeName,
-        /// Who has it.
+        /// Node that has the name.
         holder: NodeId,
     },
-    /// The WireGuard key of another node.
+    /// Another node has the WireGuard key.
     #[error(
-        "WireGuard key {key} is already held by node `{holder}`: a copied state directory? remove it and join again"
+        "WireGuard key {key} is in use by node `{holder}`: the state directory may be a copy: remove it and join again"
     )]
     WireguardKeyTaken {
-        /// The key.
+        /// WireGuard key of the request.
         key: WireguardKey,
-        /// Who has it.
+        /// Node that has the key.
         holder: NodeName,
     },
-    /// The identity key of a node that joined before, otherwise.
+    /// A node that joined with another request has the identity key.
     #[error(
-        "identity key {key} is already node `{holder}`: keep using its state directory, or remove it and join again with fresh keys"
+        "identity key {key} is in use by node `{holder}`: keep using its state directory, or remove it and join again with fresh keys"
     )]
     IdentityTaken {
-        /// The key.
+        /// Identity key of the request.
         key: IdentityKey,
-        /// Who has it.
+        /// Node that has the key.
         holder: NodeName,
     },
-    /// The identity key of a node that was removed.
+    /// The identity key belongs to a removed node.
     #[error(
         "this machine's identity was removed from the mesh as node `{name}`: delete its state directory and join again with a new token"
     )]
     IdentityRemoved {
-        /// The name that it had.
+        /// Name of the removed node.
         name: NodeName,
     },
-    /// As many nodes as there may be.
-    #[error("the mesh is full: it has {} nodes; remove some", limits::NODES)]
+    /// The mesh has the largest number of nodes.
+    #[error("the mesh is full: it has {} nodes: remove some", limits::NODES)]
     MeshFull,
     /// No overlay address is free.
     #[error(
         "no overlay address is free: remove nodes, or set up the mesh with a larger --overlay-{family}"
     )]
     OverlayFull {
-        /// `v4` or `v6`.
+        /// Address family: `v4` or `v6`.
         family: &'static str,
     },
-    /// The caller is no node.
+    /// The caller is not a node of this mesh.
     #[error(
-        "node {node} is not known to this controller (was it restored from an older backup?): join again with a new token"
+        "node {node} is not known: the controller may have been restored from an older backup: join again with a new token"
     )]
     NodeUnknown {
-        /// Who asked.
+        /// Id in the caller's certificate.
         node: NodeId,
     },
-    /// The caller was a node.
+    /// The caller is a removed node.
     #[error("node `{name}` was removed from the mesh: join again with a new token")]
     NodeRemoved {
-        /// Its name.
+        /// Name of the removed node.
         name: NodeName,
-        /// The CA's word on it.
+        /// Signed tombstone of the node.
         tombstone: pb::Signed,
     },
-    /// A node's certificate with another key than the node's.
-    #[error("the certificate's key is not that of node {node}: join again with a new token")]
+    /// The certificate names a node but has another key.
+    #[error("the certificate's key is not the key of node {node}: join again with a new token")]
     NodeKey {
-        /// Whom the certificate names.
+        /// Id in the certificate.
         node: NodeId,
     },
     /// No node has that name.
     #[error("there is no node `{name}`: see `towline-controller node list`")]
     NoSuchNode {
-        /// Which.
+        /// Name of the request.
         name: NodeName,
     },
-    /// A publication outside a live watch.
-    #[error("the session is over: open the watch again, then publish")]
+    /// The record was not published from the node's current session.
+    #[error("the session has ended: open the watch again, then publish")]
     NoSession,
     /// Another instance of the same node is connected.
     #[error(
-        "node `{name}` is already connected from {address}: a cloned machine? stop one of them, and join the other with keys of its own"
+        "node `{name}` is already connected from {address}: this machine may be a clone: stop one of them, remove its state directory and join it again"
     )]
     Cloned {
-        /// The node.
+        /// Name of the node.
         name: NodeName,
-        /// Where the other one is.
+        /// Source address of the other instance.
         address: SocketAddr,
     },
-    /// A record that is older than the one in the map.
+    /// The record is older than the one in the map.
     #[error(
         "the record's generation {offered} is behind the stored {stored}: publish a higher one"
     )]
     GenerationBehind {
-        /// What came.
+        /// Generation of the record.
         offered: u64,
-        /// What is there.
+        /// Generation of the record in the map.
         stored: u64,
     },
-    /// Two records of one generation.
+    /// A different record with the same generation was published before.
     #[error(
-        "generation {generation} was published before with another content: publish a higher one"
+        "generation {generation} was published before with different content: publish a higher one"
     )]
     GenerationReused {
-        /// Which.
+        /// Generation of both records.
         generation: u64,
     },
-    /// A record that says what its grant does not allow.
+    /// The grant does not allow the record.
     #[error(transparent)]
     NotGranted(#[from] NotGranted),
-    /// A token for prefixes that nobody may announce.
+    /// The token allows a prefix that no node may announce.
     #[error(
-        "prefix {0} cannot be announced by a node: it lies in the mesh's own overlay range, or is no range of hosts"
+        "prefix {0} cannot be announced: it is in the mesh's overlay range, or is not a range of unicast hosts: use another prefix"
     )]
     Unusable(IpNet),
-    /// Too many tokens at once.
-    #[error("there are too many tokens: revoke or wait for some to expire")]
+    /// The largest number of tokens exists.
+    #[error("too many tokens: wait until old ones are removed, 7 days after their expiry")]
     TooManyTokens,
-    /// A token that replaces a node admits one.
-    #[error("a token that replaces a node is good for one use: leave --uses at 1")]
+    /// A token that replaces a node has more than one use.
+    #[error("a token that replaces a node allows only one use: leave --uses at 1")]
     ReplaceOnce,
 }

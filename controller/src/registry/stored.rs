@@ -1,9 +1,9 @@
-//! How the registry's records are encoded in the store. Tags are never used again.
+//! Encoding of the registry's records in the store. The tag of a removed field is never reused.
 
 use prost::bytes::Bytes;
 use towline_proto::pb;
 
-/// Under `meta`.
+/// Record under the key `meta`: counters.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Meta {
     #[prost(uint64, tag = "1")]
@@ -16,7 +16,7 @@ pub(super) struct Meta {
     pub(super) v4_cursor: u32,
 }
 
-/// Under `mesh`.
+/// Record under the key `mesh`: the mesh configuration.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Mesh {
     #[prost(message, optional, tag = "1")]
@@ -25,7 +25,7 @@ pub(super) struct Mesh {
     pub(super) revision: u64,
 }
 
-/// Under `node/ID`.
+/// Record under a key `node/ID`: a node.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Node {
     #[prost(message, optional, tag = "1")]
@@ -44,7 +44,7 @@ pub(super) struct Node {
     pub(super) last_seen: i64,
 }
 
-/// Under `tombstone/ID`.
+/// Record under a key `tombstone/ID`: a removed node.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Grave {
     #[prost(message, optional, tag = "1")]
@@ -53,7 +53,7 @@ pub(super) struct Grave {
     pub(super) revision: u64,
 }
 
-/// Under `token/ID`.
+/// Record under a key `token/ID`: a join token.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Token {
     #[prost(bytes = "bytes", tag = "1")]

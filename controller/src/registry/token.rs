@@ -1,4 +1,4 @@
-//! Join tokens as the registry keeps them: never the secret, only its hash.
+//! Join tokens in the registry. Only a hash of the secret is stored.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,40 +19,40 @@ use super::Refusal;
 pub struct SecretHash([u8; 32]);
 
 impl SecretHash {
-    /// The hash that is kept.
+    /// Computes the hash of a secret.
     pub fn of(secret: &TokenSecret) -> Self {
         let hash = digest::digest(&digest::SHA256, &secret.0);
-        // SHA-256 has 32 bytes.
+        // The digest of SHA-256 has 32 bytes.
         Self(hash.as_ref().first_chunk().copied().unwrap_or_default())
     }
 
-    /// From the store.
+    /// Creates the hash from its stored bytes.
     pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         bytes.try_into().ok().map(Self)
     }
 
-    /// For the store.
+    /// Returns the bytes to store.
     pub(super) fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// In constant time.
+    /// Compares two hashes in constant time.
     fn matches(&self, other: &Self) -> bool {
         self.0.ct_eq(&other.0).into()
     }
 }
 
-/// Which names a token is good for: a DNS label in which `*` stands for any run of characters.
+/// Pattern of the names that a token admits: a DNS label in which `*` matches any characters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamePattern(String);
 
 impl NamePattern {
-    /// Whether a name is meant.
+    /// Returns whether the pattern matches a name.
     pub fn matches(&self, name: &NodeName) -> bool {
         let mut rest = name.as_str();
         let mut parts = self.0.split('*');
-        // The first part is anchored at the start, the last one at the end, the others follow
-        // one another: taking each as early as it comes leaves the most for those behind.
+        // The first part is anchored at the start and the last one at the end. Each part between
+        // matches at its first occurrence, which leaves the most text for the parts after it.
         let first = parts.next().unwrap_or("");
         let Some(after) = rest.strip_prefix(first) else { return false };
         rest = after;
@@ -71,10 +71,10 @@ impl fmt::Display for NamePattern {
     }
 }
 
-/// Not a pattern for names.
+/// Error of parsing a [`NamePattern`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the name pattern must be 1 to 63 lower-case letters, digits, inner hyphens and `*` for any run of characters"
+    "invalid name pattern: use 1 to 63 lower-case letters, digits, inner hyphens, and `*` for any characters"
 )]
 pub struct InvalidPattern;
 
@@ -93,45 +93,45 @@ impl FromStr for NamePattern {
     }
 }
 
-/// What a token says: what its bearer may become.
+/// Terms of a token, which apply to the nodes that join with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenTerms {
-    /// How many nodes may join with it; at least 1.
+    /// Number of nodes that may join with the token; at least 1.
     pub uses: u32,
-    /// Which names; `None`: any.
+    /// Names that the nodes may have; `None` allows any name.
     pub name: Option<NamePattern>,
-    /// The site of the nodes.
+    /// Site of the nodes.
     pub site: Option<Label>,
-    /// Their labels.
+    /// Labels of the nodes.
     pub labels: BTreeMap<Label, String>,
-    /// What they may announce.
+    /// Networks that the nodes may announce, whole or in part.
     pub allowed_prefixes: Vec<IpNet>,
-    /// The node that the bearer replaces; then it is good for one use.
+    /// Name of a node that the joining node replaces. Such a token has one use.
     pub replace: Option<NodeName>,
-    /// Whether the nodes are removed when they stay away.
+    /// True if the nodes are removed once they are offline for longer than the lease.
     pub ephemeral: bool,
 }
 
-/// A join token.
+/// A join token, without its secret.
 #[derive(Clone)]
 pub struct Token {
-    /// Its public half.
+    /// Id of the token.
     pub id: TokenId,
-    /// What it says.
+    /// Terms for the nodes that join with it.
     pub terms: TokenTerms,
-    /// Seconds since 1970.
+    /// Time of creation, in seconds since 1970.
     pub created_at: i64,
-    /// Seconds since 1970.
+    /// Time from which on it admits no node, in seconds since 1970.
     pub expires_at: i64,
-    /// Nodes that joined so far.
+    /// Number of nodes that have joined with it.
     pub used: u32,
-    /// Whether an operator took it back.
+    /// True once an operator revoked it, or a restored backup made it void.
     pub revoked: bool,
     pub(super) secret_hash: SecretHash,
 }
 
 impl Token {
-    /// That the bearer holds the secret.
+    /// Checks the secret of the bearer.
     pub(super) fn authenticate(&self, secret: &TokenSecret) -> Result<(), Refusal> {
         if self.secret_hash.matches(&SecretHash::of(secret)) {
             Ok(())
@@ -140,7 +140,7 @@ impl Token {
         }
     }
 
-    /// That a further node may join with it, under this name.
+    /// Checks that another node of this name may join with the token.
     pub(super) fn admits(&self, name: &NodeName, now: i64) -> Result<(), Refusal> {
         let token = self.id;
         if self.used >= self.terms.uses {
@@ -157,7 +157,7 @@ impl Token {
         }
     }
 
-    /// Whether it can still admit somebody.
+    /// Returns whether another node can join with the token.
     pub fn is_open(&self, now: i64) -> bool {
         !self.revoked && self.used < self.terms.uses && now < self.expires_at
     }
@@ -188,7 +188,7 @@ impl Token {
 }
 
 impl From<&Token> for pb::Token {
-    /// Without the names of the nodes, which are not kept with the token.
+    /// Converts a token, without the names of the nodes, which are not stored with it.
     fn from(token: &Token) -> Self {
         let terms = &token.terms;
         Self {
