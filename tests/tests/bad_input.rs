@@ -171,7 +171,7 @@ fn names_that_are_refused_and_joins_that_change_nothing() {
             .unwrap();
         let token = world.token(&[]).unwrap();
         let held = world.join(&copy, "copy", &token.token).unwrap();
-        assert_refused(&held, &["already held by node `first`"]);
+        assert_refused(&held, &["is in use by node `first`"]);
         assert_eq!(world.node_names().unwrap(), ["first", "second"]);
 
         let replacement = world.token(&["--replace", "first"]).unwrap();
