@@ -76,7 +76,7 @@ fn assert_refused(said: &Said, says: &[&str]) {
     assert_eq!(said.stdout, "");
     assert_eq!(line.trim_end().lines().count(), 1, "{line}");
     for part in says {
-        assert!(line.contains(part), "{line} does not say `{part}`");
+        assert!(line.contains(part), "`{part}` is missing in: {line}");
     }
 }
 
@@ -88,7 +88,7 @@ fn assert_ends(daemon: &mut towline_tests::lab::process::Daemon, says: &[&str]) 
     let words = daemon.last_words();
     let line = words.lines().last().unwrap_or_default();
     for part in says {
-        assert!(line.contains(part), "{line} does not say `{part}`");
+        assert!(line.contains(part), "`{part}` is missing in: {line}");
     }
 }
 
@@ -99,7 +99,7 @@ fn tokens_that_admit_nobody() {
         let machine = world.machine("machine").unwrap();
         let refused = |token: &str, says: &[&str]| {
             assert_refused(&world.join(&machine, "machine", token).unwrap(), says);
-            assert!(world.node_names().unwrap().is_empty(), "nobody joined");
+            assert!(world.node_names().unwrap().is_empty(), "a node joined");
         };
 
         let good = world.token(&[]).unwrap();
@@ -308,7 +308,7 @@ fn a_damaged_store_is_refused_and_left_alone() {
             assert_ends(world.controller.daemon().unwrap(), &["damaged", "backup"]);
             // The store's own header may change; no page after it does.
             let after = std::fs::read(store).unwrap();
-            assert!(after[4096..] == damaged[4096..], "the damaged store is left alone");
+            assert!(after[4096..] == damaged[4096..], "the damaged store has changed");
         }
         std::fs::write(store, &sound).unwrap();
         world.controller.restart().unwrap();

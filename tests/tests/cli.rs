@@ -34,7 +34,7 @@ fn assert_refused(output: &Output, says: &[&str]) {
     assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
     assert_eq!(line.trim_end().lines().count(), 1, "{line}");
     for part in says {
-        assert!(line.contains(part), "{line} does not say `{part}`");
+        assert!(line.contains(part), "`{part}` is missing in: {line}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! Runs the lab's scenario of `towline down`, `up`, `leave` and `confirm` with the real binaries.
 
-#![allow(clippy::unwrap_used)] // helpers of tests may panic too: a panic is the report
+#![allow(clippy::unwrap_used)] // helpers of tests may panic too: the panic is the report
 
 use std::process::Command;
 

@@ -85,7 +85,7 @@ fn the_plain_manifests_are_the_chart_with_its_default_values() {
             std::fs::write(&plain, &chart).unwrap();
         }
         let found = std::fs::read_to_string(&plain).unwrap_or_default();
-        assert_eq!(found, chart, "write {} anew: TOWLINE_WRITE=1 cargo test", plain.display());
+        assert_eq!(found, chart, "write {} again: TOWLINE_WRITE=1 cargo test", plain.display());
     }
 }
 
@@ -303,7 +303,7 @@ fn the_units_are_exposed_no_more_than_they_promise() {
             .args(["security", "--offline=true", "--no-pager"])
             .arg(deploy(&format!("systemd/{unit}")))
             .output();
-        let Ok(said) = ran else { return eprintln!("skipped: no systemd-analyze here") };
+        let Ok(said) = ran else { return eprintln!("skipped: systemd-analyze is not installed") };
         let words = String::from_utf8_lossy(&said.stdout);
         let level = words
             .lines()
@@ -313,7 +313,7 @@ fn the_units_are_exposed_no_more_than_they_promise() {
             .and_then(|level| level.parse::<f64>().ok());
         let Some(level) = level else {
             let error = String::from_utf8_lossy(&said.stderr);
-            return eprintln!("skipped: this systemd-analyze does not judge files: {error}");
+            return eprintln!("skipped: this systemd-analyze cannot check files: {error}");
         };
         println!("{unit}: {level}");
         assert!(level <= limit, "{words}");
@@ -327,7 +327,7 @@ fn the_users_of_the_units_are_declared() {
         users.lines().filter_map(|line| line.strip_prefix("u ")?.split(' ').next()).collect();
     assert_eq!(declared, ["towline", "towline-controller"]);
     let Ok(said) = Command::new("systemd-sysusers").arg("--version").output() else {
-        return eprintln!("skipped: no systemd-sysusers here");
+        return eprintln!("skipped: systemd-sysusers is not installed");
     };
     assert!(said.status.success());
     let root = tempfile::tempdir().unwrap();
@@ -339,7 +339,7 @@ fn the_users_of_the_units_are_declared() {
         .unwrap();
     let words = String::from_utf8_lossy(&said.stderr);
     let Ok(passwd) = std::fs::read_to_string(root.path().join("etc/passwd")) else {
-        return eprintln!("skipped: systemd-sysusers cannot write here: {words}");
+        return eprintln!("skipped: systemd-sysusers cannot write files: {words}");
     };
     for user in declared {
         assert!(passwd.lines().any(|line| line.starts_with(&format!("{user}:"))), "{passwd}");
@@ -349,7 +349,7 @@ fn the_users_of_the_units_are_declared() {
 #[test]
 fn systemd_finds_nothing_wrong_with_the_units() {
     let Ok(version) = Command::new("systemd-analyze").arg("--version").output() else {
-        eprintln!("skipped: no systemd-analyze here");
+        eprintln!("skipped: systemd-analyze is not installed");
         return;
     };
     assert!(version.status.success());

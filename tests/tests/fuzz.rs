@@ -1,7 +1,7 @@
 //! Runs the fuzz targets under `cargo test`: on the committed corpus, on the well-formed seeds, and
 //! on thousands of mutations of both, the same in each run.
 
-#![allow(clippy::unwrap_used)] // helpers of tests may panic too: a panic is the report
+#![allow(clippy::unwrap_used)] // helpers of tests may panic too: the panic is the report
 
 use std::fs;
 use std::panic::catch_unwind;

@@ -1,7 +1,7 @@
 //! Runs the lab's host-network scenarios as tests, in short form and rootless, for their promises
 //! about packets. Only the scenarios check timings: a test also runs on a busy machine.
 
-#![allow(clippy::unwrap_used)] // helpers of tests may panic too: a panic is the report
+#![allow(clippy::unwrap_used)] // helpers of tests may panic too: the panic is the report
 
 use std::process::Command;
 

@@ -300,7 +300,7 @@ async fn another_cni_is_seen_while_the_agent_runs() {
 fn in_namespaces(flags: CloneFlags, body: impl Future<Output = ()> + Send + 'static) -> bool {
     let thread = std::thread::spawn(move || {
         if let Err(error) = nix::sched::unshare(flags) {
-            println!("skipped: no namespaces here: {error}");
+            println!("skipped: cannot create namespaces: {error}");
             return false;
         }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -329,7 +329,7 @@ fn a_cni_that_begins_to_tunnel_takes_the_pod_networks_out_of_the_mesh() {
             port: 4_789,
         };
         if let Err(error) = netlink.add_overlay("flannel.1", vxlan) {
-            return println!("skipped: no VXLAN here: {error}");
+            return println!("skipped: cannot create a VXLAN link: {error}");
         }
         let view = machine.view(|view| view.cni.contains("vxlan flannel.1")).await;
         assert!(view.facts.pods.is_empty());
@@ -368,7 +368,7 @@ fn a_full_disk_is_said_and_what_is_in_force_stays() {
         api.node("w", OURS, &["10.244.2.0/24"]);
         let view = machine.pods(&["10.244.2.0/24"]).await;
         assert!(view.problems[0].contains("No space left"), "{:?}", view.problems);
-        assert_eq!(std::fs::read(&kept).unwrap(), word, "the last word that could be kept");
+        assert_eq!(std::fs::read(&kept).unwrap(), word, "the last state that was stored");
         std::fs::remove_file(&filler).unwrap();
         api.node("w", OURS, &["10.244.3.0/24"]);
         machine.view(|view| view.connected && view.problems.is_empty()).await;

@@ -52,7 +52,7 @@ fn who_is_behind_a_router_reaches_the_internet_and_is_not_reached() {
         let worker_v6 = worker.addresses().iter().find(|address| address.is_ipv6()).unwrap();
         let outside =
             echoes(cp.namespace(), *worker_v6, 1, Duration::from_millis(200), pattern).unwrap();
-        assert_eq!(outside.received, 0, "nobody asked {worker_v6} to be reachable");
+        assert_eq!(outside.received, 0, "{worker_v6} must not be reachable from outside");
     });
 }
 
@@ -100,7 +100,7 @@ fn a_first_reply_waits_for_its_link() {
         let at = first_reply(worker.namespace(), target, "eth0", start + 5 * SECOND).unwrap();
         assert!(at.is_some_and(|at| at > start));
         let none = first_reply(worker.namespace(), target, "no-link", start).unwrap();
-        assert_eq!(none, None, "no such link, so no packet");
+        assert_eq!(none, None, "without the link no packet is sent");
     });
 }
 
@@ -117,7 +117,7 @@ fn processes_end_with_their_host() {
         let dropped = sleeper.start(worker.namespace(), "dropped", &log).unwrap();
         let pid = dropped.pid();
         drop(dropped);
-        assert!(nix::sys::signal::kill(pid, None).is_err(), "nobody is left");
+        assert!(nix::sys::signal::kill(pid, None).is_err(), "the process still exists");
         let mut orphan = sleeper.start(cp.namespace(), "orphan", &log).unwrap();
         drop(cp);
         towline_tests::lab::interrupt::wait_for("end of the orphan", 5 * SECOND, || {
@@ -125,7 +125,7 @@ fn processes_end_with_their_host() {
         })
         .unwrap();
         drop(lab);
-        assert!(!directory.exists(), "the lab's directory is gone");
+        assert!(!directory.exists(), "the lab's directory still exists");
     });
 }
 

@@ -1,7 +1,7 @@
 //! Tests every pair of network types on the simulator: a path is found, in time, and of the best
 //! kind that the two types allow.
 
-#![allow(clippy::unwrap_used)] // helpers of tests may panic too: a panic is the report
+#![allow(clippy::unwrap_used)] // helpers of tests may panic too: the panic is the report
 
 use std::net::IpAddr;
 use std::time::Duration;

@@ -6,7 +6,7 @@
 //! safety invariants are checked. Once nothing disturbs the mesh, every pair that can connect must
 //! be up within [`BUDGET`], and an inner packet must get through in both directions.
 
-#![allow(clippy::unwrap_used)] // helpers of tests may panic too: a panic is the report
+#![allow(clippy::unwrap_used)] // helpers of tests may panic too: the panic is the report
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -342,7 +342,7 @@ impl StateMachineTest for MeshTest {
         world.roamed += 1;
         disturb(&mut world.sim, model, &transition, world.roamed);
         disturb(&mut world.twin, model, &transition, world.roamed);
-        assert_eq!(world.sim.trace(), world.twin.trace(), "the seed alone decides");
+        assert_eq!(world.sim.trace(), world.twin.trace(), "only the seed decides");
         world
     }
 
@@ -501,7 +501,7 @@ fn check_guards(sim: &Sim, host: HostId) {
     };
     let linked = plan.routes.keys().filter(|(_, via)| *via == RouteVia::Link);
     for (net, _) in linked {
-        assert!(guarded(net), "{net} leaves in clear when the link is gone");
+        assert!(guarded(net), "{net} leaves in clear without the link");
     }
     let overlay: OverlayAddresses = host.grant.overlay;
     assert!(overlay.prefixes().all(|net| guarded(&net)));

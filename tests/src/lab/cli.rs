@@ -378,7 +378,7 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Output of `lab list`. A scenario that needs the real root says so.
+/// Output of `lab list`. A line mentions root if its scenario needs the real root.
 const LIST: &str = "\
 demo       join two workers behind NAT to a control plane, and send encrypted traffic
 nat        connect nodes behind every class of NAT, and check the path that is chosen

@@ -12,19 +12,19 @@ const FIREWALL: &str = "towline";
 /// A change that another program makes to state that Towline created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Meddling {
-    /// `nft flush ruleset`: every table of every family that has no owner.
+    /// `nft flush ruleset`: deletes every table without an owner, in every family.
     FlushRuleset,
-    /// `nft delete table inet towline`.
+    /// `nft delete table inet towline`: deletes Towline's table.
     DeleteTable,
-    /// `ip rule flush`, but for the kernel's own three rules of each family.
+    /// `ip rule flush`: deletes all rules except the kernel's own three of each family.
     FlushRules,
-    /// `ip route flush table 21580`.
+    /// `ip route flush table 21580`: deletes the routes of Towline's table.
     FlushRoutes,
-    /// `ip link set towline0 down`.
+    /// `ip link set towline0 down`: sets Towline's link down.
     LinkDown,
-    /// `ip link delete towline0`.
+    /// `ip link delete towline0`: deletes Towline's link.
     DeleteLink,
-    /// `ip address flush dev towline0`.
+    /// `ip address flush dev towline0`: removes the addresses of Towline's link.
     FlushAddresses,
 }
 
@@ -40,7 +40,7 @@ impl Meddling {
         Self::FlushAddresses,
     ];
 
-    /// As the command that does the same.
+    /// Returns the equivalent command.
     pub fn name(self) -> &'static str {
         match self {
             Self::FlushRuleset => "nft flush ruleset",

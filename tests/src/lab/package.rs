@@ -292,7 +292,7 @@ fn check_deb(bytes: &[u8]) -> anyhow::Result<()> {
         return Ok(());
     };
     let words = String::from_utf8_lossy(&said.stderr);
-    ensure!(said.status.success(), "dpkg-deb says: {}", words.trim());
+    ensure!(said.status.success(), "dpkg-deb cannot read the package: {}", words.trim());
     Ok(())
 }
 

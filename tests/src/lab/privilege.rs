@@ -109,7 +109,7 @@ fn check_tun() -> Result<(), Forbidden> {
     let open = || -> io::Result<File> { OpenOptions::new().read(true).write(true).open(TUN) };
     let Err(error) = open() else { return Ok(()) };
     let remedy = if error.kind() == ErrorKind::PermissionDenied {
-        format!("let every user open it with `chmod 0666 {TUN}` (that alone grants no rights)")
+        format!("let every user open it with `chmod 0666 {TUN}` (this grants no other rights)")
     } else if Path::new("/sys/module/tun").exists() {
         format!("create it with `mkdir -p /dev/net && mknod -m 0666 {TUN} c 10 200`")
     } else {

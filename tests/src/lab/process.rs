@@ -33,9 +33,9 @@ pub struct Program {
 pub struct Said {
     /// Exit status of the command.
     pub status: ExitStatus,
-    /// Standard output.
+    /// Standard output of the command.
     pub stdout: String,
-    /// Standard error.
+    /// Standard error of the command.
     pub stderr: String,
 }
 

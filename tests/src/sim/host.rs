@@ -75,7 +75,7 @@ pub enum Payload {
 }
 
 impl Payload {
-    /// Returns the size of the UDP payload in bytes, as far as the simulator models it.
+    /// Returns the size of the UDP payload in bytes. Payloads whose size does not matter are small.
     pub fn size(&self) -> u16 {
         match self {
             Self::Probe { size, .. } => size.unwrap_or(80),

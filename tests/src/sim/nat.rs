@@ -16,9 +16,9 @@ use rand::rngs::StdRng;
 pub enum Dependence {
     /// Endpoint-independent: the decision ignores the remote side.
     Endpoint,
-    /// Address-dependent.
+    /// Address-dependent: the decision depends on the remote address.
     Address,
-    /// Address- and port-dependent.
+    /// Address- and port-dependent: the decision depends on the remote address and port.
     AddressAndPort,
 }
 

@@ -26,9 +26,9 @@ pub const INTERNET: RealmId = 0;
 /// The device between a realm and its parent, for one address family.
 #[derive(Debug, Clone)]
 pub struct Uplink {
-    /// True if the device drops all UDP in both directions.
+    /// The NAT or firewall itself.
     pub nat: Nat,
-    /// Drops all UDP, both ways.
+    /// True if the device drops all UDP in both directions.
     pub blocks_udp: bool,
 }
 

@@ -286,11 +286,11 @@ impl Tunnels {
                 tunnel.transmit(now, None, &mut self.effects);
             }
         }
-        for (key, anew) in initiate {
+        for (key, is_new) in initiate {
             let exchange = self.number();
             let Some(tunnel) = self.peers.get_mut(&key) else { continue };
             let began = match &tunnel.pending {
-                Some(pending) if !anew => pending.began,
+                Some(pending) if !is_new => pending.began,
                 _ => now,
             };
             tunnel.pending = Some(Pending { exchange, began, sent: now });

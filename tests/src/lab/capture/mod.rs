@@ -35,7 +35,7 @@ use frame::Outer;
 use ring::Ring;
 pub use tap::{Tap, udp_payload};
 
-/// A running capture. Dropping it ends it.
+/// A running capture. Dropping it ends the capture.
 #[derive(Debug)]
 pub struct Capture {
     shared: Arc<Shared>,

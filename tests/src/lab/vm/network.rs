@@ -327,7 +327,7 @@ mod tests {
         b.send(&frame(A, B, b"learned")).unwrap();
         assert_eq!(received(&a)[14..], *b"learned");
         b.send(&frame([0xff; 6], B, b"broadcast")).unwrap();
-        // The frame to A alone did not reach C before the broadcast.
+        // The frame addressed to A did not reach C before the broadcast.
         assert_eq!(received(&c)[14..], *b"broadcast");
     }
 

@@ -32,9 +32,9 @@ pub struct Pair {
 /// Addresses of a node in the mesh.
 #[derive(Debug, Clone, Copy)]
 pub struct OverlayAddresses {
-    /// The IPv4 address.
+    /// IPv4 address in the mesh.
     pub v4: IpAddr,
-    /// The IPv6 address.
+    /// IPv6 address in the mesh.
     pub v6: IpAddr,
 }
 

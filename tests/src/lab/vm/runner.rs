@@ -24,9 +24,9 @@ pub(super) struct Runner {
 pub struct Output {
     /// Exit status; 128 plus the signal's number if a signal killed the command.
     pub status: u8,
-    /// Standard output.
+    /// Standard output of the command.
     pub stdout: String,
-    /// Standard error.
+    /// Standard error of the command.
     pub stderr: String,
 }
 

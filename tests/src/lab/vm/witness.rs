@@ -25,7 +25,7 @@ pub struct Sent {
     pub clear: u64,
     /// Packets of the background traffic to an address outside of the mesh.
     pub plain: u64,
-    /// WireGuard messages.
+    /// WireGuard messages, which are sealed.
     pub sealed: u64,
     /// Descriptions of the first clear packets: seconds after `since`, source and destination.
     pub samples: Vec<String>,

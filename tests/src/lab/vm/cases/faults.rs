@@ -101,7 +101,7 @@ pub(super) fn power_cut_control_plane(
     Ok(())
 }
 
-/// Boots the worker while all else is off, then the control plane.
+/// Boots the worker while the control plane is off, then the control plane.
 pub(super) fn control_plane_later(
     _: &Testbed<'_>,
     pair: &mut Pair,
