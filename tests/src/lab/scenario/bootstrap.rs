@@ -325,8 +325,8 @@ impl Machine {
     }
 }
 
-/// Returns the exit status and the output, for messages.
 impl Ran {
+    /// Returns the exit status and the output, for messages.
     pub(super) fn talk(&self) -> String {
         format!("{} {:?} {:?}", self.said.status, self.said.stdout.trim(), self.said.stderr.trim())
     }

@@ -22,9 +22,9 @@ use crate::lab::process::Said;
 use crate::lab::report::{Figures, Promises};
 
 /// Name of the agent's TUN link.
+const LINK: &str = "towline0";
 /// Number of the agent's routing table. The priorities of its policy rules begin at the same
 /// number.
-const LINK: &str = "towline0";
 const TABLE: u32 = 21580;
 /// Time in seconds until an unconfirmed join is undone.
 const CONFIRM: &str = "3";
@@ -92,8 +92,8 @@ impl Acts {
         });
     }
 
+    /// Checks that nothing of Towline is left in the network of the host.
     fn is_open(&mut self, act: &str, place: &Namespace) -> anyhow::Result<()> {
-        /// Checks that nothing of Towline is left in the network of the host.
         let ours = ours(place)?;
         self.promises
             .hold(ours.is_empty(), || format!("{act}: nothing of towline is left: {ours:?}"));

@@ -31,8 +31,8 @@ enum To {
     /// Address of `desk` in the LAN of the router.
     Desk(usize),
     /// Address of the victim's pod.
-    /// Address of the victim's container.
     Pod(usize),
+    /// Address of the victim's container.
     Container(usize),
 }
 

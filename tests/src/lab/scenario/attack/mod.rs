@@ -92,9 +92,8 @@ pub(super) struct Case {
     attempt: Attempt,
 }
 
-type Attempt = Box<dyn Fn(&mut Stage<'_>) -> anyhow::Result<Outcome>>;
-
 /// Function that makes the attempt and returns its outcome.
+type Attempt = Box<dyn Fn(&mut Stage<'_>) -> anyhow::Result<Outcome>>;
 
 impl Case {
     fn new(

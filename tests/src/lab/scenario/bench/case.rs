@@ -72,13 +72,13 @@ pub enum Case {
 
 /// Figures of one run of a case.
 #[derive(Debug)]
-/// Measured value in [`Case::unit`].
 pub(super) struct Outcome {
+    /// Measured value in [`Case::unit`].
+    pub(super) value: f64,
     /// CPU-seconds of both daemons for each gigabit of payload. `None` if the case does not measure
     /// it.
-    pub(super) value: f64,
-    /// Counters of the traffic.
     pub(super) cpu: Option<f64>,
+    /// Counters of the traffic.
     pub(super) carried: Carried,
 }
 

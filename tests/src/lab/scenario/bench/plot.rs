@@ -58,10 +58,10 @@ pub(super) fn chart(bench: &Bench) -> String {
         panel(&mut svg, left, top, case);
     }
     svg.push_str("</svg>\n");
-    /// Draws the panel of a case.
     svg
 }
 
+/// Draws the panel of a case.
 fn panel(svg: &mut String, left: f64, top: f64, case: &CaseFigures) {
     let title = format!("{}, {}", case.what, case.unit);
     text(svg, left, top + 18.0, 13, "start", &title);

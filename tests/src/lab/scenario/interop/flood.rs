@@ -21,8 +21,8 @@ use crate::lab::namespace::Namespace;
 /// Number of different initiations, which are sent repeatedly.
 const STRANGERS: u32 = 64;
 /// Number of packets that are sent at once.
-/// Pause after each burst. With [`BURST`], this makes about 20,000 packets per second.
 const BURST: u32 = 100;
+/// Pause after each burst. With [`BURST`], this makes about 20,000 packets per second.
 const PAUSE: Duration = Duration::from_millis(5);
 const IP_HEADER: usize = 20;
 const UDP_HEADER: usize = 8;

@@ -111,8 +111,8 @@ pub(super) struct Cluster {
     lab: Lab,
 }
 
-/// Builds the hosts, joins and starts all nodes, and waits for their tunnels.
 impl Cluster {
+    /// Builds the hosts, joins and starts all nodes, and waits for their tunnels.
     pub(super) fn build(setting: &Setting, addressing: Addressing) -> anyhow::Result<Self> {
         setting.talk.step(&format!("building a cluster, addressing: {addressing}"));
         let mut lab = Lab::new(setting.rank)?;
