@@ -353,7 +353,7 @@ fn a_full_disk_is_said_and_what_is_in_force_stays() {
         machine.pods(&["10.244.1.0/24"]).await;
         let kept = machine.path("state/kubernetes.json");
         let word = std::fs::read(&kept).unwrap();
-        // A full file system over the same directory.
+        // Mount a small file system over the directory, which the stored state fills.
         let state = machine.path("state");
         mount(Some("disk"), &state, Some("tmpfs"), MsFlags::empty(), Some("size=8k")).unwrap();
         std::fs::write(&kept, &word).unwrap();

@@ -351,7 +351,7 @@ fn an_uplink_that_goes_down_costs_less_than_half_a_second_whatever_the_other_nat
         pair.first_packet().unwrap();
         pair.traffic(Duration::from_secs(10));
         if quiet {
-            // Only what is in use stays open.
+            // NAT mappings expire, except those in use.
             pair.traffic(Duration::from_secs(300));
         }
         assert_eq!(pair.kinds(), [Kind::Direct; 2]);

@@ -81,7 +81,6 @@ pub fn wait_up_to<T>(
 ///
 /// # Errors
 /// [`Interrupted`], when SIGINT or SIGTERM arrives.
-/// [`Interrupted`].
 pub fn pass(duration: Duration) -> Result<(), Interrupted> {
     let end = Instant::now() + duration;
     loop {

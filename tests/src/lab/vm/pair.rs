@@ -57,8 +57,8 @@ pub struct Testbed<'a> {
     pub directory: &'a Path,
 }
 
-/// Lifetime of the cached disks with joined nodes: long enough for a run of tests, and well below
-/// the lifetime of a node's certificate.
+/// Lifetime of the cached disks with joined nodes: long enough for a run of tests, and shorter than
+/// a node's certificate is valid.
 const PAIR_LIFETIME: Duration = Duration::from_secs(6 * 3600);
 /// Version of the join steps, as a part of the cache's key. Increase it when they produce other
 /// disks.

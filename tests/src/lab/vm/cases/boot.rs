@@ -20,7 +20,7 @@ pub(super) fn order(
     alone(pair, "", promises)
 }
 
-/// Does the same as [`order`] with only the routing guard.
+/// Does the same as [`order`] on a kernel without nftables, where only the routing guard holds.
 pub(super) fn order_without_nftables(
     _: &Testbed<'_>,
     pair: &mut Pair,
