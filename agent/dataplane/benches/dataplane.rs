@@ -1,6 +1,6 @@
-//! What the parts of the packet path cost, a batch at a time: `cargo bench -p towline-agent`.
+//! Cost of the parts of the packet path for one batch: `cargo bench -p towline-dataplane`.
 //!
-//! Each works on what one super-packet of 64 KiB gives: 45 segments of 1,408 bytes.
+//! Each benchmark works on the segments of one super-packet of 64 KiB: 45 segments of 1,408 bytes.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -18,12 +18,13 @@ use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4, VnetHeader};
 use x25519_dalek::StaticSecret;
 
 const SEGMENTS: usize = 45;
-/// With its headers; a multiple of 16, so that no padding is needed.
+/// Length of a segment with its headers in bytes. It is a multiple of 16, so that no padding is
+/// needed.
 const SEGMENT: usize = 1_408;
 const HEADERS: usize = 40;
 const PAYLOAD: usize = SEGMENT - HEADERS;
 
-/// A TCP super-packet as the TUN hands it over, in a buffer to be split.
+/// Returns a TCP super-packet as the TUN delivers it, in a buffer that can be split.
 fn super_packet() -> (Vec<u8>, usize, VnetHeader) {
     let len = HEADERS + SEGMENTS * PAYLOAD;
     let mut buffer = vec![0; HEADROOM + len + TAILROOM];
@@ -48,7 +49,7 @@ fn super_packet() -> (Vec<u8>, usize, VnetHeader) {
     (buffer, len, header)
 }
 
-/// Its segments, one after the other.
+/// Returns the segments of the super-packet, in order.
 fn segments() -> Vec<Vec<u8>> {
     let (mut buffer, len, header) = super_packet();
     let mut split = Split::new(&mut buffer, len, &header, SEGMENT).expect("it can be split");
@@ -59,7 +60,7 @@ fn segments() -> Vec<Vec<u8>> {
     segments
 }
 
-/// Payloads that were split before.
+/// Payloads that are split already.
 struct Ready<'a>(std::slice::Iter<'a, Vec<u8>>);
 
 impl Segments for Ready<'_> {
@@ -127,7 +128,7 @@ fn dataplane(c: &mut Criterion) {
     group.bench_function("coalesce", |bench| {
         bench.iter(|| {
             batch.clear();
-            // The first segment's header became the frame's.
+            // The previous iteration rewrote the header of the first segment.
             batch.bytes_mut()[..stride].copy_from_slice(&pristine[..stride]);
             for (at, inner) in &places {
                 coalescer.add(&mut batch, *at, inner);

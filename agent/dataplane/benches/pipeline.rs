@@ -1,9 +1,10 @@
-//! Instructions that the data plane spends on a packet, for each direction: `cargo bench -p towline-agent
-//! --bench pipeline`. Needs valgrind; says so where there is none.
+//! Number of instructions that the data plane executes for a packet in each direction: `cargo bench
+//! -p towline-dataplane --bench pipeline`. Needs valgrind; without it, prints a notice and ends.
 //!
-//! Two data planes, a worker each, with links and a wire that do nothing but copy: the first seals what
-//! the host sends (`outbound`), the second opens it (`inbound`). Counted twice by callgrind, with twice as
-//! many packets the second time: the difference is what a packet costs, without start and end.
+//! Two data planes with one worker each exchange packets over links and a wire that only copy. The
+//! first seals what the host sends (`outbound`), the second opens it (`inbound`). callgrind counts
+//! the instructions twice, the second time with twice as many packets. The difference is the cost
+//! of the packets, without start and end.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -29,26 +30,30 @@ use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4, VnetHeader};
 use towline_dataplane::{Config, DataPlane, Event, Ready, Relay, TunIo, UdpIo};
 use x25519_dalek::StaticSecret;
 
-/// Segments of a super-packet of 64 KiB, and the bytes of each without headers.
+/// Number of segments of a super-packet of 64 KiB.
 const SEGMENTS: u64 = 45;
+/// Payload of each segment in bytes.
 const PAYLOAD: usize = 1_368;
+/// Length of the headers of each segment in bytes.
 const HEADERS: usize = 40;
-/// Super-packets of the shorter run.
+/// Number of super-packets in the shorter run.
 const LOAD: u64 = 200;
+/// Longest time for one run, which valgrind slows down by a large factor.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn event() -> EventFd {
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).expect("an eventfd")
 }
 
-/// What the host still has to send, and the bytes that arrived for it.
+/// State of a host: the number of super-packets that it still has to send, and the number of bytes
+/// that arrived.
 struct Host {
     left: AtomicU64,
     arrived: AtomicU64,
     readable: EventFd,
 }
 
-/// A link that copies one super-packet again and again.
+/// Link that delivers copies of one super-packet.
 struct Link {
     host: Arc<Host>,
     packet: Vec<u8>,
@@ -89,13 +94,13 @@ impl TunIo for Link {
     }
 }
 
-/// What waits for one end of the wire.
+/// Trains that wait at one end of the wire, each with its segment size.
 struct Inbox {
     trains: Mutex<VecDeque<(Vec<u8>, usize)>>,
     readable: EventFd,
 }
 
-/// One end of a wire that copies trains.
+/// End of a wire that copies trains.
 struct Wire {
     own: Arc<Inbox>,
     other: Arc<Inbox>,
@@ -141,7 +146,7 @@ impl UdpIo for Wire {
     }
 }
 
-/// A TCP super-packet as a TUN hands it over.
+/// Returns a TCP super-packet as a TUN delivers it.
 fn super_packet() -> (Vec<u8>, VnetHeader) {
     let len = HEADERS + SEGMENTS as usize * PAYLOAD;
     let mut packet = vec![0; len];
@@ -165,7 +170,7 @@ fn super_packet() -> (Vec<u8>, VnetHeader) {
     (packet, header)
 }
 
-/// One data plane with its host.
+/// Data plane with its host.
 struct End {
     plane: DataPlane,
     host: Arc<Host>,
@@ -191,7 +196,8 @@ impl End {
         Self { plane, host, events, address: address(number) }
     }
 
-    /// Makes another end its only peer; both have these addresses inside the tunnel.
+    /// Makes `peer` the only peer of this end. `own` and `theirs` are the addresses inside the
+    /// tunnel.
     fn know(&self, peer: &Self, own: [u8; 4], theirs: [u8; 4]) {
         let entry = PeerEntry {
             endpoint: Some(peer.address.into()),
@@ -216,7 +222,7 @@ impl End {
     }
 }
 
-/// Sends the given number of super-packets from one end to the other.
+/// Sends `load` super-packets from one end to the other.
 fn carry(load: u64) {
     let inbox = || {
         let (trains, readable) = (Mutex::new(VecDeque::new()), event());
@@ -243,7 +249,8 @@ fn carry(load: u64) {
     }
 }
 
-/// Instructions of each thread while `load` super-packets are carried, by the thread's number.
+/// Returns the number of instructions of each thread, by its number, in a run with `load`
+/// super-packets.
 fn count(directory: &FilePath, load: u64) -> BTreeMap<u32, u64> {
     let out = directory.join(load.to_string());
     let own = std::env::current_exe().expect("this program's path");
@@ -273,7 +280,8 @@ fn main() {
     {
         return carry(load.parse().expect("a number"));
     }
-    // `cargo test` runs benches too, with another flag: once, uncounted.
+    // `cargo test` runs benches too, with another flag. One short run without counting is enough
+    // then.
     if !arguments.iter().any(|argument| argument == "--bench") {
         return carry(4);
     }
@@ -284,8 +292,8 @@ fn main() {
     }
     let directory = tempfile::tempdir().expect("a directory");
     let [once, twice] = [LOAD, 2 * LOAD].map(|load| count(directory.path(), load));
-    // The first thread only waits. Of the others the two workers do more for more packets, the sender's
-    // first: it is started first.
+    // The first thread only waits. Of the others, only the two workers execute more instructions
+    // for more packets. The sender's worker has the lower number, because it is started first.
     let more = |thread: &u32| {
         let before = once.get(thread).copied().unwrap_or_default();
         twice[thread].saturating_sub(before) / (LOAD * SEGMENTS)

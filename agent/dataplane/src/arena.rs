@@ -28,7 +28,7 @@ pub const TAILROOM: usize = 16;
 pub struct Train {
     /// Path to send on.
     pub to: Path,
-    /// Offset of the first byte in the batch.
+    /// Position of the first byte in the batch.
     pub start: usize,
     /// Length of all datagrams together, in bytes.
     pub len: usize,
@@ -160,7 +160,7 @@ fn header_bytes(to: &Path) -> usize {
 /// zero, and no datagram is empty, so every step of a parser leaves fewer bytes than before.
 #[derive(Debug, Clone, Copy)]
 pub struct Datagrams<'a> {
-    /// Offset of the first byte in the batch.
+    /// Position of the first byte in the batch.
     start: usize,
     /// Bytes of all datagrams. Not empty.
     bytes: &'a [u8],
@@ -278,7 +278,7 @@ impl<'a> Datagrams<'a> {
 pub struct Received {
     /// Path that the datagrams came by.
     pub from: Path,
-    /// Offset of the first byte in the batch.
+    /// Position of the first byte in the batch.
     start: usize,
     /// Length of all datagrams together, in bytes.
     len: usize,
@@ -381,7 +381,7 @@ impl RecvBatch {
 /// Packet from the TUN: up to 64 KiB, which may have to be split.
 #[derive(Debug, Clone, Copy)]
 pub struct TunPacket {
-    /// Offset of the IP header in the batch. [`HEADROOM`] bytes before the packet and [`TAILROOM`]
+    /// Position of the IP header in the batch. [`HEADROOM`] bytes before the packet and [`TAILROOM`]
     /// bytes after it are free.
     pub start: usize,
     /// Length in bytes.

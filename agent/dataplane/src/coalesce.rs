@@ -82,7 +82,7 @@ struct Flow {
     key: Key,
     /// Index of its frame in the batch.
     frame: usize,
-    /// Offset of the first packet in the batch.
+    /// Position of the first packet in the batch.
     start: usize,
     /// Layout of the headers of each packet.
     layout: Layout,
@@ -119,7 +119,7 @@ struct Layout {
     /// Outer headers, if the coalesced packet is inside a tunnel.
     outer: Option<Outer>,
     network: Network,
-    /// Offset of the transport header.
+    /// Position of the transport header.
     transport: usize,
     is_tcp: bool,
     /// True for UDP without a checksum.
@@ -132,7 +132,7 @@ struct Layout {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Outer {
     network: Network,
-    /// Offset of the UDP header.
+    /// Position of the UDP header.
     udp: usize,
     /// True if the UDP header has a checksum.
     checksum: bool,
@@ -141,7 +141,7 @@ struct Outer {
 /// Position and addresses of an IP header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Network {
-    /// Offset of the header.
+    /// Position of the header.
     at: usize,
     source: IpAddr,
     destination: IpAddr,
@@ -173,8 +173,8 @@ impl Coalescer {
     pub fn add(&mut self, batch: &mut WriteBatch, start: usize, inner: &Inner) {
         let len = inner.total_len;
         let Some(candidate) = self.look(&batch.bytes()[start..start + len], inner) else {
-            // This packet must not be overtaken by its own flow. For most packets without a key no
-            // flow can be open; for fragments and IPv6 the flow is unknown.
+            // A fragment, or an IPv6 packet with extension headers, may belong to an open flow. The
+            // flows between its addresses are closed, so that none of them overtakes it.
             if inner.fragment || inner.source.is_ipv6() {
                 self.close_between(batch, inner);
             }

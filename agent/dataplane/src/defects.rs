@@ -5,20 +5,20 @@
 //! |---|---|---|
 //! | no jitter on repeated initiations | `peer` | here |
 //! | two ends with keepalives compete to initiate | `peer` | here |
-//! | keepalives on busy tunnels | `peer` | `peer`, `agent/tests/dataplane.rs` |
+//! | keepalives on busy tunnels | `peer` | `peer`, `tests/dataplane.rs` |
 //! | a replay window of 1,024 | `worker`: order is kept | here |
-//! | no Reject-After-Messages | `session` | `agent/tests/dataplane.rs` |
+//! | no Reject-After-Messages | `session` | `tests/dataplane.rs` |
 //! | no padding to 16 bytes | `split` | here |
-//! | one counter limits handshakes, for addresses without ports | `session`, `engine` | here, `agent/tests/dataplane.rs` |
+//! | one counter limits handshakes, for addresses without ports | `session`, `engine` | here, `tests/dataplane.rs` |
 //! | responses are limited too | `session` | here |
-//! | a pre-shared key cannot change | `peer`, `table` | `agent/tests/dataplane.rs` |
+//! | a pre-shared key cannot change | `peer`, `table` | `tests/dataplane.rs` |
 //! | an expired tunnel stays expired | `peer`, core | here, `agent/core/tests` |
 //! | small buffers panic | `session` | here |
 //! | indices reveal the number of peers | `table` | here |
 //! | roaming on cookie replies | `peer` | here |
 //! | a source is checked only against the prefixes of its own peer | `engine` |
-//! `agent/dataplane/tests/dataplane.rs` |
-//! | a clock that was set back locks a peer out | `peer`, `table` | `agent/tests/dataplane.rs` |
+//! `tests/dataplane.rs` |
+//! | a clock that was set back locks a peer out | `peer`, `table` | `tests/dataplane.rs` |
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;

@@ -210,7 +210,7 @@ impl std::fmt::Debug for Session {
 pub enum Opened {
     /// A packet in the plain buffer, truncated to the length that its header claims.
     Packet {
-        /// Offset of the first byte.
+        /// Position of the first byte.
         start: usize,
         /// Length in bytes.
         len: usize,

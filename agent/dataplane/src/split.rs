@@ -63,7 +63,7 @@ struct Train {
     outer: Option<Outer>,
     /// IP header of the packet that is split.
     network: Network,
-    /// Offset of the transport header.
+    /// Position of the transport header.
     transport: usize,
     is_tcp: bool,
     /// Checksum sum of the pseudo-header without the length.
@@ -77,9 +77,9 @@ struct Train {
     flags: u8,
     /// Payload bytes in each segment except the last.
     size: usize,
-    /// Offset of the next payload in the packet's buffer.
+    /// Position of the next payload in the packet's buffer.
     next: usize,
-    /// Offset of the end of the last payload.
+    /// Position of the end of the last payload.
     end: usize,
     /// True until the first segment was written.
     first: bool,
@@ -90,7 +90,7 @@ struct Train {
 /// IP header that is written for each segment.
 #[derive(Debug)]
 struct Network {
-    /// Offset of the header in the packet.
+    /// Position of the header in the packet.
     at: usize,
     is_v4: bool,
     /// Length of the header in bytes.
@@ -105,7 +105,7 @@ struct Network {
 #[derive(Debug)]
 struct Outer {
     network: Network,
-    /// Offset of the UDP header.
+    /// Position of the UDP header.
     udp: usize,
     /// Checksum sum of the pseudo-header without the length. `None` if the tunnel uses no checksum.
     pseudo: Option<u64>,

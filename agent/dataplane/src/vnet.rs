@@ -41,14 +41,14 @@ pub struct VnetHeader {
     pub hdr_len: u16,
     /// Payload bytes in each segment except the last.
     pub gso_size: u16,
-    /// Offset from which the checksum is computed, from the start of the packet. In a tunnel this
+    /// Position from which the checksum is computed, from the start of the packet. In a tunnel this
     /// is the inner checksum.
     pub csum_start: u16,
-    /// Offset of the checksum field, from `csum_start`.
+    /// Position of the checksum field, from `csum_start`.
     pub csum_offset: u16,
-    /// Offset of the outer UDP header, in a tunnel only.
+    /// Position of the outer UDP header, in a tunnel only.
     pub outer_transport: u16,
-    /// Offset of the inner IP header, in a tunnel only.
+    /// Position of the inner IP header, in a tunnel only.
     pub inner_network: u16,
 }
 

@@ -1,4 +1,5 @@
-//! Two data planes back to back, over a TUN and a network in memory, with an eavesdropper on it.
+//! Tests of two data planes that exchange packets over TUN links and a network in memory, which
+//! records all datagrams.
 
 #![expect(clippy::unwrap_used, reason = "a panic is the report")]
 
@@ -26,12 +27,13 @@ use towline_types::id::WireguardKey;
 use towline_types::stun;
 use x25519_dalek::{PublicKey, StaticSecret};
 
+/// Longest time to wait for something that must happen.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// For what must not happen: long enough for a thread to have run.
+/// Time to wait for something that must not happen. Every thread has run by then.
 const A_WHILE: Duration = Duration::from_millis(100);
 const PATTERN: &[u8] = b"an inner byte pattern that nobody may see";
 
-/// One end: a data plane, its host, and what it reports.
+/// Data plane with its host and its events.
 struct End {
     plane: DataPlane,
     host: MemoryHost,
@@ -61,7 +63,7 @@ impl End {
         self.plane.public_key()
     }
 
-    /// This end as a peer of another.
+    /// Returns the entry of this end in the peer table of another.
     fn entry(&self) -> PeerEntry {
         PeerEntry {
             endpoint: Some(self.address.into()),
@@ -81,7 +83,7 @@ impl End {
         next.expect("an event in time").expect("the data plane lives")
     }
 
-    /// Waits until this is observed of `peer`; other events are passed over.
+    /// Waits for an observation of the peer `of` that `wanted` accepts. Ignores other events.
     fn observed(&mut self, of: WireguardKey, wanted: impl Fn(Observation) -> bool) {
         loop {
             if let Event::Peer { peer, what } = self.event()
@@ -97,7 +99,7 @@ impl End {
         self.apply_with(peers, OwnNetworks::new([self.inner.into()], [], []));
     }
 
-    /// With these inner addresses instead of the one.
+    /// Applies a peer table with `own` instead of the single inner address.
     fn apply_with(
         &self,
         peers: impl IntoIterator<Item = (WireguardKey, PeerEntry)>,
@@ -110,7 +112,7 @@ impl End {
         self.plane.snapshot().drops[reason]
     }
 
-    /// Waits until so many were dropped for this reason.
+    /// Waits until exactly `count` packets were dropped for this reason.
     fn dropped(&self, reason: &str, count: u64) {
         let deadline = std::time::Instant::now() + PATIENCE;
         while self.drops(reason) < count {
@@ -128,7 +130,7 @@ impl Drop for End {
     }
 }
 
-/// Two ends that know each other, without a session.
+/// Returns two ends that have each other as a peer, without a session.
 fn strangers() -> (Network, End, End) {
     let network = Network::new();
     let (a, b) = (End::new(&network, 1), End::new(&network, 2));
@@ -137,7 +139,7 @@ fn strangers() -> (Network, End, End) {
     (network, a, b)
 }
 
-/// Two ends with a session that the first has initiated.
+/// Returns two ends with a session that the first initiated.
 fn friends() -> (Network, End, End) {
     let (network, mut a, mut b) = strangers();
     a.plane.handshake(b.key(), vec![b.address.into()]);
@@ -146,7 +148,7 @@ fn friends() -> (Network, End, End) {
     (network, a, b)
 }
 
-/// A UDP packet of IPv4 with the pattern in it.
+/// Returns a UDP packet over IPv4 that contains the pattern.
 fn packet(from: &End, to: &End, payload: usize) -> Vec<u8> {
     packet_from(from.inner, to.inner, payload)
 }
@@ -236,7 +238,7 @@ fn a_long_burst_arrives_complete_and_in_order() {
     }
 }
 
-/// Nothing refuses it, and nothing reports it: it can only be seen in what arrives.
+/// No error is reported for damage by coalescing. It is visible only in the datagrams that arrive.
 #[test]
 fn what_is_joined_wrongly_is_soon_received_one_by_one() {
     let (network, a, b) = friends();
@@ -267,7 +269,7 @@ fn a_super_packet_arrives_as_its_segments() {
     let (network, a, b) = friends();
     let size = 1300;
     let payload: Vec<u8> = (0..40 * size + 77).map(|at| (at / 3) as u8).collect();
-    // The checksum is left to whoever splits, apart from the sum of the pseudo-header.
+    // The splitter completes the checksum, which contains only the sum of the pseudo-header.
     let mut packet = packet(&a, &b, payload.len());
     packet[28..].copy_from_slice(&payload);
     let header = VnetHeader {
@@ -385,7 +387,7 @@ fn an_authentic_datagram_from_elsewhere_is_reported_and_replies_stay() {
     carries(&a, &b, 10);
     b.observed(a.key(), |what| what == Observation::Roamed { from: elsewhere.into() });
     carries(&b, &a, 10);
-    // Once is enough.
+    // The change is reported only once.
     carries(&a, &b, 10);
     assert!(b.events.try_recv().is_err());
 }
@@ -408,12 +410,12 @@ fn a_replay_is_refused() {
 #[test]
 fn a_foreign_source_is_dropped_and_counted() {
     let (_network, a, b) = friends();
-    // The sender's own check would stop it.
+    // The table of the sender accepts any source, because its own check would drop the packet.
     let anybody = OwnNetworks::new([], [net("10.0.0.0/8")], []);
     a.apply_with([(b.key(), b.entry())], anybody);
     a.host.send(&packet_from(Ipv4Addr::new(10, 0, 0, 77), b.inner, 10));
     b.dropped("wrong_source", 1);
-    // A prefix of its own inside the peer's belongs to the other peer alone.
+    // A longer prefix of a third peer inside the peer's prefix belongs to the third peer only.
     let third = WireguardKey(PublicKey::from(&StaticSecret::from([3; 32])).to_bytes());
     let whole = PeerEntry { prefixes: vec!["10.0.0.0/8".parse().unwrap()], ..a.entry() };
     let part =
@@ -455,7 +457,7 @@ fn what_is_for_somebody_else_is_dropped_and_counted() {
         assert_eq!(b.host.receive(PATIENCE), Some(to(good)));
     }
 
-    // Forwarding to everywhere is still no way to what is special.
+    // Special addresses are dropped even if the node forwards to every network.
     let own = OwnNetworks::new([], [], everywhere);
     b.apply_with([(a.key(), a.entry())], own);
     a.host.send(&to([8, 8, 8, 8]));
@@ -465,7 +467,7 @@ fn what_is_for_somebody_else_is_dropped_and_counted() {
         b.dropped("wrong_destination", count);
     }
 
-    // Nothing is accepted while nothing is known.
+    // No destination is accepted while no own network is known.
     let before = b.drops("wrong_destination");
     b.apply_with([(a.key(), a.entry())], OwnNetworks::default());
     a.host.send(&to(b.inner.octets()));
@@ -479,14 +481,14 @@ fn what_somebody_else_sends_into_the_tunnel_is_dropped_and_counted() {
     let foreign = packet_from(Ipv4Addr::new(10, 9, 1, 7), b.inner, 10);
     a.host.send(&foreign);
     a.dropped("foreign_source", 1);
-    // Nor from a network that packets are only forwarded to.
+    // A source in a network that the node only forwards to is dropped too.
     let own = OwnNetworks::new([a.inner.into()], [], [net("10.9.0.0/16")]);
     a.apply_with([(b.key(), b.entry())], own);
     a.host.send(&foreign);
     a.dropped("foreign_source", 2);
     assert_eq!(network.seen().len(), before);
 
-    // A peer of the configuration is what its configuration says.
+    // Static peers are exempt from the check of the source.
     a.apply([(b.key(), PeerEntry { is_static: true, ..b.entry() })]);
     let wide = PeerEntry { prefixes: vec![net("10.0.0.0/8")], ..a.entry() };
     b.apply([(a.key(), wide)]);
@@ -522,7 +524,7 @@ fn a_new_table_keeps_the_sessions_of_those_who_stay() {
     a.apply([(b.key(), b.entry())]);
     carries(&b, &a, 10);
     assert_eq!(of_type(&network.seen(), 1).len(), 1, "one handshake served all tables");
-    // Who is gone is a stranger.
+    // A peer that was removed is unknown.
     b.apply([]);
     a.host.send(&packet(&a, &b, 10));
     b.dropped("unknown_index", 1);
@@ -539,7 +541,7 @@ fn a_preshared_key_must_be_the_same_on_both_sides() {
     a.plane.handshake(b.key(), vec![b.address.into()]);
     a.dropped("invalid_handshake", 1);
     b.apply([(a.key(), PeerEntry { preshared_key: psk(5), ..a.entry() })]);
-    // The same addresses at once would be taken for the same order.
+    // A second command with the same addresses would be ignored, so another address is added.
     a.plane.handshake(
         b.key(),
         vec![b.address.into(), SocketAddr::from(([198, 51, 100, 9], 9)).into()],
@@ -581,7 +583,8 @@ fn a_node_whose_clock_was_set_back_returns_when_its_boot_epoch_grows() {
     a.plane.handshake(b.key(), vec![b.address.into()]);
     b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
     let recorded = of_type(&network.seen(), 1)[0].clone();
-    // An initiation that is not newer than the last stands for any of a clock set back.
+    // An initiation that is not newer than the last one represents any initiation of a clock that
+    // was set back.
     network.inject(recorded.clone());
     b.dropped("stale_handshake", 1);
     b.apply([(a.key(), PeerEntry { boot_epoch: 1, ..a.entry() })]);
@@ -630,7 +633,7 @@ fn junk_is_dropped_and_counted_and_harms_nobody() {
         [&[4u8, 0, 0, 0][..], &[0xaa; 27]].concat(),
         [&[4u8, 0, 0, 0][..], &[0xaa; 65_503]].concat(),
     ];
-    // Real ones with a bit turned, and real ones that end too early.
+    // Real datagrams with a changed bit, and truncated ones.
     carries(&a, &b, 100);
     for datagram in network.seen().iter().filter(|datagram| datagram.to == b.address) {
         for at in (0..datagram.bytes.len()).step_by(7) {
@@ -687,7 +690,7 @@ fn one_loud_source_is_limited_before_its_handshakes_cost_anything() {
 #[test]
 fn whoever_forges_a_peers_address_does_not_keep_it_out() {
     let (network, a, mut b) = strangers();
-    // Somebody unknown, whose initiations are well made.
+    // An unknown node sends well-formed initiations.
     let forger = Secrets::new(StaticSecret::from([77; 32]));
     let mut initiation = [0; HANDSHAKE_BYTES];
     let len = Session::new(&forger, b.key(), None, 1).initiate(&mut initiation);
@@ -703,13 +706,13 @@ fn whoever_forges_a_peers_address_does_not_keep_it_out() {
                 std::thread::sleep(Duration::from_millis(5));
             }
         });
-        // Not before the forger has used up what that address is allowed.
+        // First the forger must exceed the limit of that address.
         while b.drops("source_limited") == 0 {
             std::thread::yield_now();
         }
         scope.spawn(move || {
             while !stop.load(Ordering::Relaxed) {
-                // The first one earns a cookie, the next one uses it.
+                // The first initiation gets a cookie, the next one uses it.
                 plane.handshake(key, vec![target.into()]);
                 std::thread::sleep(Duration::from_millis(250));
             }
@@ -752,7 +755,7 @@ fn a_stopped_data_plane_is_silent() {
     assert!(network.seen().iter().skip(before).all(|datagram| datagram.from == a.address));
 }
 
-// What strangers may ask of us
+// Requests from strangers
 
 #[test]
 fn a_reflector_answers_padded_requests_alone_and_each_source_a_few_times() {
@@ -762,7 +765,7 @@ fn a_reflector_answers_padded_requests_alone_and_each_source_a_few_times() {
         network.inject(Datagram { from, to: b.address, bytes: request.to_vec() });
     };
     let request = stun::request([7; 12]);
-    // A header alone: the answer would be longer.
+    // The response to a request of only a header would be longer than the request.
     ask(loud, &[&[0u8, 1, 0, 0][..], &request[4..20]].concat());
     b.dropped("reflector_refused", 1);
     for _ in 0..1_000 {
@@ -821,7 +824,7 @@ fn a_stranger_that_floods_a_relays_channel_reaches_nobody_and_keeps_nobody_out()
     let on_channel = |channel| [&relayed_header(channel)[..], &[4, 0, 0, 0], &[7; 60]].concat();
     let stranger = SocketAddr::from(([203, 0, 113, 1], 1));
     for number in 0..1_000 {
-        // The channel itself, and guesses at others.
+        // Half of the datagrams use the channel, the others guess one.
         let bytes = on_channel(if number % 2 == 0 { 77 } else { 1_000 + number });
         network.inject(Datagram { from: stranger, to: b.address, bytes });
     }
@@ -837,7 +840,7 @@ fn a_stranger_that_floods_a_relays_channel_reaches_nobody_and_keeps_nobody_out()
     assert_eq!(b.drops("relay_stranger"), 500);
 }
 
-/// IPv4 takes a payload of 65,507 bytes, IPv6 one of 65,527, and a send of ours less than either.
+/// The largest payload is 65,507 bytes over IPv4 and 65,527 over IPv6. One send takes fewer bytes.
 #[test]
 fn oversized_datagrams_are_dropped_and_counted_and_hang_nothing() {
     let network = Network::new();
@@ -872,7 +875,7 @@ fn oversized_datagrams_are_dropped_and_counted_and_hang_nothing() {
         }
     }
     b.dropped("oversized", count);
-    // The longest that a send takes is forwarded, and the tunnels of the relay itself work.
+    // The largest datagram that a send takes is forwarded, and the relay's own tunnels still work.
     let mut bytes = vec![7; TRAIN_BYTES];
     bytes[..12].copy_from_slice(&relayed_header(77));
     network.inject(Datagram { from: ends[0], to: b.address, bytes: bytes.clone() });
@@ -884,20 +887,20 @@ fn oversized_datagrams_are_dropped_and_counted_and_hang_nothing() {
     assert_eq!(b.drops("oversized"), count);
 }
 
-/// What a faulty TUN does when it is read.
+/// Behaviour of a faulty TUN when it is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Reading {
     #[default]
     Works,
-    /// It waits without end.
+    /// The call blocks until the behaviour changes.
     Hangs,
-    /// It is doing so.
+    /// The call is blocked.
     Hanging,
     Fails,
     Panics,
 }
 
-/// A TUN in memory that breaks when it is told to.
+/// TUN in memory that can be made to fail.
 struct FaultyTun {
     tun: MemoryTun,
     reading: Arc<(Mutex<Reading>, Condvar)>,
@@ -943,12 +946,12 @@ impl TunIo for FaultyTun {
     }
 }
 
-/// A data plane of two workers, the second of which has a TUN that can break.
+/// Data plane with two workers, the second of which has a TUN that can be made to fail.
 struct Faulty {
     plane: DataPlane,
     host: MemoryHost,
     reading: Arc<(Mutex<Reading>, Condvar)>,
-    /// The channel is full from the start, and nobody reads it.
+    /// Channel of events, which is full from the start and never read.
     events: Receiver<Event>,
 }
 
@@ -980,7 +983,7 @@ impl Faulty {
         self.host.send(&[0x45; 20]);
     }
 
-    /// Breaks the TUN, and waits until the worker hangs in it.
+    /// Makes the TUN block, and waits until the worker hangs in it.
     fn hang(&self) {
         self.read(Reading::Hangs);
         let (reading, changed) = &*self.reading;
@@ -992,7 +995,8 @@ impl Faulty {
         }
     }
 
-    /// Looks until a look shows this number of stalled workers; none may show fewer.
+    /// Waits until [`DataPlane::stalled_workers`] returns this number. It must never return a
+    /// smaller one.
     fn stalled(&self, workers: usize) {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -1027,7 +1031,7 @@ fn a_worker_that_hangs_is_noticed_while_idle_ones_are_not_and_holds_up_nobody() 
     for _ in 0..100 {
         faulty.stalled(1);
     }
-    // All that the daemon calls goes on.
+    // The calls of the daemon still work.
     faulty.plane.apply(&PeerTable::default());
     faulty.plane.snapshot();
     for _ in 0..10_000 {
@@ -1055,7 +1059,7 @@ fn orders_that_a_worker_does_not_take_are_bounded_and_counted() {
     let plane = DataPlane::start(config, [shard], sender).unwrap();
     host.send(&[0x45; 20]);
     let deadline = Instant::now() + PATIENCE;
-    // Some are taken before it hangs.
+    // The worker handles some commands before it hangs.
     while plane.snapshot().drops["orders_full"] < 1_000 {
         assert!(Instant::now() < deadline, "{:?}", plane.snapshot());
         plane.send(SocketAddr::from(([192, 0, 2, 9], 1)).into(), b"order");

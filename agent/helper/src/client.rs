@@ -1,4 +1,4 @@
-//! The agent's side: asks the helper, and gets open descriptors.
+//! The agent's side: sends requests to the helper and receives open descriptors.
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd};
@@ -15,43 +15,52 @@ use crate::protocol::{
     DESCRIPTORS, Installation, RESPONSE_BYTES, Request, Response, SOCKET, Status,
 };
 
-/// Names another socket than the usual one, for machines whose helper listens elsewhere.
+/// Environment variable with the path of the socket, for machines whose helper does not listen at
+/// [`SOCKET`].
 pub const SOCKET_VARIABLE: &str = "TOWLINE_HELPER_SOCKET";
-/// Seconds that an answer may take. The helper only opens files; its start takes the most.
+/// Longest time to wait for a response, in seconds. The helper only opens files; starting it takes
+/// most of the time.
 const PATIENCE_SECONDS: i64 = 5;
 
-/// Asks the helper of this machine. Blocks for at most some seconds.
+/// Sends a request to the helper of this machine. Returns the descriptors in the order of the
+/// files of the request, with `None` for an absent file. Blocks for at most a few seconds.
 ///
 /// # Errors
 ///
-/// Of kind `NotConnected` if there is no helper; `PermissionDenied` if it denies this user; otherwise
-/// what kept the helper from doing it.
+/// Returns an error of kind `NotConnected` if no helper listens, of kind `PermissionDenied` if it
+/// denies this user, and otherwise the helper's error.
 pub fn ask(request: Request) -> io::Result<Vec<Option<OwnedFd>>> {
     let path = std::env::var_os(SOCKET_VARIABLE).map_or_else(|| SOCKET.into(), PathBuf::from);
     ask_at(&path, request)
 }
 
-/// Asks the helper that listens at `path`.
+/// Sends a request to the helper that listens at `path`, like [`ask`].
 ///
 /// # Errors
 ///
-/// See [`ask`].
+/// Returns the same errors as [`ask`].
 pub fn ask_at(path: &Path, request: Request) -> io::Result<Vec<Option<OwnedFd>>> {
     let connection =
         socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     let patience = TimeVal::new(PATIENCE_SECONDS, 0);
     setsockopt(&connection, sockopt::ReceiveTimeout, &patience)?;
     setsockopt(&connection, sockopt::SendTimeout, &patience)?;
-    // `NotFound` is left to files: the kind tells the two apart.
+    // The kind `NotFound` is reserved for absent files, so that callers can distinguish the two.
     connect(connection.as_raw_fd(), &UnixAddr::new(path)?).map_err(|errno| {
-        let words = format!("towline-helper does not listen at {}: {errno}", path.display());
+        let words = format!(
+            "cannot connect to towline-helper at {}: {errno}: start towline-helper.socket",
+            path.display()
+        );
         io::Error::new(io::ErrorKind::NotConnected, words)
     })?;
     let server = getsockopt(&connection, sockopt::PeerCredentials)?.uid();
     if server != 0 && server != geteuid().as_raw() {
         return Err(io::Error::new(
             io::ErrorKind::PermissionDenied,
-            format!("{} is served by uid {server}, not by root", path.display()),
+            format!(
+                "cannot trust {}: its server runs as uid {server}, not as root",
+                path.display()
+            ),
         ));
     }
     send(connection.as_raw_fd(), &request.encode(), MsgFlags::MSG_NOSIGNAL)?;
@@ -61,21 +70,21 @@ pub fn ask_at(path: &Path, request: Request) -> io::Result<Vec<Option<OwnedFd>>>
         Status::Failed => Err(io::Error::from_raw_os_error(response.errno)),
         Status::Denied => Err(io::Error::new(
             io::ErrorKind::PermissionDenied,
-            "towline-helper serves root and the user `towline` alone",
+            "request denied by towline-helper: this user is neither root nor `towline`",
         )),
         Status::Malformed => Err(io::Error::new(
             io::ErrorKind::Unsupported,
-            "towline-helper does not know this request: it is of another version",
+            "request unknown to towline-helper: it has another version: install both from one release",
         )),
     }
 }
 
-/// Opens one of the kubelet's files as it is now.
+/// Opens the current version of one of the kubelet's files.
 ///
 /// # Errors
 ///
-/// Of kind `NotFound` for a path that is not one of [`Installation::files`], and for a file that is
-/// absent; else see [`ask`].
+/// Returns an error of kind `NotFound` for a path that is not one of [`Installation::files`] and
+/// for an absent file, and otherwise the same errors as [`ask`].
 pub fn kubelet_file(path: &Path) -> io::Result<OwnedFd> {
     let installation = Installation::of(path).ok_or(io::ErrorKind::NotFound)?;
     let opened = ask(Request::Kubelet(installation))?;
@@ -86,16 +95,16 @@ pub fn kubelet_file(path: &Path) -> io::Result<OwnedFd> {
     found.ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
-/// Asks for the one descriptor of a request that has one.
+/// Sends a request that has one descriptor, and returns that descriptor.
 ///
 /// # Errors
 ///
-/// See [`ask`].
+/// Returns the same errors as [`ask`].
 pub fn ask_for_one(request: Request) -> io::Result<OwnedFd> {
     ask(request)?.into_iter().flatten().next().ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
-/// Receives a response. Descriptors that do not belong to it are closed.
+/// Receives a response and its descriptors. If they do not match, the descriptors are closed.
 pub(crate) fn receive(connection: BorrowedFd<'_>) -> io::Result<(Response, Vec<OwnedFd>)> {
     let invalid =
         || io::Error::new(io::ErrorKind::InvalidData, "invalid response of towline-helper");
@@ -109,7 +118,8 @@ pub(crate) fn receive(connection: BorrowedFd<'_>) -> io::Result<(Response, Vec<O
     let mut descriptors = Vec::new();
     for message in received.cmsgs()? {
         if let ControlMessageOwned::ScmRights(numbers) = message {
-            // SAFETY: the kernel has just made these for us; nobody else knows them.
+            // SAFETY: the kernel has just created these descriptors for this process, and nothing
+            // else owns them.
             descriptors
                 .extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
         }
@@ -121,7 +131,7 @@ pub(crate) fn receive(connection: BorrowedFd<'_>) -> io::Result<(Response, Vec<O
     Ok((response, descriptors))
 }
 
-/// Puts each descriptor in the place of its bit.
+/// Places each descriptor at the index of its bit in `present`.
 fn in_place(present: u8, descriptors: Vec<OwnedFd>) -> Vec<Option<OwnedFd>> {
     let mut descriptors = descriptors.into_iter();
     let bits = (0..DESCRIPTORS).map(|at| present & 1 << at != 0);

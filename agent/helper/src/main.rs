@@ -1,4 +1,4 @@
-//! `towline-helper`: answers one request on the connection that systemd passes on, and ends.
+//! `towline-helper`: answers one request on the connection that systemd passes to it, and exits.
 //!
 //! `towline-helper PATH` listens at PATH itself, for machines without socket activation.
 
@@ -13,7 +13,7 @@ use nix::sys::socket::{
 use towline_helper::protocol::Status;
 use towline_helper::server::{Machine, serve, serve_all};
 
-/// sd_listen_fds(3): the first descriptor that is passed on.
+/// First descriptor that systemd passes to a service (sd_listen_fds(3)).
 const FIRST_DESCRIPTOR: i32 = 3;
 
 fn main() -> ExitCode {
@@ -38,18 +38,23 @@ fn main() -> ExitCode {
     }
 }
 
-/// Answers the request of the connection that was passed on.
+/// Answers the request on the connection that systemd passed.
 fn answer() -> io::Result<()> {
     let of_us = std::env::var("LISTEN_PID").is_ok_and(|pid| pid == std::process::id().to_string());
     if !of_us || std::env::var("LISTEN_FDS").as_deref() != Ok("1") {
-        return Err(io::Error::other("no connection was passed on: start towline-helper.socket"));
+        return Err(io::Error::other(
+            "cannot answer a request: systemd passed no connection: start towline-helper.socket",
+        ));
     }
-    // SAFETY: the variables say that this descriptor is ours; nothing else here has opened one.
+    // SAFETY: the variables say that this descriptor belongs to this process, and nothing else here
+    // has opened one.
     let connection = unsafe { OwnedFd::from_raw_fd(FIRST_DESCRIPTOR) };
     match serve(connection.as_fd(), &Machine::default())? {
-        Status::Denied => Err(io::Error::other("denied: neither root nor the user `towline`")),
-        Status::Malformed => Err(io::Error::other("the message was no request")),
-        // What the system refused is for the agent to say.
+        Status::Denied => Err(io::Error::other(
+            "request denied: the client is neither root nor the user `towline`",
+        )),
+        Status::Malformed => Err(io::Error::other("request refused: the message is not a request")),
+        // The agent reports an error of the system.
         Status::Done | Status::Failed => Ok(()),
     }
 }
@@ -57,7 +62,7 @@ fn answer() -> io::Result<()> {
 fn listen_at(path: &Path) -> io::Result<()> {
     let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
-    // Everybody may connect; who may ask is decided by the peer's credentials.
+    // Any user may connect. The peer's credentials decide whether it is served.
     std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
     listen(&listener, Backlog::new(16)?)?;
     serve_all(&listener, &Machine::default())

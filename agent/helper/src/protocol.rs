@@ -1,55 +1,56 @@
-//! Requests and responses as bytes. Each is one message of a `SOCK_SEQPACKET` socket.
+//! Encoding of requests and responses. Each is one message of a `SOCK_SEQPACKET` socket.
 //!
 //! ```text
 //! request     'T' 'H' version request
 //! response    'T' 'H' version status  present 0 0 0  errno (32 bits, little-endian)
 //! ```
 //!
-//! `present` has a bit for each of the request's files, lowest first: those that exist. Their
-//! descriptors come along in the same order.
+//! `present` has a bit for each file of the request, lowest first, which is set if the file exists.
+//! The descriptors of the existing files are passed with the response in the same order.
 
-/// Where systemd listens for the helper.
+/// Path of the socket on which systemd listens for the helper.
 pub const SOCKET: &str = "/run/towline/helper.sock";
-/// Bytes of a request.
+/// Length of a request in bytes.
 pub const REQUEST_BYTES: usize = 4;
-/// Bytes of a response.
+/// Length of a response in bytes.
 pub const RESPONSE_BYTES: usize = 12;
-/// Descriptors in one response, at most: one for each bit of `present`.
+/// Largest number of descriptors in one response: one for each bit of `present`.
 pub const DESCRIPTORS: usize = 8;
 
 const MAGIC: [u8; 2] = *b"TH";
 const VERSION: u8 = 1;
 
-/// Everything that the helper does.
+/// Request to the helper. The list is closed: the helper does nothing else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Request {
-    /// Opens the kubelet's kubeconfig and what it names, as they are now: they rotate by a link.
+    /// Opens the current kubeconfig of the kubelet and the files that it names. They are rotated by
+    /// replacing a symbolic link.
     Kubelet(Installation),
-    /// Opens the configuration of the container network, the first files of the directory that the
-    /// container runtime looks into.
+    /// Opens the configuration of the container network: the first files of the directory that the
+    /// container runtime reads.
     ContainerNetwork,
-    /// Opens `/dev/net/tun`, where a machine lets only root do so.
+    /// Opens `/dev/net/tun`, for machines on which only root may open it.
     TunDevice,
-    /// Loads the program that chooses the queue of a TUN by destination.
+    /// Loads the eBPF program that chooses the queue of a TUN by destination.
     SteeringProgram,
 }
 
-/// Who installed the kubelet, which decides where its files are.
+/// Installer of the kubelet, which determines the paths of its files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Installation {
-    /// kubeadm, and installers that follow its layout.
+    /// The layout of kubeadm, which other installers use too.
     Kubeadm,
-    /// k3s.
+    /// The layout of k3s.
     K3s,
-    /// RKE2.
+    /// The layout of RKE2.
     Rke2,
 }
 
 impl Installation {
-    /// Every installation, in the order in which their kubeconfig is looked for.
+    /// All installations, in the order in which their kubeconfig is searched.
     pub const ALL: [Self; 3] = [Self::Kubeadm, Self::K3s, Self::Rke2];
 
-    /// Returns the kubelet's files. The first is the kubeconfig.
+    /// Returns the paths of the kubelet's files. The first is the kubeconfig.
     pub fn files(self) -> &'static [&'static str] {
         match self {
             Self::Kubeadm => &[
@@ -72,7 +73,7 @@ impl Installation {
         }
     }
 
-    /// Returns the installation that one of the files above belongs to.
+    /// Returns the installation whose [`files`](Self::files) contain this path.
     pub fn of(path: &std::path::Path) -> Option<Self> {
         let holds = |installation: &Self| {
             installation.files().iter().any(|file| path == std::path::Path::new(file))
@@ -81,39 +82,39 @@ impl Installation {
     }
 }
 
-/// Directories of container network configurations, in the order in which they are looked for.
+/// Directories of container network configurations, in the order in which they are searched.
 pub const CNI_DIRECTORIES: [&str; 3] = [
     "/etc/cni/net.d",
     "/var/lib/rancher/k3s/agent/etc/cni/net.d",
     "/var/lib/rancher/rke2/agent/etc/cni/net.d",
 ];
 
-/// How a request ended.
+/// Result of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
-    /// Done; the descriptors came along.
+    /// The request was carried out, and the descriptors are passed with the response.
     Done,
-    /// The message was no request of this version.
+    /// The message is not a request of this version.
     Malformed,
-    /// The caller is neither root nor the agent's user.
+    /// The client is neither root nor the agent's user.
     Denied,
-    /// The system refused, see [`Response::errno`].
+    /// A system call failed, see [`Response::errno`].
     Failed,
 }
 
-/// A response, but for the descriptors.
+/// Response without its descriptors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Response {
-    /// How the request ended.
+    /// Result of the request.
     pub status: Status,
-    /// A bit for each descriptor that came along, see the module.
+    /// Bits of the files whose descriptors are passed, see the module.
     pub present: u8,
-    /// Reason of [`Status::Failed`], as the system numbers it; otherwise 0.
+    /// Error number of the system with [`Status::Failed`]; otherwise 0.
     pub errno: i32,
 }
 
 impl Request {
-    /// Every request.
+    /// All requests.
     pub const ALL: [Self; 6] = [
         Self::Kubelet(Installation::Kubeadm),
         Self::Kubelet(Installation::K3s),
@@ -123,17 +124,18 @@ impl Request {
         Self::SteeringProgram,
     ];
 
-    /// Returns the message.
+    /// Returns the request as a message.
     pub fn encode(self) -> [u8; REQUEST_BYTES] {
         [MAGIC[0], MAGIC[1], VERSION, self.code()]
     }
 
-    /// Parses a whole message; `None` if it is anything else.
+    /// Parses a whole message. Returns `None` if it is not a request.
     pub fn parse(message: &[u8]) -> Option<Self> {
         Self::ALL.into_iter().find(|request| message == request.encode())
     }
 
-    /// Numbers are never used again for something else.
+    /// Returns the number of the request in a message. A number is never reused for another
+    /// request.
     fn code(self) -> u8 {
         match self {
             Self::Kubelet(Installation::Kubeadm) => 1,
@@ -160,12 +162,12 @@ impl Status {
 }
 
 impl Response {
-    /// A response without descriptors.
+    /// Creates a response without descriptors.
     pub fn without(status: Status, errno: i32) -> Self {
         Self { status, present: 0, errno }
     }
 
-    /// Returns the message.
+    /// Returns the response as a message.
     pub fn encode(self) -> [u8; RESPONSE_BYTES] {
         let mut message = [0; RESPONSE_BYTES];
         message[..4].copy_from_slice(&[MAGIC[0], MAGIC[1], VERSION, self.status.code()]);
@@ -174,7 +176,7 @@ impl Response {
         message
     }
 
-    /// Parses a whole message; `None` if it is anything else.
+    /// Parses a whole message. Returns `None` if it is not a response.
     pub fn parse(message: &[u8]) -> Option<Self> {
         let message: &[u8; RESPONSE_BYTES] = message.try_into().ok()?;
         let [m0, m1, version, code, present, z0, z1, z2, e0, e1, e2, e3] = *message;

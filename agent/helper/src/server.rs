@@ -1,4 +1,4 @@
-//! One connection: who asks, what is opened, and the answer.
+//! Handling of one connection: identifies the client, opens the requested files and responds.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Read as _};
@@ -12,23 +12,23 @@ use nix::sys::time::TimeVal;
 use crate::programs;
 use crate::protocol::{CNI_DIRECTORIES, DESCRIPTORS, REQUEST_BYTES, Request, Response, Status};
 
-/// Name of the user that the agent runs as.
+/// Name of the agent's user.
 const AGENT: &str = "towline";
 const PASSWD: &str = "/etc/passwd";
-/// Longest `/etc/passwd` that is read, in bytes.
+/// Largest number of bytes that are read of `/etc/passwd`.
 const PASSWD_BYTES: u64 = 8 * 1024 * 1024;
-/// Seconds that a client may take for its request, and for taking the answer.
+/// Longest time to wait for the request, and for room to send the response, in seconds each.
 const PATIENCE_SECONDS: i64 = 5;
-/// Longest file that is handed over, in bytes. No kubeconfig, certificate or configuration of a
-/// container network is as long.
+/// Largest size of a file that is opened for a client, in bytes. Every kubeconfig, certificate and
+/// configuration of a container network is smaller.
 const FILE_BYTES: u64 = 1 << 20;
-/// Names in a directory that are looked at.
+/// Largest number of directory entries that are examined.
 const NAMES: usize = 256;
 
-/// What the helper works on.
+/// File system that the helper works on.
 #[derive(Debug, Clone)]
 pub struct Machine {
-    /// Below which the files are; `/` but in tests.
+    /// Directory that all paths are relative to. `/` except in tests.
     pub root: PathBuf,
 }
 
@@ -38,11 +38,12 @@ impl Default for Machine {
     }
 }
 
-/// Answers the one request of a connection, and says how it ended.
+/// Answers the only request of a connection, and returns its result.
 ///
 /// # Errors
 ///
-/// If the client cannot be identified, says nothing in time, or does not take the answer.
+/// Returns an error if the client cannot be identified, sends no request in time, or does not
+/// receive the response.
 pub fn serve(connection: BorrowedFd<'_>, machine: &Machine) -> io::Result<Status> {
     let patience = TimeVal::new(PATIENCE_SECONDS, 0);
     setsockopt(&connection, sockopt::ReceiveTimeout, &patience)?;
@@ -50,7 +51,7 @@ pub fn serve(connection: BorrowedFd<'_>, machine: &Machine) -> io::Result<Status
     let peer = getsockopt(&connection, sockopt::PeerCredentials)?;
     let allowed = peer.uid() == 0 || agents_uid(machine)? == Some(peer.uid());
     let (response, descriptors) = if allowed {
-        // One byte more than a request has: a longer message is seen as one.
+        // The buffer is one byte longer than a request, so that a longer message is detected.
         let mut message = [0; REQUEST_BYTES + 1];
         let length = recv(connection.as_raw_fd(), &mut message, MsgFlags::empty())?;
         match Request::parse(&message[..length]) {
@@ -89,7 +90,8 @@ fn send(connection: BorrowedFd<'_>, response: Response, descriptors: &[OwnedFd])
 }
 
 impl Machine {
-    /// Opens what a request asks for, in the order of its files; `None` for one that is absent.
+    /// Carries out a request and returns its descriptors, in the order of its files. An absent file
+    /// is `None`.
     fn perform(&self, request: Request) -> io::Result<Vec<Option<OwnedFd>>> {
         match request {
             Request::Kubelet(installation) => {
@@ -106,8 +108,8 @@ impl Machine {
         }
     }
 
-    /// The first files of the first directory that has any, in the order in which container
-    /// runtimes take them.
+    /// Opens the first files of the first directory that has any, in the order in which container
+    /// runtimes read them.
     fn container_network(&self) -> io::Result<Vec<Option<OwnedFd>>> {
         for directory in CNI_DIRECTORIES {
             let Ok(entries) = std::fs::read_dir(self.place(Path::new(directory))) else { continue };
@@ -130,8 +132,9 @@ impl Machine {
         Ok(Vec::new())
     }
 
-    /// Opens a regular file to read it; `None` if it is absent. Links are followed: the kubelet
-    /// rotates its certificate by one, in a directory of root's.
+    /// Opens a regular file for reading. Returns `None` if it is absent. Symbolic links are
+    /// followed, because the kubelet rotates its certificate with one, in a directory that only
+    /// root may write.
     fn open(&self, path: &Path) -> io::Result<Option<OwnedFd>> {
         let opened =
             OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(self.place(path));
@@ -152,7 +155,7 @@ impl Machine {
     }
 }
 
-/// Number of the agent's user on this machine, if it has that user.
+/// Returns the uid of the agent's user, if this machine has that user.
 fn agents_uid(machine: &Machine) -> io::Result<Option<u32>> {
     let file = match File::open(machine.place(Path::new(PASSWD))) {
         Ok(file) => file,
@@ -170,21 +173,21 @@ fn agents_uid(machine: &Machine) -> io::Result<Option<u32>> {
     Ok(text.lines().find_map(uid))
 }
 
-/// Takes connections for as long as the process lives, one after another: for machines without
+/// Accepts and serves connections one after another until the process ends, for machines without
 /// socket activation.
 ///
 /// # Errors
 ///
-/// If the listener is gone.
+/// Returns the system's error if no connection can be accepted.
 pub fn serve_all(listener: &OwnedFd, machine: &Machine) -> io::Result<()> {
     use nix::sys::socket::{SockFlag, accept4};
     use std::os::fd::FromRawFd as _;
     loop {
         let connection = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
-        // SAFETY: the descriptor is new and belongs to nobody else.
+        // SAFETY: the descriptor is new, and nothing else owns it.
         let connection = unsafe { OwnedFd::from_raw_fd(connection) };
         if let Err(error) = serve(connection.as_fd(), machine) {
-            eprintln!("towline-helper: request not answered: {error}");
+            eprintln!("towline-helper: cannot answer a request: {error}");
         }
     }
 }
@@ -201,7 +204,7 @@ mod tests {
     use crate::client;
     use crate::protocol::Installation;
 
-    /// A machine whose only user is the one that runs the test, as `name`.
+    /// Returns a machine whose only user has the name `name` and the uid of the test.
     fn machine(name: &str) -> (tempfile::TempDir, Machine) {
         let root = tempfile::tempdir().unwrap();
         let machine = Machine { root: root.path().to_owned() };
@@ -215,7 +218,7 @@ mod tests {
         std::fs::write(place, text).unwrap();
     }
 
-    /// Sends a message to a server, and returns what comes back.
+    /// Sends a message to a server and returns its response.
     fn exchange(machine: &Machine, message: &[u8]) -> io::Result<(Response, Vec<OwnedFd>)> {
         let kind = SockType::SeqPacket;
         let (client, server) =
@@ -270,10 +273,11 @@ mod tests {
         }
     }
 
-    /// A connection whose client is this user; `None` if only root could make one.
+    /// Returns a connection whose client has this uid. `None` if the test may not change its uid.
     fn pair_of(uid: u32) -> Option<(OwnedFd, OwnedFd)> {
         let make = move || {
-            // SAFETY: the system call changes the calling thread alone, which ends with this.
+            // SAFETY: the system call changes only the calling thread, which ends with this
+            // closure.
             let changed = unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) };
             let kind = SockType::SeqPacket;
             let pair = || socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC);
@@ -360,7 +364,8 @@ mod tests {
         let (client, server) =
             socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
         drop(client);
-        // An empty message, as a closed connection reads, is no request; nobody takes the answer.
+        // A closed connection reads as an empty message, which is not a request. The response
+        // cannot be sent.
         serve(server.as_fd(), &machine).unwrap_err();
     }
 }

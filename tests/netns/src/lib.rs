@@ -1,5 +1,5 @@
-//! Tests that need a network of their own: each runs in a process of its own, in a new user and
-//! network namespace, so that neither root nor the machine's network is touched.
+//! Helpers for tests that need their own network. Each test runs in its own process, in a new user
+//! and network namespace, so it needs no root and does not touch the machine's network.
 
 use std::fs::File;
 use std::io;
@@ -12,8 +12,8 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use towline_netlink::{Rtnetlink, VethPeer};
 
-/// A test whose body runs as root of a fresh network namespace; skipped with a printed reason
-/// where the machine refuses.
+/// Defines a test whose body runs as root in a new network namespace. If the machine does not
+/// permit that, the test prints the reason and is skipped.
 #[macro_export]
 macro_rules! namespace_test {
     ($(#[$meta:meta])* fn $name:ident() $body:block) => {
@@ -28,8 +28,8 @@ macro_rules! namespace_test {
     };
 }
 
-/// Like [`namespace_test`], for a test that needs users beside root: only the network namespace is
-/// new. Skipped with a printed reason where the tests do not run as root.
+/// Defines a test like [`namespace_test`] that needs other users than root: only the network
+/// namespace is new. If the tests do not run as root, the test prints the reason and is skipped.
 #[macro_export]
 macro_rules! root_namespace_test {
     (fn $name:ident() $body:block) => {
@@ -42,10 +42,11 @@ macro_rules! root_namespace_test {
     };
 }
 
+/// Environment variable that marks the process inside the namespace.
 const INSIDE: &str = "TOWLINE_TEST_NAMESPACE";
 
-/// Runs `body` inside a namespace: the test's own program is started again there for this one
-/// test. `path` is the test's path with the crate's name.
+/// Runs `body` inside new user and network namespaces, by starting the test's own program there for
+/// this one test. `path` is the path of the test including the crate's name.
 pub fn in_namespace(path: &str, body: impl FnOnce()) {
     if std::env::var_os(INSIDE).is_some() {
         return body();
@@ -53,7 +54,7 @@ pub fn in_namespace(path: &str, body: impl FnOnce()) {
     run_again(path, enter_new_namespace);
 }
 
-/// Runs `body` inside a new network namespace, in the user namespace that there is.
+/// Runs `body` inside a new network namespace, in the current user namespace.
 pub fn in_namespace_of_root(path: &str, body: impl FnOnce()) {
     if std::env::var_os(INSIDE).is_some() {
         return body();
@@ -70,8 +71,8 @@ fn run_again(path: &str, enter: impl Fn(&str, &str) -> io::Result<()> + Send + S
     command.args([test, "--exact", "--nocapture", "--include-ignored"]).env(INSIDE, "1");
     let uid_map = format!("0 {} 1", nix::unistd::geteuid());
     let gid_map = format!("0 {} 1", nix::unistd::getegid());
-    // SAFETY: between fork and exec the closure makes system calls only; its strings were made
-    // before (paths this short stay on the stack), so no lock of the allocator is needed.
+    // SAFETY: between fork and exec the closure only makes system calls. Its strings are allocated
+    // before, and paths this short stay on the stack, so no lock of the allocator is needed.
     unsafe {
         command.pre_exec(move || enter(&uid_map, &gid_map));
     }
@@ -94,7 +95,7 @@ fn enter_new_namespace(uid_map: &str, gid_map: &str) -> io::Result<()> {
     std::fs::write("/proc/self/gid_map", gid_map)
 }
 
-/// Another network namespace of the running test.
+/// Additional network namespace of the running test.
 #[derive(Debug)]
 pub struct NetworkNamespace {
     handle: File,
@@ -107,7 +108,7 @@ impl Default for NetworkNamespace {
 }
 
 impl NetworkNamespace {
-    /// A fresh one with its loopback down.
+    /// Creates a network namespace whose loopback is down.
     pub fn new() -> Self {
         let handle = std::thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace");
@@ -116,7 +117,7 @@ impl NetworkNamespace {
         Self { handle: handle.join().expect("the thread ends") }
     }
 
-    /// Runs `body` on a thread inside.
+    /// Runs `body` on a thread inside the namespace.
     pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -127,13 +128,14 @@ impl NetworkNamespace {
         })
     }
 
-    /// To hand to netlink.
+    /// Returns the descriptor of the namespace, for netlink requests.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.handle.as_fd()
     }
 }
 
-/// A link of that name (with a peer in the same namespace), up and running; its index.
+/// Adds a veth link with this name, with its peer in the same namespace, and sets both up. Returns
+/// the index of the link.
 pub fn add_link(name: &str) -> u32 {
     let mut rtnetlink = Rtnetlink::open().expect("a netlink socket");
     let peer = format!("{name}p");
@@ -145,8 +147,8 @@ pub fn add_link(name: &str) -> u32 {
     rtnetlink.link_index(name).expect("the link")
 }
 
-/// A persistent TUN link of that name as earlier versions left it: without an owner. `false`, with a
-/// printed reason, where TUN devices cannot be opened.
+/// Adds a persistent TUN link with this name and without an owner, as earlier versions did. If TUN
+/// devices cannot be opened, prints the reason and returns `false`.
 pub fn add_unowned_tun(name: &str) -> bool {
     let device = match File::options().read(true).write(true).open("/dev/net/tun") {
         Ok(device) => device,
@@ -155,7 +157,7 @@ pub fn add_unowned_tun(name: &str) -> bool {
             return false;
         }
     };
-    // SAFETY: `ifreq` is plain data; all zero is one of its values.
+    // SAFETY: `ifreq` is plain data, and all zeros is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as _;
