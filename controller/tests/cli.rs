@@ -1,4 +1,4 @@
-//! The binary as its operator meets it: exit status, one clear line, and nothing lost.
+//! Tests of the binary: exit status, error messages of one line, and no loss of acknowledged data.
 
 #![allow(clippy::unwrap_used, reason = "a panic is the report")]
 
@@ -51,12 +51,12 @@ impl Running {
         loop {
             let before = seen.len();
             log.read_line(&mut seen).unwrap();
-            assert!(seen.len() > before, "it ended: {seen}");
+            assert!(seen.len() > before, "the controller ended: {seen}");
             if seen[before..].contains("listening address=127.0.0.1:") {
                 break;
             }
         }
-        // The log is read to its end, so that the controller never waits for its reader.
+        // The log is read to its end, so that the controller never blocks on the pipe.
         std::thread::spawn(move || log.read_to_end(&mut Vec::new()));
         Self { child }
     }
@@ -79,7 +79,7 @@ fn stdout(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-/// That it failed, with one line; returns the line.
+/// Asserts that a command failed with one line on stderr, and returns the line.
 fn failure(output: &Output) -> String {
     let stderr = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
@@ -103,7 +103,7 @@ fn tokens_are_created_listed_and_revoked() {
     let created = run(&["token", "create", "--site", "dc-a", "--state-dir", dir]);
     let token: JoinToken = stdout(&created).trim_end().parse().unwrap();
     assert_eq!(token.controllers[0].to_string(), "controller.example:7443");
-    assert_eq!(stdout(&created).lines().count(), 1, "the token alone");
+    assert_eq!(stdout(&created).lines().count(), 1, "only the token");
 
     let args = ["token", "create", "--state-dir", dir, "-o", "json", "--label", "rack=7"];
     let created: serde_json::Value = serde_json::from_str(&stdout(&run(&args))).unwrap();
@@ -260,11 +260,11 @@ fn a_damaged_state_is_told_and_nothing_is_overwritten() {
 fn a_first_start_that_was_cut_short_goes_on() {
     let whole = tempfile::tempdir().unwrap();
     Running::start(whole.path()).kill();
-    // What each moment of a first start leaves behind, in its order.
+    // The files that an interrupted first start leaves, in the order of their creation.
     let files = ["ca.key", "ca.crt", "towline.redb"];
     for count in 1..=files.len() {
         let root = tempfile::tempdir().unwrap();
-        // As a first start makes it: one that others can enter is refused.
+        // The mode that a first start sets; a directory that others can enter is refused.
         let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
         std::fs::set_permissions(root.path(), private).unwrap();
         for file in &files[..count] {
@@ -286,7 +286,7 @@ fn a_kill_at_any_moment_loses_nothing_that_was_acknowledged() {
     for round in 0..4u64 {
         let controller = Running::start(root.path());
         let pid = Pid::from_raw(i32::try_from(controller.child.id()).unwrap());
-        // Killed in the middle of a stream of writes.
+        // Kills the controller in the middle of a stream of writes.
         let killer = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(30 + 37 * round));
             kill(pid, Signal::SIGKILL).unwrap();
@@ -307,7 +307,7 @@ fn a_kill_at_any_moment_loses_nothing_that_was_acknowledged() {
     for id in &acknowledged {
         assert!(there.contains(id), "token {id} of {} was lost", acknowledged.len());
     }
-    // The backup's sign is never seen after a mere kill.
+    // A kill must not look like a restored backup, which would revoke the tokens.
     assert!(tokens(dir).iter().all(|token| token["state"] == "open"));
 }
 
@@ -318,7 +318,7 @@ fn it_ends_in_time_when_it_is_told_to() {
         let mut controller = Running::start(root.path());
         let pid = Pid::from_raw(i32::try_from(controller.child.id()).unwrap());
         kill(pid, signal).unwrap();
-        // It promised to end within 2 s.
+        // The controller has to end within 2 s.
         let ended = (0..400).find_map(|_| {
             let status = controller.child.try_wait().unwrap();
             if status.is_none() {
@@ -326,7 +326,7 @@ fn it_ends_in_time_when_it_is_told_to() {
             }
             status
         });
-        let status = ended.expect("it still runs");
+        let status = ended.expect("the controller has ended");
         assert!(status.success());
         assert!(!root.path().join("address").exists());
     }
@@ -353,7 +353,7 @@ fn once_it_says_that_it_is_ready_it_serves() {
         .unwrap();
     let mut running = Running { child };
     assert_eq!(heard(), "READY=1");
-    // At once, as `systemctl enable --now` is followed by it.
+    // Runs at once, like a command after `systemctl enable --now`.
     let token = stdout(&run(&["--state-dir", state, "token", "create"]));
     token.trim().parse::<JoinToken>().unwrap();
     kill(Pid::from_raw(running.child.id().cast_signed()), Signal::SIGTERM).unwrap();

@@ -1,4 +1,4 @@
-//! The controller over the wire, as nodes and operators meet it.
+//! Tests of the controller's gRPC services, with nodes and operators as clients.
 
 #![allow(clippy::unwrap_used, reason = "a panic is the report")]
 #![allow(unreachable_pub, reason = "`common` is a module like a crate")]
@@ -87,7 +87,7 @@ async fn a_join_is_refused_with_the_reason_and_can_be_repeated_when_its_answer_w
     let bad_name = Machine::new("Not-A-Label");
     assert_eq!(refused(&bad_name, &token).await.0, Code::InvalidArgument);
 
-    // Somebody else's WireGuard key cannot be claimed.
+    // The WireGuard key of another machine cannot be claimed.
     let channel = controller.connect(None).await;
     let mut request = machine.request(channel.clone(), &token).await;
     request.wireguard_key = Machine::new("b").wireguard_key().0.to_vec();
@@ -135,7 +135,7 @@ async fn a_source_that_keeps_guessing_has_to_wait() {
         }
         assert_eq!(status.code(), Code::Unauthenticated);
     }
-    panic!("it may guess for ever");
+    panic!("the rate of failed joins is not limited");
 }
 
 #[tokio::test]
@@ -160,7 +160,7 @@ async fn a_watch_resumes_where_it_was_and_begins_anew_in_another_epoch() {
     assert_eq!(resumed(epoch + 1, revision).await, [a.id(), b.id()]);
     assert_eq!(resumed(epoch, revision + 1_000).await, [a.id(), b.id()], "ahead of the map");
 
-    // All of it outlives the controller.
+    // Epoch and revisions survive a restart of the controller.
     controller.stop().await;
     let controller = TestController::start(root.path());
     let mut watch = a.watch_from(&controller, start(epoch, revision)).await.unwrap();
@@ -180,7 +180,7 @@ async fn a_slow_watcher_gets_the_newest_state_and_no_queue() {
     watch.synced().await;
     let publisher = fast.watch(&controller).await;
 
-    // Each record fills a good part of the window that the slow one leaves open.
+    // Each record fills a large part of the slow watcher's flow-control window.
     const LAST: u64 = 60;
     let candidates: Vec<pb::Candidate> = (0..limits::CANDIDATES as u32)
         .map(|i| pb::Candidate { kind: 1, address: vec![10, 0, 0, 1], port: 1000 + i })
@@ -280,14 +280,14 @@ async fn a_cloned_machine_is_refused_and_a_restarted_one_is_not() {
     let info = controller.info("a").await;
     assert!(info.problems[0].contains("two machines"), "{:?}", info.problems);
 
-    // The same instance connects again, over another connection.
+    // The same instance connects again over another connection.
     let mut second = a.watch(&controller).await;
     second.synced().await;
-    assert!(first.publish(a.record(1, &[])).await.is_err(), "the first session is over");
+    assert!(first.publish(a.record(1, &[])).await.is_err(), "the first session has ended");
     second.publish(a.record(1, &[])).await.unwrap();
     drop(first);
 
-    // When the machine is gone, another instance may come.
+    // Once the machine is offline, another instance may connect.
     drop(second);
     loop {
         match a.watch_from(&controller, clone.clone()).await {
@@ -310,7 +310,7 @@ async fn who_is_not_heard_is_offline_and_who_is_stays() {
     assert_eq!(watch.ready.heartbeat_ms, 100);
     watch.synced().await;
     let listen = tokio::spawn(async move {
-        // Answers each heartbeat until its end.
+        // Answers each heartbeat until the watch ends.
         let status = watch.changes().await.unwrap_err();
         status.code()
     });
@@ -320,7 +320,7 @@ async fn who_is_not_heard_is_offline_and_who_is_stays() {
     assert!(!controller.info("silent").await.online);
     assert!(controller.info("heard").await.online);
     controller.stop().await;
-    assert_eq!(soon(listen).await.unwrap(), Code::Unavailable, "told that the controller stops");
+    assert_eq!(soon(listen).await.unwrap(), Code::Unavailable, "the controller is stopping");
 }
 
 #[tokio::test]
@@ -377,12 +377,12 @@ async fn a_certificate_is_renewed_for_its_own_key_even_when_it_has_expired() {
     assert_eq!(
         signed::grant(renewed.grant.as_ref(), &controller.ca_key()).unwrap(),
         node.grant,
-        "the grant as it stands"
+        "the current grant"
     );
     node.chain = renewed.certificate_chain.into_iter().map(Into::into).collect();
     node.watch(&controller).await.synced().await;
 
-    // A certificate of this CA for a node that never was.
+    // A certificate of this CA for a node that never existed.
     let ghost = authority.issue(
         Subject::Node(towline_proto::id::NodeId([9; 16])),
         &node.machine.identity,
@@ -490,7 +490,7 @@ async fn a_restored_backup_begins_a_new_epoch_and_learns_its_tombstones_again() 
         Code::PermissionDenied
     });
 
-    // Nobody can make a tombstone but the CA.
+    // Only the CA can issue a tombstone.
     let forged = a.sign(&pb::Record::default());
     let start = pb::WatchStart { tombstones: vec![forged], ..Default::default() };
     let status = a.watch_from(&controller, start).await.err().unwrap();
@@ -503,12 +503,12 @@ async fn it_ends_in_time_though_clients_hold_on_and_its_store_is_free_at_once() 
     let root = tempfile::tempdir().unwrap();
     let controller = TestController::start(root.path());
     let node = controller.node("a", &[]).await;
-    // A watch that nobody reads, a connection that says nothing, and half a handshake.
+    // A watch that is not read, an idle connection, and an incomplete handshake.
     let watch = node.watch(&controller).await;
     let client = node.client(&controller).await;
     let stranger = tokio::net::TcpStream::connect(controller.address).await.unwrap();
     let stopped = tokio::time::timeout(Duration::from_secs(2), controller.stop()).await;
-    stopped.expect("it promised to end within 2 s");
+    stopped.expect("the controller ends within 2 s");
     let controller = TestController::start(root.path());
     assert_eq!(controller.info("a").await.problems, [""; 0]);
     drop((watch, client, stranger));
@@ -525,7 +525,7 @@ async fn junk_at_the_port_harms_nobody() {
     for junk in [
         vec![0; 4096],
         b"GET / HTTP/1.1\r\n\r\n".to_vec(),
-        // A handshake record that promises more than comes.
+        // A handshake record whose length is larger than its content.
         vec![22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc, 3, 3],
     ] {
         let mut stream = tokio::net::TcpStream::connect(controller.address).await.unwrap();
@@ -534,7 +534,7 @@ async fn junk_at_the_port_harms_nobody() {
         let mut rest = Vec::new();
         let _ = soon(stream.read_to_end(&mut rest)).await;
     }
-    // Junk inside TLS: no HTTP/2.
+    // Junk inside of TLS instead of HTTP/2.
     let mut roots = rustls::RootCertStore::empty();
     roots.add(controller.ca()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -559,7 +559,7 @@ async fn pages_of_nodes_and_tokens_hold_them_all() {
     let root = tempfile::tempdir().unwrap();
     let controller = TestController::start(root.path());
     let mut admin = controller.admin().await;
-    // Labels as long as they may be fill a page with a few dozen tokens.
+    // With labels of the largest size, a few dozen tokens fill a page.
     let value = "v".repeat(limits::LABEL_VALUE_BYTES);
     let labels = (0..limits::LABELS).map(|i| (format!("label-{i}"), value.clone()));
     let request =

@@ -1,4 +1,4 @@
-//! The connection to a running controller, as an administrator.
+//! Connection to a running controller, with the administrator's credential.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -23,18 +23,19 @@ use crate::peer;
 use crate::state_dir::StateDir;
 use crate::tls::ALPN;
 
-/// How long a connection, and any one answer, may take.
+/// Timeout of the connection, and of each request.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A connected administrator.
+/// A connection to the controller.
 pub(super) struct Client {
-    /// The service.
+    /// Client of the service `towline.v1.Admin`.
     pub(super) admin: AdminClient<Channel>,
-    /// The key that the CA's statements verify with.
+    /// Public key of the CA, which verifies its statements.
     pub(super) ca: IdentityKey,
 }
 
-/// Connects to the controller at `address`, or to the one that runs on the state directory.
+/// Connects to the controller at `address`, or to the one that runs on the state directory if no
+/// address is given.
 pub(super) async fn connect(
     state_dir: &Path,
     address: Option<&ControllerAddress>,
@@ -43,7 +44,7 @@ pub(super) async fn connect(
     let shown = state_dir.display();
     let Some(ca) = dir.read("ca.crt")? else {
         bail!(
-            "no controller was set up in {shown}: start one with `towline-controller serve`, or name its --state-dir"
+            "no controller was set up in {shown}: start one with `towline-controller serve`, or give its --state-dir"
         );
     };
     let not_running = || {
@@ -56,8 +57,10 @@ pub(super) async fn connect(
         (None, Some(address)) => address.trim_end().to_owned(),
         (None, None) => bail!(not_running()),
     };
-    let ca = CertificateDer::from_pem_slice(ca.as_bytes()).context("ca.crt is damaged")?;
-    let (_, ca_key) = peer::mesh_authority(&ca).context("ca.crt is damaged")?;
+    let ca = CertificateDer::from_pem_slice(ca.as_bytes())
+        .context("ca.crt is damaged: restore it from a backup")?;
+    let (_, ca_key) =
+        peer::mesh_authority(&ca).context("ca.crt is damaged: restore it from a backup")?;
     let connector = tls(&dir, ca)?;
 
     let connecting = async {
@@ -75,25 +78,25 @@ pub(super) async fn connect(
             return Err(error)
                 .with_context(|| format!("cannot connect to the controller at {address}"));
         }
-        Err(_) => bail!("the controller at {address} does not answer"),
+        Err(_) => bail!("cannot connect to the controller at {address}: no answer in time"),
     };
-    let channel = channel(stream).await.context("cannot speak to the controller")?;
+    let channel = channel(stream).await.context("cannot open an HTTP/2 connection")?;
     let admin = AdminClient::new(channel).max_decoding_message_size(limits::MESSAGE_BYTES);
     Ok(Client { admin, ca: ca_key })
 }
 
 fn tls(dir: &StateDir, ca: CertificateDer<'static>) -> anyhow::Result<TlsConnector> {
     let missing = |name: &str| {
-        format!("{} is missing: restart the controller, it makes it", dir.file(name).display())
+        format!("{} is missing: restart the controller to create it", dir.file(name).display())
     };
     let certificate = dir.read("admin.crt")?.with_context(|| missing("admin.crt"))?;
     let key = dir.read_key("admin.key")?.with_context(|| missing("admin.key"))?;
     let certificate = CertificateDer::from_pem_slice(certificate.as_bytes())
-        .context("admin.crt is damaged: restart the controller, it makes it anew")?;
+        .context("admin.crt is damaged: restart the controller to create it again")?;
     let key = PrivateKeyDer::from_pem_slice(key.as_bytes())
-        .context("admin.key is damaged: remove it and restart the controller, it makes it anew")?;
+        .context("admin.key is damaged: remove it and restart the controller to create it again")?;
     let mut roots = RootCertStore::empty();
-    roots.add(ca).context("ca.crt is damaged")?;
+    roots.add(ca).context("ca.crt is damaged: restore it from a backup")?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -104,20 +107,20 @@ fn tls(dir: &StateDir, ca: CertificateDer<'static>) -> anyhow::Result<TlsConnect
     Ok(TlsConnector::from(Arc::new(config)))
 }
 
-/// A channel over a stream that is there already, so that what went wrong with connecting can be
-/// told in its own words.
+/// Returns a channel over an existing stream, so that an error of connecting is not hidden in an
+/// error of the channel.
 async fn channel(stream: TlsStream<TcpStream>) -> Result<Channel, tonic::transport::Error> {
     let mut stream = Some(stream);
     Endpoint::from_static("http://controller")
         .timeout(PATIENCE)
         .connect_with_connector(tower::service_fn(move |_: http::Uri| {
             let stream = stream.take().map(TokioIo::new);
-            async { stream.ok_or_else(|| std::io::Error::other("the connection is over")) }
+            async { stream.ok_or_else(|| std::io::Error::other("the connection was closed")) }
         }))
         .await
 }
 
-/// What a refused request says to the operator.
+/// Returns the error of a refused request, in one line for the operator.
 pub(super) fn told(status: tonic::Status) -> anyhow::Error {
     let line: String = status.message().split_whitespace().collect::<Vec<_>>().join(" ");
     if line.is_empty() {

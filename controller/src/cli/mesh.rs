@@ -1,4 +1,4 @@
-//! `towline-controller mesh`.
+//! Command `towline-controller mesh`.
 
 use std::str::FromStr;
 
@@ -16,30 +16,30 @@ use crate::config::check_ranges;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Mesh {
-    /// Show what holds for the whole mesh
+    /// Show the configuration of the mesh
     Show {
-        /// Form of the output
+        /// Output format
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
-    /// Change it: each list that is named is replaced, on every node at once
+    /// Change the configuration of the mesh: each given list is replaced, on every node at once
     Set(Changes),
 }
 
-/// What `set` changes. The controller's own configuration, where it names one of these, holds
-/// again at its next start.
+/// Lists to replace. A list that is also in the controller's own configuration is reset to that at
+/// the controller's next start.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
 pub(super) struct Changes {
-    /// Ranges inside which an address without an owner is unreachable rather than sent in clear,
-    /// or `none`
+    /// Ranges in which an address that no node holds is unreachable instead of sent in clear, or
+    /// `none`
     #[arg(long, value_name = "CIDR", value_delimiter = ',')]
     protected: Option<Vec<String>>,
-    /// Sites whose nodes reach each other's node IPs outside the tunnel, or `none`
+    /// Sites whose nodes reach each other's node IPs outside of the tunnel, or `none`
     #[arg(long, value_name = "SITE", value_delimiter = ',')]
     trusted_site: Option<Vec<String>>,
-    /// Ranges in which what a node announces is reached in clear while the tunnel to it is down,
-    /// or `none`
+    /// Ranges in which a node's announced prefixes are reached in clear while the tunnel to it is
+    /// down, or `none`
     #[arg(long, value_name = "CIDR", value_delimiter = ',')]
     bypass_when_down: Option<Vec<String>>,
 }
@@ -57,7 +57,7 @@ pub(super) async fn run(command: Mesh, common: &Common) -> anyhow::Result<()> {
             let mut client = common.connect().await?;
             let answer = client.admin.configure_mesh(request).await.map_err(told)?;
             let mesh = View::read(answer.into_inner().mesh.as_ref(), &client.ca)?;
-            eprintln!("the mesh's configuration has generation {}", mesh.generation);
+            eprintln!("the mesh configuration now has generation {}", mesh.generation);
             Ok(())
         }
     }
@@ -83,7 +83,7 @@ impl Changes {
     }
 }
 
-/// The values of a list flag; `none` alone is the empty list.
+/// Parses the values of a list flag. The single value `none` is the empty list.
 fn values<T>(flag: &str, list: Option<&[String]>) -> anyhow::Result<Option<Vec<T>>>
 where
     T: FromStr<Err: std::error::Error + Send + Sync + 'static>,

@@ -1,7 +1,9 @@
-//! The command line: stdout is data, stderr is talk. Exit 0 done, 1 failed, 2 wrong usage.
+//! The command line. Stdout is data, stderr is diagnostics. Exit status: 0 done, 1 failed, 2 wrong
+//! usage.
 //!
-//! `serve` runs the controller; every other command talks to a running one over gRPC, with the
-//! administrator's credential from the state directory. None ever opens the store.
+//! `serve` runs the controller. The commands `token`, `node` and `mesh` call a running one over
+//! gRPC,
+//! with the administrator's credential from the state directory. They never open the store.
 
 mod client;
 mod mesh;
@@ -26,7 +28,7 @@ use crate::config::Settings;
 use crate::notify::{Message, notify};
 use crate::server::Controller;
 
-/// The Towline controller: who is in the mesh, and who may be.
+/// The Towline controller: certificate authority and registry of a mesh.
 #[derive(Debug, Parser)]
 #[command(name = "towline-controller", version = towline_proto::VERSION, max_term_width = 100)]
 struct Cli {
@@ -38,20 +40,20 @@ struct Cli {
 
 #[derive(Debug, Args)]
 struct Common {
-    /// Configuration file [default: /etc/towline/controller.toml, if it is there]
+    /// Configuration file [default: /etc/towline/controller.toml, if it exists]
     #[arg(long, global = true, env = "TOWLINE_CONTROLLER_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where the controller keeps its state [default: /var/lib/towline-controller]
+    /// State directory of the controller [default: /var/lib/towline-controller]
     #[arg(long, global = true, env = "TOWLINE_CONTROLLER_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// The running controller to talk to [default: the one of the state directory]
+    /// Address of the running controller [default: the one that uses the state directory]
     #[arg(long, global = true, env = "TOWLINE_CONTROLLER", value_name = "HOST:PORT")]
     controller: Option<ControllerAddress>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the controller; its first start creates the mesh
+    /// Run the controller; the first start creates the mesh
     Serve(Serve),
     /// Create, list and revoke join tokens
     #[command(subcommand)]
@@ -59,10 +61,10 @@ enum Command {
     /// List, show and remove nodes
     #[command(subcommand)]
     Node(node::Node),
-    /// Show and change what holds for the whole mesh
+    /// Show and change the configuration of the mesh
     #[command(subcommand)]
     Mesh(mesh::Mesh),
-    /// Look at the configuration
+    /// Check the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
     /// Print the version
@@ -71,16 +73,16 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
-    /// Parse the configuration as `serve` would, and do nothing else
+    /// Parse the configuration like `serve`, without starting the controller
     Check(Serve),
 }
 
 #[derive(Debug, Args)]
 struct Serve {
-    /// Where to listen [default: [::]:7443]
+    /// Address to listen on [default: [::]:7443]
     #[arg(long, env = "TOWLINE_CONTROLLER_LISTEN", value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
-    /// An address under which nodes reach the controller, to be put into tokens; may be repeated
+    /// Address at which nodes reach the controller, to be written into tokens; may be repeated
     #[arg(
         long,
         env = "TOWLINE_CONTROLLER_ADVERTISE",
@@ -94,11 +96,11 @@ struct Serve {
     /// IPv4 range of the overlay [default: 198.19.0.0/16]
     #[arg(long, env = "TOWLINE_CONTROLLER_OVERLAY_V4", value_name = "CIDR")]
     overlay_v4: Option<Ipv4Net>,
-    /// A range inside which an address without an owner is unreachable rather than sent in clear;
-    /// may be repeated
+    /// Range in which an address that no node holds is unreachable instead of sent in clear; may be
+    /// repeated
     #[arg(long, env = "TOWLINE_CONTROLLER_PROTECTED", value_name = "CIDR", value_delimiter = ',')]
     protected: Vec<IpNet>,
-    /// A site whose nodes reach each other's node IPs outside the tunnel; may be repeated
+    /// Site whose nodes reach each other's node IPs outside of the tunnel; may be repeated
     #[arg(
         long,
         env = "TOWLINE_CONTROLLER_TRUSTED_SITES",
@@ -106,8 +108,8 @@ struct Serve {
         value_delimiter = ','
     )]
     trusted_site: Vec<Label>,
-    /// A range in which what a node announces is reached in clear while the tunnel to it is down;
-    /// may be repeated
+    /// Range in which a node's announced prefixes are reached in clear while the tunnel to it is
+    /// down; may be repeated
     #[arg(
         long,
         env = "TOWLINE_CONTROLLER_BYPASS_WHEN_DOWN",
@@ -115,7 +117,7 @@ struct Serve {
         value_delimiter = ','
     )]
     bypass_when_down: Vec<IpNet>,
-    /// How long a node may be offline before others may take over its prefixes [default: 10m]
+    /// Time that a node may be offline before other nodes may take over its prefixes [default: 10m]
     #[arg(long, env = "TOWLINE_CONTROLLER_LEASE", value_name = "DURATION")]
     lease: Option<SignedDuration>,
 }
@@ -151,9 +153,9 @@ impl Serve {
     }
 }
 
-/// Runs the command line of this process.
+/// Runs the command line of this process and returns its exit status.
 pub fn main() -> ExitCode {
-    // Every command reads a key.
+    // Nearly every command reads a private key.
     towline_service::process::forbid_dumps();
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -174,7 +176,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Mesh(command) => block_on(mesh::run(command, &common)),
         Command::Config(ConfigCommand::Check(serve)) => {
             serve.settings(&common)?.resolve()?;
-            eprintln!("the configuration is good");
+            eprintln!("the configuration is valid");
             Ok(())
         }
         Command::Version => output::line(towline_proto::VERSION),
@@ -191,7 +193,7 @@ fn serve_until_signal(settings: Settings) -> anyhow::Result<()> {
         .init();
     raise_file_limit();
     block_on(async {
-        // Before the start, so that no signal after it is missed.
+        // The handlers are installed before the start, so that no signal is missed.
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
         let controller = Controller::start(config)?;
@@ -200,7 +202,7 @@ fn serve_until_signal(settings: Settings) -> anyhow::Result<()> {
             state_dir = %controller.state_dir().display(),
             "started"
         );
-        // It listens: who connects from here on is served.
+        // The address is bound, so connections from now on will be served.
         notify(Message::Ready);
         controller
             .run(async {
@@ -215,7 +217,8 @@ fn serve_until_signal(settings: Settings) -> anyhow::Result<()> {
     })
 }
 
-/// Each node holds a connection: as many as the system lets us have. Less is no error here.
+/// Raises the limit on open files to the hard limit, since each node holds a connection. A failure
+/// is ignored.
 fn raise_file_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {

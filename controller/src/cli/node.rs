@@ -1,4 +1,4 @@
-//! `towline-controller node`.
+//! Command `towline-controller node`.
 
 use std::collections::BTreeMap;
 
@@ -17,21 +17,21 @@ use crate::clock::Now;
 pub(super) enum Node {
     /// List the nodes
     List {
-        /// Form of the output
+        /// Output format
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
-    /// Show all that is known of a node
+    /// Show the details of a node
     Show {
-        /// Its name
+        /// Name of the node
         name: String,
-        /// Form of the output
+        /// Output format
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
-    /// Remove a node for good: it can join again only with a new token and fresh keys
+    /// Remove a node permanently: it can join again only with a new token and new keys
     Remove {
-        /// Its name
+        /// Name of the node
         name: String,
     },
 }
@@ -46,14 +46,14 @@ pub(super) async fn run(command: Node, common: &Common) -> anyhow::Result<()> {
             let mut client = common.connect().await?;
             let request = pb::ListNodesRequest { name, after: String::new() };
             let found = client.admin.list_nodes(request).await.map_err(told)?.into_inner().nodes;
-            let node = found.first().context("the controller answered without the node")?;
+            let node = found.first().context("invalid response from the controller: no node")?;
             let node = View::read(node, &client.ca)?;
             output::write(output, &node, |_| sheet(&node))
         }
         Node::Remove { name } => {
             let request = pb::RemoveNodeRequest { name: name.clone() };
             common.connect().await?.admin.remove_node(request).await.map_err(told)?;
-            eprintln!("node {name} is removed");
+            eprintln!("node {name} removed");
             Ok(())
         }
     }

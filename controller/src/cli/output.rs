@@ -1,4 +1,4 @@
-//! Results as tables, JSON or YAML.
+//! Output of results as tables, JSON or YAML.
 
 use std::io::{self, Write};
 
@@ -8,33 +8,34 @@ use comfy_table::presets::NOTHING;
 use jiff::Timestamp;
 use serde::Serialize;
 
-/// In which form a reading command answers.
+/// Output format of a command that reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub(super) enum Format {
-    /// For people.
+    /// Table for people
     #[default]
     Table,
-    /// For people with wide windows.
+    /// Table with all columns, for wide terminals
     Wide,
-    /// One JSON value.
+    /// One JSON document
     Json,
-    /// One YAML document.
+    /// One YAML document
     Yaml,
 }
 
-/// Standard output took no more.
+/// Error of writing to standard output.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write to standard output: {0}")]
 struct Unwritten(#[source] io::Error);
 
-/// Writes one line, or several, to standard output.
+/// Writes one or more lines to standard output.
 pub(super) fn line(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "{text}").and_then(|()| stdout.flush()).map_err(Unwritten)?;
     Ok(())
 }
 
-/// Writes a value as JSON or YAML, or its table.
+/// Writes a value to standard output as JSON, YAML or a table. The argument of `table` says whether
+/// it has all columns.
 pub(super) fn write(
     format: Format,
     value: &impl Serialize,
@@ -48,7 +49,7 @@ pub(super) fn write(
     }
 }
 
-/// Columns side by side, without lines.
+/// Returns a table without lines between rows and columns.
 pub(super) fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING).set_header(header.iter().copied());
@@ -59,7 +60,7 @@ pub(super) fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>
     table.trim_fmt()
 }
 
-/// Several values in one cell.
+/// Returns the text of a cell with several values.
 pub(super) fn list<T: ToString>(items: &[T]) -> String {
     if items.is_empty() {
         return "-".to_owned();
@@ -67,7 +68,7 @@ pub(super) fn list<T: ToString>(items: &[T]) -> String {
     items.iter().map(T::to_string).collect::<Vec<_>>().join(",")
 }
 
-/// A moment, RFC 3339; `None` for one that never was.
+/// Returns a time as RFC 3339 text. 0 stands for a time that never was: `None`.
 pub(super) fn time(unix: i64) -> Option<String> {
     if unix == 0 {
         return None;
@@ -75,7 +76,7 @@ pub(super) fn time(unix: i64) -> Option<String> {
     Timestamp::from_second(unix).ok().map(|time| time.to_string())
 }
 
-/// A span of time, in its largest whole unit.
+/// Returns a duration as text, in a unit that keeps the number short.
 pub(super) fn span(seconds: i64) -> String {
     let seconds = seconds.max(0);
     match seconds {
@@ -86,7 +87,7 @@ pub(super) fn span(seconds: i64) -> String {
     }
 }
 
-/// An error and its causes in one line, each said once.
+/// Returns an error and its causes in one line, without repetitions.
 pub(super) fn chain(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {
@@ -97,8 +98,8 @@ pub(super) fn chain(error: &anyhow::Error) -> String {
     text.replace('\n', " ")
 }
 
-/// The reader of standard output has gone: nothing to complain about. A connection that broke is
-/// another matter.
+/// Returns whether the reader of standard output has closed it, which is not a failure. A broken
+/// connection to the controller does not count.
 pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let unwritten = error.downcast_ref::<Unwritten>();
     unwritten.is_some_and(|Unwritten(error)| error.kind() == io::ErrorKind::BrokenPipe)

@@ -1,4 +1,4 @@
-//! `towline-controller token`.
+//! Command `towline-controller token`.
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
@@ -15,48 +15,48 @@ use crate::clock::Now;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Token {
-    /// Create a join token; it is shown once, alone on standard output
+    /// Create a join token; it is shown only once, as the only line on standard output
     Create(Create),
-    /// List the tokens; never their secrets
+    /// List the tokens, without their secrets
     List {
-        /// Form of the output
+        /// Output format
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
-    /// Revoke a token; nodes that joined with it stay
+    /// Revoke a token; nodes that joined with it stay in the mesh
     Revoke {
-        /// Its id
+        /// Id of the token
         id: String,
     },
 }
 
 #[derive(Debug, Args)]
 pub(super) struct Create {
-    /// How long it is good for, as in `30m` or `7d`
+    /// Time for which the token is valid, for example `30m` or `7d`
     #[arg(long, default_value = "1h", value_name = "DURATION")]
     ttl: SignedDuration,
-    /// How many nodes may join with it
+    /// Number of nodes that may join with the token
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     uses: u32,
-    /// Which names they may have: a DNS label in which `*` stands for any run of characters
+    /// Names that the nodes may have: a DNS label in which `*` matches any characters
     #[arg(long, value_name = "PATTERN")]
     name: Option<String>,
-    /// Their site: nodes of one site share a LAN
+    /// Site of the nodes; nodes of one site share a LAN
     #[arg(long)]
     site: Option<String>,
-    /// A label of theirs; may be repeated
+    /// Label of the nodes; may be repeated
     #[arg(long = "label", value_name = "KEY=VALUE")]
     labels: Vec<String>,
-    /// A network that they may announce, whole or in part; may be repeated
+    /// Network that the nodes may announce, whole or in part; may be repeated
     #[arg(long = "prefix", value_name = "CIDR")]
     prefixes: Vec<IpNet>,
-    /// The node that the joining machine replaces: it is removed as the other joins
+    /// Name of a node that the joining machine replaces; it is removed at the join
     #[arg(long, value_name = "NAME")]
     replace: Option<String>,
-    /// Remove the nodes when they stay away for longer than the lease
+    /// Remove the nodes once they are offline for longer than the lease
     #[arg(long)]
     ephemeral: bool,
-    /// Form of the output; `table` is the token alone
+    /// Output format; `table` prints only the token
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
@@ -68,7 +68,8 @@ pub(super) async fn run(command: Token, common: &Common) -> anyhow::Result<()> {
             let request = create.request()?;
             let mut client = common.connect().await?;
             let created = client.admin.create_token(request).await.map_err(told)?.into_inner();
-            let info = created.info.context("the controller answered without the token's data")?;
+            let info =
+                created.info.context("invalid response from the controller: no token data")?;
             let expires = output::span(info.expires_at - Now::read().unix);
             eprintln!("token {} admits {} within {expires}", info.id, nodes(info.uses));
             let shown = Created { token: &created.token, info: View::from(info) };
@@ -82,7 +83,7 @@ pub(super) async fn run(command: Token, common: &Common) -> anyhow::Result<()> {
         Token::Revoke { id } => {
             let request = pb::RevokeTokenRequest { id: id.clone() };
             common.connect().await?.admin.revoke_token(request).await.map_err(told)?;
-            eprintln!("token {id} is revoked");
+            eprintln!("token {id} revoked");
             Ok(())
         }
     }
@@ -105,20 +106,17 @@ impl Create {
     fn request(self) -> anyhow::Result<pb::CreateTokenRequest> {
         let ttl = std::time::Duration::try_from(self.ttl).unwrap_or_default();
         if ttl.as_secs() == 0 || ttl > limits::TOKEN_TTL {
-            bail!(
-                "--ttl must lie between one second and {} days",
-                limits::TOKEN_TTL.as_secs() / 86_400
-            );
+            bail!("invalid --ttl: use one second to {} days", limits::TOKEN_TTL.as_secs() / 86_400);
         }
         let labels = self.labels.iter().map(|label| {
             let (key, value) = label
                 .split_once('=')
-                .with_context(|| format!("`{label}` is no label: use KEY=VALUE"))?;
+                .with_context(|| format!("`{label}` is not a label: use KEY=VALUE"))?;
             Ok((key.to_owned(), value.to_owned()))
         });
         for prefix in &self.prefixes {
             if prefix.trunc() != *prefix {
-                bail!("prefix {prefix} has host bits: use {}", prefix.trunc());
+                bail!("prefix {prefix} has host bits set: use {}", prefix.trunc());
             }
         }
         Ok(pb::CreateTokenRequest {

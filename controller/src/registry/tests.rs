@@ -1,4 +1,4 @@
-//! The registry as its operators and nodes meet it, and its invariants under random operations.
+//! Tests of the registry's operations, and of its invariants under random operations.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, LazyLock};
@@ -24,7 +24,7 @@ use crate::state_dir::{Starts, StateDir};
 const SECRET: TokenSecret = TokenSecret([7; 32]);
 const LEASE: Duration = Duration::from_secs(600);
 
-/// One for all tests: keys take a while to make.
+/// CA of all tests. It is shared because generating its key is slow.
 static AUTHORITY: LazyLock<Arc<Authority>> = LazyLock::new(|| {
     let root = tempfile::tempdir().unwrap();
     let dir = StateDir::new(root.path());
@@ -64,7 +64,7 @@ fn net(text: &str) -> IpNet {
     text.parse().unwrap()
 }
 
-/// A registry with a clock, sessions, and a store and a map that follow it.
+/// A registry with a clock, sessions, and copies of the store and the map.
 struct World {
     registry: Registry,
     sessions: Sessions,
@@ -94,7 +94,7 @@ impl World {
         self.drawn
     }
 
-    /// Stores and shows what changed, as the writer does.
+    /// Stores and publishes the changes, as the writer does.
     fn commit(&mut self) {
         let changes = self.registry.take_changes();
         for (key, value) in changes.writes {
@@ -120,7 +120,7 @@ impl World {
         id
     }
 
-    /// A machine with the keys number `key` asks to join.
+    /// Sends the join request of a machine whose keys are derived from `key`.
     fn join(&mut self, token: TokenId, name: &str, key: u8) -> Result<Joined, Refusal> {
         let join = Join {
             token,
@@ -135,7 +135,7 @@ impl World {
         joined
     }
 
-    /// A new node with these grants, connected.
+    /// Adds a node that may announce `allowed`, and opens its session.
     fn node(&mut self, name: &str, key: u8, allowed: &[&str]) -> NodeId {
         let allowed_prefixes = allowed.iter().map(|text| net(text)).collect();
         let token = self.token(TokenTerms { allowed_prefixes, ..terms() });
@@ -161,7 +161,7 @@ impl World {
         }
     }
 
-    /// Time goes by; whoever is connected lets itself be heard.
+    /// Advances the clock. Connected nodes send a heartbeat.
     fn pass(&mut self, time: Duration) {
         let connected: Vec<NodeId> = self.connected();
         self.now = self.now.plus(time);
@@ -270,7 +270,7 @@ fn a_join_whose_answer_was_lost_can_be_asked_again() {
     world.pass(Duration::from_secs(7200));
     assert_eq!(world.join(token, "a", 1).unwrap(), first);
     assert_eq!(world.registry.nodes.len(), 1);
-    // With another name or key it is another request.
+    // A request with another name or key is a different one.
     assert!(matches!(world.join(token, "b", 1), Err(Refusal::TokenUsed { .. })));
     assert!(matches!(world.join(token, "a", 2), Err(Refusal::TokenUsed { .. })));
 }
@@ -293,7 +293,7 @@ fn names_and_keys_are_unique_and_the_holder_learns_who_tried() {
     let refused = world.registry.join(&join, &world.sessions, world.now);
     assert!(matches!(refused, Err(Refusal::WireguardKeyTaken { .. })), "{refused:?}");
     assert_eq!(world.problems(node).len(), 2);
-    assert_eq!(world.registry.tokens[&token].used, 0, "a refused join uses nothing up");
+    assert_eq!(world.registry.tokens[&token].used, 0, "a refused join consumes no use");
 }
 
 #[test]
@@ -309,7 +309,7 @@ fn a_reinstalled_machine_takes_the_place_of_the_old_node() {
     world.open(new);
     assert!(world.announce(new, 2, 1, "10.0.0.0/24").is_empty());
     assert_eq!(world.holder("10.0.0.0/24"), Some(new));
-    // Replacing nobody is an ordinary join.
+    // Replacing a node that does not exist is an ordinary join.
     let replace = Some("gone".parse::<NodeName>().unwrap());
     let token = world.token(TokenTerms { replace, ..terms() });
     world.join(token, "gone", 3).unwrap();
@@ -341,7 +341,7 @@ fn a_second_claim_is_withheld_and_both_operators_see_why() {
         assert!(world.problems(b).contains(&reasons[0]));
         assert_eq!(world.holder("10.1.0.0/16"), Some(a));
     }
-    // What it gave up is no problem any more.
+    // A claim that was given up causes no problem any more.
     world.announce(b, 2, 9, "10.2.0.0/16");
     assert_eq!(world.holder("10.2.0.0/16"), Some(b));
     assert!(world.problems(b).is_empty() && world.problems(a).is_empty());
@@ -354,7 +354,7 @@ fn a_nested_prefix_stands_where_its_own_grant_names_it() {
     let nested = world.node("nested", 2, &["10.1.0.0/16"]);
     assert!(world.announce(wide, 1, 1, "10.0.0.0/8").is_empty());
     assert!(world.announce(nested, 2, 1, "10.1.0.0/16").is_empty());
-    // A part of what is granted is not what the grant names.
+    // A part of a granted prefix does not count as named by the grant.
     assert_eq!(world.announce(nested, 2, 2, "10.1.2.0/24").len(), 1);
     // The order does not matter.
     let other = world.node("other", 3, &["10.1.0.0/16", "10.1.3.0/24"]);
@@ -369,11 +369,11 @@ fn a_node_that_stays_away_yields_its_prefix_and_gets_it_back_when_it_is_free() {
     world.announce(a, 1, 1, "10.1.0.0/16");
     world.close(a);
     world.pass(LEASE / 2);
-    assert_eq!(world.announce(b, 2, 1, "10.1.0.0/16").len(), 1, "not away for long enough");
+    assert_eq!(world.announce(b, 2, 1, "10.1.0.0/16").len(), 1, "not offline for long enough");
     let before = world.registry.revision();
     world.pass(LEASE);
-    assert_eq!(world.holder("10.1.0.0/16"), Some(b), "taken over as time went by");
-    assert!(world.registry.revision() > before, "watchers learn of it");
+    assert_eq!(world.holder("10.1.0.0/16"), Some(b), "taken over by the periodic work");
+    assert!(world.registry.revision() > before, "watchers receive the change");
     assert!(world.problems(a)[0].contains("offline"));
 
     world.open(a);
@@ -391,22 +391,22 @@ fn the_pod_networks_of_a_dead_node_follow_to_the_one_that_kubernetes_gives_them_
     let (dead, heir) = (world.node("dead", 1, &pods), world.node("heir", 2, &pods));
     let given = [net("10.244.1.0/24"), net("fd10:244:0:1::/64")];
     assert!(world.publish(dead, 1, 1, &given).unwrap().withheld.is_empty());
-    // Kubernetes may be quicker than the lease, even while the node still lives.
+    // Kubernetes may reassign the networks before the lease ends, even while the node is online.
     assert_eq!(world.publish(heir, 2, 1, &given).unwrap().withheld.len(), 2);
     world.close(dead);
     world.pass(LEASE / 2);
     assert_eq!(world.holder("10.244.1.0/24"), Some(dead));
     world.pass(LEASE);
     for network in ["10.244.1.0/24", "fd10:244:0:1::/64"] {
-        assert_eq!(world.holder(network), Some(heir), "without a word from it");
+        assert_eq!(world.holder(network), Some(heir), "without another publication");
     }
     assert!(world.problems(heir).iter().all(|line| line.contains("had been offline")));
-    // It comes back with what it had, and then with what Kubernetes gives it now.
+    // The node comes back with its old networks, and then publishes its new ones.
     world.open(dead);
     let refused = world.publish(dead, 1, 2, &given).unwrap().withheld;
     assert!(refused.iter().all(|withheld| withheld.reason.contains("`heir`")), "{refused:?}");
     assert_eq!(world.announce(dead, 1, 3, "10.244.7.0/24"), Vec::<String>::new());
-    // One that only overlaps another's is withheld like the same.
+    // A network that only overlaps one of another node is withheld too.
     let reasons = world.announce(dead, 1, 4, "10.244.0.0/20");
     assert!(reasons[0].contains("`heir`"), "{reasons:?}");
 }
@@ -479,7 +479,7 @@ fn a_restored_store_voids_open_tokens_and_begins_a_new_epoch() {
 
     world.stored = backup;
     world.reload();
-    assert!(world.registry.member(node).is_ok(), "the backup knows nothing of the removal");
+    assert!(world.registry.member(node).is_ok(), "the backup is older than the removal");
     let started = world.registry.start(Some(started.starts));
     assert!(started.restored);
     assert_eq!((started.starts.epoch, started.voided), (2, 2));
@@ -533,7 +533,7 @@ fn a_store_of_another_authority_or_with_altered_records_is_not_believed() {
     assert!(load(missing, &AUTHORITY).to_string().contains("mesh"));
 }
 
-/// What may happen, in any order; numbers choose among what there is.
+/// A random operation. Numbers select one of the existing nodes or tokens.
 #[derive(Debug, Clone)]
 enum Act {
     Token { uses: u32, replace: Option<u8>, ephemeral: bool, prefixes: Vec<u8> },
@@ -661,7 +661,7 @@ impl World {
             assert!(registry.mesh().overlay_v6.contains(&grant.overlay.v6));
         }
 
-        // What the map shows as announced overlaps only where the nested one's grant names it.
+        // Announced prefixes in the map overlap only if the grant of the nested one names it.
         let mut announced = Vec::new();
         for member in registry.nodes.values() {
             let Some((record, _)) = &member.record else { continue };
@@ -681,13 +681,13 @@ impl World {
             }
         }
 
-        // Store and map follow the registry.
+        // Store and map agree with the registry.
         let snapshot = registry.snapshot();
         let shown = Map::new();
         shown.apply(1, registry.revision(), snapshot.clone());
         assert_eq!(self.map.changes_after(0).0, shown.changes_after(0).0);
         let revisions: BTreeSet<u64> = snapshot.iter().map(MapChange::revision).collect();
-        assert_eq!(revisions.len(), snapshot.len(), "each change has a revision of its own");
+        assert_eq!(revisions.len(), snapshot.len(), "each change has its own revision");
         assert!(revisions.last().is_none_or(|last| *last <= registry.revision()));
         let records = self.stored.clone().into_iter().collect();
         let loaded = Registry::load(AUTHORITY.clone(), records, self.now).unwrap();

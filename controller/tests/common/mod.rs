@@ -1,6 +1,6 @@
-//! A controller in this process, and machines that speak to it over real TLS on loopback.
+//! A controller in this process, and machines that connect to it over TLS on loopback.
 //!
-//! Nothing is faked but the machine: the client below does what an agent does on the wire.
+//! Only the machine is simulated: the client below sends the same messages as an agent.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -31,15 +31,15 @@ use towline_proto::token::JoinToken;
 use towline_proto::{CONTROLLER_TLS_NAME, pb};
 use x25519_dalek::{PublicKey, StaticSecret};
 
-/// Far more than anything here takes: what is waited for longer than this does not come.
+/// Timeout of every wait: far longer than any operation takes.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Waits, but not for ever.
+/// Waits for a future, at most [`PATIENCE`].
 pub async fn soon<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, future).await.expect("it did not happen")
+    tokio::time::timeout(PATIENCE, future).await.expect("a result in time")
 }
 
-/// A running controller. Dropped, it is gone as if it had been killed.
+/// A running controller. Dropping it ends it like a kill.
 pub struct TestController {
     pub dir: PathBuf,
     pub address: SocketAddr,
@@ -73,7 +73,7 @@ impl TestController {
         Self { dir, address, stop: Some(stop), task }
     }
 
-    /// Stops it and waits for its end.
+    /// Stops the controller and waits for its end.
     pub async fn stop(mut self) {
         let _ = self.stop.take().unwrap().send(());
         soon(&mut self.task).await.unwrap().unwrap();
@@ -88,7 +88,7 @@ impl TestController {
         towline_controller::peer::mesh_authority(&self.ca()).unwrap().1
     }
 
-    /// A connection, with a client certificate or without.
+    /// Returns a connection, with or without a client certificate.
     pub async fn connect(&self, credential: Option<Credential>) -> Channel {
         self.try_connect(credential).await.unwrap()
     }
@@ -111,12 +111,12 @@ impl TestController {
         stream.set_nodelay(true)?;
         let name = ServerName::try_from(CONTROLLER_TLS_NAME).unwrap();
         let mut stream = Some(connector.connect(name, stream).await?);
-        // Small, so that who does not read is felt at once.
+        // The window is small, so that a client that does not read blocks the server at once.
         let connected = Endpoint::from_static("http://controller")
             .initial_stream_window_size(16 * 1024)
             .connect_with_connector(tower::service_fn(move |_: http::Uri| {
                 let stream = stream.take().map(TokioIo::new);
-                async { stream.ok_or_else(|| std::io::Error::other("over")) }
+                async { stream.ok_or_else(|| std::io::Error::other("the connection was closed")) }
             }))
             .await;
         connected.map_err(std::io::Error::other)
@@ -134,7 +134,7 @@ impl TestController {
         created.token.parse().unwrap()
     }
 
-    /// A machine that joined with a token of its own.
+    /// Returns a node that joined with its own token.
     pub async fn node(&self, name: &str, prefixes: &[&str]) -> Node {
         let allowed_prefixes = prefixes.iter().map(|text| prefix(text)).collect();
         let request = pb::CreateTokenRequest { allowed_prefixes, ..Default::default() };
@@ -163,7 +163,7 @@ pub fn prefix(text: &str) -> pb::Prefix {
     (&text.parse::<ipnet::IpNet>().unwrap()).into()
 }
 
-/// A machine with its keys, not joined yet.
+/// A machine with its keys that has not joined yet.
 pub struct Machine {
     pub name: String,
     pub identity: KeyPair,
@@ -217,7 +217,7 @@ impl Machine {
     }
 }
 
-/// A machine that joined.
+/// A machine that has joined.
 pub struct Node {
     pub machine: Machine,
     pub grant: Grant,
@@ -276,7 +276,7 @@ impl Node {
         Ok(watch)
     }
 
-    /// A record of this node, signed.
+    /// Returns a signed record of this node.
     pub fn record(&self, generation: u64, prefixes: &[&str]) -> pb::Signed {
         let record = Record {
             node_id: self.id(),
@@ -322,7 +322,7 @@ impl Watch {
         self.requests.send(pb::WatchRequest { kind }).await.unwrap();
     }
 
-    /// The next changes; heartbeats are answered.
+    /// Returns the next changes, and answers heartbeats until then.
     pub async fn changes(&mut self) -> Result<pb::Changes, Status> {
         loop {
             match self.next().await?.kind.unwrap() {
@@ -337,7 +337,7 @@ impl Watch {
         }
     }
 
-    /// All there is, up to where the controller says that this was all.
+    /// Returns all changes up to the message that is marked as synced.
     pub async fn synced(&mut self) -> Vec<pb::change::Kind> {
         let mut all = Vec::new();
         loop {
@@ -349,7 +349,7 @@ impl Watch {
         }
     }
 
-    /// Waits for changes until one of them is what is looked for.
+    /// Waits for a change for which `wanted` returns a value.
     pub async fn until<T>(&mut self, wanted: impl Fn(&pb::change::Kind) -> Option<T>) -> T {
         loop {
             let changes = self.changes().await.unwrap();
@@ -366,7 +366,7 @@ impl Watch {
         Ok(self.client.clone().publish(request).await?.into_inner())
     }
 
-    /// The status with which the controller ends it.
+    /// Waits until the controller ends the watch, and returns the status.
     pub async fn end(&mut self) -> Status {
         loop {
             if let Err(status) = self.next().await {
@@ -376,7 +376,7 @@ impl Watch {
     }
 }
 
-/// The node of an upsert, with its record's generation, if it has one.
+/// Returns the node id of an upsert, and the generation of its record if it has one.
 pub fn upsert(kind: &pb::change::Kind, ca: &IdentityKey) -> Option<(NodeId, Option<u64>)> {
     match kind {
         pb::change::Kind::Upsert(entry) => {
