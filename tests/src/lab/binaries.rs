@@ -49,7 +49,7 @@ impl Binaries {
     /// shared target directory the binaries of both would have the same path.
     pub fn build_of(checkout: &Path) -> anyhow::Result<Self> {
         let checkout = std::fs::canonicalize(checkout)
-            .with_context(|| format!("no checkout at {}", checkout.display()))?;
+            .with_context(|| format!("cannot find a checkout at {}", checkout.display()))?;
         if checkout == std::fs::canonicalize(workspace())? {
             bail!("{} is this checkout itself: name another one", checkout.display());
         }

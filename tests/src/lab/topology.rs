@@ -213,7 +213,7 @@ impl Router {
 
 /// A builder for a host.
 #[derive(Debug)]
-#[must_use = "a host is made by `build`"]
+#[must_use = "a host is created by `build`"]
 pub struct HostBuilder<'a> {
     lab: &'a mut Lab,
     name: &'a str,
@@ -308,7 +308,7 @@ impl<'a> HostBuilder<'a> {
 
 /// A builder for a router.
 #[derive(Debug)]
-#[must_use = "a router is made by `build`"]
+#[must_use = "a router is created by `build`"]
 pub struct RouterBuilder<'a> {
     lab: &'a mut Lab,
     name: &'a str,

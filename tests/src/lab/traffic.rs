@@ -295,7 +295,7 @@ mod tests {
             cells[index] ^= 1;
         }
         cells.copy_within(CELL..2 * CELL, 0);
-        assert!(!pattern.verify(3, &cells), "a doubled cell");
+        assert!(!pattern.verify(3, &cells), "a duplicated cell");
     }
 
     #[test]

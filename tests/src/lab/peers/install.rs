@@ -65,7 +65,7 @@ fn crates_io(
     if installed.path.exists() {
         return Ok(installed);
     }
-    line(&format!("building {package} {version}: a few minutes, once"));
+    line(&format!("building {package} {version}, once: a few minutes"));
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     run(Command::new(cargo)
         .args(["install", "--locked", "--quiet", "--root"])

@@ -34,7 +34,7 @@ impl Accelerator {
         }
         let boot_id = fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let place = cache.entry("kvm", &[&boot_id, kernel.version.as_bytes()], None, |place| {
-            line("trying whether KVM boots a kernel");
+            line("testing whether KVM boots a kernel");
             fs::write(place.join("boots"), if boots(kernel)? { "yes" } else { "no" })?;
             Ok(())
         })?;

@@ -169,8 +169,9 @@ mod tests {
         let built = cache
             .entry("disk", &[b"1"], None, |place| Ok(fs::write(place.join("image"), "1")?))
             .unwrap();
-        let again =
-            cache.entry("disk", &[b"1"], None, |_| anyhow::bail!("it is there already")).unwrap();
+        let again = cache
+            .entry("disk", &[b"1"], None, |_| anyhow::bail!("the entry exists already"))
+            .unwrap();
         assert_eq!(built, again);
         assert!(again.join("image").exists());
         let expired = cache.entry("disk", &[b"1"], Some(Duration::ZERO), |_| Ok(())).unwrap();

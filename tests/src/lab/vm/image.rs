@@ -83,7 +83,7 @@ impl Image {
             recipe.push_str(&format!("\n{path} {mode:o}\n{text}"));
         }
         let place = cache.entry("image", &[recipe.as_bytes()], None, |place| {
-            line(&format!("building the image: Debian {SUITE}, a minute or two, once"));
+            line(&format!("building the image of Debian {SUITE}, once: one or two minutes"));
             build(place).context("cannot build the image of the machines")
         })?;
         Ok(Self { disk: place.join("disk"), busybox: place.join("busybox") })

@@ -71,7 +71,7 @@ impl Kernel {
         ];
         let kind = format!("kernel-{}", release.name);
         let place = cache.entry(&kind, &made_from, None, |place| {
-            line(&format!("fetching kernel {} of Debian {}, once", release.name, release.suite));
+            line(&format!("downloading kernel {} of Debian {}, once", release.name, release.suite));
             build(place, release, &busybox)
                 .with_context(|| format!("cannot prepare kernel {}", release.name))
         })?;

@@ -218,7 +218,7 @@ impl Machine {
     pub fn run_ok_for(&mut self, command: &str, limit: Duration) -> anyhow::Result<String> {
         let output = self.run_for(command, limit)?;
         if !output.is_success() {
-            bail!("`{command}` on {} ended with {output}", self.name);
+            bail!("`{command}` on {} exited with {output}", self.name);
         }
         Ok(output.stdout)
     }

@@ -87,7 +87,8 @@ impl Testbed<'_> {
         let image = self.image.disk.display().to_string();
         let made_from = [RECIPE.as_bytes(), image.as_bytes(), self.software.bytes()];
         let place = self.cache.entry("pair", &made_from, Some(PAIR_LIFETIME), |place| {
-            self.talk.step("installing and joining a control plane and a worker, for all cases");
+            self.talk
+                .step("installing and joining a control plane and a worker, once for all cases");
             let mut pair = self.blank()?;
             pair.join(self).inspect_err(|_| pair.keep_evidence(self, "pair"))?;
             pair.shut_down()?;

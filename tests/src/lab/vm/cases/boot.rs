@@ -37,7 +37,7 @@ fn alone(pair: &mut Pair, arguments: &str, promises: &mut Promises) -> anyhow::R
     }
     holds(&mut pair.worker, GUARD_HOLDS, "the guard is active", promises)?;
     holds(&mut pair.worker, AGENT_ANSWERS, "the agent answers", promises)?;
-    watch(pair, "while the worker boots alone", promises)?;
+    watch(pair, "while only the worker boots", promises)?;
     pair.network.reset();
     pair.worker.run_ok("systemctl kill --signal=KILL towline.service")?;
     watch(pair, "after the agent was killed", promises)
@@ -52,13 +52,13 @@ pub(super) fn agent_never_starts(
     pair.worker.boot(&format!("{NO_NFTABLES} systemd.mask=towline.service"))?;
     holds(&mut pair.worker, GUARD_HOLDS, "the guard is active", promises)?;
     holds(&mut pair.worker, "networkctl status eth0 | grep -q routable", "eth0 is up", promises)?;
-    watch(pair, "with the guard alone", promises)?;
+    watch(pair, "with only the guard", promises)?;
     pair.network.reset();
     pair.worker.run_ok("systemctl restart systemd-networkd")?;
     watch(pair, "after networkd was restarted", promises)?;
     pair.network.reset();
     pair.worker.run_ok("networkctl reconfigure eth0")?;
-    watch(pair, "after networkd configured the link again", promises)
+    watch(pair, "after networkd reconfigured the link", promises)
 }
 
 /// Boots a kernel without IPv6.
@@ -96,7 +96,7 @@ fn ipv4_alone(pair: &mut Pair, arguments: &str, promises: &mut Promises) -> anyh
     let status: serde_json::Value = serde_json::from_str(&status)?;
     let problems = &status["problems"];
     promises.hold(problems.as_array().is_none_or(Vec::is_empty), || {
-        format!("an IPv4 host has no standing problem: {problems}")
+        format!("a host with only IPv4 reports no problem: {problems}")
     });
     watch(pair, "on a host without IPv6", promises)
 }

@@ -53,7 +53,7 @@ pub(super) fn reboot(
     pair.worker.boot("")?;
     holds(&mut pair.worker, MESH_UP, "the mesh comes back", promises)?;
     pair.ping()?;
-    nothing_in_clear(pair, "over a reboot", promises);
+    nothing_in_clear(pair, "during a reboot", promises);
     Ok(())
 }
 
@@ -73,7 +73,7 @@ pub(super) fn power_cut_worker(
     pair.worker.boot("")?;
     holds(&mut pair.worker, MESH_UP, "the mesh comes back", promises)?;
     pair.ping()?;
-    nothing_in_clear(pair, "over power cuts", promises);
+    nothing_in_clear(pair, "during power cuts", promises);
     Ok(())
 }
 
@@ -89,11 +89,11 @@ pub(super) fn power_cut_control_plane(
     let token = pair.cp.run_ok("towline-controller token create -o json")?;
     pair.cp.cut_power()?;
     let token: serde_json::Value = serde_json::from_str(&token)?;
-    let id = token["id"].as_str().context("a token without id")?.to_owned();
+    let id = token["id"].as_str().context("the token has no id")?.to_owned();
     pair.cp.boot("")?;
     let listed = pair.cp.run_until_ok(tokens, CHANGE_LIMIT)?;
     promises.hold(listed.is_success() && listed.stdout.contains(&id), || {
-        format!("a token that was given out survives: {listed}")
+        format!("an acknowledged token survives the power cut: {listed}")
     });
     holds(&mut pair.cp, MESH_UP, "the control plane's mesh comes back", promises)?;
     pair.ping()?;
@@ -113,9 +113,8 @@ pub(super) fn control_plane_later(
     pair.cp.boot("")?;
     holds(&mut pair.worker, MESH_UP, "the mesh comes up once the control plane is on", promises)?;
     pair.ping()?;
-    promises.hold(main_pid(&mut pair.worker)? == agent, || {
-        "the agent was not restarted for it".to_owned()
-    });
+    promises
+        .hold(main_pid(&mut pair.worker)? == agent, || "the agent was not restarted".to_owned());
     nothing_in_clear(pair, "while the control plane was off", promises);
     Ok(())
 }
@@ -138,7 +137,7 @@ pub(super) fn shutdown(
         "journalctl -b -1 --no-pager -o cat | grep -i towline | grep -iE 'timed out|killing|failed'",
     )?;
     promises.hold(late.stdout.trim().is_empty(), || {
-        format!("the units end by themselves: {}", late.stdout.trim())
+        format!("the units stop by themselves: {}", late.stdout.trim())
     });
     Ok(())
 }
@@ -196,14 +195,14 @@ pub(super) fn controller_away(
     pair.worker.start("")?;
     pair.cp.await_runner()?;
     pair.worker.await_runner()?;
-    holds(&mut pair.worker, MESH_UP, "the mesh comes up by the cached map", promises)?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes up with the cached map", promises)?;
     pair.ping()?;
     let status = pair.worker.run_ok("towline status -o json")?;
     let status: serde_json::Value = serde_json::from_str(&status)?;
     promises.hold(status["controller"]["connected"] == false, || {
-        format!("the status says that the controller is away: {}", status["controller"])
+        format!("the status reports that the controller is unreachable: {}", status["controller"])
     });
-    nothing_in_clear(pair, "with the controller away", promises);
+    nothing_in_clear(pair, "without the controller", promises);
     Ok(())
 }
 
@@ -243,7 +242,7 @@ pub(super) fn clock_off(
     pair.cp.boot("")?;
     let hour = Duration::from_secs(3600);
     let now = SystemTime::now();
-    for (when, time) in [("an hour back", now - hour), ("an hour ahead", now + hour)] {
+    for (when, time) in [("an hour behind", now - hour), ("an hour ahead", now + hour)] {
         pair.network.reset();
         let base = format!("base={}", utc(time)?);
         pair.worker.start_with("", &["-rtc", &base])?;

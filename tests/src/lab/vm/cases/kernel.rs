@@ -79,7 +79,7 @@ pub(super) fn tunnels(
         let large = format!("ping -n -c 2 -i 0.3 -W 5 -M do -s 1300 {address}");
         holds(&mut pair.worker, &large, &format!("large packets pass {what}"), promises)?;
     }
-    nothing_in_clear(pair, "of VXLAN and Geneve", promises);
+    nothing_in_clear(pair, "with VXLAN and Geneve", promises);
     Ok(())
 }
 
@@ -111,15 +111,20 @@ pub(super) fn wireguard_peer(
         theirs.trim()
     ))?;
     let ping = "ping -n -c 3 -i 0.3 -W 5 10.9.0.1";
-    holds(&mut pair.worker, ping, "the kernel's WireGuard is reached", promises)?;
+    holds(&mut pair.worker, ping, "the worker reaches the kernel's WireGuard", promises)?;
     let back = "ping -n -c 3 -i 0.3 -W 5 10.9.0.2";
     holds(&mut pair.cp, back, "the kernel's WireGuard reaches the worker", promises)?;
     pair.cp.run_ok("wg set wg0 listen-port 52000")?;
     // The next packet from the peer shows the worker its new port.
-    holds(&mut pair.cp, back, "it reaches the worker after it moved", promises)?;
-    holds(&mut pair.worker, ping, "it is reached after it moved", promises)?;
+    holds(
+        &mut pair.cp,
+        back,
+        "the kernel's WireGuard reaches the worker after it moved",
+        promises,
+    )?;
+    holds(&mut pair.worker, ping, "the worker reaches it after it moved", promises)?;
     pair.ping()?;
-    nothing_in_clear(pair, "beside the kernel's WireGuard", promises);
+    nothing_in_clear(pair, "while the kernel's WireGuard is a peer", promises);
     Ok(())
 }
 

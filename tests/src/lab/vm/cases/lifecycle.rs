@@ -13,10 +13,10 @@ pub(super) fn smoke(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    bed.talk.step("two machines boot, get the package and join");
+    bed.talk.step("booting two machines, installing the package and joining");
     pair.join(bed)?;
     pair.network.reset();
-    bed.talk.step("traffic between them");
+    bed.talk.step("sending traffic between them");
     pair.ping()?;
     nothing_in_clear(pair, "after the join", promises);
     let sent = pair.sent();
@@ -37,15 +37,15 @@ pub(super) fn down_up(
     pair.boot()?;
     holds(&mut pair.worker, MESH_UP, "the mesh comes up", promises)?;
     let down = pair.worker.run("towline down")?;
-    promises.hold(down.is_success(), || format!("`towline down` ends with 0: {down}"));
+    promises.hold(down.is_success(), || format!("`towline down` exits with 0: {down}"));
     is_open(pair, "after down", promises)?;
     pair.worker.shut_down()?;
     pair.worker.boot("")?;
     pair.worker.await_boot_end()?;
     is_open(pair, "after down and a reboot", promises)?;
     let up = pair.worker.run("towline up")?;
-    promises.hold(up.is_success(), || format!("`towline up` ends with 0: {up}"));
-    holds(&mut pair.worker, MESH_UP, "the mesh comes back by up", promises)?;
+    promises.hold(up.is_success(), || format!("`towline up` exits with 0: {up}"));
+    holds(&mut pair.worker, MESH_UP, "the mesh comes back after `towline up`", promises)?;
     pair.ping()?;
     pair.network.reset();
     watch(pair, "after up", promises)
@@ -59,7 +59,7 @@ fn is_open(pair: &mut Pair, when: &str, promises: &mut Promises) -> anyhow::Resu
          nft list tables | grep towline",
     )?;
     promises.hold(left.stdout.trim().is_empty(), || {
-        format!("nothing of ours is left in the kernel {when}: {}", left.stdout.trim())
+        format!("no state of Towline is left in the kernel {when}: {}", left.stdout.trim())
     });
     pair.network.reset();
     let seen = wait_up_to(CHANGE_LIMIT, || Ok((pair.sent().clear > 0).then_some(())))?;
@@ -76,9 +76,9 @@ pub(super) fn leave(
     pair.boot()?;
     holds(&mut pair.worker, MESH_UP, "the mesh comes up", promises)?;
     let left = pair.worker.run("towline leave")?;
-    promises.hold(left.is_success(), || format!("`towline leave` ends with 0: {left}"));
+    promises.hold(left.is_success(), || format!("`towline leave` exits with 0: {left}"));
     let nodes = pair.cp.run_ok("towline-controller node list -o json")?;
-    promises.hold(!nodes.contains("\"worker\""), || format!("the node is gone: {nodes}"));
+    promises.hold(!nodes.contains("\"worker\""), || format!("the node was removed: {nodes}"));
     for unit in ["towline.service", "towline-guard.service"] {
         let enabled = pair.worker.run(&format!("systemctl is-enabled {unit}"))?;
         promises.hold(enabled.stdout.trim() == "disabled", || {
@@ -91,11 +91,13 @@ pub(super) fn leave(
     let state = pair.worker.await_boot_end()?;
     let failed = pair.worker.run("systemctl list-units --failed --no-legend 'towline*'")?;
     promises.hold(failed.stdout.trim().is_empty(), || {
-        format!("no unit of ours fails after leave ({state}): {}", failed.stdout.trim())
+        format!("no unit of Towline fails after leave ({state}): {}", failed.stdout.trim())
     });
     let lines = pair.worker.run("journalctl -b -u 'towline*' --no-pager -o cat | wc -l")?;
     let count: u32 = lines.stdout.trim().parse().unwrap_or(u32::MAX);
-    promises.hold(count < 10, || format!("a machine that left is quiet: {count} journal lines"));
+    promises.hold(count < 10, || {
+        format!("the units of a machine that left log little: {count} journal lines")
+    });
     Ok(())
 }
 
@@ -163,7 +165,7 @@ pub(super) fn hardening(
     let complaints: Vec<&str> =
         verified.stderr.lines().filter(|line| line.contains("towline")).collect();
     promises.hold(verified.is_success() && complaints.is_empty(), || {
-        format!("systemd-analyze verify has nothing to say: {}", complaints.join("; "))
+        format!("systemd-analyze verify reports nothing: {}", complaints.join("; "))
     });
     for (unit, limit) in [("towline.service", 2.0), ("towline-controller.service", 1.5)] {
         let shown =

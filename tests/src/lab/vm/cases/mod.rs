@@ -107,7 +107,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "ipv6-disabled",
-        about: "disable_ipv6=1: the IPv4 mesh works without a standing problem, nothing in clear",
+        about: "disable_ipv6=1: the IPv4 mesh works and no problem is reported, nothing in clear",
         kernels: Kernels::Default,
         is_quick: false,
         disks: Disks::Joined,
@@ -163,7 +163,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "power-cut-control-plane",
-        about: "controller and control plane lose power right after a token was made: it is kept",
+        about: "controller and control plane lose power right after a token was created: it survives",
         kernels: Kernels::Default,
         is_quick: false,
         disks: Disks::Joined,
@@ -171,7 +171,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "controller-away",
-        about: "boot with the controller stopped: both nodes reach each other by the cached map",
+        about: "boot with the controller stopped: both nodes reach each other with the cached map",
         kernels: Kernels::Default,
         is_quick: false,
         disks: Disks::Joined,
@@ -195,7 +195,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "clock-off",
-        about: "the worker's clock an hour back, then an hour ahead, at boot",
+        about: "the worker boots with its clock an hour behind, then an hour ahead",
         kernels: Kernels::Default,
         is_quick: false,
         disks: Disks::Joined,
@@ -251,7 +251,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "features",
-        about: "the offloads that are active are those of docs/kernels.md",
+        about: "the active offloads are those of docs/kernels.md",
         kernels: Kernels::All,
         is_quick: false,
         disks: Disks::Joined,
