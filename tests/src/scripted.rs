@@ -271,7 +271,8 @@ impl ScriptedController {
     }
 }
 
-/// Returns the first message of a watch. Its heartbeat interval of 60 s is longer than a test runs.
+/// Returns the first message of a watch. Its heartbeat interval of 60 s leaves a slow test enough
+/// time.
 pub fn ready(epoch: u64) -> pb::watch_response::Kind {
     pb::watch_response::Kind::Ready(pb::WatchReady {
         session_id: vec![1; 16],

@@ -132,7 +132,8 @@ fn stand(sim: &mut Sim, place: Place, family: Family, n: u8) -> HostId {
     sim.add_host(&of_family(private, realm))
 }
 
-/// A simulation with two relays and a pair of hosts, whose agents run and know each other.
+/// A simulation with two running relays and a pair of hosts, whose agents
+/// [`Self::first_packet`] starts.
 struct Pair {
     sim: Sim,
     relays: [HostId; 2],

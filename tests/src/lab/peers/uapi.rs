@@ -36,7 +36,7 @@ pub struct Peer {
     pub keepalive: u16,
 }
 
-/// Timeout of a read or write on the socket.
+/// Timeout of a read from the socket.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Returns the path of a link's socket.
