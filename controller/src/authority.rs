@@ -101,9 +101,8 @@ pub enum Subject<'a> {
 
 impl Authority {
     /// Reads the CA from the state directory. If `fresh` is set, nothing was signed with it yet,
-    /// and
-    /// missing files are created. This also completes a first start that was interrupted between
-    /// the two files.
+    /// and missing files are created. This also completes a first start that was interrupted
+    /// between the two files.
     pub fn load_or_create(dir: &StateDir, fresh: bool, now: i64) -> Result<Self, AuthorityError> {
         let gone =
             |name: &str| AuthorityError::Gone { missing: dir.file(name).display().to_string() };

@@ -2,8 +2,7 @@
 //!
 //! - A handshake must end within [`HANDSHAKE`]. The number of concurrent handshakes is limited, in
 //!   total and per source ([`HANDSHAKES`]). Connections beyond the limit are closed at once, so
-//! that
-//!   clients that keep handshakes open do not make others wait.
+//!   that clients that keep handshakes open do not make others wait.
 //! - A connection without a client certificate (a joining node, or any stranger) is closed after
 //!   [`STRANGER_LIFE`]. Their number is limited in total and per source ([`STRANGERS`]), so that
 //!   strangers cannot take the places of nodes.

@@ -31,8 +31,7 @@ pub(crate) struct Reflector {
 
 impl Reflector {
     /// Binds the socket. If the address is `[::]` and cannot be bound, as on a machine without
-    /// IPv6,
-    /// it binds all IPv4 addresses.
+    /// IPv6, it binds all IPv4 addresses.
     pub(crate) fn bind(address: SocketAddr) -> io::Result<Self> {
         let socket = match std::net::UdpSocket::bind(address) {
             Err(_) if address.ip() == Ipv6Addr::UNSPECIFIED => {

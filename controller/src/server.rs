@@ -42,7 +42,7 @@ use crate::store::{CommitError, OpenError, Store};
 use crate::tls::{self, ServerCertificate, TlsError};
 use crate::writer::{self, ReadError, Writer};
 
-/// Time that connections get to close when the controller stops, and then again the store.
+/// Time to wait for connections to close when the controller stops, and again for the store.
 const GRACE: Duration = Duration::from_millis(700);
 /// Interval at which certificates are checked for renewal.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(300);

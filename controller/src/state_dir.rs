@@ -112,8 +112,7 @@ impl StateDir {
     }
 
     /// Reads a text file that holds a key, and checks that no other user can read it; `None` if it
-    /// does
-    /// not exist.
+    /// does not exist.
     pub fn read_key(&self, name: &str) -> Result<Option<Zeroizing<String>>, StateError> {
         let Some(directory) = self.existing()? else { return Ok(None) };
         let Some(mut bytes) = directory.read_key(name)? else { return Ok(None) };

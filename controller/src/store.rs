@@ -28,7 +28,7 @@ const FORMAT: u64 = 1;
 /// kept in memory.
 const CACHE_BYTES: usize = 4 * 1024 * 1024;
 
-/// An open store.
+/// An open store file.
 pub struct Store {
     path: PathBuf,
     /// Open database; `None` after a failed commit, until [`Store::reopen`].
@@ -189,8 +189,7 @@ impl Store {
     }
 
     /// Opens a copy in memory first. redb repairs a file while it opens it, even if the repair
-    /// fails
-    /// in the end, and the operator would be left with less data than before.
+    /// fails in the end, and the operator would be left with less data than before.
     fn rehearse(&self) -> Result<(), redb::DatabaseError> {
         let storage_error = |error| redb::DatabaseError::Storage(redb::StorageError::Io(error));
         let bytes = std::fs::read(&self.path).map_err(storage_error)?;
@@ -252,8 +251,7 @@ impl Store {
     }
 
     /// Applies all of `writes` or none of them, if the store is still at sequence number
-    /// `expected`.
-    /// Returns the new sequence number once the data is on the disk.
+    /// `expected`. Returns the new sequence number once the data is on the disk.
     pub fn commit(&mut self, expected: u64, writes: &[Write]) -> Result<u64, CommitError> {
         if self.sequence != expected {
             return Err(CommitError::Conflict { expected, found: self.sequence });

@@ -61,8 +61,7 @@ impl ServerCertificate {
     }
 
     /// Renews the certificate if half of its lifetime is over, or if the clock was set back to
-    /// before
-    /// its issue. Returns whether it was renewed.
+    /// before its issue. Returns whether it was renewed.
     pub fn renew(&self, authority: &Authority, now: i64) -> Result<bool, TlsError> {
         if !is_due(self.current.read().issued_at, SERVER_LIFE, now) {
             return Ok(false);

@@ -39,14 +39,13 @@ pub struct Unavailable(Arc<str>);
 
 /// Message in the writer's queue.
 enum Message {
-    /// A request.
+    /// A request of a caller.
     Job(Job),
     /// Accept no more requests, finish the queued ones and end.
     Stop,
 }
 
-/// A request. Called with the registry, it applies itself and returns the function that answers
-/// the
+/// A request. Called with the registry, it applies itself and returns the function that answers the
 /// caller. Called with an error, it answers the caller at once.
 type Job =
     Box<dyn FnOnce(Result<(&mut Registry, &Sessions, Now), Unavailable>) -> Option<Answer> + Send>;

@@ -1,9 +1,9 @@
 //! Signatures: Ed25519 (RFC 8032) over `domain || 0x00 || body`.
 //!
-//! A body is opaque here and is never re-encoded after its signer wrote it. The domain prevents
-//! that a signature for one purpose is presented for another. No domain is a prefix of what the
-//! same keys also sign: TLS 1.3 signatures (they start with 64 spaces) and X.509 certificates
-//! (0x30).
+//! A body is opaque here and is never re-encoded after its signer wrote it. The domain prevents a
+//! signature for one purpose from being presented for another. It also tells statements apart from
+//! the other data that the same keys sign: TLS 1.3 handshakes (which start with 64 spaces) and
+//! X.509 certificates (which start with 0x30).
 
 use bytes::Bytes;
 use ring::signature::{ED25519, Ed25519KeyPair, UnparsedPublicKey};

@@ -26,8 +26,8 @@ pub(super) enum Mesh {
     Set(Changes),
 }
 
-/// Lists to replace. A list that is also in the controller's own configuration is reset to that at
-/// the controller's next start.
+/// Lists to replace. At its next start the controller applies its own configuration again, which
+/// overrides the lists that are set in it.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
 pub(super) struct Changes {

@@ -2,8 +2,7 @@
 //! usage.
 //!
 //! `serve` runs the controller. The commands `token`, `node` and `mesh` call a running one over
-//! gRPC,
-//! with the administrator's credential from the state directory. They never open the store.
+//! gRPC, with the administrator's credential from the state directory. They never open the store.
 
 mod client;
 mod mesh;

@@ -29,10 +29,8 @@ pub(super) fn v6(
 }
 
 /// Returns the next free IPv4 address after `cursor` (an offset into the range), and the new
-/// cursor.
-/// Addresses are assigned in rotation, so that a freed address stays unused for as long as
-/// possible:
-/// caches and firewalls elsewhere may still associate it with the removed node.
+/// cursor. Addresses are assigned in rotation, so that a freed address stays unused for as long as
+/// possible: caches and firewalls elsewhere may still associate it with the removed node.
 pub(super) fn v4(
     range: Ipv4Net,
     cursor: u32,

@@ -1,8 +1,7 @@
 //! The registry: the nodes of the mesh, the tokens to join it, and the rules for both.
 //!
 //! All functions take `now` as an argument. This module reads no clock, draws no randomness, does
-//! no
-//! I/O and knows no wire API, since more than one wire API will be served over it. An operation
+//! no I/O and knows no wire API, since more than one wire API will be served over it. An operation
 //! checks everything before it changes anything, so a refused one has no effect. Changes are
 //! collected, and returned by [`Registry::take_changes`] to be stored and then published.
 //!
@@ -14,8 +13,7 @@
 //! - The identity key of a removed node can never join again; a tombstone is never deleted.
 //! - Revisions only grow, and each change of a node, a tombstone or the mesh has its own.
 //! - A node is removed by an operator, by itself, or by a machine that replaces it. An ephemeral
-//!   node
-//!   is also removed when it is offline for longer than the lease.
+//!   node is also removed when it is offline for longer than the lease.
 
 mod address;
 mod claims;
@@ -54,7 +52,7 @@ use token::{SecretHash, Token, TokenTerms};
 
 /// Largest number of tokens, including those that are not open any more.
 const TOKENS: usize = 10_000;
-/// Time in seconds after its expiry for which a token that is not open is still listed.
+/// Time in seconds for which a token is still listed after its expiry.
 const TOKEN_KEPT: i64 = 7 * 24 * 3600;
 
 /// Complete state of the registry.
@@ -107,7 +105,7 @@ pub struct Member {
     pub withheld: Vec<IpNet>,
     /// Revision of the last change that watchers see.
     pub revision: u64,
-    /// Token that the node joined with.
+    /// Id of the token that the node joined with.
     pub token: TokenId,
     /// Time of the join, in seconds since 1970.
     pub joined_at: i64,
@@ -199,7 +197,7 @@ pub enum Event {
         name: NodeName,
         /// Id of the node.
         node: NodeId,
-        /// Token that it joined with.
+        /// Id of the token that it joined with.
         token: TokenId,
     },
     /// A node was removed.
@@ -234,7 +232,7 @@ pub enum Event {
 
 /// Status of a node, for operators.
 pub struct NodeStatus<'a> {
-    /// The node.
+    /// Node that the status describes.
     pub member: &'a Member,
     /// Source address of its live session; `None` if it is offline.
     pub session: Option<std::net::SocketAddr>,
@@ -293,9 +291,8 @@ impl Registry {
 
     /// Counts a start of the controller. `beside` are the counters in the file `starts`. A store
     /// that is behind them was restored from a backup. Then the epoch is raised, so that all
-    /// watches
-    /// start with a full snapshot, and all tokens are revoked, since some may have been used after
-    /// the backup.
+    /// watches start with a full snapshot, and all tokens are revoked, since some may have been
+    /// used after the backup.
     pub fn start(&mut self, beside: Option<Starts>) -> Started {
         let beside = beside.unwrap_or(Starts { count: 0, epoch: 0 });
         let restored = self.starts < beside.count;
@@ -406,8 +403,7 @@ impl Registry {
     }
 
     /// Returns the tokens after `after`, sorted by id, each with the names of the current nodes
-    /// that
-    /// joined with it.
+    /// that joined with it.
     pub fn tokens(&self, after: Option<TokenId>) -> impl Iterator<Item = (&Token, Vec<NodeName>)> {
         let behind = after.map_or(Bound::Unbounded, Bound::Excluded);
         self.tokens.range((behind, Bound::Unbounded)).map(|(id, token)| {

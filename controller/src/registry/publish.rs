@@ -237,8 +237,7 @@ impl Registry {
 }
 
 /// Returns whether a prefix is a default route, or a loopback, link-local or multicast range, none
-/// of
-/// which a node may announce.
+/// of which a node may announce.
 pub(super) fn has_no_hosts(prefix: &IpNet) -> bool {
     prefix.prefix_len() == 0
         || match prefix {

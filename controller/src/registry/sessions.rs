@@ -1,8 +1,7 @@
 //! Sessions of the connected nodes: at most one live session for each node.
 //!
 //! A session lives from the start of its watch until it is closed, is replaced by the same
-//! instance,
-//! or has missed [`MISSED`] heartbeats. Sessions are not stored.
+//! instance, or has missed [`MISSED`] heartbeats. Sessions are not stored.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -1,6 +1,5 @@
 //! Task of a watch: it sends the changes after its cursor, receives heartbeats, and ends the
-//! session
-//! when it ends.
+//! session when it ends.
 //!
 //! At most one message waits for the client. While it waits, changes only raise the revision of
 //! the map. The next message has the newest state of everything that changed in the meantime.

@@ -20,7 +20,7 @@ const PASSWD_BYTES: u64 = 8 * 1024 * 1024;
 /// User id and group id of an account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Account {
-    /// User id.
+    /// Id of the user.
     pub uid: u32,
     /// Id of the primary group.
     pub gid: u32,

@@ -95,7 +95,7 @@ impl DirectoryError {
     }
 }
 
-/// Returns the end of the message that says what to do about an error; empty if nothing is known.
+/// Returns the advice at the end of an error message; empty if there is none.
 fn advice(path: &Path, error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::PermissionDenied => {
@@ -205,8 +205,7 @@ impl PrivateDirectory {
     }
 
     /// Reads a file that holds a key; `None` if it does not exist. It must not be readable by
-    /// others
-    /// and must belong to the caller, to root or to the directory's owner.
+    /// others and must belong to the caller, to root or to the directory's owner.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! Operating-system services that both programs need. This crate knows nothing of the mesh.
+//! Operating-system services that both programs need, independent of the mesh.
 //!
 //! | module | owns |
 //! |---|---|

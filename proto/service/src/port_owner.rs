@@ -32,7 +32,7 @@ pub enum PortOwner {
         /// Name of the process, in which all characters that a terminal or a log might interpret
         /// are replaced.
         name: String,
-        /// Process id.
+        /// Id of the process.
         pid: u32,
     },
     /// Only the user is visible.
@@ -126,8 +126,7 @@ impl Machine {
 }
 
 /// Parses a row, `sl local remote state queues timer retransmits uid timeout inode ...`, and
-/// returns
-/// it if the socket has this port.
+/// returns it if the socket has this port.
 fn parse(line: &str, transport: Transport, port: u16) -> Option<Row> {
     let mut fields = line.split_ascii_whitespace();
     let (_, local_port) = fields.nth(1)?.rsplit_once(':')?;

@@ -48,8 +48,8 @@ impl Backoff {
         Self { first, longest, jitter }
     }
 
-    /// Returns the pause after `failures` earlier ones in a row (0: the first pause). Without jitter
-    /// it is `first * 2^failures`, at most `longest`.
+    /// Returns the pause after `failures` earlier ones in a row (0: the first pause). Without
+    /// jitter it is `first * 2^failures`, at most `longest`.
     pub fn pause(&self, failures: u32, random: u64) -> Duration {
         let doubled = self.first.saturating_mul(1u32.checked_shl(failures).unwrap_or(u32::MAX));
         self.jitter.apply(doubled.min(self.longest), random)
@@ -67,7 +67,7 @@ mod tests {
     #[test]
     fn pauses_double_up_to_the_longest() {
         let backoff = Backoff::new(FIRST, LONGEST, Jitter::Tenth);
-        // The middle of the range.
+        // This random value is the middle of its range, so it does not change the pauses.
         let pauses = [0, 1, 2, 5, 6, 31, 32, u32::MAX].map(|n| backoff.pause(n, 1 << 63));
         let expected = [250, 500, 1000, 8000, 15000, 15000, 15000, 15000];
         assert_eq!(pauses, expected.map(Duration::from_millis));

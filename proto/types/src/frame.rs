@@ -125,8 +125,7 @@ impl ProbeHeader {
     }
 
     /// Splits a probe into its header and its sealed body. Returns `None` for anything but a probe
-    /// of
-    /// this version.
+    /// of this version.
     pub fn decode(datagram: &[u8]) -> Option<(Self, &[u8])> {
         let (header, sealed) = datagram.split_first_chunk::<PROBE_HEADER_BYTES>()?;
         if header[..4] != [PROBE_TYPE, PROBE_VERSION, 0, 0]

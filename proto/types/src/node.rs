@@ -253,8 +253,8 @@ pub struct MeshConfig {
     pub overlay_v4: Ipv4Net,
     /// Ranges in which an address that no node holds is unreachable instead of sent in clear.
     pub protected: Vec<IpNet>,
-    /// Time that a node may be offline before another node that is online and has a grant for them
-    /// may take over its prefixes.
+    /// Time that a node may be offline. After that, a node that is online and has a grant for its
+    /// prefixes may take them over.
     pub lease: Duration,
     /// Sites whose nodes reach each other's node IPs outside of the tunnel. Both ends decide by the
     /// site in the grants, so that they always agree.

@@ -33,8 +33,7 @@ impl Rate {
     }
 
     /// Returns the time in which `tokens` are earned, rounded down to a nanosecond. It is at most
-    /// 584
-    /// years, which can still be added to an [`Instant`].
+    /// 584 years, which can still be added to an [`Instant`].
     const fn time_for(&self, tokens: u64) -> Duration {
         let nanos = self.per.as_nanos().saturating_mul(tokens as u128);
         let nanos = match nanos.checked_div(self.tokens as u128) {
@@ -53,7 +52,7 @@ pub struct TokenBucket {
 }
 
 impl TokenBucket {
-    /// Spends `tokens` if the bucket has them. Returns whether it had.
+    /// Spends `tokens` if the bucket has them. Returns whether they were spent.
     #[inline]
     pub fn take(&mut self, rate: &Rate, now: Instant, tokens: u64) -> bool {
         let missing = self.missing(now).saturating_add(rate.time_for(tokens));
@@ -71,8 +70,7 @@ impl TokenBucket {
     }
 
     /// Returns the time until the bucket has `tokens`; zero if it has them now. It never has more
-    /// than
-    /// the burst.
+    /// than the burst.
     pub fn wait(&self, rate: &Rate, now: Instant, tokens: u64) -> Duration {
         let needed = self.missing(now).saturating_add(rate.time_for(tokens));
         needed.saturating_sub(rate.fill)
@@ -126,8 +124,7 @@ mod tests {
 
     proptest! {
         /// No pattern of requests gets more than the burst plus the tokens earned since the start.
-        /// A
-        /// refused request is admitted after the wait that the bucket returns.
+        /// A refused request is admitted after the wait that the bucket returns.
         #[test]
         fn no_more_than_the_burst_and_what_is_earned(
             per_second in 1u64..100_000,

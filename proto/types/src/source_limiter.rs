@@ -2,7 +2,7 @@
 //!
 //! It is applied before any work that costs more than a look at the first bytes (a handshake takes
 //! a quarter of a millisecond). A sender with forged source addresses passes it, and is stopped by
-//! the WireGuard cookie. A sender with its real address cannot use up what others need.
+//! the WireGuard cookie. A sender that uses its real address cannot use up the tokens of others.
 
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv6Addr};
@@ -39,7 +39,7 @@ impl SourceLimiter {
         Self { hash: RandomState::new(), places, rate }
     }
 
-    /// Takes a token of `source`. Returns whether it had one.
+    /// Takes a token from the bucket of `source`. Returns whether there was one.
     pub fn admit(&mut self, source: IpAddr, now: Instant) -> bool {
         let rate = self.rate;
         self.bucket(source).is_some_and(|bucket| bucket.take(&rate, now, 1))

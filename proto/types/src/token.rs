@@ -102,7 +102,7 @@ pub struct JoinToken {
 pub enum InvalidToken {
     /// The text does not start with the prefix of a token.
     #[error(
-        "not a join token: it starts with `towline1.`; create one with `towline-controller token create`"
+        "not a join token: a token starts with `towline1.`: create one with `towline-controller token create`"
     )]
     NotAToken,
     /// The token was truncated or changed.
