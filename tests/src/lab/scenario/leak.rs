@@ -1,26 +1,26 @@
 //! `cargo lab leak`: searches for traffic of the mesh that leaves in clear, and for forged packets
 //! that are accepted, while things go wrong.
 //!
-//! Every uplink is captured. The nodes send datagrams to each other all the time, and the uplinks
-//! inject forged packets. Meanwhile, in random order, agents are started, killed, stopped,
-//! disconnected and removed, and rules, routes, tables and links are flushed and deleted. No
-//! traffic of the mesh may leave in clear, and no forged packet may be accepted.
+//! Every uplink is captured. The nodes send datagrams to each other all the time, and forged
+//! packets are injected on the uplinks. Meanwhile, in random order, agents are started, killed,
+//! stopped, disconnected and removed, and rules, routes, tables and links are flushed and deleted.
+//! No traffic of the mesh may leave in clear, and no forged packet may be accepted.
 //!
 //! While the agent of a node is down, nothing restores its guards. Until the next start of the
-//! agent, the scenario therefore removes one of the two guards (the nftables table, or the routing
-//! rules and routes), never both: two independent guards promise exactly that. Only the nftables
+//! agent, the scenario may remove one of the two guards (the nftables table, or the routing rules
+//! and routes), but never both: that is what two independent guards promise. Only the nftables
 //! table guards against forged packets. While a node has neither agent nor table, no forged packets
 //! are sent to it.
 //!
 //! After each action, the affected host and its pod also send packets that might pass a guard
 //! ([`crate::lab::unusual`]): from the ports and with the marks of the agent and of other programs,
-//! in fragments, and behind extension headers. Some forged packets have the address of a pod of the
-//! nodes as their source.
+//! in fragments, and behind extension headers. Some forged packets have an address in the nodes'
+//! pod networks as their source.
 //!
-//! The guards cover a prefix because a node announces it, and no longer once the operator has
-//! removed that node. So before a node is removed, the operator adds the pod networks to the
-//! protected ranges of the mesh: even after the removal, no packet may reach the pods of the
-//! removed node or come from them.
+//! A prefix is guarded because a node announces it, so it is no longer guarded once the operator
+//! has removed that node. Therefore the operator first adds the pod networks to the protected
+//! ranges of the mesh. Even after the removal, no packet may reach the pods of the removed node or
+//! come from them.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -66,7 +66,7 @@ pub struct Options {
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Leak {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Seed of the run. Pass it with `--seed` to repeat the sequence of actions.
     pub seed: u64,
@@ -143,7 +143,7 @@ fn absent_pods(number: u8) -> [IpAddr; 2] {
     ]
 }
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Leak> {
     let hybrid = Hybrid::build(setting)?;
     setting.talk.note(&format!("seed {} (give it again with --seed)", options.seed));
@@ -192,7 +192,7 @@ struct Place<'a> {
     pod: &'a Host,
     /// Addresses of the host, those of the uplink first.
     addresses: Vec<IpAddr>,
-    /// Namespace of the switch or router at the other end of the uplink's cable.
+    /// Namespace that has the other end of the uplink's cable: the internet or a router.
     switch: &'a Namespace,
     running: bool,
     plugged: bool,
@@ -212,6 +212,7 @@ enum Guard {
 }
 
 impl Guard {
+    /// Returns the guard that an operation on Towline's state removes.
     fn of(meddling: Meddling) -> Self {
         match meddling {
             Meddling::FlushRuleset | Meddling::DeleteTable => Self::Firewall,
@@ -221,6 +222,9 @@ impl Guard {
 }
 
 impl Place<'_> {
+    /// Returns the actions that are possible now. With `late`, the removal of the node is one of
+    /// them. Actions that restore something are listed several times, so that they are chosen more
+    /// often.
     fn possible(&self, late: bool) -> Vec<Act> {
         let meddlings = Meddling::ALL.into_iter().filter(|meddling| {
             self.running || self.without_agent.is_none_or(|gone| gone == Guard::of(*meddling))
@@ -242,6 +246,7 @@ impl Place<'_> {
         acts
     }
 
+    /// Runs an action. `remove` removes the node of this name from the mesh.
     fn act(
         &mut self,
         act: Act,
@@ -329,6 +334,7 @@ impl Place<'_> {
         Ok(())
     }
 
+    /// Connects or disconnects the cable of the uplink.
     fn cable(&mut self, plugged: bool) -> anyhow::Result<()> {
         let name = self.node.name();
         self.switch.run(|| {
@@ -342,6 +348,7 @@ impl Place<'_> {
 }
 
 impl Leak {
+    /// Starts the mesh, the traffic and the captures, and runs the actions.
     fn play(
         &mut self,
         setting: &Setting,
@@ -455,6 +462,7 @@ impl Leak {
         Ok(())
     }
 
+    /// Runs random actions for the given duration. Checks the captures after each of them.
     #[expect(clippy::too_many_arguments, reason = "one caller, which owns all of them")]
     fn acts(
         &mut self,
@@ -573,6 +581,7 @@ impl Leak {
         place.start()
     }
 
+    /// Adds up the counters of the members and of the senders of forged packets.
     fn count(&mut self, members: &[Member<'_>], forgeries: &[Forgery<'_>]) {
         for member in members {
             self.forged_accepted += member.forged();
@@ -584,6 +593,7 @@ impl Leak {
         }
     }
 
+    /// Checks the promises about the whole run.
     fn judge(&self, duration: Duration, promises: &mut Promises) {
         let fewest = FEWEST_ACTS_A_MINUTE * duration.as_secs() / 60;
         promises.hold(u64::from(self.acts) >= fewest, || format!("{fewest} acts: {}", self.acts));
@@ -696,6 +706,7 @@ impl<'a> Forgery<'a> {
         Ok(())
     }
 
+    /// Sends forged packets until the traffic stops.
     fn run(&self, chatter: &Chatter<'_>) -> anyhow::Result<()> {
         while !chatter.stopped() {
             for packet in &self.packets {

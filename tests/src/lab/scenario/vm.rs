@@ -164,6 +164,7 @@ fn cannot_prepare(why: &str) -> Forbidden {
 }
 
 impl Vm {
+    /// Runs a case and records its result.
     fn run(&mut self, case: Case, release: Release, bed: &Testbed<'_>, promises: &mut Promises) {
         let begun = Instant::now();
         let mut own = Promises::new();
@@ -203,6 +204,7 @@ impl Vm {
         }
     }
 
+    /// Records a case that could not run.
     fn skip(&mut self, case: Case, release: Release, reason: String) {
         self.skipped.push(Skipped { name: case.name, kernel: release.name, reason });
     }

@@ -17,7 +17,7 @@ use crate::lab::meddle::LINK;
 /// Destination of an inner packet. A number selects the address family: 0 is IPv4, 1 is IPv6.
 #[derive(Debug, Clone, Copy)]
 enum To {
-    /// This address.
+    /// A fixed address.
     Address(IpAddr),
     /// Mesh address of the victim.
     OverlayOfA(usize),
@@ -175,6 +175,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
+/// Returns the address of a destination.
 fn address(stage: &Stage<'_>, to: To) -> anyhow::Result<IpAddr> {
     let hosts = &stage.hosts;
     Ok(match to {

@@ -94,6 +94,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
+/// Returns the outcome of a request for access.
 fn given(is_given: bool) -> Outcome {
     if is_given { Outcome::Granted } else { Outcome::Refused }
 }
@@ -108,11 +109,13 @@ fn attach(namespace: &Namespace, actor: Actor, flags: i32) -> anyhow::Result<Out
     })
 }
 
+/// Opens the TUN device without a link.
 fn open_tun() -> anyhow::Result<File> {
     let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun");
     file.context("cannot open /dev/net/tun")
 }
 
+/// Attaches the TUN device to the agent's link.
 fn set_link(file: &File, flags: i32) -> std::io::Result<()> {
     // SAFETY: an `ifreq` is plain data; all zero is one of its values.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };

@@ -1,13 +1,13 @@
 //! `cargo lab attack`: attacks a node as strangers, neighbours, local users, pods, and members that
 //! ignore the protocol's rules. Each case is one attempt with the outcome that the design promises.
 //!
-//! | module | tries |
+//! | module | attack |
 //! |---|---|
-//! | [`oversized`] | datagrams of every size on the UDP port of a relay |
-//! | [`inward`] | inner packets of a member with a raw tunnel, to where they must not go |
-//! | [`sources`] | packets of a neighbour with this node's own sources |
-//! | [`outward`] | traffic for the mesh in clear: ports, marks, fragments, with one guard or both |
-//! | [`local`] | the TUN link, the state and the sockets of the agent, as another user |
+//! | [`oversized`] | datagrams of every size to the UDP port of a relay |
+//! | [`inward`] | inner packets of a member with a raw tunnel, to forbidden addresses |
+//! | [`sources`] | packets of a neighbour with a source of this node or of the mesh |
+//! | [`outward`] | traffic for the mesh that might leave in clear, with one guard or both |
+//! | [`local`] | access of another user to the TUN link, the state and the sockets of the agent |
 //!
 //! Some cases are controls, which must succeed. Any outcome other than the expected one is a
 //! breach, also for a control. Cases run in the order of the list. Each leaves the hosts as it
@@ -112,6 +112,7 @@ impl Case {
         self
     }
 
+    /// Returns whether the options select the case.
     fn is_chosen(&self, options: &Options) -> bool {
         if options.cases.is_empty() {
             return self.is_short || options.full;
@@ -123,7 +124,7 @@ impl Case {
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Attack {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Cases that ran, in order.
     pub cases: Vec<Tried>,
@@ -162,6 +163,7 @@ pub struct Skipped {
 #[error("{0}")]
 struct Unavailable(String);
 
+/// Returns all cases, in the order in which they run.
 fn every_case() -> Vec<Case> {
     [oversized::cases(), local::cases(), inward::cases(), sources::cases(), outward::cases()]
         .into_iter()
@@ -198,6 +200,7 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Attack> {
 }
 
 impl Attack {
+    /// Runs the cases and records their outcomes.
     fn play(
         &mut self,
         setting: &Setting,

@@ -159,6 +159,7 @@ fn ways(stage: &Stage<'_>, from: [IpAddr; 2]) -> anyhow::Result<[Way; 2]> {
     Ok([way(from[0], v4), way(from[1], v6)])
 }
 
+/// Sends datagrams from a socket of the victim to `b`. With `is_large`, each needs fragments.
 fn send_from_host(stage: &mut Stage<'_>, how: FromHost, is_large: bool) -> anyhow::Result<()> {
     let number = stage.number();
     let payload = stage.tag.payload(number).repeat(if is_large { LARGE } else { 1 });
@@ -166,6 +167,7 @@ fn send_from_host(stage: &mut Stage<'_>, how: FromHost, is_large: bool) -> anyho
     how.send(stage.hosts.a.namespace(), &ways, &payload, TIMES)
 }
 
+/// Sends packets from the pod of the victim to `b`.
 fn send_from_pod(stage: &mut Stage<'_>, how: FromPod) -> anyhow::Result<()> {
     let number = stage.number();
     let pod = &stage.hosts.pod;
@@ -205,6 +207,7 @@ fn redirected(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
 struct ForeignTable(std::sync::Arc<crate::lab::topology::Host>);
 
 impl ForeignTable {
+    /// Loads a table with this rule on `a`.
     fn load(stage: &Stage<'_>, rule: Rule) -> anyhow::Result<Self> {
         let chain = Chain::base(ChainKind::Filter, Hook::Prerouting, MANGLE).rule(rule);
         let table = Table::new(TableFamily::Inet, FOREIGN).chain("mark", chain);

@@ -70,6 +70,7 @@ fn channel(stage: &Stage<'_>) -> anyhow::Result<[u8; CHANNEL_HEADER]> {
     header.context("no relayed datagram was seen on the wire")
 }
 
+/// Returns a datagram of this size with the header of a channel that `a` uses.
 fn datagram(stage: &Stage<'_>, size: usize) -> anyhow::Result<Vec<u8>> {
     let mut datagram = channel(stage)?.to_vec();
     datagram.resize(size, 0x5a);
@@ -98,10 +99,12 @@ fn by_end(stage: &mut Stage<'_>, family: usize, size: usize) -> anyhow::Result<O
     verdict(stage)
 }
 
+/// Returns the UDP endpoint of the relay.
 fn relay(stage: &Stage<'_>, family: usize) -> SocketAddr {
     SocketAddr::new(stage.hosts.cp.addresses()[family], WIREGUARD)
 }
 
+/// Sends datagrams from `evil` to the relay.
 fn stage_send(
     stage: &Stage<'_>,
     family: usize,

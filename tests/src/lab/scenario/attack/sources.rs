@@ -144,6 +144,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
+/// Sends a forged packet as a neighbour, and returns whether the victim lets it through.
 fn send(
     stage: &mut Stage<'_>,
     source: Source,

@@ -5,7 +5,7 @@
 //!    ┌──────────────┬──────────────┬──────────────┬──────────────┐
 //!   cp (relay)      a              b             evil          router
 //!                   ├─ cni0    pod 10.9.1.2, announced           │ 192.168.77.0/24
-//!                   ├─ docker0 container 10.66.0.2, not          ├─ desk, also 192.168.88.5
+//!                   ├─ docker0 container 10.66.0.2, unannounced  ├─ desk, also 192.168.88.5
 //!                   └─ eth1 ─────────────────────────────────────┘
 //! ```
 //!
@@ -218,18 +218,22 @@ impl<'s> Stage<'s> {
         Ok(())
     }
 
+    /// Returns the programs, or an error before [`Self::begin`].
     pub(super) fn mesh(&mut self) -> anyhow::Result<&mut Mesh> {
         self.mesh.as_mut().context("the mesh is not up")
     }
 
+    /// Returns the mesh addresses, or an error before [`Self::begin`].
     pub(super) fn overlay(&self) -> anyhow::Result<Overlay> {
         Ok(self.mesh.as_ref().context("the mesh is not up")?.overlay)
     }
 
+    /// Returns the namespace of the simulated internet.
     pub(super) fn internet(&self) -> &Namespace {
         self.lab.internet()
     }
 
+    /// Returns the network namespace of a host.
     pub(super) fn namespace(&self, place: Place) -> &Namespace {
         let hosts = &self.hosts;
         match place {
@@ -249,6 +253,7 @@ impl<'s> Stage<'s> {
         self.next
     }
 
+    /// Returns the listener on a host.
     pub(super) fn ear(&mut self, place: Place) -> anyhow::Result<&mut Ear> {
         let found = self.ears.iter_mut().find(|(at, _)| *at == place);
         found.map(|(_, ear)| ear).context("this host has no listener")
@@ -320,6 +325,7 @@ impl<'s> Stage<'s> {
         self.hosts.a.namespace().run(|| meddlings.iter().try_for_each(|meddling| meddling.act()))
     }
 
+    /// Starts the agent of `a` and waits for its tunnels.
     fn start_a(&mut self) -> anyhow::Result<()> {
         let mesh = self.mesh()?;
         launch(&mut mesh.a)?;
@@ -410,6 +416,7 @@ impl<'s> Stage<'s> {
 }
 
 impl Hosts {
+    /// Builds the hosts, their addresses and routes, and the filter between `a` and `b`.
     fn build(lab: &mut Lab) -> anyhow::Result<Self> {
         let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.build()?;
         let b = lab.host("b").public("203.0.113.12", "2001:db8::12")?.build()?;
@@ -476,11 +483,13 @@ impl Hosts {
     }
 }
 
+/// Returns a route to an address through a gateway.
 fn route(to: IpAddr, via: IpAddr) -> Route {
     Route::new(to.into()).via(via)
 }
 
 impl Mesh {
+    /// Starts the controller, joins and starts all nodes, and kills the agent of `evil` in the end.
     fn start(setting: &Setting, lab: &Lab, hosts: &Hosts) -> anyhow::Result<Self> {
         let binaries = &setting.binaries;
         let controller = Controller::start(lab, &hosts.cp, binaries)?;
