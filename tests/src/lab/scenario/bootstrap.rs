@@ -29,7 +29,7 @@ use crate::lab::topology::Host;
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Bootstrap {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Duration of the command on a clean machine, in seconds: it joins and waits until the mesh is
     /// up.
@@ -56,7 +56,7 @@ const SECONDS_TO_MESH: f64 = 10.0;
 /// Limit for the first echo reply after a reboot, in milliseconds.
 const REJOINED_MS: f64 = 3000.0;
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 pub fn run(setting: &Setting) -> anyhow::Result<Bootstrap> {
     let hybrid = Hybrid::build(setting)?;
     let mut figures =
@@ -86,6 +86,7 @@ pub(super) struct Ran {
 }
 
 impl Bootstrap {
+    /// Runs the commands on two machines, and a reboot of the first.
     fn play(
         &mut self,
         setting: &Setting,

@@ -35,7 +35,7 @@ use looks::Watcher;
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Cohabit {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Actions that ran, in order.
     pub acts: Vec<ActFigure>,
@@ -99,6 +99,7 @@ pub fn run(setting: &Setting, netlink: bool) -> anyhow::Result<Cohabit> {
 }
 
 impl Cohabit {
+    /// Starts the mesh, the traffic and the captures, and runs the actions.
     fn play(
         &mut self,
         setting: &Setting,
@@ -155,6 +156,7 @@ impl Cohabit {
         Ok(())
     }
 
+    /// Runs the actions one after another, and checks the state of the victim after each.
     fn acts(
         &mut self,
         setting: &Setting,

@@ -35,7 +35,7 @@ pub struct Options {
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Crash {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Seed of the run. Pass it with `--seed` to repeat the same victims and pauses.
     pub seed: u64,
@@ -71,7 +71,7 @@ const TICK: Duration = Duration::from_millis(20);
 /// delay replies this long.
 const AWAY_GAP_LIMIT: Duration = Duration::from_millis(500);
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Crash> {
     let hybrid = Hybrid::build(setting)?;
     setting.talk.note(&format!("seed {} (give it again with --seed)", options.seed));
@@ -102,6 +102,7 @@ enum Victim {
 }
 
 impl Crash {
+    /// Starts the mesh, the writers and the tickers, kills programs, and checks the writes.
     fn play(
         &mut self,
         setting: &Setting,
@@ -164,6 +165,7 @@ impl Crash {
         Ok(())
     }
 
+    /// Kills and restarts programs until the number of kills or the time limit is reached.
     fn kill_all(
         &mut self,
         setting: &Setting,

@@ -33,7 +33,7 @@ pub struct Options {
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Demo {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Number of nodes that joined.
     pub joined: usize,
@@ -64,14 +64,15 @@ pub struct Demo {
 /// Limit for the first echo reply between a worker and the control plane after the worker starts to
 /// join.
 const FIRST_PACKET_LIMIT: Duration = Duration::from_secs(2);
-/// Time to wait for that reply. Longer than the limit, so that a late reply is measured too.
+/// Time to wait for the first echo reply between a worker and the control plane. Longer than the
+/// limit, so that a late reply is measured too.
 const FIRST_PACKET_PATIENCE: Duration = Duration::from_secs(15);
 /// Time to wait for the first echo reply between two workers. They may have no path to each other.
 const WORKERS_PATIENCE: Duration = Duration::from_secs(3);
 /// Number of echo requests for each pair and address family.
 const ECHOES: u32 = 20;
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 ///
 /// # Errors
 /// Returns [`Forbidden`](crate::lab::report::Forbidden) if the kernel lacks a feature. Every other
@@ -102,6 +103,7 @@ struct Stage {
 }
 
 impl Demo {
+    /// Starts the mesh, and checks its tunnels and traffic.
     fn play(
         &mut self,
         setting: &Setting,

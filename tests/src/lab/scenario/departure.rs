@@ -32,7 +32,7 @@ const CONFIRM: &str = "3";
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Departure {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Number of commands whose exit status and messages were checked.
     pub commands: usize,
@@ -40,7 +40,7 @@ pub struct Departure {
     pub failed: Vec<String>,
 }
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 pub fn run(setting: &Setting) -> anyhow::Result<Departure> {
     let hybrid = Hybrid::build(setting)?;
     let rootless = setting.rank == Rank::Rootless;
@@ -51,13 +51,14 @@ pub fn run(setting: &Setting) -> anyhow::Result<Departure> {
     Ok(Departure { rootless, commands: acts.commands, failed: acts.promises.into_failed() })
 }
 
-/// Progress of a run.
+/// Number of checked commands and promises of a run.
 struct Acts {
     commands: usize,
     promises: Promises,
 }
 
 impl Acts {
+    /// Runs all steps on two workers.
     fn play(&mut self, setting: &Setting, hybrid: &Hybrid) -> anyhow::Result<()> {
         setting.talk.step("starting the controller and the control plane's node");
         let mut controller = Controller::start(&hybrid.lab, &hybrid.cp, &setting.binaries)?;

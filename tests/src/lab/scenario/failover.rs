@@ -28,7 +28,7 @@ use crate::lab::traffic::{Pattern, tcp_both_ways};
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Failover {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Results of all cases, each once with the controller running and once without it.
     pub cases: Vec<Case>,
@@ -81,7 +81,7 @@ const TRANSFER: u64 = 32 << 20;
 /// Name of the nftables table that drops packets on a router.
 const CUT: &str = "cut";
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 pub fn run(setting: &Setting) -> anyhow::Result<Failover> {
     let mut figures = Failover { rootless: setting.rank == Rank::Rootless, ..Failover::default() };
     let mut promises = Promises::new();
@@ -106,6 +106,7 @@ struct World {
 }
 
 impl World {
+    /// Builds the hosts, joins and starts all nodes, and waits until each has the map.
     fn build(setting: &Setting) -> anyhow::Result<Self> {
         setting.talk.step("building two uplinks, five routers and two relays");
         let mut lab = Lab::new(setting.rank)?;
@@ -165,6 +166,7 @@ impl World {
         Ok(Self { nodes, relays, controller, routers, addresses, _lab: lab })
     }
 
+    /// Returns the namespace and the IPv4 mesh address of a node.
     fn end(&self, number: usize) -> anyhow::Result<End<'_>> {
         let node = &self.nodes[number];
         let v4 = node.status()?.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
@@ -172,6 +174,7 @@ impl World {
         Ok((node.host().namespace(), v4))
     }
 
+    /// Returns the namespace of a router.
     fn router(&self, number: usize) -> &Namespace {
         self.routers[number].host().namespace()
     }
@@ -292,6 +295,7 @@ const CASES: [(&str, [usize; 2], bool); 6] = [
 ];
 
 impl Failover {
+    /// Compares the throughput, then runs all cases with the controller and without it.
     fn measure(
         &mut self,
         setting: &Setting,

@@ -59,7 +59,7 @@ impl Hybrid {
     /// Builds the hosts.
     ///
     /// # Errors
-    /// [`Forbidden`] where the kernel has no bridge, no veth or no nftables.
+    /// Returns [`Forbidden`] if the kernel has no bridge, no veth or no nftables.
     pub fn build(setting: &Setting) -> anyhow::Result<Self> {
         setting.talk.step("building the simulated internet, two datacenters and a cloud");
         Self::try_build(setting).map_err(|error| {

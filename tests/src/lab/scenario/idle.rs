@@ -17,7 +17,7 @@ use crate::lab::report::{Figures, Promises, round};
 /// Results of one run, for an idle mesh of three nodes.
 #[derive(Debug, Default, Serialize)]
 pub struct Idle {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Number of nodes in the mesh.
     pub nodes: usize,
@@ -47,7 +47,7 @@ const AGENT_CPU_PCT: f64 = 0.5;
 /// Upper bound of [`Idle::controller_rss_mb`].
 const CONTROLLER_RSS_MB: f64 = 50.0;
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 pub fn run(setting: &Setting) -> anyhow::Result<Idle> {
     let hybrid = Hybrid::build(setting)?;
     let mut idle = Idle { rootless: setting.rank == Rank::Rootless, ..Idle::default() };
@@ -60,6 +60,7 @@ pub fn run(setting: &Setting) -> anyhow::Result<Idle> {
 }
 
 impl Idle {
+    /// Starts the mesh, waits until it is idle, and measures its programs.
     fn measure(
         &mut self,
         setting: &Setting,

@@ -2,8 +2,8 @@
 //! a controller.
 //!
 //! Every implementation runs the same cases ([`cases`]), each in its own lab. The re-key cases take
-//! two minutes of real time, because the clocks of the other implementations cannot be changed. All
-//! other cases run at the same time.
+//! two minutes of real time, because the clocks of the other implementations cannot be changed. The
+//! other cases run during that time.
 
 mod cases;
 mod flood;
@@ -25,7 +25,7 @@ use cases::{CASES, Judge, Outcome};
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Interop {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Version of each implementation, by its name.
     pub versions: BTreeMap<&'static str, String>,
@@ -120,8 +120,8 @@ pub fn run(setting: &Setting, only: &[String]) -> anyhow::Result<Interop> {
 /// A case that ran: its name, its duration in seconds, and its outcome.
 type Tried = (&'static str, f64, anyhow::Result<Outcome>);
 
-/// Runs the re-key cases at once, because they take long, and the other cases one after another at
-/// the same time.
+/// Runs the re-key cases in parallel, because they take long, and meanwhile the other cases one
+/// after another.
 fn try_all(setting: &Setting, program: &Installed, cases: &[(&'static str, Judge)]) -> Vec<Tried> {
     let one = |(name, judge): &(&'static str, Judge)| -> Tried {
         let begun = Instant::now();
@@ -144,6 +144,7 @@ fn try_all(setting: &Setting, program: &Installed, cases: &[(&'static str, Judge
 }
 
 impl Interop {
+    /// Records the result of a case.
     fn note(
         &mut self,
         which: &'static str,

@@ -30,7 +30,7 @@ use programs::Programs;
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Kubernetes {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Checks in the order in which they ran.
     pub arrows: Vec<Arrow>,
@@ -66,7 +66,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// Limit for [`Kubernetes::cidr_change_ms`].
 const CIDR_CHANGE_MS: f64 = 1000.0;
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 pub fn run(setting: &Setting) -> anyhow::Result<Kubernetes> {
     let programs = Programs::find(&setting.talk)?;
     let hybrid = Hybrid::build(setting)?;
@@ -89,6 +89,7 @@ struct Worker {
 }
 
 impl Kubernetes {
+    /// Starts the mesh and the control plane, and runs the checks.
     fn play(
         &mut self,
         setting: &Setting,

@@ -32,7 +32,7 @@ use crate::lab::topology::Lab;
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Many {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Number of the agent's peers.
     pub peers: usize,
@@ -69,7 +69,7 @@ const AT_ONCE: usize = 8;
 /// Interval between two datagrams to each active peer.
 const PACE: Duration = Duration::from_millis(500);
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 pub fn run(setting: &Setting) -> anyhow::Result<Many> {
     let mut figures = Many { rootless: setting.rank == Rank::Rootless, ..Many::default() };
     let mut promises = Promises::new();
@@ -81,6 +81,7 @@ pub fn run(setting: &Setting) -> anyhow::Result<Many> {
 }
 
 impl Many {
+    /// Joins all nodes, sends traffic, and measures the agent.
     fn measure(&mut self, setting: &Setting, promises: &mut Promises) -> anyhow::Result<()> {
         let mut lab = Lab::new(setting.rank)?;
         let host = lab.host("ctl").public("203.0.113.2", "2001:db8::2")?.build()?;

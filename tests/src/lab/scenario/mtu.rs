@@ -28,7 +28,7 @@ use crate::lab::traffic::{Pattern, tcp_both_ways};
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Mtu {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Results for each underlay MTU, with ICMP errors and without.
     pub cases: Vec<Case>,
@@ -63,7 +63,7 @@ const TRANSFER: u64 = 2 << 20;
 /// Limit for the discovery of the MTU.
 const SETTLE: Duration = Duration::from_secs(20);
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 pub fn run(setting: &Setting) -> anyhow::Result<Mtu> {
     let mut figures = Mtu { rootless: setting.rank == Rank::Rootless, ..Mtu::default() };
     let mut promises = Promises::new();
@@ -187,6 +187,7 @@ fn silence(router: &Namespace) -> anyhow::Result<()> {
 }
 
 impl Case {
+    /// Checks the promises about a path.
     fn check(&self, label: &str, promises: &mut Promises) {
         promises.hold(!self.stalled, || format!("{label}: TCP makes progress"));
         // The MTU of the tunnel never falls below the minimum of IPv6.

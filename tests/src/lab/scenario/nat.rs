@@ -43,7 +43,7 @@ pub struct Options {
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct NatFigures {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Round-trip time of the simulated internet, in milliseconds.
     pub rtt_ms: u32,
@@ -160,7 +160,7 @@ const DIRECT: Duration = Duration::from_secs(5);
 /// Limit for status to show why no path can be established.
 const SAID: Duration = Duration::from_secs(20);
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 pub fn run(setting: &Setting, options: Options) -> anyhow::Result<NatFigures> {
     let mut figures = NatFigures {
         rootless: setting.rank == Rank::Rootless,
@@ -249,6 +249,7 @@ struct World {
 }
 
 impl World {
+    /// Builds the hosts and NATs, joins all nodes, and waits until each has the map.
     fn build(
         setting: &Setting,
         options: Options,
@@ -403,6 +404,7 @@ impl World {
         Ok(Blocked { a: a.0.name(), b: b.0.name(), says })
     }
 
+    /// Returns the node at a place.
     fn node(&mut self, place: Place) -> anyhow::Result<&mut Node> {
         self.nodes
             .get_mut(&place)
@@ -483,6 +485,7 @@ fn settle(
 }
 
 impl NatFigures {
+    /// Runs all pairs, and the pair that cannot establish a path.
     fn measure(
         &mut self,
         setting: &Setting,
@@ -511,10 +514,12 @@ impl NatFigures {
     }
 }
 
+/// Returns the kind of path from one node to another, as `towline peers` shows it.
 fn kind(from: &Node, to: &Node) -> anyhow::Result<Option<String>> {
     Ok(from.peer(to.name())?.and_then(|peer| peer.path_kind))
 }
 
+/// Returns the IPv4 mesh address of a node.
 fn overlay(node: &Node) -> anyhow::Result<IpAddr> {
     let status = node.status()?;
     let v4 = status.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
@@ -563,6 +568,7 @@ fn first_packet(
 }
 
 impl Pair {
+    /// Checks the promises about a pair.
     fn check(&self, promises: &mut Promises) {
         let name = || format!("{} to {} on {}", self.a, self.b, self.family);
         match self.first_packet_ms {
@@ -579,6 +585,7 @@ impl Pair {
         }
     }
 
+    /// Returns the result in one line.
     fn line(&self) -> String {
         let ms = |ms: Option<f64>| ms.map_or("-".to_owned(), |ms| format!("{ms} ms"));
         format!(

@@ -1,7 +1,7 @@
-//! `cargo lab nodes`: checks the connections of a Kubernetes cluster. A control plane is in the
-//! cloud, and workers are at two sites behind NAT. Each has a pod behind a bridge, as a CNI plugin
-//! sets it up. Both kinds of addressing are covered. Each connection of such a cluster (an arrow)
-//! is a TCP transfer, and captures show whether its packets crossed the tunnel or the uplink.
+//! `cargo lab nodes`: checks the connections of a Kubernetes cluster, whose control plane is in the
+//! cloud and whose workers are at two sites behind NAT. Each node has a pod behind a bridge, as a
+//! CNI plugin sets it up. Both kinds of addressing are covered. Each connection (an arrow) is a TCP
+//! transfer, and captures show whether its packets crossed the tunnel or the uplink.
 //!
 //! ```text
 //!   player, www ── internet ──┬── cp (API server) ── pod 10.244.1.2
@@ -38,16 +38,16 @@ pub use cluster::Addressing;
 /// Options of one run.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Addressings to check.
+    /// Addressings in which the connections are checked.
     pub addressings: Vec<Addressing>,
-    /// Values of `rp_filter` on the uplinks to check.
+    /// Values of `rp_filter` on the uplinks for which the connections are checked.
     pub rp_filters: Vec<u8>,
 }
 
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Nodes {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// All connections, in the order in which they were tried.
     pub arrows: Vec<ArrowFigure>,
@@ -86,7 +86,7 @@ const TUNNEL: &str = "tunnel";
 /// Value of [`ArrowFigure::via`] for packets that cross an uplink in clear.
 const UPLINK: &str = "uplink";
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Nodes> {
     let mut nodes = Nodes { rootless: setting.rank == Rank::Rootless, ..Nodes::default() };
     let mut promises = Promises::new();
@@ -122,6 +122,7 @@ struct Arrow<'a> {
 type Place<'a> = (&'a str, &'a str);
 
 impl Nodes {
+    /// Builds a cluster with this addressing, and tries all connections for each `rp_filter`.
     fn play(
         &mut self,
         setting: &Setting,
@@ -178,6 +179,7 @@ struct Captures<'a> {
 }
 
 impl<'a> Captures<'a> {
+    /// Starts the captures of a cluster.
     fn start(cluster: &'a Cluster, pattern: Pattern) -> anyhow::Result<Self> {
         let namespaces = cluster.watched().map(|(namespace, _)| namespace);
         let captures =

@@ -25,8 +25,8 @@ use crate::lab::report::{Figures, Promises, round};
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct PlanFigures {
-    /// True if the lab ran without the rights of the real root. The kernel then limits the socket
-    /// buffers.
+    /// True if the lab ran in a user namespace, without root rights on this machine. The kernel then
+    /// limits the socket buffers.
     pub rootless: bool,
     /// Number of peers in the large mesh.
     pub peers: u32,
@@ -62,7 +62,7 @@ const FULL_ROUNDS: usize = 5;
 /// Number of added and removed prefixes that are measured.
 const CHANGE_ROUNDS: usize = 25;
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 pub fn run(rank: Rank) -> anyhow::Result<PlanFigures> {
     let mut figures = PlanFigures { rootless: rank == Rank::Rootless, ..Default::default() };
     let mut promises = Promises::new();
@@ -74,6 +74,7 @@ pub fn run(rank: Rank) -> anyhow::Result<PlanFigures> {
 }
 
 impl PlanFigures {
+    /// Measures a large and a small mesh, and checks the promises.
     fn measure(&mut self, promises: &mut Promises) -> anyhow::Result<()> {
         let small = Mesh::new(PEERS / 10).measure()?;
         let mesh = Mesh::new(PEERS);
@@ -173,6 +174,7 @@ impl Mesh {
         Self { plan }
     }
 
+    /// Returns the number of prefixes that are reached through the peers.
     fn prefixes(&self) -> usize {
         self.plan.routes.keys().filter(|(_, via)| *via == RouteVia::Link).count()
     }

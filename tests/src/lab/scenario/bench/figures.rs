@@ -12,7 +12,7 @@ use crate::lab::report::Figures;
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Bench {
-    /// True if the lab ran without the rights of the real root.
+    /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Machine of the run. Figures of different machines cannot be compared.
     pub machine: Machine,
@@ -21,7 +21,7 @@ pub struct Bench {
     pub rounds: usize,
     /// Version of each subject, by its name.
     pub subjects: BTreeMap<&'static str, String>,
-    /// Figures by case.
+    /// Figures of each case, by its name.
     pub cases: BTreeMap<&'static str, CaseFigures>,
     /// Medians of the rounds' ratios, by name. A ratio `a_vs_b` is the figure of `a` divided by
     /// that of `b`.
@@ -82,7 +82,7 @@ pub struct CaseFigures {
     pub what: &'static str,
     /// Unit of the figures.
     pub unit: &'static str,
-    /// Figures by subject.
+    /// Figures of each subject, by its name.
     pub subjects: BTreeMap<&'static str, Figure>,
 }
 

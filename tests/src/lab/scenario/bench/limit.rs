@@ -106,6 +106,7 @@ impl Limit {
     }
 }
 
+/// Returns the nonce of a message counter, as WireGuard builds it.
 fn nonce(counter: u64) -> Nonce {
     let mut nonce = [0; 12];
     nonce[4..].copy_from_slice(&counter.to_le_bytes());

@@ -76,10 +76,12 @@ pub(super) struct Carried {
 }
 
 impl Carried {
+    /// Returns the throughput in Gbit/s of payload.
     pub(super) fn gbit_per_s(&self) -> f64 {
         self.bytes as f64 * 8e-9 / self.seconds
     }
 
+    /// Returns the rate in millions of datagrams per second.
     pub(super) fn mpps(&self) -> f64 {
         self.datagrams as f64 / 1e6 / self.seconds
     }

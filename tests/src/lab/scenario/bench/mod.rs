@@ -103,7 +103,7 @@ const NOW: &str = "towline";
 /// Name of the subject that is built from another checkout.
 const BEFORE: &str = "before";
 
-/// Runs the scenario.
+/// Runs the scenario and returns its results.
 pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Bench> {
     let mut bench = Bench {
         rootless: setting.rank == Rank::Rootless,
@@ -134,6 +134,7 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Bench> {
     Ok(bench)
 }
 
+/// Starts the subjects and runs all rounds.
 fn measure(
     setting: &Setting,
     options: &Options,

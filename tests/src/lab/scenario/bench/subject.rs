@@ -67,6 +67,7 @@ const OVERLAY_LINK: &str = "inside0";
 const LOSS_TABLE: &str = "loss";
 
 impl Outer {
+    /// Returns the network of the cable.
     fn net(self) -> IpNet {
         match self {
             Self::V4 => IpNet::new_assert(Ipv4Addr::new(192, 0, 2, 0).into(), 24),

@@ -106,7 +106,7 @@ fn cookie(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<
     let key = if side == Side::Ours { pair.our_key() } else { pair.their_key() };
     let target = pair.outer(side)?;
     // Some implementations demand a cookie only from addresses that send too much. Part of the
-    // flood has the forged address of the caller, who must still be able to connect.
+    // flood has the forged address of the caller, which must still be able to connect.
     let also = match pair.outer(caller)?.ip() {
         IpAddr::V4(address) => Some(address),
         IpAddr::V6(_) => None,

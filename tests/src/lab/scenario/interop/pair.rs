@@ -26,9 +26,9 @@ use crate::lab::traffic::{Pattern, tcp_both_ways};
 /// One side of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
-    /// Towline.
+    /// The side that runs Towline.
     Ours,
-    /// The other implementation.
+    /// The side that runs the other implementation.
     Theirs,
 }
 
@@ -72,7 +72,7 @@ pub(super) const NAT_TIMEOUT: u64 = 3;
 /// Name of the other side in Towline's configuration.
 const NAME: &str = "other";
 
-/// A running pair.
+/// Hosts and running programs of a case.
 pub(super) struct Pair {
     pub(super) ours: Node,
     pub(super) theirs: Peer,
@@ -164,6 +164,7 @@ impl Pair {
         Ok(pair)
     }
 
+    /// Configures the other side's program with Towline as its peer.
     fn configure_theirs(&mut self, our_endpoint: SocketAddr) -> anyhow::Result<()> {
         let calls = self.terms.caller == Side::Theirs;
         let peer = uapi::Peer {
@@ -180,14 +181,17 @@ impl Pair {
         })
     }
 
+    /// Returns the public key of Towline.
     pub(super) fn our_key(&self) -> WireguardKey {
         self.our_key
     }
 
+    /// Returns the public key of the other side.
     pub(super) fn their_key(&self) -> WireguardKey {
         self.their_key.public()
     }
 
+    /// Returns the network namespace of a side.
     pub(super) fn host(&self, side: Side) -> &Namespace {
         self.hosts[side as usize].namespace()
     }
@@ -204,6 +208,7 @@ impl Pair {
         inner(side)
     }
 
+    /// Returns the name of a side's link.
     fn link(&self, side: Side) -> &str {
         if side == Side::Ours { "towline0" } else { self.theirs.link() }
     }
@@ -287,6 +292,7 @@ impl Pair {
 }
 
 impl Side {
+    /// Returns the opposite side.
     pub(super) fn other(self) -> Self {
         match self {
             Self::Ours => Self::Theirs,
