@@ -2,8 +2,8 @@
 //! client certificates of the mesh.
 //!
 //! The server certificate is renewed while the server runs ([`ServerCertificate::renew`]). Existing
-//! connections are not affected. Sessions are never resumed, so the client certificate is verified
-//! on each connection.
+//! connections are not affected. Sessions are never resumed, so certificates are presented and
+//! verified on each connection.
 
 use std::fmt;
 use std::sync::Arc;

@@ -29,7 +29,7 @@ pub enum Role {
     Node,
     /// A node of the mesh, also with an expired certificate.
     ExpiredNode,
-    /// An administrator.
+    /// An administrator of the mesh.
     Admin,
 }
 
