@@ -1,8 +1,8 @@
-//! The agent's configuration: a TOML file, all of it parsed before anything is opened.
+//! Configuration of the agent: a TOML file that is parsed completely before anything is opened.
 //!
-//! Every field has a default, so an empty or absent file is a working configuration. A key that
-//! is not known is refused by name. What a flag or an environment variable says wins over the
-//! file; see `cli`.
+//! Every field has a default, so an empty or absent file is a working configuration. An unknown key
+//! is an error that names the key. Flags and environment variables take precedence over the file;
+//! see `cli`.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -20,132 +20,137 @@ use crate::prefixes::Filter;
 use crate::static_peers::{self, PeerConfig};
 use towline_dataplane::Offloads;
 
-/// Where the file is when nobody says.
+/// Default path of the configuration file.
 pub const DEFAULT_PATH: &str = "/etc/towline/agent.toml";
 
-/// The whole configuration.
+/// Configuration of the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Keys, membership, and the cached map; 0700, made when it is not there.
+    /// State directory, mode 0700: keys, membership, and the cached map. Created if it does not
+    /// exist.
     pub state_dir: PathBuf,
-    /// The Unix socket that the command line speaks to; 0600.
+    /// Path of the Unix socket for the command line, mode 0600.
     pub socket: PathBuf,
-    /// What this node says of itself.
+    /// Addresses and networks of this node.
     pub node: NodeConfig,
-    /// The UDP side of the tunnels.
+    /// UDP side of the tunnels.
     pub wireguard: WireguardConfig,
-    /// The TUN link.
+    /// TUN link.
     pub link: LinkConfig,
-    /// Our numbers in the host's routing.
+    /// Numbers and names for routing and nftables.
     pub routing: RoutingConfig,
-    /// Which of the kernel's offloads may be used.
+    /// Kernel offloads that may be used.
     pub offloads: Offloads,
-    /// How to reach the controllers.
+    /// Addresses of the controllers.
     pub controller: ControllerConfig,
-    /// What is taken from Kubernetes.
+    /// Settings for Kubernetes.
     pub kubernetes: KubernetesConfig,
-    /// WireGuard peers that are in no mesh, each as `[[peer]]`.
+    /// WireGuard peers outside of a mesh, each in a `[[peer]]` section.
     #[serde(rename = "peer", skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<PeerConfig>,
-    /// Whether this node forwards for others.
+    /// Settings for relaying.
     pub relay: RelayConfig,
 }
 
-/// What this node says of itself.
+/// Addresses and networks of this node.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct NodeConfig {
-    /// Addresses, with port, at which other nodes can reach this one's UDP port: a public address
-    /// that no interface carries, or a forwarded port.
+    /// Addresses, with port, at which other nodes can reach this node's UDP port: a public address
+    /// that is on no interface, or a forwarded port.
     pub advertise: Vec<SocketAddr>,
-    /// Addresses of our link besides those that the mesh gives: what static peers know us by.
+    /// Additional addresses of the TUN link, for static peers.
     pub addresses: Vec<IpAddr>,
-    /// By which address other nodes know this one.
+    /// Kind of address by which other nodes reach this one.
     pub addressing: Addressing,
-    /// The machine's own addresses, at most one of each family, where `addressing` is `node-ip`;
-    /// empty: those of the link that leads to the internet.
+    /// Addresses of the machine, at most one of each family, for `addressing = "node-ip"`. Empty:
+    /// the addresses of the link that leads to the internet.
     pub node_ips: Vec<IpAddr>,
-    /// Networks that are reached through this node; its grant must allow them.
+    /// Networks that are reached through this node. Its grant must allow them.
     pub prefixes: Vec<IpNet>,
-    /// Networks that packets out of the tunnel may be forwarded to, though they are not announced.
+    /// Networks to which packets from the tunnel may be forwarded even though they are not
+    /// announced.
     pub forward_to: Vec<IpNet>,
-    /// Announce only networks inside these, whoever names them; empty: all.
+    /// Only networks inside these are announced, for all sources. Empty: no restriction.
     pub include_prefixes: Vec<IpNet>,
-    /// Announce none of these, nor any part of them.
+    /// Networks that are never announced. They are cut out of larger networks.
     pub exclude_prefixes: Vec<IpNet>,
 }
 
-/// By which address other nodes know a node.
+/// Kind of address by which other nodes reach a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Addressing {
-    /// Its overlay address, which overlaps nothing.
+    /// The overlay address, which overlaps with no other network.
     #[default]
     Overlay,
-    /// The machine's own address, announced as a prefix and routed transparently.
+    /// The machine's own address, announced as a prefix and routed into the tunnel.
     NodeIp,
 }
 
-/// The UDP side of the tunnels.
+/// UDP side of the tunnels.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WireguardConfig {
     /// UDP port, 1 to 65535.
     pub port: u16,
-    /// Threads that move packets, 1 to 16. One does for a few Gb/s; with several, peers share them.
+    /// Number of threads that move packets, 1 to 16. One is enough for a few Gb/s. With several,
+    /// the peers are distributed over them.
     pub workers: usize,
 }
 
-/// The TUN link.
+/// TUN link.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LinkConfig {
-    /// Interface name, at most 15 bytes.
+    /// Name of the interface, at most 15 bytes.
     pub name: String,
-    /// Bytes, 1,280 to 65,455. The default leaves room for the tunnel's 80 bytes in 1,500.
+    /// MTU in bytes, 1,280 to 65,455. The default leaves room for the tunnel's 80 bytes in a packet
+    /// of 1,500.
     pub mtu: u32,
 }
 
-/// Our numbers in the host's routing. Two programs that share one number fight over it.
+/// Numbers and names for routing and nftables. No other program may use the same ones.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RoutingConfig {
-    /// Routing table that holds our routes; the one after it is ours as well.
+    /// Routing table for Towline's routes. The next two tables are used too.
     pub table: u32,
-    /// The first of the five priorities of our policy rules, 1 to 32,761.
+    /// First of the five priorities of Towline's policy rules, 1 to 32,759.
     pub priority: u32,
-    /// The mark on our own sockets, inside `mask`.
+    /// Mark of the agent's own sockets, inside `mask`.
     pub mark: u32,
-    /// Bits of the mark that are ours; at least one more than the mark's.
+    /// Bits of the mark that Towline uses: those of `mark` and at least one more.
     pub mask: u32,
-    /// TCP ports of this host that others reach outside the tunnel too, and are answered the way
-    /// they were reached: a Kubernetes API server's, a Towline controller's.
+    /// TCP ports of this host that are reached outside the tunnel too, such as those of a
+    /// Kubernetes API server or a Towline controller. Replies take the path of the request.
     pub plain_ports: Vec<u16>,
-    /// Name of our nftables table, family inet.
+    /// Name of Towline's nftables table, of family inet.
     pub nftables_table: String,
 }
 
-/// How to reach the controllers.
+/// Addresses of the controllers.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ControllerConfig {
-    /// `host:port` of each controller, instead of the addresses that came with the join token.
+    /// `host:port` of each controller. Replaces the addresses from the join token.
     #[serde(with = "addresses")]
     pub addresses: Vec<ControllerAddress>,
 }
 
-/// Whether this node forwards between nodes of the mesh that have no direct path.
+/// Settings for relaying between nodes of the mesh that have no direct path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RelayConfig {
-    /// Only for a node that others reach: with a public address, or a forwarded port.
+    /// True to relay. Only for a node that others can reach: with a public address or a forwarded
+    /// port.
     pub enabled: bool,
-    /// Nodes that may be registered at once.
+    /// Maximum number of nodes that are registered at the same time.
     pub nodes: usize,
-    /// Channels that one node may have at once.
+    /// Maximum number of channels that one node has at the same time.
     pub channels_per_node: usize,
-    /// How much one node may send, in megabits per second.
+    /// Maximum rate at which one node may send, in megabits per second.
     pub megabits_per_node: u64,
 }
 
@@ -160,15 +165,15 @@ impl Default for RelayConfig {
     }
 }
 
-/// What is taken from Kubernetes, with the kubelet's own credentials.
+/// Settings for Kubernetes, which is accessed with the kubelet's own credentials.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct KubernetesConfig {
-    /// The kubelet's kubeconfig. Empty: where kubeadm or k3s put it.
+    /// Path of the kubelet's kubeconfig. Empty: the paths of kubeadm and k3s.
     pub kubeconfig: PathBuf,
     /// Whether the node's pod networks are announced.
     pub announce_pods: AnnouncePods,
-    /// Where the CNI is configured. Empty: the usual places.
+    /// Directory of the CNI configuration. Empty: the usual directories.
     pub cni_dir: PathBuf,
 }
 
@@ -176,22 +181,22 @@ pub struct KubernetesConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AnnouncePods {
-    /// Where the CNI routes them natively.
+    /// Announce them if the CNI routes them natively.
     #[default]
     Auto,
-    /// Whatever the CNI does.
+    /// Announce them for every CNI.
     Always,
-    /// Not at all.
+    /// Do not announce them.
     Never,
 }
 
 impl KubernetesConfig {
-    /// The kubeconfig, when one is named.
+    /// Returns the path of the kubeconfig, if one is configured.
     pub fn kubeconfig(&self) -> Option<&Path> {
         Some(self.kubeconfig.as_path()).filter(|path| !path.as_os_str().is_empty())
     }
 
-    /// The CNI's directory, when one is named.
+    /// Returns the directory of the CNI configuration, if one is configured.
     pub fn cni_dir(&self) -> Option<&Path> {
         Some(self.cni_dir.as_path()).filter(|path| !path.as_os_str().is_empty())
     }
@@ -240,40 +245,39 @@ impl Default for RoutingConfig {
     }
 }
 
-/// Why a configuration is not one.
+/// Error of reading a configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
     #[error("cannot read {path}: {source}")]
     Read {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// Not TOML, a key that is not known, or a value of the wrong form.
+    /// The file is not TOML, or has an unknown key or a value of the wrong type.
     #[error("{path}: {message}")]
     Parse {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Where, and what is wrong.
+        /// Line and error.
         message: String,
     },
-    /// A value out of its bounds.
+    /// A value is out of its bounds.
     #[error("{path}: {key}: {message}")]
     Value {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Which key.
+        /// Key of the value.
         key: &'static str,
-        /// What is wrong, and what would be right.
+        /// Description of the error, with a valid value.
         message: String,
     },
 }
 
 impl Config {
-    /// Reads `path`. An absent file is the default configuration only when `path` is the default
-    /// one and nobody named it.
+    /// Reads the file at `path`, or the default file. Only the default file may be absent.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let (file, named) = match path {
             Some(path) => (path, true),
@@ -288,7 +292,7 @@ impl Config {
         }
     }
 
-    /// Parses the text of a file; `path` is for the message only.
+    /// Parses the text of a file. `path` is only used in errors.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let config: Self = toml::from_str(text).map_err(|error| ConfigError::Parse {
             path: path.into(),
@@ -316,18 +320,21 @@ impl Config {
             return Err(("link.mtu", format!("{} is outside 1280 to 65455", self.link.mtu)));
         }
         if self.wireguard.port == 0 {
-            return Err(("wireguard.port", "0 is no port: peers must know it".into()));
+            return Err((
+                "wireguard.port",
+                "must not be 0, because peers need a fixed port".into(),
+            ));
         }
         if !(1..=16).contains(&self.wireguard.workers) {
             let workers = self.wireguard.workers;
             return Err(("wireguard.workers", format!("{workers} is outside 1 to 16")));
         }
         let routing = &self.routing;
-        // The two after it are ours as well.
+        // The next two tables are used too, so they must not be the kernel's either.
         if matches!(routing.table, 0 | 251..=255 | 0xffff_fffe..) {
             return Err((
                 "routing.table",
-                format!("{} is the kernel's own: use another", routing.table),
+                format!("{} is reserved by the kernel: use another table", routing.table),
             ));
         }
         if !(1..=32759).contains(&routing.priority) {
@@ -348,12 +355,12 @@ impl Config {
         if routing.mask == routing.mark {
             return Err((
                 "routing.mask",
-                format!("{:#x} leaves no bit besides the mark's: add one", routing.mask),
+                format!("{:#x} has the same bits as the mark: add at least one bit", routing.mask),
             ));
         }
         if routing.plain_ports.len() > limits::PLAIN_PORTS || routing.plain_ports.contains(&0) {
             let most = limits::PLAIN_PORTS;
-            return Err(("routing.plain_ports", format!("at most {most} ports of 1 to 65535")));
+            return Err(("routing.plain_ports", format!("use at most {most} ports of 1 to 65535")));
         }
         if routing.nftables_table.is_empty() || routing.nftables_table.len() > 31 {
             return Err(("routing.nftables_table", "use 1 to 31 characters".into()));
@@ -363,10 +370,13 @@ impl Config {
             || self.node.addresses.iter().any(|ip| ip.is_unspecified() || ip.is_multicast())
         {
             let most = limits::PREFIXES;
-            return Err(("node.addresses", format!("at most {most} addresses of one machine")));
+            return Err(("node.addresses", format!("use at most {most} unicast addresses")));
         }
         if self.node.advertise.len() > limits::CANDIDATES / 2 {
-            return Err(("node.advertise", format!("at most {}", limits::CANDIDATES / 2)));
+            return Err((
+                "node.advertise",
+                format!("use at most {} addresses", limits::CANDIDATES / 2),
+            ));
         }
         if let Some(bad) = self
             .node
@@ -374,14 +384,17 @@ impl Config {
             .iter()
             .find(|a| Candidate::new(CandidateKind::Configured, **a).is_none())
         {
-            return Err(("node.advertise", format!("nothing can be sent to {bad}")));
+            return Err(("node.advertise", format!("{bad} is not a valid endpoint")));
         }
         let node_ips = &self.node.node_ips;
         if NodeIps::first(node_ips.iter().copied()).iter().count() < node_ips.len() {
-            return Err(("node.node_ips", "at most one address of each family".into()));
+            return Err(("node.node_ips", "use at most one address of each family".into()));
         }
         if let Some(bad) = node_ips.iter().find(|ip| ip.is_unspecified() || ip.is_loopback()) {
-            return Err(("node.node_ips", format!("{bad} is no address for others")));
+            return Err((
+                "node.node_ips",
+                format!("other nodes cannot reach {bad}: use another address"),
+            ));
         }
         for (key, networks) in [
             ("node.prefixes", &self.node.prefixes),
@@ -390,7 +403,7 @@ impl Config {
             ("node.exclude_prefixes", &self.node.exclude_prefixes),
         ] {
             if networks.len() > limits::PREFIXES {
-                return Err((key, format!("at most {}", limits::PREFIXES)));
+                return Err((key, format!("use at most {} networks", limits::PREFIXES)));
             }
             if let Some(bad) = networks.iter().find(|net| net.trunc() != **net) {
                 return Err((key, format!("{bad} has host bits set: use {}", bad.trunc())));
@@ -408,12 +421,12 @@ impl Config {
         Ok(())
     }
 
-    /// Which networks are announced.
+    /// Returns the filter for announced networks.
     pub fn prefix_filter(&self) -> Filter<'_> {
         Filter { include: &self.node.include_prefixes, exclude: &self.node.exclude_prefixes }
     }
 
-    /// The configured candidates.
+    /// Returns the configured candidates.
     pub fn candidates(&self) -> Vec<Candidate> {
         self.node
             .advertise
@@ -422,8 +435,8 @@ impl Config {
             .collect()
     }
 
-    /// What of ours travels outside the tunnel, if these are the controllers. One that is named
-    /// instead of numbered is left out: its address is not known here.
+    /// Returns what must bypass the tunnel, for this list of controllers. Controllers with a host
+    /// name are left out, because their addresses are not known here.
     pub fn underlay(&self, controllers: &[ControllerAddress]) -> UnderlayPlan {
         UnderlayPlan {
             owner: self.owner(),
@@ -433,15 +446,15 @@ impl Config {
         }
     }
 
-    /// The user that the agent runs as: who owns its state, also when somebody else (root, by
-    /// hand) sets up the guards for it.
+    /// Returns the user that the agent runs as: the owner of the state directory. Another user
+    /// (root) may install the guards for it.
     fn owner(&self) -> u32 {
         use std::os::unix::fs::MetadataExt as _;
         std::fs::metadata(&self.state_dir)
             .map_or_else(|_| nix::unistd::geteuid().as_raw(), |metadata| metadata.uid())
     }
 
-    /// What we forward for others.
+    /// Returns the relay of this node, with its limits.
     pub fn relay(&self) -> towline_dataplane::Relay {
         use towline_dataplane::relay::{Limits, Relay};
         let RelayConfig { enabled, nodes, channels_per_node, megabits_per_node } = self.relay;
@@ -452,7 +465,7 @@ impl Config {
         Relay::new(Limits { nodes, channels: channels_per_node, bytes_per_second })
     }
 
-    /// Our policy rules.
+    /// Returns the numbers of the policy rules.
     pub fn rules(&self) -> RulePlan {
         RulePlan {
             priority: self.routing.priority,
@@ -462,7 +475,7 @@ impl Config {
     }
 }
 
-/// TOML's error as one line: place, then message.
+/// Formats a TOML error as one line: line number, then message.
 fn one_line(error: &toml::de::Error, text: &str) -> String {
     let message = error.message().replace('\n', " ");
     match error.span() {
@@ -523,7 +536,7 @@ mod tests {
             ("[wireguard]\nport = 0", "port"),
             ("[routing]\ntable = 254", "kernel"),
             ("[routing]\nmark = 0x100", "mask"),
-            ("[routing]\nmark = 0x30", "besides"),
+            ("[routing]\nmark = 0x30", "at least one bit"),
             ("[routing]\nplain_ports = [0]", "65535"),
             ("[node]\nprefixes = [\"10.0.0.1/8\"]", "10.0.0.0/8"),
             ("[node]\nforward_to = [\"10.0.0.1/8\"]", "10.0.0.0/8"),
@@ -533,7 +546,7 @@ mod tests {
             ("[node]\nexclude_prefixes = [\"10.0.0.1/8\"]", "10.0.0.0/8"),
             ("[node]\nnode_ips = [\"10.0.0.1\", \"10.0.0.2\"]", "one address"),
             ("[node]\naddressing = \"both\"", "node-ip"),
-            ("[node]\nadvertise = [\"0.0.0.0:1\"]", "sent"),
+            ("[node]\nadvertise = [\"0.0.0.0:1\"]", "valid endpoint"),
             ("[offloads]\nudp_gso = false", "udp_segment"),
             ("[controller]\naddresses = [\"nope\"]", "host:port"),
         ] {

@@ -1,8 +1,8 @@
-//! Turning a machine into a node that comes back by itself: files, units, and what is left behind
-//! when a join that nobody watches fails.
+//! Installation of a machine as a node that survives reboots: files and units, and what an
+//! unattended join that fails leaves behind.
 //!
-//! Everything is idempotent: what is as wanted is not written, what a person may have changed is
-//! not overwritten, and units of a package are left to it.
+//! Everything is idempotent. Files with the wanted content are not written, files that an operator
+//! may have changed are not overwritten, and units of a package are not touched.
 
 use std::io::Write as _;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, symlink};
@@ -16,7 +16,7 @@ use towline_service::directory::PrivateDirectory;
 use crate::config::{Config, DEFAULT_PATH};
 use crate::state::{JOIN_FAILURE, StateDir};
 
-/// A unit's name and text, as it is shipped.
+/// Name and content of a unit.
 type Unit = (&'static str, &'static str);
 
 const UNITS: &[Unit] = &[
@@ -36,13 +36,15 @@ const UNITS: &[Unit] = &[
     ),
 ];
 
-/// System users and directories, below `/usr/lib` (a package's) or `/etc` (ours).
+/// Declarations of system users and directories, below `/usr/lib` (from a package) or `/etc`
+/// (written by this module).
 const DECLARATIONS: [(&str, &str); 2] = [
     ("sysusers.d/towline.conf", include_str!("../../deploy/systemd/sysusers.d/towline.conf")),
     ("tmpfiles.d/towline.conf", include_str!("../../deploy/systemd/tmpfiles.d/towline.conf")),
 ];
 
-/// What systemd-networkd must leave alone; a package brings it in the second place.
+/// Settings that keep systemd-networkd from removing Towline's rules and routes. A package ships
+/// them in one of [`PACKAGE_NETWORKD_FILES`].
 const NETWORKD: &str = include_str!("../../deploy/systemd/networkd.conf.d/10-towline.conf");
 const NETWORKD_FILE: &str = "/etc/systemd/networkd.conf.d/10-towline.conf";
 const PACKAGE_NETWORKD_FILES: [&str; 2] = [
@@ -57,42 +59,42 @@ const HELPER: &str = "towline-helper.socket";
 const HELPER_PROGRAM: &str = "/usr/bin/towline-helper";
 const GUARD: &str = "towline-guard.service";
 const RETRY_TIMER: &str = "towline-join.timer";
-/// Where a retry looks for the token.
+/// Path of the token for a retry.
 pub const TOKEN: &str = "/etc/towline/token";
-/// Written by the drop-in for k3s.
+/// Path of the file that the drop-in for k3s writes.
 const K3S_ADDRESS: &str = "/etc/rancher/k3s/config.yaml.d/10-towline.yaml";
 
-/// The tree that is installed into: the machine, or a directory.
+/// Tree to install into: the machine, or a directory.
 #[derive(Debug, Clone)]
 pub struct Tree {
     root: PathBuf,
 }
 
-/// What an installation did.
+/// Result of an installation.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// Files that were written, as seen inside the tree.
+    /// Files that were written, as paths inside the tree.
     pub written: Vec<PathBuf>,
 }
 
 impl Tree {
-    /// The machine itself, or what lies under `root`.
+    /// Returns the tree of the machine itself, or the one at `root`.
     pub fn new(root: Option<&Path>) -> Self {
         Self { root: root.unwrap_or(Path::new("/")).to_owned() }
     }
 
-    /// Where a path of the tree lies.
+    /// Returns the real path of a path inside the tree.
     pub fn path(&self, inside: impl AsRef<Path>) -> PathBuf {
         let inside = inside.as_ref();
         self.root.join(inside.strip_prefix("/").unwrap_or(inside))
     }
 
-    /// Whether it is the running machine, and systemd runs it.
+    /// Returns whether the tree is the running machine, and systemd is its init system.
     pub fn has_systemd(&self) -> bool {
         self.root == Path::new("/") && Path::new("/run/systemd/system").is_dir()
     }
 
-    /// Writes program, configuration and units.
+    /// Writes the program, the configuration and the units.
     pub fn install(&self, configuration: &str) -> anyhow::Result<Changes> {
         let mut changes = Changes::default();
         self.program(&mut changes)?;
@@ -108,26 +110,26 @@ impl Tree {
         }
         if self.has_systemd() && !changes.written.is_empty() {
             systemctl(&["daemon-reload"])?;
-            // The agent's own `RuntimeDirectory=` makes it too, at its start.
+            // The agent's `RuntimeDirectory=` would create the directory too, but only when the
+            // agent starts.
             let _ = run(&["systemd-tmpfiles", "--create", "towline.conf"]);
         }
         Ok(changes)
     }
 
-    /// Enables the agent and its guard at boot, and starts the agent where an init system can be
-    /// told to.
+    /// Enables the agent and its guard at boot. Starts the agent if the machine runs systemd.
     pub fn start(&self) -> anyhow::Result<()> {
         self.enable(GUARD, "sysinit.target")?;
         self.enable(HELPER, "sockets.target")?;
         self.enable(AGENT, "multi-user.target")?;
         if self.has_systemd() {
-            // Not waited for: who asked waits for the mesh, with a limit of their own.
+            // The caller waits for the mesh, with its own time limit.
             systemctl(&["start", "--no-block", AGENT])?;
         }
         Ok(())
     }
 
-    /// Whether the units that were installed run an agent on this state directory.
+    /// Returns whether the installed units run an agent with this state directory.
     pub fn serves(&self, state_dir: &Path) -> bool {
         let file = self.path(DEFAULT_PATH);
         let config = if file.exists() { Config::load(Some(&file)) } else { Ok(Config::default()) };
@@ -136,21 +138,21 @@ impl Tree {
         theirs.is_ok_and(|theirs| same(&theirs) == same(state_dir))
     }
 
-    /// Whether the agent's unit is installed.
+    /// Returns whether the agent's unit is installed.
     pub fn has_agent_unit(&self) -> bool {
         self.path(self.unit_place(AGENT)).is_file()
     }
 
-    /// Starts the agent's unit, where systemd runs the machine. It is not waited for.
+    /// Starts the agent's unit with systemd, without waiting for it.
     pub fn start_agent(&self) -> anyhow::Result<()> {
-        // A unit that failed is not kept from the next try.
+        // A start limit must not prevent this start.
         let _ = systemctl(&["reset-failed", AGENT]);
         systemctl(&["start", "--no-block", AGENT])
     }
 
-    /// Undoes [`Self::start`]: nothing of ours comes up at the next boot. Also removes our drop-ins
-    /// for the kubelet and k3s, which would wait for a mesh, unless somebody changed them. Returns
-    /// what was done, a line each.
+    /// Reverses [`Self::start`], so that nothing of Towline starts at the next boot. Also removes
+    /// the drop-ins for the kubelet and k3s, which would wait for a mesh, unless they were changed.
+    /// Returns what was done, one line each.
     pub fn disable(&self) -> anyhow::Result<Vec<String>> {
         let mut done = Vec::new();
         let wants = [
@@ -184,38 +186,39 @@ impl Tree {
         if self.has_systemd() && !done.is_empty() {
             systemctl(&["daemon-reload"])?;
             for unit in [RETRY_TIMER, AGENT, GUARD] {
-                // One that was never loaded is no error.
+                // Stopping a unit that was never loaded fails, which is fine.
                 let _ = systemctl(&["stop", "--no-block", unit]);
             }
         }
         Ok(done)
     }
 
-    /// Keeps the token for retries. It is single-use; a join that succeeds removes it.
+    /// Stores the token for retries. It is single-use; a successful join removes it.
     pub fn keep_token(&self, token: &str) -> anyhow::Result<()> {
         self.write(TOKEN, token.as_bytes(), 0o600, &mut Changes::default())
     }
 
-    /// Leaves the reason of a failure and, if another try may do better, the timer that makes it.
+    /// Stores the reason of a failure. Enables the retry timer if another attempt may succeed.
     pub fn failed(&self, config: &Config, reason: &str, again: bool) -> anyhow::Result<()> {
         let directory = self.state(config)?;
         directory.replace(JOIN_FAILURE, 0o600, format!("{reason}\n").as_bytes())?;
         if again { self.enable(RETRY_TIMER, "timers.target") } else { self.no_retry() }
     }
 
-    /// A join succeeded: no reason, no timer, no token.
+    /// Removes what a failed join left: reason, timer and token.
     pub fn succeeded(&self, config: &Config) -> anyhow::Result<()> {
         self.state(config)?.remove(JOIN_FAILURE)?;
         remove(&self.path(TOKEN))?;
         self.no_retry()
     }
 
-    /// Why the last unattended join failed, if it did.
+    /// Returns why the last unattended join failed, if it did.
     pub fn failure(&self, config: &Config) -> Option<String> {
         StateDir::peek(&self.path(&config.state_dir)).join_failure().ok().flatten()
     }
 
-    /// The state directory, which belongs to the agent's user of the tree, if it has that user.
+    /// Returns the state directory. It belongs to the agent's user of the tree, if that user
+    /// exists.
     pub fn state(&self, config: &Config) -> anyhow::Result<PrivateDirectory> {
         let path = self.path(&config.state_dir);
         Ok(PrivateDirectory::create(&path, self.account(account::AGENT)?)?)
@@ -226,8 +229,7 @@ impl Tree {
         account::find_in(&passwd, name).with_context(|| format!("cannot read {}", passwd.display()))
     }
 
-    /// Declares the system users and the directories of their own, and makes the users where they
-    /// do not exist yet.
+    /// Declares the system users and their directories, and creates the users that do not exist.
     fn users(&self, changes: &mut Changes) -> anyhow::Result<()> {
         for (place, text) in DECLARATIONS {
             let packaged = self.path(Path::new("/usr/lib").join(place)).is_file();
@@ -235,24 +237,24 @@ impl Tree {
                 self.write(Path::new("/etc").join(place), text.as_bytes(), 0o644, changes)?;
             }
         }
-        // A tree without users is no system yet; one that boots makes them from the declaration.
+        // A tree without `/etc/passwd` is not a system yet. It creates the users from the
+        // declaration when it boots.
         if self.account(account::AGENT)?.is_some() || !self.path(account::PASSWD).exists() {
             return Ok(());
         }
         let made = self.make_users();
         if self.account(account::AGENT)?.is_none() && self.has_systemd() {
             let name = account::AGENT;
-            return Err(made.err().unwrap_or_else(|| anyhow::anyhow!("it was not made"))).context(
-                format!(
-                    "cannot make the system user `{name}`: run `useradd --system --user-group \
+            return Err(made.err().unwrap_or_else(|| anyhow::anyhow!("no program created it")))
+                .context(format!(
+                    "cannot create the system user `{name}`: run `useradd --system --user-group \
                      --no-create-home --shell /usr/sbin/nologin {name}`"
-                ),
-            );
+                ));
         }
         Ok(())
     }
 
-    /// Makes the users with the first program that can.
+    /// Creates the users with the first program that succeeds.
     fn make_users(&self) -> anyhow::Result<()> {
         let root = self.root.display();
         let sysusers = format!("--root={root}");
@@ -276,8 +278,8 @@ impl Tree {
         said
     }
 
-    /// Removes the settings of systemd-networkd that [`Self::install`] wrote: without a mesh there
-    /// is nothing of ours that it could delete.
+    /// Removes the settings of systemd-networkd that [`Self::install`] wrote. Without a mesh there
+    /// is nothing that networkd could remove.
     pub fn remove_networkd_settings(&self) -> anyhow::Result<()> {
         let path = self.path(NETWORKD_FILE);
         if std::fs::read(&path).is_ok_and(|found| found == NETWORKD.as_bytes()) {
@@ -301,11 +303,11 @@ impl Tree {
     fn enable(&self, unit: &str, target: &str) -> anyhow::Result<()> {
         let wants = self.path(ADMIN_UNITS).join(format!("{target}.wants"));
         std::fs::create_dir_all(&wants)
-            .with_context(|| format!("cannot make {}", wants.display()))?;
+            .with_context(|| format!("cannot create {}", wants.display()))?;
         let link = wants.join(unit);
         if !link.is_symlink() {
             symlink(self.unit_place(unit), &link)
-                .with_context(|| format!("cannot make {}", link.display()))?;
+                .with_context(|| format!("cannot create {}", link.display()))?;
             if self.has_systemd() {
                 systemctl(&["daemon-reload"])?;
             }
@@ -316,7 +318,8 @@ impl Tree {
         Ok(())
     }
 
-    /// Where the unit lies as seen inside the tree: the package's, else ours.
+    /// Returns the path of a unit inside the tree: the package's, or else the one written by this
+    /// module.
     fn unit_place(&self, unit: &str) -> PathBuf {
         let packaged = PACKAGE_UNITS.iter().map(|place| Path::new(place).join(unit));
         packaged
@@ -333,7 +336,7 @@ impl Tree {
         Ok(())
     }
 
-    /// The running program, where units look for it.
+    /// Copies the running program to the path that the units use.
     fn program(&self, changes: &mut Changes) -> anyhow::Result<()> {
         let place = self.path(PROGRAM);
         let running = std::env::current_exe().context("cannot find the running program")?;
@@ -344,14 +347,15 @@ impl Tree {
         let bytes = std::fs::read(&running)
             .with_context(|| format!("cannot read {}", running.display()))?;
         self.write(PROGRAM, &bytes, 0o755, changes)?;
-        // Shipped beside the agent. Without it the agent does without what only root may open.
+        // The helper is shipped next to the agent. Without it the agent cannot open files that only
+        // root may read.
         match std::fs::read(running.with_file_name("towline-helper")) {
             Ok(bytes) => self.write(HELPER_PROGRAM, &bytes, 0o755, changes),
             Err(_) => Ok(()),
         }
     }
 
-    /// Writes a file in one step, unless it is as wanted.
+    /// Writes a file atomically, unless it has the wanted content.
     fn write(
         &self,
         inside: impl AsRef<Path>,
@@ -375,7 +379,7 @@ impl Tree {
                 .mode(mode)
                 .open(&beside)?;
             file.write_all(bytes)?;
-            // Not left to the umask.
+            // The mode must not depend on the umask.
             file.set_permissions(std::fs::Permissions::from_mode(mode))?;
             file.sync_all()?;
             std::fs::rename(&beside, &path)
@@ -505,12 +509,12 @@ mod tests {
         tree.remove_networkd_settings().unwrap();
         tree.remove_networkd_settings().unwrap();
         assert!(!file.exists());
-        // What a person changed is theirs.
+        // A file that the operator changed is kept.
         std::fs::write(&file, "[Network]\n").unwrap();
         tree.remove_networkd_settings().unwrap();
         assert!(file.exists());
         std::fs::remove_file(&file).unwrap();
-        // A package has its own.
+        // A package ships its own file.
         let packaged = tree.path(PACKAGE_NETWORKD_FILES[0]);
         std::fs::create_dir_all(packaged.parent().unwrap()).unwrap();
         std::fs::write(packaged, text).unwrap();
@@ -537,7 +541,7 @@ mod tests {
         for part in [AGENT, GUARD, RETRY_TIMER, "removed", "was changed"] {
             assert!(done.contains(part), "{done}");
         }
-        // The units themselves stay, for the next join.
+        // The units themselves stay for the next join.
         assert!(tree.path("/etc/systemd/system/towline.service").exists());
         let again = tree.disable().unwrap();
         assert!(again.iter().all(|line| line.starts_with("left ")), "{again:?}");

@@ -1,9 +1,9 @@
-//! Joining a mesh with a token, and staying a member: renewals.
+//! Joining a mesh with a token, and renewing the certificate of a member.
 //!
-//! Order: keys are made and stored; the CA is pinned by the token's fingerprint before anything
-//! is said; the controller's clock is compared with ours; then the token is spent. What comes
-//! back is verified under the pinned CA and stored. A join that was cut off anywhere is simply
-//! run again: the controller answers the same identity key with the same grant.
+//! The order of a join: the keys are created and stored, the CA is pinned by the token's
+//! fingerprint before anything is sent, the controller's clock is compared with this machine's, and
+//! then the token is used. The response is verified with the pinned CA and stored. An interrupted
+//! join can simply be repeated: the controller answers the same identity key with the same grant.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -26,40 +26,40 @@ use crate::state::{InvalidMembership, Keys, Membership, StateDir, StateError};
 use crate::tls;
 use towline_netlink::Rtnetlink;
 
-/// Why a join or a renewal failed.
+/// Error of a join or a renewal.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
-    /// The controller cannot be reached, or is not the one.
+    /// No controller can be reached, or its certificate is not from the pinned CA.
     #[error(transparent)]
     Dial(#[from] DialError),
-    /// The controller refused; its words say what to do.
+    /// The controller refused the request; its message names the remedy.
     #[error("{}", refusal(.0))]
     Refused(#[from] tonic::Status),
-    /// The two clocks are too far apart: certificates and handshakes would fail later.
+    /// The clocks differ too much: certificates and handshakes would fail later.
     #[error(
-        "this machine's clock is {skew_seconds} s {direction} the controller's: set it (for instance with `timedatectl set-ntp true`) and join again"
+        "this machine's clock is {skew_seconds} s {direction} the controller's: set it (`timedatectl set-ntp true`) and join again"
     )]
     Clock {
-        /// By how much.
+        /// Difference of the clocks, in seconds.
         skew_seconds: u64,
-        /// "behind" or "ahead of".
+        /// Direction of the difference: "behind" or "ahead of".
         direction: &'static str,
     },
-    /// The controller's answer is not signed by the pinned CA.
-    #[error("the controller's answer is not to be believed: {0}")]
+    /// A statement of the controller is not signed by the pinned CA.
+    #[error("invalid response from the controller: {0}")]
     Untrusted(#[from] InvalidMembership),
-    /// The controller's answer lacks something.
-    #[error("the controller's answer has no {0}: is it of another version?")]
+    /// The controller's response lacks a part.
+    #[error("invalid response from the controller: no {0}: check that its version matches")]
     Incomplete(&'static str),
-    /// The mesh would take the uplink's gateway for one of its own addresses.
+    /// A network of the mesh covers the gateway of this machine's uplink.
     #[error(
-        "the mesh's network {range} covers {gateway}, the gateway of this machine's uplink: give \
-         one of the two another network, then join again with the same token"
+        "the mesh's network {range} covers {gateway}, the gateway of this machine's uplink: change \
+         one of the two networks, then join again with the same token"
     )]
     Gateway {
-        /// One of the mesh's.
+        /// Network of the mesh.
         range: IpNet,
-        /// This machine's.
+        /// Gateway of this machine.
         gateway: IpAddr,
     },
     /// The mesh would cut off the operator's own SSH session.
@@ -68,28 +68,29 @@ pub enum JoinError {
     /// A key cannot be used.
     #[error(transparent)]
     Key(#[from] InvalidKey),
-    /// The state directory failed.
+    /// The state directory cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
     /// TLS cannot be set up.
     #[error("cannot set up TLS: {0}")]
     Tls(#[from] rustls::Error),
-    /// The machine is a member already, by another name.
+    /// The machine is already a member under another name.
     #[error(
         "this machine is already `{have}` of mesh {mesh}: run `towline leave` first, to join as `{want}`"
     )]
     OtherName {
-        /// Its name.
+        /// Name of this machine in the mesh.
         have: NodeName,
-        /// Its mesh.
+        /// Mesh that the machine joined.
         mesh: towline_proto::id::MeshId,
-        /// The name asked for.
+        /// Requested name.
         want: NodeName,
     },
 }
 
 impl JoinError {
-    /// Whether the same token may do better later: nobody answered, or the clock is not set yet.
+    /// Returns whether the same token may succeed later: no controller answered, or the clock was
+    /// wrong.
     pub fn may_pass(&self) -> bool {
         match self {
             Self::Dial(error) => !matches!(error, DialError::WrongCa { .. }),
@@ -108,33 +109,33 @@ impl JoinError {
     }
 }
 
-/// How a join ended.
+/// Result of a join.
 #[derive(Debug)]
 pub enum Joined {
-    /// The machine is a member now.
+    /// The machine is now a member.
     New(Membership),
-    /// It was one before; nothing was changed and the token was not used.
+    /// The machine was a member before. Nothing was changed, and the token was not used.
     Already(Membership),
 }
 
-/// How the operator reaches this machine, which a mesh must not end.
+/// How the operator is connected to this machine. A mesh must not cut off these connections.
 #[derive(Debug, Clone, Default)]
 pub struct Operator {
-    /// The SSH sessions; empty: there are none, or they may be cut off.
+    /// SSH sessions of the operator. Empty if there are none, or if they may be cut off.
     pub sessions: Vec<Session>,
     /// TCP ports that are reached outside the tunnel too.
     pub plain_ports: Vec<u16>,
 }
 
 impl Operator {
-    /// Refuses networks that would cut off one of the sessions, and names it.
+    /// Fails if guarding `networks` would cut off one of the sessions. The error names the session.
     pub fn refuse_cut_off(&self, networks: &[IpNet]) -> Result<(), JoinError> {
         let found = lockout::cut_off(&self.sessions, networks, &self.plain_ports);
         found.into_iter().next().map_or(Ok(()), |cut_off| Err(JoinError::CutOff(cut_off)))
     }
 }
 
-/// Joins, unless the machine is a member already.
+/// Joins a mesh, unless the machine is a member already.
 pub async fn join(
     state: &StateDir,
     token: &JoinToken,
@@ -144,7 +145,7 @@ pub async fn join(
     join_as(state, token, name, mark, &Operator::default()).await
 }
 
-/// Joins, unless the machine is a member already or the mesh would cut off its operator.
+/// Joins a mesh, unless the machine is a member already or the mesh would cut off its operator.
 pub async fn join_as(
     state: &StateDir,
     token: &JoinToken,
@@ -177,13 +178,13 @@ pub async fn join_as(
     let gateways = Rtnetlink::open().and_then(|mut netlink| netlink.gateways());
     refuse_covered(&membership.mesh, &gateways.unwrap_or_default())?;
     operator.refuse_cut_off(&membership.mesh.guarded().collect::<Vec<_>>())?;
-    // The certificate first: the membership is what says that the join is done.
+    // The certificate is stored first, because the membership marks the join as complete.
     state.store_certificate(&chain(answer.certificate_chain)?)?;
     state.store_membership(&membership)?;
     Ok(Joined::New(membership))
 }
 
-/// A fresh certificate, and the grant as it stands now.
+/// Returns a new certificate chain and the current grant.
 pub async fn renew(
     channel: Channel,
     identity: &Identity,
@@ -193,7 +194,7 @@ pub async fn renew(
     Ok((chain(answer.certificate_chain)?, answer.grant))
 }
 
-/// A discovery client with the bounds that both sides keep.
+/// Returns a discovery client with the message limits of both sides.
 pub fn client(channel: Channel) -> DiscoveryClient<Channel> {
     DiscoveryClient::new(channel)
         .max_decoding_message_size(limits::MESSAGE_BYTES)
@@ -218,7 +219,7 @@ async fn first_reachable(
             }
         }
     }
-    // A token holds at least one address.
+    // A token contains at least one address.
     Err(last.map_or(JoinError::Incomplete("address"), JoinError::Dial))
 }
 
@@ -233,8 +234,8 @@ fn check_clock(server_time_ms: i64, now: SystemTime) -> Result<(), JoinError> {
     Err(JoinError::Clock { skew_seconds: skew.as_secs(), direction })
 }
 
-/// A mesh that covers the gateway would take from this machine what the gateway itself answers,
-/// and its errors.
+/// Fails if the mesh covers a gateway. The machine would lose the gateway's own services and its
+/// ICMP errors.
 fn refuse_covered(mesh: &MeshConfig, gateways: &[IpAddr]) -> Result<(), JoinError> {
     for range in mesh.guarded() {
         if let Some(gateway) = gateways.iter().find(|gateway| range.contains(*gateway)) {
@@ -279,7 +280,7 @@ fn chain(certificates: Vec<Vec<u8>>) -> Result<Vec<CertificateDer<'static>>, Joi
     Ok(certificates.into_iter().map(CertificateDer::from).collect())
 }
 
-/// The controller's words for the operator; tonic's own for what it did not say.
+/// Returns the controller's message for the operator, or a description of the status without one.
 pub fn refusal(status: &tonic::Status) -> String {
     let words: String = status.message().chars().filter(|c| !c.is_control()).take(500).collect();
     match status.code() {
@@ -291,7 +292,7 @@ pub fn refusal(status: &tonic::Status) -> String {
     }
 }
 
-/// What the tests of other crates need: the address list as it is kept.
+/// Returns the effective list of controllers: the configured ones, or else those of the membership.
 pub fn controllers(
     configured: &[ControllerAddress],
     membership: &Membership,

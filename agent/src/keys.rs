@@ -1,4 +1,5 @@
-//! The node's two key pairs. They are made here, kept in files of mode 0600, and never sent.
+//! The node's two key pairs. They are created on this machine, stored in files of mode 0600, and
+//! never sent.
 //!
 //! - The **identity key** (Ed25519, PKCS#8 in PEM) signs the node's records, its certificate
 //!   signing requests and its TLS handshakes.
@@ -20,12 +21,12 @@ use towline_service::pem;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::{Zeroize as _, Zeroizing};
 
-/// Why a key cannot be used.
+/// Error of a key that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct InvalidKey(&'static str);
 
-/// The node's identity key.
+/// Identity key pair of the node.
 #[derive(Clone)]
 pub struct Identity {
     pkcs8: Arc<Zeroizing<Vec<u8>>>,
@@ -39,14 +40,14 @@ impl fmt::Debug for Identity {
 }
 
 impl Identity {
-    /// A new one.
+    /// Creates a new key pair.
     pub fn generate() -> Result<Self, InvalidKey> {
         let pkcs8 = Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new())
-            .map_err(|_| InvalidKey("the system gives no randomness"))?;
+            .map_err(|_| InvalidKey("the kernel returned no random bytes"))?;
         Self::from_pkcs8(pkcs8.as_ref().to_vec())
     }
 
-    /// Reads the file's text.
+    /// Parses the text of the key file.
     pub fn from_pem(pem: &str) -> Result<Self, InvalidKey> {
         let mut der = PrivatePkcs8KeyDer::from_pem_slice(pem.as_bytes())
             .map_err(|_| InvalidKey("not a PKCS#8 private key in PEM"))?;
@@ -62,28 +63,28 @@ impl Identity {
         Ok(Self { pkcs8: Arc::new(pkcs8), pair: Arc::new(pair) })
     }
 
-    /// The file's text.
+    /// Returns the text of the key file.
     pub fn to_pem(&self) -> Zeroizing<String> {
         pem::private_key(&self.pkcs8)
     }
 
-    /// The public half.
+    /// Returns the public key.
     pub fn public(&self) -> IdentityKey {
         let mut key = [0; 32];
         key.copy_from_slice(self.pair.public_key().as_ref());
         IdentityKey(key)
     }
 
-    /// The private half as rustls signs with it. rustls keeps ring's key pair, and no copy of the
-    /// file's bytes.
+    /// Returns the private key for rustls. rustls keeps ring's key pair, and no copy of the file's
+    /// bytes.
     pub fn tls_key(&self) -> Result<Arc<dyn SigningKey>, rustls::Error> {
         any_eddsa_type(&PrivatePkcs8KeyDer::from(self.pkcs8.as_slice()))
     }
 
-    /// A certificate signing request (PKCS#10, DER). It asks for nothing: the controller decides
-    /// what the certificate says.
+    /// Returns a certificate signing request (PKCS#10, DER). It requests no attributes: the
+    /// controller decides the content of the certificate.
     pub fn signing_request(&self) -> Result<Vec<u8>, InvalidKey> {
-        let failed = |_| InvalidKey("the certificate signing request cannot be made");
+        let failed = |_| InvalidKey("cannot create a certificate signing request");
         let mut key = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(
             &PrivatePkcs8KeyDer::from(self.pkcs8.as_slice()),
             &rcgen::PKCS_ED25519,
@@ -91,7 +92,7 @@ impl Identity {
         .map_err(failed)?;
         let params = rcgen::CertificateParams::default();
         let request = params.serialize_request(&key).map_err(failed);
-        // rcgen does not do so by itself.
+        // rcgen does not zeroize the key by itself.
         key.zeroize();
         Ok(request?.der().to_vec())
     }
@@ -102,7 +103,7 @@ impl Identity {
     }
 }
 
-/// The node's WireGuard key.
+/// WireGuard key pair of the node.
 #[derive(Clone)]
 pub struct Wireguard(StaticSecret);
 
@@ -113,15 +114,15 @@ impl fmt::Debug for Wireguard {
 }
 
 impl Wireguard {
-    /// A new one.
+    /// Creates a new key pair.
     pub fn generate() -> Result<Self, InvalidKey> {
         let mut bytes = Zeroizing::new([0; 32]);
         ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), bytes.as_mut())
-            .map_err(|_| InvalidKey("the system gives no randomness"))?;
+            .map_err(|_| InvalidKey("the kernel returned no random bytes"))?;
         Ok(Self(StaticSecret::from(*bytes)))
     }
 
-    /// Reads the file's text.
+    /// Parses the text of the key file.
     pub fn from_base64(text: &str) -> Result<Self, InvalidKey> {
         let invalid = InvalidKey("not a WireGuard private key in base64");
         let bytes = BASE64.decode(text.trim().as_bytes()).map(Zeroizing::new);
@@ -131,7 +132,7 @@ impl Wireguard {
         Ok(Self(StaticSecret::from(*bytes)))
     }
 
-    /// The file's text.
+    /// Returns the text of the key file.
     pub fn to_base64(&self) -> Zeroizing<String> {
         let mut text = Zeroizing::new(String::with_capacity(64));
         BASE64.encode_append(self.0.as_bytes(), &mut text);
@@ -139,24 +140,25 @@ impl Wireguard {
         text
     }
 
-    /// The public half.
+    /// Returns the public key.
     pub fn public(&self) -> WireguardKey {
         WireguardKey(PublicKey::from(&self.0).to_bytes())
     }
 
-    /// The private half, for the data plane.
+    /// Returns the private key, for the data plane.
     pub fn secret(&self) -> &StaticSecret {
         &self.0
     }
 
-    /// The X25519 secret shared with `other`; `None` for a key of low order, which would give
-    /// everybody the same one.
+    /// Returns the X25519 secret shared with `other`. `None` for a key of low order, for which all
+    /// nodes would get the same secret.
     pub fn shared(&self, other: &WireguardKey) -> Option<Zeroizing<[u8; 32]>> {
         let shared = self.0.diffie_hellman(&PublicKey::from(other.0));
         shared.was_contributory().then(|| Zeroizing::new(shared.to_bytes()))
     }
 
-    /// The proof, for a join, that we hold this key. `None` for a proof key of low order.
+    /// Returns the proof, for a join, that this node has the private key. `None` for a proof key of
+    /// low order.
     pub fn join_proof(
         &self,
         proof_key: &WireguardKey,

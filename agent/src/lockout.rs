@@ -1,8 +1,8 @@
-//! Whether a mesh would cut off the operator who is about to bring it up on this machine.
+//! Detects whether a mesh would cut off the operator who brings it up on this machine.
 //!
-//! The operator's SSH session is found by the environment, by the processes above this one (`sudo`
-//! drops the environment), and, where a terminal multiplexer or a missing parent hides it, among
-//! the established connections of the SSH server's ports.
+//! The operator's SSH session is found in the environment, in the processes above this one (`sudo`
+//! drops the environment), and, if a terminal multiplexer or a missing parent hides it, in the
+//! established connections of the SSH server's ports.
 //!
 //! ```text
 //!  sshd (listens) ─► sshd (session, holds the socket) ─► shell ─► sudo ─► towline
@@ -17,32 +17,32 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 
-/// The SSH server's usual port.
+/// Default port of SSH servers.
 const SSH: u16 = 22;
-/// Parents that are looked at; a process tree is rarely deeper than ten.
+/// Maximum number of parent processes that are read. A process tree is rarely deeper than ten.
 const ANCESTORS: usize = 64;
-/// Beginnings of the names of SSH servers' processes.
+/// Prefixes of the process names of SSH servers.
 const SERVERS: [&str; 2] = ["sshd", "dropbear"];
-/// Beginnings of the names of programs that outlive the session in which they were started: what
-/// the environment below them says may be of an earlier session.
+/// Prefixes of the names of programs that outlive the session that started them. The environment of
+/// their children may be from an earlier session.
 const MULTIPLEXERS: [&str; 7] =
     ["tmux", "screen", "SCREEN", "zellij", "dtach", "abduco", "mosh-server"];
 
-/// An SSH session, as seen from this machine.
+/// SSH session, as seen from this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Session {
-    /// Where the operator's end is.
+    /// Address of the operator's machine.
     pub peer: IpAddr,
     /// Port of the SSH server.
     pub port: u16,
 }
 
-/// A session that a mesh would cut off.
+/// Session that a mesh would cut off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CutOff {
-    /// The session.
+    /// Session that would be cut off.
     pub session: Session,
-    /// The mesh's network that holds the operator's end.
+    /// Network of the mesh that contains the operator's address.
     pub range: IpNet,
 }
 
@@ -51,15 +51,15 @@ impl fmt::Display for CutOff {
         let Self { session: Session { peer, port }, range } = self;
         write!(
             f,
-            "the mesh's network {range} holds {peer}, from which this machine is operated over \
-             SSH, and would cut it off: add port {port} to [routing] plain_ports, come from an \
-             address outside of {range}, or repeat the command with --force"
+            "the mesh's network {range} contains {peer}, the address of an SSH session to this \
+             machine, and would cut it off: add port {port} to [routing] plain_ports, connect from \
+             an address outside of {range}, or repeat the command with --force"
         )
     }
 }
 
-/// Returns the sessions that guarding `ranges` would cut off. Those to a port in `plain_ports`
-/// stay reachable outside the tunnel.
+/// Returns the sessions that guarding `ranges` would cut off. Sessions to a port in `plain_ports`
+/// are not affected.
 pub fn cut_off(sessions: &[Session], ranges: &[IpNet], plain_ports: &[u16]) -> Vec<CutOff> {
     let at_risk = sessions.iter().filter(|session| !plain_ports.contains(&session.port));
     at_risk
@@ -70,7 +70,7 @@ pub fn cut_off(sessions: &[Session], ranges: &[IpNet], plain_ports: &[u16]) -> V
         .collect()
 }
 
-/// Returns the operator's SSH sessions on this machine; `own` are the machine's own addresses.
+/// Returns the operator's SSH sessions on this machine. `own` contains the machine's own addresses.
 pub fn sessions(own: &[IpAddr]) -> Vec<Session> {
     let environment = ["SSH_CONNECTION", "SSH_CLIENT"]
         .map(|name| std::env::var(name).ok().map(|value| format!("{name}={value}")));
@@ -89,19 +89,19 @@ pub fn sessions(own: &[IpAddr]) -> Vec<Session> {
     found.into_iter().filter(elsewhere).collect()
 }
 
-/// What the sessions are found by.
+/// Sources in which sessions are searched.
 struct Host {
-    /// The proc file system.
+    /// Path of the proc file system.
     proc: PathBuf,
-    /// The process for which they are sought.
+    /// Process whose operator is searched.
     process: u32,
-    /// Its `SSH_*` variables, as `NAME=value`.
+    /// `SSH_*` variables of the process, as `NAME=value`.
     environment: Vec<String>,
-    /// A person sits at the process's terminal.
+    /// True if the process has a terminal.
     interactive: bool,
 }
 
-/// An established TCP connection, or a listening socket.
+/// Established TCP connection, or listening socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Connection {
     local: SocketAddr,
@@ -123,7 +123,7 @@ impl Host {
             if SERVERS.iter().any(|begin| name.starts_with(begin)) {
                 servers.push(process);
             }
-            // The environment of another process may be of another network namespace.
+            // The environment of another process may be from another network namespace.
             let inherited = self.environment_of(process);
             said.extend(inherited.into_iter().filter(|(peer, port)| {
                 connections.iter().any(|c| c.remote == *peer && c.local.port() == *port)
@@ -148,7 +148,7 @@ impl Host {
                 sessions.insert(Session::of(connection));
             }
         }
-        // A session that cannot be told from the others: each of them is looked at.
+        // The operator's session cannot be identified, so all sessions are returned.
         if multiplexed || (self.interactive && sessions.is_empty()) {
             let to_server = connections.iter().filter(|c| !c.listening);
             let to_server = to_server.filter(|c| ports.contains(&c.local.port()));
@@ -157,7 +157,7 @@ impl Host {
         sessions
     }
 
-    /// The processes above this one, nearest first.
+    /// Returns the processes above this one, nearest first.
     fn ancestors(&self) -> Vec<u32> {
         let mut found = Vec::new();
         let mut process = self.process;
@@ -191,7 +191,7 @@ impl Host {
         variables.filter_map(|variable| parse(std::str::from_utf8(variable).ok()?)).collect()
     }
 
-    /// The inodes of the sockets that a process holds.
+    /// Returns the inodes of the sockets that a process holds.
     fn sockets(&self, process: u32) -> Vec<u64> {
         let Ok(entries) = std::fs::read_dir(self.of(process, "fd")) else { return Vec::new() };
         let links = entries.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok());
@@ -215,8 +215,8 @@ impl Session {
     }
 }
 
-/// `SSH_CONNECTION=peer port server port` or `SSH_CLIENT=peer port port`: the peer, and the
-/// server's port.
+/// Parses `SSH_CONNECTION=peer port server port` or `SSH_CLIENT=peer port port`. Returns the peer
+/// and the port of the server.
 fn parse(variable: &str) -> Option<(SocketAddr, u16)> {
     let (name, value) = variable.split_once('=')?;
     let fields: Vec<&str> = value.split_whitespace().collect();
@@ -225,12 +225,12 @@ fn parse(variable: &str) -> Option<(SocketAddr, u16)> {
         ("SSH_CLIENT", [peer, port, server]) => (peer, port, server),
         _ => return None,
     };
-    // A link-local address comes with its link.
+    // A link-local address has its link as a suffix.
     let peer: IpAddr = peer.split('%').next()?.parse().ok()?;
     Some((SocketAddr::new(peer.to_canonical(), port.parse().ok()?), server.parse().ok()?))
 }
 
-/// The lines of `/proc/net/tcp` or `tcp6` that are established or listening.
+/// Returns the established and the listening sockets in `/proc/net/tcp` or `tcp6`.
 fn connections(table: &Path) -> Vec<Connection> {
     let Ok(file) = std::fs::File::open(table) else { return Vec::new() };
     BufReader::new(file)
@@ -255,7 +255,8 @@ fn connection(line: &str) -> Option<Connection> {
     })
 }
 
-/// An address as the kernel prints it: words of network byte order, read as the host's.
+/// Parses an address in the kernel's format: words of network byte order, printed in host byte
+/// order.
 fn address(text: &str) -> Option<SocketAddr> {
     let (ip, port) = text.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
@@ -284,7 +285,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
-    /// A proc file system of processes, each the child of the one before it.
+    /// Proc file system for a test. Each process is the child of the previous one.
     struct Tree {
         directory: tempfile::TempDir,
         last: u32,
@@ -342,7 +343,7 @@ mod tests {
         )
     }
 
-    /// As the kernel of this machine's byte order prints it.
+    /// Formats an address as a kernel with this machine's byte order does.
     fn v4(ip: [u8; 4], port: u16) -> String {
         format!("{:08X}:{port:04X}", u32::from_ne_bytes(ip))
     }
@@ -395,7 +396,7 @@ mod tests {
         };
         let tree = shell(b"A=b\0SSH_CONNECTION=10.1.2.3 50000 192.0.2.1 2222\0");
         assert_eq!(tree.sessions(&[], false), ["10.1.2.3 2222"]);
-        // Another network namespace's: its connection is not here.
+        // The connection is from another network namespace, so it is not in the table.
         let tree = shell(b"SSH_CONNECTION=10.5.5.5 50000 192.0.2.1 22\0");
         assert_eq!(tree.sessions(&[], false), [""; 0]);
     }
@@ -415,7 +416,7 @@ mod tests {
     fn a_person_at_a_terminal_without_a_session_may_cut_off_others() {
         let tree = Tree::new(&tcp(), "").process("systemd", "", &[]).process("towline", "", &[]);
         assert_eq!(tree.sessions(&[], true), ["10.7.7.7 22"]);
-        assert_eq!(tree.sessions(&[], false), [""; 0], "nobody watches: a boot, a timer");
+        assert_eq!(tree.sessions(&[], false), [""; 0], "no operator: a boot, a timer");
     }
 
     #[test]

@@ -1,11 +1,12 @@
-//! The network map as this node last saw it: signed bytes, verified on the way in.
+//! Network map as this node last received it, as signed bytes. Each statement is verified when it
+//! is received.
 //!
-//! The cache is what lets a node rejoin its peers while every controller is away. It holds the
-//! statements as they were signed; reading them back verifies them again, so a cache file that
-//! somebody changed is refused entry by entry.
+//! With the cache a node reconnects to its peers while no controller can be reached. The cache
+//! contains the statements as they were signed. Reading it verifies them again, so modified entries
+//! of a cache file are refused one by one.
 //!
-//! Invariants: a node that has a tombstone has no entry and gets none again; of two records the
-//! one with the higher generation stays; absence never removes anything.
+//! Invariants: a node with a tombstone has no entry and never gets one again. Of two records the
+//! one with the higher generation is kept. The absence of a node removes nothing.
 
 use std::collections::BTreeMap;
 
@@ -18,24 +19,24 @@ use towline_proto::{pb, signed};
 
 const MAGIC: &[u8; 8] = b"TLMAP\x001\n";
 
-/// Why a cache file is not one.
+/// Error of reading a cache file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidCache {
-    /// Another kind of file, or one that was cut.
-    #[error("not a map, or cut short")]
+    /// The file has another format, or is truncated.
+    #[error("not a map, or truncated")]
     Malformed,
 }
 
-/// What the last changes mean for this node.
+/// Result of applying changes.
 #[derive(Debug, Default)]
 pub struct Applied {
-    /// For the core, in order.
+    /// Changes for the core, in order.
     pub changes: Vec<MapChange>,
-    /// Statements that were refused, with the reason: a controller that lies, or a newer form.
+    /// Reasons of the statements that were refused: a faulty controller, or a newer format.
     pub refused: Vec<String>,
 }
 
-/// The map. See the module's invariants.
+/// Network map. The module documentation lists its invariants.
 #[derive(Debug, Clone)]
 pub struct MapCache {
     ca: IdentityKey,
@@ -50,7 +51,7 @@ pub struct MapCache {
 }
 
 impl MapCache {
-    /// An empty one. Statements are verified against `ca`.
+    /// Creates an empty map. Statements are verified with the key `ca`.
     pub fn new(ca: IdentityKey, own: NodeId) -> Self {
         Self {
             ca,
@@ -65,12 +66,13 @@ impl MapCache {
         }
     }
 
-    /// Where to resume: epoch and revision.
+    /// Returns the epoch and the revision from which a session resumes.
     pub fn position(&self) -> (u64, u64) {
         (self.epoch, self.revision)
     }
 
-    /// The controller counts in another epoch: everything is asked for again, nothing is dropped.
+    /// Enters the controller's epoch. In a new epoch the map is requested again; no entry is
+    /// dropped.
     pub fn enter_epoch(&mut self, epoch: u64) {
         if self.epoch != epoch {
             self.epoch = epoch;
@@ -78,22 +80,22 @@ impl MapCache {
         }
     }
 
-    /// Whether this node was removed from the mesh.
+    /// Returns whether this node was removed from the mesh.
     pub fn own_removed(&self) -> bool {
         self.tombstones.contains_key(&self.own)
     }
 
-    /// The record that the mesh has of this node.
+    /// Returns the record that the mesh has of this node.
     pub fn own_record(&self) -> Option<&Record> {
         self.own_record.as_ref()
     }
 
-    /// Tombstones, to be published again.
+    /// Returns the tombstones, which each session publishes again.
     pub fn tombstones(&self) -> Vec<pb::Signed> {
         self.tombstones.values().take(limits::TOMBSTONES).cloned().collect()
     }
 
-    /// Takes in what the controller said, each statement on its own merit.
+    /// Applies changes from the controller. Each statement is verified separately.
     pub fn apply(&mut self, changes: pb::Changes) -> Applied {
         let mut applied = Applied::default();
         self.revision = self.revision.max(changes.revision);
@@ -149,7 +151,7 @@ impl MapCache {
         Ok(Some(MapChange::Mesh(verified)))
     }
 
-    /// The cache file's bytes: magic, epoch (big-endian), and the map as one `Changes` message.
+    /// Encodes the map for the cache file: magic, epoch (big-endian), and one `Changes` message.
     pub fn encode(&self) -> Vec<u8> {
         let upserts = self.entries.values().cloned().map(pb::change::Kind::Upsert);
         let tombstones = self.tombstones.values().cloned().map(pb::change::Kind::Tombstone);
@@ -169,7 +171,7 @@ impl MapCache {
         bytes
     }
 
-    /// Reads what [`MapCache::encode`] wrote into this empty cache.
+    /// Reads the output of [`MapCache::encode`] into this empty map.
     pub fn restore(mut self, bytes: &[u8]) -> Result<Self, InvalidCache> {
         let rest = bytes.strip_prefix(MAGIC).ok_or(InvalidCache::Malformed)?;
         let (epoch, body) = rest.split_first_chunk::<8>().ok_or(InvalidCache::Malformed)?;
@@ -177,13 +179,13 @@ impl MapCache {
         self.epoch = u64::from_be_bytes(*epoch);
         let applied = self.apply(changes);
         if !applied.refused.is_empty() {
-            // What was refused is asked for again.
+            // Refused statements are requested again.
             self.revision = 0;
         }
         Ok(self)
     }
 
-    /// Everything in it, as the core wants it at the start.
+    /// Returns the whole map as changes, for the core at the start.
     pub fn changes(&self) -> Vec<MapChange> {
         let mesh = self.mesh.iter().map(|(_, mesh)| MapChange::Mesh(mesh.clone()));
         let tombstones = self
@@ -329,7 +331,7 @@ mod tests {
         map.apply(changes(1, vec![Upsert(ca.entry(2, 1))]));
         let bytes = map.encode();
         for end in 0..bytes.len() {
-            // Any outcome but a panic; a cut between fields may still read as a smaller map.
+            // Every result but a panic is fine. A cut between fields may be a valid smaller map.
             let _ = MapCache::new(ca.key(), NodeId([1; 16])).restore(&bytes[..end]);
         }
         assert!(MapCache::new(ca.key(), NodeId([1; 16])).restore(b"nonsense").is_err());

@@ -1,8 +1,9 @@
-//! Sealing and opening of probes (layout: `towline_proto::frame`).
+//! Sealing and opening of probes. The layout is in `towline_proto::frame`.
 //!
-//! Each pair of nodes has two keys, one a direction, from HKDF-SHA-256 (RFC 5869) over the X25519
-//! secret of their WireGuard keys; with each key comes the pair id by which the receiver finds
-//! it. So a probe names nobody to an onlooker, and only the two can make one.
+//! Each pair of nodes has two keys, one for each direction, derived with HKDF-SHA-256 (RFC 5869)
+//! from the X25519 secret of their WireGuard keys. Each key has a pair id, by which the receiver
+//! finds it. So an observer cannot tell which nodes a probe belongs to, and only these two nodes
+//! can create it.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -18,10 +19,10 @@ use towline_proto::id::WireguardKey;
 use crate::keys::Wireguard;
 
 const INFO: &[u8] = b"towline probe v1";
-/// The largest probe that is opened, in bytes: a datagram.
+/// Maximum size of the sealed part of a probe, in bytes: that of a datagram.
 const OPEN_BYTES: usize = 65_535;
 
-/// The keys of all pairs that this node is part of.
+/// Keys of all pairs that this node is part of.
 #[derive(Default)]
 pub struct ProbeKeys {
     peers: HashMap<WireguardKey, Pair>,
@@ -47,7 +48,7 @@ struct Direction {
 }
 
 impl ProbeKeys {
-    /// Makes the set of peers be `peers`: new ones get keys, others lose theirs.
+    /// Replaces the set of peers: new peers get keys, and the keys of other peers are removed.
     pub fn follow<'a>(&mut self, own: &Wireguard, peers: impl Iterator<Item = &'a WireguardKey>) {
         let wanted: std::collections::HashSet<&WireguardKey> = peers.collect();
         self.peers.retain(|peer, pair| {
@@ -61,15 +62,15 @@ impl ProbeKeys {
             if self.peers.contains_key(peer) {
                 continue;
             }
-            // A key of low order has no pair: nothing is ever sent to it nor believed from it.
+            // A key of low order has no pair: no probe is sent to it or accepted from it.
             let Some(pair) = Pair::new(own, peer) else { continue };
             self.by_id.insert(pair.from.id, *peer);
             self.peers.insert(*peer, pair);
         }
     }
 
-    /// The datagram of a probe to `peer`, padded to `size` bytes if it is shorter; `None` for a
-    /// peer that is not in the set.
+    /// Returns the datagram of a probe to `peer`, padded to `size` bytes if it is shorter. `None`
+    /// if the peer is not in the set.
     pub fn seal(&self, peer: &WireguardKey, probe: &Probe, size: usize) -> Option<Vec<u8>> {
         let direction = &self.peers.get(peer)?.to;
         let mut nonce = [0; 12];
@@ -91,15 +92,15 @@ impl ProbeKeys {
         Some(datagram)
     }
 
-    /// Who sent the probe in `datagram`, and what it says; `None`, and counted, for anything not
-    /// authentic.
+    /// Opens the probe in `datagram`. Returns its sender and its content. Returns `None` for a
+    /// datagram that is not authentic, and counts it.
     pub fn open(&mut self, datagram: &[u8]) -> Option<(WireguardKey, Probe)> {
         let opened = self.authentic(datagram);
         self.refused += u64::from(opened.is_none());
         opened
     }
 
-    /// How many were not authentic so far.
+    /// Returns the number of datagrams that were not authentic.
     pub fn refused(&self) -> u64 {
         self.refused
     }
@@ -136,7 +137,7 @@ impl Pair {
     }
 }
 
-/// 32 bytes of key, then 8 of id.
+/// Type of the HKDF output: 32 bytes of key, then 8 bytes of pair id.
 struct KeyAndId;
 
 impl KeyType for KeyAndId {
@@ -180,7 +181,7 @@ mod tests {
         let datagram = a_keys.seal(&b.public(), &ping, 0).unwrap();
         assert_eq!(datagram.len(), PROBE_BYTES);
         assert_eq!(b_keys.open(&datagram), Some((a.public(), ping)));
-        // Not by the sender, to whom it might be reflected.
+        // The sender must not open its own probe, which an attacker might reflect.
         assert_eq!(a_keys.open(&datagram), None);
         let (_, _, _, mut stranger) = pair();
         assert_eq!(stranger.open(&datagram), None);

@@ -1,9 +1,11 @@
-//! TLS towards the controller: the mesh's CA is pinned, and nothing else is believed.
+//! TLS connection settings for the controller. Only certificates from the mesh's pinned CA are
+//! accepted.
 //!
-//! Before the join only the CA's fingerprint is known (it came with the token); the controller
-//! sends its CA certificate along, and [`Pin`] checks that it is that one before the chain is
-//! verified under it. After the join the stored certificate is the only root. The name asked for
-//! is always [`CONTROLLER_TLS_NAME`]: whatever address was dialled, the CA says who answers.
+//! Before the join only the CA's fingerprint is known, from the token. The controller sends its CA
+//! certificate along. [`Pin`] compares that certificate with the fingerprint and then verifies the
+//! chain. After the join the stored certificate is the only root. The expected server name is
+//! always [`CONTROLLER_TLS_NAME`], independent of the dialled address: the CA identifies the
+//! controller.
 
 use std::sync::{Arc, OnceLock};
 
@@ -22,28 +24,28 @@ use towline_proto::id::{Fingerprint, IdentityKey};
 
 use crate::keys::Identity;
 
-/// The one provider of cryptography.
+/// Returns the process-wide cryptography provider.
 pub fn provider() -> Arc<CryptoProvider> {
     static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
     PROVIDER.get_or_init(|| Arc::new(rustls::crypto::ring::default_provider())).clone()
 }
 
-/// The name that the controller's certificate must have.
+/// Returns the name that the controller's certificate must contain.
 pub fn server_name() -> ServerName<'static> {
-    // A constant that is a DNS name; a test says so.
+    // The constant is a DNS name, which a test verifies.
     ServerName::try_from(CONTROLLER_TLS_NAME).unwrap_or(ServerName::IpAddress(
         std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED).into(),
     ))
 }
 
-/// SHA-256 over a certificate.
+/// Returns the SHA-256 hash of a certificate.
 pub fn fingerprint(certificate: &CertificateDer<'_>) -> Fingerprint {
     let mut bytes = [0; 32];
     bytes.copy_from_slice(digest(&SHA256, certificate).as_ref());
     Fingerprint(bytes)
 }
 
-/// The Ed25519 key in a certificate.
+/// Returns the Ed25519 key in a certificate.
 pub fn public_key(certificate: &CertificateDer<'_>) -> Option<IdentityKey> {
     let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
     let info = parsed.public_key();
@@ -54,13 +56,14 @@ pub fn public_key(certificate: &CertificateDer<'_>) -> Option<IdentityKey> {
     IdentityKey::try_from(info.subject_public_key.data.as_ref()).ok()
 }
 
-/// When a certificate begins and stops to hold, in seconds since 1970.
+/// Returns the start and the end of a certificate's validity, in seconds since 1970.
 pub fn validity(certificate: &CertificateDer<'_>) -> Option<(i64, i64)> {
     let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
     Some((parsed.validity().not_before.timestamp(), parsed.validity().not_after.timestamp()))
 }
 
-/// For a join: trusts the CA with this fingerprint, and shows no certificate of ours.
+/// Returns the settings for a join: trusts the CA with this fingerprint, and has no client
+/// certificate.
 pub fn joining(pin: Fingerprint) -> Result<ClientConfig, TlsError> {
     let verifier = Arc::new(Pin { fingerprint: pin, provider: provider() });
     let mut config = ClientConfig::builder_with_provider(provider())
@@ -72,7 +75,8 @@ pub fn joining(pin: Fingerprint) -> Result<ClientConfig, TlsError> {
     Ok(config)
 }
 
-/// For a member: trusts the CA; shows the node's certificate when there is one.
+/// Returns the settings for a member: trusts the CA, and uses the node's certificate if there is
+/// one.
 pub fn member(
     ca: &CertificateDer<'static>,
     client: Option<(&[CertificateDer<'static>], &Identity)>,
@@ -94,7 +98,7 @@ pub fn member(
     Ok(config)
 }
 
-/// The CA certificate in a chain that [`Pin`] accepted.
+/// Returns the CA certificate in a chain that [`Pin`] accepted.
 pub fn pinned_ca(
     chain: &[CertificateDer<'_>],
     pin: Fingerprint,
@@ -102,7 +106,7 @@ pub fn pinned_ca(
     chain.iter().find(|cert| fingerprint(cert) == pin).map(|cert| cert.clone().into_owned())
 }
 
-/// Verifies the controller's chain under the CA whose fingerprint the token named.
+/// Verifier of the controller's chain, for the CA whose fingerprint is in the token.
 #[derive(Debug)]
 struct Pin {
     fingerprint: Fingerprint,
@@ -134,7 +138,7 @@ impl ServerCertVerifier for Pin {
         _cert: &CertificateDer<'_>,
         _dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, TlsError> {
-        Err(TlsError::General("TLS 1.2 is not spoken here".into()))
+        Err(TlsError::General("TLS 1.2 is not supported".into()))
     }
 
     fn verify_tls13_signature(

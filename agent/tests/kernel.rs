@@ -1,7 +1,7 @@
-//! Two data planes on the real thing: TUN links and UDP sockets of the kernel, in network
-//! namespaces that this process makes for itself. Skipped, with a reason, where that is refused.
+//! Tests of two data planes with the kernel's TUN links and UDP sockets, in network namespaces that
+//! this process creates. They are skipped, with a reason, if that is not permitted.
 //!
-//! No test harness: user namespaces are for processes with one thread only.
+//! There is no test harness, because only a process with one thread may create a user namespace.
 
 #![expect(clippy::unwrap_used, reason = "a panic is the report")]
 
@@ -32,7 +32,7 @@ use x25519_dalek::StaticSecret;
 const PATIENCE: Duration = Duration::from_secs(20);
 const MTU: u32 = 1420;
 
-/// Counts what is allocated, by any thread, while it is armed.
+/// Allocator that counts the allocations of all threads while it is armed.
 struct Counting;
 
 static ARMED: AtomicBool = AtomicBool::new(false);
@@ -41,18 +41,18 @@ static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-// SAFETY: everything is done by the system's allocator.
+// SAFETY: all calls are forwarded to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if ARMED.load(Ordering::Relaxed) {
             ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
         }
-        // SAFETY: as our caller promised.
+        // SAFETY: the caller upholds the contract of the allocator.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
-        // SAFETY: as our caller promised.
+        // SAFETY: the caller upholds the contract of the allocator.
         unsafe { System.dealloc(place, layout) }
     }
 }
@@ -78,7 +78,7 @@ fn main() {
         ("a_link_that_goes_down_or_away", a_link_that_goes_down_or_away),
         ("nobody_else_attaches_to_the_link", nobody_else_attaches_to_the_link),
     ];
-    // As the harness would: `cargo test NAME` runs what matches.
+    // This matches the test harness: `cargo test NAME` runs the tests whose names contain NAME.
     let filter = std::env::args().nth(1).filter(|argument| !argument.starts_with('-'));
     for (name, test) in tests {
         if filter.as_ref().is_none_or(|filter| name.contains(filter.as_str())) {
@@ -89,7 +89,8 @@ fn main() {
 }
 
 fn own_namespaces() -> Result<(), Box<dyn std::error::Error>> {
-    // Root may do more in a namespace of the network alone: load programs for several queues.
+    // Real root keeps more rights without a user namespace, such as loading eBPF programs for
+    // several queues.
     if nix::unistd::geteuid().is_root() && unshare(CloneFlags::CLONE_NEWNET).is_ok() {
         File::open("/dev/net/tun")?;
         return Ok(());
@@ -103,7 +104,7 @@ fn own_namespaces() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// A network namespace.
+/// A host: one network namespace.
 struct Host(File);
 
 impl Host {
@@ -119,7 +120,7 @@ impl Host {
         Self(made.join().unwrap())
     }
 
-    /// Runs `job` inside.
+    /// Runs `job` inside the namespace.
     fn run<R: Send>(&self, job: impl FnOnce() -> R + Send) -> R {
         std::thread::scope(|scope| {
             let inside = scope.spawn(|| {
@@ -149,13 +150,13 @@ fn configure(name: &str, mtu: u32, addresses: &[&str]) {
 struct Node {
     host: Host,
     plane: DataPlane,
-    /// Keeps the channel open.
+    /// Receiver that keeps the channel open.
     _events: Receiver<Event>,
     inner: [IpAddr; 2],
 }
 
 impl Node {
-    /// Waits for the data plane's fault.
+    /// Waits for a fault of the data plane and returns it.
     fn fault(&self) -> Fault {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         let mut faults = self.plane.faults();
@@ -173,12 +174,12 @@ impl Drop for Node {
     }
 }
 
-/// Two hosts, a cable between them, and a tunnel through it.
+/// Creates two hosts, a cable between them, and a tunnel over it.
 fn pair(offloads: Offloads, outer: [&str; 2]) -> [Node; 2] {
     pair_with(offloads, outer, 1)
 }
 
-/// As [`pair`], with so many workers each, if the machine allows it.
+/// Creates the same as [`pair`], with `workers` workers each if the machine allows it.
 fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] {
     let hosts = [Host::new(), Host::new()];
     let far = hosts[1].0.as_fd();
@@ -252,7 +253,7 @@ fn carries(offloads: Offloads) {
                 };
                 assert!(!feature.active || wanted, "{feature:?}");
             }
-            // The kernel's own multicast finds no peer.
+            // The kernel's own multicast packets have no peer.
             let mut drops = snapshot.drops.clone();
             drops.remove("no_route");
             assert!(drops.values().all(|count| *count == 0), "{drops:?}");
@@ -260,7 +261,7 @@ fn carries(offloads: Offloads) {
     }
 }
 
-/// Whether there are several; if not, says why.
+/// Returns whether the node has several workers. Prints the reason if not.
 fn has_workers(node: &Node) -> bool {
     let features = node.plane.snapshot().features;
     let queues = features.iter().find(|feature| feature.name == "tun_queues").unwrap();
@@ -291,9 +292,9 @@ fn several_workers() {
     }
 }
 
-/// A receiver begins to answer amid its datagrams: whichever queue and socket an answer takes, what
-/// goes the other way keeps its own. Left to itself the kernel would have it follow the answers to
-/// another queue, past what waits in the first.
+/// Checks the order when a receiver starts to reply in the middle of a flow. Independent of the
+/// queue and the socket of a reply, the flow keeps its own. By default the kernel would move the
+/// flow to the queue of the replies, past the packets that wait in the first queue.
 fn several_workers_keep_the_order() {
     const FLOWS: usize = 48;
     const EACH: u64 = 4_000;
@@ -323,20 +324,22 @@ fn several_workers_keep_the_order() {
         std::thread::scope(|scope| {
             let receiving = scope.spawn(|| receive(receiver));
             let mut bytes = [0; 64];
-            // More are sent than are waited for: some may be lost.
+            // The sender continues until the receiver has enough, because some datagrams may be
+            // lost.
             for number in 0u64.. {
                 if receiving.is_finished() {
                     break;
                 }
                 bytes[..8].copy_from_slice(&number.to_be_bytes());
-                // The receiver may have closed its port just now. Nobody reads the answers.
+                // Errors are ignored: the receiver may just have closed its port. No one reads the
+                // replies.
                 let _ = sender.send(&bytes);
             }
         });
     }
 }
 
-/// Bytes that differ everywhere.
+/// Returns bytes without a repeating pattern.
 fn pattern(len: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let step = || {
@@ -385,8 +388,8 @@ fn datagrams(from: &Node, to: &Node, family: usize) {
     }
 }
 
-/// Makes a tunnel of the host, of some kind with some attributes, and gives it an address;
-/// `false` where the kernel has none of that kind.
+/// Creates a tunnel link of the host with an address. Returns false if the kernel does not support
+/// this kind.
 fn overlay(kind: &str, name: &str, own: &str, fill: impl FnOnce(&mut Message)) -> bool {
     const IFLA_IFNAME: u16 = 3;
     const IFLA_LINKINFO: u16 = 18;
@@ -422,13 +425,13 @@ fn vxlan_and_geneve_inside() {
                 nodes[me].host.run(|| {
                     let own = format!("10.{}.0.{}/24", 1 + number, 1 + me);
                     let vxlan = overlay("vxlan", &format!("vxlan{number}"), &own, |data| {
-                        // Id, remote, local, UDP checksum, port.
+                        // The attributes are: id, remote, local, UDP checksum, port.
                         data.u32(1, 1).ip(2, remote).ip(4, local).u8(18, checksum);
                         data.bytes(15, &(4789 + u16::from(number)).to_be_bytes());
                     });
                     let own = format!("10.{}.0.{}/24", 3 + number, 1 + me);
                     let geneve = overlay("geneve", &format!("geneve{number}"), &own, |data| {
-                        // Id, remote, UDP checksum, port.
+                        // The attributes are: id, remote, UDP checksum, port.
                         data.u32(1, 1).ip(2, remote).u8(8, checksum);
                         data.bytes(5, &(6081 + u16::from(number)).to_be_bytes());
                     });
@@ -454,7 +457,8 @@ fn vxlan_and_geneve_inside() {
     }
 }
 
-/// Streams both ways at once, and small datagrams between.
+/// Sends streams in both directions at the same time and counts the allocations of the steady
+/// phase.
 fn a_steady_stream_allocates_nothing() {
     const WARM_UP: usize = 8 << 20;
     const STEADY: usize = 64 << 20;
@@ -541,7 +545,7 @@ fn a_link_that_goes_down_or_away() {
     set_up(&nodes[1], true);
     stream(&nodes[0], &nodes[1], 0, 1 << 20);
 
-    // A smaller MTU under a running tunnel: packets are padded within it, and pass.
+    // With a smaller MTU under a running tunnel, packets are padded to it and still arrive.
     nodes[0].host.run(|| configure("towline0", 1300, &[]));
     stream(&nodes[0], &nodes[1], 0, 1 << 20);
     stream(&nodes[1], &nodes[0], 0, 1 << 20);
@@ -554,22 +558,22 @@ fn a_link_that_goes_down_or_away() {
     assert!(matches!(nodes[1].fault(), Fault::TunGone(_)));
 }
 
-/// What a stranger tries to attach to: with one queue, or as one more of several.
+/// How another program tries to attach: with one queue, or with one more of several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Queues {
     One,
     Several,
 }
 
-/// Opens `/dev/net/tun` with the rights of the test: elsewhere any user may.
+/// Opens `/dev/net/tun` with the rights of the test. On most systems any user may open it.
 fn tun_device() -> File {
     File::options().read(true).write(true).open("/dev/net/tun").unwrap()
 }
 
-/// Attaches a descriptor to the link of that name, as any program would.
+/// Attaches a descriptor to the link `name`, like any program could.
 fn attach(device: &File, name: &str, queues: Queues) -> std::io::Result<()> {
     let several = if queues == Queues::Several { libc::IFF_MULTI_QUEUE } else { 0 };
-    // SAFETY: `ifreq` is plain data; all zero is one of its values.
+    // SAFETY: `ifreq` is plain data, for which all zeros is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as _;
@@ -583,7 +587,7 @@ fn attach(device: &File, name: &str, queues: Queues) -> std::io::Result<()> {
     }
 }
 
-/// Makes a persistent link as earlier versions did: without an owner.
+/// Creates a persistent link without an owner, like earlier versions did.
 fn make_unowned(name: &str, queues: Queues) {
     let device = tun_device();
     attach(&device, name, queues).unwrap();
@@ -591,13 +595,13 @@ fn make_unowned(name: &str, queues: Queues) {
     assert_eq!(unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETPERSIST as _, 1) }, 0);
 }
 
-/// Runs `job` on a thread that is the user `uid`, with these capabilities alone (bits). `None`:
-/// this machine does not let us become another user.
+/// Runs `job` on a thread with the user id `uid` and only these capabilities (bits). Returns `None`
+/// if this process may not change its user.
 fn as_user<R: Send>(uid: u32, capabilities: u32, job: impl FnOnce() -> R + Send) -> Option<R> {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             let uid = libc::c_long::from(uid);
-            // For the calling thread alone, unlike the functions of the C library.
+            // System calls change the calling thread only, unlike the functions of the C library.
             // SAFETY: none of these takes a pointer.
             let changed = unsafe {
                 libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0);
@@ -606,11 +610,11 @@ fn as_user<R: Send>(uid: u32, capabilities: u32, job: impl FnOnce() -> R + Send)
             if changed != 0 {
                 return None;
             }
-            // `linux/capability.h`: version 3, for the calling thread; effective, permitted and
-            // inheritable, in two words each.
+            // Layout of `linux/capability.h`, version 3, for the calling thread: effective,
+            // permitted and inheritable, in two words each.
             let header = [0x2008_0522u32, 0];
             let sets = [capabilities, capabilities, 0, 0, 0, 0];
-            // SAFETY: both are as long as this version says.
+            // SAFETY: header and sets have the lengths that this version requires.
             let set = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
             assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
             Some(job())
@@ -624,13 +628,13 @@ const AGENT: u32 = 64_999;
 const CAP_DAC_OVERRIDE: u32 = 1 << 1;
 const CAP_NET_ADMIN: u32 = 1 << 12;
 
-/// Tries both ways in; neither may work.
+/// Tries to attach in both ways. Both must fail.
 fn nobody_else_attaches(name: &str, when: &str) {
     for queues in [Queues::One, Queues::Several] {
         let device = tun_device();
         let tried = as_user(STRANGER, 0, || attach(&device, name, queues)).unwrap();
         let code = tried.as_ref().err().and_then(std::io::Error::raw_os_error);
-        // Links of one queue refuse those of several, and the other way round, before anything else.
+        // The kernel checks the number of queues first: a mismatch returns EINVAL, otherwise EPERM.
         assert!(matches!(code, Some(libc::EPERM | libc::EINVAL)), "{when}, {queues:?}: {tried:?}");
     }
 }
@@ -646,14 +650,15 @@ fn nobody_else_attaches_to_the_link() {
             let stranger = |when| nobody_else_attaches(name, when);
             let opened = open_tun_queues(name, Offloads::default(), count).unwrap();
             stranger("running");
-            // A crash is no different: nothing is done to the link when its descriptors close.
+            // A crash has the same effect: closing its descriptors does not change the link.
             drop(opened);
             stranger("stopped or crashed");
             let opened = open_tun_queues(name, Offloads::default(), count).unwrap();
             stranger("running again");
             drop(opened);
 
-            // Made by an earlier version, and found by the agent or by the guard first.
+            // The link was created by an earlier version, and the agent or the guard finds it
+            // first.
             let mut links = Rtnetlink::open().unwrap();
             for repair in [
                 (|| drop(open_tun("old0").unwrap())) as fn(),
@@ -674,7 +679,7 @@ fn nobody_else_attaches_to_the_link() {
                 links.delete_link(index).unwrap();
             }
 
-            // Somebody attached before it had an owner, and holds on.
+            // Another process attached before the link had an owner, and keeps its descriptor.
             make_unowned("held0", queues);
             let device = tun_device();
             as_user(STRANGER, 0, || attach(&device, "held0", queues)).unwrap().unwrap();
@@ -683,27 +688,31 @@ fn nobody_else_attaches_to_the_link() {
             nobody_else_attaches("held0", "made again");
             let mut byte = [0];
             let read = (&device).read(&mut byte).unwrap_err();
-            assert_eq!(read.raw_os_error(), Some(libc::EBADFD), "the thief has nothing");
+            assert_eq!(read.raw_os_error(), Some(libc::EBADFD), "the other process reads nothing");
 
             if queues == Queues::Several {
-                // Somebody was quick enough while the link was made.
+                // Another process attached between the creation of the link and the check.
                 drop(open_tun_queues("race0", Offloads::default(), count).unwrap());
                 attach(&device, "race0", queues).unwrap();
                 let opened = tun_owner::open("race0", Offloads::default(), count).unwrap();
                 let read = (&device).read(&mut byte).unwrap_err();
-                assert_eq!(read.raw_os_error(), Some(libc::EBADFD), "the thief has nothing");
+                assert_eq!(
+                    read.raw_os_error(),
+                    Some(libc::EBADFD),
+                    "the other process reads nothing"
+                );
                 nobody_else_attaches("race0", "made again");
                 drop(opened);
             }
 
-            // An installation whose agent has a user of its own now.
+            // The agent of this installation now runs as another user.
             let capabilities = CAP_NET_ADMIN | CAP_DAC_OVERRIDE;
             as_user(AGENT, capabilities, || drop(open_tun(name).unwrap())).unwrap();
             let owner =
                 |links: &mut Rtnetlink| links.link(name).unwrap().unwrap().tun.unwrap().owner;
             assert_eq!(owner(&mut links), Some(AGENT));
             stranger("another user's");
-            // And back again.
+            // The link is then given back to the first user.
             drop(open_tun(name).unwrap());
             assert_eq!(owner(&mut links), Some(0));
             assert_eq!(secure(name, AGENT).unwrap(), Secured::Taken);
@@ -713,6 +722,6 @@ fn nobody_else_attaches_to_the_link() {
     Host::new().run(|| {
         assert_eq!(secure("none0", 0).unwrap(), Secured::NoLink);
         assert_eq!(secure("lo", 0).unwrap(), Secured::NoLink);
-        assert!(Rtnetlink::open().unwrap().link("none0").unwrap().is_none(), "nothing is made");
+        assert!(Rtnetlink::open().unwrap().link("none0").unwrap().is_none(), "nothing is created");
     });
 }

@@ -140,7 +140,7 @@ async fn a_server_that_refuses_goes_away_or_flaps_changes_nothing() {
         (Manner::Refuses(403), "403"),
         (Manner::Refuses(401), "401"),
         (Manner::Refuses(500), "500"),
-        (Manner::Away, "away"),
+        (Manner::Away, "cannot reach the API server"),
     ] {
         api.behave(manner);
         let view = machine.reason(says).await;
@@ -163,10 +163,10 @@ async fn the_last_good_word_outlives_a_restart_without_a_server() {
     machine.enrol(&ca, &api.url, "w");
     machine.pods(&["10.244.1.0/24"]).await;
     drop(api);
-    machine.reason("away").await;
+    machine.reason("cannot reach the API server").await;
     machine.restart().await;
     assert_eq!(machine.views.borrow().facts.pods, nets(&["10.244.1.0/24"]));
-    let view = machine.reason("away").await;
+    let view = machine.reason("cannot reach the API server").await;
     assert_eq!(view.facts.pods, nets(&["10.244.1.0/24"]));
 }
 

@@ -1,12 +1,13 @@
-//! Which pod networks of this node may be announced: what the CNI plugin does with pod traffic.
+//! Decides which pod networks of this node are announced, from what the CNI plugin does with pod
+//! traffic.
 //!
-//! Where the CNI routes natively, a pod's packets travel with their own addresses and the mesh must
-//! know the pod networks. Where it tunnels (VXLAN, Geneve, IP-in-IP, its own WireGuard), they
-//! travel inside packets between node addresses; to announce the pod networks then would pull
-//! traffic out of the CNI's tunnel, and with it the identities that its policies rest on.
+//! If the CNI routes natively, a pod's packets have the pod's own addresses, and the mesh must know
+//! the pod networks. If it tunnels (VXLAN, Geneve, IP-in-IP, its own WireGuard), they are inside
+//! packets between node addresses. Announcing the pod networks then would pull traffic out of the
+//! CNI's tunnel, and with it the identities that its policies depend on.
 //!
-//! The reading is a snapshot of the kernel and of the CNI's configuration ([`Reading`]); the
-//! decision is a function of it.
+//! [`Reading`] is a snapshot of the kernel and of the CNI's configuration. The decision is a pure
+//! function of it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -19,76 +20,76 @@ use towline_helper::protocol::CNI_DIRECTORIES;
 use crate::config::AnnouncePods;
 use towline_netlink::{Family, NetlinkError, RouteKind, Rtnetlink};
 
-/// flannel writes it once its backend has made its link.
+/// File that flannel writes once its backend has created the link.
 const FLANNEL_READY: &str = "/run/flannel/subnet.env";
-/// A CNI configuration longer than this is none.
+/// Maximum size of a CNI configuration, in bytes. Longer files are ignored.
 const CONFIGURATION_BYTES: u64 = 1 << 20;
 
-/// A link, as far as the decision needs it.
+/// Properties of a link that the decision needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinkSeen {
-    /// Its name.
+    /// Name of the link.
     pub name: String,
-    /// "vxlan", "geneve", "ipip", "wireguard", ...
+    /// Kind of the link: "vxlan", "geneve", "ipip", "wireguard", ...
     pub kind: Option<String>,
-    /// Bytes.
+    /// MTU of the link, in bytes.
     pub mtu: u32,
 }
 
-/// A route of the main table.
+/// Route of the main table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouteSeen {
-    /// Where to.
+    /// Destination network of the route.
     pub destination: IpNet,
-    /// Through which link.
+    /// Name of the link that the route leads to.
     pub link: Option<String>,
-    /// It discards what nothing more specific takes.
+    /// True for a blackhole route, which drops packets without a more specific route.
     pub blackhole: bool,
 }
 
-/// What the machine looks like now.
+/// Snapshot of the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Reading {
-    /// The `type` of the first plugin of the configuration that the container runtime takes.
+    /// `type` of the first plugin in the configuration that the container runtime uses.
     pub plugin: Option<String>,
-    /// flannel has made its link, if it makes one.
+    /// True once flannel has created its link, if it needs one.
     pub flannel_ready: bool,
-    /// Without the mesh's own.
+    /// Links of the machine, without the mesh's.
     pub links: Vec<LinkSeen>,
-    /// The main table's.
+    /// Routes of the main table.
     pub routes: Vec<RouteSeen>,
-    /// The machine's addresses.
+    /// Addresses of the machine.
     pub addresses: BTreeSet<IpAddr>,
 }
 
-/// What to announce of the pod networks.
+/// Decision about the pod networks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decision {
-    /// These, and nothing else.
+    /// Announce these networks and no others.
     Announce {
-        /// Sorted.
+        /// Pod networks to announce, sorted.
         pods: Vec<IpNet>,
-        /// What routes them, for the operator.
+        /// How the pods are routed, for the operator.
         cni: String,
     },
-    /// None: the CNI tunnels by itself.
+    /// Announce nothing, because the CNI tunnels by itself.
     Tunnelled {
-        /// What tunnels, for the operator.
+        /// Plugin and link of the tunnel, for the operator.
         cni: String,
-        /// The MTU that its pods may have so that a tunnelled packet fits into the mesh's link.
+        /// Largest MTU of the pods with which a tunnelled packet fits into the mesh's link.
         mtu: u32,
-        /// The MTU of its link now.
+        /// Current MTU of the tunnel's link.
         mtu_now: u32,
     },
-    /// Not to be told yet: what was announced stays.
+    /// No decision is possible yet. What was announced before stays.
     Wait {
-        /// Why.
+        /// Reason for the operator.
         reason: String,
     },
 }
 
 impl Reading {
-    /// Looks at the machine. `own_link` is the mesh's; `plugin` is what [`plugin_of`] found.
+    /// Takes a snapshot. `own_link` is the mesh's link; `plugin` is the result of [`plugin_of`].
     pub fn take(own_link: &str, plugin: Option<String>) -> Result<Self, NetlinkError> {
         let mut netlink = Rtnetlink::open()?;
         let links = netlink.links()?;
@@ -117,7 +118,7 @@ impl Reading {
         })
     }
 
-    /// Decides, for a node whose pod networks are `node_cidrs` by Kubernetes' own allocation.
+    /// Decides what to announce, for a node whose pod networks in Kubernetes are `node_cidrs`.
     /// `mtu` is that of the mesh's link.
     pub fn decide(&self, mode: AnnouncePods, node_cidrs: &[IpNet], mtu: u32) -> Decision {
         match mode {
@@ -152,8 +153,8 @@ impl Reading {
             _ => {
                 return Decision::Wait {
                     reason: format!(
-                        "the CNI `{plugin}` is not known: say whether it routes pods natively \
-                         with `[kubernetes] announce_pods`"
+                        "the CNI `{plugin}` is not known: set [kubernetes] announce_pods to \
+                         `always` if it routes pods natively, or to `never`"
                     ),
                 };
             }
@@ -170,15 +171,15 @@ impl Reading {
         self.plugin.as_deref().unwrap_or("CNI")
     }
 
-    /// The link through which the CNI tunnels, and what it adds to a packet.
+    /// Returns the link through which the CNI tunnels, and its overhead in bytes.
     fn tunnel(&self) -> Option<(&LinkSeen, u32)> {
         self.links.iter().find_map(|link| {
             let overhead = match link.kind.as_deref()? {
-                // Outer IPv4 20, UDP 8, VXLAN or Geneve 8, Ethernet 14.
+                // Overhead: outer IPv4 20, UDP 8, VXLAN or Geneve 8, Ethernet 14.
                 "vxlan" | "geneve" => 50,
-                // A tunl0 without a route through it is only the kernel's module.
+                // Without a route, tunl0 is only the default device of the kernel module.
                 "ipip" if self.carries_routes(&link.name) => 20,
-                // Other programs use WireGuard too: only the CNIs' own names.
+                // Other programs use WireGuard too, so only the names of CNI links count.
                 "wireguard" if CNI_WIREGUARD.iter().any(|name| link.name.starts_with(name)) => 80,
                 _ => return None,
             };
@@ -190,12 +191,13 @@ impl Reading {
         self.routes.iter().any(|route| route.link.as_deref() == Some(link))
     }
 
-    /// The node's pod networks: where the CNI allocates by itself, as the kernel's routes show
-    /// them; else Kubernetes' own.
+    /// Returns the node's pod networks. For a CNI with its own allocation they are read from the
+    /// routes; otherwise they are those of Kubernetes.
     fn allocations(&self, node_cidrs: &[IpNet]) -> Vec<IpNet> {
         let host_route = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
         let found: BTreeSet<IpNet> = match self.plugin.as_deref() {
-            // Each block that is this node's ends in a blackhole, under the pods' own routes.
+            // Calico adds a blackhole route for each block of this node, less specific than the
+            // pods' routes.
             Some("calico") => self
                 .routes
                 .iter()
@@ -219,7 +221,7 @@ impl Reading {
     }
 }
 
-/// Plugins that tunnel only through a link, so that without one they route natively.
+/// Plugins that route natively unless they have a tunnel link.
 const NATIVE: &[&str] = &[
     "antrea",
     "bridge",
@@ -239,20 +241,20 @@ fn link_local(net: &IpNet) -> bool {
     matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local())
 }
 
-/// What tells a configuration from one that was there before: its path, inode, time of change in
-/// seconds and nanoseconds.
+/// Identity of a configuration file's content: path, inode, time of change in seconds and
+/// nanoseconds.
 pub type Mark = (PathBuf, [i64; 3]);
 
-/// The configuration that the container runtime takes.
+/// Configuration that the container runtime uses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Configured {
-    /// It names this plugin, or there is none.
+    /// The configuration names this plugin. `None`: there is no configuration.
     Plugin(Option<String>),
-    /// It is closed to us: only the helper can read it. The marks are of those that can be seen.
+    /// Only the helper can read the configuration. Contains the marks of the visible files.
     Closed(Vec<Mark>),
 }
 
-/// The plugin that is configured now. `directory` replaces the usual ones.
+/// Returns the configured plugin. `directory` replaces the usual directories.
 pub fn plugin_of(directory: Option<&Path>) -> Configured {
     let directories = match directory {
         Some(directory) => vec![directory],
@@ -262,7 +264,7 @@ pub fn plugin_of(directory: Option<&Path>) -> Configured {
     found.find(|found| *found != Configured::Plugin(None)).unwrap_or(Configured::Plugin(None))
 }
 
-/// The main plugin of the first configuration, in the order in which container runtimes look.
+/// Returns the main plugin of the first configuration, in the order of container runtimes.
 fn plugin(directory: &Path) -> Configured {
     let denied = |error: &std::io::Error| error.kind() == std::io::ErrorKind::PermissionDenied;
     let entries = match std::fs::read_dir(directory) {
@@ -304,7 +306,7 @@ fn mark(path: &Path) -> Option<Mark> {
     Some((path.to_owned(), [number, metadata.mtime(), metadata.mtime_nsec()]))
 }
 
-/// The `type` of a configuration's main plugin.
+/// Returns the `type` of a configuration's main plugin.
 pub(super) fn plugin_type(text: &str) -> Option<String> {
     let configuration: serde_json::Value = serde_json::from_str(text).ok()?;
     let first = configuration.get("plugins").and_then(|plugins| plugins.get(0));

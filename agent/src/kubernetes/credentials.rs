@@ -1,4 +1,4 @@
-//! The kubelet's own credentials: where they are, whose they are, whether they changed.
+//! Credentials of the kubelet: their path, their node, and whether they changed.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,27 +14,27 @@ use towline_helper::protocol::Installation;
 
 use super::files::{self, Fingerprint};
 
-/// Of the user name in every kubelet's certificate.
+/// Prefix of the user name in every kubelet's certificate.
 const NODE_USER: &str = "system:node:";
-/// An exec plugin that takes longer hangs.
+/// Maximum time for an exec plugin.
 const PLUGIN_LIMIT: Duration = Duration::from_secs(30);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A watch that says nothing for this long is dead; the server ends one sooner.
+/// Maximum time without data on a watch. It is longer than the server's timeout of a watch.
 const READ_TIMEOUT: Duration = Duration::from_secs(75);
 
-/// A client with the kubelet's rights.
+/// API client with the kubelet's permissions.
 pub(super) struct Credentials {
-    /// The kubeconfig.
+    /// Path of the kubeconfig.
     pub(super) path: PathBuf,
-    /// The API server's address.
+    /// Address of the API server.
     pub(super) server: String,
-    /// The name of the Node that they are of.
+    /// Name of the Node that the credentials belong to.
     pub(super) node: String,
     pub(super) client: Client,
     files: Fingerprint,
 }
 
-/// The kubeconfig: the configured one, else the first of the usual ones that is there.
+/// Returns the path of the kubeconfig: the configured one, or else the first usual one that exists.
 pub(super) fn find(configured: Option<&Path>) -> Option<PathBuf> {
     let usual = Installation::ALL.map(|installation| Path::new(installation.files()[0]));
     let places = match configured {
@@ -42,16 +42,16 @@ pub(super) fn find(configured: Option<&Path>) -> Option<PathBuf> {
         None => usual.to_vec(),
     };
     let closed = |path: &&&Path| path.metadata().is_err_and(|error| files::is_denied(&error));
-    // A directory that is closed to us may hold it.
+    // A kubeconfig may exist in a directory that only the helper can access.
     let found = places.iter().find(|path| path.exists()).or_else(|| places.iter().find(closed));
     found.map(|path| (*path).to_owned())
 }
 
 impl Credentials {
-    /// Reads them and finds out whose they are.
+    /// Reads the credentials and determines their node.
     pub(super) async fn load(path: &Path) -> anyhow::Result<Self> {
         let mut kubeconfig = read(path).await?;
-        // Before the contents are read: a change in between is seen as one.
+        // The marks are read before the contents, so that a change in between is detected.
         let files = Fingerprint::of(referenced(path, &kubeconfig)).await;
         take_in(&mut kubeconfig).await?;
         let name = certificate(&kubeconfig)?.map(|certificate| common_name(&certificate));
@@ -62,9 +62,9 @@ impl Credentials {
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         config.read_timeout = Some(READ_TIMEOUT);
         let server = config.cluster_url.to_string();
-        // Fails when it was done before, which is as good.
+        // This fails if a provider is installed already, which is fine.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        // An exec plugin runs in here.
+        // This may run an exec plugin.
         let built = tokio::task::spawn_blocking(move || Client::try_from(config));
         let client = tokio::time::timeout(PLUGIN_LIMIT, built)
             .await
@@ -72,24 +72,27 @@ impl Credentials {
             .with_context(|| format!("{} cannot be used", path.display()))?;
         let user = match name {
             Some(name) => name?,
-            // A token or an exec plugin: only the API server knows whose.
+            // Only the API server knows the user of a token or of an exec plugin.
             None => who_am_i(&client).await?,
         };
         let Some(node) = user.strip_prefix(NODE_USER).filter(|node| !node.is_empty()) else {
-            bail!("{} is of `{user}`, not of a node: a kubelet's own is needed", path.display());
+            bail!(
+                "{} is of `{user}`, not of a node: use the kubelet's own kubeconfig",
+                path.display()
+            );
         };
         Ok(Self { path: path.to_owned(), server, node: node.to_owned(), client, files })
     }
 
-    /// Whether the files are others now.
+    /// Returns whether the files have changed.
     pub(super) async fn changed(&self) -> bool {
         self.files.changed().await
     }
 }
 
-/// Reads a kubeconfig; through the helper if it is closed to us.
+/// Reads a kubeconfig, through the helper if the agent has no access.
 async fn read(path: &Path) -> anyhow::Result<Kubeconfig> {
-    let context = || format!("{} is no kubeconfig", path.display());
+    let context = || format!("{} is not a kubeconfig", path.display());
     match std::fs::File::open(path) {
         Err(error) if files::is_denied(&error) => {}
         _ => return Kubeconfig::read_from(path).with_context(context),
@@ -98,7 +101,7 @@ async fn read(path: &Path) -> anyhow::Result<Kubeconfig> {
     let bytes = bytes.with_context(|| format!("cannot read {}", path.display()))?;
     let mut kubeconfig =
         Kubeconfig::from_yaml(&String::from_utf8_lossy(&bytes)).with_context(context)?;
-    // As kube does for one that it reads itself.
+    // kube does this for a kubeconfig that it reads itself.
     for file in named_files(&mut kubeconfig) {
         let absolute = path.parent().map(|directory| directory.join(&*file));
         if let Some(absolute) = absolute {
@@ -108,7 +111,7 @@ async fn read(path: &Path) -> anyhow::Result<Kubeconfig> {
     Ok(kubeconfig)
 }
 
-/// Every file that a kubeconfig names.
+/// Returns every file name in a kubeconfig.
 fn named_files(kubeconfig: &mut Kubeconfig) -> impl Iterator<Item = &mut String> {
     let clusters = kubeconfig.clusters.iter_mut().filter_map(|named| named.cluster.as_mut());
     let users = kubeconfig.auth_infos.iter_mut().filter_map(|named| named.auth_info.as_mut());
@@ -119,8 +122,8 @@ fn named_files(kubeconfig: &mut Kubeconfig) -> impl Iterator<Item = &mut String>
     of_clusters.chain(of_users).flatten()
 }
 
-/// Takes the contents of files that are closed to us into the kubeconfig, where kube, which reads
-/// files itself, finds them.
+/// Embeds the contents of files that only the helper can open into the kubeconfig. kube reads files
+/// itself and could not open them.
 async fn take_in(kubeconfig: &mut Kubeconfig) -> anyhow::Result<()> {
     for cluster in kubeconfig.clusters.iter_mut().filter_map(|named| named.cluster.as_mut()) {
         if let Some(data) = closed(cluster.certificate_authority.as_deref()).await? {
@@ -141,7 +144,7 @@ async fn take_in(kubeconfig: &mut Kubeconfig) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The content, in base64, of a file that is there and closed to us.
+/// Returns the content, in base64, of a file that only the helper can open.
 async fn closed(path: Option<&str>) -> anyhow::Result<Option<String>> {
     let Some(path) = path.map(Path::new) else { return Ok(None) };
     match std::fs::File::open(path) {
@@ -153,7 +156,7 @@ async fn closed(path: Option<&str>) -> anyhow::Result<Option<String>> {
     Ok(Some(data_encoding::BASE64.encode(&bytes)))
 }
 
-/// The kubeconfig and every file that it names.
+/// Returns the kubeconfig and every file that it names.
 fn referenced(path: &Path, kubeconfig: &Kubeconfig) -> Vec<PathBuf> {
     let clusters = kubeconfig.clusters.iter().filter_map(|named| named.cluster.as_ref());
     let users = kubeconfig.auth_infos.iter().filter_map(|named| named.auth_info.as_ref());
@@ -163,7 +166,7 @@ fn referenced(path: &Path, kubeconfig: &Kubeconfig) -> Vec<PathBuf> {
     std::iter::once(path.to_owned()).chain(named.flatten().map(PathBuf::from)).collect()
 }
 
-/// The client certificate of the current context's user, if it has one.
+/// Returns the client certificate of the current context's user, if it has one.
 fn certificate(kubeconfig: &Kubeconfig) -> anyhow::Result<Option<CertificateDer<'static>>> {
     let context = kubeconfig.current_context.as_deref();
     let user = kubeconfig
@@ -205,5 +208,5 @@ async fn who_am_i(client: &Client) -> anyhow::Result<String> {
         .await
         .map_err(|error| anyhow::anyhow!(super::own_node::said(&error)))?;
     let user = review.status.and_then(|status| status.user_info?.username);
-    user.context("the API server does not say whose credentials these are")
+    user.context("the API server returned no user name for these credentials")
 }

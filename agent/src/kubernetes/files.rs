@@ -1,8 +1,8 @@
-//! Files that belong to others: the kubelet's credentials and the CNI's configuration.
+//! Files of other programs: the kubelet's credentials and the CNI configuration.
 //!
-//! They are read directly where that is permitted (root, a pod); otherwise the helper opens them. To
-//! ask the helper starts a process, so it is asked for content only, and for whether a file changed
-//! no more often than each [`HELPER_PERIOD`].
+//! They are read directly if that is permitted (root, a pod), and through the helper otherwise.
+//! Each request to the helper starts a process. So the helper is only asked for contents, and at
+//! most once in each [`HELPER_PERIOD`] whether a file changed.
 
 use std::fs::{File, Metadata};
 use std::io::{self, Read as _};
@@ -15,17 +15,17 @@ use towline_helper::client;
 use towline_helper::protocol::{Installation, Request};
 use zeroize::Zeroizing;
 
-/// How often the helper is asked whether files changed. Kubelets replace a certificate long before
-/// it expires.
+/// Minimum interval between requests to the helper whether files changed. Kubelets replace a
+/// certificate long before it expires.
 const HELPER_PERIOD: Duration = Duration::from_secs(60);
-/// Longest file that is read, in bytes.
+/// Maximum size of a file, in bytes. Longer files are truncated.
 const FILE_BYTES: u64 = 1 << 20;
 
-/// What tells a file from one that was there before: device, inode, time of change in nanoseconds,
-/// length.
+/// Identity of a file's content: device, inode, time of change in nanoseconds, length.
 type Mark = [i128; 4];
 
-/// What tells files from those that were there before. Kubelets rotate by a new link or file.
+/// Identities of a set of files, to detect changes. Kubelets rotate credentials by a new link or
+/// file.
 #[derive(Debug)]
 pub(super) struct Fingerprint {
     /// Each file, with its mark if it exists.
@@ -34,7 +34,7 @@ pub(super) struct Fingerprint {
     asked: Mutex<Instant>,
 }
 
-/// Reads a file of the kubelet as it is now.
+/// Reads a file of the kubelet.
 pub(super) async fn read(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
     let path = path.to_owned();
     blocking(move || {
@@ -47,7 +47,7 @@ pub(super) async fn read(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
     .await
 }
 
-/// Reads the first configurations of the container network, through the helper.
+/// Reads the first files of the CNI configuration through the helper.
 pub(super) async fn container_network() -> io::Result<Vec<Zeroizing<Vec<u8>>>> {
     blocking(|| {
         let opened = client::ask(Request::ContainerNetwork)?.into_iter().flatten();
@@ -56,12 +56,12 @@ pub(super) async fn container_network() -> io::Result<Vec<Zeroizing<Vec<u8>>>> {
     .await
 }
 
-/// Whether the system, rather than the file's absence, kept us from it.
+/// Returns whether an access failed for lack of permission.
 pub(super) fn is_denied(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::PermissionDenied
 }
 
-/// What a denied access needs.
+/// Opens a file through the helper. An error names the remedy.
 fn through_helper(path: &Path, denied: &io::Error) -> io::Result<File> {
     if Installation::of(path).is_none() {
         let path = path.display();
@@ -73,7 +73,7 @@ fn through_helper(path: &Path, denied: &io::Error) -> io::Result<File> {
             return error;
         }
         let words = format!(
-            "{denied}, and towline-helper does not open it: {error}: run `systemctl start \
+            "{denied}, and towline-helper cannot open it: {error}: run `systemctl start \
              towline-helper.socket`"
         );
         io::Error::new(io::ErrorKind::PermissionDenied, words)
@@ -82,14 +82,15 @@ fn through_helper(path: &Path, denied: &io::Error) -> io::Result<File> {
 
 fn whole(file: File) -> io::Result<Zeroizing<Vec<u8>>> {
     let length = file.metadata()?.len().min(FILE_BYTES);
-    // Room for all of it at once: a buffer that grows leaves copies of a key behind.
+    // The capacity is sufficient from the start, because a growing buffer leaves copies of a key
+    // behind.
     let mut bytes = Zeroizing::new(Vec::with_capacity(usize::try_from(length).unwrap_or(0) + 1));
     file.take(FILE_BYTES).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
 impl Fingerprint {
-    /// Takes the marks of files.
+    /// Reads the marks of files.
     pub(super) async fn of(paths: Vec<PathBuf>) -> Self {
         let mut files = Vec::new();
         for path in paths {
@@ -103,7 +104,7 @@ impl Fingerprint {
         Self { files, asked: Mutex::new(Instant::now()) }
     }
 
-    /// Whether the files are others now.
+    /// Returns whether the files have changed.
     pub(super) async fn changed(&self) -> bool {
         let ask = {
             let mut asked = self.asked.lock();
@@ -128,7 +129,7 @@ impl Fingerprint {
     }
 }
 
-/// The mark of a file whose directory is closed to us.
+/// Returns the mark of a file in a directory that only the helper can access.
 async fn denied_mark(path: &Path) -> Option<Mark> {
     let path = path.to_owned();
     let opened = blocking(move || File::from(client::kubelet_file(&path)?).metadata()).await;
@@ -141,7 +142,7 @@ fn mark(metadata: &Metadata) -> Mark {
     [metadata.dev().into(), metadata.ino().into(), time, metadata.size().into()]
 }
 
-/// Off the daemon's own thread: the helper may take some milliseconds.
+/// Runs the work on a blocking thread, because the helper may take some milliseconds.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {

@@ -1,12 +1,12 @@
-//! What Kubernetes says of this machine: its own Node, read with the kubelet's own credentials.
+//! This machine's Kubernetes Node object, read with the kubelet's own credentials.
 //!
-//! A node may get, list and watch its own Node object and no other (the node authorizer, since
-//! Kubernetes 1.32 for lists too), which is all that is asked for: no further right, no further
-//! credential. From it come the node's addresses and pod networks, which join the other sources
-//! of announced prefixes ([`crate::prefixes`]).
+//! The node authorizer lets a node get, list and watch its own Node object only (since Kubernetes
+//! 1.32 for lists too). Towline requests nothing else, so it needs no additional permission and no
+//! additional credentials. The node's addresses and pod networks from the object are one of the
+//! sources of announced prefixes ([`crate::prefixes`]).
 //!
-//! Nothing here is needed to start: while there are no credentials, no API server, or no Node, the
-//! last good word stays in force, also over a restart.
+//! The agent starts without Kubernetes. While there are no credentials, no API server or no Node,
+//! the last valid facts stay in effect, across restarts too.
 
 pub mod cni;
 #[cfg(feature = "kubernetes")]
@@ -28,53 +28,53 @@ use tokio::sync::watch;
 use crate::config::KubernetesConfig;
 use crate::state::StateDir;
 
-/// What the task needs.
+/// Parameters of the task.
 #[derive(Debug)]
 pub struct Setup {
-    /// Where credentials are, and what may be announced.
+    /// Settings: path of the credentials, and what may be announced.
     pub config: KubernetesConfig,
-    /// The mesh's link, which is not the CNI's.
+    /// Name of the mesh's link, which is not a CNI link.
     pub link: String,
-    /// Bytes; of the mesh's link.
+    /// MTU of the mesh's link, in bytes.
     pub mtu: u32,
-    /// Keeps the last good word.
+    /// State directory that stores the last valid facts.
     pub state: Arc<StateDir>,
-    /// How often it is looked whether credentials came or changed.
+    /// Interval between checks for new or changed credentials.
     pub credentials_period: Duration,
 }
 
-/// How often credentials are looked at, unless somebody says otherwise.
+/// Default interval between checks of the credentials.
 pub const CREDENTIALS_PERIOD: Duration = Duration::from_secs(1);
 
-/// How it stands with Kubernetes.
+/// State of the task, for the status and the announced prefixes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct View {
-    /// The kubeconfig in use.
+    /// Path of the kubeconfig in use.
     pub kubeconfig: Option<PathBuf>,
-    /// The API server answers and shows the Node.
+    /// True if the API server answers and returned the Node.
     pub connected: bool,
-    /// Why not.
+    /// Why `connected` is false. Empty otherwise.
     pub reason: String,
-    /// What is in force, be it of now or of an earlier run.
+    /// Facts in effect, from the API server or from an earlier run.
     pub facts: Facts,
-    /// What routes the pods, or why that is not known.
+    /// How pod traffic is routed, or why that is not known.
     pub cni: String,
-    /// What the operator should mend, a line each.
+    /// Problems for the operator, one line each.
     pub problems: Vec<String>,
 }
 
-/// What is known of this machine's Node. Kept on the disk.
+/// Facts about this machine's Node. They are stored on the disk.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Facts {
-    /// Its name.
+    /// Name of the Node.
     pub node: String,
-    /// Its internal addresses.
+    /// Internal addresses of the Node.
     pub node_ips: Vec<IpAddr>,
-    /// The pod networks to announce.
+    /// Pod networks to announce.
     pub pods: Vec<IpNet>,
 }
 
-/// Starts the task. The receiver holds the last good word of an earlier run at once.
+/// Starts the task. The receiver starts with the facts of an earlier run.
 #[cfg(feature = "kubernetes")]
 pub fn start(setup: Setup) -> watch::Receiver<View> {
     let (views, receiver) = watch::channel(first_view(&setup.state));
@@ -82,7 +82,7 @@ pub fn start(setup: Setup) -> watch::Receiver<View> {
     receiver
 }
 
-/// Without the feature there is no task: the receiver is closed.
+/// Returns a closed receiver, because there is no task without the feature.
 #[cfg(not(feature = "kubernetes"))]
 pub fn start(setup: Setup) -> watch::Receiver<View> {
     watch::channel(first_view(&setup.state)).1
@@ -92,7 +92,7 @@ fn first_view(state: &StateDir) -> View {
     let facts = match state.kubernetes() {
         Ok(bytes) => bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()),
         Err(error) => {
-            tracing::warn!(%error, "last word of kubernetes not read");
+            tracing::warn!(%error, "stored kubernetes facts not read");
             None
         }
     };

@@ -1,4 +1,4 @@
-//! The task that follows this machine's own Node.
+//! Task that watches this machine's own Node object.
 
 use std::net::IpAddr;
 use std::pin::pin;
@@ -21,21 +21,22 @@ use towline_host::register;
 use towline_netlink::{Group, Monitor, Protocol};
 use towline_proto::backoff::{Backoff, Jitter};
 
-/// The server ends a watch after this many seconds, and it begins anew.
+/// Duration of a watch in seconds, after which the server ends it and the task starts another.
 const WATCH_SECONDS: u32 = 60;
-/// Longest pause between attempts.
+/// Longest delay between attempts.
 const LAST_RETRY: Duration = Duration::from_secs(30);
-/// Pauses between attempts.
+/// Delay between attempts.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(500), LAST_RETRY, Jitter::Half);
-/// A connection that held for less was none: a flapping API server is not hammered.
+/// Minimum duration of a connection that resets the backoff, so that a flapping API server is not
+/// overloaded.
 const STABLE: Duration = Duration::from_secs(10);
-/// Changes of the kernel's links and routes come in crowds.
+/// Time to wait after a change of links or routes, because several changes usually follow each
+/// other.
 const SETTLE: Duration = Duration::from_millis(200);
-/// How often the helper is asked for configurations that are closed to us and did not change, as far
-/// as can be seen.
+/// Minimum interval between requests to the helper for configurations whose marks did not change.
 const CLOSED_PERIOD: Duration = Duration::from_secs(60);
 
-/// Runs until nobody listens.
+/// Runs until all receivers of the view are dropped.
 pub(super) async fn run(setup: Setup, views: watch::Sender<View>) {
     let view = views.borrow().clone();
     let listeners = views.clone();
@@ -59,36 +60,37 @@ struct Task {
     setup: Setup,
     views: watch::Sender<View>,
     view: View,
-    /// The Node as it was seen last, in this run.
+    /// The Node as last received in this run.
     node: Option<Seen>,
-    /// The CNI plugin that is configured, as it was seen last.
+    /// Configured CNI plugin, as of the last check.
     plugin: Option<String>,
-    /// Marks of the configurations that the helper was last asked for; empty if none is closed.
+    /// Marks of the configurations that the helper was last asked for. Empty if none needs the
+    /// helper.
     closed: Vec<cni::Mark>,
-    /// When the helper was last asked for them.
+    /// When the helper was last asked for configurations.
     asked: Option<Instant>,
-    /// What the disk holds.
+    /// Facts that are stored on the disk.
     stored: Option<Facts>,
 }
 
-/// What is read of a Node.
+/// Content of a Node object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Seen {
     name: String,
     node_ips: Vec<IpAddr>,
     pod_cidrs: Vec<IpNet>,
-    /// What could not be read.
+    /// Description of a field that could not be parsed.
     problem: Option<String>,
 }
 
 impl Task {
-    /// Never ends.
+    /// Finds and loads the credentials, and watches the Node with them. Never returns.
     async fn follow_credentials(&mut self) {
         let configured = self.setup.config.kubeconfig().map(ToOwned::to_owned);
         loop {
             let Some(path) = credentials::find(configured.as_deref()) else {
                 let place =
-                    configured.as_ref().map(|path| format!(": {} is not there", path.display()));
+                    configured.as_ref().map(|path| format!(": {} does not exist", path.display()));
                 let place = place.unwrap_or_default();
                 self.failed(None, format!("no kubelet credentials yet{place}"));
                 tokio::time::sleep(self.setup.credentials_period).await;
@@ -109,7 +111,7 @@ impl Task {
                 Err(error) => {
                     self.view.kubeconfig = Some(path);
                     self.failed(Some(()), one_line(&format!("{error:#}")));
-                    // A file that is replaced is read at once; what else may be wrong, now and then.
+                    // A replaced file is read immediately. Other errors are retried periodically.
                     let again = Instant::now() + LAST_RETRY;
                     while !files.changed().await && Instant::now() < again {
                         tokio::time::sleep(self.setup.credentials_period).await;
@@ -119,13 +121,13 @@ impl Task {
         }
     }
 
-    /// Until the credentials change.
+    /// Watches the Node until the credentials change.
     async fn follow_node(&mut self, credentials: &Credentials) {
         let mut host = HostChanges::open();
         self.look_for_plugin().await;
         let mut period = tokio::time::interval(self.setup.credentials_period);
         period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        // Connections in a row that failed or did not hold.
+        // Number of consecutive connections that failed or did not last.
         let mut failures = 0u32;
         loop {
             let begun = Instant::now();
@@ -134,7 +136,7 @@ impl Task {
                 let fields = format!("metadata.name={}", credentials.node);
                 let config = watcher::Config::default().fields(&fields).timeout(WATCH_SECONDS);
                 let mut events = pin!(watcher(api, config));
-                // Whether the list that is coming in held the Node.
+                // True if the list that is being received contains the Node.
                 let mut listed = false;
                 loop {
                     tokio::select! {
@@ -187,18 +189,21 @@ impl Task {
         }
     }
 
-    /// Takes the Node's word.
+    /// Takes over a received Node.
     fn seen(&mut self, node: &Node, expected: &str) {
         let seen = Seen::read(node);
-        // The selector was ours; a server that answers with something else is not believed.
+        // The request selects one Node. A response with another one is invalid.
         if seen.name != expected {
             return self.failed(
                 Some(()),
-                format!("the API server answered with another Node, `{}`", seen.name),
+                format!(
+                    "invalid response from the API server: it sent another Node, `{}`",
+                    seen.name
+                ),
             );
         }
         if !self.view.connected {
-            tracing::info!(node = expected, "kubernetes shows this node");
+            tracing::info!(node = expected, "kubernetes node found");
         }
         self.view.connected = true;
         self.view.reason.clear();
@@ -206,14 +211,14 @@ impl Task {
         self.decide();
     }
 
-    /// A CNI may be replaced by another without a change of links or routes.
+    /// Decides again if the CNI plugin changed, which need not change links or routes.
     async fn decide_for_another_cni(&mut self) {
         if self.look_for_plugin().await {
             self.decide();
         }
     }
 
-    /// Looks which CNI plugin is configured; whether it is another than before.
+    /// Determines the configured CNI plugin. Returns whether it changed.
     async fn look_for_plugin(&mut self) -> bool {
         let plugin = match cni::plugin_of(self.setup.config.cni_dir()) {
             Configured::Plugin(plugin) => plugin,
@@ -229,7 +234,7 @@ impl Task {
                         .iter()
                         .find_map(|bytes| cni::plugin_type(std::str::from_utf8(bytes).ok()?)),
                     Err(error) => {
-                        tracing::warn!(%error, "configuration of the container network not read");
+                        tracing::warn!(%error, "CNI configuration not read");
                         return false;
                     }
                 }
@@ -240,7 +245,7 @@ impl Task {
         other
     }
 
-    /// Decides what is announced, by the Node and what the machine looks like.
+    /// Decides what is announced, from the Node and the state of the machine.
     fn decide(&mut self) {
         let Some(node) = &self.node else { return };
         let reading = match Reading::take(&self.setup.link, self.plugin.clone()) {
@@ -257,7 +262,7 @@ impl Task {
             let ips: Vec<String> = node.node_ips.iter().map(ToString::to_string).collect();
             let problem = format!(
                 "the kubeconfig is of node `{}`, whose address {} is not on this machine: nothing \
-                 of it is announced",
+                 of it is announced: use this machine's kubeconfig",
                 node.name,
                 ips.join(", ")
             );
@@ -279,7 +284,7 @@ impl Task {
                 facts.pods.clear();
                 if mtu_now > mtu {
                     problems.push(format!(
-                        "the CNI's link has an MTU of {mtu_now}, which does not fit into the mesh's: set {mtu} in its configuration"
+                        "the CNI's link has an MTU of {mtu_now}, too large for the mesh's link: set {mtu} in its configuration"
                     ));
                 }
                 format!("{cni} tunnels by itself, mtu to set {mtu}")
@@ -289,12 +294,13 @@ impl Task {
         self.publish(facts, cni, problems);
     }
 
-    /// What went wrong; the last good word stays. `Some`: worth a warning.
+    /// Sets the reason of a failure. The facts stay in effect. With `warn` the reason is logged as
+    /// a warning.
     fn failed(&mut self, warn: Option<()>, reason: String) {
         if self.view.reason != reason {
             match warn {
-                Some(()) => tracing::warn!(%reason, "kubernetes does not show this node"),
-                None => tracing::info!(%reason, "kubernetes does not show this node"),
+                Some(()) => tracing::warn!(%reason, "kubernetes node not available"),
+                None => tracing::info!(%reason, "kubernetes node not available"),
             }
         }
         self.view.connected = false;
@@ -315,8 +321,8 @@ impl Task {
         self.send();
     }
 
-    /// Keeps the facts for the next start; else says why not. What is in force is not touched by
-    /// a full disk, and the next word of Kubernetes tries again.
+    /// Stores the facts for the next start. Returns a problem if that fails; the facts stay in
+    /// effect, and the next update tries again.
     fn store(&mut self) -> Option<String> {
         if self.stored.as_ref() == Some(&self.view.facts) {
             return None;
@@ -328,7 +334,7 @@ impl Task {
                 None
             }
             Err(error) => Some(one_line(&format!(
-                "what Kubernetes says now holds until the next start of the agent only: {error}"
+                "cannot store the facts from Kubernetes: {error}: the next start uses older ones"
             ))),
         }
     }
@@ -353,7 +359,7 @@ impl Seen {
         for text in texts {
             match text.parse::<IpNet>() {
                 Ok(net) if net.prefix_len() > 0 => pod_cidrs.push(net.trunc()),
-                _ => problem = Some(format!("the Node's pod network `{text}` is none")),
+                _ => problem = Some(format!("the Node's pod network `{text}` is invalid")),
             }
         }
         let addresses = node.status.as_ref().and_then(|status| status.addresses.as_ref());
@@ -367,10 +373,10 @@ impl Seen {
     }
 }
 
-/// Hears when links or routes change.
+/// Watch of the kernel's links and routes.
 struct HostChanges {
     monitor: Option<AsyncFd<Monitor>>,
-    /// Something changed, and until then more may.
+    /// Time at which a change is reported. Set by the first change, cleared when it is reported.
     settles: Option<tokio::time::Instant>,
 }
 
@@ -381,14 +387,14 @@ impl HostChanges {
         let monitor = match monitor {
             Ok(monitor) => Some(monitor),
             Err(error) => {
-                tracing::warn!(%error, "links and routes not watched: changes of the CNI are seen late");
+                tracing::warn!(%error, "links and routes not watched: CNI changes are detected late");
                 None
             }
         };
         Self { monitor, settles: None }
     }
 
-    /// When something changed and then a moment passed. A call that is dropped loses nothing.
+    /// Waits for a change and then for [`SETTLE`]. No change is lost when the future is dropped.
     async fn changed(&mut self) {
         let Some(monitor) = &mut self.monitor else { return std::future::pending().await };
         let settles = if let Some(settles) = self.settles {
@@ -403,7 +409,7 @@ impl HostChanges {
             }
             *self.settles.insert(tokio::time::Instant::now() + SETTLE)
         };
-        // Not from now on: calls are dropped and made again all the time.
+        // The deadline is absolute, because callers drop the future and call again all the time.
         tokio::time::sleep_until(settles).await;
         self.settles = None;
     }
@@ -419,17 +425,19 @@ fn refused(error: &watcher::Error, credentials: &Credentials) -> String {
     format!("{}: {why}", credentials.server.trim_end_matches('/'))
 }
 
-/// An error of the client as one line that says what to do.
+/// Converts an error of the client to one line that names the remedy.
 pub(super) fn said(error: &kube::Error) -> String {
     if let kube::Error::Api(status) = error {
         return match status.code {
             401 => {
-                "the API server does not know these credentials (401): are they of this cluster?"
+                "the API server does not know these credentials (401): use those of this cluster"
                     .into()
             }
-            403 => "the API server refuses (403): is this the kubelet's own kubeconfig, of this \
-                    cluster?"
-                .into(),
+            403 => {
+                "the API server refused these credentials (403): use the kubelet's own kubeconfig \
+                    of this cluster"
+                    .into()
+            }
             code => one_line(&format!("the API server answered {code}: {}", status.message)),
         };
     }
@@ -445,9 +453,9 @@ pub(super) fn said(error: &kube::Error) -> String {
     let hint = if chain.contains("UnknownIssuer") || chain.contains("BadSignature") {
         "the API server is of another cluster than the kubeconfig: "
     } else if chain.contains("not valid yet") || chain.contains("expired") {
-        "a certificate is not valid now: is this machine's clock right? "
+        "a certificate is not valid now: check this machine's clock: "
     } else {
-        "the API server is away: "
+        "cannot reach the API server: "
     };
     one_line(&format!("{hint}{chain}"))
 }
