@@ -1,4 +1,4 @@
-//! Addresses on links.
+//! Reads, adds and deletes addresses of links.
 
 use ipnet::IpNet;
 use nix::errno::Errno;
@@ -6,57 +6,58 @@ use nix::errno::Errno;
 use super::codec::{Message, Received, attributes, u32_at};
 use super::{CREATE_OR_REPLACE, Family, NetlinkError, Rtnetlink};
 
-/// An address on a link.
+/// Address of a link.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Address {
-    /// The link.
+    /// Index of the link.
     pub index: u32,
-    /// The address with its prefix length; host bits are kept.
+    /// Address with its prefix length; host bits are kept.
     pub prefix: IpNet,
-    /// What the kernel says of it.
+    /// Flags of the address.
     pub flags: AddressFlags,
-    /// `RT_SCOPE_*`: 0 is the whole world, 253 the link, 254 the host.
+    /// Scope (`RT_SCOPE_*`): 0 is global, 253 the link, 254 the host.
     pub scope: u8,
 }
 
-/// `IFA_F_*`.
+/// Flags of an address (`IFA_F_*`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct AddressFlags(pub u32);
 
 impl AddressFlags {
-    /// A temporary privacy address (RFC 8981); for IPv4: not the link's first of its network.
+    /// Returns true for a temporary IPv6 address (RFC 8981), and for a secondary IPv4 address (not the
+    /// first one of its network on the link).
     pub fn temporary(self) -> bool {
         self.0 & libc::IFA_F_TEMPORARY != 0
     }
 
-    /// Duplicate address detection has not ended, or found a duplicate.
+    /// Returns true if duplicate address detection is not complete, or found a duplicate.
     pub fn tentative(self) -> bool {
         self.0 & (libc::IFA_F_TENTATIVE | libc::IFA_F_DADFAILED) != 0
             && self.0 & libc::IFA_F_OPTIMISTIC == 0
     }
 
-    /// Not to be used for new connections (RFC 4862 section 5.5.4).
+    /// Returns true if the address must not be used for new connections (RFC 4862 section 5.5.4).
     pub fn deprecated(self) -> bool {
         self.0 & libc::IFA_F_DEPRECATED != 0
     }
 
-    /// Stays until somebody takes it away, as opposed to a lease.
+    /// Returns true if the address has no lifetime, unlike a lease.
     pub fn permanent(self) -> bool {
         self.0 & libc::IFA_F_PERMANENT != 0
     }
 
-    /// Made without a route for its network.
+    /// Returns true if the kernel added no route for the address's network.
     pub fn no_prefix_route(self) -> bool {
         self.0 & IFA_F_NOPREFIXROUTE != 0
     }
 }
 
-/// How an address is added.
+/// Options for adding an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct AddressOptions {
-    /// Use an IPv6 address at once, without looking for a duplicate.
+    /// Whether to skip duplicate address detection, so that an IPv6 address is usable at once.
     pub no_dad: bool,
-    /// Make no route for the address's network.
+    /// Whether to add no route for the address's network.
     pub no_prefix_route: bool,
 }
 
@@ -64,11 +65,11 @@ const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_FLAGS: u16 = 8;
 const IFA_F_NOPREFIXROUTE: u32 = 0x200;
-/// Bytes of `struct ifaddrmsg`.
+/// Length in bytes of `struct ifaddrmsg`.
 pub(super) const ADDRESS_HEADER: usize = 8;
 
 impl Rtnetlink {
-    /// Adds an address; one that is there already keeps its place and takes the options.
+    /// Adds an address. If it exists already, the kernel updates its options.
     pub fn add_address(
         &mut self,
         index: u32,
@@ -87,13 +88,14 @@ impl Rtnetlink {
         self.connection.request(|| format!("add address {prefix} to link {index}"), request)
     }
 
-    /// Deletes an address.
+    /// Deletes an address from a link.
     pub fn delete_address(&mut self, index: u32, prefix: IpNet) -> Result<(), NetlinkError> {
         let request = message(libc::RTM_DELADDR, 0, index, prefix);
         self.connection.request(|| format!("delete address {prefix} of link {index}"), request)
     }
 
-    /// The addresses of one link (none, if it is gone), or of all.
+    /// Returns the addresses of one link, or of all links for `None`. A link that does not exist has no
+    /// addresses.
     pub fn addresses(&mut self, index: Option<u32>) -> Result<Vec<Address>, NetlinkError> {
         let request = Message::new(
             libc::RTM_GETADDR,
@@ -117,7 +119,7 @@ fn message(kind: u16, flags: u16, index: u32, prefix: IpNet) -> Message {
     message
 }
 
-/// `struct ifaddrmsg`: family, prefix length, flags, scope, index.
+/// Encodes `struct ifaddrmsg`: family, prefix length, flags, scope, index.
 fn header(family: u8, prefix_length: u8, index: u32) -> [u8; ADDRESS_HEADER] {
     let mut header = [0; ADDRESS_HEADER];
     header[0] = family;
@@ -143,7 +145,7 @@ fn parse(received: &Received<'_>) -> Option<Address> {
     }
     Some(Address {
         index: u32_at(received.payload, 4)?,
-        // On a point-to-point link the plain one is the other end's.
+        // On a point-to-point link, IFA_ADDRESS is the address of the other end.
         prefix: IpNet::new(local.or(address)?, *length).ok()?,
         flags: AddressFlags(flags),
         scope: *scope,
@@ -178,7 +180,7 @@ mod tests {
             }
             let left = rtnetlink.addresses(Some(index)).unwrap();
             assert!(!left.iter().any(|address| prefixes.contains(&address.prefix)));
-            // Its link may go at any moment, and takes them along.
+            // The link may vanish at any moment, with its addresses.
             rtnetlink.delete_link(index).unwrap();
             assert_eq!(rtnetlink.addresses(Some(index)).unwrap(), []);
         }

@@ -1,28 +1,31 @@
-//! Netlink messages as bytes: a builder, and a reader that skips what it does not know.
+//! Encoding of netlink messages: a builder, and a reader that skips unknown attributes.
 //!
-//! A message is a 16-byte header, a fixed header of its family, and attributes: a length and a
-//! kind of 16 bits each, the value, padding to four bytes; attributes nest. Numbers are in host
-//! order, those of nftables in network order (the `_be` methods).
+//! A message has a 16-byte header, a fixed header of its family, and attributes. An attribute has a
+//! length and a kind of 16 bits each, a value, and padding to four bytes. Attributes can be nested.
+//! Numbers are in host byte order; those of nftables are in network byte order (the `_be` methods).
 
 use std::ffi::CStr;
 use std::net::IpAddr;
 
-/// Bytes of a message's header: length, type, flags, sequence number, port.
+/// Length of a message header in bytes: length, type, flags, sequence number and port id.
 pub const HEADER_BYTES: usize = 16;
-/// Bytes that one attribute can hold, its own header included; longer lists must be split.
+/// Greatest length of an attribute in bytes, header included. The length field has 16 bits, so longer
+/// lists must be split.
 pub const ATTRIBUTE_BYTES: usize = u16::MAX as usize;
 
+/// Flag in an attribute's kind: the value consists of attributes.
 const NESTED: u16 = 1 << 15;
+/// Bits of an attribute's kind without flags.
 const KIND_MASK: u16 = 0x3fff;
 
-/// One request, built front to back.
+/// Request that is built from front to back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
     bytes: Vec<u8>,
 }
 
 impl Message {
-    /// A message of the given type with `NLM_F_REQUEST` and the given flags; `fixed` is the
+    /// Creates a message of the given type, with `NLM_F_REQUEST` and the given flags. `fixed` is the
     /// family's own header.
     pub fn new(kind: u16, flags: u16, fixed: &[u8]) -> Self {
         let mut bytes = Vec::with_capacity(128);
@@ -35,7 +38,7 @@ impl Message {
         Self { bytes }
     }
 
-    /// An attribute of raw bytes.
+    /// Appends an attribute of raw bytes.
     pub fn bytes(&mut self, kind: u16, value: &[u8]) -> &mut Self {
         let length = (value.len() + 4) as u16;
         debug_assert!(value.len() + 4 <= ATTRIBUTE_BYTES);
@@ -46,39 +49,39 @@ impl Message {
         self
     }
 
-    /// One byte.
+    /// Appends an attribute of one byte.
     pub fn u8(&mut self, kind: u16, value: u8) -> &mut Self {
         self.bytes(kind, &[value])
     }
 
-    /// 16 bits in host order.
+    /// Appends an attribute of 16 bits in host byte order.
     pub fn u16(&mut self, kind: u16, value: u16) -> &mut Self {
         self.bytes(kind, &value.to_ne_bytes())
     }
 
-    /// 32 bits in host order.
+    /// Appends an attribute of 32 bits in host byte order.
     pub fn u32(&mut self, kind: u16, value: u32) -> &mut Self {
         self.bytes(kind, &value.to_ne_bytes())
     }
 
-    /// 32 bits in network order.
+    /// Appends an attribute of 32 bits in network byte order.
     pub fn u32_be(&mut self, kind: u16, value: u32) -> &mut Self {
         self.bytes(kind, &value.to_be_bytes())
     }
 
-    /// 64 bits in network order.
+    /// Appends an attribute of 64 bits in network byte order.
     pub fn u64_be(&mut self, kind: u16, value: u64) -> &mut Self {
         self.bytes(kind, &value.to_be_bytes())
     }
 
-    /// A string, with the zero byte that ends it.
+    /// Appends a zero-terminated string.
     pub fn string(&mut self, kind: u16, value: &str) -> &mut Self {
         let mut bytes = value.as_bytes().to_vec();
         bytes.push(0);
         self.bytes(kind, &bytes)
     }
 
-    /// An address: 4 or 16 bytes.
+    /// Appends an IP address of 4 or 16 bytes.
     pub fn ip(&mut self, kind: u16, value: IpAddr) -> &mut Self {
         match value {
             IpAddr::V4(v4) => self.bytes(kind, &v4.octets()),
@@ -86,7 +89,8 @@ impl Message {
         }
     }
 
-    /// An attribute that holds attributes; its whole length must fit [`ATTRIBUTE_BYTES`].
+    /// Appends an attribute that `fill` fills with attributes. Its length must not exceed
+    /// [`ATTRIBUTE_BYTES`].
     pub fn nest(&mut self, kind: u16, fill: impl FnOnce(&mut Self)) -> &mut Self {
         let start = self.bytes.len();
         self.bytes.extend_from_slice(&[0, 0]);
@@ -98,40 +102,41 @@ impl Message {
         self
     }
 
-    /// Raw bytes inside an attribute, such as a header that stands before nested attributes.
+    /// Appends raw bytes inside an attribute, such as a header in front of nested attributes.
     pub fn raw(&mut self, value: &[u8]) -> &mut Self {
         self.bytes.extend_from_slice(value);
         pad(&mut self.bytes);
         self
     }
 
-    /// Bytes so far.
+    /// Returns the current length in bytes.
     pub fn len(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Never: a message holds its header at least.
+    /// Always returns false, because a message contains at least its header.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
 
-    /// The address family, which every message of rtnetlink names first, to be changed.
+    /// Returns the address family for modification. It is the first byte of every fixed header of
+    /// rtnetlink.
     pub(super) fn family_mut(&mut self) -> &mut u8 {
         &mut self.bytes[HEADER_BYTES]
     }
 
-    /// The message type.
+    /// Returns the message type.
     pub fn kind(&self) -> u16 {
         u16::from_ne_bytes([self.bytes[4], self.bytes[5]])
     }
 
-    /// Adds flags.
+    /// Adds flags (`NLM_F_*`) to the header.
     pub(super) fn add_flags(&mut self, flags: u16) {
         let all = u16::from_ne_bytes([self.bytes[6], self.bytes[7]]) | flags;
         self.bytes[6..8].copy_from_slice(&all.to_ne_bytes());
     }
 
-    /// The finished bytes under a sequence number.
+    /// Writes the length and the sequence number, and returns the finished bytes.
     pub(super) fn finish(&mut self, sequence: u32) -> &[u8] {
         let length = self.bytes.len() as u32;
         self.bytes[0..4].copy_from_slice(&length.to_ne_bytes());
@@ -144,22 +149,23 @@ fn pad(bytes: &mut Vec<u8>) {
     bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 
-/// A message as received.
+/// Message as received.
 #[derive(Debug, Clone, Copy)]
 pub struct Received<'a> {
-    /// The message type.
+    /// Message type.
     pub kind: u16,
-    /// `NLM_F_*`.
+    /// Flags (`NLM_F_*`).
     pub flags: u16,
-    /// Of the request that it answers.
+    /// Sequence number of the request that the message answers.
     pub sequence: u32,
-    /// Of the socket that asked for it, or (a notification) that made the change; 0: the kernel.
+    /// Port id of the socket that sent the request. In a notification: of the socket that made the
+    /// change, or 0 for the kernel.
     pub port: u32,
-    /// What follows the header.
+    /// Bytes after the header.
     pub payload: &'a [u8],
 }
 
-/// The messages in one datagram; ends at the first that is cut short.
+/// Returns the messages in one datagram, up to the first truncated one.
 pub fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Received<'_>> {
     std::iter::from_fn(move || {
         let header = datagram.get(..HEADER_BYTES)?;
@@ -177,22 +183,22 @@ pub fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Received<'_>> {
     })
 }
 
-/// 32 bits in host order at an offset.
+/// Returns the 32 bits in host byte order at an offset.
 pub fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     let value = bytes.get(offset..offset + 4)?;
     Some(u32::from_ne_bytes(value.try_into().ok()?))
 }
 
-/// One attribute as received.
+/// Attribute as received.
 #[derive(Debug, Clone, Copy)]
 pub struct Attribute<'a> {
-    /// Without the flag bits.
+    /// Kind of the attribute, without flag bits.
     pub kind: u16,
-    /// Without padding.
+    /// Value without padding.
     pub value: &'a [u8],
 }
 
-/// The attributes after a fixed header of `skip` bytes; ends at the first that is cut short.
+/// Returns the attributes after a fixed header of `skip` bytes, up to the first truncated one.
 pub fn attributes(payload: &[u8], skip: usize) -> impl Iterator<Item = Attribute<'_>> {
     let mut rest = payload.get(skip.next_multiple_of(4)..).unwrap_or_default();
     std::iter::from_fn(move || {
@@ -206,27 +212,28 @@ pub fn attributes(payload: &[u8], skip: usize) -> impl Iterator<Item = Attribute
 }
 
 impl<'a> Attribute<'a> {
-    /// One byte.
+    /// Returns the value's first byte.
     pub fn u8(&self) -> Option<u8> {
         self.value.first().copied()
     }
 
-    /// 32 bits in host order.
+    /// Returns the value as 32 bits in host byte order.
     pub fn u32(&self) -> Option<u32> {
         Some(u32::from_ne_bytes(self.value.try_into().ok()?))
     }
 
-    /// 32 bits in network order.
+    /// Returns the value as 32 bits in network byte order.
     pub fn u32_be(&self) -> Option<u32> {
         Some(u32::from_be_bytes(self.value.try_into().ok()?))
     }
 
-    /// 64 bits in network order.
+    /// Returns the value as 64 bits in network byte order.
     pub fn u64_be(&self) -> Option<u64> {
         Some(u64::from_be_bytes(self.value.try_into().ok()?))
     }
 
-    /// A string that may end in zero bytes; what is not UTF-8 is replaced.
+    /// Returns the value as a string, up to its first zero byte if it has one. Invalid UTF-8 is
+    /// replaced.
     pub fn string(&self) -> String {
         match CStr::from_bytes_until_nul(self.value) {
             Ok(text) => text.to_string_lossy().into_owned(),
@@ -234,7 +241,7 @@ impl<'a> Attribute<'a> {
         }
     }
 
-    /// An address of either family, told by its length.
+    /// Returns the value as an IP address. Its length determines the family.
     pub fn ip(&self) -> Option<IpAddr> {
         if let Ok(v4) = <[u8; 4]>::try_from(self.value) {
             return Some(v4.into());
@@ -242,7 +249,7 @@ impl<'a> Attribute<'a> {
         <[u8; 16]>::try_from(self.value).ok().map(Into::into)
     }
 
-    /// The attributes inside.
+    /// Returns the attributes inside the value.
     pub fn nested(&self) -> impl Iterator<Item = Attribute<'a>> + use<'a> {
         attributes(self.value, 0)
     }

@@ -1,9 +1,9 @@
-//! The transport: one socket, requests and their answers.
+//! Netlink transport: one socket, requests and their answers.
 //!
-//! The kernel works off a request while it is being sent, so its answers are queued when `send`
-//! returns. A failure is always answered, success only when asked for. From that follows how
-//! many requests travel cheaply: they are sent in chunks whose failures fit the receive buffer,
-//! and only a chunk's last message asks for its acknowledgement.
+//! The kernel handles a request inside the `send` call, so its answers are queued when `send` returns.
+//! It always answers a failure, and a success only if the request asks for an acknowledgement.
+//! Therefore many requests are sent in chunks whose failures fit the receive buffer, and only a
+//! chunk's last message asks for an acknowledgement.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,12 +15,12 @@ use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use super::codec::{Message, Received, attributes, messages};
 use super::error::{NetlinkError, Refusal};
 
-/// Which part of the kernel is spoken to.
+/// Netlink protocol: the kernel subsystem at the other end of a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
-    /// Links, addresses, routes, rules.
+    /// `NETLINK_ROUTE`: links, addresses, routes, rules.
     Route,
-    /// nftables.
+    /// `NETLINK_NETFILTER`: nftables.
     Netfilter,
 }
 
@@ -33,10 +33,10 @@ impl Protocol {
     }
 }
 
-/// A failed message of a chunk: its place in what was given, and why.
+/// Failed message of a batch: its index in the batch, and the kernel's refusal.
 pub type Failure = (usize, Refusal);
 
-/// A socket bound to the network namespace of the thread that opened it.
+/// Netlink socket, bound to the network namespace of the thread that opened it.
 #[derive(Debug)]
 pub struct Connection {
     socket: Socket,
@@ -45,28 +45,29 @@ pub struct Connection {
     buffer: Vec<u8>,
     send_bytes: usize,
     chunk_messages: usize,
-    /// Answers as a kernel without IPv6 does; set in tests alone.
+    /// Whether to simulate the answers of a kernel without IPv6. Only tests set it.
     lacks_ipv6: bool,
 }
 
-/// What is asked of the kernel for each buffer.
+/// Size in bytes to request for each of the socket's buffers.
 const BUFFER_BYTES: usize = 8 << 20;
-/// A dump's datagrams are at most 32 KiB; an answer quotes no more than its request's header.
+/// Size in bytes of the buffer for one datagram. A dump's datagrams have at most 32 KiB, and an answer
+/// quotes at most the header of its request.
 const RECEIVE_BYTES: usize = 64 << 10;
-/// Messages per send, at most.
+/// Greatest number of messages per send.
 const CHUNK_MESSAGES: usize = 128;
-/// Bytes of the receive buffer that one refusal takes, at most.
+/// Upper bound, in bytes, of the receive buffer space that one refusal takes.
 const REFUSAL_BYTES: usize = 2 << 10;
-/// The kernel answers before `send` returns; an answer that is this late never comes.
+/// Receive timeout in seconds. The kernel answers before `send` returns, so a later answer is lost.
 const ANSWER_SECONDS: i64 = 10;
-/// Bytes per send.
+/// Greatest number of bytes per send of independent requests.
 const CHUNK_BYTES: usize = 64 << 10;
-/// How often a dump is begun again when a change ran through it. The last one then counts: what
-/// it missed shows up at the next reading.
+/// Greatest number of attempts at a dump that concurrent changes interrupt. The result of the last
+/// attempt is used; the next dump returns what it missed.
 const DUMP_ATTEMPTS: usize = 8;
 
 impl Connection {
-    /// Opens a socket in the calling thread's network namespace; it stays there.
+    /// Opens a socket in the calling thread's network namespace.
     pub fn open(protocol: Protocol) -> Result<Self, NetlinkError> {
         let mut socket = Socket::new(protocol.number()).map_err(failed("open"))?;
         let port = socket.bind_auto().map_err(failed("bind"))?.port_number();
@@ -74,8 +75,9 @@ impl Connection {
         enlarge_buffers(socket.as_fd());
         let patience = nix::sys::time::TimeVal::new(ANSWER_SECONDS, 0);
         setsockopt(&socket.as_fd(), sockopt::ReceiveTimeout, &patience)
-            .map_err(|errno| failed("set its patience")(errno.into()))?;
-        // Older kernels lack some of these; only the words and the filtering get worse.
+            .map_err(|errno| failed("set the receive timeout")(errno.into()))?;
+        // Older kernels lack some of these. Then error messages have less detail, and dumps return
+        // more than was requested.
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_cap_ack(true);
         let _ = socket.set_netlink_get_strict_chk(true);
@@ -93,9 +95,9 @@ impl Connection {
         Ok(opened)
     }
 
-    /// Fits what is sent at once to the buffers there are.
+    /// Reads the sizes of the socket's buffers, and derives the limits of one send from them.
     fn measure(&mut self) -> Result<(), NetlinkError> {
-        let unknown = |errno: Errno| failed("read its buffer size")(errno.into());
+        let unknown = |errno: Errno| failed("read the buffer size")(errno.into());
         let socket = self.socket.as_fd();
         self.send_bytes = getsockopt(&socket, sockopt::SndBuf).map_err(unknown)?;
         let receive_bytes = getsockopt(&socket, sockopt::RcvBuf).map_err(unknown)?;
@@ -103,18 +105,18 @@ impl Connection {
         Ok(())
     }
 
-    /// The socket's number in its namespace: notifications of what it changed carry it.
+    /// Returns the socket's port id. Notifications about changes by this socket carry it.
     pub fn port(&self) -> u32 {
         self.port
     }
 
-    /// Bytes that one send can carry.
+    /// Returns the greatest number of bytes per send.
     pub fn send_limit(&self) -> usize {
-        // The kernel keeps 32 bytes for itself.
+        // The kernel reserves 32 bytes.
         self.send_bytes.saturating_sub(32)
     }
 
-    /// Has only this many bytes for each buffer, as on a host whose limits nobody raised.
+    /// Shrinks the socket's buffers to this size in bytes, for tests with the default limits of a host.
     #[doc(hidden)]
     pub fn shrink_buffers(&mut self, bytes: usize) {
         let socket = self.socket.as_fd();
@@ -123,18 +125,18 @@ impl Connection {
         self.measure().expect("their sizes");
     }
 
-    /// From now on answers as a kernel that was booted with `ipv6.disable=1`.
+    /// Simulates a kernel that was booted with `ipv6.disable=1` from now on, for tests.
     #[doc(hidden)]
     pub fn lack_ipv6(&mut self) {
         self.lacks_ipv6 = true;
     }
 
-    /// Whether it answers as a kernel without this family.
+    /// Returns true if this connection simulates a kernel without this family.
     pub(crate) fn lacks(&self, family: super::Family) -> bool {
         self.lacks_ipv6 && family == super::Family::V6
     }
 
-    /// One request; returns when the kernel did it. `what` completes "cannot ...".
+    /// Sends one request, and returns after the kernel handled it. `what` completes "cannot ...".
     pub fn request(
         &mut self,
         what: impl FnOnce() -> String,
@@ -146,8 +148,8 @@ impl Connection {
         }
     }
 
-    /// Many requests, independent of each other: one that fails does not keep the others from
-    /// being done. The failures, in order.
+    /// Sends independent requests in order: the kernel handles all of them, even if some fail. Returns
+    /// the failures in order.
     pub fn request_all(&mut self, mut batch: Vec<Message>) -> Result<Vec<Failure>, NetlinkError> {
         let chunk = CHUNK_BYTES.min(self.send_limit());
         let mut failures = Vec::new();
@@ -171,7 +173,7 @@ impl Connection {
         Ok(failures)
     }
 
-    /// The one thing that a request asks for; `None` if the kernel's answer was not understood.
+    /// Requests a single object. Returns `None` if `parse` accepts no answer.
     pub fn get<T>(
         &mut self,
         what: impl FnOnce() -> String,
@@ -183,7 +185,7 @@ impl Connection {
         self.send(message.finish(sequence))?;
         let mut found = None;
         loop {
-            let Some(length) = self.receive(0).map_err(lost("answer"))? else { continue };
+            let Some(length) = self.receive(0).map_err(lost("read an object"))? else { continue };
             for received in messages(&self.buffer[..length]) {
                 if received.sequence != sequence {
                     continue;
@@ -199,7 +201,7 @@ impl Connection {
         }
     }
 
-    /// Everything that a dump request yields; `parse` skips what it does not want.
+    /// Returns the objects of a dump for which `parse` returns a value.
     pub fn dump<T>(
         &mut self,
         what: &str,
@@ -221,6 +223,7 @@ impl Connection {
         }
     }
 
+    /// Makes one attempt at a dump. The second value is false if a concurrent change interrupted it.
     fn dump_once<T>(
         &mut self,
         what: &str,
@@ -252,8 +255,8 @@ impl Connection {
         }
     }
 
-    /// Sends the messages at once, the last with a request for acknowledgement, and collects
-    /// what failed.
+    /// Sends the messages in one call, with a request to acknowledge the last one, and returns the
+    /// failures.
     fn chunk(&mut self, batch: &mut [Message]) -> Result<Vec<Failure>, NetlinkError> {
         if self.lacks_ipv6
             && let Some(failures) = super::stand_in::refused_without_ipv6(batch)
@@ -290,8 +293,8 @@ impl Connection {
         }
     }
 
-    /// Sends messages that form one transaction, whose answers are failures only, and returns
-    /// the failures by place. Since nothing is acknowledged, silence is success.
+    /// Sends the messages of one transaction and returns the failures. The kernel acknowledges no
+    /// message of a transaction, so no answer means success.
     pub fn transact(&mut self, batch: &mut [Message]) -> Result<Vec<Failure>, NetlinkError> {
         let first_sequence = self.sequence.wrapping_add(1);
         let mut bytes = Vec::with_capacity(batch.iter().map(Message::len).sum());
@@ -346,8 +349,8 @@ impl Connection {
         }
     }
 
-    /// Answers that nobody waits for any more: once the kernel dropped one for want of space it
-    /// says so, but not again until all that is queued was read.
+    /// Discards queued answers of earlier requests. After the kernel dropped an answer it reports
+    /// `ENOBUFS` once, and not again until the queue was read empty.
     fn forget_answers(&mut self) {
         loop {
             match self.receive(libc::MSG_DONTWAIT) {
@@ -358,8 +361,8 @@ impl Connection {
         }
     }
 
-    /// One datagram into the buffer; `None` if it did not come from the kernel or there was only
-    /// an interruption.
+    /// Receives one datagram into the buffer. Returns `None` if it did not come from the kernel, or if
+    /// a signal interrupted the call.
     fn receive(&mut self, flags: libc::c_int) -> io::Result<Option<usize>> {
         receive(&self.socket, &mut self.buffer, flags)
     }
@@ -371,6 +374,8 @@ impl AsFd for Connection {
     }
 }
 
+/// Receives one datagram of the kernel and returns its length. Returns `None` for a datagram of another
+/// process, and if a signal interrupted the call.
 pub(super) fn receive(
     socket: &Socket,
     buffer: &mut [u8],
@@ -385,7 +390,8 @@ pub(super) fn receive(
     }
 }
 
-/// 8 MiB each way; without the right to force it, as much as the system's limits leave.
+/// Requests [`BUFFER_BYTES`] for both buffers. Without the privilege to exceed the host's limits, the
+/// socket gets what the limits allow.
 pub(super) fn enlarge_buffers(socket: BorrowedFd<'_>) {
     if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER_BYTES).is_err() {
         let _ = setsockopt(&socket, sockopt::RcvBuf, &BUFFER_BYTES);
@@ -395,7 +401,7 @@ pub(super) fn enlarge_buffers(socket: BorrowedFd<'_>) {
     }
 }
 
-/// The refusal that an error message or the end of a dump carries; `None` for success.
+/// Returns the refusal in an error message or at the end of a dump, or `None` for success.
 fn outcome(received: &Received<'_>) -> Option<Refusal> {
     let code = received.payload.get(..4)?;
     let code = i32::from_ne_bytes(code.try_into().ok()?);
@@ -416,13 +422,18 @@ fn outcome(received: &Received<'_>) -> Option<Refusal> {
     Some(Refusal { errno: Errno::from_raw(-code), text })
 }
 
+/// Flag of an error message that quotes only the header of its request.
 const NLM_F_CAPPED: u16 = 0x100;
+/// Flag of an error message that has attributes.
 const NLM_F_ACK_TLVS: u16 = 0x200;
 
+/// Returns a conversion of I/O errors. `action` completes "cannot ...".
 pub(super) fn failed(action: &'static str) -> impl Fn(io::Error) -> NetlinkError {
     move |source| NetlinkError::Socket { action, source }
 }
 
+/// Returns a conversion of I/O errors that maps a full buffer and a timeout to
+/// [`NetlinkError::Overrun`]. `what` completes "cannot ...".
 fn lost(what: &str) -> impl Fn(io::Error) -> NetlinkError {
     move |error| {
         if matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::EAGAIN)) {

@@ -1,16 +1,16 @@
-//! What goes wrong between us and the kernel.
+//! Errors of netlink operations.
 
 use std::fmt;
 use std::io;
 
 use nix::errno::Errno;
 
-/// The kernel's refusal of one request.
+/// Refusal of one request by the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
-    /// Why.
+    /// Error number.
     pub errno: Errno,
-    /// The kernel's own words (extended acknowledgement), where it has any.
+    /// Message of the kernel (extended acknowledgement), if it sent one.
     pub text: Option<String>,
 }
 
@@ -23,35 +23,36 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// Why a netlink operation failed.
+/// Error of a netlink operation.
 #[derive(Debug, thiserror::Error)]
 pub enum NetlinkError {
-    /// The socket itself.
+    /// A system call on the socket failed.
     #[error("netlink socket: cannot {action}: {source}")]
     Socket {
-        /// What was tried.
+        /// Action that failed, such as `open`; it completes "cannot ...".
         action: &'static str,
-        /// Why not.
+        /// Error of the system call.
         source: io::Error,
     },
-    /// The kernel refused.
+    /// The kernel refused a request.
     #[error("cannot {what}: {refusal}")]
     Refused {
-        /// What was asked for.
+        /// Request that was refused; it completes "cannot ...".
         what: String,
-        /// Why not.
+        /// Answer of the kernel.
         refusal: Refusal,
     },
-    /// Answers were lost: what was done is known only after reading it again.
-    #[error("the kernel dropped answers for want of buffer space while asked to {0}")]
+    /// Answers were lost. The caller must read the state again to know what was changed. The text is
+    /// the request, which completes "cannot ...".
+    #[error("cannot {0}: the kernel's answers were lost: buffer overrun or timeout")]
     Overrun(String),
-    /// A link that was named does not exist.
+    /// No link has this name.
     #[error("there is no link {0}")]
     NoLink(String),
 }
 
 impl NetlinkError {
-    /// The kernel's error number, if it refused.
+    /// Returns the error number of a refusal or of a failed system call.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Self::Refused { refusal, .. } => Some(refusal.errno),

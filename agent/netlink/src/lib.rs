@@ -1,14 +1,15 @@
-//! Talking to the kernel's network: a synchronous netlink transport, and typed operations on
-//! links, addresses, routes and rules.
+//! Synchronous netlink transport, and typed operations on links, addresses, routes and rules.
+//!
+//! This package knows nothing of Towline. It runs no program.
 //!
 //! # Contract
 //!
-//! - A socket belongs to the network namespace of the thread that opened it and stays there.
-//! - Calls block only while the kernel works; nothing here waits for an event of the network.
-//! - What the kernel says of others' links and routes never makes a call fail: unknown attributes
-//!   and kinds are skipped. This is why messages are read and written attribute by attribute
-//!   ([`codec`]) instead of through types that must know them all.
-//! - An error names what was asked for, and carries the kernel's own words where it gives any.
+//! - A socket belongs to the network namespace of the thread that opened it, and stays there.
+//! - A call blocks only while the kernel handles the request. No call waits for a network event.
+//! - Links and routes of other programs never make a call fail: unknown attributes and kinds are
+//!   skipped. For that reason messages are read and written attribute by attribute ([`codec`]), not
+//!   through types that must know all attributes.
+//! - An error names the failed request, and contains the kernel's message if there is one.
 
 mod address;
 pub mod codec;
@@ -31,7 +32,7 @@ pub use monitor::{Group, Monitor, Notified};
 pub use route::{MAIN_TABLE, Route, RouteChange, RouteKind};
 pub use rule::{Rule, RuleAction};
 
-/// An address family.
+/// Address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
     /// IPv4.
@@ -41,15 +42,15 @@ pub enum Family {
 }
 
 impl Family {
-    /// Both, IPv4 first.
+    /// Both address families, IPv4 first.
     pub const ALL: [Self; 2] = [Self::V4, Self::V6];
 
-    /// The family of an address.
+    /// Returns the family of an address.
     pub fn of(address: IpAddr) -> Self {
         if address.is_ipv4() { Self::V4 } else { Self::V6 }
     }
 
-    /// `AF_INET` or `AF_INET6`.
+    /// Returns `AF_INET` or `AF_INET6`.
     pub fn number(self) -> u8 {
         match self {
             Self::V4 => libc::AF_INET as u8,
@@ -62,7 +63,7 @@ impl Family {
     }
 }
 
-/// Links, addresses, routes and rules of one network namespace.
+/// Connection to the kernel for links, addresses, routes and rules of one network namespace.
 #[derive(Debug)]
 pub struct Rtnetlink {
     connection: Connection,
@@ -85,8 +86,8 @@ impl Rtnetlink {
         self.connection.port()
     }
 
-    /// Whether the kernel has sockets of a family. It has none of IPv6 when that is switched off
-    /// at boot (`ipv6.disable=1`). Any failure but the kernel's plain no counts as yes.
+    /// Returns true if the kernel supports sockets of a family. With `ipv6.disable=1` it supports none
+    /// for IPv6. Every error except `EAFNOSUPPORT` counts as support.
     pub fn has_sockets(&self, family: Family) -> bool {
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
         if self.connection.lacks(family) {
@@ -107,5 +108,7 @@ impl Rtnetlink {
     }
 }
 
+/// Request flags: create an object that must not exist yet.
 const CREATE: u16 = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
+/// Request flags: create an object, or replace the existing one.
 const CREATE_OR_REPLACE: u16 = (libc::NLM_F_CREATE | libc::NLM_F_REPLACE) as u16;

@@ -1,4 +1,4 @@
-//! Links: what there is, and veth pairs and bridges of our own.
+//! Reads and changes links, and creates veth pairs, bridges and overlay links.
 
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -8,78 +8,78 @@ use nix::errno::Errno;
 use super::codec::{Message, Received, attributes, u32_at};
 use super::{CREATE, NetlinkError, Rtnetlink};
 
-/// A link as the kernel describes it.
+/// Link as the kernel describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
-    /// Its number in this namespace.
+    /// Index of the link in its network namespace.
     pub index: u32,
-    /// Its name.
+    /// Name of the link, such as `eth0`.
     pub name: String,
-    /// The driver's kind (`bridge`, `veth`, `tun`, `wireguard`...); `None` for hardware.
+    /// Kind of the driver (`bridge`, `veth`, `tun`, `wireguard`...); `None` for hardware.
     pub kind: Option<String>,
-    /// Bytes.
+    /// MTU in bytes.
     pub mtu: u32,
-    /// Index of the bridge or bond that it belongs to.
+    /// Index of the bridge or bond that the link belongs to.
     pub master: Option<u32>,
-    /// Set up by its administrator.
+    /// Whether the link is administratively up (`IFF_UP`).
     pub up: bool,
-    /// Up and with a carrier.
+    /// Whether the link is up and has a carrier.
     pub running: bool,
-    /// A loopback.
+    /// Whether the link is a loopback.
     pub loopback: bool,
-    /// Has no neighbours, only another end (tunnels).
+    /// Whether the link is point-to-point, such as a tunnel (`IFF_POINTOPOINT`).
     pub point_to_point: bool,
-    /// Packets that may wait to be sent.
+    /// Greatest number of packets in the transmit queue.
     pub queue_length: u32,
-    /// Of a VXLAN or Geneve link: the UDP port that it receives on.
+    /// UDP port on which a VXLAN or Geneve link receives; `None` for other kinds.
     pub tunnel_port: Option<u16>,
-    /// `rp_filter` of the link for IPv4: 0 off, 1 strict, 2 loose; `None`: the kernel does not say.
+    /// IPv4 `rp_filter` of the link: 0 off, 1 strict, 2 loose; `None` if the kernel does not report it.
     pub reverse_path_filter: Option<u32>,
-    /// `disable_ipv6` of the link: its addresses and routes of IPv6 are refused. `None`: the
-    /// kernel does not say, or runs no IPv6 on the link, as with an MTU below 1280.
+    /// Whether `disable_ipv6` is set on the link, so that the kernel refuses IPv6 addresses and routes.
+    /// `None` if the kernel does not report it, as with an MTU below 1280, with which it runs no IPv6
+    /// on the link.
     pub ipv6_disabled: Option<bool>,
-    /// Of a TUN link.
+    /// Properties of a TUN link; `None` for other kinds.
     pub tun: Option<TunInfo>,
 }
 
-/// What the kernel tells of a TUN link.
+/// Properties of a TUN link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TunInfo {
-    /// User who may attach to it without privileges; `None`: every user.
+    /// User id that may attach to the link without privileges; `None` if every user may.
     pub owner: Option<u32>,
-    /// Processes' queues that are attached. Known only of a link that is made for several; 0 of
-    /// others.
+    /// Number of attached queues. The kernel reports it only for a multi-queue link; otherwise 0.
     pub queues: u32,
 }
 
-/// The far end of a veth pair.
+/// Other end of a veth pair.
 #[derive(Debug, Clone, Copy)]
 pub struct VethPeer<'a> {
-    /// Its name there.
+    /// Name of the link at the other end.
     pub name: &'a str,
-    /// The network namespace to make it in; `None`: the same.
+    /// Network namespace of the other end; `None` for the namespace of the first end.
     pub namespace: Option<BorrowedFd<'a>>,
 }
 
-/// A tunnel of the host's own: Ethernet over UDP.
+/// Parameters of an overlay link, which carries Ethernet frames over UDP.
 #[derive(Debug, Clone, Copy)]
 pub struct Overlay {
-    /// Which.
+    /// Encapsulation of the frames.
     pub kind: OverlayKind,
-    /// The number of the network.
+    /// Number of the overlay network (VNI).
     pub id: u32,
-    /// Whom everything goes to.
+    /// Address that all frames are sent to.
     pub remote: IpAddr,
-    /// UDP.
+    /// Destination UDP port.
     pub port: u16,
 }
 
-/// What is put around the frames of an [`Overlay`].
+/// Encapsulation of an [`Overlay`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OverlayKind {
-    /// RFC 7348.
+    /// VXLAN (RFC 7348).
     Vxlan,
-    /// RFC 8926.
+    /// Geneve (RFC 8926).
     Geneve,
 }
 
@@ -94,17 +94,18 @@ const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_GSO_MAX_SEGS: u16 = 40;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
-/// `linux/if_link.h`: inside `IFLA_AF_SPEC` and `AF_INET`, the settings of `net.ipv4.conf.LINK`. As
-/// sent by the kernel: an array of 32-bit numbers; as sent to it: an attribute for each setting.
+/// Attribute with the settings `net.ipv4.conf.LINK`, inside `IFLA_AF_SPEC` and `AF_INET`
+/// (`linux/if_link.h`). The kernel sends an array of 32-bit numbers, and accepts one attribute per
+/// setting.
 const IFLA_INET_CONF: u16 = 1;
-/// `linux/ip.h`: the number of `rp_filter` among them, counted from 1.
+/// Number of `rp_filter` among the IPv4 settings, counted from 1 (`linux/ip.h`).
 const IPV4_DEVCONF_RP_FILTER: u16 = 8;
-/// The same of `src_valid_mark`.
+/// Number of `src_valid_mark` among the IPv4 settings, counted from 1.
 const IPV4_DEVCONF_SRC_VMARK: u16 = 24;
-/// `linux/if_link.h`: inside `IFLA_AF_SPEC` and `AF_INET6`, the settings of `net.ipv6.conf.LINK`, an
-/// array of 32-bit numbers.
+/// Attribute with the settings `net.ipv6.conf.LINK`, inside `IFLA_AF_SPEC` and `AF_INET6`
+/// (`linux/if_link.h`): an array of 32-bit numbers.
 const IFLA_INET6_CONF: u16 = 2;
-/// `linux/ipv6.h`: the number of `disable_ipv6` among them, counted from 0.
+/// Index of `disable_ipv6` among the IPv6 settings, counted from 0 (`linux/ipv6.h`).
 const DEVCONF_DISABLE_IPV6: usize = 26;
 const IFLA_TUN_OWNER: u16 = 1;
 const IFLA_TUN_NUM_QUEUES: u16 = 8;
@@ -112,17 +113,17 @@ const IFLA_TUN_NUM_DISABLED_QUEUES: u16 = 9;
 const VETH_INFO_PEER: u16 = 1;
 const VXLAN_PORT: u16 = 15;
 const GENEVE_PORT: u16 = 5;
-/// Bytes of `struct ifinfomsg`.
+/// Length in bytes of `struct ifinfomsg`.
 pub(super) const LINK_HEADER: usize = 16;
 
 impl Rtnetlink {
-    /// Every link of the namespace.
+    /// Returns all links of the namespace.
     pub fn links(&mut self) -> Result<Vec<Link>, NetlinkError> {
         let request = Message::new(libc::RTM_GETLINK, 0, &header(0, 0, 0));
         self.connection.dump("list links", &request, |received| parse(&received))
     }
 
-    /// The link of that name, if there is one.
+    /// Returns the link with this name, or `None` if it does not exist.
     pub fn link(&mut self, name: &str) -> Result<Option<Link>, NetlinkError> {
         let mut request = Message::new(libc::RTM_GETLINK, 0, &header(0, 0, 0));
         request.string(IFLA_IFNAME, name);
@@ -133,13 +134,14 @@ impl Rtnetlink {
         }
     }
 
-    /// The index of the link of that name.
+    /// Returns the index of the link with this name.
     pub fn link_index(&mut self, name: &str) -> Result<u32, NetlinkError> {
         let link = self.link(name)?.ok_or_else(|| NetlinkError::NoLink(name.to_owned()))?;
         Ok(link.index)
     }
 
-    /// Makes a veth pair: `name` here, its peer here or in another namespace. Both are down.
+    /// Creates a veth pair: `name` in this namespace, its peer in this or another namespace. Both ends
+    /// are down.
     pub fn add_veth(&mut self, name: &str, peer: VethPeer<'_>) -> Result<(), NetlinkError> {
         let mut request = Message::new(libc::RTM_NEWLINK, CREATE, &header(0, 0, 0));
         request.string(IFLA_IFNAME, name).nest(IFLA_LINKINFO, |info| {
@@ -152,23 +154,23 @@ impl Rtnetlink {
                 });
             });
         });
-        let what = || format!("make the veth pair {name} and {}", peer.name);
+        let what = || format!("create the veth pair {name} and {}", peer.name);
         self.connection.request(what, request)
     }
 
-    /// Makes a bridge (without spanning tree). It is down.
+    /// Creates a bridge without spanning tree. It is down.
     pub fn add_bridge(&mut self, name: &str) -> Result<(), NetlinkError> {
         let mut request = Message::new(libc::RTM_NEWLINK, CREATE, &header(0, 0, 0));
         request.string(IFLA_IFNAME, name).nest(IFLA_LINKINFO, |info| {
             info.string(IFLA_INFO_KIND, "bridge");
         });
-        self.connection.request(|| format!("make the bridge {name}"), request)
+        self.connection.request(|| format!("create the bridge {name}"), request)
     }
 
-    /// Makes a VXLAN or Geneve link. It is down.
+    /// Creates a VXLAN or Geneve link. It is down.
     pub fn add_overlay(&mut self, name: &str, overlay: Overlay) -> Result<(), NetlinkError> {
         let Overlay { kind, id, remote, port } = overlay;
-        // Number, then remote address by family, then port.
+        // Attribute kinds: network number, remote address (IPv4, IPv6), port.
         let (kind, id_key, remote_keys, port_key) = match kind {
             OverlayKind::Vxlan => ("vxlan", 1, [2, 16], VXLAN_PORT),
             OverlayKind::Geneve => ("geneve", 1, [2, 7], GENEVE_PORT),
@@ -180,7 +182,7 @@ impl Rtnetlink {
                 data.u32(id_key, id).ip(remote_key, remote).bytes(port_key, &port.to_be_bytes());
             });
         });
-        self.connection.request(|| format!("make the {kind} link {name}"), request)
+        self.connection.request(|| format!("create the {kind} link {name}"), request)
     }
 
     /// Sets a link up or down.
@@ -203,8 +205,7 @@ impl Rtnetlink {
         )
     }
 
-    /// Sets `rp_filter` of a link for IPv4, as a write to `net.ipv4.conf.LINK.rp_filter` would;
-    /// `/proc/sys` may be read-only.
+    /// Sets `net.ipv4.conf.LINK.rp_filter`. Works also where `/proc/sys` is read-only.
     pub fn set_reverse_path_filter(&mut self, index: u32, mode: u32) -> Result<(), NetlinkError> {
         self.change(
             index,
@@ -221,8 +222,8 @@ impl Rtnetlink {
         )
     }
 
-    /// Sets the hardware address. A bridge that was given none takes the lowest of its ports', and another
-    /// one when a port with a lower one comes.
+    /// Sets the hardware address. A bridge without an address of its own takes the lowest one of its
+    /// ports, which may change when a port is added.
     pub fn set_hardware_address(
         &mut self,
         index: u32,
@@ -237,7 +238,7 @@ impl Rtnetlink {
         )
     }
 
-    /// Puts a link under a bridge or bond, or (`None`) takes it away from there.
+    /// Adds a link to a bridge or bond, or removes it from there (`None`).
     pub fn set_master(&mut self, index: u32, master: Option<u32>) -> Result<(), NetlinkError> {
         self.change(
             index,
@@ -270,7 +271,7 @@ impl Rtnetlink {
         )
     }
 
-    /// Limits how many segments one packet train may have; 1: every packet travels alone.
+    /// Limits the number of segments of a GSO packet; 1 disables segmentation offload on the link.
     pub fn set_gso_max_segs(&mut self, index: u32, segments: u32) -> Result<(), NetlinkError> {
         self.change(
             index,
@@ -281,8 +282,8 @@ impl Rtnetlink {
         )
     }
 
-    /// Sets the link's `src_valid_mark` of IPv4: whether the filter of reverse paths looks up a
-    /// packet's way back with the packet's mark.
+    /// Sets `net.ipv4.conf.LINK.src_valid_mark`: whether the reverse path filter looks up a packet's
+    /// return route with the packet's mark.
     pub fn set_source_valid_mark(&mut self, index: u32, on: bool) -> Result<(), NetlinkError> {
         self.change(
             index,
@@ -299,7 +300,7 @@ impl Rtnetlink {
         )
     }
 
-    /// Sets how many packets may wait to be sent.
+    /// Sets the greatest number of packets in the transmit queue.
     pub fn set_queue_length(&mut self, index: u32, packets: u32) -> Result<(), NetlinkError> {
         self.change(
             index,
@@ -310,7 +311,7 @@ impl Rtnetlink {
         )
     }
 
-    /// Deletes a link; one end of a veth pair takes the other along.
+    /// Deletes a link. For one end of a veth pair, the kernel deletes the other end too.
     pub fn delete_link(&mut self, index: u32) -> Result<(), NetlinkError> {
         let request = Message::new(libc::RTM_DELLINK, 0, &header(index, 0, 0));
         self.connection.request(|| format!("delete link {index}"), request)
@@ -328,7 +329,7 @@ impl Rtnetlink {
     }
 }
 
-/// `struct ifinfomsg`: family, padding, type, index, flags, change mask.
+/// Encodes `struct ifinfomsg`: family, padding, type, index, flags, change mask.
 fn header(index: u32, flags: u32, change: u32) -> [u8; LINK_HEADER] {
     let mut header = [0; LINK_HEADER];
     header[4..8].copy_from_slice(&index.to_ne_bytes());
@@ -520,7 +521,7 @@ mod tests {
             rtnetlink.add_bridge("br0").unwrap();
             let error = rtnetlink.add_bridge("br0").unwrap_err();
             assert_eq!(error.errno(), Some(Errno::EEXIST));
-            assert!(error.to_string().starts_with("cannot make the bridge br0: "), "{error}");
+            assert!(error.to_string().starts_with("cannot create the bridge br0: "), "{error}");
             let error = rtnetlink.link_index("nowhere").unwrap_err();
             assert_eq!(error.to_string(), "there is no link nowhere");
         }

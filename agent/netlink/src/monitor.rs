@@ -1,4 +1,4 @@
-//! What changes: the kernel's multicast notifications.
+//! Multicast notifications of the kernel about changes.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
@@ -8,10 +8,10 @@ use super::codec::{Received, messages};
 use super::connection::{enlarge_buffers, failed, receive};
 use super::{NetlinkError, Protocol};
 
-/// A group of notifications.
+/// Multicast group of notifications.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Group {
-    /// Links.
+    /// Links of any kind.
     Links,
     /// IPv4 addresses.
     AddressesV4,
@@ -25,7 +25,7 @@ pub enum Group {
     RulesV4,
     /// IPv6 policy rules.
     RulesV6,
-    /// nftables.
+    /// nftables objects (protocol [`Protocol::Netfilter`]).
     Nftables,
 }
 
@@ -44,16 +44,16 @@ impl Group {
     }
 }
 
-/// What reading yielded.
+/// Result of reading the queued notifications.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Notified {
-    /// All that came was given to the reader.
+    /// All notifications were read.
     Complete,
-    /// Some were lost: anything may have changed.
+    /// The kernel dropped notifications: anything may have changed.
     Overrun,
 }
 
-/// A non-blocking socket that hears of changes in the network namespace of the thread that
+/// Non-blocking socket that receives notifications about the network namespace of the thread that
 /// opened it.
 #[derive(Debug)]
 pub struct Monitor {
@@ -61,11 +61,13 @@ pub struct Monitor {
     buffer: Vec<u8>,
 }
 
-/// The longest notification that is read whole: a batch of nftables elements.
+/// Size in bytes of the buffer for one datagram. The longest notifications are batches of nftables set
+/// elements.
 const NOTIFICATION_BYTES: usize = 128 << 10;
 
 impl Monitor {
-    /// Subscribes to groups of one protocol ([`Group::Nftables`] is Netfilter's only one).
+    /// Subscribes to multicast groups of one protocol. [`Group::Nftables`] is the only group of
+    /// [`Protocol::Netfilter`].
     pub fn open(protocol: Protocol, groups: &[Group]) -> Result<Self, NetlinkError> {
         let mut socket = Socket::new(protocol.number()).map_err(failed("open"))?;
         socket.bind_auto().map_err(failed("bind"))?;
@@ -77,7 +79,7 @@ impl Monitor {
         Ok(Self { socket, buffer: vec![0; NOTIFICATION_BYTES] })
     }
 
-    /// Gives every notification that is waiting to `take`; never blocks.
+    /// Passes every queued notification to `take`. Never blocks.
     pub fn drain(&mut self, mut take: impl FnMut(Received<'_>)) -> Result<Notified, NetlinkError> {
         let mut notified = Notified::Complete;
         loop {

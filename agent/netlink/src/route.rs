@@ -1,4 +1,4 @@
-//! Routes.
+//! Reads, sets and deletes routes.
 
 use std::net::IpAddr;
 
@@ -8,45 +8,45 @@ use nix::errno::Errno;
 use super::codec::{Message, Received, attributes};
 use super::{CREATE, CREATE_OR_REPLACE, Failure, Family, NetlinkError, Rtnetlink};
 
-/// A route.
+/// Route of a routing table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
-    /// Where to; host bits are zero.
+    /// Destination network; host bits are zero.
     pub destination: IpNet,
-    /// The table it stands in; 254 is the main one.
+    /// Number of the routing table; 254 is the main table.
     pub table: u32,
-    /// What becomes of a packet.
+    /// Kind, which determines what happens to a packet.
     pub kind: RouteKind,
-    /// The link to send on.
+    /// Index of the output link.
     pub link: Option<u32>,
-    /// The next hop.
+    /// Address of the next hop.
     pub gateway: Option<IpAddr>,
-    /// Lower is better. For IPv6 the kernel takes 0 for 1,024.
+    /// Metric. The lowest metric wins. For IPv6 the kernel replaces 0 by 1,024.
     pub metric: u32,
-    /// The source address that the host prefers.
+    /// Preferred source address.
     pub source: Option<IpAddr>,
-    /// Bytes.
+    /// MTU in bytes.
     pub mtu: Option<u32>,
-    /// Who made it (`RTPROT_*`).
+    /// Protocol number (`RTPROT_*`) of the program that created the route.
     pub protocol: u8,
 }
 
-/// What becomes of a packet.
+/// Kind of a route, which determines what happens to a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RouteKind {
-    /// It is sent on.
+    /// The packet is forwarded to the next hop.
     Unicast,
-    /// It is dropped, the sender gets an ICMP error.
+    /// The packet is dropped, and the sender gets an ICMP error.
     Unreachable,
-    /// It is dropped.
+    /// The packet is dropped silently.
     Blackhole,
-    /// This table does not decide: the next rule is asked.
+    /// The lookup leaves this table, and the next policy rule is evaluated.
     Throw,
-    /// Any other (`RTN_*`), as read.
+    /// Another kind (`RTN_*`), as read from the kernel.
     Other(u8),
 }
 
-/// One of many changes.
+/// Change of one route.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RouteChange {
     /// Adds the route, or replaces the one to the same destination with the same metric.
@@ -55,11 +55,11 @@ pub enum RouteChange {
     Delete(Route),
 }
 
-/// The main routing table.
+/// Number of the main routing table.
 pub const MAIN_TABLE: u32 = libc::RT_TABLE_MAIN as u32;
 
 impl Route {
-    /// A unicast route in the main table, to be completed.
+    /// Creates a unicast route in the main table.
     pub fn new(destination: IpNet) -> Self {
         Self {
             destination: destination.trunc(),
@@ -74,43 +74,43 @@ impl Route {
         }
     }
 
-    /// Through a gateway.
+    /// Sets the next hop.
     pub fn via(mut self, gateway: IpAddr) -> Self {
         self.gateway = Some(gateway);
         self
     }
 
-    /// By a link.
+    /// Sets the output link.
     pub fn dev(mut self, index: u32) -> Self {
         self.link = Some(index);
         self
     }
 
-    /// In another table.
+    /// Sets the routing table.
     pub fn table(mut self, table: u32) -> Self {
         self.table = table;
         self
     }
 
-    /// Of another kind.
+    /// Sets the kind of the route.
     pub fn kind(mut self, kind: RouteKind) -> Self {
         self.kind = kind;
         self
     }
 
-    /// With a metric.
+    /// Sets the metric.
     pub fn metric(mut self, metric: u32) -> Self {
         self.metric = metric;
         self
     }
 
-    /// With a preferred source address, which must stand on some link of the host.
+    /// Sets the preferred source address, which must be an address of the host.
     pub fn source(mut self, source: IpAddr) -> Self {
         self.source = Some(source);
         self
     }
 
-    /// With an MTU.
+    /// Sets the MTU in bytes.
     pub fn mtu(mut self, mtu: u32) -> Self {
         self.mtu = Some(mtu);
         self
@@ -125,11 +125,11 @@ const RTA_PREFSRC: u16 = 7;
 const RTA_METRICS: u16 = 8;
 const RTA_TABLE: u16 = 15;
 const RTAX_MTU: u16 = 2;
-/// Bytes of `struct rtmsg`.
+/// Length in bytes of `struct rtmsg`.
 pub(super) const ROUTE_HEADER: usize = 12;
 
 impl Rtnetlink {
-    /// Adds a route that is not there yet.
+    /// Adds a route, which must not exist yet.
     pub fn add_route(&mut self, route: &Route) -> Result<(), NetlinkError> {
         let request = message(libc::RTM_NEWROUTE, CREATE, route);
         self.connection.request(|| format!("add the route to {}", route.destination), request)
@@ -141,14 +141,14 @@ impl Rtnetlink {
         self.connection.request(|| format!("set the route to {}", route.destination), request)
     }
 
-    /// Deletes a route.
+    /// Deletes a route by its key.
     pub fn delete_route(&mut self, route: &Route) -> Result<(), NetlinkError> {
         let request = message(libc::RTM_DELROUTE, 0, route);
         self.connection.request(|| format!("delete the route to {}", route.destination), request)
     }
 
-    /// Works off many changes in order, in few system calls. One that fails does not keep the
-    /// others from being done; the failures name their place in `changes`.
+    /// Applies many changes in order, with few system calls. A failed change does not stop the others.
+    /// Each failure has its index in `changes`.
     pub fn change_routes(&mut self, changes: &[RouteChange]) -> Result<Vec<Failure>, NetlinkError> {
         let messages = changes.iter().map(|change| match change {
             RouteChange::Set(route) => message(libc::RTM_NEWROUTE, CREATE_OR_REPLACE, route),
@@ -157,7 +157,7 @@ impl Rtnetlink {
         self.connection.request_all(messages.collect())
     }
 
-    /// The gateways of the main table's default routes.
+    /// Returns the gateways of the default routes in the main table.
     pub fn gateways(&mut self) -> Result<Vec<IpAddr>, NetlinkError> {
         let mut gateways = Vec::new();
         for family in Family::ALL {
@@ -168,8 +168,9 @@ impl Rtnetlink {
         Ok(gateways)
     }
 
-    /// The routes of a family in one table, or (`None`) in all. A family that the kernel lacks has
-    /// none, although such a kernel answers with the routes of the families that it has.
+    /// Returns the routes of a family in one table, or in all tables for `None`. Returns no routes for a
+    /// family that the kernel lacks: such a kernel answers with the routes of its other families, which
+    /// are left out.
     pub fn routes(
         &mut self,
         family: Family,
@@ -187,7 +188,7 @@ impl Rtnetlink {
                 .filter(|route| table.is_none_or(|table| table == route.table))
         });
         match found {
-            // A table that was never used does not exist.
+            // The kernel has no table that was never used.
             Err(error) if error.errno() == Some(Errno::ENOENT) => Ok(Vec::new()),
             other => other,
         }
@@ -217,7 +218,7 @@ fn message(kind: u16, flags: u16, route: &Route) -> Message {
     if route.metric != 0 {
         message.u32(RTA_PRIORITY, route.metric);
     }
-    // A route is deleted by its key alone: destination, table, metric, kind, next hop.
+    // The key of a route identifies the one to delete: destination, table, metric, kind, next hop.
     if kind != libc::RTM_DELROUTE {
         if let Some(source) = route.source {
             message.ip(RTA_PREFSRC, source);

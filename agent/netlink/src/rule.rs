@@ -1,4 +1,4 @@
-//! Policy rules: which routing table a packet is looked up in.
+//! Reads, adds and deletes policy rules, which select the routing table for a packet.
 
 use std::ops::RangeInclusive;
 
@@ -7,57 +7,57 @@ use ipnet::IpNet;
 use super::codec::{Message, Received, attributes, u32_at};
 use super::{CREATE, Family, NetlinkError, Rtnetlink};
 
-/// A policy rule. Everything that is `None` matches anything.
+/// Policy rule. A matched property that is `None` matches every packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
-    /// The family of the packets.
+    /// Address family of the packets.
     pub family: Family,
-    /// Lower comes first.
+    /// Priority. Rules with lower priorities are evaluated first.
     pub priority: u32,
-    /// What becomes of a packet that matches.
+    /// Action for packets that match.
     pub action: RuleAction,
-    /// Matches those that do not match.
+    /// Whether the rule applies to the packets that do not match.
     pub invert: bool,
-    /// Mark and mask.
+    /// Mark to match, and the mask that is applied to a packet's mark first.
     pub mark: Option<(u32, u32)>,
-    /// Sources.
+    /// Network of the source address.
     pub source: Option<IpNet>,
-    /// Destinations.
+    /// Network of the destination address.
     pub destination: Option<IpNet>,
-    /// Name of the link that it came in by; `lo` means: made here.
+    /// Name of the input link; `lo` matches local packets.
     pub input: Option<String>,
     /// Name of the link that a socket is bound to.
     pub output: Option<String>,
-    /// `IPPROTO_*`.
+    /// Transport protocol (`IPPROTO_*`).
     pub protocol: Option<u8>,
-    /// Source ports.
+    /// Range of the source port.
     pub source_ports: Option<RangeInclusive<u16>>,
-    /// Destination ports.
+    /// Range of the destination port.
     pub destination_ports: Option<RangeInclusive<u16>>,
-    /// Users of the sockets that packets come from. What no socket of a user sent counts as
-    /// root's: forwarded packets, and questions of the kernel itself.
+    /// Range of the user id that owns the sending socket. Root (0) stands for packets without a socket:
+    /// forwarded packets, and lookups of the kernel itself.
     pub users: Option<RangeInclusive<u32>>,
-    /// Who made it (`RTPROT_*`).
+    /// Protocol number (`RTPROT_*`) of the program that created the rule.
     pub made_by: u8,
 }
 
-/// What becomes of a packet that matches a rule.
+/// Action of a rule for packets that match.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RuleAction {
-    /// It is looked up in a table; if nothing is found there, the next rule is asked.
+    /// Looks up a routing table. If the table has no route, the next rule is evaluated.
     Table(u32),
-    /// On to the rule of this (higher) priority.
+    /// Continues at the rule of this higher priority.
     Goto(u32),
-    /// Nothing: where another goes to.
+    /// Does nothing. The rule is the target of a [`RuleAction::Goto`].
     Nop,
-    /// The lookup fails: the network is unreachable.
+    /// Ends the lookup with "network unreachable".
     Unreachable,
-    /// Any other (`FR_ACT_*`), as read.
+    /// Another action (`FR_ACT_*`), as read from the kernel.
     Other(u8),
 }
 
 impl Rule {
-    /// A rule that matches every packet of a family, to be narrowed.
+    /// Creates a rule that matches every packet of a family.
     pub fn new(family: Family, priority: u32, action: RuleAction) -> Self {
         Self {
             family,
@@ -97,23 +97,23 @@ const FR_ACT_GOTO: u8 = 2;
 const FR_ACT_NOP: u8 = 3;
 const FR_ACT_UNREACHABLE: u8 = 7;
 const FIB_RULE_INVERT: u32 = 2;
-/// Bytes of `struct fib_rule_hdr`.
+/// Length in bytes of `struct fib_rule_hdr`.
 pub(super) const RULE_HEADER: usize = 12;
 
 impl Rtnetlink {
-    /// Adds a rule that is not there yet.
+    /// Adds a rule, which must not exist yet.
     pub fn add_rule(&mut self, rule: &Rule) -> Result<(), NetlinkError> {
         let request = message(libc::RTM_NEWRULE, CREATE, rule);
         self.connection.request(|| format!("add {rule}"), request)
     }
 
-    /// Deletes a rule.
+    /// Deletes a rule by all its properties.
     pub fn delete_rule(&mut self, rule: &Rule) -> Result<(), NetlinkError> {
         let request = message(libc::RTM_DELRULE, 0, rule);
         self.connection.request(|| format!("delete {rule}"), request)
     }
 
-    /// Every rule of a family, in the order in which they are asked.
+    /// Returns all rules of a family, in the order of evaluation.
     pub fn rules(&mut self, family: Family) -> Result<Vec<Rule>, NetlinkError> {
         let mut header = [0; RULE_HEADER];
         header[0] = family.number();
@@ -186,7 +186,7 @@ fn message(kind: u16, flags: u16, rule: &Rule) -> Message {
     message
 }
 
-/// `struct fib_rule_port_range`, in host order.
+/// Encodes `struct fib_rule_port_range`, in host byte order.
 fn port_range(ports: &RangeInclusive<u16>) -> [u8; 4] {
     let [a, b] = ports.start().to_ne_bytes();
     let [c, d] = ports.end().to_ne_bytes();
@@ -227,7 +227,7 @@ fn parse(received: &Received<'_>) -> Option<Rule> {
             _ => {}
         }
     }
-    // The kernel leaves out a mark of 0 but says its mask.
+    // The kernel omits a mark of 0 but sends its mask.
     rule.mark = match (mark, mask) {
         (None, u32::MAX | 0) => None,
         (mark, mask) => Some((mark.unwrap_or(0), mask)),

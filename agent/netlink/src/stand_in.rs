@@ -1,4 +1,5 @@
-//! Answers of a kernel without IPv6, for tests: a network namespace cannot be given such a kernel.
+//! Simulated answers of a kernel without IPv6, for tests: a network namespace cannot run another
+//! kernel.
 
 use nix::errno::Errno;
 
@@ -7,8 +8,8 @@ use super::{Failure, NetlinkError, Refusal};
 
 const V6: u8 = libc::AF_INET6 as u8;
 
-/// What a kernel without IPv6 makes of a dump request: it knows no policy rules of that family, and
-/// for routes falls back to those of every family that it has.
+/// Handles a dump request as a kernel without IPv6 does. It refuses a dump of IPv6 policy rules, and
+/// answers a dump of IPv6 routes with the routes of all families that it has.
 pub(crate) fn dump_without_ipv6(what: &str, message: &mut Message) -> Result<(), NetlinkError> {
     match message.kind() {
         libc::RTM_GETRULE if *message.family_mut() == V6 => {
@@ -23,7 +24,8 @@ pub(crate) fn dump_without_ipv6(what: &str, message: &mut Message) -> Result<(),
     Ok(())
 }
 
-/// The changes that a kernel without IPv6 refuses; `None`: the whole batch may be sent.
+/// Returns the failures of the changes that a kernel without IPv6 refuses, or `None` if the whole batch
+/// may be sent.
 pub(crate) fn refused_without_ipv6(batch: &mut [Message]) -> Option<Vec<Failure>> {
     let refused = |message: &Message| match message.kind() {
         libc::RTM_NEWRULE | libc::RTM_DELRULE => Some(Errno::EAFNOSUPPORT),

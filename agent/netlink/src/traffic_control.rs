@@ -1,24 +1,25 @@
-//! Programs of traffic control: which links have some, by netlink.
+//! Finds the links that have eBPF programs of traffic control (tc).
 
 use super::codec::{Message, attributes, u32_at};
 use super::link::Link;
 use super::{NetlinkError, Rtnetlink};
 
-/// `linux/rtnetlink.h`: what holds filters of what enters or leaves a link, of any kind.
+/// Attribute with the kind of a queueing discipline or filter (`linux/rtnetlink.h`).
 const TCA_KIND: u16 = 1;
-/// Bytes of `struct tcmsg`: family, padding, link, handle, parent, information.
+/// Length in bytes of `struct tcmsg`: family, padding, link, handle, parent, information.
 const TRAFFIC_HEADER: usize = 20;
+/// Offset in bytes of the link's index in `struct tcmsg`.
 const LINK_AT: usize = 4;
-/// `linux/pkt_sched.h`: the parents of filters for what enters and what leaves.
+/// Parent of filters for packets that enter a link (`linux/pkt_sched.h`).
 const INGRESS: u32 = 0xffff_fff2;
+/// Parent of filters for packets that leave a link.
 const EGRESS: u32 = 0xffff_fff3;
-/// Links whose filters are read: one request each.
+/// Greatest number of links whose filters are read. Each takes two requests.
 const LINKS: usize = 256;
 
 impl Rtnetlink {
-    /// Returns the first of the links on which an eBPF program of traffic control (a filter of
-    /// kind `bpf` under `clsact` or `ingress`) looks at what enters or leaves. Programs attached
-    /// by the newer way (TCX, Linux 6.6) are not found.
+    /// Returns the first of the links that has an eBPF program of traffic control: a filter of kind
+    /// `bpf` under `clsact` or `ingress`. Does not find programs that are attached by TCX (Linux 6.6).
     pub fn classified_by_program<'a>(
         &mut self,
         links: impl Iterator<Item = &'a Link>,
@@ -40,7 +41,7 @@ impl Rtnetlink {
                 match programs {
                     Ok(programs) if programs.is_empty() => {}
                     Ok(_) => return Ok(Some(link)),
-                    // The link went meanwhile, or holds no filters of this direction.
+                    // The link vanished in the meantime, or has no filters in this direction.
                     Err(NetlinkError::Refused { .. }) => {}
                     Err(error) => return Err(error),
                 }
