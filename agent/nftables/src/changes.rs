@@ -1,4 +1,4 @@
-//! What leads from one table to another.
+//! Computes the changes from one table to another.
 
 use std::collections::BTreeMap;
 
@@ -8,8 +8,9 @@ use super::table::{Chain, Ownership, Table};
 use super::transaction::Transaction;
 
 impl Table {
-    /// The changes that turn `have` (what [`Nft::read`](super::Nft::read) found; `None`: nothing)
-    /// into this table. Empty if they are the same.
+    /// Returns the changes that turn `have` into this table. `have` is what
+    /// [`Nft::read`](super::Nft::read) found, `None` if there was no table. The transaction is empty if
+    /// both are equal.
     pub fn changes(&self, have: Option<&Table>) -> Transaction {
         let mut transaction = Transaction::new();
         let Some(have) = have else {
@@ -25,8 +26,8 @@ impl Table {
             transaction.adopt_table(self);
         }
         self.change_structure(have, &mut transaction);
-        // Additions first: where all does not fit one transaction, a set holds too much for a
-        // moment rather than too little.
+        // Additions first: if the changes do not fit one transaction, a set briefly has too many
+        // elements rather than too few.
         for (name, set) in &self.sets {
             let missing = |old: &Set| set.elements.difference(&old.elements).copied().collect();
             let new: Vec<_> =
@@ -36,26 +37,28 @@ impl Table {
         transaction
     }
 
-    /// A table's family cannot be changed, nor a set's shape while rules name it, nor a table's comment at all; nor can what
-    /// was everybody's from the start be owned.
+    /// Returns true if the table must be deleted and created again. The kernel cannot change a table's
+    /// family or comment, or the shape of a set that rules use. Nor can a table get an owner if it was
+    /// created without one.
     fn must_be_remade(&self, have: &Table) -> bool {
         let reshaped = self
             .sets
             .iter()
             .any(|(name, set)| have.sets.get(name).is_some_and(|old| !old.same_shape(set)));
         let unownable = self.ownership == Ownership::Owner && have.ownership == Ownership::Anybody;
-        // An old kernel forgets the comment; that alone is no reason.
+        // Kernels before 5.10 do not store the comment; a missing comment is no reason.
         self.family != have.family
             || reshaped
             || unownable
             || (have.comment.is_some() && self.comment != have.comment)
     }
 
+    /// Adds the changes of sets, chains and rules; those of elements follow separately.
     fn change_structure(&self, have: &Table, transaction: &mut Transaction) {
         for (name, set) in missing_in(&self.sets, &have.sets) {
             transaction.add_set(self, name, set);
         }
-        // Rules go before anything that they name goes.
+        // Rules are deleted before the chains and sets that they refer to.
         let changed =
             |name: &str, chain: &Chain| self.chains.get(name).is_none_or(|wanted| wanted != chain);
         let remade = |name: &str, chain: &Chain| {
@@ -87,8 +90,9 @@ impl Table {
         }
     }
 
-    /// Intervals of a set never overlap, so an old one that a new one touches goes first, in the
-    /// same transaction; the others go last.
+    /// Adds the changes of a set's elements. Intervals of a set must not overlap, so an old interval
+    /// that overlaps a new one is deleted first, in the same transaction. The other old ones are deleted
+    /// last.
     fn replace_overlapping(
         &self,
         have: &Table,
@@ -110,7 +114,7 @@ impl Table {
     }
 }
 
-/// The items of one map whose names the other lacks.
+/// Returns the items of one map whose names the other map lacks.
 fn missing_in<'a, T>(
     these: &'a BTreeMap<String, T>,
     those: &'a BTreeMap<String, T>,

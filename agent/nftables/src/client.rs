@@ -1,4 +1,4 @@
-//! The socket: reads tables, commits transactions.
+//! nftables connection: reads tables and commits transactions.
 
 use std::collections::BTreeMap;
 
@@ -14,33 +14,33 @@ use super::table::{Base, Chain, ChainKind, Hook, Ownership, Policy, Table, Table
 use super::transaction::{Step, Transaction};
 use super::wire;
 
-/// nftables of one network namespace.
+/// Connection to the nftables of one network namespace.
 #[derive(Debug)]
 pub struct Nft {
     connection: Connection,
 }
 
-/// Why an nftables operation failed.
+/// Error of an nftables operation.
 #[derive(Debug, thiserror::Error)]
 pub enum NftError {
-    /// The kernel has no nftables at all.
-    #[error("this kernel has no nftables: load the module nf_tables")]
+    /// The kernel has no nftables.
+    #[error("this kernel has no nftables")]
     Unsupported,
-    /// The kernel refused a step; nothing was changed.
+    /// The kernel refused a change, and changed nothing.
     #[error("cannot {what}: {refusal}")]
     Refused {
-        /// Which step.
+        /// Change that was refused; it completes "cannot ...".
         what: String,
-        /// Why.
+        /// Answer of the kernel.
         refusal: Refusal,
     },
-    /// The transport failed; what was done is known after reading again.
+    /// The netlink transport failed. The caller must read the table again to know what was changed.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
 }
 
 impl NftError {
-    /// The kernel's error number, if it refused.
+    /// Returns the error number of a refusal or of a failed system call.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Self::Unsupported => None,
@@ -50,44 +50,45 @@ impl NftError {
     }
 }
 
-/// A table as it was read.
+/// Table as read from the kernel, with the handles and counters of its rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loaded {
-    /// The table.
+    /// Table without handles and counters, to compare with a desired table.
     pub table: Table,
-    /// What goes with its rules, by chain and in their order.
+    /// States of the rules, by chain and in the order of its rules.
     rules: BTreeMap<String, Vec<RuleState>>,
 }
 
+/// Properties of a rule that only the kernel determines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct RuleState {
     handle: u64,
     counter: Option<Counter>,
 }
 
-/// What a rule's counter shows.
+/// Values of a rule's counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counter {
-    /// Packets.
+    /// Number of packets.
     pub packets: u64,
-    /// Bytes, headers of the network layer included.
+    /// Number of bytes, network layer headers included.
     pub bytes: u64,
 }
 
 impl Loaded {
-    /// The counter of the rule that carries the comment.
+    /// Returns the counter of the rule with this comment.
     pub fn counter(&self, chain: &str, comment: &str) -> Option<Counter> {
         let place = self.place(chain, comment)?;
         self.rules.get(chain)?.get(place)?.counter
     }
 
-    /// The handle of the rule that carries the comment, to delete it by.
+    /// Returns the handle of the rule with this comment, by which it can be deleted.
     pub fn handle(&self, chain: &str, comment: &str) -> Option<u64> {
         let place = self.place(chain, comment)?;
         Some(self.rules.get(chain)?.get(place)?.handle)
     }
 
-    /// The rules of a chain, each with its handle.
+    /// Returns the rules of a chain, each with its handle.
     pub fn handles(&self, chain: &str) -> impl Iterator<Item = (&Rule, u64)> {
         let rules = self.table.chains.get(chain).into_iter().flat_map(|chain| &chain.rules);
         let states = self.rules.get(chain).into_iter().flatten();
@@ -123,7 +124,7 @@ impl Nft {
         self.connection.port()
     }
 
-    /// Reads a table with all that is in it; `None` if there is none of that name.
+    /// Reads a table with its contents. Returns `None` if it does not exist.
     pub fn read(&mut self, family: TableFamily, name: &str) -> Result<Option<Loaded>, NftError> {
         let Some(mut table) = self.read_head(family, name)? else { return Ok(None) };
         table.sets = self.read_sets(family, name)?;
@@ -137,7 +138,8 @@ impl Nft {
         Ok(Some(Loaded { table, rules: states }))
     }
 
-    /// Every rule of a table, which may be somebody else's; `None` if there is no such table.
+    /// Reads all rules of a table, which another program may have created. Returns `None` if the table
+    /// does not exist.
     pub fn rules(
         &mut self,
         family: TableFamily,
@@ -150,7 +152,8 @@ impl Nft {
         Ok(Some(rules.into_iter().map(|(_, rule, _)| rule).collect()))
     }
 
-    /// Reads one chain's rules, which may be somebody else's; `None` if there is no such chain.
+    /// Reads the rules of one chain, which another program may have created. Returns `None` if the
+    /// chain does not exist.
     pub fn read_chain(
         &mut self,
         family: TableFamily,
@@ -172,8 +175,7 @@ impl Nft {
         Ok(Some(Loaded { table: head, rules: [(chain.to_owned(), states)].into() }))
     }
 
-    /// Makes the kernel's table equal to this one, whatever is there; says whether anything had
-    /// to be changed.
+    /// Makes the kernel's table equal to this one. Returns true if that took a change.
     pub fn load(&mut self, table: &Table) -> Result<bool, NftError> {
         let have = self.read(table.family, &table.name)?;
         let transaction = table.changes(have.as_ref().map(|loaded| &loaded.table));
@@ -182,7 +184,7 @@ impl Nft {
         Ok(changed)
     }
 
-    /// Deletes a table with all that is in it; says whether there was one.
+    /// Deletes a table with its contents. Returns false if it did not exist.
     pub fn delete(&mut self, family: TableFamily, name: &str) -> Result<bool, NftError> {
         let mut transaction = Transaction::new();
         transaction.delete_table(family, name);
@@ -193,8 +195,9 @@ impl Nft {
         }
     }
 
-    /// Commits a transaction. One that fits a single send is done wholly or not at all; of a
-    /// larger one, element lists may have been committed before the failure.
+    /// Commits a transaction. If it fits a single send, the kernel applies all of it or nothing. A
+    /// larger one is split before messages with set elements, and parts may have been committed before
+    /// a failure.
     pub fn commit(&mut self, transaction: Transaction) -> Result<(), NftError> {
         let mut part: Vec<Step> = Vec::new();
         let mut bytes = 0;
@@ -225,7 +228,7 @@ impl Nft {
         if refusal.errno == Errno::EOPNOTSUPP && place == 0 {
             return Err(NftError::Unsupported);
         }
-        // A refusal of the batch itself stands at its beginning.
+        // A refusal of the whole batch refers to its first message.
         let what = place.checked_sub(1).and_then(|at| names.get(at)).or(names.first());
         Err(NftError::Refused { what: what.cloned().unwrap_or_default(), refusal })
     }
@@ -306,7 +309,8 @@ impl Nft {
         Ok(sets)
     }
 
-    /// The elements of a set; of an interval set, where intervals begin and (`true`) end.
+    /// Reads the elements of a set. For an interval set, returns the boundaries of the intervals, with
+    /// true for those that end one.
     fn read_elements(
         &mut self,
         family: TableFamily,
@@ -324,7 +328,7 @@ impl Nft {
     }
 }
 
-/// Room for the two messages around a transaction.
+/// Bytes reserved in a send for the two messages around a transaction.
 const BATCH_MARGIN: usize = 64;
 
 fn boundary(kind: u16) -> Message {
@@ -335,7 +339,7 @@ fn request(family: TableFamily, kind: u16) -> Message {
     Message::new(wire::message_kind(kind), 0, &wire::header(family.number(), 0))
 }
 
-/// The attributes of a message, if it is of that kind.
+/// Returns the attributes of a message if it is of this kind.
 fn payload<'a>(
     received: &Received<'a>,
     kind: u16,
@@ -428,7 +432,7 @@ fn parse_set(received: &Received<'_>, table: &str) -> Option<(String, Set)> {
             _ => {}
         }
     }
-    // One without a name belongs to its rule.
+    // An anonymous set belongs to its rule.
     if flags & wire::set::FLAG_ANONYMOUS != 0 {
         return None;
     }
@@ -471,7 +475,7 @@ mod tests {
         nets.iter().map(|net| net.parse().unwrap()).collect()
     }
 
-    /// Every statement that the module can write, one rule each.
+    /// Returns one rule for each statement that the crate can encode.
     fn all_rules() -> Vec<Rule> {
         let udp = libc::IPPROTO_UDP as u8;
         let tcp = libc::IPPROTO_TCP as u8;

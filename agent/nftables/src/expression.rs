@@ -1,205 +1,206 @@
-//! The steps of a rule: each loads, compares, changes or decides.
+//! Expressions of a rule: each loads, compares or changes a value, or gives a verdict.
 //!
-//! A rule's steps work on registers. What the kernel reads back is the same steps, so that a
-//! rule can be compared with the one that was wanted; counters' values are told apart from the
-//! step that counts.
+//! Expressions work on registers. The kernel returns a rule's expressions as they were written, so that
+//! a rule can be compared with the desired one. The values of a counter are decoded separately from
+//! the expression that counts.
 
 use towline_netlink::codec::{Attribute, Message, attributes};
 
 use super::wire::{DATA_VALUE, DATA_VERDICT, LIST_ITEM};
 
-/// One step of a rule.
+/// Expression of a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Expression {
-    /// Loads something that the kernel knows of the packet.
+    /// Loads a property of the packet that is not in its bytes.
     Meta {
-        /// `NFT_META_*`.
+        /// Key of the property (`NFT_META_*`).
         key: u32,
-        /// Where to.
+        /// Register that the value is loaded into.
         register: u32,
     },
-    /// Sets it.
+    /// Sets a property of the packet that is not in its bytes.
     SetMeta {
-        /// `NFT_META_*`.
+        /// Key of the property (`NFT_META_*`).
         key: u32,
-        /// Where from.
+        /// Register that holds the value.
         register: u32,
     },
     /// Loads bytes of the packet.
     Payload {
-        /// `NFT_PAYLOAD_*_HEADER`.
+        /// Header that the offset counts from (`NFT_PAYLOAD_*_HEADER`).
         base: u32,
-        /// Bytes from there.
+        /// Offset in bytes.
         offset: u32,
-        /// How many bytes.
+        /// Number of bytes.
         length: u32,
-        /// Where to.
+        /// Register that the bytes are loaded into.
         register: u32,
     },
-    /// Goes on if the comparison holds.
+    /// Continues the rule if a comparison holds.
     Compare {
-        /// What.
+        /// Register that is compared.
         register: u32,
-        /// `NFT_CMP_*`.
+        /// Operator (`NFT_CMP_*`).
         operator: u32,
-        /// With what.
+        /// Value to compare with.
         value: Vec<u8>,
     },
-    /// `target = (source & mask) ^ xor`.
+    /// Computes `target = (source & mask) ^ xor`.
     Bitwise {
-        /// Where from.
+        /// Register that holds the operand.
         source: u32,
-        /// Where to.
+        /// Register that the result is written to.
         target: u32,
-        /// As long as the value.
+        /// Mask with the length of the operand.
         mask: Vec<u8>,
-        /// As long as the value.
+        /// Value to XOR, with the length of the operand.
         xor: Vec<u8>,
     },
-    /// Goes on if a set holds the value (or, inverted, does not).
+    /// Continues the rule if a set contains a value.
     Lookup {
-        /// The set's name.
+        /// Name of the set.
         set: String,
-        /// What.
+        /// Register that holds the value.
         register: u32,
-        /// Goes on if it does not hold it.
+        /// Whether to continue only if the set does not contain the value.
         inverted: bool,
     },
     /// Loads a constant.
     Immediate {
-        /// Where to.
+        /// Register that the constant is loaded into.
         register: u32,
-        /// What.
+        /// Bytes of the constant.
         value: Vec<u8>,
     },
-    /// Decides.
+    /// Gives a verdict.
     Verdict(Verdict),
-    /// Loads something of the packet's connection.
+    /// Loads a property of the packet's connection.
     Ct {
-        /// `NFT_CT_*`.
+        /// Key of the property (`NFT_CT_*`).
         key: u32,
-        /// Where to.
+        /// Register that the value is loaded into.
         register: u32,
     },
-    /// Sets it.
+    /// Sets a property of the packet's connection.
     SetCt {
-        /// `NFT_CT_*`.
+        /// Key of the property (`NFT_CT_*`).
         key: u32,
-        /// Where from.
+        /// Register that holds the value.
         register: u32,
     },
     /// Counts packets and bytes.
     Counter,
-    /// Translates the source to the address of the link by which the packet leaves.
+    /// Translates the source to the address of the output link.
     Masquerade {
-        /// `NF_NAT_RANGE_*`.
+        /// Flags of the translation (`NF_NAT_RANGE_*`).
         flags: u32,
     },
     /// Translates an address, and the port if there is one.
     Nat {
-        /// The destination instead of the source.
+        /// Whether the destination is translated; otherwise the source.
         destination: bool,
-        /// `NFPROTO_IPV4` or `NFPROTO_IPV6`.
+        /// Address family (`NFPROTO_IPV4` or `NFPROTO_IPV6`).
         family: u32,
-        /// Holds the address.
+        /// Register that holds the new address.
         address: u32,
-        /// Holds the port.
+        /// Register that holds the new port.
         port: Option<u32>,
-        /// `NF_NAT_RANGE_*`.
+        /// Flags of the translation (`NF_NAT_RANGE_*`).
         flags: u32,
     },
-    /// Answers with an error and drops.
+    /// Drops the packet and answers with an error.
     Reject {
-        /// `NFT_REJECT_*`.
+        /// Type of the answer (`NFT_REJECT_*`).
         kind: u32,
-        /// Of the ICMP message.
+        /// Code of the ICMP message.
         code: u8,
     },
-    /// Loads something of the packet's route.
+    /// Loads a property of the packet's route.
     Route {
-        /// `NFT_RT_*`.
+        /// Key of the property (`NFT_RT_*`).
         key: u32,
-        /// Where to.
+        /// Register that the value is loaded into.
         register: u32,
     },
-    /// Turns a number from host to network order.
+    /// Converts a number from host to network byte order.
     ByteOrder {
-        /// The value is replaced.
+        /// Register whose value is converted in place.
         register: u32,
-        /// Bytes of the number: 2 or 4.
+        /// Size of the number in bytes: 2 or 4.
         size: u32,
     },
-    /// Writes into a TCP option of the packet, which is never made larger by that.
+    /// Writes a number into a TCP option of the packet, unless that would increase the number there.
     SetTcpOption {
-        /// The option's kind.
+        /// Kind of the option.
         option: u8,
-        /// Bytes from the option's start.
+        /// Offset in bytes from the option's start.
         offset: u32,
-        /// How many bytes.
+        /// Number of bytes.
         length: u32,
-        /// Where from.
+        /// Register that holds the bytes.
         register: u32,
     },
-    /// Looks an address of the packet up in the routing tables.
+    /// Looks up an address of the packet in the routing tables.
     Fib {
-        /// `NFTA_FIB_F_*`.
+        /// Flags that select the address and the lookup (`NFTA_FIB_F_*`).
         flags: u32,
-        /// `NFT_FIB_RESULT_*`.
+        /// Type of the result (`NFT_FIB_RESULT_*`).
         result: u32,
-        /// Where to.
+        /// Register that the result is loaded into.
         register: u32,
     },
     /// Loads a random number below `modulus`.
     Random {
-        /// Above 0.
+        /// Modulus, above 0.
         modulus: u32,
-        /// Where to.
+        /// Register that the number is loaded into.
         register: u32,
     },
     /// Adds a value to a dynamic set.
     Remember {
-        /// The set's name.
+        /// Name of the set.
         set: String,
-        /// What.
+        /// Register that holds the value.
         register: u32,
-        /// Milliseconds after which it is gone, counted from the last time that it was added;
-        /// `None`: it stays.
+        /// Timeout of the element in milliseconds, restarted whenever the value is added again; `None`
+        /// if it has no timeout.
         expires: Option<u64>,
     },
-    /// Takes a value out of a dynamic set.
+    /// Removes a value from a dynamic set.
     Forget {
-        /// The set's name.
+        /// Name of the set.
         set: String,
-        /// What.
+        /// Register that holds the value.
         register: u32,
     },
-    /// Leaves the packet out of connection tracking.
+    /// Exempts the packet from conntrack.
     Notrack,
-    /// A match of iptables (`xt_*`), as its own programs write it: other expressions they cannot list.
+    /// Match of iptables (`xt_*`), encoded as iptables encodes it, which cannot list other expressions
+    /// for the same purpose.
     Match {
-        /// Such as `conntrack`.
+        /// Name of the match, such as `conntrack`.
         name: String,
-        /// Which layout of `info`.
+        /// Revision of the layout of `info`.
         revision: u32,
-        /// The match's structure, with padding.
+        /// Structure of the match, with padding.
         info: Vec<u8>,
     },
-    /// One that this module does not know, as read; it cannot be written.
+    /// Name of an unknown expression, as read from the kernel. It cannot be encoded.
     Other(String),
 }
 
-/// The end of a packet's way through a chain.
+/// Verdict on a packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// It passes this hook's chain.
+    /// Accepts the packet in this base chain. Later chains may still drop it.
     Accept,
-    /// It is gone.
+    /// Drops the packet.
     Drop,
-    /// On to the next rule of the calling chain.
+    /// Continues at the next rule of the calling chain.
     Return,
-    /// Through another chain, and back.
+    /// Continues in the named chain, and returns after it.
     Jump(String),
-    /// Through another chain, not back.
+    /// Continues in the named chain, without returning to this one.
     Goto(String),
 }
 
@@ -247,7 +248,7 @@ const DYNSET_DELETE: u32 = 2;
 const HOST_TO_NETWORK: u32 = 1;
 
 impl Expression {
-    /// Appends it to a rule's list.
+    /// Appends the expression to a rule's list.
     pub(super) fn encode(&self, list: &mut Message) {
         list.nest(LIST_ITEM, |item| {
             item.string(NAME, self.name());
@@ -257,7 +258,7 @@ impl Expression {
         });
     }
 
-    /// Its name in the kernel.
+    /// Returns the kernel's name of the expression.
     pub fn name(&self) -> &str {
         match self {
             Self::Meta { .. } | Self::SetMeta { .. } => "meta",
@@ -373,7 +374,7 @@ impl Expression {
         }
     }
 
-    /// Reads one from a rule's list; with it, a counter's packets and bytes.
+    /// Decodes an expression of a rule's list. For a counter, also returns its packets and bytes.
     pub(super) fn decode(item: Attribute<'_>) -> (Self, Option<(u64, u64)>) {
         let mut name = String::new();
         let mut data: &[u8] = &[];
@@ -399,7 +400,7 @@ impl Expression {
                 (None, Some(register)) => Self::SetMeta { key: fields.number(2)?, register },
                 _ => return None,
             },
-            // One that writes has no target register.
+            // A payload expression that writes has no target register.
             "payload" => Self::Payload {
                 register: fields.number(1)?,
                 base: fields.number(2)?,
@@ -522,7 +523,7 @@ fn put_value(data: &mut Message, kind: u16, value: &[u8]) {
     });
 }
 
-/// The attributes of one expression.
+/// Attributes of one expression.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {

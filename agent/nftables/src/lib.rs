@@ -1,18 +1,20 @@
-//! nftables over netlink: tables as values, loaded and read back whole.
+//! nftables over netlink: tables as values that are loaded and read as a whole.
 //!
 //! A [`Table`] is a comparable value: chains with their rules, named sets with their elements.
-//! [`Nft::read`] turns what the kernel holds into one, [`Table::changes`] says what leads from
-//! one to another, [`Nft::commit`] does it. No program is run.
+//! [`Nft::read`] reads a table from the kernel, [`Table::changes`] computes the changes from one table
+//! to another, and [`Nft::commit`] applies them. This package knows nothing of Towline, and runs no
+//! program.
 //!
 //! # Invariants
 //!
-//! - A change is one transaction of the kernel: all of it or nothing. Only sets too large for the
-//!   socket's buffer are filled in further transactions, additions before deletions.
-//! - Sets are updated element by element; rules that stay the same keep their place and counters
-//!   as long as nothing of their chain changes.
-//! - Nothing is acknowledged message by message: the kernel answers failures only, so that a
-//!   large change fits small buffers. Answers lost are an error ([`NftError::Netlink`]), after
-//!   which the table is to be read again.
+//! - A change is one transaction of the kernel: all of it is applied, or nothing. Only the elements of
+//!   sets that exceed the socket's buffer are sent in further transactions, additions before
+//!   deletions.
+//! - Sets are updated element by element. A chain keeps its rules and their counters as long as
+//!   nothing in the chain changes.
+//! - The kernel does not acknowledge single messages. It answers failures only, so that a large change
+//!   fits small buffers. Lost answers are an error ([`NftError::Netlink`]); then the caller must read
+//!   the table again.
 
 mod changes;
 mod client;

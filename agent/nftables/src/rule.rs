@@ -1,4 +1,7 @@
-//! Rules, put together from left to right: what to match, then what to do.
+//! Rules, built from left to right: first the matches, then the actions.
+//!
+//! Each method of [`Rule`] appends expressions. A method that matches is documented by the packets that
+//! the rule then applies to.
 
 use std::net::IpAddr;
 use std::ops::{BitOr, RangeInclusive};
@@ -10,27 +13,28 @@ use towline_netlink::Family;
 
 use super::expression::{Expression, Verdict, key};
 
-/// A rule. Steps are worked off in order; the first match that fails ends it.
+/// Rule of a chain. The kernel evaluates its expressions in order, and leaves the rule at the first
+/// match that fails.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Rule {
-    /// Shown by other tools; names the rule's counter.
+    /// Comment, which other tools show, and which identifies the rule's counter.
     pub comment: Option<String>,
-    /// The steps.
+    /// Expressions in order of evaluation.
     pub expressions: Vec<Expression>,
 }
 
-/// States of a packet's connection; they can be combined with `|`.
+/// Conntrack states of a packet, which can be combined with `|`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CtState(u32);
 
 impl CtState {
-    /// Not part of any valid connection.
+    /// The packet belongs to no valid connection.
     pub const INVALID: Self = Self(1);
-    /// Both directions were seen.
+    /// The connection has packets in both directions.
     pub const ESTABLISHED: Self = Self(2);
-    /// Belongs to another connection (ICMP errors).
+    /// The packet is related to an existing connection, such as an ICMP error.
     pub const RELATED: Self = Self(4);
-    /// The first direction only.
+    /// The connection has packets in the first direction only.
     pub const NEW: Self = Self(8);
 }
 
@@ -42,16 +46,16 @@ impl BitOr for CtState {
     }
 }
 
-/// States of a connection as iptables numbers them; they can be combined with `|`.
+/// Conntrack states of a packet in the encoding of iptables, which can be combined with `|`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IptablesStates(u16);
 
 impl IptablesStates {
-    /// Both directions were seen.
+    /// The connection has packets in both directions.
     pub const ESTABLISHED: Self = Self(1 << 1);
-    /// Belongs to another connection (ICMP errors).
+    /// The packet is related to an existing connection, such as an ICMP error.
     pub const RELATED: Self = Self(1 << 2);
-    /// Its destination was translated.
+    /// The connection has destination NAT.
     pub const DNAT: Self = Self(1 << 7);
 }
 
@@ -71,34 +75,34 @@ const SYN: u8 = 2;
 const RST: u8 = 4;
 
 impl Rule {
-    /// Matches every packet and does nothing.
+    /// Creates a rule that matches every packet and does nothing.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// With a comment (127 bytes count).
+    /// Sets the comment. Only its first 127 bytes are stored.
     pub fn comment(mut self, comment: impl Into<String>) -> Self {
         self.comment = Some(comment.into());
         self
     }
 
-    /// Came in by the link of that name.
+    /// Matches packets that arrive on the named link.
     pub fn input(self, link: &str) -> Self {
         self.link(key::META_IIFNAME, link, key::EQUAL)
     }
 
-    /// Came in by another link; also matches what was made here.
+    /// Matches packets that arrive on another link, and local packets.
     pub fn not_input(self, link: &str) -> Self {
         self.link(key::META_IIFNAME, link, key::NOT_EQUAL)
     }
 
-    /// Was made on this host, instead of having come in by a link.
+    /// Matches local packets, which have no input link.
     pub fn made_here(self) -> Self {
         self.link(key::META_IIFNAME, "", key::EQUAL)
     }
 
-    /// Was sent by a socket of this host that a process of that user opened. Packets of sockets
-    /// that nobody holds any more, and of other network namespaces, have no owner.
+    /// Matches packets of local sockets that a process of this user opened. Packets of closed sockets
+    /// and of sockets in other network namespaces have no owner.
     pub fn socket_owner(self, uid: u32) -> Self {
         self.steps([
             Expression::Meta { key: key::META_SKUID, register: REGISTER },
@@ -106,36 +110,36 @@ impl Rule {
         ])
     }
 
-    /// Leaves by the link of that name.
+    /// Matches packets that leave by the named link.
     pub fn output(self, link: &str) -> Self {
         self.link(key::META_OIFNAME, link, key::EQUAL)
     }
 
-    /// Leaves by another link.
+    /// Matches packets that leave by another link.
     pub fn not_output(self, link: &str) -> Self {
         self.link(key::META_OIFNAME, link, key::NOT_EQUAL)
     }
 
-    /// Came in by a link whose name begins otherwise.
+    /// Matches packets unless the name of their input link begins with the prefix.
     pub fn not_input_like(self, prefix: &str) -> Self {
         let name = Expression::Meta { key: key::META_IIFNAME, register: REGISTER };
         self.steps([name, compare(key::NOT_EQUAL, prefix.as_bytes().to_vec())])
     }
 
-    /// Of that address family.
+    /// Matches packets of this address family.
     pub fn family(self, family: Family) -> Self {
         let steps = [
             Expression::Meta { key: key::META_NFPROTO, register: REGISTER },
             compare(key::EQUAL, vec![family.number()]),
         ];
-        // Said once is enough.
+        // One match of the family is enough.
         if self.expressions.windows(2).any(|pair| pair == steps) {
             return self;
         }
         self.steps(steps)
     }
 
-    /// Of that transport protocol (`IPPROTO_*`).
+    /// Matches packets of this transport protocol (`IPPROTO_*`).
     pub fn protocol(self, protocol: u8) -> Self {
         self.steps([
             Expression::Meta { key: key::META_L4PROTO, register: REGISTER },
@@ -143,33 +147,34 @@ impl Rule {
         ])
     }
 
-    /// Has a source inside the network.
+    /// Matches packets with a source inside the network.
     pub fn source(self, net: IpNet) -> Self {
         self.address(Side::Source, net, key::EQUAL)
     }
 
-    /// Has a source outside the network, of the same family.
+    /// Matches packets of the same family with a source outside the network.
     pub fn not_source(self, net: IpNet) -> Self {
         self.address(Side::Source, net, key::NOT_EQUAL)
     }
 
-    /// Has a destination inside the network.
+    /// Matches packets with a destination inside the network.
     pub fn destination(self, net: IpNet) -> Self {
         self.address(Side::Destination, net, key::EQUAL)
     }
 
-    /// Has a destination outside the network, of the same family.
+    /// Matches packets of the same family with a destination outside the network.
     pub fn not_destination(self, net: IpNet) -> Self {
         self.address(Side::Destination, net, key::NOT_EQUAL)
     }
 
-    /// Has a destination inside the network, in a table of its family alone, written as iptables writes it.
+    /// Matches packets with a destination inside the network, encoded as iptables encodes it. The table
+    /// must be of the network's family.
     pub fn iptables_destination(self, net: IpNet) -> Self {
         let family = Family::of(net.addr());
         self.load_address_of_table(Side::Destination, family).compare_address(net, key::EQUAL)
     }
 
-    /// Its connection is in one of these states, written as iptables writes it.
+    /// Matches packets whose connection is in one of the states, encoded as iptables encodes it.
     pub fn iptables_conntrack(self, states: IptablesStates) -> Self {
         // struct xt_conntrack_mtinfo3: eight addresses, two times, five ports, then these fields.
         const BYTES: usize = 168;
@@ -182,12 +187,12 @@ impl Rule {
         self.step(Expression::Match { name: "conntrack".to_owned(), revision: 3, info })
     }
 
-    /// Has a source in the named set of that family's addresses.
+    /// Matches packets of this family with a source in the named set.
     pub fn source_in(self, family: Family, set: &str) -> Self {
         self.load_address(Side::Source, family).lookup(set)
     }
 
-    /// Has a destination in the named set of that family's addresses.
+    /// Matches packets of this family with a destination in the named set.
     pub fn destination_in(self, family: Family, set: &str) -> Self {
         self.load_address(Side::Destination, family).lookup(set)
     }
@@ -199,12 +204,12 @@ impl Rule {
         rule.step(Expression::Remember { set, register: REGISTER, expires: None })
     }
 
-    /// Belongs to a connection whose number is in the named set.
+    /// Matches packets of connections whose conntrack id is in the named set.
     pub fn connection_in(self, set: &str) -> Self {
         self.step(Expression::Ct { key: key::CT_ID, register: REGISTER }).lookup(set)
     }
 
-    /// Adds the connection's number to an expiring set, or has its time begin again.
+    /// Adds the connection's conntrack id to an expiring set, or restarts the element's timeout.
     pub fn remember_connection(self, set: &str, time: Duration) -> Self {
         let expires = Some(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
         self.steps([
@@ -213,7 +218,7 @@ impl Rule {
         ])
     }
 
-    /// Takes the connection's number out of a dynamic set.
+    /// Removes the connection's conntrack id from a dynamic set.
     pub fn forget_connection(self, set: &str) -> Self {
         self.steps([
             Expression::Ct { key: key::CT_ID, register: REGISTER },
@@ -221,58 +226,58 @@ impl Rule {
         ])
     }
 
-    /// Has that source port; the protocol must have been matched before.
+    /// Matches packets with this source port. The protocol must be matched before.
     pub fn source_port(self, port: u16) -> Self {
         self.load_port(Side::Source).step(compare(key::EQUAL, port.to_be_bytes().to_vec()))
     }
 
-    /// Has that destination port; the protocol must have been matched before.
+    /// Matches packets with this destination port. The protocol must be matched before.
     pub fn destination_port(self, port: u16) -> Self {
         self.load_port(Side::Destination).step(compare(key::EQUAL, port.to_be_bytes().to_vec()))
     }
 
-    /// Has one of these destination ports; the protocol must have been matched before.
+    /// Matches packets with a destination port in the range. The protocol must be matched before.
     pub fn destination_ports(self, ports: RangeInclusive<u16>) -> Self {
         self.load_port(Side::Destination)
             .step(compare(key::NOT_LESS, ports.start().to_be_bytes().to_vec()))
             .step(compare(key::NOT_GREATER, ports.end().to_be_bytes().to_vec()))
     }
 
-    /// Has a source port in the named set; the protocol must have been matched before.
+    /// Matches packets with a source port in the named set. The protocol must be matched before.
     pub fn source_port_in(self, set: &str) -> Self {
         self.load_port(Side::Source).lookup(set)
     }
 
-    /// Has a destination port in the named set; the protocol must have been matched before.
+    /// Matches packets with a destination port in the named set. The protocol must be matched before.
     pub fn destination_port_in(self, set: &str) -> Self {
         self.load_port(Side::Destination).lookup(set)
     }
 
-    /// Carries the mark, as far as the mask goes.
+    /// Matches packets that carry the mark, in the bits of the mask.
     pub fn mark(self, mark: u32, mask: u32) -> Self {
         self.masked(Expression::Meta { key: key::META_MARK, register: REGISTER }, mask)
             .step(compare(key::EQUAL, mark.to_ne_bytes().to_vec()))
     }
 
-    /// Does not carry the mark, as far as the mask goes.
+    /// Matches packets that do not carry the mark, in the bits of the mask.
     pub fn not_mark(self, mark: u32, mask: u32) -> Self {
         self.masked(Expression::Meta { key: key::META_MARK, register: REGISTER }, mask)
             .step(compare(key::NOT_EQUAL, mark.to_ne_bytes().to_vec()))
     }
 
-    /// Its connection carries the mark, as far as the mask goes.
+    /// Matches packets whose connection carries the mark, in the bits of the mask.
     pub fn ct_mark(self, mark: u32, mask: u32) -> Self {
         self.masked(Expression::Ct { key: key::CT_MARK, register: REGISTER }, mask)
             .step(compare(key::EQUAL, mark.to_ne_bytes().to_vec()))
     }
 
-    /// Its connection is in one of the states.
+    /// Matches packets whose connection is in one of the states.
     pub fn ct_state(self, states: CtState) -> Self {
         self.masked(Expression::Ct { key: key::CT_STATE, register: REGISTER }, states.0)
             .step(compare(key::NOT_EQUAL, vec![0; 4]))
     }
 
-    /// Travels in the direction of its connection's replies.
+    /// Matches packets in the reply direction of their connection.
     pub fn ct_reply(self) -> Self {
         self.steps([
             Expression::Ct { key: key::CT_DIRECTION, register: REGISTER },
@@ -280,7 +285,7 @@ impl Rule {
         ])
     }
 
-    /// Travels in the direction in which its connection began.
+    /// Matches packets in the original direction of their connection.
     pub fn ct_original(self) -> Self {
         self.steps([
             Expression::Ct { key: key::CT_DIRECTION, register: REGISTER },
@@ -288,18 +293,18 @@ impl Rule {
         ])
     }
 
-    /// Its destination is an address of this host.
+    /// Matches packets whose destination is an address of this host.
     pub fn destination_is_local(self) -> Self {
         self.local(key::FIB_DESTINATION)
     }
 
-    /// Its destination is the broadcast address of a network that this host is connected to.
+    /// Matches packets whose destination is the broadcast address of a connected network.
     pub fn destination_is_broadcast(self) -> Self {
         self.address_type(key::FIB_DESTINATION, libc::RTN_BROADCAST)
     }
 
-    /// The way back to its source leads nowhere, or out by another link than the one that it came by.
-    /// Before routing only.
+    /// Matches packets whose source has no return route, or one by another link than the input link.
+    /// Valid only at [`Hook::Prerouting`](super::Hook::Prerouting).
     pub fn source_leads_elsewhere(self) -> Self {
         let flags = key::FIB_SOURCE | key::FIB_BY_INPUT;
         self.steps([
@@ -308,27 +313,27 @@ impl Rule {
         ])
     }
 
-    /// Its source is an address of this host.
+    /// Matches packets whose source is an address of this host.
     pub fn source_is_local(self) -> Self {
         self.local(key::FIB_SOURCE)
     }
 
-    /// Matches one packet in so many by chance: `numerator` of `denominator` (above 0).
+    /// Matches random packets: `numerator` out of `denominator`, which must be above 0.
     pub fn chance(self, numerator: u32, denominator: u32) -> Self {
         self.steps([
             Expression::Random { modulus: denominator, register: REGISTER },
-            // Less and greater compare byte by byte.
+            // The comparisons "less" and "greater" work byte by byte, in network byte order.
             Expression::ByteOrder { register: REGISTER, size: 4 },
             compare(key::LESS, numerator.to_be_bytes().to_vec()),
         ])
     }
 
-    /// A TCP segment that opens a connection, of either side.
+    /// Matches TCP segments that open a connection, from either side.
     pub fn tcp_syn(self) -> Self {
         self.tcp_flags(SYN | RST).step(compare(key::EQUAL, vec![SYN]))
     }
 
-    /// A TCP segment that ends one direction of a connection, or all of it.
+    /// Matches TCP segments that end one or both directions of a connection (FIN or RST).
     pub fn tcp_ends(self) -> Self {
         self.tcp_flags(FIN | RST).step(compare(key::NOT_EQUAL, vec![0]))
     }
@@ -351,7 +356,8 @@ impl Rule {
         ])
     }
 
-    /// IPv6 neighbour and router discovery (RFC 4861), which never comes from beyond the link.
+    /// Matches IPv6 neighbour and router discovery (RFC 4861) with hop limit 255, which cannot come from
+    /// another link.
     pub fn neighbour_discovery(self) -> Self {
         const ROUTER_SOLICITATION: u8 = 133;
         const REDIRECT: u8 = 137;
@@ -375,12 +381,12 @@ impl Rule {
         ])
     }
 
-    /// Counts the packets that came this far.
+    /// Counts the packets that matched up to here.
     pub fn counter(self) -> Self {
         self.step(Expression::Counter)
     }
 
-    /// Sets the bits of the mask to those of the mark; the others stay.
+    /// Sets the packet's mark in the bits of the mask; the other bits stay.
     pub fn set_mark(self, mark: u32, mask: u32) -> Self {
         self.steps([
             Expression::Meta { key: key::META_MARK, register: REGISTER },
@@ -389,7 +395,7 @@ impl Rule {
         ])
     }
 
-    /// Sets the bits of the mask in the connection's mark; the others stay.
+    /// Sets the connection's mark in the bits of the mask; the other bits stay.
     pub fn set_ct_mark(self, mark: u32, mask: u32) -> Self {
         self.steps([
             Expression::Ct { key: key::CT_MARK, register: REGISTER },
@@ -398,7 +404,7 @@ impl Rule {
         ])
     }
 
-    /// Lowers the MSS that a TCP SYN announces to what the packet's routes, both ways, leave.
+    /// Lowers the MSS in a TCP SYN to the MTU of the packet's routes, in both directions.
     pub fn clamp_mss_to_route(self) -> Self {
         self.tcp_syn().steps([
             Expression::Route { key: key::ROUTE_TCP_MSS, register: REGISTER },
@@ -407,13 +413,13 @@ impl Rule {
         ])
     }
 
-    /// Lowers the MSS that a TCP SYN announces to `bytes`.
+    /// Lowers the MSS in a TCP SYN to `bytes`.
     pub fn clamp_mss(self, bytes: u16) -> Self {
         let value = bytes.to_be_bytes().to_vec();
         self.tcp_syn().steps([Expression::Immediate { register: REGISTER, value }, write_mss()])
     }
 
-    /// Lets the packet pass this hook's chain.
+    /// Accepts the packet in this base chain. Later chains may still drop it.
     pub fn accept(self) -> Self {
         self.step(Expression::Verdict(Verdict::Accept))
     }
@@ -423,60 +429,62 @@ impl Rule {
         self.step(Expression::Verdict(Verdict::Drop))
     }
 
-    /// Ends this chain.
+    /// Returns to the calling chain; in a base chain, applies the policy.
     pub fn return_(self) -> Self {
         self.step(Expression::Verdict(Verdict::Return))
     }
 
-    /// Goes through another chain, and back.
+    /// Continues in another chain, and returns after it.
     pub fn jump(self, chain: &str) -> Self {
         self.step(Expression::Verdict(Verdict::Jump(chain.to_owned())))
     }
 
-    /// Goes through another chain, and not back.
+    /// Continues in another chain, without returning to this one.
     pub fn goto(self, chain: &str) -> Self {
         self.step(Expression::Verdict(Verdict::Goto(chain.to_owned())))
     }
 
-    /// Answers with an ICMP error (administratively prohibited) and drops.
+    /// Drops the packet and answers with an ICMP error (administratively prohibited).
     pub fn reject(self) -> Self {
         const PROHIBITED: u8 = 3;
         self.step(Expression::Reject { kind: key::REJECT_ICMPX, code: PROHIBITED })
     }
 
-    /// Answers a TCP segment with a reset and drops it; the protocol must have been matched.
+    /// Drops a TCP segment and answers with a reset. The protocol must be matched before.
     pub fn reject_tcp(self) -> Self {
         self.step(Expression::Reject { kind: key::REJECT_TCP_RESET, code: 0 })
     }
 
-    /// Leaves the packet out of connection tracking (at priority -300 or before).
+    /// Exempts the packet from conntrack. The chain's priority must be -300 or lower.
     pub fn notrack(self) -> Self {
         self.step(Expression::Notrack)
     }
 
-    /// Translates the source to the address of the link by which the packet leaves. A source
-    /// port is kept where it is free (the mapping of RFC 4787 is then endpoint-independent for
-    /// most).
+    /// Translates the source to the address of the output link. The source port is kept if it is free,
+    /// so most mappings are endpoint-independent (RFC 4787).
     pub fn masquerade(self) -> Self {
         self.step(Expression::Masquerade { flags: 0 })
     }
 
-    /// The same with a random port for every connection: a mapping that depends on the endpoint.
+    /// Translates the source to the address of the output link, with a random port for every
+    /// connection: an endpoint-dependent mapping.
     pub fn masquerade_random(self) -> Self {
         self.step(Expression::Masquerade { flags: key::NAT_RANDOM_FULLY })
     }
 
-    /// Translates the source.
+    /// Translates the source address, and the port if there is one. With a port, the protocol must be
+    /// matched before.
     pub fn snat(self, address: IpAddr, port: Option<u16>) -> Self {
         self.nat(false, address, port)
     }
 
-    /// Translates the destination. With a port, the protocol must have been matched before.
+    /// Translates the destination address, and the port if there is one. With a port, the protocol must
+    /// be matched before.
     pub fn dnat(self, address: IpAddr, port: Option<u16>) -> Self {
         self.nat(true, address, port)
     }
 
-    /// With any step at the end.
+    /// Appends an expression.
     pub fn step(mut self, step: Expression) -> Self {
         self.expressions.push(step);
         self
@@ -513,7 +521,7 @@ impl Rule {
         self.family(family).load_address_of_table(side, family)
     }
 
-    /// In a table of that family alone.
+    /// Loads an address without a match of the family. The table must be of that family.
     fn load_address_of_table(self, side: Side, family: Family) -> Self {
         let (offset, length) = match (family, side) {
             (Family::V4, Side::Source) => (12, 4),

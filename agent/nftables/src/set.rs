@@ -1,4 +1,4 @@
-//! Named sets and their elements.
+//! Named sets and their elements, as values.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -6,43 +6,43 @@ use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 
-/// A named set.
+/// Named set of a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Set {
-    /// What its elements are.
+    /// Type of the elements.
     pub key: KeyType,
-    /// Holds ranges and networks; they must not overlap. Without it: single values.
+    /// Whether the elements are intervals, which must not overlap. Otherwise they are single values.
     pub interval: bool,
-    /// Rules may add to it.
+    /// Whether rules may add elements.
     pub dynamic: bool,
-    /// `Some`: each element is gone when its time is over, and there are at most so many. What
-    /// rules keep in such a set is theirs: it is neither read nor changed.
+    /// Greatest number of elements, if elements have a timeout. Such elements belong to the rules that
+    /// add them: they are neither read nor changed here.
     pub expiring: Option<u32>,
-    /// What is in it.
+    /// Elements of the set; empty if they have a timeout.
     pub elements: BTreeSet<Interval>,
 }
 
-/// What the elements of a set are.
+/// Type of a set's elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum KeyType {
     /// IPv4 addresses.
     Ipv4,
     /// IPv6 addresses.
     Ipv6,
-    /// Ports.
+    /// Ports of a transport protocol.
     Port,
-    /// Numbers that the kernel gave to connections.
+    /// Ids of conntrack entries.
     Connection,
-    /// Any other, as read.
+    /// Another type, as read from the kernel.
     Other {
-        /// The kernel's number of the type.
+        /// Kernel's number of the type.
         number: u32,
-        /// Bytes of an element.
+        /// Length of an element in bytes.
         length: u32,
     },
 }
 
-/// A range of values, both ends included. A single value is a range of one.
+/// Range of values, both ends included. A single value is a range of one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Interval {
     first: u128,
@@ -50,8 +50,8 @@ pub struct Interval {
 }
 
 impl Set {
-    /// The networks of one family, as an interval set. Those of the other family are left out,
-    /// and those that lie inside another.
+    /// Creates an interval set of the networks of one family. Networks of the other family and networks
+    /// inside another one are left out.
     pub fn networks<'a>(key: KeyType, networks: impl IntoIterator<Item = &'a IpNet>) -> Self {
         let wanted = |net: &&IpNet| match key {
             KeyType::Ipv4 => matches!(net, IpNet::V4(_)),
@@ -60,7 +60,8 @@ impl Set {
         };
         let mut sorted: Vec<Interval> =
             networks.into_iter().filter(wanted).map(|net| Interval::from(*net)).collect();
-        // Of those that begin alike the widest comes first; what follows lies inside or beyond.
+        // Among intervals with the same first value the widest comes first. Each next interval lies
+        // either inside or beyond the last one that is kept.
         sorted.sort_unstable_by_key(|interval| (interval.first, std::cmp::Reverse(interval.last)));
         sorted.dedup_by(|next, kept| next.last <= kept.last);
         Self {
@@ -72,23 +73,23 @@ impl Set {
         }
     }
 
-    /// Single ports.
+    /// Creates a set of single ports.
     pub fn ports(ports: impl IntoIterator<Item = u16>) -> Self {
         let elements = ports.into_iter().map(Interval::from).collect();
         Self { key: KeyType::Port, interval: false, dynamic: false, expiring: None, elements }
     }
 
-    /// Single values that rules add, none at first.
+    /// Creates an empty set of single values that rules add.
     pub fn dynamic(key: KeyType) -> Self {
         Self { key, interval: false, dynamic: true, expiring: None, elements: BTreeSet::new() }
     }
 
-    /// Single values that rules add for a time, at most `size`, none at first.
+    /// Creates an empty set of at most `size` single values that rules add with a timeout.
     pub fn expiring(key: KeyType, size: u32) -> Self {
         Self { expiring: Some(size), ..Self::dynamic(key) }
     }
 
-    /// Whether both can hold the same elements.
+    /// Returns true if both sets differ at most in their elements.
     pub(super) fn same_shape(&self, other: &Self) -> bool {
         self.key == other.key
             && self.interval == other.interval
@@ -102,14 +103,14 @@ impl KeyType {
         match self {
             Self::Ipv4 => 7,
             Self::Ipv6 => 8,
-            // An integer: no type of nft's own is meant for it.
+            // The type "integer": nft has no type for conntrack ids.
             Self::Connection => 4,
             Self::Port => 13,
             Self::Other { number, .. } => number,
         }
     }
 
-    /// Bytes of an element.
+    /// Returns the length of an element in bytes.
     pub(super) fn length(self) -> usize {
         match self {
             Self::Ipv4 | Self::Connection => 4,
@@ -126,7 +127,7 @@ impl KeyType {
             .unwrap_or(Self::Other { number, length })
     }
 
-    /// The greatest value of this type.
+    /// Returns the greatest value of this type.
     pub(super) fn max(self) -> u128 {
         match self.length() {
             length @ 1..16 => (1 << (8 * length)) - 1,
@@ -134,13 +135,13 @@ impl KeyType {
         }
     }
 
-    /// A value in network order, as long as the type says.
+    /// Encodes a value in network byte order, with the length of the type.
     pub(super) fn encode(self, value: u128) -> Vec<u8> {
         let bytes = value.to_be_bytes();
         bytes[bytes.len().saturating_sub(self.length())..].to_vec()
     }
 
-    /// A value from network order; `None` if it is too long.
+    /// Decodes a value from network byte order. Returns `None` if it exceeds 16 bytes.
     pub(super) fn decode(bytes: &[u8]) -> Option<u128> {
         let mut value = [0; 16];
         let start = value.len().checked_sub(bytes.len())?;
@@ -154,12 +155,12 @@ impl Interval {
         Self { first, last }
     }
 
-    /// The first value, as a number in host order.
+    /// Returns the first value, as a number.
     pub fn first(&self) -> u128 {
         self.first
     }
 
-    /// The last value, as a number in host order.
+    /// Returns the last value, as a number.
     pub fn last(&self) -> u128 {
         self.last
     }
@@ -196,10 +197,10 @@ fn number(address: IpAddr) -> u128 {
     }
 }
 
-/// Puts the boundaries of an interval set together: each is a value and whether it ends an
-/// interval (the first value that no longer belongs to it).
+/// Joins the boundaries of an interval set to intervals. A boundary is a value, and true if it ends an
+/// interval; then the value is the first one after the interval.
 pub(super) fn join(mut boundaries: Vec<(u128, bool)>, max: u128) -> BTreeSet<Interval> {
-    // Where one interval ends and the next begins, the end comes first.
+    // If one interval ends where the next begins, the end sorts first.
     boundaries.sort_unstable_by_key(|(value, end)| (*value, !end));
     let mut intervals = BTreeSet::new();
     let mut open = None;

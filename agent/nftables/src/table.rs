@@ -1,20 +1,21 @@
-//! A table as a value.
+//! Tables and chains as values.
 
 use std::collections::BTreeMap;
 
 use super::rule::Rule;
 use super::set::Set;
 
-/// A table with all that is in it.
+/// Table with its sets and chains.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
-    /// Which packets it sees.
+    /// Address family of the packets that the table's chains see.
     pub family: TableFamily,
-    /// Its name; unique in its family.
+    /// Name of the table, unique in its family.
     pub name: String,
-    /// Says whose it is. Kernels before 5.10 forget it.
+    /// Comment, which can identify the program that created the table. Kernels before 5.10 do not
+    /// store it.
     pub comment: Option<String>,
-    /// Who may change it.
+    /// Ownership: the sockets that may change the table.
     pub ownership: Ownership,
     /// Named sets, by name.
     pub sets: BTreeMap<String, Set>,
@@ -22,92 +23,95 @@ pub struct Table {
     pub chains: BTreeMap<String, Chain>,
 }
 
-/// Who may change a table. From Linux 6.9 on a table can belong to the socket that made it, so that
-/// nobody else's `nft flush ruleset` takes it, and still outlive that socket; then it is an orphan,
-/// which anybody may change and the next owner adopts.
+/// Ownership of a table.
+///
+/// Since Linux 6.9 a table can be owned by the socket that created it. Then an `nft flush ruleset` of
+/// another socket does not delete it. The table persists after its owner closed; it is then an orphan,
+/// which every socket may change, and which the next owner adopts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Ownership {
-    /// Everybody.
+    /// Every socket may change the table.
     #[default]
     Anybody,
-    /// The socket that made or adopted it, as long as that is open; wanted, it means ours.
+    /// Only the socket that created or adopted the table may change it, while that socket is open. In a
+    /// desired table, that is the socket that commits it.
     Owner,
-    /// Everybody, until somebody adopts it.
+    /// The owner closed. Every socket may change the table until one adopts it.
     Orphan,
 }
 
-/// Which packets a table sees.
+/// Address family of the packets that a table's chains see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TableFamily {
     /// IPv4 and IPv6.
     Inet,
-    /// IPv4.
+    /// IPv4 only.
     Ip,
-    /// IPv6.
+    /// IPv6 only.
     Ip6,
 }
 
-/// A chain.
+/// Chain of rules.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Chain {
-    /// Where it hangs in the packets' way; `None`: it is only jumped to.
+    /// Attachment of a base chain to a hook; `None` for a regular chain, which is only jumped to.
     pub base: Option<Base>,
-    /// Its rules, in order.
+    /// Rules in order of evaluation.
     pub rules: Vec<Rule>,
 }
 
-/// Where a base chain hangs.
+/// Attachment of a base chain to a hook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Base {
-    /// What it may do.
+    /// Type of the chain.
     pub kind: ChainKind,
-    /// At which point of a packet's way.
+    /// Hook that the chain is attached to.
     pub hook: Hook,
-    /// Lower comes first. -300 is before connection tracking, -150 mangles, -100 translates
-    /// destinations, 0 filters, 100 translates sources.
+    /// Priority. Chains with lower priorities run first. Customary priorities: -300 raw (before
+    /// conntrack), -150 mangle, -100 destination NAT, 0 filter, 100 source NAT.
     pub priority: i32,
-    /// What becomes of packets that no rule decided on.
+    /// Verdict for packets without a verdict of a rule.
     pub policy: Policy,
 }
 
-/// What a base chain may do.
+/// Type of a base chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChainKind {
-    /// Let pass or drop.
+    /// Accepts or drops packets.
     Filter,
-    /// Translate addresses; sees the first packet of a connection only.
+    /// Translates addresses. Only the first packet of a connection traverses the chain.
     Nat,
-    /// At [`Hook::Output`]: has the packet routed again if it changes its mark.
+    /// At [`Hook::Output`]: the kernel routes a packet again if the chain changes its mark.
     Route,
 }
 
-/// A point of a packet's way.
+/// Hook of netfilter on a packet's way through the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hook {
-    /// Came in, not yet routed.
+    /// Incoming packets before routing.
     Prerouting,
-    /// For this host.
+    /// Incoming packets to this host, after routing.
     Input,
-    /// For somebody else.
+    /// Packets that this host forwards.
     Forward,
-    /// Made here, routed.
+    /// Local packets after routing.
     Output,
-    /// About to leave.
+    /// All outgoing packets, local and forwarded.
     Postrouting,
 }
 
-/// What becomes of packets that no rule decided on.
+/// Verdict of a base chain for packets without a verdict of a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Policy {
-    /// They pass.
+    /// Accepts the packets.
     #[default]
     Accept,
-    /// They are dropped.
+    /// Drops the packets.
     Drop,
 }
 
 impl Table {
-    /// An empty table.
+    /// Creates an empty table.
     pub fn new(family: TableFamily, name: impl Into<String>) -> Self {
         Self {
             family,
@@ -119,25 +123,25 @@ impl Table {
         }
     }
 
-    /// With a comment.
+    /// Sets the comment.
     pub fn comment(mut self, comment: impl Into<String>) -> Self {
         self.comment = Some(comment.into());
         self
     }
 
-    /// Which belongs to us while we live; see [`Ownership`].
+    /// Makes the socket that commits the table its owner, see [`Ownership`].
     pub fn owned(mut self) -> Self {
         self.ownership = Ownership::Owner;
         self
     }
 
-    /// With a named set.
+    /// Adds a named set.
     pub fn set(mut self, name: impl Into<String>, set: Set) -> Self {
         self.sets.insert(name.into(), set);
         self
     }
 
-    /// With a chain.
+    /// Adds a chain.
     pub fn chain(mut self, name: impl Into<String>, chain: Chain) -> Self {
         self.chains.insert(name.into(), chain);
         self
@@ -145,18 +149,18 @@ impl Table {
 }
 
 impl Chain {
-    /// A chain that hangs in the packets' way and lets pass what no rule decides on.
+    /// Creates a base chain with the policy [`Policy::Accept`].
     pub fn base(kind: ChainKind, hook: Hook, priority: i32) -> Self {
         let base = Base { kind, hook, priority, policy: Policy::Accept };
         Self { base: Some(base), rules: Vec::new() }
     }
 
-    /// A chain that is only jumped to.
+    /// Creates a regular chain, which is only jumped to.
     pub fn regular() -> Self {
         Self::default()
     }
 
-    /// With another policy; only base chains have one.
+    /// Sets the policy of a base chain. Has no effect on a regular chain.
     pub fn policy(mut self, policy: Policy) -> Self {
         if let Some(base) = &mut self.base {
             base.policy = policy;
@@ -164,13 +168,13 @@ impl Chain {
         self
     }
 
-    /// With a rule at the end.
+    /// Appends a rule.
     pub fn rule(mut self, rule: Rule) -> Self {
         self.rules.push(rule);
         self
     }
 
-    /// With rules at the end.
+    /// Appends rules.
     pub fn rules(mut self, rules: impl IntoIterator<Item = Rule>) -> Self {
         self.rules.extend(rules);
         self

@@ -1,4 +1,4 @@
-//! Changes that are committed together.
+//! Builds the messages of changes that are committed together.
 
 use towline_netlink::codec::Message;
 
@@ -7,48 +7,54 @@ use super::set::{Interval, KeyType, Set};
 use super::table::{Chain, Ownership, Table, TableFamily};
 use super::wire;
 
-/// A list of changes. Committed, all of them are done or none.
+/// List of changes that the kernel applies as a whole or not at all, see [`Nft::commit`].
+///
+/// [`Nft::commit`]: super::Nft::commit
 #[derive(Debug, Default)]
 pub struct Transaction {
     pub(super) steps: Vec<Step>,
 }
 
-/// One message, with what it does in words that complete "cannot ...".
+/// One message of a transaction.
 #[derive(Debug)]
 pub(super) struct Step {
     pub(super) message: Message,
+    /// Description of the change; it completes "cannot ...".
     pub(super) what: String,
-    /// May be committed apart from the steps before it, if all do not fit one send.
+    /// Whether the step may be committed separately from the steps before it, if they do not fit one
+    /// send.
     pub(super) separable: bool,
 }
 
-/// Elements per message: the list is one attribute, which holds 64 KiB, and a message must fit the
-/// socket's buffer; an IPv6 interval takes 64 bytes.
+/// Greatest number of elements per message. The list is one attribute of at most 64 KiB, a message must
+/// fit the socket's buffer, and an IPv6 interval takes 64 bytes.
 const ELEMENTS: usize = 200;
 
-/// Belongs to the socket that says so, and outlives it.
+/// Flags of a table that is owned by the socket and persists after it.
 const OWNED: u32 = wire::table::FLAG_OWNER | wire::table::FLAG_PERSIST;
 
+/// Request flags: create an object; for a rule, in front of the chain's other rules.
 const CREATE: u16 = libc::NLM_F_CREATE as u16;
+/// Request flags: create a rule at the end of its chain.
 const APPEND: u16 = (libc::NLM_F_CREATE | libc::NLM_F_APPEND) as u16;
 
 impl Transaction {
-    /// Nothing to do.
+    /// Creates an empty transaction.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Whether there is nothing to do.
+    /// Returns true if the transaction has no changes.
     pub fn is_empty(&self) -> bool {
         self.steps.is_empty()
     }
 
-    /// How many messages it takes.
+    /// Returns the number of messages.
     pub fn messages(&self) -> usize {
         self.steps.len()
     }
 
-    /// Makes a table with everything in it, which must not be there yet.
+    /// Creates a table with its sets, chains, rules and elements. It must not exist yet.
     pub fn create(&mut self, table: &Table) {
         self.add_table(table);
         for (name, set) in &table.sets {
@@ -57,7 +63,7 @@ impl Transaction {
         for (name, chain) in &table.chains {
             self.add_chain(table, name, chain);
         }
-        // After the chains, since rules may jump to any of them.
+        // After the chains, because rules may jump to any of them.
         for (name, chain) in &table.chains {
             for rule in &chain.rules {
                 self.add_rule(table.family, &table.name, name, rule);
@@ -68,14 +74,14 @@ impl Transaction {
         }
     }
 
-    /// Deletes a table with everything in it.
+    /// Deletes a table with its contents.
     pub fn delete_table(&mut self, family: TableFamily, name: &str) {
         let mut message = message(family, wire::DELETE_TABLE, 0);
         message.string(wire::table::NAME, name);
         self.push(message, format!("delete table {family} {name}"));
     }
 
-    /// Deletes every table of every family, but for those that another socket owns: `nft flush
+    /// Deletes the tables of all families, except those that another socket owns, like `nft flush
     /// ruleset`.
     pub fn delete_every_table(&mut self) {
         const ANY_FAMILY: u8 = libc::AF_UNSPEC as u8;
@@ -84,14 +90,14 @@ impl Transaction {
         self.push(message, "delete every table".to_owned());
     }
 
-    /// Appends a rule to a chain, which may be somebody else's.
+    /// Appends a rule to a chain, which another program may have created.
     pub fn add_rule(&mut self, family: TableFamily, table: &str, chain: &str, rule: &Rule) {
         let mut message = message(family, wire::NEW_RULE, APPEND);
         message.string(wire::rule::TABLE, table).string(wire::rule::CHAIN, chain);
         self.finish_rule(message, format!("add a rule to {family} {table} {chain}"), rule);
     }
 
-    /// Puts a rule before all others of a chain, which may be somebody else's.
+    /// Inserts a rule in front of a chain's other rules. Another program may have created the chain.
     pub fn insert_rule(&mut self, family: TableFamily, table: &str, chain: &str, rule: &Rule) {
         let mut message = message(family, wire::NEW_RULE, CREATE);
         message.string(wire::rule::TABLE, table).string(wire::rule::CHAIN, chain);
@@ -111,7 +117,7 @@ impl Transaction {
         self.push(message, format!("{what} ({})", names.join(", ")));
     }
 
-    /// Deletes one rule of a chain, by the handle it was read with.
+    /// Deletes a rule of a chain by the handle with which it was read.
     pub fn delete_rule(&mut self, family: TableFamily, table: &str, chain: &str, handle: u64) {
         let mut message = message(family, wire::DELETE_RULE, 0);
         message.string(wire::rule::TABLE, table).string(wire::rule::CHAIN, chain);
@@ -128,10 +134,10 @@ impl Transaction {
         if table.ownership == Ownership::Owner {
             message.u32_be(wire::table::FLAGS, OWNED);
         }
-        self.push(message, format!("make table {} {}", table.family, table.name));
+        self.push(message, format!("create table {} {}", table.family, table.name));
     }
 
-    /// Takes an orphaned table over.
+    /// Makes the socket the owner of an orphaned table.
     pub(super) fn adopt_table(&mut self, table: &Table) {
         let mut message = message(table.family, wire::NEW_TABLE, 0);
         message.string(wire::table::NAME, &table.name);
@@ -146,12 +152,12 @@ impl Transaction {
             message.string(wire::chain::TYPE, base.kind.name());
             message.nest(wire::chain::HOOK, |hook| {
                 hook.u32_be(wire::chain::HOOK_NUMBER, base.hook.number());
-                // Signed, although the attribute is not.
+                // The priority is signed, although the attribute is not.
                 hook.u32_be(wire::chain::HOOK_PRIORITY, base.priority as u32);
             });
             message.u32_be(wire::chain::POLICY, base.policy.number());
         }
-        self.push(message, format!("make chain {} {} {name}", table.family, table.name));
+        self.push(message, format!("create chain {} {} {name}", table.family, table.name));
     }
 
     pub(super) fn delete_chain(&mut self, table: &Table, name: &str) {
@@ -160,11 +166,11 @@ impl Transaction {
         self.push(message, format!("delete chain {} {} {name}", table.family, table.name));
     }
 
-    /// Deletes every rule of a chain.
+    /// Deletes all rules of a chain.
     pub(super) fn flush_chain(&mut self, table: &Table, name: &str) {
         let mut message = message(table.family, wire::DELETE_RULE, 0);
         message.string(wire::rule::TABLE, &table.name).string(wire::rule::CHAIN, name);
-        self.push(message, format!("empty chain {} {} {name}", table.family, table.name));
+        self.push(message, format!("flush chain {} {} {name}", table.family, table.name));
     }
 
     pub(super) fn add_set(&mut self, table: &Table, name: &str, set: &Set) {
@@ -183,9 +189,9 @@ impl Transaction {
         message.u32_be(wire::set::FLAGS, flags);
         message.u32_be(wire::set::KEY_TYPE, set.key.number());
         message.u32_be(wire::set::KEY_LENGTH, set.key.length() as u32);
-        // Wanted by the kernel; of use only to refer to a set without a name.
+        // Mandatory, although it serves only to refer to an anonymous set.
         message.u32_be(wire::set::ID, self.steps.len() as u32);
-        self.push(message, format!("make set {} {} {name}", table.family, table.name));
+        self.push(message, format!("create set {} {} {name}", table.family, table.name));
     }
 
     pub(super) fn delete_set(&mut self, table: &Table, name: &str) {
@@ -216,6 +222,7 @@ impl Transaction {
         self.elements(wire::DELETE_ELEMENT, 0, table, set, key, interval, elements);
     }
 
+    /// Adds the messages that add or delete elements, at most [`ELEMENTS`] per message.
     #[expect(clippy::too_many_arguments, reason = "the two callers name what they are")]
     fn elements<'a>(
         &mut self,
@@ -236,7 +243,7 @@ impl Transaction {
             message.nest(wire::element::LIST_ELEMENTS, |list| {
                 for element in elements.by_ref().take(ELEMENTS) {
                     put_element(list, &key.encode(element.first()), false);
-                    // What reaches to the very end has no first value beyond it.
+                    // No value follows an interval that ends at the type's greatest value.
                     if interval && element.last() < key.max() {
                         put_element(list, &key.encode(element.last() + 1), true);
                     }

@@ -1,14 +1,14 @@
 //! Numbers of the nftables netlink interface (`linux/netfilter/nf_tables.h`).
 
-/// Type of a message: the subsystem in the upper byte.
+/// Returns the netlink message type, which has the subsystem in the upper byte.
 pub(super) const fn message_kind(message: u16) -> u16 {
     ((libc::NFNL_SUBSYS_NFTABLES as u16) << 8) | message
 }
 
-/// Bytes of `struct nfgenmsg`.
+/// Length in bytes of `struct nfgenmsg`.
 pub(super) const HEADER: usize = 4;
 
-/// `struct nfgenmsg`: family, version, and (network order) the resource.
+/// Encodes `struct nfgenmsg`: family, version, and the resource in network byte order.
 pub(super) const fn header(family: u8, resource: u16) -> [u8; HEADER] {
     let [high, low] = resource.to_be_bytes();
     [family, 0, high, low]
@@ -83,20 +83,20 @@ pub(super) mod element {
     pub(crate) const FLAG_INTERVAL_END: u32 = 1;
 }
 
-/// An item of any list.
+/// Attribute with an item of a list.
 pub(super) const LIST_ITEM: u16 = 1;
-/// A value inside data.
+/// Attribute with a value, inside a data attribute.
 pub(super) const DATA_VALUE: u16 = 1;
-/// A verdict inside data.
+/// Attribute with a verdict, inside a data attribute.
 pub(super) const DATA_VERDICT: u16 = 2;
 
-/// Comments are a byte of type, a byte of length, and a string that ends in zero; tables, sets
-/// and rules all use type 0 for it.
+/// Type of a comment in user data; tables, sets and rules all use it. User data is a byte of type, a
+/// byte of length, and the value, here a zero-terminated string.
 const USERDATA_COMMENT: u8 = 0;
-/// Bytes of a comment, its final zero not counted.
+/// Greatest length of a comment in bytes, without its final zero.
 pub(super) const COMMENT_BYTES: usize = 127;
 
-/// A comment as user data.
+/// Encodes a comment as user data. A longer comment is truncated.
 pub(super) fn comment_to_userdata(comment: &str) -> Vec<u8> {
     let comment = &comment.as_bytes()[..comment.len().min(COMMENT_BYTES)];
     let mut data = vec![USERDATA_COMMENT, (comment.len() + 1) as u8];
@@ -105,7 +105,7 @@ pub(super) fn comment_to_userdata(comment: &str) -> Vec<u8> {
     data
 }
 
-/// The comment in user data.
+/// Returns the comment in user data, or `None` if it has none.
 pub(super) fn comment_from_userdata(mut data: &[u8]) -> Option<String> {
     while let [kind, length, rest @ ..] = data {
         let value = rest.get(..usize::from(*length))?;
