@@ -141,7 +141,7 @@ impl Cohabit {
             let seen = capture.stop()?;
             self.plaintext_packets += seen.in_clear();
             promises.hold(seen.missed == 0, || {
-                format!("a capture missed no frame: missed {}", seen.missed)
+                format!("all frames are captured: {} were missed", seen.missed)
             });
             promises.hold(seen.wireguard > 0, || {
                 "each capture sees WireGuard frames: one saw none".to_owned()
@@ -196,7 +196,7 @@ impl Cohabit {
                 Err(error) => {
                     self.skipped.push(Skipped {
                         name: deed.name().to_owned(),
-                        why: format!("it failed: {error:#}"),
+                        why: format!("the action failed: {error:#}"),
                     });
                     continue;
                 }

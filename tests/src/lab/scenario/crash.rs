@@ -59,7 +59,7 @@ pub struct Crash {
 
 /// Limit for the recovery after a restart.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(10);
-/// Longest pause between a recovery and the next kill.
+/// Longest pause before the next kill.
 const LONGEST_PEACE: Duration = Duration::from_millis(1200);
 /// Longest time between a kill and the restart of the same program.
 const LONGEST_DEATH: Duration = Duration::from_millis(400);
@@ -74,7 +74,7 @@ const AWAY_GAP_LIMIT: Duration = Duration::from_millis(500);
 /// Runs the scenario and returns its results.
 pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Crash> {
     let hybrid = Hybrid::build(setting)?;
-    setting.talk.note(&format!("seed {} (give it again with --seed)", options.seed));
+    setting.talk.note(&format!("seed {} (repeat with --seed)", options.seed));
     let mut crash =
         Crash { rootless: setting.rank == Rank::Rootless, seed: options.seed, ..Crash::default() };
     let mut promises = Promises::new();

@@ -118,7 +118,7 @@ impl Demo {
         talk.step("starting the controller");
         stage.controller = Some(Controller::start(&hybrid.lab, &hybrid.cp, &setting.binaries)?);
         for (name, site, configuration) in NODES {
-            talk.step(&format!("{name} joins with a token"));
+            talk.step(&format!("joining {name} with a token"));
             let host = hybrid.host(name)?;
             let node = Node::new(&hybrid.lab, host, name, &setting.binaries, configuration)?;
             self.add_node(node, site, stage)?;
@@ -296,7 +296,7 @@ impl Demo {
             format!("no outer packet is fragmented: {} fragments", seen.fragments)
         });
         promises.hold(seen.missed == 0, || {
-            format!("the capture missed no frame: missed {}", seen.missed)
+            format!("all frames are captured: {} were missed", seen.missed)
         });
     }
 }

@@ -104,8 +104,7 @@ pub struct Skipped {
 
 /// Lowest number of actions per minute. A run with fewer actions is not meaningful.
 const FEWEST_ACTS_A_MINUTE: u64 = 20;
-/// Pause between two actions, in milliseconds. Random, so that actions meet every state of the
-/// agents.
+/// Range of the random pause between two actions, in milliseconds.
 const PAUSE_MS: std::ops::Range<u64> = 150..1_200;
 /// Pause between two rounds of forged packets to one node.
 const FORGING_PACE: Duration = Duration::from_millis(5);
@@ -146,7 +145,7 @@ fn absent_pods(number: u8) -> [IpAddr; 2] {
 /// Runs the scenario and returns its results.
 pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Leak> {
     let hybrid = Hybrid::build(setting)?;
-    setting.talk.note(&format!("seed {} (give it again with --seed)", options.seed));
+    setting.talk.note(&format!("seed {} (repeat with --seed)", options.seed));
     let mut leak =
         Leak { rootless: setting.rank == Rank::Rootless, seed: options.seed, ..Leak::default() };
     let mut promises = Promises::new();
@@ -265,7 +264,7 @@ impl Place<'_> {
             Act::Stop => {
                 let agent = self.node.take_agent().context("no agent to stop")?;
                 let status = agent.stop()?;
-                anyhow::ensure!(status.success(), "the agent ended badly on SIGTERM");
+                anyhow::ensure!(status.success(), "the agent exited with an error on SIGTERM");
                 self.running = false;
             }
             Act::Restart => {
@@ -455,7 +454,7 @@ impl Leak {
             self.plaintext_packets += seen.in_clear();
             self.sealed_packets += seen.wireguard;
             promises.hold(seen.missed == 0, || {
-                format!("a capture missed no frame: missed {}", seen.missed)
+                format!("all frames are captured: {} were missed", seen.missed)
             });
         }
         self.judge(options.duration, promises);

@@ -190,9 +190,9 @@ const PROGRAMS: [Deed; 16] = [
     Deed::Script("firewalld starts, reloads and stops", &["firewalld", "dbus-daemon"], FIREWALLD),
     Deed::Impossible(
         "systemd-networkd restarts",
-        "it manages no link of a bare namespace; what it does is done by netlink above",
+        "it manages no link in a plain namespace: its effect is tested over netlink",
     ),
-    Deed::Impossible("NetworkManager restarts", "it manages no link of a bare namespace"),
+    Deed::Impossible("NetworkManager restarts", "it manages no link in a plain namespace"),
 ];
 
 /// Script that runs firewalld with its own message bus, so that firewalld of this machine is not

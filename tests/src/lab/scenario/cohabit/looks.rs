@@ -154,7 +154,7 @@ impl<'a> Watcher<'a> {
             } else {
                 let missing =
                     self.whole.difference(&found).map(|thing| format!("missing: {thing}"));
-                let more = found.difference(self.whole).map(|thing| format!("too much: {thing}"));
+                let more = found.difference(self.whole).map(|thing| format!("unexpected: {thing}"));
                 seen.difference = missing.chain(more).collect::<Vec<_>>().join("; ");
                 seen.whole = None;
                 seen.longest = seen.longest.max(looked.duration_since(whole));
