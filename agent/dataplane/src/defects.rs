@@ -224,7 +224,7 @@ fn two_ends_with_keepalives_do_not_fight_to_initiate() {
         let initiations = deliver(now, &mut sides);
         later = [later[0] + initiations[0], later[1] + initiations[1]];
     }
-    assert_eq!(later, [1, 0], "the re-key after two minutes, by who began");
+    assert_eq!(later, [1, 0], "only the initiator renews the session after two minutes");
 }
 
 #[test]

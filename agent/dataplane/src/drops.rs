@@ -28,59 +28,63 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// From the TUN: not an IP packet, or its lengths contradict each other.
+    /// Packet from the TUN that is not an IP packet, or whose lengths contradict each other.
     InnerMalformed = "inner_malformed",
-    /// From the TUN: no peer has a prefix that contains the destination.
+    /// Packet from the TUN whose destination is in no peer's prefix.
     NoRoute = "no_route",
-    /// From the TUN: the source is not an address of this node, and the peer is not static.
+    /// Packet from the TUN whose source is not an address of this node, for a peer that is not
+    /// static.
     ForeignSource = "foreign_source",
-    /// From the TUN: the peer has a session but no known endpoint.
+    /// Packet from the TUN for a peer that has a session but no known endpoint.
     NoEndpoint = "no_endpoint",
-    /// From the TUN: the queue of packets that wait for a session was full, so the oldest was
-    /// dropped.
+    /// Oldest packet of the queue of packets that wait for a session, dropped because the queue was
+    /// full.
     QueueFull = "queue_full",
-    /// From the TUN: the packet waited for a session that was not established in time.
+    /// Packet that waited for a session that was not established in time, or whose peer was
+    /// removed.
     QueueExpired = "queue_expired",
-    /// From the TUN: a super-packet that cannot be split.
+    /// Super-packet from the TUN that cannot be split.
     Unsplittable = "unsplittable",
-    /// To the network: the socket's buffer stayed full.
+    /// Datagram to the network that found no room in a socket buffer or the send batch in time.
     SendBufferFull = "send_buffer_full",
-    /// To the network: no route, no socket of that address family, or another error of the kernel.
+    /// Datagram to the network without a route or a socket of its address family, or with another
+    /// error of the kernel.
     SendRefused = "send_refused",
-    /// To the network: too large for the path, or for the send batch.
+    /// Datagram to the network that is too large for its path or for the send batch.
     SendTooLarge = "send_too_large",
-    /// From the network: truncated, because it was longer than the buffer.
+    /// Datagram from the network that was truncated, because it was longer than the buffer.
     Truncated = "truncated",
-    /// From the network: longer than any datagram that a node of the mesh sends or forwards.
+    /// Datagram from the network that is longer than any that a node of the mesh sends or forwards.
     Oversized = "oversized",
-    /// From the network: empty, or its first bytes are of no known kind of datagram.
+    /// Datagram from the network that is empty, or whose first bytes are of no known kind.
     UnknownKind = "unknown_kind",
-    /// From the network: the type of a WireGuard message with an impossible length.
+    /// Datagram from the network with the type of a WireGuard message and an impossible length.
     Malformed = "malformed",
-    /// From the network: too many handshakes, probes or STUN messages from one address.
+    /// Handshake, probe or STUN message beyond the rate of its source address.
     SourceLimited = "source_limited",
-    /// From the network: arrived through the TUN link, where no outer datagram may come from.
+    /// Datagram from the network that arrived through the TUN link, where no outer datagram may
+    /// come from.
     TunnelInTunnel = "tunnel_in_tunnel",
-    /// From the network: too many STUN requests from one address.
+    /// STUN request beyond the rate of its source address.
     ReflectorLimited = "reflector_limited",
-    /// From the network: a STUN request that is invalid, relayed, or shorter than its response.
+    /// STUN request that is invalid, relayed, or shorter than its response.
     ReflectorRefused = "reflector_refused",
-    /// On a relay channel: the sender is neither of its two ends.
+    /// Datagram on a relay channel whose sender is neither of its two ends.
     RelayStranger = "relay_stranger",
-    /// On a relay channel: the sender exceeds its rate.
+    /// Datagram on a relay channel whose sender exceeds its rate.
     RelayLimited = "relay_limited",
-    /// An initiation under load that was answered with a cookie.
+    /// Initiation under load that was answered with a cookie.
     UnderLoad = "under_load",
-    /// A handshake whose first MAC is wrong: it is not meant for this node's key.
+    /// Handshake message whose first MAC is wrong: it is not meant for this node's key.
     WrongMac = "wrong_mac",
-    /// A handshake with a public key that the peer table does not have.
+    /// Initiation with a public key that the peer table does not have.
     UnknownPeer = "unknown_peer",
-    /// A receiver index that belongs to no tunnel of this node.
+    /// Message with a receiver index that belongs to no tunnel of this node.
     UnknownIndex = "unknown_index",
-    /// A handshake that is not newer than the last one of that peer: a replay, or the peer's clock
+    /// Initiation that is not newer than the last one of that peer: a replay, or the peer's clock
     /// was set back.
     StaleHandshake = "stale_handshake",
-    /// A handshake that does not match the state of its tunnel, or does not decrypt.
+    /// Handshake message that does not match the state of its tunnel, or does not decrypt.
     InvalidHandshake = "invalid_handshake",
     /// Data for a session that no longer exists.
     NoSession = "no_session",
@@ -97,13 +101,13 @@ reasons! {
     /// Authentic data whose inner destination does not belong to this node, or never leaves a
     /// tunnel (loopback, link-local, multicast, broadcast).
     WrongDestination = "wrong_destination",
-    /// To the TUN: refused by the kernel, for example because the link is down.
+    /// Packet to the TUN that the kernel refused, for example because the link is down.
     TunRefused = "tun_refused",
-    /// From the TUN: the kernel could not deliver the packet.
+    /// Packet from the TUN that the kernel could not deliver.
     TunUnreadable = "tun_unreadable",
-    /// A probe or STUN message that was not reported because the channel of events was full.
+    /// Probe or STUN message that was not reported because the channel of events was full.
     EventsFull = "events_full",
-    /// A command, such as a probe to send, that was dropped because the worker's queue was full.
+    /// Command, such as a probe to send, that was dropped because the worker's queue was full.
     OrdersFull = "orders_full",
 }
 

@@ -2,8 +2,7 @@
 //!
 //! | report | transport | when the receiver is slow |
 //! |---|---|---|
-//! | observations of a peer | the channel | they wait here; the last one per peer and kind is kept
-//! |
+//! | observations of a peer | the channel | they wait here; the last per peer and kind is kept |
 //! | probes and STUN messages | the channel | they are dropped and counted |
 //! | a fault | a state ([`FaultState`]) | it stays until it is read |
 //!
@@ -202,7 +201,7 @@ mod tests {
                     sink.observe(key(peer), Observation::SessionExpired);
                 }
             }
-            assert!(sink.unsent.len() <= 4 * 4 * PEERS as usize, "it stays bounded");
+            assert!(sink.unsent.len() <= 4 * 4 * PEERS as usize, "the queue is bounded");
         }
         let mut seen: HashMap<WireguardKey, Vec<Observation>> = HashMap::new();
         while sink.is_waiting() {
@@ -224,7 +223,7 @@ mod tests {
             assert_eq!(seen.last(), Some(&last));
             assert!(seen.contains(&Observation::Handshake { from: from(19) }));
             let sent = |what: &Observation| matches!(what, Observation::Active { sent: true, .. });
-            assert!(seen.iter().any(sent), "what was sent is still known");
+            assert!(seen.iter().any(sent), "a report of sent packets is kept");
         }
         assert_eq!(drops.get(DropReason::EventsFull), 0);
     }

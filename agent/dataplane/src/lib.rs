@@ -7,7 +7,7 @@
 //! # Contract
 //!
 //! - [`DataPlane::start`] runs one thread for each pair of a TUN queue and a socket. The handle is
-//!   cheap to clone, and its methods do not block, except [`DataPlane::stop`].
+//!   cheap to clone. Only [`DataPlane::stop`] waits for the threads.
 //! - [`DataPlane::apply`] replaces the whole table at once: one packet uses one table from lookup
 //!   to send. Peers that stay in the table keep their sessions, even when their pre-shared key or
 //!   boot epoch changes.
@@ -32,8 +32,7 @@
 //! | `session` | the WireGuard engine; the only file that names boringtun |
 //! | `table` | lookup of a peer by address, key or receiver index |
 //! | `arena` | the buffers of a batch |
-//! | `split`, `coalesce`, `vnet`, `checksum`, `packet` | inner packets, and the kernel's
-//! super-packets |
+//! | `split`, `coalesce`, `vnet`, `checksum`, `packet` | inner packets and super-packets |
 //! | `tun`, `udp`, `memory` | the I/O traits and their implementations |
 //! | `steering` | which queue of the TUN receives a packet |
 //! | `switch` | which offloads of the kernel are in use |

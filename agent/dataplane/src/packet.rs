@@ -97,10 +97,10 @@ mod tests {
     fn lengths_that_lie_are_refused() {
         assert!(Inner::parse(&v4(5, 20, 20)).is_some());
         assert!(Inner::parse(&v4(5, 20, 36)).is_some(), "padding is allowed");
-        assert!(Inner::parse(&v4(5, 21, 20)).is_none(), "longer than it is");
-        assert!(Inner::parse(&v4(5, 19, 20)).is_none(), "shorter than its header");
-        assert!(Inner::parse(&v4(4, 20, 20)).is_none(), "header shorter than a header");
-        assert!(Inner::parse(&v4(6, 20, 20)).is_none(), "options that are not there");
+        assert!(Inner::parse(&v4(5, 21, 20)).is_none(), "claims more bytes than there are");
+        assert!(Inner::parse(&v4(5, 19, 20)).is_none(), "claims fewer bytes than its header");
+        assert!(Inner::parse(&v4(4, 20, 20)).is_none(), "header shorter than the minimum");
+        assert!(Inner::parse(&v4(6, 20, 20)).is_none(), "options are missing");
         assert!(Inner::parse(&[0x60; 39]).is_none());
         assert!(Inner::parse(&[]).is_none());
     }

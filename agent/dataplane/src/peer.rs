@@ -29,7 +29,7 @@ use super::session::{
     Answered, HANDSHAKE_BYTES, MessageKind, Opened, Secrets, Segments, Session, Tick,
 };
 
-/// Rekey-After-Time, whitepaper section 6.1.
+/// Rekey-After-Time (whitepaper section 6.1): age at which the initiator renews a session.
 const REKEY_AFTER: Duration = Duration::from_secs(120);
 /// Reject-After-Time (180 s) plus a margin: boringtun has dropped the session by then.
 const SESSION_GONE: Duration = Duration::from_secs(182);
@@ -691,11 +691,14 @@ mod tests {
         let due = start + REKEY_AFTER;
         let initiates = |sent: &[MessageKind]| sent.contains(&MessageKind::Initiation);
         assert!(!initiates(&tick(&mut initiator, due - Duration::from_secs(1), KEEPALIVE)));
-        assert!(!initiates(&tick(&mut responder, due, KEEPALIVE)), "two would fight");
-        assert!(!initiates(&tick(&mut initiator, due, None)), "nobody needs it");
+        assert!(
+            !initiates(&tick(&mut responder, due, KEEPALIVE)),
+            "the responder must not initiate"
+        );
+        assert!(!initiates(&tick(&mut initiator, due, None)), "no renewal without keepalives");
         assert!(initiates(&tick(&mut initiator, due, KEEPALIVE)));
         let again = tick(&mut initiator, due + Duration::from_secs(1), KEEPALIVE);
-        assert!(!initiates(&again), "one is under way");
+        assert!(!initiates(&again), "a handshake is under way");
     }
 
     #[test]
@@ -709,7 +712,10 @@ mod tests {
         let Side { tunnel, out, drops, .. } = &mut side;
         tunnel.seal(&mut Waited { packet, taken: false }, to, out, drops, busy);
         side.sent();
-        assert!(tick(&mut side, busy + 24 * second, KEEPALIVE).is_empty(), "it is not idle");
+        assert!(
+            tick(&mut side, busy + 24 * second, KEEPALIVE).is_empty(),
+            "the tunnel is not idle"
+        );
         let sent = tick(&mut side, busy + 25 * second, KEEPALIVE);
         assert!(matches!(sent[..], [MessageKind::Data { .. }]), "{sent:?}");
         assert!(tick(&mut side, busy + 26 * second, KEEPALIVE).is_empty());

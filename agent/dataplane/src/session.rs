@@ -47,7 +47,8 @@ pub const PADDING: usize = 16;
 /// Initiations per second above which initiators must prove their address with a cookie. Each
 /// initiation costs about a quarter of a millisecond.
 const INITIATIONS_PER_SECOND: u64 = 256;
-/// Reject-After-Messages, whitepaper section 6.1.
+/// Reject-After-Messages (whitepaper section 6.1): a data message with this or a larger counter is
+/// refused.
 const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
 
 /// Kind of a WireGuard message, by type and length.
@@ -150,7 +151,8 @@ impl Secrets {
     }
 
     /// Checks that an initiation is meant for this node and may be processed now. If `proven` is
-    /// set it needs a valid cookie, under load or not, which proves the address of its sender.
+    /// set, the initiation needs a valid cookie, under load or not, which proves the address of its
+    /// sender.
     pub fn admit(
         &self,
         from: SocketAddr,

@@ -177,7 +177,7 @@ enum Own {
     Both,
     /// Allowed as a destination out of the tunnel only.
     Destination,
-    /// Allowed as neither.
+    /// Allowed neither as a destination nor as a source.
     Refused,
 }
 

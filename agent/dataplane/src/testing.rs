@@ -78,7 +78,7 @@ impl Recipe {
                 packet[8..24].copy_from_slice(&source.octets());
                 packet[24..40].copy_from_slice(&destination.octets());
             }
-            _ => panic!("two families"),
+            _ => panic!("source and destination have different address families"),
         }
         let transport = &mut packet[ip_len..];
         transport[0..2].copy_from_slice(&self.ports.0.to_be_bytes());

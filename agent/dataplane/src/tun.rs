@@ -537,7 +537,7 @@ unsafe fn ioctl(
 }
 
 fn zeroed_request() -> libc::ifreq {
-    // SAFETY: `ifreq` is plain data; all zero is one of its values.
+    // SAFETY: `ifreq` is plain data, and all zeros is a valid value.
     unsafe { std::mem::zeroed() }
 }
 

@@ -146,9 +146,9 @@ pub struct Udp {
     v4: Option<Endpoint>,
     v6: Option<Endpoint>,
     port: u16,
-    /// Switch of `UDP_SEGMENT`.
+    /// Switch of sending several datagrams with one call (`UDP_SEGMENT`).
     segment: Switch,
-    /// Switch of `UDP_GRO`.
+    /// Switch of receiving coalesced datagrams (`UDP_GRO`).
     gro: Switch,
     /// True if `UDP_GRO` is set on the sockets. It follows the switch at the next receive.
     joining: bool,
@@ -735,15 +735,18 @@ mod tests {
             now += SEND_PATIENCE / 2;
             patience.went_on();
             waits += 1;
-            assert!(waits < 1_000, "it never ends");
+            assert!(waits < 1_000, "the wait is not bounded");
         }
         assert!(now - start >= BATCH_PATIENCE);
 
         let mut patience = Patience::default();
         assert!(patience.left(start).is_some());
-        assert!(patience.left(start + SEND_PATIENCE).is_none(), "one datagram");
+        assert!(patience.left(start + SEND_PATIENCE).is_none(), "the deadline of one datagram");
         patience.went_on();
-        assert!(patience.left(start + SEND_PATIENCE).is_some(), "the next one");
+        assert!(
+            patience.left(start + SEND_PATIENCE).is_some(),
+            "the next datagram has its own deadline"
+        );
     }
 
     /// A self-test that fails wrongly halves the throughput, and nothing else reveals it.

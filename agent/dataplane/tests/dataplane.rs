@@ -80,7 +80,7 @@ impl End {
     fn event(&mut self) -> Event {
         let Self { runtime, events, .. } = self;
         let next = runtime.block_on(async { tokio::time::timeout(PATIENCE, events.recv()).await });
-        next.expect("an event in time").expect("the data plane lives")
+        next.expect("an event in time").expect("the data plane runs")
     }
 
     /// Waits for an observation of the peer `of` that `wanted` accepts. Ignores other events.
@@ -250,13 +250,13 @@ fn what_is_joined_wrongly_is_soon_received_one_by_one() {
     let lost = packet(&a, &b, 1000);
     let deadline = Instant::now() + PATIENCE;
     while joins() {
-        assert!(Instant::now() < deadline, "datagrams are still joined");
+        assert!(Instant::now() < deadline, "datagrams are still coalesced");
         (0..64).for_each(|_| a.host.send(&lost));
         std::thread::yield_now();
     }
     let last = packet(&a, &b, 500);
     a.host.send(&last);
-    while b.host.receive(PATIENCE).expect("what is not joined any more arrives") != last {}
+    while b.host.receive(PATIENCE).expect("a datagram that is not coalesced arrives") != last {}
     let packets: Vec<_> = (0..100).map(|_| packet(&a, &b, 1000)).collect();
     packets.iter().for_each(|packet| a.host.send(packet));
     for packet in &packets {
@@ -304,13 +304,13 @@ fn without_a_session_traffic_is_wanted_once_and_waits() {
         a.host.send(packet);
     }
     a.observed(b.key(), |what| what == Observation::Wanted);
-    assert!(network.seen().is_empty(), "nothing goes out unasked");
+    assert!(network.seen().is_empty(), "nothing is sent without a command");
     a.plane.handshake(b.key(), vec![b.address.into()]);
     for packet in &packets {
         assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet));
     }
     a.observed(b.key(), |what| {
-        assert_ne!(what, Observation::Wanted, "said twice");
+        assert_ne!(what, Observation::Wanted, "reported twice");
         matches!(what, Observation::Handshake { .. })
     });
 }
@@ -561,7 +561,7 @@ fn a_preshared_key_changes_without_a_gap() {
     b.apply([(a.key(), PeerEntry { preshared_key: psk, ..a.entry() })]);
     carries(&a, &b, 10);
     carries(&b, &a, 10);
-    assert_eq!(of_type(&network.seen(), 1).len(), 1, "on the session of before");
+    assert_eq!(of_type(&network.seen(), 1).len(), 1, "on the previous session");
     a.plane.handshake(b.key(), vec![b.address.into()]);
     a.observed(b.key(), |what| matches!(what, Observation::Handshake { .. }));
     carries(&a, &b, 10);
@@ -593,7 +593,7 @@ fn a_node_whose_clock_was_set_back_returns_when_its_boot_epoch_grows() {
     network.inject(recorded);
     b.plane.send(a.address.into(), &[0x50]);
     carries(&b, &a, 10);
-    assert_eq!(of_type(&network.seen(), 2).len(), answers + 1, "it is answered now");
+    assert_eq!(of_type(&network.seen(), 2).len(), answers + 1, "the initiation is answered now");
     b.dropped("stale_handshake", 1);
 }
 
@@ -779,7 +779,7 @@ fn a_reflector_answers_padded_requests_alone_and_each_source_a_few_times() {
     };
     let deadline = std::time::Instant::now() + PATIENCE;
     while answers(quiet).is_empty() {
-        assert!(std::time::Instant::now() < deadline, "the other one is answered");
+        assert!(std::time::Instant::now() < deadline, "the other source is not answered");
         std::thread::yield_now();
     }
     let to_loud = answers(loud);
@@ -833,7 +833,10 @@ fn a_stranger_that_floods_a_relays_channel_reaches_nobody_and_keeps_nobody_out()
     let deadline = std::time::Instant::now() + PATIENCE;
     let sent = || network.seen().into_iter().filter(|d| d.from == b.address).collect::<Vec<_>>();
     while sent().is_empty() {
-        assert!(std::time::Instant::now() < deadline, "the member is served");
+        assert!(
+            std::time::Instant::now() < deadline,
+            "the datagram of the member is not forwarded"
+        );
         std::thread::yield_now();
     }
     assert_eq!(sent(), [Datagram { from: b.address, to: ends[1], bytes }]);
@@ -927,7 +930,7 @@ impl TunIo for FaultyTun {
             Reading::Fails => Err(std::io::Error::other("it was deleted")),
             Reading::Panics => {
                 drop(reading);
-                panic!("as the test wants it")
+                panic!("the test makes the TUN panic")
             }
             _ => self.tun.read(batch, drops),
         }
@@ -990,7 +993,7 @@ impl Faulty {
         let mut reading = reading.lock().unwrap();
         while *reading != Reading::Hanging {
             let (next, timeout) = changed.wait_timeout(reading, PATIENCE).unwrap();
-            assert!(!timeout.timed_out(), "the worker reads");
+            assert!(!timeout.timed_out(), "the worker does not read");
             reading = next;
         }
     }
@@ -1078,7 +1081,7 @@ fn a_fault_is_seen_though_the_channel_of_events_is_full() {
         let mut faulty = Faulty::new();
         faulty.read(how);
         assert_eq!(faulty.fault(), wanted);
-        assert_eq!(faulty.fault(), wanted, "a late look shows it too");
+        assert_eq!(faulty.fault(), wanted, "a late reader finds it too");
         assert!(faulty.events.try_recv().is_ok() && faulty.events.try_recv().is_err());
         assert_eq!(faulty.plane.stop(), Ok(()));
     }

@@ -114,7 +114,7 @@ pub struct Response {
 }
 
 impl Request {
-    /// All requests.
+    /// All requests, for parsing and tests.
     pub const ALL: [Self; 6] = [
         Self::Kubelet(Installation::Kubeadm),
         Self::Kubelet(Installation::K3s),

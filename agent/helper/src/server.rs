@@ -339,7 +339,7 @@ mod tests {
         std::fs::remove_dir(&place).unwrap();
         nix::unistd::mkfifo(&place, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let (response, _) = exchange(&machine, &request).unwrap();
-        assert_eq!(response.status, Status::Failed, "a pipe is not waited for");
+        assert_eq!(response.status, Status::Failed, "opening a pipe does not block");
     }
 
     #[test]

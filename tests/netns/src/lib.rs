@@ -77,7 +77,7 @@ fn run_again(path: &str, enter: impl Fn(&str, &str) -> io::Result<()> + Send + S
         command.pre_exec(move || enter(&uid_map, &gid_map));
     }
     match command.output() {
-        Err(error) => println!("skipped: no user and network namespaces here: {error}"),
+        Err(error) => println!("skipped: cannot create user and network namespaces: {error}"),
         Ok(output) => {
             let text = String::from_utf8_lossy(&output.stdout);
             print!("{text}");
@@ -170,6 +170,6 @@ pub fn add_unowned_tun(name: &str) -> bool {
         libc::ioctl(fd, libc::TUNSETIFF as _, &raw mut request) == 0
             && libc::ioctl(fd, libc::TUNSETPERSIST as _, 1) == 0
     };
-    assert!(made, "a TUN link: {}", io::Error::last_os_error());
+    assert!(made, "cannot create a TUN link: {}", io::Error::last_os_error());
     true
 }

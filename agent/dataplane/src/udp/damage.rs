@@ -56,7 +56,7 @@ mod tests {
     fn only_much_damage_is_a_fault_of_joining() {
         let mut damage = Damage::default();
         for _ in 0..1_000 {
-            assert!(!damage.count(64, 2), "now and then a forgery");
+            assert!(!damage.count(64, 2), "a few forged datagrams are tolerated");
         }
         let judged: Vec<bool> = (0..8).map(|_| damage.count(64, 40)).collect();
         assert!(judged.contains(&true));
