@@ -439,12 +439,12 @@ namespace_test! {
 
         let rule = Rule::new(Family::V4, 21_580, RuleAction::Table(99));
         rtnetlink.add_rule(&rule).unwrap();
-        refused("policy rule priority 21580 is used");
+        refused("policy rule priority 21580: a rule");
         rtnetlink.delete_rule(&rule).unwrap();
 
         let route = Route::new(net("10.55.0.0/16")).dev(uplink).table(21_580);
         rtnetlink.add_route(&route).unwrap();
-        refused("routing table 21580 holds a route to 10.55.0.0/16");
+        refused("routing table 21580: it holds a route to 10.55.0.0/16");
         rtnetlink.delete_route(&route).unwrap();
 
         nft.load(&Table::new(TableFamily::Inet, "towline")).unwrap();
