@@ -10,7 +10,7 @@
 //! sender is charged. A datagram from a stranger costs one lookup. Nothing grows with the traffic
 //! of strangers.
 //!
-//! A second transport (TLS over TCP 443) would be another kind of [`End`]: the table maps a channel
+//! A second transport (TLS over TCP 443) would be another kind of `End`: the table maps a channel
 //! and a sender to a receiver, independent of how each is reached.
 
 use std::collections::HashMap;

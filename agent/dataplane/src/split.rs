@@ -66,9 +66,9 @@ struct Train {
     /// Position of the transport header.
     transport: usize,
     is_tcp: bool,
-    /// Checksum sum of the pseudo-header without the length.
+    /// Partial checksum of the pseudo-header without the length.
     pseudo: u64,
-    /// Checksum sum of the pseudo-header and the transport header, without lengths, sequence
+    /// Partial checksum of the pseudo-header and the transport header, without lengths, sequence
     /// number, flags and checksum.
     transport_sum: u64,
     /// TCP sequence number of the next segment.
@@ -95,7 +95,7 @@ struct Network {
     is_v4: bool,
     /// Length of the header in bytes.
     len: usize,
-    /// Checksum sum of the IPv4 header without length, identification and checksum.
+    /// Partial checksum of the IPv4 header without length, identification and checksum.
     sum: u64,
     /// IPv4 identification of the next segment.
     identification: u16,
@@ -107,7 +107,7 @@ struct Outer {
     network: Network,
     /// Position of the UDP header.
     udp: usize,
-    /// Checksum sum of the pseudo-header without the length. `None` if the tunnel uses no checksum.
+    /// Partial checksum of the pseudo-header without the length. `None` if the tunnel uses no checksum.
     pseudo: Option<u64>,
 }
 

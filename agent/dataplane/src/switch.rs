@@ -53,12 +53,12 @@ impl Switch {
         self.0.active.load(Ordering::Relaxed)
     }
 
-    /// Disables the offload for [`PAUSE`] because the kernel returned an error.
+    /// Disables the offload for a minute because the kernel returned an error.
     pub fn give_up(&self, error: &std::io::Error, now: Instant) {
         self.distrust(format!("the kernel refused it at run time: {error}"), now);
     }
 
-    /// Disables the offload for [`PAUSE`] because it works incorrectly.
+    /// Disables the offload for a minute because it works incorrectly.
     pub fn distrust(&self, reason: String, now: Instant) {
         *self.0.off.lock() = Off { reason, again: Some(now + PAUSE) };
         self.0.active.store(false, Ordering::Relaxed);
