@@ -1,7 +1,7 @@
 //! Forwarding table of the relay: channels between other nodes, whose datagrams are forwarded
 //! without decrypting them.
 //!
-//! The daemon opens the requests of nodes ([`towline_core::relay`]), registers nodes and opens
+//! The daemon decrypts the requests of nodes ([`towline_core::relay`]), registers nodes and opens
 //! channels. The worker looks up a channel once for each train, and forwards the train from the
 //! receive buffer without copying or splitting it. Both hold the same [`Relay`].
 //!
@@ -174,7 +174,7 @@ impl Relay {
         }
     }
 
-    /// Current state, for status output.
+    /// Returns the current state, for status output.
     pub fn snapshot(&self) -> RelaySnapshot {
         self.state().map_or_else(
             |_| RelaySnapshot::default(),
@@ -294,7 +294,7 @@ impl State {
         for number in closed.map(|(number, _)| *number).collect::<Vec<_>>() {
             self.close(number);
         }
-        // A node with open channels stays, because it still sends or receives.
+        // A node with an open channel stays, because that channel was used recently.
         let gone = self.nodes.iter().filter(|(_, node)| silent(node.heard));
         let gone = gone.filter(|(_, node)| node.channels.is_empty()).map(|(key, _)| *key);
         for node in gone.collect::<Vec<_>>() {

@@ -76,7 +76,7 @@ impl Switch {
         }
     }
 
-    /// Current state, for status output.
+    /// Returns the current state, for status output.
     pub fn look(&self) -> Feature {
         let reason = self.0.off.lock().reason.clone();
         Feature { name: self.0.name, active: self.is_on(), reason }
