@@ -148,8 +148,8 @@ impl Pace {
     fn claim(&self, now: Instant) -> bool {
         let now = now.saturating_duration_since(self.started).as_millis() as u64;
         let last = self.ticked.load(Ordering::Relaxed);
-        // The margin lets only one of two workers run a tick that is due for both at about the same
-        // time.
+        // The ticks of two workers may be due a little apart. The margin accepts a tick that is due
+        // slightly less than `TICK` after that of the other worker.
         now >= last + (TICK - TICK / 8).as_millis() as u64
             && self.ticked.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
