@@ -306,6 +306,7 @@ impl Config {
         Ok(config)
     }
 
+    /// Checks the bounds of all values. The error contains the key and the message.
     fn check(&self) -> Result<(), (&'static str, String)> {
         let name = &self.link.name;
         let name_ok = !name.is_empty()

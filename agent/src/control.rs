@@ -221,11 +221,13 @@ fn allowed(stream: &UnixStream) -> bool {
     }
 }
 
+/// Implementation of the gRPC service, which forwards each call to the daemon.
 struct Service {
     daemon: mpsc::Sender<Request>,
 }
 
 impl Service {
+    /// Sends a request to the daemon and waits for the reply.
     async fn ask<T>(
         &self,
         request: impl FnOnce(oneshot::Sender<T>) -> Request,

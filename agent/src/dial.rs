@@ -120,6 +120,7 @@ pub async fn dial(
     Ok(Connection { channel, chain, remote })
 }
 
+/// Resolves the address and opens a TCP connection to the first of its addresses that accepts.
 async fn connect(address: &ControllerAddress, mark: u32) -> Result<TcpStream, DialError> {
     let resolve_failed = |source| DialError::Resolve { address: address.clone(), source };
     let resolved = timeout(STEP, tokio::net::lookup_host(address.as_str()))
@@ -147,6 +148,7 @@ async fn connect(address: &ControllerAddress, mark: u32) -> Result<TcpStream, Di
     Err(DialError::Connect { address: address.clone(), source: last })
 }
 
+/// Opens a TCP connection with the routing mark, or without it if that is not permitted.
 async fn connect_one(remote: SocketAddr, mark: u32) -> io::Result<TcpStream> {
     let socket = if remote.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     match socket2::SockRef::from(&socket).set_mark(mark) {
@@ -160,6 +162,7 @@ async fn connect_one(remote: SocketAddr, mark: u32) -> io::Result<TcpStream> {
     socket.connect(remote).await
 }
 
+/// Converts an error of the handshake to one that names the likely cause.
 fn tls_error(address: &ControllerAddress, source: io::Error) -> DialError {
     let address = address.clone();
     let tls = source.get_ref().and_then(|inner| inner.downcast_ref::<TlsError>());

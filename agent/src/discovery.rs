@@ -231,6 +231,7 @@ impl Discovery {
         }
     }
 
+    /// Opens a session and runs it until it ends. Resets `failures` once it is open.
     async fn session(
         &mut self,
         address: &ControllerAddress,
@@ -320,6 +321,7 @@ impl Discovery {
         Ok(dial::dial(address, config, self.mark).await?)
     }
 
+    /// Takes over the epoch, the mesh configuration and the grant of the first message.
     async fn take_ready(&mut self, ready: &pb::WatchReady) -> Result<(), Ended> {
         self.map.enter_epoch(ready.epoch);
         if let Some(mesh) = &ready.mesh {
@@ -351,6 +353,7 @@ impl Discovery {
         self.events.send(Event::Grant(Box::new(grant))).await.map_err(|_| Ended::Stop)
     }
 
+    /// Runs an open session: exchanges messages until an error or a command ends it.
     async fn follow(
         &mut self,
         session: &mut Session,
@@ -404,6 +407,7 @@ impl Discovery {
         }
     }
 
+    /// Handles a message of the watch.
     async fn take_message(
         &mut self,
         session: &mut Session,
@@ -436,6 +440,7 @@ impl Discovery {
         self.events.send(Event::Heard { revision }).await.map_err(|_| Ended::Stop)
     }
 
+    /// Applies changes to the map and sends the valid ones to the daemon.
     async fn take_changes(&mut self, changes: pb::Changes) -> Result<(), Ended> {
         let applied = self.map.apply(changes);
         for reason in applied.refused {
@@ -479,6 +484,7 @@ impl Discovery {
         Ok(())
     }
 
+    /// Publishes the record, unless this session already published the same one.
     async fn publish(
         &mut self,
         session: &mut Session,
@@ -530,6 +536,7 @@ impl Discovery {
         Ok(signed)
     }
 
+    /// Renews the client certificate, and takes over the grant in the response.
     async fn renew(&mut self, channel: Channel) -> Result<(), Ended> {
         let (chain, grant) = join::renew(channel, &self.keys.identity).await?;
         kept(self.state.store_certificate(&chain));
@@ -609,6 +616,7 @@ impl Session {
         self.say(pb::watch_request::Kind::Signal(pb::Signal { node_id: to.0.to_vec(), body }))
     }
 
+    /// Queues a message of the watch without waiting.
     fn say(&self, kind: pb::watch_request::Kind) -> Result<(), Ended> {
         match self.requests.try_send(pb::WatchRequest { kind: Some(kind) }) {
             // A full channel means that the connection does not drain. The heartbeat deadline then

@@ -91,6 +91,7 @@ fn enter(config: &Config) -> anyhow::Result<Result<StateDir, Guarded>> {
     Ok(Ok(state))
 }
 
+/// Returns the result of an apply, without the problems that are expected without an agent.
 fn outcome(config: &Config, plan: &Plan, applied: &Changes) -> Guarded {
     // The link is missing until the agent creates it.
     let unexpected = |problem: &&Problem| !matches!(problem, Problem::LinkMissing(_));

@@ -19,6 +19,7 @@ use crate::state::{JOIN_FAILURE, StateDir};
 /// Name and content of a unit.
 type Unit = (&'static str, &'static str);
 
+/// Units and drop-ins that are installed, below [`ADMIN_UNITS`].
 const UNITS: &[Unit] = &[
     ("towline.service", include_str!("../../deploy/systemd/towline.service")),
     (GUARD, include_str!("../../deploy/systemd/towline-guard.service")),
@@ -46,18 +47,25 @@ const DECLARATIONS: [(&str, &str); 2] = [
 /// Settings that keep systemd-networkd from removing Towline's rules and routes. A package ships
 /// them in one of [`PACKAGE_NETWORKD_FILES`].
 const NETWORKD: &str = include_str!("../../deploy/systemd/networkd.conf.d/10-towline.conf");
+/// Path of [`NETWORKD`] if no package ships it.
 const NETWORKD_FILE: &str = "/etc/systemd/networkd.conf.d/10-towline.conf";
+/// Paths at which a package ships [`NETWORKD`].
 const PACKAGE_NETWORKD_FILES: [&str; 2] = [
     "/usr/lib/systemd/networkd.conf.d/10-towline.conf",
     "/lib/systemd/networkd.conf.d/10-towline.conf",
 ];
+/// Directory of the units that this module writes.
 const ADMIN_UNITS: &str = "/etc/systemd/system";
+/// Directories of the units that a package ships.
 const PACKAGE_UNITS: [&str; 2] = ["/usr/lib/systemd/system", "/lib/systemd/system"];
+/// Path of the agent's program, as the units use it.
 const PROGRAM: &str = "/usr/bin/towline";
 const AGENT: &str = "towline.service";
 const HELPER: &str = "towline-helper.socket";
+/// Path of the helper's program, as its unit uses it.
 const HELPER_PROGRAM: &str = "/usr/bin/towline-helper";
 const GUARD: &str = "towline-guard.service";
+/// Timer that repeats a failed join.
 const RETRY_TIMER: &str = "towline-join.timer";
 /// Path of the token for a retry.
 pub const TOKEN: &str = "/etc/towline/token";
@@ -288,6 +296,7 @@ impl Tree {
         Ok(())
     }
 
+    /// Stops and disables the retry timer.
     fn no_retry(&self) -> anyhow::Result<()> {
         let link = self.path(ADMIN_UNITS).join("timers.target.wants").join(RETRY_TIMER);
         if link.is_symlink() {
@@ -300,6 +309,7 @@ impl Tree {
         Ok(())
     }
 
+    /// Enables a unit in a target, and starts it if it is a timer.
     fn enable(&self, unit: &str, target: &str) -> anyhow::Result<()> {
         let wants = self.path(ADMIN_UNITS).join(format!("{target}.wants"));
         std::fs::create_dir_all(&wants)
@@ -394,6 +404,7 @@ fn remove(path: &Path) -> anyhow::Result<()> {
     remove_file(path).with_context(|| format!("cannot remove {}", path.display()))
 }
 
+/// Removes a file, if it exists.
 fn remove_file(path: &Path) -> std::io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
@@ -405,6 +416,7 @@ fn systemctl(arguments: &[&str]) -> anyhow::Result<()> {
     run(&[&["systemctl"], arguments].concat())
 }
 
+/// Runs a program. A failure contains its stderr.
 fn run(words: &[&str]) -> anyhow::Result<()> {
     let said = Command::new(words[0])
         .args(&words[1..])

@@ -201,6 +201,7 @@ pub fn client(channel: Channel) -> DiscoveryClient<Channel> {
         .max_encoding_message_size(limits::MESSAGE_BYTES)
 }
 
+/// Connects to the first controller of the token that can be reached and has the pinned CA.
 async fn first_reachable(
     token: &JoinToken,
     mark: u32,
@@ -223,6 +224,7 @@ async fn first_reachable(
     Err(last.map_or(JoinError::Incomplete("address"), JoinError::Dial))
 }
 
+/// Fails if this machine's clock differs too much from the controller's.
 fn check_clock(server_time_ms: i64, now: SystemTime) -> Result<(), JoinError> {
     let ours = now.duration_since(UNIX_EPOCH).unwrap_or_default();
     let theirs = Duration::from_millis(u64::try_from(server_time_ms).unwrap_or(0));
@@ -245,6 +247,7 @@ fn refuse_covered(mesh: &MeshConfig, gateways: &[IpAddr]) -> Result<(), JoinErro
     Ok(())
 }
 
+/// Creates the join request, with a proof of having the WireGuard private key.
 fn request(
     token: &JoinToken,
     name: &NodeName,
@@ -270,6 +273,7 @@ fn request(
     })
 }
 
+/// Checks the bounds of a certificate chain.
 fn chain(certificates: Vec<Vec<u8>>) -> Result<Vec<CertificateDer<'static>>, JoinError> {
     let sane = !certificates.is_empty()
         && certificates.len() <= limits::CERTIFICATES

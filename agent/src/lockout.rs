@@ -111,6 +111,7 @@ struct Connection {
 }
 
 impl Host {
+    /// Returns all SSH sessions that may be the operator's.
     fn sessions(&self) -> BTreeSet<Session> {
         let connections = self.connections();
         let mut said: BTreeSet<(SocketAddr, u16)> =
@@ -185,6 +186,7 @@ impl Host {
         std::fs::read_to_string(self.of(process, "comm")).unwrap_or_default().trim().to_owned()
     }
 
+    /// Returns the SSH sessions in the environment of a process.
     fn environment_of(&self, process: u32) -> Vec<(SocketAddr, u16)> {
         let bytes = std::fs::read(self.of(process, "environ")).unwrap_or_default();
         let variables = bytes.split(|byte| *byte == 0);
@@ -240,6 +242,7 @@ fn connections(table: &Path) -> Vec<Connection> {
         .collect()
 }
 
+/// Parses one line of `/proc/net/tcp` or `tcp6`.
 fn connection(line: &str) -> Option<Connection> {
     let fields: Vec<&str> = line.split_whitespace().collect();
     let listening = match *fields.get(3)? {

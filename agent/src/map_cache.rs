@@ -17,6 +17,7 @@ use towline_proto::limits;
 use towline_proto::node::{MeshConfig, Record};
 use towline_proto::{pb, signed};
 
+/// Start of a cache file: format name and version.
 const MAGIC: &[u8; 8] = b"TLMAP\x001\n";
 
 /// Error of reading a cache file.
@@ -113,6 +114,8 @@ impl MapCache {
         applied
     }
 
+    /// Verifies and stores a node. Ignores a removed node, an older record, and nodes past the
+    /// limit.
     fn upsert(&mut self, entry: pb::Entry) -> Result<Option<MapChange>, signed::Untrusted> {
         let Some(node) = signed::node(&entry, &self.ca)? else { return Ok(None) };
         let (id, generation) = (node.id(), node.record().generation);
@@ -131,6 +134,7 @@ impl MapCache {
         Ok(Some(MapChange::Upsert(Box::new(node))))
     }
 
+    /// Verifies and stores a tombstone, and removes the node's entry.
     fn bury(&mut self, tombstone: pb::Signed) -> Result<Option<MapChange>, signed::Untrusted> {
         let verified = signed::tombstone(Some(&tombstone), &self.ca)?;
         let id = verified.node_id;
@@ -142,6 +146,7 @@ impl MapCache {
         Ok((id != self.own).then_some(MapChange::Remove(verified)))
     }
 
+    /// Verifies and stores the mesh configuration, unless it is not newer than the present one.
     fn configure(&mut self, mesh: pb::Signed) -> Result<Option<MapChange>, signed::Untrusted> {
         let verified = signed::mesh(Some(&mesh), &self.ca)?;
         if self.mesh.as_ref().is_some_and(|(_, have)| have.generation >= verified.generation) {

@@ -18,6 +18,7 @@ use towline_proto::id::WireguardKey;
 
 use crate::keys::Wireguard;
 
+/// Prefix of the HKDF info, which separates these keys from others.
 const INFO: &[u8] = b"towline probe v1";
 /// Maximum size of the sealed part of a probe, in bytes: that of a datagram.
 const OPEN_BYTES: usize = 65_535;
@@ -37,11 +38,13 @@ impl fmt::Debug for ProbeKeys {
     }
 }
 
+/// Keys of one pair of nodes, for both directions.
 struct Pair {
     to: Direction,
     from: Direction,
 }
 
+/// Key of one direction, with the pair id of its probes.
 struct Direction {
     id: [u8; 8],
     key: LessSafeKey,
@@ -105,6 +108,7 @@ impl ProbeKeys {
         self.refused
     }
 
+    /// Decrypts a datagram and parses the probe in it.
     fn authentic(&mut self, datagram: &[u8]) -> Option<(WireguardKey, Probe)> {
         let (header, sealed) = ProbeHeader::decode(datagram)?;
         if sealed.len() > OPEN_BYTES || sealed.len() < PROBE_BODY_BYTES + PROBE_TAG_BYTES {

@@ -12,6 +12,7 @@ use std::path::Path;
 use towline_dataplane::OpenUdpError;
 use towline_service::port_owner::{self, Transport};
 
+/// Path of the setting, which applies to IPv4 and IPv6.
 const SETTING: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 
 /// Adds the port to the reserved ports. Returns whether that changed anything.
@@ -71,6 +72,7 @@ impl Ports {
         items.map(range).collect::<Option<_>>().map(Self)
     }
 
+    /// Adds a port. Returns whether it was missing.
     fn add(&mut self, port: u16) -> bool {
         let missing = !self.0.iter().any(|range| range.contains(&port));
         if missing {
@@ -80,6 +82,7 @@ impl Ports {
         missing
     }
 
+    /// Removes a port at an end of a range. Returns whether there was one.
     fn remove(&mut self, port: u16) -> bool {
         let at_an_end =
             |range: &RangeInclusive<u16>| [*range.start(), *range.end()].contains(&port);

@@ -141,6 +141,7 @@ pub struct Membership {
     pub signed_mesh: pb::Signed,
 }
 
+/// Content of `membership.json`.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct MembershipFile {
@@ -151,6 +152,7 @@ struct MembershipFile {
     mesh: SignedFile,
 }
 
+/// Signed statement in `membership.json`, in base64.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SignedFile {
@@ -543,6 +545,7 @@ impl StateDir {
         written
     }
 
+    /// Writes a file atomically.
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), StateError> {
         let directory = match &self.directory {
             Some(directory) => directory,

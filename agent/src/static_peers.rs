@@ -139,6 +139,7 @@ impl PeerConfig {
     }
 }
 
+/// Reads a pre-shared key, unless other users have access to its file.
 fn read_key(path: &Path) -> Result<PresharedKey, PresharedKeyError> {
     let failed = |source| PresharedKeyError::Read { path: path.into(), source };
     let open = std::fs::metadata(path).map_err(failed)?.permissions().mode() & 0o007 != 0;

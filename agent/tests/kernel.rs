@@ -29,13 +29,17 @@ use towline_netlink::codec::Message;
 use towline_netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
 use x25519_dalek::StaticSecret;
 
+/// Longest wait for a condition. It only bounds a failing test.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// MTU of the tunnel's link, in bytes: the default of the agent.
 const MTU: u32 = 1420;
 
 /// Allocator that counts the allocations of all threads while it is armed.
 struct Counting;
 
+/// True while allocations are counted.
 static ARMED: AtomicBool = AtomicBool::new(false);
+/// Number of allocations while armed.
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 
 #[global_allocator]
@@ -88,6 +92,7 @@ fn main() {
     }
 }
 
+/// Moves this process into a new network namespace, and into a new user namespace if needed.
 fn own_namespaces() -> Result<(), Box<dyn std::error::Error>> {
     // Real root keeps more rights without a user namespace, such as loading eBPF programs for
     // several queues.
@@ -136,6 +141,7 @@ fn address(text: &str) -> IpNet {
     text.parse().unwrap()
 }
 
+/// Sets the MTU of a link, sets it up, and adds addresses.
 fn configure(name: &str, mtu: u32, addresses: &[&str]) {
     let mut links = Rtnetlink::open().unwrap();
     let index = links.link_index(name).unwrap();
@@ -147,6 +153,7 @@ fn configure(name: &str, mtu: u32, addresses: &[&str]) {
     }
 }
 
+/// A host with a running data plane.
 struct Node {
     host: Host,
     plane: DataPlane,
@@ -231,6 +238,7 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
     nodes
 }
 
+/// Checks that a tunnel with these offloads carries TCP and UDP in both families and directions.
 fn carries(offloads: Offloads) {
     for outer in [["192.0.2.1/24", "192.0.2.2/24"], ["fd00:2::1/64", "fd00:2::2/64"]] {
         let nodes = pair(offloads, outer);
@@ -351,10 +359,12 @@ fn pattern(len: usize) -> Vec<u8> {
     std::iter::repeat_with(step).take(len).collect()
 }
 
+/// Sends a TCP stream through the tunnel and compares what arrives.
 fn stream(from: &Node, to: &Node, family: usize, len: usize) {
     stream_to(from, to, SocketAddr::new(to.inner[family], 4000), len);
 }
 
+/// Sends a TCP stream to the address `at` and compares what arrives.
 fn stream_to(from: &Node, to: &Node, at: SocketAddr, len: usize) {
     let listener = to.host.run(|| TcpListener::bind(at).unwrap());
     let sent = pattern(len);
@@ -371,6 +381,7 @@ fn stream_to(from: &Node, to: &Node, at: SocketAddr, len: usize) {
     });
 }
 
+/// Sends UDP datagrams of many sizes through the tunnel and compares what arrives.
 fn datagrams(from: &Node, to: &Node, family: usize) {
     let at = SocketAddr::new(to.inner[family], 4001);
     let receiver = to.host.run(|| UdpSocket::bind(at).unwrap());
@@ -623,7 +634,9 @@ fn as_user<R: Send>(uid: u32, capabilities: u32, job: impl FnOnce() -> R + Send)
     })
 }
 
+/// User id of the other user, without rights.
 const STRANGER: u32 = 65534;
+/// User id of the agent.
 const AGENT: u32 = 64_999;
 const CAP_DAC_OVERRIDE: u32 = 1 << 1;
 const CAP_NET_ADMIN: u32 = 1 << 12;

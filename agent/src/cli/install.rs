@@ -216,7 +216,7 @@ impl Machine {
             if !error.may_pass() || Instant::now() + wait >= attempt.deadline {
                 return Err(error.into());
             }
-            eprintln!("{error}; trying again");
+            eprintln!("{error}: trying again");
             std::thread::sleep(wait);
             failures = failures.saturating_add(1);
         }

@@ -164,5 +164,5 @@ pub(super) fn name(given: Option<String>) -> anyhow::Result<NodeName> {
     let label = host.split('.').next().unwrap_or_default();
     label
         .parse()
-        .with_context(|| format!("the host name `{label}` cannot name a node: give --name"))
+        .with_context(|| format!("the host name `{label}` is not a valid node name: set --name"))
 }

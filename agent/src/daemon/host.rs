@@ -92,8 +92,7 @@ impl Host {
         self.reapply();
     }
 
-    /// Applies the hooks again, after another program changed a chain that contains rules of
-    /// Towline.
+    /// Applies the hooks again, after another program changed a chain with Towline's rules.
     pub(super) fn put_back_hooks(&mut self) {
         match self.network.apply_hooks() {
             Ok(changes) => self.changed(&changes),
@@ -102,6 +101,7 @@ impl Host {
         }
     }
 
+    /// Applies the current plan and evaluates the result.
     fn reapply(&mut self) {
         let Some(plan) = &self.plan else { return };
         match self.network.apply(plan) {
@@ -114,6 +114,7 @@ impl Host {
         }
     }
 
+    /// Evaluates an apply: problems, notes, and whether to try again.
     fn changed(&mut self, changes: &Changes) {
         if changes.messages > 0 {
             tracing::debug!(messages = changes.messages, "host network changed");
@@ -252,6 +253,7 @@ pub(super) fn local_candidates(uplinks: &[LocalEnd], port: u16) -> impl Iterator
     })
 }
 
+/// Returns a problem if at most 5 % of the conntrack table are free.
 fn connections(count: u64, max: u64) -> Option<String> {
     // The last 5 % are used up within moments.
     let full = max > 0 && count >= max - max / 20;

@@ -557,6 +557,7 @@ impl Daemon {
         }
     }
 
+    /// Applies a new peer table to the data plane, the probe keys and the relay.
     fn peer_table(&mut self, table: Arc<PeerTable>) {
         // A node that was removed from the mesh has no tunnels to its nodes.
         let table = if self.removed { Arc::new(self.static_only(&table)) } else { table };
@@ -566,6 +567,7 @@ impl Daemon {
         self.table = table;
     }
 
+    /// Returns the table without the nodes of the mesh.
     fn static_only(&self, table: &PeerTable) -> PeerTable {
         let keys: BTreeSet<_> = self.config.peers.iter().map(|peer| peer.public_key).collect();
         let mut table = table.clone();
@@ -600,6 +602,7 @@ impl Daemon {
         }
     }
 
+    /// Restarts the data plane after a fault.
     fn data_plane_fault(&mut self) -> anyhow::Result<()> {
         let fault = self.inputs.faults.borrow_and_update().clone();
         let Some(fault) = fault else { return Ok(()) };
@@ -682,6 +685,7 @@ impl Daemon {
         }
     }
 
+    /// Updates node IPs, uplinks and candidates after the host's addresses changed.
     fn addresses_changed(&mut self) {
         self.host.look_for_redirects();
         // A LAN may lie inside a protected range. The overlay and this node's pods are never
@@ -850,6 +854,7 @@ async fn with_heartbeat<T>(notifier: &Notifier, work: impl Future<Output = T>) -
     }
 }
 
+/// Waits until `time`, or forever if there is none.
 async fn at(time: Option<Instant>) {
     match time {
         Some(time) => tokio::time::sleep_until(time.into()).await,
@@ -857,6 +862,7 @@ async fn at(time: Option<Instant>) {
     }
 }
 
+/// Opens the TUN and UDP devices for `purpose`, and starts the data plane with them.
 fn start_data_plane(
     config: &Config,
     keys: &Keys,

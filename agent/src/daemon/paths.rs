@@ -138,6 +138,7 @@ impl Daemon {
         }
     }
 
+    /// Passes a peer's `CallMe` signal to the core.
     fn called(&mut self, now: Instant, peer: WireguardKey, probe: Probe) {
         let Probe::CallMe { boot_epoch, number, candidates } = probe else { return };
         if let Some(node) = self.nodes.get(&peer) {
@@ -146,6 +147,7 @@ impl Daemon {
         }
     }
 
+    /// Registers a node with this node's relay, and sends the response.
     fn register(&mut self, now: Instant, node: WireguardKey, from: Path, transaction: u64) {
         if from.is_relayed() {
             return;
@@ -158,6 +160,7 @@ impl Daemon {
         self.send_probe(&node, from, &answer);
     }
 
+    /// Opens a relay channel to `other` for a node, and informs both of them.
     fn open_channel(
         &mut self,
         now: Instant,

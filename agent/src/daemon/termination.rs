@@ -52,6 +52,7 @@ impl Termination {
     }
 }
 
+/// Waits for the first signal, then ends the process after `grace` or at the second signal.
 async fn end(mut signals: [Signal; 2], requested: watch::Sender<bool>, grace: Duration) {
     next(&mut signals).await;
     requested.send_replace(true);
@@ -93,6 +94,7 @@ mod tests {
 
     /// Environment variable of the child process that the test ends: its grace in milliseconds.
     const INSIDE: &str = "TOWLINE_TEST_TERMINATION";
+    /// Line that the child process prints when it is ready for the next signal.
     const READY: &str = "ready to be ended";
 
     /// Starts this program again for the test `name`, with a task that never ends by itself. Sends

@@ -235,6 +235,7 @@ const NATIVE: &[&str] = &[
     "macvlan",
     "ptp",
 ];
+/// Prefixes of the names of the WireGuard links that CNIs create.
 const CNI_WIREGUARD: [&str; 3] = ["flannel-wg", "wireguard.cali", "cilium_wg"];
 
 fn link_local(net: &IpNet) -> bool {

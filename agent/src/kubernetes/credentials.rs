@@ -18,6 +18,7 @@ use super::files::{self, Fingerprint};
 const NODE_USER: &str = "system:node:";
 /// Maximum time for an exec plugin.
 const PLUGIN_LIMIT: Duration = Duration::from_secs(30);
+/// Maximum time to open a connection to the API server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum time without data on a watch. It is longer than the server's timeout of a watch.
 const READ_TIMEOUT: Duration = Duration::from_secs(75);
@@ -201,6 +202,7 @@ fn common_name(certificate: &CertificateDer<'_>) -> anyhow::Result<String> {
     Ok(name.context("the client certificate has no common name")?.to_owned())
 }
 
+/// Asks the API server for the user name of the credentials.
 async fn who_am_i(client: &Client) -> anyhow::Result<String> {
     let api: Api<SelfSubjectReview> = Api::all(client.clone());
     let review = api

@@ -80,6 +80,7 @@ fn through_helper(path: &Path, denied: &io::Error) -> io::Result<File> {
     })
 }
 
+/// Reads at most [`FILE_BYTES`] of a file.
 fn whole(file: File) -> io::Result<Zeroizing<Vec<u8>>> {
     let length = file.metadata()?.len().min(FILE_BYTES);
     // The capacity is sufficient from the start, because a growing buffer leaves copies of a key

@@ -88,6 +88,7 @@ pub fn start(setup: Setup) -> watch::Receiver<View> {
     watch::channel(first_view(&setup.state)).1
 }
 
+/// Returns the view before the first contact: the stored facts, not connected.
 fn first_view(state: &StateDir) -> View {
     let facts = match state.kubernetes() {
         Ok(bytes) => bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()),

@@ -56,6 +56,7 @@ pub(super) async fn run(setup: Setup, views: watch::Sender<View>) {
     }
 }
 
+/// State of the task that watches the Node.
 struct Task {
     setup: Setup,
     views: watch::Sender<View>,
@@ -308,6 +309,7 @@ impl Task {
         self.send();
     }
 
+    /// Replaces the facts, the CNI description and the problems of the view, and stores the facts.
     fn publish(&mut self, facts: Facts, cni: String, mut problems: Vec<String>) {
         if (&facts.pods, &cni) != (&self.view.facts.pods, &self.view.cni) {
             tracing::info!(pods = ?facts.pods, cni, "pod networks");
@@ -339,6 +341,7 @@ impl Task {
         }
     }
 
+    /// Sends the view to the receivers if it changed.
     fn send(&self) {
         self.views.send_if_modified(|view| {
             let changed = *view != self.view;
@@ -415,6 +418,7 @@ impl HostChanges {
     }
 }
 
+/// Describes an error of the watch in one line, with the API server's address.
 fn refused(error: &watcher::Error, credentials: &Credentials) -> String {
     let why = match error {
         watcher::Error::InitialListFailed(error)
@@ -460,6 +464,7 @@ pub(super) fn said(error: &kube::Error) -> String {
     one_line(&format!("{hint}{chain}"))
 }
 
+/// Replaces control characters and limits the length, so that the text is safe to print.
 fn one_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(400).collect()
 }
