@@ -1,8 +1,9 @@
-//! Hosts that have no IPv6, or have it switched off.
+//! Tests of hosts without IPv6, or with IPv6 disabled.
 
 use super::*;
 
-/// What of a family is ours: its rules, its routes in our table, its addresses on our link.
+/// Returns Towline's state of one family: the number of rules, the destinations of the routes in the
+/// main table of Towline, and the addresses of the link.
 fn ours(family: Family) -> (usize, Vec<IpNet>, Vec<IpNet>) {
     let mut rtnetlink = Rtnetlink::open().unwrap();
     let rules = rtnetlink.rules(family).unwrap().into_iter().filter(|rule| rule.made_by == OURS);
@@ -44,7 +45,7 @@ namespace_test! {
         let table = snapshot().firewall.expect("the other guard");
         assert!(!table.sets["guarded4"].elements.is_empty());
 
-        // Nothing is tried again, neither for the same plan nor for another.
+        // Refused requests are not repeated, neither for the same plan nor for another.
         for read_again in [false, true] {
             if read_again { host.invalidate() }
             let again = host.apply(&plan()).unwrap();
@@ -57,7 +58,7 @@ namespace_test! {
         let changes = host.apply(&next).unwrap();
         assert_eq!((changes.messages, changes.problems), (1, vec![Problem::NoIpv6]));
 
-        // What reads the host follows, too.
+        // The functions that read the host's state work too.
         let policy = CandidatePolicy { own_link: "towline0".to_owned(), excluded: Vec::new() };
         let gateways: Vec<IpAddr> = vec!["192.0.2.254".parse().unwrap()];
         assert!(host.gateways().unwrap().starts_with(&gateways));
@@ -106,7 +107,7 @@ namespace_test! {
         }
         assert_eq!(ours(Family::V4).2, [net("198.19.0.1/32")]);
         assert_eq!(ours(Family::V4).1.len(), 4);
-        // Another link may have IPv6 all the same.
+        // Another link may have IPv6, so the IPv6 guards are installed.
         let (rules, routes, addresses) = ours(Family::V6);
         assert!(rules >= 3, "{rules} rules");
         assert_eq!(routes, [net("fd00:9::/64")]);
@@ -118,7 +119,8 @@ namespace_test! {
     fn ipv6_that_is_switched_on_again_is_noticed() {
         set_disable_ipv6("all", "1");
         set_disable_ipv6("default", "1");
-        // Held open, as by an agent: a link without a carrier says nothing of its families.
+        // Open, as with a running agent: the kernel sends no notifications about the IPv6 settings of a
+        // link without a carrier.
         let Ok(_tun) = towline_dataplane::open_tun("towline0") else {
             println!("skipped: no TUN devices here");
             return;

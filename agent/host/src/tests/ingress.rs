@@ -1,6 +1,8 @@
-//! What comes out of the tunnel is for this node, and nothing from elsewhere claims to be this node. The
-//! host (here) and a machine of its LAN (a namespace of its own) share `eth0`; the tests hold the far end of
-//! the tunnel.
+//! Tests of the ingress checks: packets out of the tunnel must be addressed to this node, and packets
+//! from outside must not have a source of this node.
+//!
+//! The host (the test's namespace) and another machine of its LAN (a namespace of its own) share
+//! `eth0`. The tests hold the other end of the tunnel.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -20,16 +22,16 @@ use towline_netns::{NetworkNamespace, add_link, namespace_test};
 use towline_nftables::{Chain, ChainKind, Hook, Nft, Policy, Rule, Table, TableFamily};
 
 const OVERLAY: [&str; 2] = ["198.19.0.1", "fd00:9::1"];
-/// Addresses of another node of the mesh.
+/// Addresses of another node of the mesh, one per family.
 const THERE: [&str; 2] = ["10.9.2.7", "fd00:9::7"];
 const PORT: u16 = 4_444;
 const ANY: [&str; 2] = ["0.0.0.0", "::"];
 
-/// The plan of a node that announces these networks and forwards to those.
+/// Returns the plan of a node that announces the networks `announced` and forwards to `forward_to`.
 fn announcing(announced: &[&str], forward_to: &[&str]) -> Plan {
     let mut plan = plan();
     let nets = |list: &[&str]| list.iter().map(|text| net(text)).collect::<Vec<_>>();
-    // What a node announces is no mesh address of others.
+    // Networks that this node announces are not guarded.
     plan.firewall.guarded = ["198.19.0.0/16", "10.9.2.0/24", "fd00:9::/64"].map(net).into();
     plan.routes.retain(|(guard, _), _| *guard != net("10.9.0.0/16"));
     plan.routes.insert((net("fd00:9::7/128"), RouteVia::Link), RoutePlan::default());
@@ -37,7 +39,7 @@ fn announcing(announced: &[&str], forward_to: &[&str]) -> Plan {
     plan
 }
 
-/// A UDP datagram with its checksums.
+/// Returns an IP packet with a UDP datagram, with valid checksums.
 fn datagram(from: &str, to: &str, port: u16, payload: &[u8]) -> Vec<u8> {
     const UDP: u8 = 17;
     let (from, to) = (address(from), address(to));
@@ -79,7 +81,7 @@ fn received(socket: &UdpSocket) -> Vec<u8> {
     buffer[..length].to_vec()
 }
 
-/// Sends until something arrives: a link that was just made may not carry the first ones.
+/// Sends until a datagram arrives, because a new link may drop the first ones.
 fn reach(from: &UdpSocket, to: SocketAddr, service: &UdpSocket) {
     service.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
     let arrived =
@@ -91,7 +93,7 @@ fn reach(from: &UdpSocket, to: SocketAddr, service: &UdpSocket) {
     service.set_read_timeout(Some(PATIENCE)).unwrap();
 }
 
-/// Asserts that nothing waits in the socket.
+/// Asserts that the socket has no queued datagram.
 fn is_empty(socket: &UdpSocket, what: &str) {
     socket.set_nonblocking(true).unwrap();
     let error = socket.recv(&mut [0; 100]).expect_err(what);
@@ -99,12 +101,13 @@ fn is_empty(socket: &UdpSocket, what: &str) {
     socket.set_nonblocking(false).unwrap();
 }
 
+/// Enables forwarding in the current namespace.
 fn forward() {
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
     std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
 }
 
-/// In a namespace: routes to these networks lead to the host.
+/// Adds routes to these networks through the host. Called in the other machine's namespace.
 fn route_to_host(networks: &[&str]) {
     let mut rtnetlink = Rtnetlink::open().unwrap();
     for network in networks {
@@ -123,7 +126,7 @@ fn add_addresses(link: &str, addresses: &[&str]) {
     }
 }
 
-/// A link of the host whose far end is `eth0` of a namespace, a pod's.
+/// Creates the namespace of a pod, whose `eth0` is the other end of a link of the host.
 fn pod(link: &str, host: &[&str], pod: &[&str]) -> NetworkNamespace {
     let namespace = NetworkNamespace::new();
     let peer = VethPeer { name: "eth0", namespace: Some(namespace.as_fd()) };
@@ -139,13 +142,14 @@ namespace_test! {
         forward();
         neighbour.enter(|| set_reverse_path_filter(0));
         let Some((mut host, tunnel)) = with_tunnel(&announcing(&[], &[])) else { return };
-        // A socket of IPv6 takes the port of IPv4 too.
+        // An IPv6 socket occupies the IPv4 port too.
         let port = |family: usize| PORT + family as u16;
         let services = [0, 1].map(|family| udp(at(ANY[family], port(family)), false));
         let theirs =
             neighbour.enter(|| [0, 1].map(|family| udp(at(ANY[family], port(family)), false)));
         let elsewhere = [
-            // The uplink's address, the LAN's machines and its broadcast, and what nobody may reach.
+            // The uplink's address, another machine of the LAN, the broadcast address, special
+            // addresses, and addresses outside the LAN.
             vec![
                 "192.0.2.1", "192.0.2.2", "192.0.2.255", "127.0.0.1", "169.254.169.254",
                 "224.0.0.1", "255.255.255.255", "203.0.113.1", "10.9.2.9",
@@ -158,13 +162,13 @@ namespace_test! {
             }
             into_tunnel(&tunnel, &datagram(THERE[family], OVERLAY[family], port(family), b"ours"));
             assert_eq!(received(&services[family]), b"ours");
-            is_empty(&services[family], "what is for others is not delivered");
+            is_empty(&services[family], "packets to other destinations");
         }
         assert!(counter("ingress", "not for this node").packets >= 6);
         assert!(counter("ingress", "special destination, IPv4").packets >= 4);
         assert!(counter("ingress", "special destination, IPv6").packets >= 2);
 
-        // Their network is announced, or only forwarded to: they are reached, but not all at once.
+        // The LAN is announced, or only forwarded to: its machines are reached, but not by broadcast.
         for (announced, forward_to) in [
             (vec!["192.0.2.0/24", "2001:db8::/64"], vec![]),
             (vec![], vec!["192.0.2.0/24", "2001:db8::/64"]),
@@ -205,7 +209,7 @@ namespace_test! {
         for family in [0, 1] {
             let (backend, there) = (PAIRS[family].1, THERE[family]);
             let theirs = neighbour.enter(|| udp(at(backend, PORT), false));
-            // By an address that is not ours the service is not reached.
+            // The service cannot be reached by an address that is not this node's.
             into_tunnel(&tunnel, &datagram(there, PAIRS[family].0, 3_000, b"stray"));
             into_tunnel(&tunnel, &datagram(there, OVERLAY[family], 3_000, b"called"));
             let mut buffer = [0; 100];
@@ -227,7 +231,7 @@ namespace_test! {
 
 namespace_test! {
     fn what_docker_keeps_from_strangers_it_keeps_from_the_mesh() {
-        // The neighbour is a container, and its LAN is Docker's bridge.
+        // The other machine stands for a container, and the LAN for Docker's bridge.
         let container = lan();
         forward();
         container.enter(|| {
@@ -257,13 +261,13 @@ namespace_test! {
         is_empty(&service, "a published port by the container's own address");
         service.send_to(b"answer", at(THERE[0], 999)).unwrap();
         assert!(from_tunnel(&tunnel).ends_with(b"answer"));
-        // Its network is announced: both directions pass.
+        // If the container's network is announced, both directions pass.
         apply(&mut host, &announcing(&["192.0.2.0/24"], &[]));
         into_tunnel(&tunnel, &datagram(THERE[0], "192.0.2.2", 22, b"reached"));
         assert_eq!(received(&unpublished), b"reached");
         unpublished.send_to(b"begun here", at("10.9.2.8", 9)).unwrap();
         assert!(from_tunnel(&tunnel).ends_with(b"begun here"));
-        // And no longer, when it no longer is.
+        // They do not pass any more once it is not announced any more.
         apply(&mut host, &announcing(&[], &[]));
         into_tunnel(&tunnel, &datagram(THERE[0], "192.0.2.2", 23, b"stray"));
         let rules = nft.read_chain(TableFamily::Ip, "filter", "DOCKER-USER").unwrap().unwrap();
@@ -315,7 +319,7 @@ namespace_test! {
                 assert_eq!(received(&service), b"honest", "rp_filter {mode}");
                 is_empty(&service, &format!("a forged pod, rp_filter {mode}, {uplink}"));
 
-                // The pod itself.
+                // The pod itself may use its address.
                 honest.send_to(b"pod", at(uplink, PORT)).unwrap();
                 assert_eq!(received(&service), b"pod", "rp_filter {mode}");
                 honest.send_to(b"pod", at(mesh, PORT)).unwrap();
@@ -337,7 +341,7 @@ namespace_test! {
         let addresses = OVERLAY.into_iter().chain(["10.99.0.1", "fd99::1"]).map(address);
         plan.firewall.own = OwnNetworks::new(addresses, [], []);
         let Some((_host, _tunnel)) = with_tunnel(&plan) else { return };
-        // The main table even leads back to them.
+        // The addresses have return routes by the LAN in the main table.
         let mut rtnetlink = Rtnetlink::open().unwrap();
         for (own, (_, lan_address)) in ["10.99.0.1/32", "fd99::1/128"].into_iter().zip(PAIRS) {
             rtnetlink.add_route(&Route::new(net(own)).via(address(lan_address))).unwrap();

@@ -1,4 +1,5 @@
-//! The host's network in a namespace: what stands, what comes back, what is left alone.
+//! Tests of [`HostNetwork`] in network namespaces: the applied state, its repair and removal, and the
+//! state of other programs, which stays unchanged.
 
 mod families;
 mod ingress;
@@ -33,6 +34,7 @@ fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
+/// Returns a plan with routes to three prefixes of peers, and with three guarded networks.
 pub(super) fn plan() -> Plan {
     let guarded = [net("198.19.0.0/16"), net("10.9.0.0/16"), net("fd00:9::/64")];
     let mut routes = BTreeMap::new();
@@ -67,8 +69,8 @@ pub(super) fn plan() -> Plan {
     }
 }
 
-/// Everything of the namespace that can be listed, but for what the kernel keeps by itself and in
-/// its own time (link-local addresses, routes that follow from addresses).
+/// State of the namespace, without the state that the kernel maintains itself and updates later:
+/// link-local addresses, and routes that follow from addresses.
 #[derive(Debug, PartialEq)]
 struct Snapshot {
     links: Vec<Link>,
@@ -103,7 +105,7 @@ fn snapshot() -> Snapshot {
     }
 }
 
-/// A host with an uplink and things of others: routes, rules, an nftables table.
+/// Sets up a host with an uplink, and with routes, a rule and an nftables table of other programs.
 fn host_with_foreign_state() {
     let mut rtnetlink = Rtnetlink::open().unwrap();
     let loopback = rtnetlink.link_index("lo").unwrap();
@@ -128,7 +130,8 @@ fn host_with_foreign_state() {
     Nft::open().unwrap().load(&theirs).unwrap();
 }
 
-/// Why a datagram to that address is refused at once; `None` if it was sent.
+/// Returns the error number with which the kernel refuses a datagram to the address, or `None` if it
+/// was sent.
 fn refusal(to: &str) -> Option<i32> {
     let socket = if to.contains(':') {
         UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).unwrap()
@@ -139,19 +142,20 @@ fn refusal(to: &str) -> Option<i32> {
     socket.send_to(b"clear", (to, 9)).err().and_then(|error| error.raw_os_error())
 }
 
-/// As on a kernel whose tables have no owners, so that others can delete ours.
+/// Opens the host network as on a kernel without owned tables, so that the test can delete the table.
 fn open_without_ownership() -> HostNetwork {
     HostNetwork::open_unowned().unwrap()
 }
 
+/// Applies a plan, and asserts that there is no problem.
 fn apply(host: &mut HostNetwork, plan: &Plan) -> Changes {
     let changes = host.apply(plan).unwrap();
     assert_eq!(changes.problems, []);
     changes
 }
 
-/// A persistent TUN link of that name, down; its index. `None`, with a printed reason, where TUN
-/// devices cannot be opened.
+/// Creates a persistent TUN link, which is down, and returns its index. Prints the reason and returns
+/// `None` if TUN devices cannot be opened.
 fn add_tun(name: &str) -> Option<u32> {
     if let Err(error) = towline_dataplane::open_tun(name) {
         println!("skipped: {error}");
@@ -277,11 +281,11 @@ namespace_test! {
         assert_eq!(apply(&mut host, &next).messages, 2);
         apply(&mut host, &plan());
 
-        // A reading of what is there finds the same as what is remembered.
+        // The state in the kernel equals the known state.
         host.invalidate();
         assert_eq!(apply(&mut host, &plan()).messages, 0);
 
-        // The numbers can change: nothing stays under the old ones.
+        // If the names and numbers change, no state stays under the old ones.
         let mut renumbered = plan();
         renumbered.table = 4_711;
         renumbered.rules.priority = 4_711;
@@ -326,7 +330,7 @@ namespace_test! {
             let past = apply(&mut host, &native).messages;
             messages.push([one_more, past, apply(&mut host, &large).messages]);
 
-            // What is remembered is what is there.
+            // The known state equals the state in the kernel.
             host.invalidate();
             assert_eq!(apply(&mut host, &large).messages, 0);
             host.remove(&Names::of(&large)).unwrap();
@@ -346,7 +350,7 @@ namespace_test! {
         let inside = ["198.19.0.2", "10.9.2.1", "10.9.77.1", "fd00:9::2"];
         assert!(inside.iter().all(|to| refusal(to).is_none()), "open before");
 
-        // No link: the guards stand.
+        // Without the link, the guards are installed.
         let changes = host.apply(&plan()).unwrap();
         assert_eq!(changes.problems, [Problem::LinkMissing("towline0".to_owned())]);
         assert!(inside.iter().all(|to| refusal(to).is_some()), "both guards");
@@ -388,7 +392,7 @@ namespace_test! {
         flush.delete_every_table();
         nft.commit(flush).unwrap();
         assert_eq!(nft.read(TableFamily::Inet, "theirs").unwrap().map(|_| ()), None, "flushed");
-        assert_eq!(ownership(&mut nft), Some(Ownership::Owner), "ours is not");
+        assert_eq!(ownership(&mut nft), Some(Ownership::Owner), "our table is not flushed");
         assert!(nft.delete(TableFamily::Inet, "towline").is_err());
 
         drop(host);
@@ -397,7 +401,7 @@ namespace_test! {
         assert!(next.apply(&plan()).unwrap().messages <= 1, "adopted as it is");
         assert_eq!(ownership(&mut nft), Some(Ownership::Owner));
 
-        // What was made without an owner is made anew.
+        // A table that was created without an owner is created again.
         next.remove(&Names::of(&plan())).unwrap();
         open_without_ownership().apply(&plan()).unwrap();
         assert_eq!(ownership(&mut nft), Some(Ownership::Anybody));
@@ -451,7 +455,7 @@ namespace_test! {
         refused("nftables table inet towline");
         nft.delete(TableFamily::Inet, "towline").unwrap();
 
-        // Once we stand, an intruder is reported and our guards are put back all the same.
+        // After the first apply, a foreign object is a problem, and the guards are restored.
         let mut host = open_without_ownership();
         host.apply(&plan()).unwrap();
         rtnetlink.add_route(&route).unwrap();
@@ -468,6 +472,7 @@ namespace_test! {
     }
 }
 
+/// Waits for [`HostEvent::HooksChanged`].
 async fn until_hooks_changed(watch: &mut Watch) {
     let changed = async { while watch.next().await.unwrap() != HostEvent::HooksChanged {} };
     tokio::time::timeout(Duration::from_secs(10), changed).await.expect("a notification");
@@ -499,7 +504,7 @@ namespace_test! {
         assert_eq!(rules(&mut nft, TableFamily::Ip), with_ours);
         assert_eq!(host.apply_hooks().unwrap(), Changes::default());
 
-        // Docker starts later for the other family; somebody empties the chain of this one.
+        // Docker creates the IPv6 chains later, and another program flushes the IPv4 chain.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let mut watch = host.watch(&Names::of(&plan())).unwrap();
@@ -513,7 +518,7 @@ namespace_test! {
         });
         assert_eq!(rules(&mut nft, TableFamily::Ip), with_ours);
 
-        // Somebody flushes the table, and then deletes its chains, which must be empty for that.
+        // Another program flushes the table before it deletes the chains, which must be empty then.
         let empty = Table::new(TableFamily::Ip, "filter")
             .chain("DOCKER-USER", Chain::regular())
             .chain("FORWARD", Chain::base(ChainKind::Filter, Hook::Forward, 0));
@@ -581,8 +586,8 @@ namespace_test! {
         host.nft.as_mut().unwrap().shrink_buffers(16 << 10);
         apply(&mut host, &large);
         host.invalidate();
-        assert_eq!(apply(&mut host, &large).messages, 0, "all of it is there");
-        // Each of these is refused, which is an answer that takes room.
+        assert_eq!(apply(&mut host, &large).messages, 0, "the whole plan is applied");
+        // The kernel refuses each of these routes, and each refusal takes buffer space.
         let mut refused = large.clone();
         for (_, route) in refused.routes.iter_mut().filter(|((_, via), _)| *via == RouteVia::Link) {
             route.source = Some("203.0.113.77".parse().unwrap());
@@ -615,7 +620,7 @@ namespace_test! {
         assert_eq!(problems, []);
         let mode = std::fs::read_to_string("/proc/sys/net/ipv4/conf/towline0/rp_filter").unwrap();
         assert_eq!(mode.trim(), "2", "set without /proc/sys");
-        assert_eq!(host.apply(&plan()).unwrap().messages, 0, "not tried again and again");
+        assert_eq!(host.apply(&plan()).unwrap().messages, 0, "no further attempt");
         assert!(refusal("10.9.77.1").is_some() && refusal("10.9.2.1").is_none());
     }
 }
@@ -627,7 +632,7 @@ namespace_test! {
         host.apply(&plan()).unwrap();
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 51_830)).unwrap();
         nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Mark, &0x10).unwrap();
-        // The peer's node IP is inside a guarded network, and its endpoint too.
+        // The peer's endpoint is its node IP, which is inside a guarded network.
         socket.send_to(b"sealed", "10.9.2.1:51830").unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! What may redirect packets past nftables is found.
+//! Tests that find programs that may redirect packets past nftables.
 
 use std::ffi::c_int;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
@@ -41,7 +41,7 @@ namespace_test! {
     }
 }
 
-/// A program of traffic control that lets everything pass.
+/// Loads an eBPF program of traffic control that accepts every packet.
 fn program() -> OwnedFd {
     const BPF_PROG_LOAD: c_int = 5;
     const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
@@ -66,11 +66,11 @@ fn program() -> OwnedFd {
     let descriptor =
         unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>()) };
     assert!(descriptor >= 0, "load: {}", std::io::Error::last_os_error());
-    // SAFETY: the descriptor is new and belongs to nobody else.
+    // SAFETY: the descriptor is new and has no other owner.
     unsafe { OwnedFd::from_raw_fd(descriptor as c_int) }
 }
 
-/// `struct tcmsg`.
+/// Encodes `struct tcmsg`.
 fn header(link: u32, handle: u32, parent: u32, information: u32) -> Vec<u8> {
     [0, link, handle, parent, information].into_iter().flat_map(u32::to_ne_bytes).collect()
 }
@@ -149,7 +149,7 @@ root_namespace_test! {
             return println!("skipped: no TCX: {}", std::io::Error::last_os_error());
         }
         assert_eq!(found(), program_on("veth0"));
-        // SAFETY: the descriptor is new and belongs to nobody else.
+        // SAFETY: the descriptor is new and has no other owner.
         drop(unsafe { OwnedFd::from_raw_fd(attached as c_int) });
         assert_eq!(found(), None);
     }

@@ -1,6 +1,8 @@
-//! Which way packets go, and which are dropped. The host (here) and a peer (in a namespace of its
-//! own) share a LAN; the peer's LAN addresses are mesh addresses too, so that whatever is not our
-//! own outer traffic must take the tunnel, whose far end the tests hold.
+//! Tests of routing and of the guards with real packets.
+//!
+//! The host (the test's namespace) and a peer (in a namespace of its own) share a LAN. The peer's LAN
+//! addresses are mesh addresses too, so only Towline's outer packets may use the LAN to reach the peer.
+//! All other packets must enter the tunnel, whose other end the tests hold.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -26,19 +28,19 @@ use towline_nftables::{
 
 pub(super) const PORT: u16 = 51_830;
 pub(super) const MARK: u32 = 0x10;
-/// Each family's address of the host and of the peer on their LAN.
+/// LAN addresses of the host and of the peer, one pair per family.
 pub(super) const PAIRS: [(&str, &str); 2] =
     [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")];
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The host's LAN link `eth0`, and the peer at its other end.
+/// Creates the host's LAN link `eth0`, and the peer at its other end.
 pub(super) fn lan() -> NetworkNamespace {
     let peer = NetworkNamespace::new();
     let mut rtnetlink = Rtnetlink::open().unwrap();
     rtnetlink.add_veth("eth0", VethPeer { name: "eth0", namespace: Some(peer.as_fd()) }).unwrap();
     set_up_lan(PAIRS.map(|pair| pair.0), &[]);
     peer.enter(|| set_up_lan(PAIRS.map(|pair| pair.1), &["10.9.2.1/32", "fd00:9::2/128"]));
-    // Links come up on their own time: wait until the peer answers.
+    // A link comes up with a delay: wait until the peer answers.
     for (host, peer_address) in PAIRS {
         let near = udp(SocketAddr::new(host.parse().unwrap(), 0), false);
         let to = SocketAddr::new(peer_address.parse().unwrap(), 9);
@@ -62,7 +64,7 @@ fn set_up_lan(addresses: [&str; 2], others: &[&str]) {
     }
 }
 
-/// The plan in which the peer's LAN addresses are reached through the tunnel.
+/// Returns a plan in which the peer's LAN addresses are reached through the tunnel.
 pub(super) fn transparent() -> Plan {
     let mut plan = plan();
     for address in ["192.0.2.2/32", "2001:db8::2/128"] {
@@ -77,7 +79,8 @@ pub(super) fn transparent() -> Plan {
     plan
 }
 
-/// Applies a plan with the tunnel's far end in our hands; `None` where there is no TUN.
+/// Applies a plan, and returns the other end of the tunnel too. Returns `None` if TUN devices cannot be
+/// opened.
 pub(super) fn with_tunnel(plan: &Plan) -> Option<(HostNetwork, Tun)> {
     let tunnel = match open_tun_with("towline0", Offloads::NONE) {
         Ok(tunnel) => tunnel,
@@ -124,7 +127,7 @@ pub(super) fn at(address: &str, port: u16) -> SocketAddr {
     SocketAddr::new(address.parse().unwrap(), port)
 }
 
-/// One packet that the host sent into the tunnel, other than the kernel's own chatter.
+/// Returns the next packet that the host sends into the tunnel, without the kernel's own packets.
 pub(super) fn from_tunnel(tunnel: &Tun) -> Vec<u8> {
     let deadline = std::time::Instant::now() + PATIENCE;
     let mut buffer = vec![0; 70_000];
@@ -136,7 +139,7 @@ pub(super) fn from_tunnel(tunnel: &Tun) -> Vec<u8> {
             continue;
         };
         let packet = buffer[VNET_HEADER_BYTES..length].to_vec();
-        // Router solicitations and multicast reports go by themselves.
+        // The kernel sends router solicitations and multicast reports.
         let multicast = match packet[0] >> 4 {
             4 => packet[16] >= 224,
             _ => packet[24] == 0xff,
@@ -147,13 +150,14 @@ pub(super) fn from_tunnel(tunnel: &Tun) -> Vec<u8> {
     }
 }
 
+/// Sends a packet to the host through the tunnel.
 pub(super) fn into_tunnel(tunnel: &Tun, packet: &[u8]) {
     let mut bytes = VnetHeader::default().encode().to_vec();
     bytes.extend_from_slice(packet);
     nix::unistd::write(tunnel.fd(), &bytes).unwrap();
 }
 
-/// An IPv4 TCP segment with its checksums.
+/// Returns an IPv4 packet with a TCP segment, with valid checksums.
 pub(super) fn segment(from: (&str, u16), to: (&str, u16), flags: u8) -> Vec<u8> {
     let octets = |text: &str| text.parse::<std::net::Ipv4Addr>().unwrap().octets();
     let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0];
@@ -184,7 +188,7 @@ namespace_test! {
             for (host_address, peer_address) in PAIRS {
                 let ours = udp(at(host_address, PORT), true);
                 let theirs = peer.enter(|| udp(at(peer_address, PORT), false));
-                // What is not ours takes the tunnel, also to the very same address and port.
+                // Packets of other sockets enter the tunnel, even to the same address and port.
                 let other = udp(at(host_address, 0), false);
                 other.send_to(b"inner", theirs.local_addr().unwrap()).unwrap();
                 let inner = from_tunnel(&tunnel);
@@ -206,7 +210,7 @@ namespace_test! {
     fn a_filter_that_asks_for_the_way_back_with_the_mark_lets_outer_packets_pass() {
         let peer = lan();
         let Some((_host, _tunnel)) = with_tunnel(&transparent()) else { return };
-        // As firewalld has it for IPv6: drop what would be answered by another link.
+        // firewalld's IPv6 filter: drops packets whose return route uses another link.
         const SOURCE_MARK_INPUT: u32 = 1 | 4 | 8;
         const LINK: u32 = 1;
         let rule = Rule::new()
@@ -248,7 +252,7 @@ namespace_test! {
                         .unwrap();
                 };
                 send(forged, 4_444, b"forged");
-                // On the same link after it, and let in.
+                // This packet takes the same link after the forged one, and is accepted.
                 send(peer_address, PORT, b"outer");
                 let mut buffer = [0; 100];
                 ours.recv_from(&mut buffer).unwrap();
@@ -258,10 +262,10 @@ namespace_test! {
             }
         }
         for family in ["IPv4", "IPv6"] {
-            // At least: neighbour discovery from a forged address counts too.
+            // A lower bound, because neighbour discovery from a forged address counts too.
             assert!(counter("outer", &format!("forged source, {family}")).packets >= 2);
         }
-        // The same out of the tunnel is welcome.
+        // A packet with the same source out of the tunnel is accepted.
         let service = TcpListener::bind(at("198.19.0.1", 4_444)).unwrap();
         into_tunnel(&tunnel, &segment(("10.9.2.1", 999), ("198.19.0.1", 4_444), SYN));
         let answer = from_tunnel(&tunnel);
@@ -313,7 +317,7 @@ namespace_test! {
                 theirs.read_exact(&mut buffer).unwrap();
                 assert_eq!(&buffer, b"world", "rp_filter {mode}, {host_address}");
             }
-            // The same node, port and service through the tunnel.
+            // Now the same node, port and service through the tunnel.
             let listener = TcpListener::bind(at("192.0.2.1", 6_443)).unwrap();
             let port = 1_000 + u16::from(mode);
             into_tunnel(&tunnel, &segment(("192.0.2.2", port), ("192.0.2.1", 6_443), SYN));
@@ -322,7 +326,7 @@ namespace_test! {
             assert_eq!(answer[22..24], port.to_be_bytes(), "rp_filter {mode}");
             drop(listener);
         }
-        // Other ports stay closed.
+        // Other ports cannot be reached outside the tunnel.
         let service = udp(at("192.0.2.1", 6_444), false);
         peer.enter(|| udp(at("192.0.2.2", 0), false).send_to(b"x", at("192.0.2.1", 6_444))).unwrap();
         let listener = TcpListener::bind(at("192.0.2.1", 6_443)).unwrap();
@@ -387,14 +391,14 @@ namespace_test! {
                 assert_eq!(&buffer, b"world", "rp_filter {mode}, {host_address}");
             }
         }
-        // A pod of ours sends to the same node IP.
+        // A pod of this host sends to the same node IP.
         let mut rtnetlink = Rtnetlink::open().unwrap();
         let loopback = rtnetlink.link_index("lo").unwrap();
         rtnetlink.add_address(loopback, net("10.9.1.7/32"), AddressOptions::default()).unwrap();
         udp(at("10.9.1.7", 0), false).send_to(b"pod", at("192.0.2.2", 80)).unwrap();
         assert!(from_tunnel(&tunnel).ends_with(b"pod"));
 
-        // Guarded again as soon as the site is no longer trusted.
+        // The node IP is guarded again once the site is not trusted any more.
         let changes = host.apply(&transparent()).unwrap();
         assert_eq!(changes.problems, []);
         assert!(changes.messages > 0);
@@ -420,7 +424,7 @@ namespace_test! {
             assert_eq!(options[..2], [2, 4], "the first option is the MSS");
             u16::from_be_bytes([options[2], options[3]])
         };
-        // Forwarded: the pod's own link would allow 1,460.
+        // The pod's connection is forwarded; its own link would allow an MSS of 1,460.
         let stream: OwnedFd = pod.enter(|| {
             let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
             let stream = socket(AddressFamily::Inet, SockType::Stream, flags, None).unwrap();
@@ -453,7 +457,7 @@ namespace_test! {
             rtnetlink.add_route(&Route::new(net(guarded)).via(gateway)).unwrap();
         }
         let Ok(_tunnel) = open_tun_with("towline0", Offloads::NONE) else { return };
-        // The routes are the only guard.
+        // Without the firewall, the routes are the only guard.
         let mut host = HostNetwork::open().unwrap();
         host.lack_nftables();
         host.apply(&plan()).unwrap();

@@ -1,5 +1,5 @@
-//! What others can set lets nothing past the guards, and each of the two holds it alone: source
-//! ports, packet marks, connection marks, other users, raw sockets, pods.
+//! Tests that other programs cannot pass the guards, and that each of the two guards is enough: with
+//! source ports, packet marks, connection marks, other users, raw sockets and pods.
 
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsRawFd;
@@ -20,14 +20,15 @@ use towline_netlink::{AddressOptions, Family, Route, Rtnetlink, RuleAction, Veth
 use towline_netns::{NetworkNamespace, namespace_test, root_namespace_test};
 use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
 
-/// Guarded addresses that are the peer's, which answers on the LAN.
+/// Guarded addresses of the peer, which can be reached on the LAN.
 const GUARDED: [&str; 2] = ["10.9.2.1", "fd00:9::2"];
-/// The tunnels', plain ones, and one that is nothing.
+/// Source ports to try: the tunnels' port, two plain ports, and an unused port.
 const PORTS: [u16; 4] = [PORT, 6_443, 7_443, 4_444];
-/// None, ours, the rest of our mask, all of it, Cilium's (cluster id 16), NetBird's,
-/// OVN-Kubernetes', wg-quick's, and two more that hold ours.
+/// Packet marks to try: none, Towline's, the other bit of Towline's mask, the whole mask, the marks of
+/// Cilium (cluster id 16), NetBird, OVN-Kubernetes and wg-quick, and two more that contain Towline's.
 const MARKS: [u32; 10] = [0, MARK, 0x20, 0x30, 0x0001_0f10, 0x1bd10, 0xc350, 0xca6c, 0x110, 0x51];
 
+/// Guards that are installed during a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Standing {
     Both,
@@ -35,8 +36,8 @@ enum Standing {
     Firewall,
 }
 
-/// A plan with plain ports and a controller; the peer is behind the LAN, and everything of the
-/// mesh would go there.
+/// Creates the peer, and returns it with a plan that has plain ports and a controller. Without guards,
+/// all mesh traffic would reach the peer over the LAN.
 fn host() -> (NetworkNamespace, Plan) {
     let peer = lan();
     let mut rtnetlink = Rtnetlink::open().unwrap();
@@ -61,9 +62,9 @@ fn host() -> (NetworkNamespace, Plan) {
     (peer, plan)
 }
 
-/// How many packets for guarded addresses the peer saw so far.
+/// Returns the number of packets to guarded addresses that the peer received so far.
 fn seen(peer: &NetworkNamespace) -> u64 {
-    // What was sent before has arrived when this has.
+    // All earlier packets have arrived when this datagram arrives.
     let there = peer.enter(|| udp(at(PAIRS[0].1, 99), false));
     udp(at(PAIRS[0].0, 0), false).send_to(b"all sent", there.local_addr().unwrap()).unwrap();
     there.recv(&mut [0; 9]).unwrap();
@@ -73,7 +74,7 @@ fn seen(peer: &NetworkNamespace) -> u64 {
     count("10.9.0.0/16") + count("fd00:9::/64")
 }
 
-/// Takes away what is not to stand.
+/// Removes the other guard.
 fn leave_only(standing: Standing) {
     match standing {
         Standing::Both => {}
@@ -93,21 +94,22 @@ fn leave_only(standing: Standing) {
     }
 }
 
-/// Runs `act` with both guards, and with either alone; the peer must see nothing guarded.
+/// Runs `act` with both guards and with each guard alone. Asserts that the peer receives no packet to a
+/// guarded address.
 fn held_by_each(peer: &NetworkNamespace, plan: &Plan, mut act: impl FnMut()) {
     for standing in [Standing::Both, Standing::Routes, Standing::Firewall] {
-        // As on a kernel whose tables have no owners, so that ours can be deleted.
+        // As on a kernel without owned tables, so that the table can be deleted.
         let mut host = HostNetwork { ownable: false, ..HostNetwork::open().unwrap() };
         host.apply(plan).unwrap();
         leave_only(standing);
         let before = seen(peer);
         act();
-        assert_eq!(seen(peer) - before, 0, "packets left in clear, standing: {standing:?}");
+        assert_eq!(seen(peer) - before, 0, "packets left in clear, guards: {standing:?}");
     }
 }
 
-/// Sends a datagram, or the first segment of a connection, from a port and with a mark; whether
-/// that is refused does not matter.
+/// Sends a datagram, or the first segment of a connection, from a port and with a mark. Ignores
+/// refusals.
 fn send(kind: SockType, mark: u32, port: u16, to: SocketAddr) {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let (family, any) = match to {
@@ -125,7 +127,7 @@ fn send(kind: SockType, mark: u32, port: u16, to: SocketAddr) {
     }
 }
 
-/// What a process tries that may set marks.
+/// Sends packets with all combinations of marks and source ports.
 fn send_each(whose: Whose) {
     for to in GUARDED {
         for mark in MARKS {
@@ -135,7 +137,8 @@ fn send_each(whose: Whose) {
                 if !agent {
                     send(SockType::Datagram, mark, port, at(to, 9));
                 }
-                // Only a process that may set marks looks like an answer to the routes.
+                // The routes cannot distinguish such a packet from the answer of a plain port. Setting
+                // a mark takes a privilege.
                 let answer = mark & 0x30 == MARK && matches!(port, 6_443 | 7_443);
                 if !answer {
                     send(SockType::Stream, mark, port, at(to, 9));
@@ -145,6 +148,7 @@ fn send_each(whose: Whose) {
     }
 }
 
+/// User of the process that sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Whose {
     Agents,
@@ -164,14 +168,14 @@ namespace_test! {
         held_by_each(&peer, &plan, || {
             for mark in MARKS {
                 for protocol in [libc::IPPROTO_ICMP, libc::IPPROTO_UDP, libc::IPPROTO_RAW] {
-                    // SAFETY: makes a socket, whose number is owned right after.
+                    // SAFETY: the call only creates a socket; an owner takes its descriptor below.
                     let raw = unsafe { libc::socket(libc::AF_INET, libc::SOCK_RAW, protocol) };
                     assert!(raw >= 0);
-                    // SAFETY: the number is new and nobody else's.
+                    // SAFETY: the descriptor is new and has no other owner.
                     let raw: std::os::fd::OwnedFd =
                         unsafe { std::os::fd::FromRawFd::from_raw_fd(raw) };
                     setsockopt(&raw, sockopt::Mark, &mark).unwrap();
-                    // From the tunnels' port it would be the agent, which is root here.
+                    // With the tunnels' port the packet would be the agent's, whose user is root here.
                     let [high, low] = 4_444u16.to_be_bytes();
                     let datagram = [high, low, 0, 9, 0, 8, 0, 0];
                     let to = SockaddrStorage::from(at(GUARDED[0], 0));
@@ -182,7 +186,7 @@ namespace_test! {
     }
 }
 
-/// Runs `body` on a thread of user 65534 with the capability to use raw sockets (and marks) alone.
+/// Runs `body` on a thread of user 65534 that has only `CAP_NET_RAW`, for raw sockets and marks.
 fn as_nobody(body: impl FnOnce() + Send) {
     const NOBODY: libc::c_long = 65_534;
     const VERSION_3: u32 = 0x2008_0522;
@@ -192,7 +196,7 @@ fn as_nobody(body: impl FnOnce() + Send) {
             let header: [u32; 2] = [VERSION_3, 0];
             let raw = 1u32 << CAP_NET_RAW;
             let data: [u32; 6] = [raw, raw, 0, 0, 0, 0];
-            // SAFETY: the plain calls change this thread alone, and `capset` reads the two arrays.
+            // SAFETY: the system calls change only this thread, and `capset` reads the two arrays.
             let results = unsafe {
                 [
                     libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0).into(),
@@ -223,9 +227,9 @@ root_namespace_test! {
         for (family, to) in GUARDED.into_iter().enumerate() {
             let before = seen(&peer);
             send(SockType::Datagram, MARK, PORT, at(to, 9));
-            assert_eq!(seen(&peer), before, "root's");
+            assert_eq!(seen(&peer), before, "packet of root");
             as_nobody(|| send(SockType::Datagram, MARK, PORT, at(to, 9)));
-            assert_eq!(seen(&peer), before + 1, "the agent's");
+            assert_eq!(seen(&peer), before + 1, "packet of the agent's user");
             as_nobody(|| send(SockType::Datagram, MARK, 4_444, at(to, 9)));
             as_nobody(|| send(SockType::Datagram, 0, PORT, at(to, 9)));
             as_nobody(|| send(SockType::Stream, MARK, PORT, at(to, 7_443)));
@@ -233,9 +237,9 @@ root_namespace_test! {
             let controller = ["10.9.3.1", "fd00:9::3:1"][family];
             as_nobody(|| send(SockType::Stream, MARK, 4_444, at(controller, 7_443)));
             assert_eq!(seen(&peer), before + 2, "to the controller");
-            // Root's commands speak to controllers too.
+            // Commands that run as root connect to controllers too.
             send(SockType::Stream, MARK, 4_445, at(controller, 7_443));
-            assert_eq!(seen(&peer), before + 3, "root's, to the controller");
+            assert_eq!(seen(&peer), before + 3, "packet of root, to the controller");
             send(SockType::Stream, 0, 4_446, at(controller, 7_443));
             send(SockType::Stream, MARK, 4_447, at(controller, 7_444));
             assert_eq!(seen(&peer), before + 3, "without mark or port");
@@ -265,7 +269,7 @@ root_namespace_test! {
     }
 }
 
-/// A pod behind the host, and the host's address on its link.
+/// Creates a pod behind the host, with a link between them.
 fn pod() -> NetworkNamespace {
     let pod = NetworkNamespace::new();
     let mut rtnetlink = Rtnetlink::open().unwrap();
@@ -293,7 +297,7 @@ fn pod() -> NetworkNamespace {
     for path in ["ipv4/conf/all/forwarding", "ipv6/conf/all/forwarding"] {
         std::fs::write(format!("/proc/sys/net/{path}"), "1").unwrap();
     }
-    // Links come up on their own time.
+    // A link comes up with a delay: wait until the pod can be reached.
     for (near, far) in [("172.16.5.1", "172.16.5.2"), ("fd00:5::1", "fd00:5::2")] {
         let there = pod.enter(|| udp(at(far, 0), false));
         let here = udp(at(near, 0), false);
@@ -303,7 +307,7 @@ fn pod() -> NetworkNamespace {
     pod
 }
 
-/// Another program's table: marks what passes and its connection, at every point.
+/// Returns a table of another program that marks all packets and their connections, at four hooks.
 fn marks_of_another(mark: u32) -> Table {
     let both = || Rule::new().set_ct_mark(mark, u32::MAX).set_mark(mark, u32::MAX);
     let chain = |kind, hook, priority| Chain::base(kind, hook, priority).rule(both());
@@ -332,7 +336,7 @@ namespace_test! {
                 }
             }));
         }
-        // From the tunnels' port the pod still reaches the rest of the world.
+        // With the tunnels' source port the pod can still reach addresses outside the mesh.
         let outside = peer.enter(|| udp(at(PAIRS[0].1, 53), false));
         pod.enter(|| send(SockType::Datagram, 0, PORT, outside.local_addr().unwrap()));
         outside.recv(&mut [0; 9]).unwrap();
@@ -405,7 +409,8 @@ namespace_test! {
         let mut nft = Nft::open().unwrap();
         for (round, mark) in MARKS.into_iter().enumerate() {
             nft.load(&marks_of_another(mark)).unwrap();
-            // From a plain port, what is marked like an answer is dropped if it is none.
+            // A packet from a plain port that has Towline's mark but answers no remembered connection is
+            // dropped, so that case is left out.
             let marked = mark & 0x30 == MARK;
             for port in [80, 6_443].into_iter().filter(|port| !(marked && *port == 6_443)) {
                 let listener = TcpListener::bind(at("192.0.2.1", port)).unwrap();
@@ -420,7 +425,7 @@ namespace_test! {
     }
 }
 
-/// Has the peer speak to the host from a guarded address that is nobody's in the mesh.
+/// Adds to the peer guarded addresses that belong to no node of the mesh.
 fn stranger(peer: &NetworkNamespace) {
     let loopback = |address: &str| {
         let mut rtnetlink = Rtnetlink::open().unwrap();
@@ -431,6 +436,7 @@ fn stranger(peer: &NetworkNamespace) {
     peer.enter(|| ["10.9.77.1/32", "fd00:9::77/128"].map(loopback));
 }
 
+/// Asserts that data written to `ours` arrives at `theirs`.
 fn speak(ours: &mut impl std::io::Write, theirs: &mut impl std::io::Read, what: &str) {
     ours.write_all(b"hello").unwrap();
     let mut buffer = [0; 5];
@@ -438,7 +444,7 @@ fn speak(ours: &mut impl std::io::Write, theirs: &mut impl std::io::Read, what: 
     assert_eq!(&buffer, b"hello");
 }
 
-/// A connection from one address of the peer to a port of the host.
+/// Connects from an address of the peer to a port of the host.
 fn connect_from(peer: &NetworkNamespace, from: &str, to: SocketAddr) -> std::net::TcpStream {
     let from = at(from, 0);
     peer.enter(move || {
@@ -467,14 +473,14 @@ namespace_test! {
                 let (mut ours, _) = listener.accept().unwrap();
                 speak(&mut ours, &mut theirs, "answered");
                 open.push((ours, theirs));
-                // Not what the host itself begins from that port.
+                // A connection that the host opens from that port is not answered outside.
                 drop(listener);
                 let before = seen(&peer);
                 send(SockType::Stream, 0, 6_443, at(from, 80));
                 assert_eq!(seen(&peer), before);
             }
         }
-        // Connections outlive the agent, and a plan that changes.
+        // Connections continue after the agent ended, and after a change of the plan.
         drop(host);
         let mut host = HostNetwork::open().unwrap();
         host.apply(&plan).unwrap();
@@ -484,8 +490,8 @@ namespace_test! {
         host.apply(&next).unwrap();
         host.apply(&plan).unwrap();
         for (ours, theirs) in &mut open {
-            speak(ours, theirs, "answered still");
-            speak(theirs, ours, "heard still");
+            speak(ours, theirs, "still answered");
+            speak(theirs, ours, "still received");
         }
     }
 }
@@ -496,7 +502,7 @@ namespace_test! {
         stranger(&peer);
         let pod = pod();
         let Some((_host, _tunnel)) = with_tunnel(&plan) else { return };
-        // A published port: the connection is the host's until it is translated.
+        // A published port: the connection is addressed to the host until destination NAT.
         let publish = Table::new(TableFamily::Ip, "publish").chain(
             "publish",
             Chain::base(ChainKind::Nat, Hook::Prerouting, -100).rule(
@@ -509,7 +515,7 @@ namespace_test! {
         );
         Nft::open().unwrap().load(&publish).unwrap();
         let listener = pod.enter(|| TcpListener::bind(at("172.16.5.2", 6_443)).unwrap());
-        // Anybody else reaches it.
+        // A client outside the mesh reaches the pod.
         let stream = peer.enter(|| tcp(at(PAIRS[0].0, 6_443), false)).unwrap();
         listener.accept().unwrap();
         drop(stream);
@@ -543,7 +549,7 @@ namespace_test! {
         let (mut ours, _) = listener.accept().unwrap();
         speak(&mut ours, &mut theirs, "answered outside");
         let port = theirs.local_addr().unwrap().port();
-        // The segment is outside the window.
+        // The segment is outside the TCP window, which conntrack must tolerate.
         let liberal = "/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal";
         std::fs::write(liberal, "1").unwrap();
         into_tunnel(&tunnel, &segment((PAIRS[0].1, port), ("192.0.2.1", 6_443), ACK));
