@@ -93,7 +93,7 @@ pub fn sessions(own: &[IpAddr]) -> Vec<Session> {
 struct Host {
     /// Path of the proc file system.
     proc: PathBuf,
-    /// Process whose operator is searched.
+    /// Id of the process whose operator's sessions are searched.
     process: u32,
     /// `SSH_*` variables of the process, as `NAME=value`.
     environment: Vec<String>,

@@ -146,7 +146,7 @@ impl MapCache {
         Ok((id != self.own).then_some(MapChange::Remove(verified)))
     }
 
-    /// Verifies and stores the mesh configuration, unless it is not newer than the present one.
+    /// Verifies the mesh configuration, and stores it if it is newer than the present one.
     fn configure(&mut self, mesh: pb::Signed) -> Result<Option<MapChange>, signed::Untrusted> {
         let verified = signed::mesh(Some(&mesh), &self.ca)?;
         if self.mesh.as_ref().is_some_and(|(_, have)| have.generation >= verified.generation) {

@@ -556,7 +556,7 @@ fn a_link_that_goes_down_or_away() {
     set_up(&nodes[1], true);
     stream(&nodes[0], &nodes[1], 0, 1 << 20);
 
-    // With a smaller MTU under a running tunnel, packets are padded to it and still arrive.
+    // With a smaller MTU under a running tunnel, the padding stays within it, and packets arrive.
     nodes[0].host.run(|| configure("towline0", 1300, &[]));
     stream(&nodes[0], &nodes[1], 0, 1 << 20);
     stream(&nodes[1], &nodes[0], 0, 1 << 20);
