@@ -34,9 +34,9 @@ pub struct Config {
     pub socket: PathBuf,
     /// Addresses and networks of this node.
     pub node: NodeConfig,
-    /// UDP side of the tunnels.
+    /// Settings of the UDP side of the tunnels.
     pub wireguard: WireguardConfig,
-    /// TUN link.
+    /// Settings of the TUN link.
     pub link: LinkConfig,
     /// Numbers and names for routing and nftables.
     pub routing: RoutingConfig,
@@ -89,7 +89,7 @@ pub enum Addressing {
     NodeIp,
 }
 
-/// UDP side of the tunnels.
+/// Settings of the UDP side of the tunnels.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WireguardConfig {
@@ -100,7 +100,7 @@ pub struct WireguardConfig {
     pub workers: usize,
 }
 
-/// TUN link.
+/// Settings of the TUN link.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LinkConfig {
@@ -261,7 +261,7 @@ pub enum ConfigError {
     Parse {
         /// Path of the file.
         path: PathBuf,
-        /// Line and error.
+        /// Line of the error, and its description.
         message: String,
     },
     /// A value is out of its bounds.

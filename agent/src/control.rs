@@ -48,7 +48,7 @@ pub enum Request {
     Leave {
         /// Remove the membership even if no controller can be informed.
         force: bool,
-        /// Receives the result.
+        /// Receives the result of leaving.
         reply: oneshot::Sender<Result<(), String>>,
     },
     /// Request of `towline down`.
@@ -87,9 +87,9 @@ impl DownAnswer {
 /// Result of one probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PingAnswer {
-    /// The peer answered.
+    /// The peer answered the probe.
     Answer {
-        /// "direct" or "relay".
+        /// Kind of the path: "direct" or "relay".
         path_kind: &'static str,
         /// Remote address of the path.
         path: SocketAddr,

@@ -173,7 +173,7 @@ pub struct Setup {
     pub controllers: Vec<ControllerAddress>,
     /// Routing mark for the task's sockets.
     pub mark: u32,
-    /// Cached map.
+    /// Map from the cache file.
     pub map: MapCache,
     /// Counters with this start's boot epoch.
     pub counters: Counters,

@@ -40,10 +40,10 @@ pub struct Down {
 /// Lifetime of a marker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Lasts {
-    /// Until `towline up`.
+    /// The marker lasts until `towline up`.
     UntilUp,
-    /// Until `towline up` or a reboot, because the state directory cannot be written for this
-    /// reason.
+    /// The marker lasts until `towline up` or a reboot, because the state directory cannot be
+    /// written for this reason.
     UntilReboot(String),
 }
 

@@ -2,7 +2,7 @@
 //! accepted.
 //!
 //! Before the join only the CA's fingerprint is known, from the token. The controller sends its CA
-//! certificate along. [`Pin`] compares that certificate with the fingerprint and then verifies the
+//! certificate along. `Pin` compares that certificate with the fingerprint and then verifies the
 //! chain. After the join the stored certificate is the only root. The expected server name is
 //! always [`CONTROLLER_TLS_NAME`], independent of the dialled address: the CA identifies the
 //! controller.
@@ -98,7 +98,7 @@ pub fn member(
     Ok(config)
 }
 
-/// Returns the CA certificate in a chain that [`Pin`] accepted.
+/// Returns the CA certificate in a chain that `Pin` accepted.
 pub fn pinned_ca(
     chain: &[CertificateDer<'_>],
     pin: Fingerprint,
