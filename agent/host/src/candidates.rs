@@ -28,7 +28,7 @@ pub struct CandidatePolicy {
 /// - addresses of links of a container runtime, CNI plugin, virtual machine manager, overlay or VPN,
 ///   which are known by name or kind;
 /// - addresses of bridges without a port that leads outside;
-/// - addresses that are not unicast beyond one link: loopback, link-local, multicast;
+/// - unspecified, loopback, link-local, site-local, multicast and broadcast addresses;
 /// - addresses that may vanish soon or are not yet usable: temporary, deprecated, tentative;
 /// - service addresses that move between machines: an IPv4 secondary address, or a single host address
 ///   on a link that has a network too;

@@ -19,11 +19,12 @@
 //! table while the agent runs, and the table persists after the agent ends.
 //!
 //! The packets of Towline's own sockets are encrypted and pass the guard. Such a packet carries our
-//! mark, has the tunnels' source port (or a controller's destination address and port), and comes
-//! from a socket of the agent's user. The replies of connections in `answered` pass too; only rules
-//! of this table add to that set. A mark or a source port alone is never a permission, because other
-//! programs can set both. Neighbour discovery passes both guards: on a LAN whose addresses are mesh
-//! addresses it resolves the other end of the tunnel, and it carries no payload.
+//! mark, has the tunnels' source port or a controller's destination address and port, and comes from
+//! a socket of the agent's user (to a controller, of root too). The replies of connections in
+//! `answered` pass too; only rules of this table add to that set. A mark or a source port alone is
+//! never a permission, because other programs can set both. Neighbour discovery passes both guards: on
+//! a LAN whose addresses are mesh addresses it resolves the other end of the tunnel, and it carries no
+//! payload.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -129,7 +130,7 @@ const GUARDED: &str = "guarded";
 const ACCEPTED: &str = "accepted";
 /// Set of the connections that are answered outside the tunnel.
 const ANSWERED: &str = "answered";
-/// Greatest number of elements in [`ANSWERED`]. Each takes about 100 bytes, in a hash table of 1 MB.
+/// Greatest number of elements in [`ANSWERED`]. Each takes about 100 bytes. The hash table takes 1 MB.
 const CONNECTIONS: u32 = 131_072;
 const CLAMP: &str = "clamp";
 const PLAIN_PORTS: &str = "plain_ports";
@@ -405,6 +406,7 @@ fn both_ways(plan: &Plan) -> bool {
     !(plan.underlay.plain_ports.is_empty() && plan.firewall.plain.is_empty())
 }
 
+/// Returns the first chain that incoming packets traverse.
 fn outer(plan: &Plan, extent: Extent) -> Chain {
     let chain = Chain::base(ChainKind::Filter, Hook::Prerouting, OUTER_PRIORITY)
         .rule(Rule::new().input(&plan.link.name).jump(INGRESS));

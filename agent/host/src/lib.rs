@@ -53,7 +53,7 @@ pub use watch::{HostEvent, Watch};
 /// Protocol number (`RTPROT_*`) that identifies the routes and rules of Towline: the letter "T".
 pub const OURS: u8 = 84;
 
-/// Handle on Towline's state in the host's network.
+/// Access to Towline's state in the host's network.
 #[derive(Debug)]
 pub struct HostNetwork {
     rtnetlink: Rtnetlink,
@@ -202,8 +202,8 @@ impl HostNetwork {
         Ok(ports)
     }
 
-    /// Returns the addresses that can serve as node IPs. Those of the link with the default route come
-    /// first, then the other candidates.
+    /// Returns the addresses that can serve as node IPs, which are those of [`candidates`]. Addresses of
+    /// the link with the family's default route come first.
     pub fn node_ips(&mut self, policy: &CandidatePolicy) -> Result<Vec<IpAddr>, NetlinkError> {
         let addresses = self.local_addresses()?;
         let mut outward = Vec::new();
@@ -222,8 +222,8 @@ impl HostNetwork {
         Ok(found)
     }
 
-    /// Returns the first thing on this host that may redirect packets past nftables, see
-    /// [`PastNetfilter`]. Reads all links except `own_link`.
+    /// Returns the first program found on this host that may redirect packets past nftables, see
+    /// [`PastNetfilter`]. The link `own_link` is left out.
     pub fn past_netfilter(
         &mut self,
         own_link: &str,
@@ -299,8 +299,8 @@ impl HostNetwork {
     }
 
     /// Applies a plan that differs from the applied one only in routes and networks. Its cost depends
-    /// on the number of differences, not on the size of the state. Returns `None` if the plans differ
-    /// in more; nothing was changed then.
+    /// on the number of differences, not on the size of the state. Returns `None`, and changes nothing,
+    /// if the plans differ in anything else or the state is not known.
     fn follow(&mut self, plan: &Plan) -> Result<Option<Changes>, ApplyError> {
         let Some(before) = &self.applied else { return Ok(None) };
         let same = before.link == plan.link

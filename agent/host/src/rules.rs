@@ -13,7 +13,7 @@
 //! | 4 | every packet | none: target of the gotos |
 //! | 4 | sources of detours | look up the detour table |
 //! | 4 | local, from a plain TCP port | look up the answers table |
-//! | 5 | every packet | look up the main table of Towline |
+//! | 5 | every packet | look up the plan's table |
 //! | 6 | every packet | none: the host's other rules follow |
 //! | 6 | UDP source port 1 | none: see "Ports" below |
 //!

@@ -26,8 +26,8 @@ use super::{Changes, OURS, rules};
 pub struct Names {
     /// Name of the TUN link, such as `towline0`.
     pub link: String,
-    /// Number of the main routing table of Towline. The next two numbers are the detour table and the
-    /// answers table.
+    /// Number of the plan's routing table. The next two numbers are the detour table and the answers
+    /// table.
     pub table: u32,
     /// First of the consecutive priorities of the policy rules.
     pub priority: u32,
@@ -65,13 +65,13 @@ const LINK_METRIC: u32 = 10;
 const UNREACHABLE_METRIC: u32 = 20_000;
 
 /// Returns the number of the detour table. Its routes send packets of pods into the tunnel where the
-/// main table of Towline leaves the destination to the host.
+/// plan's table leaves the destination to the host.
 pub(super) fn detour_table(table: u32) -> u32 {
     table + 1
 }
 
 /// Returns the number of the answers table, which packets from plain ports use. It has the routes of
-/// the main table of Towline, with the tunnel in place of the unreachable routes.
+/// the plan's table, with the tunnel in place of the unreachable routes.
 pub(super) fn answers_table(table: u32) -> u32 {
     table + 2
 }
@@ -437,9 +437,9 @@ impl Reach {
     }
 }
 
-/// Returns the kernel's routes for one route of the plan: that of the main table of Towline and that
-/// of the answers table. Routes through the link are left out if the link does not exist or does not
-/// accept this family. All are left out if the host lacks the family.
+/// Returns the kernel's routes for one route of the plan, in the plan's table and in the answers table.
+/// Routes through the link are left out if the link does not exist or does not accept this family. All
+/// are left out if the host lacks the family.
 fn routes(
     plan: &Plan,
     destination: IpNet,

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Returns Towline's state of one family: the number of rules, the destinations of the routes in the
-/// main table of Towline, and the addresses of the link.
+/// plan's table, and the addresses of the link.
 fn ours(family: Family) -> (usize, Vec<IpNet>, Vec<IpNet>) {
     let mut rtnetlink = Rtnetlink::open().unwrap();
     let rules = rtnetlink.rules(family).unwrap().into_iter().filter(|rule| rule.made_by == OURS);
