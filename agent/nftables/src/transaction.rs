@@ -7,7 +7,7 @@ use super::set::{Interval, KeyType, Set};
 use super::table::{Chain, Ownership, Table, TableFamily};
 use super::wire;
 
-/// List of changes that the kernel applies as a whole or not at all, see [`Nft::commit`].
+/// List of changes that are committed together, see [`Nft::commit`].
 ///
 /// [`Nft::commit`]: super::Nft::commit
 #[derive(Debug, Default)]
