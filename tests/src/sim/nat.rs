@@ -34,9 +34,9 @@ pub enum Ports {
 /// The behaviour of a NAT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Behaviour {
-    /// When an existing mapping is reused.
+    /// Part of the remote endpoint that a mapping depends on.
     pub mapping: Dependence,
-    /// Which remote endpoints may send to a mapping.
+    /// Part of the remote endpoint that the filter compares.
     pub filtering: Dependence,
     /// How external ports are chosen.
     pub ports: Ports,

@@ -48,7 +48,7 @@ pub struct Capture {
 pub struct Seen {
     /// Frames of any kind.
     pub frames: u64,
-    /// Total size of the frames in bytes.
+    /// Size of all frames in bytes.
     pub bytes: u64,
     /// Frames that carry WireGuard datagrams.
     pub wireguard: u64,

@@ -38,7 +38,7 @@ pub enum WireGuard {
 /// An implementation that is installed in the cache.
 #[derive(Debug, Clone)]
 pub struct Installed {
-    /// Which implementation it is.
+    /// The installed implementation.
     pub which: WireGuard,
     /// Path of the program.
     pub path: PathBuf,
