@@ -113,7 +113,7 @@ fn processes_end_with_their_host() {
         let sleeper = Program::new("sleep").arg("1000");
         let mut stopped = sleeper.start(worker.namespace(), "stopped", &log).unwrap();
         stopped.check().unwrap();
-        stopped.stop(5 * SECOND).unwrap();
+        stopped.stop().unwrap();
         let dropped = sleeper.start(worker.namespace(), "dropped", &log).unwrap();
         let pid = dropped.pid();
         drop(dropped);

@@ -179,7 +179,7 @@ fn a_state_directory_of_root_is_taken_over_by_the_user_and_given_back() {
         })
         .unwrap();
         await_mesh(&first, &second);
-        second.take_agent().unwrap().stop(START_LIMIT).unwrap();
+        second.take_agent().unwrap().stop().unwrap();
         let owner = if user { USER.0 } else { 0 };
         for (name, uid) in owners(&state) {
             assert_eq!(uid, owner, "{name} of {round}");

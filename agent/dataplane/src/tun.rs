@@ -129,6 +129,7 @@ pub enum OpenTunError {
         "cannot open the TUN link `{0}`: invalid name: use 1 to 15 characters without `/`, `%` or space"
     )]
     BadName(String),
+    /// A link of another kind has the name.
     #[error(
         "cannot open the TUN link `{0}`: a link of another kind has that name: remove it, or configure another name"
     )]
