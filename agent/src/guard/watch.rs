@@ -44,12 +44,14 @@ pub fn watch(config: &Config) -> anyhow::Result<()> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let notifier = Notifier::from_environment();
         let mut keeper = Keeper::new(config.clone());
-        let mut said = keeper.look()?.to_string();
+        let first = keeper.look()?;
+        let mut said = first.to_string();
         anyhow::ensure!(keeper.is_whole(), "{said}");
         tracing::info!("{said}");
         notifier.status(&said);
         notifier.ready();
-        loop {
+        // A join starts the guard again, and so does the agent's unit.
+        while first != Guarded::NotJoined {
             tokio::select! {
                 () = keeper.changed() => {}
                 _ = terminate.recv() => break,
@@ -270,6 +272,20 @@ mod tests {
         };
         state_of_a_node(&config.state_dir);
         Keeper::new(config)
+    }
+
+    namespace_test! {
+        fn it_ends_well_where_nothing_is_to_be_guarded_and_badly_where_that_cannot_be_seen() {
+            let dir = tempfile::tempdir().unwrap();
+            let missing = Config { state_dir: dir.path().join("state"), ..Config::default() };
+            watch(&missing).unwrap();
+            assert!(!missing.state_dir.exists(), "nothing is created");
+            let file = dir.path().join("file");
+            std::fs::write(&file, "").unwrap();
+            let unreadable = Config { state_dir: file, ..Config::default() };
+            let error = format!("{:#}", watch(&unreadable).unwrap_err());
+            assert!(error.contains("membership.json"), "{error}");
+        }
     }
 
     namespace_test! {
