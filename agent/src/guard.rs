@@ -68,8 +68,12 @@ pub fn run(config: &Config) -> anyhow::Result<Guarded> {
 /// Opens the state directory for reading while no agent runs. Otherwise returns which program keeps
 /// the guards, or why there are none. Only reads: the disk may be full or read-only.
 fn enter(config: &Config) -> anyhow::Result<Result<StateDir, Guarded>> {
-    let known = config.state_dir.join("membership.json").exists() || !config.peers.is_empty();
-    if !known {
+    let membership = config.state_dir.join("membership.json");
+    // A directory that cannot be read may hold a membership: that is a fault, not "nothing to guard".
+    let has_joined = membership
+        .try_exists()
+        .with_context(|| format!("cannot look for {}", membership.display()))?;
+    if !has_joined && config.peers.is_empty() {
         return Ok(Err(Guarded::NotJoined));
     }
     let state = match StateDir::open_shared(&config.state_dir) {
@@ -157,6 +161,7 @@ fn plan(config: &Config, state: &StateDir) -> anyhow::Result<Plan> {
     mesh.set_addresses(now, config.node.addresses.clone());
     mesh.set_forward_to(now, config.node.forward_to.clone());
     mesh.set_prefixes(now, cached.announced);
+    mesh.set_pod_networks(now, cached.pods);
     mesh.set_node_ips(now, cached.node_ips);
     mesh.set_withdrawn(now, cached.withdrawn);
     if let Some(membership) = &membership {
@@ -267,6 +272,7 @@ mod tests {
         state
             .store_prefixes(&CachedPrefixes {
                 announced: vec!["10.244.1.0/24".parse().unwrap()],
+                pods: Vec::new(),
                 node_ips: Vec::new(),
                 withdrawn: vec!["172.21.0.0/16".parse().unwrap()],
             })

@@ -67,6 +67,19 @@ impl Prefixes {
         before.unwrap_or_default() != prefixes
     }
 
+    /// Returns the networks that Kubernetes names as this node's pods, limited to what is announced.
+    pub fn pods(&self, selection: &Selection) -> Vec<IpNet> {
+        let named = self.by_source.get(&PrefixSource::Kubernetes).into_iter().flatten();
+        let of = |pods: &IpNet| -> Vec<IpNet> {
+            let announced = &selection.announced;
+            if announced.iter().any(|wider| wider.contains(pods)) {
+                return vec![*pods];
+            }
+            announced.iter().filter(|part| pods.contains(*part)).copied().collect()
+        };
+        covering(named.flat_map(of)).into_iter().collect()
+    }
+
     /// Selects the networks to announce: those that pass the filter and that the grant allows. One
     /// network outside the grant would make the controller refuse the whole record.
     pub fn select(&self, filter: Filter<'_>, grant: &Grant) -> Selection {
@@ -162,6 +175,18 @@ mod tests {
         let selection = prefixes.select(filter, &grant(&["10.244.0.0/16", "fd00:10::/64"]));
         assert_eq!(selection.announced, ["10.244.0.0/24", "fd00:10::/64"].map(net));
         assert_eq!(selection.problems, [""; 0]);
+    }
+
+    #[test]
+    fn pods_are_what_kubernetes_names_and_what_is_announced() {
+        let prefixes = prefixes(&[
+            (PrefixSource::Configuration, &["10.1.0.0/24", "10.244.3.0/25"]),
+            (PrefixSource::Kubernetes, &["10.244.3.0/24", "10.245.0.0/23", "10.9.0.0/24"]),
+        ]);
+        let filter = Filter { include: &[], exclude: &[net("10.245.1.0/24")] };
+        let selection = prefixes.select(filter, &grant(&["10.1.0.0/24", "10.244.0.0/15"]));
+        let pods = prefixes.pods(&selection);
+        assert_eq!(pods, ["10.244.3.0/24", "10.245.0.0/24"].map(net));
     }
 
     #[test]

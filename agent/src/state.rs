@@ -178,6 +178,10 @@ pub struct Counters {
 pub struct CachedPrefixes {
     /// Prefixes that this node announced. The host's own routes lead to them.
     pub announced: Vec<IpNet>,
+    /// Pod networks of this node among the announced prefixes. Left out of the file when empty,
+    /// because versions before 0.2.0 refuse the field.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pods: Vec<IpNet>,
     /// Node IPs of this node among the announced prefixes.
     pub node_ips: Vec<IpAddr>,
     /// Prefixes that other nodes formerly announced and no node announces now.

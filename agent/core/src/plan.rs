@@ -22,6 +22,9 @@ pub struct Plan {
     pub routes: BTreeMap<(IpNet, RouteVia), RoutePlan>,
     /// What sends packets to the table.
     pub rules: RulePlan,
+    /// Networks of this node's pods. The container network's own routes lead there; where there is
+    /// none, nothing does: the host's default route would carry it out in clear.
+    pub pods: BTreeSet<IpNet>,
     /// Who enters the tunnel all the same where a route leaves it to the host.
     pub detour: DetourPlan,
     /// What of ours travels outside the tunnel.

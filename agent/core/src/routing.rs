@@ -29,6 +29,8 @@ pub(crate) struct Facts<'a> {
     pub(crate) underlay: &'a UnderlayPlan,
     /// What we announce.
     pub(crate) own_prefixes: &'a [IpNet],
+    /// Networks of our pods; announced too.
+    pub(crate) pod_networks: &'a [IpNet],
     /// Our own node IPs; announced too.
     pub(crate) node_ips: &'a [IpAddr],
     /// Addresses of our link besides the mesh's.
@@ -112,6 +114,7 @@ impl Routing {
             table: config.table,
             routes: routes.chain(nowhere).collect(),
             rules: config.rules,
+            pods: facts.pod_networks.iter().copied().collect(),
             detour: DetourPlan {
                 sources: holes.iter().copied().collect(),
                 destinations: nets(|entry| entry.detour),

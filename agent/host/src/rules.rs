@@ -11,9 +11,11 @@
 //! | 2 | IPv6, local, our mark, UDP or TCP with a port | goto offset 4 |
 //! | 3 | IPv6, local, our mark, UDP or TCP without a port, user root | goto offset 6 |
 //! | 4 | every packet | none: target of the gotos |
+//! | 4 | destinations that are pods of this node | look up the host's main table without its default routes |
 //! | 4 | sources of detours | look up the detour table |
 //! | 4 | local, from a plain TCP port | look up the answers table |
 //! | 5 | every packet | look up the plan's table |
+//! | 5 | destinations that are pods of this node | unreachable |
 //! | 6 | every packet | none: the host's other rules follow |
 //! | 6 | UDP source port 1 | none: see "Ports" below |
 //!
@@ -64,6 +66,9 @@ pub(super) const PRIORITIES: u32 = 7;
 /// further destinations use the tunnel only.
 const EITHER_WAY: usize = 64;
 
+/// Greatest number of pod networks per family that get rules. Kubernetes gives a node one of each.
+const PODS: usize = 16;
+
 const LOOPBACK: &str = "lo";
 const ROOT: u32 = 0;
 const TCP: u8 = libc::IPPROTO_TCP as u8;
@@ -80,7 +85,7 @@ pub(super) fn same(before: &Plan, plan: &Plan) -> bool {
         let (plain, native) = (&plan.firewall.plain, &plan.firewall.native);
         plain.difference(native).copied().collect::<Vec<_>>()
     };
-    either_way(before) == either_way(plan)
+    before.pods == plan.pods && either_way(before) == either_way(plan)
 }
 
 fn of_family(plan: &Plan, family: Family) -> Vec<Rule> {
@@ -139,7 +144,7 @@ impl Place<'_> {
     /// Returns the rules that look up the detour table and the answers table.
     fn entries(&self) -> Vec<Rule> {
         let plan = self.plan;
-        let mut rules = Vec::new();
+        let mut rules = self.pods();
         if plan.detour.destinations.iter().any(|net| self.has(net)) {
             let detour = RuleAction::Table(detour_table(plan.table));
             let sources = plan.detour.sources.iter().filter(|net| self.has(net));
@@ -153,6 +158,23 @@ impl Place<'_> {
             ..self.rule(4, answers)
         }));
         rules
+    }
+
+    /// Returns the rules for packets to this node's pods. They follow the container network's own
+    /// routes and are unreachable while these are missing. A reverse-path lookup gets the same answer,
+    /// so that no uplink brings in a pod's address as a source. The two rules have different
+    /// priorities because the kernel keeps rules of one priority in the order of their creation.
+    fn pods(&self) -> Vec<Rule> {
+        let nets = self.plan.pods.iter().filter(|net| self.has(net)).take(PODS);
+        let rules = nets.flat_map(|net| {
+            let to = |offset, action| Rule { destination: Some(*net), ..self.rule(offset, action) };
+            let main = RuleAction::Table(u32::from(libc::RT_TABLE_MAIN));
+            [
+                Rule { suppress_prefix_length: Some(0), ..to(4, main) },
+                to(5, RuleAction::Unreachable),
+            ]
+        });
+        rules.collect()
     }
 
     /// Returns the rules for Towline's own packets and for replies, which skip our tables.

@@ -37,6 +37,9 @@ pub struct Rule {
     /// Range of the user id that owns the sending socket. Root (0) stands for packets without a socket:
     /// forwarded packets, and lookups of the kernel itself.
     pub users: Option<RangeInclusive<u32>>,
+    /// For [`RuleAction::Table`]: greatest prefix length of routes that the lookup ignores, so that the
+    /// next rule is asked. 0 ignores default routes.
+    pub suppress_prefix_length: Option<u32>,
     /// Protocol number (`RTPROT_*`) of the program that created the rule.
     pub made_by: u8,
 }
@@ -73,6 +76,7 @@ impl Rule {
             source_ports: None,
             destination_ports: None,
             users: None,
+            suppress_prefix_length: None,
             made_by: libc::RTPROT_STATIC,
         }
     }
@@ -84,6 +88,7 @@ const FRA_IIFNAME: u16 = 3;
 const FRA_GOTO: u16 = 4;
 const FRA_PRIORITY: u16 = 6;
 const FRA_FWMARK: u16 = 10;
+const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
 const FRA_TABLE: u16 = 15;
 const FRA_FWMASK: u16 = 16;
 const FRA_OIFNAME: u16 = 17;
@@ -154,6 +159,9 @@ fn message(kind: u16, flags: u16, rule: &Rule) -> Message {
     if let Some((kind, number)) = target {
         message.u32(kind, number);
     }
+    if let Some(length) = rule.suppress_prefix_length {
+        message.u32(FRA_SUPPRESS_PREFIXLEN, length);
+    }
     if let Some((mark, mask)) = rule.mark {
         message.u32(FRA_FWMARK, mark).u32(FRA_FWMASK, mask);
     }
@@ -215,6 +223,10 @@ fn parse(received: &Received<'_>) -> Option<Rule> {
             FRA_FWMARK => mark = attribute.u32(),
             FRA_FWMASK => mask = attribute.u32()?,
             FRA_TABLE => table = attribute.u32()?,
+            // The kernel writes -1 where nothing is suppressed.
+            FRA_SUPPRESS_PREFIXLEN => {
+                rule.suppress_prefix_length = Some(attribute.u32()?).filter(|n| *n != u32::MAX);
+            }
             FRA_GOTO => target = attribute.u32()?,
             FRA_PROTOCOL => rule.made_by = attribute.u8()?,
             FRA_IP_PROTO => rule.protocol = attribute.u8(),

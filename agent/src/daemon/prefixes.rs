@@ -36,6 +36,7 @@ impl Daemon {
     pub(super) fn remember(&self) {
         let now = CachedPrefixes {
             announced: self.announced.announced.clone(),
+            pods: self.prefixes.pods(&self.announced),
             node_ips: self.own_node_ips(),
             withdrawn: self.mesh.withdrawn().iter().copied().collect(),
         };
@@ -72,6 +73,7 @@ impl Daemon {
         let prefixes = self.announced.announced.clone();
         let now = Instant::now();
         self.mesh.set_prefixes(now, prefixes.clone());
+        self.mesh.set_pod_networks(now, self.prefixes.pods(&self.announced));
         self.mesh.set_node_ips(now, self.own_node_ips());
         self.remember();
         self.announcements.send_if_modified(|announcement| match announcement {

@@ -53,6 +53,7 @@ pub struct Mesh {
     config: Config,
     local: Local,
     own_prefixes: Vec<IpNet>,
+    pod_networks: Vec<IpNet>,
     own_addresses: Vec<IpAddr>,
     forward_to: Vec<IpNet>,
     node_ips: Vec<IpAddr>,
@@ -98,6 +99,7 @@ impl Mesh {
             local: Local::new(config.membership.as_ref()),
             config,
             own_prefixes: Vec::new(),
+            pod_networks: Vec::new(),
             own_addresses: Vec::new(),
             forward_to: Vec::new(),
             node_ips: Vec::new(),
@@ -194,6 +196,17 @@ impl Mesh {
         if self.own_prefixes != prefixes {
             self.own_prefixes = prefixes;
             self.claims_changed = true;
+            self.plan_changed = true;
+        }
+    }
+
+    /// Replaces the networks of this node's pods, which are among what it announces. The plan lets
+    /// only the container network's own routes lead there.
+    pub fn set_pod_networks(&mut self, now: Instant, networks: Vec<IpNet>) {
+        self.advance(now);
+        let networks: Vec<IpNet> = covering(networks).into_iter().collect();
+        if self.pod_networks != networks {
+            self.pod_networks = networks;
             self.plan_changed = true;
         }
     }
@@ -544,6 +557,7 @@ impl Mesh {
             config: &self.config,
             underlay: &self.underlay,
             own_prefixes: &self.own_prefixes,
+            pod_networks: &self.pod_networks,
             node_ips: &self.node_ips,
             own_addresses: &self.own_addresses,
             forward_to: &self.forward_to,

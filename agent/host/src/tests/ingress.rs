@@ -127,7 +127,7 @@ fn add_addresses(link: &str, addresses: &[&str]) {
 }
 
 /// Creates the namespace of a pod, whose `eth0` is the other end of a link of the host.
-fn pod(link: &str, host: &[&str], pod: &[&str]) -> NetworkNamespace {
+pub(super) fn pod(link: &str, host: &[&str], pod: &[&str]) -> NetworkNamespace {
     let namespace = NetworkNamespace::new();
     let peer = VethPeer { name: "eth0", namespace: Some(namespace.as_fd()) };
     Rtnetlink::open().unwrap().add_veth(link, peer).unwrap();
@@ -328,6 +328,54 @@ namespace_test! {
         }
         assert!(counter("outer", "own network as source, IPv4").packets >= 12);
         assert!(counter("outer", "own network as source, IPv6").packets >= 12);
+    }
+}
+
+namespace_test! {
+    fn pods_are_closed_while_the_container_network_has_no_route_to_them() {
+        let neighbour = lan();
+        forward();
+        set_reverse_path_filter(0);
+        let mut rtnetlink = Rtnetlink::open().unwrap();
+        for (any, (_, gateway)) in ["0.0.0.0/0", "::/0"].into_iter().zip(PAIRS) {
+            rtnetlink.add_route(&Route::new(net(any)).via(address(gateway))).unwrap();
+        }
+        neighbour.enter(|| {
+            add_addresses("lo", &["10.9.1.7/32", "fd00:9:1::7/128"]);
+            route_to_host(&["10.9.2.7/32", "198.19.0.1/32", "fd00:9::/64"]);
+        });
+        let mut plan = announcing(&PODS, &[]);
+        plan.pods = PODS.map(net).into();
+        let Some((_host, tunnel)) = with_tunnel(&plan) else { return };
+        for family in [0, 1] {
+            let (uplink, lan_address) = PAIRS[family];
+            let service = udp(at(ANY[family], PORT), false);
+            let forged = neighbour.enter(|| udp(at(POD[family], PORT), false));
+            for to in [uplink, THERE[family], OVERLAY[family]] {
+                forged.send_to(b"forged", at(to, PORT)).unwrap();
+            }
+            let other = neighbour.enter(|| udp(at(lan_address, 0), false));
+            other.send_to(b"honest", at(uplink, PORT)).unwrap();
+            assert_eq!(received(&service), b"honest");
+            is_empty(&service, "a forged pod");
+            // Neither what this host sends nor what comes out of the tunnel leaves by the default
+            // route.
+            assert!(service.send_to(b"clear", at(POD[family], PORT)).is_err());
+            into_tunnel(&tunnel, &datagram(THERE[family], POD[family], PORT, b"clear"));
+            into_tunnel(&tunnel, &datagram(THERE[family], OVERLAY[family], PORT, b"ours"));
+            assert_eq!(received(&service), b"ours");
+            is_empty(&forged, "a packet for a pod");
+        }
+        // The container network starts.
+        let pod =
+            pod("cni0", &["10.9.1.1/24", "fd00:9:1::1/64"], &["10.9.1.7/24", "fd00:9:1::7/64"]);
+        for family in [0, 1] {
+            let service = pod.enter(|| udp(at(POD[family], PORT), false));
+            let host = udp(at(ANY[family], 0), false);
+            reach(&host, at(POD[family], PORT), &service);
+            into_tunnel(&tunnel, &datagram(THERE[family], POD[family], PORT, b"reached"));
+            assert_eq!(received(&service), b"reached");
+        }
     }
 }
 

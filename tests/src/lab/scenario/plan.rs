@@ -163,6 +163,7 @@ impl Mesh {
             table: 21_580,
             routes,
             rules: RulePlan { priority: 21_580, mark: 0x10, mask: 0x30 },
+            pods: std::collections::BTreeSet::new(),
             detour: DetourPlan::default(),
             underlay: UnderlayPlan { port: Some(51_830), ..UnderlayPlan::default() },
             firewall: FirewallPlan {
