@@ -528,13 +528,13 @@ fn inner_seeds() -> Vec<Vec<u8>> {
     v6[45] = 40;
     let checksum =
         VnetHeader { flags: 1, csum_start: 20, csum_offset: 16, ..VnetHeader::default() };
-    let train = VnetHeader { gso_type: 1, gso_size: 8, hdr_len: 40, ..checksum };
+    let super_packet = VnetHeader { gso_type: 1, gso_size: 8, hdr_len: 40, ..checksum };
     let plain = VnetHeader::default();
     vec![
         [&plain.encode()[..], &v4].concat(),
         [&plain.encode()[..], &v6].concat(),
         [&checksum.encode()[..], &v4].concat(),
-        [&train.encode()[..], &v4].concat(),
+        [&super_packet.encode()[..], &v4].concat(),
     ]
 }
 

@@ -112,24 +112,24 @@ fn dataplane(c: &mut Criterion) {
     });
 
     let segments = segments();
-    let stride = SEGMENT + DATA_OVERHEAD;
+    let segment_size = SEGMENT + DATA_OVERHEAD;
     let mut batch = WriteBatch::new(2);
     let places: Vec<(usize, Inner)> = segments
         .iter()
         .enumerate()
         .map(|(number, segment)| {
-            let at = number * stride + DATA_HEADER;
+            let at = number * segment_size + DATA_HEADER;
             batch.bytes_mut()[at..at + SEGMENT].copy_from_slice(segment);
             (at, Inner::parse(segment).expect("a packet"))
         })
         .collect();
-    let pristine = batch.bytes()[..SEGMENTS * stride].to_vec();
+    let pristine = batch.bytes()[..SEGMENTS * segment_size].to_vec();
     let mut coalescer = Coalescer::new(Coalesce { tcp: true, udp: true, ..Coalesce::default() });
     group.bench_function("coalesce", |bench| {
         bench.iter(|| {
             batch.clear();
             // The previous iteration rewrote the header of the first segment.
-            batch.bytes_mut()[..stride].copy_from_slice(&pristine[..stride]);
+            batch.bytes_mut()[..segment_size].copy_from_slice(&pristine[..segment_size]);
             for (at, inner) in &places {
                 coalescer.add(&mut batch, *at, inner);
             }
@@ -148,18 +148,18 @@ fn dataplane(c: &mut Criterion) {
         });
     });
 
-    let mut plain = vec![0; SEGMENTS * stride];
+    let mut plain = vec![0; SEGMENTS * segment_size];
     group.bench_function("open", |bench| {
         bench.iter_batched_ref(
             || {
                 out.clear();
                 a.seal(&mut Ready(segments.iter()), to, &mut out, &drops);
-                out.bytes()[..SEGMENTS * stride].to_vec()
+                out.bytes()[..SEGMENTS * segment_size].to_vec()
             },
-            |train| {
+            |datagrams| {
                 let mut opened = 0;
-                let train = Datagrams::new(train, 0, stride).expect("datagrams");
-                b.open(train, 0, &mut plain, |_, _| opened += 1);
+                let datagrams = Datagrams::new(datagrams, 0, segment_size).expect("datagrams");
+                b.open(datagrams, 0, &mut plain, |_, _| opened += 1);
                 assert_eq!(opened, SEGMENTS);
             },
             BatchSize::PerIteration,

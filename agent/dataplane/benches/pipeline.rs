@@ -20,7 +20,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::peer_table::{Observation, PeerEntry, PeerTable};
 use towline_dataplane::arena::{
-    HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, Train, TunBatch, WriteBatch,
+    GsoBatch, HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, TunBatch, WriteBatch,
 };
 use towline_dataplane::coalesce::Coalesce;
 use towline_dataplane::drops::Drops;
@@ -39,7 +39,7 @@ const HEADERS: usize = 40;
 /// Number of super-packets in the shorter run.
 const LOAD: u64 = 200;
 /// Longest time for one run, which valgrind slows down by a large factor.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 fn event() -> EventFd {
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).expect("an eventfd")
@@ -94,9 +94,9 @@ impl TunIo for Link {
     }
 }
 
-/// Trains that wait at one end of the wire, each with its segment size.
+/// GSO batches that wait at one end of the wire, each with its segment size.
 struct Inbox {
-    trains: Mutex<VecDeque<(Vec<u8>, usize)>>,
+    gso_batches: Mutex<VecDeque<(Vec<u8>, usize)>>,
     readable: EventFd,
 }
 
@@ -113,23 +113,23 @@ impl UdpIo for Wire {
     }
 
     fn receive(&mut self, _: Ready, batch: &mut RecvBatch, _: &Drops) -> io::Result<()> {
-        let mut trains = self.own.trains.lock().expect("the wire");
+        let mut gso_batches = self.own.gso_batches.lock().expect("the wire");
         for slot in 0..batch.slots() {
-            let Some((train, size)) = trains.pop_front() else {
+            let Some((gso, size)) = gso_batches.pop_front() else {
                 let _ = self.own.readable.read();
                 break;
             };
-            batch.bytes_mut()[slot * SLOT_BYTES..][..train.len()].copy_from_slice(&train);
-            batch.push(slot, self.from.into(), train.len(), size);
+            batch.bytes_mut()[slot * SLOT_BYTES..][..gso.len()].copy_from_slice(&gso);
+            batch.push(slot, self.from.into(), gso.len(), size);
         }
         Ok(())
     }
 
-    fn send_trains(&mut self, _: Instant, bytes: &[u8], trains: &[Train], _: &Drops) {
-        let mut waiting = self.other.trains.lock().expect("the wire");
-        for train in trains {
-            let bytes = bytes[train.start..train.start + train.len].to_vec();
-            waiting.push_back((bytes, train.len.div_ceil(train.segments.max(1))));
+    fn send_gso_batches(&mut self, _: Instant, bytes: &[u8], gso_batches: &[GsoBatch], _: &Drops) {
+        let mut waiting = self.other.gso_batches.lock().expect("the wire");
+        for gso in gso_batches {
+            let bytes = bytes[gso.start..gso.start + gso.len].to_vec();
+            waiting.push_back((bytes, gso.len.div_ceil(gso.segments.max(1))));
         }
         let _ = self.other.readable.write(1);
     }
@@ -139,7 +139,7 @@ impl UdpIo for Wire {
         Ok(())
     }
 
-    fn came_joined(&mut self, _: Instant, _: usize, _: usize) {}
+    fn record_gro(&mut self, _: Instant, _: usize, _: usize) {}
 
     fn features(&self) -> Vec<Switch> {
         Vec::new()
@@ -198,7 +198,7 @@ impl End {
 
     /// Makes `peer` the only peer of this end. `own` and `theirs` are the addresses inside the
     /// tunnel.
-    fn know(&self, peer: &Self, own: [u8; 4], theirs: [u8; 4]) {
+    fn add_peer(&self, peer: &Self, own: [u8; 4], theirs: [u8; 4]) {
         let entry = PeerEntry {
             endpoint: Some(peer.address.into()),
             mtu: 1_420,
@@ -225,21 +225,21 @@ impl End {
 /// Sends `load` super-packets from one end to the other.
 fn carry(load: u64) {
     let inbox = || {
-        let (trains, readable) = (Mutex::new(VecDeque::new()), event());
-        Arc::new(Inbox { trains, readable })
+        let (gso_batches, readable) = (Mutex::new(VecDeque::new()), event());
+        Arc::new(Inbox { gso_batches, readable })
     };
     let (left, right) = (inbox(), inbox());
     let mut a = End::start(1, &left, &right);
     let mut b = End::start(2, &right, &left);
-    a.know(&b, [10, 0, 0, 1], [10, 0, 0, 2]);
-    b.know(&a, [10, 0, 0, 2], [10, 0, 0, 1]);
+    a.add_peer(&b, [10, 0, 0, 1], [10, 0, 0, 2]);
+    b.add_peer(&a, [10, 0, 0, 2], [10, 0, 0, 1]);
     a.plane.handshake(b.plane.public_key(), vec![b.address.into()]);
     a.await_handshake();
     b.await_handshake();
     let wanted = load * SEGMENTS * PAYLOAD as u64;
     a.host.left.store(load, Ordering::Relaxed);
     let _ = a.host.readable.write(1);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while b.host.arrived.load(Ordering::Relaxed) < wanted {
         assert!(Instant::now() < deadline, "not everything arrives: {:?}", b.plane.snapshot());
         std::thread::yield_now();

@@ -12,9 +12,9 @@ use super::vnet::VnetHeader;
 
 /// Largest number of bytes in one send. The largest UDP payload over IPv4 is 65,507; 20 bytes less
 /// leaves room for the larger IPv6 header.
-pub const TRAIN_BYTES: usize = 65_487;
+pub const GSO_MAX_BYTES: usize = 65_487;
 /// Largest number of datagrams in one send: every kernel with `UDP_SEGMENT` takes as many.
-pub const TRAIN_SEGMENTS: usize = 64;
+pub const GSO_MAX_SEGMENTS: usize = 64;
 /// Bytes of a slot, which holds the largest datagram or TUN packet.
 pub const SLOT_BYTES: usize = 65_536;
 /// Free bytes before each packet from the TUN. Its virtio header is read into them.
@@ -25,7 +25,7 @@ pub const TAILROOM: usize = 16;
 /// Consecutive datagrams for one path in a [`SendBatch`]. All have the same length, except that the
 /// last may be shorter: `UDP_SEGMENT` sends them with one call.
 #[derive(Debug, Clone, Copy)]
-pub struct Train {
+pub struct GsoBatch {
     /// Path to send on.
     pub to: Path,
     /// Position of the first byte in the batch.
@@ -34,7 +34,7 @@ pub struct Train {
     pub len: usize,
     /// Segment size: the length of each datagram except the last, in bytes. An empty datagram
     /// counts as 1 byte.
-    pub stride: NonZeroUsize,
+    pub segment_size: NonZeroUsize,
     /// Number of datagrams.
     pub segments: usize,
     /// True if the datagrams are sent as fragments of the size that every path of their family
@@ -47,19 +47,19 @@ pub struct Train {
 pub struct SendBatch {
     bytes: Box<[u8]>,
     used: usize,
-    trains: Vec<Train>,
-    max_trains: usize,
+    gso_batches: Vec<GsoBatch>,
+    max_gso_batches: usize,
     fragment: bool,
 }
 
 impl SendBatch {
-    /// Creates an empty batch with room for `bytes` bytes and `trains` trains.
-    pub fn new(bytes: usize, trains: usize) -> Self {
+    /// Creates an empty batch with room for `bytes` bytes and `gso_batches` GSO batches.
+    pub fn new(bytes: usize, gso_batches: usize) -> Self {
         Self {
             bytes: vec![0; bytes].into_boxed_slice(),
             used: 0,
-            trains: Vec::with_capacity(trains),
-            max_trains: trains,
+            gso_batches: Vec::with_capacity(gso_batches),
+            max_gso_batches: gso_batches,
             fragment: false,
         }
     }
@@ -67,7 +67,7 @@ impl SendBatch {
     /// Returns the free space for the next datagram. `None` if less than `need` bytes are left, so
     /// that the batch must be sent first.
     pub fn spare(&mut self, need: usize) -> Option<&mut [u8]> {
-        if self.trains.len() == self.max_trains {
+        if self.gso_batches.len() == self.max_gso_batches {
             return None;
         }
         self.bytes.get_mut(self.used..).filter(|spare| spare.len() >= need)
@@ -97,23 +97,30 @@ impl SendBatch {
             None => len,
         };
         debug_assert!(self.used + len <= self.bytes.len());
-        match self.trains.last_mut() {
-            Some(train)
-                if train.to == to
-                    && train.fragment == fragment
-                    && train.len == train.stride.get() * train.segments
-                    && len <= train.stride.get()
+        match self.gso_batches.last_mut() {
+            Some(gso)
+                if gso.to == to
+                    && gso.fragment == fragment
+                    && gso.len == gso.segment_size.get() * gso.segments
+                    && len <= gso.segment_size.get()
                     && len > 0
-                    && train.segments < TRAIN_SEGMENTS
-                    && train.len + len <= TRAIN_BYTES =>
+                    && gso.segments < GSO_MAX_SEGMENTS
+                    && gso.len + len <= GSO_MAX_BYTES =>
             {
-                train.len += len;
-                train.segments += 1;
+                gso.len += len;
+                gso.segments += 1;
             }
             _ => {
                 let start = self.used;
-                let stride = NonZeroUsize::new(len).unwrap_or(NonZeroUsize::MIN);
-                self.trains.push(Train { to, start, len, stride, segments: 1, fragment });
+                let segment_size = NonZeroUsize::new(len).unwrap_or(NonZeroUsize::MIN);
+                self.gso_batches.push(GsoBatch {
+                    to,
+                    start,
+                    len,
+                    segment_size,
+                    segments: 1,
+                    fragment,
+                });
             }
         }
         self.used += len;
@@ -127,25 +134,25 @@ impl SendBatch {
         true
     }
 
-    /// Returns the trains, in order.
-    pub fn trains(&self) -> &[Train] {
-        &self.trains
+    /// Returns the GSO batches, in order.
+    pub fn gso_batches(&self) -> &[GsoBatch] {
+        &self.gso_batches
     }
 
-    /// Returns the block of bytes that [`Train::start`] is an offset of.
+    /// Returns the block of bytes that [`GsoBatch::start`] is an offset of.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
     /// Returns whether there is nothing to send.
     pub fn is_empty(&self) -> bool {
-        self.trains.is_empty()
+        self.gso_batches.is_empty()
     }
 
     /// Removes all datagrams.
     pub fn clear(&mut self) {
         self.used = 0;
-        self.trains.clear();
+        self.gso_batches.clear();
     }
 }
 
@@ -155,7 +162,7 @@ fn header_bytes(to: &Path) -> usize {
 
 /// Consecutive datagrams in a batch, which a parser consumes step by step.
 ///
-/// There is at least one, and none is empty or longer than [`TRAIN_BYTES`]. All have the same
+/// There is at least one, and none is empty or longer than [`GSO_MAX_BYTES`]. All have the same
 /// length, except that the last may be shorter. [`Datagrams::skip`] takes a number that is not
 /// zero, and no datagram is empty, so every step of a parser leaves fewer bytes than before.
 #[derive(Debug, Clone, Copy)]
@@ -164,7 +171,7 @@ pub struct Datagrams<'a> {
     start: usize,
     /// Bytes of all datagrams. Not empty.
     bytes: &'a [u8],
-    /// Length of each datagram except the last, in bytes. At most [`TRAIN_BYTES`].
+    /// Length of each datagram except the last, in bytes. At most [`GSO_MAX_BYTES`].
     segment_size: NonZeroUsize,
 }
 
@@ -173,7 +180,7 @@ pub struct Datagrams<'a> {
 pub enum NoDatagrams {
     /// One empty datagram.
     Empty,
-    /// Datagrams of more than [`TRAIN_BYTES`] bytes, which no node of the mesh sends or forwards.
+    /// Datagrams of more than [`GSO_MAX_BYTES`] bytes, which no node of the mesh sends or forwards.
     Oversized {
         /// Number of datagrams.
         count: usize,
@@ -190,7 +197,7 @@ impl<'a> Datagrams<'a> {
     pub fn new(bytes: &'a [u8], start: usize, segment_size: usize) -> Result<Self, NoDatagrams> {
         let whole = NonZeroUsize::new(bytes.len()).ok_or(NoDatagrams::Empty)?;
         let segment_size = NonZeroUsize::new(segment_size).map_or(whole, |size| size.min(whole));
-        if segment_size.get() > TRAIN_BYTES {
+        if segment_size.get() > GSO_MAX_BYTES {
             return Err(NoDatagrams::Oversized { count: bytes.len().div_ceil(segment_size.get()) });
         }
         Ok(Self { start, bytes, segment_size })
@@ -245,8 +252,8 @@ impl<'a> Datagrams<'a> {
     /// Returns the number of leading datagrams that one send takes.
     #[inline]
     pub fn one_send(&self) -> NonZeroUsize {
-        // No datagram is longer than `TRAIN_BYTES`, so it is at least 1.
-        NonZeroUsize::new((TRAIN_BYTES / self.segment_size).min(TRAIN_SEGMENTS))
+        // No datagram is longer than `GSO_MAX_BYTES`, so it is at least 1.
+        NonZeroUsize::new((GSO_MAX_BYTES / self.segment_size).min(GSO_MAX_SEGMENTS))
             .unwrap_or(NonZeroUsize::MIN)
     }
 
@@ -491,8 +498,8 @@ impl WriteBatch {
     pub fn new(slots: usize) -> Self {
         Self {
             bytes: vec![0; slots * SLOT_BYTES].into_boxed_slice(),
-            pieces: Vec::with_capacity(slots * TRAIN_SEGMENTS),
-            frames: Vec::with_capacity(slots * TRAIN_SEGMENTS),
+            pieces: Vec::with_capacity(slots * GSO_MAX_SEGMENTS),
+            frames: Vec::with_capacity(slots * GSO_MAX_SEGMENTS),
         }
     }
 
@@ -569,7 +576,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn trains_hold_every_datagram_in_order(
+        fn gso_batches_hold_every_datagram_in_order(
             datagrams in proptest::collection::vec((0u8..3, 0usize..2000), 0..300),
         ) {
             let mut batch = SendBatch::new(1 << 20, 512);
@@ -581,16 +588,16 @@ mod tests {
                 pushed.push((to, datagram));
             }
             let mut read = Vec::new();
-            for train in batch.trains() {
-                prop_assert!(train.segments <= TRAIN_SEGMENTS);
-                prop_assert!(train.len <= TRAIN_BYTES);
-                let bytes = &batch.bytes()[train.start..train.start + train.len];
+            for gso in batch.gso_batches() {
+                prop_assert!(gso.segments <= GSO_MAX_SEGMENTS);
+                prop_assert!(gso.len <= GSO_MAX_BYTES);
+                let bytes = &batch.bytes()[gso.start..gso.start + gso.len];
                 if bytes.is_empty() {
-                    read.push((train.to, Vec::new()));
+                    read.push((gso.to, Vec::new()));
                 }
                 let before = read.len();
-                read.extend(bytes.chunks(train.stride.get()).map(|d| (train.to, d.to_vec())));
-                prop_assert!(bytes.is_empty() || read.len() - before == train.segments);
+                read.extend(bytes.chunks(gso.segment_size.get()).map(|d| (gso.to, d.to_vec())));
+                prop_assert!(bytes.is_empty() || read.len() - before == gso.segments);
             }
             prop_assert_eq!(read, pushed);
         }
@@ -612,14 +619,14 @@ mod tests {
                     return Ok(());
                 }
                 Err(NoDatagrams::Oversized { count }) => {
-                    prop_assert!(size > TRAIN_BYTES);
+                    prop_assert!(size > GSO_MAX_BYTES);
                     prop_assert_eq!(count, len.div_ceil(size));
                     return Ok(());
                 }
                 Ok(all) => all,
             };
             prop_assert_eq!(all.count().get(), len.div_ceil(size));
-            prop_assert!(all.one_send().get() * size <= TRAIN_BYTES);
+            prop_assert!(all.one_send().get() * size <= GSO_MAX_BYTES);
             let (mut rest, mut at, mut taken) = (Some(all), start, 0);
             let mut steps = steps.iter().cycle().map(|step| NonZeroUsize::new(*step).unwrap());
             while let Some(datagrams) = rest {
@@ -661,7 +668,7 @@ mod tests {
         assert!(!batch.push(to, &[0; 60]), "no bytes left");
         assert!(batch.push(to, &[0; 20]));
         assert!(batch.push(Path::direct(([127, 0, 0, 2], 1).into()), &[0; 1]));
-        assert!(!batch.push(to, &[0; 1]), "no trains left");
+        assert!(!batch.push(to, &[0; 1]), "no GSO batches left");
         batch.clear();
         assert!(batch.push(to, &[0; 100]));
     }

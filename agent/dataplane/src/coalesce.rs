@@ -172,7 +172,7 @@ impl Coalescer {
     /// `inner`.
     pub fn add(&mut self, batch: &mut WriteBatch, start: usize, inner: &Inner) {
         let len = inner.total_len;
-        let Some(candidate) = self.look(&batch.bytes()[start..start + len], inner) else {
+        let Some(candidate) = self.candidate(&batch.bytes()[start..start + len], inner) else {
             // A fragment, or an IPv6 packet with extension headers, may belong to an open flow. The
             // flows between its addresses are closed, so that none of them overtakes it.
             if inner.fragment || inner.source.is_ipv6() {
@@ -219,10 +219,10 @@ impl Coalescer {
     }
 
     /// Returns the properties of a packet. `None` if it is neither TCP nor UDP, or is a fragment.
-    fn look(&self, packet: &[u8], inner: &Inner) -> Option<Candidate> {
+    fn candidate(&self, packet: &[u8], inner: &Inner) -> Option<Candidate> {
         let (key, (layout, plain)) = (Key::of(packet, inner)?, Layout::of(packet, inner, 0)?);
         let allowed = if layout.is_tcp { self.allowed.tcp } else { self.allowed.udp };
-        let (layout, joins) = match self.inside(packet, &layout) {
+        let (layout, joins) = match self.inner_layout(packet, &layout) {
             Some(inside) if plain => inside,
             _ => (layout, plain && allowed),
         };
@@ -232,7 +232,7 @@ impl Coalescer {
 
     /// Returns the layout of a TCP segment inside a tunnel of the host, and whether it may be
     /// coalesced. `None` if there is no such segment.
-    fn inside(&self, packet: &[u8], layout: &Layout) -> Option<(Layout, bool)> {
+    fn inner_layout(&self, packet: &[u8], layout: &Layout) -> Option<(Layout, bool)> {
         if layout.is_tcp {
             return None;
         }
@@ -371,10 +371,10 @@ impl Network {
     /// Compares this header of two packets, except for addresses (compared elsewhere), length and
     /// checksum. If splitting would give the packet after `first` the header of `next`, returns the
     /// progress of the identification.
-    fn goes_on(&self, id: Identification, first: &[u8], next: &[u8]) -> Option<Identification> {
+    fn continues(&self, id: Identification, first: &[u8], next: &[u8]) -> Option<Identification> {
         let (first, next) = (&first[self.at..], &next[self.at..]);
         if self.source.is_ipv4() {
-            return id.goes_on(first, next);
+            return id.continues(first, next);
         }
         // Compares version, traffic class and flow label, then next header and hop limit.
         (first[..4] == next[..4] && first[6..8] == next[6..8]).then_some(id)
@@ -400,7 +400,7 @@ impl Identification {
         Self { last: identification(header), step: None }
     }
 
-    fn goes_on(self, first: &[u8], next: &[u8]) -> Option<Self> {
+    fn continues(self, first: &[u8], next: &[u8]) -> Option<Self> {
         // Compares type of service, then flags, time to live and protocol.
         let same = first[1] == next[1] && first[6..10] == next[6..10];
         let last = identification(next);
@@ -485,13 +485,13 @@ impl Flow {
         let Layout { outer, network, transport, len, .. } = self.layout;
         let mut outer_identification = self.outer_identification;
         if let Some(outer) = outer {
-            outer_identification = outer.network.goes_on(outer_identification, first, packet)?;
+            outer_identification = outer.network.continues(outer_identification, first, packet)?;
             let between = outer.udp + UDP_HEADER..network.at;
             if first[between.clone()] != packet[between] {
                 return None;
             }
         }
-        let identification = network.goes_on(self.identification, first, packet)?;
+        let identification = network.continues(self.identification, first, packet)?;
         let (first, packet) = (&first[transport..len], &packet[transport..len]);
         if self.layout.is_tcp {
             let flags = |tcp: &[u8]| tcp[TCP_FLAGS] & !TCP_PSH;

@@ -1,4 +1,4 @@
-//! Counters of each peer. They are written once per train of packets and may be read at any time.
+//! Counters of each peer. They are written once per run of packets and may be read at any time.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

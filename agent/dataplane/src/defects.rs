@@ -9,14 +9,14 @@
 //! | a replay window of 1,024 | `worker`: order is kept | here |
 //! | no Reject-After-Messages | `session` | `tests/dataplane.rs` |
 //! | no padding to 16 bytes | `split` | here |
-//! | one counter limits handshakes, for addresses without ports | `session`, `engine` | here, `tests/dataplane.rs` |
+//! | one counter limits handshakes, for addresses without ports | `session`, `pipeline` | here, `tests/dataplane.rs` |
 //! | responses are limited too | `session` | here |
 //! | a pre-shared key cannot change | `peer`, `table` | `tests/dataplane.rs` |
 //! | an expired tunnel stays expired | `peer`, core | here, `agent/core/tests` |
 //! | small buffers panic | `session` | here |
 //! | indices reveal the number of peers | `table` | here |
 //! | roaming on cookie replies | `peer` | here |
-//! | a source is checked only against the prefixes of its own peer | `engine` |
+//! | a source is checked only against the prefixes of its own peer | `pipeline` |
 //! `tests/dataplane.rs` |
 //! | a clock that was set back locks a peer out | `peer`, `table` | `tests/dataplane.rs` |
 
@@ -36,12 +36,12 @@ use super::arena::{Datagrams, SendBatch};
 use super::counters::PeerCounters;
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
-use super::peer::{Act, Tunnel};
 use super::session::{
     Admission, Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Opened, PADDING, Secrets,
     Segments, Session, Tick,
 };
 use super::table::Table;
+use super::tunnel::{Tunnel, TunnelContext};
 
 fn secrets(number: u8) -> Arc<Secrets> {
     Arc::new(Secrets::new(StaticSecret::from([number; 32])))
@@ -109,7 +109,7 @@ fn establish(a: &mut Session, b: &mut Session) {
 fn seal(session: &mut Session) -> Vec<u8> {
     let mut out = SendBatch::new(4096, 4);
     session.seal(&mut Once::new(packet()), address(9).into(), &mut out, &Drops::default());
-    out.bytes()[out.trains()[0].start..][..out.trains()[0].len].to_vec()
+    out.bytes()[out.gso_batches()[0].start..][..out.gso_batches()[0].len].to_vec()
 }
 
 fn open(session: &mut Session, datagram: &[u8]) -> Opened {
@@ -146,16 +146,20 @@ impl Side {
         }
     }
 
-    fn with<R>(&mut self, now: Instant, call: impl FnOnce(&mut Tunnel, &mut Act<'_>) -> R) -> R {
+    fn with<R>(
+        &mut self,
+        now: Instant,
+        call: impl FnOnce(&mut Tunnel, &mut TunnelContext<'_>) -> R,
+    ) -> R {
         let Self { tunnel, out, events, drops, counters, started, .. } = self;
-        call(tunnel, &mut Act { now, started: *started, out, events, drops, counters })
+        call(tunnel, &mut TunnelContext { now, started: *started, out, events, drops, counters })
     }
 
     fn sent(&mut self) -> Vec<Vec<u8>> {
         let bytes = self.out.bytes();
-        let trains = self.out.trains().iter();
-        let sent = trains
-            .flat_map(|train| bytes[train.start..][..train.len].chunks(train.stride.get()))
+        let gso_batches = self.out.gso_batches().iter();
+        let sent = gso_batches
+            .flat_map(|gso| bytes[gso.start..][..gso.len].chunks(gso.segment_size.get()))
             .map(<[u8]>::to_vec)
             .collect();
         self.out.clear();
@@ -163,13 +167,13 @@ impl Side {
     }
 
     fn take(&mut self, now: Instant, from: Path, known: Path, datagram: &[u8]) {
-        self.with(now, |tunnel, act| match MessageKind::of(datagram).unwrap() {
+        self.with(now, |tunnel, context| match MessageKind::of(datagram).unwrap() {
             MessageKind::Data { receiver } => {
                 let one = Datagrams::new(datagram, 0, 0).unwrap();
                 let (mut plain, each) = (vec![0; datagram.len()], |_, _| {});
-                tunnel.open(from, Some(known), receiver, one, &mut plain, act, each);
+                tunnel.open(from, Some(known), receiver, one, &mut plain, context, each);
             }
-            _ => tunnel.handshake(datagram, from, Some(known), act),
+            _ => tunnel.handshake(datagram, from, Some(known), context),
         });
     }
 
@@ -211,7 +215,7 @@ fn deliver(now: Instant, sides: &mut [Side; 2]) -> [usize; 2] {
 fn two_ends_with_keepalives_do_not_fight_to_initiate() {
     let mut sides = sides();
     let start = sides[0].started;
-    sides[0].with(start, |tunnel, act| tunnel.initiate(vec![address(2).into()], act));
+    sides[0].with(start, |tunnel, context| tunnel.initiate(vec![address(2).into()], context));
     assert_eq!(deliver(start, &mut sides), [1, 0]);
     let mut later = [0; 2];
     let keepalive = Some(Duration::from_secs(5));
@@ -219,7 +223,7 @@ fn two_ends_with_keepalives_do_not_fight_to_initiate() {
         let now = start + Duration::from_millis(250) * quarter;
         for (me, side) in sides.iter_mut().enumerate() {
             let known = Some(address(2 - me as u8).into());
-            side.with(now, |tunnel, act| tunnel.tick(known, keepalive, act));
+            side.with(now, |tunnel, context| tunnel.tick(known, keepalive, context));
         }
         let initiations = deliver(now, &mut sides);
         later = [later[0] + initiations[0], later[1] + initiations[1]];
@@ -234,7 +238,7 @@ fn repeated_initiations_of_many_tunnels_are_spread() {
         .map(|number| {
             let mut side = Side::new(&own, secrets(100 + number).public_key());
             let now = side.started;
-            side.with(now, |tunnel, act| tunnel.initiate(vec![address(2).into()], act));
+            side.with(now, |tunnel, context| tunnel.initiate(vec![address(2).into()], context));
             side.tunnel.repeats_after().unwrap()
         })
         .collect();
@@ -249,7 +253,7 @@ fn a_cookie_reply_moves_nobody_and_its_cookie_is_used() {
     let theirs = secrets(2);
     let mut side = Side::new(&secrets(1), theirs.public_key());
     let (now, home, away) = (side.started, Path::direct(address(2)), Path::direct(address(66)));
-    side.with(now, |tunnel, act| tunnel.initiate(vec![home], act));
+    side.with(now, |tunnel, context| tunnel.initiate(vec![home], context));
     let initiation = side.sent().remove(0);
     assert_eq!(initiation[132..], [0; 16], "no cookie yet");
     let mut cookie = [0; HANDSHAKE_BYTES];
@@ -259,7 +263,7 @@ fn a_cookie_reply_moves_nobody_and_its_cookie_is_used() {
     side.take(now, away, home, &cookie[..len]);
     assert!(side.observations().is_empty());
     let later = now + Duration::from_secs(1);
-    side.with(later, |tunnel, act| tunnel.initiate(vec![home], act));
+    side.with(later, |tunnel, context| tunnel.initiate(vec![home], context));
     let initiation = side.sent().remove(0);
     assert_ne!(initiation[132..], [0; 16]);
     let mut reply = [0; HANDSHAKE_BYTES];
@@ -274,13 +278,14 @@ fn a_cookie_reply_moves_nobody_and_its_cookie_is_used() {
 fn a_tunnel_that_was_given_up_comes_back_when_told_to() {
     let mut sides = sides();
     let start = sides[0].started;
-    sides[0].with(start, |tunnel, act| tunnel.initiate(vec![address(9).into()], act));
+    sides[0].with(start, |tunnel, context| tunnel.initiate(vec![address(9).into()], context));
     sides[0].sent();
     // After a long time nothing happens by itself, and a new handshake still works.
     let now = start + Duration::from_secs(1_000);
-    let live = sides[0].with(now, |tunnel, act| tunnel.tick(Some(address(2).into()), None, act));
+    let live =
+        sides[0].with(now, |tunnel, context| tunnel.tick(Some(address(2).into()), None, context));
     assert!(!live && sides[0].sent().is_empty());
-    sides[0].with(now, |tunnel, act| tunnel.initiate(vec![address(2).into()], act));
+    sides[0].with(now, |tunnel, context| tunnel.initiate(vec![address(2).into()], context));
     deliver(now, &mut sides);
     assert!(sides.iter().all(|side| side.tunnel.is_ready()));
 }
@@ -351,7 +356,7 @@ fn indices_tell_nothing() {
         let mut side = Side::new(&secrets(1), peer.key);
         let now = side.started;
         let mut tunnel = peer.tunnel.lock();
-        side.with(now, |_, act| tunnel.initiate(vec![address(2).into()], act));
+        side.with(now, |_, context| tunnel.initiate(vec![address(2).into()], context));
         let initiation = side.sent().remove(0);
         let index = u32::from_le_bytes(initiation[4..8].try_into().unwrap()) >> 8;
         neighbours += usize::from(sent.contains(&(index.wrapping_sub(1))));

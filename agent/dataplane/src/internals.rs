@@ -11,11 +11,11 @@ use towline_core::peer_table::PeerTable;
 use towline_types::id::WireguardKey;
 use x25519_dalek::StaticSecret;
 
-use super::arena::{RecvBatch, SendBatch, Train, TunBatch, WriteBatch};
+use super::arena::{GsoBatch, RecvBatch, SendBatch, TunBatch, WriteBatch};
 use super::coalesce::Coalesce;
 use super::drops::{DropReason, Drops};
-use super::engine::Engine;
 use super::events::{Event, EventSink};
+use super::pipeline::Pipeline;
 use super::relay::Relay;
 use super::session::Secrets;
 use super::table::Table;
@@ -31,7 +31,7 @@ pub struct PacketPath {
     table: Arc<ArcSwap<Table>>,
     drops: Arc<Drops>,
     events: Receiver<Event>,
-    engine: Engine,
+    pipeline: Pipeline,
 }
 
 impl PacketPath {
@@ -42,9 +42,9 @@ impl PacketPath {
         let drops = Arc::new(Drops::default());
         let (sender, events) = channel(EVENTS);
         let sink = EventSink::new(sender, drops.clone());
-        let engine =
-            Engine::new(secrets.clone(), table.clone(), drops.clone(), sink, relay, link, now);
-        Self { secrets, table, drops, events, engine }
+        let pipeline =
+            Pipeline::new(secrets.clone(), table.clone(), drops.clone(), sink, relay, link, now);
+        Self { secrets, table, drops, events, pipeline }
     }
 
     /// Returns the node's own public key.
@@ -59,7 +59,7 @@ impl PacketPath {
 
     /// Sets the MTU in bytes. No inner packet is padded beyond it.
     pub fn set_mtu(&mut self, mtu: usize) {
-        self.engine.set_mtu(mtu);
+        self.pipeline.set_mtu(mtu);
     }
 
     /// Handles a batch from the network as a worker does.
@@ -71,12 +71,12 @@ impl PacketPath {
         writes: &mut WriteBatch,
         out: &mut SendBatch,
     ) {
-        self.engine.inbound(now, allowed, batch, writes, out);
+        self.pipeline.inbound(now, allowed, batch, writes, out);
     }
 
-    /// Returns the trains of the last batch that must be forwarded to other nodes.
-    pub fn forwards(&self) -> &[Train] {
-        self.engine.forwards()
+    /// Returns the GSO batches of the last batch that must be forwarded to other nodes.
+    pub fn forwards(&self) -> &[GsoBatch] {
+        self.pipeline.forwards()
     }
 
     /// Handles a batch from the TUN as a worker does.
@@ -87,7 +87,7 @@ impl PacketPath {
         out: &mut SendBatch,
         udp: &mut U,
     ) {
-        self.engine.outbound(now, batch, out, udp);
+        self.pipeline.outbound(now, batch, out, udp);
     }
 
     /// Starts a handshake with a peer.
@@ -98,7 +98,7 @@ impl PacketPath {
         to: Vec<Path>,
         out: &mut SendBatch,
     ) {
-        self.engine.initiate(now, peer, to, out);
+        self.pipeline.initiate(now, peer, to, out);
     }
 
     /// Returns the number of packets dropped for this reason.

@@ -26,9 +26,9 @@
 //! | file | owns |
 //! |---|---|
 //! | `worker` | a thread: what wakes it, and the order of its work |
-//! | `rest` | the delay after a batch of small packets |
-//! | `engine` | the path of a batch in each direction |
-//! | `peer` | one tunnel: timers, keepalives, waiting packets |
+//! | `batch_delay` | the delay after a batch of small packets |
+//! | `pipeline` | the path of a batch in each direction |
+//! | `tunnel` | one tunnel: timers, keepalives, waiting packets |
 //! | `session` | the WireGuard engine; the only file that names boringtun |
 //! | `table` | lookup of a peer by address, key or receiver index |
 //! | `arena` | the buffers of a batch |
@@ -41,21 +41,20 @@
 //! | `internals` | the packet path without its thread, for fuzzing |
 
 pub mod arena;
+mod batch_delay;
 pub mod checksum;
 pub mod coalesce;
 mod counters;
 #[cfg(test)]
 mod defects;
 pub mod drops;
-mod engine;
 mod events;
 #[doc(hidden)]
 pub mod internals;
 pub mod memory;
 pub mod packet;
-mod peer;
+mod pipeline;
 pub mod relay;
-mod rest;
 pub mod session;
 pub mod split;
 mod steering;
@@ -64,6 +63,7 @@ pub mod table;
 #[cfg(test)]
 mod testing;
 pub mod tun;
+mod tunnel;
 pub mod udp;
 pub mod vnet;
 mod worker;
@@ -96,12 +96,12 @@ pub use tun::{
 pub use udp::{OpenUdpError, Ready, Udp, UdpIo, open_udp, open_udp_group, open_udp_with};
 
 use drops::Drops;
-use engine::Engine;
 use events::{EventSink, FaultState};
+use pipeline::Pipeline;
 use session::Secrets;
 use switch::Switch;
 use table::Table;
-use worker::{Command, Inbox, Pace, Worker};
+use worker::{Command, Inbox, Worker, WorkerShared};
 
 /// Settings of a data plane that stay the same while it runs.
 pub struct Config {
@@ -184,21 +184,21 @@ pub struct PeerSnapshot {
 /// queues of the link stay until the process ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "cannot stop the data plane: {workers} of its workers still run after {patience:?}: restart the agent"
+    "cannot stop the data plane: {workers} of its workers still run after {timeout:?}: restart the agent"
 )]
 pub struct StuckWorkers {
     /// Number of workers that still run.
     pub workers: usize,
     /// Time that the call waited for them.
-    pub patience: Duration,
+    pub timeout: Duration,
 }
 
 /// Longest time that a snapshot waits for a tunnel that a worker has locked. A batch takes less
 /// than a millisecond.
-const SNAPSHOT_PATIENCE: Duration = Duration::from_millis(100);
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_millis(100);
 /// Longest time that [`DataPlane::stop`] waits. A worker may wait about a second for room in a
 /// socket buffer.
-const STOP_PATIENCE: Duration = Duration::from_secs(4);
+const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Handle of a running data plane. Dropping the last handle stops the workers without waiting for
 /// them; [`DataPlane::stop`] waits.
@@ -243,7 +243,7 @@ struct Threads {
 
 impl Running {
     /// Queues a command for the first worker.
-    fn order(&self, command: Command) {
+    fn command(&self, command: Command) {
         if let Some(first) = self.inboxes.first() {
             first.push(command);
         }
@@ -294,7 +294,7 @@ impl DataPlane {
             loops_seen: Mutex::default(),
             threads: Mutex::new(Threads { handles: Vec::new(), ended }),
         };
-        let pace = Arc::new(Pace::new(started));
+        let shared = Arc::new(WorkerShared::new(started));
         let mut workers = Vec::new();
         for (tun, udp) in shards {
             let (inbox, drops) = (Arc::new(Inbox::new()?), Arc::new(Drops::default()));
@@ -303,7 +303,7 @@ impl DataPlane {
                 running.features.extend(tun.features());
                 running.features.extend(udp.features());
             }
-            let engine = Engine::new(
+            let pipeline = Pipeline::new(
                 running.secrets.clone(),
                 running.table.clone(),
                 drops.clone(),
@@ -315,8 +315,8 @@ impl DataPlane {
             workers.push(Worker::new(
                 tun,
                 udp,
-                engine,
-                pace.clone(),
+                pipeline,
+                shared.clone(),
                 inbox.clone(),
                 drops.clone(),
                 fault_state.clone(),
@@ -358,12 +358,12 @@ impl DataPlane {
     /// repeated about every five seconds for 90 s on the same paths, until it is answered or
     /// another command replaces it. Does nothing if the peer is not in the table.
     pub fn handshake(&self, peer: WireguardKey, to: Vec<Path>) {
-        self.0.order(Command::Handshake(peer, to));
+        self.0.command(Command::Handshake(peer, to));
     }
 
     /// Sends a datagram unencrypted from the WireGuard port.
     pub fn send(&self, to: Path, datagram: &[u8]) {
-        self.0.order(Command::Send(to, datagram.to_vec()));
+        self.0.command(Command::Send(to, datagram.to_vec()));
     }
 
     /// Sends a datagram like [`DataPlane::send`], but with fragmentation forbidden, to find out
@@ -372,7 +372,7 @@ impl DataPlane {
     ///
     /// [`Observation::TooBig`]: towline_core::peer_table::Observation::TooBig
     pub fn send_whole(&self, peer: WireguardKey, to: Path, datagram: &[u8]) {
-        self.0.order(Command::SendWhole(peer, to, datagram.to_vec()));
+        self.0.command(Command::SendWhole(peer, to, datagram.to_vec()));
     }
 
     /// Returns a receiver of the first fault of any worker. After a fault the data plane must be
@@ -407,7 +407,7 @@ impl DataPlane {
                 sent_bytes,
                 last_handshake: peer.counters.last_handshake(self.0.started),
                 // A worker that hangs may hold the lock. That must not block this call.
-                endpoint: match peer.tunnel.try_lock_for(SNAPSHOT_PATIENCE) {
+                endpoint: match peer.tunnel.try_lock_for(SNAPSHOT_TIMEOUT) {
                     Some(mut tunnel) => tunnel.endpoint(peer.endpoint()),
                     None => peer.endpoint(),
                 },
@@ -423,7 +423,7 @@ impl DataPlane {
         Snapshot {
             peers: peers.collect(),
             drops: drops.collect(),
-            features: self.0.features.iter().map(Switch::look).collect(),
+            features: self.0.features.iter().map(Switch::status).collect(),
         }
     }
 
@@ -434,18 +434,18 @@ impl DataPlane {
     ///
     /// Returns [`StuckWorkers`] if a worker hangs. Its thread stays until the process ends.
     pub fn stop(&self) -> Result<(), StuckWorkers> {
-        self.stop_within(STOP_PATIENCE)
+        self.stop_within(STOP_TIMEOUT)
     }
 
-    /// Stops the workers like [`DataPlane::stop`], but waits at most `patience`.
+    /// Stops the workers like [`DataPlane::stop`], but waits at most `timeout`.
     ///
     /// # Errors
     ///
     /// Returns [`StuckWorkers`] if a worker hangs. Its thread stays until the process ends.
-    pub fn stop_within(&self, patience: Duration) -> Result<(), StuckWorkers> {
+    pub fn stop_within(&self, timeout: Duration) -> Result<(), StuckWorkers> {
         self.0.stop();
         let mut threads = self.0.threads.lock();
-        let ended = match threads.ended.recv_timeout(patience) {
+        let ended = match threads.ended.recv_timeout(timeout) {
             Err(mpsc::RecvTimeoutError::Disconnected) => true,
             Err(mpsc::RecvTimeoutError::Timeout) => false,
             Ok(never) => match never {},
@@ -462,7 +462,7 @@ impl DataPlane {
         }
         let workers = stuck.len();
         threads.handles = stuck;
-        Err(StuckWorkers { workers, patience })
+        Err(StuckWorkers { workers, timeout })
     }
 }
 

@@ -12,7 +12,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::{Condvar, Mutex};
 
 use super::arena::{
-    HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, TAILROOM, Train, TunBatch, WriteBatch,
+    GsoBatch, HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, TAILROOM, TunBatch, WriteBatch,
 };
 use super::coalesce::Coalesce;
 use super::drops::{DropReason, Drops};
@@ -21,7 +21,7 @@ use super::session::Segments;
 use super::split::Split;
 use super::switch::Switch;
 use super::tun::TunIo;
-use super::udp::{Damage, Ready, TooBig, UdpIo};
+use super::udp::{GroCorruption, Ready, TooBig, UdpIo};
 use super::vnet::VnetHeader;
 
 /// A queue whose reader can wait on a condition variable or with epoll.
@@ -59,8 +59,8 @@ impl<V> Queue<V> {
         item
     }
 
-    fn wait(&self, patience: Duration) -> Option<V> {
-        let deadline = Instant::now() + patience;
+    fn wait(&self, timeout: Duration) -> Option<V> {
+        let deadline = Instant::now() + timeout;
         let mut items = self.items.lock();
         while items.is_empty() {
             if self.filled.wait_until(&mut items, deadline).timed_out() {
@@ -110,9 +110,9 @@ impl MemoryHost {
         self.from_host.push((header, packet.to_vec()));
     }
 
-    /// Returns the next packet for the host. `None` if none arrives within `patience`.
-    pub fn receive(&self, patience: Duration) -> Option<Vec<u8>> {
-        self.to_host.wait(patience)
+    /// Returns the next packet for the host. `None` if none arrives within `timeout`.
+    pub fn receive(&self, timeout: Duration) -> Option<Vec<u8>> {
+        self.to_host.wait(timeout)
     }
 }
 
@@ -186,8 +186,8 @@ struct Wire {
     /// Every datagram sent, in order, including those not delivered.
     seen: Vec<Datagram>,
     filter: Option<Filter>,
-    /// True if coalesced datagrams are damaged on arrival.
-    damages_joined: bool,
+    /// True if coalesced datagrams are corrupted on arrival.
+    corrupts_coalesced: bool,
 }
 
 impl std::fmt::Debug for Network {
@@ -209,7 +209,7 @@ impl Network {
             sockets: BTreeMap::new(),
             seen: Vec::new(),
             filter: None,
-            damages_joined: false,
+            corrupts_coalesced: false,
         })))
     }
 
@@ -227,14 +227,14 @@ impl Network {
             inbox,
             held: None,
             gro: Switch::new("udp_gro", Ok(())),
-            damage: Damage::default(),
+            corruption: GroCorruption::default(),
         })
     }
 
-    /// Damages coalesced datagrams on arrival from now on, like a network card or a kernel that
+    /// Corrupts coalesced datagrams on arrival from now on, like a network card or a kernel that
     /// coalesces them wrongly.
-    pub fn damage_joined(&self) {
-        self.0.lock().damages_joined = true;
+    pub fn corrupt_coalesced(&self) {
+        self.0.lock().corrupts_coalesced = true;
     }
 
     /// Sets the filter that decides which datagrams are delivered. All datagrams are still
@@ -272,13 +272,13 @@ pub struct MemoryUdp {
     held: Option<Datagram>,
     /// Switch of coalescing on arrival.
     gro: Switch,
-    damage: Damage,
+    corruption: GroCorruption,
 }
 
 impl MemoryUdp {
     /// Returns whether `next` may be appended to `len` bytes that start with `first`, by the rules
     /// of `UDP_GRO`: same sender, same length.
-    fn joins(first: &Datagram, len: usize, next: &Datagram) -> bool {
+    fn can_coalesce(first: &Datagram, len: usize, next: &Datagram) -> bool {
         next.from == first.from
             && !next.bytes.is_empty()
             && len.is_multiple_of(first.bytes.len().max(1))
@@ -299,14 +299,14 @@ impl UdpIo for MemoryUdp {
             let mut len = first.bytes.len().min(SLOT_BYTES);
             bytes[..len].copy_from_slice(&first.bytes[..len]);
             while let Some(next) = self.inbox.pop() {
-                if !self.gro.is_on() || !Self::joins(&first, len, &next) {
+                if !self.gro.is_on() || !Self::can_coalesce(&first, len, &next) {
                     self.held = Some(next);
                     break;
                 }
                 bytes[len..len + next.bytes.len()].copy_from_slice(&next.bytes);
                 len += next.bytes.len();
             }
-            if len > first.bytes.len() && self.network.0.lock().damages_joined {
+            if len > first.bytes.len() && self.network.0.lock().corrupts_coalesced {
                 for datagram in bytes[..len].chunks_mut(first.bytes.len()) {
                     if let Some(last) = datagram.last_mut() {
                         *last ^= 1;
@@ -322,14 +322,20 @@ impl UdpIo for MemoryUdp {
         Ok(())
     }
 
-    fn send_trains(&mut self, _now: Instant, bytes: &[u8], trains: &[Train], drops: &Drops) {
-        for train in trains {
-            let bytes = &bytes[train.start..train.start + train.len];
+    fn send_gso_batches(
+        &mut self,
+        _now: Instant,
+        bytes: &[u8],
+        gso_batches: &[GsoBatch],
+        drops: &Drops,
+    ) {
+        for gso in gso_batches {
+            let bytes = &bytes[gso.start..gso.start + gso.len];
             if bytes.is_empty() {
                 drops.count(DropReason::SendRefused);
             }
-            for datagram in bytes.chunks(train.stride.get()) {
-                let (from, to) = (self.address, train.to.remote);
+            for datagram in bytes.chunks(gso.segment_size.get()) {
+                let (from, to) = (self.address, gso.to.remote);
                 self.network.inject(Datagram { from, to, bytes: datagram.to_vec() });
             }
         }
@@ -340,8 +346,8 @@ impl UdpIo for MemoryUdp {
         Ok(())
     }
 
-    fn came_joined(&mut self, now: Instant, datagrams: usize, damaged: usize) {
-        self.damage.judge(now, datagrams, damaged, &self.gro);
+    fn record_gro(&mut self, now: Instant, datagrams: usize, corrupted: usize) {
+        self.corruption.evaluate(now, datagrams, corrupted, &self.gro);
     }
 
     fn features(&self) -> Vec<Switch> {

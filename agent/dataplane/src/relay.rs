@@ -2,7 +2,7 @@
 //! without decrypting them.
 //!
 //! The daemon decrypts the requests of nodes ([`towline_core::relay`]), registers nodes and opens
-//! channels. The worker looks up a channel once for each train, and forwards the train from the
+//! channels. The worker looks up a channel once for each run of datagrams, and forwards the run from the
 //! receive buffer without copying or splitting it. Both hold the same [`Relay`].
 //!
 //! Limits: only nodes of the mesh get a channel, because a request is encrypted for the pair of
@@ -51,12 +51,12 @@ pub enum Refusal {
     NotRegistered,
 }
 
-/// Decision about a train of datagrams.
+/// Decision about a run of datagrams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Forward {
-    /// The train is forwarded unchanged on this path.
+    /// The run is forwarded unchanged on this path.
     To(Path),
-    /// The train is dropped for this reason.
+    /// The run is dropped for this reason.
     Refused(DropReason),
     /// The channel is not in the table: this node may be its end.
     Unknown,
@@ -158,7 +158,7 @@ impl Relay {
     }
 
     /// Removes all nodes for which `stays` returns false, with their channels.
-    pub fn keep(&self, stays: impl Fn(&WireguardKey) -> bool) {
+    pub fn retain(&self, stays: impl Fn(&WireguardKey) -> bool) {
         let Ok(state) = self.state() else { return };
         let mut state = state.lock();
         let gone = state.nodes.keys().copied().filter(|node| !stays(node));
@@ -186,7 +186,7 @@ impl Relay {
         )
     }
 
-    /// Decides about a train of `bytes` bytes that arrived on `channel`.
+    /// Decides about a run of `bytes` bytes that arrived on `channel`.
     pub(super) fn forward(&self, now: Instant, from: &Path, channel: u64, bytes: usize) -> Forward {
         match &self.0 {
             None => Forward::Unknown,
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_pair_gets_the_same_channel_whoever_asks() {
+    fn the_same_pair_gets_the_same_channel_whichever_end_asks() {
         let (relay, now) = open();
         assert_eq!(relay.open(now, (key(2), at(2)), key(1), 99), Ok((ChannelId(77), at(1))));
         assert_eq!(relay.snapshot().channels, 1);
@@ -389,7 +389,7 @@ mod tests {
         assert_eq!(relay.open(now, (key(1), at(1)), key(5), 5), Err(Refusal::NotRegistered));
         relay.register(now, key(3), at(3)).unwrap();
         assert_eq!(relay.register(now, key(4), at(4)), Err(Refusal::Limit));
-        relay.keep(|node| *node != key(3));
+        relay.retain(|node| *node != key(3));
         let late = now + CHANNEL_LIFETIME * 2;
         relay.expire(late);
         assert_eq!((relay.snapshot().nodes, relay.snapshot().channels), (0, 0));

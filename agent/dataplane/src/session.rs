@@ -341,7 +341,7 @@ impl Session {
             each(datagram.len(), opened);
         }
         if !self.ready {
-            self.look();
+            self.refresh_ready();
         }
     }
 
@@ -390,7 +390,7 @@ impl Session {
             }),
             _ => Answered::Refused(DropReason::InvalidHandshake),
         };
-        self.look();
+        self.refresh_ready();
         answered
     }
 
@@ -434,7 +434,7 @@ impl Session {
             TunnResult::Err(WireGuardError::ConnectionExpired) => Tick::Expired,
             _ => Tick::Quiet,
         };
-        self.look();
+        self.refresh_ready();
         tick
     }
 
@@ -443,10 +443,10 @@ impl Session {
     pub fn refresh(&mut self) {
         let mut unsent = [0; HANDSHAKE_BYTES];
         self.tunn.update_timers(&mut unsent);
-        self.look();
+        self.refresh_ready();
     }
 
-    fn look(&mut self) {
+    fn refresh_ready(&mut self) {
         self.ready = self.tunn.time_since_last_handshake().is_some();
     }
 }

@@ -48,14 +48,14 @@ enum State {
     /// A packet that needs no splitting, with its length in bytes.
     Whole(usize),
     /// A super-packet that is being split.
-    Train(Train),
+    SuperPacket(SuperPacket),
     /// All segments were taken.
     Done,
 }
 
 /// State of the splitting of a super-packet.
 #[derive(Debug)]
-struct Train {
+struct SuperPacket {
     /// Headers of the super-packet. The fields that differ between segments are zero.
     headers: [u8; HEADERS],
     headers_len: usize,
@@ -135,7 +135,7 @@ impl<'a> Split<'a> {
             }
             State::Whole(len)
         } else {
-            State::Train(Train::new(packet, header).ok_or(DropReason::Unsplittable)?)
+            State::SuperPacket(SuperPacket::new(packet, header).ok_or(DropReason::Unsplittable)?)
         };
         Ok(Self { bytes, mtu, state })
     }
@@ -145,7 +145,9 @@ impl Segments for Split<'_> {
     fn next_len(&self) -> Option<usize> {
         match &self.state {
             State::Whole(len) => Some(padded(*len, self.mtu)),
-            State::Train(train) => Some(padded(train.headers_len + train.next_payload(), self.mtu)),
+            State::SuperPacket(super_packet) => {
+                Some(padded(super_packet.headers_len + super_packet.next_payload(), self.mtu))
+            }
             State::Done => None,
         }
     }
@@ -153,15 +155,15 @@ impl Segments for Split<'_> {
     fn take(&mut self) -> &[u8] {
         let (start, len) = match &mut self.state {
             State::Whole(len) => (HEADROOM, *len),
-            State::Train(train) => train.write_next(self.bytes),
+            State::SuperPacket(super_packet) => super_packet.write_next(self.bytes),
             State::Done => return &[],
         };
         let padded = padded(len, self.mtu);
         let padding = &mut self.bytes[start + len..start + padded];
         match &mut self.state {
-            State::Train(train) if train.next < train.end => {
-                train.covered.0[..padding.len()].copy_from_slice(padding);
-                train.covered.1 = padding.len();
+            State::SuperPacket(super_packet) if super_packet.next < super_packet.end => {
+                super_packet.covered.0[..padding.len()].copy_from_slice(padding);
+                super_packet.covered.1 = padding.len();
             }
             _ => self.state = State::Done,
         }
@@ -170,7 +172,7 @@ impl Segments for Split<'_> {
     }
 }
 
-impl Train {
+impl SuperPacket {
     fn new(packet: &[u8], header: &VnetHeader) -> Option<Self> {
         let whole = Inner::parse(packet).filter(|inner| inner.total_len == packet.len())?;
         let tunnel = header.gso_type & (GSO_TUNNEL_V4 | GSO_TUNNEL_V6);

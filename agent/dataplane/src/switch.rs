@@ -77,7 +77,7 @@ impl Switch {
     }
 
     /// Returns the current state, for status output.
-    pub fn look(&self) -> Feature {
+    pub fn status(&self) -> Feature {
         let reason = self.0.off.lock().reason.clone();
         Feature { name: self.0.name, active: self.is_on(), reason }
     }
@@ -101,10 +101,10 @@ mod tests {
         switch.give_up(&refused, now);
         switch.reconsider(now + PAUSE / 2);
         assert!(!onlooker.is_on());
-        assert!(onlooker.look().reason.contains("refused"));
+        assert!(onlooker.status().reason.contains("refused"));
         switch.reconsider(now + PAUSE);
         assert!(onlooker.is_on());
-        assert_eq!(onlooker.look().reason, "");
+        assert_eq!(onlooker.status().reason, "");
 
         let missing = Switch::new("missing", Err("too old".to_owned()));
         missing.reconsider(now + PAUSE * 100);

@@ -20,8 +20,8 @@ use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_types::id::WireguardKey;
 
 use super::counters::PeerCounters;
-use super::peer::Tunnel;
 use super::session::Secrets;
+use super::tunnel::Tunnel;
 
 /// Index of a peer in the table.
 pub type Slot = u32;
@@ -33,7 +33,7 @@ pub(super) struct Peer {
     pub(super) key: WireguardKey,
     /// Entry that the core supplied.
     pub(super) entry: PeerEntry,
-    /// Tunnel with its sessions. Locked for a whole train of packets at a time.
+    /// Tunnel with its sessions. Locked for a whole run of packets at a time.
     pub(super) tunnel: Arc<Mutex<Tunnel>>,
     /// Counters of bytes and handshakes.
     pub(super) counters: Arc<PeerCounters>,
@@ -48,7 +48,7 @@ pub(super) struct Table {
     /// Every peer, by slot.
     pub(super) peers: Vec<Arc<Peer>>,
     by_key: HashMap<WireguardKey, Slot>,
-    by_index: HashMap<u32, Slot, BuildHasherDefault<Fold>>,
+    by_index: HashMap<u32, Slot, BuildHasherDefault<IntHasher>>,
     routes: Routes,
     own: OwnAddresses,
 }
@@ -210,8 +210,8 @@ impl OwnAddresses {
 /// tried first: one hash lookup finds them.
 #[derive(Debug)]
 pub struct Routes<V = Slot> {
-    hosts4: HashMap<u32, V, BuildHasherDefault<Fold>>,
-    hosts6: HashMap<u128, V, BuildHasherDefault<Fold>>,
+    hosts4: HashMap<u32, V, BuildHasherDefault<IntHasher>>,
+    hosts6: HashMap<u128, V, BuildHasherDefault<IntHasher>>,
     nets4: PrefixMap<Ipv4Net, V>,
     nets6: PrefixMap<Ipv6Net, V>,
 }
@@ -272,9 +272,9 @@ impl<V: Copy> Routes<V> {
 /// Hasher for one integer. The keys come from the peer table, never from a packet, so no attacker
 /// can choose them to collide.
 #[derive(Debug, Default)]
-struct Fold(u64);
+struct IntHasher(u64);
 
-impl Fold {
+impl IntHasher {
     /// Odd multiplier: 2^64 divided by the golden ratio, which spreads consecutive keys.
     const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
 
@@ -284,7 +284,7 @@ impl Fold {
     }
 }
 
-impl Hasher for Fold {
+impl Hasher for IntHasher {
     fn finish(&self) -> u64 {
         self.0
     }

@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::Offloads;
-use super::arena::{RecvBatch, SLOT_BYTES, SendBatch, Train};
+use super::arena::{GsoBatch, RecvBatch, SLOT_BYTES, SendBatch};
 use super::drops::{DropReason, Drops};
 use super::switch::{Switch, switched_off};
-pub(super) use damage::Damage;
+pub(super) use corruption::GroCorruption;
 use messages::{Headers, MESSAGES};
 use whole::Unsent;
 
-mod damage;
+mod corruption;
 mod messages;
 mod whole;
 
@@ -38,11 +38,17 @@ pub trait UdpIo: Send + 'static {
     /// Sends the whole batch in order. Waits a short time if a socket buffer is full. Datagrams
     /// that cannot be sent are counted.
     fn send(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) {
-        self.send_trains(now, batch.bytes(), batch.trains(), drops);
+        self.send_gso_batches(now, batch.bytes(), batch.gso_batches(), drops);
     }
 
-    /// Sends trains like [`UdpIo::send`], with offsets into `bytes`.
-    fn send_trains(&mut self, now: Instant, bytes: &[u8], trains: &[Train], drops: &Drops);
+    /// Sends GSO batches like [`UdpIo::send`], with offsets into `bytes`.
+    fn send_gso_batches(
+        &mut self,
+        now: Instant,
+        bytes: &[u8],
+        gso_batches: &[GsoBatch],
+        drops: &Drops,
+    );
 
     /// Sends a batch of one datagram with fragmentation forbidden.
     ///
@@ -51,9 +57,9 @@ pub trait UdpIo: Send + 'static {
     /// Returns [`TooBig`] if the kernel already knows that the datagram is too big for its path.
     fn send_whole(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) -> Result<(), TooBig>;
 
-    /// Records that `datagrams` of the last batch arrived coalesced, and that `damaged` of them
+    /// Records that `datagrams` of the last batch arrived coalesced, and that `corrupted` of them
     /// were not authentic.
-    fn came_joined(&mut self, now: Instant, datagrams: usize, damaged: usize);
+    fn record_gro(&mut self, now: Instant, datagrams: usize, corrupted: usize);
 
     /// Returns the switches of the offloads, as clones that show their state at any time.
     fn features(&self) -> Vec<Switch>;
@@ -128,17 +134,17 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 /// Size of a socket's send buffer, in bytes, if the process may exceed the system's limit.
 const SEND_BUFFER: usize = 2 << 20;
 /// Longest time that a self-test waits for its datagrams on the loopback.
-const SELF_TEST_PATIENCE: Duration = Duration::from_millis(200);
+const SELF_TEST_TIMEOUT: Duration = Duration::from_millis(200);
 /// Longest time that a datagram waits for room in the socket buffer before it is dropped.
-const SEND_PATIENCE: Duration = Duration::from_millis(20);
+const SEND_TIMEOUT: Duration = Duration::from_millis(20);
 /// Longest time that all datagrams of one batch together wait for room. It keeps a slow device from
 /// blocking the worker's other work.
-const BATCH_PATIENCE: Duration = Duration::from_secs(1);
+const BATCH_TIMEOUT: Duration = Duration::from_secs(1);
 /// First kernel version in which `UDP_GRO` reports correct lengths.
 const GRO_SINCE: [u32; 3] = [5, 12, 0];
-/// Kernel versions, from the first up to but excluding the second, that damage segments of equal
+/// Kernel versions, from the first up to but excluding the second, that corrupt segments of equal
 /// length when sending.
-const SEGMENT_DAMAGED: [[u32; 3]; 2] = [[7, 0, 0], [7, 1, 5]];
+const SEGMENT_CORRUPTED: [[u32; 3]; 2] = [[7, 0, 0], [7, 1, 5]];
 
 /// UDP sockets for IPv4 and IPv6 on one port. At least one of them exists.
 #[derive(Debug)]
@@ -151,8 +157,8 @@ pub struct Udp {
     /// Switch of receiving coalesced datagrams (`UDP_GRO`).
     gro: Switch,
     /// True if `UDP_GRO` is set on the sockets. It follows the switch at the next receive.
-    joining: bool,
-    damage: Damage,
+    gro_enabled: bool,
+    corruption: GroCorruption,
     /// True if the IPv6 socket is read first. It alternates, so that a flood on one socket cannot
     /// starve the other.
     v6_first: bool,
@@ -228,9 +234,9 @@ fn open_pair(
                     (None, Some(v6)) => v6.port().unwrap_or(chosen),
                     _ => chosen,
                 };
-                let (joining, damage) = (options.gro, Damage::default());
+                let (gro_enabled, corruption) = (options.gro, GroCorruption::default());
                 let v6_first = false;
-                return Ok(Udp { v4, v6, port, segment, gro, joining, damage, v6_first });
+                return Ok(Udp { v4, v6, port, segment, gro, gro_enabled, corruption, v6_first });
             }
         }
     }
@@ -245,12 +251,12 @@ impl Udp {
 
     /// Sets `UDP_GRO` on the sockets as the switch demands. Another worker may have changed the
     /// switch.
-    fn set_joining(&mut self) {
+    fn sync_gro(&mut self) {
         let wanted = self.gro.is_on();
-        if wanted == self.joining {
+        if wanted == self.gro_enabled {
             return;
         }
-        self.joining = wanted;
+        self.gro_enabled = wanted;
         for endpoint in self.v4.iter().chain(&self.v6) {
             // Disabling what was enabled cannot fail. If enabling fails, datagrams arrive one by
             // one, as before.
@@ -265,7 +271,7 @@ impl UdpIo for Udp {
     }
 
     fn receive(&mut self, ready: Ready, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()> {
-        self.set_joining();
+        self.sync_gro();
         self.v6_first = !self.v6_first;
         // This is the order of the descriptors in `fds`.
         let both = self.v4.iter_mut().chain(&mut self.v6).enumerate();
@@ -280,25 +286,31 @@ impl UdpIo for Udp {
         Ok(())
     }
 
-    fn send_trains(&mut self, now: Instant, bytes: &[u8], mut trains: &[Train], drops: &Drops) {
+    fn send_gso_batches(
+        &mut self,
+        now: Instant,
+        bytes: &[u8],
+        mut gso_batches: &[GsoBatch],
+        drops: &Drops,
+    ) {
         self.segment.reconsider(now);
         self.gro.reconsider(now);
-        let mut patience = Patience::default();
-        while let Some(first) = trains.first() {
-            let same = |train: &&Train| train.to.remote.is_ipv4() == first.to.remote.is_ipv4();
-            let run = trains.iter().take_while(same).count();
+        let mut deadlines = SendDeadlines::default();
+        while let Some(first) = gso_batches.first() {
+            let same = |gso: &&GsoBatch| gso.to.remote.is_ipv4() == first.to.remote.is_ipv4();
+            let run = gso_batches.iter().take_while(same).count();
             let endpoint = if first.to.remote.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
             match endpoint {
                 Some(endpoint) => {
-                    let trains = &trains[..run];
-                    endpoint.send(now, bytes, trains, &self.segment, &mut patience, drops);
+                    let gso_batches = &gso_batches[..run];
+                    endpoint.send(now, bytes, gso_batches, &self.segment, &mut deadlines, drops);
                 }
                 None => {
-                    let datagrams: usize = trains[..run].iter().map(|train| train.segments).sum();
+                    let datagrams: usize = gso_batches[..run].iter().map(|gso| gso.segments).sum();
                     drops.add(DropReason::SendRefused, datagrams as u64);
                 }
             }
-            trains = &trains[run..];
+            gso_batches = &gso_batches[run..];
         }
     }
 
@@ -308,13 +320,13 @@ impl UdpIo for Udp {
         batch: &SendBatch,
         drops: &Drops,
     ) -> Result<(), TooBig> {
-        for train in batch.trains() {
-            let v4 = train.to.remote.is_ipv4();
+        for gso in batch.gso_batches() {
+            let v4 = gso.to.remote.is_ipv4();
             let Some(endpoint) = (if v4 { &mut self.v4 } else { &mut self.v6 }) else {
                 drops.count(DropReason::SendRefused);
                 continue;
             };
-            if let Err(Unsent { error, payload }) = endpoint.send_whole(batch.bytes(), train) {
+            if let Err(Unsent { error, payload }) = endpoint.send_whole(batch.bytes(), gso) {
                 drops.count(send_reason(error.raw_os_error()));
                 if error.raw_os_error() == Some(libc::EMSGSIZE) {
                     return Err(TooBig { payload: payload.unwrap_or(0) });
@@ -324,8 +336,8 @@ impl UdpIo for Udp {
         Ok(())
     }
 
-    fn came_joined(&mut self, now: Instant, datagrams: usize, damaged: usize) {
-        self.damage.judge(now, datagrams, damaged, &self.gro);
+    fn record_gro(&mut self, now: Instant, datagrams: usize, corrupted: usize) {
+        self.corruption.evaluate(now, datagrams, corrupted, &self.gro);
     }
 
     fn features(&self) -> Vec<Switch> {
@@ -431,7 +443,7 @@ fn probe(offloads: Offloads) -> (Result<(), String>, Result<(), String>) {
     let version = kernel_version();
     let segment = if !offloads.udp_segment {
         switched_off()
-    } else if SEGMENT_DAMAGED[0] <= version && version < SEGMENT_DAMAGED[1] {
+    } else if SEGMENT_CORRUPTED[0] <= version && version < SEGMENT_CORRUPTED[1] {
         Err("Linux 7.0 to 7.1.4 damages segments that it sends".to_owned())
     } else {
         try_out(SelfTest::Segment)
@@ -466,7 +478,7 @@ enum SelfTest {
     Gro,
 }
 
-/// Sends a train over the loopback and compares what arrives. Without a usable loopback the test
+/// Sends a GSO batch over the loopback and compares what arrives. Without a usable loopback the test
 /// passes.
 fn try_out(what: SelfTest) -> Result<(), String> {
     const LENGTHS: [usize; 5] = [1200, 1200, 1200, 1200, 700];
@@ -475,7 +487,7 @@ fn try_out(what: SelfTest) -> Result<(), String> {
         let any = SockAddr::from(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
         let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
         socket.bind(&any)?;
-        socket.set_read_timeout(Some(SELF_TEST_PATIENCE))?;
+        socket.set_read_timeout(Some(SELF_TEST_TIMEOUT))?;
         io::Result::Ok(socket)
     });
     let [Ok(sender), Ok(receiver)] = sockets else { return Ok(()) };
@@ -496,7 +508,7 @@ fn try_out(what: SelfTest) -> Result<(), String> {
         sent.extend_from_slice(&datagram);
     }
     let mut headers = Headers::new();
-    match headers.send(&sender, batch.bytes(), batch.trains()) {
+    match headers.send(&sender, batch.bytes(), batch.gso_batches()) {
         Ok(_) => {}
         Err(error) if error.raw_os_error() == Some(libc::ENETUNREACH) => return Ok(()),
         Err(error) => return Err(refused(error)),
@@ -507,12 +519,14 @@ fn try_out(what: SelfTest) -> Result<(), String> {
         if headers.receive_waiting(&receiver, &mut slots).is_err() {
             break;
         }
-        let Some((_, len, stride)) = headers.received(0) else { break };
-        // Either the whole train arrives at once, or one datagram with the length that was sent.
-        let whole = stride == LENGTHS[0] && len == sent.len();
-        let single = stride == 0 && LENGTHS.contains(&len);
+        let Some((_, len, segment_size)) = headers.received(0) else { break };
+        // Either the whole GSO batch arrives at once, or one datagram with the length that was sent.
+        let whole = segment_size == LENGTHS[0] && len == sent.len();
+        let single = segment_size == 0 && LENGTHS.contains(&len);
         if !whole && !single {
-            return Err(format!("self-test failed: received {len} bytes in segments of {stride}"));
+            return Err(format!(
+                "self-test failed: received {len} bytes in segments of {segment_size}"
+            ));
         }
         received.extend_from_slice(&slots[..len]);
     }
@@ -550,7 +564,9 @@ impl Endpoint {
         };
         for message in 0..count {
             match self.headers.received(message) {
-                Some((from, len, stride)) => batch.push(taken + message, from, len, stride),
+                Some((from, len, segment_size)) => {
+                    batch.push(taken + message, from, len, segment_size)
+                }
                 None => drops.count(DropReason::Truncated),
             }
         }
@@ -561,57 +577,57 @@ impl Endpoint {
         &mut self,
         now: Instant,
         bytes: &[u8],
-        mut trains: &[Train],
+        mut gso_batches: &[GsoBatch],
         segment: &Switch,
-        patience: &mut Patience,
+        deadlines: &mut SendDeadlines,
         drops: &Drops,
     ) {
-        while let Some(first) = trains.first() {
+        while let Some(first) = gso_batches.first() {
             // Another worker may change the switch at any time.
             let segmented = segment.is_on();
             if first.fragment && !self.v4 {
                 self.fragment(true);
-                self.send_singly(bytes, first, patience, drops);
+                self.send_singly(bytes, first, deadlines, drops);
                 self.fragment(false);
-                trains = &trains[1..];
+                gso_batches = &gso_batches[1..];
                 continue;
             }
             if !segmented && first.segments > 1 {
-                self.send_singly(bytes, first, patience, drops);
-                trains = &trains[1..];
+                self.send_singly(bytes, first, deadlines, drops);
+                gso_batches = &gso_batches[1..];
                 continue;
             }
-            let limit = trains.len().min(MESSAGES);
+            let limit = gso_batches.len().min(MESSAGES);
             let whole =
-                |train: &&Train| (segmented || train.segments == 1) && (self.v4 || !train.fragment);
-            let run = trains[..limit].iter().take_while(whole).count();
-            match self.headers.send(&self.socket, bytes, &trains[..run]) {
+                |gso: &&GsoBatch| (segmented || gso.segments == 1) && (self.v4 || !gso.fragment);
+            let run = gso_batches[..limit].iter().take_while(whole).count();
+            match self.headers.send(&self.socket, bytes, &gso_batches[..run]) {
                 Ok(0) => {
                     drops.add(DropReason::SendRefused, first.segments as u64);
-                    trains = &trains[1..];
+                    gso_batches = &gso_batches[1..];
                 }
                 Ok(sent) => {
-                    trains = &trains[sent..];
-                    patience.went_on();
+                    gso_batches = &gso_batches[sent..];
+                    deadlines.record_progress();
                 }
                 Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN | libc::ENOBUFS) if self.wait(patience) => {}
+                    Some(libc::EAGAIN | libc::ENOBUFS) if self.wait(deadlines) => {}
                     // The device or the route does not take the segments. Either their length is at
-                    // fault, which concerns this train only, or segmentation itself.
+                    // fault, which concerns this GSO batch only, or segmentation itself.
                     Some(code @ (libc::EIO | libc::EINVAL | libc::EMSGSIZE))
                         if first.segments > 1 =>
                     {
                         // If sending one by one fails too, segmentation is not at fault: the local
                         // end of the path is gone.
-                        let sent = self.send_singly(bytes, first, patience, drops);
+                        let sent = self.send_singly(bytes, first, deadlines, drops);
                         if sent > 0 && code != libc::EMSGSIZE {
                             segment.give_up(&error, now);
                         }
-                        trains = &trains[1..];
+                        gso_batches = &gso_batches[1..];
                     }
                     code => {
                         drops.add(send_reason(code), first.segments as u64);
-                        trains = &trains[1..];
+                        gso_batches = &gso_batches[1..];
                     }
                 },
             }
@@ -626,26 +642,26 @@ impl Endpoint {
         let _ = set(&self.socket, libc::IPPROTO_IPV6, libc::IPV6_MTU, mtu);
     }
 
-    /// Sends the datagrams of a train one by one. Returns the number that the kernel accepted.
+    /// Sends the datagrams of a GSO batch one by one. Returns the number that the kernel accepted.
     fn send_singly(
         &mut self,
         bytes: &[u8],
-        train: &Train,
-        patience: &mut Patience,
+        gso: &GsoBatch,
+        deadlines: &mut SendDeadlines,
         drops: &Drops,
     ) -> usize {
         let mut taken = 0;
-        let mut singles = [*train; MESSAGES];
+        let mut singles = [*gso; MESSAGES];
         let mut at = 0;
-        while at < train.len {
+        while at < gso.len {
             let mut count = 0;
             for single in &mut singles {
-                if at == train.len {
+                if at == gso.len {
                     break;
                 }
-                let len = train.stride.get().min(train.len - at);
-                let start = train.start + at;
-                *single = Train { start, len, segments: 1, ..*train };
+                let len = gso.segment_size.get().min(gso.len - at);
+                let start = gso.start + at;
+                *single = GsoBatch { start, len, segments: 1, ..*gso };
                 at += len;
                 count += 1;
             }
@@ -659,10 +675,10 @@ impl Endpoint {
                     Ok(sent) => {
                         taken += sent;
                         left = &left[sent..];
-                        patience.went_on();
+                        deadlines.record_progress();
                     }
                     Err(error) => match error.raw_os_error() {
-                        Some(libc::EAGAIN | libc::ENOBUFS) if self.wait(patience) => {}
+                        Some(libc::EAGAIN | libc::ENOBUFS) if self.wait(deadlines) => {}
                         code => {
                             drops.count(send_reason(code));
                             left = &left[1..];
@@ -674,9 +690,9 @@ impl Endpoint {
         taken
     }
 
-    /// Waits for room in the socket buffer. Returns `false` if no patience is left.
-    fn wait(&self, patience: &mut Patience) -> bool {
-        let Some(left) = patience.left(Instant::now()) else { return false };
+    /// Waits for room in the socket buffer. Returns `false` if no time is left.
+    fn wait(&self, deadlines: &mut SendDeadlines) -> bool {
+        let Some(left) = deadlines.left(Instant::now()) else { return false };
         let fd = libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
         let mut fds = [fd];
         let milliseconds = left.as_millis().max(1) as c_int;
@@ -688,23 +704,23 @@ impl Endpoint {
 
 /// Deadlines of the datagrams of one batch that wait for room.
 #[derive(Debug, Default)]
-struct Patience {
+struct SendDeadlines {
     /// Time when the current datagram is dropped. Cleared when one is sent.
     datagram: Option<Instant>,
     /// Time after which no datagram of the batch waits. Set by the first that waits.
     batch: Option<Instant>,
 }
 
-impl Patience {
+impl SendDeadlines {
     /// Records that a datagram was sent.
-    fn went_on(&mut self) {
+    fn record_progress(&mut self) {
         self.datagram = None;
     }
 
     /// Returns the time that the current datagram may still wait. `None` if it must not wait.
     fn left(&mut self, now: Instant) -> Option<Duration> {
-        let batch = *self.batch.get_or_insert(now + BATCH_PATIENCE);
-        let datagram = *self.datagram.get_or_insert(now + SEND_PATIENCE);
+        let batch = *self.batch.get_or_insert(now + BATCH_TIMEOUT);
+        let datagram = *self.datagram.get_or_insert(now + SEND_TIMEOUT);
         let left = datagram.min(batch).checked_duration_since(now)?;
         (!left.is_zero()).then_some(left)
     }
@@ -727,24 +743,24 @@ mod tests {
 
     #[test]
     fn a_batch_that_is_taken_slowly_is_not_waited_for_without_end() {
-        let mut patience = Patience::default();
+        let mut deadlines = SendDeadlines::default();
         let start = Instant::now();
         let (mut now, mut waits) = (start, 0);
-        while patience.left(now).is_some() {
+        while deadlines.left(now).is_some() {
             // Each datagram is sent just before its own deadline.
-            now += SEND_PATIENCE / 2;
-            patience.went_on();
+            now += SEND_TIMEOUT / 2;
+            deadlines.record_progress();
             waits += 1;
             assert!(waits < 1_000, "the wait is not bounded");
         }
-        assert!(now - start >= BATCH_PATIENCE);
+        assert!(now - start >= BATCH_TIMEOUT);
 
-        let mut patience = Patience::default();
-        assert!(patience.left(start).is_some());
-        assert!(patience.left(start + SEND_PATIENCE).is_none(), "the deadline of one datagram");
-        patience.went_on();
+        let mut deadlines = SendDeadlines::default();
+        assert!(deadlines.left(start).is_some());
+        assert!(deadlines.left(start + SEND_TIMEOUT).is_none(), "the deadline of one datagram");
+        deadlines.record_progress();
         assert!(
-            patience.left(start + SEND_PATIENCE).is_some(),
+            deadlines.left(start + SEND_TIMEOUT).is_some(),
             "the next datagram has its own deadline"
         );
     }
@@ -753,9 +769,9 @@ mod tests {
     #[test]
     fn a_kernel_that_has_the_offloads_passes_their_self_tests() {
         for (what, since) in [(SelfTest::Segment, [4, 18, 0]), (SelfTest::Gro, GRO_SINCE)] {
-            let damaged =
-                SEGMENT_DAMAGED[0] <= kernel_version() && kernel_version() < SEGMENT_DAMAGED[1];
-            if kernel_version() >= since && !damaged {
+            let corrupted =
+                SEGMENT_CORRUPTED[0] <= kernel_version() && kernel_version() < SEGMENT_CORRUPTED[1];
+            if kernel_version() >= since && !corrupted {
                 assert_eq!(try_out(what), Ok(()), "{what:?}");
             }
         }

@@ -20,10 +20,10 @@ use towline_core::peer_table::Observation;
 use towline_types::id::WireguardKey;
 
 use super::arena::{RecvBatch, SendBatch, TunBatch, WriteBatch};
+use super::batch_delay::BatchDelay;
 use super::drops::{DropReason, Drops};
-use super::engine::{Engine, Joined};
 use super::events::{Fault, FaultState};
-use super::rest::Rest;
+use super::pipeline::{Coalesced, Pipeline};
 use super::tun::TunIo;
 use super::udp::{Ready, TooBig, UdpIo};
 
@@ -39,11 +39,11 @@ const TUN_LARGE: usize = 4;
 const TUN_PACKETS: usize = 256;
 /// Size of the send batch in bytes.
 const SEND_BYTES: usize = 512 * 1024;
-/// Largest number of trains in the send batch.
-const SEND_TRAINS: usize = 256;
+/// Largest number of GSO batches in the send batch.
+const SEND_GSO_BATCHES: usize = 256;
 /// Largest number of commands that wait for the worker. Further commands are dropped and counted;
 /// the core repeats those that are still needed.
-const ORDERS: usize = 4096;
+const MAX_COMMANDS: usize = 4096;
 
 /// A command to the worker.
 #[derive(Debug)]
@@ -60,7 +60,7 @@ pub(super) enum Command {
 /// The side of a worker that other threads use: commands, stop flag and loop counter.
 #[derive(Debug)]
 pub(super) struct Inbox {
-    /// Commands that wait, at most [`ORDERS`].
+    /// Commands that wait, at most [`MAX_COMMANDS`].
     commands: Mutex<Vec<Command>>,
     /// Descriptor that wakes the worker.
     wake: EventFd,
@@ -86,7 +86,7 @@ impl Inbox {
 
     pub(super) fn push(&self, command: Command) {
         let mut commands = self.commands.lock();
-        if commands.len() < ORDERS {
+        if commands.len() < MAX_COMMANDS {
             commands.push(command);
         } else {
             self.refused.fetch_add(1, Ordering::Relaxed);
@@ -123,7 +123,7 @@ impl Inbox {
 
 /// State that all workers share. One of them advances the timers for all.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(super) struct WorkerShared {
     started: Instant,
     /// Time of the last tick, in milliseconds after the start.
     ticked: AtomicU64,
@@ -133,7 +133,7 @@ pub(super) struct Pace {
     mtu: AtomicUsize,
 }
 
-impl Pace {
+impl WorkerShared {
     pub(super) fn new(started: Instant) -> Self {
         Self {
             started,
@@ -159,8 +159,8 @@ impl Pace {
 pub(super) struct Worker<T, U> {
     tun: T,
     udp: U,
-    engine: Engine,
-    pace: Arc<Pace>,
+    pipeline: Pipeline,
+    shared: Arc<WorkerShared>,
     inbox: Arc<Inbox>,
     drops: Arc<Drops>,
     faults: FaultState,
@@ -169,7 +169,7 @@ pub(super) struct Worker<T, U> {
     writes: WriteBatch,
     read: TunBatch,
     out: SendBatch,
-    rest: Rest,
+    batch_delay: BatchDelay,
 }
 
 /// Epoll token of the inbox.
@@ -183,8 +183,8 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
     pub(super) fn new(
         tun: T,
         udp: U,
-        engine: Engine,
-        pace: Arc<Pace>,
+        pipeline: Pipeline,
+        shared: Arc<WorkerShared>,
         inbox: Arc<Inbox>,
         drops: Arc<Drops>,
         faults: FaultState,
@@ -195,12 +195,13 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         for (place, fd) in (UDP..).zip(udp.fds()) {
             epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, place))?;
         }
-        let rest = Rest::new(udp.fds().into_iter().chain([inbox.wake.as_fd()])).map_err(errno)?;
+        let batch_delay =
+            BatchDelay::new(udp.fds().into_iter().chain([inbox.wake.as_fd()])).map_err(errno)?;
         Ok(Self {
             tun,
             udp,
-            engine,
-            pace,
+            pipeline,
+            shared,
             inbox,
             drops,
             faults,
@@ -208,14 +209,14 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             received: RecvBatch::new(RECEIVE_SLOTS),
             writes: WriteBatch::new(RECEIVE_SLOTS),
             read: TunBatch::new(TUN_LARGE, TUN_PACKETS),
-            out: SendBatch::new(SEND_BYTES, SEND_TRAINS),
-            rest,
+            out: SendBatch::new(SEND_BYTES, SEND_GSO_BATCHES),
+            batch_delay,
         })
     }
 
     /// Runs the loop until [`Inbox::stop`] is called or a fault occurs.
     pub(super) fn run(mut self) {
-        Rest::prepare_thread();
+        BatchDelay::prepare_thread();
         if let Err(error) = self.serve() {
             self.faults.set(Fault::Worker(error.to_string()));
         }
@@ -224,7 +225,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
     fn serve(&mut self) -> nix::Result<()> {
         let mut next_tick: Option<Instant> = None;
         let mut ticks = 0u32;
-        self.look_at_mtu();
+        self.refresh_mtu();
         loop {
             let mut ready = [EpollEvent::empty(); 4];
             let ready = match self.epoll.wait(&mut ready, timeout(next_tick)) {
@@ -234,13 +235,13 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             };
             self.inbox.count_loop();
             let now = Instant::now();
-            self.engine.set_mtu(self.pace.mtu.load(Ordering::Relaxed));
+            self.pipeline.set_mtu(self.shared.mtu.load(Ordering::Relaxed));
             let is_ready = |what: u64| ready.iter().any(|event| event.data() == what);
             if is_ready(WAKE) {
                 if self.inbox.stop.load(Ordering::Acquire) {
                     return Ok(());
                 }
-                self.obey(now);
+                self.run_commands(now);
             }
             let sockets = ready.iter().filter_map(|event| event.data().checked_sub(UDP));
             let sockets = sockets.fold(Ready::default(), |all, place| all.with(place as usize));
@@ -250,40 +251,40 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             if is_ready(TUN) {
                 self.outbound(now)?;
                 let (packets, bytes) = (self.read.packets().len(), self.read.bytes());
-                self.rest.take(Rest::due(packets, bytes, || now.elapsed()));
+                self.batch_delay.wait(BatchDelay::due(packets, bytes, || now.elapsed()));
             }
             if !ready.is_empty() && next_tick.is_none() {
                 next_tick = Some(now + TICK);
             }
             if next_tick.is_some_and(|tick| now >= tick) {
-                if self.pace.claim(now) {
-                    let live = self.engine.tick(now, &mut self.out, &mut self.udp);
-                    self.pace.live.store(live, Ordering::Relaxed);
+                if self.shared.claim(now) {
+                    let live = self.pipeline.tick(now, &mut self.out, &mut self.udp);
+                    self.shared.live.store(live, Ordering::Relaxed);
                 }
                 // A worker that runs the tick sends only its own waiting observations, so each
                 // worker retries here.
-                self.engine.events().retry();
-                let live = self.pace.live.load(Ordering::Relaxed);
-                let live = live || self.engine.events().is_waiting();
+                self.pipeline.events().retry();
+                let live = self.shared.live.load(Ordering::Relaxed);
+                let live = live || self.pipeline.events().is_waiting();
                 next_tick = live.then(|| now + TICK);
                 ticks = ticks.wrapping_add(1);
                 if ticks.is_multiple_of(MTU_TICKS) {
-                    self.look_at_mtu();
+                    self.refresh_mtu();
                 }
             }
         }
     }
 
-    fn obey(&mut self, now: Instant) {
+    fn run_commands(&mut self, now: Instant) {
         let _ = self.inbox.wake.read();
         // Commands follow a plan, and applying the plan may just have changed the link's MTU.
         // Padding beyond the MTU would cause every outer packet to be fragmented.
-        self.look_at_mtu();
+        self.refresh_mtu();
         let commands = std::mem::take(&mut *self.inbox.commands.lock());
         for command in commands {
             match command {
                 Command::Handshake(peer, to) => {
-                    self.engine.initiate(now, &peer, to, &mut self.out);
+                    self.pipeline.initiate(now, &peer, to, &mut self.out);
                 }
                 Command::Send(to, datagram) => {
                     if !self.out.push(to, &datagram) {
@@ -297,36 +298,36 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                         self.out.clear();
                         if let Err(TooBig { payload }) = sent {
                             let what = Observation::TooBig { path: to, payload };
-                            self.engine.events().observe(peer, what);
+                            self.pipeline.events().observe(peer, what);
                         }
                     } else {
                         self.drops.count(DropReason::SendBufferFull);
                     }
                 }
             }
-            if self.out.spare(super::arena::TRAIN_BYTES).is_none() {
+            if self.out.spare(super::arena::GSO_MAX_BYTES).is_none() {
                 self.flush(now);
             }
         }
         self.flush(now);
     }
 
-    fn look_at_mtu(&mut self) {
+    fn refresh_mtu(&mut self) {
         let mtu = self.tun.mtu();
-        self.pace.mtu.store(mtu, Ordering::Relaxed);
-        self.engine.set_mtu(mtu);
+        self.shared.mtu.store(mtu, Ordering::Relaxed);
+        self.pipeline.set_mtu(mtu);
     }
 
     fn inbound(&mut self, now: Instant, sockets: Ready) -> nix::Result<()> {
         self.received.clear();
         self.udp.receive(sockets, &mut self.received, &self.drops).map_err(errno)?;
-        let joined = self.tun.coalesce();
-        self.engine.inbound(now, joined, &self.received, &mut self.writes, &mut self.out);
-        let Joined { datagrams, damaged } = self.engine.joined();
-        self.udp.came_joined(now, datagrams, damaged);
-        if !self.engine.forwards().is_empty() {
-            let forwards = self.engine.forwards();
-            self.udp.send_trains(now, self.received.bytes(), forwards, &self.drops);
+        let allowed = self.tun.coalesce();
+        self.pipeline.inbound(now, allowed, &self.received, &mut self.writes, &mut self.out);
+        let Coalesced { datagrams, corrupted } = self.pipeline.coalesced();
+        self.udp.record_gro(now, datagrams, corrupted);
+        if !self.pipeline.forwards().is_empty() {
+            let forwards = self.pipeline.forwards();
+            self.udp.send_gso_batches(now, self.received.bytes(), forwards, &self.drops);
         }
         if !self.writes.is_empty() {
             self.tun.write(now, &self.writes, &self.drops);
@@ -344,7 +345,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             // data plane.
             return self.epoll.delete(self.tun.fd());
         }
-        self.engine.outbound(now, &mut self.read, &mut self.out, &mut self.udp);
+        self.pipeline.outbound(now, &mut self.read, &mut self.out, &mut self.udp);
         Ok(())
     }
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{Receiver, channel};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::peer_table::{Observation, PeerEntry, PeerTable, PresharedKey};
-use towline_dataplane::arena::{SLOT_BYTES, TRAIN_BYTES, TunBatch, WriteBatch};
+use towline_dataplane::arena::{GSO_MAX_BYTES, SLOT_BYTES, TunBatch, WriteBatch};
 use towline_dataplane::coalesce::Coalesce;
 use towline_dataplane::drops::Drops;
 use towline_dataplane::memory::{self, Datagram, MemoryHost, MemoryTun, Network};
@@ -28,7 +28,7 @@ use towline_types::stun;
 use x25519_dalek::{PublicKey, StaticSecret};
 
 /// Longest time to wait for something that must happen.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// Time to wait for something that must not happen. Every thread has run by then.
 const A_WHILE: Duration = Duration::from_millis(100);
 const PATTERN: &[u8] = b"an inner byte pattern that nobody may see";
@@ -79,7 +79,7 @@ impl End {
 
     fn event(&mut self) -> Event {
         let Self { runtime, events, .. } = self;
-        let next = runtime.block_on(async { tokio::time::timeout(PATIENCE, events.recv()).await });
+        let next = runtime.block_on(async { tokio::time::timeout(TIMEOUT, events.recv()).await });
         next.expect("an event in time").expect("the data plane runs")
     }
 
@@ -114,7 +114,7 @@ impl End {
 
     /// Waits until exactly `count` packets were dropped for this reason.
     fn dropped(&self, reason: &str, count: u64) {
-        let deadline = std::time::Instant::now() + PATIENCE;
+        let deadline = std::time::Instant::now() + TIMEOUT;
         while self.drops(reason) < count {
             assert!(std::time::Instant::now() < deadline, "{reason}: {:?}", self.plane.snapshot());
             std::thread::yield_now();
@@ -176,7 +176,7 @@ fn net(text: &str) -> ipnet::IpNet {
 fn carries(from: &End, to: &End, payload: usize) {
     let packet = packet(from, to, payload);
     from.host.send(&packet);
-    assert_eq!(to.host.receive(PATIENCE).as_ref(), Some(&packet));
+    assert_eq!(to.host.receive(TIMEOUT).as_ref(), Some(&packet));
 }
 
 fn of_type(seen: &[Datagram], kind: u8) -> Vec<&Datagram> {
@@ -234,7 +234,7 @@ fn a_long_burst_arrives_complete_and_in_order() {
         a.host.send(packet);
     }
     for packet in &packets {
-        assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet));
+        assert_eq!(b.host.receive(TIMEOUT).as_ref(), Some(packet));
     }
 }
 
@@ -242,13 +242,13 @@ fn a_long_burst_arrives_complete_and_in_order() {
 #[test]
 fn what_is_joined_wrongly_is_soon_received_one_by_one() {
     let (network, a, b) = friends();
-    network.damage_joined();
+    network.corrupt_coalesced();
     let joins = || {
         let features = b.plane.snapshot().features;
         features.iter().any(|feature| feature.name == "udp_gro" && feature.active)
     };
     let lost = packet(&a, &b, 1000);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while joins() {
         assert!(Instant::now() < deadline, "datagrams are still coalesced");
         (0..64).for_each(|_| a.host.send(&lost));
@@ -256,11 +256,11 @@ fn what_is_joined_wrongly_is_soon_received_one_by_one() {
     }
     let last = packet(&a, &b, 500);
     a.host.send(&last);
-    while b.host.receive(PATIENCE).expect("a datagram that is not coalesced arrives") != last {}
+    while b.host.receive(TIMEOUT).expect("a datagram that is not coalesced arrives") != last {}
     let packets: Vec<_> = (0..100).map(|_| packet(&a, &b, 1000)).collect();
     packets.iter().for_each(|packet| a.host.send(packet));
     for packet in &packets {
-        assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet));
+        assert_eq!(b.host.receive(TIMEOUT).as_ref(), Some(packet));
     }
 }
 
@@ -284,7 +284,7 @@ fn a_super_packet_arrives_as_its_segments() {
     a.host.send_with(header, &packet);
     let mut received = Vec::new();
     for number in 0..41 {
-        let segment = b.host.receive(PATIENCE).unwrap();
+        let segment = b.host.receive(TIMEOUT).unwrap();
         assert_eq!(segment.len(), 28 + if number < 40 { size } else { 77 });
         let pseudo = checksum::pseudo(&a.inner.into(), &b.inner.into(), 17);
         let sum = checksum::add(pseudo + segment.len() as u64 - 20, &segment[20..]);
@@ -307,7 +307,7 @@ fn without_a_session_traffic_is_wanted_once_and_waits() {
     assert!(network.seen().is_empty(), "nothing is sent without a command");
     a.plane.handshake(b.key(), vec![b.address.into()]);
     for packet in &packets {
-        assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet));
+        assert_eq!(b.host.receive(TIMEOUT).as_ref(), Some(packet));
     }
     a.observed(b.key(), |what| {
         assert_ne!(what, Observation::Wanted, "reported twice");
@@ -326,7 +326,7 @@ fn only_a_few_packets_wait() {
     a.dropped("queue_full", 24);
     a.plane.handshake(b.key(), vec![b.address.into()]);
     for packet in &packets[24..] {
-        assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(packet), "the newest are kept");
+        assert_eq!(b.host.receive(TIMEOUT).as_ref(), Some(packet), "the newest are kept");
     }
 }
 
@@ -424,7 +424,7 @@ fn a_foreign_source_is_dropped_and_counted() {
     let good = packet_from(Ipv4Addr::new(10, 8, 1, 1), b.inner, 10);
     a.host.send(&packet_from(Ipv4Addr::new(10, 7, 1, 1), b.inner, 10));
     a.host.send(&good);
-    assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(&good));
+    assert_eq!(b.host.receive(TIMEOUT).as_ref(), Some(&good));
     b.dropped("wrong_source", 2);
 }
 
@@ -454,14 +454,14 @@ fn what_is_for_somebody_else_is_dropped_and_counted() {
     }
     for good in [[192, 168, 77, 1], b.inner.octets()] {
         a.host.send(&to(good));
-        assert_eq!(b.host.receive(PATIENCE), Some(to(good)));
+        assert_eq!(b.host.receive(TIMEOUT), Some(to(good)));
     }
 
     // Special addresses are dropped even if the node forwards to every network.
     let own = OwnNetworks::new([], [], everywhere);
     b.apply_with([(a.key(), a.entry())], own);
     a.host.send(&to([8, 8, 8, 8]));
-    assert_eq!(b.host.receive(PATIENCE), Some(to([8, 8, 8, 8])));
+    assert_eq!(b.host.receive(TIMEOUT), Some(to([8, 8, 8, 8])));
     for (count, octets) in (foreign.len() as u64 + 1..).zip(&foreign[4..]) {
         a.host.send(&to(*octets));
         b.dropped("wrong_destination", count);
@@ -493,7 +493,7 @@ fn what_somebody_else_sends_into_the_tunnel_is_dropped_and_counted() {
     let wide = PeerEntry { prefixes: vec![net("10.0.0.0/8")], ..a.entry() };
     b.apply([(a.key(), wide)]);
     a.host.send(&foreign);
-    assert_eq!(b.host.receive(PATIENCE).as_ref(), Some(&foreign));
+    assert_eq!(b.host.receive(TIMEOUT).as_ref(), Some(&foreign));
     assert_eq!(a.drops("foreign_source"), 2);
 }
 
@@ -688,7 +688,7 @@ fn one_loud_source_is_limited_before_its_handshakes_cost_anything() {
 }
 
 #[test]
-fn whoever_forges_a_peers_address_does_not_keep_it_out() {
+fn a_forged_address_of_a_peer_does_not_keep_it_out() {
     let (network, a, mut b) = strangers();
     // An unknown node sends well-formed initiations.
     let forger = Secrets::new(StaticSecret::from([77; 32]));
@@ -734,7 +734,7 @@ fn keepalives_fill_a_silence_and_nothing_else() {
         seen.iter().filter(|d| d.from == a.address && d.bytes.len() == 32).count()
     };
     let before = keepalives(&network);
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = std::time::Instant::now() + TIMEOUT;
     while keepalives(&network) < before + 2 {
         assert!(std::time::Instant::now() < deadline);
         std::thread::yield_now();
@@ -777,7 +777,7 @@ fn a_reflector_answers_padded_requests_alone_and_each_source_a_few_times() {
         let seen = network.seen().into_iter();
         seen.filter(move |d| d.from == b.address && d.to == to).collect::<Vec<_>>()
     };
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = std::time::Instant::now() + TIMEOUT;
     while answers(quiet).is_empty() {
         assert!(std::time::Instant::now() < deadline, "the other source is not answered");
         std::thread::yield_now();
@@ -830,7 +830,7 @@ fn a_stranger_that_floods_a_relays_channel_reaches_nobody_and_keeps_nobody_out()
     }
     let bytes = on_channel(77);
     network.inject(Datagram { from: ends[0], to: b.address, bytes: bytes.clone() });
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = std::time::Instant::now() + TIMEOUT;
     let sent = || network.seen().into_iter().filter(|d| d.from == b.address).collect::<Vec<_>>();
     while sent().is_empty() {
         assert!(
@@ -868,7 +868,7 @@ fn oversized_datagrams_are_dropped_and_counted_and_hang_nothing() {
     ];
     let mut count = 0;
     for from in [ends[0], ends[1], stranger, a.address] {
-        for len in [TRAIN_BYTES + 1, 65_500, 65_507, 65_527, SLOT_BYTES] {
+        for len in [GSO_MAX_BYTES + 1, 65_500, 65_507, 65_527, SLOT_BYTES] {
             for head in heads {
                 let mut bytes = vec![7; len];
                 bytes[..head.len()].copy_from_slice(head);
@@ -879,7 +879,7 @@ fn oversized_datagrams_are_dropped_and_counted_and_hang_nothing() {
     }
     b.dropped("oversized", count);
     // The largest datagram that a send takes is forwarded, and the relay's own tunnels still work.
-    let mut bytes = vec![7; TRAIN_BYTES];
+    let mut bytes = vec![7; GSO_MAX_BYTES];
     bytes[..12].copy_from_slice(&relayed_header(77));
     network.inject(Datagram { from: ends[0], to: b.address, bytes: bytes.clone() });
     a.plane.handshake(b.key(), vec![b.address.into()]);
@@ -992,7 +992,7 @@ impl Faulty {
         let (reading, changed) = &*self.reading;
         let mut reading = reading.lock().unwrap();
         while *reading != Reading::Hanging {
-            let (next, timeout) = changed.wait_timeout(reading, PATIENCE).unwrap();
+            let (next, timeout) = changed.wait_timeout(reading, TIMEOUT).unwrap();
             assert!(!timeout.timed_out(), "the worker does not read");
             reading = next;
         }
@@ -1001,14 +1001,14 @@ impl Faulty {
     /// Waits until [`DataPlane::stalled_workers`] returns this number. It must never return a
     /// smaller one.
     fn stalled(&self, workers: usize) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
-            let look = self.plane.stalled_workers();
-            assert!(look >= workers, "{look} workers are stalled");
-            if look == workers {
+            let stalled = self.plane.stalled_workers();
+            assert!(stalled >= workers, "{stalled} workers are stalled");
+            if stalled == workers {
                 return;
             }
-            assert!(Instant::now() < deadline, "{look} workers are stalled");
+            assert!(Instant::now() < deadline, "{stalled} workers are stalled");
             std::thread::yield_now();
         }
     }
@@ -1017,7 +1017,7 @@ impl Faulty {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         let mut faults = self.plane.faults();
         runtime.block_on(async {
-            let fault = tokio::time::timeout(PATIENCE, faults.wait_for(Option::is_some)).await;
+            let fault = tokio::time::timeout(TIMEOUT, faults.wait_for(Option::is_some)).await;
             fault.expect("a fault in time").unwrap().clone().unwrap()
         })
     }
@@ -1040,9 +1040,9 @@ fn a_worker_that_hangs_is_noticed_while_idle_ones_are_not_and_holds_up_nobody() 
     for _ in 0..10_000 {
         faulty.plane.send(SocketAddr::from(([192, 0, 2, 9], 1)).into(), b"order");
     }
-    let patience = Duration::from_millis(200);
-    let stuck = faulty.plane.stop_within(patience);
-    assert_eq!(stuck, Err(StuckWorkers { workers: 1, patience }));
+    let timeout = Duration::from_millis(200);
+    let stuck = faulty.plane.stop_within(timeout);
+    assert_eq!(stuck, Err(StuckWorkers { workers: 1, timeout }));
     faulty.read(Reading::Works);
     assert_eq!(faulty.plane.stop(), Ok(()));
 }
@@ -1061,7 +1061,7 @@ fn orders_that_a_worker_does_not_take_are_bounded_and_counted() {
     let config = Config { private_key, relay: Relay::default(), link: None };
     let plane = DataPlane::start(config, [shard], sender).unwrap();
     host.send(&[0x45; 20]);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     // The worker handles some commands before it hangs.
     while plane.snapshot().drops["orders_full"] < 1_000 {
         assert!(Instant::now() < deadline, "{:?}", plane.snapshot());
@@ -1095,7 +1095,7 @@ fn packets_that_wait_for_a_peer_that_is_removed_are_counted() {
     a.observed(b.key(), |what| what == Observation::Wanted);
     a.apply([]);
     a.host.send(&packet(&a, &b, 100));
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     let lost = || a.drops("queue_expired") + a.drops("no_route");
     while lost() < 3 {
         assert!(Instant::now() < deadline, "{:?}", a.plane.snapshot());

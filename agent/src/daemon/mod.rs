@@ -563,7 +563,7 @@ impl Daemon {
         let table = if self.removed { Arc::new(self.static_only(&table)) } else { table };
         self.probe_keys.follow(&self.keys.wireguard, table.peers.keys());
         self.data_plane.apply(&table);
-        self.relay.keep(|node| table.peers.contains_key(node));
+        self.relay.retain(|node| table.peers.contains_key(node));
         self.table = table;
     }
 

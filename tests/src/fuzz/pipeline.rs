@@ -15,8 +15,8 @@ use towline_core::path::{LocalEnd, Path};
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_dataplane::Event;
 use towline_dataplane::arena::{
-    HEADROOM, RecvBatch, SLOT_BYTES, SendBatch, TAILROOM, TRAIN_BYTES, TRAIN_SEGMENTS, Train,
-    TunBatch, WriteBatch,
+    GSO_MAX_BYTES, GSO_MAX_SEGMENTS, GsoBatch, HEADROOM, RecvBatch, SLOT_BYTES, SendBatch,
+    TAILROOM, TunBatch, WriteBatch,
 };
 use towline_dataplane::coalesce::Coalesce;
 use towline_dataplane::drops::{DropReason, Drops};
@@ -100,11 +100,11 @@ impl UdpIo for Sink {
         Ok(())
     }
 
-    fn send_trains(&mut self, _: Instant, bytes: &[u8], trains: &[Train], _: &Drops) {
-        for train in trains {
-            let sent = &bytes[train.start..train.start + train.len];
-            assert_eq!(sent.chunks(train.stride.get()).count(), train.segments);
-            self.datagrams += train.segments;
+    fn send_gso_batches(&mut self, _: Instant, bytes: &[u8], gso_batches: &[GsoBatch], _: &Drops) {
+        for gso in gso_batches {
+            let sent = &bytes[gso.start..gso.start + gso.len];
+            assert_eq!(sent.chunks(gso.segment_size.get()).count(), gso.segments);
+            self.datagrams += gso.segments;
         }
     }
 
@@ -112,7 +112,7 @@ impl UdpIo for Sink {
         Ok(())
     }
 
-    fn came_joined(&mut self, _: Instant, _: usize, _: usize) {}
+    fn record_gro(&mut self, _: Instant, _: usize, _: usize) {}
 
     fn features(&self) -> Vec<Switch> {
         Vec::new()
@@ -247,10 +247,10 @@ impl Bench {
             }
             self.peer.seal(&mut Once(Some(packet), Vec::new()), to, &mut sealed, &drops);
         }
-        let len: usize = sealed.trains().iter().map(|train| train.len).sum();
+        let len: usize = sealed.gso_batches().iter().map(|gso| gso.len).sum();
         let size = match input.below(4) {
             0 => input.size(),
-            _ => sealed.trains().first().map_or(0, |train| train.stride.get()),
+            _ => sealed.gso_batches().first().map_or(0, |gso| gso.segment_size.get()),
         };
         let bytes = sealed.bytes()[..len].to_vec();
         self.arrive(address(2).into(), &bytes, size);
@@ -295,21 +295,21 @@ impl Bench {
         let mut outcomes = usize::try_from(drops(&self.path) - before).expect("a few");
 
         let mut free_from = 0;
-        for train in self.path.forwards() {
-            assert!(train.len > 0 && train.len <= TRAIN_BYTES, "{train:?}");
-            assert!(train.segments <= TRAIN_SEGMENTS, "{train:?}");
-            assert_eq!(train.len.div_ceil(train.stride.get()), train.segments, "{train:?}");
-            assert!(train.start >= free_from, "forwarded twice: {train:?}");
-            free_from = train.start + train.len;
+        for gso in self.path.forwards() {
+            assert!(gso.len > 0 && gso.len <= GSO_MAX_BYTES, "{gso:?}");
+            assert!(gso.segments <= GSO_MAX_SEGMENTS, "{gso:?}");
+            assert_eq!(gso.len.div_ceil(gso.segment_size.get()), gso.segments, "{gso:?}");
+            assert!(gso.start >= free_from, "forwarded twice: {gso:?}");
+            free_from = gso.start + gso.len;
             let inside = self.received.received().iter().any(|received| {
                 let (start, end) =
                     received.places().fold((usize::MAX, 0), |(start, end), (at, len)| {
                         (start.min(at), end.max(at + len))
                     });
-                train.start >= start && free_from <= end
+                gso.start >= start && free_from <= end
             });
-            assert!(inside, "never received: {train:?}");
-            outcomes += train.segments;
+            assert!(inside, "never received: {gso:?}");
+            outcomes += gso.segments;
         }
         for frame in self.writes.frames() {
             let bytes: usize = self.writes.pieces(frame).map(<[u8]>::len).sum();
@@ -332,9 +332,9 @@ impl Bench {
     /// Delivers to the peer what was sent to it; its responses arrive in the next batch.
     fn answers(&mut self) {
         let mut messages = Vec::new();
-        for train in self.out.trains().iter().filter(|train| train.to.remote == address(2)) {
-            let bytes = &self.out.bytes()[train.start..train.start + train.len];
-            messages.extend(bytes.chunks(train.stride.get()).map(<[u8]>::to_vec));
+        for gso in self.out.gso_batches().iter().filter(|gso| gso.to.remote == address(2)) {
+            let bytes = &self.out.bytes()[gso.start..gso.start + gso.len];
+            messages.extend(bytes.chunks(gso.segment_size.get()).map(<[u8]>::to_vec));
         }
         self.out.clear();
         for message in messages {
@@ -504,6 +504,6 @@ mod tests {
         bench.junk(&mut Input(&seeds()[4][1..]));
         let Bench { now, path, received, writes, out, .. } = &mut bench;
         path.inbound(*now, allowed, received, writes, out);
-        assert!(path.forwards().len() > 1, "a long train takes several sends");
+        assert!(path.forwards().len() > 1, "a long run takes several sends");
     }
 }

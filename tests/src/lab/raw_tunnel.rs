@@ -95,8 +95,8 @@ impl RawTunnel {
         padded.resize(packet.len().next_multiple_of(PADDING), 0);
         let mut out = SendBatch::new(padded.len() + 2 * HANDSHAKE_BYTES, 1);
         self.session.seal(&mut Once(Some(&padded)), self.to.into(), &mut out, &Drops::default());
-        for train in out.trains() {
-            self.socket.send(&out.bytes()[train.start..train.start + train.len])?;
+        for gso in out.gso_batches() {
+            self.socket.send(&out.bytes()[gso.start..gso.start + gso.len])?;
         }
         Ok(())
     }

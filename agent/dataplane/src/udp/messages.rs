@@ -12,7 +12,7 @@ use socket2::{SockAddr, Socket};
 use towline_core::path::{LocalEnd, Path};
 
 use super::{UDP_GRO, UDP_SEGMENT};
-use crate::arena::{SLOT_BYTES, Train};
+use crate::arena::{GsoBatch, SLOT_BYTES};
 
 /// Largest number of messages in one system call.
 pub(super) const MESSAGES: usize = 64;
@@ -152,7 +152,7 @@ impl Headers {
             return None;
         }
         let remote = read_address(&self.addresses[message])?;
-        let (mut stride, mut local) = (0, None);
+        let (mut segment_size, mut local) = (0, None);
         // SAFETY: the kernel has filled the control buffer that the header points to, which `self`
         // owns. The macros stay within `msg_controllen`, and each value has the type of its level
         // and kind, possibly unaligned.
@@ -161,7 +161,9 @@ impl Headers {
             while !next.is_null() {
                 let data = libc::CMSG_DATA(next);
                 match ((*next).cmsg_level, (*next).cmsg_type) {
-                    (libc::SOL_UDP, UDP_GRO) => stride = ptr::read_unaligned(data.cast::<c_int>()),
+                    (libc::SOL_UDP, UDP_GRO) => {
+                        segment_size = ptr::read_unaligned(data.cast::<c_int>())
+                    }
                     (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
                         let info = ptr::read_unaligned(data.cast::<libc::in_pktinfo>());
                         let address = Ipv4Addr::from(u32::from_be(info.ipi_addr.s_addr)).into();
@@ -178,20 +180,20 @@ impl Headers {
             }
         }
         let from = Path { local, remote, channel: None };
-        Some((from, received.msg_len as usize, usize::try_from(stride).unwrap_or(0)))
+        Some((from, received.msg_len as usize, usize::try_from(segment_size).unwrap_or(0)))
     }
 
-    /// Sends as many of the trains as the kernel accepts, at most [`MESSAGES`]. Returns the number
-    /// of trains sent.
+    /// Sends as many of the GSO batches as the kernel accepts, at most [`MESSAGES`]. Returns the number
+    /// of GSO batches sent.
     pub(super) fn send(
         &mut self,
         socket: &Socket,
         bytes: &[u8],
-        trains: &[Train],
+        gso_batches: &[GsoBatch],
     ) -> io::Result<usize> {
         let mut count = 0;
-        for train in trains.iter().take(MESSAGES) {
-            let Some(datagrams) = bytes.get(train.start..train.start + train.len) else {
+        for gso in gso_batches.iter().take(MESSAGES) {
+            let Some(datagrams) = bytes.get(gso.start..gso.start + gso.len) else {
                 return Err(io::Error::from_raw_os_error(libc::EINVAL));
             };
             self.vectors[count] = libc::iovec {
@@ -199,18 +201,18 @@ impl Headers {
                 iov_len: datagrams.len(),
             };
             let header = &mut self.messages[count].msg_hdr;
-            header.msg_namelen = write_address(&mut self.addresses[count], train.to.remote);
+            header.msg_namelen = write_address(&mut self.addresses[count], gso.to.remote);
             header.msg_name = (&raw mut self.addresses[count]).cast();
             header.msg_iov = &raw mut self.vectors[count];
             header.msg_iovlen = 1;
             header.msg_flags = 0;
             let control = &mut self.controls[count];
             let mut used = 0;
-            if train.segments > 1 {
-                let stride = (train.stride.get() as u16).to_ne_bytes();
-                used = control.put(used, libc::SOL_UDP, UDP_SEGMENT, &stride);
+            if gso.segments > 1 {
+                let segment_size = (gso.segment_size.get() as u16).to_ne_bytes();
+                used = control.put(used, libc::SOL_UDP, UDP_SEGMENT, &segment_size);
             }
-            if let Some(local) = train.to.local {
+            if let Some(local) = gso.to.local {
                 used = control.put_local(used, local);
             }
             header.msg_controllen = used as _;

@@ -16,7 +16,7 @@ use socket2::Socket;
 
 use super::messages::Headers;
 use super::{Endpoint, set};
-use crate::arena::Train;
+use crate::arena::GsoBatch;
 
 /// Largest number of queued errors that are searched for the error of the datagram. Replies from
 /// the network may have queued others.
@@ -79,11 +79,11 @@ impl From<io::Error> for Unsent {
 impl Endpoint {
     /// Sends one datagram with fragmentation forbidden, even if the kernel has cached a smaller
     /// path MTU.
-    pub(super) fn send_whole(&mut self, bytes: &[u8], train: &Train) -> Result<(), Unsent> {
+    pub(super) fn send_whole(&mut self, bytes: &[u8], gso: &GsoBatch) -> Result<(), Unsent> {
         let options = if self.v4 { V4 } else { V6 };
         let Self { socket, headers, .. } = self;
         set(socket, options.level, options.discover, options.whole)?;
-        let sent = send_listening(socket, headers, bytes, train, options);
+        let sent = send_listening(socket, headers, bytes, gso, options);
         set(socket, options.level, options.discover, options.after)?;
         sent
     }
@@ -94,12 +94,12 @@ fn send_listening(
     socket: &Socket,
     headers: &mut Headers,
     bytes: &[u8],
-    train: &Train,
+    gso: &GsoBatch,
     options: Options,
 ) -> Result<(), Unsent> {
     // Without the error queue the length that fits stays unknown.
     let listening = set(socket, options.level, options.errors, 1).is_ok();
-    let sent = headers.send(socket, bytes, &[*train]);
+    let sent = headers.send(socket, bytes, &[*gso]);
     let mtu = match &sent {
         Err(error) if listening && error.raw_os_error() == Some(libc::EMSGSIZE) => {
             (0..ERRORS).map_while(|_| next_error(socket)).flatten().next()

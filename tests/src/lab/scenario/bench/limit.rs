@@ -69,8 +69,8 @@ impl Limit {
                 received.clear();
                 udp.receive(Ready::ALL, &mut received, &drops)?;
                 received.swap(&mut writes);
-                for train in received.received() {
-                    for (at, len) in train.places() {
+                for datagrams in received.received() {
+                    for (at, len) in datagrams.places() {
                         open(&key, &mut writes, at, len, &mut coalescer);
                     }
                 }

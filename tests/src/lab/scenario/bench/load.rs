@@ -326,8 +326,8 @@ fn receive(mut socket: Udp, counters: &Counters, answers: bool) {
         }
         let (mut bytes, mut datagrams, mut reordered) = (0, 0, 0);
         for received in batch.received() {
-            let Ok(train) = batch.datagrams(received) else { continue };
-            for datagram in train.iter() {
+            let Ok(run) = batch.datagrams(received) else { continue };
+            for datagram in run.iter() {
                 let Some(number) = datagram.first_chunk() else { continue };
                 let number = u64::from_be_bytes(*number);
                 reordered += u64::from(number < next);

@@ -28,11 +28,11 @@ const DESCRIPTORS: usize = 9;
 
 /// Runs the delay, and holds the descriptors that end it early.
 #[derive(Debug)]
-pub(super) struct Rest {
+pub(super) struct BatchDelay {
     others: Vec<OwnedFd>,
 }
 
-impl Rest {
+impl BatchDelay {
     /// Creates a delay that input on any of `others` ends. Only the first [`DESCRIPTORS`] are used.
     pub(super) fn new<'a>(others: impl IntoIterator<Item = BorrowedFd<'a>>) -> io::Result<Self> {
         let others = others.into_iter().take(DESCRIPTORS);
@@ -55,7 +55,7 @@ impl Rest {
     }
 
     /// Waits for `time`, or until one of the descriptors is readable.
-    pub(super) fn take(&self, time: Duration) {
+    pub(super) fn wait(&self, time: Duration) {
         let Some(first) = self.others.first().filter(|_| !time.is_zero()) else { return };
         let mut fds: [_; DESCRIPTORS] = std::array::from_fn(|place| {
             let other = self.others.get(place).unwrap_or(first);
@@ -73,8 +73,8 @@ mod tests {
     const WORK: Duration = Duration::from_micros(40);
 
     #[test]
-    fn only_many_small_packets_are_followed_by_a_rest() {
-        let due = |packets, bytes| Rest::due(packets, bytes, || WORK);
+    fn only_many_small_packets_are_followed_by_a_delay() {
+        let due = |packets, bytes| BatchDelay::due(packets, bytes, || WORK);
         assert_eq!(due(1, 100), Duration::ZERO, "an echo");
         assert_eq!(due(7, 700), Duration::ZERO, "a few acknowledgements");
         assert_eq!(due(16, 1600), WORK, "a stream of small datagrams");
@@ -82,22 +82,22 @@ mod tests {
     }
 
     #[test]
-    fn no_rest_is_long() {
+    fn no_delay_is_long() {
         let preempted = Duration::from_millis(30);
-        assert_eq!(Rest::due(16, 1600, || preempted), LONGEST);
+        assert_eq!(BatchDelay::due(16, 1600, || preempted), LONGEST);
     }
 
     #[test]
-    fn the_clock_is_not_read_for_a_packet_that_is_not_followed_by_a_rest() {
-        Rest::due(1, 100, || unreachable!("the clock was read"));
+    fn the_clock_is_not_read_for_a_packet_that_is_not_followed_by_a_delay() {
+        BatchDelay::due(1, 100, || unreachable!("the clock was read"));
     }
 
     /// A delay that nothing ends would take far longer than any test run.
     #[test]
-    fn what_arrives_meanwhile_ends_a_rest() {
+    fn what_arrives_meanwhile_ends_a_delay() {
         let (reader, writer) = nix::unistd::pipe().unwrap();
         nix::unistd::write(&writer, b"!").unwrap();
         let (idle, _open) = nix::unistd::pipe().unwrap();
-        Rest::new([idle.as_fd(), reader.as_fd()]).unwrap().take(Duration::from_secs(100_000));
+        BatchDelay::new([idle.as_fd(), reader.as_fd()]).unwrap().wait(Duration::from_secs(100_000));
     }
 }

@@ -39,7 +39,7 @@ const ATTEMPT_GONE: Duration = Duration::from_secs(92);
 const RETRY_JITTER_MS: u64 = 333;
 /// Time within which a second command to initiate on the same paths is ignored: boringtun may have
 /// repeated the initiation just before it arrived.
-const SAME_ORDER: Duration = Duration::from_millis(20);
+const SAME_COMMAND: Duration = Duration::from_millis(20);
 /// Shortest time between two reports of inner traffic ([`Observation::Active`]).
 const ACTIVE_EVERY: Duration = Duration::from_secs(1);
 /// Largest number of packets that wait for a session.
@@ -48,7 +48,7 @@ const WAITING: usize = 16;
 const WAITING_TIME: Duration = Duration::from_secs(10);
 
 /// Context of a call: the time, the send batch, the event sink and the counters.
-pub(super) struct Act<'a> {
+pub(super) struct TunnelContext<'a> {
     pub(super) now: Instant,
     /// Start of the data plane, from which [`PeerCounters`] count.
     pub(super) started: Instant,
@@ -83,13 +83,13 @@ pub(super) struct Tunnel {
     waiting: VecDeque<(Instant, Box<[u8]>)>,
     /// True once [`Observation::Wanted`] was reported. Cleared when a session is established or
     /// expires.
-    wanted_said: bool,
+    wanted_reported: bool,
     /// Path that the last authentic handshake came by, used while the core knows no endpoint.
     adopted: Option<Path>,
     /// Path of the last reported [`Observation::Roamed`], so that it is reported once.
-    roamed_said: Option<Path>,
+    roamed_reported: Option<Path>,
     /// Inner traffic that must be reported.
-    travelled: Travelled,
+    inner_traffic: InnerTraffic,
     /// Time until which the tunnel needs ticks. `None` if it needs none.
     live_until: Option<Instant>,
     /// True once the peer left the table. No packet may wait for a session after that.
@@ -98,21 +98,23 @@ pub(super) struct Tunnel {
 
 /// Inner traffic since the last report, and the time of that report.
 #[derive(Debug, Default)]
-struct Travelled {
+struct InnerTraffic {
     sent: bool,
     received: bool,
-    said: Option<Instant>,
+    reported: Option<Instant>,
 }
 
-impl Travelled {
+impl InnerTraffic {
     /// Returns the report that is due now. `None` without traffic, or within [`ACTIVE_EVERY`] of
     /// the last report.
-    fn say(&mut self, now: Instant) -> Option<Observation> {
-        let soon = self.said.is_some_and(|said| now.saturating_duration_since(said) < ACTIVE_EVERY);
+    fn take_report(&mut self, now: Instant) -> Option<Observation> {
+        let soon = self
+            .reported
+            .is_some_and(|reported| now.saturating_duration_since(reported) < ACTIVE_EVERY);
         if soon || !(self.sent || self.received) {
             return None;
         }
-        self.said = Some(now);
+        self.reported = Some(now);
         let (sent, received) = (self.sent, self.received);
         (self.sent, self.received) = (false, false);
         Some(Observation::Active { sent, received })
@@ -149,10 +151,10 @@ impl Tunnel {
             established: None,
             last_sent: None,
             waiting: VecDeque::new(),
-            wanted_said: false,
+            wanted_reported: false,
             adopted: None,
-            roamed_said: None,
-            travelled: Travelled::default(),
+            roamed_reported: None,
+            inner_traffic: InnerTraffic::default(),
             live_until: None,
             closed: false,
         }
@@ -220,32 +222,32 @@ impl Tunnel {
 
     /// Records that inner packets were sent. Returns the report that is due.
     pub(super) fn sent_inner(&mut self, now: Instant) -> Option<Observation> {
-        self.travelled.sent = true;
-        self.travelled.say(now)
+        self.inner_traffic.sent = true;
+        self.inner_traffic.take_report(now)
     }
 
     /// Keeps a padded packet until there is a session. If [`WAITING`] packets wait already, drops
     /// the oldest.
-    pub(super) fn wait(&mut self, packet: &[u8], act: &mut Act<'_>) {
+    pub(super) fn wait(&mut self, packet: &[u8], context: &mut TunnelContext<'_>) {
         if self.closed {
-            act.drops.count(DropReason::NoRoute);
+            context.drops.count(DropReason::NoRoute);
             return;
         }
         if self.waiting.len() == WAITING {
             self.waiting.pop_front();
-            act.drops.count(DropReason::QueueFull);
+            context.drops.count(DropReason::QueueFull);
         }
-        self.waiting.push_back((act.now, packet.into()));
-        self.live_for(act.now, WAITING_TIME);
-        if !self.wanted_said {
-            self.wanted_said = true;
-            act.events.observe(self.peer, Observation::Wanted);
+        self.waiting.push_back((context.now, packet.into()));
+        self.live_for(context.now, WAITING_TIME);
+        if !self.wanted_reported {
+            self.wanted_reported = true;
+            context.events.observe(self.peer, Observation::Wanted);
         }
     }
 
-    /// Opens a train of data messages that all have the receiver index `receiver`, see
+    /// Opens a run of data messages that all have the receiver index `receiver`, see
     /// [`Session::open`]. Returns the number of messages that were not authentic.
-    #[expect(clippy::too_many_arguments, reason = "the train, its sender and the context")]
+    #[expect(clippy::too_many_arguments, reason = "the run, its sender and the context")]
     pub(super) fn open(
         &mut self,
         from: Path,
@@ -253,19 +255,19 @@ impl Tunnel {
         receiver: u32,
         datagrams: Datagrams<'_>,
         plain: &mut [u8],
-        act: &mut Act<'_>,
+        context: &mut TunnelContext<'_>,
         mut each: impl FnMut(usize, usize),
     ) -> usize {
         let session = match (&mut self.active, &mut self.retired) {
             (Some(active), _) if receiver >> 8 == self.index => active,
             (_, Some((retired, index))) if receiver >> 8 == *index => retired,
             _ => {
-                act.drops.add(DropReason::NoSession, datagrams.count().get() as u64);
+                context.drops.add(DropReason::NoSession, datagrams.count().get() as u64);
                 return 0;
             }
         };
-        let drops = act.drops;
-        let (mut authentic, mut packets, mut damaged) = (0, false, 0);
+        let drops = context.drops;
+        let (mut authentic, mut packets, mut corrupted) = (0, false, 0);
         let skip = if from.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
         session.open(datagrams, skip, plain, |bytes, opened| match opened {
             Opened::Packet { start, len } => {
@@ -275,26 +277,26 @@ impl Tunnel {
             }
             Opened::Keepalive => authentic += bytes,
             Opened::Refused(reason) => {
-                damaged += usize::from(reason == DropReason::NotAuthentic);
+                corrupted += usize::from(reason == DropReason::NotAuthentic);
                 drops.count(reason);
             }
         });
         if authentic == 0 {
-            return damaged;
+            return corrupted;
         }
-        act.counters.received(authentic);
+        context.counters.received(authentic);
         if packets {
-            self.travelled.received = true;
-            if let Some(what) = self.travelled.say(act.now) {
-                act.events.observe(self.peer, what);
+            self.inner_traffic.received = true;
+            if let Some(what) = self.inner_traffic.take_report(context.now) {
+                context.events.observe(self.peer, what);
             }
         }
         if self.unconfirmed == Some(receiver) {
             self.unconfirmed = None;
-            self.completed(from, false, act);
+            self.completed(from, false, context);
         }
-        self.seen(from, known, act);
-        damaged
+        self.seen(from, known, context);
+        corrupted
     }
 
     /// Handles a handshake message of any kind.
@@ -303,49 +305,49 @@ impl Tunnel {
         message: &[u8],
         from: Path,
         known: Option<Path>,
-        act: &mut Act<'_>,
+        context: &mut TunnelContext<'_>,
     ) {
         let solicited = matches!(MessageKind::of(message), Some(MessageKind::Initiation))
             || self.initiation.is_some();
         if !solicited {
-            act.drops.count(DropReason::InvalidHandshake);
+            context.drops.count(DropReason::InvalidHandshake);
             return;
         }
         let mut reply = [0; HANDSHAKE_BYTES];
         match self.active().handshake(message, &mut reply) {
             Answered::Response { len, receiver } => {
-                act.counters.received(message.len());
+                context.counters.received(message.len());
                 self.unconfirmed = Some(receiver);
-                self.live_for(act.now, SESSION_GONE);
-                self.send(&reply[..len], from, act);
+                self.live_for(context.now, SESSION_GONE);
+                self.send(&reply[..len], from, context);
                 if known.is_none() {
                     self.adopted = Some(from);
-                    self.tell_roamed(from, act);
+                    self.report_roamed(from, context);
                 }
-                self.seen(from, known, act);
+                self.seen(from, known, context);
             }
             Answered::Established { len } => {
-                act.counters.received(message.len());
+                context.counters.received(message.len());
                 self.initiation = None;
-                self.live_for(act.now, SESSION_GONE);
+                self.live_for(context.now, SESSION_GONE);
                 // The peer can use the session only after this datagram, so it takes the path that
                 // just worked.
-                self.send(&reply[..len], from, act);
+                self.send(&reply[..len], from, context);
                 if known.is_none() {
                     self.adopted = Some(from);
                 }
-                self.completed(from, true, act);
-                self.seen(from, known, act);
+                self.completed(from, true, context);
+                self.seen(from, known, context);
             }
             Answered::Cookie => {}
-            Answered::Refused(reason) => act.drops.count(reason),
+            Answered::Refused(reason) => context.drops.count(reason),
         }
     }
 
     /// Starts a handshake: sends one initiation, with the same bytes, on each path.
-    pub(super) fn initiate(&mut self, to: Vec<Path>, act: &mut Act<'_>) {
+    pub(super) fn initiate(&mut self, to: Vec<Path>, context: &mut TunnelContext<'_>) {
         if let Some(running) = &self.initiation
-            && act.now.saturating_duration_since(running.sent) < SAME_ORDER
+            && context.now.saturating_duration_since(running.sent) < SAME_COMMAND
             && to.iter().all(|address| running.to.contains(address))
         {
             return;
@@ -353,7 +355,7 @@ impl Tunnel {
         let mut message = [0; HANDSHAKE_BYTES];
         let len = self.active().initiate(&mut message);
         if len > 0 {
-            self.initiated(&message[..len], to, act);
+            self.initiated(&message[..len], to, context);
         }
     }
 
@@ -362,30 +364,30 @@ impl Tunnel {
         &mut self,
         known: Option<Path>,
         keepalive: Option<Duration>,
-        act: &mut Act<'_>,
+        context: &mut TunnelContext<'_>,
     ) -> bool {
-        if !self.is_live(act.now) {
+        if !self.is_live(context.now) {
             return false;
         }
         while let Some((since, _)) = self.waiting.front()
-            && act.now.saturating_duration_since(*since) >= WAITING_TIME
+            && context.now.saturating_duration_since(*since) >= WAITING_TIME
         {
             self.waiting.pop_front();
-            act.drops.count(DropReason::QueueExpired);
+            context.drops.count(DropReason::QueueExpired);
         }
-        if let Some(what) = self.travelled.say(act.now) {
-            act.events.observe(self.peer, what);
+        if let Some(what) = self.inner_traffic.take_report(context.now) {
+            context.events.observe(self.peer, what);
         }
         let had_session = self.established.is_some();
-        self.tick_engines(known, act);
+        self.tick_engines(known, context);
         if had_session && !self.is_ready() && self.initiation.is_none() {
-            self.ended(act);
+            self.ended(context);
         }
-        self.keep_alive(known, keepalive, act);
-        self.is_live(act.now)
+        self.keep_alive(known, keepalive, context);
+        self.is_live(context.now)
     }
 
-    fn tick_engines(&mut self, known: Option<Path>, act: &mut Act<'_>) {
+    fn tick_engines(&mut self, known: Option<Path>, context: &mut TunnelContext<'_>) {
         let mut message = [0; HANDSHAKE_BYTES];
         let mut renew = false;
         if let Some((retired, _)) = &mut self.retired {
@@ -395,7 +397,7 @@ impl Tunnel {
             }
         }
         let repeated = self.initiation.as_ref().map(|initiation| {
-            let age = act.now.saturating_duration_since(initiation.sent);
+            let age = context.now.saturating_duration_since(initiation.sent);
             (age >= REKEY_TIMEOUT, age >= REKEY_TIMEOUT + initiation.jitter)
         });
         let tick = match (&mut self.active, repeated) {
@@ -407,7 +409,7 @@ impl Tunnel {
         match tick {
             Tick::Quiet if renew && self.initiation.is_none() => {
                 let to = self.endpoint(known).into_iter().collect();
-                self.initiate(to, act);
+                self.initiate(to, context);
             }
             Tick::Quiet => {
                 // boringtun does not repeat an initiation after it answered one from the peer.
@@ -418,32 +420,37 @@ impl Tunnel {
             Tick::Initiation(len) => {
                 let to = match self.initiation.take() {
                     Some(unanswered) => {
-                        act.events.observe(self.peer, Observation::HandshakeUnanswered);
+                        context.events.observe(self.peer, Observation::HandshakeUnanswered);
                         unanswered.to
                     }
                     None => self.endpoint(known).into_iter().collect(),
                 };
-                self.initiated(&message[..len], to, act);
+                self.initiated(&message[..len], to, context);
             }
             Tick::Keepalive(len) => {
                 if let Some(to) = self.endpoint(known) {
-                    self.send(&message[..len], to, act);
+                    self.send(&message[..len], to, context);
                 }
             }
-            Tick::Expired => self.ended(act),
+            Tick::Expired => self.ended(context),
         }
     }
 
-    fn keep_alive(&mut self, known: Option<Path>, keepalive: Option<Duration>, act: &mut Act<'_>) {
+    fn keep_alive(
+        &mut self,
+        known: Option<Path>,
+        keepalive: Option<Duration>,
+        context: &mut TunnelContext<'_>,
+    ) {
         let Some(interval) = keepalive else { return };
         if let Some((since, true)) = self.established
             && self.initiation.is_none()
-            && act.now.saturating_duration_since(since) >= REKEY_AFTER
+            && context.now.saturating_duration_since(since) >= REKEY_AFTER
         {
             let to = self.endpoint(known).into_iter().collect();
-            self.initiate(to, act);
+            self.initiate(to, context);
         }
-        let silent = |since: Instant| act.now.saturating_duration_since(since) >= interval;
+        let silent = |since: Instant| context.now.saturating_duration_since(since) >= interval;
         if !self.last_sent.is_none_or(silent) {
             return;
         }
@@ -451,7 +458,7 @@ impl Tunnel {
         let mut message = [0; HANDSHAKE_BYTES];
         if let Some(session) = self.sealing() {
             let len = session.keepalive(&mut message);
-            self.send(&message[..len], to, act);
+            self.send(&message[..len], to, context);
         }
     }
 
@@ -483,73 +490,73 @@ impl Tunnel {
     }
 
     /// Sends an initiation on each path and records it.
-    fn initiated(&mut self, message: &[u8], to: Vec<Path>, act: &mut Act<'_>) {
+    fn initiated(&mut self, message: &[u8], to: Vec<Path>, context: &mut TunnelContext<'_>) {
         for address in &to {
-            self.send(message, *address, act);
+            self.send(message, *address, context);
         }
         let jitter = Duration::from_millis(super::random() % RETRY_JITTER_MS);
-        self.initiation = Some(Initiation { sent: act.now, jitter, to });
-        self.live_for(act.now, ATTEMPT_GONE);
+        self.initiation = Some(Initiation { sent: context.now, jitter, to });
+        self.live_for(context.now, ATTEMPT_GONE);
     }
 
     /// Records a completed handshake and sends the waiting packets.
-    fn completed(&mut self, from: Path, ours: bool, act: &mut Act<'_>) {
-        self.established = Some((act.now, ours));
-        self.wanted_said = false;
-        act.counters.handshake(act.started, act.now);
-        act.events.observe(self.peer, Observation::Handshake { from });
+    fn completed(&mut self, from: Path, ours: bool, context: &mut TunnelContext<'_>) {
+        self.established = Some((context.now, ours));
+        self.wanted_reported = false;
+        context.counters.handshake(context.started, context.now);
+        context.events.observe(self.peer, Observation::Handshake { from });
         // They take the path that the handshake came by: it works, and the previous one may be
         // dead.
         while let Some((since, packet)) = self.waiting.pop_front() {
-            if act.now.saturating_duration_since(since) >= WAITING_TIME {
-                act.drops.count(DropReason::QueueExpired);
+            if context.now.saturating_duration_since(since) >= WAITING_TIME {
+                context.drops.count(DropReason::QueueExpired);
                 continue;
             }
             let mut waited = Waited { packet, taken: false };
-            let sealed = self.seal(&mut waited, from, act.out, act.drops, act.now);
-            act.counters.sent(sealed);
+            let sealed = self.seal(&mut waited, from, context.out, context.drops, context.now);
+            context.counters.sent(sealed);
             if !waited.taken {
-                act.drops.count(DropReason::SendBufferFull);
+                context.drops.count(DropReason::SendBufferFull);
             }
         }
     }
 
     /// Resets the tunnel after its session expired and no handshake is under way.
-    fn ended(&mut self, act: &mut Act<'_>) {
+    fn ended(&mut self, context: &mut TunnelContext<'_>) {
         self.established = None;
         self.initiation = None;
         self.unconfirmed = None;
         self.live_until = None;
-        self.wanted_said = false;
-        act.drops.add(DropReason::QueueExpired, self.waiting.len() as u64);
+        self.wanted_reported = false;
+        context.drops.add(DropReason::QueueExpired, self.waiting.len() as u64);
         self.waiting.clear();
-        act.events.observe(self.peer, Observation::SessionExpired);
+        context.events.observe(self.peer, Observation::SessionExpired);
     }
 
     /// Records that an authentic datagram came by the path `from`, and reports a change.
-    fn seen(&mut self, from: Path, known: Option<Path>, act: &mut Act<'_>) {
+    fn seen(&mut self, from: Path, known: Option<Path>, context: &mut TunnelContext<'_>) {
         if self.endpoint(known).is_some_and(|endpoint| endpoint.is(&from)) {
             if known.is_some() {
-                self.roamed_said = None;
+                self.roamed_reported = None;
             }
         } else {
-            self.tell_roamed(from, act);
+            self.report_roamed(from, context);
         }
     }
 
-    fn tell_roamed(&mut self, from: Path, act: &mut Act<'_>) {
-        if self.roamed_said != Some(from) {
-            self.roamed_said = Some(from);
-            act.events.observe(self.peer, Observation::Roamed { from });
+    fn report_roamed(&mut self, from: Path, context: &mut TunnelContext<'_>) {
+        if self.roamed_reported != Some(from) {
+            self.roamed_reported = Some(from);
+            context.events.observe(self.peer, Observation::Roamed { from });
         }
     }
 
-    fn send(&mut self, message: &[u8], to: Path, act: &mut Act<'_>) {
-        self.last_sent = Some(act.now);
-        if act.out.push(to, message) {
-            act.counters.sent(message.len());
+    fn send(&mut self, message: &[u8], to: Path, context: &mut TunnelContext<'_>) {
+        self.last_sent = Some(context.now);
+        if context.out.push(to, message) {
+            context.counters.sent(message.len());
         } else {
-            act.drops.count(DropReason::SendBufferFull);
+            context.drops.count(DropReason::SendBufferFull);
         }
     }
 }
@@ -573,7 +580,7 @@ impl Segments for Waited {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arena::Train;
+    use crate::arena::GsoBatch;
     use crate::events::Event;
     use tokio::sync::mpsc::{Receiver, channel};
     use x25519_dalek::StaticSecret;
@@ -614,20 +621,21 @@ mod tests {
         fn with<R>(
             &mut self,
             now: Instant,
-            call: impl FnOnce(&mut Tunnel, &mut Act<'_>) -> R,
+            call: impl FnOnce(&mut Tunnel, &mut TunnelContext<'_>) -> R,
         ) -> R {
             let Self { tunnel, out, events, drops, counters, started, .. } = self;
-            let mut act = Act { now, started: *started, out, events, drops, counters };
-            call(tunnel, &mut act)
+            let mut context =
+                TunnelContext { now, started: *started, out, events, drops, counters };
+            call(tunnel, &mut context)
         }
 
         /// Returns the datagrams sent since the last call.
         fn sent(&mut self) -> Vec<Vec<u8>> {
-            let datagrams = |train: &Train| -> Vec<Vec<u8>> {
-                let bytes = &self.out.bytes()[train.start..train.start + train.len];
-                bytes.chunks(train.stride.get()).map(<[u8]>::to_vec).collect()
+            let datagrams = |gso: &GsoBatch| -> Vec<Vec<u8>> {
+                let bytes = &self.out.bytes()[gso.start..gso.start + gso.len];
+                bytes.chunks(gso.segment_size.get()).map(<[u8]>::to_vec).collect()
             };
-            let sent = self.out.trains().iter().flat_map(datagrams).collect();
+            let sent = self.out.gso_batches().iter().flat_map(datagrams).collect();
             self.out.clear();
             sent
         }
@@ -643,14 +651,14 @@ mod tests {
         /// Receives datagrams from `from`, which is also the known endpoint.
         fn take(&mut self, now: Instant, from: Path, datagrams: &[Vec<u8>]) {
             for datagram in datagrams {
-                self.with(now, |tunnel, act| match MessageKind::of(datagram).unwrap() {
+                self.with(now, |tunnel, context| match MessageKind::of(datagram).unwrap() {
                     MessageKind::Data { receiver } => {
                         let mut plain = vec![0; datagram.len()];
                         let one = Datagrams::new(datagram, 0, 0).unwrap();
                         let each = |_, _| {};
-                        tunnel.open(from, Some(from), receiver, one, &mut plain, act, each);
+                        tunnel.open(from, Some(from), receiver, one, &mut plain, context, each);
                     }
-                    _ => tunnel.handshake(datagram, from, Some(from), act),
+                    _ => tunnel.handshake(datagram, from, Some(from), context),
                 });
             }
         }
@@ -669,11 +677,11 @@ mod tests {
     }
 
     /// Returns two sides with a session that the first initiated.
-    fn friends() -> ([Side; 2], Instant) {
+    fn connected_pair() -> ([Side; 2], Instant) {
         let mut sides = Side::pair();
         let now = sides[0].started;
         let to = vec![sides[1].address];
-        sides[0].with(now, |tunnel, act| tunnel.initiate(to, act));
+        sides[0].with(now, |tunnel, context| tunnel.initiate(to, context));
         deliver(now, &mut sides);
         assert!(sides.iter().all(|side| side.tunnel.is_ready()));
         (sides, now)
@@ -681,13 +689,13 @@ mod tests {
 
     fn tick(side: &mut Side, now: Instant, keepalive: Option<Duration>) -> Vec<MessageKind> {
         let known = Some(Path::direct(([192, 0, 2, 77], 51830).into()));
-        side.with(now, |tunnel, act| tunnel.tick(known, keepalive, act));
+        side.with(now, |tunnel, context| tunnel.tick(known, keepalive, context));
         side.sent().iter().map(|datagram| MessageKind::of(datagram).unwrap()).collect()
     }
 
     #[test]
     fn who_initiated_renews_a_session_that_only_keepalives_hold_open() {
-        let ([mut initiator, mut responder], start) = friends();
+        let ([mut initiator, mut responder], start) = connected_pair();
         let due = start + REKEY_AFTER;
         let initiates = |sent: &[MessageKind]| sent.contains(&MessageKind::Initiation);
         assert!(!initiates(&tick(&mut initiator, due - Duration::from_secs(1), KEEPALIVE)));
@@ -703,7 +711,7 @@ mod tests {
 
     #[test]
     fn a_keepalive_waits_until_nothing_was_sent_for_long() {
-        let ([mut side, _], start) = friends();
+        let ([mut side, _], start) = connected_pair();
         let second = Duration::from_secs(1);
         assert!(tick(&mut side, start + 24 * second, KEEPALIVE).is_empty());
         let busy = start + 24 * second;
@@ -735,7 +743,7 @@ mod tests {
         let now = sides[0].started;
         let [a, b] = &mut sides;
         let address = b.address;
-        a.with(now, |tunnel, act| tunnel.initiate(vec![address], act));
+        a.with(now, |tunnel, context| tunnel.initiate(vec![address], context));
         let initiation = a.sent();
         b.take(now, a.address, &initiation);
         assert!(!b.tunnel.is_ready() && b.observations().is_empty(), "not confirmed yet");
@@ -746,23 +754,23 @@ mod tests {
     }
 
     #[test]
-    fn the_same_order_twice_is_one_initiation() {
+    fn the_same_command_twice_is_one_initiation() {
         let [mut side, other] = Side::pair();
         let now = side.started;
         let both = vec![other.address, side.address];
         let mut initiate = |now, to: &[Path]| {
-            side.with(now, |tunnel, act| tunnel.initiate(to.to_vec(), act));
+            side.with(now, |tunnel, context| tunnel.initiate(to.to_vec(), context));
             side.sent().len()
         };
         assert_eq!(initiate(now, &both), 2);
         assert_eq!(initiate(now, &both[..1]), 0);
         assert_eq!(initiate(now, &[Path::direct(([192, 0, 2, 9], 1).into())]), 1);
-        assert_eq!(initiate(now + SAME_ORDER, &both), 2);
+        assert_eq!(initiate(now + SAME_COMMAND, &both), 2);
     }
 
     #[test]
     fn what_nobody_asked_for_is_refused() {
-        let ([mut side, mut other], now) = friends();
+        let ([mut side, mut other], now) = connected_pair();
         let forged = [[2, 0, 0, 0].as_slice(), &[7; 88]].concat();
         let reply = [[3, 0, 0, 0].as_slice(), &[7; 60]].concat();
         side.take(now, other.address, &[forged, reply]);
@@ -777,12 +785,12 @@ mod tests {
     fn packets_wait_no_longer_than_they_are_good_for() {
         let [mut side, _] = Side::pair();
         let now = side.started;
-        side.with(now, |tunnel, act| tunnel.wait(&[0x45; 32], act));
+        side.with(now, |tunnel, context| tunnel.wait(&[0x45; 32], context));
         assert_eq!(side.observations(), [Observation::Wanted]);
         let late = now + WAITING_TIME - Duration::from_millis(1);
         tick(&mut side, late, None);
         assert_eq!(side.drops.get(DropReason::QueueExpired), 0);
-        side.with(late, |tunnel, act| tunnel.wait(&[0x45; 32], act));
+        side.with(late, |tunnel, context| tunnel.wait(&[0x45; 32], context));
         tick(&mut side, now + WAITING_TIME, None);
         assert_eq!(side.drops.get(DropReason::QueueExpired), 1);
     }

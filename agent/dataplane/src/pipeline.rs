@@ -14,16 +14,16 @@ use towline_types::rate::Rate;
 use towline_types::source_limiter::SourceLimiter;
 use towline_types::stun;
 
-use super::arena::{Datagrams, NoDatagrams, RecvBatch, SendBatch, Train, TunBatch, WriteBatch};
+use super::arena::{Datagrams, GsoBatch, NoDatagrams, RecvBatch, SendBatch, TunBatch, WriteBatch};
 use super::coalesce::{Coalesce, Coalescer};
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
 use super::packet::Inner;
-use super::peer::Act;
 use super::relay::{Forward, Relay};
 use super::session::{Admission, DATA_HEADER, HANDSHAKE_BYTES, MessageKind, Secrets, Segments};
 use super::split::Split;
 use super::table::{Peer, Slot, Table};
+use super::tunnel::TunnelContext;
 use super::udp::UdpIo;
 
 /// Rate and burst of handshakes from one source address. Many nodes may share one address.
@@ -36,7 +36,7 @@ const REFLECTIONS: Rate = Rate::per_second(32, 128);
 
 /// Packet path of one worker.
 #[derive(Debug)]
-pub(super) struct Engine {
+pub(super) struct Pipeline {
     secrets: Arc<Secrets>,
     table: Arc<ArcSwap<Table>>,
     drops: Arc<Drops>,
@@ -49,17 +49,17 @@ pub(super) struct Engine {
     probes: SourceLimiter,
     reflections: SourceLimiter,
     relay: Relay,
-    /// Trains in the receive buffer that are forwarded to another node.
-    forwards: Vec<Train>,
+    /// GSO batches in the receive buffer that are forwarded to another node.
+    forwards: Vec<GsoBatch>,
     /// Index of the TUN link, from which no outer datagram may come. `None` if there is no link.
     link: Option<u32>,
     /// MTU of the link in bytes. No segment is padded beyond it.
     mtu: usize,
     coalescer: Coalescer,
-    /// Start and length of each decrypted packet of one train. Kept between calls for its capacity.
+    /// Start and length of each decrypted packet of one run. Kept between calls for its capacity.
     opened: Vec<(usize, usize)>,
     /// Counters of coalesced datagrams. Cleared with each batch.
-    joined: Joined,
+    coalesced: Coalesced,
     /// Destination of the last decrypted packet, and whether it belongs to this node. Cleared with
     /// each batch.
     accepted: Option<(IpAddr, bool)>,
@@ -67,14 +67,14 @@ pub(super) struct Engine {
 
 /// Counters of the data messages of one batch that the kernel had coalesced (`UDP_GRO`).
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Joined {
+pub(super) struct Coalesced {
     /// Number of coalesced data messages.
     pub(super) datagrams: usize,
     /// Number of them that were not authentic.
-    pub(super) damaged: usize,
+    pub(super) corrupted: usize,
 }
 
-impl Engine {
+impl Pipeline {
     pub(super) fn new(
         secrets: Arc<Secrets>,
         table: Arc<ArcSwap<Table>>,
@@ -96,13 +96,13 @@ impl Engine {
             reflections: SourceLimiter::new(REFLECTIONS),
             relay,
             forwards: Vec::with_capacity(
-                super::worker::RECEIVE_SLOTS * super::arena::TRAIN_SEGMENTS,
+                super::worker::RECEIVE_SLOTS * super::arena::GSO_MAX_SEGMENTS,
             ),
             link,
             mtu: usize::MAX,
             coalescer: Coalescer::default(),
             opened: Vec::with_capacity(super::arena::SLOT_BYTES / 32),
-            joined: Joined::default(),
+            coalesced: Coalesced::default(),
             accepted: None,
         }
     }
@@ -165,9 +165,9 @@ impl Engine {
     ) {
         let mut tunnel = peer.tunnel.lock();
         if !tunnel.is_ready() {
-            let mut act = self.act(now, peer, out);
+            let mut context = self.context(now, peer, out);
             while segments.next_len().is_some() {
-                tunnel.wait(segments.take(), &mut act);
+                tunnel.wait(segments.take(), &mut context);
             }
             return;
         }
@@ -214,7 +214,7 @@ impl Engine {
         let table = self.table.load();
         self.coalescer.allow(allowed);
         self.forwards.clear();
-        self.joined = Joined::default();
+        self.coalesced = Coalesced::default();
         self.accepted = None;
         for received in batch.received() {
             let datagrams = batch.datagrams(received);
@@ -245,15 +245,15 @@ impl Engine {
         self.coalescer.finish(writes);
     }
 
-    /// Returns the trains of the last batch that must be forwarded to other nodes. They refer to
+    /// Returns the GSO batches of the last batch that must be forwarded to other nodes. They refer to
     /// the bytes of that batch.
-    pub(super) fn forwards(&self) -> &[Train] {
+    pub(super) fn forwards(&self) -> &[GsoBatch] {
         &self.forwards
     }
 
     /// Returns the counters of coalesced datagrams of the last batch.
-    pub(super) fn joined(&self) -> Joined {
-        self.joined
+    pub(super) fn coalesced(&self) -> Coalesced {
+        self.coalesced
     }
 
     /// Handles the first datagram, and the following ones that belong to the same relay channel or
@@ -293,8 +293,15 @@ impl Engine {
         let (start, len, segments) = (datagrams.start(), datagrams.bytes().len(), run.get());
         match self.relay.forward(now, from, channel, len) {
             Forward::To(to) => {
-                let stride = datagrams.segment_size();
-                self.forwards.push(Train { to, start, len, stride, segments, fragment: false });
+                let segment_size = datagrams.segment_size();
+                self.forwards.push(GsoBatch {
+                    to,
+                    start,
+                    len,
+                    segment_size,
+                    segments,
+                    fragment: false,
+                });
             }
             Forward::Refused(reason) => self.drops.add(reason, segments as u64),
             Forward::Unknown => return None,
@@ -350,20 +357,20 @@ impl Engine {
         opened.clear();
         let start = datagrams.start();
         let plain = &mut writes.bytes_mut()[start..start + datagrams.bytes().len()];
-        let mut act = self.act(now, peer, out);
-        let damaged = peer.tunnel.lock().open(
+        let mut context = self.context(now, peer, out);
+        let corrupted = peer.tunnel.lock().open(
             from,
             peer.endpoint(),
             receiver,
             datagrams,
             plain,
-            &mut act,
+            &mut context,
             |at, len| opened.push((start + at, len)),
         );
         let count = datagrams.count().get();
         if count > 1 {
-            self.joined.datagrams += count;
-            self.joined.damaged += damaged;
+            self.coalesced.datagrams += count;
+            self.coalesced.corrupted += corrupted;
         }
         let mut last: Option<(IpAddr, Option<Slot>)> = None;
         for (at, len) in &opened {
@@ -400,10 +407,12 @@ impl Engine {
         out: &mut SendBatch,
     ) {
         let peer = match kind {
-            MessageKind::Initiation => self.knock(now, from, message, out).and_then(|()| {
-                let key = self.secrets.claims(message).ok_or(DropReason::InvalidHandshake)?;
-                table.by_key(&key).ok_or(DropReason::UnknownPeer)
-            }),
+            MessageKind::Initiation => {
+                self.admit_initiation(now, from, message, out).and_then(|()| {
+                    let key = self.secrets.claims(message).ok_or(DropReason::InvalidHandshake)?;
+                    table.by_key(&key).ok_or(DropReason::UnknownPeer)
+                })
+            }
             MessageKind::Response { receiver }
             | MessageKind::CookieReply { receiver }
             | MessageKind::Data { receiver } => {
@@ -413,8 +422,8 @@ impl Engine {
         };
         match peer {
             Ok(peer) => {
-                let mut act = self.act(now, peer, out);
-                peer.tunnel.lock().handshake(message, from, peer.endpoint(), &mut act);
+                let mut context = self.context(now, peer, out);
+                peer.tunnel.lock().handshake(message, from, peer.endpoint(), &mut context);
             }
             Err(reason) => self.drops.count(reason),
         }
@@ -422,7 +431,7 @@ impl Engine {
 
     /// Checks whether an initiation may be processed. If too many came from its source address it
     /// needs a cookie: another host may forge that address to lock its owner out.
-    fn knock(
+    fn admit_initiation(
         &mut self,
         now: Instant,
         from: Path,
@@ -499,8 +508,8 @@ impl Engine {
     ) {
         let table = self.table.load();
         if let Some(peer) = table.by_key(peer) {
-            let mut act = self.act(now, peer, out);
-            peer.tunnel.lock().initiate(to, &mut act);
+            let mut context = self.context(now, peer, out);
+            peer.tunnel.lock().initiate(to, &mut context);
         }
     }
 
@@ -516,8 +525,8 @@ impl Engine {
         let table = self.table.load();
         let mut live = self.events.is_waiting();
         for peer in &table.peers {
-            let mut act = self.act(now, peer, out);
-            live |= peer.tunnel.lock().tick(peer.endpoint(), peer.keepalive(), &mut act);
+            let mut context = self.context(now, peer, out);
+            live |= peer.tunnel.lock().tick(peer.endpoint(), peer.keepalive(), &mut context);
             // One tick of a tunnel writes at most a few messages.
             if out.spare(8 * HANDSHAKE_BYTES).is_none() {
                 udp.send(now, out, &self.drops);
@@ -531,8 +540,13 @@ impl Engine {
         live
     }
 
-    fn act<'a>(&'a mut self, now: Instant, peer: &'a Peer, out: &'a mut SendBatch) -> Act<'a> {
-        Act {
+    fn context<'a>(
+        &'a mut self,
+        now: Instant,
+        peer: &'a Peer,
+        out: &'a mut SendBatch,
+    ) -> TunnelContext<'a> {
+        TunnelContext {
             now,
             started: self.started,
             out,
