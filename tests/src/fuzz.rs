@@ -10,10 +10,9 @@ use std::time::{Duration, Instant};
 
 use prost::Message as _;
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
-use towline_core::mesh::{MapChange, Output, ReceivedProbe};
+use towline_core::mesh::{MapChange, Output};
 use towline_core::path::Path;
 use towline_core::peer_table::Observation;
-use towline_core::relay::RelayRequest;
 use towline_dataplane::arena::{HEADROOM, TAILROOM, WriteBatch};
 use towline_dataplane::checksum;
 use towline_dataplane::coalesce::{Coalesce, Coalescer};
@@ -278,13 +277,13 @@ pub fn mesh(bytes: &[u8]) {
             }
             5 => {
                 let transaction = input.byte().unwrap_or(0).into();
-                let from = input.address().into();
-                mesh.probe_received(now, input.key(), from, ReceivedProbe::Ping { transaction });
+                let from = Some(input.address().into());
+                mesh.handle_message(now, input.key(), from, Probe::Ping { transaction });
             }
             6 => {
                 if let Some((peer, to, transaction)) = pings.pop() {
-                    let pong = ReceivedProbe::Pong { transaction, observed: input.address() };
-                    mesh.probe_received(now, peer, to, pong);
+                    let pong = Probe::Pong { transaction, observed: input.address() };
+                    mesh.handle_message(now, peer, to, pong);
                 }
             }
             7 => {
@@ -303,8 +302,10 @@ pub fn mesh(bytes: &[u8]) {
         }
         while let Some(output) = mesh.poll_output() {
             check(&output, &mut sent);
-            if let Output::Ping { peer, to, transaction, .. } = output {
-                pings.push((peer, to, transaction));
+            if let Output::Transmit(transmit) = output
+                && let Probe::Ping { transaction } = transmit.message
+            {
+                pings.push((transmit.peer, transmit.path, transaction));
             }
         }
         for peer in mesh.peers() {
@@ -325,7 +326,7 @@ fn check(output: &Output, sent: &mut u32) {
         assert!(!inside, "{to} leads into the tunnel");
     };
     match output {
-        Output::Ping { to, .. } | Output::Pong { to, .. } => outer(to),
+        Output::Transmit(transmit) => transmit.path.iter().for_each(outer),
         Output::Handshake { to, .. } => {
             assert!(to.len() <= limits::CANDIDATES);
             to.iter().for_each(outer);
@@ -338,10 +339,6 @@ fn check(output: &Output, sent: &mut u32) {
         }
         Output::Advertise(candidates) => assert!(candidates.len() <= limits::CANDIDATES),
         Output::Stun { to, .. } => outer(&(*to).into()),
-        Output::Relay(RelayRequest::Register { to, .. } | RelayRequest::Open { to, .. }) => {
-            outer(to);
-        }
-        Output::Signal { via, .. } => via.iter().for_each(outer),
         Output::Plan(_)
         | Output::StateChanged { .. }
         | Output::StaticStateChanged { .. }

@@ -4,6 +4,18 @@
 //! id and theirs (rendezvous hashing). So whoever knows the map knows where to look for a node,
 //! also while the controller is away, and load spreads by itself. A home that does not answer is
 //! passed over, and asked now and then whether it is back.
+//!
+//! A relay is a node whose record says that it relays. Requests and answers are sealed for the pair
+//! of node and relay, so a relay serves nodes of its mesh alone:
+//!
+//! - [`Probe::Register`] says that we can be reached at the address that it comes from. It is
+//!   repeated before the lifetime of [`Probe::Registered`] is over, and moves our end of those
+//!   channels that were bound to the address of the registration before.
+//! - [`Probe::Open`] asks for a channel to a node. The relay answers with [`Probe::Opened`] and
+//!   sends [`Probe::Incoming`] to that node, if it is registered. For the same pair it is always
+//!   the same channel, bound to where the last request came from.
+//! - [`Probe::Refused`] answers either: not registered, over a limit, or shutting down.
+//! - [`Probe::Incoming`] comes a few times. What travels on the channel is the only answer.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -12,14 +24,14 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 use rand::rngs::StdRng;
 use towline_types::backoff::{Backoff, Jitter};
+use towline_types::frame::Probe;
 use towline_types::id::{NodeId, NodeName, WireguardKey};
 use towline_types::node::{CandidateKind, Node};
 
 use crate::local::Local;
-use crate::output::Output;
+use crate::output::{Output, Transmit};
 use crate::path::Path;
 use crate::prefixes::is_private;
-use crate::relay::RelayRequest;
 use crate::timers::{Timer, Timers};
 
 /// Relays that a node is registered with at a time.
@@ -42,6 +54,13 @@ struct Relay {
     name: NodeName,
     key: WireguardKey,
     addresses: Vec<SocketAddr>,
+}
+
+impl Relay {
+    /// A request to it.
+    fn ask(&self, to: Path, message: Probe) -> Output {
+        Output::Transmit(Transmit { peer: self.key, path: Some(to), message, size: None })
+    }
 }
 
 #[derive(Debug, Default)]
@@ -145,8 +164,7 @@ impl Homes {
             home.asked = Some(transaction);
             home.due = Some(now + RETRY.pause(home.missed, rng.random()));
             for to in ways(home.via, relay, local) {
-                let request = RelayRequest::Register { relay: relay.key, to, transaction };
-                outputs.push_back(Output::Relay(request));
+                outputs.push_back(relay.ask(to, Probe::Register { transaction }));
             }
         }
         if lost {
@@ -218,8 +236,7 @@ impl Homes {
                 continue;
             }
             let to = ways[turn as usize % turns];
-            let request = RelayRequest::Open { relay: relay.key, to, peer: key, transaction };
-            outputs.push_back(Output::Relay(request));
+            outputs.push_back(relay.ask(to, Probe::Open { transaction, peer: key }));
         }
     }
 

@@ -1,88 +1,56 @@
-//! What the core wants done.
+//! Outputs of the core: what its caller has to do.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use towline_types::frame::Probe;
 use towline_types::id::{NodeId, WireguardKey};
 use towline_types::node::Candidate;
 
 use crate::path::{LocalEnd, Path};
 use crate::peer_table::PeerTable;
 use crate::plan::Plan;
-use crate::relay::RelayRequest;
-use crate::signal::Signal;
 use crate::status::PeerState;
 
-/// A probe that was opened with the key of the pair, so it is authentic.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ReceivedProbe {
-    /// To be answered, to where it came from, by [`Output::Pong`].
-    Ping {
-        /// The sender's.
-        transaction: u64,
-    },
-    /// The answer to an [`Output::Ping`].
-    Pong {
-        /// Ours.
-        transaction: u64,
-        /// Where the peer saw our ping come from.
-        observed: SocketAddr,
-    },
+/// One frame message to seal for a peer and to send.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Transmit {
+    /// Peer that the message is sealed for: a node, or a relay that is asked for something.
+    pub peer: WireguardKey,
+    /// Path to send over; `None`: through a controller, which takes a [`Probe::CallMe`] only.
+    pub path: Option<Path>,
+    /// The message.
+    pub message: Probe,
+    /// UDP payload in bytes that the datagram is padded to, the header of a relay's channel
+    /// included. Set to find out whether the path takes that much: such a datagram must not be
+    /// fragmented.
+    pub size: Option<u16>,
 }
 
-/// What is to be done. See the crate's contract for how to drain.
+/// One thing to do. See the crate's contract for how to drain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Output {
-    /// Send a ping.
-    Ping {
-        /// To whom.
-        peer: WireguardKey,
-        /// Where.
-        to: Path,
-        /// To find in the pong.
-        transaction: u64,
-        /// To how many bytes of UDP payload it is padded (a relay channel's prefix included), and
-        /// then sent unfragmented, to see whether the path takes that much. The pong is short.
-        size: Option<u16>,
-    },
-    /// Send a pong.
-    Pong {
-        /// To whom.
-        peer: WireguardKey,
-        /// Where: the way that the ping came.
-        to: Path,
-        /// The ping's.
-        transaction: u64,
-    },
+    /// Seal and send a message.
+    Transmit(Transmit),
     /// Start a handshake now and send one and the same initiation to each of these addresses: the
     /// peer answers the first that arrives and refuses the later ones as replays.
     Handshake {
-        /// With whom.
+        /// Peer to begin the handshake with.
         peer: WireguardKey,
-        /// Where; bounded by `limits::CANDIDATES`.
+        /// Paths to send the initiation over; bounded by `limits::CANDIDATES`.
         to: Vec<Path>,
     },
-    /// Ask a reflector for our own address as it sees it: a STUN binding request (RFC 8489).
+    /// Ask a reflector for our own address as it sees it, by a STUN binding request (RFC 8489).
+    /// This is no [`Self::Transmit`]: it is not sealed, and a reflector need not be a node.
     Stun {
-        /// What to send from; `None`: the kernel chooses.
+        /// Address to send from; `None`: the kernel chooses.
         local: Option<LocalEnd>,
-        /// The reflector.
+        /// Address of the reflector.
         to: SocketAddr,
-        /// To find in the answer.
+        /// Transaction id that the answer repeats.
         transaction: [u8; 12],
     },
-    /// Tell a peer something, sealed for it.
-    Signal {
-        /// To whom.
-        peer: NodeId,
-        /// How: a path to it that works, or `None`, through the controller.
-        via: Option<Path>,
-        /// What.
-        signal: Signal,
-    },
-    /// Ask a relay for something.
-    Relay(RelayRequest),
     /// The peer table is now this one.
     PeerTable(Arc<PeerTable>),
     /// The plan is now this one.

@@ -2,6 +2,10 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+/// How long a relay keeps a channel on which neither end sends.
+pub const CHANNEL_LIFETIME: Duration = Duration::from_secs(120);
 
 /// A path: what we send from, where to, and through which relay channel, if any.
 ///
@@ -30,7 +34,7 @@ pub struct LocalEnd {
 /// of the two nodes that it is bound to, to the other one, under the same number.
 ///
 /// The relay gives it out at random. It ends when neither end sent anything for
-/// [`CHANNEL_LIFETIME`](crate::relay::CHANNEL_LIFETIME).
+/// [`CHANNEL_LIFETIME`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ChannelId(pub u64);
 

@@ -1,9 +1,10 @@
 //! Forwarding table of the relay: channels between other nodes, whose datagrams are forwarded
 //! without decrypting them.
 //!
-//! The daemon decrypts the requests of nodes ([`towline_core::relay`]), registers nodes and opens
-//! channels. The worker looks up a channel once for each run of datagrams, and forwards the run from the
-//! receive buffer without copying or splitting it. Both hold the same [`Relay`].
+//! The daemon decrypts the requests of nodes (see [`Probe`](towline_types::frame::Probe)),
+//! registers nodes and opens channels. The worker looks up a channel once for each run of
+//! datagrams, and forwards the run from the receive buffer without copying or splitting it. Both
+//! hold the same [`Relay`].
 //!
 //! Limits: only nodes of the mesh get a channel, because a request is encrypted for the pair of
 //! node and relay. Each node has a limited number of channels and of bytes per second, and the
@@ -18,8 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use towline_core::path::{ChannelId, Path};
-use towline_core::relay::CHANNEL_LIFETIME;
+use towline_core::path::{CHANNEL_LIFETIME, ChannelId, Path};
 use towline_types::id::WireguardKey;
 use towline_types::rate::{Rate, TokenBucket};
 

@@ -23,7 +23,7 @@ mod termination;
 mod tests;
 mod watchdog;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,7 +39,6 @@ use towline_core::path;
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::prefixes::is_host;
 use towline_core::static_peers::StaticPeer;
-use towline_proto::frame::Probe;
 use towline_proto::id::{NodeId, WireguardKey};
 
 use crate::config::Config;
@@ -233,8 +232,6 @@ struct Daemon {
     /// Peer table that was last applied to the data plane.
     table: Arc<PeerTable>,
     probe_keys: ProbeKeys,
-    /// Node id of each WireGuard key in the map. Removed nodes stay.
-    nodes: HashMap<WireguardKey, NodeId>,
     relay: Relay,
     relay_swept: Instant,
     purpose: Purpose,
@@ -330,9 +327,7 @@ impl Daemon {
         let remembered = prefixes::remember(state.clone(), cached);
         tokio::spawn(save_again(state.clone()));
         let removed = map.as_ref().is_some_and(MapCache::own_removed);
-        let mut nodes = HashMap::new();
         for change in map.iter().flat_map(MapCache::changes) {
-            note_node(&mut nodes, &change);
             mesh.update(now, change);
         }
 
@@ -389,7 +384,6 @@ impl Daemon {
             host_tunnels,
             table: Arc::default(),
             probe_keys: ProbeKeys::default(),
-            nodes,
             relay,
             relay_swept: now,
             purpose,
@@ -523,17 +517,10 @@ impl Daemon {
     fn drain(&mut self) {
         while let Some(output) = self.mesh.poll_output() {
             match output {
-                Output::Ping { peer, to, transaction, size } => {
-                    self.send_ping(peer, to, transaction, size);
-                }
-                Output::Pong { peer, to, transaction } => {
-                    self.send_probe(&peer, to, &Probe::Pong { transaction, observed: to.remote });
-                }
+                Output::Transmit(transmit) => self.transmit(transmit),
                 Output::Stun { local, to, transaction } => {
                     self.ask_reflector(local, to, transaction);
                 }
-                Output::Signal { peer, via, signal } => self.send_signal(peer, via, signal),
-                Output::Relay(request) => self.ask_relay(request),
                 Output::Handshake { peer, to } => self.data_plane.handshake(peer, to),
                 Output::PeerTable(table) => self.peer_table(table),
                 // A relay alone does not change the host's network.
@@ -596,7 +583,7 @@ impl Daemon {
         match event {
             dataplane::Event::Peer { peer, what } => self.mesh.observe(now, peer, what),
             dataplane::Event::Probe { from, datagram } => {
-                self.probe_received(Some(from), &datagram);
+                self.message_received(Some(from), &datagram);
             }
             dataplane::Event::Stun { from, datagram } => self.stun_received(from, &datagram),
         }
@@ -643,7 +630,7 @@ impl Daemon {
                 self.controller.reason.clear();
                 self.controller.last_heard = Some(now);
             }
-            discovery::Event::Signal(datagram) => self.probe_received(None, &datagram),
+            discovery::Event::Signal(datagram) => self.message_received(None, &datagram),
             discovery::Event::Disconnected { reason } => {
                 self.mesh.set_controller_connected(now, false);
                 self.controller.connected = false;
@@ -660,7 +647,6 @@ impl Daemon {
                     {
                         membership.mesh = mesh.clone();
                     }
-                    note_node(&mut self.nodes, &change);
                     self.mesh.update(now, change);
                 }
             }
@@ -813,13 +799,6 @@ impl Daemon {
         self.prefixes_changed();
         self.addresses_changed();
         tracing::info!("configuration reloaded");
-    }
-}
-
-/// Records which node has a key. The keys of removed nodes stay; they have no peer any more.
-fn note_node(nodes: &mut HashMap<WireguardKey, NodeId>, change: &MapChange) {
-    if let MapChange::Upsert(node) = change {
-        nodes.insert(node.wireguard_key(), node.id());
     }
 }
 

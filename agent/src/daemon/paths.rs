@@ -1,15 +1,15 @@
-//! Datagrams of the UDP port that are not WireGuard: probes, STUN, relay messages and signals. The
-//! core decides what to send. This module seals and opens the datagrams.
+//! Datagrams of the UDP port that are not WireGuard: sealed messages and STUN. The core decides
+//! what to send. This module seals and opens the datagrams, and answers what other nodes ask of
+//! this node's relay.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use rand::Rng as _;
-use towline_core::mesh::ReceivedProbe;
-use towline_core::path::{ChannelId, LocalEnd, Path};
-use towline_core::relay::{RelayAnswer, RelayRequest};
-use towline_core::signal::Signal;
+use towline_core::mesh::Transmit;
+use towline_core::path::{LocalEnd, Path};
 use towline_proto::frame::{Probe, RELAYED_HEADER_BYTES};
-use towline_proto::id::{NodeId, WireguardKey};
+use towline_proto::id::WireguardKey;
 use towline_proto::stun;
 
 use super::Daemon;
@@ -22,129 +22,60 @@ const RELAY_SWEEP: Duration = Duration::from_secs(5);
 const INCOMING_COPIES: usize = 2;
 
 impl Daemon {
-    pub(super) fn send_probe(&self, peer: &WireguardKey, to: Path, probe: &Probe) {
-        if let Some(datagram) = self.probe_keys.seal(peer, probe, 0) {
-            self.data_plane.send(to, &datagram);
-        }
-    }
-
-    /// Sends a ping of `size` bytes of UDP payload in total, relay header included.
-    pub(super) fn send_ping(
-        &self,
-        peer: WireguardKey,
-        to: Path,
-        transaction: u64,
-        size: Option<u16>,
-    ) {
-        let ping = Probe::Ping { transaction };
-        let Some(size) = size else { return self.send_probe(&peer, to, &ping) };
-        let around = if to.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
-        let size = usize::from(size).saturating_sub(around);
-        if let Some(datagram) = self.probe_keys.seal(&peer, &ping, size) {
-            self.data_plane.send_whole(peer, to, &datagram);
+    /// Seals a message and sends it.
+    pub(super) fn transmit(&self, Transmit { peer, path, message, size }: Transmit) {
+        let channel = path.filter(Path::is_relayed).map_or(0, |_| RELAYED_HEADER_BYTES);
+        let padded = size.map_or(0, |size| usize::from(size).saturating_sub(channel));
+        let Some(datagram) = self.probe_keys.seal(&peer, &message, padded) else { return };
+        match path {
+            Some(path) if size.is_some() => self.data_plane.send_whole(peer, path, &datagram),
+            Some(path) => self.data_plane.send(path, &datagram),
+            None => {
+                // A full queue means that the controller is too slow. The core repeats the message.
+                if let (Some(commands), Some(node)) = (&self.commands, self.mesh.node_id(&peer)) {
+                    let _ = commands.try_send(discovery::Command::Signal(node, datagram));
+                }
+            }
         }
     }
 
     pub(super) fn ask_reflector(
         &self,
         local: Option<LocalEnd>,
-        to: std::net::SocketAddr,
+        to: SocketAddr,
         transaction: stun::Transaction,
     ) {
         let to = Path { local, ..Path::direct(to) };
         self.data_plane.send(to, &stun::request(transaction));
     }
 
-    pub(super) fn ask_relay(&self, request: RelayRequest) {
-        match request {
-            RelayRequest::Register { relay, to, transaction } => {
-                self.send_probe(&relay, to, &Probe::Register { transaction });
-            }
-            RelayRequest::Open { relay, to, peer, transaction } => {
-                self.send_probe(&relay, to, &Probe::Open { transaction, peer });
-            }
-        }
-    }
-
-    /// Seals a signal for the peer and sends it over the path `via`, or through the controller.
-    pub(super) fn send_signal(&self, peer: NodeId, via: Option<Path>, signal: Signal) {
-        let Some(key) = self.mesh.peer(peer).map(|status| status.node.wireguard_key()) else {
-            return;
-        };
-        let Signal::CallMe { boot_epoch, number, candidates } = signal;
-        let call = Probe::CallMe { boot_epoch, number, candidates };
-        let Some(datagram) = self.probe_keys.seal(&key, &call, 0) else { return };
-        match via {
-            Some(path) => self.data_plane.send(path, &datagram),
-            None => {
-                // A full queue means that the controller is too slow. The core repeats the signal.
-                if let Some(commands) = &self.commands {
-                    let _ = commands.try_send(discovery::Command::Signal(peer, datagram));
-                }
-            }
-        }
-    }
-
-    /// Handles a datagram that looks like a probe. `from` is `None` if it came through the
-    /// controller.
-    pub(super) fn probe_received(&mut self, from: Option<Path>, datagram: &[u8]) {
-        let Some((peer, probe)) = self.probe_keys.open(datagram) else { return };
+    /// Handles a datagram that looks like a sealed message: requests to a relay are answered here,
+    /// every other message goes to the core. `from` is `None` if it came through a controller.
+    pub(super) fn message_received(&mut self, from: Option<Path>, datagram: &[u8]) {
+        let Some((peer, message)) = self.probe_keys.open(datagram) else { return };
         let now = Instant::now();
-        let Some(from) = from else {
-            // Only this message is valid here: all others refer to the path on which they arrived.
-            if let Probe::CallMe { .. } = probe {
-                self.called(now, peer, probe);
+        match (message, from) {
+            (Probe::Register { transaction }, Some(from)) => {
+                self.register(now, peer, from, transaction);
             }
-            return;
-        };
-        let answer = match probe {
-            Probe::Ping { transaction } => {
-                return self.mesh.probe_received(
-                    now,
-                    peer,
-                    from,
-                    ReceivedProbe::Ping { transaction },
-                );
+            (Probe::Open { transaction, peer: other }, Some(from)) => {
+                self.open_channel(now, (peer, from), other, transaction);
             }
-            Probe::Pong { transaction, observed } => {
-                let pong = ReceivedProbe::Pong { transaction, observed };
-                return self.mesh.probe_received(now, peer, from, pong);
-            }
-            Probe::CallMe { .. } => return self.called(now, peer, probe),
-            Probe::Register { transaction } => return self.register(now, peer, from, transaction),
-            Probe::Open { transaction, peer: other } => {
-                return self.open_channel(now, (peer, from), other, transaction);
-            }
-            Probe::Registered { transaction, lifetime } => {
-                RelayAnswer::Registered { transaction, lifetime }
-            }
-            Probe::Opened { transaction, channel } => {
-                RelayAnswer::Opened { transaction, channel: ChannelId(channel) }
-            }
-            Probe::Refused { transaction } => RelayAnswer::Refused { transaction },
-            Probe::Incoming { channel, peer } => {
-                RelayAnswer::Incoming { peer, channel: ChannelId(channel) }
-            }
-        };
-        self.mesh.relay_received(now, peer, from, answer);
+            (message, from) => self.mesh.handle_message(now, peer, from, message),
+        }
     }
 
     pub(super) fn stun_received(&mut self, from: Path, datagram: &[u8]) {
         if let Some(stun::Message::Success { transaction, mapped }) =
             stun::Message::decode(datagram)
         {
-            let now = Instant::now();
-            self.mesh.stun_received(now, from.local, from.remote, transaction, mapped);
+            self.mesh.handle_stun(Instant::now(), from.remote, transaction, mapped);
         }
     }
 
-    /// Passes a peer's `CallMe` signal to the core.
-    fn called(&mut self, now: Instant, peer: WireguardKey, probe: Probe) {
-        let Probe::CallMe { boot_epoch, number, candidates } = probe else { return };
-        if let Some(node) = self.nodes.get(&peer) {
-            let call = Signal::CallMe { boot_epoch, number, candidates };
-            self.mesh.signal_received(now, *node, call);
-        }
+    /// Sends the answer of this node's relay to a node.
+    fn answer(&self, peer: WireguardKey, path: Path, message: Probe) {
+        self.transmit(Transmit { peer, path: Some(path), message, size: None });
     }
 
     /// Registers a node with this node's relay, and sends the response.
@@ -157,7 +88,7 @@ impl Daemon {
             Ok(lifetime) => Probe::Registered { transaction, lifetime },
             Err(_) => Probe::Refused { transaction },
         };
-        self.send_probe(&node, from, &answer);
+        self.answer(node, from, answer);
     }
 
     /// Opens a relay channel to `other` for a node, and informs both of them.
@@ -175,15 +106,15 @@ impl Daemon {
         match self.relay.open(now, (node, from), other, rand::rng().random()) {
             Ok((channel, path)) => {
                 let opened = Probe::Opened { transaction, channel: channel.0 };
-                self.send_probe(&node, from, &opened);
+                self.answer(node, from, opened);
                 for _ in 0..INCOMING_COPIES {
                     let incoming = Probe::Incoming { channel: channel.0, peer: node };
-                    self.send_probe(&other, path, &incoming);
+                    self.answer(other, path, incoming);
                 }
             }
             Err(reason) => {
-                tracing::debug!(?reason, "relay channel refused");
-                self.send_probe(&node, from, &Probe::Refused { transaction });
+                tracing::debug!(?reason, "channel refused");
+                self.answer(node, from, Probe::Refused { transaction });
             }
         }
     }

@@ -6,12 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use towline_core::mesh::{Config, MapChange, Membership, Mesh, Output, PeerState, ReceivedProbe};
+use towline_core::mesh::{Config, MapChange, Membership, Mesh, Output, PeerState, Transmit};
 use towline_core::path::{ChannelId, LocalEnd, Path};
 use towline_core::peer_table::PeerTable;
 use towline_core::plan::{Plan, RulePlan};
-use towline_core::relay::{RelayAnswer, RelayRequest};
-use towline_core::signal::Signal;
 use towline_proto::frame::Probe;
 use towline_proto::id::{IdentityKey, MeshId, NodeId, WireguardKey};
 use towline_proto::node::{
@@ -28,44 +26,19 @@ pub const PORT: u16 = 51830;
 /// The content of a datagram.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Payload {
-    /// A probe that only `from` can seal and only `to` can open.
+    /// A message that only `from` can seal and only `to` can open.
     Probe {
         /// Key of the node that sealed it.
         from: WireguardKey,
         /// Key of the node that can open it.
         to: WireguardKey,
-        /// The probe itself.
-        probe: Probe,
-        /// Size in bytes to which the probe is padded.
+        /// The message itself.
+        message: Probe,
+        /// Size in bytes to which the message is padded.
         size: Option<u16>,
     },
     /// A WireGuard message.
     WireGuard(Message),
-    /// A signal for `to`, sealed by `from`, that is sent over a path.
-    Signal {
-        /// Node that sealed it.
-        from: NodeId,
-        /// Node that can open it.
-        to: NodeId,
-        /// The signal itself.
-        signal: Signal,
-    },
-    /// A request to a relay, sealed by `from`.
-    RelayRequest {
-        /// Key of the node that sealed it.
-        from: WireguardKey,
-        /// The request itself.
-        request: RelayRequest,
-    },
-    /// A relay's answer, sealed for `to`.
-    RelayAnswer {
-        /// Key of the relay that sealed it.
-        relay: WireguardKey,
-        /// Key of the node that can open it.
-        to: WireguardKey,
-        /// The answer itself.
-        answer: RelayAnswer,
-    },
     /// A STUN binding request.
     StunRequest([u8; 12]),
     /// A STUN binding response, with the address that the request came from.
@@ -98,8 +71,8 @@ impl Payload {
 pub enum Action {
     /// Send a datagram on a path.
     Send(Path, Payload),
-    /// Send a signal through the controller.
-    Signal(NodeId, Signal),
+    /// Send a message to this node through the controller.
+    Signal(WireguardKey, Probe),
     /// Publish a record to the controller.
     Publish(Box<Node>),
     /// Record that a peer's state changed, from the first state to the second.
@@ -303,50 +276,34 @@ impl Host {
         let local = uplinks(&self.addresses).into_iter().find(|end| end.address == at);
         let from = Path { local, remote: from, channel };
         match payload {
-            Payload::Probe { from: peer, to, probe, size: _ } => {
+            Payload::Probe { from: peer, to, message, size: _ } => {
                 if to != me || !agent.knows(&peer) {
                     return Vec::new();
                 }
-                let probe = match probe {
-                    Probe::Ping { transaction } => ReceivedProbe::Ping { transaction },
-                    Probe::Pong { transaction, observed } => {
-                        ReceivedProbe::Pong { transaction, observed }
+                if let Probe::Register { .. } | Probe::Open { .. } = message {
+                    if !self.relay {
+                        return Vec::new();
                     }
-                    _ => return Vec::new(),
-                };
-                agent.mesh.probe_received(now, peer, from, probe);
+                    return self.service.answer(now, me, peer, from.remote, &message);
+                }
+                agent.mesh.handle_message(now, peer, Some(from), message);
             }
             Payload::WireGuard(message) => agent.tunnels.receive(now, me, from, message),
-            Payload::Signal { from, to, signal } => {
-                if to == self.grant.node_id {
-                    agent.mesh.signal_received(now, from, signal);
-                }
-            }
-            Payload::RelayRequest { from: node, request } => {
-                if self.relay && agent.knows(&node) {
-                    return self.service.answer(now, me, node, from.remote, request);
-                }
-            }
-            Payload::RelayAnswer { relay, to, answer } => {
-                if to == me && agent.knows(&relay) {
-                    agent.mesh.relay_received(now, relay, from, answer);
-                }
-            }
             Payload::StunRequest(transaction) => {
                 return vec![(from.remote, Payload::StunAnswer(transaction, from.remote))];
             }
             Payload::StunAnswer(transaction, mapped) => {
-                agent.mesh.stun_received(now, local, from.remote, transaction, mapped);
+                agent.mesh.handle_stun(now, from.remote, transaction, mapped);
             }
             Payload::Channel(..) => {}
         }
         Vec::new()
     }
 
-    /// Handles a signal from the controller.
-    pub fn signalled(&mut self, now: Instant, from: NodeId, signal: Signal) {
+    /// Handles a message from the controller.
+    pub fn signalled(&mut self, now: Instant, from: WireguardKey, message: Probe) {
         if let Some(agent) = &mut self.agent {
-            agent.mesh.signal_received(now, from, signal);
+            agent.mesh.handle_message(now, from, None, message);
         }
     }
 
@@ -385,33 +342,16 @@ impl Host {
             let Some(agent) = &mut self.agent else { return actions };
             if let Some(output) = agent.mesh.poll_output() {
                 match output {
-                    Output::Ping { peer, to, transaction, size } => {
-                        let probe = Probe::Ping { transaction };
-                        let payload = Payload::Probe { from: me, to: peer, probe, size };
-                        actions.push(Action::Send(to, payload.on(&to)));
+                    Output::Transmit(Transmit { peer, path: None, message, .. }) => {
+                        actions.push(Action::Signal(peer, message));
                     }
-                    Output::Pong { peer, to, transaction } => {
-                        let probe = Probe::Pong { transaction, observed: to.remote };
-                        let payload = Payload::Probe { from: me, to: peer, probe, size: None };
-                        actions.push(Action::Send(to, payload.on(&to)));
+                    Output::Transmit(Transmit { peer, path: Some(path), message, size }) => {
+                        let payload = Payload::Probe { from: me, to: peer, message, size };
+                        actions.push(Action::Send(path, payload.on(&path)));
                     }
                     Output::Stun { local, to, transaction } => {
                         let to = Path { local, remote: to, channel: None };
                         actions.push(Action::Send(to, Payload::StunRequest(transaction)));
-                    }
-                    Output::Signal { peer, via: None, signal } => {
-                        actions.push(Action::Signal(peer, signal));
-                    }
-                    Output::Signal { peer, via: Some(to), signal } => {
-                        let payload =
-                            Payload::Signal { from: self.grant.node_id, to: peer, signal };
-                        actions.push(Action::Send(to, payload.on(&to)));
-                    }
-                    Output::Relay(request) => {
-                        let (RelayRequest::Register { to, .. } | RelayRequest::Open { to, .. }) =
-                            request;
-                        let payload = Payload::RelayRequest { from: me, request };
-                        actions.push(Action::Send(to, payload));
                     }
                     Output::Handshake { peer, to } => {
                         assert!(agent.knows(&peer), "the peer is in the table");

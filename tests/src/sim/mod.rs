@@ -21,8 +21,8 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use towline_core::mesh::{MapChange, PeerState};
 use towline_core::path::Path;
-use towline_core::signal::Signal;
-use towline_proto::id::NodeId;
+use towline_proto::frame::Probe;
+use towline_proto::id::{NodeId, WireguardKey};
 use towline_proto::node::{Node, Tombstone};
 
 use host::{Action, Host, Payload};
@@ -36,7 +36,7 @@ const WATCH_RETRY: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 enum Event {
     Arrive { host: HostId, at: IpAddr, from: SocketAddr, payload: Payload },
-    Signal { from: NodeId, to: HostId, signal: Signal },
+    Signal { from: WireguardKey, to: HostId, message: Probe },
     Wake(HostId),
     Published(HostId, Box<Node>),
     Map(HostId, MapChange),
@@ -240,9 +240,9 @@ impl Sim {
                     self.settle(host);
                 }
             }
-            Event::Signal { from, to, signal } => {
+            Event::Signal { from, to, message } => {
                 if self.hosts[to].watching {
-                    self.hosts[to].signalled(self.now, from, signal);
+                    self.hosts[to].signalled(self.now, from, message);
                     self.settle(to);
                 }
             }
@@ -276,12 +276,12 @@ impl Sim {
         for action in actions {
             match action {
                 Action::Send(to, payload) => self.send(host, to, payload),
-                Action::Signal(peer, signal) => {
-                    let from = self.hosts[host].id();
-                    let to = self.hosts.iter().position(|host| host.id() == peer);
+                Action::Signal(peer, message) => {
+                    let from = self.hosts[host].key();
+                    let to = self.hosts.iter().position(|host| host.key() == peer);
                     if let Some(to) = to.filter(|_| self.hosts[host].watching) {
                         let at = self.now + CONTROLLER_LATENCY * 2;
-                        self.schedule(at, Event::Signal { from, to, signal });
+                        self.schedule(at, Event::Signal { from, to, message });
                     }
                 }
                 Action::Publish(node) => {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use towline_core::path::ChannelId;
-use towline_core::relay::{CHANNEL_LIFETIME, RelayAnswer, RelayRequest};
+use towline_core::path::{CHANNEL_LIFETIME, ChannelId};
+use towline_proto::frame::Probe;
 use towline_proto::id::WireguardKey;
 
 use super::host::Payload;
@@ -34,11 +34,11 @@ impl RelayService {
         me: WireguardKey,
         node: WireguardKey,
         from: SocketAddr,
-        request: RelayRequest,
+        request: &Probe,
     ) -> Vec<(SocketAddr, Payload)> {
-        let say = |to, answer| Payload::RelayAnswer { relay: me, to, answer };
-        match request {
-            RelayRequest::Register { transaction, .. } => {
+        let say = |to, message| Payload::Probe { from: me, to, message, size: None };
+        match *request {
+            Probe::Register { transaction } => {
                 let before = self.registered.insert(node, (from, now + LIFETIME));
                 let ends = self.channels.values_mut().flat_map(|channel| &mut channel.ends);
                 for (_, address) in ends.filter(|(key, address)| {
@@ -46,13 +46,13 @@ impl RelayService {
                 }) {
                     *address = from;
                 }
-                let answer = RelayAnswer::Registered { transaction, lifetime: LIFETIME };
+                let answer = Probe::Registered { transaction, lifetime: LIFETIME };
                 vec![(from, say(node, answer))]
             }
-            RelayRequest::Open { peer, transaction, .. } => {
+            Probe::Open { peer, transaction } => {
                 let there = self.registered.get(&peer).filter(|(_, until)| now < *until);
                 let Some((there, _)) = there.copied() else {
-                    return vec![(from, say(node, RelayAnswer::Refused { transaction }))];
+                    return vec![(from, say(node, Probe::Refused { transaction }))];
                 };
                 let id = channel_of(me, node, peer);
                 let channel = self
@@ -63,10 +63,11 @@ impl RelayService {
                 for (key, address) in &mut channel.ends {
                     *address = if *key == node { from } else { *address };
                 }
-                let opened = RelayAnswer::Opened { transaction, channel: id };
-                let incoming = RelayAnswer::Incoming { peer: node, channel: id };
+                let opened = Probe::Opened { transaction, channel: id.0 };
+                let incoming = Probe::Incoming { peer: node, channel: id.0 };
                 vec![(from, say(node, opened)), (there, say(peer, incoming))]
             }
+            _ => Vec::new(),
         }
     }
 

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
+use towline_types::frame::Probe;
 use towline_types::id::{IdentityKey, NodeId, WireguardKey};
 use towline_types::node::{Candidate, Grant, MeshConfig};
 
@@ -26,21 +27,19 @@ use crate::counters::Counters;
 use crate::derive;
 use crate::homes::Homes;
 use crate::local::Local;
-use crate::path::{LocalEnd, Path};
+use crate::path::{ChannelId, LocalEnd, Path};
 use crate::peer::{Around, Context, Peer};
 use crate::peer_table::{Observation, PeerTable};
 use crate::pings::{Pings, Purpose};
 use crate::plan::UnderlayPlan;
 use crate::prefixes::{covering, is_private};
 use crate::reflex::{Mapping, Reflex};
-use crate::relay::RelayAnswer;
 use crate::routing::{Facts, Routing};
-use crate::signal::Signal;
 use crate::static_peers::{StaticPeer, StaticPeerStatus, StaticPeers};
 use crate::timers::{Timer, Timers};
 
 pub use crate::config::{Config, MapChange, Membership};
-pub use crate::output::{Output, ReceivedProbe};
+pub use crate::output::{Output, Transmit};
 pub use crate::status::{PeerState, PeerStatus, WakeReason};
 
 /// A mesh of up to so many peers is kept connected throughout, so that an operator sees each path
@@ -279,42 +278,97 @@ impl Mesh {
         self.with_static_peers(|statics, cx| statics.observe(cx, peer, what));
     }
 
-    /// Takes in a probe that was opened with the key of the pair.
-    pub fn probe_received(
+    /// Takes in a message that was opened with the key of the pair of us and `peer`, so it is
+    /// authentic. `from` is the path that it came over; `None`: a controller carried it, which holds
+    /// for a [`Probe::CallMe`] alone.
+    ///
+    /// Requests to a relay are not for the core: who relays answers them first.
+    pub fn handle_message(
         &mut self,
         now: Instant,
         peer: WireguardKey,
-        from: Path,
-        probe: ReceivedProbe,
+        from: Option<Path>,
+        message: Probe,
     ) {
         self.advance(now);
-        match probe {
-            ReceivedProbe::Ping { transaction } => {
-                self.with_key(peer, |peer, cx| peer.on_ping(cx, from, transaction));
-            }
-            ReceivedProbe::Pong { transaction, observed } => {
-                self.resolve_claims();
-                let answered = self
-                    .claims
-                    .key(&peer)
-                    .and_then(|id| self.pings.answered(id, from, transaction));
-                let Some(sent) = answered else { return };
-                self.with_key(peer, |peer, cx| peer.on_pong(cx, &sent));
-                // Behind a relay it is the relay that is seen, and on a LAN it is no news.
-                let outside = !from.is_relayed() && !is_private(from.remote.ip());
-                if outside && self.reflex.observed(self.now, &self.local, observed) {
-                    self.advertise();
-                }
-                if let Purpose::Operator(id) = sent.purpose
-                    && self.operator_pings.remove(&id)
-                {
-                    self.timers.cancel(Timer::OperatorPing(id));
-                    let rtt = now.saturating_duration_since(sent.at);
-                    let answer = Some((from, rtt));
-                    self.outputs.push_back(Output::PingResult { id, answer });
+        let node = self.node_with(&peer);
+        match (message, from) {
+            (Probe::CallMe { boot_epoch, number, candidates }, _) => {
+                let order = (boot_epoch, number);
+                match node {
+                    Some(id) => self.with_peer(id, |peer, cx| peer.on_call(cx, order, &candidates)),
+                    None => self.counters.signals_refused += 1,
                 }
             }
+            // Every other message is about the path that it came over.
+            (_, None) => {}
+            (Probe::Ping { transaction }, Some(from)) => {
+                if let Some(id) = node {
+                    self.with_peer(id, |peer, cx| peer.on_ping(cx, from, transaction));
+                }
+            }
+            (Probe::Pong { transaction, observed }, Some(from)) => {
+                if let Some(id) = node {
+                    self.handle_pong(id, from, transaction, observed);
+                }
+            }
+            (answer, Some(from)) => self.handle_relay_answer(node, from, &answer),
         }
+    }
+
+    fn handle_pong(&mut self, node: NodeId, from: Path, transaction: u64, observed: SocketAddr) {
+        let Some(sent) = self.pings.answered(node, from, transaction) else { return };
+        self.with_peer(node, |peer, cx| peer.on_pong(cx, &sent));
+        // Behind a relay it is the relay that is seen, and on a LAN it is no news.
+        let outside = !from.is_relayed() && !is_private(from.remote.ip());
+        if outside && self.reflex.observed(self.now, &self.local, observed) {
+            self.advertise();
+        }
+        if let Purpose::Operator(id) = sent.purpose
+            && self.operator_pings.remove(&id)
+        {
+            self.timers.cancel(Timer::OperatorPing(id));
+            let rtt = self.now.saturating_duration_since(sent.at);
+            let answer = Some((from, rtt));
+            self.outputs.push_back(Output::PingResult { id, answer });
+        }
+    }
+
+    /// Takes in an answer of `relay`, unless it is no node, or nothing asked for it.
+    fn handle_relay_answer(&mut self, relay: Option<NodeId>, from: Path, answer: &Probe) {
+        let taken = relay.is_some_and(|relay| match *answer {
+            Probe::Registered { transaction, lifetime } => self.homes.registered(
+                self.now,
+                relay,
+                from,
+                transaction,
+                lifetime,
+                &mut self.timers,
+            ),
+            Probe::Opened { transaction, channel } => {
+                let peer = self.homes.opened(relay, transaction);
+                if let Some(peer) = peer {
+                    let channel = ChannelId(channel);
+                    self.with_peer(peer, |peer, cx| peer.on_channel(cx, from, channel));
+                }
+                peer.is_some()
+            }
+            Probe::Incoming { peer, channel } => {
+                let home = self.homes.is_home(relay);
+                if home {
+                    let channel = ChannelId(channel);
+                    self.with_key(peer, |peer, cx| peer.on_channel(cx, from, channel));
+                }
+                home
+            }
+            Probe::Refused { .. } => true,
+            Probe::Ping { .. }
+            | Probe::Pong { .. }
+            | Probe::Register { .. }
+            | Probe::Open { .. }
+            | Probe::CallMe { .. } => false,
+        });
+        self.counters.relay_answers_refused += u64::from(!taken);
     }
 
     /// Takes our uplinks, whole (every address of ours that leads outwards, with its interface), and
@@ -350,11 +404,10 @@ impl Mesh {
         self.local.connected = connected;
     }
 
-    /// Takes in a reflector's answer.
-    pub fn stun_received(
+    /// Takes in a reflector's answer: `mapped` is our address as it saw it.
+    pub fn handle_stun(
         &mut self,
         now: Instant,
-        _local: Option<LocalEnd>,
         from: SocketAddr,
         transaction: [u8; 12],
         mapped: SocketAddr,
@@ -364,54 +417,6 @@ impl Mesh {
         if self.reflex.answer(self.now, local, timers, counters, from, transaction, mapped) {
             self.advertise();
         }
-    }
-
-    /// Takes in a peer's signal, opened with the key of the pair, whichever way it came.
-    pub fn signal_received(&mut self, now: Instant, peer: NodeId, signal: Signal) {
-        self.advance(now);
-        if !self.peers.contains_key(&peer) {
-            self.counters.signals_refused += 1;
-        }
-        self.with_peer(peer, |peer, cx| peer.on_signal(cx, &signal));
-    }
-
-    /// Takes in a relay's answer, opened with the key of the pair of us and the relay.
-    pub fn relay_received(
-        &mut self,
-        now: Instant,
-        relay: WireguardKey,
-        from: Path,
-        answer: RelayAnswer,
-    ) {
-        self.advance(now);
-        self.resolve_claims();
-        let relay = self.claims.key(&relay);
-        let taken = relay.is_some_and(|relay| match answer {
-            RelayAnswer::Registered { transaction, lifetime } => self.homes.registered(
-                self.now,
-                relay,
-                from,
-                transaction,
-                lifetime,
-                &mut self.timers,
-            ),
-            RelayAnswer::Opened { transaction, channel } => {
-                let peer = self.homes.opened(relay, transaction);
-                if let Some(peer) = peer {
-                    self.with_peer(peer, |peer, cx| peer.on_channel(cx, from, channel));
-                }
-                peer.is_some()
-            }
-            RelayAnswer::Incoming { peer, channel } => {
-                let home = self.homes.is_home(relay);
-                if home {
-                    self.with_key(peer, |peer, cx| peer.on_channel(cx, from, channel));
-                }
-                home
-            }
-            RelayAnswer::Refused { .. } => true,
-        });
-        self.counters.relay_answers_refused += u64::from(!taken);
     }
 
     /// Pings a peer for an operator; [`Output::PingResult`] with this `id` tells how it ended, at
@@ -510,6 +515,12 @@ impl Mesh {
         self.peers.get(&id).map(|peer| self.status(peer))
     }
 
+    /// The node that holds a WireGuard key. A map change counts from the next
+    /// [`Self::poll_output`] on.
+    pub fn node_id(&self, key: &WireguardKey) -> Option<NodeId> {
+        self.claims.key(key)
+    }
+
     /// Every static peer, by key.
     pub fn static_peers(&self) -> impl Iterator<Item = StaticPeerStatus> + '_ {
         self.static_peers.statuses(self.now)
@@ -606,9 +617,14 @@ impl Mesh {
         self.now = self.now.max(now);
     }
 
-    fn with_key(&mut self, key: WireguardKey, f: impl FnOnce(&mut Peer, &mut Context<'_>)) {
+    /// The node that holds a key, once all that is known of the map is taken into account.
+    fn node_with(&mut self, key: &WireguardKey) -> Option<NodeId> {
         self.resolve_claims();
-        if let Some(id) = self.claims.key(&key) {
+        self.claims.key(key)
+    }
+
+    fn with_key(&mut self, key: WireguardKey, f: impl FnOnce(&mut Peer, &mut Context<'_>)) {
+        if let Some(id) = self.node_with(&key) {
             self.with_peer(id, f);
         }
     }

@@ -3,14 +3,15 @@
 
 use std::time::Duration;
 
+use towline_types::frame::Probe;
 use towline_types::limits;
+use towline_types::node::Candidate;
 use towline_types::rate::Rate;
 
 use super::{Context, Peer};
-use crate::output::Output;
+use crate::output::{Output, Transmit};
 use crate::path::{ChannelId, Path};
 use crate::pings::{Purpose, Sent};
-use crate::signal::Signal;
 use crate::status::PeerState;
 use crate::timers::Timer;
 
@@ -37,7 +38,12 @@ impl Peer {
             cx.counters.pings_refused += 1;
             return;
         }
-        cx.outputs.push_back(Output::Pong { peer: self.key(), to: from, transaction });
+        cx.outputs.push_back(Output::Transmit(Transmit {
+            peer: self.key(),
+            path: Some(from),
+            message: Probe::Pong { transaction, observed: from.remote },
+            size: None,
+        }));
         let from = cx.local.canonical(from);
         let new = self.paths.get(&from).is_none();
         self.paths.heard(cx.now, from, self.endpoint);
@@ -102,15 +108,20 @@ impl Peer {
         }
     }
 
-    /// A signal came, which is authentic; it may be a replay.
-    pub(crate) fn on_signal(&mut self, cx: &mut Context<'_>, signal: &Signal) {
-        let Signal::CallMe { boot_epoch, number, candidates } = signal;
-        let fresh = (*boot_epoch, *number) > self.heard_signal;
+    /// The peer asks to be called at `candidates`. `order` grows with each such message: its boot
+    /// epoch and number, so a replay, or one that was overtaken, is known by it.
+    pub(crate) fn on_call(
+        &mut self,
+        cx: &mut Context<'_>,
+        order: (u64, u64),
+        candidates: &[Candidate],
+    ) {
+        let fresh = order > self.heard_call;
         if !fresh || !self.calls.take(&SIGNALS, cx.now, 1) {
             cx.counters.signals_refused += 1;
             return;
         }
-        self.heard_signal = (*boot_epoch, *number);
+        self.heard_call = order;
         self.signalled.retain(|_, until| cx.now < *until);
         for candidate in candidates {
             let room = self.signalled.len() < limits::CANDIDATES;

@@ -128,7 +128,7 @@ pub(crate) struct Peer {
     pmtu: Pmtu,
     /// From signals: until when they are worth a try.
     signalled: BTreeMap<SocketAddr, Instant>,
-    heard_signal: (u64, u64),
+    heard_call: (u64, u64),
     /// Answers on the path in use, and elsewhere.
     pongs: [TokenBucket; 2],
     calls: TokenBucket,
@@ -156,7 +156,7 @@ impl Peer {
             liveness: Liveness::default(),
             pmtu: Pmtu::default(),
             signalled: BTreeMap::new(),
-            heard_signal: (0, 0),
+            heard_call: (0, 0),
             pongs: <[TokenBucket; 2]>::default(),
             calls: TokenBucket::default(),
             channels: TokenBucket::default(),

@@ -3,17 +3,17 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
+use towline_types::frame::Probe;
 use towline_types::limits;
 use towline_types::node::Candidate;
 
 use super::paths::Tier;
 use super::{Context, Peer};
 use crate::local::{Local, preference, reachable};
-use crate::output::Output;
+use crate::output::{Output, Transmit};
 use crate::path::Path;
 use crate::pings::{Purpose, Sent};
 use crate::prefixes::is_private;
-use crate::signal::Signal;
 
 /// Paths that one round tries.
 const TARGETS: usize = 48;
@@ -38,7 +38,12 @@ impl Peer {
             Purpose::Size(size) => Some(size),
             Purpose::Path | Purpose::Check | Purpose::Operator(_) => None,
         };
-        cx.outputs.push_back(Output::Ping { peer: self.key(), to, transaction, size });
+        cx.outputs.push_back(Output::Transmit(Transmit {
+            peer: self.key(),
+            path: Some(to),
+            message: Probe::Ping { transaction },
+            size,
+        }));
     }
 
     /// Whoever never answers gets only so much. The path in use is another matter: it has.
@@ -98,10 +103,18 @@ impl Peer {
         let far = !reachable(&self.node.record().candidates) || !cx.local.reachable();
         if callable && (far || turn > 0) && (relayed.is_some() || cx.local.connected) {
             *cx.signals += 1;
-            let candidates = cx.local.candidates().to_vec();
-            let signal =
-                Signal::CallMe { boot_epoch: cx.boot_epoch, number: *cx.signals, candidates };
-            cx.outputs.push_back(Output::Signal { peer: self.id(), via: relayed, signal });
+            let message = Probe::CallMe {
+                boot_epoch: cx.boot_epoch,
+                number: *cx.signals,
+                candidates: cx.local.candidates().to_vec(),
+            };
+            let peer = self.key();
+            cx.outputs.push_back(Output::Transmit(Transmit {
+                peer,
+                path: relayed,
+                message,
+                size: None,
+            }));
         }
         let needs_relay = far || turn > 0;
         if needs_relay && !self.node.record().relay && relayed.is_none() {

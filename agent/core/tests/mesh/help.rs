@@ -10,15 +10,15 @@ fn a_reflexive_address_is_advertised_and_the_mapping_judged_by_two_reflectors_on
     let asked = stun(&us.run(Duration::from_millis(1)));
     assert_eq!(asked.len(), 2);
     let mapped = addr("198.51.100.1:4000");
-    us.mesh.stun_received(us.now, None, asked[0].0, asked[0].1, mapped);
+    us.mesh.handle_stun(us.now, asked[0].0, asked[0].1, mapped);
     let outputs = us.drain();
     assert!(outputs.iter().any(|o| matches!(o, Output::Advertise(list) if list.len() == 2)));
     assert_eq!(us.mesh.mapping(), None);
     // Not what nobody asked for, nor what leads into the mesh.
-    us.mesh.stun_received(us.now, None, asked[1].0, [0; 12], mapped);
-    us.mesh.stun_received(us.now, None, asked[1].0, asked[1].1, addr("198.19.0.9:1"));
+    us.mesh.handle_stun(us.now, asked[1].0, [0; 12], mapped);
+    us.mesh.handle_stun(us.now, asked[1].0, asked[1].1, addr("198.19.0.9:1"));
     assert_eq!(us.mesh.counters().stun_refused, 2);
-    us.mesh.stun_received(us.now, None, asked[1].0, asked[1].1, addr("198.51.100.1:4001"));
+    us.mesh.handle_stun(us.now, asked[1].0, asked[1].1, addr("198.51.100.1:4001"));
     assert_eq!(us.mesh.mapping(), Some(Mapping::Dependent));
 }
 
@@ -28,30 +28,20 @@ fn a_node_registers_with_relays_and_asks_for_a_channel_where_the_peer_is_at_home
     us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
     us.upsert(peer(9).relay().candidates(&[OTHER]));
     us.upsert(peer(2).candidates(&["192.168.1.9:51830"]));
-    let requests = relayed(&us.run(Duration::from_millis(50)));
-    let register = requests.iter().find_map(|request| match request {
-        RelayRequest::Register { relay, to, .. } => Some((*relay, to.remote)),
-        RelayRequest::Open { .. } => None,
-    });
-    assert_eq!(register, Some((key(9), addr(OTHER))));
-    let opened = requests.iter().find_map(|request| match request {
-        RelayRequest::Open { peer, transaction, .. } => Some((*peer, *transaction)),
-        RelayRequest::Register { .. } => None,
-    });
-    let (peer, transaction) = opened.unwrap();
+    let outputs = us.run(Duration::from_millis(50));
+    let (relay, to, _) = registration(&outputs).unwrap();
+    assert_eq!((relay, to), (key(9), path(OTHER)));
+    let (peer, transaction) = channel_request(&outputs).unwrap();
     assert_eq!(peer, key(2));
-    let channel = ChannelId(77);
-    let answer = RelayAnswer::Opened { transaction, channel };
-    us.mesh.relay_received(us.now, key(9), path(OTHER), answer);
-    let through = Path { channel: Some(channel), ..path(OTHER) };
+    let channel = 77;
+    us.message(9, path(OTHER), Probe::Opened { transaction, channel });
+    let through = path(OTHER).on_channel(ChannelId(channel));
     let outputs = us.drain();
     assert!(pings(&outputs).iter().any(|(to, _)| *to == through));
     assert_eq!(handshakes(&outputs), [vec![through]]);
     // A relay that lies about channels is not believed.
-    let answer = RelayAnswer::Opened { transaction: 1, channel };
-    us.mesh.relay_received(us.now, key(9), path(OTHER), answer);
-    let answer = RelayAnswer::Incoming { peer: key(2), channel };
-    us.mesh.relay_received(us.now, key(2), path(PUBLIC), answer);
+    us.message(9, path(OTHER), Probe::Opened { transaction: 1, channel });
+    us.message(2, path(PUBLIC), Probe::Incoming { peer: key(2), channel });
     assert_eq!(us.mesh.counters().relay_answers_refused, 2);
 }
 
@@ -87,14 +77,9 @@ fn a_channel_that_a_relay_tells_of_again_begins_no_further_handshake() {
     us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
     us.upsert(peer(9).relay().candidates(&[OTHER]));
     us.upsert(peer(2));
-    let requests = relayed(&us.run(Duration::from_millis(50)));
-    let transaction = requests.iter().find_map(|request| match request {
-        RelayRequest::Open { transaction, .. } => Some(*transaction),
-        RelayRequest::Register { .. } => None,
-    });
-    let opened = RelayAnswer::Opened { transaction: transaction.unwrap(), channel: ChannelId(77) };
+    let (_, transaction) = channel_request(&us.run(Duration::from_millis(50))).unwrap();
     for _ in 0..5 {
-        us.mesh.relay_received(us.now, key(9), path(OTHER), opened);
+        us.message(9, path(OTHER), Probe::Opened { transaction, channel: 77 });
     }
     assert_eq!(handshakes(&us.drain()).len(), 1, "each would undo the one before");
 }

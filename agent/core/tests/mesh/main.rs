@@ -15,15 +15,14 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_core::mesh::{
-    Config, MapChange, Membership, Mesh, Output, PeerState, PeerStatus, ReceivedProbe,
+    Config, MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit,
 };
 use towline_core::own_networks::OwnNetworks;
 use towline_core::path::{ChannelId, LocalEnd, Path};
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::plan::{Plan, RouteVia, RulePlan};
 use towline_core::reflex::Mapping;
-use towline_core::relay::{RelayAnswer, RelayRequest};
-use towline_core::signal::Signal;
+use towline_types::frame::Probe;
 use towline_types::id::{IdentityKey, MeshId, NodeId, WireguardKey};
 use towline_types::node::{
     Candidate, CandidateKind, Grant, MeshConfig, Node, OverlayAddresses, Record, Tombstone,
@@ -110,6 +109,16 @@ impl Us {
         self.mesh.observe(self.now, key(2), active);
     }
 
+    /// A message comes from a peer over a path.
+    fn message(&mut self, number: u8, from: Path, message: Probe) {
+        self.mesh.handle_message(self.now, key(number), Some(from), message);
+    }
+
+    /// A controller brings a message of peer 2.
+    fn signal(&mut self, message: Probe) {
+        self.mesh.handle_message(self.now, key(2), None, message);
+    }
+
     fn upsert(&mut self, node: Build) {
         self.mesh.update(self.now, MapChange::Upsert(Box::new(node.build())));
     }
@@ -123,12 +132,9 @@ impl Us {
                 Output::PingResult { id, answer } => {
                     assert!(self.results.insert(*id, *answer).is_none(), "ping {id} ended twice");
                 }
-                Output::Ping { .. }
-                | Output::Pong { .. }
+                Output::Transmit(_)
                 | Output::Handshake { .. }
                 | Output::Stun { .. }
-                | Output::Signal { .. }
-                | Output::Relay(_)
                 | Output::Advertise(_)
                 | Output::StateChanged { .. }
                 | Output::StaticStateChanged { .. } => {}
@@ -160,17 +166,16 @@ impl Us {
                     pongs.push((self.now + rtt, to, transaction));
                 }
             }
-            let pong = pongs.iter().map(|(at, ..)| *at).min();
+            let answer = pongs.iter().map(|(at, ..)| *at).min();
             let timeout = self.mesh.poll_timeout().map(|(at, _)| at);
-            let Some(next) = pong.into_iter().chain(timeout).min().filter(|at| *at <= end) else {
+            let Some(next) = answer.into_iter().chain(timeout).min().filter(|at| *at <= end) else {
                 break;
             };
             self.now = self.now.max(next);
-            if pong == Some(next) {
+            if answer == Some(next) {
                 let first = pongs.iter().position(|(at, ..)| *at == next).unwrap();
                 let (_, to, transaction) = pongs.remove(first);
-                let pong = ReceivedProbe::Pong { transaction, observed: addr(PRIVATE) };
-                self.mesh.probe_received(self.now, key(2), to, pong);
+                self.message(2, to, pong(transaction));
             } else {
                 self.mesh.handle_timeout(self.now);
             }
@@ -204,11 +209,12 @@ fn handshakes(outputs: &[Output]) -> Vec<Vec<Path>> {
 
 /// Pings that a peer gets to see.
 fn answerable(outputs: &[Output], silent: Option<SocketAddr>, payload: u16) -> Vec<(Path, u64)> {
-    let to = outputs.iter().filter_map(|o| match o {
-        Output::Ping { to, transaction, size, .. }
-            if Some(to.remote) != silent && size.is_none_or(|size| size <= payload) =>
-        {
-            Some((*to, *transaction))
+    let reach = |to: &Path, size: Option<u16>| {
+        Some(to.remote) != silent && size.is_none_or(|size| size <= payload)
+    };
+    let to = transmits(outputs).filter_map(|transmit| match (&transmit.message, transmit.path) {
+        (Probe::Ping { transaction }, Some(to)) if reach(&to, transmit.size) => {
+            Some((to, *transaction))
         }
         _ => None,
     });
@@ -223,20 +229,39 @@ fn stun(outputs: &[Output]) -> Vec<(SocketAddr, [u8; 12])> {
     asked.collect()
 }
 
-fn relayed(outputs: &[Output]) -> Vec<RelayRequest> {
-    let requests = outputs.iter().filter_map(|o| match o {
-        Output::Relay(request) => Some(*request),
+fn transmits(outputs: &[Output]) -> impl Iterator<Item = &Transmit> {
+    outputs.iter().filter_map(|o| match o {
+        Output::Transmit(transmit) => Some(transmit),
         _ => None,
-    });
-    requests.collect()
+    })
+}
+
+/// The first registration: the relay, where it is, and the transaction.
+fn registration(outputs: &[Output]) -> Option<(WireguardKey, Path, u64)> {
+    transmits(outputs).find_map(|transmit| match transmit.message {
+        Probe::Register { transaction } => Some((transmit.peer, transmit.path?, transaction)),
+        _ => None,
+    })
+}
+
+/// The first request for a channel: the node at its other end, and the transaction.
+fn channel_request(outputs: &[Output]) -> Option<(WireguardKey, u64)> {
+    transmits(outputs).find_map(|transmit| match transmit.message {
+        Probe::Open { peer, transaction } => Some((peer, transaction)),
+        _ => None,
+    })
 }
 
 fn pings(outputs: &[Output]) -> Vec<(Path, u64)> {
-    let to = outputs.iter().filter_map(|o| match o {
-        Output::Ping { to, transaction, .. } => Some((*to, *transaction)),
-        _ => None,
-    });
-    to.collect()
+    answerable(outputs, None, u16::MAX)
+}
+
+fn pong(transaction: u64) -> Probe {
+    Probe::Pong { transaction, observed: addr(PRIVATE) }
+}
+
+fn call_me(number: u64, candidate_at: &str) -> Probe {
+    Probe::CallMe { boot_epoch: 1, number, candidates: vec![candidate(candidate_at)] }
 }
 
 #[derive(Clone)]

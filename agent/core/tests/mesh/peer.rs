@@ -10,7 +10,7 @@ fn all_candidates_are_tried_at_once_with_one_initiation() {
     us.upsert(peer(2).candidates(&[PUBLIC, "192.168.1.7:51830", "203.0.113.7:51830"]));
     let outputs = us.run(Duration::from_millis(100));
     assert_eq!(handshakes(&outputs), [vec![path(PUBLIC), path(PRIVATE)]]);
-    assert_eq!(outputs.iter().filter(|o| matches!(o, Output::Ping { .. })).count(), 2);
+    assert_eq!(pings(&outputs).len(), 2);
 }
 
 #[test]
@@ -69,9 +69,14 @@ fn a_ping_from_a_peer_that_we_could_not_find_shows_where_it_is() {
     us.upsert(peer(2));
     us.run(Duration::from_secs(60));
     let from = path("198.51.100.4:4444");
-    us.mesh.probe_received(us.now, key(2), from, ReceivedProbe::Ping { transaction: 7 });
+    us.message(2, from, Probe::Ping { transaction: 7 });
     let outputs = us.run(Duration::from_secs(1));
-    assert!(outputs.contains(&Output::Pong { peer: key(2), to: from, transaction: 7 }));
+    assert!(outputs.contains(&Output::Transmit(Transmit {
+        peer: key(2),
+        path: Some(from),
+        message: Probe::Pong { transaction: 7, observed: from.remote },
+        size: None,
+    })));
     assert!(handshakes(&outputs).contains(&vec![from]));
 }
 
@@ -219,12 +224,7 @@ fn a_thousand_peers_cost_nothing_until_there_is_traffic_for_one() {
         us.upsert(numbered(number).candidates(&[PUBLIC]));
     }
     let outputs = us.run(Duration::from_secs(600));
-    let probes = |outputs: &[Output]| {
-        outputs
-            .iter()
-            .filter(|o| matches!(o, Output::Ping { .. } | Output::Handshake { .. }))
-            .count()
-    };
+    let probes = |outputs: &[Output]| pings(outputs).len() + handshakes(outputs).len();
     let eager = 64;
     assert!(handshakes(&outputs).len() < eager * 7, "only those of a mesh that was small once");
     assert_eq!(probes(&us.run(Duration::from_secs(600))), 0);
@@ -258,7 +258,8 @@ fn a_path_whose_uplink_is_gone_is_replaced_by_a_handshake_and_a_signal_at_once()
     us.mesh.set_uplinks(us.now, vec![ends[1]], vec![candidate(PRIVATE)]);
     let outputs = us.run(Duration::from_millis(1));
     assert!(handshakes(&outputs).contains(&vec![path(PUBLIC)]), "{outputs:?}");
-    assert!(outputs.iter().any(|output| matches!(output, Output::Signal { .. })), "{outputs:?}");
+    let mut signals = transmits(&outputs).filter(|transmit| transmit.path.is_none());
+    assert!(signals.any(|t| matches!(t.message, Probe::CallMe { .. })), "{outputs:?}");
     assert_eq!(us.peer(2).state, PeerState::Connecting);
     assert_eq!(us.table().peers[&key(2)].endpoint, Some(path(PUBLIC)), "traffic goes on");
 }
@@ -282,9 +283,7 @@ fn an_uplink_that_comes_or_goes_changes_nothing_of_a_path_by_another_one() {
 #[test]
 fn a_call_shows_a_node_that_is_up_where_else_to_open_its_nat() {
     let mut us = Us::up(PUBLIC);
-    let candidates = vec![candidate(OTHER)];
-    let signal = Signal::CallMe { boot_epoch: 1, number: 1, candidates };
-    us.mesh.signal_received(us.now, id(2), signal);
+    us.signal(call_me(1, OTHER));
     let outputs = us.run(Duration::from_millis(1));
     assert!(pings(&outputs).iter().any(|(to, _)| *to == path(OTHER)));
     assert_eq!(us.peer(2).path, Some(path(PUBLIC)));
