@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 mod budget;
+mod changes;
 mod claims;
 pub mod config;
 pub mod counters;

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use towline_types::id::NodeId;
 
+use crate::changes::Scope;
 use crate::claims::Claims;
 use crate::config::Config;
 use crate::own_networks::OwnNetworks;
@@ -63,16 +64,11 @@ struct Entry {
 }
 
 impl Routing {
-    /// The plan, if it is another one than before. `whole`: more than what the `changed` nodes
-    /// announce may be different.
-    pub(crate) fn update(
-        &mut self,
-        facts: &Facts<'_>,
-        whole: bool,
-        changed: &BTreeSet<NodeId>,
-    ) -> Option<Arc<Plan>> {
-        let patched = match &self.plan {
-            Some(plan) if !whole => self.patch(plan.clone(), facts, changed),
+    /// Derives the part of the plan that changed. Returns the plan if it is another one than the
+    /// last.
+    pub(crate) fn update(&mut self, facts: &Facts<'_>, changed: &Scope) -> Option<Arc<Plan>> {
+        let patched = match (&self.plan, changed) {
+            (Some(plan), Scope::Nodes(nodes)) => self.patch(plan.clone(), facts, nodes),
             _ => None,
         };
         let plan = patched.unwrap_or_else(|| self.build(facts));

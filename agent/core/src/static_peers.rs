@@ -17,6 +17,7 @@ use ipnet::IpNet;
 use rand::Rng as _;
 use towline_types::id::WireguardKey;
 
+use crate::changes::Change;
 use crate::output::Output;
 use crate::path::Path;
 use crate::peer::{Context, DOWN_AFTER, jittered};
@@ -314,7 +315,7 @@ impl Peer {
         let usable = !from.is_relayed() && cx.local.may_send_to(from.remote);
         if self.endpoint != Some(from) && usable {
             self.endpoint = Some(from);
-            *cx.table_changed = true;
+            cx.changes.mark(Change::Endpoint);
         }
     }
 
@@ -323,7 +324,7 @@ impl Peer {
         if let Some(path) = &mut self.endpoint
             && path.local.take().is_some()
         {
-            *cx.table_changed = true;
+            cx.changes.mark(Change::Endpoint);
         }
     }
 

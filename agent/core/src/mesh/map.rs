@@ -1,5 +1,6 @@
 //! What the map says of the other nodes, and who of them holds what.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use towline_types::limits;
 use towline_types::node::{Node, Tombstone};
 
 use super::{EAGER_PEERS, Membership, Mesh};
+use crate::changes::{Change, Scope};
 use crate::claims::Claims;
 use crate::homes;
 use crate::peer::Peer;
@@ -54,7 +56,7 @@ impl Mesh {
             let peer = Peer::new(&mut self.context().1, node, delay);
             self.peers.insert(id, peer);
         }
-        self.nodes_changed.insert(id);
+        self.changes.mark(Change::Record(id));
     }
 
     pub(super) fn remove(&mut self, tombstone: &Tombstone) {
@@ -68,21 +70,23 @@ impl Mesh {
         if let Some(peer) = self.peers.remove(&id) {
             peer.forget(&mut self.timers);
             self.node_changed(id, None);
-            self.nodes_changed.insert(id);
+            self.changes.mark(Change::Record(id));
         }
     }
 
     /// Decides anew who holds what, if the map changed; what somebody held and nobody holds now
     /// stays guarded, unless its node was removed.
     pub(super) fn resolve_claims(&mut self) {
-        let changed = std::mem::take(&mut self.nodes_changed);
-        let mut whole = std::mem::take(&mut self.claims_changed);
-        if !whole && changed.is_empty() {
-            return;
+        match self.changes.take_claims() {
+            None => {}
+            // A static peer gets what the mesh leaves: it has no claim of its own to remember.
+            Some(Scope::Nodes(nodes)) if self.static_peers.is_empty() => self.resolve_nodes(&nodes),
+            Some(Scope::All | Scope::Nodes(_)) => self.resolve_all(),
         }
-        // A static peer gets what the mesh leaves: it has no claim of its own to remember.
-        whole |= !self.static_peers.is_empty();
-        for id in changed.iter().filter(|_| !whole).collect::<Vec<_>>() {
+    }
+
+    fn resolve_nodes(&mut self, nodes: &BTreeSet<NodeId>) {
+        for id in nodes {
             let held = self.claims.of(*id).map(|claim| claim.prefixes.clone());
             let alone = match (self.peers.get(id), &self.config.membership) {
                 (Some(peer), Some(membership)) => {
@@ -91,16 +95,14 @@ impl Mesh {
                 }
                 _ => self.claims.remove(*id),
             };
-            whole |= !alone;
+            self.changes.mark(Change::Routes(*id));
+            if !alone {
+                return self.resolve_all();
+            }
             for held in self.claims.of(*id).into_iter().flat_map(|claim| &claim.prefixes) {
                 self.withdrawn.remove(held);
             }
-            self.replan.insert(*id);
         }
-        if whole {
-            self.resolve_all();
-        }
-        self.table_changed = true;
     }
 
     fn resolve_all(&mut self) {
@@ -115,12 +117,12 @@ impl Mesh {
                 self.withdrawn.extend(&claim.prefixes);
             }
             if self.claims.of(*id) != Some(claim) {
-                self.replan.insert(*id);
+                self.changes.mark(Change::Routes(*id));
             }
         }
         for (id, claim) in self.claims.iter() {
             if before.of(*id).is_none() {
-                self.replan.insert(*id);
+                self.changes.mark(Change::Routes(*id));
             }
             for held in &claim.prefixes {
                 self.withdrawn.remove(held);
@@ -128,7 +130,7 @@ impl Mesh {
         }
         if !self.static_peers.is_empty() {
             self.resolve_static_peers();
-            self.plan_changed = true;
+            self.changes.mark(Change::OwnNetworks);
         }
         for held in self.static_peers.prefixes() {
             self.withdrawn.remove(held);

@@ -22,6 +22,7 @@ use towline_types::id::{IdentityKey, NodeId, WireguardKey};
 use towline_types::node::{Candidate, Grant, MeshConfig};
 
 use crate::budget::Unanswered;
+use crate::changes::{Change, Changes};
 use crate::claims::Claims;
 use crate::counters::Counters;
 use crate::derive;
@@ -80,13 +81,7 @@ pub struct Mesh {
     /// What was handed out last, and whether it may have changed since.
     table: Option<Arc<PeerTable>>,
     routing: Routing,
-    /// Everything must be resolved anew; or else what these nodes claim.
-    claims_changed: bool,
-    nodes_changed: BTreeSet<NodeId>,
-    table_changed: bool,
-    /// The whole plan may be another; or else what these nodes do to it.
-    plan_changed: bool,
-    replan: BTreeSet<NodeId>,
+    changes: Changes,
     outputs: VecDeque<Output>,
 }
 
@@ -123,11 +118,7 @@ impl Mesh {
             claims: Claims::default(),
             table: None,
             routing: Routing::default(),
-            claims_changed: true,
-            nodes_changed: BTreeSet::new(),
-            table_changed: true,
-            plan_changed: true,
-            replan: BTreeSet::new(),
+            changes: Changes::all(),
             outputs: VecDeque::new(),
         }
     }
@@ -155,8 +146,7 @@ impl Mesh {
                 {
                     self.local.set_mesh(&mesh);
                     membership.mesh = mesh;
-                    self.claims_changed = true;
-                    self.plan_changed = true;
+                    self.changes.mark(Change::Ownership);
                 }
             }
         }
@@ -170,8 +160,7 @@ impl Mesh {
         {
             self.local.set_grant(&grant);
             membership.grant = grant;
-            self.claims_changed = true;
-            self.plan_changed = true;
+            self.changes.mark(Change::Ownership);
         }
     }
 
@@ -194,8 +183,7 @@ impl Mesh {
         let prefixes: Vec<IpNet> = covering(prefixes).into_iter().collect();
         if self.own_prefixes != prefixes {
             self.own_prefixes = prefixes;
-            self.claims_changed = true;
-            self.plan_changed = true;
+            self.changes.mark(Change::Ownership);
         }
     }
 
@@ -206,7 +194,7 @@ impl Mesh {
         let networks: Vec<IpNet> = covering(networks).into_iter().collect();
         if self.pod_networks != networks {
             self.pod_networks = networks;
-            self.plan_changed = true;
+            self.changes.mark(Change::Host);
         }
     }
 
@@ -215,7 +203,7 @@ impl Mesh {
         self.advance(now);
         if self.own_addresses != addresses {
             self.own_addresses = addresses;
-            self.own_networks_changed();
+            self.changes.mark(Change::OwnNetworks);
         }
     }
 
@@ -225,7 +213,7 @@ impl Mesh {
         self.advance(now);
         if self.forward_to != networks {
             self.forward_to = networks;
-            self.own_networks_changed();
+            self.changes.mark(Change::OwnNetworks);
         }
     }
 
@@ -235,7 +223,7 @@ impl Mesh {
         self.advance(now);
         if self.node_ips != node_ips {
             self.node_ips = node_ips;
-            self.plan_changed = true;
+            self.changes.mark(Change::Host);
         }
     }
 
@@ -244,8 +232,7 @@ impl Mesh {
     pub fn set_static_peers(&mut self, now: Instant, peers: Vec<StaticPeer>) {
         self.advance(now);
         self.with_static_peers(|statics, cx| statics.set(cx, peers));
-        self.plan_changed = true;
-        self.claims_changed = true;
+        self.changes.mark(Change::Ownership);
     }
 
     /// Networks that nobody holds now but somebody held once: they stay guarded. To be given back
@@ -258,8 +245,7 @@ impl Mesh {
     pub fn set_withdrawn(&mut self, now: Instant, withdrawn: impl IntoIterator<Item = IpNet>) {
         self.advance(now);
         self.withdrawn.extend(withdrawn);
-        self.claims_changed = true;
-        self.plan_changed = true;
+        self.changes.mark(Change::Ownership);
     }
 
     /// Takes what of ours travels outside the tunnel now, whole: the plan lets it pass.
@@ -267,7 +253,7 @@ impl Mesh {
         self.advance(now);
         if self.underlay != underlay {
             self.underlay = underlay;
-            self.plan_changed = true;
+            self.changes.mark(Change::Host);
         }
     }
 
@@ -472,7 +458,7 @@ impl Mesh {
     /// The next thing to do. A changed peer table comes before what speaks of its peers.
     pub fn poll_output(&mut self) -> Option<Output> {
         self.resolve_claims();
-        if std::mem::take(&mut self.table_changed) {
+        if self.changes.take_table() {
             let own = self.facts().own_networks();
             let mut table = derive::peer_table(self.mtu(), &self.claims, self.peers.values(), own);
             table.peers.extend(self.static_peers.entries(self.config.mtu));
@@ -482,11 +468,9 @@ impl Mesh {
                 return Some(Output::PeerTable(table));
             }
         }
-        if self.plan_changed || !self.replan.is_empty() {
-            let whole = std::mem::take(&mut self.plan_changed);
-            let nodes = std::mem::take(&mut self.replan);
+        if let Some(scope) = self.changes.take_plan() {
             let mut routing = std::mem::take(&mut self.routing);
-            let changed = routing.update(&self.facts(), whole, &nodes);
+            let changed = routing.update(&self.facts(), &scope);
             self.routing = routing;
             if let Some(plan) = changed {
                 return Some(Output::Plan(plan));
@@ -579,12 +563,6 @@ impl Mesh {
         }
     }
 
-    /// Other inner addresses are ours: plan and peer table both hold them.
-    fn own_networks_changed(&mut self) {
-        self.plan_changed = true;
-        self.table_changed = true;
-    }
-
     /// Our addresses are others now: so is how others see us, and perhaps every path.
     fn local_changed(&mut self) {
         let own = self.own_id();
@@ -631,25 +609,16 @@ impl Mesh {
 
     fn with_peer(&mut self, id: NodeId, f: impl FnOnce(&mut Peer, &mut Context<'_>)) {
         let (peers, mut cx) = self.context();
-        let Some(peer) = peers.get_mut(&id) else { return };
-        let before = (peer.state(), peer.mtu());
-        f(peer, &mut cx);
-        if (peer.state(), peer.mtu()) != before {
-            self.replan.insert(id);
+        if let Some(peer) = peers.get_mut(&id) {
+            tracked(peer, &mut cx, f);
         }
     }
 
     fn each_peer(&mut self, mut f: impl FnMut(&mut Peer, &mut Context<'_>)) {
         let (peers, mut cx) = self.context();
-        let mut changed = Vec::new();
-        for (id, peer) in peers {
-            let before = (peer.state(), peer.mtu());
-            f(peer, &mut cx);
-            if (peer.state(), peer.mtu()) != before {
-                changed.push(*id);
-            }
+        for peer in peers.values_mut() {
+            tracked(peer, &mut cx, &mut f);
         }
-        self.replan.extend(changed);
     }
 
     fn context(&mut self) -> (&mut BTreeMap<NodeId, Peer>, Context<'_>) {
@@ -668,8 +637,18 @@ impl Mesh {
             eager,
             boot_epoch: self.config.boot_epoch,
             signals: &mut self.signals,
-            table_changed: &mut self.table_changed,
+            changes: &mut self.changes,
         };
         (&mut self.peers, context)
+    }
+}
+
+/// Lets a peer handle something, and marks its routes as changed if they follow from what became of
+/// it.
+fn tracked(peer: &mut Peer, cx: &mut Context<'_>, f: impl FnOnce(&mut Peer, &mut Context<'_>)) {
+    let before = (peer.state(), peer.mtu());
+    f(peer, cx);
+    if (peer.state(), peer.mtu()) != before {
+        cx.changes.mark(Change::Routes(peer.id()));
     }
 }

@@ -43,6 +43,7 @@ use towline_types::node::Node;
 use towline_types::rate::TokenBucket;
 
 use crate::budget::Unanswered;
+use crate::changes::{Change, Changes};
 use crate::counters::Counters;
 use crate::homes::Homes;
 use crate::local::{Local, reachable};
@@ -90,8 +91,7 @@ pub(crate) struct Context<'a> {
     /// Of our own boot, and how many signals it has sent.
     pub(crate) boot_epoch: u64,
     pub(crate) signals: &'a mut u64,
-    /// To be set when something that stands in the peer table changed.
-    pub(crate) table_changed: &'a mut bool,
+    pub(crate) changes: &'a mut Changes,
 }
 
 /// What is known of the networks around, to explain how it stands with a peer.
@@ -381,7 +381,7 @@ impl Peer {
             self.ping(cx, path, Purpose::Size(size));
         }
         if self.pmtu.inner() != before {
-            *cx.table_changed = true;
+            cx.changes.mark(Change::Endpoint);
         }
         let pause = step.pause.unwrap_or_else(|| self.paths.wait(&path) + MTU_WAIT);
         cx.timers.set(Timer::Mtu(self.id()), cx.now + pause);
@@ -684,7 +684,7 @@ impl Peer {
             self.pmtu.rename(name);
         }
         self.endpoint = Some(name);
-        *cx.table_changed = true;
+        cx.changes.mark(Change::Endpoint);
     }
 
     fn set_endpoint(&mut self, cx: &mut Context<'_>, endpoint: Option<Path>) {
@@ -697,7 +697,7 @@ impl Peer {
         self.endpoint = endpoint;
         self.endpoint_since = Some(cx.now);
         self.liveness.moved();
-        *cx.table_changed = true;
+        cx.changes.mark(Change::Endpoint);
         if let Some(path) = endpoint {
             self.pmtu.begin(path, cx.mtu);
             cx.timers.set(Timer::Mtu(self.id()), cx.now);
