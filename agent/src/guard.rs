@@ -168,7 +168,7 @@ fn plan(config: &Config, state: &StateDir) -> anyhow::Result<Plan> {
         let controllers = join::controllers(&config.controller.addresses, membership);
         mesh.set_underlay(now, config.underlay(&controllers));
         for change in state.map(membership)?.changes() {
-            mesh.update(now, change);
+            mesh.handle_map_change(now, change);
         }
     } else {
         mesh.set_underlay(now, config.underlay(&[]));

@@ -251,14 +251,14 @@ pub fn mesh(bytes: &[u8]) {
     while let Some(what) = input.byte() {
         calls += 1;
         match what % 10 {
-            0 | 1 => mesh.update(now, MapChange::Upsert(Box::new(input.node()))),
+            0 | 1 => mesh.handle_map_change(now, MapChange::Upsert(Box::new(input.node()))),
             2 => {
                 let tombstone =
                     host::tombstone(&Host::new(input.host(), 1, host::mesh_config()).grant);
                 if Some(tombstone.node_id) != mesh.grant().map(|grant| grant.node_id) {
                     removed.insert(tombstone.node_id);
                 }
-                mesh.update(now, MapChange::Remove(tombstone));
+                mesh.handle_map_change(now, MapChange::Remove(tombstone));
             }
             3 => {
                 let candidates = input.candidates();
@@ -273,7 +273,7 @@ pub fn mesh(bytes: &[u8]) {
                     3 => Observation::SessionExpired,
                     _ => Observation::Wanted,
                 };
-                mesh.observe(now, input.key(), what);
+                mesh.handle_observation(now, input.key(), what);
             }
             5 => {
                 let transaction = input.byte().unwrap_or(0).into();

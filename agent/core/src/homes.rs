@@ -22,17 +22,16 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
-use rand::rngs::StdRng;
 use towline_types::backoff::{Backoff, Jitter};
 use towline_types::frame::Probe;
 use towline_types::id::{NodeId, NodeName, WireguardKey};
 use towline_types::node::{CandidateKind, Node};
 
+use crate::effects::Effects;
 use crate::local::Local;
-use crate::output::{Output, Transmit};
-use crate::path::Path;
+use crate::path::{ChannelId, Path};
 use crate::prefixes::is_private;
-use crate::timers::{Timer, Timers};
+use crate::timers::Timer;
 
 /// Relays that a node is registered with at a time.
 pub(crate) const HOMES: usize = 2;
@@ -56,13 +55,6 @@ struct Relay {
     addresses: Vec<SocketAddr>,
 }
 
-impl Relay {
-    /// A request to it.
-    fn ask(&self, to: Path, message: Probe) -> Output {
-        Output::Transmit(Transmit { peer: self.key, path: Some(to), message, size: None })
-    }
-}
-
 #[derive(Debug, Default)]
 struct Home {
     /// Which way the relay answered.
@@ -79,26 +71,56 @@ struct Open {
     transaction: u64,
 }
 
+/// The peer at the other end of a channel that a relay opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ChannelPeer {
+    /// We asked for the channel.
+    Node(NodeId),
+    /// The node with this key did.
+    Key(WireguardKey),
+}
+
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Homes {
+    /// Our own id; `None` if we register nowhere: we are no node, or relay ourselves.
+    own: Option<NodeId>,
     relays: BTreeMap<NodeId, Relay>,
     homes: BTreeMap<NodeId, Home>,
     opens: VecDeque<Open>,
 }
 
 impl Homes {
-    /// A node is new, changed, or (with `None`) gone. Says whether the relays are others now.
-    pub(crate) fn update(&mut self, id: NodeId, node: Option<&Node>) -> bool {
+    pub(crate) fn new(own: Option<NodeId>) -> Self {
+        Self { own, relays: BTreeMap::new(), homes: BTreeMap::new(), opens: VecDeque::new() }
+    }
+
+    /// Handles a node that is new, changed, or (with `None`) gone. Returns whether the relays are
+    /// others now.
+    pub(crate) fn handle_node(
+        &mut self,
+        fx: &mut Effects,
+        id: NodeId,
+        node: Option<&Node>,
+    ) -> bool {
         let relay = node.filter(|node| node.record().relay).map(|node| Relay {
             name: node.name().clone(),
             key: node.wireguard_key(),
             addresses: addresses(node),
         });
-        match relay.filter(|relay| !relay.addresses.is_empty()) {
+        let changed = match relay.filter(|relay| !relay.addresses.is_empty()) {
             Some(relay) => self.relays.insert(id, relay.clone()) != Some(relay),
             None => self.relays.remove(&id).is_some(),
+        };
+        if changed {
+            self.follow(fx, false);
         }
+        changed
+    }
+
+    /// Our addresses are others now: registers again.
+    pub(crate) fn handle_local_change(&mut self, fx: &mut Effects) {
+        self.follow(fx, true);
     }
 
     /// Their addresses, for reflection.
@@ -117,8 +139,9 @@ impl Homes {
         Some(&relay.name)
     }
 
-    /// The relays, or our addresses, are others now: register.
-    pub(crate) fn follow(&mut self, now: Instant, own: NodeId, timers: &mut Timers, anew: bool) {
+    /// The relays, or (with `anew`) our addresses, are others now: registers.
+    fn follow(&mut self, fx: &mut Effects, anew: bool) {
+        let Some(own) = self.own else { return };
         let mut working = 0;
         let mut wanted = Vec::new();
         for id in self.order(own) {
@@ -134,25 +157,17 @@ impl Homes {
             if anew {
                 *home = Home::default();
             }
-            home.due.get_or_insert(now);
+            home.due.get_or_insert(fx.now);
         }
-        self.schedule(timers);
+        self.schedule(fx);
     }
 
     /// Registers where it is time to.
-    pub(crate) fn register(
-        &mut self,
-        now: Instant,
-        rng: &mut StdRng,
-        own: NodeId,
-        local: &Local,
-        timers: &mut Timers,
-        outputs: &mut VecDeque<Output>,
-    ) {
+    pub(crate) fn handle_timeout(&mut self, fx: &mut Effects, local: &Local) {
         let mut lost = false;
         for (id, home) in &mut self.homes {
             let Some(relay) = self.relays.get(id) else { continue };
-            if home.due.is_none_or(|due| due > now) {
+            if home.due.is_none_or(|due| due > fx.now) {
                 continue;
             }
             if home.asked.is_some() {
@@ -160,52 +175,80 @@ impl Homes {
                 home.via = None;
                 lost |= home.missed == MISSED;
             }
-            let transaction = rng.random();
+            let transaction = fx.rng.random();
             home.asked = Some(transaction);
-            home.due = Some(now + RETRY.pause(home.missed, rng.random()));
+            home.due = Some(fx.now + RETRY.pause(home.missed, fx.rng.random()));
             for to in ways(home.via, relay, local) {
-                outputs.push_back(relay.ask(to, Probe::Register { transaction }));
+                fx.transmit(relay.key, to, Probe::Register { transaction });
             }
         }
         if lost {
-            self.follow(now, own, timers, false);
+            self.follow(fx, false);
         }
-        self.schedule(timers);
+        self.schedule(fx);
     }
 
-    /// A relay registered us. Says whether we had asked it.
-    pub(crate) fn registered(
+    /// Handles an answer of `relay`; what is no such answer, or what nothing asked for, is counted.
+    /// Returns the channel that the relay opened, if it did.
+    pub(crate) fn handle_answer(
         &mut self,
-        now: Instant,
+        fx: &mut Effects,
+        relay: Option<NodeId>,
+        from: Path,
+        answer: &Probe,
+    ) -> Option<(ChannelPeer, Path)> {
+        let (expected, peer) = match (relay, answer) {
+            (Some(relay), Probe::Registered { transaction, lifetime }) => {
+                (self.registered(fx, relay, from, *transaction, *lifetime), None)
+            }
+            (Some(relay), Probe::Opened { transaction, channel }) => {
+                let peer = self.opened(relay, *transaction).map(ChannelPeer::Node);
+                (peer.is_some(), peer.map(|peer| (peer, *channel)))
+            }
+            (Some(relay), Probe::Incoming { peer, channel }) => {
+                let home = self.is_home(relay);
+                (home, home.then_some((ChannelPeer::Key(*peer), *channel)))
+            }
+            // The next attempt asks again.
+            (Some(_), Probe::Refused { .. }) => (true, None),
+            _ => (false, None),
+        };
+        fx.counters.relay_answers_refused += u64::from(!expected);
+        peer.map(|(peer, channel)| (peer, from.on_channel(ChannelId(channel))))
+    }
+
+    /// A relay registered us. Returns whether we had asked it.
+    fn registered(
+        &mut self,
+        fx: &mut Effects,
         relay: NodeId,
         from: Path,
         transaction: u64,
         lifetime: Duration,
-        timers: &mut Timers,
     ) -> bool {
         let asked = self.homes.get_mut(&relay).filter(|home| home.asked == Some(transaction));
         let Some(home) = asked else { return false };
         home.asked = None;
         home.missed = 0;
         home.via = Some(from);
-        home.due = Some(now + REFRESH.min(lifetime / 3).max(Duration::from_secs(1)));
-        self.schedule(timers);
+        home.due = Some(fx.now + REFRESH.min(lifetime / 3).max(Duration::from_secs(1)));
+        self.schedule(fx);
         true
     }
 
     /// Whether we are registered with a relay.
-    pub(crate) fn is_home(&self, relay: NodeId) -> bool {
+    fn is_home(&self, relay: NodeId) -> bool {
         self.homes.get(&relay).is_some_and(|home| home.via.is_some())
     }
 
     /// A path through `remote` fell silent: see whether the relay is still there, now.
-    pub(crate) fn suspect(&mut self, now: Instant, remote: SocketAddr, timers: &mut Timers) {
+    pub(crate) fn suspect(&mut self, fx: &mut Effects, remote: SocketAddr) {
         for home in self.homes.values_mut() {
             if home.via.is_some_and(|via| via.remote == remote) && home.asked.is_none() {
-                home.due = Some(now);
+                home.due = Some(fx.now);
             }
         }
-        self.schedule(timers);
+        self.schedule(fx);
     }
 
     /// Asks for channels to `peer`: at its homes, and not for the first time (`turn` above 0), also
@@ -213,17 +256,16 @@ impl Homes {
     /// at a time, for the relay binds the channel to where the request came from.
     pub(crate) fn open(
         &mut self,
-        rng: &mut StdRng,
+        fx: &mut Effects,
         local: &Local,
         (peer, key): (NodeId, WireguardKey),
         turn: u32,
-        outputs: &mut VecDeque<Output>,
     ) {
         let count = if turn > 0 { 2 * HOMES } else { HOMES };
         for id in self.order(peer).into_iter().take(count) {
             let Some(relay) = self.relays.get(&id) else { continue };
             let via = self.homes.get(&id).and_then(|home| home.via);
-            let transaction = rng.random();
+            let transaction = fx.rng.random();
             if self.opens.len() == OPENS {
                 self.opens.pop_front();
             }
@@ -236,13 +278,13 @@ impl Homes {
                 continue;
             }
             let to = ways[turn as usize % turns];
-            outputs.push_back(relay.ask(to, Probe::Open { transaction, peer: key }));
+            fx.transmit(relay.key, to, Probe::Open { transaction, peer: key });
         }
     }
 
     /// The peer that a channel was asked for, if it was asked for at this relay. The answer may come
     /// by several ways: it is not forgotten at the first.
-    pub(crate) fn opened(&self, relay: NodeId, transaction: u64) -> Option<NodeId> {
+    fn opened(&self, relay: NodeId, transaction: u64) -> Option<NodeId> {
         let open =
             self.opens.iter().rev().find(|o| o.transaction == transaction && o.relay == relay)?;
         Some(open.peer)
@@ -256,10 +298,10 @@ impl Homes {
         order
     }
 
-    fn schedule(&self, timers: &mut Timers) {
+    fn schedule(&self, fx: &mut Effects) {
         match self.homes.values().filter_map(|home| home.due).min() {
-            Some(due) => timers.set(Timer::Homes, due),
-            None => timers.cancel(Timer::Homes),
+            Some(due) => fx.timers.set(Timer::Homes, due),
+            None => fx.timers.cancel(Timer::Homes),
         }
     }
 }

@@ -9,6 +9,8 @@ use towline_types::limits;
 use towline_types::node::{Candidate, CandidateKind, Grant, MeshConfig};
 
 use crate::config::Membership;
+use crate::effects::Effects;
+use crate::output::Output;
 use crate::path::{LocalEnd, Path};
 use crate::prefixes::is_private;
 
@@ -18,8 +20,12 @@ const UPLINKS: usize = 4;
 /// Ourselves.
 #[derive(Debug)]
 pub(crate) struct Local {
-    pub(crate) key: Option<WireguardKey>,
-    pub(crate) site: Option<Label>,
+    key: Option<WireguardKey>,
+    site: Option<Label>,
+    /// MTU of the TUN link, in bytes.
+    link_mtu: u16,
+    /// Candidates of host and configuration: without reflexive ones.
+    host_candidates: Vec<Candidate>,
     candidates: Vec<Candidate>,
     /// Where the host's and the configuration's end and the reflexive ones begin.
     own: usize,
@@ -28,16 +34,18 @@ pub(crate) struct Local {
     /// The same as paths are named by them still, see [`Self::still`].
     named_by: Vec<LocalEnd>,
     /// Whether a controller takes signals.
-    pub(crate) connected: bool,
+    connected: bool,
     /// The overlay's ranges: a datagram to an address in there would enter the tunnel.
     overlay: Vec<IpNet>,
 }
 
 impl Local {
-    pub(crate) fn new(membership: Option<&Membership>) -> Self {
+    pub(crate) fn new(membership: Option<&Membership>, link_mtu: u32) -> Self {
         let mut local = Self {
             key: None,
             site: None,
+            link_mtu: u16::try_from(link_mtu).unwrap_or(u16::MAX),
+            host_candidates: Vec::new(),
             candidates: Vec::new(),
             own: 0,
             uplinks: Vec::new(),
@@ -52,8 +60,39 @@ impl Local {
         local
     }
 
+    /// Our WireGuard key, if we are a node.
+    pub(crate) fn key(&self) -> Option<WireguardKey> {
+        self.key
+    }
+
+    pub(crate) fn site(&self) -> Option<&Label> {
+        self.site.as_ref()
+    }
+
+    /// The largest inner packet, in bytes.
+    pub(crate) fn link_mtu(&self) -> u16 {
+        self.link_mtu
+    }
+
+    /// Whether a controller takes signals.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.connected
+    }
+
     pub(crate) fn candidates(&self) -> &[Candidate] {
         &self.candidates
+    }
+
+    pub(crate) fn set_controller_connected(&mut self, connected: bool) {
+        self.connected = connected;
+    }
+
+    /// Takes the candidates of host and configuration. Returns whether they changed; if so,
+    /// [`Self::advertise`] has to follow.
+    pub(crate) fn set_host_candidates(&mut self, candidates: Vec<Candidate>) -> bool {
+        let changed = self.host_candidates != candidates;
+        self.host_candidates = candidates;
+        changed
     }
 
     pub(crate) fn set_grant(&mut self, grant: &Grant) {
@@ -65,15 +104,16 @@ impl Local {
         self.overlay = vec![IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)];
     }
 
-    /// Takes our candidates: sorted, each address once (as the best kind that names it), no more
-    /// than a record holds; `reflexive` ones come last. Says whether they changed.
-    pub(crate) fn set_candidates(
+    /// Puts our candidates together, and hands them out if they changed: sorted, each address once
+    /// (as the best kind that names it), no more than a record holds; `reflexive` ones come last.
+    pub(crate) fn advertise(
         &mut self,
-        candidates: &[Candidate],
+        fx: &mut Effects,
         reflexive: impl Iterator<Item = Candidate>,
-    ) -> bool {
+    ) {
+        let host = self.host_candidates.iter().copied();
         let mut candidates: Vec<Candidate> =
-            candidates.iter().copied().filter(|c| !self.inside(c.address().ip())).collect();
+            host.filter(|c| !self.inside(c.address().ip())).collect();
         candidates.extend(reflexive);
         candidates.sort_unstable_by_key(|c| (preference(c.kind()), c.address()));
         let mut seen = BTreeSet::new();
@@ -83,9 +123,10 @@ impl Local {
             .iter()
             .take_while(|c| preference(c.kind()) < preference(CandidateKind::Reflexive))
             .count();
-        let changed = candidates != self.candidates;
-        self.candidates = candidates;
-        changed
+        if candidates != self.candidates {
+            self.candidates = candidates;
+            fx.output(Output::Advertise(self.candidates.clone()));
+        }
     }
 
     /// Whether others can begin a conversation with us.

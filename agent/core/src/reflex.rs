@@ -5,23 +5,26 @@
 //! uplink and family. From one answer follows a reflexive candidate; from two, and only from two,
 //! how the NAT maps. While a NAT stands between, asking again keeps the mapping open.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
-use rand::rngs::StdRng;
 use towline_types::backoff::{Backoff, Jitter};
-use towline_types::node::{Candidate, CandidateKind};
+use towline_types::id::NodeId;
+use towline_types::node::{Candidate, CandidateKind, Node};
 
-use crate::counters::Counters;
+use crate::effects::Effects;
+use crate::homes::{self, Homes};
 use crate::local::Local;
 use crate::output::Output;
 use crate::path::{LocalEnd, Path};
-use crate::timers::{Timer, Timers};
+use crate::timers::Timer;
 
 /// Reflectors that are asked for each uplink and family.
 const REFLECTORS: usize = 2;
+/// Public nodes that reflect for us, in addition to controllers and relays.
+const PUBLIC_REFLECTORS: usize = 4;
 /// Pauses before an unanswered request is repeated.
 const RETRY: Backoff =
     Backoff::new(Duration::from_millis(200), Duration::from_secs(30), Jitter::Tenth);
@@ -58,22 +61,73 @@ struct Asked {
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Reflex {
-    /// The controllers' reflectors, and those of the mesh.
-    pub(crate) offered: Vec<SocketAddr>,
-    pub(crate) mesh: Vec<SocketAddr>,
+    /// Reflectors that the controllers offer; asked first.
+    offered: Vec<SocketAddr>,
+    /// Relays of the mesh; asked next.
+    relays: Vec<SocketAddr>,
+    /// Nodes that can be called, with their addresses; asked last. No more than
+    /// [`PUBLIC_REFLECTORS`].
+    public: BTreeMap<NodeId, Vec<SocketAddr>>,
     queries: BTreeMap<Query, Asked>,
     /// Where peers saw our pings come from.
     observed: BTreeMap<SocketAddr, Instant>,
 }
 
 impl Reflex {
-    /// The reflectors or our uplinks are others now. With `anew`, our addresses changed: all are
-    /// asked at once, and what was known holds only where the uplink is the same.
-    pub(crate) fn follow(&mut self, now: Instant, local: &Local, timers: &mut Timers, anew: bool) {
+    /// Takes the reflectors that the controllers offer, whole.
+    pub(crate) fn set_offered(
+        &mut self,
+        fx: &mut Effects,
+        local: &Local,
+        offered: Vec<SocketAddr>,
+    ) {
+        if self.offered != offered {
+            self.offered = offered;
+            self.follow(fx, local, false);
+        }
+    }
+
+    /// Handles a node that is new, changed, or (with `None`) gone, and the relays of the mesh if they
+    /// are others now.
+    pub(crate) fn handle_node(
+        &mut self,
+        fx: &mut Effects,
+        local: &Local,
+        id: NodeId,
+        node: Option<&Node>,
+        relays: Option<&Homes>,
+    ) {
+        let public = node.map(homes::addresses).unwrap_or_default();
+        let known = self.public.get(&id).map(Vec::as_slice).unwrap_or_default();
+        let changed = known != public;
+        let of_use = self.public.len() < PUBLIC_REFLECTORS || self.public.contains_key(&id);
+        if changed && public.is_empty() {
+            self.public.remove(&id);
+        } else if changed && of_use {
+            self.public.insert(id, public);
+        }
+        if let Some(relays) = relays {
+            self.relays = relays.addresses().collect();
+        }
+        if relays.is_some() || changed && of_use {
+            self.follow(fx, local, false);
+        }
+    }
+
+    /// Our addresses or uplinks are others now: all reflectors are asked at once, and what was known
+    /// holds only where the uplink is the same.
+    pub(crate) fn handle_local_change(&mut self, fx: &mut Effects, local: &Local) {
+        self.follow(fx, local, true);
+    }
+
+    /// The reflectors or (with `anew`) our addresses are others now.
+    fn follow(&mut self, fx: &mut Effects, local: &Local, anew: bool) {
+        let now = fx.now;
         let mut wanted: Vec<Query> = Vec::new();
         for v4 in [true, false] {
             let mut reflectors: Vec<SocketAddr> = Vec::new();
-            for address in self.offered.iter().chain(&self.mesh) {
+            let public = self.public.values().flatten();
+            for address in self.offered.iter().chain(&self.relays).chain(public) {
                 let other = reflectors.iter().all(|known| known.ip() != address.ip());
                 if address.is_ipv4() == v4 && other && local.may_send_to(*address) {
                     reflectors.push(*address);
@@ -102,18 +156,12 @@ impl Reflex {
                 .entry(query)
                 .or_insert_with(|| Asked { due: Some(now), ..Asked::default() });
         }
-        self.schedule(timers);
+        self.schedule(fx);
     }
 
-    /// Asks whom it is time to ask. Says whether something was forgotten.
-    pub(crate) fn ask(
-        &mut self,
-        now: Instant,
-        rng: &mut StdRng,
-        local: &Local,
-        timers: &mut Timers,
-        outputs: &mut VecDeque<Output>,
-    ) -> bool {
+    /// Asks the reflectors that it is time to ask. Returns whether an address of ours was forgotten.
+    pub(crate) fn handle_timeout(&mut self, fx: &mut Effects, local: &Local) -> bool {
+        let now = fx.now;
         let mut forgot = false;
         self.observed.retain(|_, at| {
             let keep = now < *at + GOOD_FOR;
@@ -128,26 +176,23 @@ impl Reflex {
             if asked.due.is_none_or(|due| due > now) {
                 continue;
             }
-            let transaction = rng.random();
+            let transaction = fx.rng.random();
             asked.transaction = Some(transaction);
-            asked.due = Some(now + RETRY.pause(asked.tries, rng.random()));
+            asked.due = Some(now + RETRY.pause(asked.tries, fx.rng.random()));
             asked.tries = asked.tries.saturating_add(1);
             if local.may_send_to(*to) {
-                outputs.push_back(Output::Stun { local: *end, to: *to, transaction });
+                fx.output(Output::Stun { local: *end, to: *to, transaction });
             }
         }
-        self.schedule(timers);
+        self.schedule(fx);
         forgot
     }
 
-    /// Takes an answer. Says whether our reflexive addresses may be others now.
-    #[expect(clippy::too_many_arguments, reason = "an answer, and what it is judged by")]
-    pub(crate) fn answer(
+    /// Handles an answer. Returns whether our reflexive addresses may be others now.
+    pub(crate) fn handle_answer(
         &mut self,
-        now: Instant,
+        fx: &mut Effects,
         local: &Local,
-        timers: &mut Timers,
-        counters: &mut Counters,
         from: SocketAddr,
         transaction: [u8; 12],
         mapped: SocketAddr,
@@ -157,26 +202,32 @@ impl Reflex {
             .iter_mut()
             .find(|((_, to), asked)| *to == from && asked.transaction == Some(transaction));
         let Some((_, asked)) = asked else {
-            counters.stun_refused += 1;
+            fx.counters.stun_refused += 1;
             return false;
         };
         let usable = Candidate::new(CandidateKind::Reflexive, mapped)
             .filter(|c| !local.inside(c.address().ip()) && mapped.is_ipv4() == from.is_ipv4());
         let Some(candidate) = usable else {
-            counters.stun_refused += 1;
+            fx.counters.stun_refused += 1;
             return false;
         };
         let open = local.is_own(candidate.address());
         asked.transaction = None;
         asked.tries = 0;
-        asked.due = Some(now + if open { REFRESH_OPEN } else { REFRESH });
-        let before = asked.mapped.replace((candidate.address(), now)).map(|(address, _)| address);
-        self.schedule(timers);
+        asked.due = Some(fx.now + if open { REFRESH_OPEN } else { REFRESH });
+        let before =
+            asked.mapped.replace((candidate.address(), fx.now)).map(|(address, _)| address);
+        self.schedule(fx);
         before != Some(candidate.address())
     }
 
-    /// A peer saw our ping come from there. Says whether that is news.
-    pub(crate) fn observed(&mut self, now: Instant, local: &Local, address: SocketAddr) -> bool {
+    /// A peer saw our ping come from there. Returns whether that is news.
+    pub(crate) fn handle_observed(
+        &mut self,
+        now: Instant,
+        local: &Local,
+        address: SocketAddr,
+    ) -> bool {
         let usable = Candidate::new(CandidateKind::Reflexive, address)
             .is_some_and(|c| !local.inside(c.address().ip()) && !local.is_own(c.address()));
         if !usable || self.known().any(|known| known == address) {
@@ -232,10 +283,10 @@ impl Reflex {
         asked.chain(self.observed.keys().copied())
     }
 
-    fn schedule(&self, timers: &mut Timers) {
+    fn schedule(&self, fx: &mut Effects) {
         match self.queries.values().filter_map(|asked| asked.due).min() {
-            Some(due) => timers.set(Timer::Reflex, due),
-            None => timers.cancel(Timer::Reflex),
+            Some(due) => fx.timers.set(Timer::Reflex, due),
+            None => fx.timers.cancel(Timer::Reflex),
         }
     }
 }

@@ -14,34 +14,97 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use towline_types::id::NodeId;
 
-use crate::changes::Scope;
-use crate::claims::Claims;
+use crate::changes::{Change, Scope};
 use crate::config::Config;
+use crate::effects::Effects;
 use crate::own_networks::OwnNetworks;
 use crate::peer::{Peer, clamped};
-use crate::plan::{DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, UnderlayPlan};
+use crate::peers::Peers;
+use crate::plan::{
+    DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, RulePlan, UnderlayPlan,
+};
 use crate::prefixes::{covering, is_host, without};
+use crate::roster::Roster;
 use crate::static_peers::StaticPeers;
 use crate::status::PeerState;
 
-/// Everything that the plan follows from.
-pub(crate) struct Facts<'a> {
-    pub(crate) config: &'a Config,
-    pub(crate) underlay: &'a UnderlayPlan,
-    /// What we announce.
-    pub(crate) own_prefixes: &'a [IpNet],
-    /// Networks of our pods; announced too.
-    pub(crate) pod_networks: &'a [IpNet],
-    /// Our own node IPs; announced too.
-    pub(crate) node_ips: &'a [IpAddr],
-    /// Addresses of our link besides the mesh's.
-    pub(crate) own_addresses: &'a [IpAddr],
+/// What host and configuration add to plan and peer table.
+#[derive(Debug)]
+pub(crate) struct HostSettings {
+    /// Name of the TUN link.
+    link: String,
+    /// MTU of the TUN link, in bytes.
+    mtu: u32,
+    /// Our routing table.
+    table: u32,
+    /// Our policy rules.
+    rules: RulePlan,
+    /// Name of our nftables table.
+    firewall_table: String,
+    /// Addresses of our link in addition to the mesh's.
+    addresses: Vec<IpAddr>,
     /// Networks that packets out of the tunnel may be forwarded to, though we do not announce them.
-    pub(crate) forward_to: &'a [IpNet],
+    forward_to: Vec<IpNet>,
+    /// Networks of our pods; announced too. None lies inside another.
+    pod_networks: Vec<IpNet>,
+    /// Our own node IPs; announced too.
+    node_ips: Vec<IpAddr>,
+    /// What of ours travels outside the tunnel.
+    underlay: UnderlayPlan,
+}
+
+impl HostSettings {
+    pub(crate) fn new(config: Config) -> Self {
+        Self {
+            link: config.link,
+            mtu: config.mtu,
+            table: config.table,
+            rules: config.rules,
+            firewall_table: config.firewall_table,
+            addresses: Vec::new(),
+            forward_to: Vec::new(),
+            pod_networks: Vec::new(),
+            node_ips: Vec::new(),
+            underlay: UnderlayPlan::default(),
+        }
+    }
+
+    pub(crate) fn set_addresses(&mut self, fx: &mut Effects, addresses: Vec<IpAddr>) {
+        replace(&mut self.addresses, addresses, fx, Change::OwnNetworks);
+    }
+
+    pub(crate) fn set_forward_to(&mut self, fx: &mut Effects, networks: Vec<IpNet>) {
+        replace(&mut self.forward_to, networks, fx, Change::OwnNetworks);
+    }
+
+    pub(crate) fn set_pod_networks(&mut self, fx: &mut Effects, networks: Vec<IpNet>) {
+        let networks = covering(networks).into_iter().collect();
+        replace(&mut self.pod_networks, networks, fx, Change::Host);
+    }
+
+    pub(crate) fn set_node_ips(&mut self, fx: &mut Effects, node_ips: Vec<IpAddr>) {
+        replace(&mut self.node_ips, node_ips, fx, Change::Host);
+    }
+
+    pub(crate) fn set_underlay(&mut self, fx: &mut Effects, underlay: UnderlayPlan) {
+        replace(&mut self.underlay, underlay, fx, Change::Host);
+    }
+}
+
+/// Puts a new value in a value's place, and marks the change if it is another one.
+fn replace<T: PartialEq>(value: &mut T, new: T, fx: &mut Effects, change: Change) {
+    if *value != new {
+        *value = new;
+        fx.mark(change);
+    }
+}
+
+/// Everything that plan and peer table follow from.
+pub(crate) struct Facts<'a> {
+    pub(crate) settings: &'a HostSettings,
+    pub(crate) roster: &'a Roster,
+    pub(crate) peers: &'a Peers,
     pub(crate) static_peers: &'a StaticPeers,
-    pub(crate) withdrawn: &'a BTreeSet<IpNet>,
-    pub(crate) claims: &'a Claims,
-    pub(crate) peers: &'a BTreeMap<NodeId, Peer>,
 }
 
 /// The plan that was handed out last.
@@ -80,8 +143,9 @@ impl Routing {
     }
 
     fn build(&mut self, facts: &Facts<'_>) -> Arc<Plan> {
-        let Facts { config, own_prefixes, node_ips, withdrawn, .. } = facts;
-        self.by_node = facts.peers.keys().map(|node| (*node, facts.entries(*node))).collect();
+        let Facts { settings, roster, .. } = facts;
+        let nodes = facts.peers.iter().map(Peer::id);
+        self.by_node = nodes.map(|node| (node, facts.entries(node))).collect();
         let to_static_peers = facts.static_entries();
         let mut entries: Vec<&Entry> =
             self.by_node.values().flatten().chain(&to_static_peers).collect();
@@ -90,9 +154,9 @@ impl Routing {
         // What we announce is reached by the host's own routes, so it is left out. Our own
         // addresses need no hole: the local table comes before ours.
         let holes: Vec<IpNet> =
-            own_prefixes.iter().filter(|net| !is_own(node_ips, net)).copied().collect();
+            roster.own_prefixes().iter().filter(|net| !facts.is_node_ip(net)).copied().collect();
         let held = entries.iter().map(|entry| entry.net);
-        let ever = facts.guarded_by_mesh().chain(held).chain(withdrawn.iter().copied());
+        let ever = facts.guarded_by_mesh().chain(held).chain(roster.withdrawn().iter().copied());
         let guarded = without(covering(ever.filter(|net| net.prefix_len() > 0)), &holes);
 
         let nowhere =
@@ -103,21 +167,21 @@ impl Routing {
         };
         Arc::new(Plan {
             link: LinkPlan {
-                name: config.link.clone(),
-                mtu: config.mtu,
+                name: settings.link.clone(),
+                mtu: settings.mtu,
                 addresses: facts.addresses().map(IpNet::from).collect(),
             },
-            table: config.table,
+            table: settings.table,
             routes: routes.chain(nowhere).collect(),
-            rules: config.rules,
-            pods: facts.pod_networks.iter().copied().collect(),
+            rules: settings.rules,
+            pods: settings.pod_networks.iter().copied().collect(),
             detour: DetourPlan {
                 sources: holes.iter().copied().collect(),
                 destinations: nets(|entry| entry.detour),
             },
-            underlay: facts.underlay.clone(),
+            underlay: settings.underlay.clone(),
             firewall: FirewallPlan {
-                table: config.firewall_table.clone(),
+                table: settings.firewall_table.clone(),
                 plain: nets(|entry| entry.plain),
                 native: nets(|entry| entry.via == RouteVia::Native),
                 guarded,
@@ -179,7 +243,7 @@ impl Routing {
 impl Facts<'_> {
     fn entries(&self, node: NodeId) -> Vec<Entry> {
         let (Some(claim), Some(peer), Some(ours)) =
-            (self.claims.of(node), self.peers.get(&node), &self.config.membership)
+            (self.roster.claim(node), self.peers.get(node), self.roster.membership())
         else {
             return Vec::new();
         };
@@ -188,7 +252,7 @@ impl Facts<'_> {
             && grant.site == ours.grant.site
             && grant.site.as_ref().is_some_and(|site| mesh.trusted_sites.contains(site));
         let down = peer.state() == PeerState::Down;
-        let link = u16::try_from(self.config.mtu).unwrap_or(u16::MAX);
+        let link = self.link_mtu();
         let (mtu, _) = clamped(peer.mtu(), link);
         let mtu = (mtu < link).then_some(u32::from(mtu));
         let entry = |net: &IpNet| {
@@ -217,7 +281,7 @@ impl Facts<'_> {
     fn static_entries(&self) -> Vec<Entry> {
         let entry = |net: &IpNet| {
             // It knows the configured address of our link rather than the mesh's.
-            let ours = self.own_addresses.iter().copied().chain(self.overlay());
+            let ours = self.settings.addresses.iter().copied().chain(self.overlay());
             let source = of_family(net, ours);
             let route = RoutePlan { source, mtu: None };
             Entry { net: *net, via: RouteVia::Link, route, plain: false, detour: false }
@@ -227,37 +291,50 @@ impl Facts<'_> {
 
     /// The preferred source: our node IP of that family, else our overlay address.
     fn source(&self, net: &IpNet) -> Option<IpAddr> {
-        of_family(net, self.node_ips.iter().copied().chain(self.overlay()))
+        of_family(net, self.settings.node_ips.iter().copied().chain(self.overlay()))
+    }
+
+    /// The largest inner packet, in bytes.
+    pub(crate) fn link_mtu(&self) -> u16 {
+        u16::try_from(self.settings.mtu).unwrap_or(u16::MAX)
+    }
+
+    fn is_node_ip(&self, net: &IpNet) -> bool {
+        is_host(net) && self.settings.node_ips.contains(&net.addr())
     }
 
     /// Inner addresses that are ours.
     pub(crate) fn own_networks(&self) -> OwnNetworks {
-        let reachable = self.forward_to.iter().chain(self.static_peers.prefixes());
-        OwnNetworks::new(self.addresses(), self.own_prefixes.iter().copied(), reachable.copied())
+        let reachable = self.settings.forward_to.iter().chain(self.static_peers.prefixes());
+        OwnNetworks::new(
+            self.addresses(),
+            self.roster.own_prefixes().iter().copied(),
+            reachable.copied(),
+        )
     }
 
     /// Everything that stands on our link.
     fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        self.overlay().chain(self.own_addresses.iter().copied())
+        self.overlay().chain(self.settings.addresses.iter().copied())
     }
 
     fn overlay(&self) -> impl Iterator<Item = IpAddr> {
-        self.config.membership.iter().flat_map(|ours| ours.grant.overlay.iter())
+        self.roster.membership().into_iter().flat_map(|ours| ours.grant.overlay.iter())
     }
 
     fn guarded_by_mesh(&self) -> impl Iterator<Item = IpNet> {
-        self.config.membership.iter().flat_map(|ours| ours.mesh.guarded())
+        self.roster.membership().into_iter().flat_map(|ours| ours.mesh.guarded())
     }
 
     fn ever_held(&self, net: IpNet) -> bool {
-        self.withdrawn.contains(&net) || self.claims.holds(net)
+        self.roster.withdrawn().contains(&net) || self.roster.claims().holds(net)
     }
 }
 
 /// Guards one more network; `None` where it meets a hole.
 fn guard(plan: &mut Plan, facts: &Facts<'_>, net: IpNet) -> Option<()> {
     let meets = |own: &&IpNet| own.contains(&net) || net.contains(*own);
-    if facts.own_prefixes.iter().any(|own| meets(&own)) {
+    if facts.roster.own_prefixes().iter().any(|own| meets(&own)) {
         return None;
     }
     let guarded = &mut plan.firewall.guarded;
@@ -285,9 +362,9 @@ fn release(plan: &mut Plan, facts: &Facts<'_>, net: IpNet) -> Option<()> {
     let inside = |other: &IpNet| net.contains(other);
     let mut around = std::iter::successors(net.supernet(), IpNet::supernet);
     let needed = facts.guarded_by_mesh().any(|range| inside(&range) || range.contains(&net))
-        || facts.withdrawn.range(net..).next().is_some_and(inside)
-        || around.any(|wider| facts.withdrawn.contains(&wider))
-        || facts.claims.overlaps(net);
+        || facts.roster.withdrawn().range(net..).next().is_some_and(inside)
+        || around.any(|wider| facts.roster.withdrawn().contains(&wider))
+        || facts.roster.claims().overlaps(net);
     if needed {
         return None;
     }
@@ -300,8 +377,4 @@ fn release(plan: &mut Plan, facts: &Facts<'_>, net: IpNet) -> Option<()> {
 fn of_family(net: &IpNet, mut addresses: impl Iterator<Item = IpAddr>) -> Option<IpAddr> {
     let v4 = matches!(net, IpNet::V4(_));
     addresses.find(|address| address.is_ipv4() == v4)
-}
-
-fn is_own(node_ips: &[IpAddr], net: &IpNet) -> bool {
-    is_host(net) && node_ips.contains(&net.addr())
 }

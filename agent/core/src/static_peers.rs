@@ -18,9 +18,11 @@ use rand::Rng as _;
 use towline_types::id::WireguardKey;
 
 use crate::changes::Change;
+use crate::effects::Effects;
+use crate::local::Local;
 use crate::output::Output;
 use crate::path::Path;
-use crate::peer::{Context, DOWN_AFTER, jittered};
+use crate::peer::{DOWN_AFTER, jittered};
 use crate::peer_table::{Observation, PeerEntry, PresharedKey, REKEY_TIMEOUT};
 use crate::prefixes::PrefixMap;
 use crate::status::PeerState;
@@ -93,20 +95,20 @@ struct Peer {
 }
 
 impl StaticPeers {
-    /// The static peers are now these. Those that stay keep their sessions. To be followed by
-    /// [`Self::resolve`].
-    pub(crate) fn set(&mut self, cx: &mut Context<'_>, wanted: Vec<StaticPeer>) {
+    /// The static peers are now these. Those that stay keep their sessions.
+    pub(crate) fn set(&mut self, fx: &mut Effects, wanted: Vec<StaticPeer>) {
         let mut before = std::mem::take(&mut self.by_key);
         for config in wanted {
             let peer = match before.remove(&config.public_key) {
-                Some(peer) => peer.following(cx, config),
-                None => Peer::new(cx, config),
+                Some(peer) => peer.following(fx, config),
+                None => Peer::new(fx, config),
             };
             self.by_key.insert(peer.config.public_key, peer);
         }
         for key in before.keys() {
-            cx.timers.cancel(Timer::StaticAttempt(*key));
+            fx.timers.cancel(Timer::StaticAttempt(*key));
         }
+        fx.mark(Change::Ownership);
     }
 
     /// Decides which prefixes they get, given what the mesh `held` and by whom, and who holds a
@@ -150,8 +152,7 @@ impl StaticPeers {
     }
 
     /// Their part of the peer table, over a link of this MTU.
-    pub(crate) fn entries(&self, mtu: u32) -> impl Iterator<Item = (WireguardKey, PeerEntry)> {
-        let mtu = u16::try_from(mtu).unwrap_or(u16::MAX);
+    pub(crate) fn entries(&self, mtu: u16) -> impl Iterator<Item = (WireguardKey, PeerEntry)> {
         self.by_key.iter().filter(|(_, peer)| !peer.refused).map(move |(key, peer)| {
             let entry = PeerEntry {
                 endpoint: peer.endpoint,
@@ -173,22 +174,28 @@ impl StaticPeers {
     }
 
     /// The data plane saw something of one. Whatever belongs to no static peer is ignored.
-    pub(crate) fn observe(&mut self, cx: &mut Context<'_>, key: WireguardKey, what: Observation) {
+    pub(crate) fn handle_observation(
+        &mut self,
+        fx: &mut Effects,
+        local: &Local,
+        key: WireguardKey,
+        what: Observation,
+    ) {
         if let Some(peer) = self.by_key.get_mut(&key).filter(|peer| !peer.refused) {
-            peer.observe(cx, what);
+            peer.handle_observation(fx, local, what);
         }
     }
 
     /// The time for a handshake has come.
-    pub(crate) fn attempt(&mut self, cx: &mut Context<'_>, key: WireguardKey) {
+    pub(crate) fn attempt(&mut self, fx: &mut Effects, key: WireguardKey) {
         if let Some(peer) = self.by_key.get_mut(&key).filter(|peer| !peer.refused) {
-            peer.call(cx);
+            peer.call(fx);
         }
     }
 
     /// Links or addresses of ours changed: what we sent from may be gone.
-    pub(crate) fn local_changed(&mut self, cx: &mut Context<'_>) {
-        self.by_key.values_mut().for_each(|peer| peer.let_kernel_choose(cx));
+    pub(crate) fn handle_local_change(&mut self, fx: &mut Effects) {
+        self.by_key.values_mut().for_each(|peer| peer.let_kernel_choose(fx));
     }
 
     /// Every one, by key.
@@ -208,7 +215,7 @@ impl StaticPeers {
 }
 
 impl Peer {
-    fn new(cx: &mut Context<'_>, config: StaticPeer) -> Self {
+    fn new(fx: &mut Effects, config: StaticPeer) -> Self {
         let peer = Self {
             endpoint: config.endpoint.map(Path::direct),
             config,
@@ -216,33 +223,33 @@ impl Peer {
             conflicts: Vec::new(),
             refused: false,
             state: PeerState::Idle,
-            since: cx.now,
-            trying_since: cx.now,
+            since: fx.now,
+            trying_since: fx.now,
             last_initiation: None,
             last_handshake: None,
         };
-        peer.begin(cx);
+        peer.begin(fx);
         peer
     }
 
     /// This peer under another configuration. Only another endpoint undoes what was learned.
-    fn following(mut self, cx: &mut Context<'_>, config: StaticPeer) -> Self {
+    fn following(mut self, fx: &mut Effects, config: StaticPeer) -> Self {
         if self.config.endpoint != config.endpoint {
             self.endpoint = config.endpoint.map(Path::direct);
         }
         let renewed = self.config != config;
         self.config = config;
         if renewed {
-            self.begin(cx);
+            self.begin(fx);
         }
         self
     }
 
     /// With a keepalive there is to be a session, traffic or not.
-    fn begin(&self, cx: &mut Context<'_>) {
+    fn begin(&self, fx: &mut Effects) {
         if self.persists() {
-            let delay = SPREAD.mul_f64(cx.rng.random());
-            cx.timers.set_no_later(Timer::StaticAttempt(self.config.public_key), cx.now + delay);
+            let delay = SPREAD.mul_f64(fx.rng.random());
+            fx.timers.set_no_later(Timer::StaticAttempt(self.config.public_key), fx.now + delay);
         }
     }
 
@@ -250,46 +257,46 @@ impl Peer {
         self.config.keepalive.is_some()
     }
 
-    fn observe(&mut self, cx: &mut Context<'_>, what: Observation) {
+    fn handle_observation(&mut self, fx: &mut Effects, local: &Local, what: Observation) {
         match what {
             Observation::Handshake { from } => {
-                cx.timers.cancel(Timer::StaticAttempt(self.config.public_key));
-                self.last_handshake = Some(cx.now);
-                self.heard(cx, from);
-                self.set_state(cx, PeerState::Up);
+                fx.timers.cancel(Timer::StaticAttempt(self.config.public_key));
+                self.last_handshake = Some(fx.now);
+                self.heard(fx, local, from);
+                self.set_state(fx, PeerState::Up);
             }
-            Observation::Roamed { from } => self.heard(cx, from),
+            Observation::Roamed { from } => self.heard(fx, local, from),
             Observation::HandshakeUnanswered => {
-                self.let_kernel_choose(cx);
+                self.let_kernel_choose(fx);
                 match self.state {
-                    PeerState::Connecting if cx.now >= self.trying_since + DOWN_AFTER => {
-                        self.set_state(cx, PeerState::Down);
+                    PeerState::Connecting if fx.now >= self.trying_since + DOWN_AFTER => {
+                        self.set_state(fx, PeerState::Down);
                     }
-                    PeerState::Idle | PeerState::Up => self.set_state(cx, PeerState::Connecting),
+                    PeerState::Idle | PeerState::Up => self.set_state(fx, PeerState::Connecting),
                     PeerState::Connecting | PeerState::Down => {}
                 }
             }
             Observation::SessionExpired => {
                 if self.persists() {
                     if self.state == PeerState::Up {
-                        self.set_state(cx, PeerState::Connecting);
+                        self.set_state(fx, PeerState::Connecting);
                     }
-                    let at = cx.now + jittered(cx.rng, REKEY_TIMEOUT);
+                    let at = fx.now + jittered(&mut fx.rng, REKEY_TIMEOUT);
                     let timer = Timer::StaticAttempt(self.config.public_key);
-                    cx.timers.set_no_later(timer, at);
+                    fx.timers.set_no_later(timer, at);
                 } else if self.state == PeerState::Up {
-                    self.set_state(cx, PeerState::Idle);
+                    self.set_state(fx, PeerState::Idle);
                 } else if self.state == PeerState::Connecting {
-                    self.set_state(cx, PeerState::Down);
+                    self.set_state(fx, PeerState::Down);
                 }
             }
-            Observation::Wanted => self.call(cx),
+            Observation::Wanted => self.call(fx),
             Observation::Active { .. } | Observation::TooBig { .. } => {}
         }
     }
 
     /// Begins a handshake, though no sooner after the last one than WireGuard would.
-    fn call(&mut self, cx: &mut Context<'_>) {
+    fn call(&mut self, fx: &mut Effects) {
         let mut to: Vec<Path> = Vec::new();
         to.extend(self.endpoint.map(|path| Path::direct(path.remote)));
         // A peer that roamed and went silent may be back where it was.
@@ -298,47 +305,47 @@ impl Peer {
         if to.is_empty() {
             return;
         }
-        let rested = self.last_initiation.map_or(cx.now, |at| at + REKEY_TIMEOUT);
-        if rested > cx.now {
-            cx.timers.set_no_later(Timer::StaticAttempt(self.config.public_key), rested);
+        let rested = self.last_initiation.map_or(fx.now, |at| at + REKEY_TIMEOUT);
+        if rested > fx.now {
+            fx.timers.set_no_later(Timer::StaticAttempt(self.config.public_key), rested);
             return;
         }
-        self.last_initiation = Some(cx.now);
+        self.last_initiation = Some(fx.now);
         if self.state == PeerState::Idle {
-            self.set_state(cx, PeerState::Connecting);
+            self.set_state(fx, PeerState::Connecting);
         }
-        cx.outputs.push_back(Output::Handshake { peer: self.config.public_key, to });
+        fx.output(Output::Handshake { peer: self.config.public_key, to });
     }
 
     /// Something authentic came from there: answers go there.
-    fn heard(&mut self, cx: &mut Context<'_>, from: Path) {
-        let usable = !from.is_relayed() && cx.local.may_send_to(from.remote);
+    fn heard(&mut self, fx: &mut Effects, local: &Local, from: Path) {
+        let usable = !from.is_relayed() && local.may_send_to(from.remote);
         if self.endpoint != Some(from) && usable {
             self.endpoint = Some(from);
-            cx.changes.mark(Change::Endpoint);
+            fx.mark(Change::Endpoint);
         }
     }
 
     /// Answers go out from the address that was called, until there is reason to doubt it.
-    fn let_kernel_choose(&mut self, cx: &mut Context<'_>) {
+    fn let_kernel_choose(&mut self, fx: &mut Effects) {
         if let Some(path) = &mut self.endpoint
             && path.local.take().is_some()
         {
-            cx.changes.mark(Change::Endpoint);
+            fx.mark(Change::Endpoint);
         }
     }
 
-    fn set_state(&mut self, cx: &mut Context<'_>, to: PeerState) {
+    fn set_state(&mut self, fx: &mut Effects, to: PeerState) {
         if self.state == to {
             return;
         }
         let from = std::mem::replace(&mut self.state, to);
-        self.since = cx.now;
+        self.since = fx.now;
         if matches!(from, PeerState::Up | PeerState::Idle) {
-            self.trying_since = cx.now;
+            self.trying_since = fx.now;
         }
         let peer = self.config.public_key;
-        cx.outputs.push_back(Output::StaticStateChanged { peer, from, to });
+        fx.output(Output::StaticStateChanged { peer, from, to });
     }
 
     fn reason(&self, now: Instant) -> String {

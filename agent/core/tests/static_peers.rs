@@ -125,7 +125,7 @@ fn what_the_mesh_or_its_nodes_hold_is_refused_to_a_static_peer_and_shown() {
     let mut us = Us::in_mesh();
     us.set(vec![peer(2, &["10.1.0.0/16", "10.2.0.0/16", "198.19.0.0/24", "192.168.0.0/16"])]);
     assert_eq!(us.status(2).conflicts, ["prefix 198.19.0.0/24 overlaps 198.19.0.0/16 of the mesh"]);
-    us.mesh.update(us.now, MapChange::Upsert(Box::new(node(3, &["10.1.7.0/24"]))));
+    us.mesh.handle_map_change(us.now, MapChange::Upsert(Box::new(node(3, &["10.1.7.0/24"]))));
     us.mesh.set_prefixes(us.now, vec![net("10.2.0.0/16")]);
     us.drain();
     assert_eq!(
@@ -138,7 +138,7 @@ fn what_the_mesh_or_its_nodes_hold_is_refused_to_a_static_peer_and_shown() {
     );
     assert_eq!(us.table.peers[&key(2)].prefixes, [net("192.168.0.0/16")]);
     // When the node is removed the prefix comes back.
-    us.mesh.update(us.now, MapChange::Remove(tombstone(3)));
+    us.mesh.handle_map_change(us.now, MapChange::Remove(tombstone(3)));
     us.drain();
     assert!(us.table.peers[&key(2)].prefixes.contains(&net("10.1.0.0/16")));
 }
@@ -146,7 +146,7 @@ fn what_the_mesh_or_its_nodes_hold_is_refused_to_a_static_peer_and_shown() {
 #[test]
 fn a_static_peer_with_a_nodes_key_is_no_peer() {
     let mut us = Us::in_mesh();
-    us.mesh.update(us.now, MapChange::Upsert(Box::new(node(2, &["10.1.0.0/16"]))));
+    us.mesh.handle_map_change(us.now, MapChange::Upsert(Box::new(node(2, &["10.1.0.0/16"]))));
     us.set(vec![peer(2, &["10.9.0.0/24"]), peer(1, &["10.8.0.0/24"])]);
     assert_eq!(us.status(2).reason, "its WireGuard key is held by node-2");
     assert_eq!(us.status(1).reason, "its WireGuard key is held by this node");
@@ -219,7 +219,7 @@ impl Us {
 
     /// Peer 2 is seen to do this. Returns where handshakes go.
     fn observe(&mut self, what: Observation) -> Vec<Vec<Path>> {
-        self.mesh.observe(self.now, key(2), what);
+        self.mesh.handle_observation(self.now, key(2), what);
         self.drain()
     }
 

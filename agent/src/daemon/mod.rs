@@ -328,7 +328,7 @@ impl Daemon {
         tokio::spawn(save_again(state.clone()));
         let removed = map.as_ref().is_some_and(MapCache::own_removed);
         for change in map.iter().flat_map(MapCache::changes) {
-            mesh.update(now, change);
+            mesh.handle_map_change(now, change);
         }
 
         let (prefix_feed, prefix_updates) = mpsc::channel(4);
@@ -581,7 +581,7 @@ impl Daemon {
     fn data_plane_event(&mut self, event: dataplane::Event) {
         let now = Instant::now();
         match event {
-            dataplane::Event::Peer { peer, what } => self.mesh.observe(now, peer, what),
+            dataplane::Event::Peer { peer, what } => self.mesh.handle_observation(now, peer, what),
             dataplane::Event::Probe { from, datagram } => {
                 self.message_received(Some(from), &datagram);
             }
@@ -614,7 +614,7 @@ impl Daemon {
         self.host.put_back();
         let now = Instant::now();
         for peer in self.table.peers.keys() {
-            self.mesh.observe(now, *peer, Observation::SessionExpired);
+            self.mesh.handle_observation(now, *peer, Observation::SessionExpired);
         }
         Ok(())
     }
@@ -647,7 +647,7 @@ impl Daemon {
                     {
                         membership.mesh = mesh.clone();
                     }
-                    self.mesh.update(now, change);
+                    self.mesh.handle_map_change(now, change);
                 }
             }
             discovery::Event::Grant(grant) => {

@@ -200,10 +200,10 @@ impl Host {
         self.service = RelayService::default();
         let mut mesh = self.core(now);
         for tombstone in self.tombstones.values() {
-            mesh.update(now, MapChange::Remove(tombstone.clone()));
+            mesh.handle_map_change(now, MapChange::Remove(tombstone.clone()));
         }
         for node in self.cache.values() {
-            mesh.update(now, MapChange::Upsert(Box::new(node.clone())));
+            mesh.handle_map_change(now, MapChange::Upsert(Box::new(node.clone())));
         }
         mesh.set_prefixes(now, self.prefixes.clone());
         mesh.set_uplinks(now, uplinks(&self.addresses), self.local_candidates());
@@ -249,7 +249,7 @@ impl Host {
             MapChange::Mesh(mesh) => self.mesh_config = mesh.clone(),
         }
         if let Some(agent) = &mut self.agent {
-            agent.mesh.update(now, change);
+            agent.mesh.handle_map_change(now, change);
         }
     }
 
@@ -389,7 +389,7 @@ impl Host {
                     Effect::Send(to, message) => {
                         actions.push(Action::Send(to, Payload::WireGuard(message).on(&to)));
                     }
-                    Effect::Observed(peer, what) => agent.mesh.observe(now, peer, what),
+                    Effect::Observed(peer, what) => agent.mesh.handle_observation(now, peer, what),
                     Effect::Received(_, inner) if inner.reply => {
                         agent.replies.insert(inner.number);
                     }

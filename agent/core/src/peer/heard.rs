@@ -9,8 +9,7 @@ use towline_types::node::Candidate;
 use towline_types::rate::Rate;
 
 use super::{Context, Peer};
-use crate::output::{Output, Transmit};
-use crate::path::{ChannelId, Path};
+use crate::path::Path;
 use crate::pings::{Purpose, Sent};
 use crate::status::PeerState;
 use crate::timers::Timer;
@@ -28,38 +27,34 @@ const CHANNELS: Rate = Rate::per_second(32, 32);
 
 impl Peer {
     /// An authentic ping came.
-    pub(crate) fn on_ping(&mut self, cx: &mut Context<'_>, from: Path, transaction: u64) {
+    pub(crate) fn handle_ping(&mut self, cx: &mut Context<'_>, from: Path, transaction: u64) {
         if !cx.local.may_send_to(from.remote) {
             return;
         }
         // Whoever replays pings from elsewhere does not use up what the path in use needs.
         let elsewhere = self.path().is_none_or(|path| !path.is(&from));
-        if !self.pongs[usize::from(elsewhere)].take(&PONGS, cx.now, 1) {
-            cx.counters.pings_refused += 1;
+        if !self.pongs[usize::from(elsewhere)].take(&PONGS, cx.fx.now, 1) {
+            cx.fx.counters.pings_refused += 1;
             return;
         }
-        cx.outputs.push_back(Output::Transmit(Transmit {
-            peer: self.key(),
-            path: Some(from),
-            message: Probe::Pong { transaction, observed: from.remote },
-            size: None,
-        }));
+        let pong = Probe::Pong { transaction, observed: from.remote };
+        cx.fx.transmit(self.key(), from, pong);
         let from = cx.local.canonical(from);
         let new = self.paths.get(&from).is_none();
-        self.paths.heard(cx.now, from, self.endpoint);
+        self.paths.heard(cx.fx.now, from, self.endpoint);
         if self.state == PeerState::Up {
             // It calls from somewhere else: perhaps because the way that we know has ended.
             if new && self.endpoint != Some(from) {
                 self.ping(cx, from, Purpose::Check);
-                if self.liveness.is_used(cx.now) || cx.eager {
-                    cx.timers.set_no_later(Timer::Probe(self.id()), cx.now);
+                if self.liveness.is_used(cx.fx.now) || cx.is_eager {
+                    cx.fx.timers.set_no_later(Timer::Probe(self.id()), cx.fx.now);
                 }
             }
             return;
         }
         // It is there, it knows us, and this way leads from it to us: see about the other way.
         let known = self.paths.get(&from).and_then(|known| known.checked);
-        if known.is_none_or(|at| cx.now >= at + CHECK_MIN) {
+        if known.is_none_or(|at| cx.fx.now >= at + CHECK_MIN) {
             self.ping(cx, from, Purpose::Check);
         }
         self.answer(cx, from);
@@ -70,26 +65,26 @@ impl Peer {
     }
 
     /// An authentic pong came, answering `sent`, from where that was sent to.
-    pub(crate) fn on_pong(&mut self, cx: &mut Context<'_>, sent: &Sent) {
+    pub(crate) fn handle_pong(&mut self, cx: &mut Context<'_>, sent: &Sent) {
         let path = sent.to;
-        let rtt = cx.now.saturating_duration_since(sent.at);
-        cx.unanswered.answered(path.remote.ip());
+        let rtt = cx.fx.now.saturating_duration_since(sent.at);
+        cx.probing.unanswered.answered(path.remote.ip());
         if let Purpose::Size(size) = sent.purpose {
             if self.pmtu.answered(path, size) {
-                cx.timers.set(Timer::Mtu(self.id()), cx.now);
+                cx.fx.timers.set(Timer::Mtu(self.id()), cx.fx.now);
             }
             return;
         }
-        self.paths.answered(cx.now, path, self.endpoint, rtt);
+        self.paths.answered(cx.fx.now, path, self.endpoint, rtt);
         match self.path() {
             Some(current) if current == path => {
                 if self.liveness.doubtful().is_some() {
                     // Other paths were asked too: they may be better all the same.
                     self.compared = None;
                 }
-                match self.liveness.pong(cx.now, sent.at, self.keeps(cx)) {
-                    Some(at) => cx.timers.set(Timer::Probe(self.id()), at),
-                    None => cx.timers.cancel(Timer::Probe(self.id())),
+                match self.liveness.pong(cx.fx.now, sent.at, self.keeps(cx)) {
+                    Some(at) => cx.fx.timers.set(Timer::Probe(self.id()), at),
+                    None => cx.fx.timers.cancel(Timer::Probe(self.id())),
                 }
                 if sent.purpose == Purpose::Path {
                     self.compare(cx, current);
@@ -110,32 +105,32 @@ impl Peer {
 
     /// The peer asks to be called at `candidates`. `order` grows with each such message: its boot
     /// epoch and number, so a replay, or one that was overtaken, is known by it.
-    pub(crate) fn on_call(
+    pub(crate) fn handle_call(
         &mut self,
         cx: &mut Context<'_>,
         order: (u64, u64),
         candidates: &[Candidate],
     ) {
         let fresh = order > self.heard_call;
-        if !fresh || !self.calls.take(&SIGNALS, cx.now, 1) {
-            cx.counters.signals_refused += 1;
+        if !fresh || !self.calls.take(&SIGNALS, cx.fx.now, 1) {
+            cx.fx.counters.signals_refused += 1;
             return;
         }
         self.heard_call = order;
-        self.signalled.retain(|_, until| cx.now < *until);
+        self.signalled.retain(|_, until| cx.fx.now < *until);
         for candidate in candidates {
             let room = self.signalled.len() < limits::CANDIDATES;
             if room && cx.local.may_send_to(candidate.address()) {
-                self.signalled.insert(candidate.address(), cx.now + SIGNALLED_FOR);
+                self.signalled.insert(candidate.address(), cx.fx.now + SIGNALLED_FOR);
             } else {
-                cx.counters.candidates_refused += 1;
+                cx.fx.counters.candidates_refused += 1;
             }
         }
         match self.path() {
             Some(path) if !path.is_relayed() && self.session => {
                 // It may have lost us without our noticing, and our NAT lets it in again only where
                 // we send something to.
-                cx.timers.set_no_later(Timer::Probe(self.id()), cx.now);
+                cx.fx.timers.set_no_later(Timer::Probe(self.id()), cx.fx.now);
                 for to in candidates.iter().flat_map(|to| cx.local.paths_to(to.address())) {
                     if to != path && cx.local.may_send_to(to.remote) {
                         self.ping(cx, to, Purpose::Check);
@@ -148,14 +143,13 @@ impl Peer {
     }
 
     /// A relay opened a channel to it, at our request or at its own.
-    pub(crate) fn on_channel(&mut self, cx: &mut Context<'_>, from: Path, channel: ChannelId) {
-        if !self.channels.take(&CHANNELS, cx.now, 1) {
-            cx.counters.relay_answers_refused += 1;
+    pub(crate) fn handle_channel(&mut self, cx: &mut Context<'_>, path: Path) {
+        if !self.channels.take(&CHANNELS, cx.fx.now, 1) {
+            cx.fx.counters.relay_answers_refused += 1;
             return;
         }
-        let from = cx.local.canonical(from);
-        let path = Path { channel: Some(channel), ..from };
-        let new = self.paths.opened(cx.now, path, self.endpoint);
+        let path = cx.local.canonical(path);
+        let new = self.paths.opened(cx.fx.now, path, self.endpoint);
         if !new && self.state == PeerState::Up {
             return;
         }

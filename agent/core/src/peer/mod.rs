@@ -30,7 +30,7 @@ pub(crate) mod pmtu;
 mod race;
 mod reach;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -42,15 +42,15 @@ use towline_types::id::{NodeId, WireguardKey};
 use towline_types::node::Node;
 use towline_types::rate::TokenBucket;
 
-use crate::budget::Unanswered;
-use crate::changes::{Change, Changes};
-use crate::counters::Counters;
+use crate::changes::Change;
+use crate::effects::Effects;
 use crate::homes::Homes;
 use crate::local::{Local, reachable};
 use crate::output::Output;
 use crate::path::Path;
 use crate::peer_table::{Observation, REKEY_TIMEOUT};
-use crate::pings::{Pings, Purpose};
+use crate::pings::Purpose;
+use crate::probing::Probing;
 use crate::reflex::Mapping;
 use crate::status::PeerState;
 use crate::timers::{Timer, Timers};
@@ -75,23 +75,12 @@ const MTU_WAIT: Duration = Duration::from_millis(100);
 
 /// What a peer may use while it handles something.
 pub(crate) struct Context<'a> {
-    pub(crate) now: Instant,
-    pub(crate) rng: &'a mut StdRng,
-    pub(crate) timers: &'a mut Timers,
-    pub(crate) outputs: &'a mut VecDeque<Output>,
-    pub(crate) pings: &'a mut Pings,
-    pub(crate) unanswered: &'a mut Unanswered,
-    pub(crate) homes: &'a mut Homes,
-    pub(crate) counters: &'a mut Counters,
+    pub(crate) fx: &'a mut Effects,
+    pub(crate) probing: &'a mut Probing,
+    pub(crate) relays: &'a mut Homes,
     pub(crate) local: &'a Local,
-    /// The MTU of the link.
-    pub(crate) mtu: u16,
-    /// The mesh is so small that all of it is kept connected.
-    pub(crate) eager: bool,
-    /// Of our own boot, and how many signals it has sent.
-    pub(crate) boot_epoch: u64,
-    pub(crate) signals: &'a mut u64,
-    pub(crate) changes: &'a mut Changes,
+    /// True if the mesh is so small that all of it is kept connected.
+    pub(crate) is_eager: bool,
 }
 
 /// What is known of the networks around, to explain how it stands with a peer.
@@ -137,14 +126,14 @@ pub(crate) struct Peer {
 
 impl Peer {
     /// A peer that is to be connected after `delay`; `None`: when there is need.
-    pub(crate) fn new(cx: &mut Context<'_>, node: Arc<Node>, delay: Option<Duration>) -> Self {
+    pub(crate) fn new(fx: &mut Effects, node: Arc<Node>, delay: Option<Duration>) -> Self {
         let state = if delay.is_some() { PeerState::Connecting } else { PeerState::Idle };
         let peer = Self {
             node,
             state,
-            since: cx.now,
-            trying_since: cx.now,
-            race: Race::new(cx.now),
+            since: fx.now,
+            trying_since: fx.now,
+            race: Race::new(fx.now),
             endpoint: None,
             endpoint_since: None,
             left: None,
@@ -162,7 +151,7 @@ impl Peer {
             channels: TokenBucket::default(),
         };
         if let Some(delay) = delay {
-            cx.timers.set(Timer::Attempt(peer.id()), cx.now + delay);
+            fx.timers.set(Timer::Attempt(peer.id()), fx.now + delay);
         }
         peer
     }
@@ -229,7 +218,7 @@ impl Peer {
             self.session = false;
             self.set_endpoint(cx, None);
         }
-        let wanted = cx.eager || self.state != PeerState::Idle;
+        let wanted = cx.is_eager || self.state != PeerState::Idle;
         if other_key || rebooted {
             // A peer that started anew has forgotten our session, and is waiting for us if it
             // cannot call us itself.
@@ -249,7 +238,7 @@ impl Peer {
     /// Our own addresses or uplinks changed: whatever is not up may be now, and what is up may not
     /// be. Where traffic goes, everything is tried now, and by a handshake, so that the peer learns
     /// at once where we are. A path whose uplink is gone is dead, without waiting for the verdict.
-    pub(crate) fn local_changed(&mut self, cx: &mut Context<'_>) {
+    pub(crate) fn handle_local_change(&mut self, cx: &mut Context<'_>) {
         self.paths.follow_uplinks(cx.local);
         let mut lost = false;
         if let Some(path) = self.endpoint {
@@ -258,14 +247,14 @@ impl Peer {
                 Some(name) => self.rename_endpoint(cx, name),
                 None => {
                     lost = true;
-                    let other = self.paths.best(cx.now, HEARD_FOR, None);
+                    let other = self.paths.best(cx.fx.now, HEARD_FOR, None);
                     let same = cx.local.canonical(path);
                     let same = cx.local.begins_here(&same).then_some(same);
                     self.set_endpoint(cx, other.or(same));
                 }
             }
         }
-        let wanted = cx.eager || self.liveness.is_recent(cx.now);
+        let wanted = cx.is_eager || self.liveness.is_recent(cx.fx.now);
         match self.state {
             PeerState::Connecting | PeerState::Down => self.try_anew(cx),
             PeerState::Up if wanted && lost => {
@@ -275,16 +264,16 @@ impl Peer {
                 self.race.insist();
             }
             PeerState::Up if wanted => {
-                self.race.restart(cx.now);
+                self.race.restart(cx.fx.now);
                 let targets = self.targets(cx);
-                if self.race.may_answer(cx.now, true) {
-                    self.race.answered(cx.now);
+                if self.race.may_answer(cx.fx.now, true) {
+                    self.race.answered(cx.fx.now);
                     self.initiate(cx, targets.clone());
                 }
                 for to in targets {
                     self.ping(cx, to, Purpose::Check);
                 }
-                cx.timers.set(Timer::Probe(self.id()), cx.now);
+                cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
             }
             PeerState::Idle | PeerState::Up => {}
         }
@@ -292,10 +281,10 @@ impl Peer {
 
     /// The time for the next round has come.
     pub(crate) fn attempt(&mut self, cx: &mut Context<'_>) {
-        let wanted = cx.eager || self.liveness.is_recent(cx.now);
+        let wanted = cx.is_eager || self.liveness.is_recent(cx.fx.now);
         match self.state {
             // There is a path and the session is to be renewed on it.
-            PeerState::Up if !self.session && self.liveness.is_used(cx.now) => {
+            PeerState::Up if !self.session && self.liveness.is_used(cx.fx.now) => {
                 let renewing = self.race.rounds() < 6;
                 if !renewing {
                     self.set_state(cx, PeerState::Connecting);
@@ -303,19 +292,19 @@ impl Peer {
             }
             PeerState::Up if !self.seeks_better(cx) => return,
             PeerState::Connecting | PeerState::Down
-                if !wanted && cx.now >= self.trying_since + self.patience() =>
+                if !wanted && cx.fx.now >= self.trying_since + self.patience() =>
             {
                 self.set_state(cx, PeerState::Idle);
                 return;
             }
-            PeerState::Connecting if cx.now >= self.trying_since + DOWN_AFTER => {
+            PeerState::Connecting if cx.fx.now >= self.trying_since + DOWN_AFTER => {
                 self.set_state(cx, PeerState::Down);
             }
             PeerState::Idle => self.set_state(cx, PeerState::Connecting),
             PeerState::Up | PeerState::Connecting | PeerState::Down => {}
         }
         let connected = self.state == PeerState::Up && self.session;
-        let round = self.race.next(cx.now, self.begins(cx.local), cx.rng);
+        let round = self.race.next(cx.fx.now, self.begins(cx.local), &mut cx.fx.rng);
         if round.help {
             self.seek_help(cx, round.number);
         }
@@ -323,13 +312,13 @@ impl Peer {
         if connected {
             targets.retain(|to| Some(*to) != self.endpoint);
         } else if round.call {
-            self.race.called(cx.now);
+            self.race.called(cx.fx.now);
             self.initiate(cx, targets.clone());
         }
         for to in targets {
             self.ping(cx, to, Purpose::Check);
         }
-        cx.timers.set(Timer::Attempt(self.id()), cx.now + round.pause);
+        cx.fx.timers.set(Timer::Attempt(self.id()), cx.fx.now + round.pause);
     }
 
     /// For how long it is tried in a mesh that connects on need, though nothing is sent to it.
@@ -340,9 +329,9 @@ impl Peer {
     /// The time for the next ping on the path has come, or for the verdict on the last one.
     pub(crate) fn probe(&mut self, cx: &mut Context<'_>) {
         let Some(path) = self.path() else { return };
-        let verdict = self.liveness.due(cx.now, self.paths.wait(&path));
+        let verdict = self.liveness.due(cx.fx.now, self.paths.wait(&path));
         if let Some(doubt) = self.liveness.doubtful()
-            && let Some(other) = self.paths.best(cx.now, cx.now - doubt, Some(path))
+            && let Some(other) = self.paths.best(cx.fx.now, cx.fx.now - doubt, Some(path))
             && self.yields(path, other)
         {
             self.take_over(cx, other);
@@ -350,13 +339,13 @@ impl Peer {
         }
         let pause = match verdict {
             Verdict::Dead => {
-                self.left = Some((path, cx.now));
+                self.left = Some((path, cx.fx.now));
                 self.set_state(cx, PeerState::Connecting);
                 self.try_anew(cx);
                 return;
             }
             Verdict::Doubt(pause) => {
-                cx.homes.suspect(cx.now, path.remote, cx.timers);
+                cx.relays.suspect(cx.fx, path.remote);
                 self.seek_help(cx, 1);
                 for to in self.targets(cx) {
                     self.ping(cx, to, Purpose::Check);
@@ -366,29 +355,29 @@ impl Peer {
             Verdict::Ping(pause) => pause,
         };
         self.ping(cx, path, Purpose::Path);
-        cx.timers.set(Timer::Probe(self.id()), cx.now + pause);
+        cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now + pause);
     }
 
     /// The time for the next step of the search for the path's MTU has come.
     pub(crate) fn search_mtu(&mut self, cx: &mut Context<'_>) {
         let Some(path) = self.path().filter(|path| self.pmtu.path() == Some(*path)) else { return };
-        if !cx.eager && !self.liveness.is_used(cx.now) {
+        if !cx.is_eager && !self.liveness.is_used(cx.fx.now) {
             return;
         }
         let before = self.pmtu.inner();
-        let step = self.pmtu.step(cx.now, cx.mtu);
+        let step = self.pmtu.step(cx.fx.now, cx.local.link_mtu());
         for size in step.sizes {
             self.ping(cx, path, Purpose::Size(size));
         }
         if self.pmtu.inner() != before {
-            cx.changes.mark(Change::Endpoint);
+            cx.fx.mark(Change::Endpoint);
         }
         let pause = step.pause.unwrap_or_else(|| self.paths.wait(&path) + MTU_WAIT);
-        cx.timers.set(Timer::Mtu(self.id()), cx.now + pause);
+        cx.fx.timers.set(Timer::Mtu(self.id()), cx.fx.now + pause);
     }
 
     /// The data plane saw something.
-    pub(crate) fn observe(&mut self, cx: &mut Context<'_>, what: Observation) {
+    pub(crate) fn handle_observation(&mut self, cx: &mut Context<'_>, what: Observation) {
         match what {
             Observation::Handshake { from } => self.handshake(cx, from),
             Observation::Roamed { from } => self.roamed(cx, from),
@@ -396,9 +385,9 @@ impl Peer {
             Observation::HandshakeUnanswered => {}
             Observation::SessionExpired => {
                 self.session = false;
-                if self.state != PeerState::Up || self.liveness.is_used(cx.now) {
+                if self.state != PeerState::Up || self.liveness.is_used(cx.fx.now) {
                     self.renew(cx);
-                } else if !cx.eager {
+                } else if !cx.is_eager {
                     self.set_state(cx, PeerState::Idle);
                 }
             }
@@ -411,7 +400,7 @@ impl Peer {
             Observation::TooBig { path, payload } => {
                 let path = cx.local.canonical(path);
                 if self.pmtu.too_big(path, payload) {
-                    cx.timers.set(Timer::Mtu(self.id()), cx.now);
+                    cx.fx.timers.set(Timer::Mtu(self.id()), cx.fx.now);
                 }
             }
         }
@@ -419,7 +408,7 @@ impl Peer {
 
     /// Sends an operator's ping on the path, or to everywhere while there is none.
     pub(crate) fn operator_ping(&mut self, cx: &mut Context<'_>, id: u64) {
-        self.liveness.traffic(cx.now);
+        self.liveness.traffic(cx.fx.now);
         match self.path() {
             Some(path) => {
                 self.ping(cx, path, Purpose::Operator(id));
@@ -485,14 +474,14 @@ impl Peer {
 
     fn handshake(&mut self, cx: &mut Context<'_>, from: Path) {
         self.session = true;
-        self.last_handshake = Some(cx.now);
+        self.last_handshake = Some(cx.fx.now);
         if !cx.local.may_send_to(from.remote) {
             return;
         }
         let from = cx.local.canonical(from);
-        self.paths.heard(cx.now, from, self.endpoint);
+        self.paths.heard(cx.fx.now, from, self.endpoint);
         let was = self.path();
-        if was.is_some_and(|was| Tier::of(&was) < Tier::of(&from)) && self.is_new_there(cx.now) {
+        if was.is_some_and(|was| Tier::of(&was) < Tier::of(&from)) && self.is_new_there(cx.fx.now) {
             // They crossed: this one began before the better way was found.
             return;
         }
@@ -501,7 +490,7 @@ impl Peer {
             return;
         }
         self.set_state(cx, PeerState::Up);
-        cx.timers.set(Timer::Probe(self.id()), cx.now);
+        cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
         self.settle(cx);
     }
 
@@ -513,9 +502,9 @@ impl Peer {
     /// Looks on for something better, unless there is nothing better.
     fn settle(&self, cx: &mut Context<'_>) {
         if self.seeks_better(cx) {
-            cx.timers.set_no_later(Timer::Attempt(self.id()), cx.now + MOVE_MIN);
+            cx.fx.timers.set_no_later(Timer::Attempt(self.id()), cx.fx.now + MOVE_MIN);
         } else {
-            cx.timers.cancel(Timer::Attempt(self.id()));
+            cx.fx.timers.cancel(Timer::Attempt(self.id()));
         }
     }
 
@@ -525,36 +514,37 @@ impl Peer {
         }
         let from = cx.local.canonical(from);
         let known = self.paths.get(&from).is_some_and(|known| known.answered.is_some());
-        self.paths.heard(cx.now, from, self.endpoint);
+        self.paths.heard(cx.fx.now, from, self.endpoint);
         if self.endpoint == Some(from) {
             return;
         }
-        let late = self.left.is_some_and(|(path, at)| path == from && cx.now < at + MOVE_MIN * 2);
+        let late =
+            self.left.is_some_and(|(path, at)| path == from && cx.fx.now < at + MOVE_MIN * 2);
         let worse = self.path().is_some_and(|path| {
             Tier::of(&path) < Tier::of(&from) && self.paths.rtt(&path).is_some()
         });
         if self.state == PeerState::Up && (late || worse || known && self.leads(cx.local)) {
             // We know of it, and chose another one: see whether that still works.
             self.ping(cx, from, Purpose::Check);
-            cx.timers.set_no_later(Timer::Probe(self.id()), cx.now);
+            cx.fx.timers.set_no_later(Timer::Probe(self.id()), cx.fx.now);
             return;
         }
         self.set_endpoint(cx, Some(from));
         if self.state == PeerState::Up {
-            cx.timers.set(Timer::Probe(self.id()), cx.now);
+            cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
         }
     }
 
     /// Inner traffic.
     fn traffic(&mut self, cx: &mut Context<'_>) {
-        let was_used = self.liveness.is_used(cx.now);
-        let unsure = self.liveness.traffic(cx.now);
+        let was_used = self.liveness.is_used(cx.fx.now);
+        let unsure = self.liveness.traffic(cx.fx.now);
         if self.state != PeerState::Up || was_used {
             return;
         }
-        let next = if unsure { cx.now } else { cx.now + Duration::from_secs(1) };
-        cx.timers.set_no_later(Timer::Probe(self.id()), next);
-        cx.timers.set_no_later(Timer::Mtu(self.id()), cx.now);
+        let next = if unsure { cx.fx.now } else { cx.fx.now + Duration::from_secs(1) };
+        cx.fx.timers.set_no_later(Timer::Probe(self.id()), next);
+        cx.fx.timers.set_no_later(Timer::Mtu(self.id()), cx.fx.now);
         if self.seeks_better(cx) {
             self.hurry(cx);
         }
@@ -567,42 +557,42 @@ impl Peer {
         let last = self.race.last_call();
         match self.path() {
             Some(path) => {
-                let rested = last.map_or(cx.now, |at| (at + REKEY_TIMEOUT).max(cx.now));
-                self.race.restart(cx.now);
-                if rested <= cx.now {
-                    self.race.called(cx.now);
+                let rested = last.map_or(cx.fx.now, |at| (at + REKEY_TIMEOUT).max(cx.fx.now));
+                self.race.restart(cx.fx.now);
+                if rested <= cx.fx.now {
+                    self.race.called(cx.fx.now);
                     self.initiate(cx, vec![path]);
                 }
                 let wait = self.paths.wait(&path) * 2;
-                cx.timers.set(Timer::Attempt(self.id()), cx.now + wait);
-                cx.timers.set_no_later(Timer::Probe(self.id()), cx.now);
+                cx.fx.timers.set(Timer::Attempt(self.id()), cx.fx.now + wait);
+                cx.fx.timers.set_no_later(Timer::Probe(self.id()), cx.fx.now);
             }
             None if self.state == PeerState::Idle => self.try_anew(cx),
             None if self.state == PeerState::Down => {
-                let rested = last.map_or(cx.now, |at| (at + REKEY_TIMEOUT).max(cx.now));
-                cx.timers.set_no_later(Timer::Attempt(self.id()), rested);
+                let rested = last.map_or(cx.fx.now, |at| (at + REKEY_TIMEOUT).max(cx.fx.now));
+                cx.fx.timers.set_no_later(Timer::Attempt(self.id()), rested);
             }
-            None => cx.timers.set_no_later(Timer::Attempt(self.id()), cx.now + REKEY_TIMEOUT),
+            None => cx.fx.timers.set_no_later(Timer::Attempt(self.id()), cx.fx.now + REKEY_TIMEOUT),
         }
     }
 
     /// Begins a new series of rounds, now.
     fn try_anew(&mut self, cx: &mut Context<'_>) {
-        self.race.restart(cx.now);
+        self.race.restart(cx.fx.now);
         match self.state {
             PeerState::Up => self.session = false,
             PeerState::Idle => self.set_state(cx, PeerState::Connecting),
             PeerState::Connecting | PeerState::Down => {}
         }
-        cx.timers.set(Timer::Attempt(self.id()), cx.now);
+        cx.fx.timers.set(Timer::Attempt(self.id()), cx.fx.now);
     }
 
     /// Begins a new series of rounds for something better, but keeps what there is.
     fn hurry(&mut self, cx: &mut Context<'_>) {
-        if self.race.began() + MOVE_MIN <= cx.now {
-            self.race.restart(cx.now);
+        if self.race.began() + MOVE_MIN <= cx.fx.now {
+            self.race.restart(cx.fx.now);
         }
-        cx.timers.set_no_later(Timer::Attempt(self.id()), cx.now);
+        cx.fx.timers.set_no_later(Timer::Attempt(self.id()), cx.fx.now);
     }
 
     /// Whether a doubtful path yields to another one that answers: sooner to one that is as good.
@@ -615,36 +605,36 @@ impl Peer {
         self.set_endpoint(cx, Some(to));
         // So that the peer follows at once, whether or not we have something to send.
         self.initiate(cx, vec![to]);
-        cx.timers.set(Timer::Probe(self.id()), cx.now);
+        cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
         self.settle(cx);
     }
 
     /// Moves traffic to a better path by a handshake there, if it is we who decide, or if the one who
     /// does has left us behind on a relay: it may be on a better path already, and think that we are.
     fn move_to_better(&mut self, cx: &mut Context<'_>, current: Path) {
-        if self.moved.is_some_and(|at| cx.now < at + MOVE_MIN) {
+        if self.moved.is_some_and(|at| cx.fx.now < at + MOVE_MIN) {
             return;
         }
         let since_left = |path: &Path| {
             let answered = self.paths.get(path).and_then(|known| known.answered);
             self.left.is_none_or(|(left, at)| left != *path || answered > Some(at))
         };
-        let Some(better) = self.paths.better(cx.now, current).filter(since_left) else { return };
+        let Some(better) = self.paths.better(cx.fx.now, current).filter(since_left) else { return };
         let left_behind = current.is_relayed()
             && !better.is_relayed()
-            && self.endpoint_since.is_some_and(|at| cx.now >= at + LEFT_BEHIND);
+            && self.endpoint_since.is_some_and(|at| cx.fx.now >= at + LEFT_BEHIND);
         if left_behind || self.leads(cx.local) {
-            self.moved = Some(cx.now);
+            self.moved = Some(cx.fx.now);
             self.initiate(cx, vec![better]);
         }
     }
 
     /// Now and then pings the other good paths while one is in use.
     fn compare(&mut self, cx: &mut Context<'_>, current: Path) {
-        let due = self.compared.is_none_or(|at| cx.now >= at + ALTERNATIVES);
-        if due && self.liveness.is_used(cx.now) && self.leads(cx.local) {
-            self.compared = Some(cx.now);
-            for other in self.paths.alternatives(cx.now, current) {
+        let due = self.compared.is_none_or(|at| cx.fx.now >= at + ALTERNATIVES);
+        if due && self.liveness.is_used(cx.fx.now) && self.leads(cx.local) {
+            self.compared = Some(cx.fx.now);
+            for other in self.paths.alternatives(cx.fx.now, current) {
                 self.ping(cx, other, Purpose::Check);
             }
         }
@@ -652,8 +642,8 @@ impl Peer {
 
     /// The peer listens, and this way is open: an initiation there, if it is ours to begin.
     fn answer(&mut self, cx: &mut Context<'_>, to: Path) {
-        if self.race.may_answer(cx.now, self.begins(cx.local)) {
-            self.race.answered(cx.now);
+        if self.race.may_answer(cx.fx.now, self.begins(cx.local)) {
+            self.race.answered(cx.fx.now);
             self.initiate(cx, vec![to]);
         }
     }
@@ -663,19 +653,19 @@ impl Peer {
             return;
         }
         let from = std::mem::replace(&mut self.state, to);
-        self.since = cx.now;
+        self.since = cx.fx.now;
         if matches!(from, PeerState::Up | PeerState::Idle) {
-            self.trying_since = cx.now;
+            self.trying_since = cx.fx.now;
         }
         if from == PeerState::Up {
             self.liveness.moved();
-            cx.timers.cancel(Timer::Probe(self.id()));
-            cx.timers.cancel(Timer::Mtu(self.id()));
+            cx.fx.timers.cancel(Timer::Probe(self.id()));
+            cx.fx.timers.cancel(Timer::Mtu(self.id()));
         }
         if to == PeerState::Idle {
-            cx.timers.cancel(Timer::Attempt(self.id()));
+            cx.fx.timers.cancel(Timer::Attempt(self.id()));
         }
-        cx.outputs.push_back(Output::StateChanged { peer: self.id(), from, to });
+        cx.fx.output(Output::StateChanged { peer: self.id(), from, to });
     }
 
     /// The same path under another name, so what is known of it holds.
@@ -684,7 +674,7 @@ impl Peer {
             self.pmtu.rename(name);
         }
         self.endpoint = Some(name);
-        cx.changes.mark(Change::Endpoint);
+        cx.fx.mark(Change::Endpoint);
     }
 
     fn set_endpoint(&mut self, cx: &mut Context<'_>, endpoint: Option<Path>) {
@@ -692,22 +682,22 @@ impl Peer {
             return;
         }
         if let Some(before) = self.endpoint {
-            self.left = Some((before, cx.now));
+            self.left = Some((before, cx.fx.now));
         }
         self.endpoint = endpoint;
-        self.endpoint_since = Some(cx.now);
+        self.endpoint_since = Some(cx.fx.now);
         self.liveness.moved();
-        cx.changes.mark(Change::Endpoint);
+        cx.fx.mark(Change::Endpoint);
         if let Some(path) = endpoint {
-            self.pmtu.begin(path, cx.mtu);
-            cx.timers.set(Timer::Mtu(self.id()), cx.now);
+            self.pmtu.begin(path, cx.local.link_mtu());
+            cx.fx.timers.set(Timer::Mtu(self.id()), cx.fx.now);
         }
     }
 
     /// Whether rounds go on although it is up: the path is relayed, or was only the first to answer.
     fn seeks_better(&self, cx: &Context<'_>) -> bool {
         let Some(path) = self.path() else { return true };
-        if !cx.eager && !self.liveness.is_used(cx.now) {
+        if !cx.is_eager && !self.liveness.is_used(cx.fx.now) {
             return false;
         }
         path.is_relayed() || self.race.rounds() < 4 && self.paths_beside(cx, path)
@@ -724,13 +714,13 @@ impl Peer {
 
     /// Whether of the two nodes it is we who move traffic to a better path.
     fn leads(&self, local: &Local) -> bool {
-        local.key < Some(self.key())
+        local.key() < Some(self.key())
     }
 
     /// Whether an idle path is pinged: in a small mesh always; else where a NAT of ours asks for it
     /// and the peer is recent.
     fn keeps(&self, cx: &Context<'_>) -> bool {
-        cx.eager || self.liveness.is_recent(cx.now) && !cx.local.reachable()
+        cx.is_eager || self.liveness.is_recent(cx.fx.now) && !cx.local.reachable()
     }
 }
 

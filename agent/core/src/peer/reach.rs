@@ -23,7 +23,7 @@ impl Peer {
         to.truncate(limits::CANDIDATES);
         to.retain(|path| self.may_send(cx, path));
         if !to.is_empty() {
-            cx.outputs.push_back(Output::Handshake { peer: self.key(), to });
+            cx.fx.output(Output::Handshake { peer: self.key(), to });
         }
     }
 
@@ -31,14 +31,14 @@ impl Peer {
         if !self.may_send(cx, &to) {
             return;
         }
-        self.paths.checked(cx.now, to);
-        let sent = Sent { peer: self.id(), to, at: cx.now, purpose };
-        let transaction = cx.pings.sent(cx.rng, sent);
+        self.paths.checked(cx.fx.now, to);
+        let sent = Sent { peer: self.id(), to, at: cx.fx.now, purpose };
+        let transaction = cx.probing.pings.sent(&mut cx.fx.rng, sent);
         let size = match purpose {
             Purpose::Size(size) => Some(size),
             Purpose::Path | Purpose::Check | Purpose::Operator(_) => None,
         };
-        cx.outputs.push_back(Output::Transmit(Transmit {
+        cx.fx.output(Output::Transmit(Transmit {
             peer: self.key(),
             path: Some(to),
             message: Probe::Ping { transaction },
@@ -48,14 +48,16 @@ impl Peer {
 
     /// Whoever never answers gets only so much. The path in use is another matter: it has.
     fn may_send(&self, cx: &mut Context<'_>, to: &Path) -> bool {
-        let free = self.path() == Some(*to) || cx.unanswered.take(cx.now, to.remote.ip());
-        cx.counters.probes_withheld += u64::from(!free);
+        let free =
+            self.path() == Some(*to) || cx.probing.unanswered.take(cx.fx.now, to.remote.ip());
+        cx.fx.counters.probes_withheld += u64::from(!free);
         free
     }
 
     /// Its candidates, as far as we may send there, the likeliest first.
     pub(super) fn candidates(&self, now: Instant, local: &Local) -> Vec<SocketAddr> {
-        let same_site = self.node.grant().site.is_some() && self.node.grant().site == local.site;
+        let same_site =
+            self.node.grant().site.is_some() && self.node.grant().site.as_ref() == local.site();
         let rank = |c: &Candidate| {
             let private = is_private(c.address().ip());
             (if private { u8::from(!same_site) * 2 } else { 1 }, preference(c.kind()), c.address())
@@ -79,9 +81,9 @@ impl Peer {
     /// uplink.
     pub(super) fn targets(&self, cx: &Context<'_>) -> Vec<Path> {
         let mut targets: Vec<Path> = self.endpoint.into_iter().collect();
-        let candidates = self.candidates(cx.now, cx.local);
+        let candidates = self.candidates(cx.fx.now, cx.local);
         let direct = candidates.iter().flat_map(|to| cx.local.paths_to(*to));
-        for to in self.paths.recent(cx.now).into_iter().chain(direct) {
+        for to in self.paths.recent(cx.fx.now).into_iter().chain(direct) {
             if !targets.contains(&to) && cx.local.may_send_to(to.remote) {
                 targets.push(to);
             }
@@ -97,28 +99,23 @@ impl Peer {
 
     /// Asks the peer to call us, and relays for channels to it.
     pub(super) fn seek_help(&self, cx: &mut Context<'_>, turn: u32) {
-        let callable = !cx.local.candidates().is_empty() || !cx.homes.is_empty();
+        let callable = !cx.local.candidates().is_empty() || !cx.relays.is_empty();
         let relayed =
             self.path().filter(Path::is_relayed).filter(|_| self.liveness.doubtful().is_none());
         let far = !reachable(&self.node.record().candidates) || !cx.local.reachable();
-        if callable && (far || turn > 0) && (relayed.is_some() || cx.local.connected) {
-            *cx.signals += 1;
-            let message = Probe::CallMe {
-                boot_epoch: cx.boot_epoch,
-                number: *cx.signals,
-                candidates: cx.local.candidates().to_vec(),
-            };
-            let peer = self.key();
-            cx.outputs.push_back(Output::Transmit(Transmit {
-                peer,
+        if callable && (far || turn > 0) && (relayed.is_some() || cx.local.is_connected()) {
+            let (boot_epoch, number) = cx.probing.next_call();
+            let candidates = cx.local.candidates().to_vec();
+            cx.fx.output(Output::Transmit(Transmit {
+                peer: self.key(),
                 path: relayed,
-                message,
+                message: Probe::CallMe { boot_epoch, number, candidates },
                 size: None,
             }));
         }
         let needs_relay = far || turn > 0;
         if needs_relay && !self.node.record().relay && relayed.is_none() {
-            cx.homes.open(cx.rng, cx.local, (self.id(), self.key()), turn / 2, cx.outputs);
+            cx.relays.open(cx.fx, cx.local, (self.id(), self.key()), turn / 2);
         }
     }
 }

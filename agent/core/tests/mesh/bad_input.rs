@@ -76,7 +76,7 @@ fn a_relay_that_opens_channels_without_end_costs_a_bounded_number_of_datagrams()
     let (_, _, transaction) = registration(&us.run(Duration::from_millis(50))).unwrap();
     let lifetime = Duration::from_secs(60);
     us.message(9, path(OTHER), Probe::Registered { transaction, lifetime });
-    us.mesh.observe(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
     us.active();
     us.echo(Duration::from_millis(10), Duration::from_millis(500));
     for number in 0..10_000 {

@@ -51,7 +51,7 @@ fn traffic_moves_from_a_relay_to_a_direct_path_by_a_handshake_there() {
     us.upsert(peer(2).candidates(&[PUBLIC]));
     us.drain();
     let through = Path { channel: Some(ChannelId(7)), ..path(OTHER) };
-    us.mesh.observe(us.now, key(2), Observation::Handshake { from: through });
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: through });
     us.active();
     let outputs = us.pass(Duration::from_secs(2), Some(Duration::from_millis(10)));
     assert!(handshakes(&outputs).contains(&vec![path(PUBLIC)]));
@@ -64,7 +64,7 @@ fn a_node_that_was_left_behind_on_a_relay_moves_by_itself_though_the_other_one_l
     us.upsert(peer(2).candidates(&[PUBLIC]));
     us.drain();
     let through = Path { channel: Some(ChannelId(7)), ..path(OTHER) };
-    us.mesh.observe(us.now, key(2), Observation::Handshake { from: through });
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: through });
     let outputs = us.pass(Duration::from_millis(900), Some(Duration::from_millis(10)));
     assert!(!handshakes(&outputs).contains(&vec![path(PUBLIC)]), "the other one has its time");
     let outputs = us.pass(Duration::from_millis(1_600), Some(Duration::from_millis(10)));
@@ -88,12 +88,12 @@ fn a_channel_that_a_relay_tells_of_again_begins_no_further_handshake() {
 fn a_handshake_over_a_relay_that_crossed_the_direct_one_does_not_take_traffic_back() {
     let mut us = Us::up(PUBLIC);
     let through = Path { channel: Some(ChannelId(7)), ..path(OTHER) };
-    us.mesh.observe(us.now, key(2), Observation::Handshake { from: through });
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: through });
     us.drain();
     assert_eq!(us.peer(2).path, Some(through), "later it is the word of the peer");
-    us.mesh.observe(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
     us.run(Duration::from_millis(100));
-    us.mesh.observe(us.now, key(2), Observation::Handshake { from: through });
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: through });
     us.drain();
     assert_eq!(us.peer(2).path, Some(path(PUBLIC)));
     assert_eq!(us.table().peers[&key(2)].endpoint, Some(path(PUBLIC)));

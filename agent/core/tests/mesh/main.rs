@@ -81,7 +81,7 @@ impl Us {
         let mut us = Self::new(1);
         us.upsert(peer(2).candidates(&[path]));
         us.drain();
-        us.mesh.observe(
+        us.mesh.handle_observation(
             us.now,
             key(2),
             Observation::Handshake { from: path.parse::<SocketAddr>().unwrap().into() },
@@ -100,13 +100,13 @@ impl Us {
         let mut mesh = self.mesh.config().unwrap().clone();
         change(&mut mesh);
         mesh.generation += 1;
-        self.mesh.update(self.now, MapChange::Mesh(mesh));
+        self.mesh.handle_map_change(self.now, MapChange::Mesh(mesh));
     }
 
     /// Inner packets travel to and from peer 2.
     fn active(&mut self) {
         let active = Observation::Active { sent: true, received: true };
-        self.mesh.observe(self.now, key(2), active);
+        self.mesh.handle_observation(self.now, key(2), active);
     }
 
     /// A message comes from a peer over a path.
@@ -120,7 +120,7 @@ impl Us {
     }
 
     fn upsert(&mut self, node: Build) {
-        self.mesh.update(self.now, MapChange::Upsert(Box::new(node.build())));
+        self.mesh.handle_map_change(self.now, MapChange::Upsert(Box::new(node.build())));
     }
 
     fn drain(&mut self) -> Vec<Output> {

@@ -58,7 +58,7 @@ fn a_prefix_that_the_controller_begins_to_withhold_leaves_the_tunnel() {
 fn a_removed_node_never_comes_back_nor_does_its_key_under_another_id() {
     let mut us = Us::new(5);
     us.upsert(peer(2));
-    us.mesh.update(us.now, MapChange::Remove(tombstone(2)));
+    us.mesh.handle_map_change(us.now, MapChange::Remove(tombstone(2)));
     us.upsert(peer(2).generation(9));
     us.upsert(peer(3).identity(2));
     us.drain();
@@ -92,7 +92,7 @@ fn a_withdrawn_prefix_stays_guarded_until_its_node_is_removed() {
     us.upsert(peer(3).prefixes(&["172.20.0.0/16"]));
     us.drain();
     assert!(us.plan().routes.contains_key(&(net("172.20.0.0/16"), RouteVia::Link)));
-    us.mesh.update(us.now, MapChange::Remove(tombstone(3)));
+    us.mesh.handle_map_change(us.now, MapChange::Remove(tombstone(3)));
     us.drain();
     assert!(!us.plan().firewall.guarded.contains(&net("172.20.0.0/16")));
 }

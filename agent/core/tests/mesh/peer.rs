@@ -87,7 +87,7 @@ fn a_handshake_makes_its_address_the_path_and_the_path_is_measured() {
     let mut us = Us::new(1);
     us.upsert(peer(2).candidates(&[PUBLIC]));
     us.drain();
-    us.mesh.observe(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
     us.echo(Duration::from_millis(40), Duration::from_secs(5));
     let status = us.peer(2);
     assert_eq!((status.state, status.path), (PeerState::Up, Some(path(PUBLIC))));
@@ -118,7 +118,7 @@ fn one_lost_pong_changes_nothing() {
 #[test]
 fn a_session_that_ended_is_renewed_at_once_on_the_path() {
     let mut us = Us::up(PUBLIC);
-    us.mesh.observe(us.now, key(2), Observation::SessionExpired);
+    us.mesh.handle_observation(us.now, key(2), Observation::SessionExpired);
     assert_eq!(handshakes(&us.drain()), [vec![path(PUBLIC)]]);
     assert_eq!(us.peer(2).state, PeerState::Up);
 }
@@ -127,10 +127,14 @@ fn a_session_that_ended_is_renewed_at_once_on_the_path() {
 fn a_peer_that_roamed_is_followed_but_not_into_the_tunnel() {
     let mut us = Us::up(PUBLIC);
     let elsewhere = path("198.51.100.9:9");
-    us.mesh.observe(us.now, key(2), Observation::Roamed { from: elsewhere });
+    us.mesh.handle_observation(us.now, key(2), Observation::Roamed { from: elsewhere });
     us.drain();
     assert_eq!(us.table().peers[&key(2)].endpoint, Some(elsewhere));
-    us.mesh.observe(us.now, key(2), Observation::Roamed { from: path("198.19.0.2:51830") });
+    us.mesh.handle_observation(
+        us.now,
+        key(2),
+        Observation::Roamed { from: path("198.19.0.2:51830") },
+    );
     us.drain();
     assert_eq!(us.table().peers[&key(2)].endpoint, Some(elsewhere));
 }
@@ -183,7 +187,7 @@ fn a_path_in_doubt_yields_to_another_one_that_answers_before_it_is_dead() {
     let mut us = Us::new(1);
     us.upsert(peer(2).candidates(&[PUBLIC, OTHER]));
     us.drain();
-    us.mesh.observe(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
     us.active();
     us.echo(Duration::from_millis(10), Duration::from_secs(3));
     us.silent = Some(addr(PUBLIC));
@@ -200,14 +204,18 @@ fn a_black_hole_is_found_and_the_route_and_the_data_plane_follow() {
     us.upsert(peer(2).candidates(&[PUBLIC]));
     us.drain();
     us.payload = 1_368 - 28;
-    us.mesh.observe(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
     us.active();
     us.echo(Duration::from_millis(10), Duration::from_secs(10));
     let mtu = us.peer(2).mtu.unwrap();
     assert!((1_300..=1_308).contains(&mtu), "{mtu}");
     assert_eq!(us.table().peers[&key(2)].mtu, mtu);
     assert!(us.plan().routes.values().any(|route| route.mtu == Some(mtu.into())));
-    us.mesh.observe(us.now, key(2), Observation::TooBig { path: path(PUBLIC), payload: 1_252 });
+    us.mesh.handle_observation(
+        us.now,
+        key(2),
+        Observation::TooBig { path: path(PUBLIC), payload: 1_252 },
+    );
     us.payload = 1_252;
     us.active();
     us.echo(Duration::from_millis(10), Duration::from_secs(10));
@@ -230,7 +238,7 @@ fn a_thousand_peers_cost_nothing_until_there_is_traffic_for_one() {
     assert_eq!(probes(&us.run(Duration::from_secs(600))), 0);
     let quiet = numbered(700).build();
     assert_eq!(us.mesh.peer(quiet.id()).unwrap().state, PeerState::Idle);
-    us.mesh.observe(us.now, quiet.wireguard_key(), Observation::Wanted);
+    us.mesh.handle_observation(us.now, quiet.wireguard_key(), Observation::Wanted);
     assert_eq!(probes(&us.run(Duration::from_millis(1))), 2);
 }
 
@@ -244,7 +252,7 @@ fn by_two_uplinks() -> (Us, [LocalEnd; 2]) {
     us.upsert(peer(2).candidates(&[PUBLIC]));
     us.drain();
     let from = Path { local: Some(ends[0]), ..path(PUBLIC) };
-    us.mesh.observe(us.now, key(2), Observation::Handshake { from });
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from });
     us.active();
     us.echo(Duration::from_millis(10), Duration::from_secs(12));
     assert_eq!(us.peer(2).path, Some(from));
@@ -297,7 +305,7 @@ fn a_peer_that_is_up_through_a_relay_alone_says_why() {
     us.upsert(peer(2).candidates(&[PUBLIC]));
     us.drain();
     let through = Path { channel: Some(ChannelId(7)), ..path(OTHER) };
-    us.mesh.observe(us.now, key(2), Observation::Handshake { from: through });
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: through });
     us.silent = Some(addr(PUBLIC));
     let reason = us.peer(2).reason;
     assert_eq!(reason, "through a relay: still trying 1 candidate");

@@ -107,7 +107,7 @@ fn a_protected_network_beside_our_own_stays_guarded_when_its_node_is_removed() {
     us.mesh.set_prefixes(us.now, vec![net("10.244.1.0/24")]);
     us.upsert(peer(2).prefixes(&["10.244.0.0/24"]));
     us.drain();
-    us.mesh.update(us.now, MapChange::Remove(tombstone(2)));
+    us.mesh.handle_map_change(us.now, MapChange::Remove(tombstone(2)));
     us.drain();
     let removed = net("10.244.0.0/24");
     assert!(us.plan().firewall.guarded.iter().any(|net| net.contains(&removed)));
@@ -142,14 +142,14 @@ fn a_plan_that_was_patched_is_the_one_that_is_built_anew() {
     ];
     let mut so_far = Vec::new();
     for step in steps {
-        us.mesh.update(us.now, step.clone());
+        us.mesh.handle_map_change(us.now, step.clone());
         us.drain();
         so_far.push(step);
         let mut anew = Us::new(1);
         anew.mesh.set_prefixes(anew.now, own.clone());
         // The same history, looked at once.
         for step in &so_far {
-            anew.mesh.update(anew.now, step.clone());
+            anew.mesh.handle_map_change(anew.now, step.clone());
             anew.mesh.peers().count();
             anew.mesh.set_withdrawn(anew.now, us.mesh.withdrawn().iter().copied());
         }

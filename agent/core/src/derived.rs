@@ -1,0 +1,57 @@
+//! The peer table and the plan, derived from what the core knows.
+
+use std::sync::Arc;
+
+use crate::effects::Effects;
+use crate::output::Output;
+use crate::peer::clamped;
+use crate::peer_table::{PeerEntry, PeerTable};
+use crate::routing::{Facts, Routing};
+
+/// The tables that were handed out last.
+#[derive(Debug, Default)]
+pub(crate) struct Derived {
+    /// `None` before the first one.
+    table: Option<Arc<PeerTable>>,
+    routing: Routing,
+}
+
+impl Derived {
+    /// Derives what changed. Returns a table that is another one than the last; the peer table
+    /// comes first. To be called until it returns `None`.
+    pub(crate) fn poll(&mut self, fx: &mut Effects, facts: &Facts<'_>) -> Option<Output> {
+        if fx.changes.take_table() {
+            let table = peer_table(facts);
+            if self.table.as_deref() != Some(&table) {
+                let table = Arc::new(table);
+                self.table = Some(table.clone());
+                return Some(Output::PeerTable(table));
+            }
+        }
+        let scope = fx.changes.take_plan()?;
+        self.routing.update(facts, &scope).map(Output::Plan)
+    }
+}
+
+/// All peers that hold their key.
+fn peer_table(facts: &Facts<'_>) -> PeerTable {
+    let link = facts.link_mtu();
+    let entries = facts.peers.iter().filter_map(|peer| {
+        let claim = facts.roster.claim(peer.id()).filter(|claim| claim.key_holder.is_none())?;
+        let (mtu, fragment) = clamped(peer.mtu(), link);
+        let entry = PeerEntry {
+            endpoint: peer.endpoint(),
+            prefixes: claim.prefixes.clone(),
+            // The core's own pings keep mappings open.
+            keepalive: None,
+            mtu,
+            fragment,
+            preshared_key: None,
+            boot_epoch: peer.node().record().boot_epoch,
+            is_static: false,
+        };
+        Some((peer.key(), entry))
+    });
+    let peers = entries.chain(facts.static_peers.entries(link)).collect();
+    PeerTable { peers, own: facts.own_networks() }
+}

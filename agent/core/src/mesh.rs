@@ -1,0 +1,489 @@
+//! The mesh as one node sees it: its peers, their states, and what is to be done.
+//!
+//! [`Mesh`] is made of parts that own their state; it passes each input on to those that it
+//! concerns.
+//!
+//! | part | owns |
+//! |---|---|
+//! | `Roster` | our membership, the nodes of the map, who was removed, who holds what |
+//! | `Peers` | for each node: its paths, its state |
+//! | `StaticPeers` | the peers of the configuration |
+//! | `Local` | our own candidates and uplinks |
+//! | `Homes` | the relays of the mesh, and where we are registered |
+//! | `Reflex` | the reflectors, and our addresses as they see them |
+//! | `Probing` | pings that wait for their pongs, and what bounds them |
+//! | `HostSettings` | what host and configuration add to the plan |
+//! | `Derived` | peer table and plan, as they were handed out last |
+//! | `Effects` | time, randomness, deadlines, outputs; shared by all parts |
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use towline_types::frame::Probe;
+use towline_types::id::{NodeId, WireguardKey};
+use towline_types::node::{Candidate, Grant, MeshConfig};
+
+use crate::counters::Counters;
+use crate::derived::Derived;
+use crate::effects::Effects;
+use crate::homes::{ChannelPeer, Homes};
+use crate::local::Local;
+use crate::path::{LocalEnd, Path};
+use crate::peer::{Around, Context, Peer};
+use crate::peer_table::Observation;
+use crate::peers::Peers;
+use crate::plan::UnderlayPlan;
+use crate::prefixes::is_private;
+use crate::probing::Probing;
+use crate::reflex::{Mapping, Reflex};
+use crate::roster::{Roster, RosterEvent};
+use crate::routing::{Facts, HostSettings};
+use crate::static_peers::{StaticPeer, StaticPeerStatus, StaticPeers};
+use crate::timers::Timer;
+
+pub use crate::config::{Config, MapChange, Membership};
+pub use crate::output::{Output, Transmit};
+pub use crate::peers::EAGER_PEERS;
+pub use crate::status::{PeerState, PeerStatus, WakeReason};
+
+/// Every peer of one node. See the crate's contract.
+#[derive(Debug)]
+pub struct Mesh {
+    roster: Roster,
+    peers: Peers,
+    static_peers: StaticPeers,
+    local: Local,
+    relays: Homes,
+    stun: Reflex,
+    probing: Probing,
+    settings: HostSettings,
+    derived: Derived,
+    fx: Effects,
+}
+
+impl Mesh {
+    /// A mesh without peers. `seed` is the only source of randomness; probes are unforgeable only
+    /// if nobody else knows it.
+    pub fn new(mut config: Config, seed: [u8; 32], now: Instant) -> Self {
+        let membership = config.membership.take();
+        let own = membership.as_ref().map(|own| own.grant.node_id);
+        Self {
+            local: Local::new(membership.as_ref(), config.mtu),
+            relays: Homes::new(own.filter(|_| !config.relay)),
+            roster: Roster::new(membership),
+            peers: Peers::default(),
+            static_peers: StaticPeers::default(),
+            stun: Reflex::default(),
+            probing: Probing::new(config.boot_epoch),
+            settings: HostSettings::new(config),
+            derived: Derived::default(),
+            fx: Effects::new(seed, now),
+        }
+    }
+}
+
+/// # Inputs: what happened
+impl Mesh {
+    /// Handles a change of the map. Our own node is ignored, and so is what is older than what
+    /// we know: changes may come twice and in any order. Without a mesh there is no map.
+    pub fn handle_map_change(&mut self, now: Instant, change: MapChange) {
+        self.fx.advance(now);
+        match self.roster.handle_map_change(&mut self.fx, change) {
+            None => {}
+            Some(RosterEvent::Mesh) => {
+                if let Some(mesh) = self.roster.mesh() {
+                    self.local.set_mesh(mesh);
+                }
+            }
+            Some(RosterEvent::Removed(id)) => {
+                self.peers.handle_removal(&mut self.fx, id);
+                let changed = self.relays.handle_node(&mut self.fx, id, None);
+                let relays = changed.then_some(&self.relays);
+                self.stun.handle_node(&mut self.fx, &self.local, id, None, relays);
+            }
+            Some(RosterEvent::Node(node)) => {
+                let id = node.id();
+                let changed = self.relays.handle_node(&mut self.fx, id, Some(&node));
+                let relays = changed.then_some(&self.relays);
+                self.stun.handle_node(&mut self.fx, &self.local, id, Some(&node), relays);
+                let (peers, mut cx) = self.peer_context();
+                peers.handle_node(&mut cx, node);
+            }
+        }
+    }
+
+    /// Handles what the data plane saw. An unknown peer is ignored: it was removed in the meantime.
+    pub fn handle_observation(&mut self, now: Instant, peer: WireguardKey, what: Observation) {
+        self.fx.advance(now);
+        if let Some(id) = self.node_with(&peer) {
+            self.with_peer(id, |peer, cx| peer.handle_observation(cx, what));
+        }
+        self.static_peers.handle_observation(&mut self.fx, &self.local, peer, what);
+    }
+
+    /// Handles a message that was opened with the key of the pair of us and `peer`, so it is
+    /// authentic. `from` is the path that it came over; `None`: a controller carried it, which holds
+    /// for a [`Probe::CallMe`] alone.
+    ///
+    /// Requests to a relay are not for the core: a node that relays answers them first.
+    pub fn handle_message(
+        &mut self,
+        now: Instant,
+        peer: WireguardKey,
+        from: Option<Path>,
+        message: Probe,
+    ) {
+        self.fx.advance(now);
+        let node = self.node_with(&peer);
+        match (message, from) {
+            (Probe::CallMe { boot_epoch, number, candidates }, _) => {
+                let order = (boot_epoch, number);
+                match node {
+                    Some(id) => {
+                        self.with_peer(id, |peer, cx| peer.handle_call(cx, order, &candidates));
+                    }
+                    None => self.fx.counters.signals_refused += 1,
+                }
+            }
+            // Every other message is about the path that it came over.
+            (_, None) => {}
+            (Probe::Ping { transaction }, Some(from)) => {
+                if let Some(id) = node {
+                    self.with_peer(id, |peer, cx| peer.handle_ping(cx, from, transaction));
+                }
+            }
+            (Probe::Pong { transaction, observed }, Some(from)) => {
+                if let Some(id) = node {
+                    self.handle_pong(id, from, transaction, observed);
+                }
+            }
+            (answer, Some(from)) => {
+                let channel = self.relays.handle_answer(&mut self.fx, node, from, &answer);
+                let Some((peer, path)) = channel else { return };
+                let id = match peer {
+                    ChannelPeer::Node(id) => Some(id),
+                    ChannelPeer::Key(key) => self.roster.key_holder(&key),
+                };
+                if let Some(id) = id {
+                    self.with_peer(id, |peer, cx| peer.handle_channel(cx, path));
+                }
+            }
+        }
+    }
+
+    /// Handles a reflector's answer: `mapped` is our address as it saw it.
+    pub fn handle_stun(
+        &mut self,
+        now: Instant,
+        from: SocketAddr,
+        transaction: [u8; 12],
+        mapped: SocketAddr,
+    ) {
+        self.fx.advance(now);
+        if self.stun.handle_answer(&mut self.fx, &self.local, from, transaction, mapped) {
+            self.advertise();
+        }
+    }
+
+    /// Does what is due. To be called at the time that [`Self::poll_timeout`] names, or later.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.fx.advance(now);
+        while let Some(timer) = self.fx.timers.pop_due(self.fx.now) {
+            match timer {
+                Timer::Attempt(id) => self.with_peer(id, |peer, cx| peer.attempt(cx)),
+                Timer::Probe(id) => self.with_peer(id, |peer, cx| peer.probe(cx)),
+                Timer::Mtu(id) => self.with_peer(id, |peer, cx| peer.search_mtu(cx)),
+                Timer::StaticAttempt(key) => {
+                    self.resolve();
+                    self.static_peers.attempt(&mut self.fx, key);
+                }
+                Timer::Reflex => {
+                    if self.stun.handle_timeout(&mut self.fx, &self.local) {
+                        self.advertise();
+                    }
+                }
+                Timer::Homes => self.relays.handle_timeout(&mut self.fx, &self.local),
+                Timer::OperatorPing(id) => self.probing.handle_operator_timeout(&mut self.fx, id),
+            }
+        }
+    }
+}
+
+/// # Inputs: whole values that replace the last ones
+impl Mesh {
+    /// Takes our grant (an operator changed it).
+    pub fn set_grant(&mut self, now: Instant, grant: Grant) {
+        self.fx.advance(now);
+        if self.roster.set_grant(&mut self.fx, grant)
+            && let Some(membership) = self.roster.membership()
+        {
+            self.local.set_grant(&membership.grant);
+        }
+    }
+
+    /// Takes the candidates that our host and our configuration have now. Those that others
+    /// can use come back as [`Output::Advertise`] when they changed.
+    pub fn set_candidates(&mut self, now: Instant, candidates: Vec<Candidate>) {
+        self.fx.advance(now);
+        self.static_peers.handle_local_change(&mut self.fx);
+        if self.local.set_host_candidates(candidates) {
+            self.local_changed();
+        }
+    }
+
+    /// Takes our uplinks (every address of ours that leads outwards, with its interface), and
+    /// the candidates as [`Self::set_candidates`] does: they change together.
+    pub fn set_uplinks(
+        &mut self,
+        now: Instant,
+        uplinks: Vec<LocalEnd>,
+        candidates: Vec<Candidate>,
+    ) {
+        self.fx.advance(now);
+        self.static_peers.handle_local_change(&mut self.fx);
+        let other_uplinks = self.local.set_uplinks(uplinks);
+        if self.local.set_host_candidates(candidates) || other_uplinks {
+            self.local_changed();
+        }
+    }
+
+    /// Takes the prefixes that we announce now: they are reached by the host's own routes,
+    /// so neither routed into the tunnel nor guarded.
+    pub fn set_prefixes(&mut self, now: Instant, prefixes: Vec<IpNet>) {
+        self.fx.advance(now);
+        self.roster.set_own_prefixes(&mut self.fx, prefixes);
+    }
+
+    /// Takes the networks of this node's pods, which are among what it announces. The plan lets
+    /// only the container network's own routes lead there.
+    pub fn set_pod_networks(&mut self, now: Instant, networks: Vec<IpNet>) {
+        self.fx.advance(now);
+        self.settings.set_pod_networks(&mut self.fx, networks);
+    }
+
+    /// Takes the addresses that our link has in addition to the mesh's.
+    pub fn set_addresses(&mut self, now: Instant, addresses: Vec<IpAddr>) {
+        self.fx.advance(now);
+        self.settings.set_addresses(&mut self.fx, addresses);
+    }
+
+    /// Takes the networks that packets out of the tunnel may be forwarded to, though we do not
+    /// announce them.
+    pub fn set_forward_to(&mut self, now: Instant, networks: Vec<IpNet>) {
+        self.fx.advance(now);
+        self.settings.set_forward_to(&mut self.fx, networks);
+    }
+
+    /// Takes our own node IPs, at most one of each family, which are announced too: they are the
+    /// preferred sources of what enters the tunnel.
+    pub fn set_node_ips(&mut self, now: Instant, node_ips: Vec<IpAddr>) {
+        self.fx.advance(now);
+        self.settings.set_node_ips(&mut self.fx, node_ips);
+    }
+
+    /// Takes what of ours travels outside the tunnel now: the plan lets it pass.
+    pub fn set_underlay(&mut self, now: Instant, underlay: UnderlayPlan) {
+        self.fx.advance(now);
+        self.settings.set_underlay(&mut self.fx, underlay);
+    }
+
+    /// Takes the peers of our configuration: those that stay keep their sessions.
+    pub fn set_static_peers(&mut self, now: Instant, peers: Vec<StaticPeer>) {
+        self.fx.advance(now);
+        self.resolve();
+        self.static_peers.set(&mut self.fx, peers);
+    }
+
+    /// Takes the reflectors that the controllers offer. Relays and public nodes are known.
+    pub fn set_reflectors(&mut self, now: Instant, reflectors: Vec<SocketAddr>) {
+        self.fx.advance(now);
+        self.stun.set_offered(&mut self.fx, &self.local, reflectors);
+    }
+
+    /// Takes whether a controller takes signals now.
+    pub fn set_controller_connected(&mut self, now: Instant, connected: bool) {
+        self.fx.advance(now);
+        self.local.set_controller_connected(connected);
+    }
+
+    /// Adds to [`Self::withdrawn`] what an earlier start of the agent knew.
+    pub fn set_withdrawn(&mut self, now: Instant, withdrawn: impl IntoIterator<Item = IpNet>) {
+        self.fx.advance(now);
+        self.roster.add_withdrawn(&mut self.fx, withdrawn);
+    }
+}
+
+/// # Commands of an operator
+impl Mesh {
+    /// Pings a peer; [`Output::PingResult`] with this `id` tells how it ended, at
+    /// the latest after `timeout`. An unknown peer ends at once, without an answer.
+    pub fn ping(&mut self, now: Instant, peer: NodeId, id: u64, timeout: Duration) {
+        self.fx.advance(now);
+        if self.peers.get(peer).is_none() {
+            self.fx.output(Output::PingResult { id, answer: None });
+            return;
+        }
+        self.probing.begin_operator_ping(&mut self.fx, id, timeout);
+        self.with_peer(peer, |peer, cx| peer.operator_ping(cx, id));
+    }
+}
+
+/// # Outputs
+impl Mesh {
+    /// The next thing to do. A changed peer table comes before what speaks of its peers.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.resolve();
+        let facts = Facts {
+            settings: &self.settings,
+            roster: &self.roster,
+            peers: &self.peers,
+            static_peers: &self.static_peers,
+        };
+        self.derived.poll(&mut self.fx, &facts).or_else(|| self.fx.next_output())
+    }
+
+    /// When [`Self::handle_timeout`] wants to be called, and why.
+    pub fn poll_timeout(&self) -> Option<(Instant, WakeReason)> {
+        self.fx.timers.next().map(|(at, timer)| (at, timer.reason()))
+    }
+}
+
+/// # What is known
+///
+/// A change of the map counts from the next [`Self::poll_output`] on.
+impl Mesh {
+    /// Our own grant, if we are in a mesh.
+    pub fn grant(&self) -> Option<&Grant> {
+        self.roster.membership().map(|membership| &membership.grant)
+    }
+
+    /// What holds for the whole mesh.
+    pub fn config(&self) -> Option<&MeshConfig> {
+        self.roster.mesh()
+    }
+
+    /// Networks that nobody holds now but somebody held once: they stay guarded. To be given back
+    /// by [`Self::set_withdrawn`] at the next start.
+    pub fn withdrawn(&self) -> &BTreeSet<IpNet> {
+        self.roster.withdrawn()
+    }
+
+    /// Every peer, by node id.
+    pub fn peers(&self) -> impl Iterator<Item = PeerStatus> + '_ {
+        self.peers.iter().map(|peer| self.status(peer))
+    }
+
+    /// One peer.
+    pub fn peer(&self, id: NodeId) -> Option<PeerStatus> {
+        self.peers.get(id).map(|peer| self.status(peer))
+    }
+
+    /// The node that holds a WireGuard key.
+    pub fn node_id(&self, key: &WireguardKey) -> Option<NodeId> {
+        self.roster.key_holder(key)
+    }
+
+    /// Every static peer, by key.
+    pub fn static_peers(&self) -> impl Iterator<Item = StaticPeerStatus> + '_ {
+        self.static_peers.statuses(self.fx.now)
+    }
+
+    /// What was refused or held back.
+    pub fn counters(&self) -> Counters {
+        self.fx.counters
+    }
+
+    /// How the NAT on our side maps, once two reflectors answered.
+    pub fn mapping(&self) -> Option<Mapping> {
+        self.stun.mapping(&self.local)
+    }
+
+    fn status(&self, peer: &Peer) -> PeerStatus {
+        let claim = self.roster.claim(peer.id());
+        let reason = match claim.and_then(|claim| claim.key_holder.as_ref()) {
+            Some(holder) => format!("its WireGuard key is held by {holder}"),
+            None => {
+                let around = Around {
+                    relays: !self.relays.is_empty(),
+                    silent: self.stun.silent(),
+                    mapping: self.mapping(),
+                };
+                peer.reason(self.fx.now, &self.local, around)
+            }
+        };
+        let relayed = peer.path().filter(Path::is_relayed);
+        PeerStatus {
+            node: peer.node().clone(),
+            state: peer.state(),
+            since: peer.since(),
+            reason,
+            path: peer.path(),
+            relay: relayed.and_then(|path| self.relays.at(path.remote)).cloned(),
+            mtu: peer.mtu(),
+            rtt: peer.rtt(),
+            last_handshake: peer.last_handshake(),
+            prefixes: claim.map(|claim| claim.prefixes.clone()).unwrap_or_default(),
+            conflicts: claim.map(|claim| claim.conflicts.clone()).unwrap_or_default(),
+        }
+    }
+}
+
+/// # Between the parts
+impl Mesh {
+    fn handle_pong(&mut self, node: NodeId, from: Path, transaction: u64, observed: SocketAddr) {
+        let Some(sent) = self.probing.pings.answered(node, from, transaction) else { return };
+        self.with_peer(node, |peer, cx| peer.handle_pong(cx, &sent));
+        // Behind a relay it is the relay that is seen, and on a LAN it is no news.
+        let outside = !from.is_relayed() && !is_private(from.remote.ip());
+        if outside && self.stun.handle_observed(self.fx.now, &self.local, observed) {
+            self.advertise();
+        }
+        self.probing.handle_operator_pong(&mut self.fx, &sent, from);
+    }
+
+    /// Our addresses or uplinks are others now: so is how others see us, and perhaps every path.
+    fn local_changed(&mut self) {
+        self.advertise();
+        self.stun.handle_local_change(&mut self.fx, &self.local);
+        self.advertise();
+        self.relays.handle_local_change(&mut self.fx);
+        let (peers, mut cx) = self.peer_context();
+        peers.each(&mut cx, |peer, cx| peer.handle_local_change(cx));
+        self.local.named();
+    }
+
+    /// Puts our candidates together, and hands them out if they changed.
+    fn advertise(&mut self) {
+        self.local.advertise(&mut self.fx, self.stun.candidates());
+    }
+
+    /// Decides again who holds what, if that may have changed.
+    fn resolve(&mut self) {
+        self.roster.resolve(&mut self.fx, &mut self.static_peers);
+    }
+
+    /// The node that holds a key, once all that is known of the map is taken into account.
+    fn node_with(&mut self, key: &WireguardKey) -> Option<NodeId> {
+        self.resolve();
+        self.roster.key_holder(key)
+    }
+
+    fn with_peer(&mut self, id: NodeId, f: impl FnOnce(&mut Peer, &mut Context<'_>)) {
+        let (peers, mut cx) = self.peer_context();
+        peers.with(&mut cx, id, f);
+    }
+
+    /// The peers, and what they may use of the other parts.
+    fn peer_context(&mut self) -> (&mut Peers, Context<'_>) {
+        let context = Context {
+            fx: &mut self.fx,
+            probing: &mut self.probing,
+            relays: &mut self.relays,
+            local: &self.local,
+            is_eager: self.peers.is_eager(),
+        };
+        (&mut self.peers, context)
+    }
+}

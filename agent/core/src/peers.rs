@@ -1,0 +1,96 @@
+//! All peers of one node.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::Rng as _;
+use towline_types::id::NodeId;
+use towline_types::node::Node;
+
+use crate::changes::Change;
+use crate::effects::Effects;
+use crate::peer::{Context, Peer};
+
+/// A mesh of up to this many peers is kept connected throughout, so that an operator sees each path
+/// before it is needed; in a larger one a peer is connected when there is traffic for it.
+pub const EAGER_PEERS: usize = 64;
+/// First attempts of many peers that come at once are spread over this much for each.
+const SPREAD_PER_PEER: Duration = Duration::from_millis(2);
+/// The longest time that first attempts are spread over.
+const SPREAD_MAX: Duration = Duration::from_secs(2);
+
+/// The peers, by node id.
+#[derive(Debug, Default)]
+pub(crate) struct Peers {
+    by_id: BTreeMap<NodeId, Peer>,
+}
+
+impl Peers {
+    /// Takes a node that is new, or whose record or grant is another one.
+    pub(crate) fn handle_node(&mut self, cx: &mut Context<'_>, node: Arc<Node>) {
+        let id = node.id();
+        if self.by_id.contains_key(&id) {
+            self.with(cx, id, |peer, cx| peer.set_node(cx, node));
+            return;
+        }
+        let peers = u32::try_from(self.by_id.len()).unwrap_or(u32::MAX);
+        let spread = SPREAD_PER_PEER.saturating_mul(peers).min(SPREAD_MAX);
+        let delay = spread.mul_f64(cx.fx.rng.random());
+        let delay = (self.by_id.len() < EAGER_PEERS).then_some(delay);
+        self.by_id.insert(id, Peer::new(cx.fx, node, delay));
+    }
+
+    /// Forgets a node that was removed.
+    pub(crate) fn handle_removal(&mut self, fx: &mut Effects, id: NodeId) {
+        if let Some(peer) = self.by_id.remove(&id) {
+            peer.forget(&mut fx.timers);
+        }
+    }
+
+    /// Lets one peer handle something. One that is unknown was removed: nothing happens.
+    pub(crate) fn with(
+        &mut self,
+        cx: &mut Context<'_>,
+        id: NodeId,
+        f: impl FnOnce(&mut Peer, &mut Context<'_>),
+    ) {
+        if let Some(peer) = self.by_id.get_mut(&id) {
+            tracked(peer, cx, f);
+        }
+    }
+
+    /// Lets every peer handle something.
+    pub(crate) fn each(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut f: impl FnMut(&mut Peer, &mut Context<'_>),
+    ) {
+        for peer in self.by_id.values_mut() {
+            tracked(peer, cx, &mut f);
+        }
+    }
+
+    /// Whether the mesh is so small that all of it is kept connected.
+    pub(crate) fn is_eager(&self) -> bool {
+        self.by_id.len() <= EAGER_PEERS
+    }
+
+    pub(crate) fn get(&self, id: NodeId) -> Option<&Peer> {
+        self.by_id.get(&id)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Peer> {
+        self.by_id.values()
+    }
+}
+
+/// Lets a peer handle something, and marks its routes as changed if they follow from what became of
+/// it.
+fn tracked(peer: &mut Peer, cx: &mut Context<'_>, f: impl FnOnce(&mut Peer, &mut Context<'_>)) {
+    let before = (peer.state(), peer.mtu());
+    f(peer, cx);
+    if (peer.state(), peer.mtu()) != before {
+        cx.fx.mark(Change::Routes(peer.id()));
+    }
+}

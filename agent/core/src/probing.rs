@@ -1,0 +1,68 @@
+//! What is sent to find and to test paths: which pings wait for their pongs, and what bounds it all.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use crate::budget::Unanswered;
+use crate::effects::Effects;
+use crate::output::Output;
+use crate::path::Path;
+use crate::pings::{Pings, Purpose, Sent};
+use crate::timers::Timer;
+
+/// State of probing that all peers share.
+#[derive(Debug)]
+pub(crate) struct Probing {
+    /// Pings that wait for their pongs.
+    pub(crate) pings: Pings,
+    /// What may still be sent to addresses that never answered.
+    pub(crate) unanswered: Unanswered,
+    /// Pings of operators that have not ended, by the caller's number.
+    operator_pings: BTreeSet<u64>,
+    /// Grows with every start of the agent.
+    boot_epoch: u64,
+    /// Number of calls that were sent since the start.
+    calls: u64,
+}
+
+impl Probing {
+    pub(crate) fn new(boot_epoch: u64) -> Self {
+        Self {
+            pings: Pings::default(),
+            unanswered: Unanswered::default(),
+            operator_pings: BTreeSet::new(),
+            boot_epoch,
+            calls: 0,
+        }
+    }
+
+    /// Returns boot epoch and number of the next call: together they only grow.
+    pub(crate) fn next_call(&mut self) -> (u64, u64) {
+        self.calls += 1;
+        (self.boot_epoch, self.calls)
+    }
+
+    /// Begins an operator's ping, which ends after `timeout` at the latest.
+    pub(crate) fn begin_operator_ping(&mut self, fx: &mut Effects, id: u64, timeout: Duration) {
+        self.operator_pings.insert(id);
+        fx.timers.set(Timer::OperatorPing(id), fx.now + timeout);
+    }
+
+    /// Ends the operator's ping that `sent` belongs to, if it does: its pong came over `from`.
+    pub(crate) fn handle_operator_pong(&mut self, fx: &mut Effects, sent: &Sent, from: Path) {
+        if let Purpose::Operator(id) = sent.purpose
+            && self.operator_pings.remove(&id)
+        {
+            fx.timers.cancel(Timer::OperatorPing(id));
+            let rtt = fx.now.saturating_duration_since(sent.at);
+            fx.output(Output::PingResult { id, answer: Some((from, rtt)) });
+        }
+    }
+
+    /// Ends an operator's ping that got no pong in time.
+    pub(crate) fn handle_operator_timeout(&mut self, fx: &mut Effects, id: u64) {
+        if self.operator_pings.remove(&id) {
+            fx.output(Output::PingResult { id, answer: None });
+        }
+    }
+}

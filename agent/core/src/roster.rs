@@ -1,0 +1,290 @@
+//! The nodes of the mesh, and which of them holds what.
+//!
+//! Invariants, whatever comes in:
+//!
+//! - A node that was removed never comes back, nor does its identity key under another id.
+//! - Of one node the newest record holds; an older one changes nothing.
+//! - Only a removal takes a node away.
+//! - What a node ever held stays guarded until another node holds it or its node is removed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use towline_types::id::{IdentityKey, NodeId, WireguardKey};
+use towline_types::limits;
+use towline_types::node::{Grant, MeshConfig, Node, Tombstone};
+
+use crate::changes::{Change, Scope};
+use crate::claims::{Claim, Claims};
+use crate::config::{MapChange, Membership};
+use crate::effects::Effects;
+use crate::prefixes::covering;
+use crate::static_peers::StaticPeers;
+
+/// Our own membership, and all that the map says of the other nodes.
+#[derive(Debug)]
+pub(crate) struct Roster {
+    /// `None`: no mesh, static peers are all there is.
+    membership: Option<Membership>,
+    /// Prefixes that we announce; none lies inside another.
+    own_prefixes: Vec<IpNet>,
+    /// The other nodes, each by its newest record.
+    nodes: BTreeMap<NodeId, Arc<Node>>,
+    /// Nodes that were removed. Never shrinks.
+    removed: BTreeSet<NodeId>,
+    /// Identity keys of the removed nodes. Never shrinks.
+    removed_keys: BTreeSet<IdentityKey>,
+    /// Networks that a node held once and none holds now.
+    withdrawn: BTreeSet<IpNet>,
+    /// Who holds what, as of the last [`Self::resolve`].
+    claims: Claims,
+}
+
+/// What a change of the map came to.
+#[derive(Debug)]
+pub(crate) enum RosterEvent {
+    /// A node is new, or its record or grant is another one.
+    Node(Arc<Node>),
+    /// A node is gone for good.
+    Removed(NodeId),
+    /// The mesh's configuration is another one.
+    Mesh,
+}
+
+impl Roster {
+    pub(crate) fn new(membership: Option<Membership>) -> Self {
+        Self {
+            membership,
+            own_prefixes: Vec::new(),
+            nodes: BTreeMap::new(),
+            removed: BTreeSet::new(),
+            removed_keys: BTreeSet::new(),
+            withdrawn: BTreeSet::new(),
+            claims: Claims::default(),
+        }
+    }
+
+    /// Applies a change of the map. Returns what came of it; `None` if it says nothing new.
+    pub(crate) fn handle_map_change(
+        &mut self,
+        fx: &mut Effects,
+        change: MapChange,
+    ) -> Option<RosterEvent> {
+        match change {
+            MapChange::Upsert(node) => {
+                if !self.is_news(&node) {
+                    return None;
+                }
+                let node = Arc::new(*node);
+                self.nodes.insert(node.id(), node.clone());
+                fx.mark(Change::Record(node.id()));
+                Some(RosterEvent::Node(node))
+            }
+            MapChange::Remove(tombstone) => {
+                let id = self.remove(&tombstone)?;
+                fx.mark(Change::Record(id));
+                Some(RosterEvent::Removed(id))
+            }
+            MapChange::Mesh(mesh) => {
+                let membership = self.membership.as_mut()?;
+                if mesh.generation <= membership.mesh.generation {
+                    return None;
+                }
+                membership.mesh = mesh;
+                fx.mark(Change::Ownership);
+                Some(RosterEvent::Mesh)
+            }
+        }
+    }
+
+    /// Takes our grant. Returns whether it is another one.
+    pub(crate) fn set_grant(&mut self, fx: &mut Effects, grant: Grant) -> bool {
+        let Some(membership) = &mut self.membership else { return false };
+        if membership.grant == grant {
+            return false;
+        }
+        membership.grant = grant;
+        fx.mark(Change::Ownership);
+        true
+    }
+
+    /// Takes the prefixes that we announce, whole.
+    pub(crate) fn set_own_prefixes(&mut self, fx: &mut Effects, prefixes: Vec<IpNet>) {
+        let prefixes: Vec<IpNet> = covering(prefixes).into_iter().collect();
+        if self.own_prefixes != prefixes {
+            self.own_prefixes = prefixes;
+            fx.mark(Change::Ownership);
+        }
+    }
+
+    /// Adds networks that were held once.
+    pub(crate) fn add_withdrawn(
+        &mut self,
+        fx: &mut Effects,
+        nets: impl IntoIterator<Item = IpNet>,
+    ) {
+        self.withdrawn.extend(nets);
+        fx.mark(Change::Ownership);
+    }
+
+    /// Decides again who holds what, where something changed. What a node held and none holds now
+    /// stays guarded, unless its node was removed.
+    pub(crate) fn resolve(&mut self, fx: &mut Effects, static_peers: &mut StaticPeers) {
+        match fx.changes.take_claims() {
+            None => {}
+            // A static peer gets what the mesh leaves: it has no claim of its own to remember.
+            Some(Scope::Nodes(nodes)) if static_peers.is_empty() => {
+                if !self.resolve_nodes(fx, &nodes) {
+                    self.resolve_all(fx, static_peers);
+                }
+            }
+            Some(Scope::All | Scope::Nodes(_)) => self.resolve_all(fx, static_peers),
+        }
+    }
+
+    /// Our membership, if we are in a mesh.
+    pub(crate) fn membership(&self) -> Option<&Membership> {
+        self.membership.as_ref()
+    }
+
+    pub(crate) fn mesh(&self) -> Option<&MeshConfig> {
+        self.membership.as_ref().map(|membership| &membership.mesh)
+    }
+
+    pub(crate) fn own_prefixes(&self) -> &[IpNet] {
+        &self.own_prefixes
+    }
+
+    pub(crate) fn withdrawn(&self) -> &BTreeSet<IpNet> {
+        &self.withdrawn
+    }
+
+    /// Who holds what, as of the last [`Self::resolve`].
+    pub(crate) fn claims(&self) -> &Claims {
+        &self.claims
+    }
+
+    /// What a node holds, as of the last [`Self::resolve`].
+    pub(crate) fn claim(&self, id: NodeId) -> Option<&Claim> {
+        self.claims.of(id)
+    }
+
+    /// The node that holds a key, as of the last [`Self::resolve`].
+    pub(crate) fn key_holder(&self, key: &WireguardKey) -> Option<NodeId> {
+        self.claims.key(key)
+    }
+
+    /// Whether a node is another one, of this mesh, that was never removed, and newer than what is
+    /// known of it.
+    fn is_news(&self, node: &Node) -> bool {
+        let Some(Membership { grant, mesh }) = &self.membership else { return false };
+        let id = node.id();
+        let gone =
+            self.removed.contains(&id) || self.removed_keys.contains(&node.grant().identity_key);
+        if id == grant.node_id || gone || node.grant().mesh_id != mesh.mesh_id {
+            return false;
+        }
+        let age = |node: &Node| (node.record().generation, node.grant().issued_at);
+        match self.nodes.get(&id) {
+            None => self.nodes.len() < limits::NODES,
+            // Of equal age is also what differs only by the prefixes that the controller withholds:
+            // the one that came last holds.
+            Some(known) => age(known) <= age(node) && **known != *node,
+        }
+    }
+
+    /// Returns the node that a tombstone took away, if it took one.
+    fn remove(&mut self, tombstone: &Tombstone) -> Option<NodeId> {
+        let Membership { grant, mesh } = self.membership.as_ref()?;
+        let id = tombstone.node_id;
+        if id == grant.node_id || tombstone.mesh_id != mesh.mesh_id {
+            return None;
+        }
+        self.removed.insert(id);
+        self.removed_keys.insert(tombstone.identity_key);
+        self.nodes.remove(&id).map(|_| id)
+    }
+
+    /// Resolves the claims of some nodes. Returns false where they concern other nodes too, so that
+    /// all have to be resolved.
+    fn resolve_nodes(&mut self, fx: &mut Effects, nodes: &BTreeSet<NodeId>) -> bool {
+        for id in nodes {
+            let held = self.claims.of(*id).map(|claim| claim.prefixes.clone());
+            let alone = match (self.nodes.get(id), &self.membership) {
+                (Some(node), Some(membership)) => {
+                    self.withdrawn.extend(held.unwrap_or_default());
+                    self.claims.change(&membership.grant, node)
+                }
+                _ => self.claims.remove(*id),
+            };
+            fx.mark(Change::Routes(*id));
+            if !alone {
+                return false;
+            }
+            for held in self.claims.of(*id).into_iter().flat_map(|claim| &claim.prefixes) {
+                self.withdrawn.remove(held);
+            }
+        }
+        true
+    }
+
+    fn resolve_all(&mut self, fx: &mut Effects, static_peers: &mut StaticPeers) {
+        let claims = match &self.membership {
+            Some(Membership { grant, .. }) => {
+                Claims::resolve(grant, &self.own_prefixes, self.nodes.values())
+            }
+            None => Claims::default(),
+        };
+        let before = std::mem::replace(&mut self.claims, claims);
+        for (id, claim) in before.iter() {
+            if self.nodes.contains_key(id) {
+                self.withdrawn.extend(&claim.prefixes);
+            }
+            if self.claims.of(*id) != Some(claim) {
+                fx.mark(Change::Routes(*id));
+            }
+        }
+        for (id, claim) in self.claims.iter() {
+            if before.of(*id).is_none() {
+                fx.mark(Change::Routes(*id));
+            }
+            for held in &claim.prefixes {
+                self.withdrawn.remove(held);
+            }
+        }
+        if !static_peers.is_empty() {
+            self.resolve_static_peers(static_peers);
+            fx.mark(Change::OwnNetworks);
+        }
+        for held in static_peers.prefixes() {
+            self.withdrawn.remove(held);
+        }
+    }
+
+    /// Static peers get what neither the mesh nor one of its nodes holds, nor we.
+    fn resolve_static_peers(&self, static_peers: &mut StaticPeers) {
+        let ours = self.own_prefixes.iter().map(|net| (*net, "this node".to_owned()));
+        let mut held: Vec<(IpNet, String)> = ours.collect();
+        if let Some(mesh) = self.mesh() {
+            for net in [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)] {
+                held.push((net, "the mesh".into()));
+            }
+        }
+        let name = |id: &NodeId| self.nodes.get(id).map(|node| node.name().to_string());
+        for (id, claim) in self.claims.iter() {
+            let name = name(id).unwrap_or_default();
+            held.extend(claim.prefixes.iter().map(|net| (*net, name.clone())));
+        }
+        let own_key =
+            self.membership.as_ref().and_then(|own| own.grant.wireguard_keys.first().copied());
+        let key_holder = |key: &WireguardKey| {
+            if own_key == Some(*key) {
+                Some("this node".into())
+            } else {
+                self.claims.key(key).and_then(|id| name(&id))
+            }
+        };
+        static_peers.resolve(held.into_iter(), key_holder);
+    }
+}
