@@ -1,7 +1,7 @@
 //! Who holds what: names, WireGuard keys and prefixes, each by one node only.
 //!
 //! The controller refuses a second claim. Should two claims reach us all the same (a restored
-//! backup, a stolen store), every node decides alike, from signed facts alone: the node that was
+//! backup, a stolen store), every node decides alike, from signed input alone: the node that was
 //! granted earlier wins, and of two granted in the same second the one with the lower id. What a
 //! node claims of ours it never gets here. A prefix may lie inside another node's where its own
 //! grant names it exactly, or where it is an overlay address.
@@ -35,7 +35,7 @@ pub(crate) struct Claims {
     keys: BTreeMap<WireguardKey, Owner>,
     held: PrefixMap<Owner>,
     /// Somebody claimed in vain: then one node's change may decide another's claim.
-    disputed: bool,
+    is_disputed: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -69,17 +69,17 @@ impl Claims {
     /// Takes in that one node is new or changed, where that concerns nobody else. `false`: it may,
     /// so all must be resolved anew.
     pub(crate) fn change(&mut self, own: &Grant, node: &Arc<Node>) -> bool {
-        if self.disputed {
+        if self.is_disputed {
             return false;
         }
         self.forget(node.id());
         self.admit(own, node);
-        !self.disputed
+        !self.is_disputed
     }
 
     /// Takes in that one node is gone, under the same condition.
     pub(crate) fn remove(&mut self, node: NodeId) -> bool {
-        if self.disputed {
+        if self.is_disputed {
             return false;
         }
         self.forget(node);
@@ -127,7 +127,7 @@ impl Claims {
             claim.prefixes.sort_unstable();
             claim.prefixes.dedup();
         }
-        self.disputed |= !claim.conflicts.is_empty();
+        self.is_disputed |= !claim.conflicts.is_empty();
         self.by_node.insert(node.id(), (node.clone(), claim));
     }
 

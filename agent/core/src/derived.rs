@@ -6,7 +6,7 @@ use crate::effects::Effects;
 use crate::output::Output;
 use crate::peer::clamped;
 use crate::peer_table::{PeerEntry, PeerTable};
-use crate::routing::{Facts, Routing};
+use crate::routing::{Routing, RoutingInput};
 
 /// The tables that were handed out last.
 #[derive(Debug, Default)]
@@ -19,9 +19,9 @@ pub(crate) struct Derived {
 impl Derived {
     /// Derives what changed. Returns a table that is another one than the last; the peer table
     /// comes first. To be called until it returns `None`.
-    pub(crate) fn poll(&mut self, fx: &mut Effects, facts: &Facts<'_>) -> Option<Output> {
+    pub(crate) fn poll(&mut self, fx: &mut Effects, input: &RoutingInput<'_>) -> Option<Output> {
         if fx.changes.take_table() {
-            let table = peer_table(facts);
+            let table = peer_table(input);
             if self.table.as_deref() != Some(&table) {
                 let table = Arc::new(table);
                 self.table = Some(table.clone());
@@ -29,15 +29,15 @@ impl Derived {
             }
         }
         let scope = fx.changes.take_plan()?;
-        self.routing.update(facts, &scope).map(Output::Plan)
+        self.routing.update(input, &scope).map(Output::Plan)
     }
 }
 
 /// All peers that hold their key.
-fn peer_table(facts: &Facts<'_>) -> PeerTable {
-    let link = facts.link_mtu();
-    let entries = facts.peers.iter().filter_map(|peer| {
-        let claim = facts.roster.claim(peer.id()).filter(|claim| claim.key_holder.is_none())?;
+fn peer_table(input: &RoutingInput<'_>) -> PeerTable {
+    let link = input.link_mtu();
+    let entries = input.peers.iter().filter_map(|peer| {
+        let claim = input.roster.claim(peer.id()).filter(|claim| claim.key_holder.is_none())?;
         let (mtu, fragment) = clamped(peer.mtu(), link);
         let entry = PeerEntry {
             endpoint: peer.endpoint(),
@@ -52,6 +52,6 @@ fn peer_table(facts: &Facts<'_>) -> PeerTable {
         };
         Some((peer.key(), entry))
     });
-    let peers = entries.chain(facts.static_peers.entries(link)).collect();
-    PeerTable { peers, own: facts.own_networks() }
+    let peers = entries.chain(input.static_peers.entries(link)).collect();
+    PeerTable { peers, own: input.own_networks() }
 }

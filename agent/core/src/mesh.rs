@@ -8,9 +8,9 @@
 //! | `Roster` | our membership, the nodes of the map, who was removed, who holds what |
 //! | `Peers` | for each node: its paths, its state |
 //! | `StaticPeers` | the peers of the configuration |
-//! | `Local` | our own candidates and uplinks |
-//! | `Homes` | the relays of the mesh, and where we are registered |
-//! | `Reflex` | the reflectors, and our addresses as they see them |
+//! | `LocalNode` | our own candidates and uplinks |
+//! | `HomeRelays` | the relays of the mesh, and where we are registered |
+//! | `StunClient` | the reflectors, and our addresses as they see them |
 //! | `Probing` | pings that wait for their pongs, and what bounds them |
 //! | `HostSettings` | what host and configuration add to the plan |
 //! | `Derived` | peer table and plan, as they were handed out last |
@@ -28,19 +28,19 @@ use towline_types::node::{Candidate, Grant, MeshConfig};
 use crate::counters::Counters;
 use crate::derived::Derived;
 use crate::effects::Effects;
-use crate::homes::{ChannelPeer, Homes};
-use crate::local::Local;
-use crate::path::{LocalEnd, Path};
-use crate::peer::{Around, Context, Peer};
+use crate::home_relays::{ChannelPeer, HomeRelays};
+use crate::local_node::LocalNode;
+use crate::path::{LocalAddress, Path};
+use crate::peer::{CallOrder, NetworkConditions, Peer, PeerContext};
 use crate::peer_table::Observation;
 use crate::peers::Peers;
 use crate::plan::UnderlayPlan;
 use crate::prefixes::is_private;
 use crate::probing::Probing;
-use crate::reflex::{Mapping, Reflex};
 use crate::roster::{Roster, RosterEvent};
-use crate::routing::{Facts, HostSettings};
+use crate::routing::{HostSettings, RoutingInput};
 use crate::static_peers::{StaticPeer, StaticPeerStatus, StaticPeers};
+use crate::stun_client::{Mapping, StunClient};
 use crate::timers::Timer;
 
 pub use crate::config::{Config, MapChange, Membership};
@@ -54,9 +54,9 @@ pub struct Mesh {
     roster: Roster,
     peers: Peers,
     static_peers: StaticPeers,
-    local: Local,
-    relays: Homes,
-    stun: Reflex,
+    local: LocalNode,
+    relays: HomeRelays,
+    stun: StunClient,
     probing: Probing,
     settings: HostSettings,
     derived: Derived,
@@ -70,12 +70,12 @@ impl Mesh {
         let membership = config.membership.take();
         let own = membership.as_ref().map(|own| own.grant.node_id);
         Self {
-            local: Local::new(membership.as_ref(), config.mtu),
-            relays: Homes::new(own.filter(|_| !config.relay)),
+            local: LocalNode::new(membership.as_ref(), config.mtu),
+            relays: HomeRelays::new(own.filter(|_| !config.relay)),
             roster: Roster::new(membership),
             peers: Peers::default(),
             static_peers: StaticPeers::default(),
-            stun: Reflex::default(),
+            stun: StunClient::default(),
             probing: Probing::new(config.boot_epoch),
             settings: HostSettings::new(config),
             derived: Derived::default(),
@@ -139,7 +139,7 @@ impl Mesh {
         let node = self.node_with(&peer);
         match (message, from) {
             (Probe::CallMe { boot_epoch, number, candidates }, _) => {
-                let order = (boot_epoch, number);
+                let order = CallOrder { boot_epoch, number };
                 match node {
                     Some(id) => {
                         self.with_peer(id, |peer, cx| peer.handle_call(cx, order, &candidates));
@@ -199,12 +199,12 @@ impl Mesh {
                     self.resolve();
                     self.static_peers.attempt(&mut self.fx, key);
                 }
-                Timer::Reflex => {
+                Timer::StunClient => {
                     if self.stun.handle_timeout(&mut self.fx, &self.local) {
                         self.advertise();
                     }
                 }
-                Timer::Homes => self.relays.handle_timeout(&mut self.fx, &self.local),
+                Timer::HomeRelays => self.relays.handle_timeout(&mut self.fx, &self.local),
                 Timer::OperatorPing(id) => self.probing.handle_operator_timeout(&mut self.fx, id),
             }
         }
@@ -238,7 +238,7 @@ impl Mesh {
     pub fn set_uplinks(
         &mut self,
         now: Instant,
-        uplinks: Vec<LocalEnd>,
+        uplinks: Vec<LocalAddress>,
         candidates: Vec<Candidate>,
     ) {
         self.fx.advance(now);
@@ -335,13 +335,13 @@ impl Mesh {
     /// The next thing to do. A changed peer table comes before what speaks of its peers.
     pub fn poll_output(&mut self) -> Option<Output> {
         self.resolve();
-        let facts = Facts {
+        let input = RoutingInput {
             settings: &self.settings,
             roster: &self.roster,
             peers: &self.peers,
             static_peers: &self.static_peers,
         };
-        self.derived.poll(&mut self.fx, &facts).or_else(|| self.fx.next_output())
+        self.derived.poll(&mut self.fx, &input).or_else(|| self.fx.next_output())
     }
 
     /// When [`Self::handle_timeout`] wants to be called, and why.
@@ -405,12 +405,12 @@ impl Mesh {
         let reason = match claim.and_then(|claim| claim.key_holder.as_ref()) {
             Some(holder) => format!("its WireGuard key is held by {holder}"),
             None => {
-                let around = Around {
-                    relays: !self.relays.is_empty(),
-                    silent: self.stun.silent(),
+                let conditions = NetworkConditions {
+                    has_relays: !self.relays.is_empty(),
+                    is_silent: self.stun.is_silent(),
                     mapping: self.mapping(),
                 };
-                peer.reason(self.fx.now, &self.local, around)
+                peer.reason(self.fx.now, &self.local, conditions)
             }
         };
         let relayed = peer.path().filter(Path::is_relayed);
@@ -470,14 +470,14 @@ impl Mesh {
         self.roster.key_holder(key)
     }
 
-    fn with_peer(&mut self, id: NodeId, f: impl FnOnce(&mut Peer, &mut Context<'_>)) {
+    fn with_peer(&mut self, id: NodeId, f: impl FnOnce(&mut Peer, &mut PeerContext<'_>)) {
         let (peers, mut cx) = self.peer_context();
         peers.with(&mut cx, id, f);
     }
 
     /// The peers, and what they may use of the other parts.
-    fn peer_context(&mut self) -> (&mut Peers, Context<'_>) {
-        let context = Context {
+    fn peer_context(&mut self) -> (&mut Peers, PeerContext<'_>) {
+        let context = PeerContext {
             fx: &mut self.fx,
             probing: &mut self.probing,
             relays: &mut self.relays,

@@ -8,7 +8,7 @@ use towline_types::frame::Probe;
 use towline_types::id::{NodeId, WireguardKey};
 use towline_types::node::Candidate;
 
-use crate::path::{LocalEnd, Path};
+use crate::path::{LocalAddress, Path};
 use crate::peer_table::PeerTable;
 use crate::plan::Plan;
 use crate::status::PeerState;
@@ -45,7 +45,7 @@ pub enum Output {
     /// This is no [`Self::Transmit`]: it is not sealed, and a reflector need not be a node.
     Stun {
         /// Address to send from; `None`: the kernel chooses.
-        local: Option<LocalEnd>,
+        local: Option<LocalAddress>,
         /// Address of the reflector.
         to: SocketAddr,
         /// Transaction id that the answer repeats.

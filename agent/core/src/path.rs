@@ -13,7 +13,7 @@ pub const CHANNEL_LIFETIME: Duration = Duration::from_secs(120);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Path {
     /// What we send from; `None`: the kernel chooses.
-    pub local: Option<LocalEnd>,
+    pub local: Option<LocalAddress>,
     /// The peer's outer address, or the relay's.
     pub remote: SocketAddr,
     /// The channel to the peer, where `remote` is a relay's address.
@@ -23,7 +23,7 @@ pub struct Path {
 /// One of our own addresses and the interface that it stands on: what packet info
 /// (`IP_PKTINFO`, `IPV6_PKTINFO`) says of a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct LocalEnd {
+pub struct LocalAddress {
     /// The address.
     pub address: IpAddr,
     /// The interface's index.

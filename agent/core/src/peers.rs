@@ -10,7 +10,7 @@ use towline_types::node::Node;
 
 use crate::changes::Change;
 use crate::effects::Effects;
-use crate::peer::{Context, Peer};
+use crate::peer::{Peer, PeerContext};
 
 /// A mesh of up to this many peers is kept connected throughout, so that an operator sees each path
 /// before it is needed; in a larger one a peer is connected when there is traffic for it.
@@ -28,7 +28,7 @@ pub(crate) struct Peers {
 
 impl Peers {
     /// Takes a node that is new, or whose record or grant is another one.
-    pub(crate) fn handle_node(&mut self, cx: &mut Context<'_>, node: Arc<Node>) {
+    pub(crate) fn handle_node(&mut self, cx: &mut PeerContext<'_>, node: Arc<Node>) {
         let id = node.id();
         if self.by_id.contains_key(&id) {
             self.with(cx, id, |peer, cx| peer.set_node(cx, node));
@@ -51,9 +51,9 @@ impl Peers {
     /// Lets one peer handle something. One that is unknown was removed: nothing happens.
     pub(crate) fn with(
         &mut self,
-        cx: &mut Context<'_>,
+        cx: &mut PeerContext<'_>,
         id: NodeId,
-        f: impl FnOnce(&mut Peer, &mut Context<'_>),
+        f: impl FnOnce(&mut Peer, &mut PeerContext<'_>),
     ) {
         if let Some(peer) = self.by_id.get_mut(&id) {
             tracked(peer, cx, f);
@@ -63,8 +63,8 @@ impl Peers {
     /// Lets every peer handle something.
     pub(crate) fn each(
         &mut self,
-        cx: &mut Context<'_>,
-        mut f: impl FnMut(&mut Peer, &mut Context<'_>),
+        cx: &mut PeerContext<'_>,
+        mut f: impl FnMut(&mut Peer, &mut PeerContext<'_>),
     ) {
         for peer in self.by_id.values_mut() {
             tracked(peer, cx, &mut f);
@@ -87,7 +87,11 @@ impl Peers {
 
 /// Lets a peer handle something, and marks its routes as changed if they follow from what became of
 /// it.
-fn tracked(peer: &mut Peer, cx: &mut Context<'_>, f: impl FnOnce(&mut Peer, &mut Context<'_>)) {
+fn tracked(
+    peer: &mut Peer,
+    cx: &mut PeerContext<'_>,
+    f: impl FnOnce(&mut Peer, &mut PeerContext<'_>),
+) {
     let before = (peer.state(), peer.mtu());
     f(peer, cx);
     if (peer.state(), peer.mtu()) != before {

@@ -7,6 +7,7 @@ use crate::budget::Unanswered;
 use crate::effects::Effects;
 use crate::output::Output;
 use crate::path::Path;
+use crate::peer::CallOrder;
 use crate::pings::{Pings, Purpose, Sent};
 use crate::timers::Timer;
 
@@ -37,9 +38,9 @@ impl Probing {
     }
 
     /// Returns boot epoch and number of the next call: together they only grow.
-    pub(crate) fn next_call(&mut self) -> (u64, u64) {
+    pub(crate) fn next_call(&mut self) -> CallOrder {
         self.calls += 1;
-        (self.boot_epoch, self.calls)
+        CallOrder { boot_epoch: self.boot_epoch, number: self.calls }
     }
 
     /// Begins an operator's ping, which ends after `timeout` at the latest.

@@ -100,7 +100,7 @@ fn replace<T: PartialEq>(value: &mut T, new: T, fx: &mut Effects, change: Change
 }
 
 /// Everything that plan and peer table follow from.
-pub(crate) struct Facts<'a> {
+pub(crate) struct RoutingInput<'a> {
     pub(crate) settings: &'a HostSettings,
     pub(crate) roster: &'a Roster,
     pub(crate) peers: &'a Peers,
@@ -121,20 +121,24 @@ struct Entry {
     via: RouteVia,
     route: RoutePlan,
     /// May arrive outside the tunnel.
-    plain: bool,
+    is_plain: bool,
     /// A node IP of a trusted site: only what our pods send there goes inside.
-    detour: bool,
+    is_detour: bool,
 }
 
 impl Routing {
     /// Derives the part of the plan that changed. Returns the plan if it is another one than the
     /// last.
-    pub(crate) fn update(&mut self, facts: &Facts<'_>, changed: &Scope) -> Option<Arc<Plan>> {
+    pub(crate) fn update(
+        &mut self,
+        input: &RoutingInput<'_>,
+        changed: &Scope,
+    ) -> Option<Arc<Plan>> {
         let patched = match (&self.plan, changed) {
-            (Some(plan), Scope::Nodes(nodes)) => self.patch(plan.clone(), facts, nodes),
+            (Some(plan), Scope::Nodes(nodes)) => self.patch(plan.clone(), input, nodes),
             _ => None,
         };
-        let plan = patched.unwrap_or_else(|| self.build(facts));
+        let plan = patched.unwrap_or_else(|| self.build(input));
         if self.plan.as_ref().is_some_and(|before| Arc::ptr_eq(before, &plan) || *before == plan) {
             return None;
         }
@@ -142,11 +146,11 @@ impl Routing {
         Some(plan)
     }
 
-    fn build(&mut self, facts: &Facts<'_>) -> Arc<Plan> {
-        let Facts { settings, roster, .. } = facts;
-        let nodes = facts.peers.iter().map(Peer::id);
-        self.by_node = nodes.map(|node| (node, facts.entries(node))).collect();
-        let to_static_peers = facts.static_entries();
+    fn build(&mut self, input: &RoutingInput<'_>) -> Arc<Plan> {
+        let RoutingInput { settings, roster, .. } = input;
+        let nodes = input.peers.iter().map(Peer::id);
+        self.by_node = nodes.map(|node| (node, input.entries(node))).collect();
+        let to_static_peers = input.static_entries();
         let mut entries: Vec<&Entry> =
             self.by_node.values().flatten().chain(&to_static_peers).collect();
         entries.sort_unstable_by_key(|entry| entry.net);
@@ -154,9 +158,9 @@ impl Routing {
         // What we announce is reached by the host's own routes, so it is left out. Our own
         // addresses need no hole: the local table comes before ours.
         let holes: Vec<IpNet> =
-            roster.own_prefixes().iter().filter(|net| !facts.is_node_ip(net)).copied().collect();
+            roster.own_prefixes().iter().filter(|net| !input.is_node_ip(net)).copied().collect();
         let held = entries.iter().map(|entry| entry.net);
-        let ever = facts.guarded_by_mesh().chain(held).chain(roster.withdrawn().iter().copied());
+        let ever = input.guarded_by_mesh().chain(held).chain(roster.withdrawn().iter().copied());
         let guarded = without(covering(ever.filter(|net| net.prefix_len() > 0)), &holes);
 
         let nowhere =
@@ -169,7 +173,7 @@ impl Routing {
             link: LinkPlan {
                 name: settings.link.clone(),
                 mtu: settings.mtu,
-                addresses: facts.addresses().map(IpNet::from).collect(),
+                addresses: input.addresses().map(IpNet::from).collect(),
             },
             table: settings.table,
             routes: routes.chain(nowhere).collect(),
@@ -177,15 +181,15 @@ impl Routing {
             pods: settings.pod_networks.iter().copied().collect(),
             detour: DetourPlan {
                 sources: holes.iter().copied().collect(),
-                destinations: nets(|entry| entry.detour),
+                destinations: nets(|entry| entry.is_detour),
             },
             underlay: settings.underlay.clone(),
             firewall: FirewallPlan {
                 table: settings.firewall_table.clone(),
-                plain: nets(|entry| entry.plain),
+                plain: nets(|entry| entry.is_plain),
                 native: nets(|entry| entry.via == RouteVia::Native),
                 guarded,
-                own: facts.own_networks(),
+                own: input.own_networks(),
             },
         })
     }
@@ -194,13 +198,13 @@ impl Routing {
     fn patch(
         &mut self,
         mut plan: Arc<Plan>,
-        facts: &Facts<'_>,
+        input: &RoutingInput<'_>,
         changed: &BTreeSet<NodeId>,
     ) -> Option<Arc<Plan>> {
         let mut gone = Vec::new();
         let mut new = Vec::new();
         for node in changed {
-            let entries = facts.entries(*node);
+            let entries = input.entries(*node);
             let before = self.by_node.remove(node).unwrap_or_default();
             gone.extend(before.iter().filter(|entry| !entries.contains(entry)).cloned());
             new.extend(entries.iter().filter(|entry| !before.contains(entry)).cloned());
@@ -220,27 +224,27 @@ impl Routing {
         }
         for entry in &new {
             patched.routes.insert((entry.net, entry.via), entry.route);
-            if entry.plain {
+            if entry.is_plain {
                 patched.firewall.plain.insert(entry.net);
             }
             if entry.via == RouteVia::Native {
                 patched.firewall.native.insert(entry.net);
             }
-            if entry.detour {
+            if entry.is_detour {
                 patched.detour.destinations.insert(entry.net);
             }
-            guard(patched, facts, entry.net)?;
+            guard(patched, input, entry.net)?;
         }
         for entry in &gone {
-            if !facts.ever_held(entry.net) {
-                release(patched, facts, entry.net)?;
+            if !input.ever_held(entry.net) {
+                release(patched, input, entry.net)?;
             }
         }
         Some(plan)
     }
 }
 
-impl Facts<'_> {
+impl RoutingInput<'_> {
     fn entries(&self, node: NodeId) -> Vec<Entry> {
         let (Some(claim), Some(peer), Some(ours)) =
             (self.roster.claim(node), self.peers.get(node), self.roster.membership())
@@ -270,8 +274,8 @@ impl Facts<'_> {
                 net: *net,
                 via: if native { RouteVia::Native } else { RouteVia::Link },
                 route,
-                plain: trusted || in_clear,
-                detour: trusted,
+                is_plain: trusted || in_clear,
+                is_detour: trusted,
             }
         };
         claim.prefixes.iter().filter(|net| net.prefix_len() > 0).map(entry).collect()
@@ -284,7 +288,7 @@ impl Facts<'_> {
             let ours = self.settings.addresses.iter().copied().chain(self.overlay());
             let source = of_family(net, ours);
             let route = RoutePlan { source, mtu: None };
-            Entry { net: *net, via: RouteVia::Link, route, plain: false, detour: false }
+            Entry { net: *net, via: RouteVia::Link, route, is_plain: false, is_detour: false }
         };
         self.static_peers.prefixes().map(entry).collect()
     }
@@ -332,9 +336,9 @@ impl Facts<'_> {
 }
 
 /// Guards one more network; `None` where it meets a hole.
-fn guard(plan: &mut Plan, facts: &Facts<'_>, net: IpNet) -> Option<()> {
+fn guard(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> {
     let meets = |own: &&IpNet| own.contains(&net) || net.contains(*own);
-    if facts.roster.own_prefixes().iter().any(|own| meets(&own)) {
+    if input.roster.own_prefixes().iter().any(|own| meets(&own)) {
         return None;
     }
     let guarded = &mut plan.firewall.guarded;
@@ -355,16 +359,16 @@ fn guard(plan: &mut Plan, facts: &Facts<'_>, net: IpNet) -> Option<()> {
 
 /// No longer guards a network that nobody ever held now; `None` where others lie inside, or around it: a
 /// wider network from which one of ours is cut out is guarded in pieces, and this may be one of them.
-fn release(plan: &mut Plan, facts: &Facts<'_>, net: IpNet) -> Option<()> {
+fn release(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> {
     if !plan.firewall.guarded.contains(&net) {
         return Some(());
     }
     let inside = |other: &IpNet| net.contains(other);
-    let mut around = std::iter::successors(net.supernet(), IpNet::supernet);
-    let needed = facts.guarded_by_mesh().any(|range| inside(&range) || range.contains(&net))
-        || facts.roster.withdrawn().range(net..).next().is_some_and(inside)
-        || around.any(|wider| facts.roster.withdrawn().contains(&wider))
-        || facts.roster.claims().overlaps(net);
+    let mut conditions = std::iter::successors(net.supernet(), IpNet::supernet);
+    let needed = input.guarded_by_mesh().any(|range| inside(&range) || range.contains(&net))
+        || input.roster.withdrawn().range(net..).next().is_some_and(inside)
+        || conditions.any(|wider| input.roster.withdrawn().contains(&wider))
+        || input.roster.claims().overlaps(net);
     if needed {
         return None;
     }

@@ -19,7 +19,7 @@ use towline_types::id::WireguardKey;
 
 use crate::changes::Change;
 use crate::effects::Effects;
-use crate::local::Local;
+use crate::local_node::LocalNode;
 use crate::output::Output;
 use crate::path::Path;
 use crate::peer::{DOWN_AFTER, jittered};
@@ -74,17 +74,17 @@ pub struct StaticPeerStatus {
 /// All of them.
 #[derive(Debug, Default)]
 pub(crate) struct StaticPeers {
-    by_key: BTreeMap<WireguardKey, Peer>,
+    by_key: BTreeMap<WireguardKey, ConfiguredPeer>,
 }
 
 #[derive(Debug)]
-struct Peer {
+struct ConfiguredPeer {
     config: StaticPeer,
     /// Of the configured prefixes those that it got.
     prefixes: Vec<IpNet>,
     conflicts: Vec<String>,
     /// It cannot be a peer: its key is another's.
-    refused: bool,
+    is_refused: bool,
     endpoint: Option<Path>,
     state: PeerState,
     since: Instant,
@@ -101,7 +101,7 @@ impl StaticPeers {
         for config in wanted {
             let peer = match before.remove(&config.public_key) {
                 Some(peer) => peer.following(fx, config),
-                None => Peer::new(fx, config),
+                None => ConfiguredPeer::new(fx, config),
             };
             self.by_key.insert(peer.config.public_key, peer);
         }
@@ -126,7 +126,7 @@ impl StaticPeers {
             peer.prefixes.clear();
             peer.conflicts.clear();
             let holder = key_holder(key);
-            peer.refused = holder.is_some();
+            peer.is_refused = holder.is_some();
             if let Some(holder) = holder {
                 peer.conflicts.push(format!("its WireGuard key is held by {holder}"));
                 continue;
@@ -153,7 +153,7 @@ impl StaticPeers {
 
     /// Their part of the peer table, over a link of this MTU.
     pub(crate) fn entries(&self, mtu: u16) -> impl Iterator<Item = (WireguardKey, PeerEntry)> {
-        self.by_key.iter().filter(|(_, peer)| !peer.refused).map(move |(key, peer)| {
+        self.by_key.iter().filter(|(_, peer)| !peer.is_refused).map(move |(key, peer)| {
             let entry = PeerEntry {
                 endpoint: peer.endpoint,
                 prefixes: peer.prefixes.clone(),
@@ -177,18 +177,18 @@ impl StaticPeers {
     pub(crate) fn handle_observation(
         &mut self,
         fx: &mut Effects,
-        local: &Local,
+        local: &LocalNode,
         key: WireguardKey,
         what: Observation,
     ) {
-        if let Some(peer) = self.by_key.get_mut(&key).filter(|peer| !peer.refused) {
+        if let Some(peer) = self.by_key.get_mut(&key).filter(|peer| !peer.is_refused) {
             peer.handle_observation(fx, local, what);
         }
     }
 
     /// The time for a handshake has come.
     pub(crate) fn attempt(&mut self, fx: &mut Effects, key: WireguardKey) {
-        if let Some(peer) = self.by_key.get_mut(&key).filter(|peer| !peer.refused) {
+        if let Some(peer) = self.by_key.get_mut(&key).filter(|peer| !peer.is_refused) {
             peer.call(fx);
         }
     }
@@ -214,14 +214,14 @@ impl StaticPeers {
     }
 }
 
-impl Peer {
+impl ConfiguredPeer {
     fn new(fx: &mut Effects, config: StaticPeer) -> Self {
         let peer = Self {
             endpoint: config.endpoint.map(Path::direct),
             config,
             prefixes: Vec::new(),
             conflicts: Vec::new(),
-            refused: false,
+            is_refused: false,
             state: PeerState::Idle,
             since: fx.now,
             trying_since: fx.now,
@@ -257,7 +257,7 @@ impl Peer {
         self.config.keepalive.is_some()
     }
 
-    fn handle_observation(&mut self, fx: &mut Effects, local: &Local, what: Observation) {
+    fn handle_observation(&mut self, fx: &mut Effects, local: &LocalNode, what: Observation) {
         match what {
             Observation::Handshake { from } => {
                 fx.timers.cancel(Timer::StaticAttempt(self.config.public_key));
@@ -318,8 +318,8 @@ impl Peer {
     }
 
     /// Something authentic came from there: answers go there.
-    fn heard(&mut self, fx: &mut Effects, local: &Local, from: Path) {
-        let usable = !from.is_relayed() && local.may_send_to(from.remote);
+    fn heard(&mut self, fx: &mut Effects, local: &LocalNode, from: Path) {
+        let usable = !from.is_relayed() && local.can_send_to(from.remote);
         if self.endpoint != Some(from) && usable {
             self.endpoint = Some(from);
             fx.mark(Change::Endpoint);
@@ -349,7 +349,7 @@ impl Peer {
     }
 
     fn reason(&self, now: Instant) -> String {
-        if self.refused {
+        if self.is_refused {
             return self.conflicts.join("; ");
         }
         let seconds = now.saturating_duration_since(self.trying_since).as_secs();

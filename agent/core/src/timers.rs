@@ -20,9 +20,9 @@ pub(crate) enum Timer {
     /// The next step of a search for a path's MTU.
     Mtu(NodeId),
     /// The next question to a reflector.
-    Reflex,
+    StunClient,
     /// The next registration with a relay.
-    Homes,
+    HomeRelays,
     /// An operator's ping is given up; the number is the caller's.
     OperatorPing(u64),
 }
@@ -34,8 +34,8 @@ impl Timer {
             Self::Attempt(_) | Self::StaticAttempt(_) => "attempt",
             Self::Probe(_) => "probe",
             Self::Mtu(_) => "mtu",
-            Self::Reflex => "reflex",
-            Self::Homes => "homes",
+            Self::StunClient => "reflex",
+            Self::HomeRelays => "homes",
             Self::OperatorPing(_) => "operator-ping",
         }
     }

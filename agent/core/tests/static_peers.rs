@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_core::mesh::{Config, MapChange, Membership, Mesh, Output, PeerState};
-use towline_core::path::{LocalEnd, Path};
+use towline_core::path::{LocalAddress, Path};
 use towline_core::peer_table::{Observation, PeerTable, PresharedKey};
 use towline_core::plan::{Plan, RouteVia, RulePlan};
 use towline_core::static_peers::{StaticPeer, StaticPeerStatus};
@@ -102,7 +102,7 @@ fn answers_follow_a_peer_that_roams_and_a_silent_one_is_sought_at_home_too() {
 fn answers_leave_from_the_address_that_was_called_until_our_addresses_change() {
     let mut us = Us::alone();
     us.set(vec![peer(2, &[])]);
-    let local = Some(LocalEnd { address: "192.0.2.1".parse().unwrap(), interface: 3 });
+    let local = Some(LocalAddress { address: "192.0.2.1".parse().unwrap(), interface: 3 });
     us.observe(Observation::Handshake { from: Path { local, ..path(AWAY) } });
     assert_eq!(us.table.peers[&key(2)].endpoint.unwrap().local, local);
     us.mesh.set_candidates(us.now, Vec::new());

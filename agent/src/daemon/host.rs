@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use towline_core::path::LocalEnd;
+use towline_core::path::LocalAddress;
 use towline_core::plan::Plan;
 use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
@@ -218,7 +218,7 @@ impl Host {
     }
 
     /// Returns the machine's own addresses that may reach the internet, each with its link.
-    pub(super) fn uplinks(&mut self, excluded: Vec<IpNet>) -> Vec<LocalEnd> {
+    pub(super) fn uplinks(&mut self, excluded: Vec<IpNet>) -> Vec<LocalAddress> {
         let addresses = match self.network.local_addresses() {
             Ok(addresses) => addresses,
             Err(error) => {
@@ -231,7 +231,7 @@ impl Host {
             .into_iter()
             .filter_map(|address| {
                 let local = addresses.iter().find(|local| local.prefix.addr() == address)?;
-                Some(LocalEnd { address, interface: local.index })
+                Some(LocalAddress { address, interface: local.index })
             })
             .take(limits::CANDIDATES / 2)
             .collect()
@@ -247,7 +247,10 @@ impl Host {
 }
 
 /// Returns the uplink addresses as candidates.
-pub(super) fn local_candidates(uplinks: &[LocalEnd], port: u16) -> impl Iterator<Item = Candidate> {
+pub(super) fn local_candidates(
+    uplinks: &[LocalAddress],
+    port: u16,
+) -> impl Iterator<Item = Candidate> {
     uplinks.iter().filter_map(move |uplink| {
         Candidate::new(CandidateKind::Local, SocketAddr::new(uplink.address, port))
     })

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rand::Rng as _;
 use towline_core::mesh::Transmit;
-use towline_core::path::{LocalEnd, Path};
+use towline_core::path::{LocalAddress, Path};
 use towline_proto::frame::{Probe, RELAYED_HEADER_BYTES};
 use towline_proto::id::WireguardKey;
 use towline_proto::stun;
@@ -41,7 +41,7 @@ impl Daemon {
 
     pub(super) fn ask_reflector(
         &self,
-        local: Option<LocalEnd>,
+        local: Option<LocalAddress>,
         to: SocketAddr,
         transaction: stun::Transaction,
     ) {

@@ -11,7 +11,7 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use towline_core::own_networks::OwnNetworks;
-use towline_core::path::{LocalEnd, Path};
+use towline_core::path::{LocalAddress, Path};
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_dataplane::Event;
 use towline_dataplane::arena::{
@@ -438,7 +438,7 @@ impl Input<'_> {
     fn sender(&mut self) -> Path {
         let number = self.below(6);
         let path = Path::from(address(number));
-        let local = LocalEnd { address: Ipv4Addr::new(10, 0, 0, 1).into(), interface: LINK };
+        let local = LocalAddress { address: Ipv4Addr::new(10, 0, 0, 1).into(), interface: LINK };
         if number == 0 { Path { local: Some(local), ..path } } else { path }
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_core::mesh::{Config, MapChange, Membership, Mesh, Output, PeerState, Transmit};
-use towline_core::path::{ChannelId, LocalEnd, Path};
+use towline_core::path::{ChannelId, LocalAddress, Path};
 use towline_core::peer_table::PeerTable;
 use towline_core::plan::{Plan, RulePlan};
 use towline_proto::frame::Probe;
@@ -460,9 +460,9 @@ impl Agent {
 }
 
 /// Returns the uplinks: every address is on an interface of its realm.
-fn uplinks(addresses: &[(RealmId, IpAddr)]) -> Vec<LocalEnd> {
+fn uplinks(addresses: &[(RealmId, IpAddr)]) -> Vec<LocalAddress> {
     let uplinks = addresses.iter();
-    uplinks.map(|(realm, ip)| LocalEnd { address: *ip, interface: *realm as u32 + 1 }).collect()
+    uplinks.map(|(realm, ip)| LocalAddress { address: *ip, interface: *realm as u32 + 1 }).collect()
 }
 
 /// Returns the configuration of the mesh that every simulated host is in.

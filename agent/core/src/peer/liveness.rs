@@ -71,7 +71,7 @@ impl Liveness {
     }
 
     /// Whether there ever was inner traffic.
-    pub(super) fn was_used(&self) -> bool {
+    pub(super) fn has_been_used(&self) -> bool {
         self.used.is_some()
     }
 

@@ -1,9 +1,9 @@
 //! One peer: how it is reached, and whether it still is.
 //!
 //! - [`paths`]: what is known of each path, and which is the best.
-//! - [`reach`]: where it might be reached, and what is sent there.
-//! - [`race`]: what is tried when, while there is none, or none good enough.
-//! - [`heard`]: what the peer, or a relay that knows it, says to us.
+//! - [`peer_candidates`]: where it might be reached, and what is sent there.
+//! - [`connect_schedule`]: what is tried when, while there is none, or none good enough.
+//! - [`inbound`]: what the peer, or a relay that knows it, says to us.
 //! - [`liveness`]: whether the one that carries traffic still does.
 //! - [`pmtu`]: how large a datagram it takes.
 //!
@@ -23,12 +23,12 @@
 //! nothing is lost, and the other node simply follows the handshake. One that is left behind on a
 //! relay moves by itself after a second. Either of them may leave a path that is dead.
 
-mod heard;
+mod connect_schedule;
+mod inbound;
 mod liveness;
 mod paths;
+mod peer_candidates;
 pub(crate) mod pmtu;
-mod race;
-mod reach;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -44,21 +44,21 @@ use towline_types::rate::TokenBucket;
 
 use crate::changes::Change;
 use crate::effects::Effects;
-use crate::homes::Homes;
-use crate::local::{Local, reachable};
+use crate::home_relays::HomeRelays;
+use crate::local_node::{LocalNode, is_reachable};
 use crate::output::Output;
 use crate::path::Path;
 use crate::peer_table::{Observation, REKEY_TIMEOUT};
 use crate::pings::Purpose;
 use crate::probing::Probing;
-use crate::reflex::Mapping;
 use crate::status::PeerState;
+use crate::stun_client::Mapping;
 use crate::timers::{Timer, Timers};
 
+use connect_schedule::ConnectSchedule;
 use liveness::{Liveness, Verdict};
 use paths::{HEARD_FOR, Paths, Tier};
 use pmtu::{INNER_MIN, Pmtu};
-use race::Race;
 
 /// Trying for longer than this is being down.
 pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(10);
@@ -74,22 +74,31 @@ const ALTERNATIVES: Duration = Duration::from_secs(10);
 const MTU_WAIT: Duration = Duration::from_millis(100);
 
 /// What a peer may use while it handles something.
-pub(crate) struct Context<'a> {
+pub(crate) struct PeerContext<'a> {
     pub(crate) fx: &'a mut Effects,
     pub(crate) probing: &'a mut Probing,
-    pub(crate) relays: &'a mut Homes,
-    pub(crate) local: &'a Local,
+    pub(crate) relays: &'a mut HomeRelays,
+    pub(crate) local: &'a LocalNode,
     /// True if the mesh is so small that all of it is kept connected.
     pub(crate) is_eager: bool,
 }
 
-/// What is known of the networks around, to explain how it stands with a peer.
+/// Position of a call among all calls of one node. It grows with each of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct CallOrder {
+    /// Start of the agent that sent the call.
+    pub(crate) boot_epoch: u64,
+    /// Number of the call since that start.
+    pub(crate) number: u64,
+}
+
+/// What is known of the networks conditions, to explain how it stands with a peer.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Around {
+pub(crate) struct NetworkConditions {
     /// The mesh has relays.
-    pub(crate) relays: bool,
+    pub(crate) has_relays: bool,
     /// No reflector ever answered.
-    pub(crate) silent: bool,
+    pub(crate) is_silent: bool,
     /// How our NAT maps.
     pub(crate) mapping: Option<Mapping>,
 }
@@ -102,13 +111,13 @@ pub(crate) struct Peer {
     since: Instant,
     /// When it was last up, or began to be tried.
     trying_since: Instant,
-    race: Race,
+    schedule: ConnectSchedule,
     /// The WireGuard endpoint: the way of the last handshake or authentic datagram.
     endpoint: Option<Path>,
     endpoint_since: Option<Instant>,
     /// The one before, and when it was left: late datagrams still come from there.
     left: Option<(Path, Instant)>,
-    session: bool,
+    has_session: bool,
     last_handshake: Option<Instant>,
     moved: Option<Instant>,
     compared: Option<Instant>,
@@ -117,7 +126,7 @@ pub(crate) struct Peer {
     pmtu: Pmtu,
     /// From signals: until when they are worth a try.
     signalled: BTreeMap<SocketAddr, Instant>,
-    heard_call: (u64, u64),
+    last_call: CallOrder,
     /// Answers on the path in use, and elsewhere.
     pongs: [TokenBucket; 2],
     calls: TokenBucket,
@@ -133,11 +142,11 @@ impl Peer {
             state,
             since: fx.now,
             trying_since: fx.now,
-            race: Race::new(fx.now),
+            schedule: ConnectSchedule::new(fx.now),
             endpoint: None,
             endpoint_since: None,
             left: None,
-            session: false,
+            has_session: false,
             last_handshake: None,
             moved: None,
             compared: None,
@@ -145,7 +154,7 @@ impl Peer {
             liveness: Liveness::default(),
             pmtu: Pmtu::default(),
             signalled: BTreeMap::new(),
-            heard_call: (0, 0),
+            last_call: CallOrder::default(),
             pongs: <[TokenBucket; 2]>::default(),
             calls: TokenBucket::default(),
             channels: TokenBucket::default(),
@@ -207,7 +216,7 @@ impl Peer {
     }
 
     /// A newer record, or another grant.
-    pub(crate) fn set_node(&mut self, cx: &mut Context<'_>, node: Arc<Node>) {
+    pub(crate) fn set_node(&mut self, cx: &mut PeerContext<'_>, node: Arc<Node>) {
         let (old, new) = (self.node.record(), node.record());
         let rebooted = new.boot_epoch > old.boot_epoch;
         let moved = new.candidates != old.candidates;
@@ -215,7 +224,7 @@ impl Peer {
         self.node = node;
         if other_key {
             // Another tunnel: nothing of the old one holds.
-            self.session = false;
+            self.has_session = false;
             self.set_endpoint(cx, None);
         }
         let wanted = cx.is_eager || self.state != PeerState::Idle;
@@ -238,7 +247,7 @@ impl Peer {
     /// Our own addresses or uplinks changed: whatever is not up may be now, and what is up may not
     /// be. Where traffic goes, everything is tried now, and by a handshake, so that the peer learns
     /// at once where we are. A path whose uplink is gone is dead, without waiting for the verdict.
-    pub(crate) fn handle_local_change(&mut self, cx: &mut Context<'_>) {
+    pub(crate) fn handle_local_change(&mut self, cx: &mut PeerContext<'_>) {
         self.paths.follow_uplinks(cx.local);
         let mut lost = false;
         if let Some(path) = self.endpoint {
@@ -249,7 +258,7 @@ impl Peer {
                     lost = true;
                     let other = self.paths.best(cx.fx.now, HEARD_FOR, None);
                     let same = cx.local.canonical(path);
-                    let same = cx.local.begins_here(&same).then_some(same);
+                    let same = cx.local.has_uplink_of(&same).then_some(same);
                     self.set_endpoint(cx, other.or(same));
                 }
             }
@@ -261,13 +270,13 @@ impl Peer {
                 self.set_state(cx, PeerState::Connecting);
                 self.try_anew(cx);
                 // The peer does not know yet that there is something to begin.
-                self.race.insist();
+                self.schedule.force();
             }
             PeerState::Up if wanted => {
-                self.race.restart(cx.fx.now);
+                self.schedule.restart(cx.fx.now);
                 let targets = self.targets(cx);
-                if self.race.may_answer(cx.fx.now, true) {
-                    self.race.answered(cx.fx.now);
+                if self.schedule.may_answer(cx.fx.now, true) {
+                    self.schedule.answered(cx.fx.now);
                     self.initiate(cx, targets.clone());
                 }
                 for to in targets {
@@ -280,17 +289,17 @@ impl Peer {
     }
 
     /// The time for the next round has come.
-    pub(crate) fn attempt(&mut self, cx: &mut Context<'_>) {
+    pub(crate) fn attempt(&mut self, cx: &mut PeerContext<'_>) {
         let wanted = cx.is_eager || self.liveness.is_recent(cx.fx.now);
         match self.state {
             // There is a path and the session is to be renewed on it.
-            PeerState::Up if !self.session && self.liveness.is_used(cx.fx.now) => {
-                let renewing = self.race.rounds() < 6;
+            PeerState::Up if !self.has_session && self.liveness.is_used(cx.fx.now) => {
+                let renewing = self.schedule.attempts() < 6;
                 if !renewing {
                     self.set_state(cx, PeerState::Connecting);
                 }
             }
-            PeerState::Up if !self.seeks_better(cx) => return,
+            PeerState::Up if !self.needs_better(cx) => return,
             PeerState::Connecting | PeerState::Down
                 if !wanted && cx.fx.now >= self.trying_since + self.patience() =>
             {
@@ -303,36 +312,36 @@ impl Peer {
             PeerState::Idle => self.set_state(cx, PeerState::Connecting),
             PeerState::Up | PeerState::Connecting | PeerState::Down => {}
         }
-        let connected = self.state == PeerState::Up && self.session;
-        let round = self.race.next(cx.fx.now, self.begins(cx.local), &mut cx.fx.rng);
-        if round.help {
-            self.seek_help(cx, round.number);
+        let connected = self.state == PeerState::Up && self.has_session;
+        let attempt = self.schedule.next(cx.fx.now, self.is_initiator(cx.local), &mut cx.fx.rng);
+        if attempt.seeks_help {
+            self.seek_help(cx, attempt.number);
         }
         let mut targets = self.targets(cx);
         if connected {
             targets.retain(|to| Some(*to) != self.endpoint);
-        } else if round.call {
-            self.race.called(cx.fx.now);
+        } else if attempt.has_initiation {
+            self.schedule.initiated(cx.fx.now);
             self.initiate(cx, targets.clone());
         }
         for to in targets {
             self.ping(cx, to, Purpose::Check);
         }
-        cx.fx.timers.set(Timer::Attempt(self.id()), cx.fx.now + round.pause);
+        cx.fx.timers.set(Timer::Attempt(self.id()), cx.fx.now + attempt.pause);
     }
 
     /// For how long it is tried in a mesh that connects on need, though nothing is sent to it.
     fn patience(&self) -> Duration {
-        if self.liveness.was_used() { IDLE_AFTER } else { DOWN_AFTER }
+        if self.liveness.has_been_used() { IDLE_AFTER } else { DOWN_AFTER }
     }
 
     /// The time for the next ping on the path has come, or for the verdict on the last one.
-    pub(crate) fn probe(&mut self, cx: &mut Context<'_>) {
+    pub(crate) fn probe(&mut self, cx: &mut PeerContext<'_>) {
         let Some(path) = self.path() else { return };
         let verdict = self.liveness.due(cx.fx.now, self.paths.wait(&path));
         if let Some(doubt) = self.liveness.doubtful()
             && let Some(other) = self.paths.best(cx.fx.now, cx.fx.now - doubt, Some(path))
-            && self.yields(path, other)
+            && self.can_yield(path, other)
         {
             self.take_over(cx, other);
             return;
@@ -359,7 +368,7 @@ impl Peer {
     }
 
     /// The time for the next step of the search for the path's MTU has come.
-    pub(crate) fn search_mtu(&mut self, cx: &mut Context<'_>) {
+    pub(crate) fn search_mtu(&mut self, cx: &mut PeerContext<'_>) {
         let Some(path) = self.path().filter(|path| self.pmtu.path() == Some(*path)) else { return };
         if !cx.is_eager && !self.liveness.is_used(cx.fx.now) {
             return;
@@ -377,14 +386,14 @@ impl Peer {
     }
 
     /// The data plane saw something.
-    pub(crate) fn handle_observation(&mut self, cx: &mut Context<'_>, what: Observation) {
+    pub(crate) fn handle_observation(&mut self, cx: &mut PeerContext<'_>, what: Observation) {
         match what {
             Observation::Handshake { from } => self.handshake(cx, from),
             Observation::Roamed { from } => self.roamed(cx, from),
             // The next round is scheduled; while up, the tunnel repeats its own re-key.
             Observation::HandshakeUnanswered => {}
             Observation::SessionExpired => {
-                self.session = false;
+                self.has_session = false;
                 if self.state != PeerState::Up || self.liveness.is_used(cx.fx.now) {
                     self.renew(cx);
                 } else if !cx.is_eager {
@@ -407,7 +416,7 @@ impl Peer {
     }
 
     /// Sends an operator's ping on the path, or to everywhere while there is none.
-    pub(crate) fn operator_ping(&mut self, cx: &mut Context<'_>, id: u64) {
+    pub(crate) fn operator_ping(&mut self, cx: &mut PeerContext<'_>, id: u64) {
         self.liveness.traffic(cx.fx.now);
         match self.path() {
             Some(path) => {
@@ -425,9 +434,14 @@ impl Peer {
     }
 
     /// Why it is not up, or up through a relay alone, in words for the operator; else empty.
-    pub(crate) fn reason(&self, now: Instant, local: &Local, around: Around) -> String {
+    pub(crate) fn reason(
+        &self,
+        now: Instant,
+        local: &LocalNode,
+        conditions: NetworkConditions,
+    ) -> String {
         if self.state == PeerState::Up {
-            return self.reason_for_relay(now, local, around).unwrap_or_default();
+            return self.reason_for_relay(now, local, conditions).unwrap_or_default();
         }
         if self.state == PeerState::Idle {
             return "nothing was sent to it yet".into();
@@ -446,11 +460,13 @@ impl Peer {
                 n => format!("trying {}", counted(n)),
             };
         }
-        if self.paths.any_answered(now) {
+        if self.paths.has_answered(now) {
             "it answers probes but no handshake: was its clock or ours set back?".into()
-        } else if around.silent {
+        } else if conditions.is_silent {
             format!("nothing ever answered us over UDP: does a firewall block it? ({tried_all})")
-        } else if !around.relays && !local.reachable() && !reachable(&self.node.record().candidates)
+        } else if !conditions.has_relays
+            && !local.is_reachable()
+            && !is_reachable(&self.node.record().candidates)
         {
             format!("both nodes are behind NAT and no relay is configured ({tried_all})")
         } else {
@@ -458,24 +474,29 @@ impl Peer {
         }
     }
 
-    fn reason_for_relay(&self, now: Instant, local: &Local, around: Around) -> Option<String> {
+    fn reason_for_relay(
+        &self,
+        now: Instant,
+        local: &LocalNode,
+        conditions: NetworkConditions,
+    ) -> Option<String> {
         self.path().filter(Path::is_relayed)?;
         let tried = match self.candidates(now, local).len() {
             0 => "it has published no address that we could call".into(),
             tried if now < self.since + DOWN_AFTER => format!("still trying {}", counted(tried)),
             tried => format!("no answer from {}", counted(tried)),
         };
-        let ours = match around.mapping {
+        let ours = match conditions.mapping {
             Some(Mapping::Dependent) => "our NAT takes another port for each peer, ",
             _ => "",
         };
         Some(format!("through a relay: {ours}{tried}"))
     }
 
-    fn handshake(&mut self, cx: &mut Context<'_>, from: Path) {
-        self.session = true;
+    fn handshake(&mut self, cx: &mut PeerContext<'_>, from: Path) {
+        self.has_session = true;
         self.last_handshake = Some(cx.fx.now);
-        if !cx.local.may_send_to(from.remote) {
+        if !cx.local.can_send_to(from.remote) {
             return;
         }
         let from = cx.local.canonical(from);
@@ -500,16 +521,16 @@ impl Peer {
     }
 
     /// Looks on for something better, unless there is nothing better.
-    fn settle(&self, cx: &mut Context<'_>) {
-        if self.seeks_better(cx) {
+    fn settle(&self, cx: &mut PeerContext<'_>) {
+        if self.needs_better(cx) {
             cx.fx.timers.set_no_later(Timer::Attempt(self.id()), cx.fx.now + MOVE_MIN);
         } else {
             cx.fx.timers.cancel(Timer::Attempt(self.id()));
         }
     }
 
-    fn roamed(&mut self, cx: &mut Context<'_>, from: Path) {
-        if !cx.local.may_send_to(from.remote) {
+    fn roamed(&mut self, cx: &mut PeerContext<'_>, from: Path) {
+        if !cx.local.can_send_to(from.remote) {
             return;
         }
         let from = cx.local.canonical(from);
@@ -523,7 +544,7 @@ impl Peer {
         let worse = self.path().is_some_and(|path| {
             Tier::of(&path) < Tier::of(&from) && self.paths.rtt(&path).is_some()
         });
-        if self.state == PeerState::Up && (late || worse || known && self.leads(cx.local)) {
+        if self.state == PeerState::Up && (late || worse || known && self.is_leader(cx.local)) {
             // We know of it, and chose another one: see whether that still works.
             self.ping(cx, from, Purpose::Check);
             cx.fx.timers.set_no_later(Timer::Probe(self.id()), cx.fx.now);
@@ -536,7 +557,7 @@ impl Peer {
     }
 
     /// Inner traffic.
-    fn traffic(&mut self, cx: &mut Context<'_>) {
+    fn traffic(&mut self, cx: &mut PeerContext<'_>) {
         let was_used = self.liveness.is_used(cx.fx.now);
         let unsure = self.liveness.traffic(cx.fx.now);
         if self.state != PeerState::Up || was_used {
@@ -545,22 +566,22 @@ impl Peer {
         let next = if unsure { cx.fx.now } else { cx.fx.now + Duration::from_secs(1) };
         cx.fx.timers.set_no_later(Timer::Probe(self.id()), next);
         cx.fx.timers.set_no_later(Timer::Mtu(self.id()), cx.fx.now);
-        if self.seeks_better(cx) {
+        if self.needs_better(cx) {
             self.hurry(cx);
         }
     }
 
     /// There is no session: a handshake on the path if there is one, else a round now; neither
     /// sooner after the last initiation than WireGuard would.
-    fn renew(&mut self, cx: &mut Context<'_>) {
-        self.session = false;
-        let last = self.race.last_call();
+    fn renew(&mut self, cx: &mut PeerContext<'_>) {
+        self.has_session = false;
+        let last = self.schedule.last_initiation();
         match self.path() {
             Some(path) => {
                 let rested = last.map_or(cx.fx.now, |at| (at + REKEY_TIMEOUT).max(cx.fx.now));
-                self.race.restart(cx.fx.now);
+                self.schedule.restart(cx.fx.now);
                 if rested <= cx.fx.now {
-                    self.race.called(cx.fx.now);
+                    self.schedule.initiated(cx.fx.now);
                     self.initiate(cx, vec![path]);
                 }
                 let wait = self.paths.wait(&path) * 2;
@@ -577,10 +598,10 @@ impl Peer {
     }
 
     /// Begins a new series of rounds, now.
-    fn try_anew(&mut self, cx: &mut Context<'_>) {
-        self.race.restart(cx.fx.now);
+    fn try_anew(&mut self, cx: &mut PeerContext<'_>) {
+        self.schedule.restart(cx.fx.now);
         match self.state {
-            PeerState::Up => self.session = false,
+            PeerState::Up => self.has_session = false,
             PeerState::Idle => self.set_state(cx, PeerState::Connecting),
             PeerState::Connecting | PeerState::Down => {}
         }
@@ -588,20 +609,20 @@ impl Peer {
     }
 
     /// Begins a new series of rounds for something better, but keeps what there is.
-    fn hurry(&mut self, cx: &mut Context<'_>) {
-        if self.race.began() + MOVE_MIN <= cx.fx.now {
-            self.race.restart(cx.fx.now);
+    fn hurry(&mut self, cx: &mut PeerContext<'_>) {
+        if self.schedule.began() + MOVE_MIN <= cx.fx.now {
+            self.schedule.restart(cx.fx.now);
         }
         cx.fx.timers.set_no_later(Timer::Attempt(self.id()), cx.fx.now);
     }
 
     /// Whether a doubtful path yields to another one that answers: sooner to one that is as good.
-    fn yields(&self, from: Path, to: Path) -> bool {
+    fn can_yield(&self, from: Path, to: Path) -> bool {
         Tier::of(&to) <= Tier::of(&from) || self.liveness.yields_to_worse()
     }
 
     /// Leaves a path that seems dead for one that answers.
-    fn take_over(&mut self, cx: &mut Context<'_>, to: Path) {
+    fn take_over(&mut self, cx: &mut PeerContext<'_>, to: Path) {
         self.set_endpoint(cx, Some(to));
         // So that the peer follows at once, whether or not we have something to send.
         self.initiate(cx, vec![to]);
@@ -611,7 +632,7 @@ impl Peer {
 
     /// Moves traffic to a better path by a handshake there, if it is we who decide, or if the one who
     /// does has left us behind on a relay: it may be on a better path already, and think that we are.
-    fn move_to_better(&mut self, cx: &mut Context<'_>, current: Path) {
+    fn move_to_better(&mut self, cx: &mut PeerContext<'_>, current: Path) {
         if self.moved.is_some_and(|at| cx.fx.now < at + MOVE_MIN) {
             return;
         }
@@ -623,16 +644,16 @@ impl Peer {
         let left_behind = current.is_relayed()
             && !better.is_relayed()
             && self.endpoint_since.is_some_and(|at| cx.fx.now >= at + LEFT_BEHIND);
-        if left_behind || self.leads(cx.local) {
+        if left_behind || self.is_leader(cx.local) {
             self.moved = Some(cx.fx.now);
             self.initiate(cx, vec![better]);
         }
     }
 
     /// Now and then pings the other good paths while one is in use.
-    fn compare(&mut self, cx: &mut Context<'_>, current: Path) {
+    fn compare(&mut self, cx: &mut PeerContext<'_>, current: Path) {
         let due = self.compared.is_none_or(|at| cx.fx.now >= at + ALTERNATIVES);
-        if due && self.liveness.is_used(cx.fx.now) && self.leads(cx.local) {
+        if due && self.liveness.is_used(cx.fx.now) && self.is_leader(cx.local) {
             self.compared = Some(cx.fx.now);
             for other in self.paths.alternatives(cx.fx.now, current) {
                 self.ping(cx, other, Purpose::Check);
@@ -641,14 +662,14 @@ impl Peer {
     }
 
     /// The peer listens, and this way is open: an initiation there, if it is ours to begin.
-    fn answer(&mut self, cx: &mut Context<'_>, to: Path) {
-        if self.race.may_answer(cx.fx.now, self.begins(cx.local)) {
-            self.race.answered(cx.fx.now);
+    fn answer(&mut self, cx: &mut PeerContext<'_>, to: Path) {
+        if self.schedule.may_answer(cx.fx.now, self.is_initiator(cx.local)) {
+            self.schedule.answered(cx.fx.now);
             self.initiate(cx, vec![to]);
         }
     }
 
-    fn set_state(&mut self, cx: &mut Context<'_>, to: PeerState) {
+    fn set_state(&mut self, cx: &mut PeerContext<'_>, to: PeerState) {
         if self.state == to {
             return;
         }
@@ -669,7 +690,7 @@ impl Peer {
     }
 
     /// The same path under another name, so what is known of it holds.
-    fn rename_endpoint(&mut self, cx: &mut Context<'_>, name: Path) {
+    fn rename_endpoint(&mut self, cx: &mut PeerContext<'_>, name: Path) {
         if self.pmtu.path() == self.endpoint {
             self.pmtu.rename(name);
         }
@@ -677,7 +698,7 @@ impl Peer {
         cx.fx.mark(Change::Endpoint);
     }
 
-    fn set_endpoint(&mut self, cx: &mut Context<'_>, endpoint: Option<Path>) {
+    fn set_endpoint(&mut self, cx: &mut PeerContext<'_>, endpoint: Option<Path>) {
         if self.endpoint == endpoint && (endpoint.is_none() || self.pmtu.path() == endpoint) {
             return;
         }
@@ -695,32 +716,32 @@ impl Peer {
     }
 
     /// Whether rounds go on although it is up: the path is relayed, or was only the first to answer.
-    fn seeks_better(&self, cx: &Context<'_>) -> bool {
+    fn needs_better(&self, cx: &PeerContext<'_>) -> bool {
         let Some(path) = self.path() else { return true };
         if !cx.is_eager && !self.liveness.is_used(cx.fx.now) {
             return false;
         }
-        path.is_relayed() || self.race.rounds() < 4 && self.paths_beside(cx, path)
+        path.is_relayed() || self.schedule.attempts() < 4 && self.paths_beside(cx, path)
     }
 
     /// Whether of the two nodes it is we who begin.
-    fn begins(&self, local: &Local) -> bool {
-        match (local.reachable(), reachable(&self.node.record().candidates)) {
+    fn is_initiator(&self, local: &LocalNode) -> bool {
+        match (local.is_reachable(), is_reachable(&self.node.record().candidates)) {
             (false, true) => true,
             (true, false) => false,
-            _ => self.leads(local),
+            _ => self.is_leader(local),
         }
     }
 
     /// Whether of the two nodes it is we who move traffic to a better path.
-    fn leads(&self, local: &Local) -> bool {
+    fn is_leader(&self, local: &LocalNode) -> bool {
         local.key() < Some(self.key())
     }
 
     /// Whether an idle path is pinged: in a small mesh always; else where a NAT of ours asks for it
     /// and the peer is recent.
-    fn keeps(&self, cx: &Context<'_>) -> bool {
-        cx.is_eager || self.liveness.is_recent(cx.fx.now) && !cx.local.reachable()
+    fn needs_keepalive(&self, cx: &PeerContext<'_>) -> bool {
+        cx.is_eager || self.liveness.is_recent(cx.fx.now) && !cx.local.is_reachable()
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use towline_types::limits;
 
-use crate::local::Local;
+use crate::local_node::LocalNode;
 use crate::path::Path;
 use crate::prefixes::is_private;
 use crate::rtt::Rtt;
@@ -23,7 +23,7 @@ const FASTER: Duration = Duration::from_millis(3);
 
 /// What is known of a path.
 #[derive(Debug, Default)]
-pub(super) struct Known {
+pub(super) struct KnownPath {
     pub(super) rtt: Rtt,
     /// When something authentic came from there.
     pub(super) heard: Option<Instant>,
@@ -60,16 +60,16 @@ impl Tier {
 /// See the module.
 #[derive(Debug, Default)]
 pub(super) struct Paths {
-    known: BTreeMap<Path, Known>,
+    known: BTreeMap<Path, KnownPath>,
 }
 
 impl Paths {
-    pub(super) fn get(&self, path: &Path) -> Option<&Known> {
+    pub(super) fn get(&self, path: &Path) -> Option<&KnownPath> {
         self.known.get(path)
     }
 
     /// Something authentic came from there; forgets what was so long ago, but not `keep`.
-    pub(super) fn heard(&mut self, now: Instant, from: Path, keep: Option<Path>) -> &mut Known {
+    pub(super) fn heard(&mut self, now: Instant, from: Path, keep: Option<Path>) -> &mut KnownPath {
         self.known.entry(from).or_default().heard = Some(now);
         let kept = |path: &Path| *path == from || Some(*path) == keep;
         let channels = self.known.keys().filter(|path| path.is_relayed()).count();
@@ -115,7 +115,7 @@ impl Paths {
     }
 
     /// Our uplinks are others now: forgets paths that began at one that is gone.
-    pub(super) fn follow_uplinks(&mut self, local: &Local) {
+    pub(super) fn follow_uplinks(&mut self, local: &LocalNode) {
         let known = std::mem::take(&mut self.known).into_iter();
         self.known = known.filter_map(|(path, known)| Some((local.still(path)?, known))).collect();
     }
@@ -165,7 +165,7 @@ impl Paths {
     }
 
     /// Whether any answered within the time that makes it worth a try.
-    pub(super) fn any_answered(&self, now: Instant) -> bool {
+    pub(super) fn has_answered(&self, now: Instant) -> bool {
         self.known.values().any(|known| works(known, now, HEARD_FOR))
     }
 
@@ -178,6 +178,6 @@ impl Paths {
     }
 }
 
-fn works(known: &Known, now: Instant, fresh: Duration) -> bool {
+fn works(known: &KnownPath, now: Instant, fresh: Duration) -> bool {
     known.answered.is_some_and(|at| now < at + fresh)
 }

@@ -49,7 +49,7 @@ pub(crate) struct Pmtu {
     bad: u16,
     tries: u8,
     /// The found size was answered again.
-    confirmed: bool,
+    is_confirmed: bool,
     found_at: Option<Instant>,
 }
 
@@ -100,7 +100,7 @@ impl Pmtu {
         match self.stage {
             Stage::Found => {
                 self.tries = 0;
-                self.confirmed = true;
+                self.is_confirmed = true;
                 // A larger one that was tried, to see whether the path grew.
                 self.good = self.good.max(size);
                 false
@@ -161,7 +161,7 @@ impl Pmtu {
                 self.halve(now)
             }
             Stage::Halving => self.halve(now),
-            Stage::Found if std::mem::take(&mut self.confirmed) => {
+            Stage::Found if std::mem::take(&mut self.is_confirmed) => {
                 Step { sizes: Vec::new(), pause: Some(CONFIRM) }
             }
             Stage::Found if self.tries > TRIES => {

@@ -18,10 +18,10 @@ use towline_core::mesh::{
     Config, MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit,
 };
 use towline_core::own_networks::OwnNetworks;
-use towline_core::path::{ChannelId, LocalEnd, Path};
+use towline_core::path::{ChannelId, LocalAddress, Path};
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::plan::{Plan, RouteVia, RulePlan};
-use towline_core::reflex::Mapping;
+use towline_core::stun_client::Mapping;
 use towline_types::frame::Probe;
 use towline_types::id::{IdentityKey, MeshId, NodeId, WireguardKey};
 use towline_types::node::{

@@ -245,8 +245,9 @@ fn a_thousand_peers_cost_nothing_until_there_is_traffic_for_one() {
 // Uplinks
 
 /// With two uplinks, peer 2 up by the first one, and both known to work.
-fn by_two_uplinks() -> (Us, [LocalEnd; 2]) {
-    let ends = [1, 2].map(|n| LocalEnd { address: [192, 168, n, 9].into(), interface: n.into() });
+fn by_two_uplinks() -> (Us, [LocalAddress; 2]) {
+    let ends =
+        [1, 2].map(|n| LocalAddress { address: [192, 168, n, 9].into(), interface: n.into() });
     let mut us = Us::new(1);
     us.mesh.set_uplinks(us.now, ends.to_vec(), vec![candidate(PRIVATE)]);
     us.upsert(peer(2).candidates(&[PUBLIC]));

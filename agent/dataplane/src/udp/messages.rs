@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::ptr;
 
 use socket2::{SockAddr, Socket};
-use towline_core::path::{LocalEnd, Path};
+use towline_core::path::{LocalAddress, Path};
 
 use super::{UDP_GRO, UDP_SEGMENT};
 use crate::arena::{GsoBatch, SLOT_BYTES};
@@ -48,7 +48,7 @@ impl Control {
     }
 
     /// Appends the local address and interface that the datagram leaves from.
-    fn put_local(&mut self, used: usize, local: LocalEnd) -> usize {
+    fn put_local(&mut self, used: usize, local: LocalAddress) -> usize {
         match local.address {
             IpAddr::V4(address) => {
                 // `in_pktinfo` has an interface, a source, and a third field that the kernel does
@@ -167,12 +167,12 @@ impl Headers {
                     (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
                         let info = ptr::read_unaligned(data.cast::<libc::in_pktinfo>());
                         let address = Ipv4Addr::from(u32::from_be(info.ipi_addr.s_addr)).into();
-                        local = Some(LocalEnd { address, interface: info.ipi_ifindex as u32 });
+                        local = Some(LocalAddress { address, interface: info.ipi_ifindex as u32 });
                     }
                     (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
                         let info = ptr::read_unaligned(data.cast::<libc::in6_pktinfo>());
                         let address = Ipv6Addr::from(info.ipi6_addr.s6_addr).into();
-                        local = Some(LocalEnd { address, interface: info.ipi6_ifindex as u32 });
+                        local = Some(LocalAddress { address, interface: info.ipi6_ifindex as u32 });
                     }
                     _ => {}
                 }

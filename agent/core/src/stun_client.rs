@@ -15,10 +15,10 @@ use towline_types::id::NodeId;
 use towline_types::node::{Candidate, CandidateKind, Node};
 
 use crate::effects::Effects;
-use crate::homes::{self, Homes};
-use crate::local::Local;
+use crate::home_relays::{self, HomeRelays};
+use crate::local_node::LocalNode;
 use crate::output::Output;
-use crate::path::{LocalEnd, Path};
+use crate::path::{LocalAddress, Path};
 use crate::timers::Timer;
 
 /// Reflectors that are asked for each uplink and family.
@@ -48,10 +48,10 @@ pub enum Mapping {
     Dependent,
 }
 
-type Query = (Option<LocalEnd>, SocketAddr);
+type Query = (Option<LocalAddress>, SocketAddr);
 
 #[derive(Debug, Default)]
-struct Asked {
+struct QueryState {
     transaction: Option<[u8; 12]>,
     tries: u32,
     due: Option<Instant>,
@@ -60,7 +60,7 @@ struct Asked {
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(crate) struct Reflex {
+pub(crate) struct StunClient {
     /// Reflectors that the controllers offer; asked first.
     offered: Vec<SocketAddr>,
     /// Relays of the mesh; asked next.
@@ -68,17 +68,17 @@ pub(crate) struct Reflex {
     /// Nodes that can be called, with their addresses; asked last. No more than
     /// [`PUBLIC_REFLECTORS`].
     public: BTreeMap<NodeId, Vec<SocketAddr>>,
-    queries: BTreeMap<Query, Asked>,
+    queries: BTreeMap<Query, QueryState>,
     /// Where peers saw our pings come from.
     observed: BTreeMap<SocketAddr, Instant>,
 }
 
-impl Reflex {
+impl StunClient {
     /// Takes the reflectors that the controllers offer, whole.
     pub(crate) fn set_offered(
         &mut self,
         fx: &mut Effects,
-        local: &Local,
+        local: &LocalNode,
         offered: Vec<SocketAddr>,
     ) {
         if self.offered != offered {
@@ -92,12 +92,12 @@ impl Reflex {
     pub(crate) fn handle_node(
         &mut self,
         fx: &mut Effects,
-        local: &Local,
+        local: &LocalNode,
         id: NodeId,
         node: Option<&Node>,
-        relays: Option<&Homes>,
+        relays: Option<&HomeRelays>,
     ) {
-        let public = node.map(homes::addresses).unwrap_or_default();
+        let public = node.map(home_relays::addresses).unwrap_or_default();
         let known = self.public.get(&id).map(Vec::as_slice).unwrap_or_default();
         let changed = known != public;
         let of_use = self.public.len() < PUBLIC_REFLECTORS || self.public.contains_key(&id);
@@ -116,12 +116,12 @@ impl Reflex {
 
     /// Our addresses or uplinks are others now: all reflectors are asked at once, and what was known
     /// holds only where the uplink is the same.
-    pub(crate) fn handle_local_change(&mut self, fx: &mut Effects, local: &Local) {
+    pub(crate) fn handle_local_change(&mut self, fx: &mut Effects, local: &LocalNode) {
         self.follow(fx, local, true);
     }
 
     /// The reflectors or (with `anew`) our addresses are others now.
-    fn follow(&mut self, fx: &mut Effects, local: &Local, anew: bool) {
+    fn follow(&mut self, fx: &mut Effects, local: &LocalNode, anew: bool) {
         let now = fx.now;
         let mut wanted: Vec<Query> = Vec::new();
         for v4 in [true, false] {
@@ -129,7 +129,7 @@ impl Reflex {
             let public = self.public.values().flatten();
             for address in self.offered.iter().chain(&self.relays).chain(public) {
                 let other = reflectors.iter().all(|known| known.ip() != address.ip());
-                if address.is_ipv4() == v4 && other && local.may_send_to(*address) {
+                if address.is_ipv4() == v4 && other && local.can_send_to(*address) {
                     reflectors.push(*address);
                 }
                 if reflectors.len() == REFLECTORS {
@@ -145,7 +145,8 @@ impl Reflex {
             let queries = std::mem::take(&mut self.queries).into_iter();
             let still = queries.filter_map(|((end, remote), asked)| {
                 let path = local.still(Path { local: end, remote, channel: None })?;
-                let asked = Asked { mapped: asked.mapped, due: Some(now), ..Asked::default() };
+                let asked =
+                    QueryState { mapped: asked.mapped, due: Some(now), ..QueryState::default() };
                 Some(((path.local, remote), asked))
             });
             self.queries = still.collect();
@@ -154,13 +155,13 @@ impl Reflex {
         for query in wanted {
             self.queries
                 .entry(query)
-                .or_insert_with(|| Asked { due: Some(now), ..Asked::default() });
+                .or_insert_with(|| QueryState { due: Some(now), ..QueryState::default() });
         }
         self.schedule(fx);
     }
 
     /// Asks the reflectors that it is time to ask. Returns whether an address of ours was forgotten.
-    pub(crate) fn handle_timeout(&mut self, fx: &mut Effects, local: &Local) -> bool {
+    pub(crate) fn handle_timeout(&mut self, fx: &mut Effects, local: &LocalNode) -> bool {
         let now = fx.now;
         let mut forgot = false;
         self.observed.retain(|_, at| {
@@ -180,7 +181,7 @@ impl Reflex {
             asked.transaction = Some(transaction);
             asked.due = Some(now + RETRY.pause(asked.tries, fx.rng.random()));
             asked.tries = asked.tries.saturating_add(1);
-            if local.may_send_to(*to) {
+            if local.can_send_to(*to) {
                 fx.output(Output::Stun { local: *end, to: *to, transaction });
             }
         }
@@ -192,7 +193,7 @@ impl Reflex {
     pub(crate) fn handle_answer(
         &mut self,
         fx: &mut Effects,
-        local: &Local,
+        local: &LocalNode,
         from: SocketAddr,
         transaction: [u8; 12],
         mapped: SocketAddr,
@@ -206,7 +207,7 @@ impl Reflex {
             return false;
         };
         let usable = Candidate::new(CandidateKind::Reflexive, mapped)
-            .filter(|c| !local.inside(c.address().ip()) && mapped.is_ipv4() == from.is_ipv4());
+            .filter(|c| !local.is_inside(c.address().ip()) && mapped.is_ipv4() == from.is_ipv4());
         let Some(candidate) = usable else {
             fx.counters.stun_refused += 1;
             return false;
@@ -225,11 +226,11 @@ impl Reflex {
     pub(crate) fn handle_observed(
         &mut self,
         now: Instant,
-        local: &Local,
+        local: &LocalNode,
         address: SocketAddr,
     ) -> bool {
         let usable = Candidate::new(CandidateKind::Reflexive, address)
-            .is_some_and(|c| !local.inside(c.address().ip()) && !local.is_own(c.address()));
+            .is_some_and(|c| !local.is_inside(c.address().ip()) && !local.is_own(c.address()));
         if !usable || self.known().any(|known| known == address) {
             if let Some(at) = self.observed.get_mut(&address) {
                 *at = now;
@@ -251,9 +252,9 @@ impl Reflex {
     }
 
     /// How the NAT maps, for the family for which two reflectors answered; IPv4 first.
-    pub(crate) fn mapping(&self, local: &Local) -> Option<Mapping> {
+    pub(crate) fn mapping(&self, local: &LocalNode) -> Option<Mapping> {
         [true, false].into_iter().find_map(|v4| {
-            let mut seen: BTreeMap<Option<LocalEnd>, Vec<SocketAddr>> = BTreeMap::new();
+            let mut seen: BTreeMap<Option<LocalAddress>, Vec<SocketAddr>> = BTreeMap::new();
             for ((end, to), asked) in &self.queries {
                 if to.is_ipv4() == v4
                     && let Some((mapped, _)) = asked.mapped
@@ -273,7 +274,7 @@ impl Reflex {
     }
 
     /// Whether several reflectors were asked a few times and none ever answered.
-    pub(crate) fn silent(&self) -> bool {
+    pub(crate) fn is_silent(&self) -> bool {
         self.queries.len() >= REFLECTORS
             && self.queries.values().all(|asked| asked.mapped.is_none() && asked.tries > 3)
     }
@@ -285,8 +286,8 @@ impl Reflex {
 
     fn schedule(&self, fx: &mut Effects) {
         match self.queries.values().filter_map(|asked| asked.due).min() {
-            Some(due) => fx.timers.set(Timer::Reflex, due),
-            None => fx.timers.cancel(Timer::Reflex),
+            Some(due) => fx.timers.set(Timer::StunClient, due),
+            None => fx.timers.cancel(Timer::StunClient),
         }
     }
 }

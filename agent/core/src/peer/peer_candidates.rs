@@ -8,8 +8,8 @@ use towline_types::limits;
 use towline_types::node::Candidate;
 
 use super::paths::Tier;
-use super::{Context, Peer};
-use crate::local::{Local, preference, reachable};
+use super::{CallOrder, Peer, PeerContext};
+use crate::local_node::{LocalNode, is_reachable, preference};
 use crate::output::{Output, Transmit};
 use crate::path::Path;
 use crate::pings::{Purpose, Sent};
@@ -19,7 +19,7 @@ use crate::prefixes::is_private;
 const TARGETS: usize = 48;
 
 impl Peer {
-    pub(super) fn initiate(&self, cx: &mut Context<'_>, mut to: Vec<Path>) {
+    pub(super) fn initiate(&self, cx: &mut PeerContext<'_>, mut to: Vec<Path>) {
         to.truncate(limits::CANDIDATES);
         to.retain(|path| self.may_send(cx, path));
         if !to.is_empty() {
@@ -27,7 +27,7 @@ impl Peer {
         }
     }
 
-    pub(super) fn ping(&mut self, cx: &mut Context<'_>, to: Path, purpose: Purpose) {
+    pub(super) fn ping(&mut self, cx: &mut PeerContext<'_>, to: Path, purpose: Purpose) {
         if !self.may_send(cx, &to) {
             return;
         }
@@ -47,7 +47,7 @@ impl Peer {
     }
 
     /// Whoever never answers gets only so much. The path in use is another matter: it has.
-    fn may_send(&self, cx: &mut Context<'_>, to: &Path) -> bool {
+    fn may_send(&self, cx: &mut PeerContext<'_>, to: &Path) -> bool {
         let free =
             self.path() == Some(*to) || cx.probing.unanswered.take(cx.fx.now, to.remote.ip());
         cx.fx.counters.probes_withheld += u64::from(!free);
@@ -55,7 +55,7 @@ impl Peer {
     }
 
     /// Its candidates, as far as we may send there, the likeliest first.
-    pub(super) fn candidates(&self, now: Instant, local: &Local) -> Vec<SocketAddr> {
+    pub(super) fn candidates(&self, now: Instant, local: &LocalNode) -> Vec<SocketAddr> {
         let same_site =
             self.node.grant().site.is_some() && self.node.grant().site.as_ref() == local.site();
         let rank = |c: &Candidate| {
@@ -64,13 +64,13 @@ impl Peer {
         };
         let published = self.node.record().candidates.iter();
         let mut usable: Vec<_> =
-            published.filter(|c| local.may_send_to(c.address())).map(rank).collect();
+            published.filter(|c| local.can_send_to(c.address())).map(rank).collect();
         let signalled = self.signalled.iter().filter(|(_, until)| now < **until);
         usable.extend(signalled.map(|(address, _)| (3, 0, *address)));
         usable.sort_unstable();
         let mut addresses: Vec<SocketAddr> = Vec::with_capacity(usable.len());
         for (_, _, address) in usable {
-            if !addresses.contains(&address) && local.may_send_to(address) {
+            if !addresses.contains(&address) && local.can_send_to(address) {
                 addresses.push(address);
             }
         }
@@ -79,12 +79,12 @@ impl Peer {
 
     /// What a round tries: the last path, where it was heard from lately, every candidate from every
     /// uplink.
-    pub(super) fn targets(&self, cx: &Context<'_>) -> Vec<Path> {
+    pub(super) fn targets(&self, cx: &PeerContext<'_>) -> Vec<Path> {
         let mut targets: Vec<Path> = self.endpoint.into_iter().collect();
         let candidates = self.candidates(cx.fx.now, cx.local);
         let direct = candidates.iter().flat_map(|to| cx.local.paths_to(*to));
         for to in self.paths.recent(cx.fx.now).into_iter().chain(direct) {
-            if !targets.contains(&to) && cx.local.may_send_to(to.remote) {
+            if !targets.contains(&to) && cx.local.can_send_to(to.remote) {
                 targets.push(to);
             }
         }
@@ -92,19 +92,19 @@ impl Peer {
         targets
     }
 
-    pub(super) fn paths_beside(&self, cx: &Context<'_>, path: Path) -> bool {
+    pub(super) fn paths_beside(&self, cx: &PeerContext<'_>, path: Path) -> bool {
         let tier = Tier::of(&path);
         self.targets(cx).iter().any(|to| *to != path && Tier::of(to) <= tier)
     }
 
     /// Asks the peer to call us, and relays for channels to it.
-    pub(super) fn seek_help(&self, cx: &mut Context<'_>, turn: u32) {
+    pub(super) fn seek_help(&self, cx: &mut PeerContext<'_>, turn: u32) {
         let callable = !cx.local.candidates().is_empty() || !cx.relays.is_empty();
         let relayed =
             self.path().filter(Path::is_relayed).filter(|_| self.liveness.doubtful().is_none());
-        let far = !reachable(&self.node.record().candidates) || !cx.local.reachable();
+        let far = !is_reachable(&self.node.record().candidates) || !cx.local.is_reachable();
         if callable && (far || turn > 0) && (relayed.is_some() || cx.local.is_connected()) {
-            let (boot_epoch, number) = cx.probing.next_call();
+            let CallOrder { boot_epoch, number } = cx.probing.next_call();
             let candidates = cx.local.candidates().to_vec();
             cx.fx.output(Output::Transmit(Transmit {
                 peer: self.key(),

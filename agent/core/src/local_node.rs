@@ -11,7 +11,7 @@ use towline_types::node::{Candidate, CandidateKind, Grant, MeshConfig};
 use crate::config::Membership;
 use crate::effects::Effects;
 use crate::output::Output;
-use crate::path::{LocalEnd, Path};
+use crate::path::{LocalAddress, Path};
 use crate::prefixes::is_private;
 
 /// Uplinks of one family that are used.
@@ -19,7 +19,7 @@ const UPLINKS: usize = 4;
 
 /// Ourselves.
 #[derive(Debug)]
-pub(crate) struct Local {
+pub(crate) struct LocalNode {
     key: Option<WireguardKey>,
     site: Option<Label>,
     /// MTU of the TUN link, in bytes.
@@ -30,16 +30,16 @@ pub(crate) struct Local {
     /// Where the host's and the configuration's end and the reflexive ones begin.
     own: usize,
     /// One address of each interface and family that leads outwards.
-    uplinks: Vec<LocalEnd>,
+    uplinks: Vec<LocalAddress>,
     /// The same as paths are named by them still, see [`Self::still`].
-    named_by: Vec<LocalEnd>,
+    named_by: Vec<LocalAddress>,
     /// Whether a controller takes signals.
-    connected: bool,
+    is_connected: bool,
     /// The overlay's ranges: a datagram to an address in there would enter the tunnel.
     overlay: Vec<IpNet>,
 }
 
-impl Local {
+impl LocalNode {
     pub(crate) fn new(membership: Option<&Membership>, link_mtu: u32) -> Self {
         let mut local = Self {
             key: None,
@@ -50,7 +50,7 @@ impl Local {
             own: 0,
             uplinks: Vec::new(),
             named_by: Vec::new(),
-            connected: false,
+            is_connected: false,
             overlay: Vec::new(),
         };
         if let Some(Membership { grant, mesh }) = membership {
@@ -76,15 +76,15 @@ impl Local {
 
     /// Whether a controller takes signals.
     pub(crate) fn is_connected(&self) -> bool {
-        self.connected
+        self.is_connected
     }
 
     pub(crate) fn candidates(&self) -> &[Candidate] {
         &self.candidates
     }
 
-    pub(crate) fn set_controller_connected(&mut self, connected: bool) {
-        self.connected = connected;
+    pub(crate) fn set_controller_connected(&mut self, is_connected: bool) {
+        self.is_connected = is_connected;
     }
 
     /// Takes the candidates of host and configuration. Returns whether they changed; if so,
@@ -113,7 +113,7 @@ impl Local {
     ) {
         let host = self.host_candidates.iter().copied();
         let mut candidates: Vec<Candidate> =
-            host.filter(|c| !self.inside(c.address().ip())).collect();
+            host.filter(|c| !self.is_inside(c.address().ip())).collect();
         candidates.extend(reflexive);
         candidates.sort_unstable_by_key(|c| (preference(c.kind()), c.address()));
         let mut seen = BTreeSet::new();
@@ -130,19 +130,19 @@ impl Local {
     }
 
     /// Whether others can begin a conversation with us.
-    pub(crate) fn reachable(&self) -> bool {
-        reachable(&self.candidates)
+    pub(crate) fn is_reachable(&self) -> bool {
+        is_reachable(&self.candidates)
     }
 
     /// Whether a datagram to `ip` would enter the tunnel, or never leave.
-    pub(crate) fn inside(&self, ip: IpAddr) -> bool {
+    pub(crate) fn is_inside(&self, ip: IpAddr) -> bool {
         self.overlay.iter().any(|net| net.contains(&ip))
     }
 
     /// Whether we may send datagrams of ours there.
-    pub(crate) fn may_send_to(&self, to: SocketAddr) -> bool {
+    pub(crate) fn can_send_to(&self, to: SocketAddr) -> bool {
         Candidate::new(CandidateKind::Local, to).is_some()
-            && !self.inside(to.ip())
+            && !self.is_inside(to.ip())
             && !self.is_own(to)
     }
 
@@ -154,11 +154,11 @@ impl Local {
 
     /// Takes our uplinks: one address for each interface and family. Says whether they changed; if
     /// so, every path is to be named anew, by [`Self::still`], before [`Self::named`] ends that.
-    pub(crate) fn set_uplinks(&mut self, uplinks: Vec<LocalEnd>) -> bool {
+    pub(crate) fn set_uplinks(&mut self, uplinks: Vec<LocalAddress>) -> bool {
         let mut seen = BTreeSet::new();
-        let kept: Vec<LocalEnd> = uplinks
+        let kept: Vec<LocalAddress> = uplinks
             .into_iter()
-            .filter(|end| !self.inside(end.address))
+            .filter(|end| !self.is_inside(end.address))
             .filter(|end| seen.insert((end.interface, end.address.is_ipv4())))
             .collect();
         let changed = kept != self.uplinks;
@@ -177,7 +177,7 @@ impl Local {
         if local.is_some_and(|local| !self.uplinks.contains(&local)) {
             return None;
         }
-        Some(self.canonical(Path { local, ..path })).filter(|path| self.begins_here(path))
+        Some(self.canonical(Path { local, ..path })).filter(|path| self.has_uplink_of(path))
     }
 
     /// Every path has its new name.
@@ -187,7 +187,7 @@ impl Local {
 
     /// What to send from, for one family: each uplink where there are several, else what the kernel
     /// chooses.
-    pub(crate) fn ends(&self, v4: bool) -> Vec<Option<LocalEnd>> {
+    pub(crate) fn ends(&self, v4: bool) -> Vec<Option<LocalAddress>> {
         let of_family: Vec<_> =
             self.uplinks.iter().filter(|end| end.address.is_ipv4() == v4).take(UPLINKS).collect();
         if of_family.len() < 2 {
@@ -213,7 +213,7 @@ impl Local {
     }
 
     /// Whether a path begins at an uplink that we (still) have.
-    pub(crate) fn begins_here(&self, path: &Path) -> bool {
+    pub(crate) fn has_uplink_of(&self, path: &Path) -> bool {
         self.ends(path.remote.is_ipv4()).contains(&path.local)
     }
 
@@ -225,7 +225,7 @@ impl Local {
 
 /// Whether a node with these candidates can be called by one that it never called: it has a
 /// public or a configured one.
-pub(crate) fn reachable(candidates: &[Candidate]) -> bool {
+pub(crate) fn is_reachable(candidates: &[Candidate]) -> bool {
     candidates.iter().any(|c| match c.kind() {
         CandidateKind::Configured => true,
         CandidateKind::Local => !is_private(c.address().ip()),

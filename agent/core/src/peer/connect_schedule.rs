@@ -10,7 +10,7 @@
 //!  relay   ●          ●                ●                 channels at the peer's homes
 //! ```
 //!
-//! Of the two nodes one begins (●, ○ the other): the one that cannot be called, else the one with
+//! Of the two nodes one is_initiator (●, ○ the other): the one that cannot be called, else the one with
 //! the lower key. The other one holds its initiations back, so that they do not cross, but not its
 //! pings: a ping proves to the beginner that its peer is listening by now and that this way is
 //! open, so it initiates right there, at once. That is what opens a NAT from both sides within one
@@ -43,41 +43,41 @@ const ANSWER_PAUSE: Duration = Duration::from_millis(40);
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Race {
+pub(super) struct ConnectSchedule {
     began: Instant,
     /// Nobody else would begin.
-    insists: bool,
-    round: u32,
-    calls: u32,
-    last_call: Option<Instant>,
+    is_forced: bool,
+    attempts: u32,
+    initiations: u32,
+    last_initiation: Option<Instant>,
 }
 
 /// What one round does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Round {
+pub(super) struct Attempt {
     /// Its number.
     pub(super) number: u32,
     /// Send initiations too.
-    pub(super) call: bool,
+    pub(super) has_initiation: bool,
     /// Signal the peer, and see about channels.
-    pub(super) help: bool,
+    pub(super) seeks_help: bool,
     /// When the next one follows.
     pub(super) pause: Duration,
 }
 
-impl Race {
+impl ConnectSchedule {
     pub(super) fn new(now: Instant) -> Self {
-        Self { began: now, insists: false, round: 0, calls: 0, last_call: None }
+        Self { began: now, is_forced: false, attempts: 0, initiations: 0, last_initiation: None }
     }
 
     /// From the beginning again.
     pub(super) fn restart(&mut self, now: Instant) {
-        (self.began, self.insists, self.round, self.calls) = (now, false, 0, 0);
+        (self.began, self.is_forced, self.attempts, self.initiations) = (now, false, 0, 0);
     }
 
-    /// Does not hold initiations back, whoever begins: only we know that there is something to begin.
-    pub(super) fn insist(&mut self) {
-        self.insists = true;
+    /// Does not hold initiations back, whoever is_initiator: only we know that there is something to begin.
+    pub(super) fn force(&mut self) {
+        self.is_forced = true;
     }
 
     /// Since when this race runs.
@@ -86,58 +86,58 @@ impl Race {
     }
 
     /// How many rounds there were.
-    pub(super) fn rounds(&self) -> u32 {
-        self.round
+    pub(super) fn attempts(&self) -> u32 {
+        self.attempts
     }
 
     /// The next round; `begins`: it is we who begin.
-    pub(super) fn next(&mut self, now: Instant, begins: bool, rng: &mut StdRng) -> Round {
-        let number = self.round;
-        self.round = self.round.saturating_add(1);
+    pub(super) fn next(&mut self, now: Instant, is_initiator: bool, rng: &mut StdRng) -> Attempt {
+        let number = self.attempts;
+        self.attempts = self.attempts.saturating_add(1);
         let pause = match PAUSES.get(number as usize) {
             Some(pause) => Jitter::Tenth.apply(*pause, rng.random()),
             None => BACKOFF.pause(number - PAUSES.len() as u32, rng.random()),
         };
-        let call = self.may_begin(now, begins) && self.may_call(now);
-        Round {
+        let has_initiation = self.can_begin(now, is_initiator) && self.can_initiate(now);
+        Attempt {
             number,
-            call,
-            help: number.is_multiple_of(2) || number as usize > PAUSES.len(),
+            has_initiation,
+            seeks_help: number.is_multiple_of(2) || number as usize > PAUSES.len(),
             pause,
         }
     }
 
     /// An initiation went out to everywhere.
-    pub(super) fn called(&mut self, now: Instant) {
-        self.calls = self.calls.saturating_add(1);
-        self.last_call = Some(now);
+    pub(super) fn initiated(&mut self, now: Instant) {
+        self.initiations = self.initiations.saturating_add(1);
+        self.last_initiation = Some(now);
     }
 
     /// Whether an initiation may answer to something that the peer sent just now.
-    pub(super) fn may_answer(&self, now: Instant, begins: bool) -> bool {
-        let rested = self.last_call.is_none_or(|at| now >= at + ANSWER_PAUSE);
-        rested && self.may_begin(now, begins)
+    pub(super) fn may_answer(&self, now: Instant, is_initiator: bool) -> bool {
+        let rested = self.last_initiation.is_none_or(|at| now >= at + ANSWER_PAUSE);
+        rested && self.can_begin(now, is_initiator)
     }
 
     /// An initiation answered to something of the peer.
     pub(super) fn answered(&mut self, now: Instant) {
-        self.last_call = Some(now);
+        self.last_initiation = Some(now);
     }
 
     /// When an initiation was sent last.
-    pub(super) fn last_call(&self) -> Option<Instant> {
-        self.last_call
+    pub(super) fn last_initiation(&self) -> Option<Instant> {
+        self.last_initiation
     }
 
-    fn may_begin(&self, now: Instant, begins: bool) -> bool {
-        begins || self.insists || now >= self.began + YIELD
+    fn can_begin(&self, now: Instant, is_initiator: bool) -> bool {
+        is_initiator || self.is_forced || now >= self.began + YIELD
     }
 
-    fn may_call(&self, now: Instant) -> bool {
-        let pause = match self.calls {
+    fn can_initiate(&self, now: Instant) -> bool {
+        let pause = match self.initiations {
             0 => ANSWER_PAUSE,
             calls => (CALL_PAUSE * 2u32.pow(calls.min(5) - 1)).min(SLOW),
         };
-        self.last_call.is_none_or(|at| now >= at + pause)
+        self.last_initiation.is_none_or(|at| now >= at + pause)
     }
 }

@@ -8,7 +8,7 @@ use towline_types::limits;
 use towline_types::node::Candidate;
 use towline_types::rate::Rate;
 
-use super::{Context, Peer};
+use super::{CallOrder, Peer, PeerContext};
 use crate::path::Path;
 use crate::pings::{Purpose, Sent};
 use crate::status::PeerState;
@@ -27,8 +27,8 @@ const CHANNELS: Rate = Rate::per_second(32, 32);
 
 impl Peer {
     /// An authentic ping came.
-    pub(crate) fn handle_ping(&mut self, cx: &mut Context<'_>, from: Path, transaction: u64) {
-        if !cx.local.may_send_to(from.remote) {
+    pub(crate) fn handle_ping(&mut self, cx: &mut PeerContext<'_>, from: Path, transaction: u64) {
+        if !cx.local.can_send_to(from.remote) {
             return;
         }
         // Whoever replays pings from elsewhere does not use up what the path in use needs.
@@ -65,7 +65,7 @@ impl Peer {
     }
 
     /// An authentic pong came, answering `sent`, from where that was sent to.
-    pub(crate) fn handle_pong(&mut self, cx: &mut Context<'_>, sent: &Sent) {
+    pub(crate) fn handle_pong(&mut self, cx: &mut PeerContext<'_>, sent: &Sent) {
         let path = sent.to;
         let rtt = cx.fx.now.saturating_duration_since(sent.at);
         cx.probing.unanswered.answered(path.remote.ip());
@@ -82,7 +82,7 @@ impl Peer {
                     // Other paths were asked too: they may be better all the same.
                     self.compared = None;
                 }
-                match self.liveness.pong(cx.fx.now, sent.at, self.keeps(cx)) {
+                match self.liveness.pong(cx.fx.now, sent.at, self.needs_keepalive(cx)) {
                     Some(at) => cx.fx.timers.set(Timer::Probe(self.id()), at),
                     None => cx.fx.timers.cancel(Timer::Probe(self.id())),
                 }
@@ -93,7 +93,7 @@ impl Peer {
             }
             Some(current) => {
                 let doubtful = self.liveness.doubtful().is_some_and(|doubt| sent.at >= doubt);
-                if doubtful && self.yields(current, path) {
+                if doubtful && self.can_yield(current, path) {
                     self.take_over(cx, path);
                 } else {
                     self.move_to_better(cx, current);
@@ -107,32 +107,32 @@ impl Peer {
     /// epoch and number, so a replay, or one that was overtaken, is known by it.
     pub(crate) fn handle_call(
         &mut self,
-        cx: &mut Context<'_>,
-        order: (u64, u64),
+        cx: &mut PeerContext<'_>,
+        order: CallOrder,
         candidates: &[Candidate],
     ) {
-        let fresh = order > self.heard_call;
+        let fresh = order > self.last_call;
         if !fresh || !self.calls.take(&SIGNALS, cx.fx.now, 1) {
             cx.fx.counters.signals_refused += 1;
             return;
         }
-        self.heard_call = order;
+        self.last_call = order;
         self.signalled.retain(|_, until| cx.fx.now < *until);
         for candidate in candidates {
             let room = self.signalled.len() < limits::CANDIDATES;
-            if room && cx.local.may_send_to(candidate.address()) {
+            if room && cx.local.can_send_to(candidate.address()) {
                 self.signalled.insert(candidate.address(), cx.fx.now + SIGNALLED_FOR);
             } else {
                 cx.fx.counters.candidates_refused += 1;
             }
         }
         match self.path() {
-            Some(path) if !path.is_relayed() && self.session => {
+            Some(path) if !path.is_relayed() && self.has_session => {
                 // It may have lost us without our noticing, and our NAT lets it in again only where
                 // we send something to.
                 cx.fx.timers.set_no_later(Timer::Probe(self.id()), cx.fx.now);
                 for to in candidates.iter().flat_map(|to| cx.local.paths_to(to.address())) {
-                    if to != path && cx.local.may_send_to(to.remote) {
+                    if to != path && cx.local.can_send_to(to.remote) {
                         self.ping(cx, to, Purpose::Check);
                     }
                 }
@@ -143,7 +143,7 @@ impl Peer {
     }
 
     /// A relay opened a channel to it, at our request or at its own.
-    pub(crate) fn handle_channel(&mut self, cx: &mut Context<'_>, path: Path) {
+    pub(crate) fn handle_channel(&mut self, cx: &mut PeerContext<'_>, path: Path) {
         if !self.channels.take(&CHANNELS, cx.fx.now, 1) {
             cx.fx.counters.relay_answers_refused += 1;
             return;
@@ -160,7 +160,7 @@ impl Peer {
             PeerState::Connecting => {}
         }
         // Once: each initiation undoes the one before, and the relay tells of a channel several times.
-        if new && self.path().is_none() && self.begins(cx.local) {
+        if new && self.path().is_none() && self.is_initiator(cx.local) {
             self.initiate(cx, vec![path]);
         }
     }

@@ -28,7 +28,7 @@ use towline_types::id::{NodeId, NodeName, WireguardKey};
 use towline_types::node::{CandidateKind, Node};
 
 use crate::effects::Effects;
-use crate::local::Local;
+use crate::local_node::LocalNode;
 use crate::path::{ChannelId, Path};
 use crate::prefixes::is_private;
 use crate::timers::Timer;
@@ -82,7 +82,7 @@ pub(crate) enum ChannelPeer {
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Homes {
+pub(crate) struct HomeRelays {
     /// Our own id; `None` if we register nowhere: we are no node, or relay ourselves.
     own: Option<NodeId>,
     relays: BTreeMap<NodeId, Relay>,
@@ -90,7 +90,7 @@ pub(crate) struct Homes {
     opens: VecDeque<Open>,
 }
 
-impl Homes {
+impl HomeRelays {
     pub(crate) fn new(own: Option<NodeId>) -> Self {
         Self { own, relays: BTreeMap::new(), homes: BTreeMap::new(), opens: VecDeque::new() }
     }
@@ -163,7 +163,7 @@ impl Homes {
     }
 
     /// Registers where it is time to.
-    pub(crate) fn handle_timeout(&mut self, fx: &mut Effects, local: &Local) {
+    pub(crate) fn handle_timeout(&mut self, fx: &mut Effects, local: &LocalNode) {
         let mut lost = false;
         for (id, home) in &mut self.homes {
             let Some(relay) = self.relays.get(id) else { continue };
@@ -257,7 +257,7 @@ impl Homes {
     pub(crate) fn open(
         &mut self,
         fx: &mut Effects,
-        local: &Local,
+        local: &LocalNode,
         (peer, key): (NodeId, WireguardKey),
         turn: u32,
     ) {
@@ -300,8 +300,8 @@ impl Homes {
 
     fn schedule(&self, fx: &mut Effects) {
         match self.homes.values().filter_map(|home| home.due).min() {
-            Some(due) => fx.timers.set(Timer::Homes, due),
-            None => fx.timers.cancel(Timer::Homes),
+            Some(due) => fx.timers.set(Timer::HomeRelays, due),
+            None => fx.timers.cancel(Timer::HomeRelays),
         }
     }
 }
@@ -316,7 +316,7 @@ pub(crate) fn addresses(node: &Node) -> Vec<SocketAddr> {
     public.map(|c| c.address()).take(ADDRESSES).collect()
 }
 
-fn ways(via: Option<Path>, relay: &Relay, local: &Local) -> Vec<Path> {
+fn ways(via: Option<Path>, relay: &Relay, local: &LocalNode) -> Vec<Path> {
     match via {
         Some(via) => vec![via],
         None => relay.addresses.iter().flat_map(|to| local.paths_to(*to)).collect(),
