@@ -173,7 +173,10 @@ impl HomeRelays {
             if home.asked.is_some() {
                 home.missed = home.missed.saturating_add(1);
                 home.via = None;
-                lost |= home.missed == MISSED;
+                if home.missed == MISSED {
+                    tracing::debug!(relay = %relay.name, "relay does not answer: the next one is taken too");
+                    lost = true;
+                }
             }
             let transaction = fx.rng.random();
             home.asked = Some(transaction);

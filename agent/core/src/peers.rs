@@ -85,13 +85,14 @@ impl Peers {
     }
 }
 
-/// Lets a peer handle something, and marks its routes as changed if they follow from what became of
-/// it.
+/// Lets a peer handle something, in a tracing span of that peer, and marks its routes as changed if
+/// its state or path MTU did.
 fn tracked(
     peer: &mut Peer,
     cx: &mut PeerContext<'_>,
     f: impl FnOnce(&mut Peer, &mut PeerContext<'_>),
 ) {
+    let _span = tracing::debug_span!("peer", node = %peer.node().name()).entered();
     let before = (peer.state(), peer.mtu());
     f(peer, cx);
     if (peer.state(), peer.mtu()) != before {

@@ -113,6 +113,7 @@ impl Peer {
     ) {
         let fresh = order > self.last_call;
         if !fresh || !self.calls.take(&SIGNALS, cx.fx.now, 1) {
+            tracing::debug!(?order, fresh, "call refused");
             cx.fx.counters.signals_refused += 1;
             return;
         }

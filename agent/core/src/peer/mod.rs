@@ -255,6 +255,7 @@ impl Peer {
                 Some(name) if name == path => {}
                 Some(name) => self.rename_endpoint(cx, name),
                 None => {
+                    tracing::debug!(%path, "path given up: its uplink is gone");
                     lost = true;
                     let other = self.paths.best(cx.fx.now, HEARD_FOR, None);
                     let same = cx.local.canonical(path);
@@ -318,6 +319,7 @@ impl Peer {
             self.seek_help(cx, attempt.number);
         }
         let mut targets = self.targets(cx);
+        tracing::debug!(number = attempt.number, paths = targets.len(), connected, "attempt");
         if connected {
             targets.retain(|to| Some(*to) != self.endpoint);
         } else if attempt.has_initiation {
@@ -348,12 +350,14 @@ impl Peer {
         }
         let pause = match verdict {
             Verdict::Dead => {
+                tracing::debug!(%path, "path given up: no pong in time");
                 self.left = Some((path, cx.fx.now));
                 self.set_state(cx, PeerState::Connecting);
                 self.try_anew(cx);
                 return;
             }
             Verdict::Doubt(pause) => {
+                tracing::debug!(%path, "path in doubt: other paths are pinged");
                 cx.relays.suspect(cx.fx, path.remote);
                 self.seek_help(cx, 1);
                 for to in self.targets(cx) {
@@ -379,6 +383,7 @@ impl Peer {
             self.ping(cx, path, Purpose::Size(size));
         }
         if self.pmtu.inner() != before {
+            tracing::debug!(%path, mtu = self.pmtu.inner(), "path MTU found");
             cx.fx.mark(Change::Endpoint);
         }
         let pause = step.pause.unwrap_or_else(|| self.paths.wait(&path) + MTU_WAIT);
@@ -504,6 +509,7 @@ impl Peer {
         let was = self.path();
         if was.is_some_and(|was| Tier::of(&was) < Tier::of(&from)) && self.is_new_there(cx.fx.now) {
             // They crossed: this one began before the better way was found.
+            tracing::debug!(%from, path = ?was, "handshake on a worse path ignored");
             return;
         }
         self.set_endpoint(cx, Some(from));
@@ -546,6 +552,7 @@ impl Peer {
         });
         if self.state == PeerState::Up && (late || worse || known && self.is_leader(cx.local)) {
             // We know of it, and chose another one: see whether that still works.
+            tracing::debug!(%from, late, worse, "roaming not followed");
             self.ping(cx, from, Purpose::Check);
             cx.fx.timers.set_no_later(Timer::Probe(self.id()), cx.fx.now);
             return;
@@ -623,6 +630,7 @@ impl Peer {
 
     /// Leaves a path that seems dead for one that answers.
     fn take_over(&mut self, cx: &mut PeerContext<'_>, to: Path) {
+        tracing::debug!(from = ?self.endpoint, %to, "path in doubt left for one that answers");
         self.set_endpoint(cx, Some(to));
         // So that the peer follows at once, whether or not we have something to send.
         self.initiate(cx, vec![to]);
@@ -645,6 +653,7 @@ impl Peer {
             && !better.is_relayed()
             && self.endpoint_since.is_some_and(|at| cx.fx.now >= at + LEFT_BEHIND);
         if left_behind || self.is_leader(cx.local) {
+            tracing::debug!(from = %current, to = %better, left_behind, "handshake on a better path");
             self.moved = Some(cx.fx.now);
             self.initiate(cx, vec![better]);
         }
@@ -674,6 +683,7 @@ impl Peer {
             return;
         }
         let from = std::mem::replace(&mut self.state, to);
+        tracing::debug!(?from, ?to, path = ?self.endpoint, "state changed");
         self.since = cx.fx.now;
         if matches!(from, PeerState::Up | PeerState::Idle) {
             self.trying_since = cx.fx.now;
@@ -702,6 +712,7 @@ impl Peer {
         if self.endpoint == endpoint && (endpoint.is_none() || self.pmtu.path() == endpoint) {
             return;
         }
+        tracing::debug!(from = ?self.endpoint, to = ?endpoint, "endpoint changed");
         if let Some(before) = self.endpoint {
             self.left = Some((before, cx.fx.now));
         }
