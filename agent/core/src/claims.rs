@@ -15,26 +15,26 @@ use towline_types::node::{Grant, Node};
 
 use crate::prefixes::PrefixMap;
 
-/// What one node holds, and what it claimed in vain.
+/// Prefixes and key that one node holds, and its claims that were refused.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Claim {
-    /// Its overlay addresses and announced prefixes, as far as they are its own; empty when its
-    /// WireGuard key is another's.
+    /// Those of its overlay addresses and announced prefixes that it holds; empty when another node
+    /// holds its WireGuard key.
     pub(crate) prefixes: Vec<IpNet>,
-    /// Who holds its WireGuard key, if another does: it cannot be a peer.
+    /// Name of the other node that holds its WireGuard key: then it cannot be a peer.
     pub(crate) key_holder: Option<NodeName>,
-    /// What it claimed and did not get, a line each, for the operator.
+    /// Refused claims, a line each, for the operator.
     pub(crate) conflicts: Vec<String>,
 }
 
-/// What every node holds.
+/// All claims, resolved.
 #[derive(Debug, Default)]
 pub(crate) struct Claims {
     by_node: BTreeMap<NodeId, (Arc<Node>, Claim)>,
     names: BTreeMap<NodeName, NodeId>,
     keys: BTreeMap<WireguardKey, Owner>,
     held: PrefixMap<Owner>,
-    /// Somebody claimed in vain: then one node's change may decide another's claim.
+    /// True if a claim was refused: then the change of one node may decide the claim of another.
     is_disputed: bool,
 }
 
@@ -45,7 +45,7 @@ enum Owner {
 }
 
 impl Claims {
-    /// Decides between `nodes` and ourselves.
+    /// Resolves the claims of `nodes` and our own.
     pub(crate) fn resolve<'a>(
         own: &Grant,
         own_prefixes: &[IpNet],
@@ -66,8 +66,8 @@ impl Claims {
         claims
     }
 
-    /// Takes in that one node is new or changed, where that concerns nobody else. `false`: it may,
-    /// so all must be resolved anew.
+    /// Resolves the claims of one node that is new or changed. Returns false if that may concern
+    /// other nodes, so that all claims have to be resolved.
     pub(crate) fn change(&mut self, own: &Grant, node: &Arc<Node>) -> bool {
         if self.is_disputed {
             return false;
@@ -77,7 +77,7 @@ impl Claims {
         !self.is_disputed
     }
 
-    /// Takes in that one node is gone, under the same condition.
+    /// Removes the claims of one node. Returns false under the same condition as [`Self::change`].
     pub(crate) fn remove(&mut self, node: NodeId) -> bool {
         if self.is_disputed {
             return false;
@@ -97,7 +97,7 @@ impl Claims {
         }
     }
 
-    /// Gives a node what is free.
+    /// Gives a node those of its claims that no other node holds.
     fn admit(&mut self, own: &Grant, node: &Arc<Node>) {
         let mut claim = Claim::default();
         let grant = node.grant();
@@ -131,27 +131,27 @@ impl Claims {
         self.by_node.insert(node.id(), (node.clone(), claim));
     }
 
-    /// What a node holds.
+    /// Returns what a node holds.
     pub(crate) fn of(&self, node: NodeId) -> Option<&Claim> {
         self.by_node.get(&node).map(|(_, claim)| claim)
     }
 
-    /// Every node with what it holds.
+    /// Returns every node with what it holds.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&NodeId, &Claim)> {
         self.by_node.iter().map(|(id, (_, claim))| (id, claim))
     }
 
-    /// Whether anybody else holds exactly this network.
+    /// Returns whether another node holds exactly this network.
     pub(crate) fn holds(&self, net: IpNet) -> bool {
         matches!(self.held.get(&net), Some(Owner::Node(_)))
     }
 
-    /// Whether anybody holds this network, one around it or a part of it.
+    /// Returns whether a node (or we) holds this network, one around it or a part of it.
     pub(crate) fn overlaps(&self, net: IpNet) -> bool {
         self.held.overlapping(net).next().is_some()
     }
 
-    /// Which node holds a key.
+    /// Returns the node that holds a key.
     pub(crate) fn key(&self, key: &WireguardKey) -> Option<NodeId> {
         match self.keys.get(key)? {
             Owner::Node(node) if node.wireguard_key() == *key => Some(node.id()),
@@ -159,7 +159,7 @@ impl Claims {
         }
     }
 
-    /// Why `grant`'s node does not get `prefix`, if it does not.
+    /// Returns why the node of `grant` does not get `prefix`; `None`: it does.
     fn refused(&self, own: &Grant, prefix: IpNet, grant: &Grant) -> Option<String> {
         if prefix.prefix_len() == 0 {
             return Some(format!("prefix {prefix} is the whole internet: it is never routed"));
@@ -202,7 +202,7 @@ impl Owner {
     }
 }
 
-/// Whether the grant speaks of this very prefix.
+/// Returns whether the grant names exactly this prefix.
 fn names(grant: &Grant, prefix: IpNet) -> bool {
     grant.allowed_prefixes.contains(&prefix) || grant.overlay.prefixes().any(|own| own == prefix)
 }

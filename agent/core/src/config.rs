@@ -1,19 +1,19 @@
-//! What the core is told: its configuration, its membership, changes of the network map.
+//! Inputs of the core: its configuration, its membership, changes of the network map.
 
 use towline_types::node::{Grant, MeshConfig, Node, Tombstone};
 
 use crate::plan::RulePlan;
 
-/// What makes us a node of a mesh.
+/// Membership of this node in a mesh.
 #[derive(Debug, Clone)]
 pub struct Membership {
     /// Our own grant.
     pub grant: Grant,
-    /// What holds for the whole mesh.
+    /// Configuration of the whole mesh.
     pub mesh: MeshConfig,
 }
 
-/// What the core is told once.
+/// Configuration of the core, given once at construction.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// The mesh that we are in; `None`: static peers are all there is.
@@ -22,15 +22,15 @@ pub struct Config {
     pub link: String,
     /// MTU of the TUN link, in bytes.
     pub mtu: u32,
-    /// Routing table of ours.
+    /// Number of our routing table, e.g. 21580.
     pub table: u32,
-    /// Policy rules of ours.
+    /// Our policy rules.
     pub rules: RulePlan,
     /// Name of our nftables table.
     pub firewall_table: String,
-    /// Whether we relay for others.
+    /// True if this node relays for others: then it registers with no relay itself.
     pub relay: bool,
-    /// Grows with every start of the agent, as in our record.
+    /// Number that grows with every start of the agent, as in our record.
     pub boot_epoch: u64,
 }
 

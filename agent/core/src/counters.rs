@@ -1,6 +1,7 @@
-//! What was refused or held back, for metrics: misbehaviour of others is a counter, not an error.
+//! Counters of what was refused or held back, for metrics: misbehaviour of others is a counter, not
+//! an error.
 
-/// See the fields; each only grows.
+/// Counts since the start of the agent. Each only grows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Signals that were replayed, overtaken, too many, or of an unknown peer.
@@ -18,7 +19,7 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// Each by the name that operators see.
+    /// Returns each count with the name that operators see.
     pub fn named(&self) -> [(&'static str, u64); 6] {
         [
             ("signals_refused", self.signals_refused),

@@ -1,7 +1,7 @@
 //! The relays of the mesh: where we are registered, and which ones serve a pair.
 //!
 //! Every node is at home at [`HOMES`] relays: the first that work in an order that follows from its
-//! id and theirs (rendezvous hashing). So whoever knows the map knows where to look for a node,
+//! id and theirs (rendezvous hashing). So every node that has the map knows where to look for a node,
 //! also while the controller is away, and load spreads by itself. A home that does not answer is
 //! passed over, and asked now and then whether it is back.
 //!
@@ -33,18 +33,18 @@ use crate::path::{ChannelId, Path};
 use crate::prefixes::is_private;
 use crate::timers::Timer;
 
-/// Relays that a node is registered with at a time.
+/// Number of relays that a node is registered with: a second one takes over if the first is lost.
 pub(crate) const HOMES: usize = 2;
-/// Addresses of one relay that are tried.
+/// Largest number of addresses of one node that are tried.
 const ADDRESSES: usize = 4;
-/// How often a registration is repeated, so that a NAT's mapping to the relay stays.
+/// Interval of registrations. Below 30 s, after which many NATs forget a mapping.
 const REFRESH: Duration = Duration::from_secs(20);
 /// Pauses before an unanswered registration is repeated.
 const RETRY: Backoff =
     Backoff::new(Duration::from_millis(250), Duration::from_secs(30), Jitter::Tenth);
 /// Unanswered registrations after which the next relay in the order is taken too.
 const MISSED: u32 = 3;
-/// Requests for a channel that are remembered.
+/// Number of channel requests that are remembered; the oldest is forgotten first.
 const OPENS: usize = 1_024;
 
 /// A node that relays.
@@ -57,10 +57,13 @@ struct Relay {
 
 #[derive(Debug, Default)]
 struct Home {
-    /// Which way the relay answered.
+    /// Path over which the relay answered last. Cleared when a registration is not answered.
     via: Option<Path>,
+    /// Transaction of the registration that waits for its answer.
     asked: Option<u64>,
+    /// Registrations in a row that were not answered.
     missed: u32,
+    /// Time of the next registration.
     due: Option<Instant>,
 }
 
@@ -80,7 +83,7 @@ pub(crate) enum ChannelPeer {
     Key(WireguardKey),
 }
 
-/// See the module.
+/// The relays of the mesh and our registrations; see the module.
 #[derive(Debug)]
 pub(crate) struct HomeRelays {
     /// Our own id; `None` if we register nowhere: we are no node, or relay ourselves.
@@ -118,29 +121,29 @@ impl HomeRelays {
         changed
     }
 
-    /// Our addresses are others now: registers again.
+    /// Registers again, since our addresses changed.
     pub(crate) fn handle_local_change(&mut self, fx: &mut Effects) {
         self.follow(fx, true);
     }
 
-    /// Their addresses, for reflection.
+    /// Returns the addresses of all relays, which reflect too.
     pub(crate) fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
         self.relays.values().flat_map(|relay| relay.addresses.iter().copied())
     }
 
-    /// Whether there is any.
+    /// Returns whether the mesh has no relay.
     pub(crate) fn is_empty(&self) -> bool {
         self.relays.is_empty()
     }
 
-    /// The relay that stands at an address.
+    /// Returns the name of the relay that has an address.
     pub(crate) fn at(&self, remote: SocketAddr) -> Option<&NodeName> {
         let relay = self.relays.values().find(|relay| relay.addresses.contains(&remote))?;
         Some(&relay.name)
     }
 
-    /// The relays, or (with `anew`) our addresses, are others now: registers.
-    fn follow(&mut self, fx: &mut Effects, anew: bool) {
+    /// Chooses the home relays again, since the relays changed, or (with `is_local_change`) our addresses.
+    fn follow(&mut self, fx: &mut Effects, is_local_change: bool) {
         let Some(own) = self.own else { return };
         let mut working = 0;
         let mut wanted = Vec::new();
@@ -154,7 +157,7 @@ impl HomeRelays {
         self.homes.retain(|id, _| wanted.contains(id));
         for id in wanted {
             let home = self.homes.entry(id).or_default();
-            if anew {
+            if is_local_change {
                 *home = Home::default();
             }
             home.due.get_or_insert(fx.now);
@@ -162,7 +165,7 @@ impl HomeRelays {
         self.schedule(fx);
     }
 
-    /// Registers where it is time to.
+    /// Sends the registrations that are due.
     pub(crate) fn handle_timeout(&mut self, fx: &mut Effects, local: &LocalNode) {
         let mut lost = false;
         for (id, home) in &mut self.homes {
@@ -220,7 +223,7 @@ impl HomeRelays {
         peer.map(|(peer, channel)| (peer, from.on_channel(ChannelId(channel))))
     }
 
-    /// A relay registered us. Returns whether we had asked it.
+    /// Handles a registration that a relay confirms. Returns whether we had asked for it.
     fn registered(
         &mut self,
         fx: &mut Effects,
@@ -239,12 +242,12 @@ impl HomeRelays {
         true
     }
 
-    /// Whether we are registered with a relay.
+    /// Returns whether we are registered with a relay.
     fn is_home(&self, relay: NodeId) -> bool {
         self.homes.get(&relay).is_some_and(|home| home.via.is_some())
     }
 
-    /// A path through `remote` fell silent: see whether the relay is still there, now.
+    /// Checks at once whether the relay at `remote` still answers: a path through it fell silent.
     pub(crate) fn suspect(&mut self, fx: &mut Effects, remote: SocketAddr) {
         for home in self.homes.values_mut() {
             if home.via.is_some_and(|via| via.remote == remote) && home.asked.is_none() {
@@ -285,15 +288,15 @@ impl HomeRelays {
         }
     }
 
-    /// The peer that a channel was asked for, if it was asked for at this relay. The answer may come
-    /// by several ways: it is not forgotten at the first.
+    /// Returns the peer that a channel was asked for, if it was asked for at this relay. The answer
+    /// may come over several paths, so the request is kept.
     fn opened(&self, relay: NodeId, transaction: u64) -> Option<NodeId> {
         let open =
             self.opens.iter().rev().find(|o| o.transaction == transaction && o.relay == relay)?;
         Some(open.peer)
     }
 
-    /// All relays, the one where `node` is at home first.
+    /// Returns all relays in the order of preference of `node`.
     fn order(&self, node: NodeId) -> Vec<NodeId> {
         let mut order: Vec<NodeId> =
             self.relays.keys().copied().filter(|relay| *relay != node).collect();
@@ -309,7 +312,7 @@ impl HomeRelays {
     }
 }
 
-/// Where a public node can be called.
+/// Returns the addresses at which a node can be reached without its having sent something first.
 pub(crate) fn addresses(node: &Node) -> Vec<SocketAddr> {
     let public = node.record().candidates.iter().filter(|c| match c.kind() {
         CandidateKind::Configured => true,
@@ -326,7 +329,8 @@ fn ways(via: Option<Path>, relay: &Relay, local: &LocalNode) -> Vec<Path> {
     }
 }
 
-/// Every node computes the same (FNV-1a, then a mix of the bits).
+/// Returns the weight of a relay for a node. Every node computes the same (FNV-1a, then a mix of
+/// the bits).
 fn weight(node: NodeId, relay: NodeId) -> u64 {
     let bytes = node.0.iter().chain(&relay.0);
     let mut hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {

@@ -1,4 +1,4 @@
-//! What a peer's logic needs to know of ourselves.
+//! This node as the logic of a peer sees it: key, site, candidates, uplinks.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -14,26 +14,30 @@ use crate::output::Output;
 use crate::path::{LocalAddress, Path};
 use crate::prefixes::is_private;
 
-/// Uplinks of one family that are used.
+/// Uplinks of one family that are used: each multiplies the paths that are tried.
 const UPLINKS: usize = 4;
 
-/// Ourselves.
+/// This node. Paths are named by its uplinks.
 #[derive(Debug)]
 pub(crate) struct LocalNode {
+    /// Our WireGuard key; `None` if we are no node.
     key: Option<WireguardKey>,
+    /// Site of our grant.
     site: Option<Label>,
     /// MTU of the TUN link, in bytes.
     link_mtu: u16,
     /// Candidates of host and configuration: without reflexive ones.
     host_candidates: Vec<Candidate>,
+    /// All our candidates, as they were handed out last.
     candidates: Vec<Candidate>,
-    /// Where the host's and the configuration's end and the reflexive ones begin.
+    /// Number of `candidates` that are not reflexive; they come first.
     own: usize,
     /// One address of each interface and family that leads outwards.
     uplinks: Vec<LocalAddress>,
-    /// The same as paths are named by them still, see [`Self::still`].
+    /// Uplinks by which paths are named. Differs from `uplinks` from [`Self::set_uplinks`] until
+    /// [`Self::named`].
     named_by: Vec<LocalAddress>,
-    /// Whether a controller takes signals.
+    /// True while a controller takes signals.
     is_connected: bool,
     /// The overlay's ranges: a datagram to an address in there would enter the tunnel.
     overlay: Vec<IpNet>,
@@ -60,7 +64,7 @@ impl LocalNode {
         local
     }
 
-    /// Our WireGuard key, if we are a node.
+    /// Returns our WireGuard key, if we are a node.
     pub(crate) fn key(&self) -> Option<WireguardKey> {
         self.key
     }
@@ -69,12 +73,12 @@ impl LocalNode {
         self.site.as_ref()
     }
 
-    /// The largest inner packet, in bytes.
+    /// Returns the MTU of the TUN link, in bytes.
     pub(crate) fn link_mtu(&self) -> u16 {
         self.link_mtu
     }
 
-    /// Whether a controller takes signals.
+    /// Returns whether a controller takes signals.
     pub(crate) fn is_connected(&self) -> bool {
         self.is_connected
     }
@@ -129,31 +133,32 @@ impl LocalNode {
         }
     }
 
-    /// Whether others can begin a conversation with us.
+    /// Returns whether others can reach us without our having sent something first.
     pub(crate) fn is_reachable(&self) -> bool {
         is_reachable(&self.candidates)
     }
 
-    /// Whether a datagram to `ip` would enter the tunnel, or never leave.
+    /// Returns whether a datagram to `ip` would enter the tunnel.
     pub(crate) fn is_inside(&self, ip: IpAddr) -> bool {
         self.overlay.iter().any(|net| net.contains(&ip))
     }
 
-    /// Whether we may send datagrams of ours there.
+    /// Returns whether we may send outer datagrams there.
     pub(crate) fn can_send_to(&self, to: SocketAddr) -> bool {
         Candidate::new(CandidateKind::Local, to).is_some()
             && !self.is_inside(to.ip())
             && !self.is_own(to)
     }
 
-    /// Whether it is an address of this very host (not one of a NAT before it, behind which others
-    /// may stand too).
+    /// Returns whether it is an address of this host (not one of a NAT before it, behind which there
+    /// may be other nodes).
     pub(crate) fn is_own(&self, address: SocketAddr) -> bool {
         self.candidates[..self.own].iter().any(|own| own.address() == address)
     }
 
-    /// Takes our uplinks: one address for each interface and family. Says whether they changed; if
-    /// so, every path is to be named anew, by [`Self::still`], before [`Self::named`] ends that.
+    /// Takes our uplinks: one address for each interface and family. Returns whether they
+    /// changed; if so, every path has to be renamed by [`Self::still`], and then [`Self::named`] has
+    /// to be called.
     pub(crate) fn set_uplinks(&mut self, uplinks: Vec<LocalAddress>) -> bool {
         let mut seen = BTreeSet::new();
         let kept: Vec<LocalAddress> = uplinks
@@ -166,8 +171,8 @@ impl LocalNode {
         changed
     }
 
-    /// The path by the name that it has now that our uplinks changed; `None`: it began at one that
-    /// is gone.
+    /// Returns a path by the name that it has since our uplinks changed; `None`: it began at an
+    /// uplink that is gone.
     pub(crate) fn still(&self, path: Path) -> Option<Path> {
         let v4 = path.remote.is_ipv4();
         // Without a name it began at the only one.
@@ -180,13 +185,13 @@ impl LocalNode {
         Some(self.canonical(Path { local, ..path })).filter(|path| self.has_uplink_of(path))
     }
 
-    /// Every path has its new name.
+    /// Ends a change of uplinks: every path has its new name.
     pub(crate) fn named(&mut self) {
         self.named_by.clone_from(&self.uplinks);
     }
 
-    /// What to send from, for one family: each uplink where there are several, else what the kernel
-    /// chooses.
+    /// Returns the addresses to send from, for one family: each uplink where there are several, else
+    /// `None` (the kernel chooses).
     pub(crate) fn ends(&self, v4: bool) -> Vec<Option<LocalAddress>> {
         let of_family: Vec<_> =
             self.uplinks.iter().filter(|end| end.address.is_ipv4() == v4).take(UPLINKS).collect();
@@ -196,13 +201,13 @@ impl LocalNode {
         of_family.into_iter().map(|end| Some(*end)).collect()
     }
 
-    /// Every direct path to an address.
+    /// Returns every direct path to an address.
     pub(crate) fn paths_to(&self, remote: SocketAddr) -> impl Iterator<Item = Path> {
         let ends = self.ends(remote.is_ipv4()).into_iter();
         ends.map(move |local| Path { local, remote, channel: None })
     }
 
-    /// The path by the name under which we know it: the local end is named only where there are
+    /// Returns a path by its canonical name: the local address is named only where there are
     /// several uplinks to choose from.
     pub(crate) fn canonical(&self, path: Path) -> Path {
         let ends = self.ends(path.remote.is_ipv4());
@@ -212,19 +217,19 @@ impl LocalNode {
         Path { local: named, ..path }
     }
 
-    /// Whether a path begins at an uplink that we (still) have.
+    /// Returns whether a path begins at an uplink that we still have.
     pub(crate) fn has_uplink_of(&self, path: &Path) -> bool {
         self.ends(path.remote.is_ipv4()).contains(&path.local)
     }
 
-    /// Whether this host has an address of the family of `remote`, as far as it is known.
+    /// Returns whether this host is known to have an address of the family of `remote`.
     pub(crate) fn has_family(&self, remote: SocketAddr) -> bool {
         self.candidates[..self.own].iter().any(|c| c.address().is_ipv4() == remote.is_ipv4())
     }
 }
 
-/// Whether a node with these candidates can be called by one that it never called: it has a
-/// public or a configured one.
+/// Returns whether a node with these candidates can be reached without its having sent something
+/// first: it has a public or a configured one.
 pub(crate) fn is_reachable(candidates: &[Candidate]) -> bool {
     candidates.iter().any(|c| match c.kind() {
         CandidateKind::Configured => true,
@@ -233,7 +238,7 @@ pub(crate) fn is_reachable(candidates: &[Candidate]) -> bool {
     })
 }
 
-/// The lower the better.
+/// Returns the rank of a kind of candidate; lower is better.
 pub(crate) fn preference(kind: CandidateKind) -> u8 {
     match kind {
         CandidateKind::Configured => 0,

@@ -51,35 +51,35 @@ pub enum Output {
         /// Transaction id that the answer repeats.
         transaction: [u8; 12],
     },
-    /// The peer table is now this one.
+    /// Apply this peer table: it replaces the last one.
     PeerTable(Arc<PeerTable>),
-    /// The plan is now this one.
+    /// Apply this plan: it replaces the last one.
     Plan(Arc<Plan>),
-    /// Our candidates are now these: publish them.
+    /// Publish our candidates, which are now these.
     Advertise(Vec<Candidate>),
     /// A peer's state changed, for log and events.
     StateChanged {
-        /// Which peer.
+        /// Node whose state changed.
         peer: NodeId,
-        /// From.
+        /// State until now.
         from: PeerState,
-        /// To.
+        /// State from now on.
         to: PeerState,
     },
-    /// The same of a static peer.
+    /// The state of a static peer changed, for log and events.
     StaticStateChanged {
-        /// Which peer.
+        /// Key of the static peer.
         peer: WireguardKey,
-        /// From.
+        /// State until now.
         from: PeerState,
-        /// To.
+        /// State from now on.
         to: PeerState,
     },
     /// An operator's ping (see [`Mesh::ping`](crate::mesh::Mesh::ping)) ended.
     PingResult {
         /// The number given to [`Mesh::ping`](crate::mesh::Mesh::ping).
         id: u64,
-        /// Where the answer came from and after how long; `None`: no answer in time.
+        /// Path that the answer came over, and round-trip time; `None`: no answer in time.
         answer: Option<(Path, Duration)>,
     },
 }

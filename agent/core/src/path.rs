@@ -1,18 +1,19 @@
-//! A way for datagrams between us and one peer.
+//! Paths: ways for datagrams between this node and one peer.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-/// How long a relay keeps a channel on which neither end sends.
+/// Time for which a relay keeps a channel on which neither end sends. A node in use sends more
+/// often: it pings an idle path every 20 s.
 pub const CHANNEL_LIFETIME: Duration = Duration::from_secs(120);
 
-/// A path: what we send from, where to, and through which relay channel, if any.
+/// A path: a local address, a remote address, and a relay channel if there is one.
 ///
 /// Two uplinks of this host to one address of a peer are two paths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Path {
-    /// What we send from; `None`: the kernel chooses.
+    /// Address that datagrams leave from; `None`: the kernel chooses.
     pub local: Option<LocalAddress>,
     /// The peer's outer address, or the relay's.
     pub remote: SocketAddr,
@@ -20,13 +21,13 @@ pub struct Path {
     pub channel: Option<ChannelId>,
 }
 
-/// One of our own addresses and the interface that it stands on: what packet info
-/// (`IP_PKTINFO`, `IPV6_PKTINFO`) says of a datagram.
+/// One of our own addresses and its interface, as packet info (`IP_PKTINFO`, `IPV6_PKTINFO`) has
+/// them for a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LocalAddress {
-    /// The address.
+    /// Address of this host.
     pub address: IpAddr,
-    /// The interface's index.
+    /// Index of the interface that has the address.
     pub interface: u32,
 }
 
@@ -39,28 +40,28 @@ pub struct LocalAddress {
 pub struct ChannelId(pub u64);
 
 impl Path {
-    /// Bytes that a relay channel puts before every datagram.
+    /// Bytes of the header that a relay channel puts before every datagram.
     pub const CHANNEL_BYTES: u16 = towline_types::frame::RELAYED_HEADER_BYTES as u16;
 
-    /// To an address of the peer's own, from wherever the kernel chooses.
+    /// Returns the path to an address of the peer itself, from where the kernel chooses.
     pub fn direct(remote: SocketAddr) -> Self {
         Self { local: None, remote, channel: None }
     }
 
-    /// The same ends, on a relay's channel.
+    /// Returns the path with the same ends on a relay's channel.
     #[must_use]
     pub fn on_channel(self, channel: ChannelId) -> Self {
         Self { channel: Some(channel), ..self }
     }
 
-    /// Whether a datagram that came the way `from` came this way: the same, where what the kernel
-    /// chooses may be any local end.
+    /// Returns whether a datagram that came over `from` came over this path. Where the kernel chooses
+    /// the local address, any local address fits.
     pub fn is(&self, from: &Self) -> bool {
         let local = self.local.is_none() || self.local == from.local;
         local && self.remote == from.remote && self.channel == from.channel
     }
 
-    /// Whether a relay forwards it.
+    /// Returns whether a relay forwards the datagrams.
     pub fn is_relayed(&self) -> bool {
         self.channel.is_some()
     }
@@ -72,7 +73,7 @@ impl From<SocketAddr> for Path {
     }
 }
 
-/// `direct 203.0.113.5:51830` or `relay 203.0.113.5:51830`. Who knows the relay's name says that.
+/// `direct 203.0.113.5:51830` or `relay 203.0.113.5:51830`. Status output has the relay's name instead.
 impl fmt::Display for Path {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = if self.is_relayed() { "relay" } else { "direct" };

@@ -1,4 +1,4 @@
-//! What the data plane is to do, as one comparable value.
+//! The peer table: the peers of the data plane as one comparable value, and what it observes of them.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::path::Path;
 /// Invariant: no prefix stands under two peers; longer prefixes inside shorter ones may.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PeerTable {
-    /// By the key that names the peer in WireGuard.
+    /// Entries by WireGuard key.
     pub peers: BTreeMap<WireguardKey, PeerEntry>,
     /// Inner addresses of this node. Packets that are neither for nor from one of them are dropped; while
     /// it is empty, that is every packet.
@@ -25,21 +25,21 @@ pub struct PeerTable {
 /// One peer of the data plane.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerEntry {
-    /// Where its datagrams go; `None` while no path is known: they wait (a few of them) or are
+    /// Path that its datagrams go over; `None` while no path is known: they wait (a few of them) or are
     /// dropped and counted.
     pub endpoint: Option<Path>,
     /// Inner networks that are reached through it, and from which alone it may send.
     pub prefixes: Vec<IpNet>,
-    /// How often an idle tunnel says something, to keep a NAT's mapping open; `None`: never.
+    /// Interval of WireGuard keepalives, which keep a NAT's mapping open; `None`: none are sent.
     pub keepalive: Option<Duration>,
-    /// Mixed into the handshake, for static peers.
+    /// Key that is mixed into the handshake, for static peers.
     pub preshared_key: Option<PresharedKey>,
     /// The largest inner packet that the path takes whole, in bytes; at least 1,280.
     pub mtu: u16,
     /// The path takes less than inner packets of 1,280 bytes need: outer datagrams are fragmented
     /// at the source (no "don't fragment"), for the link's own MTU cannot be smaller.
     pub fragment: bool,
-    /// Of the peer's record. When it grows, handshake timestamps of earlier boots are forgotten.
+    /// Boot epoch of the peer's record. When it grows, handshake timestamps of earlier boots are forgotten.
     pub boot_epoch: u64,
     /// True for a peer of the configuration: it may be sent packets from any source.
     pub is_static: bool,
@@ -55,18 +55,18 @@ impl std::fmt::Debug for PresharedKey {
     }
 }
 
-/// What the data plane saw of one peer.
+/// An event of one peer that the data plane observed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Observation {
     /// A handshake was completed; its last message came from `from`.
     Handshake {
-        /// The way that it came.
+        /// Path that it came over.
         from: Path,
     },
     /// An authentic datagram came from another address than the peer's endpoint. The data plane
     /// does not move by itself: the core decides.
     Roamed {
-        /// The way that it came.
+        /// Path that it came over.
         from: Path,
     },
     /// An initiation of ours was not answered for [`REKEY_TIMEOUT`].
@@ -74,22 +74,22 @@ pub enum Observation {
     /// The session ended (no new one for 180 s, or 90 s of unanswered initiations); the tunnel
     /// does nothing until it is told to start a handshake.
     SessionExpired,
-    /// There is inner traffic for the peer and no session. Said once until a handshake completes
+    /// There is inner traffic for the peer and no session. Reported once until a handshake completes
     /// or is given up.
     Wanted,
-    /// Inner packets travelled. Said at most once a second for each peer, and at once when there
-    /// was nothing to say for that long.
+    /// Inner packets travelled. Reported at most once a second for each peer, and at once when there
+    /// was nothing to report for that long.
     Active {
-        /// To the peer.
+        /// True if packets went to the peer.
         sent: bool,
-        /// From the peer: so the way from it works.
+        /// True if packets came from the peer: the way from it works.
         received: bool,
     },
     /// The kernel refused a datagram as too big for the path.
     TooBig {
-        /// Which.
+        /// Path that takes less.
         path: Path,
-        /// UDP payload that it takes, in bytes, as far as the kernel knows.
+        /// Largest UDP payload in bytes that the kernel accepts.
         payload: u16,
     },
 }

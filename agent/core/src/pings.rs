@@ -12,32 +12,32 @@ use towline_types::id::NodeId;
 
 use crate::path::Path;
 
-/// A pong that comes later than this means nothing any more.
+/// Time after which a pong is ignored. Far longer than any round trip.
 const FORGET_AFTER: Duration = Duration::from_secs(10);
 
-/// Why a ping was sent.
+/// Purpose of a ping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// Does the path still work?
+    /// To see whether the path in use still works.
     Path,
-    /// Does this address work at all?
+    /// To see whether another path works at all.
     Check,
-    /// Does the path take a datagram with this much UDP payload?
+    /// To see whether the path takes a datagram with this much UDP payload, in bytes.
     Size(u16),
-    /// An operator asked; the number is theirs.
+    /// For an operator; the number is the caller's.
     Operator(u64),
 }
 
 /// A ping that was sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Sent {
-    /// To whom.
+    /// Node that the ping was sent to.
     pub(crate) peer: NodeId,
-    /// Which way.
+    /// Path that it was sent over.
     pub(crate) to: Path,
-    /// When.
+    /// Time at which it was sent.
     pub(crate) at: Instant,
-    /// Why.
+    /// Purpose that the pong serves.
     pub(crate) purpose: Purpose,
 }
 
@@ -49,7 +49,7 @@ pub(crate) struct Pings {
 }
 
 impl Pings {
-    /// Notes a ping and gives it its number.
+    /// Records a ping and returns its transaction number.
     pub(crate) fn sent(&mut self, rng: &mut StdRng, ping: Sent) -> u64 {
         while let Some((at, transaction)) = self.by_age.front().copied() {
             if ping.at < at + FORGET_AFTER {
@@ -64,7 +64,8 @@ impl Pings {
         transaction
     }
 
-    /// Takes the ping that a pong answers: same peer, and from where the ping was sent to.
+    /// Removes and returns the ping that a pong answers: it has to come from the same peer, over the
+    /// path that the ping was sent over.
     pub(crate) fn answered(&mut self, peer: NodeId, from: Path, transaction: u64) -> Option<Sent> {
         let sent = self.by_transaction.get(&transaction)?;
         let same = sent.to.remote == from.remote && sent.to.channel == from.channel;

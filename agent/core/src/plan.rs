@@ -1,7 +1,7 @@
 //! The operating-system state that the agent wants, as one comparable value.
 //!
 //! `HostNetwork::apply` makes the host be like the plan. The same plan twice makes no system
-//! call; what somebody else removed is put back.
+//! call; what another program removed is restored.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -10,7 +10,7 @@ use ipnet::IpNet;
 
 use crate::own_networks::OwnNetworks;
 
-/// Everything of ours on the host. Names and numbers are ours alone, so that removal is exact.
+/// All state of ours on the host. Names and numbers are ours alone, so that removal is exact.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// The TUN link.
@@ -20,25 +20,25 @@ pub struct Plan {
     /// Routes in that table. A prefix with [`RouteVia::Unreachable`] is a guard: it stays when
     /// the link is gone, behind (with a worse metric than) the route through the link.
     pub routes: BTreeMap<(IpNet, RouteVia), RoutePlan>,
-    /// What sends packets to the table.
+    /// Policy rules that send packets to the table.
     pub rules: RulePlan,
     /// Networks of this node's pods. The container network's own routes lead there; where there is
     /// none, nothing does: the host's default route would carry it out in clear.
     pub pods: BTreeSet<IpNet>,
-    /// Who enters the tunnel all the same where a route leaves it to the host.
+    /// Traffic that enters the tunnel even where a route leaves it to the host.
     pub detour: DetourPlan,
-    /// What of ours travels outside the tunnel.
+    /// Our traffic that travels outside the tunnel.
     pub underlay: UnderlayPlan,
     /// The nftables side.
     pub firewall: FirewallPlan,
 }
 
-/// The TUN link: its name and what stands on it.
+/// The TUN link: its name, MTU and addresses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinkPlan {
     /// Interface name.
     pub name: String,
-    /// Bytes; never below 1,280 (below it Linux deletes every IPv6 address for good).
+    /// MTU in bytes; never below 1,280 (below it Linux deletes every IPv6 address for good).
     pub mtu: u32,
     /// Our overlay addresses, each as a host prefix.
     pub addresses: BTreeSet<IpNet>,
@@ -68,9 +68,9 @@ pub struct RoutePlan {
 /// table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RulePlan {
-    /// The first of a few consecutive priorities.
+    /// First of a few consecutive rule priorities.
     pub priority: u32,
-    /// The mark on every socket of ours. Others can set it too: with it, a packet's port and its
+    /// Packet mark on every socket of ours. Others can set it too: with it, a packet's port and its
     /// socket's owner are looked at, without it, nothing is.
     pub mark: u32,
     /// Bits of the mark that are ours; at least one more than the mark's own.
@@ -83,7 +83,7 @@ pub struct RulePlan {
 pub struct DetourPlan {
     /// Networks behind this host.
     pub sources: BTreeSet<IpNet>,
-    /// Those node IPs.
+    /// Node IPs of the trusted site.
     pub destinations: BTreeSet<IpNet>,
 }
 

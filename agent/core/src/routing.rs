@@ -2,7 +2,7 @@
 //!
 //! A change of one node costs what that node announces, not what the mesh does: [`Routing`]
 //! remembers what each node is the reason for and patches the plan by the difference. What holds
-//! for all of it (configuration, our own prefixes) has it built anew.
+//! for all of it (configuration, our own prefixes) has it built again.
 //!
 //! The guards are the fewest networks that cover the mesh's ranges and all that a peer holds or
 //! ever held, less what we announce ourselves.
@@ -120,9 +120,9 @@ struct Entry {
     net: IpNet,
     via: RouteVia,
     route: RoutePlan,
-    /// May arrive outside the tunnel.
+    /// True if packets from there may arrive outside the tunnel.
     is_plain: bool,
-    /// A node IP of a trusted site: only what our pods send there goes inside.
+    /// True for a node IP of a trusted site: only what our pods send there enters the tunnel.
     is_detour: bool,
 }
 
@@ -194,7 +194,7 @@ impl Routing {
         })
     }
 
-    /// The plan with the changes of some nodes; `None`: it must be built anew.
+    /// Returns the plan with the changes of some nodes; `None`: it must be built again.
     fn patch(
         &mut self,
         mut plan: Arc<Plan>,
@@ -293,7 +293,7 @@ impl RoutingInput<'_> {
         self.static_peers.prefixes().map(entry).collect()
     }
 
-    /// The preferred source: our node IP of that family, else our overlay address.
+    /// Returns the preferred source: our node IP of that family, else our overlay address.
     fn source(&self, net: &IpNet) -> Option<IpAddr> {
         of_family(net, self.settings.node_ips.iter().copied().chain(self.overlay()))
     }
@@ -307,7 +307,7 @@ impl RoutingInput<'_> {
         is_host(net) && self.settings.node_ips.contains(&net.addr())
     }
 
-    /// Inner addresses that are ours.
+    /// Returns the inner addresses and networks that are ours.
     pub(crate) fn own_networks(&self) -> OwnNetworks {
         let reachable = self.settings.forward_to.iter().chain(self.static_peers.prefixes());
         OwnNetworks::new(
@@ -317,7 +317,7 @@ impl RoutingInput<'_> {
         )
     }
 
-    /// Everything that stands on our link.
+    /// Returns all addresses of our link.
     fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.overlay().chain(self.settings.addresses.iter().copied())
     }
@@ -377,7 +377,7 @@ fn release(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> 
     Some(())
 }
 
-/// The first address of the network's family.
+/// Returns the first address of the network's family.
 fn of_family(net: &IpNet, mut addresses: impl Iterator<Item = IpAddr>) -> Option<IpAddr> {
     let v4 = matches!(net, IpNet::V4(_));
     addresses.find(|address| address.is_ipv4() == v4)

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 /// The longest wait for an answer before it counts as missed.
 pub(crate) const MAX_WAIT: Duration = Duration::from_secs(1);
-/// The shortest: a busy host may take a moment to answer.
+/// The shortest wait for an answer: a busy host may take a moment.
 pub(crate) const MIN_WAIT: Duration = Duration::from_millis(250);
 
 /// Smoothed round-trip time and its variation.
@@ -24,12 +24,12 @@ impl Rtt {
         });
     }
 
-    /// The smoothed value; `None` before the first sample.
+    /// Returns the smoothed value; `None` before the first sample.
     pub(crate) fn mean(&self) -> Option<Duration> {
         self.smoothed.map(|(mean, _)| mean)
     }
 
-    /// How long to wait for an answer.
+    /// Returns how long to wait for an answer.
     pub(crate) fn wait(&self) -> Duration {
         match self.smoothed {
             None => MAX_WAIT / 2,

@@ -3,7 +3,7 @@
 //! Of such a peer nothing is known but what the operator wrote, and it answers no probes. So there
 //! is no path to choose: datagrams go to where it was last heard from, at first to the configured
 //! endpoint. A handshake is begun when there is traffic for the peer; with a keepalive it is begun
-//! at once, and again for ever. The data plane repeats it; what is counted here is whether it is
+//! at once, and again without end. The data plane repeats it; what is counted here is whether it is
 //! answered.
 //!
 //! The mesh comes first: a prefix or a key that a node holds, or we do, is refused to a static
@@ -28,50 +28,50 @@ use crate::prefixes::PrefixMap;
 use crate::status::PeerState;
 use crate::timers::Timer;
 
-/// First handshakes of peers with a keepalive are spread over this long.
+/// Time over which the first handshakes of peers with a keepalive are spread.
 const SPREAD: Duration = Duration::from_millis(300);
 
-/// A peer as its operator wrote it.
+/// A peer as it is configured.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StaticPeer {
-    /// For the operator alone.
+    /// Name in the configuration and in status output.
     pub name: String,
-    /// Names the peer in WireGuard; unique among the static peers.
+    /// WireGuard key; unique among the static peers.
     pub public_key: WireguardKey,
-    /// Mixed into the handshake.
+    /// Key that is mixed into the handshake.
     pub preshared_key: Option<PresharedKey>,
-    /// Where it is called; `None`: it calls us.
+    /// Address that handshakes go to; `None`: the peer initiates.
     pub endpoint: Option<SocketAddr>,
-    /// What is reached through it. No two static peers have the same one.
+    /// Networks that are reached through it. No two static peers have the same one.
     pub prefixes: Vec<IpNet>,
-    /// How often an idle tunnel says something; with it, a tunnel is held up without traffic.
+    /// Interval of keepalives. With it, the tunnel is kept up without traffic.
     pub keepalive: Option<Duration>,
 }
 
 /// A static peer as the operator sees it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StaticPeerStatus {
-    /// Its name.
+    /// Name in the configuration.
     pub name: String,
-    /// Its key.
+    /// WireGuard key.
     pub public_key: WireguardKey,
     /// Current state, for status output.
     pub state: PeerState,
-    /// Since when.
+    /// Time of the last change of state.
     pub since: Instant,
-    /// Why it is not up, in words for the operator; empty when it is.
+    /// Reason why the peer is not up, in words for the operator; empty when it is up.
     pub reason: String,
-    /// Where its datagrams go.
+    /// Path that its datagrams go over.
     pub endpoint: Option<Path>,
-    /// When the last handshake was completed.
+    /// Time at which the last handshake completed.
     pub last_handshake: Option<Instant>,
-    /// What is routed to it.
+    /// Networks that are routed to it.
     pub prefixes: Vec<IpNet>,
-    /// What it was refused, a line each.
+    /// Prefixes and key that it was refused, a line each.
     pub conflicts: Vec<String>,
 }
 
-/// All of them.
+/// All static peers.
 #[derive(Debug, Default)]
 pub(crate) struct StaticPeers {
     by_key: BTreeMap<WireguardKey, ConfiguredPeer>,
@@ -80,22 +80,22 @@ pub(crate) struct StaticPeers {
 #[derive(Debug)]
 struct ConfiguredPeer {
     config: StaticPeer,
-    /// Of the configured prefixes those that it got.
+    /// Those of the configured prefixes that it got. Set by [`StaticPeers::resolve`].
     prefixes: Vec<IpNet>,
     conflicts: Vec<String>,
-    /// It cannot be a peer: its key is another's.
+    /// True if a node of the mesh, or this node, has its key: then it cannot be a peer.
     is_refused: bool,
     endpoint: Option<Path>,
     state: PeerState,
     since: Instant,
-    /// When the present series of handshakes began.
+    /// Begin of the current series of handshakes.
     trying_since: Instant,
     last_initiation: Option<Instant>,
     last_handshake: Option<Instant>,
 }
 
 impl StaticPeers {
-    /// The static peers are now these. Those that stay keep their sessions.
+    /// Replaces the static peers. Those that stay keep their sessions.
     pub(crate) fn set(&mut self, fx: &mut Effects, wanted: Vec<StaticPeer>) {
         let mut before = std::mem::take(&mut self.by_key);
         for config in wanted {
@@ -111,8 +111,8 @@ impl StaticPeers {
         fx.mark(Change::Ownership);
     }
 
-    /// Decides which prefixes they get, given what the mesh `held` and by whom, and who holds a
-    /// key.
+    /// Decides which prefixes the static peers get, given what is `held` and by which node, and the
+    /// holder of a key.
     pub(crate) fn resolve(
         &mut self,
         held: impl Iterator<Item = (IpNet, String)>,
@@ -146,12 +146,12 @@ impl StaticPeers {
         }
     }
 
-    /// Whether there is none.
+    /// Returns whether there is no static peer.
     pub(crate) fn is_empty(&self) -> bool {
         self.by_key.is_empty()
     }
 
-    /// Their part of the peer table, over a link of this MTU.
+    /// Returns the static peers' part of the peer table, over a link of this MTU.
     pub(crate) fn entries(&self, mtu: u16) -> impl Iterator<Item = (WireguardKey, PeerEntry)> {
         self.by_key.iter().filter(|(_, peer)| !peer.is_refused).map(move |(key, peer)| {
             let entry = PeerEntry {
@@ -168,12 +168,12 @@ impl StaticPeers {
         })
     }
 
-    /// Everything that is routed to any of them.
+    /// Returns all networks that are routed to static peers.
     pub(crate) fn prefixes(&self) -> impl Iterator<Item = &IpNet> {
         self.by_key.values().flat_map(|peer| &peer.prefixes)
     }
 
-    /// The data plane saw something of one. Whatever belongs to no static peer is ignored.
+    /// Handles an observation of the data plane. Other peers are ignored.
     pub(crate) fn handle_observation(
         &mut self,
         fx: &mut Effects,
@@ -186,19 +186,19 @@ impl StaticPeers {
         }
     }
 
-    /// The time for a handshake has come.
+    /// Begins the handshake that is due.
     pub(crate) fn attempt(&mut self, fx: &mut Effects, key: WireguardKey) {
         if let Some(peer) = self.by_key.get_mut(&key).filter(|peer| !peer.is_refused) {
             peer.call(fx);
         }
     }
 
-    /// Links or addresses of ours changed: what we sent from may be gone.
+    /// Has the kernel choose the addresses that we send from: our own may be gone.
     pub(crate) fn handle_local_change(&mut self, fx: &mut Effects) {
         self.by_key.values_mut().for_each(|peer| peer.let_kernel_choose(fx));
     }
 
-    /// Every one, by key.
+    /// Returns the status of each static peer, by key.
     pub(crate) fn statuses(&self, now: Instant) -> impl Iterator<Item = StaticPeerStatus> + '_ {
         self.by_key.values().map(move |peer| StaticPeerStatus {
             name: peer.config.name.clone(),
@@ -232,7 +232,8 @@ impl ConfiguredPeer {
         peer
     }
 
-    /// This peer under another configuration. Only another endpoint undoes what was learned.
+    /// Returns this peer under another configuration. Only another endpoint undoes what was
+    /// learned.
     fn following(mut self, fx: &mut Effects, config: StaticPeer) -> Self {
         if self.config.endpoint != config.endpoint {
             self.endpoint = config.endpoint.map(Path::direct);
@@ -245,7 +246,7 @@ impl ConfiguredPeer {
         self
     }
 
-    /// With a keepalive there is to be a session, traffic or not.
+    /// Schedules the first handshake, if the peer has a keepalive.
     fn begin(&self, fx: &mut Effects) {
         if self.persists() {
             let delay = SPREAD.mul_f64(fx.rng.random());
@@ -295,7 +296,7 @@ impl ConfiguredPeer {
         }
     }
 
-    /// Begins a handshake, though no sooner after the last one than WireGuard would.
+    /// Begins a handshake, no sooner after the last one than WireGuard would.
     fn call(&mut self, fx: &mut Effects) {
         let mut to: Vec<Path> = Vec::new();
         to.extend(self.endpoint.map(|path| Path::direct(path.remote)));
@@ -317,7 +318,7 @@ impl ConfiguredPeer {
         fx.output(Output::Handshake { peer: self.config.public_key, to });
     }
 
-    /// Something authentic came from there: answers go there.
+    /// Moves the endpoint to where something authentic came from.
     fn heard(&mut self, fx: &mut Effects, local: &LocalNode, from: Path) {
         let usable = !from.is_relayed() && local.can_send_to(from.remote);
         if self.endpoint != Some(from) && usable {
@@ -326,7 +327,7 @@ impl ConfiguredPeer {
         }
     }
 
-    /// Answers go out from the address that was called, until there is reason to doubt it.
+    /// Forgets the local address that the peer was answered from: there is reason to doubt it.
     fn let_kernel_choose(&mut self, fx: &mut Effects) {
         if let Some(path) = &mut self.endpoint
             && path.local.take().is_some()

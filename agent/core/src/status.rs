@@ -1,4 +1,4 @@
-//! What the core shows of its peers.
+//! State of the peers, for status output.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,43 +12,44 @@ use crate::path::Path;
 /// State of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PeerState {
-    /// Nothing was tried, since nothing was wanted.
+    /// Nothing is tried, since nothing was sent to it.
     Idle,
-    /// Being tried.
+    /// Paths are being tried.
     Connecting,
     /// A path carries traffic.
     Up,
-    /// Tried without success. Tried again with backoff, without end.
+    /// No path was found in 10 s. Attempts go on with backoff.
     Down,
 }
 
-/// Why the core wants to be called again.
+/// Name of the deadline for which the core wants to be called again, e.g. `probe`.
 pub type WakeReason = &'static str;
 
 /// A peer as the operator sees it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PeerStatus {
-    /// The node.
+    /// Newest grant and record of the node.
     pub node: Arc<Node>,
     /// Current state, for status output.
     pub state: PeerState,
-    /// Since when.
+    /// Time of the last change of state.
     pub since: Instant,
-    /// Why it is not up, or up through a relay alone, in words for the operator; else empty.
+    /// Reason why the peer is not up, or up through a relay alone, in words for the operator; else
+    /// empty.
     pub reason: String,
-    /// The path that carries its traffic.
+    /// Path that carries its traffic; `None` unless it is up.
     pub path: Option<Path>,
-    /// The relay on that path.
+    /// Name of the relay on that path, if there is one.
     pub relay: Option<NodeName>,
     /// The largest inner packet that the path takes, in bytes, once that was found out. Below
     /// 1,280, outer datagrams are fragmented.
     pub mtu: Option<u16>,
     /// Smoothed round-trip time of that path.
     pub rtt: Option<Duration>,
-    /// When the last handshake was completed.
+    /// Time at which the last handshake completed.
     pub last_handshake: Option<Instant>,
-    /// What is routed to it.
+    /// Networks that are routed to it.
     pub prefixes: Vec<IpNet>,
-    /// What it claims and another node holds, a line each; empty when all is well.
+    /// Claims that it did not get because another node holds them, a line each.
     pub conflicts: Vec<String>,
 }

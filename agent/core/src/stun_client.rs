@@ -21,30 +21,32 @@ use crate::output::Output;
 use crate::path::{LocalAddress, Path};
 use crate::timers::Timer;
 
-/// Reflectors that are asked for each uplink and family.
+/// Number of reflectors that are asked for each uplink and family: two show how the NAT maps.
 const REFLECTORS: usize = 2;
-/// Public nodes that reflect for us, in addition to controllers and relays.
+/// Largest number of public nodes that reflect for us, in addition to controllers and relays.
 const PUBLIC_REFLECTORS: usize = 4;
 /// Pauses before an unanswered request is repeated.
 const RETRY: Backoff =
     Backoff::new(Duration::from_millis(200), Duration::from_secs(30), Jitter::Tenth);
-/// How often is asked again behind a NAT: many forget a mapping after 30 s.
+/// Interval of requests behind a NAT: many forget a mapping after 30 s.
 const REFRESH: Duration = Duration::from_secs(20);
-/// And where there is none.
+/// Interval of requests where there is no NAT.
 const REFRESH_OPEN: Duration = Duration::from_secs(300);
-/// An answer that was not renewed for so long is forgotten.
+/// Time after which an answer that was not renewed is forgotten: four missed requests.
 const GOOD_FOR: Duration = Duration::from_secs(90);
-/// Addresses that peers saw us at, besides.
+/// Largest number of addresses at which peers saw us that are remembered.
 const OBSERVED: usize = 4;
 
 /// How the NAT on our side maps: RFC 4787 section 4.1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mapping {
-    /// There is none: we are seen as we are.
+    /// No NAT: others see our own address.
     None,
-    /// One address outside, whomever we speak to: others can find it.
+    /// Endpoint-independent mapping: one outer address for all remote addresses, so others can find
+    /// it.
     Independent,
-    /// Another one for each remote address: only who was called can answer.
+    /// Address-dependent mapping: another outer address for each remote address, so only the remote
+    /// that we sent to can answer.
     Dependent,
 }
 
@@ -58,7 +60,7 @@ struct QueryState {
     mapped: Option<(SocketAddr, Instant)>,
 }
 
-/// See the module.
+/// The reflectors, and what they answered; see the module.
 #[derive(Debug, Default)]
 pub(crate) struct StunClient {
     /// Reflectors that the controllers offer; asked first.
@@ -69,7 +71,7 @@ pub(crate) struct StunClient {
     /// [`PUBLIC_REFLECTORS`].
     public: BTreeMap<NodeId, Vec<SocketAddr>>,
     queries: BTreeMap<Query, QueryState>,
-    /// Where peers saw our pings come from.
+    /// Addresses that peers saw our pings come from, with the time of the last pong.
     observed: BTreeMap<SocketAddr, Instant>,
 }
 
@@ -114,14 +116,14 @@ impl StunClient {
         }
     }
 
-    /// Our addresses or uplinks are others now: all reflectors are asked at once, and what was known
-    /// holds only where the uplink is the same.
+    /// Asks all reflectors at once, since our addresses or uplinks changed. Known answers stay
+    /// where the uplink is the same.
     pub(crate) fn handle_local_change(&mut self, fx: &mut Effects, local: &LocalNode) {
         self.follow(fx, local, true);
     }
 
-    /// The reflectors or (with `anew`) our addresses are others now.
-    fn follow(&mut self, fx: &mut Effects, local: &LocalNode, anew: bool) {
+    /// Chooses the reflectors again, since they changed, or (with `is_local_change`) our addresses.
+    fn follow(&mut self, fx: &mut Effects, local: &LocalNode, is_local_change: bool) {
         let now = fx.now;
         let mut wanted: Vec<Query> = Vec::new();
         for v4 in [true, false] {
@@ -140,7 +142,7 @@ impl StunClient {
                 wanted.extend(reflectors.iter().map(|to| (end, *to)));
             }
         }
-        if anew {
+        if is_local_change {
             self.observed.clear();
             let queries = std::mem::take(&mut self.queries).into_iter();
             let still = queries.filter_map(|((end, remote), asked)| {
@@ -160,7 +162,7 @@ impl StunClient {
         self.schedule(fx);
     }
 
-    /// Asks the reflectors that it is time to ask. Returns whether an address of ours was forgotten.
+    /// Sends the requests that are due. Returns whether an address of ours was forgotten.
     pub(crate) fn handle_timeout(&mut self, fx: &mut Effects, local: &LocalNode) -> bool {
         let now = fx.now;
         let mut forgot = false;
@@ -222,7 +224,7 @@ impl StunClient {
         before != Some(candidate.address())
     }
 
-    /// A peer saw our ping come from there. Returns whether that is news.
+    /// Handles an address at which a peer saw our ping. Returns whether it was unknown.
     pub(crate) fn handle_observed(
         &mut self,
         now: Instant,
@@ -246,12 +248,12 @@ impl StunClient {
         true
     }
 
-    /// Our addresses outside, as far as they are known.
+    /// Returns our known outer addresses.
     pub(crate) fn candidates(&self) -> impl Iterator<Item = Candidate> {
         self.known().filter_map(|address| Candidate::new(CandidateKind::Reflexive, address))
     }
 
-    /// How the NAT maps, for the family for which two reflectors answered; IPv4 first.
+    /// Returns how the NAT maps, for the family for which two reflectors answered; IPv4 first.
     pub(crate) fn mapping(&self, local: &LocalNode) -> Option<Mapping> {
         [true, false].into_iter().find_map(|v4| {
             let mut seen: BTreeMap<Option<LocalAddress>, Vec<SocketAddr>> = BTreeMap::new();
@@ -273,7 +275,7 @@ impl StunClient {
         })
     }
 
-    /// Whether several reflectors were asked a few times and none ever answered.
+    /// Returns whether several reflectors were asked a few times and none ever answered.
     pub(crate) fn is_silent(&self) -> bool {
         self.queries.len() >= REFLECTORS
             && self.queries.values().all(|asked| asked.mapped.is_none() && asked.tries > 3)

@@ -19,16 +19,16 @@ pub(crate) enum Timer {
     StaticAttempt(WireguardKey),
     /// The next step of a search for a path's MTU.
     Mtu(NodeId),
-    /// The next question to a reflector.
+    /// The next STUN request to a reflector.
     StunClient,
     /// The next registration with a relay.
     HomeRelays,
-    /// An operator's ping is given up; the number is the caller's.
+    /// The end of an operator's ping; the number is the caller's.
     OperatorPing(u64),
 }
 
 impl Timer {
-    /// The name that the caller sees.
+    /// Returns the name that the caller sees.
     pub(crate) fn reason(self) -> &'static str {
         match self {
             Self::Attempt(_) | Self::StaticAttempt(_) => "attempt",
@@ -63,24 +63,24 @@ impl Timers {
         }
     }
 
-    /// When it is due, if it is set.
+    /// Returns when a deadline is due, if it is set.
     pub(crate) fn get(&self, timer: Timer) -> Option<Instant> {
         self.by_name.get(&timer).copied()
     }
 
-    /// Forgets a deadline.
+    /// Removes a deadline.
     pub(crate) fn cancel(&mut self, timer: Timer) {
         if let Some(at) = self.by_name.remove(&timer) {
             self.by_time.remove(&(at, timer));
         }
     }
 
-    /// The earliest deadline.
+    /// Returns the earliest deadline.
     pub(crate) fn next(&self) -> Option<(Instant, Timer)> {
         self.by_time.first().copied()
     }
 
-    /// Takes the earliest deadline that has passed.
+    /// Removes and returns the earliest deadline that has passed.
     pub(crate) fn pop_due(&mut self, now: Instant) -> Option<Timer> {
         let (at, timer) = self.next()?;
         if at > now {

@@ -1,20 +1,20 @@
-//! When what is tried while a peer has no path, or none that is good enough.
+//! Schedule of the attempts to reach a peer that has no path, or none that is good enough.
 //!
 //! ```text
-//!  round   0    1     2       3        4          5 ...
-//!          │    │     │       │        │          │           then 5 s, 10 s, 20 s, 30 s ... for ever
+//!  attempt 0    1     2       3        4          5 ...
+//!          │    │     │       │        │          │           then 5 s, 10 s, 20 s, 30 s ... without end
 //!          0  0.1 s 0.25 s  0.5 s     1 s        2 s
-//!  pings   ●    ●     ●       ●        ●          ●      to every address, each round
+//!  pings   ●    ●     ●       ●        ●          ●      to every address, each attempt
 //!  calls   ●          ○       ●        ●          ●      one initiation to every address
 //!  signal  ●                           ●                 "call me", through the controller
-//!  relay   ●          ●                ●                 channels at the peer's homes
+//!  relay   ●          ●                ●                 channels at the peer's home relays
 //! ```
 //!
-//! Of the two nodes one is_initiator (●, ○ the other): the one that cannot be called, else the one with
-//! the lower key. The other one holds its initiations back, so that they do not cross, but not its
-//! pings: a ping proves to the beginner that its peer is listening by now and that this way is
-//! open, so it initiates right there, at once. That is what opens a NAT from both sides within one
-//! round trip, whichever of the two learned of the other first.
+//! One of the two nodes is the initiator (●, the responder is ○): the one that others cannot reach
+//! first, else the one with the lower key. The responder holds its own initiations back, so that
+//! they do not cross, but not its pings: a ping proves to the initiator that its peer is listening
+//! and that this path is open, so it initiates there at once. That opens a NAT from both sides
+//! within one round trip, whichever of the two learned of the other first.
 
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,8 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use towline_types::backoff::{Backoff, Jitter};
 
-/// Pauses between the first rounds; [`BACKOFF`] follows.
+/// Pauses between the first attempts; [`BACKOFF`] follows. Short at first: two nodes that learn of
+/// each other at once meet within a second.
 const PAUSES: [Duration; 6] = [
     Duration::from_millis(100),
     Duration::from_millis(150),
@@ -31,37 +32,43 @@ const PAUSES: [Duration; 6] = [
     Duration::from_millis(1_000),
     Duration::from_millis(2_000),
 ];
+/// First of the later pauses, and the longest pause between initiations to every address.
 const SLOW: Duration = Duration::from_secs(5);
-/// Pauses between all later rounds.
+/// Pauses between all later attempts.
 const BACKOFF: Backoff = Backoff::new(SLOW, Duration::from_secs(30), Jitter::Tenth);
-/// How long the node that does not begin holds its initiations back.
+/// Time for which the responder holds its own initiations back.
 const YIELD: Duration = Duration::from_millis(250);
-/// The least time between initiations to everywhere; it doubles with each.
+/// Shortest time between initiations to every address; it doubles with each.
 const CALL_PAUSE: Duration = Duration::from_millis(225);
-/// The least time between two initiations that answer to what the peer sent.
+/// Shortest time between two initiations that answer a message of the peer.
 const ANSWER_PAUSE: Duration = Duration::from_millis(40);
 
-/// See the module.
+/// State of one series of attempts; see the module.
 #[derive(Debug)]
 pub(super) struct ConnectSchedule {
+    /// Begin of the series.
     began: Instant,
-    /// Nobody else would begin.
+    /// True if the peer does not know that a handshake is needed, so that it never initiates. Set
+    /// by [`Self::force`], cleared by [`Self::restart`].
     is_forced: bool,
+    /// Attempts of the series so far.
     attempts: u32,
+    /// Initiations to every address in the series so far.
     initiations: u32,
+    /// Time of the last initiation, in this series or an earlier one.
     last_initiation: Option<Instant>,
 }
 
-/// What one round does.
+/// What one attempt does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Attempt {
-    /// Its number.
+    /// Number of the attempt in its series, from 0.
     pub(super) number: u32,
-    /// Send initiations too.
+    /// True if initiations are sent too.
     pub(super) has_initiation: bool,
-    /// Signal the peer, and see about channels.
+    /// True if the peer is signalled, and relays are asked for channels.
     pub(super) seeks_help: bool,
-    /// When the next one follows.
+    /// Time until the next attempt.
     pub(super) pause: Duration,
 }
 
@@ -70,27 +77,28 @@ impl ConnectSchedule {
         Self { began: now, is_forced: false, attempts: 0, initiations: 0, last_initiation: None }
     }
 
-    /// From the beginning again.
+    /// Begins a new series.
     pub(super) fn restart(&mut self, now: Instant) {
         (self.began, self.is_forced, self.attempts, self.initiations) = (now, false, 0, 0);
     }
 
-    /// Does not hold initiations back, whoever is_initiator: only we know that there is something to begin.
+    /// Has this series send initiations at once even as the responder: only we know that a handshake
+    /// is needed.
     pub(super) fn force(&mut self) {
         self.is_forced = true;
     }
 
-    /// Since when this race runs.
+    /// Returns when the series began.
     pub(super) fn began(&self) -> Instant {
         self.began
     }
 
-    /// How many rounds there were.
+    /// Returns the number of attempts so far.
     pub(super) fn attempts(&self) -> u32 {
         self.attempts
     }
 
-    /// The next round; `begins`: it is we who begin.
+    /// Begins the next attempt. `is_initiator` says whether this node is the initiator.
     pub(super) fn next(&mut self, now: Instant, is_initiator: bool, rng: &mut StdRng) -> Attempt {
         let number = self.attempts;
         self.attempts = self.attempts.saturating_add(1);
@@ -107,24 +115,24 @@ impl ConnectSchedule {
         }
     }
 
-    /// An initiation went out to everywhere.
+    /// Records that an initiation went to every address.
     pub(super) fn initiated(&mut self, now: Instant) {
         self.initiations = self.initiations.saturating_add(1);
         self.last_initiation = Some(now);
     }
 
-    /// Whether an initiation may answer to something that the peer sent just now.
+    /// Returns whether an initiation may answer what the peer sent just now.
     pub(super) fn may_answer(&self, now: Instant, is_initiator: bool) -> bool {
         let rested = self.last_initiation.is_none_or(|at| now >= at + ANSWER_PAUSE);
         rested && self.can_begin(now, is_initiator)
     }
 
-    /// An initiation answered to something of the peer.
+    /// Records that an initiation answered a message of the peer.
     pub(super) fn answered(&mut self, now: Instant) {
         self.last_initiation = Some(now);
     }
 
-    /// When an initiation was sent last.
+    /// Returns when an initiation was sent last.
     pub(super) fn last_initiation(&self) -> Option<Instant> {
         self.last_initiation
     }

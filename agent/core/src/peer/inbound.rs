@@ -1,5 +1,5 @@
-//! What the peer, or a relay that knows it, says to us. All of it is authentic; any of it may be a
-//! replay, or a lie of that very peer or relay.
+//! Messages from the peer, or from a relay about it. All of them are authentic; each may be a
+//! replay, or false information of that peer or relay.
 
 use std::time::Duration;
 
@@ -14,9 +14,9 @@ use crate::pings::{Purpose, Sent};
 use crate::status::PeerState;
 use crate::timers::Timer;
 
-/// The least time between two checks of one path that answer to what the peer sent.
+/// Shortest time between two checks of one path that answer a message of the peer.
 const CHECK_MIN: Duration = Duration::from_millis(100);
-/// How long candidates of a signal are worth a try.
+/// Time for which candidates of a call are worth a try.
 const SIGNALLED_FOR: Duration = Duration::from_secs(120);
 /// Pongs per second and in a burst: a peer whose pings are replayed costs no more.
 const PONGS: Rate = Rate::per_second(60, 60);
@@ -26,7 +26,7 @@ const SIGNALS: Rate = Rate::per_second(4, 4);
 const CHANNELS: Rate = Rate::per_second(32, 32);
 
 impl Peer {
-    /// An authentic ping came.
+    /// Handles an authentic ping: answers it, and checks the path that it came over.
     pub(crate) fn handle_ping(&mut self, cx: &mut PeerContext<'_>, from: Path, transaction: u64) {
         if !cx.local.can_send_to(from.remote) {
             return;
@@ -59,12 +59,12 @@ impl Peer {
         }
         self.answer(cx, from);
         match self.state {
-            PeerState::Down | PeerState::Idle => self.try_anew(cx),
+            PeerState::Down | PeerState::Idle => self.try_again(cx),
             PeerState::Connecting | PeerState::Up => {}
         }
     }
 
-    /// An authentic pong came, answering `sent`, from where that was sent to.
+    /// Handles an authentic pong that answers `sent`, over the same path.
     pub(crate) fn handle_pong(&mut self, cx: &mut PeerContext<'_>, sent: &Sent) {
         let path = sent.to;
         let rtt = cx.fx.now.saturating_duration_since(sent.at);
@@ -103,8 +103,8 @@ impl Peer {
         }
     }
 
-    /// The peer asks to be called at `candidates`. `order` grows with each such message: its boot
-    /// epoch and number, so a replay, or one that was overtaken, is known by it.
+    /// Handles a call: the peer asks for handshakes and pings at `candidates`. A call that is not
+    /// newer than the last one is a replay or was overtaken: it is refused.
     pub(crate) fn handle_call(
         &mut self,
         cx: &mut PeerContext<'_>,
@@ -139,11 +139,11 @@ impl Peer {
                 }
             }
             Some(_) => self.hurry(cx),
-            None => self.try_anew(cx),
+            None => self.try_again(cx),
         }
     }
 
-    /// A relay opened a channel to it, at our request or at its own.
+    /// Handles a channel that a relay opened, at our request or at that of the peer.
     pub(crate) fn handle_channel(&mut self, cx: &mut PeerContext<'_>, path: Path) {
         if !self.channels.take(&CHANNELS, cx.fx.now, 1) {
             cx.fx.counters.relay_answers_refused += 1;
@@ -157,7 +157,7 @@ impl Peer {
         self.ping(cx, path, Purpose::Check);
         match self.state {
             PeerState::Up => self.hurry(cx),
-            PeerState::Idle | PeerState::Down => self.try_anew(cx),
+            PeerState::Idle | PeerState::Down => self.try_again(cx),
             PeerState::Connecting => {}
         }
         // Once: each initiation undoes the one before, and the relay tells of a channel several times.

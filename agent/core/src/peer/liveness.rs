@@ -18,13 +18,13 @@ use std::time::{Duration, Instant};
 
 /// How often a path that is in use is pinged.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
-/// The pause between pings while in doubt.
+/// Pause between pings while the path is in doubt.
 const DOUBT_INTERVAL: Duration = Duration::from_millis(125);
 /// Pings without a pong after which a path is dead.
 const DEAD: u32 = 9;
 /// Pings without a pong after which another path that answered takes over.
 const DOUBTFUL: u32 = 3;
-/// The same where the other one is of a worse kind.
+/// Pings without a pong after which another path of a worse kind takes over.
 const DOUBTFUL_WORSE: u32 = 6;
 /// How often an idle path is pinged, where it is at all: many NATs forget after 30 s.
 const KEEPALIVE: Duration = Duration::from_secs(20);
@@ -32,34 +32,36 @@ const KEEPALIVE: Duration = Duration::from_secs(20);
 const USED_FOR: Duration = Duration::from_secs(15);
 /// A peer is recent for this long after inner traffic.
 const RECENT_FOR: Duration = Duration::from_secs(300);
-/// A path that answered so lately needs no ping before it is used.
+/// Time after a pong for which a path needs no ping before it is used.
 const FRESH: Duration = Duration::from_millis(1_500);
 
-/// See the module.
+/// State of the path in use; see the module.
 #[derive(Debug, Default)]
 pub(super) struct Liveness {
+    /// Time of the last inner traffic.
     used: Option<Instant>,
     /// Pings in a row that have no pong.
     unanswered: u32,
-    /// When the first of them was sent.
+    /// Time at which the first of them was sent.
     doubt: Option<Instant>,
+    /// Time of the last pong. Cleared when the path changes.
     answered: Option<Instant>,
 }
 
-/// What the time for a ping has brought.
+/// Result of [`Liveness::due`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// Ping it again, and look after this pause.
     Ping(Duration),
-    /// The same, and it has just become doubtful: see which other paths work.
+    /// Ping it again, look after this pause, and ping the other paths: it has just become doubtful.
     Doubt(Duration),
     /// The path is dead.
     Dead,
 }
 
 impl Liveness {
-    /// Inner traffic. Says whether the path should be pinged now: it was not in use, and nobody
-    /// knows whether it still works.
+    /// Records inner traffic. Returns whether the path should be pinged now: it was not in use, and
+    /// it is unknown whether it still works.
     pub(super) fn traffic(&mut self, now: Instant) -> bool {
         let was_used = self.is_used(now);
         self.used = Some(now);
@@ -70,7 +72,7 @@ impl Liveness {
         self.used.is_some_and(|at| now < at + USED_FOR)
     }
 
-    /// Whether there ever was inner traffic.
+    /// Returns whether there ever was inner traffic.
     pub(super) fn has_been_used(&self) -> bool {
         self.used.is_some()
     }
@@ -79,15 +81,15 @@ impl Liveness {
         self.used.is_some_and(|at| now < at + RECENT_FOR)
     }
 
-    /// The path is another one.
+    /// Forgets what is known of the path: it is another one now.
     pub(super) fn moved(&mut self) {
         self.unanswered = 0;
         self.doubt = None;
         self.answered = None;
     }
 
-    /// A pong came on the path, to a ping that was sent at `sent`. When to ping next: `None`, not
-    /// again. `keep` says that an idle one is kept.
+    /// Records a pong on the path, to a ping that was sent at `sent`. Returns when to ping next;
+    /// `None`: not again. `keep` says that an idle path is kept open.
     pub(super) fn pong(&mut self, now: Instant, sent: Instant, keep: bool) -> Option<Instant> {
         self.unanswered = 0;
         self.doubt = None;
@@ -99,7 +101,7 @@ impl Liveness {
         }
     }
 
-    /// The time for a ping has come; an answer takes `wait` at most.
+    /// Counts the ping that is due, or gives the path up. An answer takes `wait` at most.
     pub(super) fn due(&mut self, now: Instant, wait: Duration) -> Verdict {
         if self.unanswered >= DEAD {
             return Verdict::Dead;
@@ -115,12 +117,12 @@ impl Liveness {
         }
     }
 
-    /// Since when the path is in so much doubt that another one may take over.
+    /// Returns since when the path is in doubt, once another one may take over.
     pub(super) fn doubtful(&self) -> Option<Instant> {
         self.doubt.filter(|_| self.unanswered >= DOUBTFUL)
     }
 
-    /// And whether one of a worse kind may.
+    /// Returns whether a path of a worse kind may take over.
     pub(super) fn yields_to_worse(&self) -> bool {
         self.unanswered >= DOUBTFUL_WORSE
     }

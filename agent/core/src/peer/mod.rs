@@ -1,9 +1,9 @@
 //! One peer: how it is reached, and whether it still is.
 //!
 //! - [`paths`]: what is known of each path, and which is the best.
-//! - [`peer_candidates`]: where it might be reached, and what is sent there.
-//! - [`connect_schedule`]: what is tried when, while there is none, or none good enough.
-//! - [`inbound`]: what the peer, or a relay that knows it, says to us.
+//! - [`peer_candidates`]: addresses at which it might be reached, and what is sent to them.
+//! - [`connect_schedule`]: when attempts are made, while there is no path or none good enough.
+//! - [`inbound`]: messages from the peer, or from a relay about it.
 //! - [`liveness`]: whether the one that carries traffic still does.
 //! - [`pmtu`]: how large a datagram it takes.
 //!
@@ -14,7 +14,7 @@
 //!   ▲                                    ▲   │ 10 s      ▲              │  pongs came on a direct
 //!   │ nothing sent for long              │   ▼           │              │  path: fresh handshake
 //!   └──────────────────────────────── dead  Down ────────┘              ▼  there
-//!                                     path   (goes on trying)      rounds go on, slower and slower
+//!                                     path   (goes on trying)      attempts go on, at longer and longer pauses
 //! ```
 //!
 //! A completed handshake makes its way the path, whichever it is: so traffic starts over a relay
@@ -60,17 +60,17 @@ use liveness::{Liveness, Verdict};
 use paths::{HEARD_FOR, Paths, Tier};
 use pmtu::{INNER_MIN, Pmtu};
 
-/// Trying for longer than this is being down.
+/// Time of attempts without success after which a peer is down.
 pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(10);
-/// Nothing was sent to it for so long: not tried any more, in a mesh that connects on need.
+/// Time without traffic after which a peer is not tried any more, in a mesh that connects on need.
 const IDLE_AFTER: Duration = Duration::from_secs(600);
-/// The least time between two handshakes that move traffic to a better path.
+/// Shortest time between two handshakes that move traffic to a better path.
 const MOVE_MIN: Duration = Duration::from_millis(500);
-/// The time that the node in charge has for it.
+/// Time that the node in charge has to move traffic off a relay before the other one does.
 const LEFT_BEHIND: Duration = Duration::from_secs(1);
-/// How often other good paths are pinged while one is in use.
+/// Interval at which other good paths are pinged while one is in use.
 const ALTERNATIVES: Duration = Duration::from_secs(10);
-/// The wait for an answer to a padded ping, beside that for any.
+/// Additional wait for the answer to a padded ping, which takes longer to send.
 const MTU_WAIT: Duration = Duration::from_millis(100);
 
 /// What a peer may use while it handles something.
@@ -92,49 +92,57 @@ pub(crate) struct CallOrder {
     pub(crate) number: u64,
 }
 
-/// What is known of the networks conditions, to explain how it stands with a peer.
+/// Conditions of the network, to explain the state of a peer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct NetworkConditions {
-    /// The mesh has relays.
+    /// True if the mesh has relays.
     pub(crate) has_relays: bool,
-    /// No reflector ever answered.
+    /// True if no reflector ever answered.
     pub(crate) is_silent: bool,
-    /// How our NAT maps.
+    /// Mapping behaviour of our NAT, once it is known.
     pub(crate) mapping: Option<Mapping>,
 }
 
-/// See the module.
+/// One peer; see the module.
 #[derive(Debug)]
 pub(crate) struct Peer {
     node: Arc<Node>,
     state: PeerState,
+    /// Time of the last change of state.
     since: Instant,
-    /// When it was last up, or began to be tried.
+    /// Time at which it was last up, or at which attempts began.
     trying_since: Instant,
+    /// Schedule of the attempts.
     schedule: ConnectSchedule,
-    /// The WireGuard endpoint: the way of the last handshake or authentic datagram.
+    /// WireGuard endpoint: the path of the last handshake or authentic datagram.
     endpoint: Option<Path>,
+    /// Time at which `endpoint` was set.
     endpoint_since: Option<Instant>,
-    /// The one before, and when it was left: late datagrams still come from there.
+    /// Previous endpoint, and the time at which it was left: late datagrams still come from there.
     left: Option<(Path, Instant)>,
+    /// True once a handshake completed. Cleared when the session ends or is in doubt.
     has_session: bool,
+    /// Time at which the last handshake completed.
     last_handshake: Option<Instant>,
+    /// Time of our last handshake on a better path.
     moved: Option<Instant>,
+    /// Time at which the other good paths were pinged last.
     compared: Option<Instant>,
     paths: Paths,
     liveness: Liveness,
     pmtu: Pmtu,
-    /// From signals: until when they are worth a try.
+    /// Candidates of calls, and until when each is worth a try.
     signalled: BTreeMap<SocketAddr, Instant>,
+    /// Order of the last call that was accepted.
     last_call: CallOrder,
-    /// Answers on the path in use, and elsewhere.
+    /// Limits of pongs: on the path in use, and elsewhere.
     pongs: [TokenBucket; 2],
     calls: TokenBucket,
     channels: TokenBucket,
 }
 
 impl Peer {
-    /// A peer that is to be connected after `delay`; `None`: when there is need.
+    /// Returns a peer that is to be connected after `delay`; `None`: when there is traffic for it.
     pub(crate) fn new(fx: &mut Effects, node: Arc<Node>, delay: Option<Duration>) -> Self {
         let state = if delay.is_some() { PeerState::Connecting } else { PeerState::Idle };
         let peer = Self {
@@ -193,7 +201,7 @@ impl Peer {
         self.last_handshake
     }
 
-    /// The path that carries traffic.
+    /// Returns the path that carries traffic.
     pub(crate) fn path(&self) -> Option<Path> {
         self.endpoint.filter(|_| self.state == PeerState::Up)
     }
@@ -202,20 +210,20 @@ impl Peer {
         self.paths.rtt(&self.path()?)
     }
 
-    /// The largest inner packet that its path takes, once that is known.
+    /// Returns the largest inner packet that its path takes, once that is known.
     pub(crate) fn mtu(&self) -> Option<u16> {
         let path = self.endpoint?;
         if self.pmtu.path() == Some(path) { self.pmtu.inner() } else { None }
     }
 
-    /// It is ours no longer: no timer of it may fire.
+    /// Cancels all deadlines of the peer, which was removed.
     pub(crate) fn forget(&self, timers: &mut Timers) {
         for timer in [Timer::Attempt(self.id()), Timer::Probe(self.id()), Timer::Mtu(self.id())] {
             timers.cancel(timer);
         }
     }
 
-    /// A newer record, or another grant.
+    /// Takes a newer record, or another grant.
     pub(crate) fn set_node(&mut self, cx: &mut PeerContext<'_>, node: Arc<Node>) {
         let (old, new) = (self.node.record(), node.record());
         let rebooted = new.boot_epoch > old.boot_epoch;
@@ -229,14 +237,14 @@ impl Peer {
         }
         let wanted = cx.is_eager || self.state != PeerState::Idle;
         if other_key || rebooted {
-            // A peer that started anew has forgotten our session, and is waiting for us if it
+            // A peer that started again has forgotten our session, and is waiting for us if it
             // cannot call us itself.
             if wanted {
-                self.try_anew(cx);
+                self.try_again(cx);
             }
         } else if moved && wanted {
             match self.path() {
-                None => self.try_anew(cx),
+                None => self.try_again(cx),
                 // Perhaps a better path than this.
                 Some(path) if path.is_relayed() => self.hurry(cx),
                 Some(_) => {}
@@ -266,10 +274,10 @@ impl Peer {
         }
         let wanted = cx.is_eager || self.liveness.is_recent(cx.fx.now);
         match self.state {
-            PeerState::Connecting | PeerState::Down => self.try_anew(cx),
+            PeerState::Connecting | PeerState::Down => self.try_again(cx),
             PeerState::Up if wanted && lost => {
                 self.set_state(cx, PeerState::Connecting);
-                self.try_anew(cx);
+                self.try_again(cx);
                 // The peer does not know yet that there is something to begin.
                 self.schedule.force();
             }
@@ -289,7 +297,7 @@ impl Peer {
         }
     }
 
-    /// The time for the next round has come.
+    /// Makes the attempt that is due.
     pub(crate) fn attempt(&mut self, cx: &mut PeerContext<'_>) {
         let wanted = cx.is_eager || self.liveness.is_recent(cx.fx.now);
         match self.state {
@@ -332,12 +340,13 @@ impl Peer {
         cx.fx.timers.set(Timer::Attempt(self.id()), cx.fx.now + attempt.pause);
     }
 
-    /// For how long it is tried in a mesh that connects on need, though nothing is sent to it.
+    /// Returns how long the peer is tried in a mesh that connects on need, though nothing is sent
+    /// to it.
     fn patience(&self) -> Duration {
         if self.liveness.has_been_used() { IDLE_AFTER } else { DOWN_AFTER }
     }
 
-    /// The time for the next ping on the path has come, or for the verdict on the last one.
+    /// Sends the ping on the path that is due, or leaves the path if too many were not answered.
     pub(crate) fn probe(&mut self, cx: &mut PeerContext<'_>) {
         let Some(path) = self.path() else { return };
         let verdict = self.liveness.due(cx.fx.now, self.paths.wait(&path));
@@ -353,7 +362,7 @@ impl Peer {
                 tracing::debug!(%path, "path given up: no pong in time");
                 self.left = Some((path, cx.fx.now));
                 self.set_state(cx, PeerState::Connecting);
-                self.try_anew(cx);
+                self.try_again(cx);
                 return;
             }
             Verdict::Doubt(pause) => {
@@ -371,7 +380,7 @@ impl Peer {
         cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now + pause);
     }
 
-    /// The time for the next step of the search for the path's MTU has come.
+    /// Makes the step of the path MTU search that is due.
     pub(crate) fn search_mtu(&mut self, cx: &mut PeerContext<'_>) {
         let Some(path) = self.path().filter(|path| self.pmtu.path() == Some(*path)) else { return };
         if !cx.is_eager && !self.liveness.is_used(cx.fx.now) {
@@ -390,7 +399,7 @@ impl Peer {
         cx.fx.timers.set(Timer::Mtu(self.id()), cx.fx.now + pause);
     }
 
-    /// The data plane saw something.
+    /// Handles an observation of the data plane.
     pub(crate) fn handle_observation(&mut self, cx: &mut PeerContext<'_>, what: Observation) {
         match what {
             Observation::Handshake { from } => self.handshake(cx, from),
@@ -432,13 +441,14 @@ impl Peer {
                     self.ping(cx, to, Purpose::Operator(id));
                 }
                 if self.state == PeerState::Idle {
-                    self.try_anew(cx);
+                    self.try_again(cx);
                 }
             }
         }
     }
 
-    /// Why it is not up, or up through a relay alone, in words for the operator; else empty.
+    /// Returns why the peer is not up, or up through a relay alone, in words for the operator; else
+    /// an empty text.
     pub(crate) fn reason(
         &self,
         now: Instant,
@@ -521,12 +531,12 @@ impl Peer {
         self.settle(cx);
     }
 
-    /// Whether it took its path only just now.
+    /// Returns whether the peer took its path only just now.
     fn is_new_there(&self, now: Instant) -> bool {
         self.endpoint_since.is_some_and(|at| now < at + MOVE_MIN)
     }
 
-    /// Looks on for something better, unless there is nothing better.
+    /// Schedules attempts to find a better path, unless there can be none.
     fn settle(&self, cx: &mut PeerContext<'_>) {
         if self.needs_better(cx) {
             cx.fx.timers.set_no_later(Timer::Attempt(self.id()), cx.fx.now + MOVE_MIN);
@@ -563,7 +573,7 @@ impl Peer {
         }
     }
 
-    /// Inner traffic.
+    /// Records inner traffic.
     fn traffic(&mut self, cx: &mut PeerContext<'_>) {
         let was_used = self.liveness.is_used(cx.fx.now);
         let unsure = self.liveness.traffic(cx.fx.now);
@@ -578,7 +588,7 @@ impl Peer {
         }
     }
 
-    /// There is no session: a handshake on the path if there is one, else a round now; neither
+    /// Renews the session: by a handshake on the path if there is one, else by an attempt; neither
     /// sooner after the last initiation than WireGuard would.
     fn renew(&mut self, cx: &mut PeerContext<'_>) {
         self.has_session = false;
@@ -595,7 +605,7 @@ impl Peer {
                 cx.fx.timers.set(Timer::Attempt(self.id()), cx.fx.now + wait);
                 cx.fx.timers.set_no_later(Timer::Probe(self.id()), cx.fx.now);
             }
-            None if self.state == PeerState::Idle => self.try_anew(cx),
+            None if self.state == PeerState::Idle => self.try_again(cx),
             None if self.state == PeerState::Down => {
                 let rested = last.map_or(cx.fx.now, |at| (at + REKEY_TIMEOUT).max(cx.fx.now));
                 cx.fx.timers.set_no_later(Timer::Attempt(self.id()), rested);
@@ -604,8 +614,8 @@ impl Peer {
         }
     }
 
-    /// Begins a new series of rounds, now.
-    fn try_anew(&mut self, cx: &mut PeerContext<'_>) {
+    /// Begins a new series of attempts, now.
+    fn try_again(&mut self, cx: &mut PeerContext<'_>) {
         self.schedule.restart(cx.fx.now);
         match self.state {
             PeerState::Up => self.has_session = false,
@@ -615,7 +625,7 @@ impl Peer {
         cx.fx.timers.set(Timer::Attempt(self.id()), cx.fx.now);
     }
 
-    /// Begins a new series of rounds for something better, but keeps what there is.
+    /// Begins a new series of attempts to find a better path, and keeps the current one.
     fn hurry(&mut self, cx: &mut PeerContext<'_>) {
         if self.schedule.began() + MOVE_MIN <= cx.fx.now {
             self.schedule.restart(cx.fx.now);
@@ -623,7 +633,8 @@ impl Peer {
         cx.fx.timers.set_no_later(Timer::Attempt(self.id()), cx.fx.now);
     }
 
-    /// Whether a doubtful path yields to another one that answers: sooner to one that is as good.
+    /// Returns whether a doubtful path is left for another one that answers: sooner for one that is
+    /// as good.
     fn can_yield(&self, from: Path, to: Path) -> bool {
         Tier::of(&to) <= Tier::of(&from) || self.liveness.yields_to_worse()
     }
@@ -670,7 +681,8 @@ impl Peer {
         }
     }
 
-    /// The peer listens, and this way is open: an initiation there, if it is ours to begin.
+    /// Sends an initiation over a path that is open, to a peer that is listening, if we are the
+    /// initiator.
     fn answer(&mut self, cx: &mut PeerContext<'_>, to: Path) {
         if self.schedule.may_answer(cx.fx.now, self.is_initiator(cx.local)) {
             self.schedule.answered(cx.fx.now);
@@ -699,7 +711,7 @@ impl Peer {
         cx.fx.output(Output::StateChanged { peer: self.id(), from, to });
     }
 
-    /// The same path under another name, so what is known of it holds.
+    /// Renames the endpoint: it is the same path, so what is known of it holds.
     fn rename_endpoint(&mut self, cx: &mut PeerContext<'_>, name: Path) {
         if self.pmtu.path() == self.endpoint {
             self.pmtu.rename(name);
@@ -726,7 +738,8 @@ impl Peer {
         }
     }
 
-    /// Whether rounds go on although it is up: the path is relayed, or was only the first to answer.
+    /// Returns whether attempts go on although the peer is up: the path is relayed, or was only the
+    /// first to answer.
     fn needs_better(&self, cx: &PeerContext<'_>) -> bool {
         let Some(path) = self.path() else { return true };
         if !cx.is_eager && !self.liveness.is_used(cx.fx.now) {
@@ -735,7 +748,7 @@ impl Peer {
         path.is_relayed() || self.schedule.attempts() < 4 && self.paths_beside(cx, path)
     }
 
-    /// Whether of the two nodes it is we who begin.
+    /// Returns whether this node is the initiator of the two.
     fn is_initiator(&self, local: &LocalNode) -> bool {
         match (local.is_reachable(), is_reachable(&self.node.record().candidates)) {
             (false, true) => true,
@@ -744,19 +757,20 @@ impl Peer {
         }
     }
 
-    /// Whether of the two nodes it is we who move traffic to a better path.
+    /// Returns whether this node of the two is in charge of moving traffic to a better path.
     fn is_leader(&self, local: &LocalNode) -> bool {
         local.key() < Some(self.key())
     }
 
-    /// Whether an idle path is pinged: in a small mesh always; else where a NAT of ours asks for it
-    /// and the peer is recent.
+    /// Returns whether an idle path is pinged: in a small mesh always; else where our NAT requires
+    /// it and the peer is recent.
     fn needs_keepalive(&self, cx: &PeerContext<'_>) -> bool {
         cx.is_eager || self.liveness.is_recent(cx.fx.now) && !cx.local.is_reachable()
     }
 }
 
-/// What an MTU means to the data plane: the largest inner packet, and whether to fragment.
+/// Returns what a path MTU means to the data plane: the largest inner packet, and whether to
+/// fragment.
 pub(crate) fn clamped(mtu: Option<u16>, link: u16) -> (u16, bool) {
     match mtu {
         None => (link, false),
@@ -769,7 +783,7 @@ fn counted(candidates: usize) -> String {
     format!("{candidates} candidate{}", if candidates == 1 { "" } else { "s" })
 }
 
-/// Between four fifths and six fifths of it.
+/// Returns a random pause between four fifths and six fifths of `pause`.
 pub(crate) fn jittered(rng: &mut StdRng, pause: Duration) -> Duration {
     Jitter::Fifth.apply(pause, rng.random())
 }

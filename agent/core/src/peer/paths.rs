@@ -10,34 +10,35 @@ use crate::path::Path;
 use crate::prefixes::is_private;
 use crate::rtt::Rtt;
 
-/// Paths that are remembered beside the candidates.
+/// Largest number of paths that are remembered in addition to the candidates.
 const MORE: usize = 8;
-/// Channels of one peer that are remembered.
+/// Largest number of relay channels of one peer that are remembered.
 const CHANNELS: usize = 4;
-/// How long something authentic from a path makes it worth a try.
+/// Time for which a path is worth a try after something authentic came over it.
 pub(super) const HEARD_FOR: Duration = Duration::from_secs(120);
-/// How long a pong shows that a path works.
+/// Time for which a pong shows that a path works.
 const WORKS_FOR: Duration = Duration::from_secs(15);
-/// Of two paths of one tier, the other one has to be faster by this much before traffic moves.
+/// Difference of round-trip times from which on traffic moves to a path of the same tier: less is
+/// noise.
 const FASTER: Duration = Duration::from_millis(3);
 
 /// What is known of a path.
 #[derive(Debug, Default)]
 pub(super) struct KnownPath {
     pub(super) rtt: Rtt,
-    /// When something authentic came from there.
+    /// Time at which something authentic came over it last.
     pub(super) heard: Option<Instant>,
-    /// When a pong came from there.
+    /// Time at which a pong came over it last.
     pub(super) answered: Option<Instant>,
     pub(super) checked: Option<Instant>,
-    /// Pongs since it was last silent for long.
+    /// Pongs since it was last silent for longer than [`WORKS_FOR`].
     answers: u32,
 }
 
-/// How good a path is in kind, the best first.
+/// Kind of a path, the best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Tier {
-    /// Over a network that both share.
+    /// Over a private network that both share.
     Site,
     /// Over the internet.
     Direct,
@@ -57,7 +58,7 @@ impl Tier {
     }
 }
 
-/// See the module.
+/// The known paths of one peer.
 #[derive(Debug, Default)]
 pub(super) struct Paths {
     known: BTreeMap<Path, KnownPath>,
@@ -68,7 +69,8 @@ impl Paths {
         self.known.get(path)
     }
 
-    /// Something authentic came from there; forgets what was so long ago, but not `keep`.
+    /// Records that something authentic came over a path. Forgets the oldest path if there are too
+    /// many, but not `keep`.
     pub(super) fn heard(&mut self, now: Instant, from: Path, keep: Option<Path>) -> &mut KnownPath {
         self.known.entry(from).or_default().heard = Some(now);
         let kept = |path: &Path| *path == from || Some(*path) == keep;
@@ -88,7 +90,7 @@ impl Paths {
         self.known.entry(from).or_default()
     }
 
-    /// A pong came.
+    /// Records a pong.
     pub(super) fn answered(&mut self, now: Instant, path: Path, keep: Option<Path>, rtt: Duration) {
         let known = self.heard(now, path, keep);
         if known.answered.is_none_or(|at| now >= at + WORKS_FOR) {
@@ -100,27 +102,27 @@ impl Paths {
         known.rtt.sample(rtt);
     }
 
-    /// A ping goes out.
+    /// Records a ping.
     pub(super) fn checked(&mut self, now: Instant, path: Path) {
         if let Some(known) = self.known.get_mut(&path) {
             known.checked = Some(now);
         }
     }
 
-    /// A channel was opened: worth a try, though nothing came over it yet.
+    /// Records a relay channel that was opened. Returns whether it is new.
     pub(super) fn opened(&mut self, now: Instant, path: Path, keep: Option<Path>) -> bool {
         let new = !self.known.contains_key(&path);
         self.heard(now, path, keep);
         new
     }
 
-    /// Our uplinks are others now: forgets paths that began at one that is gone.
+    /// Renames the paths after our uplinks changed, and forgets those whose uplink is gone.
     pub(super) fn follow_uplinks(&mut self, local: &LocalNode) {
         let known = std::mem::take(&mut self.known).into_iter();
         self.known = known.filter_map(|(path, known)| Some((local.still(path)?, known))).collect();
     }
 
-    /// Paths from which something came lately, the latest first; relay channels are all there.
+    /// Returns the paths over which something came lately, the latest first.
     pub(super) fn recent(&self, now: Instant) -> Vec<Path> {
         let heard = self.known.iter().filter_map(|(path, known)| {
             let at = known.heard?;
@@ -132,7 +134,7 @@ impl Paths {
         heard.into_iter().map(|(_, path)| path).collect()
     }
 
-    /// The best path that answered within `fresh`, other than `than`.
+    /// Returns the best path that answered within `fresh`, other than `than`.
     pub(super) fn best(&self, now: Instant, fresh: Duration, than: Option<Path>) -> Option<Path> {
         self.known
             .iter()
@@ -141,8 +143,8 @@ impl Paths {
             .map(|(path, _)| *path)
     }
 
-    /// The path that traffic should move to from `current`, which works too: one of a better tier,
-    /// or a clearly faster one that has answered a few times.
+    /// Returns the path that traffic should move to from `current`, which works too: one of a
+    /// better tier, or a clearly faster one that has answered a few times.
     pub(super) fn better(&self, now: Instant, current: Path) -> Option<Path> {
         let other = self.best(now, WORKS_FOR, Some(current))?;
         let (mine, known) = (self.known.get(&current), self.known.get(&other)?);
@@ -154,7 +156,7 @@ impl Paths {
         (faster && known.answers >= 3).then_some(other)
     }
 
-    /// Other paths of the best tiers that work: worth a ping now and then.
+    /// Returns other working paths that are no worse in kind: worth a ping now and then.
     pub(super) fn alternatives(&self, now: Instant, current: Path) -> Vec<Path> {
         let of_use = self.known.iter().filter(|(path, known)| {
             **path != current
@@ -164,7 +166,7 @@ impl Paths {
         of_use.map(|(path, _)| *path).take(3).collect()
     }
 
-    /// Whether any answered within the time that makes it worth a try.
+    /// Returns whether any path answered within [`HEARD_FOR`].
     pub(super) fn has_answered(&self, now: Instant) -> bool {
         self.known.values().any(|known| works(known, now, HEARD_FOR))
     }

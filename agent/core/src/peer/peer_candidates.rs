@@ -1,4 +1,4 @@
-//! Where a peer might be reached, and what is sent there.
+//! Addresses at which a peer might be reached, and what is sent to them.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -15,7 +15,7 @@ use crate::path::Path;
 use crate::pings::{Purpose, Sent};
 use crate::prefixes::is_private;
 
-/// Paths that one round tries.
+/// Largest number of paths that one attempt tries.
 const TARGETS: usize = 48;
 
 impl Peer {
@@ -46,7 +46,8 @@ impl Peer {
         }));
     }
 
-    /// Whoever never answers gets only so much. The path in use is another matter: it has.
+    /// Returns whether one more datagram may be sent to an address, which gets a bounded number
+    /// until it answers. The path in use has answered.
     fn may_send(&self, cx: &mut PeerContext<'_>, to: &Path) -> bool {
         let free =
             self.path() == Some(*to) || cx.probing.unanswered.take(cx.fx.now, to.remote.ip());
@@ -54,7 +55,7 @@ impl Peer {
         free
     }
 
-    /// Its candidates, as far as we may send there, the likeliest first.
+    /// Returns those candidates that we may send to, the likeliest first.
     pub(super) fn candidates(&self, now: Instant, local: &LocalNode) -> Vec<SocketAddr> {
         let same_site =
             self.node.grant().site.is_some() && self.node.grant().site.as_ref() == local.site();
@@ -77,8 +78,8 @@ impl Peer {
         addresses
     }
 
-    /// What a round tries: the last path, where it was heard from lately, every candidate from every
-    /// uplink.
+    /// Returns the paths that an attempt tries: the last one, those over which something came
+    /// lately, every candidate from every uplink.
     pub(super) fn targets(&self, cx: &PeerContext<'_>) -> Vec<Path> {
         let mut targets: Vec<Path> = self.endpoint.into_iter().collect();
         let candidates = self.candidates(cx.fx.now, cx.local);
@@ -97,7 +98,7 @@ impl Peer {
         self.targets(cx).iter().any(|to| *to != path && Tier::of(to) <= tier)
     }
 
-    /// Asks the peer to call us, and relays for channels to it.
+    /// Asks the peer for a call, and relays for channels to it.
     pub(super) fn seek_help(&self, cx: &mut PeerContext<'_>, turn: u32) {
         let callable = !cx.local.candidates().is_empty() || !cx.relays.is_empty();
         let relayed =
