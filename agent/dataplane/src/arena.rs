@@ -388,8 +388,8 @@ impl RecvBatch {
 /// Packet from the TUN: up to 64 KiB, which may have to be split.
 #[derive(Debug, Clone, Copy)]
 pub struct TunPacket {
-    /// Position of the IP header in the batch. [`HEADROOM`] bytes before the packet and [`TAILROOM`]
-    /// bytes after it are free.
+    /// Position of the IP header in the batch. [`HEADROOM`] bytes before the packet and
+    /// [`TAILROOM`] bytes after it are free.
     pub start: usize,
     /// Length in bytes.
     pub len: usize,

@@ -325,8 +325,8 @@ impl Layout {
         self.network.source.is_ipv4()
     }
 
-    /// Returns the partial checksum of the pseudo-header for `transport_len` bytes of transport header
-    /// and payload.
+    /// Returns the partial checksum of the pseudo-header for `transport_len` bytes of transport
+    /// header and payload.
     fn pseudo(&self, transport_len: usize) -> u64 {
         let protocol = if self.is_tcp { PROTOCOL_TCP } else { PROTOCOL_UDP };
         self.network.pseudo(protocol, transport_len)
@@ -362,8 +362,8 @@ impl Layout {
 }
 
 impl Network {
-    /// Returns the partial checksum of the pseudo-header for `transport_len` bytes of transport header
-    /// and payload.
+    /// Returns the partial checksum of the pseudo-header for `transport_len` bytes of transport
+    /// header and payload.
     fn pseudo(&self, protocol: u8, transport_len: usize) -> u64 {
         checksum::pseudo(&self.source, &self.destination, protocol) + transport_len as u64
     }

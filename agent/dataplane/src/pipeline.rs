@@ -245,8 +245,8 @@ impl Pipeline {
         self.coalescer.finish(writes);
     }
 
-    /// Returns the GSO batches of the last batch that must be forwarded to other nodes. They refer to
-    /// the bytes of that batch.
+    /// Returns the GSO batches of the last batch that must be forwarded to other nodes. They refer
+    /// to the bytes of that batch.
     pub(super) fn forwards(&self) -> &[GsoBatch] {
         &self.forwards
     }

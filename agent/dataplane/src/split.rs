@@ -107,7 +107,8 @@ struct Outer {
     network: Network,
     /// Position of the UDP header.
     udp: usize,
-    /// Partial checksum of the pseudo-header without the length. `None` if the tunnel uses no checksum.
+    /// Partial checksum of the pseudo-header without the length. `None` if the tunnel uses no
+    /// checksum.
     pseudo: Option<u64>,
 }
 

@@ -478,8 +478,8 @@ enum SelfTest {
     Gro,
 }
 
-/// Sends a GSO batch over the loopback and compares what arrives. Without a usable loopback the test
-/// passes.
+/// Sends a GSO batch over the loopback and compares what arrives. Without a usable loopback the
+/// test passes.
 fn try_out(what: SelfTest) -> Result<(), String> {
     const LENGTHS: [usize; 5] = [1200, 1200, 1200, 1200, 700];
     let refused = |error: io::Error| format!("the kernel refused it: {error}");
@@ -520,7 +520,8 @@ fn try_out(what: SelfTest) -> Result<(), String> {
             break;
         }
         let Some((_, len, segment_size)) = headers.received(0) else { break };
-        // Either the whole GSO batch arrives at once, or one datagram with the length that was sent.
+        // Either the whole GSO batch arrives at once, or one datagram with the length that was
+        // sent.
         let whole = segment_size == LENGTHS[0] && len == sent.len();
         let single = segment_size == 0 && LENGTHS.contains(&len);
         if !whole && !single {

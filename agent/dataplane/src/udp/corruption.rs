@@ -2,8 +2,8 @@
 //!
 //! A kernel or a network card that coalesces wrongly reports no error. The only symptom is that
 //! coalesced datagrams are not authentic. Forged datagrams have the same symptom, so only a large
-//! share of them is taken for corruption. An attacker who can forge that large a share of the traffic
-//! could drop it as well.
+//! share of them is taken for corruption. An attacker who can forge that large a share of the
+//! traffic could drop it as well.
 
 use std::time::Instant;
 

@@ -183,8 +183,8 @@ impl Headers {
         Some((from, received.msg_len as usize, usize::try_from(segment_size).unwrap_or(0)))
     }
 
-    /// Sends as many of the GSO batches as the kernel accepts, at most [`MESSAGES`]. Returns the number
-    /// of GSO batches sent.
+    /// Sends as many of the GSO batches as the kernel accepts, at most [`MESSAGES`]. Returns the
+    /// number of GSO batches sent.
     pub(super) fn send(
         &mut self,
         socket: &Socket,
