@@ -49,7 +49,7 @@ pub struct Connection {
     info: ConnectionInfo,
     /// Timer that ends a connection without a client certificate; `None` for all others.
     end: Option<Pin<Box<Sleep>>>,
-    _place: Place,
+    _permit: ConnectionPermit,
 }
 
 /// Address and identity of the client, an extension of each request on the connection.
@@ -174,7 +174,7 @@ struct Taken {
 impl Bound {
     /// Takes a place for a source. Returns `None` if a limit is reached. The place is returned on
     /// drop.
-    fn take(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
+    fn take(self: &Arc<Self>, address: IpAddr) -> Option<ConnectionPermit> {
         let source = source(address);
         let mut taken = self.taken.lock();
         let here = taken.by_source.get(&source).copied().unwrap_or(0);
@@ -184,17 +184,17 @@ impl Bound {
         taken.all += 1;
         taken.by_source.insert(source, here + 1);
         drop(taken);
-        Some(Place { bound: self.clone(), source })
+        Some(ConnectionPermit { bound: self.clone(), source })
     }
 }
 
 /// A place that counts against a [`Bound`] until it is dropped.
-struct Place {
+struct ConnectionPermit {
     bound: Arc<Bound>,
     source: IpAddr,
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         let mut taken = self.bound.taken.lock();
         taken.all -= 1;
@@ -225,7 +225,7 @@ async fn handshake(
     let place =
         places.take(address.ip()).ok_or_else(|| io::Error::other("too many connections"))?;
     let end = peer.is_none().then(|| Box::pin(sleep(STRANGER_LIFE)));
-    Ok(Connection { stream, info: ConnectionInfo { address, peer }, end, _place: place })
+    Ok(Connection { stream, info: ConnectionInfo { address, peer }, end, _permit: place })
 }
 
 impl Connected for Connection {

@@ -154,7 +154,7 @@ impl Thread {
     }
 
     fn serve(&mut self, batch: Vec<Job>) {
-        if let Err(unavailable) = self.mend() {
+        if let Err(unavailable) = self.repair() {
             for job in batch {
                 job(Err(unavailable.clone()));
             }
@@ -191,7 +191,7 @@ impl Thread {
     }
 
     /// Opens the store again and loads the registry from it, if a transaction failed.
-    fn mend(&mut self) -> Result<(), Unavailable> {
+    fn repair(&mut self) -> Result<(), Unavailable> {
         if !self.broken {
             return Ok(());
         }

@@ -84,9 +84,9 @@ fn failure(output: &Output) -> String {
     let stderr = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(output.stdout.is_empty());
-    let told: Vec<&str> = stderr.lines().filter(|line| !line.contains(" INFO ")).collect();
-    assert_eq!(told.len(), 1, "{stderr}");
-    told[0].to_owned()
+    let errors: Vec<&str> = stderr.lines().filter(|line| !line.contains(" INFO ")).collect();
+    assert_eq!(errors.len(), 1, "{stderr}");
+    errors[0].to_owned()
 }
 
 fn tokens(dir: &str) -> Vec<serde_json::Value> {
@@ -338,7 +338,7 @@ fn once_it_says_that_it_is_ready_it_serves() {
     let (state, socket) = (directory.path().join("state"), directory.path().join("notify"));
     let manager = UnixDatagram::bind(&socket).unwrap();
     manager.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    let heard = || {
+    let notified = || {
         let mut buffer = [0; 64];
         let length = manager.recv(&mut buffer).unwrap();
         String::from_utf8(buffer[..length].to_vec()).unwrap()
@@ -352,11 +352,11 @@ fn once_it_says_that_it_is_ready_it_serves() {
         .spawn()
         .unwrap();
     let mut running = Running { child };
-    assert_eq!(heard(), "READY=1");
+    assert_eq!(notified(), "READY=1");
     // Runs at once, like a command after `systemctl enable --now`.
     let token = stdout(&run(&["--state-dir", state, "token", "create"]));
     token.trim().parse::<JoinToken>().unwrap();
     kill(Pid::from_raw(running.child.id().cast_signed()), Signal::SIGTERM).unwrap();
-    assert_eq!(heard(), "STOPPING=1");
+    assert_eq!(notified(), "STOPPING=1");
     assert!(running.child.wait().unwrap().success());
 }

@@ -139,7 +139,7 @@ async fn a_source_that_keeps_guessing_has_to_wait() {
 }
 
 #[tokio::test]
-async fn a_watch_resumes_where_it_was_and_begins_anew_in_another_epoch() {
+async fn a_watch_resumes_where_it_was_and_starts_over_in_another_epoch() {
     let root = tempfile::tempdir().unwrap();
     let controller = TestController::start(root.path());
     let ca = controller.ca_key();

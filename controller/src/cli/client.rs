@@ -24,7 +24,7 @@ use crate::state_dir::StateDir;
 use crate::tls::ALPN;
 
 /// Timeout of the connection, and of each request.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A connection to the controller.
 pub(super) struct Client {
@@ -69,7 +69,7 @@ pub(super) async fn connect(
         let name = ServerName::try_from(CONTROLLER_TLS_NAME).map_err(std::io::Error::other)?;
         connector.connect(name, stream).await
     };
-    let stream = match timeout(PATIENCE, connecting).await {
+    let stream = match timeout(TIMEOUT, connecting).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
             bail!(not_running())
@@ -112,7 +112,7 @@ fn tls(dir: &StateDir, ca: CertificateDer<'static>) -> anyhow::Result<TlsConnect
 async fn channel(stream: TlsStream<TcpStream>) -> Result<Channel, tonic::transport::Error> {
     let mut stream = Some(stream);
     Endpoint::from_static("http://controller")
-        .timeout(PATIENCE)
+        .timeout(TIMEOUT)
         .connect_with_connector(tower::service_fn(move |_: http::Uri| {
             let stream = stream.take().map(TokioIo::new);
             async { stream.ok_or_else(|| std::io::Error::other("the connection was closed")) }
@@ -121,7 +121,7 @@ async fn channel(stream: TlsStream<TcpStream>) -> Result<Channel, tonic::transpo
 }
 
 /// Returns the error of a refused request, in one line for the operator.
-pub(super) fn told(status: tonic::Status) -> anyhow::Error {
+pub(super) fn status_error(status: tonic::Status) -> anyhow::Error {
     let line: String = status.message().split_whitespace().collect::<Vec<_>>().join(" ");
     if line.is_empty() {
         anyhow::anyhow!("the controller refused: {}", status.code())

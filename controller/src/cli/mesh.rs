@@ -10,7 +10,7 @@ use towline_proto::id::{IdentityKey, Label, MeshId};
 use towline_proto::{pb, signed};
 
 use super::Common;
-use super::client::told;
+use super::client::status_error;
 use super::output::{self, Format};
 use crate::config::check_ranges;
 
@@ -48,14 +48,15 @@ pub(super) async fn run(command: Mesh, common: &Common) -> anyhow::Result<()> {
     match command {
         Mesh::Show { output } => {
             let mut client = common.connect().await?;
-            let answer = client.admin.get_mesh(pb::GetMeshRequest {}).await.map_err(told)?;
+            let answer =
+                client.admin.get_mesh(pb::GetMeshRequest {}).await.map_err(status_error)?;
             let mesh = View::read(answer.into_inner().mesh.as_ref(), &client.ca)?;
             output::write(output, &mesh, |_| sheet(&mesh))
         }
         Mesh::Set(changes) => {
             let request = changes.request()?;
             let mut client = common.connect().await?;
-            let answer = client.admin.configure_mesh(request).await.map_err(told)?;
+            let answer = client.admin.configure_mesh(request).await.map_err(status_error)?;
             let mesh = View::read(answer.into_inner().mesh.as_ref(), &client.ca)?;
             eprintln!("the mesh configuration now has generation {}", mesh.generation);
             Ok(())

@@ -9,7 +9,7 @@ use towline_proto::id::{IdentityKey, NodeId};
 use towline_proto::{pb, signed};
 
 use super::Common;
-use super::client::{Client, told};
+use super::client::{Client, status_error};
 use super::output::{self, Format};
 use crate::clock::Now;
 
@@ -45,14 +45,15 @@ pub(super) async fn run(command: Node, common: &Common) -> anyhow::Result<()> {
         Node::Show { name, output } => {
             let mut client = common.connect().await?;
             let request = pb::ListNodesRequest { name, after: String::new() };
-            let found = client.admin.list_nodes(request).await.map_err(told)?.into_inner().nodes;
+            let found =
+                client.admin.list_nodes(request).await.map_err(status_error)?.into_inner().nodes;
             let node = found.first().context("invalid response from the controller: no node")?;
             let node = View::read(node, &client.ca)?;
             output::write(output, &node, |_| sheet(&node))
         }
         Node::Remove { name } => {
             let request = pb::RemoveNodeRequest { name: name.clone() };
-            common.connect().await?.admin.remove_node(request).await.map_err(told)?;
+            common.connect().await?.admin.remove_node(request).await.map_err(status_error)?;
             eprintln!("node {name} removed");
             Ok(())
         }
@@ -64,7 +65,7 @@ async fn list(client: &mut Client) -> anyhow::Result<Vec<View>> {
     loop {
         let after = nodes.last().map(|node| node.name.clone()).unwrap_or_default();
         let request = pb::ListNodesRequest { name: String::new(), after };
-        let page = client.admin.list_nodes(request).await.map_err(told)?.into_inner();
+        let page = client.admin.list_nodes(request).await.map_err(status_error)?.into_inner();
         for node in &page.nodes {
             nodes.push(View::read(node, &client.ca)?);
         }

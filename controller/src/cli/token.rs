@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use towline_proto::{limits, pb};
 
 use super::Common;
-use super::client::{Client, told};
+use super::client::{Client, status_error};
 use super::output::{self, Format};
 use crate::clock::Now;
 
@@ -67,7 +67,8 @@ pub(super) async fn run(command: Token, common: &Common) -> anyhow::Result<()> {
             let output = create.output;
             let request = create.request()?;
             let mut client = common.connect().await?;
-            let created = client.admin.create_token(request).await.map_err(told)?.into_inner();
+            let created =
+                client.admin.create_token(request).await.map_err(status_error)?.into_inner();
             let info =
                 created.info.context("invalid response from the controller: no token data")?;
             let expires = output::span(info.expires_at - Now::read().unix);
@@ -82,7 +83,7 @@ pub(super) async fn run(command: Token, common: &Common) -> anyhow::Result<()> {
         }
         Token::Revoke { id } => {
             let request = pb::RevokeTokenRequest { id: id.clone() };
-            common.connect().await?.admin.revoke_token(request).await.map_err(told)?;
+            common.connect().await?.admin.revoke_token(request).await.map_err(status_error)?;
             eprintln!("token {id} revoked");
             Ok(())
         }
@@ -94,7 +95,7 @@ async fn list(client: &mut Client) -> anyhow::Result<Vec<pb::Token>> {
     loop {
         let after = tokens.last().map(|token| token.id.clone()).unwrap_or_default();
         let request = pb::ListTokensRequest { after };
-        let page = client.admin.list_tokens(request).await.map_err(told)?.into_inner();
+        let page = client.admin.list_tokens(request).await.map_err(status_error)?.into_inner();
         tokens.extend(page.tokens);
         if !page.more {
             return Ok(tokens);

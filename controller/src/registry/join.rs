@@ -120,8 +120,9 @@ impl Registry {
 
     /// Checks that no node except the replaced one has the requested name or keys.
     fn check_unique(&mut self, join: &Join, replaced: Option<NodeId>) -> Result<(), Refusal> {
-        if let Some(grave) = self.removed_identities.get(&join.identity_key) {
-            let name = self.graves.get(grave).map(|grave| grave.tombstone.name.clone());
+        if let Some(removed) = self.removed_identities.get(&join.identity_key) {
+            let name =
+                self.removed_nodes.get(removed).map(|removed| removed.tombstone.name.clone());
             return Err(Refusal::IdentityRemoved { name: name.unwrap_or(join.name.clone()) });
         }
         if let Some(holder) = self.identities.get(&join.identity_key) {

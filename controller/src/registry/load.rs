@@ -10,7 +10,7 @@ use towline_proto::node::Node;
 use towline_proto::signed;
 
 use super::token::{SecretHash, Token};
-use super::{Grave, Key, Member, Mesh, Registry, stored};
+use super::{Key, Member, Mesh, Registry, RemovedNode, stored};
 use crate::authority::Authority;
 use crate::clock::Now;
 
@@ -67,16 +67,17 @@ impl Registry {
         match key {
             Key::Meta | Key::Mesh => {}
             Key::Node(id) => self.load_node(id, value, now)?,
-            Key::Grave(id) => {
-                let grave: stored::Grave = decode(value)?;
+            Key::RemovedNode(id) => {
+                let removed: stored::RemovedNode = decode(value)?;
                 let key = self.authority.public_key();
-                let tombstone = signed::tombstone(grave.tombstone.as_ref(), key).map_err(text)?;
+                let tombstone = signed::tombstone(removed.tombstone.as_ref(), key).map_err(text)?;
                 if tombstone.node_id != id {
                     return Err("it names another node".into());
                 }
                 self.removed_identities.insert(tombstone.identity_key, id);
-                let signed = grave.tombstone.unwrap_or_default();
-                self.graves.insert(id, Grave { tombstone, signed, revision: grave.revision });
+                let signed = removed.tombstone.unwrap_or_default();
+                self.removed_nodes
+                    .insert(id, RemovedNode { tombstone, signed, revision: removed.revision });
             }
             Key::Token(id) => {
                 let token: stored::Token = decode(value)?;
@@ -141,7 +142,7 @@ impl Key {
             None if text == "meta" => Some(Self::Meta),
             None if text == "mesh" => Some(Self::Mesh),
             Some(("node", id)) => id.parse().ok().map(Self::Node),
-            Some(("tombstone", id)) => id.parse().ok().map(Self::Grave),
+            Some(("tombstone", id)) => id.parse().ok().map(Self::RemovedNode),
             Some(("token", id)) => id.parse().ok().map(Self::Token),
             _ => None,
         }

@@ -74,7 +74,7 @@ pub struct Registry {
     overlay_v4: BTreeMap<Ipv4Addr, NodeId>,
     overlay_v6: BTreeMap<Ipv6Addr, NodeId>,
     claims: Claims,
-    graves: BTreeMap<NodeId, Grave>,
+    removed_nodes: BTreeMap<NodeId, RemovedNode>,
     removed_identities: BTreeMap<IdentityKey, NodeId>,
     tokens: BTreeMap<TokenId, Token>,
     problems: BTreeMap<NodeId, VecDeque<Problem>>,
@@ -118,7 +118,7 @@ pub struct Member {
 }
 
 /// A removed node.
-struct Grave {
+struct RemovedNode {
     tombstone: Tombstone,
     signed: pb::Signed,
     revision: u64,
@@ -137,7 +137,7 @@ enum Key {
     Meta,
     Mesh,
     Node(NodeId),
-    Grave(NodeId),
+    RemovedNode(NodeId),
     Token(TokenId),
 }
 
@@ -279,7 +279,7 @@ impl Registry {
             overlay_v4: BTreeMap::new(),
             overlay_v6: BTreeMap::new(),
             claims: Claims::default(),
-            graves: BTreeMap::new(),
+            removed_nodes: BTreeMap::new(),
             removed_identities: BTreeMap::new(),
             tokens: BTreeMap::new(),
             problems: BTreeMap::new(),
@@ -422,10 +422,10 @@ impl Registry {
         if let Some(member) = self.nodes.get(&node) {
             return Ok(member);
         }
-        Err(match self.graves.get(&node) {
-            Some(grave) => Refusal::NodeRemoved {
-                name: grave.tombstone.name.clone(),
-                tombstone: grave.signed.clone(),
+        Err(match self.removed_nodes.get(&node) {
+            Some(removed) => Refusal::NodeRemoved {
+                name: removed.tombstone.name.clone(),
+                tombstone: removed.signed.clone(),
             },
             None => Refusal::NodeUnknown { node },
         })
@@ -484,14 +484,14 @@ impl Registry {
             removed_at: now.unix,
         };
         let signed = self.authority.sign_tombstone(&tombstone);
-        self.bury(tombstone, signed.clone(), why);
+        self.remove_node(tombstone, signed.clone(), why);
         self.reconsider(sessions, now);
         Ok(signed)
     }
 
     /// Adds tombstones that a node sent, after the caller verified them. A controller that was
     /// restored from a backup may lack them. Returns the number of new ones.
-    pub fn relearn(
+    pub fn resync(
         &mut self,
         tombstones: Vec<(Tombstone, pb::Signed)>,
         sessions: &Sessions,
@@ -500,8 +500,8 @@ impl Registry {
         let mut learned = 0;
         for (tombstone, signed) in tombstones {
             let ours = tombstone.mesh_id == self.mesh.config.mesh_id;
-            if ours && !self.graves.contains_key(&tombstone.node_id) {
-                self.bury(tombstone, signed, "tombstone received from a node");
+            if ours && !self.removed_nodes.contains_key(&tombstone.node_id) {
+                self.remove_node(tombstone, signed, "tombstone received from a node");
                 learned += 1;
             }
         }
@@ -576,7 +576,9 @@ impl Registry {
     /// Returns the complete map, sorted by revision.
     pub fn snapshot(&self) -> Vec<MapChange> {
         let keys = self.nodes.keys().map(|id| Key::Node(*id));
-        let keys = keys.chain(self.graves.keys().map(|id| Key::Grave(*id))).chain([Key::Mesh]);
+        let keys = keys
+            .chain(self.removed_nodes.keys().map(|id| Key::RemovedNode(*id)))
+            .chain([Key::Mesh]);
         let mut map: Vec<MapChange> = keys.filter_map(|key| self.map_change(&key)).collect();
         map.sort_by_key(MapChange::revision);
         map
@@ -591,11 +593,11 @@ impl Registry {
                 identity: member.grant.identity_key,
                 entry: member.entry(),
             }),
-            Key::Grave(id) => self.graves.get(id).map(|grave| MapChange::Removed {
-                revision: grave.revision,
+            Key::RemovedNode(id) => self.removed_nodes.get(id).map(|removed| MapChange::Removed {
+                revision: removed.revision,
                 id: *id,
-                name: grave.tombstone.name.clone(),
-                tombstone: grave.signed.clone(),
+                name: removed.tombstone.name.clone(),
+                tombstone: removed.signed.clone(),
             }),
             Key::Mesh => Some(MapChange::Mesh {
                 revision: self.mesh.revision,
@@ -635,9 +637,12 @@ impl Registry {
                 }
                 .encode_to_vec()
             }),
-            Key::Grave(id) => self.graves.get(id).map(|grave| {
-                stored::Grave { tombstone: Some(grave.signed.clone()), revision: grave.revision }
-                    .encode_to_vec()
+            Key::RemovedNode(id) => self.removed_nodes.get(id).map(|removed| {
+                stored::RemovedNode {
+                    tombstone: Some(removed.signed.clone()),
+                    revision: removed.revision,
+                }
+                .encode_to_vec()
             }),
             Key::Token(id) => self.tokens.get(id).map(|token| {
                 stored::Token {
@@ -677,7 +682,7 @@ impl Registry {
     }
 
     /// Adds a tombstone, and removes its node from every index.
-    fn bury(&mut self, tombstone: Tombstone, signed: pb::Signed, why: &'static str) {
+    fn remove_node(&mut self, tombstone: Tombstone, signed: pb::Signed, why: &'static str) {
         let id = tombstone.node_id;
         if let Some(member) = self.nodes.remove(&id) {
             let grant = &member.grant;
@@ -697,8 +702,8 @@ impl Registry {
         }
         let revision = self.next_revision();
         self.removed_identities.insert(tombstone.identity_key, id);
-        self.graves.insert(id, Grave { tombstone, signed, revision });
-        self.dirty.insert(Key::Grave(id));
+        self.removed_nodes.insert(id, RemovedNode { tombstone, signed, revision });
+        self.dirty.insert(Key::RemovedNode(id));
     }
 
     /// Returns how long a node has been offline; `None` if it is connected.
@@ -767,7 +772,7 @@ impl std::fmt::Display for Key {
             Self::Meta => f.write_str("meta"),
             Self::Mesh => f.write_str("mesh"),
             Self::Node(id) => write!(f, "node/{id}"),
-            Self::Grave(id) => write!(f, "tombstone/{id}"),
+            Self::RemovedNode(id) => write!(f, "tombstone/{id}"),
             Self::Token(id) => write!(f, "token/{id}"),
         }
     }

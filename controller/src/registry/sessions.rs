@@ -28,7 +28,7 @@ pub struct Session {
     /// Source address of the client.
     pub address: SocketAddr,
     /// Time of the last message of the client.
-    pub heard: Instant,
+    pub last_seen: Instant,
 }
 
 /// The live sessions.
@@ -71,10 +71,10 @@ impl Sessions {
 
     /// Records a message of the client. Returns `false` if the session is not the node's current
     /// one.
-    pub fn heard(&mut self, node: NodeId, id: SessionId, now: Now) -> bool {
+    pub fn renew(&mut self, node: NodeId, id: SessionId, now: Now) -> bool {
         match self.live.get_mut(&node) {
             Some(session) if session.id == id => {
-                session.heard = now.mono;
+                session.last_seen = now.mono;
                 true
             }
             _ => false,
@@ -92,7 +92,7 @@ impl Sessions {
 
     /// Returns the node's session, if it is live.
     pub fn live(&self, node: NodeId, now: Now) -> Option<&Session> {
-        self.live.get(&node).filter(|session| now.since(session.heard) <= self.deadline())
+        self.live.get(&node).filter(|session| now.since(session.last_seen) <= self.deadline())
     }
 
     /// Returns the number of sessions, including dead ones that were not closed yet.
@@ -115,7 +115,7 @@ mod tests {
 
     fn session(id: u8, instance: u8, now: Now) -> Session {
         let address = SocketAddr::from(([192, 0, 2, id], 1000));
-        Session { id: [id; 16], instance: vec![instance], address, heard: now.mono }
+        Session { id: [id; 16], instance: vec![instance], address, last_seen: now.mono }
     }
 
     #[test]
@@ -130,7 +130,7 @@ mod tests {
         assert!(sessions.open(NODE, session(2, 2, later), later).is_err());
         let late = later.plus(Duration::from_millis(1));
         sessions.open(NODE, session(2, 2, late), late).unwrap();
-        assert!(!sessions.heard(NODE, [1; 16], late), "the first session has ended");
+        assert!(!sessions.renew(NODE, [1; 16], late), "the first session has ended");
     }
 
     #[test]
@@ -154,7 +154,7 @@ mod tests {
         let mut sessions = Sessions::new(SECOND);
         sessions.open(NODE, session(1, 1, now), now).unwrap();
         let later = now.plus(SECOND * 2);
-        assert!(sessions.heard(NODE, [1; 16], later));
+        assert!(sessions.renew(NODE, [1; 16], later));
         assert!(sessions.live(NODE, later.plus(SECOND * 3)).is_some());
         assert!(sessions.live(NODE, later.plus(SECOND * 4)).is_none());
     }

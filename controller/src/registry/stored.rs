@@ -46,7 +46,7 @@ pub(super) struct Node {
 
 /// Record under a key `tombstone/ID`: a removed node.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct Grave {
+pub(super) struct RemovedNode {
     #[prost(message, optional, tag = "1")]
     pub(super) tombstone: Option<pb::Signed>,
     #[prost(uint64, tag = "2")]

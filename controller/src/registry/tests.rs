@@ -149,7 +149,7 @@ impl World {
             id: node.0,
             instance: vec![1],
             address: ([192, 0, 2, 1], 1000).into(),
-            heard: self.now.mono,
+            last_seen: self.now.mono,
         };
         self.sessions.open(node, session, self.now).unwrap();
     }
@@ -162,11 +162,11 @@ impl World {
     }
 
     /// Advances the clock. Connected nodes send a heartbeat.
-    fn pass(&mut self, time: Duration) {
+    fn advance(&mut self, time: Duration) {
         let connected: Vec<NodeId> = self.connected();
         self.now = self.now.plus(time);
         for node in connected {
-            self.sessions.heard(node, node.0, self.now);
+            self.sessions.renew(node, node.0, self.now);
         }
         self.registry.tick(&self.sessions, self.now);
         self.commit();
@@ -236,7 +236,7 @@ fn a_token_admits_as_many_as_it_says_and_says_why_not_otherwise() {
     assert!(matches!(world.join(revoked, "d", 4), Err(Refusal::TokenRevoked { .. })));
 
     let expired = world.token(terms());
-    world.pass(Duration::from_secs(3600));
+    world.advance(Duration::from_secs(3600));
     assert!(matches!(world.join(expired, "d", 4), Err(Refusal::TokenExpired { .. })));
 
     let pattern = Some("worker-*".parse().unwrap());
@@ -267,7 +267,7 @@ fn a_join_whose_answer_was_lost_can_be_asked_again() {
     let mut world = World::new();
     let token = world.token(terms());
     let first = world.join(token, "a", 1).unwrap();
-    world.pass(Duration::from_secs(7200));
+    world.advance(Duration::from_secs(7200));
     assert_eq!(world.join(token, "a", 1).unwrap(), first);
     assert_eq!(world.registry.nodes.len(), 1);
     // A request with another name or key is a different one.
@@ -368,10 +368,10 @@ fn a_node_that_stays_away_yields_its_prefix_and_gets_it_back_when_it_is_free() {
     let (a, b) = (world.node("a", 1, &["10.0.0.0/8"]), world.node("b", 2, &["10.0.0.0/8"]));
     world.announce(a, 1, 1, "10.1.0.0/16");
     world.close(a);
-    world.pass(LEASE / 2);
+    world.advance(LEASE / 2);
     assert_eq!(world.announce(b, 2, 1, "10.1.0.0/16").len(), 1, "not offline for long enough");
     let before = world.registry.revision();
-    world.pass(LEASE);
+    world.advance(LEASE);
     assert_eq!(world.holder("10.1.0.0/16"), Some(b), "taken over by the periodic work");
     assert!(world.registry.revision() > before, "watchers receive the change");
     assert!(world.problems(a)[0].contains("offline"));
@@ -394,9 +394,9 @@ fn the_pod_networks_of_a_dead_node_follow_to_the_one_that_kubernetes_gives_them_
     // Kubernetes may reassign the networks before the lease ends, even while the node is online.
     assert_eq!(world.publish(heir, 2, 1, &given).unwrap().withheld.len(), 2);
     world.close(dead);
-    world.pass(LEASE / 2);
+    world.advance(LEASE / 2);
     assert_eq!(world.holder("10.244.1.0/24"), Some(dead));
-    world.pass(LEASE);
+    world.advance(LEASE);
     for network in ["10.244.1.0/24", "fd10:244:0:1::/64"] {
         assert_eq!(world.holder(network), Some(heir), "without another publication");
     }
@@ -452,11 +452,11 @@ fn an_ephemeral_node_goes_when_it_stays_away_and_others_never_do() {
     let connected = world.join(token, "connected", 3).unwrap().node_id;
     world.open(connected);
     world.close(stays);
-    world.pass(LEASE);
+    world.advance(LEASE);
     assert!(world.registry.member(goes).is_ok());
-    world.pass(Duration::from_secs(1));
+    world.advance(Duration::from_secs(1));
     assert!(matches!(world.registry.member(goes), Err(Refusal::NodeRemoved { .. })));
-    world.pass(LEASE * 100);
+    world.advance(LEASE * 100);
     assert!(world.registry.member(stays).is_ok());
     assert!(world.registry.member(connected).is_ok());
 }
@@ -487,8 +487,8 @@ fn a_restored_store_voids_open_tokens_and_begins_a_new_epoch() {
 
     let verified = signed::tombstone(Some(&tombstone), AUTHORITY.public_key()).unwrap();
     let known = vec![(verified, tombstone)];
-    assert_eq!(world.registry.relearn(known.clone(), &world.sessions, world.now), 1);
-    assert_eq!(world.registry.relearn(known, &world.sessions, world.now), 0);
+    assert_eq!(world.registry.resync(known.clone(), &world.sessions, world.now), 1);
+    assert_eq!(world.registry.resync(known, &world.sessions, world.now), 0);
     assert!(matches!(world.registry.member(node), Err(Refusal::NodeRemoved { .. })));
 }
 
@@ -535,7 +535,7 @@ fn a_store_of_another_authority_or_with_altered_records_is_not_believed() {
 
 /// A random operation. Numbers select one of the existing nodes or tokens.
 #[derive(Debug, Clone)]
-enum Act {
+enum Action {
     Token { uses: u32, replace: Option<u8>, ephemeral: bool, prefixes: Vec<u8> },
     Join { token: usize, name: u8, key: u8 },
     Open(usize),
@@ -543,37 +543,37 @@ enum Act {
     Publish { node: usize, prefixes: Vec<u8>, ahead: u64 },
     Remove(usize),
     Revoke(usize),
-    Pass(u64),
+    Advance(u64),
     Restart,
 }
 
-fn act() -> impl Strategy<Value = Act> {
+fn action() -> impl Strategy<Value = Action> {
     let prefixes = || prop::collection::vec(0u8..6, 0..3);
     prop_oneof![
         (1u32..3, prop::option::of(0u8..5), any::<bool>(), prefixes()).prop_map(
-            |(uses, replace, ephemeral, prefixes)| Act::Token {
+            |(uses, replace, ephemeral, prefixes)| Action::Token {
                 uses: if replace.is_some() { 1 } else { uses },
                 replace,
                 ephemeral,
                 prefixes
             }
         ),
-        (any::<usize>(), 0u8..5, 1u8..12).prop_map(|(token, name, key)| Act::Join {
+        (any::<usize>(), 0u8..5, 1u8..12).prop_map(|(token, name, key)| Action::Join {
             token,
             name,
             key
         }),
-        any::<usize>().prop_map(Act::Open),
-        any::<usize>().prop_map(Act::Close),
-        (any::<usize>(), prefixes(), 0u64..3).prop_map(|(node, prefixes, ahead)| Act::Publish {
+        any::<usize>().prop_map(Action::Open),
+        any::<usize>().prop_map(Action::Close),
+        (any::<usize>(), prefixes(), 0u64..3).prop_map(|(node, prefixes, ahead)| Action::Publish {
             node,
             prefixes,
             ahead
         }),
-        any::<usize>().prop_map(Act::Remove),
-        any::<usize>().prop_map(Act::Revoke),
-        (1u64..900).prop_map(Act::Pass),
-        Just(Act::Restart),
+        any::<usize>().prop_map(Action::Remove),
+        any::<usize>().prop_map(Action::Revoke),
+        (1u64..900).prop_map(Action::Advance),
+        Just(Action::Restart),
     ]
 }
 
@@ -588,11 +588,11 @@ fn pick<T: Copy>(items: &[T], number: usize) -> Option<T> {
 }
 
 impl World {
-    fn act(&mut self, act: &Act, keys: &mut BTreeMap<NodeId, u8>) {
+    fn apply_action(&mut self, action: &Action, keys: &mut BTreeMap<NodeId, u8>) {
         let nodes: Vec<NodeId> = self.registry.nodes.keys().copied().collect();
         let tokens: Vec<TokenId> = self.registry.tokens.keys().copied().collect();
-        match act {
-            Act::Token { uses, replace, ephemeral, prefixes } => {
+        match action {
+            Action::Token { uses, replace, ephemeral, prefixes } => {
                 self.token(TokenTerms {
                     uses: *uses,
                     replace: replace.map(|name| format!("n{name}").parse().unwrap()),
@@ -601,24 +601,24 @@ impl World {
                     ..terms()
                 });
             }
-            Act::Join { token, name, key } => {
+            Action::Join { token, name, key } => {
                 if let Some(token) = pick(&tokens, *token)
                     && let Ok(joined) = self.join(token, &format!("n{name}"), *key)
                 {
                     keys.insert(joined.node_id, *key);
                 }
             }
-            Act::Open(node) => {
+            Action::Open(node) => {
                 if let Some(node) = pick(&nodes, *node) {
                     self.open(node);
                 }
             }
-            Act::Close(node) => {
+            Action::Close(node) => {
                 if let Some(node) = pick(&nodes, *node) {
                     self.close(node);
                 }
             }
-            Act::Publish { node, prefixes, ahead } => {
+            Action::Publish { node, prefixes, ahead } => {
                 if let Some(node) = pick(&nodes, *node) {
                     let member = &self.registry.nodes[&node];
                     let have = member.record.as_ref().map_or(0, |(record, _)| record.generation);
@@ -626,20 +626,20 @@ impl World {
                     let _ = self.publish(node, keys[&node], have + ahead, &prefixes);
                 }
             }
-            Act::Remove(node) => {
+            Action::Remove(node) => {
                 if let Some(node) = pick(&nodes, *node) {
                     self.registry.remove(node, "test", &self.sessions, self.now).unwrap();
                     self.commit();
                 }
             }
-            Act::Revoke(token) => {
+            Action::Revoke(token) => {
                 if let Some(token) = pick(&tokens, *token) {
                     self.registry.revoke_token(token).unwrap();
                     self.commit();
                 }
             }
-            Act::Pass(seconds) => self.pass(Duration::from_secs(*seconds)),
-            Act::Restart => {
+            Action::Advance(seconds) => self.advance(Duration::from_secs(*seconds)),
+            Action::Restart => {
                 self.reload();
                 self.sessions = Sessions::new(Duration::from_secs(1));
             }
@@ -701,21 +701,21 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
-    fn the_invariants_hold_whatever_happens(acts in prop::collection::vec(act(), 1..60)) {
+    fn the_invariants_hold_whatever_happens(actions in prop::collection::vec(action(), 1..60)) {
         let mut world = World::new();
         let mut keys = BTreeMap::new();
         let mut known: BTreeSet<NodeId> = BTreeSet::new();
         let mut revision = 0;
-        for act in &acts {
-            world.act(act, &mut keys);
+        for action in &actions {
+            world.apply_action(action, &mut keys);
             world.check();
             prop_assert!(world.registry.revision() >= revision);
             revision = world.registry.revision();
             known.extend(world.registry.nodes.keys());
             for node in &known {
                 let there = world.registry.nodes.contains_key(node);
-                let buried = world.registry.graves.contains_key(node);
-                prop_assert!(there != buried, "only a tombstone removes a node");
+                let removed = world.registry.removed_nodes.contains_key(node);
+                prop_assert!(there != removed, "only a tombstone removes a node");
             }
         }
     }

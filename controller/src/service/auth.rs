@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_shows_no_certificate_may_only_say_hello_and_join() {
+    fn a_client_without_a_certificate_may_only_say_hello_and_join() {
         let gate = Gate::new(Arc::new(Map::new()), MeshId([1; 16]));
         let address = SocketAddr::from(([192, 0, 2, 1], 1));
         let stranger = ConnectionInfo { address, peer: None };

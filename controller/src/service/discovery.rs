@@ -177,11 +177,11 @@ impl Discovery for DiscoveryService {
             return Err(missing("instance_id"));
         }
         convert::bounded("instance_id", start.instance_id.len(), 64).map_err(invalid)?;
-        watch::relearn(&self.shared, start.tombstones).await?;
+        watch::resync(&self.shared, start.tombstones).await?;
 
         let id = random().map_err(no_entropy)?;
         let now = Now::read();
-        let session = Session { id, instance: start.instance_id, address, heard: now.mono };
+        let session = Session { id, instance: start.instance_id, address, last_seen: now.mono };
         let opened = self.shared.sessions.lock().open(node.id, session, now);
         if let Err(other) = opened {
             let refusal = Refusal::Cloned { name: node.name, address: other };

@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::watch as signal;
 use tonic::{Code, Status};
 use towline_proto::convert::Invalid;
 use towline_proto::pb;
@@ -61,7 +60,7 @@ pub struct Shared {
     /// UDP port of the STUN server; `None` if it could not be bound.
     pub reflector: Option<u16>,
     /// Value that becomes true when the controller stops.
-    pub stopping: signal::Receiver<bool>,
+    pub stopping: tokio::sync::watch::Receiver<bool>,
 }
 
 impl Shared {

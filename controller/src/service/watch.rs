@@ -115,7 +115,7 @@ impl Watcher {
                 }
                 request = requests.message() => match request {
                     Ok(Some(request)) => {
-                        if !self.heard() {
+                        if !self.renew_session() {
                             return Some(Status::aborted("the session was replaced by a newer one"));
                         }
                         if let Some(pb::watch_request::Kind::Signal(signal)) = request.kind {
@@ -205,8 +205,8 @@ impl Watcher {
         }
     }
 
-    fn heard(&self) -> bool {
-        self.shared.sessions.lock().heard(self.node.id, self.session, Now::read())
+    fn renew_session(&self) -> bool {
+        self.shared.sessions.lock().renew(self.node.id, self.session, Now::read())
     }
 
     /// Returns the status to end the session with, if the node was removed, the client missed its
@@ -228,7 +228,7 @@ impl Watcher {
 }
 
 /// Adds the tombstones of a client that this controller does not have, after it verified them.
-pub(super) async fn relearn(shared: &Shared, tombstones: Vec<pb::Signed>) -> Result<(), Status> {
+pub(super) async fn resync(shared: &Shared, tombstones: Vec<pb::Signed>) -> Result<(), Status> {
     convert::bounded("list of tombstones", tombstones.len(), limits::TOMBSTONES)
         .map_err(invalid)?;
     let mut unknown = Vec::new();
@@ -247,7 +247,7 @@ pub(super) async fn relearn(shared: &Shared, tombstones: Vec<pb::Signed>) -> Res
         return Ok(());
     }
     let run =
-        move |registry: &mut Registry, sessions: &_, now| registry.relearn(unknown, sessions, now);
+        move |registry: &mut Registry, sessions: &_, now| registry.resync(unknown, sessions, now);
     let learned = shared.writer.run(run).await.map_err(unavailable)?;
     tracing::info!(learned, "tombstones received from a node");
     Ok(())

@@ -32,11 +32,11 @@ use towline_proto::{CONTROLLER_TLS_NAME, pb};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 /// Timeout of every wait: far longer than any operation takes.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Waits for a future, at most [`PATIENCE`].
+/// Waits for a future, at most [`TIMEOUT`].
 pub async fn soon<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, future).await.expect("a result in time")
+    tokio::time::timeout(TIMEOUT, future).await.expect("a result in time")
 }
 
 /// A running controller. Dropping it ends it like a kill.

@@ -20,14 +20,14 @@ const SETS: usize = 1024;
 pub struct SourceLimiter {
     /// Hasher with a random key, so that an attacker cannot choose addresses that collide.
     hash: RandomState,
-    places: Box<[Place]>,
+    slots: Box<[Slot]>,
     rate: Rate,
 }
 
-/// Place for the bucket of one source. A bucket that was never used is full, as is the bucket of a
+/// Slot for the bucket of one source. A bucket that was never used is full, as is the bucket of a
 /// new source.
 #[derive(Debug, Clone, Copy, Default)]
-struct Place {
+struct Slot {
     tag: u32,
     bucket: TokenBucket,
 }
@@ -35,8 +35,8 @@ struct Place {
 impl SourceLimiter {
     /// Creates a limiter in which each source has a bucket of the given rate.
     pub fn new(rate: Rate) -> Self {
-        let places = vec![Place::default(); SETS * WAYS].into_boxed_slice();
-        Self { hash: RandomState::new(), places, rate }
+        let slots = vec![Slot::default(); SETS * WAYS].into_boxed_slice();
+        Self { hash: RandomState::new(), slots, rate }
     }
 
     /// Takes a token from the bucket of `source`. Returns whether there was one.
@@ -55,34 +55,34 @@ impl SourceLimiter {
 
     /// Returns how long `source` has to wait for its next token; zero if it has one.
     pub fn wait(&self, source: IpAddr, now: Instant) -> Duration {
-        let (first, tag) = self.place(source);
-        let found = self.places.iter().skip(first).take(WAYS).find(|place| place.is_of(tag));
-        found.map_or(Duration::ZERO, |place| place.bucket.wait(&self.rate, now, 1))
+        let (first, tag) = self.slot(source);
+        let found = self.slots.iter().skip(first).take(WAYS).find(|slot| slot.is_of(tag));
+        found.map_or(Duration::ZERO, |slot| slot.bucket.wait(&self.rate, now, 1))
     }
 
     /// Returns the bucket of a source. A source without a bucket replaces the fullest bucket of its
     /// set, which is the closest to a new one.
     fn bucket(&mut self, source: IpAddr) -> Option<&mut TokenBucket> {
-        let (first, tag) = self.place(source);
-        let ways = self.places.get_mut(first..first + WAYS)?;
-        let found = ways.iter().position(|place| place.is_of(tag));
+        let (first, tag) = self.slot(source);
+        let ways = self.slots.get_mut(first..first + WAYS)?;
+        let found = ways.iter().position(|slot| slot.is_of(tag));
         let found = found.or_else(|| {
-            let fullest = ways.iter().enumerate().min_by_key(|(_, place)| place.bucket.full_at());
+            let fullest = ways.iter().enumerate().min_by_key(|(_, slot)| slot.bucket.full_at());
             let (way, _) = fullest?;
-            *ways.get_mut(way)? = Place { tag, bucket: TokenBucket::default() };
+            *ways.get_mut(way)? = Slot { tag, bucket: TokenBucket::default() };
             Some(way)
         });
-        ways.get_mut(found?).map(|place| &mut place.bucket)
+        ways.get_mut(found?).map(|slot| &mut slot.bucket)
     }
 
-    /// Returns the index of the first place of the source's set, and the source's tag.
-    fn place(&self, address: IpAddr) -> (usize, u32) {
+    /// Returns the index of the first slot of the source's set, and the source's tag.
+    fn slot(&self, address: IpAddr) -> (usize, u32) {
         let hash = self.hash.hash_one(source(address));
         ((hash as usize % SETS) * WAYS, (hash >> 32) as u32)
     }
 }
 
-impl Place {
+impl Slot {
     fn is_of(&self, tag: u32) -> bool {
         self.tag == tag && self.bucket.full_at().is_some()
     }
@@ -156,6 +156,6 @@ mod tests {
             limiter.charge(std::net::Ipv4Addr::from(host).into(), now);
         }
         assert!(limiter.wait(failing, now) > Duration::ZERO);
-        assert_eq!(limiter.places.len(), SETS * WAYS);
+        assert_eq!(limiter.slots.len(), SETS * WAYS);
     }
 }
