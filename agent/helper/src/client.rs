@@ -20,7 +20,7 @@ use crate::protocol::{
 pub const SOCKET_VARIABLE: &str = "TOWLINE_HELPER_SOCKET";
 /// Longest time to wait for a response, in seconds. The helper only opens files; starting it takes
 /// most of the time.
-const PATIENCE_SECONDS: i64 = 5;
+const TIMEOUT_SECONDS: i64 = 5;
 
 /// Sends a request to the helper of this machine. Returns the descriptors in the order of the
 /// files of the request, with `None` for an absent file. Blocks for at most a few seconds.
@@ -42,9 +42,9 @@ pub fn ask(request: Request) -> io::Result<Vec<Option<OwnedFd>>> {
 pub fn ask_at(path: &Path, request: Request) -> io::Result<Vec<Option<OwnedFd>>> {
     let connection =
         socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
-    let patience = TimeVal::new(PATIENCE_SECONDS, 0);
-    setsockopt(&connection, sockopt::ReceiveTimeout, &patience)?;
-    setsockopt(&connection, sockopt::SendTimeout, &patience)?;
+    let timeout = TimeVal::new(TIMEOUT_SECONDS, 0);
+    setsockopt(&connection, sockopt::ReceiveTimeout, &timeout)?;
+    setsockopt(&connection, sockopt::SendTimeout, &timeout)?;
     // The kind `NotFound` is reserved for absent files, so that callers can distinguish the two.
     connect(connection.as_raw_fd(), &UnixAddr::new(path)?).map_err(|errno| {
         let words = format!(

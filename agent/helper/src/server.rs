@@ -18,7 +18,7 @@ const PASSWD: &str = "/etc/passwd";
 /// Largest number of bytes that are read of `/etc/passwd`.
 const PASSWD_BYTES: u64 = 8 * 1024 * 1024;
 /// Longest time to wait for the request, and for room to send the response, in seconds each.
-const PATIENCE_SECONDS: i64 = 5;
+const TIMEOUT_SECONDS: i64 = 5;
 /// Largest size of a file that is opened for a client, in bytes. Every kubeconfig, certificate and
 /// configuration of a container network is smaller.
 const FILE_BYTES: u64 = 1 << 20;
@@ -45,9 +45,9 @@ impl Default for Machine {
 /// Returns an error if the client cannot be identified, sends no request in time, or does not
 /// receive the response.
 pub fn serve(connection: BorrowedFd<'_>, machine: &Machine) -> io::Result<Status> {
-    let patience = TimeVal::new(PATIENCE_SECONDS, 0);
-    setsockopt(&connection, sockopt::ReceiveTimeout, &patience)?;
-    setsockopt(&connection, sockopt::SendTimeout, &patience)?;
+    let timeout = TimeVal::new(TIMEOUT_SECONDS, 0);
+    setsockopt(&connection, sockopt::ReceiveTimeout, &timeout)?;
+    setsockopt(&connection, sockopt::SendTimeout, &timeout)?;
     let peer = getsockopt(&connection, sockopt::PeerCredentials)?;
     let allowed = peer.uid() == 0 || agents_uid(machine)? == Some(peer.uid());
     let (response, descriptors) = if allowed {

@@ -40,7 +40,7 @@ pub fn candidates(addresses: &[LocalAddress], policy: &CandidatePolicy) -> Vec<I
             leads_outside(address, policy)
                 && is_global(address.prefix.addr())
                 && is_lasting(address)
-                && !wanders(address, addresses)
+                && !is_floating(address, addresses)
                 && !policy.excluded.iter().any(|net| net.contains(&address.prefix.addr()))
         })
         .map(|address| address.prefix.addr())
@@ -163,7 +163,7 @@ fn is_lasting(address: &LocalAddress) -> bool {
 /// Returns true for a service address that may move to another machine: a permanent host address on a
 /// link that also has a network of the same family. An operator or a failover daemon adds such an
 /// address. An address leased by DHCPv6 looks the same but is not permanent.
-fn wanders(address: &LocalAddress, all: &[LocalAddress]) -> bool {
+fn is_floating(address: &LocalAddress, all: &[LocalAddress]) -> bool {
     let lone = |prefix: &IpNet| prefix.prefix_len() == prefix.max_prefix_len();
     let same_family = |other: &IpNet| other.addr().is_ipv4() == address.prefix.addr().is_ipv4();
     lone(&address.prefix)

@@ -262,7 +262,7 @@ impl HostNetwork {
                 let (have, foreign) =
                     State::read(&mut self.rtnetlink, self.nft.as_mut(), &names, families)?;
                 self.marks = marks_of_others(plan, &foreign);
-                self.judge(foreign, &mut changes)?;
+                self.check_foreign(foreign, &mut changes)?;
                 have
             }
         };
@@ -275,7 +275,7 @@ impl HostNetwork {
         let mut want = State::wanted(plan, have.link.as_ref(), have.families);
         changes.problems.extend(want.problem(plan));
         want.firewall = firewall;
-        let now = have.become_(want, &names, &mut self.rtnetlink, &mut changes)?;
+        let now = have.reconcile(want, &names, &mut self.rtnetlink, &mut changes)?;
         if let Some(nft) = self.nft.as_mut() {
             hook::put(nft, plan, &mut changes)?;
         }
@@ -309,7 +309,7 @@ impl HostNetwork {
             && before.underlay == plan.underlay
             && before.firewall.table == plan.firewall.table
             && firewall::same_chains(before, plan)
-            && rules::same(before, plan);
+            && rules::same_rules(before, plan);
         let Some(mut known) = self.known.take_if(|_| same) else { return Ok(None) };
         let mut changes = Changes { messages: 0, problems: self.problems.clone() };
         if let (Some(table), Some(nft)) = (known.firewall.take(), self.nft.as_mut()) {
@@ -330,7 +330,7 @@ impl HostNetwork {
 
     /// Handles objects of other programs under Towline's names and numbers. At the first apply they are
     /// an error. Later they are only a problem, so that the guards stay.
-    fn judge(&self, foreign: Foreign, changes: &mut Changes) -> Result<(), ApplyError> {
+    fn check_foreign(&self, foreign: Foreign, changes: &mut Changes) -> Result<(), ApplyError> {
         match foreign.first() {
             Some(error) if self.applied.is_none() => Err(error),
             Some(error) => {

@@ -80,7 +80,7 @@ pub(super) fn wanted(plan: &Plan, families: Families) -> Vec<Rule> {
 }
 
 /// Returns true if two plans that differ only in routes and networks have the same rules.
-pub(super) fn same(before: &Plan, plan: &Plan) -> bool {
+pub(super) fn same_rules(before: &Plan, plan: &Plan) -> bool {
     let either_way = |plan: &Plan| {
         let (plain, native) = (&plan.firewall.plain, &plan.firewall.native);
         plain.difference(native).copied().collect::<Vec<_>>()
@@ -89,37 +89,37 @@ pub(super) fn same(before: &Plan, plan: &Plan) -> bool {
 }
 
 fn of_family(plan: &Plan, family: Family) -> Vec<Rule> {
-    let place = Place { plan, family };
+    let builder = RuleBuilder { plan, family };
     let table = RuleAction::Table(plan.table);
 
     // The rule that fails closed comes first.
-    let nop = |offset| place.rule(offset, RuleAction::Nop);
-    let mut rules = vec![place.rule(5, table), nop(6), nop(4)];
+    let nop = |offset| builder.rule(offset, RuleAction::Nop);
+    let mut rules = vec![builder.rule(5, table), nop(6), nop(4)];
     let dissected = Rule { protocol: Some(UDP), source_ports: Some(1..=1), ..nop(6) };
     rules.push(dissected);
-    rules.extend(place.entries());
-    let on = RuleAction::Goto(place.priority(4));
-    rules.push(Rule { invert: true, ..place.marked(0, on) });
-    rules.extend(place.ours());
+    rules.extend(builder.lookup_rules());
+    let on = RuleAction::Goto(builder.priority(4));
+    rules.push(Rule { invert: true, ..builder.marked(0, on) });
+    rules.extend(builder.own_rules());
     if family == Family::V6 {
-        rules.extend(place.questions(on));
+        rules.extend(builder.reverse_path_rules(on));
     }
     rules
 }
 
 /// Plan and address family for which rules are built.
-struct Place<'a> {
+struct RuleBuilder<'a> {
     plan: &'a Plan,
     family: Family,
 }
 
-impl Place<'_> {
+impl RuleBuilder<'_> {
     fn priority(&self, offset: u32) -> u32 {
         self.plan.rules.priority + offset
     }
 
     /// Returns the action that skips Towline's tables.
-    fn past(&self) -> RuleAction {
+    fn skip_action(&self) -> RuleAction {
         RuleAction::Goto(self.priority(PRIORITIES - 1))
     }
 
@@ -142,9 +142,9 @@ impl Place<'_> {
     }
 
     /// Returns the rules that look up the detour table and the answers table.
-    fn entries(&self) -> Vec<Rule> {
+    fn lookup_rules(&self) -> Vec<Rule> {
         let plan = self.plan;
-        let mut rules = self.pods();
+        let mut rules = self.pod_rules();
         if plan.detour.destinations.iter().any(|net| self.has(net)) {
             let detour = RuleAction::Table(detour_table(plan.table));
             let sources = plan.detour.sources.iter().filter(|net| self.has(net));
@@ -164,7 +164,7 @@ impl Place<'_> {
     /// routes and are unreachable while these are missing. A reverse-path lookup gets the same answer,
     /// so that no uplink brings in a pod's address as a source. The two rules have different
     /// priorities because the kernel keeps rules of one priority in the order of their creation.
-    fn pods(&self) -> Vec<Rule> {
+    fn pod_rules(&self) -> Vec<Rule> {
         let nets = self.plan.pods.iter().filter(|net| self.has(net)).take(PODS);
         let rules = nets.flat_map(|net| {
             let to = |offset, action| Rule { destination: Some(*net), ..self.rule(offset, action) };
@@ -178,13 +178,14 @@ impl Place<'_> {
     }
 
     /// Returns the rules for Towline's own packets and for replies, which skip our tables.
-    fn ours(&self) -> Vec<Rule> {
+    fn own_rules(&self) -> Vec<Rule> {
         let (plan, underlay) = (self.plan, &self.plan.underlay);
         let mut owners = vec![underlay.owner, ROOT];
         owners.dedup();
         let mut rules = Vec::new();
         for owner in owners {
-            let owned = || Rule { users: Some(owner..=owner), ..self.marked(1, self.past()) };
+            let owned =
+                || Rule { users: Some(owner..=owner), ..self.marked(1, self.skip_action()) };
             rules.extend(underlay.port.map(|port| Rule {
                 protocol: Some(UDP),
                 source_ports: Some(port..=port),
@@ -201,19 +202,20 @@ impl Place<'_> {
         rules.extend(underlay.plain_ports.iter().map(|port| Rule {
             protocol: Some(TCP),
             source_ports: Some(*port..=*port),
-            ..self.marked(1, self.past())
+            ..self.marked(1, self.skip_action())
         }));
         // Destinations that are native now have a throw route, which leaves our table anyway.
         let either_way = plan.firewall.plain.difference(&plan.firewall.native);
         let either_way = either_way.filter(|net| self.has(net)).take(EITHER_WAY);
         rules.extend(
-            either_way.map(|net| Rule { destination: Some(*net), ..self.marked(1, self.past()) }),
+            either_way
+                .map(|net| Rule { destination: Some(*net), ..self.marked(1, self.skip_action()) }),
         );
         rules
     }
 
     /// Returns the rules for reverse path lookups that have no port.
-    fn questions(&self, on: RuleAction) -> Vec<Rule> {
+    fn reverse_path_rules(&self, on: RuleAction) -> Vec<Rule> {
         let of = |protocol| {
             let rule =
                 |offset, action| Rule { protocol: Some(protocol), ..self.marked(offset, action) };
@@ -222,7 +224,7 @@ impl Place<'_> {
             [
                 Rule { destination_ports: any.clone(), ..rule(2, on) },
                 Rule { source_ports: any, ..rule(2, on) },
-                Rule { users: Some(ROOT..=ROOT), ..rule(3, self.past()) },
+                Rule { users: Some(ROOT..=ROOT), ..rule(3, self.skip_action()) },
             ]
         };
         [UDP, TCP].into_iter().flat_map(of).collect()

@@ -90,7 +90,7 @@ pub(super) struct State {
     rules: Vec<Rule>,
     routes: BTreeMap<RouteName, Route>,
     /// Routes of Towline with the same key as another one in `routes`. Empty in a desired state.
-    doubles: Vec<Route>,
+    duplicates: Vec<Route>,
     pub(super) firewall: Option<Table>,
 }
 
@@ -175,7 +175,7 @@ impl State {
             addresses: addresses.filter(|address| reach.link_for(*address).is_some()).collect(),
             rules: rules::wanted(plan, families),
             routes: routes.collect(),
-            doubles: Vec::new(),
+            duplicates: Vec::new(),
             firewall: None,
         }
     }
@@ -283,8 +283,8 @@ impl State {
             // The kernel assigns these IPv6 routes to the loopback.
             route.link = None;
         }
-        let double = self.routes.insert(name(&route), route);
-        self.doubles.extend(double);
+        let duplicate = self.routes.insert(name(&route), route);
+        self.duplicates.extend(duplicate);
     }
 
     /// Changes the kernel from this state to the wanted one, and returns the resulting state. The
@@ -292,7 +292,7 @@ impl State {
     ///
     /// Order: link and new addresses, rules, routes (new before old, so that no guard is ever
     /// missing), removal of old addresses.
-    pub(super) fn become_(
+    pub(super) fn reconcile(
         self,
         mut want: Self,
         names: &Names,
@@ -378,7 +378,7 @@ impl State {
             removed += usize::from(gone(rtnetlink.delete_rule(rule))?);
         }
         let routes: Vec<_> =
-            self.routes.into_values().chain(self.doubles).map(RouteChange::Delete).collect();
+            self.routes.into_values().chain(self.duplicates).map(RouteChange::Delete).collect();
         let failures = rtnetlink.change_routes(&routes)?;
         removed += routes.len() - failures.len();
         for (place, refusal) in failures {
@@ -541,7 +541,7 @@ fn change_routes(
     rtnetlink: &mut Rtnetlink,
     changes: &mut Changes,
 ) -> Result<(), ApplyError> {
-    let mut list: Vec<_> = have.doubles.iter().cloned().map(RouteChange::Delete).collect();
+    let mut list: Vec<_> = have.duplicates.iter().cloned().map(RouteChange::Delete).collect();
     for (name, route) in &want.routes {
         set_route(have.routes.get(name), route, &mut list);
     }

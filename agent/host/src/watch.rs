@@ -327,8 +327,8 @@ mod tests {
             run(async {
                 let mut watch = host.watch(&names()).unwrap();
                 theirs.load(&Table::new(TableFamily::Inet, "towline")).unwrap();
-                let heard = tokio::time::timeout(Duration::from_secs(10), watch.next()).await;
-                assert_eq!(heard.expect("a notification").unwrap(), HostEvent::OursChanged);
+                let event = tokio::time::timeout(Duration::from_secs(10), watch.next()).await;
+                assert_eq!(event.expect("a notification").unwrap(), HostEvent::OursChanged);
             });
         }
     }

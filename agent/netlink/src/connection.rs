@@ -73,8 +73,8 @@ impl Connection {
         let port = socket.bind_auto().map_err(failed("bind"))?.port_number();
         socket.connect(&SocketAddr::new(0, 0)).map_err(failed("connect"))?;
         enlarge_buffers(socket.as_fd());
-        let patience = nix::sys::time::TimeVal::new(ANSWER_SECONDS, 0);
-        setsockopt(&socket.as_fd(), sockopt::ReceiveTimeout, &patience)
+        let timeout = nix::sys::time::TimeVal::new(ANSWER_SECONDS, 0);
+        setsockopt(&socket.as_fd(), sockopt::ReceiveTimeout, &timeout)
             .map_err(|errno| failed("set the receive timeout")(errno.into()))?;
         // Older kernels lack some of these. Then error messages have less detail, and dumps return
         // more than was requested.

@@ -74,9 +74,9 @@ namespace_test! {
         let mut host = HostNetwork::open().unwrap();
         host.rtnetlink.lack_ipv6();
         host.apply(&plan()).unwrap();
-        assert_eq!(refusal("198.19.0.9"), Some(libc::EHOSTUNREACH));
-        assert_eq!(refusal("10.9.2.1"), Some(libc::EHOSTUNREACH));
-        assert_eq!(refusal("192.0.2.9"), None);
+        assert_eq!(connect_error("198.19.0.9"), Some(libc::EHOSTUNREACH));
+        assert_eq!(connect_error("10.9.2.1"), Some(libc::EHOSTUNREACH));
+        assert_eq!(connect_error("192.0.2.9"), None);
     }
 }
 

@@ -12,7 +12,7 @@ use towline_core::own_networks::OwnNetworks;
 use towline_core::plan::{Plan, RoutePlan, RouteVia};
 
 use super::traffic::{
-    PAIRS, PATIENCE, at, counter, from_tunnel, into_tunnel, lan, set_reverse_path_filter, udp,
+    PAIRS, TIMEOUT, at, counter, from_tunnel, into_tunnel, lan, set_reverse_path_filter, udp,
     with_tunnel,
 };
 use super::{address, apply, net, plan};
@@ -90,7 +90,7 @@ fn reach(from: &UdpSocket, to: SocketAddr, service: &UdpSocket) {
     service.set_nonblocking(true).unwrap();
     while service.recv(&mut [0; 100]).is_ok() {}
     service.set_nonblocking(false).unwrap();
-    service.set_read_timeout(Some(PATIENCE)).unwrap();
+    service.set_read_timeout(Some(TIMEOUT)).unwrap();
 }
 
 /// Asserts that the socket has no queued datagram.

@@ -133,7 +133,7 @@ fn host_with_foreign_state() {
 
 /// Returns the error number with which the kernel refuses a datagram to the address, or `None` if it
 /// was sent.
-fn refusal(to: &str) -> Option<i32> {
+fn connect_error(to: &str) -> Option<i32> {
     let socket = if to.contains(':') {
         UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).unwrap()
     } else {
@@ -217,8 +217,8 @@ namespace_test! {
         let mut rtnetlink = Rtnetlink::open().unwrap();
         let mut nft = Nft::open().unwrap();
 
-        type Act<'a> = (&'a str, Box<dyn Fn(&mut Rtnetlink, &mut Nft)>);
-        let acts: Vec<Act<'_>> = vec![
+        type Change<'a> = (&'a str, Box<dyn Fn(&mut Rtnetlink, &mut Nft)>);
+        let edits: Vec<Change<'_>> = vec![
             ("nft flush ruleset", Box::new(|_, nft| {
                 nft.delete(TableFamily::Inet, "towline").unwrap();
             })),
@@ -252,8 +252,8 @@ namespace_test! {
                 nft.load(&table).unwrap();
             })),
         ];
-        for (name, act) in acts {
-            act(&mut rtnetlink, &mut nft);
+        for (name, change) in edits {
+            change(&mut rtnetlink, &mut nft);
             host.invalidate();
             assert!(apply(&mut host, &plan()).messages > 0, "{name}");
             let now = snapshot();
@@ -349,14 +349,14 @@ namespace_test! {
         let mut nft = Nft::open().unwrap();
         let mut host = open_without_ownership();
         let inside = ["198.19.0.2", "10.9.2.1", "10.9.77.1", "fd00:9::2"];
-        assert!(inside.iter().all(|to| refusal(to).is_none()), "open before");
+        assert!(inside.iter().all(|to| connect_error(to).is_none()), "open before");
 
         // Without the link, the guards are installed.
         let changes = host.apply(&plan()).unwrap();
         assert_eq!(changes.problems, [Problem::LinkMissing("towline0".to_owned())]);
-        assert!(inside.iter().all(|to| refusal(to).is_some()), "both guards");
-        assert_eq!(refusal("203.0.113.1"), None);
-        assert_eq!(refusal("2001:db8:1::1"), None);
+        assert!(inside.iter().all(|to| connect_error(to).is_some()), "both guards");
+        assert_eq!(connect_error("203.0.113.1"), None);
+        assert_eq!(connect_error("2001:db8:1::1"), None);
 
         for family in Family::ALL {
             for rule in rtnetlink.rules(family).unwrap() {
@@ -364,15 +364,15 @@ namespace_test! {
             }
         }
         for to in inside {
-            assert_eq!(refusal(to), Some(libc::EPERM), "{to}: the firewall alone");
+            assert_eq!(connect_error(to), Some(libc::EPERM), "{to}: the firewall alone");
         }
         host.invalidate();
         host.apply(&plan()).unwrap();
         nft.delete(TableFamily::Inet, "towline").unwrap();
-        assert!(inside.iter().all(|to| refusal(to).is_some()), "the routes alone");
+        assert!(inside.iter().all(|to| connect_error(to).is_some()), "the routes alone");
 
         host.remove(&Names::of(&plan())).unwrap();
-        assert!(inside.iter().all(|to| refusal(to).is_none()), "open after");
+        assert!(inside.iter().all(|to| connect_error(to).is_none()), "open after");
     }
 }
 
@@ -417,15 +417,15 @@ namespace_test! {
         let Some(link) = add_tun("towline0") else { return };
         let mut host = HostNetwork::open().unwrap();
         apply(&mut host, &plan());
-        assert_eq!(refusal("198.19.0.2"), None, "into the tunnel");
+        assert_eq!(connect_error("198.19.0.2"), None, "into the tunnel");
         Rtnetlink::open().unwrap().delete_link(link).unwrap();
         for to in ["198.19.0.2", "10.9.2.1", "fd00:9::2"] {
-            assert!(refusal(to).is_some(), "{to}");
+            assert!(connect_error(to).is_some(), "{to}");
         }
         add_tun("towline0");
         host.invalidate();
         apply(&mut host, &plan());
-        assert_eq!(refusal("10.9.2.1"), None, "into the tunnel again");
+        assert_eq!(connect_error("10.9.2.1"), None, "into the tunnel again");
     }
 }
 
@@ -622,7 +622,7 @@ namespace_test! {
         let mode = std::fs::read_to_string("/proc/sys/net/ipv4/conf/towline0/rp_filter").unwrap();
         assert_eq!(mode.trim(), "2", "set without /proc/sys");
         assert_eq!(host.apply(&plan()).unwrap().messages, 0, "no further attempt");
-        assert!(refusal("10.9.77.1").is_some() && refusal("10.9.2.1").is_none());
+        assert!(connect_error("10.9.77.1").is_some() && connect_error("10.9.2.1").is_none());
     }
 }
 
@@ -658,8 +658,8 @@ namespace_test! {
         let on_bridge = addresses.iter().find(|a| a.prefix == net("10.244.1.1/24")).unwrap();
         assert_eq!((on_bridge.link.as_str(), on_bridge.outward), ("br0", false));
         let policy = CandidatePolicy { own_link: "towline0".to_owned(), excluded: Vec::new() };
-        let told: Vec<_> = candidates(&addresses, &policy).iter().map(ToString::to_string).collect();
-        assert_eq!(told, ["192.0.2.1", "2001:db8::1"]);
+        let found: Vec<_> = candidates(&addresses, &policy).iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["192.0.2.1", "2001:db8::1"]);
     }
 }
 

@@ -31,7 +31,7 @@ pub(super) const MARK: u32 = 0x10;
 /// LAN addresses of the host and of the peer, one pair per family.
 pub(super) const PAIRS: [(&str, &str); 2] =
     [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")];
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Creates the host's LAN link `eth0`, and the peer at its other end.
 pub(super) fn lan() -> NetworkNamespace {
@@ -103,7 +103,7 @@ pub(super) fn set_reverse_path_filter(mode: u8) {
 
 pub(super) fn udp(bound: SocketAddr, marked: bool) -> UdpSocket {
     let socket = UdpSocket::bind(bound).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
     if marked {
         setsockopt(&socket, sockopt::Mark, &MARK).unwrap();
     }
@@ -119,7 +119,7 @@ pub(super) fn tcp(to: SocketAddr, marked: bool) -> io::Result<TcpStream> {
     }
     connect(stream.as_raw_fd(), &SockaddrStorage::from(to))?;
     let stream = TcpStream::from(stream);
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     Ok(stream)
 }
 
@@ -129,7 +129,7 @@ pub(super) fn at(address: &str, port: u16) -> SocketAddr {
 
 /// Returns the next packet that the host sends into the tunnel, without the kernel's own packets.
 pub(super) fn from_tunnel(tunnel: &Tun) -> Vec<u8> {
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = std::time::Instant::now() + TIMEOUT;
     let mut buffer = vec![0; 70_000];
     loop {
         assert!(std::time::Instant::now() < deadline, "nothing came out of the tunnel");

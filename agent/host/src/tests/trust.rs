@@ -96,14 +96,14 @@ fn leave_only(standing: Standing) {
 
 /// Runs `act` with both guards and with each guard alone. Asserts that the peer receives no packet to a
 /// guarded address.
-fn held_by_each(peer: &NetworkNamespace, plan: &Plan, mut act: impl FnMut()) {
+fn held_by_each(peer: &NetworkNamespace, plan: &Plan, mut change: impl FnMut()) {
     for standing in [Standing::Both, Standing::Routes, Standing::Firewall] {
         // As on a kernel without owned tables, so that the table can be deleted.
         let mut host = HostNetwork { ownable: false, ..HostNetwork::open().unwrap() };
         host.apply(plan).unwrap();
         leave_only(standing);
         let before = seen(peer);
-        act();
+        change();
         assert_eq!(seen(peer) - before, 0, "packets left in clear, guards: {standing:?}");
     }
 }
@@ -450,9 +450,9 @@ fn connect_from(peer: &NetworkNamespace, from: &str, to: SocketAddr) -> std::net
     peer.enter(move || {
         let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
         let stream = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        let patience = nix::sys::time::TimeVal::new(5, 0);
-        setsockopt(&stream, sockopt::SendTimeout, &patience).unwrap();
-        setsockopt(&stream, sockopt::ReceiveTimeout, &patience).unwrap();
+        let timeout = nix::sys::time::TimeVal::new(5, 0);
+        setsockopt(&stream, sockopt::SendTimeout, &timeout).unwrap();
+        setsockopt(&stream, sockopt::ReceiveTimeout, &timeout).unwrap();
         bind(stream.as_raw_fd(), &SockaddrStorage::from(from)).unwrap();
         connect(stream.as_raw_fd(), &SockaddrStorage::from(to)).expect("an answer");
         stream.into()
