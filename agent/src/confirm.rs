@@ -106,7 +106,7 @@ impl Unconfirmed {
 
 /// Returns whether the join of this state directory still has to be confirmed. A file that cannot
 /// be read or parsed counts as missed, because an error must not lock an operator out.
-pub fn look(state_dir: &Path, now: &Moment) -> Confirmation {
+pub fn status(state_dir: &Path, now: &Moment) -> Confirmation {
     let bytes = match std::fs::read(state_dir.join(NAME)) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -156,14 +156,14 @@ mod tests {
     fn a_damaged_file_counts_as_missed() {
         let directory = tempfile::tempdir().unwrap();
         let now = Moment::now();
-        assert_eq!(look(directory.path(), &now), Confirmation::Settled);
+        assert_eq!(status(directory.path(), &now), Confirmation::Settled);
         let file = directory.path().join(NAME);
         std::fs::write(&file, Unconfirmed::new(&now, 60).encode()).unwrap();
-        let Confirmation::Due(left) = look(directory.path(), &now) else { panic!("it is due") };
+        let Confirmation::Due(left) = status(directory.path(), &now) else { panic!("it is due") };
         assert!(left <= Duration::from_secs(60) && left > Duration::from_secs(59));
         for content in ["", "{", "{\"seconds\":60}"] {
             std::fs::write(&file, content).unwrap();
-            assert_eq!(look(directory.path(), &now), Confirmation::Missed, "{content}");
+            assert_eq!(status(directory.path(), &now), Confirmation::Missed, "{content}");
         }
     }
 

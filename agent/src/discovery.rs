@@ -30,7 +30,7 @@ use towline_proto::token::ControllerAddress;
 use towline_proto::{limits, pb, signed};
 
 use crate::dial;
-use crate::join::{self, JoinError, refusal};
+use crate::join::{self, JoinError, status_message};
 use crate::map_cache::MapCache;
 use crate::state::{Counters, Keys, Membership, StateDir, StateError};
 use crate::tls;
@@ -216,7 +216,7 @@ impl Discovery {
                     if self.take_tombstone(&status).await.is_err() {
                         return;
                     }
-                    refusal(&status)
+                    status_message(&status)
                 }
             };
             tracing::info!(controller = %address, %reason, "discovery session ended");
@@ -362,8 +362,8 @@ impl Discovery {
     ) -> Result<std::convert::Infallible, Ended> {
         let mut beat = interval(session.heartbeat);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let patience = session.heartbeat * MISSED;
-        let mut deadline = Instant::now() + patience;
+        let timeout = session.heartbeat * MISSED;
+        let mut deadline = Instant::now() + timeout;
         let renewal = sleep(until_renewal(&self.certificate, SystemTime::now()));
         tokio::pin!(renewal);
         announcements.mark_changed();
@@ -372,7 +372,7 @@ impl Discovery {
             let save = session.map_saved + CACHE_INTERVAL;
             tokio::select! {
                 message = session.incoming.message() => {
-                    deadline = Instant::now() + patience;
+                    deadline = Instant::now() + timeout;
                     self.take_message(session, message?).await?;
                 }
                 () = sleep_until(deadline) => {
@@ -507,7 +507,7 @@ impl Discovery {
             }
             Err(status) if is_about_the_record(&status) => {
                 session.retry_publish = Some(Instant::now() + PUBLISH_RETRY);
-                let reason = refusal(&status);
+                let reason = status_message(&status);
                 tracing::warn!(%reason, "record refused");
                 Err(reason)
             }
@@ -564,7 +564,7 @@ impl Discovery {
                 Err(Ended::Stop)
             }
             Err(status) => {
-                let _ = reply.send(Err(refusal(&status)));
+                let _ = reply.send(Err(status_message(&status)));
                 Ok(())
             }
         }
@@ -609,15 +609,15 @@ struct Session {
 
 impl Session {
     fn beat(&self, revision: u64) -> Result<(), Ended> {
-        self.say(pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision }))
+        self.send(pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision }))
     }
 
     fn signal(&self, to: NodeId, body: Vec<u8>) -> Result<(), Ended> {
-        self.say(pb::watch_request::Kind::Signal(pb::Signal { node_id: to.0.to_vec(), body }))
+        self.send(pb::watch_request::Kind::Signal(pb::Signal { node_id: to.0.to_vec(), body }))
     }
 
     /// Queues a message of the watch without waiting.
-    fn say(&self, kind: pb::watch_request::Kind) -> Result<(), Ended> {
+    fn send(&self, kind: pb::watch_request::Kind) -> Result<(), Ended> {
         match self.requests.try_send(pb::WatchRequest { kind: Some(kind) }) {
             // A full channel means that the connection does not drain. The heartbeat deadline then
             // ends the session.

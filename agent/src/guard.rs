@@ -39,7 +39,7 @@ pub enum Guarded {
     /// The join was not confirmed in time; the agent undoes it.
     Unconfirmed,
     /// The guards are installed.
-    Stands {
+    Installed {
         /// Number of guarded networks.
         networks: usize,
         /// Number of changes that were applied. It is at most 1 (adopting the nftables table) if
@@ -69,7 +69,8 @@ pub fn run(config: &Config) -> anyhow::Result<Guarded> {
 /// the guards, or why there are none. Only reads: the disk may be full or read-only.
 fn enter(config: &Config) -> anyhow::Result<Result<StateDir, Guarded>> {
     let membership = config.state_dir.join("membership.json");
-    // A directory that cannot be read may hold a membership: that is a fault, not "nothing to guard".
+    // A directory that cannot be read may hold a membership: that is a fault, not "nothing to
+    // guard".
     let has_joined = membership
         .try_exists()
         .with_context(|| format!("cannot look for {}", membership.display()))?;
@@ -85,7 +86,7 @@ fn enter(config: &Config) -> anyhow::Result<Result<StateDir, Guarded>> {
     if DownMarker::of(config).read().is_some() {
         return Ok(Err(Guarded::Down));
     }
-    if confirm::look(&config.state_dir, &Moment::now()) == Confirmation::Missed {
+    if confirm::status(&config.state_dir, &Moment::now()) == Confirmation::Missed {
         return Ok(Err(Guarded::Unconfirmed));
     }
     // An old agent may not lock the directory.
@@ -100,7 +101,7 @@ fn outcome(config: &Config, plan: &Plan, applied: &Changes) -> Guarded {
     // The link is missing until the agent creates it.
     let unexpected = |problem: &&Problem| !matches!(problem, Problem::LinkMissing(_));
     let problems: Vec<_> = applied.problems.iter().filter(unexpected).collect();
-    Guarded::Stands {
+    Guarded::Installed {
         networks: plan.routes.keys().filter(|(_, via)| *via == RouteVia::Unreachable).count(),
         changes: applied.messages,
         is_whole: !problems.iter().any(|problem| problem.is_blocking()),
@@ -119,7 +120,7 @@ impl fmt::Display for Guarded {
             Self::Unconfirmed => f.write_str(
                 "nothing is guarded: the join was not confirmed in time, and the agent undoes it",
             ),
-            Self::Stands { is_whole, networks, problems, .. } => {
+            Self::Installed { is_whole, networks, problems, .. } => {
                 if *is_whole {
                     write!(f, "{networks} networks are guarded")?;
                 } else {
@@ -303,12 +304,12 @@ mod tests {
 
             state_of_a_node(&config.state_dir);
             // The loopback link may still be down this early in the boot.
-            let Guarded::Stands { networks, changes, problems, .. } = run(&config).unwrap() else {
+            let Guarded::Installed { networks, changes, problems, .. } = run(&config).unwrap() else {
                 panic!("the guards are installed");
             };
             assert_eq!(problems, [""; 0]);
             assert!(networks > 4 && changes > networks);
-            assert!(matches!(run(&config).unwrap(), Guarded::Stands { changes: ..=1, .. }));
+            assert!(matches!(run(&config).unwrap(), Guarded::Installed { changes: ..=1, .. }));
 
             host();
             for to in ["198.19.0.2", "172.20.0.1", "172.21.0.1", "10.1.2.3"] {
@@ -355,7 +356,7 @@ mod tests {
                 assert!(leaves("198.19.0.2"));
             }
             std::fs::remove_file(&marker).unwrap();
-            assert!(matches!(run(&config).unwrap(), Guarded::Stands { .. }));
+            assert!(matches!(run(&config).unwrap(), Guarded::Installed { .. }));
             assert!(!leaves("198.19.0.2"));
         }
     }

@@ -274,16 +274,16 @@ impl Tree {
             useradd.extend(["--prefix", &prefix, name]);
             tries.push(useradd);
         }
-        let mut said = Err(anyhow::anyhow!("there is neither systemd-sysusers nor useradd"));
+        let mut result = Err(anyhow::anyhow!("there is neither systemd-sysusers nor useradd"));
         for words in &tries {
-            said = run(words);
+            result = run(words);
             if self.account(account::AGENT)?.is_some()
                 && self.account(account::CONTROLLER)?.is_some()
             {
                 return Ok(());
             }
         }
-        said
+        result
     }
 
     /// Removes the settings of systemd-networkd that [`Self::install`] wrote. Without a mesh there
@@ -418,13 +418,13 @@ fn systemctl(arguments: &[&str]) -> anyhow::Result<()> {
 
 /// Runs a program. A failure contains its stderr.
 fn run(words: &[&str]) -> anyhow::Result<()> {
-    let said = Command::new(words[0])
+    let finished = Command::new(words[0])
         .args(&words[1..])
         .stdin(Stdio::null())
         .output()
         .with_context(|| format!("cannot run {}", words[0]))?;
-    if !said.status.success() {
-        let output = String::from_utf8_lossy(&said.stderr);
+    if !finished.status.success() {
+        let output = String::from_utf8_lossy(&finished.stderr);
         bail!("`{}` failed: {}", words.join(" "), output.trim());
     }
     Ok(())

@@ -33,7 +33,7 @@ pub enum JoinError {
     #[error(transparent)]
     Dial(#[from] DialError),
     /// The controller refused the request; its message names the remedy.
-    #[error("{}", refusal(.0))]
+    #[error("{}", status_message(.0))]
     Refused(#[from] tonic::Status),
     /// The clocks differ too much: certificates and handshakes would fail later.
     #[error(
@@ -285,7 +285,7 @@ fn chain(certificates: Vec<Vec<u8>>) -> Result<Vec<CertificateDer<'static>>, Joi
 }
 
 /// Returns the controller's message for the operator, or a description of the status without one.
-pub fn refusal(status: &tonic::Status) -> String {
+pub fn status_message(status: &tonic::Status) -> String {
     let words: String = status.message().chars().filter(|c| !c.is_control()).take(500).collect();
     match status.code() {
         _ if words.is_empty() => format!("the controller refused: {}", status.code()),
@@ -344,6 +344,6 @@ mod tests {
     #[test]
     fn a_refusal_is_one_printable_line() {
         let status = tonic::Status::permission_denied("no\u{1b}[2J\nway");
-        assert_eq!(refusal(&status), "the controller refused: no[2Jway");
+        assert_eq!(status_message(&status), "the controller refused: no[2Jway");
     }
 }

@@ -114,7 +114,7 @@ impl Host {
     /// Returns all SSH sessions that may be the operator's.
     fn sessions(&self) -> BTreeSet<Session> {
         let connections = self.connections();
-        let mut said: BTreeSet<(SocketAddr, u16)> =
+        let mut named: BTreeSet<(SocketAddr, u16)> =
             self.environment.iter().filter_map(|variable| parse(variable)).collect();
         let mut servers = Vec::new();
         let mut multiplexed = false;
@@ -126,21 +126,21 @@ impl Host {
             }
             // The environment of another process may be from another network namespace.
             let inherited = self.environment_of(process);
-            said.extend(inherited.into_iter().filter(|(peer, port)| {
+            named.extend(inherited.into_iter().filter(|(peer, port)| {
                 connections.iter().any(|c| c.remote == *peer && c.local.port() == *port)
             }));
         }
         let is_current = |(peer, port): &(SocketAddr, u16)| {
             !multiplexed || connections.iter().any(|c| c.remote == *peer && c.local.port() == *port)
         };
-        let mut sessions: BTreeSet<Session> = said
+        let mut sessions: BTreeSet<Session> = named
             .iter()
-            .filter(|said| is_current(said))
+            .filter(|named| is_current(named))
             .map(|(peer, port)| Session { peer: peer.ip(), port: *port })
             .collect();
         let inodes: BTreeSet<u64> =
             servers.iter().flat_map(|server| self.sockets(*server)).collect();
-        let mut ports: BTreeSet<u16> = said.iter().map(|(_, port)| *port).collect();
+        let mut ports: BTreeSet<u16> = named.iter().map(|(_, port)| *port).collect();
         ports.insert(SSH);
         for connection in connections.iter().filter(|c| inodes.contains(&c.inode)) {
             if connection.listening {

@@ -103,7 +103,7 @@ impl MapCache {
         for change in changes.changes.into_iter().filter_map(|change| change.kind) {
             let result = match change {
                 pb::change::Kind::Upsert(entry) => self.upsert(entry),
-                pb::change::Kind::Tombstone(tombstone) => self.bury(tombstone),
+                pb::change::Kind::Tombstone(tombstone) => self.remove_node(tombstone),
                 pb::change::Kind::Mesh(mesh) => self.configure(mesh),
             };
             match result {
@@ -135,7 +135,10 @@ impl MapCache {
     }
 
     /// Verifies and stores a tombstone, and removes the node's entry.
-    fn bury(&mut self, tombstone: pb::Signed) -> Result<Option<MapChange>, signed::Untrusted> {
+    fn remove_node(
+        &mut self,
+        tombstone: pb::Signed,
+    ) -> Result<Option<MapChange>, signed::Untrusted> {
         let verified = signed::tombstone(Some(&tombstone), &self.ca)?;
         let id = verified.node_id;
         self.entries.remove(&id);

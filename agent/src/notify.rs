@@ -36,23 +36,23 @@ impl Notifier {
 
     /// Notifies that the service is up.
     pub fn ready(&self) {
-        self.say("READY=1");
+        self.send("READY=1");
     }
 
     /// Sets the status text that `systemctl status` shows, as one line.
     pub fn status(&self, text: &str) {
         // A line feed would start another assignment.
-        self.say(&format!("STATUS={}", text.replace('\n', " ")));
+        self.send(&format!("STATUS={}", text.replace('\n', " ")));
     }
 
     /// Notifies that the service is about to end.
     pub fn stopping(&self) {
-        self.say("STOPPING=1");
+        self.send("STOPPING=1");
     }
 
     /// Feeds the watchdog.
     pub fn alive(&self) {
-        self.say("WATCHDOG=1");
+        self.send("WATCHDOG=1");
     }
 
     /// Returns the interval at which [`Self::alive`] is to be called: half of the watchdog's
@@ -61,7 +61,7 @@ impl Notifier {
         self.watchdog.map(|limit| limit / 2).filter(|period| !period.is_zero())
     }
 
-    fn say(&self, what: &str) {
+    fn send(&self, what: &str) {
         if let Some(socket) = &self.socket {
             // Failures are ignored: the service must run without its manager too.
             let _ = socket.send(what.as_bytes());
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_service_manager_nothing_is_said() {
+    fn without_a_service_manager_nothing_is_sent() {
         let notifier = Notifier::default();
         notifier.ready();
         assert_eq!(notifier.period(), None);

@@ -2,7 +2,7 @@
 //!
 //! Each source sends all its networks whenever they change. The daemon keeps the latest list of
 //! each source, filters it, and announces what the grant allows. A task becomes a source by holding
-//! a [`Feed`].
+//! a [`PrefixSender`].
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -33,7 +33,7 @@ pub struct PrefixUpdate {
 }
 
 /// Sender on which a source sends its networks.
-pub type Feed = mpsc::Sender<PrefixUpdate>;
+pub type PrefixSender = mpsc::Sender<PrefixUpdate>;
 
 /// Filter for the networks of all sources.
 #[derive(Debug, Clone, Copy, Default)]
@@ -67,7 +67,8 @@ impl Prefixes {
         before.unwrap_or_default() != prefixes
     }
 
-    /// Returns the networks that Kubernetes names as this node's pods, limited to what is announced.
+    /// Returns the networks that Kubernetes names as this node's pods, limited to what is
+    /// announced.
     pub fn pods(&self, selection: &Selection) -> Vec<IpNet> {
         let named = self.by_source.get(&PrefixSource::Kubernetes).into_iter().flatten();
         let of = |pods: &IpNet| -> Vec<IpNet> {

@@ -449,7 +449,7 @@ impl StateDir {
 
     /// Makes the join permanent. Returns whether it was still to be confirmed.
     pub fn confirm(&self) -> Result<bool, StateError> {
-        match confirm::look(&self.path, &Moment::now()) {
+        match confirm::status(&self.path, &Moment::now()) {
             Confirmation::Settled => Ok(false),
             Confirmation::Due(_) => {
                 self.remove(confirm::NAME)?;

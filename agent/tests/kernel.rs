@@ -30,7 +30,7 @@ use towline_netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer}
 use x25519_dalek::StaticSecret;
 
 /// Longest wait for a condition. It only bounds a failing test.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// MTU of the tunnel's link, in bytes: the default of the agent.
 const MTU: u32 = 1420;
 
@@ -168,7 +168,7 @@ impl Node {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         let mut faults = self.plane.faults();
         runtime.block_on(async {
-            let fault = tokio::time::timeout(PATIENCE, faults.wait_for(Option::is_some)).await;
+            let fault = tokio::time::timeout(TIMEOUT, faults.wait_for(Option::is_some)).await;
             fault.expect("a fault in time").unwrap().clone().unwrap()
         })
     }
@@ -328,7 +328,7 @@ fn several_workers_keep_the_order() {
         let receiver = nodes[1].host.run(|| UdpSocket::bind((at, 5000 + number as u16)).unwrap());
         let sender = nodes[0].host.run(|| UdpSocket::bind((from, 0)).unwrap());
         sender.connect(receiver.local_addr().unwrap()).unwrap();
-        receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+        receiver.set_read_timeout(Some(TIMEOUT)).unwrap();
         std::thread::scope(|scope| {
             let receiving = scope.spawn(|| receive(receiver));
             let mut bytes = [0; 64];
@@ -376,7 +376,7 @@ fn stream_to(from: &Node, to: &Node, at: SocketAddr, len: usize) {
             received
         });
         from.host
-            .run(|| TcpStream::connect_timeout(&at, PATIENCE).unwrap().write_all(&sent).unwrap());
+            .run(|| TcpStream::connect_timeout(&at, TIMEOUT).unwrap().write_all(&sent).unwrap());
         assert!(received.join().unwrap() == sent, "the stream arrived changed");
     });
 }
@@ -385,7 +385,7 @@ fn stream_to(from: &Node, to: &Node, at: SocketAddr, len: usize) {
 fn datagrams(from: &Node, to: &Node, family: usize) {
     let at = SocketAddr::new(to.inner[family], 4001);
     let receiver = to.host.run(|| UdpSocket::bind(at).unwrap());
-    receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+    receiver.set_read_timeout(Some(TIMEOUT)).unwrap();
     let sender = from.host.run(|| UdpSocket::bind((from.inner[family], 0)).unwrap());
     sender.connect(at).unwrap();
     let sizes = (0..40).map(|_| 1200).chain([1300, 100, 0, 1, 1392, 8000, 60_000]);
@@ -477,7 +477,7 @@ fn a_steady_stream_allocates_nothing() {
     stream(&nodes[0], &nodes[1], 0, 1 << 20);
     let at = SocketAddr::new(nodes[1].inner[0], 4003);
     let listener = nodes[1].host.run(|| TcpListener::bind(at).unwrap());
-    let near = nodes[0].host.run(|| TcpStream::connect_timeout(&at, PATIENCE).unwrap());
+    let near = nodes[0].host.run(|| TcpStream::connect_timeout(&at, TIMEOUT).unwrap());
     let (far, _) = listener.accept().unwrap();
     let (armed, done) = (Barrier::new(5), Barrier::new(5));
     std::thread::scope(|scope| {
@@ -548,7 +548,7 @@ fn a_link_that_goes_down_or_away() {
     let from = nodes[0].inner[0];
     let to = SocketAddr::new(nodes[1].inner[0], 4002);
     nodes[0].host.run(|| UdpSocket::bind((from, 0)).unwrap().send_to(b"?", to).unwrap());
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while nodes[1].plane.snapshot().drops["tun_refused"] == 0 {
         assert!(Instant::now() < deadline, "{:?}", nodes[1].plane.snapshot());
         std::thread::yield_now();

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use towline_proto::pb;
 use tracing_subscriber::EnvFilter;
 
-use super::local::{said, with_agent};
+use super::local::{status_error, with_agent};
 use super::output;
 use crate::config::Config;
 use crate::daemon::{self, Purpose};
@@ -33,7 +33,7 @@ pub(super) fn pubkey(config: &Config) -> anyhow::Result<()> {
     let key = if daemon::is_running(&config.socket) {
         with_agent(&config.socket, async |mut agent| {
             let answer =
-                agent.status(pb::StatusRequest {}).await.map_err(|status| said(&status))?;
+                agent.status(pb::StatusRequest {}).await.map_err(|status| status_error(&status))?;
             Ok(answer.into_inner().public_key)
         })?
     } else {

@@ -44,7 +44,7 @@ pub(super) fn guard(config: &Config, args: &GuardArgs) -> anyhow::Result<()> {
         return guard::watch(config);
     }
     let guarded = guard::run(config)?;
-    if matches!(guarded, Guarded::Stands { is_whole: false, .. }) {
+    if matches!(guarded, Guarded::Installed { is_whole: false, .. }) {
         bail!("{guarded}");
     }
     eprintln!("{guarded}");

@@ -13,7 +13,7 @@ use towline_proto::id::NodeName;
 use towline_proto::token::JoinToken;
 
 use super::join::{JoinArgs, Parts};
-use super::local::{runtime, said, with_agent};
+use super::local::{runtime, status_error, with_agent};
 use super::{Global, output, wait};
 use crate::config::{Config, DEFAULT_PATH};
 use crate::confirm::{self, Confirmation, Moment, Unconfirmed};
@@ -109,7 +109,7 @@ pub(super) fn run(global: &Global, args: JoinArgs) -> anyhow::Result<()> {
         if already { "this machine is already" } else { "joined as" },
         report.name
     );
-    if let Confirmation::Due(left) = confirm::look(&machine.outside.state_dir, &Moment::now()) {
+    if let Confirmation::Due(left) = confirm::status(&machine.outside.state_dir, &Moment::now()) {
         eprintln!("run `towline confirm` within {} s, or the join is undone", left.as_secs());
     }
     match output::document(format, &report)? {
@@ -227,7 +227,8 @@ impl Machine {
             node_ip::in_force(&self.outside)?.iter().map(|ip| ip.to_string()).collect();
         with_agent(&self.outside.socket, async |mut agent| {
             let request = towline_proto::pb::StatusRequest {};
-            let status = agent.status(request).await.map_err(|status| said(&status))?.into_inner();
+            let status =
+                agent.status(request).await.map_err(|status| status_error(&status))?.into_inner();
             Ok(Report {
                 name: status.name,
                 node_ip: node_ips.first().cloned().unwrap_or_default(),

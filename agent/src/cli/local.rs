@@ -50,7 +50,7 @@ async fn connect(socket: &Path) -> anyhow::Result<LocalClient<Channel>> {
 }
 
 /// Converts the status with which the agent refused a request to an error.
-pub(super) fn said(status: &tonic::Status) -> anyhow::Error {
+pub(super) fn status_error(status: &tonic::Status) -> anyhow::Error {
     let words: String = status.message().chars().filter(|c| !c.is_control()).collect();
     anyhow::anyhow!(if words.is_empty() { status.code().to_string() } else { words })
 }

@@ -10,7 +10,7 @@ use tonic::transport::Channel;
 use towline_proto::pb;
 use towline_proto::pb::local_client::LocalClient;
 
-use super::local::{runtime, said, with_agent};
+use super::local::{runtime, status_error, with_agent};
 use crate::config::Config;
 use crate::control::DownAnswer;
 use crate::daemon;
@@ -92,8 +92,12 @@ fn ask_or_replace<T>(
             });
             match answer {
                 Ok(Ok(answer)) => return Ok(Doer::Agent(answer)),
-                Ok(Err(status)) if !is_of_the_transport(&status) => return Err(said(&status)),
-                Ok(Err(status)) => said(&status).context("the agent ended before it answered"),
+                Ok(Err(status)) if !is_of_the_transport(&status) => {
+                    return Err(status_error(&status));
+                }
+                Ok(Err(status)) => {
+                    status_error(&status).context("the agent ended before it answered")
+                }
                 Err(error) if begun.elapsed() >= limit => return Err(error),
                 Err(error) => error,
             }
@@ -242,14 +246,15 @@ pub(super) fn up(config: &Config, args: &UpArgs) -> anyhow::Result<()> {
 
 fn status(config: &Config) -> anyhow::Result<pb::StatusResponse> {
     with_agent(&config.socket, async |mut agent| {
-        let answer = agent.status(pb::StatusRequest {}).await.map_err(|status| said(&status))?;
+        let answer =
+            agent.status(pb::StatusRequest {}).await.map_err(|status| status_error(&status))?;
         Ok(answer.into_inner())
     })
 }
 
 /// Waits until the agent has applied its plan. Prints what is missing whenever that changes.
 fn await_applied(config: &Config, deadline: Instant) -> anyhow::Result<()> {
-    let mut told = String::new();
+    let mut reported = String::new();
     loop {
         let missing = match status(config) {
             Ok(status) => match missing(&status) {
@@ -261,9 +266,9 @@ fn await_applied(config: &Config, deadline: Instant) -> anyhow::Result<()> {
         if Instant::now() >= deadline {
             bail!("the mesh is not up: {missing}: run `towline status`");
         }
-        if missing != told {
+        if missing != reported {
             eprintln!("waiting: {missing}");
-            told = missing;
+            reported = missing;
         }
         std::thread::sleep(PERIOD);
     }

@@ -6,7 +6,7 @@ use serde::Serialize;
 use towline_proto::node::Candidate;
 use towline_proto::pb;
 
-use super::local::{said, with_agent};
+use super::local::{status_error, with_agent};
 use super::output::{self, Format};
 use crate::config::Config;
 
@@ -73,7 +73,8 @@ const IPV6_MIN_MTU: u32 = 1280;
 
 pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
     let peers: Vec<Peer> = with_agent(&config.socket, async |mut agent| {
-        let answer = agent.peers(pb::PeersRequest {}).await.map_err(|status| said(&status))?;
+        let answer =
+            agent.peers(pb::PeersRequest {}).await.map_err(|status| status_error(&status))?;
         Ok(answer.into_inner().peers.into_iter().map(Peer::from).collect())
     })?;
     match output::document(format, &peers)? {

@@ -5,7 +5,7 @@ use clap::Args;
 use serde::Serialize;
 use towline_proto::pb;
 
-use super::local::{said, with_agent};
+use super::local::{status_error, with_agent};
 use super::output::{self, Format};
 use crate::config::Config;
 
@@ -55,10 +55,10 @@ pub(super) fn run(config: &Config, args: PingArgs) -> anyhow::Result<()> {
     let live = matches!(args.output, Format::Table | Format::Wide);
     let node = args.node;
     let probes = with_agent(&config.socket, async |mut agent| {
-        let answer = agent.ping(request).await.map_err(|status| said(&status))?;
+        let answer = agent.ping(request).await.map_err(|status| status_error(&status))?;
         let mut stream = answer.into_inner();
         let mut probes = Vec::new();
-        while let Some(answer) = stream.message().await.map_err(|status| said(&status))? {
+        while let Some(answer) = stream.message().await.map_err(|status| status_error(&status))? {
             if live {
                 output::print(&line(&node, &answer))?;
             }

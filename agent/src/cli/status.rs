@@ -7,7 +7,7 @@ use serde::Serialize;
 use towline_proto::node::Candidate;
 use towline_proto::pb;
 
-use super::local::{said, with_agent};
+use super::local::{status_error, with_agent};
 use super::output::{self, Format};
 use crate::config::Config;
 use crate::daemon;
@@ -140,7 +140,8 @@ pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
         bail!("no agent is running: {}", daemon::down_line(down));
     }
     let status: Status = with_agent(&config.socket, async |mut agent| {
-        let answer = agent.status(pb::StatusRequest {}).await.map_err(|status| said(&status))?;
+        let answer =
+            agent.status(pb::StatusRequest {}).await.map_err(|status| status_error(&status))?;
         Ok(answer.into_inner().into())
     })?;
     match output::document(format, &status)? {
@@ -168,13 +169,13 @@ fn text(status: &Status, wide: bool) -> String {
     line("public key", status.public_key.clone());
     line("link", format!("{}, mtu {}, udp port {}", status.link, status.mtu, status.listen_port));
     if let Some(controller) = status.controller.as_ref().filter(|_| !down) {
-        let heard = controller.last_heard_ms.map(Duration::from_millis).map(output::age);
+        let last_heard = controller.last_heard_ms.map(Duration::from_millis).map(output::age);
         line(
             "controller",
-            match (controller.connected, heard) {
+            match (controller.connected, last_heard) {
                 (true, _) => format!("{}, revision {}", controller.address, controller.revision),
-                (false, Some(heard)) => {
-                    format!("not connected, last heard {heard} ago: {}", controller.reason)
+                (false, Some(last_heard)) => {
+                    format!("not connected, last heard {last_heard} ago: {}", controller.reason)
                 }
                 (false, None) => format!("not connected: {}", controller.reason),
             },

@@ -7,7 +7,7 @@ use anyhow::bail;
 use clap::Args;
 use towline_proto::pb;
 
-use super::local::{said, with_agent};
+use super::local::{status_error, with_agent};
 use crate::config::Config;
 
 #[derive(Debug, Args)]
@@ -40,7 +40,7 @@ pub(super) fn until_up(
 ) -> anyhow::Result<()> {
     let begun = Instant::now();
     loop {
-        let missing = match look(socket, peers) {
+        let missing = match missing_now(socket, peers) {
             Ok(None) => return Ok(()),
             Ok(Some(missing)) => missing,
             Err(error) => format!("{error:#}"),
@@ -53,10 +53,12 @@ pub(super) fn until_up(
 }
 
 /// Returns what is missing, or `None` if the mesh is up.
-fn look(socket: &Path, wanted: &[String]) -> anyhow::Result<Option<String>> {
+fn missing_now(socket: &Path, wanted: &[String]) -> anyhow::Result<Option<String>> {
     with_agent(socket, async |mut agent| {
-        let status = agent.status(pb::StatusRequest {}).await.map_err(|status| said(&status))?;
-        let peers = agent.peers(pb::PeersRequest {}).await.map_err(|status| said(&status))?;
+        let status =
+            agent.status(pb::StatusRequest {}).await.map_err(|status| status_error(&status))?;
+        let peers =
+            agent.peers(pb::PeersRequest {}).await.map_err(|status| status_error(&status))?;
         Ok(missing(&status.into_inner(), &peers.into_inner().peers, wanted))
     })
 }

@@ -87,7 +87,7 @@ impl Host {
 
     /// Applies the plan again, after another program changed state that Towline created or after an
     /// incomplete apply.
-    pub(super) fn put_back(&mut self) {
+    pub(super) fn restore(&mut self) {
         self.network.invalidate();
         self.reapply();
     }
@@ -97,7 +97,7 @@ impl Host {
         match self.network.apply_hooks() {
             Ok(changes) => self.changed(&changes),
             // The full apply finds and reports the problem.
-            Err(_) => self.put_back(),
+            Err(_) => self.restore(),
         }
     }
 

@@ -10,9 +10,9 @@
 //! Every input carries the time. After each input the outputs are drained and the next deadline is
 //! armed. The task never blocks on another part.
 
-mod cluster;
-mod departure;
 mod host;
+mod leave;
+mod node_prefixes;
 mod paths;
 mod prefixes;
 mod report;
@@ -50,7 +50,7 @@ use crate::join;
 use crate::kubernetes;
 use crate::map_cache::MapCache;
 use crate::notify::Notifier;
-use crate::prefixes::{Feed, PrefixUpdate, Prefixes, Selection};
+use crate::prefixes::{PrefixSender, PrefixUpdate, Prefixes, Selection};
 use crate::probe::ProbeKeys;
 use crate::reserved_port;
 use crate::state::{CachedPrefixes, Counters, Keys, Membership, StateDir};
@@ -64,7 +64,7 @@ use towline_dataplane::{self as dataplane, DataPlane, HostTunnels, Relay};
 use towline_host::HostEvent;
 use watchdog::{Verdict, Watchdog};
 
-pub use departure::{leave, open_host};
+pub use leave::{leave, open_host};
 pub(crate) use report::down_line;
 
 /// Longest interval between two checks of the time that is left for a confirmation.
@@ -120,7 +120,7 @@ async fn serve(
     let notifier = Notifier::from_environment();
     // This is read after the lock is taken: see `down.rs`.
     let is_down = DownMarker::of(&config).read().is_some()
-        || confirm::look(state.path(), &Moment::now()) == Confirmation::Missed;
+        || confirm::status(state.path(), &Moment::now()) == Confirmation::Missed;
     let (mut daemon, mut control) = if is_down {
         (None, ControlServer::start(&config.socket)?)
     } else {
@@ -247,7 +247,7 @@ struct Daemon {
     /// Value that was last read from `inputs.kubernetes`.
     kubernetes: kubernetes::View,
     /// Sender for prefix updates. Each task that is a source of prefixes gets a clone.
-    _prefix_feed: Feed,
+    _prefix_sender: PrefixSender,
     announcements: watch::Sender<Option<Announcement>>,
     commands: Option<mpsc::Sender<discovery::Command>>,
     controller: ControllerView,
@@ -331,7 +331,7 @@ impl Daemon {
             mesh.handle_map_change(now, change);
         }
 
-        let (prefix_feed, prefix_updates) = mpsc::channel(4);
+        let (prefix_sender, prefix_updates) = mpsc::channel(4);
         let (announcements, announced) = watch::channel(None);
         let (events, discovery_events) = mpsc::channel(64);
         let commands = match (&membership, map) {
@@ -394,7 +394,7 @@ impl Daemon {
             announced: Selection::default(),
             remembered,
             kubernetes: kubernetes::View::default(),
-            _prefix_feed: prefix_feed,
+            _prefix_sender: prefix_sender,
             announcements,
             commands,
             controller: ControllerView {
@@ -459,7 +459,7 @@ impl Daemon {
                 Some(event) = self.inputs.discovery.recv() => self.discovery_event(event),
                 event = self.host.next() => match event {
                     HostEvent::AddressesChanged => self.addresses_changed(),
-                    HostEvent::OursChanged => self.host.put_back(),
+                    HostEvent::OursChanged => self.host.restore(),
                     HostEvent::HooksChanged => self.host.put_back_hooks(),
                 },
                 Some(update) = self.inputs.prefixes.recv() => self.prefix_update(update),
@@ -491,7 +491,7 @@ impl Daemon {
 
     /// Returns the state of the join's confirmation.
     fn confirmation(&self) -> Confirmation {
-        confirm::look(self.state.path(), &Moment::now())
+        confirm::status(self.state.path(), &Moment::now())
     }
 
     /// Returns when to check the confirmation again. The check is periodic because the boot clock
@@ -611,7 +611,7 @@ impl Daemon {
         )?;
         self.inputs.faults = self.data_plane.faults();
         self.data_plane.apply(&self.table);
-        self.host.put_back();
+        self.host.restore();
         let now = Instant::now();
         for peer in self.table.peers.keys() {
             self.mesh.handle_observation(now, *peer, Observation::SessionExpired);

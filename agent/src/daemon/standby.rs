@@ -12,8 +12,8 @@ use tokio::sync::oneshot;
 use towline_proto::pb;
 
 use super::{
-    CONFIRMATION_PERIOD, Daemon, Purpose, SignalMeaning, Signals, Stored, at, departure, host,
-    report, with_heartbeat,
+    CONFIRMATION_PERIOD, Daemon, Purpose, SignalMeaning, Signals, Stored, at, host, leave, report,
+    with_heartbeat,
 };
 use crate::config::Config;
 use crate::confirm::{self, Confirmation, Moment};
@@ -89,7 +89,7 @@ impl Standby {
                 }
                 () = at(confirm_at) => {
                     if self.confirmation() == Confirmation::Missed {
-                        let undoing = Box::pin(departure::undo_join(&self.config, &self.state));
+                        let undoing = Box::pin(leave::undo_join(&self.config, &self.state));
                         let undone = tokio::select! {
                             undone = with_heartbeat(notifier, undoing) => undone,
                             () = signals.end() => return Ended::Stopped,
@@ -114,7 +114,7 @@ impl Standby {
                         }
                     },
                     Request::Leave { force, reply } => {
-                        let leaving = Box::pin(departure::leave(&self.config, &self.state, force));
+                        let leaving = Box::pin(leave::leave(&self.config, &self.state, force));
                         let result = tokio::select! {
                             result = with_heartbeat(notifier, leaving) => result,
                             () = signals.end() => return Ended::Stopped,
@@ -183,7 +183,7 @@ impl Standby {
     }
 
     fn confirmation(&self) -> Confirmation {
-        confirm::look(self.state.path(), &Moment::now())
+        confirm::status(self.state.path(), &Moment::now())
     }
 
     /// Returns when to check the confirmation of the join again.

@@ -44,7 +44,7 @@ mod tests {
         let manager = UnixDatagram::bind(&path).unwrap();
         manager.set_nonblocking(true).unwrap();
         let notifier = Notifier::to(&path.display().to_string());
-        let heard = || {
+        let notified = || {
             let mut buffer = [0; 256];
             let length = manager.recv(&mut buffer).ok()?;
             Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
@@ -53,15 +53,15 @@ mod tests {
         for _ in 0..2 {
             start.report(&notifier, Some("cannot list\npolicy rules"));
         }
-        assert_eq!(heard().as_deref(), Some("STATUS=not ready: cannot list policy rules"));
-        assert_eq!(heard(), None, "the status is sent once");
+        assert_eq!(notified().as_deref(), Some("STATUS=not ready: cannot list policy rules"));
+        assert_eq!(notified(), None, "the status is sent once");
         start.report(&notifier, Some("the link is missing"));
-        assert_eq!(heard().as_deref(), Some("STATUS=not ready: the link is missing"));
+        assert_eq!(notified().as_deref(), Some("STATUS=not ready: the link is missing"));
         start.report(&notifier, None);
-        assert_eq!(heard().as_deref(), Some("STATUS=running"));
-        assert_eq!(heard().as_deref(), Some("READY=1"));
+        assert_eq!(notified().as_deref(), Some("STATUS=running"));
+        assert_eq!(notified().as_deref(), Some("READY=1"));
         start.report(&notifier, Some("the link is missing"));
         start.report(&notifier, None);
-        assert_eq!(heard(), None, "a service that is ready stays so");
+        assert_eq!(notified(), None, "a service that is ready stays so");
     }
 }

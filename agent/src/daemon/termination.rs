@@ -16,7 +16,7 @@ use tokio::sync::watch;
 /// plane, and shorter than the stop timeout of a service manager.
 pub(super) const GRACE: Duration = Duration::from_secs(8);
 /// Maximum time for the last log line. The reader of the log may hang too.
-const LOG_PATIENCE: Duration = Duration::from_millis(500);
+const LOG_TIMEOUT: Duration = Duration::from_millis(500);
 /// Exit status of a process that did not end by itself.
 const FORCED: i32 = 1;
 
@@ -66,7 +66,7 @@ async fn end(mut signals: [Signal; 2], requested: watch::Sender<bool>, grace: Du
         let _ = done.send(());
     };
     if thread::Builder::new().spawn(log).is_ok() {
-        let _ = logged.recv_timeout(LOG_PATIENCE);
+        let _ = logged.recv_timeout(LOG_TIMEOUT);
     }
     // SAFETY: `_exit` may be called at any time. It runs no destructor and no handler; one of them
     // might block on what hangs.

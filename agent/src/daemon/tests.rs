@@ -19,7 +19,7 @@ use towline_netlink::{AddressOptions, Rtnetlink, VethPeer};
 use towline_netns::{NetworkNamespace, namespace_test};
 
 /// Longest wait for a condition. It only bounds a failing test.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// Outer address of each host, on the LAN.
 const OUTER: [&str; 2] = ["192.0.2.1", "192.0.2.2"];
 /// Inner address of each host, in the tunnel.
@@ -79,7 +79,7 @@ fn status(config: &Config, wanted: impl Fn(&pb::StatusResponse) -> bool) -> pb::
         });
         match status {
             Ok(status) if wanted(&status) => return status,
-            other => assert!(begun.elapsed() < PATIENCE, "{other:?}"),
+            other => assert!(begun.elapsed() < TIMEOUT, "{other:?}"),
         }
         std::thread::yield_now();
     }
@@ -93,7 +93,7 @@ fn carries(from: &NetworkNamespace, to: &NetworkNamespace) -> bool {
     let port = receiver.local_addr().unwrap().port();
     let sender = from.enter(|| bind(INNER[0]));
     let begun = Instant::now();
-    while begun.elapsed() < PATIENCE {
+    while begun.elapsed() < TIMEOUT {
         let to = SocketAddr::new(INNER[1].parse().unwrap(), port);
         let _ = sender.send_to(b"inside", to);
         if receiver.recv(&mut [0; 16]).is_ok() {

@@ -44,11 +44,11 @@ pub fn watch(config: &Config) -> anyhow::Result<()> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let notifier = Notifier::from_environment();
         let mut keeper = Keeper::new(config.clone());
-        let first = keeper.look()?;
-        let mut said = first.to_string();
-        anyhow::ensure!(keeper.is_whole(), "{said}");
-        tracing::info!("{said}");
-        notifier.status(&said);
+        let first = keeper.check()?;
+        let mut reported = first.to_string();
+        anyhow::ensure!(keeper.is_whole(), "{reported}");
+        tracing::info!("{reported}");
+        notifier.status(&reported);
         notifier.ready();
         // A join starts the guard again, and so does the agent's unit.
         while first != Guarded::NotJoined {
@@ -57,17 +57,17 @@ pub fn watch(config: &Config) -> anyhow::Result<()> {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
             }
-            let now = match keeper.look() {
+            let now = match keeper.check() {
                 Ok(guarded) => guarded.to_string(),
                 Err(error) => {
                     keeper.held = None;
                     format!("cannot keep the guards: {error:#}")
                 }
             };
-            if now != said {
+            if now != reported {
                 tracing::info!("{now}");
                 notifier.status(&now);
-                said = now;
+                reported = now;
             }
         }
         notifier.stopping();
@@ -103,13 +103,13 @@ impl Keeper {
     /// Returns whether no guard was refused at the last check.
     fn is_whole(&self) -> bool {
         match self.held.as_ref().map(|held| &held.last) {
-            Some(Guarded::Stands { is_whole, .. }) => *is_whole,
+            Some(Guarded::Installed { is_whole, .. }) => *is_whole,
             _ => true,
         }
     }
 
     /// Restores what is missing, if no other program keeps the guards.
-    fn look(&mut self) -> anyhow::Result<Guarded> {
+    fn check(&mut self) -> anyhow::Result<Guarded> {
         // The lock is held until the end of the function; an agent that starts waits for it.
         let state = match enter(&self.config)? {
             Ok(state) => state,
@@ -257,7 +257,7 @@ mod tests {
         let work = async {
             while !done() {
                 keeper.changed().await;
-                keeper.look().unwrap();
+                keeper.check().unwrap();
             }
         };
         let ended = tokio::time::timeout(Duration::from_secs(20), work).await;
@@ -294,7 +294,7 @@ mod tests {
             host();
             run(async {
                 let mut keeper = keeper(dir.path());
-                assert!(matches!(keeper.look().unwrap(), Guarded::Stands { is_whole: true, .. }));
+                assert!(matches!(keeper.check().unwrap(), Guarded::Installed { is_whole: true, .. }));
                 let (rules_before, routes_before) = (rules(), routes());
                 assert!(rules_before > 0 && routes_before > 0 && has_table());
                 for (what, act) in [
@@ -325,7 +325,7 @@ mod tests {
                 let mut held = Held::open(&keeper.config, &state, files).unwrap();
                 held.network.lack_nftables();
                 keeper.held = Some(held);
-                let Guarded::Stands { is_whole, problems, .. } = keeper.look().unwrap() else {
+                let Guarded::Installed { is_whole, problems, .. } = keeper.check().unwrap() else {
                     panic!("the guards are installed");
                 };
                 assert!(is_whole && problems[0].contains("nftables"), "{problems:?}");
@@ -345,7 +345,7 @@ mod tests {
             host();
             run(async {
                 let mut keeper = keeper(dir.path());
-                keeper.look().unwrap();
+                keeper.check().unwrap();
                 let marker = keeper.config.state_dir.join("down");
                 std::fs::write(&marker, "").unwrap();
                 delete_rules();
@@ -353,7 +353,7 @@ mod tests {
                 delete_table();
                 for _ in 0..2 {
                     keeper.changed().await;
-                    assert_eq!(keeper.look().unwrap(), Guarded::Down);
+                    assert_eq!(keeper.check().unwrap(), Guarded::Down);
                 }
                 assert!(rules() == 0 && routes() == 0 && !has_table() && leaves("198.19.0.2"));
                 std::fs::remove_file(&marker).unwrap();
@@ -371,7 +371,7 @@ mod tests {
             }
             run(async {
                 let mut keeper = keeper(dir.path());
-                keeper.look().unwrap();
+                keeper.check().unwrap();
                 let plan = keeper.held.as_ref().unwrap().plan.clone();
 
                 let state = StateDir::open(&keeper.config.state_dir).unwrap();
@@ -385,11 +385,11 @@ mod tests {
                     more.routes.insert((net, RouteVia::Unreachable), RoutePlan::default());
                 }
                 assert_eq!(agent.apply(&more).unwrap().problems, []);
-                assert_eq!(keeper.look().unwrap(), Guarded::AgentRuns);
+                assert_eq!(keeper.check().unwrap(), Guarded::AgentRuns);
                 // Repairing the rules is the running agent's task.
                 delete_rules();
                 keeper.changed().await;
-                assert_eq!(keeper.look().unwrap(), Guarded::AgentRuns);
+                assert_eq!(keeper.check().unwrap(), Guarded::AgentRuns);
                 assert_eq!(rules(), 0);
                 agent.invalidate();
                 agent.apply(&more).unwrap();
@@ -397,7 +397,7 @@ mod tests {
                 // This is a crash of the agent.
                 drop((agent, state));
                 until(&mut keeper, "after the crash", || !leaves("203.0.113.9")).await;
-                assert!(matches!(keeper.look().unwrap(), Guarded::Stands { .. }));
+                assert!(matches!(keeper.check().unwrap(), Guarded::Installed { .. }));
                 delete_routes();
                 delete_table();
                 until(&mut keeper, "what was learned", || {
@@ -416,7 +416,7 @@ mod tests {
                 assert_eq!(agent.apply(&plan).unwrap().problems, []);
                 let table = Nft::open().unwrap().read(TableFamily::Inet, "towline").unwrap().unwrap();
                 assert_eq!(table.table.ownership == Ownership::Owner, agent.is_owner());
-                assert_eq!(keeper.look().unwrap(), Guarded::AgentRuns);
+                assert_eq!(keeper.check().unwrap(), Guarded::AgentRuns);
             });
         }
     }
@@ -432,12 +432,12 @@ mod tests {
                     ..Config::default()
                 };
                 let mut keeper = Keeper::new(config);
-                assert_eq!(keeper.look().unwrap(), Guarded::NotJoined);
+                assert_eq!(keeper.check().unwrap(), Guarded::NotJoined);
                 state_of_a_node(&keeper.config.state_dir);
                 until(&mut keeper, "after the join", || !leaves("198.19.0.2")).await;
                 std::fs::remove_file(keeper.config.state_dir.join("membership.json")).unwrap();
                 keeper.changed().await;
-                assert_eq!(keeper.look().unwrap(), Guarded::NotJoined);
+                assert_eq!(keeper.check().unwrap(), Guarded::NotJoined);
             });
         }
     }

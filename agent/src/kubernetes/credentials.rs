@@ -208,7 +208,7 @@ async fn who_am_i(client: &Client) -> anyhow::Result<String> {
     let review = api
         .create(&PostParams::default(), &SelfSubjectReview::default())
         .await
-        .map_err(|error| anyhow::anyhow!(super::own_node::said(&error)))?;
+        .map_err(|error| anyhow::anyhow!(super::own_node::status_message(&error)))?;
     let user = review.status.and_then(|status| status.user_info?.username);
     user.context("the API server returned no user name for these credentials")
 }

@@ -423,14 +423,14 @@ fn refused(error: &watcher::Error, credentials: &Credentials) -> String {
     let why = match error {
         watcher::Error::InitialListFailed(error)
         | watcher::Error::WatchStartFailed(error)
-        | watcher::Error::WatchFailed(error) => said(error),
+        | watcher::Error::WatchFailed(error) => status_message(error),
         other => one_line(&other.to_string()),
     };
     format!("{}: {why}", credentials.server.trim_end_matches('/'))
 }
 
 /// Converts an error of the client to one line that names the remedy.
-pub(super) fn said(error: &kube::Error) -> String {
+pub(super) fn status_message(error: &kube::Error) -> String {
     if let kube::Error::Api(status) = error {
         return match status.code {
             401 => {

@@ -37,8 +37,8 @@ impl Daemon {
         if self.membership.is_none() {
             return Err("this machine has not joined a mesh: run `towline down` to open it".into());
         }
-        let told = self.tell_controller().await;
-        match told {
+        let informed = self.inform_controller().await;
+        match informed {
             Ok(()) => {}
             Err(_) if self.removed => {}
             Err(error) if force => {
@@ -50,7 +50,7 @@ impl Daemon {
         self.state.forget().map_err(|error| error.to_string())
     }
 
-    async fn tell_controller(&mut self) -> Result<(), String> {
+    async fn inform_controller(&mut self) -> Result<(), String> {
         let (reply, answer) = oneshot::channel();
         let stopped = || "cannot contact a controller: the discovery task has stopped".to_owned();
         let Some(commands) = &self.commands else { return Err(stopped()) };
@@ -78,7 +78,7 @@ pub fn open_host(config: &Config) -> anyhow::Result<()> {
 pub async fn leave(config: &Config, state: &StateDir, force: bool) -> anyhow::Result<()> {
     let membership = state.require_membership()?;
     let keys = state.keys()?;
-    if let Err(error) = tell_controller(config, state, &membership, &keys).await {
+    if let Err(error) = inform_controller(config, state, &membership, &keys).await {
         if !force {
             return Err(
                 error.context("still a member (--force forgets the mesh on this machine anyway)")
@@ -94,13 +94,14 @@ pub async fn leave(config: &Config, state: &StateDir, force: bool) -> anyhow::Re
 /// Undoes a join that was not confirmed in time, even if no controller can be informed. The host is
 /// already open.
 pub(super) async fn undo_join(config: &Config, state: &StateDir) -> anyhow::Result<()> {
-    let told = async {
+    let informed = async {
         let (membership, keys) = (state.require_membership()?, state.keys()?);
-        tell_controller(config, state, &membership, &keys).await
+        inform_controller(config, state, &membership, &keys).await
     };
-    let told = tokio::time::timeout(UNDO_LIMIT, told).await;
-    let told = told.unwrap_or_else(|_| Err(anyhow::anyhow!("no controller answered in time")));
-    if let Err(error) = told {
+    let informed = tokio::time::timeout(UNDO_LIMIT, informed).await;
+    let informed =
+        informed.unwrap_or_else(|_| Err(anyhow::anyhow!("no controller answered in time")));
+    if let Err(error) = informed {
         tracing::warn!(error = %format!("{error:#}"), "no controller informed: undoing the join");
     }
     // Files can be removed on a full disk, but the reason may not fit.
@@ -112,7 +113,7 @@ pub(super) async fn undo_join(config: &Config, state: &StateDir) -> anyhow::Resu
 }
 
 /// Informs the first reachable controller that this node leaves.
-async fn tell_controller(
+async fn inform_controller(
     config: &Config,
     state: &StateDir,
     membership: &Membership,
@@ -123,14 +124,14 @@ async fn tell_controller(
     let tls = Arc::new(tls);
     let mut last = anyhow::anyhow!("no controller is known");
     for address in join::controllers(&config.controller.addresses, membership) {
-        let told = async {
+        let informed = async {
             let connection = crate::dial::dial(&address, tls.clone(), config.routing.mark).await?;
             let request = towline_proto::pb::LeaveRequest {};
             let answer = join::client(connection.channel).leave(request).await;
-            answer.map_err(|status| anyhow::anyhow!(join::refusal(&status)))?;
+            answer.map_err(|status| anyhow::anyhow!(join::status_message(&status)))?;
             anyhow::Ok(())
         };
-        match told.await {
+        match informed.await {
             Ok(()) => return Ok(()),
             Err(error) => last = error,
         }
