@@ -11,15 +11,15 @@ fn attempts_fail_and_what_has_to_work_does_without_root() {
         .args(["--case", "inward/to/overlay,inward/to/loopback,sources/stranger,oversized/end"])
         .output()
         .unwrap();
-    let talk = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     if output.status.code() == Some(3) {
-        println!("skipped: {}", talk.trim_end());
+        println!("skipped: {}", stderr.trim_end());
         return;
     }
     let attack: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
-        panic!("stdout is not one JSON object ({error}): {talk}");
+        panic!("stdout is not one JSON object ({error}): {stderr}");
     });
-    assert_eq!(attack["failed"].as_array().map(Vec::len), Some(0), "{attack:#}\n{talk}");
+    assert_eq!(attack["failed"].as_array().map(Vec::len), Some(0), "{attack:#}\n{stderr}");
     assert_eq!(attack["breaches"], 0);
     assert_eq!(attack["rootless"], true);
     let cases = attack["cases"].as_array().unwrap();

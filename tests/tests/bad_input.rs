@@ -9,13 +9,13 @@ use std::time::Duration;
 use anyhow::Context;
 use towline_proto::token::JoinToken;
 use towline_tests::lab::binaries::{Binaries, Profile};
-use towline_tests::lab::inside::inside;
 use towline_tests::lab::interrupt::wait_for;
 use towline_tests::lab::mesh::{Controller, Node, Token, await_tunnel};
 use towline_tests::lab::nat::Nat;
+use towline_tests::lab::netns_exec::netns_exec;
 use towline_tests::lab::ping::echoes;
 use towline_tests::lab::privilege::Rank;
-use towline_tests::lab::process::Said;
+use towline_tests::lab::process::CommandOutput;
 use towline_tests::lab::topology::{Host, Lab, Router};
 use towline_tests::lab::traffic::{Pattern, random_bytes};
 
@@ -57,7 +57,7 @@ impl World {
     }
 
     /// Runs `towline join` for a node, with this name and token.
-    fn join(&self, machine: &Node, name: &str, token: &str) -> anyhow::Result<Said> {
+    fn join(&self, machine: &Node, name: &str, token: &str) -> anyhow::Result<CommandOutput> {
         let file = self.lab.directory().join("given-token");
         std::fs::write(&file, token)?;
         let file = file.to_str().context("a plain path")?;
@@ -70,10 +70,10 @@ impl World {
 }
 
 /// Asserts exit status 1, nothing on stdout, and one line on stderr that contains every part.
-fn assert_refused(said: &Said, says: &[&str]) {
-    let line = &said.stderr;
-    assert_eq!(said.status.code(), Some(1), "{line}");
-    assert_eq!(said.stdout, "");
+fn assert_refused(output: &CommandOutput, says: &[&str]) {
+    let line = &output.stderr;
+    assert_eq!(output.status.code(), Some(1), "{line}");
+    assert_eq!(output.stdout, "");
     assert_eq!(line.trim_end().lines().count(), 1, "{line}");
     for part in says {
         assert!(line.contains(part), "`{part}` is missing in: {line}");
@@ -94,7 +94,7 @@ fn assert_ends(daemon: &mut towline_tests::lab::process::Daemon, says: &[&str]) 
 
 #[test]
 fn tokens_that_admit_nobody() {
-    inside("tokens_that_admit_nobody", |rank| {
+    netns_exec("tokens_that_admit_nobody", |rank| {
         let world = World::new(rank).unwrap();
         let machine = world.machine("machine").unwrap();
         let refused = |token: &str, says: &[&str]| {
@@ -144,7 +144,7 @@ fn tokens_that_admit_nobody() {
 
 #[test]
 fn names_that_are_refused_and_joins_that_change_nothing() {
-    inside("names_that_are_refused_and_joins_that_change_nothing", |rank| {
+    netns_exec("names_that_are_refused_and_joins_that_change_nothing", |rank| {
         let world = World::new(rank).unwrap();
         let first = world.machine("first").unwrap();
         first.join(&world.token(&[]).unwrap()).unwrap();
@@ -176,15 +176,15 @@ fn names_that_are_refused_and_joins_that_change_nothing() {
 
         let replacement = world.token(&["--replace", "first"]).unwrap();
         let fresh = world.machine("fresh").unwrap();
-        let said = world.join(&fresh, "first", &replacement.token).unwrap();
-        assert!(said.status.success(), "{}", said.stderr);
+        let output = world.join(&fresh, "first", &replacement.token).unwrap();
+        assert!(output.status.success(), "{}", output.stderr);
         assert_eq!(world.node_names().unwrap(), ["first", "second"]);
     });
 }
 
 #[test]
 fn agents_that_cannot_start_disturb_nobody() {
-    inside("agents_that_cannot_start_disturb_nobody", |rank| {
+    netns_exec("agents_that_cannot_start_disturb_nobody", |rank| {
         let world = World::new(rank).unwrap();
         let mut cp = Node::new(&world.lab, &world.cp, "cp", &world.binaries, "").unwrap();
         let mut worker = world.machine("worker-a").unwrap();
@@ -201,11 +201,11 @@ fn agents_that_cannot_start_disturb_nobody() {
         let start = |name: &str, more: &str| {
             let node = Node::new(&world.lab, &world.worker, name, &world.binaries, more).unwrap();
             node.join(&world.token(&[]).unwrap()).unwrap();
-            let said = node.command(&["agent"]).unwrap();
-            assert_eq!(said.stdout, "");
-            assert_eq!(said.status.code(), Some(1), "{}", said.stderr);
-            let last = said.stderr.trim_end().lines().last().unwrap_or_default();
-            assert!(last.starts_with("towline: "), "{}", said.stderr);
+            let output = node.command(&["agent"]).unwrap();
+            assert_eq!(output.stdout, "");
+            assert_eq!(output.status.code(), Some(1), "{}", output.stderr);
+            let last = output.stderr.trim_end().lines().last().unwrap_or_default();
+            assert!(last.starts_with("towline: "), "{}", output.stderr);
             last.to_owned()
         };
         let busy = start("same-port", "[link]\nname = \"towline9\"\n");
@@ -226,7 +226,7 @@ fn agents_that_cannot_start_disturb_nobody() {
 
 #[test]
 fn random_bytes_harm_nobody() {
-    inside("random_bytes_harm_nobody", |rank| {
+    netns_exec("random_bytes_harm_nobody", |rank| {
         let world = World::new(rank).unwrap();
         let mut cp = Node::new(&world.lab, &world.cp, "cp", &world.binaries, "").unwrap();
         let mut worker = world.machine("worker-a").unwrap();
@@ -280,7 +280,7 @@ fn random_bytes_harm_nobody() {
 
 #[test]
 fn a_damaged_store_is_refused_and_left_alone() {
-    inside("a_damaged_store_is_refused_and_left_alone", |rank| {
+    netns_exec("a_damaged_store_is_refused_and_left_alone", |rank| {
         let mut world = World::new(rank).unwrap();
         let state = world.controller.operator().state().to_owned();
         let machine = world.machine("machine").unwrap();

@@ -14,13 +14,13 @@ fn the_demo_keeps_its_promises_without_root() {
         .args(["demo", "--rootless", "--json", "--megabytes", "4"])
         .output()
         .unwrap();
-    let talk = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     if output.status.code() == Some(3) {
-        println!("skipped: {}", talk.trim_end());
+        println!("skipped: {}", stderr.trim_end());
         return;
     }
     let demo: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
-        panic!("stdout is not one JSON object ({error}): {talk}");
+        panic!("stdout is not one JSON object ({error}): {stderr}");
     });
     // Only the demo itself checks timings; a test also runs on a busy machine.
     let failed: Vec<&str> = demo["failed"]
@@ -31,7 +31,7 @@ fn the_demo_keeps_its_promises_without_root() {
         .filter(|promise| !promise.starts_with("first packet of"))
         .filter(|promise| !promise.starts_with("no end of"))
         .collect();
-    assert!(failed.is_empty(), "{failed:#?}\n{talk}");
+    assert!(failed.is_empty(), "{failed:#?}\n{stderr}");
     assert_eq!(demo["rootless"], true);
     assert_eq!(demo["joined"], 3);
     assert!(demo["tunnels_up"].as_u64() >= Some(2), "{demo:#}");

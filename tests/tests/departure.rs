@@ -12,13 +12,13 @@ fn every_order_of_down_up_leave_and_confirm_ends_as_it_says() {
         .args(["departure", "--rootless", "--json"])
         .output()
         .unwrap();
-    let talk = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     if output.status.code() == Some(3) {
-        println!("skipped: {}", talk.trim_end());
+        println!("skipped: {}", stderr.trim_end());
         return;
     }
     let figures: Value = serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|error| panic!("stdout is not one JSON object ({error}): {talk}"));
-    assert_eq!(figures["failed"], Value::Array(Vec::new()), "{talk}");
+        .unwrap_or_else(|error| panic!("stdout is not one JSON object ({error}): {stderr}"));
+    assert_eq!(figures["failed"], Value::Array(Vec::new()), "{stderr}");
     assert!(figures["commands"].as_u64() > Some(40), "{figures}");
 }

@@ -206,8 +206,8 @@ fn cloud_init_says_only_what_cloud_init_knows() {
 fn parses_as_shell(text: &str) {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), text).unwrap();
-    if let Ok(said) = Command::new("sh").arg("-n").arg(file.path()).output() {
-        assert!(said.status.success(), "{}\n{text}", String::from_utf8_lossy(&said.stderr));
+    if let Ok(output) = Command::new("sh").arg("-n").arg(file.path()).output() {
+        assert!(output.status.success(), "{}\n{text}", String::from_utf8_lossy(&output.stderr));
     }
 }
 
@@ -303,8 +303,8 @@ fn the_units_are_exposed_no_more_than_they_promise() {
             .args(["security", "--offline=true", "--no-pager"])
             .arg(deploy(&format!("systemd/{unit}")))
             .output();
-        let Ok(said) = ran else { return eprintln!("skipped: systemd-analyze is not installed") };
-        let words = String::from_utf8_lossy(&said.stdout);
+        let Ok(output) = ran else { return eprintln!("skipped: systemd-analyze is not installed") };
+        let words = String::from_utf8_lossy(&output.stdout);
         let level = words
             .lines()
             .find_map(|line| {
@@ -312,7 +312,7 @@ fn the_units_are_exposed_no_more_than_they_promise() {
             })
             .and_then(|level| level.parse::<f64>().ok());
         let Some(level) = level else {
-            let error = String::from_utf8_lossy(&said.stderr);
+            let error = String::from_utf8_lossy(&output.stderr);
             return eprintln!("skipped: this systemd-analyze cannot check files: {error}");
         };
         println!("{unit}: {level}");
@@ -326,18 +326,18 @@ fn the_users_of_the_units_are_declared() {
     let declared: Vec<&str> =
         users.lines().filter_map(|line| line.strip_prefix("u ")?.split(' ').next()).collect();
     assert_eq!(declared, ["towline", "towline-controller"]);
-    let Ok(said) = Command::new("systemd-sysusers").arg("--version").output() else {
+    let Ok(output) = Command::new("systemd-sysusers").arg("--version").output() else {
         return eprintln!("skipped: systemd-sysusers is not installed");
     };
-    assert!(said.status.success());
+    assert!(output.status.success());
     let root = tempfile::tempdir().unwrap();
     std::fs::create_dir(root.path().join("etc")).unwrap();
-    let said = Command::new("systemd-sysusers")
+    let output = Command::new("systemd-sysusers")
         .arg(format!("--root={}", root.path().display()))
         .arg(deploy("systemd/sysusers.d/towline.conf"))
         .output()
         .unwrap();
-    let words = String::from_utf8_lossy(&said.stderr);
+    let words = String::from_utf8_lossy(&output.stderr);
     let Ok(passwd) = std::fs::read_to_string(root.path().join("etc/passwd")) else {
         return eprintln!("skipped: systemd-sysusers cannot write files: {words}");
     };
@@ -369,12 +369,12 @@ fn systemd_finds_nothing_wrong_with_the_units() {
         std::fs::write(&path, text).unwrap();
         units.push(path);
     }
-    let said = Command::new("systemd-analyze")
+    let output = Command::new("systemd-analyze")
         .args(["verify", "--man=no", "--recursive-errors=no"])
         .args(&units)
         .output()
         .unwrap();
-    let words = String::from_utf8_lossy(&said.stderr);
+    let words = String::from_utf8_lossy(&output.stderr);
     let ours: Vec<&str> = words.lines().filter(|line| line.contains("towline")).collect();
     assert!(ours.is_empty(), "{words}");
 }

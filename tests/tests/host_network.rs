@@ -14,13 +14,13 @@ fn lab(arguments: &[&str]) -> Option<Value> {
         .args(["--rootless", "--json"])
         .output()
         .unwrap();
-    let talk = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     if output.status.code() == Some(3) {
-        println!("skipped: {}", talk.trim_end());
+        println!("skipped: {}", stderr.trim_end());
         return None;
     }
     let figures = serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|error| panic!("stdout is not one JSON object ({error}): {talk}"));
+        .unwrap_or_else(|error| panic!("stdout is not one JSON object ({error}): {stderr}"));
     println!("{figures:#}");
     Some(figures)
 }
@@ -55,13 +55,13 @@ fn every_arrow_of_a_cluster_is_drawn() {
 
 #[test]
 fn what_is_theirs_stays_and_nothing_leaves_meanwhile() {
-    let Some(cohabit) = lab(&["cohabit", "--netlink"]) else { return };
-    let acts = cohabit["acts"].as_array().unwrap();
+    let Some(coexist) = lab(&["coexist", "--netlink"]) else { return };
+    let acts = coexist["acts"].as_array().unwrap();
     assert!(acts.len() >= 6);
     assert!(acts.iter().all(|act| act["name"].is_string() && act["restored_ms"].is_number()));
-    assert!(cohabit["skipped"].is_array());
-    assert_eq!(cohabit["foreign_changes"], 0);
-    assert_eq!(cohabit["plaintext_packets"], 0);
+    assert!(coexist["skipped"].is_array());
+    assert_eq!(coexist["foreign_changes"], 0);
+    assert_eq!(coexist["plaintext_packets"], 0);
 }
 
 #[test]

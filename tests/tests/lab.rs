@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use towline_tests::lab::capture::Capture;
-use towline_tests::lab::inside::inside;
 use towline_tests::lab::nat::Nat;
+use towline_tests::lab::netns_exec::netns_exec;
 use towline_tests::lab::ping::{echoes, first_reply};
 use towline_tests::lab::privilege::Rank;
 use towline_tests::lab::process::Program;
@@ -37,7 +37,7 @@ fn picture(rank: Rank) -> anyhow::Result<Picture> {
 
 #[test]
 fn who_is_behind_a_router_reaches_the_internet_and_is_not_reached() {
-    inside("who_is_behind_a_router_reaches_the_internet_and_is_not_reached", |rank| {
+    netns_exec("who_is_behind_a_router_reaches_the_internet_and_is_not_reached", |rank| {
         let Picture { cp, worker, router, lab: _lab } = picture(rank).unwrap();
         let pattern = Pattern::random().unwrap();
         let ask = |from: &Host, to: IpAddr| {
@@ -58,7 +58,7 @@ fn who_is_behind_a_router_reaches_the_internet_and_is_not_reached() {
 
 #[test]
 fn transfers_are_verified_and_a_capture_finds_them_in_clear() {
-    inside("transfers_are_verified_and_a_capture_finds_them_in_clear", |rank| {
+    netns_exec("transfers_are_verified_and_a_capture_finds_them_in_clear", |rank| {
         let Picture { cp, worker, router: _router, lab } = picture(rank).unwrap();
         let pattern = Pattern::random().unwrap();
         let capture = Capture::start(lab.internet(), pattern).unwrap();
@@ -79,7 +79,7 @@ fn transfers_are_verified_and_a_capture_finds_them_in_clear() {
 
 #[test]
 fn a_capture_counts_watched_addresses() {
-    inside("a_capture_counts_watched_addresses", |rank| {
+    netns_exec("a_capture_counts_watched_addresses", |rank| {
         let Picture { cp, worker, router: _router, lab } = picture(rank).unwrap();
         let capture = Capture::start(lab.internet(), Pattern::random().unwrap()).unwrap();
         capture.watch(["203.0.113.10/32".parse().unwrap()]);
@@ -93,7 +93,7 @@ fn a_capture_counts_watched_addresses() {
 
 #[test]
 fn a_first_reply_waits_for_its_link() {
-    inside("a_first_reply_waits_for_its_link", |rank| {
+    netns_exec("a_first_reply_waits_for_its_link", |rank| {
         let Picture { cp, worker, router: _router, lab: _lab } = picture(rank).unwrap();
         let start = Instant::now();
         let target = cp.addresses()[0];
@@ -106,7 +106,7 @@ fn a_first_reply_waits_for_its_link() {
 
 #[test]
 fn processes_end_with_their_host() {
-    inside("processes_end_with_their_host", |rank| {
+    netns_exec("processes_end_with_their_host", |rank| {
         let Picture { cp, worker, router: _router, lab } = picture(rank).unwrap();
         let log = lab.directory().join("log");
         let directory = lab.directory().to_owned();
@@ -131,10 +131,10 @@ fn processes_end_with_their_host() {
 
 #[test]
 fn commands_end_in_time() {
-    inside("commands_end_in_time", |rank| {
+    netns_exec("commands_end_in_time", |rank| {
         let Picture { cp, worker: _worker, router: _router, lab: _lab } = picture(rank).unwrap();
-        let said = Program::new("cat").input("hello").run(cp.namespace(), 5 * SECOND).unwrap();
-        assert_eq!((said.status.code(), &*said.stdout), (Some(0), "hello"));
+        let output = Program::new("cat").input("hello").run(cp.namespace(), 5 * SECOND).unwrap();
+        assert_eq!((output.status.code(), &*output.stdout), (Some(0), "hello"));
         let failed = Program::new("sh").args(["-c", "echo why >&2; exit 7"]);
         let error = failed.run_ok(cp.namespace(), 5 * SECOND).unwrap_err().to_string();
         assert!(error.contains("status 7") && error.ends_with("why"), "{error}");

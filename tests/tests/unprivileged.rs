@@ -18,7 +18,7 @@ use towline_tests::lab::topology::Lab;
 
 /// Ids that stand in for the user `towline`. No system assigns these numbers by default.
 const USER: (u32, u32) = (64_123, 64_124);
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// Script that runs its arguments as root, where the user exists: what an administrator does.
 const AS_ROOT: &str = r#"mount --bind "$0" /etc/passwd && exec "$@""#;
 /// Script that runs its arguments as the user, with the rights that `towline.service` leaves. Every
@@ -61,7 +61,7 @@ fn give(directory: &Path, (uid, gid): (u32, u32)) {
 }
 
 fn await_mesh(a: &Node, b: &Node) {
-    let reason = await_tunnel(a, b, PATIENCE).unwrap();
+    let reason = await_tunnel(a, b, TIMEOUT).unwrap();
     assert_eq!(reason, None, "{}", fs::read_to_string(b.log()).unwrap_or_default());
 }
 
@@ -127,8 +127,8 @@ fn root_joins_and_a_user_with_one_capability_runs_the_agent() {
             Ok(())
         })
         .unwrap();
-    let told = second.command_ok(&["status"]).unwrap();
-    assert!(!told.contains("rp_filter"), "{told}");
+    let output = second.command_ok(&["status"]).unwrap();
+    assert!(!output.contains("rp_filter"), "{output}");
 
     // Root's commands reach the agent; those of another user do not.
     second.wrap(wrapped(AS_ROOT, &passwd));
@@ -174,7 +174,7 @@ fn a_state_directory_of_root_is_taken_over_by_the_user_and_given_back() {
         second.wrap(if user { wrapped(AS_USER, &passwd) } else { Vec::new() });
         second.launch().unwrap();
         second.await_status(START_LIMIT).unwrap();
-        wait_for("a connection to the controller", PATIENCE, || {
+        wait_for("a connection to the controller", TIMEOUT, || {
             Ok(second.status()?.controller.connected.then_some(()))
         })
         .unwrap();

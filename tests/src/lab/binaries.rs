@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 
-use super::talk::line;
+use super::output::line;
 
 /// The build profile of the daemons.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,15 +96,15 @@ impl Binaries {
         let mut child = command.spawn().with_context(|| format!("cannot start `{name} build`"))?;
         let messages = child.stdout.take().ok_or_else(|| anyhow!("cargo has no output"))?;
         let mut found = BTreeMap::new();
-        let mut said = Instant::now();
+        let mut reported = Instant::now();
         let mut units = 0;
         for message in BufReader::new(messages).lines() {
             units += 1;
             if let Some((name, path)) = executable(&message?) {
                 found.insert(name, path);
             }
-            if !terminal && said.elapsed() > Duration::from_secs(20) {
-                said = Instant::now();
+            if !terminal && reported.elapsed() > Duration::from_secs(20) {
+                reported = Instant::now();
                 line(&format!("still building: {units} units done"));
             }
         }

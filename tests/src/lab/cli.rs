@@ -12,15 +12,15 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::binaries::{Binaries, Profile};
 use super::interrupt;
-use super::keep::Kept;
+use super::keep_running::Kept;
+use super::output::{ProgressOutput, line};
 use super::package;
 use super::privilege::acquire;
 use super::report::{Forbidden, finish, print};
 use super::scenario::{
-    Setting, attack, bench, bootstrap, cohabit, crash, demo, departure, failover, idle, interop,
+    Setting, attack, bench, bootstrap, coexist, crash, demo, departure, failover, idle, interop,
     kubernetes, leak, many, mtu, nat, nodes, plan, vm,
 };
-use super::talk::{Talk, line};
 use super::traffic::random_bytes;
 
 /// Runs the real binaries on hosts that are network namespaces, and removes everything afterwards.
@@ -142,7 +142,8 @@ enum What {
     },
     /// Flushes and deletes Towline's state as firewalls, network managers and operators do: it must
     /// be restored, and the state of others must stay untouched.
-    Cohabit {
+    #[command(alias = "cohabit")]
+    Coexist {
         /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
@@ -332,9 +333,9 @@ fn run(what: What, rootless: bool) -> anyhow::Result<ExitCode> {
             drop(setting);
             finish(&figures, json)
         }
-        What::Cohabit { json, netlink } => {
+        What::Coexist { json, netlink } => {
             let setting = prepare(rootless, Profile::Dev)?;
-            let figures = cohabit::run(&setting, netlink)?;
+            let figures = coexist::run(&setting, netlink)?;
             drop(setting);
             finish(&figures, json)
         }
@@ -392,7 +393,7 @@ interop    wireguard-go, boringtun and gotatun as static peers (root: sockets in
 leak       kill agents, flush guards, spoof: nothing leaves in clear, nothing spoofed comes in
 attack     attack a node as strangers, neighbours, local users, pods and members
 nodes      send over every connection of a hybrid cluster, in both kinds of addressing
-cohabit    flush and delete Towline's state as other programs do: it is restored
+coexist    flush and delete Towline's state as other programs do: it is restored
 plan       measure what a host's network configuration costs with 5,000 prefixes
 bootstrap  turn a clean machine into a node with one command; reboot it offline
 departure  down, up, leave and confirm, in every order, with every exit status
@@ -414,5 +415,5 @@ fn prepare(rootless: bool, profile: Profile) -> anyhow::Result<Setting> {
     interrupt::install()?;
     let rank = acquire(rootless)?;
     let binaries = Binaries::build(profile)?;
-    Ok(Setting { rank, binaries, talk: Talk::new() })
+    Ok(Setting { rank, binaries, output: ProgressOutput::new() })
 }

@@ -18,7 +18,7 @@ pub struct Tag([u8; MARK]);
 pub struct Ear {
     socket: UdpSocket,
     tag: Tag,
-    heard: BTreeSet<u64>,
+    received: BTreeSet<u64>,
 }
 
 /// Size of a payload in bytes.
@@ -71,15 +71,15 @@ impl Ear {
             for group in groups.1 {
                 socket.join_multicast_v6(group, link)?;
             }
-            Ok(Self { socket: socket.into(), tag, heard: BTreeSet::new() })
+            Ok(Self { socket: socket.into(), tag, received: BTreeSet::new() })
         })
     }
 
     /// Returns whether the datagram of this number arrives within `limit`.
-    pub fn hears(&mut self, number: u64, limit: Duration) -> anyhow::Result<bool> {
+    pub fn receives(&mut self, number: u64, limit: Duration) -> anyhow::Result<bool> {
         let arrived = wait_up_to(limit, || {
             self.take()?;
-            Ok(self.heard.contains(&number).then_some(()))
+            Ok(self.received.contains(&number).then_some(()))
         })?;
         Ok(arrived.is_some())
     }
@@ -118,7 +118,7 @@ impl Ear {
         let mut buffer = [0; 65_536];
         loop {
             match self.socket.recv_from(&mut buffer) {
-                Ok((length, _)) => self.heard.extend(self.tag.number(&buffer[..length])),
+                Ok((length, _)) => self.received.extend(self.tag.number(&buffer[..length])),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 // An error that an ICMP message caused concerns a datagram that was sent.
                 Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}

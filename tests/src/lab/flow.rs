@@ -36,7 +36,7 @@ pub type End<'a> = (&'a Namespace, IpAddr);
 pub fn while_talking<T>(
     a: End<'_>,
     b: End<'_>,
-    act: impl FnOnce() -> anyhow::Result<T>,
+    action: impl FnOnce() -> anyhow::Result<T>,
 ) -> anyhow::Result<(T, Seen)> {
     let done = AtomicBool::new(false);
     let longest = [AtomicU64::new(0), AtomicU64::new(0)];
@@ -47,7 +47,7 @@ pub fn while_talking<T>(
         });
         let server = b.0.thread(scope, "echo", move || echo(b.1, done))?;
         let client = a.0.thread(scope, "word", move || words(b.1, done))?;
-        let acted = act();
+        let acted = action();
         done.store(true, Ordering::Relaxed);
         for ticker in tickers {
             join(ticker?)?;
@@ -65,8 +65,8 @@ fn tick(here: IpAddr, there: IpAddr, done: &AtomicBool, longest: &AtomicU64) -> 
     let socket = UdpSocket::bind(SocketAddr::new(here, PORT)).context("cannot bind a ticker")?;
     socket.set_read_timeout(Some(TICK / 2))?;
     // Silence at the start counts like any other outage.
-    let mut heard = Instant::now();
-    let mut next = heard;
+    let mut last_reply = Instant::now();
+    let mut next = last_reply;
     let mut datagram = [0; 16];
     while !done.load(Ordering::Relaxed) {
         interrupt::check()?;
@@ -77,9 +77,9 @@ fn tick(here: IpAddr, there: IpAddr, done: &AtomicBool, longest: &AtomicU64) -> 
         }
         let received = socket.recv_from(&mut datagram).is_ok();
         let now = Instant::now();
-        longest.fetch_max((now - heard).as_micros() as u64, Ordering::Relaxed);
+        longest.fetch_max((now - last_reply).as_micros() as u64, Ordering::Relaxed);
         if received {
-            heard = now;
+            last_reply = now;
         }
     }
     Ok(())

@@ -81,7 +81,7 @@ pub fn wait_up_to<T>(
 ///
 /// # Errors
 /// [`Interrupted`], when SIGINT or SIGTERM arrives.
-pub fn pass(duration: Duration) -> Result<(), Interrupted> {
+pub fn sleep(duration: Duration) -> Result<(), Interrupted> {
     let end = Instant::now() + duration;
     loop {
         check()?;

@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use super::binaries::Binaries;
 use super::interrupt::{wait_for, wait_up_to};
-use super::process::{Daemon, Program, Said};
+use super::process::{CommandOutput, Daemon, Program};
 use super::topology::{Host, Lab};
 
 /// Time limit of a command; one that takes longer hangs.
@@ -231,7 +231,7 @@ impl Operator {
     }
 
     /// Runs `towline-controller ARGUMENTS --state-dir ...` on the controller's host.
-    pub fn command(&self, arguments: &[&str]) -> anyhow::Result<Said> {
+    pub fn command(&self, arguments: &[&str]) -> anyhow::Result<CommandOutput> {
         self.program(arguments).run(self.host.namespace(), COMMAND_LIMIT)
     }
 
@@ -248,20 +248,20 @@ impl Operator {
     /// Creates a token with these flags of `token create`.
     pub fn token_with(&self, flags: &[&str]) -> anyhow::Result<Token> {
         let arguments = [&["token", "create", "-o", "json"], flags].concat();
-        let said = self.command_ok(&arguments)?;
-        serde_json::from_str(&said).context("cannot parse the output of `token create`")
+        let output = self.command_ok(&arguments)?;
+        serde_json::from_str(&output).context("cannot parse the output of `token create`")
     }
 
     /// Returns all nodes.
     pub fn nodes(&self) -> anyhow::Result<Vec<ListedNode>> {
-        let said = self.command_ok(&["node", "list", "-o", "json"])?;
-        serde_json::from_str(&said).context("cannot parse the output of `node list`")
+        let output = self.command_ok(&["node", "list", "-o", "json"])?;
+        serde_json::from_str(&output).context("cannot parse the output of `node list`")
     }
 
     /// Returns all tokens.
     pub fn tokens(&self) -> anyhow::Result<Vec<ListedToken>> {
-        let said = self.command_ok(&["token", "list", "-o", "json"])?;
-        serde_json::from_str(&said).context("cannot parse the output of `token list`")
+        let output = self.command_ok(&["token", "list", "-o", "json"])?;
+        serde_json::from_str(&output).context("cannot parse the output of `token list`")
     }
 
     fn program(&self, arguments: &[&str]) -> Program {
@@ -418,7 +418,7 @@ impl Node {
     }
 
     /// Runs `towline --config ... ARGUMENTS` on the host.
-    pub fn command(&self, arguments: &[&str]) -> anyhow::Result<Said> {
+    pub fn command(&self, arguments: &[&str]) -> anyhow::Result<CommandOutput> {
         self.program(arguments).run(self.host.namespace(), COMMAND_LIMIT)
     }
 
@@ -429,14 +429,14 @@ impl Node {
 
     /// Runs `towline status`.
     pub fn status(&self) -> anyhow::Result<Status> {
-        let said = self.command_ok(&["status", "-o", "json"])?;
-        serde_json::from_str(&said).context("cannot parse the output of `towline status`")
+        let output = self.command_ok(&["status", "-o", "json"])?;
+        serde_json::from_str(&output).context("cannot parse the output of `towline status`")
     }
 
     /// Runs `towline peers`.
     pub fn peers(&self) -> anyhow::Result<Vec<Peer>> {
-        let said = self.command_ok(&["peers", "-o", "json"])?;
-        serde_json::from_str(&said).context("cannot parse the output of `towline peers`")
+        let output = self.command_ok(&["peers", "-o", "json"])?;
+        serde_json::from_str(&output).context("cannot parse the output of `towline peers`")
     }
 
     /// Returns the peer of this name, from `towline peers`.

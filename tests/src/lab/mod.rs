@@ -29,15 +29,15 @@
 //! | [`peers`] | other WireGuard implementations: built once, configured over their own sockets |
 //! | [`capture`] | captures every packet on the simulated internet and searches it for leaks |
 //! | [`traffic`], [`ping`] | generators that verify each byte and each reply |
-//! | [`chatter`] | background traffic without pause, which a fault would leak |
-//! | [`meddle`], [`forge`] | changes by other programs on a host; spoofed packets from outside |
+//! | [`background_traffic`] | background traffic without pause, which a fault would leak |
+//! | [`tamper`], [`spoof`] | changes by other programs on a host; spoofed packets from outside |
 //! | [`actor`], [`raw_tunnel`], [`ear`] | local users, a member that ignores the rules, and receivers of what they send |
 //! | [`unusual`], [`redirect`] | unusual packets that might bypass a guard, and eBPF redirects of a pod's packets |
-//! | [`report`], [`talk`] | promises, figures and the exit status; progress output |
-//! | [`keep`] | a lab that keeps running, and shells inside it |
+//! | [`report`], [`output`] | promises, figures and the exit status; progress output |
+//! | [`keep_running`] | a lab that keeps running, and shells inside it |
 //! | [`scenario`], [`cli`] | what `cargo lab NAME` runs |
 //! | [`vm`] | booted machines: real kernels, systemd and power cuts, under QEMU |
-//! | [`inside`] | runs a `cargo test` test inside such hosts |
+//! | [`netns_exec`] | runs a `cargo test` test inside such hosts |
 //!
 //! # Invariants
 //!
@@ -51,20 +51,19 @@
 //! - The lab changes nothing on the machine outside its namespaces and its directory.
 
 pub mod actor;
+pub mod background_traffic;
 pub mod binaries;
 pub mod capture;
-pub mod chatter;
 pub mod cli;
 pub mod ear;
 pub mod flow;
-pub mod forge;
-pub mod inside;
 pub mod interrupt;
-pub mod keep;
-pub mod meddle;
+pub mod keep_running;
 pub mod mesh;
 pub mod namespace;
 pub mod nat;
+pub mod netns_exec;
+pub mod output;
 pub mod package;
 pub mod peers;
 pub mod ping;
@@ -74,7 +73,8 @@ pub mod raw_tunnel;
 pub mod redirect;
 pub mod report;
 pub mod scenario;
-pub mod talk;
+pub mod spoof;
+pub mod tamper;
 pub mod topology;
 pub mod traffic;
 pub mod unusual;

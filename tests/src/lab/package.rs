@@ -13,8 +13,8 @@ use ring::digest::{SHA256, digest};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::output::line;
 use super::report::Figures;
-use super::talk::line;
 use archive::{Entry, ar, read_ar, read_tar, tar};
 
 /// Results of `cargo lab package`.
@@ -72,8 +72,8 @@ fn target() -> String {
         .args(["--print", "target-libdir", "--target", &musl])
         .stderr(Stdio::null())
         .output();
-    let there =
-        asked.is_ok_and(|said| Path::new(String::from_utf8_lossy(&said.stdout).trim()).is_dir());
+    let there = asked
+        .is_ok_and(|output| Path::new(String::from_utf8_lossy(&output.stdout).trim()).is_dir());
     if there { musl } else { format!("{}-unknown-linux-gnu", std::env::consts::ARCH) }
 }
 
@@ -288,11 +288,11 @@ fn check_deb(bytes: &[u8]) -> anyhow::Result<()> {
     ensure!(postinst.mode == 0o755, "postinst is not executable");
     let file = tempfile::NamedTempFile::new()?;
     std::fs::write(file.path(), bytes)?;
-    let Ok(said) = Command::new("dpkg-deb").arg("--contents").arg(file.path()).output() else {
+    let Ok(output) = Command::new("dpkg-deb").arg("--contents").arg(file.path()).output() else {
         return Ok(());
     };
-    let words = String::from_utf8_lossy(&said.stderr);
-    ensure!(said.status.success(), "dpkg-deb cannot read the package: {}", words.trim());
+    let words = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "dpkg-deb cannot read the package: {}", words.trim());
     Ok(())
 }
 

@@ -60,12 +60,12 @@ pub fn first_reply(
 }
 
 /// Sends `count` requests with a payload of the pattern, one after the other, and waits up to
-/// `patience` for each reply.
+/// `timeout` for each reply.
 pub fn echoes(
     namespace: &Namespace,
     target: IpAddr,
     count: u32,
-    patience: Duration,
+    timeout: Duration,
     pattern: Pattern,
 ) -> anyhow::Result<Echoes> {
     namespace.run(|| {
@@ -79,7 +79,7 @@ pub fn echoes(
             let sent = Instant::now();
             echo.request(sequence, &payload)
                 .with_context(|| format!("cannot send an echo request to {target}"))?;
-            while let Some((reply, at)) = echo.reply(sent + patience)? {
+            while let Some((reply, at)) = echo.reply(sent + timeout)? {
                 if reply == sequence && echo.payload() == payload {
                     times.push(at - sent);
                     break;
@@ -103,7 +103,7 @@ pub fn paced(
     pace: Duration,
     over: &AtomicBool,
 ) -> anyhow::Result<Option<Duration>> {
-    const PATIENCE: Duration = Duration::from_secs(1);
+    const TIMEOUT: Duration = Duration::from_secs(1);
     namespace.run(|| {
         let mut echo = Echo::open(target)?;
         let mut times = Vec::new();
@@ -112,7 +112,7 @@ pub fn paced(
             let sent = Instant::now();
             // A request that cannot be sent has no reply.
             let _ = echo.request(sequence, &[]);
-            while let Some((reply, at)) = echo.reply(sent + PATIENCE)? {
+            while let Some((reply, at)) = echo.reply(sent + TIMEOUT)? {
                 if reply == sequence {
                     times.push(at - sent);
                     break;

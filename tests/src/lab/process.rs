@@ -30,7 +30,7 @@ pub struct Program {
 
 /// The result of a command.
 #[derive(Debug, Clone)]
-pub struct Said {
+pub struct CommandOutput {
     /// Exit status of the command.
     pub status: ExitStatus,
     /// Standard output of the command.
@@ -83,7 +83,7 @@ impl Program {
 
     /// Runs the program inside `namespace` and waits for it, for at most `limit`; then it is
     /// killed. A status other than 0 is not an error.
-    pub fn run(&self, namespace: &Namespace, limit: Duration) -> anyhow::Result<Said> {
+    pub fn run(&self, namespace: &Namespace, limit: Duration) -> anyhow::Result<CommandOutput> {
         let mut command = self.command();
         command.stdin(if self.input.is_some() { Stdio::piped() } else { Stdio::null() });
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -104,22 +104,22 @@ impl Program {
                 let _ = child.wait();
             }
             guard.0 = 0;
-            let said = |reader: std::thread::ScopedJoinHandle<'_, String>| {
+            let join = |reader: std::thread::ScopedJoinHandle<'_, String>| {
                 reader.join().unwrap_or_else(|_| String::new())
             };
-            let (stdout, stderr) = (said(stdout), said(stderr));
-            Ok(Said { status: ended?, stdout, stderr })
+            let (stdout, stderr) = (join(stdout), join(stderr));
+            Ok(CommandOutput { status: ended?, stdout, stderr })
         })
     }
 
     /// Runs the program as [`Program::run`] does. A status other than 0 is an error that quotes
     /// stderr.
     pub fn run_ok(&self, namespace: &Namespace, limit: Duration) -> anyhow::Result<String> {
-        let said = self.run(namespace, limit)?;
-        if !said.status.success() {
-            bail!("{self} ended with {}: {}", ending(said.status), said.stderr.trim());
+        let output = self.run(namespace, limit)?;
+        if !output.status.success() {
+            bail!("{self} ended with {}: {}", ending(output.status), output.stderr.trim());
         }
-        Ok(said.stdout)
+        Ok(output.stdout)
     }
 
     /// Starts the program inside `namespace` as a daemon whose output is appended to `log`.

@@ -6,8 +6,8 @@ use std::net::{IpAddr, SocketAddr};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::actor::Actor;
-use super::forge::{self, Forger};
 use super::namespace::Namespace;
+use super::spoof::{self, Spoofer};
 
 /// A way to send from a local socket.
 #[derive(Debug, Clone, Copy)]
@@ -93,7 +93,7 @@ impl FromHost {
                 let _ = socket.connect(&to.into());
             }
             Transport::Raw if to.is_ipv4() => {
-                let packet = forge::udp((from, self.port).into(), to, payload)?;
+                let packet = spoof::udp((from, self.port).into(), to, payload)?;
                 let unbound = Self { port: 0, ..self };
                 let socket = unbound.socket(to, Type::RAW, Protocol::from(libc::IPPROTO_RAW))?;
                 for _ in 0..times {
@@ -135,7 +135,7 @@ impl FromPod {
     /// Sends packets with the payload on the pod's link, `times` times for each pair of addresses.
     pub fn send(
         self,
-        forger: &Forger,
+        spoofer: &Spoofer,
         ways: &[Way],
         payload: &[u8],
         times: usize,
@@ -144,7 +144,7 @@ impl FromPod {
             let packets = self.packets(*way, payload)?;
             for _ in 0..times {
                 for packet in &packets {
-                    forger.send(packet)?;
+                    spoofer.send(packet)?;
                 }
             }
         }
@@ -153,17 +153,17 @@ impl FromPod {
 
     fn packets(self, Way { from, to }: Way, payload: &[u8]) -> anyhow::Result<Vec<Vec<u8>>> {
         match self {
-            Self::Udp(port) => Ok(vec![forge::udp((from, port).into(), to, payload)?]),
-            Self::Tcp(port) => Ok(vec![forge::tcp_syn((from, port).into(), to)?]),
+            Self::Udp(port) => Ok(vec![spoof::udp((from, port).into(), to, payload)?]),
+            Self::Tcp(port) => Ok(vec![spoof::tcp_syn((from, port).into(), to)?]),
             Self::Fragments(port) => {
                 // Each fragment contains the payload at least once.
                 let large = payload.repeat(LARGE.div_ceil(payload.len().max(1)));
-                forge::fragments(&forge::udp((from, port).into(), to, &large)?, MTU)
+                spoof::fragments(&spoof::udp((from, port).into(), to, &large)?, MTU)
             }
             Self::Extended(..) if to.is_ipv4() => Ok(Vec::new()),
             Self::Extended(port, kind) => {
-                let packet = forge::udp((from, port).into(), to, payload)?;
-                Ok(vec![forge::extended(&packet, kind)?])
+                let packet = spoof::udp((from, port).into(), to, payload)?;
+                Ok(vec![spoof::extended(&packet, kind)?])
             }
         }
     }

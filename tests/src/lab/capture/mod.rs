@@ -157,7 +157,8 @@ impl Shared {
             // Read before the last block, so that the last block comes after the request to stop.
             let stopping = self.stop.load(Ordering::Relaxed);
             let watched = self.watched.lock().clone();
-            let any = ring.next_block(|frame, link| self.look(frame, link, &finder, &watched))?;
+            let any =
+                ring.next_block(|frame, link| self.inspect(frame, link, &finder, &watched))?;
             self.counts.missed.fetch_add(ring.missed()?, Ordering::Relaxed);
             if stopping && !any {
                 return Ok(());
@@ -165,7 +166,7 @@ impl Shared {
         }
     }
 
-    fn look(&self, frame: &[u8], link: u32, finder: &Finder<'_>, watched: &[IpNet]) {
+    fn inspect(&self, frame: &[u8], link: u32, finder: &Finder<'_>, watched: &[IpNet]) {
         let counts = &self.counts;
         let add = |counter: &AtomicU64, n: u64| counter.fetch_add(n, Ordering::Relaxed);
         add(&counts.frames, 1);

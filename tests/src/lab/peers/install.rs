@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::{Installed, WireGuard};
-use crate::lab::talk::line;
+use crate::lab::output::line;
 
 /// Version of gotatun; exact, like that of boringtun, so that runs stay comparable.
 const GOTATUN: &str = "0.10.2";
@@ -94,14 +94,14 @@ pub(super) fn cache() -> Result<PathBuf, String> {
 /// Runs a command. The error is the last line of its output.
 fn run(command: &mut Command) -> Result<(), String> {
     let name = command.get_program().display().to_string();
-    let said = command
+    let output = command
         .stdin(Stdio::null())
         .output()
         .map_err(|error| format!("cannot start `{name}`: {error}"))?;
-    if said.status.success() {
+    if output.status.success() {
         return Ok(());
     }
-    let text = String::from_utf8_lossy(&said.stderr);
+    let text = String::from_utf8_lossy(&output.stderr);
     let last = text.trim_end().lines().last().unwrap_or("it printed no error");
     Err(format!("`{name}` failed: {last}"))
 }

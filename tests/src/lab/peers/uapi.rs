@@ -37,7 +37,7 @@ pub struct Peer {
 }
 
 /// Timeout of a read from the socket.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Returns the path of a link's socket.
 pub fn socket(link: &str) -> PathBuf {
@@ -78,7 +78,7 @@ fn ask(link: &str, request: &str) -> anyhow::Result<Vec<(String, String)>> {
     let path = socket(link);
     let mut stream =
         UnixStream::connect(&path).with_context(|| format!("cannot reach {}", path.display()))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     for line in BufReader::new(stream).lines() {

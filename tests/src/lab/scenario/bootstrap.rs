@@ -17,12 +17,12 @@ use towline_netlink::Rtnetlink;
 use super::Setting;
 use super::hybrid::{Hybrid, NODES};
 use crate::cluster::{ClusterCa, kubeconfig};
-use crate::lab::interrupt::{pass, wait_for};
+use crate::lab::interrupt::{sleep, wait_for};
 use crate::lab::mesh::{Controller, Node, START_LIMIT, Token};
 use crate::lab::namespace::join;
 use crate::lab::ping::first_reply;
 use crate::lab::privilege::Rank;
-use crate::lab::process::{Daemon, Program, Said};
+use crate::lab::process::{CommandOutput, Daemon, Program};
 use crate::lab::report::{Figures, Promises, round};
 use crate::lab::topology::Host;
 
@@ -81,7 +81,7 @@ pub(super) struct Machine {
 
 /// Output and duration of a run of the command.
 pub(super) struct Ran {
-    pub(super) said: Said,
+    pub(super) output: CommandOutput,
     took: Duration,
 }
 
@@ -93,7 +93,7 @@ impl Bootstrap {
         hybrid: &Hybrid,
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
-        setting.talk.step("starting the controller and the control plane's node");
+        setting.output.step("starting the controller and the control plane's node");
         let mut controller = Controller::start(&hybrid.lab, &hybrid.cp, &setting.binaries)?;
         let (name, site, configuration) = NODES[0];
         let mut cp = Node::new(&hybrid.lab, &hybrid.cp, name, &setting.binaries, configuration)?;
@@ -105,35 +105,44 @@ impl Bootstrap {
 
         let machine = |index, name| Machine::new(setting, hybrid, index, name);
         let mut first = machine(0, "worker-a");
-        setting.talk.step("running the command on a clean machine");
+        setting.output.step("running the command on a clean machine");
         let token = controller.operator().token("dc-a")?;
         let ran = first.install(&token, &[])?;
         let seconds = ran.took.as_secs_f64();
         self.seconds_to_mesh = Some(round(seconds));
-        let address = ran.said.stdout.trim().parse::<IpAddr>();
-        promises.hold(ran.said.status.success() && address.is_ok(), || {
-            format!("the command succeeds and prints the node's address: {}", ran.talk())
+        let address = ran.output.stdout.trim().parse::<IpAddr>();
+        promises.hold(ran.output.status.success() && address.is_ok(), || {
+            format!("the command succeeds and prints the node's address: {}", ran.diagnostics())
         });
         promises.hold(seconds < SECONDS_TO_MESH, || {
             format!("the mesh is up within 10 s: {seconds:.1} s")
         });
 
-        setting.talk.step("running the command again with the used token");
+        setting.output.step("running the command again with the used token");
         let again = first.install(&token, &[])?;
         self.again_seconds = Some(round(again.took.as_secs_f64()));
-        promises.hold(again.said.status.success() && again.said.stdout == ran.said.stdout, || {
-            format!("the second run changes nothing and prints the same address: {}", again.talk())
-        });
-        promises.hold(!again.said.stderr.contains("wrote "), || {
-            format!("the second run writes no file: {}", again.talk())
+        promises.hold(
+            again.output.status.success() && again.output.stdout == ran.output.stdout,
+            || {
+                format!(
+                    "the second run changes nothing and prints the same address: {}",
+                    again.diagnostics()
+                )
+            },
+        );
+        promises.hold(!again.output.stderr.contains("wrote "), || {
+            format!("the second run writes no file: {}", again.diagnostics())
         });
 
         let mut second = machine(1, "worker-b");
-        setting.talk.step("running the command with the used token on another machine");
+        setting.output.step("running the command with the used token on another machine");
         let spent = second.install(&token, &[])?;
         let reason = second.failure();
-        promises.hold(!spent.said.status.success() && reason.is_some(), || {
-            format!("with a used token the command fails and stores the reason: {}", spent.talk())
+        promises.hold(!spent.output.status.success() && reason.is_some(), || {
+            format!(
+                "with a used token the command fails and stores the reason: {}",
+                spent.diagnostics()
+            )
         });
         promises
             .hold(!second.retries(), || "with a used token no timer retries the join".to_owned());
@@ -152,25 +161,25 @@ impl Bootstrap {
         machine: &mut Machine,
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
-        setting.talk.step("without network, with a short timeout");
+        setting.output.step("without network, with a short timeout");
         let token = controller.operator().token("dc-b")?;
         plug(hybrid, machine.name, false)?;
         let gave_up = machine.install(&token, &["--timeout", "3"])?;
         promises.hold(
-            !gave_up.said.status.success() && machine.failure().is_some() && machine.retries(),
+            !gave_up.output.status.success() && machine.failure().is_some() && machine.retries(),
             || {
                 format!(
                     "a failed join stores its reason and enables the retry timer: {}",
-                    gave_up.talk()
+                    gave_up.diagnostics()
                 )
             },
         );
 
-        setting.talk.step(&format!("without network for the first {} s", OFFLINE.as_secs()));
+        setting.output.step(&format!("without network for the first {} s", OFFLINE.as_secs()));
         self.offline_s = OFFLINE.as_secs_f64();
         let ran = std::thread::scope(|scope| {
             let came = scope.spawn(|| {
-                pass(OFFLINE)?;
+                sleep(OFFLINE)?;
                 plug(hybrid, "worker-b", true)?;
                 anyhow::Ok(Instant::now())
             });
@@ -180,10 +189,10 @@ impl Bootstrap {
         });
         let (ran, since) = ran?;
         self.seconds_to_mesh_after_offline = Some(round(since.as_secs_f64()));
-        promises.hold(ran.said.status.success() && since.as_secs_f64() < SECONDS_TO_MESH, || {
+        promises.hold(ran.output.status.success() && since.as_secs_f64() < SECONDS_TO_MESH, || {
             format!(
                 "the mesh is up within 10 s after the network is available: {since:.1?}, {}",
-                ran.talk()
+                ran.diagnostics()
             )
         });
         promises.hold(!machine.retries() && machine.failure().is_none(), || {
@@ -204,7 +213,7 @@ impl Bootstrap {
         cloud: IpAddr,
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
-        setting.talk.step("rebooting while the controller and the API server are down");
+        setting.output.step("rebooting while the controller and the API server are down");
         machine.enrol(hybrid.lab.directory())?;
         machine.agent = None;
         // A reboot removes the link, routes, rules and nftables tables.
@@ -260,8 +269,8 @@ impl Machine {
         std::thread::scope(|scope| {
             let begun = Instant::now();
             let command = scope.spawn(move || {
-                let said = command.run(host.namespace(), COMMAND_LIMIT)?;
-                anyhow::Ok(Ran { said, took: begun.elapsed() })
+                let output = command.run(host.namespace(), COMMAND_LIMIT)?;
+                anyhow::Ok(Ran { output, took: begun.elapsed() })
             });
             let wanted =
                 self.root.join("etc/systemd/system/multi-user.target.wants/towline.service");
@@ -328,8 +337,13 @@ impl Machine {
 
 impl Ran {
     /// Returns the exit status and the output, for messages.
-    pub(super) fn talk(&self) -> String {
-        format!("{} {:?} {:?}", self.said.status, self.said.stdout.trim(), self.said.stderr.trim())
+    pub(super) fn diagnostics(&self) -> String {
+        format!(
+            "{} {:?} {:?}",
+            self.output.status,
+            self.output.stdout.trim(),
+            self.output.stderr.trim()
+        )
     }
 }
 

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use super::Setting;
 use super::hybrid::{Hybrid, Mesh};
-use crate::lab::interrupt::{self, pass, wait_up_to};
+use crate::lab::interrupt::{self, sleep, wait_up_to};
 use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::join;
 use crate::lab::ping::Ticker;
@@ -74,7 +74,7 @@ const AWAY_GAP_LIMIT: Duration = Duration::from_millis(500);
 /// Runs the scenario and returns its results.
 pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Crash> {
     let hybrid = Hybrid::build(setting)?;
-    setting.talk.note(&format!("seed {} (repeat with --seed)", options.seed));
+    setting.output.note(&format!("seed {} (repeat with --seed)", options.seed));
     let mut crash =
         Crash { rootless: setting.rank == Rank::Rootless, seed: options.seed, ..Crash::default() };
     let mut promises = Promises::new();
@@ -141,7 +141,7 @@ impl Crash {
                 join(thread)?;
             }
             killed?;
-            setting.talk.step("searching for all acknowledged writes");
+            setting.output.step("searching for all acknowledged writes");
             let lost = writers.lost()?;
             self.acknowledged = writers.acknowledged();
             self.lost_writes = lost.len();
@@ -175,22 +175,22 @@ impl Crash {
     ) -> anyhow::Result<()> {
         let mut random = StdRng::seed_from_u64(options.seed);
         let begun = Instant::now();
-        setting.talk.step("killing programs");
+        setting.output.step("killing programs");
         // True if all programs had recovered before the current kill.
         let mut peace = true;
         while self.kills < options.kills && begun.elapsed() < BUDGET {
-            pass(LONGEST_PEACE.mul_f64(random.random()))?;
+            sleep(LONGEST_PEACE.mul_f64(random.random()))?;
             let victim = match random.random_range(0..6_usize) {
                 0..3 => Victim::Controller,
                 agent => Victim::Agent(agent - 3),
             };
             let killed_at = Instant::now();
             stage.kill(victim)?;
-            pass(LONGEST_DEATH.mul_f64(random.random()))?;
+            sleep(LONGEST_DEATH.mul_f64(random.random()))?;
             stage.launch(victim)?;
             self.kills += 1;
             self.controller_kills += u32::from(victim == Victim::Controller);
-            setting.talk.progress(&format!("killing: {} of {}", self.kills, options.kills));
+            setting.output.progress(&format!("killing: {} of {}", self.kills, options.kills));
             // After one kill in three, the next one follows before the recovery.
             if random.random_ratio(1, 3) && self.kills < options.kills {
                 peace = false;
@@ -243,7 +243,7 @@ impl Stage<'_> {
         let asked = Instant::now();
         let mut missing = String::new();
         let back = wait_up_to(RECOVERY_LIMIT, || {
-            match self.look(asked) {
+            match self.check(asked) {
                 Ok(()) => return Ok(Some(())),
                 Err(error) => missing = format!("{error:#}"),
             }
@@ -254,7 +254,7 @@ impl Stage<'_> {
     }
 
     /// Checks the conditions of [`Self::recover`] once.
-    fn look(&mut self, asked: Instant) -> anyhow::Result<()> {
+    fn check(&mut self, asked: Instant) -> anyhow::Result<()> {
         for node in &mut self.nodes {
             node.agent()?.check()?;
         }

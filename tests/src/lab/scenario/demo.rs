@@ -13,7 +13,7 @@ use super::Setting;
 use super::hybrid::{Hybrid, NODES};
 use crate::lab::capture::Seen;
 use crate::lab::interrupt;
-use crate::lab::keep::Kept;
+use crate::lab::keep_running::Kept;
 use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::join;
 use crate::lab::ping::{echoes, first_reply};
@@ -66,9 +66,9 @@ pub struct Demo {
 const FIRST_PACKET_LIMIT: Duration = Duration::from_secs(2);
 /// Time to wait for the first echo reply between a worker and the control plane. Longer than the
 /// limit, so that a late reply is measured too.
-const FIRST_PACKET_PATIENCE: Duration = Duration::from_secs(15);
+const FIRST_PACKET_TIMEOUT: Duration = Duration::from_secs(15);
 /// Time to wait for the first echo reply between two workers. They may have no path to each other.
-const WORKERS_PATIENCE: Duration = Duration::from_secs(3);
+const WORKERS_TIMEOUT: Duration = Duration::from_secs(3);
 /// Number of echo requests for each pair and address family.
 const ECHOES: u32 = 20;
 
@@ -90,7 +90,7 @@ pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Demo> {
         }
     }
     if options.keep && !interrupt::raised() {
-        stage.keep(setting, &hybrid)?;
+        stage.keep_running(setting, &hybrid)?;
     }
     demo.failed = promises.into_failed();
     Ok(demo)
@@ -112,19 +112,19 @@ impl Demo {
         stage: &mut Stage,
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
-        let talk = &setting.talk;
+        let output = &setting.output;
         let pattern = Pattern::random()?;
         let capture = hybrid.capture(pattern)?;
-        talk.step("starting the controller");
+        output.step("starting the controller");
         stage.controller = Some(Controller::start(&hybrid.lab, &hybrid.cp, &setting.binaries)?);
         for (name, site, configuration) in NODES {
-            talk.step(&format!("joining {name} with a token"));
+            output.step(&format!("joining {name} with a token"));
             let host = hybrid.host(name)?;
             let node = Node::new(&hybrid.lab, host, name, &setting.binaries, configuration)?;
             self.add_node(node, site, stage)?;
         }
         self.joined = stage.nodes.len();
-        talk.step("waiting for the tunnels");
+        output.step("waiting for the tunnels");
         let pairs = self.tunnels(stage, promises)?;
         self.bytes_ok = true;
         for (a, b) in &pairs {
@@ -135,7 +135,7 @@ impl Demo {
             self.tables.push((node.name().to_owned(), node.peers_table()?));
         }
         if !options.keep {
-            talk.step("stopping the daemons");
+            output.step("stopping the daemons");
             stage.stop(promises);
         }
         self.capture = capture.stop()?;
@@ -152,11 +152,10 @@ impl Demo {
         for other in &stage.nodes {
             let overlay = other.status()?.overlay_addresses;
             let target = overlay.iter().find(|address| address.is_ipv4()).copied();
-            let patience =
-                if other.name() == "cp" { FIRST_PACKET_PATIENCE } else { WORKERS_PATIENCE };
+            let timeout = if other.name() == "cp" { FIRST_PACKET_TIMEOUT } else { WORKERS_TIMEOUT };
             let target =
                 target.with_context(|| format!("{} has no IPv4 mesh address", other.name()))?;
-            others.push((format!("{}/{}", node.name(), other.name()), target, patience));
+            others.push((format!("{}/{}", node.name(), other.name()), target, timeout));
         }
         let by_input = stage.nodes.len() % 2 == 1;
         let start = Instant::now();
@@ -165,9 +164,9 @@ impl Demo {
         let first = std::thread::scope(|scope| {
             let probes: Vec<_> = others
                 .iter()
-                .map(|(pair, target, patience)| {
+                .map(|(pair, target, timeout)| {
                     let probe = scope
-                        .spawn(|| first_reply(namespace, *target, "towline0", start + *patience));
+                        .spawn(|| first_reply(namespace, *target, "towline0", start + *timeout));
                     (pair.clone(), probe)
                 })
                 .collect();
@@ -245,7 +244,7 @@ impl Demo {
         let bytes = options.megabytes * 1_000_000;
         for target in b.status()?.overlay_addresses {
             let family = family(target);
-            setting.talk.step(&format!("echoes {pair} over {family}"));
+            setting.output.step(&format!("echoes {pair} over {family}"));
             let replies =
                 echoes(a.host().namespace(), target, ECHOES, Duration::from_secs(1), pattern)?;
             let all = replies.received == replies.sent;
@@ -257,9 +256,9 @@ impl Demo {
                 self.ping_ms.entry(pair.clone()).or_default().insert(family, milliseconds(median));
             }
             let what = format!("{} MB each way {pair} over {family}", options.megabytes);
-            setting.talk.step(&what);
+            setting.output.step(&what);
             let progress =
-                |done: u64| setting.talk.progress(&format!("{what}: {} MB", done / 1_000_000));
+                |done: u64| setting.output.progress(&format!("{what}: {} MB", done / 1_000_000));
             let (from, to) = (a.host().namespace(), b.host().namespace());
             match tcp_both_ways(from, to, target, bytes, pattern, progress) {
                 Ok(ways) => {
@@ -327,13 +326,13 @@ impl Stage {
         for daemon in agents.chain(controller) {
             let words = daemon.last_words();
             if !words.is_empty() {
-                setting.talk.note(&format!("last log lines of {}:\n    {words}", daemon.name()));
+                setting.output.note(&format!("last log lines of {}:\n    {words}", daemon.name()));
             }
         }
     }
 
     /// Keeps the lab running until Ctrl-C.
-    fn keep(&self, setting: &Setting, hybrid: &Hybrid) -> anyhow::Result<()> {
+    fn keep_running(&self, setting: &Setting, hybrid: &Hybrid) -> anyhow::Result<()> {
         let mut kept = Kept::new(setting.binaries.directory())?;
         kept.add(hybrid.lab.internet(), [("", ""); 0]);
         for router in &hybrid.routers {
@@ -351,7 +350,7 @@ impl Stage {
             }
             kept.add(node.host().namespace(), environment);
         }
-        setting.talk.step("the lab keeps running: stop it with Ctrl-C");
+        setting.output.step("the lab keeps running: stop it with Ctrl-C");
         for line in [
             "commands for another terminal:",
             "  cargo lab shell worker-a                       a shell on a node",
@@ -360,7 +359,7 @@ impl Stage {
             "  cargo lab shell internet                       the network that all outer packets cross",
             &format!("  logs and state: {}", hybrid.lab.directory().display()),
         ] {
-            setting.talk.note(line);
+            setting.output.note(line);
         }
         kept.stay()
     }

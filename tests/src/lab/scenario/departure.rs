@@ -18,7 +18,7 @@ use crate::lab::interrupt::{wait_for, wait_up_to};
 use crate::lab::mesh::{COMMAND_LIMIT, Controller, Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::Namespace;
 use crate::lab::privilege::Rank;
-use crate::lab::process::Said;
+use crate::lab::process::CommandOutput;
 use crate::lab::report::{Figures, Promises};
 
 /// Name of the agent's TUN link.
@@ -60,7 +60,7 @@ struct Acts {
 impl Acts {
     /// Runs all steps on two workers.
     fn play(&mut self, setting: &Setting, hybrid: &Hybrid) -> anyhow::Result<()> {
-        setting.talk.step("starting the controller and the control plane's node");
+        setting.output.step("starting the controller and the control plane's node");
         let mut controller = Controller::start(&hybrid.lab, &hybrid.cp, &setting.binaries)?;
         let advertise = "[node]\nadvertise = [\"203.0.113.10:51830\"]\n";
         let mut cp = Node::new(&hybrid.lab, &hybrid.cp, "cp", &setting.binaries, advertise)?;
@@ -81,14 +81,14 @@ impl Acts {
 
     /// Checks that a command ended with this status and that its stderr contains all of these
     /// parts.
-    fn says(&mut self, act: &str, said: &Said, status: i32, parts: &[&str]) {
+    fn check_output(&mut self, act: &str, output: &CommandOutput, status: i32, parts: &[&str]) {
         self.commands += 1;
-        let missing = parts.iter().find(|part| !said.stderr.contains(**part));
-        self.promises.hold(said.status.code() == Some(status) && missing.is_none(), || {
+        let missing = parts.iter().find(|part| !output.stderr.contains(**part));
+        self.promises.hold(output.status.code() == Some(status) && missing.is_none(), || {
             format!(
                 "{act}: status {status} and {parts:?}: {} {:?}",
-                said.status,
-                said.stderr.trim()
+                output.status,
+                output.stderr.trim()
             )
         });
     }
@@ -109,7 +109,7 @@ impl Acts {
         controller: &Controller,
         worker: &mut Node,
     ) -> anyhow::Result<()> {
-        setting.talk.step("joining from an SSH session that it would cut off");
+        setting.output.step("joining from an SSH session that it would cut off");
         let token = controller.operator().token("dc-a")?;
         let join = |flags: &[&str], variable: &str, value: &str| {
             worker
@@ -124,13 +124,13 @@ impl Acts {
             ("SSH_CLIENT", "198.19.7.7 50000 22"),
             ("SSH_CONNECTION", "::ffff:198.19.7.7 50000 ::ffff:192.168.1.2 22"),
         ] {
-            let said = join(&[], variable, value)?;
+            let output = join(&[], variable, value)?;
             let parts = ["198.19.0.0/16", "198.19.7.7", "plain_ports", "--force"];
-            self.says("join from an address of the mesh", &said, 1, &parts);
+            self.check_output("join from an address of the mesh", &output, 1, &parts);
         }
         let inside = "198.19.7.7 50000 192.168.1.2 22";
-        let said = join(&["--force"], "SSH_CONNECTION", inside)?;
-        self.says("the same with --force and the same token", &said, 0, &["joined as"]);
+        let output = join(&["--force"], "SSH_CONNECTION", inside)?;
+        self.check_output("the same with --force and the same token", &output, 0, &["joined as"]);
         worker.launch()?;
         worker.await_status(START_LIMIT)?;
         Ok(())
@@ -144,27 +144,32 @@ impl Acts {
         cp: &Node,
         worker: &mut Node,
     ) -> anyhow::Result<()> {
-        setting.talk.step("towline down with a running agent");
+        setting.output.step("towline down with a running agent");
         let place = worker.host().clone();
         let place = place.namespace();
         let reason = await_tunnel(cp, worker, START_LIMIT)?;
         self.promises.hold(reason.is_none(), || format!("the tunnel comes up: {reason:?}"));
-        let said = worker.command(&["confirm"])?;
-        self.says("confirm with nothing to confirm", &said, 0, &["nothing to confirm"]);
-        let said = worker.command(&["down"])?;
-        self.says("down", &said, 0, &["agent stopped", "towline up"]);
+        let output = worker.command(&["confirm"])?;
+        self.check_output("confirm with nothing to confirm", &output, 0, &["nothing to confirm"]);
+        let output = worker.command(&["down"])?;
+        self.check_output("down", &output, 0, &["agent stopped", "towline up"]);
         self.ends(worker, 0)?;
         self.is_open("down", place)?;
         let marker = worker.state().join("down");
         self.promises.hold(marker.is_file(), || "down creates its marker file".to_owned());
-        let said = worker.command(&["status"])?;
-        self.says("status while down without an agent", &said, 1, &["down since", "towline up"]);
-        let said = worker.command(&["down"])?;
-        self.says("down twice", &said, 0, &["down already"]);
+        let output = worker.command(&["status"])?;
+        self.check_output(
+            "status while down without an agent",
+            &output,
+            1,
+            &["down since", "towline up"],
+        );
+        let output = worker.command(&["down"])?;
+        self.check_output("down twice", &output, 0, &["down already"]);
 
-        setting.talk.step("rebooting a machine that is down");
-        let said = worker.command(&["guard"])?;
-        self.says("guard while down", &said, 0, &["down", "towline up"]);
+        setting.output.step("rebooting a machine that is down");
+        let output = worker.command(&["guard"])?;
+        self.check_output("guard while down", &output, 0, &["down", "towline up"]);
         self.is_open("guard while down", place)?;
         worker.launch()?;
         worker.await_status(START_LIMIT)?;
@@ -181,15 +186,15 @@ impl Acts {
             text.lines().any(|l| l.contains("down since") && l.contains("towline up")),
             || format!("status shows the command that starts the mesh again: {text}"),
         );
-        let said = worker.command(&["wait", "--timeout", "1"])?;
-        self.says("wait while down", &said, 1, &["down", "towline up"]);
-        let said = worker.command(&["ping", "cp", "-c", "1"])?;
-        self.promises.hold(!said.status.success(), || "towline ping fails while down".to_owned());
-        let said = worker.command(&["down"])?;
-        self.says("down while down", &said, 0, &["down already"]);
+        let output = worker.command(&["wait", "--timeout", "1"])?;
+        self.check_output("wait while down", &output, 1, &["down", "towline up"]);
+        let output = worker.command(&["ping", "cp", "-c", "1"])?;
+        self.promises.hold(!output.status.success(), || "towline ping fails while down".to_owned());
+        let output = worker.command(&["down"])?;
+        self.check_output("down while down", &output, 0, &["down already"]);
         worker.agent()?.check()?;
 
-        setting.talk.step("towline up with a running agent");
+        setting.output.step("towline up with a running agent");
         let inside = "198.19.7.7 50000 192.168.1.2 22";
         let up = |flags: &[&str]| {
             worker
@@ -198,27 +203,32 @@ impl Acts {
                 .env("SSH_CONNECTION", inside)
                 .run(place, COMMAND_LIMIT)
         };
-        let said = up(&[])?;
-        self.says("up that would cut off its SSH session", &said, 1, &["198.19.7.7", "--force"]);
-        let said = up(&["--force"])?;
-        self.says("up with --force", &said, 0, &["up"]);
+        let output = up(&[])?;
+        self.check_output(
+            "up that would cut off its SSH session",
+            &output,
+            1,
+            &["198.19.7.7", "--force"],
+        );
+        let output = up(&["--force"])?;
+        self.check_output("up with --force", &output, 0, &["up"]);
         let complete = ours(place)?;
         self.promises.hold(complete.len() == 4, || {
             format!("up creates the link, routes, rules and nftables table: {complete:?}")
         });
         self.promises.hold(!marker.exists(), || "up removes the marker file of down".to_owned());
-        let said = worker.command(&["up"])?;
-        self.says("up when up", &said, 0, &["up already"]);
+        let output = worker.command(&["up"])?;
+        self.check_output("up when up", &output, 0, &["up already"]);
         let status = json(worker, "status")?;
         self.promises.hold(status["state"] == "running", || format!("running: {status}"));
         let reason = await_tunnel(cp, worker, START_LIMIT)?;
         self.promises.hold(reason.is_none(), || format!("the tunnel comes up again: {reason:?}"));
 
-        setting.talk.step("towline up without an agent");
+        setting.output.step("towline up without an agent");
         worker.command_ok(&["down"])?;
         self.ends(worker, 0)?;
-        let said = worker.command(&["up"])?;
-        self.says("up without an agent", &said, 0, &["towline agent"]);
+        let output = worker.command(&["up"])?;
+        self.check_output("up without an agent", &output, 0, &["towline agent"]);
         self.promises.hold(!marker.exists(), || {
             "up without an agent removes the marker file of down".to_owned()
         });
@@ -227,10 +237,10 @@ impl Acts {
         let status = json(worker, "status")?;
         self.promises.hold(status["state"] == "running", || format!("running: {status}"));
 
-        setting.talk.step("towline down after the agent was killed");
+        setting.output.step("towline down after the agent was killed");
         worker.agent()?.kill()?;
-        let said = worker.command(&["down"])?;
-        self.says("down without an agent", &said, 0, &["towline up"]);
+        let output = worker.command(&["down"])?;
+        self.check_output("down without an agent", &output, 0, &["towline up"]);
         self.is_open("down without an agent", place)?;
         self.promises
             .hold(marker.exists(), || "down without an agent creates its marker file".to_owned());
@@ -243,10 +253,10 @@ impl Acts {
         let place = worker.host().clone();
         let place = place.namespace();
         for round in 0..4 {
-            setting.talk.step("towline down while the agent starts");
+            setting.output.step("towline down while the agent starts");
             worker.launch()?;
-            let said = worker.command(&["down"])?;
-            self.says("down during the start", &said, 0, &["towline up"]);
+            let output = worker.command(&["down"])?;
+            self.check_output("down during the start", &output, 0, &["towline up"]);
             // Either the agent exited, or `down` came after its start: then it runs without a mesh.
             let standing = wait_up_to(START_LIMIT, || {
                 Ok((worker.agent()?.check().is_err()
@@ -258,18 +268,18 @@ impl Acts {
             drop(worker.take_agent());
             worker.command_ok(&["up"])?;
 
-            setting.talk.step("towline down and SIGTERM at the same time");
+            setting.output.step("towline down and SIGTERM at the same time");
             worker.launch()?;
             worker.await_status(START_LIMIT)?;
             let pid = worker.agent()?.pid();
-            let said = std::thread::scope(|scope| {
+            let output = std::thread::scope(|scope| {
                 let down = scope.spawn(|| worker.command(&["down"]));
                 if round % 2 == 0 {
                     kill(pid, Signal::SIGTERM)?;
                 }
                 crate::lab::namespace::join(down)
             })?;
-            self.says("down at the same time as SIGTERM", &said, 0, &["towline up"]);
+            self.check_output("down at the same time as SIGTERM", &output, 0, &["towline up"]);
             self.ends(worker, 0)?;
             self.is_open("down at the same time as SIGTERM", place)?;
             worker.command_ok(&["up"])?;
@@ -284,53 +294,53 @@ impl Acts {
         controller: &mut Controller,
         worker: &mut Node,
     ) -> anyhow::Result<()> {
-        setting.talk.step("towline leave with a running agent");
+        setting.output.step("towline leave with a running agent");
         let place = worker.host().clone();
         let place = place.namespace();
         worker.launch()?;
         wait_for("connection to the controller", START_LIMIT, || {
             Ok(worker.status().is_ok_and(|status| status.controller.connected).then_some(()))
         })?;
-        let said = worker.command(&["leave"])?;
-        self.says("leave", &said, 0, &["left the mesh"]);
+        let output = worker.command(&["leave"])?;
+        self.check_output("leave", &output, 0, &["left the mesh"]);
         self.ends(worker, 0)?;
         self.is_open("leave", place)?;
         self.is_gone(controller, "worker-a")?;
-        let said = worker.command(&["leave"])?;
-        self.says("leave twice", &said, 1, &["has not joined"]);
-        let said = worker.command(&["up"])?;
-        self.says("up after leave", &said, 1, &["has not joined"]);
-        let said = worker.command(&["down"])?;
-        self.says("down after leave", &said, 0, &[]);
+        let output = worker.command(&["leave"])?;
+        self.check_output("leave twice", &output, 1, &["has not joined"]);
+        let output = worker.command(&["up"])?;
+        self.check_output("up after leave", &output, 1, &["has not joined"]);
+        let output = worker.command(&["down"])?;
+        self.check_output("down after leave", &output, 0, &[]);
         let again = worker.program(&["agent"]).run(place, COMMAND_LIMIT)?;
-        self.says("the agent after leave", &again, 1, &["has not joined"]);
+        self.check_output("the agent after leave", &again, 1, &["has not joined"]);
         let again = worker
             .program(&["agent"])
             .env("NOTIFY_SOCKET", "@no-such")
             .run(place, COMMAND_LIMIT)?;
-        self.says("the service after leave", &again, 6, &["has not joined"]);
+        self.check_output("the service after leave", &again, 6, &["has not joined"]);
 
-        setting.talk.step("towline leave while down, with a running agent");
+        setting.output.step("towline leave while down, with a running agent");
         worker.join(&controller.operator().token("dc-a")?)?;
         worker.command_ok(&["down"])?;
         worker.launch()?;
         worker.await_status(START_LIMIT)?;
-        let said = worker.command(&["leave"])?;
-        self.says("leave while down", &said, 0, &["left the mesh"]);
+        let output = worker.command(&["leave"])?;
+        self.check_output("leave while down", &output, 0, &["left the mesh"]);
         self.ends(worker, 0)?;
         self.is_gone(controller, "worker-a")?;
         self.promises.hold(!worker.state().join("down").exists(), || {
             "leave removes the marker file of down".to_owned()
         });
 
-        setting.talk.step("towline leave while down, without an agent");
+        setting.output.step("towline leave while down, without an agent");
         worker.join(&controller.operator().token("dc-a")?)?;
         worker.command_ok(&["down"])?;
-        let said = worker.command(&["leave"])?;
-        self.says("leave while down without an agent", &said, 0, &["left the mesh"]);
+        let output = worker.command(&["leave"])?;
+        self.check_output("leave while down without an agent", &output, 0, &["left the mesh"]);
         self.is_gone(controller, "worker-a")?;
 
-        setting.talk.step("towline leave while the controller is down");
+        setting.output.step("towline leave while the controller is down");
         worker.join(&controller.operator().token("dc-a")?)?;
         worker.launch()?;
         worker.await_status(START_LIMIT)?;
@@ -346,11 +356,11 @@ impl Acts {
                 "status shows the certificate from the disk while the controller is down: {status}"
             )
         });
-        let said = worker.command(&["leave"])?;
-        self.says("leave without a controller", &said, 1, &["still a member", "--force"]);
+        let output = worker.command(&["leave"])?;
+        self.check_output("leave without a controller", &output, 1, &["still a member", "--force"]);
         worker.agent()?.check()?;
-        let said = worker.command(&["leave", "--force"])?;
-        self.says("leave --force without a controller", &said, 0, &["left the mesh"]);
+        let output = worker.command(&["leave", "--force"])?;
+        self.check_output("leave --force without a controller", &output, 0, &["left the mesh"]);
         self.ends(worker, 0)?;
         self.is_open("leave --force", place)?;
         controller.launch()?;
@@ -364,54 +374,60 @@ impl Acts {
         controller: &Controller,
         machine: &mut Machine,
     ) -> anyhow::Result<()> {
-        setting.talk.step("joining with a confirmation in time");
+        setting.output.step("joining with a confirmation in time");
         let place = machine.host.clone();
         let place = place.namespace();
         let token = controller.operator().token("dc-b")?;
         let ran = machine.install(&token, &["--confirm", "600"])?;
-        self.says("join --confirm", &ran.said, 0, &["towline confirm"]);
+        self.check_output("join --confirm", &ran.output, 0, &["towline confirm"]);
         let command = |machine: &Machine, arguments: &[&str]| {
             machine.towline(arguments).run(place, COMMAND_LIMIT)
         };
-        let said = command(machine, &["status"])?;
+        let output = command(machine, &["status"])?;
         let parts = ["not confirmed", "undone in", "towline confirm"];
-        let missing = parts.iter().find(|part| !said.stdout.contains(**part));
+        let missing = parts.iter().find(|part| !output.stdout.contains(**part));
         self.promises.hold(missing.is_none(), || {
-            format!("status shows that the join is not confirmed: {}", said.stdout)
+            format!("status shows that the join is not confirmed: {}", output.stdout)
         });
         let again = machine.install(&token, &["--confirm", "600"])?;
-        self.says("join --install --confirm again", &again.said, 0, &["not applied"]);
-        let said = command(machine, &["confirm"])?;
-        self.says("confirm", &said, 0, &["confirmed"]);
-        let said = command(machine, &["confirm"])?;
-        self.says("confirm twice", &said, 0, &["nothing to confirm"]);
-        let said = command(machine, &["status", "-o", "json"])?;
-        let status: serde_json::Value = serde_json::from_str(&said.stdout)?;
+        self.check_output("join --install --confirm again", &again.output, 0, &["not applied"]);
+        let output = command(machine, &["confirm"])?;
+        self.check_output("confirm", &output, 0, &["confirmed"]);
+        let output = command(machine, &["confirm"])?;
+        self.check_output("confirm twice", &output, 0, &["nothing to confirm"]);
+        let output = command(machine, &["status", "-o", "json"])?;
+        let status: serde_json::Value = serde_json::from_str(&output.stdout)?;
         self.promises.hold(status["confirm_within_ms"].is_null(), || {
             format!("after the confirmation, status shows no deadline: {status}")
         });
 
-        setting.talk.step("installing again on a machine that is down");
-        let said = command(machine, &["down"])?;
-        self.says("down of an installed machine", &said, 0, &["towline up"]);
+        setting.output.step("installing again on a machine that is down");
+        let output = command(machine, &["down"])?;
+        self.check_output("down of an installed machine", &output, 0, &["towline up"]);
         machine.agent = None;
         let again = machine.install(&token, &[])?;
-        self.says("install while down", &again.said, 1, &["towline up"]);
+        self.check_output("install while down", &again.output, 1, &["towline up"]);
         machine.agent = None;
-        let said = command(machine, &["up"])?;
-        self.says("up of an installed machine", &said, 0, &[]);
+        let output = command(machine, &["up"])?;
+        self.check_output("up of an installed machine", &output, 0, &[]);
         machine.boot()?;
 
-        setting.talk.step("towline leave on an installed machine");
+        setting.output.step("towline leave on an installed machine");
         self.promises.hold(machine.is_enabled(), || "install enables the units".to_owned());
         let root = machine.root.display().to_string();
         wait_for("the agent's answer", START_LIMIT, || {
-            let said = command(machine, &["status", "-o", "json"])?;
-            let status: serde_json::Value = serde_json::from_str(&said.stdout).unwrap_or_default();
+            let output = command(machine, &["status", "-o", "json"])?;
+            let status: serde_json::Value =
+                serde_json::from_str(&output.stdout).unwrap_or_default();
             Ok((status["controller"]["connected"] == true).then_some(()))
         })?;
-        let said = command(machine, &["leave", "--root", &root])?;
-        self.says("leave of an installed machine", &said, 0, &["disabled towline.service"]);
+        let output = command(machine, &["leave", "--root", &root])?;
+        self.check_output(
+            "leave of an installed machine",
+            &output,
+            0,
+            &["disabled towline.service"],
+        );
         self.promises.hold(!machine.is_enabled(), || "leave disables the units".to_owned());
         self.is_open("leave of an installed machine", place)?;
         machine.agent = None;
@@ -430,16 +446,16 @@ impl Acts {
         let root = machine.root.display().to_string();
         let state = machine.root.join("var/lib/towline");
         for reboots in [false, true] {
-            setting.talk.step("joining without a confirmation");
+            setting.output.step("joining without a confirmation");
             let token = controller.operator().token("dc-b")?;
             let seconds = if reboots { "600" } else { CONFIRM };
             let ran = machine.install(&token, &["--confirm", seconds])?;
             // The deadline may pass while the command waits for the mesh.
-            self.promises.hold(ran.said.status.success() || !reboots, || {
-                format!("join --confirm: {}", ran.talk())
+            self.promises.hold(ran.output.status.success() || !reboots, || {
+                format!("join --confirm: {}", ran.diagnostics())
             });
             if reboots {
-                setting.talk.step("rebooting before the confirmation");
+                setting.output.step("rebooting before the confirmation");
                 machine.agent.as_mut().context("no agent runs on this machine")?.kill()?;
                 machine.agent = None;
                 let file = state.join("confirm-by");
@@ -447,10 +463,10 @@ impl Acts {
                 let mut join: serde_json::Value = serde_json::from_str(&text)?;
                 join["boot_id"] = "another boot".into();
                 std::fs::write(&file, join.to_string())?;
-                let said = machine.towline(&["guard"]).run(place, COMMAND_LIMIT)?;
-                self.says("guard after the reboot", &said, 0, &["not confirmed"]);
-                let said = machine.towline(&["confirm"]).run(place, COMMAND_LIMIT)?;
-                self.says("confirm too late", &said, 1, &["not confirmed in time"]);
+                let output = machine.towline(&["guard"]).run(place, COMMAND_LIMIT)?;
+                self.check_output("guard after the reboot", &output, 0, &["not confirmed"]);
+                let output = machine.towline(&["confirm"]).run(place, COMMAND_LIMIT)?;
+                self.check_output("confirm too late", &output, 1, &["not confirmed in time"]);
                 machine.boot()?;
             }
             let ended =
@@ -463,20 +479,25 @@ impl Acts {
             self.promises.hold(!state.join("membership.json").exists(), || {
                 "undoing the join removes the membership".to_owned()
             });
-            let said = machine.towline(&["confirm"]).run(place, COMMAND_LIMIT)?;
-            self.says("confirm after the join was undone", &said, 1, &["not confirmed in time"]);
-            let said =
+            let output = machine.towline(&["confirm"]).run(place, COMMAND_LIMIT)?;
+            self.check_output(
+                "confirm after the join was undone",
+                &output,
+                1,
+                &["not confirmed in time"],
+            );
+            let output =
                 machine.towline(&["after-stop", "--root", &root]).run(place, COMMAND_LIMIT)?;
-            self.says("after-stop of the unit", &said, 0, &["disabled towline.service"]);
+            self.check_output("after-stop of the unit", &output, 0, &["disabled towline.service"]);
             self.promises
                 .hold(!machine.is_enabled(), || "undoing the join disables the units".to_owned());
-            let said = machine.towline(&["guard"]).run(place, COMMAND_LIMIT)?;
-            self.says("guard after the join was undone", &said, 0, &["has not joined"]);
+            let output = machine.towline(&["guard"]).run(place, COMMAND_LIMIT)?;
+            self.check_output("guard after the join was undone", &output, 0, &["has not joined"]);
         }
-        setting.talk.step("joining after a join was undone");
+        setting.output.step("joining after a join was undone");
         let token = controller.operator().token("dc-b")?;
         let ran = machine.install(&token, &[])?;
-        self.says("join after a join was undone", &ran.said, 0, &["joined as"]);
+        self.check_output("join after a join was undone", &ran.output, 0, &["joined as"]);
         Ok(())
     }
 
@@ -523,8 +544,8 @@ fn ours(place: &Namespace) -> anyhow::Result<Vec<&'static str>> {
 }
 
 fn json(node: &Node, command: &str) -> anyhow::Result<serde_json::Value> {
-    let said = node.command_ok(&[command, "-o", "json"])?;
-    serde_json::from_str(&said).context("no JSON")
+    let output = node.command_ok(&[command, "-o", "json"])?;
+    serde_json::from_str(&output).context("no JSON")
 }
 
 impl Figures for Departure {

@@ -16,7 +16,7 @@ use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
 
 use super::Setting;
 use crate::lab::flow::{End, while_talking};
-use crate::lab::interrupt::{pass, wait_for, wait_up_to};
+use crate::lab::interrupt::{sleep, wait_for, wait_up_to};
 use crate::lab::mesh::{Controller, Node, START_LIMIT};
 use crate::lab::namespace::Namespace;
 use crate::lab::nat::{Nat, forget_connections};
@@ -108,7 +108,7 @@ struct World {
 impl World {
     /// Builds the hosts, joins and starts all nodes, and waits until each has the map.
     fn build(setting: &Setting) -> anyhow::Result<Self> {
-        setting.talk.step("building two uplinks, five routers and two relays");
+        setting.output.step("building two uplinks, five routers and two relays");
         let mut lab = Lab::new(setting.rank)?;
         let host = lab.host("ctl").public("203.0.113.2", "2001:db8::2")?.build()?;
         let mut relay_hosts = Vec::new();
@@ -141,7 +141,7 @@ impl World {
             }
             built.push((name.to_owned(), builder.build()?, ""));
         }
-        setting.talk.step("starting the controller, joining six nodes");
+        setting.output.step("starting the controller, joining six nodes");
         let controller = Controller::start(&lab, &host, &setting.binaries)?;
         let relays = relay_hosts.into_iter().map(|host| {
             let name = host.name().to_owned();
@@ -219,7 +219,7 @@ impl World {
     }
 
     /// Repairs what [`Self::break_it`] has broken.
-    fn mend(&mut self, name: &str) -> anyhow::Result<()> {
+    fn repair(&mut self, name: &str) -> anyhow::Result<()> {
         match name {
             "drop_in" | "drop_out" => [0, 1].into_iter().try_for_each(|router| {
                 self.router(router).run(|| {
@@ -302,7 +302,7 @@ impl Failover {
         world: &mut World,
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
-        setting.talk.step("measuring the throughput of a relay and of a direct path");
+        setting.output.step("measuring the throughput of a relay and of a direct path");
         match compare(world) {
             Ok(ratio) => {
                 self.relay_vs_direct = Some(round(ratio));
@@ -319,10 +319,12 @@ impl Failover {
             for (name, ends, notified) in CASES {
                 let label =
                     format!("{name}, controller {}", if controller { "running" } else { "down" });
-                setting.talk.step(&label);
+                setting.output.step(&label);
                 match case(world, name, ends) {
                     Ok((outage_ms, tcp_survived)) => {
-                        setting.talk.step(&format!("{label}: {outage_ms} ms, TCP {tcp_survived}"));
+                        setting
+                            .output
+                            .step(&format!("{label}: {outage_ms} ms, TCP {tcp_survived}"));
                         let limit = if notified { NOTIFIED_MS } else { OUTAGE_MS };
                         promises.hold(outage_ms < limit, || {
                             format!("{label}: outage below {limit} ms: {outage_ms}")
@@ -342,7 +344,7 @@ impl Failover {
                         self.skipped.push(Skipped { name: label, why });
                     }
                 }
-                world.mend(name)?;
+                world.repair(name)?;
             }
         }
         Ok(())
@@ -355,7 +357,7 @@ fn case(world: &mut World, name: &str, ends: [usize; 2]) -> anyhow::Result<(f64,
     let [a, b] = [world.end(ends[0])?, world.end(ends[1])?].map(|(_, address)| address);
     let hosts = ends.map(|end| Arc::clone(world.nodes[end].host()));
     let [here, there] = &hosts;
-    let talk = |world: &mut World| {
+    let send_traffic = |world: &mut World| {
         let peer = world.nodes[ends[1]].name().to_owned();
         while_talking((here.namespace(), a), (there.namespace(), b), || {
             wait_up_to(MEND, || {
@@ -366,11 +368,11 @@ fn case(world: &mut World, name: &str, ends: [usize; 2]) -> anyhow::Result<(f64,
         })
     };
     // The time to establish the first path does not count as an outage.
-    talk(world)?;
+    send_traffic(world)?;
     let ((), seen) = while_talking((here.namespace(), a), (there.namespace(), b), || {
-        pass(BEFORE)?;
+        sleep(BEFORE)?;
         world.break_it(name)?;
-        Ok(pass(AFTER)?)
+        Ok(sleep(AFTER)?)
     })?;
     Ok((round(seen.outage.as_secs_f64() * 1000.0), seen.tcp_survived))
 }

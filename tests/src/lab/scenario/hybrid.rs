@@ -61,7 +61,7 @@ impl Hybrid {
     /// # Errors
     /// Returns [`Forbidden`] if the kernel has no bridge, no veth or no nftables.
     pub fn build(setting: &Setting) -> anyhow::Result<Self> {
-        setting.talk.step("building the simulated internet, two datacenters and a cloud");
+        setting.output.step("building the simulated internet, two datacenters and a cloud");
         Self::try_build(setting).map_err(|error| {
             let errno =
                 error.chain().find_map(|cause| cause.downcast_ref::<NetlinkError>()?.errno());
@@ -138,11 +138,11 @@ impl Hybrid {
         setting: &Setting,
         more: impl Fn(&str, &str) -> (String, Vec<IpNet>),
     ) -> anyhow::Result<Mesh> {
-        setting.talk.step("starting the controller");
+        setting.output.step("starting the controller");
         let controller = Controller::start(&self.lab, &self.cp, &setting.binaries)?;
         let mut nodes = Vec::new();
         for (name, site, configuration) in NODES {
-            setting.talk.step(&format!("joining {name}"));
+            setting.output.step(&format!("joining {name}"));
             let host = self.host(name)?;
             let (configuration, granted) = more(name, configuration);
             let mut node = Node::new(&self.lab, host, name, &setting.binaries, &configuration)?;

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::Setting;
 use super::hybrid::{Hybrid, Mesh};
-use crate::lab::interrupt::pass;
+use crate::lab::interrupt::sleep;
 use crate::lab::mesh::{START_LIMIT, await_tunnel};
 use crate::lab::privilege::Rank;
 use crate::lab::process::{processor_time, resident_mb};
@@ -69,15 +69,15 @@ impl Idle {
     ) -> anyhow::Result<()> {
         let Mesh { mut controller, mut nodes } = hybrid.bring_up(setting)?;
         self.nodes = nodes.len();
-        setting.talk.step("waiting for the tunnels");
+        setting.output.step("waiting for the tunnels");
         for worker in &nodes[1..] {
             if let Some(reason) = await_tunnel(worker, &nodes[0], START_LIMIT)? {
                 promises.fail(format!("tunnel {}/cp comes up: {reason}", worker.name()));
             }
         }
-        setting.talk.step("waiting until the nodes are idle");
-        pass(SETTLE)?;
-        setting.talk.step(&format!("measuring for {} s", WINDOW.as_secs()));
+        setting.output.step("waiting until the nodes are idle");
+        sleep(SETTLE)?;
+        setting.output.step(&format!("measuring for {} s", WINDOW.as_secs()));
         let controller = controller.daemon()?.pid();
         let agents = nodes
             .iter_mut()
@@ -86,7 +86,7 @@ impl Idle {
         let everyone = || std::iter::once(controller).chain(agents.iter().copied());
         let begun = Instant::now();
         let before = everyone().map(processor_time).collect::<anyhow::Result<Vec<_>>>()?;
-        pass(WINDOW)?;
+        sleep(WINDOW)?;
         let window = begun.elapsed().as_secs_f64();
         let after = everyone().map(processor_time).collect::<anyhow::Result<Vec<_>>>()?;
         let percent: Vec<f64> = before

@@ -91,7 +91,7 @@ pub fn run(setting: &Setting, only: &[String]) -> anyhow::Result<Interop> {
             Err(why) => interop.skipped.push(Skipped { name: which.name().into(), why }),
         }
     }
-    setting.talk.step("running all cases, each in its own lab (about three minutes)");
+    setting.output.step("running all cases, each in its own lab (about three minutes)");
     let cases: Vec<_> = CASES.into_iter().filter(|(name, _)| chosen(name, &case_names)).collect();
     let tried = std::thread::scope(|scope| {
         let threads: Vec<_> = programs
@@ -127,7 +127,7 @@ fn try_all(setting: &Setting, program: &Installed, cases: &[(&'static str, Judge
         let begun = Instant::now();
         let result = judge(setting, program);
         let which = program.which.name();
-        setting.talk.note(&match &result {
+        setting.output.note(&match &result {
             Ok(_) => format!("{which}: {name} done"),
             Err(error) => format!("{which}: {name}: {error:#}"),
         });

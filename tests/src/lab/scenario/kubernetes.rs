@@ -68,7 +68,7 @@ const CIDR_CHANGE_MS: f64 = 1000.0;
 
 /// Runs the scenario and returns its results.
 pub fn run(setting: &Setting) -> anyhow::Result<Kubernetes> {
-    let programs = Programs::find(&setting.talk)?;
+    let programs = Programs::find(&setting.output)?;
     let hybrid = Hybrid::build(setting)?;
     let mut figures =
         Kubernetes { rootless: setting.rank == Rank::Rootless, ..Kubernetes::default() };
@@ -97,7 +97,7 @@ impl Kubernetes {
         programs: Programs,
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
-        setting.talk.step("starting the mesh");
+        setting.output.step("starting the mesh");
         let controller = Controller::start(&hybrid.lab, &hybrid.cp, &setting.binaries)?;
         let mut nodes = Vec::new();
         let mut addresses = Vec::new();
@@ -125,7 +125,7 @@ impl Kubernetes {
                 anyhow::bail!("tunnel {}/cp did not come up: {reason}", worker.name());
             }
         }
-        setting.talk.step("starting etcd and the API server");
+        setting.output.step("starting etcd and the API server");
         let directory = hybrid.lab.directory();
         let mut plane = Plane::start(&hybrid.cp, addresses[0], directory, programs)?;
         self.arrow(promises, "the API server serves with authorizer Node,RBAC", true);
@@ -143,7 +143,7 @@ impl Kubernetes {
             })
             .collect();
 
-        setting.talk.step("checking that each worker sees its own Node");
+        setting.output.step("checking that each worker sees its own Node");
         for (index, worker) in workers.iter().enumerate() {
             let name = worker.node.name();
             plane.node(name, worker.address, &format!("10.244.{}.0/24", index + 1))?;
@@ -164,7 +164,7 @@ impl Kubernetes {
             self.arrow(promises, &format!("{name} is refused {other} and the list"), refused);
         }
 
-        setting.talk.step("changing the pod network of a Node");
+        setting.output.step("changing the pod network of a Node");
         let worker = &workers[0];
         let name = worker.node.name();
         worker.pod("10.244.1.7")?;
@@ -179,7 +179,7 @@ impl Kubernetes {
         self.arrow(promises, "a change of pod network is followed within a second", soon);
         self.arrow(promises, "cp reaches a pod of the new network", reaches(&cp, "10.244.9.7")?);
 
-        setting.talk.step("rotating the credentials of a kubelet");
+        setting.output.step("rotating the credentials of a kubelet");
         let before = worker.credentials_read()?;
         crate::cluster::replace(&worker.certificate, &plane.ca.issue_node(name)?.both())?;
         let rotated =
@@ -187,7 +187,7 @@ impl Kubernetes {
         let rotated = rotated.is_some() && worker.sees("10.244.9.0/24")?;
         self.arrow(promises, "rotated credentials are read again", rotated);
 
-        setting.talk.step("stopping the API server and starting it again");
+        setting.output.step("stopping the API server and starting it again");
         plane.stop()?;
         let noticed =
             wait_up_to(LIMIT, || Ok((worker.view()?["connected"] == false).then_some(())))?;
@@ -201,7 +201,7 @@ impl Kubernetes {
             wait_up_to(2 * LIMIT, || Ok((worker.view()?["connected"] == true).then_some(())))?;
         self.arrow(promises, "the API server is found again", back.is_some());
 
-        setting.talk.step("reading logs from a kubelet through the API server");
+        setting.output.step("reading logs from a kubelet through the API server");
         self.kubelet(&plane, worker, promises)
     }
 
@@ -220,8 +220,8 @@ impl Kubernetes {
             "metadata": {"name": "game", "namespace": "default"},
             "spec": {"nodeName": name, "containers": [{"name": "game", "image": "game"}]},
         });
-        let (code, said) = plane.admin("POST", "/api/v1/namespaces/default/pods", Some(pod))?;
-        anyhow::ensure!(code == 201, "cannot create the pod: {said}");
+        let (code, answer) = plane.admin("POST", "/api/v1/namespaces/default/pods", Some(pod))?;
+        anyhow::ensure!(code == 201, "cannot create the pod: {answer}");
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let namespace = worker.node.host().namespace();
@@ -242,8 +242,8 @@ impl Kubernetes {
                 logs?.is_some(),
             );
             match kubectl {
-                Some(said) => {
-                    let held = said.is_ok_and(|text| text == wanted);
+                Some(answer) => {
+                    let held = answer.is_ok_and(|text| text == wanted);
                     self.arrow(promises, "kubectl logs from the cloud", held);
                 }
                 None => self.skipped.push(Skipped {

@@ -40,16 +40,16 @@ use towline_netlink::Rtnetlink;
 use super::Setting;
 use super::hybrid::{Hybrid, Mesh};
 use crate::lab::actor::Actor;
+use crate::lab::background_traffic::{BackgroundTraffic, Member, PORT, StopOnDrop};
 use crate::lab::capture::Capture;
-use crate::lab::chatter::{Chatter, Member, PORT, StopOnDrop};
-use crate::lab::forge::{self, Forger};
-use crate::lab::interrupt::{pass, wait_for, wait_up_to};
-use crate::lab::meddle::Meddling;
+use crate::lab::interrupt::{sleep, wait_for, wait_up_to};
 use crate::lab::mesh::{Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::{Namespace, join};
 use crate::lab::privilege::Rank;
 use crate::lab::redirect::Redirect;
 use crate::lab::report::{Figures, Promises};
+use crate::lab::spoof::{self, Spoofer};
+use crate::lab::tamper::Tampering;
 use crate::lab::topology::Host;
 use crate::lab::traffic::{MARK, Pattern, random_bytes};
 use crate::lab::unusual::{FromHost, FromPod, Transport, Way};
@@ -145,7 +145,7 @@ fn absent_pods(number: u8) -> [IpAddr; 2] {
 /// Runs the scenario and returns its results.
 pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Leak> {
     let hybrid = Hybrid::build(setting)?;
-    setting.talk.note(&format!("seed {} (repeat with --seed)", options.seed));
+    setting.output.note(&format!("seed {} (repeat with --seed)", options.seed));
     let mut leak =
         Leak { rootless: setting.rank == Rank::Rootless, seed: options.seed, ..Leak::default() };
     let mut promises = Promises::new();
@@ -158,7 +158,7 @@ pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Leak> {
 
 /// One action on a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Act {
+enum Action {
     Start,
     Kill,
     Stop,
@@ -166,10 +166,10 @@ enum Act {
     PullCable,
     PlugCable,
     Remove,
-    Meddle(Meddling),
+    Tamper(Tampering),
 }
 
-impl Act {
+impl Action {
     fn name(self) -> &'static str {
         match self {
             Self::Start => "start the agent",
@@ -179,7 +179,7 @@ impl Act {
             Self::PullCable => "pull the cable",
             Self::PlugCable => "plug the cable",
             Self::Remove => "remove the node from the mesh",
-            Self::Meddle(meddling) => meddling.name(),
+            Self::Tamper(tampering) => tampering.name(),
         }
     }
 }
@@ -212,9 +212,9 @@ enum Guard {
 
 impl Guard {
     /// Returns the guard that an operation on Towline's state removes.
-    fn of(meddling: Meddling) -> Self {
-        match meddling {
-            Meddling::FlushRuleset | Meddling::DeleteTable => Self::Firewall,
+    fn of(tampering: Tampering) -> Self {
+        match tampering {
+            Tampering::FlushRuleset | Tampering::DeleteTable => Self::Firewall,
             _ => Self::Routing,
         }
     }
@@ -224,66 +224,66 @@ impl Place<'_> {
     /// Returns the actions that are possible now. With `late`, the removal of the node is one of
     /// them. Actions that restore something are listed several times, so that they are chosen more
     /// often.
-    fn possible(&self, late: bool) -> Vec<Act> {
-        let meddlings = Meddling::ALL.into_iter().filter(|meddling| {
-            self.running || self.without_agent.is_none_or(|gone| gone == Guard::of(*meddling))
+    fn possible(&self, late: bool) -> Vec<Action> {
+        let tamperings = Tampering::ALL.into_iter().filter(|tampering| {
+            self.running || self.without_agent.is_none_or(|gone| gone == Guard::of(*tampering))
         });
-        let mut acts: Vec<_> = meddlings.map(Act::Meddle).collect();
+        let mut acts: Vec<_> = tamperings.map(Action::Tamper).collect();
         if self.running {
-            acts.extend([Act::Kill, Act::Stop, Act::Restart]);
+            acts.extend([Action::Kill, Action::Stop, Action::Restart]);
         } else {
-            acts.extend([Act::Start; 6]);
+            acts.extend([Action::Start; 6]);
         }
         if self.plugged {
-            acts.push(Act::PullCable);
+            acts.push(Action::PullCable);
         } else {
-            acts.extend([Act::PlugCable; 6]);
+            acts.extend([Action::PlugCable; 6]);
         }
         if late && !self.removed && self.running && self.plugged {
-            acts.extend([Act::Remove; 4]);
+            acts.extend([Action::Remove; 4]);
         }
         acts
     }
 
     /// Runs an action. `remove` removes the node of this name from the mesh.
-    fn act(
+    fn run_action(
         &mut self,
-        act: Act,
+        action: Action,
         remove: impl FnOnce(&str) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         if self.running {
             // An agent that exited without being asked is an error: nothing restarts it.
             self.node.agent()?.check()?;
         }
-        match act {
-            Act::Start => self.start()?,
-            Act::Kill => {
+        match action {
+            Action::Start => self.start()?,
+            Action::Kill => {
                 self.node.agent()?.kill()?;
                 self.running = false;
             }
-            Act::Stop => {
+            Action::Stop => {
                 let agent = self.node.take_agent().context("no agent to stop")?;
                 let status = agent.stop()?;
                 anyhow::ensure!(status.success(), "the agent exited with an error on SIGTERM");
                 self.running = false;
             }
-            Act::Restart => {
+            Action::Restart => {
                 self.node.agent()?.kill()?;
                 self.start()?;
             }
-            Act::PullCable => self.cable(false)?,
-            Act::PlugCable => self.cable(true)?,
-            Act::Remove => {
+            Action::PullCable => self.cable(false)?,
+            Action::PlugCable => self.cable(true)?,
+            Action::Remove => {
                 remove(self.node.name())?;
                 self.removed = true;
             }
-            Act::Meddle(meddling) => {
+            Action::Tamper(tampering) => {
                 if !self.running {
-                    let guard = Guard::of(meddling);
+                    let guard = Guard::of(tampering);
                     self.without_agent = Some(guard);
                     self.unarmed.store(guard == Guard::Firewall, Ordering::SeqCst);
                 }
-                self.node.host().namespace().run(|| meddling.act())?;
+                self.node.host().namespace().run(|| tampering.apply())?;
             }
         }
         Ok(())
@@ -318,17 +318,17 @@ impl Place<'_> {
         for how in marks.into_iter().chain([tcp]).chain(own_port) {
             how.send(namespace, &from_host, payload, 1)?;
         }
-        let forger = Forger::new(self.pod.namespace(), "eth0", namespace, POD_BRIDGE)?;
+        let spoofer = Spoofer::new(self.pod.namespace(), "eth0", namespace, POD_BRIDGE)?;
         for how in [
             FromPod::Udp(PORT),
             FromPod::Udp(WIREGUARD),
             FromPod::Tcp(PLAIN_PORT),
             FromPod::Fragments(PORT),
             FromPod::Fragments(WIREGUARD),
-            FromPod::Extended(WIREGUARD, forge::DESTINATION_OPTIONS),
-            FromPod::Extended(WIREGUARD, forge::HOP_BY_HOP),
+            FromPod::Extended(WIREGUARD, spoof::DESTINATION_OPTIONS),
+            FromPod::Extended(WIREGUARD, spoof::HOP_BY_HOP),
         ] {
-            how.send(&forger, &ways(self.pod.addresses()), payload, 1)?;
+            how.send(&spoofer, &ways(self.pod.addresses()), payload, 1)?;
         }
         Ok(())
     }
@@ -384,7 +384,8 @@ impl Leak {
         let members = nodes.iter().zip(&hosts).map(|(node, host)| {
             Ok(Member::new(host.namespace(), node.status()?.overlay_addresses))
         });
-        let chatter = Chatter::new(members.collect::<anyhow::Result<_>>()?, pattern, tag);
+        let background_traffic =
+            BackgroundTraffic::new(members.collect::<anyhow::Result<_>>()?, pattern, tag);
         let unarmed: [AtomicBool; 3] = Default::default();
         let switches = [
             hybrid.lab.internet(),
@@ -416,39 +417,40 @@ impl Leak {
                 unarmed,
             });
         }
-        let forgeries =
-            hosts.iter().zip(switches).zip(&unarmed).map(|((host, switch), unarmed)| {
-                let forger = Forger::new(switch, host.name(), host.namespace(), "eth0")?;
-                Ok(Forgery::new(forger, &chatter, host.addresses(), tag, unarmed))
-            });
-        let forgeries: Vec<_> = forgeries.collect::<anyhow::Result<_>>()?;
+        let spoofed = hosts.iter().zip(switches).zip(&unarmed).map(|((host, switch), unarmed)| {
+            let spoofer = Spoofer::new(switch, host.name(), host.namespace(), "eth0")?;
+            Ok(SpoofedTraffic::new(spoofer, &background_traffic, host.addresses(), tag, unarmed))
+        });
+        let spoofed: Vec<_> = spoofed.collect::<anyhow::Result<_>>()?;
         std::thread::scope(|scope| {
-            let _stop = StopOnDrop(&chatter);
-            let mut threads = chatter.listen(scope)?;
-            for (forgery, member) in forgeries.iter().zip(chatter.members()) {
-                forgery.prove(member)?;
+            let _stop = StopOnDrop(&background_traffic);
+            let mut threads = background_traffic.listen(scope)?;
+            for (traffic, member) in spoofed.iter().zip(background_traffic.members()) {
+                traffic.prove(member)?;
             }
-            threads.extend(chatter.talk(scope)?);
-            threads.extend(forgeries.iter().map(|forgery| scope.spawn(|| forgery.run(&chatter))));
+            threads.extend(background_traffic.send_all(scope)?);
+            threads.extend(
+                spoofed.iter().map(|traffic| scope.spawn(|| traffic.run(&background_traffic))),
+            );
             let remove = |name: &str| {
                 let operator = controller.operator();
                 let [v4, v6] = PODS.map(|pods| pods.to_string());
                 operator.command_ok(&["mesh", "set", "--protected", &v4, "--protected", &v6])?;
                 operator.command_ok(&["node", "remove", name]).map(drop)
             };
-            let unusual = Unusual::new(&chatter, &behind, pattern);
+            let unusual = Unusual::new(&background_traffic, &behind, pattern);
             let acted =
                 self.acts(setting, options, &mut places, &captures, &unusual, promises, remove);
             let flows = acted
-                .and_then(|()| self.recover(setting, &mut places, &chatter))
+                .and_then(|()| self.recover(setting, &mut places, &background_traffic))
                 .and_then(|()| self.redirect(setting, &mut places, &unusual));
-            chatter.stop();
+            background_traffic.stop();
             for thread in threads {
                 join(thread)?;
             }
             flows
         })?;
-        self.count(chatter.members(), &forgeries);
+        self.count(background_traffic.members(), &spoofed);
         for capture in captures {
             let seen = capture.stop()?;
             self.plaintext_packets += seen.in_clear();
@@ -476,7 +478,7 @@ impl Leak {
         let mut random = StdRng::seed_from_u64(options.seed);
         let begun = Instant::now();
         let mut leaked: u64 = 0;
-        setting.talk.step("running random actions");
+        setting.output.step("running random actions");
         while begun.elapsed() < options.duration {
             let index = random.random_range(0..places.len());
             // In the last third of the run one node is removed, but never that of the controller.
@@ -484,15 +486,15 @@ impl Leak {
                 && index > 0
                 && places.iter().all(|place| !place.removed);
             let place = &mut places[index];
-            let Some(act) = place.possible(late).choose(&mut random).copied() else { continue };
-            let what = format!("{} on {}", act.name(), place.node.name());
-            setting.talk.progress(&what);
-            place.act(act, &remove).with_context(|| what.clone())?;
+            let Some(action) = place.possible(late).choose(&mut random).copied() else { continue };
+            let what = format!("{} on {}", action.name(), place.node.name());
+            setting.output.progress(&what);
+            place.run_action(action, &remove).with_context(|| what.clone())?;
             self.acts += 1;
-            *self.acts_by_kind.entry(act.name().to_owned()).or_default() += 1;
+            *self.acts_by_kind.entry(action.name().to_owned()).or_default() += 1;
             place.probe(&unusual.targets[index], &unusual.payload).with_context(|| what.clone())?;
             self.unusual_rounds += 1;
-            pass(Duration::from_millis(random.random_range(PAUSE_MS)))?;
+            sleep(Duration::from_millis(random.random_range(PAUSE_MS)))?;
             let now = captures.iter().map(|capture| capture.seen().in_clear()).sum();
             if now > leaked {
                 promises.fail(format!(
@@ -512,9 +514,9 @@ impl Leak {
         &self,
         setting: &Setting,
         places: &mut [Place<'_>],
-        chatter: &Chatter<'_>,
+        background_traffic: &BackgroundTraffic<'_>,
     ) -> anyhow::Result<()> {
-        setting.talk.step("recovering all nodes");
+        setting.output.step("recovering all nodes");
         for place in places.iter_mut() {
             if !place.plugged {
                 place.cable(true)?;
@@ -523,12 +525,12 @@ impl Leak {
                 place.start()?;
             }
         }
-        let heard = |place: usize| chatter.members()[place].heard();
-        let before: Vec<_> = (0..places.len()).map(heard).collect();
+        let received = |place: usize| background_traffic.members()[place].received();
+        let before: Vec<_> = (0..places.len()).map(received).collect();
         for (index, place) in places.iter().enumerate().filter(|(_, place)| !place.removed) {
             let what = format!("traffic to {} over both families", place.node.name());
             wait_for(&what, RECOVERY_LIMIT, || {
-                let more = heard(index).iter().zip(before[index]).all(|(now, then)| *now > then);
+                let more = received(index).iter().zip(before[index]).all(|(now, then)| *now > then);
                 Ok(more.then_some(()))
             })?;
         }
@@ -567,11 +569,11 @@ impl Leak {
                 return Ok(());
             }
         };
-        setting.talk.step("redirecting the packets of a pod past the network stack");
+        setting.output.step("redirecting the packets of a pod past the network stack");
         let nobody = |_: &str| Ok(());
-        for act in [None, Some(Act::Kill), Some(Act::Meddle(Meddling::FlushRuleset))] {
-            if let Some(act) = act {
-                place.act(act, nobody)?;
+        for action in [None, Some(Action::Kill), Some(Action::Tamper(Tampering::FlushRuleset))] {
+            if let Some(action) = action {
+                place.run_action(action, nobody)?;
             }
             place.probe(&unusual.targets[index], &unusual.payload)?;
             self.unusual_rounds += 1;
@@ -581,14 +583,14 @@ impl Leak {
     }
 
     /// Adds up the counters of the members and of the senders of forged packets.
-    fn count(&mut self, members: &[Member<'_>], forgeries: &[Forgery<'_>]) {
+    fn count(&mut self, members: &[Member<'_>], spoofed: &[SpoofedTraffic<'_>]) {
         for member in members {
-            self.forged_accepted += member.forged();
-            self.delivered += member.heard().iter().sum::<u64>();
+            self.forged_accepted += member.spoofed();
+            self.delivered += member.received().iter().sum::<u64>();
         }
-        for forgery in forgeries {
-            self.forged_sent += forgery.sent.load(Ordering::Relaxed);
-            self.forged_accepted -= forgery.proof.load(Ordering::Relaxed);
+        for traffic in spoofed {
+            self.forged_sent += traffic.sent.load(Ordering::Relaxed);
+            self.forged_accepted -= traffic.proof.load(Ordering::Relaxed);
         }
     }
 
@@ -625,8 +627,8 @@ struct Unusual {
 }
 
 impl Unusual {
-    fn new(chatter: &Chatter<'_>, pods: &[Host], pattern: Pattern) -> Self {
-        let all: Vec<Vec<SocketAddr>> = chatter
+    fn new(background_traffic: &BackgroundTraffic<'_>, pods: &[Host], pattern: Pattern) -> Self {
+        let all: Vec<Vec<SocketAddr>> = background_traffic
             .members()
             .iter()
             .zip(pods)
@@ -645,8 +647,8 @@ impl Unusual {
 }
 
 /// Sender of forged packets to one node.
-struct Forgery<'a> {
-    forger: Forger,
+struct SpoofedTraffic<'a> {
+    spoofer: Spoofer,
     packets: Vec<Vec<u8>>,
     /// Packet with the tag of the forged ones, but with a legitimate source. Shows that the
     /// listener counts packets that get through.
@@ -659,65 +661,74 @@ struct Forgery<'a> {
     proof: AtomicU64,
 }
 
-impl<'a> Forgery<'a> {
+impl<'a> SpoofedTraffic<'a> {
     /// Builds packets whose sources are all mesh addresses and a pod address of every node, those
     /// of the victim included. Their destinations are the addresses of the victim's uplink, its
     /// mesh addresses, and the mesh addresses of the other members.
     fn new(
-        forger: Forger,
-        chatter: &Chatter<'_>,
+        spoofer: Spoofer,
+        background_traffic: &BackgroundTraffic<'_>,
         uplink: &[IpAddr],
         tag: [u8; MARK],
         unarmed: &'a AtomicBool,
     ) -> Self {
-        let mesh = || chatter.members().iter().flat_map(|member| member.addresses.iter().copied());
+        let mesh = || {
+            background_traffic.members().iter().flat_map(|member| member.addresses.iter().copied())
+        };
         let mut packets = Vec::new();
-        let nodes = chatter.members().len() as u8;
+        let nodes = background_traffic.members().len() as u8;
         for from in mesh().chain((0..nodes).flat_map(absent_pods)) {
             for to in uplink.iter().copied().chain(mesh()).filter(|to| *to != from) {
-                packets.extend(forge::udp((from, PORT).into(), (to, PORT).into(), &tag));
+                packets.extend(spoof::udp((from, PORT).into(), (to, PORT).into(), &tag));
             }
         }
         let stranger: IpAddr = [192, 0, 2, 99].into();
         let honest = uplink
             .iter()
             .filter(|ip| ip.is_ipv4())
-            .find_map(|to| forge::udp((stranger, PORT).into(), (*to, PORT).into(), &tag).ok());
+            .find_map(|to| spoof::udp((stranger, PORT).into(), (*to, PORT).into(), &tag).ok());
         let honest = honest.unwrap_or_default();
-        Self { forger, packets, honest, unarmed, sent: AtomicU64::new(0), proof: AtomicU64::new(0) }
+        Self {
+            spoofer,
+            packets,
+            honest,
+            unarmed,
+            sent: AtomicU64::new(0),
+            proof: AtomicU64::new(0),
+        }
     }
 
     /// Checks the listener: it must receive and count a packet with the tag that no guard has to
     /// drop.
     fn prove(&self, member: &Member<'_>) -> anyhow::Result<()> {
         let found = wait_up_to(Duration::from_secs(5), || {
-            self.forger.send(&self.honest)?;
-            Ok((member.forged() > 0).then_some(()))
+            self.spoofer.send(&self.honest)?;
+            Ok((member.spoofed() > 0).then_some(()))
         })?;
         found.context("the listener for forged packets received no test packet")?;
         // The last packets may still be on their way: wait until the count no longer changes.
         let mut last = 0;
         wait_for("silence", Duration::from_secs(5), || {
-            let now = member.forged();
+            let now = member.spoofed();
             Ok((std::mem::replace(&mut last, now) == now).then_some(()))
         })?;
-        self.proof.store(member.forged(), Ordering::Relaxed);
+        self.proof.store(member.spoofed(), Ordering::Relaxed);
         Ok(())
     }
 
     /// Sends forged packets until the traffic stops.
-    fn run(&self, chatter: &Chatter<'_>) -> anyhow::Result<()> {
-        while !chatter.stopped() {
+    fn run(&self, background_traffic: &BackgroundTraffic<'_>) -> anyhow::Result<()> {
+        while !background_traffic.stopped() {
             for packet in &self.packets {
                 if self.unarmed.load(Ordering::SeqCst) {
                     break;
                 }
                 // Sending fails while the cable is disconnected.
-                if self.forger.send(packet).is_ok() {
+                if self.spoofer.send(packet).is_ok() {
                     self.sent.fetch_add(1, Ordering::Relaxed);
                 }
             }
-            pass(FORGING_PACE)?;
+            sleep(FORGING_PACE)?;
         }
         Ok(())
     }

@@ -22,7 +22,7 @@ use towline_proto::pb;
 use towline_proto::token::JoinToken;
 
 use super::Setting;
-use crate::lab::interrupt::{self, pass, wait_for};
+use crate::lab::interrupt::{self, sleep, wait_for};
 use crate::lab::mesh::{Controller, Node, START_LIMIT};
 use crate::lab::privilege::Rank;
 use crate::lab::process::{processor_time, resident_mb};
@@ -93,7 +93,7 @@ impl Many {
         }
         let controller = Controller::start(&lab, &host, &setting.binaries)?;
         let absent = PEERS - ACTIVE;
-        setting.talk.step(&format!("joining {absent} nodes that do not run"));
+        setting.output.step(&format!("joining {absent} nodes that do not run"));
         let uses = absent.to_string();
         let token = controller.operator().token_with(&["--site", "far", "--uses", &uses])?;
         let token: JoinToken = token.token.parse().map_err(|_| anyhow!("invalid join token"))?;
@@ -102,7 +102,7 @@ impl Many {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(join_all(&directory, &token, absent))
         })?;
-        setting.talk.step("starting the agent and the ten nodes that exchange traffic with it");
+        setting.output.step("starting the agent and the ten nodes that exchange traffic with it");
         let mut nodes = Vec::new();
         for (number, host) in hosts.iter().enumerate() {
             let name = host.name().to_owned();
@@ -127,14 +127,14 @@ impl Many {
                 v4.ok_or_else(|| anyhow!("{} has no mesh address", node.name()))
             })
             .collect::<anyhow::Result<_>>()?;
-        setting.talk.step("waiting until the agent is idle");
-        talk(one, &targets, SETTLE)?;
-        setting.talk.step(&format!("measuring for {} s", WINDOW.as_secs()));
+        setting.output.step("waiting until the agent is idle");
+        send_traffic(one, &targets, SETTLE)?;
+        setting.output.step(&format!("measuring for {} s", WINDOW.as_secs()));
         let keepalives = counted(one, KEEPALIVES)?;
         let pid = nodes[0].agent()?.pid();
         let one = &nodes[0];
         let (begun, before) = (Instant::now(), processor_time(pid)?);
-        talk(one, &targets, WINDOW)?;
+        send_traffic(one, &targets, WINDOW)?;
         let (window, after) = (begun.elapsed().as_secs_f64(), processor_time(pid)?);
         let peers = one.peers()?;
         self.active = peers.iter().filter(|peer| peer.is_up()).count();
@@ -216,7 +216,7 @@ async fn publish(directory: &Path, token: &JoinToken, number: usize) -> anyhow::
 }
 
 /// Sends datagrams to all targets for this time.
-fn talk(node: &Node, targets: &[IpAddr], time: Duration) -> anyhow::Result<()> {
+fn send_traffic(node: &Node, targets: &[IpAddr], time: Duration) -> anyhow::Result<()> {
     node.host().namespace().run(|| {
         let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
         let end = Instant::now() + time;
@@ -226,7 +226,7 @@ fn talk(node: &Node, targets: &[IpAddr], time: Duration) -> anyhow::Result<()> {
                 // active peers.
                 let _ = socket.send_to(b"towline", SocketAddr::new(*target, 9));
             }
-            pass(PACE.min(end.saturating_duration_since(Instant::now())))?;
+            sleep(PACE.min(end.saturating_duration_since(Instant::now())))?;
         }
         Ok(())
     })

@@ -11,7 +11,7 @@
 pub mod attack;
 pub mod bench;
 pub mod bootstrap;
-pub mod cohabit;
+pub mod coexist;
 pub mod crash;
 pub mod demo;
 pub mod departure;
@@ -29,8 +29,8 @@ pub mod plan;
 pub mod vm;
 
 use super::binaries::Binaries;
+use super::output::ProgressOutput;
 use super::privilege::Rank;
-use super::talk::Talk;
 
 /// Common input of all scenarios.
 #[derive(Debug)]
@@ -40,5 +40,5 @@ pub struct Setting {
     /// Paths of the programs under test, which are already built.
     pub binaries: Binaries,
     /// Output for progress lines.
-    pub talk: Talk,
+    pub output: ProgressOutput,
 }

@@ -71,7 +71,7 @@ pub fn run(setting: &Setting) -> anyhow::Result<Mtu> {
         for underlay in UNDERLAYS {
             let label =
                 format!("{underlay} bytes{}", if blackhole { ", a black hole" } else { "" });
-            setting.talk.step(&label);
+            setting.output.step(&label);
             match case(setting, underlay, blackhole) {
                 Ok(case) => {
                     case.check(&label, &mut promises);

@@ -170,7 +170,7 @@ pub fn run(setting: &Setting, options: Options) -> anyhow::Result<NatFigures> {
     };
     let mut promises = Promises::new();
     let pairs = if options.full { grid() } else { PAIRS.to_vec() };
-    setting.talk.step("building the simulated internet, the NATs and the nodes");
+    setting.output.step("building the simulated internet, the NATs and the nodes");
     let mut world = World::build(setting, options, &pairs)?;
     if let Err(error) = figures.measure(setting, &mut world, &pairs, &mut promises) {
         promises.fail(format!("{error:#}"));
@@ -280,7 +280,7 @@ impl World {
             let host = settle(&mut lab, &mut routers, *place, number)?;
             hosts.push((*place, host));
         }
-        setting.talk.step("starting the controller");
+        setting.output.step("starting the controller");
         let controller = Controller::start_on_all(&lab, &host, &setting.binaries)?;
         let mut fixed = Vec::new();
         for (name, host) in fixed_hosts {
@@ -290,7 +290,7 @@ impl World {
             node.launch()?;
             fixed.push(node);
         }
-        setting.talk.step(&format!("joining {} nodes", hosts.len()));
+        setting.output.step(&format!("joining {} nodes", hosts.len()));
         let mut nodes = BTreeMap::new();
         for (number, (place, host)) in hosts.into_iter().enumerate() {
             let (class, stack, side) = place;
@@ -414,7 +414,7 @@ impl World {
     /// Waits until each node knows all other nodes and has found its server-reflexive candidates.
     /// Then stops the nodes of the pairs.
     fn settle(&mut self, setting: &Setting) -> anyhow::Result<()> {
-        setting.talk.step("waiting until all nodes know each other");
+        setting.output.step("waiting until all nodes know each other");
         let others = self.nodes.len() + self.fixed.len() - 1;
         for node in self.nodes.values_mut().chain(&mut self.fixed) {
             node.await_status(START_LIMIT)?;
@@ -424,12 +424,12 @@ impl World {
             let what = format!("map with {others} peers on {}", node.name());
             wait_for(&what, START_LIMIT, || Ok((node.peers()?.len() == others).then_some(())))?;
         }
-        interrupt::pass(Duration::from_secs(2))?;
+        interrupt::sleep(Duration::from_secs(2))?;
         for (place, node) in &mut self.nodes {
             self.overlay.insert(*place, overlay(node)?);
             node.stop_and_forget_map()?;
         }
-        Ok(interrupt::pass(REST * self.nodes.len() as u32)?)
+        Ok(interrupt::sleep(REST * self.nodes.len() as u32)?)
     }
 }
 
@@ -495,7 +495,7 @@ impl NatFigures {
     ) -> anyhow::Result<()> {
         for (a, b, stack) in pairs.iter().copied() {
             let pair = world.pair((a, stack, 0), (b, stack, 1))?;
-            setting.talk.step(&pair.line());
+            setting.output.step(&pair.line());
             pair.check(promises);
             self.pairs.push(pair);
         }

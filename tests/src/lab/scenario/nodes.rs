@@ -22,10 +22,10 @@ use serde::Serialize;
 use super::Setting;
 use crate::lab::capture::Capture;
 use crate::lab::interrupt;
-use crate::lab::meddle::LINK;
 use crate::lab::namespace::Namespace;
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises};
+use crate::lab::tamper::LINK;
 use crate::lab::topology::Host;
 use crate::lab::traffic::{Pattern, tcp_between};
 use cluster::{
@@ -141,7 +141,7 @@ impl Nodes {
                     let family = if v4 { "IPv4" } else { "IPv6" };
                     let what =
                         format!("{}, {family}, rp_filter {rp_filter}, {addressing}", arrow.name);
-                    setting.talk.progress(&what);
+                    setting.output.progress(&what);
                     if begun.elapsed() > BUDGET {
                         promises
                             .fail(format!("{what}: the time limit of the scenario was reached"));

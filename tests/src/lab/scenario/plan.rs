@@ -17,16 +17,16 @@ use towline_host::{HostNetwork, Names};
 use towline_netlink::Rtnetlink;
 
 use crate::lab::interrupt;
-use crate::lab::meddle::{LINK, Meddling};
 use crate::lab::namespace::Namespace;
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises, round};
+use crate::lab::tamper::{LINK, Tampering};
 
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct PlanFigures {
-    /// True if the lab ran in a user namespace, without root rights on this machine. The kernel then
-    /// limits the socket buffers.
+    /// True if the lab ran in a user namespace, without root rights on this machine. The kernel
+    /// then limits the socket buffers.
     pub rootless: bool,
     /// Number of peers in the large mesh.
     pub peers: u32,
@@ -234,7 +234,7 @@ impl Mesh {
                 "the state matches the plan, but {messages} messages were sent"
             );
             read.push(took);
-            Meddling::FlushRoutes.act()?;
+            Tampering::FlushRoutes.apply()?;
             host.invalidate();
             put_back.push(apply(&mut host, &self.plan)?.0);
         }

@@ -11,8 +11,8 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::lab::interrupt::{self, check};
+use crate::lab::output::ProgressOutput;
 use crate::lab::report::{Figures, Forbidden, Promises, round};
-use crate::lab::talk::Talk;
 use crate::lab::vm::accelerator::Accelerator;
 use crate::lab::vm::cache::Cache;
 use crate::lab::vm::cases::{CASES, Case, Disks};
@@ -110,7 +110,7 @@ pub fn run(options: &Options) -> anyhow::Result<Vm> {
         None => Software::of_checkout()?,
     };
     let begun = Instant::now();
-    let talk = Talk::new();
+    let output = ProgressOutput::new();
     let cache = Cache::open()?;
     let image = Image::get(&cache).map_err(|error| cannot_prepare(&format!("{error:#}")))?;
     let mut kernels: BTreeMap<&str, Kernel> = BTreeMap::new();
@@ -134,7 +134,7 @@ pub fn run(options: &Options) -> anyhow::Result<Vm> {
         vm.kernels.insert(release.name, kernel.version.clone());
         let accelerator = Accelerator::probe(&cache, &kernel)?;
         vm.accelerator = accelerator.name();
-        talk.step(&format!("{} on {}", case.name, release.name));
+        output.step(&format!("{} on {}", case.name, release.name));
         let scratch = cache.scratch()?;
         let bed = Testbed {
             cache: &cache,
@@ -142,7 +142,7 @@ pub fn run(options: &Options) -> anyhow::Result<Vm> {
             software: &software,
             kernel,
             accelerator,
-            talk: &talk,
+            output: &output,
             directory: scratch.path(),
         };
         vm.run(case, release, &bed, &mut promises);
@@ -186,7 +186,7 @@ impl Vm {
             Err(error) => vec![format!("{error:#}")],
         };
         let seconds = round(begun.elapsed().as_secs_f64());
-        bed.talk.note(&format!(
+        bed.output.note(&format!(
             "{} on {}: {} after {seconds} s",
             case.name,
             release.name,
@@ -199,7 +199,7 @@ impl Vm {
             seconds,
         });
         for promise in failed {
-            bed.talk.note(&format!("  {promise}"));
+            bed.output.note(&format!("  {promise}"));
             promises.fail(format!("{} on {}: {promise}", case.name, release.name));
         }
     }

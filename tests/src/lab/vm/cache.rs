@@ -13,7 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::{Whence, lseek64};
 use ring::digest::{SHA256, digest};
 
-use crate::lab::talk::line;
+use crate::lab::output::line;
 
 /// The cache directory.
 #[derive(Debug, Clone)]
@@ -79,7 +79,7 @@ impl Cache {
 
     /// Writes the evidence of a failed case and returns its path. It replaces earlier evidence of
     /// that name.
-    pub fn keep(&self, name: &str, text: &str) -> anyhow::Result<PathBuf> {
+    pub fn store(&self, name: &str, text: &str) -> anyhow::Result<PathBuf> {
         let path = self.root.join(name);
         fs::write(&path, text)?;
         Ok(path)

@@ -9,8 +9,8 @@ use anyhow::Context as _;
 
 use super::cache::{Cache, copy_sparse};
 use super::tools::{output_of, tool};
+use crate::lab::output::line;
 use crate::lab::package::archive::{Entry, tar};
-use crate::lab::talk::line;
 
 /// Debian suite of the userland, for every kernel.
 const SUITE: &str = "bookworm";

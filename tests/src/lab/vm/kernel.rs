@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail, ensure};
 use super::cache::Cache;
 use super::image::Image;
 use super::tools::{KEYRING, output_of, tool};
-use crate::lab::talk::line;
+use crate::lab::output::line;
 
 /// A kernel release that machines can be booted with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -16,7 +16,7 @@ use super::machine::{CHANGE_LIMIT, Machine, Parts};
 use super::network::{GATEWAY_V4, GATEWAY_V6, Network};
 use super::software::Software;
 use super::witness::{MESH_LABEL, PLAIN_LABEL, Sent};
-use crate::lab::talk::Talk;
+use crate::lab::output::ProgressOutput;
 
 /// Two machines on one network.
 #[derive(Debug)]
@@ -52,7 +52,7 @@ pub struct Testbed<'a> {
     /// Accelerator that QEMU uses.
     pub accelerator: Accelerator,
     /// Progress output.
-    pub talk: &'a Talk,
+    pub output: &'a ProgressOutput,
     /// Directory of this case's machines.
     pub directory: &'a Path,
 }
@@ -87,7 +87,7 @@ impl Testbed<'_> {
         let image = self.image.disk.display().to_string();
         let made_from = [RECIPE.as_bytes(), image.as_bytes(), self.software.bytes()];
         let place = self.cache.entry("pair", &made_from, Some(PAIR_LIFETIME), |place| {
-            self.talk
+            self.output
                 .step("installing and joining a control plane and a worker, once for all cases");
             let mut pair = self.blank()?;
             pair.join(self).inspect_err(|_| pair.keep_evidence(self, "pair"))?;
@@ -184,9 +184,9 @@ impl Pair {
     /// path.
     pub fn keep_evidence(&mut self, bed: &Testbed<'_>, name: &str) {
         let text = self.worker.evidence() + &self.cp.evidence();
-        match bed.cache.keep(&format!("failed-{name}-{}.log", bed.kernel.release.name), &text) {
-            Ok(path) => bed.talk.note(&format!("logs of the machines: {}", path.display())),
-            Err(error) => bed.talk.note(&format!("cannot store the machines' logs: {error:#}")),
+        match bed.cache.store(&format!("failed-{name}-{}.log", bed.kernel.release.name), &text) {
+            Ok(path) => bed.output.note(&format!("logs of the machines: {}", path.display())),
+            Err(error) => bed.output.note(&format!("cannot store the machines' logs: {error:#}")),
         }
     }
 

@@ -11,8 +11,8 @@ use super::stage::{
     METADATA, PORT, Place, Stage, TIMES,
 };
 use super::{Attacker, Case, Outcome};
-use crate::lab::forge;
-use crate::lab::meddle::LINK;
+use crate::lab::spoof;
+use crate::lab::tamper::LINK;
 
 /// Destination of an inner packet. A number selects the address family: 0 is IPv4, 1 is IPv6.
 #[derive(Debug, Clone, Copy)]
@@ -130,15 +130,15 @@ pub(super) fn cases() -> Vec<Case> {
             "lan-host-v6-options",
             To::Desk(1),
             Place::Desk,
-            extended(forge::DESTINATION_OPTIONS),
+            extended(spoof::DESTINATION_OPTIONS),
             Dropped,
         ),
-        ("lan-host-v6-hop-by-hop", To::Desk(1), Place::Desk, extended(forge::HOP_BY_HOP), Dropped),
+        ("lan-host-v6-hop-by-hop", To::Desk(1), Place::Desk, extended(spoof::HOP_BY_HOP), Dropped),
         (
             "overlay-v6-options",
             To::OverlayOfA(1),
             Place::A,
-            extended(forge::DESTINATION_OPTIONS),
+            extended(spoof::DESTINATION_OPTIONS),
             Delivered,
         ),
         ("overlay-v6-in-fragments", To::OverlayOfA(1), Place::A, Form::Fragments, Delivered),
@@ -213,11 +213,11 @@ fn send(
     if form == Form::Fragments {
         payload.resize(2_000, 0x5a);
     }
-    let packet = forge::udp((from, PORT).into(), (to, port).into(), &payload)?;
+    let packet = spoof::udp((from, PORT).into(), (to, port).into(), &payload)?;
     let packets = match form {
         Form::Plain => vec![packet],
-        Form::Fragments => forge::fragments(&packet, 1_280)?,
-        Form::Extended(kind) => vec![forge::extended(&packet, kind)?],
+        Form::Fragments => spoof::fragments(&packet, 1_280)?,
+        Form::Extended(kind) => vec![spoof::extended(&packet, kind)?],
     };
     let (last, end) = stage.packet(overlay.evil[0], overlay.a[0])?;
     let mut tunnel = stage.raw_tunnel()?;
@@ -227,10 +227,10 @@ fn send(
         }
     }
     tunnel.send(&end)?;
-    let passed = stage.ear(Place::A)?.hears(last, ARRIVAL)?;
+    let passed = stage.ear(Place::A)?.receives(last, ARRIVAL)?;
     anyhow::ensure!(passed, "the control packet does not arrive through the raw tunnel");
-    let heard = stage.ear(at)?.hears(number, DETOUR)?;
-    Ok(if heard { Outcome::Delivered } else { Outcome::Dropped })
+    let received = stage.ear(at)?.receives(number, DETOUR)?;
+    Ok(if received { Outcome::Delivered } else { Outcome::Dropped })
 }
 
 /// Adds addresses of link-local and reserved ranges to the victim. A packet to them must be dropped

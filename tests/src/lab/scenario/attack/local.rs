@@ -16,9 +16,9 @@ use super::stage::{Condition, Place, Stage, WIREGUARD};
 use super::{Attacker, Case, Outcome};
 use crate::lab::actor::Actor;
 use crate::lab::interrupt::wait_up_to;
-use crate::lab::meddle::{LINK, Meddling};
 use crate::lab::mesh::Node;
 use crate::lab::namespace::Namespace;
+use crate::lab::tamper::{LINK, Tampering};
 
 /// Limit for `towline guard` to repair the link, and for an agent that refuses its state to exit.
 const GUARD_LIMIT: Duration = Duration::from_secs(5);
@@ -131,7 +131,7 @@ fn set_link(file: &File, flags: i32) -> std::io::Result<()> {
 /// Creates the link again without an owner, as earlier versions left it. No agent has it open.
 fn leave_from_before(namespace: &Namespace, flags: i32) -> anyhow::Result<()> {
     namespace.run(|| {
-        Meddling::DeleteLink.act()?;
+        Tampering::DeleteLink.apply()?;
         let file = open_tun()?;
         set_link(&file, flags).context("cannot create the TUN link")?;
         // SAFETY: TUNSETPERSIST takes its argument by value.

@@ -210,13 +210,13 @@ impl Attack {
     ) -> anyhow::Result<()> {
         for Case { name, attacker, expected, attempt, .. } in cases {
             interrupt::check()?;
-            setting.talk.progress(name);
+            setting.output.progress(name);
             match attempt(stage) {
                 Ok(got) => {
                     if got != *expected {
                         self.breaches += 1;
                         let found = format!("{name}: expected {expected:?}, got {got:?}");
-                        setting.talk.note(&found);
+                        setting.output.note(&found);
                         promises.fail(found);
                     }
                     let (attacker, expected) = (*attacker, *expected);
@@ -228,7 +228,7 @@ impl Attack {
                 Err(error) => {
                     interrupt::check()?;
                     let failed = format!("{name} could not run: {error:#}");
-                    setting.talk.note(&failed);
+                    setting.output.note(&failed);
                     promises.fail(failed);
                     stage.recover()?;
                 }

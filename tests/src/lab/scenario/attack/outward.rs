@@ -11,9 +11,9 @@ use super::stage::{ARRIVAL, Condition, PLAIN_PORT, PORT, Place, Stage, TIMES, WI
 use super::{Attacker, Case, Outcome, Unavailable};
 use crate::lab::actor::Actor;
 use crate::lab::capture::Tap;
-use crate::lab::forge::{self, Forger};
-use crate::lab::meddle::LINK;
 use crate::lab::redirect::Redirect;
+use crate::lab::spoof::{self, Spoofer};
+use crate::lab::tamper::LINK;
 use crate::lab::unusual::{FromHost, FromPod, Transport, Way};
 
 /// Packet marks of the attempts: the bypass mark of the agent (0x10), and marks of other programs,
@@ -94,9 +94,9 @@ pub(super) fn cases() -> Vec<Case> {
         pod("tcp-6443", one_guard, FromPod::Tcp(PLAIN_PORT), None);
         pod("udp-51830-fragments", one_guard, FromPod::Fragments(WIREGUARD), None);
         pod("udp-4444-fragments", false, FromPod::Fragments(PORT), None);
-        let options = FromPod::Extended(WIREGUARD, forge::DESTINATION_OPTIONS);
+        let options = FromPod::Extended(WIREGUARD, spoof::DESTINATION_OPTIONS);
         pod("udp-51830-options", one_guard, options, None);
-        pod("udp-51830-hop-by-hop", false, FromPod::Extended(WIREGUARD, forge::HOP_BY_HOP), None);
+        pod("udp-51830-hop-by-hop", false, FromPod::Extended(WIREGUARD, spoof::HOP_BY_HOP), None);
         for mark in MARKS {
             let is_short = matches!(
                 (condition, mark),
@@ -137,15 +137,15 @@ fn watch(
     let mut tap = stage.tap()?;
     // The first datagram makes the kernel resolve the gateway's link-layer address.
     let ready = stage.finish_in_clear()?;
-    look(stage, &mut tap, &ready)?;
+    count_in_clear(stage, &mut tap, &ready)?;
     attempt(stage)?;
     let last = stage.finish_in_clear()?;
-    let in_clear = look(stage, &mut tap, &last)?;
+    let in_clear = count_in_clear(stage, &mut tap, &last)?;
     Ok(if in_clear == 0 { Outcome::Held } else { Outcome::InClear })
 }
 
 /// Counts the packets in clear that the tap sees, up to the packet with the payload `last`.
-fn look(stage: &Stage<'_>, tap: &mut Tap, last: &[u8]) -> anyhow::Result<u32> {
+fn count_in_clear(stage: &Stage<'_>, tap: &mut Tap, last: &[u8]) -> anyhow::Result<u32> {
     let overlay = stage.overlay()?;
     let inner: Vec<IpNet> = overlay.a.into_iter().chain(overlay.b).map(IpNet::from).collect();
     let seen = tap.in_clear(stage.tag.bytes(), &inner, last, ARRIVAL)?;
@@ -172,8 +172,8 @@ fn send_from_pod(stage: &mut Stage<'_>, how: FromPod) -> anyhow::Result<()> {
     let number = stage.number();
     let pod = &stage.hosts.pod;
     let ways = ways(stage, [pod.addresses()[0], pod.addresses()[1]])?;
-    let forger = Forger::new(pod.namespace(), "eth0", stage.hosts.a.namespace(), "cni0")?;
-    how.send(&forger, &ways, &stage.tag.payload(number), TIMES)
+    let spoofer = Spoofer::new(pod.namespace(), "eth0", stage.hosts.a.namespace(), "cni0")?;
+    how.send(&spoofer, &ways, &stage.tag.payload(number), TIMES)
 }
 
 /// Checks packets of a pod that an eBPF program on its link redirects by the kernel's routing
@@ -189,12 +189,12 @@ fn redirected(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     let payload = stage.tag.payload(number).map(|byte| !byte);
     let pod = &stage.hosts.pod;
     let to = SocketAddr::new(stage.hosts.cp.addresses()[0], PORT);
-    let forger = Forger::new(pod.namespace(), "eth0", stage.hosts.a.namespace(), "cni0")?;
+    let spoofer = Spoofer::new(pod.namespace(), "eth0", stage.hosts.a.namespace(), "cni0")?;
     let way = Way { from: pod.addresses()[0], to };
-    FromPod::Udp(PORT).send(&forger, &[way], &payload, TIMES)?;
+    FromPod::Udp(PORT).send(&spoofer, &[way], &payload, TIMES)?;
     let hops =
         tap.find(ARRIVAL, |frame| find(frame, &payload).and_then(|_| frame.get(HOPS).copied()))?;
-    anyhow::ensure!(hops == Some(forge::HOPS), "the eBPF program does not redirect: TTL {hops:?}");
+    anyhow::ensure!(hops == Some(spoof::HOPS), "the eBPF program does not redirect: TTL {hops:?}");
     let outcome = watch(stage, |stage| {
         send_from_pod(stage, FromPod::Udp(PORT))?;
         send_from_pod(stage, FromPod::Udp(WIREGUARD))

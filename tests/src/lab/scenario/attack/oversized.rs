@@ -11,7 +11,7 @@ use anyhow::Context;
 use super::stage::{ARRIVAL, Stage, WIREGUARD};
 use super::{Attacker, Case, Outcome};
 use crate::lab::capture::udp_payload;
-use crate::lab::forge::{self, Forger};
+use crate::lab::spoof::{self, Spoofer};
 
 /// Length in bytes of the header of a relayed datagram: kind, version, two zero bytes, channel
 /// number.
@@ -91,10 +91,10 @@ fn by_end(stage: &mut Stage<'_>, family: usize, size: usize) -> anyhow::Result<O
     let to = relay(stage, family);
     // Only IPv6 has room for a UDP payload of more than 65507 bytes: the IPv4 total length includes
     // the IP header.
-    let packet = forge::udp(from, to, &datagram)?;
-    let forger = Forger::new(stage.internet(), "cp", stage.hosts.cp.namespace(), "eth0")?;
-    for fragment in forge::fragments(&packet, MTU)? {
-        forger.send(&fragment)?;
+    let packet = spoof::udp(from, to, &datagram)?;
+    let spoofer = Spoofer::new(stage.internet(), "cp", stage.hosts.cp.namespace(), "eth0")?;
+    for fragment in spoof::fragments(&packet, MTU)? {
+        spoofer.send(&fragment)?;
     }
     verdict(stage)
 }

@@ -159,11 +159,11 @@ fn send(
         let value = if link == "all" { "0".to_owned() } else { filter.to_string() };
         stage.hosts.a.namespace().sysctl(&setting, &value)?;
     }
-    let forger = stage.neighbour()?;
+    let spoofer = stage.neighbour()?;
     let (from, to) = (source.address(stage, family)?, target.address(stage, family)?);
     let (number, packet) = stage.packet(from, to)?;
     for _ in 0..TIMES {
-        forger.send(&packet)?;
+        spoofer.send(&packet)?;
     }
     if target == Target::OtherNode {
         stage.finish_through_tunnel(family == 1)?;
@@ -172,12 +172,12 @@ fn send(
         let (from, to) =
             (Source::Stranger.address(stage, family)?, Target::Uplink.address(stage, family)?);
         let (last, packet) = stage.packet(from, to)?;
-        forger.send(&packet)?;
-        let passed = stage.ear(Place::A)?.hears(last, ARRIVAL)?;
+        spoofer.send(&packet)?;
+        let passed = stage.ear(Place::A)?.receives(last, ARRIVAL)?;
         anyhow::ensure!(passed, "the control packet of a stranger does not arrive");
     }
-    let heard = stage.ear(target.place())?.hears(number, DETOUR)?;
-    Ok(if heard { Outcome::Delivered } else { Outcome::Dropped })
+    let received = stage.ear(target.place())?.receives(number, DETOUR)?;
+    Ok(if received { Outcome::Delivered } else { Outcome::Dropped })
 }
 
 /// Checks that the hosts of the announced LAN itself reach the mesh: the main routing table leads
@@ -193,6 +193,6 @@ fn by_its_own_link(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
         }
         Ok(())
     })?;
-    let heard = stage.ear(Place::B)?.hears(number, ARRIVAL)?;
-    Ok(if heard { Outcome::Delivered } else { Outcome::Dropped })
+    let received = stage.ear(Place::B)?.receives(number, ARRIVAL)?;
+    Ok(if received { Outcome::Delivered } else { Outcome::Dropped })
 }

@@ -29,14 +29,14 @@ use super::{Setting, Unavailable};
 use crate::lab::actor::Actor;
 use crate::lab::capture::Tap;
 use crate::lab::ear::{Ear, Tag};
-use crate::lab::forge::{self, Forger};
 use crate::lab::interrupt::wait_up_to;
-use crate::lab::meddle::{LINK, Meddling};
 use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::Namespace;
 use crate::lab::ping::echoes;
 use crate::lab::privilege::Rank;
 use crate::lab::raw_tunnel::{RawTunnel, private_key};
+use crate::lab::spoof::{self, Spoofer};
+use crate::lab::tamper::{LINK, Tampering};
 use crate::lab::topology::{Host, Lab, Router};
 use crate::lab::traffic::Pattern;
 
@@ -170,7 +170,7 @@ pub(super) struct Overlay {
 impl<'s> Stage<'s> {
     /// Builds the hosts. No program runs on them yet.
     pub(super) fn build(setting: &'s Setting) -> anyhow::Result<Self> {
-        setting.talk.step("building the hosts");
+        setting.output.step("building the hosts");
         let mut lab = Lab::new(setting.rank)?;
         let hosts = Hosts::build(&mut lab).context("cannot build the hosts")?;
         // The permissions of the agent must stop a local user, not those of the lab's directory.
@@ -182,7 +182,7 @@ impl<'s> Stage<'s> {
 
     /// Joins and starts all nodes, waits for their tunnels, and opens the listeners.
     pub(super) fn begin(&mut self) -> anyhow::Result<()> {
-        self.setting.talk.step("starting the mesh");
+        self.setting.output.step("starting the mesh");
         self.mesh = Some(Mesh::start(self.setting, &self.lab, &self.hosts)?);
         let link = self.hosts.a.namespace().run(|| Ok(Rtnetlink::open()?.link_index(LINK)?))?;
         // The internet gets a route to `evil` through `a`, so that it can answer packets that `a`
@@ -204,7 +204,7 @@ impl<'s> Stage<'s> {
             let ear = Ear::open(self.namespace(place), PORT, self.tag, joined, link)?;
             self.ears.push((place, ear));
         }
-        self.setting.talk.step("attacking");
+        self.setting.output.step("attacking");
         Ok(())
     }
 
@@ -260,8 +260,8 @@ impl<'s> Stage<'s> {
     }
 
     /// Returns a sender that acts as a neighbour on the first uplink of `a`.
-    pub(super) fn neighbour(&self) -> anyhow::Result<Forger> {
-        Forger::new(self.internet(), "a", self.hosts.a.namespace(), "eth0")
+    pub(super) fn neighbour(&self) -> anyhow::Result<Spoofer> {
+        Spoofer::new(self.internet(), "a", self.hosts.a.namespace(), "eth0")
     }
 
     /// Opens a capture of everything that `a` sends on its first uplink.
@@ -317,12 +317,15 @@ impl<'s> Stage<'s> {
         }
         // Set before the next step: the agent is gone even if that step fails.
         self.condition = condition;
-        let meddlings: &[Meddling] = match condition {
+        let tamperings: &[Tampering] = match condition {
             Condition::Running | Condition::Killed | Condition::Stopped => &[],
-            Condition::NoTable => &[Meddling::FlushRuleset],
-            Condition::NoRoutes => &[Meddling::FlushRules, Meddling::FlushRoutes],
+            Condition::NoTable => &[Tampering::FlushRuleset],
+            Condition::NoRoutes => &[Tampering::FlushRules, Tampering::FlushRoutes],
         };
-        self.hosts.a.namespace().run(|| meddlings.iter().try_for_each(|meddling| meddling.act()))
+        self.hosts
+            .a
+            .namespace()
+            .run(|| tamperings.iter().try_for_each(|tampering| tampering.apply()))
     }
 
     /// Starts the agent of `a` and waits for its tunnels.
@@ -401,7 +404,7 @@ impl<'s> Stage<'s> {
             Ok(UdpSocket::bind((any, 0))?.send_to(&payload, (to, PORT))?)
         })?;
         anyhow::ensure!(
-            self.ear(Place::B)?.hears(number, ARRIVAL)?,
+            self.ear(Place::B)?.receives(number, ARRIVAL)?,
             "no datagram passes through the tunnel from a to b"
         );
         Ok(())
@@ -410,7 +413,7 @@ impl<'s> Stage<'s> {
     /// Returns the next datagram as an IP packet, with its number.
     pub(super) fn packet(&mut self, from: IpAddr, to: IpAddr) -> anyhow::Result<(u64, Vec<u8>)> {
         let number = self.number();
-        let packet = forge::udp((from, PORT).into(), (to, PORT).into(), &self.tag.payload(number))?;
+        let packet = spoof::udp((from, PORT).into(), (to, PORT).into(), &self.tag.payload(number))?;
         Ok((number, packet))
     }
 }

@@ -85,7 +85,7 @@ pub(super) struct Outcome {
 /// Number of echo requests of a run.
 const ECHOES: u32 = 400;
 /// Limit for one echo reply.
-const ECHO_PATIENCE: Duration = Duration::from_secs(1);
+const ECHO_TIMEOUT: Duration = Duration::from_secs(1);
 /// Interval between two echo requests during a TCP stream.
 const LOADED_PACE: Duration = Duration::from_millis(5);
 
@@ -201,7 +201,7 @@ impl Case {
             Self::Loss10 => subject.losing(10, || tcp(&[there])),
             Self::Ping | Self::PingWorkers2 => {
                 let echoes =
-                    ping::echoes(there.from, there.address, ECHOES, ECHO_PATIENCE, pattern)?;
+                    ping::echoes(there.from, there.address, ECHOES, ECHO_TIMEOUT, pattern)?;
                 let median = echoes.median.context("no echo reply arrived")?;
                 Ok(Outcome::of_ping(median, Carried::default()))
             }
@@ -213,7 +213,7 @@ impl Case {
                     median = std::thread::scope(|scope| {
                         let asked = scope
                             .spawn(|| ping::paced(there.from, there.address, LOADED_PACE, &over));
-                        let passed = crate::lab::interrupt::pass(window.length);
+                        let passed = crate::lab::interrupt::sleep(window.length);
                         over.store(true, Ordering::Relaxed);
                         let asked = asked.join().unwrap_or(Ok(None));
                         passed.map_err(anyhow::Error::from).and(asked)

@@ -19,7 +19,7 @@ use towline_dataplane::arena::{RecvBatch, SendBatch};
 use towline_dataplane::drops::Drops;
 use towline_dataplane::{Offloads, Ready, Udp, UdpIo, open_udp_with};
 
-use crate::lab::interrupt::pass;
+use crate::lab::interrupt::sleep;
 use crate::lab::namespace::Namespace;
 use crate::lab::process::processor_time;
 
@@ -114,8 +114,8 @@ impl Counters {
         daemons: &[Pid],
         meanwhile: impl FnOnce() -> anyhow::Result<()>,
     ) -> anyhow::Result<Carried> {
-        pass(window.warm_up)?;
-        let look = || {
+        sleep(window.warm_up)?;
+        let sample = || {
             let cpu =
                 daemons.iter().map(|pid| processor_time(*pid)).sum::<anyhow::Result<Duration>>();
             let (bytes, datagrams) = (&self.bytes, &self.datagrams);
@@ -127,10 +127,10 @@ impl Counters {
                 cpu?,
             ))
         };
-        let before = look()?;
+        let before = sample()?;
         meanwhile()?;
-        pass(window.length.saturating_sub(before.0.elapsed()))?;
-        let after = look()?;
+        sleep(window.length.saturating_sub(before.0.elapsed()))?;
+        let after = sample()?;
         if after.1 == before.1 {
             bail!("no data arrived");
         }
@@ -265,7 +265,7 @@ pub(super) fn order(ways: &[Way<'_>], datagrams: u64) -> anyhow::Result<Carried>
         }
         let mut passed = Ok(());
         while passed.is_ok() && arrived() < datagrams && begun.elapsed() < ORDER_LIMIT {
-            passed = pass(Duration::from_millis(100));
+            passed = sleep(Duration::from_millis(100));
         }
         counters.stop.store(true, Ordering::Relaxed);
         passed

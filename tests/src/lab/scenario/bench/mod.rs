@@ -164,7 +164,7 @@ fn measure(
                     continue;
                 }
                 interrupt::check()?;
-                setting.talk.step(&format!(
+                setting.output.step(&format!(
                     "round {} of {rounds}: {} with {}",
                     round + 1,
                     case.what(),
@@ -229,7 +229,7 @@ fn watch_order(
     bench: &mut Bench,
 ) -> anyhow::Result<()> {
     let datagrams = if options.full { FULL_ORDERED } else { ORDERED };
-    setting.talk.step(&format!("checking the order of {datagrams} datagrams with two workers"));
+    setting.output.step(&format!("checking the order of {datagrams} datagrams with two workers"));
     let each = [false, true].map(|v6| [shared.there(v6), shared.back(v6)]);
     let carried = load::order(each.as_flattened(), datagrams)?;
     bench.reordered += carried.reordered;
@@ -251,25 +251,25 @@ fn gather(
     let outer_v6 = cases.contains(&Case::OuterV6);
     let mut contestants = Vec::new();
     if wanted(NOW) || before.is_some() {
-        setting.talk.step("starting a controller and two agents");
+        setting.output.step("starting a controller and two agents");
         let binaries = &setting.binaries;
         contestants.push(Contestant::towline(NOW, binaries, options, cases, lab)?);
         bench.subjects.insert(NOW, env!("CARGO_PKG_VERSION").to_owned());
     }
     if let Some(binaries) = before {
-        setting.talk.step("starting a controller and two agents of the other checkout");
+        setting.output.step("starting a controller and two agents of the other checkout");
         contestants.push(Contestant::towline(BEFORE, binaries, options, cases, lab)?);
-        let said = Program::new(&binaries.towline)
+        let output = Program::new(&binaries.towline)
             .arg("--version")
             .run_ok(lab.internet(), COMMAND_LIMIT)?;
-        let version = said.split_whitespace().next_back().unwrap_or_default();
+        let version = output.split_whitespace().next_back().unwrap_or_default();
         bench.subjects.insert(BEFORE, version.to_owned());
     }
     for which in WireGuard::ALL.into_iter().filter(|which| wanted(which.name())) {
         let name = which.name();
         let all = which == WireGuard::Go || options.full;
         let started = which.install().and_then(|program| {
-            setting.talk.step(&format!("starting two instances of {name}"));
+            setting.output.step(&format!("starting two instances of {name}"));
             let subject =
                 Subject::other(lab, &program, Outer::V4).map_err(|error| format!("{error:#}"))?;
             let over_v6 = (outer_v6 && all)
@@ -294,7 +294,7 @@ fn gather(
         }
     }
     if wanted("limit") {
-        setting.talk.step("starting the bare limit");
+        setting.output.step("starting the bare limit");
         let subject = Subject::limit(setting, lab)?;
         let (name, all) = ("limit", options.full);
         let (over_v6, crowded, shared) = (None, None, None);

@@ -184,8 +184,8 @@ impl<'a> Writers<'a> {
 
     /// Runs an operator's command. Returns whether the controller acknowledged it.
     fn operate(&self, arguments: &[&str]) -> bool {
-        let said = self.operator.command(arguments);
-        said.is_ok_and(|said| said.status.success())
+        let output = self.operator.command(arguments);
+        output.is_ok_and(|output| output.status.success())
     }
 
     /// Records the generations in the node list. A generation that the controller shows was

@@ -9,7 +9,7 @@ use anyhow::{Context as _, bail, ensure};
 
 use super::flood;
 use super::pair::{NAT_TIMEOUT, Pair, Side, Terms, Wiring};
-use crate::lab::interrupt::{pass, wait_for};
+use crate::lab::interrupt::{sleep, wait_for};
 use crate::lab::namespace::join;
 use crate::lab::peers::Installed;
 use crate::lab::ping::Ticker;
@@ -89,7 +89,7 @@ fn roam(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<Ou
     let pair = Pair::start(setting, program, Wiring::Roaming(side), Terms::called_by(caller))?;
     pair.ping_ok(caller, HANDSHAKE_LIMIT)?;
     let gap = ticking(&pair, side, || {
-        pass(Duration::from_millis(500))?;
+        sleep(Duration::from_millis(500))?;
         pair.unplug(side)?;
         let unplugged = Instant::now();
         Ok((unplugged, ROAM_LIMIT))
@@ -121,7 +121,7 @@ fn cookie(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<
                     Ok((pair.drops("under_load")? > 0).then_some(()))
                 })?;
             } else {
-                pass(Duration::from_secs(1))?;
+                sleep(Duration::from_secs(1))?;
             }
             pair.ping_ok(caller, FLOODED_LIMIT)
         })();
@@ -158,14 +158,14 @@ fn nat(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<Out
         Ok(pair.handshake_age().is_ok().then_some(()))
     })?;
     let silence = Duration::from_secs(3 * NAT_TIMEOUT);
-    pass(silence)?;
+    sleep(silence)?;
     let first = pair
         .ping_ok(side.other(), Duration::from_secs(2))
         .context("echo from outside, after a pause, with a keepalive")?;
     pair.stop_keepalive()?;
     // The last packet may be answered with a keepalive after ten seconds (WireGuard's
     // Keepalive-Timeout).
-    pass(Duration::from_secs(10) + silence)?;
+    sleep(Duration::from_secs(10) + silence)?;
     if pair.ping(side.other(), Duration::from_secs(1))?.is_some() {
         bail!("the NAT mapping did not expire: the test is not valid");
     }
@@ -179,7 +179,7 @@ fn rekey(setting: &Setting, program: &Installed, caller: Side) -> anyhow::Result
     pair.ping_ok(caller, HANDSHAKE_LIMIT)?;
     let gap = ticking(&pair, caller, || {
         let begun = Instant::now();
-        pass(REKEY_WATCH)?;
+        sleep(REKEY_WATCH)?;
         Ok((begun, Duration::ZERO))
     })?;
     let age = pair.handshake_age()?;
@@ -194,14 +194,14 @@ fn rekey(setting: &Setting, program: &Installed, caller: Side) -> anyhow::Result
 fn ticking(
     pair: &Pair,
     side: Side,
-    act: impl FnOnce() -> anyhow::Result<(Instant, Duration)>,
+    action: impl FnOnce() -> anyhow::Result<(Instant, Duration)>,
 ) -> anyhow::Result<Duration> {
     let [target, _] = pair.inner(side.other())?;
     let (ticker, stop) = (Ticker::default(), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let ticks = scope.spawn(|| ticker.run(pair.host(side), target, PACE, &stop));
-        let acted = act().and_then(|(from, more)| {
-            pass(more)?;
+        let acted = action().and_then(|(from, more)| {
+            sleep(more)?;
             Ok(from)
         });
         stop.store(true, Ordering::Relaxed);

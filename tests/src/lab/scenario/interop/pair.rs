@@ -214,20 +214,20 @@ impl Pair {
     }
 
     /// Sends echo requests from this side. Returns the time until the first reply, or `None` if
-    /// there is none within `patience`.
-    pub(super) fn ping(&self, from: Side, patience: Duration) -> anyhow::Result<Option<Duration>> {
+    /// there is none within `timeout`.
+    pub(super) fn ping(&self, from: Side, timeout: Duration) -> anyhow::Result<Option<Duration>> {
         let begun = Instant::now();
         let [target, _] = inner(from.other())?;
-        let deadline = begun + patience;
+        let deadline = begun + timeout;
         let at = first_reply(self.host(from), target, self.link(from), deadline)?;
         Ok(at.map(|at| at - begun))
     }
 
     /// Does the same as [`Self::ping`]. Without a reply, returns an error with the peer's state.
-    pub(super) fn ping_ok(&self, from: Side, patience: Duration) -> anyhow::Result<Duration> {
-        self.ping(from, patience)?.ok_or_else(|| {
-            let stands = self.stands().unwrap_or_else(|error| format!("{error:#}"));
-            anyhow!("no echo reply within {} s: {stands}", patience.as_secs())
+    pub(super) fn ping_ok(&self, from: Side, timeout: Duration) -> anyhow::Result<Duration> {
+        self.ping(from, timeout)?.ok_or_else(|| {
+            let state = self.state().unwrap_or_else(|error| format!("{error:#}"));
+            anyhow!("no echo reply within {} s: {state}", timeout.as_secs())
         })
     }
 
@@ -243,23 +243,23 @@ impl Pair {
     }
 
     /// Returns a description of the peer's state, as the agent reports it.
-    pub(super) fn stands(&self) -> anyhow::Result<String> {
+    pub(super) fn state(&self) -> anyhow::Result<String> {
         let peer = self.ours.peer(NAME)?.context("the agent does not list the other side")?;
         Ok(format!("the agent reports {} ({})", peer.state, peer.reason.unwrap_or_default()))
     }
 
     /// Returns the age of the last handshake, as the agent reports it.
     pub(super) fn handshake_age(&self) -> anyhow::Result<Duration> {
-        let said = self.ours.command_ok(&["peers", "-o", "json"])?;
-        let peers: serde_json::Value = serde_json::from_str(&said)?;
+        let output = self.ours.command_ok(&["peers", "-o", "json"])?;
+        let peers: serde_json::Value = serde_json::from_str(&output)?;
         let age = peers[0]["handshake_age_ms"].as_u64().context("no handshake yet")?;
         Ok(Duration::from_millis(age))
     }
 
     /// Returns a drop counter of `towline status`.
     pub(super) fn drops(&self, reason: &str) -> anyhow::Result<u64> {
-        let said = self.ours.command_ok(&["status", "-o", "json"])?;
-        let status: serde_json::Value = serde_json::from_str(&said)?;
+        let output = self.ours.command_ok(&["status", "-o", "json"])?;
+        let status: serde_json::Value = serde_json::from_str(&output)?;
         status["drops"][reason]
             .as_u64()
             .with_context(|| format!("status has no drop counter {reason}"))

@@ -163,16 +163,16 @@ impl Plane {
             "metadata": {"name": name},
             "spec": {"podCIDR": pods, "podCIDRs": [pods]},
         });
-        let (code, said) = self.admin("POST", "/api/v1/nodes", Some(node))?;
-        anyhow::ensure!(code == 201, "cannot create the Node: {said}");
+        let (code, output) = self.admin("POST", "/api/v1/nodes", Some(node))?;
+        anyhow::ensure!(code == 201, "cannot create the Node: {output}");
         let status = json!({"status": {
             "addresses": [{"type": "InternalIP", "address": ip.to_string()}],
             "daemonEndpoints": {"kubeletEndpoint": {"Port": 10250}},
             "conditions": [{"type": "Ready", "status": "True"}],
         }});
         let path = format!("/api/v1/nodes/{name}/status");
-        let (code, said) = self.admin("PATCH", &path, Some(status))?;
-        anyhow::ensure!(code == 200, "cannot set the status of the Node: {said}");
+        let (code, output) = self.admin("PATCH", &path, Some(status))?;
+        anyhow::ensure!(code == 200, "cannot set the status of the Node: {output}");
         Ok(())
     }
 

@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, anyhow, bail};
 
+use crate::lab::output::ProgressOutput;
 use crate::lab::report::Forbidden;
-use crate::lab::talk::Talk;
 
 /// Version of the API server. Must match `tests/kubernetes/go.mod`.
 const VERSION: &str = "1.34.4";
@@ -27,7 +27,7 @@ impl Programs {
     /// # Errors
     /// Returns [`Forbidden`] if etcd is not installed, or if a build is needed and Go is not
     /// installed.
-    pub(super) fn find(talk: &Talk) -> anyhow::Result<Self> {
+    pub(super) fn find(output: &ProgressOutput) -> anyhow::Result<Self> {
         let etcd = in_path("etcd").ok_or_else(|| {
             anyhow!(Forbidden {
                 what: "etcd is not installed".to_owned(),
@@ -37,7 +37,7 @@ impl Programs {
         let directory = cache()?.join(format!("kubernetes-{VERSION}"));
         let apiserver = directory.join("kube-apiserver");
         if !apiserver.is_file() {
-            build(talk, "kube-apiserver", &apiserver)?;
+            build(output, "kube-apiserver", &apiserver)?;
         }
         let kubectl = Some(directory.join("kubectl")).filter(|path| path.is_file());
         Ok(Self { etcd, apiserver, kubectl: kubectl.or_else(|| in_path("kubectl")) })
@@ -52,14 +52,14 @@ fn cache() -> anyhow::Result<PathBuf> {
 }
 
 /// Builds a program of Kubernetes at `place`.
-fn build(talk: &Talk, name: &str, place: &Path) -> anyhow::Result<()> {
+fn build(output: &ProgressOutput, name: &str, place: &Path) -> anyhow::Result<()> {
     let go = in_path("go").ok_or_else(|| {
         anyhow!(Forbidden {
             what: format!("{name} must be built and Go is not installed"),
             remedy: "install Go 1.24 or later (`apt-get install golang-go`)".to_owned(),
         })
     })?;
-    talk.step(&format!("building {name} {VERSION}: only once, takes about 15 minutes"));
+    output.step(&format!("building {name} {VERSION}: only once, takes about 15 minutes"));
     std::fs::create_dir_all(place.parent().unwrap_or(Path::new("/")))?;
     let ended = Command::new(go)
         .args(["build", "-p", "2", "-trimpath", "-mod=readonly", "-ldflags"])

@@ -13,10 +13,10 @@ use towline_netlink::{Family, Route, Rtnetlink};
 use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily, Transaction};
 
 use super::super::Setting;
-use crate::lab::meddle::LINK;
 use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::Namespace;
 use crate::lab::nat::Nat;
+use crate::lab::tamper::LINK;
 use crate::lab::topology::{Host, Lab, Router};
 
 /// Kind of address that a node has inside the cluster.
@@ -114,7 +114,7 @@ pub(super) struct Cluster {
 impl Cluster {
     /// Builds the hosts, joins and starts all nodes, and waits for their tunnels.
     pub(super) fn build(setting: &Setting, addressing: Addressing) -> anyhow::Result<Self> {
-        setting.talk.step(&format!("building a cluster, addressing: {addressing}"));
+        setting.output.step(&format!("building a cluster, addressing: {addressing}"));
         let mut lab = Lab::new(setting.rank)?;
         let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.build()?;
         let www = lab.host("www").public("203.0.113.80", "2001:db8::80")?.build()?;
@@ -142,7 +142,7 @@ impl Cluster {
             (worker_a, "dc-a", 2, "203.0.113.11"),
             (worker_b, "dc-b", 3, ""),
         ] {
-            setting.talk.step(&format!("joining {}", host.name()));
+            setting.output.step(&format!("joining {}", host.name()));
             members.push(join(
                 &lab,
                 setting,

@@ -13,10 +13,10 @@ pub(super) fn smoke(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    bed.talk.step("booting two machines, installing the package and joining");
+    bed.output.step("booting two machines, installing the package and joining");
     pair.join(bed)?;
     pair.network.reset();
-    bed.talk.step("sending traffic between them");
+    bed.output.step("sending traffic between them");
     pair.ping()?;
     nothing_in_clear(pair, "after the join", promises);
     let sent = pair.sent();

@@ -14,7 +14,7 @@ use std::time::Duration;
 use super::kernel::{DEFAULT, RELEASES, Release};
 use super::machine::{CHANGE_LIMIT, Machine};
 use super::pair::{Pair, Testbed};
-use crate::lab::interrupt::pass;
+use crate::lab::interrupt::sleep;
 use crate::lab::report::Promises;
 
 /// A test case.
@@ -292,7 +292,7 @@ fn nothing_in_clear(pair: &Pair, when: &str, promises: &mut Promises) {
 
 /// Watches the worker for [`WINDOW`], in a state that lasts.
 fn watch(pair: &Pair, when: &str, promises: &mut Promises) -> anyhow::Result<()> {
-    pass(WINDOW)?;
+    sleep(WINDOW)?;
     nothing_in_clear(pair, when, promises);
     Ok(())
 }

@@ -15,14 +15,14 @@ use super::ping::checksum;
 
 /// Sends packets on one port of a bridge, to the host at its other end.
 #[derive(Debug)]
-pub struct Forger {
+pub struct Spoofer {
     socket: Socket,
     port: u32,
     hardware: [u8; 6],
 }
 
-impl Forger {
-    /// Opens a forger on the port `port` in `switch`, towards the link `link` of `host`.
+impl Spoofer {
+    /// Opens a spoofer on the port `port` in `switch`, towards the link `link` of `host`.
     pub fn new(
         switch: &Namespace,
         port: &str,

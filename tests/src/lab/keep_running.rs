@@ -29,12 +29,12 @@ pub struct Kept {
     /// with the same id.
     started: u64,
     binaries: PathBuf,
-    places: BTreeMap<String, Place>,
+    places: BTreeMap<String, KeptNamespace>,
 }
 
 /// A namespace of a kept lab.
 #[derive(Debug, Serialize, Deserialize)]
-struct Place {
+struct KeptNamespace {
     thread: i32,
     environment: BTreeMap<String, String>,
 }
@@ -58,7 +58,7 @@ impl Kept {
         namespace: &Namespace,
         environment: impl IntoIterator<Item = (N, V)>,
     ) {
-        let place = Place {
+        let place = KeptNamespace {
             thread: namespace.thread_id().as_raw(),
             environment: environment.into_iter().map(|(n, v)| (n.into(), v.into())).collect(),
         };
@@ -82,7 +82,7 @@ impl Kept {
         let _note = Note(note);
         while !interrupt::raised() {
             // Ctrl-C ends the loop.
-            let _ = interrupt::pass(Duration::from_secs(1));
+            let _ = interrupt::sleep(Duration::from_secs(1));
         }
         Ok(())
     }

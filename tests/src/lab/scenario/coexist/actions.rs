@@ -6,15 +6,15 @@ use std::time::Duration;
 use towline_netlink::{Route, RouteKind, Rtnetlink};
 use towline_nftables::{Chain, ChainKind, Hook, Nft, Policy, Table, TableFamily};
 
-use crate::lab::meddle::{LINK, Meddling};
 use crate::lab::namespace::Namespace;
 use crate::lab::process::Program;
+use crate::lab::tamper::{LINK, Tampering};
 
 /// An action on the network of a host.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Deed {
+pub(super) enum Action {
     /// One netlink operation on state that Towline created.
-    Meddling(Meddling),
+    Tampering(Tampering),
     /// Name and function of another action over netlink.
     Netlink(&'static str, fn() -> anyhow::Result<()>),
     /// Name of the action, programs that it needs, and a script for `sh`.
@@ -26,24 +26,24 @@ pub(super) enum Deed {
 /// Limit for a script. One that runs longer hangs.
 const LIMIT: Duration = Duration::from_secs(40);
 
-impl Deed {
+impl Action {
     /// Returns all actions, those over netlink first.
     pub(super) fn all() -> Vec<Self> {
-        let meddlings = Meddling::ALL.into_iter().map(Self::Meddling);
-        meddlings.chain(NETLINK).chain(PROGRAMS).collect()
+        let tamperings = Tampering::ALL.into_iter().map(Self::Tampering);
+        tamperings.chain(NETLINK).chain(PROGRAMS).collect()
     }
 
     /// Returns the name of the action, for example the command that has the same effect.
     pub(super) fn name(&self) -> &'static str {
         match self {
-            Self::Meddling(meddling) => meddling.name(),
+            Self::Tampering(tampering) => tampering.name(),
             Self::Netlink(name, _) | Self::Script(name, ..) | Self::Impossible(name, _) => name,
         }
     }
 
     /// Returns whether the action needs no program.
     pub(super) fn is_netlink(&self) -> bool {
-        matches!(self, Self::Meddling(_) | Self::Netlink(..))
+        matches!(self, Self::Tampering(_) | Self::Netlink(..))
     }
 
     /// Returns whether forwarded packets are dropped after the action, except for those that a rule
@@ -65,10 +65,10 @@ impl Deed {
     }
 
     /// Runs the action in a network namespace.
-    pub(super) fn act(&self, namespace: &Namespace) -> anyhow::Result<()> {
+    pub(super) fn run(&self, namespace: &Namespace) -> anyhow::Result<()> {
         match self {
-            Self::Meddling(meddling) => namespace.run(|| meddling.act()),
-            Self::Netlink(_, act) => namespace.run(act),
+            Self::Tampering(tampering) => namespace.run(|| tampering.apply()),
+            Self::Netlink(_, function) => namespace.run(function),
             Self::Script(_, _, script) => {
                 // On Debian, these programs are not in the `PATH` of an ordinary user.
                 let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
@@ -89,20 +89,22 @@ fn is_installed(program: &str) -> bool {
     path.split(':').any(|directory| Path::new(directory).join(program).exists())
 }
 
-/// Actions over netlink, in addition to [`Meddling::ALL`].
-const NETLINK: [Deed; 5] = [
+/// Actions over netlink, in addition to [`Tampering::ALL`].
+const NETLINK: [Action; 5] = [
     // The effect of ManageForeignRoutes and ManageForeignRoutingPolicyRules, both on by default.
-    Deed::Netlink("systemd-networkd starts: foreign routes and rules go", || {
-        Meddling::FlushRoutes.act()?;
-        Meddling::FlushRules.act()
+    Action::Netlink("systemd-networkd starts: foreign routes and rules go", || {
+        Tampering::FlushRoutes.apply()?;
+        Tampering::FlushRules.apply()
     }),
-    Deed::Netlink("everything at once", || Meddling::ALL.into_iter().try_for_each(Meddling::act)),
-    Deed::Netlink("ip link set towline0 mtu 1300", || {
+    Action::Netlink("everything at once", || {
+        Tampering::ALL.into_iter().try_for_each(Tampering::apply)
+    }),
+    Action::Netlink("ip link set towline0 mtu 1300", || {
         let mut netlink = Rtnetlink::open()?;
         let link = netlink.link_index(LINK)?;
         Ok(netlink.set_mtu(link, 1_300)?)
     }),
-    Deed::Netlink("docker starts: its tables, FORWARD dropped", || {
+    Action::Netlink("docker starts: its tables, FORWARD dropped", || {
         let forward = Chain::base(ChainKind::Filter, Hook::Forward, 0)
             .policy(Policy::Drop)
             .rule(towline_nftables::Rule::new().counter().jump("DOCKER-USER"));
@@ -115,7 +117,7 @@ const NETLINK: [Deed; 5] = [
         Nft::open()?.load(&table)?;
         Ok(())
     }),
-    Deed::Netlink("somebody's route to a mesh network in the main table", || {
+    Action::Netlink("somebody's route to a mesh network in the main table", || {
         let mut netlink = Rtnetlink::open()?;
         for network in ["198.19.0.0/24", "fd00::/8"] {
             netlink.replace_route(&Route::new(network.parse()?).kind(RouteKind::Blackhole))?;
@@ -125,23 +127,23 @@ const NETLINK: [Deed; 5] = [
 ];
 
 /// Actions with real programs, and those that cannot run in a lab.
-const PROGRAMS: [Deed; 16] = [
-    Deed::Script("nft: flush ruleset", &["nft"], "nft flush ruleset"),
-    Deed::Script(
+const PROGRAMS: [Action; 16] = [
+    Action::Script("nft: flush ruleset", &["nft"], "nft flush ruleset"),
+    Action::Script(
         "nftables.service restarts with Debian's configuration",
         &["nft"],
         "printf 'flush ruleset\ntable inet filter {\n chain input { type filter hook input priority filter; }\n \
          chain forward { type filter hook forward priority filter; }\n chain output { type filter hook output \
          priority filter; }\n}\n' | nft -f -",
     ),
-    Deed::Script(
+    Action::Script(
         "nft: kube-proxy in nftables mode makes and syncs its tables",
         &["nft"],
         "for i in 1 2 3; do printf 'add table ip kube-proxy\nadd chain ip kube-proxy nat-prerouting { type nat \
          hook prerouting priority dstnat ; }\nflush chain ip kube-proxy nat-prerouting\nadd rule ip kube-proxy \
          nat-prerouting ip daddr 10.96.0.10 tcp dport 53 dnat to 10.244.9.9:53\n' | nft -f -; done",
     ),
-    Deed::Script(
+    Action::Script(
         "iptables: kube-proxy in iptables mode syncs its chains",
         &["iptables-restore", "ip6tables-restore"],
         "for i in 1 2 3; do for f in iptables-restore ip6tables-restore; do printf \
@@ -149,50 +151,50 @@ const PROGRAMS: [Deed; 16] = [
          0x4000/0x4000 -j RETURN\nCOMMIT\n*filter\n:KUBE-FIREWALL - [0:0]\n:KUBE-FORWARD - [0:0]\n-A KUBE-FORWARD \
          -m mark --mark 0x4000/0x4000 -j ACCEPT\nCOMMIT\n' | $f --noflush; done; done",
     ),
-    Deed::Script(
+    Action::Script(
         "iptables: docker's chains, FORWARD dropped",
         &["iptables"],
         "iptables -w -N DOCKER-USER 2>/dev/null || true; iptables -w -P FORWARD DROP; iptables -w -C FORWARD -j \
          DOCKER-USER 2>/dev/null || iptables -w -I FORWARD -j DOCKER-USER",
     ),
-    Deed::Script(
+    Action::Script(
         "iptables: everything flushed",
         &["iptables", "ip6tables"],
         "for f in iptables ip6tables; do for t in filter nat mangle; do $f -w -t $t -F; $f -w -t $t -X; done; $f -w \
          -P FORWARD ACCEPT; done",
     ),
-    Deed::Script(
+    Action::Script(
         "ip: rule flush, then the kernel's own rules again",
         &["ip"],
         "for f in -4 -6; do ip $f rule flush; ip $f rule add pref 32766 lookup main; done; ip rule add pref 32767 \
          lookup default",
     ),
-    Deed::Script(
+    Action::Script(
         "ip: route flush",
         &["ip"],
         "for f in -4 -6; do ip $f route flush table 21580; done",
     ),
-    Deed::Script(
+    Action::Script(
         "ip: route flush of every route that is not the kernel's, then the gateways again",
         &["ip"],
         "g4=$(ip -4 route show default | head -1); g6=$(ip -6 route show default | head -1); for f in -4 -6; do \
          for p in 84 static boot; do ip $f route flush table all proto $p; done; done; ip -4 route replace $g4; ip -6 \
          route replace $g6",
     ),
-    Deed::Script("ip: address flush", &["ip"], "ip address flush dev towline0"),
-    Deed::Script("ip: link down", &["ip"], "ip link set towline0 down"),
-    Deed::Script(
+    Action::Script("ip: address flush", &["ip"], "ip address flush dev towline0"),
+    Action::Script("ip: link down", &["ip"], "ip link set towline0 down"),
+    Action::Script(
         "ip: link down and up",
         &["ip"],
         "ip link set towline0 down; ip link set towline0 up",
     ),
-    Deed::Script("ip: link delete", &["ip"], "ip link delete towline0"),
-    Deed::Script("firewalld starts, reloads and stops", &["firewalld", "dbus-daemon"], FIREWALLD),
-    Deed::Impossible(
+    Action::Script("ip: link delete", &["ip"], "ip link delete towline0"),
+    Action::Script("firewalld starts, reloads and stops", &["firewalld", "dbus-daemon"], FIREWALLD),
+    Action::Impossible(
         "systemd-networkd restarts",
         "it manages no link in a plain namespace: its effect is tested over netlink",
     ),
-    Deed::Impossible("NetworkManager restarts", "it manages no link in a plain namespace"),
+    Action::Impossible("NetworkManager restarts", "it manages no link in a plain namespace"),
 ];
 
 /// Script that runs firewalld with its own message bus, so that firewalld of this machine is not

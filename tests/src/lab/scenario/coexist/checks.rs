@@ -11,7 +11,7 @@ use towline_netlink::{Family, Rtnetlink};
 use towline_nftables::{Nft, Rule, TableFamily};
 
 use crate::lab::interrupt;
-use crate::lab::meddle::LINK;
+use crate::lab::tamper::LINK;
 
 /// Name of Towline's nftables table.
 const FIREWALL: &str = "towline";

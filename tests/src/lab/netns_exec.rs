@@ -18,7 +18,7 @@ const INSIDE: &str = "TOWLINE_LAB_INSIDE";
 ///
 /// # Panics
 /// If the test fails inside the namespace.
-pub fn inside(test: &str, body: impl FnOnce(Rank)) {
+pub fn netns_exec(test: &str, body: impl FnOnce(Rank)) {
     if std::env::var_os(INSIDE).is_some() {
         match usable() {
             Ok(()) => body(Rank::Rootless),
@@ -39,11 +39,14 @@ pub fn inside(test: &str, body: impl FnOnce(Rank)) {
     match started {
         Err(error) => skip(&super::privilege::refused(&format!("no user namespace: {error}"))),
         Ok(output) => {
-            let said = String::from_utf8_lossy(&output.stdout);
+            let stdout = String::from_utf8_lossy(&output.stdout);
             let errors = String::from_utf8_lossy(&output.stderr);
-            print!("{said}");
-            assert!(output.status.success(), "the test failed in the namespace:\n{said}\n{errors}");
-            assert!(said.contains("1 passed"), "no test is named `{test}`");
+            print!("{stdout}");
+            assert!(
+                output.status.success(),
+                "the test failed in the namespace:\n{stdout}\n{errors}"
+            );
+            assert!(stdout.contains("1 passed"), "no test is named `{test}`");
         }
     }
 }

@@ -15,9 +15,9 @@ use super::traffic::{CELL, MARK, Pattern};
 /// UDP port on which every member listens.
 pub const PORT: u16 = 4_444;
 /// Pause between two rounds of one member's datagrams to all others.
-const PACE: Duration = Duration::from_millis(5);
+const INTERVAL: Duration = Duration::from_millis(5);
 /// Interval at which a listener checks whether to stop.
-const LOOK: Duration = Duration::from_millis(50);
+const STOP_CHECK: Duration = Duration::from_millis(50);
 
 /// A node that takes part in the background traffic.
 #[derive(Debug)]
@@ -26,22 +26,22 @@ pub struct Member<'a> {
     pub namespace: &'a Namespace,
     /// The node's addresses in the mesh.
     pub addresses: Vec<IpAddr>,
-    heard: Heard,
+    received: Received,
 }
 
 /// Counts of the datagrams that a member received.
 #[derive(Debug, Default)]
-struct Heard {
+struct Received {
     /// Datagrams of the pattern over IPv4.
     v4: AtomicU64,
     v6: AtomicU64,
     /// Datagrams with the tag of spoofed packets.
-    forged: AtomicU64,
+    spoofed: AtomicU64,
 }
 
 /// The background traffic between members.
 #[derive(Debug)]
-pub struct Chatter<'a> {
+pub struct BackgroundTraffic<'a> {
     members: Vec<Member<'a>>,
     pattern: Pattern,
     tag: [u8; MARK],
@@ -51,21 +51,21 @@ pub struct Chatter<'a> {
 impl<'a> Member<'a> {
     /// Creates a member that has received nothing yet.
     pub fn new(namespace: &'a Namespace, addresses: Vec<IpAddr>) -> Self {
-        Self { namespace, addresses, heard: Heard::default() }
+        Self { namespace, addresses, received: Received::default() }
     }
 
     /// Returns the number of datagrams received from other members: over IPv4, over IPv6.
-    pub fn heard(&self) -> [u64; 2] {
-        [&self.heard.v4, &self.heard.v6].map(|counter| counter.load(Ordering::Relaxed))
+    pub fn received(&self) -> [u64; 2] {
+        [&self.received.v4, &self.received.v6].map(|counter| counter.load(Ordering::Relaxed))
     }
 
     /// Returns the number of spoofed datagrams that reached a socket.
-    pub fn forged(&self) -> u64 {
-        self.heard.forged.load(Ordering::Relaxed)
+    pub fn spoofed(&self) -> u64 {
+        self.received.spoofed.load(Ordering::Relaxed)
     }
 }
 
-impl<'a> Chatter<'a> {
+impl<'a> BackgroundTraffic<'a> {
     /// Creates background traffic of the pattern. A datagram that begins with `tag` counts as
     /// spoofed.
     pub fn new(members: Vec<Member<'a>>, pattern: Pattern, tag: [u8; MARK]) -> Self {
@@ -85,22 +85,22 @@ impl<'a> Chatter<'a> {
         let listen = |member: &'scope Member<'a>| {
             let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), PORT);
             let socket = member.namespace.run(|| Ok(UdpSocket::bind(any)?))?;
-            socket.set_read_timeout(Some(LOOK))?;
-            member.namespace.thread(scope, "listen", move || self.hear(member, &socket))
+            socket.set_read_timeout(Some(STOP_CHECK))?;
+            member.namespace.thread(scope, "listen", move || self.receive(member, &socket))
         };
         self.members.iter().map(listen).collect()
     }
 
     /// Starts a sender for each member.
-    pub fn talk<'scope, 'env>(
+    pub fn send_all<'scope, 'env>(
         &'scope self,
         scope: &'scope Scope<'scope, 'env>,
     ) -> anyhow::Result<Vec<ScopedJoinHandle<'scope, anyhow::Result<()>>>> {
-        let talk = |index: usize| {
+        let send = |index: usize| {
             let namespace = self.members[index].namespace;
-            namespace.thread(scope, "talk", move || self.speak(index))
+            namespace.thread(scope, "send", move || self.send(index))
         };
-        (0..self.members.len()).map(talk).collect()
+        (0..self.members.len()).map(send).collect()
     }
 
     /// Asks listeners and senders to stop.
@@ -113,7 +113,7 @@ impl<'a> Chatter<'a> {
         self.stop.load(Ordering::Relaxed) || interrupt::raised()
     }
 
-    fn hear(&self, member: &Member<'_>, socket: &UdpSocket) -> anyhow::Result<()> {
+    fn receive(&self, member: &Member<'_>, socket: &UdpSocket) -> anyhow::Result<()> {
         let mut buffer = [0; 2048];
         let add = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
         while !self.stopped() {
@@ -128,10 +128,10 @@ impl<'a> Chatter<'a> {
             };
             let bytes = &buffer[..length];
             if bytes.starts_with(&self.tag) {
-                add(&member.heard.forged);
+                add(&member.received.spoofed);
             } else if bytes.starts_with(self.pattern.mark()) {
                 let v4 = from.ip().to_canonical().is_ipv4();
-                add(if v4 { &member.heard.v4 } else { &member.heard.v6 });
+                add(if v4 { &member.received.v4 } else { &member.received.v6 });
             }
         }
         Ok(())
@@ -140,7 +140,7 @@ impl<'a> Chatter<'a> {
     /// Sends to each destination in three ways that the kernel handles differently: from an unbound
     /// socket, from a socket bound to the own mesh address, and from a connected socket, which
     /// caches its route. Errors are ignored: guards cause them.
-    fn speak(&self, index: usize) -> anyhow::Result<()> {
+    fn send(&self, index: usize) -> anyhow::Result<()> {
         let own = &self.members[index].addresses;
         let others = self.members.iter().enumerate().filter(|(other, _)| *other != index);
         let targets: Vec<_> =
@@ -182,8 +182,8 @@ impl<'a> Chatter<'a> {
                     let _ = socket.send(&bytes);
                 }
             }
-            next = (next + PACE).max(Instant::now());
-            interrupt::pass(next.saturating_duration_since(Instant::now()))?;
+            next = (next + INTERVAL).max(Instant::now());
+            interrupt::sleep(next.saturating_duration_since(Instant::now()))?;
         }
         Ok(())
     }
@@ -192,7 +192,7 @@ impl<'a> Chatter<'a> {
 /// Stops the traffic when it is dropped, also while unwinding: otherwise the scope would wait for
 /// its threads.
 #[derive(Debug)]
-pub struct StopOnDrop<'a, 'b>(pub &'a Chatter<'b>);
+pub struct StopOnDrop<'a, 'b>(pub &'a BackgroundTraffic<'b>);
 
 impl Drop for StopOnDrop<'_, '_> {
     fn drop(&mut self) {

@@ -11,7 +11,7 @@ const FIREWALL: &str = "towline";
 
 /// A change that another program makes to state that Towline created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Meddling {
+pub enum Tampering {
     /// `nft flush ruleset`: deletes every table without an owner, in every family.
     FlushRuleset,
     /// `nft delete table inet towline`: deletes Towline's table.
@@ -28,7 +28,7 @@ pub enum Meddling {
     FlushAddresses,
 }
 
-impl Meddling {
+impl Tampering {
     /// All kinds of changes.
     pub const ALL: [Self; 7] = [
         Self::FlushRuleset,
@@ -55,7 +55,7 @@ impl Meddling {
 
     /// Makes the change in the calling thread's namespace. Missing state, or a refusal because the
     /// state has an owner, is not an error: another program cannot do more either.
-    pub fn act(self) -> anyhow::Result<()> {
+    pub fn apply(self) -> anyhow::Result<()> {
         match self {
             Self::FlushRuleset => {
                 let mut transaction = Transaction::new();
@@ -97,11 +97,11 @@ impl Meddling {
 }
 
 fn with_link(
-    act: impl FnOnce(&mut Rtnetlink, u32) -> Result<(), NetlinkError>,
+    change: impl FnOnce(&mut Rtnetlink, u32) -> Result<(), NetlinkError>,
 ) -> Result<(), NetlinkError> {
     let mut netlink = Rtnetlink::open()?;
     match netlink.link(LINK)? {
-        Some(link) => tolerate(act(&mut netlink, link.index)),
+        Some(link) => tolerate(change(&mut netlink, link.index)),
         None => Ok(()),
     }
 }

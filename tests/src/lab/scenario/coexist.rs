@@ -1,10 +1,10 @@
-//! `cargo lab cohabit`: runs what other programs on a worker do to its network, over netlink and
+//! `cargo lab coexist`: runs what other programs on a worker do to its network, over netlink and
 //! with the real programs that this machine has. State that Towline created must be restored within
 //! a second, no packet of the mesh may leave in clear meanwhile, and state of other programs must
 //! not change.
 
-mod deeds;
-mod looks;
+mod actions;
+mod checks;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -20,25 +20,25 @@ use towline_nftables::{Chain, ChainKind, Hook, Nft, Table, TableFamily};
 
 use super::Setting;
 use super::hybrid::{Hybrid, Mesh};
-use crate::lab::chatter::{Chatter, Member, StopOnDrop};
+use crate::lab::background_traffic::{BackgroundTraffic, Member, StopOnDrop};
 use crate::lab::interrupt::{wait_for, wait_up_to};
-use crate::lab::meddle::LINK;
 use crate::lab::mesh::{Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::join;
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises, round};
+use crate::lab::tamper::LINK;
 use crate::lab::topology::Host;
 use crate::lab::traffic::{Pattern, tcp_both_ways};
-use deeds::Deed;
-use looks::Watcher;
+use actions::Action;
+use checks::Watcher;
 
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
-pub struct Cohabit {
+pub struct Coexist {
     /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
     /// Actions that ran, in order.
-    pub acts: Vec<ActFigure>,
+    pub acts: Vec<ActionFigure>,
     /// Actions that could not run on this machine.
     pub skipped: Vec<Skipped>,
     /// Number of objects of other programs that changed after an action.
@@ -51,7 +51,7 @@ pub struct Cohabit {
 
 /// Result of one action.
 #[derive(Debug, Clone, Serialize)]
-pub struct ActFigure {
+pub struct ActionFigure {
     /// Name of the action.
     pub name: String,
     /// Longest time in milliseconds in which state that Towline created was missing or wrong. 0 if
@@ -72,7 +72,7 @@ pub struct Skipped {
 const RESTORED_MS: f64 = 1_000.0;
 /// Time to wait for state to be restored. Longer than the limit, so that a late restoration is
 /// measured too.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// Limit for sessions to be established again after an action, for example after the link was
 /// deleted.
 const FLOWS_LIMIT: Duration = Duration::from_secs(10);
@@ -87,18 +87,18 @@ const POD: (Ipv4Net, Ipv6Net) = (
 const THEIR_TABLE: u32 = 77;
 
 /// Runs the scenario. With `netlink`, runs only the actions that need no program.
-pub fn run(setting: &Setting, netlink: bool) -> anyhow::Result<Cohabit> {
+pub fn run(setting: &Setting, netlink: bool) -> anyhow::Result<Coexist> {
     let hybrid = Hybrid::build(setting)?;
-    let mut cohabit = Cohabit { rootless: setting.rank == Rank::Rootless, ..Cohabit::default() };
+    let mut coexist = Coexist { rootless: setting.rank == Rank::Rootless, ..Coexist::default() };
     let mut promises = Promises::new();
-    if let Err(error) = cohabit.play(setting, netlink, &hybrid, &mut promises) {
+    if let Err(error) = coexist.play(setting, netlink, &hybrid, &mut promises) {
         promises.fail(format!("{error:#}"));
     }
-    cohabit.failed = promises.into_failed();
-    Ok(cohabit)
+    coexist.failed = promises.into_failed();
+    Ok(coexist)
 }
 
-impl Cohabit {
+impl Coexist {
     /// Starts the mesh, the traffic and the captures, and runs the actions.
     fn play(
         &mut self,
@@ -124,14 +124,22 @@ impl Cohabit {
         let members = members.collect::<anyhow::Result<_>>()?;
         let addresses = nodes[0].status()?.overlay_addresses;
         let forwarded = Forwarded { pod, to: &hosts[0], addresses, pattern };
-        let chatter = Chatter::new(members, pattern, crate::lab::traffic::random_bytes()?);
+        let background_traffic =
+            BackgroundTraffic::new(members, pattern, crate::lab::traffic::random_bytes()?);
         std::thread::scope(|scope| {
-            let _stop = StopOnDrop(&chatter);
-            let mut threads = chatter.listen(scope)?;
-            threads.extend(chatter.talk(scope)?);
+            let _stop = StopOnDrop(&background_traffic);
+            let mut threads = background_traffic.listen(scope)?;
+            threads.extend(background_traffic.send_all(scope)?);
             let victim = &mut nodes[VICTIM];
-            let acted = self.acts(setting, netlink, victim, &chatter, &forwarded, promises);
-            chatter.stop();
+            let acted = self.run_actions(
+                setting,
+                netlink,
+                victim,
+                &background_traffic,
+                &forwarded,
+                promises,
+            );
+            background_traffic.stop();
             for thread in threads {
                 join(thread)?;
             }
@@ -157,37 +165,37 @@ impl Cohabit {
     }
 
     /// Runs the actions one after another, and checks the state of the victim after each.
-    fn acts(
+    fn run_actions(
         &mut self,
         setting: &Setting,
         netlink: bool,
         victim: &mut Node,
-        chatter: &Chatter<'_>,
+        background_traffic: &BackgroundTraffic<'_>,
         forwarded: &Forwarded<'_>,
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
         let host = std::sync::Arc::clone(victim.host());
         let namespace = host.namespace();
         namespace.run(make_foreign_things)?;
-        let whole = wait_for("calm", PATIENCE, || {
-            let looks = [namespace.run(looks::ours)?, namespace.run(looks::ours)?];
-            Ok((looks[0] == looks[1]).then_some(looks[0].clone()))
+        let whole = wait_for("calm", TIMEOUT, || {
+            let states = [namespace.run(checks::ours)?, namespace.run(checks::ours)?];
+            Ok((states[0] == states[1]).then_some(states[0].clone()))
         })?;
-        for deed in Deed::all().into_iter().filter(|deed| !netlink || deed.is_netlink()) {
-            if let Some(why) = deed.obstacle() {
-                self.skipped.push(Skipped { name: deed.name().to_owned(), why });
+        for action in Action::all().into_iter().filter(|action| !netlink || action.is_netlink()) {
+            if let Some(why) = action.obstacle() {
+                self.skipped.push(Skipped { name: action.name().to_owned(), why });
                 continue;
             }
-            setting.talk.step(deed.name());
+            setting.output.step(action.name());
             namespace.run(make_foreign_things)?;
             let stop = AtomicBool::new(false);
             let watcher = Watcher::new(&whole);
             let (done, after) = std::thread::scope(|scope| {
                 let watching = namespace.thread(scope, "watch", || watcher.run(&stop))?;
-                let done = deed.act(namespace);
-                let after = namespace.run(looks::theirs);
+                let done = action.run(namespace);
+                let after = namespace.run(checks::theirs);
                 let acted = Instant::now();
-                let back = wait_up_to(PATIENCE, || Ok(watcher.whole_since(acted).then_some(())));
+                let back = wait_up_to(TIMEOUT, || Ok(watcher.whole_since(acted).then_some(())));
                 stop.store(true, Ordering::Relaxed);
                 join(watching)?;
                 anyhow::Ok((done.and(back), after?))
@@ -195,15 +203,15 @@ impl Cohabit {
             match done {
                 Err(error) => {
                     self.skipped.push(Skipped {
-                        name: deed.name().to_owned(),
+                        name: action.name().to_owned(),
                         why: format!("the action failed: {error:#}"),
                     });
                     continue;
                 }
                 Ok(None) => promises.fail(format!(
                     "state is restored after `{}`: after {} s still {}",
-                    deed.name(),
-                    PATIENCE.as_secs(),
+                    action.name(),
+                    TIMEOUT.as_secs(),
                     watcher.difference()
                 )),
                 Ok(Some(())) => {}
@@ -212,25 +220,25 @@ impl Cohabit {
             promises.hold(longest <= RESTORED_MS, || {
                 format!(
                     "state is restored within {RESTORED_MS} ms after `{}`: {longest} ms",
-                    deed.name()
+                    action.name()
                 )
             });
-            self.acts.push(ActFigure { name: deed.name().to_owned(), restored_ms: longest });
-            let now = namespace.run(looks::theirs)?;
-            self.foreign(deed.name(), &after, &now, promises);
-            victim.agent()?.check().context(deed.name())?;
-            if deed.drops_forwarded()
+            self.acts.push(ActionFigure { name: action.name().to_owned(), restored_ms: longest });
+            let now = namespace.run(checks::theirs)?;
+            self.foreign(action.name(), &after, &now, promises);
+            victim.agent()?.check().context(action.name())?;
+            if action.drops_forwarded()
                 && let Err(error) = forwarded.connect()
             {
                 promises.fail(format!(
                     "a forwarded connection passes after `{}`: {error:#}",
-                    deed.name()
+                    action.name()
                 ));
             }
-            if let Err(heard) = flows(chatter, VICTIM, FLOWS_LIMIT)? {
+            if let Err(received) = flows(background_traffic, VICTIM, FLOWS_LIMIT)? {
                 promises.fail(format!(
-                    "traffic flows after `{}` within {} s: {heard} datagrams",
-                    deed.name(),
+                    "traffic flows after `{}` within {} s: {received} datagrams",
+                    action.name(),
                     FLOWS_LIMIT.as_secs()
                 ));
             }
@@ -241,7 +249,7 @@ impl Cohabit {
     /// Compares the state of other programs right after an action with that after the restoration.
     fn foreign(
         &mut self,
-        deed: &str,
+        action: &str,
         left: &BTreeSet<String>,
         now: &BTreeSet<String>,
         promises: &mut Promises,
@@ -249,7 +257,7 @@ impl Cohabit {
         for change in left.symmetric_difference(now) {
             self.foreign_changes += 1;
             let what = if now.contains(change) { "new" } else { "gone" };
-            promises.fail(format!("state of other programs after `{deed}`, {what}: {change}"));
+            promises.fail(format!("state of other programs after `{action}`, {what}: {change}"));
         }
     }
 }
@@ -278,17 +286,17 @@ impl Forwarded<'_> {
 /// Waits until datagrams of both address families arrive at a member. Otherwise returns the numbers
 /// that arrived.
 fn flows(
-    chatter: &Chatter<'_>,
+    background_traffic: &BackgroundTraffic<'_>,
     member: usize,
     limit: Duration,
 ) -> anyhow::Result<Result<(), String>> {
-    let heard = || chatter.members()[member].heard();
-    let before = heard();
+    let received = || background_traffic.members()[member].received();
+    let before = received();
     let found = wait_up_to(limit, || {
-        let more = heard().iter().zip(before).all(|(now, then)| *now > then);
+        let more = received().iter().zip(before).all(|(now, then)| *now > then);
         Ok(more.then_some(()))
     })?;
-    let [v4, v6] = heard();
+    let [v4, v6] = received();
     Ok(found.ok_or_else(|| format!("{} by IPv4, {} by IPv6", v4 - before[0], v6 - before[1])))
 }
 
@@ -318,15 +326,15 @@ fn make_foreign_things() -> anyhow::Result<()> {
     Ok(())
 }
 
-impl Figures for Cohabit {
+impl Figures for Coexist {
     fn failed(&self) -> &[String] {
         &self.failed
     }
 
     fn for_people(&self) -> String {
         let mut text = String::new();
-        for act in &self.acts {
-            let _ = writeln!(text, "  {:8} ms  {}", act.restored_ms, act.name);
+        for action in &self.acts {
+            let _ = writeln!(text, "  {:8} ms  {}", action.restored_ms, action.name);
         }
         for skipped in &self.skipped {
             let _ = writeln!(text, "  skipped: {}: {}", skipped.name, skipped.why);

@@ -9,11 +9,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 /// Prints progress. Create it after the lab entered its namespaces: a spinner has a thread, and a
 /// process with several threads cannot enter a user namespace.
 #[derive(Debug)]
-pub struct Talk {
+pub struct ProgressOutput {
     spinner: Option<ProgressBar>,
 }
 
-impl Talk {
+impl ProgressOutput {
     /// Creates the output, with a spinner if stderr is a terminal.
     pub fn new() -> Self {
         let spinner = std::io::stderr().is_terminal().then(|| {
@@ -54,13 +54,13 @@ impl Talk {
     }
 }
 
-impl Default for Talk {
+impl Default for ProgressOutput {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl Drop for Talk {
+impl Drop for ProgressOutput {
     fn drop(&mut self) {
         if let Some(bar) = &self.spinner {
             bar.finish_and_clear();
