@@ -80,7 +80,7 @@ impl SendBatch {
         Some(&mut self.spare(header + need)?[header..])
     }
 
-    /// Sets whether the datagrams committed from now on are [fragmented](Train::fragment).
+    /// Sets whether the datagrams committed from now on are [fragmented](GsoBatch::fragment).
     pub fn fragment(&mut self, fragment: bool) {
         self.fragment = fragment;
     }

@@ -93,7 +93,7 @@ impl Host {
     }
 
     /// Applies the hooks again, after another program changed a chain with Towline's rules.
-    pub(super) fn put_back_hooks(&mut self) {
+    pub(super) fn restore_hooks(&mut self) {
         match self.network.apply_hooks() {
             Ok(changes) => self.changed(&changes),
             // The full apply finds and reports the problem.

@@ -460,7 +460,7 @@ impl Daemon {
                 event = self.host.next() => match event {
                     HostEvent::AddressesChanged => self.addresses_changed(),
                     HostEvent::OursChanged => self.host.restore(),
-                    HostEvent::HooksChanged => self.host.put_back_hooks(),
+                    HostEvent::HooksChanged => self.host.restore_hooks(),
                 },
                 Some(update) = self.inputs.prefixes.recv() => self.prefix_update(update),
                 Ok(()) = self.inputs.kubernetes.changed() => self.kubernetes_changed(),

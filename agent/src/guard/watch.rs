@@ -289,7 +289,7 @@ mod tests {
     }
 
     namespace_test! {
-        fn what_others_remove_is_put_back_while_no_agent_runs() {
+        fn what_others_remove_is_restored_while_no_agent_runs() {
             let dir = tempfile::tempdir().unwrap();
             host();
             run(async {
@@ -340,7 +340,7 @@ mod tests {
     }
 
     namespace_test! {
-        fn nothing_is_put_back_while_the_machine_is_down() {
+        fn nothing_is_restored_while_the_machine_is_down() {
             let dir = tempfile::tempdir().unwrap();
             host();
             run(async {

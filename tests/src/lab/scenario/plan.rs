@@ -87,7 +87,7 @@ impl PlanFigures {
         self.change_messages = large.change_messages;
         self.change_messages_small = small.change_messages;
         self.read_ms = milliseconds(large.read);
-        self.put_back_ms = milliseconds(large.put_back);
+        self.put_back_ms = milliseconds(large.restore);
         promises.hold(self.full_ms < FULL_MS, || {
             format!("the whole plan is applied within {FULL_MS} ms: {} ms", self.full_ms)
         });
@@ -113,7 +113,7 @@ struct Cost {
     change: Duration,
     change_messages: usize,
     read: Duration,
-    put_back: Duration,
+    restore: Duration,
 }
 
 /// A host's plan for a mesh. Each peer holds its mesh addresses, a node IP, and a pod network of
@@ -224,7 +224,7 @@ impl Mesh {
             }
         }
         let mut read = Vec::new();
-        let mut put_back = Vec::new();
+        let mut restore = Vec::new();
         for _ in 0..FULL_ROUNDS {
             interrupt::check()?;
             host.invalidate();
@@ -236,7 +236,7 @@ impl Mesh {
             read.push(took);
             Tampering::FlushRoutes.apply()?;
             host.invalidate();
-            put_back.push(apply(&mut host, &self.plan)?.0);
+            restore.push(apply(&mut host, &self.plan)?.0);
         }
         host.remove(&names)?;
         Ok(Cost {
@@ -245,7 +245,7 @@ impl Mesh {
             change: median(change),
             change_messages,
             read: median(read),
-            put_back: median(put_back),
+            restore: median(restore),
         })
     }
 }
