@@ -3,7 +3,7 @@
 //!
 //! It works on batches ([`Session::seal`], [`Session::open`]), so that another engine can replace
 //! it. boringtun 0.7.1 has gaps and defects. Those that can be worked around from outside are
-//! handled here and in [`super::peer`]:
+//! handled here and in [`super::tunnel`]:
 //!
 //! - Payloads from [`Segments`] are padded to 16 bytes already (whitepaper section 5.4.6).
 //! - A counter past Reject-After-Messages is refused before boringtun processes it. Near 2^64
