@@ -148,13 +148,13 @@ struct Network {
 }
 
 /// Properties of a packet that decide whether it is coalesced.
-struct Candidate {
+struct ParsedPacket {
     key: Key,
     layout: Layout,
     /// Length of the payload in bytes.
     payload: usize,
     /// True if the packet may be coalesced with others.
-    joins: bool,
+    can_coalesce: bool,
 }
 
 impl Coalescer {
@@ -172,7 +172,7 @@ impl Coalescer {
     /// `inner`.
     pub fn add(&mut self, batch: &mut WriteBatch, start: usize, inner: &Inner) {
         let len = inner.total_len;
-        let Some(candidate) = self.candidate(&batch.bytes()[start..start + len], inner) else {
+        let Some(parsed) = self.parse(&batch.bytes()[start..start + len], inner) else {
             // A fragment, or an IPv6 packet with extension headers, may belong to an open flow. The
             // flows between its addresses are closed, so that none of them overtakes it.
             if inner.fragment || inner.source.is_ipv6() {
@@ -181,8 +181,8 @@ impl Coalescer {
             batch.push(VnetHeader::default(), start, len);
             return;
         };
-        if let Some(at) = self.flows.iter().rposition(|flow| flow.key == candidate.key) {
-            if self.flows[at].join(batch, start, &candidate) {
+        if let Some(at) = self.flows.iter().rposition(|flow| flow.key == parsed.key) {
+            if self.flows[at].join(batch, start, &parsed) {
                 if self.flows[at].is_full() {
                     self.flows.remove(at).close(batch);
                 }
@@ -191,11 +191,11 @@ impl Coalescer {
             self.flows.remove(at).close(batch);
         }
         let frame = batch.push(VnetHeader::default(), start, len);
-        if candidate.joins {
+        if parsed.can_coalesce {
             if self.flows.len() == FLOWS {
                 self.flows.remove(0).close(batch);
             }
-            self.flows.push(Flow::new(batch.bytes(), frame, start, &candidate));
+            self.flows.push(Flow::new(batch.bytes(), frame, start, &parsed));
         }
     }
 
@@ -219,15 +219,15 @@ impl Coalescer {
     }
 
     /// Returns the properties of a packet. `None` if it is neither TCP nor UDP, or is a fragment.
-    fn candidate(&self, packet: &[u8], inner: &Inner) -> Option<Candidate> {
+    fn parse(&self, packet: &[u8], inner: &Inner) -> Option<ParsedPacket> {
         let (key, (layout, plain)) = (Key::of(packet, inner)?, Layout::of(packet, inner, 0)?);
         let allowed = if layout.is_tcp { self.allowed.tcp } else { self.allowed.udp };
-        let (layout, joins) = match self.inner_layout(packet, &layout) {
+        let (layout, can_coalesce) = match self.inner_layout(packet, &layout) {
             Some(inside) if plain => inside,
             _ => (layout, plain && allowed),
         };
         let payload = packet.len().saturating_sub(layout.len);
-        Some(Candidate { key, layout, payload, joins: joins && payload > 0 })
+        Some(ParsedPacket { key, layout, payload, can_coalesce: can_coalesce && payload > 0 })
     }
 
     /// Returns the layout of a TCP segment inside a tunnel of the host, and whether it may be
@@ -414,7 +414,7 @@ impl Identification {
 }
 
 impl Flow {
-    fn new(bytes: &[u8], frame: usize, start: usize, first: &Candidate) -> Self {
+    fn new(bytes: &[u8], frame: usize, start: usize, first: &ParsedPacket) -> Self {
         let layout = first.layout;
         let packet = &bytes[start..start + layout.len + first.payload];
         let transport = &packet[layout.transport..];
@@ -444,8 +444,8 @@ impl Flow {
     }
 
     /// Appends the packet if it continues this super-packet. Returns whether it did.
-    fn join(&mut self, batch: &mut WriteBatch, start: usize, next: &Candidate) -> bool {
-        if !next.joins
+    fn join(&mut self, batch: &mut WriteBatch, start: usize, next: &ParsedPacket) -> bool {
+        if !next.can_coalesce
             || self.is_full()
             || next.layout != self.layout
             || next.payload > self.size

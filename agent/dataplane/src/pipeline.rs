@@ -409,7 +409,8 @@ impl Pipeline {
         let peer = match kind {
             MessageKind::Initiation => {
                 self.admit_initiation(now, from, message, out).and_then(|()| {
-                    let key = self.secrets.claims(message).ok_or(DropReason::InvalidHandshake)?;
+                    let key =
+                        self.secrets.initiator_key(message).ok_or(DropReason::InvalidHandshake)?;
                     table.by_key(&key).ok_or(DropReason::UnknownPeer)
                 })
             }

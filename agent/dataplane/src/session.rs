@@ -176,7 +176,7 @@ impl Secrets {
 
     /// Returns the public key that an admitted initiation claims, which is not proven yet. `None`
     /// if the key does not decrypt. This is the expensive step.
-    pub fn claims(&self, initiation: &[u8]) -> Option<WireguardKey> {
+    pub fn initiator_key(&self, initiation: &[u8]) -> Option<WireguardKey> {
         let Ok(Packet::HandshakeInit(message)) = Tunn::parse_incoming_packet(initiation) else {
             return None;
         };

@@ -54,18 +54,18 @@ impl Switch {
     }
 
     /// Disables the offload for a minute because the kernel returned an error.
-    pub fn give_up(&self, error: &std::io::Error, now: Instant) {
-        self.distrust(format!("the kernel refused it at run time: {error}"), now);
+    pub fn disable_after_error(&self, error: &std::io::Error, now: Instant) {
+        self.disable(format!("the kernel refused it at run time: {error}"), now);
     }
 
     /// Disables the offload for a minute because it works incorrectly.
-    pub fn distrust(&self, reason: String, now: Instant) {
+    pub fn disable(&self, reason: String, now: Instant) {
         *self.0.off.lock() = Off { reason, again: Some(now + PAUSE) };
         self.0.active.store(false, Ordering::Relaxed);
     }
 
     /// Enables the offload again if its pause has ended. Call it regularly.
-    pub fn reconsider(&self, now: Instant) {
+    pub fn retry(&self, now: Instant) {
         if self.is_on() {
             return;
         }
@@ -98,16 +98,16 @@ mod tests {
         let refused = std::io::Error::from_raw_os_error(libc::EINVAL);
         let switch = Switch::new("some", Ok(()));
         let onlooker = switch.clone();
-        switch.give_up(&refused, now);
-        switch.reconsider(now + PAUSE / 2);
+        switch.disable_after_error(&refused, now);
+        switch.retry(now + PAUSE / 2);
         assert!(!onlooker.is_on());
         assert!(onlooker.status().reason.contains("refused"));
-        switch.reconsider(now + PAUSE);
+        switch.retry(now + PAUSE);
         assert!(onlooker.is_on());
         assert_eq!(onlooker.status().reason, "");
 
         let missing = Switch::new("missing", Err("too old".to_owned()));
-        missing.reconsider(now + PAUSE * 100);
+        missing.retry(now + PAUSE * 100);
         assert!(!missing.is_on());
     }
 }

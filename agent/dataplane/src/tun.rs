@@ -501,17 +501,17 @@ impl TunIo for Tun {
             if error.raw_os_error() == Some(libc::EINVAL) {
                 match frame.header.gso_type {
                     GSO_NONE => {}
-                    GSO_UDP_L4 => self.udp.give_up(&error, now),
+                    GSO_UDP_L4 => self.udp.disable_after_error(&error, now),
                     inside if inside & (GSO_TUNNEL_V4 | GSO_TUNNEL_V6) != 0 => {
-                        self.tunnel.give_up(&error, now);
+                        self.tunnel.disable_after_error(&error, now);
                     }
-                    _ => self.tcp.give_up(&error, now),
+                    _ => self.tcp.disable_after_error(&error, now),
                 }
             }
         }
-        self.tcp.reconsider(now);
-        self.udp.reconsider(now);
-        self.tunnel.reconsider(now);
+        self.tcp.retry(now);
+        self.udp.retry(now);
+        self.tunnel.retry(now);
     }
 
     fn features(&self) -> Vec<Switch> {

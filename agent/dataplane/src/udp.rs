@@ -293,8 +293,8 @@ impl UdpIo for Udp {
         mut gso_batches: &[GsoBatch],
         drops: &Drops,
     ) {
-        self.segment.reconsider(now);
-        self.gro.reconsider(now);
+        self.segment.retry(now);
+        self.gro.retry(now);
         let mut deadlines = SendDeadlines::default();
         while let Some(first) = gso_batches.first() {
             let same = |gso: &&GsoBatch| gso.to.remote.is_ipv4() == first.to.remote.is_ipv4();
@@ -622,7 +622,7 @@ impl Endpoint {
                         // end of the path is gone.
                         let sent = self.send_singly(bytes, first, deadlines, drops);
                         if sent > 0 && code != libc::EMSGSIZE {
-                            segment.give_up(&error, now);
+                            segment.disable_after_error(&error, now);
                         }
                         gso_batches = &gso_batches[1..];
                     }

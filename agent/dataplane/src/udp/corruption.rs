@@ -32,7 +32,7 @@ impl GroCorruption {
     ) {
         // A switch that is off keeps its reason.
         if self.count(datagrams, corrupted) && gro.is_on() {
-            gro.distrust("coalesced datagrams arrived damaged".to_owned(), now);
+            gro.disable("coalesced datagrams arrived damaged".to_owned(), now);
         }
     }
 
