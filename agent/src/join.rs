@@ -21,7 +21,7 @@ use towline_proto::token::{ControllerAddress, JoinToken};
 
 use crate::dial::{self, DialError};
 use crate::keys::{Identity, InvalidKey};
-use crate::lockout::{self, CutOff, Session};
+use crate::lockout::{self, CutOff, SshSession};
 use crate::state::{InvalidMembership, Keys, Membership, StateDir, StateError};
 use crate::tls;
 use towline_netlink::Rtnetlink;
@@ -122,7 +122,7 @@ pub enum Joined {
 #[derive(Debug, Clone, Default)]
 pub struct Operator {
     /// SSH sessions of the operator. Empty if there are none, or if they may be cut off.
-    pub sessions: Vec<Session>,
+    pub sessions: Vec<SshSession>,
     /// TCP ports that are reached outside the tunnel too.
     pub plain_ports: Vec<u16>,
 }

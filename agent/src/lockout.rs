@@ -30,7 +30,7 @@ const MULTIPLEXERS: [&str; 7] =
 
 /// SSH session, as seen from this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Session {
+pub struct SshSession {
     /// Address of the operator's machine.
     pub peer: IpAddr,
     /// Port of the SSH server.
@@ -41,14 +41,14 @@ pub struct Session {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CutOff {
     /// Session that would be cut off.
-    pub session: Session,
+    pub session: SshSession,
     /// Network of the mesh that contains the operator's address.
     pub range: IpNet,
 }
 
 impl fmt::Display for CutOff {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { session: Session { peer, port }, range } = self;
+        let Self { session: SshSession { peer, port }, range } = self;
         write!(
             f,
             "the mesh's network {range} contains {peer}, the address of an SSH session to this \
@@ -60,7 +60,7 @@ impl fmt::Display for CutOff {
 
 /// Returns the sessions that guarding `ranges` would cut off. Sessions to a port in `plain_ports`
 /// are not affected.
-pub fn cut_off(sessions: &[Session], ranges: &[IpNet], plain_ports: &[u16]) -> Vec<CutOff> {
+pub fn cut_off(sessions: &[SshSession], ranges: &[IpNet], plain_ports: &[u16]) -> Vec<CutOff> {
     let at_risk = sessions.iter().filter(|session| !plain_ports.contains(&session.port));
     at_risk
         .filter_map(|session| {
@@ -71,7 +71,7 @@ pub fn cut_off(sessions: &[Session], ranges: &[IpNet], plain_ports: &[u16]) -> V
 }
 
 /// Returns the operator's SSH sessions on this machine. `own` contains the machine's own addresses.
-pub fn sessions(own: &[IpAddr]) -> Vec<Session> {
+pub fn sessions(own: &[IpAddr]) -> Vec<SshSession> {
     let environment = ["SSH_CONNECTION", "SSH_CLIENT"]
         .map(|name| std::env::var(name).ok().map(|value| format!("{name}={value}")));
     let found = Host {
@@ -81,7 +81,7 @@ pub fn sessions(own: &[IpAddr]) -> Vec<Session> {
         interactive: std::io::stdin().is_terminal() || std::io::stderr().is_terminal(),
     }
     .sessions();
-    let elsewhere = |session: &Session| {
+    let elsewhere = |session: &SshSession| {
         !session.peer.is_loopback()
             && !session.peer.is_unspecified()
             && !own.contains(&session.peer)
@@ -112,7 +112,7 @@ struct Connection {
 
 impl Host {
     /// Returns all SSH sessions that may be the operator's.
-    fn sessions(&self) -> BTreeSet<Session> {
+    fn sessions(&self) -> BTreeSet<SshSession> {
         let connections = self.connections();
         let mut named: BTreeSet<(SocketAddr, u16)> =
             self.environment.iter().filter_map(|variable| parse(variable)).collect();
@@ -133,10 +133,10 @@ impl Host {
         let is_current = |(peer, port): &(SocketAddr, u16)| {
             !multiplexed || connections.iter().any(|c| c.remote == *peer && c.local.port() == *port)
         };
-        let mut sessions: BTreeSet<Session> = named
+        let mut sessions: BTreeSet<SshSession> = named
             .iter()
             .filter(|named| is_current(named))
-            .map(|(peer, port)| Session { peer: peer.ip(), port: *port })
+            .map(|(peer, port)| SshSession { peer: peer.ip(), port: *port })
             .collect();
         let inodes: BTreeSet<u64> =
             servers.iter().flat_map(|server| self.sockets(*server)).collect();
@@ -146,14 +146,14 @@ impl Host {
             if connection.listening {
                 ports.insert(connection.local.port());
             } else {
-                sessions.insert(Session::of(connection));
+                sessions.insert(SshSession::of(connection));
             }
         }
         // The operator's session cannot be identified, so all sessions are returned.
         if multiplexed || (self.interactive && sessions.is_empty()) {
             let to_server = connections.iter().filter(|c| !c.listening);
             let to_server = to_server.filter(|c| ports.contains(&c.local.port()));
-            sessions.extend(to_server.map(Session::of));
+            sessions.extend(to_server.map(SshSession::of));
         }
         sessions
     }
@@ -211,7 +211,7 @@ impl Host {
     }
 }
 
-impl Session {
+impl SshSession {
     fn of(connection: &Connection) -> Self {
         Self { peer: connection.remote.ip(), port: connection.local.port() }
     }
@@ -335,7 +335,7 @@ mod tests {
                 environment: environment.iter().map(ToString::to_string).collect(),
                 interactive,
             };
-            let shown = |session: Session| format!("{} {}", session.peer, session.port);
+            let shown = |session: SshSession| format!("{} {}", session.peer, session.port);
             host.sessions().into_iter().map(shown).collect()
         }
     }
@@ -437,7 +437,7 @@ mod tests {
 
     #[test]
     fn a_plain_port_is_no_lock_out_and_the_ranges_are_named() {
-        let session = Session { peer: "10.1.2.3".parse().unwrap(), port: 22 };
+        let session = SshSession { peer: "10.1.2.3".parse().unwrap(), port: 22 };
         let ranges: Vec<IpNet> =
             vec!["198.19.0.0/16".parse().unwrap(), "10.0.0.0/8".parse().unwrap()];
         let found = cut_off(&[session], &ranges, &[6443]);

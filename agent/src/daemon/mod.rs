@@ -10,11 +10,11 @@
 //! Every input carries the time. After each input the outputs are drained and the next deadline is
 //! armed. The task never blocks on another part.
 
+mod announced_prefixes;
 mod host;
 mod leave;
 mod node_prefixes;
 mod paths;
-mod prefixes;
 mod report;
 mod standby;
 mod start_report;
@@ -324,7 +324,7 @@ impl Daemon {
         mesh.set_static_peers(now, static_peers);
         let cached = state.prefixes()?;
         mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
-        let remembered = prefixes::remember(state.clone(), cached);
+        let remembered = announced_prefixes::remember(state.clone(), cached);
         tokio::spawn(save_again(state.clone()));
         let removed = map.as_ref().is_some_and(MapCache::own_removed);
         for change in map.iter().flat_map(MapCache::changes) {
