@@ -36,7 +36,7 @@ use crate::map::Map;
 use crate::reflector::Reflector;
 use crate::registry::sessions::Sessions;
 use crate::registry::{OverlayInUse, Registry};
-use crate::service::{AdminService, DiscoveryService, FAILED_JOINS, Gate, Shared, Signals};
+use crate::service::{AdminService, Authorizer, DiscoveryService, FAILED_JOINS, Shared, Signals};
 use crate::state_dir::{Lock, StateDir, StateError};
 use crate::store::{CommitError, OpenError, Store};
 use crate::tls::{self, ServerCertificate, TlsError};
@@ -236,7 +236,7 @@ impl Controller {
         });
 
         let mut stopping = shared.stopping.clone();
-        let gate = Gate::new(shared.map.clone(), shared.authority.mesh_id());
+        let authorizer = Authorizer::new(shared.map.clone(), shared.authority.mesh_id());
         let shared = Arc::new(shared);
         let discovery = DiscoveryServer::new(DiscoveryService::new(shared.clone()))
             .max_decoding_message_size(limits::MESSAGE_BYTES)
@@ -248,7 +248,7 @@ impl Controller {
             .http2_keepalive_interval(Some(KEEPALIVE.0))
             .http2_keepalive_timeout(Some(KEEPALIVE.1))
             .max_concurrent_streams(STREAMS)
-            .layer(gate)
+            .layer(authorizer)
             .add_service(discovery)
             .add_service(admin)
             .serve_with_incoming_shutdown(ReceiverStream::new(connections), async move {

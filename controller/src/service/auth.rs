@@ -50,7 +50,7 @@ pub const ROLES: &[(&str, Role)] = &[
     ("/towline.v1.Admin/ConfigureMesh", Role::Admin),
 ];
 
-/// Client that calls an RPC, an extension of each request that passed the [`Gate`].
+/// Client that calls an RPC, an extension of each request that passed the [`Authorizer`].
 #[derive(Debug, Clone)]
 pub struct Caller {
     /// Source address of the connection.
@@ -82,7 +82,7 @@ pub struct CallingNode {
 }
 
 impl Caller {
-    /// Returns the client of a request that passed the gate.
+    /// Returns the client of a request that passed the authorizer.
     pub fn of<T>(request: &Request<T>) -> Result<Self, Status> {
         let caller = request.extensions().get::<Self>().cloned();
         caller.ok_or_else(|| Status::internal("the request was not authorized"))
@@ -100,12 +100,12 @@ impl Caller {
 
 /// Authorization check that every request passes.
 #[derive(Clone)]
-pub struct Gate {
+pub struct Authorizer {
     map: Arc<Map>,
     mesh_id: MeshId,
 }
 
-impl Gate {
+impl Authorizer {
     /// Creates the check for the nodes in `map`.
     pub fn new(map: Arc<Map>, mesh_id: MeshId) -> Self {
         Self { map, mesh_id }
@@ -167,22 +167,22 @@ impl Gate {
     }
 }
 
-impl<S> Layer<S> for Gate {
-    type Service = Gated<S>;
+impl<S> Layer<S> for Authorizer {
+    type Service = Authorized<S>;
 
-    fn layer(&self, inner: S) -> Gated<S> {
-        Gated { inner, gate: self.clone() }
+    fn layer(&self, inner: S) -> Authorized<S> {
+        Authorized { inner, authorizer: self.clone() }
     }
 }
 
 /// A service behind the authorization check.
 #[derive(Clone)]
-pub struct Gated<S> {
+pub struct Authorized<S> {
     inner: S,
-    gate: Gate,
+    authorizer: Authorizer,
 }
 
-impl<S, B> Service<http::Request<B>> for Gated<S>
+impl<S, B> Service<http::Request<B>> for Authorized<S>
 where
     S: Service<http::Request<B>, Response = http::Response<Body>>,
 {
@@ -196,7 +196,7 @@ where
 
     fn call(&mut self, mut request: http::Request<B>) -> Self::Future {
         let connection = request.extensions().get::<ConnectionInfo>();
-        match self.gate.admit(request.uri().path(), connection) {
+        match self.authorizer.admit(request.uri().path(), connection) {
             Ok(caller) => {
                 request.extensions_mut().insert(caller);
                 Either::Left(self.inner.call(request))
@@ -241,15 +241,15 @@ mod tests {
 
     #[test]
     fn a_client_without_a_certificate_may_only_say_hello_and_join() {
-        let gate = Gate::new(Arc::new(Map::new()), MeshId([1; 16]));
+        let authorizer = Authorizer::new(Arc::new(Map::new()), MeshId([1; 16]));
         let address = SocketAddr::from(([192, 0, 2, 1], 1));
         let stranger = ConnectionInfo { address, peer: None };
         for (path, role) in ROLES {
-            let admitted = gate.admit(path, Some(&stranger)).is_ok();
+            let admitted = authorizer.admit(path, Some(&stranger)).is_ok();
             assert_eq!(admitted, *role == Role::Anyone, "{path}");
         }
         for path in ["", "/", "/towline.v1.Admin/DropAll", "/towline.v1.discovery/hello"] {
-            assert!(gate.admit(path, Some(&stranger)).is_err(), "{path}");
+            assert!(authorizer.admit(path, Some(&stranger)).is_err(), "{path}");
         }
     }
 }

@@ -28,7 +28,7 @@ use crate::registry::sessions::Sessions;
 use crate::writer::{Unavailable, Writer};
 
 pub use admin::AdminService;
-pub use auth::{Caller, Gate, ROLES, Role};
+pub use auth::{Authorizer, Caller, ROLES, Role};
 pub use discovery::DiscoveryService;
 pub use signals::Signals;
 
