@@ -15,7 +15,7 @@ pub struct Tag([u8; MARK]);
 
 /// A UDP socket for every address of a host.
 #[derive(Debug)]
-pub struct Ear {
+pub struct Listener {
     socket: UdpSocket,
     tag: Tag,
     received: BTreeSet<u64>,
@@ -50,7 +50,7 @@ impl Tag {
     }
 }
 
-impl Ear {
+impl Listener {
     /// Opens a socket in `namespace` on `port` for both address families, and joins these multicast
     /// groups on the link of index `link`.
     pub fn open(

@@ -31,7 +31,7 @@
 //! | [`traffic`], [`ping`] | generators that verify each byte and each reply |
 //! | [`background_traffic`] | background traffic without pause, which a fault would leak |
 //! | [`tamper`], [`spoof`] | changes by other programs on a host; spoofed packets from outside |
-//! | [`actor`], [`raw_tunnel`], [`ear`] | local users, a member that ignores the rules, and receivers of what they send |
+//! | [`actor`], [`raw_tunnel`], [`listener`] | local users, a member that ignores the rules, and receivers of what they send |
 //! | [`unusual`], [`redirect`] | unusual packets that might bypass a guard, and eBPF redirects of a pod's packets |
 //! | [`report`], [`output`] | promises, figures and the exit status; progress output |
 //! | [`keep_running`] | a lab that keeps running, and shells inside it |
@@ -55,10 +55,10 @@ pub mod background_traffic;
 pub mod binaries;
 pub mod capture;
 pub mod cli;
-pub mod ear;
 pub mod flow;
 pub mod interrupt;
 pub mod keep_running;
+pub mod listener;
 pub mod mesh;
 pub mod namespace;
 pub mod nat;

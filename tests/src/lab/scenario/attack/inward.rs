@@ -227,9 +227,9 @@ fn send(
         }
     }
     tunnel.send(&end)?;
-    let passed = stage.ear(Place::A)?.receives(last, ARRIVAL)?;
+    let passed = stage.listener(Place::A)?.receives(last, ARRIVAL)?;
     anyhow::ensure!(passed, "the control packet does not arrive through the raw tunnel");
-    let received = stage.ear(at)?.receives(number, DETOUR)?;
+    let received = stage.listener(at)?.receives(number, DETOUR)?;
     Ok(if received { Outcome::Delivered } else { Outcome::Dropped })
 }
 

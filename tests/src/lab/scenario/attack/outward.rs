@@ -249,7 +249,7 @@ fn answer(stage: &mut Stage<'_>, mark: u32) -> anyhow::Result<Outcome> {
                 }
                 Ok(())
             })?;
-            let asked = stage.ear(Place::A)?.answers(number, answer, TIMES as u32, ARRIVAL)?;
+            let asked = stage.listener(Place::A)?.answers(number, answer, TIMES as u32, ARRIVAL)?;
             anyhow::ensure!(asked, "no datagram comes through the tunnel from b to a");
         }
         Ok(())

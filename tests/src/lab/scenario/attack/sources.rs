@@ -173,10 +173,10 @@ fn send(
             (Source::Stranger.address(stage, family)?, Target::Uplink.address(stage, family)?);
         let (last, packet) = stage.packet(from, to)?;
         spoofer.send(&packet)?;
-        let passed = stage.ear(Place::A)?.receives(last, ARRIVAL)?;
+        let passed = stage.listener(Place::A)?.receives(last, ARRIVAL)?;
         anyhow::ensure!(passed, "the control packet of a stranger does not arrive");
     }
-    let received = stage.ear(target.place())?.receives(number, DETOUR)?;
+    let received = stage.listener(target.place())?.receives(number, DETOUR)?;
     Ok(if received { Outcome::Delivered } else { Outcome::Dropped })
 }
 
@@ -193,6 +193,6 @@ fn by_its_own_link(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
         }
         Ok(())
     })?;
-    let received = stage.ear(Place::B)?.receives(number, ARRIVAL)?;
+    let received = stage.listener(Place::B)?.receives(number, ARRIVAL)?;
     Ok(if received { Outcome::Delivered } else { Outcome::Dropped })
 }

@@ -28,8 +28,8 @@ use x25519_dalek::PublicKey;
 use super::{Setting, Unavailable};
 use crate::lab::actor::Actor;
 use crate::lab::capture::Tap;
-use crate::lab::ear::{Ear, Tag};
 use crate::lab::interrupt::wait_up_to;
+use crate::lab::listener::{Listener, Tag};
 use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::Namespace;
 use crate::lab::ping::echoes;
@@ -128,7 +128,7 @@ pub(super) struct Stage<'s> {
     pub(super) tag: Tag,
     next: u64,
     condition: Condition,
-    ears: Vec<(Place, Ear)>,
+    listeners: Vec<(Place, Listener)>,
     pub(super) mesh: Option<Mesh>,
     pub(super) hosts: Hosts,
     lab: Lab,
@@ -176,8 +176,8 @@ impl<'s> Stage<'s> {
         // The permissions of the agent must stop a local user, not those of the lab's directory.
         set_permissions(lab.directory(), Permissions::from_mode(0o755))?;
         let tag = Tag::random()?;
-        let (condition, ears) = (Condition::Running, Vec::new());
-        Ok(Self { setting, tag, next: 0, condition, ears, mesh: None, hosts, lab })
+        let (condition, listeners) = (Condition::Running, Vec::new());
+        Ok(Self { setting, tag, next: 0, condition, listeners, mesh: None, hosts, lab })
     }
 
     /// Joins and starts all nodes, waits for their tunnels, and opens the listeners.
@@ -201,8 +201,8 @@ impl<'s> Stage<'s> {
             Place::Internet,
         ] {
             let joined = if place == Place::A { groups } else { none };
-            let ear = Ear::open(self.namespace(place), PORT, self.tag, joined, link)?;
-            self.ears.push((place, ear));
+            let listener = Listener::open(self.namespace(place), PORT, self.tag, joined, link)?;
+            self.listeners.push((place, listener));
         }
         self.setting.output.step("attacking");
         Ok(())
@@ -254,9 +254,9 @@ impl<'s> Stage<'s> {
     }
 
     /// Returns the listener on a host.
-    pub(super) fn ear(&mut self, place: Place) -> anyhow::Result<&mut Ear> {
-        let found = self.ears.iter_mut().find(|(at, _)| *at == place);
-        found.map(|(_, ear)| ear).context("this host has no listener")
+    pub(super) fn listener(&mut self, place: Place) -> anyhow::Result<&mut Listener> {
+        let found = self.listeners.iter_mut().find(|(at, _)| *at == place);
+        found.map(|(_, listener)| listener).context("this host has no listener")
     }
 
     /// Returns a sender that acts as a neighbour on the first uplink of `a`.
@@ -280,7 +280,9 @@ impl<'s> Stage<'s> {
 
     /// Sends a datagram of `a` in clear to the internet, and returns its payload. Once the payload
     /// is seen on the uplink, everything that `a` sent before it was seen too.
-    pub(super) fn finish_in_clear(&mut self) -> anyhow::Result<[u8; crate::lab::ear::PAYLOAD]> {
+    pub(super) fn finish_in_clear(
+        &mut self,
+    ) -> anyhow::Result<[u8; crate::lab::listener::PAYLOAD]> {
         /// UDP port of the discard service (RFC 863).
         const DISCARD: u16 = 9;
         let number = self.number();
@@ -404,7 +406,7 @@ impl<'s> Stage<'s> {
             Ok(UdpSocket::bind((any, 0))?.send_to(&payload, (to, PORT))?)
         })?;
         anyhow::ensure!(
-            self.ear(Place::B)?.receives(number, ARRIVAL)?,
+            self.listener(Place::B)?.receives(number, ARRIVAL)?,
             "no datagram passes through the tunnel from a to b"
         );
         Ok(())
