@@ -428,12 +428,15 @@ pub fn helper(bytes: &[u8]) {
 }
 
 fn helper_seeds() -> Vec<Vec<u8>> {
-    use towline_helper::protocol::{Request, Response, Status};
+    use towline_helper::protocol::{EgressGuard, LinkIndex, Request, Response, Status, Uplink};
+    let uplink = Uplink::here(2).expect("a namespace").expect("an uplink");
+    let guard = EgressGuard::new(uplink, LinkIndex::new(9), 0x10, 0x30).expect("a guard");
+    let uplinks = [Request::GuardUplink(guard), Request::OpenUplink(uplink)];
     let responses = [
         Response { status: Status::Done, present: 0b11, errno: 0 },
         Response::without(Status::Failed, 13),
     ];
-    let requests = Request::ALL.iter().map(|request| request.encode().to_vec());
+    let requests = Request::PLAIN.into_iter().chain(uplinks).map(Request::encode);
     requests.chain(responses.map(|response| response.encode().to_vec())).collect()
 }
 

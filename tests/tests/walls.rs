@@ -39,7 +39,7 @@ const WALLS: &[Wall] = &[
     },
     Wall {
         package: "towline-host",
-        ours: &["towline-core", "towline-netlink", "towline-nftables"],
+        ours: &["towline-core", "towline-helper", "towline-netlink", "towline-nftables"],
         others: None,
     },
     Wall {

@@ -1,22 +1,35 @@
 //! Encoding of requests and responses. Each is one message of a `SOCK_SEQPACKET` socket.
 //!
 //! ```text
-//! request     'T' 'H' version request
+//! request     'T' 'H' version request  numbers (32 bits each, little-endian)
 //! response    'T' 'H' version status  present 0 0 0  errno (32 bits, little-endian)
 //! ```
 //!
 //! `present` has a bit for each file of the request, lowest first, which is set if the file exists.
 //! The descriptors of the existing files are passed with the response in the same order.
+//!
+//! Only the requests about an uplink have numbers: guarding it has those of [`EgressGuard`] in the order
+//! network namespace, uplink, tunnel, mark, mask; opening it has the first two. A helper of a version that
+//! does not know a request answers that it is malformed.
+
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
 
 /// Path of the socket on which systemd listens for the helper.
 pub const SOCKET: &str = "/run/towline/helper.sock";
-/// Length of a request in bytes.
-pub const REQUEST_BYTES: usize = 4;
+/// Greatest length of a request in bytes.
+pub const REQUEST_BYTES: usize = HEADER_BYTES + 4 * NUMBERS;
 /// Length of a response in bytes.
 pub const RESPONSE_BYTES: usize = 12;
 /// Largest number of descriptors in one response: one for each bit of `present`.
 pub const DESCRIPTORS: usize = 8;
 
+/// Length of the part of a request before its numbers.
+const HEADER_BYTES: usize = 4;
+/// Greatest count of numbers in a request.
+const NUMBERS: usize = 5;
+/// Index of the loopback in every network namespace.
+const LOOPBACK: u32 = 1;
 const MAGIC: [u8; 2] = *b"TH";
 const VERSION: u8 = 1;
 
@@ -33,6 +46,103 @@ pub enum Request {
     TunDevice,
     /// Loads the eBPF program that chooses the queue of a TUN by destination.
     SteeringProgram,
+    /// Attaches the eBPF program that drops packets to the mesh which were redirected to an uplink.
+    GuardUplink(EgressGuard),
+    /// Detaches that program from an uplink.
+    OpenUplink(Uplink),
+}
+
+/// Link that leads out of this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Uplink {
+    /// Network namespace of the link, by the inode number of the namespace.
+    namespace: u32,
+    link: LinkIndex,
+}
+
+impl Uplink {
+    /// Returns the link with this index in the network namespace of the calling thread. Returns `None`
+    /// if no link that leads out has such an index.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if `/proc` is not mounted.
+    pub fn here(index: u32) -> io::Result<Option<Self>> {
+        let namespace = namespace()?;
+        Ok(LinkIndex::new(index).map(|link| Self { namespace, link }))
+    }
+
+    /// Returns true if the link is in the network namespace of the calling thread. Indices mean other
+    /// links elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if `/proc` is not mounted.
+    pub fn is_here(&self) -> io::Result<bool> {
+        Ok(self.namespace == namespace()?)
+    }
+
+    /// Returns the index of the link.
+    pub fn index(&self) -> u32 {
+        self.link.0
+    }
+}
+
+/// Returns the inode number of the calling thread's network namespace.
+fn namespace() -> io::Result<u32> {
+    let metadata = std::fs::metadata("/proc/thread-self/ns/net")?;
+    u32::try_from(metadata.ino()).map_err(io::Error::other)
+}
+
+/// Index of a link that is not the loopback.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkIndex(u32);
+
+impl LinkIndex {
+    /// Returns the index, or `None` if it belongs to no link or to the loopback.
+    pub fn new(index: u32) -> Option<Self> {
+        (index > LOOPBACK && index <= i32::MAX.cast_unsigned()).then_some(Self(index))
+    }
+}
+
+/// Numbers of the program that guards an uplink, see [`crate::egress`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EgressGuard {
+    uplink: Uplink,
+    /// Link of the tunnel; `None` if there is none now.
+    tunnel: Option<LinkIndex>,
+    mark: u32,
+    mask: u32,
+}
+
+impl EgressGuard {
+    /// Creates a guard of the link `uplink`. Packets of local sockets whose mark is `mark` in the bits
+    /// of `mask` pass. Returns `None` if the mark is 0 or has bits outside
+    /// of the mask, or if the uplink is the tunnel.
+    pub fn new(uplink: Uplink, tunnel: Option<LinkIndex>, mark: u32, mask: u32) -> Option<Self> {
+        let is_valid = mark != 0 && mark & !mask == 0 && tunnel != Some(uplink.link);
+        is_valid.then_some(Self { uplink, tunnel, mark, mask })
+    }
+
+    /// Returns the uplink.
+    pub fn uplink(&self) -> Uplink {
+        self.uplink
+    }
+
+    /// Returns the index of the tunnel's link; 0 if there is none.
+    pub fn tunnel(&self) -> u32 {
+        self.tunnel.map_or(0, |link| link.0)
+    }
+
+    /// Returns the mark of Towline's own packets.
+    pub fn mark(&self) -> u32 {
+        self.mark
+    }
+
+    /// Returns the bits of the mark that are Towline's.
+    pub fn mask(&self) -> u32 {
+        self.mask
+    }
 }
 
 /// Installer of the kubelet, which determines the paths of its files.
@@ -113,9 +223,14 @@ pub struct Response {
     pub errno: i32,
 }
 
+/// Number of the request [`Request::GuardUplink`] in a message.
+const GUARD_UPLINK: u8 = 7;
+/// Number of the request [`Request::OpenUplink`] in a message.
+const OPEN_UPLINK: u8 = 8;
+
 impl Request {
-    /// All requests, for parsing and tests.
-    pub const ALL: [Self; 6] = [
+    /// All requests without numbers, for parsing and tests.
+    pub const PLAIN: [Self; 6] = [
         Self::Kubelet(Installation::Kubeadm),
         Self::Kubelet(Installation::K3s),
         Self::Kubelet(Installation::Rke2),
@@ -125,13 +240,45 @@ impl Request {
     ];
 
     /// Returns the request as a message.
-    pub fn encode(self) -> [u8; REQUEST_BYTES] {
-        [MAGIC[0], MAGIC[1], VERSION, self.code()]
+    pub fn encode(self) -> Vec<u8> {
+        let numbers = match self {
+            Self::GuardUplink(guard) => {
+                let Uplink { namespace, link } = guard.uplink;
+                vec![namespace, link.0, guard.tunnel(), guard.mark, guard.mask]
+            }
+            Self::OpenUplink(Uplink { namespace, link }) => vec![namespace, link.0],
+            _ => Vec::new(),
+        };
+        let mut message = vec![MAGIC[0], MAGIC[1], VERSION, self.code()];
+        message.extend(numbers.into_iter().flat_map(u32::to_le_bytes));
+        message
     }
 
     /// Parses a whole message. Returns `None` if it is not a request.
     pub fn parse(message: &[u8]) -> Option<Self> {
-        Self::ALL.into_iter().find(|request| message == request.encode())
+        let (header, numbers) = message.split_first_chunk::<HEADER_BYTES>()?;
+        let [m0, m1, version, code] = *header;
+        if [m0, m1] != MAGIC || version != VERSION {
+            return None;
+        }
+        let (numbers, rest) = numbers.as_chunks::<4>();
+        if !rest.is_empty() || numbers.len() > NUMBERS {
+            return None;
+        }
+        let number = |at: usize| u32::from_le_bytes(numbers[at]);
+        let uplink = || Some(Uplink { namespace: number(0), link: LinkIndex::new(number(1))? });
+        match (code, numbers.len()) {
+            (GUARD_UPLINK, 5) => {
+                let tunnel = match number(2) {
+                    0 => None,
+                    index => Some(LinkIndex::new(index)?),
+                };
+                EgressGuard::new(uplink()?, tunnel, number(3), number(4)).map(Self::GuardUplink)
+            }
+            (OPEN_UPLINK, 2) => uplink().map(Self::OpenUplink),
+            (_, 0) => Self::PLAIN.into_iter().find(|request| request.code() == code),
+            _ => None,
+        }
     }
 
     /// Returns the number of the request in a message. A number is never reused for another
@@ -144,6 +291,8 @@ impl Request {
             Self::ContainerNetwork => 4,
             Self::TunDevice => 5,
             Self::SteeringProgram => 6,
+            Self::GuardUplink(_) => GUARD_UPLINK,
+            Self::OpenUplink(_) => OPEN_UPLINK,
         }
     }
 }
@@ -198,19 +347,62 @@ mod tests {
 
     #[test]
     fn requests_read_back_and_nothing_else_is_one() {
-        for request in Request::ALL {
+        for request in Request::PLAIN {
             assert_eq!(Request::parse(&request.encode()), Some(request));
             let mut longer = request.encode().to_vec();
             longer.push(0);
             assert_eq!(Request::parse(&longer), None);
             assert_eq!(Request::parse(&longer[..3]), None);
         }
-        let known: Vec<u8> = Request::ALL.iter().map(|request| request.encode()[3]).collect();
+        let known: Vec<u8> = Request::PLAIN.iter().map(|request| request.encode()[3]).collect();
         for code in 0..=u8::MAX {
             let parsed = Request::parse(&[b'T', b'H', 1, code]);
             assert_eq!(parsed.is_some(), known.contains(&code), "{code}");
         }
         assert_eq!(Request::parse(b"TH\x021"), None);
+    }
+
+    #[test]
+    fn the_numbers_of_an_uplink_are_checked() {
+        let message = |code: u8, numbers: &[u32]| {
+            let numbers = numbers.iter().flat_map(|number| number.to_le_bytes());
+            Request::parse(&[b'T', b'H', 1, code].into_iter().chain(numbers).collect::<Vec<_>>())
+        };
+        let uplink = Uplink::here(2).unwrap().unwrap();
+        let here = uplink.namespace;
+        for tunnel in [None, LinkIndex::new(9)] {
+            let guard = EgressGuard::new(uplink, tunnel, 0x10, 0x30).unwrap();
+            let request = Request::GuardUplink(guard);
+            assert_eq!(Request::parse(&request.encode()), Some(request));
+            assert_eq!(request.encode().len(), REQUEST_BYTES);
+        }
+        let request = Request::OpenUplink(uplink);
+        assert_eq!(Request::parse(&request.encode()), Some(request));
+        assert_eq!(message(8, &[here, 2]), Some(request));
+        let Some(Request::OpenUplink(elsewhere)) = message(8, &[here ^ 1, 2]) else { panic!() };
+        assert!(uplink.is_here().unwrap() && !elsewhere.is_here().unwrap());
+        for numbers in [
+            // No link, the loopback, no index of a link, the tunnel itself.
+            [here, 0, 9, 0x10, 0x30],
+            [here, 1, 9, 0x10, 0x30],
+            [here, u32::MAX, 9, 0x10, 0x30],
+            [here, 2, 1, 0x10, 0x30],
+            [here, 2, 2, 0x10, 0x30],
+            // Marks that every packet has, and bits outside of the mask.
+            [here, 2, 9, 0, 0x30],
+            [here, 2, 9, 0, 0],
+            [here, 2, 9, 0x10, 0x20],
+        ] {
+            assert_eq!(message(7, &numbers), None, "{numbers:?}");
+        }
+        assert_eq!(message(7, &[here, 2, 9, 0x10]), None);
+        assert_eq!(message(7, &[here, 2, 9, 0x10, 0x30, 0]), None);
+        assert_eq!(message(8, &[here, 0]), None);
+        assert_eq!(message(8, &[here]), None);
+        assert_eq!(message(6, &[here]), None, "a request without numbers");
+        let mut cut = request.encode();
+        cut.pop();
+        assert_eq!(Request::parse(&cut), None);
     }
 
     #[test]

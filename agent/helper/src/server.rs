@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, recv, sendmsg, setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
-use crate::programs;
 use crate::protocol::{CNI_DIRECTORIES, DESCRIPTORS, REQUEST_BYTES, Request, Response, Status};
+use crate::{egress, programs};
 
 /// Name of the agent's user.
 const AGENT: &str = "towline";
@@ -105,6 +105,8 @@ impl Machine {
                 Ok(vec![Some(how.open(self.place(Path::new("/dev/net/tun")))?.into())])
             }
             Request::SteeringProgram => Ok(vec![Some(programs::steering()?)]),
+            Request::GuardUplink(guard) => egress::attach(&guard).map(|()| Vec::new()),
+            Request::OpenUplink(uplink) => egress::detach(uplink).map(|()| Vec::new()),
         }
     }
 

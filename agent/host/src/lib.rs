@@ -9,7 +9,8 @@
 //! - Towline's state consists of: the link that has its name, with the link's addresses; the routes in
 //!   its tables and the rules at its priorities that carry its protocol number ([`OURS`]); the nftables
 //!   table that has its name and its comment; the tagged rules in the chain that Docker reserves for
-//!   other programs; the setting `src_valid_mark` of the uplinks. No other state is ever changed or
+//!   other programs; the setting `src_valid_mark` of the uplinks; the eBPF program `towline_egress` on the
+//!   uplinks. No other state is ever changed or
 //!   removed.
 //! - Fail closed: guards are installed first and removed last. They hold without the link, and the
 //!   unreachable routes hold without nftables. What could not be applied is reported in
@@ -43,7 +44,8 @@ pub use address::LocalAddress;
 pub use candidates::{CandidatePolicy, candidates};
 use families::Families;
 pub use problem::{ApplyError, NoIpv6Reason, Piece, Problem};
-pub use redirects::PastNetfilter;
+use redirects::EgressState;
+pub use redirects::{PastNetfilter, RedirectError};
 pub use state::Names;
 use state::{Foreign, ForeignMark, State};
 use watch::Ports;
@@ -69,6 +71,8 @@ pub struct HostNetwork {
     problems: Vec<Problem>,
     /// Uses of Towline's mark by other programs, as found when the state was last read.
     marks: Vec<Problem>,
+    /// Uplinks that are guarded against redirected packets.
+    egress: EgressState,
 }
 
 /// Result of an apply.
@@ -96,6 +100,7 @@ impl HostNetwork {
             applied: None,
             problems: Vec::new(),
             marks: Vec::new(),
+            egress: EgressState::default(),
         })
     }
 
@@ -140,14 +145,19 @@ impl HostNetwork {
         if self.known.is_some() && self.applied.as_ref() == Some(plan) {
             return Ok(Changes { messages: 0, problems: self.problems.clone() });
         }
-        match self.try_apply(plan) {
+        let applied = match self.try_apply(plan) {
             // Answers were lost, or the known state is out of date: read it again.
             Err(ApplyError::Netlink(NetlinkError::Overrun(_)) | ApplyError::Nft(_)) => {
                 self.invalidate();
                 self.try_apply(plan)
             }
             other => other,
+        };
+        if applied.as_ref().is_ok_and(|changes| changes.messages > 0) {
+            // The next call of `guard_redirects` reports failures.
+            let _ = redirects::follow_tunnel(&mut self.rtnetlink, plan, &mut self.egress);
         }
+        applied
     }
 
     /// Discards the known state of the host. The next apply reads it again.
@@ -167,7 +177,9 @@ impl HostNetwork {
         let hooks = self.nft.as_mut().map(hook::remove).transpose()?.unwrap_or_default();
         let addresses = address::read(&mut self.rtnetlink)?;
         let hooks = hooks + uplinks::unmark(&mut self.rtnetlink, &addresses, &names.link)?;
-        Ok(hooks + have.remove(&mut self.rtnetlink, self.nft.as_mut(), names)?)
+        let removed = hooks + have.remove(&mut self.rtnetlink, self.nft.as_mut(), names)?;
+        redirects::open(&mut self.rtnetlink, &names.link, &mut self.egress)?;
+        Ok(removed)
     }
 
     /// Restores only the rules in chains of other programs.
@@ -228,7 +240,29 @@ impl HostNetwork {
         &mut self,
         own_link: &str,
     ) -> Result<Option<PastNetfilter>, NetlinkError> {
-        redirects::find(&mut self.rtnetlink, own_link)
+        redirects::find(&mut self.rtnetlink, own_link, &self.egress)
+    }
+
+    /// Guards every uplink against packets that another program redirects to it, or removes that guard.
+    /// Call it again when links change. Returns true if all uplinks are guarded. Without a plan that was
+    /// applied, none is.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel has no TCX (before Linux 6.6), or neither this process nor the helper may attach the
+    /// program. Uplinks that could be guarded are.
+    pub fn guard_redirects(&mut self, is_wanted: bool) -> Result<bool, RedirectError> {
+        match &self.applied {
+            Some(plan) if is_wanted => {
+                redirects::guard(&mut self.rtnetlink, plan, &mut self.egress)
+            }
+            None if is_wanted => Ok(false),
+            plan => {
+                let own = plan.as_ref().map_or("", |plan| &plan.link.name);
+                redirects::open(&mut self.rtnetlink, own, &mut self.egress)?;
+                Ok(false)
+            }
+        }
     }
 
     /// Returns the gateways of the default routes.

@@ -3,6 +3,8 @@
 use towline_netlink::{NetlinkError, Refusal};
 use towline_nftables::{NftError, TableFamily};
 
+use super::redirects::RedirectError;
+
 /// Error because of which nothing was applied.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
@@ -53,6 +55,9 @@ pub enum ApplyError {
     /// An nftables transaction failed.
     #[error(transparent)]
     Nft(NftError),
+    /// The guard against redirected packets could not be removed.
+    #[error(transparent)]
+    Redirects(#[from] RedirectError),
 }
 
 impl From<NftError> for ApplyError {

@@ -1,15 +1,26 @@
 //! Finds programs that may redirect packets past every nftables hook of this host.
 //!
 //! An eBPF program on a link may send a packet to another link itself (`bpf_redirect`). CNI plugins
-//! with eBPF host routing do so. No nftables hook sees such a packet. The unreachable routes stop it if
-//! the program looks up the kernel's routing tables (`bpf_fib_lookup`, `bpf_redirect_neigh`). Otherwise
-//! no guard stops it. The kernel does not tell what a program does, so this module finds programs, not
-//! redirects. It changes nothing.
+//! with eBPF host routing do so. No nftables hook sees such a packet. Two other guards stop it:
+//!
+//! - the unreachable routes, if the program looks up the kernel's routing tables (`bpf_fib_lookup`,
+//!   `bpf_redirect_neigh`),
+//! - a program of Towline at the egress of the uplinks ([`towline_helper::egress`]), where the kernel has
+//!   TCX (Linux 6.6) and the agent or its helper may attach it.
+//!
+//! The kernel does not tell what a program does, so this module finds programs, not redirects. Where it
+//! finds one, [`guard`] attaches Towline's program. It changes nothing else.
 
-use std::fmt;
+use std::collections::BTreeSet;
 use std::mem::size_of;
+use std::{fmt, io};
 
+use towline_core::plan::Plan;
+use towline_helper::protocol::{EgressGuard, LinkIndex, Request, Uplink};
+use towline_helper::{client, egress};
 use towline_netlink::{Link, NetlinkError, Rtnetlink};
+
+use super::{address, uplinks};
 
 /// Program that may redirect packets past nftables.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,10 +75,11 @@ impl fmt::Display for PastNetfilter {
 }
 
 /// Returns the first program found that may redirect packets past nftables. The link `own` is
-/// Towline's and is left out.
+/// Towline's and is left out, as are Towline's programs on the links of `guarded`.
 pub(super) fn find(
     rtnetlink: &mut Rtnetlink,
     own: &str,
+    guarded: &EgressState,
 ) -> Result<Option<PastNetfilter>, NetlinkError> {
     let links = rtnetlink.links()?;
     for (name, found) in [(CILIUM, PastNetfilter::Cilium), (CALICO, PastNetfilter::Calico)] {
@@ -81,13 +93,13 @@ pub(super) fn find(
         Some(link) => Some(link),
         None => rtnetlink.classified_by_program(others())?,
     };
-    let program = program.or_else(|| others().take(LINKS).find(|link| has_programs(link)));
+    let program = program.or_else(|| others().take(LINKS).find(|link| has_programs(link, guarded)));
     Ok(program.map(|link| PastNetfilter::Program(link.name.clone())))
 }
 
-/// Returns true if TCX programs are attached to a link. Returns false if the kernel lacks TCX or does
-/// not permit the query.
-fn has_programs(link: &Link) -> bool {
+/// Returns true if TCX programs of others are attached to a link. Returns false if the kernel lacks TCX
+/// or does not permit the query.
+fn has_programs(link: &Link, guarded: &EgressState) -> bool {
     /// Part of `union bpf_attr` that belongs to [`BPF_PROG_QUERY`].
     #[repr(C)]
     #[derive(Default)]
@@ -111,6 +123,139 @@ fn has_programs(link: &Link) -> bool {
         let result = unsafe {
             libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut query, size_of::<Query>())
         };
-        result == 0 && query.count > 0
+        let own = attached == BPF_TCX_EGRESS && guarded.links.contains(&link.index);
+        result == 0 && query.count > u32::from(own)
     })
+}
+
+/// Uplinks on which Towline's program is attached, as known to this process.
+#[derive(Debug, Default)]
+pub(super) struct EgressState {
+    /// Whether this process has attached or detached programs. Until then, programs of an earlier one
+    /// may be attached.
+    is_known: bool,
+    /// Indices of the links.
+    links: BTreeSet<u32>,
+    /// Link of the tunnel that the programs know.
+    tunnel: Option<LinkIndex>,
+}
+
+/// Reason why the uplinks are not guarded against redirected packets.
+#[derive(Debug, thiserror::Error)]
+pub enum RedirectError {
+    /// A netlink request failed.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// The kernel or the helper refused the program.
+    #[error("cannot guard the link {link} against redirected packets: {source}")]
+    Program {
+        /// Name of the link, or its index if it has no address any more.
+        link: String,
+        /// Error of the kernel or of the helper.
+        source: io::Error,
+    },
+}
+
+/// Attaches Towline's program to every uplink, and detaches it from links that are no uplinks any more.
+/// Returns true if every uplink of the host has it.
+pub(super) fn guard(
+    rtnetlink: &mut Rtnetlink,
+    plan: &Plan,
+    state: &mut EgressState,
+) -> Result<bool, RedirectError> {
+    let own = &plan.link.name;
+    let tunnel = tunnel(rtnetlink, plan)?;
+    let addresses = address::read(rtnetlink)?;
+    let uplinks = uplinks::of_both_families(&addresses, own);
+    let is_uplink = |old: &u32| uplinks.iter().any(|(link, _)| link == old);
+    for gone in state.links.iter().filter(|link| !is_uplink(link)) {
+        // The link itself is gone in most cases.
+        let _ = detach(*gone);
+    }
+    let mut attached = BTreeSet::new();
+    let mut failed = None;
+    for (index, name) in uplinks {
+        let marks = plan.rules;
+        let attach = || {
+            let uplink = Uplink::here(index)?.ok_or(io::ErrorKind::InvalidInput)?;
+            let guard = EgressGuard::new(uplink, tunnel, marks.mark, marks.mask);
+            let guard = guard.ok_or(io::ErrorKind::InvalidInput)?;
+            directly_or_by_helper(egress::attach(&guard), Request::GuardUplink(guard))
+        };
+        match attach() {
+            Ok(()) => {
+                attached.insert(index);
+            }
+            Err(source) => {
+                failed.get_or_insert(RedirectError::Program { link: name.to_owned(), source });
+            }
+        }
+    }
+    let is_guarded = !attached.is_empty();
+    *state = EgressState { is_known: true, links: attached, tunnel };
+    failed.map_or(Ok(is_guarded), Err)
+}
+
+/// Replaces the programs if they know another link of the tunnel than the current one.
+pub(super) fn follow_tunnel(
+    rtnetlink: &mut Rtnetlink,
+    plan: &Plan,
+    state: &mut EgressState,
+) -> Result<(), RedirectError> {
+    if !state.links.is_empty() && state.tunnel != tunnel(rtnetlink, plan)? {
+        guard(rtnetlink, plan, state)?;
+    }
+    Ok(())
+}
+
+fn tunnel(rtnetlink: &mut Rtnetlink, plan: &Plan) -> Result<Option<LinkIndex>, NetlinkError> {
+    let mut links = rtnetlink.links()?.into_iter();
+    let link = links.find(|link| link.name == plan.link.name);
+    Ok(link.and_then(|link| LinkIndex::new(link.index)))
+}
+
+/// Detaches Towline's program from all uplinks, also those programs that an earlier process attached.
+pub(super) fn open(
+    rtnetlink: &mut Rtnetlink,
+    own: &str,
+    state: &mut EgressState,
+) -> Result<(), RedirectError> {
+    if state.is_known && state.links.is_empty() {
+        return Ok(());
+    }
+    let addresses = address::read(rtnetlink)?;
+    let uplinks = uplinks::of_both_families(&addresses, own).into_iter().map(|(link, _)| link);
+    let known = std::mem::take(state).links;
+    let mut failed = None;
+    for index in uplinks.chain(known.iter().copied()).collect::<BTreeSet<_>>() {
+        match detach(index) {
+            Err(source) if known.contains(&index) => {
+                state.links.insert(index);
+                let link = index.to_string();
+                failed.get_or_insert(RedirectError::Program { link, source });
+            }
+            // Where neither this process nor a helper may look for programs of an earlier process,
+            // that process could not attach any.
+            Ok(()) | Err(_) => {}
+        }
+    }
+    state.is_known = true;
+    failed.map_or(Ok(()), Err)
+}
+
+fn detach(link: u32) -> io::Result<()> {
+    match Uplink::here(link)? {
+        Some(uplink) => directly_or_by_helper(egress::detach(uplink), Request::OpenUplink(uplink)),
+        None => Ok(()),
+    }
+}
+
+/// Sends the request to the helper if this process was not permitted to carry it out itself.
+fn directly_or_by_helper(directly: io::Result<()>, request: Request) -> io::Result<()> {
+    match directly {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            client::ask(request).map(drop)
+        }
+        other => other,
+    }
 }

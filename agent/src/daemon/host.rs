@@ -37,8 +37,11 @@ pub(super) struct Host {
     /// Gateways of the default routes, as of the last [`Self::read_gateways`].
     gateways: Vec<IpAddr>,
     /// Programs and links that may redirect packets around nftables, as of the last
-    /// [`Self::look_for_redirects`].
+    /// [`Self::look_for_redirects`]. `None` also where the uplinks are guarded against them.
     past_netfilter: Option<PastNetfilter>,
+    /// Why the uplinks are not guarded against redirected packets, as of the last
+    /// [`Self::look_for_redirects`].
+    unguarded: Option<String>,
 }
 
 impl Host {
@@ -57,6 +60,7 @@ impl Host {
             retry: None,
             gateways: Vec::new(),
             past_netfilter: None,
+            unguarded: None,
         })
     }
 
@@ -81,8 +85,11 @@ impl Host {
     }
 
     pub(super) fn apply(&mut self, plan: Arc<Plan>) {
-        self.plan = Some(plan);
+        let is_first = self.plan.replace(plan).is_none();
         self.reapply();
+        if is_first {
+            self.look_for_redirects();
+        }
     }
 
     /// Applies the plan again, after another program changed state that Towline created or after an
@@ -203,11 +210,13 @@ impl Host {
         }
     }
 
-    /// Looks for programs and links that may redirect packets around nftables. The kernel sends no
-    /// event when a program is attached.
+    /// Looks for programs and links that may redirect packets around nftables, and guards the uplinks
+    /// against them. The kernel sends no event when a program is attached.
     pub(super) fn look_for_redirects(&mut self) {
         match self.network.past_netfilter(&self.names.link) {
             Ok(found) => {
+                let is_guarded = self.guard_redirects(found.is_some());
+                let found = found.filter(|_| !is_guarded);
                 if let Some(past) = found.as_ref().filter(|_| found != self.past_netfilter) {
                     tracing::warn!(note = %past, "host network");
                 }
@@ -215,6 +224,20 @@ impl Host {
             }
             Err(error) => tracing::warn!(%error, "programs on links not read"),
         }
+    }
+
+    /// Guards the uplinks against redirected packets, or removes that guard. Returns true if all uplinks
+    /// are guarded.
+    fn guard_redirects(&mut self, is_wanted: bool) -> bool {
+        let (is_guarded, unguarded) = match self.network.guard_redirects(is_wanted) {
+            Ok(is_guarded) => (is_guarded, None),
+            Err(error) => (false, Some(error.to_string())),
+        };
+        if let Some(error) = unguarded.as_ref().filter(|_| unguarded != self.unguarded) {
+            tracing::warn!(%error, "host network");
+        }
+        self.unguarded = unguarded;
+        is_guarded
     }
 
     /// Returns the machine's own addresses that may reach the internet, each with its link.

@@ -91,6 +91,8 @@ pub struct Status {
     pub overlay_addresses: Vec<IpAddr>,
     /// State of the connection to the controller.
     pub controller: ControllerStatus,
+    /// Particularities of the host that need no repair, one line each.
+    pub notes: Vec<String>,
 }
 
 /// State of an agent's connection to its controller.

@@ -1,6 +1,6 @@
 //! eBPF host routing, as a CNI plugin applies it to a pod's packets: a program on the pod's link
-//! looks up the route in the kernel's tables and redirects the packet there. No nftables hook sees
-//! such a packet.
+//! redirects the packet to another link, either by the kernel's routing tables or without looking into
+//! them. No nftables hook sees such a packet.
 
 use std::ffi::c_int;
 use std::io;
@@ -9,6 +9,15 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use towline_netlink::Rtnetlink;
 
 use super::namespace::Namespace;
+
+/// How a program chooses the link to which it redirects a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice<'a> {
+    /// By the kernel's routing tables.
+    ByLookup,
+    /// Always the link of this name.
+    Fixed(&'a str),
+}
 
 /// An attached program. Dropping it detaches the program.
 #[derive(Debug)]
@@ -31,9 +40,11 @@ struct Instruction(u8, u8, i16, i32);
 /// Helper functions of the kernel that the program calls.
 const LOAD_BYTES: i32 = 26;
 const FIB_LOOKUP: i32 = 69;
+const REDIRECT: i32 = 23;
 const REDIRECT_NEIGHBOUR: i32 = 152;
 
 /// Offsets of fields in `struct __sk_buff`.
+const PACKET_TYPE: i16 = 4;
 const PROTOCOL: i16 = 16;
 const IFINDEX: i16 = 40;
 
@@ -78,7 +89,27 @@ fn load_bytes(at: i32, to: i32, bytes: i32) -> [Instruction; 6] {
     ]
 }
 
-fn program() -> Vec<Instruction> {
+/// Returns the program that redirects every unicast frame of IP to a link.
+fn fixed(link: u32) -> Vec<Instruction> {
+    let ethertype = |number: u16| i32::from(number.to_be());
+    vec![
+        Instruction(0x61, (1 << 4) | 2, PACKET_TYPE, 0),
+        Instruction(0x61, (1 << 4) | 3, PROTOCOL, 0),
+        mov(0, 0),
+        // `PACKET_BROADCAST` and `PACKET_MULTICAST`: ARP and neighbour discovery go to the host.
+        Instruction(0x15, 2, 6, 1),
+        Instruction(0x15, 2, 5, 2),
+        Instruction(0x15, 3, 1, ethertype(0x0800)),
+        Instruction(0x55, 3, 3, ethertype(0x86dd)),
+        mov(1, link.cast_signed()),
+        mov(2, 0),
+        Instruction(0x85, 0, 0, REDIRECT),
+        Instruction(0x95, 0, 0, 0),
+    ]
+}
+
+/// Returns the program that redirects by the kernel's routing tables.
+fn by_lookup() -> Vec<Instruction> {
     let exit = Instruction(0x95, 0, 0, 0);
     let family = |family| Instruction(0x72, 10, LOOKUP, family);
     let mut program = vec![copy(6, 1)];
@@ -164,10 +195,14 @@ impl Redirect {
     ///
     /// # Errors
     /// If the kernel has no such programs (before Linux 6.6) or refuses them.
-    pub fn attach(namespace: &Namespace, link: &str) -> anyhow::Result<Self> {
+    pub fn attach(namespace: &Namespace, link: &str, choice: Choice<'_>) -> anyhow::Result<Self> {
         namespace.run(|| {
-            let link = Rtnetlink::open()?.link_index(link)?;
-            let program = load()?;
+            let mut rtnetlink = Rtnetlink::open()?;
+            let link = rtnetlink.link_index(link)?;
+            let program = load(&match choice {
+                Choice::ByLookup => by_lookup(),
+                Choice::Fixed(to) => fixed(rtnetlink.link_index(to)?),
+            })?;
             let attach = Attach {
                 program: program.as_raw_fd().cast_unsigned(),
                 link,
@@ -180,8 +215,7 @@ impl Redirect {
     }
 }
 
-fn load() -> io::Result<OwnedFd> {
-    let program = program();
+fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
     let load = Load {
         kind: BPF_PROG_TYPE_SCHED_CLS,
         count: program.len() as u32,

@@ -102,7 +102,7 @@ fn is_empty(socket: &UdpSocket, what: &str) {
 }
 
 /// Enables forwarding in the current namespace.
-fn forward() {
+pub(super) fn forward() {
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
     std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
 }

@@ -46,7 +46,7 @@ use crate::lab::interrupt::{sleep, wait_for, wait_up_to};
 use crate::lab::mesh::{Node, START_LIMIT, await_tunnel};
 use crate::lab::namespace::{Namespace, join};
 use crate::lab::privilege::Rank;
-use crate::lab::redirect::Redirect;
+use crate::lab::redirect::{Choice, Redirect};
 use crate::lab::report::{Figures, Promises};
 use crate::lab::spoof::{self, Spoofer};
 use crate::lab::tamper::Tampering;
@@ -121,6 +121,8 @@ const MARKS: [u32; 5] = [0x10, 0x110, 0x1_bd10, 0x51, 0xc350];
 const POD_BRIDGE: &str = "cni0";
 /// Port of the bridge [`POD_BRIDGE`] that leads to the pod.
 const POD_PORT: &str = "veth0";
+/// Link of each node that leads to the other nodes.
+const UPLINK: &str = "eth0";
 /// Networks that contain the pods of all nodes.
 const PODS: [IpNet; 2] = [
     IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(10, 244, 0, 0)), 16),
@@ -537,49 +539,58 @@ impl Leak {
         Ok(())
     }
 
-    /// Attaches an eBPF program to the link of a pod. It redirects the packets of the pod by the
-    /// kernel's routing tables, past every nftables hook. Tries this with the agent, without it,
-    /// and also without the nftables table: the routing guard must hold alone.
+    /// Attaches eBPF programs to the link of a pod, one after the other. They redirect the packets of
+    /// the pod past every nftables hook: by the kernel's routing tables, or to the uplink without a
+    /// lookup. Tries each with the agent, without it, and also without the nftables table: the routing
+    /// guard and the program on the uplinks must hold alone.
     fn redirect(
         &mut self,
         setting: &Setting,
         places: &mut [Place<'_>],
         unusual: &Unusual,
     ) -> anyhow::Result<()> {
-        for (name, why) in [
-            (
-                "macvlan",
-                "a port on the uplink is a separate host of that LAN: the guards of this host do not see it",
-            ),
-            (
-                "redirect without lookup",
-                "the program consults no routing table: no guard can stop it",
-            ),
-        ] {
-            self.skipped.push(Skipped { name: name.to_owned(), why: why.to_owned() });
-        }
+        self.skipped.push(Skipped {
+            name: "macvlan".to_owned(),
+            why: "a port on the uplink is a separate host of that LAN: the guards of this host do not \
+                  see it"
+                .to_owned(),
+        });
         let Some(index) = places.iter().position(|place| !place.removed) else { return Ok(()) };
         let place = &mut places[index];
-        let attached = Redirect::attach(place.node.host().namespace(), POD_PORT);
-        let redirect = match attached {
-            Ok(redirect) => redirect,
-            Err(error) => {
-                let (name, why) = ("redirect by lookup".to_owned(), format!("{error:#}"));
-                self.skipped.push(Skipped { name, why });
-                return Ok(());
-            }
-        };
-        setting.output.step("redirecting the packets of a pod past the network stack");
         let nobody = |_: &str| Ok(());
-        for action in [None, Some(Action::Kill), Some(Action::Tamper(Tampering::FlushRuleset))] {
-            if let Some(action) = action {
-                place.run_action(action, nobody)?;
+        for (name, choice) in [
+            ("redirect by lookup", Choice::ByLookup),
+            ("redirect without lookup", Choice::Fixed(UPLINK)),
+        ] {
+            let attached = Redirect::attach(place.node.host().namespace(), POD_PORT, choice);
+            let redirect = match attached {
+                Ok(redirect) => redirect,
+                Err(error) => {
+                    let (name, why) = (name.to_owned(), format!("{error:#}"));
+                    self.skipped.push(Skipped { name, why });
+                    continue;
+                }
+            };
+            setting
+                .output
+                .step(&format!("{name}: sending packets of a pod past the network stack"));
+            // The agent looks for such programs when it is asked for its status, and guards the
+            // uplinks.
+            let notes = place.node.await_status(START_LIMIT)?.notes;
+            let open = notes.iter().find(|note| note.contains("past nftables"));
+            anyhow::ensure!(open.is_none(), "{name}: the uplinks are not guarded: {notes:?}");
+            for action in [None, Some(Action::Kill), Some(Action::Tamper(Tampering::FlushRuleset))]
+            {
+                if let Some(action) = action {
+                    place.run_action(action, nobody)?;
+                }
+                place.probe(&unusual.targets[index], &unusual.payload)?;
+                self.unusual_rounds += 1;
             }
-            place.probe(&unusual.targets[index], &unusual.payload)?;
-            self.unusual_rounds += 1;
+            drop(redirect);
+            place.start()?;
         }
-        drop(redirect);
-        place.start()
+        Ok(())
     }
 
     /// Adds up the counters of the members and of the senders of forged packets.

@@ -11,7 +11,7 @@ use super::stage::{ARRIVAL, Condition, PLAIN_PORT, PORT, Place, Stage, TIMES, WI
 use super::{Attacker, Case, Outcome, Unavailable};
 use crate::lab::actor::Actor;
 use crate::lab::capture::Tap;
-use crate::lab::redirect::Redirect;
+use crate::lab::redirect::{Choice, Redirect};
 use crate::lab::spoof::{self, Spoofer};
 use crate::lab::tamper::LINK;
 use crate::lab::unusual::{FromHost, FromPod, Transport, Way};
@@ -181,9 +181,10 @@ fn send_from_pod(stage: &mut Stage<'_>, how: FromPod) -> anyhow::Result<()> {
 fn redirected(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     /// Offset of the IPv4 TTL in a frame. Forwarding decrements the TTL, redirecting does not.
     const HOPS: usize = 14 + 8;
-    let redirect = Redirect::attach(stage.hosts.a.namespace(), POD_PORT).map_err(|error| {
-        Unavailable(format!("cannot attach an eBPF program to a link: {error:#}"))
-    })?;
+    let redirect = Redirect::attach(stage.hosts.a.namespace(), POD_PORT, Choice::ByLookup)
+        .map_err(|error| {
+            Unavailable(format!("cannot attach an eBPF program to a link: {error:#}"))
+        })?;
     let mut tap = stage.tap()?;
     let number = stage.number();
     let payload = stage.tag.payload(number).map(|byte| !byte);
