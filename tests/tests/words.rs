@@ -1,4 +1,5 @@
-//! Words that no tracked document, configuration file or schema of the project may contain.
+//! Words that no tracked document, configuration file, schema or source file of the project may
+//! contain: in sources neither comments, nor string literals, nor identifiers.
 //!
 //! A reader whose first language is not English stumbles over them, and each has a plain replacement.
 
@@ -15,7 +16,7 @@ const FORBIDDEN: &[(&str, &str)] = &[
 ];
 
 /// Extensions of the files that are read. Extend this list to check more kinds of files.
-const EXTENSIONS: &[&str] = &["md", "toml", "proto"];
+const EXTENSIONS: &[&str] = &["md", "toml", "proto", "rs"];
 
 /// Path of this file, which names the words and is exempt.
 const EXEMPT: &str = "tests/tests/words.rs";
@@ -71,16 +72,25 @@ fn walk() -> Vec<PathBuf> {
 }
 
 /// Returns the words of a text in lower case, each with its line, counted from 1. Characters that begin
-/// a comment or a quotation separate words as spaces do, so that a phrase is found across lines.
+/// a comment or a quotation separate words as spaces do, so that a phrase is found across lines. So
+/// do underscores and a capital after a small letter, so that identifiers are read too.
 fn words(text: &str) -> Vec<(usize, String)> {
-    text.lines()
-        .zip(1..)
-        .flat_map(|(line, number)| {
-            line.split(|c: char| !(c.is_alphanumeric() || c == '\'' || c == '’'))
-                .filter(|word| !word.is_empty())
-                .map(move |word| (number, word.to_lowercase()))
-        })
-        .collect()
+    let mut words = Vec::new();
+    for (line, number) in text.lines().zip(1..) {
+        let mut word = String::new();
+        let mut after_small_letter = false;
+        for c in line.chars().chain([' ']) {
+            let is_part = c.is_alphanumeric() || c == '\'' || c == '’';
+            if !word.is_empty() && (!is_part || (after_small_letter && c.is_uppercase())) {
+                words.push((number, std::mem::take(&mut word)));
+            }
+            if is_part {
+                word.extend(c.to_lowercase());
+            }
+            after_small_letter = c.is_lowercase();
+        }
+    }
+    words
 }
 
 /// Returns each forbidden phrase in a text: its line, the phrase, and what to write instead.
@@ -102,10 +112,12 @@ fn hits(text: &str) -> Vec<(usize, &'static str, &'static str)> {
 #[test]
 fn no_file_contains_a_forbidden_word() {
     let files = files();
-    assert!(
-        files.iter().any(|file| file == Path::new("README.md")),
-        "README.md is not read: {files:?}"
-    );
+    for wanted in ["README.md", "tests/src/lib.rs"] {
+        assert!(
+            files.iter().any(|file| file == Path::new(wanted)),
+            "{wanted} is not read: {files:?}"
+        );
+    }
     let mut found = String::new();
     for file in files {
         let text = std::fs::read_to_string(root().join(&file)).expect("a readable text file");
@@ -124,6 +136,8 @@ fn a_phrase_is_found_as_whole_words_and_across_lines() {
     assert_eq!(lines("# lasts for\n# ever"), [1]);
     assert_eq!(lines("// lasts *for*\n/// ever"), [1]);
     assert_eq!(lines("there were so\n\n> many of them, and so many more"), [1, 3]);
+    assert_eq!(lines("fn begins_anew() {}\nlet built = BuildAnew;"), [1, 2]);
+    assert_eq!(lines("fn it_lasts_for_ever() {}"), [1]);
     assert!(lines("a new rule, forever, for every peer, so manyfold, who ever").is_empty());
     assert_eq!(walk().iter().filter(|file| file.as_path() == Path::new(EXEMPT)).count(), 1);
 }
