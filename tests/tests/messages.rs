@@ -9,7 +9,17 @@ use std::path::{Path, PathBuf};
 
 /// First words that keep their capital letter.
 const PROPER_NOUNS: [&str; 12] = [
-    "API", "CIDR", "Docker", "IPv4", "IPv6", "Kubernetes", "Linux", "TLS", "TUN", "UDP", "URL",
+    "API",
+    "CIDR",
+    "Docker",
+    "IPv4",
+    "IPv6",
+    "Kubernetes",
+    "Linux",
+    "TLS",
+    "TUN",
+    "UDP",
+    "URL",
     "WireGuard",
 ];
 
