@@ -18,9 +18,9 @@ const FORGET_AFTER: Duration = Duration::from_secs(10);
 /// Purpose of a ping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// To see whether the path in use still works.
+    /// Ping that checks whether the path in use still works.
     Path,
-    /// To see whether another path works at all.
+    /// Ping that checks whether another path works at all.
     Check,
     /// To see whether the path takes a datagram with this much UDP payload, in bytes.
     Size(u16),

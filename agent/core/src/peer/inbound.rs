@@ -31,7 +31,7 @@ impl Peer {
         if !cx.local.can_send_to(from.remote) {
             return;
         }
-        // Whoever replays pings from elsewhere does not use up what the path in use needs.
+        // A node that replays pings from elsewhere does not use up the budget of the path in use.
         let elsewhere = self.path().is_none_or(|path| !path.is(&from));
         if !self.pongs[usize::from(elsewhere)].take(&PONGS, cx.fx.now, 1) {
             cx.fx.counters.pings_refused += 1;

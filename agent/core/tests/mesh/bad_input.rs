@@ -92,7 +92,8 @@ fn a_relay_that_opens_channels_without_end_costs_a_bounded_number_of_datagrams()
 }
 
 #[test]
-fn a_reflector_that_lies_anew_each_time_makes_us_advertise_one_address_and_settles_nothing() {
+fn a_reflector_that_lies_differently_each_time_makes_us_advertise_one_address_and_settles_nothing()
+{
     let mut us = Us::new(1);
     us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
     us.mesh.set_reflectors(us.now, vec![addr("203.0.113.1:7443")]);

@@ -115,7 +115,7 @@ fn a_protected_network_beside_our_own_stays_guarded_when_its_node_is_removed() {
 }
 
 #[test]
-fn a_plan_that_was_patched_is_the_one_that_is_built_anew() {
+fn a_plan_that_was_patched_is_the_one_that_is_built_whole() {
     let own = ["10.244.1.0/24", "172.30.1.0/24"].map(net).to_vec();
     let mut us = Us::new(1);
     us.mesh.set_prefixes(us.now, own.clone());
@@ -145,16 +145,16 @@ fn a_plan_that_was_patched_is_the_one_that_is_built_anew() {
         us.mesh.handle_map_change(us.now, step.clone());
         us.drain();
         so_far.push(step);
-        let mut anew = Us::new(1);
-        anew.mesh.set_prefixes(anew.now, own.clone());
+        let mut fresh = Us::new(1);
+        fresh.mesh.set_prefixes(fresh.now, own.clone());
         // The same history, looked at once.
         for step in &so_far {
-            anew.mesh.handle_map_change(anew.now, step.clone());
-            anew.mesh.peers().count();
-            anew.mesh.set_withdrawn(anew.now, us.mesh.withdrawn().iter().copied());
+            fresh.mesh.handle_map_change(fresh.now, step.clone());
+            fresh.mesh.peers().count();
+            fresh.mesh.set_withdrawn(fresh.now, us.mesh.withdrawn().iter().copied());
         }
-        anew.drain();
-        assert_eq!(us.plan(), anew.plan(), "after {} steps", so_far.len());
-        assert_eq!(us.table(), anew.table(), "after {} steps", so_far.len());
+        fresh.drain();
+        assert_eq!(us.plan(), fresh.plan(), "after {} steps", so_far.len());
+        assert_eq!(us.table(), fresh.table(), "after {} steps", so_far.len());
     }
 }
