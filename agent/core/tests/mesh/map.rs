@@ -159,7 +159,7 @@ fn who_holds_what_does_not_depend_on_the_order_in_which_it_was_heard() {
     }
 }
 
-/// Every order of so many things.
+/// Every order of `count` things.
 fn orders(count: usize) -> Vec<Vec<usize>> {
     let Some(last) = count.checked_sub(1) else { return vec![Vec::new()] };
     let insert = |order: Vec<usize>| {
