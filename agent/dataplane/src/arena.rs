@@ -37,8 +37,8 @@ pub struct GsoBatch {
     pub segment_size: NonZeroUsize,
     /// Number of datagrams.
     pub segments: usize,
-    /// True if the datagrams are sent as fragments of the size that every path of their family
-    /// takes, because they are larger than their path takes and cannot be made smaller.
+    /// True if the kernel may send these datagrams in fragments of the minimum IPv6 MTU, because they
+    /// do not fit their path and cannot be made smaller.
     pub fragment: bool,
 }
 

@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Counters of one peer. Bytes are those of whole UDP payloads, including handshakes.
+/// Counters of one peer. Bytes are those of whole UDP payloads, including handshakes. On
+/// a relayed path, only received data messages include the relay header.
 #[derive(Debug, Default)]
 pub(super) struct PeerCounters {
     sent_bytes: AtomicU64,

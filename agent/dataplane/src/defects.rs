@@ -3,22 +3,21 @@
 //!
 //! | defect | workaround in | test |
 //! |---|---|---|
-//! | no jitter on repeated initiations | `peer` | here |
-//! | two ends with keepalives compete to initiate | `peer` | here |
-//! | keepalives on busy tunnels | `peer` | `peer`, `tests/dataplane.rs` |
+//! | no jitter on repeated initiations | `tunnel` | here |
+//! | two ends with keepalives compete to initiate | `tunnel` | here |
+//! | keepalives on busy tunnels | `tunnel` | `tunnel`, `tests/dataplane.rs` |
 //! | a replay window of 1,024 | `worker`: order is kept | here |
 //! | no Reject-After-Messages | `session` | `tests/dataplane.rs` |
 //! | no padding to 16 bytes | `split` | here |
 //! | one counter limits handshakes, for addresses without ports | `session`, `pipeline` | here, `tests/dataplane.rs` |
 //! | responses are limited too | `session` | here |
-//! | a pre-shared key cannot change | `peer`, `table` | `tests/dataplane.rs` |
-//! | an expired tunnel stays expired | `peer`, core | here, `agent/core/tests` |
+//! | a pre-shared key cannot change | `tunnel`, `table` | `tests/dataplane.rs` |
+//! | an expired tunnel stays expired | `tunnel`, core | here, `agent/core/tests` |
 //! | small buffers panic | `session` | here |
 //! | indices reveal the number of peers | `table` | here |
-//! | roaming on cookie replies | `peer` | here |
-//! | a source is checked only against the prefixes of its own peer | `pipeline` |
-//! `tests/dataplane.rs` |
-//! | a clock that was set back locks a peer out | `peer`, `table` | `tests/dataplane.rs` |
+//! | roaming on cookie replies | `tunnel` | here |
+//! | a source is checked only against the prefixes of its own peer | `pipeline` | `tests/dataplane.rs` |
+//! | a clock that was set back locks a peer out | `tunnel`, `table` | `tests/dataplane.rs` |
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;

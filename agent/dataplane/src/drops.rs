@@ -60,7 +60,7 @@ reasons! {
     UnknownKind = "unknown_kind",
     /// Datagram from the network with the type of a WireGuard message and an impossible length.
     Malformed = "malformed",
-    /// Handshake, probe or STUN message beyond the rate of its source address.
+    /// Initiation, probe or STUN response beyond the rate of its source address.
     SourceLimited = "source_limited",
     /// Datagram from the network that arrived through the TUN link, where no outer datagram may
     /// come from.
@@ -86,7 +86,8 @@ reasons! {
     StaleHandshake = "stale_handshake",
     /// Handshake message that does not match the state of its tunnel, or does not decrypt.
     InvalidHandshake = "invalid_handshake",
-    /// Data for a session that no longer exists.
+    /// Received data of a session that does not exist, or a packet that could not be sealed because
+    /// its session has just ended.
     NoSession = "no_session",
     /// Data that was received before, or is older than the replay window.
     Replayed = "replayed",

@@ -29,7 +29,7 @@
 //! | `batch_delay` | the delay after a batch of small packets |
 //! | `pipeline` | the path of a batch in each direction |
 //! | `tunnel` | one tunnel: timers, keepalives, waiting packets |
-//! | `session` | the WireGuard engine; the only file that names boringtun |
+//! | `session` | the WireGuard engine; the only file that calls boringtun |
 //! | `table` | lookup of a peer by address, key or receiver index |
 //! | `arena` | the buffers of a batch |
 //! | `split`, `coalesce`, `vnet`, `checksum`, `packet` | inner packets and super-packets |

@@ -58,7 +58,7 @@ pub(super) struct Pipeline {
     coalescer: Coalescer,
     /// Start and length of each decrypted packet of one run. Kept between calls for its capacity.
     opened: Vec<(usize, usize)>,
-    /// Counters of coalesced datagrams. Cleared with each batch.
+    /// Counters of the data messages that arrived coalesced by `UDP_GRO`. Cleared with each batch.
     coalesced: Coalesced,
     /// Destination of the last decrypted packet, and whether it belongs to this node. Cleared with
     /// each batch.
@@ -167,7 +167,7 @@ impl Pipeline {
         if !tunnel.is_ready() {
             let mut context = self.context(now, peer, out);
             while segments.next_len().is_some() {
-                tunnel.wait(segments.take(), &mut context);
+                tunnel.enqueue(segments.take(), &mut context);
             }
             return;
         }
@@ -430,8 +430,9 @@ impl Pipeline {
         }
     }
 
-    /// Checks whether an initiation may be processed. If too many came from its source address it
-    /// needs a cookie: another host may forge that address to lock its owner out.
+    /// Checks whether an initiation may be processed. If its source address is over its rate, the
+    /// initiation needs a valid cookie. Dropping it instead would let a host that forges the address
+    /// lock out the real owner.
     fn admit_initiation(
         &mut self,
         now: Instant,

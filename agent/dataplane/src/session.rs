@@ -1,5 +1,5 @@
 //! The WireGuard engine: seals and opens data messages and runs handshakes. The only file that
-//! names boringtun.
+//! calls boringtun.
 //!
 //! It works on batches ([`Session::seal`], [`Session::open`]), so that another engine can replace
 //! it. boringtun 0.7.1 has gaps and defects. Those that can be worked around from outside are

@@ -131,7 +131,7 @@ impl Peer {
             || self.entry.boot_epoch < entry.boot_epoch;
         let indices = if renew {
             let index = free_index(taken);
-            self.tunnel.lock().renew(entry.preshared_key.clone(), index);
+            self.tunnel.lock().rebuild(entry.preshared_key.clone(), index);
             [Some(index), self.indices[0]]
         } else {
             self.indices

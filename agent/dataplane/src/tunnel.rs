@@ -4,10 +4,11 @@
 //! This module owns WireGuard's timer rules that need no decision. The core decides whether and on
 //! which paths to start a handshake. In particular:
 //!
-//! - A tunnel without a session does nothing by itself; it reports [`Observation::Wanted`].
+//! - A tunnel without a session starts no handshake by itself, but it repeats one that was
+//!   commanded; it reports [`Observation::Wanted`].
 //! - A keepalive is sent only on a session, and only when nothing else was sent for the interval.
 //!   So two ends with keepalives neither compete to initiate nor add traffic to a busy tunnel.
-//! - The initiator of a session renews it while keepalives hold it open (boringtun counts data
+//! - The initiator of a session starts the next handshake (rekey) while keepalives hold it open (boringtun counts data
 //!   only). The responder does not.
 //! - A tunnel that was rebuilt (pre-shared key, boot epoch) uses the old session until the new one
 //!   is established, so there is no gap.
@@ -42,7 +43,7 @@ const RETRY_JITTER_MS: u64 = 333;
 const SAME_COMMAND: Duration = Duration::from_millis(20);
 /// Shortest time between two reports of inner traffic ([`Observation::Active`]).
 const ACTIVE_EVERY: Duration = Duration::from_secs(1);
-/// Largest number of packets that wait for a session.
+/// Largest number of segments that wait for a session. A super-packet counts once per segment.
 const WAITING: usize = 16;
 /// Longest time that a packet waits for a session.
 const WAITING_TIME: Duration = Duration::from_secs(10);
@@ -174,7 +175,7 @@ impl Tunnel {
 
     /// Replaces the pre-shared key and the index for future handshakes. Existing sessions stay
     /// until the next handshake completes.
-    pub(super) fn renew(&mut self, psk: Option<PresharedKey>, index: u32) {
+    pub(super) fn rebuild(&mut self, psk: Option<PresharedKey>, index: u32) {
         if let Some(active) = self.active.take().filter(|active| active.is_ready()) {
             self.retired = Some((active, self.index));
         }
@@ -226,9 +227,9 @@ impl Tunnel {
         self.inner_traffic.take_report(now)
     }
 
-    /// Keeps a padded packet until there is a session. If [`WAITING`] packets wait already, drops
+    /// Keeps a padded packet until there is a session, for at most [`WAITING_TIME`]. If [`WAITING`] packets wait already, drops
     /// the oldest.
-    pub(super) fn wait(&mut self, packet: &[u8], context: &mut TunnelContext<'_>) {
+    pub(super) fn enqueue(&mut self, packet: &[u8], context: &mut TunnelContext<'_>) {
         if self.closed {
             context.drops.count(DropReason::NoRoute);
             return;
@@ -785,12 +786,12 @@ mod tests {
     fn packets_wait_no_longer_than_they_are_good_for() {
         let [mut side, _] = Side::pair();
         let now = side.started;
-        side.with(now, |tunnel, context| tunnel.wait(&[0x45; 32], context));
+        side.with(now, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
         assert_eq!(side.observations(), [Observation::Wanted]);
         let late = now + WAITING_TIME - Duration::from_millis(1);
         tick(&mut side, late, None);
         assert_eq!(side.drops.get(DropReason::QueueExpired), 0);
-        side.with(late, |tunnel, context| tunnel.wait(&[0x45; 32], context));
+        side.with(late, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
         tick(&mut side, now + WAITING_TIME, None);
         assert_eq!(side.drops.get(DropReason::QueueExpired), 1);
     }

@@ -3,9 +3,10 @@
 //!
 //! One worker handles both directions: on two cores it reaches the throughput of two threads with
 //! lower latency and less CPU time. More workers (shards) each have their own queue of the TUN and
-//! their own sockets, and share the peer table. No packet passes from one worker to another, so a
-//! flow keeps its order: the TUN steers all packets for one address to one queue, and the kernel
-//! steers all datagrams from one address to one socket.
+//! their own sockets, and share the peer table. On an established session no packet passes from one
+//! worker to another, so a flow keeps its order: the TUN steers all packets for one address to one
+//! queue, and the kernel steers all datagrams between the same two addresses and ports to one socket.
+//! Packets that waited for a session are sent by the worker that completes the handshake.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
