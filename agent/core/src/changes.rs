@@ -25,7 +25,7 @@ pub(crate) enum Change {
     Ownership,
     /// This node is new or gone, or its grant or record is another one.
     Record(NodeId),
-    /// The claims, the state or the path MTU of this node are others.
+    /// The claims, the state or the path MTU of this node changed.
     Routes(NodeId),
     /// Inner addresses or networks that are this node's own.
     OwnNetworks,

@@ -1,9 +1,10 @@
-//! Who holds what: names, WireGuard keys and prefixes, each by one node only.
+//! The holders of WireGuard keys and prefixes: each has one node only. A name that two nodes use is
+//! only reported.
 //!
 //! The controller refuses a second claim. Should two claims reach us all the same (a restored
 //! backup, a stolen store), every node decides alike, from signed input alone: the node that was
-//! granted earlier wins, and of two granted in the same second the one with the lower id. What a
-//! node claims of ours it never gets here. A prefix may lie inside another node's where its own
+//! granted earlier wins, and of two granted in the same second the one with the lower id. No node
+//! gets one of our own prefixes or keys here. A prefix may lie inside another node's where its own
 //! grant names it exactly, or where it is an overlay address.
 
 use std::collections::BTreeMap;

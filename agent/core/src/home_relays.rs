@@ -257,8 +257,8 @@ impl HomeRelays {
         self.schedule(fx);
     }
 
-    /// Asks for channels to `peer`: at its homes, and not for the first time (`turn` above 0), also
-    /// at the relays that would be its homes if those did not work. One address of a relay is asked
+    /// Asks for channels to `peer`. The first round (`turn` 0) asks its home relays; later rounds also
+    /// ask the relays that would be its homes if those did not work. One address of a relay is asked
     /// at a time, for the relay binds the channel to where the request came from.
     pub(crate) fn open(
         &mut self,

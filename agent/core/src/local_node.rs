@@ -171,8 +171,8 @@ impl LocalNode {
         changed
     }
 
-    /// Returns a path by the name that it has since our uplinks changed; `None`: it began at an
-    /// uplink that is gone.
+    /// Returns the path under the name that it has after a change of our uplinks. `None` if its uplink
+    /// is gone.
     pub(crate) fn still(&self, path: Path) -> Option<Path> {
         let v4 = path.remote.is_ipv4();
         // Without a name it began at the only one.

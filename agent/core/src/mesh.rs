@@ -302,7 +302,7 @@ impl Mesh {
         self.stun.set_offered(&mut self.fx, &self.local, reflectors);
     }
 
-    /// Takes whether a controller takes signals now.
+    /// Sets whether a controller is connected that can carry signals.
     pub fn set_controller_connected(&mut self, now: Instant, connected: bool) {
         self.fx.advance(now);
         self.local.set_controller_connected(connected);
@@ -352,7 +352,8 @@ impl Mesh {
 
 /// # What is known
 ///
-/// A change of the map counts from the next [`Self::poll_output`] on.
+/// After a change of the map, the holders of keys and prefixes and the conflicts are current from the
+/// next [`Self::poll_output`] on; all else is current at once.
 impl Mesh {
     /// Our own grant, if we are in a mesh.
     pub fn grant(&self) -> Option<&Grant> {
@@ -443,7 +444,7 @@ impl Mesh {
         self.probing.handle_operator_pong(&mut self.fx, &sent, from);
     }
 
-    /// Our addresses or uplinks are others now: so is how others see us, and perhaps every path.
+    /// Handles a change of our addresses or uplinks: what others see of us changed, and perhaps every path.
     fn local_changed(&mut self) {
         self.advertise();
         self.stun.handle_local_change(&mut self.fx, &self.local);

@@ -17,8 +17,9 @@ use crate::path::Path;
 pub struct PeerTable {
     /// Entries by WireGuard key.
     pub peers: BTreeMap<WireguardKey, PeerEntry>,
-    /// Inner addresses of this node. Packets that are neither for nor from one of them are dropped; while
-    /// it is empty, that is every packet.
+    /// Inner addresses of this node. A packet out of the tunnel must be for one of them, and a packet into
+    /// it must come from one (to static peers: from any); others are dropped. While it is empty, that is
+    /// every packet of the mesh.
     pub own: OwnNetworks,
 }
 

@@ -77,8 +77,8 @@ pub struct RulePlan {
     pub mask: u32,
 }
 
-/// The node IPs of a trusted site are reached past the tunnel, but our pods' addresses mean nothing
-/// outside it: what comes from them enters it.
+/// Exceptions for node IPs of a trusted site, which are reached outside the tunnel: packets from networks
+/// behind this host enter the tunnel, since their addresses are unknown outside it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DetourPlan {
     /// Networks behind this host.

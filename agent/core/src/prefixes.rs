@@ -49,7 +49,7 @@ impl<V> PrefixMap<V> {
     /// Every network that overlaps `net`: those around it (and itself), then those inside it.
     pub(crate) fn overlapping(&self, net: IpNet) -> impl Iterator<Item = (&IpNet, &V)> {
         let v6 = is_v6(&net);
-        let conditions = self.lengths.range((v6, 0)..=(v6, net.prefix_len())).filter_map(
+        let around = self.lengths.range((v6, 0)..=(v6, net.prefix_len())).filter_map(
             move |((_, length), _)| {
                 self.by_net.get_key_value(&IpNet::new(net.addr(), *length).ok()?.trunc())
             },
@@ -59,7 +59,7 @@ impl<V> PrefixMap<V> {
             .range(net..)
             .take_while(move |(other, _)| net.contains(&other.network()))
             .filter(move |(other, _)| **other != net);
-        conditions.chain(inside)
+        around.chain(inside)
     }
 }
 

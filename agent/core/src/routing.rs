@@ -357,17 +357,18 @@ fn guard(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> {
     Some(())
 }
 
-/// No longer guards a network that nobody ever held now; `None` where others lie inside, or around it: a
-/// wider network from which one of ours is cut out is guarded in pieces, and this may be one of them.
+/// Stops guarding a network that no node holds and that is not withdrawn. Returns `None` (build the plan
+/// again) where other guarded networks lie inside it or around it: a wider network from which one of ours
+/// is cut out is guarded in pieces, and this may be one of them.
 fn release(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> {
     if !plan.firewall.guarded.contains(&net) {
         return Some(());
     }
     let inside = |other: &IpNet| net.contains(other);
-    let mut conditions = std::iter::successors(net.supernet(), IpNet::supernet);
+    let mut around = std::iter::successors(net.supernet(), IpNet::supernet);
     let needed = input.guarded_by_mesh().any(|range| inside(&range) || range.contains(&net))
         || input.roster.withdrawn().range(net..).next().is_some_and(inside)
-        || conditions.any(|wider| input.roster.withdrawn().contains(&wider))
+        || around.any(|wider| input.roster.withdrawn().contains(&wider))
         || input.roster.claims().overlaps(net);
     if needed {
         return None;

@@ -12,7 +12,7 @@ use crate::path::Path;
 /// State of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PeerState {
-    /// Nothing is tried, since nothing was sent to it.
+    /// No path is tried, since there is no traffic for the peer.
     Idle,
     /// Paths are being tried.
     Connecting,

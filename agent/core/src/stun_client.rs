@@ -90,7 +90,7 @@ impl StunClient {
     }
 
     /// Handles a node that is new, changed, or (with `None`) gone, and the relays of the mesh if they
-    /// are others now.
+    /// changed.
     pub(crate) fn handle_node(
         &mut self,
         fx: &mut Effects,

@@ -5,7 +5,7 @@
 //!          │    │     │       │        │          │           then 5 s, 10 s, 20 s, 30 s ... without end
 //!          0  0.1 s 0.25 s  0.5 s     1 s        2 s
 //!  pings   ●    ●     ●       ●        ●          ●      to every address, each attempt
-//!  calls   ●          ○       ●        ●          ●      one initiation to every address
+//!  initiations ●      ○       ●        ●          ●      one to every address
 //!  signal  ●                           ●                 "call me", through the controller
 //!  relay   ●          ●                ●                 channels at the peer's home relays
 //! ```
@@ -39,7 +39,7 @@ const BACKOFF: Backoff = Backoff::new(SLOW, Duration::from_secs(30), Jitter::Ten
 /// Time for which the responder holds its own initiations back.
 const YIELD: Duration = Duration::from_millis(250);
 /// Shortest time between initiations to every address; it doubles with each.
-const CALL_PAUSE: Duration = Duration::from_millis(225);
+const INITIATION_PAUSE: Duration = Duration::from_millis(225);
 /// Shortest time between two initiations that answer a message of the peer.
 const ANSWER_PAUSE: Duration = Duration::from_millis(40);
 
@@ -144,7 +144,7 @@ impl ConnectSchedule {
     fn can_initiate(&self, now: Instant) -> bool {
         let pause = match self.initiations {
             0 => ANSWER_PAUSE,
-            calls => (CALL_PAUSE * 2u32.pow(calls.min(5) - 1)).min(SLOW),
+            calls => (INITIATION_PAUSE * 2u32.pow(calls.min(5) - 1)).min(SLOW),
         };
         self.last_initiation.is_none_or(|at| now >= at + pause)
     }

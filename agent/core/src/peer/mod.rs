@@ -17,7 +17,7 @@
 //!                                     path   (goes on trying)      attempts go on, at longer and longer pauses
 //! ```
 //!
-//! A completed handshake makes its way the path, whichever it is: so traffic starts over a relay
+//! The path on which a handshake completed becomes the path in use, so traffic starts over a relay
 //! where that is faster to get. Of the two nodes the one with the lower key is in charge of moving
 //! it to a better path, by a fresh handshake there: the old session keeps its own replay window, so
 //! nothing is lost, and the other node simply follows the handshake. One that is left behind on a
@@ -414,7 +414,7 @@ impl Peer {
                     self.set_state(cx, PeerState::Idle);
                 }
             }
-            // Also while up: the session may have been ours alone to lose, or never confirmed.
+            // Also while up: perhaps only our side lost the session, or it was never confirmed.
             Observation::Wanted => {
                 self.traffic(cx);
                 self.renew(cx);
@@ -459,7 +459,7 @@ impl Peer {
             return self.reason_for_relay(now, local, conditions).unwrap_or_default();
         }
         if self.state == PeerState::Idle {
-            return "nothing was sent to it yet".into();
+            return "not connected: nothing is being sent to it".into();
         }
         let tried = self.candidates(now, local).len();
         let seconds = now.saturating_duration_since(self.trying_since).as_secs();

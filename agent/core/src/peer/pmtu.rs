@@ -8,7 +8,7 @@
 //!    │  pong            at once                          until they are STEP apart    │
 //!    └────────────────────────────────────────────────────────────────────────────────┤
 //!                                                       CONFIRM later: the found size │
-//!                                    twice no pong, though small ones come: search ◄──┘
+//!                            three pings without a pong while the peer is up: search ◄──┘
 //! ```
 //!
 //! No ICMP is needed, so a black hole is found like any other path. Until the search is through,

@@ -124,7 +124,7 @@ fn a_plan_that_was_patched_is_the_one_that_is_built_whole() {
         peer(2).prefixes(&["172.20.1.0/24", "172.20.2.0/24"]).into(),
         peer(3).prefixes(&["172.21.0.0/16", "192.168.3.0/24"]).into(),
         peer(2).generation(2).prefixes(&["172.20.2.0/24", "10.244.2.0/24"]).into(),
-        // NetworkConditions what was withdrawn, and inside another's.
+        // Around what was withdrawn, and inside another's.
         peer(4).prefixes(&["172.20.0.0/23", "172.21.7.0/24"]).into(),
         MapChange::Remove(tombstone(3)),
         peer(2).generation(3).into(),
