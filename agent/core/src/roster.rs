@@ -131,15 +131,14 @@ impl Roster {
     /// Decides again who holds what, where something changed. What a node held and none holds now
     /// stays guarded, unless its node was removed.
     pub(crate) fn resolve(&mut self, fx: &mut Effects, static_peers: &mut StaticPeers) {
-        match fx.changes.take_claims() {
-            None => {}
+        let are_resolved = match fx.changes.take_claims() {
+            None => true,
             // A static peer gets what the mesh leaves: it has no claim of its own to remember.
-            Some(Scope::Nodes(nodes)) if static_peers.is_empty() => {
-                if !self.resolve_nodes(fx, &nodes) {
-                    self.resolve_all(fx, static_peers);
-                }
-            }
-            Some(Scope::All | Scope::Nodes(_)) => self.resolve_all(fx, static_peers),
+            Some(Scope::Nodes(nodes)) if static_peers.is_empty() => self.resolve_nodes(fx, &nodes),
+            Some(Scope::All | Scope::Nodes(_)) => false,
+        };
+        if !are_resolved {
+            self.resolve_all(fx, static_peers);
         }
     }
 
