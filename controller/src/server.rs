@@ -155,7 +155,7 @@ impl Controller {
         match authority::renew_admin(&dir, &authority, now.unix) {
             Err(error) if fresh => return Err(error.into()),
             renewed => {
-                warn_unless_stored(renewed, "the administrator's certificate is not renewed")
+                warn_unless_stored(renewed, "the administrator's certificate is not renewed");
             }
         }
         let certificate = Arc::new(ServerCertificate::new(&authority, now.unix)?);
@@ -437,7 +437,7 @@ async fn renew(dir: StateDir, authority: Arc<Authority>, certificate: Arc<Server
             match authority::renew_admin(&dir, &authority, now) {
                 Ok(()) => admin_since = now,
                 Err(error) => {
-                    tracing::error!(%error, "cannot renew the administrator's certificate")
+                    tracing::error!(%error, "cannot renew the administrator's certificate");
                 }
             }
         }

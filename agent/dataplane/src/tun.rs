@@ -319,6 +319,7 @@ fn attach_as(name: &str, of_several: bool, owner: u32) -> Result<(File, String),
     )?;
     let name = interface_name(&request).unwrap_or_else(|| name.to_owned());
     // An existing link may have no owner, or the owner of an earlier installation.
+    // SAFETY: the argument of this ioctl is a number and not an address.
     unsafe { ioctl(file.as_fd(), libc::TUNSETOWNER, owner as usize as *mut _) }
         .map_err(|error| OpenTunError::Other { name: name.clone(), step: "TUNSETOWNER", error })?;
     Ok((file, name))

@@ -566,7 +566,7 @@ impl Endpoint {
         for message in 0..count {
             match self.headers.received(message) {
                 Some((from, len, segment_size)) => {
-                    batch.push(taken + message, from, len, segment_size)
+                    batch.push(taken + message, from, len, segment_size);
                 }
                 None => drops.count(DropReason::Truncated),
             }

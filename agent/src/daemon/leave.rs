@@ -42,7 +42,7 @@ impl Daemon {
             Ok(()) => {}
             Err(_) if self.removed => {}
             Err(error) if force => {
-                tracing::warn!(%error, "no controller informed: leaving anyway")
+                tracing::warn!(%error, "no controller informed: leaving anyway");
             }
             Err(error) => return Err(error),
         }

@@ -51,7 +51,11 @@ pub fn watch(config: &Config) -> anyhow::Result<()> {
         notifier.status(&reported);
         notifier.ready();
         // A join starts the guard again, and so does the agent's unit.
-        while first != Guarded::NotJoined {
+        if first == Guarded::NotJoined {
+            notifier.stopping();
+            return Ok(());
+        }
+        loop {
             tokio::select! {
                 () = keeper.changed() => {}
                 _ = terminate.recv() => break,

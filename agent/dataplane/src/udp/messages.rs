@@ -162,7 +162,7 @@ impl Headers {
                 let data = libc::CMSG_DATA(next);
                 match ((*next).cmsg_level, (*next).cmsg_type) {
                     (libc::SOL_UDP, UDP_GRO) => {
-                        segment_size = ptr::read_unaligned(data.cast::<c_int>())
+                        segment_size = ptr::read_unaligned(data.cast::<c_int>());
                     }
                     (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
                         let info = ptr::read_unaligned(data.cast::<libc::in_pktinfo>());
