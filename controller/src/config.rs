@@ -204,12 +204,18 @@ impl Settings {
         if let Some(v6) = self.overlay_v6
             && (v6.trunc() != v6 || v6.prefix_len() > 112)
         {
-            return Err(invalid("overlay-v6", format!("{v6} must be a network of at most /112")));
+            return Err(invalid(
+                "overlay-v6",
+                format!("{v6} must have no host bits, and a prefix length of 112 or less"),
+            ));
         }
         if let Some(v4) = self.overlay_v4
             && (v4.trunc() != v4 || v4.prefix_len() > 29)
         {
-            return Err(invalid("overlay-v4", format!("{v4} must be a network of at most /29")));
+            return Err(invalid(
+                "overlay-v4",
+                format!("{v4} must have no host bits, and a prefix length of 29 or less"),
+            ));
         }
         for (setting, ranges) in
             [("protected", &self.protected), ("bypass-when-down", &self.bypass_when_down)]

@@ -1,6 +1,7 @@
 //! Identity of a TLS client, parsed from its certificate.
 //!
-//! rustls has verified the chain and the dates before; this module only parses names. A client
+//! rustls has verified the chain and that the validity has begun; an expired certificate passes, and
+//! `service::auth` checks that. This module only parses names. A client
 //! whose certificate does not have exactly one `towline://` name has no identity.
 
 use rustls_pki_types::CertificateDer;

@@ -189,7 +189,9 @@ impl Controller {
         let stored = dir.write("address", 0o644, &format!("{}\n", local(address)));
         match stored {
             Err(error) if fresh => return Err(error.into()),
-            stored => warn_unless_stored(stored, "commands on this machine need --address"),
+            stored => {
+                warn_unless_stored(stored, "commands on this machine need --controller HOST:PORT")
+            }
         }
         Ok(Self {
             dir,
@@ -283,8 +285,9 @@ impl Controller {
     }
 }
 
-/// Returns whether no mesh was ever set up in this directory. A directory with remains of a mesh
-/// is an error: a new mesh in it would overwrite them.
+/// Returns whether no mesh was ever set up in this directory. A directory with the counter of starts
+/// but without the store is an error: a new mesh in it would overwrite what is left. The CA's files
+/// alone are left by a first start that was interrupted, and are used again.
 fn is_fresh(dir: &StateDir) -> Result<bool, ServeError> {
     let store: PathBuf = dir.store();
     let exists = store.try_exists().map_err(|error| {

@@ -117,7 +117,8 @@ pub fn server_config(
 /// Verifier of client certificates: accepts those of the mesh's CA, and clients without one.
 ///
 /// An expired certificate is accepted, because a node that was switched off for longer than the
-/// certificate's lifetime must be able to renew it. `service::auth` allows it nothing else.
+/// certificate's lifetime must be able to renew it. `service::auth` allows it only
+/// `Renew`, and the RPCs that need no certificate.
 #[derive(Debug)]
 struct MeshVerifier {
     inner: Arc<dyn ClientCertVerifier>,

@@ -5,8 +5,8 @@
 //! watchers, and only then answers. So a change is stored before it is acknowledged or published,
 //! and the queued requests share one fsync.
 //!
-//! If a transaction fails, none of its requests takes effect: the callers get the error, and the
-//! registry is loaded again from the store.
+//! If a commit fails, all its callers get the error and nothing is published. The registry is then
+//! loaded again from the store, which decides whether the changes took effect.
 
 use std::sync::Arc;
 
@@ -32,7 +32,7 @@ pub struct Writer {
     queue: mpsc::Sender<Message>,
 }
 
-/// Error of a request that was not executed.
+/// Error of a request whose changes could not be stored.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the controller cannot store changes: {0}")]
 pub struct Unavailable(Arc<str>);

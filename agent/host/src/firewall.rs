@@ -22,9 +22,9 @@
 //! mark, has the tunnels' source port or a controller's destination address and port, and comes from
 //! a socket of the agent's user (to a controller, of root too). The replies of connections in
 //! `answered` pass too; only rules of this table add to that set. A mark or a source port alone is
-//! never a permission, because other programs can set both. Neighbour discovery passes both guards: on
-//! a LAN whose addresses are mesh addresses it resolves the other end of the tunnel, and it carries no
-//! payload.
+//! never a permission, because other programs can set both. Neighbour discovery passes too: on
+//! a LAN whose addresses are mesh addresses it finds the link-layer address for the encrypted packets,
+//! and it carries no payload.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

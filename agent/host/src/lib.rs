@@ -2,8 +2,8 @@
 //!
 //! # Contract
 //!
-//! - [`HostNetwork::apply`] is idempotent. Applying the same plan twice makes no system call. Another
-//!   plan changes only what differs. After [`HostNetwork::invalidate`] (a notification reported that
+//! - [`HostNetwork::apply`] is idempotent. Applying the same plan twice makes no system call, unless a
+//!   problem of the first apply may pass by itself. Another plan changes only what differs. After [`HostNetwork::invalidate`] (a notification reported that
 //!   another program changed Towline's state) the next apply reads the kernel's state and restores
 //!   what is missing.
 //! - Towline's state consists of: the link that has its name, with the link's addresses; the routes in
@@ -12,7 +12,8 @@
 //!   other programs; the setting `src_valid_mark` of the uplinks; the eBPF program `towline_egress` on the
 //!   uplinks. No other state is ever changed or
 //!   removed.
-//! - Fail closed: guards are installed first and removed last. They hold without the link, and the
+//! - Fail closed: the nftables table is changed first and removed last, and wanted rules are added
+//!   before old ones are deleted. They hold without the link, and the
 //!   unreachable routes hold without nftables. What could not be applied is reported in
 //!   [`Changes::problems`], and the rest is applied.
 //! - All state belongs to the network namespace of the thread that called [`HostNetwork::open`].
@@ -80,7 +81,8 @@ pub struct HostNetwork {
 pub struct Changes {
     /// Number of netlink messages that changed state.
     pub messages: usize,
-    /// Parts of the plan that are not applied, earlier ones included. Empty if the whole plan is.
+    /// Refused parts of the plan, conflicts with other programs, and notes about the host. Earlier ones are
+    /// kept if only routes and networks changed.
     pub problems: Vec<Problem>,
 }
 
@@ -194,7 +196,8 @@ impl HostNetwork {
         Ok(changes)
     }
 
-    /// Returns every address of the host, with the properties of its link.
+    /// Returns every address of the host, with the properties of its link. Once a plan is applied, also
+    /// sets `src_valid_mark` on uplinks that lack it.
     pub fn local_addresses(&mut self) -> Result<Vec<LocalAddress>, NetlinkError> {
         let addresses = address::read(&mut self.rtnetlink)?;
         if let Some(plan) = &self.applied {

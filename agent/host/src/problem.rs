@@ -5,7 +5,8 @@ use towline_nftables::{NftError, TableFamily};
 
 use super::redirects::RedirectError;
 
-/// Error because of which nothing was applied.
+/// Error that ended an apply. After an error about a name or number in use nothing was changed; after
+/// others, a part may be.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// One of Towline's routing tables holds a route that Towline did not create.
@@ -195,7 +196,7 @@ impl Problem {
         matches!(self, Self::Hook(_) | Self::NoZone(_))
     }
 
-    /// Returns true if the next apply may solve the problem although no notification arrives.
+    /// Returns true if the next apply must read the kernel's state again, even for the same plan.
     pub(super) fn is_passing(&self) -> bool {
         match self {
             Self::LinkMissing(_) | Self::Hook(_) | Self::Intruder(_) | Self::Refused { .. } => true,
@@ -228,8 +229,8 @@ impl Problem {
         )
     }
 
-    /// Returns true if a plan with this problem is not applied: a guard is missing, or no packet can
-    /// enter the tunnel. The mesh must not be used then.
+    /// Returns true if a plan with this problem is not applied: a policy rule or unreachable route is
+    /// missing, or no packet can enter the tunnel. The mesh must not be used then.
     pub fn is_blocking(&self) -> bool {
         match self {
             Self::LinkMissing(_) => true,

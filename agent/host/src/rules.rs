@@ -25,7 +25,7 @@
 //!
 //! # Root
 //!
-//! The rules at offset 1 accept root next to the agent's user for two reasons:
+//! The rules of the first row at offset 1 match root as well as the agent's user, for two reasons:
 //!
 //! - A packet whose mark changes on output is routed again, and IPv4 does that as root.
 //! - With a strict `rp_filter` the kernel looks up the route back to a packet's source and compares its
@@ -39,8 +39,8 @@
 //!
 //! # Ports
 //!
-//! Newer kernels dissect the ports of packets that they did not just generate only if some rule has
-//! ports and does not match the loopback. The rule with UDP source port 1 exists for that.
+//! Newer kernels read the ports of a packet that was not just generated here only if some rule has
+//! ports and does not have `lo` as its input link. The rule with UDP source port 1 exists for that.
 //!
 //! # Answers
 //!

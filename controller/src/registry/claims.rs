@@ -1,4 +1,4 @@
-//! Index of the announced prefixes and the nodes that hold them. The rules for a claim are in
+//! Index of the prefixes that nodes hold, and of their holders. A withheld prefix is not in it. The rules for a claim are in
 //! `publish`.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,8 +1,10 @@
 //! The registry: the nodes of the mesh, the tokens to join it, and the rules for both.
 //!
 //! All functions take `now` as an argument. This module reads no clock, draws no randomness, does
-//! no I/O and knows no wire API, since more than one wire API will be served over it. An operation
-//! checks everything before it changes anything, so a refused one has no effect. Changes are
+//! no I/O and knows no RPC, since more than one wire API will be served over it; it uses the schema's
+//! messages for signed statements, map entries and tokens. An operation checks everything before it
+//! changes anything, so a refused one changes no stored state; it may add a problem for the operator.
+//! Changes are
 //! collected, and returned by [`Registry::take_changes`] to be stored and then published.
 //!
 //! # Invariants

@@ -236,8 +236,8 @@ impl Registry {
     }
 }
 
-/// Returns whether a prefix is a default route, or a loopback, link-local or multicast range, none
-/// of which a node may announce.
+/// Returns whether a prefix is a default route, or has its network address in a range that no node
+/// may announce: 0.0.0.0/8, loopback, link-local, multicast, reserved.
 pub(super) fn has_no_hosts(prefix: &IpNet) -> bool {
     prefix.prefix_len() == 0
         || match prefix {

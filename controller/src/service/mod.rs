@@ -1,5 +1,6 @@
 //! The wire API: it converts gRPC messages into registry operations and their results into gRPC
-//! messages. The only decision that it makes is which client may call which RPC.
+//! messages. It decides which client may call which RPC, and applies limits and
+//! proofs; the registry decides the rest.
 
 mod admin;
 mod auth;

@@ -51,8 +51,8 @@ enum Due {
 
 impl Watcher {
     /// Creates the watch of a client that has the map at `from` (epoch and revision). If the epoch
-    /// differs or the revision is ahead of the map, the controller was restored from a backup, and
-    /// the watch starts with a full snapshot.
+    /// differs or the revision is ahead of the map (a first watch, or a controller restored from a
+    /// backup), the watch starts with a full snapshot.
     pub(super) fn new(
         shared: Arc<Shared>,
         node: CallingNode,
@@ -105,7 +105,7 @@ impl Watcher {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         ticks.tick().await;
         let mut due = Due::Ready;
-        // A signal is sent before any other message that is due: it is short and urgent.
+        // After `Ready`, a signal is sent before any other message that is due: it is short and urgent.
         let mut signal = None;
         loop {
             let responses = self.responses.clone();
