@@ -60,7 +60,7 @@ fn a_peer_without_keepalive_is_called_when_there_is_traffic_for_it() {
 }
 
 #[test]
-fn a_peer_with_keepalive_is_called_at_once_and_for_ever() {
+fn a_peer_with_keepalive_is_called_at_once_and_permanently() {
     let mut us = Us::alone();
     us.set(vec![StaticPeer { keepalive: Some(Duration::from_secs(25)), ..peer(2, &[]) }]);
     assert_eq!(us.wait(), [vec![path(HOME)]]);

@@ -31,7 +31,7 @@ fn who_cannot_be_called_begins_at_once() {
 }
 
 #[test]
-fn no_answer_means_down_with_a_reason_and_attempts_for_ever_but_few() {
+fn no_answer_means_down_with_a_reason_and_attempts_permanently_but_few() {
     let mut us = Us::new(1);
     us.mesh.set_candidates(us.now, vec![candidate("203.0.113.9:51830")]);
     us.upsert(peer(2).candidates(&[PUBLIC]));
