@@ -190,7 +190,7 @@ impl Controller {
         match stored {
             Err(error) if fresh => return Err(error.into()),
             stored => {
-                warn_unless_stored(stored, "commands on this machine need --controller HOST:PORT")
+                warn_unless_stored(stored, "commands on this machine need --controller HOST:PORT");
             }
         }
         Ok(Self {
