@@ -350,11 +350,12 @@ namespace_test! {
         for family in [0, 1] {
             let (uplink, lan_address) = PAIRS[family];
             let service = udp(at(ANY[family], PORT), false);
+            let other = neighbour.enter(|| udp(at(lan_address, 0), false));
+            reach(&other, at(uplink, PORT), &service);
             let forged = neighbour.enter(|| udp(at(POD[family], PORT), false));
             for to in [uplink, THERE[family], OVERLAY[family]] {
                 forged.send_to(b"forged", at(to, PORT)).unwrap();
             }
-            let other = neighbour.enter(|| udp(at(lan_address, 0), false));
             other.send_to(b"honest", at(uplink, PORT)).unwrap();
             assert_eq!(received(&service), b"honest");
             is_empty(&service, "a forged pod");
