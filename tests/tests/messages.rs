@@ -45,8 +45,7 @@ fn sources() -> Vec<PathBuf> {
     found
 }
 
-/// Returns the string literal at the start of `text`, with its escapes resolved as far as messages
-/// use them.
+/// Returns the string literal at the start of `text`. Resolves the escapes that messages use.
 fn literal(text: &str) -> Option<String> {
     let mut rest = text.trim_start().strip_prefix('"')?.chars();
     let mut message = String::new();

@@ -61,7 +61,7 @@ impl Changes {
         Self { claims: Scope::All, plan: Scope::All, table: true }
     }
 
-    /// Notes a change.
+    /// Records a change for the next derivation.
     pub(crate) fn mark(&mut self, change: Change) {
         match change {
             Change::Ownership => (self.claims, self.plan) = (Scope::All, Scope::All),

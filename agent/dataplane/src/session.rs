@@ -249,7 +249,7 @@ pub enum Answered {
 /// Result of [`Session::tick`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tick {
-    /// Nothing is due.
+    /// No message is due now.
     Quiet,
     /// An initiation of this number of bytes must be sent.
     Initiation(usize),

@@ -29,7 +29,7 @@ pub enum Expression {
     Payload {
         /// Header that the offset counts from (`NFT_PAYLOAD_*_HEADER`).
         base: u32,
-        /// Offset in bytes.
+        /// Position in the header, in bytes.
         offset: u32,
         /// Number of bytes.
         length: u32,

@@ -160,7 +160,7 @@ impl Peer {
             PeerState::Idle | PeerState::Down => self.try_again(cx),
             PeerState::Connecting => {}
         }
-        // Once: each initiation undoes the one before, and the relay tells of a channel several times.
+        // Only once: an initiation replaces the previous one, and the relay reports a channel several times.
         if new && self.path().is_none() && self.is_initiator(cx.local) {
             self.initiate(cx, vec![path]);
         }
