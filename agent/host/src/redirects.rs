@@ -13,6 +13,7 @@
 
 use std::collections::BTreeSet;
 use std::mem::size_of;
+use std::path::Path;
 use std::{fmt, io};
 
 use towline_core::plan::Plan;
@@ -157,7 +158,7 @@ pub enum RedirectError {
 }
 
 /// Attaches Towline's program to every uplink, and detaches it from links that are no uplinks any more.
-/// Returns true if every uplink of the host has it.
+/// Returns true if every uplink of the host has it, and it can look up routes for every family there.
 pub(super) fn guard(
     rtnetlink: &mut Rtnetlink,
     plan: &Plan,
@@ -174,7 +175,9 @@ pub(super) fn guard(
     }
     let mut attached = BTreeSet::new();
     let mut failed = None;
+    let mut is_complete = true;
     for (index, name) in uplinks {
+        is_complete &= looks_up_routes(name);
         let marks = plan.rules;
         let attach = || {
             let uplink = Uplink::here(index)?.ok_or(io::ErrorKind::InvalidInput)?;
@@ -191,9 +194,21 @@ pub(super) fn guard(
             }
         }
     }
-    let is_guarded = !attached.is_empty();
+    let is_guarded = is_complete && !attached.is_empty();
     *state = EgressState { is_known: true, links: attached, tunnel };
     failed.map_or(Ok(is_guarded), Err)
+}
+
+/// Returns whether the kernel looks up routes for Towline's program on this uplink, in every family that
+/// the host has. It does so only where the link forwards that family; elsewhere the program lets packets
+/// pass.
+fn looks_up_routes(uplink: &str) -> bool {
+    ["ipv4", "ipv6"].into_iter().all(|family| {
+        let directory = Path::new("/proc/sys/net").join(family);
+        let setting = directory.join("conf").join(uplink).join("forwarding");
+        let forwards = std::fs::read_to_string(setting).is_ok_and(|text| text.trim() != "0");
+        forwards || !directory.exists()
+    })
 }
 
 /// Replaces the programs if they know another link of the tunnel than the current one.

@@ -305,6 +305,15 @@ root_namespace_test! {
         apply(&mut host, &plan);
         assert!(host.guard_redirects(true).unwrap());
         assert_eq!(programs_at_egress("eth0"), 2);
+        // An uplink that does not forward a family gives the program no answer for that family, so
+        // the second guard is not reported there.
+        for family in ["ipv4", "ipv6"] {
+            let setting = format!("/proc/sys/net/{family}/conf/eth0/forwarding");
+            std::fs::write(&setting, "0").unwrap();
+            assert!(!host.guard_redirects(true).unwrap(), "{family}");
+            std::fs::write(&setting, "1").unwrap();
+        }
+        assert!(host.guard_redirects(true).unwrap());
         host.remove(&Names::of(&plan)).unwrap();
         assert_eq!(programs_at_egress("eth0"), 1);
     }
