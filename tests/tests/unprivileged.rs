@@ -6,15 +6,16 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use towline_tests::lab::binaries::{Binaries, Profile};
 use towline_tests::lab::interrupt::wait_for;
 use towline_tests::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
 use towline_tests::lab::privilege::{self, Rank};
-use towline_tests::lab::topology::Lab;
+use towline_tests::lab::topology::{Host, Lab};
 
 /// Ids that stand in for the user `towline`. No system assigns these numbers by default.
 const USER: (u32, u32) = (64_123, 64_124);
@@ -65,33 +66,56 @@ fn await_mesh(a: &Node, b: &Node) {
     assert_eq!(reason, None, "{}", fs::read_to_string(b.log()).unwrap_or_default());
 }
 
+/// Mesh of a control plane, with a second machine that has not joined.
+struct Site {
+    lab: Lab,
+    binaries: Binaries,
+    worker: Arc<Host>,
+    /// File that stands in for `/etc/passwd` where the user exists.
+    passwd: PathBuf,
+    controller: Controller,
+    /// Node on the control plane; its agent runs.
+    first: Node,
+}
+
+impl Site {
+    fn new() -> Self {
+        let binaries = Binaries::build(Profile::Dev).unwrap();
+        let mut lab = Lab::new(Rank::Root).unwrap();
+        let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10").unwrap().build().unwrap();
+        let worker = lab.host("worker").public("203.0.113.11", "2001:db8::11").unwrap();
+        let worker = worker.build().unwrap();
+        let passwd = lab.directory().join("passwd");
+        let line = format!("root:x:0:0::/:/bin/sh\ntowline:x:{}:{}::/:/x\n", USER.0, USER.1);
+        fs::write(&passwd, line).unwrap();
+        fs::set_permissions(lab.directory(), fs::Permissions::from_mode(0o755)).unwrap();
+
+        let controller = Controller::start(&lab, &cp, &binaries).unwrap();
+        let mut first = Node::new(&lab, &cp, "first", &binaries, "").unwrap();
+        first.join(&controller.operator().token("site").unwrap()).unwrap();
+        first.launch().unwrap();
+        Self { lab, binaries, worker, passwd, controller, first }
+    }
+}
+
+/// Returns a node that has not joined, in a directory of the user.
+fn node_of_user(lab: &Lab, host: &Arc<Host>, binaries: &Binaries) -> Node {
+    let node = Node::new(lab, host, "second", binaries, "").unwrap();
+    let directory = node.state().parent().unwrap().to_owned();
+    chown(&directory, Some(USER.0), Some(USER.1)).unwrap();
+    node
+}
+
 #[test]
 fn root_joins_and_a_user_with_one_capability_runs_the_agent() {
     if !can_run() {
         return;
     }
-    let binaries = Binaries::build(Profile::Dev).unwrap();
-    let mut lab = Lab::new(Rank::Root).unwrap();
-    let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10").unwrap().build().unwrap();
-    let worker = lab.host("worker").public("203.0.113.11", "2001:db8::11").unwrap();
-    let worker = worker.build().unwrap();
-    let passwd = lab.directory().join("passwd");
-    let line = format!("root:x:0:0::/:/bin/sh\ntowline:x:{}:{}::/:/x\n", USER.0, USER.1);
-    fs::write(&passwd, line).unwrap();
-    fs::set_permissions(lab.directory(), fs::Permissions::from_mode(0o755)).unwrap();
-
-    let controller = Controller::start(&lab, &cp, &binaries).unwrap();
-    let token = || controller.operator().token("site").unwrap();
-    let mut first = Node::new(&lab, &cp, "first", &binaries, "").unwrap();
-    first.join(&token()).unwrap();
-    first.launch().unwrap();
-
+    let Site { lab, binaries, worker, passwd, controller, first } = Site::new();
     // Root joins for the user: everything in the state directory belongs to the user.
-    let mut second = Node::new(&lab, &worker, "second", &binaries, "").unwrap();
-    let directory = second.state().parent().unwrap().to_owned();
-    chown(&directory, Some(USER.0), Some(USER.1)).unwrap();
+    let mut second = node_of_user(&lab, &worker, &binaries);
     second.wrap(wrapped(AS_ROOT, &passwd));
-    second.join(&token()).unwrap();
+    second.join(&controller.operator().token("site").unwrap()).unwrap();
     let state = second.state();
     assert!(owners(&state).len() > 4);
     for (name, uid) in owners(&state) {
@@ -145,27 +169,10 @@ fn a_state_directory_of_root_is_taken_over_by_the_user_and_given_back() {
     if !can_run() {
         return;
     }
-    let binaries = Binaries::build(Profile::Dev).unwrap();
-    let mut lab = Lab::new(Rank::Root).unwrap();
-    let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10").unwrap().build().unwrap();
-    let worker = lab.host("worker").public("203.0.113.11", "2001:db8::11").unwrap();
-    let worker = worker.build().unwrap();
-    let passwd = lab.directory().join("passwd");
-    let line = format!("root:x:0:0::/:/bin/sh\ntowline:x:{}:{}::/:/x\n", USER.0, USER.1);
-    fs::write(&passwd, line).unwrap();
-    fs::set_permissions(lab.directory(), fs::Permissions::from_mode(0o755)).unwrap();
-
-    let controller = Controller::start(&lab, &cp, &binaries).unwrap();
-    let token = || controller.operator().token("site").unwrap();
-    let mut first = Node::new(&lab, &cp, "first", &binaries, "").unwrap();
-    first.join(&token()).unwrap();
-    first.launch().unwrap();
-
+    let Site { lab, binaries, worker, passwd, controller, first } = Site::new();
     // A version that has no such user leaves the directory like this.
-    let mut second = Node::new(&lab, &worker, "second", &binaries, "").unwrap();
-    let directory = second.state().parent().unwrap().to_owned();
-    chown(&directory, Some(USER.0), Some(USER.1)).unwrap();
-    second.join(&token()).unwrap();
+    let mut second = node_of_user(&lab, &worker, &binaries);
+    second.join(&controller.operator().token("site").unwrap()).unwrap();
     let state = second.state();
     for round in ["root", "user", "root again"] {
         let user = round == "user";

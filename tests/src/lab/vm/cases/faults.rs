@@ -9,7 +9,7 @@ use crate::lab::report::Promises;
 use crate::lab::vm::machine::{CHANGE_LIMIT, Machine};
 use crate::lab::vm::pair::{Pair, Testbed};
 
-use super::{MESH_UP, holds, nothing_in_clear};
+use super::{MESH_UP, boot_mesh, boot_working, comes_back, holds, nothing_in_clear};
 
 /// Fills the disks of both machines, then boots both.
 pub(super) fn full_disk(
@@ -46,15 +46,10 @@ pub(super) fn reboot(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
-    pair.ping()?;
-    pair.network.reset();
+    boot_working(pair)?;
     pair.worker.shut_down()?;
     pair.worker.boot("")?;
-    holds(&mut pair.worker, MESH_UP, "the mesh comes back", promises)?;
-    pair.ping()?;
-    nothing_in_clear(pair, "during a reboot", promises);
-    Ok(())
+    comes_back(pair, "during a reboot", promises)
 }
 
 /// Cuts the worker's power while the mesh works, and again during the boot.
@@ -63,18 +58,13 @@ pub(super) fn power_cut_worker(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
-    pair.ping()?;
-    pair.network.reset();
+    boot_working(pair)?;
     pair.worker.cut_power()?;
     pair.worker.boot("")?;
     // In the middle of the boot.
     pair.worker.cut_power()?;
     pair.worker.boot("")?;
-    holds(&mut pair.worker, MESH_UP, "the mesh comes back", promises)?;
-    pair.ping()?;
-    nothing_in_clear(pair, "during power cuts", promises);
-    Ok(())
+    comes_back(pair, "during power cuts", promises)
 }
 
 /// Cuts the power of the controller's machine right after the controller acknowledged a write.
@@ -212,8 +202,7 @@ pub(super) fn watchdog(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
-    holds(&mut pair.worker, MESH_UP, "the mesh comes up", promises)?;
+    boot_mesh(pair, promises)?;
     let before = main_pid(&mut pair.worker)?;
     pair.network.reset();
     pair.worker.run_ok("systemctl kill --kill-whom=main --signal=STOP towline.service")?;
@@ -222,10 +211,7 @@ pub(super) fn watchdog(
         Ok((now != before && now != "0").then_some(()))
     });
     promises.hold(restarted.is_ok(), || "the watchdog restarts an agent that hangs".to_owned());
-    holds(&mut pair.worker, MESH_UP, "the mesh comes back", promises)?;
-    pair.ping()?;
-    nothing_in_clear(pair, "while the agent hung", promises);
-    Ok(())
+    comes_back(pair, "while the agent hung", promises)
 }
 
 fn main_pid(machine: &mut Machine) -> anyhow::Result<String> {

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use crate::lab::report::Promises;
 use crate::lab::vm::pair::{Pair, Testbed, overlay_addresses};
 
-use super::{MESH_UP, holds, nothing_in_clear};
+use super::{MESH_UP, boot_mesh, holds, nothing_in_clear};
 
 /// Offloads that are active on each kernel; `docs/kernels.md` has the same table.
 pub(super) const FEATURES: [(&str, [&str; 5]); 4] = [
@@ -90,8 +90,7 @@ pub(super) fn wireguard_peer(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
-    holds(&mut pair.worker, MESH_UP, "the mesh comes up", promises)?;
+    boot_mesh(pair, promises)?;
     let ours = pair.worker.run_ok("towline pubkey")?.trim().to_owned();
     let psk = pair.cp.run_ok("wg genpsk")?.trim().to_owned();
     let theirs = pair.cp.run_ok("umask 77; wg genkey >/run/wg.key; wg pubkey </run/wg.key")?;

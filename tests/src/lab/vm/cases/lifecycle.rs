@@ -5,7 +5,7 @@ use crate::lab::report::Promises;
 use crate::lab::vm::machine::CHANGE_LIMIT;
 use crate::lab::vm::pair::{Pair, Testbed, overlay_addresses};
 
-use super::{MESH_UP, holds, nothing_in_clear, watch};
+use super::{MESH_UP, boot_mesh, comes_back, holds, nothing_in_clear, watch};
 
 /// Turns two machines without Towline into a mesh.
 pub(super) fn smoke(
@@ -34,8 +34,7 @@ pub(super) fn down_up(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
-    holds(&mut pair.worker, MESH_UP, "the mesh comes up", promises)?;
+    boot_mesh(pair, promises)?;
     let down = pair.worker.run("towline down")?;
     promises.hold(down.is_success(), || format!("`towline down` exits with 0: {down}"));
     is_open(pair, "after down", promises)?;
@@ -73,8 +72,7 @@ pub(super) fn leave(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
-    holds(&mut pair.worker, MESH_UP, "the mesh comes up", promises)?;
+    boot_mesh(pair, promises)?;
     let left = pair.worker.run("towline leave")?;
     promises.hold(left.is_success(), || format!("`towline leave` exits with 0: {left}"));
     let nodes = pair.cp.run_ok("towline-controller node list -o json")?;
@@ -140,14 +138,10 @@ pub(super) fn reinstall(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
-    holds(&mut pair.worker, MESH_UP, "the mesh comes up", promises)?;
+    boot_mesh(pair, promises)?;
     pair.worker.run_ok_for(&bed.software.install_command(), CHANGE_LIMIT)?;
     pair.worker.run_ok_for("systemctl restart towline.service", CHANGE_LIMIT)?;
-    holds(&mut pair.worker, MESH_UP, "the mesh comes back", promises)?;
-    pair.ping()?;
-    nothing_in_clear(pair, "while the package was replaced", promises);
-    Ok(())
+    comes_back(pair, "while the package was replaced", promises)
 }
 
 /// Checks the units with `systemd-analyze`.

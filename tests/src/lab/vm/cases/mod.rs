@@ -290,6 +290,28 @@ fn nothing_in_clear(pair: &Pair, when: &str, promises: &mut Promises) {
     promises.hold(sent.plain > 0, || format!("the background traffic is seen {when}"));
 }
 
+/// Boots both machines and waits until the worker's mesh is up.
+fn boot_mesh(pair: &mut Pair, promises: &mut Promises) -> anyhow::Result<()> {
+    pair.boot()?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes up", promises)
+}
+
+/// Boots both machines, checks that they reach each other, and counts packets from then on.
+fn boot_working(pair: &mut Pair) -> anyhow::Result<()> {
+    pair.boot()?;
+    pair.ping()?;
+    pair.network.reset();
+    Ok(())
+}
+
+/// Checks that the worker's mesh comes back after what `when` says, and that nothing left in clear.
+fn comes_back(pair: &mut Pair, when: &str, promises: &mut Promises) -> anyhow::Result<()> {
+    holds(&mut pair.worker, MESH_UP, "the mesh comes back", promises)?;
+    pair.ping()?;
+    nothing_in_clear(pair, when, promises);
+    Ok(())
+}
+
 /// Watches the worker for [`WINDOW`], in a state that lasts.
 fn watch(pair: &Pair, when: &str, promises: &mut Promises) -> anyhow::Result<()> {
     sleep(WINDOW)?;
