@@ -5,19 +5,19 @@
 //! |---|---|---|
 //! | no jitter on repeated initiations | `tunnel` | here |
 //! | two ends with keepalives compete to initiate | `tunnel` | here |
-//! | keepalives on busy tunnels | `tunnel` | `tunnel`, `tests/dataplane.rs` |
+//! | keepalives on busy tunnels | `tunnel` | `tunnel`, `tests/dataplane` |
 //! | a replay window of 1,024 | `worker`: order is kept | here |
-//! | no Reject-After-Messages | `session` | `tests/dataplane.rs` |
+//! | no Reject-After-Messages | `session` | `tests/dataplane` |
 //! | no padding to 16 bytes | `split` | here |
-//! | one counter limits handshakes, for addresses without ports | `session`, `pipeline` | here, `tests/dataplane.rs` |
+//! | one counter limits handshakes, for addresses without ports | `session`, `pipeline` | here, `tests/dataplane` |
 //! | responses are limited too | `session` | here |
-//! | a pre-shared key cannot change | `tunnel`, `table` | `tests/dataplane.rs` |
+//! | a pre-shared key cannot change | `tunnel`, `table` | `tests/dataplane` |
 //! | an expired tunnel stays expired | `tunnel`, core | here, `agent/core/tests` |
 //! | small buffers panic | `session` | here |
 //! | indices reveal the number of peers | `table` | here |
 //! | roaming on cookie replies | `tunnel` | here |
-//! | a source is checked only against the prefixes of its own peer | `pipeline` | `tests/dataplane.rs` |
-//! | a clock that was set back locks a peer out | `tunnel`, `table` | `tests/dataplane.rs` |
+//! | a source is checked only against the prefixes of its own peer | `pipeline` | `tests/dataplane` |
+//! | a clock that was set back locks a peer out | `tunnel`, `table` | `tests/dataplane` |
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -25,22 +25,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use tokio::sync::mpsc::{Receiver, channel};
 use towline_core::path::Path;
-use towline_core::peer_table::{Observation, PeerEntry, PeerTable};
+use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_types::id::WireguardKey;
 use x25519_dalek::StaticSecret;
 
 use super::arena::{Datagrams, SendBatch};
-use super::counters::PeerCounters;
 use super::drops::{DropReason, Drops};
-use super::events::{Event, EventSink};
 use super::session::{
-    Admission, Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Opened, PADDING, Secrets,
-    Segments, Session, Tick,
+    Admission, Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, Opened, PADDING, Secrets, Segments,
+    Session, Tick,
 };
 use super::table::Table;
-use super::tunnel::{Tunnel, TunnelContext};
+use super::testing::Side;
 
 fn secrets(number: u8) -> Arc<Secrets> {
     Arc::new(Secrets::new(StaticSecret::from([number; 32])))
@@ -119,76 +116,14 @@ fn open(session: &mut Session, datagram: &[u8]) -> Opened {
     found.unwrap()
 }
 
-/// Tunnel, with the context of its calls.
-struct Side {
-    tunnel: Tunnel,
-    out: SendBatch,
-    events: EventSink,
-    observed: Receiver<Event>,
-    drops: Arc<Drops>,
-    counters: PeerCounters,
-    started: Instant,
-}
-
-impl Side {
-    fn new(own: &Arc<Secrets>, peer: WireguardKey) -> Self {
-        let (sender, observed) = channel(64);
-        let drops = Arc::new(Drops::default());
-        Self {
-            tunnel: Tunnel::new(peer, None, 7, own),
-            out: SendBatch::new(1 << 16, 64),
-            events: EventSink::new(sender, drops.clone()),
-            observed,
-            drops,
-            counters: PeerCounters::default(),
-            started: Instant::now(),
-        }
-    }
-
-    fn with<R>(
-        &mut self,
-        now: Instant,
-        call: impl FnOnce(&mut Tunnel, &mut TunnelContext<'_>) -> R,
-    ) -> R {
-        let Self { tunnel, out, events, drops, counters, started, .. } = self;
-        call(tunnel, &mut TunnelContext { now, started: *started, out, events, drops, counters })
-    }
-
-    fn sent(&mut self) -> Vec<Vec<u8>> {
-        let bytes = self.out.bytes();
-        let gso_batches = self.out.gso_batches().iter();
-        let sent = gso_batches
-            .flat_map(|gso| bytes[gso.start..][..gso.len].chunks(gso.segment_size.get()))
-            .map(<[u8]>::to_vec)
-            .collect();
-        self.out.clear();
-        sent
-    }
-
-    fn take(&mut self, now: Instant, from: Path, known: Path, datagram: &[u8]) {
-        self.with(now, |tunnel, context| match MessageKind::of(datagram).unwrap() {
-            MessageKind::Data { receiver } => {
-                let one = Datagrams::new(datagram, 0, 0).unwrap();
-                let (mut plain, each) = (vec![0; datagram.len()], |_, _| {});
-                tunnel.open(from, Some(known), receiver, one, &mut plain, context, each);
-            }
-            _ => tunnel.handshake(datagram, from, Some(known), context),
-        });
-    }
-
-    fn observations(&mut self) -> Vec<Observation> {
-        let mut observations = Vec::new();
-        while let Ok(Event::Peer { what, .. }) = self.observed.try_recv() {
-            observations.push(what);
-        }
-        observations
-    }
+fn side(own: &Arc<Secrets>, peer: WireguardKey, number: u8) -> Side {
+    Side::new(own, peer, 7, Path::direct(address(number)))
 }
 
 fn sides() -> [Side; 2] {
     let [ours, theirs] = [1, 2].map(secrets);
     let keys = [ours.public_key(), theirs.public_key()];
-    [Side::new(&ours, keys[1]), Side::new(&theirs, keys[0])]
+    [side(&ours, keys[1], 1), side(&theirs, keys[0], 2)]
 }
 
 /// Delivers sent datagrams in both directions until neither side sends any. Returns the number of
@@ -235,7 +170,7 @@ fn repeated_initiations_of_many_tunnels_are_spread() {
     let own = secrets(1);
     let late: BTreeSet<Duration> = (0..50)
         .map(|number| {
-            let mut side = Side::new(&own, secrets(100 + number).public_key());
+            let mut side = side(&own, secrets(100 + number).public_key(), 1);
             let now = side.started;
             side.with(now, |tunnel, context| tunnel.initiate(vec![address(2).into()], context));
             side.tunnel.repeats_after().unwrap()
@@ -250,7 +185,7 @@ fn repeated_initiations_of_many_tunnels_are_spread() {
 #[test]
 fn a_cookie_reply_moves_nobody_and_its_cookie_is_used() {
     let theirs = secrets(2);
-    let mut side = Side::new(&secrets(1), theirs.public_key());
+    let mut side = side(&secrets(1), theirs.public_key(), 1);
     let (now, home, away) = (side.started, Path::direct(address(2)), Path::direct(address(66)));
     side.with(now, |tunnel, context| tunnel.initiate(vec![home], context));
     let initiation = side.sent().remove(0);
@@ -352,7 +287,7 @@ fn indices_tell_nothing() {
     let mut sent = BTreeSet::new();
     let mut neighbours = 0;
     for peer in &table.peers {
-        let mut side = Side::new(&secrets(1), peer.key);
+        let mut side = side(&secrets(1), peer.key, 1);
         let now = side.started;
         let mut tunnel = peer.tunnel.lock();
         side.with(now, |_, context| tunnel.initiate(vec![address(2).into()], context));

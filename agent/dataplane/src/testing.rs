@@ -1,8 +1,22 @@
-//! Inner packets for tests, with checksums computed by their definition.
+//! Fixtures of tests: inner packets with checksums computed by their definition, and tunnels with the
+//! context of their calls.
 
 use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
 
+use tokio::sync::mpsc::{Receiver, channel};
+use towline_core::path::Path;
+use towline_core::peer_table::Observation;
+use towline_types::id::WireguardKey;
+
+use super::arena::{Datagrams, SendBatch};
+use super::counters::PeerCounters;
+use super::drops::Drops;
+use super::events::{Event, EventSink};
 use super::packet::{PROTOCOL_TCP, PROTOCOL_UDP};
+use super::session::{MessageKind, Secrets};
+use super::tunnel::{Tunnel, TunnelContext};
 
 /// Description of a TCP or UDP packet.
 #[derive(Debug, Clone)]
@@ -145,5 +159,79 @@ impl Recipe {
                 segment
             })
             .collect()
+    }
+}
+
+/// Tunnel, with the context of its calls.
+pub(super) struct Side {
+    pub(super) tunnel: Tunnel,
+    /// Path on which the other side receives from this one.
+    pub(super) address: Path,
+    pub(super) out: SendBatch,
+    pub(super) drops: Arc<Drops>,
+    pub(super) counters: PeerCounters,
+    pub(super) started: Instant,
+    events: EventSink,
+    observed: Receiver<Event>,
+}
+
+impl Side {
+    /// Creates a tunnel to `peer` that has the receiver index `index`.
+    pub(super) fn new(own: &Arc<Secrets>, peer: WireguardKey, index: u32, address: Path) -> Self {
+        let (sender, observed) = channel(64);
+        let drops = Arc::new(Drops::default());
+        Self {
+            tunnel: Tunnel::new(peer, None, index, own),
+            address,
+            out: SendBatch::new(1 << 16, 64),
+            events: EventSink::new(sender, drops.clone()),
+            observed,
+            drops,
+            counters: PeerCounters::default(),
+            started: Instant::now(),
+        }
+    }
+
+    /// Calls the tunnel at `now`.
+    pub(super) fn with<R>(
+        &mut self,
+        now: Instant,
+        call: impl FnOnce(&mut Tunnel, &mut TunnelContext<'_>) -> R,
+    ) -> R {
+        let Self { tunnel, out, events, drops, counters, started, .. } = self;
+        call(tunnel, &mut TunnelContext { now, started: *started, out, events, drops, counters })
+    }
+
+    /// Returns the datagrams sent since the last call.
+    pub(super) fn sent(&mut self) -> Vec<Vec<u8>> {
+        let bytes = self.out.bytes();
+        let gso_batches = self.out.gso_batches().iter();
+        let sent = gso_batches
+            .flat_map(|gso| bytes[gso.start..][..gso.len].chunks(gso.segment_size.get()))
+            .map(<[u8]>::to_vec)
+            .collect();
+        self.out.clear();
+        sent
+    }
+
+    /// Receives a datagram from `from`, while `known` is the peer's endpoint.
+    pub(super) fn take(&mut self, now: Instant, from: Path, known: Path, datagram: &[u8]) {
+        self.with(now, |tunnel, context| match MessageKind::of(datagram).unwrap() {
+            MessageKind::Data { receiver } => {
+                let one = Datagrams::new(datagram, 0, 0).unwrap();
+                let (mut plain, each) = (vec![0; datagram.len()], |_, _| {});
+                tunnel.open(from, Some(known), receiver, one, &mut plain, context, each);
+            }
+            _ => tunnel.handshake(datagram, from, Some(known), context),
+        });
+    }
+
+    /// Returns what the tunnel reported since the last call.
+    pub(super) fn observations(&mut self) -> Vec<Observation> {
+        let mut observations = Vec::new();
+        while let Ok(Event::Peer { what, .. }) = self.observed.try_recv() {
+            observations.push(what);
+        }
+        observations
     }
 }

@@ -581,88 +581,23 @@ impl Segments for Waited {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arena::GsoBatch;
-    use crate::events::Event;
-    use tokio::sync::mpsc::{Receiver, channel};
+    use crate::testing::Side;
     use x25519_dalek::StaticSecret;
 
     const KEEPALIVE: Option<Duration> = Some(Duration::from_secs(25));
 
-    struct Side {
-        tunnel: Tunnel,
-        address: Path,
-        out: SendBatch,
-        events: EventSink,
-        observed: Receiver<Event>,
-        drops: Arc<Drops>,
-        counters: PeerCounters,
-        started: Instant,
+    /// Returns two sides that know each other's key.
+    fn pair() -> [Side; 2] {
+        let secrets = [1, 2].map(|byte| Arc::new(Secrets::new(StaticSecret::from([byte; 32]))));
+        [0, 1].map(|me| {
+            let address = Path::direct(([192, 0, 2, me as u8], 51830).into());
+            Side::new(&secrets[me], secrets[1 - me].public_key(), 100 + me as u32, address)
+        })
     }
 
-    impl Side {
-        fn pair() -> [Self; 2] {
-            let secrets = [1, 2].map(|byte| Arc::new(Secrets::new(StaticSecret::from([byte; 32]))));
-            [0, 1].map(|me| {
-                let (sender, observed) = channel(64);
-                let drops = Arc::new(Drops::default());
-                let peer = secrets[1 - me].public_key();
-                Self {
-                    tunnel: Tunnel::new(peer, None, 100 + me as u32, &secrets[me]),
-                    address: Path::direct(([192, 0, 2, me as u8], 51830).into()),
-                    out: SendBatch::new(1 << 16, 64),
-                    events: EventSink::new(sender, drops.clone()),
-                    observed,
-                    drops,
-                    counters: PeerCounters::default(),
-                    started: Instant::now(),
-                }
-            })
-        }
-
-        fn with<R>(
-            &mut self,
-            now: Instant,
-            call: impl FnOnce(&mut Tunnel, &mut TunnelContext<'_>) -> R,
-        ) -> R {
-            let Self { tunnel, out, events, drops, counters, started, .. } = self;
-            let mut context =
-                TunnelContext { now, started: *started, out, events, drops, counters };
-            call(tunnel, &mut context)
-        }
-
-        /// Returns the datagrams sent since the last call.
-        fn sent(&mut self) -> Vec<Vec<u8>> {
-            let datagrams = |gso: &GsoBatch| -> Vec<Vec<u8>> {
-                let bytes = &self.out.bytes()[gso.start..gso.start + gso.len];
-                bytes.chunks(gso.segment_size.get()).map(<[u8]>::to_vec).collect()
-            };
-            let sent = self.out.gso_batches().iter().flat_map(datagrams).collect();
-            self.out.clear();
-            sent
-        }
-
-        fn observations(&mut self) -> Vec<Observation> {
-            let mut observations = Vec::new();
-            while let Ok(Event::Peer { what, .. }) = self.observed.try_recv() {
-                observations.push(what);
-            }
-            observations
-        }
-
-        /// Receives datagrams from `from`, which is also the known endpoint.
-        fn take(&mut self, now: Instant, from: Path, datagrams: &[Vec<u8>]) {
-            for datagram in datagrams {
-                self.with(now, |tunnel, context| match MessageKind::of(datagram).unwrap() {
-                    MessageKind::Data { receiver } => {
-                        let mut plain = vec![0; datagram.len()];
-                        let one = Datagrams::new(datagram, 0, 0).unwrap();
-                        let each = |_, _| {};
-                        tunnel.open(from, Some(from), receiver, one, &mut plain, context, each);
-                    }
-                    _ => tunnel.handshake(datagram, from, Some(from), context),
-                });
-            }
-        }
+    /// Receives datagrams from `from`, which is also the known endpoint.
+    fn take_all(side: &mut Side, now: Instant, from: Path, datagrams: &[Vec<u8>]) {
+        datagrams.iter().for_each(|datagram| side.take(now, from, from, datagram));
     }
 
     /// Delivers sent datagrams in both directions until neither side sends any.
@@ -672,14 +607,14 @@ mod tests {
             if to_b.is_empty() && to_a.is_empty() {
                 return;
             }
-            b.take(now, a.address, &to_b);
-            a.take(now, b.address, &to_a);
+            take_all(b, now, a.address, &to_b);
+            take_all(a, now, b.address, &to_a);
         }
     }
 
     /// Returns two sides with a session that the first initiated.
     fn connected_pair() -> ([Side; 2], Instant) {
-        let mut sides = Side::pair();
+        let mut sides = pair();
         let now = sides[0].started;
         let to = vec![sides[1].address];
         sides[0].with(now, |tunnel, context| tunnel.initiate(to, context));
@@ -732,7 +667,7 @@ mod tests {
 
     #[test]
     fn without_a_session_a_keepalive_starts_nothing() {
-        let [mut side, _] = Side::pair();
+        let [mut side, _] = pair();
         let now = side.started;
         assert!(tick(&mut side, now + Duration::from_secs(100), KEEPALIVE).is_empty());
         assert!(side.observations().is_empty());
@@ -740,13 +675,13 @@ mod tests {
 
     #[test]
     fn a_session_is_reported_when_both_have_it() {
-        let mut sides = Side::pair();
+        let mut sides = pair();
         let now = sides[0].started;
         let [a, b] = &mut sides;
         let address = b.address;
         a.with(now, |tunnel, context| tunnel.initiate(vec![address], context));
         let initiation = a.sent();
-        b.take(now, a.address, &initiation);
+        take_all(b, now, a.address, &initiation);
         assert!(!b.tunnel.is_ready() && b.observations().is_empty(), "not confirmed yet");
         deliver(now, &mut sides);
         let [a, b] = &mut sides;
@@ -756,7 +691,7 @@ mod tests {
 
     #[test]
     fn the_same_command_twice_is_one_initiation() {
-        let [mut side, other] = Side::pair();
+        let [mut side, other] = pair();
         let now = side.started;
         let both = vec![other.address, side.address];
         let mut initiate = |now, to: &[Path]| {
@@ -774,7 +709,7 @@ mod tests {
         let ([mut side, mut other], now) = connected_pair();
         let forged = [[2, 0, 0, 0].as_slice(), &[7; 88]].concat();
         let reply = [[3, 0, 0, 0].as_slice(), &[7; 60]].concat();
-        side.take(now, other.address, &[forged, reply]);
+        take_all(&mut side, now, other.address, &[forged, reply]);
         assert_eq!(side.drops.get(DropReason::InvalidHandshake), 2);
         assert!(
             side.observations().iter().all(|what| matches!(what, Observation::Handshake { .. }))
@@ -784,7 +719,7 @@ mod tests {
 
     #[test]
     fn packets_wait_no_longer_than_they_are_good_for() {
-        let [mut side, _] = Side::pair();
+        let [mut side, _] = pair();
         let now = side.started;
         side.with(now, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
         assert_eq!(side.observations(), [Observation::Wanted]);
