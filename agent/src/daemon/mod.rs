@@ -16,7 +16,9 @@ mod leave;
 mod node_prefixes;
 mod paths;
 mod report;
+mod requests;
 mod standby;
+mod start;
 mod start_report;
 mod termination;
 #[cfg(test)]
@@ -31,41 +33,36 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use rand::Rng as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
-use towline_core::mesh::{self, MapChange, Mesh, Output, PeerState};
-use towline_core::path;
+use towline_core::mesh::{MapChange, Mesh, Output, PeerState};
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::prefixes::is_host;
-use towline_core::static_peers::StaticPeer;
+use towline_dataplane::{self as dataplane, DataPlane, HostTunnels, Relay};
+use towline_host::HostEvent;
 use towline_proto::id::{NodeId, WireguardKey};
 
 use crate::config::Config;
 use crate::confirm::{self, Confirmation, Moment};
-use crate::control::{ControlServer, PingAnswer, Request};
-use crate::discovery::{self, Announcement, Discovery};
+use crate::control::{ControlServer, PingAnswer};
+use crate::discovery::{self, Announcement};
 use crate::down::DownMarker;
-use crate::join;
-use crate::kubernetes;
-use crate::map_cache::MapCache;
 use crate::notify::Notifier;
 use crate::prefixes::{PrefixSender, PrefixUpdate, Prefixes, Selection};
 use crate::probe::ProbeKeys;
-use crate::reserved_port;
-use crate::state::{CachedPrefixes, Counters, Keys, Membership, StateDir};
-use crate::static_peers;
-use crate::tun_owner;
+use crate::state::{CachedPrefixes, Keys, Membership, StateDir};
+use crate::{kubernetes, static_peers};
 use host::Host;
+use requests::{path_kind, with_heartbeat};
 use standby::Standby;
+use start::{Stored, start_data_plane};
 use start_report::StartReport;
 use termination::{GRACE, Termination};
-use towline_dataplane::{self as dataplane, DataPlane, HostTunnels, Relay};
-use towline_host::HostEvent;
 use watchdog::{Verdict, Watchdog};
 
 pub use leave::{leave, open_host};
 pub(crate) use report::down_line;
+pub(crate) use start::core_config;
 
 /// Longest interval between two checks of the time that is left for a confirmation.
 const CONFIRMATION_PERIOD: Duration = Duration::from_secs(10);
@@ -190,32 +187,6 @@ impl Signals {
     }
 }
 
-/// State that a start reads from the state directory.
-struct Stored {
-    static_peers: Vec<StaticPeer>,
-    /// Membership of this node. `None`: there is no mesh, only static peers.
-    membership: Option<Membership>,
-    keys: Keys,
-    counters: Counters,
-    map: Option<MapCache>,
-}
-
-impl Stored {
-    /// Reads the state and counts the start.
-    fn read(config: &Config, state: &StateDir) -> anyhow::Result<Self> {
-        let static_peers = static_peers::load(&config.peers)?;
-        let membership = match state.membership()? {
-            None if !static_peers.is_empty() => None,
-            _ => Some(state.require_membership()?),
-        };
-        // A machine with static peers and no mesh needs a key too.
-        let keys = if membership.is_some() { state.keys()? } else { state.keys_or_generate()? };
-        let counters = state.start(unix_millis())?;
-        let map = membership.as_ref().map(|membership| state.map(membership)).transpose()?;
-        Ok(Self { static_peers, membership, keys, counters, map })
-    }
-}
-
 /// The state of a running agent, and its connections to the parts that do I/O.
 struct Daemon {
     config: Config,
@@ -287,134 +258,6 @@ struct ControllerView {
 }
 
 impl Daemon {
-    /// Opens the UDP port and the TUN device, and starts the parts.
-    fn start(
-        config: Config,
-        config_path: Option<PathBuf>,
-        purpose: Purpose,
-        state: Arc<StateDir>,
-        stored: Stored,
-    ) -> anyhow::Result<Self> {
-        let Stored { static_peers, membership, keys, counters, map } = stored;
-        let host = Host::open(&config)?;
-        // An agent without the permission relies on its unit, which reserved the port before the
-        // start.
-        if let Err(error) = reserved_port::reserve(config.wireguard.port) {
-            tracing::debug!(%error, "UDP port not reserved");
-        }
-        let relay = config.relay();
-        let host_tunnels = HostTunnels::default();
-        let (data_plane, data_plane_events) =
-            start_data_plane(&config, &keys, relay.clone(), &host_tunnels, purpose)?;
-        let faults = data_plane.faults();
-
-        let now = Instant::now();
-        let core_config = core_config(&config, membership.as_ref(), counters.boot_epoch);
-        let mut mesh = Mesh::new(core_config, rand::rng().random(), now);
-        let controllers = membership.as_ref().map_or_else(Vec::new, |membership| {
-            join::controllers(&config.controller.addresses, membership)
-        });
-        let owner = nix::unistd::geteuid().as_raw();
-        mesh.set_underlay(
-            now,
-            towline_core::plan::UnderlayPlan { owner, ..config.underlay(&controllers) },
-        );
-        mesh.set_addresses(now, config.node.addresses.clone());
-        mesh.set_forward_to(now, config.node.forward_to.clone());
-        mesh.set_static_peers(now, static_peers);
-        let cached = state.prefixes()?;
-        mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
-        let remembered = announced_prefixes::remember(state.clone(), cached);
-        tokio::spawn(save_again(state.clone()));
-        let removed = map.as_ref().is_some_and(MapCache::own_removed);
-        for change in map.iter().flat_map(MapCache::changes) {
-            mesh.handle_map_change(now, change);
-        }
-
-        let (prefix_sender, prefix_updates) = mpsc::channel(4);
-        let (announcements, announced) = watch::channel(None);
-        let (events, discovery_events) = mpsc::channel(64);
-        let commands = match (&membership, map) {
-            (Some(membership), Some(map)) => {
-                let (commands, command_queue) = mpsc::channel(64);
-                let discovery = Discovery::new(
-                    discovery::Setup {
-                        state: state.clone(),
-                        keys: keys.clone(),
-                        controllers,
-                        membership: membership.clone(),
-                        mark: config.routing.mark,
-                        map,
-                        counters,
-                    },
-                    events,
-                )?;
-                tokio::spawn(discovery.run(announced, command_queue));
-                Some(commands)
-            }
-            _ => None,
-        };
-        let kubernetes = kubernetes::start(kubernetes::Setup {
-            config: config.kubernetes.clone(),
-            link: config.link.name.clone(),
-            mtu: config.link.mtu,
-            state: state.clone(),
-            credentials_period: kubernetes::CREDENTIALS_PERIOD,
-        });
-
-        let certificate_expires_at = report::certificate_expires_at(&state);
-        tracing::info!(
-            node = membership.as_ref().map(|m| tracing::field::display(&m.grant.name)),
-            mesh = membership.as_ref().map(|m| tracing::field::display(&m.grant.mesh_id)),
-            static_peers = config.peers.len(),
-            port = config.wireguard.port,
-            link = %config.link.name,
-            version = towline_proto::VERSION,
-            "agent started"
-        );
-        Ok(Self {
-            config,
-            config_path,
-            state,
-            keys,
-            membership,
-            started: now,
-            mesh,
-            data_plane,
-            host_tunnels,
-            table: Arc::default(),
-            probe_keys: ProbeKeys::default(),
-            relay,
-            relay_swept: now,
-            purpose,
-            host,
-            removed,
-            prefixes: Prefixes::default(),
-            node_ips: Vec::new(),
-            announced: Selection::default(),
-            remembered,
-            kubernetes: kubernetes::View::default(),
-            _prefix_sender: prefix_sender,
-            announcements,
-            commands,
-            controller: ControllerView {
-                reason: "not connected yet".into(),
-                ..ControllerView::default()
-            },
-            published: Ok(Vec::new()),
-            certificate_expires_at,
-            pings: BTreeMap::new(),
-            next_ping: 0,
-            inputs: Inputs {
-                faults,
-                data_plane: data_plane_events,
-                discovery: discovery_events,
-                prefixes: prefix_updates,
-                kubernetes,
-            },
-        })
-    }
-
     /// Runs until the agent has to end. Replies on `asked` once the first plan was applied.
     async fn run(
         mut self,
@@ -690,79 +533,6 @@ impl Daemon {
         self.mesh.set_uplinks(Instant::now(), uplinks, candidates);
     }
 
-    async fn control_request(&mut self, request: Request, notifier: &Notifier) -> Option<Exit> {
-        match request {
-            Request::Status(reply) => {
-                self.host.read_gateways();
-                self.host.look_for_redirects();
-                let _ = reply.send(self.status());
-            }
-            Request::Peers(reply) => {
-                let _ = reply.send(self.peers());
-            }
-            Request::Ping { node, timeout, reply } => self.ping(&node, timeout, reply),
-            Request::Down(reply) => {
-                let result = self.down();
-                let exit = if result.is_ok() { Exit::Down } else { Exit::Standby };
-                let _ = reply.send(result);
-                return Some(exit);
-            }
-            Request::Leave { force, reply } => {
-                let result = with_heartbeat(notifier, self.leave(force)).await;
-                let ended = result.is_ok();
-                let _ = reply.send(result);
-                if ended {
-                    return Some(Exit::Left);
-                }
-            }
-            Request::Up(reply) => {
-                let _ = reply.send(Ok(true));
-            }
-            Request::Confirm(reply) => {
-                let _ = reply.send(self.state.confirm().map_err(|error| error.to_string()));
-            }
-        }
-        None
-    }
-
-    fn ping(&mut self, node: &str, timeout: Duration, reply: oneshot::Sender<PingAnswer>) {
-        let named = |status: &mesh::PeerStatus| {
-            status.node.name().as_str() == node
-                || status.node.grant().overlay.iter().any(|ip| ip.to_string() == node)
-        };
-        let Some(peer) = self.mesh.peers().find(named) else {
-            if self.mesh.static_peers().any(|peer| peer.name == node) {
-                let why = "static peers do not answer probes: run `towline peers`";
-                let _ = reply.send(PingAnswer::Silence(why.into()));
-                return;
-            }
-            let _ = reply.send(PingAnswer::UnknownNode);
-            return;
-        };
-        if peer.path.is_none() {
-            let _ = reply.send(PingAnswer::Silence(if peer.reason.is_empty() {
-                "no path yet".into()
-            } else {
-                peer.reason
-            }));
-            return;
-        }
-        let id = self.next_ping;
-        self.next_ping += 1;
-        self.pings.insert(id, reply);
-        self.mesh.ping(Instant::now(), peer.node.id(), id, timeout);
-    }
-
-    fn ping_result(&mut self, id: u64, answer: Option<(path::Path, Duration)>) {
-        let Some(reply) = self.pings.remove(&id) else { return };
-        let _ = reply.send(match answer {
-            Some((path, rtt)) => {
-                PingAnswer::Answer { path_kind: path_kind(&path), path: path.remote, rtt }
-            }
-            None => PingAnswer::Silence("no answer in time".into()),
-        });
-    }
-
     /// Reads the configuration again on SIGHUP and applies what can change while the agent runs. A
     /// file that does not parse changes nothing.
     fn reload(&mut self) {
@@ -821,87 +591,12 @@ async fn save_again(state: Arc<StateDir>) {
     }
 }
 
-/// Runs `work` and notifies the service manager in the meantime that the agent is alive.
-async fn with_heartbeat<T>(notifier: &Notifier, work: impl Future<Output = T>) -> T {
-    tokio::pin!(work);
-    let mut ticks = tokio::time::interval(notifier.period().unwrap_or(CONFIRMATION_PERIOD));
-    loop {
-        tokio::select! {
-            result = &mut work => return result,
-            _ = ticks.tick() => notifier.alive(),
-        }
-    }
-}
-
 /// Waits until `time`, or forever if there is none.
 async fn at(time: Option<Instant>) {
     match time {
         Some(time) => tokio::time::sleep_until(time.into()).await,
         None => std::future::pending().await,
     }
-}
-
-/// Opens the TUN and UDP devices for `purpose`, and starts the data plane with them.
-fn start_data_plane(
-    config: &Config,
-    keys: &Keys,
-    relay: Relay,
-    host_tunnels: &HostTunnels,
-    purpose: Purpose,
-) -> anyhow::Result<(DataPlane, mpsc::Receiver<dataplane::Event>)> {
-    let (port, mark, offloads) = (config.wireguard.port, config.routing.mark, config.offloads);
-    let (events, receiver) = mpsc::channel(1024);
-    let settings =
-        dataplane::Config { private_key: keys.wireguard.secret().clone(), relay, link: None };
-    let data_plane = match purpose {
-        Purpose::Node => {
-            let queues = tun_owner::open(&config.link.name, offloads, config.wireguard.workers)?;
-            let sockets = dataplane::open_udp_group(port, mark, offloads, queues.len())
-                .map_err(reserved_port::not_opened)?;
-            let queues = queues.into_iter().map(|tun| tun.with_host_tunnels(host_tunnels.clone()));
-            let link = nix::net::if_::if_nametoindex(config.link.name.as_str()).ok();
-            let settings = dataplane::Config { link, ..settings };
-            DataPlane::start(settings, queues.zip(sockets), events)
-        }
-        Purpose::Relay => {
-            let udp = dataplane::open_udp_with(port, mark, offloads)
-                .map_err(reserved_port::not_opened)?;
-            DataPlane::start(settings, [(dataplane::NoTun::new()?, udp)], events)
-        }
-    };
-    Ok((data_plane.context("cannot start the data plane")?, receiver))
-}
-
-/// Returns the kind of a path for command-line output.
-fn path_kind(path: &path::Path) -> &'static str {
-    if path.is_relayed() { "relay" } else { "direct" }
-}
-
-/// Returns the configuration of the core, which does not change while the agent runs.
-pub(crate) fn core_config(
-    config: &Config,
-    membership: Option<&Membership>,
-    boot_epoch: u64,
-) -> mesh::Config {
-    mesh::Config {
-        membership: membership.map(|membership| mesh::Membership {
-            grant: membership.grant.clone(),
-            mesh: membership.mesh.clone(),
-        }),
-        link: config.link.name.clone(),
-        mtu: config.link.mtu,
-        table: config.routing.table,
-        rules: config.rules(),
-        firewall_table: config.routing.nftables_table.clone(),
-        relay: config.relay.enabled,
-        boot_epoch,
-    }
-}
-
-/// Returns the wall-clock time in milliseconds since 1970.
-fn unix_millis() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    u64::try_from(now.unwrap_or_default().as_millis()).unwrap_or_default()
 }
 
 /// Returns whether an agent accepts connections on `socket`.
