@@ -48,6 +48,8 @@ const BPF_OBJ_GET_INFO_BY_FD: c_int = 15;
 const BPF_PROG_QUERY: c_int = 16;
 /// Type of programs of traffic control.
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+/// Attachment type of programs that see packets entering a link (TCX, Linux 6.6).
+const BPF_TCX_INGRESS: u32 = 46;
 /// Attachment type of programs that see packets leaving a link.
 const BPF_TCX_EGRESS: u32 = 47;
 /// Flag of an attachment that puts the program before another one: before all if none is named.
@@ -351,6 +353,54 @@ impl Attach {
     }
 }
 
+/// Direction of the packets that a TCX program sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// Packets that enter the link.
+    Ingress,
+    /// Packets that leave by the link.
+    Egress,
+}
+
+impl Direction {
+    /// Attachment type (`linux/bpf.h`).
+    fn kind(self) -> u32 {
+        match self {
+            Self::Ingress => BPF_TCX_INGRESS,
+            Self::Egress => BPF_TCX_EGRESS,
+        }
+    }
+}
+
+/// Returns the number of TCX programs at a link, by its index. The link is one of this network
+/// namespace.
+///
+/// # Errors
+///
+/// Returns an error before Linux 6.6, if the link is gone, or if the kernel does not permit the query.
+pub fn count_programs(link: u32, direction: Direction) -> io::Result<u32> {
+    let mut query = Query { link, kind: direction.kind(), ..Query::default() };
+    programs::call(BPF_PROG_QUERY, &mut query)?;
+    Ok(query.count)
+}
+
+/// Part of `union bpf_attr` that belongs to [`BPF_PROG_QUERY`].
+#[repr(C)]
+#[derive(Debug, Default)]
+struct Query {
+    link: u32,
+    kind: u32,
+    flags: u32,
+    attach_flags: u32,
+    programs: u64,
+    count: u32,
+    padding: u32,
+    program_flags: u64,
+    links: u64,
+    link_flags: u64,
+    revision: u64,
+}
+
 /// Program that is attached to a link.
 #[derive(Debug)]
 struct Attached {
@@ -361,21 +411,6 @@ struct Attached {
 /// Returns the programs at the egress of a link, in the order in which they run. Returns none if the
 /// kernel has no TCX or the link is gone.
 fn attached(uplink: Uplink) -> io::Result<Vec<Attached>> {
-    #[repr(C)]
-    #[derive(Default)]
-    struct Query {
-        link: u32,
-        kind: u32,
-        flags: u32,
-        attach_flags: u32,
-        programs: u64,
-        count: u32,
-        padding: u32,
-        program_flags: u64,
-        links: u64,
-        link_flags: u64,
-        revision: u64,
-    }
     let mut ids = [0u32; PROGRAMS];
     if !uplink.is_here()? {
         return Err(io::Error::from_raw_os_error(libc::ENODEV));

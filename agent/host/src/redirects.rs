@@ -12,11 +12,11 @@
 //! finds one, [`guard`] attaches Towline's program. It changes nothing else.
 
 use std::collections::BTreeSet;
-use std::mem::size_of;
 use std::path::Path;
 use std::{fmt, io};
 
 use towline_core::plan::Plan;
+use towline_helper::egress::Direction;
 use towline_helper::protocol::{EgressGuard, LinkIndex, Request, Uplink};
 use towline_helper::{client, egress};
 use towline_netlink::{Link, NetlinkError, Rtnetlink};
@@ -41,12 +41,6 @@ const CALICO: &str = "bpfin.cali";
 /// Kind of links that run eBPF programs of their own.
 const NETKIT: &str = "netkit";
 
-/// Command of `bpf(2)` that lists the attached programs (`linux/bpf.h`).
-const BPF_PROG_QUERY: libc::c_int = 16;
-/// Attachment type of programs that see packets entering a link (TCX, Linux 6.6).
-const BPF_TCX_INGRESS: u32 = 46;
-/// Attachment type of programs that see packets leaving a link.
-const BPF_TCX_EGRESS: u32 = 47;
 /// Greatest number of links to query for TCX programs. Each takes two system calls.
 const LINKS: usize = 256;
 
@@ -101,31 +95,9 @@ pub(super) fn find(
 /// Returns true if TCX programs of others are attached to a link. Returns false if the kernel lacks TCX
 /// or does not permit the query.
 fn has_programs(link: &Link, guarded: &EgressState) -> bool {
-    /// Part of `union bpf_attr` that belongs to [`BPF_PROG_QUERY`].
-    #[repr(C)]
-    #[derive(Default)]
-    struct Query {
-        link: u32,
-        attached: u32,
-        flags: u32,
-        attach_flags: u32,
-        programs: u64,
-        count: u32,
-        padding: u32,
-        program_flags: u64,
-        links: u64,
-        link_flags: u64,
-        revision: u64,
-    }
-    [BPF_TCX_INGRESS, BPF_TCX_EGRESS].into_iter().any(|attached| {
-        let mut query = Query { link: link.index, attached, ..Query::default() };
-        // SAFETY: the kernel reads and writes only `query`, which has the given size, lives until the
-        // call returns, and contains no pointer.
-        let result = unsafe {
-            libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut query, size_of::<Query>())
-        };
-        let own = attached == BPF_TCX_EGRESS && guarded.links.contains(&link.index);
-        result == 0 && query.count > u32::from(own)
+    [Direction::Ingress, Direction::Egress].into_iter().any(|direction| {
+        let is_ours = direction == Direction::Egress && guarded.links.contains(&link.index);
+        egress::count_programs(link.index, direction).is_ok_and(|count| count > u32::from(is_ours))
     })
 }
 

@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::time::Instant;
 
 use towline_core::plan::{RoutePlan, RouteVia};
+use towline_helper::egress::{Direction, count_programs};
 use towline_netlink::codec::Message;
 use towline_netlink::{AddressOptions, Connection, Protocol, Route, Rtnetlink};
 use towline_netns::{NetworkNamespace, add_link, namespace_test, root_namespace_test};
@@ -233,19 +234,10 @@ impl Redirected {
     }
 }
 
-/// Returns the number of programs of TCX at the egress of a link.
+/// Returns the number of programs at the egress of a link.
 fn programs_at_egress(link: &str) -> u32 {
-    const BPF_PROG_QUERY: c_int = 16;
-    const BPF_TCX_EGRESS: u32 = 47;
-    // The link, the attachment point, two flags, no array, and the count.
     let link = Rtnetlink::open().unwrap().link_index(link).unwrap();
-    let mut query = [0u32; 16];
-    query[..2].copy_from_slice(&[link, BPF_TCX_EGRESS]);
-    // SAFETY: the kernel reads and writes `query`, of this size, which outlives the call.
-    let result = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, query.as_mut_ptr(), size_of_val(&query))
-    };
-    if result == 0 { query[6] } else { 0 }
+    count_programs(link, Direction::Egress).unwrap()
 }
 
 /// Guards the uplinks. Returns false if this kernel cannot.
