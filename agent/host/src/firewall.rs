@@ -101,6 +101,9 @@ pub(super) fn table_families(families: Families) -> &'static [TableFamily] {
 pub(super) const COMMENT: &str = "towline: made by the agent, removed by towline down";
 /// Comments of the rules that drop packets with spoofed mesh sources.
 const FORGED: [&str; 2] = ["forged source, IPv4", "forged source, IPv6"];
+/// Comments of the rules that drop the agent's outer packets with an address of the tunnel as source.
+const INNER_SOURCE: [&str; 2] =
+    ["inner source of an outer packet, IPv4", "inner source of an outer packet, IPv6"];
 /// Comments of the rules that drop packets from outside this node whose source is one of its own
 /// addresses.
 const OWN_ADDRESS: [&str; 2] = ["own address as source, IPv4", "own address as source, IPv6"];
@@ -545,8 +548,17 @@ fn guard(plan: &Plan, extent: Extent) -> Chain {
         Extent::GuardOnly => tunnel.accept(),
     };
     let guarded = |family| Rule::new().destination_in(family, guarded_set(family)).goto(GUARDED);
+    // While an uplink has no address, the kernel would give the agent's own packets an address of
+    // the tunnel's link as source.
+    let marks = &plan.rules;
+    let own = || Rule::new().mark(marks.mark, marks.mask).socket_owner(plan.underlay.owner);
+    let from_inside = |(family, comment): (Family, &str)| {
+        let [addresses, _, _] = own_sets(family);
+        own().source_in(family, addresses).comment(comment).counter().drop()
+    };
     Chain::base(ChainKind::Filter, Hook::Postrouting, GUARD_PRIORITY)
         .rules([tunnel, Rule::new().output("lo").accept()])
+        .rules(Family::ALL.into_iter().zip(INNER_SOURCE).map(from_inside))
         .rules(Family::ALL.map(guarded))
 }
 

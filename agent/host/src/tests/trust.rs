@@ -62,6 +62,31 @@ fn host() -> (NetworkNamespace, Plan) {
     (peer, plan)
 }
 
+namespace_test! {
+    fn outer_packets_never_have_an_inner_source() {
+        let peer = lan();
+        let mut rtnetlink = Rtnetlink::open().unwrap();
+        let link = rtnetlink.link_index("eth0").unwrap();
+        let Some((_host, _tunnel)) = with_tunnel(&plan()) else { return };
+        for (family, (here, there)) in PAIRS.into_iter().enumerate() {
+            let to = at(there, 4_444);
+            let theirs = peer.enter(|| udp(to, false));
+            let own = udp(at(["0.0.0.0", "::"][family], PORT), true);
+            own.send_to(b"outer", to).unwrap();
+            let (_, from) = theirs.recv_from(&mut [0; 9]).unwrap();
+            assert_eq!(from.ip(), at(here, 0).ip());
+            // DHCP lost the address, and the route stays: only the tunnel's address is left.
+            let prefix = net(&format!("{here}/{}", [24, 64][family]));
+            let route = Route::new(net(&format!("{there}/{}", [32, 128][family]))).dev(link);
+            rtnetlink.add_route(&route).unwrap();
+            rtnetlink.delete_address(link, prefix).unwrap();
+            assert!(own.send_to(b"inner", to).is_err(), "{there}");
+            theirs.set_nonblocking(true).unwrap();
+            theirs.recv_from(&mut [0; 9]).unwrap_err();
+        }
+    }
+}
+
 /// Returns the number of packets to guarded addresses that the peer received so far.
 fn seen(peer: &NetworkNamespace) -> u64 {
     // All earlier packets have arrived when this datagram arrives.

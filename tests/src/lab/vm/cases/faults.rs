@@ -22,7 +22,7 @@ pub(super) fn full_disk(
         // First the space that can be allocated at once, then the last blocks.
         machine.run_ok(
             "fallocate -l $(($(df --output=avail -B1 / | tail -1) - 65536)) /filler; \
-             cat /dev/zero >/filler2 2>/dev/null; sync; ! touch /var/lib/probe-$RANDOM",
+             cat /dev/zero >/filler2 2>/dev/null; sync; ! sh -c 'echo x >/var/lib/probe-full'",
         )?;
     }
     pair.shut_down()?;
