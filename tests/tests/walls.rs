@@ -26,7 +26,7 @@ const WALLS: &[Wall] = &[
     Wall {
         package: "towline-core",
         ours: &["towline-types"],
-        others: Some(&["ipnet", "rand", "tracing", "zeroize"]),
+        others: Some(&["ipnet", "rand", "tracing"]),
     },
     Wall { package: "towline-netlink", ours: &[], others: None },
     // The helper runs as root.

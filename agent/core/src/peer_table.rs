@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use towline_types::id::WireguardKey;
+use towline_types::id::{PresharedKey, WireguardKey};
 
 use crate::own_networks::OwnNetworks;
 use crate::path::Path;
@@ -44,16 +44,6 @@ pub struct PeerEntry {
     pub boot_epoch: u64,
     /// True for a peer of the configuration: it may be sent packets from any source.
     pub is_static: bool,
-}
-
-/// A WireGuard pre-shared key. `Debug` hides it, and it is wiped when it is dropped.
-#[derive(Clone, PartialEq, Eq, zeroize::Zeroize, zeroize::ZeroizeOnDrop)]
-pub struct PresharedKey(pub [u8; 32]);
-
-impl std::fmt::Debug for PresharedKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("(hidden)")
-    }
 }
 
 /// An event of one peer that the data plane observed.

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use rand::Rng as _;
-use towline_types::id::WireguardKey;
+use towline_types::id::{PresharedKey, WireguardKey};
 
 use crate::changes::Change;
 use crate::effects::Effects;
@@ -23,7 +23,7 @@ use crate::local_node::LocalNode;
 use crate::output::Output;
 use crate::path::Path;
 use crate::peer::{DOWN_AFTER, jittered};
-use crate::peer_table::{Observation, PeerEntry, PresharedKey, REKEY_TIMEOUT};
+use crate::peer_table::{Observation, PeerEntry, REKEY_TIMEOUT};
 use crate::prefixes::PrefixMap;
 use crate::status::PeerState;
 use crate::timers::Timer;

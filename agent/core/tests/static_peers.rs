@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use towline_core::mesh::{Config, MapChange, Membership, Mesh, Output, PeerState};
 use towline_core::path::{LocalAddress, Path};
-use towline_core::peer_table::{Observation, PeerTable, PresharedKey};
+use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::plan::{Plan, RouteVia, RulePlan};
 use towline_core::static_peers::{StaticPeer, StaticPeerStatus};
-use towline_types::id::{IdentityKey, MeshId, NodeId, WireguardKey};
+use towline_types::id::{IdentityKey, MeshId, NodeId, PresharedKey, WireguardKey};
 use towline_types::node::{Grant, MeshConfig, Node, OverlayAddresses, Record, Tombstone};
 
 const HOME: &str = "203.0.113.7:51820";

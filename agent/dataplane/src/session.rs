@@ -28,8 +28,7 @@ use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
 use towline_core::path::Path;
-use towline_core::peer_table::PresharedKey;
-use towline_types::id::WireguardKey;
+use towline_types::id::{PresharedKey, WireguardKey};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use super::arena::{Datagrams, SendBatch};

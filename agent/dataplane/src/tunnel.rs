@@ -18,9 +18,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use towline_core::path::Path;
-use towline_core::peer_table::{Observation, PresharedKey, REKEY_TIMEOUT};
+use towline_core::peer_table::{Observation, REKEY_TIMEOUT};
 use towline_types::frame::RELAYED_HEADER_BYTES;
-use towline_types::id::WireguardKey;
+use towline_types::id::{PresharedKey, WireguardKey};
 
 use super::arena::{Datagrams, SendBatch};
 use super::counters::PeerCounters;

@@ -1,4 +1,4 @@
-//! Names, ids and public keys.
+//! Names, ids and keys.
 
 use std::fmt;
 use std::str::FromStr;
@@ -148,6 +148,16 @@ impl FromStr for WireguardKey {
             expected: "44 characters of base64",
         })?;
         Self::try_from(bytes.as_slice())
+    }
+}
+
+/// Pre-shared key of a WireGuard tunnel. `Debug` hides it, and it is wiped when it is dropped.
+#[derive(Clone, PartialEq, Eq, zeroize::Zeroize, zeroize::ZeroizeOnDrop)]
+pub struct PresharedKey(pub [u8; 32]);
+
+impl fmt::Debug for PresharedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(hidden)")
     }
 }
 

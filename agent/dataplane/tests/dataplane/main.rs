@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{Receiver, channel};
 use towline_core::own_networks::OwnNetworks;
-use towline_core::peer_table::{Observation, PeerEntry, PeerTable, PresharedKey};
+use towline_core::peer_table::{Observation, PeerEntry, PeerTable};
 use towline_dataplane::arena::{GSO_MAX_BYTES, SLOT_BYTES, TunBatch, WriteBatch};
 use towline_dataplane::coalesce::Coalesce;
 use towline_dataplane::drops::Drops;
@@ -27,7 +27,7 @@ use towline_dataplane::switch::Switch;
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
 use towline_dataplane::{Config, DataPlane, Event, Fault, Relay, StuckWorkers, TunIo, checksum};
 use towline_types::frame::relayed_header;
-use towline_types::id::WireguardKey;
+use towline_types::id::{PresharedKey, WireguardKey};
 use towline_types::stun;
 use x25519_dalek::{PublicKey, StaticSecret};
 
