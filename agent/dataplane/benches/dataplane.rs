@@ -5,6 +5,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use towline_core::path::Path;
 use towline_dataplane::arena::{Datagrams, HEADROOM, SendBatch, TAILROOM, WriteBatch};
 use towline_dataplane::coalesce::{Coalesce, Coalescer};
 use towline_dataplane::drops::Drops;
@@ -93,7 +94,7 @@ fn sessions() -> [Session; 2] {
 }
 
 fn dataplane(c: &mut Criterion) {
-    let to = SocketAddr::from(([192, 0, 2, 1], 51830)).into();
+    let to = Path::from(SocketAddr::from(([192, 0, 2, 1], 51830))).into();
     let mut group = c.benchmark_group("train");
     group.throughput(Throughput::Elements(SEGMENTS as u64));
 
@@ -144,7 +145,7 @@ fn dataplane(c: &mut Criterion) {
     group.bench_function("seal", |bench| {
         bench.iter(|| {
             out.clear();
-            a.seal(&mut Ready(segments.iter()), to, &mut out, &drops)
+            a.seal(&mut Ready(segments.iter()), &to, &mut out, &drops)
         });
     });
 
@@ -153,7 +154,7 @@ fn dataplane(c: &mut Criterion) {
         bench.iter_batched_ref(
             || {
                 out.clear();
-                a.seal(&mut Ready(segments.iter()), to, &mut out, &drops);
+                a.seal(&mut Ready(segments.iter()), &to, &mut out, &drops);
                 out.bytes()[..SEGMENTS * segment_size].to_vec()
             },
             |datagrams| {

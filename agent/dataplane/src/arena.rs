@@ -22,12 +22,29 @@ pub const HEADROOM: usize = 32;
 /// Free bytes after each packet from the TUN. Padding is written into them.
 pub const TAILROOM: usize = 16;
 
-/// Consecutive datagrams for one path in a [`SendBatch`]. All have the same length, except that the
-/// last may be shorter: `UDP_SEGMENT` sends them with one call.
+/// Path of a datagram, and whether the kernel may fragment it. One send has one destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Destination {
+    /// Path to send on.
+    pub path: Path,
+    /// True if the kernel may send a datagram in fragments of the minimum IPv6 MTU, because it does
+    /// not fit its path and cannot be made smaller.
+    pub fragment: bool,
+}
+
+impl From<Path> for Destination {
+    /// Returns the destination whose datagrams are not fragmented by this node.
+    fn from(path: Path) -> Self {
+        Self { path, fragment: false }
+    }
+}
+
+/// Consecutive datagrams for one destination in a [`SendBatch`]. All have the same length, except
+/// that the last may be shorter: `UDP_SEGMENT` sends them with one call.
 #[derive(Debug, Clone, Copy)]
 pub struct GsoBatch {
-    /// Path to send on.
-    pub to: Path,
+    /// Destination of all datagrams.
+    pub to: Destination,
     /// Position of the first byte in the batch.
     pub start: usize,
     /// Length of all datagrams together, in bytes.
@@ -37,9 +54,6 @@ pub struct GsoBatch {
     pub segment_size: NonZeroUsize,
     /// Number of datagrams.
     pub segments: usize,
-    /// True if the kernel may send these datagrams in fragments of the minimum IPv6 MTU, because they
-    /// do not fit their path and cannot be made smaller.
-    pub fragment: bool,
 }
 
 /// Datagrams to send, in order.
@@ -49,7 +63,6 @@ pub struct SendBatch {
     used: usize,
     gso_batches: Vec<GsoBatch>,
     max_gso_batches: usize,
-    fragment: bool,
 }
 
 impl SendBatch {
@@ -60,7 +73,6 @@ impl SendBatch {
             used: 0,
             gso_batches: Vec::with_capacity(gso_batches),
             max_gso_batches: gso_batches,
-            fragment: false,
         }
     }
 
@@ -80,15 +92,9 @@ impl SendBatch {
         Some(&mut self.spare(header + need)?[header..])
     }
 
-    /// Sets whether the datagrams committed from now on are [fragmented](GsoBatch::fragment).
-    pub fn fragment(&mut self, fragment: bool) {
-        self.fragment = fragment;
-    }
-
     /// Appends the first `len` bytes of [`SendBatch::place`] as a datagram for `to`.
-    pub fn commit(&mut self, to: Path, len: usize) {
-        let fragment = self.fragment;
-        let len = match to.channel {
+    pub fn commit(&mut self, to: &Destination, len: usize) {
+        let len = match to.path.channel {
             Some(channel) => {
                 self.bytes[self.used..][..RELAYED_HEADER_BYTES]
                     .copy_from_slice(&relayed_header(channel.0));
@@ -99,8 +105,7 @@ impl SendBatch {
         debug_assert!(self.used + len <= self.bytes.len());
         match self.gso_batches.last_mut() {
             Some(gso)
-                if gso.to == to
-                    && gso.fragment == fragment
+                if gso.to == *to
                     && gso.len == gso.segment_size.get() * gso.segments
                     && len <= gso.segment_size.get()
                     && len > 0
@@ -113,14 +118,7 @@ impl SendBatch {
             _ => {
                 let start = self.used;
                 let segment_size = NonZeroUsize::new(len).unwrap_or(NonZeroUsize::MIN);
-                self.gso_batches.push(GsoBatch {
-                    to,
-                    start,
-                    len,
-                    segment_size,
-                    segments: 1,
-                    fragment,
-                });
+                self.gso_batches.push(GsoBatch { to: *to, start, len, segment_size, segments: 1 });
             }
         }
         self.used += len;
@@ -130,7 +128,7 @@ impl SendBatch {
     pub fn push(&mut self, to: Path, datagram: &[u8]) -> bool {
         let Some(spare) = self.place(&to, datagram.len()) else { return false };
         spare[..datagram.len()].copy_from_slice(datagram);
-        self.commit(to, datagram.len());
+        self.commit(&to.into(), datagram.len());
         true
     }
 
@@ -577,14 +575,16 @@ mod tests {
     proptest! {
         #[test]
         fn gso_batches_hold_every_datagram_in_order(
-            datagrams in proptest::collection::vec((0u8..3, 0usize..2000), 0..300),
+            datagrams in proptest::collection::vec((0u8..3, any::<bool>(), 0usize..2000), 0..300),
         ) {
             let mut batch = SendBatch::new(1 << 20, 512);
             let mut pushed = Vec::new();
-            for (i, (to, len)) in datagrams.iter().enumerate() {
-                let to = Path::direct(([127, 0, 0, 1], u16::from(*to)).into());
+            for (i, (port, fragment, len)) in datagrams.iter().enumerate() {
+                let path = Path::direct(([127, 0, 0, 1], u16::from(*port)).into());
+                let to = Destination { path, fragment: *fragment };
                 let datagram = vec![i as u8; *len];
-                prop_assert!(batch.push(to, &datagram));
+                batch.place(&path, *len).expect("room")[..*len].copy_from_slice(&datagram);
+                batch.commit(&to, *len);
                 pushed.push((to, datagram));
             }
             let mut read = Vec::new();

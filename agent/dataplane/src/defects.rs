@@ -104,7 +104,12 @@ fn establish(a: &mut Session, b: &mut Session) {
 
 fn seal(session: &mut Session) -> Vec<u8> {
     let mut out = SendBatch::new(4096, 4);
-    session.seal(&mut Once::new(packet()), address(9).into(), &mut out, &Drops::default());
+    session.seal(
+        &mut Once::new(packet()),
+        &Path::from(address(9)).into(),
+        &mut out,
+        &Drops::default(),
+    );
     out.bytes()[out.gso_batches()[0].start..][..out.gso_batches()[0].len].to_vec()
 }
 
@@ -256,7 +261,10 @@ fn buffers_that_are_too_small_are_refused() {
         }
         let mut out = SendBatch::new(small, 1);
         let drops = Drops::default();
-        assert_eq!(a.seal(&mut Once::new(packet()), address(9).into(), &mut out, &drops), 0);
+        assert_eq!(
+            a.seal(&mut Once::new(packet()), &Path::from(address(9)).into(), &mut out, &drops),
+            0
+        );
     }
     assert!(matches!(open(&mut b, &sealed), Opened::Packet { .. }));
 }

@@ -335,7 +335,7 @@ impl UdpIo for MemoryUdp {
                 drops.count(DropReason::SendRefused);
             }
             for datagram in bytes.chunks(gso.segment_size.get()) {
-                let (from, to) = (self.address, gso.to.remote);
+                let (from, to) = (self.address, gso.to.path.remote);
                 self.network.inject(Datagram { from, to, bytes: datagram.to_vec() });
             }
         }

@@ -14,7 +14,9 @@ use towline_types::rate::Rate;
 use towline_types::source_limiter::SourceLimiter;
 use towline_types::stun;
 
-use super::arena::{Datagrams, GsoBatch, NoDatagrams, RecvBatch, SendBatch, TunBatch, WriteBatch};
+use super::arena::{
+    Datagrams, Destination, GsoBatch, NoDatagrams, RecvBatch, SendBatch, TunBatch, WriteBatch,
+};
 use super::coalesce::{Coalesce, Coalescer};
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
@@ -171,7 +173,7 @@ impl Pipeline {
             }
             return;
         }
-        let Some(to) = tunnel.endpoint(peer.endpoint()) else {
+        let Some(path) = tunnel.endpoint(peer.endpoint()) else {
             while segments.next_len().is_some() {
                 segments.take();
                 self.drops.count(DropReason::NoEndpoint);
@@ -181,9 +183,9 @@ impl Pipeline {
         if let Some(what) = tunnel.sent_inner(now) {
             self.events.observe(peer.key, what);
         }
-        out.fragment(peer.entry.fragment);
+        let to = Destination { path, fragment: peer.entry.fragment };
         loop {
-            peer.counters.sent(tunnel.seal(&mut segments, to, out, &self.drops, now));
+            peer.counters.sent(tunnel.seal(&mut segments, &to, out, &self.drops, now));
             if segments.next_len().is_none() {
                 break;
             }
@@ -198,7 +200,6 @@ impl Pipeline {
             udp.send(now, out, &self.drops);
             out.clear();
         }
-        out.fragment(false);
     }
 
     /// Opens the datagrams of `batch` into `writes`, with packets coalesced as `allowed` permits,
@@ -294,14 +295,7 @@ impl Pipeline {
         match self.relay.forward(now, from, channel, len) {
             Forward::To(to) => {
                 let segment_size = datagrams.segment_size();
-                self.forwards.push(GsoBatch {
-                    to,
-                    start,
-                    len,
-                    segment_size,
-                    segments,
-                    fragment: false,
-                });
+                self.forwards.push(GsoBatch { to: to.into(), start, len, segment_size, segments });
             }
             Forward::Refused(reason) => self.drops.add(reason, segments as u64),
             Forward::Unknown => return None,

@@ -27,11 +27,10 @@ use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
-use towline_core::path::Path;
 use towline_types::id::{PresharedKey, WireguardKey};
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use super::arena::{Datagrams, SendBatch};
+use super::arena::{Datagrams, Destination, SendBatch};
 use super::drops::{DropReason, Drops};
 
 /// Bytes of the header of a data message: type, receiver, counter.
@@ -289,14 +288,14 @@ impl Session {
     pub fn seal(
         &mut self,
         segments: &mut impl Segments,
-        to: Path,
+        to: &Destination,
         out: &mut SendBatch,
         drops: &Drops,
     ) -> usize {
         let mut bytes = 0;
         while let Some(len) = segments.next_len() {
             let need = (len + DATA_OVERHEAD).max(HANDSHAKE_BYTES);
-            let Some(spare) = out.place(&to, need) else { break };
+            let Some(spare) = out.place(&to.path, need) else { break };
             let segment = segments.take();
             // Without a session boringtun would return an initiation here, which does not carry
             // this segment.

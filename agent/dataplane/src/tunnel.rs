@@ -22,7 +22,7 @@ use towline_core::peer_table::{Observation, REKEY_TIMEOUT};
 use towline_types::frame::RELAYED_HEADER_BYTES;
 use towline_types::id::{PresharedKey, WireguardKey};
 
-use super::arena::{Datagrams, SendBatch};
+use super::arena::{Datagrams, Destination, SendBatch};
 use super::counters::PeerCounters;
 use super::drops::{DropReason, Drops};
 use super::events::EventSink;
@@ -205,7 +205,7 @@ impl Tunnel {
     pub(super) fn seal(
         &mut self,
         segments: &mut impl Segments,
-        to: Path,
+        to: &Destination,
         out: &mut SendBatch,
         drops: &Drops,
         now: Instant,
@@ -514,7 +514,8 @@ impl Tunnel {
                 continue;
             }
             let mut waited = Waited { packet, taken: false };
-            let sealed = self.seal(&mut waited, from, context.out, context.drops, context.now);
+            let sealed =
+                self.seal(&mut waited, &from.into(), context.out, context.drops, context.now);
             context.counters.sent(sealed);
             if !waited.taken {
                 context.drops.count(DropReason::SendBufferFull);
@@ -654,7 +655,7 @@ mod tests {
         let packet = vec![0x45; 32].into_boxed_slice();
         let to = side.address;
         let Side { tunnel, out, drops, .. } = &mut side;
-        tunnel.seal(&mut Waited { packet, taken: false }, to, out, drops, busy);
+        tunnel.seal(&mut Waited { packet, taken: false }, &to.into(), out, drops, busy);
         side.sent();
         assert!(
             tick(&mut side, busy + 24 * second, KEEPALIVE).is_empty(),

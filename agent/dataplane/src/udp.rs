@@ -297,9 +297,10 @@ impl UdpIo for Udp {
         self.gro.retry(now);
         let mut deadlines = SendDeadlines::default();
         while let Some(first) = gso_batches.first() {
-            let same = |gso: &&GsoBatch| gso.to.remote.is_ipv4() == first.to.remote.is_ipv4();
+            let same =
+                |gso: &&GsoBatch| gso.to.path.remote.is_ipv4() == first.to.path.remote.is_ipv4();
             let run = gso_batches.iter().take_while(same).count();
-            let endpoint = if first.to.remote.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
+            let endpoint = if first.to.path.remote.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
             match endpoint {
                 Some(endpoint) => {
                     let gso_batches = &gso_batches[..run];
@@ -321,7 +322,7 @@ impl UdpIo for Udp {
         drops: &Drops,
     ) -> Result<(), TooBig> {
         for gso in batch.gso_batches() {
-            let v4 = gso.to.remote.is_ipv4();
+            let v4 = gso.to.path.remote.is_ipv4();
             let Some(endpoint) = (if v4 { &mut self.v4 } else { &mut self.v6 }) else {
                 drops.count(DropReason::SendRefused);
                 continue;
@@ -586,7 +587,7 @@ impl Endpoint {
         while let Some(first) = gso_batches.first() {
             // Another worker may change the switch at any time.
             let segmented = segment.is_on();
-            if first.fragment && !self.v4 {
+            if first.to.fragment && !self.v4 {
                 self.fragment(true);
                 self.send_singly(bytes, first, deadlines, drops);
                 self.fragment(false);
@@ -600,7 +601,7 @@ impl Endpoint {
             }
             let limit = gso_batches.len().min(MESSAGES);
             let whole =
-                |gso: &&GsoBatch| (segmented || gso.segments == 1) && (self.v4 || !gso.fragment);
+                |gso: &&GsoBatch| (segmented || gso.segments == 1) && (self.v4 || !gso.to.fragment);
             let run = gso_batches[..limit].iter().take_while(whole).count();
             match self.headers.send(&self.socket, bytes, &gso_batches[..run]) {
                 Ok(0) => {

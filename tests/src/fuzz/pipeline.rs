@@ -224,7 +224,7 @@ impl Bench {
         }
         let count = input.below(64) + 1;
         let payload = usize::from(input.below(90)) * 16;
-        let to = if input.below(4) == 0 {
+        let to: Path = if input.below(4) == 0 {
             Path::from(address(2)).on_channel(towline_core::path::ChannelId(UNKNOWN))
         } else {
             address(2).into()
@@ -245,7 +245,7 @@ impl Bench {
             if payload >= 32 {
                 packet[16..20].copy_from_slice(&[10, 0, 0, 1]);
             }
-            self.peer.seal(&mut Once(Some(packet), Vec::new()), to, &mut sealed, &drops);
+            self.peer.seal(&mut Once(Some(packet), Vec::new()), &to.into(), &mut sealed, &drops);
         }
         let len: usize = sealed.gso_batches().iter().map(|gso| gso.len).sum();
         let size = match input.below(4) {
@@ -332,7 +332,7 @@ impl Bench {
     /// Delivers to the peer what was sent to it; its responses arrive in the next batch.
     fn answers(&mut self) {
         let mut messages = Vec::new();
-        for gso in self.out.gso_batches().iter().filter(|gso| gso.to.remote == address(2)) {
+        for gso in self.out.gso_batches().iter().filter(|gso| gso.to.path.remote == address(2)) {
             let bytes = &self.out.bytes()[gso.start..gso.start + gso.len];
             messages.extend(bytes.chunks(gso.segment_size.get()).map(<[u8]>::to_vec));
         }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use data_encoding::BASE64;
+use towline_core::path::Path;
 use towline_dataplane::arena::SendBatch;
 use towline_dataplane::drops::Drops;
 use towline_dataplane::session::{Answered, HANDSHAKE_BYTES, PADDING, Secrets, Segments, Session};
@@ -94,7 +95,12 @@ impl RawTunnel {
         let mut padded = packet.to_vec();
         padded.resize(packet.len().next_multiple_of(PADDING), 0);
         let mut out = SendBatch::new(padded.len() + 2 * HANDSHAKE_BYTES, 1);
-        self.session.seal(&mut Once(Some(&padded)), self.to.into(), &mut out, &Drops::default());
+        self.session.seal(
+            &mut Once(Some(&padded)),
+            &Path::from(self.to).into(),
+            &mut out,
+            &Drops::default(),
+        );
         for gso in out.gso_batches() {
             self.socket.send(&out.bytes()[gso.start..gso.start + gso.len])?;
         }

@@ -201,7 +201,7 @@ impl Headers {
                 iov_len: datagrams.len(),
             };
             let header = &mut self.messages[count].msg_hdr;
-            header.msg_namelen = write_address(&mut self.addresses[count], gso.to.remote);
+            header.msg_namelen = write_address(&mut self.addresses[count], gso.to.path.remote);
             header.msg_name = (&raw mut self.addresses[count]).cast();
             header.msg_iov = &raw mut self.vectors[count];
             header.msg_iovlen = 1;
@@ -212,7 +212,7 @@ impl Headers {
                 let segment_size = (gso.segment_size.get() as u16).to_ne_bytes();
                 used = control.put(used, libc::SOL_UDP, UDP_SEGMENT, &segment_size);
             }
-            if let Some(local) = gso.to.local {
+            if let Some(local) = gso.to.path.local {
                 used = control.put_local(used, local);
             }
             header.msg_controllen = used as _;

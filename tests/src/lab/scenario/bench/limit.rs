@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+use towline_core::path::Path;
 use towline_dataplane::arena::{HEADROOM, RecvBatch, SendBatch, TunBatch, WriteBatch};
 use towline_dataplane::coalesce::Coalescer;
 use towline_dataplane::drops::Drops;
@@ -51,6 +52,7 @@ impl Limit {
         let mut out = SendBatch::new(512 * 1024, 256);
         let mut coalescer = Coalescer::new(tun.coalesce());
         let mut counter = 0u64;
+        let to = Path::from(self.to).into();
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(tun.fd(), EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
         for fd in udp.fds() {
@@ -96,7 +98,7 @@ impl Limit {
                         };
                         seal(&key, counter, segments.take(), spare);
                         counter += 1;
-                        out.commit(self.to.into(), len + DATA_OVERHEAD);
+                        out.commit(&to, len + DATA_OVERHEAD);
                     }
                 }
                 udp.send(now, &out, &drops);
