@@ -8,7 +8,6 @@ use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_mai
 use towline_core::path::Path;
 use towline_dataplane::arena::{Datagrams, HEADROOM, SendBatch, TAILROOM, WriteBatch};
 use towline_dataplane::coalesce::{Coalesce, Coalescer};
-use towline_dataplane::drops::Drops;
 use towline_dataplane::packet::Inner;
 use towline_dataplane::session::{
     Answered, DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, Secrets, Segments, Session,
@@ -88,8 +87,7 @@ fn sessions() -> [Session; 2] {
         panic!("no session");
     };
     let mut plain = [0; HANDSHAKE_BYTES];
-    let one = Datagrams::new(&confirmation[..len], 0, 0).expect("one datagram");
-    b.open(one, 0, &mut plain[..len], |_, _| ());
+    b.open(std::iter::once((&confirmation[..len], &mut plain[..len])), |_, _| ());
     [a, b]
 }
 
@@ -141,11 +139,10 @@ fn dataplane(c: &mut Criterion) {
 
     let [mut a, mut b] = sessions();
     let mut out = SendBatch::new(1 << 17, 8);
-    let drops = Drops::default();
     group.bench_function("seal", |bench| {
         bench.iter(|| {
             out.clear();
-            a.seal(&mut Ready(segments.iter()), &to, &mut out, &drops)
+            a.seal(&mut Ready(segments.iter()), &mut out.to(&to))
         });
     });
 
@@ -154,13 +151,13 @@ fn dataplane(c: &mut Criterion) {
         bench.iter_batched_ref(
             || {
                 out.clear();
-                a.seal(&mut Ready(segments.iter()), &to, &mut out, &drops);
+                a.seal(&mut Ready(segments.iter()), &mut out.to(&to));
                 out.bytes()[..SEGMENTS * segment_size].to_vec()
             },
             |datagrams| {
                 let mut opened = 0;
                 let datagrams = Datagrams::new(datagrams, 0, segment_size).expect("datagrams");
-                b.open(datagrams, 0, &mut plain, |_, _| opened += 1);
+                b.open(datagrams.with_space(0, &mut plain), |_, _| opened += 1);
                 assert_eq!(opened, SEGMENTS);
             },
             BatchSize::PerIteration,

@@ -8,6 +8,7 @@ use std::slice::Chunks;
 use towline_core::path::Path;
 use towline_types::frame::{RELAYED_HEADER_BYTES, relayed_header};
 
+use super::session::Sink;
 use super::vnet::VnetHeader;
 
 /// Largest number of bytes in one send. The largest UDP payload over IPv4 is 65,507; 20 bytes less
@@ -124,6 +125,12 @@ impl SendBatch {
         self.used += len;
     }
 
+    /// Returns the batch as the space for datagrams for `to` that the WireGuard engine seals.
+    #[inline]
+    pub fn to<'a>(&'a mut self, to: &'a Destination) -> SendTo<'a> {
+        SendTo { batch: self, to }
+    }
+
     /// Appends a copy of a datagram. Returns `false` if there is no room.
     pub fn push(&mut self, to: Path, datagram: &[u8]) -> bool {
         let Some(spare) = self.place(&to, datagram.len()) else { return false };
@@ -151,6 +158,25 @@ impl SendBatch {
     pub fn clear(&mut self) {
         self.used = 0;
         self.gso_batches.clear();
+    }
+}
+
+/// Datagrams for one destination in a [`SendBatch`].
+#[derive(Debug)]
+pub struct SendTo<'a> {
+    batch: &'a mut SendBatch,
+    to: &'a Destination,
+}
+
+impl Sink for SendTo<'_> {
+    #[inline]
+    fn place(&mut self, len: usize) -> Option<&mut [u8]> {
+        self.batch.place(&self.to.path, len)
+    }
+
+    #[inline]
+    fn commit(&mut self, len: usize) {
+        self.batch.commit(self.to, len);
     }
 }
 
@@ -237,6 +263,25 @@ impl<'a> Datagrams<'a> {
     #[inline]
     pub fn iter(&self) -> Chunks<'a, u8> {
         self.bytes.chunks(self.segment_size.get())
+    }
+
+    /// Returns an iterator over the datagrams without their first `skip` bytes, each with the bytes
+    /// at the same offset of `plain`, which has the same length. A datagram that is shorter is
+    /// empty.
+    #[inline]
+    pub fn with_space<'b>(
+        &self,
+        skip: usize,
+        plain: &'b mut [u8],
+    ) -> impl Iterator<Item = (&'b [u8], &'b mut [u8])>
+    where
+        'a: 'b,
+    {
+        let mut spaces = plain.chunks_mut(self.segment_size.get());
+        self.iter().map(move |datagram| {
+            let space = spaces.next().and_then(|space| space.get_mut(skip..));
+            (datagram.get(skip..).unwrap_or_default(), space.unwrap_or_default())
+        })
     }
 
     /// Returns the length of the first run: the first datagram, and those after it for as long as

@@ -20,6 +20,7 @@
 //! | a clock that was set back locks a peer out | `tunnel`, `table` | `tests/dataplane` |
 
 use std::collections::BTreeSet;
+use std::iter::once;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,11 +31,9 @@ use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_types::id::WireguardKey;
 use x25519_dalek::StaticSecret;
 
-use super::arena::{Datagrams, SendBatch};
-use super::drops::{DropReason, Drops};
 use super::session::{
-    Admission, Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, Opened, PADDING, Secrets, Segments,
-    Session, Tick,
+    Admission, Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, Opened, PADDING, Refusal, Sealed, Secrets,
+    Segments, Session, Sink, Tick,
 };
 use super::table::Table;
 use super::testing::Side;
@@ -67,6 +66,28 @@ impl Segments for Once {
     }
 }
 
+/// Space for one message.
+struct Space {
+    bytes: Vec<u8>,
+    sealed: Vec<u8>,
+}
+
+impl Space {
+    fn new(len: usize) -> Self {
+        Self { bytes: vec![0; len], sealed: Vec::new() }
+    }
+}
+
+impl Sink for Space {
+    fn place(&mut self, len: usize) -> Option<&mut [u8]> {
+        Some(&mut *self.bytes).filter(|bytes| bytes.len() >= len)
+    }
+
+    fn commit(&mut self, len: usize) {
+        self.sealed = self.bytes[..len].to_vec();
+    }
+}
+
 /// Returns an IPv4 packet with an empty payload, padded.
 fn packet() -> Vec<u8> {
     let mut packet = vec![0; 32];
@@ -95,29 +116,22 @@ fn establish(a: &mut Session, b: &mut Session) {
         panic!("no session");
     };
     let mut plain = [0; HANDSHAKE_BYTES];
-    let one = Datagrams::new(&confirmation[..len], 0, 0).unwrap();
-    b.open(one, 0, &mut plain[..len], |_, opened| {
+    b.open(once((&confirmation[..len], &mut plain[..len])), |_, opened| {
         assert_eq!(opened, Opened::Keepalive);
     });
     assert!(a.is_ready() && b.is_ready());
 }
 
 fn seal(session: &mut Session) -> Vec<u8> {
-    let mut out = SendBatch::new(4096, 4);
-    session.seal(
-        &mut Once::new(packet()),
-        &Path::from(address(9)).into(),
-        &mut out,
-        &Drops::default(),
-    );
-    out.bytes()[out.gso_batches()[0].start..][..out.gso_batches()[0].len].to_vec()
+    let mut message = Space::new(4096);
+    session.seal(&mut Once::new(packet()), &mut message);
+    message.sealed
 }
 
 fn open(session: &mut Session, datagram: &[u8]) -> Opened {
     let mut plain = vec![0; datagram.len()];
     let mut found = None;
-    let one = Datagrams::new(datagram, 0, 0).unwrap();
-    session.open(one, 0, &mut plain, |_, opened| found = Some(opened));
+    session.open(once((datagram, &mut *plain)), |_, opened| found = Some(opened));
     found.unwrap()
 }
 
@@ -249,22 +263,17 @@ fn buffers_that_are_too_small_are_refused() {
         assert_eq!(a.initiate(&mut buffer), 0);
         assert_eq!(a.keepalive(&mut buffer), 0);
         assert_eq!(a.tick(&mut buffer), Tick::Quiet);
-        let refused = Answered::Refused(DropReason::InvalidHandshake);
+        let refused = Answered::Refused(Refusal::InvalidHandshake);
         assert_eq!(b.handshake(&initiation[..len], &mut buffer), refused);
         let admission = own.admit(address(1), &initiation[..len], false, &mut buffer);
-        assert_eq!(admission, Admission::Refused(DropReason::InvalidHandshake));
+        assert_eq!(admission, Admission::Refused(Refusal::InvalidHandshake));
         if small < sealed.len() {
-            let one = Datagrams::new(&sealed, 0, 0).unwrap();
-            b.open(one, 0, &mut buffer, |_, opened| {
+            b.open(once((&*sealed, &mut *buffer)), |_, opened| {
                 assert!(matches!(opened, Opened::Refused(_)), "{small}: {opened:?}");
             });
         }
-        let mut out = SendBatch::new(small, 1);
-        let drops = Drops::default();
-        assert_eq!(
-            a.seal(&mut Once::new(packet()), &Path::from(address(9)).into(), &mut out, &drops),
-            0
-        );
+        let sealed = a.seal(&mut Once::new(packet()), &mut Space::new(small));
+        assert_eq!(sealed, Sealed::default());
     }
     assert!(matches!(open(&mut b, &sealed), Opened::Packet { .. }));
 }
@@ -326,7 +335,7 @@ proptest! {
                 prop_assert!(taken.insert(number), "{} was taken twice", number);
                 highest = highest.max(number);
             } else {
-                prop_assert_eq!(opened, Opened::Refused(DropReason::Replayed));
+                prop_assert_eq!(opened, Opened::Refused(Refusal::Replayed));
                 let recent = highest.saturating_sub(number) < WINDOW;
                 prop_assert!(taken.contains(&number) || !recent, "{} was refused", number);
             }

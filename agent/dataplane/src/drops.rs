@@ -5,6 +5,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::session::Refusal;
+
 macro_rules! reasons {
     ($($(#[$doc:meta])* $reason:ident = $name:literal,)*) => {
         /// Reason why a packet or datagram was dropped.
@@ -110,6 +112,23 @@ reasons! {
     EventsFull = "events_full",
     /// Command, such as a probe to send, that was dropped because the worker's queue was full.
     OrdersFull = "orders_full",
+}
+
+impl From<Refusal> for DropReason {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Malformed => Self::Malformed,
+            Refusal::WrongMac => Self::WrongMac,
+            Refusal::UnderLoad => Self::UnderLoad,
+            Refusal::StaleHandshake => Self::StaleHandshake,
+            Refusal::InvalidHandshake => Self::InvalidHandshake,
+            Refusal::NoSession => Self::NoSession,
+            Refusal::Replayed => Self::Replayed,
+            Refusal::NotAuthentic => Self::NotAuthentic,
+            Refusal::CounterExhausted => Self::CounterExhausted,
+            Refusal::NoPacket => Self::OpenedMalformed,
+        }
+    }
 }
 
 /// Counters, one per [`DropReason`]. Only one thread may write at a time; any thread may read.

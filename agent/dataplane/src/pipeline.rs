@@ -449,7 +449,7 @@ impl Pipeline {
                 Err(if crowded { DropReason::SourceLimited } else { DropReason::UnderLoad })
             }
             Admission::Refused(_) if crowded => Err(DropReason::SourceLimited),
-            Admission::Refused(reason) => Err(reason),
+            Admission::Refused(refusal) => Err(refusal.into()),
         }
     }
 

@@ -2,7 +2,7 @@
 //! calls boringtun.
 //!
 //! It works on batches ([`Session::seal`], [`Session::open`]), so that another engine can replace
-//! it. boringtun 0.7.1 has gaps and defects. Those that can be worked around from outside are
+//! it. Messages are sealed into a [`Sink`] and opened into space that the caller provides. boringtun 0.7.1 has gaps and defects. Those that can be worked around from outside are
 //! handled here and in [`super::tunnel`]:
 //!
 //! - Payloads from [`Segments`] are padded to 16 bytes already (whitepaper section 5.4.6).
@@ -29,9 +29,6 @@ use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
 use towline_types::id::{PresharedKey, WireguardKey};
 use x25519_dalek::{PublicKey, StaticSecret};
-
-use super::arena::{Datagrams, Destination, SendBatch};
-use super::drops::{DropReason, Drops};
 
 /// Bytes of the header of a data message: type, receiver, counter.
 pub const DATA_HEADER: usize = 16;
@@ -74,6 +71,7 @@ pub enum MessageKind {
 impl MessageKind {
     /// Returns the kind by type, reserved bytes and length. `None` if the datagram is no WireGuard
     /// message.
+    #[inline]
     pub fn of(datagram: &[u8]) -> Option<Self> {
         let word = |at: usize| {
             let bytes = datagram.get(at..at + 4)?;
@@ -95,6 +93,40 @@ pub trait Segments {
     fn next_len(&self) -> Option<usize>;
     /// Returns the next segment with its padding. Empty if there is none.
     fn take(&mut self) -> &[u8];
+}
+
+/// Space for sealed messages, one after another.
+pub trait Sink {
+    /// Returns the space for the next message, which has at least `len` bytes. `None` if there is
+    /// no room.
+    fn place(&mut self, len: usize) -> Option<&mut [u8]>;
+    /// Appends the first `len` bytes of the space as a message.
+    fn commit(&mut self, len: usize);
+}
+
+/// Reason why a message is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// A message with an impossible length.
+    Malformed,
+    /// A handshake message whose first MAC is wrong: it is not meant for this node's key.
+    WrongMac,
+    /// An initiation under load without a valid cookie.
+    UnderLoad,
+    /// An initiation that is not newer than the last one of that peer.
+    StaleHandshake,
+    /// A handshake message that does not match the state of its tunnel, or does not decrypt.
+    InvalidHandshake,
+    /// Data of a session that does not exist.
+    NoSession,
+    /// Data that was received before, or is older than the replay window.
+    Replayed,
+    /// Data that does not decrypt.
+    NotAuthentic,
+    /// Data whose counter is past Reject-After-Messages.
+    CounterExhausted,
+    /// Authentic data that contains no IP packet.
+    NoPacket,
 }
 
 /// WireGuard key of the node, and the admission of initiations.
@@ -125,8 +157,8 @@ pub enum Admission {
     Admitted,
     /// The initiator must prove its address: this number of bytes of a cookie reply must be sent.
     Cookie(usize),
-    /// The initiation is dropped for this reason.
-    Refused(DropReason),
+    /// The initiation is refused for this reason.
+    Refused(Refusal),
 }
 
 impl Secrets {
@@ -159,16 +191,16 @@ impl Secrets {
         reply: &mut [u8],
     ) -> Admission {
         if reply.len() < HANDSHAKE_BYTES {
-            return Admission::Refused(DropReason::InvalidHandshake);
+            return Admission::Refused(Refusal::InvalidHandshake);
         }
         let gate = if proven { &self.strict_gate } else { &self.gate };
         gate.reset_count();
         match gate.verify_packet(Some(self.cookie_address(from)), initiation, reply) {
             Ok(Packet::HandshakeInit(_)) => Admission::Admitted,
-            Ok(_) => Admission::Refused(DropReason::Malformed),
+            Ok(_) => Admission::Refused(Refusal::Malformed),
             Err(TunnResult::WriteToNetwork(cookie)) => Admission::Cookie(cookie.len()),
             Err(TunnResult::Err(error)) => Admission::Refused(reason(&error)),
-            Err(_) => Admission::Refused(DropReason::InvalidHandshake),
+            Err(_) => Admission::Refused(Refusal::InvalidHandshake),
         }
     }
 
@@ -205,20 +237,29 @@ impl std::fmt::Debug for Session {
     }
 }
 
-/// Result of opening one datagram.
+/// Result of [`Session::seal`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Sealed {
+    /// Length of all sealed messages, in bytes.
+    pub bytes: usize,
+    /// Number of segments that could not be sealed because the session has just ended.
+    pub lost: usize,
+}
+
+/// Result of opening one data message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Opened {
-    /// A packet in the plain buffer, truncated to the length that its header claims.
+    /// A packet in the space of the message, truncated to the length that its header claims.
     Packet {
-        /// Position of the first byte.
+        /// Position of the first byte in that space.
         start: usize,
         /// Length in bytes.
         len: usize,
     },
     /// A keepalive: authentic and empty.
     Keepalive,
-    /// The datagram is dropped for this reason.
-    Refused(DropReason),
+    /// The message is refused for this reason.
+    Refused(Refusal),
 }
 
 /// Result of a handshake message.
@@ -240,8 +281,8 @@ pub enum Answered {
     },
     /// A cookie for the next initiation of this node.
     Cookie,
-    /// The message is dropped for this reason.
-    Refused(DropReason),
+    /// The message is refused for this reason.
+    Refused(Refusal),
 }
 
 /// Result of [`Session::tick`].
@@ -278,98 +319,76 @@ impl Session {
     }
 
     /// Returns whether there is a session to seal with.
+    #[inline]
     pub fn is_ready(&self) -> bool {
         self.ready
     }
 
-    /// Seals segments as datagrams for `to` until none is left or `out` is full. A segment that
-    /// cannot be sealed is counted. Returns the number of bytes written. Call only when
+    /// Seals segments into `sink` until none is left or the sink is full. Call only when
     /// [`Session::is_ready`].
-    pub fn seal(
-        &mut self,
-        segments: &mut impl Segments,
-        to: &Destination,
-        out: &mut SendBatch,
-        drops: &Drops,
-    ) -> usize {
-        let mut bytes = 0;
+    #[inline]
+    pub fn seal(&mut self, segments: &mut impl Segments, sink: &mut impl Sink) -> Sealed {
+        let mut sealed = Sealed::default();
         while let Some(len) = segments.next_len() {
             let need = (len + DATA_OVERHEAD).max(HANDSHAKE_BYTES);
-            let Some(spare) = out.place(&to.path, need) else { break };
+            let Some(space) = sink.place(need) else { break };
             let segment = segments.take();
             // Without a session boringtun would return an initiation here, which does not carry
             // this segment.
-            if let TunnResult::WriteToNetwork(datagram) = self.tunn.encapsulate(segment, spare)
-                && datagram.first() == Some(&4)
+            if let TunnResult::WriteToNetwork(message) = self.tunn.encapsulate(segment, space)
+                && message.first() == Some(&4)
             {
-                let len = datagram.len();
-                out.commit(to, len);
-                bytes += len;
+                let len = message.len();
+                sink.commit(len);
+                sealed.bytes += len;
             } else {
-                drops.count(DropReason::NoSession);
+                sealed.lost += 1;
             }
         }
-        bytes
+        sealed
     }
 
-    /// Opens data messages into the same offsets of `plain`, which has the same length. The first
-    /// `skip` bytes of each datagram are a relay's header. Calls `each` once for every datagram,
-    /// with its length in bytes.
-    pub fn open(
+    /// Opens data messages, each into its own space, which must be at least as long as the message.
+    /// Calls `each` once for every message, with its length in bytes.
+    #[inline]
+    pub fn open<'a>(
         &mut self,
-        datagrams: Datagrams<'_>,
-        skip: usize,
-        plain: &mut [u8],
+        messages: impl Iterator<Item = (&'a [u8], &'a mut [u8])>,
         mut each: impl FnMut(usize, Opened),
     ) {
-        let size = datagrams.segment_size().get();
-        let mut places = plain.chunks_mut(size);
-        for (number, datagram) in datagrams.iter().enumerate() {
-            let plain = places.next().and_then(|plain| plain.get_mut(skip..));
-            let (Some(message), Some(plain)) = (datagram.get(skip..), plain) else {
-                each(datagram.len(), Opened::Refused(DropReason::Malformed));
-                continue;
-            };
-            let opened = match self.open_one(message, plain) {
-                Opened::Packet { start, len } => {
-                    Opened::Packet { start: start + skip + number * size, len }
-                }
-                other => other,
-            };
-            each(datagram.len(), opened);
+        for (message, space) in messages {
+            each(message.len(), self.open_one(message, space));
         }
         if !self.ready {
             self.refresh_ready();
         }
     }
 
-    fn open_one(&mut self, datagram: &[u8], plain: &mut [u8]) -> Opened {
-        let Some(counter) = datagram.get(8..16).and_then(|bytes| bytes.first_chunk()) else {
-            return Opened::Refused(DropReason::Malformed);
+    fn open_one(&mut self, message: &[u8], space: &mut [u8]) -> Opened {
+        let Some(counter) = message.get(8..16).and_then(|bytes| bytes.first_chunk()) else {
+            return Opened::Refused(Refusal::Malformed);
         };
         if u64::from_le_bytes(*counter) >= REJECT_AFTER_MESSAGES {
-            return Opened::Refused(DropReason::CounterExhausted);
+            return Opened::Refused(Refusal::CounterExhausted);
         }
-        let Some(plain) = plain.get_mut(DATA_HEADER..datagram.len()) else {
-            return Opened::Refused(DropReason::Malformed);
+        let Some(space) = space.get_mut(DATA_HEADER..message.len()) else {
+            return Opened::Refused(Refusal::Malformed);
         };
-        match self.tunn.decapsulate(None, datagram, plain) {
+        match self.tunn.decapsulate(None, message, space) {
             TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
                 Opened::Packet { start: DATA_HEADER, len: packet.len() }
             }
             TunnResult::Done => Opened::Keepalive,
-            TunnResult::Err(WireGuardError::InvalidPacket) => {
-                Opened::Refused(DropReason::OpenedMalformed)
-            }
+            TunnResult::Err(WireGuardError::InvalidPacket) => Opened::Refused(Refusal::NoPacket),
             TunnResult::Err(error) => Opened::Refused(reason(&error)),
-            TunnResult::WriteToNetwork(_) => Opened::Refused(DropReason::Malformed),
+            TunnResult::WriteToNetwork(_) => Opened::Refused(Refusal::Malformed),
         }
     }
 
     /// Handles a handshake message and writes the answer to `reply`.
     pub fn handshake(&mut self, message: &[u8], reply: &mut [u8]) -> Answered {
         if reply.len() < HANDSHAKE_BYTES {
-            return Answered::Refused(DropReason::InvalidHandshake);
+            return Answered::Refused(Refusal::InvalidHandshake);
         }
         self.refresh();
         let answered = match self.tunn.decapsulate(None, message, reply) {
@@ -379,14 +398,14 @@ impl Session {
                     receiver: u32::from_le_bytes([answer[4], answer[5], answer[6], answer[7]]),
                 },
                 Some(MessageKind::Data { .. }) => Answered::Established { len: answer.len() },
-                _ => Answered::Refused(DropReason::InvalidHandshake),
+                _ => Answered::Refused(Refusal::InvalidHandshake),
             },
             TunnResult::Done => Answered::Cookie,
             TunnResult::Err(error) => Answered::Refused(match reason(&error) {
-                DropReason::NotAuthentic => DropReason::InvalidHandshake,
+                Refusal::NotAuthentic => Refusal::InvalidHandshake,
                 other => other,
             }),
-            _ => Answered::Refused(DropReason::InvalidHandshake),
+            _ => Answered::Refused(Refusal::InvalidHandshake),
         };
         self.refresh_ready();
         answered
@@ -449,15 +468,15 @@ impl Session {
     }
 }
 
-fn reason(error: &WireGuardError) -> DropReason {
+fn reason(error: &WireGuardError) -> Refusal {
     match error {
-        WireGuardError::InvalidCounter | WireGuardError::DuplicateCounter => DropReason::Replayed,
-        WireGuardError::WrongIndex | WireGuardError::NoCurrentSession => DropReason::NoSession,
-        WireGuardError::InvalidMac => DropReason::WrongMac,
-        WireGuardError::UnderLoad => DropReason::UnderLoad,
-        WireGuardError::WrongTai64nTimestamp => DropReason::StaleHandshake,
-        WireGuardError::InvalidAeadTag => DropReason::NotAuthentic,
-        WireGuardError::UnexpectedPacket | WireGuardError::WrongKey => DropReason::InvalidHandshake,
-        _ => DropReason::Malformed,
+        WireGuardError::InvalidCounter | WireGuardError::DuplicateCounter => Refusal::Replayed,
+        WireGuardError::WrongIndex | WireGuardError::NoCurrentSession => Refusal::NoSession,
+        WireGuardError::InvalidMac => Refusal::WrongMac,
+        WireGuardError::UnderLoad => Refusal::UnderLoad,
+        WireGuardError::WrongTai64nTimestamp => Refusal::StaleHandshake,
+        WireGuardError::InvalidAeadTag => Refusal::NotAuthentic,
+        WireGuardError::UnexpectedPacket | WireGuardError::WrongKey => Refusal::InvalidHandshake,
+        _ => Refusal::Malformed,
     }
 }

@@ -27,7 +27,7 @@ use super::counters::PeerCounters;
 use super::drops::{DropReason, Drops};
 use super::events::EventSink;
 use super::session::{
-    Answered, HANDSHAKE_BYTES, MessageKind, Opened, Secrets, Segments, Session, Tick,
+    Answered, HANDSHAKE_BYTES, MessageKind, Opened, Refusal, Secrets, Segments, Session, Tick,
 };
 
 /// Rekey-After-Time (whitepaper section 6.1): age at which the initiator renews a session.
@@ -212,7 +212,11 @@ impl Tunnel {
     ) -> usize {
         self.last_sent = Some(now);
         if let Some(session) = self.sealing() {
-            return session.seal(segments, to, out, drops);
+            let sealed = session.seal(segments, &mut out.to(to));
+            if sealed.lost > 0 {
+                drops.add(DropReason::NoSession, sealed.lost as u64);
+            }
+            return sealed.bytes;
         }
         while segments.next_len().is_some() {
             segments.take();
@@ -246,8 +250,9 @@ impl Tunnel {
         }
     }
 
-    /// Opens a run of data messages that all have the receiver index `receiver`, see
-    /// [`Session::open`]. Returns the number of messages that were not authentic.
+    /// Opens a run of data messages that all have the receiver index `receiver` into the same
+    /// offsets of `plain`, which has the same length. Calls `each` with the position and the length
+    /// of each packet. Returns the number of messages that were not authentic.
     #[expect(clippy::too_many_arguments, reason = "the run, its sender and the context")]
     pub(super) fn open(
         &mut self,
@@ -270,17 +275,21 @@ impl Tunnel {
         let drops = context.drops;
         let (mut authentic, mut packets, mut corrupted) = (0, false, 0);
         let skip = if from.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
-        session.open(datagrams, skip, plain, |bytes, opened| match opened {
-            Opened::Packet { start, len } => {
-                authentic += bytes;
-                packets = true;
-                each(start, len);
+        let mut space = skip;
+        session.open(datagrams.with_space(skip, plain), |bytes, opened| {
+            match opened {
+                Opened::Packet { start, len } => {
+                    authentic += skip + bytes;
+                    packets = true;
+                    each(space + start, len);
+                }
+                Opened::Keepalive => authentic += skip + bytes,
+                Opened::Refused(refusal) => {
+                    corrupted += usize::from(refusal == Refusal::NotAuthentic);
+                    drops.count(refusal.into());
+                }
             }
-            Opened::Keepalive => authentic += bytes,
-            Opened::Refused(reason) => {
-                corrupted += usize::from(reason == DropReason::NotAuthentic);
-                drops.count(reason);
-            }
+            space += datagrams.segment_size().get();
         });
         if authentic == 0 {
             return corrupted;
@@ -341,7 +350,7 @@ impl Tunnel {
                 self.seen(from, known, context);
             }
             Answered::Cookie => {}
-            Answered::Refused(reason) => context.drops.count(reason),
+            Answered::Refused(refusal) => context.drops.count(refusal.into()),
         }
     }
 

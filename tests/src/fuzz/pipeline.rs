@@ -230,7 +230,6 @@ impl Bench {
             address(2).into()
         };
         let mut sealed = SendBatch::new(SLOT_BYTES, 8);
-        let drops = Drops::default();
         for number in 0..count {
             let mut packet = vec![number; payload];
             if payload > 0 {
@@ -245,7 +244,7 @@ impl Bench {
             if payload >= 32 {
                 packet[16..20].copy_from_slice(&[10, 0, 0, 1]);
             }
-            self.peer.seal(&mut Once(Some(packet), Vec::new()), &to.into(), &mut sealed, &drops);
+            self.peer.seal(&mut Once(Some(packet), Vec::new()), &mut sealed.to(&to.into()));
         }
         let len: usize = sealed.gso_batches().iter().map(|gso| gso.len).sum();
         let size = match input.below(4) {

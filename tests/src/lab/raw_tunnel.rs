@@ -9,7 +9,6 @@ use anyhow::{Context, bail};
 use data_encoding::BASE64;
 use towline_core::path::Path;
 use towline_dataplane::arena::SendBatch;
-use towline_dataplane::drops::Drops;
 use towline_dataplane::session::{Answered, HANDSHAKE_BYTES, PADDING, Secrets, Segments, Session};
 use towline_proto::id::WireguardKey;
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -95,12 +94,8 @@ impl RawTunnel {
         let mut padded = packet.to_vec();
         padded.resize(packet.len().next_multiple_of(PADDING), 0);
         let mut out = SendBatch::new(padded.len() + 2 * HANDSHAKE_BYTES, 1);
-        self.session.seal(
-            &mut Once(Some(&padded)),
-            &Path::from(self.to).into(),
-            &mut out,
-            &Drops::default(),
-        );
+        let to = Path::from(self.to).into();
+        self.session.seal(&mut Once(Some(&padded)), &mut out.to(&to));
         for gso in out.gso_batches() {
             self.socket.send(&out.bytes()[gso.start..gso.start + gso.len])?;
         }
