@@ -17,7 +17,6 @@ use towline_dataplane::arena::{HEADROOM, TAILROOM, WriteBatch};
 use towline_dataplane::checksum;
 use towline_dataplane::coalesce::{Coalesce, Coalescer};
 use towline_dataplane::packet::Inner;
-use towline_dataplane::session::{DATA_HEADER, MessageKind, Segments};
 use towline_dataplane::split::Split;
 use towline_dataplane::vnet::{VNET_HEADER_BYTES, VnetHeader};
 use towline_proto::frame::{DatagramKind, Probe, ProbeHeader, relayed};
@@ -28,6 +27,7 @@ use towline_proto::pb;
 use towline_proto::signed::{self, Domain};
 use towline_proto::stun;
 use towline_proto::token::JoinToken;
+use towline_wireguard::{DATA_HEADER, MessageKind, Segments};
 
 use crate::sim::host::{self, Host};
 pub use pipeline::pipeline;

@@ -9,12 +9,12 @@ use towline_core::path::Path;
 use towline_dataplane::arena::{Datagrams, HEADROOM, SendBatch, TAILROOM, WriteBatch};
 use towline_dataplane::coalesce::{Coalesce, Coalescer};
 use towline_dataplane::packet::Inner;
-use towline_dataplane::session::{
-    Answered, DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, Secrets, Segments, Session,
-};
 use towline_dataplane::split::Split;
 use towline_dataplane::table::Routes;
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4, VnetHeader};
+use towline_wireguard::{
+    Answered, DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, Secrets, Segments, Session,
+};
 use x25519_dalek::StaticSecret;
 
 const SEGMENTS: usize = 45;

@@ -8,8 +8,8 @@ use std::slice::Chunks;
 use towline_core::path::Path;
 use towline_types::frame::{RELAYED_HEADER_BYTES, relayed_header};
 
-use super::session::Sink;
 use super::vnet::VnetHeader;
+use towline_wireguard::Sink;
 
 /// Largest number of bytes in one send. The largest UDP payload over IPv4 is 65,507; 20 bytes less
 /// leaves room for the larger IPv6 header.

@@ -1,42 +1,33 @@
-//! Tests of the workarounds for gaps and defects of boringtun 0.7.1, one for each. Some tests are
-//! next to the workaround.
+//! Tests of the workarounds for gaps and defects of boringtun 0.7.1 that the data plane owns, one
+//! for each. Some tests are next to the workaround. Those of the engine are in
+//! `agent/wireguard/src/defects.rs`.
 //!
 //! | defect | workaround in | test |
 //! |---|---|---|
 //! | no jitter on repeated initiations | `tunnel` | here |
 //! | two ends with keepalives compete to initiate | `tunnel` | here |
 //! | keepalives on busy tunnels | `tunnel` | `tunnel`, `tests/dataplane` |
-//! | a replay window of 1,024 | `worker`: order is kept | here |
-//! | no Reject-After-Messages | `session` | `tests/dataplane` |
-//! | no padding to 16 bytes | `split` | here |
-//! | one counter limits handshakes, for addresses without ports | `session`, `pipeline` | here, `tests/dataplane` |
-//! | responses are limited too | `session` | here |
+//! | one counter limits handshakes | `pipeline` | `tests/dataplane` |
 //! | a pre-shared key cannot change | `tunnel`, `table` | `tests/dataplane` |
 //! | an expired tunnel stays expired | `tunnel`, core | here, `agent/core/tests` |
-//! | small buffers panic | `session` | here |
 //! | indices reveal the number of peers | `table` | here |
 //! | roaming on cookie replies | `tunnel` | here |
 //! | a source is checked only against the prefixes of its own peer | `pipeline` | `tests/dataplane` |
 //! | a clock that was set back locks a peer out | `tunnel`, `table` | `tests/dataplane` |
 
 use std::collections::BTreeSet;
-use std::iter::once;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proptest::prelude::*;
 use towline_core::path::Path;
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_types::id::WireguardKey;
 use x25519_dalek::StaticSecret;
 
-use super::session::{
-    Admission, Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, Opened, PADDING, Refusal, Sealed, Secrets,
-    Segments, Session, Sink, Tick,
-};
 use super::table::Table;
 use super::testing::Side;
+use towline_wireguard::{Admission, HANDSHAKE_BYTES, Secrets};
 
 fn secrets(number: u8) -> Arc<Secrets> {
     Arc::new(Secrets::new(StaticSecret::from([number; 32])))
@@ -44,95 +35,6 @@ fn secrets(number: u8) -> Arc<Secrets> {
 
 fn address(number: u8) -> SocketAddr {
     SocketAddr::from(([192, 0, 2, number], 51830))
-}
-
-/// Single payload to seal.
-struct Once(Option<Vec<u8>>, Vec<u8>);
-
-impl Once {
-    fn new(payload: Vec<u8>) -> Self {
-        Self(Some(payload), Vec::new())
-    }
-}
-
-impl Segments for Once {
-    fn next_len(&self) -> Option<usize> {
-        self.0.as_ref().map(Vec::len)
-    }
-
-    fn take(&mut self) -> &[u8] {
-        self.1 = self.0.take().unwrap_or_default();
-        &self.1
-    }
-}
-
-/// Space for one message.
-struct Space {
-    bytes: Vec<u8>,
-    sealed: Vec<u8>,
-}
-
-impl Space {
-    fn new(len: usize) -> Self {
-        Self { bytes: vec![0; len], sealed: Vec::new() }
-    }
-}
-
-impl Sink for Space {
-    fn place(&mut self, len: usize) -> Option<&mut [u8]> {
-        Some(&mut *self.bytes).filter(|bytes| bytes.len() >= len)
-    }
-
-    fn commit(&mut self, len: usize) {
-        self.sealed = self.bytes[..len].to_vec();
-    }
-}
-
-/// Returns an IPv4 packet with an empty payload, padded.
-fn packet() -> Vec<u8> {
-    let mut packet = vec![0; 32];
-    packet[0] = 0x45;
-    packet[3] = 20;
-    packet
-}
-
-/// Returns two engines with a session that the first initiated.
-fn engines() -> [Session; 2] {
-    let [ours, theirs] = [1, 2].map(secrets);
-    let mut a = Session::new(&ours, theirs.public_key(), None, 1);
-    let mut b = Session::new(&theirs, ours.public_key(), None, 2);
-    establish(&mut a, &mut b);
-    [a, b]
-}
-
-fn establish(a: &mut Session, b: &mut Session) {
-    let (mut initiation, mut response, mut confirmation) =
-        ([0; HANDSHAKE_BYTES], [0; HANDSHAKE_BYTES], [0; HANDSHAKE_BYTES]);
-    let len = a.initiate(&mut initiation);
-    let Answered::Response { len, .. } = b.handshake(&initiation[..len], &mut response) else {
-        panic!("no response");
-    };
-    let Answered::Established { len } = a.handshake(&response[..len], &mut confirmation) else {
-        panic!("no session");
-    };
-    let mut plain = [0; HANDSHAKE_BYTES];
-    b.open(once((&confirmation[..len], &mut plain[..len])), |_, opened| {
-        assert_eq!(opened, Opened::Keepalive);
-    });
-    assert!(a.is_ready() && b.is_ready());
-}
-
-fn seal(session: &mut Session) -> Vec<u8> {
-    let mut message = Space::new(4096);
-    session.seal(&mut Once::new(packet()), &mut message);
-    message.sealed
-}
-
-fn open(session: &mut Session, datagram: &[u8]) -> Opened {
-    let mut plain = vec![0; datagram.len()];
-    let mut found = None;
-    session.open(once((datagram, &mut *plain)), |_, opened| found = Some(opened));
-    found.unwrap()
 }
 
 fn side(own: &Arc<Secrets>, peer: WireguardKey, number: u8) -> Side {
@@ -221,10 +123,6 @@ fn a_cookie_reply_moves_nobody_and_its_cookie_is_used() {
     assert_ne!(initiation[132..], [0; 16]);
     let mut reply = [0; HANDSHAKE_BYTES];
     assert_eq!(theirs.admit(address(1), &initiation, true, &mut reply), Admission::Admitted);
-    // The cookie is valid for that address and port only.
-    let mut other = address(1);
-    other.set_port(4);
-    assert!(matches!(theirs.admit(other, &initiation, true, &mut reply), Admission::Cookie(_)));
 }
 
 #[test]
@@ -241,50 +139,6 @@ fn a_tunnel_that_was_given_up_comes_back_when_told_to() {
     sides[0].with(now, |tunnel, context| tunnel.initiate(vec![address(2).into()], context));
     deliver(now, &mut sides);
     assert!(sides.iter().all(|side| side.tunnel.is_ready()));
-}
-
-#[test]
-fn responses_are_not_limited() {
-    let [mut a, mut b] = engines();
-    for _ in 0..300 {
-        establish(&mut a, &mut b);
-    }
-}
-
-#[test]
-fn buffers_that_are_too_small_are_refused() {
-    let [mut a, mut b] = engines();
-    let own = secrets(2);
-    let mut initiation = [0; HANDSHAKE_BYTES];
-    let len = a.initiate(&mut initiation);
-    let sealed = seal(&mut a);
-    for small in 0..HANDSHAKE_BYTES {
-        let mut buffer = vec![0; small];
-        assert_eq!(a.initiate(&mut buffer), 0);
-        assert_eq!(a.keepalive(&mut buffer), 0);
-        assert_eq!(a.tick(&mut buffer), Tick::Quiet);
-        let refused = Answered::Refused(Refusal::InvalidHandshake);
-        assert_eq!(b.handshake(&initiation[..len], &mut buffer), refused);
-        let admission = own.admit(address(1), &initiation[..len], false, &mut buffer);
-        assert_eq!(admission, Admission::Refused(Refusal::InvalidHandshake));
-        if small < sealed.len() {
-            b.open(once((&*sealed, &mut *buffer)), |_, opened| {
-                assert!(matches!(opened, Opened::Refused(_)), "{small}: {opened:?}");
-            });
-        }
-        let sealed = a.seal(&mut Once::new(packet()), &mut Space::new(small));
-        assert_eq!(sealed, Sealed::default());
-    }
-    assert!(matches!(open(&mut b, &sealed), Opened::Packet { .. }));
-}
-
-#[test]
-fn what_is_sealed_is_a_multiple_of_16_bytes() {
-    // Segments are padded already, so the engine adds only its own overhead.
-    let [mut a, _] = engines();
-    let sealed = seal(&mut a);
-    assert_eq!(sealed.len(), packet().len() + DATA_OVERHEAD);
-    assert!(sealed.len().is_multiple_of(PADDING));
 }
 
 #[test]
@@ -314,31 +168,4 @@ fn indices_tell_nothing() {
         assert!(sent.insert(index), "two peers share an index");
     }
     assert!(neighbours < 3, "{sent:?}");
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
-
-    /// boringtun remembers the last 1,024 counters. In any order of arrival each counter is
-    /// accepted at most once, and recent ones are accepted.
-    #[test]
-    fn counters_in_any_order_are_taken_once(
-        order in proptest::collection::vec(0usize..1_600, 1..600),
-    ) {
-        const WINDOW: usize = 1_024 - 64;
-        let [mut a, mut b] = engines();
-        let sealed: Vec<Vec<u8>> = (0..1_600).map(|_| seal(&mut a)).collect();
-        let (mut taken, mut highest) = (BTreeSet::new(), 0);
-        for number in order {
-            let opened = open(&mut b, &sealed[number]);
-            if matches!(opened, Opened::Packet { .. }) {
-                prop_assert!(taken.insert(number), "{} was taken twice", number);
-                highest = highest.max(number);
-            } else {
-                prop_assert_eq!(opened, Opened::Refused(Refusal::Replayed));
-                let recent = highest.saturating_sub(number) < WINDOW;
-                prop_assert!(taken.contains(&number) || !recent, "{} was refused", number);
-            }
-        }
-    }
 }

@@ -17,9 +17,9 @@ use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
 use super::pipeline::Pipeline;
 use super::relay::Relay;
-use super::session::Secrets;
 use super::table::Table;
 use super::udp::UdpIo;
+use towline_wireguard::Secrets;
 
 /// Largest number of events that are kept until they are drained.
 const EVENTS: usize = 4096;

@@ -1,7 +1,7 @@
 //! The data plane moves packets between the TUN link and the network. It makes no decisions.
 //!
-//! A TUN link is on one side, UDP sockets are on the other, and WireGuard is between them. The data
-//! plane applies the core's [`PeerTable`] and reports what it observed as [`Event`]s. It never
+//! A TUN link is on one side, UDP sockets are on the other, and WireGuard (`towline-wireguard`) is
+//! between them. The data plane applies the core's [`PeerTable`] and reports what it observed as [`Event`]s. It never
 //! decides which peer to contact or which path to use.
 //!
 //! # Contract
@@ -16,8 +16,7 @@
 //! - A fault is a state ([`DataPlane::faults`]) that cannot be lost. Every worker counts its loop
 //!   iterations, so that a worker that hangs is detected ([`DataPlane::stalled_workers`]).
 //! - Every dropped packet is counted under one [`DropReason`]. A datagram from outside never causes
-//!   a panic or a log line. boringtun logs handshakes at `debug` and timers up to `error`, so a
-//!   subscriber should disable the target `boringtun`.
+//!   a panic or a log line of this crate (the WireGuard engine's boringtun logs some).
 //! - Each datagram is classified by its first bytes (`towline_types::frame`): WireGuard messages
 //!   are handled here, probes and STUN messages are passed on as [`Event`]s.
 //!
@@ -29,7 +28,6 @@
 //! | `batch_delay` | the delay after a batch of small packets |
 //! | `pipeline` | the path of a batch in each direction |
 //! | `tunnel` | one tunnel: timers, keepalives, waiting packets |
-//! | `session` | the WireGuard engine; the only file that calls boringtun |
 //! | `table` | lookup of a peer by address, key or receiver index |
 //! | `arena` | the buffers of a batch |
 //! | `split`, `coalesce`, `vnet`, `checksum`, `packet` | inner packets and super-packets |
@@ -55,7 +53,6 @@ pub mod memory;
 pub mod packet;
 mod pipeline;
 pub mod relay;
-pub mod session;
 pub mod split;
 mod steering;
 pub mod switch;
@@ -84,6 +81,7 @@ use tokio::sync::watch;
 use towline_core::path::Path;
 use towline_core::peer_table::PeerTable;
 use towline_types::id::WireguardKey;
+use towline_wireguard::Secrets;
 use x25519_dalek::StaticSecret;
 
 pub use drops::DropReason;
@@ -98,7 +96,6 @@ pub use udp::{OpenUdpError, Ready, Udp, UdpIo, open_udp, open_udp_group, open_ud
 use drops::Drops;
 use events::{EventSink, FaultState};
 use pipeline::Pipeline;
-use session::Secrets;
 use switch::Switch;
 use table::Table;
 use worker::{Command, Inbox, Worker, WorkerShared};

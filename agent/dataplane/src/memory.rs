@@ -17,12 +17,12 @@ use super::arena::{
 use super::coalesce::Coalesce;
 use super::drops::{DropReason, Drops};
 use super::packet::Inner;
-use super::session::Segments;
 use super::split::Split;
 use super::switch::Switch;
 use super::tun::TunIo;
 use super::udp::{GroCorruption, Ready, TooBig, UdpIo};
 use super::vnet::VnetHeader;
+use towline_wireguard::Segments;
 
 /// A queue whose reader can wait on a condition variable or with epoll.
 #[derive(Debug)]

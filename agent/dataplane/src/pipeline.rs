@@ -22,11 +22,11 @@ use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
 use super::packet::Inner;
 use super::relay::{Forward, Relay};
-use super::session::{Admission, DATA_HEADER, HANDSHAKE_BYTES, MessageKind, Secrets, Segments};
 use super::split::Split;
 use super::table::{Peer, Slot, Table};
 use super::tunnel::TunnelContext;
 use super::udp::UdpIo;
+use towline_wireguard::{Admission, DATA_HEADER, HANDSHAKE_BYTES, MessageKind, Secrets, Segments};
 
 /// Rate and burst of handshakes from one source address. Many nodes may share one address.
 const HANDSHAKES: Rate = Rate::per_second(64, 128);

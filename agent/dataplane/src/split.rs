@@ -12,11 +12,11 @@ use super::arena::{HEADROOM, TAILROOM};
 use super::checksum;
 use super::drops::DropReason;
 use super::packet::{Inner, PROTOCOL_TCP, PROTOCOL_UDP};
-use super::session::{PADDING, Segments};
 use super::vnet::{
     FLAG_NEEDS_CSUM, FLAG_TUNNEL_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_TUNNEL_V4,
     GSO_TUNNEL_V6, GSO_UDP_L4, VnetHeader,
 };
+use towline_wireguard::{PADDING, Segments};
 
 /// Largest total length of the headers of a super-packet, in bytes: outer headers, a tunnel header
 /// with options, and inner headers.

@@ -20,8 +20,8 @@ use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_types::id::WireguardKey;
 
 use super::counters::PeerCounters;
-use super::session::Secrets;
 use super::tunnel::Tunnel;
+use towline_wireguard::Secrets;
 
 /// Index of a peer in the table.
 pub type Slot = u32;

@@ -15,8 +15,8 @@ use super::counters::PeerCounters;
 use super::drops::Drops;
 use super::events::{Event, EventSink};
 use super::packet::{PROTOCOL_TCP, PROTOCOL_UDP};
-use super::session::{MessageKind, Secrets};
 use super::tunnel::{Tunnel, TunnelContext};
+use towline_wireguard::{MessageKind, Secrets};
 
 /// Description of a TCP or UDP packet.
 #[derive(Debug, Clone)]

@@ -26,7 +26,7 @@ use super::arena::{Datagrams, Destination, SendBatch};
 use super::counters::PeerCounters;
 use super::drops::{DropReason, Drops};
 use super::events::EventSink;
-use super::session::{
+use towline_wireguard::{
     Answered, HANDSHAKE_BYTES, MessageKind, Opened, Refusal, Secrets, Segments, Session, Tick,
 };
 

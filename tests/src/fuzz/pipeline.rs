@@ -23,15 +23,15 @@ use towline_dataplane::drops::{DropReason, Drops};
 use towline_dataplane::internals::PacketPath;
 use towline_dataplane::packet::Inner;
 use towline_dataplane::relay::{Limits, Relay};
-use towline_dataplane::session::{
-    Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Secrets, Segments, Session,
-};
 use towline_dataplane::split::Split;
 use towline_dataplane::switch::Switch;
 use towline_dataplane::udp::{Ready, TooBig, UdpIo};
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VNET_HEADER_BYTES, VnetHeader};
 use towline_proto::frame::{DatagramKind, RELAYED_HEADER_BYTES, relayed, relayed_header};
 use towline_proto::id::WireguardKey;
+use towline_wireguard::{
+    Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Secrets, Segments, Session,
+};
 use x25519_dalek::StaticSecret;
 
 use super::{EPOCH, Input};

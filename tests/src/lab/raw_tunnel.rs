@@ -9,8 +9,8 @@ use anyhow::{Context, bail};
 use data_encoding::BASE64;
 use towline_core::path::Path;
 use towline_dataplane::arena::SendBatch;
-use towline_dataplane::session::{Answered, HANDSHAKE_BYTES, PADDING, Secrets, Segments, Session};
 use towline_proto::id::WireguardKey;
+use towline_wireguard::{Answered, HANDSHAKE_BYTES, PADDING, Secrets, Segments, Session};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use super::interrupt::wait_up_to;

@@ -1,9 +1,9 @@
 use super::*;
 use crate::arena::{HEADROOM, TAILROOM};
-use crate::session::Segments;
 use crate::split::Split;
 use crate::testing::{Recipe, Tcp};
 use proptest::prelude::*;
+use towline_wireguard::Segments;
 
 const BOTH: Coalesce = Coalesce { tcp: true, udp: true, tunnels: [VXLAN, GENEVE, 0, 0] };
 

@@ -22,13 +22,13 @@ use towline_dataplane::coalesce::Coalesce;
 use towline_dataplane::drops::Drops;
 use towline_dataplane::memory::{self, Datagram, MemoryHost, MemoryTun, Network};
 use towline_dataplane::relay::Limits;
-use towline_dataplane::session::{HANDSHAKE_BYTES, Secrets, Session};
 use towline_dataplane::switch::Switch;
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
 use towline_dataplane::{Config, DataPlane, Event, Fault, Relay, StuckWorkers, TunIo, checksum};
 use towline_types::frame::relayed_header;
 use towline_types::id::{PresharedKey, WireguardKey};
 use towline_types::stun;
+use towline_wireguard::{HANDSHAKE_BYTES, Secrets, Session};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 /// Longest time to wait for something that must happen.

@@ -13,9 +13,9 @@ use towline_dataplane::arena::{HEADROOM, RecvBatch, SendBatch, TunBatch, WriteBa
 use towline_dataplane::coalesce::Coalescer;
 use towline_dataplane::drops::Drops;
 use towline_dataplane::packet::Inner;
-use towline_dataplane::session::{DATA_HEADER, DATA_OVERHEAD, Segments};
 use towline_dataplane::split::Split;
 use towline_dataplane::{Ready, TunIo, UdpIo, open_tun, open_udp};
+use towline_wireguard::{DATA_HEADER, DATA_OVERHEAD, Segments};
 
 /// Command line options of one end.
 #[derive(Debug, clap::Args)]

@@ -12,8 +12,8 @@ use std::time::Duration;
 use anyhow::bail;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use towline_agent::keys::Wireguard;
-use towline_dataplane::session::{HANDSHAKE_BYTES, Secrets, Session};
 use towline_proto::id::WireguardKey;
+use towline_wireguard::{HANDSHAKE_BYTES, Secrets, Session};
 
 use crate::lab::interrupt;
 use crate::lab::namespace::Namespace;

@@ -1,9 +1,7 @@
-//! The WireGuard engine: seals and opens data messages and runs handshakes. The only file that
-//! calls boringtun.
+//! Handshakes and sessions on boringtun, and the admission of initiations.
 //!
-//! It works on batches ([`Session::seal`], [`Session::open`]), so that another engine can replace
-//! it. Messages are sealed into a [`Sink`] and opened into space that the caller provides. boringtun 0.7.1 has gaps and defects. Those that can be worked around from outside are
-//! handled here and in [`super::tunnel`]:
+//! boringtun 0.7.1 has gaps and defects. Those that need neither timers nor paths are worked around
+//! here, the others in the data plane's tunnels:
 //!
 //! - Payloads from [`Segments`] are padded to 16 bytes already (whitepaper section 5.4.6).
 //! - A counter past Reject-After-Messages is refused before boringtun processes it. Near 2^64

@@ -1,0 +1,25 @@
+//! The WireGuard engine: admits initiations, runs handshakes, and seals and opens data messages.
+//! The only package that depends on boringtun.
+//!
+//! # Contract
+//!
+//! - The engine does no I/O. It seals into a [`Sink`] and opens into space that comes with each
+//!   message, so the caller owns all buffers. It decides neither when to start a handshake nor where
+//!   a message goes.
+//! - Batches cross this seam ([`Session::seal`], [`Session::open`]), so that another engine can
+//!   replace it. The sink and the segments are generic: nothing is called indirectly per packet.
+//! - No message from outside causes a panic. Each that is not used has a [`Refusal`], which the
+//!   caller counts. boringtun logs handshakes at `debug` and timers up to `error`, so a subscriber
+//!   should disable the target `boringtun`.
+//! - boringtun reads the clock by itself, so the engine cannot be part of the core.
+
+#![forbid(unsafe_code)]
+
+#[cfg(test)]
+mod defects;
+mod session;
+
+pub use session::{
+    Admission, Answered, DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Opened, PADDING,
+    Refusal, Sealed, Secrets, Segments, Session, Sink, Tick,
+};
