@@ -7,8 +7,8 @@
 //! | a replay window of 1,024 | the data plane keeps the order | here |
 //! | no Reject-After-Messages | `session` | here |
 //! | no padding to 16 bytes | [`Segments`] are padded | here |
-//! | one counter limits handshakes, for addresses without ports | `session` | here |
-//! | responses are limited too | `session` | here |
+//! | one counter limits handshakes, for addresses without ports | `admission` | here |
+//! | responses are limited too | `admission` | here |
 //! | small buffers panic | `session` | here |
 
 use std::collections::BTreeSet;

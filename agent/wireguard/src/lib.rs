@@ -12,14 +12,29 @@
 //!   caller counts. boringtun logs handshakes at `debug` and timers up to `error`, so a subscriber
 //!   should disable the target `boringtun`.
 //! - boringtun reads the clock by itself, so the engine cannot be part of the core.
+//!
+//! # Files
+//!
+//! | file | owns |
+//! |---|---|
+//! | `admission` | the node's key, and which initiations are processed |
+//! | `session` | the handshake and the sessions with one peer |
+//! | `message` | lengths and kinds of messages |
+//! | `seam` | how the caller supplies plaintext, and space for sealed messages |
+//! | `refusal` | why a message is not used |
 
 #![forbid(unsafe_code)]
 
+mod admission;
 #[cfg(test)]
 mod defects;
+mod message;
+mod refusal;
+mod seam;
 mod session;
 
-pub use session::{
-    Admission, Answered, DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Opened, PADDING,
-    Refusal, Sealed, Secrets, Segments, Session, Sink, Tick,
-};
+pub use admission::{Admission, Secrets};
+pub use message::{DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, PADDING};
+pub use refusal::Refusal;
+pub use seam::{Segments, Sink};
+pub use session::{Answered, Opened, Sealed, Session, Tick};

@@ -1,4 +1,4 @@
-//! Handshakes and sessions on boringtun, and the admission of initiations.
+//! Handshakes and sessions with one peer, on boringtun.
 //!
 //! boringtun 0.7.1 has gaps and defects. Those that need neither timers nor paths are worked around
 //! here, the others in the data plane's tunnels:
@@ -17,209 +17,17 @@
 //! On an established session nothing here reads the clock per packet, allocates or takes a lock,
 //! except for the two uncontended locks of boringtun's replay window.
 
-use std::hash::{BuildHasher, RandomState};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
-
 use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::handshake::parse_handshake_anon;
-use boringtun::noise::rate_limiter::RateLimiter;
-use boringtun::noise::{Packet, Tunn, TunnResult};
+use boringtun::noise::{Tunn, TunnResult};
 use towline_types::id::{PresharedKey, WireguardKey};
-use x25519_dalek::{PublicKey, StaticSecret};
 
-/// Bytes of the header of a data message: type, receiver, counter.
-pub const DATA_HEADER: usize = 16;
-/// Bytes that a data message adds to its payload: header and authentication tag.
-pub const DATA_OVERHEAD: usize = 32;
-/// Bytes of the longest handshake message. Every buffer for a message must have at least this size.
-pub const HANDSHAKE_BYTES: usize = 148;
-/// Payloads are padded to a multiple of this number of bytes.
-pub const PADDING: usize = 16;
+use crate::{
+    DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Refusal, Secrets, Segments, Sink,
+};
 
-/// Initiations per second above which initiators must prove their address with a cookie. Each
-/// initiation costs about a quarter of a millisecond.
-const INITIATIONS_PER_SECOND: u64 = 256;
 /// Reject-After-Messages (whitepaper section 6.1): a data message with this or a larger counter is
 /// refused.
 const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
-
-/// Kind of a WireGuard message, by type and length.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MessageKind {
-    /// Handshake initiation, type 1.
-    Initiation,
-    /// Handshake response, type 2.
-    Response {
-        /// Receiver index of the tunnel that initiated.
-        receiver: u32,
-    },
-    /// Cookie reply, type 3.
-    CookieReply {
-        /// Receiver index of the tunnel that sent the message it answers.
-        receiver: u32,
-    },
-    /// Transport data, type 4.
-    Data {
-        /// Receiver index of the session.
-        receiver: u32,
-    },
-}
-
-impl MessageKind {
-    /// Returns the kind by type, reserved bytes and length. `None` if the datagram is no WireGuard
-    /// message.
-    #[inline]
-    pub fn of(datagram: &[u8]) -> Option<Self> {
-        let word = |at: usize| {
-            let bytes = datagram.get(at..at + 4)?;
-            Some(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
-        };
-        match (word(0)?, datagram.len()) {
-            (1, 148) => Some(Self::Initiation),
-            (2, 92) => Some(Self::Response { receiver: word(8)? }),
-            (3, 64) => Some(Self::CookieReply { receiver: word(4)? }),
-            (4, DATA_OVERHEAD..) => Some(Self::Data { receiver: word(4)? }),
-            _ => None,
-        }
-    }
-}
-
-/// Plaintext to seal, one segment after another.
-pub trait Segments {
-    /// Returns the bytes of the next segment with its padding. `None` if there is none.
-    fn next_len(&self) -> Option<usize>;
-    /// Returns the next segment with its padding. Empty if there is none.
-    fn take(&mut self) -> &[u8];
-}
-
-/// Space for sealed messages, one after another.
-pub trait Sink {
-    /// Returns the space for the next message, which has at least `len` bytes. `None` if there is
-    /// no room.
-    fn place(&mut self, len: usize) -> Option<&mut [u8]>;
-    /// Appends the first `len` bytes of the space as a message.
-    fn commit(&mut self, len: usize);
-}
-
-/// Reason why a message is refused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
-    /// A message with an impossible length.
-    Malformed,
-    /// A handshake message whose first MAC is wrong: it is not meant for this node's key.
-    WrongMac,
-    /// An initiation under load without a valid cookie.
-    UnderLoad,
-    /// An initiation that is not newer than the last one of that peer.
-    StaleHandshake,
-    /// A handshake message that does not match the state of its tunnel, or does not decrypt.
-    InvalidHandshake,
-    /// Data of a session that does not exist.
-    NoSession,
-    /// Data that was received before, or is older than the replay window.
-    Replayed,
-    /// Data that does not decrypt.
-    NotAuthentic,
-    /// Data whose counter is past Reject-After-Messages.
-    CounterExhausted,
-    /// Authentic data that contains no IP packet.
-    NoPacket,
-}
-
-/// WireGuard key of the node, and the admission of initiations.
-pub struct Secrets {
-    private: StaticSecret,
-    public: PublicKey,
-    /// Limiter of initiations for all peers together.
-    gate: RateLimiter,
-    /// Limiter that always demands a cookie. Used for source addresses that send too many
-    /// initiations.
-    strict_gate: RateLimiter,
-    /// Limiter of the tunnels. Never under load, because admission was decided before.
-    open_gate: Arc<RateLimiter>,
-    /// Hash keys that turn an address and a port into what boringtun takes for an address.
-    cookie_keys: [RandomState; 2],
-}
-
-impl std::fmt::Debug for Secrets {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Secrets").field("public", &self.public_key()).finish_non_exhaustive()
-    }
-}
-
-/// Result of the admission of an initiation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Admission {
-    /// The initiation may be processed.
-    Admitted,
-    /// The initiator must prove its address: this number of bytes of a cookie reply must be sent.
-    Cookie(usize),
-    /// The initiation is refused for this reason.
-    Refused(Refusal),
-}
-
-impl Secrets {
-    /// Creates the limiters for the node with this private key.
-    pub fn new(private: StaticSecret) -> Self {
-        let public = PublicKey::from(&private);
-        Self {
-            gate: RateLimiter::new(&public, INITIATIONS_PER_SECOND),
-            strict_gate: RateLimiter::new(&public, 0),
-            open_gate: Arc::new(RateLimiter::new(&public, u64::MAX)),
-            cookie_keys: [RandomState::new(), RandomState::new()],
-            private,
-            public,
-        }
-    }
-
-    /// Returns the node's public key.
-    pub fn public_key(&self) -> WireguardKey {
-        WireguardKey(self.public.to_bytes())
-    }
-
-    /// Checks that an initiation is meant for this node and may be processed now. If `proven` is
-    /// set, the initiation needs a valid cookie, under load or not, which proves the address of its
-    /// sender.
-    pub fn admit(
-        &self,
-        from: SocketAddr,
-        initiation: &[u8],
-        proven: bool,
-        reply: &mut [u8],
-    ) -> Admission {
-        if reply.len() < HANDSHAKE_BYTES {
-            return Admission::Refused(Refusal::InvalidHandshake);
-        }
-        let gate = if proven { &self.strict_gate } else { &self.gate };
-        gate.reset_count();
-        match gate.verify_packet(Some(self.cookie_address(from)), initiation, reply) {
-            Ok(Packet::HandshakeInit(_)) => Admission::Admitted,
-            Ok(_) => Admission::Refused(Refusal::Malformed),
-            Err(TunnResult::WriteToNetwork(cookie)) => Admission::Cookie(cookie.len()),
-            Err(TunnResult::Err(error)) => Admission::Refused(reason(&error)),
-            Err(_) => Admission::Refused(Refusal::InvalidHandshake),
-        }
-    }
-
-    /// Returns the public key that an admitted initiation claims, which is not proven yet. `None`
-    /// if the key does not decrypt. This is the expensive step.
-    pub fn initiator_key(&self, initiation: &[u8]) -> Option<WireguardKey> {
-        let Ok(Packet::HandshakeInit(message)) = Tunn::parse_incoming_packet(initiation) else {
-            return None;
-        };
-        let half = parse_handshake_anon(&self.private, &self.public, &message).ok()?;
-        Some(WireguardKey(half.peer_static_public))
-    }
-
-    /// Returns a pseudo-address for boringtun's cookie, which covers an address only. Many nodes
-    /// may be behind one NAT, so address and port are hashed into one pseudo-address.
-    fn cookie_address(&self, from: SocketAddr) -> IpAddr {
-        let [high, low] = &self.cookie_keys;
-        let half = |key: &RandomState| u128::from(key.hash_one((from.ip(), from.port())));
-        Ipv6Addr::from(half(high) << 64 | half(low)).into()
-    }
-}
 
 /// WireGuard state of a tunnel with one peer: its handshake and its sessions.
 pub struct Session {
@@ -305,15 +113,7 @@ impl Session {
         psk: Option<&PresharedKey>,
         index: u32,
     ) -> Self {
-        let tunn = Tunn::new(
-            secrets.private.clone(),
-            PublicKey::from(peer.0),
-            psk.map(|psk| psk.0),
-            None,
-            index,
-            Some(secrets.open_gate.clone()),
-        );
-        Self { tunn, ready: false }
+        Self { tunn: secrets.tunn(peer, psk, index), ready: false }
     }
 
     /// Returns whether there is a session to seal with.
@@ -378,7 +178,7 @@ impl Session {
             }
             TunnResult::Done => Opened::Keepalive,
             TunnResult::Err(WireGuardError::InvalidPacket) => Opened::Refused(Refusal::NoPacket),
-            TunnResult::Err(error) => Opened::Refused(reason(&error)),
+            TunnResult::Err(error) => Opened::Refused(Refusal::from(&error)),
             TunnResult::WriteToNetwork(_) => Opened::Refused(Refusal::Malformed),
         }
     }
@@ -399,7 +199,7 @@ impl Session {
                 _ => Answered::Refused(Refusal::InvalidHandshake),
             },
             TunnResult::Done => Answered::Cookie,
-            TunnResult::Err(error) => Answered::Refused(match reason(&error) {
+            TunnResult::Err(error) => Answered::Refused(match Refusal::from(&error) {
                 Refusal::NotAuthentic => Refusal::InvalidHandshake,
                 other => other,
             }),
@@ -463,18 +263,5 @@ impl Session {
 
     fn refresh_ready(&mut self) {
         self.ready = self.tunn.time_since_last_handshake().is_some();
-    }
-}
-
-fn reason(error: &WireGuardError) -> Refusal {
-    match error {
-        WireGuardError::InvalidCounter | WireGuardError::DuplicateCounter => Refusal::Replayed,
-        WireGuardError::WrongIndex | WireGuardError::NoCurrentSession => Refusal::NoSession,
-        WireGuardError::InvalidMac => Refusal::WrongMac,
-        WireGuardError::UnderLoad => Refusal::UnderLoad,
-        WireGuardError::WrongTai64nTimestamp => Refusal::StaleHandshake,
-        WireGuardError::InvalidAeadTag => Refusal::NotAuthentic,
-        WireGuardError::UnexpectedPacket | WireGuardError::WrongKey => Refusal::InvalidHandshake,
-        _ => Refusal::Malformed,
     }
 }
