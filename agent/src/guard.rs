@@ -185,86 +185,41 @@ fn plan(config: &Config, state: &StateDir) -> anyhow::Result<Plan> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
     use std::net::{Ipv4Addr, UdpSocket};
     use std::path::Path;
-    use std::time::Duration;
 
-    use rcgen::{CertificateParams, KeyPair, PKCS_ED25519};
-    use ring::signature::Ed25519KeyPair;
-    use towline_proto::id::{MeshId, NodeId};
-    use towline_proto::node::{Grant, MeshConfig, OverlayAddresses, Record};
+    use towline_fixtures::ca::Ca;
+    use towline_fixtures::node::{grant, mesh_config, net, node};
+    use towline_proto::node::{Grant, MeshConfig};
     use towline_proto::pb;
-    use towline_proto::signed::{Domain, sign};
+    use towline_proto::signed::Domain;
 
     use super::*;
     use crate::config::Addressing;
-    use crate::keys::{Identity, Wireguard};
     use crate::map_cache::MapCache;
     use crate::node_ip;
     use crate::state::{CachedPrefixes, Membership};
     use towline_netlink::{AddressOptions, Route, Rtnetlink};
     use towline_netns::{add_link, add_unowned_tun, namespace_test};
 
-    fn grant(id: u8, identity: &Identity, wireguard: &Wireguard) -> Grant {
-        Grant {
-            mesh_id: MeshId([7; 16]),
-            node_id: NodeId([id; 16]),
-            name: format!("node-{id}").parse().unwrap(),
-            identity_key: identity.public(),
-            wireguard_keys: vec![wireguard.public()],
-            overlay: OverlayAddresses {
-                v6: format!("fd00:7::{id}").parse().unwrap(),
-                v4: [198, 19, 0, id].into(),
-            },
-            allowed_prefixes: vec!["172.16.0.0/12".parse().unwrap()],
-            site: None,
-            labels: BTreeMap::new(),
-            issued_at: 0,
-            ephemeral: false,
-        }
-    }
-
     /// State of node 1 after a run: node 2 announces 172.20.0.0/16, and another node formerly
     /// announced 172.21.0.0/16.
     pub(super) fn state_of_a_node(dir: &Path) {
-        let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
-        let ca = CertificateParams::default().self_signed(&key).unwrap().der().clone();
-        let signing = Ed25519KeyPair::from_pkcs8_maybe_unchecked(&key.serialize_der()).unwrap();
+        let ca = Ca::new(7);
         let state = StateDir::open(dir).unwrap();
         let keys = state.keys_or_generate().unwrap();
-        let mesh = MeshConfig {
-            mesh_id: MeshId([7; 16]),
-            overlay_v6: "fd00:7::/64".parse().unwrap(),
-            overlay_v4: "198.19.0.0/16".parse().unwrap(),
-            protected: vec!["10.0.0.0/8".parse().unwrap()],
-            trusted_sites: Vec::new(),
-            bypass_when_down: Vec::new(),
-            lease: Duration::from_secs(600),
-            generation: 1,
+        let mesh = MeshConfig { protected: vec![net("10.0.0.0/8")], ..mesh_config() };
+        let mesh = ca.sign(Domain::Mesh, &pb::MeshConfig::from(&mesh));
+        let grant = Grant {
+            identity_key: keys.identity.public(),
+            wireguard_keys: vec![keys.wireguard.public()],
+            ..grant(1)
         };
-        let of = |grant: &Grant| sign(Domain::Grant, &pb::Grant::from(grant), &signing);
-        let own = of(&grant(1, &keys.identity, &keys.wireguard));
-        let mesh = sign(Domain::Mesh, &pb::MeshConfig::from(&mesh), &signing);
-        let membership = Membership::new(ca, Vec::new(), own, mesh).unwrap();
+        let membership =
+            Membership::new(ca.certificate(), Vec::new(), ca.grant(&grant), mesh).unwrap();
         state.store_membership(&membership).unwrap();
 
-        let (identity, wireguard) = (Identity::generate().unwrap(), Wireguard::generate().unwrap());
-        let record = Record {
-            node_id: NodeId([2; 16]),
-            generation: 1,
-            boot_epoch: 1,
-            wireguard_keys: vec![wireguard.public()],
-            candidates: Vec::new(),
-            prefixes: vec!["172.20.0.0/16".parse().unwrap()],
-            version: String::new(),
-            relay: false,
-        };
-        let entry = pb::Entry {
-            grant: Some(of(&grant(2, &identity, &wireguard))),
-            record: Some(identity.sign_record(&pb::Record::from(&record))),
-            withheld: Vec::new(),
-        };
+        let entry = ca.entry(node(2).prefixes(&["172.20.0.0/16"]));
         let mut map = MapCache::new(membership.ca_key, membership.grant.node_id);
         let upsert = pb::Change { kind: Some(pb::change::Kind::Upsert(entry)) };
         let changes = pb::Changes { changes: vec![upsert], revision: 1, synced: true };

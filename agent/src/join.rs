@@ -306,6 +306,8 @@ pub fn controllers(
 
 #[cfg(test)]
 mod tests {
+    use towline_fixtures::node::{mesh_config, net};
+
     use super::*;
 
     #[test]
@@ -321,16 +323,7 @@ mod tests {
 
     #[test]
     fn a_mesh_that_covers_the_gateway_is_not_joined_and_both_are_named() {
-        let mesh = MeshConfig {
-            mesh_id: towline_proto::id::MeshId([1; 16]),
-            overlay_v6: "fd00::/64".parse().unwrap(),
-            overlay_v4: "198.19.0.0/16".parse().unwrap(),
-            protected: vec!["10.0.0.0/8".parse().unwrap()],
-            trusted_sites: Vec::new(),
-            bypass_when_down: Vec::new(),
-            lease: Duration::from_secs(600),
-            generation: 1,
-        };
+        let mesh = MeshConfig { protected: vec![net("10.0.0.0/8")], ..mesh_config() };
         let gateways = |text: &str| vec![text.parse::<IpAddr>().unwrap()];
         assert!(refuse_covered(&mesh, &[]).is_ok());
         assert!(refuse_covered(&mesh, &gateways("192.168.1.1")).is_ok());

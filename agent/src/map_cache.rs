@@ -214,70 +214,10 @@ impl MapCache {
 
 #[cfg(test)]
 mod tests {
+    use towline_fixtures::ca::Ca;
+    use towline_fixtures::node::node;
+
     use super::*;
-    use crate::keys::Identity;
-    use ring::signature::{Ed25519KeyPair, KeyPair as _};
-    use towline_proto::id::{MeshId, WireguardKey};
-    use towline_proto::node::{Grant, OverlayAddresses, Tombstone};
-
-    struct Ca(Ed25519KeyPair);
-
-    impl Ca {
-        fn new() -> Self {
-            let seed = [9; 32];
-            Self(Ed25519KeyPair::from_seed_unchecked(&seed).unwrap())
-        }
-
-        fn key(&self) -> IdentityKey {
-            self.0.public_key().as_ref().try_into().unwrap()
-        }
-
-        fn entry(&self, id: u8, generation: u64) -> pb::Entry {
-            let identity = Identity::generate().unwrap();
-            let grant = Grant {
-                mesh_id: MeshId([1; 16]),
-                node_id: NodeId([id; 16]),
-                name: format!("node-{id}").parse().unwrap(),
-                identity_key: identity.public(),
-                wireguard_keys: vec![WireguardKey([id; 32])],
-                overlay: OverlayAddresses {
-                    v6: "fd00::1".parse().unwrap(),
-                    v4: [198, 19, 0, id].into(),
-                },
-                allowed_prefixes: Vec::new(),
-                site: None,
-                labels: BTreeMap::new(),
-                issued_at: 0,
-                ephemeral: false,
-            };
-            let record = Record {
-                node_id: grant.node_id,
-                generation,
-                boot_epoch: 1,
-                wireguard_keys: grant.wireguard_keys.clone(),
-                candidates: Vec::new(),
-                prefixes: Vec::new(),
-                version: String::new(),
-                relay: false,
-            };
-            pb::Entry {
-                grant: Some(signed::sign(signed::Domain::Grant, &pb::Grant::from(&grant), &self.0)),
-                record: Some(identity.sign_record(&pb::Record::from(&record))),
-                withheld: Vec::new(),
-            }
-        }
-
-        fn tombstone(&self, id: u8) -> pb::Signed {
-            let tombstone = Tombstone {
-                mesh_id: MeshId([1; 16]),
-                node_id: NodeId([id; 16]),
-                name: format!("node-{id}").parse().unwrap(),
-                identity_key: IdentityKey([0; 32]),
-                removed_at: 0,
-            };
-            signed::sign(signed::Domain::Tombstone, &pb::Tombstone::from(&tombstone), &self.0)
-        }
-    }
 
     fn changes(revision: u64, kinds: Vec<pb::change::Kind>) -> pb::Changes {
         let changes = kinds.into_iter().map(|kind| pb::Change { kind: Some(kind) }).collect();
@@ -288,14 +228,14 @@ mod tests {
 
     #[test]
     fn the_cache_survives_a_restart() {
-        let ca = Ca::new();
-        let mut map = MapCache::new(ca.key(), NodeId([1; 16]));
+        let ca = Ca::new(9);
+        let mut map = MapCache::new(ca.public(), NodeId([1; 16]));
         map.enter_epoch(4);
         map.apply(changes(
             7,
-            vec![Upsert(ca.entry(2, 1)), Upsert(ca.entry(3, 1)), Bury(ca.tombstone(3))],
+            vec![Upsert(ca.entry(node(2))), Upsert(ca.entry(node(3))), Bury(ca.tombstone(3))],
         ));
-        let read = MapCache::new(ca.key(), NodeId([1; 16])).restore(&map.encode()).unwrap();
+        let read = MapCache::new(ca.public(), NodeId([1; 16])).restore(&map.encode()).unwrap();
         assert_eq!(read.position(), (4, 7));
         assert_eq!(read.changes().len(), 2);
         assert_eq!(read.encode(), map.encode());
@@ -303,52 +243,57 @@ mod tests {
 
     #[test]
     fn a_removed_node_does_not_come_back() {
-        let ca = Ca::new();
-        let mut map = MapCache::new(ca.key(), NodeId([1; 16]));
+        let ca = Ca::new(9);
+        let mut map = MapCache::new(ca.public(), NodeId([1; 16]));
         map.apply(changes(1, vec![Bury(ca.tombstone(2))]));
-        let applied = map.apply(changes(2, vec![Upsert(ca.entry(2, 9))]));
+        let applied = map.apply(changes(2, vec![Upsert(ca.entry(node(2).generation(9)))]));
         assert!(applied.changes.is_empty());
     }
 
     #[test]
     fn an_older_record_does_not_replace_a_newer_one() {
-        let ca = Ca::new();
-        let mut map = MapCache::new(ca.key(), NodeId([1; 16]));
-        assert_eq!(map.apply(changes(1, vec![Upsert(ca.entry(2, 5))])).changes.len(), 1);
-        assert!(map.apply(changes(2, vec![Upsert(ca.entry(2, 4))])).changes.is_empty());
+        let ca = Ca::new(9);
+        let mut map = MapCache::new(ca.public(), NodeId([1; 16]));
+        assert_eq!(
+            map.apply(changes(1, vec![Upsert(ca.entry(node(2).generation(5)))])).changes.len(),
+            1
+        );
+        assert!(
+            map.apply(changes(2, vec![Upsert(ca.entry(node(2).generation(4)))])).changes.is_empty()
+        );
     }
 
     #[test]
     fn a_forged_entry_is_refused_and_the_rest_taken() {
-        let ca = Ca::new();
-        let mut map = MapCache::new(ca.key(), NodeId([1; 16]));
-        let mut forged = ca.entry(2, 1);
+        let ca = Ca::new(9);
+        let mut map = MapCache::new(ca.public(), NodeId([1; 16]));
+        let mut forged = ca.entry(node(2));
         if let Some(record) = &mut forged.record {
             let mut body = record.body.to_vec();
             body.push(0);
             record.body = body.into();
         }
-        let applied = map.apply(changes(1, vec![Upsert(forged), Upsert(ca.entry(3, 1))]));
+        let applied = map.apply(changes(1, vec![Upsert(forged), Upsert(ca.entry(node(3)))]));
         assert_eq!((applied.changes.len(), applied.refused.len()), (1, 1));
     }
 
     #[test]
     fn a_cut_cache_is_refused_without_panic() {
-        let ca = Ca::new();
-        let mut map = MapCache::new(ca.key(), NodeId([1; 16]));
-        map.apply(changes(1, vec![Upsert(ca.entry(2, 1))]));
+        let ca = Ca::new(9);
+        let mut map = MapCache::new(ca.public(), NodeId([1; 16]));
+        map.apply(changes(1, vec![Upsert(ca.entry(node(2)))]));
         let bytes = map.encode();
         for end in 0..bytes.len() {
             // Every result but a panic is fine. A cut between fields may be a valid smaller map.
-            let _ = MapCache::new(ca.key(), NodeId([1; 16])).restore(&bytes[..end]);
+            let _ = MapCache::new(ca.public(), NodeId([1; 16])).restore(&bytes[..end]);
         }
-        assert!(MapCache::new(ca.key(), NodeId([1; 16])).restore(b"nonsense").is_err());
+        assert!(MapCache::new(ca.public(), NodeId([1; 16])).restore(b"nonsense").is_err());
     }
 
     #[test]
     fn our_own_tombstone_is_known_as_ours() {
-        let ca = Ca::new();
-        let mut map = MapCache::new(ca.key(), NodeId([1; 16]));
+        let ca = Ca::new(9);
+        let mut map = MapCache::new(ca.public(), NodeId([1; 16]));
         let applied = map.apply(changes(1, vec![Bury(ca.tombstone(1))]));
         assert!(applied.changes.is_empty() && map.own_removed());
     }

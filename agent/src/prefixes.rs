@@ -111,32 +111,12 @@ impl Prefixes {
 
 #[cfg(test)]
 mod tests {
-    use towline_proto::id::{IdentityKey, MeshId, NodeId, WireguardKey};
-    use towline_proto::node::OverlayAddresses;
+    use towline_fixtures::node::{self, net, nets};
 
     use super::*;
 
-    fn net(text: &str) -> IpNet {
-        text.parse().unwrap()
-    }
-
     fn grant(allowed: &[&str]) -> Grant {
-        Grant {
-            mesh_id: MeshId([1; 16]),
-            node_id: NodeId([2; 16]),
-            name: "worker-1".parse().unwrap(),
-            identity_key: IdentityKey([3; 32]),
-            wireguard_keys: vec![WireguardKey([4; 32])],
-            overlay: OverlayAddresses {
-                v6: "fd00::1".parse().unwrap(),
-                v4: [198, 19, 0, 1].into(),
-            },
-            allowed_prefixes: allowed.iter().map(|text| net(text)).collect(),
-            site: None,
-            labels: BTreeMap::new(),
-            issued_at: 0,
-            ephemeral: false,
-        }
+        Grant { allowed_prefixes: nets(allowed), ..node::grant(2) }
     }
 
     fn prefixes(named: &[(PrefixSource, &[&str])]) -> Prefixes {

@@ -228,27 +228,19 @@ fn log(event: &Event) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::token::{SecretHash, TokenTerms};
+    use crate::registry::tests::terms;
+    use crate::registry::token::SecretHash;
     use crate::state_dir::StateDir;
-    use std::collections::BTreeMap;
     use std::time::Duration;
+    use towline_fixtures::node::mesh_config;
     use towline_proto::id::TokenId;
     use towline_proto::node::MeshConfig;
     use towline_proto::token::TokenSecret;
 
     fn create_token(id: u8) -> impl FnOnce(&mut Registry, &Sessions, Now) -> bool + Send {
         move |registry, _, now| {
-            let terms = TokenTerms {
-                uses: 1,
-                name: None,
-                site: None,
-                labels: BTreeMap::new(),
-                allowed_prefixes: Vec::new(),
-                replace: None,
-                ephemeral: false,
-            };
             let hash = SecretHash::of(&TokenSecret([id; 32]));
-            registry.create_token(TokenId([id; 8]), hash, terms, i64::MAX, now).is_ok()
+            registry.create_token(TokenId([id; 8]), hash, terms(), i64::MAX, now).is_ok()
         }
     }
 
@@ -259,16 +251,7 @@ mod tests {
         let authority = Arc::new(Authority::load_or_create(&dir, true, 0).unwrap());
         let mut registry = Registry::create(
             authority.clone(),
-            MeshConfig {
-                mesh_id: authority.mesh_id(),
-                overlay_v6: "fd00::/64".parse().unwrap(),
-                overlay_v4: "198.19.0.0/16".parse().unwrap(),
-                protected: Vec::new(),
-                trusted_sites: Vec::new(),
-                bypass_when_down: Vec::new(),
-                lease: Duration::from_secs(600),
-                generation: 1,
-            },
+            MeshConfig { mesh_id: authority.mesh_id(), ..mesh_config() },
         );
         let store = Store::create(&dir.store(), &registry.take_changes().writes).unwrap();
         store.fail_next_commit();

@@ -1,20 +1,19 @@
 //! Tests of the controller's gRPC services, with nodes and operators as clients.
 
 #![allow(clippy::unwrap_used, reason = "a panic is the report")]
-#![allow(unreachable_pub, reason = "`common` is a module like a crate")]
-
-mod common;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{Machine, Node, TestController, config, prefix, soon, tombstone, upsert};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::Code;
 use towline_controller::authority::{Authority, Subject};
 use towline_controller::clock::Now;
 use towline_controller::service::{ROLES, Role, tombstone_of};
 use towline_controller::state_dir::StateDir;
+use towline_fixtures::controller::{
+    Machine, Node, TestController, config, prefix, soon, tombstone, upsert,
+};
 use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::token::TokenSecret;
 use towline_proto::{limits, pb, signed};

@@ -9,7 +9,6 @@ use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use prost::Message as _;
-use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use towline_core::mesh::{MapChange, Output};
 use towline_core::path::Path;
 use towline_core::peer_table::Observation;
@@ -19,8 +18,10 @@ use towline_dataplane::coalesce::{Coalesce, Coalescer};
 use towline_dataplane::packet::Inner;
 use towline_dataplane::split::Split;
 use towline_dataplane::vnet::{VNET_HEADER_BYTES, VnetHeader};
+use towline_fixtures::ca::Ca;
+use towline_fixtures::node::{record, tombstone_of};
 use towline_proto::frame::{DatagramKind, Probe, ProbeHeader, relayed};
-use towline_proto::id::{IdentityKey, WireguardKey};
+use towline_proto::id::WireguardKey;
 use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind, Grant, MeshConfig, Node, Record, Tombstone};
 use towline_proto::pb;
@@ -70,35 +71,35 @@ pub fn signed(bytes: &[u8]) {
         2 => Domain::Tombstone,
         _ => Domain::Mesh,
     };
-    let signed = sign_bytes(domain, body);
+    let signed = CA.sign_bytes(domain, body);
     let signed = Some(&signed);
     match domain {
         Domain::Grant => {
-            if let Ok(grant) = signed::grant(signed, &CA.public) {
+            if let Ok(grant) = signed::grant(signed, &CA.public()) {
                 assert!(grant.allowed_prefixes.len() <= limits::PREFIXES);
                 assert!(!grant.wireguard_keys.is_empty());
-                let again = sign_bytes(domain, &pb::Grant::from(&grant).encode_to_vec());
-                assert_eq!(signed::grant(Some(&again), &CA.public), Ok(grant));
+                let again = CA.sign_bytes(domain, &pb::Grant::from(&grant).encode_to_vec());
+                assert_eq!(signed::grant(Some(&again), &CA.public()), Ok(grant));
             }
         }
         Domain::Record => {
-            if let Ok(record) = signed::record(signed, &CA.public) {
+            if let Ok(record) = signed::record(signed, &CA.public()) {
                 assert!(record.candidates.len() <= limits::CANDIDATES);
                 assert!(!record.version.contains(char::is_control));
-                let again = sign_bytes(domain, &pb::Record::from(&record).encode_to_vec());
-                assert_eq!(signed::record(Some(&again), &CA.public), Ok(record));
+                let again = CA.sign_bytes(domain, &pb::Record::from(&record).encode_to_vec());
+                assert_eq!(signed::record(Some(&again), &CA.public()), Ok(record));
             }
         }
         Domain::Tombstone => {
-            if let Ok(tombstone) = signed::tombstone(signed, &CA.public) {
-                let again = sign_bytes(domain, &pb::Tombstone::from(&tombstone).encode_to_vec());
-                assert_eq!(signed::tombstone(Some(&again), &CA.public), Ok(tombstone));
+            if let Ok(tombstone) = signed::tombstone(signed, &CA.public()) {
+                let again = CA.sign_bytes(domain, &pb::Tombstone::from(&tombstone).encode_to_vec());
+                assert_eq!(signed::tombstone(Some(&again), &CA.public()), Ok(tombstone));
             }
         }
         Domain::Mesh => {
-            if let Ok(mesh) = signed::mesh(signed, &CA.public) {
-                let again = sign_bytes(domain, &pb::MeshConfig::from(&mesh).encode_to_vec());
-                assert_eq!(signed::mesh(Some(&again), &CA.public), Ok(mesh));
+            if let Ok(mesh) = signed::mesh(signed, &CA.public()) {
+                let again = CA.sign_bytes(domain, &pb::MeshConfig::from(&mesh).encode_to_vec());
+                assert_eq!(signed::mesh(Some(&again), &CA.public()), Ok(mesh));
             }
         }
     }
@@ -113,7 +114,7 @@ pub fn map(bytes: &[u8]) {
     for change in changes.changes.into_iter().filter_map(|change| change.kind) {
         match change {
             pb::change::Kind::Upsert(entry) => {
-                if let Ok(Some(node)) = signed::node(&entry, &CA.public) {
+                if let Ok(Some(node)) = signed::node(&entry, &CA.public()) {
                     for prefix in &node.record().prefixes {
                         assert!(node.grant().allows(prefix));
                     }
@@ -121,10 +122,10 @@ pub fn map(bytes: &[u8]) {
                 }
             }
             pb::change::Kind::Tombstone(tombstone) => {
-                let _ = signed::tombstone(Some(&tombstone), &CA.public);
+                let _ = signed::tombstone(Some(&tombstone), &CA.public());
             }
             pb::change::Kind::Mesh(mesh) => {
-                let _ = signed::mesh(Some(&mesh), &CA.public);
+                let _ = signed::mesh(Some(&mesh), &CA.public());
             }
         }
     }
@@ -254,7 +255,7 @@ pub fn mesh(bytes: &[u8]) {
             0 | 1 => mesh.handle_map_change(now, MapChange::Upsert(Box::new(input.node()))),
             2 => {
                 let tombstone =
-                    host::tombstone(&Host::new(input.host(), 1, host::mesh_config()).grant);
+                    tombstone_of(&Host::new(input.host(), 1, host::mesh_config()).grant);
                 if Some(tombstone.node_id) != mesh.grant().map(|grant| grant.node_id) {
                     removed.insert(tombstone.node_id);
                 }
@@ -351,21 +352,7 @@ fn check(output: &Output, sent: &mut u32) {
 static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// Signer of everything in this module.
-static CA: LazyLock<Signer> = LazyLock::new(|| {
-    let pair = Ed25519KeyPair::from_seed_unchecked(&[7; 32]).expect("any seed is a key");
-    let public = IdentityKey::try_from(pair.public_key().as_ref()).expect("32 bytes");
-    Signer { pair, public }
-});
-
-struct Signer {
-    pair: Ed25519KeyPair,
-    public: IdentityKey,
-}
-
-/// Signs bytes that need not be a valid message.
-fn sign_bytes(domain: Domain, body: &[u8]) -> pb::Signed {
-    signed::sign_encoded(domain, body.to_vec(), &CA.pair)
-}
+static CA: LazyLock<Ca> = LazyLock::new(|| Ca::new(7));
 
 fn signed_seeds() -> Vec<Vec<u8>> {
     let node = example_node();
@@ -373,7 +360,7 @@ fn signed_seeds() -> Vec<Vec<u8>> {
     [
         pb::Grant::from(node.grant()).encode_to_vec(),
         pb::Record::from(node.record()).encode_to_vec(),
-        pb::Tombstone::from(&host::tombstone(node.grant())).encode_to_vec(),
+        pb::Tombstone::from(&tombstone_of(node.grant())).encode_to_vec(),
         pb::MeshConfig::from(&mesh).encode_to_vec(),
     ]
     .into_iter()
@@ -384,17 +371,18 @@ fn signed_seeds() -> Vec<Vec<u8>> {
 
 fn map_seeds() -> Vec<Vec<u8>> {
     let node = example_node();
-    let sign = |domain, body: Vec<u8>| Some(sign_bytes(domain, &body));
-    let grant = Grant { identity_key: CA.public, ..node.grant().clone() };
+    let sign = |domain, body: Vec<u8>| Some(CA.sign_bytes(domain, &body));
+    let grant = Grant { identity_key: CA.public(), ..node.grant().clone() };
     let entry = pb::Entry {
         grant: sign(Domain::Grant, pb::Grant::from(&grant).encode_to_vec()),
         record: sign(Domain::Record, pb::Record::from(node.record()).encode_to_vec()),
         withheld: vec![(&node.record().prefixes[0]).into()],
     };
-    let tombstone: Tombstone = host::tombstone(&grant);
-    let tombstone = sign_bytes(Domain::Tombstone, &pb::Tombstone::from(&tombstone).encode_to_vec());
+    let tombstone: Tombstone = tombstone_of(&grant);
+    let tombstone =
+        CA.sign_bytes(Domain::Tombstone, &pb::Tombstone::from(&tombstone).encode_to_vec());
     let mesh: MeshConfig = host::mesh_config();
-    let mesh = sign_bytes(Domain::Mesh, &pb::MeshConfig::from(&mesh).encode_to_vec());
+    let mesh = CA.sign_bytes(Domain::Mesh, &pb::MeshConfig::from(&mesh).encode_to_vec());
     let changes = [
         pb::change::Kind::Upsert(entry),
         pb::change::Kind::Tombstone(tombstone),
@@ -616,14 +604,11 @@ impl Input<'_> {
     fn node(&mut self) -> Node {
         let grant = Host::new(self.host(), 1, host::mesh_config()).grant;
         let record = Record {
-            node_id: grant.node_id,
             generation: self.below(8).into(),
             boot_epoch: self.below(3).into(),
-            wireguard_keys: grant.wireguard_keys.clone(),
             candidates: self.candidates(),
             prefixes: self.prefixes(),
-            version: "fuzz".into(),
-            relay: false,
+            ..record(&grant)
         };
         Node::new(grant, record).expect("it announces what it may")
     }
@@ -638,12 +623,12 @@ mod tests {
         for seed in signed_seeds() {
             let domain = [Domain::Grant, Domain::Record, Domain::Tombstone, Domain::Mesh]
                 [usize::from(seed[0])];
-            let signed = sign_bytes(domain, &seed[1..]);
+            let signed = CA.sign_bytes(domain, &seed[1..]);
             let good = match domain {
-                Domain::Grant => signed::grant(Some(&signed), &CA.public).is_ok(),
-                Domain::Record => signed::record(Some(&signed), &CA.public).is_ok(),
-                Domain::Tombstone => signed::tombstone(Some(&signed), &CA.public).is_ok(),
-                Domain::Mesh => signed::mesh(Some(&signed), &CA.public).is_ok(),
+                Domain::Grant => signed::grant(Some(&signed), &CA.public()).is_ok(),
+                Domain::Record => signed::record(Some(&signed), &CA.public()).is_ok(),
+                Domain::Tombstone => signed::tombstone(Some(&signed), &CA.public()).is_ok(),
+                Domain::Mesh => signed::mesh(Some(&signed), &CA.public()).is_ok(),
             };
             assert!(good);
         }

@@ -9,13 +9,12 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_util::Stream;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PKCS_ED25519};
-use ring::signature::Ed25519KeyPair;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rcgen::{KeyPair, PKCS_ED25519};
+use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
@@ -24,146 +23,9 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
-use towline_agent::keys::{Identity, Wireguard};
-use towline_proto::id::{IdentityKey, MeshId, NodeId};
-use towline_proto::node::{Grant, MeshConfig, OverlayAddresses, Record, Tombstone};
+use towline_fixtures::ca::Ca;
 use towline_proto::pb::discovery_server::{Discovery, DiscoveryServer};
-use towline_proto::signed::{Domain, sign};
 use towline_proto::{CONTROLLER_TLS_NAME, pb};
-
-/// A certificate authority for tests.
-pub struct Ca {
-    key: KeyPair,
-    signing: Ed25519KeyPair,
-    certificate: CertificateDer<'static>,
-}
-
-impl Ca {
-    /// Generates a CA with new keys.
-    pub fn new() -> anyhow::Result<Self> {
-        let key = KeyPair::generate_for(&PKCS_ED25519)?;
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let certificate = params.self_signed(&key)?.der().clone();
-        let signing = Ed25519KeyPair::from_pkcs8_maybe_unchecked(&key.serialize_der())
-            .map_err(|_| anyhow::anyhow!("key rejected"))?;
-        Ok(Self { key, signing, certificate })
-    }
-
-    /// Returns the CA's certificate.
-    pub fn certificate(&self) -> CertificateDer<'static> {
-        self.certificate.clone()
-    }
-
-    /// Returns the CA's public key.
-    pub fn public(&self) -> anyhow::Result<IdentityKey> {
-        Ok(IdentityKey::try_from(self.key.public_key_raw())?)
-    }
-
-    /// Issues a certificate for `public`, valid for `life`, beginning an hour ago.
-    pub fn issue(
-        &self,
-        name: &str,
-        public: &impl rcgen::PublicKeyData,
-        life: Duration,
-    ) -> anyhow::Result<CertificateDer<'static>> {
-        let mut params = CertificateParams::new(vec![name.to_owned()])?;
-        let from = SystemTime::now() - Duration::from_secs(3600);
-        params.not_before = from.into();
-        params.not_after = (from + life).into();
-        let issuer = Issuer::from_ca_cert_der(&self.certificate, &self.key)?;
-        Ok(params.signed_by(public, &issuer)?.der().clone())
-    }
-
-    /// Signs a message as the CA.
-    pub fn sign(&self, domain: Domain, body: &impl prost::Message) -> pb::Signed {
-        sign(domain, body, &self.signing)
-    }
-
-    /// Returns the mesh configuration of [`mesh`], signed.
-    pub fn mesh(&self) -> pb::Signed {
-        self.sign(Domain::Mesh, &pb::MeshConfig::from(&mesh()))
-    }
-
-    /// Returns a signed grant for a node that has these keys.
-    pub fn grant(&self, id: u8, identity: &Identity, wireguard: &Wireguard) -> pb::Signed {
-        self.sign(Domain::Grant, &pb::Grant::from(&grant(id, identity, wireguard)))
-    }
-
-    /// Returns a complete node with new keys and a record of this generation.
-    pub fn entry(&self, id: u8, generation: u64) -> anyhow::Result<pb::Entry> {
-        let (identity, wireguard) = (Identity::generate()?, Wireguard::generate()?);
-        let record = Record {
-            node_id: NodeId([id; 16]),
-            generation,
-            boot_epoch: 1,
-            wireguard_keys: vec![wireguard.public()],
-            candidates: Vec::new(),
-            prefixes: Vec::new(),
-            version: String::new(),
-            relay: false,
-        };
-        Ok(pb::Entry {
-            grant: Some(self.grant(id, &identity, &wireguard)),
-            record: Some(identity.sign_record(&pb::Record::from(&record))),
-            withheld: Vec::new(),
-        })
-    }
-
-    /// Returns a signed tombstone of a node.
-    pub fn tombstone(&self, id: u8) -> anyhow::Result<pb::Signed> {
-        let tombstone = Tombstone {
-            mesh_id: MESH,
-            node_id: NodeId([id; 16]),
-            name: name(id).parse()?,
-            identity_key: IdentityKey([0; 32]),
-            removed_at: 0,
-        };
-        Ok(self.sign(Domain::Tombstone, &pb::Tombstone::from(&tombstone)))
-    }
-}
-
-/// The mesh id that all tests use.
-pub const MESH: MeshId = MeshId([7; 16]);
-
-fn name(id: u8) -> String {
-    format!("node-{id}")
-}
-
-/// Returns the configuration of [`MESH`].
-pub fn mesh() -> MeshConfig {
-    let v6 = std::net::Ipv6Addr::new(0xfd00, 0, 0, 7, 0, 0, 0, 0);
-    MeshConfig {
-        mesh_id: MESH,
-        overlay_v6: ipnet::Ipv6Net::new_assert(v6, 64),
-        overlay_v4: ipnet::Ipv4Net::new_assert([198, 19, 0, 0].into(), 16),
-        protected: Vec::new(),
-        trusted_sites: Vec::new(),
-        bypass_when_down: Vec::new(),
-        lease: Duration::from_secs(600),
-        generation: 1,
-    }
-}
-
-/// Returns a grant for a node that has these keys.
-pub fn grant(id: u8, identity: &Identity, wireguard: &Wireguard) -> Grant {
-    Grant {
-        mesh_id: MESH,
-        node_id: NodeId([id; 16]),
-        name: name(id).parse().unwrap_or_else(|_| unreachable!("a DNS label")),
-        identity_key: identity.public(),
-        wireguard_keys: vec![wireguard.public()],
-        overlay: OverlayAddresses {
-            v6: std::net::Ipv6Addr::new(0xfd00, 0, 0, 7, 0, 0, 0, id.into()),
-            v4: [198, 19, 0, id].into(),
-        },
-        allowed_prefixes: Vec::new(),
-        site: None,
-        labels: Default::default(),
-        issued_at: 0,
-        ephemeral: false,
-    }
-}
 
 /// The reply channel of a call.
 pub type Reply<T> = oneshot::Sender<Result<T, Status>>;
@@ -216,7 +78,7 @@ impl ScriptedController {
     /// Starts a controller on the loopback, with a certificate from `ca`.
     pub async fn start(ca: &Ca) -> anyhow::Result<Self> {
         let key = KeyPair::generate_for(&PKCS_ED25519)?;
-        let leaf = ca.issue(CONTROLLER_TLS_NAME, &key, Duration::from_secs(86_400))?;
+        let leaf = ca.issue(CONTROLLER_TLS_NAME, &key, Duration::from_secs(86_400));
         let mut tls = rustls::ServerConfig::builder_with_provider(towline_agent::tls::provider())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_no_client_auth()

@@ -10,15 +10,31 @@ use tokio::sync::{mpsc, watch};
 use tonic::Status;
 use towline_agent::discovery::{Announcement, Command, Discovery, Event, Setup};
 use towline_agent::join::{self, JoinError, Joined};
-use towline_agent::state::{Counters, Membership, StateDir};
+use towline_agent::state::{Counters, Keys, Membership, StateDir};
 use towline_core::mesh::MapChange;
-use towline_proto::node::{Candidate, CandidateKind};
+use towline_fixtures::ca::Ca;
+use towline_fixtures::node::{candidate, grant, node};
+use towline_proto::node::Grant;
 use towline_proto::pb::change::Kind::{Tombstone, Upsert};
 use towline_proto::token::{JoinToken, TokenSecret};
 use towline_proto::{id::TokenId, pb, signed};
-use towline_tests::scripted::{Ca, Call, ScriptedController, changes, ready};
+use towline_tests::scripted::{Call, ScriptedController, changes, ready};
 
 const OWN: u8 = 1;
+
+/// Returns the grant of a node with these keys.
+fn own_grant(keys: &Keys) -> Grant {
+    Grant {
+        identity_key: keys.identity.public(),
+        wireguard_keys: vec![keys.wireguard.public()],
+        ..grant(OWN)
+    }
+}
+
+/// Returns the change that brings node `number`, as `ca` signs it.
+fn upsert(ca: &Ca, number: u8) -> pb::change::Kind {
+    Upsert(ca.entry(node(number)))
+}
 
 struct Node {
     state: Arc<StateDir>,
@@ -42,11 +58,11 @@ impl Node {
         let csr = keys.identity.signing_request().unwrap();
         let public =
             rcgen::CertificateSigningRequestParams::from_der(&csr.into()).unwrap().public_key;
-        state.store_certificate(&[ca.issue("node", &public, life).unwrap()]).unwrap();
+        state.store_certificate(&[ca.issue("node", &public, life)]).unwrap();
         let membership = Membership::new(
             ca.certificate(),
             vec![controller.address.to_string().parse().unwrap()],
-            ca.grant(OWN, &keys.identity, &keys.wireguard),
+            ca.grant(&own_grant(&keys)),
             ca.mesh(),
         )
         .unwrap();
@@ -103,8 +119,7 @@ impl Daemon {
     }
 
     fn announce(&self, port: u16) {
-        let address = format!("192.0.2.1:{port}").parse().unwrap();
-        let candidates = vec![Candidate::new(CandidateKind::Local, address).unwrap()];
+        let candidates = vec![candidate(&format!("192.0.2.1:{port}"))];
         self.announcements.send_replace(Some(Announcement {
             candidates,
             prefixes: Vec::new(),
@@ -117,7 +132,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 
 #[tokio::test]
 async fn the_map_comes_in_and_a_new_session_resumes_where_the_last_one_ended() {
-    let ca = Ca::new().unwrap();
+    let ca = Ca::new(1);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
     let node = Node::new(&ca, &controller, DAY);
     let mut daemon = node.start();
@@ -125,7 +140,7 @@ async fn the_map_comes_in_and_a_new_session_resumes_where_the_last_one_ended() {
     let watch = controller.watch().await.unwrap();
     assert_eq!((watch.start.epoch, watch.start.revision), (0, 0));
     watch.send(ready(5)).await;
-    watch.send(changes(3, vec![Upsert(ca.entry(2, 1).unwrap())])).await;
+    watch.send(changes(3, vec![upsert(&ca, 2)])).await;
     assert!(
         matches!(&daemon.map().await[..], [MapChange::Upsert(node)] if node.name().as_str() == "node-2")
     );
@@ -137,18 +152,13 @@ async fn the_map_comes_in_and_a_new_session_resumes_where_the_last_one_ended() {
 
 #[tokio::test]
 async fn what_was_learned_is_on_disk_for_a_start_without_a_controller() {
-    let ca = Ca::new().unwrap();
+    let ca = Ca::new(1);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
     let node = Node::new(&ca, &controller, DAY);
     let mut daemon = node.start();
     let watch = controller.watch().await.unwrap();
     watch.send(ready(5)).await;
-    watch
-        .send(changes(
-            3,
-            vec![Upsert(ca.entry(2, 1).unwrap()), Tombstone(ca.tombstone(3).unwrap())],
-        ))
-        .await;
+    watch.send(changes(3, vec![upsert(&ca, 2), Tombstone(ca.tombstone(3))])).await;
     daemon.map().await;
     drop(watch);
     daemon.disconnected().await;
@@ -161,19 +171,19 @@ async fn what_was_learned_is_on_disk_for_a_start_without_a_controller() {
 
 #[tokio::test]
 async fn another_epoch_is_watched_from_its_beginning_and_removes_nobody() {
-    let ca = Ca::new().unwrap();
+    let ca = Ca::new(1);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
     let node = Node::new(&ca, &controller, DAY);
     let mut daemon = node.start();
     let watch = controller.watch().await.unwrap();
     watch.send(ready(5)).await;
-    watch.send(changes(9, vec![Upsert(ca.entry(2, 1).unwrap())])).await;
+    watch.send(changes(9, vec![upsert(&ca, 2)])).await;
     daemon.map().await;
     drop(watch);
 
     let watch = controller.watch().await.unwrap();
     watch.send(ready(6)).await;
-    watch.send(changes(1, vec![Upsert(ca.entry(3, 1).unwrap())])).await;
+    watch.send(changes(1, vec![upsert(&ca, 3)])).await;
     assert!(matches!(&daemon.map().await[..], [MapChange::Upsert(_)]));
     drop(watch);
     let watch = controller.watch().await.unwrap();
@@ -182,15 +192,15 @@ async fn another_epoch_is_watched_from_its_beginning_and_removes_nobody() {
 
 #[tokio::test]
 async fn a_forged_entry_is_refused_and_the_rest_is_taken() {
-    let ca = Ca::new().unwrap();
-    let liar = Ca::new().unwrap();
+    let ca = Ca::new(1);
+    let liar = Ca::new(2);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
     let node = Node::new(&ca, &controller, DAY);
     let mut daemon = node.start();
     let watch = controller.watch().await.unwrap();
     watch.send(ready(1)).await;
-    let forged = Upsert(liar.entry(2, 1).unwrap());
-    watch.send(changes(1, vec![forged, Upsert(ca.entry(3, 1).unwrap())])).await;
+    let forged = upsert(&liar, 2);
+    watch.send(changes(1, vec![forged, upsert(&ca, 3)])).await;
     assert!(
         matches!(&daemon.map().await[..], [MapChange::Upsert(node)] if node.name().as_str() == "node-3")
     );
@@ -198,7 +208,7 @@ async fn a_forged_entry_is_refused_and_the_rest_is_taken() {
 
 #[tokio::test]
 async fn a_record_is_published_and_offered_again_unchanged_in_the_next_session() {
-    let ca = Ca::new().unwrap();
+    let ca = Ca::new(1);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
     let node = Node::new(&ca, &controller, DAY);
     let daemon = node.start();
@@ -222,7 +232,7 @@ async fn a_record_is_published_and_offered_again_unchanged_in_the_next_session()
 
 #[tokio::test]
 async fn a_node_whose_state_was_set_back_numbers_its_records_after_those_the_mesh_has() {
-    let ca = Ca::new().unwrap();
+    let ca = Ca::new(1);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
     let node = Node::new(&ca, &controller, DAY);
     let mut daemon = node.start();
@@ -241,7 +251,7 @@ async fn a_node_whose_state_was_set_back_numbers_its_records_after_those_the_mes
         record: Some(keys.identity.sign_record(&record)),
         withheld: Vec::new(),
     };
-    watch.send(changes(1, vec![Upsert(own), Upsert(ca.entry(2, 1).unwrap())])).await;
+    watch.send(changes(1, vec![Upsert(own), upsert(&ca, 2)])).await;
     daemon.map().await;
     daemon.announce(1000);
     let published = controller.published().await.unwrap();
@@ -251,7 +261,7 @@ async fn a_node_whose_state_was_set_back_numbers_its_records_after_those_the_mes
 
 #[tokio::test]
 async fn a_silent_controller_is_left() {
-    let ca = Ca::new().unwrap();
+    let ca = Ca::new(1);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
     let node = Node::new(&ca, &controller, DAY);
     let mut daemon = node.start();
@@ -265,7 +275,7 @@ async fn a_silent_controller_is_left() {
 
 #[tokio::test]
 async fn a_refused_record_is_a_reason_and_not_the_end_of_the_session() {
-    let ca = Ca::new().unwrap();
+    let ca = Ca::new(1);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
     let node = Node::new(&ca, &controller, DAY);
     let mut daemon = node.start();
@@ -286,18 +296,18 @@ async fn a_refused_record_is_a_reason_and_not_the_end_of_the_session() {
         })
         .await;
     assert!(refused.contains("no such prefix"), "{refused}");
-    watch.send(changes(1, vec![Upsert(ca.entry(2, 1).unwrap())])).await;
+    watch.send(changes(1, vec![upsert(&ca, 2)])).await;
     daemon.map().await;
 }
 
 #[tokio::test]
 async fn a_removed_node_learns_it_from_the_tombstone_it_is_refused_with() {
-    let ca = Ca::new().unwrap();
+    let ca = Ca::new(1);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
     let node = Node::new(&ca, &controller, DAY);
     let mut daemon = node.start();
     let watch = controller.watch().await.unwrap();
-    let tombstone = ca.tombstone(OWN).unwrap().encode_to_vec();
+    let tombstone = ca.tombstone(OWN).encode_to_vec();
     let code = tonic::Code::PermissionDenied;
     watch.fail(Status::with_details(code, "this node was removed", tombstone.into())).await;
     daemon.event(|event| matches!(event, Event::Removed).then_some(())).await;
@@ -306,7 +316,7 @@ async fn a_removed_node_learns_it_from_the_tombstone_it_is_refused_with() {
 
 #[tokio::test]
 async fn a_certificate_near_its_end_is_renewed_before_the_watch() {
-    let ca = Ca::new().unwrap();
+    let ca = Ca::new(1);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
     // The certificate has expired: it was valid for half an hour, beginning an hour ago.
     let node = Node::new(&ca, &controller, Duration::from_secs(1800));
@@ -316,7 +326,7 @@ async fn a_certificate_near_its_end_is_renewed_before_the_watch() {
     };
     let csr = rcgen::CertificateSigningRequestParams::from_der(&request.csr.into()).unwrap();
     assert_eq!(csr.public_key.der_bytes(), node.membership.grant.identity_key.as_bytes());
-    let fresh = ca.issue("node", &csr.public_key, DAY).unwrap();
+    let fresh = ca.issue("node", &csr.public_key, DAY);
     let certificate_chain = vec![fresh.to_vec()];
     let _ = reply.send(Ok(pb::RenewResponse { certificate_chain, grant: None }));
     controller.watch().await.unwrap();
@@ -325,8 +335,8 @@ async fn a_certificate_near_its_end_is_renewed_before_the_watch() {
 
 #[tokio::test]
 async fn another_meshs_controller_is_not_spoken_to() {
-    let ca = Ca::new().unwrap();
-    let controller = ScriptedController::start(&Ca::new().unwrap()).await.unwrap();
+    let ca = Ca::new(1);
+    let controller = ScriptedController::start(&Ca::new(2)).await.unwrap();
     let node = Node::new(&ca, &controller, DAY);
     let reason = node.start().disconnected().await;
     assert!(reason.contains("not this mesh's controller"), "{reason}");
@@ -334,7 +344,7 @@ async fn another_meshs_controller_is_not_spoken_to() {
 
 #[tokio::test]
 async fn leaving_is_told_to_the_controller_and_ends_the_task() {
-    let ca = Ca::new().unwrap();
+    let ca = Ca::new(1);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
     let node = Node::new(&ca, &controller, DAY);
     let mut daemon = node.start();
@@ -373,7 +383,7 @@ fn now_ms() -> i64 {
 
 #[tokio::test]
 async fn a_join_stores_what_it_was_given_and_a_second_one_changes_nothing() {
-    let ca = Ca::new().unwrap();
+    let ca = Ca::new(1);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
@@ -389,9 +399,9 @@ async fn a_join_stores_what_it_was_given_and_a_second_one_changes_nothing() {
         let keys = state.keys().unwrap();
         let csr = rcgen::CertificateSigningRequestParams::from_der(&request.csr.into()).unwrap();
         let answer = pb::JoinResponse {
-            grant: Some(ca.grant(OWN, &keys.identity, &keys.wireguard)),
+            grant: Some(ca.grant(&own_grant(&keys))),
             mesh: Some(ca.mesh()),
-            certificate_chain: vec![ca.issue("node", &csr.public_key, DAY).unwrap().to_vec()],
+            certificate_chain: vec![ca.issue("node", &csr.public_key, DAY).to_vec()],
         };
         let _ = reply.send(Ok(answer));
     };
@@ -405,7 +415,7 @@ async fn a_join_stores_what_it_was_given_and_a_second_one_changes_nothing() {
 
 #[tokio::test]
 async fn a_join_with_another_meshs_token_says_nothing_to_the_controller() {
-    let ca = Ca::new().unwrap();
+    let ca = Ca::new(1);
     let controller = ScriptedController::start(&ca).await.unwrap();
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
@@ -418,7 +428,7 @@ async fn a_join_with_another_meshs_token_says_nothing_to_the_controller() {
 
 #[tokio::test]
 async fn a_join_with_a_wrong_clock_spends_no_token() {
-    let ca = Ca::new().unwrap();
+    let ca = Ca::new(1);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();

@@ -6,14 +6,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
-use towline_core::mesh::{Config, MapChange, Membership, Mesh, Output, PeerState};
+use towline_core::mesh::{MapChange, Membership, Mesh, Output, PeerState};
 use towline_core::path::{LocalAddress, Path};
 use towline_core::peer_table::{Observation, PeerTable};
-use towline_core::plan::{Plan, RouteVia, RulePlan};
+use towline_core::plan::{Plan, RouteVia};
 use towline_core::static_peers::{StaticPeer, StaticPeerStatus};
-use towline_types::id::{IdentityKey, MeshId, NodeId, PresharedKey, WireguardKey};
-use towline_types::node::{Grant, MeshConfig, Node, OverlayAddresses, Record, Tombstone};
+use towline_fixtures::agent;
+use towline_fixtures::node::{net, nets, node, tombstone, wireguard_key as key};
+use towline_types::id::PresharedKey;
 
 const HOME: &str = "203.0.113.7:51820";
 const AWAY: &str = "198.51.100.9:4000";
@@ -125,7 +125,7 @@ fn what_the_mesh_or_its_nodes_hold_is_refused_to_a_static_peer_and_shown() {
     let mut us = Us::in_mesh();
     us.set(vec![peer(2, &["10.1.0.0/16", "10.2.0.0/16", "198.19.0.0/24", "192.168.0.0/16"])]);
     assert_eq!(us.status(2).conflicts, ["prefix 198.19.0.0/24 overlaps 198.19.0.0/16 of the mesh"]);
-    us.mesh.handle_map_change(us.now, MapChange::Upsert(Box::new(node(3, &["10.1.7.0/24"]))));
+    us.mesh.handle_map_change(us.now, node(3).prefixes(&["10.1.7.0/24"]).into());
     us.mesh.set_prefixes(us.now, vec![net("10.2.0.0/16")]);
     us.drain();
     assert_eq!(
@@ -146,7 +146,7 @@ fn what_the_mesh_or_its_nodes_hold_is_refused_to_a_static_peer_and_shown() {
 #[test]
 fn a_static_peer_with_a_nodes_key_is_no_peer() {
     let mut us = Us::in_mesh();
-    us.mesh.handle_map_change(us.now, MapChange::Upsert(Box::new(node(2, &["10.1.0.0/16"]))));
+    us.mesh.handle_map_change(us.now, node(2).prefixes(&["10.1.0.0/16"]).into());
     us.set(vec![peer(2, &["10.9.0.0/24"]), peer(1, &["10.8.0.0/24"])]);
     assert_eq!(us.status(2).reason, "its WireGuard key is held by node-2");
     assert_eq!(us.status(1).reason, "its WireGuard key is held by this node");
@@ -181,16 +181,7 @@ impl Us {
     fn new(membership: Option<Membership>) -> Self {
         #[allow(clippy::disallowed_methods)] // some instant to count from
         let now = Instant::now();
-        let config = Config {
-            membership,
-            link: "towline0".into(),
-            mtu: 1420,
-            table: 1,
-            rules: RulePlan { priority: 1, mark: 1, mask: 1 },
-            firewall_table: "towline".into(),
-            relay: false,
-            boot_epoch: 1,
-        };
+        let config = agent::config(membership);
         Self { mesh: Mesh::new(config, [7; 32], now), now, table: Arc::default(), plan: None }
     }
 
@@ -199,17 +190,7 @@ impl Us {
     }
 
     fn in_mesh() -> Self {
-        let mesh = MeshConfig {
-            mesh_id: MeshId([1; 16]),
-            overlay_v6: "fd00::/64".parse().unwrap(),
-            overlay_v4: "198.19.0.0/16".parse().unwrap(),
-            protected: Vec::new(),
-            trusted_sites: Vec::new(),
-            bypass_when_down: Vec::new(),
-            lease: Duration::from_secs(600),
-            generation: 1,
-        };
-        Self::new(Some(Membership { grant: grant(1), mesh }))
+        Self::new(Some(agent::membership(1)))
     }
 
     fn set(&mut self, peers: Vec<StaticPeer>) {
@@ -259,56 +240,9 @@ fn peer(number: u8, prefixes: &[&str]) -> StaticPeer {
         public_key: key(number),
         preshared_key: None,
         endpoint: Some(addr(HOME)),
-        prefixes: prefixes.iter().map(|text| net(text)).collect(),
+        prefixes: nets(prefixes),
         keepalive: None,
     }
-}
-
-fn grant(number: u8) -> Grant {
-    Grant {
-        mesh_id: MeshId([1; 16]),
-        node_id: NodeId([number; 16]),
-        name: format!("node-{number}").parse().unwrap(),
-        identity_key: IdentityKey([number; 32]),
-        wireguard_keys: vec![key(number)],
-        overlay: OverlayAddresses {
-            v6: format!("fd00::{number}").parse().unwrap(),
-            v4: [198, 19, 0, number].into(),
-        },
-        allowed_prefixes: vec![net("10.0.0.0/8")],
-        site: None,
-        labels: Default::default(),
-        issued_at: i64::from(number),
-        ephemeral: false,
-    }
-}
-
-fn node(number: u8, prefixes: &[&str]) -> Node {
-    let record = Record {
-        node_id: NodeId([number; 16]),
-        generation: 1,
-        boot_epoch: 1,
-        wireguard_keys: vec![key(number)],
-        candidates: Vec::new(),
-        prefixes: prefixes.iter().map(|text| net(text)).collect(),
-        relay: false,
-        version: "0".into(),
-    };
-    Node::new(grant(number), record).unwrap()
-}
-
-fn tombstone(number: u8) -> Tombstone {
-    Tombstone {
-        mesh_id: MeshId([1; 16]),
-        node_id: NodeId([number; 16]),
-        identity_key: IdentityKey([number; 32]),
-        name: grant(number).name,
-        removed_at: 1,
-    }
-}
-
-fn key(number: u8) -> WireguardKey {
-    WireguardKey([number; 32])
 }
 
 fn path(text: &str) -> Path {
@@ -316,9 +250,5 @@ fn path(text: &str) -> Path {
 }
 
 fn addr(text: &str) -> SocketAddr {
-    text.parse().unwrap()
-}
-
-fn net(text: &str) -> IpNet {
     text.parse().unwrap()
 }

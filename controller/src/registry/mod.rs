@@ -795,4 +795,4 @@ pub struct OverlayInUse {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

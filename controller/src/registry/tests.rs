@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use proptest::prelude::*;
-use ring::signature::{Ed25519KeyPair, KeyPair};
-use towline_proto::id::{IdentityKey, MeshId, NodeId, NodeName, TokenId, WireguardKey};
-use towline_proto::node::{MeshConfig, Record};
-use towline_proto::pb;
-use towline_proto::signed::{self, Domain};
+use towline_fixtures::ca::{identity, public, sign_record};
+use towline_fixtures::node::{grant, identity_key, mesh_config, net, nets, record};
+use towline_proto::id::{MeshId, NodeId, NodeName, TokenId, WireguardKey};
+use towline_proto::node::{Grant, MeshConfig, Record};
+use towline_proto::signed;
 use towline_proto::token::TokenSecret;
 
 use super::sessions::{Session, Sessions};
@@ -32,19 +32,11 @@ static AUTHORITY: LazyLock<Arc<Authority>> = LazyLock::new(|| {
 });
 
 fn config(mesh_id: MeshId) -> MeshConfig {
-    MeshConfig {
-        mesh_id,
-        overlay_v6: "fd00:1:2:3::/64".parse().unwrap(),
-        overlay_v4: "198.19.0.0/24".parse().unwrap(),
-        protected: Vec::new(),
-        trusted_sites: Vec::new(),
-        bypass_when_down: Vec::new(),
-        lease: LEASE,
-        generation: 1,
-    }
+    MeshConfig { mesh_id, overlay_v4: "198.19.0.0/24".parse().unwrap(), ..mesh_config() }
 }
 
-fn terms() -> TokenTerms {
+/// Returns the terms of a token for one use that allows nothing.
+pub(crate) fn terms() -> TokenTerms {
     TokenTerms {
         uses: 1,
         name: None,
@@ -54,14 +46,6 @@ fn terms() -> TokenTerms {
         replace: None,
         ephemeral: false,
     }
-}
-
-fn identity(key: u8) -> Ed25519KeyPair {
-    Ed25519KeyPair::from_seed_unchecked(&[key; 32]).unwrap()
-}
-
-fn net(text: &str) -> IpNet {
-    text.parse().unwrap()
 }
 
 /// A registry with a clock, sessions, and copies of the store and the map.
@@ -126,7 +110,7 @@ impl World {
             token,
             secret: SECRET,
             name: name.parse().unwrap(),
-            identity_key: IdentityKey::try_from(identity(key).public_key().as_ref()).unwrap(),
+            identity_key: public(&identity(key)),
             wireguard_key: WireguardKey([key; 32]),
             node_id: NodeId([self.draw(); 16]),
         };
@@ -137,8 +121,7 @@ impl World {
 
     /// Adds a node that may announce `allowed`, and opens its session.
     fn node(&mut self, name: &str, key: u8, allowed: &[&str]) -> NodeId {
-        let allowed_prefixes = allowed.iter().map(|text| net(text)).collect();
-        let token = self.token(TokenTerms { allowed_prefixes, ..terms() });
+        let token = self.token(TokenTerms { allowed_prefixes: nets(allowed), ..terms() });
         let node = self.join(token, name, key).unwrap().node_id;
         self.open(node);
         node
@@ -184,17 +167,10 @@ impl World {
         generation: u64,
         prefixes: &[IpNet],
     ) -> Result<Published, Refusal> {
-        let record = Record {
-            node_id: node,
-            generation,
-            boot_epoch: 1,
-            wireguard_keys: vec![WireguardKey([key; 32])],
-            candidates: Vec::new(),
-            prefixes: prefixes.to_vec(),
-            version: String::new(),
-            relay: false,
-        };
-        let signed = signed::sign(Domain::Record, &pb::Record::from(&record), &identity(key));
+        let grant =
+            Grant { node_id: node, wireguard_keys: vec![WireguardKey([key; 32])], ..grant(key) };
+        let record = Record { generation, prefixes: prefixes.to_vec(), ..record(&grant) };
+        let signed = sign_record(&record, &identity(key));
         let published =
             self.registry.publish(node, &node.0, record, signed, &self.sessions, self.now);
         self.commit();
@@ -254,7 +230,7 @@ fn a_wrong_secret_is_refused_before_anything_is_told_about_the_token() {
         token,
         secret: TokenSecret([8; 32]),
         name: "b".parse().unwrap(),
-        identity_key: IdentityKey([2; 32]),
+        identity_key: identity_key(2),
         wireguard_key: WireguardKey([2; 32]),
         node_id: NodeId([200; 16]),
     };
@@ -286,7 +262,7 @@ fn names_and_keys_are_unique_and_the_holder_learns_who_tried() {
         token,
         secret: SECRET,
         name: "b".parse().unwrap(),
-        identity_key: IdentityKey([2; 32]),
+        identity_key: identity_key(2),
         wireguard_key: WireguardKey([1; 32]),
         node_id: NodeId([201; 16]),
     };
@@ -414,7 +390,7 @@ fn the_pod_networks_of_a_dead_node_follow_to_the_one_that_kubernetes_gives_them_
 #[test]
 fn prefixes_that_cannot_be_announced_are_refused() {
     let mut world = World::new();
-    for bad in ["198.19.0.0/25", "fd00:1:2:3::/80", "127.0.0.0/8", "ff02::/16", "169.254.1.0/24"] {
+    for bad in ["198.19.0.0/25", "fd00:7::/80", "127.0.0.0/8", "ff02::/16", "169.254.1.0/24"] {
         let terms = TokenTerms { allowed_prefixes: vec![net(bad)], ..terms() };
         let hash = SecretHash::of(&SECRET);
         let made = world.registry.create_token(TokenId([250; 8]), hash, terms, 1, world.now);

@@ -3,15 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ipnet::IpNet;
 use towline_core::mesh::{Config, MapChange, Membership, Mesh, Output, PeerState, Transmit};
 use towline_core::path::{ChannelId, LocalAddress, Path};
 use towline_core::peer_table::PeerTable;
-use towline_core::plan::{Plan, RulePlan};
+use towline_core::plan::Plan;
+use towline_fixtures::{agent, node};
 use towline_proto::frame::Probe;
-use towline_proto::id::{IdentityKey, MeshId, NodeId, WireguardKey};
+use towline_proto::id::{IdentityKey, NodeId, WireguardKey};
 use towline_proto::node::{
     Candidate, CandidateKind, Grant, MeshConfig, Node, OverlayAddresses, Record, Tombstone,
 };
@@ -177,18 +178,11 @@ impl Host {
         seed[..8].copy_from_slice(&self.seed.to_le_bytes());
         seed[8..10].copy_from_slice(&self.number.to_le_bytes());
         seed[16..24].copy_from_slice(&self.boot_epoch.to_le_bytes());
+        let membership = Membership { grant: self.grant.clone(), mesh: self.mesh_config.clone() };
         let config = Config {
-            membership: Some(Membership {
-                grant: self.grant.clone(),
-                mesh: self.mesh_config.clone(),
-            }),
-            link: "towline0".into(),
-            mtu: 1_420,
-            table: 21_580,
-            rules: RulePlan { priority: 21_580, mark: 0x10, mask: 0x30 },
-            firewall_table: "towline".into(),
             relay: self.relay,
             boot_epoch: self.boot_epoch,
+            ..agent::config(Some(membership))
         };
         Mesh::new(config, seed, now)
     }
@@ -432,14 +426,12 @@ impl Host {
         let candidates =
             self.agent.as_ref().map(|agent| agent.candidates.clone()).unwrap_or_default();
         let record = Record {
-            node_id: self.id(),
             generation: self.generation,
             boot_epoch: self.boot_epoch,
-            wireguard_keys: self.grant.wireguard_keys.clone(),
             candidates,
             prefixes: self.prefixes.clone(),
-            version: "sim".into(),
             relay: self.relay,
+            ..node::record(&self.grant)
         };
         let node = Node::new(self.grant.clone(), record).expect("the record respects the grant");
         Action::Publish(Box::new(node))
@@ -468,25 +460,9 @@ fn uplinks(addresses: &[(RealmId, IpAddr)]) -> Vec<LocalAddress> {
 /// Returns the configuration of the mesh that every simulated host is in.
 pub fn mesh_config() -> MeshConfig {
     MeshConfig {
-        mesh_id: MeshId([1; 16]),
         overlay_v6: "fd00:71::/64".parse().expect("a network"),
-        overlay_v4: "198.19.0.0/16".parse().expect("a network"),
-        protected: vec!["10.244.0.0/16".parse().expect("a network")],
-        trusted_sites: Vec::new(),
-        bypass_when_down: Vec::new(),
-        lease: Duration::from_secs(600),
-        generation: 1,
-    }
-}
-
-/// Returns the tombstone of a host.
-pub fn tombstone(grant: &Grant) -> Tombstone {
-    Tombstone {
-        mesh_id: grant.mesh_id,
-        node_id: grant.node_id,
-        name: grant.name.clone(),
-        identity_key: grant.identity_key,
-        removed_at: 0,
+        protected: vec![node::net("10.244.0.0/16")],
+        ..node::mesh_config()
     }
 }
 
@@ -498,7 +474,6 @@ fn grant(number: u16) -> Grant {
     let mut key = [0; 32];
     key[..2].copy_from_slice(&number.wrapping_mul(40_503).to_be_bytes());
     Grant {
-        mesh_id: MeshId([1; 16]),
         node_id: NodeId(id),
         name: format!("host-{number}").parse().expect("a name"),
         identity_key: IdentityKey(key),
@@ -507,10 +482,8 @@ fn grant(number: u16) -> Grant {
             v6: std::net::Ipv6Addr::new(0xfd00, 0x71, 0, 0, 0, 0, 0, number),
             v4: std::net::Ipv4Addr::new(198, 19, bytes[0], bytes[1]),
         },
-        allowed_prefixes: vec!["10.244.0.0/16".parse().expect("a network")],
-        site: None,
-        labels: BTreeMap::new(),
+        allowed_prefixes: vec![node::net("10.244.0.0/16")],
         issued_at: i64::from(number),
-        ephemeral: false,
+        ..node::grant(0)
     }
 }

@@ -21,6 +21,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use towline_core::mesh::{MapChange, PeerState};
 use towline_core::path::Path;
+use towline_fixtures::node::tombstone_of;
 use towline_proto::frame::Probe;
 use towline_proto::id::{NodeId, WireguardKey};
 use towline_proto::node::{Node, Tombstone};
@@ -129,7 +130,7 @@ impl Sim {
 
     /// Removes a node from the mesh permanently.
     pub fn remove(&mut self, host: HostId) {
-        let tombstone = host::tombstone(&self.hosts[host].grant);
+        let tombstone = tombstone_of(&self.hosts[host].grant);
         self.map.remove(&tombstone.node_id);
         self.tombstones.insert(tombstone.node_id, tombstone.clone());
         self.stop(host);

@@ -39,7 +39,7 @@ fn a_victim_whose_address_many_peers_advertise_gets_a_bounded_number_of_datagram
     let candidates: Vec<String> = (1..=32).map(|port| format!("192.0.2.9:{port}")).collect();
     let candidates: Vec<&str> = candidates.iter().map(String::as_str).collect();
     for number in 0..60 {
-        us.upsert(numbered(number).candidates(&candidates));
+        us.upsert(numbered_node(number).candidates(&candidates));
     }
     let outputs = us.run(Duration::from_secs(10));
     let sent = pings(&outputs).len() + handshakes(&outputs).iter().map(Vec::len).sum::<usize>();

@@ -14,36 +14,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use towline_core::mesh::{
-    Config, MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit,
-};
+use towline_core::mesh::{MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::path::{ChannelId, LocalAddress, Path};
 use towline_core::peer_table::{Observation, PeerTable};
-use towline_core::plan::{Plan, RouteVia, RulePlan};
+use towline_core::plan::{Plan, RouteVia};
 use towline_core::stun_client::Mapping;
-use towline_types::frame::Probe;
-use towline_types::id::{IdentityKey, MeshId, NodeId, WireguardKey};
-use towline_types::node::{
-    Candidate, CandidateKind, Grant, MeshConfig, Node, OverlayAddresses, Record, Tombstone,
+use towline_fixtures::agent;
+use towline_fixtures::node::{
+    NodeBuilder, candidate, grant, mesh_config, net, node as peer, node_id as id, numbered_node,
+    tombstone, wireguard_key as key,
 };
+use towline_types::frame::Probe;
+use towline_types::id::WireguardKey;
+use towline_types::node::{Grant, MeshConfig};
 
 const PUBLIC: &str = "203.0.113.7:51830";
 const PRIVATE: &str = "192.168.1.7:51830";
 const OTHER: &str = "203.0.113.77:51830";
-
-fn mesh_config() -> MeshConfig {
-    MeshConfig {
-        mesh_id: MeshId([1; 16]),
-        overlay_v6: "fd00::/64".parse().unwrap(),
-        overlay_v4: "198.19.0.0/16".parse().unwrap(),
-        protected: vec![net("10.0.0.0/8")],
-        trusted_sites: Vec::new(),
-        bypass_when_down: Vec::new(),
-        lease: Duration::from_secs(600),
-        generation: 1,
-    }
-}
 
 struct Us {
     mesh: Mesh,
@@ -61,16 +49,8 @@ impl Us {
     fn new(number: u8) -> Self {
         #[allow(clippy::disallowed_methods)] // some instant to count from
         let now = Instant::now();
-        let config = Config {
-            membership: Some(Membership { grant: grant(number), mesh: mesh_config() }),
-            link: "towline0".into(),
-            mtu: 1420,
-            table: 1,
-            rules: RulePlan { priority: 1, mark: 1, mask: 1 },
-            firewall_table: "towline".into(),
-            relay: false,
-            boot_epoch: 1,
-        };
+        let mesh = MeshConfig { protected: vec![net("10.0.0.0/8")], ..mesh_config() };
+        let config = agent::config(Some(Membership { grant: grant(number), mesh }));
         let mesh = Mesh::new(config, [7; 32], now);
         let (table, results) = (Arc::default(), BTreeMap::new());
         Self { mesh, now, table, plan: None, results, outputs: 0, silent: None, payload: u16::MAX }
@@ -119,8 +99,8 @@ impl Us {
         self.mesh.handle_message(self.now, key(2), None, message);
     }
 
-    fn upsert(&mut self, node: Build) {
-        self.mesh.handle_map_change(self.now, MapChange::Upsert(Box::new(node.build())));
+    fn upsert(&mut self, node: NodeBuilder) {
+        self.mesh.handle_map_change(self.now, node.into());
     }
 
     fn drain(&mut self) -> Vec<Output> {
@@ -264,149 +244,10 @@ fn call_me(number: u64, candidate_at: &str) -> Probe {
     Probe::CallMe { boot_epoch: 1, number, candidates: vec![candidate(candidate_at)] }
 }
 
-#[derive(Clone)]
-struct Build {
-    grant: Grant,
-    record: Record,
-}
-
-fn peer(number: u8) -> Build {
-    let record = Record {
-        node_id: id(number),
-        generation: 1,
-        boot_epoch: 1,
-        wireguard_keys: vec![key(number)],
-        candidates: Vec::new(),
-        prefixes: Vec::new(),
-        version: String::new(),
-        relay: false,
-    };
-    Build { grant: grant(number), record }
-}
-
-/// One of many: with an id and a key of two bytes.
-fn numbered(number: u16) -> Build {
-    let mut build = peer(2);
-    let [high, low] = (number + 1_000).to_be_bytes();
-    let mut id = [0; 16];
-    id[..2].copy_from_slice(&[high, low]);
-    let mut key = [0; 32];
-    key[..2].copy_from_slice(&[high, low]);
-    build.grant.node_id = NodeId(id);
-    build.grant.name = format!("many-{number}").parse().unwrap();
-    build.grant.identity_key = IdentityKey(key);
-    build.grant.wireguard_keys = vec![WireguardKey(key)];
-    build.grant.overlay = OverlayAddresses {
-        v6: std::net::Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 1, number),
-        v4: [198, 19, high, low].into(),
-    };
-    build.record.node_id = NodeId(id);
-    build.record.wireguard_keys = vec![WireguardKey(key)];
-    build
-}
-
-impl Build {
-    fn relay(mut self) -> Self {
-        self.record.relay = true;
-        self
-    }
-
-    fn candidates(mut self, list: &[&str]) -> Self {
-        self.record.candidates = list.iter().map(|text| candidate(text)).collect();
-        self
-    }
-
-    fn prefixes(mut self, list: &[&str]) -> Self {
-        self.record.prefixes = list.iter().map(|text| net(text)).collect();
-        self
-    }
-
-    fn generation(mut self, generation: u64) -> Self {
-        self.record.generation = generation;
-        self
-    }
-
-    fn site(mut self, site: &str) -> Self {
-        self.grant.site = Some(site.parse().unwrap());
-        self
-    }
-
-    fn issued(mut self, at: i64) -> Self {
-        self.grant.issued_at = at;
-        self
-    }
-
-    fn identity(mut self, number: u8) -> Self {
-        self.grant.identity_key = IdentityKey([number; 32]);
-        self
-    }
-
-    fn wireguard(mut self, number: u8) -> Self {
-        self.grant.wireguard_keys = vec![key(number)];
-        self.record.wireguard_keys = vec![key(number)];
-        self
-    }
-
-    fn build(self) -> Node {
-        Node::new(self.grant, self.record).unwrap()
-    }
-}
-
-impl From<Build> for MapChange {
-    fn from(build: Build) -> Self {
-        Self::Upsert(Box::new(build.build()))
-    }
-}
-
-fn grant(number: u8) -> Grant {
-    Grant {
-        mesh_id: MeshId([1; 16]),
-        node_id: id(number),
-        name: format!("node-{number}").parse().unwrap(),
-        identity_key: IdentityKey([number; 32]),
-        wireguard_keys: vec![key(number)],
-        overlay: OverlayAddresses {
-            v6: format!("fd00::{number}").parse().unwrap(),
-            v4: [198, 19, 0, number].into(),
-        },
-        allowed_prefixes: ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"].map(net).to_vec(),
-        site: None,
-        labels: BTreeMap::new(),
-        issued_at: i64::from(number),
-        ephemeral: false,
-    }
-}
-
-fn tombstone(number: u8) -> Tombstone {
-    Tombstone {
-        mesh_id: MeshId([1; 16]),
-        node_id: id(number),
-        name: format!("node-{number}").parse().unwrap(),
-        identity_key: IdentityKey([number; 32]),
-        removed_at: 0,
-    }
-}
-
-fn candidate(text: &str) -> Candidate {
-    Candidate::new(CandidateKind::Local, addr(text)).unwrap()
-}
-
-fn id(number: u8) -> NodeId {
-    NodeId([number; 16])
-}
-
-fn key(number: u8) -> WireguardKey {
-    WireguardKey([number; 32])
-}
-
 fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
 fn path(text: &str) -> Path {
     addr(text).into()
-}
-
-fn net(text: &str) -> IpNet {
-    text.parse().unwrap()
 }

@@ -12,7 +12,7 @@ fn the_guards_stand_before_any_peer_is_known() {
         [
             (net("10.0.0.0/8"), RouteVia::Unreachable),
             (net("198.19.0.0/16"), RouteVia::Unreachable),
-            (net("fd00::/64"), RouteVia::Unreachable),
+            (net("fd00:7::/64"), RouteVia::Unreachable),
         ]
     );
     assert_eq!(us.plan().firewall.guarded.len(), 3);
@@ -27,7 +27,7 @@ fn a_peers_prefixes_are_routed_into_the_tunnel_with_our_overlay_address_as_sourc
     let route = |text: &str, via| us.plan().routes.get(&(net(text), via)).copied();
     let source = |text| route(text, RouteVia::Link).and_then(|route| route.source);
     assert_eq!(source("10.244.2.0/24"), Some([198, 19, 0, 5].into()));
-    assert_eq!(source("fd00::2/128"), Some("fd00::5".parse().unwrap()));
+    assert_eq!(source("fd00:7::2/128"), Some("fd00:7::5".parse().unwrap()));
     assert!(route("192.168.50.0/24", RouteVia::Unreachable).is_some(), "guarded too");
     assert!(route("10.244.2.0/24", RouteVia::Unreachable).is_none(), "10.0.0.0/8 covers it");
     assert_eq!(us.table().peers[&key(2)].prefixes.len(), 4);
@@ -101,8 +101,8 @@ fn a_withdrawn_prefix_stays_guarded_until_its_node_is_removed() {
 fn of_two_claims_the_earlier_grant_wins_whatever_came_first() {
     let claims = || {
         [
-            peer(2).issued(20).prefixes(&["10.1.0.0/16"]),
-            peer(3).issued(10).prefixes(&["10.1.0.0/16"]),
+            peer(2).issued_at(20).prefixes(&["10.1.0.0/16"]),
+            peer(3).issued_at(10).prefixes(&["10.1.0.0/16"]),
         ]
     };
     for reverse in [false, true] {
@@ -124,13 +124,13 @@ fn of_two_claims_the_earlier_grant_wins_whatever_came_first() {
 #[test]
 fn who_holds_what_does_not_depend_on_the_order_in_which_it_was_heard() {
     let nodes = [
-        peer(2).issued(20).prefixes(&["10.1.0.0/16", "10.5.0.0/16"]),
-        peer(3).issued(10).prefixes(&["10.1.0.0/16"]),
+        peer(2).issued_at(20).prefixes(&["10.1.0.0/16", "10.5.0.0/16"]),
+        peer(3).issued_at(10).prefixes(&["10.1.0.0/16"]),
         // Of the same second; and it covers what others hold.
-        peer(4).issued(20).prefixes(&["10.4.0.0/15", "10.9.0.0/24"]),
+        peer(4).issued_at(20).prefixes(&["10.4.0.0/15", "10.9.0.0/24"]),
         // Another's key, and what it claims is free for who comes later.
-        peer(6).issued(30).wireguard(3).prefixes(&["10.6.0.0/16"]),
-        peer(7).issued(40).prefixes(&["10.6.0.0/16", "10.9.0.0/24"]),
+        peer(6).issued_at(30).wireguard(3).prefixes(&["10.6.0.0/16"]),
+        peer(7).issued_at(40).prefixes(&["10.6.0.0/16", "10.9.0.0/24"]),
     ];
     let mut found = BTreeSet::new();
     for order in orders(nodes.len()) {
@@ -175,8 +175,8 @@ fn orders(count: usize) -> Vec<Vec<usize>> {
 #[test]
 fn a_key_that_another_node_holds_gives_no_tunnel_and_says_why() {
     let mut us = Us::new(5);
-    us.upsert(peer(2).issued(1).candidates(&[PUBLIC]));
-    us.upsert(peer(3).issued(2).wireguard(2).candidates(&[PUBLIC]));
+    us.upsert(peer(2).issued_at(1).candidates(&[PUBLIC]));
+    us.upsert(peer(3).issued_at(2).wireguard(2).candidates(&[PUBLIC]));
     us.run(Duration::from_secs(1));
     assert_eq!(us.table().peers.len(), 1);
     assert_eq!(us.peer(3).reason, "its WireGuard key is held by node-2");

@@ -229,14 +229,14 @@ fn a_black_hole_is_found_and_the_route_and_the_data_plane_follow() {
 fn a_thousand_peers_cost_nothing_until_there_is_traffic_for_one() {
     let mut us = Us::new(1);
     for number in 0..1_000 {
-        us.upsert(numbered(number).candidates(&[PUBLIC]));
+        us.upsert(numbered_node(number).candidates(&[PUBLIC]));
     }
     let outputs = us.run(Duration::from_secs(600));
     let probes = |outputs: &[Output]| pings(outputs).len() + handshakes(outputs).len();
     let eager = 64;
     assert!(handshakes(&outputs).len() < eager * 7, "only those of a mesh that was small once");
     assert_eq!(probes(&us.run(Duration::from_secs(600))), 0);
-    let quiet = numbered(700).build();
+    let quiet = numbered_node(700).build();
     assert_eq!(us.mesh.peer(quiet.id()).unwrap().state, PeerState::Idle);
     us.mesh.handle_observation(us.now, quiet.wireguard_key(), Observation::Wanted);
     assert_eq!(probes(&us.run(Duration::from_millis(1))), 2);

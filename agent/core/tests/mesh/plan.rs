@@ -40,13 +40,13 @@ fn plan_and_peer_table_say_which_addresses_are_ours() {
     let mut us = Us::new(1);
     us.upsert(peer(2).prefixes(&["10.244.2.0/24"]));
     us.drain();
-    let overlay = ["198.19.0.1", "fd00::1"];
+    let overlay = ["198.19.0.1", "fd00:7::1"];
     let all = |own: &OwnNetworks| own.destinations().map(|net| net.to_string()).collect::<Vec<_>>();
     let whole = |us: &Us| {
         assert_eq!(us.plan().firewall.own, us.table().own);
         us.table().own.clone()
     };
-    assert_eq!(all(&whole(&us)), ["198.19.0.1/32", "fd00::1/128"]);
+    assert_eq!(all(&whole(&us)), ["198.19.0.1/32", "fd00:7::1/128"]);
 
     us.mesh.set_prefixes(us.now, vec![net("10.244.1.0/24"), net("192.168.1.5/32")]);
     us.mesh.set_node_ips(us.now, vec!["192.168.1.5".parse().unwrap()]);
@@ -74,7 +74,7 @@ fn plan_and_peer_table_say_which_addresses_are_ours() {
     us.mesh.set_prefixes(us.now, Vec::new());
     us.mesh.set_node_ips(us.now, Vec::new());
     us.drain();
-    assert_eq!(all(&whole(&us)), ["198.19.0.1/32", "fd00::1/128"]);
+    assert_eq!(all(&whole(&us)), ["198.19.0.1/32", "fd00:7::1/128"]);
     assert!(us.table().peers.values().all(|entry| !entry.is_static));
 }
 

@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_core::own_networks::OwnNetworks;
-use towline_core::plan::{
-    DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, RulePlan, UnderlayPlan,
-};
+use towline_core::plan::{Plan, RoutePlan, RouteVia};
+use towline_fixtures::agent;
+use towline_fixtures::node::net;
 
 use super::*;
 use towline_netlink::{
@@ -25,10 +25,6 @@ use towline_netns::{NetworkNamespace, add_link, namespace_test};
 use towline_nftables::{
     Chain, ChainKind, Expression, Hook, Ownership, Table, TableFamily, Transaction, Verdict,
 };
-
-fn net(text: &str) -> IpNet {
-    text.parse().unwrap()
-}
 
 fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
@@ -49,25 +45,11 @@ pub(super) fn plan() -> Plan {
     for guard in guarded {
         routes.insert((guard, RouteVia::Unreachable), RoutePlan::default());
     }
-    Plan {
-        link: LinkPlan {
-            name: "towline0".to_owned(),
-            mtu: 1_420,
-            addresses: [net("198.19.0.1/32"), net("fd00:9::1/128")].into(),
-        },
-        table: 21_580,
-        routes,
-        rules: RulePlan { priority: 21_580, mark: 0x10, mask: 0x30 },
-        pods: std::collections::BTreeSet::new(),
-        detour: DetourPlan::default(),
-        underlay: UnderlayPlan { port: Some(51_830), ..UnderlayPlan::default() },
-        firewall: FirewallPlan {
-            table: "towline".to_owned(),
-            guarded: guarded.into(),
-            own: OwnNetworks::new(["198.19.0.1", "fd00:9::1"].map(address), [], []),
-            ..FirewallPlan::default()
-        },
-    }
+    let mut plan = Plan { routes, ..agent::plan() };
+    plan.link.addresses = [net("198.19.0.1/32"), net("fd00:9::1/128")].into();
+    plan.firewall.guarded = guarded.into();
+    plan.firewall.own = OwnNetworks::new(["198.19.0.1", "fd00:9::1"].map(address), [], []);
+    plan
 }
 
 /// State of the namespace, without the state that the kernel maintains itself and updates later:

@@ -15,6 +15,7 @@ use serde::Serialize;
 use tokio_stream::wrappers::ReceiverStream;
 use towline_agent::state::StateDir;
 use towline_agent::{dial, join, tls};
+use towline_fixtures::node::record;
 use towline_netlink::Family;
 use towline_nftables::{Chain, ChainKind, Expression, Hook, Nft, Rule, Table, TableFamily};
 use towline_proto::node::{Candidate, CandidateKind, Record};
@@ -200,16 +201,8 @@ async fn publish(directory: &Path, token: &JoinToken, number: usize) -> anyhow::
     };
     // No host has this address.
     let address = SocketAddr::from(([203, 0, 113, 250], 10_000 + number as u16));
-    let record = Record {
-        node_id: membership.grant.node_id,
-        generation: 1,
-        boot_epoch: 1,
-        wireguard_keys: vec![keys.wireguard.public()],
-        candidates: Candidate::new(CandidateKind::Configured, address).into_iter().collect(),
-        prefixes: Vec::new(),
-        version: String::new(),
-        relay: false,
-    };
+    let candidates = Candidate::new(CandidateKind::Configured, address).into_iter().collect();
+    let record = Record { candidates, ..record(&membership.grant) };
     let record = Some(keys.identity.sign_record(&pb::Record::from(&record)));
     client.publish(pb::PublishRequest { record, session_id: ready.session_id }).await?;
     Ok(())

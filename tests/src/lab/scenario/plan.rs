@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use ipnet::IpNet;
 use serde::Serialize;
-use towline_core::plan::{
-    DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, RulePlan, UnderlayPlan,
-};
+use towline_core::plan::{Plan, RoutePlan, RouteVia};
 use towline_dataplane::open_tun;
+use towline_fixtures::agent;
 use towline_host::{HostNetwork, Names};
 use towline_netlink::Rtnetlink;
 
@@ -154,24 +153,9 @@ impl Mesh {
         for guard in &guarded {
             routes.insert((*guard, RouteVia::Unreachable), RoutePlan::default());
         }
-        let plan = Plan {
-            link: LinkPlan {
-                name: LINK.to_owned(),
-                mtu: 1_420,
-                addresses: own.map(IpNet::from).into(),
-            },
-            table: 21_580,
-            routes,
-            rules: RulePlan { priority: 21_580, mark: 0x10, mask: 0x30 },
-            pods: std::collections::BTreeSet::new(),
-            detour: DetourPlan::default(),
-            underlay: UnderlayPlan { port: Some(51_830), ..UnderlayPlan::default() },
-            firewall: FirewallPlan {
-                table: "towline".to_owned(),
-                guarded,
-                ..FirewallPlan::default()
-            },
-        };
+        let mut plan = Plan { routes, ..agent::plan() };
+        plan.link.addresses = own.map(IpNet::from).into();
+        plan.firewall.guarded = guarded;
         Self { plan }
     }
 
