@@ -1,4 +1,4 @@
-//! Tests the agent's discovery client against a scripted controller.
+//! Tests the agent's discovery client against a scripted controller, and against the real one.
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use towline_agent::join::{self, JoinError, Joined};
 use towline_agent::state::{Counters, Keys, Membership, StateDir};
 use towline_core::mesh::MapChange;
 use towline_fixtures::ca::Ca;
+use towline_fixtures::controller::TestController;
 use towline_fixtures::node::{candidate, grant, node};
 use towline_proto::node::Grant;
 use towline_proto::pb::change::Kind::{Tombstone, Upsert};
@@ -67,6 +68,17 @@ impl Node {
         )
         .unwrap();
         state.store_membership(&membership).unwrap();
+        Self { state, _dir: dir, membership }
+    }
+
+    /// Joins a controller as `name`.
+    async fn join(controller: &TestController, name: &str) -> Self {
+        let mut token = controller.token(pb::CreateTokenRequest::default()).await;
+        token.controllers = vec![controller.address.to_string().parse().unwrap()];
+        let dir = tempfile::tempdir().unwrap();
+        let state = Arc::new(StateDir::open(dir.path()).unwrap());
+        join::join(&state, &token, &name.parse().unwrap(), 0).await.unwrap();
+        let membership = state.membership().unwrap().unwrap();
         Self { state, _dir: dir, membership }
     }
 
@@ -440,4 +452,37 @@ async fn a_join_with_a_wrong_clock_spends_no_token() {
     let (joined, ()) = tokio::join!(join::join(&state, &token, &name, 0), serve);
     let error = joined.unwrap_err().to_string();
     assert!(error.contains("behind") && error.contains("clock"), "{error}");
+}
+
+#[tokio::test]
+async fn agents_that_joined_a_controller_see_each_other_until_one_leaves() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let (a, b) = tokio::join!(Node::join(&controller, "a"), Node::join(&controller, "b"));
+    let (daemon_a, mut daemon_b) = (a.start(), b.start());
+
+    daemon_a.announce(1000);
+    let record = loop {
+        let seen = daemon_b.map().await.into_iter().find_map(|change| match change {
+            MapChange::Upsert(node) => Some(node),
+            _ => None,
+        });
+        if let Some(node) = seen {
+            assert_eq!(*node.grant(), a.membership.grant);
+            break node.record().clone();
+        }
+    };
+    assert_eq!(record.candidates, [candidate("192.0.2.1:1000")]);
+
+    let (reply, left) = tokio::sync::oneshot::channel();
+    daemon_a.commands.send(Command::Leave(reply)).await.unwrap();
+    assert_eq!(left.await.unwrap(), Ok(()));
+    let removed = loop {
+        let changes = daemon_b.map().await;
+        if let Some(MapChange::Remove(tombstone)) = changes.into_iter().next() {
+            break tombstone.node_id;
+        }
+    };
+    assert_eq!(removed, a.membership.grant.node_id);
+    controller.stop().await;
 }
