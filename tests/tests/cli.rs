@@ -140,5 +140,20 @@ fn the_lab_lists_its_scenarios_and_knows_wrong_usage() {
     for scenario in ["demo", "idle", "crash"] {
         assert!(list.lines().any(|line| line.starts_with(scenario)), "{list}");
     }
-    assert_eq!(lab(&["no-such-scenario"]).status.code(), Some(2));
+    let json = lab(&["--json", "list"]);
+    let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(json["scenarios"].as_array().unwrap().len(), list.lines().count());
+    for wrong in [
+        &["no-such-scenario"][..],
+        &[],
+        &["demo", "--megabytes", "0"],
+        &["interop", "no-such-case"],
+        &["attack", "--case", "no-such-case"],
+        &["vm", "--case", "no-such-case"],
+        &["vm", "--kernel", "no-such-kernel"],
+    ] {
+        let output = lab(wrong);
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}");
+        assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{wrong:?}");
+    }
 }

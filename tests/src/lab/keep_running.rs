@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::interrupt;
 use super::namespace::Namespace;
+use super::report::WrongUsage;
 
 /// What a shell needs to know about a kept lab.
 #[derive(Debug, Serialize, Deserialize)]
@@ -104,7 +105,8 @@ impl Kept {
     pub fn enter(&self, name: &str, command: &[String]) -> anyhow::Result<Infallible> {
         let Some(place) = self.places.get(name) else {
             let names: Vec<&str> = self.places.keys().map(String::as_str).collect();
-            bail!("the lab has no node `{name}`: choose one of {}", names.join(", "));
+            let why = format!("the lab has no node `{name}`: choose one of {}", names.join(", "));
+            return Err(WrongUsage(why).into());
         };
         let user = format!("/proc/{}/ns/user", self.process);
         if inode(&user)? != inode("/proc/self/ns/user")? {

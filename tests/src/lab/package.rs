@@ -37,8 +37,16 @@ pub struct Package {
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub(in crate::lab) const PROGRAMS: [&str; 3] = ["towline", "towline-helper", "towline-controller"];
 
-/// Builds the programs and both packages into `out`.
-pub fn run(out: &Path) -> anyhow::Result<Package> {
+/// Command line options of `cargo lab package`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// Output directory.
+    #[arg(long, default_value = "target/package/out")]
+    pub out: PathBuf,
+}
+
+/// Builds the programs and both packages.
+pub fn run(Options { out }: &Options) -> anyhow::Result<Package> {
     let target = target();
     let programs = build(&target)?;
     let mut package = Package { target, ..Package::default() };

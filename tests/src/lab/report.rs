@@ -15,6 +15,11 @@ pub struct Forbidden {
     pub remedy: String,
 }
 
+/// Error of a command line that names something that does not exist. Exit status 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct WrongUsage(pub String);
+
 /// Records which promises of one run did not hold.
 #[derive(Debug, Default)]
 pub struct Promises {

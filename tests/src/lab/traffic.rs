@@ -83,6 +83,14 @@ pub fn random_bytes<const N: usize>() -> anyhow::Result<[u8; N]> {
     Ok(bytes)
 }
 
+/// Returns the given seed, or else a random one of 32 bits, which is short to type.
+pub fn given_or_random(seed: Option<u64>) -> anyhow::Result<u64> {
+    match seed {
+        Some(seed) => Ok(seed),
+        None => Ok(u32::from_be_bytes(random_bytes()?).into()),
+    }
+}
+
 /// Sends `bytes` (rounded up to whole cells) over one TCP connection from a host to an address of
 /// another, then as many back. Verifies both directions and returns their results.
 ///

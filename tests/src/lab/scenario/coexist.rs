@@ -86,12 +86,20 @@ const POD: (Ipv4Net, Ipv6Net) = (
 /// Number of the routing table of another program.
 const THEIR_TABLE: u32 = 77;
 
-/// Runs the scenario. With `netlink`, runs only the actions that need no program.
-pub fn run(setting: &Setting, netlink: bool) -> anyhow::Result<Coexist> {
+/// Command line options of the scenario.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// Run only the cases that need no program of the host.
+    #[arg(long)]
+    pub netlink: bool,
+}
+
+/// Runs the scenario.
+pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Coexist> {
     let hybrid = Hybrid::build(setting)?;
     let mut coexist = Coexist { rootless: setting.rank == Rank::Rootless, ..Coexist::default() };
     let mut promises = Promises::new();
-    if let Err(error) = coexist.play(setting, netlink, &hybrid, &mut promises) {
+    if let Err(error) = coexist.play(setting, options.netlink, &hybrid, &mut promises) {
         promises.fail(format!("{error:#}"));
     }
     coexist.failed = promises.into_failed();

@@ -21,15 +21,18 @@ use crate::lab::namespace::join;
 use crate::lab::ping::Ticker;
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises, round};
+use crate::lab::traffic::given_or_random;
 use writers::{Acknowledged, Writers};
 
-/// Options of one run.
-#[derive(Debug, Clone, Copy)]
+/// Command line options of the scenario.
+#[derive(Debug, Clone, Copy, clap::Args)]
 pub struct Options {
     /// Number of kills.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub kills: u32,
-    /// Seed of all random choices. The same seed gives the same victims and pauses.
-    pub seed: u64,
+    /// Seed for the choice of victims and moments [default: random].
+    #[arg(long)]
+    pub seed: Option<u64>,
 }
 
 /// Results of one run.
@@ -72,13 +75,13 @@ const TICK: Duration = Duration::from_millis(20);
 const AWAY_GAP_LIMIT: Duration = Duration::from_millis(500);
 
 /// Runs the scenario and returns its results.
-pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Crash> {
+pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Crash> {
     let hybrid = Hybrid::build(setting)?;
-    setting.output.note(&format!("seed {} (repeat with --seed)", options.seed));
-    let mut crash =
-        Crash { rootless: setting.rank == Rank::Rootless, seed: options.seed, ..Crash::default() };
+    let seed = given_or_random(options.seed)?;
+    setting.output.note(&format!("seed {seed} (repeat with --seed)"));
+    let mut crash = Crash { rootless: setting.rank == Rank::Rootless, seed, ..Crash::default() };
     let mut promises = Promises::new();
-    if let Err(error) = crash.play(setting, options, &hybrid, &mut promises) {
+    if let Err(error) = crash.play(setting, *options, &hybrid, &mut promises) {
         promises.fail(format!("{error:#}"));
     }
     crash.failed = promises.into_failed();
@@ -173,7 +176,7 @@ impl Crash {
         stage: &mut Stage<'_>,
         promises: &mut Promises,
     ) -> anyhow::Result<()> {
-        let mut random = StdRng::seed_from_u64(options.seed);
+        let mut random = StdRng::seed_from_u64(self.seed);
         let begun = Instant::now();
         setting.output.step("killing programs");
         // True if all programs had recovered before the current kill.

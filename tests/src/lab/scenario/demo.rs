@@ -21,13 +21,15 @@ use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises, round};
 use crate::lab::traffic::{Pattern, tcp_both_ways};
 
-/// Options of one run.
-#[derive(Debug, Clone, Copy)]
+/// Command line options of the scenario.
+#[derive(Debug, Clone, Copy, clap::Args)]
 pub struct Options {
-    /// Amount of data to send in each direction, over each tunnel and address family, in megabytes.
-    pub megabytes: u64,
-    /// If set, the lab keeps running after the checks, until Ctrl-C.
+    /// Keep the lab running afterwards, until Ctrl-C.
+    #[arg(long)]
     pub keep: bool,
+    /// Megabytes to send in each direction, over each tunnel and address family.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    pub megabytes: u64,
 }
 
 /// Results of one run.
@@ -77,12 +79,12 @@ const ECHOES: u32 = 20;
 /// # Errors
 /// Returns [`Forbidden`](crate::lab::report::Forbidden) if the kernel lacks a feature. Every other
 /// error is a promise that did not hold.
-pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Demo> {
+pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Demo> {
     let hybrid = Hybrid::build(setting)?;
     let mut demo = Demo { rootless: setting.rank == Rank::Rootless, ..Demo::default() };
     let mut promises = Promises::new();
     let mut stage = Stage { controller: None, nodes: Vec::new() };
-    let played = demo.play(setting, options, &hybrid, &mut stage, &mut promises);
+    let played = demo.play(setting, *options, &hybrid, &mut stage, &mut promises);
     if let Err(error) = played {
         promises.fail(format!("{error:#}"));
         if !interrupt::raised() {

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Instant;
 
+use clap::builder::PossibleValuesParser;
 use serde::Serialize;
 
 use super::Setting;
@@ -61,14 +62,28 @@ pub struct Skipped {
     pub why: String,
 }
 
+/// Command line options of the scenario.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// Run only these implementations and cases.
+    #[arg(value_parser = PossibleValuesParser::new(names()))]
+    pub only: Vec<String>,
+}
+
+/// Returns the names of all implementations and cases.
+fn names() -> Vec<&'static str> {
+    let cases = CASES.into_iter().map(|(name, _)| name);
+    WireGuard::ALL.map(WireGuard::name).into_iter().chain(cases).collect()
+}
+
 /// Directory of the UAPI sockets of all other implementations.
 const SOCKETS: &str = "/var/run/wireguard";
 
-/// Runs the scenario. If `only` is not empty, runs only these implementations or cases.
+/// Runs the scenario.
 ///
 /// # Errors
 /// Returns [`Forbidden`] if the other implementations cannot create their sockets.
-pub fn run(setting: &Setting, only: &[String]) -> anyhow::Result<Interop> {
+pub fn run(setting: &Setting, Options { only }: &Options) -> anyhow::Result<Interop> {
     std::fs::create_dir_all(SOCKETS).and_then(|()| tempfile::tempfile_in(SOCKETS)).map_err(
         |error| Forbidden {
             what: format!(

@@ -51,16 +51,25 @@ use crate::lab::report::{Figures, Promises};
 use crate::lab::spoof::{self, Spoofer};
 use crate::lab::tamper::Tampering;
 use crate::lab::topology::Host;
-use crate::lab::traffic::{MARK, Pattern, random_bytes};
+use crate::lab::traffic::{MARK, Pattern, given_or_random, random_bytes};
 use crate::lab::unusual::{FromHost, FromPod, Transport, Way};
 
-/// Options of one run.
-#[derive(Debug, Clone, Copy)]
+/// Command line options of the scenario.
+#[derive(Debug, Clone, Copy, clap::Args)]
 pub struct Options {
-    /// Duration of the random actions.
-    pub duration: Duration,
-    /// Seed of all random choices. The same seed gives the same sequence of actions.
-    pub seed: u64,
+    /// Duration in seconds.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3_600))]
+    pub seconds: u64,
+    /// Seed for the choice of actions and moments [default: random].
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+impl Options {
+    /// Returns the duration of the random actions.
+    fn duration(&self) -> Duration {
+        Duration::from_secs(self.seconds)
+    }
 }
 
 /// Results of one run.
@@ -145,13 +154,13 @@ fn absent_pods(number: u8) -> [IpAddr; 2] {
 }
 
 /// Runs the scenario and returns its results.
-pub fn run(setting: &Setting, options: Options) -> anyhow::Result<Leak> {
+pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Leak> {
     let hybrid = Hybrid::build(setting)?;
-    setting.output.note(&format!("seed {} (repeat with --seed)", options.seed));
-    let mut leak =
-        Leak { rootless: setting.rank == Rank::Rootless, seed: options.seed, ..Leak::default() };
+    let seed = given_or_random(options.seed)?;
+    setting.output.note(&format!("seed {seed} (repeat with --seed)"));
+    let mut leak = Leak { rootless: setting.rank == Rank::Rootless, seed, ..Leak::default() };
     let mut promises = Promises::new();
-    if let Err(error) = leak.play(setting, options, &hybrid, &mut promises) {
+    if let Err(error) = leak.play(setting, *options, &hybrid, &mut promises) {
         promises.fail(format!("{error:#}"));
     }
     leak.failed = promises.into_failed();
@@ -461,7 +470,7 @@ impl Leak {
                 format!("all frames are captured: {} were missed", seen.missed)
             });
         }
-        self.judge(options.duration, promises);
+        self.judge(options.duration(), promises);
         Ok(())
     }
 
@@ -477,14 +486,14 @@ impl Leak {
         promises: &mut Promises,
         remove: impl Fn(&str) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
-        let mut random = StdRng::seed_from_u64(options.seed);
+        let mut random = StdRng::seed_from_u64(self.seed);
         let begun = Instant::now();
         let mut leaked: u64 = 0;
         setting.output.step("running random actions");
-        while begun.elapsed() < options.duration {
+        while begun.elapsed() < options.duration() {
             let index = random.random_range(0..places.len());
             // In the last third of the run one node is removed, but never that of the controller.
-            let late = begun.elapsed() > options.duration * 2 / 3
+            let late = begun.elapsed() > options.duration() * 2 / 3
                 && index > 0
                 && places.iter().all(|place| !place.removed);
             let place = &mut places[index];

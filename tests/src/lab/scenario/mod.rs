@@ -5,8 +5,8 @@
 //! returns its [`Figures`](super::report::Figures): one serialisable value whose JSON keys other
 //! programs rely on. Once the hosts are built, every error is a promise that did not hold, so that
 //! the figures up to then are still printed. Only [`Forbidden`](super::report::Forbidden) ends a
-//! scenario without figures. A new scenario also needs a subcommand and a line in the list in
-//! [`cli`](super::cli).
+//! scenario without figures. Its arguments are an `Options` that derives [`clap::Args`]. A new
+//! scenario also needs a row in the [`table`].
 
 pub mod attack;
 pub mod bench;
@@ -26,6 +26,7 @@ pub mod mtu;
 pub mod nat;
 pub mod nodes;
 pub mod plan;
+pub mod table;
 pub mod vm;
 
 use super::binaries::Binaries;

@@ -29,15 +29,23 @@ use crate::lab::report::{Figures, Promises, round};
 use crate::lab::topology::{Host, Lab, Router};
 use crate::lab::wire::Weather;
 
-/// Options of one run.
-#[derive(Debug, Clone, Copy, Default)]
+/// Command line options of the scenario.
+#[derive(Debug, Clone, Copy, clap::Args)]
 pub struct Options {
-    /// If set, all pairs of classes are tried on all address families.
+    /// Test every pair of classes on each address family.
+    #[arg(long)]
     pub full: bool,
-    /// Round-trip time between any two hosts on the internet, in milliseconds.
+    /// Round-trip time of the links, in milliseconds.
+    #[arg(long = "rtt", value_name = "RTT", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=2_000))]
     pub rtt_ms: u32,
-    /// Packet loss between them in each direction, in percent.
+    /// Packet loss of the links, in percent.
+    #[arg(long = "loss", value_name = "LOSS", default_value_t = 0.0, value_parser = percent)]
     pub loss_pct: f64,
+}
+
+/// Parses a percentage. Values outside of 0 to 100 become the nearest one inside.
+fn percent(text: &str) -> Result<f64, std::num::ParseFloatError> {
+    text.parse().map(|percent: f64| percent.clamp(0.0, 100.0))
 }
 
 /// Results of one run.
@@ -161,7 +169,7 @@ const DIRECT: Duration = Duration::from_secs(5);
 const SAID: Duration = Duration::from_secs(20);
 
 /// Runs the scenario and returns its results.
-pub fn run(setting: &Setting, options: Options) -> anyhow::Result<NatFigures> {
+pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<NatFigures> {
     let mut figures = NatFigures {
         rootless: setting.rank == Rank::Rootless,
         rtt_ms: options.rtt_ms,
@@ -171,7 +179,7 @@ pub fn run(setting: &Setting, options: Options) -> anyhow::Result<NatFigures> {
     let mut promises = Promises::new();
     let pairs = if options.full { grid() } else { PAIRS.to_vec() };
     setting.output.step("building the simulated internet, the NATs and the nodes");
-    let mut world = World::build(setting, options, &pairs)?;
+    let mut world = World::build(setting, *options, &pairs)?;
     if let Err(error) = figures.measure(setting, &mut world, &pairs, &mut promises) {
         promises.fail(format!("{error:#}"));
     }

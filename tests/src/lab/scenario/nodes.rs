@@ -17,6 +17,7 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum as _;
 use serde::Serialize;
 
 use super::Setting;
@@ -35,13 +36,27 @@ use cluster::{
 
 pub use cluster::Addressing;
 
-/// Options of one run.
-#[derive(Debug, Clone)]
+/// Command line options of the scenario.
+#[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Addressings in which the connections are checked.
-    pub addressings: Vec<Addressing>,
-    /// Values of `rp_filter` on the uplinks for which the connections are checked.
-    pub rp_filters: Vec<u8>,
+    /// Run only this kind of addressing.
+    #[arg(long, value_enum)]
+    pub addressing: Option<Addressing>,
+    /// Run only with this `rp_filter` on the uplinks.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(0..=2))]
+    pub rp_filter: Option<u8>,
+}
+
+impl Options {
+    /// Returns the kinds of addressing in which the connections are checked.
+    fn addressings(&self) -> Vec<Addressing> {
+        self.addressing.map_or_else(|| Addressing::value_variants().to_vec(), |one| vec![one])
+    }
+
+    /// Returns the values of `rp_filter` with which the connections are checked.
+    fn rp_filters(&self) -> Vec<u8> {
+        self.rp_filter.map_or_else(|| vec![0, 1, 2], |one| vec![one])
+    }
 }
 
 /// Results of one run.
@@ -91,7 +106,7 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Nodes> {
     let mut nodes = Nodes { rootless: setting.rank == Rank::Rootless, ..Nodes::default() };
     let mut promises = Promises::new();
     let begun = Instant::now();
-    for addressing in &options.addressings {
+    for addressing in &options.addressings() {
         if let Err(error) = nodes.play(setting, options, *addressing, begun, &mut promises) {
             promises.fail(format!("{addressing}: {error:#}"));
         }
@@ -134,7 +149,7 @@ impl Nodes {
         let cluster = Cluster::build(setting, addressing)?;
         let pattern = Pattern::random()?;
         let captures = Captures::start(&cluster, pattern)?;
-        for rp_filter in &options.rp_filters {
+        for rp_filter in &options.rp_filters() {
             cluster.set_reverse_path_filter(*rp_filter)?;
             for v4 in [true, false] {
                 for arrow in arrows(&cluster, v4) {

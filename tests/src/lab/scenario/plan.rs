@@ -61,6 +61,14 @@ const FULL_ROUNDS: usize = 5;
 /// Number of added and removed prefixes that are measured.
 const CHANGE_ROUNDS: usize = 25;
 
+/// Command line options of the scenario.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// Measure with this program itself instead of a release build.
+    #[arg(long, hide = true)]
+    pub here: bool,
+}
+
 /// Runs the scenario and returns its results.
 pub fn run(rank: Rank) -> anyhow::Result<PlanFigures> {
     let mut figures = PlanFigures { rootless: rank == Rank::Rootless, ..Default::default() };

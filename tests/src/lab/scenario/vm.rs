@@ -6,13 +6,12 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::bail;
 use clap::Args;
 use serde::Serialize;
 
 use crate::lab::interrupt::{self, check};
 use crate::lab::output::ProgressOutput;
-use crate::lab::report::{Figures, Forbidden, Promises, round};
+use crate::lab::report::{Figures, Forbidden, Promises, WrongUsage, round};
 use crate::lab::vm::accelerator::Accelerator;
 use crate::lab::vm::cache::Cache;
 use crate::lab::vm::cases::{CASES, Case, Disks};
@@ -212,15 +211,17 @@ impl Vm {
 
 /// Returns the cases to run, each with its kernel: the named cases; otherwise all with `--full`;
 /// otherwise the quick ones on the default kernel.
-fn select(options: &Options) -> anyhow::Result<Vec<(Case, Release)>> {
+fn select(options: &Options) -> Result<Vec<(Case, Release)>, WrongUsage> {
     for name in &options.case {
         if !CASES.iter().any(|case| case.name == name) {
-            bail!("unknown case {name}: `cargo lab vm --list` shows the names");
+            let why = format!("unknown case {name}: `cargo lab vm --list` shows the names");
+            return Err(WrongUsage(why));
         }
     }
     for name in &options.kernel {
         if !RELEASES.iter().any(|release| release.name == name) {
-            bail!("unknown kernel {name}: use 5.10, 6.1, 6.12 or newest");
+            let why = format!("unknown kernel {name}: use 5.10, 6.1, 6.12 or newest");
+            return Err(WrongUsage(why));
         }
     }
     let mut selected = Vec::new();
