@@ -15,7 +15,7 @@ use towline_core::peer_table::Observation;
 use towline_dataplane::arena::{HEADROOM, TAILROOM, WriteBatch};
 use towline_dataplane::checksum;
 use towline_dataplane::coalesce::{Coalesce, Coalescer};
-use towline_dataplane::packet::Inner;
+use towline_dataplane::headers::IpHeader;
 use towline_dataplane::split::Split;
 use towline_dataplane::vnet::{VNET_HEADER_BYTES, VnetHeader};
 use towline_fixtures::ca::Ca;
@@ -178,7 +178,7 @@ pub fn datagram(bytes: &[u8]) {
 /// The values that the parser returns are consistent, and no segment is longer than announced.
 pub fn inner(bytes: &[u8]) {
     let Some((header, packet)) = bytes.split_first_chunk::<VNET_HEADER_BYTES>() else { return };
-    if let Some(inner) = Inner::parse(packet) {
+    if let Some(inner) = IpHeader::parse(packet) {
         assert!(inner.header_len <= inner.total_len && inner.total_len <= packet.len());
     }
     let mut buffer = vec![0; HEADROOM + packet.len() + TAILROOM];
@@ -210,7 +210,7 @@ pub fn coalesce(mut bytes: &[u8]) {
         let len = usize::from(u16::from_le_bytes(*len) % 2048).min(rest.len());
         let (packet, rest) = rest.split_at(len);
         bytes = rest;
-        let Some(inner) = Inner::parse(packet) else { continue };
+        let Some(inner) = IpHeader::parse(packet) else { continue };
         // The layout of a decrypted datagram: after its WireGuard header, before its tag.
         at += DATA_HEADER;
         batch.bytes_mut()[at..at + len].copy_from_slice(packet);
@@ -229,7 +229,7 @@ pub fn coalesce(mut bytes: &[u8]) {
             .expect("what was joined can be split");
         while segments.next_len().is_some() {
             let packet = segments.take();
-            came_out.push(Inner::parse(packet).expect("a packet").total_len);
+            came_out.push(IpHeader::parse(packet).expect("a packet").total_len);
         }
     }
     went_in.sort_unstable();

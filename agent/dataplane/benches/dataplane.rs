@@ -8,7 +8,7 @@ use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_mai
 use towline_core::path::Path;
 use towline_dataplane::arena::{Datagrams, HEADROOM, SendBatch, TAILROOM, WriteBatch};
 use towline_dataplane::coalesce::{Coalesce, Coalescer};
-use towline_dataplane::packet::Inner;
+use towline_dataplane::headers::IpHeader;
 use towline_dataplane::split::Split;
 use towline_dataplane::table::Routes;
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4, VnetHeader};
@@ -113,13 +113,13 @@ fn dataplane(c: &mut Criterion) {
     let segments = segments();
     let segment_size = SEGMENT + DATA_OVERHEAD;
     let mut batch = WriteBatch::new(2);
-    let places: Vec<(usize, Inner)> = segments
+    let places: Vec<(usize, IpHeader)> = segments
         .iter()
         .enumerate()
         .map(|(number, segment)| {
             let at = number * segment_size + DATA_HEADER;
             batch.bytes_mut()[at..at + SEGMENT].copy_from_slice(segment);
-            (at, Inner::parse(segment).expect("a packet"))
+            (at, IpHeader::parse(segment).expect("a packet"))
         })
         .collect();
     let pristine = batch.bytes()[..SEGMENTS * segment_size].to_vec();

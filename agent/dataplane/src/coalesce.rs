@@ -17,7 +17,7 @@ use std::net::IpAddr;
 
 use super::arena::WriteBatch;
 use super::checksum;
-use super::packet::{Inner, PROTOCOL_TCP, PROTOCOL_UDP};
+use super::headers::{IpHeader, PROTOCOL_TCP, PROTOCOL_UDP};
 use super::vnet::{
     FLAG_NEEDS_CSUM, FLAG_TUNNEL_CSUM, GSO_TCPV4, GSO_TCPV6, GSO_TUNNEL_V4, GSO_TUNNEL_V6,
     GSO_UDP_L4, VnetHeader,
@@ -170,7 +170,7 @@ impl Coalescer {
 
     /// Adds the packet at bytes `start..start + inner.total_len` of the batch, whose header is
     /// `inner`.
-    pub fn add(&mut self, batch: &mut WriteBatch, start: usize, inner: &Inner) {
+    pub fn add(&mut self, batch: &mut WriteBatch, start: usize, inner: &IpHeader) {
         let len = inner.total_len;
         let Some(parsed) = self.parse(&batch.bytes()[start..start + len], inner) else {
             // A fragment, or an IPv6 packet with extension headers, may belong to an open flow. The
@@ -206,7 +206,7 @@ impl Coalescer {
         }
     }
 
-    fn close_between(&mut self, batch: &mut WriteBatch, inner: &Inner) {
+    fn close_between(&mut self, batch: &mut WriteBatch, inner: &IpHeader) {
         let mut at = 0;
         while at < self.flows.len() {
             let key = &self.flows[at].key;
@@ -219,7 +219,7 @@ impl Coalescer {
     }
 
     /// Returns the properties of a packet. `None` if it is neither TCP nor UDP, or is a fragment.
-    fn parse(&self, packet: &[u8], inner: &Inner) -> Option<ParsedPacket> {
+    fn parse(&self, packet: &[u8], inner: &IpHeader) -> Option<ParsedPacket> {
         let (key, (layout, plain)) = (Key::of(packet, inner)?, Layout::of(packet, inner, 0)?);
         let allowed = if layout.is_tcp { self.allowed.tcp } else { self.allowed.udp };
         let (layout, can_coalesce) = match self.inner_layout(packet, &layout) {
@@ -242,7 +242,7 @@ impl Coalescer {
         }
         let at = layout.len + tunnel_len(&packet[layout.len..])?;
         let inside = packet.get(at..)?;
-        let inner = Inner::parse(inside).filter(|inner| inner.total_len == inside.len())?;
+        let inner = IpHeader::parse(inside).filter(|inner| inner.total_len == inside.len())?;
         let (inside, plain) = Layout::of(packet, &inner, at).filter(|(inside, _)| inside.is_tcp)?;
         let Layout { network, transport: udp, no_checksum, .. } = *layout;
         let outer = Outer { network, udp, checksum: !no_checksum };
@@ -275,7 +275,7 @@ fn tunnel_len(payload: &[u8]) -> Option<usize> {
 }
 
 impl Key {
-    fn of(packet: &[u8], inner: &Inner) -> Option<Self> {
+    fn of(packet: &[u8], inner: &IpHeader) -> Option<Self> {
         let ports = u32::from_be_bytes(*packet.get(inner.header_len..)?.first_chunk()?);
         let (source, destination) = (inner.source, inner.destination);
         Some(Self { source, destination, ports, protocol: inner.protocol })
@@ -285,7 +285,7 @@ impl Key {
 impl Layout {
     /// Returns the layout of the packet that begins at `at` and ends with `packet`, and whether its
     /// headers allow coalescing. `None` if it is neither TCP nor UDP, or is a fragment.
-    fn of(packet: &[u8], inner: &Inner, at: usize) -> Option<(Self, bool)> {
+    fn of(packet: &[u8], inner: &IpHeader, at: usize) -> Option<(Self, bool)> {
         if inner.fragment {
             return None;
         }

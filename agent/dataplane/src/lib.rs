@@ -30,7 +30,7 @@
 //! | `tunnel` | one tunnel: timers, keepalives, waiting packets |
 //! | `table` | lookup of a peer by address, key or receiver index |
 //! | `arena` | the buffers of a batch |
-//! | `split`, `coalesce`, `vnet`, `checksum`, `packet` | inner packets and super-packets |
+//! | `split`, `coalesce`, `vnet`, `checksum`, `headers` | inner packets and super-packets |
 //! | `tun`, `udp`, `memory` | the I/O traits and their implementations |
 //! | `steering` | which queue of the TUN receives a packet |
 //! | `switch` | which offloads of the kernel are in use |
@@ -47,10 +47,10 @@ mod counters;
 mod defects;
 pub mod drops;
 mod events;
+pub mod headers;
 #[doc(hidden)]
 pub mod internals;
 pub mod memory;
-pub mod packet;
 mod pipeline;
 pub mod relay;
 pub mod split;

@@ -16,7 +16,7 @@ use super::arena::{
 };
 use super::coalesce::Coalesce;
 use super::drops::{DropReason, Drops};
-use super::packet::Inner;
+use super::headers::IpHeader;
 use super::split::Split;
 use super::switch::Switch;
 use super::tun::TunIo;
@@ -152,7 +152,7 @@ impl TunIo for MemoryTun {
             };
             while split.next_len().is_some() {
                 let padded = split.take();
-                let len = Inner::parse(padded).map_or(padded.len(), |inner| inner.total_len);
+                let len = IpHeader::parse(padded).map_or(padded.len(), |inner| inner.total_len);
                 self.to_host.push(padded[..len].to_vec());
             }
         }

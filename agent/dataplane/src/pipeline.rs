@@ -20,7 +20,7 @@ use super::arena::{
 use super::coalesce::{Coalesce, Coalescer};
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
-use super::packet::Inner;
+use super::headers::IpHeader;
 use super::relay::{Forward, Relay};
 use super::split::Split;
 use super::table::{Peer, Slot, Table};
@@ -132,7 +132,7 @@ impl Pipeline {
         for number in 0..batch.packets().len() {
             let packet = batch.packets()[number];
             let bytes = batch.packet_mut(&packet);
-            let inner = Inner::parse(&bytes[super::arena::HEADROOM..]);
+            let inner = IpHeader::parse(&bytes[super::arena::HEADROOM..]);
             let Some(inner) = inner.filter(|inner| inner.total_len == packet.len) else {
                 self.drops.count(DropReason::InnerMalformed);
                 continue;
@@ -368,7 +368,7 @@ impl Pipeline {
         }
         let mut last: Option<(IpAddr, Option<Slot>)> = None;
         for (at, len) in &opened {
-            let Some(inner) = Inner::parse(&writes.bytes()[*at..at + len]) else {
+            let Some(inner) = IpHeader::parse(&writes.bytes()[*at..at + len]) else {
                 self.drops.count(DropReason::OpenedMalformed);
                 continue;
             };

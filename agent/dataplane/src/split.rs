@@ -11,7 +11,7 @@
 use super::arena::{HEADROOM, TAILROOM};
 use super::checksum;
 use super::drops::DropReason;
-use super::packet::{Inner, PROTOCOL_TCP, PROTOCOL_UDP};
+use super::headers::{IpHeader, PROTOCOL_TCP, PROTOCOL_UDP};
 use super::vnet::{
     FLAG_NEEDS_CSUM, FLAG_TUNNEL_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_TUNNEL_V4,
     GSO_TUNNEL_V6, GSO_UDP_L4, VnetHeader,
@@ -175,7 +175,7 @@ impl Segments for Split<'_> {
 
 impl SuperPacket {
     fn new(packet: &[u8], header: &VnetHeader) -> Option<Self> {
-        let whole = Inner::parse(packet).filter(|inner| inner.total_len == packet.len())?;
+        let whole = IpHeader::parse(packet).filter(|inner| inner.total_len == packet.len())?;
         let tunnel = header.gso_type & (GSO_TUNNEL_V4 | GSO_TUNNEL_V6);
         let at = match tunnel {
             0 => 0,
@@ -311,7 +311,7 @@ impl SuperPacket {
 
 impl Network {
     /// Reads the header at `at` and clears the fields that [`Network::write`] sets.
-    fn new(headers: &mut [u8], at: usize, inner: &Inner) -> Self {
+    fn new(headers: &mut [u8], at: usize, inner: &IpHeader) -> Self {
         let is_v4 = inner.source.is_ipv4();
         let len = inner.header_len;
         let header = &mut headers[at..at + len];
@@ -344,7 +344,7 @@ impl Network {
 impl Outer {
     fn new(
         headers: &mut [u8],
-        whole: &Inner,
+        whole: &IpHeader,
         header: &VnetHeader,
         inner_at: usize,
         transport: usize,
@@ -379,14 +379,14 @@ impl Outer {
 
 /// Returns the header of the packet inside a tunnel. The packet begins at `at` and must end where
 /// the outer packet ends.
-fn parse_inside(packet: &[u8], at: usize) -> Option<Inner> {
+fn parse_inside(packet: &[u8], at: usize) -> Option<IpHeader> {
     let inside = packet.get(at..)?;
-    Inner::parse(inside).filter(|inner| inner.total_len == inside.len())
+    IpHeader::parse(inside).filter(|inner| inner.total_len == inside.len())
 }
 
 /// Returns whether a transport header may be at `offset` of a packet. On IPv6 there may be
 /// extension headers before it.
-fn is_behind(offset: usize, inner: &Inner, protocol: u8) -> bool {
+fn is_behind(offset: usize, inner: &IpHeader, protocol: u8) -> bool {
     if inner.source.is_ipv4() {
         offset == inner.header_len && inner.protocol == protocol && !inner.fragment
     } else {
@@ -435,7 +435,7 @@ mod tests {
         while let Some(len) = split.next_len() {
             let segment = split.take();
             assert_eq!(segment.len(), len);
-            let inner = Inner::parse(segment).expect("a packet");
+            let inner = IpHeader::parse(segment).expect("a packet");
             assert!(len.is_multiple_of(PADDING) || len == inner.total_len.max(mtu));
             assert!(segment[inner.total_len..].iter().all(|byte| *byte == 0));
             segments.push(segment[..inner.total_len].to_vec());

@@ -14,7 +14,7 @@ use super::arena::{Datagrams, SendBatch};
 use super::counters::PeerCounters;
 use super::drops::Drops;
 use super::events::{Event, EventSink};
-use super::packet::{PROTOCOL_TCP, PROTOCOL_UDP};
+use super::headers::{PROTOCOL_TCP, PROTOCOL_UDP};
 use super::tunnel::{Tunnel, TunnelContext};
 use towline_wireguard::{MessageKind, Secrets};
 

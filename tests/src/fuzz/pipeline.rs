@@ -20,8 +20,8 @@ use towline_dataplane::arena::{
 };
 use towline_dataplane::coalesce::Coalesce;
 use towline_dataplane::drops::{DropReason, Drops};
+use towline_dataplane::headers::IpHeader;
 use towline_dataplane::internals::PacketPath;
-use towline_dataplane::packet::Inner;
 use towline_dataplane::relay::{Limits, Relay};
 use towline_dataplane::split::Split;
 use towline_dataplane::switch::Switch;
@@ -405,7 +405,7 @@ impl Bench {
 /// Returns the number of outcomes that a packet from the TUN must have: one for each of its
 /// segments, or one in total if the packet is invalid.
 fn segments(packet: &[u8], header: &VnetHeader) -> usize {
-    let good = Inner::parse(packet).filter(|inner| inner.total_len == packet.len());
+    let good = IpHeader::parse(packet).filter(|inner| inner.total_len == packet.len());
     if good.is_none_or(|inner| inner.destination != Ipv4Addr::new(10, 0, 0, 2)) {
         return 1;
     }

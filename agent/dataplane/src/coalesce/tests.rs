@@ -18,7 +18,7 @@ fn coalesce(packets: &[Vec<u8>]) -> Vec<(VnetHeader, Vec<u8>)> {
     for packet in packets {
         at += 16;
         batch.bytes_mut()[at..at + packet.len()].copy_from_slice(packet);
-        let inner = Inner::parse(packet).unwrap();
+        let inner = IpHeader::parse(packet).unwrap();
         coalescer.add(&mut batch, at, &inner);
         at += packet.len() + 16;
     }
@@ -36,7 +36,7 @@ fn split(frames: &[(VnetHeader, Vec<u8>)]) -> Vec<Vec<u8>> {
         let mut split = Split::new(&mut bytes, frame.len(), header, usize::MAX).unwrap();
         while split.next_len().is_some() {
             let padded = split.take();
-            let len = Inner::parse(padded).unwrap().total_len;
+            let len = IpHeader::parse(padded).unwrap().total_len;
             packets.push(padded[..len].to_vec());
         }
     }
@@ -307,7 +307,7 @@ prop_compose! {
 fn with_checksum(mut packet: Vec<u8>) -> Vec<u8> {
     let is_udp = packet[0] == 0x45 && packet[9] == PROTOCOL_UDP;
     if is_udp && packet[6] & 0x3f == 0 && packet[7] == 0 && packet[26..28] == [0, 0] {
-        let inner = Inner::parse(&packet).unwrap();
+        let inner = IpHeader::parse(&packet).unwrap();
         let pseudo = checksum::pseudo(&inner.source, &inner.destination, PROTOCOL_UDP);
         let sum = checksum::add(pseudo + (packet.len() - 20) as u64, &packet[20..]);
         packet[26..28].copy_from_slice(&(!checksum::fold(sum)).to_be_bytes());
@@ -356,7 +356,7 @@ proptest! {
         let got = split(&coalesce(&mixed));
         prop_assert_eq!(got.len(), mixed.len());
         // Each flow has its own source address.
-        let source = |packet: &Vec<u8>| Inner::parse(packet).unwrap().source;
+        let source = |packet: &Vec<u8>| IpHeader::parse(packet).unwrap().source;
         for flow in &flows {
             let of_flow = |packets: &[Vec<u8>]| -> Vec<Vec<u8>> {
                 let same = packets.iter().filter(|p| source(p) == source(&flow[0]));

@@ -12,7 +12,7 @@ use towline_core::path::Path;
 use towline_dataplane::arena::{HEADROOM, RecvBatch, SendBatch, TunBatch, WriteBatch};
 use towline_dataplane::coalesce::Coalescer;
 use towline_dataplane::drops::Drops;
-use towline_dataplane::packet::Inner;
+use towline_dataplane::headers::IpHeader;
 use towline_dataplane::split::Split;
 use towline_dataplane::{Ready, TunIo, UdpIo, open_tun, open_udp};
 use towline_wireguard::{DATA_HEADER, DATA_OVERHEAD, Segments};
@@ -145,7 +145,7 @@ fn open(
     else {
         return;
     };
-    if let Some(inner) = Inner::parse(plain) {
+    if let Some(inner) = IpHeader::parse(plain) {
         coalescer.add(writes, at + DATA_HEADER, &inner);
     }
 }

@@ -17,7 +17,7 @@ const IPV4_FRAGMENT: u16 = 0x3fff;
 
 /// Fields of the fixed header of an IPv4 (RFC 791) or IPv6 (RFC 8200) packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Inner {
+pub struct IpHeader {
     /// Source address.
     pub source: IpAddr,
     /// Destination address.
@@ -32,7 +32,7 @@ pub struct Inner {
     pub fragment: bool,
 }
 
-impl Inner {
+impl IpHeader {
     /// Parses the header. Bytes after the claimed length are allowed, because they are padding.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
         match bytes.first()? >> 4 {
@@ -95,25 +95,25 @@ mod tests {
 
     #[test]
     fn lengths_that_lie_are_refused() {
-        assert!(Inner::parse(&v4(5, 20, 20)).is_some());
-        assert!(Inner::parse(&v4(5, 20, 36)).is_some(), "padding is allowed");
-        assert!(Inner::parse(&v4(5, 21, 20)).is_none(), "claims more bytes than there are");
-        assert!(Inner::parse(&v4(5, 19, 20)).is_none(), "claims fewer bytes than its header");
-        assert!(Inner::parse(&v4(4, 20, 20)).is_none(), "header shorter than the minimum");
-        assert!(Inner::parse(&v4(6, 20, 20)).is_none(), "options are missing");
-        assert!(Inner::parse(&[0x60; 39]).is_none());
-        assert!(Inner::parse(&[]).is_none());
+        assert!(IpHeader::parse(&v4(5, 20, 20)).is_some());
+        assert!(IpHeader::parse(&v4(5, 20, 36)).is_some(), "padding is allowed");
+        assert!(IpHeader::parse(&v4(5, 21, 20)).is_none(), "claims more bytes than there are");
+        assert!(IpHeader::parse(&v4(5, 19, 20)).is_none(), "claims fewer bytes than its header");
+        assert!(IpHeader::parse(&v4(4, 20, 20)).is_none(), "header shorter than the minimum");
+        assert!(IpHeader::parse(&v4(6, 20, 20)).is_none(), "options are missing");
+        assert!(IpHeader::parse(&[0x60; 39]).is_none());
+        assert!(IpHeader::parse(&[]).is_none());
     }
 
     #[test]
     fn fragments_are_seen() {
         let mut first = v4(5, 28, 28);
         first[6] = 0x20;
-        assert!(Inner::parse(&first).unwrap().fragment, "more fragments");
+        assert!(IpHeader::parse(&first).unwrap().fragment, "more fragments");
         first[6] = 0x40;
-        assert!(!Inner::parse(&first).unwrap().fragment, "do not fragment");
+        assert!(!IpHeader::parse(&first).unwrap().fragment, "do not fragment");
         first[7] = 1;
-        assert!(Inner::parse(&first).unwrap().fragment, "an offset");
+        assert!(IpHeader::parse(&first).unwrap().fragment, "an offset");
     }
 
     proptest! {
@@ -122,7 +122,7 @@ mod tests {
             if let Some(first) = bytes.first_mut() {
                 *first = version << 4 | *first & 0x0f;
             }
-            if let Some(inner) = Inner::parse(&bytes) {
+            if let Some(inner) = IpHeader::parse(&bytes) {
                 prop_assert!(inner.header_len >= 20);
                 prop_assert!(inner.header_len <= inner.total_len);
                 prop_assert!(inner.total_len <= bytes.len());
