@@ -13,11 +13,16 @@
 //! Nothing is copied: a super-packet consists of the first packet with rewritten headers, and the
 //! payloads of the others (see [`WriteBatch`]).
 
+#![deny(clippy::indexing_slicing)]
+
 use std::net::IpAddr;
 
 use super::arena::WriteBatch;
 use super::checksum;
-use super::headers::{IpHeader, PROTOCOL_TCP, PROTOCOL_UDP};
+use super::headers::{
+    self, IpHeader, Ipv4, Ipv6, Layout, Network, Outer, TCP_ACK, TCP_ECE, TCP_HEADER, TCP_PSH, Tcp,
+    TcpMut, Transport, UDP_HEADER, Udp, UdpMut,
+};
 use super::vnet::{
     FLAG_NEEDS_CSUM, FLAG_TUNNEL_CSUM, GSO_TCPV4, GSO_TCPV6, GSO_TUNNEL_V4, GSO_TUNNEL_V6,
     GSO_UDP_L4, VnetHeader,
@@ -31,18 +36,6 @@ const TCP_PACKETS: usize = 128;
 const UDP_PACKETS: usize = 64;
 /// Largest size of a super-packet in bytes, which the length field of IPv4 limits.
 const FRAME_BYTES: usize = 65_535;
-
-const IPV4_HEADER: usize = 20;
-const UDP_HEADER: usize = 8;
-const TCP_FLAGS: usize = 13;
-const TCP_CHECKSUM: usize = 16;
-const UDP_LENGTH: usize = 4;
-const UDP_CHECKSUM: usize = 6;
-const TCP_ACK: u8 = 0x10;
-const TCP_PSH: u8 = 0x08;
-const TCP_ECE: u8 = 0x40;
-/// "Don't fragment" flag of IPv4.
-const IPV4_DF: u8 = 0x40;
 
 /// Kinds of packets that may be coalesced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -113,40 +106,6 @@ struct Identification {
     step: Option<u16>,
 }
 
-/// Positions of the headers of a packet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Layout {
-    /// Outer headers, if the coalesced packet is inside a tunnel.
-    outer: Option<Outer>,
-    network: Network,
-    /// Position of the transport header.
-    transport: usize,
-    is_tcp: bool,
-    /// True for UDP without a checksum.
-    no_checksum: bool,
-    /// Length of all headers in bytes.
-    len: usize,
-}
-
-/// Outer headers of a packet in a tunnel: IP, UDP and the tunnel header.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Outer {
-    network: Network,
-    /// Position of the UDP header.
-    udp: usize,
-    /// True if the UDP header has a checksum.
-    checksum: bool,
-}
-
-/// Position and addresses of an IP header.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Network {
-    /// Position of the header.
-    at: usize,
-    source: IpAddr,
-    destination: IpAddr,
-}
-
 /// Properties of a packet that decide whether it is coalesced.
 struct ParsedPacket {
     key: Key,
@@ -168,22 +127,25 @@ impl Coalescer {
         self.allowed = allowed;
     }
 
-    /// Adds the packet at bytes `start..start + inner.total_len` of the batch, whose header is
-    /// `inner`.
-    pub fn add(&mut self, batch: &mut WriteBatch, start: usize, inner: &IpHeader) {
-        let len = inner.total_len;
-        let Some(parsed) = self.parse(&batch.bytes()[start..start + len], inner) else {
+    /// Adds the packet at bytes `start..start + header.total_len` of the batch, whose header is
+    /// `header`.
+    pub fn add(&mut self, batch: &mut WriteBatch, start: usize, header: &IpHeader) {
+        let len = header.total_len;
+        let packet = batch.bytes().get(start..start + len).unwrap_or_default();
+        let Some(parsed) = self.parse(packet, header) else {
             // A fragment, or an IPv6 packet with extension headers, may belong to an open flow. The
             // flows between its addresses are closed, so that none of them overtakes it.
-            if inner.fragment || inner.source.is_ipv6() {
-                self.close_between(batch, inner);
+            if header.fragment || !header.is_v4() {
+                self.close_between(batch, header);
             }
             batch.push(VnetHeader::default(), start, len);
             return;
         };
         if let Some(at) = self.flows.iter().rposition(|flow| flow.key == parsed.key) {
-            if self.flows[at].join(batch, start, &parsed) {
-                if self.flows[at].is_full() {
+            if let Some(flow) = self.flows.get_mut(at)
+                && flow.join(batch, start, &parsed)
+            {
+                if flow.is_full() {
                     self.flows.remove(at).close(batch);
                 }
                 return;
@@ -191,11 +153,14 @@ impl Coalescer {
             self.flows.remove(at).close(batch);
         }
         let frame = batch.push(VnetHeader::default(), start, len);
-        if parsed.can_coalesce {
+        let packet = batch.bytes().get(start..start + len).unwrap_or_default();
+        if parsed.can_coalesce
+            && let Some(flow) = Flow::new(packet, frame, start, &parsed)
+        {
             if self.flows.len() == FLOWS {
                 self.flows.remove(0).close(batch);
             }
-            self.flows.push(Flow::new(batch.bytes(), frame, start, &parsed));
+            self.flows.push(flow);
         }
     }
 
@@ -206,22 +171,20 @@ impl Coalescer {
         }
     }
 
-    fn close_between(&mut self, batch: &mut WriteBatch, inner: &IpHeader) {
-        let mut at = 0;
-        while at < self.flows.len() {
-            let key = &self.flows[at].key;
-            if (key.source, key.destination) == (inner.source, inner.destination) {
-                self.flows.remove(at).close(batch);
-            } else {
-                at += 1;
-            }
-        }
+    fn close_between(&mut self, batch: &mut WriteBatch, header: &IpHeader) {
+        let ends = (header.source, header.destination);
+        let closed =
+            self.flows.extract_if(.., |flow| (flow.key.source, flow.key.destination) == ends);
+        closed.for_each(|flow| flow.close(batch));
     }
 
     /// Returns the properties of a packet. `None` if it is neither TCP nor UDP, or is a fragment.
-    fn parse(&self, packet: &[u8], inner: &IpHeader) -> Option<ParsedPacket> {
-        let (key, (layout, plain)) = (Key::of(packet, inner)?, Layout::of(packet, inner, 0)?);
-        let allowed = if layout.is_tcp { self.allowed.tcp } else { self.allowed.udp };
+    fn parse(&self, packet: &[u8], header: &IpHeader) -> Option<ParsedPacket> {
+        let (key, (layout, plain)) = (Key::of(packet, header)?, layout(packet, header, 0)?);
+        let allowed = match layout.protocol {
+            Transport::Tcp => self.allowed.tcp,
+            Transport::Udp => self.allowed.udp,
+        };
         let (layout, can_coalesce) = match self.inner_layout(packet, &layout) {
             Some(inside) if plain => inside,
             _ => (layout, plain && allowed),
@@ -232,195 +195,102 @@ impl Coalescer {
 
     /// Returns the layout of a TCP segment inside a tunnel of the host, and whether it may be
     /// coalesced. `None` if there is no such segment.
-    fn inner_layout(&self, packet: &[u8], layout: &Layout) -> Option<(Layout, bool)> {
-        if layout.is_tcp {
+    fn inner_layout(&self, packet: &[u8], outer: &Layout) -> Option<(Layout, bool)> {
+        if outer.protocol == Transport::Tcp {
             return None;
         }
-        let port = u16::from_be_bytes(*packet.get(layout.transport + 2..)?.first_chunk()?);
+        let port = Udp::of(packet.get(outer.transport..)?)?.destination_port();
         if port == 0 || !self.allowed.tunnels.contains(&port) {
             return None;
         }
-        let at = layout.len + tunnel_len(&packet[layout.len..])?;
-        let inside = packet.get(at..)?;
-        let inner = IpHeader::parse(inside).filter(|inner| inner.total_len == inside.len())?;
-        let (inside, plain) = Layout::of(packet, &inner, at).filter(|(inside, _)| inside.is_tcp)?;
-        let Layout { network, transport: udp, no_checksum, .. } = *layout;
-        let outer = Outer { network, udp, checksum: !no_checksum };
-        Some((Layout { outer: Some(outer), ..inside }, plain))
+        let at = outer.len + headers::tunnel_len(packet.get(outer.len..)?)?;
+        let header = IpHeader::parse_whole(packet.get(at..)?)?;
+        let (inside, plain) = layout(packet, &header, at)?;
+        let Layout { network, transport: udp, has_checksum, .. } = *outer;
+        let outer = Outer { network, udp, has_checksum };
+        (inside.protocol == Transport::Tcp)
+            .then_some((Layout { outer: Some(outer), ..inside }, plain))
     }
 }
 
-/// Returns the length of a VXLAN (RFC 7348) or Geneve (RFC 8926) header and the Ethernet header
-/// after it. `None` if the payload is neither, or contains no IP packet.
-fn tunnel_len(payload: &[u8]) -> Option<usize> {
-    const ETHERNET: usize = 14;
-    const TRANSPARENT_ETHERNET: [u8; 2] = [0x65, 0x58];
-    /// Mask and value of the VXLAN flags: the network identifier is valid, and the flag of the
-    /// Generic Protocol Extension is clear.
-    const VXLAN_FLAGS: (u8, u8) = (0x0c, 0x08);
-    let header: &[u8; 8] = payload.first_chunk()?;
-    let len = if header[2..4] == TRANSPARENT_ETHERNET && header[0] >> 6 == 0 {
-        8 + usize::from(header[0] & 0x3f) * 4
-    } else if header[0] & VXLAN_FLAGS.0 == VXLAN_FLAGS.1 {
-        8
-    } else {
+/// Returns the layout of the packet that begins at `at` and ends with `packet`, and whether its
+/// headers allow coalescing. `None` if it is neither TCP nor UDP, or is a fragment.
+fn layout(packet: &[u8], header: &IpHeader, at: usize) -> Option<(Layout, bool)> {
+    if header.fragment {
         return None;
+    }
+    let protocol = Transport::of(header.protocol)?;
+    let start = at + header.header_len;
+    let transport = packet.get(start..)?;
+    let mut has_checksum = true;
+    let (len, fits) = match protocol {
+        Transport::Tcp => match Tcp::of(transport) {
+            Some(tcp) => {
+                let flags = tcp.flags() & !(TCP_PSH | TCP_ECE);
+                (tcp.header_len(), tcp.header_len() >= TCP_HEADER && flags == TCP_ACK)
+            }
+            // It is cut off, but the flow that its ports name must not overtake it.
+            None => (TCP_HEADER, false),
+        },
+        Transport::Udp => {
+            let udp = Udp::of(transport)?;
+            has_checksum = udp.has_checksum();
+            // Over IPv6 a missing checksum is an error that the kernel must detect.
+            let fits = udp.total_len() == transport.len() && (has_checksum || header.is_v4());
+            (UDP_HEADER, fits)
+        }
     };
-    let version = match *payload.get(len + 12..)?.first_chunk()? {
-        [0x08, 0x00] => 4,
-        [0x86, 0xdd] => 6,
-        _ => return None,
-    };
-    (payload.get(len + ETHERNET)? >> 4 == version).then_some(len + ETHERNET)
+    let network = Network::new(at, header);
+    let layout =
+        Layout { outer: None, network, transport: start, protocol, has_checksum, len: start + len };
+    // Packets with IPv4 options are too rare to be worth coalescing.
+    Some((layout, fits && !header.has_options()))
 }
 
 impl Key {
-    fn of(packet: &[u8], inner: &IpHeader) -> Option<Self> {
-        let ports = u32::from_be_bytes(*packet.get(inner.header_len..)?.first_chunk()?);
-        let (source, destination) = (inner.source, inner.destination);
-        Some(Self { source, destination, ports, protocol: inner.protocol })
-    }
-}
-
-impl Layout {
-    /// Returns the layout of the packet that begins at `at` and ends with `packet`, and whether its
-    /// headers allow coalescing. `None` if it is neither TCP nor UDP, or is a fragment.
-    fn of(packet: &[u8], inner: &IpHeader, at: usize) -> Option<(Self, bool)> {
-        if inner.fragment {
-            return None;
-        }
-        let start = at + inner.header_len;
-        let transport = packet.get(start..)?;
-        let mut no_checksum = false;
-        let (header, fits) = match inner.protocol {
-            PROTOCOL_TCP => {
-                let header = usize::from(transport.get(12)? >> 4) * 4;
-                let flags = transport.get(TCP_FLAGS)? & !(TCP_PSH | TCP_ECE);
-                (header, header >= 20 && flags == TCP_ACK)
-            }
-            PROTOCOL_UDP => {
-                let length = u16::from_be_bytes(*transport.get(4..)?.first_chunk()?);
-                no_checksum = transport.get(UDP_CHECKSUM..UDP_HEADER)? == [0, 0];
-                // Over IPv6 a missing checksum is an error that the kernel must detect.
-                let fits = usize::from(length) == transport.len()
-                    && !(no_checksum && inner.source.is_ipv6());
-                (UDP_HEADER, fits)
-            }
-            _ => return None,
-        };
-        // Packets with IPv4 options are too rare to be worth coalescing.
-        let plain = inner.source.is_ipv6() || inner.header_len == IPV4_HEADER;
-        let layout = Self {
-            outer: None,
-            network: Network { at, source: inner.source, destination: inner.destination },
-            transport: start,
-            is_tcp: inner.protocol == PROTOCOL_TCP,
-            no_checksum,
-            len: start + header,
-        };
-        Some((layout, fits && plain))
-    }
-
-    fn is_v4(&self) -> bool {
-        self.network.source.is_ipv4()
-    }
-
-    /// Returns the partial checksum of the pseudo-header for `transport_len` bytes of transport
-    /// header and payload.
-    fn pseudo(&self, transport_len: usize) -> u64 {
-        let protocol = if self.is_tcp { PROTOCOL_TCP } else { PROTOCOL_UDP };
-        self.network.pseudo(protocol, transport_len)
-    }
-
-    /// Returns whether the checksums of a packet are correct.
-    fn is_correct(&self, packet: &[u8]) -> bool {
-        let is_correct = |sum: u64| checksum::fold(sum) == 0xffff;
-        let (headers, transport) = packet.split_at(self.transport);
-        let network = &headers[self.network.at..];
-        if self.is_v4() && !is_correct(checksum::add(0, network)) {
-            return false;
-        }
-        if self.no_checksum {
-            return true;
-        }
-        let payload_sum = checksum::add(0, transport);
-        if let Some(outer) = self.outer {
-            let header = &headers[..outer.udp];
-            if outer.network.source.is_ipv4() && !is_correct(checksum::add(0, header)) {
-                return false;
-            }
-            // Every header has an even number of bytes, so the sum of the inner bytes is a part of
-            // the outer sum.
-            let all = checksum::add(payload_sum, &headers[outer.udp..]);
-            let pseudo = outer.network.pseudo(PROTOCOL_UDP, packet.len() - outer.udp);
-            if outer.checksum && !is_correct(pseudo + all) {
-                return false;
-            }
-        }
-        is_correct(self.pseudo(transport.len()) + payload_sum)
-    }
-}
-
-impl Network {
-    /// Returns the partial checksum of the pseudo-header for `transport_len` bytes of transport
-    /// header and payload.
-    fn pseudo(&self, protocol: u8, transport_len: usize) -> u64 {
-        checksum::pseudo(&self.source, &self.destination, protocol) + transport_len as u64
-    }
-
-    /// Compares this header of two packets, except for addresses (compared elsewhere), length and
-    /// checksum. If splitting would give the packet after `first` the header of `next`, returns the
-    /// progress of the identification.
-    fn continues(&self, id: Identification, first: &[u8], next: &[u8]) -> Option<Identification> {
-        let (first, next) = (&first[self.at..], &next[self.at..]);
-        if self.source.is_ipv4() {
-            return id.continues(first, next);
-        }
-        // Compares version, traffic class and flow label, then next header and hop limit.
-        (first[..4] == next[..4] && first[6..8] == next[6..8]).then_some(id)
-    }
-
-    /// Sets the length in this header, which ends at `transport`, for an IP packet of `len` bytes,
-    /// and its checksum.
-    fn write_length(&self, packet: &mut [u8], transport: usize, len: usize) {
-        let header = &mut packet[self.at..transport];
-        if self.source.is_ipv4() {
-            put_u16(header, 2, len);
-            put_u16(header, 10, 0);
-            let sum = !checksum::fold(checksum::add(0, header));
-            put_u16(header, 10, sum.into());
-        } else {
-            put_u16(header, 4, len - header.len());
-        }
+    fn of(packet: &[u8], header: &IpHeader) -> Option<Self> {
+        let ports = headers::ports(packet, header)?;
+        let (source, destination) = (header.source, header.destination);
+        Some(Self { source, destination, ports, protocol: header.protocol })
     }
 }
 
 impl Identification {
-    fn of(header: &[u8]) -> Self {
-        Self { last: identification(header), step: None }
+    /// Returns the progress after the first packet. It has no meaning on IPv6.
+    fn of(header: &[u8]) -> Option<Self> {
+        Some(Self { last: Ipv4::of(header)?.identification(), step: None })
     }
 
-    fn continues(self, first: &[u8], next: &[u8]) -> Option<Self> {
-        // Compares type of service, then flags, time to live and protocol.
-        let same = first[1] == next[1] && first[6..10] == next[6..10];
-        let last = identification(next);
+    /// Compares an IP header of two packets, except for addresses (compared elsewhere), length and
+    /// checksum. If splitting would give the packet after `first` the header of `next`, returns the
+    /// progress of the identification.
+    fn continues(self, network: &Network, first: &[u8], next: &[u8]) -> Option<Self> {
+        let (first, next) = (first.get(network.at..)?, next.get(network.at..)?);
+        if !network.is_v4() {
+            return Ipv6::of(first)?.is_like(Ipv6::of(next)?).then_some(self);
+        }
+        let (first, next) = (Ipv4::of(first)?, Ipv4::of(next)?);
+        let last = next.identification();
         let step = last.wrapping_sub(self.last);
         let known = self.step.is_none_or(|known| known == step);
         // Splitting increments the identification. It has no meaning if fragmentation is forbidden,
         // and some senders then keep it constant.
-        let fits = step == 1 || (step == 0 && first[6] & IPV4_DF != 0);
-        (same && known && fits).then_some(Self { last, step: Some(step) })
+        let fits = step == 1 || (step == 0 && first.dont_fragment());
+        (first.is_like(next) && known && fits).then_some(Self { last, step: Some(step) })
     }
 }
 
 impl Flow {
-    fn new(bytes: &[u8], frame: usize, start: usize, first: &ParsedPacket) -> Self {
+    /// Returns the flow of its first packet, which is frame `frame` of the batch and begins at
+    /// `start`.
+    fn new(packet: &[u8], frame: usize, start: usize, first: &ParsedPacket) -> Option<Self> {
         let layout = first.layout;
-        let packet = &bytes[start..start + layout.len + first.payload];
-        let transport = &packet[layout.transport..];
-        let is_tcp = layout.is_tcp;
-        let sequence = if is_tcp { sequence(transport) } else { 0 };
-        Self {
+        let (mut sequence, mut pushed) = (0, false);
+        if layout.protocol == Transport::Tcp {
+            let tcp = Tcp::of(packet.get(layout.transport..)?)?;
+            (sequence, pushed) = (tcp.sequence(), tcp.flags() & TCP_PSH != 0);
+        }
+        Some(Self {
             key: first.key,
             frame,
             start,
@@ -430,15 +300,18 @@ impl Flow {
             total: packet.len(),
             verified: false,
             sequence: sequence.wrapping_add(first.payload as u32),
-            identification: Identification::of(&packet[layout.network.at..]),
-            outer_identification: Identification::of(packet),
-            pushed: is_tcp && transport[TCP_FLAGS] & TCP_PSH != 0,
-        }
+            identification: Identification::of(packet.get(layout.network.at..)?)?,
+            outer_identification: Identification::of(packet)?,
+            pushed,
+        })
     }
 
     /// Returns whether no packet can be appended any more.
     fn is_full(&self) -> bool {
-        let limit = if self.layout.is_tcp { TCP_PACKETS } else { UDP_PACKETS };
+        let limit = match self.layout.protocol {
+            Transport::Tcp => TCP_PACKETS,
+            Transport::Udp => UDP_PACKETS,
+        };
         let shorter = self.total - self.layout.len < self.size * self.packets;
         self.packets >= limit || self.pushed || shorter
     }
@@ -454,10 +327,13 @@ impl Flow {
             return false;
         }
         let layout = self.layout;
-        let bytes = batch.bytes();
-        let first = &bytes[self.start..self.start + layout.len + self.size];
-        let packet = &bytes[start..start + layout.len + next.payload];
-        let Some((outer, inner)) = self.same_headers(first, packet) else { return false };
+        let place = |start, payload| batch.bytes().get(start..start + layout.len + payload);
+        let (Some(first), Some(packet)) =
+            (place(self.start, self.size), place(start, next.payload))
+        else {
+            return false;
+        };
+        let Some(same) = self.same_headers(first, packet) else { return false };
         if !self.verified && !layout.is_correct(first) {
             return false;
         }
@@ -465,8 +341,8 @@ impl Flow {
         if !layout.is_correct(packet) {
             return false;
         }
-        (self.outer_identification, self.identification) = (outer, inner);
-        self.pushed = layout.is_tcp && packet[layout.transport + TCP_FLAGS] & TCP_PSH != 0;
+        (self.outer_identification, self.identification) = (same.outer, same.inner);
+        self.pushed = same.pushed;
         self.sequence = self.sequence.wrapping_add(next.payload as u32);
         self.packets += 1;
         self.total += next.payload;
@@ -475,37 +351,32 @@ impl Flow {
     }
 
     /// Compares the headers of `packet`, which has the same layout, with those that splitting would
-    /// give it. If they are equal, returns the progress of the outer and of the inner
-    /// identification.
-    fn same_headers(
-        &self,
-        first: &[u8],
-        packet: &[u8],
-    ) -> Option<(Identification, Identification)> {
-        let Layout { outer, network, transport, len, .. } = self.layout;
-        let mut outer_identification = self.outer_identification;
+    /// give it. Returns the progress of the flow if they are equal.
+    fn same_headers(&self, first: &[u8], packet: &[u8]) -> Option<Progress> {
+        let Layout { outer, network, transport, protocol, len, .. } = self.layout;
+        let mut progress = Progress {
+            outer: self.outer_identification,
+            inner: self.identification,
+            pushed: false,
+        };
         if let Some(outer) = outer {
-            outer_identification = outer.network.continues(outer_identification, first, packet)?;
+            progress.outer = progress.outer.continues(&outer.network, first, packet)?;
             let between = outer.udp + UDP_HEADER..network.at;
-            if first[between.clone()] != packet[between] {
+            if first.get(between.clone())? != packet.get(between)? {
                 return None;
             }
         }
-        let identification = network.continues(self.identification, first, packet)?;
-        let (first, packet) = (&first[transport..len], &packet[transport..len]);
-        if self.layout.is_tcp {
-            let flags = |tcp: &[u8]| tcp[TCP_FLAGS] & !TCP_PSH;
-            let same = sequence(packet) == self.sequence
-                && first[..4] == packet[..4]
-                && first[8..13] == packet[8..13]
-                && flags(first) == flags(packet)
-                && first[14..16] == packet[14..16]
-                && first[18..] == packet[18..];
-            if !same {
+        progress.inner = progress.inner.continues(&network, first, packet)?;
+        if protocol == Transport::Tcp {
+            let (first, packet) = (first.get(transport..len)?, packet.get(transport..len)?);
+            let (tcp, next) = (Tcp::of(first)?, Tcp::of(packet)?);
+            let options = first.get(TCP_HEADER..) == packet.get(TCP_HEADER..);
+            if next.sequence() != self.sequence || !tcp.is_like(next) || !options {
                 return None;
             }
+            progress.pushed = next.flags() & TCP_PSH != 0;
         }
-        Some((outer_identification, identification))
+        Some(progress)
     }
 
     /// Writes the headers of the super-packet, if it has more than one packet.
@@ -513,58 +384,68 @@ impl Flow {
         if self.packets == 1 {
             return;
         }
-        let Layout { outer, network, transport, is_tcp, .. } = self.layout;
-        let packet = &mut batch.bytes_mut()[self.start..self.start + self.layout.len];
+        let headers = batch.bytes_mut().get_mut(self.start..self.start + self.layout.len);
+        if let Some(header) = headers.and_then(|headers| self.write_headers(headers)) {
+            batch.set_header(self.frame, header);
+        }
+    }
+
+    /// Writes the headers of the super-packet over those of its first packet. Returns its virtio
+    /// header.
+    fn write_headers(&self, packet: &mut [u8]) -> Option<VnetHeader> {
+        let Layout { outer, network, transport, protocol, .. } = self.layout;
         let mut header = VnetHeader::default();
-        if let Some(Outer { network: around, udp, checksum }) = outer {
+        if let Some(Outer { network: around, udp, has_checksum }) = outer {
             let udp_len = self.total - udp;
-            around.write_length(packet, udp, self.total);
-            put_u16(packet, udp + UDP_LENGTH, udp_len);
-            if checksum {
-                let pseudo = checksum::fold(around.pseudo(PROTOCOL_UDP, udp_len));
-                put_u16(packet, udp + UDP_CHECKSUM, pseudo.into());
+            around.set_len(packet, udp, self.total)?;
+            let mut fields = UdpMut::of(packet.get_mut(udp..)?)?;
+            fields.set_total_len(udp_len as u16);
+            if has_checksum {
+                let pseudo = around.pseudo(Transport::Udp) + udp_len as u64;
+                fields.set_checksum(checksum::fold(pseudo));
                 header.flags = FLAG_TUNNEL_CSUM;
             }
-            let is_v4 = around.source.is_ipv4();
-            header.gso_type = if is_v4 { GSO_TUNNEL_V4 } else { GSO_TUNNEL_V6 };
+            header.gso_type = if around.is_v4() { GSO_TUNNEL_V4 } else { GSO_TUNNEL_V6 };
             header.outer_transport = udp as u16;
             header.inner_network = network.at as u16;
         }
         let transport_len = self.total - transport;
-        network.write_length(packet, transport, self.total - network.at);
-        let part = &mut packet[transport..];
-        let (gso_type, csum_offset) = if is_tcp {
-            if self.pushed {
-                part[TCP_FLAGS] |= TCP_PSH;
-            }
-            (if self.layout.is_v4() { GSO_TCPV4 } else { GSO_TCPV6 }, TCP_CHECKSUM)
-        } else {
-            put_u16(part, UDP_LENGTH, transport_len);
-            (GSO_UDP_L4, UDP_CHECKSUM)
-        };
+        network.set_len(packet, transport, self.total - network.at)?;
         let pseudo = checksum::fold(self.layout.pseudo(transport_len));
-        put_u16(part, csum_offset, pseudo.into());
+        let part = packet.get_mut(transport..)?;
+        header.gso_type |= match protocol {
+            Transport::Tcp => {
+                let mut fields = TcpMut::of(part)?;
+                if self.pushed {
+                    fields.add_flags(TCP_PSH);
+                }
+                fields.set_checksum(pseudo);
+                if network.is_v4() { GSO_TCPV4 } else { GSO_TCPV6 }
+            }
+            Transport::Udp => {
+                let mut fields = UdpMut::of(part)?;
+                fields.set_total_len(transport_len as u16);
+                fields.set_checksum(pseudo);
+                GSO_UDP_L4
+            }
+        };
         header.flags |= FLAG_NEEDS_CSUM;
-        header.gso_type |= gso_type;
         header.hdr_len = self.layout.len as u16;
         header.gso_size = self.size as u16;
         header.csum_start = transport as u16;
-        header.csum_offset = csum_offset as u16;
-        batch.set_header(self.frame, header);
+        header.csum_offset = protocol.checksum_at();
+        Some(header)
     }
 }
 
-fn sequence(tcp: &[u8]) -> u32 {
-    u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]])
-}
-
-/// Returns the identification of an IPv4 header. The value has no meaning on IPv6.
-fn identification(header: &[u8]) -> u16 {
-    u16::from_be_bytes([header[4], header[5]])
-}
-
-fn put_u16(bytes: &mut [u8], at: usize, value: usize) {
-    bytes[at..at + 2].copy_from_slice(&(value as u16).to_be_bytes());
+/// Progress of a flow that a packet continues.
+struct Progress {
+    /// Identification in the outer IP header of a tunnel.
+    outer: Identification,
+    /// Identification in the IP header.
+    inner: Identification,
+    /// True if the packet is a TCP segment with the PSH flag.
+    pushed: bool,
 }
 
 #[cfg(test)]

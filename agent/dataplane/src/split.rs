@@ -8,29 +8,25 @@
 //! A super-packet is split in place: the headers of each segment overwrite the end of the previous
 //! payload, which is encrypted by then. Only headers are copied.
 
+#![deny(clippy::indexing_slicing)]
+
+use towline_wireguard::{PADDING, Segments};
+
 use super::arena::{HEADROOM, TAILROOM};
 use super::checksum;
 use super::drops::DropReason;
-use super::headers::{IpHeader, PROTOCOL_TCP, PROTOCOL_UDP};
+use super::headers::{
+    IpHeader, Ipv4, Ipv4Mut, Ipv6Mut, Layout, Network, Outer, TCP_CWR, TCP_FIN, TCP_PSH, Tcp,
+    TcpMut, Transport, UDP_HEADER, UdpMut,
+};
 use super::vnet::{
     FLAG_NEEDS_CSUM, FLAG_TUNNEL_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_TUNNEL_V4,
     GSO_TUNNEL_V6, GSO_UDP_L4, VnetHeader,
 };
-use towline_wireguard::{PADDING, Segments};
 
 /// Largest total length of the headers of a super-packet, in bytes: outer headers, a tunnel header
 /// with options, and inner headers.
 const HEADERS: usize = 448;
-
-const TCP_SEQUENCE: usize = 4;
-const TCP_FLAGS: usize = 13;
-const TCP_CHECKSUM: usize = 16;
-const TCP_FIN: u8 = 0x01;
-const TCP_PSH: u8 = 0x08;
-const TCP_CWR: u8 = 0x80;
-const UDP_HEADER: usize = 8;
-const UDP_LENGTH: usize = 4;
-const UDP_CHECKSUM: usize = 6;
 
 /// Packet from the TUN as a sequence of segments.
 #[derive(Debug)]
@@ -58,16 +54,17 @@ enum State {
 struct SuperPacket {
     /// Headers of the super-packet. The fields that differ between segments are zero.
     headers: [u8; HEADERS],
-    headers_len: usize,
-    /// Headers of the UDP tunnel, such as VXLAN, that contains the packet. `None` outside a tunnel.
-    outer: Option<Outer>,
+    /// Positions of the headers. Those of the packet that is split are inside a tunnel, such as
+    /// VXLAN, if there are outer ones.
+    layout: Layout,
     /// IP header of the packet that is split.
-    network: Network,
-    /// Position of the transport header.
-    transport: usize,
-    is_tcp: bool,
+    ip: SegmentIp,
+    /// Outer IP header. Unused outside a tunnel.
+    outer_ip: SegmentIp,
     /// Partial checksum of the pseudo-header without the length.
     pseudo: u64,
+    /// Partial checksum of the pseudo-header of the outer UDP header without the length.
+    outer_pseudo: u64,
     /// Partial checksum of the pseudo-header and the transport header, without lengths, sequence
     /// number, flags and checksum.
     transport_sum: u64,
@@ -83,16 +80,13 @@ struct SuperPacket {
     end: usize,
     /// True until the first segment was written.
     first: bool,
-    /// Payload bytes that the padding of the previous segment overwrote, and their number.
-    covered: ([u8; TAILROOM], usize),
+    /// Payload bytes that the padding of the previous segment overwrote.
+    covered: Covered,
 }
 
-/// IP header that is written for each segment.
-#[derive(Debug)]
-struct Network {
-    /// Position of the header in the packet.
-    at: usize,
-    is_v4: bool,
+/// Values of the IP header that is written for each segment.
+#[derive(Debug, Default)]
+struct SegmentIp {
     /// Length of the header in bytes.
     len: usize,
     /// Partial checksum of the IPv4 header without length, identification and checksum.
@@ -101,15 +95,11 @@ struct Network {
     identification: u16,
 }
 
-/// Outer headers of a UDP tunnel.
-#[derive(Debug)]
-struct Outer {
-    network: Network,
-    /// Position of the UDP header.
-    udp: usize,
-    /// Partial checksum of the pseudo-header without the length. `None` if the tunnel uses no
-    /// checksum.
-    pseudo: Option<u64>,
+/// Copy of payload bytes that padding overwrites.
+#[derive(Debug, Default)]
+struct Covered {
+    bytes: [u8; TAILROOM],
+    len: usize,
 }
 
 impl<'a> Split<'a> {
@@ -129,7 +119,7 @@ impl<'a> Split<'a> {
         if bytes.len() < HEADROOM + len + TAILROOM {
             return Err(DropReason::Unsplittable);
         }
-        let packet = &mut bytes[HEADROOM..HEADROOM + len];
+        let packet = bytes.get_mut(HEADROOM..HEADROOM + len).ok_or(DropReason::Unsplittable)?;
         let state = if header.gso_type == GSO_NONE {
             if header.flags & FLAG_NEEDS_CSUM != 0 {
                 complete_checksum(packet, header).ok_or(DropReason::Unsplittable)?;
@@ -140,6 +130,26 @@ impl<'a> Split<'a> {
         };
         Ok(Self { bytes, mtu, state })
     }
+
+    /// Writes the next segment with its padding. Returns its offset and its length. `None` if there
+    /// is none.
+    fn write_next(&mut self) -> Option<(usize, usize)> {
+        let (start, len) = match &mut self.state {
+            State::Whole(len) => (HEADROOM, *len),
+            State::SuperPacket(super_packet) => super_packet.write_next(self.bytes)?,
+            State::Done => return None,
+        };
+        let padded = padded(len, self.mtu);
+        let padding = self.bytes.get_mut(start + len..start + padded)?;
+        match &mut self.state {
+            State::SuperPacket(super_packet) if super_packet.next < super_packet.end => {
+                super_packet.covered.save(padding);
+            }
+            _ => self.state = State::Done,
+        }
+        padding.fill(0);
+        Some((start, padded))
+    }
 }
 
 impl Segments for Split<'_> {
@@ -147,112 +157,103 @@ impl Segments for Split<'_> {
         match &self.state {
             State::Whole(len) => Some(padded(*len, self.mtu)),
             State::SuperPacket(super_packet) => {
-                Some(padded(super_packet.headers_len + super_packet.next_payload(), self.mtu))
+                Some(padded(super_packet.layout.len + super_packet.next_payload(), self.mtu))
             }
             State::Done => None,
         }
     }
 
     fn take(&mut self) -> &[u8] {
-        let (start, len) = match &mut self.state {
-            State::Whole(len) => (HEADROOM, *len),
-            State::SuperPacket(super_packet) => super_packet.write_next(self.bytes),
-            State::Done => return &[],
+        let Some((start, len)) = self.write_next() else {
+            self.state = State::Done;
+            return &[];
         };
-        let padded = padded(len, self.mtu);
-        let padding = &mut self.bytes[start + len..start + padded];
-        match &mut self.state {
-            State::SuperPacket(super_packet) if super_packet.next < super_packet.end => {
-                super_packet.covered.0[..padding.len()].copy_from_slice(padding);
-                super_packet.covered.1 = padding.len();
-            }
-            _ => self.state = State::Done,
-        }
-        padding.fill(0);
-        &self.bytes[start..start + padded]
+        self.bytes.get(start..start + len).unwrap_or_default()
     }
 }
 
 impl SuperPacket {
     fn new(packet: &[u8], header: &VnetHeader) -> Option<Self> {
-        let whole = IpHeader::parse(packet).filter(|inner| inner.total_len == packet.len())?;
+        let whole = IpHeader::parse_whole(packet)?;
         let tunnel = header.gso_type & (GSO_TUNNEL_V4 | GSO_TUNNEL_V6);
-        let at = match tunnel {
-            0 => 0,
-            _ => usize::from(header.inner_network),
-        };
-        let inner = match tunnel {
-            0 => whole,
-            GSO_TUNNEL_V4 if whole.source.is_ipv4() => parse_inside(packet, at)?,
-            GSO_TUNNEL_V6 if whole.source.is_ipv6() => parse_inside(packet, at)?,
+        let (at, ip) = match tunnel {
+            0 => (0, whole),
+            GSO_TUNNEL_V4 | GSO_TUNNEL_V6 if whole.is_v4() == (tunnel == GSO_TUNNEL_V4) => {
+                let at = usize::from(header.inner_network);
+                (at, IpHeader::parse_whole(packet.get(at..)?)?)
+            }
             _ => return None,
         };
-        let is_v4 = inner.source.is_ipv4();
-        let is_tcp = match header.gso_type & !(GSO_ECN | tunnel) {
-            GSO_TCPV4 if is_v4 => true,
-            GSO_TCPV6 if !is_v4 => true,
-            GSO_UDP_L4 => false,
+        let protocol = match header.gso_type & !(GSO_ECN | tunnel) {
+            GSO_TCPV4 if ip.is_v4() => Transport::Tcp,
+            GSO_TCPV6 if !ip.is_v4() => Transport::Tcp,
+            GSO_UDP_L4 => Transport::Udp,
             _ => return None,
         };
-        let protocol = if is_tcp { PROTOCOL_TCP } else { PROTOCOL_UDP };
         let transport = usize::from(header.csum_start);
         if header.flags & FLAG_NEEDS_CSUM == 0
             || header.gso_size == 0
-            || !is_behind(transport.checked_sub(at)?, &inner, protocol)
+            || header.csum_offset != protocol.checksum_at()
+            || !ip.may_precede(transport.checked_sub(at)?, protocol)
         {
             return None;
         }
-        let transport_len = if is_tcp {
-            let words = usize::from(packet.get(transport + 12)? >> 4);
-            if words < 5 || header.csum_offset != TCP_CHECKSUM as u16 {
-                return None;
-            }
-            words * 4
-        } else if header.csum_offset == UDP_CHECKSUM as u16 {
-            UDP_HEADER
-        } else {
-            return None;
-        };
-        let headers_len = transport + transport_len;
-        if headers_len > HEADERS || headers_len > packet.len() {
-            return None;
-        }
+        let len = transport + protocol.header_len(packet.get(transport..)?)?;
         let mut headers = [0; HEADERS];
-        headers[..headers_len].copy_from_slice(&packet[..headers_len]);
-        let network = Network::new(&mut headers, at, &inner);
-        let outer = match tunnel {
-            0 => None,
-            _ => Some(Outer::new(&mut headers, &whole, header, at, transport)?),
+        headers.get_mut(..len)?.copy_from_slice(packet.get(..len)?);
+        let mut layout = Layout {
+            outer: None,
+            network: Network::new(at, &ip),
+            transport,
+            protocol,
+            has_checksum: true,
+            len,
         };
-        let (mut sequence, mut flags) = (0, 0);
-        let part = &mut headers[transport..headers_len];
-        if is_tcp {
-            sequence = u32::from_be_bytes([part[4], part[5], part[6], part[7]]);
-            flags = part[TCP_FLAGS];
-            part[TCP_SEQUENCE..TCP_SEQUENCE + 4].fill(0);
-            part[TCP_FLAGS] = 0;
-            part[TCP_CHECKSUM..TCP_CHECKSUM + 2].fill(0);
-        } else {
-            part[UDP_LENGTH..UDP_HEADER].fill(0);
+        let inner_ip = SegmentIp::new(&mut headers, at, &ip)?;
+        let (mut outer_ip, mut outer_pseudo) = (SegmentIp::default(), 0);
+        if tunnel != 0 {
+            let outer = outer(&whole, header, &layout)?;
+            let mut udp = UdpMut::of(headers.get_mut(outer.udp..)?)?;
+            udp.set_total_len(0);
+            udp.set_checksum(0);
+            outer_ip = SegmentIp::new(&mut headers, 0, &whole)?;
+            outer_pseudo = outer.network.pseudo(Transport::Udp);
+            layout.outer = Some(outer);
         }
-        let pseudo = checksum::pseudo(&inner.source, &inner.destination, protocol);
+        let (mut sequence, mut flags) = (0, 0);
+        let part = headers.get_mut(transport..len)?;
+        match protocol {
+            Transport::Tcp => {
+                let tcp = Tcp::of(part)?;
+                (sequence, flags) = (tcp.sequence(), tcp.flags());
+                let mut tcp = TcpMut::of(part)?;
+                tcp.set_sequence(0);
+                tcp.set_flags(0);
+                tcp.set_checksum(0);
+            }
+            Transport::Udp => {
+                let mut udp = UdpMut::of(part)?;
+                udp.set_total_len(0);
+                udp.set_checksum(0);
+            }
+        }
+        let pseudo = layout.pseudo(0);
         let transport_sum = checksum::add(pseudo, part);
         Some(Self {
             headers,
-            headers_len,
-            outer,
-            network,
-            transport,
-            is_tcp,
+            layout,
+            ip: inner_ip,
+            outer_ip,
             pseudo,
+            outer_pseudo,
             transport_sum,
             sequence,
             flags,
             size: usize::from(header.gso_size),
-            next: HEADROOM + headers_len,
+            next: HEADROOM + len,
             end: HEADROOM + packet.len(),
             first: true,
-            covered: ([0; TAILROOM], 0),
+            covered: Covered::default(),
         })
     }
 
@@ -262,140 +263,131 @@ impl SuperPacket {
 
     /// Writes the headers of the next segment before its payload. Returns the offset of the segment
     /// and its length.
-    fn write_next(&mut self, bytes: &mut [u8]) -> (usize, usize) {
-        let (covered, len) = &self.covered;
-        bytes[self.next..self.next + len].copy_from_slice(&covered[..*len]);
+    fn write_next(&mut self, bytes: &mut [u8]) -> Option<(usize, usize)> {
+        let Layout { network, transport, protocol, len: headers_len, .. } = self.layout;
+        self.covered.restore(bytes.get_mut(self.next..)?)?;
 
-        let payload = self.next..self.next + self.next_payload();
-        let start = payload.start - self.headers_len;
-        let len = self.headers_len + payload.len();
-        let last = payload.end == self.end;
-        let payload_sum = checksum::add(self.transport_sum, &bytes[payload.clone()]);
-        let segment = &mut bytes[start..payload.end];
-        segment[..self.headers_len].copy_from_slice(&self.headers[..self.headers_len]);
+        let (payload_start, payload_len) = (self.next, self.next_payload());
+        let start = payload_start.checked_sub(headers_len)?;
+        let len = headers_len + payload_len;
+        let segment = bytes.get_mut(start..start + len)?;
+        let (headers, payload) = segment.split_at_mut_checked(headers_len)?;
+        let payload_sum = checksum::add(self.transport_sum, payload);
+        headers.copy_from_slice(self.headers.get(..headers_len)?);
 
-        self.network.write(segment);
-        let transport_len = (len - self.transport) as u64;
-        let part = &mut segment[self.transport..self.headers_len];
-        if self.is_tcp {
-            let mut flags = self.flags;
-            if !self.first {
-                flags &= !TCP_CWR;
+        self.ip.write(headers.get_mut(network.at..)?, network.is_v4(), payload_len)?;
+        let transport_len = (len - transport) as u64;
+        let part = headers.get_mut(transport..)?;
+        match protocol {
+            Transport::Tcp => {
+                let mut flags = self.flags;
+                if !self.first {
+                    flags &= !TCP_CWR;
+                }
+                if payload_start + payload_len != self.end {
+                    flags &= !(TCP_FIN | TCP_PSH);
+                }
+                let sum = payload_sum + transport_len + u64::from(self.sequence) + u64::from(flags);
+                let mut tcp = TcpMut::of(part)?;
+                tcp.set_sequence(self.sequence);
+                tcp.set_flags(flags);
+                tcp.set_checksum(!checksum::fold(sum));
             }
-            if !last {
-                flags &= !(TCP_FIN | TCP_PSH);
+            Transport::Udp => {
+                // The length is summed twice: it is in the header and in the pseudo-header.
+                let sum = payload_sum + 2 * transport_len;
+                let mut udp = UdpMut::of(part)?;
+                udp.set_total_len(transport_len as u16);
+                udp.set_checksum(not_zero(!checksum::fold(sum)));
             }
-            part[TCP_SEQUENCE..TCP_SEQUENCE + 4].copy_from_slice(&self.sequence.to_be_bytes());
-            part[TCP_FLAGS] = flags;
-            let sum = payload_sum + transport_len + u64::from(self.sequence) + u64::from(flags);
-            put(part, TCP_CHECKSUM, !checksum::fold(sum));
-        } else {
-            // The length is summed twice: it is in the header and in the pseudo-header.
-            let sum = payload_sum + 2 * transport_len;
-            put(part, UDP_LENGTH, transport_len as u16);
-            put(part, UDP_CHECKSUM, not_zero(!checksum::fold(sum)));
         }
-        if let Some(outer) = &mut self.outer {
+        if let Some(outer) = &self.layout.outer {
             // The checksum is complete, so transport header and payload now add up to the
             // complement of the pseudo-header.
             let inside = !checksum::fold(self.pseudo + transport_len);
-            outer.write(segment, self.transport, inside);
+            self.outer_ip.write(headers, outer.network.is_v4(), payload_len)?;
+            let udp_len = len - outer.udp;
+            let before = headers.get_mut(outer.udp..transport)?;
+            UdpMut::of(before)?.set_total_len(udp_len as u16);
+            if outer.has_checksum {
+                let sum = self.outer_pseudo + udp_len as u64 + u64::from(inside);
+                let sum = checksum::fold(checksum::add(sum, before));
+                UdpMut::of(before)?.set_checksum(not_zero(!sum));
+            }
         }
 
-        self.sequence = self.sequence.wrapping_add(payload.len() as u32);
-        self.next = payload.end;
+        self.sequence = self.sequence.wrapping_add(payload_len as u32);
+        self.next += payload_len;
         self.first = false;
-        (start, len)
+        Some((start, len))
     }
 }
 
-impl Network {
-    /// Reads the header at `at` and clears the fields that [`Network::write`] sets.
-    fn new(headers: &mut [u8], at: usize, inner: &IpHeader) -> Self {
-        let is_v4 = inner.source.is_ipv4();
-        let len = inner.header_len;
-        let header = &mut headers[at..at + len];
+/// Returns the outer headers of a super-packet in a UDP tunnel, which has the outer IP header
+/// `whole` and, inside, the headers of `layout`. `None` if the virtio header does not match them.
+fn outer(whole: &IpHeader, header: &VnetHeader, layout: &Layout) -> Option<Outer> {
+    let udp = usize::from(header.outer_transport);
+    // If inner and outer headers have the same 16-bit alignment, the inner sum is a part of the
+    // outer sum.
+    let aligned = layout.transport.checked_sub(udp)?.is_multiple_of(2);
+    let inside = layout.network.at >= udp + UDP_HEADER;
+    let has_checksum = header.flags & FLAG_TUNNEL_CSUM != 0;
+    (whole.may_precede(udp, Transport::Udp) && inside && aligned).then(|| Outer {
+        network: Network::new(0, whole),
+        udp,
+        has_checksum,
+    })
+}
+
+impl SegmentIp {
+    /// Reads the header at `at` and clears the fields that [`SegmentIp::write`] sets.
+    fn new(headers: &mut [u8], at: usize, ip: &IpHeader) -> Option<Self> {
+        let len = ip.header_len;
+        let header = headers.get_mut(at..at + len)?;
         let (mut identification, mut sum) = (0, 0);
-        if is_v4 {
-            identification = u16::from_be_bytes([header[4], header[5]]);
-            header[2..6].fill(0);
-            header[10..12].fill(0);
+        if ip.is_v4() {
+            identification = Ipv4::of(header)?.identification();
+            let mut fields = Ipv4Mut::of(header)?;
+            fields.set_total_len(0);
+            fields.set_identification(0);
+            fields.set_checksum(0);
             sum = checksum::add(0, header);
         }
-        Self { at, is_v4, len, sum, identification }
+        Some(Self { len, sum, identification })
     }
 
-    /// Completes the header of a segment, with the next identification.
-    fn write(&mut self, segment: &mut [u8]) {
-        let total = segment.len() - self.at;
-        let header = &mut segment[self.at..self.at + self.len];
-        if self.is_v4 {
-            put(header, 2, total as u16);
-            put(header, 4, self.identification);
+    /// Completes the header of a segment, with the next identification. `headers` are this header
+    /// and all after it, before `payload` bytes.
+    fn write(&mut self, headers: &mut [u8], is_v4: bool, payload: usize) -> Option<()> {
+        let total = headers.len() + payload;
+        if is_v4 {
             let sum = self.sum + total as u64 + u64::from(self.identification);
-            put(header, 10, !checksum::fold(sum));
+            let mut fields = Ipv4Mut::of(headers)?;
+            fields.set_total_len(total as u16);
+            fields.set_identification(self.identification);
+            fields.set_checksum(!checksum::fold(sum));
             self.identification = self.identification.wrapping_add(1);
         } else {
-            put(header, 4, (total - self.len) as u16);
+            Ipv6Mut::of(headers)?.set_payload_len((total - self.len) as u16);
+        }
+        Some(())
+    }
+}
+
+impl Covered {
+    /// Saves bytes, at most [`TAILROOM`].
+    fn save(&mut self, bytes: &[u8]) {
+        if let Some(saved) = self.bytes.get_mut(..bytes.len()) {
+            saved.copy_from_slice(bytes);
+            self.len = bytes.len();
         }
     }
-}
 
-impl Outer {
-    fn new(
-        headers: &mut [u8],
-        whole: &IpHeader,
-        header: &VnetHeader,
-        inner_at: usize,
-        transport: usize,
-    ) -> Option<Self> {
-        let udp = usize::from(header.outer_transport);
-        // If inner and outer headers have the same 16-bit alignment, the inner sum is a part of the
-        // outer sum.
-        let pairs = transport.checked_sub(udp)?.is_multiple_of(2);
-        if !is_behind(udp, whole, PROTOCOL_UDP) || inner_at < udp + UDP_HEADER || !pairs {
-            return None;
-        }
-        let pseudo = (header.flags & FLAG_TUNNEL_CSUM != 0)
-            .then(|| checksum::pseudo(&whole.source, &whole.destination, PROTOCOL_UDP));
-        headers.get_mut(udp + UDP_LENGTH..udp + UDP_HEADER)?.fill(0);
-        Some(Self { network: Network::new(headers, 0, whole), udp, pseudo })
+    /// Writes the saved bytes to the start of `bytes`.
+    fn restore(&self, bytes: &mut [u8]) -> Option<()> {
+        bytes.get_mut(..self.len)?.copy_from_slice(self.bytes.get(..self.len)?);
+        Some(())
     }
-
-    /// Completes the outer headers of a segment whose inner headers are complete. `inside` is the
-    /// sum of its transport header, which begins at `transport`, and its payload.
-    fn write(&mut self, segment: &mut [u8], transport: usize, inside: u16) {
-        self.network.write(segment);
-        let part = &mut segment[self.udp..];
-        let len = part.len();
-        put(part, UDP_LENGTH, len as u16);
-        if let Some(pseudo) = self.pseudo {
-            let before = &part[..transport - self.udp];
-            let sum = checksum::add(pseudo + len as u64 + u64::from(inside), before);
-            put(part, UDP_CHECKSUM, not_zero(!checksum::fold(sum)));
-        }
-    }
-}
-
-/// Returns the header of the packet inside a tunnel. The packet begins at `at` and must end where
-/// the outer packet ends.
-fn parse_inside(packet: &[u8], at: usize) -> Option<IpHeader> {
-    let inside = packet.get(at..)?;
-    IpHeader::parse(inside).filter(|inner| inner.total_len == inside.len())
-}
-
-/// Returns whether a transport header may be at `offset` of a packet. On IPv6 there may be
-/// extension headers before it.
-fn is_behind(offset: usize, inner: &IpHeader, protocol: u8) -> bool {
-    if inner.source.is_ipv4() {
-        offset == inner.header_len && inner.protocol == protocol && !inner.fragment
-    } else {
-        offset >= inner.header_len
-    }
-}
-
-fn put(bytes: &mut [u8], at: usize, value: u16) {
-    bytes[at..at + 2].copy_from_slice(&value.to_be_bytes());
 }
 
 /// Returns the length with WireGuard's padding to 16 bytes, but not beyond the MTU of the link.
@@ -479,7 +471,7 @@ mod tests {
         payload.extend_from_slice(inner);
         let mut packet = Recipe { tcp: None, payload, ..outer.clone() }.build();
         if !checksum {
-            let at = outer.headers().0 + UDP_CHECKSUM;
+            let at = outer.headers().0 + usize::from(Transport::Udp.checksum_at());
             packet[at..at + 2].fill(0);
         }
         (packet, inside)
@@ -489,7 +481,7 @@ mod tests {
     fn super_packet(recipe: &Recipe, size: usize) -> (Vec<u8>, VnetHeader) {
         let packet = recipe.build();
         let (ip_len, headers_len) = recipe.headers();
-        let csum_offset = if recipe.tcp.is_some() { TCP_CHECKSUM } else { UDP_CHECKSUM };
+        let transport = if recipe.tcp.is_some() { Transport::Tcp } else { Transport::Udp };
         let gso_type = match (&recipe.tcp, recipe.source.is_ipv4()) {
             (Some(_), true) => GSO_TCPV4,
             (Some(_), false) => GSO_TCPV6 | GSO_ECN,
@@ -501,7 +493,7 @@ mod tests {
             hdr_len: headers_len as u16,
             gso_size: size as u16,
             csum_start: ip_len as u16,
-            csum_offset: csum_offset as u16,
+            csum_offset: transport.checksum_at(),
             ..VnetHeader::default()
         };
         (packet, header)

@@ -2,6 +2,8 @@
 //! one side left to the other: completing a checksum, splitting. Virtual I/O Device specification
 //! 1.2, section 5.1.6. All fields are little-endian here (`TUNSETVNETLE`).
 
+#![deny(clippy::indexing_slicing)]
+
 /// Length of the plain header in bytes.
 pub const VNET_HEADER_BYTES: usize = 10;
 /// Length of the header that can also describe a tunnel (Linux 6.17), in bytes.

@@ -1,5 +1,6 @@
 use super::*;
 use crate::arena::{HEADROOM, TAILROOM};
+use crate::headers::PROTOCOL_UDP;
 use crate::split::Split;
 use crate::testing::{Recipe, Tcp};
 use proptest::prelude::*;
@@ -328,7 +329,7 @@ fn without_atomic_identification(packet: &[u8]) -> Vec<u8> {
         _ => None,
     };
     for at in std::iter::once(0).chain(inside) {
-        if packet[at] >> 4 == 4 && packet[at + 6] & IPV4_DF != 0 {
+        if packet[at] >> 4 == 4 && packet[at + 6] & 0x40 != 0 {
             packet[at + 4..at + 6].fill(0);
             packet[at + 10..at + 12].fill(0);
         }
