@@ -92,8 +92,6 @@ pub enum Event {
         /// End of the certificate, in seconds since 1970.
         expires_at: i64,
     },
-    /// This node was removed from the mesh.
-    Removed,
 }
 
 /// Command of the daemon to the task.
@@ -457,9 +455,6 @@ impl Discovery {
         });
         if let Some(mesh) = mesh {
             self.membership.mesh = mesh;
-        }
-        if self.map.own_removed() {
-            self.events.send(Event::Removed).await.map_err(|_| Ended::Stop)?;
         }
         if applied.changes.is_empty() {
             return Ok(());

@@ -81,11 +81,6 @@ impl MapCache {
         }
     }
 
-    /// Returns whether this node was removed from the mesh.
-    pub fn own_removed(&self) -> bool {
-        self.tombstones.contains_key(&self.own)
-    }
-
     /// Returns the record that the mesh has of this node.
     pub fn own_record(&self) -> Option<&Record> {
         self.own_record.as_ref()
@@ -146,7 +141,7 @@ impl MapCache {
         if self.tombstones.insert(id, tombstone).is_some() {
             return Ok(None);
         }
-        Ok((id != self.own).then_some(MapChange::Remove(verified)))
+        Ok(Some(MapChange::Remove(verified)))
     }
 
     /// Verifies the mesh configuration, and stores it if it is newer than the present one.
@@ -199,8 +194,7 @@ impl MapCache {
         let tombstones = self
             .tombstones
             .values()
-            .filter_map(|t| signed::tombstone(Some(t), &self.ca).ok())
-            .filter(|t| t.node_id != self.own)
+            .filter_map(|tombstone| signed::tombstone(Some(tombstone), &self.ca).ok())
             .map(MapChange::Remove);
         let upserts = self
             .entries
@@ -291,10 +285,14 @@ mod tests {
     }
 
     #[test]
-    fn our_own_tombstone_is_known_as_ours() {
+    fn the_core_gets_our_own_tombstone_too_also_from_the_cache() {
         let ca = Ca::new(9);
-        let mut map = MapCache::new(ca.public(), NodeId([1; 16]));
+        let own = NodeId([1; 16]);
+        let mut map = MapCache::new(ca.public(), own);
         let applied = map.apply(changes(1, vec![Bury(ca.tombstone(1))]));
-        assert!(applied.changes.is_empty() && map.own_removed());
+        let restored = MapCache::new(ca.public(), own).restore(&map.encode()).unwrap();
+        for changes in [applied.changes, restored.changes()] {
+            assert!(matches!(&changes[..], [MapChange::Remove(removed)] if removed.node_id == own));
+        }
     }
 }

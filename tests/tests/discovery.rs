@@ -322,8 +322,14 @@ async fn a_removed_node_learns_it_from_the_tombstone_it_is_refused_with() {
     let tombstone = ca.tombstone(OWN).encode_to_vec();
     let code = tonic::Code::PermissionDenied;
     watch.fail(Status::with_details(code, "this node was removed", tombstone.into())).await;
-    daemon.event(|event| matches!(event, Event::Removed).then_some(())).await;
-    assert!(node.state.map(&node.membership).unwrap().own_removed());
+    let is_own = |changes: &[MapChange]| {
+        let own = node.membership.grant.node_id;
+        matches!(changes, [MapChange::Remove(removed)] if removed.node_id == own)
+    };
+    assert!(is_own(&daemon.map().await));
+    // It is on the disk before the session ends, so that a restart knows it too.
+    daemon.disconnected().await;
+    assert!(is_own(&node.state.map(&node.membership).unwrap().changes()));
 }
 
 #[tokio::test]

@@ -12,6 +12,7 @@
 //! | [`Change::OwnNetworks`] | | yes | all |
 //! | [`Change::Host`] | | | all |
 //! | [`Change::Endpoint`] | | yes | |
+//! | [`Change::OwnRemoval`] | | yes | |
 
 use std::collections::BTreeSet;
 
@@ -33,6 +34,8 @@ pub(crate) enum Change {
     Host,
     /// Where datagrams of a peer go, or the path MTU that the data plane applies.
     Endpoint,
+    /// This node was removed from the mesh. Who holds what stays, and so do routes and guards.
+    OwnRemoval,
 }
 
 /// How much has to be derived again.
@@ -70,7 +73,7 @@ impl Changes {
             Change::Routes(node) => self.plan.add(node),
             Change::OwnNetworks => (self.plan, self.table) = (Scope::All, true),
             Change::Host => self.plan = Scope::All,
-            Change::Endpoint => self.table = true,
+            Change::Endpoint | Change::OwnRemoval => self.table = true,
         }
     }
 

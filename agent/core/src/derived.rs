@@ -17,6 +17,11 @@ pub(crate) struct Derived {
 }
 
 impl Derived {
+    /// The peer table that was handed out last.
+    pub(crate) fn table(&self) -> Option<&Arc<PeerTable>> {
+        self.table.as_ref()
+    }
+
     /// Derives what changed. Returns a table that is another one than the last; the peer table
     /// comes first. To be called until it returns `None`.
     pub(crate) fn poll(&mut self, fx: &mut Effects, input: &RoutingInput<'_>) -> Option<Output> {
@@ -33,10 +38,11 @@ impl Derived {
     }
 }
 
-/// All peers that hold their key.
+/// All peers that hold their key. A node that was removed from the mesh has static peers only.
 fn peer_table(input: &RoutingInput<'_>) -> PeerTable {
     let link = input.link_mtu();
-    let entries = input.peers.iter().filter_map(|peer| {
+    let nodes = input.peers.iter().filter(|_| !input.roster.is_removed());
+    let entries = nodes.filter_map(|peer| {
         let claim = input.roster.claim(peer.id()).filter(|claim| claim.key_holder.is_none())?;
         let (mtu, fragment) = clamped(peer.mtu(), link);
         let entry = PeerEntry {

@@ -18,6 +18,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -32,7 +33,7 @@ use crate::home_relays::{ChannelPeer, HomeRelays};
 use crate::local_node::LocalNode;
 use crate::path::{LocalAddress, Path};
 use crate::peer::{CallOrder, NetworkConditions, Peer, PeerContext};
-use crate::peer_table::Observation;
+use crate::peer_table::{Observation, PeerTable};
 use crate::peers::Peers;
 use crate::plan::UnderlayPlan;
 use crate::prefixes::is_private;
@@ -86,8 +87,8 @@ impl Mesh {
 
 /// # Inputs: what happened
 impl Mesh {
-    /// Handles a change of the map. Our own node is ignored, and so is what is older than what
-    /// we know: changes may come twice and in any order. Without a mesh there is no map.
+    /// Handles a change of the map. The entry of our own node is ignored, and so is what is older
+    /// than what we know: changes may come twice and in any order. Without a mesh there is no map.
     pub fn handle_map_change(&mut self, now: Instant, change: MapChange) {
         self.fx.advance(now);
         match self.roster.handle_map_change(&mut self.fx, change) {
@@ -363,6 +364,17 @@ impl Mesh {
     /// What holds for the whole mesh.
     pub fn config(&self) -> Option<&MeshConfig> {
         self.roster.mesh()
+    }
+
+    /// Whether this node itself was removed from the mesh. Its peer table then has static peers
+    /// only; guards and routes stay.
+    pub fn is_removed(&self) -> bool {
+        self.roster.is_removed()
+    }
+
+    /// The peer table that was handed out last; `None` before the first one.
+    pub fn peer_table(&self) -> Option<&Arc<PeerTable>> {
+        self.derived.table()
     }
 
     /// Networks that nobody holds now but somebody held once: they stay guarded. To be given back

@@ -31,7 +31,7 @@ pub(crate) struct Roster {
     own_prefixes: Vec<IpNet>,
     /// The other nodes, each by its newest record.
     nodes: BTreeMap<NodeId, Arc<Node>>,
-    /// Nodes that were removed. Never shrinks.
+    /// Nodes that were removed, this one perhaps among them. Never shrinks.
     removed: BTreeSet<NodeId>,
     /// Identity keys of the removed nodes. Never shrinks.
     removed_keys: BTreeSet<IdentityKey>,
@@ -82,7 +82,7 @@ impl Roster {
                 Some(RosterEvent::Node(node))
             }
             MapChange::Remove(tombstone) => {
-                let id = self.remove(&tombstone)?;
+                let id = self.remove(fx, &tombstone)?;
                 fx.mark(Change::Record(id));
                 Some(RosterEvent::Removed(id))
             }
@@ -151,6 +151,12 @@ impl Roster {
         self.membership.as_ref().map(|membership| &membership.mesh)
     }
 
+    /// Whether this node itself was removed from the mesh: then it has no tunnels to its nodes.
+    pub(crate) fn is_removed(&self) -> bool {
+        let own = self.membership.as_ref().map(|membership| membership.grant.node_id);
+        own.is_some_and(|own| self.removed.contains(&own))
+    }
+
     pub(crate) fn own_prefixes(&self) -> &[IpNet] {
         &self.own_prefixes
     }
@@ -193,15 +199,18 @@ impl Roster {
         }
     }
 
-    /// Returns the node that a tombstone took away, if it took one.
-    fn remove(&mut self, tombstone: &Tombstone) -> Option<NodeId> {
+    /// Returns the other node that a tombstone took away, if it took one.
+    fn remove(&mut self, fx: &mut Effects, tombstone: &Tombstone) -> Option<NodeId> {
         let Membership { grant, mesh } = self.membership.as_ref()?;
         let id = tombstone.node_id;
-        if id == grant.node_id || tombstone.mesh_id != mesh.mesh_id {
+        if tombstone.mesh_id != mesh.mesh_id {
             return None;
         }
-        self.removed.insert(id);
+        let is_own = id == grant.node_id;
         self.removed_keys.insert(tombstone.identity_key);
+        if self.removed.insert(id) && is_own {
+            fx.mark(Change::OwnRemoval);
+        }
         self.nodes.remove(&id).map(|_| id)
     }
 

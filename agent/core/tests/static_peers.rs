@@ -144,6 +144,27 @@ fn what_the_mesh_or_its_nodes_hold_is_refused_to_a_static_peer_and_shown() {
 }
 
 #[test]
+fn a_node_that_was_removed_itself_keeps_its_static_peers_and_its_guards_alone() {
+    let mut us = Us::in_mesh();
+    us.set(vec![peer(9, &["172.30.0.0/24"])]);
+    us.mesh.handle_map_change(us.now, node(2).prefixes(&["10.1.0.0/16"]).into());
+    us.drain();
+    assert!(us.table.peers.contains_key(&key(2)) && !us.mesh.is_removed());
+    let plan = us.plan.clone();
+    for _ in 0..2 {
+        us.mesh.handle_map_change(us.now, MapChange::Remove(tombstone(1)));
+        us.drain();
+        assert!(us.mesh.is_removed());
+        assert_eq!(us.table.peers.keys().collect::<Vec<_>>(), [&key(9)]);
+        assert_eq!(us.mesh.peer_table(), Some(&us.table));
+        assert_eq!(us.plan, plan, "routes and guards stay");
+    }
+    us.mesh.handle_map_change(us.now, node(3).into());
+    us.drain();
+    assert!(!us.table.peers.contains_key(&key(3)), "a later node is no peer either");
+}
+
+#[test]
 fn a_static_peer_with_a_nodes_key_is_no_peer() {
     let mut us = Us::in_mesh();
     us.mesh.handle_map_change(us.now, node(2).prefixes(&["10.1.0.0/16"]).into());

@@ -40,7 +40,7 @@ impl Daemon {
         let informed = self.inform_controller().await;
         match informed {
             Ok(()) => {}
-            Err(_) if self.removed => {}
+            Err(_) if self.mesh.is_removed() => {}
             Err(error) if force => {
                 tracing::warn!(%error, "no controller informed: leaving anyway");
             }

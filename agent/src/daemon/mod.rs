@@ -25,7 +25,7 @@ mod termination;
 mod tests;
 mod watchdog;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -200,15 +200,11 @@ struct Daemon {
     mesh: Mesh,
     data_plane: DataPlane,
     host_tunnels: HostTunnels,
-    /// Peer table that was last applied to the data plane.
-    table: Arc<PeerTable>,
     probe_keys: ProbeKeys,
     relay: Relay,
     relay_swept: Instant,
     purpose: Purpose,
     host: Host,
-    /// True once this node was removed from the mesh. Only static peers are used then.
-    removed: bool,
 
     prefixes: Prefixes,
     /// Node IPs of this host, by which other nodes reach it.
@@ -365,7 +361,7 @@ impl Daemon {
                     self.ask_reflector(local, to, transaction);
                 }
                 Output::Handshake { peer, to } => self.data_plane.handshake(peer, to),
-                Output::PeerTable(table) => self.peer_table(table),
+                Output::PeerTable(table) => self.peer_table(&table),
                 // A relay alone does not change the host's network.
                 Output::Plan(_) if self.purpose == Purpose::Relay => {}
                 Output::Plan(plan) => {
@@ -388,21 +384,10 @@ impl Daemon {
     }
 
     /// Applies a new peer table to the data plane, the probe keys and the relay.
-    fn peer_table(&mut self, table: Arc<PeerTable>) {
-        // A node that was removed from the mesh has no tunnels to its nodes.
-        let table = if self.removed { Arc::new(self.static_only(&table)) } else { table };
+    fn peer_table(&mut self, table: &PeerTable) {
         self.probe_keys.follow(&self.keys.wireguard, table.peers.keys());
-        self.data_plane.apply(&table);
+        self.data_plane.apply(table);
         self.relay.retain(|node| table.peers.contains_key(node));
-        self.table = table;
-    }
-
-    /// Returns the table without the nodes of the mesh.
-    fn static_only(&self, table: &PeerTable) -> PeerTable {
-        let keys: BTreeSet<_> = self.config.peers.iter().map(|peer| peer.public_key).collect();
-        let mut table = table.clone();
-        table.peers.retain(|key, _| keys.contains(key));
-        table
     }
 
     fn static_state_changed(&self, peer: WireguardKey, from: PeerState, to: PeerState) {
@@ -453,10 +438,11 @@ impl Daemon {
             self.purpose,
         )?;
         self.inputs.faults = self.data_plane.faults();
-        self.data_plane.apply(&self.table);
         self.host.restore();
+        let Some(table) = self.mesh.peer_table().cloned() else { return Ok(()) };
+        self.data_plane.apply(&table);
         let now = Instant::now();
-        for peer in self.table.peers.keys() {
+        for peer in table.peers.keys() {
             self.mesh.handle_observation(now, *peer, Observation::SessionExpired);
         }
         Ok(())
@@ -484,6 +470,7 @@ impl Daemon {
                 self.controller.last_heard = Some(now);
             }
             discovery::Event::Map(changes) => {
+                let was_removed = self.mesh.is_removed();
                 for change in changes {
                     if let (MapChange::Mesh(mesh), Some(membership)) =
                         (&change, &mut self.membership)
@@ -491,6 +478,9 @@ impl Daemon {
                         membership.mesh = mesh.clone();
                     }
                     self.mesh.handle_map_change(now, change);
+                }
+                if self.mesh.is_removed() && !was_removed {
+                    tracing::error!("this node was removed from the mesh: run `towline leave`");
                 }
             }
             discovery::Event::Grant(grant) => {
@@ -504,12 +494,6 @@ impl Daemon {
             discovery::Event::Published(result) => self.published = result,
             discovery::Event::Certificate { expires_at } => {
                 self.certificate_expires_at = expires_at;
-            }
-            discovery::Event::Removed => {
-                if !std::mem::replace(&mut self.removed, true) {
-                    tracing::error!("this node was removed from the mesh: run `towline leave`");
-                    self.peer_table(self.table.clone());
-                }
             }
         }
     }

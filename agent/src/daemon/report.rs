@@ -95,7 +95,7 @@ impl Daemon {
 
     fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
-        if self.removed {
+        if self.mesh.is_removed() {
             problems.push(
                 "this node was removed from the mesh: run `towline leave`, then join with a new token"
                     .into(),

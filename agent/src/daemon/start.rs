@@ -89,7 +89,6 @@ impl Daemon {
         mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
         let remembered = announced_prefixes::remember(state.clone(), cached);
         tokio::spawn(save_again(state.clone()));
-        let removed = map.as_ref().is_some_and(MapCache::own_removed);
         for change in map.iter().flat_map(MapCache::changes) {
             mesh.handle_map_change(now, change);
         }
@@ -145,13 +144,11 @@ impl Daemon {
             mesh,
             data_plane,
             host_tunnels,
-            table: Arc::default(),
             probe_keys: ProbeKeys::default(),
             relay,
             relay_swept: now,
             purpose,
             host,
-            removed,
             prefixes: Prefixes::default(),
             node_ips: Vec::new(),
             announced: Selection::default(),
