@@ -40,6 +40,8 @@ const BACKOFF: Backoff =
     Backoff::new(Duration::from_millis(250), Duration::from_secs(15), Jitter::Half);
 /// Maximum time for the controller's first message.
 const READY: Duration = Duration::from_secs(10);
+/// Maximum time for the controller's answer when this node leaves.
+const LEAVE_ANSWER: Duration = Duration::from_secs(30);
 /// Delay after which a refused record is published again.
 const PUBLISH_RETRY: Duration = Duration::from_secs(30);
 /// Number of missed heartbeats that end a session.
@@ -553,11 +555,22 @@ impl Discovery {
         session: &mut Session,
         reply: oneshot::Sender<Result<(), String>>,
     ) -> Result<(), Ended> {
-        match session.client.leave(pb::LeaveRequest {}).await {
-            Ok(_) => {
-                let _ = reply.send(Ok(()));
-                Err(Ended::Stop)
-            }
+        // Nobody waits any more: the operator was told that this node stays.
+        if reply.is_closed() {
+            return Ok(());
+        }
+        let answer = timeout(LEAVE_ANSWER, session.client.leave(pb::LeaveRequest {})).await;
+        let Ok(answer) = answer else {
+            let reason = "the controller did not answer in time";
+            let _ = reply.send(Err(reason.into()));
+            // If it removed this node all the same, the next session gets the tombstone.
+            return Err(Ended::Because(reason.into()));
+        };
+        match answer {
+            Ok(_) => match reply.send(Ok(())) {
+                Ok(()) => Err(Ended::Stop),
+                Err(_) => Err(Ended::Because("this node was removed from the mesh".into())),
+            },
             Err(status) => {
                 let _ = reply.send(Err(status_message(&status)));
                 Ok(())

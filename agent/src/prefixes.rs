@@ -1,13 +1,11 @@
 //! Prefixes that this node announces: the networks that are reached through it, by source.
 //!
-//! Each source sends all its networks whenever they change. The daemon keeps the latest list of
-//! each source, filters it, and announces what the grant allows. A task becomes a source by holding
-//! a [`PrefixSender`].
+//! Each source names all its networks whenever they change. The daemon keeps the latest list of
+//! each source, filters it, and announces what the grant allows.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
-use tokio::sync::mpsc;
 use towline_core::prefixes::{covering, without};
 use towline_proto::limits;
 use towline_proto::node::Grant;
@@ -31,9 +29,6 @@ pub struct PrefixUpdate {
     /// Networks of the source. Host bits are ignored.
     pub prefixes: Vec<IpNet>,
 }
-
-/// Sender on which a source sends its networks.
-pub type PrefixSender = mpsc::Sender<PrefixUpdate>;
 
 /// Filter for the networks of all sources.
 #[derive(Debug, Clone, Copy, Default)]

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_util::Stream;
-use rcgen::{KeyPair, PKCS_ED25519};
+use rcgen::{CertificateSigningRequestParams, KeyPair, PKCS_ED25519};
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -23,7 +23,10 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
+use towline_agent::state::{Keys, Membership, StateDir};
 use towline_fixtures::ca::Ca;
+use towline_fixtures::node::grant;
+use towline_proto::node::Grant;
 use towline_proto::pb::discovery_server::{Discovery, DiscoveryServer};
 use towline_proto::{CONTROLLER_TLS_NAME, pb};
 
@@ -130,6 +133,34 @@ impl ScriptedController {
                 return request.record.context("no record");
             }
         }
+    }
+}
+
+/// Stores in `state` what a join of the node `number` gives it: new keys, a certificate that is
+/// valid for `life`, beginning an hour ago, and its membership.
+pub fn enroll(
+    state: &StateDir,
+    number: u8,
+    ca: &Ca,
+    controller: SocketAddr,
+    life: Duration,
+) -> anyhow::Result<Membership> {
+    let keys = state.keys_or_generate()?;
+    let csr = CertificateSigningRequestParams::from_der(&keys.identity.signing_request()?.into())?;
+    state.store_certificate(&[ca.issue("node", &csr.public_key, life)])?;
+    let controllers = vec![controller.to_string().parse()?];
+    let grant = ca.grant(&own_grant(number, &keys));
+    let membership = Membership::new(ca.certificate(), controllers, grant, ca.mesh())?;
+    state.store_membership(&membership)?;
+    Ok(membership)
+}
+
+/// Returns the grant of the node `number`, with these keys.
+pub fn own_grant(number: u8, keys: &Keys) -> Grant {
+    Grant {
+        identity_key: keys.identity.public(),
+        wireguard_keys: vec![keys.wireguard.public()],
+        ..grant(number)
     }
 }
 

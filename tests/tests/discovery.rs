@@ -6,31 +6,22 @@ use std::time::Duration;
 
 use prost::Message as _;
 use rcgen::PublicKeyData as _;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tonic::Status;
 use towline_agent::discovery::{Announcement, Command, Discovery, Event, Setup};
 use towline_agent::join::{self, JoinError, Joined};
-use towline_agent::state::{Counters, Keys, Membership, StateDir};
+use towline_agent::state::{Counters, Membership, StateDir};
 use towline_core::mesh::MapChange;
 use towline_fixtures::ca::Ca;
 use towline_fixtures::controller::TestController;
-use towline_fixtures::node::{candidate, grant, node};
-use towline_proto::node::Grant;
+use towline_fixtures::node::{candidate, node};
+use towline_proto::id::{NodeId, TokenId};
 use towline_proto::pb::change::Kind::{Tombstone, Upsert};
 use towline_proto::token::{JoinToken, TokenSecret};
-use towline_proto::{id::TokenId, pb, signed};
-use towline_tests::scripted::{Call, ScriptedController, changes, ready};
+use towline_proto::{pb, signed};
+use towline_tests::scripted::{Call, ScriptedController, changes, enroll, own_grant, ready};
 
 const OWN: u8 = 1;
-
-/// Returns the grant of a node with these keys.
-fn own_grant(keys: &Keys) -> Grant {
-    Grant {
-        identity_key: keys.identity.public(),
-        wireguard_keys: vec![keys.wireguard.public()],
-        ..grant(OWN)
-    }
-}
 
 /// Returns the change that brings node `number`, as `ca` signs it.
 fn upsert(ca: &Ca, number: u8) -> pb::change::Kind {
@@ -55,19 +46,7 @@ impl Node {
     fn new(ca: &Ca, controller: &ScriptedController, life: Duration) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let state = Arc::new(StateDir::open(dir.path()).unwrap());
-        let keys = state.keys_or_generate().unwrap();
-        let csr = keys.identity.signing_request().unwrap();
-        let public =
-            rcgen::CertificateSigningRequestParams::from_der(&csr.into()).unwrap().public_key;
-        state.store_certificate(&[ca.issue("node", &public, life)]).unwrap();
-        let membership = Membership::new(
-            ca.certificate(),
-            vec![controller.address.to_string().parse().unwrap()],
-            ca.grant(&own_grant(&keys)),
-            ca.mesh(),
-        )
-        .unwrap();
-        state.store_membership(&membership).unwrap();
+        let membership = enroll(&state, OWN, ca, controller.address, life).unwrap();
         Self { state, _dir: dir, membership }
     }
 
@@ -333,6 +312,35 @@ async fn a_removed_node_learns_it_from_the_tombstone_it_is_refused_with() {
 }
 
 #[tokio::test]
+async fn a_leave_that_nobody_waits_for_any_more_is_not_sent() {
+    let ca = Ca::new(9);
+    let mut controller = ScriptedController::start(&ca).await.unwrap();
+    let node = Node::new(&ca, &controller, DAY);
+    let mut daemon = node.start();
+    let mut watch = controller.watch().await.unwrap();
+    watch.send(ready(1)).await;
+    daemon.event(|event| matches!(event, Event::Connected { .. }).then_some(())).await;
+    let (reply, given_up) = oneshot::channel();
+    drop(given_up);
+    daemon.commands.send(Command::Leave(reply)).await.unwrap();
+    daemon.commands.send(Command::Signal(NodeId([2; 16]), b"after it".to_vec())).await.unwrap();
+    // Commands are handled in order, so the leave was handled when the signal comes.
+    loop {
+        let message = watch.requests.message().await.unwrap().unwrap();
+        if matches!(message.kind, Some(pb::watch_request::Kind::Signal(_))) {
+            break;
+        }
+    }
+    let (reply, answer) = oneshot::channel();
+    daemon.commands.send(Command::Leave(reply)).await.unwrap();
+    let Call::Leave(call) = controller.call().await.unwrap() else { panic!("not a leave") };
+    let _ = call.send(Ok(pb::LeaveResponse::default()));
+    answer.await.unwrap().unwrap();
+    // Then the task ends.
+    daemon.commands.closed().await;
+}
+
+#[tokio::test]
 async fn a_certificate_near_its_end_is_renewed_before_the_watch() {
     let ca = Ca::new(1);
     let mut controller = ScriptedController::start(&ca).await.unwrap();
@@ -417,7 +425,7 @@ async fn a_join_stores_what_it_was_given_and_a_second_one_changes_nothing() {
         let keys = state.keys().unwrap();
         let csr = rcgen::CertificateSigningRequestParams::from_der(&request.csr.into()).unwrap();
         let answer = pb::JoinResponse {
-            grant: Some(ca.grant(&own_grant(&keys))),
+            grant: Some(ca.grant(&own_grant(OWN, &keys))),
             mesh: Some(ca.mesh()),
             certificate_chain: vec![ca.issue("node", &csr.public_key, DAY).to_vec()],
         };

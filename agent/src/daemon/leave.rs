@@ -1,15 +1,15 @@
 //! Implements `towline down`, `towline leave` and the undoing of a join, with and without a running
 //! daemon.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::oneshot;
 
-use super::{Daemon, host};
+use super::{Daemon, Exit, host_controller};
 use crate::config::Config;
 use crate::control::DownAnswer;
-use crate::discovery;
 use crate::down::DownMarker;
 use crate::join;
 use crate::state::{Keys, Membership, StateDir};
@@ -17,10 +17,28 @@ use crate::state::{Keys, Membership, StateDir};
 /// Maximum time to inform a controller that a join is undone.
 const UNDO_LIMIT: Duration = Duration::from_secs(10);
 
+/// A `towline leave` that waits for a controller. The daemon keeps running meanwhile.
+pub(super) struct Leaving {
+    /// Informs a controller that this node leaves.
+    informing: Pin<Box<dyn Future<Output = Result<(), String>> + Send>>,
+    /// True if the node leaves even if no controller can be informed.
+    is_forced: bool,
+    /// Receivers of the result: each `towline leave` that was run meanwhile.
+    replies: Vec<oneshot::Sender<Result<(), String>>>,
+}
+
+/// Waits until a controller was informed, or forever if this node is not leaving.
+pub(super) async fn informed(leaving: &mut Option<Leaving>) -> Result<(), String> {
+    match leaving {
+        Some(leaving) => leaving.informing.as_mut().await,
+        None => std::future::pending().await,
+    }
+}
+
 impl Daemon {
     /// Stops the data plane and removes everything that Towline created on the host.
     pub(super) fn open_host(&mut self) -> Result<(), String> {
-        if let Err(error) = self.data_plane.stop() {
+        if let Err(error) = self.tunnels.data_plane().stop() {
             tracing::error!(%error, "data plane hangs: opening the host anyway");
         }
         self.host.remove()
@@ -33,11 +51,35 @@ impl Daemon {
         Ok(DownAnswer::new(false, marker))
     }
 
-    pub(super) async fn leave(&mut self, force: bool) -> Result<(), String> {
-        if self.membership.is_none() {
-            return Err("this machine has not joined a mesh: run `towline down` to open it".into());
+    /// Begins to leave the mesh: informs a controller. [`Self::finish_leave`] does the rest.
+    pub(super) fn leave(&mut self, force: bool, reply: oneshot::Sender<Result<(), String>>) {
+        if self.mesh.grant().is_none() {
+            let why = "this machine has not joined a mesh: run `towline down` to open it";
+            let _ = reply.send(Err(why.into()));
+            return;
         }
-        let informed = self.inform_controller().await;
+        let leaving = self.leaving.get_or_insert_with(|| Leaving {
+            informing: Box::pin(self.controller.leave()),
+            is_forced: false,
+            replies: Vec::new(),
+        });
+        leaving.is_forced |= force;
+        leaving.replies.retain(|reply| !reply.is_closed());
+        leaving.replies.push(reply);
+    }
+
+    /// Leaves the mesh once a controller was informed, or could not be. Returns why the daemon has
+    /// to end, if it left.
+    pub(super) fn finish_leave(&mut self, informed: Result<(), String>) -> Option<Exit> {
+        let leaving = self.leaving.take()?;
+        let result = self.leave_now(informed, leaving.is_forced);
+        for reply in leaving.replies {
+            let _ = reply.send(result.clone());
+        }
+        result.is_ok().then_some(Exit::Left)
+    }
+
+    fn leave_now(&mut self, informed: Result<(), String>, force: bool) -> Result<(), String> {
         match informed {
             Ok(()) => {}
             Err(_) if self.mesh.is_removed() => {}
@@ -49,26 +91,11 @@ impl Daemon {
         self.open_host()?;
         self.state.forget().map_err(|error| error.to_string())
     }
-
-    async fn inform_controller(&mut self) -> Result<(), String> {
-        let (reply, answer) = oneshot::channel();
-        let stopped = || "cannot contact a controller: the discovery task has stopped".to_owned();
-        let Some(commands) = &self.commands else { return Err(stopped()) };
-        commands.send(discovery::Command::Leave(reply)).await.map_err(|_| stopped())?;
-        // The queue of events is drained, so that a full queue does not delay the response.
-        let mut answer = answer;
-        loop {
-            tokio::select! {
-                result = &mut answer => return result.map_err(|_| stopped())?,
-                Some(event) = self.inputs.discovery.recv() => self.discovery_event(event),
-            }
-        }
-    }
 }
 
 /// Opens the host without a running agent.
 pub fn open_host(config: &Config) -> anyhow::Result<()> {
-    host::remove(config)
+    host_controller::remove(config)
 }
 
 /// Leaves the mesh without a running agent: informs a controller, opens the host, and removes the

@@ -8,56 +8,81 @@
 //! ```
 //!
 //! Every input carries the time. After each input the outputs are drained and the next deadline is
-//! armed. The task never blocks on another part.
+//! armed. The task never waits for another part: an answer that takes time is one more input.
+//!
+//! What the mesh knows (membership, peers, who was removed, the peer table) is asked of the
+//! [`Mesh`]. The parts own the rest; [`Daemon`] passes each input on to those that it concerns.
+//!
+//! | part | owns |
+//! |---|---|
+//! | `Tunnels` | the running data plane |
+//! | `HostController` | the plan on the host's network, and what differs from it |
+//! | `Announcer` | prefixes of all sources, node IPs, and what is announced |
+//! | `ControllerLink` | commands to the discovery client, and its last reports |
+//! | `KubernetesNode` | this machine's Node object |
+//! | `Prober` | keys of the pairs, and pings of the operator |
+//! | `RelayServer` | requests of other nodes to this node's relay |
+//! | `Leaving` | a `towline leave` that waits for a controller |
+//! | `Reporter` | nothing: it reads all of them for status output |
 
-mod announced_prefixes;
-mod host;
+mod announcer;
+mod controller_link;
+mod host_controller;
+mod kubernetes_node;
 mod leave;
-mod node_prefixes;
-mod paths;
+mod prober;
+mod relay_server;
 mod report;
-mod requests;
+mod signals;
 mod standby;
 mod start;
 mod start_report;
 mod termination;
 #[cfg(test)]
 mod tests;
+mod tunnels;
 mod watchdog;
 
-use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, oneshot, watch};
-use towline_core::mesh::{MapChange, Mesh, Output, PeerState};
+use tokio::sync::oneshot;
+use towline_core::mesh::{Mesh, Output, PeerState, Transmit};
+use towline_core::path::{LocalAddress, Path as NetworkPath};
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::prefixes::is_host;
-use towline_dataplane::{self as dataplane, DataPlane, HostTunnels, Relay};
-use towline_host::HostEvent;
+use towline_dataplane as dataplane;
+use towline_proto::frame::{Probe, RELAYED_HEADER_BYTES};
 use towline_proto::id::{NodeId, WireguardKey};
+use towline_proto::stun;
 
-use crate::config::Config;
+use crate::config::{Addressing, Config};
 use crate::confirm::{self, Confirmation, Moment};
-use crate::control::{ControlServer, PingAnswer};
-use crate::discovery::{self, Announcement};
+use crate::control::{ControlServer, Request};
+use crate::discovery;
 use crate::down::DownMarker;
+use crate::node_ip::NodeIps;
 use crate::notify::Notifier;
-use crate::prefixes::{PrefixSender, PrefixUpdate, Prefixes, Selection};
-use crate::probe::ProbeKeys;
-use crate::state::{CachedPrefixes, Keys, Membership, StateDir};
-use crate::{kubernetes, static_peers};
-use host::Host;
-use requests::{path_kind, with_heartbeat};
+use crate::prefixes::{PrefixSource, PrefixUpdate};
+use crate::state::StateDir;
+use crate::static_peers;
+use announcer::Announcer;
+use controller_link::{ControllerLink, Received};
+use host_controller::HostController;
+use kubernetes_node::KubernetesNode;
+use leave::Leaving;
+use prober::Prober;
+use relay_server::RelayServer;
+use report::Reporter;
+use signals::{SignalMeaning, Signals};
 use standby::Standby;
-use start::{Stored, start_data_plane};
+use start::Stored;
 use start_report::StartReport;
-use termination::{GRACE, Termination};
+use tunnels::{Report, Tunnels};
 use watchdog::{Verdict, Watchdog};
 
 pub use leave::{leave, open_host};
@@ -150,109 +175,27 @@ async fn serve(
     Ok(())
 }
 
-/// Signals that the agent handles.
-struct Signals {
-    termination: Termination,
-    hangup: tokio::signal::unix::Signal,
-}
-
-/// Meaning of a signal for the agent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum SignalMeaning {
-    /// SIGTERM or SIGINT: end the agent.
-    End,
-    /// SIGHUP: read the configuration again.
-    Reload,
-}
-
-impl Signals {
-    fn new() -> anyhow::Result<Self> {
-        Ok(Self {
-            termination: Termination::watch(GRACE).context("cannot receive signals")?,
-            hangup: signal(SignalKind::hangup())?,
-        })
-    }
-
-    /// Waits for the next signal. No signal is lost when the future is dropped.
-    async fn next(&mut self) -> SignalMeaning {
-        tokio::select! {
-            () = self.termination.requested() => SignalMeaning::End,
-            _ = self.hangup.recv() => SignalMeaning::Reload,
-        }
-    }
-
-    /// Waits for a signal that ends the agent.
-    async fn end(&mut self) {
-        while self.next().await != SignalMeaning::End {}
-    }
-}
-
-/// The state of a running agent, and its connections to the parts that do I/O.
+/// A running agent: the mesh, and the parts that do I/O for it.
 struct Daemon {
     config: Config,
     config_path: Option<PathBuf>,
+    purpose: Purpose,
     state: Arc<StateDir>,
-    keys: Keys,
-    /// Membership of this node. `None`: there is no mesh, only static peers.
-    membership: Option<Membership>,
     started: Instant,
 
     mesh: Mesh,
-    data_plane: DataPlane,
-    host_tunnels: HostTunnels,
-    probe_keys: ProbeKeys,
-    relay: Relay,
-    relay_swept: Instant,
-    purpose: Purpose,
-    host: Host,
-
-    prefixes: Prefixes,
-    /// Node IPs of this host, by which other nodes reach it.
-    node_ips: Vec<IpAddr>,
-    announced: Selection,
-    remembered: watch::Sender<CachedPrefixes>,
-    /// Value that was last read from `inputs.kubernetes`.
-    kubernetes: kubernetes::View,
-    /// Sender for prefix updates. Each task that is a source of prefixes gets a clone.
-    _prefix_sender: PrefixSender,
-    announcements: watch::Sender<Option<Announcement>>,
-    commands: Option<mpsc::Sender<discovery::Command>>,
-    controller: ControllerView,
-    /// Result of the last publication of the record: remarks about prefixes that other nodes hold,
-    /// or why the controller refused the record.
-    published: Result<Vec<String>, String>,
-    /// End of the client certificate that is in use, in seconds since 1970.
-    certificate_expires_at: i64,
-
-    /// Reply channel of each `towline ping` probe in flight, by probe id.
-    pings: BTreeMap<u64, oneshot::Sender<PingAnswer>>,
-    next_ping: u64,
-
-    inputs: Inputs,
+    tunnels: Tunnels,
+    host: HostController,
+    announcer: Announcer,
+    controller: ControllerLink,
+    kubernetes: KubernetesNode,
+    prober: Prober,
+    relay: RelayServer,
+    /// Set while `towline leave` waits for a controller.
+    leaving: Option<Leaving>,
 }
 
-/// Channels on which the other parts send their events.
-struct Inputs {
-    data_plane: mpsc::Receiver<dataplane::Event>,
-    /// Latest fault of the data plane. `None` while it works.
-    faults: watch::Receiver<Option<dataplane::Fault>>,
-    discovery: mpsc::Receiver<discovery::Event>,
-    prefixes: mpsc::Receiver<PrefixUpdate>,
-    kubernetes: watch::Receiver<kubernetes::View>,
-}
-
-/// Last known state of the controller connection, for status output.
-#[derive(Debug, Default)]
-struct ControllerView {
-    connected: bool,
-    address: String,
-    revision: u64,
-    /// When the controller last sent something.
-    last_heard: Option<Instant>,
-    /// Why there is no connection. Empty while connected.
-    reason: String,
-}
-
+/// # Inputs
 impl Daemon {
     /// Runs until the agent has to end. Replies on `asked` once the first plan was applied.
     async fn run(
@@ -265,19 +208,18 @@ impl Daemon {
         let mut confirm_at = self.next_confirmation();
         let mut start = StartReport::default();
         let mut watchdog = Watchdog::new(Instant::now(), notifier.period());
-        self.configured_prefixes();
+        // Pod networks are known before the uplinks are chosen: none of them is one.
         self.kubernetes_changed();
-        self.prefixes_changed();
-        self.addresses_changed();
+        self.configuration_changed();
         let exit = loop {
             self.drain();
-            start.report(notifier, self.blocked());
+            start.report(notifier, self.host.blocked());
             if let Some(asked) = asked.take() {
                 let _ = asked.send(Ok(false));
             }
             // The watchdog is fed here only, so that it also notices a hanging task.
             if watchdog.due() <= Instant::now() {
-                match watchdog.check(Instant::now(), self.data_plane.stalled_workers()) {
+                match watchdog.check(Instant::now(), self.tunnels.data_plane().stalled_workers()) {
                     Verdict::Alive => notifier.alive(),
                     Verdict::Stalled { workers, news: true } => {
                         tracing::warn!(workers, "data plane workers stalled");
@@ -287,27 +229,25 @@ impl Daemon {
                 }
             }
             let deadline = self.mesh.poll_timeout().map(|(at, _reason)| at);
-            let wake = tokio::time::sleep_until(
-                deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600)).into(),
-            );
             tokio::select! {
-                () = wake, if deadline.is_some() => self.mesh.handle_timeout(Instant::now()),
-                () = tokio::time::sleep_until(watchdog.due().into()) => {}
-                Ok(()) = self.inputs.faults.changed() => self.data_plane_fault()?,
-                Some(event) = self.inputs.data_plane.recv() => self.data_plane_event(event),
-                Some(event) = self.inputs.discovery.recv() => self.discovery_event(event),
-                event = self.host.next() => match event {
-                    HostEvent::AddressesChanged => self.addresses_changed(),
-                    HostEvent::OursChanged => self.host.restore(),
-                    HostEvent::HooksChanged => self.host.restore_hooks(),
+                () = at(deadline) => self.mesh.handle_timeout(Instant::now()),
+                () = at(Some(watchdog.due())) => {}
+                report = self.tunnels.next() => self.tunnels_report(report)?,
+                Some(event) = self.controller.next() => self.controller_event(event),
+                event = self.host.next() => if self.host.handle(event) {
+                    self.addresses_changed();
                 },
-                Some(update) = self.inputs.prefixes.recv() => self.prefix_update(update),
-                Ok(()) = self.inputs.kubernetes.changed() => self.kubernetes_changed(),
+                Some(()) = self.kubernetes.changed() => self.kubernetes_changed(),
                 Some(request) = control.next() => {
-                    if let Some(exit) = self.control_request(request, notifier).await {
+                    if let Some(exit) = self.control_request(request) {
                         break exit;
                     }
                     confirm_at = self.next_confirmation();
+                }
+                informed = leave::informed(&mut self.leaving) => {
+                    if let Some(exit) = self.finish_leave(informed) {
+                        break exit;
+                    }
                 }
                 () = at(confirm_at) => {
                     if self.confirmation() == Confirmation::Missed {
@@ -322,178 +262,67 @@ impl Daemon {
                 },
             }
         };
-        if let Err(error) = self.data_plane.stop() {
+        if let Err(error) = self.tunnels.data_plane().stop() {
             tracing::error!(%error, "data plane hangs: ending the agent without it");
         }
         Ok(exit)
     }
 
-    /// Returns the state of the join's confirmation.
-    fn confirmation(&self) -> Confirmation {
-        confirm::status(self.state.path(), &Moment::now())
-    }
-
-    /// Returns when to check the confirmation again. The check is periodic because the boot clock
-    /// advances while the machine sleeps, but timers do not.
-    fn next_confirmation(&self) -> Option<Instant> {
-        match self.confirmation() {
-            Confirmation::Settled => None,
-            Confirmation::Due(left) => Some(Instant::now() + left.min(CONFIRMATION_PERIOD)),
-            Confirmation::Missed => Some(Instant::now()),
-        }
-    }
-
-    /// Returns why this machine must not use the mesh yet: its plan is not applied. A relay alone
-    /// has no plan.
-    fn blocked(&self) -> Option<&str> {
-        match self.purpose {
-            Purpose::Node => self.host.blocked(),
-            Purpose::Relay => None,
-        }
-    }
-
-    /// Executes all pending outputs of the core.
-    fn drain(&mut self) {
-        while let Some(output) = self.mesh.poll_output() {
-            match output {
-                Output::Transmit(transmit) => self.transmit(transmit),
-                Output::Stun { local, to, transaction } => {
-                    self.ask_reflector(local, to, transaction);
-                }
-                Output::Handshake { peer, to } => self.data_plane.handshake(peer, to),
-                Output::PeerTable(table) => self.peer_table(&table),
-                // A relay alone does not change the host's network.
-                Output::Plan(_) if self.purpose == Purpose::Relay => {}
-                Output::Plan(plan) => {
-                    self.host.apply(plan);
-                    self.remember();
-                }
-                Output::Advertise(candidates) => {
-                    let prefixes = self.announced.announced.clone();
-                    let relay = self.config.relay.enabled;
-                    let announcement = Announcement { candidates, prefixes, relay };
-                    self.announcements.send_replace(Some(announcement));
-                }
-                Output::StateChanged { peer, from, to } => self.state_changed(peer, from, to),
-                Output::StaticStateChanged { peer, from, to } => {
-                    self.static_state_changed(peer, from, to);
-                }
-                Output::PingResult { id, answer } => self.ping_result(id, answer),
-            }
-        }
-    }
-
-    /// Applies a new peer table to the data plane, the probe keys and the relay.
-    fn peer_table(&mut self, table: &PeerTable) {
-        self.probe_keys.follow(&self.keys.wireguard, table.peers.keys());
-        self.data_plane.apply(table);
-        self.relay.retain(|node| table.peers.contains_key(node));
-    }
-
-    fn static_state_changed(&self, peer: WireguardKey, from: PeerState, to: PeerState) {
-        let status = self.mesh.static_peers().find(|status| status.public_key == peer);
-        let Some(status) = status else { return };
-        let endpoint = status.endpoint.map(|path| tracing::field::display(path.remote));
-        tracing::info!(peer = %status.name, ?from, ?to, endpoint, reason = %status.reason, "static peer");
-    }
-
-    fn state_changed(&self, peer: NodeId, from: PeerState, to: PeerState) {
-        let Some(status) = self.mesh.peer(peer) else { return };
-        let name = status.node.name();
-        match status.path {
-            Some(path) => tracing::info!(peer = %name, ?from, ?to, %path, "peer"),
-            None => tracing::info!(peer = %name, ?from, ?to, reason = %status.reason, "peer"),
-        }
-    }
-
-    fn data_plane_event(&mut self, event: dataplane::Event) {
+    /// Handles a report of the data plane. Starts it again after a fault.
+    fn tunnels_report(&mut self, report: Report) -> anyhow::Result<()> {
         let now = Instant::now();
-        match event {
-            dataplane::Event::Peer { peer, what } => self.mesh.handle_observation(now, peer, what),
-            dataplane::Event::Probe { from, datagram } => {
+        match report {
+            Report::Event(dataplane::Event::Peer { peer, what }) => {
+                self.mesh.handle_observation(now, peer, what);
+            }
+            Report::Event(dataplane::Event::Probe { from, datagram }) => {
                 self.message_received(Some(from), &datagram);
             }
-            dataplane::Event::Stun { from, datagram } => self.stun_received(from, &datagram),
-        }
-    }
-
-    /// Restarts the data plane after a fault.
-    fn data_plane_fault(&mut self) -> anyhow::Result<()> {
-        let fault = self.inputs.faults.borrow_and_update().clone();
-        let Some(fault) = fault else { return Ok(()) };
-        tracing::error!(%fault, "data plane failed: restarting it");
-        self.restart_data_plane()
-    }
-
-    /// Starts a new data plane, without sessions, after its link was deleted or a worker failed.
-    fn restart_data_plane(&mut self) -> anyhow::Result<()> {
-        // A hanging worker keeps the link and the port open. Only the end of the process releases
-        // them.
-        self.data_plane.stop()?;
-        (self.data_plane, self.inputs.data_plane) = start_data_plane(
-            &self.config,
-            &self.keys,
-            self.relay.clone(),
-            &self.host_tunnels,
-            self.purpose,
-        )?;
-        self.inputs.faults = self.data_plane.faults();
-        self.host.restore();
-        let Some(table) = self.mesh.peer_table().cloned() else { return Ok(()) };
-        self.data_plane.apply(&table);
-        let now = Instant::now();
-        for peer in table.peers.keys() {
-            self.mesh.handle_observation(now, *peer, Observation::SessionExpired);
+            Report::Event(dataplane::Event::Stun { from, datagram }) => {
+                if let Some(stun::Message::Success { transaction, mapped }) =
+                    stun::Message::decode(&datagram)
+                {
+                    self.mesh.handle_stun(now, from.remote, transaction, mapped);
+                }
+            }
+            Report::Fault(fault) => {
+                tracing::error!(%fault, "data plane failed: restarting it");
+                let relay = self.relay.handle_for_data_plane();
+                self.tunnels.restart(&self.config, self.prober.own_key(), relay, self.purpose)?;
+                self.host.restore();
+                if let Some(table) = self.mesh.peer_table().cloned() {
+                    self.tunnels.apply(&table);
+                    for peer in table.peers.keys() {
+                        self.mesh.handle_observation(now, *peer, Observation::SessionExpired);
+                    }
+                }
+            }
         }
         Ok(())
     }
 
-    fn discovery_event(&mut self, event: discovery::Event) {
+    /// Handles a datagram that looks like a sealed message: requests to a relay are answered here,
+    /// every other message goes to the core. `from` is `None` if it came through a controller.
+    fn message_received(&mut self, from: Option<NetworkPath>, datagram: &[u8]) {
+        let Some((peer, message)) = self.prober.open(datagram) else { return };
         let now = Instant::now();
-        match event {
-            discovery::Event::Connected { address, reflectors } => {
-                self.mesh.set_reflectors(now, reflectors);
-                self.mesh.set_controller_connected(now, true);
-                self.controller.connected = true;
-                self.controller.address = address.to_string();
-                self.controller.reason.clear();
-                self.controller.last_heard = Some(now);
-            }
-            discovery::Event::Signal(datagram) => self.message_received(None, &datagram),
-            discovery::Event::Disconnected { reason } => {
-                self.mesh.set_controller_connected(now, false);
-                self.controller.connected = false;
-                self.controller.reason = reason;
-            }
-            discovery::Event::Heard { revision } => {
-                self.controller.revision = revision;
-                self.controller.last_heard = Some(now);
-            }
-            discovery::Event::Map(changes) => {
-                let was_removed = self.mesh.is_removed();
-                for change in changes {
-                    if let (MapChange::Mesh(mesh), Some(membership)) =
-                        (&change, &mut self.membership)
-                    {
-                        membership.mesh = mesh.clone();
-                    }
-                    self.mesh.handle_map_change(now, change);
-                }
-                if self.mesh.is_removed() && !was_removed {
-                    tracing::error!("this node was removed from the mesh: run `towline leave`");
+        match (message, from) {
+            (request @ (Probe::Register { .. } | Probe::Open { .. }), Some(from)) => {
+                for answer in self.relay.handle(now, peer, from, &request) {
+                    self.transmit(answer);
                 }
             }
-            discovery::Event::Grant(grant) => {
-                if let Some(membership) = &mut self.membership {
-                    membership.grant = (*grant).clone();
-                }
-                self.mesh.set_grant(now, *grant);
+            (message, from) => self.mesh.handle_message(now, peer, from, message),
+        }
+    }
+
+    fn controller_event(&mut self, event: discovery::Event) {
+        match self.controller.handle(Instant::now(), &mut self.mesh, event) {
+            None => {}
+            Some(Received::Signal(datagram)) => self.message_received(None, &datagram),
+            Some(Received::Grant) => {
                 self.kubernetes_changed();
-                self.prefixes_changed();
-            }
-            discovery::Event::Published(result) => self.published = result,
-            discovery::Event::Certificate { expires_at } => {
-                self.certificate_expires_at = expires_at;
+                self.announcer.select(&mut self.mesh, self.config.prefix_filter());
             }
         }
     }
@@ -503,18 +332,74 @@ impl Daemon {
         self.host.look_for_redirects();
         // A LAN may lie inside a protected range. The overlay and this node's pods are never
         // uplinks.
-        let mut excluded: Vec<IpNet> =
-            self.announced.announced.iter().filter(|net| !is_host(net)).copied().collect();
-        if let Some(membership) = &self.membership {
-            let mesh = &membership.mesh;
+        let announced = self.announcer.announced().iter();
+        let mut excluded: Vec<IpNet> = announced.filter(|net| !is_host(net)).copied().collect();
+        if let Some(mesh) = self.mesh.config() {
             excluded.extend([IpNet::from(mesh.overlay_v6), IpNet::from(mesh.overlay_v4)]);
         }
-        self.node_ips_changed(&excluded);
-        self.host_tunnels.set(self.host.tunnel_ports());
+        let node = &self.config.node;
+        // With `node.addressing = "overlay"` there are no node IPs to announce.
+        let node_ips = match node.addressing {
+            Addressing::Overlay => NodeIps::default(),
+            Addressing::NodeIp if !node.node_ips.is_empty() => {
+                NodeIps::first(node.node_ips.iter().copied())
+            }
+            Addressing::NodeIp => NodeIps::first(self.host.node_ips(excluded.clone())),
+        };
+        self.announcer.set_node_ips(&mut self.mesh, self.config.prefix_filter(), &node_ips);
+        self.tunnels.set_host_tunnels(self.host.tunnel_ports());
         let mut candidates = self.config.candidates();
         let uplinks = self.host.uplinks(excluded);
-        candidates.extend(host::local_candidates(&uplinks, self.config.wireguard.port));
+        candidates.extend(host_controller::local_candidates(&uplinks, self.config.wireguard.port));
         self.mesh.set_uplinks(Instant::now(), uplinks, candidates);
+    }
+
+    /// Updates the announced prefixes after the Node object or the grant changed.
+    fn kubernetes_changed(&mut self) {
+        let update = self.kubernetes.handle_change(self.mesh.grant());
+        self.announcer.handle(&mut self.mesh, self.config.prefix_filter(), update);
+    }
+
+    /// Updates what follows from `[node]` of the configuration.
+    fn configuration_changed(&mut self) {
+        let prefixes = self.config.node.prefixes.clone();
+        let update = PrefixUpdate { source: PrefixSource::Configuration, prefixes };
+        let filter = self.config.prefix_filter();
+        self.announcer.handle(&mut self.mesh, filter, update);
+        // The filter may have changed.
+        self.announcer.select(&mut self.mesh, filter);
+        self.addresses_changed();
+    }
+
+    /// Handles a request of the command line. Returns why the daemon has to end, if it has to.
+    fn control_request(&mut self, request: Request) -> Option<Exit> {
+        match request {
+            Request::Status(reply) => {
+                self.host.read_gateways();
+                self.host.look_for_redirects();
+                let _ = reply.send(Reporter(self).status());
+            }
+            Request::Peers(reply) => {
+                let _ = reply.send(Reporter(self).peers());
+            }
+            Request::Ping { node, timeout, reply } => {
+                self.prober.ping(Instant::now(), &mut self.mesh, &node, timeout, reply);
+            }
+            Request::Down(reply) => {
+                let result = self.down();
+                let exit = if result.is_ok() { Exit::Down } else { Exit::Standby };
+                let _ = reply.send(result);
+                return Some(exit);
+            }
+            Request::Leave { force, reply } => self.leave(force, reply),
+            Request::Up(reply) => {
+                let _ = reply.send(Ok(true));
+            }
+            Request::Confirm(reply) => {
+                let _ = reply.send(self.state.confirm().map_err(|error| error.to_string()));
+            }
+        }
+        None
     }
 
     /// Reads the configuration again on SIGHUP and applies what can change while the agent runs. A
@@ -549,28 +434,94 @@ impl Daemon {
         self.mesh.set_addresses(Instant::now(), self.config.node.addresses.clone());
         self.mesh.set_forward_to(Instant::now(), self.config.node.forward_to.clone());
         self.mesh.set_static_peers(Instant::now(), static_peers);
-        self.configured_prefixes();
-        self.prefixes_changed();
-        self.addresses_changed();
+        self.configuration_changed();
         tracing::info!("configuration reloaded");
+    }
+
+    /// Returns the state of the join's confirmation.
+    fn confirmation(&self) -> Confirmation {
+        confirm::status(self.state.path(), &Moment::now())
+    }
+
+    /// Returns when to check the confirmation again. The check is periodic because the boot clock
+    /// advances while the machine sleeps, but timers do not.
+    fn next_confirmation(&self) -> Option<Instant> {
+        match self.confirmation() {
+            Confirmation::Settled => None,
+            Confirmation::Due(left) => Some(Instant::now() + left.min(CONFIRMATION_PERIOD)),
+            Confirmation::Missed => Some(Instant::now()),
+        }
     }
 }
 
-/// Interval between attempts to write what a full or read-only disk refused.
-const SAVE_PERIOD: Duration = Duration::from_secs(5);
+/// # Outputs
+impl Daemon {
+    /// Executes all pending outputs of the core.
+    fn drain(&mut self) {
+        while let Some(output) = self.mesh.poll_output() {
+            match output {
+                Output::Transmit(transmit) => self.transmit(transmit),
+                Output::Stun { local, to, transaction } => self.stun(local, to, transaction),
+                Output::Handshake { peer, to } => self.tunnels.data_plane().handshake(peer, to),
+                Output::PeerTable(table) => self.peer_table(&table),
+                Output::Plan(plan) => {
+                    self.host.apply(plan);
+                    self.announcer.remember(&self.mesh);
+                }
+                Output::Advertise(candidates) => self.announcer.set_candidates(candidates),
+                Output::StateChanged { peer, from, to } => self.state_changed(peer, from, to),
+                Output::StaticStateChanged { peer, from, to } => {
+                    self.static_state_changed(peer, from, to);
+                }
+                Output::PingResult { id, answer } => self.prober.handle_result(id, answer),
+            }
+        }
+    }
 
-/// Retries failed writes until the disk accepts them.
-async fn save_again(state: Arc<StateDir>) {
-    let mut period = tokio::time::interval(SAVE_PERIOD);
-    period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        period.tick().await;
-        let Some(problem) = state.unsaved() else { continue };
-        let state = state.clone();
-        match tokio::task::spawn_blocking(move || state.save_again()).await {
-            Ok(Ok(())) => tracing::info!("state saved"),
-            Ok(Err(_)) => tracing::debug!(%problem, "state not saved"),
-            Err(_stopped) => return,
+    /// Seals a message and sends it.
+    fn transmit(&self, Transmit { peer, path, message, size }: Transmit) {
+        let channel = path.filter(NetworkPath::is_relayed).map_or(0, |_| RELAYED_HEADER_BYTES);
+        let padded = size.map_or(0, |size| usize::from(size).saturating_sub(channel));
+        let Some(datagram) = self.prober.seal(&peer, &message, padded) else { return };
+        match path {
+            Some(path) if size.is_some() => {
+                self.tunnels.data_plane().send_whole(peer, path, &datagram);
+            }
+            Some(path) => self.tunnels.data_plane().send(path, &datagram),
+            None => {
+                if let Some(node) = self.mesh.node_id(&peer) {
+                    self.controller.signal(node, datagram);
+                }
+            }
+        }
+    }
+
+    /// Asks a reflector for the address of this node as it sees it.
+    fn stun(&self, local: Option<LocalAddress>, to: SocketAddr, transaction: stun::Transaction) {
+        let to = NetworkPath { local, ..NetworkPath::direct(to) };
+        self.tunnels.data_plane().send(to, &stun::request(transaction));
+    }
+
+    /// Applies a new peer table to the data plane, the keys of the pairs and the relay.
+    fn peer_table(&mut self, table: &PeerTable) {
+        self.prober.set_peers(table);
+        self.tunnels.apply(table);
+        self.relay.set_peers(table);
+    }
+
+    fn static_state_changed(&self, peer: WireguardKey, from: PeerState, to: PeerState) {
+        let status = self.mesh.static_peers().find(|status| status.public_key == peer);
+        let Some(status) = status else { return };
+        let endpoint = status.endpoint.map(|path| tracing::field::display(path.remote));
+        tracing::info!(peer = %status.name, ?from, ?to, endpoint, reason = %status.reason, "static peer");
+    }
+
+    fn state_changed(&self, peer: NodeId, from: PeerState, to: PeerState) {
+        let Some(status) = self.mesh.peer(peer) else { return };
+        let name = status.node.name();
+        match status.path {
+            Some(path) => tracing::info!(peer = %name, ?from, ?to, %path, "peer"),
+            None => tracing::info!(peer = %name, ?from, ?to, reason = %status.reason, "peer"),
         }
     }
 }

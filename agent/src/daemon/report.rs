@@ -5,15 +5,18 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ipnet::IpNet;
 use towline_core::mesh::{PeerState, PeerStatus};
+use towline_core::path::Path;
 use towline_core::static_peers::StaticPeerStatus;
+use towline_dataplane::Feature;
 use towline_proto::id::WireguardKey;
+use towline_proto::node::Grant;
 use towline_proto::pb;
 
 use super::Daemon;
 use crate::config::Config;
 use crate::confirm::Confirmation;
 use crate::down::Down;
-use crate::state::{Membership, StateDir};
+use crate::state::StateDir;
 use crate::tls;
 
 /// State of an agent whose machine is not down, as `towline status` shows it.
@@ -21,108 +24,85 @@ pub(super) const RUNNING: &str = "running";
 /// State of an agent whose machine is down, as `towline status` shows it.
 pub(super) const DOWN: &str = "down";
 
-impl Daemon {
+/// Reads the state of a daemon for the local API.
+pub(super) struct Reporter<'a>(pub(super) &'a Daemon);
+
+impl Reporter<'_> {
+    /// Returns the answer to `towline status`.
     pub(super) fn status(&self) -> pb::StatusResponse {
+        let Self(daemon) = self;
+        let (mesh, config) = (&daemon.mesh, &daemon.config);
         let (mut up, mut relayed, mut total) = (0, 0, 0);
-        let states = self.mesh.peers().map(|peer| {
+        let states = mesh.peers().map(|peer| {
             relayed += u32::from(peer.path.is_some_and(|path| path.is_relayed()));
             peer.state
         });
-        for state in states.chain(self.mesh.static_peers().map(|peer| peer.state)) {
+        for state in states.chain(mesh.static_peers().map(|peer| peer.state)) {
             total += 1;
             up += u32::from(state == PeerState::Up);
         }
-        let snapshot = self.data_plane.snapshot();
-        let announcement = self.announcements.borrow();
+        let snapshot = daemon.tunnels.data_plane().snapshot();
+        let blocked = daemon.host.blocked();
+        let own_drops = [("probes_refused", daemon.prober.refused())];
+        let drops = snapshot.drops.into_iter().chain(mesh.counters().named()).chain(own_drops);
+        let feature = |feature: Feature| pb::Feature {
+            name: feature.name.into(),
+            active: feature.active,
+            reason: feature.reason,
+        };
         pb::StatusResponse {
-            public_key: self.keys.wireguard.public().to_string(),
+            public_key: daemon.prober.own_key().public().to_string(),
             version: towline_proto::VERSION.into(),
-            listen_port: self.config.wireguard.port.into(),
-            link: self.config.link.name.clone(),
-            mtu: self.config.link.mtu,
-            candidates: announcement
-                .iter()
-                .flat_map(|announcement| &announcement.candidates)
-                .map(Into::into)
-                .collect(),
-            controller: self.membership.is_some().then(|| pb::ControllerStatus {
-                connected: self.controller.connected,
-                address: self.controller.address.clone(),
-                revision: self.controller.revision,
-                last_heard_ms: self.controller.last_heard.map(|at| millis(at.elapsed())),
-                reason: self.controller.reason.clone(),
-            }),
-            kubernetes: self.kubernetes_status(),
+            listen_port: config.wireguard.port.into(),
+            link: config.link.name.clone(),
+            mtu: config.link.mtu,
+            candidates: daemon.announcer.candidates().iter().map(Into::into).collect(),
+            controller: daemon.controller.status(),
+            kubernetes: daemon.kubernetes.status(),
             peers_up: up,
             peers_total: total,
             peers_relayed: relayed,
-            certificate_expires_at: self.certificate_expires_at,
-            uptime_ms: millis(self.started.elapsed()),
+            certificate_expires_at: daemon.controller.certificate_expires_at(),
+            uptime_ms: millis(daemon.started.elapsed()),
             problems: self.problems(),
-            notes: self.host.notes(),
-            applied: Some(self.blocked().is_none()),
-            applied_reason: self.blocked().unwrap_or_default().to_owned(),
-            drops: snapshot
-                .drops
-                .into_iter()
-                .chain(self.mesh.counters().named())
-                .chain([("probes_refused", self.probe_keys.refused())])
-                .map(|(name, count)| pb::Counter { name: name.into(), count })
-                .collect(),
-            relay: self.config.relay.enabled.then(|| {
-                let relay = self.relay.snapshot();
-                let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
-                pb::RelayStatus {
-                    nodes: count(relay.nodes),
-                    channels: count(relay.channels),
-                    bytes: relay.bytes,
-                }
-            }),
-            features: snapshot
-                .features
-                .into_iter()
-                .map(|feature| pb::Feature {
-                    name: feature.name.into(),
-                    active: feature.active,
-                    reason: feature.reason,
-                })
-                .collect(),
+            notes: daemon.host.notes(),
+            applied: Some(blocked.is_none()),
+            applied_reason: blocked.unwrap_or_default().to_owned(),
+            drops: drops.map(|(name, count)| pb::Counter { name: name.into(), count }).collect(),
+            relay: config.relay.enabled.then(|| daemon.relay.status()),
+            features: snapshot.features.into_iter().map(feature).collect(),
             state: RUNNING.into(),
-            confirm_within_ms: confirm_within_ms(self.confirmation()),
-            ..identity(self.membership.as_ref(), &self.config)
+            confirm_within_ms: confirm_within_ms(daemon.confirmation()),
+            ..identity(mesh.grant(), config)
         }
     }
 
     fn problems(&self) -> Vec<String> {
+        let Self(daemon) = self;
+        let mesh = &daemon.mesh;
         let mut problems = Vec::new();
-        if self.mesh.is_removed() {
+        if mesh.is_removed() {
             problems.push(
                 "this node was removed from the mesh: run `towline leave`, then join with a new token"
                     .into(),
             );
         }
-        problems.extend(unconfirmed(self.confirmation()));
-        match &self.published {
-            Ok(remarks) => problems.extend(remarks.iter().cloned()),
-            Err(reason) => {
-                problems.push(format!("the controller refused this node's record: {reason}"));
-            }
-        }
-        problems.extend(self.state.unsaved());
-        problems.extend(self.host.problems().iter().cloned());
-        problems.extend(self.announced.problems.iter().cloned());
-        problems.extend(self.kubernetes_problems());
-        problems.extend(self.host.table_of_connections_is_full());
-        for peer in self.mesh.peers() {
+        problems.extend(unconfirmed(daemon.confirmation()));
+        problems.extend(daemon.controller.problems());
+        problems.extend(daemon.state.unsaved());
+        problems.extend(daemon.host.problems());
+        problems.extend(daemon.announcer.problems().iter().cloned());
+        problems.extend(daemon.kubernetes.problems(mesh.grant()));
+        for peer in mesh.peers() {
             let name = peer.node.name();
             problems.extend(peer.conflicts.iter().map(|why| format!("peer {name}: {why}")));
             problems.extend(self.covered_gateways(&peer.prefixes, &format!("peer {name}'s")));
         }
-        if let Some(membership) = &self.membership {
-            let ranges: Vec<_> = membership.mesh.guarded().collect();
+        if let Some(mesh) = mesh.config() {
+            let ranges: Vec<_> = mesh.guarded().collect();
             problems.extend(self.covered_gateways(&ranges, "the mesh's"));
         }
-        problems.extend(self.mesh.static_peers().flat_map(|peer| {
+        problems.extend(mesh.static_peers().flat_map(|peer| {
             let name = peer.name;
             peer.conflicts.into_iter().map(move |why| format!("static peer {name}: {why}"))
         }));
@@ -137,21 +117,23 @@ impl Daemon {
             let net = covered(&gateway)?;
             Some(format!("{whose} network {net} covers this machine's gateway {gateway}"))
         };
-        self.host.gateways().iter().filter_map(line).collect()
+        self.0.host.gateways().iter().filter_map(line).collect()
     }
 
+    /// Returns the answer to `towline peers`.
     pub(super) fn peers(&self) -> pb::PeersResponse {
-        let snapshot = self.data_plane.snapshot();
+        let Self(daemon) = self;
+        let snapshot = daemon.tunnels.data_plane().snapshot();
         let now = Instant::now();
         let bytes = |key: &WireguardKey| {
             let counters = snapshot.peers.get(key);
             counters.map_or((0, 0), |counters| (counters.received_bytes, counters.sent_bytes))
         };
-        let nodes = self.mesh.peers().map(|peer| {
+        let nodes = daemon.mesh.peers().map(|peer| {
             let (rx_bytes, tx_bytes) = bytes(&peer.node.wireguard_key());
             pb::PeerStatus { rx_bytes, tx_bytes, ..peer_status(peer, now) }
         });
-        let static_peers = self.mesh.static_peers().map(|peer| {
+        let static_peers = daemon.mesh.static_peers().map(|peer| {
             let (rx_bytes, tx_bytes) = bytes(&peer.public_key);
             pb::PeerStatus { rx_bytes, tx_bytes, ..static_peer_status(peer, now) }
         });
@@ -160,8 +142,7 @@ impl Daemon {
 }
 
 /// Returns a status that contains the identity of this node only.
-pub(super) fn identity(membership: Option<&Membership>, config: &Config) -> pb::StatusResponse {
-    let grant = membership.map(|membership| &membership.grant);
+pub(super) fn identity(grant: Option<&Grant>, config: &Config) -> pb::StatusResponse {
     let site = grant.and_then(|grant| grant.site.as_ref());
     pb::StatusResponse {
         name: grant.map(|grant| grant.name.to_string()).unwrap_or_default(),
@@ -228,7 +209,7 @@ fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
         site: grant.site.as_ref().map(ToString::to_string).unwrap_or_default(),
         overlay_addresses: grant.overlay.iter().map(|ip| ip.to_string()).collect(),
         state: state(peer.state).into(),
-        path_kind: peer.path.as_ref().map(super::path_kind).unwrap_or_default().into(),
+        path_kind: peer.path.as_ref().map(path_kind).unwrap_or_default().into(),
         path: peer.path.map(|path| path.remote.to_string()).unwrap_or_default(),
         relay: peer.relay.map(|relay| relay.to_string()).unwrap_or_default(),
         mtu: peer.mtu.map(u32::from),
@@ -259,6 +240,11 @@ fn static_peer_status(peer: StaticPeerStatus, now: Instant) -> pb::PeerStatus {
         reason: peer.reason,
         ..Default::default()
     }
+}
+
+/// Returns the kind of a path for command-line output.
+pub(super) fn path_kind(path: &Path) -> &'static str {
+    if path.is_relayed() { "relay" } else { "direct" }
 }
 
 fn state(state: PeerState) -> &'static str {

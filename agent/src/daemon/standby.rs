@@ -11,10 +11,9 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::oneshot;
 use towline_proto::pb;
 
-use super::{
-    CONFIRMATION_PERIOD, Daemon, Purpose, SignalMeaning, Signals, Stored, at, host, leave, report,
-    with_heartbeat,
-};
+use super::signals::{SignalMeaning, Signals};
+use super::start::Stored;
+use super::{CONFIRMATION_PERIOD, Daemon, Purpose, at, host_controller, leave, report};
 use crate::config::Config;
 use crate::confirm::{self, Confirmation, Moment};
 use crate::control::{ControlServer, DownAnswer, PingAnswer, Request};
@@ -175,7 +174,7 @@ impl Standby {
         if self.purpose == Purpose::Relay {
             return;
         }
-        let problem = host::remove(&self.config).err().map(|error| format!("{error:#}"));
+        let problem = host_controller::remove(&self.config).err().map(|error| format!("{error:#}"));
         if let Some(problem) = problem.as_ref().filter(|_| problem != self.problem) {
             tracing::error!(%problem, "host network not opened");
         }
@@ -222,7 +221,7 @@ impl Standby {
         let path = self.config_path.clone();
         let daemon = Daemon::start(config, path, self.purpose, self.state.clone(), stored)?;
         if let Err(error) = self.marker.clear() {
-            if let Err(error) = daemon.data_plane.stop() {
+            if let Err(error) = daemon.tunnels.data_plane().stop() {
                 tracing::error!(%error, "data plane hangs");
             }
             anyhow::bail!("{error}: this machine stays down");
@@ -255,7 +254,19 @@ impl Standby {
             state: report::DOWN.into(),
             confirm_within_ms: report::confirm_within_ms(self.confirmation()),
             down_since: Some(report::unix_seconds(down.since)),
-            ..report::identity(membership.as_ref(), &self.config)
+            ..report::identity(membership.as_ref().map(|own| &own.grant), &self.config)
+        }
+    }
+}
+
+/// Runs `work` and notifies the service manager in the meantime that the agent is alive.
+async fn with_heartbeat<T>(notifier: &Notifier, work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
+    let mut ticks = tokio::time::interval(notifier.period().unwrap_or(CONFIRMATION_PERIOD));
+    loop {
+        tokio::select! {
+            result = &mut work => return result,
+            _ = ticks.tick() => notifier.alive(),
         }
     }
 }

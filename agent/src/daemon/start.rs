@@ -1,27 +1,30 @@
 //! The start of the daemon: reads the state directory, opens the UDP port and the TUN, and starts the
 //! parts.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use rand::Rng as _;
 use tokio::sync::{mpsc, watch};
 use towline_core::mesh::{self, Mesh};
+use towline_core::plan::UnderlayPlan;
 use towline_core::static_peers::StaticPeer;
-use towline_dataplane::{self as dataplane, DataPlane, HostTunnels, Relay};
+use towline_proto::token::ControllerAddress;
 
-use super::host::Host;
-use super::{ControllerView, Daemon, Inputs, Purpose, announced_prefixes, report, save_again};
+use super::announcer::Announcer;
+use super::controller_link::ControllerLink;
+use super::host_controller::HostController;
+use super::kubernetes_node::KubernetesNode;
+use super::prober::Prober;
+use super::relay_server::RelayServer;
+use super::tunnels::Tunnels;
+use super::{Daemon, Purpose, report};
 use crate::config::Config;
-use crate::discovery::{self, Discovery};
+use crate::discovery::{self, Announcement, Discovery};
 use crate::map_cache::MapCache;
-use crate::prefixes::{Prefixes, Selection};
-use crate::probe::ProbeKeys;
-use crate::state::{Counters, Keys, Membership, StateDir};
-use crate::{join, kubernetes, reserved_port, static_peers, tun_owner};
+use crate::state::{CachedPrefixes, Counters, Keys, Membership, StateDir};
+use crate::{join, kubernetes, reserved_port, static_peers};
 
 /// State that a start reads from the state directory.
 pub(super) struct Stored {
@@ -47,6 +50,63 @@ impl Stored {
         let map = membership.as_ref().map(|membership| state.map(membership)).transpose()?;
         Ok(Self { static_peers, membership, keys, counters, map })
     }
+
+    /// Returns the mesh that the state describes.
+    fn mesh(&self, config: &Config, cached: &CachedPrefixes, now: Instant) -> Mesh {
+        let core_config = core_config(config, self.membership.as_ref(), self.counters.boot_epoch);
+        let mut mesh = Mesh::new(core_config, rand::rng().random(), now);
+        let owner = nix::unistd::geteuid().as_raw();
+        mesh.set_underlay(
+            now,
+            UnderlayPlan { owner, ..config.underlay(&self.controllers(config)) },
+        );
+        mesh.set_addresses(now, config.node.addresses.clone());
+        mesh.set_forward_to(now, config.node.forward_to.clone());
+        mesh.set_static_peers(now, self.static_peers.clone());
+        mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
+        for change in self.map.iter().flat_map(MapCache::changes) {
+            mesh.handle_map_change(now, change);
+        }
+        mesh
+    }
+
+    /// Starts the discovery client, if this node is in a mesh.
+    fn discovery(
+        self,
+        config: &Config,
+        state: &Arc<StateDir>,
+        announced: watch::Receiver<Option<Announcement>>,
+    ) -> anyhow::Result<ControllerLink> {
+        let (events, discovery_events) = mpsc::channel(64);
+        let controllers = self.controllers(config);
+        let commands = match (self.membership, self.map) {
+            (Some(membership), Some(map)) => {
+                let (commands, queue) = mpsc::channel(64);
+                let setup = discovery::Setup {
+                    state: state.clone(),
+                    keys: self.keys,
+                    controllers,
+                    membership,
+                    mark: config.routing.mark,
+                    map,
+                    counters: self.counters,
+                };
+                tokio::spawn(Discovery::new(setup, events)?.run(announced, queue));
+                Some(commands)
+            }
+            _ => None,
+        };
+        let expires_at = report::certificate_expires_at(state);
+        Ok(ControllerLink::new(commands, discovery_events, expires_at))
+    }
+
+    /// Returns the addresses of the controllers.
+    fn controllers(&self, config: &Config) -> Vec<ControllerAddress> {
+        let membership = self.membership.as_ref();
+        membership.map_or_else(Vec::new, |membership| {
+            join::controllers(&config.controller.addresses, membership)
+        })
+    }
 }
 
 impl Daemon {
@@ -58,153 +118,75 @@ impl Daemon {
         state: Arc<StateDir>,
         stored: Stored,
     ) -> anyhow::Result<Self> {
-        let Stored { static_peers, membership, keys, counters, map } = stored;
-        let host = Host::open(&config)?;
+        let now = Instant::now();
+        let host = HostController::open(&config, purpose)?;
         // An agent without the permission relies on its unit, which reserved the port before the
         // start.
         if let Err(error) = reserved_port::reserve(config.wireguard.port) {
             tracing::debug!(%error, "UDP port not reserved");
         }
-        let relay = config.relay();
-        let host_tunnels = HostTunnels::default();
-        let (data_plane, data_plane_events) =
-            start_data_plane(&config, &keys, relay.clone(), &host_tunnels, purpose)?;
-        let faults = data_plane.faults();
-
-        let now = Instant::now();
-        let core_config = core_config(&config, membership.as_ref(), counters.boot_epoch);
-        let mut mesh = Mesh::new(core_config, rand::rng().random(), now);
-        let controllers = membership.as_ref().map_or_else(Vec::new, |membership| {
-            join::controllers(&config.controller.addresses, membership)
-        });
-        let owner = nix::unistd::geteuid().as_raw();
-        mesh.set_underlay(
-            now,
-            towline_core::plan::UnderlayPlan { owner, ..config.underlay(&controllers) },
-        );
-        mesh.set_addresses(now, config.node.addresses.clone());
-        mesh.set_forward_to(now, config.node.forward_to.clone());
-        mesh.set_static_peers(now, static_peers);
+        let prober = Prober::new(stored.keys.wireguard.clone());
+        let relay = RelayServer::new(config.relay(), now);
+        let handle = relay.handle_for_data_plane();
+        let tunnels = Tunnels::start(&config, prober.own_key(), handle, purpose)?;
         let cached = state.prefixes()?;
-        mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
-        let remembered = announced_prefixes::remember(state.clone(), cached);
+
+        let mesh = stored.mesh(&config, &cached, now);
+        let (announcer, announced) = Announcer::new(state.clone(), cached, config.relay.enabled);
         tokio::spawn(save_again(state.clone()));
-        for change in map.iter().flat_map(MapCache::changes) {
-            mesh.handle_map_change(now, change);
-        }
-
-        let (prefix_sender, prefix_updates) = mpsc::channel(4);
-        let (announcements, announced) = watch::channel(None);
-        let (events, discovery_events) = mpsc::channel(64);
-        let commands = match (&membership, map) {
-            (Some(membership), Some(map)) => {
-                let (commands, command_queue) = mpsc::channel(64);
-                let discovery = Discovery::new(
-                    discovery::Setup {
-                        state: state.clone(),
-                        keys: keys.clone(),
-                        controllers,
-                        membership: membership.clone(),
-                        mark: config.routing.mark,
-                        map,
-                        counters,
-                    },
-                    events,
-                )?;
-                tokio::spawn(discovery.run(announced, command_queue));
-                Some(commands)
-            }
-            _ => None,
-        };
-        let kubernetes = kubernetes::start(kubernetes::Setup {
-            config: config.kubernetes.clone(),
-            link: config.link.name.clone(),
-            mtu: config.link.mtu,
-            state: state.clone(),
-            credentials_period: kubernetes::CREDENTIALS_PERIOD,
-        });
-
-        let certificate_expires_at = report::certificate_expires_at(&state);
         tracing::info!(
-            node = membership.as_ref().map(|m| tracing::field::display(&m.grant.name)),
-            mesh = membership.as_ref().map(|m| tracing::field::display(&m.grant.mesh_id)),
+            node = mesh.grant().map(|grant| tracing::field::display(&grant.name)),
+            mesh = mesh.grant().map(|grant| tracing::field::display(&grant.mesh_id)),
             static_peers = config.peers.len(),
             port = config.wireguard.port,
             link = %config.link.name,
             version = towline_proto::VERSION,
             "agent started"
         );
+        let controller = stored.discovery(&config, &state, announced)?;
+        let kubernetes = KubernetesNode::new(kubernetes::start(kubernetes::Setup {
+            config: config.kubernetes.clone(),
+            link: config.link.name.clone(),
+            mtu: config.link.mtu,
+            state: state.clone(),
+            credentials_period: kubernetes::CREDENTIALS_PERIOD,
+        }));
         Ok(Self {
             config,
             config_path,
+            purpose,
             state,
-            keys,
-            membership,
             started: now,
             mesh,
-            data_plane,
-            host_tunnels,
-            probe_keys: ProbeKeys::default(),
-            relay,
-            relay_swept: now,
-            purpose,
+            tunnels,
             host,
-            prefixes: Prefixes::default(),
-            node_ips: Vec::new(),
-            announced: Selection::default(),
-            remembered,
-            kubernetes: kubernetes::View::default(),
-            _prefix_sender: prefix_sender,
-            announcements,
-            commands,
-            controller: ControllerView {
-                reason: "not connected yet".into(),
-                ..ControllerView::default()
-            },
-            published: Ok(Vec::new()),
-            certificate_expires_at,
-            pings: BTreeMap::new(),
-            next_ping: 0,
-            inputs: Inputs {
-                faults,
-                data_plane: data_plane_events,
-                discovery: discovery_events,
-                prefixes: prefix_updates,
-                kubernetes,
-            },
+            announcer,
+            controller,
+            kubernetes,
+            prober,
+            relay,
+            leaving: None,
         })
     }
 }
 
-/// Opens the TUN and UDP devices for `purpose`, and starts the data plane with them.
-pub(super) fn start_data_plane(
-    config: &Config,
-    keys: &Keys,
-    relay: Relay,
-    host_tunnels: &HostTunnels,
-    purpose: Purpose,
-) -> anyhow::Result<(DataPlane, mpsc::Receiver<dataplane::Event>)> {
-    let (port, mark, offloads) = (config.wireguard.port, config.routing.mark, config.offloads);
-    let (events, receiver) = mpsc::channel(1024);
-    let settings =
-        dataplane::Config { private_key: keys.wireguard.secret().clone(), relay, link: None };
-    let data_plane = match purpose {
-        Purpose::Node => {
-            let queues = tun_owner::open(&config.link.name, offloads, config.wireguard.workers)?;
-            let sockets = dataplane::open_udp_group(port, mark, offloads, queues.len())
-                .map_err(reserved_port::not_opened)?;
-            let queues = queues.into_iter().map(|tun| tun.with_host_tunnels(host_tunnels.clone()));
-            let link = nix::net::if_::if_nametoindex(config.link.name.as_str()).ok();
-            let settings = dataplane::Config { link, ..settings };
-            DataPlane::start(settings, queues.zip(sockets), events)
+/// Interval between attempts to write what a full or read-only disk refused.
+const SAVE_PERIOD: Duration = Duration::from_secs(5);
+
+/// Retries failed writes until the disk accepts them.
+async fn save_again(state: Arc<StateDir>) {
+    let mut period = tokio::time::interval(SAVE_PERIOD);
+    period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        period.tick().await;
+        let Some(problem) = state.unsaved() else { continue };
+        let state = state.clone();
+        match tokio::task::spawn_blocking(move || state.save_again()).await {
+            Ok(Ok(())) => tracing::info!("state saved"),
+            Ok(Err(_)) => tracing::debug!(%problem, "state not saved"),
+            Err(_stopped) => return,
         }
-        Purpose::Relay => {
-            let udp = dataplane::open_udp_with(port, mark, offloads)
-                .map_err(reserved_port::not_opened)?;
-            DataPlane::start(settings, [(dataplane::NoTun::new()?, udp)], events)
-        }
-    };
-    Ok((data_plane.context("cannot start the data plane")?, receiver))
+    }
 }
 
 /// Returns the configuration of the core, which does not change while the agent runs.

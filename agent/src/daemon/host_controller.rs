@@ -11,6 +11,7 @@ use towline_core::plan::Plan;
 use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
 
+use super::Purpose;
 use crate::config::Config;
 use towline_host::{
     CandidatePolicy, Changes, HostEvent, HostNetwork, Names, PastNetfilter, Problem, Watch,
@@ -20,8 +21,9 @@ use towline_host::{
 /// Delay after an incomplete apply until the next one, unless an event comes first.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Host network of a running daemon.
-pub(super) struct Host {
+/// Host network of a running daemon. A relay alone changes nothing there.
+pub(super) struct HostController {
+    purpose: Purpose,
     network: HostNetwork,
     watch: Watch,
     names: Names,
@@ -44,12 +46,13 @@ pub(super) struct Host {
     unguarded: Option<String>,
 }
 
-impl Host {
-    pub(super) fn open(config: &Config) -> anyhow::Result<Self> {
+impl HostController {
+    pub(super) fn open(config: &Config, purpose: Purpose) -> anyhow::Result<Self> {
         let names = names(config);
         let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
         let watch = network.watch(&names).context("cannot watch the host's network")?;
         Ok(Self {
+            purpose,
             network,
             watch,
             names,
@@ -84,7 +87,21 @@ impl Host {
         }
     }
 
+    /// Handles an event. Returns true if the host's addresses changed.
+    pub(super) fn handle(&mut self, event: HostEvent) -> bool {
+        match event {
+            HostEvent::AddressesChanged => return true,
+            HostEvent::OursChanged => self.restore(),
+            HostEvent::HooksChanged => self.restore_hooks(),
+        }
+        false
+    }
+
+    /// Applies a plan, which replaces the last one.
     pub(super) fn apply(&mut self, plan: Arc<Plan>) {
+        if self.purpose == Purpose::Relay {
+            return;
+        }
         let is_first = self.plan.replace(plan).is_none();
         self.reapply();
         if is_first {
@@ -100,7 +117,7 @@ impl Host {
     }
 
     /// Applies the hooks again, after another program changed a chain with Towline's rules.
-    pub(super) fn restore_hooks(&mut self) {
+    fn restore_hooks(&mut self) {
         match self.network.apply_hooks() {
             Ok(changes) => self.changed(&changes),
             // The full apply finds and reports the problem.
@@ -160,7 +177,7 @@ impl Host {
 
     /// Returns a problem if the conntrack table is almost full. The kernel then drops new
     /// connections, those of Towline included.
-    pub(super) fn table_of_connections_is_full(&self) -> Option<String> {
+    fn table_of_connections_is_full(&self) -> Option<String> {
         let read = |name: &str| -> Option<u64> {
             let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
             std::fs::read_to_string(path).ok()?.trim().parse().ok()
@@ -168,19 +185,25 @@ impl Host {
         connections(read("count")?, read("max")?)
     }
 
-    pub(super) fn problems(&self) -> &[String] {
-        &self.problems
+    /// Returns the problems of the host's network, one line each.
+    pub(super) fn problems(&self) -> Vec<String> {
+        let full = self.table_of_connections_is_full();
+        self.problems.iter().cloned().chain(full).collect()
     }
 
+    /// Returns peculiarities of the host that need no repair, one line each.
     pub(super) fn notes(&self) -> Vec<String> {
         let past = self.past_netfilter.iter().map(ToString::to_string);
         self.notes.iter().cloned().chain(past).collect()
     }
 
-    /// Returns why the plan does not count as applied: a guard is missing, or no packet can enter
-    /// the tunnel. `None` if it is applied.
+    /// Returns why this machine must not use the mesh yet: a guard is missing, or no packet can
+    /// enter the tunnel. `None` if the plan is applied. A relay alone has no plan.
     pub(super) fn blocked(&self) -> Option<&str> {
-        self.blocked.as_deref()
+        match self.purpose {
+            Purpose::Node => self.blocked.as_deref(),
+            Purpose::Relay => None,
+        }
     }
 
     /// Removes everything that Towline created on the host.

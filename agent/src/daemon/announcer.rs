@@ -1,0 +1,145 @@
+//! What this node announces to the mesh: its candidates, the networks that are reached through it,
+//! and whether it relays. Keeps what the guards need of it for the next boot.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipnet::IpNet;
+use tokio::sync::watch;
+use towline_core::mesh::Mesh;
+use towline_proto::node::Candidate;
+
+use crate::discovery::Announcement;
+use crate::node_ip::NodeIps;
+use crate::prefixes::{Filter, PrefixSource, PrefixUpdate, Prefixes, Selection};
+use crate::state::{CachedPrefixes, StateDir};
+
+/// Prefixes of all sources, and what of them is announced.
+#[derive(Debug)]
+pub(super) struct Announcer {
+    prefixes: Prefixes,
+    /// Node IPs of this host, by which other nodes reach it.
+    node_ips: Vec<IpAddr>,
+    /// Announced prefixes, as of the last [`Self::select`].
+    selection: Selection,
+    is_relay: bool,
+    /// What is stored for the next boot.
+    remembered: watch::Sender<CachedPrefixes>,
+    /// What the discovery client publishes. `None` before the core named the first candidates.
+    announcements: watch::Sender<Option<Announcement>>,
+}
+
+impl Announcer {
+    /// Creates an announcer, and starts the task that stores its prefixes in `state`. The receiver
+    /// gets what is to be published.
+    pub(super) fn new(
+        state: Arc<StateDir>,
+        cached: CachedPrefixes,
+        is_relay: bool,
+    ) -> (Self, watch::Receiver<Option<Announcement>>) {
+        let (announcements, announced) = watch::channel(None);
+        let announcer = Self {
+            prefixes: Prefixes::default(),
+            node_ips: Vec::new(),
+            selection: Selection::default(),
+            is_relay,
+            remembered: store_changes(state, cached),
+            announcements,
+        };
+        (announcer, announced)
+    }
+
+    /// Handles the networks of one source.
+    pub(super) fn handle(&mut self, mesh: &mut Mesh, filter: Filter<'_>, update: PrefixUpdate) {
+        if self.prefixes.set(update) {
+            self.select(mesh, filter);
+        }
+    }
+
+    /// Sets the node IPs, which are a source of prefixes too.
+    pub(super) fn set_node_ips(&mut self, mesh: &mut Mesh, filter: Filter<'_>, found: &NodeIps) {
+        self.node_ips = found.iter().collect();
+        let prefixes = self.node_ips.iter().copied().map(IpNet::from).collect();
+        self.handle(mesh, filter, PrefixUpdate { source: PrefixSource::NodeIp, prefixes });
+    }
+
+    /// Sets the candidates that the core announces.
+    pub(super) fn set_candidates(&self, candidates: Vec<Candidate>) {
+        let prefixes = self.selection.announced.clone();
+        let announcement = Announcement { candidates, prefixes, relay: self.is_relay };
+        self.announcements.send_replace(Some(announcement));
+    }
+
+    /// Selects the announced prefixes again, after a source, the filter or the grant changed.
+    pub(super) fn select(&mut self, mesh: &mut Mesh, filter: Filter<'_>) {
+        // Without a mesh there are no nodes to announce prefixes to.
+        let Some(grant) = mesh.grant() else { return };
+        self.selection = self.prefixes.select(filter, grant);
+        let prefixes = self.selection.announced.clone();
+        let now = Instant::now();
+        mesh.set_prefixes(now, prefixes.clone());
+        mesh.set_pod_networks(now, self.prefixes.pods(&self.selection));
+        mesh.set_node_ips(now, self.announced_node_ips());
+        self.remember(mesh);
+        self.announcements.send_if_modified(|announcement| match announcement {
+            Some(announcement) if announcement.prefixes != prefixes => {
+                announcement.prefixes = prefixes;
+                true
+            }
+            _ => false,
+        });
+    }
+
+    /// Stores what the guards are derived from, for the next boot.
+    pub(super) fn remember(&self, mesh: &Mesh) {
+        let now = CachedPrefixes {
+            announced: self.selection.announced.clone(),
+            pods: self.prefixes.pods(&self.selection),
+            node_ips: self.announced_node_ips(),
+            withdrawn: mesh.withdrawn().iter().copied().collect(),
+        };
+        self.remembered.send_if_modified(|before| {
+            let changed = *before != now;
+            *before = now;
+            changed
+        });
+    }
+
+    /// Returns the announced prefixes.
+    pub(super) fn announced(&self) -> &[IpNet] {
+        &self.selection.announced
+    }
+
+    /// Returns the announced candidates.
+    pub(super) fn candidates(&self) -> Vec<Candidate> {
+        let announcement = self.announcements.borrow();
+        announcement.iter().flat_map(|announcement| &announcement.candidates).copied().collect()
+    }
+
+    /// Returns why prefixes are not announced, one line each.
+    pub(super) fn problems(&self) -> &[String] {
+        &self.selection.problems
+    }
+
+    /// Returns the node IPs that are announced.
+    fn announced_node_ips(&self) -> Vec<IpAddr> {
+        let announced = |ip: &&IpAddr| self.selection.announced.contains(&IpNet::from(**ip));
+        self.node_ips.iter().filter(announced).copied().collect()
+    }
+}
+
+/// Starts a task that stores the latest prefixes, one write at a time.
+fn store_changes(state: Arc<StateDir>, first: CachedPrefixes) -> watch::Sender<CachedPrefixes> {
+    let (sender, mut receiver) = watch::channel(first);
+    tokio::spawn(async move {
+        while receiver.changed().await.is_ok() {
+            let (state, prefixes) = (state.clone(), receiver.borrow_and_update().clone());
+            let write = move || state.store_prefixes(&prefixes);
+            if let Ok(Err(error)) = tokio::task::spawn_blocking(write).await {
+                tracing::warn!(%error, "prefixes not stored for the next boot");
+            }
+        }
+    });
+    sender
+}

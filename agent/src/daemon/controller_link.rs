@@ -1,0 +1,168 @@
+//! The daemon's end of the discovery client: commands to it, and what it last reported.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot};
+use towline_core::mesh::Mesh;
+use towline_proto::id::NodeId;
+use towline_proto::pb;
+
+use super::report;
+use crate::discovery::{Command, Event};
+
+/// Maximum time to inform a controller that this node leaves. The discovery client may be opening a
+/// session, which takes up to 45 s with the renewal of a certificate.
+const LEAVE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Connection of the daemon with the discovery client, and its last reports for status output.
+#[derive(Debug)]
+pub(super) struct ControllerLink {
+    /// `None`: there is no mesh, and no discovery client.
+    commands: Option<mpsc::Sender<Command>>,
+    events: mpsc::Receiver<Event>,
+    session: Session,
+    /// Result of the last publication of the record: remarks about prefixes that other nodes hold,
+    /// or why the controller refused the record.
+    published: Result<Vec<String>, String>,
+    /// End of the client certificate that is in use, in seconds since 1970.
+    certificate_expires_at: i64,
+}
+
+/// Last known state of the session with a controller.
+#[derive(Debug)]
+struct Session {
+    is_connected: bool,
+    address: String,
+    revision: u64,
+    /// When the controller last sent something.
+    last_heard: Option<Instant>,
+    /// Why there is no connection. Empty while connected.
+    reason: String,
+}
+
+/// What other parts of the daemon have to handle.
+#[derive(Debug)]
+pub(super) enum Received {
+    /// Another node sent a sealed signal to this node.
+    Signal(Vec<u8>),
+    /// The mesh has another grant of this node.
+    Grant,
+}
+
+impl ControllerLink {
+    /// Creates the link. `commands` is `None` if there is no mesh.
+    pub(super) fn new(
+        commands: Option<mpsc::Sender<Command>>,
+        events: mpsc::Receiver<Event>,
+        certificate_expires_at: i64,
+    ) -> Self {
+        let session = Session {
+            is_connected: false,
+            address: String::new(),
+            revision: 0,
+            last_heard: None,
+            reason: "not connected yet".into(),
+        };
+        Self { commands, events, session, published: Ok(Vec::new()), certificate_expires_at }
+    }
+
+    /// Waits for the next event. No event is lost when the future is dropped. `None` if the client
+    /// ended.
+    pub(super) async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+
+    /// Handles an event of the discovery client.
+    pub(super) fn handle(
+        &mut self,
+        now: Instant,
+        mesh: &mut Mesh,
+        event: Event,
+    ) -> Option<Received> {
+        match event {
+            Event::Connected { address, reflectors } => {
+                mesh.set_reflectors(now, reflectors);
+                mesh.set_controller_connected(now, true);
+                self.session.is_connected = true;
+                self.session.address = address.to_string();
+                self.session.reason.clear();
+                self.session.last_heard = Some(now);
+            }
+            Event::Disconnected { reason } => {
+                mesh.set_controller_connected(now, false);
+                self.session.is_connected = false;
+                self.session.reason = reason;
+            }
+            Event::Heard { revision } => {
+                self.session.revision = revision;
+                self.session.last_heard = Some(now);
+            }
+            Event::Map(changes) => {
+                let was_removed = mesh.is_removed();
+                for change in changes {
+                    mesh.handle_map_change(now, change);
+                }
+                if mesh.is_removed() && !was_removed {
+                    tracing::error!("this node was removed from the mesh: run `towline leave`");
+                }
+            }
+            Event::Published(result) => self.published = result,
+            Event::Certificate { expires_at } => self.certificate_expires_at = expires_at,
+            Event::Signal(datagram) => return Some(Received::Signal(datagram)),
+            Event::Grant(grant) => {
+                mesh.set_grant(now, *grant);
+                return Some(Received::Grant);
+            }
+        }
+        None
+    }
+
+    /// Sends a sealed signal to another node, by way of a controller.
+    pub(super) fn signal(&self, to: NodeId, datagram: Vec<u8>) {
+        // A full queue means that the controller is too slow. The core repeats the message.
+        if let Some(commands) = &self.commands {
+            let _ = commands.try_send(Command::Signal(to, datagram));
+        }
+    }
+
+    /// Informs a controller that this node leaves the mesh. The daemon keeps running meanwhile.
+    pub(super) fn leave(&self) -> impl Future<Output = Result<(), String>> + Send + use<> {
+        let commands = self.commands.clone();
+        let informing = async move {
+            let stopped = || "cannot contact a controller: the discovery task has stopped";
+            let (reply, answer) = oneshot::channel();
+            let commands = commands.ok_or_else(stopped)?;
+            commands.send(Command::Leave(reply)).await.map_err(|_| stopped())?;
+            answer.await.map_err(|_| stopped().to_owned())?
+        };
+        async {
+            tokio::time::timeout(LEAVE_LIMIT, informing).await.unwrap_or_else(|_| {
+                Err(format!("no controller answered within {} s", LEAVE_LIMIT.as_secs()))
+            })
+        }
+    }
+
+    /// Returns the controller part of the status. `None` without a mesh.
+    pub(super) fn status(&self) -> Option<pb::ControllerStatus> {
+        let session = &self.session;
+        self.commands.as_ref().map(|_| pb::ControllerStatus {
+            connected: session.is_connected,
+            address: session.address.clone(),
+            revision: session.revision,
+            last_heard_ms: session.last_heard.map(|at| report::millis(at.elapsed())),
+            reason: session.reason.clone(),
+        })
+    }
+
+    /// Returns the problems of the record, one line each.
+    pub(super) fn problems(&self) -> Vec<String> {
+        match &self.published {
+            Ok(remarks) => remarks.clone(),
+            Err(reason) => vec![format!("the controller refused this node's record: {reason}")],
+        }
+    }
+
+    pub(super) fn certificate_expires_at(&self) -> i64 {
+        self.certificate_expires_at
+    }
+}
