@@ -15,7 +15,7 @@ use crate::lab::package::archive::{Entry, tar};
 /// Debian suite of the userland, for every kernel.
 const SUITE: &str = "bookworm";
 /// Packages that are installed in addition to the essential ones.
-const PACKAGES: [&str; 11] = [
+const PACKAGES: [&str; 15] = [
     "systemd",
     "systemd-sysv",
     "dbus",
@@ -27,6 +27,10 @@ const PACKAGES: [&str; 11] = [
     "procps",
     "wireguard-tools",
     "busybox-static",
+    "network-manager",
+    "netplan.io",
+    "ufw",
+    "firewalld",
 ];
 /// Files to install: path in the machine, mode and contents.
 const FILES: [(&str, u32, &str); 5] = [
@@ -41,6 +45,9 @@ const FILES: [(&str, u32, &str); 5] = [
     ("etc/lab/targets", 0o644, "# LABEL ADDRESS\n"),
 ];
 const ENABLED: &str = "lab-runner background-traffic systemd-networkd";
+/// Units that only the cases start that are about them.
+const DISABLED: &str = "NetworkManager NetworkManager-wait-online firewalld ufw wpa_supplicant \
+    netplan-ovs-cleanup ModemManager polkit";
 /// Units that a machine does not need: each costs an emulated machine up to a second of its boot.
 const MASKED: &str = "getty@.service serial-getty@.service systemd-logind.service \
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
@@ -72,13 +79,16 @@ pub struct Image {
 }
 
 impl Image {
-    /// Returns the image from the cache, or builds it, which takes about a minute and downloads 70
+    /// Returns the image from the cache, or builds it, which takes about a minute and downloads 150
     /// MB.
     pub fn get(cache: &Cache) -> anyhow::Result<Self> {
-        let mut recipe =
-            [PACKAGES.as_slice(), &EXCLUDED, &[SUITE, ENABLED, MASKED, DISK_ID, DISK_SIZE]]
-                .concat()
-                .join(" ");
+        let mut recipe = [
+            PACKAGES.as_slice(),
+            &EXCLUDED,
+            &[SUITE, ENABLED, DISABLED, MASKED, DISK_ID, DISK_SIZE],
+        ]
+        .concat()
+        .join(" ");
         for (path, mode, text) in FILES {
             recipe.push_str(&format!("\n{path} {mode:o}\n{text}"));
         }
@@ -101,6 +111,7 @@ fn build(place: &std::path::Path) -> anyhow::Result<()> {
     let hooks = [
         format!("tar-in {} /", at("files.tar")),
         format!("chroot \"$1\" systemctl enable {ENABLED}"),
+        format!("chroot \"$1\" systemctl --quiet disable {DISABLED} 2>/dev/null || true"),
         format!("chroot \"$1\" systemctl --quiet mask {MASKED}"),
         // Mount point of a kernel's modules.
         "mkdir -p \"$1\"/usr/lib/modules".to_owned(),

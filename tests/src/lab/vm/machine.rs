@@ -7,6 +7,7 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::accelerator::Accelerator;
@@ -15,7 +16,7 @@ use super::kernel::Kernel;
 use super::network::Port;
 use super::runner::{Output, Runner};
 use super::tools::tool;
-use crate::lab::interrupt::{wait_for, wait_up_to};
+use crate::lab::interrupt::{sleep, wait_for, wait_up_to};
 use crate::lab::process::{ending, processor_time, tie_to_parent};
 
 /// Time limit of a boot. An emulated machine boots in 15 s, but takes many minutes on a host that
@@ -240,6 +241,16 @@ impl Machine {
         let encoded = data_encoding::BASE64.encode(text.as_bytes());
         self.run_ok(&format!("mkdir -p \"$(dirname {path})\" && base64 -d >{path} <<<{encoded}"))
             .map(drop)
+    }
+
+    /// Stops the machine's processor for a time, as a hypervisor does that suspends it. The
+    /// machine's clocks go on.
+    pub fn pause(&mut self, time: Duration) -> anyhow::Result<()> {
+        let pid = Pid::from_raw(self.running()?.qemu.id().cast_signed());
+        kill(pid, Signal::SIGSTOP)?;
+        let slept = sleep(time);
+        kill(pid, Signal::SIGCONT)?;
+        Ok(slept?)
     }
 
     /// Cuts the power: data that the machine's kernel had not yet written is lost.

@@ -4,6 +4,7 @@
 //! The lab is also the gateway of the network. It answers for the gateway's addresses, so that
 //! packets to the rest of the world leave the machine and are counted; then it discards them.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -175,7 +176,7 @@ impl Switch {
     }
 
     fn forward(&mut self, from: usize, frame: &[u8]) {
-        self.shared.witnesses[from].lock().see(frame);
+        self.shared.witnesses[from].lock().see(&untagged(frame));
         let (Some(destination), Some(source)) = (mac_at(frame, 0), mac_at(frame, 6)) else {
             return;
         };
@@ -183,8 +184,8 @@ impl Switch {
             return;
         }
         self.learned.insert(source, from);
-        if let Some(answer) = gateway_answer(frame) {
-            self.send(from, &answer);
+        if let Some(answer) = gateway_answer(&untagged(frame)) {
+            self.send(from, &tagged_as(frame, answer));
             return;
         }
         match self.learned.get(&destination) {
@@ -207,6 +208,38 @@ impl Switch {
     fn is_plugged(&self, port: usize) -> bool {
         self.shared.is_plugged[port].load(Ordering::Relaxed)
     }
+}
+
+/// Bytes before the type of a frame: two link addresses.
+const ADDRESSES_BYTES: usize = 12;
+/// Type of a frame with a VLAN tag (IEEE 802.1Q).
+const VLAN_TAG: [u8; 2] = [0x81, 0x00];
+/// Bytes in a VLAN tag, with its type.
+const VLAN_TAG_BYTES: usize = 4;
+
+/// Returns the VLAN tag of a frame that has one.
+fn vlan_tag(frame: &[u8]) -> Option<&[u8]> {
+    let tag = frame.get(ADDRESSES_BYTES..ADDRESSES_BYTES + VLAN_TAG_BYTES)?;
+    tag.starts_with(&VLAN_TAG).then_some(tag)
+}
+
+/// Returns a frame without its VLAN tag.
+fn untagged(frame: &[u8]) -> Cow<'_, [u8]> {
+    match vlan_tag(frame) {
+        Some(tag) => {
+            let rest = &frame[ADDRESSES_BYTES + tag.len()..];
+            Cow::Owned([&frame[..ADDRESSES_BYTES], rest].concat())
+        }
+        None => Cow::Borrowed(frame),
+    }
+}
+
+/// Returns an answer with the VLAN tag of the frame that it answers.
+fn tagged_as(question: &[u8], mut answer: Vec<u8>) -> Vec<u8> {
+    if let Some(tag) = vlan_tag(question) {
+        answer.splice(ADDRESSES_BYTES..ADDRESSES_BYTES, tag.iter().copied());
+    }
+    answer
 }
 
 fn mac_at(frame: &[u8], at: usize) -> Option<Mac> {

@@ -229,9 +229,11 @@ pub fn overlay_addresses(machine: &mut Machine) -> anyhow::Result<OverlayAddress
     struct Status {
         overlay_addresses: Vec<IpAddr>,
     }
-    let text = machine.run_ok("towline status -o json")?;
-    let status: Status =
-        serde_json::from_str(&text).context("cannot parse the output of `towline status`")?;
+    // The agent may not have started yet.
+    let answer = machine.run_until_ok("towline status -o json", CHANGE_LIMIT)?;
+    let status: Status = serde_json::from_str(&answer.stdout).with_context(|| {
+        format!("cannot parse the output of `towline status` on {}: {answer}", machine.name())
+    })?;
     let find =
         |is_wanted: fn(&IpAddr) -> bool| status.overlay_addresses.iter().copied().find(is_wanted);
     let name = machine.name();

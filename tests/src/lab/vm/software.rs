@@ -72,10 +72,14 @@ impl Software {
     /// Returns the command that installs the package in a machine whose third disk contains it.
     pub fn install_command(&self) -> String {
         format!(
-            "head -c {} /dev/vdc >/run/towline.deb && dpkg --install /run/towline.deb && \
-             rm /run/towline.deb",
-            self.bytes.len()
+            "{} && dpkg --install /run/towline.deb && rm /run/towline.deb",
+            self.fetch_command("/run/towline.deb")
         )
+    }
+
+    /// Returns the command that copies the package from the third disk to `path`.
+    pub fn fetch_command(&self, path: &str) -> String {
+        format!("head -c {} /dev/vdc >{path}", self.bytes.len())
     }
 }
 

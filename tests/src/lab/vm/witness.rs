@@ -23,10 +23,14 @@ pub struct Sent {
     pub since: Instant,
     /// Packets of the mesh that are not sealed, recognised by an address or by their payload.
     pub clear: u64,
-    /// Packets of the background traffic to an address outside of the mesh.
+    /// Packets of the background traffic to an address outside of the mesh. Their source is a mesh
+    /// address in the moment in which the uplink has none.
     pub plain: u64,
     /// WireGuard messages, which are sealed.
     pub sealed: u64,
+    /// Sealed datagrams with a mesh address as outer source: the machine sent them in the moment in
+    /// which its uplink had no address. They disclose that address and nothing else.
+    pub misaddressed: u64,
     /// Descriptions of the first clear packets: seconds after `since`, source and destination.
     pub samples: Vec<String>,
 }
@@ -40,7 +44,14 @@ pub(super) struct Witness {
 
 impl Sent {
     fn new() -> Self {
-        Self { since: Instant::now(), clear: 0, plain: 0, sealed: 0, samples: Vec::new() }
+        Self {
+            since: Instant::now(),
+            clear: 0,
+            plain: 0,
+            sealed: 0,
+            misaddressed: 0,
+            samples: Vec::new(),
+        }
     }
 }
 
@@ -60,16 +71,20 @@ impl Witness {
     pub(super) fn see(&mut self, frame: &[u8]) {
         let Some(outer) = Outer::parse(frame) else { return };
         let is_of_mesh = |address: IpAddr| self.mesh.iter().any(|net| net.contains(&address));
-        let by_address = is_of_mesh(outer.source) || is_of_mesh(outer.destination);
-        if by_address || memmem::find(frame, MESH_LABEL.as_bytes()).is_some() {
+        let has = |label: &str| memmem::find(frame, label.as_bytes()).is_some();
+        let is_to_mesh = is_of_mesh(outer.destination) || has(MESH_LABEL);
+        let is_from_mesh = is_of_mesh(outer.source);
+        if !is_to_mesh && has(PLAIN_LABEL) {
+            self.sent.plain += 1;
+        } else if !is_to_mesh && is_from_mesh && outer.is_sealed() {
+            self.sent.misaddressed += 1;
+        } else if is_to_mesh || is_from_mesh {
             self.sent.clear += 1;
             if self.sent.samples.len() < SAMPLES {
                 let seconds = self.sent.since.elapsed().as_secs_f64();
                 let Outer { source, destination, .. } = outer;
                 self.sent.samples.push(format!("{seconds:.1} s {source} > {destination}"));
             }
-        } else if memmem::find(frame, PLAIN_LABEL.as_bytes()).is_some() {
-            self.sent.plain += 1;
         } else if outer.is_wireguard() {
             self.sent.sealed += 1;
         }
@@ -99,8 +114,16 @@ mod tests {
         witness.see(&frame([203, 0, 113, 10], &[4, 0, 0, 0, 1, 2, 3, 4]));
         witness.see(&frame([203, 0, 113, 10], b"something else"));
         witness.see(&[]);
+        let mut misaddressed = frame([203, 0, 113, 10], &[4, 0, 0, 0, 1, 2, 3, 4]);
+        misaddressed[26..30].copy_from_slice(&[198, 19, 0, 9]);
+        witness.see(&misaddressed);
+        // A plain packet with such a source, as the kernel chooses it without another address.
+        let mut plain = frame([203, 0, 113, 1], PLAIN_LABEL.as_bytes());
+        plain[26..30].copy_from_slice(&[198, 19, 0, 9]);
+        witness.see(&plain);
         let sent = witness.sent();
-        assert_eq!((sent.clear, sent.plain, sent.sealed), (2, 1, 1));
+        assert_eq!(sent.misaddressed, 1);
+        assert_eq!((sent.clear, sent.plain, sent.sealed), (2, 2, 1));
         assert_eq!(sent.samples.len(), 2);
         witness.reset();
         assert_eq!(witness.sent().clear, 0);

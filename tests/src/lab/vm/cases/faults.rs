@@ -8,6 +8,7 @@ use crate::lab::interrupt::wait_for;
 use crate::lab::report::Promises;
 use crate::lab::vm::machine::{CHANGE_LIMIT, Machine};
 use crate::lab::vm::pair::{Pair, Testbed};
+use crate::lab::vm::witness::Sent;
 
 use super::{MESH_UP, boot_mesh, boot_working, comes_back, holds, nothing_in_clear};
 
@@ -162,8 +163,33 @@ pub(super) fn networkd_restarts(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
+    let sent = while_networkd_restarts(pair, "", promises)?;
+    let when = "while networkd restarted";
+    promises.hold(sent.misaddressed == 0, || {
+        format!("no sealed datagram has a mesh address as source {when}: {}", sent.misaddressed)
+    });
+    Ok(())
+}
+
+/// Restarts networkd on a kernel without nftables. A sealed datagram may then have a mesh address
+/// as source in the moment in which the uplink has no address: the kernel chooses the source, and
+/// no routing rule sees what it chose.
+pub(super) fn networkd_restarts_without_nftables(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    while_networkd_restarts(pair, "modprobe.blacklist=nf_tables", promises)?;
+    Ok(())
+}
+
+fn while_networkd_restarts(
+    pair: &mut Pair,
+    arguments: &str,
+    promises: &mut Promises,
+) -> anyhow::Result<Sent> {
     pair.cp.start("")?;
-    pair.worker.start("modprobe.blacklist=nf_tables")?;
+    pair.worker.start(arguments)?;
     pair.cp.await_runner()?;
     pair.worker.await_runner()?;
     holds(&mut pair.worker, MESH_UP, "the mesh comes up", promises)?;
@@ -172,7 +198,7 @@ pub(super) fn networkd_restarts(
         pair.ping().with_context(|| format!("after `{command}`"))?;
     }
     nothing_in_clear(pair, "while networkd restarted", promises);
-    Ok(())
+    Ok(pair.sent())
 }
 
 /// Boots both nodes without the controller.
@@ -217,6 +243,27 @@ pub(super) fn watchdog(
 fn main_pid(machine: &mut Machine) -> anyhow::Result<String> {
     let shown = machine.run_ok("systemctl show --property=MainPID --value towline.service")?;
     Ok(shown.trim().to_owned())
+}
+
+/// Time for which the worker is suspended: longer than a peer waits before it gives up a path, and
+/// longer than the controller waits for a sign of life.
+const SUSPENDED: Duration = Duration::from_secs(60);
+
+/// Suspends the worker from outside, then lets it suspend itself where its kernel can.
+pub(super) fn suspend(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    boot_working(pair)?;
+    pair.worker.pause(SUSPENDED)?;
+    comes_back(pair, "while the worker was suspended", promises)?;
+    let states = pair.worker.run_ok("cat /sys/power/state")?;
+    if states.split_whitespace().any(|state| state == "freeze") {
+        pair.worker.run_ok_for("rtcwake --mode freeze --seconds 30", CHANGE_LIMIT)?;
+        comes_back(pair, "while the worker slept", promises)?;
+    }
+    Ok(())
 }
 
 /// Boots a worker with a wrong clock, while the control plane's clock is right.

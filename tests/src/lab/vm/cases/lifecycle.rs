@@ -144,6 +144,33 @@ pub(super) fn reinstall(
     comes_back(pair, "while the package was replaced", promises)
 }
 
+/// Replaces the package by one with a lower version while the mesh works, and that by the first.
+/// The programs are the same: what is tested are the package's scripts and the units.
+pub(super) fn downgrade(
+    bed: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    boot_mesh(pair, promises)?;
+    let older = format!(
+        "set -e; cd /var/tmp; {}; dpkg-deb --raw-extract towline.deb older; \
+         sed -i 's/^Version: .*/Version: 0.0.1/' older/DEBIAN/control; \
+         dpkg-deb -Znone --build older older.deb; dpkg --install older.deb; \
+         rm -rf older older.deb towline.deb",
+        bed.software.fetch_command("towline.deb")
+    );
+    let version = "dpkg-query --show --showformat '${Version}' towline";
+    pair.worker.run_ok_for(&older, CHANGE_LIMIT)?;
+    let shown = pair.worker.run_ok(version)?;
+    promises.hold(shown == "0.0.1", || format!("the older package is installed: {shown}"));
+    comes_back(pair, "after a downgrade", promises)?;
+    pair.worker.run_ok_for(&bed.software.install_command(), CHANGE_LIMIT)?;
+    comes_back(pair, "after an upgrade", promises)?;
+    pair.worker.shut_down()?;
+    pair.worker.boot("")?;
+    comes_back(pair, "after a boot with the upgraded package", promises)
+}
+
 /// Checks the units with `systemd-analyze`.
 pub(super) fn hardening(
     _: &Testbed<'_>,

@@ -8,6 +8,7 @@ mod boot;
 mod faults;
 mod kernel;
 mod lifecycle;
+mod networks;
 
 use std::time::Duration;
 
@@ -227,11 +228,19 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "networkd-restarts",
-        about: "networkd restarts while the mesh works, without nftables",
+        about: "networkd restarts while the mesh works: nothing in clear",
         kernels: Kernels::Default,
         is_quick: false,
         disks: Disks::Joined,
         run: faults::networkd_restarts,
+    },
+    Case {
+        name: "networkd-restarts-without-nftables",
+        about: "networkd restarts while the mesh works, without nftables: nothing in clear",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::networkd_restarts_without_nftables,
     },
     Case {
         name: "kubelet-arguments",
@@ -248,6 +257,102 @@ pub const CASES: &[Case] = &[
         is_quick: false,
         disks: Disks::Joined,
         run: lifecycle::reinstall,
+    },
+    Case {
+        name: "dhcp-lease-changes",
+        about: "an address by DHCP, and another lease while the mesh works",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: networks::dhcp_lease_changes,
+    },
+    Case {
+        name: "network-manager",
+        about: "NetworkManager configures the network, and restarts",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: networks::network_manager,
+    },
+    Case {
+        name: "netplan",
+        about: "netplan configures the network, and applies it again",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: networks::netplan,
+    },
+    Case {
+        name: "bond",
+        about: "the uplink is a bond, which goes down and comes up",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: networks::bond,
+    },
+    Case {
+        name: "vlan",
+        about: "the uplink is a VLAN",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: networks::vlan,
+    },
+    Case {
+        name: "dummy-and-ipvlan",
+        about: "a dummy and an ipvlan link come and go",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: networks::dummy_and_ipvlan,
+    },
+    Case {
+        name: "vrf",
+        about: "a VRF with a default route: nothing of the mesh leaves by it in clear",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: networks::vrf,
+    },
+    Case {
+        name: "ufw",
+        about: "ufw denies what comes in, is reloaded, and starts at the next boot",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: networks::ufw,
+    },
+    Case {
+        name: "firewalld",
+        about: "firewalld starts while the mesh works, and is reloaded",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: networks::firewalld,
+    },
+    Case {
+        name: "docker-rules",
+        about: "Docker's rules deny forwarding: the mesh works, nothing in clear",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: networks::docker_rules,
+    },
+    Case {
+        name: "downgrade",
+        about: "an older package replaces the newer one, and the newer one that again",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: lifecycle::downgrade,
+    },
+    Case {
+        name: "suspend",
+        about: "the worker is suspended for a minute: the mesh comes back",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::suspend,
     },
     Case {
         name: "features",
