@@ -1,5 +1,6 @@
 //! Implements `towline guard` and `towline node-ip`.
 
+use std::env::VarError;
 use std::net::IpAddr;
 
 use anyhow::{Context as _, bail};
@@ -26,6 +27,10 @@ pub(super) struct NodeIpArgs {
     /// Only the IPv6 address
     #[arg(short = '6', long, conflicts_with = "ipv4")]
     ipv6: bool,
+    /// Print a line for an environment file: KUBELET_EXTRA_ARGS of this command's environment, with
+    /// --node-ip added unless it is there
+    #[arg(long, conflicts_with = "output")]
+    kubelet_env: bool,
     /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -67,8 +72,70 @@ pub(super) fn node_ip(config: &Config, args: &NodeIpArgs) -> anyhow::Result<()> 
         return Err(anyhow::anyhow!("set node.node_ips"))
             .with_context(|| format!("this node has no {family} address"));
     }
+    let addresses = addresses.join(",");
+    if args.kubelet_env {
+        let own = match std::env::var(KUBELET_EXTRA_ARGS) {
+            Ok(own) => own,
+            Err(VarError::NotPresent) => String::new(),
+            Err(VarError::NotUnicode(_)) => bail!("{KUBELET_EXTRA_ARGS} is not UTF-8"),
+        };
+        return output::print(&kubelet_environment(&own, &addresses));
+    }
     match output::document(args.output, &wanted)? {
         Some(document) => output::print(&document),
-        None => output::print(&(addresses.join(",") + "\n")),
+        None => output::print(&(addresses + "\n")),
+    }
+}
+
+/// Variable with which kubeadm's unit for the kubelet takes more arguments.
+const KUBELET_EXTRA_ARGS: &str = "KUBELET_EXTRA_ARGS";
+
+/// Returns a line of an environment file (systemd.exec(5), `EnvironmentFile=`) with the operator's
+/// own arguments of the kubelet, and with `--node-ip` if they have none.
+fn kubelet_environment(own: &str, addresses: &str) -> String {
+    let mut arguments = own.split_whitespace().collect::<Vec<_>>().join(" ");
+    let has_node_ip = own
+        .split(|c: char| c.is_whitespace() || matches!(c, '"' | '\''))
+        .any(|word| word == "--node-ip" || word.starts_with("--node-ip="));
+    if !has_node_ip {
+        let separator = if arguments.is_empty() { "" } else { " " };
+        arguments.push_str(&format!("{separator}--node-ip={addresses}"));
+    }
+    // In double quotes, systemd takes a backslash before these for an escape.
+    let mut quoted = String::with_capacity(arguments.len());
+    for c in arguments.chars() {
+        if matches!(c, '"' | '\\' | '`' | '$') {
+            quoted.push('\\');
+        }
+        quoted.push(c);
+    }
+    format!("{KUBELET_EXTRA_ARGS}=\"{quoted}\"\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::kubelet_environment;
+
+    #[test]
+    fn the_operators_arguments_of_the_kubelet_are_kept() {
+        let cases = [
+            ("", "--node-ip=198.19.0.2"),
+            ("--max-pods=42  --v=3", "--max-pods=42 --v=3 --node-ip=198.19.0.2"),
+            // The operator decides.
+            ("--node-ip=10.0.0.9 --v=3", "--node-ip=10.0.0.9 --v=3"),
+            ("--node-ip 10.0.0.9", "--node-ip 10.0.0.9"),
+            ("--node-ips-are-fine", "--node-ips-are-fine --node-ip=198.19.0.2"),
+            (
+                r#"--node-labels="a=b" --x=\d$"#,
+                r#"--node-labels=\"a=b\" --x=\\d\$ --node-ip=198.19.0.2"#,
+            ),
+        ];
+        for (own, expected) in cases {
+            assert_eq!(
+                kubelet_environment(own, "198.19.0.2"),
+                format!("KUBELET_EXTRA_ARGS=\"{expected}\"\n"),
+                "{own}"
+            );
+        }
     }
 }

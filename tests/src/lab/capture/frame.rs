@@ -13,12 +13,17 @@ pub(in crate::lab) struct Outer<'a> {
     pub(in crate::lab) is_fragment: bool,
     /// UDP payload; `None` if the packet is not UDP or is a fragment.
     pub(super) udp_payload: Option<&'a [u8]>,
+    /// Target of a neighbor solicitation or advertisement (RFC 4861, sections 4.3 and 4.4).
+    pub(in crate::lab) neighbor_target: Option<IpAddr>,
 }
 
 const ETHERNET_BYTES: usize = 14;
 const UDP: u8 = 17;
 const V6_FRAGMENT: u8 = 44;
 const UDP_BYTES: usize = 8;
+const ICMPV6: u8 = 58;
+const NEIGHBOR_SOLICITATION: u8 = 135;
+const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 
 impl<'a> Outer<'a> {
     /// Parses a frame. Returns `None` if it does not contain an IP packet.
@@ -58,6 +63,7 @@ impl<'a> Outer<'a> {
             destination: address(16)?,
             is_fragment,
             udp_payload: if udp { packet.get(header_bytes + UDP_BYTES..) } else { None },
+            neighbor_target: None,
         })
     }
 
@@ -69,8 +75,16 @@ impl<'a> Outer<'a> {
             destination: address(24)?,
             is_fragment: header[6] == V6_FRAGMENT,
             udp_payload: if header[6] == UDP { rest.get(UDP_BYTES..) } else { None },
+            neighbor_target: if header[6] == ICMPV6 { neighbor_target(rest) } else { None },
         })
     }
+}
+
+/// Returns the target of an ICMPv6 message about a neighbor: 8 bytes after its start.
+fn neighbor_target(message: &[u8]) -> Option<IpAddr> {
+    let (header, rest) = message.split_first_chunk::<8>()?;
+    matches!(header[0], NEIGHBOR_SOLICITATION | NEIGHBOR_ADVERTISEMENT)
+        .then(|| rest.first_chunk::<16>().map(|target| IpAddr::from(*target)))?
 }
 
 #[cfg(test)]
@@ -103,5 +117,20 @@ mod tests {
         frame.extend([4, 0, 0, 0, 9]);
         let outer = Outer::parse(&frame).unwrap();
         assert!(outer.is_fragment && !outer.is_wireguard());
+    }
+
+    #[test]
+    fn the_target_of_a_solicitation_is_read() {
+        let mut frame = vec![0; ETHERNET_BYTES];
+        frame[12..].copy_from_slice(&[0x86, 0xdd]);
+        frame.extend([0x60, 0, 0, 0, 0, 24, ICMPV6, 255]);
+        frame.extend([0xfd; 32]);
+        frame.extend([NEIGHBOR_SOLICITATION, 0, 0, 0, 0, 0, 0, 0]);
+        frame.extend([0x20; 16]);
+        let target = Outer::parse(&frame).unwrap().neighbor_target.unwrap();
+        assert_eq!(target.to_string(), "2020:2020:2020:2020:2020:2020:2020:2020");
+        for length in 0..frame.len() {
+            let _ = Outer::parse(&frame[..length]);
+        }
     }
 }

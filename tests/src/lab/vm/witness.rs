@@ -74,7 +74,10 @@ impl Witness {
         let has = |label: &str| memmem::find(frame, label.as_bytes()).is_some();
         let is_to_mesh = is_of_mesh(outer.destination) || has(MESH_LABEL);
         let is_from_mesh = is_of_mesh(outer.source);
-        if !is_to_mesh && has(PLAIN_LABEL) {
+        if !is_to_mesh && outer.neighbor_target.is_some_and(|target| !is_of_mesh(target)) {
+            // The kernel asks for a neighbor outside of the mesh with the source of the packet
+            // that waits for the answer.
+        } else if !is_to_mesh && has(PLAIN_LABEL) {
             self.sent.plain += 1;
         } else if !is_to_mesh && is_from_mesh && outer.is_sealed() {
             self.sent.misaddressed += 1;

@@ -59,7 +59,8 @@ pub(super) fn dhcp_lease_changes(
         )
     };
     pair.boot()?;
-    configure(&mut pair.cp, &format!("{}; networkctl reload", server(100)))?;
+    configure(&mut pair.cp, &server(100))?;
+    holds(&mut pair.cp, "networkctl reload", "networkd accepts commands", promises)?;
     let client = format!(
         "printf '[Match]\\nName=eth0\\n\\n[Network]\\nDHCP=ipv4\\nAddress=2001:db8::14/64\\n\
          Gateway={GATEWAY_V6}\\nIPv6AcceptRA=no\\n' >{ETH0}"
