@@ -35,8 +35,8 @@ fn alone(pair: &mut Pair, arguments: &str, promises: &mut Promises) -> anyhow::R
         let nftables = pair.worker.run("nft list tables")?;
         promises.hold(!nftables.is_success(), || "the kernel has no nftables".to_owned());
     }
-    holds(&mut pair.worker, GUARD_HOLDS, "the guard is active", promises)?;
-    holds(&mut pair.worker, AGENT_ANSWERS, "the agent answers", promises)?;
+    holds(&mut pair.worker, GUARD_HOLDS, "the guard is active")?;
+    holds(&mut pair.worker, AGENT_ANSWERS, "the agent answers")?;
     watch(pair, "while only the worker boots", promises)?;
     pair.network.reset();
     pair.worker.run_ok("systemctl kill --signal=KILL towline.service")?;
@@ -50,8 +50,8 @@ pub(super) fn agent_never_starts(
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
     pair.worker.boot(&format!("{NO_NFTABLES} systemd.mask=towline.service"))?;
-    holds(&mut pair.worker, GUARD_HOLDS, "the guard is active", promises)?;
-    holds(&mut pair.worker, "networkctl status eth0 | grep -q routable", "eth0 is up", promises)?;
+    holds(&mut pair.worker, GUARD_HOLDS, "the guard is active")?;
+    holds(&mut pair.worker, "networkctl status eth0 | grep -q routable", "eth0 is up")?;
     watch(pair, "with only the guard", promises)?;
     pair.network.reset();
     pair.worker.run_ok("systemctl restart systemd-networkd")?;
@@ -88,10 +88,10 @@ fn ipv4_alone(pair: &mut Pair, arguments: &str, promises: &mut Promises) -> anyh
     pair.worker.start(arguments)?;
     pair.cp.await_runner()?;
     pair.worker.await_runner()?;
-    holds(&mut pair.worker, "towline wait --timeout 40", "the mesh comes up", promises)?;
+    holds(&mut pair.worker, "towline wait --timeout 40", "the mesh comes up")?;
     let cp = overlay_addresses(&mut pair.cp)?;
     let ping = format!("ping -n -c 3 -i 0.3 -W 5 {}", cp.v4);
-    holds(&mut pair.worker, &ping, "IPv4 traffic reaches the control plane", promises)?;
+    holds(&mut pair.worker, &ping, "IPv4 traffic reaches the control plane")?;
     let status = pair.worker.run_ok("towline status -o json")?;
     let status: serde_json::Value = serde_json::from_str(&status)?;
     let problems = &status["problems"];
@@ -111,8 +111,8 @@ pub(super) fn read_only_root(
     pair.worker.boot("ro")?;
     let written = pair.worker.run("touch /var/lib/towline/probe")?;
     promises.hold(!written.is_success(), || "the root is read-only".to_owned());
-    holds(&mut pair.worker, GUARD_HOLDS, "the guard is active", promises)?;
-    holds(&mut pair.worker, "networkctl status eth0 | grep -q routable", "eth0 is up", promises)?;
+    holds(&mut pair.worker, GUARD_HOLDS, "the guard is active")?;
+    holds(&mut pair.worker, "networkctl status eth0 | grep -q routable", "eth0 is up")?;
     watch(pair, "with a read-only root", promises)?;
     // A working mesh would be better: the agent only needs to read the cached map.
     let agent = pair.worker.run_until_ok(AGENT_ANSWERS, CHANGE_LIMIT)?;

@@ -31,12 +31,12 @@ pub(super) fn full_disk(
     pair.boot()?;
     let full = pair.worker.run("echo x >/var/lib/probe")?;
     promises.hold(!full.is_success(), || "the disk is full".to_owned());
-    holds(&mut pair.worker, MESH_UP, "the worker's mesh comes up on a full disk", promises)?;
+    holds(&mut pair.worker, MESH_UP, "the worker's mesh comes up on a full disk")?;
     let controller = "systemctl is-active towline-controller";
-    holds(&mut pair.cp, controller, "the controller runs on a full disk", promises)?;
+    holds(&mut pair.cp, controller, "the controller runs on a full disk")?;
     pair.ping()?;
     pair.worker.run_ok("systemctl restart towline.service")?;
-    holds(&mut pair.worker, MESH_UP, "the agent restarts on a full disk", promises)?;
+    holds(&mut pair.worker, MESH_UP, "the agent restarts on a full disk")?;
     nothing_in_clear(pair, "on a full disk", promises);
     Ok(())
 }
@@ -86,7 +86,7 @@ pub(super) fn power_cut_control_plane(
     promises.hold(listed.is_success() && listed.stdout.contains(&id), || {
         format!("an acknowledged token survives the power cut: {listed}")
     });
-    holds(&mut pair.cp, MESH_UP, "the control plane's mesh comes back", promises)?;
+    holds(&mut pair.cp, MESH_UP, "the control plane's mesh comes back")?;
     pair.ping()?;
     nothing_in_clear(pair, "while the control plane was off", promises);
     Ok(())
@@ -99,10 +99,10 @@ pub(super) fn control_plane_later(
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
     pair.worker.boot("")?;
-    holds(&mut pair.worker, "towline status", "the agent answers", promises)?;
+    holds(&mut pair.worker, "towline status", "the agent answers")?;
     let agent = main_pid(&mut pair.worker)?;
     pair.cp.boot("")?;
-    holds(&mut pair.worker, MESH_UP, "the mesh comes up once the control plane is on", promises)?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes up once the control plane is on")?;
     pair.ping()?;
     promises
         .hold(main_pid(&mut pair.worker)? == agent, || "the agent was not restarted".to_owned());
@@ -117,7 +117,7 @@ pub(super) fn shutdown(
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
     pair.worker.boot("")?;
-    holds(&mut pair.worker, "towline status", "the agent answers", promises)?;
+    holds(&mut pair.worker, "towline status", "the agent answers")?;
     // Stored on the disk, to be read after the shutdown.
     pair.worker.run_ok("mkdir -p /var/log/journal && journalctl --flush")?;
     pair.network.reset();
@@ -147,7 +147,7 @@ pub(super) fn read_only_usr(
     pair.worker.await_boot_end()?;
     let written = pair.worker.run("touch /usr/probe")?;
     promises.hold(!written.is_success(), || "/usr is read-only".to_owned());
-    holds(&mut pair.worker, MESH_UP, "the mesh comes up with a read-only /usr", promises)?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes up with a read-only /usr")?;
     let again =
         pair.worker.run_for("towline join --install --timeout 60 </dev/null", CHANGE_LIMIT)?;
     promises.hold(again.is_success(), || {
@@ -192,7 +192,7 @@ fn while_networkd_restarts(
     pair.worker.start(arguments)?;
     pair.cp.await_runner()?;
     pair.worker.await_runner()?;
-    holds(&mut pair.worker, MESH_UP, "the mesh comes up", promises)?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes up")?;
     for command in ["systemctl restart systemd-networkd", "networkctl reconfigure eth0"] {
         pair.worker.run_ok(command)?;
         pair.ping().with_context(|| format!("after `{command}`"))?;
@@ -211,7 +211,7 @@ pub(super) fn controller_away(
     pair.worker.start("")?;
     pair.cp.await_runner()?;
     pair.worker.await_runner()?;
-    holds(&mut pair.worker, MESH_UP, "the mesh comes up with the cached map", promises)?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes up with the cached map")?;
     pair.ping()?;
     let status = pair.worker.run_ok("towline status -o json")?;
     let status: serde_json::Value = serde_json::from_str(&status)?;
@@ -228,7 +228,7 @@ pub(super) fn watchdog(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair, promises)?;
+    boot_mesh(pair)?;
     let before = main_pid(&mut pair.worker)?;
     pair.network.reset();
     pair.worker.run_ok("systemctl kill --kill-whom=main --signal=STOP towline.service")?;
@@ -281,7 +281,7 @@ pub(super) fn clock_off(
         pair.worker.start_with("", &["-rtc", &base])?;
         pair.worker.await_runner()?;
         let what = format!("the mesh comes up with a clock {when}");
-        holds(&mut pair.worker, MESH_UP, &what, promises)?;
+        holds(&mut pair.worker, MESH_UP, &what)?;
         pair.ping().with_context(|| format!("with a clock {when}"))?;
         nothing_in_clear(pair, &format!("with a clock {when}"), promises);
         pair.worker.cut_power()?;

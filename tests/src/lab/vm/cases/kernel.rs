@@ -23,7 +23,7 @@ pub(super) fn features(
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
     pair.worker.boot("")?;
-    holds(&mut pair.worker, "towline status", "the agent answers", promises)?;
+    holds(&mut pair.worker, "towline status", "the agent answers")?;
     let status = pair.worker.run_ok("towline status -o json")?;
     let status: serde_json::Value = serde_json::from_str(&status)?;
     let mut active: Vec<&str> = status["features"]
@@ -58,7 +58,7 @@ pub(super) fn tunnels(
 ) -> anyhow::Result<()> {
     pair.boot()?;
     for machine in [&mut pair.cp, &mut pair.worker] {
-        holds(machine, MESH_UP, "the mesh comes up", promises)?;
+        holds(machine, MESH_UP, "the mesh comes up")?;
     }
     let cp = overlay_addresses(&mut pair.cp)?;
     let worker = overlay_addresses(&mut pair.worker)?;
@@ -75,9 +75,9 @@ pub(super) fn tunnels(
     }
     for (address, what) in [("10.244.1.1", "VXLAN"), ("10.244.2.1", "Geneve")] {
         let small = format!("ping -n -c 2 -i 0.3 -W 5 {address}");
-        holds(&mut pair.worker, &small, &format!("{what} reaches the control plane"), promises)?;
+        holds(&mut pair.worker, &small, &format!("{what} reaches the control plane"))?;
         let large = format!("ping -n -c 2 -i 0.3 -W 5 -M do -s 1300 {address}");
-        holds(&mut pair.worker, &large, &format!("large packets pass {what}"), promises)?;
+        holds(&mut pair.worker, &large, &format!("large packets pass {what}"))?;
     }
     nothing_in_clear(pair, "with VXLAN and Geneve", promises);
     Ok(())
@@ -90,7 +90,7 @@ pub(super) fn wireguard_peer(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair, promises)?;
+    boot_mesh(pair)?;
     let ours = pair.worker.run_ok("towline pubkey")?.trim().to_owned();
     let psk = pair.cp.run_ok("wg genpsk")?.trim().to_owned();
     let theirs = pair.cp.run_ok("umask 77; wg genkey >/run/wg.key; wg pubkey </run/wg.key")?;
@@ -110,18 +110,13 @@ pub(super) fn wireguard_peer(
         theirs.trim()
     ))?;
     let ping = "ping -n -c 3 -i 0.3 -W 5 10.9.0.1";
-    holds(&mut pair.worker, ping, "the worker reaches the kernel's WireGuard", promises)?;
+    holds(&mut pair.worker, ping, "the worker reaches the kernel's WireGuard")?;
     let back = "ping -n -c 3 -i 0.3 -W 5 10.9.0.2";
-    holds(&mut pair.cp, back, "the kernel's WireGuard reaches the worker", promises)?;
+    holds(&mut pair.cp, back, "the kernel's WireGuard reaches the worker")?;
     pair.cp.run_ok("wg set wg0 listen-port 52000")?;
     // The next packet from the peer shows the worker its new port.
-    holds(
-        &mut pair.cp,
-        back,
-        "the kernel's WireGuard reaches the worker after it moved",
-        promises,
-    )?;
-    holds(&mut pair.worker, ping, "the worker reaches it after it moved", promises)?;
+    holds(&mut pair.cp, back, "the kernel's WireGuard reaches the worker after it moved")?;
+    holds(&mut pair.worker, ping, "the worker reaches it after it moved")?;
     pair.ping()?;
     nothing_in_clear(pair, "while the kernel's WireGuard is a peer", promises);
     Ok(())

@@ -22,7 +22,7 @@ pub(super) fn smoke(
     let sent = pair.sent();
     promises.hold(sent.sealed > 0, || "the worker sends WireGuard messages".to_owned());
     pair.worker.run_ok("systemctl kill --signal=KILL towline.service")?;
-    holds(&mut pair.worker, MESH_UP, "the agent comes back after kill -9", promises)?;
+    holds(&mut pair.worker, MESH_UP, "the agent comes back after kill -9")?;
     pair.ping()?;
     nothing_in_clear(pair, "after kill -9", promises);
     Ok(())
@@ -34,7 +34,7 @@ pub(super) fn down_up(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair, promises)?;
+    boot_mesh(pair)?;
     let down = pair.worker.run("towline down")?;
     promises.hold(down.is_success(), || format!("`towline down` exits with 0: {down}"));
     is_open(pair, "after down", promises)?;
@@ -44,7 +44,7 @@ pub(super) fn down_up(
     is_open(pair, "after down and a reboot", promises)?;
     let up = pair.worker.run("towline up")?;
     promises.hold(up.is_success(), || format!("`towline up` exits with 0: {up}"));
-    holds(&mut pair.worker, MESH_UP, "the mesh comes back after `towline up`", promises)?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes back after `towline up`")?;
     pair.ping()?;
     pair.network.reset();
     watch(pair, "after up", promises)
@@ -72,7 +72,7 @@ pub(super) fn leave(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair, promises)?;
+    boot_mesh(pair)?;
     let left = pair.worker.run("towline leave")?;
     promises.hold(left.is_success(), || format!("`towline leave` exits with 0: {left}"));
     let nodes = pair.cp.run_ok("towline-controller node list -o json")?;
@@ -117,7 +117,7 @@ pub(super) fn kubelet(
     let address = overlay_addresses(&mut pair.worker)?.v4;
     for start in ["first", "second"] {
         pair.worker.run_ok_for("systemctl restart kubelet", CHANGE_LIMIT)?;
-        holds(&mut pair.worker, "test -s /run/kubelet-arguments", "the kubelet runs", promises)?;
+        holds(&mut pair.worker, "test -s /run/kubelet-arguments", "the kubelet runs")?;
         let arguments = pair.worker.run_ok("cat /run/kubelet-arguments")?;
         let words: Vec<&str> = arguments.split_whitespace().collect();
         let node_ip = format!("--node-ip={address}");
@@ -138,7 +138,7 @@ pub(super) fn reinstall(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair, promises)?;
+    boot_mesh(pair)?;
     pair.worker.run_ok_for(&bed.software.install_command(), CHANGE_LIMIT)?;
     pair.worker.run_ok_for("systemctl restart towline.service", CHANGE_LIMIT)?;
     comes_back(pair, "while the package was replaced", promises)
@@ -151,7 +151,7 @@ pub(super) fn downgrade(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair, promises)?;
+    boot_mesh(pair)?;
     let older = format!(
         "set -e; cd /var/tmp; {}; dpkg-deb --raw-extract towline.deb older; \
          sed -i 's/^Version: .*/Version: 0.0.1/' older/DEBIAN/control; \

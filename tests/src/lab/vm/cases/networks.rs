@@ -60,7 +60,7 @@ pub(super) fn dhcp_lease_changes(
     };
     pair.boot()?;
     configure(&mut pair.cp, &server(100))?;
-    holds(&mut pair.cp, "networkctl reload", "networkd accepts commands", promises)?;
+    holds(&mut pair.cp, "networkctl reload", "networkd accepts commands")?;
     let client = format!(
         "printf '[Match]\\nName=eth0\\n\\n[Network]\\nDHCP=ipv4\\nAddress=2001:db8::14/64\\n\
          Gateway={GATEWAY_V6}\\nIPv6AcceptRA=no\\n' >{ETH0}"
@@ -71,14 +71,14 @@ pub(super) fn dhcp_lease_changes(
     pair.worker.boot("")?;
     let leased =
         |range: &str| format!("ip -4 -o address show eth0 | grep -q ' 203.0.113.{range}/'");
-    holds(&mut pair.worker, &leased("10[0-9]"), "the worker has a lease", promises)?;
+    holds(&mut pair.worker, &leased("10[0-9]"), "the worker has a lease")?;
     comes_back(pair, "with an address by DHCP", promises)?;
     configure(&mut pair.cp, &format!("{}; networkctl reload", server(150)))?;
     pair.worker.run_ok("networkctl reconfigure eth0")?;
-    holds(&mut pair.worker, &leased("15[0-9]"), "the worker has another lease", promises)?;
+    holds(&mut pair.worker, &leased("15[0-9]"), "the worker has another lease")?;
     comes_back(pair, "after a change of the lease", promises)?;
     let candidates = "towline status -o json | grep -q 203.0.113.15";
-    holds(&mut pair.worker, candidates, "the worker announces its new address", promises)
+    holds(&mut pair.worker, candidates, "the worker announces its new address")
 }
 
 /// Lets NetworkManager configure the worker's network.
@@ -161,7 +161,7 @@ pub(super) fn vlan(
     }
     pair.shut_down()?;
     pair.network.reset();
-    boot_mesh(pair, promises)?;
+    boot_mesh(pair)?;
     comes_back(pair, "over a VLAN", promises)
 }
 
@@ -171,7 +171,7 @@ pub(super) fn dummy_and_ipvlan(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair, promises)?;
+    boot_mesh(pair)?;
     pair.network.reset();
     survives(
         pair,
@@ -186,7 +186,7 @@ pub(super) fn dummy_and_ipvlan(
 /// Adds a VRF with a default route by the uplink, and sends to the mesh out of it: the VRF's table
 /// is looked up before the rules that lead into the tunnel.
 pub(super) fn vrf(_: &Testbed<'_>, pair: &mut Pair, promises: &mut Promises) -> anyhow::Result<()> {
-    boot_mesh(pair, promises)?;
+    boot_mesh(pair)?;
     pair.network.reset();
     survives(
         pair,
@@ -207,7 +207,7 @@ pub(super) fn vrf(_: &Testbed<'_>, pair: &mut Pair, promises: &mut Promises) -> 
 
 /// Denies everything inward with ufw, except the agent's port.
 pub(super) fn ufw(_: &Testbed<'_>, pair: &mut Pair, promises: &mut Promises) -> anyhow::Result<()> {
-    boot_mesh(pair, promises)?;
+    boot_mesh(pair)?;
     pair.network.reset();
     survives(
         pair,
@@ -226,7 +226,7 @@ pub(super) fn firewalld(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair, promises)?;
+    boot_mesh(pair)?;
     pair.network.reset();
     survives(pair, "systemctl start firewalld && firewall-cmd --state", promises)?;
     survives(pair, "firewall-cmd --reload", promises)
@@ -238,7 +238,7 @@ pub(super) fn docker_rules(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair, promises)?;
+    boot_mesh(pair)?;
     pair.network.reset();
     survives(
         pair,
@@ -259,5 +259,5 @@ pub(super) fn docker_rules(
         .context("cannot send out of a container")?;
     promises.hold(!refused.is_success(), || format!("nobody owns this address: {refused}"));
     nothing_in_clear(pair, "out of a container", promises);
-    holds(&mut pair.worker, MESH_UP, "the mesh is up with Docker's rules", promises)
+    holds(&mut pair.worker, MESH_UP, "the mesh is up with Docker's rules")
 }
