@@ -9,6 +9,10 @@ use towline_proto::frame::DatagramKind;
 pub(in crate::lab) struct Outer<'a> {
     pub(in crate::lab) source: IpAddr,
     pub(in crate::lab) destination: IpAddr,
+    /// Protocol of the payload, or the next header of IPv6.
+    pub(in crate::lab) protocol: u8,
+    /// Payload of the IP packet.
+    pub(in crate::lab) payload: &'a [u8],
     /// True for every fragment of a larger packet, the first one included.
     pub(in crate::lab) is_fragment: bool,
     /// UDP payload; `None` if the packet is not UDP or is a fragment.
@@ -61,6 +65,8 @@ impl<'a> Outer<'a> {
         Some(Self {
             source: address(12)?,
             destination: address(16)?,
+            protocol: header[9],
+            payload: packet.get(header_bytes..)?,
             is_fragment,
             udp_payload: if udp { packet.get(header_bytes + UDP_BYTES..) } else { None },
             neighbor_target: None,
@@ -73,6 +79,8 @@ impl<'a> Outer<'a> {
         Some(Self {
             source: address(8)?,
             destination: address(24)?,
+            protocol: header[6],
+            payload: rest,
             is_fragment: header[6] == V6_FRAGMENT,
             udp_payload: if header[6] == UDP { rest.get(UDP_BYTES..) } else { None },
             neighbor_target: if header[6] == ICMPV6 { neighbor_target(rest) } else { None },

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::time::Instant;
 
+use data_encoding::HEXLOWER;
 use ipnet::IpNet;
 use memchr::memmem;
 
@@ -15,23 +16,25 @@ pub const MESH_LABEL: &str = "lab-mesh-traffic";
 pub const PLAIN_LABEL: &str = "lab-plain-traffic";
 /// Maximum number of clear packets that are described; all are counted.
 const SAMPLES: usize = 5;
+/// Bytes of a clear packet's payload that are described: the header of its protocol, and a little.
+const SAMPLE_BYTES: usize = 24;
 
 /// Counts of what one machine sent since the last [`Witness::reset`].
 #[derive(Debug, Clone)]
 pub struct Sent {
     /// Time at which the count started.
     pub since: Instant,
-    /// Packets of the mesh that are not sealed, recognised by an address or by their payload.
+    /// Packets to the mesh that are not sealed, recognised by an address or by their payload.
     pub clear: u64,
-    /// Packets of the background traffic to an address outside of the mesh. Their source is a mesh
-    /// address in the moment in which the uplink has none.
+    /// Packets of the background traffic to an address outside of the mesh.
     pub plain: u64,
     /// WireGuard messages, which are sealed.
     pub sealed: u64,
     /// Sealed datagrams with a mesh address as outer source: the machine sent them in the moment in
     /// which its uplink had no address. They disclose that address and nothing else.
     pub misaddressed: u64,
-    /// Descriptions of the first clear packets: seconds after `since`, source and destination.
+    /// Descriptions of the first clear packets: seconds after `since`, addresses, and the
+    /// start of the payload.
     pub samples: Vec<String>,
 }
 
@@ -72,22 +75,25 @@ impl Witness {
         let Some(outer) = Outer::parse(frame) else { return };
         let is_of_mesh = |address: IpAddr| self.mesh.iter().any(|net| net.contains(&address));
         let has = |label: &str| memmem::find(frame, label.as_bytes()).is_some();
-        let is_to_mesh = is_of_mesh(outer.destination) || has(MESH_LABEL);
-        let is_from_mesh = is_of_mesh(outer.source);
-        if !is_to_mesh && outer.neighbor_target.is_some_and(|target| !is_of_mesh(target)) {
-            // The kernel asks for a neighbor outside of the mesh with the source of the packet
-            // that waits for the answer.
-        } else if !is_to_mesh && has(PLAIN_LABEL) {
-            self.sent.plain += 1;
-        } else if !is_to_mesh && is_from_mesh && outer.is_sealed() {
-            self.sent.misaddressed += 1;
-        } else if is_to_mesh || is_from_mesh {
+        // Both ends of the mesh's traffic are in the mesh. A packet to elsewhere has a mesh address as
+        // source in the moment in which the kernel has no other.
+        let is_to_mesh = is_of_mesh(outer.destination)
+            || outer.neighbor_target.is_some_and(is_of_mesh)
+            || has(MESH_LABEL);
+        if is_to_mesh {
             self.sent.clear += 1;
             if self.sent.samples.len() < SAMPLES {
                 let seconds = self.sent.since.elapsed().as_secs_f64();
-                let Outer { source, destination, .. } = outer;
-                self.sent.samples.push(format!("{seconds:.1} s {source} > {destination}"));
+                let Outer { source, destination, protocol, payload, .. } = outer;
+                let start = HEXLOWER.encode(&payload[..payload.len().min(SAMPLE_BYTES)]);
+                self.sent.samples.push(format!(
+                    "{seconds:.1} s {source} > {destination} protocol {protocol}: {start}"
+                ));
             }
+        } else if has(PLAIN_LABEL) {
+            self.sent.plain += 1;
+        } else if outer.is_sealed() && is_of_mesh(outer.source) {
+            self.sent.misaddressed += 1;
         } else if outer.is_wireguard() {
             self.sent.sealed += 1;
         }
