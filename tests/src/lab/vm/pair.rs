@@ -62,7 +62,7 @@ pub struct Testbed<'a> {
 const PAIR_LIFETIME: Duration = Duration::from_secs(6 * 3600);
 /// Version of the join steps, as a part of the cache's key. Increase it when they produce other
 /// disks.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 const CONTROLLER_ADDRESS: &str = "203.0.113.10:7443";
 const OVERLAY_V4: &str = "198.19.0.0/16";
 const OVERLAY_V6: &str = "fd12:3456:789a:1::/64";
