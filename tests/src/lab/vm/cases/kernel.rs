@@ -103,7 +103,7 @@ pub(super) fn wireguard_peer(
     pair.worker.run_ok(&format!(
         "umask 77; echo {psk} >/etc/towline/office.psk; \
          ! id towline 2>/dev/null || chown towline /etc/towline/office.psk; umask 22; \
-         printf '%s\\n' '[node]' 'addresses = [\"10.9.0.2/32\"]' '[[peer]]' 'name = \"office\"' \
+         printf '%s\\n' '[node]' 'addresses = [\"10.9.0.2\"]' '[[peer]]' 'name = \"office\"' \
          'public_key = \"{}\"' 'preshared_key_file = \"/etc/towline/office.psk\"' \
          'endpoint = \"203.0.113.10:51999\"' 'allowed_ips = [\"10.9.0.1/32\"]' 'keepalive = 5' \
          >>/etc/towline/agent.toml && towline config check && systemctl restart towline.service",
