@@ -2,23 +2,13 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests may panic too: the panic is the report
 
-use std::process::Command;
-
 use serde_json::Value;
+use towline_tests::lab::scenario_test::figures;
 
 #[test]
 fn every_order_of_down_up_leave_and_confirm_ends_as_it_says() {
-    let output = Command::new(env!("CARGO_BIN_EXE_lab"))
-        .args(["departure", "--rootless", "--json"])
-        .output()
-        .unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    if output.status.code() == Some(3) {
-        println!("skipped: {}", stderr.trim_end());
-        return;
-    }
-    let figures: Value = serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|error| panic!("stdout is not one JSON object ({error}): {stderr}"));
-    assert_eq!(figures["failed"], Value::Array(Vec::new()), "{stderr}");
+    let lab = env!("CARGO_BIN_EXE_lab");
+    let Some(figures) = figures(lab, &["departure"]).unwrap() else { return };
+    assert_eq!(figures["failed"], Value::Array(Vec::new()));
     assert!(figures["commands"].as_u64() > Some(40), "{figures}");
 }

@@ -3,32 +3,16 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests may panic too: the panic is the report
 
-use std::process::Command;
-
 use serde_json::Value;
+use towline_tests::lab::scenario_test::figures;
 
-/// Returns the output of a scenario, or `None` with a printed reason if this machine forbids it.
 fn lab(arguments: &[&str]) -> Option<Value> {
-    let output = Command::new(env!("CARGO_BIN_EXE_lab"))
-        .args(arguments)
-        .args(["--rootless", "--json"])
-        .output()
-        .unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    if output.status.code() == Some(3) {
-        println!("skipped: {}", stderr.trim_end());
-        return None;
-    }
-    let figures = serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|error| panic!("stdout is not one JSON object ({error}): {stderr}"));
-    println!("{figures:#}");
-    Some(figures)
+    figures(env!("CARGO_BIN_EXE_lab"), arguments).unwrap()
 }
 
 #[test]
 fn nothing_leaks_and_nothing_forged_comes_in() {
     let Some(leak) = lab(&["leak", "--seconds", "8", "--seed", "7"]) else { return };
-    assert_eq!(leak["rootless"], true);
     assert_eq!(leak["seed"], 7);
     assert!(leak["acts"].as_u64() > Some(0));
     assert_eq!(leak["plaintext_packets"], 0);

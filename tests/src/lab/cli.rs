@@ -23,7 +23,7 @@ pub struct Flags {
     pub rootless: bool,
 }
 
-/// Opens a shell or runs a command on a host of a lab that `demo --keep` keeps running.
+/// Arguments of `shell`.
 #[derive(Debug, Args)]
 struct Shell {
     /// Name of the host: cp, worker-a, worker-b, router-a, router-b or internet.
@@ -46,7 +46,7 @@ fn command() -> Command {
     Command::new("cargo lab")
         .bin_name("cargo lab")
         .version(env!("CARGO_PKG_VERSION"))
-        .about("Runs the real binaries on hosts that are network namespaces, and removes everything afterwards")
+        .about("Run the real binaries on hosts that are network namespaces, and remove everything afterwards")
         .disable_help_subcommand(true)
         .subcommand_required(true)
         .arg_required_else_help(true)
@@ -54,10 +54,13 @@ fn command() -> Command {
         .arg(flag("rootless", "Use a user namespace even as root"))
         .subcommand(Command::new("list").about("List the scenarios, one per line"))
         .subcommands(scenarios)
-        .subcommand(Shell::augment_args(Command::new("shell")))
+        .subcommand(
+            Shell::augment_args(Command::new("shell"))
+                .about("Open a shell or run a command on a host of a lab that `demo --keep` keeps running"),
+        )
         .subcommand(
             Limit::augment_args(limit)
-                .about("Runs one end of the minimal tunnel that `bench` compares with"),
+                .about("Run one end of the minimal tunnel that `bench` compares with"),
         )
 }
 

@@ -38,6 +38,7 @@
 //! | [`scenario`], [`cli`] | what `cargo lab NAME` runs |
 //! | [`vm`] | booted machines: real kernels, systemd and power cuts, under QEMU |
 //! | [`netns_exec`] | runs a `cargo test` test inside such hosts |
+//! | [`scenario_test`] | runs a scenario as a `cargo test` test |
 //!
 //! # Invariants
 //!
@@ -73,6 +74,7 @@ pub mod raw_tunnel;
 pub mod redirect;
 pub mod report;
 pub mod scenario;
+pub mod scenario_test;
 pub mod spoof;
 pub mod tamper;
 pub mod topology;
