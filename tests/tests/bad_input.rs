@@ -56,6 +56,21 @@ impl World {
         Node::new(&self.lab, &self.worker, name, &self.binaries, "")
     }
 
+    /// Starts a node on each host, and waits for the tunnel between them.
+    fn tunnel(&self) -> anyhow::Result<(Node, Node)> {
+        let mut cp = Node::new(&self.lab, &self.cp, "cp", &self.binaries, "")?;
+        let mut worker = self.machine("worker-a")?;
+        for node in [&mut cp, &mut worker] {
+            node.join(&self.token(&[])?)?;
+            node.launch()?;
+            node.await_status(LIMIT)?;
+        }
+        if let Some(reason) = await_tunnel(&worker, &cp, LIMIT)? {
+            anyhow::bail!("the tunnel did not come up: {reason}");
+        }
+        Ok((cp, worker))
+    }
+
     /// Runs `towline join` for a node, with this name and token.
     fn join(&self, machine: &Node, name: &str, token: &str) -> anyhow::Result<CommandOutput> {
         let file = self.lab.directory().join("given-token");
@@ -186,14 +201,7 @@ fn names_that_are_refused_and_joins_that_change_nothing() {
 fn agents_that_cannot_start_disturb_nobody() {
     netns_exec("agents_that_cannot_start_disturb_nobody", |rank| {
         let world = World::new(rank).unwrap();
-        let mut cp = Node::new(&world.lab, &world.cp, "cp", &world.binaries, "").unwrap();
-        let mut worker = world.machine("worker-a").unwrap();
-        for node in [&mut cp, &mut worker] {
-            node.join(&world.token(&[]).unwrap()).unwrap();
-            node.launch().unwrap();
-            node.await_status(LIMIT).unwrap();
-        }
-        assert_eq!(await_tunnel(&worker, &cp, LIMIT).unwrap(), None);
+        let (cp, mut worker) = world.tunnel().unwrap();
 
         let twice = worker.command(&["agent"]).unwrap();
         assert_refused(&twice, &["another agent", "state_dir"]);
@@ -228,14 +236,7 @@ fn agents_that_cannot_start_disturb_nobody() {
 fn random_bytes_harm_nobody() {
     netns_exec("random_bytes_harm_nobody", |rank| {
         let world = World::new(rank).unwrap();
-        let mut cp = Node::new(&world.lab, &world.cp, "cp", &world.binaries, "").unwrap();
-        let mut worker = world.machine("worker-a").unwrap();
-        for node in [&mut cp, &mut worker] {
-            node.join(&world.token(&[]).unwrap()).unwrap();
-            node.launch().unwrap();
-            node.await_status(LIMIT).unwrap();
-        }
-        assert_eq!(await_tunnel(&worker, &cp, LIMIT).unwrap(), None);
+        let (mut cp, mut worker) = world.tunnel().unwrap();
 
         let cloud = world.cp.addresses()[0];
         let grpc = world.controller.address();

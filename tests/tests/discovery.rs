@@ -15,11 +15,12 @@ use towline_core::mesh::MapChange;
 use towline_fixtures::ca::Ca;
 use towline_fixtures::controller::TestController;
 use towline_fixtures::node::{candidate, node};
-use towline_proto::id::{NodeId, TokenId};
+use towline_proto::id::{Fingerprint, NodeId, TokenId};
+use towline_proto::node::Record;
 use towline_proto::pb::change::Kind::{Tombstone, Upsert};
 use towline_proto::token::{JoinToken, TokenSecret};
 use towline_proto::{pb, signed};
-use towline_tests::scripted::{Call, ScriptedController, changes, enroll, own_grant, ready};
+use towline_tests::scripted::{Call, ScriptedController, Watch, changes, enroll, own_grant, ready};
 
 const OWN: u8 = 1;
 
@@ -121,40 +122,85 @@ impl Daemon {
 
 const DAY: Duration = Duration::from_secs(86_400);
 
+/// A member of a mesh whose discovery client runs against a scripted controller.
+struct Scene {
+    ca: Ca,
+    controller: ScriptedController,
+    node: Node,
+    daemon: Daemon,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        Self::with_certificate(DAY).await
+    }
+
+    /// Creates a member with a certificate that is valid for `life`, beginning an hour ago.
+    async fn with_certificate(life: Duration) -> Self {
+        let ca = Ca::new(1);
+        let controller = ScriptedController::start(&ca).await.unwrap();
+        let node = Node::new(&ca, &controller, life);
+        let daemon = node.start();
+        Self { ca, controller, node, daemon }
+    }
+
+    /// Waits for the next watch, and opens a session of this epoch in it.
+    async fn session(&mut self, epoch: u64) -> Watch {
+        let watch = self.controller.watch().await.unwrap();
+        watch.send(ready(epoch)).await;
+        watch
+    }
+
+    /// Returns the change that brings node `number`.
+    fn upsert(&self, number: u8) -> pb::change::Kind {
+        upsert(&self.ca, number)
+    }
+
+    /// Waits for the next published record, and checks the signature of this node.
+    async fn published(&mut self) -> (pb::Signed, Record) {
+        let signed = self.controller.published().await.unwrap();
+        let identity = self.node.membership.grant.identity_key;
+        let record = signed::record(Some(&signed), &identity).unwrap();
+        (signed, record)
+    }
+}
+
+/// Returns the names of the nodes that these changes bring, and fails for other changes.
+fn names(changes: &[MapChange]) -> Vec<&str> {
+    fn name(change: &MapChange) -> &str {
+        match change {
+            MapChange::Upsert(node) => node.name().as_str(),
+            other => panic!("not a node: {other:?}"),
+        }
+    }
+    changes.iter().map(name).collect()
+}
+
 #[tokio::test]
 async fn the_map_comes_in_and_a_new_session_resumes_where_the_last_one_ended() {
-    let ca = Ca::new(1);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
-    let node = Node::new(&ca, &controller, DAY);
-    let mut daemon = node.start();
-
-    let watch = controller.watch().await.unwrap();
+    let mut scene = Scene::new().await;
+    let watch = scene.controller.watch().await.unwrap();
     assert_eq!((watch.start.epoch, watch.start.revision), (0, 0));
     watch.send(ready(5)).await;
-    watch.send(changes(3, vec![upsert(&ca, 2)])).await;
-    assert!(
-        matches!(&daemon.map().await[..], [MapChange::Upsert(node)] if node.name().as_str() == "node-2")
-    );
+    watch.send(changes(3, vec![scene.upsert(2)])).await;
+    assert_eq!(names(&scene.daemon.map().await), ["node-2"]);
     drop(watch);
 
-    let watch = controller.watch().await.unwrap();
+    let watch = scene.controller.watch().await.unwrap();
     assert_eq!((watch.start.epoch, watch.start.revision), (5, 3));
 }
 
 #[tokio::test]
 async fn what_was_learned_is_on_disk_for_a_start_without_a_controller() {
-    let ca = Ca::new(1);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
-    let node = Node::new(&ca, &controller, DAY);
-    let mut daemon = node.start();
-    let watch = controller.watch().await.unwrap();
-    watch.send(ready(5)).await;
-    watch.send(changes(3, vec![upsert(&ca, 2), Tombstone(ca.tombstone(3))])).await;
-    daemon.map().await;
+    let mut scene = Scene::new().await;
+    let watch = scene.session(5).await;
+    let tombstone = Tombstone(scene.ca.tombstone(3));
+    watch.send(changes(3, vec![scene.upsert(2), tombstone])).await;
+    scene.daemon.map().await;
     drop(watch);
-    daemon.disconnected().await;
+    scene.daemon.disconnected().await;
 
-    let map = node.state.map(&node.membership).unwrap();
+    let map = scene.node.state.map(&scene.node.membership).unwrap();
     assert_eq!(map.position(), (5, 3));
     assert_eq!(map.changes().len(), 2);
     assert_eq!(map.tombstones().len(), 1);
@@ -162,75 +208,53 @@ async fn what_was_learned_is_on_disk_for_a_start_without_a_controller() {
 
 #[tokio::test]
 async fn another_epoch_is_watched_from_its_beginning_and_removes_nobody() {
-    let ca = Ca::new(1);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
-    let node = Node::new(&ca, &controller, DAY);
-    let mut daemon = node.start();
-    let watch = controller.watch().await.unwrap();
-    watch.send(ready(5)).await;
-    watch.send(changes(9, vec![upsert(&ca, 2)])).await;
-    daemon.map().await;
+    let mut scene = Scene::new().await;
+    let watch = scene.session(5).await;
+    watch.send(changes(9, vec![scene.upsert(2)])).await;
+    scene.daemon.map().await;
     drop(watch);
 
-    let watch = controller.watch().await.unwrap();
-    watch.send(ready(6)).await;
-    watch.send(changes(1, vec![upsert(&ca, 3)])).await;
-    assert!(matches!(&daemon.map().await[..], [MapChange::Upsert(_)]));
+    let watch = scene.session(6).await;
+    watch.send(changes(1, vec![scene.upsert(3)])).await;
+    assert_eq!(names(&scene.daemon.map().await), ["node-3"]);
     drop(watch);
-    let watch = controller.watch().await.unwrap();
+    let watch = scene.controller.watch().await.unwrap();
     assert_eq!((watch.start.epoch, watch.start.revision), (6, 1));
 }
 
 #[tokio::test]
 async fn a_forged_entry_is_refused_and_the_rest_is_taken() {
-    let ca = Ca::new(1);
+    let mut scene = Scene::new().await;
     let liar = Ca::new(2);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
-    let node = Node::new(&ca, &controller, DAY);
-    let mut daemon = node.start();
-    let watch = controller.watch().await.unwrap();
-    watch.send(ready(1)).await;
-    let forged = upsert(&liar, 2);
-    watch.send(changes(1, vec![forged, upsert(&ca, 3)])).await;
-    assert!(
-        matches!(&daemon.map().await[..], [MapChange::Upsert(node)] if node.name().as_str() == "node-3")
-    );
+    let watch = scene.session(1).await;
+    watch.send(changes(1, vec![upsert(&liar, 2), scene.upsert(3)])).await;
+    assert_eq!(names(&scene.daemon.map().await), ["node-3"]);
 }
 
 #[tokio::test]
 async fn a_record_is_published_and_offered_again_unchanged_in_the_next_session() {
-    let ca = Ca::new(1);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
-    let node = Node::new(&ca, &controller, DAY);
-    let daemon = node.start();
-    daemon.announce(1000);
-    let watch = controller.watch().await.unwrap();
-    watch.send(ready(1)).await;
-    let first = controller.published().await.unwrap();
-    let identity = node.membership.grant.identity_key;
-    assert_eq!(signed::record(Some(&first), &identity).unwrap().generation, 1);
+    let mut scene = Scene::new().await;
+    scene.daemon.announce(1000);
+    let watch = scene.session(1).await;
+    let (first, record) = scene.published().await;
+    assert_eq!(record.generation, 1);
     drop(watch);
 
-    let watch = controller.watch().await.unwrap();
-    watch.send(ready(1)).await;
-    assert_eq!(controller.published().await.unwrap(), first);
+    let _watch = scene.session(1).await;
+    assert_eq!(scene.published().await.0, first);
 
-    daemon.announce(2000);
-    let second = controller.published().await.unwrap();
-    assert_eq!(signed::record(Some(&second), &identity).unwrap().generation, 2);
-    assert_eq!(node.state.counters().unwrap(), Counters { boot_epoch: 0, generation: 2 });
+    scene.daemon.announce(2000);
+    assert_eq!(scene.published().await.1.generation, 2);
+    let counters = scene.node.state.counters().unwrap();
+    assert_eq!(counters, Counters { boot_epoch: 0, generation: 2 });
 }
 
 #[tokio::test]
 async fn a_node_whose_state_was_set_back_numbers_its_records_after_those_the_mesh_has() {
-    let ca = Ca::new(1);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
-    let node = Node::new(&ca, &controller, DAY);
-    let mut daemon = node.start();
-    let watch = controller.watch().await.unwrap();
-    watch.send(ready(1)).await;
+    let mut scene = Scene::new().await;
+    let watch = scene.session(1).await;
     // The node's own record, as the mesh has it.
-    let keys = node.state.keys().unwrap();
+    let keys = scene.node.state.keys().unwrap();
     let record = pb::Record {
         node_id: vec![OWN; 16],
         generation: 41,
@@ -238,48 +262,40 @@ async fn a_node_whose_state_was_set_back_numbers_its_records_after_those_the_mes
         ..Default::default()
     };
     let own = pb::Entry {
-        grant: Some(node.membership.signed_grant.clone()),
+        grant: Some(scene.node.membership.signed_grant.clone()),
         record: Some(keys.identity.sign_record(&record)),
         withheld: Vec::new(),
     };
-    watch.send(changes(1, vec![Upsert(own), upsert(&ca, 2)])).await;
-    daemon.map().await;
-    daemon.announce(1000);
-    let published = controller.published().await.unwrap();
-    let identity = node.membership.grant.identity_key;
-    assert_eq!(signed::record(Some(&published), &identity).unwrap().generation, 42);
+    watch.send(changes(1, vec![Upsert(own), scene.upsert(2)])).await;
+    scene.daemon.map().await;
+    scene.daemon.announce(1000);
+    assert_eq!(scene.published().await.1.generation, 42);
 }
 
 #[tokio::test]
 async fn a_silent_controller_is_left() {
-    let ca = Ca::new(1);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
-    let node = Node::new(&ca, &controller, DAY);
-    let mut daemon = node.start();
-    let watch = controller.watch().await.unwrap();
+    let mut scene = Scene::new().await;
+    let watch = scene.controller.watch().await.unwrap();
     let pb::watch_response::Kind::Ready(mut soon) = ready(1) else { unreachable!() };
     soon.heartbeat_ms = 100;
     watch.send(pb::watch_response::Kind::Ready(soon)).await;
-    assert!(daemon.disconnected().await.contains("missed its heartbeats"));
-    controller.watch().await.unwrap();
+    assert!(scene.daemon.disconnected().await.contains("missed its heartbeats"));
+    scene.controller.watch().await.unwrap();
 }
 
 #[tokio::test]
 async fn a_refused_record_is_a_reason_and_not_the_end_of_the_session() {
-    let ca = Ca::new(1);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
-    let node = Node::new(&ca, &controller, DAY);
-    let mut daemon = node.start();
-    daemon.announce(1000);
-    let watch = controller.watch().await.unwrap();
-    watch.send(ready(1)).await;
+    let mut scene = Scene::new().await;
+    scene.daemon.announce(1000);
+    let watch = scene.session(1).await;
     loop {
-        if let Call::Publish(_, reply) = controller.call().await.unwrap() {
+        if let Call::Publish(_, reply) = scene.controller.call().await.unwrap() {
             let _ = reply.send(Err(Status::invalid_argument("no such prefix")));
             break;
         }
     }
-    let refused = daemon
+    let refused = scene
+        .daemon
         .event(|event| match event {
             Event::Published(Err(reason)) => Some(reason),
             Event::Disconnected { reason } => panic!("disconnected: {reason}"),
@@ -287,43 +303,36 @@ async fn a_refused_record_is_a_reason_and_not_the_end_of_the_session() {
         })
         .await;
     assert!(refused.contains("no such prefix"), "{refused}");
-    watch.send(changes(1, vec![upsert(&ca, 2)])).await;
-    daemon.map().await;
+    watch.send(changes(1, vec![scene.upsert(2)])).await;
+    scene.daemon.map().await;
 }
 
 #[tokio::test]
 async fn a_removed_node_learns_it_from_the_tombstone_it_is_refused_with() {
-    let ca = Ca::new(1);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
-    let node = Node::new(&ca, &controller, DAY);
-    let mut daemon = node.start();
-    let watch = controller.watch().await.unwrap();
-    let tombstone = ca.tombstone(OWN).encode_to_vec();
+    let mut scene = Scene::new().await;
+    let watch = scene.controller.watch().await.unwrap();
+    let tombstone = scene.ca.tombstone(OWN).encode_to_vec();
     let code = tonic::Code::PermissionDenied;
     watch.fail(Status::with_details(code, "this node was removed", tombstone.into())).await;
-    let is_own = |changes: &[MapChange]| {
-        let own = node.membership.grant.node_id;
-        matches!(changes, [MapChange::Remove(removed)] if removed.node_id == own)
-    };
-    assert!(is_own(&daemon.map().await));
+    let own = scene.node.membership.grant.node_id;
+    let is_own = |changes: &[MapChange]| matches!(changes, [MapChange::Remove(removed)] if removed.node_id == own);
+    assert!(is_own(&scene.daemon.map().await));
     // It is on the disk before the session ends, so that a restart knows it too.
-    daemon.disconnected().await;
-    assert!(is_own(&node.state.map(&node.membership).unwrap().changes()));
+    scene.daemon.disconnected().await;
+    let map = scene.node.state.map(&scene.node.membership).unwrap();
+    assert!(is_own(&map.changes()));
 }
 
 #[tokio::test]
 async fn a_leave_that_nobody_waits_for_any_more_is_not_sent() {
-    let ca = Ca::new(9);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
-    let node = Node::new(&ca, &controller, DAY);
-    let mut daemon = node.start();
-    let mut watch = controller.watch().await.unwrap();
-    watch.send(ready(1)).await;
-    daemon.event(|event| matches!(event, Event::Connected { .. }).then_some(())).await;
+    let mut scene = Scene::new().await;
+    let mut watch = scene.session(1).await;
+    scene.daemon.event(|event| matches!(event, Event::Connected { .. }).then_some(())).await;
     let (reply, given_up) = oneshot::channel();
     drop(given_up);
-    daemon.commands.send(Command::Leave(reply)).await.unwrap();
-    daemon.commands.send(Command::Signal(NodeId([2; 16]), b"after it".to_vec())).await.unwrap();
+    let commands = scene.daemon.commands.clone();
+    commands.send(Command::Leave(reply)).await.unwrap();
+    commands.send(Command::Signal(NodeId([2; 16]), b"after it".to_vec())).await.unwrap();
     // Commands are handled in order, so the leave was handled when the signal comes.
     loop {
         let message = watch.requests.message().await.unwrap().unwrap();
@@ -332,31 +341,29 @@ async fn a_leave_that_nobody_waits_for_any_more_is_not_sent() {
         }
     }
     let (reply, answer) = oneshot::channel();
-    daemon.commands.send(Command::Leave(reply)).await.unwrap();
-    let Call::Leave(call) = controller.call().await.unwrap() else { panic!("not a leave") };
+    commands.send(Command::Leave(reply)).await.unwrap();
+    let Call::Leave(call) = scene.controller.call().await.unwrap() else { panic!("not a leave") };
     let _ = call.send(Ok(pb::LeaveResponse::default()));
     answer.await.unwrap().unwrap();
     // Then the task ends.
-    daemon.commands.closed().await;
+    commands.closed().await;
 }
 
 #[tokio::test]
 async fn a_certificate_near_its_end_is_renewed_before_the_watch() {
-    let ca = Ca::new(1);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
     // The certificate has expired: it was valid for half an hour, beginning an hour ago.
-    let node = Node::new(&ca, &controller, Duration::from_secs(1800));
-    let _daemon = node.start();
-    let Call::Renew(request, reply) = controller.call().await.unwrap() else {
+    let mut scene = Scene::with_certificate(Duration::from_secs(1800)).await;
+    let Call::Renew(request, reply) = scene.controller.call().await.unwrap() else {
         panic!("something came before the renewal")
     };
     let csr = rcgen::CertificateSigningRequestParams::from_der(&request.csr.into()).unwrap();
-    assert_eq!(csr.public_key.der_bytes(), node.membership.grant.identity_key.as_bytes());
-    let fresh = ca.issue("node", &csr.public_key, DAY);
+    let identity = scene.node.membership.grant.identity_key;
+    assert_eq!(csr.public_key.der_bytes(), identity.as_bytes());
+    let fresh = scene.ca.issue("node", &csr.public_key, DAY);
     let certificate_chain = vec![fresh.to_vec()];
     let _ = reply.send(Ok(pb::RenewResponse { certificate_chain, grant: None }));
-    controller.watch().await.unwrap();
-    assert_eq!(node.state.certificate().unwrap().unwrap(), vec![fresh]);
+    scene.controller.watch().await.unwrap();
+    assert_eq!(scene.node.state.certificate().unwrap().unwrap(), vec![fresh]);
 }
 
 #[tokio::test]
@@ -370,26 +377,40 @@ async fn another_meshs_controller_is_not_spoken_to() {
 
 #[tokio::test]
 async fn leaving_is_told_to_the_controller_and_ends_the_task() {
-    let ca = Ca::new(1);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
-    let node = Node::new(&ca, &controller, DAY);
-    let mut daemon = node.start();
-    let watch = controller.watch().await.unwrap();
-    watch.send(ready(1)).await;
-    let (reply, left) = tokio::sync::oneshot::channel();
-    daemon.commands.send(Command::Leave(reply)).await.unwrap();
-    let Call::Leave(answer) = controller.call().await.unwrap() else { panic!("not a leave") };
+    let mut scene = Scene::new().await;
+    let _watch = scene.session(1).await;
+    let (reply, left) = oneshot::channel();
+    scene.daemon.commands.send(Command::Leave(reply)).await.unwrap();
+    let Call::Leave(answer) = scene.controller.call().await.unwrap() else { panic!("not a leave") };
     let _ = answer.send(Ok(pb::LeaveResponse::default()));
     assert_eq!(left.await.unwrap(), Ok(()));
-    while daemon.events.recv().await.is_some() {}
+    while scene.daemon.events.recv().await.is_some() {}
 }
 
-fn token(ca: &Ca, controller: &ScriptedController) -> JoinToken {
-    JoinToken {
-        ca: towline_agent::tls::fingerprint(&ca.certificate()),
-        id: TokenId([1; 8]),
-        secret: TokenSecret([2; 32]),
-        controllers: vec![controller.address.to_string().parse().unwrap()],
+/// A machine that is about to join a scripted controller.
+struct Joining {
+    ca: Ca,
+    controller: ScriptedController,
+    state: StateDir,
+    _dir: tempfile::TempDir,
+}
+
+impl Joining {
+    async fn new() -> Self {
+        let ca = Ca::new(1);
+        let controller = ScriptedController::start(&ca).await.unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        Self { ca, controller, state, _dir: dir }
+    }
+
+    fn token(&self) -> JoinToken {
+        JoinToken {
+            ca: towline_agent::tls::fingerprint(&self.ca.certificate()),
+            id: TokenId([1; 8]),
+            secret: TokenSecret([2; 32]),
+            controllers: vec![self.controller.address.to_string().parse().unwrap()],
+        }
     }
 }
 
@@ -409,11 +430,9 @@ fn now_ms() -> i64 {
 
 #[tokio::test]
 async fn a_join_stores_what_it_was_given_and_a_second_one_changes_nothing() {
-    let ca = Ca::new(1);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let state = StateDir::open(dir.path()).unwrap();
-    let (token, name) = (token(&ca, &controller), "node-1".parse().unwrap());
+    let mut joining = Joining::new().await;
+    let (token, name) = (joining.token(), "node-1".parse().unwrap());
+    let Joining { ca, controller, state, .. } = &mut joining;
     let serve = async {
         let Call::Hello(reply) = controller.call().await.unwrap() else { panic!("not a hello") };
         let _ = reply.send(Ok(hello(now_ms())));
@@ -431,41 +450,39 @@ async fn a_join_stores_what_it_was_given_and_a_second_one_changes_nothing() {
         };
         let _ = reply.send(Ok(answer));
     };
-    let (joined, ()) = tokio::join!(join::join(&state, &token, &name, 0), serve);
+    let (joined, ()) = tokio::join!(join::join(state, &token, &name, 0), serve);
     assert!(matches!(joined.unwrap(), Joined::New(_)));
-    let again = join::join(&state, &token, &name, 0).await.unwrap();
+    let again = join::join(state, &token, &name, 0).await.unwrap();
     assert!(matches!(again, Joined::Already(_)));
-    let other = join::join(&state, &token, &"other".parse().unwrap(), 0).await;
+    let other = join::join(state, &token, &"other".parse().unwrap(), 0).await;
     assert!(matches!(other, Err(JoinError::OtherName { .. })));
 }
 
 #[tokio::test]
 async fn a_join_with_another_meshs_token_says_nothing_to_the_controller() {
-    let ca = Ca::new(1);
-    let controller = ScriptedController::start(&ca).await.unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let state = StateDir::open(dir.path()).unwrap();
-    let foreign =
-        JoinToken { ca: towline_proto::id::Fingerprint([9; 32]), ..token(&ca, &controller) };
-    let error = join::join(&state, &foreign, &"a".parse().unwrap(), 0).await.unwrap_err();
+    let joining = Joining::new().await;
+    let foreign = JoinToken { ca: Fingerprint([9; 32]), ..joining.token() };
+    let error = join::join(&joining.state, &foreign, &"a".parse().unwrap(), 0).await.unwrap_err();
     assert!(error.to_string().contains("not this mesh's controller"), "{error}");
-    assert!(state.membership().unwrap().is_none());
+    assert!(joining.state.membership().unwrap().is_none());
 }
 
 #[tokio::test]
 async fn a_join_with_a_wrong_clock_spends_no_token() {
-    let ca = Ca::new(1);
-    let mut controller = ScriptedController::start(&ca).await.unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let state = StateDir::open(dir.path()).unwrap();
-    let (token, name) = (token(&ca, &controller), "node-1".parse().unwrap());
-    let serve = async {
-        let Call::Hello(reply) = controller.call().await.unwrap() else { panic!("not a hello") };
-        let _ = reply.send(Ok(hello(now_ms() + 3_600_000)));
-    };
-    let (joined, ()) = tokio::join!(join::join(&state, &token, &name, 0), serve);
-    let error = joined.unwrap_err().to_string();
-    assert!(error.contains("behind") && error.contains("clock"), "{error}");
+    for (skew_ms, direction) in [(3_600_000, "behind"), (-3_600_000, "ahead")] {
+        let mut joining = Joining::new().await;
+        let (token, name) = (joining.token(), "node-1".parse().unwrap());
+        let Joining { controller, state, .. } = &mut joining;
+        let serve = async {
+            let Call::Hello(reply) = controller.call().await.unwrap() else {
+                panic!("not a hello")
+            };
+            let _ = reply.send(Ok(hello(now_ms() + skew_ms)));
+        };
+        let (joined, ()) = tokio::join!(join::join(state, &token, &name, 0), serve);
+        let error = joined.unwrap_err().to_string();
+        assert!(error.contains(direction) && error.contains("clock"), "{error}");
+    }
 }
 
 #[tokio::test]
@@ -488,7 +505,7 @@ async fn agents_that_joined_a_controller_see_each_other_until_one_leaves() {
     };
     assert_eq!(record.candidates, [candidate("192.0.2.1:1000")]);
 
-    let (reply, left) = tokio::sync::oneshot::channel();
+    let (reply, left) = oneshot::channel();
     daemon_a.commands.send(Command::Leave(reply)).await.unwrap();
     assert_eq!(left.await.unwrap(), Ok(()));
     let removed = loop {

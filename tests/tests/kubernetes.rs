@@ -101,6 +101,32 @@ fn nets(list: &[&str]) -> Vec<IpNet> {
     list.iter().map(|net| net.parse().unwrap()).collect()
 }
 
+/// A cluster with these pod networks of node `w`, and the machine of that node, whose agent follows
+/// it.
+struct Scene {
+    ca: ClusterCa,
+    api: ScriptedApi,
+    machine: Machine,
+}
+
+impl Scene {
+    async fn new(pods: &[&str]) -> Self {
+        let ca = ClusterCa::new("cluster").unwrap();
+        let api = ScriptedApi::start(&ca).await.unwrap();
+        api.node("w", OURS, pods);
+        let machine = Machine::new();
+        machine.enrol(&ca, &api.url, "w");
+        Self { ca, api, machine }
+    }
+
+    /// Creates a scene in which the agent announces `10.244.1.0/24`.
+    async fn announcing() -> Self {
+        let mut scene = Self::new(&["10.244.1.0/24"]).await;
+        scene.machine.pods(&["10.244.1.0/24"]).await;
+        scene
+    }
+}
+
 #[tokio::test]
 async fn credentials_are_waited_for_and_a_change_of_pod_networks_is_followed() {
     let ca = ClusterCa::new("cluster").unwrap();
@@ -118,24 +144,15 @@ async fn credentials_are_waited_for_and_a_change_of_pod_networks_is_followed() {
 
 #[tokio::test]
 async fn a_node_reads_its_own_node_and_is_refused_every_other() {
-    let ca = ClusterCa::new("cluster").unwrap();
-    let api = ScriptedApi::start(&ca).await.unwrap();
-    api.node("w", OURS, &["10.244.1.0/24"]);
+    let Scene { api, mut machine, .. } = Scene::new(&["10.244.1.0/24"]).await;
     api.node("other", OURS, &["10.244.2.0/24"]);
-    let mut machine = Machine::new();
-    machine.enrol(&ca, &api.url, "w");
     machine.pods(&["10.244.1.0/24"]).await;
     assert!(api.users().iter().all(|user| user == "system:node:w"));
 }
 
 #[tokio::test]
 async fn a_server_that_refuses_goes_away_or_flaps_changes_nothing() {
-    let ca = ClusterCa::new("cluster").unwrap();
-    let api = ScriptedApi::start(&ca).await.unwrap();
-    api.node("w", OURS, &["10.244.1.0/24"]);
-    let mut machine = Machine::new();
-    machine.enrol(&ca, &api.url, "w");
-    machine.pods(&["10.244.1.0/24"]).await;
+    let Scene { api, mut machine, .. } = Scene::announcing().await;
     for (manner, says) in [
         (Manner::Refuses(403), "403"),
         (Manner::Refuses(401), "401"),
@@ -156,12 +173,7 @@ async fn a_server_that_refuses_goes_away_or_flaps_changes_nothing() {
 
 #[tokio::test]
 async fn the_last_good_word_outlives_a_restart_without_a_server() {
-    let ca = ClusterCa::new("cluster").unwrap();
-    let api = ScriptedApi::start(&ca).await.unwrap();
-    api.node("w", OURS, &["10.244.1.0/24"]);
-    let mut machine = Machine::new();
-    machine.enrol(&ca, &api.url, "w");
-    machine.pods(&["10.244.1.0/24"]).await;
+    let Scene { api, mut machine, .. } = Scene::announcing().await;
     drop(api);
     machine.reason("cannot reach the API server").await;
     machine.restart().await;
@@ -207,11 +219,7 @@ async fn a_kubeconfig_of_a_person_is_refused_with_its_name() {
 
 #[tokio::test]
 async fn a_node_without_pod_networks_keeps_the_ones_before() {
-    let ca = ClusterCa::new("cluster").unwrap();
-    let api = ScriptedApi::start(&ca).await.unwrap();
-    api.node("w", OURS, &[]);
-    let mut machine = Machine::new();
-    machine.enrol(&ca, &api.url, "w");
+    let Scene { api, mut machine, .. } = Scene::new(&[]).await;
     machine.view(|view| view.connected && view.cni.contains("no pod network")).await;
     api.node("w", OURS, &["10.244.1.0/24"]);
     machine.pods(&["10.244.1.0/24"]).await;
@@ -222,13 +230,8 @@ async fn a_node_without_pod_networks_keeps_the_ones_before() {
 
 #[tokio::test]
 async fn rotated_credentials_are_read_again() {
-    let ca = ClusterCa::new("cluster").unwrap();
-    let api = ScriptedApi::start(&ca).await.unwrap();
-    api.node("w", OURS, &["10.244.1.0/24"]);
+    let Scene { ca, api, mut machine } = Scene::announcing().await;
     api.node("renamed", OURS, &["10.244.2.0/24"]);
-    let mut machine = Machine::new();
-    machine.enrol(&ca, &api.url, "w");
-    machine.pods(&["10.244.1.0/24"]).await;
     machine.rotate(&ca, "renamed");
     let view = machine.pods(&["10.244.2.0/24"]).await;
     assert_eq!(view.facts.node, "renamed");
@@ -280,12 +283,7 @@ async fn a_clock_that_is_off_is_named_and_not_the_server() {
 
 #[tokio::test]
 async fn another_cni_is_seen_while_the_agent_runs() {
-    let ca = ClusterCa::new("cluster").unwrap();
-    let api = ScriptedApi::start(&ca).await.unwrap();
-    api.node("w", OURS, &["10.244.1.0/24"]);
-    let mut machine = Machine::new();
-    machine.enrol(&ca, &api.url, "w");
-    machine.pods(&["10.244.1.0/24"]).await;
+    let Scene { api: _api, mut machine, .. } = Scene::announcing().await;
     // It sorts before the bridge's configuration, so that container runtimes use it.
     let other = r#"{"plugins": [{"type": "somebodys-own"}]}"#;
     replace(&machine.path("cni/05-other.conflist"), other).unwrap();
@@ -316,12 +314,7 @@ fn a_cni_that_begins_to_tunnel_takes_the_pod_networks_out_of_the_mesh() {
         let mut netlink = Rtnetlink::open().unwrap();
         let loopback = netlink.link_index("lo").unwrap();
         netlink.set_up(loopback, true).unwrap();
-        let ca = ClusterCa::new("cluster").unwrap();
-        let api = ScriptedApi::start(&ca).await.unwrap();
-        api.node("w", OURS, &["10.244.1.0/24"]);
-        let mut machine = Machine::new();
-        machine.enrol(&ca, &api.url, "w");
-        machine.pods(&["10.244.1.0/24"]).await;
+        let Scene { api: _api, mut machine, .. } = Scene::announcing().await;
         let vxlan = Overlay {
             kind: OverlayKind::Vxlan,
             id: 1,
@@ -345,12 +338,7 @@ fn a_full_disk_is_said_and_what_is_in_force_stays() {
     in_namespaces(CloneFlags::CLONE_NEWNS, async {
         let none = None::<&str>;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
-        let ca = ClusterCa::new("cluster").unwrap();
-        let api = ScriptedApi::start(&ca).await.unwrap();
-        api.node("w", OURS, &["10.244.1.0/24"]);
-        let mut machine = Machine::new();
-        machine.enrol(&ca, &api.url, "w");
-        machine.pods(&["10.244.1.0/24"]).await;
+        let Scene { api, mut machine, .. } = Scene::announcing().await;
         let kept = machine.path("state/kubernetes.json");
         let word = std::fs::read(&kept).unwrap();
         // Mount a small file system over the directory, which the stored state fills.
