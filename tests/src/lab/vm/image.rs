@@ -62,6 +62,10 @@ const EXCLUDED: [&str; 5] = [
     "path-exclude=/usr/share/info/*",
     "path-exclude=/usr/share/zoneinfo/*",
 ];
+/// Hook that removes what every machine creates for itself. systemd would take D-Bus' machine id for
+/// its own, and derive the link addresses of virtual links from it.
+const UNIQUE: &str = ": >\"$1\"/etc/machine-id; \
+    rm -f \"$1\"/var/lib/dbus/machine-id \"$1\"/etc/hostname \"$1\"/etc/resolv.conf";
 /// UUID of the file system, fixed so that the same tree gives the same disk.
 const DISK_ID: &str = "6d0f5f5e-5a5c-4b0e-9d4e-70776c696e65";
 /// Size of the disk, most of which is a hole. It is small, so that tests fill it in seconds.
@@ -85,7 +89,7 @@ impl Image {
         let mut recipe = [
             PACKAGES.as_slice(),
             &EXCLUDED,
-            &[SUITE, ENABLED, DISABLED, MASKED, DISK_ID, DISK_SIZE],
+            &[SUITE, ENABLED, DISABLED, MASKED, UNIQUE, DISK_ID, DISK_SIZE],
         ]
         .concat()
         .join(" ");
@@ -115,8 +119,7 @@ fn build(place: &std::path::Path) -> anyhow::Result<()> {
         format!("chroot \"$1\" systemctl --quiet mask {MASKED}"),
         // Mount point of a kernel's modules.
         "mkdir -p \"$1\"/usr/lib/modules".to_owned(),
-        // Every machine creates its own.
-        ": >\"$1\"/etc/machine-id; rm -f \"$1\"/etc/hostname \"$1\"/etc/resolv.conf".to_owned(),
+        UNIQUE.to_owned(),
         "rm -rf \"$1\"/var/lib/apt/lists/* \"$1\"/var/cache/apt/*.bin \"$1\"/var/log/*.log"
             .to_owned(),
         format!("download /bin/busybox {}", at("busybox")),

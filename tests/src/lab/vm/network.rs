@@ -124,7 +124,7 @@ impl Drop for Network {
 }
 
 impl Port {
-    /// Returns QEMU's arguments for a network card at this port, and for an identity of its own.
+    /// Returns QEMU's arguments for a network card at this port.
     pub(super) fn qemu_arguments(&self) -> Vec<String> {
         // An earlier QEMU may have left its socket.
         let _ = std::fs::remove_file(&self.machine);
@@ -138,9 +138,6 @@ impl Port {
             ),
             "-device".to_owned(),
             format!("virtio-net-pci,netdev=net0,mac={mac},romfile="),
-            // systemd derives the machine id from it, and the addresses of virtual links from that.
-            "-uuid".to_owned(),
-            format!("6d0f5f5e-5a5c-4b0e-9d4e-70776c696e{:02x}", self.index + 10),
         ]
     }
 }
