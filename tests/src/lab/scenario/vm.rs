@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
+use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::lab::interrupt::{self, check};
@@ -112,39 +113,21 @@ pub fn run(options: &Options) -> anyhow::Result<Vm> {
     let output = ProgressOutput::new();
     let cache = Cache::open()?;
     let image = Image::get(&cache).map_err(|error| cannot_prepare(&format!("{error:#}")))?;
-    let mut kernels: BTreeMap<&str, Kernel> = BTreeMap::new();
+    let lab = Lab { cache, image, software, output, kernels: Mutex::default() };
+    let count = selected.len();
+    let queue = Mutex::new(selected.into_iter().enumerate());
+    let mut ended: Vec<(usize, Ended)> = std::thread::scope(|scope| {
+        let workers: Vec<_> =
+            (0..PAIRS_AT_ONCE.min(count)).map(|_| scope.spawn(|| lab.run_queued(&queue))).collect();
+        workers.into_iter().flat_map(|worker| worker.join().unwrap_or_default()).collect()
+    });
+    // The order does not depend on which case ended first.
+    ended.sort_by_key(|(index, _)| *index);
     let mut vm = Vm::default();
     let mut promises = Promises::new();
-    for (case, release) in selected {
-        if check().is_err() {
-            promises.fail("all selected cases ran: interrupted".to_owned());
-            break;
-        }
-        let kernel = match kernels.get(release.name) {
-            Some(kernel) => kernel.clone(),
-            None => match Kernel::get(&cache, &image, release) {
-                Ok(kernel) => kernels.entry(release.name).or_insert(kernel).clone(),
-                Err(error) => {
-                    vm.skip(case, release, format!("{error:#}"));
-                    continue;
-                }
-            },
-        };
-        vm.kernels.insert(release.name, kernel.version.clone());
-        let accelerator = Accelerator::probe(&cache, &kernel)?;
-        vm.accelerator = accelerator.name();
-        output.step(&format!("{} on {}", case.name, release.name));
-        let scratch = cache.scratch()?;
-        let bed = Testbed {
-            cache: &cache,
-            image: &image,
-            software: &software,
-            kernel,
-            accelerator,
-            output: &output,
-            directory: scratch.path(),
-        };
-        vm.run(case, release, &bed, &mut promises);
+    promises.hold(ended.len() == count, || "all selected cases ran: interrupted".to_owned());
+    for (_, one) in ended {
+        vm.record(one, &mut promises);
     }
     vm.seconds = round(begun.elapsed().as_secs_f64());
     vm.failed = promises.into_failed();
@@ -152,6 +135,130 @@ pub fn run(options: &Options) -> anyhow::Result<Vm> {
         return Err(cannot_prepare(&first.reason).into());
     }
     Ok(vm)
+}
+
+/// Pairs of machines that run at the same time. A pair waits for a boot of one machine or for a
+/// limit most of the time, so two of them share two cores well.
+const PAIRS_AT_ONCE: usize = 2;
+
+/// What all cases share.
+struct Lab {
+    cache: Cache,
+    image: Image,
+    software: Software,
+    output: ProgressOutput,
+    /// Kernels that are ready, by the names of their releases.
+    kernels: Mutex<BTreeMap<&'static str, Kernel>>,
+}
+
+/// The end of a case.
+struct Ended {
+    case: Case,
+    release: Release,
+    outcome: Outcome,
+}
+
+enum Outcome {
+    /// The case could not run.
+    Skipped(String),
+    Ran {
+        accelerator: &'static str,
+        kernel_version: String,
+        seconds: f64,
+        /// Promises that did not hold.
+        failed: Vec<String>,
+    },
+}
+
+impl Lab {
+    /// Runs cases of a queue until it is empty or the lab is interrupted. The machines of a case
+    /// belong to the thread that runs it.
+    fn run_queued(
+        &self,
+        queue: &Mutex<impl Iterator<Item = (usize, (Case, Release))>>,
+    ) -> Vec<(usize, Ended)> {
+        let mut ended = Vec::new();
+        while check().is_ok() {
+            let Some((index, (case, release))) = queue.lock().next() else { break };
+            let outcome = match self.prepare(release) {
+                Ok((kernel, accelerator)) => self.run(case, release, kernel, accelerator),
+                Err(error) => Outcome::Skipped(format!("{error:#}")),
+            };
+            ended.push((index, Ended { case, release, outcome }));
+        }
+        ended
+    }
+
+    fn prepare(&self, release: Release) -> anyhow::Result<(Kernel, Accelerator)> {
+        // Locked over the download, so that a kernel is prepared once.
+        let mut kernels = self.kernels.lock();
+        let kernel = match kernels.get(release.name) {
+            Some(kernel) => kernel.clone(),
+            None => {
+                let kernel = Kernel::get(&self.cache, &self.image, release)?;
+                kernels.entry(release.name).or_insert(kernel).clone()
+            }
+        };
+        let accelerator = Accelerator::probe(&self.cache, &kernel)?;
+        Ok((kernel, accelerator))
+    }
+
+    fn run(
+        &self,
+        case: Case,
+        release: Release,
+        kernel: Kernel,
+        accelerator: Accelerator,
+    ) -> Outcome {
+        self.output.step(&format!("{} on {}", case.name, release.name));
+        let begun = Instant::now();
+        let kernel_version = kernel.version.clone();
+        let failed = self.failed_promises(case, kernel, accelerator);
+        let seconds = round(begun.elapsed().as_secs_f64());
+        self.output.note(&format!(
+            "{} on {}: {} after {seconds} s",
+            case.name,
+            release.name,
+            if failed.is_empty() { "ok" } else { "FAILED" }
+        ));
+        for promise in &failed {
+            self.output.note(&format!("  {promise}"));
+        }
+        Outcome::Ran { accelerator: accelerator.name(), kernel_version, seconds, failed }
+    }
+
+    fn failed_promises(&self, case: Case, kernel: Kernel, accelerator: Accelerator) -> Vec<String> {
+        let scratch = match self.cache.scratch() {
+            Ok(scratch) => scratch,
+            Err(error) => return vec![format!("{error:#}")],
+        };
+        let bed = Testbed {
+            cache: &self.cache,
+            image: &self.image,
+            software: &self.software,
+            kernel,
+            accelerator,
+            output: &self.output,
+            directory: scratch.path(),
+        };
+        let pair = match case.disks {
+            Disks::Blank => bed.blank(),
+            Disks::Joined => bed.joined(),
+        };
+        let mut pair = match pair {
+            Ok(pair) => pair,
+            Err(error) => return vec![format!("{error:#}")],
+        };
+        let mut promises = Promises::new();
+        if let Err(error) = (case.run)(&bed, &mut pair, &mut promises) {
+            promises.fail(format!("{error:#}"));
+        }
+        let failed = promises.into_failed();
+        if !failed.is_empty() {
+            pair.keep_evidence(&bed, case.name);
+        }
+        failed
+    }
 }
 
 /// Returns the error for a machine that cannot get the packages that the guests are built from.
@@ -163,49 +270,23 @@ fn cannot_prepare(why: &str) -> Forbidden {
 }
 
 impl Vm {
-    /// Runs a case and records its result.
-    fn run(&mut self, case: Case, release: Release, bed: &Testbed<'_>, promises: &mut Promises) {
-        let begun = Instant::now();
-        let mut own = Promises::new();
-        let pair = match case.disks {
-            Disks::Blank => bed.blank(),
-            Disks::Joined => bed.joined(),
-        };
-        let failed = match pair {
-            Ok(mut pair) => {
-                if let Err(error) = (case.run)(bed, &mut pair, &mut own) {
-                    own.fail(format!("{error:#}"));
-                }
-                let failed = own.into_failed();
-                if !failed.is_empty() {
-                    pair.keep_evidence(bed, case.name);
-                }
-                failed
+    /// Records the end of a case.
+    fn record(&mut self, ended: Ended, promises: &mut Promises) {
+        let Ended { case, release, outcome } = ended;
+        match outcome {
+            Outcome::Skipped(reason) => {
+                self.skipped.push(Skipped { name: case.name, kernel: release.name, reason });
             }
-            Err(error) => vec![format!("{error:#}")],
-        };
-        let seconds = round(begun.elapsed().as_secs_f64());
-        bed.output.note(&format!(
-            "{} on {}: {} after {seconds} s",
-            case.name,
-            release.name,
-            if failed.is_empty() { "ok" } else { "FAILED" }
-        ));
-        self.cases.push(Ran {
-            name: case.name,
-            kernel: release.name,
-            ok: failed.is_empty(),
-            seconds,
-        });
-        for promise in failed {
-            bed.output.note(&format!("  {promise}"));
-            promises.fail(format!("{} on {}: {promise}", case.name, release.name));
+            Outcome::Ran { accelerator, kernel_version, seconds, failed } => {
+                self.accelerator = accelerator;
+                self.kernels.insert(release.name, kernel_version);
+                let ok = failed.is_empty();
+                self.cases.push(Ran { name: case.name, kernel: release.name, ok, seconds });
+                for promise in failed {
+                    promises.fail(format!("{} on {}: {promise}", case.name, release.name));
+                }
+            }
         }
-    }
-
-    /// Records a case that could not run.
-    fn skip(&mut self, case: Case, release: Release, reason: String) {
-        self.skipped.push(Skipped { name: case.name, kernel: release.name, reason });
     }
 }
 
