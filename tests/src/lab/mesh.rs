@@ -91,7 +91,9 @@ pub struct Status {
     pub overlay_addresses: Vec<IpAddr>,
     /// State of the connection to the controller.
     pub controller: ControllerStatus,
-    /// Particularities of the host that need no repair, one line each.
+    /// Particularities of the host that need no repair, one line each. Earlier versions, with which
+    /// benchmarks compare, report none.
+    #[serde(default)]
     pub notes: Vec<String>,
 }
 
