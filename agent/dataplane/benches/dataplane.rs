@@ -11,42 +11,23 @@ use towline_dataplane::coalesce::{Coalesce, Coalescer};
 use towline_dataplane::headers::IpHeader;
 use towline_dataplane::split::Split;
 use towline_dataplane::table::Routes;
-use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4, VnetHeader};
-use towline_wireguard::{
-    Answered, DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, Secrets, Segments, Session,
-};
-use x25519_dalek::StaticSecret;
+use towline_dataplane::vnet::VnetHeader;
+use towline_wireguard::internals::pair;
+use towline_wireguard::{DATA_HEADER, DATA_OVERHEAD, Segments};
 
-const SEGMENTS: usize = 45;
-/// Length of a segment with its headers in bytes. It is a multiple of 16, so that no padding is
-/// needed.
-const SEGMENT: usize = 1_408;
-const HEADERS: usize = 40;
-const PAYLOAD: usize = SEGMENT - HEADERS;
+mod fixtures;
 
-/// Returns a TCP super-packet as the TUN delivers it, in a buffer that can be split.
+use fixtures::{HEADERS, PAYLOAD, SEGMENTS};
+
+/// Length of a segment with its headers in bytes.
+const SEGMENT: usize = HEADERS + PAYLOAD;
+
+/// Returns the super-packet in a buffer that can be split, its length and its virtio header.
 fn super_packet() -> (Vec<u8>, usize, VnetHeader) {
-    let len = HEADERS + SEGMENTS * PAYLOAD;
-    let mut buffer = vec![0; HEADROOM + len + TAILROOM];
-    let packet = &mut buffer[HEADROOM..HEADROOM + len];
-    packet[0] = 0x45;
-    packet[2..4].copy_from_slice(&(len as u16).to_be_bytes());
-    packet[6] = 0x40;
-    packet[8] = 64;
-    packet[9] = 6;
-    packet[12..16].copy_from_slice(&[10, 0, 0, 1]);
-    packet[16..20].copy_from_slice(&[10, 0, 0, 2]);
-    packet[32..34].copy_from_slice(&[0x50, 0x10]);
-    let header = VnetHeader {
-        flags: FLAG_NEEDS_CSUM,
-        gso_type: GSO_TCPV4,
-        hdr_len: HEADERS as u16,
-        gso_size: PAYLOAD as u16,
-        csum_start: 20,
-        csum_offset: 16,
-        ..VnetHeader::default()
-    };
-    (buffer, len, header)
+    let (packet, header) = fixtures::super_packet();
+    let mut buffer = vec![0; HEADROOM + packet.len() + TAILROOM];
+    buffer[HEADROOM..HEADROOM + packet.len()].copy_from_slice(&packet);
+    (buffer, packet.len(), header)
 }
 
 /// Returns the segments of the super-packet, in order.
@@ -71,24 +52,6 @@ impl Segments for Ready<'_> {
     fn take(&mut self) -> &[u8] {
         self.0.next().map_or(&[], Vec::as_slice)
     }
-}
-
-fn sessions() -> [Session; 2] {
-    let [ours, theirs] = [1, 2].map(|byte| Secrets::new(StaticSecret::from([byte; 32])));
-    let mut a = Session::new(&ours, theirs.public_key(), None, 1);
-    let mut b = Session::new(&theirs, ours.public_key(), None, 2);
-    let (mut initiation, mut response, mut confirmation) =
-        ([0; HANDSHAKE_BYTES], [0; HANDSHAKE_BYTES], [0; HANDSHAKE_BYTES]);
-    let len = a.initiate(&mut initiation);
-    let Answered::Response { len, .. } = b.handshake(&initiation[..len], &mut response) else {
-        panic!("no response");
-    };
-    let Answered::Established { len } = a.handshake(&response[..len], &mut confirmation) else {
-        panic!("no session");
-    };
-    let mut plain = [0; HANDSHAKE_BYTES];
-    b.open(std::iter::once((&confirmation[..len], &mut plain[..len])), |_, _| ());
-    [a, b]
 }
 
 fn dataplane(c: &mut Criterion) {
@@ -137,7 +100,7 @@ fn dataplane(c: &mut Criterion) {
         });
     });
 
-    let [mut a, mut b] = sessions();
+    let [mut a, mut b] = pair();
     let mut out = SendBatch::new(1 << 17, 8);
     group.bench_function("seal", |bench| {
         bench.iter(|| {

@@ -26,16 +26,14 @@ use towline_dataplane::coalesce::Coalesce;
 use towline_dataplane::drops::Drops;
 use towline_dataplane::switch::Switch;
 use towline_dataplane::udp::TooBig;
-use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4, VnetHeader};
+use towline_dataplane::vnet::VnetHeader;
 use towline_dataplane::{Config, DataPlane, Event, Ready, Relay, TunIo, UdpIo};
 use x25519_dalek::StaticSecret;
 
-/// Number of segments of a super-packet of 64 KiB.
-const SEGMENTS: u64 = 45;
-/// Payload of each segment in bytes.
-const PAYLOAD: usize = 1_368;
-/// Length of the headers of each segment in bytes.
-const HEADERS: usize = 40;
+mod fixtures;
+
+use fixtures::{PAYLOAD, SEGMENTS, super_packet};
+
 /// Number of super-packets in the shorter run.
 const LOAD: u64 = 200;
 /// Longest time for one run, which valgrind slows down by a large factor.
@@ -146,30 +144,6 @@ impl UdpIo for Wire {
     }
 }
 
-/// Returns a TCP super-packet as a TUN delivers it.
-fn super_packet() -> (Vec<u8>, VnetHeader) {
-    let len = HEADERS + SEGMENTS as usize * PAYLOAD;
-    let mut packet = vec![0; len];
-    packet[0] = 0x45;
-    packet[2..4].copy_from_slice(&(len as u16).to_be_bytes());
-    packet[6] = 0x40;
-    packet[8] = 64;
-    packet[9] = 6;
-    packet[12..16].copy_from_slice(&[10, 0, 0, 1]);
-    packet[16..20].copy_from_slice(&[10, 0, 0, 2]);
-    packet[32..34].copy_from_slice(&[0x50, 0x10]);
-    let header = VnetHeader {
-        flags: FLAG_NEEDS_CSUM,
-        gso_type: GSO_TCPV4,
-        hdr_len: HEADERS as u16,
-        gso_size: PAYLOAD as u16,
-        csum_start: 20,
-        csum_offset: 16,
-        ..VnetHeader::default()
-    };
-    (packet, header)
-}
-
 /// Data plane with its host.
 struct End {
     plane: DataPlane,
@@ -236,7 +210,7 @@ fn carry(load: u64) {
     a.plane.handshake(b.plane.public_key(), vec![b.address.into()]);
     a.await_handshake();
     b.await_handshake();
-    let wanted = load * SEGMENTS * PAYLOAD as u64;
+    let wanted = load * (SEGMENTS * PAYLOAD) as u64;
     a.host.left.store(load, Ordering::Relaxed);
     let _ = a.host.readable.write(1);
     let deadline = Instant::now() + TIMEOUT;
@@ -296,7 +270,7 @@ fn main() {
     // for more packets. The sender's worker has the lower number, because it is started first.
     let more = |thread: &u32| {
         let before = once.get(thread).copied().unwrap_or_default();
-        twice[thread].saturating_sub(before) / (LOAD * SEGMENTS)
+        twice[thread].saturating_sub(before) / (LOAD * SEGMENTS as u64)
     };
     let mut workers: Vec<u32> = twice.keys().copied().filter(|thread| *thread > 1).collect();
     workers.sort_by_key(|thread| std::cmp::Reverse(more(thread)));

@@ -87,17 +87,8 @@ fn lanes(bytes: &[u8]) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::slow_sum;
     use proptest::prelude::*;
-
-    /// Computes the folded sum by its definition, word by word.
-    fn slow(bytes: &[u8]) -> u16 {
-        let mut sum = 0u32;
-        for pair in bytes.chunks(2) {
-            sum += u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));
-            sum = (sum >> 16) + (sum & 0xffff);
-        }
-        sum as u16
-    }
 
     /// Compares two sums. In ones' complement 0 and 0xffff are equal.
     fn same(a: u16, b: u16) -> bool {
@@ -113,8 +104,8 @@ mod tests {
     #[test]
     fn the_longest_packet_of_ones_does_not_overflow() {
         let bytes = vec![0xff; 65_535];
-        assert!(same(fold(add(0, &bytes)), slow(&bytes)));
-        assert!(same(lanes(&bytes), slow(&bytes)));
+        assert!(same(fold(add(0, &bytes)), slow_sum(&bytes)));
+        assert!(same(lanes(&bytes), slow_sum(&bytes)));
     }
 
     proptest! {
@@ -123,13 +114,13 @@ mod tests {
             bytes in proptest::collection::vec(any::<u8>(), 0..3000),
             more in proptest::collection::vec(any::<u8>(), 0..300),
         ) {
-            prop_assert!(same(fold(add(0, &bytes)), slow(&bytes)));
-            prop_assert!(same(lanes(&bytes), slow(&bytes)), "without wide registers");
+            prop_assert!(same(fold(add(0, &bytes)), slow_sum(&bytes)));
+            prop_assert!(same(lanes(&bytes), slow_sum(&bytes)), "without wide registers");
             let mut even = bytes;
             even.truncate(even.len() & !1);
             let sum = add(add(0, &even), &more);
             even.extend_from_slice(&more);
-            prop_assert!(same(fold(sum), slow(&even)));
+            prop_assert!(same(fold(sum), slow_sum(&even)));
         }
 
         #[test]

@@ -27,7 +27,8 @@ use super::counters::PeerCounters;
 use super::drops::{DropReason, Drops};
 use super::events::EventSink;
 use towline_wireguard::{
-    Answered, HANDSHAKE_BYTES, MessageKind, Opened, Refusal, Secrets, Segments, Session, Tick,
+    Answered, HANDSHAKE_BYTES, MessageKind, Opened, Refusal, Secrets, Segments, Session, Single,
+    Tick,
 };
 
 /// Rekey-After-Time (whitepaper section 6.1): age at which the initiator renews a session.
@@ -522,11 +523,11 @@ impl Tunnel {
                 context.drops.count(DropReason::QueueExpired);
                 continue;
             }
-            let mut waited = Waited { packet, taken: false };
+            let mut waited = Single::new(&packet);
             let sealed =
                 self.seal(&mut waited, &from.into(), context.out, context.drops, context.now);
             context.counters.sent(sealed);
-            if !waited.taken {
+            if waited.next_len().is_some() {
                 context.drops.count(DropReason::SendBufferFull);
             }
         }
@@ -569,22 +570,6 @@ impl Tunnel {
         } else {
             context.drops.count(DropReason::SendBufferFull);
         }
-    }
-}
-
-/// Packet that waited for a session, as a single segment. It is padded already.
-struct Waited {
-    packet: Box<[u8]>,
-    taken: bool,
-}
-
-impl Segments for Waited {
-    fn next_len(&self) -> Option<usize> {
-        (!self.taken).then_some(self.packet.len())
-    }
-
-    fn take(&mut self) -> &[u8] {
-        if std::mem::replace(&mut self.taken, true) { &[] } else { &self.packet }
     }
 }
 
@@ -661,10 +646,9 @@ mod tests {
         let second = Duration::from_secs(1);
         assert!(tick(&mut side, start + 24 * second, KEEPALIVE).is_empty());
         let busy = start + 24 * second;
-        let packet = vec![0x45; 32].into_boxed_slice();
         let to = side.address;
         let Side { tunnel, out, drops, .. } = &mut side;
-        tunnel.seal(&mut Waited { packet, taken: false }, &to.into(), out, drops, busy);
+        tunnel.seal(&mut Single::new(&[0x45; 32]), &to.into(), out, drops, busy);
         side.sent();
         assert!(
             tick(&mut side, busy + 24 * second, KEEPALIVE).is_empty(),

@@ -18,9 +18,10 @@ use std::net::SocketAddr;
 use proptest::prelude::*;
 use x25519_dalek::StaticSecret;
 
+use crate::internals::{establish, pair};
 use crate::{
     Admission, Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, Opened, PADDING, Refusal, Sealed, Secrets,
-    Segments, Session, Sink, Tick,
+    Session, Single, Sink, Tick,
 };
 
 fn secrets(number: u8) -> Secrets {
@@ -29,26 +30,6 @@ fn secrets(number: u8) -> Secrets {
 
 fn address(number: u8) -> SocketAddr {
     SocketAddr::from(([192, 0, 2, number], 51830))
-}
-
-/// Single payload to seal.
-struct Once(Option<Vec<u8>>, Vec<u8>);
-
-impl Once {
-    fn new(payload: Vec<u8>) -> Self {
-        Self(Some(payload), Vec::new())
-    }
-}
-
-impl Segments for Once {
-    fn next_len(&self) -> Option<usize> {
-        self.0.as_ref().map(Vec::len)
-    }
-
-    fn take(&mut self) -> &[u8] {
-        self.1 = self.0.take().unwrap_or_default();
-        &self.1
-    }
 }
 
 /// Space for one message.
@@ -81,35 +62,9 @@ fn packet() -> Vec<u8> {
     packet
 }
 
-/// Returns two engines with a session that the first initiated.
-fn engines() -> [Session; 2] {
-    let [ours, theirs] = [1, 2].map(secrets);
-    let mut a = Session::new(&ours, theirs.public_key(), None, 1);
-    let mut b = Session::new(&theirs, ours.public_key(), None, 2);
-    establish(&mut a, &mut b);
-    [a, b]
-}
-
-fn establish(a: &mut Session, b: &mut Session) {
-    let (mut initiation, mut response, mut confirmation) =
-        ([0; HANDSHAKE_BYTES], [0; HANDSHAKE_BYTES], [0; HANDSHAKE_BYTES]);
-    let len = a.initiate(&mut initiation);
-    let Answered::Response { len, .. } = b.handshake(&initiation[..len], &mut response) else {
-        panic!("no response");
-    };
-    let Answered::Established { len } = a.handshake(&response[..len], &mut confirmation) else {
-        panic!("no session");
-    };
-    let mut plain = [0; HANDSHAKE_BYTES];
-    b.open(once((&confirmation[..len], &mut plain[..len])), |_, opened| {
-        assert_eq!(opened, Opened::Keepalive);
-    });
-    assert!(a.is_ready() && b.is_ready());
-}
-
 fn seal(session: &mut Session) -> Vec<u8> {
     let mut message = Space::new(4096);
-    session.seal(&mut Once::new(packet()), &mut message);
+    session.seal(&mut Single::new(&packet()), &mut message);
     message.sealed
 }
 
@@ -141,7 +96,7 @@ fn a_cookie_is_valid_for_one_address_and_port() {
 
 #[test]
 fn a_counter_past_the_last_one_is_refused() {
-    let [mut a, mut b] = engines();
+    let [mut a, mut b] = pair();
     let mut sealed = seal(&mut a);
     sealed[8..16].copy_from_slice(&(u64::MAX - (1 << 13)).to_le_bytes());
     assert_eq!(open(&mut b, &sealed), Opened::Refused(Refusal::CounterExhausted));
@@ -152,15 +107,15 @@ fn a_counter_past_the_last_one_is_refused() {
 
 #[test]
 fn responses_are_not_limited() {
-    let [mut a, mut b] = engines();
+    let [mut a, mut b] = pair();
     for _ in 0..300 {
-        establish(&mut a, &mut b);
+        assert!(establish(&mut a, &mut b));
     }
 }
 
 #[test]
 fn buffers_that_are_too_small_are_refused() {
-    let [mut a, mut b] = engines();
+    let [mut a, mut b] = pair();
     let own = secrets(2);
     let mut initiation = [0; HANDSHAKE_BYTES];
     let len = a.initiate(&mut initiation);
@@ -179,7 +134,7 @@ fn buffers_that_are_too_small_are_refused() {
                 assert!(matches!(opened, Opened::Refused(_)), "{small}: {opened:?}");
             });
         }
-        let sealed = a.seal(&mut Once::new(packet()), &mut Space::new(small));
+        let sealed = a.seal(&mut Single::new(&packet()), &mut Space::new(small));
         assert_eq!(sealed, Sealed::default());
     }
     assert!(matches!(open(&mut b, &sealed), Opened::Packet { .. }));
@@ -188,7 +143,7 @@ fn buffers_that_are_too_small_are_refused() {
 #[test]
 fn what_is_sealed_is_a_multiple_of_16_bytes() {
     // Segments are padded already, so the engine adds only its own overhead.
-    let [mut a, _] = engines();
+    let [mut a, _] = pair();
     let sealed = seal(&mut a);
     assert_eq!(sealed.len(), packet().len() + DATA_OVERHEAD);
     assert!(sealed.len().is_multiple_of(PADDING));
@@ -204,7 +159,7 @@ proptest! {
         order in proptest::collection::vec(0usize..1_600, 1..600),
     ) {
         const WINDOW: usize = 1_024 - 64;
-        let [mut a, mut b] = engines();
+        let [mut a, mut b] = pair();
         let sealed: Vec<Vec<u8>> = (0..1_600).map(|_| seal(&mut a)).collect();
         let (mut taken, mut highest) = (BTreeSet::new(), 0);
         for number in order {

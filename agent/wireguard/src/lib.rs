@@ -22,12 +22,15 @@
 //! | `message` | lengths and kinds of messages |
 //! | `seam` | how the caller supplies plaintext, and space for sealed messages |
 //! | `refusal` | why a message is not used |
+//! | `internals` | established sessions, for tests and benchmarks |
 
 #![forbid(unsafe_code)]
 
 mod admission;
 #[cfg(test)]
 mod defects;
+#[doc(hidden)]
+pub mod internals;
 mod message;
 mod refusal;
 mod seam;
@@ -36,5 +39,5 @@ mod session;
 pub use admission::{Admission, Secrets};
 pub use message::{DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, PADDING};
 pub use refusal::Refusal;
-pub use seam::{Segments, Sink};
+pub use seam::{Segments, Single, Sink};
 pub use session::{Answered, Opened, Sealed, Session, Tick};

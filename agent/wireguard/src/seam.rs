@@ -9,6 +9,30 @@ pub trait Segments {
     fn take(&mut self) -> &[u8];
 }
 
+/// Single segment, which is padded already.
+#[derive(Debug)]
+pub struct Single<'a>(Option<&'a [u8]>);
+
+impl<'a> Single<'a> {
+    /// Returns the source whose only segment is `payload`.
+    #[inline]
+    pub fn new(payload: &'a [u8]) -> Self {
+        Self(Some(payload))
+    }
+}
+
+impl Segments for Single<'_> {
+    #[inline]
+    fn next_len(&self) -> Option<usize> {
+        self.0.map(<[u8]>::len)
+    }
+
+    #[inline]
+    fn take(&mut self) -> &[u8] {
+        self.0.take().unwrap_or_default()
+    }
+}
+
 /// Space for sealed messages, one after another.
 pub trait Sink {
     /// Returns the space for the next message, which has at least `len` bytes. `None` if there is

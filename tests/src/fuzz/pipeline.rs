@@ -30,7 +30,7 @@ use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VNET_HEADER_BYTES, Vn
 use towline_proto::frame::{DatagramKind, RELAYED_HEADER_BYTES, relayed, relayed_header};
 use towline_proto::id::WireguardKey;
 use towline_wireguard::{
-    Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Secrets, Segments, Session,
+    Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Secrets, Segments, Session, Single,
 };
 use x25519_dalek::StaticSecret;
 
@@ -116,20 +116,6 @@ impl UdpIo for Sink {
 
     fn features(&self) -> Vec<Switch> {
         Vec::new()
-    }
-}
-
-/// A source of segments that returns one payload.
-struct Once(Option<Vec<u8>>, Vec<u8>);
-
-impl Segments for Once {
-    fn next_len(&self) -> Option<usize> {
-        self.0.as_ref().map(Vec::len)
-    }
-
-    fn take(&mut self) -> &[u8] {
-        self.1 = self.0.take().unwrap_or_default();
-        &self.1
     }
 }
 
@@ -244,7 +230,7 @@ impl Bench {
             if payload >= 32 {
                 packet[16..20].copy_from_slice(&[10, 0, 0, 1]);
             }
-            self.peer.seal(&mut Once(Some(packet), Vec::new()), &mut sealed.to(&to.into()));
+            self.peer.seal(&mut Single::new(&packet), &mut sealed.to(&to.into()));
         }
         let len: usize = sealed.gso_batches().iter().map(|gso| gso.len).sum();
         let size = match input.below(4) {

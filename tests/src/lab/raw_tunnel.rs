@@ -10,7 +10,7 @@ use data_encoding::BASE64;
 use towline_core::path::Path;
 use towline_dataplane::arena::SendBatch;
 use towline_proto::id::WireguardKey;
-use towline_wireguard::{Answered, HANDSHAKE_BYTES, PADDING, Secrets, Segments, Session};
+use towline_wireguard::{Answered, HANDSHAKE_BYTES, PADDING, Secrets, Session, Single};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use super::interrupt::wait_up_to;
@@ -95,23 +95,10 @@ impl RawTunnel {
         padded.resize(packet.len().next_multiple_of(PADDING), 0);
         let mut out = SendBatch::new(padded.len() + 2 * HANDSHAKE_BYTES, 1);
         let to = Path::from(self.to).into();
-        self.session.seal(&mut Once(Some(&padded)), &mut out.to(&to));
+        self.session.seal(&mut Single::new(&padded), &mut out.to(&to));
         for gso in out.gso_batches() {
             self.socket.send(&out.bytes()[gso.start..gso.start + gso.len])?;
         }
         Ok(())
-    }
-}
-
-/// A source of segments that returns one segment.
-struct Once<'a>(Option<&'a [u8]>);
-
-impl Segments for Once<'_> {
-    fn next_len(&self) -> Option<usize> {
-        self.0.map(<[u8]>::len)
-    }
-
-    fn take(&mut self) -> &[u8] {
-        self.0.take().unwrap_or(&[])
     }
 }
