@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use towline_core::own_networks::is_special;
 use towline_core::plan::{RulePlan, UnderlayPlan};
 use towline_proto::limits;
+use towline_proto::mtu::Mtu;
 use towline_proto::node::{Candidate, CandidateKind};
 use towline_proto::token::ControllerAddress;
 
@@ -108,7 +109,7 @@ pub struct LinkConfig {
     pub name: String,
     /// MTU in bytes, 1,280 to 65,455. The default leaves room for the tunnel's 80 bytes in a packet
     /// of 1,500.
-    pub mtu: u32,
+    pub mtu: Mtu,
 }
 
 /// Numbers and names for routing and nftables. No other program may use the same ones.
@@ -228,7 +229,7 @@ impl Default for WireguardConfig {
 
 impl Default for LinkConfig {
     fn default() -> Self {
-        Self { name: "towline0".into(), mtu: 1420 }
+        Self { name: "towline0".into(), mtu: Mtu::DEFAULT }
     }
 }
 
@@ -316,9 +317,6 @@ impl Config {
             && name != "..";
         if !name_ok {
             return Err(("link.name", "use 1 to 15 letters, digits, `-`, `_` and `.`".into()));
-        }
-        if !(1280..=65455).contains(&self.link.mtu) {
-            return Err(("link.mtu", format!("{} is outside 1280 to 65455", self.link.mtu)));
         }
         if self.wireguard.port == 0 {
             return Err((

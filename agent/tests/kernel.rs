@@ -27,6 +27,7 @@ use towline_dataplane::{
 };
 use towline_netlink::codec::Message;
 use towline_netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
+use towline_proto::mtu::Mtu;
 use x25519_dalek::StaticSecret;
 
 /// Longest wait for a condition. It only bounds a failing test.
@@ -221,7 +222,7 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
     for (me, you) in [(0, 1), (1, 0)] {
         let entry = PeerEntry {
             endpoint: Some(SocketAddr::new(address(outer[you]).addr(), 51830).into()),
-            mtu: 1_420,
+            mtu: Mtu::DEFAULT,
             fragment: false,
             prefixes: nodes[you].inner.map(IpNet::from).to_vec(),
             keepalive: None,

@@ -13,6 +13,7 @@ use towline_agent::config::{AnnouncePods, KubernetesConfig};
 use towline_agent::kubernetes::{self, Setup, View};
 use towline_agent::state::StateDir;
 use towline_netlink::{Overlay, OverlayKind, Rtnetlink};
+use towline_proto::mtu::Mtu;
 use towline_tests::cluster::{ClusterCa, kubeconfig, kubeconfig_of_plugin, replace};
 use towline_tests::scripted_api::{Manner, ScriptedApi};
 
@@ -91,7 +92,7 @@ fn start(directory: &tempfile::TempDir) -> watch::Receiver<View> {
             cni_dir: directory.path().join("cni"),
         },
         link: "towline0".into(),
-        mtu: 1420,
+        mtu: Mtu::DEFAULT,
         state: Arc::new(StateDir::open(&directory.path().join("state")).unwrap()),
         credentials_period: Duration::from_millis(10),
     })

@@ -1,5 +1,6 @@
 //! Inputs of the core: its configuration, its membership, changes of the network map.
 
+use towline_types::mtu::Mtu;
 use towline_types::node::{Grant, MeshConfig, Node, Tombstone};
 
 use crate::plan::RulePlan;
@@ -20,8 +21,8 @@ pub struct Config {
     pub membership: Option<Membership>,
     /// Name of the TUN link.
     pub link: String,
-    /// MTU of the TUN link, in bytes.
-    pub mtu: u32,
+    /// MTU of the TUN link.
+    pub mtu: Mtu,
     /// Number of our routing table, e.g. 21580.
     pub table: u32,
     /// Our policy rules.

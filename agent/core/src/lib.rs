@@ -24,12 +24,13 @@
 //! use towline_core::plan::RulePlan;
 //! use towline_core::static_peers::StaticPeer;
 //! use towline_types::id::WireguardKey;
+//! use towline_types::mtu::Mtu;
 //!
 //! let now = Instant::now();
 //! let rules = RulePlan { priority: 100, mark: 0x10, mask: 0x30 };
 //! let (link, firewall_table) = ("towline0".into(), "towline".into());
 //! let membership = None; // no mesh: static peers are all there is
-//! let config = Config { membership, link, mtu: 1420, table: 100, rules, firewall_table, relay: false, boot_epoch: 1 };
+//! let config = Config { membership, link, mtu: Mtu::DEFAULT, table: 100, rules, firewall_table, relay: false, boot_epoch: 1 };
 //! let mut mesh = Mesh::new(config, [7; 32], now);
 //!
 //! // Inputs: the peers of the configuration, and a packet for one of them.

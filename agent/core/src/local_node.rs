@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use towline_types::id::{Label, WireguardKey};
 use towline_types::limits;
+use towline_types::mtu::Mtu;
 use towline_types::node::{Candidate, CandidateKind, Grant, MeshConfig};
 
 use crate::config::Membership;
@@ -24,8 +25,8 @@ pub(crate) struct LocalNode {
     key: Option<WireguardKey>,
     /// Site of our grant.
     site: Option<Label>,
-    /// MTU of the TUN link, in bytes.
-    link_mtu: u16,
+    /// MTU of the TUN link.
+    link_mtu: Mtu,
     /// Candidates of host and configuration: without reflexive ones.
     host_candidates: Vec<Candidate>,
     /// All our candidates, as they were handed out last.
@@ -44,11 +45,11 @@ pub(crate) struct LocalNode {
 }
 
 impl LocalNode {
-    pub(crate) fn new(membership: Option<&Membership>, link_mtu: u32) -> Self {
+    pub(crate) fn new(membership: Option<&Membership>, link_mtu: Mtu) -> Self {
         let mut local = Self {
             key: None,
             site: None,
-            link_mtu: u16::try_from(link_mtu).unwrap_or(u16::MAX),
+            link_mtu,
             host_candidates: Vec::new(),
             candidates: Vec::new(),
             own: 0,
@@ -73,8 +74,8 @@ impl LocalNode {
         self.site.as_ref()
     }
 
-    /// Returns the MTU of the TUN link, in bytes.
-    pub(crate) fn link_mtu(&self) -> u16 {
+    /// Returns the MTU of the TUN link.
+    pub(crate) fn link_mtu(&self) -> Mtu {
         self.link_mtu
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use towline_types::id::{PresharedKey, WireguardKey};
+use towline_types::mtu::Mtu;
 
 use crate::own_networks::OwnNetworks;
 use crate::path::Path;
@@ -35,8 +36,9 @@ pub struct PeerEntry {
     pub keepalive: Option<Duration>,
     /// Key that is mixed into the handshake, for static peers.
     pub preshared_key: Option<PresharedKey>,
-    /// The largest inner packet that the path takes whole, in bytes; at least 1,280.
-    pub mtu: u16,
+    /// The largest inner packet that the path takes whole. Where [`Self::fragment`] is set, it takes
+    /// less.
+    pub mtu: Mtu,
     /// The path takes less than inner packets of 1,280 bytes need: outer datagrams are fragmented
     /// at the source (no "don't fragment"), for the link's own MTU cannot be smaller.
     pub fragment: bool,

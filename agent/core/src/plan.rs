@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
+use towline_types::mtu::Mtu;
 
 use crate::own_networks::OwnNetworks;
 
@@ -38,8 +39,8 @@ pub struct Plan {
 pub struct LinkPlan {
     /// Interface name.
     pub name: String,
-    /// MTU in bytes; never below 1,280 (below it Linux deletes every IPv6 address for good).
-    pub mtu: u32,
+    /// MTU of the link.
+    pub mtu: Mtu,
     /// Our overlay addresses, each as a host prefix.
     pub addresses: BTreeSet<IpNet>,
 }
@@ -61,7 +62,7 @@ pub struct RoutePlan {
     /// The source address that the host prefers; `None`: the kernel chooses.
     pub source: Option<IpAddr>,
     /// The route's own MTU, where the peer's path leaves less than the link's.
-    pub mtu: Option<u32>,
+    pub mtu: Option<Mtu>,
 }
 
 /// Policy rules of both families: what is not known to be our own outer traffic looks into our

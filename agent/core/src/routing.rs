@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use towline_types::id::NodeId;
+use towline_types::mtu::Mtu;
 
 use crate::changes::{Change, Scope};
 use crate::config::Config;
@@ -33,8 +34,8 @@ use crate::status::PeerState;
 pub(crate) struct HostSettings {
     /// Name of the TUN link.
     link: String,
-    /// MTU of the TUN link, in bytes.
-    mtu: u32,
+    /// MTU of the TUN link.
+    mtu: Mtu,
     /// Our routing table.
     table: u32,
     /// Our policy rules.
@@ -258,7 +259,7 @@ impl RoutingInput<'_> {
         let down = peer.state() == PeerState::Down;
         let link = self.link_mtu();
         let (mtu, _) = clamped(peer.mtu(), link);
-        let mtu = (mtu < link).then_some(u32::from(mtu));
+        let mtu = (mtu < link).then_some(mtu);
         let entry = |net: &IpNet| {
             let overlay = grant.overlay.prefixes().any(|own| own == *net);
             let trusted = trusted_site && !overlay && is_host(net);
@@ -298,9 +299,9 @@ impl RoutingInput<'_> {
         of_family(net, self.settings.node_ips.iter().copied().chain(self.overlay()))
     }
 
-    /// The largest inner packet, in bytes.
-    pub(crate) fn link_mtu(&self) -> u16 {
-        u16::try_from(self.settings.mtu).unwrap_or(u16::MAX)
+    /// Returns the MTU of the TUN link.
+    pub(crate) fn link_mtu(&self) -> Mtu {
+        self.settings.mtu
     }
 
     fn is_node_ip(&self, net: &IpNet) -> bool {

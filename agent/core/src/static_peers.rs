@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use rand::Rng as _;
 use towline_types::id::{PresharedKey, WireguardKey};
+use towline_types::mtu::Mtu;
 
 use crate::changes::Change;
 use crate::effects::Effects;
@@ -152,7 +153,7 @@ impl StaticPeers {
     }
 
     /// Returns the static peers' part of the peer table, over a link of this MTU.
-    pub(crate) fn entries(&self, mtu: u16) -> impl Iterator<Item = (WireguardKey, PeerEntry)> {
+    pub(crate) fn entries(&self, mtu: Mtu) -> impl Iterator<Item = (WireguardKey, PeerEntry)> {
         self.by_key.iter().filter(|(_, peer)| !peer.is_refused).map(move |(key, peer)| {
             let entry = PeerEntry {
                 endpoint: peer.endpoint,

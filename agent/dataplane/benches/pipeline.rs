@@ -28,6 +28,7 @@ use towline_dataplane::switch::Switch;
 use towline_dataplane::udp::TooBig;
 use towline_dataplane::vnet::VnetHeader;
 use towline_dataplane::{Config, DataPlane, Event, Ready, Relay, TunIo, UdpIo};
+use towline_types::mtu::Mtu;
 use x25519_dalek::StaticSecret;
 
 mod fixtures;
@@ -175,7 +176,7 @@ impl End {
     fn add_peer(&self, peer: &Self, own: [u8; 4], theirs: [u8; 4]) {
         let entry = PeerEntry {
             endpoint: Some(peer.address.into()),
-            mtu: 1_420,
+            mtu: Mtu::DEFAULT,
             fragment: false,
             prefixes: vec![ipnet::IpNet::from(IpAddr::from(theirs))],
             keepalive: None,

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use towline_core::path::Path;
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_types::id::WireguardKey;
+use towline_types::mtu::Mtu;
 use x25519_dalek::StaticSecret;
 
 use super::table::Table;
@@ -148,7 +149,7 @@ fn indices_tell_nothing() {
         prefixes: Vec::new(),
         keepalive: None,
         preshared_key: None,
-        mtu: 1420,
+        mtu: Mtu::DEFAULT,
         fragment: false,
         boot_epoch: 0,
         is_static: false,

@@ -44,7 +44,7 @@ use towline_nftables::{Nft, NftError};
 pub use address::LocalAddress;
 pub use candidates::{CandidatePolicy, candidates};
 use families::Families;
-pub use problem::{ApplyError, NoIpv6Reason, Piece, Problem};
+pub use problem::{ApplyError, Piece, Problem};
 use redirects::EgressState;
 pub use redirects::{PastNetfilter, RedirectError};
 pub use state::Names;

@@ -158,25 +158,15 @@ pub enum Problem {
          IPv6 mesh traffic from leaving in clear: use a kernel with CONFIG_IPV6_MULTIPLE_TABLES"
     )]
     NoIpv6Rules,
-    /// Towline's link accepts no IPv6 addresses.
-    #[error("the tunnel carries IPv4 only: the link {link} accepts no IPv6 addresses: {reason}")]
+    /// Towline's link accepts no IPv6 addresses: the sysctl `disable_ipv6` of the link or of all links
+    /// is 1.
+    #[error(
+        "the tunnel carries IPv4 only: the link {link} accepts no IPv6 addresses: net.ipv6.conf has disable_ipv6=1"
+    )]
     NoIpv6OnLink {
         /// Name of the link.
         link: String,
-        /// Setting that prevents IPv6.
-        reason: NoIpv6Reason,
     },
-}
-
-/// Reason why Towline's link accepts no IPv6 addresses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum NoIpv6Reason {
-    /// The sysctl `disable_ipv6` of the link or of all links is 1.
-    #[error("net.ipv6.conf has disable_ipv6=1")]
-    Disabled,
-    /// The MTU of the link is smaller than IPv6 allows.
-    #[error("its MTU is below 1280")]
-    Mtu,
 }
 
 /// Purpose of an object in the host's network.

@@ -18,7 +18,7 @@ use towline_nftables::{Nft, NftError, Table};
 
 use super::families::Families;
 use super::firewall;
-use super::problem::{ApplyError, NoIpv6Reason, Piece, Problem};
+use super::problem::{ApplyError, Piece, Problem};
 use super::{Changes, OURS, rules};
 
 /// Names and numbers that identify the state that Towline created.
@@ -107,22 +107,6 @@ pub(super) struct LinkState {
     ipv6: bool,
 }
 
-/// Smallest MTU, in bytes, with which the kernel runs IPv6 (RFC 8200 section 5).
-const IPV6_MTU: u32 = 1_280;
-
-impl LinkState {
-    /// Returns the reason why the plan's link cannot have IPv6, or `None` if it can.
-    fn without_ipv6(&self, plan: &Plan) -> Option<NoIpv6Reason> {
-        if !self.ipv6 {
-            Some(NoIpv6Reason::Disabled)
-        } else if plan.link.mtu < IPV6_MTU {
-            Some(NoIpv6Reason::Mtu)
-        } else {
-            None
-        }
-    }
-}
-
 /// State of other programs that uses Towline's names, numbers or mark.
 #[derive(Debug, Default)]
 pub(super) struct Foreign {
@@ -152,7 +136,7 @@ impl State {
     /// Returns the state that the plan wants on the existing link. It has no firewall table, see
     /// [`firewall::change`].
     pub(super) fn wanted(plan: &Plan, link: Option<&LinkState>, families: Families) -> Self {
-        let reach = Reach::new(plan, link, families);
+        let reach = Reach::new(link, families);
         let routes = plan.routes.iter().flat_map(|((destination, via), attributes)| {
             routes(plan, *destination, *via, attributes, reach)
         });
@@ -167,7 +151,7 @@ impl State {
             families,
             link: link.map(|link| LinkState {
                 index: link.index,
-                mtu: plan.link.mtu,
+                mtu: plan.link.mtu.into(),
                 up: true,
                 filter: Some(LOOSE),
                 ipv6: link.ipv6,
@@ -183,8 +167,8 @@ impl State {
     /// Returns the problem that keeps the plan from being applied in one of the address families.
     pub(super) fn problem(&self, plan: &Plan) -> Option<Problem> {
         let of_link = || {
-            let reason = self.link.as_ref()?.without_ipv6(plan)?;
-            Some(Problem::NoIpv6OnLink { link: plan.link.name.clone(), reason })
+            let disabled = self.link.as_ref().is_some_and(|link| !link.ipv6);
+            disabled.then(|| Problem::NoIpv6OnLink { link: plan.link.name.clone() })
         };
         self.families.problem().or_else(of_link)
     }
@@ -336,7 +320,7 @@ impl State {
         rtnetlink: &mut Rtnetlink,
         changes: &mut Changes,
     ) -> Result<(), ApplyError> {
-        let reach = Reach::new(plan, self.link.as_ref(), self.families);
+        let reach = Reach::new(self.link.as_ref(), self.families);
         let (mut set, mut gone) = (Vec::new(), Vec::new());
         for ((destination, via), attributes) in different(&plan.routes, &before.routes) {
             set.extend(routes(plan, *destination, *via, attributes, reach));
@@ -421,11 +405,11 @@ struct Reach {
 }
 
 impl Reach {
-    fn new(plan: &Plan, link: Option<&LinkState>, families: Families) -> Self {
+    fn new(link: Option<&LinkState>, families: Families) -> Self {
         Self {
             families,
             link: link.map(|link| link.index),
-            ipv6: link.is_some_and(|link| link.without_ipv6(plan).is_none()),
+            ipv6: link.is_some_and(|link| link.ipv6),
         }
     }
 
@@ -452,7 +436,7 @@ fn routes(
     let route = |table| match via {
         RouteVia::Link => Some(Route {
             source: attributes.source,
-            mtu: attributes.mtu,
+            mtu: attributes.mtu.map(u32::from),
             ..in_table(table).dev(link?).metric(LINK_METRIC)
         }),
         RouteVia::Native => Some(in_table(table).kind(RouteKind::Throw).metric(LINK_METRIC)),

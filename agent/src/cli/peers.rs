@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::Serialize;
+use towline_proto::mtu::Mtu;
 use towline_proto::node::Candidate;
 use towline_proto::pb;
 
@@ -66,10 +67,6 @@ impl From<pb::PeerStatus> for Peer {
         }
     }
 }
-
-/// Minimum MTU of a link with IPv6 (RFC 8200, section 5). The tunnel's link keeps to it even if a
-/// path takes less.
-const IPV6_MIN_MTU: u32 = 1280;
 
 pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
     let peers: Vec<Peer> = with_agent(&config.socket, async |mut agent| {
@@ -154,7 +151,8 @@ fn remarks(peer: &Peer) -> impl Iterator<Item = String> {
         let since = output::age(Duration::from_millis(peer.since_ms));
         format!("{} is {} for {since}: {reason}\n", peer.name, peer.state)
     });
-    let small = peer.mtu.filter(|mtu| *mtu < IPV6_MIN_MTU).map(|mtu| {
+    // The tunnel's link keeps to the minimum even if a path takes less.
+    let small = peer.mtu.filter(|mtu| *mtu < Mtu::MIN.into()).map(|mtu| {
         format!(
             "the path to {} has an MTU of {mtu} bytes: larger packets are sent in two fragments\n",
             peer.name

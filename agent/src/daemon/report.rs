@@ -55,7 +55,7 @@ impl Reporter<'_> {
             version: towline_proto::VERSION.into(),
             listen_port: config.wireguard.port.into(),
             link: config.link.name.clone(),
-            mtu: config.link.mtu,
+            mtu: config.link.mtu.into(),
             candidates: daemon.announcer.candidates().iter().map(Into::into).collect(),
             controller: daemon.controller.status(),
             kubernetes: daemon.kubernetes.status(),

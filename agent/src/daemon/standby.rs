@@ -243,7 +243,7 @@ impl Standby {
             version: towline_proto::VERSION.into(),
             listen_port: self.config.wireguard.port.into(),
             link: self.config.link.name.clone(),
-            mtu: self.config.link.mtu,
+            mtu: self.config.link.mtu.into(),
             controller: membership.as_ref().map(|_| pb::ControllerStatus {
                 reason: report::down_line(down),
                 ..Default::default()

@@ -19,6 +19,7 @@ use towline_helper::protocol::CNI_DIRECTORIES;
 
 use crate::config::AnnouncePods;
 use towline_netlink::{Family, NetlinkError, RouteKind, Rtnetlink};
+use towline_proto::mtu::Mtu;
 
 /// File that flannel writes once its backend has created the link.
 const FLANNEL_READY: &str = "/run/flannel/subnet.env";
@@ -120,7 +121,7 @@ impl Reading {
 
     /// Decides what to announce, for a node whose pod networks in Kubernetes are `node_cidrs`.
     /// `mtu` is that of the mesh's link.
-    pub fn decide(&self, mode: AnnouncePods, node_cidrs: &[IpNet], mtu: u32) -> Decision {
+    pub fn decide(&self, mode: AnnouncePods, node_cidrs: &[IpNet], mtu: Mtu) -> Decision {
         match mode {
             AnnouncePods::Never => {
                 return Decision::Announce {
@@ -138,7 +139,7 @@ impl Reading {
             let kind = link.kind.as_deref().unwrap_or("tunnel");
             return Decision::Tunnelled {
                 cni: format!("{} ({kind} {})", self.plugin_name(), link.name),
-                mtu: mtu.saturating_sub(overhead),
+                mtu: u32::from(mtu).saturating_sub(overhead),
                 mtu_now: link.mtu,
             };
         }
@@ -336,7 +337,7 @@ mod tests {
     }
 
     fn announced(reading: &Reading, cidrs: &[&str]) -> Vec<IpNet> {
-        match reading.decide(AnnouncePods::Auto, &nets(cidrs), 1420) {
+        match reading.decide(AnnouncePods::Auto, &nets(cidrs), Mtu::DEFAULT) {
             Decision::Announce { pods, .. } => pods,
             other => panic!("{other:?}"),
         }
@@ -356,7 +357,8 @@ mod tests {
             ("flannel", "flannel-wg", "wireguard", 1340),
         ] {
             let reading = Reading { links: vec![link(name, kind, 1450)], ..with(plugin) };
-            let decision = reading.decide(AnnouncePods::Auto, &nets(&["10.244.3.0/24"]), 1420);
+            let decision =
+                reading.decide(AnnouncePods::Auto, &nets(&["10.244.3.0/24"]), Mtu::DEFAULT);
             let Decision::Tunnelled { mtu: advice, mtu_now, cni } = decision else {
                 panic!("{plugin}: {decision:?}");
             };
@@ -370,13 +372,14 @@ mod tests {
         reading.routes.push(route("10.42.7.64/26", None, true));
         assert_eq!(announced(&reading, &[]), nets(&["10.42.7.64/26"]));
         reading.routes.push(route("10.42.9.0/26", Some("tunl0"), false));
-        let decision = reading.decide(AnnouncePods::Auto, &[], 1420);
+        let decision = reading.decide(AnnouncePods::Auto, &[], Mtu::DEFAULT);
         assert!(matches!(decision, Decision::Tunnelled { mtu: 1400, .. }), "{decision:?}");
     }
 
     #[test]
     fn another_programs_wireguard_is_no_cni() {
-        let reading = Reading { links: vec![link("wg0", "wireguard", 1420)], ..with("ptp") };
+        let reading =
+            Reading { links: vec![link("wg0", "wireguard", 1420)], ..with("ptp") };
         assert_eq!(announced(&reading, &["10.1.0.0/24"]), nets(&["10.1.0.0/24"]));
     }
 
@@ -410,10 +413,10 @@ mod tests {
             Reading { flannel_ready: false, ..with("flannel") },
             with("somebody-elses"),
         ] {
-            let decision = reading.decide(AnnouncePods::Auto, &cidrs, 1420);
+            let decision = reading.decide(AnnouncePods::Auto, &cidrs, Mtu::DEFAULT);
             assert!(matches!(decision, Decision::Wait { .. }), "{decision:?}");
         }
-        let none = with("bridge").decide(AnnouncePods::Auto, &[], 1420);
+        let none = with("bridge").decide(AnnouncePods::Auto, &[], Mtu::DEFAULT);
         assert!(matches!(none, Decision::Wait { .. }), "{none:?}");
     }
 
@@ -421,9 +424,9 @@ mod tests {
     fn the_operator_has_the_last_word() {
         let cidrs = nets(&["10.244.3.0/24"]);
         let tunnels = Reading { links: vec![link("flannel.1", "vxlan", 1450)], ..with("flannel") };
-        let always = tunnels.decide(AnnouncePods::Always, &cidrs, 1420);
+        let always = tunnels.decide(AnnouncePods::Always, &cidrs, Mtu::DEFAULT);
         assert!(matches!(always, Decision::Announce { pods, .. } if pods == cidrs));
-        let never = with("bridge").decide(AnnouncePods::Never, &cidrs, 1420);
+        let never = with("bridge").decide(AnnouncePods::Never, &cidrs, Mtu::DEFAULT);
         assert!(matches!(never, Decision::Announce { pods, .. } if pods.is_empty()));
     }
 

@@ -24,6 +24,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use towline_proto::mtu::Mtu;
 
 use crate::config::KubernetesConfig;
 use crate::state::StateDir;
@@ -35,8 +36,8 @@ pub struct Setup {
     pub config: KubernetesConfig,
     /// Name of the mesh's link, which is not a CNI link.
     pub link: String,
-    /// MTU of the mesh's link, in bytes.
-    pub mtu: u32,
+    /// MTU of the mesh's link.
+    pub mtu: Mtu,
     /// State directory that stores the last valid facts.
     pub state: Arc<StateDir>,
     /// Interval between checks for new or changed credentials.

@@ -11,6 +11,7 @@
 //! | [`token`] | the join token and its text form |
 //! | [`frame`] | datagrams on the shared UDP port: their kinds, probes, relayed datagrams |
 //! | [`stun`] | STUN binding requests and responses (RFC 8489) |
+//! | [`mtu`] | the MTU of the mesh's link |
 //! | [`rate`] | the token bucket |
 //! | [`source_limiter`] | a token bucket for each source address |
 //! | [`backoff`] | pauses between attempts, with jitter |
@@ -22,6 +23,7 @@ pub mod backoff;
 pub mod frame;
 pub mod id;
 pub mod limits;
+pub mod mtu;
 pub mod node;
 pub mod rate;
 pub mod source_limiter;

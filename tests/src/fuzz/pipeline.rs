@@ -29,6 +29,7 @@ use towline_dataplane::udp::{Ready, TooBig, UdpIo};
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VNET_HEADER_BYTES, VnetHeader};
 use towline_proto::frame::{DatagramKind, RELAYED_HEADER_BYTES, relayed, relayed_header};
 use towline_proto::id::WireguardKey;
+use towline_proto::mtu::Mtu;
 use towline_wireguard::{
     Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Secrets, Segments, Session, Single,
 };
@@ -136,7 +137,7 @@ impl Bench {
             prefixes: vec!["10.0.0.2/32".parse().expect("a prefix")],
             keepalive: None,
             preshared_key: None,
-            mtu: 1_420,
+            mtu: Mtu::DEFAULT,
             fragment: false,
             boot_epoch: 0,
             is_static: false,

@@ -39,6 +39,7 @@ use rand::Rng as _;
 use rand::rngs::StdRng;
 use towline_types::backoff::Jitter;
 use towline_types::id::{NodeId, WireguardKey};
+use towline_types::mtu::Mtu;
 use towline_types::node::Node;
 use towline_types::rate::TokenBucket;
 
@@ -58,7 +59,7 @@ use crate::timers::{Timer, Timers};
 use connect_schedule::ConnectSchedule;
 use liveness::{Liveness, Verdict};
 use paths::{HEARD_FOR, Paths, Tier};
-use pmtu::{INNER_MIN, Pmtu};
+use pmtu::Pmtu;
 
 /// Time of attempts without success after which a peer is down.
 pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(10);
@@ -771,11 +772,10 @@ impl Peer {
 
 /// Returns what a path MTU means to the data plane: the largest inner packet, and whether to
 /// fragment.
-pub(crate) fn clamped(mtu: Option<u16>, link: u16) -> (u16, bool) {
+pub(crate) fn clamped(mtu: Option<u16>, link: Mtu) -> (Mtu, bool) {
     match mtu {
         None => (link, false),
-        Some(mtu) if mtu < INNER_MIN => (INNER_MIN, true),
-        Some(mtu) => (mtu.min(link), false),
+        Some(mtu) => (Mtu::clamp(mtu).min(link), mtu < Mtu::MIN.get()),
     }
 }
 

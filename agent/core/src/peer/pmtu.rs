@@ -16,6 +16,8 @@
 
 use std::time::{Duration, Instant};
 
+use towline_types::mtu::Mtu;
+
 use crate::path::Path;
 
 /// What WireGuard puts around an inner packet, in bytes.
@@ -34,9 +36,6 @@ const TRIES: u8 = 2;
 const CONFIRM: Duration = Duration::from_secs(30);
 /// How often a larger one is tried, RFC 8899 section 5.1.1.
 const RAISE: Duration = Duration::from_secs(600);
-/// No inner packet may be smaller: below it Linux deletes every IPv6 address of the link.
-pub(crate) const INNER_MIN: u16 = 1_280;
-
 /// The search on the path that carries a peer's traffic.
 #[derive(Debug, Default)]
 pub(crate) struct Pmtu {
@@ -72,8 +71,8 @@ pub(crate) struct Step {
 
 impl Pmtu {
     /// Begins on a path, for inner packets of up to `inner` bytes.
-    pub(crate) fn begin(&mut self, path: Path, inner: u16) {
-        *self = Self { path: Some(path), full: payload(&path, inner), ..Self::default() };
+    pub(crate) fn begin(&mut self, path: Path, inner: Mtu) {
+        *self = Self { path: Some(path), full: payload(&path, inner.get()), ..Self::default() };
     }
 
     /// The path has another name now.
@@ -129,7 +128,7 @@ impl Pmtu {
     }
 
     /// Time has passed: what next? `link` is the largest inner packet that is ever sent.
-    pub(crate) fn step(&mut self, now: Instant, link: u16) -> Step {
+    pub(crate) fn step(&mut self, now: Instant, link: Mtu) -> Step {
         let Some(path) = self.path else {
             return Step { sizes: Vec::new(), pause: Some(RAISE) };
         };
@@ -151,7 +150,7 @@ impl Pmtu {
             }
             Stage::Ladder if self.good == 0 => {
                 // Not even the least step: whatever it takes, it takes it in fragments.
-                self.good = payload(&path, INNER_MIN) - STEP;
+                self.good = payload(&path, Mtu::MIN.get()) - STEP;
                 self.found(now)
             }
             Stage::Ladder => {
@@ -171,7 +170,7 @@ impl Pmtu {
             Stage::Found => {
                 self.tries += 1;
                 let raise = self.found_at.is_some_and(|at| now >= at + RAISE)
-                    && self.good < payload(&path, link);
+                    && self.good < payload(&path, link.get());
                 if raise {
                     self.begin(path, link);
                     return self.step(now, link);
@@ -227,12 +226,12 @@ mod tests {
     fn search(underlay: u16, loss: impl Fn(u32) -> bool) -> u16 {
         let path = Path::direct(([203, 0, 113, 1], 51_830).into());
         let mut pmtu = Pmtu::default();
-        pmtu.begin(path, 1_420);
+        pmtu.begin(path, Mtu::DEFAULT);
         #[allow(clippy::disallowed_methods)] // some instant to count from
         let now = Instant::now();
         let mut sent = 0;
         for _ in 0..60 {
-            let step = pmtu.step(now, 1_420);
+            let step = pmtu.step(now, Mtu::DEFAULT);
             if pmtu.stage == Stage::Found {
                 break;
             }
@@ -254,7 +253,7 @@ mod tests {
             assert!(inner <= most && inner + STEP >= most, "{underlay}: {inner} of {most}");
         }
         assert_eq!(search(1_500, |_| false), 1_420);
-        assert!(search(1_200, |_| false) < INNER_MIN);
+        assert!(search(1_200, |_| false) < Mtu::MIN.get());
     }
 
     #[test]

@@ -27,6 +27,7 @@ use towline_fixtures::node::{
 };
 use towline_types::frame::Probe;
 use towline_types::id::WireguardKey;
+use towline_types::mtu::Mtu;
 use towline_types::node::{Grant, MeshConfig};
 
 const PUBLIC: &str = "203.0.113.7:51830";

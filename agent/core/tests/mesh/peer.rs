@@ -209,8 +209,8 @@ fn a_black_hole_is_found_and_the_route_and_the_data_plane_follow() {
     us.echo(Duration::from_millis(10), Duration::from_secs(10));
     let mtu = us.peer(2).mtu.unwrap();
     assert!((1_300..=1_308).contains(&mtu), "{mtu}");
-    assert_eq!(us.table().peers[&key(2)].mtu, mtu);
-    assert!(us.plan().routes.values().any(|route| route.mtu == Some(mtu.into())));
+    assert_eq!(us.table().peers[&key(2)].mtu.get(), mtu);
+    assert!(us.plan().routes.values().any(|route| route.mtu.map(Mtu::get) == Some(mtu)));
     us.mesh.handle_observation(
         us.now,
         key(2),
@@ -220,7 +220,7 @@ fn a_black_hole_is_found_and_the_route_and_the_data_plane_follow() {
     us.active();
     us.echo(Duration::from_millis(10), Duration::from_secs(10));
     let entry = &us.table().peers[&key(2)];
-    assert_eq!((entry.mtu, entry.fragment), (1_280, true));
+    assert_eq!((entry.mtu, entry.fragment), (Mtu::MIN, true));
 }
 
 // Many peers

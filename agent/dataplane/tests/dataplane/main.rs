@@ -27,6 +27,7 @@ use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
 use towline_dataplane::{Config, DataPlane, Event, Fault, Relay, StuckWorkers, TunIo, checksum};
 use towline_types::frame::relayed_header;
 use towline_types::id::{PresharedKey, WireguardKey};
+use towline_types::mtu::Mtu;
 use towline_types::stun;
 use towline_wireguard::{HANDSHAKE_BYTES, Secrets, Session};
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -71,7 +72,7 @@ impl End {
     fn entry(&self) -> PeerEntry {
         PeerEntry {
             endpoint: Some(self.address.into()),
-            mtu: 1_420,
+            mtu: Mtu::DEFAULT,
             fragment: false,
             prefixes: vec![ipnet::IpNet::from(std::net::IpAddr::from(self.inner))],
             keepalive: None,

@@ -25,6 +25,7 @@ use towline_netns::{NetworkNamespace, add_link, namespace_test};
 use towline_nftables::{
     Chain, ChainKind, Expression, Hook, Ownership, Table, TableFamily, Transaction, Verdict,
 };
+use towline_types::mtu::Mtu;
 
 fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
@@ -39,7 +40,8 @@ pub(super) fn plan() -> Plan {
         ("10.9.2.0/24", "198.19.0.1"),
         ("fd00:9::2/128", "fd00:9::1"),
     ] {
-        let attributes = RoutePlan { source: Some(source.parse().unwrap()), mtu: Some(1_380) };
+        let attributes =
+            RoutePlan { source: Some(source.parse().unwrap()), mtu: Some(Mtu::clamp(1_380)) };
         routes.insert((net(peer), RouteVia::Link), attributes);
     }
     for guard in guarded {
