@@ -55,7 +55,7 @@ pub(super) struct Pipeline {
     forwards: Vec<GsoBatch>,
     /// Index of the TUN link, from which no outer datagram may come. `None` if there is no link.
     link: Option<u32>,
-    /// MTU of the link in bytes. No segment is padded beyond it.
+    /// MTU of the link in bytes. No segment is padded beyond it, nor beyond the peer's.
     mtu: usize,
     coalescer: Coalescer,
     /// Start and length of each decrypted packet of one run. Kept between calls for its capacity.
@@ -146,7 +146,8 @@ impl Pipeline {
                 self.drops.count(DropReason::ForeignSource);
                 continue;
             }
-            match Split::new(bytes, packet.len, &packet.header, self.mtu) {
+            let mtu = self.mtu.min(peer.entry.mtu.into());
+            match Split::new(bytes, packet.len, &packet.header, mtu) {
                 Ok(segments) => self.seal(now, peer, segments, out, udp),
                 Err(reason) => self.drops.count(reason),
             }

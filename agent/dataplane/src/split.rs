@@ -33,7 +33,7 @@ const HEADERS: usize = 448;
 pub struct Split<'a> {
     /// Packet with the free bytes around it.
     bytes: &'a mut [u8],
-    /// MTU of the link in bytes. No segment is padded beyond it.
+    /// Largest segment that the way to the peer takes, in bytes. No segment is padded beyond it.
     mtu: usize,
     state: State,
 }

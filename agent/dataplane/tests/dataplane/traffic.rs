@@ -27,6 +27,16 @@ fn packets_pass_both_ways_and_an_eavesdropper_learns_nothing() {
 }
 
 #[test]
+fn padding_makes_no_packet_too_large_for_its_path() {
+    let (network, a, b) = friends();
+    let mtu = Mtu::try_from(1_301).unwrap();
+    a.apply([(b.key(), PeerEntry { mtu, ..b.entry() })]);
+    carries(&a, &b, 1_301 - 28);
+    let longest = of_type(&network.seen(), 4).iter().map(|datagram| datagram.bytes.len()).max();
+    assert_eq!(longest, Some(1_301 + 32), "1,301 is no multiple of 16");
+}
+
+#[test]
 fn bytes_and_handshakes_are_counted() {
     let (network, a, b) = friends();
     carries(&a, &b, 1000);
