@@ -44,7 +44,7 @@ fn peer_table(input: &RoutingInput<'_>) -> PeerTable {
     let nodes = input.peers.iter().filter(|_| !input.roster.is_removed());
     let entries = nodes.filter_map(|peer| {
         let claim = input.roster.claim(peer.id()).filter(|claim| claim.key_holder.is_none())?;
-        let (mtu, fragment) = clamped(peer.mtu(), link);
+        let (mtu, fragment) = clamped(peer.applied_mtu(), link);
         let entry = PeerEntry {
             endpoint: peer.endpoint(),
             prefixes: claim.prefixes.clone(),

@@ -85,17 +85,21 @@ impl Peers {
     }
 }
 
-/// Lets a peer handle something, in a tracing span of that peer, and marks its routes as changed if
-/// its state or path MTU did.
+/// Lets a peer handle something, in a tracing span of that peer. Marks its routes as changed if its
+/// state or path MTU did, and the peer table if the path MTU did.
 fn tracked(
     peer: &mut Peer,
     cx: &mut PeerContext<'_>,
     f: impl FnOnce(&mut Peer, &mut PeerContext<'_>),
 ) {
     let _span = tracing::debug_span!("peer", node = %peer.node().name()).entered();
-    let before = (peer.state(), peer.mtu());
+    let (state, mtu) = (peer.state(), peer.applied_mtu());
     f(peer, cx);
-    if (peer.state(), peer.mtu()) != before {
+    let is_same_mtu = peer.applied_mtu() == mtu;
+    if peer.state() != state || !is_same_mtu {
         cx.fx.mark(Change::Routes(peer.id()));
+    }
+    if !is_same_mtu {
+        cx.fx.mark(Change::Endpoint);
     }
 }

@@ -258,7 +258,7 @@ impl RoutingInput<'_> {
             && grant.site.as_ref().is_some_and(|site| mesh.trusted_sites.contains(site));
         let down = peer.state() == PeerState::Down;
         let link = self.link_mtu();
-        let (mtu, _) = clamped(peer.mtu(), link);
+        let (mtu, _) = clamped(peer.applied_mtu(), link);
         let mtu = (mtu < link).then_some(mtu);
         let entry = |net: &IpNet| {
             let overlay = grant.overlay.prefixes().any(|own| own == *net);

@@ -378,8 +378,7 @@ mod tests {
 
     #[test]
     fn another_programs_wireguard_is_no_cni() {
-        let reading =
-            Reading { links: vec![link("wg0", "wireguard", 1420)], ..with("ptp") };
+        let reading = Reading { links: vec![link("wg0", "wireguard", 1420)], ..with("ptp") };
         assert_eq!(announced(&reading, &["10.1.0.0/24"]), nets(&["10.1.0.0/24"]));
     }
 

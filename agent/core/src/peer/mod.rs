@@ -217,6 +217,12 @@ impl Peer {
         if self.pmtu.path() == Some(path) { self.pmtu.inner() } else { None }
     }
 
+    /// Returns the largest inner packet to send now. `None`: the link's MTU holds.
+    pub(crate) fn applied_mtu(&self) -> Option<u16> {
+        let path = self.endpoint?;
+        if self.pmtu.path() == Some(path) { self.pmtu.applied() } else { None }
+    }
+
     /// Cancels all deadlines of the peer, which was removed.
     pub(crate) fn forget(&self, timers: &mut Timers) {
         for timer in [Timer::Attempt(self.id()), Timer::Probe(self.id()), Timer::Mtu(self.id())] {
@@ -394,7 +400,6 @@ impl Peer {
         }
         if self.pmtu.inner() != before {
             tracing::debug!(%path, mtu = self.pmtu.inner(), "path MTU found");
-            cx.fx.mark(Change::Endpoint);
         }
         let pause = step.pause.unwrap_or_else(|| self.paths.wait(&path) + MTU_WAIT);
         cx.fx.timers.set(Timer::Mtu(self.id()), cx.fx.now + pause);

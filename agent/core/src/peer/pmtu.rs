@@ -12,7 +12,8 @@
 //! ```
 //!
 //! No ICMP is needed, so a black hole is found like any other path. Until the search is through,
-//! the full size holds: most paths take it, and a connection that begins small stays small.
+//! the full size holds: most paths take it, and a connection that begins small stays small. What the
+//! kernel refuses is not sent again.
 
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,8 @@ pub(crate) struct Pmtu {
     good: u16,
     bad: u16,
     tries: u8,
+    /// True once the kernel refused a datagram that is larger than `full`, which it takes.
+    is_refused: bool,
     /// The found size was answered again.
     is_confirmed: bool,
     found_at: Option<Instant>,
@@ -91,6 +94,13 @@ impl Pmtu {
         (self.stage == Stage::Found).then(|| inner(&path, self.good))
     }
 
+    /// Returns the largest inner packet to send now: the one that was found. While a search runs
+    /// because the kernel refused a datagram, the one that it takes. `None`: the link's MTU holds.
+    pub(crate) fn applied(&self) -> Option<u16> {
+        let refused = self.path.filter(|_| self.is_refused).map(|path| inner(&path, self.full));
+        self.inner().or(refused)
+    }
+
     /// A padded ping was answered. Says whether to go on at once.
     pub(crate) fn answered(&mut self, path: Path, size: u16) -> bool {
         if self.path != Some(path) || size <= self.good && self.stage != Stage::Found {
@@ -122,7 +132,7 @@ impl Pmtu {
         if self.stage == Stage::Found && self.good <= payload {
             return false;
         }
-        self.full = payload;
+        (self.full, self.is_refused) = (payload, true);
         (self.stage, self.good, self.bad, self.tries) = (Stage::Full, 0, 0, 0);
         true
     }

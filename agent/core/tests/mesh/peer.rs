@@ -223,6 +223,40 @@ fn a_black_hole_is_found_and_the_route_and_the_data_plane_follow() {
     assert_eq!((entry.mtu, entry.fragment), (Mtu::MIN, true));
 }
 
+/// The largest inner packet for peer 2: what its route and the data plane were told, and whether to
+/// fragment.
+fn applied(us: &mut Us) -> (Option<u16>, u16, bool) {
+    us.drain();
+    let route = us.plan().routes.values().find_map(|route| route.mtu).map(Mtu::get);
+    let entry = &us.table().peers[&key(2)];
+    (route, entry.mtu.get(), entry.fragment)
+}
+
+#[test]
+fn what_the_kernel_refuses_holds_for_route_and_data_plane_until_the_search_is_through() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.drain();
+    us.payload = 1_368 - 28;
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+    us.active();
+    us.echo(Duration::from_millis(10), Duration::from_secs(10));
+    assert!(us.peer(2).mtu.is_some());
+    for (payload, expected) in
+        [(1_320, (Some(1_288), 1_288, false)), (1_252, (Some(1_280), 1_280, true))]
+    {
+        let what = Observation::TooBig { path: path(PUBLIC), payload };
+        us.mesh.handle_observation(us.now, key(2), what);
+        assert_eq!(us.peer(2).mtu, None, "the search begins again");
+        assert_eq!(applied(&mut us), expected);
+    }
+    us.payload = 1_252;
+    us.active();
+    us.echo(Duration::from_millis(10), Duration::from_secs(10));
+    assert_eq!(us.peer(2).mtu, Some(1_220));
+    assert_eq!(applied(&mut us), (Some(1_280), 1_280, true));
+}
+
 // Many peers
 
 #[test]
