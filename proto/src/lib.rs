@@ -4,7 +4,9 @@
 
 #![forbid(unsafe_code)]
 
-pub use towline_types::{backoff, frame, id, limits, mtu, node, rate, source_limiter, stun, token};
+pub use towline_types::{
+    backoff, frame, id, limits, mtu, node, ownership, rate, source_limiter, stun, token,
+};
 
 pub mod convert;
 pub mod join_proof;

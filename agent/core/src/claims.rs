@@ -4,8 +4,8 @@
 //! The controller refuses a second claim. Should two claims reach us all the same (a restored
 //! backup, a stolen store), every node decides alike, from signed input alone: the node that was
 //! granted earlier wins, and of two granted in the same second the one with the lower id. No node
-//! gets one of our own prefixes or keys here. A prefix may lie inside another node's where its own
-//! grant names it exactly, or where it is an overlay address.
+//! gets one of our own prefixes or keys here. [`ownership`] has the rule, which the controller
+//! applies too.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,7 +13,9 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use towline_types::id::{NodeId, NodeName, WireguardKey};
 use towline_types::node::{Grant, Node};
+use towline_types::ownership::{self, Refused};
 
+use crate::config::Membership;
 use crate::prefixes::PrefixMap;
 
 /// Prefixes and key that one node holds, and its claims that were refused.
@@ -48,13 +50,14 @@ enum Owner {
 impl Claims {
     /// Resolves the claims of `nodes` and our own.
     pub(crate) fn resolve<'a>(
-        own: &Grant,
+        membership: &Membership,
         own_prefixes: &[IpNet],
         nodes: impl Iterator<Item = &'a Arc<Node>>,
     ) -> Self {
         let mut by_age: Vec<&Arc<Node>> = nodes.collect();
         by_age.sort_by_key(|node| (node.grant().issued_at, node.id()));
 
+        let own = &membership.grant;
         let mut claims = Self::default();
         claims.names.insert(own.name.clone(), own.node_id);
         claims.keys.extend(own.wireguard_keys.iter().map(|key| (*key, Owner::Us)));
@@ -62,19 +65,19 @@ impl Claims {
             claims.held.insert(prefix, Owner::Us);
         }
         for node in by_age {
-            claims.admit(own, node);
+            claims.admit(membership, node);
         }
         claims
     }
 
     /// Resolves the claims of one node that is new or changed. Returns false if that may concern
     /// other nodes, so that all claims have to be resolved.
-    pub(crate) fn change(&mut self, own: &Grant, node: &Arc<Node>) -> bool {
+    pub(crate) fn change(&mut self, membership: &Membership, node: &Arc<Node>) -> bool {
         if self.is_disputed {
             return false;
         }
         self.forget(node.id());
-        self.admit(own, node);
+        self.admit(membership, node);
         !self.is_disputed
     }
 
@@ -99,7 +102,8 @@ impl Claims {
     }
 
     /// Gives a node those of its claims that no other node holds.
-    fn admit(&mut self, own: &Grant, node: &Arc<Node>) {
+    fn admit(&mut self, membership: &Membership, node: &Arc<Node>) {
+        let own = &membership.grant;
         let mut claim = Claim::default();
         let grant = node.grant();
         let holder = *self.names.entry(grant.name.clone()).or_insert(grant.node_id);
@@ -117,7 +121,7 @@ impl Claims {
             }
             let announced = node.record().prefixes.iter().copied();
             for prefix in grant.overlay.prefixes().chain(announced) {
-                match self.refused(own, prefix, grant) {
+                match self.refused(membership, prefix, grant) {
                     None => {
                         self.held.insert(prefix, Owner::Node(node.clone()));
                         claim.prefixes.push(prefix);
@@ -160,32 +164,25 @@ impl Claims {
         }
     }
 
-    /// Returns why the node of `grant` does not get `prefix`; `None`: it does.
-    fn refused(&self, own: &Grant, prefix: IpNet, grant: &Grant) -> Option<String> {
-        if prefix.prefix_len() == 0 {
-            return Some(format!("prefix {prefix} is the whole internet: it is never routed"));
-        }
-        self.held.overlapping(prefix).find_map(|(other, holder)| {
-            let theirs = holder.grant(own);
-            let nested = if *other == prefix {
-                false
-            } else if other.contains(&prefix) {
-                names(grant, prefix)
-            } else {
-                names(theirs, *other)
-            };
-            if nested || theirs.node_id == grant.node_id {
-                return None;
-            }
-            let name = match holder {
-                Owner::Us => "this node",
-                Owner::Node(node) => node.name().as_str(),
-            };
-            Some(if *other == prefix {
-                format!("prefix {prefix} is held by {name}")
-            } else {
-                format!("prefix {prefix} overlaps {other} of {name}")
-            })
+    /// Returns why the node of `grant` does not get `prefix`; `None` if it does.
+    fn refused(&self, membership: &Membership, prefix: IpNet, grant: &Grant) -> Option<String> {
+        let own = &membership.grant;
+        let claim = ownership::Claim { grant, prefix };
+        let held = self
+            .held
+            .overlapping(prefix)
+            .map(|(other, holder)| ownership::Claim { grant: holder.grant(own), prefix: *other });
+        let other = match ownership::check(claim, &membership.mesh, held) {
+            Ok(()) => return None,
+            Err(Refused::Unusable(reason)) => return Some(reason.to_string()),
+            Err(Refused::Held(other)) => other,
+        };
+        let is_ours = other.grant.node_id == own.node_id;
+        let name = if is_ours { "this node" } else { other.grant.name.as_str() };
+        Some(if other.prefix == prefix {
+            format!("prefix {prefix} is held by {name}")
+        } else {
+            format!("prefix {prefix} overlaps {} of {name}", other.prefix)
         })
     }
 }
@@ -201,9 +198,4 @@ impl Owner {
     fn name<'a>(&'a self, own: &'a Grant) -> &'a NodeName {
         &self.grant(own).name
     }
-}
-
-/// Returns whether the grant names exactly this prefix.
-fn names(grant: &Grant, prefix: IpNet) -> bool {
-    grant.allowed_prefixes.contains(&prefix) || grant.overlay.prefixes().any(|own| own == prefix)
 }

@@ -222,7 +222,7 @@ impl Roster {
             let alone = match (self.nodes.get(id), &self.membership) {
                 (Some(node), Some(membership)) => {
                     self.withdrawn.extend(held.unwrap_or_default());
-                    self.claims.change(&membership.grant, node)
+                    self.claims.change(membership, node)
                 }
                 _ => self.claims.remove(*id),
             };
@@ -239,8 +239,8 @@ impl Roster {
 
     fn resolve_all(&mut self, fx: &mut Effects, static_peers: &mut StaticPeers) {
         let claims = match &self.membership {
-            Some(Membership { grant, .. }) => {
-                Claims::resolve(grant, &self.own_prefixes, self.nodes.values())
+            Some(membership) => {
+                Claims::resolve(membership, &self.own_prefixes, self.nodes.values())
             }
             None => Claims::default(),
         };

@@ -38,7 +38,7 @@ use prost::Message;
 use prost::bytes::Bytes;
 use towline_proto::id::{IdentityKey, NodeId, NodeName, TokenId, WireguardKey};
 use towline_proto::node::{Grant, MeshConfig, Record, Tombstone};
-use towline_proto::{limits, pb};
+use towline_proto::{limits, ownership, pb};
 
 use crate::authority::Authority;
 use crate::clock::Now;
@@ -373,10 +373,8 @@ impl Registry {
         if terms.replace.is_some() && terms.uses != 1 {
             return Err(Refusal::ReplaceOnce);
         }
-        if let Some(prefix) = terms.allowed_prefixes.iter().find(|prefix| {
-            let whole_family = prefix.prefix_len() == 0;
-            self.in_overlay(prefix) || (!whole_family && publish::has_no_hosts(prefix))
-        }) {
+        let useless = |prefix: &&IpNet| ownership::is_useless_grant(**prefix, &self.mesh.config);
+        if let Some(prefix) = terms.allowed_prefixes.iter().find(useless) {
             return Err(Refusal::Unusable(*prefix));
         }
         let token = Token {
@@ -719,12 +717,6 @@ impl Registry {
     /// Returns whether a node has been offline for longer than the lease.
     fn is_away(&self, node: NodeId, sessions: &Sessions, now: Now) -> bool {
         self.offline(node, sessions, now).is_some_and(|away| away > self.mesh.config.lease)
-    }
-
-    fn in_overlay(&self, prefix: &IpNet) -> bool {
-        let config = &self.mesh.config;
-        IpNet::from(config.overlay_v4).contains(prefix)
-            || IpNet::from(config.overlay_v6).contains(prefix)
     }
 
     /// Adds a problem of a node at the front. Each text occurs only once.

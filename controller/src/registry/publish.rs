@@ -11,6 +11,7 @@
 use ipnet::IpNet;
 use towline_proto::id::{NodeId, NodeName};
 use towline_proto::node::{Node, Record};
+use towline_proto::ownership::{self, Claim};
 use towline_proto::pb;
 
 use super::sessions::{SessionId, Sessions};
@@ -144,16 +145,21 @@ impl Registry {
         if self.claims.holder(&prefix) == Some(node) {
             return Ok(());
         }
-        if let Some(reason) = self.unusable(&prefix) {
+        if let Err(unusable) = ownership::usable(prefix, &self.mesh.config) {
+            let reason = unusable.to_string();
             self.note(node, Some((node, prefix)), reason.clone());
             return Err(reason);
         }
+        let claim_of = |node: NodeId, prefix: IpNet| {
+            self.nodes.get(&node).map(|member| Claim { grant: &member.grant, prefix })
+        };
         let rivals: Vec<(IpNet, NodeId)> = self
             .claims
             .overlapping(&prefix)
             .into_iter()
             .filter(|(other, holder)| {
-                *holder != node && !self.is_granted_nesting(node, &prefix, *holder, other)
+                let claims = claim_of(node, prefix).zip(claim_of(*holder, *other));
+                claims.is_some_and(|(ours, theirs)| ours.conflicts_with(theirs))
             })
             .collect();
         let connected = sessions.live(node, now).is_some();
@@ -194,63 +200,9 @@ impl Registry {
         self.events.push(Event::PrefixMoved { prefix, from, to });
     }
 
-    /// Returns whether one of the prefixes contains the other, and the grant of the node with the
-    /// nested prefix names exactly that prefix.
-    fn is_granted_nesting(
-        &self,
-        node: NodeId,
-        prefix: &IpNet,
-        holder: NodeId,
-        other: &IpNet,
-    ) -> bool {
-        let names = |node: NodeId, prefix: &IpNet| {
-            self.nodes
-                .get(&node)
-                .is_some_and(|member| member.grant.allowed_prefixes.contains(prefix))
-        };
-        if prefix == other {
-            false
-        } else if other.contains(prefix) {
-            names(node, prefix)
-        } else {
-            names(holder, other)
-        }
-    }
-
-    fn unusable(&self, prefix: &IpNet) -> Option<String> {
-        let config = &self.mesh.config;
-        let overlay = [IpNet::from(config.overlay_v6), IpNet::from(config.overlay_v4)];
-        if let Some(overlay) = overlay.iter().find(|o| o.contains(prefix) || prefix.contains(*o)) {
-            return Some(format!(
-                "prefix {prefix} overlaps the mesh's own range {overlay}: announce another"
-            ));
-        }
-        has_no_hosts(prefix)
-            .then(|| format!("prefix {prefix} is not a range of unicast hosts: remove it"))
-    }
-
     fn name_of(&self, node: NodeId) -> NodeName {
         // Callers only pass nodes of the registry.
         let Some(member) = self.nodes.get(&node) else { unreachable!("no node {node}") };
         member.grant.name.clone()
     }
-}
-
-/// Returns whether a prefix is a default route, or has its network address in a range that no node
-/// may announce: 0.0.0.0/8, loopback, link-local, multicast, reserved.
-pub(super) fn has_no_hosts(prefix: &IpNet) -> bool {
-    prefix.prefix_len() == 0
-        || match prefix {
-            IpNet::V4(net) => {
-                let first = net.network();
-                first.octets()[0] == 0
-                    || first.octets()[0] >= 224
-                    || first.is_loopback()
-                    || first.is_link_local()
-            }
-            IpNet::V6(net) => {
-                let first = net.network();
-                first.is_loopback() || first.is_multicast() || first.is_unicast_link_local()
-            }
-        }
 }

@@ -397,7 +397,9 @@ fn prefixes_that_cannot_be_announced_are_refused() {
         assert!(matches!(made, Err(Refusal::Unusable(_))), "{bad}");
     }
     let node = world.node("a", 1, &["0.0.0.0/0"]);
-    for (generation, bad) in ["0.0.0.0/0", "198.18.0.0/15", "224.0.0.0/8"].iter().enumerate() {
+    for (generation, bad) in
+        ["0.0.0.0/0", "198.18.0.0/15", "224.0.0.0/8", "126.0.0.0/7"].iter().enumerate()
+    {
         assert_eq!(world.announce(node, 1, 1 + generation as u64, bad).len(), 1, "{bad}");
     }
     assert!(world.announce(node, 1, 9, "10.0.0.0/8").is_empty());

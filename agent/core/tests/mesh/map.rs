@@ -81,6 +81,26 @@ fn our_own_node_in_the_map_is_ignored_and_our_own_prefix_stays_out_of_the_tunnel
 }
 
 #[test]
+fn a_prefix_that_the_controller_would_refuse_is_refused_here_too() {
+    let mut us = Us::new(5);
+    let wide = ["198.18.0.0/15", "128.0.0.0/1", "10.1.0.0/16"];
+    let mut node = peer(2).prefixes(&wide);
+    node.grant.allowed_prefixes.push(net("0.0.0.0/0"));
+    us.upsert(node);
+    us.drain();
+    let held = &us.table().peers[&key(2)].prefixes;
+    assert!(held.contains(&net("10.1.0.0/16")), "{held:?}");
+    assert!(!wide[..2].iter().any(|wide| held.contains(&net(wide))), "{held:?}");
+    assert_eq!(
+        us.peer(2).conflicts,
+        [
+            "prefix 198.18.0.0/15 overlaps the mesh's own range 198.19.0.0/16: announce another",
+            "prefix 128.0.0.0/1 is not a range of unicast hosts: remove it",
+        ]
+    );
+}
+
+#[test]
 fn a_withdrawn_prefix_stays_guarded_until_its_node_is_removed() {
     let mut us = Us::new(5);
     us.upsert(peer(2).prefixes(&["172.20.0.0/16"]));
