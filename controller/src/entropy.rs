@@ -1,7 +1,11 @@
-//! The only module that reads random bytes. The [`registry`](crate::registry) gets them as
-//! arguments.
+//! The only module that reads random bytes, and the hash of the random secrets in tokens. The
+//! [`registry`](crate::registry) gets both as arguments.
 
+use ring::digest;
 use ring::rand::{SecureRandom, SystemRandom};
+use towline_proto::token::TokenSecret;
+
+use crate::registry::token::SecretHash;
 
 /// Error of reading random bytes from the operating system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -13,4 +17,11 @@ pub fn random<const N: usize>() -> Result<[u8; N], NoEntropy> {
     let mut bytes = [0; N];
     SystemRandom::new().fill(&mut bytes).map_err(|_| NoEntropy)?;
     Ok(bytes)
+}
+
+/// Returns the SHA-256 of a token's secret. The secret is 32 random bytes, so no salt is needed.
+pub fn secret_hash(secret: &TokenSecret) -> SecretHash {
+    let hash = digest::digest(&digest::SHA256, &secret.0);
+    // The digest of SHA-256 has 32 bytes.
+    SecretHash(hash.as_ref().first_chunk().copied().unwrap_or_default())
 }

@@ -4,16 +4,20 @@
 //! # Parts
 //!
 //! ```text
-//!  listen ─ tls ─► service (auth, discovery, watch, admin) ──requests──► writer ─► registry
-//!                     │ ▲                                                   │
-//!                     │ └── reads, waits for revisions ── map ◄──publishes──┤
-//!                     └──── heartbeats ──► sessions                         └──commits──► store
+//!  listen ─ tls ─► service (auth, discovery, watch, admin) ──requests──► writer ─► ledger ─► registry
+//!                     │ ▲                                                     │
+//!                     │ └── reads, waits for revisions ── map, view ◄─publishes─┤
+//!                     └──── heartbeats ──► sessions                           └──commits──► store
 //! ```
 //!
-//! - [`registry`] makes all decisions, in memory, without clock, randomness, I/O or wire API.
-//! - [`writer`] is the only thread that owns the registry and the [`store`]. A change is stored
+//! - [`registry`] makes all decisions, in memory and on plain values, without clock, randomness,
+//!   I/O, signatures or wire API.
+//! - [`ledger`] has the registry's signed statements: it signs what the registry returns unsigned,
+//!   and encodes records for the store.
+//! - [`writer`] is the only thread that owns the ledger and the [`store`]. A change is stored
 //!   before it is acknowledged and before a watcher sees it.
 //! - [`map`] is the state that watchers see. Each watcher is a cursor in it; nothing is queued.
+//! - [`view`] is the state that operators see.
 //! - [`authority`] is the CA. Its key is in a separate file and never in the store.
 //! - [`service`] implements the RPCs, behind one table that says which role may call which RPC.
 //! - [`server`] starts and stops all parts. [`cli`] is the command line, whose commands call a
@@ -32,6 +36,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod entropy;
+pub mod ledger;
 pub mod listen;
 pub mod map;
 pub mod notify;
@@ -42,7 +47,9 @@ pub mod server;
 pub mod service;
 pub mod state_dir;
 pub mod store;
+mod stored;
 pub mod tls;
+pub mod view;
 pub mod writer;
 
 pub use config::Config;

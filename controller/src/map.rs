@@ -12,7 +12,57 @@ use tokio::sync::watch;
 use towline_proto::id::{IdentityKey, NodeId, NodeName};
 use towline_proto::{limits, pb};
 
-use crate::registry::{MapChange, Refusal};
+use crate::registry::NodeAbsent;
+
+/// A change of the network map.
+#[derive(Debug, Clone)]
+pub enum MapChange {
+    /// A node was added or changed.
+    Node {
+        /// Revision of the change.
+        revision: u64,
+        /// Id of the node.
+        id: NodeId,
+        /// Name of the node.
+        name: NodeName,
+        /// Identity key of the node.
+        identity: IdentityKey,
+        /// Map entry that watchers see.
+        entry: pb::Entry,
+    },
+    /// A node was removed.
+    Removed {
+        /// Revision of the change.
+        revision: u64,
+        /// Id of the node.
+        id: NodeId,
+        /// Name of the node.
+        name: NodeName,
+        /// Tombstone, as the CA signed it.
+        tombstone: pb::Signed,
+    },
+    /// The mesh configuration changed.
+    Mesh {
+        /// Revision of the change.
+        revision: u64,
+        /// Configuration, as the CA signed it.
+        signed: pb::Signed,
+    },
+}
+
+/// Reason why the holder of a certificate is not a node of the mesh.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum AccessError {
+    /// The mesh has no such node.
+    #[error(transparent)]
+    Absent(#[from] NodeAbsent),
+    /// The certificate names a node but has another key.
+    #[error("the certificate's key is not the key of node {node}: join again with a new token")]
+    Key {
+        /// Id in the certificate.
+        node: NodeId,
+    },
+}
 
 /// The network map. The writer changes it; all others read it.
 pub struct Map {
@@ -55,6 +105,17 @@ enum Item {
     Node(NodeId),
     Removed(NodeId),
     Mesh,
+}
+
+impl MapChange {
+    /// Returns the revision of the change.
+    pub fn revision(&self) -> u64 {
+        match self {
+            Self::Node { revision, .. }
+            | Self::Removed { revision, .. }
+            | Self::Mesh { revision, .. } => *revision,
+        }
+    }
 }
 
 impl Map {
@@ -105,26 +166,33 @@ impl Map {
         &self,
         node: NodeId,
         identity: &IdentityKey,
-    ) -> Result<(NodeName, pb::Signed), Refusal> {
+    ) -> Result<(NodeName, pb::Signed), AccessError> {
         let inner = self.inner.read();
         match inner.nodes.get(&node) {
             Some(member) if member.identity == *identity => {
                 Ok((member.name.clone(), member.entry.grant.clone().unwrap_or_default()))
             }
-            Some(_) => Err(Refusal::NodeKey { node }),
-            None => Err(inner.missing(node)),
+            Some(_) => Err(AccessError::Key { node }),
+            None => Err(inner.missing(node).into()),
         }
     }
 
     /// Returns the reason why a node is not in the map; `None` if it is.
-    pub fn refusal(&self, node: NodeId) -> Option<Refusal> {
+    pub fn absence(&self, node: NodeId) -> Option<NodeAbsent> {
         let inner = self.inner.read();
         (!inner.nodes.contains_key(&node)).then(|| inner.missing(node))
     }
 
-    /// Returns whether the map has a tombstone of a node.
-    pub fn is_removed(&self, node: NodeId) -> bool {
-        self.inner.read().removed.contains_key(&node)
+    /// Returns the signed grant of a node.
+    pub fn grant(&self, node: NodeId) -> Result<pb::Signed, NodeAbsent> {
+        let inner = self.inner.read();
+        let member = inner.nodes.get(&node).ok_or_else(|| inner.missing(node))?;
+        Ok(member.entry.grant.clone().unwrap_or_default())
+    }
+
+    /// Returns the signed tombstone of a removed node.
+    pub fn tombstone(&self, node: NodeId) -> Option<pb::Signed> {
+        self.inner.read().removed.get(&node).map(|removed| removed.tombstone.clone())
     }
 
     /// Returns the changes after `cursor` that fit in one message, and whether they are all. The
@@ -188,13 +256,10 @@ impl Inner {
         self.index.insert(revision, item);
     }
 
-    fn missing(&self, node: NodeId) -> Refusal {
+    fn missing(&self, node: NodeId) -> NodeAbsent {
         match self.removed.get(&node) {
-            Some(removed) => Refusal::NodeRemoved {
-                name: removed.name.clone(),
-                tombstone: removed.tombstone.clone(),
-            },
-            None => Refusal::NodeUnknown { node },
+            Some(removed) => NodeAbsent::Removed { node, name: removed.name.clone() },
+            None => NodeAbsent::Unknown { node },
         }
     }
 
@@ -274,12 +339,12 @@ mod tests {
         let id = NodeId([1; 16]);
         assert!(map.member(id, &IdentityKey([1; 32])).is_ok());
         let wrong = map.member(id, &IdentityKey([2; 32]));
-        assert!(matches!(wrong, Err(Refusal::NodeKey { .. })));
+        assert!(matches!(wrong, Err(AccessError::Key { .. })));
 
         let tombstone = pb::Signed::default();
         let name: NodeName = "n1".parse().unwrap();
         map.apply(1, 2, vec![MapChange::Removed { revision: 2, id, name, tombstone }]);
-        assert!(matches!(map.refusal(id), Some(Refusal::NodeRemoved { .. })));
+        assert!(matches!(map.absence(id), Some(NodeAbsent::Removed { .. })));
         assert_eq!(ids(&map.changes_after(0).0), [0]);
     }
 }

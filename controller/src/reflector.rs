@@ -15,7 +15,7 @@ use towline_proto::rate::Rate;
 use towline_proto::source_limiter::SourceLimiter;
 use towline_proto::stun;
 
-use crate::clock::Now;
+use crate::clock;
 
 /// Requests per second and source, and their burst. Many nodes behind one NAT share a source.
 const RATE: Rate = Rate::per_second(32, 128);
@@ -55,7 +55,7 @@ impl Reflector {
         loop {
             // An error belongs to a datagram that was sent earlier (an ICMP error).
             let Ok((len, from)) = socket.recv_from(&mut datagram).await else { continue };
-            let admitted = limiter.admit(from.ip(), Now::read().mono);
+            let admitted = limiter.admit(from.ip(), clock::now().mono);
             let answer = admitted.then(|| stun::answer(&datagram[..len], from)).flatten();
             match answer {
                 Some((answer, len)) => {

@@ -28,25 +28,27 @@ use towline_service::port_owner::{self, PortOwner, Transport};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::authority::{self, ADMIN_LIFE, Authority, AuthorityError};
-use crate::clock::Now;
+use crate::clock;
 use crate::config::{Config, LEASE, MeshSettings, OVERLAY_V4};
 use crate::entropy::{NoEntropy, random};
+use crate::ledger::Ledger;
 use crate::listen;
 use crate::map::Map;
 use crate::reflector::Reflector;
 use crate::registry::sessions::Sessions;
-use crate::registry::{OverlayInUse, Registry};
+use crate::registry::{Now, OverlayInUse};
 use crate::service::{AdminService, Authorizer, DiscoveryService, FAILED_JOINS, Shared, Signals};
 use crate::state_dir::{Lock, StateDir, StateError};
 use crate::store::{CommitError, OpenError, Store};
 use crate::tls::{self, ServerCertificate, TlsError};
-use crate::writer::{self, ReadError, Writer};
+use crate::view::View;
+use crate::writer::{self, LoadError, Writer};
 
 /// Time to wait for connections to close when the controller stops, and again for the store.
 const GRACE: Duration = Duration::from_millis(700);
 /// Interval at which certificates are checked for renewal.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(300);
-/// Interval of the registry's periodic work, see [`Registry::tick`].
+/// Interval of the registry's periodic work, see [`Registry::tick`](crate::registry::Registry::tick).
 const TICK: Duration = Duration::from_secs(5);
 /// Interval of HTTP/2 pings on idle connections, and the timeout of a ping.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(10));
@@ -67,7 +69,7 @@ pub enum ServeError {
     Open(#[from] OpenError),
     /// The store cannot be read.
     #[error(transparent)]
-    Read(#[from] ReadError),
+    Read(#[from] LoadError),
     /// The store cannot be written.
     #[error(transparent)]
     Commit(#[from] CommitError),
@@ -147,10 +149,10 @@ impl Controller {
         let listener = listen::bind(config.listen).map_err(listen_error)?;
         let address = listener.local_addr().map_err(listen_error)?;
 
-        let now = Now::read();
+        let now = clock::now();
         let fresh = is_fresh(&dir)?;
         let authority = Arc::new(Authority::load_or_create(&dir, fresh, now.unix)?);
-        let (store, registry) = open_registry(&dir, fresh, &authority, &config.mesh, now)?;
+        let (store, ledger) = open_ledger(&dir, fresh, &authority, &config.mesh, now)?;
         // A controller that was set up before serves its mesh even if the disk is full.
         match authority::renew_admin(&dir, &authority, now.unix) {
             Err(error) if fresh => return Err(error.into()),
@@ -163,9 +165,11 @@ impl Controller {
 
         let map = Arc::new(Map::new());
         let sessions = Arc::new(Mutex::new(Sessions::new(config.heartbeat)));
-        let (writer, writer_ended) =
-            writer::start(store, registry, authority.clone(), map.clone(), sessions.clone())
-                .map_err(ServeError::Thread)?;
+        let view = Arc::new(View::default());
+        let published =
+            writer::Published { map: map.clone(), view: view.clone(), sessions: sessions.clone() };
+        let (writer, writer_ended) = writer::start(store, ledger, authority.clone(), published)
+            .map_err(ServeError::Thread)?;
         let proof_key = StaticSecret::from(random::<32>()?);
         let (stop, stopping) = watch::channel(false);
         // Without the STUN server, nodes learn their public addresses only from other nodes.
@@ -177,6 +181,7 @@ impl Controller {
             authority: authority.clone(),
             writer,
             map,
+            view,
             sessions,
             failed_joins: Mutex::new(SourceLimiter::new(FAILED_JOINS)),
             proof_public: PublicKey::from(&proof_key),
@@ -226,10 +231,11 @@ impl Controller {
         tracing::info!(%address, "listening");
         let (accepted, connections) = mpsc::channel(64);
         let accepting =
-            tokio::spawn(listen::accept(listener, acceptor, accepted, || Now::read().unix));
+            tokio::spawn(listen::accept(listener, acceptor, accepted, || clock::now().unix));
         let renewing = tokio::spawn(renew(dir.clone(), authority, self.certificate));
         let writer = shared.writer.clone();
-        let ticking = tokio::spawn(tick(writer.clone()));
+        let ticking =
+            tokio::spawn(tick(writer.clone(), shared.map.clone(), shared.sessions.clone()));
         let reflector = self.reflector;
         let reflecting = tokio::spawn(async move {
             if let Some(reflector) = reflector {
@@ -301,17 +307,17 @@ fn is_fresh(dir: &StateDir) -> Result<bool, ServeError> {
     }
 }
 
-fn open_registry(
+fn open_ledger(
     dir: &StateDir,
     fresh: bool,
     authority: &Arc<Authority>,
     settings: &MeshSettings,
     now: Now,
-) -> Result<(Store, Registry), ServeError> {
+) -> Result<(Store, Ledger), ServeError> {
     let path = dir.store();
     let store = if fresh {
-        let mut registry = Registry::create(authority.clone(), first_mesh(authority, settings)?);
-        let store = Store::create(&path, &registry.take_changes().writes)?;
+        let mut ledger = Ledger::create(authority.clone(), first_mesh(authority, settings)?);
+        let store = Store::create(&path, &ledger.take_changes(&nobody(), now).writes)?;
         if let Ok(file) = std::fs::File::open(&path) {
             dir.give(&file)?;
         }
@@ -323,7 +329,7 @@ fn open_registry(
     begin(dir, store, authority, settings, now)
 }
 
-/// Loads the registry, counts this start and applies the configuration.
+/// Loads the ledger, counts this start and applies the configuration.
 ///
 /// If the disk accepts no writes, the mesh is served unchanged. The start is not counted then, so
 /// that the next start finds consistent counters.
@@ -333,9 +339,9 @@ fn begin(
     authority: &Arc<Authority>,
     settings: &MeshSettings,
     now: Now,
-) -> Result<(Store, Registry), ServeError> {
-    let mut registry = writer::read(&store, authority.clone(), now)?;
-    let started = registry.start(dir.starts()?);
+) -> Result<(Store, Ledger), ServeError> {
+    let mut ledger = writer::read(&store, authority.clone(), now)?;
+    let started = ledger.registry().start(dir.starts()?);
     if started.restored {
         tracing::warn!(
             epoch = started.starts.epoch,
@@ -343,7 +349,7 @@ fn begin(
             "store was restored from a backup: all watches restart, open tokens are void"
         );
     }
-    registry.configure(|mesh| {
+    ledger.registry().configure(|mesh| {
         mesh.overlay_v6 = settings.overlay_v6.unwrap_or(mesh.overlay_v6);
         mesh.overlay_v4 = settings.overlay_v4.unwrap_or(mesh.overlay_v4);
         mesh.lease = settings.lease.unwrap_or(mesh.lease);
@@ -357,14 +363,14 @@ fn begin(
             mesh.bypass_when_down.clone_from(ranges);
         }
     })?;
-    match store.commit(store.sequence(), &registry.take_changes().writes) {
+    match store.commit(store.sequence(), &ledger.take_changes(&nobody(), now).writes) {
         Ok(_) => {}
         // The new epoch of a restored store must be on the disk before a client sees it.
         Err(error @ CommitError::Failed { .. }) if !started.restored => {
             tracing::error!(%error, "start not counted, changed settings not applied");
             store.reopen()?;
-            let registry = writer::read(&store, authority.clone(), now)?;
-            return Ok((store, registry));
+            let ledger = writer::read(&store, authority.clone(), now)?;
+            return Ok((store, ledger));
         }
         Err(error) => return Err(error.into()),
     }
@@ -372,7 +378,12 @@ fn begin(
         Err(error) if started.restored || dir.starts()?.is_none() => return Err(error.into()),
         stored => warn_unless_stored(stored, "this start is counted in the store only"),
     }
-    Ok((store, registry))
+    Ok((store, ledger))
+}
+
+/// Returns the sessions before any node has connected.
+fn nobody() -> Sessions {
+    Sessions::new(Duration::ZERO)
 }
 
 /// Logs a file that could not be written, and the consequence of that.
@@ -426,11 +437,11 @@ fn local(address: SocketAddr) -> SocketAddr {
 
 /// Renews the controller's and the administrator's certificates periodically.
 async fn renew(dir: StateDir, authority: Arc<Authority>, certificate: Arc<ServerCertificate>) {
-    let mut admin_since = Now::read().unix;
+    let mut admin_since = clock::now().unix;
     let mut checks = interval(CERTIFICATE_CHECK);
     loop {
         checks.tick().await;
-        let now = Now::read().unix;
+        let now = clock::now().unix;
         match certificate.renew(&authority, now) {
             Ok(true) => tracing::info!("certificate renewed"),
             Ok(false) => {}
@@ -448,12 +459,16 @@ async fn renew(dir: StateDir, authority: Arc<Authority>, certificate: Arc<Server
 }
 
 /// Runs the registry's periodic work.
-async fn tick(writer: Writer) {
+async fn tick(writer: Writer, map: Arc<Map>, sessions: Arc<Mutex<Sessions>>) {
     let mut ticks = interval(TICK);
     loop {
         ticks.tick().await;
         // The writer logs it if the store cannot be written.
-        let _ = writer.run(|registry, sessions, now| registry.tick(sessions, now)).await;
+        let work = |ledger: &mut Ledger, sessions: &Sessions, now| {
+            ledger.registry().tick(sessions, now);
+        };
+        let _ = writer.run(work).await;
+        sessions.lock().retain(|node| map.absence(node).is_none());
     }
 }
 
@@ -462,25 +477,25 @@ mod tests {
     use ipnet::IpNet;
 
     use super::*;
-    use crate::state_dir::Starts;
+    use crate::registry::Starts;
 
     #[test]
     fn a_controller_serves_from_a_disk_that_takes_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let dir = StateDir::new(directory.path().join("state"));
         let _lock = dir.lock().unwrap();
-        let now = Now::read();
+        let now = clock::now();
         let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
         let settings = MeshSettings::default();
-        let first = open_registry(&dir, true, &authority, &settings, now).unwrap();
-        let mesh = first.1.mesh().clone();
+        let mut first = open_ledger(&dir, true, &authority, &settings, now).unwrap();
+        let mesh = first.1.registry().mesh().clone();
         drop(first);
         let before = dir.starts().unwrap().unwrap();
 
         let store = Store::open(&dir.store()).unwrap();
         store.fail_next_commit();
-        let (mut store, registry) = begin(&dir, store, &authority, &settings, now).unwrap();
-        assert_eq!(*registry.mesh(), mesh);
+        let (mut store, mut ledger) = begin(&dir, store, &authority, &settings, now).unwrap();
+        assert_eq!(*ledger.registry().mesh(), mesh);
         assert_eq!(dir.starts().unwrap(), Some(before));
         // Once the disk has room, commits succeed again.
         store.commit(store.sequence(), &[]).unwrap();
@@ -492,7 +507,7 @@ mod tests {
         let store = Store::open(&dir.store()).unwrap();
         store.fail_next_commit();
         assert!(begin(&dir, store, &authority, &settings, now).is_err());
-        let (_store, _registry) = open_registry(&dir, false, &authority, &settings, now).unwrap();
+        let (_store, _ledger) = open_ledger(&dir, false, &authority, &settings, now).unwrap();
         assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
     }
 

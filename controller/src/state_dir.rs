@@ -22,6 +22,8 @@ use towline_service::account;
 use towline_service::directory::{self, DirectoryError, PrivateDirectory};
 use zeroize::Zeroizing;
 
+use crate::registry::Starts;
+
 /// Path of a state directory, which need not exist.
 #[derive(Debug, Clone)]
 pub struct StateDir {
@@ -166,15 +168,6 @@ impl StateDir {
     pub fn damaged(&self, name: &str, why: &'static str) -> StateError {
         StateError::Damaged { path: self.root.join(name), why }
     }
-}
-
-/// Start counter and epoch of the mesh. They are stored both in the store and in a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Starts {
-    /// Number of starts so far.
-    pub count: u64,
-    /// Epoch of the mesh. It changes when the store is restored from a backup.
-    pub epoch: u64,
 }
 
 #[cfg(test)]

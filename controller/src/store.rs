@@ -22,8 +22,11 @@ use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefin
 const RECORDS: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("records");
 /// Table of two numbers: `sequence` and `format`.
 const HEAD: TableDefinition<'_, &str, u64> = TableDefinition::new("head");
-/// Version of the format. It is raised with every change that an older controller cannot read.
-const FORMAT: u64 = 1;
+/// Version of the format. It is raised with every change that an older controller cannot read. Format 2
+/// added the record `seen`.
+const FORMAT: u64 = 2;
+/// Oldest format that can still be read. The first commit raises it to [`FORMAT`].
+const OLDEST_FORMAT: u64 = 1;
 /// Size of redb's cache, in bytes. It is small because all records are read once at the start and
 /// kept in memory.
 const CACHE_BYTES: usize = 4 * 1024 * 1024;
@@ -178,7 +181,7 @@ impl Store {
             Ok(table.get(name)?.map(|value| value.value()))
         };
         match head("format").map_err(|error| damaged(error.to_string()))? {
-            Some(FORMAT) => {}
+            Some(OLDEST_FORMAT..=FORMAT) => {}
             Some(found) => return Err(OpenError::Format { path: path(), found }),
             None => return Err(damaged("it has no format number".into())),
         }

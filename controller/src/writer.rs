@@ -1,11 +1,11 @@
-//! The writer: the only thread that owns the registry and the store.
+//! The writer: the only thread that owns the ledger and the store.
 //!
 //! Requests wait in a bounded queue. The writer takes all queued requests, applies them in order to
-//! the registry in memory, stores their changes in one transaction, publishes the changes to the
-//! watchers, and only then answers. So a change is stored before it is acknowledged or published,
-//! and the queued requests share one fsync.
+//! the ledger in memory, signs what is new, stores the changes in one transaction, publishes them in
+//! the map and the view, and only then answers. So a change is stored before it is acknowledged or
+//! published, and the queued requests share one fsync. What only reads does not wait here.
 //!
-//! If a commit fails, all its callers get the error and nothing is published. The registry is then
+//! If a commit fails, all its callers get the error and nothing is published. The ledger is then
 //! loaded again from the store, which decides whether the changes took effect.
 
 use std::sync::Arc;
@@ -14,11 +14,13 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::authority::Authority;
-use crate::clock::Now;
+use crate::clock;
+use crate::ledger::{self, Ledger, LedgerChanges};
 use crate::map::Map;
 use crate::registry::sessions::Sessions;
-use crate::registry::{Event, LoadError, Registry};
+use crate::registry::{Event, Now};
 use crate::store::{OpenError, Store};
+use crate::view::View;
 
 /// Largest number of requests in the queue.
 const QUEUE: usize = 1024;
@@ -45,16 +47,16 @@ enum Message {
     Stop,
 }
 
-/// A request. Called with the registry, it applies itself and returns the function that answers the
+/// A request. Called with the ledger, it applies itself and returns the function that answers the
 /// caller. Called with an error, it answers the caller at once.
 type Job =
-    Box<dyn FnOnce(Result<(&mut Registry, &Sessions, Now), Unavailable>) -> Option<Answer> + Send>;
+    Box<dyn FnOnce(Result<(&mut Ledger, &Sessions, Now), Unavailable>) -> Option<Answer> + Send>;
 /// Function that answers the caller of a request, with the result of the transaction.
 type Answer = Box<dyn FnOnce(Result<(), Unavailable>) + Send>;
 
-/// Error of loading the registry from the store.
+/// Error of loading the ledger from the store.
 #[derive(Debug, thiserror::Error)]
-pub enum ReadError {
+pub enum LoadError {
     /// The store cannot be opened or read.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -64,29 +66,40 @@ pub enum ReadError {
         /// Path of the store's file.
         path: String,
         /// Description of the damage.
-        error: LoadError,
+        error: ledger::ReadError,
     },
 }
 
-/// Loads the registry from an open store.
-pub fn read(store: &Store, authority: Arc<Authority>, now: Now) -> Result<Registry, ReadError> {
+/// State that readers share. Only the writer changes the map and the view.
+#[derive(Clone)]
+pub struct Published {
+    /// Map that watchers see.
+    pub map: Arc<Map>,
+    /// Nodes and tokens that operators see.
+    pub view: Arc<View>,
+    /// Sessions of the connected nodes.
+    pub sessions: Arc<Mutex<Sessions>>,
+}
+
+/// Loads the ledger from an open store.
+pub fn read(store: &Store, authority: Arc<Authority>, now: Now) -> Result<Ledger, LoadError> {
     let path = || store.path().display().to_string();
-    Registry::load(authority, store.load()?, now)
-        .map_err(|error| ReadError::Load { path: path(), error })
+    Ledger::load(authority, store.load()?, now)
+        .map_err(|error| LoadError::Load { path: path(), error })
 }
 
 /// Starts the writer's thread. The receiver resolves when the thread has ended.
 pub fn start(
     store: Store,
-    registry: Registry,
+    ledger: Ledger,
     authority: Arc<Authority>,
-    map: Arc<Map>,
-    sessions: Arc<Mutex<Sessions>>,
+    published: Published,
 ) -> std::io::Result<(Writer, oneshot::Receiver<()>)> {
     let (queue, requests) = mpsc::channel(QUEUE);
     let (ended, has_ended) = oneshot::channel();
-    map.apply(registry.epoch(), registry.revision(), registry.snapshot());
-    let thread = Thread { store, registry, authority, map, sessions, broken: false };
+    published.sessions.lock().restore(ledger.last_seen());
+    published.replace(&ledger);
+    let thread = Thread { store, ledger, authority, published, broken: false };
     std::thread::Builder::new().name("store".into()).spawn(move || {
         thread.run(requests);
         let _ = ended.send(());
@@ -94,18 +107,27 @@ pub fn start(
     Ok((Writer { queue }, has_ended))
 }
 
+impl Published {
+    /// Shows everything that is in the ledger.
+    fn replace(&self, ledger: &Ledger) {
+        let counters = ledger.counters();
+        self.map.apply(counters.epoch, counters.revision, ledger.map());
+        self.view.replace(ledger.view());
+    }
+}
+
 impl Writer {
     /// Applies `request` and returns its result once its changes are on the disk.
     pub async fn run<T: Send + 'static>(
         &self,
-        request: impl FnOnce(&mut Registry, &Sessions, Now) -> T + Send + 'static,
+        request: impl FnOnce(&mut Ledger, &Sessions, Now) -> T + Send + 'static,
     ) -> Result<T, Unavailable> {
         let stopping = || Unavailable("it is stopping: try again".into());
         let (answer, answered) = oneshot::channel();
         // The request is executed even if the caller is gone before it is answered.
         let job: Job = Box::new(move |state| match state {
-            Ok((registry, sessions, now)) => {
-                let result = request(registry, sessions, now);
+            Ok((ledger, sessions, now)) => {
+                let result = request(ledger, sessions, now);
                 Some(Box::new(move |stored: Result<(), Unavailable>| {
                     let _ = answer.send(stored.map(|()| result));
                 }))
@@ -129,11 +151,10 @@ impl Writer {
 /// State of the writer's thread.
 struct Thread {
     store: Store,
-    registry: Registry,
+    ledger: Ledger,
     authority: Arc<Authority>,
-    map: Arc<Map>,
-    sessions: Arc<Mutex<Sessions>>,
-    /// True after a failed transaction: registry and store may differ.
+    published: Published,
+    /// True after a failed transaction: ledger and store may differ.
     broken: bool,
 }
 
@@ -160,23 +181,23 @@ impl Thread {
             }
             return;
         }
-        let now = Now::read();
-        let answers: Vec<Answer> = {
-            let sessions = self.sessions.lock();
-            batch
+        let now = clock::now();
+        let (answers, changes) = {
+            let sessions = self.published.sessions.lock();
+            let answers: Vec<Answer> = batch
                 .into_iter()
-                .filter_map(|job| job(Ok((&mut self.registry, &sessions, now))))
-                .collect()
+                .filter_map(|job| job(Ok((&mut self.ledger, &sessions, now))))
+                .collect();
+            (answers, self.ledger.take_changes(&sessions, now))
         };
-        let stored = self.store();
+        let stored = self.store(changes);
         for answer in answers {
             answer(stored.clone());
         }
     }
 
-    /// Stores the registry's changes and publishes them in the map.
-    fn store(&mut self) -> Result<(), Unavailable> {
-        let changes = self.registry.take_changes();
+    /// Stores changes, and publishes them in the map and the view.
+    fn store(&mut self, changes: LedgerChanges) -> Result<(), Unavailable> {
         if !changes.writes.is_empty() {
             let expected = self.store.sequence();
             if let Err(error) = self.store.commit(expected, &changes.writes) {
@@ -184,23 +205,27 @@ impl Thread {
                 self.broken = true;
                 return Err(Unavailable(error.to_string().into()));
             }
-            self.map.apply(self.registry.epoch(), self.registry.revision(), changes.map);
+            let counters = self.ledger.counters();
+            self.published.map.apply(counters.epoch, counters.revision, changes.map);
+        }
+        if !changes.view.is_empty() {
+            self.published.view.apply(changes.view);
         }
         changes.events.iter().for_each(log);
         Ok(())
     }
 
-    /// Opens the store again and loads the registry from it, if a transaction failed.
+    /// Opens the store again and loads the ledger from it, if a transaction failed.
     fn repair(&mut self) -> Result<(), Unavailable> {
         if !self.broken {
             return Ok(());
         }
-        let reread = self.store.reopen().map_err(ReadError::from);
-        let registry = reread.and_then(|()| read(&self.store, self.authority.clone(), Now::read()));
-        match registry {
-            Ok(registry) => {
-                self.map.apply(registry.epoch(), registry.revision(), registry.snapshot());
-                self.registry = registry;
+        let reread = self.store.reopen().map_err(LoadError::from);
+        let ledger = reread.and_then(|()| read(&self.store, self.authority.clone(), clock::now()));
+        match ledger {
+            Ok(ledger) => {
+                self.published.replace(&ledger);
+                self.ledger = ledger;
                 self.broken = false;
                 tracing::info!("store recovered");
                 Ok(())
@@ -228,19 +253,19 @@ fn log(event: &Event) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::tests::terms;
-    use crate::registry::token::SecretHash;
+    use crate::registry::token::{SecretHash, TokenTerms};
     use crate::state_dir::StateDir;
     use std::time::Duration;
     use towline_fixtures::node::mesh_config;
     use towline_proto::id::TokenId;
     use towline_proto::node::MeshConfig;
-    use towline_proto::token::TokenSecret;
 
-    fn create_token(id: u8) -> impl FnOnce(&mut Registry, &Sessions, Now) -> bool + Send {
-        move |registry, _, now| {
-            let hash = SecretHash::of(&TokenSecret([id; 32]));
-            registry.create_token(TokenId([id; 8]), hash, terms(), i64::MAX, now).is_ok()
+    fn create_token(id: u8) -> impl FnOnce(&mut Ledger, &Sessions, Now) -> bool + Send {
+        move |ledger, _, now| {
+            let terms = TokenTerms::once();
+            let hash = SecretHash([id; 32]);
+            let id = TokenId([id; 8]);
+            ledger.registry().create_token(id, hash, terms, i64::MAX, now).is_ok()
         }
     }
 
@@ -249,26 +274,31 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let dir = StateDir::new(root.path());
         let authority = Arc::new(Authority::load_or_create(&dir, true, 0).unwrap());
-        let mut registry = Registry::create(
+        let mut ledger = Ledger::create(
             authority.clone(),
             MeshConfig { mesh_id: authority.mesh_id(), ..mesh_config() },
         );
-        let store = Store::create(&dir.store(), &registry.take_changes().writes).unwrap();
+        let sessions = Sessions::new(Duration::from_secs(1));
+        let writes = ledger.take_changes(&sessions, clock::now()).writes;
+        let store = Store::create(&dir.store(), &writes).unwrap();
         store.fail_next_commit();
-        let sessions = Arc::new(Mutex::new(Sessions::new(Duration::from_secs(1))));
-        let (writer, ended) =
-            start(store, registry, authority, Arc::new(Map::new()), sessions).unwrap();
+        let published = Published {
+            map: Arc::new(Map::new()),
+            view: Arc::default(),
+            sessions: Arc::new(Mutex::new(sessions)),
+        };
+        let view = published.view.clone();
+        let (writer, ended) = start(store, ledger, authority, published).unwrap();
 
         let error = writer.run(create_token(1)).await.unwrap_err();
         assert!(error.to_string().contains("free space"), "{error}");
+        assert!(view.tokens(None, 9).is_empty(), "what was not stored is not shown");
         assert!(writer.run(create_token(2)).await.unwrap());
-        let tokens = |registry: &mut Registry, _: &Sessions, _| -> Vec<TokenId> {
-            registry.tokens(None).map(|(token, _)| token.id).collect()
-        };
-        assert_eq!(writer.run(tokens).await.unwrap(), [TokenId([2; 8])]);
+        let tokens = view.tokens(None, 9);
+        assert_eq!(tokens.iter().map(|token| &token.id).collect::<Vec<_>>(), ["0202020202020202"]);
         writer.stop().await;
         ended.await.unwrap();
-        assert!(writer.run(tokens).await.is_err(), "a handle that is left is of no use");
+        assert!(writer.run(create_token(3)).await.is_err(), "a handle that is left is of no use");
         let store = Store::open(&dir.store()).unwrap();
         assert_eq!(
             store.load().unwrap().iter().filter(|(k, _)| k.starts_with("token/")).count(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::Code;
 use towline_controller::authority::{Authority, Subject};
-use towline_controller::clock::Now;
+use towline_controller::clock;
 use towline_controller::service::{ROLES, Role, tombstone_of};
 use towline_controller::state_dir::StateDir;
 use towline_fixtures::controller::{
@@ -198,7 +198,8 @@ async fn a_slow_watcher_gets_the_newest_state_and_no_queue() {
         let record = pb::Record {
             node_id: wide.id().0.to_vec(),
             generation,
-            boot_epoch: 1,
+            // A record of which only the generation is new would not be sent.
+            boot_epoch: generation,
             wireguard_keys: vec![wide.machine.wireguard_key().0.to_vec()],
             candidates: candidates.clone(),
             prefixes: prefixes.clone(),
@@ -364,7 +365,7 @@ async fn a_certificate_is_renewed_for_its_own_key_even_when_it_has_expired() {
     assert_eq!(status.code(), Code::PermissionDenied);
 
     let authority = Authority::load_or_create(&StateDir::new(root.path()), false, 0).unwrap();
-    let long_ago = Now::read().unix - 10 * 24 * 3600;
+    let long_ago = clock::now().unix - 10 * 24 * 3600;
     let expired = authority.issue(Subject::Node(node.id()), &node.machine.identity, long_ago);
     node.chain = vec![expired.unwrap()];
     let status = node.watch_from(&controller, Default::default()).await.err().unwrap();
@@ -385,7 +386,7 @@ async fn a_certificate_is_renewed_for_its_own_key_even_when_it_has_expired() {
     let ghost = authority.issue(
         Subject::Node(towline_proto::id::NodeId([9; 16])),
         &node.machine.identity,
-        Now::read().unix,
+        clock::now().unix,
     );
     node.chain = vec![ghost.unwrap()];
     let status = node.watch_from(&controller, Default::default()).await.err().unwrap();

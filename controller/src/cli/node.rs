@@ -11,7 +11,7 @@ use towline_proto::{pb, signed};
 use super::Common;
 use super::client::{Client, status_error};
 use super::output::{self, Format};
-use crate::clock::Now;
+use crate::clock;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Node {
@@ -144,7 +144,7 @@ impl View {
         match self.last_seen_unix {
             0 => "never".to_owned(),
             _ if self.online => "now".to_owned(),
-            at => format!("{} ago", output::span(Now::read().unix - at)),
+            at => format!("{} ago", output::span(clock::now().unix - at)),
         }
     }
 }

@@ -11,7 +11,7 @@ use towline_proto::{limits, pb};
 use super::Common;
 use super::client::{Client, status_error};
 use super::output::{self, Format};
-use crate::clock::Now;
+use crate::clock;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Token {
@@ -71,7 +71,7 @@ pub(super) async fn run(command: Token, common: &Common) -> anyhow::Result<()> {
                 client.admin.create_token(request).await.map_err(status_error)?.into_inner();
             let info =
                 created.info.context("invalid response from the controller: no token data")?;
-            let expires = output::span(info.expires_at - Now::read().unix);
+            let expires = output::span(info.expires_at - clock::now().unix);
             eprintln!("token {} admits {} within {expires}", info.id, nodes(info.uses));
             let shown = Created { token: &created.token, info: View::from(info) };
             output::write(output, &shown, |_| created.token.clone())
@@ -161,7 +161,7 @@ struct View {
 
 impl From<pb::Token> for View {
     fn from(token: pb::Token) -> Self {
-        let expires_in = token.expires_at - Now::read().unix;
+        let expires_in = token.expires_at - clock::now().unix;
         let state = if token.revoked {
             "revoked"
         } else if token.used >= token.uses {

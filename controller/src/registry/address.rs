@@ -3,16 +3,15 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::{Ipv4Net, Ipv6Net};
-use ring::digest;
-use towline_proto::id::NodeId;
+use towline_types::id::NodeId;
 
 /// Number of derived IPv6 addresses that are tried before the range counts as full. With ranges of
-/// at least 2^16 addresses and at most [`limits::NODES`](towline_proto::limits::NODES) nodes, the
+/// at least 2^16 addresses and at most [`limits::NODES`](towline_types::limits::NODES) nodes, the
 /// first few are practically always enough.
 const ATTEMPTS: u8 = 64;
 
-/// Returns an IPv6 address whose host bits are derived from the node's id. If it is taken, the next
-/// derivation is tried. The host part is never all zeros (RFC 4291 section 2.6.1).
+/// Returns an IPv6 address whose host bits are derived from the node's id, which is random. If it is
+/// taken, the next derivation is tried. The host part is never all zeros (RFC 4291 section 2.6.1).
 pub(super) fn v6(
     range: Ipv6Net,
     node: NodeId,
@@ -20,12 +19,24 @@ pub(super) fn v6(
 ) -> Option<Ipv6Addr> {
     let host_mask = u128::from(range.hostmask());
     (0..ATTEMPTS).find_map(|attempt| {
-        let hash = digest::digest(&digest::SHA256, &[node.0.as_slice(), &[attempt]].concat());
-        let bits = hash.as_ref().first_chunk::<16>().map_or(0, |bits| u128::from_be_bytes(*bits));
-        let host = bits & host_mask;
+        let host = mix(u128::from_be_bytes(node.0), attempt) & host_mask;
         let address = Ipv6Addr::from(u128::from(range.network()) | host);
         (host != 0 && !taken(address)).then_some(address)
     })
+}
+
+/// Mixes the bits of an id and the number of the attempt. Two rounds of the finalizer of SplitMix64
+/// on each half are enough: the result only has to be spread evenly, not secret.
+fn mix(id: u128, attempt: u8) -> u128 {
+    fn finalize(mut bits: u64) -> u64 {
+        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        bits ^ (bits >> 31)
+    }
+    let (high, low) = ((id >> 64) as u64, id as u64 ^ (u64::from(attempt) << 56));
+    let high = finalize(high.wrapping_add(finalize(low)));
+    let low = finalize(low.wrapping_add(high));
+    (u128::from(high) << 64) | u128::from(low)
 }
 
 /// Returns the next free IPv4 address after `cursor` (an offset into the range), and the new

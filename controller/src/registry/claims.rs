@@ -1,11 +1,11 @@
-//! Index of the prefixes that nodes hold, and of their holders. A withheld prefix is not in it. The rules for a claim are in
-//! `publish`.
+//! Index of the prefixes that nodes hold, and of their holders. A withheld prefix is not in it. The
+//! rules for a claim are in `publish`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use towline_proto::id::NodeId;
+use towline_types::id::NodeId;
 
 /// Held prefixes, by prefix and by node. A prefix has at most one holder.
 #[derive(Debug, Default)]

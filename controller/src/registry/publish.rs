@@ -9,20 +9,20 @@
 //! connected. Refused claims are checked again whenever a prefix is freed, and periodically.
 
 use ipnet::IpNet;
-use towline_proto::id::{NodeId, NodeName};
-use towline_proto::node::{Node, Record};
-use towline_proto::ownership::{self, Claim};
-use towline_proto::pb;
+use towline_types::id::{NodeId, NodeName};
+use towline_types::node::{Node, Record};
+use towline_types::ownership::{self, Claim};
 
 use super::sessions::{SessionId, Sessions};
-use super::{Event, Refusal, Registry};
-use crate::clock::Now;
+use super::{Event, Key, Now, PublishError, Registry};
 
 /// Result of a publication.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
     /// Revision of the node's map entry.
     pub revision: u64,
+    /// True if the record replaced the stored one; false if it is the stored one.
+    pub is_stored: bool,
     /// Prefixes of the record that are withheld from the map.
     pub withheld: Vec<Withheld>,
 }
@@ -38,59 +38,69 @@ pub struct Withheld {
 
 impl Registry {
     /// Stores a record from a node's live session. The caller has verified its signature.
+    ///
+    /// A record that differs from the stored one by its generation only is stored, but is not a
+    /// change of the map: watchers would learn nothing from it.
     pub fn publish(
         &mut self,
         node: NodeId,
         session: &SessionId,
         record: Record,
-        signed: pb::Signed,
         sessions: &Sessions,
         now: Now,
-    ) -> Result<Published, Refusal> {
+    ) -> Result<Published, PublishError> {
         let member = self.member(node)?;
         if sessions.live(node, now).is_none_or(|live| live.id != *session) {
-            return Err(Refusal::NoSession);
+            return Err(PublishError::NoSession);
         }
-        if let Some((stored, have)) = &member.record {
-            if record.generation < stored.generation {
-                let (offered, stored) = (record.generation, stored.generation);
-                return Err(Refusal::GenerationBehind { offered, stored });
+        let mut is_refresh = false;
+        if let Some(stored) = &member.record {
+            let (offered, have) = (record.generation, stored.generation);
+            if offered < have {
+                return Err(PublishError::GenerationBehind { offered, stored: have });
             }
-            if record.generation == stored.generation {
-                if have.body != signed.body {
-                    return Err(Refusal::GenerationReused { generation: record.generation });
+            is_refresh = *stored == Record { generation: have, ..record.clone() };
+            if offered == have {
+                if !is_refresh {
+                    return Err(PublishError::GenerationReused { generation: offered });
                 }
-                return Ok(self.settled(node, sessions, now));
+                return Ok(self.settled(node, false, sessions, now));
             }
         }
         if let Err(error) = Node::new(member.grant.clone(), record.clone()) {
-            self.note(node, None, error.to_string());
+            self.note(node, error.to_string());
             return Err(error.into());
         }
         let freed = self.claims.held_by(node).iter().any(|have| !record.prefixes.contains(have));
-        if let Some(member) = self.nodes.get_mut(&node) {
-            member.record = Some((record, signed));
-            member.last_seen = now.unix;
+        self.members.set_record(node, record);
+        if is_refresh {
+            self.dirty.insert(Key::Node(node));
+        } else {
+            self.touch(node);
         }
-        self.touch(node);
-        let published = self.settled(node, sessions, now);
+        let published = self.settled(node, true, sessions, now);
         if freed {
             self.reconsider(sessions, now);
         }
         Ok(published)
     }
 
-    fn settled(&mut self, node: NodeId, sessions: &Sessions, now: Now) -> Published {
+    fn settled(
+        &mut self,
+        node: NodeId,
+        is_stored: bool,
+        sessions: &Sessions,
+        now: Now,
+    ) -> Published {
         let withheld = self.settle(node, sessions, now);
-        let revision = self.nodes.get(&node).map_or(self.revision, |member| member.revision);
-        Published { revision, withheld }
+        let member = self.members.get(node);
+        let revision = member.map_or(self.counters.revision, |member| member.revision);
+        Published { revision, is_stored, withheld }
     }
 
     /// Checks every withheld claim again.
     pub(super) fn reconsider(&mut self, sessions: &Sessions, now: Now) {
-        let waiting = self.nodes.iter().filter(|(_, member)| !member.withheld.is_empty());
-        let waiting: Vec<NodeId> = waiting.map(|(id, _)| *id).collect();
-        for node in waiting {
+        for node in self.members.with_withheld() {
             self.settle(node, sessions, now);
         }
     }
@@ -98,9 +108,9 @@ impl Registry {
     /// Assigns the prefixes that a node's record claims, and releases those that it no longer
     /// claims. Claims that are refused are withheld, and returned.
     fn settle(&mut self, node: NodeId, sessions: &Sessions, now: Now) -> Vec<Withheld> {
-        let Some(member) = self.nodes.get(&node) else { return Vec::new() };
-        let Some((record, _)) = &member.record else { return Vec::new() };
-        let wanted = record.prefixes.clone();
+        let Some(member) = self.members.get(node) else { return Vec::new() };
+        let Some(record) = &member.record else { return Vec::new() };
+        let (wanted, was_withheld) = (record.prefixes.clone(), member.withheld.clone());
         for prefix in self.claims.held_by(node) {
             if !wanted.contains(&prefix) {
                 self.claims.release(&prefix);
@@ -113,21 +123,13 @@ impl Registry {
             }
         }
         let list: Vec<IpNet> = withheld.iter().map(|withheld| withheld.prefix).collect();
-        let settled: Vec<IpNet> = self.withheld(node).filter(|was| !list.contains(was)).collect();
-        for prefix in settled {
-            self.forget_problems(node, &prefix);
+        for settled in was_withheld.iter().filter(|was| !list.contains(was)) {
+            self.problems.settle((node, *settled));
         }
-        if let Some(member) = self.nodes.get_mut(&node)
-            && member.withheld != list
-        {
-            member.withheld = list;
+        if list != was_withheld && self.members.set_withheld(node, list) {
             self.touch(node);
         }
         withheld
-    }
-
-    fn withheld(&self, node: NodeId) -> impl Iterator<Item = IpNet> {
-        self.nodes.get(&node).into_iter().flat_map(|member| member.withheld.iter().copied())
     }
 
     /// Makes the node the holder of the prefix.
@@ -147,11 +149,11 @@ impl Registry {
         }
         if let Err(unusable) = ownership::usable(prefix, &self.mesh.config) {
             let reason = unusable.to_string();
-            self.note(node, Some((node, prefix)), reason.clone());
+            self.note_about(node, Some((node, prefix)), reason.clone());
             return Err(reason);
         }
         let claim_of = |node: NodeId, prefix: IpNet| {
-            self.nodes.get(&node).map(|member| Claim { grant: &member.grant, prefix })
+            self.members.get(node).map(|member| Claim { grant: &member.grant, prefix })
         };
         let rivals: Vec<(IpNet, NodeId)> = self
             .claims
@@ -172,8 +174,8 @@ impl Registry {
                 self.name_of(node),
                 self.name_of(holder),
             );
-            self.note(node, Some((node, prefix)), reason.clone());
-            self.note(holder, Some((node, prefix)), reason.clone());
+            self.note_about(node, Some((node, prefix)), reason.clone());
+            self.note_about(holder, Some((node, prefix)), reason.clone());
             return Err(reason);
         }
         for (other, holder) in rivals {
@@ -186,23 +188,24 @@ impl Registry {
     /// Takes a prefix from a holder that is offline for longer than the lease.
     fn take_from(&mut self, holder: NodeId, held: IpNet, node: NodeId, prefix: IpNet) {
         self.claims.release(&held);
-        if let Some(member) = self.nodes.get_mut(&holder) {
-            member.withheld.push(held);
-        }
+        let mut withheld =
+            self.members.get(holder).map_or_else(Vec::new, |member| member.withheld.clone());
+        withheld.push(held);
+        self.members.set_withheld(holder, withheld);
         self.touch(holder);
         let (from, to) = (self.name_of(holder), self.name_of(node));
         let text = format!(
             "prefix {held} of node `{from}` moved to node `{to}` ({prefix}): \
              `{from}` had been offline for longer than the lease"
         );
-        self.note(holder, Some((holder, held)), text.clone());
-        self.note(node, Some((holder, held)), text);
+        self.note_about(holder, Some((holder, held)), text.clone());
+        self.note_about(node, Some((holder, held)), text);
         self.events.push(Event::PrefixMoved { prefix, from, to });
     }
 
     fn name_of(&self, node: NodeId) -> NodeName {
         // Callers only pass nodes of the registry.
-        let Some(member) = self.nodes.get(&node) else { unreachable!("no node {node}") };
+        let Some(member) = self.members.get(node) else { unreachable!("no node {node}") };
         member.grant.name.clone()
     }
 }

@@ -1,15 +1,16 @@
-//! Sessions of the connected nodes: at most one live session for each node.
+//! Presence of the nodes: at most one live session for each node, and when each was last seen.
 //!
 //! A session lives from the start of its watch until it is closed, is replaced by the same
-//! instance, or has missed [`MISSED`] heartbeats. Sessions are not stored.
+//! instance, or has missed [`MISSED`] heartbeats. Sessions are not stored. The times at which nodes
+//! were last seen are stored now and then (see [`Key::LastSeen`](super::Key::LastSeen)).
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use towline_proto::id::NodeId;
+use towline_types::id::NodeId;
 
-use crate::clock::Now;
+use super::Now;
 
 /// Number of heartbeat intervals without a message after which a session is dead.
 pub const MISSED: u32 = 3;
@@ -31,17 +32,35 @@ pub struct Session {
     pub last_seen: Instant,
 }
 
-/// The live sessions.
+/// Presence of the nodes.
 #[derive(Debug)]
 pub struct Sessions {
     heartbeat: Duration,
     live: BTreeMap<NodeId, Session>,
+    seen: BTreeMap<NodeId, LastSeen>,
+    opened_and_closed: u64,
+}
+
+/// Time at which a node was last seen before its current session.
+#[derive(Debug, Clone, Copy)]
+struct LastSeen {
+    /// Wall-clock time in seconds since 1970.
+    unix: i64,
+    /// Monotonic time; `None` if it was before the start of this process.
+    mono: Option<Instant>,
 }
 
 impl Sessions {
-    /// Creates an empty table. Each client has to send a message every `heartbeat`.
+    /// Creates a table without sessions. Each client has to send a message every `heartbeat`.
     pub fn new(heartbeat: Duration) -> Self {
-        Self { heartbeat, live: BTreeMap::new() }
+        Self { heartbeat, live: BTreeMap::new(), seen: BTreeMap::new(), opened_and_closed: 0 }
+    }
+
+    /// Adds the times at which nodes were last seen before this process started.
+    pub fn restore(&mut self, seen: impl IntoIterator<Item = (NodeId, i64)>) {
+        for (node, unix) in seen {
+            self.seen.insert(node, LastSeen { unix, mono: None });
+        }
     }
 
     /// Returns the interval at which each side sends a heartbeat.
@@ -64,6 +83,7 @@ impl Sessions {
             Some(other) if other.instance != session.instance => Err(other.address),
             _ => {
                 self.live.insert(node, session);
+                self.opened_and_closed += 1;
                 Ok(())
             }
         }
@@ -82,17 +102,54 @@ impl Sessions {
     }
 
     /// Ends a session. Returns `false` if it was not the node's current one.
-    pub fn close(&mut self, node: NodeId, id: SessionId) -> bool {
-        let current = self.live.get(&node).is_some_and(|session| session.id == id);
-        if current {
-            self.live.remove(&node);
-        }
-        current
+    pub fn close(&mut self, node: NodeId, id: SessionId, now: Now) -> bool {
+        let Some(session) = self.live.get(&node).filter(|session| session.id == id) else {
+            return false;
+        };
+        let silent = i64::try_from(now.since(session.last_seen).as_secs()).unwrap_or(0);
+        let seen = LastSeen { unix: now.unix - silent, mono: Some(session.last_seen) };
+        self.seen.insert(node, seen);
+        self.live.remove(&node);
+        self.opened_and_closed += 1;
+        true
+    }
+
+    /// Removes what is known of nodes that do not satisfy `is_member`.
+    pub fn retain(&mut self, is_member: impl Fn(NodeId) -> bool) {
+        self.seen.retain(|node, _| is_member(*node));
     }
 
     /// Returns the node's session, if it is live.
     pub fn live(&self, node: NodeId, now: Now) -> Option<&Session> {
         self.live.get(&node).filter(|session| now.since(session.last_seen) <= self.deadline())
+    }
+
+    /// Returns the time of the last message of a node in this process's life.
+    pub fn last_heard(&self, node: NodeId) -> Option<Instant> {
+        let session = self.live.get(&node).map(|session| session.last_seen);
+        session.or_else(|| self.seen.get(&node)?.mono)
+    }
+
+    /// Returns when a node was last seen, in seconds since 1970: now if it is connected, 0 if it
+    /// never was.
+    pub fn last_seen(&self, node: NodeId, now: Now) -> i64 {
+        if let Some(session) = self.live.get(&node) {
+            let silent = now.since(session.last_seen);
+            let silent = if silent <= self.deadline() { 0 } else { silent.as_secs() };
+            return now.unix - i64::try_from(silent).unwrap_or(0);
+        }
+        self.seen.get(&node).map_or(0, |seen| seen.unix)
+    }
+
+    /// Returns when each node was last seen, for the store.
+    pub fn all_last_seen(&self, now: Now) -> BTreeMap<NodeId, i64> {
+        let nodes = self.seen.keys().chain(self.live.keys());
+        nodes.map(|node| (*node, self.last_seen(*node, now))).collect()
+    }
+
+    /// Returns how many sessions were opened and closed.
+    pub fn opened_and_closed(&self) -> u64 {
+        self.opened_and_closed
     }
 
     /// Returns the number of sessions, including dead ones that were not closed yet.
@@ -109,6 +166,7 @@ impl Sessions {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registry::tests;
 
     const NODE: NodeId = NodeId([1; 16]);
     const SECOND: Duration = Duration::from_secs(1);
@@ -120,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_second_instance_is_refused_while_the_first_is_heard() {
-        let now = Now::read();
+        let now = tests::now();
         let mut sessions = Sessions::new(SECOND);
         sessions.open(NODE, session(1, 1, now), now).unwrap();
         let refused = sessions.open(NODE, session(2, 2, now), now);
@@ -135,27 +193,31 @@ mod tests {
 
     #[test]
     fn the_same_instance_replaces_its_own_session() {
-        let now = Now::read();
+        let now = tests::now();
         let mut sessions = Sessions::new(SECOND);
         sessions.open(NODE, session(1, 1, now), now).unwrap();
         sessions.open(NODE, session(2, 1, now), now).unwrap();
         assert!(
-            !sessions.close(NODE, [1; 16]),
+            !sessions.close(NODE, [1; 16], now),
             "a late close of the first must not end the second"
         );
         assert!(sessions.live(NODE, now).is_some());
-        assert!(sessions.close(NODE, [2; 16]));
+        assert!(sessions.close(NODE, [2; 16], now));
         assert!(sessions.is_empty());
     }
 
     #[test]
     fn a_silent_session_is_dead() {
-        let now = Now::read();
+        let now = tests::now();
         let mut sessions = Sessions::new(SECOND);
         sessions.open(NODE, session(1, 1, now), now).unwrap();
         let later = now.plus(SECOND * 2);
         assert!(sessions.renew(NODE, [1; 16], later));
         assert!(sessions.live(NODE, later.plus(SECOND * 3)).is_some());
-        assert!(sessions.live(NODE, later.plus(SECOND * 4)).is_none());
+        let late = later.plus(SECOND * 4);
+        assert!(sessions.live(NODE, late).is_none());
+        assert_eq!(sessions.last_seen(NODE, late), later.unix, "the time of the last message");
+        assert!(sessions.close(NODE, [1; 16], late));
+        assert_eq!(sessions.last_seen(NODE, late), later.unix);
     }
 }

@@ -1,46 +1,28 @@
-//! Join tokens in the registry. Only a hash of the secret is stored.
+//! Join tokens in the registry. Only a hash of the secret is known here.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
 use ipnet::IpNet;
-use ring::digest;
 use subtle::ConstantTimeEq;
-use towline_proto::convert::{self, Invalid};
-use towline_proto::id::{Label, NodeName, TokenId};
-use towline_proto::token::TokenSecret;
-use towline_proto::{limits, pb};
+use towline_types::id::{Label, NodeName, TokenId};
+use towline_types::limits;
 
-use super::Refusal;
+use super::JoinError;
 
-/// SHA-256 of a token's secret. The secret is 32 random bytes, so no salt is needed.
-#[derive(Clone, PartialEq, Eq)]
-pub struct SecretHash([u8; 32]);
+/// Hash of a token's secret.
+#[derive(Debug, Clone, Copy)]
+pub struct SecretHash(pub [u8; 32]);
 
-impl SecretHash {
-    /// Computes the hash of a secret.
-    pub fn of(secret: &TokenSecret) -> Self {
-        let hash = digest::digest(&digest::SHA256, &secret.0);
-        // The digest of SHA-256 has 32 bytes.
-        Self(hash.as_ref().first_chunk().copied().unwrap_or_default())
-    }
-
-    /// Creates the hash from its stored bytes.
-    pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        bytes.try_into().ok().map(Self)
-    }
-
-    /// Returns the bytes to store.
-    pub(super) fn as_bytes(&self) -> &[u8] {
-        &self.0
-    }
-
+impl PartialEq for SecretHash {
     /// Compares two hashes in constant time.
-    fn matches(&self, other: &Self) -> bool {
+    fn eq(&self, other: &Self) -> bool {
         self.0.ct_eq(&other.0).into()
     }
 }
+
+impl Eq for SecretHash {}
 
 /// Pattern of the names that a token admits: a DNS label in which `*` matches any characters.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -112,8 +94,23 @@ pub struct TokenTerms {
     pub ephemeral: bool,
 }
 
+impl TokenTerms {
+    /// Returns the terms of a token that one node of any name may use, and that allows no prefixes.
+    pub fn once() -> Self {
+        Self {
+            uses: 1,
+            name: None,
+            site: None,
+            labels: BTreeMap::new(),
+            allowed_prefixes: Vec::new(),
+            replace: None,
+            ephemeral: false,
+        }
+    }
+}
+
 /// A join token, without its secret.
-#[derive(Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Token {
     /// Id of the token.
     pub id: TokenId,
@@ -127,31 +124,23 @@ pub struct Token {
     pub used: u32,
     /// True once an operator revoked it, or a restored backup made it void.
     pub revoked: bool,
-    pub(super) secret_hash: SecretHash,
+    /// Hash of its secret.
+    pub secret_hash: SecretHash,
 }
 
 impl Token {
-    /// Checks the secret of the bearer.
-    pub(super) fn authenticate(&self, secret: &TokenSecret) -> Result<(), Refusal> {
-        if self.secret_hash.matches(&SecretHash::of(secret)) {
-            Ok(())
-        } else {
-            Err(Refusal::TokenSecret { token: self.id })
-        }
-    }
-
     /// Checks that another node of this name may join with the token.
-    pub(super) fn admits(&self, name: &NodeName, now: i64) -> Result<(), Refusal> {
+    pub(super) fn admits(&self, name: &NodeName, now: i64) -> Result<(), JoinError> {
         let token = self.id;
         if self.used >= self.terms.uses {
-            return Err(Refusal::TokenUsed { token });
+            return Err(JoinError::TokenUsed { token });
         }
         if now >= self.expires_at {
-            return Err(Refusal::TokenExpired { token });
+            return Err(JoinError::TokenExpired { token });
         }
         match &self.terms.name {
             Some(pattern) if !pattern.matches(name) => {
-                Err(Refusal::Name { name: name.clone(), pattern: pattern.clone() })
+                Err(JoinError::Name { name: name.clone(), pattern: pattern.clone() })
             }
             _ => Ok(()),
         }
@@ -160,52 +149,6 @@ impl Token {
     /// Returns whether another node can join with the token.
     pub fn is_open(&self, now: i64) -> bool {
         !self.revoked && self.used < self.terms.uses && now < self.expires_at
-    }
-
-    pub(super) fn from_pb(secret_hash: SecretHash, token: pb::Token) -> Result<Self, Invalid> {
-        let malformed = |_| Invalid::Malformed("token");
-        let optional = |text: String| Some(text).filter(|text| !text.is_empty());
-        Ok(Self {
-            id: token.id.parse()?,
-            terms: TokenTerms {
-                uses: token.uses,
-                name: optional(token.name_pattern)
-                    .map(|text| text.parse().map_err(malformed))
-                    .transpose()?,
-                site: convert::site(token.site)?,
-                labels: convert::labels(token.labels)?,
-                allowed_prefixes: convert::prefixes(&token.allowed_prefixes)?,
-                replace: optional(token.replace).map(NodeName::try_from).transpose()?,
-                ephemeral: token.ephemeral,
-            },
-            created_at: token.created_at,
-            expires_at: token.expires_at,
-            used: token.used,
-            revoked: token.revoked,
-            secret_hash,
-        })
-    }
-}
-
-impl From<&Token> for pb::Token {
-    /// Converts a token, without the names of the nodes, which are not stored with it.
-    fn from(token: &Token) -> Self {
-        let terms = &token.terms;
-        Self {
-            id: token.id.to_string(),
-            created_at: token.created_at,
-            expires_at: token.expires_at,
-            uses: terms.uses,
-            used: token.used,
-            revoked: token.revoked,
-            name_pattern: terms.name.as_ref().map(NamePattern::to_string).unwrap_or_default(),
-            site: terms.site.as_ref().map(Label::to_string).unwrap_or_default(),
-            labels: terms.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
-            allowed_prefixes: terms.allowed_prefixes.iter().map(Into::into).collect(),
-            replace: terms.replace.as_ref().map(NodeName::to_string).unwrap_or_default(),
-            ephemeral: terms.ephemeral,
-            nodes: Vec::new(),
-        }
     }
 }
 

@@ -4,22 +4,29 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tonic::{Request, Response, Status};
-use towline_proto::convert;
-use towline_proto::id::{NodeName, TokenId};
+use towline_proto::convert::{self, Invalid};
+use towline_proto::id::{InvalidId, NodeName, TokenId};
 use towline_proto::pb::admin_server::Admin;
 use towline_proto::token::{JoinToken, TokenSecret};
 use towline_proto::{limits, pb};
 
-use crate::clock::Now;
-use crate::entropy::random;
+use crate::clock;
+use crate::entropy::{random, secret_hash};
+use crate::ledger::Ledger;
+use crate::registry::Now;
 use crate::registry::sessions::Sessions;
-use crate::registry::token::{InvalidPattern, SecretHash, TokenTerms};
-use crate::registry::{NodeStatus, Registry};
+use crate::registry::token::{InvalidPattern, TokenTerms};
+use crate::stored::token_message;
+use crate::view::NodeView;
 
-use super::{Shared, invalid, no_entropy, refused, unavailable};
+use super::Shared;
+use super::refusal::Refusal as _;
 
 /// Default lifetime of a token.
 const TTL: Duration = Duration::from_secs(3600);
+
+/// Largest number of items in a page.
+const PAGE: usize = 512;
 
 /// Implementation of the service `towline.v1.Admin`.
 pub struct AdminService {
@@ -56,14 +63,14 @@ impl Admin for AdminService {
             )));
         }
         let terms = terms(request)?;
-        let id = TokenId(random().map_err(no_entropy)?);
-        let secret = TokenSecret(random().map_err(no_entropy)?);
-        let hash = SecretHash::of(&secret);
-        let run = move |registry: &mut Registry, _: &_, now: Now| {
+        let id = TokenId(random().map_err(|error| error.status())?);
+        let secret = TokenSecret(random().map_err(|error| error.status())?);
+        let hash = secret_hash(&secret);
+        let change = move |ledger: &mut Ledger, _: &Sessions, now: Now| {
             let expires_at = now.plus(ttl).unix;
-            registry.create_token(id, hash, terms, expires_at, now).map(pb::Token::from)
+            ledger.registry().create_token(id, hash, terms, expires_at, now).map(token_message)
         };
-        let info = self.shared.writer.run(run).await.map_err(unavailable)?.map_err(refused)?;
+        let info = self.shared.apply(change).await?.map_err(|error| error.status())?;
         let token = JoinToken {
             ca: self.shared.authority.fingerprint(),
             id,
@@ -79,13 +86,7 @@ impl Admin for AdminService {
     ) -> Result<Response<pb::ListTokensResponse>, Status> {
         let after = request.into_inner().after;
         let after = if after.is_empty() { None } else { Some(token_id(&after)?) };
-        let run = move |registry: &mut Registry, _: &_, _| {
-            page(registry.tokens(after).map(|(token, nodes)| pb::Token {
-                nodes: nodes.iter().map(NodeName::to_string).collect(),
-                ..token.into()
-            }))
-        };
-        let (tokens, more) = self.shared.writer.run(run).await.map_err(unavailable)?;
+        let (tokens, more) = page(self.shared.view.tokens(after, PAGE + 1).into_iter());
         Ok(Response::new(pb::ListTokensResponse { tokens, more }))
     }
 
@@ -94,8 +95,8 @@ impl Admin for AdminService {
         request: Request<pb::RevokeTokenRequest>,
     ) -> Result<Response<pb::RevokeTokenResponse>, Status> {
         let id = token_id(&request.get_ref().id)?;
-        let run = move |registry: &mut Registry, _: &_, _| registry.revoke_token(id);
-        self.shared.writer.run(run).await.map_err(unavailable)?.map_err(refused)?;
+        let change = move |ledger: &mut Ledger, _: &Sessions, _| ledger.registry().revoke_token(id);
+        self.shared.apply(change).await?.map_err(|error| error.status())?;
         Ok(Response::new(pb::RevokeTokenResponse {}))
     }
 
@@ -109,15 +110,18 @@ impl Admin for AdminService {
             name => node_name(name).map(Some),
         };
         let (name, after) = (optional(request.name)?, optional(request.after)?);
-        let run = move |registry: &mut Registry, sessions: &Sessions, now| match name {
+        let nodes = match name {
             Some(name) => {
-                let status = registry.status(&name, sessions, now)?;
-                Ok((vec![node_info(status)], false))
+                vec![self.shared.view.node(&name).map_err(|error| error.status())?]
             }
-            None => Ok(page(registry.statuses(after.as_ref(), sessions, now).map(node_info))),
+            None => self.shared.view.nodes(after.as_ref(), PAGE + 1),
         };
-        let listed = self.shared.writer.run(run).await.map_err(unavailable)?;
-        let (nodes, more) = listed.map_err(refused)?;
+        let now = clock::now();
+        let infos: Vec<pb::NodeInfo> = {
+            let sessions = self.shared.sessions.lock();
+            nodes.iter().map(|node| node_info(node, &sessions, now)).collect()
+        };
+        let (nodes, more) = page(infos.into_iter());
         Ok(Response::new(pb::ListNodesResponse { nodes, more }))
     }
 
@@ -126,11 +130,8 @@ impl Admin for AdminService {
         request: Request<pb::RemoveNodeRequest>,
     ) -> Result<Response<pb::RemoveNodeResponse>, Status> {
         let name = node_name(request.into_inner().name)?;
-        let run = move |registry: &mut Registry, sessions: &_, now| {
-            let node = registry.by_name(&name)?;
-            registry.remove(node, "removed by an operator", sessions, now)
-        };
-        let tombstone = self.shared.writer.run(run).await.map_err(unavailable)?.map_err(refused)?;
+        let node = self.shared.view.node(&name).map_err(|error| error.status())?.id;
+        let tombstone = self.shared.remove(node, "removed by an operator").await?;
         Ok(Response::new(pb::RemoveNodeResponse { tombstone: Some(tombstone) }))
     }
 
@@ -138,9 +139,7 @@ impl Admin for AdminService {
         &self,
         _: Request<pb::GetMeshRequest>,
     ) -> Result<Response<pb::GetMeshResponse>, Status> {
-        let run = |registry: &mut Registry, _: &_, _| registry.signed_mesh().clone();
-        let mesh = self.shared.writer.run(run).await.map_err(unavailable)?;
-        Ok(Response::new(pb::GetMeshResponse { mesh: Some(mesh) }))
+        Ok(Response::new(pb::GetMeshResponse { mesh: Some(self.shared.map.mesh()) }))
     }
 
     async fn configure_mesh(
@@ -149,27 +148,28 @@ impl Admin for AdminService {
     ) -> Result<Response<pb::ConfigureMeshResponse>, Status> {
         let request = request.into_inner();
         let ranges = |list: Option<pb::PrefixList>| match list {
-            Some(list) => convert::prefixes(&list.prefixes).map(Some).map_err(invalid),
+            Some(list) => {
+                convert::prefixes(&list.prefixes).map(Some).map_err(|error| error.status())
+            }
             None => Ok(None),
         };
         let protected = ranges(request.protected)?;
         let bypass_when_down = ranges(request.bypass_when_down)?;
         let trusted_sites = match request.trusted_sites {
-            Some(list) => Some(convert::sites(list.sites).map_err(invalid)?),
+            Some(list) => Some(convert::sites(list.sites).map_err(|error| error.status())?),
             None => None,
         };
-        let run = move |registry: &mut Registry, _: &_, _| {
-            let changed = registry.configure(|mesh| {
+        let change = move |ledger: &mut Ledger, _: &Sessions, _| {
+            ledger.registry().configure(|mesh| {
                 mesh.protected = protected.unwrap_or(std::mem::take(&mut mesh.protected));
                 mesh.trusted_sites =
                     trusted_sites.unwrap_or(std::mem::take(&mut mesh.trusted_sites));
                 mesh.bypass_when_down =
                     bypass_when_down.unwrap_or(std::mem::take(&mut mesh.bypass_when_down));
-            });
-            changed.map(|()| registry.signed_mesh().clone())
+            })
         };
-        let mesh = self.shared.writer.run(run).await.map_err(unavailable)?;
-        let mesh = mesh.map_err(|error| Status::failed_precondition(error.to_string()))?;
+        self.shared.apply(change).await?.map_err(|error| error.status())?;
+        let mesh = self.shared.map.mesh();
         Ok(Response::new(pb::ConfigureMeshResponse { mesh: Some(mesh) }))
     }
 }
@@ -179,7 +179,7 @@ fn page<M: prost::Message>(items: impl Iterator<Item = M>) -> (Vec<M>, bool) {
     let (mut page, mut bytes) = (Vec::new(), 0);
     for item in items {
         bytes += item.encoded_len();
-        if bytes > limits::CHANGES_BYTES && !page.is_empty() {
+        if page.len() == PAGE || (bytes > limits::CHANGES_BYTES && !page.is_empty()) {
             return (page, true);
         }
         page.push(item);
@@ -188,11 +188,11 @@ fn page<M: prost::Message>(items: impl Iterator<Item = M>) -> (Vec<M>, bool) {
 }
 
 fn token_id(text: &str) -> Result<TokenId, Status> {
-    text.parse().map_err(|error: towline_proto::id::InvalidId| invalid(error.into()))
+    text.parse().map_err(|error: InvalidId| Invalid::from(error).status())
 }
 
 fn node_name(name: String) -> Result<NodeName, Status> {
-    NodeName::try_from(name).map_err(|error| invalid(error.into()))
+    NodeName::try_from(name).map_err(|error| Invalid::from(error).status())
 }
 
 fn terms(request: pb::CreateTokenRequest) -> Result<TokenTerms, Status> {
@@ -223,23 +223,24 @@ fn terms(request: pb::CreateTokenRequest) -> Result<TokenTerms, Status> {
     Ok(TokenTerms {
         uses,
         name,
-        site: convert::site(request.site).map_err(invalid)?,
-        labels: convert::labels(request.labels).map_err(invalid)?,
-        allowed_prefixes: convert::prefixes(&request.allowed_prefixes).map_err(invalid)?,
+        site: convert::site(request.site).map_err(|error| error.status())?,
+        labels: convert::labels(request.labels).map_err(|error| error.status())?,
+        allowed_prefixes: convert::prefixes(&request.allowed_prefixes)
+            .map_err(|error| error.status())?,
         replace,
         ephemeral: request.ephemeral,
     })
 }
 
-fn node_info(status: NodeStatus<'_>) -> pb::NodeInfo {
-    let member = status.member;
+fn node_info(node: &NodeView, sessions: &Sessions, now: Now) -> pb::NodeInfo {
+    let session = sessions.live(node.id, now).map(|session| session.address);
     pb::NodeInfo {
-        grant: Some(member.signed_grant.clone()),
-        record: member.record.as_ref().map(|(_, signed)| signed.clone()),
-        online: status.session.is_some(),
-        last_seen: status.last_seen,
-        joined_at: member.joined_at,
-        session_address: status.session.map(|address| address.to_string()).unwrap_or_default(),
-        problems: status.problems,
+        grant: Some(node.grant.clone()),
+        record: node.record.clone(),
+        online: session.is_some(),
+        last_seen: sessions.last_seen(node.id, now),
+        joined_at: node.joined_at,
+        session_address: session.map(|address| address.to_string()).unwrap_or_default(),
+        problems: node.problems.clone(),
     }
 }

@@ -18,7 +18,7 @@ use crate::listen::ConnectionInfo;
 use crate::map::Map;
 use crate::peer::PeerName;
 
-use super::refused;
+use super::refusal::no_access;
 
 /// Role that a client needs to call an RPC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,7 +136,8 @@ impl Authorizer {
         if presented.expired && !expired {
             return Err(Status::unauthenticated("the node's certificate has expired: renew it"));
         }
-        let (name, _) = self.map.member(id, &peer.key).map_err(refused)?;
+        let member = self.map.member(id, &peer.key);
+        let (name, _) = member.map_err(|error| no_access(&error, &self.map))?;
         Ok(CallingNode { id, name, identity: peer.key })
     }
 

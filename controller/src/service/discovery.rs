@@ -17,14 +17,17 @@ use towline_proto::{limits, pb, signed};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::authority::{Subject, csr_key};
-use crate::clock::{self, Now};
-use crate::entropy::random;
-use crate::registry::sessions::Session;
-use crate::registry::{Join, Refusal, Registry};
+use crate::clock;
+use crate::entropy::{random, secret_hash};
+use crate::ledger::Ledger;
+use crate::map::AccessError;
+use crate::registry::sessions::{Session, Sessions};
+use crate::registry::{Join, JoinError, PublishError};
 
 use super::auth::Caller;
+use super::refusal::{Refusal as _, absent, no_access};
 use super::watch::{self, Watcher};
-use super::{Shared, invalid, invalid_csr, missing, no_entropy, refused, unavailable};
+use super::{Shared, missing};
 
 /// Timeout of the first message of a watch.
 const FIRST_WORD: Duration = Duration::from_secs(10);
@@ -47,30 +50,31 @@ impl DiscoveryService {
                 "the controller restarted during the join: call Hello again, then Join",
             ));
         }
-        let (identity_key, public) = csr_key(&join.csr).map_err(invalid_csr)?;
+        let (identity_key, public) = csr_key(&join.csr).map_err(|error| error.status())?;
         if !join.holds_wireguard_key(&shared.proof_key) {
             return Err(Status::invalid_argument(
                 "the proof of the WireGuard key is invalid: use the private key of that public key",
             ));
         }
-        let node_id = NodeId(random().map_err(no_entropy)?);
+        let node_id = NodeId(random().map_err(|error| error.status())?);
         let WireJoin { token, secret, name, wireguard_key, .. } = join;
-        let request = Join { token, secret, name, identity_key, wireguard_key, node_id };
-        let run = move |registry: &mut Registry, sessions: &_, now| {
-            registry.join(&request, sessions, now)
+        let secret_hash = secret_hash(&secret);
+        let request = Join { token, secret_hash, name, identity_key, wireguard_key, node_id };
+        let change = move |ledger: &mut Ledger, sessions: &Sessions, now| {
+            ledger.registry().join(&request, sessions, now)
         };
-        let joined = shared.writer.run(run).await.map_err(unavailable)?;
-        let joined = joined.map_err(|refusal| {
-            if is_guess(&refusal) {
-                shared.failed_joins.lock().charge(source.ip(), Now::read().mono);
+        let node = shared.apply(change).await?.map_err(|error| {
+            if is_guess(&error) {
+                shared.failed_joins.lock().charge(source.ip(), clock::now().mono);
             }
-            tracing::info!(%source, %token, reason = %refusal, "join refused");
-            refused(refusal)
+            tracing::info!(%source, %token, reason = %error, "join refused");
+            error.status()
         })?;
-        let chain = self.certificates(joined.node_id, &public)?;
+        let grant = shared.map.grant(node).map_err(|error| absent(&error, &shared.map))?;
+        let chain = self.certificates(node, &public)?;
         Ok(pb::JoinResponse {
-            grant: Some(joined.grant),
-            mesh: Some(joined.mesh),
+            grant: Some(grant),
+            mesh: Some(shared.map.mesh()),
             certificate_chain: chain,
         })
     }
@@ -82,7 +86,7 @@ impl DiscoveryService {
     ) -> Result<Vec<Vec<u8>>, Status> {
         let authority = &self.shared.authority;
         let leaf = authority
-            .issue(Subject::Node(node), key, Now::read().unix)
+            .issue(Subject::Node(node), key, clock::now().unix)
             .map_err(|error| Status::unavailable(error.to_string()))?;
         Ok(vec![leaf.to_vec(), authority.certificate().to_vec()])
     }
@@ -107,7 +111,7 @@ impl Discovery for DiscoveryService {
         request: Request<pb::JoinRequest>,
     ) -> Result<Response<pb::JoinResponse>, Status> {
         let source = Caller::of(&request)?.address;
-        let wait = self.shared.failed_joins.lock().wait(source.ip(), Now::read().mono);
+        let wait = self.shared.failed_joins.lock().wait(source.ip(), clock::now().mono);
         if !wait.is_zero() {
             return Err(Status::resource_exhausted(format!(
                 "too many failed joins from {}: wait {} s",
@@ -115,7 +119,7 @@ impl Discovery for DiscoveryService {
                 wait.as_secs() + 1
             )));
         }
-        let join = WireJoin::parse(request.into_inner()).map_err(invalid)?;
+        let join = WireJoin::parse(request.into_inner()).map_err(|error| error.status())?;
         Ok(Response::new(self.admit(join, source).await?))
     }
 
@@ -124,11 +128,13 @@ impl Discovery for DiscoveryService {
         request: Request<pb::RenewRequest>,
     ) -> Result<Response<pb::RenewResponse>, Status> {
         let (node, _) = Caller::node(&request)?;
-        let (key, public) = csr_key(&request.get_ref().csr).map_err(invalid_csr)?;
+        let (key, public) = csr_key(&request.get_ref().csr).map_err(|error| error.status())?;
         if key != node.identity {
-            return Err(refused(Refusal::NodeKey { node: node.id }));
+            let error = AccessError::Key { node: node.id };
+            return Err(no_access(&error, &self.shared.map));
         }
-        let (_, grant) = self.shared.map.member(node.id, &node.identity).map_err(refused)?;
+        let member = self.shared.map.member(node.id, &node.identity);
+        let (_, grant) = member.map_err(|error| no_access(&error, &self.shared.map))?;
         Ok(Response::new(pb::RenewResponse {
             certificate_chain: self.certificates(node.id, &public)?,
             grant: Some(grant),
@@ -145,10 +151,13 @@ impl Discovery for DiscoveryService {
         let record = signed::record(request.record.as_ref(), &node.identity)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
         let signed = request.record.ok_or_else(|| missing("record"))?;
-        let run = move |registry: &mut Registry, sessions: &_, now| {
-            registry.publish(node.id, &session, record, signed, sessions, now)
+        let change = move |ledger: &mut Ledger, sessions: &Sessions, now| {
+            ledger.publish(node.id, &session, (record, signed), sessions, now)
         };
-        let published = self.shared.writer.run(run).await.map_err(unavailable)?.map_err(refused)?;
+        let published = self.shared.apply(change).await?.map_err(|error| match error {
+            PublishError::Absent(error) => absent(&error, &self.shared.map),
+            other => other.status(),
+        })?;
         let refused = published.withheld.into_iter().map(|withheld| pb::RefusedPrefix {
             prefix: Some((&withheld.prefix).into()),
             reason: withheld.reason,
@@ -176,17 +185,21 @@ impl Discovery for DiscoveryService {
         if start.instance_id.is_empty() {
             return Err(missing("instance_id"));
         }
-        convert::bounded("instance_id", start.instance_id.len(), 64).map_err(invalid)?;
+        convert::bounded("instance_id", start.instance_id.len(), 64)
+            .map_err(|error| error.status())?;
         watch::resync(&self.shared, start.tombstones).await?;
 
-        let id = random().map_err(no_entropy)?;
-        let now = Now::read();
+        let id = random().map_err(|error| error.status())?;
+        let now = clock::now();
         let session = Session { id, instance: start.instance_id, address, last_seen: now.mono };
         let opened = self.shared.sessions.lock().open(node.id, session, now);
         if let Err(other) = opened {
-            let refusal = Refusal::Cloned { name: node.name, address: other };
             watch::note_clone(&self.shared, node.id, address, other).await;
-            return Err(refused(refusal));
+            return Err(Status::already_exists(format!(
+                "node `{}` is already connected from {other}: this machine may be a clone: stop one \
+                 of them, remove its state directory and join it again",
+                node.name
+            )));
         }
         tracing::info!(node = %node.name, %address, "session opened");
         let (responses, receiver) = tokio::sync::mpsc::channel(1);
@@ -201,17 +214,14 @@ impl Discovery for DiscoveryService {
         request: Request<pb::LeaveRequest>,
     ) -> Result<Response<pb::LeaveResponse>, Status> {
         let (node, _) = Caller::node(&request)?;
-        let run = move |registry: &mut Registry, sessions: &_, now| {
-            registry.remove(node.id, "left the mesh", sessions, now)
-        };
-        let tombstone = self.shared.writer.run(run).await.map_err(unavailable)?.map_err(refused)?;
+        let tombstone = self.shared.remove(node.id, "left the mesh").await?;
         Ok(Response::new(pb::LeaveResponse { tombstone: Some(tombstone) }))
     }
 }
 
 /// Returns whether a refused join may have been an attempt to guess a token.
-fn is_guess(refusal: &Refusal) -> bool {
-    matches!(refusal, Refusal::TokenUnknown { .. } | Refusal::TokenSecret { .. })
+fn is_guess(error: &JoinError) -> bool {
+    matches!(error, JoinError::TokenUnknown(_) | JoinError::TokenSecret { .. })
 }
 
 /// A parsed [`pb::JoinRequest`].

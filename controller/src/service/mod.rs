@@ -5,6 +5,7 @@
 mod admin;
 mod auth;
 mod discovery;
+mod refusal;
 mod signals;
 mod watch;
 
@@ -13,24 +14,29 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tonic::{Code, Status};
+use tonic::Status;
 use towline_proto::convert::Invalid;
+use towline_proto::id::NodeId;
 use towline_proto::pb;
 use towline_proto::rate::Rate;
 use towline_proto::source_limiter::SourceLimiter;
 use towline_proto::token::ControllerAddress;
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use crate::authority::{Authority, InvalidCsr};
-use crate::entropy::NoEntropy;
+use crate::authority::Authority;
+use crate::ledger::Ledger;
 use crate::map::Map;
-use crate::registry::Refusal;
+use crate::registry::Now;
 use crate::registry::sessions::Sessions;
-use crate::writer::{Unavailable, Writer};
+use crate::view::View;
+use crate::writer::Writer;
+
+use refusal::{Refusal, absent};
 
 pub use admin::AdminService;
 pub use auth::{Authorizer, Caller, ROLES, Role};
 pub use discovery::DiscoveryService;
+pub use refusal::tombstone_of;
 pub use signals::Signals;
 
 /// Rate limit of failed joins per source: a burst of 10, then one in 6 seconds.
@@ -44,6 +50,8 @@ pub struct Shared {
     pub writer: Writer,
     /// Map that watchers see.
     pub map: Arc<Map>,
+    /// Nodes and tokens that operators see.
+    pub view: Arc<View>,
     /// Sessions of the connected nodes.
     pub sessions: Arc<Mutex<Sessions>>,
     /// Rate limit of failed joins per source. Only failures count, so that machines behind one NAT
@@ -65,6 +73,24 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// Applies a change and returns its result once it is on the disk and shown.
+    async fn apply<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&mut Ledger, &Sessions, Now) -> T + Send + 'static,
+    ) -> Result<T, Status> {
+        self.writer.run(change).await.map_err(Refusal::status)
+    }
+
+    /// Removes a node and returns its signed tombstone.
+    async fn remove(&self, node: NodeId, why: &'static str) -> Result<pb::Signed, Status> {
+        let change = move |ledger: &mut Ledger, sessions: &Sessions, now| {
+            ledger.registry().remove(node, why, sessions, now)
+        };
+        self.apply(change).await?.map_err(|error| absent(&error, &self.map))?;
+        let tombstone = self.map.tombstone(node);
+        tombstone.ok_or_else(|| Status::internal("the removed node has no tombstone"))
+    }
+
     /// Returns the addresses of this controller's STUN server: the advertised addresses that are IP
     /// addresses, not names.
     fn reflectors(&self) -> Vec<String> {
@@ -76,66 +102,6 @@ impl Shared {
     }
 }
 
-/// Returns the gRPC status of a refusal.
-fn refused(refusal: Refusal) -> Status {
-    let code = match &refusal {
-        Refusal::TokenUnknown { .. } | Refusal::TokenSecret { .. } => Code::Unauthenticated,
-        Refusal::TokenRevoked { .. }
-        | Refusal::TokenExpired { .. }
-        | Refusal::TokenUsed { .. }
-        | Refusal::NoSession
-        | Refusal::GenerationBehind { .. }
-        | Refusal::GenerationReused { .. } => Code::FailedPrecondition,
-        Refusal::NameTaken { .. }
-        | Refusal::WireguardKeyTaken { .. }
-        | Refusal::IdentityTaken { .. }
-        | Refusal::Cloned { .. } => Code::AlreadyExists,
-        Refusal::IdentityRemoved { .. }
-        | Refusal::NodeRemoved { .. }
-        | Refusal::NodeUnknown { .. }
-        | Refusal::NodeKey { .. }
-        | Refusal::NotGranted(_)
-        | Refusal::Name { .. } => Code::PermissionDenied,
-        Refusal::MeshFull | Refusal::OverlayFull { .. } | Refusal::TooManyTokens => {
-            Code::ResourceExhausted
-        }
-        Refusal::NoSuchNode { .. } => Code::NotFound,
-        Refusal::Unusable(_) | Refusal::ReplaceOnce => Code::InvalidArgument,
-    };
-    let message = refusal.to_string();
-    match refusal {
-        Refusal::NodeRemoved { tombstone, .. } => {
-            Status::with_details(code, message, prost::Message::encode_to_vec(&tombstone).into())
-        }
-        _ => Status::new(code, message),
-    }
-}
-
-fn unavailable(unavailable: Unavailable) -> Status {
-    Status::unavailable(unavailable.to_string())
-}
-
-fn invalid(invalid: Invalid) -> Status {
-    Status::invalid_argument(invalid.to_string())
-}
-
-fn invalid_csr(invalid: InvalidCsr) -> Status {
-    Status::invalid_argument(invalid.to_string())
-}
-
-fn no_entropy(error: NoEntropy) -> Status {
-    Status::unavailable(error.to_string())
-}
-
 fn missing(what: &'static str) -> Status {
-    invalid(Invalid::Missing(what))
-}
-
-/// Returns the tombstone in the details of a status, which [`Refusal::NodeRemoved`] puts there.
-pub fn tombstone_of(status: &Status) -> Option<pb::Signed> {
-    let details = status.details();
-    if details.is_empty() {
-        return None;
-    }
-    prost::Message::decode(details).ok()
+    Invalid::Missing(what).status()
 }

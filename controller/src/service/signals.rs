@@ -87,7 +87,7 @@ mod tests {
         let signals = Signals::default();
         let _inbox = signals.open(B, [1; 16]);
         assert_eq!((0..1000).filter(|_| signals.carry(A, to(B, 10))).count(), WAITING);
-        let now = crate::clock::Now::read().mono;
+        let now = crate::clock::now().mono;
         let mut allowance = TokenBucket::default();
         let mut admitted = |at| (0..1000).filter(|_| allowance.take(&ALLOWANCE, at, 1)).count();
         assert_eq!(admitted(now), BURST as usize);

@@ -15,13 +15,14 @@ use towline_proto::id::NodeId;
 use towline_proto::rate::TokenBucket;
 use towline_proto::{limits, pb, signed};
 
-use crate::clock::Now;
-use crate::registry::Registry;
-use crate::registry::sessions::SessionId;
+use crate::clock;
+use crate::ledger::Ledger;
+use crate::registry::sessions::{SessionId, Sessions};
 
+use super::Shared;
 use super::auth::CallingNode;
+use super::refusal::{Refusal as _, absent};
 use super::signals::ALLOWANCE;
-use super::{Shared, invalid, refused, unavailable};
 
 /// Number of signatures that are verified before the task yields to others.
 const VERIFIED_AT_ONCE: usize = 64;
@@ -78,14 +79,7 @@ impl Watcher {
             // The client may be gone or may not read; the send must not wait for it.
             let _ = self.responses.try_send(Err(status));
         }
-        let id = self.node.id;
-        if self.shared.sessions.lock().close(id, self.session) {
-            let run = move |registry: &mut Registry, _: &_, now| {
-                registry.session_ended(id, now);
-            };
-            // If this fails, only the node's last-seen time is not updated.
-            let _ = self.shared.writer.run(run).await;
-        }
+        self.shared.sessions.lock().close(self.node.id, self.session, clock::now());
     }
 
     /// Sends and receives until the watch ends. Returns the status to send to the client; `None` if
@@ -198,7 +192,7 @@ impl Watcher {
     }
 
     fn carry(&mut self, signal: pb::Signal) {
-        let may = self.allowance.take(&ALLOWANCE, Now::read().mono, 1);
+        let may = self.allowance.take(&ALLOWANCE, clock::now().mono, 1);
         let carried = may && self.shared.signals.carry(self.node.id, signal);
         if !carried {
             tracing::debug!(node = %self.node.name, limited = !may, "signal dropped");
@@ -206,17 +200,17 @@ impl Watcher {
     }
 
     fn renew_session(&self) -> bool {
-        self.shared.sessions.lock().renew(self.node.id, self.session, Now::read())
+        self.shared.sessions.lock().renew(self.node.id, self.session, clock::now())
     }
 
     /// Returns the status to end the session with, if the node was removed, the client missed its
     /// heartbeats, or another session replaced this one.
     fn check(&self, deadline: std::time::Duration) -> Option<Status> {
-        if let Some(refusal) = self.shared.map.refusal(self.node.id) {
-            return Some(refused(refusal));
+        if let Some(error) = self.shared.map.absence(self.node.id) {
+            return Some(absent(&error, &self.shared.map));
         }
         let sessions = self.shared.sessions.lock();
-        match sessions.live(self.node.id, Now::read()) {
+        match sessions.live(self.node.id, clock::now()) {
             Some(live) if live.id == self.session => None,
             Some(_) => Some(Status::aborted("the session was replaced by a newer one")),
             None => Some(Status::deadline_exceeded(format!(
@@ -230,7 +224,7 @@ impl Watcher {
 /// Adds the tombstones of a client that this controller does not have, after it verified them.
 pub(super) async fn resync(shared: &Shared, tombstones: Vec<pb::Signed>) -> Result<(), Status> {
     convert::bounded("list of tombstones", tombstones.len(), limits::TOMBSTONES)
-        .map_err(invalid)?;
+        .map_err(|error| error.status())?;
     let mut unknown = Vec::new();
     for (i, tombstone) in tombstones.into_iter().enumerate() {
         if names_removed_node(shared, &tombstone) {
@@ -238,7 +232,7 @@ pub(super) async fn resync(shared: &Shared, tombstones: Vec<pb::Signed>) -> Resu
         }
         let verified = signed::tombstone(Some(&tombstone), shared.authority.public_key())
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
-        unknown.push((verified, tombstone));
+        unknown.push(verified);
         if i % VERIFIED_AT_ONCE == 0 {
             tokio::task::yield_now().await;
         }
@@ -246,9 +240,10 @@ pub(super) async fn resync(shared: &Shared, tombstones: Vec<pb::Signed>) -> Resu
     if unknown.is_empty() {
         return Ok(());
     }
-    let run =
-        move |registry: &mut Registry, sessions: &_, now| registry.resync(unknown, sessions, now);
-    let learned = shared.writer.run(run).await.map_err(unavailable)?;
+    let change = move |ledger: &mut Ledger, sessions: &Sessions, now| {
+        ledger.registry().resync(unknown, sessions, now)
+    };
+    let learned = shared.apply(change).await?;
     tracing::info!(learned, "tombstones received from a node");
     Ok(())
 }
@@ -259,7 +254,7 @@ fn names_removed_node(shared: &Shared, tombstone: &pb::Signed) -> bool {
     let body: Result<pb::Tombstone, _> = prost::Message::decode(tombstone.body.clone());
     body.ok()
         .and_then(|body| NodeId::try_from(body.node_id.as_slice()).ok())
-        .is_some_and(|node| shared.map.is_removed(node))
+        .is_some_and(|node| shared.map.tombstone(node).is_some())
 }
 
 /// Logs a cloned machine and adds it to the node's problems.
@@ -275,9 +270,7 @@ pub(super) async fn note_clone(
         other.ip(),
         address.ip()
     );
-    let run = move |registry: &mut Registry, _: &_, _| {
-        registry.note_clone(node, text);
-    };
+    let change = move |ledger: &mut Ledger, _: &Sessions, _| ledger.registry().note(node, text);
     // If this fails, only the note is missing; the second session is refused in any case.
-    let _ = shared.writer.run(run).await;
+    let _ = shared.apply(change).await;
 }

@@ -1,25 +1,19 @@
-//! Reasons why the registry refuses a request. Each message is one line that says what to do.
-
-use std::net::SocketAddr;
+//! Reasons why the registry refuses an operation: one enum for each operation. Each message is one
+//! line that says what to do, and none contains a secret.
 
 use ipnet::IpNet;
-use towline_proto::id::{IdentityKey, NodeId, NodeName, TokenId, WireguardKey};
-use towline_proto::node::NotGranted;
-use towline_proto::{limits, pb};
+use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId, WireguardKey};
+use towline_types::limits;
+use towline_types::node::NotGranted;
 
 use super::token::NamePattern;
 
-/// Reason to refuse a request. No variant contains a secret.
+/// Reason to refuse a join.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
-pub enum Refusal {
+pub enum JoinError {
     /// The token does not exist.
-    #[error(
-        "token {token} is not known here: create one with `towline-controller token create` at this mesh's controller"
-    )]
-    TokenUnknown {
-        /// Id of the token.
-        token: TokenId,
-    },
+    #[error(transparent)]
+    TokenUnknown(#[from] TokenUnknown),
     /// The secret is not the one of the token.
     #[error("the secret of token {token} is wrong: check that the token was copied whole")]
     TokenSecret {
@@ -105,47 +99,17 @@ pub enum Refusal {
         /// Address family: `v4` or `v6`.
         family: &'static str,
     },
-    /// The caller is not a node of this mesh.
-    #[error(
-        "node {node} is not known: the controller may have been restored from an older backup: join again with a new token"
-    )]
-    NodeUnknown {
-        /// Id in the caller's certificate.
-        node: NodeId,
-    },
-    /// The caller is a removed node.
-    #[error("node `{name}` was removed from the mesh: join again with a new token")]
-    NodeRemoved {
-        /// Name of the removed node.
-        name: NodeName,
-        /// Signed tombstone of the node.
-        tombstone: pb::Signed,
-    },
-    /// The certificate names a node but has another key.
-    #[error("the certificate's key is not the key of node {node}: join again with a new token")]
-    NodeKey {
-        /// Id in the certificate.
-        node: NodeId,
-    },
-    /// No node has that name.
-    #[error("there is no node `{name}`: see `towline-controller node list`")]
-    NoSuchNode {
-        /// Name of the request.
-        name: NodeName,
-    },
+}
+
+/// Reason to refuse the publication of a record.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum PublishError {
+    /// The node is not in the mesh.
+    #[error(transparent)]
+    Absent(#[from] NodeAbsent),
     /// The record was not published from the node's current session.
     #[error("the session has ended: open the watch again, then publish")]
     NoSession,
-    /// Another instance of the same node is connected.
-    #[error(
-        "node `{name}` is already connected from {address}: this machine may be a clone: stop one of them, remove its state directory and join it again"
-    )]
-    Cloned {
-        /// Name of the node.
-        name: NodeName,
-        /// Source address of the other instance.
-        address: SocketAddr,
-    },
     /// The record is older than the one in the map.
     #[error(
         "the record's generation {offered} is behind the stored {stored}: publish a higher one"
@@ -167,6 +131,50 @@ pub enum Refusal {
     /// The grant does not allow the record.
     #[error(transparent)]
     NotGranted(#[from] NotGranted),
+}
+
+/// Reason why a node id is not that of a node of the mesh.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum NodeAbsent {
+    /// The mesh never had a node with this id.
+    #[error(
+        "node {node} is not known: the controller may have been restored from an older backup: join again with a new token"
+    )]
+    Unknown {
+        /// Id of the node.
+        node: NodeId,
+    },
+    /// The node was removed.
+    #[error("node `{name}` was removed from the mesh: join again with a new token")]
+    Removed {
+        /// Id of the removed node.
+        node: NodeId,
+        /// Name of the removed node.
+        name: NodeName,
+    },
+}
+
+/// Error of an operation on a node name that no node has.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("there is no node `{name}`: see `towline-controller node list`")]
+pub struct NoSuchNode {
+    /// Name of the request.
+    pub name: NodeName,
+}
+
+/// Error of an operation on a token that does not exist.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error(
+    "token {token} is not known here: create one with `towline-controller token create` at this mesh's controller"
+)]
+pub struct TokenUnknown {
+    /// Id of the token.
+    pub token: TokenId,
+}
+
+/// Reason to refuse the creation of a token.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum CreateTokenError {
     /// The token allows a prefix that no node may announce.
     #[error(
         "prefix {0} cannot be announced: it is in the mesh's overlay range, or is not a range of unicast hosts: use another prefix"
@@ -178,4 +186,29 @@ pub enum Refusal {
     /// A token that replaces a node has more than one use.
     #[error("a token that replaces a node allows only one use: leave --uses at 1")]
     ReplaceOnce,
+}
+
+/// Error of changing the overlay ranges while nodes have addresses in them.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "cannot change the overlay ranges: {nodes} nodes have addresses in {v6} and {v4}: keep them, or set up a new mesh"
+)]
+pub struct OverlayInUse {
+    /// Number of nodes.
+    pub nodes: usize,
+    /// Current IPv6 range.
+    pub v6: IpNet,
+    /// Current IPv4 range.
+    pub v4: IpNet,
+}
+
+/// Error of loading stored values that contradict each other.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LoadError {
+    /// Two nodes have the same name, key or overlay address.
+    #[error("another node has the name, a key or an address of node {0}")]
+    NotUnique(NodeId),
+    /// The grant of a node does not allow its record.
+    #[error(transparent)]
+    NotGranted(#[from] NotGranted),
 }

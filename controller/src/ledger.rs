@@ -1,0 +1,480 @@
+//! The ledger: the registry together with the signed statements that it was told or that the CA
+//! made for it.
+//!
+//! The [`registry`](crate::registry) decides on plain values. The ledger verifies what comes from
+//! the store, signs what the registry returns unsigned, and turns changes into writes to the store
+//! and into what watchers and operators see.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use towline_proto::id::NodeId;
+use towline_proto::node::{MeshConfig, Record};
+use towline_proto::pb;
+
+use crate::authority::Authority;
+use crate::map::MapChange;
+use crate::registry::sessions::{SessionId, Sessions};
+use crate::registry::{
+    Changes, Contents, Counters, Event, Key, LoadError, Now, PublishError, Published, Registry,
+    Unsigned,
+};
+use crate::store::{Record as StoreRecord, Write};
+use crate::stored::{self, key_text};
+use crate::view::{NodeView, ViewChange};
+
+/// The registry and its signed statements.
+pub struct Ledger {
+    authority: Arc<Authority>,
+    registry: Registry,
+    mesh: pb::Signed,
+    nodes: BTreeMap<NodeId, Statements>,
+    tombstones: BTreeMap<NodeId, pb::Signed>,
+    /// Times at which nodes were last seen before this process started, in seconds since 1970.
+    last_seen: BTreeMap<NodeId, i64>,
+}
+
+/// Signed statements of a node.
+#[derive(Default)]
+struct Statements {
+    grant: pb::Signed,
+    record: Option<pb::Signed>,
+}
+
+/// Changes of the ledger: to be stored first, then shown.
+#[derive(Default)]
+pub struct LedgerChanges {
+    /// Writes to the store.
+    pub writes: Vec<Write>,
+    /// Changes that watchers see, sorted by revision.
+    pub map: Vec<MapChange>,
+    /// Changes that operators see.
+    pub view: Vec<ViewChange>,
+    /// Events to log.
+    pub events: Vec<Event>,
+}
+
+/// Error of loading the ledger from the store.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// A required record is absent.
+    #[error("its record `{0}` is missing")]
+    Missing(&'static str),
+    /// A record is malformed or its signature is invalid.
+    #[error("its record `{key}` is not valid: {why}")]
+    Invalid {
+        /// Key of the record.
+        key: String,
+        /// Description of the error.
+        why: String,
+    },
+    /// The records contradict each other.
+    #[error("its records contradict each other: {0}")]
+    Contradiction(#[from] LoadError),
+}
+
+impl Ledger {
+    /// Creates the ledger of a new mesh without nodes.
+    pub fn create(authority: Arc<Authority>, config: MeshConfig) -> Self {
+        Self {
+            authority,
+            registry: Registry::create(config),
+            mesh: pb::Signed::default(),
+            nodes: BTreeMap::new(),
+            tombstones: BTreeMap::new(),
+            last_seen: BTreeMap::new(),
+        }
+    }
+
+    /// Loads the ledger from the records of the store.
+    pub fn load(
+        authority: Arc<Authority>,
+        records: Vec<StoreRecord>,
+        now: Now,
+    ) -> Result<Self, ReadError> {
+        let (mut counters, mut mesh, mut last_seen) = (None, None, BTreeMap::new());
+        let (mut members, mut removed_nodes, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut nodes, mut tombstones) = (BTreeMap::new(), BTreeMap::new());
+        for (key, value) in records {
+            let invalid = |why: String| ReadError::Invalid { key: key.clone(), why };
+            let parsed =
+                stored::parse_key(&key).ok_or_else(|| invalid("its key is unknown".into()))?;
+            match parsed {
+                Key::Counters => counters = Some(stored::decode_counters(&value).map_err(invalid)?),
+                Key::Mesh => mesh = Some(stored::decode_mesh(&authority, &value).map_err(invalid)?),
+                Key::LastSeen => {
+                    for (node, time) in stored::decode_last_seen(&value).map_err(invalid)? {
+                        later(&mut last_seen, node, time);
+                    }
+                }
+                Key::Node(id) => {
+                    let node = stored::decode_node(&authority, id, &value, now).map_err(invalid)?;
+                    members.push(node.member);
+                    later(&mut last_seen, id, node.last_seen);
+                    nodes.insert(id, Statements { grant: node.grant, record: node.record });
+                }
+                Key::RemovedNode(id) => {
+                    let (removed, signed) =
+                        stored::decode_removed_node(&authority, id, &value).map_err(invalid)?;
+                    removed_nodes.push(removed);
+                    tombstones.insert(id, signed);
+                }
+                Key::Token(id) => tokens.push(stored::decode_token(id, &value).map_err(invalid)?),
+            }
+        }
+        last_seen.retain(|node, time| *time > 0 && nodes.contains_key(node));
+        let (mesh, signed_mesh) = mesh.ok_or(ReadError::Missing("mesh"))?;
+        let counters = counters.ok_or(ReadError::Missing("meta"))?;
+        let contents = Contents { counters, mesh, members, removed_nodes, tokens };
+        let registry = Registry::load(contents)?;
+        Ok(Self { authority, registry, mesh: signed_mesh, nodes, tombstones, last_seen })
+    }
+
+    /// Returns the registry, to read it or to apply an operation that needs no signed statement.
+    pub fn registry(&mut self) -> &mut Registry {
+        &mut self.registry
+    }
+
+    /// Returns when nodes were last seen before this process started.
+    pub fn last_seen(&self) -> impl Iterator<Item = (NodeId, i64)> {
+        self.last_seen.iter().map(|(node, time)| (*node, *time))
+    }
+
+    /// Returns the counters of the registry.
+    pub fn counters(&self) -> Counters {
+        self.registry.counters()
+    }
+
+    /// Stores a record that a node signed. The caller has verified the signature.
+    pub fn publish(
+        &mut self,
+        node: NodeId,
+        session: &SessionId,
+        (record, signed): (Record, pb::Signed),
+        sessions: &Sessions,
+        now: Now,
+    ) -> Result<Published, PublishError> {
+        let published = self.registry.publish(node, session, record, sessions, now)?;
+        if published.is_stored {
+            self.nodes.entry(node).or_default().record = Some(signed);
+        }
+        Ok(published)
+    }
+
+    /// Signs what is new, and returns the changes since the previous call.
+    pub fn take_changes(&mut self, sessions: &Sessions, now: Now) -> LedgerChanges {
+        let Changes { unsigned, records, problems, events } = self.registry.take_changes();
+        unsigned.into_iter().for_each(|value| self.sign(value));
+        let mut changes = LedgerChanges { events, ..LedgerChanges::default() };
+        for key in &records {
+            if let Key::Node(id) = key
+                && self.registry.member(*id).is_err()
+            {
+                self.nodes.remove(id);
+            }
+            changes.writes.push((key_text(*key), self.encode(*key, sessions, now)));
+            changes.map.extend(self.map_change(*key));
+            changes.view.extend(self.view_change(*key));
+        }
+        let noted = problems.into_iter().filter(|node| !records.contains(&Key::Node(*node)));
+        changes.view.extend(noted.filter_map(|node| self.view_change(Key::Node(node))));
+        changes.map.sort_by_key(MapChange::revision);
+        changes
+    }
+
+    /// Returns the complete map, sorted by revision.
+    pub fn map(&self) -> Vec<MapChange> {
+        let mut map: Vec<MapChange> = self.keys().filter_map(|key| self.map_change(key)).collect();
+        map.sort_by_key(MapChange::revision);
+        map
+    }
+
+    /// Returns everything that operators see.
+    pub fn view(&self) -> Vec<ViewChange> {
+        self.keys().filter_map(|key| self.view_change(key)).collect()
+    }
+
+    fn keys(&self) -> impl Iterator<Item = Key> {
+        let nodes = self.registry.members().map(|member| Key::Node(member.grant.node_id));
+        let removed = self.registry.removed_nodes();
+        let removed = removed.map(|removed| Key::RemovedNode(removed.tombstone.node_id));
+        let tokens = self.registry.tokens().map(|token| Key::Token(token.id));
+        nodes.chain(removed).chain(tokens).chain([Key::Mesh])
+    }
+
+    fn sign(&mut self, value: Unsigned) {
+        match value {
+            Unsigned::Mesh => {
+                self.mesh = self.authority.sign_mesh(&self.registry.mesh().config);
+            }
+            Unsigned::Grant(id) => {
+                if let Ok(member) = self.registry.member(id) {
+                    let signed = self.authority.sign_grant(&member.grant);
+                    self.nodes.entry(id).or_default().grant = signed;
+                }
+            }
+            Unsigned::Tombstone(id) => {
+                if let Some(removed) = self.registry.removed_node(id) {
+                    let signed = self.authority.sign_tombstone(&removed.tombstone);
+                    self.tombstones.insert(id, signed);
+                }
+            }
+        }
+    }
+
+    /// Returns the value to store under a key; `None` if the record is deleted.
+    fn encode(&self, key: Key, sessions: &Sessions, now: Now) -> Option<Vec<u8>> {
+        let registry = &self.registry;
+        match key {
+            Key::Counters => Some(stored::encode_counters(registry.counters())),
+            Key::Mesh => Some(stored::encode_mesh(registry.mesh().revision, &self.mesh)),
+            Key::LastSeen => Some(stored::encode_last_seen(sessions.all_last_seen(now))),
+            Key::Node(id) => {
+                let (member, node) = (registry.member(id).ok()?, self.nodes.get(&id)?);
+                Some(stored::encode_node(member, &node.grant, node.record.as_ref()))
+            }
+            Key::RemovedNode(id) => {
+                let removed = registry.removed_node(id)?;
+                Some(stored::encode_removed_node(removed.revision, self.tombstones.get(&id)?))
+            }
+            Key::Token(id) => registry.token(id).map(stored::encode_token),
+        }
+    }
+
+    fn map_change(&self, key: Key) -> Option<MapChange> {
+        match key {
+            Key::Node(id) => {
+                let (member, node) = (self.registry.member(id).ok()?, self.nodes.get(&id)?);
+                Some(MapChange::Node {
+                    revision: member.revision,
+                    id,
+                    name: member.grant.name.clone(),
+                    identity: member.grant.identity_key,
+                    entry: pb::Entry {
+                        grant: Some(node.grant.clone()),
+                        record: node.record.clone(),
+                        withheld: member.withheld.iter().map(Into::into).collect(),
+                    },
+                })
+            }
+            Key::RemovedNode(id) => {
+                let removed = self.registry.removed_node(id)?;
+                Some(MapChange::Removed {
+                    revision: removed.revision,
+                    id,
+                    name: removed.tombstone.name.clone(),
+                    tombstone: self.tombstones.get(&id)?.clone(),
+                })
+            }
+            Key::Mesh => Some(MapChange::Mesh {
+                revision: self.registry.mesh().revision,
+                signed: self.mesh.clone(),
+            }),
+            Key::Counters | Key::LastSeen | Key::Token(_) => None,
+        }
+    }
+
+    fn view_change(&self, key: Key) -> Option<ViewChange> {
+        match key {
+            Key::Node(id) => {
+                let Ok(member) = self.registry.member(id) else {
+                    return Some(ViewChange::NodeRemoved(id));
+                };
+                let node = self.nodes.get(&id)?;
+                Some(ViewChange::Node(Arc::new(NodeView {
+                    id,
+                    name: member.grant.name.clone(),
+                    grant: node.grant.clone(),
+                    record: node.record.clone(),
+                    token: member.token,
+                    joined_at: member.joined_at,
+                    problems: self.registry.problems(id),
+                })))
+            }
+            Key::Token(id) => Some(match self.registry.token(id) {
+                Some(token) => ViewChange::Token(id, Arc::new(stored::token_message(token))),
+                None => ViewChange::TokenRemoved(id),
+            }),
+            Key::Counters | Key::LastSeen | Key::Mesh | Key::RemovedNode(_) => None,
+        }
+    }
+}
+
+fn later(last_seen: &mut BTreeMap<NodeId, i64>, node: NodeId, time: i64) {
+    let known = last_seen.entry(node).or_default();
+    *known = time.max(*known);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::LazyLock;
+    use std::time::Duration;
+
+    use towline_fixtures::ca::{identity, public, sign_record};
+    use towline_fixtures::node::{mesh_config, nets, record};
+    use towline_proto::id::{TokenId, WireguardKey};
+    use towline_proto::signed;
+
+    use super::*;
+    use crate::clock;
+    use crate::map::Map;
+    use crate::registry::Join;
+    use crate::registry::sessions::Session;
+    use crate::registry::token::{SecretHash, TokenTerms};
+    use crate::state_dir::StateDir;
+
+    /// CA of all tests. It is shared because generating its key is slow.
+    static AUTHORITY: LazyLock<Arc<Authority>> = LazyLock::new(new_authority);
+
+    fn new_authority() -> Arc<Authority> {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(root.path());
+        Arc::new(Authority::load_or_create(&dir, true, 1_700_000_000).unwrap())
+    }
+
+    /// A ledger with copies of what is stored, shown to watchers and shown to operators.
+    struct World {
+        ledger: Ledger,
+        sessions: Sessions,
+        now: Now,
+        stored: BTreeMap<String, Vec<u8>>,
+        map: Map,
+        view: crate::view::View,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let config = MeshConfig { mesh_id: AUTHORITY.mesh_id(), ..mesh_config() };
+            let mut world = Self {
+                ledger: Ledger::create(AUTHORITY.clone(), config),
+                sessions: Sessions::new(Duration::from_secs(1)),
+                now: clock::now(),
+                stored: BTreeMap::new(),
+                map: Map::new(),
+                view: crate::view::View::default(),
+            };
+            world.commit();
+            world
+        }
+
+        fn commit(&mut self) {
+            let changes = self.ledger.take_changes(&self.sessions, self.now);
+            for (key, value) in changes.writes {
+                match value {
+                    Some(value) => self.stored.insert(key, value),
+                    None => self.stored.remove(&key),
+                };
+            }
+            let counters = self.ledger.counters();
+            self.map.apply(counters.epoch, counters.revision, changes.map);
+            self.view.apply(changes.view);
+        }
+
+        /// Adds a node, opens its session, and publishes its record.
+        fn node(&mut self, number: u8) -> NodeId {
+            let (token, hash) = (TokenId([number; 8]), SecretHash([number; 32]));
+            let terms =
+                TokenTerms { allowed_prefixes: nets(&["10.0.0.0/8"]), ..TokenTerms::once() };
+            let registry = self.ledger.registry();
+            registry.create_token(token, hash, terms, i64::MAX, self.now).unwrap();
+            let join = Join {
+                token,
+                secret_hash: hash,
+                name: format!("n{number}").parse().unwrap(),
+                identity_key: public(&identity(number)),
+                wireguard_key: WireguardKey([number; 32]),
+                node_id: NodeId([number; 16]),
+            };
+            let node = registry.join(&join, &self.sessions, self.now).unwrap();
+            let session = Session {
+                id: node.0,
+                instance: vec![1],
+                address: ([192, 0, 2, 1], 1000).into(),
+                last_seen: self.now.mono,
+            };
+            self.sessions.open(node, session, self.now).unwrap();
+            self.publish(number, 1);
+            node
+        }
+
+        fn publish(&mut self, number: u8, generation: u64) {
+            let node = NodeId([number; 16]);
+            let grant = self.ledger.registry().member(node).unwrap().grant.clone();
+            let record = Record { generation, ..record(&grant) };
+            let signed = sign_record(&record, &identity(number));
+            let (sessions, now) = (&self.sessions, self.now);
+            self.ledger.publish(node, &node.0, (record, signed), sessions, now).unwrap();
+            self.commit();
+        }
+
+        fn load(&self, authority: &Arc<Authority>) -> Result<Ledger, ReadError> {
+            let records = self.stored.clone().into_iter().collect();
+            Ledger::load(authority.clone(), records, self.now)
+        }
+    }
+
+    #[test]
+    fn what_is_stored_and_shown_is_what_is_in_the_ledger() {
+        let mut world = World::new();
+        let nodes: Vec<NodeId> = (1..=4).map(|number| world.node(number)).collect();
+        world.publish(1, 7);
+        world.ledger.registry().remove(nodes[1], "test", &world.sessions, world.now).unwrap();
+        world.ledger.registry().note(nodes[2], "a problem".into());
+        world.commit();
+        let loaded = world.load(&AUTHORITY).unwrap();
+        let shown = Map::new();
+        shown.apply(1, loaded.counters().revision, loaded.map());
+        assert_eq!(shown.changes_after(0), world.map.changes_after(0));
+
+        let tombstone = world.map.tombstone(nodes[1]);
+        let verified = signed::tombstone(tombstone.as_ref(), AUTHORITY.public_key()).unwrap();
+        assert_eq!(verified.node_id, nodes[1]);
+        let grant = signed::grant(world.map.grant(nodes[0]).ok().as_ref(), AUTHORITY.public_key());
+        assert_eq!(grant.unwrap().node_id, nodes[0]);
+
+        let names = |view: &crate::view::View| -> Vec<String> {
+            view.nodes(None, 9).iter().map(|node| node.name.to_string()).collect()
+        };
+        assert_eq!(names(&world.view), ["n1", "n3", "n4"]);
+        assert_eq!(world.view.node(&"n3".parse().unwrap()).unwrap().problems, ["a problem"]);
+        let view = crate::view::View::default();
+        view.replace(loaded.view());
+        assert_eq!(names(&view), names(&world.view));
+        assert_eq!(view.tokens(None, 9), world.view.tokens(None, 9));
+    }
+
+    #[test]
+    fn last_seen_survives_a_restart() {
+        let mut world = World::new();
+        let node = world.node(1);
+        world.now = world.now.plus(Duration::from_secs(90));
+        world.sessions.renew(node, node.0, world.now);
+        world.ledger.registry().tick(&world.sessions, world.now);
+        world.commit();
+        let loaded = world.load(&AUTHORITY).unwrap();
+        let mut sessions = Sessions::new(Duration::from_secs(1));
+        sessions.restore(loaded.last_seen());
+        assert_eq!(sessions.last_seen(node, world.now), world.now.unix);
+    }
+
+    #[test]
+    fn a_store_of_another_authority_or_with_altered_records_is_not_believed() {
+        let mut world = World::new();
+        world.node(1);
+        let error = world.load(&new_authority()).map(drop).unwrap_err().to_string();
+        assert!(error.contains("different meshes"), "{error}");
+
+        let keys: Vec<String> = world.stored.keys().cloned().collect();
+        for key in keys.iter().filter(|key| key.starts_with("node/") || *key == "mesh") {
+            let mut altered = std::mem::take(&mut world.stored);
+            altered.get_mut(key).unwrap()[40] ^= 1;
+            world.stored = altered;
+            let error = world.load(&AUTHORITY).map(drop).unwrap_err().to_string();
+            assert!(error.contains(key), "{error}");
+            world.stored.get_mut(key).unwrap()[40] ^= 1;
+        }
+        world.stored.remove("mesh");
+        let error = world.load(&AUTHORITY).map(drop).unwrap_err().to_string();
+        assert!(error.contains("mesh"), "{error}");
+    }
+}
