@@ -1,9 +1,9 @@
-//! The only module that reads the clocks. The [`registry`](crate::registry) gets a [`Now`] as an
+//! The only module that reads the clocks. The [`registry`](towline_registry) gets a [`Now`] as an
 //! argument.
 
 use std::time::{Instant, SystemTime};
 
-use crate::registry::Now;
+use towline_registry::Now;
 
 /// Reads both clocks.
 #[allow(clippy::disallowed_methods, reason = "this is where time enters")]

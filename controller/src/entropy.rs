@@ -1,11 +1,11 @@
 //! The only module that reads random bytes, and the hash of the random secrets in tokens. The
-//! [`registry`](crate::registry) gets both as arguments.
+//! [`registry`](towline_registry) gets both as arguments.
 
 use ring::digest;
 use ring::rand::{SecureRandom, SystemRandom};
 use towline_proto::token::TokenSecret;
 
-use crate::registry::token::SecretHash;
+use towline_registry::token::SecretHash;
 
 /// Error of reading random bytes from the operating system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -1,7 +1,7 @@
 //! The ledger: the registry together with the signed statements that it was told or that the CA
 //! made for it.
 //!
-//! The [`registry`](crate::registry) decides on plain values. The ledger verifies what comes from
+//! The [`registry`](towline_registry) decides on plain values. The ledger verifies what comes from
 //! the store, signs what the registry returns unsigned, and turns changes into writes to the store
 //! and into what watchers and operators see.
 
@@ -14,14 +14,14 @@ use towline_proto::pb;
 
 use crate::authority::Authority;
 use crate::map::MapChange;
-use crate::registry::sessions::{SessionId, Sessions};
-use crate::registry::{
-    Changes, Contents, Counters, Event, Key, LoadError, Now, PublishError, Published, Registry,
-    Unsigned,
-};
 use crate::store::{Record as StoreRecord, Write};
 use crate::stored::{self, key_text};
 use crate::view::{NodeView, ViewChange};
+use towline_registry::sessions::{SessionId, Sessions};
+use towline_registry::{
+    Changes, Contents, Counters, Event, Key, LoadError, Now, PublishError, Published, Registry,
+    Unsigned,
+};
 
 /// The registry and its signed statements.
 pub struct Ledger {
@@ -318,10 +318,10 @@ mod tests {
     use super::*;
     use crate::clock;
     use crate::map::Map;
-    use crate::registry::Join;
-    use crate::registry::sessions::Session;
-    use crate::registry::token::{SecretHash, TokenTerms};
     use crate::state_dir::StateDir;
+    use towline_registry::Join;
+    use towline_registry::sessions::Session;
+    use towline_registry::token::{SecretHash, TokenTerms};
 
     /// CA of all tests. It is shared because generating its key is slow.
     static AUTHORITY: LazyLock<Arc<Authority>> = LazyLock::new(new_authority);

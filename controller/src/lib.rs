@@ -10,7 +10,7 @@
 //!                     └──── heartbeats ──► sessions                           └──commits──► store
 //! ```
 //!
-//! - [`registry`] makes all decisions, in memory and on plain values, without clock, randomness,
+//! - [`registry`](towline_registry) makes all decisions, in memory and on plain values, without clock, randomness,
 //!   I/O, signatures or wire API.
 //! - [`ledger`] has the registry's signed statements: it signs what the registry returns unsigned,
 //!   and encodes records for the store.
@@ -42,7 +42,6 @@ pub mod map;
 pub mod notify;
 pub mod peer;
 mod reflector;
-pub mod registry;
 pub mod server;
 pub mod service;
 pub mod state_dir;

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use towline_proto::id::{IdentityKey, NodeId, NodeName};
 use towline_proto::{limits, pb};
 
-use crate::registry::NodeAbsent;
+use towline_registry::NodeAbsent;
 
 /// A change of the network map.
 #[derive(Debug, Clone)]

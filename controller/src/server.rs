@@ -35,20 +35,20 @@ use crate::ledger::Ledger;
 use crate::listen;
 use crate::map::Map;
 use crate::reflector::Reflector;
-use crate::registry::sessions::Sessions;
-use crate::registry::{Now, OverlayInUse};
 use crate::service::{AdminService, Authorizer, DiscoveryService, FAILED_JOINS, Shared, Signals};
 use crate::state_dir::{Lock, StateDir, StateError};
 use crate::store::{CommitError, OpenError, Store};
 use crate::tls::{self, ServerCertificate, TlsError};
 use crate::view::View;
 use crate::writer::{self, LoadError, Writer};
+use towline_registry::sessions::Sessions;
+use towline_registry::{Now, OverlayInUse};
 
 /// Time to wait for connections to close when the controller stops, and again for the store.
 const GRACE: Duration = Duration::from_millis(700);
 /// Interval at which certificates are checked for renewal.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(300);
-/// Interval of the registry's periodic work, see [`Registry::tick`](crate::registry::Registry::tick).
+/// Interval of the registry's periodic work, see [`Registry::tick`](towline_registry::Registry::tick).
 const TICK: Duration = Duration::from_secs(5);
 /// Interval of HTTP/2 pings on idle connections, and the timeout of a ping.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(10));
@@ -477,7 +477,7 @@ mod tests {
     use ipnet::IpNet;
 
     use super::*;
-    use crate::registry::Starts;
+    use towline_registry::Starts;
 
     #[test]
     fn a_controller_serves_from_a_disk_that_takes_nothing() {

@@ -22,7 +22,7 @@ use towline_service::account;
 use towline_service::directory::{self, DirectoryError, PrivateDirectory};
 use zeroize::Zeroizing;
 
-use crate::registry::Starts;
+use towline_registry::Starts;
 
 /// Path of a state directory, which need not exist.
 #[derive(Debug, Clone)]

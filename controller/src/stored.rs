@@ -10,8 +10,8 @@ use towline_proto::id::{NodeId, NodeName, TokenId};
 use towline_proto::{pb, signed};
 
 use crate::authority::Authority;
-use crate::registry::token::{NamePattern, SecretHash, Token, TokenTerms};
-use crate::registry::{Counters, Key, Member, Mesh, Now, RemovedNode};
+use towline_registry::token::{NamePattern, SecretHash, Token, TokenTerms};
+use towline_registry::{Counters, Key, Member, Mesh, Now, RemovedNode};
 
 /// Record under the key `meta`: counters.
 #[derive(Clone, PartialEq, prost::Message)]

@@ -11,7 +11,7 @@ use parking_lot::RwLock;
 use towline_proto::id::{NodeId, NodeName, TokenId};
 use towline_proto::pb;
 
-use crate::registry::NoSuchNode;
+use towline_registry::NoSuchNode;
 
 /// Nodes and tokens, for operators.
 #[derive(Default)]

@@ -17,10 +17,10 @@ use crate::authority::Authority;
 use crate::clock;
 use crate::ledger::{self, Ledger, LedgerChanges};
 use crate::map::Map;
-use crate::registry::sessions::Sessions;
-use crate::registry::{Event, Now};
 use crate::store::{OpenError, Store};
 use crate::view::View;
+use towline_registry::sessions::Sessions;
+use towline_registry::{Event, Now};
 
 /// Largest number of requests in the queue.
 const QUEUE: usize = 1024;
@@ -253,12 +253,12 @@ fn log(event: &Event) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::token::{SecretHash, TokenTerms};
     use crate::state_dir::StateDir;
     use std::time::Duration;
     use towline_fixtures::node::mesh_config;
     use towline_proto::id::TokenId;
     use towline_proto::node::MeshConfig;
+    use towline_registry::token::{SecretHash, TokenTerms};
 
     fn create_token(id: u8) -> impl FnOnce(&mut Ledger, &Sessions, Now) -> bool + Send {
         move |ledger, _, now| {

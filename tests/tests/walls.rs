@@ -62,8 +62,13 @@ const WALLS: &[Wall] = &[
         others: None,
     },
     Wall {
+        package: "towline-registry",
+        ours: &["towline-types"],
+        others: Some(&["ipnet", "subtle", "thiserror"]),
+    },
+    Wall {
         package: "towline-controller",
-        ours: &["towline-proto", "towline-service"],
+        ours: &["towline-proto", "towline-registry", "towline-service"],
         others: None,
     },
     Wall {

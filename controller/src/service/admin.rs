@@ -13,11 +13,11 @@ use towline_proto::{limits, pb};
 use crate::clock;
 use crate::entropy::{random, secret_hash};
 use crate::ledger::Ledger;
-use crate::registry::Now;
-use crate::registry::sessions::Sessions;
-use crate::registry::token::{InvalidPattern, TokenTerms};
 use crate::stored::token_message;
 use crate::view::NodeView;
+use towline_registry::Now;
+use towline_registry::sessions::Sessions;
+use towline_registry::token::{InvalidPattern, TokenTerms};
 
 use super::Shared;
 use super::refusal::Refusal as _;

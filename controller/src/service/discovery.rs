@@ -21,8 +21,8 @@ use crate::clock;
 use crate::entropy::{random, secret_hash};
 use crate::ledger::Ledger;
 use crate::map::AccessError;
-use crate::registry::sessions::{Session, Sessions};
-use crate::registry::{Join, JoinError, PublishError};
+use towline_registry::sessions::{Session, Sessions};
+use towline_registry::{Join, JoinError, PublishError};
 
 use super::auth::Caller;
 use super::refusal::{Refusal as _, absent, no_access};

@@ -26,10 +26,10 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use crate::authority::Authority;
 use crate::ledger::Ledger;
 use crate::map::Map;
-use crate::registry::Now;
-use crate::registry::sessions::Sessions;
 use crate::view::View;
 use crate::writer::Writer;
+use towline_registry::Now;
+use towline_registry::sessions::Sessions;
 
 use refusal::{Refusal, absent};
 

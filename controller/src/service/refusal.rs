@@ -7,10 +7,10 @@ use towline_proto::pb;
 use crate::authority::InvalidCsr;
 use crate::entropy::NoEntropy;
 use crate::map::{AccessError, Map};
-use crate::registry::{
+use crate::writer::Unavailable;
+use towline_registry::{
     CreateTokenError, JoinError, NoSuchNode, NodeAbsent, OverlayInUse, PublishError, TokenUnknown,
 };
-use crate::writer::Unavailable;
 
 /// Error of an operation that has a gRPC code.
 pub(super) trait Refusal: std::fmt::Display {

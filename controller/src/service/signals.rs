@@ -13,7 +13,7 @@ use towline_proto::id::NodeId;
 use towline_proto::rate::Rate;
 use towline_proto::{limits, pb};
 
-use crate::registry::sessions::SessionId;
+use towline_registry::sessions::SessionId;
 
 /// Length of the queue of signals for one watch.
 const WAITING: usize = 64;

@@ -17,7 +17,7 @@ use towline_proto::{limits, pb, signed};
 
 use crate::clock;
 use crate::ledger::Ledger;
-use crate::registry::sessions::{SessionId, Sessions};
+use towline_registry::sessions::{SessionId, Sessions};
 
 use super::Shared;
 use super::auth::CallingNode;

@@ -166,7 +166,7 @@ impl Sessions {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::tests;
+    use crate::tests;
 
     const NODE: NodeId = NodeId([1; 16]);
     const SECOND: Duration = Duration::from_secs(1);

@@ -30,6 +30,8 @@
 //! - An operation on one node reads and writes a number of nodes that does not depend on the size of
 //!   the mesh.
 
+#![forbid(unsafe_code)]
+
 mod address;
 mod claims;
 mod errors;
@@ -590,4 +592,4 @@ impl Registry {
 }
 
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
