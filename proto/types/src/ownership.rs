@@ -83,7 +83,7 @@ pub fn check<'a>(
     }
 }
 
-/// Checks that a node may hold `prefix` in this mesh, whoever else claims it.
+/// Checks that a node may hold `prefix` in this mesh if no other node claims it.
 pub fn usable(prefix: IpNet, mesh: &MeshConfig) -> Result<(), Unusable> {
     let overlays = [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)];
     if prefix.prefix_len() == 0 || no_hosts().any(|range| overlap(&range, &prefix)) {
