@@ -89,14 +89,18 @@ fn build(place: &Path, release: Release, busybox: &[u8]) -> anyhow::Result<()> {
     let scratch = tempfile::tempdir()?;
     let tree = scratch.path().join("tree");
     unpack(scratch.path(), &tree, release)?;
-    let image = only_entry(&tree.join("boot"), "vmlinuz-")?;
-    fs::copy(&image, place.join("vmlinuz"))?;
     // Newer packages have the modules below /usr.
     let modules = [tree.join("usr/lib/modules"), tree.join("lib/modules")]
         .into_iter()
         .find(|path| path.is_dir())
         .context("the package has no modules")?;
     let versioned = only_entry(&modules, "")?;
+    // From 7.3 on, the kernel lies beside its modules.
+    let image = match versioned.join("vmlinuz") {
+        image if image.is_file() => image,
+        _ => only_entry(&tree.join("boot"), "vmlinuz-")?,
+    };
+    fs::copy(&image, place.join("vmlinuz"))?;
     let version =
         versioned.file_name().context("the modules' path has no name")?.display().to_string();
     let root = scratch.path().join("root");
