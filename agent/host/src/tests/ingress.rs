@@ -16,7 +16,7 @@ use super::traffic::{
     with_tunnel,
 };
 use super::{address, apply, net, plan};
-use towline_dataplane::checksum;
+use towline_dataplane::{Tun, checksum};
 use towline_netlink::{AddressOptions, Family, Route, Rtnetlink, VethPeer};
 use towline_netns::{NetworkNamespace, add_link, namespace_test};
 use towline_nftables::{Chain, ChainKind, Hook, Nft, Policy, Rule, Table, TableFamily};
@@ -93,6 +93,22 @@ fn reach(from: &UdpSocket, to: SocketAddr, service: &UdpSocket) {
     service.set_read_timeout(Some(TIMEOUT)).unwrap();
 }
 
+/// Writes a datagram for this node into the tunnel until it arrives, because a new link may drop the
+/// first packets.
+fn reach_by_tunnel(tunnel: &Tun, family: usize, port: u16, service: &UdpSocket) {
+    service.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    let datagram = datagram(THERE[family], OVERLAY[family], port, b"hello");
+    let arrived = (0..50).any(|_| {
+        into_tunnel(tunnel, &datagram);
+        service.recv(&mut [0; 100]).is_ok()
+    });
+    assert!(arrived, "nothing came out of the tunnel");
+    service.set_nonblocking(true).unwrap();
+    while service.recv(&mut [0; 100]).is_ok() {}
+    service.set_nonblocking(false).unwrap();
+    service.set_read_timeout(Some(TIMEOUT)).unwrap();
+}
+
 /// Asserts that the socket has no queued datagram.
 fn is_empty(socket: &UdpSocket, what: &str) {
     socket.set_nonblocking(true).unwrap();
@@ -157,6 +173,7 @@ namespace_test! {
             vec!["2001:db8::1", "2001:db8::2", "::1", "fe80::1", "ff02::1", "2001:db8:5::1"],
         ];
         for family in [0, 1] {
+            reach_by_tunnel(&tunnel, family, port(family), &services[family]);
             for to in &elsewhere[family] {
                 into_tunnel(&tunnel, &datagram(THERE[family], to, port(family), b"stray"));
             }
