@@ -530,7 +530,7 @@ mod tests {
     #[test]
     fn values_out_of_bounds_say_what_would_be_right() {
         for (text, says) in [
-            ("[link]\nmtu = 1000", "1280"),
+            ("[link]\nmtu = 1000", "MTU 1000 is outside 1280"),
             ("[link]\nname = \"a-name-that-is-too-long\"", "15"),
             ("[wireguard]\nport = 0", "port"),
             ("[routing]\ntable = 254", "kernel"),

@@ -2,8 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
+use tokio::task::JoinHandle;
 use tonic::transport::{Channel, Endpoint};
 use towline_agent::config::Config;
 use towline_agent::daemon::{self, Purpose};
@@ -68,26 +70,42 @@ async fn leave_call(controller: &mut ScriptedController) -> Reply<pb::LeaveRespo
     }
 }
 
+/// Thread of an agent.
+type Daemon = thread::JoinHandle<anyhow::Result<()>>;
+
+/// Runs `scene` with an agent that has a session with a scripted controller.
+fn with_agent<F: Future<Output = ()>>(
+    scene: impl FnOnce(Config, LocalClient<Channel>, ScriptedController, Daemon) -> F,
+) {
+    let mut rtnetlink = Rtnetlink::open().unwrap();
+    let loopback = rtnetlink.link_index("lo").unwrap();
+    rtnetlink.set_up(loopback, true).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let ca = Ca::new(9);
+        let mut controller = ScriptedController::start(&ca).await.unwrap();
+        let config = member(directory.path(), &ca, &controller);
+        let running = config.clone();
+        // A relay alone needs no TUN device.
+        let daemon = thread::spawn(move || daemon::run(running, None, Purpose::Relay));
+        let mut client = agent(&config).await;
+        let _watch = connected(&mut client, &mut controller).await;
+        scene(config, client, controller, daemon).await;
+    });
+}
+
+/// Runs `towline leave`.
+fn leave(client: &LocalClient<Channel>) -> JoinHandle<Result<(), tonic::Status>> {
+    let mut client = client.clone();
+    let request = pb::LocalLeaveRequest { force: false };
+    tokio::spawn(async move { client.leave(request).await.map(drop) })
+}
+
 namespace_test! {
     fn the_agent_answers_others_while_a_leave_waits_for_its_controller() {
-        let mut rtnetlink = Rtnetlink::open().unwrap();
-        let loopback = rtnetlink.link_index("lo").unwrap();
-        rtnetlink.set_up(loopback, true).unwrap();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let directory = tempfile::tempdir().unwrap();
-            let ca = Ca::new(9);
-            let mut controller = ScriptedController::start(&ca).await.unwrap();
-            let config = member(directory.path(), &ca, &controller);
-            let running = config.clone();
-            // A relay alone needs no TUN device.
-            let daemon = std::thread::spawn(move || daemon::run(running, None, Purpose::Relay));
-            let mut client = agent(&config).await;
-            let _watch = connected(&mut client, &mut controller).await;
-
-            let mut leaving = client.clone();
-            let request = pb::LocalLeaveRequest { force: false };
-            let left = tokio::spawn(async move { leaving.leave(request).await });
+        with_agent(async |config, mut client, mut controller, daemon| {
+            let left = leave(&client);
             let call = leave_call(&mut controller).await;
             let status = client.status(pb::StatusRequest {}).await.unwrap().into_inner();
             assert_eq!((status.name.as_str(), status.state.as_str()), ("node-1", "running"));
@@ -98,6 +116,19 @@ namespace_test! {
             left.await.unwrap().unwrap();
             tokio::task::spawn_blocking(|| daemon.join().unwrap().unwrap()).await.unwrap();
             assert!(StateDir::peek(&config.state_dir).membership().unwrap().is_none());
+        });
+    }
+}
+
+namespace_test! {
+    fn a_leave_that_waits_while_the_agent_goes_down_is_told_to_try_again() {
+        with_agent(async |config, mut client, mut controller, _daemon| {
+            let left = leave(&client);
+            let _call = leave_call(&mut controller).await;
+            client.down(pb::DownRequest {}).await.unwrap();
+            let error = left.await.unwrap().unwrap_err();
+            assert!(error.message().contains("run `towline leave` again"), "{error}");
+            assert!(StateDir::peek(&config.state_dir).membership().unwrap().is_some());
         });
     }
 }

@@ -17,7 +17,7 @@ pub(crate) struct Derived {
 }
 
 impl Derived {
-    /// The peer table that was handed out last.
+    /// Returns the peer table that was handed out last.
     pub(crate) fn table(&self) -> Option<&Arc<PeerTable>> {
         self.table.as_ref()
     }

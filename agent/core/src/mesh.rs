@@ -366,13 +366,13 @@ impl Mesh {
         self.roster.mesh()
     }
 
-    /// Whether this node itself was removed from the mesh. Its peer table then has static peers
+    /// Returns whether this node itself was removed from the mesh. Its peer table then has static peers
     /// only; guards and routes stay.
     pub fn is_removed(&self) -> bool {
         self.roster.is_removed()
     }
 
-    /// The peer table that was handed out last; `None` before the first one.
+    /// Returns the peer table that was handed out last; `None` before the first one.
     pub fn peer_table(&self) -> Option<&Arc<PeerTable>> {
         self.derived.table()
     }

@@ -1,8 +1,8 @@
 //! The data plane moves packets between the TUN link and the network. It makes no decisions.
 //!
 //! A TUN link is on one side, UDP sockets are on the other, and WireGuard (`towline-wireguard`) is
-//! between them. The data plane applies the core's [`PeerTable`] and reports what it observed as [`Event`]s. It never
-//! decides which peer to contact or which path to use.
+//! between them. The data plane applies the core's [`PeerTable`] and reports what it observed as
+//! [`Event`]s. It never decides which peer to contact or which path to use.
 //!
 //! # Contract
 //!

@@ -33,7 +33,8 @@ const HEADERS: usize = 448;
 pub struct Split<'a> {
     /// Packet with the free bytes around it.
     bytes: &'a mut [u8],
-    /// Largest segment that the way to the peer takes, in bytes. No segment is padded beyond it.
+    /// Largest segment that the way to the peer takes, in bytes; 1,280 where it takes less, which it
+    /// then takes in fragments. No segment is padded beyond it.
     mtu: usize,
     state: State,
 }
@@ -390,7 +391,7 @@ impl Covered {
     }
 }
 
-/// Returns the length with WireGuard's padding to 16 bytes, but not beyond the MTU of the link.
+/// Returns the length with WireGuard's padding to 16 bytes, but not beyond `mtu`.
 fn padded(len: usize, mtu: usize) -> usize {
     len.next_multiple_of(PADDING).min(mtu.max(len))
 }

@@ -539,8 +539,9 @@ fn clamp_in(plan: &Plan) -> Chain {
         .rule(Rule::new().input(&plan.link.name).clamp_mss_to_route())
 }
 
-/// Returns the chain that sends packets to guarded networks on to [`GUARDED`]. Most packets have
-/// another destination and leave after this chain.
+/// Returns the chain that sends packets to guarded networks on to [`GUARDED`], and drops packets of
+/// the agent's own that have an address of the tunnel as source. Most packets have another
+/// destination and leave after this chain.
 fn guard(plan: &Plan, extent: Extent) -> Chain {
     let tunnel = Rule::new().output(&plan.link.name);
     let tunnel = match extent {

@@ -57,6 +57,17 @@ impl Announcer {
         }
     }
 
+    /// Sets the prefixes of the configuration, whose filter may have changed too.
+    pub(super) fn set_configured(
+        &mut self,
+        mesh: &mut Mesh,
+        filter: Filter<'_>,
+        prefixes: Vec<IpNet>,
+    ) {
+        self.prefixes.set(PrefixUpdate { source: PrefixSource::Configuration, prefixes });
+        self.select(mesh, filter);
+    }
+
     /// Sets the node IPs, which are a source of prefixes too.
     pub(super) fn set_node_ips(&mut self, mesh: &mut Mesh, filter: Filter<'_>, found: &NodeIps) {
         self.node_ips = found.iter().collect();

@@ -79,6 +79,15 @@ impl Daemon {
         result.is_ok().then_some(Exit::Left)
     }
 
+    /// Answers a leave that still waits while the daemon ends.
+    pub(super) fn abandon_leave(&mut self) {
+        let why = "the agent was stopped or brought down before a controller answered: run \
+                   `towline leave` again";
+        for reply in self.leaving.take().into_iter().flat_map(|leaving| leaving.replies) {
+            let _ = reply.send(Err(why.into()));
+        }
+    }
+
     fn leave_now(&mut self, informed: Result<(), String>, force: bool) -> Result<(), String> {
         match informed {
             Ok(()) => {}

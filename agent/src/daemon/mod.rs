@@ -67,7 +67,6 @@ use crate::discovery;
 use crate::down::DownMarker;
 use crate::node_ip::NodeIps;
 use crate::notify::Notifier;
-use crate::prefixes::{PrefixSource, PrefixUpdate};
 use crate::state::StateDir;
 use crate::static_peers;
 use announcer::Announcer;
@@ -262,6 +261,7 @@ impl Daemon {
                 },
             }
         };
+        self.abandon_leave();
         if let Err(error) = self.tunnels.data_plane().stop() {
             tracing::error!(%error, "data plane hangs: ending the agent without it");
         }
@@ -363,11 +363,7 @@ impl Daemon {
     /// Updates what follows from `[node]` of the configuration.
     fn configuration_changed(&mut self) {
         let prefixes = self.config.node.prefixes.clone();
-        let update = PrefixUpdate { source: PrefixSource::Configuration, prefixes };
-        let filter = self.config.prefix_filter();
-        self.announcer.handle(&mut self.mesh, filter, update);
-        // The filter may have changed.
-        self.announcer.select(&mut self.mesh, filter);
+        self.announcer.set_configured(&mut self.mesh, self.config.prefix_filter(), prefixes);
         self.addresses_changed();
     }
 

@@ -16,6 +16,7 @@ use crate::{HANDSHAKE_BYTES, Refusal};
 /// Initiations per second above which initiators must prove their address with a cookie. Each
 /// initiation costs about a quarter of a millisecond.
 const INITIATIONS_PER_SECOND: u64 = 256;
+
 /// WireGuard key of the node, and the admission of initiations.
 pub struct Secrets {
     private: StaticSecret,

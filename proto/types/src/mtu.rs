@@ -14,7 +14,7 @@ pub struct Mtu(u16);
 
 /// Error of a number that is no [`Mtu`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{0} is outside {min} to {max}", min = Mtu::MIN, max = Mtu::MAX)]
+#[error("MTU {0} is outside {min} to {max}", min = Mtu::MIN, max = Mtu::MAX)]
 pub struct InvalidMtu(u32);
 
 impl Mtu {
@@ -82,7 +82,7 @@ mod tests {
         }
         for bad in [0, 576, 1_279, 65_456, 65_536, u32::MAX] {
             let error = Mtu::try_from(bad).unwrap_err().to_string();
-            assert_eq!(error, format!("{bad} is outside 1280 to 65455"));
+            assert_eq!(error, format!("MTU {bad} is outside 1280 to 65455"));
         }
         assert_eq!(
             [0, 1_300, u16::MAX].map(|bytes| Mtu::clamp(bytes).get()),

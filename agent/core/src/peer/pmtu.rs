@@ -37,6 +37,7 @@ const TRIES: u8 = 2;
 const CONFIRM: Duration = Duration::from_secs(30);
 /// How often a larger one is tried, RFC 8899 section 5.1.1.
 const RAISE: Duration = Duration::from_secs(600);
+
 /// The search on the path that carries a peer's traffic.
 #[derive(Debug, Default)]
 pub(crate) struct Pmtu {
@@ -48,7 +49,7 @@ pub(crate) struct Pmtu {
     good: u16,
     bad: u16,
     tries: u8,
-    /// True once the kernel refused a datagram that is larger than `full`, which it takes.
+    /// True once the kernel refused a larger datagram: `full` is the size that it accepts.
     is_refused: bool,
     /// The found size was answered again.
     is_confirmed: bool,

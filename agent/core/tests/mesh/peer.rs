@@ -198,8 +198,8 @@ fn a_path_in_doubt_yields_to_another_one_that_answers_before_it_is_dead() {
 
 // Path MTU
 
-#[test]
-fn a_black_hole_is_found_and_the_route_and_the_data_plane_follow() {
+/// Returns a node whose path to peer 2 takes 1,368 bytes, after the search found that.
+fn on_a_black_hole() -> Us {
     let mut us = Us::new(1);
     us.upsert(peer(2).candidates(&[PUBLIC]));
     us.drain();
@@ -207,6 +207,12 @@ fn a_black_hole_is_found_and_the_route_and_the_data_plane_follow() {
     us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
     us.active();
     us.echo(Duration::from_millis(10), Duration::from_secs(10));
+    us
+}
+
+#[test]
+fn a_black_hole_is_found_and_the_route_and_the_data_plane_follow() {
+    let mut us = on_a_black_hole();
     let mtu = us.peer(2).mtu.unwrap();
     assert!((1_300..=1_308).contains(&mtu), "{mtu}");
     assert_eq!(us.table().peers[&key(2)].mtu.get(), mtu);
@@ -234,13 +240,7 @@ fn applied(us: &mut Us) -> (Option<u16>, u16, bool) {
 
 #[test]
 fn what_the_kernel_refuses_holds_for_route_and_data_plane_until_the_search_is_through() {
-    let mut us = Us::new(1);
-    us.upsert(peer(2).candidates(&[PUBLIC]));
-    us.drain();
-    us.payload = 1_368 - 28;
-    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
-    us.active();
-    us.echo(Duration::from_millis(10), Duration::from_secs(10));
+    let mut us = on_a_black_hole();
     assert!(us.peer(2).mtu.is_some());
     for (payload, expected) in
         [(1_320, (Some(1_288), 1_288, false)), (1_252, (Some(1_280), 1_280, true))]
