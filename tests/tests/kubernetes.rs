@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use ipnet::IpNet;
 use nix::mount::{MsFlags, mount};
 use nix::sched::CloneFlags;
 use tokio::sync::watch;
 use towline_agent::config::{AnnouncePods, KubernetesConfig};
 use towline_agent::kubernetes::{self, Setup, View};
 use towline_agent::state::StateDir;
+use towline_fixtures::node::nets;
 use towline_netlink::{Overlay, OverlayKind, Rtnetlink};
 use towline_proto::mtu::Mtu;
 use towline_tests::cluster::{ClusterCa, kubeconfig, kubeconfig_of_plugin, replace};
@@ -96,10 +96,6 @@ fn start(directory: &tempfile::TempDir) -> watch::Receiver<View> {
         state: Arc::new(StateDir::open(&directory.path().join("state")).unwrap()),
         credentials_period: Duration::from_millis(10),
     })
-}
-
-fn nets(list: &[&str]) -> Vec<IpNet> {
-    list.iter().map(|net| net.parse().unwrap()).collect()
 }
 
 /// A cluster with these pod networks of node `w`, and the machine of that node, whose agent follows

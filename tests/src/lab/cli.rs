@@ -39,7 +39,7 @@ fn command() -> Command {
         Arg::new(name).long(name).help(help).action(ArgAction::SetTrue).global(true)
     };
     let scenarios = SCENARIOS.iter().map(|scenario| {
-        let command = Command::new(scenario.name).aliases(scenario.aliases).about(scenario.help);
+        let command = Command::new(scenario.name).aliases(scenario.aliases);
         (scenario.arguments)(command).about(scenario.help).long_about(None)
     });
     let limit = Command::new("limit").hide(true);

@@ -40,16 +40,6 @@ impl<'a> Outer<'a> {
         }
     }
 
-    /// Returns whether the packet is a datagram that only the two nodes can read.
-    pub(in crate::lab) fn is_sealed(&self) -> bool {
-        self.udp_payload.is_some_and(|bytes| {
-            matches!(
-                DatagramKind::of(bytes),
-                DatagramKind::WireGuard | DatagramKind::Probe | DatagramKind::Relayed
-            )
-        })
-    }
-
     pub(in crate::lab) fn is_wireguard(&self) -> bool {
         self.udp_payload.is_some_and(|bytes| DatagramKind::of(bytes) == DatagramKind::WireGuard)
     }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -116,11 +117,16 @@ pub fn run(options: &Options) -> anyhow::Result<Vm> {
     let lab = Lab { cache, image, software, output, kernels: Mutex::default() };
     let count = selected.len();
     let queue = Mutex::new(selected.into_iter().enumerate());
-    let mut ended: Vec<(usize, Ended)> = std::thread::scope(|scope| {
-        let workers: Vec<_> =
+    let workers: Vec<_> = std::thread::scope(|scope| {
+        let started: Vec<_> =
             (0..PAIRS_AT_ONCE.min(count)).map(|_| scope.spawn(|| lab.run_queued(&queue))).collect();
-        workers.into_iter().flat_map(|worker| worker.join().unwrap_or_default()).collect()
+        let joined = started.into_iter().map(|worker| worker.join());
+        joined.map(|ended| ended.unwrap_or_else(|panic| resume_unwind(panic))).collect()
     });
+    let mut ended = Vec::new();
+    for worker in workers {
+        ended.extend(worker?);
+    }
     // The order does not depend on which case ended first.
     ended.sort_by_key(|(index, _)| *index);
     let mut vm = Vm::default();
@@ -173,34 +179,42 @@ enum Outcome {
 impl Lab {
     /// Runs cases of a queue until it is empty or the lab is interrupted. The machines of a case
     /// belong to the thread that runs it.
+    ///
+    /// # Errors
+    /// The accelerator cannot be probed. The other threads then end after their current case.
     fn run_queued(
         &self,
         queue: &Mutex<impl Iterator<Item = (usize, (Case, Release))>>,
-    ) -> Vec<(usize, Ended)> {
+    ) -> anyhow::Result<Vec<(usize, Ended)>> {
         let mut ended = Vec::new();
         while check().is_ok() {
             let Some((index, (case, release))) = queue.lock().next() else { break };
-            let outcome = match self.prepare(release) {
-                Ok((kernel, accelerator)) => self.run(case, release, kernel, accelerator),
-                Err(error) => Outcome::Skipped(format!("{error:#}")),
+            let kernel = match self.kernel(release) {
+                Ok(kernel) => kernel,
+                Err(_) if check().is_err() => break,
+                Err(error) => {
+                    let outcome = Outcome::Skipped(format!("{error:#}"));
+                    ended.push((index, Ended { case, release, outcome }));
+                    continue;
+                }
             };
+            let accelerator = Accelerator::probe(&self.cache, &kernel)
+                .inspect_err(|_| queue.lock().by_ref().for_each(drop))?;
+            let outcome = self.run(case, release, kernel, accelerator);
             ended.push((index, Ended { case, release, outcome }));
         }
-        ended
+        Ok(ended)
     }
 
-    fn prepare(&self, release: Release) -> anyhow::Result<(Kernel, Accelerator)> {
+    fn kernel(&self, release: Release) -> anyhow::Result<Kernel> {
         // Locked over the download, so that a kernel is prepared once.
         let mut kernels = self.kernels.lock();
-        let kernel = match kernels.get(release.name) {
-            Some(kernel) => kernel.clone(),
-            None => {
-                let kernel = Kernel::get(&self.cache, &self.image, release)?;
-                kernels.entry(release.name).or_insert(kernel).clone()
-            }
-        };
-        let accelerator = Accelerator::probe(&self.cache, &kernel)?;
-        Ok((kernel, accelerator))
+        if let Some(kernel) = kernels.get(release.name) {
+            return Ok(kernel.clone());
+        }
+        let kernel = Kernel::get(&self.cache, &self.image, release)?;
+        kernels.insert(release.name, kernel.clone());
+        Ok(kernel)
     }
 
     fn run(
@@ -215,14 +229,11 @@ impl Lab {
         let kernel_version = kernel.version.clone();
         let failed = self.failed_promises(case, kernel, accelerator);
         let seconds = round(begun.elapsed().as_secs_f64());
-        self.output.note(&format!(
-            "{} on {}: {} after {seconds} s",
-            case.name,
-            release.name,
-            if failed.is_empty() { "ok" } else { "FAILED" }
-        ));
+        let name = format!("{} on {}", case.name, release.name);
+        let verdict = if failed.is_empty() { "ok" } else { "FAILED" };
+        self.output.note(&format!("{name}: {verdict} after {seconds} s"));
         for promise in &failed {
-            self.output.note(&format!("  {promise}"));
+            self.output.note(&format!("{name}: {promise}"));
         }
         Outcome::Ran { accelerator: accelerator.name(), kernel_version, seconds, failed }
     }

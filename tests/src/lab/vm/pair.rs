@@ -66,8 +66,10 @@ const RECIPE: &str = "2";
 const CONTROLLER_ADDRESS: &str = "203.0.113.10:7443";
 const OVERLAY_V4: &str = "198.19.0.0/16";
 const OVERLAY_V6: &str = "fd12:3456:789a:1::/64";
-/// Addresses of the mesh that no node owns.
-const UNOWNED: [&str; 2] = ["198.19.255.250", "fd12:3456:789a:1:ffff::250"];
+/// IPv4 address of the mesh that no node owns.
+pub const UNOWNED_V4: &str = "198.19.255.250";
+/// IPv6 address of the mesh that no node owns.
+const UNOWNED_V6: &str = "fd12:3456:789a:1:ffff::250";
 const JOIN_LIMIT: Duration = Duration::from_secs(400);
 
 /// Returns the networks of the mesh, to which nothing may leave a machine in clear.
@@ -212,7 +214,7 @@ impl Pair {
         let cp = overlay_addresses(&mut self.cp)?;
         let mut targets = String::new();
         let mesh = [cp.v4.to_string(), cp.v6.to_string()];
-        for address in mesh.iter().map(String::as_str).chain(UNOWNED) {
+        for address in mesh.iter().map(String::as_str).chain([UNOWNED_V4, UNOWNED_V6]) {
             targets.push_str(&format!("{MESH_LABEL} {address}\n"));
         }
         for address in [IpAddr::V4(GATEWAY_V4), IpAddr::V6(GATEWAY_V6)] {

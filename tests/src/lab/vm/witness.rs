@@ -7,6 +7,7 @@ use data_encoding::HEXLOWER;
 use ipnet::IpNet;
 use memchr::memmem;
 
+use super::network::{GATEWAY_V4, GATEWAY_V6};
 use crate::lab::capture::frame::Outer;
 
 /// Payload of the background traffic to addresses of the mesh.
@@ -14,9 +15,9 @@ pub const MESH_LABEL: &str = "lab-mesh-traffic";
 /// Payload of the background traffic to an address outside of the mesh, which proves that the
 /// traffic runs.
 pub const PLAIN_LABEL: &str = "lab-plain-traffic";
-/// Maximum number of clear packets that are described; all are counted.
+/// Maximum number of packets that are described; all are counted.
 const SAMPLES: usize = 5;
-/// Bytes of a clear packet's payload that are described: the header of its protocol, and a little.
+/// Bytes of a packet's payload that are described: the header of its protocol, and a little.
 const SAMPLE_BYTES: usize = 24;
 
 /// Counts of what one machine sent since the last [`Witness::reset`].
@@ -30,11 +31,12 @@ pub struct Sent {
     pub plain: u64,
     /// WireGuard messages, which are sealed.
     pub sealed: u64,
-    /// Sealed datagrams with a mesh address as outer source: the machine sent them in the moment in
-    /// which its uplink had no address. They disclose that address and nothing else.
+    /// Packets from a mesh address to elsewhere: the kernel chose that source in a moment in which
+    /// the uplink had no address. Not counted are the background traffic, and neighbor discovery,
+    /// which the kernel sends with the source of the packet that waits for the answer.
     pub misaddressed: u64,
-    /// Descriptions of the first clear packets: seconds after `since`, addresses, and the
-    /// start of the payload.
+    /// Descriptions of the first clear or misaddressed packets: seconds after `since`, addresses,
+    /// and the start of the payload.
     pub samples: Vec<String>,
 }
 
@@ -75,27 +77,33 @@ impl Witness {
         let Some(outer) = Outer::parse(frame) else { return };
         let is_of_mesh = |address: IpAddr| self.mesh.iter().any(|net| net.contains(&address));
         let has = |label: &str| memmem::find(frame, label.as_bytes()).is_some();
-        // Both ends of the mesh's traffic are in the mesh. A packet to elsewhere has a mesh address as
-        // source in the moment in which the kernel has no other.
+        // Both ends of the mesh's traffic are in the mesh.
         let is_to_mesh = is_of_mesh(outer.destination)
             || outer.neighbor_target.is_some_and(is_of_mesh)
             || has(MESH_LABEL);
+        let is_to_gateway =
+            [IpAddr::V4(GATEWAY_V4), IpAddr::V6(GATEWAY_V6)].contains(&outer.destination);
         if is_to_mesh {
             self.sent.clear += 1;
-            if self.sent.samples.len() < SAMPLES {
-                let seconds = self.sent.since.elapsed().as_secs_f64();
-                let Outer { source, destination, protocol, payload, .. } = outer;
-                let start = HEXLOWER.encode(&payload[..payload.len().min(SAMPLE_BYTES)]);
-                self.sent.samples.push(format!(
-                    "{seconds:.1} s {source} > {destination} protocol {protocol}: {start}"
-                ));
-            }
+            self.describe(&outer);
         } else if has(PLAIN_LABEL) {
             self.sent.plain += 1;
-        } else if outer.is_sealed() && is_of_mesh(outer.source) {
+        } else if is_of_mesh(outer.source) && !is_to_gateway && outer.neighbor_target.is_none() {
             self.sent.misaddressed += 1;
+            self.describe(&outer);
         } else if outer.is_wireguard() {
             self.sent.sealed += 1;
+        }
+    }
+
+    fn describe(&mut self, outer: &Outer<'_>) {
+        if self.sent.samples.len() < SAMPLES {
+            let seconds = self.sent.since.elapsed().as_secs_f64();
+            let Outer { source, destination, protocol, payload, .. } = outer;
+            let start = HEXLOWER.encode(&payload[..payload.len().min(SAMPLE_BYTES)]);
+            self.sent.samples.push(format!(
+                "{seconds:.1} s {source} > {destination} protocol {protocol}: {start}"
+            ));
         }
     }
 }
@@ -123,17 +131,19 @@ mod tests {
         witness.see(&frame([203, 0, 113, 10], &[4, 0, 0, 0, 1, 2, 3, 4]));
         witness.see(&frame([203, 0, 113, 10], b"something else"));
         witness.see(&[]);
-        let mut misaddressed = frame([203, 0, 113, 10], &[4, 0, 0, 0, 1, 2, 3, 4]);
-        misaddressed[26..30].copy_from_slice(&[198, 19, 0, 9]);
-        witness.see(&misaddressed);
+        for payload in [&[4, 0, 0, 0, 1, 2, 3, 4][..], b"not sealed"] {
+            let mut misaddressed = frame([203, 0, 113, 10], payload);
+            misaddressed[26..30].copy_from_slice(&[198, 19, 0, 9]);
+            witness.see(&misaddressed);
+        }
         // A plain packet with such a source, as the kernel chooses it without another address.
         let mut plain = frame([203, 0, 113, 1], PLAIN_LABEL.as_bytes());
         plain[26..30].copy_from_slice(&[198, 19, 0, 9]);
         witness.see(&plain);
         let sent = witness.sent();
-        assert_eq!(sent.misaddressed, 1);
+        assert_eq!(sent.misaddressed, 2);
         assert_eq!((sent.clear, sent.plain, sent.sealed), (2, 2, 1));
-        assert_eq!(sent.samples.len(), 2);
+        assert_eq!(sent.samples.len(), 4);
         witness.reset();
         assert_eq!(witness.sent().clear, 0);
     }

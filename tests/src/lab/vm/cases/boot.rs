@@ -4,10 +4,8 @@ use crate::lab::report::Promises;
 use crate::lab::vm::machine::CHANGE_LIMIT;
 use crate::lab::vm::pair::{Pair, Testbed, overlay_addresses};
 
-use super::{holds, nothing_in_clear, watch};
+use super::{NO_NFTABLES, has_no_nftables, holds, nothing_in_clear, watch};
 
-/// Kernel argument that prevents nftables from being loaded.
-const NO_NFTABLES: &str = "modprobe.blacklist=nf_tables";
 const AGENT_ANSWERS: &str = "towline status";
 const GUARD_HOLDS: &str = "systemctl is-active towline-guard.service";
 
@@ -32,8 +30,7 @@ pub(super) fn order_without_nftables(
 fn alone(pair: &mut Pair, arguments: &str, promises: &mut Promises) -> anyhow::Result<()> {
     pair.worker.boot(arguments)?;
     if !arguments.is_empty() {
-        let nftables = pair.worker.run("nft list tables")?;
-        promises.hold(!nftables.is_success(), || "the kernel has no nftables".to_owned());
+        has_no_nftables(pair, promises)?;
     }
     holds(&mut pair.worker, GUARD_HOLDS, "the guard is active")?;
     holds(&mut pair.worker, AGENT_ANSWERS, "the agent answers")?;

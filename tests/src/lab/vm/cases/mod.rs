@@ -17,6 +17,7 @@ use anyhow::ensure;
 use super::kernel::{DEFAULT, RELEASES, Release};
 use super::machine::{CHANGE_LIMIT, Machine};
 use super::pair::{Pair, Testbed};
+use super::witness::Sent;
 use crate::lab::interrupt::sleep;
 use crate::lab::report::Promises;
 
@@ -382,6 +383,8 @@ pub const CASES: &[Case] = &[
     },
 ];
 
+/// Kernel argument that prevents nftables from being loaded.
+const NO_NFTABLES: &str = "modprobe.blacklist=nf_tables";
 /// Command that exits with 0 once the mesh is up.
 const MESH_UP: &str = "towline wait --timeout 40";
 /// Time for which a machine is watched for clear packets once it is in a state.
@@ -390,11 +393,31 @@ const WINDOW: Duration = Duration::from_secs(5);
 /// Records whether the worker sent nothing of the mesh in clear since the last reset, and whether
 /// the background traffic ran, which would show it.
 fn nothing_in_clear(pair: &Pair, when: &str, promises: &mut Promises) {
+    nothing_to_mesh_in_clear(pair, when, promises);
+    let Sent { misaddressed, samples, .. } = pair.sent();
+    promises.hold(misaddressed == 0, || {
+        format!(
+            "nothing from a mesh address {when}: {misaddressed} packets, {}",
+            samples.join(", ")
+        )
+    });
+}
+
+/// Does the same as [`nothing_in_clear`], but lets packets to elsewhere have a mesh address as
+/// source: without nftables nothing sees which source the kernel chose.
+fn nothing_to_mesh_in_clear(pair: &Pair, when: &str, promises: &mut Promises) {
     let sent = pair.sent();
     promises.hold(sent.clear == 0, || {
         format!("nothing in clear {when}: {} packets, {}", sent.clear, sent.samples.join(", "))
     });
     promises.hold(sent.plain > 0, || format!("the background traffic is seen {when}"));
+}
+
+/// Checks that the worker's kernel has no nftables, after a boot with [`NO_NFTABLES`].
+fn has_no_nftables(pair: &mut Pair, promises: &mut Promises) -> anyhow::Result<()> {
+    let nftables = pair.worker.run("nft list tables")?;
+    promises.hold(!nftables.is_success(), || "the kernel has no nftables".to_owned());
+    Ok(())
 }
 
 /// Boots both machines and waits until the worker's mesh is up.
