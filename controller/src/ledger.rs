@@ -1,5 +1,4 @@
-//! The ledger: the registry together with the signed statements that it was told or that the CA
-//! made for it.
+//! The ledger: the registry together with the signed statements of nodes and of the CA.
 //!
 //! The [`registry`](towline_registry) decides on plain values. The ledger verifies what comes from
 //! the store, signs what the registry returns unsigned, and turns changes into writes to the store
@@ -8,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use prost::Message as _;
 use towline_proto::id::NodeId;
 use towline_proto::node::{MeshConfig, Record};
 use towline_proto::pb;
@@ -19,8 +19,8 @@ use crate::stored::{self, key_text};
 use crate::view::{NodeView, ViewChange};
 use towline_registry::sessions::{SessionId, Sessions};
 use towline_registry::{
-    Changes, Contents, Counters, Event, Key, LoadError, Now, PublishError, Published, Registry,
-    Unsigned,
+    Changes, Contents, Counters, Difference, Event, Key, LoadError, Now, PublishError, Published,
+    Registry, Unsigned,
 };
 
 /// The registry and its signed statements.
@@ -154,15 +154,36 @@ impl Ledger {
         sessions: &Sessions,
         now: Now,
     ) -> Result<Published, PublishError> {
-        let published = self.registry.publish(node, session, record, sessions, now)?;
+        let difference = self.difference(node, &record, &signed);
+        let published = self.registry.publish(node, session, record, difference, sessions, now)?;
         if published.is_stored {
             self.nodes.entry(node).or_default().record = Some(signed);
         }
         Ok(published)
     }
 
-    /// Signs what is new, and returns the changes since the previous call.
-    pub fn take_changes(&mut self, sessions: &Sessions, now: Now) -> LedgerChanges {
+    /// Compares a record with the stored one of the node. A record is equal but for its generation
+    /// only if this version knows all of it: what it does not know may differ.
+    fn difference(&self, node: NodeId, record: &Record, signed: &pb::Signed) -> Difference {
+        let stored = self.registry.member(node).ok().and_then(|member| member.record.as_ref());
+        let before = self.nodes.get(&node).and_then(|node| node.record.as_ref());
+        let (Some(stored), Some(before)) = (stored, before) else { return Difference::Content };
+        if before.body == signed.body {
+            return Difference::Nothing;
+        }
+        let encoded =
+            |generation| pb::Record::from(&Record { generation, ..stored.clone() }).encode_to_vec();
+        let is_known = before.body == encoded(stored.generation);
+        if is_known && signed.body == encoded(record.generation) {
+            Difference::Generation
+        } else {
+            Difference::Content
+        }
+    }
+
+    /// Signs what is new, and returns the changes since the previous call. `last_seen` returns when
+    /// nodes were last seen, and is called only if that is to be stored.
+    pub fn take_changes(&mut self, last_seen: impl Fn() -> BTreeMap<NodeId, i64>) -> LedgerChanges {
         let Changes { unsigned, records, problems, events } = self.registry.take_changes();
         unsigned.into_iter().for_each(|value| self.sign(value));
         let mut changes = LedgerChanges { events, ..LedgerChanges::default() };
@@ -172,7 +193,7 @@ impl Ledger {
             {
                 self.nodes.remove(id);
             }
-            changes.writes.push((key_text(*key), self.encode(*key, sessions, now)));
+            changes.writes.push((key_text(*key), self.encode(*key, &last_seen)));
             changes.map.extend(self.map_change(*key));
             changes.view.extend(self.view_change(*key));
         }
@@ -223,12 +244,12 @@ impl Ledger {
     }
 
     /// Returns the value to store under a key; `None` if the record is deleted.
-    fn encode(&self, key: Key, sessions: &Sessions, now: Now) -> Option<Vec<u8>> {
+    fn encode(&self, key: Key, last_seen: impl Fn() -> BTreeMap<NodeId, i64>) -> Option<Vec<u8>> {
         let registry = &self.registry;
         match key {
             Key::Counters => Some(stored::encode_counters(registry.counters())),
             Key::Mesh => Some(stored::encode_mesh(registry.mesh().revision, &self.mesh)),
-            Key::LastSeen => Some(stored::encode_last_seen(sessions.all_last_seen(now))),
+            Key::LastSeen => Some(stored::encode_last_seen(last_seen())),
             Key::Node(id) => {
                 let (member, node) = (registry.member(id).ok()?, self.nodes.get(&id)?);
                 Some(stored::encode_node(member, &node.grant, node.record.as_ref()))
@@ -310,10 +331,10 @@ mod tests {
     use std::sync::LazyLock;
     use std::time::Duration;
 
-    use towline_fixtures::ca::{identity, public, sign_record};
+    use towline_fixtures::ca::{identity, public};
     use towline_fixtures::node::{mesh_config, nets, record};
     use towline_proto::id::{TokenId, WireguardKey};
-    use towline_proto::signed;
+    use towline_proto::signed::{self, Domain};
 
     use super::*;
     use crate::clock;
@@ -358,7 +379,7 @@ mod tests {
         }
 
         fn commit(&mut self) {
-            let changes = self.ledger.take_changes(&self.sessions, self.now);
+            let changes = self.ledger.take_changes(|| self.sessions.all_last_seen(self.now));
             for (key, value) in changes.writes {
                 match value {
                     Some(value) => self.stored.insert(key, value),
@@ -398,13 +419,26 @@ mod tests {
         }
 
         fn publish(&mut self, number: u8, generation: u64) {
+            self.publish_with(number, generation, &[]).unwrap();
+        }
+
+        /// Publishes a record that ends with fields that this version does not know.
+        fn publish_with(
+            &mut self,
+            number: u8,
+            generation: u64,
+            unknown: &[u8],
+        ) -> Result<Published, PublishError> {
             let node = NodeId([number; 16]);
             let grant = self.ledger.registry().member(node).unwrap().grant.clone();
             let record = Record { generation, ..record(&grant) };
-            let signed = sign_record(&record, &identity(number));
+            let mut body = pb::Record::from(&record).encode_to_vec();
+            body.extend_from_slice(unknown);
+            let signed = signed::sign_encoded(Domain::Record, body, &identity(number));
             let (sessions, now) = (&self.sessions, self.now);
-            self.ledger.publish(node, &node.0, (record, signed), sessions, now).unwrap();
+            let published = self.ledger.publish(node, &node.0, (record, signed), sessions, now);
             self.commit();
+            published
         }
 
         fn load(&self, authority: &Arc<Authority>) -> Result<Ledger, ReadError> {
@@ -441,6 +475,35 @@ mod tests {
         view.replace(loaded.view());
         assert_eq!(names(&view), names(&world.view));
         assert_eq!(view.tokens(None, 9), world.view.tokens(None, 9));
+    }
+
+    #[test]
+    fn a_field_that_only_newer_versions_know_is_a_change_of_the_map() {
+        // Field 900, a number: 1 or 2.
+        let [one, two] = [1, 2].map(|value| vec![0xa0, 0x38, value]);
+        let mut world = World::new();
+        world.node(1);
+        let first = world.publish_with(1, 2, &one).unwrap();
+        let second = world.publish_with(1, 3, &two).unwrap();
+        assert!(second.revision > first.revision, "peers may know it");
+        let reused = world.publish_with(1, 3, &one);
+        assert!(matches!(reused, Err(PublishError::GenerationReused { generation: 3 })));
+        let again = world.publish_with(1, 3, &two).unwrap();
+        assert_eq!((again.revision, again.is_stored), (second.revision, false));
+        let refreshed = world.publish_with(1, 4, &two).unwrap();
+        assert!(refreshed.revision > second.revision, "it cannot be compared");
+    }
+
+    #[test]
+    fn a_node_of_an_older_store_keeps_when_it_was_last_seen() {
+        let mut world = World::new();
+        let node = world.node(1);
+        let key = format!("node/{node}");
+        let bytes = world.stored.get_mut(&key).unwrap();
+        *bytes = stored::with_last_seen(bytes, 1_600_000_000);
+        world.stored.remove("seen");
+        let loaded = world.load(&AUTHORITY).unwrap();
+        assert_eq!(loaded.last_seen().collect::<Vec<_>>(), [(node, 1_600_000_000)]);
     }
 
     #[test]

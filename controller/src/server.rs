@@ -5,6 +5,7 @@
 //! changes nothing. The start is counted in the store before it is counted in the file `starts`: a
 //! kill between the two leaves a store that is ahead, which does not look like a restored backup.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -282,6 +283,9 @@ impl Controller {
         // Connections that are still open do not keep the store's thread alive: it finishes the
         // requests in its queue and closes the store.
         let _ = timeout(GRACE, async {
+            // All watches have ended: the next start knows when each node was last seen. If the
+            // store is full, it knows the times of a minute before.
+            let _ = writer.run(|ledger, _, _| ledger.registry().store_last_seen()).await;
             writer.stop().await;
             writer_ended.await
         })
@@ -317,7 +321,7 @@ fn open_ledger(
     let path = dir.store();
     let store = if fresh {
         let mut ledger = Ledger::create(authority.clone(), first_mesh(authority, settings)?);
-        let store = Store::create(&path, &ledger.take_changes(&nobody(), now).writes)?;
+        let store = Store::create(&path, &ledger.take_changes(BTreeMap::new).writes)?;
         if let Ok(file) = std::fs::File::open(&path) {
             dir.give(&file)?;
         }
@@ -363,7 +367,7 @@ fn begin(
             mesh.bypass_when_down.clone_from(ranges);
         }
     })?;
-    match store.commit(store.sequence(), &ledger.take_changes(&nobody(), now).writes) {
+    match store.commit(store.sequence(), &ledger.take_changes(BTreeMap::new).writes) {
         Ok(_) => {}
         // The new epoch of a restored store must be on the disk before a client sees it.
         Err(error @ CommitError::Failed { .. }) if !started.restored => {
@@ -379,11 +383,6 @@ fn begin(
         stored => warn_unless_stored(stored, "this start is counted in the store only"),
     }
     Ok((store, ledger))
-}
-
-/// Returns the sessions before any node has connected.
-fn nobody() -> Sessions {
-    Sessions::new(Duration::ZERO)
 }
 
 /// Logs a file that could not be written, and the consequence of that.

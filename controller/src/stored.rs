@@ -312,3 +312,10 @@ fn decode<M: Message + Default>(bytes: &[u8]) -> Result<M, String> {
 fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
+
+/// Returns a node's record as older versions wrote it, with the time at which it was last seen.
+#[cfg(test)]
+pub(crate) fn with_last_seen(node: &[u8], last_seen: i64) -> Vec<u8> {
+    let node = StoredNode::decode(node).unwrap();
+    StoredNode { last_seen, ..node }.encode_to_vec()
+}

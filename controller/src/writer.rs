@@ -182,14 +182,16 @@ impl Thread {
             return;
         }
         let now = clock::now();
-        let (answers, changes) = {
+        let answers: Vec<Answer> = {
             let sessions = self.published.sessions.lock();
-            let answers: Vec<Answer> = batch
+            batch
                 .into_iter()
                 .filter_map(|job| job(Ok((&mut self.ledger, &sessions, now))))
-                .collect();
-            (answers, self.ledger.take_changes(&sessions, now))
+                .collect()
         };
+        // Signing and encoding take long. Heartbeats must not wait for them.
+        let sessions = &self.published.sessions;
+        let changes = self.ledger.take_changes(|| sessions.lock().all_last_seen(now));
         let stored = self.store(changes);
         for answer in answers {
             answer(stored.clone());
@@ -254,6 +256,7 @@ fn log(event: &Event) {
 mod tests {
     use super::*;
     use crate::state_dir::StateDir;
+    use std::collections::BTreeMap;
     use std::time::Duration;
     use towline_fixtures::node::mesh_config;
     use towline_proto::id::TokenId;
@@ -279,7 +282,7 @@ mod tests {
             MeshConfig { mesh_id: authority.mesh_id(), ..mesh_config() },
         );
         let sessions = Sessions::new(Duration::from_secs(1));
-        let writes = ledger.take_changes(&sessions, clock::now()).writes;
+        let writes = ledger.take_changes(BTreeMap::new).writes;
         let store = Store::create(&dir.store(), &writes).unwrap();
         store.fail_next_commit();
         let published = Published {

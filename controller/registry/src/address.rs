@@ -19,24 +19,10 @@ pub(super) fn v6(
 ) -> Option<Ipv6Addr> {
     let host_mask = u128::from(range.hostmask());
     (0..ATTEMPTS).find_map(|attempt| {
-        let host = mix(u128::from_be_bytes(node.0), attempt) & host_mask;
+        let host = u128::from_be_bytes(node.0).wrapping_add(attempt.into()) & host_mask;
         let address = Ipv6Addr::from(u128::from(range.network()) | host);
         (host != 0 && !taken(address)).then_some(address)
     })
-}
-
-/// Mixes the bits of an id and the number of the attempt. Two rounds of the finalizer of SplitMix64
-/// on each half are enough: the result only has to be spread evenly, not secret.
-fn mix(id: u128, attempt: u8) -> u128 {
-    fn finalize(mut bits: u64) -> u64 {
-        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bits ^ (bits >> 31)
-    }
-    let (high, low) = ((id >> 64) as u64, id as u64 ^ (u64::from(attempt) << 56));
-    let high = finalize(high.wrapping_add(finalize(low)));
-    let low = finalize(low.wrapping_add(high));
-    (u128::from(high) << 64) | u128::from(low)
 }
 
 /// Returns the next free IPv4 address after `cursor` (an offset into the range), and the new

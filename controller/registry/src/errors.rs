@@ -209,6 +209,11 @@ pub enum LoadError {
     #[error("another node has the name, a key or an address of node {0}")]
     NotUnique(NodeId),
     /// The grant of a node does not allow its record.
-    #[error(transparent)]
-    NotGranted(#[from] NotGranted),
+    #[error("the grant of node {node} does not allow its record: {error}")]
+    NotGranted {
+        /// Id of the node.
+        node: NodeId,
+        /// Reason.
+        error: NotGranted,
+    },
 }

@@ -44,6 +44,7 @@ pub mod sessions;
 pub mod token;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId};
@@ -60,7 +61,7 @@ pub use members::Member;
 use members::Members;
 pub use now::Now;
 use problems::Problems;
-pub use publish::{Published, Withheld};
+pub use publish::{Difference, Published, Withheld};
 use sessions::Sessions;
 use token::{SecretHash, Token, TokenTerms};
 
@@ -68,8 +69,8 @@ use token::{SecretHash, Token, TokenTerms};
 const TOKENS: usize = 10_000;
 /// Time in seconds for which a token is still listed after its expiry.
 const TOKEN_KEPT: i64 = 7 * 24 * 3600;
-/// Shortest time in seconds between two writes of the times at which nodes were last seen.
-const LAST_SEEN_INTERVAL: i64 = 60;
+/// Shortest time between two writes of the times at which nodes were last seen.
+const LAST_SEEN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Complete state of the registry.
 pub struct Registry {
@@ -81,8 +82,9 @@ pub struct Registry {
     removed_identities: BTreeMap<IdentityKey, NodeId>,
     tokens: BTreeMap<TokenId, Token>,
     problems: Problems,
-    /// Time at which the last-seen times were last marked to be stored, in seconds since 1970.
-    seen_stored_at: i64,
+    /// Time at which the last-seen times were last marked to be stored; `None` if they were not
+    /// since the start.
+    seen_stored_at: Option<Instant>,
     /// [`Sessions::opened_and_closed`] at that time.
     seen_stored: u64,
     /// Records that changed since the last [`Registry::take_changes`].
@@ -260,7 +262,8 @@ impl Registry {
         for member in contents.members {
             let id = member.grant.node_id;
             if let Some(record) = &member.record {
-                Node::new(member.grant.clone(), record.clone())?;
+                Node::new(member.grant.clone(), record.clone())
+                    .map_err(|error| LoadError::NotGranted { node: id, error })?;
                 let held =
                     record.prefixes.iter().filter(|prefix| !member.withheld.contains(prefix));
                 for prefix in held {
@@ -290,7 +293,7 @@ impl Registry {
             removed_identities: BTreeMap::new(),
             tokens: BTreeMap::new(),
             problems: Problems::default(),
-            seen_stored_at: 0,
+            seen_stored_at: None,
             seen_stored: 0,
             dirty: BTreeSet::new(),
             unsigned: BTreeSet::new(),
@@ -457,11 +460,17 @@ impl Registry {
             self.dirty.insert(Key::Token(token));
         }
         let is_changed = !sessions.is_empty() || sessions.opened_and_closed() != self.seen_stored;
-        if is_changed && now.unix - self.seen_stored_at >= LAST_SEEN_INTERVAL {
-            self.dirty.insert(Key::LastSeen);
-            self.seen_stored_at = now.unix;
+        let is_due = |at| is_changed && now.since(at) >= LAST_SEEN_INTERVAL;
+        if self.seen_stored_at.is_none_or(is_due) {
+            self.seen_stored_at = Some(now.mono);
             self.seen_stored = sessions.opened_and_closed();
+            self.store_last_seen();
         }
+    }
+
+    /// Marks the times at which nodes were last seen to be stored.
+    pub fn store_last_seen(&mut self) {
+        self.dirty.insert(Key::LastSeen);
     }
 
     /// Returns the changes since the previous call: to be signed, then stored, then shown.

@@ -27,6 +27,18 @@ pub struct Published {
     pub withheld: Vec<Withheld>,
 }
 
+/// Difference of a published record from the stored one. The caller compares the signed bytes, since
+/// they may have fields that this version does not know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Difference {
+    /// Both are the same bytes.
+    Nothing,
+    /// Only the generation differs.
+    Generation,
+    /// Something else differs, or there is no stored record.
+    Content,
+}
+
 /// A prefix that is withheld from the map.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Withheld {
@@ -46,6 +58,7 @@ impl Registry {
         node: NodeId,
         session: &SessionId,
         record: Record,
+        difference: Difference,
         sessions: &Sessions,
         now: Now,
     ) -> Result<Published, PublishError> {
@@ -53,15 +66,13 @@ impl Registry {
         if sessions.live(node, now).is_none_or(|live| live.id != *session) {
             return Err(PublishError::NoSession);
         }
-        let mut is_refresh = false;
         if let Some(stored) = &member.record {
-            let (offered, have) = (record.generation, stored.generation);
-            if offered < have {
-                return Err(PublishError::GenerationBehind { offered, stored: have });
+            let (offered, stored) = (record.generation, stored.generation);
+            if offered < stored {
+                return Err(PublishError::GenerationBehind { offered, stored });
             }
-            is_refresh = *stored == Record { generation: have, ..record.clone() };
-            if offered == have {
-                if !is_refresh {
+            if offered == stored {
+                if difference != Difference::Nothing {
                     return Err(PublishError::GenerationReused { generation: offered });
                 }
                 return Ok(self.settled(node, false, sessions, now));
@@ -73,9 +84,8 @@ impl Registry {
         }
         let freed = self.claims.held_by(node).iter().any(|have| !record.prefixes.contains(have));
         self.members.set_record(node, record);
-        if is_refresh {
-            self.dirty.insert(Key::Node(node));
-        } else {
+        self.dirty.insert(Key::Node(node));
+        if difference == Difference::Content {
             self.touch(node);
         }
         let published = self.settled(node, true, sessions, now);
@@ -144,13 +154,18 @@ impl Registry {
         sessions: &Sessions,
         now: Now,
     ) -> Result<(), String> {
-        if self.claims.holder(&prefix) == Some(node) {
-            return Ok(());
-        }
+        let is_held = self.claims.holder(&prefix) == Some(node);
         if let Err(unusable) = ownership::usable(prefix, &self.mesh.config) {
+            // An earlier version may have accepted it.
+            if is_held {
+                self.claims.release(&prefix);
+            }
             let reason = unusable.to_string();
             self.note_about(node, Some((node, prefix)), reason.clone());
             return Err(reason);
+        }
+        if is_held {
+            return Ok(());
         }
         let claim_of = |node: NodeId, prefix: IpNet| {
             self.members.get(node).map(|member| Claim { grant: &member.grant, prefix })

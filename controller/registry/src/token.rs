@@ -11,9 +11,15 @@ use towline_types::limits;
 
 use super::JoinError;
 
-/// Hash of a token's secret.
-#[derive(Debug, Clone, Copy)]
+/// Hash of a token's secret. Who knows it can join, so it is not printed.
+#[derive(Clone, Copy)]
 pub struct SecretHash(pub [u8; 32]);
+
+impl fmt::Debug for SecretHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SecretHash(hidden)")
+    }
+}
 
 impl PartialEq for SecretHash {
     /// Compares two hashes in constant time.

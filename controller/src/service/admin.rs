@@ -130,8 +130,7 @@ impl Admin for AdminService {
         request: Request<pb::RemoveNodeRequest>,
     ) -> Result<Response<pb::RemoveNodeResponse>, Status> {
         let name = node_name(request.into_inner().name)?;
-        let node = self.shared.view.node(&name).map_err(|error| error.status())?.id;
-        let tombstone = self.shared.remove(node, "removed by an operator").await?;
+        let tombstone = self.shared.remove_by_name(name, "removed by an operator").await?;
         Ok(Response::new(pb::RemoveNodeResponse { tombstone: Some(tombstone) }))
     }
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tonic::Status;
 use towline_proto::convert::Invalid;
-use towline_proto::id::NodeId;
+use towline_proto::id::{NodeId, NodeName};
 use towline_proto::pb;
 use towline_proto::rate::Rate;
 use towline_proto::source_limiter::SourceLimiter;
@@ -28,8 +28,8 @@ use crate::ledger::Ledger;
 use crate::map::Map;
 use crate::view::View;
 use crate::writer::Writer;
-use towline_registry::Now;
 use towline_registry::sessions::Sessions;
+use towline_registry::{NoSuchNode, Now};
 
 use refusal::{Refusal, absent};
 
@@ -87,7 +87,28 @@ impl Shared {
             ledger.registry().remove(node, why, sessions, now)
         };
         self.apply(change).await?.map_err(|error| absent(&error, &self.map))?;
-        let tombstone = self.map.tombstone(node);
+        self.tombstone(node)
+    }
+
+    /// Removes the node that has this name now, and returns its signed tombstone.
+    async fn remove_by_name(
+        &self,
+        name: NodeName,
+        why: &'static str,
+    ) -> Result<pb::Signed, Status> {
+        let change = move |ledger: &mut Ledger, sessions: &Sessions, now| {
+            let registry = ledger.registry();
+            let node = registry.by_name(&name)?;
+            // This cannot fail: the node was just found.
+            let _ = registry.remove(node, why, sessions, now);
+            Ok::<_, NoSuchNode>(node)
+        };
+        let removed = self.apply(change).await?.map_err(|error| error.status())?;
+        self.tombstone(removed)
+    }
+
+    fn tombstone(&self, removed: NodeId) -> Result<pb::Signed, Status> {
+        let tombstone = self.map.tombstone(removed);
         tombstone.ok_or_else(|| Status::internal("the removed node has no tombstone"))
     }
 

@@ -1,0 +1,106 @@
+//! Tests of start, configuration, load and periodic work.
+
+use super::*;
+
+#[test]
+fn an_ephemeral_node_goes_when_it_stays_away_and_others_never_do() {
+    let mut world = World::new();
+    let stays = world.node("stays", 1, &[]);
+    let token = world.token(TokenTerms { ephemeral: true, uses: 2, ..terms() });
+    let goes = world.join(token, "goes", 2).unwrap();
+    let connected = world.join(token, "connected", 3).unwrap();
+    world.open(connected);
+    world.close(stays);
+    world.advance(LEASE);
+    assert!(world.registry.member(goes).is_ok());
+    world.advance(Duration::from_secs(1));
+    assert!(world.is_removed(goes));
+    world.advance(LEASE * 100);
+    assert!(world.registry.member(stays).is_ok());
+    assert!(world.registry.member(connected).is_ok());
+}
+
+#[test]
+fn a_restored_store_voids_open_tokens_and_begins_a_new_epoch() {
+    let mut world = World::new();
+    let started = world.registry.start(None);
+    assert_eq!(started.starts, Starts { count: 1, epoch: 1 });
+    assert!(!started.restored);
+    let token = world.token(terms());
+    world.commit();
+    let node = world.node("a", 1, &[]);
+    let backup = world.stored.clone();
+
+    let tombstone = world.remove(node);
+    let started = world.registry.start(Some(started.starts));
+    assert!(!started.restored);
+    world.commit();
+
+    world.stored = backup;
+    world.reload();
+    assert!(world.registry.member(node).is_ok(), "the backup is older than the removal");
+    let started = world.registry.start(Some(started.starts));
+    assert!(started.restored);
+    assert_eq!((started.starts.epoch, started.voided), (2, 2));
+    assert!(matches!(world.join(token, "b", 2), Err(JoinError::TokenRevoked { .. })));
+
+    let known = vec![tombstone];
+    assert_eq!(world.registry.resync(known.clone(), &world.sessions, world.now), 1);
+    assert_eq!(world.registry.resync(known, &world.sessions, world.now), 0);
+    assert!(world.is_removed(node));
+}
+
+#[test]
+fn the_overlay_ranges_stay_while_nodes_live_in_them() {
+    let mut world = World::new();
+    let change = |mesh: &mut MeshConfig| mesh.overlay_v4 = "198.18.0.0/16".parse().unwrap();
+    world.registry.configure(change).unwrap();
+    world.node("a", 1, &[]);
+    let error = world.registry.configure(|mesh| {
+        mesh.overlay_v4 = "198.19.0.0/16".parse().unwrap();
+    });
+    assert!(error.unwrap_err().to_string().contains("198.18.0.0/16"));
+    let generation = world.registry.mesh().config.generation;
+    world.registry.configure(|mesh| mesh.protected = vec![net("10.0.0.0/8")]).unwrap();
+    assert_eq!(world.registry.mesh().config.generation, generation + 1);
+    world.registry.configure(|_| {}).unwrap();
+    assert_eq!(world.registry.mesh().config.generation, generation + 1);
+}
+
+#[test]
+fn stored_values_that_contradict_each_other_are_refused() {
+    let mut world = World::new();
+    let node = world.node("a", 1, &["10.0.0.0/8"]);
+    world.publish(node, 1, &[net("10.0.0.0/8")]).unwrap();
+    let good = world.stored.contents(world.now);
+    assert!(Registry::load(good.clone()).is_ok());
+
+    let mut twice = good.clone();
+    let mut copy = twice.members[0].clone();
+    copy.grant.node_id = NodeId([9; 16]);
+    copy.record = None;
+    twice.members.push(copy);
+    assert_eq!(Registry::load(twice).err(), Some(LoadError::NotUnique(NodeId([9; 16]))));
+
+    let mut foreign = good;
+    foreign.members[0].grant.allowed_prefixes.clear();
+    assert!(matches!(Registry::load(foreign), Err(LoadError::NotGranted { .. })));
+}
+
+#[test]
+fn last_seen_is_stored_at_most_once_a_minute_and_a_session_writes_nothing_else() {
+    let mut world = World::new();
+    let node = world.node("a", 1, &[]);
+    let mut written = 0;
+    for _ in 0..24 {
+        world.close(node);
+        world.now = world.now.plus(Duration::from_secs(5));
+        world.open(node);
+        world.registry.tick(&world.sessions, world.now);
+        let keys = world.commit();
+        assert!(keys.iter().all(|key| matches!(key, Key::LastSeen | Key::Counters)), "{keys:?}");
+        written += usize::from(keys.contains(&Key::LastSeen));
+    }
+    assert_eq!(written, 2, "in two minutes");
+    assert_eq!(world.sessions.all_last_seen(world.now)[&node], world.now.unix);
+}

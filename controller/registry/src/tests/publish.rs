@@ -1,0 +1,135 @@
+//! Tests of records, and of who holds the prefixes that they claim.
+
+use super::*;
+
+#[test]
+fn a_second_claim_is_withheld_and_both_operators_see_why() {
+    let mut world = World::new();
+    let (a, b) = (world.node("a", 1, &["10.0.0.0/8"]), world.node("b", 2, &["10.0.0.0/8"]));
+    assert!(world.announce(a, 1, "10.1.0.0/16").is_empty());
+    for (generation, claim) in ["10.1.0.0/16", "10.1.2.0/24", "10.0.0.0/8"].iter().enumerate() {
+        let reasons = world.announce(b, 1 + generation as u64, claim);
+        assert!(reasons[0].contains("`a`") && reasons[0].contains("`b`"), "{reasons:?}");
+        assert!(world.problems(a).contains(&reasons[0]));
+        assert!(world.problems(b).contains(&reasons[0]));
+        assert_eq!(world.holder("10.1.0.0/16"), Some(a));
+    }
+    // A claim that was given up causes no problem any more.
+    world.announce(b, 9, "10.2.0.0/16");
+    assert_eq!(world.holder("10.2.0.0/16"), Some(b));
+    assert!(world.problems(b).is_empty() && world.problems(a).is_empty());
+}
+
+#[test]
+fn a_nested_prefix_stands_where_its_own_grant_names_it() {
+    let mut world = World::new();
+    let wide = world.node("wide", 1, &["10.0.0.0/8"]);
+    let nested = world.node("nested", 2, &["10.1.0.0/16"]);
+    assert!(world.announce(wide, 1, "10.0.0.0/8").is_empty());
+    assert!(world.announce(nested, 1, "10.1.0.0/16").is_empty());
+    // A part of a granted prefix does not count as named by the grant.
+    assert_eq!(world.announce(nested, 2, "10.1.2.0/24").len(), 1);
+    // The order does not matter.
+    let other = world.node("other", 3, &["10.1.0.0/16", "10.1.3.0/24"]);
+    assert!(world.announce(other, 1, "10.1.3.0/24").is_empty());
+    assert!(world.announce(nested, 3, "10.1.0.0/16").is_empty());
+}
+
+#[test]
+fn a_node_that_stays_away_yields_its_prefix_and_gets_it_back_when_it_is_free() {
+    let mut world = World::new();
+    let (a, b) = (world.node("a", 1, &["10.0.0.0/8"]), world.node("b", 2, &["10.0.0.0/8"]));
+    world.announce(a, 1, "10.1.0.0/16");
+    world.close(a);
+    world.advance(LEASE / 2);
+    assert_eq!(world.announce(b, 1, "10.1.0.0/16").len(), 1, "not offline for long enough");
+    let before = world.registry.counters().revision;
+    world.advance(LEASE);
+    assert_eq!(world.holder("10.1.0.0/16"), Some(b), "taken over by the periodic work");
+    assert!(world.registry.counters().revision > before, "watchers receive the change");
+    assert!(world.problems(a)[0].contains("offline"));
+
+    world.open(a);
+    assert_eq!(world.announce(a, 1, "10.1.0.0/16").len(), 1, "b is there now");
+    world.remove(b);
+    assert_eq!(world.holder("10.1.0.0/16"), Some(a));
+    assert!(world.problems(a).is_empty());
+}
+
+#[test]
+fn the_pod_networks_of_a_dead_node_follow_to_the_one_that_kubernetes_gives_them_to() {
+    let mut world = World::new();
+    let pods = ["10.244.0.0/16", "fd10:244::/48"];
+    let (dead, heir) = (world.node("dead", 1, &pods), world.node("heir", 2, &pods));
+    let given = [net("10.244.1.0/24"), net("fd10:244:0:1::/64")];
+    assert!(world.publish(dead, 1, &given).unwrap().withheld.is_empty());
+    // Kubernetes may reassign the networks before the lease ends, even while the node is online.
+    assert_eq!(world.publish(heir, 1, &given).unwrap().withheld.len(), 2);
+    world.close(dead);
+    world.advance(LEASE / 2);
+    assert_eq!(world.holder("10.244.1.0/24"), Some(dead));
+    world.advance(LEASE);
+    for network in ["10.244.1.0/24", "fd10:244:0:1::/64"] {
+        assert_eq!(world.holder(network), Some(heir), "without another publication");
+    }
+    assert!(world.problems(heir).iter().all(|line| line.contains("had been offline")));
+    // The node comes back with its old networks, and then publishes its new ones.
+    world.open(dead);
+    let refused = world.publish(dead, 2, &given).unwrap().withheld;
+    assert!(refused.iter().all(|withheld| withheld.reason.contains("`heir`")), "{refused:?}");
+    assert_eq!(world.announce(dead, 3, "10.244.7.0/24"), Vec::<String>::new());
+    // A network that only overlaps one of another node is withheld too.
+    let reasons = world.announce(dead, 4, "10.244.0.0/20");
+    assert!(reasons[0].contains("`heir`"), "{reasons:?}");
+}
+
+#[test]
+fn prefixes_that_cannot_be_announced_are_refused() {
+    let mut world = World::new();
+    for bad in ["198.19.0.0/25", "fd00:7::/80", "127.0.0.0/8", "ff02::/16", "169.254.1.0/24"] {
+        let terms = TokenTerms { allowed_prefixes: vec![net(bad)], ..terms() };
+        let made = world.registry.create_token(TokenId([250; 8]), SECRET, terms, 1, world.now);
+        assert!(matches!(made, Err(CreateTokenError::Unusable(_))), "{bad}");
+    }
+    let node = world.node("a", 1, &["0.0.0.0/0"]);
+    for (generation, bad) in
+        ["0.0.0.0/0", "198.18.0.0/15", "224.0.0.0/8", "126.0.0.0/7"].iter().enumerate()
+    {
+        assert_eq!(world.announce(node, 1 + generation as u64, bad).len(), 1, "{bad}");
+    }
+    assert!(world.announce(node, 9, "10.0.0.0/8").is_empty());
+    let outside = world.publish(node, 10, &[net("2001:db8::/32")]);
+    assert!(matches!(outside, Err(PublishError::NotGranted(_))));
+}
+
+#[test]
+fn generations_grow_and_the_same_record_is_no_change() {
+    let mut world = World::new();
+    let node = world.node("a", 1, &["10.0.0.0/8"]);
+    let first = world.publish(node, 5, &[]).unwrap();
+    let again = world.publish(node, 5, &[]).unwrap();
+    assert_eq!(again, Published { is_stored: false, ..first });
+    let other = world.publish(node, 5, &[net("10.0.0.0/8")]);
+    assert!(matches!(other, Err(PublishError::GenerationReused { generation: 5 })));
+    let behind = world.publish(node, 4, &[]);
+    assert!(matches!(behind, Err(PublishError::GenerationBehind { offered: 4, stored: 5 })));
+    world.close(node);
+    assert!(matches!(world.publish(node, 6, &[]), Err(PublishError::NoSession)));
+}
+
+#[test]
+fn a_record_of_which_only_the_generation_is_new_is_no_change_of_the_map() {
+    let mut world = World::new();
+    let node = world.node("a", 1, &["10.0.0.0/8"]);
+    let first = world.publish(node, 1, &[net("10.1.0.0/16")]).unwrap();
+    let refreshed = world.publish(node, 2, &[net("10.1.0.0/16")]).unwrap();
+    assert_eq!(refreshed, first, "with the same revision");
+    world.reload();
+    let behind = world.publish(node, 1, &[]);
+    assert!(matches!(behind, Err(PublishError::GenerationBehind { stored: 2, .. })), "{behind:?}");
+    // The number of the agent's start matters to its peers.
+    let grant = world.registry.member(node).unwrap().grant.clone();
+    let prefixes = vec![net("10.1.0.0/16")];
+    let restarted = Record { generation: 3, boot_epoch: 2, prefixes, ..record(&grant) };
+    assert!(world.publish_record(node, restarted).unwrap().revision > first.revision);
+}
