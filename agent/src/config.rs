@@ -20,6 +20,7 @@ use crate::node_ip::NodeIps;
 use crate::prefixes::Filter;
 use crate::static_peers::{self, PeerConfig};
 use towline_dataplane::Offloads;
+use towline_service::config_file::{self, FileError};
 
 /// Default path of the configuration file.
 pub const DEFAULT_PATH: &str = "/etc/towline/agent.toml";
@@ -249,22 +250,9 @@ impl Default for RoutingConfig {
 /// Error of reading a configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {path}: {source}")]
-    Read {
-        /// Path of the file.
-        path: PathBuf,
-        /// Error of the operating system.
-        source: std::io::Error,
-    },
-    /// The file is not TOML, or has an unknown key or a value of the wrong type.
-    #[error("{path}: {message}")]
-    Parse {
-        /// Path of the file.
-        path: PathBuf,
-        /// Line of the error, and its description.
-        message: String,
-    },
+    /// The file cannot be read or parsed.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A value is out of its bounds.
     #[error("{path}: {key}: {message}")]
     Value {
@@ -280,25 +268,15 @@ pub enum ConfigError {
 impl Config {
     /// Reads the file at `path`, or the default file. Only the default file may be absent.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
-        let (file, named) = match path {
-            Some(path) => (path, true),
-            None => (Path::new(DEFAULT_PATH), false),
-        };
-        match std::fs::read_to_string(file) {
-            Ok(text) => Self::parse(&text, file),
-            Err(error) if !named && error.kind() == std::io::ErrorKind::NotFound => {
-                Ok(Self::default())
-            }
-            Err(source) => Err(ConfigError::Read { path: file.into(), source }),
+        match config_file::read(path, Path::new(DEFAULT_PATH))? {
+            Some((file, text)) => Self::parse(&text, file),
+            None => Ok(Self::default()),
         }
     }
 
     /// Parses the text of a file. `path` is only used in errors.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Parse {
-            path: path.into(),
-            message: one_line(&error, text),
-        })?;
+        let config: Self = config_file::parse(text, path)?;
         config.check().map_err(|(key, message)| ConfigError::Value {
             path: path.into(),
             key,
@@ -471,18 +449,6 @@ impl Config {
             mark: self.routing.mark,
             mask: self.routing.mask,
         }
-    }
-}
-
-/// Formats a TOML error as one line: line number, then message.
-fn one_line(error: &toml::de::Error, text: &str) -> String {
-    let message = error.message().replace('\n', " ");
-    match error.span() {
-        Some(span) => {
-            let line = text[..span.start.min(text.len())].matches('\n').count() + 1;
-            format!("line {line}: {message}")
-        }
-        None => message,
     }
 }
 

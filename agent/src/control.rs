@@ -350,20 +350,16 @@ impl Local for Service {
 
 #[cfg(test)]
 mod tests {
-    use hyper_util::rt::TokioIo;
     use tonic::transport::{Channel, Endpoint};
     use towline_proto::pb::local_client::LocalClient;
+    use towline_service::grpc;
 
     use super::*;
 
     async fn client(path: &Path) -> LocalClient<Channel> {
-        let path = path.to_owned();
-        let connector = tower::service_fn(move |_| {
-            let path = path.clone();
-            async move { UnixStream::connect(path).await.map(TokioIo::new) }
-        });
+        let stream = UnixStream::connect(path).await.unwrap();
         let endpoint = Endpoint::from_static("http://agent");
-        LocalClient::new(endpoint.connect_with_connector(connector).await.unwrap())
+        LocalClient::new(grpc::channel(endpoint, stream).await.unwrap())
     }
 
     /// Responses to requests that end the daemon must be written before it ends.

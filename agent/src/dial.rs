@@ -10,7 +10,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper_util::rt::TokioIo;
 use rustls::{CertificateError, ClientConfig, Error as TlsError};
 use rustls_pki_types::CertificateDer;
 use tokio::net::{TcpSocket, TcpStream};
@@ -19,8 +18,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 use towline_proto::token::ControllerAddress;
-
-use crate::tls;
+use towline_service::{grpc, tls};
 
 /// Maximum time for one address to accept the TCP connection, and for the TLS handshake after that.
 const STEP: Duration = Duration::from_secs(5);
@@ -107,14 +105,10 @@ pub async fn dial(
         .map_err(failed)?;
     let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
     let chain = chain.iter().map(|cert| cert.clone().into_owned()).collect();
-    let mut stream = Some(TokioIo::new(stream));
-    let channel = Endpoint::from_static("http://controller")
+    let endpoint = Endpoint::from_static("http://controller")
         .http2_keep_alive_interval(Duration::from_secs(20))
-        .keep_alive_timeout(Duration::from_secs(10))
-        .connect_with_connector(tower::service_fn(move |_| {
-            let taken = stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected));
-            async move { taken }
-        }))
+        .keep_alive_timeout(Duration::from_secs(10));
+    let channel = grpc::channel(endpoint, stream)
         .await
         .map_err(|source| DialError::Http { address: address.clone(), source })?;
     Ok(Connection { channel, chain, remote })

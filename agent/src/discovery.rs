@@ -28,6 +28,7 @@ use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::pb::watch_response::Kind;
 use towline_proto::token::ControllerAddress;
 use towline_proto::{limits, pb, signed};
+use towline_service::certificate;
 
 use crate::dial;
 use crate::join::{self, JoinError, status_message};
@@ -546,7 +547,11 @@ impl Discovery {
     }
 
     async fn certificate_event(&self) -> Result<(), Ended> {
-        let expires_at = self.certificate.first().and_then(tls::validity).map_or(0, |(_, end)| end);
+        let expires_at = self
+            .certificate
+            .first()
+            .and_then(|leaf| certificate::validity(leaf))
+            .map_or(0, |(_, end)| end);
         self.events.send(Event::Certificate { expires_at }).await.map_err(|_| Ended::Stop)
     }
 
@@ -684,7 +689,9 @@ fn is_about_the_record(status: &tonic::Status) -> bool {
 /// Returns the time until two thirds of the certificate's life have passed. Zero if there is no
 /// certificate.
 fn until_renewal(chain: &[CertificateDer<'_>], now: SystemTime) -> Duration {
-    let Some((from, until)) = chain.first().and_then(tls::validity) else { return Duration::ZERO };
+    let Some((from, until)) = chain.first().and_then(|leaf| certificate::validity(leaf)) else {
+        return Duration::ZERO;
+    };
     let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let due = from + (until - from) / 3 * 2;
     Duration::from_secs(u64::try_from(due).unwrap_or(0).saturating_sub(now))

@@ -9,12 +9,12 @@
 //! takes the lock of the state directory. Code that brings the mesh up takes the lock first and
 //! then reads the marker.
 
-use std::io::{self, Write as _};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use towline_service::file;
 
 use crate::config::Config;
 
@@ -89,7 +89,7 @@ impl DownMarker {
     pub fn clear(&self) -> io::Result<()> {
         for path in [&self.durable, &self.volatile] {
             match std::fs::remove_file(path) {
-                Ok(()) => sync_parent(path),
+                Ok(()) => sync(path),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) if error.kind() == io::ErrorKind::NotADirectory => {}
                 Err(error) => {
@@ -111,30 +111,16 @@ fn since(bytes: &[u8]) -> Option<SystemTime> {
 /// different users.
 fn write(path: &Path, now: SystemTime) -> io::Result<()> {
     let since = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let beside = path.with_extension("new");
-    // The file is created, never opened: root writes into a directory of another user, who may have
-    // placed a symbolic link there.
-    match std::fs::remove_file(&beside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file =
-        std::fs::OpenOptions::new().create_new(true).write(true).mode(0o644).open(&beside)?;
-    // The mode must not depend on the umask.
-    file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
-    file.write_all(&serde_json::to_vec(&Content { since })?)?;
-    file.sync_all()?;
-    std::fs::rename(&beside, path)?;
-    sync_parent(path);
+    let content = serde_json::to_vec(&Content { since })?;
+    file::replace(path, 0o644, &content, |_| Ok(()))?;
+    sync(path);
     Ok(())
 }
 
 /// Syncs the parent directory. Errors are ignored: the file exists even if the file system cannot
 /// sync.
-fn sync_parent(path: &Path) {
-    if let Some(parent) = path.parent() {
-        let _ = std::fs::File::open(parent).and_then(|directory| directory.sync_all());
-    }
+fn sync(path: &Path) {
+    let _ = file::sync_parent(path);
 }
 
 #[cfg(test)]

@@ -4,14 +4,14 @@
 //! Everything is idempotent. Files with the wanted content are not written, files that an operator
 //! may have changed are not overwritten, and units of a package are not touched.
 
-use std::io::Write as _;
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
 use towline_service::account::{self, Account};
 use towline_service::directory::PrivateDirectory;
+use towline_service::file;
 
 use crate::config::{Config, DEFAULT_PATH};
 use crate::state::{JOIN_FAILURE, StateDir};
@@ -381,18 +381,7 @@ impl Tree {
             if let Some(directory) = path.parent() {
                 std::fs::create_dir_all(directory)?;
             }
-            let beside = path.with_extension("towline-new");
-            remove_file(&beside)?;
-            let mut file = std::fs::OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(mode)
-                .open(&beside)?;
-            file.write_all(bytes)?;
-            // The mode must not depend on the umask.
-            file.set_permissions(std::fs::Permissions::from_mode(mode))?;
-            file.sync_all()?;
-            std::fs::rename(&beside, &path)
+            file::replace(&path, mode, bytes, |_| Ok(()))
         };
         put().with_context(|| format!("cannot write {}", path.display()))?;
         changes.written.push(inside.as_ref().to_owned());
@@ -401,15 +390,7 @@ impl Tree {
 }
 
 fn remove(path: &Path) -> anyhow::Result<()> {
-    remove_file(path).with_context(|| format!("cannot remove {}", path.display()))
-}
-
-/// Removes a file, if it exists.
-fn remove_file(path: &Path) -> std::io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    file::remove(path).with_context(|| format!("cannot remove {}", path.display()))
 }
 
 fn systemctl(arguments: &[&str]) -> anyhow::Result<()> {
@@ -432,6 +413,8 @@ fn run(words: &[&str]) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     fn tree() -> (tempfile::TempDir, Tree) {

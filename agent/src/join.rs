@@ -18,6 +18,7 @@ use towline_proto::node::MeshConfig;
 use towline_proto::pb;
 use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::token::{ControllerAddress, JoinToken};
+use towline_service::grpc;
 
 use crate::dial::{self, DialError};
 use crate::keys::{Identity, InvalidKey};
@@ -286,13 +287,13 @@ fn chain(certificates: Vec<Vec<u8>>) -> Result<Vec<CertificateDer<'static>>, Joi
 
 /// Returns the controller's message for the operator, or a description of the status without one.
 pub fn status_message(status: &tonic::Status) -> String {
-    let words: String = status.message().chars().filter(|c| !c.is_control()).take(500).collect();
-    match status.code() {
-        _ if words.is_empty() => format!("the controller refused: {}", status.code()),
-        tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => {
+    let words = grpc::message(status);
+    match words.as_str() {
+        "" => format!("the controller refused: {}", status.code()),
+        words if grpc::is_of_the_transport(status) => {
             format!("the controller did not answer: {words}")
         }
-        _ => format!("the controller refused: {words}"),
+        words => format!("the controller refused: {words}"),
     }
 }
 

@@ -19,7 +19,6 @@ pub mod kubernetes;
 pub mod lockout;
 pub mod map_cache;
 pub mod node_ip;
-pub mod notify;
 pub mod prefixes;
 pub mod probe;
 pub mod reserved_port;

@@ -42,9 +42,8 @@ use towline_proto::id::IdentityKey;
 use towline_proto::node::{Grant, MeshConfig};
 use towline_proto::token::ControllerAddress;
 use towline_proto::{pb, signed};
-use towline_service::account;
 use towline_service::directory::{self, DirectoryError, PrivateDirectory};
-use towline_service::pem;
+use towline_service::{account, certificate, pem};
 use zeroize::Zeroizing;
 
 use crate::confirm::{self, Confirmation, Moment, Unconfirmed};
@@ -602,7 +601,7 @@ impl Membership {
         signed_grant: pb::Signed,
         signed_mesh: pb::Signed,
     ) -> Result<Self, InvalidMembership> {
-        let ca_key = crate::tls::public_key(&ca).ok_or(InvalidMembership::Ca)?;
+        let ca_key = certificate::public_key(&ca).ok_or(InvalidMembership::Ca)?;
         let grant = signed::grant(Some(&signed_grant), &ca_key)?;
         let mesh = signed::mesh(Some(&signed_mesh), &ca_key)?;
         Ok(Self { ca, ca_key, controllers, grant, signed_grant, mesh, signed_mesh })

@@ -13,7 +13,6 @@ use rcgen::{
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ED25519, PublicKeyData,
     SanType, SerialNumber,
 };
-use ring::digest;
 use ring::signature::Ed25519KeyPair;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer};
@@ -22,7 +21,7 @@ use towline_proto::limits;
 use towline_proto::node::{Grant, MeshConfig, Tombstone};
 use towline_proto::signed::{self, Domain};
 use towline_proto::{CONTROLLER_TLS_NAME, pb};
-use towline_service::pem;
+use towline_service::{certificate, pem};
 use zeroize::Zeroizing;
 
 use crate::entropy::{self, NoEntropy};
@@ -136,8 +135,7 @@ impl Authority {
             return None;
         }
         let statements = Ed25519KeyPair::from_pkcs8_maybe_unchecked(key.serialized_der()).ok()?;
-        let digest = digest::digest(&digest::SHA256, &certificate);
-        let fingerprint = Fingerprint::try_from(digest.as_ref()).ok()?;
+        let fingerprint = certificate::fingerprint(&certificate);
         let issuer = Issuer::from_ca_cert_der(&certificate, key).ok()?;
         Some(Self { mesh_id, certificate, fingerprint, public_key, issuer, statements })
     }

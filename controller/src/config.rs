@@ -13,6 +13,7 @@ use serde::{Deserialize, Deserializer};
 use towline_proto::id::Label;
 use towline_proto::limits;
 use towline_proto::token::ControllerAddress;
+use towline_service::config_file::{self, FileError};
 
 /// Configuration file that is read if `--config` is not given. It need not exist.
 pub const FILE: &str = "/etc/towline/controller.toml";
@@ -115,22 +116,9 @@ fn parse<T: FromStr<Err: Display>, E: serde::de::Error>(text: &str) -> Result<T,
 /// Error of reading or checking the configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {path}: {source}")]
-    Read {
-        /// Path of the file.
-        path: PathBuf,
-        /// Error of the operating system.
-        source: std::io::Error,
-    },
-    /// The file has invalid TOML, an unknown key or an invalid value.
-    #[error("{path}: {why}")]
-    Parse {
-        /// Path of the file.
-        path: PathBuf,
-        /// Line number and description of the error, in one line.
-        why: String,
-    },
+    /// The file cannot be read or parsed.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A setting has an invalid value.
     #[error("{setting}: {why}")]
     Setting {
@@ -144,20 +132,10 @@ pub enum ConfigError {
 impl Settings {
     /// Reads a configuration file: `named`, or [`FILE`], which may be absent.
     pub fn read(named: Option<&Path>) -> Result<Self, ConfigError> {
-        let path = named.unwrap_or(Path::new(FILE));
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(Self::default());
-            }
-            Err(source) => return Err(ConfigError::Read { path: path.to_owned(), source }),
-        };
-        toml::from_str(&text).map_err(|error| {
-            let at = error.span().map_or(0, |span| span.start);
-            let line = text.get(..at).map_or(0, |before| before.matches('\n').count()) + 1;
-            let message = error.message().replace('\n', " ");
-            ConfigError::Parse { path: path.to_owned(), why: format!("line {line}: {message}") }
-        })
+        match config_file::read(named, Path::new(FILE))? {
+            Some((path, text)) => Ok(config_file::parse(&text, path)?),
+            None => Ok(Self::default()),
+        }
     }
 
     /// Returns these settings, with absent ones taken from `below`.

@@ -39,7 +39,6 @@ pub mod entropy;
 pub mod ledger;
 pub mod listen;
 pub mod map;
-pub mod notify;
 pub mod peer;
 mod reflector;
 pub mod server;

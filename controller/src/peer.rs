@@ -6,10 +6,9 @@
 
 use rustls_pki_types::CertificateDer;
 use towline_proto::id::{IdentityKey, MeshId, NodeId};
+use towline_service::certificate;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
-use x509_parser::oid_registry::OID_SIG_ED25519;
-use x509_parser::prelude::FromDer;
 
 /// Scheme of the URIs in the subject alternative names of Towline's certificates.
 const SCHEME: &str = "towline://";
@@ -38,7 +37,7 @@ impl Peer {
     /// Parses a client's certificate. Returns `None` if it has no identity. Never panics on any
     /// bytes.
     pub fn from_certificate(der: &[u8]) -> Option<Self> {
-        let (certificate, key) = parse(der)?;
+        let (certificate, key) = certificate::parse(der)?;
         let uri = our_uri(&certificate)?;
         let mut parts = uri.strip_prefix(SCHEME)?.split('/');
         let mesh_id = parts.next()?.parse().ok()?;
@@ -54,12 +53,12 @@ impl Peer {
 /// Returns whether a certificate has expired at `now` (seconds since 1970). One that cannot be
 /// parsed counts as expired.
 pub fn is_expired(der: &[u8], now: i64) -> bool {
-    parse(der).is_none_or(|(certificate, _)| certificate.validity().not_after.timestamp() < now)
+    certificate::validity(der).is_none_or(|(_, until)| until < now)
 }
 
 /// Returns the mesh id and the key in a CA's certificate.
 pub fn mesh_authority(certificate: &CertificateDer<'_>) -> Option<(MeshId, IdentityKey)> {
-    let (certificate, key) = parse(certificate)?;
+    let (certificate, key) = certificate::parse(certificate)?;
     let mesh_id = our_uri(&certificate)?.strip_prefix(SCHEME)?.parse().ok()?;
     Some((mesh_id, key))
 }
@@ -77,16 +76,6 @@ pub fn node_uri(mesh: MeshId, node: NodeId) -> String {
 /// Returns the URI in an administrator's certificate.
 pub fn admin_uri(mesh: MeshId, name: &str) -> String {
     format!("{SCHEME}{mesh}/admin/{name}")
-}
-
-fn parse(der: &[u8]) -> Option<(X509Certificate<'_>, IdentityKey)> {
-    let (rest, certificate) = X509Certificate::from_der(der).ok()?;
-    let spki = certificate.public_key();
-    if !rest.is_empty() || spki.algorithm.algorithm != OID_SIG_ED25519 {
-        return None;
-    }
-    let key = IdentityKey::try_from(spki.subject_public_key.data.as_ref()).ok()?;
-    Some((certificate, key))
 }
 
 fn our_uri<'a>(certificate: &X509Certificate<'a>) -> Option<&'a str> {

@@ -10,23 +10,19 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 use rustls::client::danger::HandshakeSignatureValid;
-use rustls::crypto::CryptoProvider;
-use rustls::crypto::ring::default_provider;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{
     ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier,
 };
 use rustls::sign::CertifiedKey;
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig,
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, ServerConfig,
     SignatureScheme,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use towline_service::tls;
 
 use crate::authority::{self, Authority, AuthorityError, SERVER_LIFE};
-
-/// ALPN protocol id of HTTP/2 over TLS (RFC 9113 section 3.2).
-pub const ALPN: &[u8] = b"h2";
 
 /// Error of setting up TLS.
 #[derive(Debug, thiserror::Error)]
@@ -94,7 +90,7 @@ fn certified_key(authority: &Authority, now: i64) -> Result<Arc<CertifiedKey>, T
     let (certificate, key) = authority::server_credential(authority, now)?;
     // The chain includes the CA, since a joining node has only its fingerprint.
     let chain = vec![certificate, authority.certificate().clone()];
-    Ok(Arc::new(CertifiedKey::from_der(chain, PrivateKeyDer::from(key), &default_provider())?))
+    Ok(Arc::new(CertifiedKey::from_der(chain, PrivateKeyDer::from(key), &tls::provider())?))
 }
 
 /// Returns the TLS configuration of the server.
@@ -102,13 +98,12 @@ pub fn server_config(
     authority: &Authority,
     certificate: Arc<ServerCertificate>,
 ) -> Result<ServerConfig, TlsError> {
-    let provider = Arc::new(default_provider());
-    let verifier = MeshVerifier::new(authority, provider.clone())?;
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
+    let verifier = MeshVerifier::new(authority)?;
+    let mut config = ServerConfig::builder_with_provider(tls::provider())
+        .with_protocol_versions(tls::VERSIONS)?
         .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(certificate);
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![tls::ALPN.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(config)
@@ -125,10 +120,9 @@ struct MeshVerifier {
 }
 
 impl MeshVerifier {
-    fn new(authority: &Authority, provider: Arc<CryptoProvider>) -> Result<Self, TlsError> {
-        let mut roots = RootCertStore::empty();
-        roots.add(authority.certificate().clone())?;
-        let inner = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+    fn new(authority: &Authority) -> Result<Self, TlsError> {
+        let roots = Arc::new(tls::roots(authority.certificate())?);
+        let inner = WebPkiClientVerifier::builder_with_provider(roots, tls::provider())
             .allow_unauthenticated()
             .build()?;
         Ok(Self { inner })
@@ -194,7 +188,7 @@ mod tests {
     const NOW: i64 = 1_700_000_000;
 
     fn verify(authority: &Authority, certificate: &CertificateDer<'_>, at: i64) -> bool {
-        let verifier = MeshVerifier::new(authority, Arc::new(default_provider())).unwrap();
+        let verifier = MeshVerifier::new(authority).unwrap();
         let at = UnixTime::since_unix_epoch(Duration::from_secs(at as u64));
         verifier.verify_client_cert(certificate, &[], at).is_ok()
     }

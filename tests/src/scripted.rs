@@ -29,6 +29,7 @@ use towline_fixtures::node::grant;
 use towline_proto::node::Grant;
 use towline_proto::pb::discovery_server::{Discovery, DiscoveryServer};
 use towline_proto::{CONTROLLER_TLS_NAME, pb};
+use towline_service::tls;
 
 /// The reply channel of a call.
 pub type Reply<T> = oneshot::Sender<Result<T, Status>>;
@@ -82,15 +83,15 @@ impl ScriptedController {
     pub async fn start(ca: &Ca) -> anyhow::Result<Self> {
         let key = KeyPair::generate_for(&PKCS_ED25519)?;
         let leaf = ca.issue(CONTROLLER_TLS_NAME, &key, Duration::from_secs(86_400));
-        let mut tls = rustls::ServerConfig::builder_with_provider(towline_agent::tls::provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])?
+        let mut config = rustls::ServerConfig::builder_with_provider(tls::provider())
+            .with_protocol_versions(tls::VERSIONS)?
             .with_no_client_auth()
             .with_single_cert(
                 vec![leaf, ca.certificate()],
                 PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
             )?;
-        tls.alpn_protocols = vec![b"h2".to_vec()];
-        let acceptor = TlsAcceptor::from(Arc::new(tls));
+        config.alpn_protocols = vec![tls::ALPN.to_vec()];
+        let acceptor = TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
         let (connections, incoming) = mpsc::channel(16);

@@ -406,7 +406,7 @@ impl Joining {
 
     fn token(&self) -> JoinToken {
         JoinToken {
-            ca: towline_agent::tls::fingerprint(&self.ca.certificate()),
+            ca: towline_service::certificate::fingerprint(&self.ca.certificate()),
             id: TokenId([1; 8]),
             secret: TokenSecret([2; 32]),
             controllers: vec![self.controller.address.to_string().parse().unwrap()],

@@ -71,11 +71,7 @@ const WALLS: &[Wall] = &[
         ours: &["towline-proto", "towline-registry", "towline-service"],
         others: None,
     },
-    Wall {
-        package: "towline-service",
-        ours: &[],
-        others: Some(&["data-encoding", "nix", "thiserror", "zeroize"]),
-    },
+    Wall { package: "towline-service", ours: &["towline-proto", "towline-types"], others: None },
     Wall {
         package: "towline-tests",
         ours: &[
@@ -89,6 +85,7 @@ const WALLS: &[Wall] = &[
             "towline-netlink",
             "towline-nftables",
             "towline-proto",
+            "towline-service",
             "towline-wireguard",
         ],
         others: None,

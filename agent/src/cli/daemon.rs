@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use towline_proto::pb;
+use towline_service::output;
 use tracing_subscriber::EnvFilter;
 
 use super::local::{status_error, with_agent};
-use super::output;
 use crate::config::Config;
 use crate::daemon::{self, Purpose};
 use crate::state::StateDir;
@@ -39,5 +39,5 @@ pub(super) fn pubkey(config: &Config) -> anyhow::Result<()> {
     } else {
         StateDir::open(&config.state_dir)?.keys_or_generate()?.wireguard.public().to_string()
     };
-    output::print(&format!("{key}\n"))
+    Ok(output::print(&key)?)
 }

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use serde::Serialize;
+use towline_service::output::{self, Format};
 
-use super::output::{self, Format};
 use crate::config::{Addressing, Config};
 use crate::guard::{self, Guarded};
 use crate::node_ip;
@@ -79,12 +79,9 @@ pub(super) fn node_ip(config: &Config, args: &NodeIpArgs) -> anyhow::Result<()> 
             Err(VarError::NotPresent) => String::new(),
             Err(VarError::NotUnicode(_)) => bail!("{KUBELET_EXTRA_ARGS} is not UTF-8"),
         };
-        return output::print(&kubelet_environment(&own, &addresses));
+        return Ok(output::print(&kubelet_environment(&own, &addresses))?);
     }
-    match output::document(args.output, &wanted)? {
-        Some(document) => output::print(&document),
-        None => output::print(&(addresses + "\n")),
-    }
+    Ok(output::write(args.output, &wanted, |_| addresses)?)
 }
 
 /// Variable with which kubeadm's unit for the kubelet takes more arguments.

@@ -11,10 +11,11 @@ use rand::Rng as _;
 use towline_proto::backoff::{Backoff, Jitter};
 use towline_proto::id::NodeName;
 use towline_proto::token::JoinToken;
+use towline_service::output;
 
 use super::join::{JoinArgs, Parts};
 use super::local::{runtime, status_error, with_agent};
-use super::{Global, output, wait};
+use super::{Global, wait};
 use crate::config::{Config, DEFAULT_PATH};
 use crate::confirm::{self, Confirmation, Moment, Unconfirmed};
 use crate::install::{TOKEN, Tree};
@@ -112,10 +113,7 @@ pub(super) fn run(global: &Global, args: JoinArgs) -> anyhow::Result<()> {
     if let Confirmation::Due(left) = confirm::status(&machine.outside.state_dir, &Moment::now()) {
         eprintln!("run `towline confirm` within {} s, or the join is undone", left.as_secs());
     }
-    match output::document(format, &report)? {
-        Some(document) => output::print(&document),
-        None => output::print(&format!("{}\n", report.node_ip)),
-    }
+    Ok(output::write(format, &report, |_| report.node_ip.clone())?)
 }
 
 impl Machine {

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use towline_proto::id::NodeName;
+use towline_service::output::{self, Format};
 use zeroize::Zeroizing;
 
 use super::local::runtime;
-use super::output::{self, Format};
 use crate::config::Config;
 use crate::join::{Joined, Operator, join_as};
 use crate::state::StateDir;

@@ -1,12 +1,13 @@
 //! Connection of the command line to the agent of this machine.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context as _;
-use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 use towline_proto::limits;
 use towline_proto::pb::local_client::LocalClient;
+use towline_service::grpc;
 
 /// Runs `work` on a new runtime, with a client for the agent's socket.
 pub(crate) fn with_agent<T>(
@@ -25,25 +26,19 @@ pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 async fn connect(socket: &Path) -> anyhow::Result<LocalClient<Channel>> {
-    let path: PathBuf = socket.into();
-    // This connection only yields the socket's own error, which tonic would hide.
-    tokio::net::UnixStream::connect(&path).await.map_err(|error| match error.kind() {
+    let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
         std::io::ErrorKind::PermissionDenied => {
             anyhow::anyhow!(
                 "cannot connect to the agent at {}: permission denied: run this as root",
-                path.display()
+                socket.display()
             )
         }
         _ => anyhow::anyhow!(
             "no agent is running: nothing listens at {}: start `towline agent`, or set --socket",
-            path.display()
+            socket.display()
         ),
     })?;
-    let channel = Endpoint::from_static("http://agent")
-        .connect_with_connector(tower::service_fn(move |_| {
-            let path = path.clone();
-            async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
-        }))
+    let channel = grpc::channel(Endpoint::from_static("http://agent"), stream)
         .await
         .context("cannot open a gRPC connection to the agent")?;
     Ok(LocalClient::new(channel).max_decoding_message_size(16 * limits::MESSAGE_BYTES))
@@ -51,6 +46,6 @@ async fn connect(socket: &Path) -> anyhow::Result<LocalClient<Channel>> {
 
 /// Converts the status with which the agent refused a request to an error.
 pub(super) fn status_error(status: &tonic::Status) -> anyhow::Error {
-    let words: String = status.message().chars().filter(|c| !c.is_control()).collect();
+    let words = grpc::message(status);
     anyhow::anyhow!(if words.is_empty() { status.code().to_string() } else { words })
 }

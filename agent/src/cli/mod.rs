@@ -9,7 +9,6 @@ mod install;
 mod join;
 pub(crate) mod local;
 mod machine;
-mod output;
 mod peers;
 mod ping;
 mod status;
@@ -19,11 +18,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use towline_service::output::{self, Format, OutputError};
 
 use crate::config::Config;
 use crate::daemon::Purpose;
 use crate::state::StateError;
-use output::Format;
 
 /// Exit status of a service on a machine that has not joined a mesh ("not configured" of the Linux
 /// Standard Base). The unit is then not restarted (`RestartPreventExitStatus`).
@@ -120,9 +119,11 @@ pub fn run() -> ExitCode {
     let is_service = is_agent && std::env::var_os("NOTIFY_SOCKET").is_some();
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if error.downcast_ref().is_some_and(OutputError::is_broken_pipe) => {
+            ExitCode::SUCCESS
+        }
         Err(error) => {
-            eprintln!("towline: {error:#}");
+            eprintln!("towline: {}", output::error_line(error.as_ref()));
             match error.downcast_ref() {
                 // A restart by the service manager would not help.
                 Some(StateError::NotJoined { .. }) if is_service => ExitCode::from(NOT_JOINED),
@@ -161,7 +162,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             eprintln!("the configuration is valid");
             Ok(())
         }
-        Command::Config(ConfigCommand::Show) => output::print(&toml::to_string(&config()?)?),
+        Command::Config(ConfigCommand::Show) => Ok(output::print(&toml::to_string(&config()?)?)?),
         Command::Version(args) => status::version(args.output),
     }
 }

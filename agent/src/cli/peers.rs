@@ -6,9 +6,9 @@ use serde::Serialize;
 use towline_proto::mtu::Mtu;
 use towline_proto::node::Candidate;
 use towline_proto::pb;
+use towline_service::output::{self, Format};
 
 use super::local::{status_error, with_agent};
-use super::output::{self, Format};
 use crate::config::Config;
 
 #[derive(Serialize)]
@@ -74,10 +74,7 @@ pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
             agent.peers(pb::PeersRequest {}).await.map_err(|status| status_error(&status))?;
         Ok(answer.into_inner().peers.into_iter().map(Peer::from).collect())
     })?;
-    match output::document(format, &peers)? {
-        Some(document) => output::print(&document),
-        None => output::print(&text(&peers, format == Format::Wide)),
-    }
+    Ok(output::write(format, &peers, |wide| text(&peers, wide))?)
 }
 
 fn text(peers: &[Peer], wide: bool) -> String {
@@ -99,8 +96,7 @@ fn text(peers: &[Peer], wide: bool) -> String {
     if wide {
         header.extend(["MTU", "SINCE", "PUBLIC KEY", "CANDIDATES", "CONFLICTS"]);
     }
-    let mut table = output::table(&header);
-    for peer in peers {
+    let rows = peers.iter().map(|peer| {
         let path = match (&peer.path_kind, &peer.path) {
             (Some(kind), Some(path)) => {
                 Some(format!("{kind} {}", peer.relay.as_ref().unwrap_or(path)))
@@ -110,45 +106,46 @@ fn text(peers: &[Peer], wide: bool) -> String {
         let handshake = peer.handshake_age_ms.map(Duration::from_millis);
         let mut row = vec![
             peer.name.clone(),
-            output::or_dash(peer.site.clone()),
+            output::or_dash(peer.site.as_ref()),
             // A narrow terminal shows one address; the wide format shows all.
             if wide {
-                peer.overlay_addresses.join(" ")
+                output::list(&peer.overlay_addresses)
             } else {
-                output::or_dash(peer.overlay_addresses.last().cloned())
+                output::or_dash(peer.overlay_addresses.last())
             },
             peer.state.clone(),
             output::or_dash(path),
             output::or_dash(peer.rtt_us.map(output::rtt)),
-            output::or_dash(handshake.map(output::age)),
+            output::or_dash(handshake.map(output::span)),
             output::bytes(peer.rx_bytes),
             output::bytes(peer.tx_bytes),
-            output::or_dash(Some(peer.prefixes.join(" "))),
+            output::list(&peer.prefixes),
         ];
         if wide {
             row.push(output::or_dash(peer.mtu.map(|mtu| mtu.to_string())));
-            row.push(output::age(Duration::from_millis(peer.since_ms)));
+            row.push(output::span(Duration::from_millis(peer.since_ms)));
             row.push(peer.public_key.clone());
             let candidates = peer
                 .candidates
                 .iter()
                 .map(|candidate| format!("{} ({})", candidate.address(), candidate.kind()));
-            row.push(output::or_dash(Some(candidates.collect::<Vec<_>>().join(" "))));
+            row.push(output::list(&candidates.collect::<Vec<_>>()));
             row.push(output::or_dash(Some(peer.conflicts.join("; "))));
         }
-        table.add_row(row);
-    }
+        row
+    });
+    let table = output::table(&header, rows);
     let remarks: Vec<String> = peers.iter().flat_map(remarks).collect();
     if remarks.is_empty() {
-        return output::render(&table);
+        return table;
     }
-    output::render(&table) + "\n" + &remarks.concat()
+    table + "\n" + &remarks.concat()
 }
 
 /// Returns explanations that the table has no column for, one line each.
 fn remarks(peer: &Peer) -> impl Iterator<Item = String> {
     let why = peer.reason.as_ref().map(|reason| {
-        let since = output::age(Duration::from_millis(peer.since_ms));
+        let since = output::span(Duration::from_millis(peer.since_ms));
         format!("{} is {} for {since}: {reason}\n", peer.name, peer.state)
     });
     // The tunnel's link keeps to the minimum even if a path takes less.

@@ -4,9 +4,9 @@ use anyhow::bail;
 use clap::Args;
 use serde::Serialize;
 use towline_proto::pb;
+use towline_service::output::{self, Format};
 
 use super::local::{status_error, with_agent};
-use super::output::{self, Format};
 use crate::config::Config;
 
 #[derive(Debug, Args)]
@@ -86,11 +86,11 @@ pub(super) fn run(config: &Config, args: PingArgs) -> anyhow::Result<()> {
 fn line(node: &str, answer: &pb::PingResponse) -> String {
     match answer.rtt_us {
         Some(rtt) => format!(
-            "answer from {node} by {} {}: {}\n",
+            "answer from {node} by {} {}: {}",
             answer.path_kind,
             answer.path,
             output::rtt(rtt)
         ),
-        None => format!("no answer from {node}: {}\n", answer.reason),
+        None => format!("no answer from {node}: {}", answer.reason),
     }
 }

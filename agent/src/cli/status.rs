@@ -6,9 +6,9 @@ use anyhow::bail;
 use serde::Serialize;
 use towline_proto::node::Candidate;
 use towline_proto::pb;
+use towline_service::output::{self, Format};
 
 use super::local::{status_error, with_agent};
-use super::output::{self, Format};
 use crate::config::Config;
 use crate::daemon;
 use crate::down::DownMarker;
@@ -144,15 +144,12 @@ pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
             agent.status(pb::StatusRequest {}).await.map_err(|status| status_error(&status))?;
         Ok(answer.into_inner().into())
     })?;
-    match output::document(format, &status)? {
-        Some(document) => output::print(&document),
-        None => output::print(&text(&status, format == Format::Wide)),
-    }
+    Ok(output::write(format, &status, |wide| text(&status, wide))?)
 }
 
 fn text(status: &Status, wide: bool) -> String {
     let mut lines = Vec::new();
-    let mut line = |name: &str, value: String| lines.push(format!("{name:<14}{value}"));
+    let mut line = |name, value| lines.push((name, value));
     if let (Some(name), Some(id)) = (&status.name, &status.node_id) {
         line("node", format!("{name} ({id})"));
     }
@@ -163,13 +160,13 @@ fn text(status: &Status, wide: bool) -> String {
     }
     line("mesh", status.mesh_id.clone().unwrap_or_else(|| "none: static peers only".into()));
     if status.mesh_id.is_some() {
-        line("site", output::or_dash(status.site.clone()));
+        line("site", output::or_dash(status.site.as_ref()));
     }
-    line("overlay", output::or_dash(Some(status.overlay_addresses.join("  "))));
+    line("overlay", output::list(&status.overlay_addresses));
     line("public key", status.public_key.clone());
     line("link", format!("{}, mtu {}, udp port {}", status.link, status.mtu, status.listen_port));
     if let Some(controller) = status.controller.as_ref().filter(|_| !down) {
-        let last_heard = controller.last_heard_ms.map(Duration::from_millis).map(output::age);
+        let last_heard = controller.last_heard_ms.map(Duration::from_millis).map(output::span);
         line(
             "controller",
             match (controller.connected, last_heard) {
@@ -182,8 +179,8 @@ fn text(status: &Status, wide: bool) -> String {
         );
     }
     if let Some(kubernetes) = &status.kubernetes {
-        let node = output::or_dash(Some(kubernetes.node.clone()));
-        let pods = output::or_dash(Some(kubernetes.pod_networks.join("  ")));
+        let node = output::or_dash(Some(&kubernetes.node));
+        let pods = output::list(&kubernetes.pod_networks);
         line(
             "kubernetes",
             match kubernetes.connected {
@@ -216,7 +213,7 @@ fn text(status: &Status, wide: bool) -> String {
         format!(
             "version {}, up {}",
             status.version,
-            output::age(Duration::from_millis(status.uptime_ms))
+            output::span(Duration::from_millis(status.uptime_ms))
         ),
     );
     for feature in status.features.iter().filter(|feature| wide || !feature.active) {
@@ -237,7 +234,7 @@ fn text(status: &Status, wide: bool) -> String {
     for problem in &status.problems {
         line("problem", problem.clone());
     }
-    lines.join("\n") + "\n"
+    output::sheet(14, &lines)
 }
 
 #[derive(Serialize)]
@@ -247,8 +244,5 @@ struct Version {
 
 pub(super) fn version(format: Format) -> anyhow::Result<()> {
     let version = Version { version: towline_proto::VERSION };
-    match output::document(format, &version)? {
-        Some(document) => output::print(&document),
-        None => output::print(&format!("towline {}\n", version.version)),
-    }
+    Ok(output::write(format, &version, |_| format!("towline {}", version.version))?)
 }

@@ -59,6 +59,7 @@ use towline_dataplane as dataplane;
 use towline_proto::frame::{Probe, RELAYED_HEADER_BYTES};
 use towline_proto::id::{NodeId, WireguardKey};
 use towline_proto::stun;
+use towline_service::notify::Notifier;
 
 use crate::config::{Addressing, Config};
 use crate::confirm::{self, Confirmation, Moment};
@@ -66,7 +67,6 @@ use crate::control::{ControlServer, Request};
 use crate::discovery;
 use crate::down::DownMarker;
 use crate::node_ip::NodeIps;
-use crate::notify::Notifier;
 use crate::state::StateDir;
 use crate::static_peers;
 use announcer::Announcer;

@@ -11,13 +11,13 @@ use towline_dataplane::Feature;
 use towline_proto::id::WireguardKey;
 use towline_proto::node::Grant;
 use towline_proto::pb;
+use towline_service::certificate;
 
 use super::Daemon;
 use crate::config::Config;
 use crate::confirm::Confirmation;
 use crate::down::Down;
 use crate::state::StateDir;
-use crate::tls;
 
 /// State of an agent whose machine is not down, as `towline status` shows it.
 pub(super) const RUNNING: &str = "running";
@@ -162,7 +162,10 @@ pub(super) fn identity(grant: Option<&Grant>, config: &Config) -> pb::StatusResp
 /// Returns the end of the stored certificate, in seconds since 1970. 0 if there is none.
 pub(super) fn certificate_expires_at(state: &StateDir) -> i64 {
     let chain = state.certificate().ok().flatten().unwrap_or_default();
-    chain.first().and_then(tls::validity).map_or(0, |(_, end)| end)
+    chain
+        .first()
+        .and_then(|certificate| certificate::validity(certificate))
+        .map_or(0, |(_, end)| end)
 }
 
 /// Returns the status line of a machine that is down.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::oneshot;
 use towline_proto::pb;
+use towline_service::notify::Notifier;
 
 use super::signals::{SignalMeaning, Signals};
 use super::start::Stored;
@@ -18,7 +19,6 @@ use crate::config::Config;
 use crate::confirm::{self, Confirmation, Moment};
 use crate::control::{ControlServer, DownAnswer, PingAnswer, Request};
 use crate::down::{Down, DownMarker};
-use crate::notify::Notifier;
 use crate::state::StateDir;
 
 /// Delay after a failure until the host is opened again.

@@ -1,6 +1,6 @@
 //! Notifications to the service manager while the agent starts.
 
-use crate::notify::Notifier;
+use towline_service::notify::Notifier;
 
 /// What the service manager was last notified of.
 #[derive(Debug, Default)]

@@ -21,8 +21,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use towline_core::plan::{Plan, RoutePlan, RouteVia};
 
 use super::{Guarded, enter, outcome, plan};
+use towline_service::notify::Notifier;
+
 use crate::config::Config;
-use crate::notify::Notifier;
 use crate::state::StateDir;
 use towline_host::{HostEvent, HostNetwork, Names, Problem, Watch};
 

@@ -5,23 +5,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use hyper_util::rt::TokioIo;
-use rustls::RootCertStore;
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint};
 use towline_proto::id::IdentityKey;
+use towline_proto::limits;
 use towline_proto::pb::admin_client::AdminClient;
 use towline_proto::token::ControllerAddress;
-use towline_proto::{CONTROLLER_TLS_NAME, limits};
+use towline_service::{grpc, tls};
 
 use crate::peer;
 use crate::state_dir::StateDir;
-use crate::tls::ALPN;
 
 /// Timeout of the connection, and of each request.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -61,13 +58,12 @@ pub(super) async fn connect(
         .context("ca.crt is damaged: restore it from a backup")?;
     let (_, ca_key) =
         peer::mesh_authority(&ca).context("ca.crt is damaged: restore it from a backup")?;
-    let connector = tls(&dir, ca)?;
+    let connector = connector(&dir, &ca)?;
 
     let connecting = async {
         let stream = TcpStream::connect(&address).await?;
         stream.set_nodelay(true)?;
-        let name = ServerName::try_from(CONTROLLER_TLS_NAME).map_err(std::io::Error::other)?;
-        connector.connect(name, stream).await
+        connector.connect(tls::server_name(), stream).await
     };
     let stream = match timeout(TIMEOUT, connecting).await {
         Ok(Ok(stream)) => stream,
@@ -80,12 +76,14 @@ pub(super) async fn connect(
         }
         Err(_) => bail!("cannot connect to the controller at {address}: no answer in time"),
     };
-    let channel = channel(stream).await.context("cannot open an HTTP/2 connection")?;
+    let endpoint = Endpoint::from_static("http://controller").timeout(TIMEOUT);
+    let channel =
+        grpc::channel(endpoint, stream).await.context("cannot open an HTTP/2 connection")?;
     let admin = AdminClient::new(channel).max_decoding_message_size(limits::MESSAGE_BYTES);
     Ok(Client { admin, ca: ca_key })
 }
 
-fn tls(dir: &StateDir, ca: CertificateDer<'static>) -> anyhow::Result<TlsConnector> {
+fn connector(dir: &StateDir, ca: &CertificateDer<'static>) -> anyhow::Result<TlsConnector> {
     let missing = |name: &str| {
         format!("{} is missing: restart the controller to create it", dir.file(name).display())
     };
@@ -95,37 +93,18 @@ fn tls(dir: &StateDir, ca: CertificateDer<'static>) -> anyhow::Result<TlsConnect
         .context("admin.crt is damaged: restart the controller to create it again")?;
     let key = PrivateKeyDer::from_pem_slice(key.as_bytes())
         .context("admin.key is damaged: remove it and restart the controller to create it again")?;
-    let mut roots = RootCertStore::empty();
-    roots.add(ca).context("ca.crt is damaged: restore it from a backup")?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_root_certificates(roots)
+    let mut config = tls::client_of(ca)
+        .context("ca.crt is damaged: restore it from a backup")?
         .with_client_auth_cert(vec![certificate], key)
         .context("admin.crt and admin.key do not belong together: restart the controller")?;
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![tls::ALPN.to_vec()];
     Ok(TlsConnector::from(Arc::new(config)))
-}
-
-/// Returns a channel over an existing stream, so that an error of connecting is not hidden in an
-/// error of the channel.
-async fn channel(stream: TlsStream<TcpStream>) -> Result<Channel, tonic::transport::Error> {
-    let mut stream = Some(stream);
-    Endpoint::from_static("http://controller")
-        .timeout(TIMEOUT)
-        .connect_with_connector(tower::service_fn(move |_: http::Uri| {
-            let stream = stream.take().map(TokioIo::new);
-            async { stream.ok_or_else(|| std::io::Error::other("the connection was closed")) }
-        }))
-        .await
 }
 
 /// Returns the error of a refused request, in one line for the operator.
 pub(super) fn status_error(status: tonic::Status) -> anyhow::Error {
-    let line: String = status.message().split_whitespace().collect::<Vec<_>>().join(" ");
-    if line.is_empty() {
-        anyhow::anyhow!("the controller refused: {}", status.code())
-    } else {
-        anyhow::anyhow!(line)
+    match grpc::message(&status).as_str() {
+        "" => anyhow::anyhow!("the controller refused: {}", status.code()),
+        words => anyhow::anyhow!(words.to_owned()),
     }
 }

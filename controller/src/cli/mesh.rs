@@ -1,5 +1,7 @@
 //! Command `towline-controller mesh`.
 
+use std::time::Duration;
+
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
@@ -8,10 +10,10 @@ use ipnet::IpNet;
 use serde::Serialize;
 use towline_proto::id::{IdentityKey, Label, MeshId};
 use towline_proto::{pb, signed};
+use towline_service::output::{self, Format};
 
 use super::Common;
 use super::client::status_error;
-use super::output::{self, Format};
 use crate::config::check_ranges;
 
 #[derive(Debug, Subcommand)]
@@ -51,7 +53,7 @@ pub(super) async fn run(command: Mesh, common: &Common) -> anyhow::Result<()> {
             let answer =
                 client.admin.get_mesh(pb::GetMeshRequest {}).await.map_err(status_error)?;
             let mesh = View::read(answer.into_inner().mesh.as_ref(), &client.ca)?;
-            output::write(output, &mesh, |_| sheet(&mesh))
+            Ok(output::write(output, &mesh, |_| sheet(&mesh))?)
         }
         Mesh::Set(changes) => {
             let request = changes.request()?;
@@ -136,9 +138,8 @@ fn sheet(mesh: &View) -> String {
         ("protected", output::list(&mesh.protected)),
         ("trusted sites", output::list(&mesh.trusted_sites)),
         ("in clear when down", output::list(&mesh.bypass_when_down)),
-        ("lease", output::span(i64::try_from(mesh.lease_seconds).unwrap_or(i64::MAX))),
+        ("lease", output::span(Duration::from_secs(mesh.lease_seconds))),
         ("generation", mesh.generation.to_string()),
     ];
-    let lines = lines.iter().map(|(name, value)| format!("{:<20}{value}", format!("{name}:")));
-    lines.collect::<Vec<_>>().join("\n")
+    output::sheet(20, &lines)
 }

@@ -7,12 +7,12 @@
 mod client;
 mod mesh;
 mod node;
-mod output;
 mod token;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
@@ -21,10 +21,11 @@ use jiff::SignedDuration;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_proto::id::Label;
 use towline_proto::token::ControllerAddress;
+use towline_service::notify::Notifier;
+use towline_service::output::{self, OutputError};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::Settings;
-use crate::notify::{Message, notify};
 use crate::server::Controller;
 
 /// The Towline controller: certificate authority and registry of a mesh.
@@ -158,9 +159,11 @@ pub fn main() -> ExitCode {
     towline_service::process::forbid_dumps();
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if error.downcast_ref().is_some_and(OutputError::is_broken_pipe) => {
+            ExitCode::SUCCESS
+        }
         Err(error) => {
-            eprintln!("towline-controller: {}", output::chain(&error));
+            eprintln!("towline-controller: {}", output::error_line(error.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -178,7 +181,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             eprintln!("the configuration is valid");
             Ok(())
         }
-        Command::Version => output::line(towline_proto::VERSION),
+        Command::Version => Ok(output::print(towline_proto::VERSION)?),
     }
 }
 
@@ -195,6 +198,7 @@ fn serve_until_signal(settings: Settings) -> anyhow::Result<()> {
         // The handlers are installed before the start, so that no signal is missed.
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+        let notifier = Notifier::from_environment();
         let controller = Controller::start(config)?;
         tracing::info!(
             version = towline_proto::VERSION,
@@ -202,14 +206,14 @@ fn serve_until_signal(settings: Settings) -> anyhow::Result<()> {
             "started"
         );
         // The address is bound, so connections from now on will be served.
-        notify(Message::Ready);
+        notifier.ready();
         controller
             .run(async {
                 tokio::select! {
                     _ = terminate.recv() => {}
                     _ = interrupt.recv() => {}
                 }
-                notify(Message::Stopping);
+                notifier.stopping();
             })
             .await?;
         Ok(())
@@ -223,6 +227,11 @@ fn raise_file_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
+}
+
+/// Formats a time until or since something. A clock that was set back makes it negative: 0.
+fn span(seconds: i64) -> String {
+    output::span(Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
 }
 
 fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {

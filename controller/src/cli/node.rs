@@ -7,10 +7,10 @@ use clap::Subcommand;
 use serde::Serialize;
 use towline_proto::id::{IdentityKey, NodeId};
 use towline_proto::{pb, signed};
+use towline_service::output::{self, Format};
 
-use super::Common;
 use super::client::{Client, status_error};
-use super::output::{self, Format};
+use super::{Common, span};
 use crate::clock;
 
 #[derive(Debug, Subcommand)]
@@ -40,7 +40,7 @@ pub(super) async fn run(command: Node, common: &Common) -> anyhow::Result<()> {
     match command {
         Node::List { output } => {
             let nodes = list(&mut common.connect().await?).await?;
-            output::write(output, &nodes, |wide| table(&nodes, wide))
+            Ok(output::write(output, &nodes, |wide| table(&nodes, wide))?)
         }
         Node::Show { name, output } => {
             let mut client = common.connect().await?;
@@ -49,7 +49,7 @@ pub(super) async fn run(command: Node, common: &Common) -> anyhow::Result<()> {
                 client.admin.list_nodes(request).await.map_err(status_error)?.into_inner().nodes;
             let node = found.first().context("invalid response from the controller: no node")?;
             let node = View::read(node, &client.ca)?;
-            output::write(output, &node, |_| sheet(&node))
+            Ok(output::write(output, &node, |_| sheet(&node))?)
         }
         Node::Remove { name } => {
             let request = pb::RemoveNodeRequest { name: name.clone() };
@@ -144,13 +144,9 @@ impl View {
         match self.last_seen_unix {
             0 => "never".to_owned(),
             _ if self.online => "now".to_owned(),
-            at => format!("{} ago", output::span(clock::now().unix - at)),
+            at => format!("{} ago", span(clock::now().unix - at)),
         }
     }
-}
-
-fn or_dash(text: &str) -> String {
-    if text.is_empty() { "-".to_owned() } else { text.to_owned() }
 }
 
 fn table(nodes: &[View], wide: bool) -> String {
@@ -161,7 +157,7 @@ fn table(nodes: &[View], wide: bool) -> String {
     let rows = nodes.iter().map(|node| {
         let mut row = vec![
             node.name.clone(),
-            or_dash(&node.site),
+            output::or_dash(Some(&node.site)),
             node.state().to_owned(),
             node.seen(),
             output::list(&node.overlay_addresses),
@@ -171,9 +167,9 @@ fn table(nodes: &[View], wide: bool) -> String {
         if wide {
             row.extend([
                 node.id.to_string(),
-                or_dash(&node.version),
-                or_dash(&node.session_address),
-                or_dash(node.wireguard_key.as_deref().unwrap_or_default()),
+                output::or_dash(Some(&node.version)),
+                output::or_dash(Some(&node.session_address)),
+                output::or_dash(node.wireguard_key.as_ref()),
             ]);
         }
         row
@@ -186,21 +182,20 @@ fn sheet(node: &View) -> String {
     let mut lines = vec![
         ("name", node.name.clone()),
         ("id", node.id.to_string()),
-        ("site", or_dash(&node.site)),
+        ("site", output::or_dash(Some(&node.site))),
         ("state", format!("{}, seen {}", node.state(), node.seen())),
-        ("from", or_dash(&node.session_address)),
-        ("joined", or_dash(node.joined_at.as_deref().unwrap_or_default())),
+        ("from", output::or_dash(Some(&node.session_address))),
+        ("joined", output::or_dash(node.joined_at.as_ref())),
         ("overlay", output::list(&node.overlay_addresses)),
         ("prefixes", output::list(&node.prefixes)),
         ("allowed", output::list(&node.allowed_prefixes)),
         ("candidates", output::list(&node.candidates)),
         ("labels", output::list(&labels)),
         ("ephemeral", node.ephemeral.to_string()),
-        ("version", or_dash(&node.version)),
-        ("wireguard key", or_dash(node.wireguard_key.as_deref().unwrap_or_default())),
+        ("version", output::or_dash(Some(&node.version))),
+        ("wireguard key", output::or_dash(node.wireguard_key.as_ref())),
         ("identity key", node.identity_key.to_string()),
     ];
     lines.extend(node.problems.iter().map(|problem| ("problem", problem.clone())));
-    let lines = lines.iter().map(|(name, value)| format!("{:<15}{value}", format!("{name}:")));
-    lines.collect::<Vec<_>>().join("\n")
+    output::sheet(15, &lines)
 }

@@ -7,10 +7,10 @@ use jiff::SignedDuration;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use towline_proto::{limits, pb};
+use towline_service::output::{self, Format};
 
-use super::Common;
 use super::client::{Client, status_error};
-use super::output::{self, Format};
+use super::{Common, span};
 use crate::clock;
 
 #[derive(Debug, Subcommand)]
@@ -71,15 +71,15 @@ pub(super) async fn run(command: Token, common: &Common) -> anyhow::Result<()> {
                 client.admin.create_token(request).await.map_err(status_error)?.into_inner();
             let info =
                 created.info.context("invalid response from the controller: no token data")?;
-            let expires = output::span(info.expires_at - clock::now().unix);
+            let expires = span(info.expires_at - clock::now().unix);
             eprintln!("token {} admits {} within {expires}", info.id, nodes(info.uses));
             let shown = Created { token: &created.token, info: View::from(info) };
-            output::write(output, &shown, |_| created.token.clone())
+            Ok(output::write(output, &shown, |_| created.token.clone())?)
         }
         Token::List { output } => {
             let tokens = list(&mut common.connect().await?).await?;
             let views: Vec<View> = tokens.into_iter().map(View::from).collect();
-            output::write(output, &views, |wide| table(&views, wide))
+            Ok(output::write(output, &views, |wide| table(&views, wide))?)
         }
         Token::Revoke { id } => {
             let request = pb::RevokeTokenRequest { id: id.clone() };
@@ -199,7 +199,7 @@ fn table(tokens: &[View], wide: bool) -> String {
     let or = |text: &str, or: &str| if text.is_empty() { or.to_owned() } else { text.to_owned() };
     let rows = tokens.iter().map(|token| {
         let expires = match token.state {
-            "open" => format!("in {}", output::span(token.expires_in)),
+            "open" => format!("in {}", span(token.expires_in)),
             _ => "-".to_owned(),
         };
         let mut row = vec![

@@ -10,11 +10,10 @@
 //!   set-group-id, of the caller's own group) is accepted as it is.
 //! - **Root trusts nothing in a directory of another user.** It follows no symbolic link there,
 //!   opens only regular files, and never writes into an existing file.
-//! - **A file is replaced atomically**: written under a temporary name in the same directory,
-//!   synced and renamed. A reader finds the old one or the new one.
+//! - **A file is replaced atomically**, see [`file`].
 
 use std::fs::{DirBuilder, File, Metadata, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::os::unix::fs::{PermissionsExt as _, fchown};
 use std::path::{Path, PathBuf};
@@ -24,6 +23,7 @@ use nix::unistd::{getegid, geteuid};
 use zeroize::Zeroizing;
 
 use crate::account::{self, Account};
+use crate::file;
 
 /// Permission bits of the group and of others.
 const NOT_OWNER: u32 = 0o077;
@@ -254,31 +254,17 @@ impl PrivateDirectory {
         Ok(Some(bytes))
     }
 
-    /// Replaces a file atomically. The new file belongs to the directory's owner. The umask is
-    /// applied to `mode`.
+    /// Replaces a file atomically, see [`file::replace`]. The new file belongs to the directory's
+    /// owner.
     ///
     /// # Errors
     ///
     /// See [`DirectoryError`].
     pub fn replace(&self, name: &str, mode: u32, bytes: &[u8]) -> Result<(), DirectoryError> {
         let path = self.path.join(name);
-        let write = || -> io::Result<()> {
-            let beside = self.path.join(format!(".{name}.new"));
-            // A file that a crash left behind may have any mode.
-            match std::fs::remove_file(&beside) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            // `O_CREAT | O_EXCL` follows no link at the end of the path.
-            let mut file =
-                OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
-            self.give(&file)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            std::fs::rename(&beside, &path)?;
-            self.sync()
-        };
-        write().map_err(|source| DirectoryError::Io { act: "write", path: path.clone(), source })
+        file::replace(&path, mode, bytes, |file| self.give(file))
+            .and_then(|()| self.sync())
+            .map_err(|source| DirectoryError::Io { act: "write", path, source })
     }
 
     /// Opens a lock file, which is never read, and creates it if it does not exist.
@@ -311,12 +297,7 @@ impl PrivateDirectory {
     /// See [`DirectoryError`].
     pub fn remove(&self, name: &str) -> Result<(), DirectoryError> {
         let path = self.path.join(name);
-        match std::fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(DirectoryError::Io { act: "remove", path, source })
-            }
-            _ => Ok(()),
-        }
+        file::remove(&path).map_err(|source| DirectoryError::Io { act: "remove", path, source })
     }
 
     /// Syncs the directory, so that renames and removals in it survive a crash.

@@ -1,18 +1,32 @@
-//! Operating-system services that both programs need, independent of the mesh.
+//! What the agent and the controller share as services of a machine, independent of the mesh.
 //!
 //! | module | owns |
 //! |---|---|
 //! | [`account`] | system users, looked up by name |
+//! | [`certificate`] | what is read from an X.509 certificate |
+//! | [`config_file`] | configuration files in TOML, and their errors |
 //! | [`directory`] | a private state directory: its owner, its permissions, how its files are written |
+//! | [`file`] | files that are replaced atomically |
+//! | [`grpc`] | gRPC over a connection that exists already |
+//! | [`notify`] | notifications to the service manager |
+//! | [`output`] | tables, JSON and YAML on stdout |
 //! | [`pem`] | certificates and keys as PEM text |
 //! | [`port_owner`] | lookup of the process that uses a port |
 //! | [`process`] | protection of a process's memory |
+//! | [`tls`] | TLS settings of both sides |
 
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))] // in a test a panic is the report
 
 pub mod account;
+pub mod certificate;
+pub mod config_file;
 pub mod directory;
+pub mod file;
+pub mod grpc;
+pub mod notify;
+pub mod output;
 pub mod pem;
 pub mod port_owner;
 pub mod process;
+pub mod tls;

@@ -1,0 +1,58 @@
+//! gRPC over a connection that exists already.
+//!
+//! The caller connects by itself, so that an error of connecting is an error of its own, and not
+//! hidden in one of the channel. A channel has exactly one connection: when it fails, the caller
+//! connects again.
+
+use std::io;
+
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+/// Longest message of a status that is shown, in characters.
+const MESSAGE_CHARS: usize = 500;
+
+/// Opens a channel on a stream. `endpoint` has the settings of the channel; its address is not
+/// dialled.
+///
+/// # Errors
+///
+/// If the HTTP/2 connection cannot be opened.
+pub async fn channel(
+    endpoint: Endpoint,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+) -> Result<Channel, tonic::transport::Error> {
+    let mut stream = Some(TokioIo::new(stream));
+    let connector = tower::service_fn(move |_| {
+        let taken = stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected));
+        async move { taken }
+    });
+    endpoint.connect_with_connector(connector).await
+}
+
+/// Returns the message of a status for the operator, in one line; empty if it has none.
+pub fn message(status: &Status) -> String {
+    let printable: String = status.message().chars().take(MESSAGE_CHARS).collect();
+    let words = printable.split(|c: char| c.is_control() || c.is_whitespace());
+    words.filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+/// Returns whether a status is about the connection, and not the server's answer.
+pub fn is_of_the_transport(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_one_short_line() {
+        let status = Status::internal("two\n lines\u{7} \x1b[31m");
+        assert_eq!(message(&status), "two lines [31m");
+        assert_eq!(message(&Status::internal("")), "");
+        assert_eq!(message(&Status::internal("x".repeat(10_000))).len(), MESSAGE_CHARS);
+    }
+}
