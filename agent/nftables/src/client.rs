@@ -61,7 +61,7 @@ pub struct Loaded {
 
 /// Properties of a rule that only the kernel determines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct RuleState {
+pub(super) struct RuleState {
     handle: u64,
     counter: Option<Counter>,
 }
@@ -234,7 +234,7 @@ impl Nft {
     }
 
     fn read_head(&mut self, family: TableFamily, name: &str) -> Result<Option<Table>, NftError> {
-        let mut request = request(family, wire::GET_TABLE);
+        let mut request = request_of(family, wire::GET_TABLE);
         request.string(wire::table::NAME, name);
         let what = || format!("read table {family} {name}");
         let found = self.connection.get(what, request, |received| {
@@ -257,12 +257,16 @@ impl Nft {
         }
     }
 
-    fn read_chains(
+    pub(super) fn connection(&mut self) -> &mut Connection {
+        &mut self.connection
+    }
+
+    pub(super) fn read_chains(
         &mut self,
         family: TableFamily,
         table: &str,
     ) -> Result<BTreeMap<String, Chain>, NftError> {
-        let mut request = request(family, wire::GET_CHAIN);
+        let mut request = request_of(family, wire::GET_CHAIN);
         request.string(wire::chain::TABLE, table);
         let chains = self
             .connection
@@ -275,7 +279,7 @@ impl Nft {
         family: TableFamily,
         table: &str,
     ) -> Result<Vec<(String, Rule, RuleState)>, NftError> {
-        let mut request = request(family, wire::GET_RULE);
+        let mut request = request_of(family, wire::GET_RULE);
         request.string(wire::rule::TABLE, table);
         let rules = self
             .connection
@@ -288,7 +292,7 @@ impl Nft {
         family: TableFamily,
         table: &str,
     ) -> Result<BTreeMap<String, Set>, NftError> {
-        let mut request = request(family, wire::GET_SET);
+        let mut request = request_of(family, wire::GET_SET);
         request.string(wire::set::TABLE, table);
         let heads =
             self.connection.dump("list sets", &request, |received| parse_set(&received, table))?;
@@ -317,7 +321,7 @@ impl Nft {
         table: &str,
         set: &str,
     ) -> Result<Vec<(u128, bool)>, NftError> {
-        let mut request = request(family, wire::GET_ELEMENT);
+        let mut request = request_of(family, wire::GET_ELEMENT);
         request.string(wire::element::LIST_TABLE, table).string(wire::element::LIST_SET, set);
         let lists = self.connection.dump("list set elements", &request, |received| {
             let list = payload(&received, wire::NEW_ELEMENT)?
@@ -335,12 +339,12 @@ fn boundary(kind: u16) -> Message {
     Message::new(kind, 0, &wire::header(0, libc::NFNL_SUBSYS_NFTABLES as u16))
 }
 
-fn request(family: TableFamily, kind: u16) -> Message {
+pub(super) fn request_of(family: TableFamily, kind: u16) -> Message {
     Message::new(wire::message_kind(kind), 0, &wire::header(family.number(), 0))
 }
 
 /// Returns the attributes of a message if it is of this kind.
-fn payload<'a>(
+pub(super) fn payload<'a>(
     received: &Received<'a>,
     kind: u16,
 ) -> Option<impl Iterator<Item = Attribute<'a>> + use<'a>> {
@@ -389,7 +393,10 @@ fn parse_chain(received: &Received<'_>, table: &str) -> Option<(String, Chain)> 
     Some((name?, Chain { base, rules: Vec::new() }))
 }
 
-fn parse_rule(received: &Received<'_>, table: &str) -> Option<(String, Rule, RuleState)> {
+pub(super) fn parse_rule(
+    received: &Received<'_>,
+    table: &str,
+) -> Option<(String, Rule, RuleState)> {
     let mut chain = None;
     let mut rule = Rule::new();
     let mut state = RuleState { handle: 0, counter: None };

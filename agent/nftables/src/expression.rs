@@ -185,6 +185,22 @@ pub enum Expression {
         /// Structure of the match, with padding.
         info: Vec<u8>,
     },
+    /// Target of iptables (`xt_*`), as read from the kernel.
+    Target {
+        /// Name of the target, such as `REJECT`.
+        name: String,
+        /// Revision of the layout of `info`.
+        revision: u32,
+        /// Structure of the target, with padding.
+        info: Vec<u8>,
+    },
+    /// Gives the verdict that a map has for a value. Without one, the rule does not continue.
+    VerdictMap {
+        /// Name of the map.
+        set: String,
+        /// Register that holds the value.
+        register: u32,
+    },
     /// Name of an unknown expression, as read from the kernel. It cannot be encoded.
     Other(String),
 }
@@ -208,11 +224,16 @@ pub(super) mod key {
     pub(crate) const META_MARK: u32 = libc::NFT_META_MARK as u32;
     pub(crate) const META_IIFNAME: u32 = libc::NFT_META_IIFNAME as u32;
     pub(crate) const META_OIFNAME: u32 = libc::NFT_META_OIFNAME as u32;
+    pub(crate) const META_PROTOCOL: u32 = libc::NFT_META_PROTOCOL as u32;
+    pub(crate) const META_IIF: u32 = libc::NFT_META_IIF as u32;
+    pub(crate) const META_OIF: u32 = libc::NFT_META_OIF as u32;
+    pub(crate) const META_PKTTYPE: u32 = libc::NFT_META_PKTTYPE as u32;
     pub(crate) const META_NFPROTO: u32 = libc::NFT_META_NFPROTO as u32;
     pub(crate) const META_L4PROTO: u32 = libc::NFT_META_L4PROTO as u32;
     pub(crate) const META_SKUID: u32 = libc::NFT_META_SKUID as u32;
     pub(crate) const CT_ID: u32 = 23;
     pub(crate) const CT_STATE: u32 = libc::NFT_CT_STATE as u32;
+    pub(crate) const CT_STATUS: u32 = libc::NFT_CT_STATUS as u32;
     pub(crate) const CT_MARK: u32 = libc::NFT_CT_MARK as u32;
     pub(crate) const CT_DIRECTION: u32 = libc::NFT_CT_DIRECTION as u32;
     pub(crate) const PAYLOAD_NETWORK: u32 = libc::NFT_PAYLOAD_NETWORK_HEADER as u32;
@@ -221,6 +242,7 @@ pub(super) mod key {
     pub(crate) const NOT_EQUAL: u32 = libc::NFT_CMP_NEQ as u32;
     pub(crate) const LESS: u32 = libc::NFT_CMP_LT as u32;
     pub(crate) const NOT_LESS: u32 = libc::NFT_CMP_GTE as u32;
+    pub(crate) const GREATER: u32 = libc::NFT_CMP_GT as u32;
     pub(crate) const NOT_GREATER: u32 = libc::NFT_CMP_LTE as u32;
     pub(crate) const ROUTE_TCP_MSS: u32 = 3;
     pub(crate) const FIB_LINK: u32 = 1;
@@ -280,6 +302,8 @@ impl Expression {
             Self::Remember { .. } | Self::Forget { .. } => "dynset",
             Self::Notrack => "notrack",
             Self::Match { .. } => "match",
+            Self::Target { .. } => "target",
+            Self::VerdictMap { .. } => "lookup",
             Self::Other(name) => name,
         }
     }
@@ -370,6 +394,12 @@ impl Expression {
             Self::Match { name, revision, info } => {
                 data.string(1, name).u32_be(2, *revision).bytes(3, info);
             }
+            Self::Target { name, revision, info } => {
+                data.string(1, name).u32_be(2, *revision).bytes(3, info);
+            }
+            Self::VerdictMap { set, register } => {
+                data.string(1, set).u32_be(2, *register).u32_be(3, REGISTER_VERDICT);
+            }
             Self::Counter | Self::Notrack | Self::Other(_) => {}
         }
     }
@@ -423,6 +453,9 @@ impl Expression {
                 register: fields.number(2)?,
                 inverted: fields.number(5).unwrap_or(0) & LOOKUP_INVERTED != 0,
             },
+            "lookup" if fields.number(3) == Some(REGISTER_VERDICT) => {
+                Self::VerdictMap { set: fields.get(1)?.string(), register: fields.number(2)? }
+            }
             "immediate" if fields.number(1)? == REGISTER_VERDICT => {
                 let verdict = fields.get(2)?.nested().find(|a| a.kind == DATA_VERDICT)?;
                 Self::Verdict(Verdict::decode(verdict)?)
@@ -483,6 +516,11 @@ impl Expression {
                 revision: fields.number(2)?,
                 info: fields.get(3)?.value.to_vec(),
             },
+            "target" => Self::Target {
+                name: fields.get(1)?.string(),
+                revision: fields.number(2)?,
+                info: fields.get(3)?.value.to_vec(),
+            },
             _ => return None,
         })
     }
@@ -503,7 +541,7 @@ impl Verdict {
         }
     }
 
-    fn decode(data: Attribute<'_>) -> Option<Self> {
+    pub(super) fn decode(data: Attribute<'_>) -> Option<Self> {
         let fields = Fields(data.value);
         let chain = || Some(fields.get(2)?.string());
         Some(match fields.number(1)? as i32 {

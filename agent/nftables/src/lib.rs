@@ -18,7 +18,9 @@
 
 mod changes;
 mod client;
+mod evaluate;
 mod expression;
+mod foreign;
 mod rule;
 mod set;
 mod table;
@@ -26,7 +28,9 @@ mod transaction;
 mod wire;
 
 pub use client::{Counter, Loaded, Nft, NftError};
+pub use evaluate::{Fate, Packet, PacketLink};
 pub use expression::{Expression, Verdict};
+pub use foreign::ForeignTable;
 pub use rule::{CtState, IptablesStates, Rule};
 pub use set::{Interval, KeyType, Set};
 pub use table::{Base, Chain, ChainKind, Hook, Ownership, Policy, Table, TableFamily};
