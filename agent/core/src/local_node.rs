@@ -33,7 +33,7 @@ pub(crate) struct LocalNode {
     candidates: Vec<Candidate>,
     /// Number of `candidates` that are not reflexive; they come first.
     own: usize,
-    /// One address of each interface and family that leads outwards.
+    /// Addresses that datagrams may leave from, the preferred ones first.
     uplinks: Vec<LocalAddress>,
     /// Uplinks by which paths are named. Differs from `uplinks` from [`Self::set_uplinks`] until
     /// [`Self::named`].
@@ -157,33 +157,33 @@ impl LocalNode {
         self.candidates[..self.own].iter().any(|own| own.address() == address)
     }
 
-    /// Takes our uplinks: one address for each interface and family. Returns whether they
-    /// changed; if so, every path has to be renamed by [`Self::still`], and then [`Self::named`] has
-    /// to be called.
+    /// Takes our addresses that datagrams may leave from, the preferred ones first. Returns whether
+    /// they changed; if so, every path has to be renamed by [`Self::still`], and then
+    /// [`Self::named`] has to be called.
     pub(crate) fn set_uplinks(&mut self, uplinks: Vec<LocalAddress>) -> bool {
         let mut seen = BTreeSet::new();
         let kept: Vec<LocalAddress> = uplinks
             .into_iter()
             .filter(|end| !self.is_inside(end.address))
-            .filter(|end| seen.insert((end.interface, end.address.is_ipv4())))
+            .filter(|end| seen.insert(end.address))
             .collect();
         let changed = kept != self.uplinks;
         self.uplinks = kept;
         changed
     }
 
-    /// Returns the path under the name that it has after a change of our uplinks. `None` if its uplink
-    /// is gone.
+    /// Returns the path under the name that it has after a change of our uplinks. `None` if its
+    /// address or its interface is gone.
     pub(crate) fn still(&self, path: Path) -> Option<Path> {
         let v4 = path.remote.is_ipv4();
         // Without a name it began at the only one.
         let mut before = self.named_by.iter().filter(|end| end.address.is_ipv4() == v4);
         let only = before.next().filter(|_| before.next().is_none()).copied();
         let local = path.local.or(only);
-        if local.is_some_and(|local| !self.uplinks.contains(&local)) {
+        if local.is_some_and(|local| !self.has(local)) {
             return None;
         }
-        Some(self.canonical(Path { local, ..path })).filter(|path| self.has_uplink_of(path))
+        Some(self.canonical(Path { local, ..path }))
     }
 
     /// Ends a change of uplinks: every path has its new name.
@@ -191,15 +191,17 @@ impl LocalNode {
         self.named_by.clone_from(&self.uplinks);
     }
 
-    /// Returns the addresses to send from, for one family: each uplink where there are several, else
-    /// `None` (the kernel chooses).
+    /// Returns the addresses to send from, for one family. Where several interfaces lead outwards,
+    /// these are the preferred address of each (of the first [`UPLINKS`]), and `None`: what the
+    /// kernel chooses is tried too, since its routes may know better. Otherwise only `None`.
     pub(crate) fn ends(&self, v4: bool) -> Vec<Option<LocalAddress>> {
+        let mut interfaces = BTreeSet::new();
         let of_family: Vec<_> =
-            self.uplinks.iter().filter(|end| end.address.is_ipv4() == v4).take(UPLINKS).collect();
+            self.of_family(v4).filter(|end| interfaces.insert(end.interface)).collect();
         if of_family.len() < 2 {
             return vec![None];
         }
-        of_family.into_iter().map(|end| Some(*end)).collect()
+        of_family.into_iter().take(UPLINKS).copied().map(Some).chain([None]).collect()
     }
 
     /// Returns every direct path to an address.
@@ -208,19 +210,29 @@ impl LocalNode {
         ends.map(move |local| Path { local, remote, channel: None })
     }
 
-    /// Returns a path by its canonical name: the local address is named only where there are
-    /// several uplinks to choose from.
+    /// Returns a path by its canonical name. The local address is the one at which the datagram
+    /// arrived, so that it is answered from there; it is named only where there are several to choose
+    /// from. An address that we do not know stands for the preferred one of its interface.
     pub(crate) fn canonical(&self, path: Path) -> Path {
-        let ends = self.ends(path.remote.is_ipv4());
+        let v4 = path.remote.is_ipv4();
+        if self.of_family(v4).nth(1).is_none() {
+            return Path { local: None, ..path };
+        }
         let named = path.local.and_then(|local| {
-            ends.iter().flatten().find(|end| end.interface == local.interface).copied()
+            let on_interface = || self.of_family(v4).find(|end| end.interface == local.interface);
+            if self.has(local) { Some(local) } else { on_interface().copied() }
         });
         Path { local: named, ..path }
     }
 
-    /// Returns whether a path begins at an uplink that we still have.
-    pub(crate) fn has_uplink_of(&self, path: &Path) -> bool {
-        self.ends(path.remote.is_ipv4()).contains(&path.local)
+    /// Returns whether an address of ours is still there, and its interface too.
+    fn has(&self, local: LocalAddress) -> bool {
+        self.uplinks.iter().any(|end| end.address == local.address)
+            && self.uplinks.iter().any(|end| end.interface == local.interface)
+    }
+
+    fn of_family(&self, v4: bool) -> impl Iterator<Item = &LocalAddress> {
+        self.uplinks.iter().filter(move |end| end.address.is_ipv4() == v4)
     }
 
     /// Returns whether this host is known to have an address of the family of `remote`.

@@ -234,8 +234,10 @@ impl Mesh {
         }
     }
 
-    /// Takes our uplinks (every address of ours that leads outwards, with its interface), and
-    /// the candidates as [`Self::set_candidates`] does: they change together.
+    /// Takes our uplinks, and the candidates as [`Self::set_candidates`] does: they change together.
+    /// The uplinks are the addresses of ours that outer datagrams may leave from, each with its
+    /// interface, the preferred ones first. Those that arrive at another address of an interface are
+    /// answered from its preferred one.
     pub fn set_uplinks(
         &mut self,
         now: Instant,
@@ -446,7 +448,11 @@ impl Mesh {
 /// # Between the parts
 impl Mesh {
     fn handle_pong(&mut self, node: NodeId, from: Path, transaction: u64, observed: SocketAddr) {
-        let Some(sent) = self.probing.pings.answered(node, from, transaction) else { return };
+        let Some(mut sent) = self.probing.pings.answered(node, from, transaction) else { return };
+        if sent.to.local.is_none() {
+            // The pong shows which address the kernel chose.
+            sent.to = self.local.canonical(from);
+        }
         self.with_peer(node, |peer, cx| peer.handle_pong(cx, &sent));
         // Behind a relay it is the relay that is seen, and on a LAN it is no news.
         let outside = !from.is_relayed() && !is_private(from.remote.ip());

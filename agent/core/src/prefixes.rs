@@ -111,7 +111,7 @@ pub fn is_host(net: &IpNet) -> bool {
 
 /// Whether the address belongs to some private network rather than to the internet: private,
 /// shared (carrier NAT), link-local or loopback.
-pub(crate) fn is_private(ip: IpAddr) -> bool {
+pub fn is_private(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => {
             let [a, b, ..] = ip.octets();

@@ -21,6 +21,8 @@ pub struct LocalAddress {
     pub kind: Option<String>,
     /// Whether the link is up.
     pub up: bool,
+    /// Whether the link is up and has a carrier.
+    pub carrier: bool,
     /// Whether the link is the loopback.
     pub loopback: bool,
     /// Whether the link is point-to-point (`IFF_POINTOPOINT`).
@@ -50,6 +52,7 @@ pub(super) fn read(rtnetlink: &mut Rtnetlink) -> Result<Vec<LocalAddress>, Netli
             index: link.index,
             kind: link.kind.clone(),
             up: link.up,
+            carrier: link.running,
             loopback: link.loopback,
             point_to_point: link.point_to_point,
             outward: link.kind.as_deref() == Some("bridge") && outward(link.index),

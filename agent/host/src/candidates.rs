@@ -119,7 +119,19 @@ const INNER_KINDS: &[&str] = &[
     "xfrm",
 ];
 
-fn leads_outside(address: &LocalAddress, policy: &CandidatePolicy) -> bool {
+/// Returns true if packets to an address may arrive from outside: it is no special address, and in none
+/// of the excluded networks.
+pub(super) fn is_usable_elsewhere(address: &LocalAddress, policy: &CandidatePolicy) -> bool {
+    let ip = address.prefix.addr();
+    address.up
+        && address.link != policy.own_link
+        && is_global(ip)
+        && !address.flags.tentative()
+        && !policy.excluded.iter().any(|net| net.contains(&ip))
+}
+
+/// Returns true if the link of an address leads to other machines.
+pub(super) fn leads_outside(address: &LocalAddress, policy: &CandidatePolicy) -> bool {
     let name = address.link.as_str();
     if !address.up || address.loopback || name == policy.own_link {
         return false;
@@ -190,6 +202,7 @@ mod tests {
             index: link.bytes().map(u32::from).sum(),
             kind: kind.map(str::to_owned),
             up: true,
+            carrier: true,
             loopback: link == "lo",
             point_to_point: false,
             outward: false,

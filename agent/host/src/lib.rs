@@ -23,6 +23,7 @@ mod candidates;
 mod families;
 mod firewall;
 mod hook;
+mod outward;
 mod problem;
 mod redirects;
 mod rules;
@@ -44,6 +45,8 @@ use towline_nftables::{Nft, NftError};
 pub use address::LocalAddress;
 pub use candidates::{CandidatePolicy, candidates};
 use families::Families;
+pub use outward::OutwardAddresses;
+use outward::WaysOut;
 pub use problem::{ApplyError, Piece, Problem};
 use redirects::EgressState;
 pub use redirects::{PastNetfilter, RedirectError};
@@ -206,6 +209,18 @@ impl HostNetwork {
             let _ = uplinks::mark(&mut self.rtnetlink, &addresses, link, &mut unsaid);
         }
         Ok(addresses)
+    }
+
+    /// Returns the addresses that outer datagrams may leave from, and at most `limit` addresses to
+    /// publish, both in the order of [`OutwardAddresses`].
+    pub fn outward_addresses(
+        &mut self,
+        policy: &CandidatePolicy,
+        limit: usize,
+    ) -> Result<OutwardAddresses, NetlinkError> {
+        let addresses = self.local_addresses()?;
+        let ways = WaysOut::read(&mut self.rtnetlink)?;
+        Ok(outward::outward(&addresses, &ways, policy, limit))
     }
 
     /// Returns the UDP ports on which the host decapsulates VXLAN or Geneve, each once.

@@ -17,7 +17,7 @@ use super::{Names, OURS, hook};
 /// Change of the host's network. Several changes within a short time are one event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HostEvent {
-    /// The host's links or addresses changed: gather candidates again.
+    /// The host's links, addresses or default routes changed: gather candidates again.
     AddressesChanged,
     /// Another program changed Towline's state: call `invalidate` and `apply`.
     OursChanged,
@@ -204,6 +204,7 @@ impl Filter {
             }
             libc::RTM_NEWROUTE | libc::RTM_DELROUTE => {
                 pending.ours |= !by_us && self.is_our_route(received);
+                pending.addresses |= !by_us && is_default_route(received);
             }
             libc::RTM_NEWRULE | libc::RTM_DELRULE => {
                 pending.ours |= !by_us && self.is_our_rule(received);
@@ -268,6 +269,14 @@ impl Filter {
             _ => false,
         })
     }
+}
+
+/// Returns true if a notification concerns a default route of the main table.
+fn is_default_route(received: &Received<'_>) -> bool {
+    // The header begins with the family, the lengths of destination and source, the type of service,
+    // and the number of the table.
+    let header = received.payload.first_chunk::<5>();
+    header.is_some_and(|header| header[1] == 0 && header[4] == libc::RT_TABLE_MAIN)
 }
 
 #[cfg(test)]

@@ -29,6 +29,17 @@ pub struct Route {
     pub mtu: Option<u32>,
     /// Protocol number (`RTPROT_*`) of the program that created the route.
     pub protocol: u8,
+    /// Next hops of a multipath route, as read from the kernel. Empty for a route with one next hop.
+    pub next_hops: Vec<NextHop>,
+}
+
+/// One of several next hops of a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NextHop {
+    /// Index of the output link.
+    pub link: u32,
+    /// Address of the next hop; `None` if the destination is on the link itself.
+    pub gateway: Option<IpAddr>,
 }
 
 /// Kind of a route, which determines what happens to a packet.
@@ -71,6 +82,7 @@ impl Route {
             source: None,
             mtu: None,
             protocol: libc::RTPROT_STATIC,
+            next_hops: Vec::new(),
         }
     }
 
@@ -117,6 +129,7 @@ impl Route {
     }
 }
 
+const RTA_MULTIPATH: u16 = 9;
 const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
@@ -163,7 +176,10 @@ impl Rtnetlink {
         for family in Family::ALL {
             let routes = self.routes(family, Some(MAIN_TABLE))?;
             let defaults = routes.iter().filter(|route| route.destination.prefix_len() == 0);
-            gateways.extend(defaults.filter_map(|route| route.gateway));
+            for route in defaults {
+                gateways.extend(route.gateway);
+                gateways.extend(route.next_hops.iter().filter_map(|hop| hop.gateway));
+            }
         }
         Ok(gateways)
     }
@@ -256,6 +272,7 @@ fn parse(received: &Received<'_>) -> Option<Route> {
         source: None,
         mtu: None,
         protocol,
+        next_hops: Vec::new(),
     };
     for attribute in attributes(received.payload, ROUTE_HEADER) {
         match attribute.kind {
@@ -265,6 +282,7 @@ fn parse(received: &Received<'_>) -> Option<Route> {
             RTA_PRIORITY => route.metric = attribute.u32()?,
             RTA_PREFSRC => route.source = attribute.ip(),
             RTA_TABLE => route.table = attribute.u32()?,
+            RTA_MULTIPATH => route.next_hops = next_hops(attribute.value),
             RTA_METRICS => {
                 let mtu = attribute.nested().find(|metric| metric.kind == RTAX_MTU);
                 route.mtu = mtu.and_then(|metric| metric.u32());
@@ -274,6 +292,23 @@ fn parse(received: &Received<'_>) -> Option<Route> {
     }
     route.destination = IpNet::new(destination, length).ok()?;
     Some(route)
+}
+
+/// Parses the next hops of a multipath route: each is a `struct rtnexthop` (length, flags, hops, and
+/// the index of the link), followed by attributes.
+fn next_hops(mut rest: &[u8]) -> Vec<NextHop> {
+    const HEADER: usize = 8;
+    let mut hops = Vec::new();
+    while let Some(length) = rest.first_chunk().map(|bytes| u16::from_ne_bytes(*bytes)) {
+        let length = usize::from(length);
+        let Some(hop) = rest.get(..length).filter(|hop| hop.len() >= HEADER) else { break };
+        let gateway = attributes(hop, HEADER).find(|attribute| attribute.kind == RTA_GATEWAY);
+        if let Some(link) = super::codec::u32_at(hop, 4) {
+            hops.push(NextHop { link, gateway: gateway.and_then(|gateway| gateway.ip()) });
+        }
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    hops
 }
 
 impl RouteKind {

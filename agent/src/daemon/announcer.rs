@@ -90,7 +90,7 @@ impl Announcer {
         let prefixes = self.selection.announced.clone();
         let now = Instant::now();
         mesh.set_prefixes(now, prefixes.clone());
-        mesh.set_pod_networks(now, self.prefixes.pods(&self.selection));
+        mesh.set_pod_networks(now, self.pods());
         mesh.set_node_ips(now, self.announced_node_ips());
         self.remember(mesh);
         self.announcements.send_if_modified(|announcement| match announcement {
@@ -106,7 +106,7 @@ impl Announcer {
     pub(super) fn remember(&self, mesh: &Mesh) {
         let now = CachedPrefixes {
             announced: self.selection.announced.clone(),
-            pods: self.prefixes.pods(&self.selection),
+            pods: self.pods(),
             node_ips: self.announced_node_ips(),
             withdrawn: mesh.withdrawn().iter().copied().collect(),
         };
@@ -117,9 +117,9 @@ impl Announcer {
         });
     }
 
-    /// Returns the announced prefixes.
-    pub(super) fn announced(&self) -> &[IpNet] {
-        &self.selection.announced
+    /// Returns the announced networks of this node's pods.
+    pub(super) fn pods(&self) -> Vec<IpNet> {
+        self.prefixes.pods(&self.selection)
     }
 
     /// Returns the announced candidates.

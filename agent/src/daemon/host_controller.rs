@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use towline_core::path::LocalAddress;
 use towline_core::plan::Plan;
 use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
@@ -14,8 +13,8 @@ use towline_proto::node::{Candidate, CandidateKind};
 use super::Purpose;
 use crate::config::Config;
 use towline_host::{
-    CandidatePolicy, Changes, HostEvent, HostNetwork, Names, PastNetfilter, Problem, Watch,
-    candidates,
+    CandidatePolicy, Changes, HostEvent, HostNetwork, Names, OutwardAddresses, PastNetfilter,
+    Problem, Watch,
 };
 
 /// Delay after an incomplete apply until the next one, unless an event comes first.
@@ -263,24 +262,14 @@ impl HostController {
         is_guarded
     }
 
-    /// Returns the machine's own addresses that may reach the internet, each with its link.
-    pub(super) fn uplinks(&mut self, excluded: Vec<IpNet>) -> Vec<LocalAddress> {
-        let addresses = match self.network.local_addresses() {
-            Ok(addresses) => addresses,
-            Err(error) => {
-                tracing::warn!(%error, "local addresses not read");
-                return Vec::new();
-            }
-        };
+    /// Returns the machine's own addresses that lead outside, in order of preference.
+    pub(super) fn outward_addresses(&mut self, excluded: Vec<IpNet>) -> OutwardAddresses {
         let policy = CandidatePolicy { own_link: self.names.link.clone(), excluded };
-        candidates(&addresses, &policy)
-            .into_iter()
-            .filter_map(|address| {
-                let local = addresses.iter().find(|local| local.prefix.addr() == address)?;
-                Some(LocalAddress { address, interface: local.index })
-            })
-            .take(limits::CANDIDATES / 2)
-            .collect()
+        let found = self.network.outward_addresses(&policy, limits::CANDIDATES / 2);
+        found.unwrap_or_else(|error| {
+            tracing::warn!(%error, "local addresses not read");
+            OutwardAddresses::default()
+        })
     }
 
     /// Returns the UDP ports of the host's VXLAN and Geneve links.
@@ -292,13 +281,10 @@ impl HostController {
     }
 }
 
-/// Returns the uplink addresses as candidates.
-pub(super) fn local_candidates(
-    uplinks: &[LocalAddress],
-    port: u16,
-) -> impl Iterator<Item = Candidate> {
-    uplinks.iter().filter_map(move |uplink| {
-        Candidate::new(CandidateKind::Local, SocketAddr::new(uplink.address, port))
+/// Returns these addresses as candidates.
+pub(super) fn local_candidates(addresses: &[IpAddr], port: u16) -> impl Iterator<Item = Candidate> {
+    addresses.iter().filter_map(move |address| {
+        Candidate::new(CandidateKind::Local, SocketAddr::new(*address, port))
     })
 }
 

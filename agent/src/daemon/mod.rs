@@ -54,7 +54,6 @@ use tokio::sync::oneshot;
 use towline_core::mesh::{Mesh, Output, PeerState, Transmit};
 use towline_core::path::{LocalAddress, Path as NetworkPath};
 use towline_core::peer_table::{Observation, PeerTable};
-use towline_core::prefixes::is_host;
 use towline_dataplane as dataplane;
 use towline_proto::frame::{Probe, RELAYED_HEADER_BYTES};
 use towline_proto::id::{NodeId, WireguardKey};
@@ -330,10 +329,9 @@ impl Daemon {
     /// Updates node IPs, uplinks and candidates after the host's addresses changed.
     fn addresses_changed(&mut self) {
         self.host.look_for_redirects();
-        // A LAN may lie inside a protected range. The overlay and this node's pods are never
-        // uplinks.
-        let announced = self.announcer.announced().iter();
-        let mut excluded: Vec<IpNet> = announced.filter(|net| !is_host(net)).copied().collect();
+        // A LAN may lie inside a protected range, and this node may announce it. The overlay and this
+        // node's pods are never uplinks.
+        let mut excluded = self.announcer.pods();
         if let Some(mesh) = self.mesh.config() {
             excluded.extend([IpNet::from(mesh.overlay_v6), IpNet::from(mesh.overlay_v4)]);
         }
@@ -349,9 +347,10 @@ impl Daemon {
         self.announcer.set_node_ips(&mut self.mesh, self.config.prefix_filter(), &node_ips);
         self.tunnels.set_host_tunnels(self.host.tunnel_ports());
         let mut candidates = self.config.candidates();
-        let uplinks = self.host.uplinks(excluded);
-        candidates.extend(host_controller::local_candidates(&uplinks, self.config.wireguard.port));
-        self.mesh.set_uplinks(Instant::now(), uplinks, candidates);
+        let outward = self.host.outward_addresses(excluded);
+        let port = self.config.wireguard.port;
+        candidates.extend(host_controller::local_candidates(&outward.candidates, port));
+        self.mesh.set_uplinks(Instant::now(), outward.uplinks, candidates);
     }
 
     /// Updates the announced prefixes after the Node object or the grant changed.

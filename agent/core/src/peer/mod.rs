@@ -273,9 +273,7 @@ impl Peer {
                     tracing::debug!(%path, "path given up: its uplink is gone");
                     lost = true;
                     let other = self.paths.best(cx.fx.now, HEARD_FOR, None);
-                    let same = cx.local.canonical(path);
-                    let same = cx.local.has_uplink_of(&same).then_some(same);
-                    self.set_endpoint(cx, other.or(same));
+                    self.set_endpoint(cx, other.or(Some(cx.local.canonical(path))));
                 }
             }
         }

@@ -323,6 +323,57 @@ fn an_uplink_that_comes_or_goes_changes_nothing_of_a_path_by_another_one() {
     assert_eq!((after.mtu, after.rtt), (before.mtu, before.rtt));
 }
 
+/// With an address of interface 1 beside the first uplink's own.
+fn by_two_addresses() -> (Us, [LocalAddress; 3]) {
+    let ends = [("203.0.113.20", 1), ("10.114.0.2", 2), ("10.15.0.5", 1)]
+        .map(|(ip, interface)| LocalAddress { address: ip.parse().unwrap(), interface });
+    let mut us = Us::new(1);
+    us.mesh.set_uplinks(us.now, ends.to_vec(), vec![candidate(PRIVATE)]);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    (us, ends)
+}
+
+#[test]
+fn a_peer_is_answered_from_the_address_at_which_it_called() {
+    let (mut us, ends) = by_two_addresses();
+    us.drain();
+    for end in [ends[2], ends[0]] {
+        let from = Path { local: Some(end), ..path(PUBLIC) };
+        us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from });
+        us.drain();
+        assert_eq!(us.table().peers[&key(2)].endpoint, Some(from));
+    }
+    // An address that goes takes the path with it.
+    us.mesh.set_uplinks(us.now, vec![ends[2], ends[1]], vec![candidate(PRIVATE)]);
+    us.drain();
+    let endpoint = us.table().peers[&key(2)].endpoint.unwrap();
+    assert_ne!(endpoint.local, Some(ends[0]));
+}
+
+#[test]
+fn what_the_kernel_chooses_is_tried_beside_each_uplink() {
+    let (mut us, ends) = by_two_addresses();
+    let tried: Vec<_> = pings(&us.run(Duration::from_millis(1)))
+        .into_iter()
+        .filter(|(to, _)| to.remote == addr(PUBLIC))
+        .map(|(to, _)| to.local)
+        .collect();
+    assert_eq!(tried, [Some(ends[0]), Some(ends[1]), None]);
+}
+
+#[test]
+fn a_pong_shows_which_address_the_kernel_chose() {
+    let (mut us, ends) = by_two_addresses();
+    let outputs = us.run(Duration::from_millis(1));
+    let (_, transaction) = pings(&outputs).into_iter().find(|(to, _)| *to == path(PUBLIC)).unwrap();
+    // An initiation answers a pong only some time after the last one.
+    us.run(Duration::from_millis(45));
+    let from = Path { local: Some(ends[1]), ..path(PUBLIC) };
+    us.message(2, from, Probe::Pong { transaction, observed: addr(OTHER) });
+    let outputs = us.drain();
+    assert!(handshakes(&outputs).contains(&vec![from]), "{outputs:?}");
+}
+
 #[test]
 fn a_call_shows_a_node_that_is_up_where_else_to_open_its_nat() {
     let mut us = Us::up(PUBLIC);
