@@ -143,7 +143,7 @@ pub(super) fn leads_outside(address: &LocalAddress, policy: &CandidatePolicy) ->
     kind != "bridge" || address.outward
 }
 
-fn is_global(address: IpAddr) -> bool {
+pub(super) fn is_global(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => {
             let this_network = v4.octets()[0] == 0;

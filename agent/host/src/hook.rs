@@ -66,7 +66,7 @@ pub(super) fn put(nft: &mut Nft, plan: &Plan, changes: &mut Changes) -> Result<(
 
 /// Returns true if firewalld runs and the link is in none of its zones. For a link in a zone, firewalld
 /// has a rule that jumps to the zone's chain.
-fn is_without_zone(nft: &mut Nft, link: &str) -> Result<bool, NftError> {
+pub(super) fn is_without_zone(nft: &mut Nft, link: &str) -> Result<bool, NftError> {
     let Some(rules) = nft.rules(TableFamily::Inet, FIREWALLD)? else { return Ok(false) };
     let ours = Rule::new().input(link).expressions;
     let leads = |rule: &Rule| match rule.expressions.strip_prefix(ours.as_slice()) {

@@ -23,7 +23,9 @@ mod candidates;
 mod families;
 mod firewall;
 mod hook;
+mod obstacles;
 mod outward;
+mod overlaps;
 mod problem;
 mod redirects;
 mod rules;
@@ -45,8 +47,10 @@ use towline_nftables::{Nft, NftError};
 pub use address::LocalAddress;
 pub use candidates::{CandidatePolicy, candidates};
 use families::Families;
+pub use obstacles::{Obstacle, Owner, Traffic};
 pub use outward::OutwardAddresses;
 use outward::WaysOut;
+pub use overlaps::Overlap;
 pub use problem::{ApplyError, Piece, Problem};
 use redirects::EgressState;
 pub use redirects::{PastNetfilter, RedirectError};
@@ -281,6 +285,26 @@ impl HostNetwork {
                 Ok(false)
             }
         }
+    }
+
+    /// Returns the networks of the host's links that the guards cut off.
+    pub fn overlaps(&mut self) -> Result<Vec<Overlap>, NetlinkError> {
+        let Some(plan) = &self.applied else { return Ok(Vec::new()) };
+        Ok(overlaps::find(plan, &address::read(&mut self.rtnetlink)?))
+    }
+
+    /// Returns the firewalls of other programs that drop traffic of the mesh. Without an applied plan or
+    /// without nftables there are none.
+    pub fn obstacles(&mut self) -> Result<Vec<Obstacle>, NftError> {
+        let (Some(plan), Some(nft)) = (&self.applied, self.nft.as_mut()) else {
+            return Ok(Vec::new());
+        };
+        let Some(link) = self.rtnetlink.link(&plan.link.name)? else { return Ok(Vec::new()) };
+        let addresses = address::read(&mut self.rtnetlink)?;
+        let ways = WaysOut::read(&mut self.rtnetlink)?;
+        let policy = CandidatePolicy { own_link: plan.link.name.clone(), excluded: Vec::new() };
+        let uplinks = outward::outward(&addresses, &ways, &policy, 0).uplinks;
+        obstacles::find(nft, plan, link.index, &uplinks, &addresses)
     }
 
     /// Returns the gateways of the default routes.

@@ -13,8 +13,8 @@ use towline_proto::node::{Candidate, CandidateKind};
 use super::Purpose;
 use crate::config::Config;
 use towline_host::{
-    CandidatePolicy, Changes, HostEvent, HostNetwork, Names, OutwardAddresses, PastNetfilter,
-    Problem, Watch,
+    CandidatePolicy, Changes, HostEvent, HostNetwork, Names, Obstacle, OutwardAddresses, Overlap,
+    PastNetfilter, Problem, Watch,
 };
 
 /// Delay after an incomplete apply until the next one, unless an event comes first.
@@ -37,6 +37,11 @@ pub(super) struct HostController {
     retry: Option<Instant>,
     /// Gateways of the default routes, as of the last [`Self::read_gateways`].
     gateways: Vec<IpAddr>,
+    /// Networks of this host that the guards cut off, as of the last [`Self::look_for_obstacles`].
+    overlaps: Vec<Overlap>,
+    /// Firewalls of other programs that drop traffic of the mesh, as of the last
+    /// [`Self::look_for_obstacles`].
+    obstacles: Vec<Obstacle>,
     /// Programs and links that may redirect packets around nftables, as of the last
     /// [`Self::look_for_redirects`]. `None` also where the uplinks are guarded against them.
     past_netfilter: Option<PastNetfilter>,
@@ -61,6 +66,8 @@ impl HostController {
             blocked: Some("there is no plan yet".to_owned()),
             retry: None,
             gateways: Vec::new(),
+            overlaps: Vec::new(),
+            obstacles: Vec::new(),
             past_netfilter: None,
             unguarded: None,
         })
@@ -187,13 +194,18 @@ impl HostController {
     /// Returns the problems of the host's network, one line each.
     pub(super) fn problems(&self) -> Vec<String> {
         let full = self.table_of_connections_is_full();
-        self.problems.iter().cloned().chain(full).collect()
+        let obstacles = self.obstacles.iter().filter(|obstacle| !obstacle.is_note());
+        let obstacles = obstacles.map(ToString::to_string);
+        let overlaps = self.overlaps.iter().map(ToString::to_string);
+        self.problems.iter().cloned().chain(overlaps).chain(obstacles).chain(full).collect()
     }
 
     /// Returns peculiarities of the host that need no repair, one line each.
     pub(super) fn notes(&self) -> Vec<String> {
         let past = self.past_netfilter.iter().map(ToString::to_string);
-        self.notes.iter().cloned().chain(past).collect()
+        let obstacles = self.obstacles.iter().filter(|obstacle| obstacle.is_note());
+        let obstacles = obstacles.map(ToString::to_string);
+        self.notes.iter().cloned().chain(past).chain(obstacles).collect()
     }
 
     /// Returns why this machine must not use the mesh yet: a guard is missing, or no packet can
@@ -245,6 +257,29 @@ impl HostController {
                 self.past_netfilter = found;
             }
             Err(error) => tracing::warn!(%error, "programs on links not read"),
+        }
+    }
+
+    /// Looks for networks of this host that the guards cut off, and for firewalls of other programs that
+    /// drop traffic of the mesh.
+    pub(super) fn look_for_obstacles(&mut self) {
+        match self.network.overlaps() {
+            Ok(found) => {
+                for overlap in found.iter().filter(|found| !self.overlaps.contains(found)) {
+                    tracing::warn!(problem = %overlap, code = overlap.code(), "host network");
+                }
+                self.overlaps = found;
+            }
+            Err(error) => tracing::debug!(%error, "local addresses not read"),
+        }
+        match self.network.obstacles() {
+            Ok(found) => {
+                for obstacle in found.iter().filter(|found| !self.obstacles.contains(found)) {
+                    tracing::warn!(problem = %obstacle, code = obstacle.code(), "host network");
+                }
+                self.obstacles = found;
+            }
+            Err(error) => tracing::debug!(%error, "firewalls of other programs not read"),
         }
     }
 

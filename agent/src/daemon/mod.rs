@@ -372,6 +372,7 @@ impl Daemon {
             Request::Status(reply) => {
                 self.host.read_gateways();
                 self.host.look_for_redirects();
+                self.host.look_for_obstacles();
                 let _ = reply.send(Reporter(self).status());
             }
             Request::Peers(reply) => {

@@ -1,0 +1,360 @@
+//! Finds firewalls of other programs that drop the mesh's traffic. It changes nothing.
+//!
+//! An accept in Towline's own table does not help against a drop in another table, and Towline changes
+//! no rules of others (but for the chain that Docker reserves for that, see `hook`). So this module
+//! asks, for a few packets that a working mesh needs, what each filter chain of the host does with
+//! them, and names the chain with the command that lets them pass.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+use towline_core::path;
+use towline_core::plan::{Plan, RouteVia};
+use towline_core::prefixes::is_host;
+use towline_netlink::Family;
+use towline_nftables::{ForeignTable, Hook, Nft, NftError, Packet, PacketLink, TableFamily};
+
+use super::address::LocalAddress;
+use super::hook;
+
+/// Chain of another program that drops packets of the mesh.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Obstacle {
+    /// Traffic that is dropped.
+    pub traffic: Traffic,
+    /// Program that the chain belongs to.
+    pub owner: Owner,
+    /// Address family of the table, as `nft` names it.
+    family: &'static str,
+    /// Name of the table.
+    table: String,
+    /// Name of the base chain.
+    chain: String,
+    /// Name of Towline's link.
+    link: String,
+    /// UDP port of the tunnels.
+    port: u16,
+}
+
+/// Traffic that a firewall may drop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Traffic {
+    /// Connections from the mesh to this host.
+    In,
+    /// Connections of this host to the mesh.
+    Out,
+    /// Connections from the mesh to networks behind this host, such as its pods.
+    ForwardIn,
+    /// Connections of networks behind this host to the mesh.
+    ForwardOut,
+    /// Datagrams to the UDP port of the tunnels that this host did not ask for.
+    PortIn,
+    /// Datagrams from the UDP port of the tunnels.
+    PortOut,
+}
+
+/// Program that manages a firewall, which determines the command that opens it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Owner {
+    /// ufw.
+    Ufw,
+    /// firewalld.
+    Firewalld,
+    /// Docker, with rules of iptables.
+    Docker,
+    /// Docker, with its own nftables tables.
+    DockerNftables,
+    /// iptables, without a program that is known.
+    Iptables,
+    /// nftables, without a program that is known.
+    Nftables,
+}
+
+/// Port of the kubelet, to which the control plane connects.
+const KUBELET: u16 = 10_250;
+/// Port of a client.
+const CLIENT: u16 = 40_000;
+/// Addresses of a host on the internet (RFC 5737, RFC 3849).
+const ELSEWHERE: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1)),
+];
+
+impl Obstacle {
+    /// Returns the stable code of the problem.
+    pub fn code(&self) -> &'static str {
+        match self.traffic {
+            Traffic::In => "firewall-drops-input",
+            Traffic::Out => "firewall-drops-output",
+            Traffic::ForwardIn | Traffic::ForwardOut => "firewall-drops-forwarded",
+            Traffic::PortIn => "firewall-closes-port",
+            Traffic::PortOut => "firewall-drops-tunnels",
+        }
+    }
+
+    /// Returns true if the mesh works all the same: peers that this node contacts first are let in.
+    pub fn is_note(&self) -> bool {
+        self.traffic == Traffic::PortIn
+    }
+
+    /// Returns the command that lets the traffic pass.
+    fn command(&self) -> String {
+        let Self { link, port, family, table, chain, .. } = self;
+        let tool = if *family == "ip6" { "ip6tables" } else { "iptables" };
+        match (self.owner, self.traffic) {
+            (Owner::Ufw, Traffic::In) => format!("`ufw allow in on {link}`"),
+            (Owner::Ufw, Traffic::Out) => format!("`ufw allow out on {link}`"),
+            (Owner::Ufw, Traffic::ForwardIn) => format!("`ufw route allow in on {link}`"),
+            (Owner::Ufw, Traffic::ForwardOut) => format!("`ufw route allow out on {link}`"),
+            (Owner::Ufw, Traffic::PortIn) => format!("`ufw allow {port}/udp`"),
+            (Owner::Ufw, Traffic::PortOut) => {
+                format!("`ufw allow out proto udp from any port {port}`")
+            }
+            (Owner::Firewalld, Traffic::PortIn) => {
+                format!(
+                    "`firewall-cmd --permanent --add-port={port}/udp` and `firewall-cmd --reload`"
+                )
+            }
+            (Owner::Firewalld, Traffic::PortOut) => format!(
+                "`firewall-cmd --permanent --direct --add-rule ipv4 filter OUTPUT 0 -p udp --sport \
+                 {port} -j ACCEPT` and `firewall-cmd --reload`"
+            ),
+            (Owner::Firewalld, _) => format!(
+                "`firewall-cmd --permanent --zone=trusted --add-interface={link}` and \
+                 `firewall-cmd --reload`"
+            ),
+            (Owner::Docker, Traffic::ForwardOut) => {
+                format!("`{tool} -I DOCKER-USER -o {link} -j ACCEPT`")
+            }
+            (Owner::Docker, _) => format!("`{tool} -I DOCKER-USER -i {link} -j ACCEPT`"),
+            (Owner::DockerNftables, _) => format!(
+                "`dockerd --bridge-accept-fwmark=0x1000000/0x1000000`, with a rule of your own that \
+                 sets this mark on packets of {link}"
+            ),
+            (Owner::Iptables, Traffic::PortIn) => {
+                format!("`{tool} -I {chain} -p udp --dport {port} -j ACCEPT`")
+            }
+            (Owner::Iptables, Traffic::PortOut) => {
+                format!("`{tool} -I {chain} -p udp --sport {port} -j ACCEPT`")
+            }
+            (Owner::Iptables, Traffic::Out | Traffic::ForwardOut) => {
+                format!("`{tool} -I {chain} -o {link} -j ACCEPT`")
+            }
+            (Owner::Iptables, Traffic::In | Traffic::ForwardIn) => {
+                format!("`{tool} -I {chain} -i {link} -j ACCEPT`")
+            }
+            (Owner::Nftables, traffic) => {
+                let matches = match traffic {
+                    Traffic::In | Traffic::ForwardIn => format!("iifname \"{link}\""),
+                    Traffic::Out | Traffic::ForwardOut => format!("oifname \"{link}\""),
+                    Traffic::PortIn => format!("udp dport {port}"),
+                    Traffic::PortOut => format!("udp sport {port}"),
+                };
+                format!("`nft insert rule {family} {table} {chain} {matches} accept`")
+            }
+        }
+    }
+}
+
+impl fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { traffic, owner, family, table, chain, port, .. } = self;
+        let what = match traffic {
+            Traffic::In => "connections from the mesh to this machine".to_owned(),
+            Traffic::Out => "connections of this machine to the mesh".to_owned(),
+            Traffic::ForwardIn => "forwarded connections from the mesh".to_owned(),
+            Traffic::ForwardOut => "forwarded connections to the mesh".to_owned(),
+            Traffic::PortIn => format!("what arrives first at UDP port {port}"),
+            Traffic::PortOut => format!("what leaves from UDP port {port}"),
+        };
+        let who = match owner {
+            Owner::Ufw => "ufw",
+            Owner::Firewalld => "firewalld",
+            Owner::Docker | Owner::DockerNftables => "Docker's firewall",
+            Owner::Iptables | Owner::Nftables => "the host's firewall",
+        };
+        write!(
+            f,
+            "{who} drops {what}: chain {chain} of table {family} {table}: run {}",
+            self.command()
+        )
+    }
+}
+
+/// The host's links and addresses, as far as the packets need them.
+struct Surroundings<'a> {
+    plan: &'a Plan,
+    link: PacketLink,
+    uplinks: &'a [path::LocalAddress],
+    addresses: &'a [LocalAddress],
+}
+
+/// Returns the chains that drop traffic of the mesh, each once. `uplinks` are those that datagrams leave
+/// by, the preferred ones first.
+pub(super) fn find(
+    nft: &mut Nft,
+    plan: &Plan,
+    link: u32,
+    uplinks: &[path::LocalAddress],
+    addresses: &[LocalAddress],
+) -> Result<Vec<Obstacle>, NftError> {
+    let tables = nft.tables_with_filters(&[Hook::Input, Hook::Forward, Hook::Output])?;
+    let link = PacketLink { index: link, name: plan.link.name.clone() };
+    // `hook` reports this.
+    let has_no_zone = hook::is_without_zone(nft, &link.name)?;
+    let surroundings = Surroundings { plan, link, uplinks, addresses };
+    let packets = surroundings.packets();
+    let tables: Vec<&ForeignTable> =
+        tables.iter().filter(|table| table.name != plan.firewall.table).collect();
+    let mut found = BTreeSet::new();
+    for table in tables {
+        for (traffic, packet) in &packets {
+            if !table.covers(Family::of(packet.source)) {
+                continue;
+            }
+            let hooked = table.chains.iter().filter(|(_, chain)| {
+                chain.base.is_some_and(|base| {
+                    base.hook == packet.hook && base.kind == towline_nftables::ChainKind::Filter
+                })
+            });
+            for (name, _) in hooked {
+                if table.evaluate(name, packet).is_dropped() {
+                    let owner = owner(table, name, packet.hook);
+                    found.insert(Obstacle {
+                        traffic: *traffic,
+                        owner,
+                        family: family_name(table.family),
+                        table: table.name.clone(),
+                        chain: name.clone(),
+                        link: plan.link.name.clone(),
+                        port: plan.underlay.port.unwrap_or_default(),
+                    });
+                }
+            }
+        }
+    }
+    let is_reported = |obstacle: &Obstacle| {
+        let by_link = !matches!(obstacle.traffic, Traffic::PortIn | Traffic::PortOut);
+        has_no_zone && by_link && obstacle.owner == Owner::Firewalld
+    };
+    Ok(found.into_iter().filter(|obstacle| !is_reported(obstacle)).collect())
+}
+
+impl Surroundings<'_> {
+    /// Returns the packets that a working mesh needs.
+    fn packets(&self) -> Vec<(Traffic, Packet)> {
+        let mut packets = Vec::new();
+        for family in Family::ALL {
+            let of_family = |net: &&IpNet| Family::of(net.addr()) == family;
+            if let (Some(own), Some(peer)) = (
+                self.plan.link.addresses.iter().find(of_family).map(IpNet::addr),
+                self.peer(family),
+            ) {
+                let tunnel = || Some(self.link.clone());
+                packets.push((Traffic::In, tcp(Hook::Input, (tunnel(), None), (peer, own))));
+                packets.push((Traffic::Out, tcp(Hook::Output, (None, tunnel()), (own, peer))));
+                for (link, pod) in self.pods(family) {
+                    let (inner, outer) = (Some(link.clone()), tunnel());
+                    let forwarded = |ways, ends| tcp(Hook::Forward, ways, ends);
+                    packets
+                        .push((Traffic::ForwardIn, forwarded((tunnel(), Some(link)), (peer, pod))));
+                    packets.push((Traffic::ForwardOut, forwarded((inner, outer), (pod, peer))));
+                }
+            }
+            let Some(port) = self.plan.underlay.port else { continue };
+            let uplink = self.uplinks.iter().find(|at| Family::of(at.address) == family);
+            let Some(at) = uplink else { continue };
+            let Some(link) = self.link_of(at.interface) else { continue };
+            let elsewhere = ELSEWHERE[usize::from(family == Family::V6)];
+            let udp = |hook, (input, output), (source, destination)| Packet {
+                protocol: libc::IPPROTO_UDP as u8,
+                source_port: port,
+                destination_port: port,
+                ..tcp(hook, (input, output), (source, destination))
+            };
+            let incoming = udp(Hook::Input, (Some(link.clone()), None), (elsewhere, at.address));
+            packets.push((Traffic::PortIn, incoming));
+            let outgoing = udp(Hook::Output, (None, Some(link)), (at.address, elsewhere));
+            packets.push((Traffic::PortOut, outgoing));
+        }
+        packets
+    }
+
+    /// Returns the address of a peer in the mesh.
+    fn peer(&self, family: Family) -> Option<IpAddr> {
+        let mut routes = self.plan.routes.keys();
+        let (net, _) = routes.find(|(net, via)| {
+            *via == RouteVia::Link && is_host(net) && Family::of(net.addr()) == family
+        })?;
+        Some(net.addr())
+    }
+
+    /// Returns the links that lead to announced networks of this host, such as the bridge of its pods,
+    /// each with an address there.
+    fn pods(&self, family: Family) -> Vec<(PacketLink, IpAddr)> {
+        let announced = self.plan.firewall.own.announced();
+        let nets = announced.iter().filter(|net| !is_host(net) && Family::of(net.addr()) == family);
+        let on = |net: &IpNet| {
+            let local = self
+                .addresses
+                .iter()
+                .find(|local| net.contains(&local.prefix.addr()) && local.link != self.link.name)?;
+            let pod = net.hosts().filter(|host| *host != local.prefix.addr()).nth(1)?;
+            Some((PacketLink { index: local.index, name: local.link.clone() }, pod))
+        };
+        nets.filter_map(on).collect()
+    }
+
+    fn link_of(&self, index: u32) -> Option<PacketLink> {
+        let local = self.addresses.iter().find(|local| local.index == index)?;
+        Some(PacketLink { index, name: local.link.clone() })
+    }
+}
+
+fn tcp(
+    hook: Hook,
+    (input, output): (Option<PacketLink>, Option<PacketLink>),
+    (source, destination): (IpAddr, IpAddr),
+) -> Packet {
+    Packet {
+        hook,
+        input,
+        output,
+        source,
+        destination,
+        protocol: libc::IPPROTO_TCP as u8,
+        source_port: CLIENT,
+        destination_port: KUBELET,
+    }
+}
+
+/// Returns the program that a chain belongs to, by the names that it uses.
+fn owner(table: &ForeignTable, chain: &str, hook: Hook) -> Owner {
+    let has = |prefix: &str| table.chains.keys().any(|name| name.starts_with(prefix));
+    let is_iptables = table.family != TableFamily::Inet
+        && table.name == "filter"
+        && ["INPUT", "FORWARD", "OUTPUT"].contains(&chain);
+    if table.name == hook::FIREWALLD {
+        Owner::Firewalld
+    } else if table.name.starts_with("docker") {
+        Owner::DockerNftables
+    } else if is_iptables && hook == Hook::Forward && has("DOCKER-USER") {
+        Owner::Docker
+    } else if is_iptables && (has("ufw-") || has("ufw6-")) {
+        Owner::Ufw
+    } else if is_iptables {
+        Owner::Iptables
+    } else {
+        Owner::Nftables
+    }
+}
+
+fn family_name(family: TableFamily) -> &'static str {
+    match family {
+        TableFamily::Inet => "inet",
+        TableFamily::Ip => "ip",
+        TableFamily::Ip6 => "ip6",
+    }
+}
