@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use towline_core::own_networks::is_special;
+use towline_core::own_networks::{LocalNetworks, is_special};
 use towline_core::plan::{RulePlan, UnderlayPlan};
 use towline_proto::limits;
 use towline_proto::mtu::Mtu;
@@ -74,6 +74,9 @@ pub struct NodeConfig {
     /// Networks to which packets from the tunnel may be forwarded even though they are not
     /// announced.
     pub forward_to: Vec<IpNet>,
+    /// Networks of this machine, such as its LAN, that stay as they are, whatever other nodes
+    /// announce. In addition to those to which it was connected when it joined.
+    pub local_networks: Vec<IpNet>,
     /// Only networks inside these are announced, for all sources. Empty: no restriction.
     pub include_prefixes: Vec<IpNet>,
     /// Networks that are never announced. They are cut out of larger networks.
@@ -376,6 +379,7 @@ impl Config {
         for (key, networks) in [
             ("node.prefixes", &self.node.prefixes),
             ("node.forward_to", &self.node.forward_to),
+            ("node.local_networks", &self.node.local_networks),
             ("node.include_prefixes", &self.node.include_prefixes),
             ("node.exclude_prefixes", &self.node.exclude_prefixes),
         ] {
@@ -410,6 +414,12 @@ impl Config {
             .iter()
             .filter_map(|address| Candidate::new(CandidateKind::Configured, *address))
             .collect()
+    }
+
+    /// Returns the networks that stay as they are, with those that were `connected` when the machine
+    /// joined.
+    pub fn local_networks(&self, connected: Vec<IpNet>) -> LocalNetworks {
+        LocalNetworks { configured: self.node.local_networks.clone(), connected }
     }
 
     /// Returns what must bypass the tunnel, for this list of controllers. Controllers with a host

@@ -161,6 +161,7 @@ fn plan(config: &Config, state: &StateDir) -> anyhow::Result<Plan> {
     mesh.set_static_peers(now, static_peers::load(&config.peers)?);
     mesh.set_addresses(now, config.node.addresses.clone());
     mesh.set_forward_to(now, config.node.forward_to.clone());
+    mesh.set_local_networks(now, config.local_networks(state.connected_networks()?));
     mesh.set_prefixes(now, cached.announced);
     mesh.set_pod_networks(now, cached.pods);
     mesh.set_node_ips(now, cached.node_ips);

@@ -25,6 +25,7 @@ use crate::keys::{Identity, InvalidKey};
 use crate::lockout::{self, CutOff, SshSession};
 use crate::state::{InvalidMembership, Keys, Membership, StateDir, StateError};
 use crate::tls;
+use towline_host::{CandidatePolicy, HostNetwork};
 use towline_netlink::Rtnetlink;
 
 /// Error of a join or a renewal.
@@ -179,10 +180,23 @@ pub async fn join_as(
     let gateways = Rtnetlink::open().and_then(|mut netlink| netlink.gateways());
     refuse_covered(&membership.mesh, &gateways.unwrap_or_default())?;
     operator.refuse_cut_off(&membership.mesh.guarded().collect::<Vec<_>>())?;
+    state.store_connected_networks(&connected_networks(&membership.mesh))?;
     // The certificate is stored first, because the membership marks the join as complete.
     state.store_certificate(&chain(answer.certificate_chain)?)?;
     state.store_membership(&membership)?;
     Ok(Joined::New(membership))
+}
+
+/// Returns the networks to which this machine is connected. A join does not fail where they cannot be
+/// read.
+fn connected_networks(mesh: &MeshConfig) -> Vec<IpNet> {
+    let excluded = vec![IpNet::from(mesh.overlay_v6), IpNet::from(mesh.overlay_v4)];
+    let policy = CandidatePolicy { excluded, ..CandidatePolicy::default() };
+    let found = HostNetwork::open().and_then(|mut network| network.connected_networks(&policy));
+    found.unwrap_or_else(|error| {
+        tracing::warn!(%error, "local networks not read");
+        Vec::new()
+    })
 }
 
 /// Returns a new certificate chain and the current grant.

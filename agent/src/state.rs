@@ -433,6 +433,24 @@ impl StateDir {
         self.replace("prefixes.json", &json)
     }
 
+    /// Returns the networks to which the machine was connected when it joined. A damaged file is logged
+    /// and treated as absent.
+    pub fn connected_networks(&self) -> Result<Vec<IpNet>, StateError> {
+        let name = "networks.json";
+        let Some(bytes) = self.read(name)? else { return Ok(Vec::new()) };
+        Ok(serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+            tracing::warn!(path = %self.path.join(name).display(), %error, "local networks ignored");
+            Vec::new()
+        }))
+    }
+
+    /// Stores the networks to which the machine is connected as it joins.
+    pub fn store_connected_networks(&self, networks: &[IpNet]) -> Result<(), StateError> {
+        let json = serde_json::to_vec(networks)
+            .map_err(|error| self.damaged("networks.json", &error.to_string()))?;
+        self.replace("networks.json", &json)
+    }
+
     /// Returns the stored facts of the Kubernetes Node object, in encoded form.
     pub fn kubernetes(&self) -> Result<Option<Vec<u8>>, StateError> {
         self.read("kubernetes.json")

@@ -31,6 +31,7 @@ use crate::derived::Derived;
 use crate::effects::Effects;
 use crate::home_relays::{ChannelPeer, HomeRelays};
 use crate::local_node::LocalNode;
+use crate::own_networks::LocalNetworks;
 use crate::path::{LocalAddress, Path};
 use crate::peer::{CallOrder, NetworkConditions, Peer, PeerContext};
 use crate::peer_table::{Observation, PeerTable};
@@ -257,6 +258,13 @@ impl Mesh {
     pub fn set_prefixes(&mut self, now: Instant, prefixes: Vec<IpNet>) {
         self.fx.advance(now);
         self.roster.set_own_prefixes(&mut self.fx, prefixes);
+    }
+
+    /// Takes the networks of this host that stay as they are, whatever others announce: neither routed
+    /// into the tunnel nor guarded. What others hold inside of them (their own addresses) is.
+    pub fn set_local_networks(&mut self, now: Instant, networks: LocalNetworks) {
+        self.fx.advance(now);
+        self.settings.set_local_networks(&mut self.fx, networks);
     }
 
     /// Takes the networks of this node's pods, which are among what it announces. The plan lets

@@ -18,7 +18,7 @@ use towline_types::mtu::Mtu;
 use crate::changes::{Change, Scope};
 use crate::config::Config;
 use crate::effects::Effects;
-use crate::own_networks::OwnNetworks;
+use crate::own_networks::{LocalNetworks, OwnNetworks};
 use crate::peer::{Peer, clamped};
 use crate::peers::Peers;
 use crate::plan::{
@@ -48,6 +48,8 @@ pub(crate) struct HostSettings {
     forward_to: Vec<IpNet>,
     /// Networks of our pods; announced too. None lies inside another.
     pod_networks: Vec<IpNet>,
+    /// Networks of this host that stay as they are, whatever others announce.
+    local_networks: LocalNetworks,
     /// Our own node IPs; announced too.
     node_ips: Vec<IpAddr>,
     /// What of ours travels outside the tunnel.
@@ -65,6 +67,7 @@ impl HostSettings {
             addresses: Vec::new(),
             forward_to: Vec::new(),
             pod_networks: Vec::new(),
+            local_networks: LocalNetworks::default(),
             node_ips: Vec::new(),
             underlay: UnderlayPlan::default(),
         }
@@ -81,6 +84,10 @@ impl HostSettings {
     pub(crate) fn set_pod_networks(&mut self, fx: &mut Effects, networks: Vec<IpNet>) {
         let networks = covering(networks).into_iter().collect();
         replace(&mut self.pod_networks, networks, fx, Change::Host);
+    }
+
+    pub(crate) fn set_local_networks(&mut self, fx: &mut Effects, networks: LocalNetworks) {
+        replace(&mut self.local_networks, networks, fx, Change::Host);
     }
 
     pub(crate) fn set_node_ips(&mut self, fx: &mut Effects, node_ips: Vec<IpAddr>) {
@@ -162,11 +169,21 @@ impl Routing {
             roster.own_prefixes().iter().filter(|net| !input.is_node_ip(net)).copied().collect();
         let held = entries.iter().map(|entry| entry.net);
         let ever = input.guarded_by_mesh().chain(held).chain(roster.withdrawn().iter().copied());
-        let guarded = without(covering(ever.filter(|net| net.prefix_len() > 0)), &holes);
+        let ever: Vec<IpNet> = ever.filter(|net| net.prefix_len() > 0).collect();
+        let local = input.local_networks();
+        // What lies inside a local network is more specific, such as another node's own address.
+        let inside =
+            ever.iter().filter(|net| local.iter().any(|own| own.contains(*net) && own != *net));
+        let kept = without(covering(ever.iter().copied()), &local);
+        let guarded = without(covering(kept.into_iter().chain(inside.copied())), &holes);
 
         let nowhere =
             guarded.iter().map(|net| ((*net, RouteVia::Unreachable), RoutePlan::default()));
-        let routes = entries.iter().map(|entry| ((entry.net, entry.via), entry.route));
+        let covered = |net: &&IpNet| entries.iter().any(|entry| entry.net.contains(*net));
+        let past = local.iter().filter(covered);
+        let past = past.map(|net| ((*net, RouteVia::Native), RoutePlan::default()));
+        let routes = entries.iter().filter(|entry| !local.contains(&entry.net));
+        let routes = routes.map(|entry| ((entry.net, entry.via), entry.route)).chain(past);
         let nets = |which: fn(&Entry) -> bool| -> BTreeSet<IpNet> {
             entries.iter().filter(|entry| which(entry)).map(|entry| entry.net).collect()
         };
@@ -331,6 +348,26 @@ impl RoutingInput<'_> {
         self.roster.membership().into_iter().flat_map(|ours| ours.mesh.guarded())
     }
 
+    /// Returns the local networks that stay as they are. Never among them is a network that overlaps
+    /// with the overlay, nor one that was only found connected and overlaps with a protected range.
+    fn local_networks(&self) -> Vec<IpNet> {
+        let LocalNetworks { configured, connected } = &self.settings.local_networks;
+        let meets = |net: &IpNet, range: &IpNet| net.contains(range) || range.contains(net);
+        let mesh = self.roster.membership().map(|ours| &ours.mesh);
+        let is_overlay = |net: &IpNet| {
+            let overlay = mesh.map(|mesh| [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)]);
+            overlay.into_iter().flatten().any(|range| meets(net, &range))
+        };
+        let is_protected = |net: &IpNet| {
+            mesh.is_some_and(|mesh| mesh.protected.iter().any(|range| meets(net, range)))
+        };
+        let connected = connected.iter().filter(|net| !is_protected(net));
+        let all = configured.iter().chain(connected).map(IpNet::trunc);
+        // A default route is no network of this host, and a host address is another's node IP.
+        let usable = all.filter(|net| net.prefix_len() > 0 && !is_host(net) && !is_overlay(net));
+        covering(usable).into_iter().collect()
+    }
+
     fn ever_held(&self, net: IpNet) -> bool {
         self.roster.withdrawn().contains(&net) || self.roster.claims().holds(net)
     }
@@ -338,8 +375,8 @@ impl RoutingInput<'_> {
 
 /// Guards one more network; `None` where it meets a hole.
 fn guard(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> {
-    let meets = |own: &&IpNet| own.contains(&net) || net.contains(*own);
-    if input.roster.own_prefixes().iter().any(|own| meets(&own)) {
+    let meets = |own: &IpNet| own.contains(&net) || net.contains(own);
+    if input.roster.own_prefixes().iter().any(meets) || input.local_networks().iter().any(meets) {
         return None;
     }
     let guarded = &mut plan.firewall.guarded;
@@ -362,6 +399,9 @@ fn guard(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> {
 /// again) where other guarded networks lie inside it or around it: a wider network from which one of ours
 /// is cut out is guarded in pieces, and this may be one of them.
 fn release(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> {
+    if input.local_networks().iter().any(|own| own.contains(&net) || net.contains(own)) {
+        return None;
+    }
     if !plan.firewall.guarded.contains(&net) {
         return Some(());
     }

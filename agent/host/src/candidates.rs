@@ -48,6 +48,20 @@ pub fn candidates(addresses: &[LocalAddress], policy: &CandidatePolicy) -> Vec<I
     chosen.into_iter().collect()
 }
 
+/// Returns the networks of the links that lead outside, sorted, each once.
+pub(super) fn connected_networks(
+    addresses: &[LocalAddress],
+    policy: &CandidatePolicy,
+) -> Vec<IpNet> {
+    let connected: BTreeSet<IpNet> = addresses
+        .iter()
+        .filter(|address| leads_outside(address, policy) && is_usable_elsewhere(address, policy))
+        .map(|address| address.prefix.trunc())
+        .filter(|net| net.prefix_len() < net.max_prefix_len())
+        .collect();
+    connected.into_iter().collect()
+}
+
 /// Prefixes of the names of links that lead to containers, virtual machines or other overlays.
 const INNER_NAMES: &[&str] = &[
     "antrea",
@@ -256,6 +270,22 @@ mod tests {
             on("vetha1b2", Some("veth"), "172.23.0.1/24"),
         ];
         assert_eq!(chosen(&addresses), [""; 0]);
+    }
+
+    #[test]
+    fn the_networks_of_outer_links_are_connected() {
+        let addresses = [
+            on("eth0", None, "192.168.1.10/24"),
+            on("eth0", None, "192.168.1.11/24"),
+            on("eth0", None, "203.0.113.9/32"),
+            on("eth1", None, "2001:db8::7/64"),
+            on("eth1", None, "fe80::7/64"),
+            on("docker0", Some("bridge"), "172.17.0.1/16"),
+            on("lo", None, "127.0.0.1/8"),
+        ];
+        let found = connected_networks(&addresses, &CandidatePolicy::default());
+        let found: Vec<_> = found.iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["192.168.1.0/24", "2001:db8::/64"]);
     }
 
     #[test]

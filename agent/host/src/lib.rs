@@ -287,6 +287,15 @@ impl HostNetwork {
         }
     }
 
+    /// Returns the networks of the host's links that lead outside, each once.
+    pub fn connected_networks(
+        &mut self,
+        policy: &CandidatePolicy,
+    ) -> Result<Vec<IpNet>, NetlinkError> {
+        let addresses = address::read(&mut self.rtnetlink)?;
+        Ok(candidates::connected_networks(&addresses, policy))
+    }
+
     /// Returns the networks of the host's links that the guards cut off.
     pub fn overlaps(&mut self) -> Result<Vec<Overlap>, NetlinkError> {
         let Some(plan) = &self.applied else { return Ok(Vec::new()) };

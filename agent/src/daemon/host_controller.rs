@@ -176,6 +176,12 @@ impl HostController {
         (self.problems, self.notes, self.blocked) = (problems, notes, blocked);
     }
 
+    /// Returns whether packets to an address enter the tunnel or are dropped. A local network is exempt.
+    pub(super) fn is_guarded(&self, ip: &IpAddr) -> bool {
+        let guarded = self.plan.iter().flat_map(|plan| &plan.firewall.guarded);
+        guarded.into_iter().any(|net| net.contains(ip))
+    }
+
     /// Returns the gateways of the default routes, as of the last read.
     pub(super) fn gateways(&self) -> &[IpAddr] {
         &self.gateways

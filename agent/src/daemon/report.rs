@@ -117,7 +117,8 @@ impl Reporter<'_> {
             let net = covered(&gateway)?;
             Some(format!("{whose} network {net} covers this machine's gateway {gateway}"))
         };
-        self.0.host.gateways().iter().filter_map(line).collect()
+        let host = &self.0.host;
+        host.gateways().iter().filter(|gateway| host.is_guarded(gateway)).filter_map(line).collect()
     }
 
     /// Returns the answer to `towline peers`.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use rand::Rng as _;
 use tokio::sync::{mpsc, watch};
 use towline_core::mesh::{self, Mesh};
@@ -34,6 +35,8 @@ pub(super) struct Stored {
     keys: Keys,
     counters: Counters,
     map: Option<MapCache>,
+    /// Networks to which the machine was connected when it joined.
+    connected: Vec<IpNet>,
 }
 
 impl Stored {
@@ -48,7 +51,8 @@ impl Stored {
         let keys = if membership.is_some() { state.keys()? } else { state.keys_or_generate()? };
         let counters = state.start(unix_millis())?;
         let map = membership.as_ref().map(|membership| state.map(membership)).transpose()?;
-        Ok(Self { static_peers, membership, keys, counters, map })
+        let connected = state.connected_networks()?;
+        Ok(Self { static_peers, membership, keys, counters, map, connected })
     }
 
     /// Returns the mesh that the state describes.
@@ -62,6 +66,7 @@ impl Stored {
         );
         mesh.set_addresses(now, config.node.addresses.clone());
         mesh.set_forward_to(now, config.node.forward_to.clone());
+        mesh.set_local_networks(now, config.local_networks(self.connected.clone()));
         mesh.set_static_peers(now, self.static_peers.clone());
         mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
         for change in self.map.iter().flat_map(MapCache::changes) {

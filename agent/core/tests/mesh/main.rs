@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_core::mesh::{MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit};
-use towline_core::own_networks::OwnNetworks;
+use towline_core::own_networks::{LocalNetworks, OwnNetworks};
 use towline_core::path::{ChannelId, LocalAddress, Path};
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::plan::{Plan, RouteVia};

@@ -158,3 +158,62 @@ fn a_plan_that_was_patched_is_the_one_that_is_built_whole() {
         assert_eq!(us.table(), fresh.table(), "after {} steps", so_far.len());
     }
 }
+
+#[test]
+fn a_local_network_stays_as_it_is_but_for_what_others_hold_inside_of_it() {
+    let lan = net("192.168.1.0/24");
+    let mut us = Us::new(1);
+    let local = |configured: &[&str], connected: &[&str]| LocalNetworks {
+        configured: configured.iter().copied().map(net).collect(),
+        connected: connected.iter().copied().map(net).collect(),
+    };
+    us.mesh.set_local_networks(us.now, local(&[], &["192.168.1.0/24"]));
+    us.upsert(peer(2).prefixes(&["192.168.1.0/24"]));
+    let allowed = Grant { allowed_prefixes: vec![net("192.168.1.7/32")], ..grant(3) };
+    us.upsert(NodeBuilder::of(allowed).prefixes(&["192.168.1.7/32"]));
+    us.drain();
+    let plan = us.plan();
+    let node_ip = net("192.168.1.7/32");
+    assert_eq!(plan.routes.get(&(lan, RouteVia::Link)), None);
+    assert!(plan.routes.contains_key(&(lan, RouteVia::Native)));
+    assert!(plan.routes.contains_key(&(node_ip, RouteVia::Link)));
+    let inside: Vec<_> = plan.firewall.guarded.iter().filter(|net| lan.contains(*net)).collect();
+    assert_eq!(inside, [&node_ip], "another node's own address stays guarded");
+    assert!(us.table().peers[&key(2)].prefixes.contains(&lan), "who holds what is not ours to say");
+
+    // A range around it is guarded but for it.
+    us.upsert(peer(2).generation(2).prefixes(&["192.168.0.0/16"]));
+    us.drain();
+    let plan = us.plan();
+    assert!(plan.routes.contains_key(&(net("192.168.0.0/16"), RouteVia::Link)));
+    assert!(plan.routes.contains_key(&(lan, RouteVia::Native)));
+    let guards = |ip: &str| {
+        let ip: std::net::IpAddr = ip.parse().unwrap();
+        plan.firewall.guarded.iter().any(|net| net.contains(&ip))
+    };
+    assert!(guards("192.168.2.1") && guards("192.168.1.7") && !guards("192.168.1.8"));
+}
+
+#[test]
+fn a_local_network_never_opens_the_overlay_nor_by_itself_a_protected_range() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).prefixes(&["10.244.2.0/24"]));
+    us.drain();
+    let before = us.plan().clone();
+    let rogue: Vec<_> =
+        ["198.19.0.0/24", "198.0.0.0/8", "0.0.0.0/0", "10.244.2.0/24", "10.0.0.0/8"]
+            .map(net)
+            .into();
+    let networks = LocalNetworks { connected: rogue, ..LocalNetworks::default() };
+    us.mesh.set_local_networks(us.now, networks);
+    us.drain();
+    assert_eq!(*us.plan(), before);
+    // An operator may except a part of a protected range.
+    let configured = vec![net("10.244.9.0/24"), net("198.19.0.0/24")];
+    let networks = LocalNetworks { configured, ..LocalNetworks::default() };
+    us.mesh.set_local_networks(us.now, networks);
+    us.drain();
+    let guarded = us.plan().firewall.guarded.clone();
+    let guards = |text: &str| guarded.iter().any(|range| range.contains(&net(text)));
+    assert!(!guards("10.244.9.0/24") && guards("10.244.2.0/24") && guards("198.19.0.0/24"));
+}
