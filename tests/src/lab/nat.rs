@@ -21,6 +21,9 @@ pub enum Nat {
     /// only answers come in (RFC 4787: address- and port-dependent filtering).
     #[serde(rename = "port-restricted")]
     Masquerade,
+    /// A Linux machine with one masquerade rule and no filter: what arrives for its own address is not
+    /// dropped, so that a peer's first probe creates a conntrack entry that takes the port.
+    Unfiltered,
     /// The mapping of [`Nat::Masquerade`]; every remote endpoint may send to [`PORT`].
     FullCone,
     /// The mapping of [`Nat::Masquerade`]; a remote address that was sent to may answer from any port.
@@ -61,9 +64,13 @@ pub fn install(nat: Nat, uplink: &str, inside: [IpAddr; 2]) -> anyhow::Result<()
         _ => translate.rule(leaving.masquerade()),
     };
     let mut table = Table::new(TableFamily::Inet, TABLE).chain("translate", translate);
+    if nat == Nat::Unfiltered {
+        Nft::open()?.load(&table)?;
+        return Ok(());
+    }
     let mut forward = Chain::base(ChainKind::Filter, Hook::Forward, FILTER);
     match nat {
-        Nat::Masquerade | Nat::Symmetric | Nat::SymmetricRandom => {}
+        Nat::Masquerade | Nat::Unfiltered | Nat::Symmetric | Nat::SymmetricRandom => {}
         Nat::UdpBlocked => {
             forward = forward
                 .rule(Rule::new().output(uplink).protocol(udp).drop())

@@ -122,7 +122,9 @@ enum Stack {
 }
 
 use Class::{Behind, Carrier, Public};
-use Nat::{AddressRestricted, FullCone, Masquerade, Symmetric, SymmetricRandom, UdpBlocked};
+use Nat::{
+    AddressRestricted, FullCone, Masquerade, Symmetric, SymmetricRandom, UdpBlocked, Unfiltered,
+};
 
 /// Pause before the first pair, for each node that was stopped. The kernel still cleans up after
 /// each of them, and until then drops packets to a link that has just come up. Real machines do not
@@ -205,6 +207,7 @@ impl Class {
             Behind(FullCone) => "full-cone",
             Behind(AddressRestricted) => "address-restricted",
             Behind(Masquerade) => "port-restricted",
+            Behind(Unfiltered) => "unfiltered",
             Behind(Symmetric) => "symmetric",
             Behind(SymmetricRandom) => "symmetric-random",
             Behind(UdpBlocked) => "udp-blocked",
@@ -219,7 +222,7 @@ impl Class {
     /// Returns whether the NAT only accepts packets from an address and port that the node has sent
     /// to.
     fn filters_ports(self) -> bool {
-        self == Carrier || self == Behind(Masquerade) || self.is_symmetric()
+        matches!(self, Carrier | Behind(Masquerade | Unfiltered)) || self.is_symmetric()
     }
 }
 

@@ -7,8 +7,8 @@ use anyhow::Context;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 
 use super::{
-    Setting, attack, bench, bootstrap, coexist, crash, demo, departure, failover, idle, interop,
-    kubernetes, leak, many, mtu, nat, nodes, plan, vm,
+    Setting, attack, bench, bootstrap, coexist, crash, demo, departure, failover, hosts, idle,
+    interop, kubernetes, leak, many, mtu, nat, nodes, plan, vm,
 };
 use crate::lab::binaries::{Binaries, Profile};
 use crate::lab::cli::Flags;
@@ -117,6 +117,19 @@ pub const SCENARIOS: &[Scenario] = &[
                 return show(&attack::list());
             }
             on_hosts(Profile::Dev, attack::run, matches, flags)
+        },
+    },
+    Scenario {
+        name: "hosts",
+        aliases: &[],
+        help: "Join hosts with many links, odd addresses, firewalls and NATs",
+        arguments: hosts::Options::augment_args,
+        run: |matches, flags| {
+            let options = hosts::Options::from_arg_matches(matches)?;
+            if options.list {
+                return show(&hosts::list());
+            }
+            on_hosts(Profile::Dev, hosts::run, matches, flags)
         },
     },
     Scenario {

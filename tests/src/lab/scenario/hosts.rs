@@ -1,0 +1,226 @@
+//! `cargo lab hosts`: hosts with something odd about them, as operators have them: many links, odd
+//! addresses, other networks, firewalls and NATs. Each case builds its own hosts, runs the real
+//! binaries on them, and checks what is right there.
+//!
+//! | module | hosts |
+//! |---|---|
+//! | [`addresses`] | with many links, several addresses on a link, or addresses that change |
+//! | [`families`] | with one address family, or with IPv6 disabled |
+//! | [`networks`] | with networks of others, which the mesh must leave alone |
+//! | [`firewalls`] | with a firewall that drops what comes out of the tunnel |
+//! | [`sources`] | that send into the tunnel with another source than their own |
+//! | [`nats`] | behind NAT routers that are set up simply, or that lose an address |
+//! | [`scene`] | builds the hosts, and joins them |
+
+mod addresses;
+mod families;
+mod firewalls;
+mod nats;
+mod networks;
+mod scene;
+mod sources;
+
+use std::fmt::Write as _;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::Setting;
+use crate::lab::interrupt;
+use crate::lab::privilege::Rank;
+use crate::lab::report::{Figures, Promises};
+
+/// Command line options of the scenario.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Options {
+    /// Run every case; otherwise a selection of at most 8 minutes.
+    #[arg(long)]
+    pub full: bool,
+    /// Run only the cases whose name contains NAME.
+    #[arg(long = "case", value_name = "NAME", num_args = 1.., value_delimiter = ',', value_parser = part_of_a_name)]
+    pub cases: Vec<String>,
+    /// List the cases, one per line, and run none.
+    #[arg(long)]
+    pub list: bool,
+}
+
+/// Accepts a part of the name of a case.
+fn part_of_a_name(text: &str) -> Result<String, &'static str> {
+    let is_known = every_case().iter().any(|case| case.name.contains(text));
+    is_known
+        .then(|| text.to_owned())
+        .ok_or("no case matches: `cargo lab hosts --list` shows the names")
+}
+
+/// A kind of host, with the check of what is right on it.
+struct Case {
+    /// Name of the case: the kind and the host, separated by a slash.
+    name: &'static str,
+    /// True if the case also runs without `--full`.
+    is_short: bool,
+    check: fn(&Setting) -> anyhow::Result<()>,
+}
+
+impl Case {
+    fn new(name: &'static str, check: fn(&Setting) -> anyhow::Result<()>) -> Self {
+        Self { name, is_short: true, check }
+    }
+
+    /// Restricts the case to runs with `--full`.
+    fn long(mut self) -> Self {
+        self.is_short = false;
+        self
+    }
+
+    /// Returns whether the options select the case.
+    fn is_chosen(&self, options: &Options) -> bool {
+        if options.cases.is_empty() {
+            return self.is_short || options.full;
+        }
+        options.cases.iter().any(|name| self.name.contains(name.as_str()))
+    }
+}
+
+/// Hosts that namespaces cannot show, with the reason.
+const ELSEWHERE: [(&str, &str); 5] = [
+    ("addresses/bond", "the lab creates no bond links: it uses veth and bridge links only"),
+    ("addresses/vlan", "the lab creates no VLAN links: it uses veth and bridge links only"),
+    (
+        "families/ipv6-disabled-at-boot",
+        "the parameter belongs to the whole kernel: `cargo lab vm` boots such a machine",
+    ),
+    ("state/read-only-root", "`cargo lab vm` boots such a machine"),
+    ("state/shutdown-order", "systemd orders it: `cargo lab vm` boots such a machine"),
+];
+
+/// Results of one run.
+#[derive(Debug, Default, Serialize)]
+pub struct Hosts {
+    /// True if the lab ran in a user namespace, without root rights on this machine.
+    pub rootless: bool,
+    /// Cases that ran, in order.
+    pub cases: Vec<Tried>,
+    /// Cases that could not run on this machine.
+    pub skipped: Vec<Skipped>,
+    /// Promises that did not hold.
+    pub failed: Vec<String>,
+}
+
+/// A case that ran.
+#[derive(Debug, Serialize)]
+pub struct Tried {
+    /// Name of the case: the kind and the host, separated by a slash.
+    pub name: &'static str,
+    /// True if everything was right.
+    pub ok: bool,
+    /// Duration of the case in milliseconds, with building and removing the hosts.
+    pub took_ms: u64,
+    /// What was not right. Absent if everything was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+/// A case that could not run.
+#[derive(Debug, Serialize)]
+pub struct Skipped {
+    /// Name of the case.
+    pub name: &'static str,
+    /// Reason, in one line.
+    pub why: String,
+}
+
+/// Reason why this machine cannot run a case.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Unavailable(String);
+
+/// Returns all cases, in the order in which they run.
+fn every_case() -> Vec<Case> {
+    [
+        addresses::cases(),
+        families::cases(),
+        networks::cases(),
+        firewalls::cases(),
+        sources::cases(),
+        nats::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Returns the names of the cases, one per line. Cases that need `--full` are marked.
+pub fn list() -> String {
+    every_case().into_iter().fold(String::new(), |mut text, case| {
+        let _ = writeln!(text, "{}{}", case.name, if case.is_short { "" } else { "  (--full)" });
+        text
+    })
+}
+
+/// Runs the selected cases.
+pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Hosts> {
+    let mut hosts = Hosts { rootless: setting.rank == Rank::Rootless, ..Hosts::default() };
+    if options.cases.is_empty() {
+        let elsewhere = ELSEWHERE.map(|(name, why)| Skipped { name, why: why.to_owned() });
+        hosts.skipped.extend(elsewhere);
+    }
+    let mut promises = Promises::new();
+    for case in every_case().into_iter().filter(|case| case.is_chosen(options)) {
+        interrupt::check()?;
+        setting.output.step(case.name);
+        let begun = Instant::now();
+        let result = (case.check)(setting);
+        interrupt::check()?;
+        let why = match result {
+            Ok(()) => None,
+            Err(error) if error.downcast_ref::<Unavailable>().is_some() => {
+                hosts.skipped.push(Skipped { name: case.name, why: format!("{error:#}") });
+                continue;
+            }
+            Err(error) => Some(format!("{error:#}")),
+        };
+        if let Some(why) = &why {
+            let found = format!("{}: {why}", case.name);
+            setting.output.note(&found);
+            promises.fail(found);
+        }
+        let took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        hosts.cases.push(Tried { name: case.name, ok: why.is_none(), took_ms, why });
+    }
+    hosts.failed = promises.into_failed();
+    Ok(hosts)
+}
+
+impl Figures for Hosts {
+    fn failed(&self) -> &[String] {
+        &self.failed
+    }
+
+    fn for_people(&self) -> String {
+        let mut text = String::new();
+        for Tried { name, ok, took_ms, .. } in &self.cases {
+            let ok = if *ok { "ok" } else { "FAILED" };
+            let _ = writeln!(text, "  {name:<52}{ok:<8}{took_ms:>6} ms");
+        }
+        for Skipped { name, why } in &self.skipped {
+            let _ = writeln!(text, "without {name}: {why}");
+        }
+        text.trim_end().to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_case_has_a_name_of_its_own() {
+        let cases = every_case();
+        let elsewhere = ELSEWHERE.iter().map(|(name, _)| *name);
+        let names: BTreeSet<&str> = cases.iter().map(|case| case.name).chain(elsewhere).collect();
+        assert_eq!(names.len(), cases.len() + ELSEWHERE.len());
+        assert_eq!(list().lines().count(), cases.len());
+    }
+}

@@ -1,0 +1,94 @@
+//! Hosts with networks of others, which the mesh must leave alone.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, ensure};
+
+use super::Case;
+use super::scene::{Scene, answers, connected, has_no_problem, names_problem, overlay, published};
+use crate::lab::mesh::Node;
+use crate::lab::scenario::Setting;
+use crate::lab::topology::Host;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::new("networks/announced-lan-with-another-node", |setting| {
+            announced_lan(setting, "192.168.1.0/24", "")
+        }),
+        Case::new("networks/announced-range-around-the-lan", |setting| {
+            announced_lan(setting, "192.168.0.0/16", "")
+        }),
+        Case::new("networks/announced-part-of-the-lan", announced_part),
+        Case::new("networks/protected-range-around-a-bridge", covered_bridge),
+        Case::new("networks/listed-network", listed),
+    ]
+}
+
+/// A LAN that one node announces, with another node in it.
+struct Lan {
+    scene: Scene,
+    /// Node `cp`, elsewhere.
+    cp: Node,
+    /// Node that announces the LAN.
+    announcer: Node,
+    /// Another node in the LAN.
+    neighbour: Node,
+    neighbour_host: Arc<Host>,
+    /// A machine in the LAN that is no node, such as a NAS.
+    nas: Arc<Host>,
+}
+
+fn lan(setting: &Setting, network: &str, more: &str) -> anyhow::Result<Lan> {
+    let mut scene = Scene::build(setting)?;
+    let neighbour_host = scene.lab.host("neighbour").behind(&scene.router).build()?;
+    let nas = scene.lab.host("nas").behind(&scene.router).build()?;
+    let announce = format!("[node]\nprefixes = [\"{network}\"]\n");
+    let flags = ["--prefix", network];
+    let pair = scene.join_with(setting, ("", &[]), (&announce, &flags))?;
+    let controller = pair.controller;
+    let neighbour = scene.node(setting, &controller, &neighbour_host, "neighbour", (more, &[]))?;
+    connected(&pair.cp, &neighbour)?;
+    connected(&pair.worker, &neighbour)?;
+    // The controller ends here: nodes keep what they know.
+    Ok(Lan { scene, cp: pair.cp, announcer: pair.worker, neighbour, neighbour_host, nas })
+}
+
+fn announced_lan(setting: &Setting, network: &str, more: &str) -> anyhow::Result<()> {
+    let lan = lan(setting, network, more)?;
+    let own = *lan.neighbour_host.addresses().first().context("no address")?;
+    let nas = *lan.nas.addresses().first().context("no address")?;
+    let gateway = lan.scene.router.gateway();
+    answers(&lan.neighbour_host, gateway).context("from the other node to its gateway")?;
+    answers(&lan.neighbour_host, nas).context("from the other node to a machine in its LAN")?;
+    answers(lan.scene.router.host(), own).context("from the gateway to the other node")?;
+    answers(&lan.nas, own).context("from a machine in the LAN to the other node")?;
+    // The rest of the mesh reaches the LAN through the node that announces it.
+    answers(lan.cp.host(), overlay(&lan.neighbour)?)?;
+    let published = published(&lan.announcer)?;
+    let has_own = published.iter().any(|candidate| candidate.contains("192.168.1.10"));
+    ensure!(has_own, "the announcing node lost its own address: {published:?}");
+    Ok(())
+}
+
+/// A part of a LAN could be somebody's pods: it stays closed, and the status tells.
+fn announced_part(setting: &Setting) -> anyhow::Result<()> {
+    let lan = lan(setting, "192.168.1.0/25", "")?;
+    names_problem(&lan.neighbour, &["a part of the network 192.168.1.0/24", "192.168.1.0/25"])
+}
+
+/// A protected range of the mesh that covers containers of this machine alone.
+fn covered_bridge(setting: &Setting) -> anyhow::Result<()> {
+    let scene = Scene::build(setting)?;
+    let net = "172.17.0.0/16".parse()?;
+    let _container = scene.worker.container("container", net, "2001:db8:17::/64".parse()?)?;
+    let pair = scene.join(setting)?;
+    pair.is_connected()?;
+    has_no_problem(&pair.worker)?;
+    pair.controller.operator().command_ok(&["mesh", "set", "--protected", "172.16.0.0/12"])?;
+    names_problem(&pair.worker, &["the network 172.17.0.0/16 of the link docker0 is cut off"])
+}
+
+/// A network that another node announces, and that the operator lists as local.
+fn listed(setting: &Setting) -> anyhow::Result<()> {
+    announced_lan(setting, "192.168.1.0/24", "[node]\nlocal_networks = [\"192.168.1.0/24\"]\n")
+}

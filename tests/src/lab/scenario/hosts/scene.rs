@@ -1,0 +1,281 @@
+//! Hosts of a case: a control plane on the internet, and workers behind a NAT router.
+
+use std::net::IpAddr;
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use ipnet::IpNet;
+use serde_json::Value;
+use towline_netlink::{AddressOptions, Route, Rtnetlink, VethPeer};
+use towline_nftables::{Nft, Table};
+
+use crate::lab::interrupt::wait_up_to;
+use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
+use crate::lab::namespace::Namespace;
+use crate::lab::nat::Nat;
+use crate::lab::ping::echoes;
+use crate::lab::scenario::Setting;
+use crate::lab::topology::{Host, Lab, Router};
+use crate::lab::traffic::Pattern;
+
+/// Limit for two agents to connect. An ordinary pair takes less than a second.
+pub(super) const UP_LIMIT: Duration = Duration::from_secs(20);
+/// Limit for a problem to be in the status.
+const PROBLEM_LIMIT: Duration = Duration::from_secs(10);
+/// Number of echo requests by which a case judges whether one host reaches another.
+const ECHOES: u32 = 5;
+
+/// Hosts of a case, without processes.
+pub(super) struct Scene {
+    /// Host on the internet, for the controller and a node.
+    pub(super) cp: Arc<Host>,
+    /// First host in the LAN of the router.
+    pub(super) worker: Arc<Host>,
+    /// Router of the worker's LAN, 192.168.1.0/24.
+    pub(super) router: Router,
+    /// Networks that lead nowhere, see [`Self::add_link`].
+    islands: Vec<Namespace>,
+    /// Owns the namespaces and files of all hosts.
+    pub(super) lab: Lab,
+}
+
+/// A controller and the nodes `cp` and `worker`.
+pub(super) struct Pair {
+    pub(super) controller: Controller,
+    pub(super) cp: Node,
+    pub(super) worker: Node,
+}
+
+impl Scene {
+    /// Builds the hosts.
+    pub(super) fn build(setting: &Setting) -> anyhow::Result<Self> {
+        let mut lab = Lab::new(setting.rank)?;
+        let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.build()?;
+        let router = lab
+            .router("router")
+            .public("203.0.113.11", "2001:db8::11")?
+            .lan("192.168.1.0/24", "2001:db8:1::/64")?
+            .nat(Nat::Masquerade)
+            .build()?;
+        let worker = lab.host("worker").behind(&router).build()?;
+        Ok(Self { cp, worker, router, islands: Vec::new(), lab })
+    }
+
+    /// Adds a link with this address to a host. At its other end nobody answers.
+    pub(super) fn add_link(&mut self, host: &Host, link: &str, own: &str) -> anyhow::Result<()> {
+        let island = Namespace::new(&format!("island-{}", self.islands.len()))?;
+        host.namespace().run(|| {
+            let mut netlink = Rtnetlink::open()?;
+            let peer = VethPeer { name: "far", namespace: Some(island.file().as_fd()) };
+            netlink.add_veth(link, peer)?;
+            let index = netlink.link_index(link)?;
+            Ok(netlink.set_up(index, true)?)
+        })?;
+        island.run(|| {
+            let mut netlink = Rtnetlink::open()?;
+            let index = netlink.link_index("far")?;
+            Ok(netlink.set_up(index, true)?)
+        })?;
+        add_address(host, link, own)?;
+        self.islands.push(island);
+        Ok(())
+    }
+
+    /// Starts a controller, and joins and starts the nodes `cp` and `worker`.
+    pub(super) fn join(&self, setting: &Setting) -> anyhow::Result<Pair> {
+        self.join_with(setting, ("", &[]), ("", &[]))
+    }
+
+    /// Does the same as [`Self::join`], with additional configuration of each node and with these
+    /// flags for its token.
+    pub(super) fn join_with(
+        &self,
+        setting: &Setting,
+        (cp, cp_flags): (&str, &[&str]),
+        (worker, worker_flags): (&str, &[&str]),
+    ) -> anyhow::Result<Pair> {
+        let controller = Controller::start(&self.lab, &self.cp, &setting.binaries)?;
+        let cp = self.node(setting, &controller, &self.cp, "cp", (cp, cp_flags))?;
+        let worker =
+            self.node(setting, &controller, &self.worker, "worker", (worker, worker_flags))?;
+        Ok(Pair { controller, cp, worker })
+    }
+
+    /// Joins and starts one more node.
+    pub(super) fn node(
+        &self,
+        setting: &Setting,
+        controller: &Controller,
+        host: &Arc<Host>,
+        name: &str,
+        (configuration, flags): (&str, &[&str]),
+    ) -> anyhow::Result<Node> {
+        start(setting, &self.lab, controller, (host, name), (configuration, flags))
+    }
+}
+
+impl Pair {
+    /// Checks that both nodes connect, and that each answers the other.
+    pub(super) fn is_connected(&self) -> anyhow::Result<()> {
+        connected(&self.cp, &self.worker)
+    }
+}
+
+/// Joins and starts a node with the usual configuration.
+pub(super) fn node_behind(
+    setting: &Setting,
+    lab: &Lab,
+    controller: &Controller,
+    host: &Arc<Host>,
+    name: &str,
+) -> anyhow::Result<Node> {
+    start(setting, lab, controller, (host, name), ("", &[]))
+}
+
+fn start(
+    setting: &Setting,
+    lab: &Lab,
+    controller: &Controller,
+    (host, name): (&Arc<Host>, &str),
+    (configuration, flags): (&str, &[&str]),
+) -> anyhow::Result<Node> {
+    let mut node = Node::new(lab, host, name, &setting.binaries, configuration)?;
+    node.join(&controller.operator().token_with(flags)?)?;
+    node.launch()?;
+    node.await_status(START_LIMIT)?;
+    Ok(node)
+}
+
+/// Checks that two nodes connect, and that each answers the other.
+pub(super) fn connected(one: &Node, other: &Node) -> anyhow::Result<()> {
+    if let Some(reason) = await_tunnel(one, other, UP_LIMIT)? {
+        bail!("{} and {} did not connect: {reason}", one.name(), other.name());
+    }
+    for (from, to) in [(one, other), (other, one)] {
+        answers(from.host(), overlay(to)?)
+            .with_context(|| format!("{} does not reach {}", from.name(), to.name()))?;
+    }
+    Ok(())
+}
+
+/// Returns the IPv4 address of a node in the mesh.
+pub(super) fn overlay(node: &Node) -> anyhow::Result<IpAddr> {
+    let addresses = node.status()?.overlay_addresses;
+    addresses.into_iter().find(IpAddr::is_ipv4).context("the node has no IPv4 address in the mesh")
+}
+
+/// Checks that an address answers every echo request of a host.
+pub(super) fn answers(from: &Host, target: IpAddr) -> anyhow::Result<()> {
+    const TIMEOUT: Duration = Duration::from_millis(500);
+    let echoes = echoes(from.namespace(), target, ECHOES, TIMEOUT, Pattern::random()?)?;
+    let (received, sent) = (echoes.received, echoes.sent);
+    ensure!(received == sent, "{target} answered {received} of {sent} echo requests");
+    Ok(())
+}
+
+/// Returns the output of `towline status -o json`.
+pub(super) fn status(node: &Node) -> anyhow::Result<Value> {
+    let output = node.command_ok(&["status", "-o", "json"])?;
+    serde_json::from_str(&output).context("cannot parse the output of `towline status`")
+}
+
+/// Returns the problems in the status of a node.
+pub(super) fn problems(node: &Node) -> anyhow::Result<Vec<String>> {
+    let status = status(node)?;
+    let problems = status.get("problems").and_then(Value::as_array).context("no problems")?;
+    Ok(problems.iter().filter_map(Value::as_str).map(str::to_owned).collect())
+}
+
+/// Checks that the status of a node names a problem with each of these words.
+pub(super) fn names_problem(node: &Node, words: &[&str]) -> anyhow::Result<()> {
+    let mut last = Vec::new();
+    let found = wait_up_to(PROBLEM_LIMIT, || {
+        last = problems(node)?;
+        let named = |problem: &String| words.iter().all(|word| problem.contains(word));
+        Ok(last.iter().any(named).then_some(()))
+    })?;
+    ensure!(found.is_some(), "no problem of {} names {words:?}: {last:?}", node.name());
+    Ok(())
+}
+
+/// Checks that a note in the status of a node contains these words.
+pub(super) fn names_note(node: &Node, words: &str) -> anyhow::Result<()> {
+    let mut last = Vec::new();
+    let found = wait_up_to(PROBLEM_LIMIT, || {
+        last = node.status()?.notes;
+        Ok(last.iter().any(|note| note.contains(words)).then_some(()))
+    })?;
+    ensure!(found.is_some(), "no note of {} has {words:?}: {last:?}", node.name());
+    Ok(())
+}
+
+/// Checks that a node has no problems.
+pub(super) fn has_no_problem(node: &Node) -> anyhow::Result<()> {
+    let problems = problems(node)?;
+    ensure!(problems.is_empty(), "{} has problems: {problems:?}", node.name());
+    Ok(())
+}
+
+/// Returns the addresses that a node publishes, without ports and reflexive ones.
+pub(super) fn published(node: &Node) -> anyhow::Result<Vec<String>> {
+    let status = status(node)?;
+    let candidates = status.get("candidates").and_then(Value::as_array).context("no candidates")?;
+    Ok(candidates.iter().map(ToString::to_string).collect())
+}
+
+/// Adds an address to a link of a host.
+pub(super) fn add_address(host: &Host, link: &str, own: &str) -> anyhow::Result<()> {
+    change(host, |netlink| {
+        let index = netlink.link_index(link)?;
+        netlink.add_address(
+            index,
+            own.parse()?,
+            AddressOptions { no_dad: true, ..Default::default() },
+        )?;
+        Ok(())
+    })
+}
+
+/// Deletes an address from a link of a host.
+pub(super) fn delete_address(host: &Host, link: &str, own: &str) -> anyhow::Result<()> {
+    change(host, |netlink| {
+        let index = netlink.link_index(link)?;
+        Ok(netlink.delete_address(index, own.parse()?)?)
+    })
+}
+
+/// Adds a route of a host by a link, through a gateway if there is one.
+pub(super) fn add_route(
+    host: &Host,
+    net: &str,
+    link: &str,
+    gateway: Option<&str>,
+    more: impl FnOnce(Route) -> Route + Send,
+) -> anyhow::Result<()> {
+    change(host, |netlink| {
+        let net: IpNet = net.parse()?;
+        let mut route = Route::new(net).dev(netlink.link_index(link)?);
+        if let Some(gateway) = gateway {
+            route = route.via(gateway.parse()?);
+        }
+        Ok(netlink.replace_route(&more(route))?)
+    })
+}
+
+/// Loads an nftables table of another program on a host.
+pub(super) fn load(host: &Host, table: &Table) -> anyhow::Result<()> {
+    host.namespace().run(|| {
+        Nft::open()?.load(table)?;
+        Ok(())
+    })
+}
+
+/// Changes the network of a host over netlink.
+pub(super) fn change<T: Send>(
+    host: &Host,
+    change: impl FnOnce(&mut Rtnetlink) -> anyhow::Result<T> + Send,
+) -> anyhow::Result<T> {
+    host.namespace().run(|| change(&mut Rtnetlink::open()?))
+}
