@@ -135,7 +135,7 @@ impl Reading {
             }
             AnnouncePods::Auto => {}
         }
-        if let Some((link, overhead)) = self.tunnel() {
+        if let Some((link, overhead)) = self.tunnel(node_cidrs) {
             let kind = link.kind.as_deref().unwrap_or("tunnel");
             return Decision::Tunnelled {
                 cni: format!("{} ({kind} {})", self.plugin_name(), link.name),
@@ -172,12 +172,18 @@ impl Reading {
         self.plugin.as_deref().unwrap_or("CNI")
     }
 
-    /// Returns the link through which the CNI tunnels, and its overhead in bytes.
-    fn tunnel(&self) -> Option<(&LinkSeen, u32)> {
+    /// Returns the link through which the CNI tunnels, and its overhead in bytes. Links of the same kind
+    /// that another program created, or that an earlier plugin left behind, do not count: the link has
+    /// the name that the configured plugin gives it, or routes to pods use it.
+    fn tunnel(&self, node_cidrs: &[IpNet]) -> Option<(&LinkSeen, u32)> {
         self.links.iter().find_map(|link| {
             let overhead = match link.kind.as_deref()? {
                 // Overhead: outer IPv4 20, UDP 8, VXLAN or Geneve 8, Ethernet 14.
-                "vxlan" | "geneve" => 50,
+                "vxlan" | "geneve"
+                    if self.is_of_plugin(link) || self.carries_pods(&link.name, node_cidrs) =>
+                {
+                    50
+                }
                 // Without a route, tunl0 is only the default device of the kernel module.
                 "ipip" if self.carries_routes(&link.name) => 20,
                 // Other programs use WireGuard too, so only the names of CNI links count.
@@ -185,6 +191,32 @@ impl Reading {
                 _ => return None,
             };
             Some((link, overhead))
+        })
+    }
+
+    /// Returns whether the configured plugin gives its VXLAN or Geneve link this name.
+    fn is_of_plugin(&self, link: &LinkSeen) -> bool {
+        let plugin = self.plugin_name();
+        let mut of_plugin = TUNNEL_NAMES.iter().filter(|(known, _)| plugin == *known);
+        of_plugin.any(|(_, prefix)| link.name.starts_with(prefix))
+    }
+
+    /// Returns whether a route by this link leads to pods of other nodes: to a network beside the pod
+    /// networks of this node. Without any, every network counts.
+    fn carries_pods(&self, link: &str, node_cidrs: &[IpNet]) -> bool {
+        /// Bits by which the networks of the nodes differ at most.
+        const NODE_BITS: u8 = 12;
+        let beside = |net: &IpNet, own: &IpNet| {
+            let length = own.prefix_len().saturating_sub(NODE_BITS);
+            let around = IpNet::new(own.network(), length).map(|net| net.trunc());
+            around.is_ok_and(|around| around.contains(&net.network())) && !own.contains(net)
+        };
+        let mut routes = self.routes.iter().filter(|route| route.link.as_deref() == Some(link));
+        routes.any(|route| {
+            let net = &route.destination;
+            let is_network = net.prefix_len() > 0 && net.prefix_len() < net.max_prefix_len();
+            let to_pods = node_cidrs.is_empty() || node_cidrs.iter().any(|own| beside(net, own));
+            is_network && !link_local(net) && to_pods
         })
     }
 
@@ -238,6 +270,20 @@ const NATIVE: &[&str] = &[
 ];
 /// Prefixes of the names of the WireGuard links that CNIs create.
 const CNI_WIREGUARD: [&str; 3] = ["flannel-wg", "wireguard.cali", "cilium_wg"];
+
+/// Prefixes of the names of the VXLAN and Geneve links that each plugin creates.
+const TUNNEL_NAMES: [(&str, &str); 10] = [
+    ("antrea", "antrea-"),
+    ("antrea", "genev_sys"),
+    ("calico", "vxlan-v6.calico"),
+    ("calico", "vxlan.calico"),
+    ("cilium-cni", "cilium_"),
+    ("flannel", "flannel"),
+    ("kube-ovn", "genev_sys"),
+    ("kube-ovn", "vxlan_sys"),
+    ("ovn-k8s-cni-overlay", "genev_sys"),
+    ("weave-net", "vxlan-"),
+];
 
 fn link_local(net: &IpNet) -> bool {
     matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local())
@@ -308,11 +354,27 @@ fn mark(path: &Path) -> Option<Mark> {
     Some((path.to_owned(), [number, metadata.mtime(), metadata.mtime_nsec()]))
 }
 
-/// Returns the `type` of a configuration's main plugin.
+/// Returns the `type` of a configuration's main plugin. Multus only calls another plugin, which its
+/// configuration contains (`delegates`). If it only names the file of the other one, that is one of the
+/// next files: the result is `None`.
 pub(super) fn plugin_type(text: &str) -> Option<String> {
     let configuration: serde_json::Value = serde_json::from_str(text).ok()?;
+    let main = main_plugin(&configuration);
+    let name = main.get("type")?.as_str()?;
+    if !MULTUS.contains(&name) {
+        return Some(name.to_owned());
+    }
+    let delegate = main_plugin(main.get("delegates")?.get(0)?);
+    delegate.get("type")?.as_str().filter(|name| !MULTUS.contains(name)).map(str::to_owned)
+}
+
+/// Types of Multus: the plugin itself, and the one that calls its daemon.
+const MULTUS: [&str; 2] = ["multus", "multus-shim"];
+
+/// Returns the first plugin of a list, or the configuration itself.
+fn main_plugin(configuration: &serde_json::Value) -> &serde_json::Value {
     let first = configuration.get("plugins").and_then(|plugins| plugins.get(0));
-    Some(first.unwrap_or(&configuration).get("type")?.as_str()?.to_owned())
+    first.unwrap_or(configuration)
 }
 
 #[cfg(test)]
@@ -374,6 +436,38 @@ mod tests {
         reading.routes.push(route("10.42.9.0/26", Some("tunl0"), false));
         let decision = reading.decide(AnnouncePods::Auto, &[], Mtu::DEFAULT);
         assert!(matches!(decision, Decision::Tunnelled { mtu: 1400, .. }), "{decision:?}");
+    }
+
+    #[test]
+    fn a_tunnel_that_is_not_the_plugins_counts_only_with_routes_to_pods() {
+        let mut reading =
+            Reading { links: vec![link("flannel.1", "vxlan", 1450)], ..with("bridge") };
+        assert_eq!(announced(&reading, &["10.244.1.0/24"]), nets(&["10.244.1.0/24"]));
+        // The underlay of a data centre.
+        reading.links.push(link("vni100", "vxlan", 9000));
+        reading.routes.push(route("192.168.50.0/24", Some("vni100"), false));
+        reading.routes.push(route("fe80::/64", Some("vni100"), false));
+        assert_eq!(announced(&reading, &["10.244.1.0/24"]), nets(&["10.244.1.0/24"]));
+        reading.routes.push(route("10.244.2.0/24", Some("flannel.1"), false));
+        let decision = reading.decide(AnnouncePods::Auto, &nets(&["10.244.1.0/24"]), Mtu::DEFAULT);
+        assert!(matches!(decision, Decision::Tunnelled { mtu: 1370, .. }), "{decision:?}");
+    }
+
+    #[test]
+    fn multus_is_followed_to_the_plugin_that_it_calls() {
+        let of = |text: &str| plugin_type(text);
+        let conflist = r#"{"type": "multus", "delegates": [{"plugins": [{"type": "flannel"}]}]}"#;
+        assert_eq!(of(conflist).as_deref(), Some("flannel"));
+        let single = r#"{"plugins": [{"type": "multus-shim", "delegates": [{"type": "calico"}]}]}"#;
+        assert_eq!(of(single).as_deref(), Some("calico"));
+        assert_eq!(of(r#"{"type": "multus", "clusterNetwork": "10-flannel.conflist"}"#), None);
+        let directory = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            std::fs::write(directory.path().join(name), text).unwrap();
+        };
+        write("00-multus.conf", r#"{"type": "multus-shim", "clusterNetwork": "10-bridge.conf"}"#);
+        write("10-bridge.conf", r#"{"type": "bridge"}"#);
+        assert_eq!(plugin(directory.path()), Configured::Plugin(Some("bridge".to_owned())));
     }
 
     #[test]
