@@ -6,7 +6,7 @@
 //! caller dials again with its own backoff.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -87,6 +87,8 @@ pub struct Connection {
     pub chain: Vec<CertificateDer<'static>>,
     /// Address of the controller.
     pub remote: SocketAddr,
+    /// Address of this machine that the connection is bound to.
+    pub local: SocketAddr,
 }
 
 /// Dials `address`. The socket gets `mark`, so that it bypasses the tunnel. If the kernel refuses
@@ -99,6 +101,7 @@ pub async fn dial(
     let tcp = connect(address, mark).await?;
     let failed = |source| tls_error(address, source);
     let remote = tcp.peer_addr().map_err(failed)?;
+    let local = tcp.local_addr().map_err(failed)?;
     let stream = timeout(STEP, TlsConnector::from(config).connect(tls::server_name(), tcp))
         .await
         .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no answer")))
@@ -111,7 +114,14 @@ pub async fn dial(
     let channel = grpc::channel(endpoint, stream)
         .await
         .map_err(|source| DialError::Http { address: address.clone(), source })?;
-    Ok(Connection { channel, chain, remote })
+    Ok(Connection { channel, chain, remote, local })
+}
+
+/// Returns true if this machine no longer has an address. A connection that is bound to it is dead, but
+/// the kernel keeps it and sends into the void.
+pub fn is_gone(address: IpAddr) -> bool {
+    let bound = std::net::UdpSocket::bind(SocketAddr::new(address, 0));
+    bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrNotAvailable)
 }
 
 /// Resolves the address and opens a TCP connection to the first of its addresses that accepts.

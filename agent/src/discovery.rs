@@ -308,6 +308,7 @@ impl Discovery {
             incoming,
             id: ready.session_id,
             reflectors,
+            local: connection.local,
             heartbeat: Duration::from_millis(ready.heartbeat_ms.clamp(100, 60_000).into()),
             published: false,
             retry_publish: None,
@@ -379,9 +380,14 @@ impl Discovery {
                 () = sleep_until(deadline) => {
                     return Err(Ended::Because("the controller missed its heartbeats".into()));
                 }
-                _ = beat.tick() => session.beat(self.map.position().1)?,
+                _ = beat.tick() => {
+                    session.has_address()?;
+                    session.beat(self.map.position().1)?;
+                }
                 changed = announcements.changed() => {
                     changed.map_err(|_| Ended::Stop)?;
+                    // A change of this machine's addresses is one of the announcement.
+                    session.has_address()?;
                     let announcement = announcements.borrow_and_update().clone();
                     self.publish(session, announcement).await?;
                 }
@@ -613,6 +619,8 @@ struct Session {
     incoming: Streaming<pb::WatchResponse>,
     id: Vec<u8>,
     reflectors: Vec<SocketAddr>,
+    /// Address of this machine that the connection is bound to.
+    local: SocketAddr,
     heartbeat: Duration,
     published: bool,
     retry_publish: Option<Instant>,
@@ -621,6 +629,18 @@ struct Session {
 }
 
 impl Session {
+    /// Fails if this machine lost the address that the connection is bound to. The controller would
+    /// notice before this machine does, which matters to the peers that it signals for.
+    fn has_address(&self) -> Result<(), Ended> {
+        let address = self.local.ip().to_canonical();
+        if dial::is_gone(address) {
+            return Err(Ended::Because(format!(
+                "this machine no longer has the address {address}"
+            )));
+        }
+        Ok(())
+    }
+
     fn beat(&self, revision: u64) -> Result<(), Ended> {
         self.send(pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision }))
     }

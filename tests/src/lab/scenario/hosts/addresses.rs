@@ -1,13 +1,17 @@
 //! Hosts with many links, with several addresses on a link, or with addresses that change.
 
+use std::time::{Duration, Instant};
+
 use anyhow::ensure;
+use towline_netlink::Family;
 use towline_nftables::{Chain, ChainKind, Hook, Rule, Table, TableFamily};
 
 use super::Case;
 use super::scene::{
     Scene, add_address, add_route, change, connected, delete_address, has_no_problem, load,
-    published,
+    overlay, published,
 };
+use crate::lab::ping::first_reply;
 use crate::lab::scenario::Setting;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -23,6 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("addresses/host-address-with-a-gateway-on-the-link", host_address),
         Case::new("addresses/network-of-two-addresses", slash_31),
         Case::new("addresses/link-without-carrier", no_carrier),
+        Case::new("addresses/public-address-that-changes", changing),
     ]
 }
 
@@ -169,4 +174,25 @@ fn no_carrier(setting: &Setting) -> anyhow::Result<()> {
         Ok(netlink.set_up(index, false)?)
     })?;
     connected(&pair.cp, &pair.worker)
+}
+
+/// A public node that gets another address, as by DHCP. Peers behind NAT learn of it through the
+/// controller, so its session there must not hang on the address that is gone.
+fn changing(setting: &Setting) -> anyhow::Result<()> {
+    /// Limit for a peer to reach the node again. The keepalive of a dead session takes 30 s.
+    const LIMIT: Duration = Duration::from_secs(8);
+    let mut scene = Scene::build(setting)?;
+    let edge = scene.lab.host("edge").public("203.0.113.20", "2001:db8::20")?.only(Family::V4);
+    let edge = edge.build()?;
+    let pair = scene.join(setting)?;
+    let node = scene.node(setting, &pair.controller, &edge, "edge", ("", &[]))?;
+    connected(&pair.worker, &node)?;
+    let inner = overlay(&node)?;
+    delete_address(&edge, "eth0", "203.0.113.20/24")?;
+    add_address(&edge, "eth0", "203.0.113.21/24")?;
+    add_route(&edge, "0.0.0.0/0", "eth0", Some("203.0.113.1"), |route| route)?;
+    let begun = Instant::now();
+    let reply = first_reply(scene.worker.namespace(), inner, "towline0", begun + LIMIT)?;
+    ensure!(reply.is_some(), "the node was not reached for {} s", LIMIT.as_secs());
+    Ok(())
 }
