@@ -3,8 +3,11 @@
 //! Every packet and datagram that the data plane receives and does not pass on is counted here
 //! exactly once. The packet path never logs.
 
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
+use parking_lot::Mutex;
 use towline_wireguard::Refusal;
 
 macro_rules! reasons {
@@ -131,13 +134,32 @@ impl From<Refusal> for DropReason {
     }
 }
 
+/// Packet from the TUN that was dropped because of its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ForeignSource {
+    /// Source address, which is not an address of this node.
+    pub source: IpAddr,
+    /// Destination address.
+    pub destination: IpAddr,
+    /// Time of the drop.
+    pub at: Instant,
+}
+
 /// Counters, one per [`DropReason`]. Only one thread may write at a time; any thread may read.
 #[derive(Debug)]
-pub struct Drops([AtomicU64; DropReason::ALL.len()]);
+pub struct Drops {
+    counters: [AtomicU64; DropReason::ALL.len()],
+    /// Last packet that was dropped for [`DropReason::ForeignSource`] and that an operator would want
+    /// to know of.
+    foreign_source: Mutex<Option<ForeignSource>>,
+}
 
 impl Default for Drops {
     fn default() -> Self {
-        Self([const { AtomicU64::new(0) }; DropReason::ALL.len()])
+        Self {
+            counters: [const { AtomicU64::new(0) }; DropReason::ALL.len()],
+            foreign_source: Mutex::new(None),
+        }
     }
 }
 
@@ -149,14 +171,36 @@ impl Drops {
 
     /// Counts a number of packets.
     pub fn add(&self, reason: DropReason, packets: u64) {
-        let counter = &self.0[reason as usize];
+        let counter = &self.counters[reason as usize];
         // There is one writer, so no locked instruction is needed.
         counter.store(counter.load(Ordering::Relaxed) + packets, Ordering::Relaxed);
     }
 
+    /// Counts a packet from the TUN with a foreign source, and remembers it unless it is one of those
+    /// that every host sends: link-local, multicast, or without a source.
+    pub fn foreign_source(&self, source: IpAddr, destination: IpAddr, now: Instant) {
+        self.count(DropReason::ForeignSource);
+        let is_link_local = match source {
+            IpAddr::V4(v4) => v4.is_link_local(),
+            IpAddr::V6(v6) => v6.is_unicast_link_local(),
+        };
+        if is_link_local || source.is_unspecified() || destination.is_multicast() {
+            return;
+        }
+        // A reader may hold the lock: then another packet is remembered.
+        if let Some(mut last) = self.foreign_source.try_lock() {
+            *last = Some(ForeignSource { source, destination, at: now });
+        }
+    }
+
+    /// Returns the last packet that [`Self::foreign_source`] remembered.
+    pub fn last_foreign_source(&self) -> Option<ForeignSource> {
+        *self.foreign_source.lock()
+    }
+
     /// Returns the number of packets dropped for a reason.
     pub fn get(&self, reason: DropReason) -> u64 {
-        self.0[reason as usize].load(Ordering::Relaxed)
+        self.counters[reason as usize].load(Ordering::Relaxed)
     }
 }
 
@@ -177,5 +221,20 @@ mod tests {
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), DropReason::ALL.len());
+    }
+    #[test]
+    fn the_last_foreign_source_is_remembered_but_not_what_every_host_sends() {
+        let (drops, now) = (Drops::default(), Instant::now());
+        let send = |source: &str, destination: &str| {
+            drops.foreign_source(source.parse().unwrap(), destination.parse().unwrap(), now);
+            drops.last_foreign_source().map(|last| last.source.to_string())
+        };
+        for (source, destination) in
+            [("fe80::1", "fd00:7::1"), ("::", "ff02::16"), ("192.168.1.10", "224.0.0.22")]
+        {
+            assert_eq!(send(source, destination), None);
+        }
+        assert_eq!(send("192.168.1.10", "198.19.0.1").as_deref(), Some("192.168.1.10"));
+        assert_eq!(drops.get(DropReason::ForeignSource), 4);
     }
 }

@@ -84,7 +84,7 @@ use towline_types::id::WireguardKey;
 use towline_wireguard::Secrets;
 use x25519_dalek::StaticSecret;
 
-pub use drops::DropReason;
+pub use drops::{DropReason, ForeignSource};
 pub use events::{Event, Fault};
 pub use relay::Relay;
 pub use switch::Feature;
@@ -160,6 +160,8 @@ pub struct Snapshot {
     /// Number of packets dropped since the start, by [`DropReason::name`]. Reasons that never
     /// occurred have the value 0.
     pub drops: BTreeMap<&'static str, u64>,
+    /// Last packet from the TUN that was dropped because of its source.
+    pub foreign_source: Option<ForeignSource>,
     /// Offloads in use, and for the others the reason why they are not.
     pub features: Vec<Feature>,
 }
@@ -420,6 +422,10 @@ impl DataPlane {
         Snapshot {
             peers: peers.collect(),
             drops: drops.collect(),
+            foreign_source: {
+                let workers = self.0.drops.iter().filter_map(|drops| drops.last_foreign_source());
+                workers.max_by_key(|last| last.at)
+            },
             features: self.0.features.iter().map(Switch::status).collect(),
         }
     }

@@ -143,7 +143,7 @@ impl Pipeline {
             };
             let source = inner.source;
             if !cached(&mut last_source, source, || table.owns(source)) && !peer.entry.is_static {
-                self.drops.count(DropReason::ForeignSource);
+                self.drops.foreign_source(source, inner.destination, now);
                 continue;
             }
             let mtu = self.mtu.min(peer.entry.mtu.into());

@@ -37,6 +37,8 @@ pub(super) struct HostController {
     retry: Option<Instant>,
     /// Gateways of the default routes, as of the last [`Self::read_gateways`].
     gateways: Vec<IpAddr>,
+    /// Addresses of this host, as of the last [`Self::look_for_obstacles`].
+    addresses: Vec<IpAddr>,
     /// Networks of this host that the guards cut off, as of the last [`Self::look_for_obstacles`].
     overlaps: Vec<Overlap>,
     /// Firewalls of other programs that drop traffic of the mesh, as of the last
@@ -66,6 +68,7 @@ impl HostController {
             blocked: Some("there is no plan yet".to_owned()),
             retry: None,
             gateways: Vec::new(),
+            addresses: Vec::new(),
             overlaps: Vec::new(),
             obstacles: Vec::new(),
             past_netfilter: None,
@@ -176,6 +179,11 @@ impl HostController {
         (self.problems, self.notes, self.blocked) = (problems, notes, blocked);
     }
 
+    /// Returns whether this machine has an address, as of the last [`Self::look_for_obstacles`].
+    pub(super) fn has_address(&self, ip: &IpAddr) -> bool {
+        self.addresses.contains(ip)
+    }
+
     /// Returns whether packets to an address enter the tunnel or are dropped. A local network is exempt.
     pub(super) fn is_guarded(&self, ip: &IpAddr) -> bool {
         let guarded = self.plan.iter().flat_map(|plan| &plan.firewall.guarded);
@@ -269,6 +277,12 @@ impl HostController {
     /// Looks for networks of this host that the guards cut off, and for firewalls of other programs that
     /// drop traffic of the mesh.
     pub(super) fn look_for_obstacles(&mut self) {
+        match self.network.local_addresses() {
+            Ok(found) => {
+                self.addresses = found.iter().map(|local| local.prefix.addr()).collect();
+            }
+            Err(error) => tracing::debug!(%error, "local addresses not read"),
+        }
         match self.network.overlaps() {
             Ok(found) => {
                 for overlap in found.iter().filter(|found| !self.overlaps.contains(found)) {

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use towline_core::mesh::{PeerState, PeerStatus};
 use towline_core::path::Path;
 use towline_core::static_peers::StaticPeerStatus;
-use towline_dataplane::Feature;
+use towline_dataplane::{Feature, ForeignSource};
 use towline_proto::id::WireguardKey;
 use towline_proto::node::Grant;
 use towline_proto::pb;
@@ -23,6 +23,8 @@ use crate::state::StateDir;
 pub(super) const RUNNING: &str = "running";
 /// State of an agent whose machine is down, as `towline status` shows it.
 pub(super) const DOWN: &str = "down";
+/// Time after which something that was seen once is no longer a problem.
+const RECENT: Duration = Duration::from_secs(300);
 
 /// Reads the state of a daemon for the local API.
 pub(super) struct Reporter<'a>(pub(super) &'a Daemon);
@@ -91,6 +93,7 @@ impl Reporter<'_> {
         problems.extend(daemon.controller.problems());
         problems.extend(daemon.state.unsaved());
         problems.extend(daemon.host.problems());
+        problems.extend(self.foreign_source());
         problems.extend(daemon.announcer.problems().iter().cloned());
         problems.extend(daemon.kubernetes.problems(mesh.grant()));
         for peer in mesh.peers() {
@@ -107,6 +110,30 @@ impl Reporter<'_> {
             peer.conflicts.into_iter().map(move |why| format!("static peer {name}: {why}"))
         }));
         problems
+    }
+
+    /// Returns a problem if a packet with a foreign source was dropped lately.
+    fn foreign_source(&self) -> Option<String> {
+        let daemon = self.0;
+        let last = daemon.tunnels.data_plane().snapshot().foreign_source?;
+        if last.at.elapsed() > RECENT {
+            return None;
+        }
+        let ForeignSource { source, destination, .. } = last;
+        Some(if daemon.host.has_address(&source) {
+            format!(
+                "packets of this machine to {destination} are dropped: their source {source} is not \
+                 one of this node's addresses in the mesh: a program is bound to {source}, or \
+                 kube-proxy does not masquerade: bind the program to another address, or set \
+                 clusterCIDR of kube-proxy"
+            )
+        } else {
+            format!(
+                "packets to {destination} are dropped: their source {source} is in no network that \
+                 this node announces: announce it ([node] prefixes), or let the container network \
+                 translate it"
+            )
+        })
     }
 
     /// Returns a problem for each gateway whose address is in one of `networks`. Such a gateway
