@@ -11,10 +11,12 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::new("nats/both-routers-only-masquerade", |setting| {
             two_sites(setting, [Nat::Unfiltered, Nat::Unfiltered])
-        }),
+        })
+        .long(),
         Case::new("nats/one-router-only-masquerades", |setting| {
             two_sites(setting, [Nat::Unfiltered, Nat::Masquerade])
-        }),
+        })
+        .long(),
     ]
 }
 
