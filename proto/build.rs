@@ -17,6 +17,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         .build_transport(false)
         .bytes(".towline.v1.Signed")
+        .bytes(".towline.v1.Changes.changes")
         .compile_fds(descriptors)?;
     Ok(())
 }

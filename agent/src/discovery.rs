@@ -327,9 +327,8 @@ impl Discovery {
     async fn take_ready(&mut self, ready: &pb::WatchReady) -> Result<(), Ended> {
         self.map.enter_epoch(ready.epoch);
         if let Some(mesh) = &ready.mesh {
-            let mesh = pb::Change { kind: Some(pb::change::Kind::Mesh(mesh.clone())) };
-            let changes = pb::Changes { changes: vec![mesh], revision: 0, synced: false };
-            self.take_changes(changes).await?;
+            let mesh = pb::change::Kind::Mesh(mesh.clone());
+            self.take_changes(pb::Changes::of([mesh], 0)).await?;
         }
         if let Some(grant) = &ready.grant {
             self.take_grant(grant.clone()).await?;
@@ -477,9 +476,8 @@ impl Discovery {
             return Ok(());
         }
         let Ok(tombstone) = pb::Signed::decode(status.details()) else { return Ok(()) };
-        let kind = Some(pb::change::Kind::Tombstone(tombstone));
-        let changes = vec![pb::Change { kind }];
-        self.take_changes(pb::Changes { changes, revision: 0, synced: false }).await?;
+        let tombstone = pb::change::Kind::Tombstone(tombstone);
+        self.take_changes(pb::Changes::of([tombstone], 0)).await?;
         let (state, encoded) = (self.state.clone(), self.map.encode());
         // The map is written immediately, so that the tombstone survives a restart.
         if let Err(error) = state.store_map(&encoded) {

@@ -222,9 +222,8 @@ mod tests {
 
         let entry = ca.entry(node(2).prefixes(&["172.20.0.0/16"]));
         let mut map = MapCache::new(membership.ca_key, membership.grant.node_id);
-        let upsert = pb::Change { kind: Some(pb::change::Kind::Upsert(entry)) };
-        let changes = pb::Changes { changes: vec![upsert], revision: 1, synced: true };
-        assert_eq!(map.apply(changes).refused, [""; 0]);
+        let upsert = pb::change::Kind::Upsert(entry);
+        assert_eq!(map.apply(pb::Changes::of([upsert], 1)).refused, [""; 0]);
         state.store_map(&map.encode()).unwrap();
         state
             .store_prefixes(&CachedPrefixes {

@@ -95,11 +95,12 @@ impl MapCache {
     pub fn apply(&mut self, changes: pb::Changes) -> Applied {
         let mut applied = Applied::default();
         self.revision = self.revision.max(changes.revision);
-        for change in changes.changes.into_iter().filter_map(|change| change.kind) {
+        for change in changes.kinds() {
             let result = match change {
-                pb::change::Kind::Upsert(entry) => self.upsert(entry),
-                pb::change::Kind::Tombstone(tombstone) => self.remove_node(tombstone),
-                pb::change::Kind::Mesh(mesh) => self.configure(mesh),
+                Ok(pb::change::Kind::Upsert(entry)) => self.upsert(entry),
+                Ok(pb::change::Kind::Tombstone(tombstone)) => self.remove_node(tombstone),
+                Ok(pb::change::Kind::Mesh(mesh)) => self.configure(mesh),
+                Err(malformed) => Err(malformed.into()),
             };
             match result {
                 Ok(change) => applied.changes.extend(change),
@@ -159,15 +160,7 @@ impl MapCache {
         let upserts = self.entries.values().cloned().map(pb::change::Kind::Upsert);
         let tombstones = self.tombstones.values().cloned().map(pb::change::Kind::Tombstone);
         let mesh = self.mesh.iter().map(|(signed, _)| pb::change::Kind::Mesh(signed.clone()));
-        let changes = pb::Changes {
-            changes: mesh
-                .chain(tombstones)
-                .chain(upserts)
-                .map(|kind| pb::Change { kind: Some(kind) })
-                .collect(),
-            revision: self.revision,
-            synced: true,
-        };
+        let changes = pb::Changes::of(mesh.chain(tombstones).chain(upserts), self.revision);
         let mut bytes = MAGIC.to_vec();
         bytes.extend_from_slice(&self.epoch.to_be_bytes());
         bytes.extend_from_slice(&changes.encode_to_vec());
@@ -214,8 +207,7 @@ mod tests {
     use super::*;
 
     fn changes(revision: u64, kinds: Vec<pb::change::Kind>) -> pb::Changes {
-        let changes = kinds.into_iter().map(|kind| pb::Change { kind: Some(kind) }).collect();
-        pb::Changes { changes, revision, synced: true }
+        pb::Changes::of(kinds, revision)
     }
 
     use pb::change::Kind::{Tombstone as Bury, Upsert};

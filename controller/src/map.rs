@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use parking_lot::RwLock;
-use prost::Message;
+use prost::bytes::Bytes;
 use tokio::sync::watch;
 use towline_proto::id::{IdentityKey, NodeId, NodeName};
 use towline_proto::{limits, pb};
@@ -82,6 +82,8 @@ struct Inner {
     /// Items by the revision of their newest state. Each item occurs once.
     index: BTreeMap<u64, Item>,
     mesh_revision: u64,
+    /// Bytes of changes that were encoded, for tests of the cost of a change.
+    encoded: u64,
 }
 
 /// A node, with the revision of its newest state.
@@ -89,7 +91,7 @@ struct Node {
     revision: u64,
     name: NodeName,
     identity: IdentityKey,
-    entry: pb::Entry,
+    grant: pb::Signed,
 }
 
 /// A removed node, with the revision of its removal.
@@ -99,12 +101,10 @@ struct Removed {
     tombstone: pb::Signed,
 }
 
-/// An item of the map that has a revision.
-#[derive(Clone, Copy)]
-enum Item {
-    Node(NodeId),
-    Removed(NodeId),
-    Mesh,
+/// An item of the map: a node, a tombstone or the mesh.
+struct Item {
+    /// Encoded [`pb::Change`] with its newest state, which is the same for every watcher.
+    change: Bytes,
 }
 
 impl MapChange {
@@ -170,7 +170,7 @@ impl Map {
         let inner = self.inner.read();
         match inner.nodes.get(&node) {
             Some(member) if member.identity == *identity => {
-                Ok((member.name.clone(), member.entry.grant.clone().unwrap_or_default()))
+                Ok((member.name.clone(), member.grant.clone()))
             }
             Some(_) => Err(AccessError::Key { node }),
             None => Err(inner.missing(node).into()),
@@ -187,7 +187,7 @@ impl Map {
     pub fn grant(&self, node: NodeId) -> Result<pb::Signed, NodeAbsent> {
         let inner = self.inner.read();
         let member = inner.nodes.get(&node).ok_or_else(|| inner.missing(node))?;
-        Ok(member.entry.grant.clone().unwrap_or_default())
+        Ok(member.grant.clone())
     }
 
     /// Returns the signed tombstone of a removed node.
@@ -195,15 +195,20 @@ impl Map {
         self.inner.read().removed.get(&node).map(|removed| removed.tombstone.clone())
     }
 
+    /// Returns how many bytes of changes were encoded since the map was created. Tests hold with it
+    /// that the cost of a change does not grow with the map or its watchers.
+    pub fn encoded(&self) -> u64 {
+        self.inner.read().encoded
+    }
+
     /// Returns the changes after `cursor` that fit in one message, and whether they are all. The
-    /// message's revision is the next cursor.
+    /// message's revision is the next cursor. All watchers share the encoded bytes of a change.
     pub fn changes_after(&self, cursor: u64) -> (pb::Changes, bool) {
         let inner = self.inner.read();
         let mut message = pb::Changes { changes: Vec::new(), revision: cursor, synced: false };
         let mut bytes = 0;
         for (&revision, item) in inner.index.range(cursor.saturating_add(1)..) {
-            let Some(change) = inner.change(*item) else { continue };
-            let size = change.encoded_len();
+            let size = item.change.len();
             let full = message.changes.len() >= limits::CHANGES
                 || (bytes + size > limits::CHANGES_BYTES && !message.changes.is_empty());
             if full {
@@ -211,7 +216,7 @@ impl Map {
             }
             bytes += size;
             message.revision = revision;
-            message.changes.push(change);
+            message.changes.push(item.change.clone());
         }
         // Changes that are not part of the map may have raised the revision further.
         message.revision = message.revision.max(inner.revision);
@@ -229,31 +234,35 @@ impl Inner {
     fn apply(&mut self, change: MapChange) {
         let revision = change.revision();
         self.revision = self.revision.max(revision);
-        let item = match change {
+        let kind = match change {
             MapChange::Node { revision, id, name, identity, entry } => {
-                let node = Node { revision, name, identity, entry };
+                let grant = entry.grant.clone().unwrap_or_default();
+                let node = Node { revision, name, identity, grant };
                 if let Some(old) = self.nodes.insert(id, node) {
                     self.index.remove(&old.revision);
                 }
-                Item::Node(id)
+                pb::change::Kind::Upsert(entry)
             }
             MapChange::Removed { revision, id, name, tombstone } => {
                 if let Some(old) = self.nodes.remove(&id) {
                     self.index.remove(&old.revision);
                 }
-                if let Some(old) = self.removed.insert(id, Removed { revision, name, tombstone }) {
+                let removed = Removed { revision, name, tombstone: tombstone.clone() };
+                if let Some(old) = self.removed.insert(id, removed) {
                     self.index.remove(&old.revision);
                 }
-                Item::Removed(id)
+                pb::change::Kind::Tombstone(tombstone)
             }
             MapChange::Mesh { revision, signed } => {
                 self.index.remove(&self.mesh_revision);
                 self.mesh_revision = revision;
-                self.mesh = signed;
-                Item::Mesh
+                self.mesh = signed.clone();
+                pb::change::Kind::Mesh(signed)
             }
         };
-        self.index.insert(revision, item);
+        let change = pb::Change::encoded(kind);
+        self.encoded += change.len() as u64;
+        self.index.insert(revision, Item { change });
     }
 
     fn missing(&self, node: NodeId) -> NodeAbsent {
@@ -262,21 +271,12 @@ impl Inner {
             None => NodeAbsent::Unknown { node },
         }
     }
-
-    fn change(&self, item: Item) -> Option<pb::Change> {
-        let kind = match item {
-            Item::Node(id) => pb::change::Kind::Upsert(self.nodes.get(&id)?.entry.clone()),
-            Item::Removed(id) => {
-                pb::change::Kind::Tombstone(self.removed.get(&id)?.tombstone.clone())
-            }
-            Item::Mesh => pb::change::Kind::Mesh(self.mesh.clone()),
-        };
-        Some(pb::Change { kind: Some(kind) })
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use prost::Message;
+
     use super::*;
 
     fn upsert(revision: u64, id: u8, size: usize) -> MapChange {
@@ -291,12 +291,12 @@ mod tests {
     }
 
     fn ids(changes: &pb::Changes) -> Vec<u8> {
-        let id = |change: &pb::Change| match change.kind.as_ref().unwrap() {
-            pb::change::Kind::Upsert(entry) => entry.grant.as_ref().unwrap().body[0],
+        let id = |kind: Result<pb::change::Kind, _>| match kind.unwrap() {
+            pb::change::Kind::Upsert(entry) => entry.grant.unwrap().body[0],
             pb::change::Kind::Tombstone(_) => 0,
             pb::change::Kind::Mesh(_) => 255,
         };
-        changes.changes.iter().map(id).collect()
+        changes.kinds().map(id).collect()
     }
 
     #[test]
@@ -346,5 +346,21 @@ mod tests {
         map.apply(1, 2, vec![MapChange::Removed { revision: 2, id, name, tombstone }]);
         assert!(matches!(map.absence(id), Some(NodeAbsent::Removed { .. })));
         assert_eq!(ids(&map.changes_after(0).0), [0]);
+    }
+
+    #[test]
+    fn a_change_is_encoded_once_whatever_the_number_of_nodes_and_watchers() {
+        let cost = |nodes: u64| {
+            let map = Map::new();
+            map.apply(1, nodes, (1..=nodes).map(|i| upsert(i, i as u8, 200)).collect());
+            let before = map.encoded();
+            map.apply(1, nodes + 1, vec![upsert(nodes + 1, 1, 200)]);
+            let messages: Vec<pb::Changes> = (0..50).map(|_| map.changes_after(nodes).0).collect();
+            let shared = messages[0].changes[0].as_ptr();
+            assert!(messages.iter().all(|message| message.changes[0].as_ptr() == shared));
+            map.encoded() - before
+        };
+        assert_eq!(cost(4), cost(200));
+        assert!(cost(200) < 400);
     }
 }

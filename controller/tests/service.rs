@@ -215,9 +215,8 @@ async fn a_slow_watcher_gets_the_newest_state_and_no_queue() {
     loop {
         let changes = watch.changes().await.unwrap();
         let newest = changes
-            .changes
-            .iter()
-            .filter_map(|change| upsert(change.kind.as_ref().unwrap(), &ca))
+            .kinds()
+            .filter_map(|kind| upsert(&kind.unwrap(), &ca))
             .filter(|(id, _)| *id == wide.id())
             .inspect(|_| received += 1)
             .filter_map(|(_, generation)| generation)

@@ -8,6 +8,7 @@ pub use towline_types::{
     backoff, frame, id, limits, mtu, node, ownership, rate, source_limiter, stun, token,
 };
 
+mod changes;
 pub mod convert;
 pub mod join_proof;
 pub mod signed;

@@ -111,7 +111,7 @@ pub fn signed(bytes: &[u8]) {
 pub fn map(bytes: &[u8]) {
     let Ok(message) = pb::WatchResponse::decode(bytes) else { return };
     let Some(pb::watch_response::Kind::Changes(changes)) = message.kind else { return };
-    for change in changes.changes.into_iter().filter_map(|change| change.kind) {
+    for change in changes.kinds().flatten() {
         match change {
             pb::change::Kind::Upsert(entry) => {
                 if let Ok(Some(node)) = signed::node(&entry, &CA.public()) {
@@ -391,8 +391,7 @@ fn map_seeds() -> Vec<Vec<u8>> {
     changes
         .into_iter()
         .map(|kind| {
-            let changes = vec![pb::Change { kind: Some(kind) }];
-            let changes = pb::Changes { changes, revision: 7, synced: true };
+            let changes = pb::Changes::of([kind], 7);
             let kind = Some(pb::watch_response::Kind::Changes(changes));
             pb::WatchResponse { kind }.encode_to_vec()
         })

@@ -181,8 +181,7 @@ pub fn ready(epoch: u64) -> pb::watch_response::Kind {
 
 /// Returns a message of the map.
 pub fn changes(revision: u64, kinds: Vec<pb::change::Kind>) -> pb::watch_response::Kind {
-    let changes = kinds.into_iter().map(|kind| pb::Change { kind: Some(kind) }).collect();
-    pb::watch_response::Kind::Changes(pb::Changes { changes, revision, synced: true })
+    pb::watch_response::Kind::Changes(pb::Changes::of(kinds, revision))
 }
 
 /// A TLS stream in the form that tonic accepts.
