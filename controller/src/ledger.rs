@@ -203,6 +203,16 @@ impl Ledger {
         changes
     }
 
+    /// Returns every record as it is stored, sorted by key.
+    pub fn records(&self, sessions: &Sessions, now: Now) -> Vec<StoreRecord> {
+        let keys = self.keys().chain([Key::Counters, Key::LastSeen]);
+        let records =
+            keys.filter_map(|key| Some((key_text(key), self.encode(key, sessions, now)?)));
+        let mut records: Vec<StoreRecord> = records.collect();
+        records.sort_unstable();
+        records
+    }
+
     /// Returns the complete map, sorted by revision.
     pub fn map(&self) -> Vec<MapChange> {
         let mut map: Vec<MapChange> = self.keys().filter_map(|key| self.map_change(key)).collect();
@@ -471,6 +481,12 @@ mod tests {
         };
         assert_eq!(names(&world.view), ["n1", "n3", "n4"]);
         assert_eq!(world.view.node(&"n3".parse().unwrap()).unwrap().problems, ["a problem"]);
+        let again = Ledger::load(
+            AUTHORITY.clone(),
+            world.ledger.records(&world.sessions, world.now),
+            world.now,
+        );
+        assert_eq!(again.unwrap().map().len(), loaded.map().len(), "a backup is complete");
         let view = crate::view::View::default();
         view.replace(loaded.view());
         assert_eq!(names(&view), names(&world.view));

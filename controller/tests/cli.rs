@@ -95,6 +95,31 @@ fn tokens(dir: &str) -> Vec<serde_json::Value> {
 }
 
 #[test]
+fn a_backup_of_a_running_controller_can_take_the_place_of_its_store() {
+    let root = tempfile::tempdir().unwrap();
+    let (dir, file) = (root.path().join("state"), root.path().join("copy.redb"));
+    let (state, copy) = (dir.to_str().unwrap(), file.to_str().unwrap());
+    let tokens = || stdout(&run(&["--state-dir", state, "token", "list", "-o", "json"]));
+    let running = Running::start(&dir);
+    stdout(&run(&["--state-dir", state, "token", "create", "--name", "kept"]));
+    let saved = stdout(&run(&["--state-dir", state, "backup", copy]));
+    assert!(saved.contains("ca.key"), "{saved}");
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    let again = run(&["--state-dir", state, "backup", copy]);
+    assert!(String::from_utf8_lossy(&again.stderr).contains("name a new file"), "{again:?}");
+    stdout(&run(&["--state-dir", state, "token", "create", "--name", "later"]));
+    running.kill();
+
+    // The start after the backup must be counted, so that the restored store is behind.
+    Running::start(&dir).kill();
+    std::fs::copy(&file, dir.join("towline.redb")).unwrap();
+    let _running = Running::start(&dir);
+    let listed = tokens();
+    assert!(listed.contains("kept") && !listed.contains("later"), "{listed}");
+    assert!(listed.contains("revoked"), "open tokens of a backup are void: {listed}");
+}
+
+#[test]
 fn tokens_are_created_listed_and_revoked() {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().to_str().unwrap();

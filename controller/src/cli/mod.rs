@@ -4,6 +4,7 @@
 //! `serve` runs the controller. The commands `token`, `node` and `mesh` call a running one over
 //! gRPC, with the administrator's credential from the state directory. They never open the store.
 
+mod backup;
 mod client;
 mod mesh;
 mod node;
@@ -64,6 +65,8 @@ enum Command {
     /// Show and change the configuration of the mesh
     #[command(subcommand)]
     Mesh(mesh::Mesh),
+    /// Copy the store of the running controller into a new file
+    Backup(backup::Backup),
     /// Check the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -176,6 +179,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Token(command) => block_on(token::run(command, &common)),
         Command::Node(command) => block_on(node::run(command, &common)),
         Command::Mesh(command) => block_on(mesh::run(command, &common)),
+        Command::Backup(command) => Ok(output::print(&block_on(command.run(&common))?)?),
         Command::Config(ConfigCommand::Check(serve)) => {
             serve.settings(&common)?.resolve()?;
             eprintln!("the configuration is valid");

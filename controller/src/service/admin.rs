@@ -1,8 +1,10 @@
 //! RPCs for operators: tokens, nodes and the mesh configuration.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::Stream;
 use tonic::{Request, Response, Status};
 use towline_proto::convert::{self, Invalid};
 use towline_proto::id::{InvalidId, NodeName, TokenId};
@@ -171,6 +173,39 @@ impl Admin for AdminService {
         let mesh = self.shared.map.mesh();
         Ok(Response::new(pb::ConfigureMeshResponse { mesh: Some(mesh) }))
     }
+
+    type BackupStream = Pin<Box<dyn Stream<Item = Result<pb::BackupResponse, Status>> + Send>>;
+
+    async fn backup(
+        &self,
+        _: Request<pb::BackupRequest>,
+    ) -> Result<Response<Self::BackupStream>, Status> {
+        // The answer comes after the transaction, so that the backup has only what is stored.
+        let read = |ledger: &mut Ledger, sessions: &Sessions, now| ledger.records(sessions, now);
+        let records = self.shared.apply(read).await?;
+        let messages = backup_messages(records).into_iter().map(Ok);
+        Ok(Response::new(Box::pin(tokio_stream::iter(messages))))
+    }
+}
+
+/// Divides records into messages, the last of which is marked.
+fn backup_messages(records: Vec<(String, Vec<u8>)>) -> Vec<pb::BackupResponse> {
+    let mut messages = vec![pb::BackupResponse::default()];
+    let mut bytes = 0;
+    for (key, value) in records {
+        bytes += key.len() + value.len();
+        if bytes > limits::CHANGES_BYTES {
+            bytes = key.len() + value.len();
+            messages.push(pb::BackupResponse::default());
+        }
+        if let Some(message) = messages.last_mut() {
+            message.records.push(pb::StoredRecord { key, value });
+        }
+    }
+    if let Some(last) = messages.last_mut() {
+        last.complete = true;
+    }
+    messages
 }
 
 /// Returns the items that fit in one message, at least one, and whether there are more.

@@ -48,6 +48,7 @@ pub const ROLES: &[(&str, Role)] = &[
     ("/towline.v1.Admin/RemoveNode", Role::Admin),
     ("/towline.v1.Admin/GetMesh", Role::Admin),
     ("/towline.v1.Admin/ConfigureMesh", Role::Admin),
+    ("/towline.v1.Admin/Backup", Role::Admin),
 ];
 
 /// Client that calls an RPC, an extension of each request that passed the [`Authorizer`].
