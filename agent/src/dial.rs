@@ -98,7 +98,15 @@ pub async fn dial(
     config: Arc<ClientConfig>,
     mark: u32,
 ) -> Result<Connection, DialError> {
-    let tcp = connect(address, mark).await?;
+    over(connect(address, mark).await?, address, config).await
+}
+
+/// Opens TLS and HTTP/2 on a connection to `address`.
+pub async fn over(
+    tcp: TcpStream,
+    address: &ControllerAddress,
+    config: Arc<ClientConfig>,
+) -> Result<Connection, DialError> {
     let failed = |source| tls_error(address, source);
     let remote = tcp.peer_addr().map_err(failed)?;
     let local = tcp.local_addr().map_err(failed)?;
@@ -163,6 +171,14 @@ async fn connect_one(remote: SocketAddr, mark: u32) -> io::Result<TcpStream> {
         Err(error) => return Err(error),
     }
     socket.set_nodelay(true)?;
+    // The kernel notices within 5 + 3 * 3 = 14 s that the controller is gone, without heartbeats.
+    let keepalive = socket2::TcpKeepalive::new()
+        .with_time(Duration::from_secs(5))
+        .with_interval(Duration::from_secs(3))
+        .with_retries(3);
+    let options = socket2::SockRef::from(&socket);
+    options.set_tcp_keepalive(&keepalive)?;
+    options.set_tcp_user_timeout(Some(Duration::from_secs(14)))?;
     socket.connect(remote).await
 }
 

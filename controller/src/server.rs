@@ -52,7 +52,7 @@ const CERTIFICATE_CHECK: Duration = Duration::from_secs(300);
 /// Interval of the registry's periodic work, see [`Registry::tick`](towline_registry::Registry::tick).
 const TICK: Duration = Duration::from_secs(5);
 /// Interval of HTTP/2 pings on idle connections, and the timeout of a ping.
-const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(10));
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(10));
 /// Largest number of concurrent HTTP/2 streams on one connection.
 const STREAMS: u32 = 32;
 
