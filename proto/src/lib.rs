@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub use towline_types::{
-    backoff, frame, id, limits, mtu, node, ownership, rate, source_limiter, stun, token,
+    backoff, cursor, frame, id, limits, mtu, node, ownership, rate, source_limiter, stun, token,
 };
 
 mod changes;

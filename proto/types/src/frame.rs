@@ -53,6 +53,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
+use crate::cursor::Cursor;
 use crate::id::WireguardKey;
 use crate::limits;
 use crate::node::{Candidate, CandidateKind};
@@ -222,9 +223,6 @@ pub enum Probe {
     },
 }
 
-/// Bytes in an encoded address and port.
-const ADDRESS_BYTES: usize = 18;
-
 impl Probe {
     /// Returns the body, padded to [`PROBE_BODY_BYTES`] if it is shorter.
     pub fn encode(&self) -> Vec<u8> {
@@ -255,10 +253,10 @@ impl Probe {
                 bytes.extend_from_slice(peer.as_bytes());
             }
             Self::CallMe { boot_epoch, candidates, .. } => {
-                let candidates = &candidates[..candidates.len().min(limits::CANDIDATES)];
+                let count = candidates.len().min(limits::CANDIDATES);
                 bytes.extend_from_slice(&boot_epoch.to_be_bytes());
-                bytes.push(candidates.len() as u8);
-                for candidate in candidates {
+                bytes.push(count as u8);
+                for candidate in candidates.iter().take(count) {
                     bytes.push(candidate_code(candidate.kind()));
                     put_address(&mut bytes, candidate.address());
                 }
@@ -270,34 +268,37 @@ impl Probe {
 
     /// Parses a decrypted body. Padding is ignored.
     pub fn decode(body: &[u8]) -> Option<Self> {
-        let (head, rest) = body.split_first_chunk::<16>()?;
-        let transaction = u64::from_be_bytes(*head[8..].first_chunk()?);
-        let word = |at: usize| Some(u64::from_be_bytes(*rest.get(at..)?.first_chunk()?));
-        let key = |at: usize| Some(WireguardKey(*rest.get(at..)?.first_chunk()?));
-        Some(match head[0] {
+        let ([kind, _, _, _, _, _, _, _], rest) = Cursor::new(body)?.chunk()?;
+        let (transaction, rest) = take_word(rest)?;
+        Some(match kind {
             1 => Self::Ping { transaction },
-            2 => Self::Pong { transaction, observed: take_address(rest)? },
+            2 => Self::Pong { transaction, observed: take_address(rest)?.0 },
             3 => Self::Register { transaction },
             4 => {
-                let seconds = u32::from_be_bytes(*rest.first_chunk()?);
+                let seconds = u32::from_be_bytes(*rest?.chunk()?.0);
                 Self::Registered { transaction, lifetime: Duration::from_secs(seconds.into()) }
             }
-            5 => Self::Open { transaction, peer: key(0)? },
-            6 => Self::Opened { transaction, channel: word(0)? },
+            5 => Self::Open { transaction, peer: WireguardKey(*rest?.chunk()?.0) },
+            6 => Self::Opened { transaction, channel: take_word(rest)?.0 },
             7 => Self::Refused { transaction },
-            8 => Self::Incoming { channel: word(0)?, peer: key(8)? },
+            8 => {
+                let (channel, rest) = take_word(rest)?;
+                Self::Incoming { channel, peer: WireguardKey(*rest?.chunk()?.0) }
+            }
             9 => {
-                let boot_epoch = word(0)?;
-                let count = usize::from(*rest.get(8)?);
+                let (boot_epoch, rest) = take_word(rest)?;
+                let (count, mut rest) = rest?.byte()?;
+                let count = usize::from(count);
                 if count > limits::CANDIDATES {
                     return None;
                 }
-                let listed = rest.get(9..9 + count * (1 + ADDRESS_BYTES))?;
-                let candidates = listed.chunks(1 + ADDRESS_BYTES).map(|candidate| {
-                    let (code, address) = candidate.split_first()?;
-                    Candidate::new(candidate_kind(*code)?, take_address(address)?)
-                });
-                let candidates = candidates.collect::<Option<_>>()?;
+                let mut candidates = Vec::with_capacity(count);
+                for _ in 0..count {
+                    let (code, address) = rest?.byte()?;
+                    let (address, after) = take_address(address)?;
+                    candidates.push(Candidate::new(candidate_kind(code)?, address)?);
+                    rest = after;
+                }
                 Self::CallMe { boot_epoch, number: transaction, candidates }
             }
             _ => return None,
@@ -314,10 +315,19 @@ fn put_address(bytes: &mut Vec<u8>, address: SocketAddr) {
     bytes.extend_from_slice(&address.port().to_be_bytes());
 }
 
-fn take_address(bytes: &[u8]) -> Option<SocketAddr> {
-    let (ip, rest) = bytes.split_first_chunk::<16>()?;
-    let port = u16::from_be_bytes(*rest.first_chunk()?);
-    Some(SocketAddr::new(IpAddr::V6(Ipv6Addr::from(*ip)).to_canonical(), port))
+/// What a step of a parser leaves, see [`Cursor`].
+type Rest<'a> = Option<Cursor<'a>>;
+
+fn take_word(bytes: Rest<'_>) -> Option<(u64, Rest<'_>)> {
+    let (word, rest) = bytes?.chunk()?;
+    Some((u64::from_be_bytes(*word), rest))
+}
+
+fn take_address(bytes: Rest<'_>) -> Option<(SocketAddr, Rest<'_>)> {
+    let (ip, rest) = bytes?.chunk::<16>()?;
+    let (port, rest) = rest?.chunk()?;
+    let ip = IpAddr::V6(Ipv6Addr::from(*ip)).to_canonical();
+    Some((SocketAddr::new(ip, u16::from_be_bytes(*port)), rest))
 }
 
 fn candidate_code(kind: CandidateKind) -> u8 {

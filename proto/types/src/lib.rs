@@ -13,14 +13,17 @@
 //! | [`frame`] | datagrams on the shared UDP port: their kinds, probes, relayed datagrams |
 //! | [`stun`] | STUN binding requests and responses (RFC 8489) |
 //! | [`mtu`] | the MTU of the mesh's link |
+//! | [`cursor`] | bytes that a parser reads step by step |
 //! | [`rate`] | the token bucket |
 //! | [`source_limiter`] | a token bucket for each source address |
 //! | [`backoff`] | pauses between attempts, with jitter |
 //! | [`limits`] | every bound on outside input |
 
 #![forbid(unsafe_code)]
+#![deny(clippy::indexing_slicing)]
 
 pub mod backoff;
+pub mod cursor;
 pub mod frame;
 pub mod id;
 pub mod limits;

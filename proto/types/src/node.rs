@@ -153,6 +153,8 @@ pub struct Record {
 pub struct Node {
     grant: Grant,
     record: Record,
+    /// First key of the record.
+    wireguard_key: WireguardKey,
 }
 
 /// Reason why a grant does not allow a record.
@@ -166,6 +168,9 @@ pub enum NotGranted {
         /// Node id of the record.
         record: NodeId,
     },
+    /// The record has no WireGuard key.
+    #[error("the record has no WireGuard key")]
+    NoKey,
     /// The record has a WireGuard key that is not in the grant.
     #[error("WireGuard key {0} is not granted: join again with a new token")]
     Key(WireguardKey),
@@ -191,7 +196,8 @@ impl Node {
         if let Some(prefix) = record.prefixes.iter().find(|p| !grant.allows(p)) {
             return Err(NotGranted::Prefix(*prefix));
         }
-        Ok(Self { grant, record })
+        let wireguard_key = *record.wireguard_keys.first().ok_or(NotGranted::NoKey)?;
+        Ok(Self { grant, record, wireguard_key })
     }
 
     /// Returns the node without the prefixes in `withheld`, which another node holds.
@@ -223,7 +229,7 @@ impl Node {
 
     /// Returns the public key of the node's WireGuard tunnel.
     pub fn wireguard_key(&self) -> WireguardKey {
-        self.record.wireguard_keys[0]
+        self.wireguard_key
     }
 }
 

@@ -9,7 +9,9 @@
 //! response, so they cannot be used for amplification.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroUsize;
 
+use crate::cursor::Cursor;
 use crate::frame::STUN_COOKIE;
 
 /// Bytes in the header before the attributes (RFC 8489 section 5).
@@ -70,8 +72,9 @@ impl Message {
         }
         let kind = u16::from_be_bytes([t0, t1]);
         let (mut xored, mut plain) = (None, None);
-        let mut rest = attributes;
-        while let Some((attribute, value, after)) = next_attribute(rest) {
+        let mut rest = Cursor::new(attributes);
+        while let Some(here) = rest {
+            let (attribute, value, after) = next_attribute(here)?;
             match attribute {
                 XOR_MAPPED_ADDRESS if xored.is_none() => {
                     xored = Some(address(value, &STUN_COOKIE, &transaction)?);
@@ -81,18 +84,15 @@ impl Message {
                 }
                 FINGERPRINT => {
                     // FINGERPRINT is the last attribute and covers everything before it.
-                    let covered = &datagram[..datagram.len() - rest.len()];
+                    let covered = datagram.strip_suffix(here.bytes())?;
                     let expected = (crc32fast::hash(covered) ^ FINGERPRINT_XOR).to_be_bytes();
-                    if value != expected || !after.is_empty() {
+                    if value != expected || after.is_some() {
                         return None;
                     }
                 }
                 _ => {}
             }
             rest = after;
-        }
-        if !rest.is_empty() {
-            return None;
         }
         match kind {
             BINDING_REQUEST => Some(Self::Request { transaction }),
@@ -105,7 +105,8 @@ impl Message {
 /// Returns a binding request.
 pub fn request(transaction: Transaction) -> [u8; REQUEST_BYTES] {
     let mut bytes = [0; REQUEST_BYTES];
-    header(&mut bytes, BINDING_REQUEST, transaction);
+    let length = REQUEST_BYTES - HEADER_BYTES;
+    bytes[..HEADER_BYTES].copy_from_slice(&header(BINDING_REQUEST, length, transaction));
     bytes[20..22].copy_from_slice(&SOFTWARE_ATTRIBUTE.to_be_bytes());
     bytes[22..24].copy_from_slice(&(SOFTWARE.len() as u16).to_be_bytes());
     bytes[24..].copy_from_slice(SOFTWARE);
@@ -122,7 +123,8 @@ pub fn answer(datagram: &[u8], from: SocketAddr) -> Option<([u8; ANSWER_BYTES], 
     if datagram.len() < len {
         return None;
     }
-    header(&mut bytes[..len], BINDING_SUCCESS, transaction);
+    let header = header(BINDING_SUCCESS, len - HEADER_BYTES, transaction);
+    bytes[..HEADER_BYTES].copy_from_slice(&header);
     bytes[20..22].copy_from_slice(&XOR_MAPPED_ADDRESS.to_be_bytes());
     bytes[22..24].copy_from_slice(&((len - HEADER_BYTES - 4) as u16).to_be_bytes());
     let port = from.port() ^ u16::from_be_bytes([STUN_COOKIE[0], STUN_COOKIE[1]]);
@@ -141,21 +143,27 @@ pub fn answer(datagram: &[u8], from: SocketAddr) -> Option<([u8; ANSWER_BYTES], 
     Some((bytes, len))
 }
 
-fn header(message: &mut [u8], kind: u16, transaction: Transaction) {
-    let length = (message.len() - HEADER_BYTES) as u16;
-    message[0..2].copy_from_slice(&kind.to_be_bytes());
-    message[2..4].copy_from_slice(&length.to_be_bytes());
-    message[4..8].copy_from_slice(&STUN_COOKIE);
-    message[8..20].copy_from_slice(&transaction);
+/// Returns the header of a message with `length` bytes of attributes.
+fn header(kind: u16, length: usize, transaction: Transaction) -> [u8; HEADER_BYTES] {
+    let mut header = [0; HEADER_BYTES];
+    header[0..2].copy_from_slice(&kind.to_be_bytes());
+    header[2..4].copy_from_slice(&(length as u16).to_be_bytes());
+    header[4..8].copy_from_slice(&STUN_COOKIE);
+    header[8..20].copy_from_slice(&transaction);
+    header
 }
 
-/// Returns the type and value of the first attribute, and the bytes after its padding.
-fn next_attribute(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
-    let ([t0, t1, l0, l1], rest) = bytes.split_first_chunk::<4>()?;
+/// Returns the type and value of the first attribute, and the bytes after its padding. `None` if it is
+/// cut off.
+fn next_attribute(bytes: Cursor<'_>) -> Option<(u16, &[u8], Option<Cursor<'_>>)> {
+    let ([t0, t1, l0, l1], rest) = bytes.chunk()?;
+    let kind = u16::from_be_bytes([*t0, *t1]);
     let length = usize::from(u16::from_be_bytes([*l0, *l1]));
-    let value = rest.get(..length)?;
-    let after = rest.get(length.next_multiple_of(4)..)?;
-    Some((u16::from_be_bytes([*t0, *t1]), value, after))
+    let Some(padded) = NonZeroUsize::new(length.next_multiple_of(4)) else {
+        return Some((kind, &[], rest));
+    };
+    let (padded, after) = rest?.take(padded)?;
+    Some((kind, padded.get(..length)?, after))
 }
 
 /// Parses XOR-MAPPED-ADDRESS (RFC 8489 section 14.2). With a cookie and a transaction of zeros it

@@ -12,11 +12,13 @@
 //! ```
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::str::FromStr;
 
 use data_encoding::BASE64URL_NOPAD;
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
+use crate::cursor::Cursor;
 use crate::id::{Fingerprint, TokenId};
 use crate::limits;
 
@@ -116,9 +118,9 @@ pub enum InvalidToken {
 impl JoinToken {
     /// Returns the token as text. It contains the secret: show it once, to its owner.
     pub fn encode(&self) -> String {
-        let controllers = &self.controllers[..self.controllers.len().min(limits::CONTROLLERS)];
+        let controllers = self.controllers.iter().take(limits::CONTROLLERS);
         // Reserve the whole length: a buffer that grows leaves copies of the secret in memory.
-        let addresses: usize = controllers.iter().map(|address| 1 + address.as_str().len()).sum();
+        let addresses: usize = controllers.clone().map(|address| 1 + address.as_str().len()).sum();
         let mut bytes = Zeroizing::new(Vec::with_capacity(128 + addresses));
         bytes.extend_from_slice(&self.ca.0);
         bytes.extend_from_slice(&self.id.0);
@@ -152,21 +154,22 @@ impl FromStr for JoinToken {
 }
 
 fn decode_body(body: &[u8]) -> Option<JoinToken> {
-    let (ca, rest) = body.split_first_chunk::<32>()?;
-    let (id, rest) = rest.split_first_chunk::<8>()?;
-    let (secret, rest) = rest.split_first_chunk::<32>()?;
-    let (&count, mut rest) = rest.split_first()?;
+    let (ca, rest) = Cursor::new(body)?.chunk()?;
+    let (id, rest) = rest?.chunk()?;
+    let (secret, rest) = rest?.chunk()?;
+    let (count, mut rest) = rest?.byte()?;
     if count == 0 || usize::from(count) > limits::CONTROLLERS {
         return None;
     }
     let mut controllers = Vec::with_capacity(usize::from(count));
     for _ in 0..count {
-        let (&len, tail) = rest.split_first()?;
-        let (text, tail) = tail.split_at_checked(usize::from(len))?;
+        let (len, after) = rest?.byte()?;
+        // An empty address is none.
+        let (text, after) = after?.take(NonZeroUsize::new(len.into())?)?;
         controllers.push(std::str::from_utf8(text).ok()?.parse().ok()?);
-        rest = tail;
+        rest = after;
     }
-    rest.is_empty().then_some(JoinToken {
+    rest.is_none().then_some(JoinToken {
         ca: Fingerprint(*ca),
         id: TokenId(*id),
         secret: TokenSecret(*secret),
