@@ -2,6 +2,8 @@
 //! its packets. A batch is allocated once and reused: nothing here allocates after construction
 //! while the batch stays within the number of packets it was created for.
 
+#![deny(clippy::indexing_slicing)]
+
 use std::num::NonZeroUsize;
 use std::slice::Chunks;
 
@@ -90,15 +92,17 @@ impl SendBatch {
     /// room for the header of its relay channel, if it has one.
     pub fn place(&mut self, to: &Path, need: usize) -> Option<&mut [u8]> {
         let header = header_bytes(to);
-        Some(&mut self.spare(header + need)?[header..])
+        self.spare(header + need)?.get_mut(header..)
     }
 
     /// Appends the first `len` bytes of [`SendBatch::place`] as a datagram for `to`.
     pub fn commit(&mut self, to: &Destination, len: usize) {
         let len = match to.path.channel {
             Some(channel) => {
-                self.bytes[self.used..][..RELAYED_HEADER_BYTES]
-                    .copy_from_slice(&relayed_header(channel.0));
+                let place = self.bytes.get_mut(self.used..).and_then(<[u8]>::first_chunk_mut);
+                if let Some(place) = place {
+                    *place = relayed_header(channel.0);
+                }
                 RELAYED_HEADER_BYTES + len
             }
             None => len,
@@ -133,8 +137,11 @@ impl SendBatch {
 
     /// Appends a copy of a datagram. Returns `false` if there is no room.
     pub fn push(&mut self, to: Path, datagram: &[u8]) -> bool {
-        let Some(spare) = self.place(&to, datagram.len()) else { return false };
-        spare[..datagram.len()].copy_from_slice(datagram);
+        let spare = self.place(&to, datagram.len());
+        let Some(place) = spare.and_then(|spare| spare.get_mut(..datagram.len())) else {
+            return false;
+        };
+        place.copy_from_slice(datagram);
         self.commit(&to.into(), datagram.len());
         true
     }
@@ -256,7 +263,7 @@ impl<'a> Datagrams<'a> {
     /// Returns the first datagram.
     #[inline]
     pub fn first(&self) -> &'a [u8] {
-        &self.bytes[..self.bytes.len().min(self.segment_size.get())]
+        self.bytes.get(..self.segment_size.get()).unwrap_or(self.bytes)
     }
 
     /// Returns an iterator over the datagrams, in order.
@@ -304,7 +311,8 @@ impl<'a> Datagrams<'a> {
     #[inline]
     #[must_use]
     pub fn take(&self, count: NonZeroUsize) -> Self {
-        Self { bytes: &self.bytes[..self.bytes_of(count)], ..*self }
+        let bytes = self.bytes.get(..self.bytes_of(count)).unwrap_or(self.bytes);
+        Self { bytes, ..*self }
     }
 
     /// Returns the datagrams after the first `count`. `None` if there are none.
@@ -413,7 +421,8 @@ impl RecvBatch {
     #[inline]
     pub fn datagrams(&self, received: &Received) -> Result<Datagrams<'_>, NoDatagrams> {
         let Received { start, len, segment_size, .. } = *received;
-        Datagrams::new(&self.bytes[start..start + len], start, segment_size)
+        let bytes = self.bytes.get(start..start + len).unwrap_or_default();
+        Datagrams::new(bytes, start, segment_size)
     }
 
     /// Returns whether no slot is free.
@@ -492,7 +501,8 @@ impl TunBatch {
 
     /// Returns a packet with the free bytes around it: [`HEADROOM`] before, [`TAILROOM`] after.
     pub fn packet_mut(&mut self, packet: &TunPacket) -> &mut [u8] {
-        &mut self.bytes[packet.start - HEADROOM..packet.start + packet.len + TAILROOM]
+        let range = packet.start - HEADROOM..packet.start + packet.len + TAILROOM;
+        self.bytes.get_mut(range).unwrap_or_default()
     }
 
     /// Removes all packets.

@@ -1,6 +1,8 @@
 //! The path of each batch: outbound from the TUN to the network, inbound from the network to the
 //! TUN, and the timers. The only I/O here is sending a batch that is full.
 
+#![deny(clippy::indexing_slicing)]
+
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -130,9 +132,9 @@ impl Pipeline {
         let mut last = None;
         let mut last_source = None;
         for number in 0..batch.packets().len() {
-            let packet = batch.packets()[number];
+            let Some(packet) = batch.packets().get(number).copied() else { break };
             let bytes = batch.packet_mut(&packet);
-            let inner = IpHeader::parse(&bytes[super::arena::HEADROOM..]);
+            let inner = bytes.get(super::arena::HEADROOM..).and_then(IpHeader::parse);
             let Some(inner) = inner.filter(|inner| inner.total_len == packet.len) else {
                 self.drops.count(DropReason::InnerMalformed);
                 continue;
@@ -351,7 +353,8 @@ impl Pipeline {
         let mut opened = std::mem::take(&mut self.opened);
         opened.clear();
         let start = datagrams.start();
-        let plain = &mut writes.bytes_mut()[start..start + datagrams.bytes().len()];
+        let range = start..start + datagrams.bytes().len();
+        let plain = writes.bytes_mut().get_mut(range).unwrap_or_default();
         let mut context = self.context(now, peer, out);
         let corrupted = peer.tunnel.lock().open(
             from,
@@ -369,7 +372,8 @@ impl Pipeline {
         }
         let mut last: Option<(IpAddr, Option<Slot>)> = None;
         for (at, len) in &opened {
-            let Some(inner) = IpHeader::parse(&writes.bytes()[*at..at + len]) else {
+            let packet = writes.bytes().get(*at..at + len);
+            let Some(inner) = packet.and_then(IpHeader::parse) else {
                 self.drops.count(DropReason::OpenedMalformed);
                 continue;
             };
@@ -444,7 +448,7 @@ impl Pipeline {
             }
             Admission::Admitted => Ok(()),
             Admission::Cookie(len) => {
-                if !out.push(from, &cookie[..len]) {
+                if !cookie.get(..len).is_some_and(|cookie| out.push(from, cookie)) {
                     self.drops.count(DropReason::SendBufferFull);
                 }
                 Err(if crowded { DropReason::SourceLimited } else { DropReason::UnderLoad })
@@ -471,8 +475,13 @@ impl Pipeline {
                     DropReason::ReflectorLimited
                 } else {
                     match stun::answer(datagram, from.remote) {
-                        Some((answer, len)) if out.push(from, &answer[..len]) => return,
-                        Some(_) => DropReason::SendBufferFull,
+                        Some((answer, len)) => {
+                            let answer = answer.get(..len).unwrap_or_default();
+                            if out.push(from, answer) {
+                                return;
+                            }
+                            DropReason::SendBufferFull
+                        }
                         None => DropReason::ReflectorRefused,
                     }
                 }

@@ -124,7 +124,7 @@ pub(crate) fn receive(connection: BorrowedFd<'_>) -> io::Result<(Response, Vec<O
                 .extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
         }
     }
-    let response = Response::parse(&message[..length.min(message.len())]).ok_or_else(invalid)?;
+    let response = message.get(..length).and_then(Response::parse).ok_or_else(invalid)?;
     if cut || response.present.count_ones() as usize != descriptors.len() {
         return Err(invalid());
     }

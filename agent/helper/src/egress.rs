@@ -190,7 +190,9 @@ impl Assembler {
             let target = self.labels.iter().find(|(label, _)| *label == to);
             // Every label is placed; see the test that loads the program.
             let target = target.map_or(at + 1, |(_, target)| *target);
-            self.instructions[at].2 = (target - at - 1) as i16;
+            if let Some(jump) = self.instructions.get_mut(at) {
+                jump.2 = (target - at - 1) as i16;
+            }
         }
         self.instructions
     }
@@ -428,7 +430,7 @@ fn attached(uplink: Uplink) -> io::Result<Vec<Attached>> {
         return if is_absent { Ok(Vec::new()) } else { Err(error) };
     }
     let mut found = Vec::new();
-    for id in &ids[..PROGRAMS.min(query.count as usize)] {
+    for id in ids.iter().take(query.count as usize) {
         match by_id(*id) {
             Ok(program) => {
                 let is_ours = Info::of(&program)?.is_ours();
@@ -493,6 +495,6 @@ impl Info {
 
     fn is_ours(&self) -> bool {
         let name = NAME.to_bytes_with_nul();
-        self.kind == BPF_PROG_TYPE_SCHED_CLS && self.name[..name.len()] == *name
+        self.kind == BPF_PROG_TYPE_SCHED_CLS && self.name.starts_with(name)
     }
 }

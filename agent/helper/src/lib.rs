@@ -22,6 +22,7 @@
 //! [`protocol::Request`], whose few numbers are checked when it is parsed. It reads one message of bounded size, waits a bounded time, and keeps no
 //! state.
 
+#![deny(clippy::indexing_slicing)]
 #![cfg_attr(test, allow(clippy::unwrap_used))] // in a test a panic is the report
 
 pub mod client;

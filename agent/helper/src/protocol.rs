@@ -265,18 +265,21 @@ impl Request {
         if !rest.is_empty() || numbers.len() > NUMBERS {
             return None;
         }
-        let number = |at: usize| u32::from_le_bytes(numbers[at]);
-        let uplink = || Some(Uplink { namespace: number(0), link: LinkIndex::new(number(1))? });
-        match (code, numbers.len()) {
-            (GUARD_UPLINK, 5) => {
-                let tunnel = match number(2) {
+        let number = |bytes: &[u8; 4]| u32::from_le_bytes(*bytes);
+        let uplink = |namespace, link| {
+            Some(Uplink { namespace: number(namespace), link: LinkIndex::new(number(link))? })
+        };
+        match (code, numbers) {
+            (GUARD_UPLINK, [namespace, link, tunnel, mark, mask]) => {
+                let tunnel = match number(tunnel) {
                     0 => None,
                     index => Some(LinkIndex::new(index)?),
                 };
-                EgressGuard::new(uplink()?, tunnel, number(3), number(4)).map(Self::GuardUplink)
+                let uplink = uplink(namespace, link)?;
+                EgressGuard::new(uplink, tunnel, number(mark), number(mask)).map(Self::GuardUplink)
             }
-            (OPEN_UPLINK, 2) => uplink().map(Self::OpenUplink),
-            (_, 0) => Self::PLAIN.into_iter().find(|request| request.code() == code),
+            (OPEN_UPLINK, [namespace, link]) => uplink(namespace, link).map(Self::OpenUplink),
+            (_, []) => Self::PLAIN.into_iter().find(|request| request.code() == code),
             _ => None,
         }
     }

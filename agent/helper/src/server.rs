@@ -54,7 +54,7 @@ pub fn serve(connection: BorrowedFd<'_>, machine: &Machine) -> io::Result<Status
         // The buffer is one byte longer than a request, so that a longer message is detected.
         let mut message = [0; REQUEST_BYTES + 1];
         let length = recv(connection.as_raw_fd(), &mut message, MsgFlags::empty())?;
-        match Request::parse(&message[..length]) {
+        match message.get(..length).and_then(Request::parse) {
             Some(request) => answer(machine.perform(request)),
             None => (Response::without(Status::Malformed, 0), Vec::new()),
         }

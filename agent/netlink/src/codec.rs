@@ -21,6 +21,11 @@ const KIND_MASK: u16 = 0x3fff;
 /// Request that is built from front to back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
+    /// Message type.
+    kind: u16,
+    /// Flags (`NLM_F_*`).
+    flags: u16,
+    /// The message, with an empty header until [`Message::finish`] writes it.
     bytes: Vec<u8>,
 }
 
@@ -29,13 +34,10 @@ impl Message {
     /// family's own header.
     pub fn new(kind: u16, flags: u16, fixed: &[u8]) -> Self {
         let mut bytes = Vec::with_capacity(128);
-        bytes.extend_from_slice(&0u32.to_ne_bytes());
-        bytes.extend_from_slice(&kind.to_ne_bytes());
-        bytes.extend_from_slice(&(flags | libc::NLM_F_REQUEST as u16).to_ne_bytes());
-        bytes.extend_from_slice(&[0; 8]);
+        bytes.extend_from_slice(&[0; HEADER_BYTES]);
         bytes.extend_from_slice(fixed);
         pad(&mut bytes);
-        Self { bytes }
+        Self { kind, flags: flags | libc::NLM_F_REQUEST as u16, bytes }
     }
 
     /// Appends an attribute of raw bytes.
@@ -98,7 +100,9 @@ impl Message {
         fill(self);
         let length = self.bytes.len() - start;
         debug_assert!(length <= ATTRIBUTE_BYTES, "an attribute of {length} bytes");
-        self.bytes[start..start + 2].copy_from_slice(&(length as u16).to_ne_bytes());
+        if let Some(field) = self.bytes.get_mut(start..).and_then(<[u8]>::first_chunk_mut) {
+            *field = (length as u16).to_ne_bytes();
+        }
         self
     }
 
@@ -120,27 +124,30 @@ impl Message {
     }
 
     /// Returns the address family for modification. It is the first byte of every fixed header of
-    /// rtnetlink.
-    pub(super) fn family_mut(&mut self) -> &mut u8 {
-        &mut self.bytes[HEADER_BYTES]
+    /// rtnetlink. `None` if there is no fixed header.
+    pub(super) fn family_mut(&mut self) -> Option<&mut u8> {
+        self.bytes.get_mut(HEADER_BYTES)
     }
 
     /// Returns the message type.
     pub fn kind(&self) -> u16 {
-        u16::from_ne_bytes([self.bytes[4], self.bytes[5]])
+        self.kind
     }
 
     /// Adds flags (`NLM_F_*`) to the header.
     pub(super) fn add_flags(&mut self, flags: u16) {
-        let all = u16::from_ne_bytes([self.bytes[6], self.bytes[7]]) | flags;
-        self.bytes[6..8].copy_from_slice(&all.to_ne_bytes());
+        self.flags |= flags;
     }
 
-    /// Writes the length and the sequence number, and returns the finished bytes.
+    /// Writes the header with this sequence number, and returns the finished bytes.
     pub(super) fn finish(&mut self, sequence: u32) -> &[u8] {
         let length = self.bytes.len() as u32;
-        self.bytes[0..4].copy_from_slice(&length.to_ne_bytes());
-        self.bytes[8..12].copy_from_slice(&sequence.to_ne_bytes());
+        if let Some(header) = self.bytes.first_chunk_mut::<HEADER_BYTES>() {
+            header[0..4].copy_from_slice(&length.to_ne_bytes());
+            header[4..6].copy_from_slice(&self.kind.to_ne_bytes());
+            header[6..8].copy_from_slice(&self.flags.to_ne_bytes());
+            header[8..12].copy_from_slice(&sequence.to_ne_bytes());
+        }
         &self.bytes
     }
 }
@@ -168,9 +175,10 @@ pub struct Received<'a> {
 /// Returns the messages in one datagram, up to the first truncated one.
 pub fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Received<'_>> {
     std::iter::from_fn(move || {
-        let header = datagram.get(..HEADER_BYTES)?;
-        let length = u32_at(header, 0)? as usize;
-        let payload = datagram.get(HEADER_BYTES..length)?;
+        // Every step consumes at least a header.
+        let (header, rest) = datagram.split_first_chunk::<HEADER_BYTES>()?;
+        let length = (u32_at(header, 0)? as usize).checked_sub(HEADER_BYTES)?;
+        let payload = rest.get(..length)?;
         let message = Received {
             kind: u16::from_ne_bytes([header[4], header[5]]),
             flags: u16::from_ne_bytes([header[6], header[7]]),
@@ -178,15 +186,14 @@ pub fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Received<'_>> {
             port: u32_at(header, 12)?,
             payload,
         };
-        datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();
+        datagram = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some(message)
     })
 }
 
 /// Returns the 32 bits in host byte order at an offset.
 pub fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
-    let value = bytes.get(offset..offset + 4)?;
-    Some(u32::from_ne_bytes(value.try_into().ok()?))
+    Some(u32::from_ne_bytes(*bytes.get(offset..)?.first_chunk()?))
 }
 
 /// Attribute as received.
@@ -202,11 +209,12 @@ pub struct Attribute<'a> {
 pub fn attributes(payload: &[u8], skip: usize) -> impl Iterator<Item = Attribute<'_>> {
     let mut rest = payload.get(skip.next_multiple_of(4)..).unwrap_or_default();
     std::iter::from_fn(move || {
-        let header = rest.get(..4)?;
-        let length = usize::from(u16::from_ne_bytes([header[0], header[1]]));
-        let kind = u16::from_ne_bytes([header[2], header[3]]) & KIND_MASK;
-        let value = rest.get(4..length)?;
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        // Every step consumes at least a header.
+        let ([l0, l1, k0, k1], values) = rest.split_first_chunk::<4>()?;
+        let length = usize::from(u16::from_ne_bytes([*l0, *l1])).checked_sub(4)?;
+        let kind = u16::from_ne_bytes([*k0, *k1]) & KIND_MASK;
+        let value = values.get(..length)?;
+        rest = values.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some(Attribute { kind, value })
     })
 }

@@ -153,22 +153,20 @@ impl Connection {
     pub fn request_all(&mut self, mut batch: Vec<Message>) -> Result<Vec<Failure>, NetlinkError> {
         let chunk = CHUNK_BYTES.min(self.send_limit());
         let mut failures = Vec::new();
-        let mut start = 0;
-        while start < batch.len() {
+        let (mut rest, mut start) = (&mut *batch, 0);
+        while !rest.is_empty() {
             let mut bytes = 0;
-            let end = batch[start..]
-                .iter()
-                .take(self.chunk_messages)
-                .take_while(|message| {
-                    bytes += message.len();
-                    bytes <= chunk
-                })
-                .count()
-                .max(1)
-                + start;
-            let failed = self.chunk(&mut batch[start..end])?;
+            let fitting = rest.iter().take(self.chunk_messages).take_while(|message| {
+                bytes += message.len();
+                bytes <= chunk
+            });
+            let count = fitting.count().max(1);
+            let Some((sent, after)) = std::mem::take(&mut rest).split_at_mut_checked(count) else {
+                break;
+            };
+            let failed = self.chunk(sent)?;
             failures.extend(failed.into_iter().map(|(at, refusal)| (start + at, refusal)));
-            start = end;
+            (rest, start) = (after, start + count);
         }
         Ok(failures)
     }
@@ -186,7 +184,7 @@ impl Connection {
         let mut found = None;
         loop {
             let Some(length) = self.receive(0).map_err(lost("read an object"))? else { continue };
-            for received in messages(&self.buffer[..length]) {
+            for received in messages(self.received(length)) {
                 if received.sequence != sequence {
                     continue;
                 }
@@ -236,7 +234,7 @@ impl Connection {
         let mut consistent = true;
         loop {
             let Some(length) = self.receive(0).map_err(lost(what))? else { continue };
-            for received in messages(&self.buffer[..length]) {
+            for received in messages(self.received(length)) {
                 if received.sequence != sequence {
                     continue;
                 }
@@ -253,6 +251,11 @@ impl Connection {
                 items.extend(parse(received));
             }
         }
+    }
+
+    /// Returns the first `length` bytes of the receive buffer.
+    fn received(&self, length: usize) -> &[u8] {
+        self.buffer.get(..length).unwrap_or_default()
     }
 
     /// Sends the messages in one call, with a request to acknowledge the last one, and returns the
@@ -278,7 +281,7 @@ impl Connection {
             let Some(length) = self.receive(0).map_err(lost("change the network"))? else {
                 continue;
             };
-            for received in messages(&self.buffer[..length]) {
+            for received in messages(self.received(length)) {
                 let place = received.sequence.wrapping_sub(first_sequence) as usize;
                 if place >= batch.len() || i32::from(received.kind) != libc::NLMSG_ERROR {
                     continue;
@@ -309,7 +312,7 @@ impl Connection {
         loop {
             match self.receive(libc::MSG_DONTWAIT) {
                 Ok(Some(length)) => {
-                    for received in messages(&self.buffer[..length]) {
+                    for received in messages(self.received(length)) {
                         let place = received.sequence.wrapping_sub(first_sequence) as usize;
                         if place < batch.len()
                             && i32::from(received.kind) == libc::NLMSG_ERROR

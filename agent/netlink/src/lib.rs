@@ -11,6 +11,8 @@
 //!   through types that must know all attributes.
 //! - An error names the failed request, and contains the kernel's message if there is one.
 
+#![deny(clippy::indexing_slicing)]
+
 mod address;
 pub mod codec;
 mod connection;

@@ -172,10 +172,10 @@ impl Rtnetlink {
         let Overlay { kind, id, remote, port } = overlay;
         // Attribute kinds: network number, remote address (IPv4, IPv6), port.
         let (kind, id_key, remote_keys, port_key) = match kind {
-            OverlayKind::Vxlan => ("vxlan", 1, [2, 16], VXLAN_PORT),
-            OverlayKind::Geneve => ("geneve", 1, [2, 7], GENEVE_PORT),
+            OverlayKind::Vxlan => ("vxlan", 1, (2, 16), VXLAN_PORT),
+            OverlayKind::Geneve => ("geneve", 1, (2, 7), GENEVE_PORT),
         };
-        let remote_key = remote_keys[usize::from(remote.is_ipv6())];
+        let remote_key = if remote.is_ipv4() { remote_keys.0 } else { remote_keys.1 };
         let mut request = Message::new(libc::RTM_NEWLINK, CREATE, &header(0, 0, 0));
         request.string(IFLA_IFNAME, name).nest(IFLA_LINKINFO, |info| {
             info.string(IFLA_INFO_KIND, kind).nest(IFLA_INFO_DATA, |data| {

@@ -84,7 +84,10 @@ impl Monitor {
         let mut notified = Notified::Complete;
         loop {
             match receive(&self.socket, &mut self.buffer, 0) {
-                Ok(Some(length)) => messages(&self.buffer[..length]).for_each(&mut take),
+                Ok(Some(length)) => {
+                    let received = self.buffer.get(..length).unwrap_or_default();
+                    messages(received).for_each(&mut take);
+                }
                 Ok(None) => {}
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                     return Ok(notified);

@@ -16,6 +16,8 @@
 //!   fits small buffers. Lost answers are an error ([`NftError::Netlink`]); then the caller must read
 //!   the table again.
 
+#![deny(clippy::indexing_slicing)]
+
 mod changes;
 mod client;
 mod evaluate;

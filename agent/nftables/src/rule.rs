@@ -181,10 +181,11 @@ impl Rule {
         const MATCH_FLAGS: usize = 146;
         const STATE_MASK: usize = 150;
         const BY_STATE: u16 = 1;
-        let mut info = vec![0; BYTES];
+        let mut info = [0; BYTES];
         info[MATCH_FLAGS..MATCH_FLAGS + 2].copy_from_slice(&BY_STATE.to_ne_bytes());
         info[STATE_MASK..STATE_MASK + 2].copy_from_slice(&states.0.to_ne_bytes());
-        self.step(Expression::Match { name: "conntrack".to_owned(), revision: 3, info })
+        let (name, info) = ("conntrack".to_owned(), info.to_vec());
+        self.step(Expression::Match { name, revision: 3, info })
     }
 
     /// Matches packets of this family with a source in the named set.

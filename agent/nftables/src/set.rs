@@ -138,14 +138,15 @@ impl KeyType {
     /// Encodes a value in network byte order, with the length of the type.
     pub(super) fn encode(self, value: u128) -> Vec<u8> {
         let bytes = value.to_be_bytes();
-        bytes[bytes.len().saturating_sub(self.length())..].to_vec()
+        let start = bytes.len().saturating_sub(self.length());
+        bytes.into_iter().skip(start).collect()
     }
 
     /// Decodes a value from network byte order. Returns `None` if it exceeds 16 bytes.
     pub(super) fn decode(bytes: &[u8]) -> Option<u128> {
         let mut value = [0; 16];
         let start = value.len().checked_sub(bytes.len())?;
-        value[start..].copy_from_slice(bytes);
+        value.get_mut(start..)?.copy_from_slice(bytes);
         Some(u128::from_be_bytes(value))
     }
 }

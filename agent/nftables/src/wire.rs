@@ -100,9 +100,9 @@ pub(super) const COMMENT_BYTES: usize = 127;
 
 /// Encodes a comment as user data. A longer comment is truncated.
 pub(super) fn comment_to_userdata(comment: &str) -> Vec<u8> {
-    let comment = &comment.as_bytes()[..comment.len().min(COMMENT_BYTES)];
-    let mut data = vec![USERDATA_COMMENT, (comment.len() + 1) as u8];
-    data.extend_from_slice(comment);
+    let length = comment.len().min(COMMENT_BYTES);
+    let mut data = vec![USERDATA_COMMENT, (length + 1) as u8];
+    data.extend(comment.bytes().take(length));
     data.push(0);
     data
 }
@@ -110,12 +110,12 @@ pub(super) fn comment_to_userdata(comment: &str) -> Vec<u8> {
 /// Returns the comment in user data, or `None` if it has none.
 pub(super) fn comment_from_userdata(mut data: &[u8]) -> Option<String> {
     while let [kind, length, rest @ ..] = data {
-        let value = rest.get(..usize::from(*length))?;
+        let (value, after) = rest.split_at_checked(usize::from(*length))?;
         if *kind == USERDATA_COMMENT {
             let text = value.strip_suffix(&[0]).unwrap_or(value);
             return Some(String::from_utf8_lossy(text).into_owned());
         }
-        data = &rest[usize::from(*length)..];
+        data = after;
     }
     None
 }

@@ -1,5 +1,7 @@
 //! Established sessions for tests, fuzzing and benchmarks. Not part of the public API.
 
+#![expect(clippy::indexing_slicing, reason = "lengths come from the session itself")]
+
 use x25519_dalek::StaticSecret;
 
 use crate::{Answered, HANDSHAKE_BYTES, Opened, Secrets, Session};

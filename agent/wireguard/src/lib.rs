@@ -25,6 +25,7 @@
 //! | `internals` | established sessions, for tests and benchmarks |
 
 #![forbid(unsafe_code)]
+#![deny(clippy::indexing_slicing)]
 
 mod admission;
 #[cfg(test)]

@@ -36,10 +36,7 @@ impl MessageKind {
     /// message.
     #[inline]
     pub fn of(datagram: &[u8]) -> Option<Self> {
-        let word = |at: usize| {
-            let bytes = datagram.get(at..at + 4)?;
-            Some(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
-        };
+        let word = |at: usize| word(datagram, at);
         match (word(0)?, datagram.len()) {
             (1, 148) => Some(Self::Initiation),
             (2, 92) => Some(Self::Response { receiver: word(8)? }),
@@ -48,4 +45,10 @@ impl MessageKind {
             _ => None,
         }
     }
+}
+
+/// Returns the 32 bits at an offset.
+#[inline]
+pub(crate) fn word(message: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(*message.get(at..)?.first_chunk()?))
 }

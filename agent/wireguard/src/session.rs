@@ -21,6 +21,7 @@ use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::{Tunn, TunnResult};
 use towline_types::id::{PresharedKey, WireguardKey};
 
+use crate::message::word;
 use crate::{
     DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Refusal, Secrets, Segments, Sink,
 };
@@ -190,14 +191,18 @@ impl Session {
         }
         self.refresh();
         let answered = match self.tunn.decapsulate(None, message, reply) {
-            TunnResult::WriteToNetwork(answer) => match MessageKind::of(answer) {
-                Some(MessageKind::Response { .. }) => Answered::Response {
-                    len: answer.len(),
-                    receiver: u32::from_le_bytes([answer[4], answer[5], answer[6], answer[7]]),
-                },
-                Some(MessageKind::Data { .. }) => Answered::Established { len: answer.len() },
-                _ => Answered::Refused(Refusal::InvalidHandshake),
-            },
+            TunnResult::WriteToNetwork(answer) => {
+                match (MessageKind::of(answer), word(answer, 4)) {
+                    // The second word is the index that this node chose.
+                    (Some(MessageKind::Response { .. }), Some(receiver)) => {
+                        Answered::Response { len: answer.len(), receiver }
+                    }
+                    (Some(MessageKind::Data { .. }), _) => {
+                        Answered::Established { len: answer.len() }
+                    }
+                    _ => Answered::Refused(Refusal::InvalidHandshake),
+                }
+            }
             TunnResult::Done => Answered::Cookie,
             TunnResult::Err(error) => Answered::Refused(match Refusal::from(&error) {
                 Refusal::NotAuthentic => Refusal::InvalidHandshake,
