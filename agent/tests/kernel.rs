@@ -3,6 +3,7 @@
 //!
 //! There is no test harness, because only a process with one thread may create a user namespace.
 
+#![expect(clippy::print_stdout, reason = "the output of the tests")]
 #![expect(clippy::unwrap_used, reason = "a panic is the report")]
 
 use std::alloc::{GlobalAlloc, Layout, System};

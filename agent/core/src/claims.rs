@@ -160,7 +160,7 @@ impl Claims {
     pub(crate) fn key(&self, key: &WireguardKey) -> Option<NodeId> {
         match self.keys.get(key)? {
             Owner::Node(node) if node.wireguard_key() == *key => Some(node.id()),
-            _ => None,
+            Owner::Node(_) | Owner::Us => None,
         }
     }
 

@@ -60,6 +60,8 @@
 //!   core's own, and costs nothing while nobody listens.
 
 #![forbid(unsafe_code)]
+// A new variant must be handled wherever a state or a message decides.
+#![deny(clippy::wildcard_enum_match_arm)]
 
 mod budget;
 mod changes;

@@ -123,7 +123,7 @@ pub fn is_special(net: &IpNet) -> bool {
 fn broadcast(net: &IpNet) -> Option<IpNet> {
     match net {
         IpNet::V4(v4) if v4.prefix_len() < 31 => Some(IpAddr::from(v4.broadcast()).into()),
-        _ => None,
+        IpNet::V4(_) | IpNet::V6(_) => None,
     }
 }
 

@@ -6,6 +6,8 @@
 //! the instructions twice, the second time with twice as many packets. The difference is the cost
 //! of the packets, without start and end.
 
+#![expect(clippy::print_stdout, reason = "the result of the benchmark")]
+
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};

@@ -2,6 +2,8 @@
 //!
 //! `towline-helper PATH` listens at PATH itself, for machines without socket activation.
 
+#![expect(clippy::print_stderr, reason = "diagnostics of the command line")]
+
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::Path;

@@ -181,6 +181,7 @@ fn agents_uid(machine: &Machine) -> io::Result<Option<u32>> {
 /// # Errors
 ///
 /// Returns the system's error if no connection can be accepted.
+#[expect(clippy::print_stderr, reason = "the service manager keeps it in the journal")]
 pub fn serve_all(listener: &OwnedFd, machine: &Machine) -> io::Result<()> {
     use nix::sys::socket::{SockFlag, accept4};
     use std::os::fd::FromRawFd as _;

@@ -16,6 +16,7 @@
 //!   fits small buffers. Lost answers are an error ([`NftError::Netlink`]); then the caller must read
 //!   the table again.
 
+#![forbid(unsafe_code)]
 #![deny(clippy::indexing_slicing)]
 
 mod changes;

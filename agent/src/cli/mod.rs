@@ -3,6 +3,8 @@
 //! Data goes to stdout, diagnostics to stderr. Exit status: 0 done, 1 failed, 2 wrong usage. Flags
 //! take precedence over the environment, and the environment over the file.
 
+#![expect(clippy::print_stderr, reason = "diagnostics of the command line")]
+
 mod daemon;
 mod guard;
 mod install;

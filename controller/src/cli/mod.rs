@@ -4,6 +4,8 @@
 //! `serve` runs the controller. The commands `token`, `node` and `mesh` call a running one over
 //! gRPC, with the administrator's credential from the state directory. They never open the store.
 
+#![expect(clippy::print_stderr, reason = "diagnostics of the command line")]
+
 mod backup;
 mod client;
 mod mesh;

@@ -1,6 +1,8 @@
 //! Helpers for tests that need their own network. Each test runs in its own process, in a new user
 //! and network namespace, so it needs no root and does not touch the machine's network.
 
+#![expect(clippy::print_stdout, reason = "says why a test is skipped")]
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};

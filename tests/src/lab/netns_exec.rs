@@ -3,6 +3,8 @@
 //!
 //! A test program has several threads from the start, so it cannot enter a user namespace itself.
 
+#![expect(clippy::print_stdout, reason = "the output of a test")]
+
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 

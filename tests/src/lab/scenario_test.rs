@@ -1,6 +1,8 @@
 //! Runs a scenario as a `cargo test` test: rootless, in short form, for its promises. Only the
 //! scenario itself checks timings, because a test also runs on a busy machine.
 
+#![expect(clippy::print_stdout, reason = "the output of a test")]
+
 use std::process::Command;
 
 use anyhow::Context;
