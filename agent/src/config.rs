@@ -16,7 +16,6 @@ use towline_proto::mtu::Mtu;
 use towline_proto::node::{Candidate, CandidateKind};
 use towline_proto::token::ControllerAddress;
 
-use crate::node_ip::NodeIps;
 use crate::prefixes::Filter;
 use crate::static_peers::{self, PeerConfig};
 use towline_dataplane::Offloads;
@@ -367,7 +366,8 @@ impl Config {
             return Err(("node.advertise", format!("{bad} is not a valid endpoint")));
         }
         let node_ips = &self.node.node_ips;
-        if NodeIps::first(node_ips.iter().copied()).iter().count() < node_ips.len() {
+        let of_family = |is: fn(&IpAddr) -> bool| node_ips.iter().filter(|ip| is(ip)).count();
+        if of_family(IpAddr::is_ipv4) > 1 || of_family(IpAddr::is_ipv6) > 1 {
             return Err(("node.node_ips", "use at most one address of each family".into()));
         }
         if let Some(bad) = node_ips.iter().find(|ip| ip.is_unspecified() || ip.is_loopback()) {

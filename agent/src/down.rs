@@ -17,9 +17,7 @@ use serde::{Deserialize, Serialize};
 use towline_service::file;
 
 use crate::config::Config;
-
-/// Name of the marker in the state directory.
-pub const NAME: &str = "down";
+use crate::state::DOWN;
 
 /// Paths of the marker of one agent.
 #[derive(Debug, Clone)]
@@ -58,7 +56,7 @@ impl DownMarker {
     pub fn of(config: &Config) -> Self {
         let mut volatile = config.socket.clone().into_os_string();
         volatile.push(".down");
-        Self { durable: config.state_dir.join(NAME), volatile: volatile.into() }
+        Self { durable: config.state_dir.join(DOWN), volatile: volatile.into() }
     }
 
     /// Returns the content of the marker, or `None` if there is no marker.
@@ -156,7 +154,7 @@ mod tests {
         let state = directory.path().join("state");
         std::fs::create_dir(&state).unwrap();
         for content in ["", "{", "{\"since\": -1}", "\0"] {
-            std::fs::write(state.join(NAME), content).unwrap();
+            std::fs::write(state.join(DOWN), content).unwrap();
             assert_eq!(marker(directory.path()).read(), Some(Down { since: None }), "{content}");
         }
     }

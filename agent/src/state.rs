@@ -52,6 +52,9 @@ use crate::map_cache::MapCache;
 use lock::StateLock;
 use unsaved::Unsaved;
 
+/// Name of the marker of `towline down`.
+pub const DOWN: &str = "down";
+
 /// Name of the file with the reason why the last join failed. A successful join removes it.
 pub const JOIN_FAILURE: &str = "join-failure";
 
@@ -521,7 +524,7 @@ impl StateDir {
             "kubernetes.json",
             "wireguard.key",
             "identity.key",
-            crate::down::NAME,
+            DOWN,
             confirm::NAME,
         ] {
             self.remove(name)?;

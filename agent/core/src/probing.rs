@@ -7,9 +7,17 @@ use crate::budget::Unanswered;
 use crate::effects::Effects;
 use crate::output::Output;
 use crate::path::Path;
-use crate::peer::CallOrder;
 use crate::pings::{Pings, Purpose, Sent};
 use crate::timers::Timer;
+
+/// Position of a call among all calls of one node. It grows with each of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct CallOrder {
+    /// Start of the agent that sent the call.
+    pub(crate) boot_epoch: u64,
+    /// Number of the call since that start.
+    pub(crate) number: u64,
+}
 
 /// State of probing that all peers share.
 #[derive(Debug)]

@@ -38,6 +38,9 @@ const PROBES: Rate = Rate::per_second(256, 512);
 /// again when its address changes.
 const REFLECTIONS: Rate = Rate::per_second(32, 128);
 
+/// Number of receive buffers in one batch: one receive call fills one.
+pub(super) const RECEIVE_SLOTS: usize = 8;
+
 /// Packet path of one worker.
 #[derive(Debug)]
 pub(super) struct Pipeline {
@@ -99,9 +102,7 @@ impl Pipeline {
             probes: SourceLimiter::new(PROBES),
             reflections: SourceLimiter::new(REFLECTIONS),
             relay,
-            forwards: Vec::with_capacity(
-                super::worker::RECEIVE_SLOTS * super::arena::GSO_MAX_SEGMENTS,
-            ),
+            forwards: Vec::with_capacity(RECEIVE_SLOTS * super::arena::GSO_MAX_SEGMENTS),
             link,
             mtu: usize::MAX,
             coalescer: Coalescer::default(),

@@ -24,7 +24,7 @@ use super::arena::{RecvBatch, SendBatch, TunBatch, WriteBatch};
 use super::batch_delay::BatchDelay;
 use super::drops::{DropReason, Drops};
 use super::events::{Fault, FaultState};
-use super::pipeline::{Coalesced, Pipeline};
+use super::pipeline::{Coalesced, Pipeline, RECEIVE_SLOTS};
 use super::tun::TunIo;
 use super::udp::{Ready, TooBig, UdpIo};
 
@@ -32,8 +32,6 @@ use super::udp::{Ready, TooBig, UdpIo};
 const TICK: Duration = Duration::from_millis(250);
 /// Number of ticks between two readings of the link's MTU.
 const MTU_TICKS: u32 = 8;
-/// Number of receive buffers in one batch: one receive call fills one.
-pub(super) const RECEIVE_SLOTS: usize = 8;
 /// Number of full super-packets from the TUN that one batch has room for.
 const TUN_LARGE: usize = 4;
 /// Largest number of packets from the TUN in one batch.

@@ -1,9 +1,9 @@
 //! Errors and problems of applying a plan, with the messages that operators read.
 
+use std::io;
+
 use towline_netlink::{NetlinkError, Refusal};
 use towline_nftables::{NftError, TableFamily};
-
-use super::redirects::RedirectError;
 
 /// Error that ended an apply. After an error about a name or number in use nothing was changed; after
 /// others, a part may be.
@@ -238,4 +238,20 @@ impl Problem {
             | Self::NoIpv6OnLink { .. } => false,
         }
     }
+}
+
+/// Reason why the uplinks are not guarded against redirected packets.
+#[derive(Debug, thiserror::Error)]
+pub enum RedirectError {
+    /// A netlink request failed.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// The kernel or the helper refused the program.
+    #[error("cannot guard the link {link} against redirected packets: {source}")]
+    Program {
+        /// Name of the link, or its index if it has no address any more.
+        link: String,
+        /// Error of the kernel or of the helper.
+        source: io::Error,
+    },
 }

@@ -21,6 +21,7 @@ use towline_helper::protocol::{EgressGuard, LinkIndex, Request, Uplink};
 use towline_helper::{client, egress};
 use towline_netlink::{Link, NetlinkError, Rtnetlink};
 
+use super::problem::RedirectError;
 use super::{address, uplinks};
 
 /// Program that may redirect packets past nftables.
@@ -111,22 +112,6 @@ pub(super) struct EgressState {
     links: BTreeSet<u32>,
     /// Link of the tunnel that the programs know.
     tunnel: Option<LinkIndex>,
-}
-
-/// Reason why the uplinks are not guarded against redirected packets.
-#[derive(Debug, thiserror::Error)]
-pub enum RedirectError {
-    /// A netlink request failed.
-    #[error(transparent)]
-    Netlink(#[from] NetlinkError),
-    /// The kernel or the helper refused the program.
-    #[error("cannot guard the link {link} against redirected packets: {source}")]
-    Program {
-        /// Name of the link, or its index if it has no address any more.
-        link: String,
-        /// Error of the kernel or of the helper.
-        source: io::Error,
-    },
 }
 
 /// Attaches Towline's program to every uplink, and detaches it from links that are no uplinks any more.

@@ -58,7 +58,6 @@ use towline_netlink::{Family, Rule, RuleAction};
 
 use super::OURS;
 use super::families::Families;
-use super::state::{answers_table, detour_table};
 
 /// Number of consecutive priorities that the rules use, from the configured one on.
 pub(super) const PRIORITIES: u32 = 7;
@@ -73,6 +72,18 @@ const LOOPBACK: &str = "lo";
 const ROOT: u32 = 0;
 const TCP: u8 = libc::IPPROTO_TCP as u8;
 const UDP: u8 = libc::IPPROTO_UDP as u8;
+
+/// Returns the number of the detour table. Its routes send packets of pods into the tunnel where the
+/// plan's table leaves the destination to the host.
+pub(super) fn detour_table(table: u32) -> u32 {
+    table + 1
+}
+
+/// Returns the number of the answers table, which packets from plain ports use. It has the routes of
+/// the plan's table, with the tunnel in place of the unreachable routes.
+pub(super) fn answers_table(table: u32) -> u32 {
+    table + 2
+}
 
 /// Returns the rules of the host's address families, in the order in which to add them.
 pub(super) fn wanted(plan: &Plan, families: Families) -> Vec<Rule> {

@@ -48,7 +48,7 @@ impl Names {
 
     /// Returns the numbers of Towline's three routing tables.
     pub(super) fn tables(&self) -> [u32; 3] {
-        [self.table, detour_table(self.table), answers_table(self.table)]
+        [self.table, rules::detour_table(self.table), rules::answers_table(self.table)]
     }
 
     /// Returns true if the priority is one of Towline's.
@@ -63,18 +63,6 @@ const LINK_METRIC: u32 = 10;
 /// Metric of unreachable routes, which match when the link has no route. The lookup then ends and does
 /// not continue in another table.
 const UNREACHABLE_METRIC: u32 = 20_000;
-
-/// Returns the number of the detour table. Its routes send packets of pods into the tunnel where the
-/// plan's table leaves the destination to the host.
-pub(super) fn detour_table(table: u32) -> u32 {
-    table + 1
-}
-
-/// Returns the number of the answers table, which packets from plain ports use. It has the routes of
-/// the plan's table, with the tunnel in place of the unreachable routes.
-pub(super) fn answers_table(table: u32) -> u32 {
-    table + 2
-}
 
 /// Key by which the kernel identifies a route: table, destination and metric.
 type RouteName = (u32, IpNet, u32);
@@ -142,7 +130,7 @@ impl State {
         });
         let detours = plan.detour.destinations.iter().filter_map(|destination| {
             let link = reach.link_for(*destination)?;
-            let route = Route::new(*destination).table(detour_table(plan.table)).dev(link);
+            let route = Route::new(*destination).table(rules::detour_table(plan.table)).dev(link);
             Some(Route { protocol: OURS, ..route.metric(LINK_METRIC) })
         });
         let routes = routes.chain(detours).map(|route| (name(&route), route));
@@ -449,7 +437,7 @@ fn routes(
         RouteVia::Unreachable => Some(in_table(table).dev(link?).metric(UNREACHABLE_METRIC)),
     };
     let answers = !plan.underlay.plain_ports.is_empty();
-    let answer = answers.then(|| answer(answers_table(plan.table))).flatten();
+    let answer = answers.then(|| answer(rules::answers_table(plan.table))).flatten();
     let routed = reach.families.is_routed(Family::of(destination.addr()));
     [route(plan.table), answer].into_iter().flatten().filter(move |_| routed)
 }

@@ -2,18 +2,17 @@
 //! people and for cloud-init.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use clap::Args;
 use rand::Rng as _;
 use towline_proto::backoff::{Backoff, Jitter};
 use towline_proto::id::NodeName;
 use towline_proto::token::JoinToken;
 use towline_service::output;
 
-use super::join::{JoinArgs, Parts};
+use super::join::{InstallArgs, JoinArgs, Parts};
 use super::local::{runtime, status_error, with_agent};
 use super::{Global, wait};
 use crate::config::{Config, DEFAULT_PATH};
@@ -22,29 +21,6 @@ use crate::install::{TOKEN, Tree};
 use crate::join::{JoinError, join_as};
 use crate::node_ip;
 use crate::state::StateDir;
-
-#[derive(Debug, Args)]
-pub(super) struct InstallArgs {
-    /// Directory to install into, instead of the machine; its init system starts the agent later
-    #[arg(long, value_name = "DIR", requires = "install")]
-    root: Option<PathBuf>,
-    /// Address and port at which other nodes reach this one: a cloud's public address or a
-    /// forwarded port (can be repeated; only applied when the configuration is created)
-    #[arg(long, value_name = "ADDRESS:PORT", requires = "install")]
-    advertise: Vec<SocketAddr>,
-    /// TCP port of this host that must be reachable outside the tunnel too, such as the API
-    /// server's (can be repeated; only applied when the configuration is created)
-    #[arg(long, value_name = "PORT", requires = "install")]
-    plain_port: Vec<u16>,
-    /// Try for this many seconds, then store the reason and start a timer that tries again
-    #[arg(long, default_value_t = 300, value_name = "SECONDS", requires = "install")]
-    timeout: u64,
-    /// Undo everything this many seconds after the agent's start, unless `towline confirm` is run
-    /// before: a way back if the mesh locks you out
-    #[arg(long, value_name = "SECONDS", requires = "install",
-          value_parser = clap::value_parser!(u64).range(1..=confirm::MAX_SECONDS))]
-    confirm: Option<u64>,
-}
 
 #[derive(serde::Serialize)]
 struct Report {

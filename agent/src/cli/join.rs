@@ -1,6 +1,7 @@
 //! Implements `towline join`.
 
 use std::io::Read as _;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
@@ -11,6 +12,7 @@ use zeroize::Zeroizing;
 
 use super::local::runtime;
 use crate::config::Config;
+use crate::confirm;
 use crate::join::{Joined, Operator, join_as};
 use crate::state::StateDir;
 
@@ -34,10 +36,34 @@ pub(super) struct JoinArgs {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
-    how: super::install::InstallArgs,
+    how: InstallArgs,
     /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
+}
+
+/// Arguments of `towline join --install`.
+#[derive(Debug, Args)]
+pub(super) struct InstallArgs {
+    /// Directory to install into, instead of the machine; its init system starts the agent later
+    #[arg(long, value_name = "DIR", requires = "install")]
+    pub(super) root: Option<PathBuf>,
+    /// Address and port at which other nodes reach this one: a cloud's public address or a
+    /// forwarded port (can be repeated; only applied when the configuration is created)
+    #[arg(long, value_name = "ADDRESS:PORT", requires = "install")]
+    pub(super) advertise: Vec<SocketAddr>,
+    /// TCP port of this host that must be reachable outside the tunnel too, such as the API
+    /// server's (can be repeated; only applied when the configuration is created)
+    #[arg(long, value_name = "PORT", requires = "install")]
+    pub(super) plain_port: Vec<u16>,
+    /// Try for this many seconds, then store the reason and start a timer that tries again
+    #[arg(long, default_value_t = 300, value_name = "SECONDS", requires = "install")]
+    pub(super) timeout: u64,
+    /// Undo everything this many seconds after the agent's start, unless `towline confirm` is run
+    /// before: a way back if the mesh locks you out
+    #[arg(long, value_name = "SECONDS", requires = "install",
+          value_parser = clap::value_parser!(u64).range(1..=confirm::MAX_SECONDS))]
+    pub(super) confirm: Option<u64>,
 }
 
 impl JoinArgs {
@@ -58,7 +84,7 @@ pub(super) struct Parts {
     pub(super) source: Source,
     pub(super) name: Option<String>,
     pub(super) force: bool,
-    pub(super) how: super::install::InstallArgs,
+    pub(super) how: InstallArgs,
     pub(super) output: Format,
 }
 

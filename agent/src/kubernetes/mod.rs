@@ -8,6 +8,8 @@
 //! The agent starts without Kubernetes. While there are no credentials, no API server or no Node,
 //! the last valid facts stay in effect, across restarts too.
 
+#[cfg(feature = "kubernetes")]
+mod client_error;
 pub mod cni;
 #[cfg(feature = "kubernetes")]
 mod credentials;

@@ -12,16 +12,7 @@ use super::keep_running::Kept;
 use super::output::line;
 use super::report::{Forbidden, WrongUsage, print};
 use super::scenario::bench::limit::Limit;
-use super::scenario::table::SCENARIOS;
-
-/// Flags that every command takes, before or after its name.
-#[derive(Debug, Clone, Copy)]
-pub struct Flags {
-    /// If set, prints one JSON object instead of text.
-    pub json: bool,
-    /// If set, uses a user namespace even as root.
-    pub rootless: bool,
-}
+use super::scenario::table::{Flags, SCENARIOS};
 
 /// Arguments of `shell`.
 #[derive(Debug, Args)]

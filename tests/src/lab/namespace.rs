@@ -7,15 +7,15 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::sync::mpsc;
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
 use anyhow::{Context, anyhow};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-
-use super::process::tie_to_parent;
 
 /// A network namespace with its loopback up.
 #[derive(Debug)]
@@ -152,5 +152,24 @@ fn hold(inbox: &mpsc::Receiver<Request>) {
             let _ = orphan.kill();
             let _ = orphan.wait();
         }
+    }
+}
+
+/// Makes a process end with the thread that starts it, at the latest when the lab dies. The process
+/// leads its own process group (Ctrl-C at a terminal reaches only the lab).
+pub fn tie_to_parent(command: &mut Command) {
+    command.process_group(0);
+    // SAFETY: between fork and exec only async-signal-safe calls are made: prctl and getppid are
+    // plain system calls.
+    unsafe {
+        let parent = nix::unistd::getpid();
+        command.pre_exec(move || {
+            nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+            // The lab may have died before the line above.
+            if nix::unistd::getppid() != parent {
+                return Err(std::io::ErrorKind::BrokenPipe.into());
+            }
+            Ok(())
+        });
     }
 }

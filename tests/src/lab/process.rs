@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::process::{CommandExt as _, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -224,25 +224,6 @@ impl Drop for Daemon {
         // Fails only if the process has already ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-/// Makes a process end with the thread that starts it, at the latest when the lab dies. The process
-/// leads its own process group (Ctrl-C at a terminal reaches only the lab).
-pub fn tie_to_parent(command: &mut Command) {
-    command.process_group(0);
-    // SAFETY: between fork and exec only async-signal-safe calls are made: prctl and getppid are
-    // plain system calls.
-    unsafe {
-        let parent = nix::unistd::getpid();
-        command.pre_exec(move || {
-            nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-            // The lab may have died before the line above.
-            if nix::unistd::getppid() != parent {
-                return Err(std::io::ErrorKind::BrokenPipe.into());
-            }
-            Ok(())
-        });
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 use towline_core::mesh::{Config, MapChange, Membership, Mesh, Output, PeerState, Transmit};
-use towline_core::path::{ChannelId, LocalAddress, Path};
+use towline_core::path::{LocalAddress, Path};
 use towline_core::peer_table::PeerTable;
 use towline_core::plan::Plan;
 use towline_fixtures::{agent, node};
@@ -18,54 +18,12 @@ use towline_proto::node::{
 };
 
 use super::net::RealmId;
+use super::payload::Payload;
 use super::relay::RelayService;
-use super::tunnel::{Message, Tunnels};
+use super::tunnel::Tunnels;
 
 /// UDP port of every agent.
 pub const PORT: u16 = 51830;
-
-/// The content of a datagram.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Payload {
-    /// A message that only `from` can seal and only `to` can open.
-    Probe {
-        /// Key of the node that sealed it.
-        from: WireguardKey,
-        /// Key of the node that can open it.
-        to: WireguardKey,
-        /// The message itself.
-        message: Probe,
-        /// Size in bytes to which the message is padded.
-        size: Option<u16>,
-    },
-    /// A WireGuard message.
-    WireGuard(Message),
-    /// A STUN binding request.
-    StunRequest([u8; 12]),
-    /// A STUN binding response, with the address that the request came from.
-    StunAnswer([u8; 12], SocketAddr),
-    /// A payload on a relay channel: the same bytes, preceded by the channel id.
-    Channel(ChannelId, std::boxed::Box<Payload>),
-}
-
-impl Payload {
-    /// Returns the size of the UDP payload in bytes. Payloads whose size does not matter are small.
-    pub fn size(&self) -> u16 {
-        match self {
-            Self::Probe { size, .. } => size.unwrap_or(80),
-            Self::Channel(_, payload) => payload.size(),
-            _ => 80,
-        }
-    }
-
-    /// Wraps the payload in the relay channel of a path, if the path has one.
-    fn on(self, path: &Path) -> Self {
-        match path.channel {
-            Some(channel) => Self::Channel(channel, std::boxed::Box::new(self)),
-            None => self,
-        }
-    }
-}
 
 /// An action that a machine asks the simulator to carry out.
 #[derive(Debug, Clone)]

@@ -8,6 +8,7 @@
 pub mod host;
 pub mod nat;
 pub mod net;
+pub mod payload;
 pub mod relay;
 pub mod tunnel;
 
@@ -26,8 +27,9 @@ use towline_proto::frame::Probe;
 use towline_proto::id::{NodeId, WireguardKey};
 use towline_proto::node::{Node, Tombstone};
 
-use host::{Action, Host, Payload};
+use host::{Action, Host};
 use net::{Arrival, Conditions, HostId, Network, RealmId};
+use payload::Payload;
 
 /// Latency between an agent and the controller, in each direction.
 const CONTROLLER_LATENCY: Duration = Duration::from_millis(20);

@@ -8,7 +8,7 @@ use towline_core::path::{CHANNEL_LIFETIME, ChannelId};
 use towline_proto::frame::Probe;
 use towline_proto::id::WireguardKey;
 
-use super::host::Payload;
+use super::payload::Payload;
 
 /// Lifetime of a registration.
 const LIFETIME: Duration = Duration::from_secs(60);

@@ -8,9 +8,10 @@ use towline_types::limits;
 use towline_types::node::Candidate;
 use towline_types::rate::Rate;
 
-use super::{CallOrder, Peer, PeerContext};
+use super::{Peer, PeerContext};
 use crate::path::Path;
 use crate::pings::{Purpose, Sent};
+use crate::probing::CallOrder;
 use crate::status::PeerState;
 use crate::timers::Timer;
 

@@ -51,7 +51,7 @@ use crate::output::Output;
 use crate::path::Path;
 use crate::peer_table::{Observation, REKEY_TIMEOUT};
 use crate::pings::Purpose;
-use crate::probing::Probing;
+use crate::probing::{CallOrder, Probing};
 use crate::status::PeerState;
 use crate::stun_client::Mapping;
 use crate::timers::{Timer, Timers};
@@ -82,15 +82,6 @@ pub(crate) struct PeerContext<'a> {
     pub(crate) local: &'a LocalNode,
     /// True if the mesh is so small that all of it is kept connected.
     pub(crate) is_eager: bool,
-}
-
-/// Position of a call among all calls of one node. It grows with each of them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct CallOrder {
-    /// Start of the agent that sent the call.
-    pub(crate) boot_epoch: u64,
-    /// Number of the call since that start.
-    pub(crate) number: u64,
 }
 
 /// Conditions of the network, to explain the state of a peer.

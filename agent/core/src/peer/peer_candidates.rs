@@ -8,12 +8,13 @@ use towline_types::limits;
 use towline_types::node::Candidate;
 
 use super::paths::Tier;
-use super::{CallOrder, Peer, PeerContext};
+use super::{Peer, PeerContext};
 use crate::local_node::{LocalNode, is_reachable, preference};
 use crate::output::{Output, Transmit};
 use crate::path::Path;
 use crate::pings::{Purpose, Sent};
 use crate::prefixes::is_private;
+use crate::probing::CallOrder;
 
 /// Largest number of paths that one attempt tries.
 const TARGETS: usize = 48;

@@ -11,12 +11,20 @@ use super::{
     interop, kubernetes, leak, many, mtu, nat, nodes, plan, vm,
 };
 use crate::lab::binaries::{Binaries, Profile};
-use crate::lab::cli::Flags;
 use crate::lab::interrupt;
 use crate::lab::output::ProgressOutput;
 use crate::lab::package;
 use crate::lab::privilege::acquire;
 use crate::lab::report::{Figures, finish, print};
+
+/// Flags that every command takes, before or after its name.
+#[derive(Debug, Clone, Copy)]
+pub struct Flags {
+    /// If set, prints one JSON object instead of text.
+    pub json: bool,
+    /// If set, uses a user namespace even as root.
+    pub rootless: bool,
+}
 
 /// A scenario, as a row of [`SCENARIOS`].
 #[derive(Debug)]

@@ -11,8 +11,8 @@ use super::cache::Cache;
 use super::kernel::Kernel;
 use super::tools::tool;
 use crate::lab::interrupt::wait_up_to;
+use crate::lab::namespace::tie_to_parent;
 use crate::lab::output::line;
-use crate::lab::process::tie_to_parent;
 
 /// A way to execute a machine's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -17,7 +17,8 @@ use super::network::Port;
 use super::runner::{Output, Runner};
 use super::tools::tool;
 use crate::lab::interrupt::{sleep, wait_for, wait_up_to};
-use crate::lab::process::{ending, processor_time, tie_to_parent};
+use crate::lab::namespace::tie_to_parent;
+use crate::lab::process::{ending, processor_time};
 
 /// Time limit of a boot. An emulated machine boots in 15 s, but takes many minutes on a host that
 /// runs ten others.

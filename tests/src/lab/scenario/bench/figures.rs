@@ -6,7 +6,8 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::case::Case;
-use super::{BEFORE, NOW, interval};
+use super::interval::{self, median};
+use super::{BEFORE, NOW};
 use crate::lab::report::Figures;
 
 /// Results of one run.
@@ -268,17 +269,6 @@ impl Figures for Bench {
             let _ = writeln!(text, "without {name}: {why}");
         }
         text
-    }
-}
-
-/// Returns the median: the middle figure, or the mean of the two in the middle.
-pub(super) fn median(figures: &[f64]) -> f64 {
-    let mut sorted = figures.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    match sorted.len() {
-        0 => 0.0,
-        len if len % 2 == 1 => sorted[len / 2],
-        len => (sorted[len / 2 - 1] + sorted[len / 2]) / 2.0,
     }
 }
 

@@ -1,11 +1,9 @@
-//! Confidence interval of a median, by a percentile bootstrap (Efron 1979). The method assumes
+//! The median, and its confidence interval, by a percentile bootstrap (Efron 1979). The method assumes
 //! nothing about the distribution of the figures. That suits a shared machine, where some rounds
 //! are far from the others.
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-
-use super::figures::median;
 
 /// Number of samples. The ends of the interval then vary by less than the digits that are shown.
 const SAMPLES: usize = 10_000;
@@ -33,6 +31,17 @@ pub(super) fn of_median(figures: &[f64]) -> Option<[f64; 2]> {
     let outside = (1.0 - CONFIDENCE) / 2.0;
     let at = |share: f64| medians[((SAMPLES - 1) as f64 * share).round() as usize];
     Some([at(outside), at(1.0 - outside)])
+}
+
+/// Returns the median: the middle figure, or the mean of the two in the middle.
+pub(super) fn median(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => 0.0,
+        len if len % 2 == 1 => sorted[len / 2],
+        len => (sorted[len / 2 - 1] + sorted[len / 2]) / 2.0,
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,52 @@
+//! The content of simulated datagrams.
+
+use std::net::SocketAddr;
+
+use towline_core::path::{ChannelId, Path};
+use towline_proto::frame::Probe;
+use towline_proto::id::WireguardKey;
+
+use super::tunnel::Message;
+
+/// The content of a datagram.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Payload {
+    /// A message that only `from` can seal and only `to` can open.
+    Probe {
+        /// Key of the node that sealed it.
+        from: WireguardKey,
+        /// Key of the node that can open it.
+        to: WireguardKey,
+        /// The message itself.
+        message: Probe,
+        /// Size in bytes to which the message is padded.
+        size: Option<u16>,
+    },
+    /// A WireGuard message.
+    WireGuard(Message),
+    /// A STUN binding request.
+    StunRequest([u8; 12]),
+    /// A STUN binding response, with the address that the request came from.
+    StunAnswer([u8; 12], SocketAddr),
+    /// A payload on a relay channel: the same bytes, preceded by the channel id.
+    Channel(ChannelId, Box<Payload>),
+}
+
+impl Payload {
+    /// Returns the size of the UDP payload in bytes. Payloads whose size does not matter are small.
+    pub fn size(&self) -> u16 {
+        match self {
+            Self::Probe { size, .. } => size.unwrap_or(80),
+            Self::Channel(_, payload) => payload.size(),
+            _ => 80,
+        }
+    }
+
+    /// Wraps the payload in the relay channel of a path, if the path has one.
+    pub(super) fn on(self, path: &Path) -> Self {
+        match path.channel {
+            Some(channel) => Self::Channel(channel, Box::new(self)),
+            None => self,
+        }
+    }
+}
