@@ -3,13 +3,19 @@
 //!
 //! The server only answers requests that are at least as long as the response, and limits the rate
 //! of each source, so it cannot be used to flood other hosts. It keeps no state except the rate
-//! limiter. On a machine with several addresses that listens on all of them, a response may leave
-//! from another address than the request was sent to, and the client ignores it. Listen on one
-//! address there.
+//! limiter. A response leaves from the address that the request was sent to, also on a machine with
+//! several addresses: a NAT drops what comes from another one.
 
-use std::io;
-use std::net::{Ipv6Addr, SocketAddr};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::AsRawFd as _;
 
+use nix::libc;
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
+    sockopt,
+};
+use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use towline_proto::rate::Rate;
 use towline_proto::source_limiter::SourceLimiter;
@@ -39,6 +45,12 @@ impl Reflector {
             }
             result => result,
         }?;
+        // The kernel then tells with each datagram at which address it arrived.
+        if socket.local_addr()?.is_ipv4() {
+            setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?;
+        } else {
+            setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
+        }
         socket.set_nonblocking(true)?;
         Ok(Self { socket })
     }
@@ -54,13 +66,15 @@ impl Reflector {
         let (mut answered, mut refused) = (0u64, 0u64);
         loop {
             // An error belongs to a datagram that was sent earlier (an ICMP error).
-            let Ok((len, from)) = socket.recv_from(&mut datagram).await else { continue };
+            let receiving = socket.async_io(Interest::READABLE, || receive(&socket, &mut datagram));
+            let Ok((len, from, local)) = receiving.await else { continue };
             let admitted = limiter.admit(from.ip(), clock::now().mono);
             let answer = admitted.then(|| stun::answer(&datagram[..len], from)).flatten();
             match answer {
                 Some((answer, len)) => {
                     answered += 1;
-                    let _ = socket.try_send_to(&answer[..len], from);
+                    let sending = || respond(&socket, &answer[..len], from, local);
+                    let _ = socket.try_io(Interest::WRITABLE, sending);
                 }
                 None => {
                     refused += 1;
@@ -73,10 +87,76 @@ impl Reflector {
     }
 }
 
+/// Address of this machine at which a datagram arrived, as the kernel reports it.
+#[derive(Debug, Clone, Copy)]
+enum LocalAddress {
+    V4(libc::in_addr),
+    /// IPv6 address, or an IPv4 address in IPv6 form. Contains the link too, where the address belongs
+    /// to it alone.
+    V6(libc::in6_addr, u32),
+}
+
+/// Receives a datagram. Returns its length, its sender, and the address at which it arrived.
+fn receive(
+    socket: &UdpSocket,
+    datagram: &mut [u8],
+) -> io::Result<(usize, SocketAddr, Option<LocalAddress>)> {
+    let mut control = nix::cmsg_space!(libc::in6_pktinfo);
+    let mut parts = [IoSliceMut::new(datagram)];
+    let received = recvmsg::<SockaddrStorage>(
+        socket.as_raw_fd(),
+        &mut parts,
+        Some(&mut control),
+        MsgFlags::MSG_DONTWAIT,
+    )?;
+    let from = received.address.as_ref().and_then(sender);
+    let from = from.ok_or_else(|| io::Error::other("a datagram without a sender"))?;
+    let local = received.cmsgs()?.find_map(|message| match message {
+        ControlMessageOwned::Ipv4PacketInfo(info) => Some(LocalAddress::V4(info.ipi_spec_dst)),
+        ControlMessageOwned::Ipv6PacketInfo(info) => {
+            let is_of_link = Ipv6Addr::from(info.ipi6_addr.s6_addr).is_unicast_link_local();
+            let link = if is_of_link { info.ipi6_ifindex } else { 0 };
+            Some(LocalAddress::V6(info.ipi6_addr, link))
+        }
+        _ => None,
+    });
+    Ok((received.bytes, from, local))
+}
+
+/// Sends a datagram from an address of this machine.
+fn respond(
+    socket: &UdpSocket,
+    datagram: &[u8],
+    to: SocketAddr,
+    local: Option<LocalAddress>,
+) -> io::Result<usize> {
+    let (v4, v6);
+    let control = match local {
+        None => None,
+        Some(LocalAddress::V4(address)) => {
+            let any = libc::in_addr { s_addr: Ipv4Addr::UNSPECIFIED.to_bits() };
+            v4 = libc::in_pktinfo { ipi_ifindex: 0, ipi_spec_dst: address, ipi_addr: any };
+            Some(ControlMessage::Ipv4PacketInfo(&v4))
+        }
+        Some(LocalAddress::V6(address, link)) => {
+            v6 = libc::in6_pktinfo { ipi6_addr: address, ipi6_ifindex: link };
+            Some(ControlMessage::Ipv6PacketInfo(&v6))
+        }
+    };
+    let to = SockaddrStorage::from(to);
+    let parts = [IoSlice::new(datagram)];
+    let control = control.as_slice();
+    Ok(sendmsg(socket.as_raw_fd(), &parts, control, MsgFlags::MSG_DONTWAIT, Some(&to))?)
+}
+
+fn sender(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = address.as_sockaddr_in().map(|v4| SocketAddrV4::from(*v4).into());
+    v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddrV6::from(*v6).into()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::Ipv4Addr;
     use std::time::Duration;
 
     #[tokio::test]
@@ -95,5 +175,24 @@ mod tests {
         let expected = stun::Message::Success { transaction: [7; 12], mapped };
         assert_eq!(stun::Message::decode(&answer[..len]), Some(expected));
         running.abort();
+    }
+
+    #[tokio::test]
+    async fn it_answers_from_the_address_that_was_asked() {
+        for all in [SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)), (Ipv6Addr::UNSPECIFIED, 0).into()]
+        {
+            let reflector = Reflector::bind(all).unwrap();
+            let port = reflector.socket.local_addr().unwrap().port();
+            let running = tokio::spawn(reflector.run());
+            let asker = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            // Another address of the loopback. A connected socket takes answers from there only.
+            asker.connect((Ipv4Addr::new(127, 0, 0, 2), port)).await.unwrap();
+            asker.send(&stun::request([7; 12])).await.unwrap();
+            let mut answer = [0; 100];
+            let receive = asker.recv(&mut answer);
+            let answered = tokio::time::timeout(Duration::from_secs(10), receive).await;
+            assert!(answered.is_ok_and(|received| received.is_ok()), "{all}");
+            running.abort();
+        }
     }
 }

@@ -145,6 +145,18 @@ impl Controller {
         Self::start_with(lab, host, binaries, "[::]:7443".to_owned(), advertise.collect())
     }
 
+    /// Starts a controller as [`Self::start`] does, on all of the host's addresses. Nodes know it by
+    /// this address alone.
+    pub fn start_known_by(
+        lab: &Lab,
+        host: &Arc<Host>,
+        binaries: &Binaries,
+        address: IpAddr,
+    ) -> anyhow::Result<Self> {
+        let known = vec![SocketAddr::new(address, 7443)];
+        Self::start_with(lab, host, binaries, "[::]:7443".to_owned(), known)
+    }
+
     /// Starts a controller on a host's first address, port 7443, and waits until it answers.
     pub fn start(lab: &Lab, host: &Arc<Host>, binaries: &Binaries) -> anyhow::Result<Self> {
         let address = host.addresses().first().ok_or_else(|| anyhow!("the host has no address"))?;

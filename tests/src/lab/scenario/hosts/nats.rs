@@ -1,7 +1,7 @@
 //! Hosts behind NAT routers that are set up simply.
 
 use super::Case;
-use super::scene::{connected, node_behind};
+use super::scene::{add_address, connected, node_behind};
 use crate::lab::mesh::Controller;
 use crate::lab::nat::Nat;
 use crate::lab::scenario::Setting;
@@ -9,6 +9,9 @@ use crate::lab::topology::Lab;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
+        Case::new("nats/controller-known-by-its-second-address", |setting| {
+            two_sites(setting, [Nat::Masquerade, Nat::Masquerade])
+        }),
         Case::new("nats/both-routers-only-masquerade", |setting| {
             two_sites(setting, [Nat::Unfiltered, Nat::Unfiltered])
         })
@@ -20,11 +23,14 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Two nodes behind NAT routers, and no other node.
+/// Two nodes behind NAT routers, and no other node. They know the controller by the second address of
+/// its link, at which they also ask for their public addresses.
 fn two_sites(setting: &Setting, nats: [Nat; 2]) -> anyhow::Result<()> {
     let mut lab = Lab::new(setting.rank)?;
     let host = lab.host("controller").public("203.0.113.10", "2001:db8::10")?.build()?;
-    let controller = Controller::start(&lab, &host, &setting.binaries)?;
+    add_address(&host, "eth0", "203.0.113.50/24")?;
+    let known = "203.0.113.50".parse()?;
+    let controller = Controller::start_known_by(&lab, &host, &setting.binaries, known)?;
     let mut nodes = Vec::new();
     for (number, nat) in (1..).zip(nats) {
         let router = lab
