@@ -263,7 +263,7 @@ fn refuse_covered(mesh: &MeshConfig, gateways: &[IpAddr]) -> Result<(), JoinErro
 }
 
 /// Creates the join request, with a proof of having the WireGuard private key.
-fn request(
+pub fn request(
     token: &JoinToken,
     name: &NodeName,
     keys: &Keys,

@@ -27,6 +27,7 @@ pub mod mtu;
 pub mod nat;
 pub mod nodes;
 pub mod plan;
+pub mod scale;
 pub mod table;
 pub mod vm;
 

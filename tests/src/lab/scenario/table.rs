@@ -8,7 +8,7 @@ use clap::{ArgMatches, Args, Command, FromArgMatches};
 
 use super::{
     Setting, attack, bench, bootstrap, coexist, crash, demo, departure, failover, hosts, idle,
-    interop, kubernetes, leak, many, mtu, nat, nodes, plan, vm,
+    interop, kubernetes, leak, many, mtu, nat, nodes, plan, scale, vm,
 };
 use crate::lab::binaries::{Binaries, Profile};
 use crate::lab::interrupt;
@@ -155,6 +155,13 @@ pub const SCENARIOS: &[Scenario] = &[
         run: |matches, flags| on_hosts(Profile::Dev, coexist::run, matches, flags),
     },
     Scenario {
+        name: "scale",
+        aliases: &[],
+        help: "Measure one controller with thousands of agents (release build)",
+        arguments: scale::Options::augment_args,
+        run: run_scale,
+    },
+    Scenario {
         name: "plan",
         aliases: &[],
         help: "Measure what a host's network costs with 5,000 prefixes (release build)",
@@ -249,6 +256,13 @@ fn run_plan(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
     let flags = flags.into_iter().filter_map(|(flag, set)| set.then_some(flag));
     let error = process::Command::new(lab).args(["plan", "--here"]).args(flags).exec();
     Err(error).context("cannot start the release build of the lab")
+}
+
+/// Runs `scale` with release builds, or with dev builds if its options ask for it.
+fn run_scale(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
+    let options = scale::Options::from_arg_matches(matches)?;
+    let profile = if options.dev { Profile::Dev } else { Profile::Release };
+    on_hosts(profile, scale::run, matches, flags)
 }
 
 /// Prints a list of cases.
