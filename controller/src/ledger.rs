@@ -206,8 +206,8 @@ impl Ledger {
     /// Returns every record as it is stored, sorted by key.
     pub fn records(&self, sessions: &Sessions, now: Now) -> Vec<StoreRecord> {
         let keys = self.keys().chain([Key::Counters, Key::LastSeen]);
-        let records =
-            keys.filter_map(|key| Some((key_text(key), self.encode(key, sessions, now)?)));
+        let last_seen = || sessions.all_last_seen(now);
+        let records = keys.filter_map(|key| Some((key_text(key), self.encode(key, last_seen)?)));
         let mut records: Vec<StoreRecord> = records.collect();
         records.sort_unstable();
         records
