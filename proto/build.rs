@@ -1,7 +1,5 @@
 //! Compiles the schema with protox, so that no protoc is needed.
 
-#![expect(clippy::print_stdout, reason = "instructions to cargo")]
-
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(
