@@ -150,7 +150,10 @@ impl Watcher {
                     if is_paused {
                         continue;
                     }
-                    latest.mark_unchanged();
+                    // A heartbeat says nothing of changes, so it must not hide that there are some.
+                    if due != Due::Heartbeat {
+                        latest.mark_unchanged();
+                    }
                     if due == Due::Changes && self.synced {
                         pause = Some(Box::pin(sleep(self.pause())));
                     }

@@ -194,17 +194,18 @@ impl Scale {
         ask(Request::Join { from: first, to: options.agents })?;
         joined(options.agents, STEP)?;
         self.enrol_watched_per_s = round(rest as f64 / begun.elapsed().as_secs_f64());
-        ask(Request::Watch { from: first, to: options.agents })?;
-        synced(options.agents, STEP)?;
-        self.await_quiet(report)?;
 
-        output.step("asking for the whole map once more");
+        output.step("asking for the whole map once");
+        self.await_quiet(report)?;
         ask(Request::Snapshot)?;
         let snapshot = wait_for("whole map", STEP, || {
             report.check()?;
             Ok(report.snapshot())
         })?;
         self.snapshot_s = round(snapshot.as_secs_f64());
+        ask(Request::Watch { from: first, to: options.agents })?;
+        synced(options.agents, STEP)?;
+        self.await_quiet(report)?;
 
         output.step(&format!("publishing {SINGLE} changes, one after the other"));
         let mut latencies = Vec::new();
@@ -293,12 +294,18 @@ impl Scale {
             let all = (first..first + count).all(|mark| report.received(mark) >= self.agents);
             Ok(all.then_some(()))
         })?;
-        let late = (first..first + count).filter(|mark| report.received(*mark) < self.agents);
-        let late = late.count();
+        let received = (first..first + count).map(|mark| report.received(mark));
+        let late: Vec<usize> = received.filter(|received| *received < self.agents).collect();
         arrived.with_context(|| {
             format!(
-                "{late} of {count} changes did not reach every agent in {} s",
-                DELIVERY.as_secs()
+                "{} of {count} changes did not reach every agent in {} s (the first: {} of {}); {} agents \
+                 are connected; last disconnect: {}",
+                late.len(),
+                DELIVERY.as_secs(),
+                late.first().copied().unwrap_or_default(),
+                self.agents,
+                report.synced(),
+                report.last_disconnect()
             )
         })
     }
@@ -311,7 +318,7 @@ enum Request {
     Join { from: usize, to: usize },
     /// Let these agents open their watches, publish their first records, and stay connected.
     Watch { from: usize, to: usize },
-    /// Let the first agent ask for the whole map on a connection of its own.
+    /// Let the last agent, which does not watch yet, ask for the whole map once.
     Snapshot,
     /// Let an agent publish a record with this mark.
     Change { agent: usize, mark: usize },
@@ -353,7 +360,8 @@ async fn run_agents(
                 }
             }
             Request::Snapshot => {
-                let member = members[0].clone().context("the agent has not joined")?;
+                let last = members.last().cloned().flatten();
+                let member = last.context("the agent has not joined")?;
                 report.set_snapshot(member.snapshot().await?);
             }
             Request::Change { agent, mark } => {
