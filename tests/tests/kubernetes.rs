@@ -1,5 +1,6 @@
 //! Tests the agent's Kubernetes client against a scripted API server.
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
+#![expect(clippy::print_stdout, reason = "the output of a test")]
 
 use std::path::PathBuf;
 use std::sync::Arc;

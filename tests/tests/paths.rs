@@ -2,6 +2,7 @@
 //! kind that the two types allow.
 
 #![allow(clippy::unwrap_used)] // helpers of tests may panic too: the panic is the report
+#![expect(clippy::print_stdout, reason = "the output of a test")]
 
 use std::net::IpAddr;
 use std::time::Duration;

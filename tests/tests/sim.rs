@@ -7,6 +7,7 @@
 //! be up within [`BUDGET`], and an inner packet must get through in both directions.
 
 #![allow(clippy::unwrap_used)] // helpers of tests may panic too: the panic is the report
+#![expect(clippy::print_stdout, reason = "the output of a test")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

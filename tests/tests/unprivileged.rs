@@ -3,6 +3,7 @@
 //! `unshare`, `mount` and `setpriv` (util-linux) stand in for systemd: the user exists in a mount
 //! namespace of the program, `/proc/sys` is read-only, and one capability is left.
 #![allow(clippy::unwrap_used)] // a panic is the report
+#![expect(clippy::print_stdout, reason = "the output of a test")]
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
