@@ -352,6 +352,6 @@ mod tests {
     #[test]
     fn a_refusal_is_one_printable_line() {
         let status = tonic::Status::permission_denied("no\u{1b}[2J\nway");
-        assert_eq!(status_message(&status), "the controller refused: no[2Jway");
+        assert_eq!(status_message(&status), "the controller refused: no [2J way");
     }
 }

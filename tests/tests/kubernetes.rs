@@ -13,7 +13,7 @@ use towline_agent::config::{AnnouncePods, KubernetesConfig};
 use towline_agent::kubernetes::{self, Setup, View};
 use towline_agent::state::StateDir;
 use towline_fixtures::node::nets;
-use towline_netlink::{Overlay, OverlayKind, Rtnetlink};
+use towline_netlink::{Overlay, OverlayKind, Route, Rtnetlink};
 use towline_proto::mtu::Mtu;
 use towline_tests::cluster::{ClusterCa, kubeconfig, kubeconfig_of_plugin, replace};
 use towline_tests::scripted_api::{Manner, ScriptedApi};
@@ -322,10 +322,14 @@ fn a_cni_that_begins_to_tunnel_takes_the_pod_networks_out_of_the_mesh() {
         if let Err(error) = netlink.add_overlay("flannel.1", vxlan) {
             return println!("skipped: cannot create a VXLAN link: {error}");
         }
+        let link = netlink.link_index("flannel.1").unwrap();
+        netlink.set_up(link, true).unwrap();
+        // By this route it is known that pods use the link, which is not the bridge plugin's own.
+        let route = Route::new("10.244.2.0/24".parse().unwrap()).dev(link);
+        netlink.add_route(&route).unwrap();
         let view = machine.view(|view| view.cni.contains("vxlan flannel.1")).await;
         assert!(view.facts.pods.is_empty());
         assert!(view.cni.contains("mtu to set 1370"), "{}", view.cni);
-        let link = netlink.link_index("flannel.1").unwrap();
         netlink.delete_link(link).unwrap();
         machine.pods(&["10.244.1.0/24"]).await;
     });

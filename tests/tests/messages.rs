@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 /// First words that keep their capital letter.
-const PROPER_NOUNS: [&str; 12] = [
+const PROPER_NOUNS: [&str; 13] = [
     "API",
     "CIDR",
     "Docker",
@@ -16,6 +16,7 @@ const PROPER_NOUNS: [&str; 12] = [
     "IPv6",
     "Kubernetes",
     "Linux",
+    "MTU",
     "TLS",
     "TUN",
     "UDP",

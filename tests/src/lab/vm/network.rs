@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -71,8 +71,9 @@ impl Network {
             sockets.push(socket);
             ports.push(Port { index, machine: directory.join(format!("nic{index}")), ours });
         }
+        let gateways = [IpAddr::V4(GATEWAY_V4), IpAddr::V6(GATEWAY_V6)];
         let shared = Arc::new(Shared {
-            witnesses: (0..count).map(|_| Mutex::new(Witness::new(mesh))).collect(),
+            witnesses: (0..count).map(|_| Mutex::new(Witness::new(mesh, gateways))).collect(),
             is_plugged: (0..count).map(|_| AtomicBool::new(true)).collect(),
             ends: AtomicBool::new(false),
         });

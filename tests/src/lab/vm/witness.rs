@@ -7,7 +7,6 @@ use data_encoding::HEXLOWER;
 use ipnet::IpNet;
 use memchr::memmem;
 
-use super::network::{GATEWAY_V4, GATEWAY_V6};
 use crate::lab::capture::frame::Outer;
 
 /// Payload of the background traffic to addresses of the mesh.
@@ -44,6 +43,7 @@ pub struct Sent {
 #[derive(Debug)]
 pub(super) struct Witness {
     mesh: Vec<IpNet>,
+    gateways: [IpAddr; 2],
     sent: Sent,
 }
 
@@ -61,8 +61,9 @@ impl Sent {
 }
 
 impl Witness {
-    pub(super) fn new(mesh: &[IpNet]) -> Self {
-        Self { mesh: mesh.to_vec(), sent: Sent::new() }
+    /// Creates the witness of a machine in a mesh with these networks, behind these gateways.
+    pub(super) fn new(mesh: &[IpNet], gateways: [IpAddr; 2]) -> Self {
+        Self { mesh: mesh.to_vec(), gateways, sent: Sent::new() }
     }
 
     pub(super) fn sent(&self) -> Sent {
@@ -81,8 +82,7 @@ impl Witness {
         let is_to_mesh = is_of_mesh(outer.destination)
             || outer.neighbor_target.is_some_and(is_of_mesh)
             || has(MESH_LABEL);
-        let is_to_gateway =
-            [IpAddr::V4(GATEWAY_V4), IpAddr::V6(GATEWAY_V6)].contains(&outer.destination);
+        let is_to_gateway = self.gateways.contains(&outer.destination);
         if is_to_mesh {
             self.sent.clear += 1;
             self.describe(&outer);
@@ -123,7 +123,8 @@ mod tests {
 
     #[test]
     fn clear_packets_are_found_by_address_and_by_payload() {
-        let mut witness = Witness::new(&["198.19.0.0/16".parse().unwrap()]);
+        let gateways = ["203.0.113.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
+        let mut witness = Witness::new(&["198.19.0.0/16".parse().unwrap()], gateways);
         witness.see(&frame([198, 19, 0, 7], b""));
         // A clear packet inside another, unencrypted tunnel.
         witness.see(&frame([203, 0, 113, 10], format!("....{MESH_LABEL}").as_bytes()));
