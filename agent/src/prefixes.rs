@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 use towline_core::prefixes::{covering, without};
-use towline_proto::limits;
 use towline_proto::node::Grant;
+use towline_proto::{codes, limits};
 
 /// Source of announced networks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -50,8 +50,35 @@ pub struct Prefixes {
 pub struct Selection {
     /// Announced networks, sorted and disjoint.
     pub announced: Vec<IpNet>,
-    /// Networks that cannot be announced, one line each. Filtered networks are no problem.
-    pub problems: Vec<String>,
+    /// Networks that cannot be announced. Filtered networks are no problem.
+    pub problems: Vec<NotAnnounced>,
+}
+
+/// Network that cannot be announced, and why.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotAnnounced {
+    /// The grant does not allow it.
+    #[error(
+        "prefix {prefix} is not announced: the grant does not include it: join again with a token \
+         made with --prefix {prefix}, or a wider one"
+    )]
+    NotGranted {
+        /// Network of the node.
+        prefix: IpNet,
+    },
+    /// The node announces the largest number of networks already.
+    #[error("prefix {prefix} is not announced: a node can announce at most {}", limits::PREFIXES)]
+    TooMany {
+        /// Network of the node.
+        prefix: IpNet,
+    },
+}
+
+codes! {
+    NotAnnounced {
+        NotGranted => "prefix-not-granted",
+        TooMany => "too-many-prefixes",
+    }
 }
 
 impl Prefixes {
@@ -87,15 +114,9 @@ impl Prefixes {
         let mut selection = Selection::default();
         for prefix in without(kept, filter.exclude) {
             if !grant.allows(&prefix) {
-                selection.problems.push(format!(
-                    "prefix {prefix} is not announced: the grant does not include it: join again \
-                     with a token made with --prefix {prefix}, or a wider one"
-                ));
+                selection.problems.push(NotAnnounced::NotGranted { prefix });
             } else if selection.announced.len() == limits::PREFIXES {
-                selection.problems.push(format!(
-                    "prefix {prefix} is not announced: a node can announce at most {}",
-                    limits::PREFIXES
-                ));
+                selection.problems.push(NotAnnounced::TooMany { prefix });
             } else {
                 selection.announced.push(prefix);
             }
@@ -150,7 +171,7 @@ mod tests {
         };
         let selection = prefixes.select(filter, &grant(&["10.244.0.0/16", "fd00:10::/64"]));
         assert_eq!(selection.announced, ["10.244.0.0/24", "fd00:10::/64"].map(net));
-        assert_eq!(selection.problems, [""; 0]);
+        assert_eq!(selection.problems, []);
     }
 
     #[test]
@@ -171,6 +192,7 @@ mod tests {
         let selection = prefixes.select(Filter::default(), &grant(&["10.1.0.0/16"]));
         assert_eq!(selection.announced, [net("10.1.0.0/24")]);
         assert_eq!(selection.problems.len(), 1);
-        assert!(selection.problems[0].contains("--prefix 10.2.0.0/24"), "{selection:?}");
+        let problem = selection.problems[0].to_string();
+        assert!(problem.contains("--prefix 10.2.0.0/24"), "{problem}");
     }
 }

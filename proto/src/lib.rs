@@ -5,7 +5,8 @@
 #![forbid(unsafe_code)]
 
 pub use towline_types::{
-    backoff, cursor, frame, id, limits, mtu, node, ownership, rate, source_limiter, stun, token,
+    backoff, code, codes, cursor, frame, id, limits, mtu, node, ownership, rate, source_limiter,
+    stun, token,
 };
 
 mod changes;

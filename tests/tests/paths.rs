@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use towline_core::mesh::PeerState;
+use towline_core::reason::PeerReason;
 use towline_tests::sim::Sim;
 use towline_tests::sim::nat::{Behaviour, Nat};
 use towline_tests::sim::net::{Conditions, HostId, INTERNET, RealmId, Uplink};
@@ -274,7 +275,7 @@ impl Pair {
         let _ = b;
         let mesh = &self.sim.hosts[blocked].agent.as_ref().unwrap().mesh;
         let status = mesh.peer(self.sim.hosts[other].id()).unwrap();
-        status.state == PeerState::Down && status.reason.contains("firewall")
+        matches!(status.reason, Some(PeerReason::UdpBlocked(_))) && status.state == PeerState::Down
     }
 }
 

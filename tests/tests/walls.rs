@@ -52,7 +52,13 @@ const WALLS: &[Wall] = &[
     },
     Wall {
         package: "towline-host",
-        ours: &["towline-core", "towline-helper", "towline-netlink", "towline-nftables"],
+        ours: &[
+            "towline-core",
+            "towline-helper",
+            "towline-netlink",
+            "towline-nftables",
+            "towline-types",
+        ],
         others: None,
     },
     Wall {

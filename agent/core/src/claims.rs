@@ -16,6 +16,7 @@ use towline_types::node::{Grant, Node};
 use towline_types::ownership::{self, Refused};
 
 use crate::config::Membership;
+use crate::conflict::{Conflict, Holder};
 use crate::prefixes::PrefixMap;
 
 /// Prefixes and key that one node holds, and its claims that were refused.
@@ -24,10 +25,10 @@ pub(crate) struct Claim {
     /// Those of its overlay addresses and announced prefixes that it holds; empty when another node
     /// holds its WireGuard key.
     pub(crate) prefixes: Vec<IpNet>,
-    /// Name of the other node that holds its WireGuard key: then it cannot be a peer.
-    pub(crate) key_holder: Option<NodeName>,
-    /// Refused claims, a line each, for the operator.
-    pub(crate) conflicts: Vec<String>,
+    /// Holder of its WireGuard key, if another has it: then it cannot be a peer.
+    pub(crate) key_holder: Option<Holder>,
+    /// Refused claims, for the operator.
+    pub(crate) conflicts: Vec<Conflict>,
 }
 
 /// All claims, resolved.
@@ -108,13 +109,14 @@ impl Claims {
         let grant = node.grant();
         let holder = *self.names.entry(grant.name.clone()).or_insert(grant.node_id);
         if holder != grant.node_id {
-            claim.conflicts.push(format!("its name is also that of node {holder}"));
+            claim.conflicts.push(Conflict::Name { holder });
         }
         let taken = node.record().wireguard_keys.iter().find_map(|key| self.keys.get(key));
         if let Some(holder) = taken {
-            let holder = holder.name(own);
-            claim.conflicts.push(format!("its WireGuard key is held by {holder}"));
-            claim.key_holder = Some(holder.clone());
+            // A key of ours is named by this node's name, as other nodes would.
+            let holder = Holder::Node(holder.grant(own).name.clone());
+            claim.conflicts.push(Conflict::Key { holder: holder.clone() });
+            claim.key_holder = Some(holder);
         } else {
             for key in &node.record().wireguard_keys {
                 self.keys.insert(*key, Owner::Node(node.clone()));
@@ -165,7 +167,7 @@ impl Claims {
     }
 
     /// Returns why the node of `grant` does not get `prefix`; `None` if it does.
-    fn refused(&self, membership: &Membership, prefix: IpNet, grant: &Grant) -> Option<String> {
+    fn refused(&self, membership: &Membership, prefix: IpNet, grant: &Grant) -> Option<Conflict> {
         let own = &membership.grant;
         let claim = ownership::Claim { grant, prefix };
         let held = self
@@ -174,16 +176,13 @@ impl Claims {
             .map(|(other, holder)| ownership::Claim { grant: holder.grant(own), prefix: *other });
         let other = match ownership::check(claim, &membership.mesh, held) {
             Ok(()) => return None,
-            Err(Refused::Unusable(reason)) => return Some(reason.to_string()),
+            Err(Refused::Unusable(reason)) => return Some(Conflict::Unusable(reason)),
             Err(Refused::Held(other)) => other,
         };
         let is_ours = other.grant.node_id == own.node_id;
-        let name = if is_ours { "this node" } else { other.grant.name.as_str() };
-        Some(if other.prefix == prefix {
-            format!("prefix {prefix} is held by {name}")
-        } else {
-            format!("prefix {prefix} overlaps {} of {name}", other.prefix)
-        })
+        let holder =
+            if is_ours { Holder::ThisNode } else { Holder::Node(other.grant.name.clone()) };
+        Some(Conflict::over(prefix, other.prefix, holder))
     }
 }
 
@@ -193,9 +192,5 @@ impl Owner {
             Self::Us => own,
             Self::Node(node) => node.grant(),
         }
-    }
-
-    fn name<'a>(&'a self, own: &'a Grant) -> &'a NodeName {
-        &self.grant(own).name
     }
 }

@@ -39,6 +39,7 @@ use crate::peers::Peers;
 use crate::plan::UnderlayPlan;
 use crate::prefixes::is_private;
 use crate::probing::{CallOrder, Probing};
+use crate::reason::PeerReason;
 use crate::roster::{Roster, RosterEvent};
 use crate::routing::{HostSettings, RoutingInput};
 use crate::static_peers::{StaticPeer, StaticPeerStatus, StaticPeers};
@@ -426,7 +427,7 @@ impl Mesh {
     fn status(&self, peer: &Peer) -> PeerStatus {
         let claim = self.roster.claim(peer.id());
         let reason = match claim.and_then(|claim| claim.key_holder.as_ref()) {
-            Some(holder) => format!("its WireGuard key is held by {holder}"),
+            Some(holder) => Some(PeerReason::KeyConflict { holder: holder.clone() }),
             None => {
                 let conditions = NetworkConditions {
                     has_relays: !self.relays.is_empty(),

@@ -18,6 +18,7 @@ use towline_types::node::{Grant, MeshConfig, Node, Tombstone};
 use crate::changes::{Change, Scope};
 use crate::claims::{Claim, Claims};
 use crate::config::{MapChange, Membership};
+use crate::conflict::Holder;
 use crate::effects::Effects;
 use crate::prefixes::covering;
 use crate::static_peers::StaticPeers;
@@ -272,25 +273,25 @@ impl Roster {
 
     /// Static peers get what neither the mesh nor one of its nodes holds, nor we.
     fn resolve_static_peers(&self, static_peers: &mut StaticPeers) {
-        let ours = self.own_prefixes.iter().map(|net| (*net, "this node".to_owned()));
-        let mut held: Vec<(IpNet, String)> = ours.collect();
+        let ours = self.own_prefixes.iter().map(|net| (*net, Holder::ThisNode));
+        let mut held: Vec<(IpNet, Holder)> = ours.collect();
         if let Some(mesh) = self.mesh() {
             for net in [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)] {
-                held.push((net, "the mesh".into()));
+                held.push((net, Holder::Mesh));
             }
         }
-        let name = |id: &NodeId| self.nodes.get(id).map(|node| node.name().to_string());
+        let holder = |id: &NodeId| self.nodes.get(id).map(|node| Holder::Node(node.name().clone()));
         for (id, claim) in self.claims.iter() {
-            let name = name(id).unwrap_or_default();
-            held.extend(claim.prefixes.iter().map(|net| (*net, name.clone())));
+            let holder = holder(id).unwrap_or(Holder::Mesh);
+            held.extend(claim.prefixes.iter().map(|net| (*net, holder.clone())));
         }
         let own_key =
             self.membership.as_ref().and_then(|own| own.grant.wireguard_keys.first().copied());
         let key_holder = |key: &WireguardKey| {
             if own_key == Some(*key) {
-                Some("this node".into())
+                Some(Holder::ThisNode)
             } else {
-                self.claims.key(key).and_then(|id| name(&id))
+                self.claims.key(key).and_then(|id| holder(&id))
             }
         };
         static_peers.resolve(held.into_iter(), key_holder);

@@ -19,6 +19,7 @@ use towline_types::id::{PresharedKey, WireguardKey};
 use towline_types::mtu::Mtu;
 
 use crate::changes::Change;
+use crate::conflict::{Conflict, Holder};
 use crate::effects::Effects;
 use crate::local_node::LocalNode;
 use crate::output::Output;
@@ -26,6 +27,7 @@ use crate::path::Path;
 use crate::peer::{DOWN_AFTER, jittered};
 use crate::peer_table::{Observation, PeerEntry, REKEY_TIMEOUT};
 use crate::prefixes::PrefixMap;
+use crate::reason::StaticPeerReason;
 use crate::status::PeerState;
 use crate::timers::Timer;
 
@@ -60,16 +62,16 @@ pub struct StaticPeerStatus {
     pub state: PeerState,
     /// Time of the last change of state.
     pub since: Instant,
-    /// Reason why the peer is not up, in words for the operator; empty when it is up.
-    pub reason: String,
+    /// Reason why the peer is not up; `None` when it is up.
+    pub reason: Option<StaticPeerReason>,
     /// Path that its datagrams go over.
     pub endpoint: Option<Path>,
     /// Time at which the last handshake completed.
     pub last_handshake: Option<Instant>,
     /// Networks that are routed to it.
     pub prefixes: Vec<IpNet>,
-    /// Prefixes and key that it was refused, a line each.
-    pub conflicts: Vec<String>,
+    /// Prefixes and key that it was refused.
+    pub conflicts: Vec<Conflict>,
 }
 
 /// All static peers.
@@ -83,9 +85,9 @@ struct ConfiguredPeer {
     config: StaticPeer,
     /// Those of the configured prefixes that it got. Set by [`StaticPeers::resolve`].
     prefixes: Vec<IpNet>,
-    conflicts: Vec<String>,
-    /// True if a node of the mesh, or this node, has its key: then it cannot be a peer.
-    is_refused: bool,
+    conflicts: Vec<Conflict>,
+    /// Holder of its key, if a node of the mesh, or this node, has it: then it cannot be a peer.
+    key_holder: Option<Holder>,
     endpoint: Option<Path>,
     state: PeerState,
     since: Instant,
@@ -116,8 +118,8 @@ impl StaticPeers {
     /// holder of a key.
     pub(crate) fn resolve(
         &mut self,
-        held: impl Iterator<Item = (IpNet, String)>,
-        key_holder: impl Fn(&WireguardKey) -> Option<String>,
+        held: impl Iterator<Item = (IpNet, Holder)>,
+        key_holder: impl Fn(&WireguardKey) -> Option<Holder>,
     ) {
         let mut taken = PrefixMap::default();
         for (prefix, holder) in held {
@@ -126,21 +128,16 @@ impl StaticPeers {
         for (key, peer) in &mut self.by_key {
             peer.prefixes.clear();
             peer.conflicts.clear();
-            let holder = key_holder(key);
-            peer.is_refused = holder.is_some();
-            if let Some(holder) = holder {
-                peer.conflicts.push(format!("its WireGuard key is held by {holder}"));
+            peer.key_holder = key_holder(key);
+            if let Some(holder) = peer.key_holder.clone() {
+                peer.conflicts.push(Conflict::Key { holder });
                 continue;
             }
             for prefix in &peer.config.prefixes {
                 match taken.overlapping(*prefix).next() {
                     None => peer.prefixes.push(*prefix),
-                    Some((other, holder)) if other == prefix => {
-                        peer.conflicts.push(format!("prefix {prefix} is held by {holder}"));
-                    }
-                    Some((other, holder)) => {
-                        peer.conflicts
-                            .push(format!("prefix {prefix} overlaps {other} of {holder}"));
+                    Some((held, holder)) => {
+                        peer.conflicts.push(Conflict::over(*prefix, *held, holder.clone()));
                     }
                 }
             }
@@ -154,7 +151,7 @@ impl StaticPeers {
 
     /// Returns the static peers' part of the peer table, over a link of this MTU.
     pub(crate) fn entries(&self, mtu: Mtu) -> impl Iterator<Item = (WireguardKey, PeerEntry)> {
-        self.by_key.iter().filter(|(_, peer)| !peer.is_refused).map(move |(key, peer)| {
+        self.by_key.iter().filter(|(_, peer)| peer.key_holder.is_none()).map(move |(key, peer)| {
             let entry = PeerEntry {
                 endpoint: peer.endpoint,
                 prefixes: peer.prefixes.clone(),
@@ -182,14 +179,14 @@ impl StaticPeers {
         key: WireguardKey,
         what: Observation,
     ) {
-        if let Some(peer) = self.by_key.get_mut(&key).filter(|peer| !peer.is_refused) {
+        if let Some(peer) = self.by_key.get_mut(&key).filter(|peer| peer.key_holder.is_none()) {
             peer.handle_observation(fx, local, what);
         }
     }
 
     /// Begins the handshake that is due.
     pub(crate) fn attempt(&mut self, fx: &mut Effects, key: WireguardKey) {
-        if let Some(peer) = self.by_key.get_mut(&key).filter(|peer| !peer.is_refused) {
+        if let Some(peer) = self.by_key.get_mut(&key).filter(|peer| peer.key_holder.is_none()) {
             peer.call(fx);
         }
     }
@@ -222,7 +219,7 @@ impl ConfiguredPeer {
             config,
             prefixes: Vec::new(),
             conflicts: Vec::new(),
-            is_refused: false,
+            key_holder: None,
             state: PeerState::Idle,
             since: fx.now,
             trying_since: fx.now,
@@ -350,22 +347,20 @@ impl ConfiguredPeer {
         fx.output(Output::StaticStateChanged { peer, from, to });
     }
 
-    fn reason(&self, now: Instant) -> String {
-        if self.is_refused {
-            return self.conflicts.join("; ");
+    fn reason(&self, now: Instant) -> Option<StaticPeerReason> {
+        if let Some(holder) = self.key_holder.clone() {
+            return Some(StaticPeerReason::KeyConflict { holder });
         }
-        let seconds = now.saturating_duration_since(self.trying_since).as_secs();
-        match (self.state, self.endpoint) {
-            (PeerState::Up, _) => String::new(),
-            (_, None) => "waiting for it to call: it has no `endpoint`".into(),
-            (PeerState::Idle, Some(_)) => "nothing is sent to it, and it has no `keepalive`".into(),
-            (PeerState::Connecting, Some(endpoint)) => format!("calling {}", endpoint.remote),
+        let endpoint = self.endpoint.map(|path| path.remote);
+        Some(match (self.state, endpoint) {
+            (PeerState::Up, _) => return None,
+            (_, None) => StaticPeerReason::NoEndpoint,
+            (PeerState::Idle, Some(_)) => StaticPeerReason::Idle,
+            (PeerState::Connecting, Some(endpoint)) => StaticPeerReason::Trying { endpoint },
             (PeerState::Down, Some(endpoint)) => {
-                format!(
-                    "no answer from {} for {seconds} s: do both ends have the other's key, and the same preshared key?",
-                    endpoint.remote
-                )
+                let seconds = now.saturating_duration_since(self.trying_since).as_secs();
+                StaticPeerReason::NoAnswer { endpoint, seconds }
             }
-        }
+        })
     }
 }

@@ -4,10 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use towline_types::codes;
 use towline_types::id::NodeName;
 use towline_types::node::Node;
 
+use crate::conflict::Conflict;
 use crate::path::Path;
+use crate::reason::PeerReason;
 
 /// State of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -22,6 +25,15 @@ pub enum PeerState {
     Down,
 }
 
+codes! {
+    PeerState {
+        Idle => "idle",
+        Connecting => "connecting",
+        Up => "up",
+        Down => "down",
+    }
+}
+
 /// Name of the deadline for which the core wants to be called again, e.g. `probe`.
 pub type WakeReason = &'static str;
 
@@ -34,9 +46,8 @@ pub struct PeerStatus {
     pub state: PeerState,
     /// Time of the last change of state.
     pub since: Instant,
-    /// Reason why the peer is not up, or up through a relay alone, in words for the operator; else
-    /// empty.
-    pub reason: String,
+    /// Reason why the peer is not up, or up through a relay alone; else `None`.
+    pub reason: Option<PeerReason>,
     /// Path that carries its traffic; `None` unless it is up.
     pub path: Option<Path>,
     /// Name of the relay on that path, if there is one.
@@ -50,6 +61,6 @@ pub struct PeerStatus {
     pub last_handshake: Option<Instant>,
     /// Networks that are routed to it.
     pub prefixes: Vec<IpNet>,
-    /// Claims that it did not get because another node holds them, a line each.
-    pub conflicts: Vec<String>,
+    /// Claims that it did not get.
+    pub conflicts: Vec<Conflict>,
 }

@@ -69,12 +69,12 @@ fn a_peer_with_keepalive_is_called_at_once_and_permanently() {
         us.observe(Observation::HandshakeUnanswered);
     }
     assert_eq!(us.status(2).state, PeerState::Down);
-    assert!(us.status(2).reason.contains("no answer from 203.0.113.7:51820 for 15 s"));
+    assert!(us.reason(2).contains("no answer from 203.0.113.7:51820 for 15 s"));
     us.later(77);
     us.observe(Observation::SessionExpired);
     assert_eq!(us.wait(), [vec![path(HOME)]]);
     us.observe(Observation::Handshake { from: path(HOME) });
-    assert_eq!((us.status(2).state, us.status(2).reason), (PeerState::Up, String::new()));
+    assert_eq!((us.status(2).state, us.status(2).reason), (PeerState::Up, None));
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn a_peer_without_endpoint_is_waited_for() {
     let mut us = Us::alone();
     us.set(vec![StaticPeer { endpoint: None, ..peer(2, &[]) }]);
     assert_eq!(us.observe(Observation::Wanted), Vec::<Vec<Path>>::new());
-    assert!(us.status(2).reason.contains("waiting for it to call"));
+    assert!(us.reason(2).contains("waiting for it to call"));
     us.observe(Observation::Handshake { from: path(AWAY) });
     assert_eq!(us.table.peers[&key(2)].endpoint, Some(path(AWAY)));
 }
@@ -124,12 +124,12 @@ fn a_peer_without_endpoint_is_waited_for() {
 fn what_the_mesh_or_its_nodes_hold_is_refused_to_a_static_peer_and_shown() {
     let mut us = Us::in_mesh();
     us.set(vec![peer(2, &["10.1.0.0/16", "10.2.0.0/16", "198.19.0.0/24", "192.168.0.0/16"])]);
-    assert_eq!(us.status(2).conflicts, ["prefix 198.19.0.0/24 overlaps 198.19.0.0/16 of the mesh"]);
+    assert_eq!(us.conflicts(2), ["prefix 198.19.0.0/24 overlaps 198.19.0.0/16 of the mesh"]);
     us.mesh.handle_map_change(us.now, node(3).prefixes(&["10.1.7.0/24"]).into());
     us.mesh.set_prefixes(us.now, vec![net("10.2.0.0/16")]);
     us.drain();
     assert_eq!(
-        us.status(2).conflicts,
+        us.conflicts(2),
         [
             "prefix 10.1.0.0/16 overlaps 10.1.7.0/24 of node-3",
             "prefix 10.2.0.0/16 is held by this node",
@@ -169,8 +169,8 @@ fn a_static_peer_with_a_nodes_key_is_no_peer() {
     let mut us = Us::in_mesh();
     us.mesh.handle_map_change(us.now, node(2).prefixes(&["10.1.0.0/16"]).into());
     us.set(vec![peer(2, &["10.9.0.0/24"]), peer(1, &["10.8.0.0/24"])]);
-    assert_eq!(us.status(2).reason, "its WireGuard key is held by node-2");
-    assert_eq!(us.status(1).reason, "its WireGuard key is held by this node");
+    assert_eq!(us.reason(2), "its WireGuard key is held by node-2");
+    assert_eq!(us.reason(1), "its WireGuard key is held by this node");
     assert_eq!(us.table.peers.len(), 1);
     assert!(!us.table.peers[&key(2)].prefixes.contains(&net("10.9.0.0/24")));
 }
@@ -252,6 +252,14 @@ impl Us {
 
     fn status(&self, number: u8) -> StaticPeerStatus {
         self.mesh.static_peers().find(|peer| peer.public_key == key(number)).unwrap()
+    }
+
+    fn reason(&self, number: u8) -> String {
+        self.status(number).reason.unwrap().to_string()
+    }
+
+    fn conflicts(&self, number: u8) -> Vec<String> {
+        self.status(number).conflicts.iter().map(ToString::to_string).collect()
     }
 }
 

@@ -51,7 +51,7 @@ pub use obstacles::{Obstacle, Owner, Traffic};
 pub use outward::OutwardAddresses;
 use outward::WaysOut;
 pub use overlaps::Overlap;
-pub use problem::{ApplyError, Piece, Problem, RedirectError};
+pub use problem::{ApplyError, InUse, Piece, Problem, RedirectError};
 use redirects::EgressState;
 pub use redirects::PastNetfilter;
 pub use state::Names;
@@ -417,9 +417,9 @@ impl HostNetwork {
     /// an error. Later they are only a problem, so that the guards stay.
     fn check_foreign(&self, foreign: Foreign, changes: &mut Changes) -> Result<(), ApplyError> {
         match foreign.first() {
-            Some(error) if self.applied.is_none() => Err(error),
-            Some(error) => {
-                changes.problems.push(Problem::Intruder(error.to_string()));
+            Some(intruder) if self.applied.is_none() => Err(intruder.into()),
+            Some(intruder) => {
+                changes.problems.push(Problem::Intruder(intruder));
                 Ok(())
             }
             None => Ok(()),

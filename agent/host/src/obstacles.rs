@@ -15,6 +15,7 @@ use towline_core::plan::{Plan, RouteVia};
 use towline_core::prefixes::is_host;
 use towline_netlink::Family;
 use towline_nftables::{ForeignTable, Hook, Nft, NftError, Packet, PacketLink, TableFamily};
+use towline_types::codes;
 
 use super::address::LocalAddress;
 use super::hook;
@@ -83,17 +84,6 @@ const ELSEWHERE: [IpAddr; 2] = [
 ];
 
 impl Obstacle {
-    /// Returns the stable code of the problem.
-    pub fn code(&self) -> &'static str {
-        match self.traffic {
-            Traffic::In => "firewall-drops-input",
-            Traffic::Out => "firewall-drops-output",
-            Traffic::ForwardIn | Traffic::ForwardOut => "firewall-drops-forwarded",
-            Traffic::PortIn => "firewall-closes-port",
-            Traffic::PortOut => "firewall-drops-tunnels",
-        }
-    }
-
     /// Returns true if the mesh works all the same: peers that this node contacts first are let in.
     pub fn is_note(&self) -> bool {
         self.traffic == Traffic::PortIn
@@ -155,6 +145,19 @@ impl Obstacle {
                 format!("`nft insert rule {family} {table} {chain} {matches} accept`")
             }
         }
+    }
+}
+
+codes! { Obstacle.traffic: Traffic }
+
+codes! {
+    Traffic {
+        In => "firewall-drops-input",
+        Out => "firewall-drops-output",
+        ForwardIn => "firewall-drops-forwarded",
+        ForwardOut => "firewall-drops-forwarded",
+        PortIn => "firewall-closes-port",
+        PortOut => "firewall-drops-tunnels",
     }
 }
 

@@ -6,6 +6,7 @@ use std::fmt;
 use ipnet::IpNet;
 use towline_core::plan::Plan;
 use towline_core::prefixes::is_host;
+use towline_types::codes;
 
 use super::address::LocalAddress;
 use super::candidates::is_global;
@@ -21,12 +22,7 @@ pub struct Overlap {
     guarded: IpNet,
 }
 
-impl Overlap {
-    /// Returns the stable code of the problem.
-    pub fn code(&self) -> &'static str {
-        "local-network-covered"
-    }
-}
+codes! { Overlap => "local-network-covered" }
 
 impl fmt::Display for Overlap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

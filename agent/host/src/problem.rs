@@ -4,52 +4,15 @@ use std::io;
 
 use towline_netlink::{NetlinkError, Refusal};
 use towline_nftables::{NftError, TableFamily};
+use towline_types::codes;
 
 /// Error that ended an apply. After an error about a name or number in use nothing was changed; after
 /// others, a part may be.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
-    /// One of Towline's routing tables holds a route that Towline did not create.
-    #[error(
-        "cannot use routing table {table}: it holds a route to {destination} that Towline did not \
-         create: set another number in routing.table"
-    )]
-    TableInUse {
-        /// Number of the routing table.
-        table: u32,
-        /// Destination of the first such route.
-        destination: ipnet::IpNet,
-    },
-    /// A policy rule that Towline did not create has one of Towline's priorities.
-    #[error(
-        "cannot use policy rule priority {priority}: a rule that Towline did not create has it: set \
-         another number in routing.priority"
-    )]
-    PriorityInUse {
-        /// Priority of the rule.
-        priority: u32,
-    },
-    /// Towline did not create the nftables table that has its name.
-    #[error(
-        "cannot use the nftables table {family} {name}: Towline did not create it: delete it, or set \
-         another name in routing.nftables_table"
-    )]
-    FirewallTableInUse {
-        /// Address family of the table.
-        family: TableFamily,
-        /// Name of the table.
-        name: String,
-    },
-    /// The link that has Towline's name is not a TUN device.
-    #[error(
-        "cannot use the link {name}: it is a {kind}, not a TUN device: set another name in link.name"
-    )]
-    LinkInUse {
-        /// Name of the link.
-        name: String,
-        /// Kind of the link, such as `veth`.
-        kind: String,
-    },
+    /// Another program uses one of Towline's names or numbers.
+    #[error(transparent)]
+    InUse(#[from] InUse),
     /// A netlink request failed.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
@@ -68,6 +31,52 @@ impl From<NftError> for ApplyError {
             other => Self::Nft(other),
         }
     }
+}
+
+/// Use of one of Towline's names or numbers by another program.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InUse {
+    /// One of Towline's routing tables holds a route that Towline did not create.
+    #[error(
+        "cannot use routing table {table}: it holds a route to {destination} that Towline did not \
+         create: set another number in routing.table"
+    )]
+    Table {
+        /// Number of the routing table.
+        table: u32,
+        /// Destination of the first such route.
+        destination: ipnet::IpNet,
+    },
+    /// A policy rule that Towline did not create has one of Towline's priorities.
+    #[error(
+        "cannot use policy rule priority {priority}: a rule that Towline did not create has it: set \
+         another number in routing.priority"
+    )]
+    Priority {
+        /// Priority of the rule.
+        priority: u32,
+    },
+    /// Towline did not create the nftables table that has its name.
+    #[error(
+        "cannot use the nftables table {family} {name}: Towline did not create it: delete it, or set \
+         another name in routing.nftables_table"
+    )]
+    FirewallTable {
+        /// Address family of the table.
+        family: TableFamily,
+        /// Name of the table.
+        name: String,
+    },
+    /// The link that has Towline's name is not a TUN device.
+    #[error(
+        "cannot use the link {name}: it is a {kind}, not a TUN device: set another name in link.name"
+    )]
+    Link {
+        /// Name of the link.
+        name: String,
+        /// Kind of the link, such as `veth`.
+        kind: String,
+    },
 }
 
 /// Part of a plan that could not be applied, while the rest was applied.
@@ -100,8 +109,8 @@ pub enum Problem {
     )]
     NoZone(String),
     /// Another program created an object under one of Towline's names or numbers.
-    #[error("{0}")]
-    Intruder(String),
+    #[error(transparent)]
+    Intruder(InUse),
     /// A policy rule of another program matches a mark that Towline's sockets carry too.
     #[error(
         "another program uses Towline's packet mark: the policy rule of priority {priority} matches \
@@ -254,4 +263,48 @@ pub enum RedirectError {
         /// Error of the kernel or of the helper.
         source: io::Error,
     },
+}
+
+codes! {
+    ApplyError {
+        InUse(InUse),
+        Netlink => "netlink-failed",
+        Nft => "nftables-failed",
+        Redirects => "redirects-not-guarded",
+    }
+}
+
+codes! {
+    InUse {
+        Table => "routing-table-in-use",
+        Priority => "rule-priority-in-use",
+        FirewallTable => "nftables-table-in-use",
+        Link => "link-name-in-use",
+    }
+}
+
+codes! {
+    Problem {
+        LinkMissing => "link-missing",
+        NoFirewall => "nftables-guard-missing",
+        FirewallReduced => "nftables-guard-reduced",
+        Hook => "docker-hook-failed",
+        NoZone => "firewalld-zone-missing",
+        Intruder(InUse),
+        MarkInUse => "mark-in-use",
+        MarkSeen => "marked-packets-dropped",
+        Setting => "rp-filter-strict",
+        Refused { piece: Piece },
+        NoIpv6 => "ipv6-absent",
+        NoIpv6Rules => "ipv6-rules-missing",
+        NoIpv6OnLink => "ipv6-disabled",
+    }
+}
+
+codes! {
+    Piece {
+        Guard => "guard-refused",
+        Link => "link-refused",
+        Route => "route-refused",
+    }
 }

@@ -20,6 +20,7 @@ use towline_helper::egress::Direction;
 use towline_helper::protocol::{EgressGuard, LinkIndex, Request, Uplink};
 use towline_helper::{client, egress};
 use towline_netlink::{Link, NetlinkError, Rtnetlink};
+use towline_types::codes;
 
 use super::problem::RedirectError;
 use super::{address, uplinks};
@@ -44,6 +45,14 @@ const NETKIT: &str = "netkit";
 
 /// Greatest number of links to query for TCX programs. Each takes two system calls.
 const LINKS: usize = 256;
+
+codes! {
+    PastNetfilter {
+        Cilium => "redirects-by-cilium",
+        Calico => "redirects-by-calico",
+        Program => "redirects-by-program",
+    }
+}
 
 impl fmt::Display for PastNetfilter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

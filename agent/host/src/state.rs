@@ -18,7 +18,7 @@ use towline_nftables::{Nft, NftError, Table};
 
 use super::families::Families;
 use super::firewall;
-use super::problem::{ApplyError, Piece, Problem};
+use super::problem::{ApplyError, InUse, Piece, Problem};
 use super::{Changes, OURS, rules};
 
 /// Names and numbers that identify the state that Towline created.
@@ -98,7 +98,7 @@ pub(super) struct LinkState {
 /// State of other programs that uses Towline's names, numbers or mark.
 #[derive(Debug, Default)]
 pub(super) struct Foreign {
-    found: Vec<ApplyError>,
+    found: Vec<InUse>,
     /// Rules of other programs that match a mark, at any priority.
     pub(super) marks: Vec<ForeignMark>,
     /// Number of packets of other programs that carried our mark and were dropped.
@@ -115,7 +115,7 @@ pub(super) struct ForeignMark {
 
 impl Foreign {
     /// Returns the first object that uses one of Towline's names or numbers.
-    pub(super) fn first(self) -> Option<ApplyError> {
+    pub(super) fn first(self) -> Option<InUse> {
         self.found.into_iter().next()
     }
 }
@@ -187,7 +187,7 @@ impl State {
                     foreign.marks.push(ForeignMark { priority: rule.priority, mark, mask });
                 }
                 if names.has_priority(rule.priority) {
-                    foreign.found.push(ApplyError::PriorityInUse { priority: rule.priority });
+                    foreign.found.push(InUse::Priority { priority: rule.priority });
                 }
             }
             for table in names.tables() {
@@ -203,7 +203,7 @@ impl State {
                         foreign.marked_packets += firewall::marked_by_others(&loaded);
                         state.firewall.get_or_insert(loaded.table);
                     }
-                    Ok(Some(_)) => foreign.found.push(ApplyError::FirewallTableInUse {
+                    Ok(Some(_)) => foreign.found.push(InUse::FirewallTable {
                         family: *family,
                         name: names.firewall.clone(),
                     }),
@@ -224,7 +224,7 @@ impl State {
         let Some(link) = rtnetlink.link(&names.link)? else { return Ok(()) };
         if !is_tun(&link) {
             let kind = link.kind.unwrap_or_else(|| "hardware link".to_owned());
-            foreign.found.push(ApplyError::LinkInUse { name: link.name, kind });
+            foreign.found.push(InUse::Link { name: link.name, kind });
             return Ok(());
         }
         let addresses = rtnetlink.addresses(Some(link.index))?.into_iter();
@@ -245,10 +245,7 @@ impl State {
 
     fn take_route(&mut self, mut route: Route, foreign: &mut Foreign) {
         if route.protocol != OURS {
-            foreign.found.push(ApplyError::TableInUse {
-                table: route.table,
-                destination: route.destination,
-            });
+            foreign.found.push(InUse::Table { table: route.table, destination: route.destination });
             return;
         }
         if route.kind != RouteKind::Unicast {

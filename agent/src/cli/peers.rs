@@ -9,6 +9,7 @@ use towline_proto::pb;
 use towline_service::output::{self, Format};
 
 use super::local::{status_error, with_agent};
+use super::status::{Detail, details};
 use crate::config::Config;
 
 #[derive(Serialize)]
@@ -19,6 +20,7 @@ struct Peer {
     overlay_addresses: Vec<String>,
     state: String,
     reason: Option<String>,
+    reason_code: Option<String>,
     since_ms: u64,
     path_kind: Option<String>,
     path: Option<String>,
@@ -30,6 +32,7 @@ struct Peer {
     tx_bytes: u64,
     prefixes: Vec<String>,
     conflicts: Vec<String>,
+    conflict_details: Vec<Detail>,
     public_key: String,
     candidates: Vec<Candidate>,
 }
@@ -47,6 +50,7 @@ impl From<pb::PeerStatus> for Peer {
             overlay_addresses: peer.overlay_addresses,
             state: peer.state,
             reason: present(peer.reason),
+            reason_code: present(peer.reason_code),
             since_ms: peer.since_ms,
             path_kind: present(peer.path_kind),
             path: present(peer.path),
@@ -58,6 +62,7 @@ impl From<pb::PeerStatus> for Peer {
             tx_bytes: peer.tx_bytes,
             prefixes: peer.prefixes,
             conflicts: peer.conflicts,
+            conflict_details: details(peer.conflict_details),
             public_key: peer.public_key,
             candidates: peer
                 .candidates

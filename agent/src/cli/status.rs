@@ -40,9 +40,12 @@ struct Status {
     peers_relayed: u32,
     certificate_expires_at: Option<String>,
     problems: Vec<String>,
+    problem_details: Vec<Detail>,
     notes: Vec<String>,
+    note_details: Vec<Detail>,
     applied: Option<bool>,
     applied_reason: String,
+    applied_reason_code: String,
     drops: std::collections::BTreeMap<String, u64>,
     features: Vec<Feature>,
 }
@@ -64,6 +67,18 @@ struct Kubernetes {
     node_ips: Vec<String>,
     pod_networks: Vec<String>,
     cni: String,
+}
+
+/// A problem, conflict or note with its code.
+#[derive(Serialize)]
+pub(super) struct Detail {
+    code: String,
+    message: String,
+}
+
+pub(super) fn details(details: Vec<pb::Detail>) -> Vec<Detail> {
+    let detail = |detail: pb::Detail| Detail { code: detail.code, message: detail.message };
+    details.into_iter().map(detail).collect()
 }
 
 #[derive(Serialize)]
@@ -121,9 +136,12 @@ impl From<pb::StatusResponse> for Status {
                 .filter(|_| status.certificate_expires_at != 0)
                 .map(|at| at.to_string()),
             problems: status.problems,
+            problem_details: details(status.problem_details),
             notes: status.notes,
+            note_details: details(status.note_details),
             applied: status.applied,
             applied_reason: status.applied_reason,
+            applied_reason_code: status.applied_reason_code,
             drops: status.drops.into_iter().map(|drop| (drop.name, drop.count)).collect(),
             features: status
                 .features

@@ -12,7 +12,7 @@ use towline_proto::node::Candidate;
 
 use crate::discovery::Announcement;
 use crate::node_ip::NodeIps;
-use crate::prefixes::{Filter, PrefixSource, PrefixUpdate, Prefixes, Selection};
+use crate::prefixes::{Filter, NotAnnounced, PrefixSource, PrefixUpdate, Prefixes, Selection};
 use crate::state::{CachedPrefixes, StateDir};
 
 /// Prefixes of all sources, and what of them is announced.
@@ -128,8 +128,8 @@ impl Announcer {
         announcement.iter().flat_map(|announcement| &announcement.candidates).copied().collect()
     }
 
-    /// Returns why prefixes are not announced, one line each.
-    pub(super) fn problems(&self) -> &[String] {
+    /// Returns the prefixes that are not announced, and why.
+    pub(super) fn problems(&self) -> &[NotAnnounced] {
         &self.selection.problems
     }
 

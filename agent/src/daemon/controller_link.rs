@@ -7,6 +7,7 @@ use towline_core::mesh::Mesh;
 use towline_proto::id::NodeId;
 use towline_proto::pb;
 
+use super::problem::Problem;
 use super::report;
 use crate::discovery::{Command, Event};
 
@@ -154,11 +155,12 @@ impl ControllerLink {
         })
     }
 
-    /// Returns the problems of the record, one line each.
-    pub(super) fn problems(&self) -> Vec<String> {
+    /// Returns the problems of the record.
+    pub(super) fn problems(&self) -> Vec<Problem> {
+        let withheld = |reason: &String| Problem::PrefixWithheld { reason: reason.clone() };
         match &self.published {
-            Ok(remarks) => remarks.clone(),
-            Err(reason) => vec![format!("the controller refused this node's record: {reason}")],
+            Ok(remarks) => remarks.iter().map(withheld).collect(),
+            Err(reason) => vec![Problem::RecordRefused { reason: reason.clone() }],
         }
     }
 

@@ -7,15 +7,17 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use ipnet::IpNet;
 use towline_core::plan::Plan;
+use towline_host::{
+    CandidatePolicy, Changes, HostEvent, HostNetwork, Names, Obstacle, OutwardAddresses, Overlap,
+    PastNetfilter, Watch,
+};
+use towline_proto::code::Coded as _;
 use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind};
 
 use super::Purpose;
+use super::problem::{Blocked, NotApplied, Note, Problem};
 use crate::config::Config;
-use towline_host::{
-    CandidatePolicy, Changes, HostEvent, HostNetwork, Names, Obstacle, OutwardAddresses, Overlap,
-    PastNetfilter, Problem, Watch,
-};
 
 /// Delay after an incomplete apply until the next one, unless an event comes first.
 const RETRY: Duration = Duration::from_secs(1);
@@ -27,12 +29,12 @@ pub(super) struct HostController {
     watch: Watch,
     names: Names,
     plan: Option<Arc<Plan>>,
-    /// Deviations from the plan, one line each.
-    problems: Vec<String>,
-    /// Particularities of this host that need no repair, one line each.
-    notes: Vec<String>,
+    /// Deviations from the plan.
+    problems: Vec<Problem>,
+    /// Particularities of this host that need no repair.
+    notes: Vec<Note>,
     /// Why the plan does not count as applied. `None` if it does.
-    blocked: Option<String>,
+    blocked: Option<Blocked>,
     /// Time of the next attempt. Set after an apply that is worth retrying.
     retry: Option<Instant>,
     /// Gateways of the default routes, as of the last [`Self::read_gateways`].
@@ -65,7 +67,7 @@ impl HostController {
             plan: None,
             problems: Vec::new(),
             notes: Vec::new(),
-            blocked: Some("there is no plan yet".to_owned()),
+            blocked: Some(Blocked::NoPlan),
             retry: None,
             gateways: Vec::new(),
             addresses: Vec::new(),
@@ -140,8 +142,8 @@ impl HostController {
         match self.network.apply(plan) {
             Ok(changes) => self.changed(&changes),
             Err(error) => {
-                let error = error.to_string();
-                self.take_problems(vec![error.clone()], Vec::new(), Some(error));
+                let error = NotApplied::from(&error);
+                self.take_problems(vec![error.clone().into()], Vec::new(), Some(error.into()));
                 self.retry = Some(Instant::now() + RETRY);
             }
         }
@@ -152,28 +154,33 @@ impl HostController {
         if changes.messages > 0 {
             tracing::debug!(messages = changes.messages, "host network changed");
         }
-        let text = |problems: Vec<&Problem>| problems.iter().map(ToString::to_string).collect();
-        let (notes, problems) = changes.problems.iter().partition(|problem| problem.is_note());
+        let (notes, problems): (Vec<_>, Vec<_>) =
+            changes.problems.iter().cloned().partition(|problem| problem.is_note());
         let blocked = changes.problems.iter().find(|problem| problem.is_blocking());
-        self.take_problems(text(problems), text(notes), blocked.map(ToString::to_string));
-        let again = changes.problems.iter().any(Problem::is_worth_retrying);
+        self.take_problems(
+            problems.into_iter().map(Problem::Host).collect(),
+            notes.into_iter().map(Note::Host).collect(),
+            blocked.cloned().map(Blocked::Host),
+        );
+        let again = changes.problems.iter().any(towline_host::Problem::is_worth_retrying);
         self.retry = again.then(|| Instant::now() + RETRY);
     }
 
     fn take_problems(
         &mut self,
-        problems: Vec<String>,
-        notes: Vec<String>,
-        blocked: Option<String>,
+        problems: Vec<Problem>,
+        notes: Vec<Note>,
+        blocked: Option<Blocked>,
     ) {
         if problems != self.problems {
             for problem in &problems {
-                tracing::error!(%problem, "host network differs from the plan");
+                let code = problem.code();
+                tracing::error!(%problem, code, "host network differs from the plan");
             }
         }
         if notes != self.notes {
             for note in &notes {
-                tracing::info!(%note, "host network");
+                tracing::info!(%note, code = note.code(), "host network");
             }
         }
         (self.problems, self.notes, self.blocked) = (problems, notes, blocked);
@@ -197,7 +204,7 @@ impl HostController {
 
     /// Returns a problem if the conntrack table is almost full. The kernel then drops new
     /// connections, those of Towline included.
-    fn table_of_connections_is_full(&self) -> Option<String> {
+    fn table_of_connections_is_full(&self) -> Option<Problem> {
         let read = |name: &str| -> Option<u64> {
             let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
             std::fs::read_to_string(path).ok()?.trim().parse().ok()
@@ -205,28 +212,28 @@ impl HostController {
         connections(read("count")?, read("max")?)
     }
 
-    /// Returns the problems of the host's network, one line each.
-    pub(super) fn problems(&self) -> Vec<String> {
+    /// Returns the problems of the host's network.
+    pub(super) fn problems(&self) -> Vec<Problem> {
         let full = self.table_of_connections_is_full();
         let obstacles = self.obstacles.iter().filter(|obstacle| !obstacle.is_note());
-        let obstacles = obstacles.map(ToString::to_string);
-        let overlaps = self.overlaps.iter().map(ToString::to_string);
+        let obstacles = obstacles.cloned().map(Problem::Firewall);
+        let overlaps = self.overlaps.iter().cloned().map(Problem::NetworkCovered);
         self.problems.iter().cloned().chain(overlaps).chain(obstacles).chain(full).collect()
     }
 
-    /// Returns peculiarities of the host that need no repair, one line each.
-    pub(super) fn notes(&self) -> Vec<String> {
-        let past = self.past_netfilter.iter().map(ToString::to_string);
+    /// Returns peculiarities of the host that need no repair.
+    pub(super) fn notes(&self) -> Vec<Note> {
+        let past = self.past_netfilter.iter().cloned().map(Note::PastNetfilter);
         let obstacles = self.obstacles.iter().filter(|obstacle| obstacle.is_note());
-        let obstacles = obstacles.map(ToString::to_string);
+        let obstacles = obstacles.cloned().map(Note::Firewall);
         self.notes.iter().cloned().chain(past).chain(obstacles).collect()
     }
 
     /// Returns why this machine must not use the mesh yet: a guard is missing, or no packet can
     /// enter the tunnel. `None` if the plan is applied. A relay alone has no plan.
-    pub(super) fn blocked(&self) -> Option<&str> {
+    pub(super) fn blocked(&self) -> Option<&Blocked> {
         match self.purpose {
-            Purpose::Node => self.blocked.as_deref(),
+            Purpose::Node => self.blocked.as_ref(),
             Purpose::Relay => None,
         }
     }
@@ -235,7 +242,7 @@ impl HostController {
     pub(super) fn remove(&mut self) -> Result<(), String> {
         self.plan = None;
         self.retry = None;
-        self.blocked = Some("the host is open".to_owned());
+        self.blocked = Some(Blocked::Open);
         let removed = self.network.remove(&self.names).map_err(|error| error.to_string())?;
         tracing::info!(removed, "host network opened");
         Ok(())
@@ -266,7 +273,7 @@ impl HostController {
                 let is_guarded = self.guard_redirects(found.is_some());
                 let found = found.filter(|_| !is_guarded);
                 if let Some(past) = found.as_ref().filter(|_| found != self.past_netfilter) {
-                    tracing::warn!(note = %past, "host network");
+                    tracing::warn!(note = %past, code = past.code(), "host network");
                 }
                 self.past_netfilter = found;
             }
@@ -344,15 +351,10 @@ pub(super) fn local_candidates(addresses: &[IpAddr], port: u16) -> impl Iterator
 }
 
 /// Returns a problem if at most 5 % of the conntrack table are free.
-fn connections(count: u64, max: u64) -> Option<String> {
+fn connections(count: u64, max: u64) -> Option<Problem> {
     // The last 5 % are used up within moments.
     let full = max > 0 && count >= max - max / 20;
-    full.then(|| {
-        format!(
-            "the conntrack table is full ({count} of {max}): the kernel drops new connections: \
-             raise net.netfilter.nf_conntrack_max"
-        )
-    })
+    full.then_some(Problem::ConntrackFull { count, max })
 }
 
 /// Returns the names and numbers that identify Towline's state in this configuration.
@@ -380,7 +382,7 @@ mod tests {
     fn a_full_table_of_connections_is_said_with_the_way_out() {
         assert_eq!(connections(900, 1_000), None);
         assert_eq!(connections(0, 0), None);
-        let line = connections(960, 1_000).unwrap();
+        let line = connections(960, 1_000).unwrap().to_string();
         assert!(line.contains("960 of 1000") && line.contains("nf_conntrack_max"), "{line}");
     }
 }

@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use towline_proto::node::Grant;
 use towline_proto::pb;
 
+use super::problem::Problem;
 use crate::kubernetes::View;
 use crate::prefixes::{PrefixSource, PrefixUpdate};
 
@@ -52,19 +53,13 @@ impl KubernetesNode {
         })
     }
 
-    /// Returns the Kubernetes problems for the operator, one line each. `grant` is this node's, if
-    /// it is in a mesh.
-    pub(super) fn problems(&self, grant: Option<&Grant>) -> Vec<String> {
+    /// Returns the Kubernetes problems for the operator. `grant` is this node's, if it is in a mesh.
+    pub(super) fn problems(&self, grant: Option<&Grant>) -> Vec<Problem> {
         let view = self.0.borrow();
-        let mut problems = view.problems.clone();
+        let mut problems: Vec<Problem> = view.problems.iter().cloned().map(Problem::from).collect();
         let Some(grant) = grant else { return problems };
         let unreached = view.facts.node_ips.iter().filter(|ip| !is_reached(grant, **ip));
-        problems.extend(unreached.map(|ip| {
-            format!(
-                "Kubernetes uses {ip} for this node, which the mesh does not reach: start the \
-                 kubelet with `--node-ip=$(towline node-ip)`"
-            )
-        }));
+        problems.extend(unreached.map(|ip| Problem::NodeIpUnreached { address: *ip }));
         problems
     }
 }

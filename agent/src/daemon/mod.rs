@@ -31,6 +31,7 @@ mod host_controller;
 mod kubernetes_node;
 mod leave;
 mod prober;
+mod problem;
 mod relay_server;
 mod report;
 mod signals;
@@ -55,6 +56,7 @@ use towline_core::mesh::{Mesh, Output, PeerState, Transmit};
 use towline_core::path::{LocalAddress, Path as NetworkPath};
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_dataplane as dataplane;
+use towline_proto::code::Coded;
 use towline_proto::frame::{Probe, RELAYED_HEADER_BYTES};
 use towline_proto::id::{NodeId, WireguardKey};
 use towline_proto::stun;
@@ -516,7 +518,9 @@ impl Daemon {
         let status = self.mesh.static_peers().find(|status| status.public_key == peer);
         let Some(status) = status else { return };
         let endpoint = status.endpoint.map(|path| tracing::field::display(path.remote));
-        tracing::info!(peer = %status.name, ?from, ?to, endpoint, reason = %status.reason, "static peer");
+        let code = status.reason.as_ref().map(Coded::code);
+        let reason = status.reason.map(tracing::field::display);
+        tracing::info!(peer = %status.name, ?from, ?to, endpoint, reason, code, "static peer");
     }
 
     fn state_changed(&self, peer: NodeId, from: PeerState, to: PeerState) {
@@ -524,7 +528,11 @@ impl Daemon {
         let name = status.node.name();
         match status.path {
             Some(path) => tracing::info!(peer = %name, ?from, ?to, %path, "peer"),
-            None => tracing::info!(peer = %name, ?from, ?to, reason = %status.reason, "peer"),
+            None => {
+                let code = status.reason.as_ref().map(Coded::code);
+                let reason = status.reason.map(tracing::field::display);
+                tracing::info!(peer = %name, ?from, ?to, reason, code, "peer");
+            }
         }
     }
 }

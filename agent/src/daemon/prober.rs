@@ -85,10 +85,9 @@ impl Prober {
             return;
         };
         if peer.path.is_none() {
-            let _ = reply.send(PingAnswer::Silence(if peer.reason.is_empty() {
-                "no path yet".into()
-            } else {
-                peer.reason
+            let _ = reply.send(PingAnswer::Silence(match peer.reason {
+                None => "no path yet".into(),
+                Some(reason) => reason.to_string(),
             }));
             return;
         }

@@ -8,12 +8,14 @@ use towline_core::mesh::{PeerState, PeerStatus};
 use towline_core::path::Path;
 use towline_core::static_peers::StaticPeerStatus;
 use towline_dataplane::{Feature, ForeignSource};
+use towline_proto::code::Coded;
 use towline_proto::id::WireguardKey;
 use towline_proto::node::Grant;
 use towline_proto::pb;
 use towline_service::certificate;
 
 use super::Daemon;
+use super::problem::Problem;
 use crate::config::Config;
 use crate::confirm::Confirmation;
 use crate::down::Down;
@@ -45,6 +47,7 @@ impl Reporter<'_> {
         }
         let snapshot = daemon.tunnels.data_plane().snapshot();
         let blocked = daemon.host.blocked();
+        let (problems, notes) = (self.problems(), daemon.host.notes());
         let own_drops = [("probes_refused", daemon.prober.refused())];
         let drops = snapshot.drops.into_iter().chain(mesh.counters().named()).chain(own_drops);
         let feature = |feature: Feature| pb::Feature {
@@ -66,10 +69,13 @@ impl Reporter<'_> {
             peers_relayed: relayed,
             certificate_expires_at: daemon.controller.certificate_expires_at(),
             uptime_ms: millis(daemon.started.elapsed()),
-            problems: self.problems(),
-            notes: daemon.host.notes(),
+            problems: texts(&problems),
+            problem_details: details(&problems),
+            notes: texts(&notes),
+            note_details: details(&notes),
             applied: Some(blocked.is_none()),
-            applied_reason: blocked.unwrap_or_default().to_owned(),
+            applied_reason: text(blocked),
+            applied_reason_code: code(blocked),
             drops: drops.map(|(name, count)| pb::Counter { name: name.into(), count }).collect(),
             relay: config.relay.enabled.then(|| daemon.relay.status()),
             features: snapshot.features.into_iter().map(feature).collect(),
@@ -79,73 +85,71 @@ impl Reporter<'_> {
         }
     }
 
-    fn problems(&self) -> Vec<String> {
+    fn problems(&self) -> Vec<Problem> {
         let Self(daemon) = self;
         let mesh = &daemon.mesh;
         let mut problems = Vec::new();
         if mesh.is_removed() {
-            problems.push(
-                "this node was removed from the mesh: run `towline leave`, then join with a new token"
-                    .into(),
-            );
+            problems.push(Problem::Removed);
         }
-        problems.extend(unconfirmed(daemon.confirmation()));
+        problems.extend(Problem::of_confirmation(daemon.confirmation()));
         problems.extend(daemon.controller.problems());
-        problems.extend(daemon.state.unsaved());
+        problems.extend(daemon.state.unsaved().map(Problem::from));
         problems.extend(daemon.host.problems());
         problems.extend(self.foreign_source());
-        problems.extend(daemon.announcer.problems().iter().cloned());
+        problems.extend(daemon.announcer.problems().iter().cloned().map(Problem::from));
         problems.extend(daemon.kubernetes.problems(mesh.grant()));
-        for peer in mesh.peers() {
-            let name = peer.node.name();
-            problems.extend(peer.conflicts.iter().map(|why| format!("peer {name}: {why}")));
-            problems.extend(self.covered_gateways(&peer.prefixes, &format!("peer {name}'s")));
+        for status in mesh.peers() {
+            let peer = status.node.name();
+            problems.extend(
+                status
+                    .conflicts
+                    .into_iter()
+                    .map(|conflict| Problem::Peer { peer: peer.clone(), conflict }),
+            );
+            problems.extend(self.covered_gateways(&status.prefixes, &format!("peer {peer}'s")));
         }
         if let Some(mesh) = mesh.config() {
             let ranges: Vec<_> = mesh.guarded().collect();
             problems.extend(self.covered_gateways(&ranges, "the mesh's"));
         }
-        problems.extend(mesh.static_peers().flat_map(|peer| {
-            let name = peer.name;
-            peer.conflicts.into_iter().map(move |why| format!("static peer {name}: {why}"))
+        problems.extend(mesh.static_peers().flat_map(|status| {
+            let peer = status.name;
+            let of_peer = move |conflict| Problem::StaticPeer { peer: peer.clone(), conflict };
+            status.conflicts.into_iter().map(of_peer)
         }));
         problems
     }
 
     /// Returns a problem if a packet with a foreign source was dropped lately.
-    fn foreign_source(&self) -> Option<String> {
+    fn foreign_source(&self) -> Option<Problem> {
         let daemon = self.0;
         let last = daemon.tunnels.data_plane().snapshot().foreign_source?;
         if last.at.elapsed() > RECENT {
             return None;
         }
-        let ForeignSource { source, destination, .. } = last;
-        Some(if daemon.host.has_address(&source) {
-            format!(
-                "packets of this machine to {destination} are dropped: their source {source} is not \
-                 one of this node's addresses in the mesh: a program is bound to {source}, or \
-                 kube-proxy does not masquerade: bind the program to another address, or set \
-                 clusterCIDR of kube-proxy"
-            )
+        let ForeignSource { source: source_address, destination, .. } = last;
+        Some(if daemon.host.has_address(&source_address) {
+            Problem::OwnSource { source_address, destination }
         } else {
-            format!(
-                "packets to {destination} are dropped: their source {source} is in no network that \
-                 this node announces: announce it ([node] prefixes), or let the container network \
-                 translate it"
-            )
+            Problem::ForeignSource { source_address, destination }
         })
     }
 
     /// Returns a problem for each gateway whose address is in one of `networks`. Such a gateway
     /// still forwards, but does not answer itself, so that its DNS and DHCP fail.
-    fn covered_gateways(&self, networks: &[IpNet], whose: &str) -> Vec<String> {
+    fn covered_gateways(&self, networks: &[IpNet], whose: &str) -> Vec<Problem> {
         let covered = |gateway: &&IpAddr| networks.iter().find(|net| net.contains(*gateway));
-        let line = |gateway: &IpAddr| {
-            let net = covered(&gateway)?;
-            Some(format!("{whose} network {net} covers this machine's gateway {gateway}"))
+        let problem = |gateway: &IpAddr| {
+            let network = *covered(&gateway)?;
+            Some(Problem::GatewayCovered { whose: whose.to_owned(), network, gateway: *gateway })
         };
         let host = &self.0.host;
-        host.gateways().iter().filter(|gateway| host.is_guarded(gateway)).filter_map(line).collect()
+        host.gateways()
+            .iter()
+            .filter(|gateway| host.is_guarded(gateway))
+            .filter_map(problem)
+            .collect()
     }
 
     /// Returns the answer to `towline peers`.
@@ -203,20 +207,6 @@ pub(crate) fn down_line(down: Down) -> String {
     format!("this machine is down{since}: run `towline up`")
 }
 
-/// Returns a problem if the join still has to be confirmed.
-pub(super) fn unconfirmed(confirmation: Confirmation) -> Option<String> {
-    match confirmation {
-        Confirmation::Settled => None,
-        Confirmation::Due(left) => {
-            let seconds = left.as_secs_f64().ceil();
-            Some(format!("the join is not confirmed: undone in {seconds} s: run `towline confirm`"))
-        }
-        Confirmation::Missed => {
-            Some("the join was not confirmed in time: it is being undone".into())
-        }
-    }
-}
-
 pub(super) fn confirm_within_ms(confirmation: Confirmation) -> Option<u64> {
     match confirmation {
         Confirmation::Settled => None,
@@ -239,7 +229,7 @@ fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
         node_id: grant.node_id.to_string(),
         site: grant.site.as_ref().map(ToString::to_string).unwrap_or_default(),
         overlay_addresses: grant.overlay.iter().map(|ip| ip.to_string()).collect(),
-        state: state(peer.state).into(),
+        state: peer.state.code().into(),
         path_kind: peer.path.as_ref().map(path_kind).unwrap_or_default().into(),
         path: peer.path.map(|path| path.remote.to_string()).unwrap_or_default(),
         relay: peer.relay.map(|relay| relay.to_string()).unwrap_or_default(),
@@ -249,11 +239,13 @@ fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
         rx_bytes: 0,
         tx_bytes: 0,
         prefixes: announced.map(ToString::to_string).collect(),
-        conflicts: peer.conflicts,
+        conflicts: texts(&peer.conflicts),
+        conflict_details: details(&peer.conflicts),
         since_ms: millis(now.saturating_duration_since(peer.since)),
         public_key: peer.node.wireguard_key().to_string(),
         candidates: peer.node.record().candidates.iter().map(Into::into).collect(),
-        reason: peer.reason,
+        reason: text(peer.reason.as_ref()),
+        reason_code: code(peer.reason.as_ref()),
     }
 }
 
@@ -261,14 +253,15 @@ fn static_peer_status(peer: StaticPeerStatus, now: Instant) -> pb::PeerStatus {
     let age = |at| millis(now.saturating_duration_since(at));
     pb::PeerStatus {
         name: peer.name,
-        state: state(peer.state).into(),
+        state: peer.state.code().into(),
         path_kind: if peer.endpoint.is_some() { "static" } else { "" }.into(),
         path: peer.endpoint.map(|path| path.remote.to_string()).unwrap_or_default(),
         handshake_age_ms: peer.last_handshake.map(age),
         prefixes: peer.prefixes.iter().map(ToString::to_string).collect(),
         since_ms: age(peer.since),
         public_key: peer.public_key.to_string(),
-        reason: peer.reason,
+        reason: text(peer.reason.as_ref()),
+        reason_code: code(peer.reason.as_ref()),
         ..Default::default()
     }
 }
@@ -278,13 +271,25 @@ pub(super) fn path_kind(path: &Path) -> &'static str {
     if path.is_relayed() { "relay" } else { "direct" }
 }
 
-fn state(state: PeerState) -> &'static str {
-    match state {
-        PeerState::Idle => "idle",
-        PeerState::Connecting => "connecting",
-        PeerState::Up => "up",
-        PeerState::Down => "down",
-    }
+/// Returns the text of a reason, empty if there is none.
+pub(super) fn text(reason: Option<&impl ToString>) -> String {
+    reason.map(ToString::to_string).unwrap_or_default()
+}
+
+/// Returns the code of a reason, empty if there is none.
+pub(super) fn code(reason: Option<&impl Coded>) -> String {
+    reason.map(|reason| reason.code().into()).unwrap_or_default()
+}
+
+/// Returns the texts of problems, conflicts or notes.
+pub(super) fn texts(list: &[impl ToString]) -> Vec<String> {
+    list.iter().map(ToString::to_string).collect()
+}
+
+/// Returns the codes and texts of problems, conflicts or notes.
+pub(super) fn details<T: Coded + ToString>(list: &[T]) -> Vec<pb::Detail> {
+    let detail = |one: &T| pb::Detail { code: one.code().into(), message: one.to_string() };
+    list.iter().map(detail).collect()
 }
 
 pub(super) fn millis(duration: Duration) -> u64 {

@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 use towline_proto::pb;
 use towline_service::notify::Notifier;
 
+use super::problem::Problem;
 use super::signals::{SignalMeaning, Signals};
 use super::start::Stored;
 use super::{CONFIRMATION_PERIOD, Daemon, Purpose, at, host_controller, leave, report};
@@ -36,7 +37,7 @@ pub(super) struct Standby {
     problem: Option<String>,
     /// Why a join that was not confirmed could not be undone yet. `None`: nothing is to be undone,
     /// or it was not tried.
-    undo: Option<String>,
+    undo: Option<Problem>,
 }
 
 /// Reason why the standby ended.
@@ -96,9 +97,9 @@ impl Standby {
                         match undone {
                             Ok(()) => return Ended::Left,
                             Err(error) => {
-                                let error = format!("cannot undo the join: {error:#}");
-                                tracing::error!(%error, "join not undone");
-                                self.undo = Some(error);
+                                let problem = Problem::NotUndone { reason: format!("{error:#}") };
+                                tracing::error!(error = %problem, "join not undone");
+                                self.undo = Some(problem);
                             }
                         }
                     }
@@ -231,10 +232,12 @@ impl Standby {
 
     fn status(&self) -> pb::StatusResponse {
         let membership = self.state.membership();
-        let mut problems: Vec<String> = self.problem.iter().cloned().collect();
+        let opening = self.problem.iter();
+        let mut problems: Vec<Problem> =
+            opening.map(|reason| Problem::NotOpened { reason: reason.clone() }).collect();
         problems.extend(self.undo.clone());
-        problems.extend(report::unconfirmed(self.confirmation()));
-        problems.extend(membership.as_ref().err().map(ToString::to_string));
+        problems.extend(Problem::of_confirmation(self.confirmation()));
+        problems.extend(membership.as_ref().err().map(Problem::from));
         let membership = membership.ok().flatten();
         let keys = self.state.keys().ok();
         let down = self.down();
@@ -250,7 +253,8 @@ impl Standby {
             }),
             certificate_expires_at: report::certificate_expires_at(&self.state),
             uptime_ms: report::millis(self.started.elapsed()),
-            problems,
+            problems: report::texts(&problems),
+            problem_details: report::details(&problems),
             state: report::DOWN.into(),
             confirm_within_ms: report::confirm_within_ms(self.confirmation()),
             down_since: Some(report::unix_seconds(down.since)),

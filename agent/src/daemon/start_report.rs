@@ -2,19 +2,21 @@
 
 use towline_service::notify::Notifier;
 
+use super::problem::Blocked;
+
 /// What the service manager was last notified of.
 #[derive(Debug, Default)]
 pub(super) struct StartReport {
     is_ready: bool,
     /// Reason for not being ready in the last notification.
-    reason: String,
+    reason: Option<Blocked>,
 }
 
 impl StartReport {
     /// Notifies the service manager that the agent is ready, once link, routes and guards are in
     /// place. Units that are ordered after the agent start then. Until then notifies it of the
     /// missing part, whenever that changes. The start timeout is the service manager's.
-    pub(super) fn report(&mut self, notifier: &Notifier, blocked: Option<&str>) {
+    pub(super) fn report(&mut self, notifier: &Notifier, blocked: Option<&Blocked>) {
         match blocked {
             _ if self.is_ready => {}
             None => {
@@ -22,8 +24,8 @@ impl StartReport {
                 notifier.status("running");
                 notifier.ready();
             }
-            Some(reason) if reason != self.reason => {
-                reason.clone_into(&mut self.reason);
+            Some(reason) if self.reason.as_ref() != Some(reason) => {
+                self.reason = Some(reason.clone());
                 notifier.status(&format!("not ready: {reason}"));
             }
             Some(_) => {}
@@ -51,16 +53,18 @@ mod tests {
         };
         let mut start = StartReport::default();
         for _ in 0..2 {
-            start.report(&notifier, Some("cannot list\npolicy rules"));
+            let missing = towline_host::Problem::LinkMissing("a\nb".to_owned());
+            start.report(&notifier, Some(&Blocked::Host(missing)));
         }
-        assert_eq!(notified().as_deref(), Some("STATUS=not ready: cannot list policy rules"));
+        let status = notified().unwrap();
+        assert!(status.starts_with("STATUS=not ready: the link a b is missing"), "{status}");
         assert_eq!(notified(), None, "the status is sent once");
-        start.report(&notifier, Some("the link is missing"));
-        assert_eq!(notified().as_deref(), Some("STATUS=not ready: the link is missing"));
+        start.report(&notifier, Some(&Blocked::NoPlan));
+        assert_eq!(notified().as_deref(), Some("STATUS=not ready: there is no plan yet"));
         start.report(&notifier, None);
         assert_eq!(notified().as_deref(), Some("STATUS=running"));
         assert_eq!(notified().as_deref(), Some("READY=1"));
-        start.report(&notifier, Some("the link is missing"));
+        start.report(&notifier, Some(&Blocked::Open));
         start.report(&notifier, None);
         assert_eq!(notified(), None, "a service that is ready stays so");
     }

@@ -26,6 +26,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use towline_proto::codes;
 use towline_proto::mtu::Mtu;
 
 use crate::config::KubernetesConfig;
@@ -62,8 +63,56 @@ pub struct View {
     pub facts: Facts,
     /// How pod traffic is routed, or why that is not known.
     pub cni: String,
-    /// Problems for the operator, one line each.
-    pub problems: Vec<String>,
+    /// Problems for the operator.
+    pub problems: Vec<NodeProblem>,
+}
+
+/// Problem with this machine's Node.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NodeProblem {
+    /// A pod network of the Node cannot be parsed.
+    #[error("the Node's pod network `{network}` is invalid")]
+    InvalidPodNetwork {
+        /// Text of the Node.
+        network: String,
+    },
+    /// No address of the Node is one of this machine.
+    #[error(
+        "the kubeconfig is of node `{node}`, whose address {addresses} is not on this machine: nothing \
+         of it is announced: use this machine's kubeconfig"
+    )]
+    OtherMachine {
+        /// Name of the Node.
+        node: String,
+        /// Its addresses.
+        addresses: String,
+    },
+    /// Packets of pods may be larger than the mesh's link.
+    #[error(
+        "the CNI's link has an MTU of {now}, too large for the mesh's link: set {mtu} in its \
+         configuration"
+    )]
+    CniMtu {
+        /// MTU of the CNI's link.
+        now: u32,
+        /// Largest MTU that fits.
+        mtu: u32,
+    },
+    /// The next start would use older facts.
+    #[error("cannot store the facts from Kubernetes: {reason}: the next start uses older ones")]
+    NotStored {
+        /// Error of the operating system.
+        reason: String,
+    },
+}
+
+codes! {
+    NodeProblem {
+        InvalidPodNetwork => "pod-network-invalid",
+        OtherMachine => "kubeconfig-of-other-node",
+        CniMtu => "cni-mtu-too-large",
+        NotStored => "kubernetes-facts-not-stored",
+    }
 }
 
 /// Facts about this machine's Node. They are stored on the disk.

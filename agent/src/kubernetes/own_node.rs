@@ -17,10 +17,11 @@ use super::client_error::{one_line, status_message};
 use super::cni::{self, Configured, Decision, Reading};
 use super::credentials::{self, Credentials};
 use super::files::{self, Fingerprint};
-use super::{Facts, Setup, View};
+use super::{Facts, NodeProblem, Setup, View};
 use towline_host::register;
 use towline_netlink::{Group, Monitor, Protocol};
 use towline_proto::backoff::{Backoff, Jitter};
+use towline_proto::code::Coded as _;
 
 /// Duration of a watch in seconds, after which the server ends it and the task starts another.
 const WATCH_SECONDS: u32 = 60;
@@ -81,8 +82,8 @@ struct Seen {
     name: String,
     node_ips: Vec<IpAddr>,
     pod_cidrs: Vec<IpNet>,
-    /// Description of a field that could not be parsed.
-    problem: Option<String>,
+    /// Field that could not be parsed.
+    problem: Option<NodeProblem>,
 }
 
 impl Task {
@@ -257,18 +258,13 @@ impl Task {
                 return;
             }
         };
-        let mut problems: Vec<String> = node.problem.iter().cloned().collect();
+        let mut problems: Vec<NodeProblem> = node.problem.iter().cloned().collect();
         let ours = node.node_ips.is_empty()
             || node.node_ips.iter().any(|ip| reading.addresses.contains(ip));
         if !ours {
             let ips: Vec<String> = node.node_ips.iter().map(ToString::to_string).collect();
-            let problem = format!(
-                "the kubeconfig is of node `{}`, whose address {} is not on this machine: nothing \
-                 of it is announced: use this machine's kubeconfig",
-                node.name,
-                ips.join(", ")
-            );
-            problems.push(problem);
+            let (node, addresses) = (node.name.clone(), ips.join(", "));
+            problems.push(NodeProblem::OtherMachine { node, addresses });
             return self.publish(self.view.facts.clone(), self.view.cni.clone(), problems);
         }
         let mut facts = Facts {
@@ -285,9 +281,7 @@ impl Task {
             Decision::Tunnelled { cni, mtu, mtu_now } => {
                 facts.pods.clear();
                 if mtu_now > mtu {
-                    problems.push(format!(
-                        "the CNI's link has an MTU of {mtu_now}, too large for the mesh's link: set {mtu} in its configuration"
-                    ));
+                    problems.push(NodeProblem::CniMtu { now: mtu_now, mtu });
                 }
                 format!("{cni} tunnels by itself, mtu to set {mtu}")
             }
@@ -311,14 +305,14 @@ impl Task {
     }
 
     /// Replaces the facts, the CNI description and the problems of the view, and stores the facts.
-    fn publish(&mut self, facts: Facts, cni: String, mut problems: Vec<String>) {
+    fn publish(&mut self, facts: Facts, cni: String, mut problems: Vec<NodeProblem>) {
         if (&facts.pods, &cni) != (&self.view.facts.pods, &self.view.cni) {
             tracing::info!(pods = ?facts.pods, cni, "pod networks");
         }
         (self.view.facts, self.view.cni) = (facts, cni);
         problems.extend(self.store());
         for problem in problems.iter().filter(|problem| !self.view.problems.contains(problem)) {
-            tracing::warn!(%problem, "kubernetes");
+            tracing::warn!(%problem, code = problem.code(), "kubernetes");
         }
         self.view.problems = problems;
         self.send();
@@ -326,7 +320,7 @@ impl Task {
 
     /// Stores the facts for the next start. Returns a problem if that fails; the facts stay in
     /// effect, and the next update tries again.
-    fn store(&mut self) -> Option<String> {
+    fn store(&mut self) -> Option<NodeProblem> {
         if self.stored.as_ref() == Some(&self.view.facts) {
             return None;
         }
@@ -336,9 +330,7 @@ impl Task {
                 self.stored = Some(self.view.facts.clone());
                 None
             }
-            Err(error) => Some(one_line(&format!(
-                "cannot store the facts from Kubernetes: {error}: the next start uses older ones"
-            ))),
+            Err(error) => Some(NodeProblem::NotStored { reason: one_line(&error.to_string()) }),
         }
     }
 
@@ -363,7 +355,7 @@ impl Seen {
         for text in texts {
             match text.parse::<IpNet>() {
                 Ok(net) if net.prefix_len() > 0 => pod_cidrs.push(net.trunc()),
-                _ => problem = Some(format!("the Node's pod network `{text}` is invalid")),
+                _ => problem = Some(NodeProblem::InvalidPodNetwork { network: text }),
             }
         }
         let addresses = node.status.as_ref().and_then(|status| status.addresses.as_ref());
@@ -461,6 +453,6 @@ mod tests {
             "metadata": {}, "spec": {"podCIDRs": ["10.244.1.0/24", "0.0.0.0/0", "nonsense"]},
         }));
         assert_eq!(seen.pod_cidrs.len(), 1);
-        assert!(seen.problem.unwrap().contains("nonsense"));
+        assert!(seen.problem.unwrap().to_string().contains("nonsense"));
     }
 }

@@ -52,6 +52,8 @@ use crate::map_cache::MapCache;
 use lock::StateLock;
 use unsaved::Unsaved;
 
+pub use unsaved::NotStored;
+
 /// Name of the marker of `towline down`.
 pub const DOWN: &str = "down";
 
@@ -234,9 +236,8 @@ impl StateDir {
         Self { path: path.into(), directory: None, _lock: lock, unsaved: Mutex::default() }
     }
 
-    /// Returns one line that names the files that a restart would lose, and why. `None` if all
-    /// files are on the disk.
-    pub fn unsaved(&self) -> Option<String> {
+    /// Returns the files that a restart would lose, and why. `None` if all files are on the disk.
+    pub fn unsaved(&self) -> Option<NotStored> {
         self.unsaved_files().problem(&self.path)
     }
 

@@ -136,7 +136,7 @@ towline_netns::namespace_test! {
         let second = state.start(200).unwrap();
         assert!(second.boot_epoch > first.boot_epoch);
         assert!(state.store_map(&[7; 8_192]).is_err());
-        let problem = state.unsaved().unwrap();
+        let problem = state.unsaved().unwrap().to_string();
         for part in ["counters.json, map.bin", "No space left", &dir.path().display().to_string()] {
             assert!(problem.contains(part), "{problem}");
         }
@@ -173,7 +173,7 @@ towline_netns::namespace_test! {
             remount(MsFlags::MS_RDONLY);
             let state = StateDir::open(dir.path()).unwrap();
             assert!(state.start(200).unwrap().boot_epoch > first.boot_epoch);
-            let problem = state.unsaved().unwrap();
+            let problem = state.unsaved().unwrap().to_string();
             assert!(problem.contains("Read-only file system"), "{problem}");
             for second in [StateDir::open(dir.path()), StateDir::open_shared(dir.path())] {
                 assert!(matches!(second, Err(StateError::Locked { .. })), "{second:?}");

@@ -4,6 +4,9 @@
 //! here.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use towline_proto::codes;
 
 /// Files whose last write failed, by name.
 #[derive(Debug, Default)]
@@ -36,14 +39,27 @@ impl Unsaved {
         self.files.iter().map(|(name, waiting)| (*name, waiting.clone())).collect()
     }
 
-    /// Returns one line that names the files and the reason. `None` if there are none.
-    pub(super) fn problem(&self, directory: &std::path::Path) -> Option<String> {
-        let reason = &self.files.values().next()?.reason;
-        let names: Vec<_> = self.files.keys().copied().collect();
-        Some(format!(
-            "cannot store {}: {reason}: make {} writable and free space, or a restart loses them",
-            names.join(", "),
-            directory.display()
-        ))
+    /// Returns the files and the reason, for the operator. `None` if there are none.
+    pub(super) fn problem(&self, directory: &Path) -> Option<NotStored> {
+        let reason = self.files.values().next()?.reason.clone();
+        let files: Vec<_> = self.files.keys().copied().collect();
+        Some(NotStored { files: files.join(", "), reason, directory: directory.to_owned() })
     }
 }
+
+/// Files that a restart would lose.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "cannot store {files}: {reason}: make {} writable and free space, or a restart loses them",
+    .directory.display()
+)]
+pub struct NotStored {
+    /// Names of the files.
+    files: String,
+    /// Why the last attempt to write one of them failed.
+    reason: String,
+    /// State directory.
+    directory: PathBuf,
+}
+
+codes! { NotStored => "state-not-stored" }

@@ -13,6 +13,7 @@
 //! | [`frame`] | datagrams on the shared UDP port: their kinds, probes, relayed datagrams |
 //! | [`stun`] | STUN binding requests and responses (RFC 8489) |
 //! | [`mtu`] | the MTU of the mesh's link |
+//! | [`code`] | stable codes of what operators read |
 //! | [`cursor`] | bytes that a parser reads step by step |
 //! | [`rate`] | the token bucket |
 //! | [`source_limiter`] | a token bucket for each source address |
@@ -23,6 +24,7 @@
 #![deny(clippy::indexing_slicing)]
 
 pub mod backoff;
+pub mod code;
 pub mod cursor;
 pub mod frame;
 pub mod id;

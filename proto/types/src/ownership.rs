@@ -12,6 +12,7 @@
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use crate::codes;
 use crate::node::{Grant, MeshConfig};
 
 /// IPv4 ranges that no node may announce: this network, loopback, link-local, and multicast with
@@ -56,6 +57,13 @@ pub enum Unusable {
         /// Claimed prefix.
         prefix: IpNet,
     },
+}
+
+codes! {
+    Unusable {
+        Overlay => "prefix-in-overlay",
+        NoHosts => "prefix-not-unicast",
+    }
 }
 
 /// Reason why a node may not hold a prefix.

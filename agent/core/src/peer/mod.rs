@@ -52,6 +52,7 @@ use crate::path::Path;
 use crate::peer_table::{Observation, REKEY_TIMEOUT};
 use crate::pings::Purpose;
 use crate::probing::{CallOrder, Probing};
+use crate::reason::{Direct, PeerReason, RelayedPath, Silence};
 use crate::status::PeerState;
 use crate::stun_client::Mapping;
 use crate::timers::{Timer, Timers};
@@ -442,46 +443,44 @@ impl Peer {
         }
     }
 
-    /// Returns why the peer is not up, or up through a relay alone, in words for the operator; else
-    /// an empty text.
+    /// Returns why the peer is not up, or up through a relay alone; else `None`.
     pub(crate) fn reason(
         &self,
         now: Instant,
         local: &LocalNode,
         conditions: NetworkConditions,
-    ) -> String {
+    ) -> Option<PeerReason> {
         if self.state == PeerState::Up {
-            return self.reason_for_relay(now, local, conditions).unwrap_or_default();
+            return self.reason_for_relay(now, local, conditions);
         }
         if self.state == PeerState::Idle {
-            return "not connected: nothing is being sent to it".into();
+            return Some(PeerReason::Idle);
         }
         let tried = self.candidates(now, local).len();
-        let seconds = now.saturating_duration_since(self.trying_since).as_secs();
-        let tried_all = match tried {
-            0 => "it has published no address that we could call".into(),
-            n => format!("no answer from {} for {seconds} s", counted(n)),
-        };
         if self.state == PeerState::Connecting {
-            return match tried {
-                0 => {
-                    "waiting for it to call: it has published no address that we could call".into()
-                }
-                n => format!("trying {}", counted(n)),
-            };
+            return Some(match tried {
+                0 => PeerReason::Waiting,
+                candidates => PeerReason::Trying { candidates },
+            });
         }
-        if self.paths.has_answered(now) {
-            "it answers probes but no handshake: was its clock or ours set back?".into()
+        let seconds = now.saturating_duration_since(self.trying_since).as_secs();
+        let direct = match tried {
+            0 => Direct::NoCandidates,
+            candidates => Direct::NoAnswer(Silence { candidates, seconds }),
+        };
+        let is_behind_nat = || !is_reachable(&self.node.record().candidates);
+        Some(if self.paths.has_answered(now) {
+            PeerReason::NoHandshake
         } else if conditions.is_silent {
-            format!("nothing ever answered us over UDP: does a firewall block it? ({tried_all})")
-        } else if !conditions.has_relays
-            && !local.is_reachable()
-            && !is_reachable(&self.node.record().candidates)
-        {
-            format!("both nodes are behind NAT and no relay is configured ({tried_all})")
+            PeerReason::UdpBlocked(direct)
+        } else if !conditions.has_relays && !local.is_reachable() && is_behind_nat() {
+            PeerReason::NoRelay(direct)
         } else {
-            tried_all
-        }
+            match direct {
+                Direct::NoCandidates => PeerReason::NoCandidates,
+                Direct::NoAnswer(silence) => PeerReason::NoAnswer(silence),
+            }
+        })
     }
 
     fn reason_for_relay(
@@ -489,18 +488,17 @@ impl Peer {
         now: Instant,
         local: &LocalNode,
         conditions: NetworkConditions,
-    ) -> Option<String> {
+    ) -> Option<PeerReason> {
         self.path().filter(Path::is_relayed)?;
-        let tried = match self.candidates(now, local).len() {
-            0 => "it has published no address that we could call".into(),
-            tried if now < self.since + DOWN_AFTER => format!("still trying {}", counted(tried)),
-            tried => format!("no answer from {}", counted(tried)),
+        let direct = match self.candidates(now, local).len() {
+            0 => RelayedPath::NoCandidates,
+            candidates if now < self.since + DOWN_AFTER => RelayedPath::Trying { candidates },
+            candidates => RelayedPath::NoAnswer { candidates },
         };
-        let ours = match conditions.mapping {
-            Some(Mapping::Dependent) => "our NAT takes another port for each peer, ",
-            _ => "",
-        };
-        Some(format!("through a relay: {ours}{tried}"))
+        Some(match conditions.mapping {
+            Some(Mapping::Dependent) => PeerReason::RelayedByMapping { direct },
+            Some(Mapping::None | Mapping::Independent) | None => PeerReason::Relayed { direct },
+        })
     }
 
     fn handshake(&mut self, cx: &mut PeerContext<'_>, from: Path) {
@@ -771,10 +769,6 @@ pub(crate) fn clamped(mtu: Option<u16>, link: Mtu) -> (Mtu, bool) {
         None => (link, false),
         Some(mtu) => (Mtu::clamp(mtu).min(link), mtu < Mtu::MIN.get()),
     }
-}
-
-fn counted(candidates: usize) -> String {
-    format!("{candidates} candidate{}", if candidates == 1 { "" } else { "s" })
 }
 
 /// Returns a random pause between four fifths and six fifths of `pause`.

@@ -178,6 +178,14 @@ impl Us {
     fn peer(&self, number: u8) -> PeerStatus {
         self.mesh.peers().find(|peer| peer.node.id() == id(number)).unwrap()
     }
+
+    fn reason(&self, number: u8) -> String {
+        self.peer(number).reason.unwrap().to_string()
+    }
+
+    fn conflicts(&self, number: u8) -> Vec<String> {
+        self.peer(number).conflicts.iter().map(ToString::to_string).collect()
+    }
 }
 
 fn handshakes(outputs: &[Output]) -> Vec<Vec<Path>> {

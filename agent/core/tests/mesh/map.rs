@@ -77,7 +77,7 @@ fn our_own_node_in_the_map_is_ignored_and_our_own_prefix_stays_out_of_the_tunnel
     let inside = |n: &IpNet| n.contains(&net("10.244.5.0/24")) || net("10.244.5.0/24").contains(n);
     assert!(!us.plan().routes.keys().any(|(n, _)| inside(n)), "local pods keep their routes");
     assert!(!us.plan().firewall.guarded.iter().any(inside));
-    assert_eq!(us.peer(2).conflicts, ["prefix 10.244.5.0/24 is held by this node"]);
+    assert_eq!(us.conflicts(2), ["prefix 10.244.5.0/24 is held by this node"]);
 }
 
 #[test]
@@ -92,7 +92,7 @@ fn a_prefix_that_the_controller_would_refuse_is_refused_here_too() {
     assert!(held.contains(&net("10.1.0.0/16")), "{held:?}");
     assert!(!wide[..2].iter().any(|wide| held.contains(&net(wide))), "{held:?}");
     assert_eq!(
-        us.peer(2).conflicts,
+        us.conflicts(2),
         [
             "prefix 198.18.0.0/15 overlaps the mesh's own range 198.19.0.0/16: announce another",
             "prefix 128.0.0.0/1 is not a range of unicast hosts: remove it",
@@ -137,7 +137,7 @@ fn of_two_claims_the_earlier_grant_wins_whatever_came_first() {
         us.drain();
         assert!(!us.table().peers[&key(2)].prefixes.contains(&net("10.1.0.0/16")));
         assert!(us.table().peers[&key(3)].prefixes.contains(&net("10.1.0.0/16")));
-        assert_eq!(us.peer(2).conflicts, ["prefix 10.1.0.0/16 is held by node-3"]);
+        assert_eq!(us.conflicts(2), ["prefix 10.1.0.0/16 is held by node-3"]);
     }
 }
 
@@ -199,5 +199,5 @@ fn a_key_that_another_node_holds_gives_no_tunnel_and_says_why() {
     us.upsert(peer(3).issued_at(2).wireguard(2).candidates(&[PUBLIC]));
     us.run(Duration::from_secs(1));
     assert_eq!(us.table().peers.len(), 1);
-    assert_eq!(us.peer(3).reason, "its WireGuard key is held by node-2");
+    assert_eq!(us.reason(3), "its WireGuard key is held by node-2");
 }

@@ -447,7 +447,7 @@ namespace_test! {
         nft.delete(TableFamily::Inet, "towline").unwrap();
         host.invalidate();
         let problems = host.apply(&plan()).unwrap().problems;
-        assert!(matches!(&problems[0], Problem::Intruder(text) if text.contains("10.55.0.0/16")));
+        assert!(matches!(&problems[0], Problem::Intruder(found) if found.to_string().contains("10.55.0.0/16")));
         assert!(snapshot().firewall.is_some());
         rtnetlink.delete_route(&route).unwrap();
 

@@ -1,0 +1,275 @@
+//! What `towline status` reports: problems that the operator should repair, notes that need no
+//! repair, and the reason why the mesh must not be used yet. Each has a stable code.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use towline_core::conflict::Conflict;
+use towline_host::{ApplyError, Obstacle, Overlap, PastNetfilter};
+use towline_proto::code::Coded;
+use towline_proto::codes;
+use towline_proto::id::NodeName;
+
+use crate::confirm::Confirmation;
+use crate::kubernetes::NodeProblem;
+use crate::prefixes::NotAnnounced;
+use crate::state::{NotStored, StateError};
+
+/// Problem that the operator should repair.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Problem {
+    /// The controller removed this node.
+    #[error("this node was removed from the mesh: run `towline leave`, then join with a new token")]
+    Removed,
+    /// The join still has to be confirmed.
+    #[error("the join is not confirmed: undone in {seconds} s: run `towline confirm`")]
+    Unconfirmed {
+        /// Time until the join is undone, in seconds.
+        seconds: u64,
+    },
+    /// The join was not confirmed in time.
+    #[error("the join was not confirmed in time: it is being undone")]
+    Undoing,
+    /// A join that was not confirmed could not be undone yet.
+    #[error("cannot undo the join: {reason}")]
+    NotUndone {
+        /// Error of the attempt.
+        reason: String,
+    },
+    /// The machine is down, and state that Towline created may still be on the host.
+    #[error("{reason}")]
+    NotOpened {
+        /// Error of the attempt to remove it.
+        reason: String,
+    },
+    /// The stored membership cannot be used.
+    #[error("{reason}")]
+    Membership {
+        /// Error of reading it.
+        reason: String,
+    },
+    /// The controller refused the record, so no change of this node reaches the mesh.
+    #[error("the controller refused this node's record: {reason}")]
+    RecordRefused {
+        /// Answer of the controller.
+        reason: String,
+    },
+    /// The controller withholds a prefix of this node from the mesh.
+    #[error("{reason}")]
+    PrefixWithheld {
+        /// Answer of the controller, which names the holder.
+        reason: String,
+    },
+    /// A restart would lose files.
+    #[error(transparent)]
+    NotStored(#[from] NotStored),
+    /// The plan was not applied.
+    #[error(transparent)]
+    NotApplied(#[from] NotApplied),
+    /// A part of the plan was not applied, or another program interferes.
+    #[error(transparent)]
+    Host(#[from] towline_host::Problem),
+    /// A network of this machine is cut off.
+    #[error("{0}")]
+    NetworkCovered(Overlap),
+    /// A gateway of this machine is cut off.
+    #[error("{whose} network {network} covers this machine's gateway {gateway}")]
+    GatewayCovered {
+        /// Whose network it is, such as `peer worker-b's`.
+        whose: String,
+        /// Network of the mesh.
+        network: IpNet,
+        /// Address of the gateway.
+        gateway: IpAddr,
+    },
+    /// A firewall of another program drops traffic of the mesh.
+    #[error("{0}")]
+    Firewall(Obstacle),
+    /// The kernel has no room for new connections.
+    #[error(
+        "the conntrack table is full ({count} of {max}): the kernel drops new connections: raise \
+         net.netfilter.nf_conntrack_max"
+    )]
+    ConntrackFull {
+        /// Number of connections.
+        count: u64,
+        /// Greatest number of connections.
+        max: u64,
+    },
+    /// Packets of this machine enter the tunnel with a source that it does not have in the mesh.
+    #[error(
+        "packets of this machine to {destination} are dropped: their source {source_address} is not one \
+         of this node's addresses in the mesh: a program is bound to {source_address}, or kube-proxy does \
+         not masquerade: bind the program to another address, or set clusterCIDR of kube-proxy"
+    )]
+    OwnSource {
+        /// Source of the last such packet.
+        source_address: IpAddr,
+        /// Destination of that packet.
+        destination: IpAddr,
+    },
+    /// Packets of others enter the tunnel with a source that this node does not announce.
+    #[error(
+        "packets to {destination} are dropped: their source {source_address} is in no network that this \
+         node announces: announce it ([node] prefixes), or let the container network translate it"
+    )]
+    ForeignSource {
+        /// Source of the last such packet.
+        source_address: IpAddr,
+        /// Destination of that packet.
+        destination: IpAddr,
+    },
+    /// A network of this node is not announced.
+    #[error(transparent)]
+    NotAnnounced(#[from] NotAnnounced),
+    /// A claim of a peer was refused.
+    #[error("peer {peer}: {conflict}")]
+    Peer {
+        /// Name of the peer.
+        peer: NodeName,
+        /// Claim that was refused.
+        conflict: Conflict,
+    },
+    /// A claim of a static peer was refused.
+    #[error("static peer {peer}: {conflict}")]
+    StaticPeer {
+        /// Name of the peer in the configuration.
+        peer: String,
+        /// Claim that was refused.
+        conflict: Conflict,
+    },
+    /// This machine's Kubernetes Node cannot be used as it is.
+    #[error(transparent)]
+    Node(#[from] NodeProblem),
+    /// Kubernetes uses an address of this node that the mesh does not reach.
+    #[error(
+        "Kubernetes uses {address} for this node, which the mesh does not reach: start the kubelet \
+         with `--node-ip=$(towline node-ip)`"
+    )]
+    NodeIpUnreached {
+        /// Address of the Node.
+        address: IpAddr,
+    },
+}
+
+codes! {
+    Problem {
+        Removed => "node-removed",
+        Unconfirmed => "join-unconfirmed",
+        Undoing => "join-being-undone",
+        NotUndone => "join-not-undone",
+        NotOpened => "host-not-opened",
+        Membership => "membership-unusable",
+        RecordRefused => "record-refused",
+        PrefixWithheld => "prefix-withheld",
+        NotStored(NotStored),
+        NotApplied(NotApplied),
+        Host(towline_host::Problem),
+        NetworkCovered(Overlap),
+        GatewayCovered => "gateway-covered",
+        Firewall(Obstacle),
+        ConntrackFull => "conntrack-full",
+        OwnSource => "own-source-foreign",
+        ForeignSource => "source-not-announced",
+        NotAnnounced(NotAnnounced),
+        Peer { conflict: Conflict },
+        StaticPeer { conflict: Conflict },
+        Node(NodeProblem),
+        NodeIpUnreached => "node-ip-unreached",
+    }
+}
+
+/// Error that ended an apply, with its code. It can be compared, unlike an [`ApplyError`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub(super) struct NotApplied {
+    code: &'static str,
+    message: String,
+}
+
+impl From<&ApplyError> for NotApplied {
+    fn from(error: &ApplyError) -> Self {
+        Self { code: error.code(), message: error.to_string() }
+    }
+}
+
+impl Coded for NotApplied {
+    fn code(&self) -> &'static str {
+        self.code
+    }
+
+    fn codes() -> Vec<&'static str> {
+        ApplyError::codes()
+    }
+}
+
+/// Peculiarity of this machine that needs no repair.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Note {
+    /// The host lacks something that the plan does not need.
+    #[error(transparent)]
+    Host(#[from] towline_host::Problem),
+    /// A program may redirect packets around nftables.
+    #[error("{0}")]
+    PastNetfilter(PastNetfilter),
+    /// A firewall of another program drops traffic that the mesh can do without.
+    #[error("{0}")]
+    Firewall(Obstacle),
+}
+
+codes! {
+    Note {
+        Host(towline_host::Problem),
+        PastNetfilter(PastNetfilter),
+        Firewall(Obstacle),
+    }
+}
+
+/// Reason why this machine must not use the mesh yet.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Blocked {
+    /// The core has made no plan.
+    #[error("there is no plan yet")]
+    NoPlan,
+    /// Link, routes and guards were removed.
+    #[error("the host is open")]
+    Open,
+    /// The plan was not applied.
+    #[error(transparent)]
+    NotApplied(#[from] NotApplied),
+    /// A part of the plan that the mesh needs was not applied.
+    #[error(transparent)]
+    Host(#[from] towline_host::Problem),
+}
+
+codes! {
+    Blocked {
+        NoPlan => "no-plan",
+        Open => "host-open",
+        NotApplied(NotApplied),
+        Host(towline_host::Problem),
+    }
+}
+
+impl Problem {
+    /// Returns a problem if the join still has to be confirmed.
+    pub(super) fn of_confirmation(confirmation: Confirmation) -> Option<Self> {
+        match confirmation {
+            Confirmation::Settled => None,
+            Confirmation::Due(left) => Some(Self::Unconfirmed { seconds: whole_seconds(left) }),
+            Confirmation::Missed => Some(Self::Undoing),
+        }
+    }
+}
+
+impl From<&StateError> for Problem {
+    fn from(error: &StateError) -> Self {
+        Self::Membership { reason: error.to_string() }
+    }
+}
+
+/// Returns a duration in seconds, rounded up.
+fn whole_seconds(duration: Duration) -> u64 {
+    duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
+}
