@@ -6,7 +6,8 @@
 //! - A connection without a client certificate (a joining node, or any stranger) is closed after
 //!   [`STRANGER_LIFE`]. Their number is limited in total and per source ([`STRANGERS`]), so that
 //!   strangers cannot take the places of nodes.
-//! - The kernel probes every connection, so that one whose peer is gone ends within 15 s.
+//! - The kernel probes every connection, so that one whose peer is gone ends within 15 s, or within 30 s
+//!   if data was sent in the meantime: it does not probe while data is unacknowledged.
 //! - Invalid input closes the connection, which is logged at debug, and has no other effect.
 
 use std::collections::HashMap;

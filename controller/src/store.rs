@@ -13,7 +13,10 @@
 //!
 //! Calls block; the [`writer`](crate::writer) makes them on its own thread.
 
+use std::io;
 use std::path::{Path, PathBuf};
+
+use towline_service::file;
 
 use redb::backends::InMemoryBackend;
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
@@ -112,34 +115,22 @@ pub enum CommitError {
 }
 
 impl Store {
-    /// Creates a store with `records`. The file appears complete or not at all. It must not exist
-    /// yet.
+    /// Creates a store with `records`. The file appears complete or not at all. A file that exists is
+    /// not replaced.
     pub fn create(path: &Path, records: &[Write]) -> Result<Self, OpenError> {
         let failed = |why: String| OpenError::Io { path: path.to_owned(), why };
-        let temporary = path.with_extension("redb.new");
-        match std::fs::remove_file(&temporary) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(failed(error.to_string()));
-            }
-            _ => {}
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let temporary = path.with_file_name(format!(".{name}.new"));
+        // A crash may have left it behind.
+        file::remove(&temporary).map_err(|error| failed(error.to_string()))?;
+        let created = fill(&temporary, records)
+            .and_then(|()| publish(&temporary, path).map_err(|error| error.to_string()));
+        if created.is_err() {
+            // The first error is the one to tell.
+            let _ = file::remove(&temporary);
         }
-        {
-            use std::os::unix::fs::OpenOptionsExt;
-            // redb initializes an empty file. It is created here so that it has its mode at once.
-            let mut options = std::fs::OpenOptions::new();
-            options.write(true).create_new(true).mode(0o600);
-            options.open(&temporary).map_err(|error| failed(error.to_string()))?;
-            let database = Database::builder()
-                .set_cache_size(CACHE_BYTES)
-                .create(&temporary)
-                .map_err(|error| failed(error.to_string()))?;
-            write(&database, 0, records).map_err(|error| failed(error.to_string()))?;
-        }
-        std::fs::rename(&temporary, path).map_err(|error| failed(error.to_string()))?;
-        if let Some(parent) = path.parent() {
-            let synced = std::fs::File::open(parent).and_then(|parent| parent.sync_all());
-            synced.map_err(|error| failed(error.to_string()))?;
-        }
+        created.map_err(failed)?;
+        file::sync_parent(path).map_err(|error| failed(error.to_string()))?;
         Self::open(path)
     }
 
@@ -284,6 +275,30 @@ impl Store {
     #[cfg(test)]
     pub(crate) fn fail_next_commit(&self) {
         self.fail_next.set(true);
+    }
+}
+
+/// Creates a database file with `records`.
+fn fill(path: &Path, records: &[Write]) -> Result<(), String> {
+    use std::os::unix::fs::OpenOptionsExt;
+    // redb initializes an empty file. It is created here so that it has its mode at once.
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true).mode(0o600);
+    options.open(path).map_err(|error| error.to_string())?;
+    let database = Database::builder()
+        .set_cache_size(CACHE_BYTES)
+        .create(path)
+        .map_err(|error| error.to_string())?;
+    write(&database, 0, records).map(drop).map_err(|error| error.to_string())
+}
+
+/// Gives a complete file its name, unless another file has it.
+fn publish(temporary: &Path, path: &Path) -> io::Result<()> {
+    match std::fs::hard_link(temporary, path) {
+        Ok(()) => file::remove(temporary),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(error),
+        // The file system has no hard links.
+        Err(_) => std::fs::rename(temporary, path),
     }
 }
 

@@ -24,6 +24,8 @@ struct StoredCounters {
     starts: u64,
     #[prost(uint32, tag = "4")]
     v4_cursor: u32,
+    #[prost(bool, tag = "5")]
+    is_backup: bool,
 }
 
 /// Record under the key `mesh`: the mesh configuration.
@@ -111,14 +113,14 @@ pub(crate) fn parse_key(text: &str) -> Option<Key> {
 
 /// Encodes the counters.
 pub(crate) fn encode_counters(counters: Counters) -> Vec<u8> {
-    let Counters { epoch, revision, starts, v4_cursor } = counters;
-    StoredCounters { epoch, revision, starts, v4_cursor }.encode_to_vec()
+    let Counters { epoch, revision, starts, v4_cursor, is_backup } = counters;
+    StoredCounters { epoch, revision, starts, v4_cursor, is_backup }.encode_to_vec()
 }
 
 /// Decodes the counters.
 pub(crate) fn decode_counters(bytes: &[u8]) -> Result<Counters, String> {
-    let StoredCounters { epoch, revision, starts, v4_cursor } = decode(bytes)?;
-    Ok(Counters { epoch, revision, starts, v4_cursor })
+    let StoredCounters { epoch, revision, starts, v4_cursor, is_backup } = decode(bytes)?;
+    Ok(Counters { epoch, revision, starts, v4_cursor, is_backup })
 }
 
 /// Encodes the mesh configuration.

@@ -17,7 +17,7 @@ use crate::authority::Authority;
 use crate::clock;
 use crate::ledger::{self, Ledger, LedgerChanges};
 use crate::map::Map;
-use crate::store::{OpenError, Store};
+use crate::store::{OpenError, Record, Store};
 use crate::view::View;
 use towline_registry::sessions::Sessions;
 use towline_registry::{Event, Now};
@@ -43,6 +43,8 @@ pub struct Unavailable(Arc<str>);
 enum Message {
     /// A request of a caller.
     Job(Job),
+    /// A backup of the store, after the requests before it.
+    Backup(oneshot::Sender<Result<Vec<Record>, Unavailable>>),
     /// Accept no more requests, finish the queued ones and end.
     Stop,
 }
@@ -141,6 +143,15 @@ impl Writer {
         answered.await.map_err(|_| stopping())?
     }
 
+    /// Returns all records of the store, as they are after the requests that were queued before, and
+    /// marked as a backup.
+    pub async fn backup(&self) -> Result<Vec<Record>, Unavailable> {
+        let stopping = || Unavailable("it is stopping: try again".into());
+        let (answer, answered) = oneshot::channel();
+        self.queue.send(Message::Backup(answer)).await.map_err(|_| stopping())?;
+        answered.await.map_err(|_| stopping())?
+    }
+
     /// Ends the writer once it has answered all queued requests. Later requests are refused.
     pub async fn stop(&self) {
         // If nothing receives this, the writer has already ended.
@@ -161,17 +172,31 @@ struct Thread {
 impl Thread {
     fn run(mut self, mut requests: mpsc::Receiver<Message>) {
         while let Some(first) = requests.blocking_recv() {
-            let mut batch = Vec::new();
+            let (mut batch, mut backups) = (Vec::new(), Vec::new());
             let mut next = Some(first);
             while let Some(message) = next {
                 match message {
                     Message::Job(job) => batch.push(job),
+                    Message::Backup(answer) => backups.push(answer),
                     Message::Stop => requests.close(),
                 }
                 next = if batch.len() < BATCH { requests.try_recv().ok() } else { None };
             }
             self.serve(batch);
+            for answer in backups {
+                // The caller may be gone.
+                let _ = answer.send(self.backup());
+            }
         }
+    }
+
+    /// Reads the store, which has every change that was answered, and no other.
+    fn backup(&mut self) -> Result<Vec<Record>, Unavailable> {
+        self.repair()?;
+        let mut records =
+            self.store.load().map_err(|error| Unavailable(error.to_string().into()))?;
+        self.ledger.mark_backup(&mut records);
+        Ok(records)
     }
 
     fn serve(&mut self, batch: Vec<Job>) {

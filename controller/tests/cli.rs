@@ -110,13 +110,42 @@ fn a_backup_of_a_running_controller_can_take_the_place_of_its_store() {
     stdout(&run(&["--state-dir", state, "token", "create", "--name", "later"]));
     running.kill();
 
-    // The start after the backup must be counted, so that the restored store is behind.
-    Running::start(&dir).kill();
     std::fs::copy(&file, dir.join("towline.redb")).unwrap();
-    let _running = Running::start(&dir);
+    let running = Running::start(&dir);
     let listed = tokens();
     assert!(listed.contains("kept") && !listed.contains("later"), "{listed}");
     assert!(listed.contains("revoked"), "open tokens of a backup are void: {listed}");
+    stdout(&run(&["--state-dir", state, "token", "create", "--name", "new"]));
+    running.kill();
+    let running = Running::start(&dir);
+    assert!(tokens().contains("open"), "only the first start of a backup revokes: {}", tokens());
+    running.kill();
+
+    // On another machine only the keys and the backup are left.
+    std::fs::copy(&file, dir.join("towline.redb")).unwrap();
+    std::fs::remove_file(dir.join("starts")).unwrap();
+    let _running = Running::start(&dir);
+    assert!(tokens().contains("revoked"), "{}", tokens());
+}
+
+#[test]
+fn a_backup_can_be_named_in_the_working_directory_and_replaces_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let state = root.path().join("state");
+    let _running = Running::start(&state);
+    let backup = |name: &str| {
+        let mut command = command(&["--state-dir", state.to_str().unwrap(), "backup", name]);
+        command.current_dir(root.path()).output().unwrap()
+    };
+    stdout(&backup("copy.redb"));
+    let again = backup("copy.redb");
+    assert!(String::from_utf8_lossy(&again.stderr).contains("name a new file"), "{again:?}");
+    stdout(&backup("copy.1"));
+    stdout(&backup("copy.2"));
+    let hidden = std::fs::read_dir(root.path())
+        .unwrap()
+        .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with('.'));
+    assert_eq!(hidden.count(), 0, "nothing stays behind");
 }
 
 #[test]

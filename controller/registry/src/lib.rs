@@ -106,6 +106,8 @@ pub struct Counters {
     pub starts: u64,
     /// Offset of the last assigned IPv4 address in the overlay range. It wraps around.
     pub v4_cursor: u32,
+    /// True in a backup that no controller has started from yet.
+    pub is_backup: bool,
 }
 
 /// Configuration of the mesh, with the revision of its last change.
@@ -238,7 +240,7 @@ pub struct Starts {
 pub struct Started {
     /// Counters to write to the file `starts`, once they are in the store.
     pub starts: Starts,
-    /// True if the store was behind the file: it was restored from a backup.
+    /// True if the store was restored from a backup.
     pub restored: bool,
     /// Number of tokens that were revoked for that reason.
     pub voided: usize,
@@ -301,14 +303,15 @@ impl Registry {
         }
     }
 
-    /// Counts a start of the controller. `beside` are the counters in the file `starts`. A store
-    /// that is behind them was restored from a backup. Then the epoch is raised, so that all
-    /// watches start with a full snapshot, and all tokens are revoked, since some may have been
-    /// used after the backup.
+    /// Counts a start of the controller. `beside` are the counters in the file `starts`, if it exists.
+    /// A store that is marked as a backup, or that is behind the file, was restored. Then the epoch is
+    /// raised, so that all watches start with a full snapshot, and all tokens are revoked, since some
+    /// may have been used after the backup.
     pub fn start(&mut self, beside: Option<Starts>) -> Started {
         let beside = beside.unwrap_or(Starts { count: 0, epoch: 0 });
         let counters = &mut self.counters;
-        let restored = counters.starts < beside.count;
+        let restored = counters.is_backup || counters.starts < beside.count;
+        counters.is_backup = false;
         counters.starts = counters.starts.max(beside.count) + 1;
         self.dirty.insert(Key::Counters);
         let mut voided = 0;

@@ -30,6 +30,18 @@ pub struct Session {
     pub address: SocketAddr,
     /// Time of the last message of the client.
     pub last_seen: Instant,
+    /// Time of the first attempt of another instance to open a session; `None` if there was none.
+    pub contested: Option<Instant>,
+}
+
+/// Error of opening a session: another instance of the node has one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Occupied {
+    /// Source address of the other instance.
+    pub address: SocketAddr,
+    /// True if the other instance was heard since it is contested, so that two machines run. Otherwise
+    /// it may be the connection of this machine before a restart.
+    pub is_alive: bool,
 }
 
 /// Presence of the nodes.
@@ -73,20 +85,32 @@ impl Sessions {
         self.heartbeat * MISSED
     }
 
-    /// Starts a session. It replaces an earlier session of the same instance.
+    /// Starts a session. It replaces an earlier session of the same instance, and one of another
+    /// instance that was not heard for [`Sessions::patience`] after it was first contested.
     ///
     /// # Errors
     ///
-    /// If another instance of the node has a live session: its address.
-    pub fn open(&mut self, node: NodeId, session: Session, now: Now) -> Result<(), SocketAddr> {
-        match self.live(node, now) {
-            Some(other) if other.instance != session.instance => Err(other.address),
-            _ => {
-                self.live.insert(node, session);
-                self.opened_and_closed += 1;
-                Ok(())
+    /// If another instance of the node has a live session.
+    pub fn open(&mut self, node: NodeId, session: Session, now: Now) -> Result<(), Occupied> {
+        let (deadline, patience) = (self.deadline(), self.patience());
+        let other = self.live.get_mut(&node).filter(|other| {
+            other.instance != session.instance && now.since(other.last_seen) <= deadline
+        });
+        if let Some(other) = other {
+            let contested = *other.contested.get_or_insert(now.mono);
+            let is_alive = other.last_seen > contested;
+            if is_alive || now.since(contested) <= patience {
+                return Err(Occupied { address: other.address, is_alive });
             }
         }
+        self.live.insert(node, session);
+        self.opened_and_closed += 1;
+        Ok(())
+    }
+
+    /// Returns the time within which a live client is heard: a heartbeat and a quarter.
+    fn patience(&self) -> Duration {
+        self.heartbeat * 5 / 4
     }
 
     /// Records a message of the client. Returns `false` if the session is not the node's current
@@ -173,7 +197,8 @@ mod tests {
 
     fn session(id: u8, instance: u8, now: Now) -> Session {
         let address = SocketAddr::from(([192, 0, 2, id], 1000));
-        Session { id: [id; 16], instance: vec![instance], address, last_seen: now.mono }
+        let (id, instance) = ([id; 16], vec![instance]);
+        Session { id, instance, address, last_seen: now.mono, contested: None }
     }
 
     #[test]
@@ -181,14 +206,30 @@ mod tests {
         let now = tests::now();
         let mut sessions = Sessions::new(SECOND);
         sessions.open(NODE, session(1, 1, now), now).unwrap();
-        let refused = sessions.open(NODE, session(2, 2, now), now);
-        assert_eq!(refused, Err(SocketAddr::from(([192, 0, 2, 1], 1000))));
-
-        let later = now.plus(SECOND * 3);
-        assert!(sessions.open(NODE, session(2, 2, later), later).is_err());
-        let late = later.plus(Duration::from_millis(1));
+        let address = SocketAddr::from(([192, 0, 2, 1], 1000));
+        let occupied = |is_alive| Err(Occupied { address, is_alive });
+        assert_eq!(sessions.open(NODE, session(2, 2, now), now), occupied(false));
+        let mut later = now;
+        for _ in 0..5 {
+            later = later.plus(SECOND);
+            assert!(sessions.renew(NODE, [1; 16], later));
+            assert_eq!(sessions.open(NODE, session(2, 2, later), later), occupied(true));
+        }
+        let late = later.plus(SECOND * 3 + Duration::from_millis(1));
         sessions.open(NODE, session(2, 2, late), late).unwrap();
         assert!(!sessions.renew(NODE, [1; 16], late), "the first session has ended");
+    }
+
+    #[test]
+    fn a_restarted_machine_waits_one_heartbeat_for_its_old_connection() {
+        let now = tests::now();
+        let mut sessions = Sessions::new(SECOND);
+        sessions.open(NODE, session(1, 1, now), now).unwrap();
+        assert!(sessions.open(NODE, session(2, 2, now), now).is_err());
+        let early = now.plus(SECOND * 5 / 4);
+        assert!(sessions.open(NODE, session(2, 2, early), early).is_err());
+        let late = early.plus(Duration::from_millis(1));
+        sessions.open(NODE, session(2, 2, late), late).unwrap();
     }
 
     #[test]

@@ -11,7 +11,7 @@ use towline_types::limits;
 
 use super::JoinError;
 
-/// Hash of a token's secret. Who knows it can join, so it is not printed.
+/// Hash of a token's secret. It is not printed: logs have nothing of a secret.
 #[derive(Clone, Copy)]
 pub struct SecretHash(pub [u8; 32]);
 

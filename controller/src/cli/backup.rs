@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use tokio::time::timeout;
 use towline_proto::pb;
 
 use super::Common;
-use super::client::status_error;
+use super::client::{TIMEOUT, status_error};
 use crate::store::{Store, Write};
 
 /// Arguments of `backup`.
@@ -29,7 +30,9 @@ impl Backup {
         let mut messages = response.into_inner();
         let mut records: Vec<Write> = Vec::new();
         loop {
-            let Some(message) = messages.message().await.map_err(status_error)? else {
+            let message = timeout(TIMEOUT, messages.message()).await;
+            let message = message.context("the backup is not complete: no answer in time")?;
+            let Some(message) = message.map_err(status_error)? else {
                 bail!("the backup is not complete: the controller ended: try again");
             };
             records.extend(message.records.into_iter().map(|r| (r.key, Some(r.value))));

@@ -20,8 +20,9 @@ use towline_service::{grpc, tls};
 use crate::peer;
 use crate::state_dir::StateDir;
 
-/// Timeout of the connection, and of each request.
-const TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout of the connection, of each request until its answer begins, and of each message of a longer
+/// answer.
+pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A connection to the controller.
 pub(super) struct Client {

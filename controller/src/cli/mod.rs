@@ -1,8 +1,8 @@
 //! The command line. Stdout is data, stderr is diagnostics. Exit status: 0 done, 1 failed, 2 wrong
 //! usage.
 //!
-//! `serve` runs the controller. The commands `token`, `node` and `mesh` call a running one over
-//! gRPC, with the administrator's credential from the state directory. They never open the store.
+//! `serve` runs the controller. The commands `token`, `node`, `mesh` and `backup` call a running one
+//! over gRPC, with the administrator's credential from the state directory. They never open its store.
 
 #![expect(clippy::print_stderr, reason = "diagnostics of the command line")]
 

@@ -180,9 +180,7 @@ impl Admin for AdminService {
         &self,
         _: Request<pb::BackupRequest>,
     ) -> Result<Response<Self::BackupStream>, Status> {
-        // The answer comes after the transaction, so that the backup has only what is stored.
-        let read = |ledger: &mut Ledger, sessions: &Sessions, now| ledger.records(sessions, now);
-        let records = self.shared.apply(read).await?;
+        let records = self.shared.backup().await?;
         let messages = backup_messages(records).into_iter().map(Ok);
         Ok(Response::new(Box::pin(tokio_stream::iter(messages))))
     }

@@ -21,7 +21,7 @@ use crate::clock;
 use crate::entropy::{random, secret_hash};
 use crate::ledger::Ledger;
 use crate::map::AccessError;
-use towline_registry::sessions::{Session, Sessions};
+use towline_registry::sessions::{Occupied, Session, Sessions};
 use towline_registry::{Join, JoinError, PublishError};
 
 use super::auth::Caller;
@@ -191,9 +191,23 @@ impl Discovery for DiscoveryService {
 
         let id = random().map_err(|error| error.status())?;
         let now = clock::now();
-        let session = Session { id, instance: start.instance_id, address, last_seen: now.mono };
+        let session = Session {
+            id,
+            instance: start.instance_id,
+            address,
+            last_seen: now.mono,
+            contested: None,
+        };
         let opened = self.shared.sessions.lock().open(node.id, session, now);
-        if let Err(other) = opened {
+        if let Err(Occupied { address: other, is_alive }) = opened {
+            if !is_alive {
+                // A machine that was restarted answers this with a reset of the old connection.
+                self.shared.signals.probe(node.id);
+                return Err(Status::already_exists(format!(
+                    "node `{}` is still connected from {other}: wait until that connection has ended",
+                    node.name
+                )));
+            }
             watch::note_clone(&self.shared, node.id, address, other).await;
             return Err(Status::already_exists(format!(
                 "node `{}` is already connected from {other}: this machine may be a clone: stop one \

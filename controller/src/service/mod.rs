@@ -26,6 +26,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use crate::authority::Authority;
 use crate::ledger::Ledger;
 use crate::map::Map;
+use crate::store::Record;
 use crate::view::View;
 use crate::writer::Writer;
 use towline_registry::sessions::Sessions;
@@ -79,6 +80,11 @@ impl Shared {
         change: impl FnOnce(&mut Ledger, &Sessions, Now) -> T + Send + 'static,
     ) -> Result<T, Status> {
         self.writer.run(change).await.map_err(Refusal::status)
+    }
+
+    /// Returns all records of the store, marked as a backup.
+    async fn backup(&self) -> Result<Vec<Record>, Status> {
+        self.writer.backup().await.map_err(Refusal::status)
     }
 
     /// Removes a node and returns its signed tombstone.

@@ -25,11 +25,20 @@ pub(super) const ALLOWANCE: Rate = Rate::per_second(50, BURST);
 
 /// Queues of signals, one for each live watch.
 #[derive(Debug, Default)]
-pub struct Signals(Mutex<BTreeMap<NodeId, (SessionId, mpsc::Sender<pb::Signal>)>>);
+pub struct Signals(Mutex<BTreeMap<NodeId, (SessionId, mpsc::Sender<ToWatch>)>>);
+
+/// What a watch is told by another one.
+#[derive(Debug, PartialEq)]
+pub(super) enum ToWatch {
+    /// Send this signal to the client.
+    Signal(pb::Signal),
+    /// Find out whether the client is still there: send it a heartbeat.
+    Probe,
+}
 
 impl Signals {
     /// Opens the queue of a new watch. It replaces the queue of the node's previous watch.
-    pub(super) fn open(&self, node: NodeId, session: SessionId) -> mpsc::Receiver<pb::Signal> {
+    pub(super) fn open(&self, node: NodeId, session: SessionId) -> mpsc::Receiver<ToWatch> {
         let (sender, receiver) = mpsc::channel(WAITING);
         self.0.lock().insert(node, (session, sender));
         receiver
@@ -51,7 +60,15 @@ impl Signals {
         }
         let carried = pb::Signal { node_id: from.0.to_vec(), body: signal.body };
         let open = self.0.lock();
-        open.get(&to).is_some_and(|(_, sender)| sender.try_send(carried).is_ok())
+        open.get(&to).is_some_and(|(_, sender)| sender.try_send(ToWatch::Signal(carried)).is_ok())
+    }
+
+    /// Lets the node's watch find out whether its client is still there.
+    pub(super) fn probe(&self, node: NodeId) {
+        if let Some((_, sender)) = self.0.lock().get(&node) {
+            // If its queue is full, messages are on their way, which find it out too.
+            let _ = sender.try_send(ToWatch::Probe);
+        }
     }
 }
 
@@ -74,7 +91,7 @@ mod tests {
         assert!(!signals.carry(A, to(B, 10)), "nobody is there");
         let mut inbox = signals.open(B, [1; 16]);
         assert!(signals.carry(A, to(B, 10)));
-        assert_eq!(inbox.try_recv().unwrap(), to(A, 10));
+        assert_eq!(inbox.try_recv().unwrap(), ToWatch::Signal(to(A, 10)));
         assert!(!signals.carry(A, to(B, limits::SIGNAL_BYTES + 1)));
         signals.close(B, [9; 16]);
         assert!(signals.carry(A, to(B, 10)), "an older session's end closes nothing");

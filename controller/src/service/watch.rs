@@ -5,12 +5,12 @@
 //! the map. The next message has the newest state of everything that changed in the meantime.
 
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, Sleep, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, Sleep, interval, sleep};
 use tonic::{Status, Streaming};
 use towline_proto::convert;
 use towline_proto::id::NodeId;
@@ -24,7 +24,7 @@ use towline_registry::sessions::{SessionId, Sessions};
 use super::Shared;
 use super::auth::CallingNode;
 use super::refusal::{Refusal as _, absent};
-use super::signals::ALLOWANCE;
+use super::signals::{ALLOWANCE, ToWatch};
 
 /// Number of signatures that are verified before the task yields to others.
 const VERIFIED_AT_ONCE: usize = 64;
@@ -95,7 +95,7 @@ impl Watcher {
     async fn follow(
         &mut self,
         requests: &mut Streaming<pb::WatchRequest>,
-        signals: &mut mpsc::Receiver<pb::Signal>,
+        signals: &mut mpsc::Receiver<ToWatch>,
     ) -> Option<Status> {
         let mut latest = self.shared.map.latest();
         let mut stopping = self.shared.stopping.clone();
@@ -106,6 +106,7 @@ impl Watcher {
         let mut ticks = interval(heartbeat);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         ticks.tick().await;
+        let mut silence = pin!(sleep(deadline));
         let mut due = Due::Ready;
         // Set after a message of changes to a watcher that has the whole map, until its pause is over.
         let mut pause: Option<Pin<Box<Sleep>>> = None;
@@ -120,8 +121,9 @@ impl Watcher {
                 }
                 request = requests.message() => match request {
                     Ok(Some(request)) => {
+                        silence.as_mut().reset(Instant::now() + deadline);
                         if !self.renew_session() {
-                            return Some(Status::aborted("the session was replaced by a newer one"));
+                            return Some(replaced());
                         }
                         if let Some(pb::watch_request::Kind::Signal(signal)) = request.kind {
                             self.carry(signal);
@@ -133,8 +135,14 @@ impl Watcher {
                         return None;
                     }
                 },
-                // The sender exists as long as this session is the node's current one.
-                Some(next) = signals.recv(), if signal.is_none() => signal = Some(next),
+                next = signals.recv(), if signal.is_none() => match next {
+                    Some(ToWatch::Signal(next)) => signal = Some(next),
+                    Some(ToWatch::Probe) if due == Due::Nothing => due = Due::Heartbeat,
+                    // Another message is due, and finds it out too.
+                    Some(ToWatch::Probe) => {}
+                    // The sender exists as long as this session is the node's current one.
+                    None => return Some(replaced()),
+                },
                 () = async { if let Some(pause) = &mut pause { pause.await } }, if pause.is_some() => {
                     pause = None;
                 }
@@ -153,6 +161,10 @@ impl Watcher {
                     // A heartbeat says nothing of changes, so it must not hide that there are some.
                     if due != Due::Heartbeat {
                         latest.mark_unchanged();
+                        // The node's own removal may be among what is marked as seen.
+                        if let Some(error) = self.shared.map.absence(self.node.id) {
+                            return Some(absent(&error, &self.shared.map));
+                        }
                     }
                     if due == Due::Changes && self.synced {
                         pause = Some(Box::pin(sleep(self.pause())));
@@ -166,7 +178,8 @@ impl Watcher {
                 {
                     return None;
                 }
-                changed = latest.changed(), if self.synced => {
+                // During a pause, changes wake nobody.
+                changed = latest.changed(), if self.synced && pause.is_none() => {
                     // The sender lives as long as `shared`.
                     let _ = changed;
                     if let Some(error) = self.shared.map.absence(self.node.id) {
@@ -176,9 +189,15 @@ impl Watcher {
                         due = Due::Changes;
                     }
                 }
+                () = &mut silence => {
+                    let ms = deadline.as_millis();
+                    let text = format!("no heartbeat for {ms} ms: open the watch again");
+                    return Some(Status::deadline_exceeded(text));
+                }
                 _ = ticks.tick() => {
-                    if let Some(end) = self.check(deadline) {
-                        return Some(end);
+                    // Also while the client reads nothing, and so gets no changes.
+                    if let Some(error) = self.shared.map.absence(self.node.id) {
+                        return Some(absent(&error, &self.shared.map));
                     }
                     if due == Due::Nothing {
                         due = Due::Heartbeat;
@@ -240,23 +259,11 @@ impl Watcher {
     fn renew_session(&self) -> bool {
         self.shared.sessions.lock().renew(self.node.id, self.session, clock::now())
     }
+}
 
-    /// Returns the status to end the session with, if the node was removed, the client missed its
-    /// heartbeats, or another session replaced this one.
-    fn check(&self, deadline: Duration) -> Option<Status> {
-        if let Some(error) = self.shared.map.absence(self.node.id) {
-            return Some(absent(&error, &self.shared.map));
-        }
-        let sessions = self.shared.sessions.lock();
-        match sessions.live(self.node.id, clock::now()) {
-            Some(live) if live.id == self.session => None,
-            Some(_) => Some(Status::aborted("the session was replaced by a newer one")),
-            None => Some(Status::deadline_exceeded(format!(
-                "no heartbeat for {} ms: open the watch again",
-                deadline.as_millis()
-            ))),
-        }
-    }
+/// Returns the status of a watch that the same node opened again.
+fn replaced() -> Status {
+    Status::aborted("the session was replaced by a newer one")
 }
 
 /// Adds the tombstones of a client that this controller does not have, after it verified them.

@@ -32,11 +32,14 @@ pub async fn channel(
     endpoint.connect_with_connector(connector).await
 }
 
-/// Returns the message of a status for the operator, in one line; empty if it has none.
+/// Returns the message of a status for the operator, in one line; empty if it has none. A message that
+/// is cut ends with an ellipsis.
 pub fn message(status: &Status) -> String {
-    let printable: String = status.message().chars().take(MESSAGE_CHARS).collect();
+    let mut rest = status.message().chars();
+    let printable: String = rest.by_ref().take(MESSAGE_CHARS).collect();
     let words = printable.split(|c: char| c.is_control() || c.is_whitespace());
-    words.filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
+    let line = words.filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ");
+    if rest.next().is_some() { line + "…" } else { line }
 }
 
 /// Returns whether a status is about the connection, and not the server's answer.
@@ -53,6 +56,8 @@ mod tests {
         let status = Status::internal("two\n lines\u{7} \x1b[31m");
         assert_eq!(message(&status), "two lines [31m");
         assert_eq!(message(&Status::internal("")), "");
-        assert_eq!(message(&Status::internal("x".repeat(10_000))).len(), MESSAGE_CHARS);
+        let whole = "x".repeat(MESSAGE_CHARS);
+        assert_eq!(message(&Status::internal(&whole)), whole);
+        assert_eq!(message(&Status::internal("x".repeat(10_000))), whole + "…");
     }
 }

@@ -166,6 +166,7 @@ impl World {
             instance: vec![1],
             address: ([192, 0, 2, 1], 1000).into(),
             last_seen: self.now.mono,
+            contested: None,
         };
         self.sessions.open(node, session, self.now).unwrap();
     }

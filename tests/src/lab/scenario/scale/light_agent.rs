@@ -1,5 +1,6 @@
 //! A light agent: it joins, watches and publishes with the agent's client code, but keeps no map.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -51,19 +52,18 @@ pub(super) struct Report {
     error: Mutex<Option<String>>,
     disconnect: Mutex<String>,
     stopped: AtomicBool,
-    agents: usize,
 }
 
 /// A numbered change.
 #[derive(Default)]
 struct Mark {
     begun: Mutex<Option<Instant>>,
-    /// Times until each agent had it, in milliseconds.
-    latencies: Mutex<Vec<f64>>,
+    /// Times until each agent had it, in milliseconds, by the agent's number.
+    latencies: Mutex<BTreeMap<usize, f64>>,
 }
 
 impl Report {
-    pub(super) fn new(agents: usize) -> Self {
+    pub(super) fn new() -> Self {
         Self {
             joined: AtomicUsize::new(0),
             synced: AtomicUsize::new(0),
@@ -74,7 +74,6 @@ impl Report {
             error: Mutex::new(None),
             disconnect: Mutex::new(String::new()),
             stopped: AtomicBool::new(false),
-            agents,
         }
     }
 
@@ -102,7 +101,7 @@ impl Report {
 
     /// Returns how long a mark took to each agent, in milliseconds.
     pub(super) fn latencies(&self, mark: usize) -> Vec<f64> {
-        self.marks[mark].latencies.lock().clone()
+        self.marks[mark].latencies.lock().values().copied().collect()
     }
 
     pub(super) fn snapshot(&self) -> Option<Duration> {
@@ -135,23 +134,22 @@ impl Report {
         *self.disconnect.lock() = format!("{error:#}");
     }
 
-    fn fail(&self, error: &anyhow::Error) {
+    /// Records an error, which [`Report::check`] returns. Only the first one is kept.
+    pub(super) fn fail(&self, error: &anyhow::Error) {
         if !self.stopped.load(Ordering::Relaxed) {
             self.error.lock().get_or_insert_with(|| format!("{error:#}"));
         }
     }
 
-    fn receive(&self, changes: &[impl AsRef<[u8]>]) {
+    fn receive(&self, agent: usize, changes: &[impl AsRef<[u8]>]) {
         self.changes.fetch_add(changes.len() as u64, Ordering::Relaxed);
         for change in changes {
             let Some(mark) = mark_in(change.as_ref()) else { continue };
             let Some(mark) = self.marks.get(mark) else { continue };
             let Some(begun) = *mark.begun.lock() else { continue };
-            let mut latencies = mark.latencies.lock();
+            let took = begun.elapsed().as_secs_f64() * 1000.0;
             // After a reconnect an agent may receive a mark again.
-            if latencies.len() < self.agents {
-                latencies.push(begun.elapsed().as_secs_f64() * 1000.0);
-            }
+            mark.latencies.lock().entry(agent).or_insert(took);
         }
     }
 }
@@ -315,7 +313,7 @@ impl LightAgent {
             tokio::select! {
                 answer = watch.next() => {
                     let Some(Answer::Changes(message)) = answer? else { continue };
-                    self.report.receive(&message.changes);
+                    self.report.receive(self.member.number, &message.changes);
                     self.revision = message.revision;
                     if message.synced && !synced.is_counted {
                         if self.generation == 0 {

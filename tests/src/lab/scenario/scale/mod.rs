@@ -98,8 +98,9 @@ const AT_ONCE: usize = 64;
 const SINGLE: usize = 20;
 /// Pause between two changes under load.
 const LOAD_PACE: Duration = Duration::from_millis(50);
-/// Time without changes before the idle measurement, and its length.
-const IDLE: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(20));
+/// Time without changes before the idle measurement, and its length: two heartbeats, so that each agent
+/// sends as many in any phase.
+const IDLE: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(30));
 /// Longest time of each step.
 const STEP: Duration = Duration::from_secs(600);
 /// Longest time until a change must have reached every agent.
@@ -136,12 +137,13 @@ impl Scale {
         let uses = options.agents.to_string();
         let token = controller.operator().token_with(&["--uses", &uses, "--ttl", "2h"])?;
         let token: JoinToken = token.token.parse().map_err(|_| anyhow!("invalid join token"))?;
-        let report = Arc::new(Report::new(options.agents));
+        let report = Arc::new(Report::new());
         let (changes, requests) = mpsc::unbounded_channel();
         std::thread::scope(|scope| {
             let agents = host.namespace().thread(scope, "agents", || {
                 let runtime = Builder::new_current_thread().enable_all().build()?;
-                runtime.block_on(run_agents(options.agents, &token, report.clone(), requests))
+                let agents = run_agents(options.agents, &token, report.clone(), requests);
+                runtime.block_on(agents).inspect_err(|error| report.fail(error))
             })?;
             let result = self.steps(setting, options, &mut controller, &report, &changes);
             // The agents end when this sender is dropped.
