@@ -1,0 +1,148 @@
+//! The backends, and the choice of one at start.
+
+use ring::aead::LessSafeKey;
+
+use crate::packets::{Context, Divider, GROUP, Lane, Misplaced, Packet};
+#[cfg(target_arch = "x86_64")]
+use crate::x86;
+use crate::{fallback, self_test};
+
+/// Which backend to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Aead {
+    /// The fastest that this CPU has and that passes its self-test.
+    #[default]
+    Auto,
+    /// ring.
+    Ring,
+}
+
+/// Implementation of the AEAD that this CPU can run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Backend(Kind);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    #[cfg(target_arch = "x86_64")]
+    Batch(x86::Batch),
+    Ring,
+}
+
+impl Backend {
+    /// ring, which every CPU can run.
+    pub(crate) const RING: Self = Self(Kind::Ring);
+
+    /// Returns the backend for this choice. Reads the CPU's features and compares each candidate
+    /// with ring, which takes about a millisecond: call it once at start.
+    pub fn select(choice: Aead) -> Self {
+        match choice {
+            Aead::Auto => Self::of_this_cpu().find(|backend| self_test::passes(*backend)),
+            Aead::Ring => None,
+        }
+        .unwrap_or(Self::RING)
+    }
+
+    /// Returns the name, for status output: `avx512-ifma`, `avx512vl`, `avx2` or `ring`.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Batch(batch) => batch.name(),
+            Kind::Ring => "ring",
+        }
+    }
+
+    /// Returns whether packets of one batch are sealed and opened together, so that larger batches
+    /// cost less per packet.
+    pub fn is_batched(self) -> bool {
+        self != Self::RING
+    }
+
+    /// Returns the backends whose instructions this CPU has, the fastest first. ring is the last.
+    pub(crate) fn of_this_cpu() -> impl Iterator<Item = Self> {
+        #[cfg(target_arch = "x86_64")]
+        let batch = x86::Batch::of_this_cpu().map(|batch| Self(Kind::Batch(batch)));
+        #[cfg(not(target_arch = "x86_64"))]
+        let batch = std::iter::empty();
+        batch.chain([Self::RING])
+    }
+
+    /// Seals the packets. Those are placed as [`crate::packets::check`] demands.
+    pub(crate) fn seal(
+        self,
+        key: &Keys,
+        context: &Context<'_>,
+        arena: &mut [u8],
+        packets: &[Packet],
+    ) -> Result<(), Misplaced> {
+        let mut divider = Divider::new(arena);
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Batch(batch) => {
+                for group in packets.chunks(GROUP) {
+                    let mut lanes = lanes(&mut divider, group)?;
+                    batch.seal(&key.words, context, &mut lanes[..group.len()]);
+                }
+            }
+            Kind::Ring => {
+                for packet in packets {
+                    let space = divider.next(packet).ok_or(Misplaced)?;
+                    if !fallback::seal(&key.ring, context, packet.counter, space) {
+                        return Err(Misplaced);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens the packets, like [`Backend::seal`]. `authentic` has one entry for each.
+    pub(crate) fn open(
+        self,
+        key: &Keys,
+        context: &Context<'_>,
+        arena: &mut [u8],
+        packets: &[Packet],
+        authentic: &mut [bool],
+    ) -> Result<(), Misplaced> {
+        let mut divider = Divider::new(arena);
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Batch(batch) => {
+                for (group, authentic) in packets.chunks(GROUP).zip(authentic.chunks_mut(GROUP)) {
+                    let mut lanes = lanes(&mut divider, group)?;
+                    batch.open(&key.words, context, &mut lanes[..group.len()], authentic);
+                }
+            }
+            Kind::Ring => {
+                for (packet, authentic) in packets.iter().zip(authentic) {
+                    let space = divider.next(packet).ok_or(Misplaced)?;
+                    *authentic = fallback::open(&key.ring, context, packet.counter, space);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A key in the form of each backend.
+#[derive(Debug)]
+pub(crate) struct Keys {
+    /// The key as ChaCha20's 8 words.
+    pub(crate) words: zeroize::Zeroizing<[u32; 8]>,
+    /// ring's form of the key.
+    pub(crate) ring: LessSafeKey,
+}
+
+/// Returns the lanes of at most [`GROUP`] packets.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+fn lanes<'a>(
+    divider: &mut Divider<'a>,
+    packets: &[Packet],
+) -> Result<[Lane<'a>; GROUP], Misplaced> {
+    let mut lanes: [Lane<'a>; GROUP] = Default::default();
+    for (lane, packet) in lanes.iter_mut().zip(packets) {
+        *lane = Lane::new(packet.counter, divider.next(packet).ok_or(Misplaced)?);
+    }
+    Ok(lanes)
+}

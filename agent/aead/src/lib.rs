@@ -1,0 +1,64 @@
+//! ChaCha20-Poly1305 (RFC 8439) for batches of packets, in place, as WireGuard uses it: one key for
+//! the batch, a 64-bit counter as nonce of each packet, and no associated data.
+//!
+//! # Contract
+//!
+//! - All packets of a batch are in one block of bytes, the arena ([`Packet`] says where). Each is
+//!   followed by room for its tag. A batch may mix lengths. Nothing is allocated.
+//! - [`Key::open`] verifies before it deciphers. Bytes of a packet that is not authentic are never
+//!   deciphered: the batch backends leave them as they were, ring overwrites them with zeros.
+//! - The time that a call takes depends on the number and the lengths of the packets and on which
+//!   of them are authentic, and not on the key, the counters or the bytes: no branch, no index and
+//!   no instruction of variable time depends on them (`tests/timing.rs` measures it).
+//! - The caller chooses counters. To seal two packets with one counter breaks the encryption.
+//! - Whether a counter was received before (replay) is not judged here.
+//! - Keys are wiped when they are dropped, except for ring's copy, which ring does not wipe.
+//!   Registers and the stack are not wiped.
+//!
+//! # Backends
+//!
+//! | name | needs | ChaCha20 | Poly1305 |
+//! |---|---|---|---|
+//! | `avx512-ifma` | AVX-512 F, BW, IFMA, VBMI2 | 16 blocks at once | 8 packets at once, radix 2^44 |
+//! | `avx512vl` | AVX-512 F, VL | 8 blocks at once | 4 packets at once, radix 2^26 |
+//! | `avx2` | AVX2 | 8 blocks at once | 4 packets at once, radix 2^26 |
+//! | `ring` | any CPU | ring, packet by packet | ring |
+//!
+//! [`Backend::select`] takes the first that the CPU has and that seals and opens as ring does
+//! ([`Aead::Auto`]), or ring ([`Aead::Ring`]).
+//!
+//! In the batch backends a vector holds the same word of several packets, one packet a lane. That
+//! makes both algorithms free of dependencies between lanes, so nothing has to be combined at the
+//! end of a packet. Where there are fewer packets than lanes, a packet gets 2, 4, 8 or 16 lanes of
+//! ChaCha20 for as many of its blocks.
+//!
+//! # Files
+//!
+//! | file | owns |
+//! |---|---|
+//! | `backend` | which backends there are, and the choice |
+//! | `key` | a key, and the batches that it seals and opens |
+//! | `packets` | where packets are in the arena, and their division into blocks |
+//! | `poly1305` | constants of Poly1305, and its last step |
+//! | `self_test` | whether a backend agrees with ring |
+//! | `fallback` | ring |
+//! | `x86` | the batch backends; the only module with `unsafe` |
+//! | `internals` | every backend of this CPU, nonces and associated data, for tests and benchmarks |
+
+#![deny(unsafe_code)]
+#![deny(clippy::undocumented_unsafe_blocks)]
+
+mod backend;
+mod fallback;
+#[doc(hidden)]
+pub mod internals;
+mod key;
+mod packets;
+mod poly1305;
+mod self_test;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use backend::{Aead, Backend};
+pub use key::{KEY_BYTES, Key};
+pub use packets::{MAX_PACKET_BYTES, Misplaced, Packet, TAG_BYTES};

@@ -1,0 +1,149 @@
+//! Measures whether the time of a call depends on secrets, after dudect (Reparaz, Balasch and
+//! Verbauwhede, 2017): two classes of input take turns at random, and Welch's t-test compares their
+//! times. A |t| above 10 shows a difference; noise gives values below 5. Needs a quiet machine:
+//!
+//! `cargo test --release -p towline-aead --test timing -- --ignored --nocapture`
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use proptest::prelude::*;
+use proptest::test_runner::{RngAlgorithm, TestRng};
+use towline_aead::internals::backends;
+use towline_aead::{Backend, Key, Packet, TAG_BYTES};
+
+/// Packets of a batch: two groups, the second of them partial.
+const COUNT: usize = 21;
+/// Length of a packet in bytes.
+const LEN: usize = 300;
+/// Measurements of one comparison.
+const ROUNDS: usize = 40_000;
+/// |t| from which a comparison fails.
+const LIMIT: f64 = 10.0;
+
+/// Input of one call.
+struct Input {
+    key: [u8; 32],
+    counter: u64,
+    arena: Vec<u8>,
+}
+
+impl Input {
+    fn zeros() -> Self {
+        Self { key: [0; 32], counter: 0, arena: vec![0; COUNT * (LEN + TAG_BYTES)] }
+    }
+
+    fn random(rng: &mut TestRng) -> Self {
+        let mut input = Self::zeros();
+        rng.fill_bytes(&mut input.key);
+        rng.fill_bytes(&mut input.arena);
+        // Far from the end of the counters.
+        input.counter = rng.next_u64() >> 1;
+        input
+    }
+
+    /// Returns this input with its packets sealed.
+    fn sealed(mut self, backend: Backend) -> Self {
+        let packets = packets(self.counter);
+        Key::new(&self.key, backend).seal(&mut self.arena, &packets).unwrap();
+        self
+    }
+
+    /// Returns this input with one byte of each tag changed.
+    fn forged(mut self, byte: usize) -> Self {
+        for packet in self.arena.chunks_mut(LEN + TAG_BYTES) {
+            packet[LEN + byte] ^= 0x55;
+        }
+        self
+    }
+}
+
+fn packets(counter: u64) -> Vec<Packet> {
+    let start = |i: u64| i as usize * (LEN + TAG_BYTES);
+    (0..COUNT as u64).map(|i| Packet { start: start(i), len: LEN, counter: counter + i }).collect()
+}
+
+/// Returns Welch's t of the times of a call with inputs of two classes.
+fn t_value(
+    rng: &mut TestRng,
+    mut make: impl FnMut(&mut TestRng, bool) -> Input,
+    call: impl Fn(&Key, &mut [u8], &[Packet]),
+    backend: Backend,
+) -> f64 {
+    let mut times: [Vec<f64>; 2] = [Vec::new(), Vec::new()];
+    // One place for the inputs of both classes.
+    let mut arena = vec![0; COUNT * (LEN + TAG_BYTES)];
+    let mut slot = packets(0);
+    for _ in 0..ROUNDS {
+        let class = rng.next_u32() & 1 == 1;
+        let input = make(rng, class);
+        arena.copy_from_slice(&input.arena);
+        slot.copy_from_slice(&packets(input.counter));
+        let key = Key::new(&input.key, backend);
+        let start = Instant::now();
+        call(black_box(&key), black_box(&mut arena), black_box(&slot));
+        times[usize::from(class)].push(start.elapsed().as_nanos() as f64);
+    }
+    // Interrupts lengthen some calls of either class: the slowest fifth is left out.
+    let mut all = times.concat();
+    all.sort_by(f64::total_cmp);
+    let limit = all[all.len() * 4 / 5];
+    let [a, b] = times.map(|times| {
+        let kept: Vec<f64> = times.into_iter().filter(|time| *time <= limit).collect();
+        let count = kept.len() as f64;
+        let mean = kept.iter().sum::<f64>() / count;
+        let variance = kept.iter().map(|time| (time - mean).powi(2)).sum::<f64>() / (count - 1.0);
+        (mean, variance / count)
+    });
+    (a.0 - b.0) / (a.1 + b.1).sqrt()
+}
+
+#[test]
+#[ignore = "measures time, which needs a quiet machine and a release build"]
+fn the_time_of_a_call_does_not_depend_on_secrets() {
+    let mut rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+    let seal = |key: &Key, arena: &mut [u8], packets: &[Packet]| {
+        key.seal(arena, packets).unwrap();
+    };
+    let open = |key: &Key, arena: &mut [u8], packets: &[Packet]| {
+        key.open(arena, packets, &mut Vec::with_capacity(COUNT)).unwrap();
+    };
+    let mut worst: f64 = 0.0;
+    for backend in backends() {
+        let input = |rng: &mut TestRng, is_random: bool| {
+            // Both are made, so that the caches hold the same before each call.
+            let both = [Input::zeros(), Input::random(rng)];
+            let [zeros, random] = both;
+            if is_random { random } else { zeros }
+        };
+        let values = [
+            ("seal", t_value(&mut rng, input, seal, backend)),
+            (
+                "open",
+                t_value(&mut rng, |rng, class| input(rng, class).sealed(backend), open, backend),
+            ),
+            (
+                "open forged",
+                t_value(
+                    &mut rng,
+                    |rng, class| {
+                        Input::random(rng).sealed(backend).forged(if class {
+                            0
+                        } else {
+                            TAG_BYTES - 1
+                        })
+                    },
+                    open,
+                    backend,
+                ),
+            ),
+        ];
+        for (what, t) in values {
+            println!("{:12} {what:12} t = {t:6.2}", backend.name());
+            if backend.is_batched() {
+                worst = worst.max(t.abs());
+            }
+        }
+    }
+    assert!(worst < LIMIT, "a |t| of {worst:.1}: the time depends on the input");
+}
