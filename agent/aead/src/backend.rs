@@ -1,21 +1,12 @@
-//! The backends, and the choice of one at start.
+//! The backends, and what each is called with.
 
 use ring::aead::LessSafeKey;
+use zeroize::Zeroizing;
 
-use crate::packets::{Context, Divider, GROUP, Lane, Misplaced, Packet};
+use crate::fallback;
+use crate::packets::{Context, Divider, GROUP, KEY_BYTES, Lane, Misplaced, Packet};
 #[cfg(target_arch = "x86_64")]
 use crate::x86;
-use crate::{fallback, self_test};
-
-/// Which backend to use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Aead {
-    /// The fastest that this CPU has and that passes its self-test.
-    #[default]
-    Auto,
-    /// ring.
-    Ring,
-}
 
 /// Implementation of the AEAD that this CPU can run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,16 +22,6 @@ enum Kind {
 impl Backend {
     /// ring, which every CPU can run.
     pub(crate) const RING: Self = Self(Kind::Ring);
-
-    /// Returns the backend for this choice. Reads the CPU's features and compares each candidate
-    /// with ring, which takes about a millisecond: call it once at start.
-    pub fn select(choice: Aead) -> Self {
-        match choice {
-            Aead::Auto => Self::of_this_cpu().find(|backend| self_test::passes(*backend)),
-            Aead::Ring => None,
-        }
-        .unwrap_or(Self::RING)
-    }
 
     /// Returns the name, for status output: `avx512-ifma`, `avx512vl`, `avx2` or `ring`.
     pub fn name(self) -> &'static str {
@@ -125,12 +106,22 @@ impl Backend {
 }
 
 /// A key in the form of each backend.
-#[derive(Debug)]
 pub(crate) struct Keys {
     /// The key as ChaCha20's 8 words.
-    pub(crate) words: zeroize::Zeroizing<[u32; 8]>,
+    pub(crate) words: Zeroizing<[u32; 8]>,
     /// ring's form of the key.
     pub(crate) ring: LessSafeKey,
+}
+
+impl Keys {
+    /// Converts the bytes of a key.
+    pub(crate) fn new(bytes: &[u8; KEY_BYTES]) -> Self {
+        let mut words = Zeroizing::new([0; 8]);
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u32::from_le_bytes(*bytes);
+        }
+        Self { words, ring: fallback::key(bytes) }
+    }
 }
 
 /// Returns the lanes of at most [`GROUP`] packets.

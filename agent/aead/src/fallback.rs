@@ -3,8 +3,7 @@
 
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
-use crate::KEY_BYTES;
-use crate::packets::{Context, Space, TAG_BYTES};
+use crate::packets::{Context, KEY_BYTES, Space, TAG_BYTES};
 
 /// Returns ring's form of a key.
 pub(crate) fn key(bytes: &[u8; KEY_BYTES]) -> LessSafeKey {

@@ -1,8 +1,9 @@
 //! What tests and benchmarks need beyond the public API: every backend of this CPU, whole nonces,
 //! and associated data.
 
-use crate::packets::Context;
-use crate::{Backend, Key, Misplaced, Packet};
+use crate::backend::Backend;
+use crate::key::Key;
+use crate::packets::{Context, Misplaced, Packet};
 
 /// Returns the backends whose instructions this CPU has, the fastest first. ring is the last.
 pub fn backends() -> Vec<Backend> {

@@ -1,13 +1,7 @@
 //! A key, and the batches that it seals and opens.
 
-use zeroize::Zeroizing;
-
-use crate::backend::Keys;
-use crate::packets::{Context, check};
-use crate::{Backend, Misplaced, Packet, fallback};
-
-/// Length of a key in bytes.
-pub const KEY_BYTES: usize = 32;
+use crate::backend::{Backend, Keys};
+use crate::packets::{Context, KEY_BYTES, Misplaced, Packet, check};
 
 /// Key of one direction of a session, bound to a backend.
 pub struct Key {
@@ -24,11 +18,7 @@ impl std::fmt::Debug for Key {
 impl Key {
     /// Creates a key from its bytes, which the caller should wipe.
     pub fn new(bytes: &[u8; KEY_BYTES], backend: Backend) -> Self {
-        let mut words = Zeroizing::new([0; 8]);
-        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
-            *word = u32::from_le_bytes(*bytes);
-        }
-        Self { keys: Keys { words, ring: fallback::key(bytes) }, backend }
+        Self { keys: Keys::new(bytes), backend }
     }
 
     /// Returns the backend.

@@ -36,11 +36,11 @@
 //!
 //! | file | owns |
 //! |---|---|
-//! | `backend` | which backends there are, and the choice |
+//! | `choice` | the choice of a backend at start, and its comparison with ring |
+//! | `backend` | which backends there are |
 //! | `key` | a key, and the batches that it seals and opens |
-//! | `packets` | where packets are in the arena, and their division into blocks |
+//! | `packets` | lengths, where packets are in the arena, and their division into blocks |
 //! | `poly1305` | constants of Poly1305, and its last step |
-//! | `self_test` | whether a backend agrees with ring |
 //! | `fallback` | ring |
 //! | `x86` | the batch backends; the only module with `unsafe` |
 //! | `internals` | every backend of this CPU, nonces and associated data, for tests and benchmarks |
@@ -49,16 +49,17 @@
 #![deny(clippy::undocumented_unsafe_blocks)]
 
 mod backend;
+mod choice;
 mod fallback;
 #[doc(hidden)]
 pub mod internals;
 mod key;
 mod packets;
 mod poly1305;
-mod self_test;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-pub use backend::{Aead, Backend};
-pub use key::{KEY_BYTES, Key};
-pub use packets::{MAX_PACKET_BYTES, Misplaced, Packet, TAG_BYTES};
+pub use backend::Backend;
+pub use choice::Aead;
+pub use key::Key;
+pub use packets::{KEY_BYTES, MAX_PACKET_BYTES, Misplaced, Packet, TAG_BYTES};

@@ -1,9 +1,11 @@
-//! Positions of packets in an arena, and their division into the blocks of the cipher.
+//! Lengths, positions of packets in an arena, and their division into the blocks of the cipher.
 
 #![deny(clippy::indexing_slicing)]
 
 use std::mem;
 
+/// Length of a key in bytes.
+pub const KEY_BYTES: usize = 32;
 /// Length of a tag in bytes.
 pub const TAG_BYTES: usize = 16;
 /// Largest length of a packet in bytes, without its tag: no datagram and no packet of a TUN is
@@ -128,6 +130,19 @@ impl<'a> Lane<'a> {
     #[inline]
     pub(crate) fn block_count(&self) -> usize {
         self.blocks.len() + usize::from(!self.tail.is_empty())
+    }
+
+    /// Adds a block of key stream to block `index`, or to the tail if that is its number.
+    pub(crate) fn xor(&mut self, index: usize, stream: &[u8; BLOCK]) {
+        let count = self.blocks.len();
+        let bytes = match self.blocks.get_mut(index) {
+            Some(block) => block.as_mut_slice(),
+            None if index == count => &mut *self.tail,
+            None => return,
+        };
+        for (byte, stream) in bytes.iter_mut().zip(stream) {
+            *byte ^= stream;
+        }
     }
 
     /// Writes the tag behind the packet.

@@ -31,8 +31,10 @@ use towline_proto::token::JoinToken;
 use towline_wireguard::{DATA_HEADER, MessageKind, Segments};
 
 use crate::sim::host::{self, Host};
+pub use aead::aead;
 pub use pipeline::pipeline;
 
+mod aead;
 mod pipeline;
 
 /// A function of bytes, with inputs to start from.
@@ -57,6 +59,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "pipeline", run: pipeline, seeds: pipeline::seeds },
     Target { name: "mesh", run: mesh, seeds: mesh_seeds },
     Target { name: "helper", run: helper, seeds: helper_seeds },
+    Target { name: "aead", run: aead, seeds: aead::seeds },
 ];
 
 /// Decodes a body that is signed by the right key and may contain any bytes. The first byte selects

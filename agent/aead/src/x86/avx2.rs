@@ -13,6 +13,7 @@ use std::array;
 use super::poly1305x4::Poly1305;
 use super::{KeyWords, SIGMA};
 use crate::packets::{BLOCK, Context, Lane, keep_authentic};
+use crate::poly1305::tag_of;
 
 /// Vector of 8 words of 32 bits, or of 4 of 64 bits.
 type V = __m256i;
@@ -21,6 +22,8 @@ type V = __m256i;
 const LANES: usize = 8;
 /// Number of packets whose tags one [`Poly1305`] computes.
 const HALF: usize = 4;
+/// Number of packets up to which their tags are faster one by one.
+const FEW: usize = 2;
 /// Block for a lane that has none.
 const ZEROS: [u8; BLOCK] = [0; BLOCK];
 
@@ -94,18 +97,22 @@ macro_rules! eight_lanes {
             state[12] = load_words(&array::from_fn(|l| 1 + (l % BLOCKS) as u32));
             let step = _mm256_set1_epi32(BLOCKS as i32);
             let blocks = lanes.iter().map(Lane::block_count).max().unwrap_or_default();
+            let common = lanes.iter().map(|lane| lane.blocks.len()).min().unwrap_or_default();
             for first in (0..blocks).step_by(BLOCKS) {
                 let stream = transpose(rounds(&state));
-                for (l, stream) in stream.into_iter().enumerate() {
-                    if let Some(lane) = lanes.get_mut(l / BLOCKS) {
-                        let index = first + l % BLOCKS;
-                        if let Some(block) = lane.blocks.get_mut(index) {
+                if first + BLOCKS <= common {
+                    for (l, stream) in stream.into_iter().enumerate() {
+                        let lane = lanes.get_mut(l / BLOCKS);
+                        let block = lane.and_then(|lane| lane.blocks.get_mut(first + l % BLOCKS));
+                        if let Some(block) = block {
                             xor(block, stream);
-                        } else if index == lane.blocks.len() {
-                            let mut block = [0; BLOCK];
-                            block[..lane.tail.len()].copy_from_slice(lane.tail);
-                            xor(&mut block, stream);
-                            lane.tail.copy_from_slice(&block[..lane.tail.len()]);
+                        }
+                    }
+                } else {
+                    // Tails, and blocks that only some packets have.
+                    for (l, stream) in stream.into_iter().enumerate() {
+                        if let Some(lane) = lanes.get_mut(l / BLOCKS) {
+                            lane.xor(first + l % BLOCKS, &bytes(stream));
                         }
                     }
                 }
@@ -173,7 +180,14 @@ macro_rules! eight_lanes {
             let mut tags = [0; LANES];
             let halves = keys.into_iter().zip(lanes.chunks(HALF)).zip(tags.as_chunks_mut().0);
             for ((key, lanes), tags) in halves {
-                *tags = tags_of(key, context, lanes);
+                if lanes.len() <= FEW {
+                    let keys = Poly1305::one_by_one(&key);
+                    for ((tag, [r, s]), lane) in tags.iter_mut().zip(keys).zip(lanes) {
+                        *tag = tag_of(r, s, context, lane);
+                    }
+                } else {
+                    *tags = tags_of(key, context, lanes);
+                }
             }
             tags
         }
@@ -338,6 +352,15 @@ fn xor(block: &mut [u8; BLOCK], stream: [V; 2]) {
     for (half, stream) in halves.iter_mut().zip(stream) {
         store(half, _mm256_xor_si256(load(half), stream));
     }
+}
+
+/// Returns the bytes of a block.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bytes(stream: [V; 2]) -> [u8; BLOCK] {
+    let mut block = ZEROS;
+    xor(&mut block, stream);
+    block
 }
 
 /// Reads the first or the second 32 bytes of a block.

@@ -10,12 +10,15 @@ use std::array;
 use super::poly1305x8::Poly1305;
 use super::{KeyWords, SIGMA};
 use crate::packets::{BLOCK, Context, GROUP, Lane, keep_authentic};
+use crate::poly1305::tag_of;
 
 /// Vector of 16 words of 32 bits, or of 8 of 64 bits.
 type V = __m512i;
 
 /// Number of packets whose tags one [`Poly1305`] computes.
 const HALF: usize = 8;
+/// Number of packets up to which their tags are faster one by one.
+const FEW: usize = 3;
 
 /// Encrypts the packets and writes their tags. There are at most [`GROUP`].
 #[target_feature(enable = "avx512f,avx512bw,avx512ifma,avx512vbmi2")]
@@ -183,10 +186,16 @@ fn one_time_keys(key: &KeyWords, context: &Context<'_>, lanes: &[Lane<'_>]) -> O
 #[target_feature(enable = "avx512f,avx512bw,avx512ifma,avx512vbmi2")]
 fn tags(keys: OneTimeKeys, context: &Context<'_>, lanes: &[Lane<'_>]) -> [u128; GROUP] {
     let mut tags = [0; GROUP];
-    if lanes.len() > HALF {
-        tags_of::<2>([keys[0], keys[1]], context, lanes, &mut tags);
-    } else {
-        tags_of::<1>([keys[0]], context, lanes, &mut tags);
+    match lanes.len() {
+        ..=FEW => {
+            for ((tag, [r, s]), lane) in
+                tags.iter_mut().zip(Poly1305::one_by_one(&keys[0])).zip(lanes)
+            {
+                *tag = tag_of(r, s, context, lane);
+            }
+        }
+        ..=HALF => tags_of::<1>([keys[0]], context, lanes, &mut tags),
+        _ => tags_of::<2>(keys, context, lanes, &mut tags),
     }
     tags
 }

@@ -62,6 +62,19 @@ impl Poly1305 {
         self.accumulator = carry(multiply([(second, self.r), (first, self.r2)]));
     }
 
+    /// Returns the one-time key of each packet as numbers, for tags that are computed one by one.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(super) fn one_by_one(key: &[V; 4]) -> [[u128; 2]; 4] {
+        let [r0, r1, s0, s1] = key.map(|half| words(half));
+        std::array::from_fn(|l| {
+            [
+                u128::from(r0[l]) | u128::from(r1[l]) << 64,
+                u128::from(s0[l]) | u128::from(s1[l]) << 64,
+            ]
+        })
+    }
+
     /// Processes a block of the packets whose lane of `lanes` is all ones. The other lanes are 0.
     #[inline]
     #[target_feature(enable = "avx2")]
@@ -136,20 +149,25 @@ fn factor(limbs: Limbs) -> Factor {
 fn multiply<const N: usize>(products: [(Limbs, Factor); N]) -> Limbs {
     let mut sum = [_mm256_setzero_si256(); 5];
     for (h, Factor { limbs: [r0, r1, r2, r3, r4], times_5: [t1, t2, t3, t4] }) in products {
-        let rows = [
-            [r0, r1, r2, r3, r4],
-            [t4, r0, r1, r2, r3],
-            [t3, t4, r0, r1, r2],
-            [t2, t3, t4, r0, r1],
-            [t1, t2, t3, t4, r0],
-        ];
-        for (h, row) in h.into_iter().zip(rows) {
-            for (sum, factor) in sum.iter_mut().zip(row) {
-                *sum = _mm256_add_epi64(*sum, _mm256_mul_epu32(h, factor));
-            }
-        }
+        sum[0] = add_dot(sum[0], h, [r0, t4, t3, t2, t1]);
+        sum[1] = add_dot(sum[1], h, [r1, r0, t4, t3, t2]);
+        sum[2] = add_dot(sum[2], h, [r2, r1, r0, t4, t3]);
+        sum[3] = add_dot(sum[3], h, [r3, r2, r1, r0, t4]);
+        sum[4] = add_dot(sum[4], h, [r4, r3, r2, r1, r0]);
     }
     sum
+}
+
+/// Returns the sum plus the products of the limbs with these factors. Written out, because the
+/// compiler would keep a loop.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_dot(sum: V, h: Limbs, factors: [V; 5]) -> V {
+    let sum = _mm256_add_epi64(sum, _mm256_mul_epu32(h[0], factors[0]));
+    let sum = _mm256_add_epi64(sum, _mm256_mul_epu32(h[1], factors[1]));
+    let sum = _mm256_add_epi64(sum, _mm256_mul_epu32(h[2], factors[2]));
+    let sum = _mm256_add_epi64(sum, _mm256_mul_epu32(h[3], factors[3]));
+    _mm256_add_epi64(sum, _mm256_mul_epu32(h[4], factors[4]))
 }
 
 /// Carries once around, in two chains side by side. The second and the fifth limb keep a carry of

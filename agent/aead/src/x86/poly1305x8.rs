@@ -64,6 +64,19 @@ impl Poly1305 {
         self.accumulator = carry(multiply([(second, self.r), (first, self.r2)]));
     }
 
+    /// Returns the one-time key of each packet as numbers, for tags that are computed one by one.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512ifma,avx512vbmi2")]
+    pub(super) fn one_by_one(key: &[V; 4]) -> [[u128; 2]; 8] {
+        let [r0, r1, s0, s1] = key.map(|half| words(half));
+        std::array::from_fn(|l| {
+            [
+                u128::from(r0[l]) | u128::from(r1[l]) << 64,
+                u128::from(s0[l]) | u128::from(s1[l]) << 64,
+            ]
+        })
+    }
+
     /// Processes a block of the packets whose bit of `lanes` is set.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512ifma,avx512vbmi2")]

@@ -1,7 +1,20 @@
-//! Comparison of a backend with ring, before it is used. A CPU, an emulator or a compiler that
-//! executes an instruction differently than the backend expects is found at start.
+//! The choice of a backend at start, and its comparison with ring before it is used. A CPU, an
+//! emulator or a compiler that executes an instruction differently than the backend expects is found
+//! then.
 
-use crate::{Backend, Key, Packet, TAG_BYTES};
+use crate::backend::Backend;
+use crate::key::Key;
+use crate::packets::{Packet, TAG_BYTES};
+
+/// Which backend to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Aead {
+    /// The fastest that this CPU has and that passes its self-test.
+    #[default]
+    Auto,
+    /// ring.
+    Ring,
+}
 
 /// Batches of the test: the number of packets, and the length of the first. Each further packet is
 /// 13 bytes longer. They cover every number of lanes per packet, full and partial groups, and every
@@ -9,8 +22,20 @@ use crate::{Backend, Key, Packet, TAG_BYTES};
 const BATCHES: [(usize, usize); 9] =
     [(1, 0), (1, 1420), (2, 500), (3, 61), (7, 0), (8, 64), (13, 120), (16, 1), (35, 0)];
 
+impl Backend {
+    /// Returns the backend for this choice. Reads the CPU's features and compares each candidate
+    /// with ring, which takes about a millisecond: call it once at start.
+    pub fn select(choice: Aead) -> Self {
+        match choice {
+            Aead::Auto => Self::of_this_cpu().find(|backend| passes(*backend)),
+            Aead::Ring => None,
+        }
+        .unwrap_or(Self::RING)
+    }
+}
+
 /// Returns whether the backend seals as ring does, opens what ring sealed, and detects a forgery.
-pub(crate) fn passes(backend: Backend) -> bool {
+fn passes(backend: Backend) -> bool {
     let bytes = std::array::from_fn(|i| (i * 7 + 0x80) as u8);
     let (tested, ring) = (Key::new(&bytes, backend), Key::new(&bytes, Backend::RING));
     BATCHES.iter().all(|(count, first)| agree(&tested, &ring, *count, *first) == Some(true))
