@@ -1,5 +1,7 @@
 //! ChaCha20-Poly1305 (RFC 8439) for batches of packets, in place, as WireGuard uses it: one key for
-//! the batch, a 64-bit counter as nonce of each packet, and no associated data.
+//! the batch, a 64-bit counter as nonce of each packet, and no associated data. Made for transport
+//! sessions of `agent/wireguard` that seal everything that one read of the TUN returned, and open
+//! everything that was received at once (`docs/decisions/0009-own-batch-aead.md`).
 //!
 //! # Contract
 //!
