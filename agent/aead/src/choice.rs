@@ -6,7 +6,7 @@ use crate::backend::Backend;
 use crate::key::Key;
 use crate::packets::{Packet, TAG_BYTES};
 
-/// Which backend to use.
+/// Choice between the backends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Aead {
     /// The fastest that this CPU has and that passes its self-test.

@@ -7,8 +7,6 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use proptest::prelude::*;
-use proptest::test_runner::{RngAlgorithm, TestRng};
 use towline_aead::internals::backends;
 use towline_aead::{Backend, Key, Packet, TAG_BYTES};
 
@@ -20,6 +18,24 @@ const LEN: usize = 300;
 const ROUNDS: usize = 40_000;
 /// |t| from which a comparison fails.
 const LIMIT: f64 = 10.0;
+
+/// Generator of random numbers (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn number(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn fill(&mut self, bytes: &mut [u8]) {
+        for chunk in bytes.chunks_mut(8) {
+            chunk.copy_from_slice(&self.number().to_le_bytes()[..chunk.len()]);
+        }
+    }
+}
 
 /// Input of one call.
 struct Input {
@@ -33,12 +49,12 @@ impl Input {
         Self { key: [0; 32], counter: 0, arena: vec![0; COUNT * (LEN + TAG_BYTES)] }
     }
 
-    fn random(rng: &mut TestRng) -> Self {
+    fn random(rng: &mut Random) -> Self {
         let mut input = Self::zeros();
-        rng.fill_bytes(&mut input.key);
-        rng.fill_bytes(&mut input.arena);
+        rng.fill(&mut input.key);
+        rng.fill(&mut input.arena);
         // Far from the end of the counters.
-        input.counter = rng.next_u64() >> 1;
+        input.counter = rng.number() >> 1;
         input
     }
 
@@ -65,8 +81,8 @@ fn packets(counter: u64) -> Vec<Packet> {
 
 /// Returns Welch's t of the times of a call with inputs of two classes.
 fn t_value(
-    rng: &mut TestRng,
-    mut make: impl FnMut(&mut TestRng, bool) -> Input,
+    rng: &mut Random,
+    mut make: impl FnMut(&mut Random, bool) -> Input,
     call: impl Fn(&Key, &mut [u8], &[Packet]),
     backend: Backend,
 ) -> f64 {
@@ -75,7 +91,7 @@ fn t_value(
     let mut arena = vec![0; COUNT * (LEN + TAG_BYTES)];
     let mut slot = packets(0);
     for _ in 0..ROUNDS {
-        let class = rng.next_u32() & 1 == 1;
+        let class = rng.number() & 1 == 1;
         let input = make(rng, class);
         arena.copy_from_slice(&input.arena);
         slot.copy_from_slice(&packets(input.counter));
@@ -101,7 +117,7 @@ fn t_value(
 #[test]
 #[ignore = "measures time, which needs a quiet machine and a release build"]
 fn the_time_of_a_call_does_not_depend_on_secrets() {
-    let mut rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+    let mut rng = Random(1);
     let seal = |key: &Key, arena: &mut [u8], packets: &[Packet]| {
         key.seal(arena, packets).unwrap();
     };
@@ -110,7 +126,7 @@ fn the_time_of_a_call_does_not_depend_on_secrets() {
     };
     let mut worst: f64 = 0.0;
     for backend in backends() {
-        let input = |rng: &mut TestRng, is_random: bool| {
+        let input = |rng: &mut Random, is_random: bool| {
             // Both are made, so that the caches hold the same before each call.
             let both = [Input::zeros(), Input::random(rng)];
             let [zeros, random] = both;
