@@ -1,10 +1,13 @@
 //! The backends, and what each is called with.
 
 use ring::aead::LessSafeKey;
+#[cfg(target_arch = "x86_64")]
 use zeroize::Zeroizing;
 
 use crate::fallback;
-use crate::packets::{Context, Divider, GROUP, KEY_BYTES, Lane, Misplaced, Packet};
+#[cfg(target_arch = "x86_64")]
+use crate::lanes::{GROUP, Lane};
+use crate::packets::{Context, Divider, KEY_BYTES, Misplaced, Packet};
 #[cfg(target_arch = "x86_64")]
 use crate::x86;
 
@@ -108,6 +111,7 @@ impl Backend {
 /// A key in the form of each backend.
 pub(crate) struct Keys {
     /// The key as ChaCha20's 8 words.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) words: Zeroizing<[u32; 8]>,
     /// ring's form of the key.
     pub(crate) ring: LessSafeKey,
@@ -116,12 +120,21 @@ pub(crate) struct Keys {
 impl Keys {
     /// Converts the bytes of a key.
     pub(crate) fn new(bytes: &[u8; KEY_BYTES]) -> Self {
-        let mut words = Zeroizing::new([0; 8]);
-        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
-            *word = u32::from_le_bytes(*bytes);
+        Self {
+            #[cfg(target_arch = "x86_64")]
+            words: words(bytes),
+            ring: fallback::key(bytes),
         }
-        Self { words, ring: fallback::key(bytes) }
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn words(bytes: &[u8; KEY_BYTES]) -> Zeroizing<[u32; 8]> {
+    let mut words = Zeroizing::new([0; 8]);
+    for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+        *word = u32::from_le_bytes(*bytes);
+    }
+    words
 }
 
 /// Returns the lanes of at most [`GROUP`] packets.

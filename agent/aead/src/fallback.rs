@@ -8,7 +8,6 @@ use crate::packets::{Context, KEY_BYTES, Space, TAG_BYTES};
 /// Returns ring's form of a key.
 pub(crate) fn key(bytes: &[u8; KEY_BYTES]) -> LessSafeKey {
     let key = UnboundKey::new(&CHACHA20_POLY1305, bytes);
-    #[expect(clippy::expect_used, reason = "ring refuses keys of another length only")]
     LessSafeKey::new(key.expect("ChaCha20-Poly1305 has keys of 32 bytes"))
 }
 

@@ -41,8 +41,9 @@
 //! | `choice` | the choice of a backend at start, and its comparison with ring |
 //! | `backend` | which backends there are |
 //! | `key` | a key, and the batches that it seals and opens |
-//! | `packets` | lengths, where packets are in the arena, and their division into blocks |
-//! | `poly1305` | constants of Poly1305, and its last step |
+//! | `packets` | lengths, and where packets are in the arena |
+//! | `lanes` | division of packets into blocks, for the batch backends |
+//! | `poly1305` | Poly1305 of one packet, and the last step of every tag |
 //! | `fallback` | ring |
 //! | `x86` | the batch backends; the only module with `unsafe` |
 //! | `internals` | every backend of this CPU, nonces and associated data, for tests and benchmarks |
@@ -56,7 +57,10 @@ mod fallback;
 #[doc(hidden)]
 pub mod internals;
 mod key;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
 mod packets;
+#[cfg(target_arch = "x86_64")]
 mod poly1305;
 #[cfg(target_arch = "x86_64")]
 mod x86;

@@ -4,7 +4,8 @@
 //! One packet alone does not fill the lanes of a vector, so for a few packets the batch backends
 //! compute tags with this form.
 
-use crate::packets::{Context, Lane};
+use crate::lanes::Lane;
+use crate::packets::Context;
 
 /// Bits of the lower 8 bytes of `r` that clamping keeps.
 pub(crate) const CLAMP_LOW: u64 = 0x0fff_fffc_0fff_ffff;
@@ -60,7 +61,6 @@ impl Poly1305 {
 }
 
 /// Returns the tag of one packet with this one-time key: `r`, then `s`.
-#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for the batch backends"))]
 pub(crate) fn tag_of(r: u128, s: u128, context: &Context<'_>, lane: &Lane<'_>) -> u128 {
     let mut state = Poly1305::new(r);
     state.add_padded(context.aad);

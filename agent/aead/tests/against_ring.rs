@@ -1,5 +1,7 @@
 //! Every backend of this CPU against ring: lengths, batch sizes, mixed lengths, forgeries.
 
+#![allow(clippy::unwrap_used)] // helpers of tests may panic too: the panic is the report
+
 use std::ops::Range;
 
 use proptest::prelude::*;

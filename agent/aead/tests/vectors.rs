@@ -1,6 +1,8 @@
 //! Published vectors, with every backend of this CPU: RFC 8439 and Wycheproof. Each is tested in
 //! batches of several sizes, so that it passes through every number of lanes per packet.
 
+#![allow(clippy::unwrap_used)] // helpers of tests may panic too: the panic is the report
+
 use data_encoding::HEXLOWER_PERMISSIVE;
 use towline_aead::internals::{backends, open, seal};
 use towline_aead::{Key, MAX_PACKET_BYTES, Packet, TAG_BYTES};

@@ -12,7 +12,8 @@ use std::array;
 
 use super::poly1305x4::Poly1305;
 use super::{KeyWords, SIGMA};
-use crate::packets::{BLOCK, Context, Lane, keep_authentic};
+use crate::lanes::{BLOCK, Lane, keep_authentic};
+use crate::packets::Context;
 use crate::poly1305::tag_of;
 
 /// Vector of 8 words of 32 bits, or of 4 of 64 bits.
@@ -44,7 +45,7 @@ macro_rules! quarter_rounds {
 /// Defines the backend for these CPU features. `rotate` rotates the words of a vector.
 macro_rules! eight_lanes {
     ($features:literal) => {
-        /// Encrypts the packets and writes their tags. There are at most [`GROUP`](crate::packets::GROUP).
+        /// Encrypts the packets and writes their tags. There are at most [`GROUP`](crate::lanes::GROUP).
         #[target_feature(enable = $features)]
         pub(in crate::x86) fn seal(key: &KeyWords, context: &Context<'_>, lanes: &mut [Lane<'_>]) {
             for lanes in lanes.chunks_mut(LANES) {
@@ -57,7 +58,7 @@ macro_rules! eight_lanes {
             }
         }
 
-        /// Verifies the packets, and decrypts those that are authentic. There are at most [`GROUP`](crate::packets::GROUP).
+        /// Verifies the packets, and decrypts those that are authentic. There are at most [`GROUP`](crate::lanes::GROUP).
         #[target_feature(enable = $features)]
         pub(in crate::x86) fn open(
             key: &KeyWords,

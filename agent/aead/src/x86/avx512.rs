@@ -9,7 +9,8 @@ use std::array;
 
 use super::poly1305x8::Poly1305;
 use super::{KeyWords, SIGMA};
-use crate::packets::{BLOCK, Context, GROUP, Lane, keep_authentic};
+use crate::lanes::{BLOCK, GROUP, Lane, keep_authentic};
+use crate::packets::Context;
 use crate::poly1305::tag_of;
 
 /// Vector of 16 words of 32 bits, or of 8 of 64 bits.
@@ -186,16 +187,15 @@ fn one_time_keys(key: &KeyWords, context: &Context<'_>, lanes: &[Lane<'_>]) -> O
 #[target_feature(enable = "avx512f,avx512bw,avx512ifma,avx512vbmi2")]
 fn tags(keys: OneTimeKeys, context: &Context<'_>, lanes: &[Lane<'_>]) -> [u128; GROUP] {
     let mut tags = [0; GROUP];
-    match lanes.len() {
-        ..=FEW => {
-            for ((tag, [r, s]), lane) in
-                tags.iter_mut().zip(Poly1305::one_by_one(&keys[0])).zip(lanes)
-            {
-                *tag = tag_of(r, s, context, lane);
-            }
+    if lanes.len() <= FEW {
+        let keys = Poly1305::one_by_one(&keys[0]);
+        for ((tag, [r, s]), lane) in tags.iter_mut().zip(keys).zip(lanes) {
+            *tag = tag_of(r, s, context, lane);
         }
-        ..=HALF => tags_of::<1>([keys[0]], context, lanes, &mut tags),
-        _ => tags_of::<2>(keys, context, lanes, &mut tags),
+    } else if lanes.len() <= HALF {
+        tags_of::<1>([keys[0]], context, lanes, &mut tags);
+    } else {
+        tags_of::<2>(keys, context, lanes, &mut tags);
     }
     tags
 }

@@ -12,7 +12,8 @@ mod poly1305x8;
 #[cfg(test)]
 mod tests;
 
-use crate::packets::{Context, Lane};
+use crate::lanes::Lane;
+use crate::packets::Context;
 
 /// First 4 words of ChaCha20's state: "expand 32-byte k".
 const SIGMA: [u32; 4] = [0x6170_7865, 0x3320_646e, 0x7962_2d32, 0x6b20_6574];
@@ -56,7 +57,7 @@ impl Batch {
         }
     }
 
-    /// Seals at most [`crate::packets::GROUP`] packets.
+    /// Seals at most [`crate::lanes::GROUP`] packets.
     #[allow(unsafe_code)]
     pub(crate) fn seal(self, key: &KeyWords, context: &Context<'_>, lanes: &mut [Lane<'_>]) {
         // SAFETY: the CPU has the features, since `of_this_cpu` created this value.
@@ -69,7 +70,7 @@ impl Batch {
         }
     }
 
-    /// Opens at most [`crate::packets::GROUP`] packets. `authentic` has one entry for each.
+    /// Opens at most [`crate::lanes::GROUP`] packets. `authentic` has one entry for each.
     #[allow(unsafe_code)]
     pub(crate) fn open(
         self,

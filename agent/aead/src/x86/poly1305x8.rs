@@ -150,10 +150,12 @@ fn multiply<const N: usize>(products: [(Limbs, Factor); N]) -> [Limbs; 2] {
     let mut high = [_mm512_setzero_si512(); 3];
     for (h, Factor { limbs: [r0, r1, r2], times_20: [t1, t2] }) in products {
         for (h, row) in h.into_iter().zip([[r0, r1, r2], [t2, r0, r1], [t1, t2, r0]]) {
-            for i in 0..3 {
-                low[i] = _mm512_madd52lo_epu64(low[i], h, row[i]);
-                high[i] = _mm512_madd52hi_epu64(high[i], h, row[i]);
-            }
+            low[0] = _mm512_madd52lo_epu64(low[0], h, row[0]);
+            low[1] = _mm512_madd52lo_epu64(low[1], h, row[1]);
+            low[2] = _mm512_madd52lo_epu64(low[2], h, row[2]);
+            high[0] = _mm512_madd52hi_epu64(high[0], h, row[0]);
+            high[1] = _mm512_madd52hi_epu64(high[1], h, row[1]);
+            high[2] = _mm512_madd52hi_epu64(high[2], h, row[2]);
         }
     }
     [low, high]
