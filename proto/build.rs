@@ -1,5 +1,35 @@
 //! Compiles the schema with protox, so that no protoc is needed.
 
+/// Messages of status output, which are printed as JSON.
+const STATUS: &[&str] = &[
+    "ControllerStatus",
+    "Detail",
+    "Feature",
+    "KubernetesStatus",
+    "PeerStatus",
+    "PingResponse",
+    "RelayStatus",
+    "StatusResponse",
+];
+/// Fields of them that have another form in JSON, each with the function of `status.rs` that writes it.
+const FORMS: &[(&str, &str)] = &[
+    ("PeerStatus.candidates", "candidates"),
+    ("PeerStatus.path", "text"),
+    ("PeerStatus.path_kind", "text"),
+    ("PeerStatus.reason", "text"),
+    ("PeerStatus.reason_code", "text"),
+    ("PeerStatus.relay", "text"),
+    ("PeerStatus.site", "text"),
+    ("StatusResponse.candidates", "candidates"),
+    ("StatusResponse.certificate_expires_at", "time"),
+    ("StatusResponse.down_since", "optional_time"),
+    ("StatusResponse.drops", "counters"),
+    ("StatusResponse.mesh_id", "text"),
+    ("StatusResponse.name", "text"),
+    ("StatusResponse.node_id", "text"),
+    ("StatusResponse.site", "text"),
+];
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(
@@ -14,7 +44,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
     // A test enumerates the RPCs from the descriptors, so that none can be added without a role.
     std::fs::write(out.join("descriptors.bin"), prost::Message::encode_to_vec(&descriptors))?;
-    tonic_prost_build::configure()
+    let mut config = tonic_prost_build::configure();
+    for message in STATUS {
+        config =
+            config.type_attribute(format!(".towline.v1.{message}"), "#[derive(serde::Serialize)]");
+    }
+    for (field, form) in FORMS {
+        let form = format!("#[serde(serialize_with = \"crate::status::{form}\")]");
+        config = config.field_attribute(format!(".towline.v1.{field}"), form);
+    }
+    config
         .build_transport(false)
         .bytes(".towline.v1.Signed")
         .bytes(".towline.v1.Changes.changes")

@@ -19,11 +19,13 @@ use tokio::time::MissedTickBehavior;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::{Response, Status};
-use towline_proto::limits;
-use towline_proto::pb;
+use towline_core::path::Path as NetworkPath;
+use towline_core::reason::PeerReason;
+use towline_proto::code::Coded as _;
 use towline_proto::pb::local_server::{Local, LocalServer};
+use towline_proto::{codes, limits, pb};
 
-use crate::down::Lasts;
+use crate::down::{Down, Lasts};
 
 /// Maximum time to write the pending responses when the daemon ends.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
@@ -89,17 +91,73 @@ impl DownAnswer {
 pub enum PingAnswer {
     /// The peer answered the probe.
     Answer {
-        /// Kind of the path: "direct" or "relay".
-        path_kind: &'static str,
+        /// Kind of the path.
+        path_kind: PathKind,
         /// Remote address of the path.
         path: SocketAddr,
         /// Round-trip time.
         rtt: Duration,
     },
     /// No answer arrived in time, or nothing was sent, for this reason.
-    Silence(String),
+    Silence(NoPong),
     /// No node has this name or address.
     UnknownNode,
+}
+
+/// Kind of a path, for the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PathKind {
+    /// The path leads to the peer itself.
+    Direct,
+    /// The path leads through a relay.
+    Relay,
+    /// The path leads to the endpoint of a static peer.
+    Static,
+}
+
+codes! {
+    PathKind {
+        Direct => "direct",
+        Relay => "relay",
+        Static => "static",
+    }
+}
+
+impl PathKind {
+    /// Returns the kind of a path to a node.
+    pub(crate) fn of(path: &NetworkPath) -> Self {
+        if path.is_relayed() { Self::Relay } else { Self::Direct }
+    }
+}
+
+/// Reason why a probe of `towline ping` was not answered.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoPong {
+    /// No answer came in time.
+    #[error("no answer in time")]
+    Timeout,
+    /// There is no path to the peer, for this reason.
+    #[error("{0}")]
+    NoPath(PeerReason),
+    /// There is no path to the peer.
+    #[error("no path yet")]
+    NoPathYet,
+    /// Static peers know no probes.
+    #[error("static peers do not answer probes: run `towline peers`")]
+    StaticPeer,
+    /// The machine is down.
+    #[error("{0}")]
+    Down(Down),
+}
+
+codes! {
+    NoPong {
+        Timeout => "ping-timeout",
+        NoPath(PeerReason),
+        NoPathYet => "no-path",
+        StaticPeer => "static-peer-not-probed",
+        Down(Down),
+    }
 }
 
 /// Error of binding the socket.
@@ -270,13 +328,16 @@ fn response(node: &str, sequence: u32, answer: PingAnswer) -> Result<pb::PingRes
         PingAnswer::Answer { path_kind, path, rtt } => Ok(pb::PingResponse {
             sequence,
             rtt_us: Some(u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
-            path_kind: path_kind.into(),
+            path_kind: path_kind.code().into(),
             path: path.to_string(),
-            reason: String::new(),
+            ..Default::default()
         }),
-        PingAnswer::Silence(reason) => {
-            Ok(pb::PingResponse { sequence, reason, ..Default::default() })
-        }
+        PingAnswer::Silence(reason) => Ok(pb::PingResponse {
+            sequence,
+            reason: reason.to_string(),
+            reason_code: reason.code().into(),
+            ..Default::default()
+        }),
         PingAnswer::UnknownNode => Err(Status::not_found(format!(
             "no node is named `{node}`: run `towline peers` for a list"
         ))),

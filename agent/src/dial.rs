@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
+use towline_proto::codes;
 use towline_proto::token::ControllerAddress;
 use towline_service::{grpc, tls};
 
@@ -76,6 +77,17 @@ pub enum DialError {
         /// Error of the channel.
         source: tonic::transport::Error,
     },
+}
+
+codes! {
+    DialError {
+        Resolve => "controller-name-unresolved",
+        Connect => "controller-unreachable",
+        WrongCa => "controller-of-other-mesh",
+        Clock => "controller-certificate-not-valid",
+        Tls => "controller-tls-failed",
+        Http => "controller-http-failed",
+    }
 }
 
 /// Open connection to a controller.

@@ -22,6 +22,7 @@ use tonic::Streaming;
 use tonic::transport::Channel;
 use towline_core::mesh::MapChange;
 use towline_proto::backoff::{Backoff, Jitter};
+use towline_proto::code::Coded as _;
 use towline_proto::id::NodeId;
 use towline_proto::node::{Candidate, Grant, Record};
 use towline_proto::pb::discovery_client::DiscoveryClient;
@@ -31,8 +32,9 @@ use towline_proto::{limits, pb, signed};
 use towline_service::certificate;
 
 use crate::dial;
-use crate::join::{self, JoinError, status_message};
+use crate::join::{self, status_message};
 use crate::map_cache::MapCache;
+use crate::not_connected::NotConnected;
 use crate::state::{Counters, Keys, Membership, StateDir, StateError};
 use crate::tls;
 
@@ -74,7 +76,7 @@ pub enum Event {
     /// The session ended, or could not be opened.
     Disconnected {
         /// Reason for the operator.
-        reason: String,
+        reason: NotConnected,
     },
     /// These parts of the map changed.
     Map(Vec<MapChange>),
@@ -128,36 +130,13 @@ pub struct Discovery {
 enum Ended {
     /// The daemon dropped its channels, or this node has left.
     Stop,
-    /// An error, with this description.
-    Because(String),
-    /// The controller refused a request with this status.
-    Refused(tonic::Status),
+    /// An error, or the controller refused a request.
+    Because(NotConnected),
 }
 
-impl From<JoinError> for Ended {
-    fn from(error: JoinError) -> Self {
-        match error {
-            JoinError::Refused(status) => Self::Refused(status),
-            other => Self::Because(other.to_string()),
-        }
-    }
-}
-
-impl From<dial::DialError> for Ended {
-    fn from(error: dial::DialError) -> Self {
-        Self::Because(error.to_string())
-    }
-}
-
-impl From<tonic::Status> for Ended {
-    fn from(status: tonic::Status) -> Self {
-        Self::Refused(status)
-    }
-}
-
-impl From<rustls::Error> for Ended {
-    fn from(error: rustls::Error) -> Self {
-        Self::Because(format!("cannot set up TLS: {error}"))
+impl<T: Into<NotConnected>> From<T> for Ended {
+    fn from(reason: T) -> Self {
+        Self::Because(reason.into())
     }
 }
 
@@ -213,20 +192,20 @@ impl Discovery {
             let reason = match ended {
                 Ended::Stop => return,
                 Ended::Because(reason) => reason,
-                Ended::Refused(status) => {
-                    if self.take_tombstone(&status).await.is_err() {
-                        return;
-                    }
-                    status_message(&status)
-                }
             };
-            tracing::info!(controller = %address, %reason, "discovery session ended");
-            if self.events.send(Event::Disconnected { reason: reason.clone() }).await.is_err() {
+            if let NotConnected::Refused(status) = &reason
+                && self.take_tombstone(status).await.is_err()
+            {
+                return;
+            }
+            let (text, code) = (reason.to_string(), reason.code());
+            tracing::info!(controller = %address, reason = text, code, "discovery session ended");
+            if self.events.send(Event::Disconnected { reason }).await.is_err() {
                 return;
             }
             let pause = BACKOFF.pause(failures, rand::rng().random());
             failures = failures.saturating_add(1);
-            if !wait(pause, &reason, &mut commands).await {
+            if !wait(pause, &text, &mut commands).await {
                 return;
             }
         }
@@ -290,14 +269,11 @@ impl Discovery {
             let mut incoming = client.watch(ReceiverStream::new(outgoing)).await?.into_inner();
             match incoming.message().await? {
                 Some(pb::WatchResponse { kind: Some(Kind::Ready(ready)) }) => Ok((incoming, ready)),
-                _ => Err(Ended::Because(
-                    "invalid response from the controller: the watch did not start".into(),
-                )),
+                _ => Err(Ended::from(NotConnected::InvalidResponse("the watch did not start"))),
             }
         };
-        let (incoming, ready) = timeout(READY, opening).await.unwrap_or_else(|_| {
-            Err(Ended::Because("the controller did not answer in time".into()))
-        })?;
+        let (incoming, ready) =
+            timeout(READY, opening).await.unwrap_or_else(|_| Err(NotConnected::NoAnswer.into()))?;
         self.take_ready(&ready).await?;
         self.certificate_event().await?;
         let reflectors = reflectors(connection.remote, &ready);
@@ -342,11 +318,9 @@ impl Discovery {
             return Ok(());
         }
         let grant: Grant = signed::grant(Some(&signed_grant), &self.membership.ca_key)
-            .map_err(|error| Ended::Because(error.to_string()))?;
+            .map_err(|error| NotConnected::InvalidStatement(error.to_string()))?;
         if grant.node_id != self.membership.grant.node_id {
-            return Err(Ended::Because(
-                "invalid response from the controller: it sent another node's grant".into(),
-            ));
+            return Err(NotConnected::InvalidResponse("it sent another node's grant").into());
         }
         self.membership.grant = grant.clone();
         self.membership.signed_grant = signed_grant;
@@ -377,7 +351,7 @@ impl Discovery {
                     self.take_message(session, message?).await?;
                 }
                 () = sleep_until(deadline) => {
-                    return Err(Ended::Because("the controller missed its heartbeats".into()));
+                    return Err(NotConnected::MissedHeartbeats.into());
                 }
                 _ = beat.tick() => {
                     session.has_address()?;
@@ -420,7 +394,7 @@ impl Discovery {
         message: Option<pb::WatchResponse>,
     ) -> Result<(), Ended> {
         let Some(message) = message else {
-            return Err(Ended::Because("the controller ended the session".into()));
+            return Err(NotConnected::Ended.into());
         };
         match message.kind {
             Some(Kind::Changes(changes)) => {
@@ -570,15 +544,14 @@ impl Discovery {
         }
         let answer = timeout(LEAVE_ANSWER, session.client.leave(pb::LeaveRequest {})).await;
         let Ok(answer) = answer else {
-            let reason = "the controller did not answer in time";
-            let _ = reply.send(Err(reason.into()));
+            let _ = reply.send(Err(NotConnected::NoAnswer.to_string()));
             // If it removed this node all the same, the next session gets the tombstone.
-            return Err(Ended::Because(reason.into()));
+            return Err(NotConnected::NoAnswer.into());
         };
         match answer {
             Ok(_) => match reply.send(Ok(())) {
                 Ok(()) => Err(Ended::Stop),
-                Err(_) => Err(Ended::Because("this node was removed from the mesh".into())),
+                Err(_) => Err(NotConnected::Removed.into()),
             },
             Err(status) => {
                 let _ = reply.send(Err(status_message(&status)));
@@ -632,9 +605,7 @@ impl Session {
     fn has_address(&self) -> Result<(), Ended> {
         let address = self.local.ip().to_canonical();
         if dial::is_gone(address) {
-            return Err(Ended::Because(format!(
-                "this machine no longer has the address {address}"
-            )));
+            return Err(NotConnected::AddressGone(address).into());
         }
         Ok(())
     }
@@ -653,9 +624,7 @@ impl Session {
             // A full channel means that the connection does not drain. The heartbeat deadline then
             // ends the session.
             Ok(()) | Err(mpsc::error::TrySendError::Full(_)) => Ok(()),
-            Err(mpsc::error::TrySendError::Closed(_)) => {
-                Err(Ended::Because("the connection failed".into()))
-            }
+            Err(mpsc::error::TrySendError::Closed(_)) => Err(NotConnected::Broken.into()),
         }
     }
 }

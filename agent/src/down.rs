@@ -9,11 +9,13 @@
 //! takes the lock of the state directory. Code that brings the mesh up takes the lock first and
 //! then reads the marker.
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use towline_proto::codes;
 use towline_service::file;
 
 use crate::config::Config;
@@ -33,6 +35,32 @@ pub struct DownMarker {
 pub struct Down {
     /// When `towline down` was run. `None` if the marker does not contain the time.
     pub since: Option<SystemTime>,
+}
+
+codes! { Down => "machine-down" }
+
+impl fmt::Display for Down {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let since = self.since.and_then(|since| jiff::Timestamp::try_from(since).ok());
+        let since = since.map(|since| format!(" since {since}")).unwrap_or_default();
+        write!(f, "this machine is down{since}: run `towline up`")
+    }
+}
+
+/// State of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MachineState {
+    /// The agent runs the mesh.
+    Running,
+    /// `towline down` was run: there is no link, and nothing is guarded.
+    Down,
+}
+
+codes! {
+    MachineState {
+        Running => "running",
+        Down => "down",
+    }
 }
 
 /// Lifetime of a marker.

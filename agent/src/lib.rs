@@ -19,6 +19,7 @@ pub mod kubernetes;
 pub mod lockout;
 pub mod map_cache;
 pub mod node_ip;
+pub mod not_connected;
 pub mod prefixes;
 pub mod probe;
 pub mod reserved_port;
@@ -26,3 +27,22 @@ pub mod state;
 pub mod static_peers;
 pub mod tls;
 pub mod tun_owner;
+
+/// Returns every code of a reason, state, problem, conflict or note that the agent reports.
+pub fn codes() -> Vec<&'static str> {
+    use towline_proto::code::Coded as _;
+    [
+        daemon::codes(),
+        towline_core::reason::PeerReason::codes(),
+        towline_core::reason::StaticPeerReason::codes(),
+        towline_core::status::PeerState::codes(),
+        towline_dataplane::OffReason::codes(),
+        control::NoPong::codes(),
+        control::PathKind::codes(),
+        down::MachineState::codes(),
+        kubernetes::CniUnknown::codes(),
+        kubernetes::Unavailable::codes(),
+        not_connected::NotConnected::codes(),
+    ]
+    .concat()
+}

@@ -349,9 +349,9 @@ mod tests {
     use crate::clock;
     use crate::map::Map;
     use crate::state_dir::StateDir;
-    use towline_registry::Join;
     use towline_registry::sessions::Session;
     use towline_registry::token::{SecretHash, TokenTerms};
+    use towline_registry::{Join, NodeProblem};
 
     /// CA of all tests. It is shared because generating its key is slow.
     static AUTHORITY: LazyLock<Arc<Authority>> = LazyLock::new(new_authority);
@@ -463,7 +463,9 @@ mod tests {
         let nodes: Vec<NodeId> = (1..=4).map(|number| world.node(number)).collect();
         world.publish(1, 7);
         world.ledger.registry().remove(nodes[1], "test", &world.sessions, world.now).unwrap();
-        world.ledger.registry().note(nodes[2], "a problem".into());
+        let name = "n3".parse().unwrap();
+        let problem = NodeProblem::NameRequested { name };
+        world.ledger.registry().note(nodes[2], problem.clone());
         world.commit();
         let loaded = world.load(&AUTHORITY).unwrap();
         let shown = Map::new();
@@ -480,7 +482,7 @@ mod tests {
             view.nodes(None, 9).iter().map(|node| node.name.to_string()).collect()
         };
         assert_eq!(names(&world.view), ["n1", "n3", "n4"]);
-        assert_eq!(world.view.node(&"n3".parse().unwrap()).unwrap().problems, ["a problem"]);
+        assert_eq!(world.view.node(&"n3".parse().unwrap()).unwrap().problems, [problem]);
         let view = crate::view::View::default();
         view.replace(loaded.view());
         assert_eq!(names(&view), names(&world.view));

@@ -11,7 +11,7 @@ use parking_lot::RwLock;
 use towline_proto::id::{NodeId, NodeName, TokenId};
 use towline_proto::pb;
 
-use towline_registry::NoSuchNode;
+use towline_registry::{NoSuchNode, NodeProblem};
 
 /// Nodes and tokens, for operators.
 #[derive(Default)]
@@ -44,7 +44,7 @@ pub struct NodeView {
     /// Time of the join, in seconds since 1970.
     pub joined_at: i64,
     /// Problems of the node, newest first.
-    pub problems: Vec<String>,
+    pub problems: Vec<NodeProblem>,
 }
 
 /// A change of what operators see.

@@ -1,6 +1,7 @@
 //! Wire schema of Towline: the generated messages and services ([`pb`]), signatures over messages
 //! ([`signed`]), the proof of the WireGuard key at a join ([`join_proof`]), and the conversion of
-//! messages into the plain types of `towline-types` ([`convert`]).
+//! messages into the plain types of `towline-types` ([`convert`]), and status messages as JSON
+//! ([`status`]).
 
 #![forbid(unsafe_code)]
 
@@ -13,6 +14,7 @@ mod changes;
 pub mod convert;
 pub mod join_proof;
 pub mod signed;
+pub mod status;
 
 /// Messages and services, generated from `proto/towline/v1/*.proto`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, rust_2018_idioms)]

@@ -104,7 +104,7 @@ impl Daemon {
 
     async fn disconnected(&mut self) -> String {
         self.event(|event| match event {
-            Event::Disconnected { reason } => Some(reason),
+            Event::Disconnected { reason } => Some(reason.to_string()),
             _ => None,
         })
         .await

@@ -87,7 +87,7 @@ use x25519_dalek::StaticSecret;
 pub use drops::{DropReason, ForeignSource};
 pub use events::{Event, Fault};
 pub use relay::Relay;
-pub use switch::Feature;
+pub use switch::{Feature, OffReason};
 pub use tun::{
     HostTunnels, NoTun, OpenTunError, Tun, TunIo, open_tun, open_tun_queues, open_tun_with, own_tun,
 };

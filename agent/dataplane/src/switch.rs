@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use towline_types::codes;
 
 /// Time for which an offload stays disabled after the kernel refused it.
 const PAUSE: Duration = Duration::from_secs(60);
@@ -17,8 +18,42 @@ pub struct Feature {
     pub name: &'static str,
     /// True if the offload is in use.
     pub active: bool,
-    /// Reason why the offload is not in use. Empty if it is.
-    pub reason: String,
+    /// Reason why the offload is not in use. `None` if it is.
+    pub reason: Option<OffReason>,
+}
+
+/// Reason why an offload is not in use.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OffReason {
+    /// The configuration disables it.
+    #[error("switched off in the configuration")]
+    Configured,
+    /// The kernel lacks it, or refused it at the start.
+    #[error("{0}")]
+    Unsupported(String),
+    /// The kernel has it with a known defect.
+    #[error("{0}")]
+    Defective(&'static str),
+    /// A test of it at the start failed.
+    #[error("{0}")]
+    SelfTest(String),
+    /// The kernel refused it at run time. It is tried again.
+    #[error("the kernel refused it at run time: {0}")]
+    Refused(String),
+    /// It damaged packets. It is tried again.
+    #[error("coalesced datagrams arrived damaged")]
+    Damaged,
+}
+
+codes! {
+    OffReason {
+        Configured => "offload-switched-off",
+        Unsupported => "offload-unsupported",
+        Defective => "offload-defective",
+        SelfTest => "offload-self-test-failed",
+        Refused => "offload-refused",
+        Damaged => "offload-damages-packets",
+    }
 }
 
 /// Switch of one offload. Clones share its state: the user of the offload holds one, and status
@@ -35,16 +70,16 @@ struct State {
 
 #[derive(Debug, Default)]
 struct Off {
-    reason: String,
+    reason: Option<OffReason>,
     /// Time of the next attempt to use the offload. `None` if it is never retried.
     again: Option<Instant>,
 }
 
 impl Switch {
     /// Creates a switch that is on, or off permanently for the reason in `probed`.
-    pub fn new(name: &'static str, probed: Result<(), String>) -> Self {
+    pub fn new(name: &'static str, probed: Result<(), OffReason>) -> Self {
         let active = AtomicBool::new(probed.is_ok());
-        let off = Mutex::new(Off { reason: probed.err().unwrap_or_default(), again: None });
+        let off = Mutex::new(Off { reason: probed.err(), again: None });
         Self(Arc::new(State { name, active, off }))
     }
 
@@ -55,12 +90,12 @@ impl Switch {
 
     /// Disables the offload for a minute because the kernel returned an error.
     pub fn disable_after_error(&self, error: &std::io::Error, now: Instant) {
-        self.disable(format!("the kernel refused it at run time: {error}"), now);
+        self.disable(OffReason::Refused(error.to_string()), now);
     }
 
     /// Disables the offload for a minute because it works incorrectly.
-    pub fn disable(&self, reason: String, now: Instant) {
-        *self.0.off.lock() = Off { reason, again: Some(now + PAUSE) };
+    pub fn disable(&self, reason: OffReason, now: Instant) {
+        *self.0.off.lock() = Off { reason: Some(reason), again: Some(now + PAUSE) };
         self.0.active.store(false, Ordering::Relaxed);
     }
 
@@ -83,11 +118,6 @@ impl Switch {
     }
 }
 
-/// Returns the probe result of an offload that the configuration disables.
-pub(super) fn switched_off() -> Result<(), String> {
-    Err("switched off in the configuration".to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,12 +131,12 @@ mod tests {
         switch.disable_after_error(&refused, now);
         switch.retry(now + PAUSE / 2);
         assert!(!onlooker.is_on());
-        assert!(onlooker.status().reason.contains("refused"));
+        assert!(matches!(onlooker.status().reason, Some(OffReason::Refused(_))));
         switch.retry(now + PAUSE);
         assert!(onlooker.is_on());
-        assert_eq!(onlooker.status().reason, "");
+        assert_eq!(onlooker.status().reason, None);
 
-        let missing = Switch::new("missing", Err("too old".to_owned()));
+        let missing = Switch::new("missing", Err(OffReason::Unsupported("too old".to_owned())));
         missing.retry(now + PAUSE * 100);
         assert!(!missing.is_on());
     }

@@ -18,7 +18,7 @@ use super::arena::{Frame, HEADROOM, TunBatch, WriteBatch};
 use super::coalesce::{Coalesce, TunnelPorts};
 use super::drops::{DropReason, Drops};
 use super::steering;
-use super::switch::{Switch, switched_off};
+use super::switch::{OffReason, Switch};
 use super::vnet::{
     GSO_NONE, GSO_TUNNEL_V4, GSO_TUNNEL_V6, GSO_UDP_L4, VNET_HEADER_BYTES,
     VNET_TUNNEL_HEADER_BYTES, VnetHeader,
@@ -230,7 +230,7 @@ pub fn open_tun_queues(
         Ok(queues) => (queues, Ok(())),
         Err(why) => (Vec::new(), Err(why)),
     };
-    first.queues = Some(Switch::new("tun_queues", probed));
+    first.queues = Some(Switch::new("tun_queues", probed.map_err(OffReason::Unsupported)));
     Ok(std::iter::once(first).chain(queues).collect())
 }
 
@@ -349,8 +349,9 @@ fn configure(file: File, name: String, offloads: Offloads) -> Result<Tun, OpenTu
     set_offload(0)?;
     header_len(VNET_HEADER_BYTES)?;
     let try_offload = |wanted: bool, flags: c_uint, since: &str| match wanted {
-        true => set_offload(flags).map_err(|error| format!("it needs {since}: {error}")),
-        false => switched_off(),
+        true => set_offload(flags)
+            .map_err(|error| OffReason::Unsupported(format!("it needs {since}: {error}"))),
+        false => Err(OffReason::Configured),
     };
     let tcp = try_offload(offloads.tun_tcp, OFFLOAD_TCP, "a TUN with TSO");
     let udp = tcp
@@ -360,7 +361,8 @@ fn configure(file: File, name: String, offloads: Offloads) -> Result<Tun, OpenTu
     let mut bytes = VNET_HEADER_BYTES;
     let tunnel = udp.clone().and_then(|()| {
         // The kernel requires the longer header to be set first.
-        let room = header_len(VNET_TUNNEL_HEADER_BYTES).map_err(|error| error.to_string());
+        let room = header_len(VNET_TUNNEL_HEADER_BYTES)
+            .map_err(|error| OffReason::Unsupported(error.to_string()));
         room.and_then(|()| try_offload(offloads.tun_tunnel, all, "Linux 6.17"))
     });
     if tunnel.is_ok() {

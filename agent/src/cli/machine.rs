@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context as _, bail};
 use clap::Args;
 use tonic::transport::Channel;
+use towline_proto::code::Coded as _;
 use towline_proto::pb;
 use towline_proto::pb::local_client::LocalClient;
 
@@ -14,7 +15,7 @@ use super::local::{runtime, status_error, with_agent};
 use crate::config::Config;
 use crate::control::DownAnswer;
 use crate::daemon;
-use crate::down::DownMarker;
+use crate::down::{DownMarker, MachineState};
 use crate::guard;
 use crate::install::Tree;
 use crate::join::Operator;
@@ -213,7 +214,7 @@ pub(super) fn up(config: &Config, args: &UpArgs) -> anyhow::Result<()> {
     if !has_something_to_run(config) {
         StateDir::peek(&config.state_dir).require_membership()?;
     }
-    if daemon::is_running(&config.socket) && status(config)?.state != "down" {
+    if daemon::is_running(&config.socket) && status(config)?.state != MachineState::Down.code() {
         await_applied(config, deadline)?;
         eprintln!("this machine is up already");
         return Ok(());
@@ -275,7 +276,7 @@ fn await_applied(config: &Config, deadline: Instant) -> anyhow::Result<()> {
 }
 
 fn missing(status: &pb::StatusResponse) -> Option<String> {
-    if status.state == "down" {
+    if status.state == MachineState::Down.code() {
         return Some("this machine is down".to_owned());
     }
     // An older agent does not send this field.

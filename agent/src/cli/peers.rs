@@ -2,87 +2,24 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
 use towline_proto::mtu::Mtu;
 use towline_proto::node::Candidate;
 use towline_proto::pb;
 use towline_service::output::{self, Format};
 
 use super::local::{status_error, with_agent};
-use super::status::{Detail, details};
 use crate::config::Config;
 
-#[derive(Serialize)]
-struct Peer {
-    name: String,
-    node_id: String,
-    site: Option<String>,
-    overlay_addresses: Vec<String>,
-    state: String,
-    reason: Option<String>,
-    reason_code: Option<String>,
-    since_ms: u64,
-    path_kind: Option<String>,
-    path: Option<String>,
-    relay: Option<String>,
-    mtu: Option<u32>,
-    rtt_us: Option<u64>,
-    handshake_age_ms: Option<u64>,
-    rx_bytes: u64,
-    tx_bytes: u64,
-    prefixes: Vec<String>,
-    conflicts: Vec<String>,
-    conflict_details: Vec<Detail>,
-    public_key: String,
-    candidates: Vec<Candidate>,
-}
-
-fn present(text: String) -> Option<String> {
-    (!text.is_empty()).then_some(text)
-}
-
-impl From<pb::PeerStatus> for Peer {
-    fn from(peer: pb::PeerStatus) -> Self {
-        Self {
-            name: peer.name,
-            node_id: peer.node_id,
-            site: present(peer.site),
-            overlay_addresses: peer.overlay_addresses,
-            state: peer.state,
-            reason: present(peer.reason),
-            reason_code: present(peer.reason_code),
-            since_ms: peer.since_ms,
-            path_kind: present(peer.path_kind),
-            path: present(peer.path),
-            relay: present(peer.relay),
-            mtu: peer.mtu,
-            rtt_us: peer.rtt_us,
-            handshake_age_ms: peer.handshake_age_ms,
-            rx_bytes: peer.rx_bytes,
-            tx_bytes: peer.tx_bytes,
-            prefixes: peer.prefixes,
-            conflicts: peer.conflicts,
-            conflict_details: details(peer.conflict_details),
-            public_key: peer.public_key,
-            candidates: peer
-                .candidates
-                .iter()
-                .filter_map(|candidate| Candidate::try_from(candidate).ok())
-                .collect(),
-        }
-    }
-}
-
 pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
-    let peers: Vec<Peer> = with_agent(&config.socket, async |mut agent| {
+    let peers = with_agent(&config.socket, async |mut agent| {
         let answer =
             agent.peers(pb::PeersRequest {}).await.map_err(|status| status_error(&status))?;
-        Ok(answer.into_inner().peers.into_iter().map(Peer::from).collect())
+        Ok(answer.into_inner().peers)
     })?;
     Ok(output::write(format, &peers, |wide| text(&peers, wide))?)
 }
 
-fn text(peers: &[Peer], wide: bool) -> String {
+fn text(peers: &[pb::PeerStatus], wide: bool) -> String {
     if peers.is_empty() {
         return "no peers: this node knows no other node yet\n".into();
     }
@@ -102,16 +39,12 @@ fn text(peers: &[Peer], wide: bool) -> String {
         header.extend(["MTU", "SINCE", "PUBLIC KEY", "CANDIDATES", "CONFLICTS"]);
     }
     let rows = peers.iter().map(|peer| {
-        let path = match (&peer.path_kind, &peer.path) {
-            (Some(kind), Some(path)) => {
-                Some(format!("{kind} {}", peer.relay.as_ref().unwrap_or(path)))
-            }
-            _ => None,
-        };
+        let to = if peer.relay.is_empty() { &peer.path } else { &peer.relay };
+        let path = (!peer.path.is_empty()).then(|| format!("{} {to}", peer.path_kind));
         let handshake = peer.handshake_age_ms.map(Duration::from_millis);
         let mut row = vec![
             peer.name.clone(),
-            output::or_dash(peer.site.as_ref()),
+            output::or_dash(Some(&peer.site)),
             // A narrow terminal shows one address; the wide format shows all.
             if wide {
                 output::list(&peer.overlay_addresses)
@@ -130,10 +63,8 @@ fn text(peers: &[Peer], wide: bool) -> String {
             row.push(output::or_dash(peer.mtu.map(|mtu| mtu.to_string())));
             row.push(output::span(Duration::from_millis(peer.since_ms)));
             row.push(peer.public_key.clone());
-            let candidates = peer
-                .candidates
-                .iter()
-                .map(|candidate| format!("{} ({})", candidate.address(), candidate.kind()));
+            let candidates = peer.candidates.iter().filter_map(|one| Candidate::try_from(one).ok());
+            let candidates = candidates.map(|one| format!("{} ({})", one.address(), one.kind()));
             row.push(output::list(&candidates.collect::<Vec<_>>()));
             row.push(output::or_dash(Some(peer.conflicts.join("; "))));
         }
@@ -148,10 +79,10 @@ fn text(peers: &[Peer], wide: bool) -> String {
 }
 
 /// Returns explanations that the table has no column for, one line each.
-fn remarks(peer: &Peer) -> impl Iterator<Item = String> {
-    let why = peer.reason.as_ref().map(|reason| {
+fn remarks(peer: &pb::PeerStatus) -> impl Iterator<Item = String> {
+    let why = (!peer.reason.is_empty()).then(|| {
         let since = output::span(Duration::from_millis(peer.since_ms));
-        format!("{} is {} for {since}: {reason}\n", peer.name, peer.state)
+        format!("{} is {} for {since}: {}\n", peer.name, peer.state, peer.reason)
     });
     // The tunnel's link keeps to the minimum even if a path takes less.
     let small = peer.mtu.filter(|mtu| *mtu < Mtu::MIN.into()).map(|mtu| {
@@ -167,15 +98,15 @@ fn remarks(peer: &Peer) -> impl Iterator<Item = String> {
 mod tests {
     use super::*;
 
-    fn peer(name: &str, state: &str, reason: &str) -> Peer {
-        Peer::from(pb::PeerStatus {
+    fn peer(name: &str, state: &str, reason: &str) -> pb::PeerStatus {
+        pb::PeerStatus {
             name: name.into(),
             state: state.into(),
             reason: reason.into(),
             overlay_addresses: vec!["fd00::1".into(), "198.19.0.1".into()],
             since_ms: 61_000,
             ..Default::default()
-        })
+        }
     }
 
     #[test]
@@ -189,8 +120,9 @@ mod tests {
 
     #[test]
     fn a_path_that_is_relayed_or_small_is_explained_below_the_table() {
-        let relayed = Peer { mtu: Some(1408), ..peer("worker-b", "up", "through a relay: why") };
-        let small = Peer { mtu: Some(1236), ..peer("worker-c", "up", "") };
+        let relayed =
+            pb::PeerStatus { mtu: Some(1408), ..peer("worker-b", "up", "through a relay: why") };
+        let small = pb::PeerStatus { mtu: Some(1236), ..peer("worker-c", "up", "") };
         let text = text(&[peer("cp", "up", ""), relayed, small], false);
         let below = text.split_once("\n\n").unwrap().1;
         assert_eq!(

@@ -32,16 +32,7 @@ struct Report {
     node: String,
     sent: usize,
     received: usize,
-    probes: Vec<Probe>,
-}
-
-#[derive(Serialize)]
-struct Probe {
-    sequence: u32,
-    rtt_us: Option<u64>,
-    path_kind: String,
-    path: String,
-    reason: String,
+    probes: Vec<pb::PingResponse>,
 }
 
 /// Probes the path. Succeeds if at least one probe was answered.
@@ -62,13 +53,7 @@ pub(super) fn run(config: &Config, args: PingArgs) -> anyhow::Result<()> {
             if live {
                 output::print(&line(&node, &answer))?;
             }
-            probes.push(Probe {
-                sequence: answer.sequence,
-                rtt_us: answer.rtt_us,
-                path_kind: answer.path_kind,
-                path: answer.path,
-                reason: answer.reason,
-            });
+            probes.push(answer);
         }
         Ok(probes)
     })?;

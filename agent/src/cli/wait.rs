@@ -5,10 +5,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use clap::Args;
+use towline_core::status::PeerState;
+use towline_proto::code::Coded as _;
 use towline_proto::pb;
 
 use super::local::{status_error, with_agent};
 use crate::config::Config;
+use crate::down::MachineState;
 
 #[derive(Debug, Args)]
 pub(super) struct WaitArgs {
@@ -68,7 +71,7 @@ fn missing(
     peers: &[pb::PeerStatus],
     wanted: &[String],
 ) -> Option<String> {
-    if status.state == "down" {
+    if status.state == MachineState::Down.code() {
         return Some("this machine is down: run `towline up`".to_owned());
     }
     // An older agent does not send this field.
@@ -78,7 +81,7 @@ fn missing(
             status.applied_reason
         ));
     }
-    let up = |peer: &pb::PeerStatus| peer.state == "up";
+    let up = |peer: &pb::PeerStatus| peer.state == PeerState::Up.code();
     for name in wanted {
         match peers.iter().find(|peer| peer.name == *name) {
             Some(peer) if up(peer) => {}

@@ -10,6 +10,7 @@ use towline_proto::pb;
 use super::problem::Problem;
 use super::report;
 use crate::discovery::{Command, Event};
+use crate::not_connected::NotConnected;
 
 /// Maximum time to inform a controller that this node leaves. The discovery client may be opening a
 /// session, which takes up to 45 s with the renewal of a certificate.
@@ -37,8 +38,8 @@ struct Session {
     revision: u64,
     /// When the controller last sent something.
     last_heard: Option<Instant>,
-    /// Why there is no connection. Empty while connected.
-    reason: String,
+    /// Why there is no connection. `None` while connected.
+    reason: Option<NotConnected>,
 }
 
 /// What other parts of the daemon have to handle.
@@ -62,7 +63,7 @@ impl ControllerLink {
             address: String::new(),
             revision: 0,
             last_heard: None,
-            reason: "not connected yet".into(),
+            reason: Some(NotConnected::NotYet),
         };
         Self { commands, events, session, published: Ok(Vec::new()), certificate_expires_at }
     }
@@ -86,13 +87,13 @@ impl ControllerLink {
                 mesh.set_controller_connected(now, true);
                 self.session.is_connected = true;
                 self.session.address = address.to_string();
-                self.session.reason.clear();
+                self.session.reason = None;
                 self.session.last_heard = Some(now);
             }
             Event::Disconnected { reason } => {
                 mesh.set_controller_connected(now, false);
                 self.session.is_connected = false;
-                self.session.reason = reason;
+                self.session.reason = Some(reason);
             }
             Event::Heard { revision } => {
                 self.session.revision = revision;
@@ -151,7 +152,8 @@ impl ControllerLink {
             address: session.address.clone(),
             revision: session.revision,
             last_heard_ms: session.last_heard.map(|at| report::millis(at.elapsed())),
-            reason: session.reason.clone(),
+            reason: report::text(session.reason.as_ref()),
+            reason_code: report::code(session.reason.as_ref()),
         })
     }
 

@@ -8,6 +8,7 @@ use towline_proto::node::Grant;
 use towline_proto::pb;
 
 use super::problem::Problem;
+use super::report;
 use crate::kubernetes::View;
 use crate::prefixes::{PrefixSource, PrefixUpdate};
 
@@ -45,11 +46,13 @@ impl KubernetesNode {
         }
         Some(pb::KubernetesStatus {
             connected: view.connected,
-            reason: view.reason.clone(),
+            reason: report::text(view.reason.as_ref()),
+            reason_code: report::code(view.reason.as_ref()),
             node: view.facts.node.clone(),
             node_ips: view.facts.node_ips.iter().map(ToString::to_string).collect(),
             pod_networks: view.facts.pods.iter().map(ToString::to_string).collect(),
-            cni: view.cni.clone(),
+            cni: view.cni_text(),
+            cni_reason_code: report::code(view.cni_unknown.as_ref()),
         })
     }
 

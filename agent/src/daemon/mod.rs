@@ -86,8 +86,13 @@ use tunnels::{Report, Tunnels};
 use watchdog::{Verdict, Watchdog};
 
 pub use leave::{leave, open_host};
-pub(crate) use report::down_line;
 pub(crate) use start::core_config;
+
+/// Returns the codes of problems, notes and reasons that this module reports.
+pub(crate) fn codes() -> Vec<&'static str> {
+    use problem::{Blocked, Note, Problem};
+    [Problem::codes(), Note::codes(), Blocked::codes()].concat()
+}
 
 /// Longest interval between two checks of the time that is left for a confirmation.
 const CONFIRMATION_PERIOD: Duration = Duration::from_secs(10);

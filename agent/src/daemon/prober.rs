@@ -11,8 +11,7 @@ use towline_core::peer_table::PeerTable;
 use towline_proto::frame::Probe;
 use towline_proto::id::WireguardKey;
 
-use super::report::path_kind;
-use crate::control::PingAnswer;
+use crate::control::{NoPong, PathKind, PingAnswer};
 use crate::keys::Wireguard;
 use crate::probe::ProbeKeys;
 
@@ -77,18 +76,15 @@ impl Prober {
         };
         let Some(peer) = mesh.peers().find(named) else {
             if mesh.static_peers().any(|peer| peer.name == node) {
-                let why = "static peers do not answer probes: run `towline peers`";
-                let _ = reply.send(PingAnswer::Silence(why.into()));
+                let _ = reply.send(PingAnswer::Silence(NoPong::StaticPeer));
                 return;
             }
             let _ = reply.send(PingAnswer::UnknownNode);
             return;
         };
         if peer.path.is_none() {
-            let _ = reply.send(PingAnswer::Silence(match peer.reason {
-                None => "no path yet".into(),
-                Some(reason) => reason.to_string(),
-            }));
+            let reason = peer.reason.map_or(NoPong::NoPathYet, NoPong::NoPath);
+            let _ = reply.send(PingAnswer::Silence(reason));
             return;
         }
         let id = self.next_ping;
@@ -102,9 +98,9 @@ impl Prober {
         let Some(reply) = self.pings.remove(&id) else { return };
         let _ = reply.send(match answer {
             Some((path, rtt)) => {
-                PingAnswer::Answer { path_kind: path_kind(&path), path: path.remote, rtt }
+                PingAnswer::Answer { path_kind: PathKind::of(&path), path: path.remote, rtt }
             }
-            None => PingAnswer::Silence("no answer in time".into()),
+            None => PingAnswer::Silence(NoPong::Timeout),
         });
     }
 }

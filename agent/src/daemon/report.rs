@@ -5,7 +5,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ipnet::IpNet;
 use towline_core::mesh::{PeerState, PeerStatus};
-use towline_core::path::Path;
 use towline_core::static_peers::StaticPeerStatus;
 use towline_dataplane::{Feature, ForeignSource};
 use towline_proto::code::Coded;
@@ -18,13 +17,10 @@ use super::Daemon;
 use super::problem::Problem;
 use crate::config::Config;
 use crate::confirm::Confirmation;
-use crate::down::Down;
+use crate::control::PathKind;
+use crate::down::MachineState;
 use crate::state::StateDir;
 
-/// State of an agent whose machine is not down, as `towline status` shows it.
-pub(super) const RUNNING: &str = "running";
-/// State of an agent whose machine is down, as `towline status` shows it.
-pub(super) const DOWN: &str = "down";
 /// Time after which something that was seen once is no longer a problem.
 const RECENT: Duration = Duration::from_secs(300);
 
@@ -53,7 +49,8 @@ impl Reporter<'_> {
         let feature = |feature: Feature| pb::Feature {
             name: feature.name.into(),
             active: feature.active,
-            reason: feature.reason,
+            reason: text(feature.reason.as_ref()),
+            reason_code: code(feature.reason.as_ref()),
         };
         pb::StatusResponse {
             public_key: daemon.prober.own_key().public().to_string(),
@@ -79,7 +76,7 @@ impl Reporter<'_> {
             drops: drops.map(|(name, count)| pb::Counter { name: name.into(), count }).collect(),
             relay: config.relay.enabled.then(|| daemon.relay.status()),
             features: snapshot.features.into_iter().map(feature).collect(),
-            state: RUNNING.into(),
+            state: MachineState::Running.code().into(),
             confirm_within_ms: confirm_within_ms(daemon.confirmation()),
             ..identity(mesh.grant(), config)
         }
@@ -200,13 +197,6 @@ pub(super) fn certificate_expires_at(state: &StateDir) -> i64 {
         .map_or(0, |(_, end)| end)
 }
 
-/// Returns the status line of a machine that is down.
-pub(crate) fn down_line(down: Down) -> String {
-    let since = down.since.and_then(|since| jiff::Timestamp::try_from(since).ok());
-    let since = since.map(|since| format!(" since {since}")).unwrap_or_default();
-    format!("this machine is down{since}: run `towline up`")
-}
-
 pub(super) fn confirm_within_ms(confirmation: Confirmation) -> Option<u64> {
     match confirmation {
         Confirmation::Settled => None,
@@ -230,7 +220,7 @@ fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
         site: grant.site.as_ref().map(ToString::to_string).unwrap_or_default(),
         overlay_addresses: grant.overlay.iter().map(|ip| ip.to_string()).collect(),
         state: peer.state.code().into(),
-        path_kind: peer.path.as_ref().map(path_kind).unwrap_or_default().into(),
+        path_kind: code(peer.path.as_ref().map(PathKind::of).as_ref()),
         path: peer.path.map(|path| path.remote.to_string()).unwrap_or_default(),
         relay: peer.relay.map(|relay| relay.to_string()).unwrap_or_default(),
         mtu: peer.mtu.map(u32::from),
@@ -254,7 +244,7 @@ fn static_peer_status(peer: StaticPeerStatus, now: Instant) -> pb::PeerStatus {
     pb::PeerStatus {
         name: peer.name,
         state: peer.state.code().into(),
-        path_kind: if peer.endpoint.is_some() { "static" } else { "" }.into(),
+        path_kind: code(peer.endpoint.map(|_| PathKind::Static).as_ref()),
         path: peer.endpoint.map(|path| path.remote.to_string()).unwrap_or_default(),
         handshake_age_ms: peer.last_handshake.map(age),
         prefixes: peer.prefixes.iter().map(ToString::to_string).collect(),
@@ -264,11 +254,6 @@ fn static_peer_status(peer: StaticPeerStatus, now: Instant) -> pb::PeerStatus {
         reason_code: code(peer.reason.as_ref()),
         ..Default::default()
     }
-}
-
-/// Returns the kind of a path for command-line output.
-pub(super) fn path_kind(path: &Path) -> &'static str {
-    if path.is_relayed() { "relay" } else { "direct" }
 }
 
 /// Returns the text of a reason, empty if there is none.
@@ -288,8 +273,7 @@ pub(super) fn texts(list: &[impl ToString]) -> Vec<String> {
 
 /// Returns the codes and texts of problems, conflicts or notes.
 pub(super) fn details<T: Coded + ToString>(list: &[T]) -> Vec<pb::Detail> {
-    let detail = |one: &T| pb::Detail { code: one.code().into(), message: one.to_string() };
-    list.iter().map(detail).collect()
+    list.iter().map(pb::Detail::of).collect()
 }
 
 pub(super) fn millis(duration: Duration) -> u64 {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::oneshot;
+use towline_proto::code::Coded as _;
 use towline_proto::pb;
 use towline_service::notify::Notifier;
 
@@ -18,8 +19,8 @@ use super::start::Stored;
 use super::{CONFIRMATION_PERIOD, Daemon, Purpose, at, host_controller, leave, report};
 use crate::config::Config;
 use crate::confirm::{self, Confirmation, Moment};
-use crate::control::{ControlServer, DownAnswer, PingAnswer, Request};
-use crate::down::{Down, DownMarker};
+use crate::control::{ControlServer, DownAnswer, NoPong, PingAnswer, Request};
+use crate::down::{Down, DownMarker, MachineState};
 use crate::state::StateDir;
 
 /// Delay after a failure until the host is opened again.
@@ -148,7 +149,7 @@ impl Standby {
                 let _ = reply.send(pb::PeersResponse::default());
             }
             Request::Ping { reply, .. } => {
-                let _ = reply.send(PingAnswer::Silence(report::down_line(self.down())));
+                let _ = reply.send(PingAnswer::Silence(NoPong::Down(self.down())));
             }
             Request::Down(reply) => {
                 let lasts = self.marker.set(SystemTime::now());
@@ -248,14 +249,15 @@ impl Standby {
             link: self.config.link.name.clone(),
             mtu: self.config.link.mtu.into(),
             controller: membership.as_ref().map(|_| pb::ControllerStatus {
-                reason: report::down_line(down),
+                reason: down.to_string(),
+                reason_code: down.code().into(),
                 ..Default::default()
             }),
             certificate_expires_at: report::certificate_expires_at(&self.state),
             uptime_ms: report::millis(self.started.elapsed()),
             problems: report::texts(&problems),
             problem_details: report::details(&problems),
-            state: report::DOWN.into(),
+            state: MachineState::Down.code().into(),
             confirm_within_ms: report::confirm_within_ms(self.confirmation()),
             down_since: Some(report::unix_seconds(down.since)),
             ..report::identity(membership.as_ref().map(|own| &own.grant), &self.config)

@@ -1,19 +1,17 @@
-//! Errors of the API client, as one line for the operator.
+//! Errors of the API client, for the operator.
 
-/// Converts an error of the client to one line that names the remedy.
-pub(super) fn status_message(error: &kube::Error) -> String {
+use super::ApiError;
+
+/// Converts an error of the client to a reason that names the remedy.
+pub(super) fn api_error(error: &kube::Error) -> ApiError {
     if let kube::Error::Api(status) = error {
         return match status.code {
-            401 => {
-                "the API server does not know these credentials (401): use those of this cluster"
-                    .into()
-            }
-            403 => {
-                "the API server refused these credentials (403): use the kubelet's own kubeconfig \
-                 of this cluster"
-                    .into()
-            }
-            code => one_line(&format!("the API server answered {code}: {}", status.message)),
+            401 => ApiError::Unauthorized,
+            403 => ApiError::Forbidden,
+            code => ApiError::Status(one_line(&format!(
+                "the API server answered {code}: {}",
+                status.message
+            ))),
         };
     }
     let mut chain = error.to_string();
@@ -25,14 +23,14 @@ pub(super) fn status_message(error: &kube::Error) -> String {
         }
         cause = next.source();
     }
-    let hint = if chain.contains("UnknownIssuer") || chain.contains("BadSignature") {
-        "the API server is of another cluster than the kubeconfig: "
+    let line = one_line(&chain);
+    if chain.contains("UnknownIssuer") || chain.contains("BadSignature") {
+        ApiError::OtherCluster(line)
     } else if chain.contains("not valid yet") || chain.contains("expired") {
-        "a certificate is not valid now: check this machine's clock: "
+        ApiError::Clock(line)
     } else {
-        "cannot reach the API server: "
-    };
-    one_line(&format!("{hint}{chain}"))
+        ApiError::Unreachable(line)
+    }
 }
 
 /// Replaces control characters and limits the length, so that the text is safe to print.

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use ipnet::IpNet;
 use towline_helper::protocol::CNI_DIRECTORIES;
 
+use super::CniUnknown;
 use crate::config::AnnouncePods;
 use towline_netlink::{Family, NetlinkError, RouteKind, Rtnetlink};
 use towline_proto::mtu::Mtu;
@@ -85,7 +86,7 @@ pub enum Decision {
     /// No decision is possible yet. What was announced before stays.
     Wait {
         /// Reason for the operator.
-        reason: String,
+        reason: CniUnknown,
     },
 }
 
@@ -144,26 +145,22 @@ impl Reading {
             };
         }
         let Some(plugin) = self.plugin.as_deref() else {
-            return Decision::Wait { reason: "no CNI is configured yet".into() };
+            return Decision::Wait { reason: CniUnknown::NotConfigured };
         };
         match plugin {
             "flannel" if !self.flannel_ready => {
-                return Decision::Wait { reason: "flannel has not started yet".into() };
+                return Decision::Wait { reason: CniUnknown::NotStarted };
             }
             _ if NATIVE.contains(&plugin) => {}
             _ => {
-                return Decision::Wait {
-                    reason: format!(
-                        "the CNI `{plugin}` is not known: set [kubernetes] announce_pods to \
-                         `always` if it routes pods natively, or to `never`"
-                    ),
-                };
+                let plugin = plugin.to_owned();
+                return Decision::Wait { reason: CniUnknown::Plugin { plugin } };
             }
         }
         let pods = self.allocations(node_cidrs);
         if pods.is_empty() {
-            let reason = format!("`{plugin}` has no pod network on this node yet");
-            return Decision::Wait { reason };
+            let plugin = plugin.to_owned();
+            return Decision::Wait { reason: CniUnknown::NoPodNetwork { plugin } };
         }
         Decision::Announce { pods, cni: format!("{plugin} (native routing)") }
     }

@@ -12,7 +12,7 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
 use towline_helper::protocol::Installation;
 
-use super::client_error::status_message;
+use super::client_error::api_error;
 use super::files::{self, Fingerprint};
 
 /// Prefix of the user name in every kubelet's certificate.
@@ -209,7 +209,7 @@ async fn who_am_i(client: &Client) -> anyhow::Result<String> {
     let review = api
         .create(&PostParams::default(), &SelfSubjectReview::default())
         .await
-        .map_err(|error| anyhow::anyhow!(status_message(&error)))?;
+        .map_err(|error| api_error(&error))?;
     let user = review.status.and_then(|status| status.user_info?.username);
     user.context("the API server returned no user name for these credentials")
 }

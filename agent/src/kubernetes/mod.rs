@@ -17,6 +17,7 @@ mod credentials;
 mod files;
 #[cfg(feature = "kubernetes")]
 mod own_node;
+mod reason;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -26,11 +27,12 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use towline_proto::codes;
 use towline_proto::mtu::Mtu;
 
 use crate::config::KubernetesConfig;
 use crate::state::StateDir;
+
+pub use reason::{ApiError, CniUnknown, NodeProblem, Unavailable};
 
 /// Parameters of the task.
 #[derive(Debug)]
@@ -57,61 +59,22 @@ pub struct View {
     pub kubeconfig: Option<PathBuf>,
     /// True if the API server answers and returned the Node.
     pub connected: bool,
-    /// Why `connected` is false. Empty otherwise.
-    pub reason: String,
+    /// Why `connected` is false. `None` otherwise.
+    pub reason: Option<Unavailable>,
     /// Facts in effect, from the API server or from an earlier run.
     pub facts: Facts,
-    /// How pod traffic is routed, or why that is not known.
+    /// How pod traffic is routed. Empty if that is not known.
     pub cni: String,
+    /// Why it is not known how pod traffic is routed. `None` if it is.
+    pub cni_unknown: Option<CniUnknown>,
     /// Problems for the operator.
     pub problems: Vec<NodeProblem>,
 }
 
-/// Problem with this machine's Node.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum NodeProblem {
-    /// A pod network of the Node cannot be parsed.
-    #[error("the Node's pod network `{network}` is invalid")]
-    InvalidPodNetwork {
-        /// Text of the Node.
-        network: String,
-    },
-    /// No address of the Node is one of this machine.
-    #[error(
-        "the kubeconfig is of node `{node}`, whose address {addresses} is not on this machine: nothing \
-         of it is announced: use this machine's kubeconfig"
-    )]
-    OtherMachine {
-        /// Name of the Node.
-        node: String,
-        /// Its addresses.
-        addresses: String,
-    },
-    /// Packets of pods may be larger than the mesh's link.
-    #[error(
-        "the CNI's link has an MTU of {now}, too large for the mesh's link: set {mtu} in its \
-         configuration"
-    )]
-    CniMtu {
-        /// MTU of the CNI's link.
-        now: u32,
-        /// Largest MTU that fits.
-        mtu: u32,
-    },
-    /// The next start would use older facts.
-    #[error("cannot store the facts from Kubernetes: {reason}: the next start uses older ones")]
-    NotStored {
-        /// Error of the operating system.
-        reason: String,
-    },
-}
-
-codes! {
-    NodeProblem {
-        InvalidPodNetwork => "pod-network-invalid",
-        OtherMachine => "kubeconfig-of-other-node",
-        CniMtu => "cni-mtu-too-large",
-        NotStored => "kubernetes-facts-not-stored",
+impl View {
+    /// Returns how pod traffic is routed, or why that is not known, for the operator.
+    pub fn cni_text(&self) -> String {
+        self.cni_unknown.as_ref().map_or_else(|| self.cni.clone(), ToString::to_string)
     }
 }
 
@@ -151,7 +114,7 @@ fn first_view(state: &StateDir) -> View {
     };
     View {
         facts: facts.unwrap_or_default(),
-        reason: "no kubelet credentials yet".into(),
+        reason: Some(Unavailable::NoCredentials(String::new())),
         ..View::default()
     }
 }

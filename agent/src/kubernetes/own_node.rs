@@ -13,15 +13,15 @@ use rand::Rng as _;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
-use super::client_error::{one_line, status_message};
+use super::client_error::{api_error, one_line};
 use super::cni::{self, Configured, Decision, Reading};
 use super::credentials::{self, Credentials};
 use super::files::{self, Fingerprint};
-use super::{Facts, NodeProblem, Setup, View};
+use super::{ApiError, CniUnknown, Facts, NodeProblem, Setup, Unavailable, View};
 use towline_host::register;
 use towline_netlink::{Group, Monitor, Protocol};
 use towline_proto::backoff::{Backoff, Jitter};
-use towline_proto::code::Coded as _;
+use towline_proto::code::Coded;
 
 /// Duration of a watch in seconds, after which the server ends it and the task starts another.
 const WATCH_SECONDS: u32 = 60;
@@ -95,7 +95,7 @@ impl Task {
                 let place =
                     configured.as_ref().map(|path| format!(": {} does not exist", path.display()));
                 let place = place.unwrap_or_default();
-                self.failed(None, format!("no kubelet credentials yet{place}"));
+                self.failed(None, Unavailable::NoCredentials(place));
                 tokio::time::sleep(self.setup.credentials_period).await;
                 continue;
             };
@@ -113,7 +113,7 @@ impl Task {
                 }
                 Err(error) => {
                     self.view.kubeconfig = Some(path);
-                    self.failed(Some(()), one_line(&format!("{error:#}")));
+                    self.failed(Some(()), unusable(&error));
                     // A replaced file is read immediately. Other errors are retried periodically.
                     let again = Instant::now() + LAST_RETRY;
                     while !files.changed().await && Instant::now() < again {
@@ -152,11 +152,11 @@ impl Task {
                             }
                             Some(Ok(Event::InitDone)) if listed => {}
                             Some(Ok(Event::InitDone | Event::Delete(_))) => {
-                                let node = &credentials.node;
-                                self.failed(None, format!("the Node `{node}` is not registered"));
+                                let node = credentials.node.clone();
+                                self.failed(None, Unavailable::NotRegistered(node));
                             }
                             Some(Err(error)) => break refused(&error, credentials),
-                            None => break "the watch ended".to_owned(),
+                            None => break Unavailable::WatchEnded,
                         },
                         _ = period.tick() => {
                             if credentials.changed().await {
@@ -197,19 +197,13 @@ impl Task {
         let seen = Seen::read(node);
         // The request selects one Node. A response with another one is invalid.
         if seen.name != expected {
-            return self.failed(
-                Some(()),
-                format!(
-                    "invalid response from the API server: it sent another Node, `{}`",
-                    seen.name
-                ),
-            );
+            return self.failed(Some(()), Unavailable::OtherNode(one_line(&seen.name)));
         }
         if !self.view.connected {
             tracing::info!(node = expected, "kubernetes node found");
         }
         self.view.connected = true;
-        self.view.reason.clear();
+        self.view.reason = None;
         self.node = Some(seen);
         self.decide();
     }
@@ -265,7 +259,8 @@ impl Task {
             let ips: Vec<String> = node.node_ips.iter().map(ToString::to_string).collect();
             let (node, addresses) = (node.name.clone(), ips.join(", "));
             problems.push(NodeProblem::OtherMachine { node, addresses });
-            return self.publish(self.view.facts.clone(), self.view.cni.clone(), problems);
+            let (cni, unknown) = (self.view.cni.clone(), self.view.cni_unknown.clone());
+            return self.publish(self.view.facts.clone(), (cni, unknown), problems);
         }
         let mut facts = Facts {
             node: node.name.clone(),
@@ -276,40 +271,49 @@ impl Task {
         let cni = match reading.decide(self.setup.config.announce_pods, &node.pod_cidrs, mtu) {
             Decision::Announce { pods, cni } => {
                 facts.pods = pods;
-                format!("{cni}, pod mtu {mtu}")
+                (format!("{cni}, pod mtu {mtu}"), None)
             }
             Decision::Tunnelled { cni, mtu, mtu_now } => {
                 facts.pods.clear();
                 if mtu_now > mtu {
                     problems.push(NodeProblem::CniMtu { now: mtu_now, mtu });
                 }
-                format!("{cni} tunnels by itself, mtu to set {mtu}")
+                (format!("{cni} tunnels by itself, mtu to set {mtu}"), None)
             }
-            Decision::Wait { reason } => reason,
+            Decision::Wait { reason } => (String::new(), Some(reason)),
         };
         self.publish(facts, cni, problems);
     }
 
     /// Sets the reason of a failure. The facts stay in effect. With `warn` the reason is logged as
     /// a warning.
-    fn failed(&mut self, warn: Option<()>, reason: String) {
-        if self.view.reason != reason {
+    fn failed(&mut self, warn: Option<()>, reason: Unavailable) {
+        if self.view.reason.as_ref() != Some(&reason) {
+            let code = reason.code();
             match warn {
-                Some(()) => tracing::warn!(%reason, "kubernetes node not available"),
-                None => tracing::info!(%reason, "kubernetes node not available"),
+                Some(()) => tracing::warn!(%reason, code, "kubernetes node not available"),
+                None => tracing::info!(%reason, code, "kubernetes node not available"),
             }
         }
         self.view.connected = false;
-        self.view.reason = reason;
+        self.view.reason = Some(reason);
         self.send();
     }
 
     /// Replaces the facts, the CNI description and the problems of the view, and stores the facts.
-    fn publish(&mut self, facts: Facts, cni: String, mut problems: Vec<NodeProblem>) {
-        if (&facts.pods, &cni) != (&self.view.facts.pods, &self.view.cni) {
-            tracing::info!(pods = ?facts.pods, cni, "pod networks");
+    fn publish(
+        &mut self,
+        facts: Facts,
+        (cni, unknown): (String, Option<CniUnknown>),
+        mut problems: Vec<NodeProblem>,
+    ) {
+        let (pods, view) = (&facts.pods, &self.view);
+        if (pods, &cni, &unknown) != (&view.facts.pods, &view.cni, &view.cni_unknown) {
+            let code = unknown.as_ref().map(Coded::code);
+            let reason = unknown.as_ref().map(tracing::field::display);
+            tracing::info!(?pods, cni, reason, code, "pod networks");
         }
-        (self.view.facts, self.view.cni) = (facts, cni);
+        (self.view.facts, self.view.cni, self.view.cni_unknown) = (facts, cni, unknown);
         problems.extend(self.store());
         for problem in problems.iter().filter(|problem| !self.view.problems.contains(problem)) {
             tracing::warn!(%problem, code = problem.code(), "kubernetes");
@@ -411,15 +415,23 @@ impl HostChanges {
     }
 }
 
-/// Describes an error of the watch in one line, with the API server's address.
-fn refused(error: &watcher::Error, credentials: &Credentials) -> String {
-    let why = match error {
+/// Converts an error of the credentials to a reason.
+fn unusable(error: &anyhow::Error) -> Unavailable {
+    match error.downcast_ref::<ApiError>() {
+        Some(error) => Unavailable::User(error.clone()),
+        None => Unavailable::Credentials(one_line(&format!("{error:#}"))),
+    }
+}
+
+/// Converts an error of the watch to a reason, with the API server's address.
+fn refused(error: &watcher::Error, credentials: &Credentials) -> Unavailable {
+    let error = match error {
         watcher::Error::InitialListFailed(error)
         | watcher::Error::WatchStartFailed(error)
-        | watcher::Error::WatchFailed(error) => status_message(error),
-        other => one_line(&other.to_string()),
+        | watcher::Error::WatchFailed(error) => api_error(error),
+        other => ApiError::Watch(one_line(&other.to_string())),
     };
-    format!("{}: {why}", credentials.server.trim_end_matches('/'))
+    Unavailable::Api { server: credentials.server.trim_end_matches('/').to_owned(), error }
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId, WireguardKey};
 use towline_types::limits;
 use towline_types::node::{Grant, OverlayAddresses};
 
+use super::problems::NodeProblem;
 use super::sessions::Sessions;
 use super::token::SecretHash;
 use super::{Event, JoinError, Key, Member, Now, Registry, TokenUnknown, Unsigned, address};
@@ -117,20 +118,11 @@ impl Registry {
         }
         let other = |holder: &NodeId| Some(*holder) != replaced;
         if let Some(holder) = self.members.by_name(&join.name).filter(other) {
-            self.note(
-                holder,
-                format!("another machine tried to join as `{}` and was refused", join.name),
-            );
+            self.note(holder, NodeProblem::NameRequested { name: join.name.clone() });
             return Err(JoinError::NameTaken { name: join.name.clone(), holder });
         }
         if let Some(holder) = self.members.by_wireguard_key(&join.wireguard_key).filter(other) {
-            self.note(
-                holder,
-                format!(
-                    "a machine tried to join as `{}` with this node's WireGuard key",
-                    join.name
-                ),
-            );
+            self.note(holder, NodeProblem::KeyUsed { name: join.name.clone() });
             let name = self.members.get(holder).map(|member| member.grant.name.clone());
             let holder = name.unwrap_or(join.name.clone());
             return Err(JoinError::WireguardKeyTaken { key: join.wireguard_key, holder });

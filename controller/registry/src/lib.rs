@@ -61,6 +61,7 @@ pub use members::Member;
 use members::Members;
 pub use now::Now;
 use problems::Problems;
+pub use problems::{NodeProblem, WithheldReason};
 pub use publish::{Difference, Published, Withheld};
 use sessions::Sessions;
 use token::{SecretHash, Token, TokenTerms};
@@ -436,8 +437,8 @@ impl Registry {
     }
 
     /// Adds a problem of a node.
-    pub fn note(&mut self, node: NodeId, text: String) {
-        self.note_about(node, None, text);
+    pub fn note(&mut self, node: NodeId, problem: NodeProblem) {
+        self.note_about(node, None, problem);
     }
 
     /// Does the periodic work: removes ephemeral nodes that are offline for longer than the lease,
@@ -542,7 +543,7 @@ impl Registry {
     }
 
     /// Returns the problems of a node, newest first.
-    pub fn problems(&self, node: NodeId) -> Vec<String> {
+    pub fn problems(&self, node: NodeId) -> Vec<NodeProblem> {
         self.problems.of(node)
     }
 
@@ -596,9 +597,9 @@ impl Registry {
     }
 
     /// Adds a problem of a node, which lasts until the claim is settled if there is one.
-    fn note_about(&mut self, node: NodeId, about: Option<(NodeId, IpNet)>, text: String) {
+    fn note_about(&mut self, node: NodeId, about: Option<(NodeId, IpNet)>, problem: NodeProblem) {
         if self.members.contains(node) {
-            self.problems.note(node, about, text);
+            self.problems.note(node, about, problem);
         }
     }
 }

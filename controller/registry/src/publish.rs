@@ -13,6 +13,7 @@ use towline_types::id::{NodeId, NodeName};
 use towline_types::node::{Node, Record};
 use towline_types::ownership::{self, Claim};
 
+use super::problems::{NodeProblem, WithheldReason};
 use super::sessions::{SessionId, Sessions};
 use super::{Event, Key, Now, PublishError, Registry};
 
@@ -44,8 +45,8 @@ pub enum Difference {
 pub struct Withheld {
     /// The withheld prefix.
     pub prefix: IpNet,
-    /// Reason, in one line for the operator.
-    pub reason: String,
+    /// Reason for the operator.
+    pub reason: WithheldReason,
 }
 
 impl Registry {
@@ -79,7 +80,7 @@ impl Registry {
             }
         }
         if let Err(error) = Node::new(member.grant.clone(), record.clone()) {
-            self.note(node, error.to_string());
+            self.note(node, error.clone().into());
             return Err(error.into());
         }
         let freed = self.claims.held_by(node).iter().any(|have| !record.prefixes.contains(have));
@@ -146,22 +147,22 @@ impl Registry {
     ///
     /// # Errors
     ///
-    /// If the claim is refused: the reason, in one line for the operator.
+    /// If the claim is refused: the reason for the operator.
     fn claim(
         &mut self,
         node: NodeId,
         prefix: IpNet,
         sessions: &Sessions,
         now: Now,
-    ) -> Result<(), String> {
+    ) -> Result<(), WithheldReason> {
         let is_held = self.claims.holder(&prefix) == Some(node);
         if let Err(unusable) = ownership::usable(prefix, &self.mesh.config) {
             // An earlier version may have accepted it.
             if is_held {
                 self.claims.release(&prefix);
             }
-            let reason = unusable.to_string();
-            self.note_about(node, Some((node, prefix)), reason.clone());
+            let reason = WithheldReason::from(unusable);
+            self.note_about(node, Some((node, prefix)), reason.clone().into());
             return Err(reason);
         }
         if is_held {
@@ -182,15 +183,11 @@ impl Registry {
         let connected = sessions.live(node, now).is_some();
         let in_the_way =
             rivals.iter().find(|(_, holder)| !connected || !self.is_away(*holder, sessions, now));
-        if let Some((other, holder)) = in_the_way.copied() {
-            let reason = format!(
-                "prefix {prefix} of node `{}` overlaps {other}, which node `{}` holds: \
-                 remove it from one of the two, or grant exactly the nested prefix to its node",
-                self.name_of(node),
-                self.name_of(holder),
-            );
-            self.note_about(node, Some((node, prefix)), reason.clone());
-            self.note_about(holder, Some((node, prefix)), reason.clone());
+        if let Some((held, holder)) = in_the_way.copied() {
+            let (claimant, name) = (self.name_of(node), self.name_of(holder));
+            let reason = WithheldReason::Held { prefix, claimant, held, holder: name };
+            self.note_about(node, Some((node, prefix)), reason.clone().into());
+            self.note_about(holder, Some((node, prefix)), reason.clone().into());
             return Err(reason);
         }
         for (other, holder) in rivals {
@@ -209,12 +206,9 @@ impl Registry {
         self.members.set_withheld(holder, withheld);
         self.touch(holder);
         let (from, to) = (self.name_of(holder), self.name_of(node));
-        let text = format!(
-            "prefix {held} of node `{from}` moved to node `{to}` ({prefix}): \
-             `{from}` had been offline for longer than the lease"
-        );
-        self.note_about(holder, Some((holder, held)), text.clone());
-        self.note_about(node, Some((holder, held)), text);
+        let moved = NodeProblem::Moved { held, from: from.clone(), to: to.clone(), prefix };
+        self.note_about(holder, Some((holder, held)), moved.clone());
+        self.note_about(node, Some((holder, held)), moved);
         self.events.push(Event::PrefixMoved { prefix, from, to });
     }
 

@@ -95,6 +95,7 @@ struct View {
     last_seen: Option<String>,
     session_address: String,
     problems: Vec<String>,
+    problem_details: Vec<pb::Detail>,
     #[serde(skip)]
     last_seen_unix: i64,
 }
@@ -132,6 +133,7 @@ impl View {
             last_seen: output::time(info.last_seen),
             session_address: info.session_address.clone(),
             problems: info.problems.clone(),
+            problem_details: info.problem_details.clone(),
             last_seen_unix: info.last_seen,
         })
     }

@@ -273,6 +273,7 @@ fn node_info(node: &NodeView, sessions: &Sessions, now: Now) -> pb::NodeInfo {
         last_seen: sessions.last_seen(node.id, now),
         joined_at: node.joined_at,
         session_address: session.map(|address| address.to_string()).unwrap_or_default(),
-        problems: node.problems.clone(),
+        problems: node.problems.iter().map(ToString::to_string).collect(),
+        problem_details: node.problems.iter().map(pb::Detail::of).collect(),
     }
 }

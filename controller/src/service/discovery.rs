@@ -160,7 +160,7 @@ impl Discovery for DiscoveryService {
         })?;
         let refused = published.withheld.into_iter().map(|withheld| pb::RefusedPrefix {
             prefix: Some((&withheld.prefix).into()),
-            reason: withheld.reason,
+            reason: withheld.reason.to_string(),
         });
         Ok(Response::new(pb::PublishResponse {
             revision: published.revision,

@@ -19,6 +19,7 @@ use towline_proto::{limits, pb, signed};
 
 use crate::clock;
 use crate::ledger::Ledger;
+use towline_registry::NodeProblem;
 use towline_registry::sessions::{SessionId, Sessions};
 
 use super::Shared;
@@ -310,12 +311,8 @@ pub(super) async fn note_clone(
     other: SocketAddr,
 ) {
     tracing::warn!(%node, %address, %other, "second session of one identity refused");
-    let text = format!(
-        "two machines use this node's identity: one is connected from {}, another tried from {}",
-        other.ip(),
-        address.ip()
-    );
-    let change = move |ledger: &mut Ledger, _: &Sessions, _| ledger.registry().note(node, text);
+    let problem = NodeProblem::Cloned { connected: other.ip(), tried: address.ip() };
+    let change = move |ledger: &mut Ledger, _: &Sessions, _| ledger.registry().note(node, problem);
     // If this fails, only the note is missing; the second session is refused in any case.
     let _ = shared.apply(change).await;
 }

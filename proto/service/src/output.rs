@@ -5,8 +5,9 @@ use std::io::{self, Write as _};
 use std::time::Duration;
 
 use comfy_table::{ContentArrangement, Table, presets};
-use jiff::Timestamp;
 use serde::Serialize;
+
+pub use towline_proto::status::time_text as time;
 
 /// Format of a command's result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -145,13 +146,6 @@ pub fn span(duration: Duration) -> String {
         0 => format!("{}{}", first.0, first.1),
         _ => format!("{}{} {}{}", first.0, first.1, second.0, second.1),
     }
-}
-
-/// Returns a time in seconds since 1970 as RFC 3339 text. 0 stands for a time that never was:
-/// `None`.
-pub fn time(unix: i64) -> Option<String> {
-    let time = Some(unix).filter(|unix| *unix != 0)?;
-    Timestamp::from_second(time).ok().map(|time| time.to_string())
 }
 
 /// Formats a round-trip time in milliseconds: `0.42 ms`.

@@ -12,6 +12,7 @@ use std::time::Duration;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
+use crate::codes;
 use crate::id::{IdentityKey, Label, MeshId, NodeId, NodeName, WireguardKey};
 
 /// Identity of a node and the prefixes that it may announce. Signed by the CA.
@@ -177,6 +178,15 @@ pub enum NotGranted {
     /// The record has a prefix outside of the granted ones.
     #[error("prefix {0} is not granted: create the token with --prefix {0}, or a wider one")]
     Prefix(IpNet),
+}
+
+codes! {
+    NotGranted {
+        OtherNode => "record-of-other-node",
+        NoKey => "record-without-key",
+        Key => "key-not-granted",
+        Prefix => "prefix-not-granted",
+    }
 }
 
 impl Node {

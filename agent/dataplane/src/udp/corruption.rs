@@ -7,7 +7,7 @@
 
 use std::time::Instant;
 
-use crate::switch::Switch;
+use crate::switch::{OffReason, Switch};
 
 /// Number of coalesced datagrams that are evaluated together.
 const WINDOW: u64 = 256;
@@ -32,7 +32,7 @@ impl GroCorruption {
     ) {
         // A switch that is off keeps its reason.
         if self.count(datagrams, corrupted) && gro.is_on() {
-            gro.disable("coalesced datagrams arrived damaged".to_owned(), now);
+            gro.disable(OffReason::Damaged, now);
         }
     }
 

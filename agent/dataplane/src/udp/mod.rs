@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use super::Offloads;
 use super::arena::{GsoBatch, RecvBatch, SLOT_BYTES, SendBatch};
 use super::drops::{DropReason, Drops};
-use super::switch::{Switch, switched_off};
+use super::switch::{OffReason, Switch};
 pub(super) use corruption::GroCorruption;
 use messages::{Headers, MESSAGES};
 use whole::Unsent;
@@ -440,19 +440,19 @@ fn buffer(socket: &Socket, force: c_int, ask: c_int, bytes: usize) {
 
 /// Checks whether `UDP_SEGMENT` and `UDP_GRO` work on this machine, in this order. An error is the
 /// reason why not.
-fn probe(offloads: Offloads) -> (Result<(), String>, Result<(), String>) {
+fn probe(offloads: Offloads) -> (Result<(), OffReason>, Result<(), OffReason>) {
     let version = kernel_version();
     let segment = if !offloads.udp_segment {
-        switched_off()
+        Err(OffReason::Configured)
     } else if SEGMENT_CORRUPTED[0] <= version && version < SEGMENT_CORRUPTED[1] {
-        Err("Linux 7.0 to 7.1.4 damages segments that it sends".to_owned())
+        Err(OffReason::Defective("Linux 7.0 to 7.1.4 damages segments that it sends"))
     } else {
         try_out(SelfTest::Segment)
     };
     let gro = if !offloads.udp_gro {
-        switched_off()
+        Err(OffReason::Configured)
     } else if version < GRO_SINCE {
-        Err("UDP_GRO is broken before Linux 5.12".to_owned())
+        Err(OffReason::Defective("UDP_GRO is broken before Linux 5.12"))
     } else {
         try_out(SelfTest::Gro)
     };
@@ -481,9 +481,10 @@ enum SelfTest {
 
 /// Sends a GSO batch over the loopback and compares what arrives. Without a usable loopback the
 /// test passes.
-fn try_out(what: SelfTest) -> Result<(), String> {
+fn try_out(what: SelfTest) -> Result<(), OffReason> {
     const LENGTHS: [usize; 5] = [1200, 1200, 1200, 1200, 700];
-    let refused = |error: io::Error| format!("the kernel refused it: {error}");
+    let refused =
+        |error: io::Error| OffReason::Unsupported(format!("the kernel refused it: {error}"));
     let sockets = [0; 2].map(|_| {
         let any = SockAddr::from(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
         let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
@@ -504,7 +505,7 @@ fn try_out(what: SelfTest) -> Result<(), String> {
     for (number, length) in LENGTHS.into_iter().enumerate() {
         let datagram: Vec<u8> = (0..length).map(|at| (at * 7 + at / 256 + number) as u8).collect();
         if !batch.push(to.into(), &datagram) {
-            return Err("a self-test has no room".to_owned());
+            return Err(OffReason::SelfTest("a self-test has no room".to_owned()));
         }
         sent.extend_from_slice(&datagram);
     }
@@ -526,9 +527,9 @@ fn try_out(what: SelfTest) -> Result<(), String> {
         let whole = segment_size == LENGTHS[0] && len == sent.len();
         let single = segment_size == 0 && LENGTHS.contains(&len);
         if !whole && !single {
-            return Err(format!(
+            return Err(OffReason::SelfTest(format!(
                 "self-test failed: received {len} bytes in segments of {segment_size}"
-            ));
+            )));
         }
         received.extend_from_slice(&slots[..len]);
     }
@@ -536,7 +537,8 @@ fn try_out(what: SelfTest) -> Result<(), String> {
     if received.is_empty() || received == sent {
         Ok(())
     } else {
-        Err("self-test failed: the received bytes differ from those sent".to_owned())
+        let why = "self-test failed: the received bytes differ from those sent";
+        Err(OffReason::SelfTest(why.to_owned()))
     }
 }
 

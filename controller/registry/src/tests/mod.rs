@@ -219,7 +219,7 @@ impl World {
 
     fn announce(&mut self, node: NodeId, generation: u64, text: &str) -> Vec<String> {
         let published = self.publish(node, generation, &[net(text)]).unwrap();
-        published.withheld.into_iter().map(|withheld| withheld.reason).collect()
+        published.withheld.into_iter().map(|withheld| withheld.reason.to_string()).collect()
     }
 
     fn remove(&mut self, node: NodeId) -> Tombstone {
@@ -229,7 +229,7 @@ impl World {
     }
 
     fn problems(&self, node: NodeId) -> Vec<String> {
-        self.registry.problems(node)
+        self.registry.problems(node).iter().map(ToString::to_string).collect()
     }
 
     fn holder(&self, prefix: &str) -> Option<NodeId> {

@@ -76,7 +76,10 @@ fn the_pod_networks_of_a_dead_node_follow_to_the_one_that_kubernetes_gives_them_
     // The node comes back with its old networks, and then publishes its new ones.
     world.open(dead);
     let refused = world.publish(dead, 2, &given).unwrap().withheld;
-    assert!(refused.iter().all(|withheld| withheld.reason.contains("`heir`")), "{refused:?}");
+    assert!(
+        refused.iter().all(|withheld| withheld.reason.to_string().contains("`heir`")),
+        "{refused:?}"
+    );
     assert_eq!(world.announce(dead, 3, "10.244.7.0/24"), Vec::<String>::new());
     // A network that only overlaps one of another node is withheld too.
     let reasons = world.announce(dead, 4, "10.244.0.0/20");

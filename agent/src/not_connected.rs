@@ -1,0 +1,80 @@
+//! Reasons why the agent is not connected to a controller.
+
+use std::net::IpAddr;
+
+use towline_proto::codes;
+
+use crate::dial::DialError;
+use crate::join::{JoinError, status_message};
+
+/// Reason why there is no session with a controller, or why one ended.
+#[derive(Debug, thiserror::Error)]
+pub enum NotConnected {
+    /// No session was tried yet.
+    #[error("not connected yet")]
+    NotYet,
+    /// No controller can be reached, or it is not this mesh's.
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    /// The controller refused a request; its message names the remedy.
+    #[error("{}", status_message(.0))]
+    Refused(#[from] tonic::Status),
+    /// The controller accepted the connection, but no answer came.
+    #[error("the controller did not answer in time")]
+    NoAnswer,
+    /// Nothing came from the controller for three heartbeats.
+    #[error("the controller missed its heartbeats")]
+    MissedHeartbeats,
+    /// The controller ended the session, for example because it stops.
+    #[error("the controller ended the session")]
+    Ended,
+    /// The connection broke.
+    #[error("the connection failed")]
+    Broken,
+    /// This machine lost the address that the connection was bound to.
+    #[error("this machine no longer has the address {0}")]
+    AddressGone(IpAddr),
+    /// The controller sent something that a controller of this mesh does not send.
+    #[error("invalid response from the controller: {0}")]
+    InvalidResponse(&'static str),
+    /// A statement of the controller is not signed by the CA, or is about something else.
+    #[error("{0}")]
+    InvalidStatement(String),
+    /// The client certificate could not be renewed.
+    #[error(transparent)]
+    Renewal(JoinError),
+    /// TLS cannot be set up.
+    #[error("cannot set up TLS: {0}")]
+    Tls(#[from] rustls::Error),
+    /// This node left the mesh.
+    #[error("this node was removed from the mesh")]
+    Removed,
+}
+
+codes! {
+    NotConnected {
+        NotYet => "controller-pending",
+        Dial(DialError),
+        Refused => "controller-refused",
+        NoAnswer => "controller-silent",
+        MissedHeartbeats => "controller-heartbeats-missed",
+        Ended => "controller-session-ended",
+        Broken => "controller-connection-broken",
+        AddressGone => "local-address-gone",
+        InvalidResponse => "controller-response-invalid",
+        InvalidStatement => "controller-statement-invalid",
+        Renewal => "certificate-not-renewed",
+        Tls => "tls-unusable",
+        Removed => "node-removed",
+    }
+}
+
+impl From<JoinError> for NotConnected {
+    fn from(error: JoinError) -> Self {
+        match error {
+            JoinError::Dial(error) => Self::Dial(error),
+            JoinError::Refused(status) => Self::Refused(status),
+            other => Self::Renewal(other),
+        }
+    }
+}
