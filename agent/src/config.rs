@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use towline_core::own_networks::{LocalNetworks, is_special};
+use towline_core::local_networks::LocalNetworks;
+use towline_core::own_networks::is_special;
 use towline_core::plan::{RulePlan, UnderlayPlan};
 use towline_proto::limits;
 use towline_proto::mtu::Mtu;
@@ -316,10 +317,10 @@ impl Config {
                 format!("{} is reserved by the kernel: use another table", routing.table),
             ));
         }
-        if !(1..=32759).contains(&routing.priority) {
+        if !(1..=32757).contains(&routing.priority) {
             return Err((
                 "routing.priority",
-                format!("{} is outside 1 to 32759 (before the main table)", routing.priority),
+                format!("{} is outside 1 to 32757 (before the main table)", routing.priority),
             ));
         }
         if routing.mark == 0 || routing.mark & !routing.mask != 0 {
@@ -416,10 +417,10 @@ impl Config {
             .collect()
     }
 
-    /// Returns the networks that stay as they are, with those that were `connected` when the machine
+    /// Returns the networks that stay as they are, with those to which the machine was connected when it
     /// joined.
-    pub fn local_networks(&self, connected: Vec<IpNet>) -> LocalNetworks {
-        LocalNetworks { configured: self.node.local_networks.clone(), connected }
+    pub fn local_networks(&self, joined: Vec<IpNet>) -> LocalNetworks {
+        LocalNetworks { configured: self.node.local_networks.clone(), joined }
     }
 
     /// Returns what must bypass the tunnel, for this list of controllers. Controllers with a host

@@ -59,6 +59,8 @@ pub struct Announcement {
     pub candidates: Vec<Candidate>,
     /// Networks that are reached through the node.
     pub prefixes: Vec<ipnet::IpNet>,
+    /// Those of `prefixes` that are networks of machines, such as a LAN, rather than of pods.
+    pub lans: Vec<ipnet::IpNet>,
     /// True if the node relays for others.
     pub relay: bool,
 }
@@ -506,6 +508,7 @@ impl Discovery {
             prefixes: announcement.prefixes.iter().copied().take(limits::PREFIXES).collect(),
             version: towline_proto::VERSION.to_owned(),
             relay: announcement.relay,
+            lans: announcement.lans.iter().copied().take(limits::PREFIXES).collect(),
         };
         let signed = self.keys.identity.sign_record(&pb::Record::from(&record));
         self.current = Some((announcement, signed.clone()));

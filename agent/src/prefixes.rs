@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 use towline_core::prefixes::{covering, without};
 use towline_proto::node::Grant;
+use towline_proto::ownership::overlap;
 use towline_proto::{codes, limits};
 
 /// Source of announced networks.
@@ -50,6 +51,8 @@ pub struct Prefixes {
 pub struct Selection {
     /// Announced networks, sorted and disjoint.
     pub announced: Vec<IpNet>,
+    /// Announced networks that the operator configured and that hold no pods: networks of machines.
+    pub lans: Vec<IpNet>,
     /// Networks that cannot be announced. Filtered networks are no problem.
     pub problems: Vec<NotAnnounced>,
 }
@@ -103,6 +106,13 @@ impl Prefixes {
         covering(named.flat_map(of)).into_iter().collect()
     }
 
+    /// Returns whether the operator configured a network, and Kubernetes names no pods in it.
+    fn is_lan(&self, net: &IpNet) -> bool {
+        let of = |source| self.by_source.get(&source).into_iter().flatten();
+        of(PrefixSource::Configuration).any(|configured| configured.contains(net))
+            && !of(PrefixSource::Kubernetes).any(|pods| overlap(pods, net))
+    }
+
     /// Selects the networks to announce: those that pass the filter and that the grant allows. One
     /// network outside the grant would make the controller refuse the whole record.
     pub fn select(&self, filter: Filter<'_>, grant: &Grant) -> Selection {
@@ -121,6 +131,8 @@ impl Prefixes {
                 selection.announced.push(prefix);
             }
         }
+        selection.lans =
+            selection.announced.iter().filter(|net| self.is_lan(net)).copied().collect();
         selection
     }
 }
@@ -184,6 +196,7 @@ mod tests {
         let selection = prefixes.select(filter, &grant(&["10.1.0.0/24", "10.244.0.0/15"]));
         let pods = prefixes.pods(&selection);
         assert_eq!(pods, ["10.244.3.0/24", "10.245.0.0/24"].map(net));
+        assert_eq!(selection.lans, [net("10.1.0.0/24")], "the others are pods");
     }
 
     #[test]

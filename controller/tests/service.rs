@@ -205,6 +205,7 @@ async fn a_slow_watcher_gets_the_newest_state_and_no_queue() {
             prefixes: prefixes.clone(),
             version: String::new(),
             relay: false,
+            lans: Vec::new(),
         };
         watch.heartbeat().await;
         publisher.heartbeat().await;

@@ -236,6 +236,7 @@ impl TryFrom<pb::Record> for Record {
             prefixes: prefixes(&record.prefixes)?,
             version: record.version.chars().filter(|c| !c.is_control()).collect(),
             relay: record.relay,
+            lans: prefixes(&record.lans)?,
         })
     }
 }
@@ -251,6 +252,7 @@ impl From<&Record> for pb::Record {
             prefixes: record.prefixes.iter().map(Into::into).collect(),
             version: record.version.clone(),
             relay: record.relay,
+            lans: record.lans.iter().map(Into::into).collect(),
         }
     }
 }

@@ -115,6 +115,7 @@ impl Daemon {
         self.announcements.send_replace(Some(Announcement {
             candidates,
             prefixes: Vec::new(),
+            lans: Vec::new(),
             relay: false,
         }));
     }

@@ -25,6 +25,8 @@ pub(crate) struct Claim {
     /// Those of its overlay addresses and announced prefixes that it holds; empty when another node
     /// holds its WireGuard key.
     pub(crate) prefixes: Vec<IpNet>,
+    /// Those of `prefixes` that are networks of machines rather than of pods.
+    pub(crate) lans: Vec<IpNet>,
     /// Holder of its WireGuard key, if another has it: then it cannot be a peer.
     pub(crate) key_holder: Option<Holder>,
     /// Refused claims, for the operator.
@@ -133,6 +135,8 @@ impl Claims {
             }
             claim.prefixes.sort_unstable();
             claim.prefixes.dedup();
+            let is_lan = |net: &&IpNet| node.record().lans.contains(net);
+            claim.lans = claim.prefixes.iter().filter(is_lan).copied().collect();
         }
         self.is_disputed |= !claim.conflicts.is_empty();
         self.by_node.insert(node.id(), (node.clone(), claim));

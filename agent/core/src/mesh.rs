@@ -30,8 +30,8 @@ use crate::counters::Counters;
 use crate::derived::Derived;
 use crate::effects::Effects;
 use crate::home_relays::{ChannelPeer, HomeRelays};
+use crate::local_networks::LocalNetworks;
 use crate::local_node::LocalNode;
-use crate::own_networks::LocalNetworks;
 use crate::path::{LocalAddress, Path};
 use crate::peer::{NetworkConditions, Peer, PeerContext};
 use crate::peer_table::{Observation, PeerTable};
@@ -262,10 +262,18 @@ impl Mesh {
     }
 
     /// Takes the networks of this host that stay as they are, whatever others announce: neither routed
-    /// into the tunnel nor guarded. What others hold inside of them (their own addresses) is.
+    /// into the tunnel nor guarded while the host is connected to them. What others hold inside of them
+    /// (their own addresses) is.
     pub fn set_local_networks(&mut self, now: Instant, networks: LocalNetworks) {
         self.fx.advance(now);
         self.settings.set_local_networks(&mut self.fx, networks);
+    }
+
+    /// Takes the networks to which the host is connected now. Only those of [`Self::set_local_networks`]
+    /// among them stay as they are.
+    pub fn set_connected_networks(&mut self, now: Instant, connected: BTreeSet<IpNet>) {
+        self.fx.advance(now);
+        self.settings.set_connected_networks(&mut self.fx, connected);
     }
 
     /// Takes the networks of this node's pods, which are among what it announces. The plan lets
@@ -324,6 +332,13 @@ impl Mesh {
     pub fn set_withdrawn(&mut self, now: Instant, withdrawn: impl IntoIterator<Item = IpNet>) {
         self.fx.advance(now);
         self.roster.add_withdrawn(&mut self.fx, withdrawn);
+    }
+
+    /// Adds to [`Self::withdrawn_lans`] what an earlier start of the agent knew. The networks are among
+    /// those of [`Self::set_withdrawn`].
+    pub fn set_withdrawn_lans(&mut self, now: Instant, lans: impl IntoIterator<Item = IpNet>) {
+        self.fx.advance(now);
+        self.roster.add_withdrawn_lans(&mut self.fx, lans);
     }
 }
 
@@ -392,6 +407,12 @@ impl Mesh {
     /// by [`Self::set_withdrawn`] at the next start.
     pub fn withdrawn(&self) -> &BTreeSet<IpNet> {
         self.roster.withdrawn()
+    }
+
+    /// Those of [`Self::withdrawn`] that are networks of machines rather than of pods. To be given back by
+    /// [`Self::set_withdrawn_lans`] at the next start.
+    pub fn withdrawn_lans(&self) -> &BTreeSet<IpNet> {
+        self.roster.withdrawn_lans()
     }
 
     /// Every peer, by node id.

@@ -41,16 +41,6 @@ pub struct OwnNetworks {
     reachable: BTreeSet<IpNet>,
 }
 
-/// Networks that keep working on this host although others announce them.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct LocalNetworks {
-    /// Networks that the operator lists.
-    pub configured: Vec<IpNet>,
-    /// Networks to which the host was connected when it joined. A network that is connected later is
-    /// not trusted: a DHCP server could open the mesh with it.
-    pub connected: Vec<IpNet>,
-}
-
 impl OwnNetworks {
     /// Collects them: addresses of the link, announced networks, and networks that are only forwarded to.
     /// What is special is left out.

@@ -26,6 +26,10 @@ pub struct Plan {
     /// Networks of this node's pods. The container network's own routes lead there; where there is
     /// none, nothing does: the host's default route would carry it out in clear.
     pub pods: BTreeSet<IpNet>,
+    /// Networks of this host's links that stay as they are although they lie in what others hold. They
+    /// are not guarded, and the host's own routes lead there, but for those that are wider than the network
+    /// of the link, such as its default route. Each with the network of the link, which it lies in.
+    pub local: BTreeMap<IpNet, IpNet>,
     /// Traffic that enters the tunnel even where a route leaves it to the host.
     pub detour: DetourPlan,
     /// Our traffic that travels outside the tunnel.

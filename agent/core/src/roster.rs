@@ -36,10 +36,35 @@ pub(crate) struct Roster {
     removed: BTreeSet<NodeId>,
     /// Identity keys of the removed nodes. Never shrinks.
     removed_keys: BTreeSet<IdentityKey>,
-    /// Networks that a node held once and none holds now.
-    withdrawn: BTreeSet<IpNet>,
+    withdrawn: Withdrawn,
     /// Who holds what, as of the last [`Self::resolve`].
     claims: Claims,
+}
+
+/// Networks that a node held once and none holds now.
+#[derive(Debug, Default)]
+struct Withdrawn {
+    nets: BTreeSet<IpNet>,
+    /// Those of `nets` that the last holder called networks of machines rather than of pods.
+    lans: BTreeSet<IpNet>,
+}
+
+impl Withdrawn {
+    fn add(&mut self, claim: &Claim) {
+        for net in &claim.prefixes {
+            self.nets.insert(*net);
+            if claim.lans.contains(net) {
+                self.lans.insert(*net);
+            } else {
+                self.lans.remove(net);
+            }
+        }
+    }
+
+    fn remove(&mut self, net: &IpNet) {
+        self.nets.remove(net);
+        self.lans.remove(net);
+    }
 }
 
 /// What a change of the map came to.
@@ -61,7 +86,7 @@ impl Roster {
             nodes: BTreeMap::new(),
             removed: BTreeSet::new(),
             removed_keys: BTreeSet::new(),
-            withdrawn: BTreeSet::new(),
+            withdrawn: Withdrawn::default(),
             claims: Claims::default(),
         }
     }
@@ -125,7 +150,17 @@ impl Roster {
         fx: &mut Effects,
         nets: impl IntoIterator<Item = IpNet>,
     ) {
-        self.withdrawn.extend(nets);
+        self.withdrawn.nets.extend(nets);
+        fx.mark(Change::Ownership);
+    }
+
+    /// Adds networks of machines that were held once. They are among those of [`Self::add_withdrawn`].
+    pub(crate) fn add_withdrawn_lans(
+        &mut self,
+        fx: &mut Effects,
+        nets: impl IntoIterator<Item = IpNet>,
+    ) {
+        self.withdrawn.lans.extend(nets);
         fx.mark(Change::Ownership);
     }
 
@@ -163,7 +198,11 @@ impl Roster {
     }
 
     pub(crate) fn withdrawn(&self) -> &BTreeSet<IpNet> {
-        &self.withdrawn
+        &self.withdrawn.nets
+    }
+
+    pub(crate) fn withdrawn_lans(&self) -> &BTreeSet<IpNet> {
+        &self.withdrawn.lans
     }
 
     /// Who holds what, as of the last [`Self::resolve`].
@@ -219,10 +258,10 @@ impl Roster {
     /// all have to be resolved.
     fn resolve_nodes(&mut self, fx: &mut Effects, nodes: &BTreeSet<NodeId>) -> bool {
         for id in nodes {
-            let held = self.claims.of(*id).map(|claim| claim.prefixes.clone());
+            let held = self.claims.of(*id).cloned();
             let alone = match (self.nodes.get(id), &self.membership) {
                 (Some(node), Some(membership)) => {
-                    self.withdrawn.extend(held.unwrap_or_default());
+                    self.withdrawn.add(&held.unwrap_or_default());
                     self.claims.change(membership, node)
                 }
                 _ => self.claims.remove(*id),
@@ -248,7 +287,7 @@ impl Roster {
         let before = std::mem::replace(&mut self.claims, claims);
         for (id, claim) in before.iter() {
             if self.nodes.contains_key(id) {
-                self.withdrawn.extend(&claim.prefixes);
+                self.withdrawn.add(claim);
             }
             if self.claims.of(*id) != Some(claim) {
                 fx.mark(Change::Routes(*id));

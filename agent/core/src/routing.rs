@@ -14,11 +14,13 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use towline_types::id::NodeId;
 use towline_types::mtu::Mtu;
+use towline_types::ownership::overlap;
 
 use crate::changes::{Change, Scope};
 use crate::config::Config;
 use crate::effects::Effects;
-use crate::own_networks::{LocalNetworks, OwnNetworks};
+use crate::local_networks::{self, ConnectedNetworks, LocalNetwork, LocalNetworks, Origin};
+use crate::own_networks::OwnNetworks;
 use crate::peer::{Peer, clamped};
 use crate::peers::Peers;
 use crate::plan::{
@@ -49,7 +51,7 @@ pub(crate) struct HostSettings {
     /// Networks of our pods; announced too. None lies inside another.
     pod_networks: Vec<IpNet>,
     /// Networks of this host that stay as they are, whatever others announce.
-    local_networks: LocalNetworks,
+    local_networks: ConnectedNetworks,
     /// Our own node IPs; announced too.
     node_ips: Vec<IpAddr>,
     /// What of ours travels outside the tunnel.
@@ -67,7 +69,7 @@ impl HostSettings {
             addresses: Vec::new(),
             forward_to: Vec::new(),
             pod_networks: Vec::new(),
-            local_networks: LocalNetworks::default(),
+            local_networks: ConnectedNetworks::default(),
             node_ips: Vec::new(),
             underlay: UnderlayPlan::default(),
         }
@@ -87,7 +89,15 @@ impl HostSettings {
     }
 
     pub(crate) fn set_local_networks(&mut self, fx: &mut Effects, networks: LocalNetworks) {
-        replace(&mut self.local_networks, networks, fx, Change::Host);
+        if self.local_networks.set_networks(networks) {
+            fx.mark(Change::Host);
+        }
+    }
+
+    pub(crate) fn set_connected_networks(&mut self, fx: &mut Effects, connected: BTreeSet<IpNet>) {
+        if self.local_networks.set_connected(connected) {
+            fx.mark(Change::Host);
+        }
     }
 
     pub(crate) fn set_node_ips(&mut self, fx: &mut Effects, node_ips: Vec<IpAddr>) {
@@ -130,6 +140,8 @@ struct Entry {
     route: RoutePlan,
     /// True if packets from there may arrive outside the tunnel.
     is_plain: bool,
+    /// True for a network of machines rather than of pods.
+    is_lan: bool,
     /// True for a node IP of a trusted site: only what our pods send there enters the tunnel.
     is_detour: bool,
 }
@@ -169,20 +181,16 @@ impl Routing {
             roster.own_prefixes().iter().filter(|net| !input.is_node_ip(net)).copied().collect();
         let held = entries.iter().map(|entry| entry.net);
         let ever = input.guarded_by_mesh().chain(held).chain(roster.withdrawn().iter().copied());
-        let ever: Vec<IpNet> = ever.filter(|net| net.prefix_len() > 0).collect();
-        let local = input.local_networks();
-        // What lies inside a local network is more specific, such as another node's own address.
-        let inside =
-            ever.iter().filter(|net| local.iter().any(|own| own.contains(*net) && own != *net));
-        let kept = without(covering(ever.iter().copied()), &local);
-        let guarded = without(covering(kept.into_iter().chain(inside.copied())), &holes);
+        let ever: BTreeSet<IpNet> = ever.filter(|net| net.prefix_len() > 0).collect();
+        let local = input.local_networks(&entries);
+        let guarded = without(local_networks::guarded(&ever, &local), &holes);
 
         let nowhere =
             guarded.iter().map(|net| ((*net, RouteVia::Unreachable), RoutePlan::default()));
         let covered = |net: &&IpNet| entries.iter().any(|entry| entry.net.contains(*net));
-        let past = local.iter().filter(covered);
+        let past = local.keys().filter(covered);
         let past = past.map(|net| ((*net, RouteVia::Native), RoutePlan::default()));
-        let routes = entries.iter().filter(|entry| !local.contains(&entry.net));
+        let routes = entries.iter().filter(|entry| !local.contains_key(&entry.net));
         let routes = routes.map(|entry| ((entry.net, entry.via), entry.route)).chain(past);
         let nets = |which: fn(&Entry) -> bool| -> BTreeSet<IpNet> {
             entries.iter().filter(|entry| which(entry)).map(|entry| entry.net).collect()
@@ -197,6 +205,10 @@ impl Routing {
             routes: routes.chain(nowhere).collect(),
             rules: settings.rules,
             pods: settings.pod_networks.iter().copied().collect(),
+            local: local
+                .into_iter()
+                .filter(|(own, _)| ever.iter().any(|net| net.contains(own)))
+                .collect(),
             detour: DetourPlan {
                 sources: holes.iter().copied().collect(),
                 destinations: nets(|entry| entry.is_detour),
@@ -232,6 +244,11 @@ impl Routing {
         }
         if gone.is_empty() && new.is_empty() {
             return Some(plan);
+        }
+        // Which local networks stay as they are may be another matter now.
+        let touches = |entry: &Entry| input.settings.local_networks.touches(&entry.net);
+        if gone.iter().chain(&new).any(touches) {
+            return None;
         }
         let patched = Arc::make_mut(&mut plan);
         for entry in &gone {
@@ -293,6 +310,7 @@ impl RoutingInput<'_> {
                 via: if native { RouteVia::Native } else { RouteVia::Link },
                 route,
                 is_plain: trusted || in_clear,
+                is_lan: claim.lans.contains(net),
                 is_detour: trusted,
             }
         };
@@ -306,7 +324,16 @@ impl RoutingInput<'_> {
             let ours = self.settings.addresses.iter().copied().chain(self.overlay());
             let source = of_family(net, ours);
             let route = RoutePlan { source, mtu: None };
-            Entry { net: *net, via: RouteVia::Link, route, is_plain: false, is_detour: false }
+            // The operator of this node chose it.
+            let is_lan = true;
+            Entry {
+                net: *net,
+                via: RouteVia::Link,
+                route,
+                is_plain: false,
+                is_lan,
+                is_detour: false,
+            }
         };
         self.static_peers.prefixes().map(entry).collect()
     }
@@ -348,24 +375,27 @@ impl RoutingInput<'_> {
         self.roster.membership().into_iter().flat_map(|ours| ours.mesh.guarded())
     }
 
-    /// Returns the local networks that stay as they are. Never among them is a network that overlaps
-    /// with the overlay, nor one that was only found connected and overlaps with a protected range.
-    fn local_networks(&self) -> Vec<IpNet> {
-        let LocalNetworks { configured, connected } = &self.settings.local_networks;
-        let meets = |net: &IpNet, range: &IpNet| net.contains(range) || range.contains(net);
+    /// Returns the local networks that stay as they are, see [`local_networks`].
+    fn local_networks(&self, entries: &[&Entry]) -> BTreeMap<IpNet, IpNet> {
+        let present = self.settings.local_networks.present();
+        if present.is_empty() {
+            return BTreeMap::new();
+        }
         let mesh = self.roster.membership().map(|ours| &ours.mesh);
-        let is_overlay = |net: &IpNet| {
-            let overlay = mesh.map(|mesh| [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)]);
-            overlay.into_iter().flatten().any(|range| meets(net, &range))
+        let overlay = mesh.map(|mesh| [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)]);
+        let overlay: Vec<IpNet> = overlay.into_iter().flatten().collect();
+        // A lease that the host had when it joined must not open the network of another node's pods.
+        let withdrawn = self.roster.withdrawn().difference(self.roster.withdrawn_lans()).copied();
+        let held = entries.iter().filter(|entry| !entry.is_lan).map(|entry| entry.net);
+        let closed: Vec<IpNet> = held.chain(withdrawn).collect();
+        let stays = |(net, local): &(&IpNet, &LocalNetwork)| match local.origin {
+            Origin::Configured => !overlay.iter().any(|range| range.contains(*net)),
+            Origin::Joined => {
+                !self.guarded_by_mesh().any(|range| overlap(&range, net))
+                    && !closed.iter().any(|other| other.contains(*net))
+            }
         };
-        let is_protected = |net: &IpNet| {
-            mesh.is_some_and(|mesh| mesh.protected.iter().any(|range| meets(net, range)))
-        };
-        let connected = connected.iter().filter(|net| !is_protected(net));
-        let all = configured.iter().chain(connected).map(IpNet::trunc);
-        // A default route is no network of this host, and a host address is another's node IP.
-        let usable = all.filter(|net| net.prefix_len() > 0 && !is_host(net) && !is_overlay(net));
-        covering(usable).into_iter().collect()
+        local_networks::bounded(present.iter().filter(stays))
     }
 
     fn ever_held(&self, net: IpNet) -> bool {
@@ -376,7 +406,7 @@ impl RoutingInput<'_> {
 /// Guards one more network; `None` where it meets a hole.
 fn guard(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> {
     let meets = |own: &IpNet| own.contains(&net) || net.contains(own);
-    if input.roster.own_prefixes().iter().any(meets) || input.local_networks().iter().any(meets) {
+    if input.roster.own_prefixes().iter().any(meets) {
         return None;
     }
     let guarded = &mut plan.firewall.guarded;
@@ -399,9 +429,6 @@ fn guard(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> {
 /// again) where other guarded networks lie inside it or around it: a wider network from which one of ours
 /// is cut out is guarded in pieces, and this may be one of them.
 fn release(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> {
-    if input.local_networks().iter().any(|own| own.contains(&net) || net.contains(own)) {
-        return None;
-    }
     if !plan.firewall.guarded.contains(&net) {
         return Some(());
     }

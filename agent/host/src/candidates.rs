@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
+use towline_core::prefixes::is_host;
 
 use super::LocalAddress;
 
@@ -60,6 +61,18 @@ pub(super) fn connected_networks(
         .filter(|net| net.prefix_len() < net.max_prefix_len())
         .collect();
     connected.into_iter().collect()
+}
+
+/// Returns the networks of all links that are connected to something, Towline's own link excepted.
+pub(super) fn link_networks(addresses: &[LocalAddress], own_link: &str) -> BTreeSet<IpNet> {
+    let is_connected = |address: &&LocalAddress| {
+        address.carrier
+            && !address.loopback
+            && address.link != own_link
+            && is_global(address.prefix.addr())
+    };
+    let networks = addresses.iter().filter(is_connected).map(|address| address.prefix.trunc());
+    networks.filter(|net| !is_host(net)).collect()
 }
 
 /// Prefixes of the names of links that lead to containers, virtual machines or other overlays.
@@ -286,6 +299,24 @@ mod tests {
         let found = connected_networks(&addresses, &CandidatePolicy::default());
         let found: Vec<_> = found.iter().map(ToString::to_string).collect();
         assert_eq!(found, ["192.168.1.0/24", "2001:db8::/64"]);
+    }
+
+    #[test]
+    fn the_network_of_a_link_without_carrier_is_not_connected() {
+        let mut unplugged = on("eth2", None, "192.168.2.10/24");
+        unplugged.carrier = false;
+        let addresses = [
+            unplugged,
+            on("eth0", None, "192.168.1.10/24"),
+            on("eth0", None, "203.0.113.9/32"),
+            on("docker0", Some("bridge"), "172.17.0.1/16"),
+            on("towline0", Some("tun"), "10.9.0.1/24"),
+            on("eth1", None, "fe80::7/64"),
+            on("lo", None, "127.0.0.1/8"),
+        ];
+        let found = link_networks(&addresses, "towline0");
+        let found: Vec<_> = found.iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["172.17.0.0/16", "192.168.1.0/24"]);
     }
 
     #[test]

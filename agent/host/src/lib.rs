@@ -296,6 +296,11 @@ impl HostNetwork {
         Ok(candidates::connected_networks(&addresses, policy))
     }
 
+    /// Returns the networks of all links of the host that are connected now, except Towline's own link.
+    pub fn link_networks(&mut self, own_link: &str) -> Result<BTreeSet<IpNet>, NetlinkError> {
+        Ok(candidates::link_networks(&address::read(&mut self.rtnetlink)?, own_link))
+    }
+
     /// Returns the networks of the host's links that the guards cut off.
     pub fn overlaps(&mut self) -> Result<Vec<Overlap>, NetlinkError> {
         let Some(plan) = &self.applied else { return Ok(Vec::new()) };

@@ -6,22 +6,27 @@
 //! | offset | matches | action |
 //! |---|---|---|
 //! | 0 | every packet except a local one with our mark | goto offset 4 |
-//! | 1 | local, our mark, user agent or root, and one of: the tunnels' UDP source port; a controller's address and TCP port | goto offset 6 |
-//! | 1 | local, our mark, and one of: a plain TCP source port; a destination that may be reached either way | goto offset 6 |
+//! | 1 | local, our mark, user agent or root, and one of: the tunnels' UDP source port; a controller's address and TCP port | goto offset 8 |
+//! | 1 | local, our mark, and one of: a plain TCP source port; a destination that may be reached either way | goto offset 8 |
 //! | 2 | IPv6, local, our mark, UDP or TCP with a port | goto offset 4 |
-//! | 3 | IPv6, local, our mark, UDP or TCP without a port, user root | goto offset 6 |
+//! | 3 | IPv6, local, our mark, UDP or TCP without a port, user root | goto offset 8 |
 //! | 4 | every packet | none: target of the gotos |
 //! | 4 | destinations that are pods of this node | look up the host's main table without its default routes |
 //! | 4 | sources of detours | look up the detour table |
 //! | 4 | local, from a plain TCP port | look up the answers table |
 //! | 5 | every packet | look up the plan's table |
-//! | 5 | destinations that are pods of this node | unreachable |
-//! | 6 | every packet | none: the host's other rules follow |
-//! | 6 | UDP source port 1 | none: see "Ports" below |
+//! | 6 | destinations in networks of this host that stay as they are | look up the host's main table without routes that are wider than the network of the link |
+//! | 7 | destinations that are pods of this node, or in such networks | unreachable |
+//! | 8 | every packet | none: the host's other rules follow |
+//! | 8 | UDP source port 1 | none: see "Ports" below |
 //!
 //! "Local" means generated on this host: the kernel looks up the route of such a packet with the
 //! loopback as input link. Forwarded packets, also those of pods, never skip our tables. A mark or a
 //! source port alone does not skip them either, because other programs can set both.
+//!
+//! A network of this host that stays as it is has a throw route in the plan's table where others hold a
+//! network around it. The rules at offsets 6 and 7 keep a packet that the throw route lets pass from
+//! reaching the host's default route, should the link have lost the network.
 //!
 //! # Root
 //!
@@ -60,7 +65,11 @@ use super::OURS;
 use super::families::Families;
 
 /// Number of consecutive priorities that the rules use, from the configured one on.
-pub(super) const PRIORITIES: u32 = 7;
+pub(super) const PRIORITIES: u32 = 9;
+/// Offset of the rules that end a lookup where the host's own routes lead nowhere.
+const NOWHERE: u32 = 7;
+/// Offset at which a lookup that skips our tables continues.
+const PAST: u32 = PRIORITIES - 1;
 /// Greatest number of rules per family for destinations that may be reached either way. Replies to
 /// further destinations use the tunnel only.
 const EITHER_WAY: usize = 64;
@@ -96,7 +105,7 @@ pub(super) fn same_rules(before: &Plan, plan: &Plan) -> bool {
         let (plain, native) = (&plan.firewall.plain, &plan.firewall.native);
         plain.difference(native).copied().collect::<Vec<_>>()
     };
-    before.pods == plan.pods && either_way(before) == either_way(plan)
+    before.pods == plan.pods && before.local == plan.local && either_way(before) == either_way(plan)
 }
 
 fn of_family(plan: &Plan, family: Family) -> Vec<Rule> {
@@ -105,10 +114,11 @@ fn of_family(plan: &Plan, family: Family) -> Vec<Rule> {
 
     // The rule that fails closed comes first.
     let nop = |offset| builder.rule(offset, RuleAction::Nop);
-    let mut rules = vec![builder.rule(5, table), nop(6), nop(4)];
-    let dissected = Rule { protocol: Some(UDP), source_ports: Some(1..=1), ..nop(6) };
+    let mut rules = vec![builder.rule(5, table), nop(PAST), nop(4)];
+    let dissected = Rule { protocol: Some(UDP), source_ports: Some(1..=1), ..nop(PAST) };
     rules.push(dissected);
     rules.extend(builder.lookup_rules());
+    rules.extend(builder.local_rules());
     let on = RuleAction::Goto(builder.priority(4));
     rules.push(Rule { invert: true, ..builder.marked(0, on) });
     rules.extend(builder.own_rules());
@@ -131,7 +141,7 @@ impl RuleBuilder<'_> {
 
     /// Returns the action that skips Towline's tables.
     fn skip_action(&self) -> RuleAction {
-        RuleAction::Goto(self.priority(PRIORITIES - 1))
+        RuleAction::Goto(self.priority(PAST))
     }
 
     fn rule(&self, offset: u32, action: RuleAction) -> Rule {
@@ -182,7 +192,23 @@ impl RuleBuilder<'_> {
             let main = RuleAction::Table(u32::from(libc::RT_TABLE_MAIN));
             [
                 Rule { suppress_prefix_length: Some(0), ..to(4, main) },
-                to(5, RuleAction::Unreachable),
+                to(NOWHERE, RuleAction::Unreachable),
+            ]
+        });
+        rules.collect()
+    }
+
+    /// Returns the rules for packets to networks of this host that stay as they are. The rule that ends the
+    /// lookup comes first, so that no packet takes the default route while the rules are added.
+    fn local_rules(&self) -> Vec<Rule> {
+        let nets = self.plan.local.iter().filter(|(net, _)| self.has(net));
+        let rules = nets.flat_map(|(net, connected)| {
+            let to = |offset, action| Rule { destination: Some(*net), ..self.rule(offset, action) };
+            let main = RuleAction::Table(u32::from(libc::RT_TABLE_MAIN));
+            let wider = u32::from(connected.prefix_len()).saturating_sub(1);
+            [
+                to(NOWHERE, RuleAction::Unreachable),
+                Rule { suppress_prefix_length: Some(wider), ..to(6, main) },
             ]
         });
         rules.collect()

@@ -78,7 +78,8 @@ impl Announcer {
     /// Sets the candidates that the core announces.
     pub(super) fn set_candidates(&self, candidates: Vec<Candidate>) {
         let prefixes = self.selection.announced.clone();
-        let announcement = Announcement { candidates, prefixes, relay: self.is_relay };
+        let lans = self.selection.lans.clone();
+        let announcement = Announcement { candidates, prefixes, lans, relay: self.is_relay };
         self.announcements.send_replace(Some(announcement));
     }
 
@@ -87,15 +88,17 @@ impl Announcer {
         // Without a mesh there are no nodes to announce prefixes to.
         let Some(grant) = mesh.grant() else { return };
         self.selection = self.prefixes.select(filter, grant);
-        let prefixes = self.selection.announced.clone();
+        let Selection { announced: prefixes, lans, .. } = self.selection.clone();
         let now = Instant::now();
         mesh.set_prefixes(now, prefixes.clone());
         mesh.set_pod_networks(now, self.pods());
         mesh.set_node_ips(now, self.announced_node_ips());
         self.remember(mesh);
         self.announcements.send_if_modified(|announcement| match announcement {
-            Some(announcement) if announcement.prefixes != prefixes => {
-                announcement.prefixes = prefixes;
+            Some(announcement)
+                if (&announcement.prefixes, &announcement.lans) != (&prefixes, &lans) =>
+            {
+                (announcement.prefixes, announcement.lans) = (prefixes, lans);
                 true
             }
             _ => false,
@@ -109,6 +112,7 @@ impl Announcer {
             pods: self.pods(),
             node_ips: self.announced_node_ips(),
             withdrawn: mesh.withdrawn().iter().copied().collect(),
+            withdrawn_lans: mesh.withdrawn_lans().iter().copied().collect(),
         };
         self.remembered.send_if_modified(|before| {
             let changed = *before != now;

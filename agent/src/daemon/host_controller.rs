@@ -1,5 +1,6 @@
 //! The daemon's part of the host network: applies the latest plan and repairs it.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -331,6 +332,15 @@ impl HostController {
         found.unwrap_or_else(|error| {
             tracing::warn!(%error, "local addresses not read");
             OutwardAddresses::default()
+        })
+    }
+
+    /// Returns the networks to which this machine is connected now. None if they cannot be read: then
+    /// all that others hold is guarded.
+    pub(super) fn link_networks(&mut self) -> BTreeSet<IpNet> {
+        self.network.link_networks(&self.names.link).unwrap_or_else(|error| {
+            tracing::warn!(%error, "local addresses not read");
+            BTreeSet::new()
         })
     }
 

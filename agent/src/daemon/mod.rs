@@ -335,6 +335,7 @@ impl Daemon {
 
     /// Updates node IPs, uplinks and candidates after the host's addresses changed.
     fn addresses_changed(&mut self) {
+        self.mesh.set_connected_networks(Instant::now(), self.host.link_networks());
         self.host.look_for_redirects();
         // A LAN may lie inside a protected range, and this node may announce it. The overlay and this
         // node's pods are never uplinks.

@@ -69,6 +69,7 @@ impl Stored {
         mesh.set_local_networks(now, config.local_networks(self.connected.clone()));
         mesh.set_static_peers(now, self.static_peers.clone());
         mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
+        mesh.set_withdrawn_lans(now, cached.withdrawn_lans.iter().copied());
         for change in self.map.iter().flat_map(MapCache::changes) {
             mesh.handle_map_change(now, change);
         }

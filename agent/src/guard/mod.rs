@@ -6,6 +6,7 @@
 
 mod watch;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::os::unix::fs::MetadataExt as _;
 use std::time::Instant;
@@ -59,8 +60,8 @@ pub fn run(config: &Config) -> anyhow::Result<Guarded> {
         Ok(state) => state,
         Err(reason) => return Ok(reason),
     };
-    let plan = plan(config, &state)?;
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
+    let plan = plan(config, &state, link_networks(config, &mut network)?)?;
     let applied = network.apply(&plan).context("the guards are not installed")?;
     Ok(outcome(config, &plan, &applied))
 }
@@ -135,7 +136,9 @@ impl fmt::Display for Guarded {
 /// Returns the networks that an agent would reach only through the tunnel, from what is stored on
 /// the disk.
 pub fn networks(config: &Config) -> anyhow::Result<Vec<IpNet>> {
-    let plan = plan(config, &StateDir::peek(&config.state_dir))?;
+    let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
+    let connected = link_networks(config, &mut network)?;
+    let plan = plan(config, &StateDir::peek(&config.state_dir), connected)?;
     Ok(plan.routes.keys().map(|(network, _)| *network).collect())
 }
 
@@ -150,8 +153,13 @@ fn own_link(config: &Config) -> Option<String> {
     Some(format!("cannot give the link {link} to the agent's user: {error:#}"))
 }
 
-/// Returns the plan that an agent would apply first.
-fn plan(config: &Config, state: &StateDir) -> anyhow::Result<Plan> {
+/// Returns the networks to which this machine is connected now.
+fn link_networks(config: &Config, network: &mut HostNetwork) -> anyhow::Result<BTreeSet<IpNet>> {
+    network.link_networks(&config.link.name).context("cannot read the machine's addresses")
+}
+
+/// Returns the plan that an agent would apply first on a machine that is connected to these networks.
+fn plan(config: &Config, state: &StateDir, connected: BTreeSet<IpNet>) -> anyhow::Result<Plan> {
     let membership = state.membership()?;
     let cached = state.prefixes()?;
     // The time is read once; no deadline of this plan is due.
@@ -162,10 +170,12 @@ fn plan(config: &Config, state: &StateDir) -> anyhow::Result<Plan> {
     mesh.set_addresses(now, config.node.addresses.clone());
     mesh.set_forward_to(now, config.node.forward_to.clone());
     mesh.set_local_networks(now, config.local_networks(state.connected_networks()?));
+    mesh.set_connected_networks(now, connected);
     mesh.set_prefixes(now, cached.announced);
     mesh.set_pod_networks(now, cached.pods);
     mesh.set_node_ips(now, cached.node_ips);
     mesh.set_withdrawn(now, cached.withdrawn);
+    mesh.set_withdrawn_lans(now, cached.withdrawn_lans);
     if let Some(membership) = &membership {
         let controllers = join::controllers(&config.controller.addresses, membership);
         mesh.set_underlay(now, config.underlay(&controllers));
@@ -231,6 +241,7 @@ mod tests {
                 pods: Vec::new(),
                 node_ips: Vec::new(),
                 withdrawn: vec!["172.21.0.0/16".parse().unwrap()],
+                withdrawn_lans: Vec::new(),
             })
             .unwrap();
     }

@@ -12,15 +12,18 @@
 //! while it works and is passive while it cannot get it. The nftables table is created without an
 //! owner, so that the agent can adopt it.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use ipnet::IpNet;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_core::plan::{Plan, RoutePlan, RouteVia};
+use towline_core::prefixes::{covering, without};
 
-use super::{Guarded, enter, outcome, plan};
+use super::{Guarded, enter, link_networks, outcome, plan};
 use towline_service::notify::Notifier;
 
 use crate::config::Config;
@@ -92,6 +95,10 @@ struct Held {
     network: HostNetwork,
     watch: Watch,
     plan: Plan,
+    /// Networks to which the machine was connected when the plan was made.
+    connected: BTreeSet<IpNet>,
+    /// True if the machine's addresses changed since then.
+    has_moved: bool,
     /// Versions of the files that the plan was made from.
     files: Files,
     /// True if state that Towline created was changed, or refused by the kernel, since the last
@@ -124,7 +131,13 @@ impl Keeper {
             }
         };
         let files = Files::of(&self.config.state_dir);
-        let held = match self.held.take().filter(|held| held.files == files) {
+        let mut held = self.held.take().filter(|held| held.files == files);
+        if let Some(moved) = held.as_mut().filter(|held| held.has_moved) {
+            moved.has_moved = false;
+            let connected = link_networks(&self.config, &mut moved.network)?;
+            held = held.filter(|held| held.connected == connected);
+        }
+        let held = match held {
             Some(held) => held,
             None => Held::open(&self.config, &state, files)?,
         };
@@ -151,7 +164,7 @@ impl Keeper {
                     held.network.invalidate();
                     held.is_stale = true;
                 }
-                Ok(HostEvent::AddressesChanged) => {}
+                Ok(HostEvent::AddressesChanged) => held.has_moved = true,
                 // The next check opens it again.
                 Err(_) => {
                     self.held = None;
@@ -164,20 +177,27 @@ impl Keeper {
 
 impl Held {
     fn open(config: &Config, state: &StateDir, files: Files) -> anyhow::Result<Self> {
-        let plan = plan(config, state)?;
         let mut network = HostNetwork::open_unowned().context("cannot open a netlink socket")?;
-        let names = Names::of(&plan);
+        let names = Names {
+            link: config.link.name.clone(),
+            table: config.routing.table,
+            priority: config.routing.priority,
+            firewall: config.routing.nftables_table.clone(),
+        };
+        // Opened before the addresses are read, so that no change is missed.
         let watch = network.watch(&names).context("cannot watch the host's network")?;
-        let plan = with_guarded(plan, &mut network)?;
+        let connected = link_networks(config, &mut network)?;
+        let plan = with_guarded(plan(config, state, connected.clone())?, &mut network)?;
         let last = Guarded::NotJoined;
-        Ok(Self { network, watch, plan, files, is_stale: true, last })
+        Ok(Self { network, watch, plan, connected, has_moved: false, files, is_stale: true, last })
     }
 }
 
 /// Adds the networks that an agent guarded but could not store, for example on a full disk.
 fn with_guarded(mut plan: Plan, network: &mut HostNetwork) -> anyhow::Result<Plan> {
     let found = network.guarded(&Names::of(&plan)).context("cannot read the routes")?;
-    for net in found {
+    let local: Vec<IpNet> = plan.local.keys().copied().collect();
+    for net in without(covering(found), &local) {
         if !plan.firewall.guarded.iter().any(|have| have.contains(&net)) {
             plan.firewall.guarded.insert(net);
             plan.routes.insert((net, RouteVia::Unreachable), RoutePlan::default());

@@ -192,6 +192,10 @@ pub struct CachedPrefixes {
     pub node_ips: Vec<IpAddr>,
     /// Prefixes that other nodes formerly announced and no node announces now.
     pub withdrawn: Vec<IpNet>,
+    /// Those of `withdrawn` that are networks of machines rather than of pods. Left out of the file when
+    /// empty, because versions before 0.2.0 refuse the field.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub withdrawn_lans: Vec<IpNet>,
 }
 
 /// An open state directory. Only one process at a time can lock it exclusively.

@@ -147,6 +147,9 @@ pub struct Record {
     /// True if the node is a relay: it forwards sealed datagrams between nodes that have no direct
     /// path.
     pub relay: bool,
+    /// Those of `prefixes` that are networks of machines, such as a LAN, rather than of pods. Records of
+    /// versions before 0.2.0 name none.
+    pub lans: Vec<IpNet>,
 }
 
 /// A node of the mesh: a grant and a record that the grant allows.
@@ -324,6 +327,7 @@ mod tests {
             prefixes: vec!["10.244.3.0/24".parse().unwrap()],
             version: String::new(),
             relay: false,
+            lans: Vec::new(),
         }
     }
 

@@ -14,8 +14,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use towline_core::local_networks::LocalNetworks;
 use towline_core::mesh::{MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit};
-use towline_core::own_networks::{LocalNetworks, OwnNetworks};
+use towline_core::own_networks::OwnNetworks;
 use towline_core::path::{ChannelId, LocalAddress, Path};
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::plan::{Plan, RouteVia};
@@ -70,6 +71,24 @@ impl Us {
         us.active();
         us.echo(Duration::from_millis(10), Duration::from_millis(500));
         us
+    }
+
+    /// The host joined in these networks, and is connected to them.
+    fn joined_in(&mut self, networks: &[&str]) {
+        let joined = networks.iter().copied().map(net).collect();
+        self.mesh.set_local_networks(self.now, LocalNetworks { configured: Vec::new(), joined });
+        self.connected_to(networks);
+    }
+
+    fn connected_to(&mut self, networks: &[&str]) {
+        let networks = networks.iter().copied().map(net).collect();
+        self.mesh.set_connected_networks(self.now, networks);
+    }
+
+    /// Whether packets to an address are dropped outside the tunnel.
+    fn guards(&self, ip: &str) -> bool {
+        let ip: std::net::IpAddr = ip.parse().unwrap();
+        self.plan().firewall.guarded.iter().any(|net| net.contains(&ip))
     }
 
     fn site(&mut self, site: Option<&str>) {

@@ -163,12 +163,8 @@ fn a_plan_that_was_patched_is_the_one_that_is_built_whole() {
 fn a_local_network_stays_as_it_is_but_for_what_others_hold_inside_of_it() {
     let lan = net("192.168.1.0/24");
     let mut us = Us::new(1);
-    let local = |configured: &[&str], connected: &[&str]| LocalNetworks {
-        configured: configured.iter().copied().map(net).collect(),
-        connected: connected.iter().copied().map(net).collect(),
-    };
-    us.mesh.set_local_networks(us.now, local(&[], &["192.168.1.0/24"]));
-    us.upsert(peer(2).prefixes(&["192.168.1.0/24"]));
+    us.joined_in(&["192.168.1.0/24"]);
+    us.upsert(peer(2).prefixes(&["192.168.1.0/24"]).lans(&["192.168.1.0/24"]));
     let allowed = Grant { allowed_prefixes: vec![net("192.168.1.7/32")], ..grant(3) };
     us.upsert(NodeBuilder::of(allowed).prefixes(&["192.168.1.7/32"]));
     us.drain();
@@ -176,44 +172,151 @@ fn a_local_network_stays_as_it_is_but_for_what_others_hold_inside_of_it() {
     let node_ip = net("192.168.1.7/32");
     assert_eq!(plan.routes.get(&(lan, RouteVia::Link)), None);
     assert!(plan.routes.contains_key(&(lan, RouteVia::Native)));
+    assert_eq!(plan.local, [(lan, lan)].into());
     assert!(plan.routes.contains_key(&(node_ip, RouteVia::Link)));
     let inside: Vec<_> = plan.firewall.guarded.iter().filter(|net| lan.contains(*net)).collect();
     assert_eq!(inside, [&node_ip], "another node's own address stays guarded");
     assert!(us.table().peers[&key(2)].prefixes.contains(&lan), "who holds what is not ours to say");
 
     // A range around it is guarded but for it.
-    us.upsert(peer(2).generation(2).prefixes(&["192.168.0.0/16"]));
+    let around = ["192.168.0.0/16"];
+    us.upsert(peer(2).generation(2).prefixes(&around).lans(&around));
     us.drain();
     let plan = us.plan();
     assert!(plan.routes.contains_key(&(net("192.168.0.0/16"), RouteVia::Link)));
     assert!(plan.routes.contains_key(&(lan, RouteVia::Native)));
-    let guards = |ip: &str| {
-        let ip: std::net::IpAddr = ip.parse().unwrap();
-        plan.firewall.guarded.iter().any(|net| net.contains(&ip))
-    };
-    assert!(guards("192.168.2.1") && guards("192.168.1.7") && !guards("192.168.1.8"));
+    assert!(us.guards("192.168.2.1") && us.guards("192.168.1.7") && !us.guards("192.168.1.8"));
+
+    // Also when nobody holds the range any longer.
+    us.upsert(peer(2).generation(3));
+    us.drain();
+    assert!(us.guards("192.168.2.1") && us.guards("192.168.1.7") && !us.guards("192.168.1.8"));
+}
+
+#[test]
+fn a_local_network_is_guarded_while_the_host_is_not_connected_to_it() {
+    let lan = net("192.168.1.0/24");
+    for listed in [false, true] {
+        let mut us = Us::new(1);
+        us.joined_in(&["192.168.1.0/24"]);
+        if listed {
+            let networks = LocalNetworks { configured: vec![lan], joined: Vec::new() };
+            us.mesh.set_local_networks(us.now, networks);
+        }
+        us.upsert(peer(2).prefixes(&["192.168.1.0/24"]).lans(&["192.168.1.0/24"]));
+        us.drain();
+        assert!(!us.guards("192.168.1.8"));
+
+        // The cable is pulled, or the machine was moved: its default route must not carry it out.
+        us.connected_to(&["203.0.113.0/24"]);
+        us.drain();
+        assert!(us.guards("192.168.1.8"));
+        let plan = us.plan();
+        assert!(plan.local.is_empty());
+        assert!(plan.routes.contains_key(&(lan, RouteVia::Link)));
+        assert!(plan.routes.contains_key(&(lan, RouteVia::Unreachable)));
+        assert!(!plan.routes.contains_key(&(lan, RouteVia::Native)));
+
+        us.connected_to(&["203.0.113.0/24", "192.168.1.0/24"]);
+        us.drain();
+        assert!(!us.guards("192.168.1.8"));
+    }
+}
+
+#[test]
+fn a_network_that_is_connected_later_is_not_trusted() {
+    let mut us = Us::new(1);
+    us.joined_in(&["192.168.1.0/24"]);
+    us.upsert(peer(2).prefixes(&["192.168.0.0/16"]).lans(&["192.168.0.0/16"]));
+    us.connected_to(&["192.168.1.0/24", "192.168.2.0/24", "192.168.1.0/25"]);
+    us.drain();
+    let lan = net("192.168.1.0/24");
+    assert_eq!(us.plan().local, [(lan, lan)].into());
+    assert!(us.guards("192.168.2.1"));
+}
+
+#[test]
+fn a_lease_at_the_join_never_opens_another_nodes_pods() {
+    // Nothing is protected.
+    for lease in ["10.244.2.0/24", "10.244.2.128/25", "10.244.0.0/16"] {
+        let mut us = Us::new(1);
+        us.configure(|mesh| mesh.protected.clear());
+        us.joined_in(&[lease]);
+        us.upsert(peer(2).prefixes(&["10.244.2.0/24"]));
+        us.drain();
+        assert!(us.guards("10.244.2.7") && us.guards("10.244.2.200"), "{lease}");
+        assert!(!us.guards("10.244.3.7"), "{lease}");
+        // Nor once they are withdrawn.
+        us.upsert(peer(2).generation(2));
+        us.drain();
+        assert!(us.guards("10.244.2.7") && us.guards("10.244.2.200"), "{lease}");
+        // The next start knows as much.
+        let mut next = Us::new(1);
+        next.configure(|mesh| mesh.protected.clear());
+        next.joined_in(&[lease]);
+        next.mesh.set_withdrawn(next.now, us.mesh.withdrawn().iter().copied());
+        next.mesh.set_withdrawn_lans(next.now, us.mesh.withdrawn_lans().iter().copied());
+        next.drain();
+        assert!(next.guards("10.244.2.7") && next.guards("10.244.2.200"), "{lease}");
+    }
+}
+
+#[test]
+fn the_most_specific_local_network_decides() {
+    let mut us = Us::new(1);
+    us.configure(|mesh| mesh.protected.clear());
+    us.joined_in(&["10.0.0.0/8", "10.1.0.0/16"]);
+    us.upsert(peer(2).prefixes(&["10.1.0.0/16"]).lans(&["10.1.0.0/16"]));
+    us.upsert(peer(3).prefixes(&["10.2.0.0/16"]).lans(&["10.2.0.0/16"]));
+    us.drain();
+    assert!(!us.guards("10.1.0.7") && us.guards("10.2.0.7") && !us.guards("10.3.0.7"));
+    let route = |text: &str, via| us.plan().routes.contains_key(&(net(text), via));
+    assert!(route("10.1.0.0/16", RouteVia::Native) && !route("10.1.0.0/16", RouteVia::Link));
+    assert!(route("10.2.0.0/16", RouteVia::Link));
 }
 
 #[test]
 fn a_local_network_never_opens_the_overlay_nor_by_itself_a_protected_range() {
     let mut us = Us::new(1);
-    us.upsert(peer(2).prefixes(&["10.244.2.0/24"]));
+    us.upsert(peer(2).prefixes(&["10.244.2.0/24"]).lans(&["10.244.2.0/24"]));
     us.drain();
     let before = us.plan().clone();
-    let rogue: Vec<_> =
-        ["198.19.0.0/24", "198.0.0.0/8", "0.0.0.0/0", "10.244.2.0/24", "10.0.0.0/8"]
-            .map(net)
-            .into();
-    let networks = LocalNetworks { connected: rogue, ..LocalNetworks::default() };
-    us.mesh.set_local_networks(us.now, networks);
+    us.joined_in(&["198.19.0.0/24", "198.0.0.0/8", "0.0.0.0/0", "10.244.2.0/24", "10.0.0.0/8"]);
     us.drain();
     assert_eq!(*us.plan(), before);
-    // An operator may except a part of a protected range.
-    let configured = vec![net("10.244.9.0/24"), net("198.19.0.0/24")];
-    let networks = LocalNetworks { configured, ..LocalNetworks::default() };
-    us.mesh.set_local_networks(us.now, networks);
+    // An operator may except a part of a protected range, and a network around the overlay but for it.
+    let configured = vec![net("10.244.9.0/24"), net("198.0.0.0/8"), net("198.19.1.0/24")];
+    us.mesh.set_local_networks(us.now, LocalNetworks { configured, ..LocalNetworks::default() });
+    us.connected_to(&["10.244.9.0/24", "198.0.0.0/8", "198.19.1.0/24"]);
     us.drain();
-    let guarded = us.plan().firewall.guarded.clone();
-    let guards = |text: &str| guarded.iter().any(|range| range.contains(&net(text)));
-    assert!(!guards("10.244.9.0/24") && guards("10.244.2.0/24") && guards("198.19.0.0/24"));
+    assert!(!us.guards("10.244.9.1") && us.guards("10.244.2.1"));
+    assert!(us.guards("198.19.0.1") && us.guards("198.19.1.1") && !us.guards("198.18.0.1"));
+}
+
+#[test]
+fn a_plan_with_local_networks_is_the_same_when_it_was_patched() {
+    let lan = ["192.168.1.0/24"];
+    let steps: Vec<MapChange> = vec![
+        peer(2).prefixes(&lan).into(),
+        peer(2).generation(2).prefixes(&lan).lans(&lan).into(),
+        peer(3).prefixes(&["192.168.0.0/16"]).into(),
+        MapChange::Remove(tombstone(3)),
+        peer(2).generation(3).into(),
+        peer(4).prefixes(&["192.168.1.0/25"]).into(),
+        MapChange::Remove(tombstone(4)),
+    ];
+    let mut us = Us::new(1);
+    us.joined_in(&lan);
+    us.drain();
+    for (number, step) in steps.into_iter().enumerate() {
+        us.mesh.handle_map_change(us.now, step);
+        us.drain();
+        let patched = us.plan().clone();
+        // Another one of the settings has the plan built again.
+        us.mesh.set_forward_to(us.now, vec![net("172.30.0.0/16")]);
+        us.drain();
+        us.mesh.set_forward_to(us.now, Vec::new());
+        us.drain();
+        assert_eq!(*us.plan(), patched, "after step {number}");
+    }
 }

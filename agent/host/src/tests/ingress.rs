@@ -398,6 +398,51 @@ namespace_test! {
 }
 
 namespace_test! {
+    fn a_local_network_never_leaves_by_another_route_when_its_link_loses_it() {
+        let neighbour = lan();
+        forward();
+        let mut rtnetlink = Rtnetlink::open().unwrap();
+        for (any, (_, gateway)) in ["0.0.0.0/0", "::/0"].into_iter().zip(PAIRS) {
+            rtnetlink.add_route(&Route::new(net(any)).via(address(gateway))).unwrap();
+        }
+        // A wider route than the network of the link leads elsewhere too.
+        let wider = Route::new(net("192.168.0.0/16")).via(address(PAIRS[0].1));
+        rtnetlink.add_route(&wider).unwrap();
+        const LOCAL: [&str; 2] = ["192.168.1.0/24", "fd77::/64"];
+        const NEAR: [&str; 2] = ["192.168.1.7", "fd77::7"];
+        neighbour.enter(|| add_addresses("lo", &["192.168.1.7/32", "fd77::7/128"]));
+        let near = pod("lan0", &["192.168.1.1/24", "fd77::1/64"], &["192.168.1.7/24", "fd77::7/64"]);
+        let mut plan = announcing(&[], &LOCAL);
+        for local in LOCAL.map(net) {
+            plan.local.insert(local, local);
+            plan.routes.insert((local, RouteVia::Native), RoutePlan::default());
+        }
+        // Another node holds the range around it, and an address in it.
+        for held in ["192.168.0.0/16", "192.168.1.9/32", "fd77::9/128"].map(net) {
+            plan.routes.insert((held, RouteVia::Link), RoutePlan::default());
+        }
+        let Some((_host, tunnel)) = with_tunnel(&plan) else { return };
+        for family in [0, 1] {
+            let service = near.enter(|| udp(at(NEAR[family], PORT), false));
+            let host = udp(at(ANY[family], 0), false);
+            reach(&host, at(NEAR[family], PORT), &service);
+            let inside = ["192.168.1.9", "fd77::9"][family];
+            host.send_to(b"inside", at(inside, PORT)).unwrap();
+            assert!(from_tunnel(&tunnel).ends_with(b"inside"));
+        }
+        let link = rtnetlink.link_index("lan0").unwrap();
+        rtnetlink.set_up(link, false).unwrap();
+        for family in [0, 1] {
+            let elsewhere = neighbour.enter(|| udp(at(NEAR[family], PORT), false));
+            let host = udp(at(ANY[family], 0), false);
+            assert!(host.send_to(b"clear", at(NEAR[family], PORT)).is_err(), "{family}");
+            into_tunnel(&tunnel, &datagram(THERE[family], NEAR[family], PORT, b"clear"));
+            is_empty(&elsewhere, "a packet for the network that was left");
+        }
+    }
+}
+
+namespace_test! {
     fn our_own_addresses_come_from_nowhere_else() {
         let neighbour = lan();
         forward();

@@ -225,6 +225,7 @@ impl Member {
                 port: 51_830,
             }],
             prefixes: Vec::new(),
+            lans: Vec::new(),
             version,
             relay: false,
         };
