@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 use towline_types::ownership::overlap;
 
-use crate::prefixes::{covering, is_host, without};
+use crate::prefixes::{by_longest_prefix, covering, is_host};
 
 /// Networks that keep working on this host although others announce them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -117,20 +117,8 @@ pub(crate) fn bounded<'a>(
 /// longest prefix.
 pub(crate) fn guarded(nets: &BTreeSet<IpNet>, local: &BTreeMap<IpNet, IpNet>) -> BTreeSet<IpNet> {
     let is_inside = |net: &IpNet| local.keys().any(|own| own != net && own.contains(net));
-    let inside = nets.iter().filter(|net| is_inside(net)).map(|net| (*net, false));
-    let mut steps: Vec<(IpNet, bool)> =
-        inside.chain(local.keys().map(|net| (*net, true))).collect();
-    // The wider ones first. Of two equal ones the local one comes last, and so decides.
-    steps.sort_unstable_by_key(|(net, is_local)| (net.prefix_len(), *is_local));
-    let mut rest = covering(nets.iter().copied());
-    for (net, is_local) in steps {
-        if is_local {
-            rest = without(rest, &[net]);
-        } else if !rest.range(..=net).next_back().is_some_and(|wider| wider.contains(&net)) {
-            rest.insert(net);
-        }
-    }
-    rest
+    let inside = nets.iter().filter(|net| is_inside(net)).copied();
+    by_longest_prefix(covering(nets.iter().copied()), inside, local.keys().copied())
 }
 
 #[cfg(test)]

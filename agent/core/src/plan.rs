@@ -10,6 +10,7 @@ use ipnet::IpNet;
 use towline_types::mtu::Mtu;
 
 use crate::own_networks::OwnNetworks;
+use crate::prefixes::by_longest_prefix;
 
 /// All state of ours on the host. Names and numbers are ours alone, so that removal is exact.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +37,17 @@ pub struct Plan {
     pub underlay: UnderlayPlan,
     /// The nftables side.
     pub firewall: FirewallPlan,
+}
+
+impl Plan {
+    /// Returns the networks that are reached through the tunnel or not at all.
+    pub fn tunnelled(&self) -> BTreeSet<IpNet> {
+        let nets = |is_native| {
+            let of = move |(_, via): &&(IpNet, RouteVia)| (*via == RouteVia::Native) == is_native;
+            self.routes.keys().filter(of).map(|(net, _)| *net)
+        };
+        by_longest_prefix(BTreeSet::new(), nets(false), nets(true))
+    }
 }
 
 /// The TUN link: its name, MTU and addresses.

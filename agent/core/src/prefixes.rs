@@ -104,6 +104,29 @@ pub fn without(nets: BTreeSet<IpNet>, holes: &[IpNet]) -> BTreeSet<IpNet> {
     rest
 }
 
+/// Adds the networks of `more` to `nets` and cuts those of `holes` out, the wider ones first: the longest
+/// prefix decides, and of two equal networks the hole.
+///
+/// `nets` must not overlap one another, and no network of `more` may contain one that is not in `nets`.
+pub fn by_longest_prefix(
+    nets: BTreeSet<IpNet>,
+    more: impl IntoIterator<Item = IpNet>,
+    holes: impl IntoIterator<Item = IpNet>,
+) -> BTreeSet<IpNet> {
+    let more = more.into_iter().map(|net| (net, false));
+    let mut steps: Vec<_> = more.chain(holes.into_iter().map(|net| (net, true))).collect();
+    steps.sort_unstable_by_key(|(net, is_hole)| (net.prefix_len(), *is_hole));
+    let mut rest = nets;
+    for (net, is_hole) in steps {
+        if is_hole {
+            rest = without(rest, &[net]);
+        } else if !rest.range(..=net).next_back().is_some_and(|wider| wider.contains(&net)) {
+            rest.insert(net);
+        }
+    }
+    rest
+}
+
 /// Whether the network is one address.
 pub fn is_host(net: &IpNet) -> bool {
     net.prefix_len() == net.max_prefix_len()

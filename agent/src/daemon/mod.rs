@@ -437,13 +437,8 @@ impl Daemon {
         self.config.peers = fresh.peers;
         self.mesh.set_addresses(Instant::now(), self.config.node.addresses.clone());
         self.mesh.set_forward_to(Instant::now(), self.config.node.forward_to.clone());
-        match self.state.connected_networks() {
-            Ok(connected) => {
-                let networks = self.config.local_networks(connected);
-                self.mesh.set_local_networks(Instant::now(), networks);
-            }
-            Err(error) => tracing::warn!(%error, "local networks not reloaded"),
-        }
+        let networks = self.config.local_networks(self.state.connected_networks());
+        self.mesh.set_local_networks(Instant::now(), networks);
         self.mesh.set_static_peers(Instant::now(), static_peers);
         self.configuration_changed();
         tracing::info!("configuration reloaded");

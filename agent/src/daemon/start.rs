@@ -51,7 +51,7 @@ impl Stored {
         let keys = if membership.is_some() { state.keys()? } else { state.keys_or_generate()? };
         let counters = state.start(unix_millis())?;
         let map = membership.as_ref().map(|membership| state.map(membership)).transpose()?;
-        let connected = state.connected_networks()?;
+        let connected = state.connected_networks();
         Ok(Self { static_peers, membership, keys, counters, map, connected })
     }
 

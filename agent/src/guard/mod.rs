@@ -139,7 +139,7 @@ pub fn networks(config: &Config) -> anyhow::Result<Vec<IpNet>> {
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
     let connected = link_networks(config, &mut network)?;
     let plan = plan(config, &StateDir::peek(&config.state_dir), connected)?;
-    Ok(plan.routes.keys().map(|(network, _)| *network).collect())
+    Ok(plan.tunnelled().into_iter().collect())
 }
 
 /// Restricts a TUN link of an earlier run to the agent's user, which is the owner of the state
@@ -169,7 +169,7 @@ fn plan(config: &Config, state: &StateDir, connected: BTreeSet<IpNet>) -> anyhow
     mesh.set_static_peers(now, static_peers::load(&config.peers)?);
     mesh.set_addresses(now, config.node.addresses.clone());
     mesh.set_forward_to(now, config.node.forward_to.clone());
-    mesh.set_local_networks(now, config.local_networks(state.connected_networks()?));
+    mesh.set_local_networks(now, config.local_networks(state.connected_networks()));
     mesh.set_connected_networks(now, connected);
     mesh.set_prefixes(now, cached.announced);
     mesh.set_pod_networks(now, cached.pods);

@@ -8,6 +8,7 @@
 //! | `certificate.pem` | the client certificate chain | at the join, at renewals |
 //! | `counters.json` | boot epoch and record generation | before each use of a new value |
 //! | `prefixes.json` | prefixes that this node announced, and withdrawn ones that are still guarded | when they change |
+//! | `networks.json` | the networks to which the machine was connected when it joined | at the join |
 //! | `map.bin` | the signed network map, as last received | after changes, debounced |
 //! | `kubernetes.json` | the last valid facts of this machine's Node object | when they change |
 //! | `confirm-by` | the deadline for confirming the join (`confirm.rs`) | at the join; removed by `towline confirm` |
@@ -441,15 +442,21 @@ impl StateDir {
         self.replace("prefixes.json", &json)
     }
 
-    /// Returns the networks to which the machine was connected when it joined. A damaged file is logged
-    /// and treated as absent.
-    pub fn connected_networks(&self) -> Result<Vec<IpNet>, StateError> {
+    /// Returns the networks to which the machine was connected when it joined. A file that is damaged or
+    /// cannot be read is logged and treated as absent: it only exempts networks from the guards.
+    pub fn connected_networks(&self) -> Vec<IpNet> {
         let name = "networks.json";
-        let Some(bytes) = self.read(name)? else { return Ok(Vec::new()) };
-        Ok(serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+        let ignored = |error: &dyn std::fmt::Display| {
             tracing::warn!(path = %self.path.join(name).display(), %error, "local networks ignored");
             Vec::new()
-        }))
+        };
+        match self.read(name) {
+            Ok(None) => Vec::new(),
+            Ok(Some(bytes)) => {
+                serde_json::from_slice(&bytes).unwrap_or_else(|error| ignored(&error))
+            }
+            Err(error) => ignored(&error),
+        }
     }
 
     /// Stores the networks to which the machine is connected as it joins.
@@ -525,6 +532,7 @@ impl StateDir {
             "certificate.pem",
             "map.bin",
             "prefixes.json",
+            "networks.json",
             "counters.json",
             "kubernetes.json",
             "wireguard.key",

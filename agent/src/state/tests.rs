@@ -194,3 +194,22 @@ fn counters_survive() {
     state.store_counters(counters).unwrap();
     assert_eq!(state.counters().unwrap(), counters);
 }
+
+#[test]
+fn the_networks_of_the_join_are_forgotten_with_it_and_never_stop_a_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(&dir.path().join("state")).unwrap();
+    let lan: IpNet = "192.168.1.0/24".parse().unwrap();
+    state.store_connected_networks(&[lan]).unwrap();
+    assert_eq!(state.connected_networks(), [lan]);
+    state.forget().unwrap();
+    assert_eq!(state.connected_networks(), [], "of the next mesh they are none");
+
+    let file = state.path().join("networks.json");
+    std::fs::write(&file, "no list").unwrap();
+    assert_eq!(state.connected_networks(), []);
+    // A file that cannot be read.
+    std::fs::remove_file(&file).unwrap();
+    std::fs::create_dir(&file).unwrap();
+    assert_eq!(state.connected_networks(), []);
+}

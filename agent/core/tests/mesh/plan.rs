@@ -186,6 +186,10 @@ fn a_local_network_stays_as_it_is_but_for_what_others_hold_inside_of_it() {
     assert!(plan.routes.contains_key(&(net("192.168.0.0/16"), RouteVia::Link)));
     assert!(plan.routes.contains_key(&(lan, RouteVia::Native)));
     assert!(us.guards("192.168.2.1") && us.guards("192.168.1.7") && !us.guards("192.168.1.8"));
+    let tunnelled = plan.tunnelled();
+    let is_tunnelled = |text: &str| tunnelled.iter().any(|range| range.contains(&net(text)));
+    assert!(is_tunnelled("192.168.2.1/32") && is_tunnelled("192.168.1.7/32"));
+    assert!(!is_tunnelled("192.168.1.8/32"), "a session from the LAN is not cut off");
 
     // Also when nobody holds the range any longer.
     us.upsert(peer(2).generation(3));
