@@ -2,7 +2,8 @@
 //!
 //! A session consists of a watch (the map arrives, heartbeats go both ways) and of publishing this
 //! node's record. When it ends for any reason, the next session is tried after a jittered backoff,
-//! with the next controller of the list. It resumes from the last received revision. Established
+//! with the next controller of the list. The list is the configuration's, or else that of the mesh
+//! configuration and the join token; names in it are resolved at each attempt. It resumes from the last received revision. Established
 //! tunnels are not affected: only a signed tombstone removes a peer.
 //!
 //! The task verifies what it receives, caches it on the disk, and sends it to the daemon as
@@ -89,6 +90,8 @@ pub enum Event {
     },
     /// Another node sent a sealed signal to this node.
     Signal(Vec<u8>),
+    /// The list of controllers changed.
+    Controllers(Vec<ControllerAddress>),
     /// The grant of this node changed.
     Grant(Box<Grant>),
     /// The controller accepted this node's record, with these remarks (prefixes that other nodes
@@ -117,7 +120,12 @@ pub struct Discovery {
     state: Arc<StateDir>,
     keys: Keys,
     membership: Membership,
+    /// Controllers of the configuration, which override all others. Empty: there are none.
+    configured: watch::Receiver<Vec<ControllerAddress>>,
+    /// Effective list of controllers.
     controllers: Vec<ControllerAddress>,
+    /// Number of attempts since the list changed. Each attempt takes the next one of the list.
+    attempt: usize,
     mark: u32,
     certificate: Vec<CertificateDer<'static>>,
     counters: Counters,
@@ -151,8 +159,9 @@ pub struct Setup {
     pub keys: Keys,
     /// Membership of the node.
     pub membership: Membership,
-    /// `host:port` of each controller; at least one.
-    pub controllers: Vec<ControllerAddress>,
+    /// Controllers of the configuration, which override those of the membership. Empty: there are
+    /// none.
+    pub configured: watch::Receiver<Vec<ControllerAddress>>,
     /// Routing mark for the task's sockets.
     pub mark: u32,
     /// Map from the cache file.
@@ -165,11 +174,14 @@ impl Discovery {
     /// Creates a task, to be run with [`Self::run`]. It sends its events to `events`.
     pub fn new(setup: Setup, events: mpsc::Sender<Event>) -> Result<Self, StateError> {
         let certificate = setup.state.certificate()?.unwrap_or_default();
+        let controllers = join::controllers(&setup.configured.borrow(), &setup.membership);
         Ok(Self {
             state: setup.state,
             keys: setup.keys,
             membership: setup.membership,
-            controllers: setup.controllers,
+            configured: setup.configured,
+            controllers,
+            attempt: 0,
             mark: setup.mark,
             certificate,
             counters: setup.counters,
@@ -188,7 +200,13 @@ impl Discovery {
     ) {
         // Number of consecutive sessions that could not be opened.
         let mut failures = 0;
-        for address in self.controllers.clone().into_iter().cycle() {
+        loop {
+            if self.update_controllers().await.is_err() {
+                return;
+            }
+            let index = self.attempt % self.controllers.len().max(1);
+            let Some(address) = self.controllers.get(index).cloned() else { return };
+            self.attempt += 1;
             let ended =
                 self.session(&address, &mut announcements, &mut commands, &mut failures).await;
             let reason = match ended {
@@ -207,8 +225,46 @@ impl Discovery {
             }
             let pause = BACKOFF.pause(failures, rand::rng().random());
             failures = failures.saturating_add(1);
-            if !wait(pause, &text, &mut commands).await {
+            if !self.wait(pause, &text, &mut commands).await {
                 return;
+            }
+        }
+    }
+
+    /// Updates the effective list of controllers, and reports it if it changed.
+    async fn update_controllers(&mut self) -> Result<(), Ended> {
+        let controllers = join::controllers(&self.configured.borrow_and_update(), &self.membership);
+        if controllers == self.controllers {
+            return Ok(());
+        }
+        self.controllers.clone_from(&controllers);
+        self.attempt = 0;
+        tracing::info!(?controllers, "list of controllers changed");
+        self.events.send(Event::Controllers(controllers)).await.map_err(|_| Ended::Stop)
+    }
+
+    /// Waits for the backoff and refuses commands that need a session. Ends early if other
+    /// controllers are configured. Returns false if the task must stop.
+    async fn wait(
+        &mut self,
+        backoff: Duration,
+        reason: &str,
+        commands: &mut mpsc::Receiver<Command>,
+    ) -> bool {
+        let pause = sleep(backoff);
+        tokio::pin!(pause);
+        loop {
+            tokio::select! {
+                () = &mut pause => return true,
+                // The list is read before the next attempt.
+                changed = self.configured.changed() => return changed.is_ok(),
+                command = commands.recv() => match command {
+                    Some(Command::Leave(reply)) => {
+                        let _ = reply.send(Err(reason.to_owned()));
+                    }
+                    Some(Command::Signal(..)) => {}
+                    None => return false,
+                },
             }
         }
     }
@@ -280,6 +336,7 @@ impl Discovery {
         self.certificate_event().await?;
         let reflectors = reflectors(connection.remote, &ready);
         Ok(Session {
+            address: address.clone(),
             client,
             channel: connection.channel,
             requests,
@@ -298,7 +355,11 @@ impl Discovery {
     async fn dial(&self, address: &ControllerAddress) -> Result<dial::Connection, Ended> {
         let client = Some((self.certificate.as_slice(), &self.keys.identity));
         let config = Arc::new(tls::member(&self.membership.ca, client)?);
-        Ok(dial::dial(address, config, self.mark).await?)
+        let mut configured = self.configured.clone();
+        tokio::select! {
+            connection = dial::dial(address, config, self.mark) => Ok(connection?),
+            _ = configured.changed() => Err(NotConnected::OtherControllers.into()),
+        }
     }
 
     /// Takes over the epoch, the mesh configuration and the grant of the first message.
@@ -378,6 +439,13 @@ impl Discovery {
                     let next = until_renewal(&self.certificate, SystemTime::now());
                     renewal.as_mut().reset(Instant::now() + next);
                 }
+                changed = self.configured.changed() => {
+                    changed.map_err(|_| Ended::Stop)?;
+                    self.update_controllers().await?;
+                    if !self.controllers.contains(&session.address) {
+                        return Err(NotConnected::OtherControllers.into());
+                    }
+                }
                 command = commands.recv() => {
                     match command {
                         Some(Command::Leave(reply)) => self.leave(session, reply).await?,
@@ -433,12 +501,10 @@ impl Discovery {
             // copy.
             self.counters.generation = self.counters.generation.max(record.generation);
         }
-        let mesh = applied.changes.iter().rev().find_map(|change| match change {
-            MapChange::Mesh(mesh) => Some(mesh.clone()),
-            MapChange::Upsert(_) | MapChange::Remove(_) => None,
-        });
-        if let Some(mesh) = mesh {
-            self.membership.mesh = mesh;
+        if self.membership.update(&self.map) {
+            // The next start needs it before it has the map, for the list of controllers.
+            kept(self.state.store_membership(&self.membership));
+            self.update_controllers().await?;
         }
         if applied.changes.is_empty() {
             return Ok(());
@@ -587,6 +653,7 @@ fn kept(stored: Result<(), StateError>) {
 
 /// One session with one controller.
 struct Session {
+    address: ControllerAddress,
     client: DiscoveryClient<Channel>,
     channel: Channel,
     requests: mpsc::Sender<pb::WatchRequest>,
@@ -643,25 +710,6 @@ fn reflectors(remote: SocketAddr, ready: &pb::WatchReady) -> Vec<SocketAddr> {
     reflectors.sort_unstable();
     reflectors.dedup();
     reflectors
-}
-
-/// Waits for the backoff and refuses commands that need a session. Returns false if the task must
-/// stop.
-async fn wait(backoff: Duration, reason: &str, commands: &mut mpsc::Receiver<Command>) -> bool {
-    let pause = sleep(backoff);
-    tokio::pin!(pause);
-    loop {
-        tokio::select! {
-            () = &mut pause => return true,
-            command = commands.recv() => match command {
-                Some(Command::Leave(reply)) => {
-                    let _ = reply.send(Err(reason.to_owned()));
-                }
-                Some(Command::Signal(..)) => {}
-                None => return false,
-            },
-        }
-    }
 }
 
 /// Returns whether the controller refused the record itself, so that another session would not

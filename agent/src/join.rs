@@ -311,12 +311,22 @@ pub fn status_message(status: &tonic::Status) -> String {
     }
 }
 
-/// Returns the effective list of controllers: the configured ones, or else those of the membership.
+/// Returns the effective list of controllers: the configured ones, or else those of the mesh's
+/// configuration and then those of the join token, which help where that list became wrong.
 pub fn controllers(
     configured: &[ControllerAddress],
     membership: &Membership,
 ) -> Vec<ControllerAddress> {
-    if configured.is_empty() { membership.controllers.clone() } else { configured.to_vec() }
+    if !configured.is_empty() {
+        return configured.to_vec();
+    }
+    let mut controllers = membership.mesh.controllers.clone();
+    for address in &membership.controllers {
+        if !controllers.contains(address) {
+            controllers.push(address.clone());
+        }
+    }
+    controllers
 }
 
 #[cfg(test)]

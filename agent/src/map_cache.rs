@@ -81,6 +81,11 @@ impl MapCache {
         }
     }
 
+    /// Returns the mesh configuration, as it was signed and parsed.
+    pub fn mesh(&self) -> Option<(&pb::Signed, &MeshConfig)> {
+        self.mesh.as_ref().map(|(signed, mesh)| (signed, mesh))
+    }
+
     /// Returns the record that the mesh has of this node.
     pub fn own_record(&self) -> Option<&Record> {
         self.own_record.as_ref()

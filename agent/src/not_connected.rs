@@ -34,6 +34,9 @@ pub enum NotConnected {
     /// This machine lost the address that the connection was bound to.
     #[error("this machine no longer has the address {0}")]
     AddressGone(IpAddr),
+    /// The configuration was reloaded, and names other controllers.
+    #[error("other controllers are configured")]
+    OtherControllers,
     /// The controller sent something that a controller of this mesh does not send.
     #[error("invalid response from the controller: {0}")]
     InvalidResponse(&'static str),
@@ -61,6 +64,7 @@ codes! {
         Ended => "controller-session-ended",
         Broken => "controller-connection-broken",
         AddressGone => "local-address-gone",
+        OtherControllers => "other-controllers-configured",
         InvalidResponse => "controller-response-invalid",
         InvalidStatement => "controller-statement-invalid",
         Renewal => "certificate-not-renewed",

@@ -37,7 +37,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Listening address.
     pub listen: SocketAddr,
-    /// Addresses of the controllers that are written into tokens.
+    /// Addresses of the controllers that are written into tokens. At the first start they become the
+    /// mesh's list of controllers.
     pub advertise: Vec<ControllerAddress>,
     /// Settings of the mesh.
     pub mesh: MeshSettings,

@@ -25,6 +25,7 @@ use towline_proto::node::MeshConfig;
 use towline_proto::pb::admin_server::AdminServer;
 use towline_proto::pb::discovery_server::DiscoveryServer;
 use towline_proto::source_limiter::SourceLimiter;
+use towline_proto::token::ControllerAddress;
 use towline_service::port_owner::{self, PortOwner, Transport};
 use x25519_dalek::{PublicKey, StaticSecret};
 
@@ -153,7 +154,8 @@ impl Controller {
         let now = clock::now();
         let fresh = is_fresh(&dir)?;
         let authority = Arc::new(Authority::load_or_create(&dir, fresh, now.unix)?);
-        let (store, ledger) = open_ledger(&dir, fresh, &authority, &config.mesh, now)?;
+        let (store, ledger) =
+            open_ledger(&dir, fresh, &authority, &config.mesh, &config.advertise, now)?;
         // A controller that was set up before serves its mesh even if the disk is full.
         match authority::renew_admin(&dir, &authority, now.unix) {
             Err(error) if fresh => return Err(error.into()),
@@ -316,6 +318,7 @@ fn open_ledger(
     fresh: bool,
     authority: &Arc<Authority>,
     settings: &MeshSettings,
+    advertise: &[ControllerAddress],
     now: Now,
 ) -> Result<(Store, Ledger), ServeError> {
     let path = dir.store();
@@ -330,10 +333,11 @@ fn open_ledger(
     } else {
         Store::open(&path)?
     };
-    begin(dir, store, authority, settings, now)
+    begin(dir, store, authority, settings, advertise, now)
 }
 
-/// Loads the ledger, counts this start and applies the configuration.
+/// Loads the ledger, counts this start and applies the configuration. The addresses that this
+/// controller advertises become the mesh's list of controllers if it has none yet.
 ///
 /// If the disk accepts no writes, the mesh is served unchanged. The start is not counted then, so
 /// that the next start finds consistent counters.
@@ -342,6 +346,7 @@ fn begin(
     mut store: Store,
     authority: &Arc<Authority>,
     settings: &MeshSettings,
+    advertise: &[ControllerAddress],
     now: Now,
 ) -> Result<(Store, Ledger), ServeError> {
     let mut ledger = writer::read(&store, authority.clone(), now)?;
@@ -366,7 +371,19 @@ fn begin(
         if let Some(ranges) = &settings.bypass_when_down {
             mesh.bypass_when_down.clone_from(ranges);
         }
+        if mesh.controllers.is_empty() {
+            mesh.controllers = advertise.to_vec();
+        }
     })?;
+    let listed = &ledger.registry().mesh().config.controllers;
+    if let Some(address) = advertise.iter().find(|address| !listed.contains(address)) {
+        tracing::warn!(
+            %address,
+            ?listed,
+            "an advertised address is not in the mesh's list of controllers: change the list with \
+             `towline-controller mesh set --controllers`"
+        );
+    }
     match store.commit(store.sequence(), &ledger.take_changes(BTreeMap::new).writes) {
         Ok(_) => {}
         // The new epoch of a restored store must be on the disk before a client sees it.
@@ -409,6 +426,7 @@ fn first_mesh(authority: &Authority, settings: &MeshSettings) -> Result<MeshConf
         protected: settings.protected.clone().unwrap_or_default(),
         trusted_sites: settings.trusted_sites.clone().unwrap_or_default(),
         bypass_when_down: settings.bypass_when_down.clone().unwrap_or_default(),
+        controllers: Vec::new(),
         lease: settings.lease.unwrap_or(LEASE),
         generation: 1,
     })
@@ -486,14 +504,14 @@ mod tests {
         let now = clock::now();
         let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
         let settings = MeshSettings::default();
-        let mut first = open_ledger(&dir, true, &authority, &settings, now).unwrap();
+        let mut first = open_ledger(&dir, true, &authority, &settings, &[], now).unwrap();
         let mesh = first.1.registry().mesh().clone();
         drop(first);
         let before = dir.starts().unwrap().unwrap();
 
         let store = Store::open(&dir.store()).unwrap();
         store.fail_next_commit();
-        let (mut store, mut ledger) = begin(&dir, store, &authority, &settings, now).unwrap();
+        let (mut store, mut ledger) = begin(&dir, store, &authority, &settings, &[], now).unwrap();
         assert_eq!(*ledger.registry().mesh(), mesh);
         assert_eq!(dir.starts().unwrap(), Some(before));
         // Once the disk has room, commits succeed again.
@@ -505,8 +523,8 @@ mod tests {
         dir.set_starts(ahead).unwrap();
         let store = Store::open(&dir.store()).unwrap();
         store.fail_next_commit();
-        assert!(begin(&dir, store, &authority, &settings, now).is_err());
-        let (_store, _ledger) = open_ledger(&dir, false, &authority, &settings, now).unwrap();
+        assert!(begin(&dir, store, &authority, &settings, &[], now).is_err());
+        let (_store, _ledger) = open_ledger(&dir, false, &authority, &settings, &[], now).unwrap();
         assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
     }
 

@@ -216,6 +216,36 @@ fn what_holds_for_the_mesh_is_changed_list_by_list_and_survives_a_restart() {
 }
 
 #[test]
+fn the_list_of_controllers_begins_with_what_is_advertised_and_is_changed_by_an_operator() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().to_str().unwrap();
+    let listed = || {
+        let shown = run(&["mesh", "show", "-o", "json", "--state-dir", dir]);
+        let mesh: serde_json::Value = serde_json::from_str(&stdout(&shown)).unwrap();
+        mesh["controllers"].clone()
+    };
+    let set = |list: &str| run(&["mesh", "set", "--state-dir", dir, "--controllers", list]);
+
+    let controller = Running::start(root.path());
+    assert_eq!(listed(), serde_json::json!(["controller.example:7443"]));
+    stdout(&set("203.0.113.7:7443,[2001:db8::7]:7443"));
+    controller.kill();
+    let _controller = Running::start(root.path());
+    assert_eq!(listed(), serde_json::json!(["203.0.113.7:7443", "[2001:db8::7]:7443"]));
+
+    // A token has the mesh's controllers, and this one as long as it is not among them.
+    let created = run(&["token", "create", "--state-dir", dir]);
+    let token: JoinToken = stdout(&created).trim_end().parse().unwrap();
+    let addresses: Vec<String> = token.controllers.iter().map(ToString::to_string).collect();
+    let expected = ["203.0.113.7:7443", "[2001:db8::7]:7443", "controller.example:7443"];
+    assert_eq!(addresses, expected);
+
+    assert_eq!(set("nowhere").status.code(), Some(2));
+    assert_eq!(set("").status.code(), Some(2));
+    assert!(failure(&set(&["a:1"; 9].join(","))).contains("too long"));
+}
+
+#[test]
 fn what_cannot_be_is_one_line_and_a_status() {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().to_str().unwrap();

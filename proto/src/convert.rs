@@ -15,6 +15,7 @@ use crate::node::{
     Candidate, CandidateKind, Grant, MeshConfig, OverlayAddresses, Record, Tombstone,
 };
 use crate::pb;
+use crate::token::ControllerAddress;
 
 /// Error of parsing a message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -94,6 +95,13 @@ pub fn site(text: String) -> Result<Option<Label>, Invalid> {
 pub fn sites(list: Vec<String>) -> Result<Vec<Label>, Invalid> {
     bounded("list of sites", list.len(), limits::TRUSTED_SITES)?;
     list.iter().map(|text| Ok(text.parse()?)).collect()
+}
+
+/// Parses a list of at most [`limits::CONTROLLERS`] addresses of controllers.
+pub fn controllers(list: &[String]) -> Result<Vec<ControllerAddress>, Invalid> {
+    let what = "address of a controller";
+    bounded("list of controllers", list.len(), limits::CONTROLLERS)?;
+    list.iter().map(|text| text.parse().map_err(|_| Invalid::Address(what))).collect()
 }
 
 /// Parses a map of at most [`limits::LABELS`] labels.
@@ -306,6 +314,7 @@ impl TryFrom<pb::MeshConfig> for MeshConfig {
             lease: Duration::from_secs(mesh.lease_seconds.into()),
             trusted_sites: sites(mesh.trusted_sites)?,
             bypass_when_down: prefixes(&mesh.bypass_when_down)?,
+            controllers: controllers(&mesh.controllers)?,
             generation: mesh.generation,
         })
     }
@@ -321,6 +330,7 @@ impl From<&MeshConfig> for pb::MeshConfig {
             lease_seconds: u32::try_from(mesh.lease.as_secs()).unwrap_or(u32::MAX),
             trusted_sites: mesh.trusted_sites.iter().map(ToString::to_string).collect(),
             bypass_when_down: mesh.bypass_when_down.iter().map(Into::into).collect(),
+            controllers: mesh.controllers.iter().map(ToString::to_string).collect(),
             generation: mesh.generation,
         }
     }

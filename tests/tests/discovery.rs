@@ -14,11 +14,12 @@ use towline_agent::state::{Counters, Membership, StateDir};
 use towline_core::mesh::MapChange;
 use towline_fixtures::ca::Ca;
 use towline_fixtures::controller::TestController;
-use towline_fixtures::node::{candidate, node};
+use towline_fixtures::node::{candidate, mesh_config, node};
 use towline_proto::id::{Fingerprint, NodeId, TokenId};
-use towline_proto::node::Record;
-use towline_proto::pb::change::Kind::{Tombstone, Upsert};
-use towline_proto::token::{JoinToken, TokenSecret};
+use towline_proto::node::{MeshConfig, Record};
+use towline_proto::pb::change::Kind::{Mesh, Tombstone, Upsert};
+use towline_proto::signed::Domain;
+use towline_proto::token::{ControllerAddress, JoinToken, TokenSecret};
 use towline_proto::{pb, signed};
 use towline_tests::scripted::{Call, ScriptedController, Watch, changes, enroll, own_grant, ready};
 
@@ -40,6 +41,7 @@ struct Daemon {
     events: mpsc::Receiver<Event>,
     announcements: watch::Sender<Option<Announcement>>,
     commands: mpsc::Sender<Command>,
+    configured: watch::Sender<Vec<ControllerAddress>>,
 }
 
 impl Node {
@@ -66,12 +68,13 @@ impl Node {
         let (sender, events) = mpsc::channel(64);
         let (announcements, announced) = watch::channel(None);
         let (commands, queue) = mpsc::channel(1);
+        let (configured, seen) = watch::channel(Vec::new());
         let discovery = Discovery::new(
             Setup {
                 state: self.state.clone(),
                 keys: self.state.keys().unwrap(),
-                membership: self.membership.clone(),
-                controllers: self.membership.controllers.clone(),
+                membership: self.state.membership().unwrap().unwrap(),
+                configured: seen,
                 mark: 0,
                 map: self.state.map(&self.membership).unwrap(),
                 counters: self.state.counters().unwrap(),
@@ -80,7 +83,7 @@ impl Node {
         )
         .unwrap();
         tokio::spawn(discovery.run(announced, queue));
-        Daemon { events, announcements, commands }
+        Daemon { events, announcements, commands, configured }
     }
 }
 
@@ -105,6 +108,14 @@ impl Daemon {
     async fn disconnected(&mut self) -> String {
         self.event(|event| match event {
             Event::Disconnected { reason } => Some(reason.to_string()),
+            _ => None,
+        })
+        .await
+    }
+
+    async fn controllers(&mut self) -> Vec<ControllerAddress> {
+        self.event(|event| match event {
+            Event::Controllers(controllers) => Some(controllers),
             _ => None,
         })
         .await
@@ -166,6 +177,17 @@ impl Scene {
     }
 }
 
+/// Returns the address of a controller.
+fn address(controller: &ScriptedController) -> ControllerAddress {
+    controller.address.to_string().parse().unwrap()
+}
+
+/// Returns the change to a mesh configuration with these controllers.
+fn mesh_with(ca: &Ca, controllers: Vec<ControllerAddress>) -> pb::change::Kind {
+    let mesh = MeshConfig { controllers, generation: 2, ..mesh_config() };
+    Mesh(ca.sign(Domain::Mesh, &pb::MeshConfig::from(&mesh)))
+}
+
 /// Returns the names of the nodes that these changes bring, and fails for other changes.
 fn names(changes: &[MapChange]) -> Vec<&str> {
     fn name(change: &MapChange) -> &str {
@@ -189,6 +211,50 @@ async fn the_map_comes_in_and_a_new_session_resumes_where_the_last_one_ended() {
 
     let watch = scene.controller.watch().await.unwrap();
     assert_eq!((watch.start.epoch, watch.start.revision), (5, 3));
+}
+
+#[tokio::test]
+async fn controllers_of_the_mesh_are_stored_and_come_before_those_of_the_token() {
+    let mut scene = Scene::new().await;
+    let old = address(&scene.controller);
+    let mut other = ScriptedController::start(&scene.ca).await.unwrap();
+    let new = address(&other);
+    let watch = scene.session(1).await;
+    watch.send(changes(1, vec![mesh_with(&scene.ca, vec![new.clone()])])).await;
+    assert_eq!(scene.daemon.controllers().await, [new, old]);
+    drop(watch);
+    other.watch().await.unwrap();
+
+    // A start of the agent knows the new one too, also when it never saw a controller again.
+    drop(scene.daemon);
+    let _daemon = scene.node.start();
+    let watch = other.watch().await.unwrap();
+    assert_eq!(watch.start.revision, 1);
+}
+
+#[tokio::test]
+async fn forged_controllers_are_not_taken() {
+    let mut scene = Scene::new().await;
+    let watch = scene.session(1).await;
+    let forged = mesh_with(&Ca::new(2), vec!["192.0.2.1:7443".parse().unwrap()]);
+    watch.send(changes(1, vec![forged, scene.upsert(2)])).await;
+    scene.daemon.map().await;
+    drop(watch);
+    scene.controller.watch().await.unwrap();
+    assert_eq!(scene.node.state.membership().unwrap().unwrap().mesh, mesh_config());
+}
+
+#[tokio::test]
+async fn configured_controllers_override_all_others_at_once() {
+    let mut scene = Scene::new().await;
+    let _watch = scene.session(1).await;
+    let mut other = ScriptedController::start(&scene.ca).await.unwrap();
+    let wanted = vec![address(&other)];
+    scene.daemon.configured.send_replace(wanted.clone());
+    assert_eq!(scene.daemon.controllers().await, wanted);
+    let reason = scene.daemon.disconnected().await;
+    assert!(reason.contains("other controllers"), "{reason}");
+    other.watch().await.unwrap();
 }
 
 #[tokio::test]

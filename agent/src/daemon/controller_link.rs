@@ -2,10 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use towline_core::mesh::Mesh;
 use towline_proto::id::NodeId;
 use towline_proto::pb;
+use towline_proto::token::ControllerAddress;
 
 use super::problem::Problem;
 use super::report;
@@ -21,6 +22,8 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(60);
 pub(super) struct ControllerLink {
     /// `None`: there is no mesh, and no discovery client.
     commands: Option<mpsc::Sender<Command>>,
+    /// Controllers of the configuration, which override those of the mesh.
+    configured: watch::Sender<Vec<ControllerAddress>>,
     events: mpsc::Receiver<Event>,
     session: Session,
     /// Result of the last publication of the record: remarks about prefixes that other nodes hold,
@@ -49,12 +52,15 @@ pub(super) enum Received {
     Signal(Vec<u8>),
     /// The mesh has another grant of this node.
     Grant,
+    /// These are the controllers from now on.
+    Controllers(Vec<ControllerAddress>),
 }
 
 impl ControllerLink {
     /// Creates the link. `commands` is `None` if there is no mesh.
     pub(super) fn new(
         commands: Option<mpsc::Sender<Command>>,
+        configured: watch::Sender<Vec<ControllerAddress>>,
         events: mpsc::Receiver<Event>,
         certificate_expires_at: i64,
     ) -> Self {
@@ -65,7 +71,8 @@ impl ControllerLink {
             last_heard: None,
             reason: Some(NotConnected::NotYet),
         };
-        Self { commands, events, session, published: Ok(Vec::new()), certificate_expires_at }
+        let published = Ok(Vec::new());
+        Self { commands, configured, events, session, published, certificate_expires_at }
     }
 
     /// Waits for the next event. No event is lost when the future is dropped. `None` if the client
@@ -111,12 +118,23 @@ impl ControllerLink {
             Event::Published(result) => self.published = result,
             Event::Certificate { expires_at } => self.certificate_expires_at = expires_at,
             Event::Signal(datagram) => return Some(Received::Signal(datagram)),
+            Event::Controllers(controllers) => return Some(Received::Controllers(controllers)),
             Event::Grant(grant) => {
                 mesh.set_grant(now, *grant);
                 return Some(Received::Grant);
             }
         }
         None
+    }
+
+    /// Replaces the controllers of the configuration. A session with one that is no longer listed
+    /// ends.
+    pub(super) fn set_configured(&self, controllers: Vec<ControllerAddress>) {
+        self.configured.send_if_modified(|configured| {
+            let is_new = *configured != controllers;
+            *configured = controllers;
+            is_new
+        });
     }
 
     /// Sends a sealed signal to another node, by way of a controller.

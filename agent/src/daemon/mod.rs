@@ -330,6 +330,10 @@ impl Daemon {
                 self.kubernetes_changed();
                 self.announcer.select(&mut self.mesh, self.config.prefix_filter());
             }
+            Some(Received::Controllers(controllers)) => {
+                let underlay = start::underlay(&self.config, &controllers);
+                self.mesh.set_underlay(Instant::now(), underlay);
+            }
         }
     }
 
@@ -426,15 +430,19 @@ impl Daemon {
         let mut kept = fresh.clone();
         kept.node = self.config.node.clone();
         kept.peers.clone_from(&self.config.peers);
+        kept.controller.clone_from(&self.config.controller);
         kept.state_dir.clone_from(&self.config.state_dir);
         kept.socket.clone_from(&self.config.socket);
         if kept != self.config {
             tracing::warn!(
-                "only [node] and [[peer]] were reloaded: restart the agent to apply the rest"
+                "only [node], [controller] and [[peer]] were reloaded: restart the agent to apply \
+                 the rest"
             );
         }
         self.config.node = fresh.node;
         self.config.peers = fresh.peers;
+        self.config.controller = fresh.controller;
+        self.controller.set_configured(self.config.controller.addresses.clone());
         self.mesh.set_addresses(Instant::now(), self.config.node.addresses.clone());
         self.mesh.set_forward_to(Instant::now(), self.config.node.forward_to.clone());
         let networks = self.config.local_networks(self.state.connected_networks());

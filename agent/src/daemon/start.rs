@@ -43,7 +43,7 @@ impl Stored {
     /// Reads the state and counts the start.
     pub(super) fn read(config: &Config, state: &StateDir) -> anyhow::Result<Self> {
         let static_peers = static_peers::load(&config.peers)?;
-        let membership = match state.membership()? {
+        let mut membership = match state.membership()? {
             None if !static_peers.is_empty() => None,
             _ => Some(state.require_membership()?),
         };
@@ -51,6 +51,9 @@ impl Stored {
         let keys = if membership.is_some() { state.keys()? } else { state.keys_or_generate()? };
         let counters = state.start(unix_millis())?;
         let map = membership.as_ref().map(|membership| state.map(membership)).transpose()?;
+        if let (Some(membership), Some(map)) = (&mut membership, &map) {
+            membership.update(map);
+        }
         let connected = state.connected_networks();
         Ok(Self { static_peers, membership, keys, counters, map, connected })
     }
@@ -59,11 +62,7 @@ impl Stored {
     fn mesh(&self, config: &Config, cached: &CachedPrefixes, now: Instant) -> Mesh {
         let core_config = core_config(config, self.membership.as_ref(), self.counters.boot_epoch);
         let mut mesh = Mesh::new(core_config, rand::rng().random(), now);
-        let owner = nix::unistd::geteuid().as_raw();
-        mesh.set_underlay(
-            now,
-            UnderlayPlan { owner, ..config.underlay(&self.controllers(config)) },
-        );
+        mesh.set_underlay(now, underlay(config, &self.controllers(config)));
         mesh.set_addresses(now, config.node.addresses.clone());
         mesh.set_forward_to(now, config.node.forward_to.clone());
         mesh.set_local_networks(now, config.local_networks(self.connected.clone()));
@@ -84,14 +83,14 @@ impl Stored {
         announced: watch::Receiver<Option<Announcement>>,
     ) -> anyhow::Result<ControllerLink> {
         let (events, discovery_events) = mpsc::channel(64);
-        let controllers = self.controllers(config);
+        let (configured, seen) = watch::channel(config.controller.addresses.clone());
         let commands = match (self.membership, self.map) {
             (Some(membership), Some(map)) => {
                 let (commands, queue) = mpsc::channel(64);
                 let setup = discovery::Setup {
                     state: state.clone(),
                     keys: self.keys,
-                    controllers,
+                    configured: seen,
                     membership,
                     mark: config.routing.mark,
                     map,
@@ -103,7 +102,7 @@ impl Stored {
             _ => None,
         };
         let expires_at = report::certificate_expires_at(state);
-        Ok(ControllerLink::new(commands, discovery_events, expires_at))
+        Ok(ControllerLink::new(commands, configured, discovery_events, expires_at))
     }
 
     /// Returns the addresses of the controllers.
@@ -193,6 +192,12 @@ async fn save_again(state: Arc<StateDir>) {
             Err(_stopped) => return,
         }
     }
+}
+
+/// Returns what must bypass the tunnel of an agent that runs as this process's user.
+pub(super) fn underlay(config: &Config, controllers: &[ControllerAddress]) -> UnderlayPlan {
+    let owner = nix::unistd::geteuid().as_raw();
+    UnderlayPlan { owner, ..config.underlay(controllers) }
 }
 
 /// Returns the configuration of the core, which does not change while the agent runs.

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `lock` | nothing; the running agent locks it, and the directory too | once |
 //! | `identity.key`, `wireguard.key` | the node's private keys, 0600 | once, when first needed |
-//! | `membership.json` | mesh, CA certificate, controllers, grant | at the join, at renewals |
+//! | `membership.json` | mesh, CA certificate, controllers, grant | at the join, at renewals, when the mesh configuration changes |
 //! | `certificate.pem` | the client certificate chain | at the join, at renewals |
 //! | `counters.json` | boot epoch and record generation | before each use of a new value |
 //! | `prefixes.json` | prefixes that this node announced, and withdrawn ones that are still guarded | when they change |
@@ -136,7 +136,8 @@ pub struct Membership {
     pub ca: CertificateDer<'static>,
     /// Public key of the CA, from its certificate.
     pub ca_key: IdentityKey,
-    /// Addresses of the controllers.
+    /// Addresses of the controllers from the join token. Those of the mesh's configuration come
+    /// first.
     pub controllers: Vec<ControllerAddress>,
     /// Grant of this node.
     pub grant: Grant,
@@ -639,5 +640,15 @@ impl Membership {
         let grant = signed::grant(Some(&signed_grant), &ca_key)?;
         let mesh = signed::mesh(Some(&signed_mesh), &ca_key)?;
         Ok(Self { ca, ca_key, controllers, grant, signed_grant, mesh, signed_mesh })
+    }
+
+    /// Takes over the mesh configuration of the map if it is newer. Returns whether it was.
+    pub fn update(&mut self, map: &MapCache) -> bool {
+        let Some((signed, mesh)) = map.mesh() else { return false };
+        if mesh.generation <= self.mesh.generation {
+            return false;
+        }
+        (self.mesh, self.signed_mesh) = (mesh.clone(), signed.clone());
+        true
     }
 }

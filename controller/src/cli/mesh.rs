@@ -9,6 +9,7 @@ use clap::{Args, Subcommand};
 use ipnet::IpNet;
 use serde::Serialize;
 use towline_proto::id::{IdentityKey, Label, MeshId};
+use towline_proto::token::ControllerAddress;
 use towline_proto::{pb, signed};
 use towline_service::output::{self, Format};
 
@@ -44,6 +45,10 @@ pub(super) struct Changes {
     /// down, or `none`
     #[arg(long, value_name = "CIDR", value_delimiter = ',')]
     bypass_when_down: Option<Vec<String>>,
+    /// Addresses of the controllers, in the order in which agents try them. Set this before a
+    /// controller moves, while agents are connected
+    #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
+    controllers: Option<Vec<ControllerAddress>>,
 }
 
 pub(super) async fn run(command: Mesh, common: &Common) -> anyhow::Result<()> {
@@ -82,6 +87,9 @@ impl Changes {
                 sites: sites.iter().map(ToString::to_string).collect(),
             }),
             bypass_when_down: ranges("--bypass-when-down", &self.bypass_when_down)?,
+            controllers: self.controllers.as_ref().map(|list| pb::ControllerList {
+                addresses: list.iter().map(ToString::to_string).collect(),
+            }),
         })
     }
 }
@@ -110,6 +118,7 @@ struct View {
     protected: Vec<String>,
     trusted_sites: Vec<String>,
     bypass_when_down: Vec<String>,
+    controllers: Vec<String>,
     lease_seconds: u64,
     generation: u64,
 }
@@ -125,6 +134,7 @@ impl View {
             protected: texts(&mesh.protected),
             trusted_sites: mesh.trusted_sites.iter().map(ToString::to_string).collect(),
             bypass_when_down: texts(&mesh.bypass_when_down),
+            controllers: mesh.controllers.iter().map(ToString::to_string).collect(),
             lease_seconds: mesh.lease.as_secs(),
             generation: mesh.generation,
         })
@@ -138,6 +148,7 @@ fn sheet(mesh: &View) -> String {
         ("protected", output::list(&mesh.protected)),
         ("trusted sites", output::list(&mesh.trusted_sites)),
         ("in clear when down", output::list(&mesh.bypass_when_down)),
+        ("controllers", output::list(&mesh.controllers)),
         ("lease", output::span(Duration::from_secs(mesh.lease_seconds))),
         ("generation", mesh.generation.to_string()),
     ];

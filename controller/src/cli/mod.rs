@@ -87,7 +87,8 @@ struct Serve {
     /// Address to listen on [default: [::]:7443]
     #[arg(long, env = "TOWLINE_CONTROLLER_LISTEN", value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
-    /// Address at which nodes reach the controller, to be written into tokens; may be repeated
+    /// Address at which nodes reach the controller, to be written into tokens; may be repeated. At
+    /// the first start, the mesh's list of controllers (`mesh set --controllers` changes it)
     #[arg(
         long,
         env = "TOWLINE_CONTROLLER_ADVERTISE",

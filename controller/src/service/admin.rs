@@ -21,8 +21,8 @@ use towline_registry::Now;
 use towline_registry::sessions::Sessions;
 use towline_registry::token::{InvalidPattern, TokenTerms};
 
-use super::Shared;
 use super::refusal::Refusal as _;
+use super::{Shared, missing};
 
 /// Default lifetime of a token.
 const TTL: Duration = Duration::from_secs(3600);
@@ -49,7 +49,8 @@ impl Admin for AdminService {
         request: Request<pb::CreateTokenRequest>,
     ) -> Result<Response<pb::CreateTokenResponse>, Status> {
         let request = request.into_inner();
-        if self.shared.advertise.is_empty() {
+        let controllers = self.shared.controllers();
+        if controllers.is_empty() {
             return Err(Status::failed_precondition(
                 "cannot create a token: the controller has no address to advertise: start it with --advertise HOST:PORT",
             ));
@@ -73,12 +74,7 @@ impl Admin for AdminService {
             ledger.registry().create_token(id, hash, terms, expires_at, now).map(token_message)
         };
         let info = self.shared.apply(change).await?.map_err(|error| error.status())?;
-        let token = JoinToken {
-            ca: self.shared.authority.fingerprint(),
-            id,
-            secret,
-            controllers: self.shared.advertise.clone(),
-        };
+        let token = JoinToken { ca: self.shared.authority.fingerprint(), id, secret, controllers };
         Ok(Response::new(pb::CreateTokenResponse { token: token.encode(), info: Some(info) }))
     }
 
@@ -160,8 +156,16 @@ impl Admin for AdminService {
             Some(list) => Some(convert::sites(list.sites).map_err(|error| error.status())?),
             None => None,
         };
+        let controllers = match request.controllers {
+            Some(list) if list.addresses.is_empty() => return Err(missing("controller")),
+            Some(list) => {
+                Some(convert::controllers(&list.addresses).map_err(|error| error.status())?)
+            }
+            None => None,
+        };
         let change = move |ledger: &mut Ledger, _: &Sessions, _| {
             ledger.registry().configure(|mesh| {
+                mesh.controllers = controllers.unwrap_or(std::mem::take(&mut mesh.controllers));
                 mesh.protected = protected.unwrap_or(std::mem::take(&mut mesh.protected));
                 mesh.trusted_sites =
                     trusted_sites.unwrap_or(std::mem::take(&mut mesh.trusted_sites));

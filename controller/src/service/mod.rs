@@ -17,10 +17,10 @@ use parking_lot::Mutex;
 use tonic::Status;
 use towline_proto::convert::Invalid;
 use towline_proto::id::{NodeId, NodeName};
-use towline_proto::pb;
 use towline_proto::rate::Rate;
 use towline_proto::source_limiter::SourceLimiter;
 use towline_proto::token::ControllerAddress;
+use towline_proto::{limits, pb, signed};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::authority::Authority;
@@ -63,7 +63,8 @@ pub struct Shared {
     pub proof_key: StaticSecret,
     /// Public key of [`Self::proof_key`].
     pub proof_public: PublicKey,
-    /// Addresses of the controllers that are written into tokens.
+    /// Addresses of this controller that are written into tokens, after those of the mesh's
+    /// configuration.
     pub advertise: Vec<ControllerAddress>,
     /// Forwarding of signals between nodes.
     pub signals: Signals,
@@ -116,6 +117,21 @@ impl Shared {
     fn tombstone(&self, removed: NodeId) -> Result<pb::Signed, Status> {
         let tombstone = self.map.tombstone(removed);
         tombstone.ok_or_else(|| Status::internal("the removed node has no tombstone"))
+    }
+
+    /// Returns the addresses of the controllers for a token: those of the mesh's configuration, then
+    /// those of this controller.
+    fn controllers(&self) -> Vec<ControllerAddress> {
+        let mesh = self.map.mesh();
+        let mesh = signed::mesh(Some(&mesh), self.authority.public_key());
+        let mut controllers = mesh.map(|mesh| mesh.controllers).unwrap_or_default();
+        for address in &self.advertise {
+            if !controllers.contains(address) {
+                controllers.push(address.clone());
+            }
+        }
+        controllers.truncate(limits::CONTROLLERS);
+        controllers
     }
 
     /// Returns the addresses of this controller's STUN server: the advertised addresses that are IP

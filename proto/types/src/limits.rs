@@ -35,7 +35,7 @@ pub const CSR_BYTES: usize = 4 * 1024;
 pub const CERTIFICATE_BYTES: usize = 8 * 1024;
 /// Certificates in a chain.
 pub const CERTIFICATES: usize = 4;
-/// Controller addresses in a token.
+/// Controller addresses in a token, or in a mesh's configuration.
 pub const CONTROLLERS: usize = 8;
 /// Bytes in a controller address; its length is one byte in a token.
 pub const CONTROLLER_ADDRESS_BYTES: usize = 255;

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::codes;
 use crate::id::{IdentityKey, Label, MeshId, NodeId, NodeName, WireguardKey};
+use crate::token::ControllerAddress;
 
 /// Identity of a node and the prefixes that it may announce. Signed by the CA.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -281,6 +282,9 @@ pub struct MeshConfig {
     /// Ranges in which a node's announced prefixes are reached in clear while the tunnel to it is
     /// down.
     pub bypass_when_down: Vec<IpNet>,
+    /// Addresses of the controllers, in the order in which agents try them. Empty: agents know only
+    /// those of their join token.
+    pub controllers: Vec<ControllerAddress>,
     /// Version number of the configuration. It grows with every change.
     pub generation: u64,
 }

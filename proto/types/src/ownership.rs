@@ -164,6 +164,7 @@ mod tests {
             lease: Duration::from_secs(600),
             trusted_sites: Vec::new(),
             bypass_when_down: Vec::new(),
+            controllers: Vec::new(),
             generation: 1,
         }
     }
