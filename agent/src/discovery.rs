@@ -50,6 +50,9 @@ const LEAVE_ANSWER: Duration = Duration::from_secs(30);
 const PUBLISH_RETRY: Duration = Duration::from_secs(30);
 /// Number of missed heartbeats that end a session.
 const MISSED: u32 = 3;
+/// Number of different reasons that are logged once each. A controller that is away for days is news once,
+/// not at each attempt.
+const LOGGED_REASONS: usize = 16;
 /// Minimum interval between writes of the cached map.
 const CACHE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -200,6 +203,7 @@ impl Discovery {
     ) {
         // Number of consecutive sessions that could not be opened.
         let mut failures = 0;
+        let mut logged = Vec::new();
         loop {
             if self.update_controllers().await.is_err() {
                 return;
@@ -219,7 +223,15 @@ impl Discovery {
                 return;
             }
             let (text, code) = (reason.to_string(), reason.code());
-            tracing::info!(controller = %address, reason = text, code, "discovery session ended");
+            if failures == 0 || logged.len() == LOGGED_REASONS {
+                logged.clear();
+            }
+            if logged.contains(&text) {
+                tracing::debug!(controller = %address, reason = text, code, "discovery session ended");
+            } else {
+                tracing::info!(controller = %address, reason = text, code, "discovery session ended");
+                logged.push(text.clone());
+            }
             if self.events.send(Event::Disconnected { reason }).await.is_err() {
                 return;
             }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use towline_proto::pb;
-use towline_service::output;
+use towline_service::{log, output};
 use tracing_subscriber::EnvFilter;
 
 use super::local::{status_error, with_agent};
@@ -19,11 +19,7 @@ pub(super) fn run(
     // boringtun logs unauthenticated datagrams, which strangers can send in any number.
     let filter = EnvFilter::try_from_env("TOWLINE_LOG")
         .unwrap_or_else(|_| EnvFilter::new("info,boringtun=off"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .init();
+    log::init(filter);
     daemon::run(config, config_path, purpose)
 }
 

@@ -24,6 +24,7 @@ use jiff::SignedDuration;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_proto::id::Label;
 use towline_proto::token::ControllerAddress;
+use towline_service::log;
 use towline_service::notify::Notifier;
 use towline_service::output::{self, OutputError};
 use tracing_subscriber::EnvFilter;
@@ -195,11 +196,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
 fn serve_until_signal(settings: Settings) -> anyhow::Result<()> {
     let config = settings.resolve()?;
     let filter = EnvFilter::try_from_env("TOWLINE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_writer(std::io::stderr)
-        .init();
+    log::init(filter);
     raise_file_limit();
     block_on(async {
         // The handlers are installed before the start, so that no signal is missed.

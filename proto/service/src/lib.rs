@@ -8,6 +8,7 @@
 //! | [`directory`] | a private state directory: its owner, its permissions, how its files are written |
 //! | [`file`] | files that are replaced atomically |
 //! | [`grpc`] | gRPC over a connection that exists already |
+//! | [`log`] | log output, to the journal or elsewhere |
 //! | [`notify`] | notifications to the service manager |
 //! | [`output`] | tables, JSON and YAML on stdout |
 //! | [`pem`] | certificates and keys as PEM text |
@@ -24,6 +25,7 @@ pub mod config_file;
 pub mod directory;
 pub mod file;
 pub mod grpc;
+pub mod log;
 pub mod notify;
 pub mod output;
 pub mod pem;
