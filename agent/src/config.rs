@@ -180,6 +180,23 @@ pub struct KubernetesConfig {
     pub announce_pods: AnnouncePods,
     /// Directory of the CNI configuration. Empty: the usual directories.
     pub cni_dir: PathBuf,
+    /// Address families of the kubelet's `--node-ip`.
+    pub node_ip_families: NodeIpFamilies,
+}
+
+/// Address families of the kubelet's `--node-ip`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NodeIpFamilies {
+    /// Those of the cluster, as far as this node knows it.
+    #[default]
+    Auto,
+    /// IPv4 alone.
+    Ipv4,
+    /// IPv6 alone.
+    Ipv6,
+    /// Both, IPv4 first: a dual-stack cluster.
+    Dual,
 }
 
 /// Whether the node's pod networks are announced.

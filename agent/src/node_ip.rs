@@ -10,9 +10,12 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail};
 
-use crate::config::{Addressing, Config};
+use crate::config::{Addressing, Config, NodeIpFamilies};
+use crate::kubernetes;
 use crate::state::{Membership, StateDir};
+use ipnet::IpNet;
 use towline_host::{CandidatePolicy, HostNetwork};
+use towline_netlink::Rtnetlink;
 
 /// Node IPs, at most one of each family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -62,6 +65,44 @@ pub fn in_force(config: &Config) -> anyhow::Result<NodeIps> {
     Ok(found)
 }
 
+/// Returns the node IPs for the kubelet's `--node-ip`: one of each family that the cluster has. The
+/// kubelet does not start with an address that the machine does not have, so an IPv6 address is left out
+/// where IPv6 is disabled.
+pub fn for_kubelet(config: &Config) -> anyhow::Result<NodeIps> {
+    let all = in_force(config)?;
+    let membership = joined(&config.state_dir)?;
+    let stored = kubernetes::stored(&StateDir::peek(&config.state_dir))?;
+    let pods = stored.map(|facts| facts.pod_cidrs).unwrap_or_default();
+    let families = config.kubernetes.node_ip_families;
+    let wanted = of_families(all, families, &pods, &membership.grant.allowed_prefixes);
+    if config.kubernetes.node_ip_families == NodeIpFamilies::Auto && wanted.v4.is_some() {
+        let existing = Rtnetlink::open().and_then(|mut netlink| netlink.addresses(None))?;
+        let exists = |ip: &IpAddr| existing.iter().any(|address| address.prefix.addr() == *ip);
+        return Ok(NodeIps { v6: wanted.v6.filter(exists), ..wanted });
+    }
+    Ok(wanted)
+}
+
+/// Returns the node IPs of the families that the cluster has: those of this node's pod networks, once they
+/// are known. Before, it has IPv6 if the node may announce IPv6 networks.
+fn of_families(
+    all: NodeIps,
+    families: NodeIpFamilies,
+    pods: &[IpNet],
+    allowed: &[IpNet],
+) -> NodeIps {
+    let has_v6 = |nets: &[IpNet]| nets.iter().any(|net| matches!(net, IpNet::V6(_)));
+    let has_v4 = |nets: &[IpNet]| nets.iter().any(|net| matches!(net, IpNet::V4(_)));
+    let (v4, v6) = match families {
+        NodeIpFamilies::Ipv4 => (true, false),
+        NodeIpFamilies::Ipv6 => (false, true),
+        NodeIpFamilies::Dual => (true, true),
+        NodeIpFamilies::Auto if pods.is_empty() => (true, has_v6(allowed)),
+        NodeIpFamilies::Auto => (has_v4(pods), has_v6(pods)),
+    };
+    NodeIps { v4: all.v4.filter(|_| v4), v6: all.v6.filter(|_| v6) }
+}
+
 fn joined(state_dir: &Path) -> anyhow::Result<Membership> {
     Ok(StateDir::peek(state_dir).require_membership()?)
 }
@@ -75,4 +116,35 @@ fn of_the_machine(config: &Config, membership: &Membership) -> anyhow::Result<No
     };
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
     Ok(NodeIps::first(network.node_ips(&policy).context("cannot read this machine's addresses")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use towline_fixtures::node::nets;
+
+    use super::*;
+
+    #[test]
+    fn the_kubelet_gets_the_families_of_its_cluster() {
+        use NodeIpFamilies::{Auto, Dual, Ipv4, Ipv6};
+        let all = NodeIps::first(["198.19.0.2".parse().unwrap(), "fd00::2".parse().unwrap()]);
+        let dual = ["10.244.0.0/16", "fd00:10::/56"];
+        for (families, pods, allowed, expected) in [
+            // Before the Node object is known, the prefixes of the token tell.
+            (Auto, &[][..], &[][..], "198.19.0.2"),
+            (Auto, &[], &dual[..1], "198.19.0.2"),
+            (Auto, &[], &dual, "198.19.0.2,fd00::2"),
+            (Auto, &[], &dual[1..], "198.19.0.2,fd00::2"),
+            (Auto, &dual, &[], "198.19.0.2,fd00::2"),
+            (Auto, &dual[..1], &dual, "198.19.0.2"),
+            (Auto, &dual[1..], &dual, "fd00::2"),
+            (Ipv4, &dual, &dual, "198.19.0.2"),
+            (Ipv6, &[], &[], "fd00::2"),
+            (Dual, &[], &[], "198.19.0.2,fd00::2"),
+        ] {
+            let found = of_families(all, families, &nets(pods), &nets(allowed));
+            let found: Vec<String> = found.iter().map(|ip| ip.to_string()).collect();
+            assert_eq!(found.join(","), expected, "{families:?} {pods:?} {allowed:?}");
+        }
+    }
 }

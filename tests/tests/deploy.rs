@@ -215,7 +215,14 @@ fn parses_as_shell(text: &str) {
 fn units_name_their_order_and_give_up_what_they_do_not_need() {
     let agent = read("systemd/towline.service");
     let before = agent.lines().find_map(|line| line.strip_prefix("Before=")).unwrap();
-    for unit in ["containerd.service", "kubelet.service", "k3s-agent.service"] {
+    for unit in [
+        "containerd.service",
+        "kubelet.service",
+        "k3s-agent.service",
+        "rke2-agent.service",
+        "k0sworker.service",
+        "snap.microk8s.daemon-kubelite.service",
+    ] {
         assert!(before.split(' ').any(|name| name == unit), "{unit}");
     }
     for line in ["Type=notify", "WatchdogSec=20", "NoNewPrivileges=yes", "ProtectSystem=strict"] {
@@ -282,10 +289,14 @@ fn units_name_their_order_and_give_up_what_they_do_not_need() {
     assert!(!guard.contains("ReadWritePaths"), "it only reads");
     let controller = read("systemd/towline-controller.service");
     assert!(controller.lines().any(|line| line == "Type=notify"), "{controller}");
-    for drop_in in ["kubelet.service.d", "k3s-agent.service.d"] {
+    for drop_in in ["kubelet.service.d", "k3s-agent.service.d", "rke2-agent.service.d"] {
         let text = read(&format!("systemd/{drop_in}/10-towline.conf"));
         assert!(text.contains("After=towline.service"));
-        assert!(text.contains("ExecStartPre=/usr/bin/towline wait"));
+        assert!(text.contains("towline node-ip --kubelet"), "{text}");
+        // systemd ends a start after 90 s by default, and the reason would be lost.
+        let wait = text.lines().find_map(|line| line.split_once("towline wait --timeout "));
+        let seconds: u64 = wait.unwrap().1.parse().unwrap();
+        assert!((31..90).contains(&seconds), "{drop_in}: {seconds}");
     }
 }
 

@@ -96,6 +96,7 @@ fn start(directory: &tempfile::TempDir) -> watch::Receiver<View> {
             kubeconfig: directory.path().join("kubelet.conf"),
             announce_pods: AnnouncePods::Auto,
             cni_dir: directory.path().join("cni"),
+            ..KubernetesConfig::default()
         },
         link: "towline0".into(),
         mtu: Mtu::DEFAULT,

@@ -154,11 +154,19 @@ pub enum Installation {
     K3s,
     /// The layout of RKE2.
     Rke2,
+    /// The layout of k0s.
+    K0s,
+    /// The layout of the MicroK8s snap.
+    MicroK8s,
+    /// The layout of Amazon EKS, on hybrid nodes too. Its kubeconfig runs a program for the
+    /// credentials.
+    Eks,
 }
 
 impl Installation {
     /// All installations, in the order in which their kubeconfig is searched.
-    pub const ALL: [Self; 3] = [Self::Kubeadm, Self::K3s, Self::Rke2];
+    pub const ALL: [Self; 6] =
+        [Self::Kubeadm, Self::K3s, Self::Rke2, Self::K0s, Self::MicroK8s, Self::Eks];
 
     /// Returns the paths of the kubelet's files. The first is the kubeconfig.
     pub fn files(self) -> &'static [&'static str] {
@@ -180,6 +188,18 @@ impl Installation {
                 "/var/lib/rancher/rke2/agent/client-kubelet.key",
                 "/var/lib/rancher/rke2/agent/server-ca.crt",
             ],
+            Self::K0s => &[
+                "/var/lib/k0s/kubelet.conf",
+                "/var/lib/k0s/kubelet/pki/kubelet-client-current.pem",
+                "/var/lib/k0s/pki/ca.crt",
+            ],
+            Self::MicroK8s => &[
+                "/var/snap/microk8s/current/credentials/kubelet.config",
+                "/var/snap/microk8s/current/certs/kubelet.crt",
+                "/var/snap/microk8s/current/certs/kubelet.key",
+                "/var/snap/microk8s/current/certs/ca.crt",
+            ],
+            Self::Eks => &["/var/lib/kubelet/kubeconfig"],
         }
     }
 
@@ -193,10 +213,11 @@ impl Installation {
 }
 
 /// Directories of container network configurations, in the order in which they are searched.
-pub const CNI_DIRECTORIES: [&str; 3] = [
+pub const CNI_DIRECTORIES: [&str; 4] = [
     "/etc/cni/net.d",
     "/var/lib/rancher/k3s/agent/etc/cni/net.d",
     "/var/lib/rancher/rke2/agent/etc/cni/net.d",
+    "/var/snap/microk8s/current/args/cni-network",
 ];
 
 /// Result of a request.
@@ -230,10 +251,13 @@ const OPEN_UPLINK: u8 = 8;
 
 impl Request {
     /// All requests without numbers, for parsing and tests.
-    pub const PLAIN: [Self; 6] = [
+    pub const PLAIN: [Self; 9] = [
         Self::Kubelet(Installation::Kubeadm),
         Self::Kubelet(Installation::K3s),
         Self::Kubelet(Installation::Rke2),
+        Self::Kubelet(Installation::K0s),
+        Self::Kubelet(Installation::MicroK8s),
+        Self::Kubelet(Installation::Eks),
         Self::ContainerNetwork,
         Self::TunDevice,
         Self::SteeringProgram,
@@ -296,6 +320,9 @@ impl Request {
             Self::SteeringProgram => 6,
             Self::GuardUplink(_) => GUARD_UPLINK,
             Self::OpenUplink(_) => OPEN_UPLINK,
+            Self::Kubelet(Installation::K0s) => 9,
+            Self::Kubelet(Installation::MicroK8s) => 10,
+            Self::Kubelet(Installation::Eks) => 11,
         }
     }
 }

@@ -6,7 +6,9 @@ use std::net::IpAddr;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use serde::Serialize;
+use towline_service::log;
 use towline_service::output::{self, Format};
+use tracing_subscriber::EnvFilter;
 
 use crate::config::{Addressing, Config};
 use crate::guard::{self, Guarded};
@@ -27,6 +29,9 @@ pub(super) struct NodeIpArgs {
     /// Only the IPv6 address
     #[arg(short = '6', long, conflicts_with = "ipv4")]
     ipv6: bool,
+    /// Only addresses of the families that this node's cluster has ([kubernetes] node_ip_families)
+    #[arg(long, conflicts_with_all = ["ipv4", "ipv6"])]
+    kubelet: bool,
     /// Print a line for an environment file: KUBELET_EXTRA_ARGS of this command's environment, with
     /// --node-ip added unless it is there
     #[arg(long, conflicts_with = "output")]
@@ -44,7 +49,7 @@ struct NodeIp {
 }
 
 pub(super) fn guard(config: &Config, args: &GuardArgs) -> anyhow::Result<()> {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).without_time().init();
+    log::init(EnvFilter::new("info"));
     if args.watch {
         return guard::watch(config);
     }
@@ -59,7 +64,8 @@ pub(super) fn guard(config: &Config, args: &GuardArgs) -> anyhow::Result<()> {
 /// Prints the node IPs in the format of the kubelet's `--node-ip`: one address, or one of each
 /// family with a comma in between.
 pub(super) fn node_ip(config: &Config, args: &NodeIpArgs) -> anyhow::Result<()> {
-    let found = node_ip::in_force(config)?;
+    let found =
+        if args.kubelet { node_ip::for_kubelet(config)? } else { node_ip::in_force(config)? };
     let wanted = NodeIp {
         addressing: config.node.addressing,
         ipv4: found.v4.filter(|_| !args.ipv6),

@@ -148,7 +148,7 @@ impl Reading {
             return Decision::Wait { reason: CniUnknown::NotConfigured };
         };
         match plugin {
-            "flannel" if !self.flannel_ready => {
+            "flannel" if !self.flannel_ready && !self.has_pods(node_cidrs) => {
                 return Decision::Wait { reason: CniUnknown::NotStarted };
             }
             _ if NATIVE.contains(&plugin) => {}
@@ -181,6 +181,8 @@ impl Reading {
                 {
                     50
                 }
+                // flannel's backend `udp`. Overhead: IPv4 20, UDP 8.
+                "tun" if self.plugin_name() == "flannel" && link.name.starts_with("flannel") => 28,
                 // Without a route, tunl0 is only the default device of the kernel module.
                 "ipip" if self.carries_routes(&link.name) => 20,
                 // Other programs use WireGuard too, so only the names of CNI links count.
@@ -215,6 +217,17 @@ impl Reading {
             let to_pods = node_cidrs.is_empty() || node_cidrs.iter().any(|own| beside(net, own));
             is_network && !link_local(net) && to_pods
         })
+    }
+
+    /// Returns whether the main table leads to pods of this node. flannel's plugin connects no pod
+    /// before its backend has created the link, so that the backend is known then. In a container,
+    /// [`FLANNEL_READY`] may not be visible.
+    fn has_pods(&self, node_cidrs: &[IpNet]) -> bool {
+        let to_pods = |route: &RouteSeen| {
+            let net = &route.destination;
+            route.link.is_some() && node_cidrs.iter().any(|own| own.contains(net))
+        };
+        self.routes.iter().any(to_pods)
     }
 
     fn carries_routes(&self, link: &str) -> bool {
@@ -493,6 +506,36 @@ mod tests {
             route("fe80::/64", Some("cilium_host"), false),
         ];
         assert_eq!(announced(&cilium, &["10.244.0.0/24"]), nets(&["10.0.1.0/24"]));
+    }
+
+    #[test]
+    fn flannel_has_started_once_it_connected_a_pod() {
+        let cidrs = nets(&["10.244.3.0/24"]);
+        let hidden = Reading {
+            flannel_ready: false,
+            routes: vec![route("10.244.3.0/24", Some("cni0"), false)],
+            ..with("flannel")
+        };
+        let decision = hidden.decide(AnnouncePods::Auto, &cidrs, Mtu::DEFAULT);
+        assert!(
+            matches!(decision, Decision::Announce { ref pods, .. } if *pods == cidrs),
+            "{decision:?}"
+        );
+        let others =
+            Reading { routes: vec![route("10.244.4.0/24", Some("eth0"), false)], ..hidden };
+        let decision = others.decide(AnnouncePods::Auto, &cidrs, Mtu::DEFAULT);
+        assert!(matches!(decision, Decision::Wait { .. }), "{decision:?}");
+    }
+
+    #[test]
+    fn flannels_udp_backend_tunnels() {
+        let reading = Reading { links: vec![link("flannel0", "tun", 1472)], ..with("flannel") };
+        let decision = reading.decide(AnnouncePods::Auto, &nets(&["10.244.3.0/24"]), Mtu::DEFAULT);
+        assert!(matches!(decision, Decision::Tunnelled { mtu: 1392, .. }), "{decision:?}");
+        // Another program's.
+        let bridge = Reading { links: vec![link("flannel0", "tun", 1472)], ..with("bridge") };
+        let decision = bridge.decide(AnnouncePods::Auto, &nets(&["10.244.3.0/24"]), Mtu::DEFAULT);
+        assert!(matches!(decision, Decision::Announce { .. }), "{decision:?}");
     }
 
     #[test]

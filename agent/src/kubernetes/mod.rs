@@ -30,7 +30,7 @@ use tokio::sync::watch;
 use towline_proto::mtu::Mtu;
 
 use crate::config::KubernetesConfig;
-use crate::state::StateDir;
+use crate::state::{StateDir, StateError};
 
 pub use reason::{ApiError, CniUnknown, NodeProblem, Unavailable};
 
@@ -87,6 +87,15 @@ pub struct Facts {
     pub node_ips: Vec<IpAddr>,
     /// Pod networks to announce.
     pub pods: Vec<IpNet>,
+    /// Pod networks of the Node object, whoever routes them. Their families are the cluster's.
+    #[serde(default)]
+    pub pod_cidrs: Vec<IpNet>,
+}
+
+/// Returns the facts that an earlier run stored in the state directory.
+pub fn stored(state: &StateDir) -> Result<Option<Facts>, StateError> {
+    let bytes = state.kubernetes()?;
+    Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
 }
 
 /// Starts the task. The receiver starts with the facts of an earlier run.
@@ -105,13 +114,10 @@ pub fn start(setup: Setup) -> watch::Receiver<View> {
 
 /// Returns the view before the first contact: the stored facts, not connected.
 fn first_view(state: &StateDir) -> View {
-    let facts = match state.kubernetes() {
-        Ok(bytes) => bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()),
-        Err(error) => {
-            tracing::warn!(%error, "stored kubernetes facts not read");
-            None
-        }
-    };
+    let facts = stored(state).unwrap_or_else(|error| {
+        tracing::warn!(%error, "stored kubernetes facts not read");
+        None
+    });
     View {
         facts: facts.unwrap_or_default(),
         reason: Some(Unavailable::NoCredentials(String::new())),

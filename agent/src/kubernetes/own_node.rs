@@ -266,6 +266,7 @@ impl Task {
             node: node.name.clone(),
             node_ips: node.node_ips.clone(),
             pods: self.view.facts.pods.clone(),
+            pod_cidrs: node.pod_cidrs.clone(),
         };
         let mtu = self.setup.mtu;
         let cni = match reading.decide(self.setup.config.announce_pods, &node.pod_cidrs, mtu) {

@@ -150,7 +150,7 @@ fn deploy(name: &str) -> anyhow::Result<Vec<u8>> {
     std::fs::read(&path).with_context(|| format!("no {}", path.display()))
 }
 
-const UNITS: [&str; 9] = [
+const UNITS: [&str; 10] = [
     "towline.service",
     "towline-guard.service",
     "towline-helper.socket",
@@ -160,6 +160,7 @@ const UNITS: [&str; 9] = [
     "towline-join.timer",
     "kubelet.service.d/10-towline.conf",
     "k3s-agent.service.d/10-towline.conf",
+    "rke2-agent.service.d/10-towline.conf",
 ];
 
 /// Declarations of system users and directories: the path below `usr/lib` and below
