@@ -52,7 +52,7 @@ pub enum JoinError {
     },
     /// Another node has the name.
     #[error(
-        "the name `{name}` is taken by node {holder}: choose another name, or create the token with --replace {name} if this machine replaces that node"
+        "the name `{name}` is taken by node {holder}: choose another one with --name, or create the token with --replace {name} if this machine replaces that node"
     )]
     NameTaken {
         /// Name that the node requested.

@@ -54,7 +54,11 @@ impl Registry {
         if self.members.len() - freed >= limits::NODES {
             return Err(JoinError::MeshFull);
         }
-        let (overlay, v4_cursor) = self.allocate(join.node_id)?;
+        let (overlay, v4_cursor) = match replaced.and_then(|node| self.members.get(node)) {
+            // The machine is installed again, and files on it and elsewhere name its addresses.
+            Some(member) => (member.grant.overlay, self.counters.v4_cursor),
+            None => self.allocate(join.node_id)?,
+        };
 
         // All checks have passed; nothing below can fail.
         if let Some(replaced) = replaced {

@@ -87,11 +87,14 @@ fn a_reinstalled_machine_takes_the_place_of_the_old_node() {
     let mut world = World::new();
     let old = world.node("a", 1, &["10.0.0.0/24"]);
     world.announce(old, 1, "10.0.0.0/24");
+    let overlay = |world: &World, node| world.registry.members.get(node).unwrap().grant.overlay;
+    let addresses = overlay(&world, old);
     let replace = Some("a".parse::<NodeName>().unwrap());
     let allowed_prefixes = vec![net("10.0.0.0/24")];
     let token = world.token(TokenTerms { replace, allowed_prefixes, ..terms() });
     let new = world.join(token, "a", 2).unwrap();
     assert!(world.is_removed(old));
+    assert_eq!(overlay(&world, new), addresses, "files on the machine name them");
     world.open(new);
     assert!(world.announce(new, 1, "10.0.0.0/24").is_empty());
     assert_eq!(world.holder("10.0.0.0/24"), Some(new));
