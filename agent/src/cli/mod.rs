@@ -61,7 +61,8 @@ enum Command {
     Agent,
     /// Run as a relay only, for nodes that have no direct path: no link, no routes
     Relay,
-    /// Wait until the mesh is up
+    /// Wait until the mesh can be used: link, routes and guards are in place. Waits for any other
+    /// node for at most 30 s
     Wait(wait::WaitArgs),
     /// Show the state of this node
     Status(OutputArgs),

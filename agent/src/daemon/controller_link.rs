@@ -57,17 +57,19 @@ pub(super) enum Received {
 }
 
 impl ControllerLink {
-    /// Creates the link. `commands` is `None` if there is no mesh.
+    /// Creates the link. `commands` is `None` if there is no mesh. `revision` is that of the cached
+    /// map; 0 if there is none.
     pub(super) fn new(
         commands: Option<mpsc::Sender<Command>>,
         configured: watch::Sender<Vec<ControllerAddress>>,
         events: mpsc::Receiver<Event>,
+        revision: u64,
         certificate_expires_at: i64,
     ) -> Self {
         let session = Session {
             is_connected: false,
             address: String::new(),
-            revision: 0,
+            revision,
             last_heard: None,
             reason: Some(NotConnected::NotYet),
         };

@@ -83,6 +83,7 @@ impl Stored {
         announced: watch::Receiver<Option<Announcement>>,
     ) -> anyhow::Result<ControllerLink> {
         let (events, discovery_events) = mpsc::channel(64);
+        let revision = self.map.as_ref().map_or(0, |map| map.position().1);
         let (configured, seen) = watch::channel(config.controller.addresses.clone());
         let commands = match (self.membership, self.map) {
             (Some(membership), Some(map)) => {
@@ -102,7 +103,7 @@ impl Stored {
             _ => None,
         };
         let expires_at = report::certificate_expires_at(state);
-        Ok(ControllerLink::new(commands, configured, discovery_events, expires_at))
+        Ok(ControllerLink::new(commands, configured, discovery_events, revision, expires_at))
     }
 
     /// Returns the addresses of the controllers.

@@ -385,8 +385,8 @@ pub const CASES: &[Case] = &[
 
 /// Kernel argument that prevents nftables from being loaded.
 const NO_NFTABLES: &str = "modprobe.blacklist=nf_tables";
-/// Command that exits with 0 once the mesh is up.
-const MESH_UP: &str = "towline wait --timeout 40";
+/// Command that exits with 0 once the machine is ready and a peer is up.
+const MESH_UP: &str = "towline wait --timeout 40 && towline peers -o json | grep -q '\"up\"'";
 /// Time for which a machine is watched for clear packets once it is in a state.
 const WINDOW: Duration = Duration::from_secs(5);
 
