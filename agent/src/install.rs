@@ -35,6 +35,10 @@ const UNITS: &[Unit] = &[
         "k3s-agent.service.d/10-towline.conf",
         include_str!("../../deploy/systemd/k3s-agent.service.d/10-towline.conf"),
     ),
+    (
+        "rke2-agent.service.d/10-towline.conf",
+        include_str!("../../deploy/systemd/rke2-agent.service.d/10-towline.conf"),
+    ),
 ];
 
 /// Declarations of system users and directories, below `/usr/lib` (from a package) or `/etc`
@@ -58,19 +62,29 @@ const PACKAGE_NETWORKD_FILES: [&str; 2] = [
 const ADMIN_UNITS: &str = "/etc/systemd/system";
 /// Directories of the units that a package ships.
 const PACKAGE_UNITS: [&str; 2] = ["/usr/lib/systemd/system", "/lib/systemd/system"];
-/// Path of the agent's program, as the units use it.
-const PROGRAM: &str = "/usr/bin/towline";
+/// Directories for the programs, in the order in which they are tried: `/usr` is read-only on some
+/// systems, and `/usr/local` and `/opt` on others. The last one belongs to root like the others, and is
+/// not the state directory: its owner, the agent's user, must not replace what root runs.
+const PROGRAM_DIRECTORIES: [&str; 4] =
+    ["/usr/bin", "/usr/local/bin", "/opt/bin", "/var/lib/towline-programs"];
+/// File that a Debian package's installation leaves.
+const DEBIAN_PACKAGE: &str = "/var/lib/dpkg/info/towline.list";
+/// Name of the agent's program.
+const PROGRAM: &str = "towline";
+/// Name of the helper's program, which is shipped next to the agent's.
+const HELPER_PROGRAM: &str = "towline-helper";
 const AGENT: &str = "towline.service";
 const HELPER: &str = "towline-helper.socket";
-/// Path of the helper's program, as its unit uses it.
-const HELPER_PROGRAM: &str = "/usr/bin/towline-helper";
 const GUARD: &str = "towline-guard.service";
 /// Timer that repeats a failed join.
 const RETRY_TIMER: &str = "towline-join.timer";
 /// Path of the token for a retry.
 pub const TOKEN: &str = "/etc/towline/token";
-/// Path of the file that the drop-in for k3s writes.
-const K3S_ADDRESS: &str = "/etc/rancher/k3s/config.yaml.d/10-towline.yaml";
+/// Paths of the files that the drop-ins for k3s and RKE2 write.
+const RANCHER_ADDRESSES: [&str; 2] = [
+    "/etc/rancher/k3s/config.yaml.d/10-towline.yaml",
+    "/etc/rancher/rke2/config.yaml.d/10-towline.yaml",
+];
 
 /// Tree to install into: the machine, or a directory.
 #[derive(Debug, Clone)]
@@ -102,16 +116,23 @@ impl Tree {
         self.root == Path::new("/") && Path::new("/run/systemd/system").is_dir()
     }
 
-    /// Writes the program, the configuration and the units.
-    pub fn install(&self, configuration: &str) -> anyhow::Result<Changes> {
+    /// Writes what a join needs: the configuration, and the users that own the state directory.
+    pub fn prepare(&self, configuration: &str) -> anyhow::Result<Changes> {
         let mut changes = Changes::default();
-        self.program(&mut changes)?;
         self.users(&mut changes)?;
         if !self.path(DEFAULT_PATH).exists() {
             self.write(DEFAULT_PATH, configuration.as_bytes(), 0o644, &mut changes)?;
         }
+        Ok(changes)
+    }
+
+    /// Writes the programs and the units.
+    pub fn install(&self) -> anyhow::Result<Changes> {
+        let mut changes = Changes::default();
+        self.users(&mut changes)?;
+        let directory = self.programs(&mut changes)?;
         for unit in UNITS {
-            self.unit(*unit, &mut changes)?;
+            self.unit(*unit, directory, &mut changes)?;
         }
         if !PACKAGE_NETWORKD_FILES.iter().any(|place| self.path(place).is_file()) {
             self.write(NETWORKD_FILE, NETWORKD.as_bytes(), 0o644, &mut changes)?;
@@ -178,7 +199,7 @@ impl Tree {
         for (name, text) in UNITS.iter().filter(|(name, _)| name.ends_with(".conf")) {
             let path = Path::new(ADMIN_UNITS).join(name);
             match std::fs::read_to_string(self.path(&path)) {
-                Ok(found) if found == *text => {
+                Ok(found) if is_ours(&found, text) => {
                     remove(&self.path(&path))?;
                     done.push(format!("removed {}", path.display()));
                 }
@@ -186,10 +207,12 @@ impl Tree {
                 Err(_) => {}
             }
         }
-        let k3s = self.path(K3S_ADDRESS);
-        if std::fs::read_to_string(&k3s).is_ok_and(|text| text.contains("flannel-iface: towline")) {
-            remove(&k3s)?;
-            done.push(format!("removed {K3S_ADDRESS}"));
+        for address in RANCHER_ADDRESSES {
+            let path = self.path(address);
+            if std::fs::read_to_string(&path).is_ok_and(|text| text.starts_with("node-ip: ")) {
+                remove(&path)?;
+                done.push(format!("removed {address}"));
+            }
         }
         if self.has_systemd() && !done.is_empty() {
             systemctl(&["daemon-reload"])?;
@@ -241,8 +264,14 @@ impl Tree {
     fn users(&self, changes: &mut Changes) -> anyhow::Result<()> {
         for (place, text) in DECLARATIONS {
             let packaged = self.path(Path::new("/usr/lib").join(place)).is_file();
-            if !packaged {
-                self.write(Path::new("/etc").join(place), text.as_bytes(), 0o644, changes)?;
+            if packaged {
+                continue;
+            }
+            let written =
+                self.write(Path::new("/etc").join(place), text.as_bytes(), 0o644, changes);
+            // Users that exist need no declaration.
+            if written.is_err() && self.account(account::AGENT)?.is_none() {
+                return written;
             }
         }
         // A tree without `/etc/passwd` is not a system yet. It creates the users from the
@@ -338,31 +367,56 @@ impl Tree {
             .unwrap_or_else(|| Path::new(ADMIN_UNITS).join(unit))
     }
 
-    fn unit(&self, (name, text): Unit, changes: &mut Changes) -> anyhow::Result<()> {
+    /// Writes a unit that runs the programs of this directory.
+    fn unit(
+        &self,
+        (name, text): Unit,
+        directory: &str,
+        changes: &mut Changes,
+    ) -> anyhow::Result<()> {
         let place = self.unit_place(name);
         if place.starts_with(ADMIN_UNITS) {
-            self.write(place, text.as_bytes(), 0o644, changes)?;
+            self.write(place, unit_for(text, directory).as_bytes(), 0o644, changes)?;
         }
         Ok(())
     }
 
-    /// Copies the running program to the path that the units use.
-    fn program(&self, changes: &mut Changes) -> anyhow::Result<()> {
-        let place = self.path(PROGRAM);
+    /// Copies the running programs to the first of [`PROGRAM_DIRECTORIES`] that takes them, and returns
+    /// it. Programs that are in one of these already stay there.
+    fn programs(&self, changes: &mut Changes) -> anyhow::Result<&'static str> {
+        if self.path(DEBIAN_PACKAGE).exists() {
+            return Ok(PROGRAM_DIRECTORIES[0]);
+        }
         let running = std::env::current_exe().context("cannot find the running program")?;
-        let same = place.canonicalize().is_ok_and(|place| place == running);
-        if same || self.path("/var/lib/dpkg/info/towline.list").exists() {
-            return Ok(());
+        let is_there = |directory: &&&str| {
+            let place = self.path(directory).join(PROGRAM);
+            place.canonicalize().is_ok_and(|place| place == running)
+        };
+        if let Some(directory) = PROGRAM_DIRECTORIES.iter().find(is_there) {
+            return Ok(directory);
         }
         let bytes = std::fs::read(&running)
             .with_context(|| format!("cannot read {}", running.display()))?;
-        self.write(PROGRAM, &bytes, 0o755, changes)?;
-        // The helper is shipped next to the agent. Without it the agent cannot open files that only
-        // root may read.
-        match std::fs::read(running.with_file_name("towline-helper")) {
-            Ok(bytes) => self.write(HELPER_PROGRAM, &bytes, 0o755, changes),
-            Err(_) => Ok(()),
+        // Without the helper the agent cannot open files that only root may read.
+        let helper = std::fs::read(running.with_file_name(HELPER_PROGRAM)).ok();
+        let mut reasons = Vec::new();
+        for directory in PROGRAM_DIRECTORIES {
+            let place = |name| Path::new(directory).join(name);
+            let written = self.write(place(PROGRAM), &bytes, 0o755, changes).and_then(|()| {
+                helper.as_ref().map_or(Ok(()), |helper| {
+                    self.write(place(HELPER_PROGRAM), helper, 0o755, changes)
+                })
+            });
+            match written {
+                Ok(()) => return Ok(directory),
+                Err(error) => reasons.push(format!("{error:#}")),
+            }
         }
+        bail!(
+            "no directory takes the program: {}: make one of them writable, then run `towline join \
+             --install` again",
+            reasons.join("; ")
+        )
     }
 
     /// Writes a file atomically, unless it has the wanted content.
@@ -389,7 +443,27 @@ impl Tree {
     }
 }
 
+/// Returns the text of a unit that runs the programs of this directory, which must be mounted then.
+fn unit_for(text: &str, directory: &str) -> String {
+    const STATE: &str = "RequiresMountsFor=/var/lib/towline";
+    let default = PROGRAM_DIRECTORIES[0];
+    if directory == default {
+        return text.to_owned();
+    }
+    text.replace(&format!("{default}/{PROGRAM}"), &format!("{directory}/{PROGRAM}"))
+        .replace(STATE, &format!("{STATE} {directory}"))
+}
+
+/// Returns whether this module wrote the text of a unit that was found.
+fn is_ours(found: &str, text: &str) -> bool {
+    PROGRAM_DIRECTORIES.iter().any(|directory| found == unit_for(text, directory))
+}
+
+/// Removes a file. A file that does not exist is fine, also where nothing can be removed.
 fn remove(path: &Path) -> anyhow::Result<()> {
+    if !path.is_symlink() && !path.exists() {
+        return Ok(());
+    }
     file::remove(path).with_context(|| format!("cannot remove {}", path.display()))
 }
 
@@ -417,6 +491,12 @@ mod tests {
 
     use super::*;
 
+    fn install(tree: &Tree, configuration: &str) -> Changes {
+        let mut changes = tree.prepare(configuration).unwrap();
+        changes.written.extend(tree.install().unwrap().written);
+        changes
+    }
+
     fn tree() -> (tempfile::TempDir, Tree) {
         let directory = tempfile::tempdir().unwrap();
         let tree = Tree::new(Some(directory.path()));
@@ -426,10 +506,10 @@ mod tests {
     #[test]
     fn the_second_time_nothing_is_written() {
         let (_directory, tree) = tree();
-        let first = tree.install("[node]\n").unwrap();
+        let first = install(&tree, "[node]\n");
         assert!(first.written.contains(&PathBuf::from(DEFAULT_PATH)), "{first:?}");
         tree.start().unwrap();
-        assert_eq!(tree.install("[node]\n").unwrap(), Changes::default());
+        assert_eq!(install(&tree, "[node]\n"), Changes::default());
         let link = tree.path("/etc/systemd/system/multi-user.target.wants/towline.service");
         assert_eq!(
             std::fs::read_link(link).unwrap(),
@@ -444,7 +524,7 @@ mod tests {
         let passwd = tree.path(account::PASSWD);
         std::fs::create_dir_all(passwd.parent().unwrap()).unwrap();
         std::fs::write(&passwd, "root:x:0:0::/:/bin/sh\ntowline:x:64123:64124::/:/x\n").unwrap();
-        let written = tree.install("").unwrap().written;
+        let written = install(&tree, "").written;
         assert!(written.contains(&PathBuf::from("/etc/sysusers.d/towline.conf")), "{written:?}");
         assert!(written.contains(&PathBuf::from("/etc/tmpfiles.d/towline.conf")), "{written:?}");
         tree.failed(&config, "no controller answers", false).unwrap();
@@ -467,7 +547,7 @@ mod tests {
         let packaged = tree.path("/usr/lib/sysusers.d/towline.conf");
         std::fs::create_dir_all(packaged.parent().unwrap()).unwrap();
         std::fs::write(packaged, "packaged\n").unwrap();
-        tree.install("").unwrap();
+        install(&tree, "");
         assert!(!tree.path("/etc/sysusers.d/towline.conf").exists());
     }
 
@@ -481,7 +561,7 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, text).unwrap();
         }
-        tree.install("[node]\n").unwrap();
+        install(&tree, "[node]\n");
         tree.start().unwrap();
         assert_eq!(std::fs::read_to_string(tree.path(DEFAULT_PATH)).unwrap(), "# mine\n");
         assert!(!tree.path("/etc/systemd/system/towline.service").exists());
@@ -493,10 +573,61 @@ mod tests {
     }
 
     #[test]
+    fn programs_are_where_the_system_lets_them_be_and_units_run_them_there() {
+        let unit = "/etc/systemd/system/towline.service";
+        let guard = "/etc/systemd/system/towline-guard.service";
+        let kubelet = "/etc/systemd/system/kubelet.service.d/10-towline.conf";
+        for (blocked, directory) in [
+            (vec![], "/usr/bin"),
+            (vec!["usr/bin"], "/usr/local/bin"),
+            (vec!["usr"], "/opt/bin"),
+            (vec!["usr", "opt"], "/var/lib/towline-programs"),
+        ] {
+            let (_directory, tree) = tree();
+            // Nobody, not even root, can create a file below a file.
+            for path in blocked {
+                let path = tree.path(path);
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                std::fs::write(path, "").unwrap();
+            }
+            install(&tree, "");
+            tree.start().unwrap();
+            let program = format!("{directory}/towline");
+            assert!(tree.path(&program).is_file(), "{program}");
+            for path in [unit, guard, kubelet] {
+                let text = std::fs::read_to_string(tree.path(path)).unwrap();
+                for line in text.lines().filter(|line| line.contains("/towline ")) {
+                    assert!(line.contains(&format!("{program} ")), "{path}: {line}");
+                }
+            }
+            let text = std::fs::read_to_string(tree.path(guard)).unwrap();
+            let mounts = text.lines().find(|line| line.starts_with("RequiresMountsFor=")).unwrap();
+            assert_eq!(mounts.ends_with(directory), directory != "/usr/bin", "{mounts}");
+            assert_eq!(install(&tree, ""), Changes::default());
+            // The drop-in is still known as this module's own.
+            tree.disable().unwrap();
+            assert!(!tree.path(kubelet).exists());
+        }
+    }
+
+    #[test]
+    fn where_no_directory_takes_the_programs_all_of_them_are_named() {
+        let (_directory, tree) = tree();
+        for path in ["usr", "opt", "var"] {
+            std::fs::write(tree.path(path), "").unwrap();
+        }
+        tree.prepare("").unwrap();
+        let line = format!("{:#}", tree.install().unwrap_err());
+        for directory in PROGRAM_DIRECTORIES {
+            assert!(line.contains(directory), "{line}");
+        }
+    }
+
+    #[test]
     fn networkd_leaves_the_guards_alone() {
         let (_directory, tree) = tree();
         let file = tree.path(NETWORKD_FILE);
-        tree.install("").unwrap();
+        install(&tree, "");
         let text = std::fs::read_to_string(&file).unwrap();
         for line in ["[Network]", "ManageForeignRoutingPolicyRules=no", "ManageForeignRoutes=no"] {
             assert!(text.lines().any(|found| found == line), "{line}");
@@ -513,7 +644,7 @@ mod tests {
         let packaged = tree.path(PACKAGE_NETWORKD_FILES[0]);
         std::fs::create_dir_all(packaged.parent().unwrap()).unwrap();
         std::fs::write(packaged, text).unwrap();
-        tree.install("").unwrap();
+        install(&tree, "");
         assert!(!file.exists());
     }
 
@@ -521,7 +652,7 @@ mod tests {
     fn disabling_undoes_the_start_and_leaves_what_a_person_changed() {
         let (_directory, tree) = tree();
         let config = Config::default();
-        tree.install("").unwrap();
+        install(&tree, "");
         tree.start().unwrap();
         tree.failed(&config, "no controller answers", true).unwrap();
         let kubelet = tree.path("/etc/systemd/system/kubelet.service.d/10-towline.conf");
@@ -540,7 +671,7 @@ mod tests {
         assert!(tree.path("/etc/systemd/system/towline.service").exists());
         let again = tree.disable().unwrap();
         assert!(again.iter().all(|line| line.starts_with("left ")), "{again:?}");
-        tree.install("").unwrap();
+        install(&tree, "");
         tree.start().unwrap();
         assert!(kubelet.exists(), "the next join installs it again");
     }
@@ -550,7 +681,7 @@ mod tests {
         let (_directory, tree) = tree();
         assert!(tree.serves(&tree.path("/var/lib/towline")));
         assert!(!tree.serves(Path::new("/var/lib/towline")));
-        tree.install("state_dir = \"/srv/towline\"\n").unwrap();
+        install(&tree, "state_dir = \"/srv/towline\"\n");
         assert!(tree.serves(&tree.path("/srv/towline")));
         assert!(!tree.serves(&tree.path("/var/lib/towline")));
     }
@@ -560,7 +691,7 @@ mod tests {
         let (_directory, tree) = tree();
         let config = Config::default();
         let timer = tree.path("/etc/systemd/system/timers.target.wants/towline-join.timer");
-        tree.install("").unwrap();
+        install(&tree, "");
         tree.keep_token("a token").unwrap();
         let mode = std::fs::metadata(tree.path(TOKEN)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);

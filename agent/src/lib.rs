@@ -15,6 +15,7 @@ pub mod guard;
 pub mod install;
 pub mod join;
 pub mod keys;
+mod kubelet_files;
 pub mod kubernetes;
 pub mod lockout;
 pub mod map_cache;

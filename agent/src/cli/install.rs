@@ -12,13 +12,14 @@ use towline_proto::id::NodeName;
 use towline_proto::token::JoinToken;
 use towline_service::output;
 
-use super::join::{InstallArgs, JoinArgs, Parts};
+use super::join::{InstallArgs, JoinArgs, NameError, Parts};
 use super::local::{runtime, status_error, with_agent};
 use super::{Global, wait};
-use crate::config::{Config, DEFAULT_PATH};
+use crate::config::{Addressing, Config, DEFAULT_PATH};
 use crate::confirm::{self, Confirmation, Moment, Unconfirmed};
-use crate::install::{TOKEN, Tree};
+use crate::install::{Changes, TOKEN, Tree};
 use crate::join::{JoinError, join_as};
+use crate::kubelet_files;
 use crate::node_ip;
 use crate::state::StateDir;
 
@@ -67,25 +68,40 @@ pub(super) fn run(global: &Global, args: JoinArgs) -> anyhow::Result<()> {
             eprintln!("this machine is a member already: --confirm is not applied");
         }
     } else {
-        let name = super::join::name(name)?;
         // An invalid token fails before anything is tried.
         let text = source.read()?;
         let token: JoinToken = text.parse()?;
-        machine.tree.keep_token(&text)?;
+        if let Err(error) = machine.tree.keep_token(&text) {
+            // On a read-only disk, a join that succeeds is worth more than the retry of one that fails.
+            eprintln!("warning: no timer can try again: {}", output::error_line(error.as_ref()));
+        }
         let attempt = Attempt { force, confirm: how.confirm, timeout: how.timeout, deadline };
-        machine.join(&token, &name, &attempt)?;
+        machine.join(&token, name, &attempt)?;
     }
-    machine.tree.succeeded(&machine.config)?;
-    machine.tree.start()?;
+    // The join comes first: a machine that cannot be written to is a member then, and the same command
+    // installs the rest once it can.
+    let installed = machine.tree.install().and_then(|changes| {
+        told(&changes);
+        machine.tree.succeeded(&machine.config)?;
+        machine.tree.start()
+    });
+    installed.context(
+        "joined, but not installed: nothing starts the agent at the next boot (start `towline agent`, \
+         or repair this and run `towline join --install` again, without a token)",
+    )?;
+    warn_of_cloud_provider(&machine);
     let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_secs(10));
-    wait::until_up(&machine.outside.socket, &[], Some(left))
+    let mesh = wait::until_up(&machine.outside.socket, &[], Some(left))
         .context("joined and enabled the agent, but it is not ready")?;
     let report = machine.report(already)?;
-    eprintln!(
-        "{} `{}`; the mesh is up",
-        if already { "this machine is already" } else { "joined as" },
-        report.name
-    );
+    let joined = if already { "this machine is already" } else { "joined as" };
+    match mesh {
+        wait::Mesh::Up => eprintln!("{joined} `{}`; the mesh is up", report.name),
+        wait::Mesh::Unreached(reason) => {
+            eprintln!("{joined} `{}`", report.name);
+            eprintln!("{}", wait::unreached(&reason));
+        }
+    }
     if let Confirmation::Due(left) = confirm::status(&machine.outside.state_dir, &Moment::now()) {
         eprintln!("run `towline confirm` within {} s, or the join is undone", left.as_secs());
     }
@@ -96,16 +112,26 @@ impl Machine {
     /// Writes the files that the machine needs, and reads its configuration.
     fn prepare(global: &Global, how: &InstallArgs) -> anyhow::Result<Self> {
         let tree = Tree::new(how.root.as_deref());
-        let changes = tree.install(&configuration(how)?)?;
-        for path in &changes.written {
-            eprintln!("wrote {}", path.display());
-        }
+        let options = !how.advertise.is_empty() || !how.plain_port.is_empty();
+        let changes = match tree.prepare(&configuration(how)?) {
+            Ok(changes) => changes,
+            // Without options, the configuration that cannot be written says only what holds anyway.
+            Err(error) if !options => {
+                eprintln!("warning: {}", output::error_line(error.as_ref()));
+                Changes::default()
+            }
+            Err(error) => return Err(error),
+        };
+        told(&changes);
         let fresh = changes.written.iter().any(|path| path == Path::new(DEFAULT_PATH));
-        if !fresh && (!how.advertise.is_empty() || !how.plain_port.is_empty()) {
+        if !fresh && options {
             eprintln!("{DEFAULT_PATH} exists: --advertise and --plain-port are not applied");
         }
         let file = global.config.clone().unwrap_or_else(|| tree.path(DEFAULT_PATH));
-        let mut config = Config::load(Some(&file))?;
+        let mut config = match &global.config {
+            None if !file.exists() => Config::default(),
+            _ => Config::load(Some(&file))?,
+        };
         if let Some(directory) = &global.state_dir {
             config.state_dir.clone_from(directory);
         }
@@ -122,16 +148,33 @@ impl Machine {
     fn member(&self, name: Option<&str>) -> anyhow::Result<bool> {
         // The directory is read without its lock, which a running agent holds.
         let state = StateDir::peek(&self.outside.state_dir);
-        Ok(state.membership()?.is_some_and(|membership| {
-            name.is_none_or(|name| membership.grant.name.as_str() == name)
-        }))
+        Ok(match state.membership()? {
+            Some(membership) => super::join::is_meant(&membership, name)?,
+            None => false,
+        })
     }
 
-    fn join(&self, token: &JoinToken, name: &NodeName, attempt: &Attempt) -> anyhow::Result<()> {
-        let Err(error) = self.keep_trying(token, name, attempt) else { return Ok(()) };
+    fn join(
+        &self,
+        token: &JoinToken,
+        name: Option<String>,
+        attempt: &Attempt,
+    ) -> anyhow::Result<()> {
+        let result =
+            super::join::name(name).and_then(|name| self.keep_trying(token, &name, attempt));
+        let Err(error) = result else { return Ok(()) };
+        // A machine may get its name after its network.
+        let is_early = error
+            .downcast_ref::<NameError>()
+            .is_some_and(|error| matches!(error, NameError::Localhost(_)));
+        let may_pass =
+            is_early || error.downcast_ref::<JoinError>().is_some_and(JoinError::may_pass);
         // A timer would join without a confirmation, but this operator asked for one.
-        let again = error.downcast_ref::<JoinError>().is_some_and(JoinError::may_pass)
-            && attempt.confirm.is_none();
+        let again = may_pass && attempt.confirm.is_none();
+        // The timer runs the installed program.
+        if again && let Err(error) = self.tree.install() {
+            eprintln!("warning: no timer can try again: {}", output::error_line(error.as_ref()));
+        }
         self.tree.failed(&self.config, &format!("{error:#}"), again)?;
         let next = if again {
             format!("not joined; towline-join.timer tries again with {TOKEN}")
@@ -210,6 +253,28 @@ impl Machine {
                 already,
             })
         })
+    }
+}
+
+/// Names the files that were written.
+fn told(changes: &Changes) {
+    for path in &changes.written {
+        eprintln!("wrote {}", path.display());
+    }
+}
+
+/// Warns if the kubelet waits for a cloud controller manager that cannot know its node IP.
+fn warn_of_cloud_provider(machine: &Machine) {
+    if machine.config.node.addressing == Addressing::NodeIp {
+        return;
+    }
+    if let Some(path) = kubelet_files::external_cloud_provider(&machine.tree) {
+        eprintln!(
+            "warning: {} sets --cloud-provider=external: a cloud controller manager does not know \
+             addresses of the mesh and leaves the node uninitialized: set [node] addressing = \
+             \"node-ip\" in {DEFAULT_PATH}, and restart agent and kubelet",
+            path.display()
+        );
     }
 }
 

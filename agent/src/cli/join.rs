@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use towline_proto::id::NodeName;
+use towline_proto::id::{InvalidId, NodeName};
+use towline_proto::limits;
 use towline_service::output::{self, Format};
 use zeroize::Zeroizing;
 
@@ -14,7 +15,7 @@ use super::local::runtime;
 use crate::config::Config;
 use crate::confirm;
 use crate::join::{Joined, Operator, join_as};
-use crate::state::StateDir;
+use crate::state::{Membership, StateDir};
 
 #[derive(Debug, Args)]
 pub(super) struct JoinArgs {
@@ -25,8 +26,9 @@ pub(super) struct JoinArgs {
     /// File that contains the token; `-` is standard input
     #[arg(long, value_name = "FILE", conflicts_with = "token")]
     token_file: Option<PathBuf>,
-    /// This node's name, a DNS label [default: the host name up to its first dot]
-    #[arg(long, env = "TOWLINE_NAME")]
+    /// This node's name, a DNS label; of a longer name, the part up to its first dot. In the
+    /// environment, it is ignored on a member [default: the host name up to its first dot]
+    #[arg(long, env = NAME)]
     name: Option<String>,
     /// Set up this machine as a node that survives reboots: write the configuration and the units,
     /// join, start the agent, wait until the mesh is up, and print the node's address
@@ -105,12 +107,14 @@ struct Report {
 }
 
 pub(super) fn run(config: &Config, args: JoinArgs) -> anyhow::Result<()> {
-    let name = name(args.name)?;
     let state = StateDir::open(&config.state_dir)?;
     let joined = match state.membership()? {
-        // A member needs no token.
-        Some(membership) if membership.grant.name == name => Joined::Already(membership),
+        // A member needs no token, and no name that can be used.
+        Some(membership) if is_meant(&membership, args.name.as_deref())? => {
+            Joined::Already(membership)
+        }
         _ => {
+            let name = name(args.name)?;
             let source = Source { argument: args.token, file: args.token_file };
             let token = source.read()?.parse()?;
             let operator = operator(config, args.force);
@@ -180,15 +184,98 @@ impl Source {
     }
 }
 
-/// Returns the given name, or by default the first label of the host name.
-pub(super) fn name(given: Option<String>) -> anyhow::Result<NodeName> {
-    if let Some(name) = given {
-        return Ok(name.parse()?);
+/// Environment variable with the name of a node, for example that of a Kubernetes Node.
+const NAME: &str = "TOWLINE_NAME";
+
+/// Returns whether a join under the given name is meant for this membership. A name from the
+/// environment is a default like the host name, so a member may have another one. Fails if the name
+/// cannot be used.
+pub(super) fn is_meant(membership: &Membership, given: Option<&str>) -> Result<bool, NameError> {
+    let Some(given) = given else { return Ok(true) };
+    if std::env::var(NAME).is_ok_and(|from_environment| from_environment == given) {
+        return Ok(true);
     }
-    let host = nix::unistd::gethostname().context("cannot read the host name")?;
-    let host = host.to_string_lossy().to_lowercase();
-    let label = host.split('.').next().unwrap_or_default();
-    label
-        .parse()
-        .with_context(|| format!("the host name `{label}` is not a valid node name: set --name"))
+    Ok(name_of(given)? == membership.grant.name)
+}
+
+/// Returns the name of this node: the given one, or by default the host name.
+pub(super) fn name(given: Option<String>) -> anyhow::Result<NodeName> {
+    let text = match given {
+        Some(given) => given,
+        None => {
+            let host = nix::unistd::gethostname().context("cannot read the host name")?;
+            host.to_string_lossy().into_owned()
+        }
+    };
+    Ok(name_of(&text)?)
+}
+
+/// Error of deriving the name of a node.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NameError {
+    /// The machine has not got its own name yet.
+    #[error(
+        "`{0}` is no name for a node: every machine has it before it gets its own: set the host \
+         name, or use --name"
+    )]
+    Localhost(String),
+    /// The first label has characters that a node's name cannot have.
+    #[error("`{given}` gives no valid node name: {source}: use --name")]
+    Invalid {
+        /// Text that the name was derived from, escaped.
+        given: String,
+        /// Reason.
+        source: InvalidId,
+    },
+}
+
+/// Returns the name of a node that is called `text`, for example by its DNS name: the first label in
+/// lower case, cut to the length that a name may have.
+fn name_of(text: &str) -> Result<NodeName, NameError> {
+    let lower = text.trim().to_lowercase();
+    let label = lower.split('.').next().unwrap_or_default();
+    if LOCALHOST.contains(&label) {
+        return Err(NameError::Localhost(label.to_owned()));
+    }
+    let end = label.floor_char_boundary(limits::NAME_BYTES);
+    let cut = label.get(..end).unwrap_or(label);
+    let cut = if end < label.len() { cut.trim_end_matches('-') } else { cut };
+    cut.parse().map_err(|source| {
+        let given = text.chars().take(80).flat_map(char::escape_default).collect();
+        NameError::Invalid { given, source }
+    })
+}
+
+/// Host names of machines that did not get their own one yet.
+const LOCALHOST: [&str; 4] = ["localhost", "localhost4", "localhost6", "ip6-localhost"];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_the_first_label_of_what_the_machine_is_called() {
+        let long = "x".repeat(62);
+        for (text, name) in [
+            ("gpu-1", "gpu-1"),
+            ("GPU-Node1.Site-A.example.com", "gpu-node1"),
+            ("ip-10-0-1-5.eu-west-1.compute.internal", "ip-10-0-1-5"),
+            ("localhost-1.example", "localhost-1"),
+            (&format!("{long}-yz.example.com"), &long),
+            (&format!("{long}yz"), &format!("{long}y")),
+            (&format!("a.{}", "b.".repeat(100)), "a"),
+        ] {
+            assert_eq!(name_of(text).unwrap().as_str(), name, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_says_nothing_or_cannot_be_used_tells_the_way_out() {
+        for text in
+            ["localhost", "LOCALHOST.localdomain", "ip6-localhost", "my_node", "", ".a", "-a"]
+        {
+            let line = name_of(text).unwrap_err().to_string();
+            assert!(line.contains("--name") && !line.contains('\n'), "{line}");
+        }
+    }
 }
