@@ -189,6 +189,14 @@ impl Controller {
         Ok(controller)
     }
 
+    /// Restarts the controller at another address of its host, and there alone. It advertises what it did
+    /// before.
+    pub fn move_to(&mut self, address: IpAddr) -> anyhow::Result<()> {
+        self.address = SocketAddr::new(address, self.address.port());
+        self.listen = self.address.to_string();
+        self.restart()
+    }
+
     /// Starts or restarts the controller, and waits until it answers.
     pub fn restart(&mut self) -> anyhow::Result<()> {
         self.launch()?;

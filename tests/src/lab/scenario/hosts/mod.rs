@@ -9,16 +9,22 @@
 //! | [`networks`] | with networks of others, which the mesh must leave alone |
 //! | [`firewalls`] | with a firewall that drops what comes out of the tunnel |
 //! | [`sources`] | that send into the tunnel with another source than their own |
+//! | [`state`] | with another name or file system than expected |
+//! | [`kubelet`] | whose kubelet waits for the mesh |
+//! | [`controllers`] | whose controller moves |
 //! | [`nats`] | behind NAT routers that are set up simply, or that lose an address |
 //! | [`scene`] | builds the hosts, and joins them |
 
 mod addresses;
+mod controllers;
 mod families;
 mod firewalls;
+mod kubelet;
 mod nats;
 mod networks;
 mod scene;
 mod sources;
+mod state;
 
 use std::fmt::Write as _;
 use std::time::Instant;
@@ -142,6 +148,9 @@ fn every_case() -> Vec<Case> {
         networks::cases(),
         firewalls::cases(),
         sources::cases(),
+        state::cases(),
+        kubelet::cases(),
+        controllers::cases(),
         nats::cases(),
     ]
     .into_iter()
