@@ -469,7 +469,7 @@ impl Peer {
             candidates => Direct::NoAnswer(Silence { candidates, seconds }),
         };
         let is_behind_nat = || !is_reachable(&self.node.record().candidates);
-        Some(if self.paths.has_answered(now) {
+        Some(if self.paths.has_answered(now, self.trying_since) {
             PeerReason::NoHandshake
         } else if conditions.is_silent {
             PeerReason::UdpBlocked(direct)

@@ -166,9 +166,10 @@ impl Paths {
         of_use.map(|(path, _)| *path).take(3).collect()
     }
 
-    /// Returns whether any path answered within [`HEARD_FOR`].
-    pub(super) fn has_answered(&self, now: Instant) -> bool {
-        self.known.values().any(|known| works(known, now, HEARD_FOR))
+    /// Returns whether any path answered after `since` and within [`HEARD_FOR`].
+    pub(super) fn has_answered(&self, now: Instant, since: Instant) -> bool {
+        let is_later = |known: &KnownPath| known.answered.is_some_and(|at| at > since);
+        self.known.values().any(|known| is_later(known) && works(known, now, HEARD_FOR))
     }
 
     pub(super) fn wait(&self, path: &Path) -> Duration {

@@ -45,6 +45,15 @@ fn no_answer_means_down_with_a_reason_and_attempts_permanently_but_few() {
 }
 
 #[test]
+fn a_peer_that_lost_its_power_is_not_said_to_answer_probes() {
+    let mut us = Us::up(PUBLIC);
+    us.run(Duration::from_secs(60));
+    assert_eq!(us.peer(2).state, PeerState::Down);
+    let reason = us.reason(2);
+    assert!(reason.starts_with("no answer from 1 candidate for "), "{reason}");
+}
+
+#[test]
 fn two_nodes_behind_nat_say_that_they_need_a_relay() {
     let mut us = Us::new(1);
     us.mesh.set_candidates(us.now, vec![candidate("192.168.7.9:51830")]);
