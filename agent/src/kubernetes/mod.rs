@@ -87,7 +87,7 @@ pub struct Facts {
     pub node_ips: Vec<IpAddr>,
     /// Pod networks to announce.
     pub pods: Vec<IpNet>,
-    /// Pod networks of the Node object, whoever routes them. Their families are the cluster's.
+    /// Pod networks of the Node object. Their families are the cluster's, also where a CNI tunnels.
     #[serde(default)]
     pub pod_cidrs: Vec<IpNet>,
 }
