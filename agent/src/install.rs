@@ -596,7 +596,8 @@ mod tests {
             assert!(tree.path(&program).is_file(), "{program}");
             for path in [unit, guard, kubelet] {
                 let text = std::fs::read_to_string(tree.path(path)).unwrap();
-                for line in text.lines().filter(|line| line.contains("/towline ")) {
+                let runs = |line: &&str| line.starts_with("Exec") && line.contains("/towline ");
+                for line in text.lines().filter(runs) {
                     assert!(line.contains(&format!("{program} ")), "{path}: {line}");
                 }
             }
