@@ -144,7 +144,8 @@ impl Probes {
             Some(last) if now.saturating_duration_since(last) >= PROBE_PERIOD => 1,
             Some(_) => 0,
         };
-        let idle = peers.iter().filter(|peer| is_node(peer) && peer.state == PeerState::Idle.code());
+        let idle =
+            peers.iter().filter(|peer| is_node(peer) && peer.state == PeerState::Idle.code());
         let chosen = idle.choose_multiple(&mut rand::rng(), count);
         if !chosen.is_empty() {
             self.last = Some(now);
