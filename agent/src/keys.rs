@@ -13,7 +13,6 @@ use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use rustls::crypto::ring::sign::any_eddsa_type;
 use rustls::sign::SigningKey;
 use rustls_pki_types::PrivatePkcs8KeyDer;
-use rustls_pki_types::pem::PemObject;
 use towline_proto::id::{IdentityKey, WireguardKey};
 use towline_proto::join_proof::Claim;
 use towline_proto::{id::TokenId, join_proof, pb, signed};
@@ -44,20 +43,17 @@ impl Identity {
     pub fn generate() -> Result<Self, InvalidKey> {
         let pkcs8 = Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new())
             .map_err(|_| InvalidKey("the kernel returned no random bytes"))?;
-        Self::from_pkcs8(pkcs8.as_ref().to_vec())
+        Self::from_pkcs8(Zeroizing::new(pkcs8.as_ref().to_vec()))
     }
 
     /// Parses the text of the key file.
     pub fn from_pem(pem: &str) -> Result<Self, InvalidKey> {
-        let mut der = PrivatePkcs8KeyDer::from_pem_slice(pem.as_bytes())
-            .map_err(|_| InvalidKey("not a PKCS#8 private key in PEM"))?;
-        let identity = Self::from_pkcs8(der.secret_pkcs8_der().to_vec());
-        der.zeroize();
-        identity
+        let der =
+            pem::read_private_key(pem).ok_or(InvalidKey("not a PKCS#8 private key in PEM"))?;
+        Self::from_pkcs8(der)
     }
 
-    fn from_pkcs8(pkcs8: Vec<u8>) -> Result<Self, InvalidKey> {
-        let pkcs8 = Zeroizing::new(pkcs8);
+    fn from_pkcs8(pkcs8: Zeroizing<Vec<u8>>) -> Result<Self, InvalidKey> {
         let pair = Ed25519KeyPair::from_pkcs8_maybe_unchecked(&pkcs8)
             .map_err(|_| InvalidKey("not an Ed25519 private key"))?;
         Ok(Self { pkcs8: Arc::new(pkcs8), pair: Arc::new(pair) })

@@ -22,7 +22,6 @@ use towline_proto::node::{Grant, MeshConfig, Tombstone};
 use towline_proto::signed::{self, Domain};
 use towline_proto::{CONTROLLER_TLS_NAME, pb};
 use towline_service::{certificate, pem};
-use zeroize::Zeroizing;
 
 use crate::entropy::{self, NoEntropy};
 use crate::peer;
@@ -106,11 +105,11 @@ impl Authority {
         let gone =
             |name: &str| AuthorityError::Gone { missing: dir.file(name).display().to_string() };
         let key = match dir.read_key("ca.key")? {
-            Some(pem) => KeyPair::from_pkcs8_pem_and_sign_algo(&pem, &PKCS_ED25519)
-                .map_err(|_| dir.damaged("ca.key", "it does not contain an Ed25519 key"))?,
+            Some(pem) => key_pair(&pem)
+                .ok_or_else(|| dir.damaged("ca.key", "it does not contain an Ed25519 key"))?,
             None if fresh => {
                 let key = KeyPair::generate_for(&PKCS_ED25519)?;
-                dir.write("ca.key", 0o600, &Zeroizing::new(key.serialize_pem()))?;
+                dir.write("ca.key", 0o600, &pem::private_key(key.serialized_der()))?;
                 key
             }
             None => return Err(gone("ca.key")),
@@ -120,7 +119,7 @@ impl Authority {
                 .map_err(|_| dir.damaged("ca.crt", "it does not contain a certificate"))?,
             None if fresh => {
                 let certificate = ca_params(MeshId(entropy::random()?), now)?.self_signed(&key)?;
-                dir.write("ca.crt", 0o644, &certificate.pem())?;
+                dir.write("ca.crt", 0o644, &pem::certificate(certificate.der()))?;
                 certificate.into()
             }
             None => return Err(gone("ca.crt")),
@@ -231,12 +230,11 @@ pub fn csr_key(der: &[u8]) -> Result<(IdentityKey, impl PublicKeyData), InvalidC
 /// Creates the administrator's key if there is none, and issues a new certificate for it.
 pub fn renew_admin(dir: &StateDir, authority: &Authority, now: i64) -> Result<(), AuthorityError> {
     let kept = dir.read_key("admin.key")?;
-    let kept = kept.and_then(|pem| KeyPair::from_pkcs8_pem_and_sign_algo(&pem, &PKCS_ED25519).ok());
-    let key = match kept {
+    let key = match kept.and_then(|pem| key_pair(&pem)) {
         Some(key) => key,
         None => {
             let key = KeyPair::generate_for(&PKCS_ED25519)?;
-            dir.write("admin.key", 0o600, &Zeroizing::new(key.serialize_pem()))?;
+            dir.write("admin.key", 0o600, &pem::private_key(key.serialized_der()))?;
             key
         }
     };
@@ -251,6 +249,13 @@ pub fn server_credential(
 ) -> Result<(CertificateDer<'static>, PrivatePkcs8KeyDer<'static>), AuthorityError> {
     let key = KeyPair::generate_for(&PKCS_ED25519)?;
     Ok((authority.issue(Subject::Controller, &key, now)?, key.into()))
+}
+
+/// Returns the Ed25519 key in PEM text, or `None` if it has none.
+fn key_pair(text: &str) -> Option<KeyPair> {
+    let der = pem::read_private_key(text)?;
+    let der = PrivatePkcs8KeyDer::from(der.as_slice());
+    KeyPair::from_pkcs8_der_and_sign_algo(&der, &PKCS_ED25519).ok()
 }
 
 fn uri(text: &str) -> Result<SanType, rcgen::Error> {
@@ -311,8 +316,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let dir = StateDir::new(root.path());
         authority(&dir);
-        let other = KeyPair::generate_for(&PKCS_ED25519).unwrap().serialize_pem();
-        dir.write("ca.key", 0o600, &other).unwrap();
+        let other = KeyPair::generate_for(&PKCS_ED25519).unwrap();
+        dir.write("ca.key", 0o600, &pem::private_key(other.serialized_der())).unwrap();
         let error = Authority::load_or_create(&dir, true, 0).err().unwrap();
         assert!(error.to_string().contains("not the certificate of ca.key"), "{error}");
         dir.write("ca.key", 0o600, "junk").unwrap();

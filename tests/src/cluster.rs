@@ -9,6 +9,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose,
 };
+use towline_service::pem;
 
 /// A cluster's certificate authority.
 #[derive(Debug)]
@@ -34,7 +35,7 @@ impl ClusterCa {
         params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
-        let pem = params.self_signed(&key)?.pem();
+        let pem = pem::certificate(params.self_signed(&key)?.der());
         Ok(Self { issuer: Issuer::new(params, key), pem })
     }
 
@@ -70,8 +71,9 @@ impl ClusterCa {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
-        let certificate = params.signed_by(&key, &self.issuer)?.pem();
-        Ok(Pair { certificate, key: key.serialize_pem() })
+        let certificate = pem::certificate(params.signed_by(&key, &self.issuer)?.der());
+        let key = pem::private_key(key.serialized_der()).to_string();
+        Ok(Pair { certificate, key })
     }
 
     /// Issues a client certificate that the node authorizer accepts as that of the node `name`.

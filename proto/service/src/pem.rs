@@ -1,10 +1,12 @@
 //! Certificates and keys as PEM text (RFC 7468).
 //!
-//! This module only writes; `rustls_pki_types::pem` reads. The `pem` crate would leave copies of a
-//! private key in memory.
+//! `rustls_pki_types::pem` reads certificates. The `pem` crate would leave copies of a private key in
+//! memory.
 
 use data_encoding::BASE64;
-use zeroize::Zeroizing;
+use rustls_pki_types::PrivatePkcs8KeyDer;
+use rustls_pki_types::pem::PemObject as _;
+use zeroize::{Zeroize as _, Zeroizing};
 
 /// Characters of base64 in a line (RFC 7468 section 2).
 const LINE: usize = 64;
@@ -23,6 +25,14 @@ pub fn private_key(pkcs8: &[u8]) -> Zeroizing<String> {
     text
 }
 
+/// Returns the PKCS#8 DER of the first private key in PEM text, or `None` if there is none.
+pub fn read_private_key(text: &str) -> Option<Zeroizing<Vec<u8>>> {
+    let mut read = PrivatePkcs8KeyDer::from_pem_slice(text.as_bytes()).ok()?;
+    let der = Zeroizing::new(read.secret_pkcs8_der().to_vec());
+    read.zeroize();
+    Some(der)
+}
+
 fn encode(text: &mut String, label: &str, der: &[u8]) {
     let body = Zeroizing::new(BASE64.encode(der));
     // Reserve the whole length: a buffer that grows leaves copies of the key in memory.
@@ -38,8 +48,7 @@ fn encode(text: &mut String, label: &str, der: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustls_pki_types::pem::PemObject as _;
-    use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+    use rustls_pki_types::CertificateDer;
 
     #[test]
     fn what_is_written_reads_back_whatever_its_length() {
@@ -52,8 +61,7 @@ mod tests {
             assert_eq!(read, [der.as_slice(), &der].map(CertificateDer::from));
             assert!(certificates.lines().all(|line| line.len() <= LINE));
             let key = private_key(&der);
-            let read = PrivatePkcs8KeyDer::from_pem_slice(key.as_bytes()).unwrap();
-            assert_eq!(read.secret_pkcs8_der(), der);
+            assert_eq!(read_private_key(&key).unwrap().as_slice(), der);
         }
     }
 
