@@ -76,6 +76,15 @@ struct Task {
     stored: Option<Facts>,
 }
 
+/// Severity of the failure to get the Node.
+#[derive(Debug, Clone, Copy)]
+enum Severity {
+    /// The state of a machine that has not joined its cluster yet.
+    Expected,
+    /// An error of the API server or of the credentials.
+    Warning,
+}
+
 /// Content of a Node object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Seen {
@@ -95,7 +104,7 @@ impl Task {
                 let place =
                     configured.as_ref().map(|path| format!(": {} does not exist", path.display()));
                 let place = place.unwrap_or_default();
-                self.failed(None, Unavailable::NoCredentials(place));
+                self.failed(Severity::Expected, Unavailable::NoCredentials(place));
                 tokio::time::sleep(self.setup.credentials_period).await;
                 continue;
             };
@@ -113,7 +122,7 @@ impl Task {
                 }
                 Err(error) => {
                     self.view.kubeconfig = Some(path);
-                    self.failed(Some(()), unusable(&error));
+                    self.failed(Severity::Warning, unusable(&error));
                     // A replaced file is read immediately. Other errors are retried periodically.
                     let again = Instant::now() + LAST_RETRY;
                     while !files.changed().await && Instant::now() < again {
@@ -153,7 +162,7 @@ impl Task {
                             Some(Ok(Event::InitDone)) if listed => {}
                             Some(Ok(Event::InitDone | Event::Delete(_))) => {
                                 let node = credentials.node.clone();
-                                self.failed(None, Unavailable::NotRegistered(node));
+                                self.failed(Severity::Expected, Unavailable::NotRegistered(node));
                             }
                             Some(Err(error)) => break refused(&error, credentials),
                             None => break Unavailable::WatchEnded,
@@ -171,7 +180,7 @@ impl Task {
                     }
                 }
             };
-            self.failed(Some(()), error);
+            self.failed(Severity::Warning, error);
             if begun.elapsed() >= STABLE {
                 failures = 0;
             }
@@ -197,7 +206,7 @@ impl Task {
         let seen = Seen::read(node);
         // The request selects one Node. A response with another one is invalid.
         if seen.name != expected {
-            return self.failed(Some(()), Unavailable::OtherNode(one_line(&seen.name)));
+            return self.failed(Severity::Warning, Unavailable::OtherNode(one_line(&seen.name)));
         }
         if !self.view.connected {
             tracing::info!(node = expected, "kubernetes node found");
@@ -286,14 +295,15 @@ impl Task {
         self.publish(facts, cni, problems);
     }
 
-    /// Sets the reason of a failure. The facts stay in effect. With `warn` the reason is logged as
-    /// a warning.
-    fn failed(&mut self, warn: Option<()>, reason: Unavailable) {
+    /// Sets and logs the reason of a failure. The facts stay in effect.
+    fn failed(&mut self, severity: Severity, reason: Unavailable) {
         if self.view.reason.as_ref() != Some(&reason) {
             let code = reason.code();
-            match warn {
-                Some(()) => tracing::warn!(%reason, code, "kubernetes node not available"),
-                None => tracing::info!(%reason, code, "kubernetes node not available"),
+            match severity {
+                Severity::Warning => tracing::warn!(%reason, code, "kubernetes node not available"),
+                Severity::Expected => {
+                    tracing::info!(%reason, code, "kubernetes node not available")
+                }
             }
         }
         self.view.connected = false;
