@@ -182,21 +182,8 @@ impl Connection {
         message.add_flags(libc::NLM_F_ACK as u16);
         self.send(message.finish(sequence))?;
         let mut found = None;
-        loop {
-            let Some(length) = self.receive(0).map_err(lost("read an object"))? else { continue };
-            for received in messages(self.received(length)) {
-                if received.sequence != sequence {
-                    continue;
-                }
-                if i32::from(received.kind) == libc::NLMSG_ERROR {
-                    return match outcome(&received) {
-                        None => Ok(found),
-                        Some(refusal) => Err(NetlinkError::Refused { what: what(), refusal }),
-                    };
-                }
-                found = parse(received);
-            }
-        }
+        self.answers(sequence, what, |received| found = parse(received))?;
+        Ok(found)
     }
 
     /// Returns the objects of a dump for which `parse` returns a value.
@@ -231,24 +218,41 @@ impl Connection {
         let sequence = self.next_sequence();
         self.send(message.finish(sequence))?;
         let mut items = Vec::new();
-        let mut consistent = true;
+        let mut flags = 0;
+        let what = || what.to_owned();
+        let last = self.answers(sequence, what, |received| {
+            flags |= received.flags;
+            items.extend(parse(received));
+        })?;
+        Ok((items, (flags | last) & libc::NLM_F_DUMP_INTR as u16 == 0))
+    }
+
+    /// Passes the answers to a request to `take`, until the kernel acknowledges the request, ends the
+    /// dump or reports an error. Returns the flags of that last message.
+    fn answers(
+        &mut self,
+        sequence: u32,
+        what: impl FnOnce() -> String,
+        mut take: impl FnMut(Received<'_>),
+    ) -> Result<u16, NetlinkError> {
         loop {
-            let Some(length) = self.receive(0).map_err(lost(what))? else { continue };
+            let length = match self.receive(0) {
+                Ok(Some(length)) => length,
+                Ok(None) => continue,
+                Err(error) => return Err(lost(&what())(error)),
+            };
             for received in messages(self.received(length)) {
                 if received.sequence != sequence {
                     continue;
                 }
-                consistent &= received.flags & libc::NLM_F_DUMP_INTR as u16 == 0;
-                let kind = i32::from(received.kind);
-                if kind == libc::NLMSG_DONE || kind == libc::NLMSG_ERROR {
-                    return match outcome(&received) {
-                        None => Ok((items, consistent)),
-                        Some(refusal) => {
-                            Err(NetlinkError::Refused { what: what.to_owned(), refusal })
-                        }
-                    };
+                if !matches!(i32::from(received.kind), libc::NLMSG_DONE | libc::NLMSG_ERROR) {
+                    take(received);
+                    continue;
                 }
-                items.extend(parse(received));
+                return match outcome(&received) {
+                    None => Ok(received.flags),
+                    Some(refusal) => Err(NetlinkError::Refused { what: what(), refusal }),
+                };
             }
         }
     }
