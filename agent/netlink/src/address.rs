@@ -128,7 +128,8 @@ fn header(family: u8, prefix_length: u8, index: u32) -> [u8; ADDRESS_HEADER] {
     header
 }
 
-fn parse(received: &Received<'_>) -> Option<Address> {
+/// Parses a message of a dump. Returns `None` unless it describes an address.
+pub fn parse(received: &Received<'_>) -> Option<Address> {
     if received.kind != libc::RTM_NEWADDR {
         return None;
     }

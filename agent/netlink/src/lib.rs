@@ -17,6 +17,8 @@ mod address;
 pub mod codec;
 mod connection;
 mod error;
+#[doc(hidden)]
+pub mod internals;
 mod link;
 mod monitor;
 mod route;

@@ -338,7 +338,8 @@ fn header(index: u32, flags: u32, change: u32) -> [u8; LINK_HEADER] {
     header
 }
 
-fn parse(received: &Received<'_>) -> Option<Link> {
+/// Parses a message of a dump. Returns `None` unless it describes a link.
+pub fn parse(received: &Received<'_>) -> Option<Link> {
     if received.kind != libc::RTM_NEWLINK {
         return None;
     }

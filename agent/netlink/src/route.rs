@@ -211,7 +211,8 @@ impl Rtnetlink {
     }
 }
 
-fn message(kind: u16, flags: u16, route: &Route) -> Message {
+/// Builds a request about a route.
+pub fn message(kind: u16, flags: u16, route: &Route) -> Message {
     let mut header = [0; ROUTE_HEADER];
     header[0] = Family::of(route.destination.addr()).number();
     header[1] = route.destination.prefix_len();
@@ -248,7 +249,8 @@ fn message(kind: u16, flags: u16, route: &Route) -> Message {
     message
 }
 
-fn parse(received: &Received<'_>) -> Option<Route> {
+/// Parses a message of a dump. Returns `None` unless it describes a route.
+pub fn parse(received: &Received<'_>) -> Option<Route> {
     if received.kind != libc::RTM_NEWROUTE {
         return None;
     }

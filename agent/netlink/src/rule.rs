@@ -139,7 +139,8 @@ impl std::fmt::Display for Rule {
     }
 }
 
-fn message(kind: u16, flags: u16, rule: &Rule) -> Message {
+/// Builds a request about a rule.
+pub fn message(kind: u16, flags: u16, rule: &Rule) -> Message {
     let (action, target) = match rule.action {
         RuleAction::Table(table) => (FR_ACT_TO_TBL, Some((FRA_TABLE, table))),
         RuleAction::Goto(priority) => (FR_ACT_GOTO, Some((FRA_GOTO, priority))),
@@ -201,7 +202,8 @@ fn port_range(ports: &RangeInclusive<u16>) -> [u8; 4] {
     [a, b, c, d]
 }
 
-fn parse(received: &Received<'_>) -> Option<Rule> {
+/// Parses a message of a dump. Returns `None` unless it describes a policy rule.
+pub fn parse(received: &Received<'_>) -> Option<Rule> {
     if received.kind != libc::RTM_NEWRULE {
         return None;
     }

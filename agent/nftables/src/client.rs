@@ -1,6 +1,6 @@
 //! nftables connection: reads tables and commits transactions.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use nix::errno::Errno;
 
@@ -56,7 +56,7 @@ pub struct Loaded {
     /// Table without handles and counters, to compare with a desired table.
     pub table: Table,
     /// States of the rules, by chain and in the order of its rules.
-    rules: BTreeMap<String, Vec<RuleState>>,
+    pub(super) rules: BTreeMap<String, Vec<RuleState>>,
 }
 
 /// Properties of a rule that only the kernel determines.
@@ -237,19 +237,8 @@ impl Nft {
         let mut request = request_of(family, wire::GET_TABLE);
         request.string(wire::table::NAME, name);
         let what = || format!("read table {family} {name}");
-        let found = self.connection.get(what, request, |received| {
-            let mut table = Table::new(family, name);
-            for attribute in payload(&received, wire::NEW_TABLE)? {
-                match attribute.kind {
-                    wire::table::USERDATA => {
-                        table.comment = wire::comment_from_userdata(attribute.value);
-                    }
-                    wire::table::FLAGS => table.ownership = ownership(attribute.u32_be()?),
-                    _ => {}
-                }
-            }
-            Some(table)
-        });
+        let found =
+            self.connection.get(what, request, |received| parse_head(&received, family, name));
         match found {
             Err(error) if error.errno() == Some(Errno::ENOENT) => Ok(None),
             Err(error) if error.errno() == Some(Errno::EINVAL) => Err(NftError::Unsupported),
@@ -298,16 +287,10 @@ impl Nft {
             self.connection.dump("list sets", &request, |received| parse_set(&received, table))?;
         let mut sets = BTreeMap::new();
         for (name, mut set) in heads {
-            if set.expiring.is_some() {
-                sets.insert(name, set);
-                continue;
+            if set.expiring.is_none() {
+                let boundaries = self.read_elements(family, table, &name)?;
+                set.elements = elements(&set, boundaries);
             }
-            let boundaries = self.read_elements(family, table, &name)?;
-            set.elements = if set.interval {
-                join(boundaries, set.key.max())
-            } else {
-                boundaries.into_iter().map(|(value, _)| Interval::new(value, value)).collect()
-            };
             sets.insert(name, set);
         }
         Ok(sets)
@@ -323,11 +306,9 @@ impl Nft {
     ) -> Result<Vec<(u128, bool)>, NftError> {
         let mut request = request_of(family, wire::GET_ELEMENT);
         request.string(wire::element::LIST_TABLE, table).string(wire::element::LIST_SET, set);
-        let lists = self.connection.dump("list set elements", &request, |received| {
-            let list = payload(&received, wire::NEW_ELEMENT)?
-                .find(|attribute| attribute.kind == wire::element::LIST_ELEMENTS)?;
-            Some(list.nested().filter_map(parse_element).collect::<Vec<_>>())
-        })?;
+        let lists = self
+            .connection
+            .dump("list set elements", &request, |received| parse_elements(&received))?;
         Ok(lists.into_iter().flatten().collect())
     }
 }
@@ -362,7 +343,23 @@ fn ownership(flags: u32) -> Ownership {
     }
 }
 
-fn parse_chain(received: &Received<'_>, table: &str) -> Option<(String, Chain)> {
+pub(super) fn parse_head(
+    received: &Received<'_>,
+    family: TableFamily,
+    name: &str,
+) -> Option<Table> {
+    let mut table = Table::new(family, name);
+    for attribute in payload(received, wire::NEW_TABLE)? {
+        match attribute.kind {
+            wire::table::USERDATA => table.comment = wire::comment_from_userdata(attribute.value),
+            wire::table::FLAGS => table.ownership = ownership(attribute.u32_be()?),
+            _ => {}
+        }
+    }
+    Some(table)
+}
+
+pub(super) fn parse_chain(received: &Received<'_>, table: &str) -> Option<(String, Chain)> {
     let mut name = None;
     let mut kind = None;
     let mut hook = None;
@@ -421,7 +418,7 @@ pub(super) fn parse_rule(
     Some((chain?, rule, state))
 }
 
-fn parse_set(received: &Received<'_>, table: &str) -> Option<(String, Set)> {
+pub(super) fn parse_set(received: &Received<'_>, table: &str) -> Option<(String, Set)> {
     let mut name = None;
     let (mut flags, mut number, mut length, mut size) = (0, 0, 0, 0);
     for attribute in payload(received, wire::NEW_SET)? {
@@ -448,6 +445,25 @@ fn parse_set(received: &Received<'_>, table: &str) -> Option<(String, Set)> {
     let dynamic = flags & wire::set::FLAG_EVALUATE != 0;
     let expiring = (flags & wire::set::FLAG_TIMEOUT != 0).then_some(size);
     Some((name?, Set { key, interval, dynamic, expiring, elements: Default::default() }))
+}
+
+/// Parses a list of elements. For an interval set, these are boundaries, with true for those that end an
+/// interval.
+pub(super) fn parse_elements(received: &Received<'_>) -> Option<Vec<(u128, bool)>> {
+    let list = payload(received, wire::NEW_ELEMENT)?
+        .find(|attribute| attribute.kind == wire::element::LIST_ELEMENTS)?;
+    Some(list.nested().filter_map(parse_element).collect())
+}
+
+/// Returns the elements of a set that the kernel listed so. Values that exceed the set's type are left
+/// out.
+pub(super) fn elements(set: &Set, mut listed: Vec<(u128, bool)>) -> BTreeSet<Interval> {
+    listed.retain(|(value, _)| *value <= set.key.max());
+    if set.interval {
+        join(listed, set.key.max())
+    } else {
+        listed.into_iter().map(|(value, _)| Interval::new(value, value)).collect()
+    }
 }
 
 fn parse_element(item: Attribute<'_>) -> Option<(u128, bool)> {

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use towline_netlink::codec::Attribute;
+use towline_netlink::codec::{Attribute, Received};
 
 use super::client::{Nft, NftError, parse_rule, payload, request_of};
 use super::expression::Verdict;
@@ -99,46 +99,69 @@ impl Nft {
         }
         let mut request = request_of(family, wire::GET_SET);
         request.string(wire::set::TABLE, &name);
-        let heads = self.connection().dump("list sets", &request, |received| {
-            let mut set = (String::new(), false, 0);
-            for attribute in payload(&received, wire::NEW_SET)? {
-                match attribute.kind {
-                    wire::set::TABLE if attribute.string() != name => return None,
-                    wire::set::NAME => set.0 = attribute.string(),
-                    wire::set::FLAGS => {
-                        set.1 = attribute.u32_be()? & wire::set::FLAG_INTERVAL != 0;
-                    }
-                    wire::set::KEY_LENGTH => set.2 = attribute.u32_be()? as usize,
-                    _ => {}
-                }
-            }
-            Some(set)
-        })?;
+        let heads = self
+            .connection()
+            .dump("list sets", &request, |received| parse_head(&received, &name))?;
         let mut sets = BTreeMap::new();
-        for (set, is_interval, length) in heads {
+        for head in heads {
             let mut request = request_of(family, wire::GET_ELEMENT);
             request.string(wire::element::LIST_TABLE, &name);
-            request.string(wire::element::LIST_SET, &set);
-            let lists = self.connection().dump("list set elements", &request, |received| {
-                let list = payload(&received, wire::NEW_ELEMENT)?
-                    .find(|attribute| attribute.kind == wire::element::LIST_ELEMENTS)?;
-                Some(list.nested().filter_map(parse).collect::<Vec<_>>())
-            })?;
-            let elements = lists.into_iter().flatten().take(ELEMENTS);
-            let elements = joined(elements, is_interval);
-            sets.insert(set, ForeignSet { length, elements });
+            request.string(wire::element::LIST_SET, &head.name);
+            let lists = self
+                .connection()
+                .dump("list set elements", &request, |received| parse_elements(&received))?;
+            let set = head.with(lists.into_iter().flatten());
+            sets.insert(head.name, set);
         }
         Ok(ForeignTable { family, name, chains, sets })
     }
 }
 
+/// Set as the kernel lists it, without its elements.
+pub(super) struct Head {
+    pub(super) name: String,
+    is_interval: bool,
+    /// Length of a value in bytes.
+    length: usize,
+}
+
+impl Head {
+    /// Returns the set with the elements that the kernel listed.
+    pub(super) fn with(&self, listed: impl Iterator<Item = Listed>) -> ForeignSet {
+        let elements = joined(listed.take(ELEMENTS), self.is_interval);
+        ForeignSet { length: self.length, elements }
+    }
+}
+
 /// Element as the kernel lists it: in an interval set, a boundary.
-struct Listed {
+pub(super) struct Listed {
     value: u128,
     /// Last value of an element that is a range by itself (a concatenation in an interval set).
     last: Option<u128>,
     ends: bool,
     verdict: Option<Verdict>,
+}
+
+pub(super) fn parse_head(received: &Received<'_>, table: &str) -> Option<Head> {
+    let mut head = Head { name: String::new(), is_interval: false, length: 0 };
+    for attribute in payload(received, wire::NEW_SET)? {
+        match attribute.kind {
+            wire::set::TABLE if attribute.string() != table => return None,
+            wire::set::NAME => head.name = attribute.string(),
+            wire::set::FLAGS => {
+                head.is_interval = attribute.u32_be()? & wire::set::FLAG_INTERVAL != 0;
+            }
+            wire::set::KEY_LENGTH => head.length = attribute.u32_be()? as usize,
+            _ => {}
+        }
+    }
+    Some(head)
+}
+
+pub(super) fn parse_elements(received: &Received<'_>) -> Option<Vec<Listed>> {
+    let list = payload(received, wire::NEW_ELEMENT)?
+        .find(|attribute| attribute.kind == wire::element::LIST_ELEMENTS)?;
+    Some(list.nested().filter_map(parse).collect())
 }
 
 fn parse(item: Attribute<'_>) -> Option<Listed> {

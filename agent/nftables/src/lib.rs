@@ -24,6 +24,8 @@ mod client;
 mod evaluate;
 mod expression;
 mod foreign;
+#[doc(hidden)]
+pub mod internals;
 mod rule;
 mod set;
 mod table;
