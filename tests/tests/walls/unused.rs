@@ -4,8 +4,14 @@
 use super::source::{all_code, product_modules};
 
 /// Dependencies that no code names, each with the reason.
-const UNNAMED: &[(&str, &str, &str)] =
-    &[("towline-proto", "tonic-prost", "named by the code that the build script generates")];
+const UNNAMED: &[(&str, &str, &str)] = &[
+    ("towline-proto", "tonic-prost", "named by the code that the build script generates"),
+    ("towline-tests", "netlink-packet-core", SAME_FEATURES),
+    ("towline-tests", "netlink-packet-route", SAME_FEATURES),
+];
+/// Reason of a dependency that only tests name, in a package that is only built for tests.
+const SAME_FEATURES: &str =
+    "`cargo lab` and `cargo test` get the same features of every dependency";
 
 #[test]
 fn every_dependency_is_named_in_the_code_that_it_is_for() {
