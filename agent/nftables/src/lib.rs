@@ -5,6 +5,28 @@
 //! to another, and [`Nft::commit`] applies them. This package knows nothing of Towline, and runs no
 //! program.
 //!
+//! ```
+//! use towline_netlink::Family;
+//! use towline_nftables::{Chain, ChainKind, Hook, KeyType, Rule, Set, Table, TableFamily};
+//!
+//! // A table is a value: here a set of networks, and a chain that drops what comes from them.
+//! let nets = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"].map(|net| net.parse().unwrap());
+//! let rule = Rule::new().comment("private").source_in(Family::V4, "nets").counter().drop();
+//! let table = Table::new(TableFamily::Inet, "example")
+//!     .set("nets", Set::networks(KeyType::Ipv4, &nets[..2]))
+//!     .chain("input", Chain::base(ChainKind::Filter, Hook::Input, 0).rule(rule));
+//!
+//! // A kernel without the table needs five messages: table, set, chain, rule, elements.
+//! assert_eq!(table.changes(None).messages(), 5);
+//! // A kernel with the table needs none, and one for another element: the rule's counter stays.
+//! assert!(table.changes(Some(&table)).is_empty());
+//! let grown = table.clone().set("nets", Set::networks(KeyType::Ipv4, &nets));
+//! assert_eq!(grown.changes(Some(&table)).messages(), 1);
+//! ```
+//!
+//! With `CAP_NET_ADMIN`, `Nft::open()?.load(&table)?` sends the messages to the kernel, and
+//! [`Nft::read`] returns the same value with the counters.
+//!
 //! # Invariants
 //!
 //! - A change is one transaction of the kernel: all of it is applied, or nothing. Only the elements of
