@@ -13,6 +13,8 @@ pub mod discovery;
 pub mod down;
 pub mod guard;
 pub mod install;
+#[doc(hidden)]
+pub mod internals;
 pub mod join;
 pub mod keys;
 mod kubelet_files;

@@ -103,9 +103,9 @@ struct Host {
 
 /// Established TCP connection, or listening socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Connection {
-    local: SocketAddr,
-    remote: SocketAddr,
+pub(crate) struct Connection {
+    pub(crate) local: SocketAddr,
+    pub(crate) remote: SocketAddr,
     inode: u64,
     listening: bool,
 }
@@ -219,7 +219,7 @@ impl SshSession {
 
 /// Parses `SSH_CONNECTION=peer port server port` or `SSH_CLIENT=peer port port`. Returns the peer
 /// and the port of the server.
-fn parse(variable: &str) -> Option<(SocketAddr, u16)> {
+pub fn parse(variable: &str) -> Option<(SocketAddr, u16)> {
     let (name, value) = variable.split_once('=')?;
     let fields: Vec<&str> = value.split_whitespace().collect();
     let (peer, port, server) = match (name, fields.as_slice()) {
@@ -243,7 +243,7 @@ fn connections(table: &Path) -> Vec<Connection> {
 }
 
 /// Parses one line of `/proc/net/tcp` or `tcp6`.
-fn connection(line: &str) -> Option<Connection> {
+pub(crate) fn connection(line: &str) -> Option<Connection> {
     let fields: Vec<&str> = line.split_whitespace().collect();
     let listening = match *fields.get(3)? {
         "01" => false,

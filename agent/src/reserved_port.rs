@@ -60,10 +60,11 @@ fn change(path: &Path, what: impl FnOnce(&mut Ports) -> bool) -> io::Result<bool
 
 /// Port ranges in the kernel's format: sorted and disjoint.
 #[derive(Debug, PartialEq, Eq)]
-struct Ports(Vec<RangeInclusive<u16>>);
+pub struct Ports(Vec<RangeInclusive<u16>>);
 
 impl Ports {
-    fn parse(text: &str) -> Option<Self> {
+    /// Parses a list such as `80,8000-8080`.
+    pub fn parse(text: &str) -> Option<Self> {
         let range = |item: &str| {
             let (first, last) = item.split_once('-').unwrap_or((item, item));
             Some(first.trim().parse().ok()?..=last.trim().parse().ok()?)
@@ -73,7 +74,7 @@ impl Ports {
     }
 
     /// Adds a port. Returns whether it was missing.
-    fn add(&mut self, port: u16) -> bool {
+    pub fn add(&mut self, port: u16) -> bool {
         let missing = !self.0.iter().any(|range| range.contains(&port));
         if missing {
             self.0.push(port..=port);
@@ -83,7 +84,7 @@ impl Ports {
     }
 
     /// Removes a port at an end of a range. Returns whether there was one.
-    fn remove(&mut self, port: u16) -> bool {
+    pub fn remove(&mut self, port: u16) -> bool {
         let at_an_end =
             |range: &RangeInclusive<u16>| [*range.start(), *range.end()].contains(&port);
         let Some(place) = self.0.iter().position(at_an_end) else { return false };

@@ -36,6 +36,8 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod entropy;
+#[doc(hidden)]
+pub mod internals;
 pub mod ledger;
 pub mod listen;
 pub mod map;

@@ -364,7 +364,8 @@ impl Run<'_> {
                     key::PAYLOAD_TRANSPORT => transport,
                     _ => return None,
                 };
-                from.get(*offset as usize..(*offset + *length) as usize)?.to_vec()
+                let end = offset.checked_add(*length)?;
+                from.get(*offset as usize..end as usize)?.to_vec()
             }
             Expression::Meta { key, .. } => match *key {
                 key::META_IIFNAME => name_of(packet.input.as_ref()),

@@ -367,7 +367,7 @@ fn mark(path: &Path) -> Option<Mark> {
 /// Returns the `type` of a configuration's main plugin. Multus only calls another plugin, which its
 /// configuration contains (`delegates`). If it only names the file of the other one, that is one of the
 /// next files: the result is `None`.
-pub(super) fn plugin_type(text: &str) -> Option<String> {
+pub fn plugin_type(text: &str) -> Option<String> {
     let configuration: serde_json::Value = serde_json::from_str(text).ok()?;
     let main = main_plugin(&configuration);
     let name = main.get("type")?.as_str()?;

@@ -239,18 +239,18 @@ fn is_guess(error: &JoinError) -> bool {
 }
 
 /// A parsed [`pb::JoinRequest`].
-struct WireJoin {
+pub(crate) struct WireJoin {
     token: TokenId,
     secret: TokenSecret,
     name: NodeName,
-    csr: Vec<u8>,
+    pub(crate) csr: Vec<u8>,
     wireguard_key: WireguardKey,
     proof: Vec<u8>,
     proof_key: [u8; 32],
 }
 
 impl WireJoin {
-    fn parse(join: pb::JoinRequest) -> Result<Self, Invalid> {
+    pub(crate) fn parse(join: pb::JoinRequest) -> Result<Self, Invalid> {
         let secret: [u8; 32] =
             join.token_secret.try_into().map_err(|_| Invalid::Malformed("token"))?;
         convert::bounded("certificate signing request", join.csr.len(), limits::CSR_BYTES)?;
@@ -265,7 +265,7 @@ impl WireJoin {
         })
     }
 
-    fn holds_wireguard_key(&self, proof_key: &StaticSecret) -> bool {
+    pub(crate) fn holds_wireguard_key(&self, proof_key: &StaticSecret) -> bool {
         let shared = proof_key.diffie_hellman(&PublicKey::from(self.wireguard_key.0));
         let claim = Claim { token: self.token, wireguard_key: &self.wireguard_key, csr: &self.csr };
         // With a key of small order the shared secret is known to everyone, so it proves nothing.

@@ -37,6 +37,7 @@ use refusal::{Refusal, absent};
 pub use admin::AdminService;
 pub use auth::{Authorizer, Caller, ROLES, Role};
 pub use discovery::DiscoveryService;
+pub(crate) use discovery::WireJoin;
 pub use refusal::tombstone_of;
 pub use signals::Signals;
 

@@ -74,7 +74,7 @@ fn read(passwd: &Path) -> io::Result<String> {
 }
 
 /// Parses a line, `name:password:uid:gid:...`, and returns the account if it has that name.
-fn parse(line: &str, name: &str) -> Option<Account> {
+pub fn parse(line: &str, name: &str) -> Option<Account> {
     let mut fields = line.split(':');
     if fields.next()? != name {
         return None;

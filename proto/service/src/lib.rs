@@ -25,6 +25,8 @@ pub mod config_file;
 pub mod directory;
 pub mod file;
 pub mod grpc;
+#[doc(hidden)]
+pub mod internals;
 pub mod log;
 pub mod notify;
 pub mod output;

@@ -75,7 +75,7 @@ struct Machine {
 
 /// A row of the kernel's socket table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Row {
+pub struct Row {
     uid: u32,
     /// Inode of the socket in the kernel's sockfs.
     inode: u64,
@@ -127,7 +127,7 @@ impl Machine {
 
 /// Parses a row, `sl local remote state queues timer retransmits uid timeout inode ...`, and
 /// returns it if the socket has this port.
-fn parse(line: &str, transport: Transport, port: u16) -> Option<Row> {
+pub fn parse(line: &str, transport: Transport, port: u16) -> Option<Row> {
     let mut fields = line.split_ascii_whitespace();
     let (_, local_port) = fields.nth(1)?.rsplit_once(':')?;
     let state = fields.nth(1)?;

@@ -26,15 +26,19 @@ use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind, Grant, MeshConfig, Node, Record, Tombstone};
 use towline_proto::pb;
 use towline_proto::signed::{self, Domain};
-use towline_proto::stun;
+use towline_proto::stun::{self, Message as StunMessage};
 use towline_proto::token::JoinToken;
 use towline_wireguard::{DATA_HEADER, MessageKind, Segments};
 
 use crate::sim::host::{self, Host};
 pub use aead::aead;
+pub use files::{files, request, stored};
+pub use kernel::{netlink, nftables};
 pub use pipeline::pipeline;
 
 mod aead;
+mod files;
+mod kernel;
 mod pipeline;
 
 /// A function of bytes, with inputs to start from.
@@ -60,6 +64,12 @@ pub const TARGETS: &[Target] = &[
     Target { name: "mesh", run: mesh, seeds: mesh_seeds },
     Target { name: "helper", run: helper, seeds: helper_seeds },
     Target { name: "aead", run: aead, seeds: aead::seeds },
+    Target { name: "stun", run: stun, seeds: stun_seeds },
+    Target { name: "netlink", run: netlink, seeds: kernel::netlink_seeds },
+    Target { name: "nftables", run: nftables, seeds: kernel::nftables_seeds },
+    Target { name: "files", run: files, seeds: files::files_seeds },
+    Target { name: "stored", run: stored, seeds: files::stored_seeds },
+    Target { name: "request", run: request, seeds: files::request_seeds },
 ];
 
 /// Decodes a body that is signed by the right key and may contain any bytes. The first byte selects
@@ -173,6 +183,26 @@ pub fn datagram(bytes: &[u8]) {
     if let Some((answer, len)) = stun::answer(bytes, from) {
         // A response is never longer than its request, and no response is answered again.
         assert!(len <= bytes.len() && stun::answer(&answer[..len], from).is_none());
+    }
+}
+
+/// Decodes a STUN message, as the client does with what any host sends to the WireGuard port.
+///
+/// A decoded message is a bounded datagram with the cookie, and its transaction id is that of the
+/// header. The answer to a decoded request states the address where it came from.
+pub fn stun(bytes: &[u8]) {
+    let from = SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), 51_830));
+    let Some(message) = StunMessage::decode(bytes) else { return };
+    assert_eq!(DatagramKind::of(bytes), DatagramKind::Stun);
+    let (StunMessage::Request { transaction } | StunMessage::Success { transaction, .. }) = message;
+    assert_eq!(bytes.get(8..20), Some(&transaction[..]));
+    match (message, stun::answer(bytes, from)) {
+        (StunMessage::Request { .. }, Some((answer, len))) => {
+            let mapped = StunMessage::Success { transaction, mapped: from };
+            assert_eq!(StunMessage::decode(&answer[..len]), Some(mapped));
+        }
+        (StunMessage::Request { .. }, None) => assert!(bytes.len() < stun::ANSWER_BYTES),
+        (StunMessage::Success { .. }, answer) => assert!(answer.is_none()),
     }
 }
 
@@ -466,6 +496,21 @@ fn datagram_seeds() -> Vec<Vec<u8>> {
     seeds.push(stun::request([9; 12]).to_vec());
     seeds.extend(probe_seeds());
     seeds
+}
+
+fn stun_seeds() -> Vec<Vec<u8>> {
+    let request = stun::request([9; 12]);
+    let answers = ["192.0.2.1:7", "[2001:db8::1]:7"].map(|from| {
+        let from = from.parse().expect("an address");
+        let (answer, len) = stun::answer(&request, from).expect("an answer");
+        answer[..len].to_vec()
+    });
+    // A classic server: MAPPED-ADDRESS, and attributes that we do not know.
+    let mut classic = vec![1, 1, 0, 24, 0x21, 0x12, 0xa4, 0x42];
+    classic.extend([9; 12]);
+    classic.extend([0x80, 0x2b, 0, 8, 0, 1, 13, 150, 192, 0, 2, 2]);
+    classic.extend([0, 1, 0, 8, 0, 1, 0x80, 0x55, 192, 0, 2, 1]);
+    [vec![request.to_vec(), classic], answers.into()].concat()
 }
 
 fn coalesce_seeds() -> Vec<Vec<u8>> {

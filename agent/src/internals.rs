@@ -1,0 +1,14 @@
+//! Parsers of files and variables that others write, for fuzzing. Not part of the public API.
+
+use std::net::SocketAddr;
+
+#[cfg(feature = "kubernetes")]
+pub use crate::kubernetes::cni::plugin_type as cni_plugin;
+pub use crate::lockout::parse as ssh_variable;
+pub use crate::reserved_port::Ports as ReservedPorts;
+
+/// Returns the local and the remote address in a line of `/proc/net/tcp`.
+pub fn connection(line: &str) -> Option<[SocketAddr; 2]> {
+    let connection = crate::lockout::connection(line)?;
+    Some([connection.local, connection.remote])
+}

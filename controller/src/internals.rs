@@ -1,0 +1,41 @@
+//! Parsers of requests and of the store, for fuzzing. Not part of the public API.
+
+use towline_proto::id::TokenId;
+use towline_proto::pb;
+use x25519_dalek::StaticSecret;
+
+use crate::authority::csr_key;
+use crate::service::WireJoin;
+use crate::stored;
+
+/// Parses a join request as the controller does. Returns true if the request is well-formed and its
+/// keys are proven.
+pub fn join_request(request: pb::JoinRequest) -> bool {
+    let Ok(join) = WireJoin::parse(request) else { return false };
+    let proven = join.holds_wireguard_key(&StaticSecret::from([1; 32]));
+    csr_key(&join.csr).is_ok() && proven
+}
+
+/// Decodes a certificate signing request. Returns true if it is well-formed and signed.
+pub fn signing_request(der: &[u8]) -> bool {
+    csr_key(der).is_ok()
+}
+
+/// Decodes a record of the store that has no signature, and encodes it again. `None` if it is
+/// malformed.
+pub fn stored(key: &str, bytes: &[u8]) -> Option<Vec<u8>> {
+    use towline_registry::Key;
+    match stored::parse_key(key)? {
+        Key::Counters => stored::decode_counters(bytes).ok().map(stored::encode_counters),
+        Key::LastSeen => stored::decode_last_seen(bytes).ok().map(stored::encode_last_seen),
+        Key::Token(id) => {
+            stored::decode_token(id, bytes).ok().map(|token| stored::encode_token(&token))
+        }
+        Key::Mesh | Key::Node(_) | Key::RemovedNode(_) => None,
+    }
+}
+
+/// Returns the text of a token's key in the store.
+pub fn token_key(id: TokenId) -> String {
+    stored::key_text(towline_registry::Key::Token(id))
+}
