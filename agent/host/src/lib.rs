@@ -236,7 +236,7 @@ impl HostNetwork {
         Ok(ports)
     }
 
-    /// Returns the addresses that can serve as node IPs, which are those of [`candidates`]. Addresses of
+    /// Returns the addresses that can serve as node IPs, which are those of [`candidates()`]. Addresses of
     /// the link with the family's default route come first.
     pub fn node_ips(&mut self, policy: &CandidatePolicy) -> Result<Vec<IpAddr>, NetlinkError> {
         let addresses = self.local_addresses()?;

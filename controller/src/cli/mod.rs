@@ -86,6 +86,7 @@ enum ConfigCommand {
 #[derive(Debug, Args)]
 struct Serve {
     /// Address to listen on [default: [::]:7443]
+    #[allow(rustdoc::broken_intra_doc_links, reason = "text of the command line, not a link")]
     #[arg(long, env = "TOWLINE_CONTROLLER_LISTEN", value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
     /// Address at which nodes reach the controller, to be written into tokens; may be repeated. At

@@ -6,7 +6,7 @@
 //! | [`certificate`] | what is read from an X.509 certificate |
 //! | [`config_file`] | configuration files in TOML, and their errors |
 //! | [`directory`] | a private state directory: its owner, its permissions, how its files are written |
-//! | [`file`] | files that are replaced atomically |
+//! | [`mod@file`] | files that are replaced atomically |
 //! | [`grpc`] | gRPC over a connection that exists already |
 //! | [`log`] | log output, to the journal or elsewhere |
 //! | [`notify`] | notifications to the service manager |

@@ -14,7 +14,7 @@ pub trait Coded {
         Self: Sized;
 }
 
-/// Implements [`Coded`](crate::code::Coded) for an enum. Each variant has a code, or takes that of the
+/// Implements [`Coded`] for an enum. Each variant has a code, or takes that of the
 /// value that it holds, alone or in a field. A variant that is not listed does not compile. A struct has
 /// one code, or takes that of one of its fields.
 ///

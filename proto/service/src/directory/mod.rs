@@ -10,7 +10,7 @@
 //!   set-group-id, of the caller's own group) is accepted as it is.
 //! - **Root trusts nothing in a directory of another user.** It follows no symbolic link there,
 //!   opens only regular files, and never writes into an existing file.
-//! - **A file is replaced atomically**, see [`file`].
+//! - **A file is replaced atomically**, see [`mod@file`].
 
 use std::fs::{DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, Read as _};
