@@ -45,6 +45,7 @@ pub mod peer;
 mod reflector;
 pub mod server;
 pub mod service;
+mod slots;
 pub mod state_dir;
 pub mod store;
 mod stored;

@@ -1,17 +1,18 @@
 //! TCP connections: accepting them, their TLS handshakes, and limits on their number.
 //!
 //! - A handshake must end within [`HANDSHAKE`]. The number of concurrent handshakes is limited, in
-//!   total and per source ([`HANDSHAKES`]). Connections beyond the limit are closed at once, so
-//!   that clients that keep handshakes open do not make others wait.
-//! - A connection without a client certificate (a joining node, or any stranger) is closed after
-//!   [`STRANGER_LIFE`]. Their number is limited in total and per source ([`STRANGERS`]), so that
-//!   strangers cannot take the places of nodes.
+//!   total and per source ([`HANDSHAKES`]). Beyond the limit the oldest one of the source with the most
+//!   ends, so that clients that keep handshakes open do not make others wait.
+//! - A connection of a client that is no node of the mesh (a joining node, a removed one, or any
+//!   stranger) is closed after [`STRANGER_LIFE`]. Their number is limited in total and per source
+//!   ([`STRANGERS`]), so that strangers cannot take the places of nodes. Nodes whose certificate has
+//!   expired have places of their own ([`EXPIRED`]): after a long outage they all come at once.
+//! - A node has at most [`NODES`]`.1` connections: the newest ones.
 //! - The kernel probes every connection, so that one whose peer is gone ends within 15 s, or within 30 s
 //!   if data was sent in the meantime: it does not probe while data is unacknowledged.
 //! - Invalid input closes the connection, which is logged at debug, and has no other effect.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
@@ -20,7 +21,6 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
-use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
@@ -28,10 +28,13 @@ use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
+use towline_proto::id::NodeId;
 use towline_proto::limits;
 use towline_proto::source_limiter::source;
 
+use crate::clock;
 use crate::peer::Peer;
+use crate::slots::{Slot, Slots};
 
 /// Longest duration of a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -45,19 +48,23 @@ const KEEPALIVE: (u32, u32, u32) = (5, 3, 3);
 const UNACKNOWLEDGED_MS: u32 = 14_000;
 /// Longest lifetime of a connection without a client certificate.
 pub const STRANGER_LIFE: Duration = Duration::from_secs(60);
-/// Largest number of connections without a client certificate: in total, and per source.
+/// Largest number of connections of strangers: in total, and per source.
 const STRANGERS: (usize, usize) = (1024, 128);
-/// Largest number of connections with a client certificate: in total, and per source. Each node
-/// has one, and a second one while it reconnects. All nodes may be behind one NAT.
-const MEMBERS: (usize, usize) = (2 * limits::NODES, 2 * limits::NODES);
+/// Largest number of connections of nodes whose certificate has expired: in total, and per node.
+const EXPIRED: (usize, usize) = (1024, 1);
+/// Largest number of connections of nodes: in total, and per node. Each node has one, and another
+/// one while it reconnects.
+const NODES: (usize, usize) = (2 * limits::NODES, 3);
+/// Largest number of connections of administrators: in total, and per source.
+const ADMINS: (usize, usize) = (256, 64);
 
 /// A connection whose TLS handshake is complete.
 pub struct Connection {
     stream: TlsStream<TcpStream>,
     info: ConnectionInfo,
-    /// Timer that ends a connection without a client certificate; `None` for all others.
+    /// Timer that ends the connection of a client that is no node; `None` for all others.
     end: Option<Pin<Box<Sleep>>>,
-    _permit: ConnectionPermit,
+    slot: Slot<Holder>,
 }
 
 /// Address and identity of the client, an extension of each request on the connection.
@@ -109,18 +116,15 @@ fn bind_one(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(1024)
 }
 
-/// Accepts connections until the receiver of `connections` is dropped.
+/// Accepts connections until the receiver of `connections` is dropped. `standing` tells what a client's
+/// certificate (its DER, and the identity in it) is worth now.
 pub async fn accept(
     listener: TcpListener,
     acceptor: TlsAcceptor,
     connections: mpsc::Sender<io::Result<Connection>>,
-    now: fn() -> i64,
+    standing: impl Fn(&Peer, &[u8]) -> Standing + Clone + Send + 'static,
 ) {
-    let places = Places {
-        handshakes: Places::of(HANDSHAKES),
-        strangers: Places::of(STRANGERS),
-        members: Places::of(MEMBERS),
-    };
+    let places = Places::new();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -136,14 +140,20 @@ pub async fn accept(
             }
         };
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-        let Some(place) = places.handshakes.take(address.ip()) else {
-            tracing::debug!(%address, "connection closed: too many handshakes");
-            continue;
-        };
-        let (acceptor, places, connections) =
-            (acceptor.clone(), places.clone(), connections.clone());
+        let mut place = places.handshakes.take(Holder::Source(source(address.ip())));
+        let (acceptor, places, connections, standing) =
+            (acceptor.clone(), places.clone(), connections.clone(), standing.clone());
         tokio::spawn(async move {
-            match timeout(HANDSHAKE, handshake(stream, address, acceptor, &places, now)).await {
+            let shaken =
+                timeout(HANDSHAKE, handshake(stream, address, acceptor, &places, standing));
+            let shaken = tokio::select! {
+                shaken = shaken => shaken,
+                () = poll_fn(|cx| place.poll_ended(cx)) => {
+                    tracing::debug!(%address, "connection closed: too many handshakes");
+                    return;
+                }
+            };
+            match shaken {
                 Ok(Ok(connection)) => drop(connections.send(Ok(connection)).await),
                 Ok(Err(error)) => tracing::debug!(%address, %error, "handshake failed"),
                 Err(_) => tracing::debug!(%address, "handshake timed out"),
@@ -153,64 +163,56 @@ pub async fn accept(
     }
 }
 
+/// What a client's certificate is worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// The client is a node of the mesh.
+    Node(NodeId),
+    /// The client is a node of the mesh whose certificate has expired: it may renew it.
+    Expired(NodeId),
+    /// The client is an administrator.
+    Admin,
+    /// The client has no certificate, or one of a removed node.
+    Stranger,
+}
+
+/// Who holds a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Holder {
+    /// An IPv4 address or an IPv6 /64.
+    Source(IpAddr),
+    /// A node.
+    Node(NodeId),
+}
+
 #[derive(Clone)]
 struct Places {
-    handshakes: Arc<Bound>,
-    strangers: Arc<Bound>,
-    members: Arc<Bound>,
+    handshakes: Arc<Slots<Holder>>,
+    strangers: Arc<Slots<Holder>>,
+    expired: Arc<Slots<Holder>>,
+    nodes: Arc<Slots<Holder>>,
+    admins: Arc<Slots<Holder>>,
 }
 
 impl Places {
-    fn of((at_once, from_one_source): (usize, usize)) -> Arc<Bound> {
-        Arc::new(Bound { at_once, from_one_source, taken: Mutex::default() })
-    }
-}
-
-/// Limit on the number of connections, in total and per source.
-struct Bound {
-    at_once: usize,
-    from_one_source: usize,
-    taken: Mutex<Taken>,
-}
-
-#[derive(Default)]
-struct Taken {
-    all: usize,
-    by_source: HashMap<IpAddr, usize>,
-}
-
-impl Bound {
-    /// Takes a place for a source. Returns `None` if a limit is reached. The place is returned on
-    /// drop.
-    fn take(self: &Arc<Self>, address: IpAddr) -> Option<ConnectionPermit> {
-        let source = source(address);
-        let mut taken = self.taken.lock();
-        let here = taken.by_source.get(&source).copied().unwrap_or(0);
-        if taken.all >= self.at_once || here >= self.from_one_source {
-            return None;
+    fn new() -> Self {
+        Self {
+            handshakes: Slots::new(HANDSHAKES),
+            strangers: Slots::new(STRANGERS),
+            expired: Slots::new(EXPIRED),
+            nodes: Slots::new(NODES),
+            admins: Slots::new(ADMINS),
         }
-        taken.all += 1;
-        taken.by_source.insert(source, here + 1);
-        drop(taken);
-        Some(ConnectionPermit { bound: self.clone(), source })
     }
-}
 
-/// A place that counts against a [`Bound`] until it is dropped.
-struct ConnectionPermit {
-    bound: Arc<Bound>,
-    source: IpAddr,
-}
-
-impl Drop for ConnectionPermit {
-    fn drop(&mut self) {
-        let mut taken = self.bound.taken.lock();
-        taken.all -= 1;
-        if let Entry::Occupied(mut count) = taken.by_source.entry(self.source) {
-            *count.get_mut() -= 1;
-            if *count.get() == 0 {
-                count.remove();
-            }
+    /// Takes a slot for a connection, and returns how long the connection may last.
+    fn take(&self, standing: Standing, source: IpAddr) -> (Slot<Holder>, Option<Duration>) {
+        let source = Holder::Source(source);
+        match standing {
+            Standing::Node(node) => (self.nodes.take(Holder::Node(node)), None),
+            Standing::Expired(node) => (self.expired.take(Holder::Node(node)), Some(STRANGER_LIFE)),
+            Standing::Admin => (self.admins.take(source), None),
+            Standing::Stranger => (self.strangers.take(source), Some(STRANGER_LIFE)),
         }
     }
 }
@@ -220,21 +222,21 @@ async fn handshake(
     address: SocketAddr,
     acceptor: TlsAcceptor,
     places: &Places,
-    now: fn() -> i64,
+    standing: impl Fn(&Peer, &[u8]) -> Standing,
 ) -> io::Result<Connection> {
     stream.set_nodelay(true)?;
     keep_alive(&stream)?;
     let stream = acceptor.accept(stream).await?;
     let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
     let peer = certificate.and_then(|der| Peer::from_certificate(der).map(|peer| (peer, der)));
+    let worth = peer.as_ref().map_or(Standing::Stranger, |(peer, der)| standing(peer, der));
+    let (slot, life) = places.take(worth, source(address.ip()));
     let peer = peer.map(|(peer, der)| {
-        Arc::new(PresentedPeer { peer, expired: crate::peer::is_expired(der, now()) })
+        let expired = crate::peer::is_expired(der, clock::now().unix);
+        Arc::new(PresentedPeer { peer, expired })
     });
-    let places = if peer.is_some() { &places.members } else { &places.strangers };
-    let place =
-        places.take(address.ip()).ok_or_else(|| io::Error::other("too many connections"))?;
-    let end = peer.is_none().then(|| Box::pin(sleep(STRANGER_LIFE)));
-    Ok(Connection { stream, info: ConnectionInfo { address, peer }, end, _permit: place })
+    let end = life.map(|life| Box::pin(sleep(life)));
+    Ok(Connection { stream, info: ConnectionInfo { address, peer }, end, slot })
 }
 
 /// Lets the kernel notice a peer that is gone.
@@ -267,6 +269,9 @@ impl AsyncRead for Connection {
         {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
+        if self.slot.poll_ended(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
@@ -286,25 +291,5 @@ impl AsyncWrite for Connection {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_source_cannot_take_every_place_and_places_come_back() {
-        let bound = Places::of((3, 2));
-        let (a, b) = (IpAddr::from([192, 0, 2, 1]), IpAddr::from([192, 0, 2, 2]));
-        let first = bound.take(a).unwrap();
-        let second = bound.take(a).unwrap();
-        assert!(bound.take(a).is_none());
-        let third = bound.take(b).unwrap();
-        assert!(bound.take(b).is_none(), "no place is left");
-        drop(first);
-        assert!(bound.take(b).is_some());
-        drop((second, third));
-        assert!(bound.taken.lock().by_source.is_empty());
     }
 }

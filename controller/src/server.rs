@@ -34,10 +34,13 @@ use crate::clock;
 use crate::config::{Config, LEASE, MeshSettings, OVERLAY_V4};
 use crate::entropy::{NoEntropy, random};
 use crate::ledger::Ledger;
-use crate::listen;
+use crate::listen::{self, Standing};
 use crate::map::Map;
+use crate::peer::{self, Peer, PeerName};
 use crate::reflector::Reflector;
-use crate::service::{AdminService, Authorizer, DiscoveryService, FAILED_JOINS, Shared, Signals};
+use crate::service::{
+    AdminService, Authorizer, Budgets, DiscoveryService, FAILED_JOINS, Shared, Signals,
+};
 use crate::state_dir::{Lock, StateDir, StateError};
 use crate::store::{CommitError, OpenError, Store};
 use crate::tls::{self, ServerCertificate, TlsError};
@@ -55,7 +58,10 @@ const TICK: Duration = Duration::from_secs(5);
 /// Interval of HTTP/2 pings on idle connections, and the timeout of a ping.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(10));
 /// Largest number of concurrent HTTP/2 streams on one connection.
-const STREAMS: u32 = 32;
+const STREAMS: u32 = 8;
+/// Receive windows of HTTP/2 in bytes: of a stream, and of a connection. A client can make the
+/// controller buffer this much, and no more.
+const WINDOWS: (u32, u32) = (64 * 1024, 256 * 1024);
 
 /// Error that keeps the controller from starting, or that ended it.
 #[derive(Debug, thiserror::Error)]
@@ -190,6 +196,7 @@ impl Controller {
             proof_public: PublicKey::from(&proof_key),
             proof_key,
             advertise: config.advertise,
+            budgets: Budgets::default(),
             signals: Signals::default(),
             reflector: reflector.as_ref().map(|_| address.port()),
             stopping,
@@ -233,8 +240,12 @@ impl Controller {
         let mut writer_ended = self.writer_ended;
         tracing::info!(%address, "listening");
         let (accepted, connections) = mpsc::channel(64);
-        let accepting =
-            tokio::spawn(listen::accept(listener, acceptor, accepted, || clock::now().unix));
+        let accepting = tokio::spawn(listen::accept(
+            listener,
+            acceptor,
+            accepted,
+            standing(shared.map.clone()),
+        ));
         let renewing = tokio::spawn(renew(dir.clone(), authority, self.certificate));
         let writer = shared.writer.clone();
         let ticking =
@@ -259,6 +270,8 @@ impl Controller {
             .http2_keepalive_interval(Some(KEEPALIVE.0))
             .http2_keepalive_timeout(Some(KEEPALIVE.1))
             .max_concurrent_streams(STREAMS)
+            .initial_stream_window_size(WINDOWS.0)
+            .initial_connection_window_size(WINDOWS.1)
             .layer(authorizer)
             .add_service(discovery)
             .add_service(admin)
@@ -294,6 +307,20 @@ impl Controller {
         .await;
         dir.remove("address")?;
         result
+    }
+}
+
+/// Returns the function that tells what a client's certificate is worth now.
+fn standing(map: Arc<Map>) -> impl Fn(&Peer, &[u8]) -> Standing + Clone {
+    move |peer, certificate| {
+        let is_expired = peer::is_expired(certificate, clock::now().unix);
+        match peer.name {
+            PeerName::Node(node) if map.member(node, &peer.key).is_err() => Standing::Stranger,
+            PeerName::Node(node) if is_expired => Standing::Expired(node),
+            PeerName::Node(node) => Standing::Node(node),
+            PeerName::Admin(_) if is_expired => Standing::Stranger,
+            PeerName::Admin(_) => Standing::Admin,
+        }
     }
 }
 

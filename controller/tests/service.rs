@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is the report")]
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use towline_controller::state_dir::StateDir;
 use towline_fixtures::controller::{
     Machine, Node, TestController, config, prefix, soon, tombstone, upsert,
 };
+use towline_proto::id::NodeId;
 use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::token::TokenSecret;
 use towline_proto::{limits, pb, signed};
@@ -179,54 +181,60 @@ async fn a_slow_watcher_gets_the_newest_state_and_no_queue() {
     watch.synced().await;
     let publisher = fast.watch(&controller).await;
 
-    // Each record fills a large part of the slow watcher's flow-control window.
-    const LAST: u64 = 60;
+    // Each record fills a large part of the slow watcher's flow-control window. One node may not publish
+    // all of them at once, so several do.
+    const NODES: u64 = 3;
+    const LAST: u64 = 20;
     let candidates: Vec<pb::Candidate> = (0..limits::CANDIDATES as u32)
         .map(|i| pb::Candidate { kind: 1, address: vec![10, 0, 0, 1], port: 1000 + i })
         .collect();
-    let prefixes: Vec<_> = (0..200u8).map(|i| prefix(&format!("10.0.{i}.0/24"))).collect();
-    let wide = controller.token(pb::CreateTokenRequest {
-        allowed_prefixes: vec![prefix("10.0.0.0/8")],
-        ..Default::default()
-    });
-    let machine = Machine::new("wide");
-    let wide = machine.join(&controller, &wide.await).await.unwrap();
-    let wide = Node::new(machine, wide);
     drop(publisher);
-    let publisher = wide.watch(&controller).await;
+    let mut publishers = Vec::new();
+    for number in 0..NODES {
+        let wide = controller.token(pb::CreateTokenRequest {
+            allowed_prefixes: vec![prefix("10.0.0.0/8")],
+            ..Default::default()
+        });
+        let machine = Machine::new(&format!("wide{number}"));
+        let joined = machine.join(&controller, &wide.await).await.unwrap();
+        let node = Node::new(machine, joined);
+        let prefixes = (0..200u8).map(|i| prefix(&format!("10.{number}.{i}.0/24")));
+        let prefixes: Vec<_> = prefixes.collect();
+        let watch = node.watch(&controller).await;
+        publishers.push((node, watch, prefixes));
+    }
     for generation in 1..=LAST {
-        let record = pb::Record {
-            node_id: wide.id().0.to_vec(),
-            generation,
-            // A record of which only the generation is new would not be sent.
-            boot_epoch: generation,
-            wireguard_keys: vec![wide.machine.wireguard_key().0.to_vec()],
-            candidates: candidates.clone(),
-            prefixes: prefixes.clone(),
-            version: String::new(),
-            relay: false,
-            lans: Vec::new(),
-        };
-        watch.heartbeat().await;
-        publisher.heartbeat().await;
-        publisher.publish(wide.sign(&record)).await.unwrap();
+        for (node, publisher, prefixes) in &publishers {
+            let record = pb::Record {
+                node_id: node.id().0.to_vec(),
+                generation,
+                // A record of which only the generation is new would not be sent.
+                boot_epoch: generation,
+                wireguard_keys: vec![node.machine.wireguard_key().0.to_vec()],
+                candidates: candidates.clone(),
+                prefixes: prefixes.clone(),
+                version: String::new(),
+                relay: false,
+                lans: Vec::new(),
+            };
+            watch.heartbeat().await;
+            publisher.heartbeat().await;
+            publisher.publish(node.sign(&record)).await.unwrap();
+        }
     }
 
     let mut received = 0;
-    loop {
+    let mut newest: BTreeSet<NodeId> = BTreeSet::new();
+    while newest.len() < publishers.len() {
         let changes = watch.changes().await.unwrap();
-        let newest = changes
-            .kinds()
-            .filter_map(|kind| upsert(&kind.unwrap(), &ca))
-            .filter(|(id, _)| *id == wide.id())
-            .inspect(|_| received += 1)
-            .filter_map(|(_, generation)| generation)
-            .max();
-        if newest == Some(LAST) {
-            break;
+        for (id, generation) in changes.kinds().filter_map(|kind| upsert(&kind.unwrap(), &ca)) {
+            if publishers.iter().any(|(node, ..)| node.id() == id) {
+                received += 1;
+                newest.extend((generation == Some(LAST)).then_some(id));
+            }
         }
     }
-    assert!(received < LAST / 2, "{received} states of one node were queued");
+    assert!(received < NODES * LAST / 2, "{received} states of {NODES} nodes were queued");
     controller.stop().await;
 }
 
@@ -304,6 +312,41 @@ async fn a_cloned_machine_is_refused_and_a_restarted_one_is_not() {
             Err(status) => assert_eq!(status.code(), Code::AlreadyExists),
         }
     }
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_node_that_publishes_without_end_slows_only_itself_down() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let (a, b) = (controller.node("a", &[]).await, controller.node("b", &[]).await);
+    let mut first = a.watch(&controller).await;
+    let mut other = b.watch(&controller).await;
+    first.synced().await;
+    other.synced().await;
+    let mut refused = None;
+    for generation in 1..100 {
+        if let Err(status) = first.publish(a.record(generation, &[])).await {
+            refused = Some(status);
+            break;
+        }
+    }
+    let status = refused.expect("a budget");
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert!(status.message().contains("wait"), "{status}");
+    other.publish(b.record(1, &[])).await.unwrap();
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_stranger_cannot_make_the_controller_buffer_much() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let mut stranger = DiscoveryClient::new(controller.connect(None).await);
+    let csr = vec![0; 64 * 1024];
+    let join = pb::JoinRequest { csr, ..Default::default() };
+    let status = stranger.join(join).await.unwrap_err();
+    assert!(status.message().contains("length limit"), "{status}");
     controller.stop().await;
 }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures_util::future::{Either, Ready, ready};
+use http_body_util::Limited;
 use tonic::body::Body;
 use tonic::{Request, Status};
 use tower::{Layer, Service};
@@ -19,6 +20,9 @@ use crate::map::Map;
 use crate::peer::PeerName;
 
 use super::refusal::no_access;
+
+/// Longest request of a client that proved nothing, in bytes. A join has about 1 KiB.
+const STRANGER_BYTES: usize = 16 * 1024;
 
 /// Role that a client needs to call an RPC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,9 +188,9 @@ pub struct Authorized<S> {
     authorizer: Authorizer,
 }
 
-impl<S, B> Service<http::Request<B>> for Authorized<S>
+impl<S> Service<http::Request<Body>> for Authorized<S>
 where
-    S: Service<http::Request<B>, Response = http::Response<Body>>,
+    S: Service<http::Request<Body>, Response = http::Response<Body>>,
 {
     type Response = S::Response;
     type Error = S::Error;
@@ -196,10 +200,13 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: http::Request<B>) -> Self::Future {
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         let connection = request.extensions().get::<ConnectionInfo>();
         match self.authorizer.admit(request.uri().path(), connection) {
             Ok(caller) => {
+                if matches!(caller.identity, CallerIdentity::Anyone) {
+                    request = request.map(|body| Body::new(Limited::new(body, STRANGER_BYTES)));
+                }
                 request.extensions_mut().insert(caller);
                 Either::Left(self.inner.call(request))
             }

@@ -25,6 +25,7 @@ use towline_registry::sessions::{Occupied, Session, Sessions};
 use towline_registry::{Join, JoinError, PublishError};
 
 use super::auth::Caller;
+use super::budgets::Work;
 use super::refusal::{Refusal as _, absent, no_access};
 use super::watch::{self, Watcher};
 use super::{Shared, missing};
@@ -128,6 +129,7 @@ impl Discovery for DiscoveryService {
         request: Request<pb::RenewRequest>,
     ) -> Result<Response<pb::RenewResponse>, Status> {
         let (node, _) = Caller::node(&request)?;
+        self.shared.spend(&node, Work::Renew)?;
         let (key, public) = csr_key(&request.get_ref().csr).map_err(|error| error.status())?;
         if key != node.identity {
             let error = AccessError::Key { node: node.id };
@@ -146,6 +148,7 @@ impl Discovery for DiscoveryService {
         request: Request<pb::PublishRequest>,
     ) -> Result<Response<pb::PublishResponse>, Status> {
         let (node, _) = Caller::node(&request)?;
+        self.shared.spend(&node, Work::Publish)?;
         let request = request.into_inner();
         let session = request.session_id.as_slice().try_into().map_err(|_| missing("session"))?;
         let record = signed::record(request.record.as_ref(), &node.identity)
@@ -175,6 +178,7 @@ impl Discovery for DiscoveryService {
         request: Request<Streaming<pb::WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let (node, address) = Caller::node(&request)?;
+        self.shared.spend(&node, Work::Watch)?;
         let mut requests = request.into_inner();
         let first = tokio::time::timeout(FIRST_WORD, requests.message()).await;
         let first = first
@@ -187,6 +191,9 @@ impl Discovery for DiscoveryService {
         }
         convert::bounded("instance_id", start.instance_id.len(), 64)
             .map_err(|error| error.status())?;
+        if Watcher::cursor(&self.shared.map, (start.epoch, start.revision)) == 0 {
+            self.shared.spend(&node, Work::Snapshot)?;
+        }
         watch::resync(&self.shared, start.tombstones).await?;
 
         let id = random().map_err(|error| error.status())?;

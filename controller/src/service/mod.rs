@@ -4,6 +4,7 @@
 
 mod admin;
 mod auth;
+mod budgets;
 mod discovery;
 mod refusal;
 mod signals;
@@ -24,6 +25,7 @@ use towline_proto::{limits, pb, signed};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::authority::Authority;
+use crate::clock;
 use crate::ledger::Ledger;
 use crate::map::Map;
 use crate::store::Record;
@@ -32,10 +34,13 @@ use crate::writer::Writer;
 use towline_registry::sessions::Sessions;
 use towline_registry::{NoSuchNode, Now};
 
+use auth::CallingNode;
+use budgets::Work;
 use refusal::{Refusal, absent};
 
 pub use admin::AdminService;
 pub use auth::{Authorizer, Caller, ROLES, Role};
+pub use budgets::Budgets;
 pub use discovery::DiscoveryService;
 pub(crate) use discovery::WireJoin;
 pub use refusal::tombstone_of;
@@ -67,6 +72,8 @@ pub struct Shared {
     /// Addresses of this controller that are written into tokens, after those of the mesh's
     /// configuration.
     pub advertise: Vec<ControllerAddress>,
+    /// Budgets of the nodes.
+    pub budgets: Budgets,
     /// Forwarding of signals between nodes.
     pub signals: Signals,
     /// UDP port of the STUN server; `None` if it could not be bound.
@@ -82,6 +89,18 @@ impl Shared {
         change: impl FnOnce(&mut Ledger, &Sessions, Now) -> T + Send + 'static,
     ) -> Result<T, Status> {
         self.writer.run(change).await.map_err(Refusal::status)
+    }
+
+    /// Spends one unit of a node's budget.
+    fn spend(&self, node: &CallingNode, work: Work) -> Result<(), Status> {
+        self.budgets.spend(node.id, work, clock::now().mono).map_err(|wait| {
+            let seconds = wait.as_secs() + 1;
+            tracing::debug!(node = %node.name, ?work, seconds, "budget used up");
+            Status::resource_exhausted(format!(
+                "node `{}` asks too often: wait {seconds} s",
+                node.name
+            ))
+        })
     }
 
     /// Returns all records of the store, marked as a backup.

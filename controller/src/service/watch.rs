@@ -14,18 +14,19 @@ use tokio::time::{Instant, MissedTickBehavior, Sleep, interval, sleep};
 use tonic::{Status, Streaming};
 use towline_proto::convert;
 use towline_proto::id::NodeId;
-use towline_proto::rate::TokenBucket;
 use towline_proto::{limits, pb, signed};
 
 use crate::clock;
 use crate::ledger::Ledger;
+use crate::map::Map;
 use towline_registry::NodeProblem;
 use towline_registry::sessions::{SessionId, Sessions};
 
 use super::Shared;
 use super::auth::CallingNode;
+use super::budgets::Work;
 use super::refusal::{Refusal as _, absent};
-use super::signals::{ALLOWANCE, ToWatch};
+use super::signals::ToWatch;
 
 /// Number of signatures that are verified before the task yields to others.
 const VERIFIED_AT_ONCE: usize = 64;
@@ -46,8 +47,6 @@ pub(super) struct Watcher {
     /// True once everything that existed at the start of the watch was sent.
     synced: bool,
     responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
-    /// Rate limit of the signals that this node sends.
-    allowance: TokenBucket,
 }
 
 /// Kind of the message to send next.
@@ -70,11 +69,15 @@ impl Watcher {
         from: (u64, u64),
         responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
     ) -> Self {
-        let (epoch, revision) = from;
-        let known = epoch == shared.map.epoch() && revision <= shared.map.revision();
-        let cursor = if known { revision } else { 0 };
-        let allowance = TokenBucket::default();
-        Self { shared, node, session, cursor, synced: false, responses, allowance }
+        let cursor = Self::cursor(&shared.map, from);
+        Self { shared, node, session, cursor, synced: false, responses }
+    }
+
+    /// Returns the revision after which a client that has the map at `from` gets changes; 0 if it gets
+    /// the whole map.
+    pub(super) fn cursor(map: &Map, (epoch, revision): (u64, u64)) -> u64 {
+        let is_known = epoch == map.epoch() && revision <= map.revision();
+        if is_known { revision } else { 0 }
     }
 
     /// Runs until either side ends the watch.
@@ -249,8 +252,8 @@ impl Watcher {
         }
     }
 
-    fn carry(&mut self, signal: pb::Signal) {
-        let may = self.allowance.take(&ALLOWANCE, clock::now().mono, 1);
+    fn carry(&self, signal: pb::Signal) {
+        let may = self.shared.budgets.spend(self.node.id, Work::Signal, clock::now().mono).is_ok();
         let carried = may && self.shared.signals.carry(self.node.id, signal);
         if !carried {
             tracing::debug!(node = %self.node.name, limited = !may, "signal dropped");

@@ -76,6 +76,11 @@ impl TokenBucket {
         needed.saturating_sub(rate.fill)
     }
 
+    /// Returns whether the bucket is full, as a new one is.
+    pub fn is_full(&self, now: Instant) -> bool {
+        self.missing(now).is_zero()
+    }
+
     /// Returns the time at which the bucket is full again; `None` if it was never used.
     pub(crate) fn full_at(&self) -> Option<Instant> {
         self.full_at
