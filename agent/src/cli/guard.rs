@@ -30,6 +30,7 @@ pub(super) struct NodeIpArgs {
     #[arg(short = '6', long, conflicts_with = "ipv4")]
     ipv6: bool,
     /// Only addresses of the families that this node's cluster has ([kubernetes] node_ip_families)
+    #[allow(rustdoc::broken_intra_doc_links, reason = "text of the command line, not a link")]
     #[arg(long, conflicts_with_all = ["ipv4", "ipv6"])]
     kubelet: bool,
     /// Print a line for an environment file: KUBELET_EXTRA_ARGS of this command's environment, with
