@@ -3,6 +3,7 @@
 //! must read the same.
 
 #![allow(clippy::unwrap_used)] // in a test a panic is the report
+#![expect(clippy::print_stdout, reason = "the output of a test")]
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
@@ -184,7 +185,7 @@ fn link(theirs: &LinkMessage) -> Link {
             LinkAttribute::Controller(index) => link.master = Some(*index),
             LinkAttribute::TxQueueLen(packets) => link.queue_length = *packets,
             LinkAttribute::LinkInfo(infos) => {
-                infos.iter().for_each(|info| link_info(&mut link, info))
+                infos.iter().for_each(|info| link_info(&mut link, info));
             }
             LinkAttribute::AfSpecUnspec(families) => {
                 for settings in families {

@@ -302,7 +302,7 @@ impl Task {
             match severity {
                 Severity::Warning => tracing::warn!(%reason, code, "kubernetes node not available"),
                 Severity::Expected => {
-                    tracing::info!(%reason, code, "kubernetes node not available")
+                    tracing::info!(%reason, code, "kubernetes node not available");
                 }
             }
         }
