@@ -203,16 +203,15 @@ pub(super) fn find(
     uplinks: &[path::LocalAddress],
     addresses: &[LocalAddress],
 ) -> Result<Vec<Obstacle>, NftError> {
-    let tables = nft.tables_with_filters(&[Hook::Input, Hook::Forward, Hook::Output])?;
+    let hooks = [Hook::Input, Hook::Forward, Hook::Output];
+    let tables = nft.tables_with_filters(&hooks, &plan.firewall.table)?;
     let link = PacketLink { index: link, name: plan.link.name.clone() };
     // `hook` reports this.
     let has_no_zone = hook::is_without_zone(nft, &link.name)?;
     let surroundings = Surroundings { plan, link, uplinks, addresses };
     let packets = surroundings.packets();
-    let tables: Vec<&ForeignTable> =
-        tables.iter().filter(|table| table.name != plan.firewall.table).collect();
     let mut found = BTreeSet::new();
-    for table in tables {
+    for table in &tables {
         for (traffic, packet) in &packets {
             if !table.covers(Family::of(packet.source)) {
                 continue;

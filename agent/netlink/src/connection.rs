@@ -191,8 +191,20 @@ impl Connection {
         &mut self,
         what: &str,
         message: &Message,
-        mut parse: impl FnMut(Received<'_>) -> Option<T>,
+        parse: impl FnMut(Received<'_>) -> Option<T>,
     ) -> Result<Vec<T>, NetlinkError> {
+        let found = self.dump_at_most(what, message, usize::MAX, parse)?;
+        Ok(found.unwrap_or_default())
+    }
+
+    /// Returns the objects of a dump as [`Self::dump`] does, and `None` if there are more than `most`.
+    pub fn dump_at_most<T>(
+        &mut self,
+        what: &str,
+        message: &Message,
+        most: usize,
+        mut parse: impl FnMut(Received<'_>) -> Option<T>,
+    ) -> Result<Option<Vec<T>>, NetlinkError> {
         let mut attempts = 0;
         loop {
             attempts += 1;
@@ -201,28 +213,34 @@ impl Connection {
                 super::stand_in::dump_without_ipv6(what, &mut message)?;
             }
             message.add_flags(libc::NLM_F_DUMP as u16);
-            let (items, consistent) = self.dump_once(what, message, &mut parse)?;
-            if consistent || attempts == DUMP_ATTEMPTS {
+            let (items, consistent) = self.dump_once(what, message, most, &mut parse)?;
+            if consistent || items.is_none() || attempts == DUMP_ATTEMPTS {
                 return Ok(items);
             }
         }
     }
 
-    /// Makes one attempt at a dump. The second value is false if a concurrent change interrupted it.
+    /// Makes one attempt at a dump. The first value is `None` if there are more than `most` objects, which
+    /// are not kept then. The second one is false if a concurrent change interrupted it.
     fn dump_once<T>(
         &mut self,
         what: &str,
         mut message: Message,
+        most: usize,
         parse: &mut impl FnMut(Received<'_>) -> Option<T>,
-    ) -> Result<(Vec<T>, bool), NetlinkError> {
+    ) -> Result<(Option<Vec<T>>, bool), NetlinkError> {
         let sequence = self.next_sequence();
         self.send(message.finish(sequence))?;
-        let mut items = Vec::new();
+        let mut items = Some(Vec::new());
         let mut flags = 0;
         let what = || what.to_owned();
         let last = self.answers(sequence, what, |received| {
             flags |= received.flags;
-            items.extend(parse(received));
+            // The rest must be read all the same: the kernel makes one dump of a socket at a time.
+            items = items.take().and_then(|mut kept| {
+                kept.extend(parse(received));
+                (kept.len() <= most).then_some(kept)
+            });
         })?;
         Ok((items, (flags | last) & libc::NLM_F_DUMP_INTR as u16 == 0))
     }

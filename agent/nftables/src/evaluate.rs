@@ -1,8 +1,9 @@
 //! What a base chain of another program does with a packet.
 //!
 //! The evaluation is an interpretation of the rules with one packet whose bytes are known. What cannot
-//! be known (a rate limit, a user, an unknown match) may be true or false: both ways are followed. So a
-//! chain surely drops a packet if it may be dropped and can never be accepted.
+//! be known (a mark, which other chains set; a rate limit, a user, an unknown match) may be true or false:
+//! both ways are followed. An unknown statement may accept. So a chain surely drops a packet if it may be
+//! dropped and can never be accepted.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -67,11 +68,35 @@ const DEPTH: usize = 16;
 const RULES: usize = 20_000;
 /// Conntrack state of a new connection (`NF_CT_STATE_BIT(IP_CT_NEW)`), which iptables numbers alike.
 const NEW: u32 = 8;
+/// States that a packet that begins a connection does not have: invalid, established, related.
+const ORDINARY: u32 = 0b111;
 const LOCAL: u32 = libc::RTN_LOCAL as u32;
 const UNICAST: u32 = libc::RTN_UNICAST as u32;
 /// Bytes of a name of a link.
 const NAME: usize = 16;
 const REJECT_TARGETS: [&str; 2] = ["REJECT", "DROP"];
+/// Expressions that are not decoded, after which the next expression is evaluated. Any other one may give a
+/// verdict, as `queue` does.
+const MATCHES: [&str; 16] = [
+    "bitwise",
+    "byteorder",
+    "cmp",
+    "connlimit",
+    "exthdr",
+    "hash",
+    "inner",
+    "limit",
+    "lookup",
+    "numgen",
+    "objref",
+    "osf",
+    "quota",
+    "range",
+    "socket",
+    "xfrm",
+];
+/// Expressions that are not decoded and decide nothing.
+const STATEMENTS: [&str; 5] = ["dup", "dynset", "flow_offload", "last", "log"];
 /// Targets of iptables after which the next rule is evaluated.
 const PASSING_TARGETS: [&str; 12] = [
     "AUDIT", "CHECKSUM", "CLASSIFY", "CONNMARK", "CT", "DSCP", "LOG", "MARK", "NFLOG", "TCPMSS",
@@ -233,11 +258,12 @@ impl Run<'_> {
                 | Expression::SetTcpOption { .. }
                 | Expression::Remember { .. }
                 | Expression::Forget { .. } => Truth::Yes,
-                Expression::Other(name) if name == "log" => Truth::Yes,
-                Expression::Other(_) => {
+                Expression::Other(name) if STATEMENTS.contains(&name.as_str()) => Truth::Yes,
+                Expression::Other(name) if MATCHES.contains(&name.as_str()) => {
                     registers = Registers::default();
                     Truth::Maybe
                 }
+                Expression::Other(_) => return Effect::Unknown,
                 Expression::Masquerade { .. } | Expression::Nat { .. } => return Effect::Unknown,
                 load => {
                     registers.load(self, load);
@@ -271,9 +297,10 @@ impl Run<'_> {
     fn element(&self, set: &str, value: Option<&[u8]>) -> Option<Option<&Element>> {
         let set = self.table.sets.get(set)?;
         let value = KeyType::decode(value.filter(|value| value.len() == set.length)?)?;
-        let has =
-            |element: &&Element| (element.values.first()..=element.values.last()).contains(&value);
-        Some(set.elements.iter().find(has))
+        match set.find(value) {
+            None if !set.is_complete => None,
+            found => Some(found),
+        }
     }
 
     /// Evaluates a match of iptables.
@@ -294,13 +321,36 @@ impl Run<'_> {
             ("conntrack", 2 | 3) => (|| {
                 const STATE: u16 = 1;
                 (short(146)? == STATE).then_some(())?;
-                let is_new = u32::from(short(150)?) & NEW != 0;
-                Some(is_new != (short(148)? & STATE != 0))
+                let states = u32::from(short(150)?);
+                // Another chain may have translated an address, or excluded the packet from conntrack.
+                let is_known = states & NEW != 0 || states & !(ORDINARY | NEW) == 0;
+                is_known.then_some((states & NEW != 0) != (short(148)? & STATE != 0))
             })(),
             ("state", _) => long(0).map(|states| states & NEW != 0),
-            ("mark", 1) => (|| {
-                let (mark, mask) = (long(0)?, long(4)?);
-                Some((mark & mask == 0) != (info.get(8).copied()? != 0))
+            // struct xt_multiport_v1: flags, count, 15 ports, 15 flags of ranges, inversion.
+            ("multiport", 1) => (|| {
+                let (flags, count) = (info.first().copied()?, info.get(1).copied()?);
+                let has = |port: u16| {
+                    let mut found = false;
+                    let mut at = 0;
+                    while at < usize::from(count.min(15)) {
+                        let first = short(2 + 2 * at)?;
+                        let is_range = info.get(32 + at).copied()? != 0;
+                        at += 1 + usize::from(is_range);
+                        let last = if is_range { short(2 + 2 * (at - 1))? } else { first };
+                        found |= (first..=last).contains(&port);
+                    }
+                    Some(found)
+                };
+                let (source, destination) =
+                    (has(self.packet.source_port)?, has(self.packet.destination_port)?);
+                let found = match flags {
+                    0 => source,
+                    1 => destination,
+                    2 => source || destination,
+                    _ => return None,
+                };
+                Some(found != (info.get(47).copied()? != 0))
             })(),
             ("addrtype", 1) => (|| {
                 const INVERT_SOURCE: u32 = 1;
@@ -379,13 +429,11 @@ impl Run<'_> {
                         if packet.source.is_ipv4() { libc::ETH_P_IP } else { libc::ETH_P_IPV6 };
                     (kind as u16).to_be_bytes().to_vec()
                 }
-                key::META_MARK => vec![0; 4],
                 key::META_PKTTYPE => vec![libc::PACKET_HOST],
                 _ => return None,
             },
             Expression::Ct { key, .. } => match *key {
                 key::CT_STATE => NEW.to_ne_bytes().to_vec(),
-                key::CT_STATUS | key::CT_MARK => vec![0; 4],
                 key::CT_DIRECTION => vec![0],
                 _ => return None,
             },
@@ -611,9 +659,9 @@ mod tests {
         let element =
             |first, last, verdict| Element { values: Interval::new(first, last), verdict };
         let established = element(state(2), state(2), Some(Verdict::Accept));
-        let states = ForeignSet { length: 4, elements: vec![established] };
+        let states = ForeignSet::new(4, vec![established], true);
         ours.sets.insert("__map0".to_owned(), states);
-        let numbers = ForeignSet { length: 2, elements: vec![element(22, 22, None)] };
+        let numbers = ForeignSet::new(2, vec![element(22, 22, None)], true);
         ours.sets.insert("ports".to_owned(), numbers);
         assert!(ours.evaluate("INPUT", &packet()).is_dropped());
         ours.sets.get_mut("ports").unwrap().elements.push(element(10_000, 11_000, None));
@@ -623,6 +671,109 @@ mod tests {
         assert!(ours.evaluate("INPUT", &packet()).is_dropped());
         ours.sets.get_mut("__map0").unwrap().length = 6;
         assert!(!ours.evaluate("INPUT", &packet()).is_dropped(), "of another kind");
+    }
+
+    #[test]
+    fn what_is_not_in_a_set_that_is_not_known_whole_is_unknown() {
+        for (is_complete, expected) in [(true, true), (false, false)] {
+            let ports = Rule::new().protocol(libc::IPPROTO_TCP as u8).destination_port_in("ports");
+            let mut ours = table([("INPUT", input([ports.accept()]))]);
+            let element = Element { values: Interval::new(22, 22), verdict: None };
+            let set = ForeignSet::new(2, vec![element], is_complete);
+            ours.sets.insert("ports".to_owned(), set);
+            assert_eq!(ours.evaluate("INPUT", &packet()).is_dropped(), expected);
+        }
+    }
+
+    #[test]
+    fn marks_are_unknown_since_other_chains_set_them() {
+        // As kube-router and Calico do: accepted packets are marked, all others are rejected.
+        let is_marked = |operator| {
+            Rule::new()
+                .step(Expression::Meta { key: key::META_MARK, register: key::REGISTER_1 })
+                .step(Expression::Bitwise {
+                    source: key::REGISTER_1,
+                    target: key::REGISTER_1,
+                    mask: 0x10000u32.to_ne_bytes().to_vec(),
+                    xor: vec![0; 4],
+                })
+                .step(Expression::Compare {
+                    register: key::REGISTER_1,
+                    operator,
+                    value: 0x10000u32.to_ne_bytes().to_vec(),
+                })
+        };
+        let by_iptables = |inverted: u8| {
+            let mut info = 0x10000u32.to_ne_bytes().repeat(2);
+            info.extend([inverted, 0, 0, 0]);
+            let name = "mark".to_owned();
+            Rule::new().step(Expression::Match { name, revision: 1, info })
+        };
+        let status = Rule::new()
+            .step(Expression::Ct { key: key::CT_STATUS, register: key::REGISTER_1 })
+            .step(Expression::Compare {
+                register: key::REGISTER_1,
+                operator: key::NOT_EQUAL,
+                value: vec![0; 4],
+            });
+        // The policy of the pod network: a drop of what is not marked.
+        assert!(!is_dropped([is_marked(key::NOT_EQUAL).drop(), Rule::new().accept()]));
+        assert!(!is_dropped([by_iptables(1).drop(), Rule::new().accept()]));
+        // The remedy for Docker's own tables: an accept of what is marked.
+        assert!(!is_dropped([is_marked(key::EQUAL).accept()]));
+        assert!(!is_dropped([by_iptables(0).accept()]));
+        assert!(!is_dropped([status.accept()]));
+        // A rule that only sets a mark decides nothing.
+        let sets = Rule::new().step(Expression::Target {
+            name: "MARK".to_owned(),
+            revision: 2,
+            info: vec![],
+        });
+        assert!(is_dropped([sets]));
+        assert!(is_dropped([by_iptables(0).drop()]), "the policy drops it otherwise");
+    }
+
+    #[test]
+    fn an_unknown_statement_may_accept_and_an_unknown_match_may_hold() {
+        let other = |name: &str| Rule::new().step(Expression::Other(name.to_owned()));
+        for statement in ["queue", "synproxy", "fwd", "tproxy", "immediate", "of the future"] {
+            assert!(!is_dropped([other(statement)]), "{statement}");
+        }
+        for decides_nothing in ["log", "limit", "flow_offload"] {
+            assert!(is_dropped([other(decides_nothing)]), "{decides_nothing}");
+        }
+    }
+
+    #[test]
+    fn lists_of_ports_are_decoded() {
+        let multiport = |flags: u8, ports: &[u16], ranges: &[u8], inverted: u8| {
+            let mut info = vec![flags, ports.len() as u8];
+            let mut all = ports.to_vec();
+            all.resize(15, 0);
+            info.extend(all.iter().flat_map(|port| port.to_ne_bytes()));
+            let mut flags = ranges.to_vec();
+            flags.resize(15, 0);
+            info.extend(flags);
+            info.push(inverted);
+            let name = "multiport".to_owned();
+            let tcp = Rule::new().protocol(libc::IPPROTO_TCP as u8);
+            tcp.step(Expression::Match { name, revision: 1, info }).accept()
+        };
+        const SOURCE: u8 = 0;
+        const DESTINATION: u8 = 1;
+        const EITHER: u8 = 2;
+        for (rule, expected) in [
+            (multiport(DESTINATION, &[80, 443], &[], 0), true),
+            (multiport(DESTINATION, &[80, 443], &[], 1), false),
+            (multiport(DESTINATION, &[80, 10_250], &[], 0), false),
+            (multiport(DESTINATION, &[80, 10_000, 11_000], &[0, 1], 0), false),
+            (multiport(DESTINATION, &[9_000, 10_000, 11_000], &[1], 0), true),
+            (multiport(SOURCE, &[10_250], &[], 0), true),
+            (multiport(SOURCE, &[40_000], &[], 0), false),
+            (multiport(EITHER, &[10_250], &[], 0), false),
+        ] {
+            assert_eq!(is_dropped([rule.clone()]), expected, "{rule:?}");
+        }
     }
 
     #[test]

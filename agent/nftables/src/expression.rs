@@ -233,6 +233,7 @@ pub(super) mod key {
     pub(crate) const META_SKUID: u32 = libc::NFT_META_SKUID as u32;
     pub(crate) const CT_ID: u32 = 23;
     pub(crate) const CT_STATE: u32 = libc::NFT_CT_STATE as u32;
+    #[cfg(test)]
     pub(crate) const CT_STATUS: u32 = libc::NFT_CT_STATUS as u32;
     pub(crate) const CT_MARK: u32 = libc::NFT_CT_MARK as u32;
     pub(crate) const CT_DIRECTION: u32 = libc::NFT_CT_DIRECTION as u32;

@@ -2,14 +2,14 @@
 //!
 //! Only tables with a base chain that may drop are read in full, because each costs several requests.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use towline_netlink::codec::{Attribute, Received};
 
 use super::client::{Nft, NftError, parse_rule, payload, request_of};
-use super::expression::Verdict;
+use super::expression::{Expression, Verdict};
 use super::set::{Interval, KeyType};
-use super::table::{Base, Chain, Hook, TableFamily};
+use super::table::{Chain, ChainKind, Hook, TableFamily};
 use super::wire;
 
 /// Table of another program, with what decides about packets.
@@ -30,8 +30,25 @@ pub struct ForeignTable {
 pub(super) struct ForeignSet {
     /// Length of a value in bytes.
     pub(super) length: usize,
-    /// Elements of the set.
+    /// Elements of the set, sorted by their first value.
     pub(super) elements: Vec<Element>,
+    /// False if the set contains more: an element for all other values, one that is not understood, or
+    /// more than [`ELEMENTS`].
+    pub(super) is_complete: bool,
+}
+
+impl ForeignSet {
+    pub(super) fn new(length: usize, mut elements: Vec<Element>, is_complete: bool) -> Self {
+        elements.sort_by_key(|element| element.values.first());
+        Self { length, elements, is_complete }
+    }
+
+    /// Returns the element for a value. Elements do not overlap.
+    pub(super) fn find(&self, value: u128) -> Option<&Element> {
+        let after = self.elements.partition_point(|element| element.values.first() <= value);
+        let element = self.elements.get(after.checked_sub(1)?)?;
+        (value <= element.values.last()).then_some(element)
+    }
 }
 
 /// Element of a set or of a verdict map.
@@ -43,21 +60,41 @@ pub(super) struct Element {
     pub(super) verdict: Option<Verdict>,
 }
 
-/// Greatest number of elements of a set that are read. The others are left out.
+/// Greatest number of elements of a set that are read. What a larger set contains is unknown.
 const ELEMENTS: usize = 65_536;
+/// Greatest number of messages about elements that are kept. Each has many elements.
+const MESSAGES: usize = 4_096;
+/// Greatest number of rules of a table that are read. What a larger table does is unknown.
+const RULES: usize = 65_536;
 
 impl Nft {
-    /// Reads the tables of IPv4 and IPv6 that have a base chain of the type filter on one of these hooks.
-    pub fn tables_with_filters(&mut self, hooks: &[Hook]) -> Result<Vec<ForeignTable>, NftError> {
+    /// Reads the tables of IPv4 and IPv6 that have a base chain of the type filter on one of these hooks,
+    /// except those of the name `except`. A table with too many rules is left out.
+    pub fn tables_with_filters(
+        &mut self,
+        hooks: &[Hook],
+        except: &str,
+    ) -> Result<Vec<ForeignTable>, NftError> {
         let mut found = Vec::new();
         for family in [TableFamily::Inet, TableFamily::Ip, TableFamily::Ip6] {
             for name in self.table_names(family)? {
+                if name == except {
+                    continue;
+                }
                 let chains = self.read_chains(family, &name)?;
-                let filters = |base: &Base| {
-                    base.kind == super::table::ChainKind::Filter && hooks.contains(&base.hook)
+                let filters = |chain: &Chain| {
+                    let base = chain.base.as_ref();
+                    base.is_some_and(|base| {
+                        base.kind == ChainKind::Filter && hooks.contains(&base.hook)
+                    })
                 };
-                if chains.values().filter_map(|chain| chain.base.as_ref()).any(filters) {
-                    found.push(self.foreign_table(family, name, chains)?);
+                let entries: Vec<String> = chains
+                    .iter()
+                    .filter(|(_, chain)| filters(chain))
+                    .map(|(name, _)| name.clone())
+                    .collect();
+                if !entries.is_empty() {
+                    found.extend(self.foreign_table(family, name, chains, entries)?);
                 }
             }
         }
@@ -83,37 +120,83 @@ impl Nft {
         }
     }
 
+    /// Reads the rules of a table, and the sets that packets can reach from the chains `entries`. Returns
+    /// `None` if there are too many rules.
     fn foreign_table(
         &mut self,
         family: TableFamily,
         name: String,
         mut chains: BTreeMap<String, Chain>,
-    ) -> Result<ForeignTable, NftError> {
+        entries: Vec<String>,
+    ) -> Result<Option<ForeignTable>, NftError> {
         let mut request = request_of(family, wire::GET_RULE);
         request.string(wire::rule::TABLE, &name);
-        let rules = self
-            .connection()
-            .dump("list rules", &request, |received| parse_rule(&received, &name))?;
+        let parse = |received: Received<'_>| parse_rule(&received, &name);
+        let rules = self.connection().dump_at_most("list rules", &request, RULES, parse)?;
+        let Some(rules) = rules else { return Ok(None) };
         for (chain, rule, _) in rules {
             chains.entry(chain).or_default().rules.push(rule);
         }
-        let mut request = request_of(family, wire::GET_SET);
-        request.string(wire::set::TABLE, &name);
-        let heads = self
-            .connection()
-            .dump("list sets", &request, |received| parse_head(&received, &name))?;
-        let mut sets = BTreeMap::new();
-        for head in heads {
-            let mut request = request_of(family, wire::GET_ELEMENT);
-            request.string(wire::element::LIST_TABLE, &name);
-            request.string(wire::element::LIST_SET, &head.name);
-            let lists = self
-                .connection()
-                .dump("list set elements", &request, |received| parse_elements(&received))?;
-            let set = head.with(lists.into_iter().flatten());
-            sets.insert(head.name, set);
+        let heads = self.set_heads(family, &name)?;
+        let mut sets: BTreeMap<String, ForeignSet> = BTreeMap::new();
+        let (mut ahead, mut reached) = (entries, BTreeSet::new());
+        while let Some(chain) = ahead.pop() {
+            let Some(rules) = chains.get(&chain).map(|chain| &chain.rules) else { continue };
+            if !reached.insert(chain) {
+                continue;
+            }
+            for expression in rules.iter().flat_map(|rule| &rule.expressions) {
+                match expression {
+                    Expression::Verdict(verdict) => ahead.extend(target(verdict)),
+                    Expression::Lookup { set, .. } | Expression::VerdictMap { set, .. } => {
+                        let Some(head) = heads.get(set).filter(|_| !sets.contains_key(set)) else {
+                            continue;
+                        };
+                        let read = self.foreign_set(family, &name, head)?;
+                        let verdicts = read.elements.iter().filter_map(|one| one.verdict.as_ref());
+                        ahead.extend(verdicts.filter_map(target));
+                        sets.insert(set.clone(), read);
+                    }
+                    _ => {}
+                }
+            }
         }
-        Ok(ForeignTable { family, name, chains, sets })
+        Ok(Some(ForeignTable { family, name, chains, sets }))
+    }
+
+    fn set_heads(
+        &mut self,
+        family: TableFamily,
+        table: &str,
+    ) -> Result<BTreeMap<String, Head>, NftError> {
+        let mut request = request_of(family, wire::GET_SET);
+        request.string(wire::set::TABLE, table);
+        let parse = |received: Received<'_>| parse_head(&received, table);
+        let heads = self.connection().dump("list sets", &request, parse)?;
+        Ok(heads.into_iter().map(|head| (head.name.clone(), head)).collect())
+    }
+
+    fn foreign_set(
+        &mut self,
+        family: TableFamily,
+        table: &str,
+        head: &Head,
+    ) -> Result<ForeignSet, NftError> {
+        let mut request = request_of(family, wire::GET_ELEMENT);
+        request.string(wire::element::LIST_TABLE, table);
+        request.string(wire::element::LIST_SET, &head.name);
+        let parse = |received: Received<'_>| parse_elements(&received);
+        let what = "list set elements";
+        let lists = self.connection().dump_at_most(what, &request, MESSAGES, parse)?;
+        Ok(head.with(lists.map(|lists| lists.into_iter().flatten())))
+    }
+}
+
+/// Returns the chain in which a verdict continues, if it does.
+fn target(verdict: &Verdict) -> Option<String> {
+    match verdict {
+        Verdict::Jump(chain) | Verdict::Goto(chain) => Some(chain.clone()),
+        Verdict::Accept | Verdict::Drop | Verdict::Return => None,
     }
 }
 
@@ -126,10 +209,17 @@ pub(super) struct Head {
 }
 
 impl Head {
-    /// Returns the set with the elements that the kernel listed.
-    pub(super) fn with(&self, listed: impl Iterator<Item = Listed>) -> ForeignSet {
-        let elements = joined(listed.take(ELEMENTS), self.is_interval);
-        ForeignSet { length: self.length, elements }
+    /// Returns the set with the elements that the kernel listed. An element that is `None` is not
+    /// understood. Without a list, nothing is known of them.
+    pub(super) fn with(&self, listed: Option<impl Iterator<Item = Option<Listed>>>) -> ForeignSet {
+        let is_known = listed.is_some();
+        let listed: Vec<_> = listed.into_iter().flatten().take(ELEMENTS + 1).collect();
+        let is_bounded = is_known && listed.len() <= ELEMENTS;
+        let is_complete = is_bounded && listed.iter().all(Option::is_some);
+        // The boundaries of intervals mean nothing unless all are there.
+        let is_usable = is_complete || is_bounded && !self.is_interval;
+        let elements = listed.into_iter().flatten().filter(|_| is_usable);
+        ForeignSet::new(self.length, joined(elements, self.is_interval), is_complete)
     }
 }
 
@@ -158,10 +248,10 @@ pub(super) fn parse_head(received: &Received<'_>, table: &str) -> Option<Head> {
     Some(head)
 }
 
-pub(super) fn parse_elements(received: &Received<'_>) -> Option<Vec<Listed>> {
+pub(super) fn parse_elements(received: &Received<'_>) -> Option<Vec<Option<Listed>>> {
     let list = payload(received, wire::NEW_ELEMENT)?
         .find(|attribute| attribute.kind == wire::element::LIST_ELEMENTS)?;
-    Some(list.nested().filter_map(parse).collect())
+    Some(list.nested().map(parse).collect())
 }
 
 fn parse(item: Attribute<'_>) -> Option<Listed> {
@@ -217,4 +307,53 @@ fn joined(listed: impl Iterator<Item = Listed>, is_interval: bool) -> Vec<Elemen
         });
     }
     elements
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set_of(is_interval: bool, listed: Option<Vec<Option<Listed>>>) -> ForeignSet {
+        let head = Head { name: "ports".to_owned(), is_interval, length: 2 };
+        head.with(listed.map(Vec::into_iter))
+    }
+
+    fn listed(value: u128, ends: bool) -> Option<Listed> {
+        Some(Listed { value, last: None, ends, verdict: None })
+    }
+
+    fn found(set: &ForeignSet, value: u128) -> bool {
+        set.find(value).is_some()
+    }
+
+    #[test]
+    fn the_boundaries_of_an_interval_set_are_joined() {
+        // The end of one interval is the beginning of the next, and the last one has no end.
+        let boundaries =
+            [(0, true), (20, false), (30, true), (30, false), (40, true), (100, false)];
+        let all = boundaries.map(|(value, ends)| listed(value, ends));
+        let set = set_of(true, Some(all.into()));
+        assert!(set.is_complete);
+        for (value, expected) in
+            [(19, false), (20, true), (29, true), (30, true), (39, true), (40, false), (99, false)]
+        {
+            assert_eq!(found(&set, value), expected, "{value}");
+        }
+        assert!(found(&set, 100) && found(&set, u128::MAX));
+    }
+
+    #[test]
+    fn a_set_that_is_not_understood_whole_is_not_complete() {
+        for is_interval in [false, true] {
+            // An element for all other values has no value of its own.
+            let set = set_of(is_interval, Some(vec![listed(20, false), None]));
+            assert!(!set.is_complete);
+            assert_eq!(found(&set, 20), !is_interval);
+            let many = (0..=ELEMENTS as u128).map(|value| listed(value, false)).collect();
+            let set = set_of(is_interval, Some(many));
+            assert!(!set.is_complete && !found(&set, 20));
+            let set = set_of(is_interval, None);
+            assert!(!set.is_complete && set.elements.is_empty());
+        }
+    }
 }

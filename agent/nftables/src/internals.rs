@@ -41,7 +41,7 @@ pub fn table(datagram: &[u8], family: TableFamily, name: &str) -> Loaded {
 pub fn foreign_table(datagram: &[u8], family: TableFamily, name: &str) -> ForeignTable {
     let Loaded { table, .. } = self::table(datagram, family, name);
     let mut heads = Vec::new();
-    let mut listed: BTreeMap<String, Vec<foreign::Listed>> = BTreeMap::new();
+    let mut listed: BTreeMap<String, Vec<Option<foreign::Listed>>> = BTreeMap::new();
     for received in messages(datagram) {
         if let Some(head) = foreign::parse_head(&received, name) {
             heads.push(head);
@@ -51,7 +51,7 @@ pub fn foreign_table(datagram: &[u8], family: TableFamily, name: &str) -> Foreig
     }
     let mut sets = BTreeMap::new();
     for head in heads {
-        let set = head.with(listed.remove(&head.name).into_iter().flatten());
+        let set = head.with(Some(listed.remove(&head.name).unwrap_or_default().into_iter()));
         sets.insert(head.name, set);
     }
     ForeignTable { family, name: name.to_owned(), chains: table.chains, sets }
