@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use towline_core::local_networks::LocalNetworks;
 use towline_core::own_networks::is_special;
 use towline_core::plan::{RulePlan, UnderlayPlan};
+use towline_core::prefixes::is_host;
 use towline_proto::limits;
 use towline_proto::mtu::Mtu;
 use towline_proto::node::{Candidate, CandidateKind};
@@ -407,6 +408,14 @@ impl Config {
             if let Some(bad) = networks.iter().find(|net| net.trunc() != **net) {
                 return Err((key, format!("{bad} has host bits set: use {}", bad.trunc())));
             }
+        }
+        if let Some(bad) =
+            self.node.local_networks.iter().find(|net| net.prefix_len() == 0 || is_host(net))
+        {
+            return Err((
+                "node.local_networks",
+                format!("{bad} is no network of a link: use the network of the link"),
+            ));
         }
         if let Some(bad) = self.node.forward_to.iter().find(|net| is_special(net)) {
             return Err((

@@ -36,7 +36,7 @@ mod uplinks;
 mod watch;
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use towline_core::plan::Plan;
@@ -301,15 +301,16 @@ impl HostNetwork {
         Ok(candidates::link_networks(&address::read(&mut self.rtnetlink)?, own_link))
     }
 
-    /// Returns the networks of the host's links that the guards cut off.
-    pub fn overlaps(&mut self) -> Result<Vec<Overlap>, NetlinkError> {
+    /// Returns the networks of the host's links that the guards cut off, in a mesh with these overlay
+    /// ranges.
+    pub fn overlaps(&mut self, overlay: &[IpNet]) -> Result<Vec<Overlap>, NetlinkError> {
         let Some(plan) = &self.applied else { return Ok(Vec::new()) };
-        Ok(overlaps::find(plan, &address::read(&mut self.rtnetlink)?))
+        Ok(overlaps::find(plan, overlay, &address::read(&mut self.rtnetlink)?))
     }
 
-    /// Returns the firewalls of other programs that drop traffic of the mesh. Without an applied plan or
-    /// without nftables there are none.
-    pub fn obstacles(&mut self) -> Result<Vec<Obstacle>, NftError> {
+    /// Returns the firewalls of other programs that drop traffic of the mesh, whose datagrams go to these
+    /// outer addresses of peers. Without an applied plan or without nftables there are none.
+    pub fn obstacles(&mut self, peers: &[SocketAddr]) -> Result<Vec<Obstacle>, NftError> {
         let (Some(plan), Some(nft)) = (&self.applied, self.nft.as_mut()) else {
             return Ok(Vec::new());
         };
@@ -318,7 +319,8 @@ impl HostNetwork {
         let ways = WaysOut::read(&mut self.rtnetlink)?;
         let policy = CandidatePolicy { own_link: plan.link.name.clone(), excluded: Vec::new() };
         let uplinks = outward::outward(&addresses, &ways, &policy, 0).uplinks;
-        obstacles::find(nft, plan, link.index, &uplinks, &addresses)
+        let outside = obstacles::Outside { uplinks: &uplinks, addresses: &addresses, peers };
+        obstacles::find(nft, plan, link.index, outside)
     }
 
     /// Returns the gateways of the default routes.

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use towline_core::path;
@@ -77,11 +77,8 @@ pub enum Owner {
 const KUBELET: u16 = 10_250;
 /// Port of a client.
 const CLIENT: u16 = 40_000;
-/// Addresses of a host on the internet (RFC 5737, RFC 3849).
-const ELSEWHERE: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
-    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1)),
-];
+/// Greatest number of outer addresses of peers of each family whose datagrams are tried.
+const PEERS: usize = 8;
 
 impl Obstacle {
     /// Returns true if the mesh works all the same: peers that this node contacts first are let in.
@@ -165,8 +162,12 @@ impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { traffic, owner, family, table, chain, port, .. } = self;
         let what = match traffic {
-            Traffic::In => "connections from the mesh to this machine".to_owned(),
-            Traffic::Out => "connections of this machine to the mesh".to_owned(),
+            Traffic::In => {
+                format!("connections from the mesh to this machine (tried: TCP port {KUBELET})")
+            }
+            Traffic::Out => {
+                format!("connections of this machine to the mesh (tried: TCP port {KUBELET})")
+            }
             Traffic::ForwardIn => "forwarded connections from the mesh".to_owned(),
             Traffic::ForwardOut => "forwarded connections to the mesh".to_owned(),
             Traffic::PortIn => format!("what arrives first at UDP port {port}"),
@@ -186,29 +187,37 @@ impl fmt::Display for Obstacle {
     }
 }
 
+/// Outer addresses of this host and of its peers.
+#[derive(Clone, Copy)]
+pub(super) struct Outside<'a> {
+    /// Addresses that datagrams leave from, the preferred ones first.
+    pub(super) uplinks: &'a [path::LocalAddress],
+    /// All addresses of the host.
+    pub(super) addresses: &'a [LocalAddress],
+    /// Outer addresses of peers. A firewall may let datagrams to the peers pass and no others.
+    pub(super) peers: &'a [SocketAddr],
+}
+
 /// The host's links and addresses, as far as the packets need them.
 struct Surroundings<'a> {
     plan: &'a Plan,
     link: PacketLink,
-    uplinks: &'a [path::LocalAddress],
-    addresses: &'a [LocalAddress],
+    outside: Outside<'a>,
 }
 
-/// Returns the chains that drop traffic of the mesh, each once. `uplinks` are those that datagrams leave
-/// by, the preferred ones first.
+/// Returns the chains that drop traffic of the mesh, each once.
 pub(super) fn find(
     nft: &mut Nft,
     plan: &Plan,
     link: u32,
-    uplinks: &[path::LocalAddress],
-    addresses: &[LocalAddress],
+    outside: Outside<'_>,
 ) -> Result<Vec<Obstacle>, NftError> {
     let hooks = [Hook::Input, Hook::Forward, Hook::Output];
     let tables = nft.tables_with_filters(&hooks, &plan.firewall.table)?;
     let link = PacketLink { index: link, name: plan.link.name.clone() };
     // `hook` reports this.
     let has_no_zone = hook::is_without_zone(nft, &link.name)?;
-    let surroundings = Surroundings { plan, link, uplinks, addresses };
+    let surroundings = Surroundings { plan, link, outside };
     let packets = surroundings.packets();
     let mut found = BTreeSet::new();
     for table in &tables {
@@ -266,20 +275,23 @@ impl Surroundings<'_> {
                 }
             }
             let Some(port) = self.plan.underlay.port else { continue };
-            let uplink = self.uplinks.iter().find(|at| Family::of(at.address) == family);
+            let uplink = self.outside.uplinks.iter().find(|at| Family::of(at.address) == family);
             let Some(at) = uplink else { continue };
             let Some(link) = self.link_of(at.interface) else { continue };
-            let elsewhere = ELSEWHERE[usize::from(family == Family::V6)];
-            let udp = |hook, (input, output), (source, destination)| Packet {
+            let own = SocketAddr::new(at.address, port);
+            let udp = |hook, ways, (from, to): (SocketAddr, SocketAddr)| Packet {
                 protocol: libc::IPPROTO_UDP as u8,
-                source_port: port,
-                destination_port: port,
-                ..tcp(hook, (input, output), (source, destination))
+                source_port: from.port(),
+                destination_port: to.port(),
+                ..tcp(hook, ways, (from.ip(), to.ip()))
             };
-            let incoming = udp(Hook::Input, (Some(link.clone()), None), (elsewhere, at.address));
-            packets.push((Traffic::PortIn, incoming));
-            let outgoing = udp(Hook::Output, (None, Some(link)), (at.address, elsewhere));
-            packets.push((Traffic::PortOut, outgoing));
+            let peers = self.outside.peers.iter().filter(|peer| Family::of(peer.ip()) == family);
+            for peer in peers.take(PEERS) {
+                let incoming = udp(Hook::Input, (Some(link.clone()), None), (*peer, own));
+                packets.push((Traffic::PortIn, incoming));
+                let outgoing = udp(Hook::Output, (None, Some(link.clone())), (own, *peer));
+                packets.push((Traffic::PortOut, outgoing));
+            }
         }
         packets
     }
@@ -299,10 +311,10 @@ impl Surroundings<'_> {
         let announced = self.plan.firewall.own.announced();
         let nets = announced.iter().filter(|net| !is_host(net) && Family::of(net.addr()) == family);
         let on = |net: &IpNet| {
-            let local = self
-                .addresses
-                .iter()
-                .find(|local| net.contains(&local.prefix.addr()) && local.link != self.link.name)?;
+            let local =
+                self.outside.addresses.iter().find(|local| {
+                    net.contains(&local.prefix.addr()) && local.link != self.link.name
+                })?;
             let pod = net.hosts().filter(|host| *host != local.prefix.addr()).nth(1)?;
             Some((PacketLink { index: local.index, name: local.link.clone() }, pod))
         };
@@ -310,7 +322,7 @@ impl Surroundings<'_> {
     }
 
     fn link_of(&self, index: u32) -> Option<PacketLink> {
-        let local = self.addresses.iter().find(|local| local.index == index)?;
+        let local = self.outside.addresses.iter().find(|local| local.index == index)?;
         Some(PacketLink { index, name: local.link.clone() })
     }
 }

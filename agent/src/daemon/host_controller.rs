@@ -22,6 +22,8 @@ use crate::config::Config;
 
 /// Delay after an incomplete apply until the next one, unless an event comes first.
 const RETRY: Duration = Duration::from_secs(1);
+/// Shortest interval between two reads of the firewalls of other programs, which may be large.
+const LOOK_PERIOD: Duration = Duration::from_secs(1);
 
 /// Host network of a running daemon. A relay alone changes nothing there.
 pub(super) struct HostController {
@@ -47,6 +49,8 @@ pub(super) struct HostController {
     /// Firewalls of other programs that drop traffic of the mesh, as of the last
     /// [`Self::look_for_obstacles`].
     obstacles: Vec<Obstacle>,
+    /// Time of the last [`Self::look_for_obstacles`].
+    looked_at: Option<Instant>,
     /// Programs and links that may redirect packets around nftables, as of the last
     /// [`Self::look_for_redirects`]. `None` also where the uplinks are guarded against them.
     past_netfilter: Option<PastNetfilter>,
@@ -74,6 +78,7 @@ impl HostController {
             addresses: Vec::new(),
             overlaps: Vec::new(),
             obstacles: Vec::new(),
+            looked_at: None,
             past_netfilter: None,
             unguarded: None,
         })
@@ -284,14 +289,22 @@ impl HostController {
 
     /// Looks for networks of this host that the guards cut off, and for firewalls of other programs that
     /// drop traffic of the mesh.
-    pub(super) fn look_for_obstacles(&mut self) {
+    ///
+    /// `overlay` has the overlay ranges of the mesh, and `peers` the outer addresses of peers. The last
+    /// result stays for a second, since a program may ask for the status many times.
+    pub(super) fn look_for_obstacles(&mut self, overlay: &[IpNet], peers: &[SocketAddr]) {
+        let now = Instant::now();
+        if self.looked_at.is_some_and(|at| now < at + LOOK_PERIOD) {
+            return;
+        }
+        self.looked_at = Some(now);
         match self.network.local_addresses() {
             Ok(found) => {
                 self.addresses = found.iter().map(|local| local.prefix.addr()).collect();
             }
             Err(error) => tracing::debug!(%error, "local addresses not read"),
         }
-        match self.network.overlaps() {
+        match self.network.overlaps(overlay) {
             Ok(found) => {
                 for overlap in found.iter().filter(|found| !self.overlaps.contains(found)) {
                     tracing::warn!(problem = %overlap, code = overlap.code(), "host network");
@@ -300,7 +313,7 @@ impl HostController {
             }
             Err(error) => tracing::debug!(%error, "local addresses not read"),
         }
-        match self.network.obstacles() {
+        match self.network.obstacles(peers) {
             Ok(found) => {
                 for obstacle in found.iter().filter(|found| !self.obstacles.contains(found)) {
                     tracing::warn!(problem = %obstacle, code = obstacle.code(), "host network");

@@ -55,6 +55,7 @@ use tokio::sync::oneshot;
 use towline_core::mesh::{Mesh, Output, PeerState, Transmit};
 use towline_core::path::{LocalAddress, Path as NetworkPath};
 use towline_core::peer_table::{Observation, PeerTable};
+use towline_core::prefixes::is_private;
 use towline_dataplane as dataplane;
 use towline_proto::code::Coded;
 use towline_proto::frame::{Probe, RELAYED_HEADER_BYTES};
@@ -384,7 +385,7 @@ impl Daemon {
             Request::Status(reply) => {
                 self.host.read_gateways();
                 self.host.look_for_redirects();
-                self.host.look_for_obstacles();
+                self.look_for_obstacles();
                 let _ = reply.send(Reporter(self).status());
             }
             Request::Peers(reply) => {
@@ -408,6 +409,23 @@ impl Daemon {
             }
         }
         None
+    }
+
+    /// Looks for what of this host is in the way of the mesh.
+    fn look_for_obstacles(&mut self) {
+        let mesh = self.mesh.config();
+        let overlay = mesh.map(|mesh| [IpNet::from(mesh.overlay_v6), IpNet::from(mesh.overlay_v4)]);
+        let overlay: Vec<IpNet> = overlay.into_iter().flatten().collect();
+        let outer = |peer: towline_core::mesh::PeerStatus| {
+            let direct = peer.path.filter(|path| !path.is_relayed()).map(|path| path.remote);
+            let published = || {
+                let mut candidates = peer.node.record().candidates.iter().map(|c| c.address());
+                candidates.find(|address| !is_private(address.ip()))
+            };
+            direct.or_else(published)
+        };
+        let peers: Vec<SocketAddr> = self.mesh.peers().filter_map(outer).collect();
+        self.host.look_for_obstacles(&overlay, &peers);
     }
 
     /// Reads the configuration again on SIGHUP and applies what can change while the agent runs. A
