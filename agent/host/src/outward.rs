@@ -96,7 +96,7 @@ pub(super) fn outward(
     for local in addresses {
         let address = local.prefix.addr();
         let at = |interface| path::LocalAddress { address, interface };
-        if published.contains(&address) {
+        if published.contains(&address) && leads_outside(local, policy) {
             chosen.push((at(local.index), local));
         } else if !is_usable_elsewhere(local, policy) {
             // Nobody can reach it.
@@ -135,6 +135,10 @@ pub(super) fn outward(
         })
         .collect();
     ranked.sort_by_key(|(rank, at)| (*rank, at.address));
+    // The same address may be on several links. It takes one place, at the first of them.
+    let mut known = BTreeSet::new();
+    ranked.retain(|(_, at)| known.insert(at.address));
+    others.retain(|at| known.insert(at.address));
 
     let mut uplinks: Vec<path::LocalAddress> = ranked.iter().map(|(_, at)| *at).collect();
     let mut public_first = uplinks.clone();
@@ -217,6 +221,18 @@ mod tests {
             Route::new("10.0.0.0/8".parse().unwrap()).via("172.16.0.1".parse().unwrap()).dev(5);
         let (uplinks, _) = order(&addresses, &[routes[0].clone(), by]);
         assert_eq!(uplinks[..2], ["192.168.1.10%2", "172.16.0.9%5"], "then links with a router");
+    }
+
+    #[test]
+    fn an_address_on_several_links_takes_one_place() {
+        let mut addresses = vec![on(2, "203.0.113.10/24"), on(1, "203.0.113.10/32")];
+        // A router with the same address on a tap for each of its machines.
+        addresses.extend((1..=30).map(|n| on(10 + n, "203.0.113.10/32")));
+        addresses.push(on(3, "10.0.0.5/24"));
+        let routes = [default_by(2, "203.0.113.1", 0)];
+        let (uplinks, candidates) = order(&addresses, &routes);
+        assert_eq!(uplinks, ["203.0.113.10%2", "10.0.0.5%3"]);
+        assert_eq!(candidates, ["203.0.113.10", "10.0.0.5"]);
     }
 
     #[test]
