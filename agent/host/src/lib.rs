@@ -47,7 +47,7 @@ use towline_nftables::{Nft, NftError};
 pub use address::LocalAddress;
 pub use candidates::{CandidatePolicy, candidates};
 use families::Families;
-pub use obstacles::{Obstacle, Owner, Traffic};
+pub use obstacles::{Obstacle, ObstacleSearch, Owner, Traffic};
 pub use outward::OutwardAddresses;
 use outward::WaysOut;
 pub use overlaps::Overlap;
@@ -308,19 +308,21 @@ impl HostNetwork {
         Ok(overlaps::find(plan, overlay, &address::read(&mut self.rtnetlink)?))
     }
 
-    /// Returns the firewalls of other programs that drop traffic of the mesh, whose datagrams go to these
-    /// outer addresses of peers. Without an applied plan or without nftables there are none.
-    pub fn obstacles(&mut self, peers: &[SocketAddr]) -> Result<Vec<Obstacle>, NftError> {
-        let (Some(plan), Some(nft)) = (&self.applied, self.nft.as_mut()) else {
-            return Ok(Vec::new());
+    /// Returns the search for firewalls of other programs that drop traffic of the mesh. `peers` are outer
+    /// addresses of peers. Without an applied plan or without nftables there is nothing to search.
+    pub fn obstacle_search(
+        &mut self,
+        peers: Vec<SocketAddr>,
+    ) -> Result<Option<ObstacleSearch>, NetlinkError> {
+        let Some(plan) = self.applied.as_ref().filter(|_| self.nft.is_some()) else {
+            return Ok(None);
         };
-        let Some(link) = self.rtnetlink.link(&plan.link.name)? else { return Ok(Vec::new()) };
+        let Some(link) = self.rtnetlink.link(&plan.link.name)? else { return Ok(None) };
         let addresses = address::read(&mut self.rtnetlink)?;
         let ways = WaysOut::read(&mut self.rtnetlink)?;
         let policy = CandidatePolicy { own_link: plan.link.name.clone(), excluded: Vec::new() };
         let uplinks = outward::outward(&addresses, &ways, &policy, 0).uplinks;
-        let outside = obstacles::Outside { uplinks: &uplinks, addresses: &addresses, peers };
-        obstacles::find(nft, plan, link.index, outside)
+        Ok(Some(ObstacleSearch::new(plan, link.index, uplinks, addresses, peers)))
     }
 
     /// Returns the gateways of the default routes.

@@ -187,82 +187,111 @@ impl fmt::Display for Obstacle {
     }
 }
 
-/// Outer addresses of this host and of its peers.
-#[derive(Clone, Copy)]
-pub(super) struct Outside<'a> {
-    /// Addresses that datagrams leave from, the preferred ones first.
-    pub(super) uplinks: &'a [path::LocalAddress],
-    /// All addresses of the host.
-    pub(super) addresses: &'a [LocalAddress],
-    /// Outer addresses of peers. A firewall may let datagrams to the peers pass and no others.
-    pub(super) peers: &'a [SocketAddr],
-}
-
-/// The host's links and addresses, as far as the packets need them.
-struct Surroundings<'a> {
-    plan: &'a Plan,
+/// A search for the chains that drop traffic of the mesh. It needs no other state and may take long.
+#[derive(Debug)]
+pub struct ObstacleSearch {
+    /// Name and index of Towline's link.
     link: PacketLink,
-    outside: Outside<'a>,
+    /// Name of Towline's table.
+    table: String,
+    /// UDP port of the tunnels.
+    port: Option<u16>,
+    /// Our addresses in the mesh.
+    own: Vec<IpAddr>,
+    /// Address of a peer in the mesh, of each family that has one.
+    inner_peers: Vec<IpAddr>,
+    /// Networks that this node announces.
+    announced: Vec<IpNet>,
+    /// Addresses that datagrams leave from, the preferred ones first.
+    uplinks: Vec<path::LocalAddress>,
+    /// All addresses of the host.
+    addresses: Vec<LocalAddress>,
+    /// Outer addresses of peers. A firewall may let datagrams to the peers pass and no others.
+    peers: Vec<SocketAddr>,
 }
 
-/// Returns the chains that drop traffic of the mesh, each once.
-pub(super) fn find(
-    nft: &mut Nft,
-    plan: &Plan,
-    link: u32,
-    outside: Outside<'_>,
-) -> Result<Vec<Obstacle>, NftError> {
-    let hooks = [Hook::Input, Hook::Forward, Hook::Output];
-    let tables = nft.tables_with_filters(&hooks, &plan.firewall.table)?;
-    let link = PacketLink { index: link, name: plan.link.name.clone() };
-    // `hook` reports this.
-    let has_no_zone = hook::is_without_zone(nft, &link.name)?;
-    let surroundings = Surroundings { plan, link, outside };
-    let packets = surroundings.packets();
-    let mut found = BTreeSet::new();
-    for table in &tables {
-        for (traffic, packet) in &packets {
-            if !table.covers(Family::of(packet.source)) {
-                continue;
-            }
-            let hooked = table.chains.iter().filter(|(_, chain)| {
-                chain.base.is_some_and(|base| {
-                    base.hook == packet.hook && base.kind == towline_nftables::ChainKind::Filter
-                })
-            });
-            for (name, _) in hooked {
-                if table.evaluate(name, packet).is_dropped() {
-                    let owner = owner(table, name, packet.hook);
-                    found.insert(Obstacle {
-                        traffic: *traffic,
-                        owner,
-                        family: family_name(table.family),
-                        table: table.name.clone(),
-                        chain: name.clone(),
-                        link: plan.link.name.clone(),
-                        port: plan.underlay.port.unwrap_or_default(),
-                    });
+impl ObstacleSearch {
+    pub(super) fn new(
+        plan: &Plan,
+        link: u32,
+        uplinks: Vec<path::LocalAddress>,
+        addresses: Vec<LocalAddress>,
+        peers: Vec<SocketAddr>,
+    ) -> Self {
+        let inner_peer = |family: Family| {
+            let mut routes = plan.routes.keys();
+            let (net, _) = routes.find(|(net, via)| {
+                *via == RouteVia::Link && is_host(net) && Family::of(net.addr()) == family
+            })?;
+            Some(net.addr())
+        };
+        Self {
+            link: PacketLink { index: link, name: plan.link.name.clone() },
+            table: plan.firewall.table.clone(),
+            port: plan.underlay.port,
+            own: plan.link.addresses.iter().map(IpNet::addr).collect(),
+            inner_peers: Family::ALL.into_iter().filter_map(inner_peer).collect(),
+            announced: plan.firewall.own.announced().iter().copied().collect(),
+            uplinks,
+            addresses,
+            peers,
+        }
+    }
+
+    /// Returns the chains that drop traffic of the mesh, each once.
+    ///
+    /// # Errors
+    ///
+    /// If the tables of other programs cannot be read.
+    pub fn run(&self) -> Result<Vec<Obstacle>, NftError> {
+        let nft = &mut Nft::open()?;
+        let hooks = [Hook::Input, Hook::Forward, Hook::Output];
+        let tables = nft.tables_with_filters(&hooks, &self.table)?;
+        // `hook` reports this.
+        let has_no_zone = hook::is_without_zone(nft, &self.link.name)?;
+        let packets = self.packets();
+        let mut found = BTreeSet::new();
+        for table in &tables {
+            for (traffic, packet) in &packets {
+                if !table.covers(Family::of(packet.source)) {
+                    continue;
+                }
+                let hooked = table.chains.iter().filter(|(_, chain)| {
+                    chain.base.is_some_and(|base| {
+                        base.hook == packet.hook && base.kind == towline_nftables::ChainKind::Filter
+                    })
+                });
+                for (name, _) in hooked {
+                    if table.evaluate(name, packet).is_dropped() {
+                        let owner = owner(table, name, packet.hook);
+                        found.insert(Obstacle {
+                            traffic: *traffic,
+                            owner,
+                            family: family_name(table.family),
+                            table: table.name.clone(),
+                            chain: name.clone(),
+                            link: self.link.name.clone(),
+                            port: self.port.unwrap_or_default(),
+                        });
+                    }
                 }
             }
         }
+        let is_reported = |obstacle: &Obstacle| {
+            let by_link = !matches!(obstacle.traffic, Traffic::PortIn | Traffic::PortOut);
+            has_no_zone && by_link && obstacle.owner == Owner::Firewalld
+        };
+        Ok(found.into_iter().filter(|obstacle| !is_reported(obstacle)).collect())
     }
-    let is_reported = |obstacle: &Obstacle| {
-        let by_link = !matches!(obstacle.traffic, Traffic::PortIn | Traffic::PortOut);
-        has_no_zone && by_link && obstacle.owner == Owner::Firewalld
-    };
-    Ok(found.into_iter().filter(|obstacle| !is_reported(obstacle)).collect())
-}
 
-impl Surroundings<'_> {
     /// Returns the packets that a working mesh needs.
     fn packets(&self) -> Vec<(Traffic, Packet)> {
         let mut packets = Vec::new();
         for family in Family::ALL {
-            let of_family = |net: &&IpNet| Family::of(net.addr()) == family;
-            if let (Some(own), Some(peer)) = (
-                self.plan.link.addresses.iter().find(of_family).map(IpNet::addr),
-                self.peer(family),
-            ) {
+            let of_family = |ip: &&IpAddr| Family::of(**ip) == family;
+            if let (Some(&own), Some(&peer)) =
+                (self.own.iter().find(of_family), self.inner_peers.iter().find(of_family))
+            {
                 let tunnel = || Some(self.link.clone());
                 packets.push((Traffic::In, tcp(Hook::Input, (tunnel(), None), (peer, own))));
                 packets.push((Traffic::Out, tcp(Hook::Output, (None, tunnel()), (own, peer))));
@@ -274,8 +303,8 @@ impl Surroundings<'_> {
                     packets.push((Traffic::ForwardOut, forwarded((inner, outer), (pod, peer))));
                 }
             }
-            let Some(port) = self.plan.underlay.port else { continue };
-            let uplink = self.outside.uplinks.iter().find(|at| Family::of(at.address) == family);
+            let Some(port) = self.port else { continue };
+            let uplink = self.uplinks.iter().find(|at| Family::of(at.address) == family);
             let Some(at) = uplink else { continue };
             let Some(link) = self.link_of(at.interface) else { continue };
             let own = SocketAddr::new(at.address, port);
@@ -285,7 +314,7 @@ impl Surroundings<'_> {
                 destination_port: to.port(),
                 ..tcp(hook, ways, (from.ip(), to.ip()))
             };
-            let peers = self.outside.peers.iter().filter(|peer| Family::of(peer.ip()) == family);
+            let peers = self.peers.iter().filter(|peer| Family::of(peer.ip()) == family);
             for peer in peers.take(PEERS) {
                 let incoming = udp(Hook::Input, (Some(link.clone()), None), (*peer, own));
                 packets.push((Traffic::PortIn, incoming));
@@ -296,25 +325,16 @@ impl Surroundings<'_> {
         packets
     }
 
-    /// Returns the address of a peer in the mesh.
-    fn peer(&self, family: Family) -> Option<IpAddr> {
-        let mut routes = self.plan.routes.keys();
-        let (net, _) = routes.find(|(net, via)| {
-            *via == RouteVia::Link && is_host(net) && Family::of(net.addr()) == family
-        })?;
-        Some(net.addr())
-    }
-
     /// Returns the links that lead to announced networks of this host, such as the bridge of its pods,
     /// each with an address there.
     fn pods(&self, family: Family) -> Vec<(PacketLink, IpAddr)> {
-        let announced = self.plan.firewall.own.announced();
-        let nets = announced.iter().filter(|net| !is_host(net) && Family::of(net.addr()) == family);
+        let nets =
+            self.announced.iter().filter(|net| !is_host(net) && Family::of(net.addr()) == family);
         let on = |net: &IpNet| {
-            let local =
-                self.outside.addresses.iter().find(|local| {
-                    net.contains(&local.prefix.addr()) && local.link != self.link.name
-                })?;
+            let local = self
+                .addresses
+                .iter()
+                .find(|local| net.contains(&local.prefix.addr()) && local.link != self.link.name)?;
             let pod = net.hosts().filter(|host| *host != local.prefix.addr()).nth(1)?;
             Some((PacketLink { index: local.index, name: local.link.clone() }, pod))
         };
@@ -322,7 +342,7 @@ impl Surroundings<'_> {
     }
 
     fn link_of(&self, index: u32) -> Option<PacketLink> {
-        let local = self.outside.addresses.iter().find(|local| local.index == index)?;
+        let local = self.addresses.iter().find(|local| local.index == index)?;
         Some(PacketLink { index, name: local.link.clone() })
     }
 }

@@ -9,8 +9,8 @@ use anyhow::Context as _;
 use ipnet::IpNet;
 use towline_core::plan::Plan;
 use towline_host::{
-    CandidatePolicy, Changes, HostEvent, HostNetwork, Names, Obstacle, OutwardAddresses, Overlap,
-    PastNetfilter, Watch,
+    CandidatePolicy, Changes, HostEvent, HostNetwork, Names, Obstacle, ObstacleSearch,
+    OutwardAddresses, Overlap, PastNetfilter, Watch,
 };
 use towline_proto::code::Coded as _;
 use towline_proto::limits;
@@ -22,8 +22,6 @@ use crate::config::Config;
 
 /// Delay after an incomplete apply until the next one, unless an event comes first.
 const RETRY: Duration = Duration::from_secs(1);
-/// Shortest interval between two reads of the firewalls of other programs, which may be large.
-const LOOK_PERIOD: Duration = Duration::from_secs(1);
 
 /// Host network of a running daemon. A relay alone changes nothing there.
 pub(super) struct HostController {
@@ -42,15 +40,12 @@ pub(super) struct HostController {
     retry: Option<Instant>,
     /// Gateways of the default routes, as of the last [`Self::read_gateways`].
     gateways: Vec<IpAddr>,
-    /// Addresses of this host, as of the last [`Self::look_for_obstacles`].
+    /// Addresses of this host, as of the last [`Self::look_for_overlaps`].
     addresses: Vec<IpAddr>,
-    /// Networks of this host that the guards cut off, as of the last [`Self::look_for_obstacles`].
+    /// Networks of this host that the guards cut off, as of the last [`Self::look_for_overlaps`].
     overlaps: Vec<Overlap>,
-    /// Firewalls of other programs that drop traffic of the mesh, as of the last
-    /// [`Self::look_for_obstacles`].
+    /// Firewalls of other programs that drop traffic of the mesh, as of the last search.
     obstacles: Vec<Obstacle>,
-    /// Time of the last [`Self::look_for_obstacles`].
-    looked_at: Option<Instant>,
     /// Programs and links that may redirect packets around nftables, as of the last
     /// [`Self::look_for_redirects`]. `None` also where the uplinks are guarded against them.
     past_netfilter: Option<PastNetfilter>,
@@ -78,7 +73,6 @@ impl HostController {
             addresses: Vec::new(),
             overlaps: Vec::new(),
             obstacles: Vec::new(),
-            looked_at: None,
             past_netfilter: None,
             unguarded: None,
         })
@@ -192,7 +186,7 @@ impl HostController {
         (self.problems, self.notes, self.blocked) = (problems, notes, blocked);
     }
 
-    /// Returns whether this machine has an address, as of the last [`Self::look_for_obstacles`].
+    /// Returns whether this machine has an address, as of the last [`Self::look_for_overlaps`].
     pub(super) fn has_address(&self, ip: &IpAddr) -> bool {
         self.addresses.contains(ip)
     }
@@ -287,17 +281,9 @@ impl HostController {
         }
     }
 
-    /// Looks for networks of this host that the guards cut off, and for firewalls of other programs that
-    /// drop traffic of the mesh.
-    ///
-    /// `overlay` has the overlay ranges of the mesh, and `peers` the outer addresses of peers. The last
-    /// result stays for a second, since a program may ask for the status many times.
-    pub(super) fn look_for_obstacles(&mut self, overlay: &[IpNet], peers: &[SocketAddr]) {
-        let now = Instant::now();
-        if self.looked_at.is_some_and(|at| now < at + LOOK_PERIOD) {
-            return;
-        }
-        self.looked_at = Some(now);
+    /// Looks for networks of this host that the guards cut off.
+    /// `overlay` has the overlay ranges of the mesh.
+    pub(super) fn look_for_overlaps(&mut self, overlay: &[IpNet]) {
         match self.network.local_addresses() {
             Ok(found) => {
                 self.addresses = found.iter().map(|local| local.prefix.addr()).collect();
@@ -313,7 +299,20 @@ impl HostController {
             }
             Err(error) => tracing::debug!(%error, "local addresses not read"),
         }
-        match self.network.obstacles(peers) {
+    }
+
+    /// Returns the search for firewalls of other programs that drop traffic of the mesh. `peers` are the
+    /// outer addresses of peers.
+    pub(super) fn obstacle_search(&mut self, peers: Vec<SocketAddr>) -> Option<ObstacleSearch> {
+        self.network.obstacle_search(peers).unwrap_or_else(|error| {
+            tracing::debug!(%error, "local addresses not read");
+            None
+        })
+    }
+
+    /// Takes the result of a search.
+    pub(super) fn take_obstacles(&mut self, found: Result<Vec<Obstacle>, String>) {
+        match found {
             Ok(found) => {
                 for obstacle in found.iter().filter(|found| !self.obstacles.contains(found)) {
                     tracing::warn!(problem = %obstacle, code = obstacle.code(), "host network");

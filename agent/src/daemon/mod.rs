@@ -20,6 +20,7 @@
 //! | `Announcer` | prefixes of all sources, node IPs, and what is announced |
 //! | `ControllerLink` | commands to the discovery client, and its last reports |
 //! | `KubernetesNode` | this machine's Node object |
+//! | `FirewallSearch` | a search of other programs' firewalls, and the requests that wait for it |
 //! | `Prober` | keys of the pairs, and pings of the operator |
 //! | `RelayServer` | requests of other nodes to this node's relay |
 //! | `Leaving` | a `towline leave` that waits for a controller |
@@ -27,6 +28,7 @@
 
 mod announcer;
 mod controller_link;
+mod firewall_search;
 mod host_controller;
 mod kubernetes_node;
 mod leave;
@@ -73,6 +75,7 @@ use crate::state::StateDir;
 use crate::static_peers;
 use announcer::Announcer;
 use controller_link::{ControllerLink, Received};
+use firewall_search::FirewallSearch;
 use host_controller::HostController;
 use kubernetes_node::KubernetesNode;
 use leave::Leaving;
@@ -195,6 +198,7 @@ struct Daemon {
     announcer: Announcer,
     controller: ControllerLink,
     kubernetes: KubernetesNode,
+    firewalls: FirewallSearch,
     prober: Prober,
     relay: RelayServer,
     /// Set while `towline leave` waits for a controller.
@@ -235,9 +239,17 @@ impl Daemon {
                 }
             }
             let deadline = self.mesh.poll_timeout().map(|(at, _reason)| at);
+            let search_at = self.firewalls.due();
             tokio::select! {
                 () = at(deadline) => self.mesh.handle_timeout(Instant::now()),
                 () = at(Some(watchdog.due())) => {}
+                () = at(Some(search_at)) => self.search_firewalls(),
+                found = self.firewalls.finished() => {
+                    self.host.take_obstacles(found);
+                    for reply in self.firewalls.take_waiting() {
+                        let _ = reply.send(Reporter(&self).status());
+                    }
+                }
                 report = self.tunnels.next() => self.tunnels_report(report)?,
                 Some(event) = self.controller.next() => self.controller_event(event),
                 event = self.host.next() => if self.host.handle(event) {
@@ -385,8 +397,11 @@ impl Daemon {
             Request::Status(reply) => {
                 self.host.read_gateways();
                 self.host.look_for_redirects();
-                self.look_for_obstacles();
-                let _ = reply.send(Reporter(self).status());
+                self.search_firewalls();
+                // The status has what the search finds.
+                if let Some(reply) = self.firewalls.defer(reply) {
+                    let _ = reply.send(Reporter(self).status());
+                }
             }
             Request::Peers(reply) => {
                 let _ = reply.send(Reporter(self).peers());
@@ -411,8 +426,12 @@ impl Daemon {
         None
     }
 
-    /// Looks for what of this host is in the way of the mesh.
-    fn look_for_obstacles(&mut self) {
+    /// Looks for what of this host is in the way of the mesh, unless that was done a moment ago.
+    fn search_firewalls(&mut self) {
+        let now = Instant::now();
+        if !self.firewalls.can_begin(now) {
+            return;
+        }
         let mesh = self.mesh.config();
         let overlay = mesh.map(|mesh| [IpNet::from(mesh.overlay_v6), IpNet::from(mesh.overlay_v4)]);
         let overlay: Vec<IpNet> = overlay.into_iter().flatten().collect();
@@ -425,7 +444,9 @@ impl Daemon {
             direct.or_else(published)
         };
         let peers: Vec<SocketAddr> = self.mesh.peers().filter_map(outer).collect();
-        self.host.look_for_obstacles(&overlay, &peers);
+        self.host.look_for_overlaps(&overlay);
+        let search = self.host.obstacle_search(peers);
+        self.firewalls.begin(now, search);
     }
 
     /// Reads the configuration again on SIGHUP and applies what can change while the agent runs. A

@@ -15,6 +15,7 @@ use towline_proto::token::ControllerAddress;
 
 use super::announcer::Announcer;
 use super::controller_link::ControllerLink;
+use super::firewall_search::FirewallSearch;
 use super::host_controller::HostController;
 use super::kubernetes_node::KubernetesNode;
 use super::prober::Prober;
@@ -169,6 +170,7 @@ impl Daemon {
             announcer,
             controller,
             kubernetes,
+            firewalls: FirewallSearch::new(now),
             prober,
             relay,
             leaving: None,
