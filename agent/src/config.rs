@@ -78,6 +78,9 @@ pub struct NodeConfig {
     /// Networks of this machine, such as its LAN, that stay as they are, whatever other nodes
     /// announce. In addition to those to which it was connected when it joined.
     pub local_networks: Vec<IpNet>,
+    /// True if packets of this machine that enter the tunnel with a source that is not this node's
+    /// are translated to its address in the mesh. Needs conntrack.
+    pub masquerade_local: bool,
     /// Only networks inside these are announced, for all sources. Empty: no restriction.
     pub include_prefixes: Vec<IpNet>,
     /// Networks that are never announced. They are cut out of larger networks.
@@ -104,6 +107,9 @@ pub struct WireguardConfig {
     /// Number of threads that move packets, 1 to 16. One is enough for a few Gb/s. With several,
     /// the peers are distributed over them.
     pub workers: usize,
+    /// True if outer packets get the DSCP of the inner ones. It tells everybody on the way which
+    /// traffic is which.
+    pub copy_dscp: bool,
 }
 
 /// Settings of the TUN link.
@@ -245,7 +251,7 @@ impl Default for Config {
 
 impl Default for WireguardConfig {
     fn default() -> Self {
-        Self { port: 51830, workers: 1 }
+        Self { port: 51830, workers: 1, copy_dscp: false }
     }
 }
 
@@ -455,6 +461,7 @@ impl Config {
         UnderlayPlan {
             owner: self.owner(),
             port: Some(self.wireguard.port),
+            second_port: None,
             controllers: controllers.iter().filter_map(|c| c.as_str().parse().ok()).collect(),
             plain_ports: self.routing.plain_ports.iter().copied().collect(),
         }

@@ -215,6 +215,7 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
                 private_key: StaticSecret::from([number as u8; 32]),
                 relay: Relay::default(),
                 link: None,
+                copy_dscp: false,
             };
             (DataPlane::start(config, queues.zip(sockets), sender).unwrap(), events)
         });
@@ -226,6 +227,7 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
             endpoint: Some(SocketAddr::new(address(outer[you]).addr(), 51830).into()),
             mtu: Mtu::DEFAULT,
             fragment: false,
+            is_single: false,
             prefixes: nodes[you].inner.map(IpNet::from).to_vec(),
             keepalive: None,
             preshared_key: None,

@@ -320,6 +320,28 @@ fn a_dead_direction_or_a_forgotten_nat_costs_less_than_three_seconds() {
     }
 }
 
+/// A NAT that keeps its mappings while nothing passes through them: retries on the same port would
+/// keep them in use.
+#[test]
+fn a_nat_whose_mappings_are_stuck_gets_datagrams_from_another_port() {
+    for (seed, other) in [Place::Open].into_iter().enumerate() {
+        let place = Place::PortRestricted;
+        let pair = (place, Family::V4);
+        let mut pair = Pair::new(950 + seed as u64, FAR, pair, (other, Family::V4));
+        pair.first_packet().unwrap();
+        pair.traffic(Duration::from_secs(5));
+        let realm = pair.sim.hosts[pair.a].addresses[0].0;
+        for round in 0..2 {
+            pair.sim.net.uplinks(realm).for_each(|uplink| uplink.nat.jam());
+            let gap = pair.traffic(Duration::from_secs(90));
+            println!("{other:?}, round {round}: {gap:?}");
+            assert!(gap < Duration::from_secs(50), "{other:?}, round {round}: {gap:?}");
+            let mesh = &pair.sim.hosts[pair.a].agent.as_ref().unwrap().mesh;
+            assert_eq!(mesh.second_port().is_some(), round == 0, "the ports take turns");
+        }
+    }
+}
+
 #[test]
 fn another_address_is_told_at_once() {
     for controller in [true, false] {

@@ -52,6 +52,7 @@ fn peer_table(input: &RoutingInput<'_>) -> PeerTable {
             keepalive: None,
             mtu,
             fragment,
+            is_single: peer.is_single(),
             preshared_key: None,
             boot_epoch: peer.node().record().boot_epoch,
             is_static: false,

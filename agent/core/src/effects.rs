@@ -12,6 +12,7 @@ use crate::changes::{Change, Changes};
 use crate::counters::Counters;
 use crate::output::{Output, Transmit};
 use crate::path::Path;
+use crate::silence::Silence;
 use crate::timers::Timers;
 
 /// The time of the current input, and everything that handling it may do beyond the part's own
@@ -28,6 +29,8 @@ pub(crate) struct Effects {
     pub(crate) counters: Counters,
     /// What has to be derived again.
     pub(crate) changes: Changes,
+    /// Requests to public addresses that were not answered.
+    pub(crate) silence: Silence,
     /// Outputs that the caller has not taken yet, in order.
     outputs: VecDeque<Output>,
 }
@@ -40,6 +43,7 @@ impl Effects {
             timers: Timers::default(),
             counters: Counters::default(),
             changes: Changes::all(),
+            silence: Silence::default(),
             outputs: VecDeque::new(),
         }
     }
@@ -56,12 +60,36 @@ impl Effects {
 
     /// Hands out an output, after all earlier ones.
     pub(crate) fn output(&mut self, output: Output) {
+        match &output {
+            Output::Transmit(Transmit { path: Some(path), .. }) => {
+                self.silence.asked(self.now, path);
+            }
+            Output::Handshake { to, .. } => {
+                to.iter().for_each(|path| self.silence.asked(self.now, path));
+            }
+            Output::Transmit(_)
+            | Output::Train { .. }
+            | Output::Stun { .. }
+            | Output::PeerTable(_)
+            | Output::Plan(_)
+            | Output::SecondPort { .. }
+            | Output::Advertise(_)
+            | Output::StateChanged { .. }
+            | Output::StaticStateChanged { .. }
+            | Output::PingResult { .. } => {}
+        }
         self.outputs.push_back(output);
     }
 
     /// Has a message sealed for `peer` and sent over `path`.
     pub(crate) fn transmit(&mut self, peer: WireguardKey, path: Path, message: Probe) {
-        self.output(Output::Transmit(Transmit { peer, path: Some(path), message, size: None }));
+        self.output(Output::Transmit(Transmit {
+            peer,
+            path: Some(path),
+            message,
+            size: None,
+            hop_limit: None,
+        }));
     }
 
     /// Takes the earliest output.

@@ -89,6 +89,8 @@ pub mod reason;
 mod roster;
 mod routing;
 mod rtt;
+mod second_port;
+mod silence;
 pub mod static_peers;
 pub mod status;
 pub mod stun_client;

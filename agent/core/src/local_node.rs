@@ -12,8 +12,8 @@ use towline_types::node::{Candidate, CandidateKind, Grant, MeshConfig};
 use crate::config::Membership;
 use crate::effects::Effects;
 use crate::output::Output;
-use crate::path::{LocalAddress, Path};
-use crate::prefixes::is_private;
+use crate::path::{LocalAddress, LocalPort, Path};
+use crate::prefixes::{is_behind_nat, is_private};
 
 /// Uplinks of one family that are used: each multiplies the paths that are tried.
 const UPLINKS: usize = 4;
@@ -42,6 +42,9 @@ pub(crate) struct LocalNode {
     is_connected: bool,
     /// The overlay's ranges: a datagram to an address in there would enter the tunnel.
     overlay: Vec<IpNet>,
+    /// Port that datagrams to public addresses leave from, unless they answer what arrived at the
+    /// other one. See [`crate::second_port`].
+    outward_port: LocalPort,
 }
 
 impl LocalNode {
@@ -57,6 +60,7 @@ impl LocalNode {
             named_by: Vec::new(),
             is_connected: false,
             overlay: Vec::new(),
+            outward_port: LocalPort::Configured,
         };
         if let Some(Membership { grant, mesh }) = membership {
             local.set_grant(grant);
@@ -82,6 +86,31 @@ impl LocalNode {
     /// Returns whether a controller takes signals.
     pub(crate) fn is_connected(&self) -> bool {
         self.is_connected
+    }
+
+    /// Returns the port that datagrams to public addresses leave from.
+    pub(crate) fn outward_port(&self) -> LocalPort {
+        self.outward_port
+    }
+
+    /// Sets the port that datagrams to public addresses leave from.
+    pub(crate) fn set_outward_port(&mut self, port: LocalPort) {
+        self.outward_port = port;
+    }
+
+    /// Returns the port that a datagram to an address leaves from, unless it answers another one.
+    pub(crate) fn port_to(&self, remote: SocketAddr) -> LocalPort {
+        if is_behind_nat(remote) { self.outward_port } else { LocalPort::Configured }
+    }
+
+    /// Returns whether a path uses the port that is not used outwards any more.
+    pub(crate) fn is_left(&self, path: &Path) -> bool {
+        path.port != self.port_to(path.remote)
+    }
+
+    /// Returns whether others can reach us over IPv4 without our having sent something first.
+    pub(crate) fn is_reachable_v4(&self) -> bool {
+        is_reachable_v4(&self.candidates)
     }
 
     pub(crate) fn candidates(&self) -> &[Candidate] {
@@ -206,8 +235,13 @@ impl LocalNode {
 
     /// Returns every direct path to an address.
     pub(crate) fn paths_to(&self, remote: SocketAddr) -> impl Iterator<Item = Path> {
-        let ends = self.ends(remote.is_ipv4()).into_iter();
-        ends.map(move |local| Path { local, remote, channel: None })
+        let (ends, port) = (self.ends(remote.is_ipv4()).into_iter(), self.port_to(remote));
+        ends.map(move |local| Path { local, port, ..Path::direct(remote) })
+    }
+
+    /// Returns the direct path to an address, from where the kernel chooses.
+    pub(crate) fn path_to(&self, remote: SocketAddr) -> Path {
+        Path { port: self.port_to(remote), ..Path::direct(remote) }
     }
 
     /// Returns a path by its canonical name. The local address is the one at which the datagram
@@ -249,6 +283,13 @@ pub(crate) fn is_reachable(candidates: &[Candidate]) -> bool {
         CandidateKind::Local => !is_private(c.address().ip()),
         CandidateKind::Reflexive | CandidateKind::Relayed => false,
     })
+}
+
+/// Returns whether a node with these candidates can be reached over IPv4 without its having sent
+/// something first.
+pub(crate) fn is_reachable_v4(candidates: &[Candidate]) -> bool {
+    let v4 = candidates.iter().filter(|c| c.address().is_ipv4());
+    is_reachable(&v4.copied().collect::<Vec<_>>())
 }
 
 /// Returns the rank of a kind of candidate; lower is better.

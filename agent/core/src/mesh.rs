@@ -11,6 +11,7 @@
 //! | `LocalNode` | our own candidates and uplinks |
 //! | `HomeRelays` | the relays of the mesh, and where we are registered |
 //! | `StunClient` | the reflectors, and our addresses as they see them |
+//! | `SecondPort` | whether a second UDP port is to be used |
 //! | `Probing` | pings that wait for their pongs, and what bounds them |
 //! | `HostSettings` | what host and configuration add to the plan |
 //! | `Derived` | peer table and plan, as they were handed out last |
@@ -32,16 +33,17 @@ use crate::effects::Effects;
 use crate::home_relays::{ChannelPeer, HomeRelays};
 use crate::local_networks::LocalNetworks;
 use crate::local_node::LocalNode;
-use crate::path::{LocalAddress, Path};
+use crate::path::{LocalAddress, LocalPort, Path};
 use crate::peer::{NetworkConditions, Peer, PeerContext};
 use crate::peer_table::{Observation, PeerTable};
 use crate::peers::Peers;
-use crate::plan::UnderlayPlan;
+use crate::plan::{TransitPlan, UnderlayPlan};
 use crate::prefixes::is_private;
 use crate::probing::{CallOrder, Probing};
 use crate::reason::PeerReason;
 use crate::roster::{Roster, RosterEvent};
 use crate::routing::{HostSettings, RoutingInput};
+use crate::second_port::SecondPort;
 use crate::static_peers::{StaticPeer, StaticPeerStatus, StaticPeers};
 use crate::stun_client::{Mapping, StunClient};
 use crate::timers::Timer;
@@ -60,6 +62,7 @@ pub struct Mesh {
     local: LocalNode,
     relays: HomeRelays,
     stun: StunClient,
+    second_port: SecondPort,
     probing: Probing,
     settings: HostSettings,
     derived: Derived,
@@ -72,6 +75,7 @@ impl Mesh {
     pub fn new(mut config: Config, seed: [u8; 32], now: Instant) -> Self {
         let membership = config.membership.take();
         let own = membership.as_ref().map(|own| own.grant.node_id);
+        let mut fx = Effects::new(seed, now);
         Self {
             local: LocalNode::new(membership.as_ref(), config.mtu),
             relays: HomeRelays::new(own.filter(|_| !config.relay)),
@@ -79,10 +83,11 @@ impl Mesh {
             peers: Peers::default(),
             static_peers: StaticPeers::default(),
             stun: StunClient::default(),
+            second_port: SecondPort::new(&mut fx.rng),
             probing: Probing::new(config.boot_epoch),
             settings: HostSettings::new(config),
             derived: Derived::default(),
-            fx: Effects::new(seed, now),
+            fx,
         }
     }
 }
@@ -120,6 +125,9 @@ impl Mesh {
     /// Handles what the data plane saw. An unknown peer is ignored: it was removed in the meantime.
     pub fn handle_observation(&mut self, now: Instant, peer: WireguardKey, what: Observation) {
         self.fx.advance(now);
+        if let Observation::Handshake { from } | Observation::Roamed { from } = what {
+            self.answered(&from);
+        }
         if let Some(id) = self.node_with(&peer) {
             self.with_peer(id, |peer, cx| peer.handle_observation(cx, what));
         }
@@ -140,6 +148,9 @@ impl Mesh {
     ) {
         self.fx.advance(now);
         let node = self.node_with(&peer);
+        if let Some(from) = from.filter(|_| node.is_some()) {
+            self.answered(&from);
+        }
         match (message, from) {
             (Probe::CallMe { boot_epoch, number, candidates }, _) => {
                 let order = CallOrder { boot_epoch, number };
@@ -176,6 +187,14 @@ impl Mesh {
         }
     }
 
+    /// Handles that this machine slept: its peers and the NATs on the way have forgotten it meanwhile,
+    /// while its own timers stood still.
+    pub fn handle_wake(&mut self, now: Instant) {
+        self.fx.advance(now);
+        self.static_peers.handle_local_change(&mut self.fx);
+        self.local_changed();
+    }
+
     /// Handles a reflector's answer: `mapped` is our address as it saw it.
     pub fn handle_stun(
         &mut self,
@@ -200,7 +219,7 @@ impl Mesh {
                 Timer::Mtu(id) => self.with_peer(id, |peer, cx| peer.search_mtu(cx)),
                 Timer::StaticAttempt(key) => {
                     self.resolve();
-                    self.static_peers.attempt(&mut self.fx, key);
+                    self.static_peers.attempt(&mut self.fx, &self.local, key);
                 }
                 Timer::StunClient => {
                     if self.stun.handle_timeout(&mut self.fx, &self.local) {
@@ -208,9 +227,11 @@ impl Mesh {
                     }
                 }
                 Timer::HomeRelays => self.relays.handle_timeout(&mut self.fx, &self.local),
+                Timer::SecondPort => self.change_port(),
                 Timer::OperatorPing(id) => self.probing.handle_operator_timeout(&mut self.fx, id),
             }
         }
+        self.second_port.schedule(&mut self.fx, &self.local);
     }
 }
 
@@ -296,6 +317,20 @@ impl Mesh {
         self.settings.set_forward_to(&mut self.fx, networks);
     }
 
+    /// Takes the networks of this host's links, and the links that lead to the internet: the plan lets
+    /// this host be the router of other nodes there.
+    pub fn set_transit(&mut self, now: Instant, transit: TransitPlan) {
+        self.fx.advance(now);
+        self.settings.set_transit(&mut self.fx, transit);
+    }
+
+    /// Sets whether packets of this host that enter the tunnel with a source that is not ours get our
+    /// address as source.
+    pub fn set_masquerade(&mut self, now: Instant, masquerade: bool) {
+        self.fx.advance(now);
+        self.settings.set_masquerade(&mut self.fx, masquerade);
+    }
+
     /// Takes our own node IPs, at most one of each family, which are announced too: they are the
     /// preferred sources of what enters the tunnel.
     pub fn set_node_ips(&mut self, now: Instant, node_ips: Vec<IpAddr>) {
@@ -326,6 +361,15 @@ impl Mesh {
     pub fn set_controller_connected(&mut self, now: Instant, connected: bool) {
         self.fx.advance(now);
         self.local.set_controller_connected(connected);
+        self.second_port.set_connected(self.fx.now, connected);
+    }
+
+    /// Takes the number of the second UDP port, which is open now; `None`: it could not be opened.
+    pub fn set_second_port(&mut self, now: Instant, port: Option<u16>) {
+        self.fx.advance(now);
+        if port.is_some() {
+            self.use_port(LocalPort::Second, port);
+        }
     }
 
     /// Adds to [`Self::withdrawn`] what an earlier start of the agent knew.
@@ -435,6 +479,17 @@ impl Mesh {
         self.static_peers.statuses(self.fx.now)
     }
 
+    /// Returns the second UDP port, while it is in use.
+    pub fn second_port(&self) -> Option<u16> {
+        self.second_port.number()
+    }
+
+    /// Reflectors of the controllers that never answered, if peers can only reach us at an address
+    /// that a reflector has to find.
+    pub fn silent_reflectors(&self) -> impl Iterator<Item = SocketAddr> + '_ {
+        self.stun.silent().filter(|_| !self.local.is_reachable_v4())
+    }
+
     /// What was refused or held back.
     pub fn counters(&self) -> Counters {
         self.fx.counters
@@ -458,13 +513,21 @@ impl Mesh {
                 peer.reason(self.fx.now, &self.local, conditions)
             }
         };
-        let relayed = peer.path().filter(Path::is_relayed);
+        // What is not checked may have ended: it is shown as what it will be treated as.
+        let unchecked = peer.unchecked_for(self.fx.now, self.peers.is_eager());
+        let (state, path, reason) = match unchecked {
+            Some(time) => {
+                (PeerState::Idle, None, Some(PeerReason::Unchecked { seconds: time.as_secs() }))
+            }
+            None => (peer.state(), peer.path(), reason),
+        };
+        let relayed = path.filter(Path::is_relayed);
         PeerStatus {
             node: peer.node().clone(),
-            state: peer.state(),
+            state,
             since: peer.since(),
             reason,
-            path: peer.path(),
+            path,
             relay: relayed.and_then(|path| self.relays.at(path.remote)).cloned(),
             mtu: peer.mtu(),
             rtt: peer.rtt(),
@@ -501,6 +564,48 @@ impl Mesh {
         let (peers, mut cx) = self.peer_context();
         peers.each(&mut cx, |peer, cx| peer.handle_local_change(cx));
         self.local.named();
+        if self.local.outward_port() == LocalPort::Second && self.local.is_reachable_v4() {
+            self.close_second_port();
+        }
+    }
+
+    /// Records an authentic datagram from outside.
+    fn answered(&mut self, from: &Path) {
+        if self.fx.silence.answered(from) {
+            self.second_port.answered();
+        }
+    }
+
+    /// Has what goes to public addresses leave from our other port, if nobody answers.
+    fn change_port(&mut self) {
+        if !self.second_port.is_due(&self.fx, &self.local) {
+            return;
+        }
+        self.second_port.changed(&mut self.fx.rng);
+        self.fx.silence.restart();
+        match self.local.outward_port() {
+            LocalPort::Configured => self.fx.output(Output::SecondPort { open: true }),
+            LocalPort::Second => self.close_second_port(),
+        }
+    }
+
+    fn close_second_port(&mut self) {
+        self.fx.output(Output::SecondPort { open: false });
+        self.use_port(LocalPort::Configured, None);
+    }
+
+    /// Tries everything from another port.
+    fn use_port(&mut self, port: LocalPort, number: Option<u16>) {
+        tracing::debug!(?port, number, "UDP port changed");
+        self.second_port.set_number(number);
+        self.settings.set_second_port(&mut self.fx, number);
+        self.local.set_outward_port(port);
+        self.stun.handle_port_change(&mut self.fx, &self.local);
+        self.advertise();
+        self.relays.handle_local_change(&mut self.fx);
+        self.static_peers.handle_port_change(&mut self.fx, &self.local);
+        let (peers, mut cx) = self.peer_context();
+        peers.each(&mut cx, |peer, cx| peer.handle_port_change(cx));
     }
 
     /// Puts our candidates together, and hands them out if they changed.

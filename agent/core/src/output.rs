@@ -1,6 +1,5 @@
 //! Outputs of the core: what its caller has to do.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +7,7 @@ use towline_types::frame::Probe;
 use towline_types::id::{NodeId, WireguardKey};
 use towline_types::node::Candidate;
 
-use crate::path::{LocalAddress, Path};
+use crate::path::Path;
 use crate::peer_table::PeerTable;
 use crate::plan::Plan;
 use crate::status::PeerState;
@@ -26,6 +25,9 @@ pub struct Transmit {
     /// included. Set to find out whether the path takes that much: such a datagram must not be
     /// fragmented.
     pub size: Option<u16>,
+    /// Number of hops after which the datagram is dropped. Set to have our own NAT expect an answer,
+    /// without reaching the peer's NAT.
+    pub hop_limit: Option<u8>,
 }
 
 /// One thing to do. See the crate's contract for how to drain.
@@ -33,6 +35,19 @@ pub struct Transmit {
 pub enum Output {
     /// Seal and send a message.
     Transmit(Transmit),
+    /// Seal and send pings that are padded to one size, together: with one system call, as far as the
+    /// kernel can. They tell whether the path takes datagrams that are sent so.
+    Train {
+        /// Peer that the pings are sealed for.
+        peer: WireguardKey,
+        /// Path to send over.
+        path: Path,
+        /// Transactions of the pings.
+        transactions: Vec<u64>,
+        /// UDP payload in bytes that each datagram is padded to, the header of a relay's channel
+        /// included.
+        size: u16,
+    },
     /// Start a handshake now and send one and the same initiation to each of these addresses: the
     /// peer answers the first that arrives and refuses the later ones as replays.
     Handshake {
@@ -44,10 +59,8 @@ pub enum Output {
     /// Ask a reflector for our own address as it sees it, by a STUN binding request (RFC 8489).
     /// This is no [`Self::Transmit`]: it is not sealed, and a reflector need not be a node.
     Stun {
-        /// Address to send from; `None`: the kernel chooses.
-        local: Option<LocalAddress>,
-        /// Address of the reflector.
-        to: SocketAddr,
+        /// Path to the reflector.
+        to: Path,
         /// Transaction id that the answer repeats.
         transaction: [u8; 12],
     },
@@ -55,6 +68,12 @@ pub enum Output {
     PeerTable(Arc<PeerTable>),
     /// Apply this plan: it replaces the last one.
     Plan(Arc<Plan>),
+    /// Open a second UDP port that the kernel chooses, or close it. The answer to opening it is
+    /// [`Mesh::set_second_port`](crate::mesh::Mesh::set_second_port). The configured port stays open.
+    SecondPort {
+        /// True to open it, false to close it.
+        open: bool,
+    },
     /// Publish our candidates, which are now these.
     Advertise(Vec<Candidate>),
     /// A peer's state changed, for log and events.

@@ -8,7 +8,7 @@ use std::time::Duration;
 /// often: it pings an idle path every 20 s.
 pub const CHANNEL_LIFETIME: Duration = Duration::from_secs(120);
 
-/// A path: a local address, a remote address, and a relay channel if there is one.
+/// A path: a local address and port, a remote address, and a relay channel if there is one.
 ///
 /// Two uplinks of this host to one address of a peer are two paths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -19,6 +19,19 @@ pub struct Path {
     pub remote: SocketAddr,
     /// The channel to the peer, where `remote` is a relay's address.
     pub channel: Option<ChannelId>,
+    /// UDP port of ours that datagrams leave from and arrive at.
+    pub port: LocalPort,
+}
+
+/// One of our UDP ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum LocalPort {
+    /// The port of the configuration.
+    #[default]
+    Configured,
+    /// The port that the kernel chose for the second socket, see
+    /// [`Output::SecondPort`](crate::output::Output::SecondPort).
+    Second,
 }
 
 /// One of our own addresses and its interface, as packet info (`IP_PKTINFO`, `IPV6_PKTINFO`) has
@@ -45,7 +58,7 @@ impl Path {
 
     /// Returns the path to an address of the peer itself, from where the kernel chooses.
     pub fn direct(remote: SocketAddr) -> Self {
-        Self { local: None, remote, channel: None }
+        Self { local: None, remote, channel: None, port: LocalPort::Configured }
     }
 
     /// Returns the path with the same ends on a relay's channel.
@@ -58,7 +71,8 @@ impl Path {
     /// the local address, any local address fits.
     pub fn is(&self, from: &Self) -> bool {
         let local = self.local.is_none() || self.local == from.local;
-        local && self.remote == from.remote && self.channel == from.channel
+        let ends = self.remote == from.remote && self.port == from.port;
+        local && ends && self.channel == from.channel
     }
 
     /// Returns whether a relay forwards the datagrams.

@@ -42,6 +42,9 @@ pub struct PeerEntry {
     /// The path takes less than inner packets of 1,280 bytes need: outer datagrams are fragmented
     /// at the source (no "don't fragment"), for the link's own MTU cannot be smaller.
     pub fragment: bool,
+    /// True if each datagram is sent by itself, because the path damages those that are sent together
+    /// (`UDP_SEGMENT`).
+    pub is_single: bool,
     /// Boot epoch of the peer's record. When it grows, handshake timestamps of earlier boots are forgotten.
     pub boot_epoch: u64,
     /// True for a peer of the configuration: it may be sent packets from any source.

@@ -24,6 +24,8 @@ pub(crate) enum Purpose {
     Check,
     /// To see whether the path takes a datagram with this much UDP payload, in bytes.
     Size(u16),
+    /// Ping that checks whether the path takes several datagrams that are sent together.
+    Train,
     /// For an operator; the number is the caller's.
     Operator(u64),
 }

@@ -35,6 +35,8 @@ pub struct Plan {
     pub detour: DetourPlan,
     /// Our traffic that travels outside the tunnel.
     pub underlay: UnderlayPlan,
+    /// Other nodes whose router this host is.
+    pub transit: TransitPlan,
     /// The nftables side.
     pub firewall: FirewallPlan,
 }
@@ -104,6 +106,30 @@ pub struct DetourPlan {
     pub destinations: BTreeSet<IpNet>,
 }
 
+/// Networks of this host in which other nodes have their node IPs. What those nodes send by this host
+/// is encrypted, or is not for the mesh: it is forwarded like that of any other machine there.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TransitPlan {
+    /// Networks of the host's links, each with the name of its link.
+    pub lans: BTreeSet<(String, IpNet)>,
+    /// Names of the links by which packets leave for the internet.
+    pub ways_out: BTreeSet<String>,
+}
+
+impl TransitPlan {
+    /// Returns the part for those networks in which one of these nodes' addresses is. A network on a
+    /// link that also leads to the internet needs no router.
+    #[must_use]
+    pub fn around<'a>(&self, nodes: impl Iterator<Item = &'a IpNet> + Clone) -> Self {
+        let lans = self.lans.iter().filter(|(link, lan)| {
+            !self.ways_out.contains(link) && nodes.clone().any(|node| lan.contains(node))
+        });
+        let lans: BTreeSet<_> = lans.cloned().collect();
+        let ways_out = if lans.is_empty() { BTreeSet::new() } else { self.ways_out.clone() };
+        Self { lans, ways_out }
+    }
+}
+
 /// What of ours travels outside the tunnel, and would be taken for mesh traffic where the other
 /// end's outer address is a mesh address too.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -112,11 +138,20 @@ pub struct UnderlayPlan {
     pub owner: u32,
     /// UDP port of the tunnels.
     pub port: Option<u16>,
+    /// Second UDP port of the tunnels, while it is open.
+    pub second_port: Option<u16>,
     /// Controllers (and relays), which we speak to over TCP from marked sockets.
     pub controllers: BTreeSet<SocketAddr>,
     /// TCP ports of this host: what reaches them outside the tunnel is let in and answered
     /// outside the tunnel; what reaches them inside is answered inside.
     pub plain_ports: BTreeSet<u16>,
+}
+
+impl UnderlayPlan {
+    /// Returns the UDP ports of the tunnels.
+    pub fn ports(&self) -> impl Iterator<Item = u16> {
+        self.port.into_iter().chain(self.second_port)
+    }
 }
 
 /// The table `inet towline`: named sets, and the guard that drops what must not leave in clear.
@@ -134,4 +169,7 @@ pub struct FirewallPlan {
     pub native: BTreeSet<IpNet>,
     /// What may come out of the tunnel here, and what no other link may bring in as a source.
     pub own: OwnNetworks,
+    /// True if packets of this host that enter the tunnel with a source that is not ours get the
+    /// address of our link as source. Needs conntrack.
+    pub masquerade: bool,
 }

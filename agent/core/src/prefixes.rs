@@ -1,7 +1,7 @@
 //! Sets of IP networks: who lies inside whom, and what is left when a part is taken out.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -145,6 +145,11 @@ pub fn is_private(ip: IpAddr) -> bool {
         }
         IpAddr::V6(ip) => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
     }
+}
+
+/// Returns whether a NAT may be on the way to an address: there is none on a LAN, nor over IPv6.
+pub(crate) fn is_behind_nat(remote: SocketAddr) -> bool {
+    remote.is_ipv4() && !is_private(remote.ip())
 }
 
 fn is_v6(net: &IpNet) -> bool {

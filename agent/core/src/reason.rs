@@ -17,6 +17,11 @@ pub enum PeerReason {
     },
     /// Nothing is sent to it, and the mesh connects on need.
     Idle,
+    /// It was up when it was last checked: nothing is sent to it, and the mesh connects on need.
+    Unchecked {
+        /// Time since something came from it, in seconds.
+        seconds: u64,
+    },
     /// Attempts began less than 10 s ago.
     Trying {
         /// Number of addresses that are tried.
@@ -50,6 +55,7 @@ codes! {
     PeerReason {
         KeyConflict => "key-conflict",
         Idle => "peer-idle",
+        Unchecked => "peer-unchecked",
         Trying => "trying-candidates",
         Waiting => "waiting-for-peer",
         NoCandidates => "no-candidates",
@@ -146,6 +152,9 @@ impl fmt::Display for PeerReason {
         match self {
             Self::KeyConflict { holder } => key_conflict(f, holder),
             Self::Idle => f.write_str("not connected: nothing is being sent to it"),
+            Self::Unchecked { seconds } => {
+                write!(f, "was up {seconds} s ago: nothing is being sent to it")
+            }
             Self::Trying { candidates } => write!(f, "trying {}", counted(*candidates)),
             Self::Waiting => write!(f, "waiting for it to call: {NO_CANDIDATES}"),
             Self::NoCandidates => f.write_str(NO_CANDIDATES),

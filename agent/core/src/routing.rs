@@ -24,7 +24,8 @@ use crate::own_networks::OwnNetworks;
 use crate::peer::{Peer, clamped};
 use crate::peers::Peers;
 use crate::plan::{
-    DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, RulePlan, UnderlayPlan,
+    DetourPlan, FirewallPlan, LinkPlan, Plan, RoutePlan, RouteVia, RulePlan, TransitPlan,
+    UnderlayPlan,
 };
 use crate::prefixes::{covering, is_host, without};
 use crate::roster::Roster;
@@ -52,6 +53,10 @@ pub(crate) struct HostSettings {
     pod_networks: Vec<IpNet>,
     /// Networks of this host that stay as they are, whatever others announce.
     local_networks: ConnectedNetworks,
+    /// Networks of this host's links, and the links that lead to the internet.
+    transit: TransitPlan,
+    /// True if a source that is not ours is translated.
+    masquerade: bool,
     /// Our own node IPs; announced too.
     node_ips: Vec<IpAddr>,
     /// What of ours travels outside the tunnel.
@@ -70,6 +75,8 @@ impl HostSettings {
             forward_to: Vec::new(),
             pod_networks: Vec::new(),
             local_networks: ConnectedNetworks::default(),
+            transit: TransitPlan::default(),
+            masquerade: false,
             node_ips: Vec::new(),
             underlay: UnderlayPlan::default(),
         }
@@ -81,6 +88,14 @@ impl HostSettings {
 
     pub(crate) fn set_forward_to(&mut self, fx: &mut Effects, networks: Vec<IpNet>) {
         replace(&mut self.forward_to, networks, fx, Change::OwnNetworks);
+    }
+
+    pub(crate) fn set_transit(&mut self, fx: &mut Effects, transit: TransitPlan) {
+        replace(&mut self.transit, transit, fx, Change::Host);
+    }
+
+    pub(crate) fn set_masquerade(&mut self, fx: &mut Effects, masquerade: bool) {
+        replace(&mut self.masquerade, masquerade, fx, Change::Host);
     }
 
     pub(crate) fn set_pod_networks(&mut self, fx: &mut Effects, networks: Vec<IpNet>) {
@@ -105,7 +120,12 @@ impl HostSettings {
     }
 
     pub(crate) fn set_underlay(&mut self, fx: &mut Effects, underlay: UnderlayPlan) {
+        let underlay = UnderlayPlan { second_port: self.underlay.second_port, ..underlay };
         replace(&mut self.underlay, underlay, fx, Change::Host);
+    }
+
+    pub(crate) fn set_second_port(&mut self, fx: &mut Effects, port: Option<u16>) {
+        replace(&mut self.underlay.second_port, port, fx, Change::Host);
     }
 }
 
@@ -144,6 +164,8 @@ struct Entry {
     is_lan: bool,
     /// True for a node IP of a trusted site: only what our pods send there enters the tunnel.
     is_detour: bool,
+    /// True for an address of another node that is not one of the overlay.
+    is_node_ip: bool,
 }
 
 impl Routing {
@@ -214,12 +236,14 @@ impl Routing {
                 destinations: nets(|entry| entry.is_detour),
             },
             underlay: settings.underlay.clone(),
+            transit: input.transit(entries.iter().copied()),
             firewall: FirewallPlan {
                 table: settings.firewall_table.clone(),
                 plain: nets(|entry| entry.is_plain),
                 native: nets(|entry| entry.via == RouteVia::Native),
                 guarded,
                 own: input.own_networks(),
+                masquerade: settings.masquerade,
             },
         })
     }
@@ -245,8 +269,14 @@ impl Routing {
         if gone.is_empty() && new.is_empty() {
             return Some(plan);
         }
-        // Which local networks stay as they are may be another matter now.
-        let touches = |entry: &Entry| input.settings.local_networks.touches(&entry.net);
+        // Which local networks stay as they are, and of which nodes we are the router, may be another
+        // matter now.
+        let touches = |entry: &Entry| {
+            let HostSettings { local_networks, transit, .. } = input.settings;
+            let is_near = |(_, lan): &(String, IpNet)| lan.contains(&entry.net);
+            local_networks.touches(&entry.net)
+                || entry.is_node_ip && transit.lans.iter().any(is_near)
+        };
         if gone.iter().chain(&new).any(touches) {
             return None;
         }
@@ -312,6 +342,7 @@ impl RoutingInput<'_> {
                 is_plain: trusted || in_clear,
                 is_lan: claim.lans.contains(net),
                 is_detour: trusted,
+                is_node_ip: !overlay && is_host(net),
             }
         };
         claim.prefixes.iter().filter(|net| net.prefix_len() > 0).map(entry).collect()
@@ -333,6 +364,7 @@ impl RoutingInput<'_> {
                 is_plain: false,
                 is_lan,
                 is_detour: false,
+                is_node_ip: false,
             }
         };
         self.static_peers.prefixes().map(entry).collect()
@@ -396,6 +428,12 @@ impl RoutingInput<'_> {
             }
         };
         local_networks::bounded(present.iter().filter(stays))
+    }
+
+    /// Returns the networks in which other nodes have their node IPs.
+    fn transit<'e>(&self, entries: impl Iterator<Item = &'e Entry> + Clone) -> TransitPlan {
+        let nodes = entries.filter(|entry| entry.is_node_ip).map(|entry| &entry.net);
+        self.settings.transit.around(nodes)
     }
 
     fn ever_held(&self, net: IpNet) -> bool {

@@ -159,6 +159,7 @@ impl StaticPeers {
                 preshared_key: peer.config.preshared_key.clone(),
                 mtu,
                 fragment: false,
+                is_single: false,
                 boot_epoch: 0,
                 is_static: true,
             };
@@ -185,15 +186,25 @@ impl StaticPeers {
     }
 
     /// Begins the handshake that is due.
-    pub(crate) fn attempt(&mut self, fx: &mut Effects, key: WireguardKey) {
+    pub(crate) fn attempt(&mut self, fx: &mut Effects, local: &LocalNode, key: WireguardKey) {
         if let Some(peer) = self.by_key.get_mut(&key).filter(|peer| peer.key_holder.is_none()) {
-            peer.call(fx);
+            peer.call(fx, local);
         }
     }
 
     /// Has the kernel choose the addresses that we send from: our own may be gone.
     pub(crate) fn handle_local_change(&mut self, fx: &mut Effects) {
         self.by_key.values_mut().for_each(|peer| peer.let_kernel_choose(fx));
+    }
+
+    /// Has what goes to public addresses leave from our other port.
+    pub(crate) fn handle_port_change(&mut self, fx: &mut Effects, local: &LocalNode) {
+        for peer in self.by_key.values_mut() {
+            if let Some(path) = peer.endpoint.as_mut().filter(|path| local.is_left(path)) {
+                path.port = local.outward_port();
+                fx.mark(Change::Endpoint);
+            }
+        }
     }
 
     /// Returns the status of each static peer, by key.
@@ -289,18 +300,18 @@ impl ConfiguredPeer {
                     self.set_state(fx, PeerState::Down);
                 }
             }
-            Observation::Wanted => self.call(fx),
+            Observation::Wanted => self.call(fx, local),
             Observation::Active { .. } | Observation::TooBig { .. } => {}
         }
     }
 
     /// Begins a handshake, no sooner after the last one than WireGuard would.
-    fn call(&mut self, fx: &mut Effects) {
+    fn call(&mut self, fx: &mut Effects, local: &LocalNode) {
         let mut to: Vec<Path> = Vec::new();
-        to.extend(self.endpoint.map(|path| Path::direct(path.remote)));
+        to.extend(self.endpoint.map(|path| local.path_to(path.remote)));
         // A peer that roamed and went silent may be back where it was.
         let home = self.config.endpoint.filter(|home| to.iter().all(|path| path.remote != *home));
-        to.extend(home.map(Path::direct));
+        to.extend(home.map(|home| local.path_to(home)));
         if to.is_empty() {
             return;
         }

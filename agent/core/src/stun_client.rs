@@ -5,7 +5,7 @@
 //! uplink and family. From one answer follows a reflexive candidate; from two, and only from two,
 //! how the NAT maps. While a NAT stands between, asking again keeps the mapping open.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,8 @@ const REFRESH: Duration = Duration::from_secs(20);
 const REFRESH_OPEN: Duration = Duration::from_secs(300);
 /// Time after which an answer that was not renewed is forgotten: four missed requests.
 const GOOD_FOR: Duration = Duration::from_secs(90);
+/// Requests without an answer from which on a reflector counts as silent: about 6 s.
+const SILENT_TRIES: u32 = 5;
 /// Largest number of addresses at which peers saw us that are remembered.
 const OBSERVED: usize = 4;
 
@@ -71,6 +73,8 @@ pub(crate) struct StunClient {
     /// [`PUBLIC_REFLECTORS`].
     public: BTreeMap<NodeId, Vec<SocketAddr>>,
     queries: BTreeMap<Query, QueryState>,
+    /// Reflectors of the controllers that ever answered.
+    answered: BTreeSet<SocketAddr>,
     /// Addresses that peers saw our pings come from, with the time of the last pong.
     observed: BTreeMap<SocketAddr, Instant>,
 }
@@ -85,6 +89,7 @@ impl StunClient {
     ) {
         if self.offered != offered {
             self.offered = offered;
+            self.answered.retain(|known| self.offered.contains(known));
             self.follow(fx, local, false);
         }
     }
@@ -122,6 +127,13 @@ impl StunClient {
         self.follow(fx, local, true);
     }
 
+    /// Asks all reflectors from another port, to which no known answer applies.
+    pub(crate) fn handle_port_change(&mut self, fx: &mut Effects, local: &LocalNode) {
+        self.queries.clear();
+        self.observed.clear();
+        self.follow(fx, local, false);
+    }
+
     /// Chooses the reflectors again, since they changed, or (with `is_local_change`) our addresses.
     fn follow(&mut self, fx: &mut Effects, local: &LocalNode, is_local_change: bool) {
         let now = fx.now;
@@ -146,7 +158,7 @@ impl StunClient {
             self.observed.clear();
             let queries = std::mem::take(&mut self.queries).into_iter();
             let still = queries.filter_map(|((end, remote), asked)| {
-                let path = local.still(Path { local: end, remote, channel: None })?;
+                let path = local.still(Path { local: end, ..Path::direct(remote) })?;
                 let asked =
                     QueryState { mapped: asked.mapped, due: Some(now), ..QueryState::default() };
                 Some(((path.local, remote), asked))
@@ -184,7 +196,8 @@ impl StunClient {
             asked.due = Some(now + RETRY.pause(asked.tries, fx.rng.random()));
             asked.tries = asked.tries.saturating_add(1);
             if local.can_send_to(*to) {
-                fx.output(Output::Stun { local: *end, to: *to, transaction });
+                let to = Path { local: *end, ..local.path_to(*to) };
+                fx.output(Output::Stun { to, transaction });
             }
         }
         self.schedule(fx);
@@ -214,6 +227,10 @@ impl StunClient {
             fx.counters.stun_refused += 1;
             return false;
         };
+        fx.silence.reflected(fx.now);
+        if self.offered.contains(&from) {
+            self.answered.insert(from);
+        }
         let open = local.is_own(candidate.address());
         asked.transaction = None;
         asked.tries = 0;
@@ -279,6 +296,18 @@ impl StunClient {
     pub(crate) fn is_silent(&self) -> bool {
         self.queries.len() >= REFLECTORS
             && self.queries.values().all(|asked| asked.mapped.is_none() && asked.tries > 3)
+    }
+
+    /// Returns the reflectors of the controllers that were asked a few times and never answered.
+    pub(crate) fn silent(&self) -> impl Iterator<Item = SocketAddr> + '_ {
+        let asked = |to: &SocketAddr| {
+            let mut queries = self.queries.iter().filter(|((_, asked), _)| asked == to).peekable();
+            let is_asked = queries.peek().is_some();
+            is_asked
+                && queries.all(|(_, asked)| asked.mapped.is_none() && asked.tries > SILENT_TRIES)
+        };
+        let never = |to: &SocketAddr| !self.answered.contains(to);
+        self.offered.iter().copied().filter(move |to| never(to) && asked(to))
     }
 
     fn known(&self) -> impl Iterator<Item = SocketAddr> {

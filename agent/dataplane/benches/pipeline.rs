@@ -168,7 +168,7 @@ impl End {
         let wire = Wire { own: own.clone(), other: other.clone(), from: address(3 - number) };
         let (sender, events) = tokio::sync::mpsc::channel(256);
         let private_key = StaticSecret::from([number; 32]);
-        let config = Config { private_key, relay: Relay::default(), link: None };
+        let config = Config { private_key, relay: Relay::default(), link: None, copy_dscp: false };
         let plane = DataPlane::start(config, [(link, wire)], sender).expect("a data plane");
         Self { plane, host, events, address: address(number) }
     }
@@ -180,6 +180,7 @@ impl End {
             endpoint: Some(peer.address.into()),
             mtu: Mtu::DEFAULT,
             fragment: false,
+            is_single: false,
             prefixes: vec![ipnet::IpNet::from(IpAddr::from(theirs))],
             keepalive: None,
             preshared_key: None,

@@ -33,12 +33,16 @@ pub struct Destination {
     /// True if the kernel may send a datagram in fragments of the minimum IPv6 MTU, because it does
     /// not fit its path and cannot be made smaller.
     pub fragment: bool,
+    /// Traffic class of the outer packet: DSCP and ECN.
+    pub traffic_class: u8,
+    /// True if each datagram is sent by itself.
+    pub is_single: bool,
 }
 
 impl From<Path> for Destination {
     /// Returns the destination whose datagrams are not fragmented by this node.
     fn from(path: Path) -> Self {
-        Self { path, fragment: false }
+        Self { path, fragment: false, traffic_class: 0, is_single: false }
     }
 }
 
@@ -111,6 +115,7 @@ impl SendBatch {
         match self.gso_batches.last_mut() {
             Some(gso)
                 if gso.to == *to
+                    && !to.is_single
                     && gso.len == gso.segment_size.get() * gso.segments
                     && len <= gso.segment_size.get()
                     && len > 0
@@ -343,6 +348,8 @@ pub struct Received {
     /// Length of each datagram except the last, as the kernel reported it. 0 if there is one
     /// datagram.
     segment_size: usize,
+    /// Traffic class of the outer packets: DSCP and ECN.
+    pub traffic_class: u8,
 }
 
 impl Received {
@@ -397,8 +404,16 @@ impl RecvBatch {
     /// datagram).
     pub fn push(&mut self, slot: usize, from: Path, len: usize, segment_size: usize) {
         let len = len.min(SLOT_BYTES);
-        self.received.push(Received { from, start: slot * SLOT_BYTES, len, segment_size });
+        let start = slot * SLOT_BYTES;
+        self.received.push(Received { from, start, len, segment_size, traffic_class: 0 });
         self.used = self.used.max(slot + 1);
+    }
+
+    /// Sets the traffic class of the datagrams that were pushed last.
+    pub fn set_traffic_class(&mut self, traffic_class: u8) {
+        if let Some(last) = self.received.last_mut() {
+            last.traffic_class = traffic_class;
+        }
     }
 
     /// Exchanges the slots with the block of a [`WriteBatch`] with the same number of slots, for an
@@ -636,7 +651,7 @@ mod tests {
             let mut pushed = Vec::new();
             for (i, (port, fragment, len)) in datagrams.iter().enumerate() {
                 let path = Path::direct(([127, 0, 0, 1], u16::from(*port)).into());
-                let to = Destination { path, fragment: *fragment };
+                let to = Destination { fragment: *fragment, ..path.into() };
                 let datagram = vec![i as u8; *len];
                 batch.place(&path, *len).expect("room")[..*len].copy_from_slice(&datagram);
                 batch.commit(&to, *len);

@@ -151,6 +151,7 @@ fn indices_tell_nothing() {
         preshared_key: None,
         mtu: Mtu::DEFAULT,
         fragment: false,
+        is_single: false,
         boot_epoch: 0,
         is_static: false,
     };

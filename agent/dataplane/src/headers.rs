@@ -29,6 +29,15 @@ const IPV4_FRAGMENT: u16 = 0x3fff;
 /// "Don't fragment" flag of IPv4, in the first byte of the fragment field.
 const IPV4_DF: u8 = 0x40;
 
+/// Bits of the traffic class for congestion (ECN, RFC 3168).
+const ECN: u8 = 0x03;
+/// ECN field of a packet that met congestion.
+const CONGESTED: u8 = 0x03;
+/// ECN field of a packet whose endpoints understand a mark.
+const CAPABLE: u8 = 0x02;
+/// Position of the checksum in an IPv4 header.
+const IPV4_CHECKSUM: std::ops::Range<usize> = 10..12;
+
 /// TCP flag: the sender has no more data.
 pub const TCP_FIN: u8 = 0x01;
 /// TCP flag: the receiver should not wait for more data.
@@ -126,6 +135,61 @@ impl IpHeader {
         } else {
             offset >= self.header_len
         }
+    }
+}
+
+/// Returns the traffic class of an IP packet: the TOS field of IPv4, with DSCP and ECN.
+#[inline]
+pub fn traffic_class(packet: &[u8]) -> u8 {
+    match packet.first_chunk::<2>() {
+        Some([first, second]) if first >> 4 == 6 => first << 4 | second >> 4,
+        Some([_, second]) => *second,
+        None => 0,
+    }
+}
+
+/// Returns the traffic class of the outer packet around one with this traffic class (RFC 6040, as
+/// the kernel's WireGuard does it): its ECN field without a congestion mark, and its DSCP if
+/// `copy_dscp`.
+#[inline]
+pub fn outer_traffic_class(inner: u8, copy_dscp: bool) -> u8 {
+    let ecn = if inner & ECN == CONGESTED { CAPABLE } else { inner & ECN };
+    if copy_dscp { inner & !ECN | ecn } else { ecn }
+}
+
+/// Returns whether a packet with this traffic class met congestion.
+#[inline]
+pub fn is_congested(traffic_class: u8) -> bool {
+    traffic_class & ECN == CONGESTED
+}
+
+/// Returns the ECN field of a traffic class.
+#[inline]
+pub fn ecn(traffic_class: u8) -> u8 {
+    traffic_class & ECN
+}
+
+/// Marks an IP packet as congested, if its endpoints understand that (RFC 6040 section 4.2).
+pub fn mark_congestion(packet: &mut [u8]) {
+    let class = traffic_class(packet);
+    if matches!(ecn(class), 0 | CONGESTED) {
+        return;
+    }
+    let Some(before) = packet.first_chunk::<2>().copied() else { return };
+    let is_v4 = before[0] >> 4 == 4;
+    if let Some(second) = packet.get_mut(1) {
+        *second |= if is_v4 { CONGESTED } else { CONGESTED << 4 };
+    }
+    let Some(after) = packet.first_chunk::<2>().copied().filter(|_| is_v4) else { return };
+    if let Some(Ok(checksum)) = packet.get_mut(IPV4_CHECKSUM).map(<&mut [u8; 2]>::try_from) {
+        // RFC 1624, equation 3.
+        let [sum, before, after] =
+            [*checksum, before, after].map(|bytes| u32::from(u16::from_be_bytes(bytes)));
+        let mut sum = (!sum & 0xffff) + (!before & 0xffff) + after;
+        while sum > 0xffff {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        *checksum = (!(sum as u16)).to_be_bytes();
     }
 }
 
@@ -546,6 +610,33 @@ mod tests {
         bytes[0] = 0x40 | header_words;
         bytes[2..4].copy_from_slice(&total_len.to_be_bytes());
         bytes
+    }
+
+    #[test]
+    fn congestion_is_marked_only_where_the_endpoints_understand_it() {
+        for (ecn, marked) in [(0, 0), (1, 3), (2, 3), (3, 3)] {
+            let mut packet =
+                [0x45, 0xb8 | ecn, 0, 20, 0, 1, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
+            let sum = !checksum::fold(checksum::add(0, &packet));
+            packet[IPV4_CHECKSUM].copy_from_slice(&sum.to_be_bytes());
+            mark_congestion(&mut packet);
+            assert_eq!(traffic_class(&packet), 0xb8 | marked);
+            assert_eq!(checksum::fold(checksum::add(0, &packet)), 0xffff, "{ecn}: {packet:x?}");
+            let mut packet = [0; 40];
+            packet[..2].copy_from_slice(&[0x6b, 0x80 | ecn << 4]);
+            mark_congestion(&mut packet);
+            assert_eq!(traffic_class(&packet), 0xb8 | marked);
+        }
+        mark_congestion(&mut []);
+    }
+
+    /// RFC 6040 section 4.1, normal mode, except that a mark is not copied out.
+    #[test]
+    fn the_outer_packet_has_the_ecn_of_the_inner_one_and_no_dscp() {
+        for (inner, outer) in [(0xb8, 0), (0xb9, 1), (0xba, 2), (0xbb, 2)] {
+            assert_eq!(outer_traffic_class(inner, false), outer);
+            assert_eq!(outer_traffic_class(inner, true), 0xb8 | outer);
+        }
     }
 
     #[test]

@@ -109,6 +109,9 @@ pub struct Config {
     pub relay: Relay,
     /// Index of the TUN link, from which no outer datagram may come. `None` if there is no link.
     pub link: Option<u32>,
+    /// True if outer packets get the DSCP of the inner ones. Their ECN field follows RFC 6040 either
+    /// way.
+    pub copy_dscp: bool,
 }
 
 impl std::fmt::Debug for Config {
@@ -302,7 +305,7 @@ impl DataPlane {
                 running.features.extend(tun.features());
                 running.features.extend(udp.features());
             }
-            let pipeline = Pipeline::new(
+            let mut pipeline = Pipeline::new(
                 running.secrets.clone(),
                 running.table.clone(),
                 drops.clone(),
@@ -311,6 +314,7 @@ impl DataPlane {
                 config.link,
                 started,
             );
+            pipeline.set_copy_dscp(config.copy_dscp);
             workers.push(Worker::new(
                 tun,
                 udp,
@@ -372,6 +376,41 @@ impl DataPlane {
     /// [`Observation::TooBig`]: towline_core::peer_table::Observation::TooBig
     pub fn send_whole(&self, peer: WireguardKey, to: Path, datagram: &[u8]) {
         self.0.command(Command::SendWhole(peer, to, datagram.to_vec()));
+    }
+
+    /// Sends a datagram like [`DataPlane::send`], but so that at most `hops` routers forward it.
+    pub fn send_limited(&self, to: Path, datagram: &[u8], hops: u8) {
+        self.0.command(Command::SendLimited(to, datagram.to_vec(), hops));
+    }
+
+    /// Sends datagrams of one length together, with one system call where the kernel can.
+    pub fn send_train(&self, to: Path, datagrams: Vec<Vec<u8>>) {
+        self.0.command(Command::Train(to, datagrams));
+    }
+
+    /// Opens a second UDP port that the kernel chooses, in place of the last one, and returns its
+    /// number. Datagrams whose path names it leave from there.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`OpenUdpError`], one line for the operator.
+    pub fn open_second_port(&self, mark: u32) -> Result<u16, OpenUdpError> {
+        let switch = |name| {
+            let of_name = self.0.features.iter().find(|switch| switch.status().name == name);
+            of_name.cloned().unwrap_or_else(|| Switch::new(name, Err(OffReason::Configured)))
+        };
+        let switches = ["udp_segment", "udp_gro"].map(switch);
+        let sockets = udp::open_second_port(mark, switches, self.0.inboxes.len())?;
+        let port = sockets.first().map_or(0, Udp::port);
+        for (inbox, sockets) in self.0.inboxes.iter().zip(sockets) {
+            inbox.push(Command::SecondPort(Some(Box::new(sockets))));
+        }
+        Ok(port)
+    }
+
+    /// Closes the second UDP port.
+    pub fn close_second_port(&self) {
+        self.0.inboxes.iter().for_each(|inbox| inbox.push(Command::SecondPort(None)));
     }
 
     /// Returns a receiver of the first fault of any worker. After a fault the data plane must be

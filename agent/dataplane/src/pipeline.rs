@@ -22,7 +22,9 @@ use super::arena::{
 use super::coalesce::{Coalesce, Coalescer};
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
-use super::headers::IpHeader;
+use super::headers::{
+    IpHeader, ecn, is_congested, mark_congestion, outer_traffic_class, traffic_class,
+};
 use super::relay::{Forward, Relay};
 use super::split::Split;
 use super::table::{Peer, Slot, Table};
@@ -67,6 +69,10 @@ pub(super) struct Pipeline {
     opened: Vec<(usize, usize)>,
     /// Counters of the data messages that arrived coalesced by `UDP_GRO`. Cleared with each batch.
     coalesced: Coalesced,
+    /// True if outer packets get the DSCP of the inner ones.
+    copy_dscp: bool,
+    /// Traffic class of the outer packets that are being handled. Set for each receive call.
+    traffic_class: u8,
     /// Destination of the last decrypted packet, and whether it belongs to this node. Cleared with
     /// each batch.
     accepted: Option<(IpAddr, bool)>,
@@ -108,8 +114,15 @@ impl Pipeline {
             coalescer: Coalescer::default(),
             opened: Vec::with_capacity(super::arena::SLOT_BYTES / 32),
             coalesced: Coalesced::default(),
+            copy_dscp: false,
+            traffic_class: 0,
             accepted: None,
         }
+    }
+
+    /// Sets whether outer packets get the DSCP of the inner ones.
+    pub(super) fn set_copy_dscp(&mut self, copy_dscp: bool) {
+        self.copy_dscp = copy_dscp;
     }
 
     pub(super) fn set_mtu(&mut self, mtu: usize) {
@@ -150,8 +163,10 @@ impl Pipeline {
                 continue;
             }
             let mtu = self.mtu.min(peer.entry.mtu.into());
+            let inner = bytes.get(super::arena::HEADROOM..).map_or(0, traffic_class);
+            let class = outer_traffic_class(inner, self.copy_dscp);
             match Split::new(bytes, packet.len, &packet.header, mtu) {
-                Ok(segments) => self.seal(now, peer, segments, out, udp),
+                Ok(segments) => self.seal(now, peer, class, segments, out, udp),
                 Err(reason) => self.drops.count(reason),
             }
         }
@@ -165,6 +180,7 @@ impl Pipeline {
         &mut self,
         now: Instant,
         peer: &Peer,
+        traffic_class: u8,
         mut segments: impl Segments,
         out: &mut SendBatch,
         udp: &mut U,
@@ -187,7 +203,8 @@ impl Pipeline {
         if let Some(what) = tunnel.sent_inner(now) {
             self.events.observe(peer.key, what);
         }
-        let to = Destination { path, fragment: peer.entry.fragment };
+        let (fragment, is_single) = (peer.entry.fragment, peer.entry.is_single);
+        let to = Destination { path, fragment, traffic_class, is_single };
         loop {
             peer.counters.sent(tunnel.seal(&mut segments, &to, out, &self.drops, now));
             if segments.next_len().is_none() {
@@ -223,6 +240,7 @@ impl Pipeline {
         self.accepted = None;
         for received in batch.received() {
             let datagrams = batch.datagrams(received);
+            self.traffic_class = received.traffic_class;
             if self.link.is_some() && received.from.local.map(|local| local.interface) == self.link
             {
                 let count = match datagrams {
@@ -299,7 +317,9 @@ impl Pipeline {
         match self.relay.forward(now, from, channel, len) {
             Forward::To(to) => {
                 let segment_size = datagrams.segment_size();
-                self.forwards.push(GsoBatch { to: to.into(), start, len, segment_size, segments });
+                // What the path to this relay marked reaches the receiver.
+                let to = Destination { traffic_class: ecn(self.traffic_class), ..to.into() };
+                self.forwards.push(GsoBatch { to, start, len, segment_size, segments });
             }
             Forward::Refused(reason) => self.drops.add(reason, segments as u64),
             Forward::Unknown => return None,
@@ -391,6 +411,11 @@ impl Pipeline {
             if !cached(&mut self.accepted, destination, || table.accepts(destination)) {
                 self.drops.count(DropReason::WrongDestination);
                 continue;
+            }
+            if is_congested(self.traffic_class)
+                && let Some(packet) = writes.bytes_mut().get_mut(*at..at + len)
+            {
+                mark_congestion(packet);
             }
             self.coalescer.add(writes, *at, &inner);
         }

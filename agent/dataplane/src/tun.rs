@@ -493,8 +493,9 @@ impl TunIo for Tun {
     }
 
     fn coalesce(&self) -> Coalesce {
-        let tunnels = if self.tunnel.is_on() { self.host_tunnels.ports() } else { [0; 4] };
-        Coalesce { tcp: self.tcp.is_on(), udp: self.udp.is_on(), tunnels }
+        let ports = self.host_tunnels.ports();
+        let (tunnels, whole) = if self.tunnel.is_on() { (ports, [0; 4]) } else { ([0; 4], ports) };
+        Coalesce { tcp: self.tcp.is_on(), udp: self.udp.is_on(), tunnels, whole }
     }
 
     fn write(&mut self, now: Instant, batch: &WriteBatch, drops: &Drops) {

@@ -26,7 +26,7 @@ use super::drops::{DropReason, Drops};
 use super::events::{Fault, FaultState};
 use super::pipeline::{Coalesced, Pipeline, RECEIVE_SLOTS};
 use super::tun::TunIo;
-use super::udp::{Ready, TooBig, UdpIo};
+use super::udp::{Ready, TooBig, Udp, UdpIo};
 
 /// Interval between two ticks of the tunnel timers while any tunnel is live.
 const TICK: Duration = Duration::from_millis(250);
@@ -54,6 +54,12 @@ pub(super) enum Command {
     /// Sends a datagram with fragmentation forbidden, to find out whether the path to this peer
     /// takes its size.
     SendWhole(WireguardKey, Path, Vec<u8>),
+    /// Sends a datagram unencrypted that at most this number of routers forward.
+    SendLimited(Path, Vec<u8>, u8),
+    /// Sends datagrams of one length together.
+    Train(Path, Vec<Vec<u8>>),
+    /// Replaces the sockets of the second port.
+    SecondPort(Option<Box<Udp>>),
 }
 
 /// The side of a worker that other threads use: commands, stop flag and loop counter.
@@ -176,7 +182,10 @@ const WAKE: u64 = 0;
 /// Epoll token of the TUN.
 const TUN: u64 = 1;
 /// Epoll token of the first socket. The tokens after it belong to the further sockets.
-const UDP: u64 = 2;
+const FIRST_SOCKET: u64 = 2;
+/// Largest number of descriptors that are ready at once: the inbox, the TUN, and a socket of each
+/// family for each of two ports.
+const READY: usize = 6;
 
 impl<T: TunIo, U: UdpIo> Worker<T, U> {
     pub(super) fn new(
@@ -191,7 +200,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&inbox.wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
         epoll.add(tun.fd(), EpollEvent::new(EpollFlags::EPOLLIN, TUN))?;
-        for (place, fd) in (UDP..).zip(udp.fds()) {
+        for (place, fd) in (FIRST_SOCKET..).zip(udp.fds()) {
             epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, place))?;
         }
         let batch_delay =
@@ -226,7 +235,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         let mut ticks = 0u32;
         self.refresh_mtu();
         loop {
-            let mut ready = [EpollEvent::empty(); 4];
+            let mut ready = [EpollEvent::empty(); READY];
             let ready = match self.epoll.wait(&mut ready, timeout(next_tick)) {
                 Ok(count) => &ready[..count],
                 Err(nix::errno::Errno::EINTR) => continue,
@@ -240,9 +249,9 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 if self.inbox.stop.load(Ordering::Acquire) {
                     return Ok(());
                 }
-                self.run_commands(now);
+                self.run_commands(now)?;
             }
-            let sockets = ready.iter().filter_map(|event| event.data().checked_sub(UDP));
+            let sockets = ready.iter().filter_map(|event| event.data().checked_sub(FIRST_SOCKET));
             let sockets = sockets.fold(Ready::default(), |all, place| all.with(place as usize));
             if !sockets.is_empty() {
                 self.inbound(now, sockets)?;
@@ -274,7 +283,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         }
     }
 
-    fn run_commands(&mut self, now: Instant) {
+    fn run_commands(&mut self, now: Instant) -> nix::Result<()> {
         let _ = self.inbox.wake.read();
         // Commands follow a plan, and applying the plan may just have changed the link's MTU.
         // Padding beyond the MTU would cause every outer packet to be fragmented.
@@ -303,12 +312,46 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                         self.drops.count(DropReason::SendBufferFull);
                     }
                 }
+                Command::SendLimited(to, datagram, hops) => {
+                    self.flush(now);
+                    if self.out.push(to, &datagram) {
+                        self.udp.send_limited(now, &self.out, hops, &self.drops);
+                        self.out.clear();
+                    } else {
+                        self.drops.count(DropReason::SendBufferFull);
+                    }
+                }
+                Command::Train(to, datagrams) => {
+                    self.flush(now);
+                    for datagram in datagrams {
+                        if !self.out.push(to, &datagram) {
+                            self.drops.count(DropReason::SendBufferFull);
+                        }
+                    }
+                    self.flush(now);
+                }
+                Command::SecondPort(sockets) => {
+                    self.flush(now);
+                    self.set_second_port(sockets.map(|sockets| *sockets))?;
+                }
             }
             if self.out.spare(super::arena::GSO_MAX_BYTES).is_none() {
                 self.flush(now);
             }
         }
         self.flush(now);
+        Ok(())
+    }
+
+    /// Replaces the sockets of the second port. The last ones leave the epoll set when they close.
+    fn set_second_port(&mut self, sockets: Option<Udp>) -> nix::Result<()> {
+        self.udp.set_second_port(None);
+        let own = self.udp.fds().len();
+        self.udp.set_second_port(sockets);
+        for (place, fd) in (FIRST_SOCKET..).zip(self.udp.fds()).skip(own) {
+            self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, place))?;
+        }
+        Ok(())
     }
 
     fn refresh_mtu(&mut self) {

@@ -157,6 +157,16 @@ pub(super) fn is_usable_elsewhere(address: &LocalAddress, policy: &CandidatePoli
         && !policy.excluded.iter().any(|net| net.contains(&ip))
 }
 
+/// Returns true for an address in a network of other machines, which may be virtual machines or
+/// containers of this host.
+pub(super) fn is_lan(address: &LocalAddress, policy: &CandidatePolicy) -> bool {
+    let kind = address.kind.as_deref().unwrap_or_default();
+    !address.loopback
+        && !INNER_KINDS.contains(&kind)
+        && address.prefix.prefix_len() < address.prefix.max_prefix_len()
+        && is_usable_elsewhere(address, policy)
+}
+
 /// Returns true if the link of an address leads to other machines.
 pub(super) fn leads_outside(address: &LocalAddress, policy: &CandidatePolicy) -> bool {
     let name = address.link.as_str();

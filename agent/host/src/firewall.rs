@@ -7,9 +7,11 @@
 //! |---|---|---|
 //! | `outer` | prerouting, before the raw tables | marks the tunnels' own UDP packets and the packets of controllers, so that a reverse path lookup with the mark (firewalld's IPv6 filter) finds the uplink; drops packets with a mesh source that arrive outside the tunnel, and packets with a source of this node that arrive on a link that does not lead to it |
 //! | `ingress` | jump from `outer`, for packets from the tunnel | drops packets whose destination is not this node's, before destination NAT |
+//! | `transit` | jump from `outer`, for packets from a network in which other nodes have node IPs | lets this host forward what those nodes encrypted, and what is for neither this host nor the mesh; exists only if there is such a network |
 //! | `answer`, which continues at `accepted` | prerouting, after conntrack | stores in the set `answered` the connections to local sockets that begin outside the tunnel on a plain port or from a plain network; exists only if the plan has plain ports or networks, because it needs conntrack |
 //! | `answer_out` | output, chain type route | marks the replies of those connections; the kernel then routes them again, past Towline's routing tables |
 //! | `guard`, which continues at `guarded` | postrouting, before source NAT | drops packets to a guarded network that leave by another link than the tunnel |
+//! | `translate` | postrouting, chain type nat | gives packets of this host that enter the tunnel with a source that is not this node's the address of the link; exists only with `masquerade`, because it needs conntrack |
 //! | `clamp`, `clamp_in` | jump from `guard`, for packets into the tunnel; forward, for packets out of it | lower the MSS of TCP connections through the tunnel to the MTU of the route |
 //!
 //! Every packet of the host passes these chains, and most packets have nothing to do with the mesh.
@@ -26,12 +28,12 @@
 //! a LAN whose addresses are mesh addresses it finds the link-layer address for the encrypted packets,
 //! and it carries no payload.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use ipnet::IpNet;
 use towline_core::own_networks::SPECIAL;
-use towline_core::plan::{FirewallPlan, Plan};
+use towline_core::plan::{FirewallPlan, Plan, TransitPlan};
 
 use towline_netlink::Family;
 use towline_nftables::{
@@ -139,10 +141,13 @@ const CLAMP: &str = "clamp";
 const PLAIN_PORTS: &str = "plain_ports";
 const OUTER: &str = "outer";
 const INGRESS: &str = "ingress";
+const TRANSIT: &str = "transit";
 /// Priority before all other tables (raw is -300) and after defragmentation (-400).
 const OUTER_PRIORITY: i32 = -310;
 /// Priority after conntrack (-200).
 const MANGLE_PRIORITY: i32 = -150;
+/// Priority of source NAT.
+const SOURCE_NAT_PRIORITY: i32 = 100;
 /// Priority after all chains that still change packets, and before source NAT (100).
 const GUARD_PRIORITY: i32 = 50;
 
@@ -263,9 +268,10 @@ pub(super) fn follow(
 }
 
 /// Returns true if both plans have the same chains. The chains differ if only one of the plans has
-/// plain networks.
+/// plain networks, or translates.
 pub(super) fn same_chains(before: &Plan, plan: &Plan) -> bool {
     before.firewall.plain.is_empty() == plan.firewall.plain.is_empty()
+        && before.firewall.masquerade == plan.firewall.masquerade
 }
 
 /// Returns the table of a plan.
@@ -303,6 +309,12 @@ fn table(plan: &Plan, extent: Extent) -> Table {
             .chain("answer", answer(plan))
             .chain(ACCEPTED, accepted(plan))
             .chain("answer_out", answer_out(plan));
+    }
+    if !plan.transit.lans.is_empty() {
+        table = table.chain(TRANSIT, transit(plan));
+    }
+    if plan.firewall.masquerade {
+        table = table.chain("translate", translate(plan));
     }
     table
         .set(PLAIN_PORTS, Set::ports(plan.underlay.plain_ports.iter().copied()))
@@ -428,7 +440,7 @@ fn outside_of_tunnel(plan: &Plan, chain: Chain) -> Chain {
     let mut chain = chain
         .rule(Rule::new().input("lo").accept())
         .rule(Rule::new().neighbour_discovery().accept());
-    if let Some(port) = plan.underlay.port {
+    for port in plan.underlay.ports() {
         let datagram = Rule::new().protocol(UDP).destination_port(port);
         chain = chain.rule(mark(here(datagram)));
     }
@@ -448,11 +460,35 @@ fn outside_of_tunnel(plan: &Plan, chain: Chain) -> Chain {
     }
     let plain = Rule::new().protocol(TCP).destination_port_in(PLAIN_PORTS);
     chain = chain.rule(mark(here(plain)));
+    for (link, lan) in &plan.transit.lans {
+        chain = chain.rule(Rule::new().input(link).source(*lan).jump(TRANSIT));
+    }
     for (family, forged) in Family::ALL.into_iter().zip(FORGED) {
         let source_in = |set| Rule::new().source_in(family, set);
         chain = chain
             .rule(source_in(plain_set(family)).accept())
             .rule(source_in(guarded_set(family)).comment(forged).counter().drop());
+    }
+    chain
+}
+
+/// Returns the chain for packets from a network in which other nodes have their node IPs, and whose
+/// router this host may be. What is encrypted passes, and what is for neither this host nor the mesh. All
+/// else goes back to the rules for spoofed sources.
+fn transit(plan: &Plan) -> Chain {
+    let mut chain = Chain::regular();
+    for (number, family) in Family::ALL.into_iter().enumerate() {
+        let from = || Rule::new().source_in(family, guarded_set(family));
+        let forged = |rule: Rule| rule.comment(FORGED[number]).counter().drop();
+        chain = chain.rule(forged(from().destination_is_local()));
+        if let Some(port) = plan.underlay.port {
+            chain = chain.rule(from().protocol(UDP).destination_port(port).accept());
+        }
+        let [_, announced, reachable] = own_sets(family);
+        for set in [guarded_set(family), announced, reachable] {
+            chain = chain.rule(forged(from().destination_in(family, set)));
+        }
+        chain = chain.rule(from().accept());
     }
     chain
 }
@@ -528,6 +564,23 @@ fn answer_out(plan: &Plan) -> Chain {
     chain
 }
 
+/// Returns the chain that translates sources of this host that are not this node's. What a static peer
+/// gets keeps its source.
+fn translate(plan: &Plan) -> Chain {
+    let entering = || Rule::new().output(&plan.link.name).made_here();
+    let mut chain = Chain::base(ChainKind::Nat, Hook::Postrouting, SOURCE_NAT_PRIORITY);
+    for family in Family::ALL {
+        let [addresses, announced, reachable] = own_sets(family);
+        chain = chain.rules([
+            entering().source_in(family, addresses).accept(),
+            entering().source_in(family, announced).accept(),
+            entering().destination_in(family, reachable).accept(),
+            entering().destination_in(family, special_set(family)).accept(),
+        ]);
+    }
+    chain.rule(entering().masquerade())
+}
+
 fn clamp() -> Chain {
     Chain::regular().rules([Rule::new().clamp_mss_to_route(), Rule::new().accept()])
 }
@@ -568,7 +621,7 @@ fn guarded(plan: &Plan, extent: Extent) -> Chain {
     let (marks, underlay) = (&plan.rules, &plan.underlay);
     let marked = || Rule::new().mark(marks.mark, marks.mask);
     let mut chain = Chain::regular();
-    if let Some(port) = underlay.port {
+    for port in underlay.ports() {
         let datagram = marked().protocol(UDP).source_port(port);
         chain = chain.rule(datagram.socket_owner(underlay.owner).accept());
     }
@@ -587,6 +640,9 @@ fn guarded(plan: &Plan, extent: Extent) -> Chain {
         chain = chain.rule(answer.source_is_local().accept());
     }
     chain = chain.rule(Rule::new().neighbour_discovery().accept());
+    if extent == Extent::Full {
+        chain = chain.rules(forwarded(plan));
+    }
     for (family, in_clear) in Family::ALL.into_iter().zip(IN_CLEAR) {
         let to = |set| Rule::new().destination_in(family, set);
         let leak = Rule::new().family(family).comment(in_clear).counter().drop();
@@ -595,6 +651,21 @@ fn guarded(plan: &Plan, extent: Extent) -> Chain {
         chain = chain.rule(leak);
     }
     chain
+}
+
+/// Returns the rules for packets that this host forwards for other nodes as their router, see
+/// [`Plan::transit`]. The input link shows that neither this host nor its pods made them.
+fn forwarded(plan: &Plan) -> Vec<Rule> {
+    let TransitPlan { lans, ways_out } = &plan.transit;
+    let links: BTreeSet<&String> = lans.iter().map(|(link, _)| link).collect();
+    let encrypted = links.into_iter().flat_map(|link| {
+        let datagram = |port| Rule::new().input(link).protocol(UDP).destination_port(port).accept();
+        plan.underlay.port.map(datagram)
+    });
+    let returning = ways_out.iter().flat_map(|way| {
+        lans.iter().map(move |(_, lan)| Rule::new().input(way).destination(*lan).accept())
+    });
+    encrypted.chain(returning).collect()
 }
 
 #[cfg(test)]

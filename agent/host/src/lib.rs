@@ -39,7 +39,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use towline_core::plan::Plan;
+use towline_core::plan::{Plan, TransitPlan};
 
 use towline_netlink::{Family, MAIN_TABLE, NetlinkError, RouteKind, Rtnetlink};
 use towline_nftables::{Nft, NftError};
@@ -296,6 +296,14 @@ impl HostNetwork {
         Ok(candidates::connected_networks(&addresses, policy))
     }
 
+    /// Returns the networks of the host's links, and the links by which packets leave for the internet.
+    /// The links of tunnels and the policy's networks are left out.
+    pub fn transit(&mut self, policy: &CandidatePolicy) -> Result<TransitPlan, NetlinkError> {
+        let addresses = self.local_addresses()?;
+        let ways = WaysOut::read(&mut self.rtnetlink)?;
+        Ok(outward::transit(&addresses, &ways, policy))
+    }
+
     /// Returns the networks of all links of the host that are connected now, except Towline's own link.
     pub fn link_networks(&mut self, own_link: &str) -> Result<BTreeSet<IpNet>, NetlinkError> {
         Ok(candidates::link_networks(&address::read(&mut self.rtnetlink)?, own_link))
@@ -401,6 +409,7 @@ impl HostNetwork {
             && (before.table, before.rules) == (plan.table, plan.rules)
             && before.detour == plan.detour
             && before.underlay == plan.underlay
+            && before.transit == plan.transit
             && before.firewall.table == plan.firewall.table
             && firewall::same_chains(before, plan)
             && rules::same_rules(before, plan);

@@ -10,11 +10,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use towline_core::path;
+use towline_core::plan::TransitPlan;
 use towline_core::prefixes::is_private;
 use towline_netlink::{Family, MAIN_TABLE, NetlinkError, Route, RouteKind, Rtnetlink};
 
 use super::address::LocalAddress;
-use super::candidates::{CandidatePolicy, candidates, is_usable_elsewhere, leads_outside};
+use super::candidates::{CandidatePolicy, candidates, is_lan, is_usable_elsewhere, leads_outside};
 
 /// Greatest number of addresses that outer datagrams may leave from.
 const ADDRESSES: usize = 64;
@@ -74,6 +75,22 @@ impl WaysOut {
                 self.gateways.extend(gateway.map(|gateway| (link, gateway)));
             }
         }
+    }
+}
+
+/// Returns the networks of the host's links, and the links of its default routes.
+pub(super) fn transit(
+    addresses: &[LocalAddress],
+    ways: &WaysOut,
+    policy: &CandidatePolicy,
+) -> TransitPlan {
+    let usable = addresses.iter().filter(|address| is_lan(address, policy));
+    let lans = usable.map(|address| (address.link.clone(), address.prefix.trunc()));
+    let is_default = |link: u32| ways.defaults.keys().any(|(_, default)| *default == link);
+    let leads_out = addresses.iter().filter(|address| is_default(address.index));
+    TransitPlan {
+        lans: lans.collect(),
+        ways_out: leads_out.map(|address| address.link.clone()).collect(),
     }
 }
 

@@ -12,6 +12,7 @@
 //! | 3 | IPv6, local, our mark, UDP or TCP without a port, user root | goto offset 8 |
 //! | 4 | every packet | none: target of the gotos |
 //! | 4 | destinations that are pods of this node | look up the host's main table without its default routes |
+//! | 4 | forwarded from a network in which other nodes have node IPs, UDP to the tunnels' port; or forwarded to such a network from a link that leads to the internet | goto offset 6 |
 //! | 4 | sources of detours | look up the detour table |
 //! | 4 | local, from a plain TCP port | look up the answers table |
 //! | 5 | every packet | look up the plan's table |
@@ -21,8 +22,9 @@
 //! | 8 | UDP source port 1 | none: see "Ports" below |
 //!
 //! "Local" means generated on this host: the kernel looks up the route of such a packet with the
-//! loopback as input link. Forwarded packets, also those of pods, never skip our tables. A mark or a
-//! source port alone does not skip them either, because other programs can set both.
+//! loopback as input link. Forwarded packets, also those of pods, never skip our tables, except those of
+//! other nodes whose router this host is. A mark or a source port alone does not skip them either, because
+//! other programs can set both.
 //!
 //! A network of this host that stays as it is has a throw route in the plan's table where others hold a
 //! network around it. The rules at offsets 6 and 7 keep a packet that the throw route lets pass from
@@ -54,10 +56,11 @@
 //! packets exist. The firewall marks them if their connection began outside the tunnel. Without the
 //! firewall they enter the tunnel, and the agent drops them.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use ipnet::IpNet;
-use towline_core::plan::Plan;
+use towline_core::plan::{Plan, TransitPlan};
 
 use towline_netlink::{Family, Rule, RuleAction};
 
@@ -74,6 +77,8 @@ const PAST: u32 = PRIORITIES - 1;
 /// further destinations use the tunnel only.
 const EITHER_WAY: usize = 64;
 
+/// Greatest number of networks with other nodes, and of links to the internet, that get rules.
+const LANS: usize = 8;
 /// Greatest number of pod networks per family that get rules. Kubernetes gives a node one of each.
 const PODS: usize = 16;
 
@@ -122,6 +127,7 @@ fn of_family(plan: &Plan, family: Family) -> Vec<Rule> {
     let on = RuleAction::Goto(builder.priority(4));
     rules.push(Rule { invert: true, ..builder.marked(0, on) });
     rules.extend(builder.own_rules());
+    rules.extend(builder.transit_rules());
     if family == Family::V6 {
         rules.extend(builder.reverse_path_rules(on));
     }
@@ -181,6 +187,29 @@ impl RuleBuilder<'_> {
         rules
     }
 
+    /// Returns the rules for packets that this host forwards for other nodes as their router: encrypted
+    /// ones, and those that come back to them from the internet. Packets of this host and of its own
+    /// pods arrive on no such link.
+    fn transit_rules(&self) -> Vec<Rule> {
+        let TransitPlan { lans, ways_out } = &self.plan.transit;
+        let here = || lans.iter().filter(|(_, lan)| self.has(lan)).take(LANS);
+        let on =
+            |link: &String| Rule { input: Some(link.clone()), ..self.rule(4, self.skip_action()) };
+        let links: BTreeSet<&String> = here().map(|(link, _)| link).collect();
+        let ports = || self.plan.underlay.port.into_iter();
+        let encrypted = links.into_iter().flat_map(|link| {
+            ports().map(move |port| Rule {
+                protocol: Some(UDP),
+                destination_ports: Some(port..=port),
+                ..on(link)
+            })
+        });
+        let returning = ways_out.iter().take(LANS).flat_map(|way| {
+            here().map(move |(_, lan)| Rule { destination: Some(*lan), ..on(way) })
+        });
+        encrypted.chain(returning).collect()
+    }
+
     /// Returns the rules for packets to this node's pods. They follow the container network's own
     /// routes and are unreachable while these are missing. A reverse-path lookup gets the same answer,
     /// so that no uplink brings in a pod's address as a source. The two rules have different
@@ -223,7 +252,7 @@ impl RuleBuilder<'_> {
         for owner in owners {
             let owned =
                 || Rule { users: Some(owner..=owner), ..self.marked(1, self.skip_action()) };
-            rules.extend(underlay.port.map(|port| Rule {
+            rules.extend(underlay.ports().map(|port| Rule {
                 protocol: Some(UDP),
                 source_ports: Some(port..=port),
                 ..owned()

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use towline_core::plan::Plan;
+use towline_core::plan::{Plan, TransitPlan};
 use towline_host::{
     CandidatePolicy, Changes, HostEvent, HostNetwork, Names, Obstacle, ObstacleSearch,
     OutwardAddresses, Overlap, PastNetfilter, Watch,
@@ -344,6 +344,15 @@ impl HostController {
         found.unwrap_or_else(|error| {
             tracing::warn!(%error, "local addresses not read");
             OutwardAddresses::default()
+        })
+    }
+
+    /// Returns the networks of this host's links, and the links that lead to the internet.
+    pub(super) fn transit(&mut self, excluded: Vec<IpNet>) -> TransitPlan {
+        let policy = CandidatePolicy { own_link: self.names.link.clone(), excluded };
+        self.network.transit(&policy).unwrap_or_else(|error| {
+            tracing::warn!(%error, "networks of links not read");
+            TransitPlan::default()
         })
     }
 

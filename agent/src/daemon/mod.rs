@@ -37,6 +37,7 @@ mod problem;
 mod relay_server;
 mod report;
 mod signals;
+mod sleep;
 mod standby;
 mod start;
 mod start_report;
@@ -55,7 +56,7 @@ use anyhow::Context as _;
 use ipnet::IpNet;
 use tokio::sync::oneshot;
 use towline_core::mesh::{Mesh, Output, PeerState, Transmit};
-use towline_core::path::{LocalAddress, Path as NetworkPath};
+use towline_core::path::Path as NetworkPath;
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::prefixes::is_private;
 use towline_dataplane as dataplane;
@@ -83,6 +84,7 @@ use prober::Prober;
 use relay_server::RelayServer;
 use report::Reporter;
 use signals::{SignalMeaning, Signals};
+use sleep::SleepClock;
 use standby::Standby;
 use start::Stored;
 use start_report::StartReport;
@@ -218,10 +220,16 @@ impl Daemon {
         let mut confirm_at = self.next_confirmation();
         let mut start = StartReport::default();
         let mut watchdog = Watchdog::new(Instant::now(), notifier.period());
+        let mut sleep = SleepClock::default();
         // Pod networks are known before the uplinks are chosen: none of them is one.
         self.kubernetes_changed();
         self.configuration_changed();
         let exit = loop {
+            if let Some(slept) = sleep.woke(sleep::asleep()) {
+                tracing::info!(?slept, "the machine slept: connecting again");
+                self.mesh.handle_wake(Instant::now());
+                self.addresses_changed();
+            }
             self.drain();
             start.report(notifier, self.host.blocked());
             if let Some(asked) = asked.take() {
@@ -309,6 +317,9 @@ impl Daemon {
                 let relay = self.relay.handle_for_data_plane();
                 self.tunnels.restart(&self.config, self.prober.own_key(), relay, self.purpose)?;
                 self.host.restore();
+                if self.mesh.second_port().is_some() {
+                    self.open_second_port();
+                }
                 if let Some(table) = self.mesh.peer_table().cloned() {
                     self.tunnels.apply(&table);
                     for peer in table.peers.keys() {
@@ -372,6 +383,7 @@ impl Daemon {
         self.announcer.set_node_ips(&mut self.mesh, self.config.prefix_filter(), &node_ips);
         self.tunnels.set_host_tunnels(self.host.tunnel_ports());
         let mut candidates = self.config.candidates();
+        self.mesh.set_transit(Instant::now(), self.host.transit(excluded.clone()));
         let outward = self.host.outward_addresses(excluded);
         let port = self.config.wireguard.port;
         candidates.extend(host_controller::local_candidates(&outward.candidates, port));
@@ -484,6 +496,7 @@ impl Daemon {
         self.controller.set_configured(self.config.controller.addresses.clone());
         self.mesh.set_addresses(Instant::now(), self.config.node.addresses.clone());
         self.mesh.set_forward_to(Instant::now(), self.config.node.forward_to.clone());
+        self.mesh.set_masquerade(Instant::now(), self.config.node.masquerade_local);
         let networks = self.config.local_networks(self.state.connected_networks());
         self.mesh.set_local_networks(Instant::now(), networks);
         self.mesh.set_static_peers(Instant::now(), static_peers);
@@ -514,7 +527,14 @@ impl Daemon {
         while let Some(output) = self.mesh.poll_output() {
             match output {
                 Output::Transmit(transmit) => self.transmit(transmit),
-                Output::Stun { local, to, transaction } => self.stun(local, to, transaction),
+                Output::Stun { to, transaction } => {
+                    self.tunnels.data_plane().send(to, &stun::request(transaction));
+                }
+                Output::Train { peer, path, transactions, size } => {
+                    self.train(peer, path, &transactions, size);
+                }
+                Output::SecondPort { open: true } => self.open_second_port(),
+                Output::SecondPort { open: false } => self.tunnels.data_plane().close_second_port(),
                 Output::Handshake { peer, to } => self.tunnels.data_plane().handshake(peer, to),
                 Output::PeerTable(table) => self.peer_table(&table),
                 Output::Plan(plan) => {
@@ -532,7 +552,7 @@ impl Daemon {
     }
 
     /// Seals a message and sends it.
-    fn transmit(&self, Transmit { peer, path, message, size }: Transmit) {
+    fn transmit(&self, Transmit { peer, path, message, size, hop_limit }: Transmit) {
         let channel = path.filter(NetworkPath::is_relayed).map_or(0, |_| RELAYED_HEADER_BYTES);
         let padded = size.map_or(0, |size| usize::from(size).saturating_sub(channel));
         let Some(datagram) = self.prober.seal(&peer, &message, padded) else { return };
@@ -540,7 +560,10 @@ impl Daemon {
             Some(path) if size.is_some() => {
                 self.tunnels.data_plane().send_whole(peer, path, &datagram);
             }
-            Some(path) => self.tunnels.data_plane().send(path, &datagram),
+            Some(path) => match hop_limit {
+                Some(hops) => self.tunnels.data_plane().send_limited(path, &datagram, hops),
+                None => self.tunnels.data_plane().send(path, &datagram),
+            },
             None => {
                 if let Some(node) = self.mesh.node_id(&peer) {
                     self.controller.signal(node, datagram);
@@ -549,10 +572,24 @@ impl Daemon {
         }
     }
 
-    /// Asks a reflector for the address of this node as it sees it.
-    fn stun(&self, local: Option<LocalAddress>, to: SocketAddr, transaction: stun::Transaction) {
-        let to = NetworkPath { local, ..NetworkPath::direct(to) };
-        self.tunnels.data_plane().send(to, &stun::request(transaction));
+    /// Seals pings of one size and sends them together.
+    fn train(&self, peer: WireguardKey, path: NetworkPath, transactions: &[u64], size: u16) {
+        let channel = if path.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
+        let padded = usize::from(size).saturating_sub(channel);
+        let pings = transactions.iter().filter_map(|transaction| {
+            self.prober.seal(&peer, &Probe::Ping { transaction: *transaction }, padded)
+        });
+        self.tunnels.data_plane().send_train(path, pings.collect());
+    }
+
+    /// Opens a second UDP port, since no peer answers on the configured one.
+    fn open_second_port(&mut self) {
+        let opened = self.tunnels.data_plane().open_second_port(self.config.routing.mark);
+        match &opened {
+            Ok(port) => tracing::info!(port, "no peer answers: trying a second UDP port"),
+            Err(error) => tracing::warn!(%error, "no second UDP port"),
+        }
+        self.mesh.set_second_port(Instant::now(), opened.ok());
     }
 
     /// Applies a new peer table to the data plane, the keys of the pairs and the relay.

@@ -1,7 +1,7 @@
 //! What `towline status` reports: problems that the operator should repair, notes that need no
 //! repair, and the reason why the mesh must not be used yet. Each has a stable code.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -97,11 +97,22 @@ pub(super) enum Problem {
         /// Greatest number of connections.
         max: u64,
     },
+    /// A controller's STUN server does not answer, so peers do not learn this node's public address.
+    #[error(
+        "the controller's STUN server {reflector} never answered: a firewall on the way drops its UDP \
+         port: let UDP port {} reach the controller (in Kubernetes: the port `stun` of its Service)",
+        reflector.port()
+    )]
+    ReflectorSilent {
+        /// Address of the server.
+        reflector: SocketAddr,
+    },
     /// Packets of this machine enter the tunnel with a source that it does not have in the mesh.
     #[error(
         "packets of this machine to {destination} are dropped: their source {source_address} is not one \
          of this node's addresses in the mesh: a program is bound to {source_address}, or kube-proxy does \
-         not masquerade: bind the program to another address, or set clusterCIDR of kube-proxy"
+         not masquerade: bind the program to another address, set clusterCIDR of kube-proxy, or set \
+         [node] masquerade_local"
     )]
     OwnSource {
         /// Source of the last such packet.
@@ -170,6 +181,7 @@ codes! {
         GatewayCovered => "gateway-covered",
         Firewall(Obstacle),
         ConntrackFull => "conntrack-full",
+        ReflectorSilent => "reflector-silent",
         OwnSource => "own-source-foreign",
         ForeignSource => "source-not-announced",
         NotAnnounced(NotAnnounced),
@@ -216,6 +228,17 @@ pub(super) enum Note {
     /// A firewall of another program drops traffic that the mesh can do without.
     #[error("{0}")]
     Firewall(Obstacle),
+    /// No peer answered on the configured port.
+    #[error(
+        "no peer answers on UDP port {configured}: the mapping of a NAT on the way may be stuck: the \
+         second UDP port {second} is used"
+    )]
+    SecondPort {
+        /// Port of the configuration.
+        configured: u16,
+        /// Port that the kernel chose.
+        second: u16,
+    },
 }
 
 codes! {
@@ -223,6 +246,7 @@ codes! {
         Host(towline_host::Problem),
         PastNetfilter(PastNetfilter),
         Firewall(Obstacle),
+        SecondPort => "second-port-used",
     }
 }
 

@@ -57,8 +57,13 @@ impl RelayServer {
             self.swept = now;
             self.relay.expire(now);
         }
-        let message =
-            |peer, path, message| Transmit { peer, path: Some(path), message, size: None };
+        let message = |peer, path, message| Transmit {
+            peer,
+            path: Some(path),
+            message,
+            size: None,
+            hop_limit: None,
+        };
         match *request {
             Probe::Register { transaction } => {
                 let answer = match self.relay.register(now, node, from) {

@@ -14,7 +14,7 @@ use towline_proto::pb;
 use towline_service::certificate;
 
 use super::Daemon;
-use super::problem::Problem;
+use super::problem::{Note, Problem};
 use crate::config::Config;
 use crate::confirm::Confirmation;
 use crate::control::PathKind;
@@ -43,7 +43,9 @@ impl Reporter<'_> {
         }
         let snapshot = daemon.tunnels.data_plane().snapshot();
         let blocked = daemon.host.blocked();
-        let (problems, notes) = (self.problems(), daemon.host.notes());
+        let (problems, mut notes) = (self.problems(), daemon.host.notes());
+        let configured = config.wireguard.port;
+        notes.extend(mesh.second_port().map(|second| Note::SecondPort { configured, second }));
         let own_drops = [("probes_refused", daemon.prober.refused())];
         let drops = snapshot.drops.into_iter().chain(mesh.counters().named()).chain(own_drops);
         let feature = |feature: Feature| pb::Feature {
@@ -93,6 +95,8 @@ impl Reporter<'_> {
         problems.extend(daemon.controller.problems());
         problems.extend(daemon.state.unsaved().map(Problem::from));
         problems.extend(daemon.host.problems());
+        let silent = mesh.silent_reflectors();
+        problems.extend(silent.map(|reflector| Problem::ReflectorSilent { reflector }));
         problems.extend(self.foreign_source());
         problems.extend(daemon.announcer.problems().iter().cloned().map(Problem::from));
         problems.extend(daemon.kubernetes.problems(mesh.grant()));

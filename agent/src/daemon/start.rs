@@ -66,6 +66,7 @@ impl Stored {
         mesh.set_underlay(now, underlay(config, &self.controllers(config)));
         mesh.set_addresses(now, config.node.addresses.clone());
         mesh.set_forward_to(now, config.node.forward_to.clone());
+        mesh.set_masquerade(now, config.node.masquerade_local);
         mesh.set_local_networks(now, config.local_networks(self.connected.clone()));
         mesh.set_static_peers(now, self.static_peers.clone());
         mesh.set_withdrawn(now, cached.withdrawn.iter().copied());

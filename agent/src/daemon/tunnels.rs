@@ -101,7 +101,12 @@ fn start_data_plane(
 ) -> anyhow::Result<(DataPlane, mpsc::Receiver<dataplane::Event>)> {
     let (port, mark, offloads) = (config.wireguard.port, config.routing.mark, config.offloads);
     let (events, receiver) = mpsc::channel(1024);
-    let settings = dataplane::Config { private_key: key.secret().clone(), relay, link: None };
+    let settings = dataplane::Config {
+        private_key: key.secret().clone(),
+        relay,
+        link: None,
+        copy_dscp: config.wireguard.copy_dscp,
+    };
     let data_plane = match purpose {
         Purpose::Node => {
             let queues = tun_owner::open(&config.link.name, offloads, config.wireguard.workers)?;

@@ -14,7 +14,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 use ipnet::IpNet;
 use towline_core::mesh::{Mesh, Output};
-use towline_core::plan::{Plan, RouteVia};
+use towline_core::plan::{Plan, RouteVia, TransitPlan};
 
 use crate::config::Config;
 use crate::confirm::{self, Confirmation, Moment};
@@ -24,7 +24,7 @@ use crate::join;
 use crate::state::{StateDir, StateError};
 use crate::static_peers;
 use crate::tun_owner;
-use towline_host::{Changes, HostNetwork, Problem};
+use towline_host::{CandidatePolicy, Changes, HostNetwork, Problem};
 
 pub use watch::watch;
 
@@ -169,8 +169,10 @@ fn plan(config: &Config, state: &StateDir, connected: BTreeSet<IpNet>) -> anyhow
     mesh.set_static_peers(now, static_peers::load(&config.peers)?);
     mesh.set_addresses(now, config.node.addresses.clone());
     mesh.set_forward_to(now, config.node.forward_to.clone());
+    mesh.set_masquerade(now, config.node.masquerade_local);
     mesh.set_local_networks(now, config.local_networks(state.connected_networks()));
     mesh.set_connected_networks(now, connected);
+    mesh.set_transit(now, transit(config, &cached.pods));
     mesh.set_prefixes(now, cached.announced);
     mesh.set_pod_networks(now, cached.pods);
     mesh.set_node_ips(now, cached.node_ips);
@@ -192,6 +194,13 @@ fn plan(config: &Config, state: &StateDir, connected: BTreeSet<IpNet>) -> anyhow
         }
     }
     plan.map(|plan| (*plan).clone()).context("the core returned no plan")
+}
+
+/// Returns the networks of this host's links, for other nodes whose router it is.
+fn transit(config: &Config, pods: &[IpNet]) -> TransitPlan {
+    let policy = CandidatePolicy { own_link: config.link.name.clone(), excluded: pods.to_vec() };
+    let found = HostNetwork::open().map(|mut network| network.transit(&policy));
+    found.ok().and_then(Result::ok).unwrap_or_default()
 }
 
 #[cfg(test)]

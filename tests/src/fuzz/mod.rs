@@ -234,8 +234,12 @@ pub fn inner(bytes: &[u8]) {
 pub fn coalesce(mut bytes: &[u8]) {
     const MOST: usize = 64;
     let mut batch = WriteBatch::new(8);
-    let mut coalescer =
-        Coalescer::new(Coalesce { tcp: true, udp: true, tunnels: [4789, 6081, 0, 0] });
+    let mut coalescer = Coalescer::new(Coalesce {
+        tcp: true,
+        udp: true,
+        tunnels: [4789, 6081, 0, 0],
+        whole: [0; 4],
+    });
     let (mut at, mut went_in) = (0, Vec::new());
     while let Some((len, rest)) = bytes.split_first_chunk::<2>()
         && went_in.len() < MOST
@@ -361,6 +365,7 @@ fn check(output: &Output, sent: &mut u32) {
     };
     match output {
         Output::Transmit(transmit) => transmit.path.iter().for_each(outer),
+        Output::Train { path, .. } => outer(path),
         Output::Handshake { to, .. } => {
             assert!(to.len() <= limits::CANDIDATES);
             to.iter().for_each(outer);
@@ -372,8 +377,9 @@ fn check(output: &Output, sent: &mut u32) {
             }
         }
         Output::Advertise(candidates) => assert!(candidates.len() <= limits::CANDIDATES),
-        Output::Stun { to, .. } => outer(&(*to).into()),
+        Output::Stun { to, .. } => outer(to),
         Output::Plan(_)
+        | Output::SecondPort { .. }
         | Output::StateChanged { .. }
         | Output::StaticStateChanged { .. }
         | Output::PingResult { .. } => {}

@@ -139,6 +139,7 @@ impl Bench {
             preshared_key: None,
             mtu: Mtu::DEFAULT,
             fragment: false,
+            is_single: false,
             boot_epoch: 0,
             is_static: false,
         };
@@ -276,7 +277,7 @@ impl Bench {
                 - path.drops(DropReason::QueueExpired)
         };
         let before = drops(&self.path);
-        let allowed = Coalesce { tcp: true, udp: true, tunnels: [4789, 0, 0, 0] };
+        let allowed = Coalesce { tcp: true, udp: true, tunnels: [4789, 0, 0, 0], whole: [0; 4] };
         self.path.inbound(self.now, allowed, &self.received, &mut self.writes, &mut self.out);
         let mut outcomes = usize::try_from(drops(&self.path) - before).expect("a few");
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 use towline_core::mesh::{Config, MapChange, Membership, Mesh, Output, PeerState, Transmit};
-use towline_core::path::{LocalAddress, Path};
+use towline_core::path::{LocalAddress, LocalPort, Path};
 use towline_core::peer_table::PeerTable;
 use towline_core::plan::Plan;
 use towline_fixtures::{agent, node};
@@ -24,12 +24,16 @@ use super::tunnel::Tunnels;
 
 /// UDP port of every agent.
 pub const PORT: u16 = 51830;
+/// Second UDP port of an agent before the first is opened; each gets the next number.
+const SECOND_PORTS: u16 = 40_000;
 
 /// An action that a machine asks the simulator to carry out.
 #[derive(Debug, Clone)]
 pub enum Action {
     /// Send a datagram on a path.
     Send(Path, Payload),
+    /// Send a datagram on a path that only the first router forwards.
+    Open(Path),
     /// Send a message to this node through the controller.
     Signal(WireguardKey, Probe),
     /// Publish a record to the controller.
@@ -71,6 +75,8 @@ pub struct Host {
     pub tombstones: BTreeMap<NodeId, Tombstone>,
     /// Datagrams sent, by second of the simulation.
     pub sent: BTreeMap<u64, u32>,
+    /// Last second UDP port that was opened.
+    pub second_port: u16,
     boot_epoch: u64,
     generation: u64,
     seed: u64,
@@ -114,6 +120,7 @@ impl Host {
             cache: BTreeMap::new(),
             tombstones: BTreeMap::new(),
             sent: BTreeMap::new(),
+            second_port: SECOND_PORTS,
             boot_epoch: 0,
             generation: 0,
             seed,
@@ -209,7 +216,7 @@ impl Host {
     pub fn receive(
         &mut self,
         now: Instant,
-        at: IpAddr,
+        at: SocketAddr,
         from: SocketAddr,
         payload: Payload,
     ) -> Vec<(SocketAddr, Payload)> {
@@ -225,8 +232,13 @@ impl Host {
             }
             payload => (None, payload),
         };
-        let local = uplinks(&self.addresses).into_iter().find(|end| end.address == at);
-        let from = Path { local, remote: from, channel };
+        let port = match at.port() {
+            PORT => LocalPort::Configured,
+            port if agent.mesh.second_port() == Some(port) => LocalPort::Second,
+            _ => return Vec::new(),
+        };
+        let local = uplinks(&self.addresses).into_iter().find(|end| end.address == at.ip());
+        let from = Path { local, remote: from, channel, port };
         match payload {
             Payload::Probe { from: peer, to, message, size: _ } => {
                 if to != me || !agent.knows(&peer) {
@@ -297,12 +309,33 @@ impl Host {
                     Output::Transmit(Transmit { peer, path: None, message, .. }) => {
                         actions.push(Action::Signal(peer, message));
                     }
-                    Output::Transmit(Transmit { peer, path: Some(path), message, size }) => {
+                    Output::Transmit(Transmit { path: Some(path), hop_limit: Some(_), .. }) => {
+                        actions.push(Action::Open(path));
+                    }
+                    Output::Transmit(Transmit {
+                        peer, path: Some(path), message, size, ..
+                    }) => {
                         let payload = Payload::Probe { from: me, to: peer, message, size };
                         actions.push(Action::Send(path, payload.on(&path)));
                     }
-                    Output::Stun { local, to, transaction } => {
-                        let to = Path { local, remote: to, channel: None };
+                    Output::Train { peer, path, transactions, size } => {
+                        for transaction in transactions {
+                            let payload = Payload::Probe {
+                                from: me,
+                                to: peer,
+                                message: Probe::Ping { transaction },
+                                size: Some(size),
+                            };
+                            actions.push(Action::Send(path, payload.on(&path)));
+                        }
+                    }
+                    Output::SecondPort { open } => {
+                        if open {
+                            self.second_port += 1;
+                            agent.mesh.set_second_port(now, Some(self.second_port));
+                        }
+                    }
+                    Output::Stun { to, transaction } => {
                         actions.push(Action::Send(to, Payload::StunRequest(transaction)));
                     }
                     Output::Handshake { peer, to } => {
@@ -370,7 +403,11 @@ impl Host {
             None => ip.is_ipv4() == to.remote.is_ipv4(),
         };
         let (realm, ip) = self.addresses.iter().find(|(_, ip)| fits(ip))?;
-        Some((*realm, SocketAddr::new(*ip, PORT)))
+        let port = match to.port {
+            LocalPort::Configured => PORT,
+            LocalPort::Second => self.second_port,
+        };
+        Some((*realm, SocketAddr::new(*ip, port)))
     }
 
     /// Returns the state of a peer, as the core reports it.

@@ -21,7 +21,7 @@ use ipnet::IpNet;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use towline_core::mesh::{MapChange, PeerState};
-use towline_core::path::Path;
+use towline_core::path::{LocalPort, Path};
 use towline_fixtures::node::tombstone_of;
 use towline_proto::frame::Probe;
 use towline_proto::id::{NodeId, WireguardKey};
@@ -38,7 +38,7 @@ const WATCH_RETRY: Duration = Duration::from_millis(500);
 
 #[derive(Debug)]
 enum Event {
-    Arrive { host: HostId, at: IpAddr, from: SocketAddr, payload: Payload },
+    Arrive { host: HostId, at: SocketAddr, from: SocketAddr, payload: Payload },
     Signal { from: WireguardKey, to: HostId, message: Probe },
     Wake(HostId),
     Published(HostId, Box<Node>),
@@ -227,8 +227,12 @@ impl Sim {
         (self.elapsed(), format!("{event:?}")).hash(&mut self.trace);
         match event {
             Event::Arrive { host, at, from, payload } => {
+                let port = match at.port() {
+                    host::PORT => LocalPort::Configured,
+                    _ => LocalPort::Second,
+                };
                 for (to, payload) in self.hosts[host].receive(self.now, at, from, payload) {
-                    self.send(host, Path::direct(to), payload);
+                    self.send(host, Path { port, ..Path::direct(to) }, payload);
                 }
                 self.settle(host);
             }
@@ -279,6 +283,11 @@ impl Sim {
         for action in actions {
             match action {
                 Action::Send(to, payload) => self.send(host, to, payload),
+                Action::Open(to) => {
+                    if let Some((realm, from)) = self.hosts[host].source(&to) {
+                        self.net.open(self.now, &mut self.rng, realm, from, to.remote);
+                    }
+                }
                 Action::Signal(peer, message) => {
                     let from = self.hosts[host].key();
                     let to = self.hosts.iter().position(|host| host.key() == peer);

@@ -46,6 +46,9 @@ pub struct Behaviour {
     /// True if internal hosts can reach each other by their external addresses (RFC 4787 section
     /// 6).
     pub hairpin: bool,
+    /// True if a datagram that no mapping expects takes its remote endpoint's place on the external
+    /// port: a host that sends there later gets another port. Linux does this without an input filter.
+    pub takes_unexpected: bool,
 }
 
 impl Behaviour {
@@ -56,6 +59,7 @@ impl Behaviour {
         ports: Ports::Preserving,
         timeout: Duration::from_secs(30),
         hairpin: true,
+        takes_unexpected: false,
     };
     /// A NAT on which only addresses that were sent to may answer.
     pub const RESTRICTED: Self = Self { filtering: Dependence::Address, ..Self::FULL_CONE };
@@ -65,6 +69,8 @@ impl Behaviour {
     /// A NAT with a new mapping for each remote address and port; external ports increase.
     pub const SYMMETRIC: Self =
         Self { mapping: Dependence::AddressAndPort, ..Self::PORT_RESTRICTED };
+    /// A Linux machine with one masquerade rule and no filter.
+    pub const UNFILTERED: Self = Self { takes_unexpected: true, ..Self::PORT_RESTRICTED };
     /// A symmetric NAT with random external ports.
     pub const SYMMETRIC_RANDOM: Self = Self { ports: Ports::Random, ..Self::SYMMETRIC };
 }
@@ -79,6 +85,8 @@ pub struct Nat {
     mappings: BTreeMap<Key, Mapping>,
     /// The mapping of each external port.
     ports: BTreeMap<u16, Key>,
+    /// Remote endpoints that took an external port, with the time of their last datagram.
+    taken: BTreeMap<(SocketAddr, u16), Instant>,
 }
 
 /// The key of a mapping: the internal endpoint, and the part of the remote endpoint that it depends
@@ -88,6 +96,8 @@ type Key = (SocketAddr, Option<IpAddr>, Option<u16>);
 #[derive(Debug, Clone)]
 struct Mapping {
     external: SocketAddr,
+    /// True if nothing passes in either direction any more. See [`Nat::jam`].
+    is_jammed: bool,
     /// When the mapping last carried an outbound datagram.
     used: Instant,
     remotes: BTreeMap<SocketAddr, Instant>,
@@ -101,13 +111,20 @@ impl Nat {
             external: Some(external),
             mappings: BTreeMap::new(),
             ports: BTreeMap::new(),
+            taken: BTreeMap::new(),
         }
     }
 
     /// Creates a firewall, which filters in the same way and does not translate.
     pub fn firewall(behaviour: Behaviour) -> Self {
         let behaviour = Behaviour { mapping: Dependence::Endpoint, ..behaviour };
-        Self { behaviour, external: None, mappings: BTreeMap::new(), ports: BTreeMap::new() }
+        Self {
+            behaviour,
+            external: None,
+            mappings: BTreeMap::new(),
+            ports: BTreeMap::new(),
+            taken: BTreeMap::new(),
+        }
     }
 
     /// Returns the external address; `None` for a firewall.
@@ -138,13 +155,25 @@ impl Nat {
             if self.external.is_some() {
                 self.ports.insert(external.port(), key);
             }
-            let mapping = Mapping { external, used: now, remotes: BTreeMap::new() };
+            let mapping =
+                Mapping { external, is_jammed: false, used: now, remotes: BTreeMap::new() };
             self.mappings.insert(key, mapping);
         }
         let mapping = self.mappings.get_mut(&key)?;
         mapping.used = now;
-        mapping.remotes.insert(to, now);
-        Some(mapping.external)
+        if mapping.is_jammed {
+            return None;
+        }
+        let is_new = mapping.remotes.insert(to, now).is_none();
+        let external = mapping.external;
+        if is_new && self.taken.contains_key(&(to, external.port())) {
+            // The remote endpoint has the port: what comes from here gets another one, at which
+            // nothing is expected.
+            mapping.remotes.remove(&to);
+            let port = self.free_port(rng, from.port())?;
+            return Some(SocketAddr::new(external.ip(), port));
+        }
+        Some(external)
     }
 
     /// Handles an inbound datagram and returns the internal endpoint it is for. Returns `None` if
@@ -161,19 +190,29 @@ impl Nat {
             Some(_) => return None,
             None => (to, None, None),
         };
-        let mapping = self.mappings.get(&key)?;
+        let mapping = self.mappings.get(&key).filter(|mapping| !mapping.is_jammed)?;
         let allowed = match self.behaviour.filtering {
             Dependence::Endpoint => true,
             Dependence::Address => mapping.remotes.keys().any(|remote| remote.ip() == from.ip()),
             Dependence::AddressAndPort => mapping.remotes.contains_key(&from),
         };
+        if !allowed && self.behaviour.takes_unexpected {
+            self.taken.insert((from, to.port()), now);
+        }
         allowed.then_some(key.0)
+    }
+
+    /// Has nothing pass through the mappings that exist, for as long as they are used: so does a NAT
+    /// that keeps a mapping over a change of its own address.
+    pub fn jam(&mut self) {
+        self.mappings.values_mut().for_each(|mapping| mapping.is_jammed = true);
     }
 
     /// Removes all mappings, as a restart does.
     pub fn flush(&mut self) {
         self.mappings.clear();
         self.ports.clear();
+        self.taken.clear();
     }
 
     /// Replaces the external address, which removes all mappings.
@@ -184,6 +223,7 @@ impl Nat {
 
     fn expire(&mut self, now: Instant) {
         let timeout = self.behaviour.timeout;
+        self.taken.retain(|_, at| now < *at + timeout);
         let ports = &mut self.ports;
         self.mappings.retain(|_, mapping| {
             mapping.remotes.retain(|_, at| now < *at + timeout);

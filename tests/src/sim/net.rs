@@ -55,8 +55,8 @@ pub struct Conditions {
 pub struct Arrival {
     /// Host that receives the datagram.
     pub host: HostId,
-    /// Address of that host at which it arrives.
-    pub at: IpAddr,
+    /// Address and port of that host at which it arrives.
+    pub at: SocketAddr,
     /// Source address, as the receiving host sees it.
     pub from: SocketAddr,
     /// Time from sending to arrival.
@@ -149,7 +149,21 @@ impl Network {
             }
             after = latency * 2 + jitter.mul_f64(rng.random());
         }
-        Some(Arrival { host, at: at.to.ip(), from: at.from, after })
+        Some(Arrival { host, at: at.to, from: at.from, after })
+    }
+
+    /// Sends a datagram that is dropped behind the first NAT or firewall.
+    pub fn open(
+        &mut self,
+        now: Instant,
+        rng: &mut StdRng,
+        realm: RealmId,
+        from: SocketAddr,
+        to: SocketAddr,
+    ) {
+        if let Some(uplink) = self.realms[realm].uplink(to) {
+            uplink.nat.outbound(now, rng, from, to);
+        }
     }
 
     /// Passes a datagram outwards, from realm to parent realm, until a host there owns the

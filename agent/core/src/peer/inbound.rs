@@ -70,6 +70,10 @@ impl Peer {
         let path = sent.to;
         let rtt = cx.fx.now.saturating_duration_since(sent.at);
         cx.probing.unanswered.answered(path.remote.ip());
+        if sent.purpose == Purpose::Train {
+            self.pmtu.train_answered(path);
+            return;
+        }
         if let Purpose::Size(size) = sent.purpose {
             if self.pmtu.answered(path, size) {
                 cx.fx.timers.set(Timer::Mtu(self.id()), cx.fx.now);
@@ -119,6 +123,7 @@ impl Peer {
             return;
         }
         self.last_call = order;
+        self.called = Some(cx.fx.now);
         self.signalled.retain(|_, until| cx.fx.now < *until);
         for candidate in candidates {
             let room = self.signalled.len() < limits::CANDIDATES;

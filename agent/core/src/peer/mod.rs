@@ -6,6 +6,7 @@
 //! - [`inbound`]: messages from the peer, or from a relay about it.
 //! - [`liveness`]: whether the one that carries traffic still does.
 //! - [`pmtu`]: how large a datagram it takes.
+//! - [`trains`]: whether it takes several that are sent together.
 //!
 //! # From nothing to the best path
 //!
@@ -29,6 +30,7 @@ mod liveness;
 mod paths;
 mod peer_candidates;
 pub(crate) mod pmtu;
+mod trains;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -72,6 +74,11 @@ const MOVE_MIN: Duration = Duration::from_millis(500);
 const LEFT_BEHIND: Duration = Duration::from_secs(1);
 /// Interval at which other good paths are pinged while one is in use.
 const ALTERNATIVES: Duration = Duration::from_secs(10);
+/// Time without anything from a peer after which it may have ended, if nothing checks it. Longer than
+/// the interval of keepalives.
+const UNCHECKED: Duration = Duration::from_secs(30);
+/// Attempts of a series that open our NAT first, until the peer has called.
+const OPENING: u32 = 3;
 /// Additional wait for the answer to a padded ping, which takes longer to send.
 const MTU_WAIT: Duration = Duration::from_millis(100);
 
@@ -128,6 +135,10 @@ pub(crate) struct Peer {
     signalled: BTreeMap<SocketAddr, Instant>,
     /// Order of the last call that was accepted.
     last_call: CallOrder,
+    /// Time of the last call that was accepted.
+    called: Option<Instant>,
+    /// Time of our last call.
+    calling: Option<Instant>,
     /// Limits of pongs: on the path in use, and elsewhere.
     pongs: [TokenBucket; 2],
     calls: TokenBucket,
@@ -156,6 +167,8 @@ impl Peer {
             pmtu: Pmtu::default(),
             signalled: BTreeMap::new(),
             last_call: CallOrder::default(),
+            called: None,
+            calling: None,
             pongs: <[TokenBucket; 2]>::default(),
             calls: TokenBucket::default(),
             channels: TokenBucket::default(),
@@ -203,6 +216,15 @@ impl Peer {
         self.paths.rtt(&self.path()?)
     }
 
+    /// Returns for how long nothing came from a peer that is up, if nothing checks whether it still is:
+    /// nothing is sent to it, and the mesh connects on need.
+    pub(crate) fn unchecked_for(&self, now: Instant, is_eager: bool) -> Option<Duration> {
+        let path = self.path().filter(|_| !is_eager && !self.liveness.is_used(now))?;
+        let heard = self.paths.get(&path).and_then(|known| known.heard).max(self.last_handshake)?;
+        let time = now.saturating_duration_since(heard);
+        (time >= UNCHECKED).then_some(time)
+    }
+
     /// Returns the largest inner packet that its path takes, once that is known.
     pub(crate) fn mtu(&self) -> Option<u16> {
         let path = self.endpoint?;
@@ -213,6 +235,13 @@ impl Peer {
     pub(crate) fn applied_mtu(&self) -> Option<u16> {
         let path = self.endpoint?;
         if self.pmtu.path() == Some(path) { self.pmtu.applied() } else { None }
+    }
+
+    /// Returns whether each datagram is to be sent by itself.
+    pub(crate) fn is_single(&self) -> bool {
+        self.endpoint.is_some()
+            && self.pmtu.path() == self.endpoint
+            && self.pmtu.is_bad_for_trains()
     }
 
     /// Cancels all deadlines of the peer, which was removed.
@@ -294,6 +323,22 @@ impl Peer {
         }
     }
 
+    /// What goes to public addresses leaves from our other port: the path in use is another one, and
+    /// whatever is not up may be now.
+    pub(crate) fn handle_port_change(&mut self, cx: &mut PeerContext<'_>) {
+        self.paths.follow_port(cx.local);
+        if let Some(path) = self.endpoint.filter(|path| cx.local.is_left(path)) {
+            self.set_endpoint(cx, Some(Path { port: cx.local.outward_port(), ..path }));
+            if self.state == PeerState::Up {
+                cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
+            }
+        }
+        match self.state {
+            PeerState::Connecting | PeerState::Down => self.try_again(cx),
+            PeerState::Idle | PeerState::Up => {}
+        }
+    }
+
     /// Makes the attempt that is due.
     pub(crate) fn attempt(&mut self, cx: &mut PeerContext<'_>) {
         let wanted = cx.is_eager || self.liveness.is_recent(cx.fx.now);
@@ -320,11 +365,23 @@ impl Peer {
         }
         let connected = self.state == PeerState::Up && self.has_session;
         let attempt = self.schedule.next(cx.fx.now, self.is_initiator(cx.local), &mut cx.fx.rng);
+        let opens = attempt.number < OPENING && self.opens_first(cx);
+        let targets = self.targets(cx);
+        let (closed, mut targets): (Vec<Path>, Vec<Path>) =
+            targets.into_iter().partition(|to| opens && self.may_be_closed(cx.fx.now, to));
+        for to in closed {
+            self.open_nat(cx, to);
+        }
         if attempt.seeks_help {
             self.seek_help(cx, attempt.number);
         }
-        let mut targets = self.targets(cx);
-        tracing::debug!(number = attempt.number, paths = targets.len(), connected, "attempt");
+        tracing::debug!(
+            number = attempt.number,
+            paths = targets.len(),
+            connected,
+            opens,
+            "attempt"
+        );
         if connected {
             targets.retain(|to| Some(*to) != self.endpoint);
         } else if attempt.has_initiation {
@@ -383,10 +440,17 @@ impl Peer {
         if !cx.is_eager && !self.liveness.is_used(cx.fx.now) {
             return;
         }
-        let before = self.pmtu.inner();
+        let (before, was_bad) = (self.pmtu.inner(), self.pmtu.is_bad_for_trains());
         let step = self.pmtu.step(cx.fx.now, cx.local.link_mtu());
         for size in step.sizes {
             self.ping(cx, path, Purpose::Size(size));
+        }
+        if let Some(size) = step.train {
+            self.ping_by_train(cx, path, size);
+        }
+        if self.pmtu.is_bad_for_trains() != was_bad {
+            tracing::debug!(%path, "datagrams that are sent together do not arrive: sent singly");
+            cx.fx.mark(Change::Endpoint);
         }
         if self.pmtu.inner() != before {
             tracing::debug!(%path, mtu = self.pmtu.inner(), "path MTU found");

@@ -122,6 +122,11 @@ impl Paths {
         self.known = known.filter_map(|(path, known)| Some((local.still(path)?, known))).collect();
     }
 
+    /// Forgets the paths that use the port which is not used outwards any more.
+    pub(super) fn follow_port(&mut self, local: &LocalNode) {
+        self.known.retain(|path, _| !local.is_left(path));
+    }
+
     /// Returns the paths over which something came lately, the latest first.
     pub(super) fn recent(&self, now: Instant) -> Vec<Path> {
         let heard = self.known.iter().filter_map(|(path, known)| {

@@ -1,21 +1,28 @@
 //! Addresses at which a peer might be reached, and what is sent to them.
 
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rand::Rng as _;
 use towline_types::frame::Probe;
 use towline_types::limits;
 use towline_types::node::Candidate;
 
-use super::paths::Tier;
+use super::paths::{HEARD_FOR, Tier};
+use super::trains::TRAIN;
 use super::{Peer, PeerContext};
-use crate::local_node::{LocalNode, is_reachable, preference};
+use crate::local_node::{LocalNode, is_reachable, is_reachable_v4, preference};
 use crate::output::{Output, Transmit};
 use crate::path::Path;
 use crate::pings::{Purpose, Sent};
-use crate::prefixes::is_private;
+use crate::prefixes::{is_behind_nat, is_private};
 use crate::probing::CallOrder;
 
+/// Number of hops of a datagram that only opens our own NAT: the first router forwards it, and the
+/// second one drops it.
+const OPENING_HOPS: u8 = 2;
+/// Time for which the calls of both nodes show that each sent something to the other.
+const CALLED_FOR: Duration = Duration::from_secs(10);
 /// Largest number of paths that one attempt tries.
 const TARGETS: usize = 48;
 
@@ -37,14 +44,65 @@ impl Peer {
         let transaction = cx.probing.pings.sent(&mut cx.fx.rng, sent);
         let size = match purpose {
             Purpose::Size(size) => Some(size),
-            Purpose::Path | Purpose::Check | Purpose::Operator(_) => None,
+            Purpose::Path | Purpose::Check | Purpose::Train | Purpose::Operator(_) => None,
         };
         cx.fx.output(Output::Transmit(Transmit {
             peer: self.key(),
             path: Some(to),
             message: Probe::Ping { transaction },
             size,
+            hop_limit: None,
         }));
+    }
+
+    /// Sends pings of this size together, to the path in use.
+    pub(super) fn ping_by_train(&self, cx: &mut PeerContext<'_>, path: Path, size: u16) {
+        let (peer, at) = (self.id(), cx.fx.now);
+        let transactions = (0..TRAIN).map(|_| {
+            let sent = Sent { peer, to: path, at, purpose: Purpose::Train };
+            cx.probing.pings.sent(&mut cx.fx.rng, sent)
+        });
+        let transactions = transactions.collect();
+        cx.fx.output(Output::Train { peer: self.key(), path, transactions, size });
+    }
+
+    /// Has our own NAT expect the peer, by a ping that does not reach the peer's NAT.
+    ///
+    /// A router that translates without filtering takes the first datagram of a peer for its own: its
+    /// table then has no room for the mapping that a host behind it needs towards that peer.
+    pub(super) fn open_nat(&self, cx: &mut PeerContext<'_>, to: Path) {
+        if !self.may_send(cx, &to) {
+            return;
+        }
+        // Nobody waits for the pong.
+        let transaction = cx.fx.rng.random();
+        cx.fx.output(Output::Transmit(Transmit {
+            peer: self.key(),
+            path: Some(to),
+            message: Probe::Ping { transaction },
+            size: None,
+            hop_limit: Some(OPENING_HOPS),
+        }));
+    }
+
+    /// Returns whether both nodes are behind a NAT, and the peer has not yet sent something to us: then
+    /// ours is opened before anything reaches the peer's. Both have sent something once the peer called
+    /// after we did.
+    pub(super) fn opens_first(&self, cx: &PeerContext<'_>) -> bool {
+        let both_behind_nat =
+            !cx.local.is_reachable_v4() && !is_reachable_v4(&self.node.record().candidates);
+        let has_called = self
+            .calling
+            .zip(self.called)
+            .is_some_and(|(calling, called)| called >= calling && cx.fx.now < calling + CALLED_FOR);
+        both_behind_nat && cx.local.is_connected() && !has_called
+    }
+
+    /// Returns whether the peer's NAT may drop what comes over a path.
+    pub(super) fn may_be_closed(&self, now: Instant, to: &Path) -> bool {
+        let heard = self.paths.get(to).and_then(|known| known.heard);
+        let is_open = heard.is_some_and(|at| now < at + HEARD_FOR);
+        !is_open && !to.is_relayed() && is_behind_nat(to.remote)
     }
 
     /// Returns whether one more datagram may be sent to an address, which gets a bounded number
@@ -100,7 +158,7 @@ impl Peer {
     }
 
     /// Asks the peer for a call, and relays for channels to it.
-    pub(super) fn seek_help(&self, cx: &mut PeerContext<'_>, turn: u32) {
+    pub(super) fn seek_help(&mut self, cx: &mut PeerContext<'_>, turn: u32) {
         let callable = !cx.local.candidates().is_empty() || !cx.relays.is_empty();
         let relayed =
             self.path().filter(Path::is_relayed).filter(|_| self.liveness.doubtful().is_none());
@@ -108,11 +166,13 @@ impl Peer {
         if callable && (far || turn > 0) && (relayed.is_some() || cx.local.is_connected()) {
             let CallOrder { boot_epoch, number } = cx.probing.next_call();
             let candidates = cx.local.candidates().to_vec();
+            self.calling = Some(cx.fx.now);
             cx.fx.output(Output::Transmit(Transmit {
                 peer: self.key(),
                 path: relayed,
                 message: Probe::CallMe { boot_epoch, number, candidates },
                 size: None,
+                hop_limit: None,
             }));
         }
         let needs_relay = far || turn > 0;

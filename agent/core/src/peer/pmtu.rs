@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use towline_types::mtu::Mtu;
 
+use super::trains::Trains;
 use crate::path::Path;
 
 /// What WireGuard puts around an inner packet, in bytes.
@@ -35,6 +36,8 @@ const STEP: u16 = 8;
 const TRIES: u8 = 2;
 /// How often a found size is confirmed while the path is in use.
 const CONFIRM: Duration = Duration::from_secs(30);
+/// Pause before a train of pings where the last one did not arrive whole, and before the first.
+const TRAIN_AGAIN: Duration = Duration::from_secs(1);
 /// How often a larger one is tried, RFC 8899 section 5.1.1.
 const RAISE: Duration = Duration::from_secs(600);
 
@@ -54,6 +57,7 @@ pub(crate) struct Pmtu {
     /// The found size was answered again.
     is_confirmed: bool,
     found_at: Option<Instant>,
+    trains: Trains,
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -66,9 +70,12 @@ enum Stage {
 }
 
 /// What to do next.
+#[derive(Default)]
 pub(crate) struct Step {
     /// Sizes to ping with, now.
     pub(crate) sizes: Vec<u16>,
+    /// Size of several pings to send together, now.
+    pub(crate) train: Option<u16>,
     /// When to look again; `None`: soon, after the time that an answer takes.
     pub(crate) pause: Option<Duration>,
 }
@@ -100,6 +107,18 @@ impl Pmtu {
     pub(crate) fn applied(&self) -> Option<u16> {
         let refused = self.path.filter(|_| self.is_refused).map(|path| inner(&path, self.full));
         self.inner().or(refused)
+    }
+
+    /// A ping of a train was answered.
+    pub(crate) fn train_answered(&mut self, path: Path) {
+        if self.path == Some(path) {
+            self.trains.answered();
+        }
+    }
+
+    /// Returns whether datagrams that are sent together do not arrive, while single ones do.
+    pub(crate) fn is_bad_for_trains(&self) -> bool {
+        self.trains.is_bad()
     }
 
     /// A padded ping was answered. Says whether to go on at once.
@@ -141,7 +160,7 @@ impl Pmtu {
     /// Time has passed: what next? `link` is the largest inner packet that is ever sent.
     pub(crate) fn step(&mut self, now: Instant, link: Mtu) -> Step {
         let Some(path) = self.path else {
-            return Step { sizes: Vec::new(), pause: Some(RAISE) };
+            return Step { pause: Some(RAISE), ..Step::default() };
         };
         if self.good >= self.full && self.stage != Stage::Found {
             return self.found(now);
@@ -149,15 +168,15 @@ impl Pmtu {
         match self.stage {
             Stage::Full if self.tries < TRIES => {
                 self.tries += 1;
-                Step { sizes: vec![self.full], pause: None }
+                Step { sizes: vec![self.full], ..Step::default() }
             }
             Stage::Full => {
                 (self.stage, self.bad, self.tries) = (Stage::Ladder, self.full, 1);
-                Step { sizes: self.ladder(&path), pause: None }
+                Step { sizes: self.ladder(&path), ..Step::default() }
             }
             Stage::Ladder if self.tries < TRIES => {
                 self.tries += 1;
-                Step { sizes: self.ladder(&path), pause: None }
+                Step { sizes: self.ladder(&path), ..Step::default() }
             }
             Stage::Ladder if self.good == 0 => {
                 // Not even the least step: whatever it takes, it takes it in fragments.
@@ -172,13 +191,15 @@ impl Pmtu {
             }
             Stage::Halving => self.halve(now),
             Stage::Found if std::mem::take(&mut self.is_confirmed) => {
-                Step { sizes: Vec::new(), pause: Some(CONFIRM) }
+                let pause = if self.trains.end(true) { TRAIN_AGAIN } else { CONFIRM };
+                Step { pause: Some(pause), ..Step::default() }
             }
             Stage::Found if self.tries > TRIES => {
                 self.begin(path, link);
                 self.step(now, link)
             }
             Stage::Found => {
+                self.trains.end(false);
                 self.tries += 1;
                 let raise = self.found_at.is_some_and(|at| now >= at + RAISE)
                     && self.good < payload(&path, link.get());
@@ -186,7 +207,8 @@ impl Pmtu {
                     self.begin(path, link);
                     return self.step(now, link);
                 }
-                Step { sizes: vec![self.good], pause: None }
+                let train = self.trains.begin().then_some(self.good);
+                Step { sizes: vec![self.good], train, pause: None }
             }
         }
     }
@@ -202,13 +224,13 @@ impl Pmtu {
             return self.found(now);
         }
         self.tries += 1;
-        Step { sizes: vec![middle(self.good, self.bad)], pause: None }
+        Step { sizes: vec![middle(self.good, self.bad)], ..Step::default() }
     }
 
     fn found(&mut self, now: Instant) -> Step {
         (self.stage, self.tries) = (Stage::Found, 0);
         self.found_at = Some(now);
-        Step { sizes: Vec::new(), pause: Some(CONFIRM) }
+        Step { pause: Some(TRAIN_AGAIN), ..Step::default() }
     }
 
     fn ladder(&self, path: &Path) -> Vec<u16> {
@@ -265,6 +287,43 @@ mod tests {
         }
         assert_eq!(search(1_500, |_| false), 1_420);
         assert!(search(1_200, |_| false) < Mtu::MIN.get());
+    }
+
+    /// Runs the search on a path for `seconds`, on which `arrives` says whether a single ping arrives,
+    /// and how many of a train. Returns whether the path ends up bad for trains.
+    fn is_bad(seconds: u64, mut arrives: impl FnMut() -> (bool, u8)) -> bool {
+        let path = Path::direct(([203, 0, 113, 1], 51_830).into());
+        let mut pmtu = Pmtu::default();
+        pmtu.begin(path, Mtu::DEFAULT);
+        #[allow(clippy::disallowed_methods)] // some instant to count from
+        let start = Instant::now();
+        let mut now = start;
+        while now < start + Duration::from_secs(seconds) {
+            let step = pmtu.step(now, Mtu::DEFAULT);
+            now += step.pause.unwrap_or(Duration::from_millis(200));
+            let (single, train) = arrives();
+            for size in step.sizes.into_iter().filter(|_| single) {
+                pmtu.answered(path, size);
+            }
+            for _ in 0..step.train.map_or(0, |_| train) {
+                pmtu.train_answered(path);
+            }
+        }
+        assert!(pmtu.inner().is_some());
+        pmtu.is_bad_for_trains()
+    }
+
+    #[test]
+    fn trains_that_never_arrive_whole_beside_single_pings_are_given_up() {
+        assert!(!is_bad(120, || (true, 3)));
+        assert!(is_bad(20, || (true, 0)), "nothing of a train arrives");
+        assert!(is_bad(20, || (true, 2)), "the last one is damaged");
+        let mut number = 0;
+        let mut lossy = || {
+            number += 1;
+            (number % 7 != 0, if number % 3 == 0 { 2 } else { 3 })
+        };
+        assert!(!is_bad(590, &mut lossy), "loss is no damage");
     }
 
     #[test]

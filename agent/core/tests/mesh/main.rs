@@ -136,6 +136,8 @@ impl Us {
                 | Output::Handshake { .. }
                 | Output::Stun { .. }
                 | Output::Advertise(_)
+                | Output::SecondPort { .. }
+                | Output::Train { .. }
                 | Output::StateChanged { .. }
                 | Output::StaticStateChanged { .. } => {}
             }
@@ -231,7 +233,7 @@ fn answerable(outputs: &[Output], silent: Option<SocketAddr>, payload: u16) -> V
 
 fn stun(outputs: &[Output]) -> Vec<(SocketAddr, [u8; 12])> {
     let asked = outputs.iter().filter_map(|o| match o {
-        Output::Stun { to, transaction, .. } => Some((*to, *transaction)),
+        Output::Stun { to, transaction } => Some((to.remote, *transaction)),
         _ => None,
     });
     asked.collect()

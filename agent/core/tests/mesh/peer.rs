@@ -86,6 +86,7 @@ fn a_ping_from_a_peer_that_we_could_not_find_shows_where_it_is() {
         path: Some(from),
         message: Probe::Pong { transaction: 7, observed: from.remote },
         size: None,
+        hop_limit: None,
     })));
     assert!(handshakes(&outputs).contains(&vec![from]));
 }
@@ -284,6 +285,16 @@ fn a_thousand_peers_cost_nothing_until_there_is_traffic_for_one() {
     assert_eq!(us.mesh.peer(quiet.id()).unwrap().state, PeerState::Idle);
     us.mesh.handle_observation(us.now, quiet.wireguard_key(), Observation::Wanted);
     assert_eq!(probes(&us.run(Duration::from_millis(1))), 2);
+}
+
+#[test]
+fn a_machine_that_slept_begins_a_new_session_with_each_peer_in_use_at_once() {
+    let mut us = Us::up(PUBLIC);
+    us.echo(Duration::from_millis(10), Duration::from_secs(5));
+    us.mesh.handle_wake(us.now);
+    let outputs = us.run(Duration::from_millis(1));
+    assert!(handshakes(&outputs).contains(&vec![path(PUBLIC)]), "{outputs:?}");
+    assert_eq!(us.peer(2).state, PeerState::Up, "what works goes on");
 }
 
 // Uplinks

@@ -46,6 +46,9 @@ pub struct Coalesce {
     pub udp: bool,
     /// UDP tunnels of the host in which TCP segments may be coalesced.
     pub tunnels: TunnelPorts,
+    /// UDP tunnels of the host whose datagrams are passed one by one: their sockets take no
+    /// super-packet that does not say that it is a tunnel's.
+    pub whole: TunnelPorts,
 }
 
 /// UDP ports on which the host itself decapsulates VXLAN or Geneve. 0 is an unused entry.
@@ -183,7 +186,11 @@ impl Coalescer {
         let (key, (layout, plain)) = (Key::of(packet, header)?, layout(packet, header, 0)?);
         let allowed = match layout.protocol {
             Transport::Tcp => self.allowed.tcp,
-            Transport::Udp => self.allowed.udp,
+            Transport::Udp => {
+                let whole = &self.allowed.whole;
+                let port = || Some(Udp::of(packet.get(layout.transport..)?)?.destination_port());
+                self.allowed.udp && !port().is_some_and(|port| whole.contains(&port))
+            }
         };
         let (layout, can_coalesce) = match self.inner_layout(packet, &layout) {
             Some(inside) if plain => inside,

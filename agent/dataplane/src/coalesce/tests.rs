@@ -6,15 +6,20 @@ use crate::testing::{Recipe, Tcp};
 use proptest::prelude::*;
 use towline_wireguard::Segments;
 
-const BOTH: Coalesce = Coalesce { tcp: true, udp: true, tunnels: [VXLAN, GENEVE, 0, 0] };
+const BOTH: Coalesce =
+    Coalesce { tcp: true, udp: true, tunnels: [VXLAN, GENEVE, 0, 0], whole: [0; 4] };
 
 const VXLAN: u16 = 8_472;
 const GENEVE: u16 = 6_081;
 
 /// Returns the frames into which the packets are coalesced.
 fn coalesce(packets: &[Vec<u8>]) -> Vec<(VnetHeader, Vec<u8>)> {
+    coalesce_as(BOTH, packets)
+}
+
+fn coalesce_as(allowed: Coalesce, packets: &[Vec<u8>]) -> Vec<(VnetHeader, Vec<u8>)> {
     let mut batch = WriteBatch::new(8);
-    let mut coalescer = Coalescer::new(BOTH);
+    let mut coalescer = Coalescer::new(allowed);
     let mut at = 0;
     for packet in packets {
         at += 16;
@@ -208,6 +213,17 @@ fn what_is_in_no_tunnel_of_the_host_is_joined_as_datagrams() {
     let frames = coalesce(&in_tunnel(1, 4_789, true, false, &inner));
     assert_eq!(frames.len(), 1);
     assert_eq!(frames[0].0.gso_type, GSO_UDP_L4);
+}
+
+/// A kernel without super-packets in UDP tunnels: a VXLAN socket would get one that it cannot take apart.
+#[test]
+fn datagrams_of_a_tunnel_of_the_host_are_written_alone_without_its_offload() {
+    let inner: Vec<_> = stream(1, true, false, &[1300; 4]).iter().map(Recipe::build).collect();
+    for port in [VXLAN, GENEVE] {
+        let packets = in_tunnel(1, port, true, false, &inner);
+        let without = Coalesce { tunnels: [0; 4], whole: [VXLAN, GENEVE, 0, 0], ..BOTH };
+        assert_eq!(coalesce_as(without, &packets).len(), packets.len());
+    }
 }
 
 #[test]

@@ -16,7 +16,8 @@ use crate::arena::{GsoBatch, SLOT_BYTES};
 
 /// Largest number of messages in one system call.
 pub(super) const MESSAGES: usize = 64;
-/// Bytes for the control messages of one datagram: a segment length and a local address.
+/// Bytes for the control messages of one datagram: a segment length, a local address and a traffic
+/// class.
 const CONTROL: usize = 96;
 
 #[derive(Clone, Copy)]
@@ -47,6 +48,16 @@ impl Control {
         end
     }
 
+    /// Appends the traffic class of the datagram.
+    fn put_traffic_class(&mut self, used: usize, v4: bool, class: u8) -> usize {
+        let value = c_int::from(class).to_ne_bytes();
+        if v4 {
+            self.put(used, libc::IPPROTO_IP, libc::IP_TOS, &value)
+        } else {
+            self.put(used, libc::IPPROTO_IPV6, libc::IPV6_TCLASS, &value)
+        }
+    }
+
     /// Appends the local address and interface that the datagram leaves from.
     fn put_local(&mut self, used: usize, local: LocalAddress) -> usize {
         match local.address {
@@ -67,6 +78,18 @@ impl Control {
             }
         }
     }
+}
+
+/// A message that was received.
+pub(super) struct ReceivedMessage {
+    /// Path that it arrived by.
+    pub(super) from: Path,
+    /// Number of bytes.
+    pub(super) len: usize,
+    /// Length of each datagram except the last. 0 for one datagram.
+    pub(super) segment_size: usize,
+    /// Traffic class of the outer packets.
+    pub(super) traffic_class: u8,
 }
 
 /// Message headers of `sendmmsg` and `recvmmsg`, allocated once. The pointers in `messages` are set
@@ -144,15 +167,14 @@ impl Headers {
         if received == -1 { Err(io::Error::last_os_error()) } else { Ok(received as usize) }
     }
 
-    /// Returns the path, the length and the segment size (0 for one datagram) of a message that was
-    /// just received. `None` if it was truncated or has no sender.
-    pub(super) fn received(&self, message: usize) -> Option<(Path, usize, usize)> {
+    /// Returns a message that was just received. `None` if it was truncated or has no sender.
+    pub(super) fn received(&self, message: usize) -> Option<ReceivedMessage> {
         let received = &self.messages[message];
         if received.msg_hdr.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
             return None;
         }
         let remote = read_address(&self.addresses[message])?;
-        let (mut segment_size, mut local) = (0, None);
+        let (mut segment_size, mut local, mut traffic_class) = (0, None, 0);
         // SAFETY: the kernel has filled the control buffer that the header points to, which `self`
         // owns. The macros stay within `msg_controllen`, and each value has the type of its level
         // and kind, possibly unaligned.
@@ -174,13 +196,22 @@ impl Headers {
                         let address = Ipv6Addr::from(info.ipi6_addr.s6_addr).into();
                         local = Some(LocalAddress { address, interface: info.ipi6_ifindex as u32 });
                     }
+                    (libc::IPPROTO_IP, libc::IP_TOS) => traffic_class = ptr::read(data),
+                    (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
+                        traffic_class = ptr::read_unaligned(data.cast::<c_int>()) as u8;
+                    }
                     _ => {}
                 }
                 next = libc::CMSG_NXTHDR(&received.msg_hdr, next);
             }
         }
-        let from = Path { local, remote, channel: None };
-        Some((from, received.msg_len as usize, usize::try_from(segment_size).unwrap_or(0)))
+        let from = Path { local, ..Path::direct(remote) };
+        Some(ReceivedMessage {
+            from,
+            len: received.msg_len as usize,
+            segment_size: usize::try_from(segment_size).unwrap_or(0),
+            traffic_class,
+        })
     }
 
     /// Sends as many of the GSO batches as the kernel accepts, at most [`MESSAGES`]. Returns the
@@ -214,6 +245,10 @@ impl Headers {
             }
             if let Some(local) = gso.to.path.local {
                 used = control.put_local(used, local);
+            }
+            if gso.to.traffic_class != 0 {
+                let v4 = gso.to.path.remote.is_ipv4();
+                used = control.put_traffic_class(used, v4, gso.to.traffic_class);
             }
             header.msg_controllen = used as _;
             header.msg_control =

@@ -8,17 +8,20 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use towline_core::path::{LocalPort, Path};
 
 use super::Offloads;
 use super::arena::{GsoBatch, RecvBatch, SLOT_BYTES, SendBatch};
 use super::drops::{DropReason, Drops};
 use super::switch::{OffReason, Switch};
 pub(super) use corruption::GroCorruption;
-use messages::{Headers, MESSAGES};
+use messages::{Headers, MESSAGES, ReceivedMessage};
+pub(super) use second::open_second_port;
 use whole::Unsent;
 
 mod corruption;
 mod messages;
+mod second;
 mod whole;
 
 /// I/O with the network in batches of datagrams. Implemented by [`Udp`] and
@@ -57,6 +60,17 @@ pub trait UdpIo: Send + 'static {
     /// Returns [`TooBig`] if the kernel already knows that the datagram is too big for its path.
     fn send_whole(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) -> Result<(), TooBig>;
 
+    /// Sends a batch of one datagram that at most `hops` routers forward.
+    fn send_limited(&mut self, now: Instant, batch: &SendBatch, hops: u8, drops: &Drops) {
+        let _ = hops;
+        self.send(now, batch, drops);
+    }
+
+    /// Replaces the sockets of the second port. Those of [`UdpIo::fds`] that come before them stay.
+    fn set_second_port(&mut self, sockets: Option<Udp>) {
+        drop(sockets);
+    }
+
     /// Records that `datagrams` of the last batch arrived coalesced, and that `corrupted` of them
     /// were not authentic.
     fn record_gro(&mut self, now: Instant, datagrams: usize, corrupted: usize);
@@ -82,6 +96,12 @@ impl Ready {
     /// Returns whether a descriptor is in the set.
     pub fn has(self, place: usize) -> bool {
         self.0 & 1 << place != 0
+    }
+
+    /// Returns the set without the first `count` places.
+    #[must_use]
+    pub fn after(self, count: usize) -> Self {
+        Self(self.0.checked_shr(count as u32).unwrap_or(0))
     }
 
     /// Returns whether the set is empty.
@@ -159,6 +179,8 @@ pub struct Udp {
     /// True if `UDP_GRO` is set on the sockets. It follows the switch at the next receive.
     gro_enabled: bool,
     corruption: GroCorruption,
+    /// Sockets of the second port, while it is open.
+    second: Option<Box<Udp>>,
     /// True if the IPv6 socket is read first. It alternates, so that a flood on one socket cannot
     /// starve the other.
     v6_first: bool,
@@ -235,8 +257,17 @@ fn open_pair(
                     _ => chosen,
                 };
                 let (gro_enabled, corruption) = (options.gro, GroCorruption::default());
-                let v6_first = false;
-                return Ok(Udp { v4, v6, port, segment, gro, gro_enabled, corruption, v6_first });
+                return Ok(Udp {
+                    v4,
+                    v6,
+                    port,
+                    segment,
+                    gro,
+                    gro_enabled,
+                    corruption,
+                    second: None,
+                    v6_first: false,
+                });
             }
         }
     }
@@ -249,52 +280,14 @@ impl Udp {
         self.port
     }
 
-    /// Sets `UDP_GRO` on the sockets as the switch demands. Another worker may have changed the
-    /// switch.
-    fn sync_gro(&mut self) {
-        let wanted = self.gro.is_on();
-        if wanted == self.gro_enabled {
-            return;
-        }
-        self.gro_enabled = wanted;
-        for endpoint in self.v4.iter().chain(&self.v6) {
-            // Disabling what was enabled cannot fail. If enabling fails, datagrams arrive one by
-            // one, as before.
-            let _ = set(&endpoint.socket, libc::SOL_UDP, UDP_GRO, wanted.into());
-        }
-    }
-}
-
-impl UdpIo for Udp {
-    fn fds(&self) -> Vec<BorrowedFd<'_>> {
-        self.v4.iter().chain(&self.v6).map(|endpoint| endpoint.socket.as_fd()).collect()
-    }
-
-    fn receive(&mut self, ready: Ready, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()> {
-        self.sync_gro();
-        self.v6_first = !self.v6_first;
-        // This is the order of the descriptors in `fds`.
-        let both = self.v4.iter_mut().chain(&mut self.v6).enumerate();
-        let mut ready = both.filter(|(place, _)| ready.has(*place)).map(|(_, endpoint)| endpoint);
-        let mut order = [ready.next(), ready.next()];
-        if self.v6_first {
-            order.reverse();
-        }
-        for endpoint in order.into_iter().flatten() {
-            endpoint.receive(batch, drops)?;
-        }
-        Ok(())
-    }
-
-    fn send_gso_batches(
+    /// Sends from the configured port.
+    fn send_own(
         &mut self,
         now: Instant,
         bytes: &[u8],
         mut gso_batches: &[GsoBatch],
         drops: &Drops,
     ) {
-        self.segment.retry(now);
-        self.gro.retry(now);
         let mut deadlines = SendDeadlines::default();
         while let Some(first) = gso_batches.first() {
             let same =
@@ -315,6 +308,71 @@ impl UdpIo for Udp {
         }
     }
 
+    /// Sets `UDP_GRO` on the sockets as the switch demands. Another worker may have changed the
+    /// switch.
+    fn sync_gro(&mut self) {
+        let wanted = self.gro.is_on();
+        if wanted == self.gro_enabled {
+            return;
+        }
+        self.gro_enabled = wanted;
+        for endpoint in self.v4.iter().chain(&self.v6) {
+            // Disabling what was enabled cannot fail. If enabling fails, datagrams arrive one by
+            // one, as before.
+            let _ = set(&endpoint.socket, libc::SOL_UDP, UDP_GRO, wanted.into());
+        }
+    }
+}
+
+impl UdpIo for Udp {
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        let own = self.v4.iter().chain(&self.v6).map(|endpoint| endpoint.socket.as_fd());
+        own.chain(self.second.iter().flat_map(|second| second.fds())).collect()
+    }
+
+    fn receive(&mut self, ready: Ready, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()> {
+        self.sync_gro();
+        let set = ready;
+        self.v6_first = !self.v6_first;
+        // This is the order of the descriptors in `fds`.
+        let both = self.v4.iter_mut().chain(&mut self.v6).enumerate();
+        let mut ready = both.filter(|(place, _)| ready.has(*place)).map(|(_, endpoint)| endpoint);
+        let mut order = [ready.next(), ready.next()];
+        if self.v6_first {
+            order.reverse();
+        }
+        for endpoint in order.into_iter().flatten() {
+            endpoint.receive(batch, drops)?;
+        }
+        self.receive_second(set, batch, drops)
+    }
+
+    fn send_gso_batches(
+        &mut self,
+        now: Instant,
+        bytes: &[u8],
+        gso_batches: &[GsoBatch],
+        drops: &Drops,
+    ) {
+        self.segment.retry(now);
+        self.gro.retry(now);
+        match self.second.take() {
+            None => self.send_own(now, bytes, gso_batches, drops),
+            Some(mut second) => {
+                self.send_by_port(&mut second, now, bytes, gso_batches, drops);
+                self.second = Some(second);
+            }
+        }
+    }
+
+    fn send_limited(&mut self, now: Instant, batch: &SendBatch, hops: u8, drops: &Drops) {
+        self.send_hops(now, batch, hops, drops);
+    }
+
+    fn set_second_port(&mut self, sockets: Option<Udp>) {
+        self.second = sockets.map(Box::new);
+    }
+
     fn send_whole(
         &mut self,
         _now: Instant,
@@ -322,8 +380,12 @@ impl UdpIo for Udp {
         drops: &Drops,
     ) -> Result<(), TooBig> {
         for gso in batch.gso_batches() {
+            let udp = match &mut self.second {
+                Some(second) if gso.to.path.port == LocalPort::Second => &mut **second,
+                _ => &mut *self,
+            };
             let v4 = gso.to.path.remote.is_ipv4();
-            let Some(endpoint) = (if v4 { &mut self.v4 } else { &mut self.v6 }) else {
+            let Some(endpoint) = (if v4 { &mut udp.v4 } else { &mut udp.v6 }) else {
                 drops.count(DropReason::SendRefused);
                 continue;
             };
@@ -351,6 +413,8 @@ struct Endpoint {
     socket: Socket,
     headers: Headers,
     v4: bool,
+    /// Port that the socket is bound to.
+    port_kind: LocalPort,
 }
 
 impl std::fmt::Debug for Endpoint {
@@ -390,12 +454,14 @@ fn open_family(
         set(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
             .map_err(other)?;
         set(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 1).map_err(other)?;
+        set(&socket, libc::IPPROTO_IP, libc::IP_RECVTOS, 1).map_err(other)?;
         IpAddr::V4(Ipv4Addr::UNSPECIFIED)
     } else {
         socket.set_only_v6(true).map_err(other)?;
         set(&socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
             .map_err(other)?;
         set(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1).map_err(other)?;
+        set(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1).map_err(other)?;
         IpAddr::V6(Ipv6Addr::UNSPECIFIED)
     };
     buffer(&socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, RECEIVE_BUFFER);
@@ -418,7 +484,12 @@ fn open_family(
             };
         }
     }
-    Ok(Some(Endpoint { socket, headers: Headers::new(), v4: domain == Domain::IPV4 }))
+    Ok(Some(Endpoint {
+        socket,
+        headers: Headers::new(),
+        v4: domain == Domain::IPV4,
+        port_kind: LocalPort::Configured,
+    }))
 }
 
 fn set(socket: &Socket, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
@@ -521,7 +592,7 @@ fn try_out(what: SelfTest) -> Result<(), OffReason> {
         if headers.receive_waiting(&receiver, &mut slots).is_err() {
             break;
         }
-        let Some((_, len, segment_size)) = headers.received(0) else { break };
+        let Some(ReceivedMessage { len, segment_size, .. }) = headers.received(0) else { break };
         // Either the whole GSO batch arrives at once, or one datagram with the length that was
         // sent.
         let whole = segment_size == LENGTHS[0] && len == sent.len();
@@ -568,8 +639,10 @@ impl Endpoint {
         };
         for message in 0..count {
             match self.headers.received(message) {
-                Some((from, len, segment_size)) => {
+                Some(ReceivedMessage { from, len, segment_size, traffic_class }) => {
+                    let from = Path { port: self.port_kind, ..from };
                     batch.push(taken + message, from, len, segment_size);
+                    batch.set_traffic_class(traffic_class);
                 }
                 None => drops.count(DropReason::Truncated),
             }

@@ -57,7 +57,12 @@ impl End {
         let address = SocketAddr::from(([192, 0, 2, number], 51830));
         let (tun, host) = memory::tun(1420).unwrap();
         let (sender, events) = channel(256);
-        let config = Config { private_key: StaticSecret::from([number; 32]), relay, link: None };
+        let config = Config {
+            private_key: StaticSecret::from([number; 32]),
+            relay,
+            link: None,
+            copy_dscp: false,
+        };
         let plane =
             DataPlane::start(config, [(tun, network.bind(address).unwrap())], sender).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
@@ -74,6 +79,7 @@ impl End {
             endpoint: Some(self.address.into()),
             mtu: Mtu::DEFAULT,
             fragment: false,
+            is_single: false,
             prefixes: vec![ipnet::IpNet::from(std::net::IpAddr::from(self.inner))],
             keepalive: None,
             preshared_key: None,
