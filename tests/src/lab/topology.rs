@@ -59,7 +59,7 @@ pub struct Host {
 /// A host that forwards between the internet and its own LAN.
 #[derive(Debug)]
 pub struct Router {
-    host: Host,
+    host: Arc<Host>,
     lan: (Ipv4Net, Ipv6Net),
     /// Number of the next free host address in the LAN.
     next: AtomicU8,
@@ -203,6 +203,11 @@ impl Router {
     /// Returns the router as a host.
     pub fn host(&self) -> &Host {
         &self.host
+    }
+
+    /// Returns the router as a host on which an agent runs.
+    pub fn shared(&self) -> Arc<Host> {
+        self.host.clone()
     }
 
     /// Returns the router's IPv4 address in its LAN.
@@ -380,7 +385,7 @@ impl<'a> RouterBuilder<'a> {
         };
         switch.run(|| Ok(Rtnetlink::open()?.add_route(&lan_v6().via(here))?))?;
         lab.cables.extend(cable);
-        let host = Host { namespace, addresses: own.map(|net| net.addr()).to_vec() };
+        let host = Arc::new(Host { namespace, addresses: own.map(|net| net.addr()).to_vec() });
         Ok(Router { host, lan, next: AtomicU8::new(FIRST_HOST) })
     }
 }

@@ -16,13 +16,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::namespace::Namespace;
 
-/// Delay and loss of a link, in each direction.
+/// Delay, loss and congestion of a link, in each direction.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Weather {
     /// One-way delay of each frame.
     pub delay: Duration,
     /// Number of frames out of 100,000 that are lost.
     pub lost: u32,
+    /// True if each IPv4 packet whose endpoints understand it is marked as congested (ECN, RFC 3168).
+    pub is_congested: bool,
 }
 
 /// A simulated link. Dropping it removes it.
@@ -91,6 +93,9 @@ fn carry(mut from: File, mut to: File, weather: Weather, mut random: u64, stop: 
                     random ^= random >> 7;
                     random ^= random << 17;
                     let lost = random % 100_000 < u64::from(weather.lost);
+                    if weather.is_congested {
+                        mark_congestion(&mut frame[..len]);
+                    }
                     if !lost && under_way.len() < UNDER_WAY {
                         under_way.push_back((Instant::now() + weather.delay, frame[..len].into()));
                     }
@@ -109,6 +114,22 @@ fn carry(mut from: File, mut to: File, weather: Weather, mut random: u64, stop: 
             }
         }
     }
+}
+
+/// Marks an IPv4 packet in an Ethernet frame as congested, if its endpoints understand that.
+fn mark_congestion(frame: &mut [u8]) {
+    const ETHERNET: usize = 14;
+    let Some((ethernet, packet)) = frame.split_at_mut_checked(ETHERNET) else { return };
+    if ethernet[12..] != [8, 0] || packet.len() < 20 || !matches!(packet[1] & 3, 1 | 2) {
+        return;
+    }
+    packet[1] |= 3;
+    packet[10..12].fill(0);
+    let words = packet[..20].chunks_exact(2);
+    let sum: u32 = words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    packet[10..12].copy_from_slice(&(!(sum as u16)).to_be_bytes());
 }
 
 /// Creates a TAP link in the calling thread's namespace; the link exists while the file is open.

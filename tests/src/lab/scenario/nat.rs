@@ -271,6 +271,7 @@ impl World {
         lab.weather(Weather {
             delay: Duration::from_millis(options.rtt_ms.into()) / 4,
             lost: (options.loss_pct * 1000.0 / 2.0) as u32,
+            ..Weather::default()
         });
         let mut places: Vec<Place> = pairs
             .iter()

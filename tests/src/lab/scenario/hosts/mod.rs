@@ -9,6 +9,7 @@
 //! | [`networks`] | with networks of others, which the mesh must leave alone |
 //! | [`firewalls`] | with a firewall that drops what comes out of the tunnel |
 //! | [`sources`] | that send into the tunnel with another source than their own |
+//! | [`marks`] | whose packets carry marks for congestion and priority |
 //! | [`state`] | with another name or file system than expected |
 //! | [`kubelet`] | whose kubelet waits for the mesh |
 //! | [`controllers`] | whose controller moves |
@@ -20,6 +21,7 @@ mod controllers;
 mod families;
 mod firewalls;
 mod kubelet;
+mod marks;
 mod nats;
 mod networks;
 mod scene;
@@ -148,6 +150,7 @@ fn every_case() -> Vec<Case> {
         networks::cases(),
         firewalls::cases(),
         sources::cases(),
+        marks::cases(),
         state::cases(),
         kubelet::cases(),
         controllers::cases(),

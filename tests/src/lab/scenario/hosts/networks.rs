@@ -12,6 +12,7 @@ use crate::lab::topology::Host;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
+        Case::new("networks/router-of-another-node", router),
         Case::new("networks/announced-lan-with-another-node", |setting| {
             announced_lan(setting, "192.168.1.0/24", "")
         }),
@@ -22,6 +23,30 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("networks/protected-range-around-a-bridge", covered_bridge),
         Case::new("networks/listed-network", listed),
     ]
+}
+
+/// A node that is the router of another one, whose node IP is its address in the LAN.
+fn router(setting: &Setting) -> anyhow::Result<()> {
+    let mut scene = Scene::build_v4(setting)?;
+    let neighbour_host = scene.lab.host("neighbour").behind(&scene.router).build()?;
+    let of = |ip: &str| ["--prefix".to_owned(), format!("{ip}/32")];
+    let node_ip = "[node]\naddressing = \"node-ip\"\n";
+    let flags = of("192.168.1.10");
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let pair = scene.join_with(setting, ("", &[]), (node_ip, &flags))?;
+    pair.is_connected()?;
+    let host = scene.router.shared();
+    let router = scene.node(setting, &pair.controller, &host, "router", ("", &[]))?;
+    connected(&pair.cp, &router)?;
+    connected(&pair.worker, &router)?;
+    pair.is_connected().context("through the router that is a node")?;
+    let internet = "203.0.113.1".parse()?;
+    answers(&scene.worker, internet).context("from the node behind the router to the internet")?;
+    answers(&neighbour_host, internet).context("from another machine there to the internet")?;
+    // Its address in the LAN is reached through the tunnel, from the router too.
+    answers(scene.router.host(), "192.168.1.10".parse()?)?;
+    answers(&scene.cp, "192.168.1.10".parse()?)?;
+    has_no_problem(&router)
 }
 
 /// A LAN that one node announces, with another node in it.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use ipnet::IpNet;
 use serde_json::Value;
-use towline_netlink::{AddressOptions, Route, Rtnetlink, VethPeer};
+use towline_netlink::{AddressOptions, Family, Route, Rtnetlink, VethPeer};
 use towline_nftables::{Nft, Table};
 
 use crate::lab::interrupt::wait_up_to;
@@ -53,6 +53,17 @@ impl Scene {
     pub(super) fn build(setting: &Setting) -> anyhow::Result<Self> {
         let mut lab = Lab::new(setting.rank)?;
         let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.build()?;
+        Self::around(lab, cp)
+    }
+
+    /// Builds the hosts, with IPv4 alone at the control plane, so that every path crosses the NAT.
+    pub(super) fn build_v4(setting: &Setting) -> anyhow::Result<Self> {
+        let mut lab = Lab::new(setting.rank)?;
+        let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.only(Family::V4).build()?;
+        Self::around(lab, cp)
+    }
+
+    fn around(mut lab: Lab, cp: Arc<Host>) -> anyhow::Result<Self> {
         let router = lab
             .router("router")
             .public("203.0.113.11", "2001:db8::11")?
@@ -132,6 +143,18 @@ pub(super) fn node_behind(
     name: &str,
 ) -> anyhow::Result<Node> {
     start(setting, lab, controller, (host, name), ("", &[]))
+}
+
+/// Joins and starts a node with additional configuration.
+pub(super) fn node_with(
+    setting: &Setting,
+    lab: &Lab,
+    controller: &Controller,
+    host: &Arc<Host>,
+    name: &str,
+    configuration: &str,
+) -> anyhow::Result<Node> {
+    start(setting, lab, controller, (host, name), (configuration, &[]))
 }
 
 fn start(
