@@ -159,9 +159,13 @@ impl StunClient {
             let queries = std::mem::take(&mut self.queries).into_iter();
             let still = queries.filter_map(|((end, remote), asked)| {
                 let path = local.still(Path { local: end, ..Path::direct(remote) })?;
+                // A path is named where there are several addresses to answer from; a request only where
+                // several links lead outside.
+                let ends = local.ends(remote.is_ipv4());
+                let end = path.local.filter(|_| ends.contains(&path.local));
                 let asked =
                     QueryState { mapped: asked.mapped, due: Some(now), ..QueryState::default() };
-                Some(((path.local, remote), asked))
+                Some(((end, remote), asked))
             });
             self.queries = still.collect();
         }
@@ -280,6 +284,10 @@ impl StunClient {
                 {
                     seen.entry(*end).or_default().push(mapped);
                 }
+            }
+            // What the kernel sends by several links, as a multipath route does, meets several NATs.
+            if local.ends(v4).len() > 1 {
+                seen.remove(&None);
             }
             let of_two = seen.into_values().find(|mapped| mapped.len() >= 2)?;
             Some(if of_two.iter().all(|mapped| local.is_own(*mapped)) {

@@ -98,3 +98,47 @@ fn a_handshake_over_a_relay_that_crossed_the_direct_one_does_not_take_traffic_ba
     assert_eq!(us.peer(2).path, Some(path(PUBLIC)));
     assert_eq!(us.table().peers[&key(2)].endpoint, Some(path(PUBLIC)));
 }
+
+#[test]
+fn a_reflexive_address_survives_a_second_address_on_the_only_uplink() {
+    let mut us = Us::new(1);
+    us.mesh.set_reflectors(us.now, vec![addr(PUBLIC)]);
+    let at = |last: u8| LocalAddress { address: [192, 168, 1, last].into(), interface: 1 };
+    us.mesh.set_uplinks(us.now, vec![at(9)], vec![candidate(PRIVATE)]);
+    let asked = stun(&us.run(Duration::from_millis(1)));
+    us.mesh.handle_stun(us.now, asked[0].0, asked[0].1, addr(OTHER));
+    us.drain();
+    for uplinks in [vec![at(9), at(10)], vec![at(9)]] {
+        // Our candidates change with it.
+        let more = candidate(&format!("192.168.1.{}:51830", 200 + uplinks.len()));
+        us.mesh.set_uplinks(us.now, uplinks, vec![candidate(PRIVATE), more]);
+        let outputs = us.drain();
+        let advertised = outputs.iter().rev().find_map(|output| match output {
+            Output::Advertise(list) => Some(list),
+            _ => None,
+        });
+        let is_known = advertised.unwrap().iter().any(|own| own.address() == addr(OTHER));
+        assert!(is_known, "until another answer comes: {outputs:?}");
+    }
+}
+
+#[test]
+fn two_uplinks_of_a_multipath_route_are_no_nat_with_a_port_for_each_peer() {
+    let mut us = Us::new(1);
+    us.mesh.set_reflectors(us.now, vec![addr(PUBLIC), addr("203.0.113.8:3478")]);
+    let ends =
+        [1, 2].map(|n| LocalAddress { address: [192, 168, n, 9].into(), interface: n.into() });
+    us.mesh.set_uplinks(us.now, ends.to_vec(), vec![candidate(PRIVATE)]);
+    for output in us.run(Duration::from_millis(1)) {
+        let Output::Stun { to, transaction } = output else { continue };
+        // What the kernel chooses goes by one uplink to the one, and by the other to the other.
+        let by = match to.local {
+            Some(end) => end.interface,
+            None if to.remote == addr(PUBLIC) => 1,
+            None => 2,
+        };
+        let mapped = addr(&format!("198.51.100.{by}:4000"));
+        us.mesh.handle_stun(us.now, to.remote, transaction, mapped);
+    }
+    assert_eq!(us.mesh.mapping(), Some(Mapping::Independent));
+}
