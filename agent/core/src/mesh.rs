@@ -269,9 +269,13 @@ impl Mesh {
     ) {
         self.fx.advance(now);
         self.static_peers.handle_local_change(&mut self.fx);
+        let ends = |local: &LocalNode| [true, false].map(|v4| local.ends(v4));
+        let before = ends(&self.local);
         let other_uplinks = self.local.set_uplinks(uplinks);
-        if self.local.set_host_candidates(candidates) || other_uplinks {
+        if self.local.set_host_candidates(candidates) || ends(&self.local) != before {
             self.local_changed();
+        } else if other_uplinks {
+            self.addresses_changed();
         }
     }
 
@@ -606,6 +610,14 @@ impl Mesh {
         self.static_peers.handle_port_change(&mut self.fx, &self.local);
         let (peers, mut cx) = self.peer_context();
         peers.each(&mut cx, |peer, cx| peer.handle_port_change(cx));
+    }
+
+    /// Follows a change of addresses that nothing is sent from but answers. Peers are only asked where the
+    /// address in use is gone.
+    fn addresses_changed(&mut self) {
+        let (peers, mut cx) = self.peer_context();
+        peers.each(&mut cx, |peer, cx| peer.handle_address_change(cx));
+        self.local.named();
     }
 
     /// Puts our candidates together, and hands them out if they changed.

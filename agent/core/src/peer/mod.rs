@@ -284,6 +284,19 @@ impl Peer {
     /// be. Where traffic goes, everything is tried now, and by a handshake, so that the peer learns
     /// at once where we are. A path whose uplink is gone is dead, without waiting for the verdict.
     pub(crate) fn handle_local_change(&mut self, cx: &mut PeerContext<'_>) {
+        let lost = self.follow_uplinks(cx);
+        self.try_everything(cx, lost);
+    }
+
+    /// Handles a change of addresses of ours that nothing is sent from but answers.
+    pub(crate) fn handle_address_change(&mut self, cx: &mut PeerContext<'_>) {
+        if self.follow_uplinks(cx) {
+            self.try_everything(cx, true);
+        }
+    }
+
+    /// Renames the paths after our uplinks changed. Returns whether the path in use was lost.
+    fn follow_uplinks(&mut self, cx: &mut PeerContext<'_>) -> bool {
         self.paths.follow_uplinks(cx.local);
         let mut lost = false;
         if let Some(path) = self.endpoint {
@@ -298,6 +311,10 @@ impl Peer {
                 }
             }
         }
+        lost
+    }
+
+    fn try_everything(&mut self, cx: &mut PeerContext<'_>, lost: bool) {
         let wanted = cx.is_eager || self.liveness.is_recent(cx.fx.now);
         match self.state {
             PeerState::Connecting | PeerState::Down => self.try_again(cx),

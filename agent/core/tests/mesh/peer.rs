@@ -372,6 +372,25 @@ fn a_peer_is_answered_from_the_address_at_which_it_called() {
 }
 
 #[test]
+fn a_service_address_that_comes_or_goes_asks_no_peer() {
+    let (mut us, ends) = by_two_uplinks();
+    let service = LocalAddress { address: [192, 168, 1, 100].into(), interface: 1 };
+    for uplinks in [vec![ends[0], ends[1], service], ends.to_vec()] {
+        us.mesh.set_uplinks(us.now, uplinks, vec![candidate(PRIVATE)]);
+        let outputs = us.run(Duration::from_millis(1));
+        assert!(handshakes(&outputs).is_empty() && pings(&outputs).is_empty(), "{outputs:?}");
+    }
+    // Unless a peer was answered from it.
+    us.mesh.set_uplinks(us.now, vec![ends[0], ends[1], service], vec![candidate(PRIVATE)]);
+    let from = Path { local: Some(service), ..path(PUBLIC) };
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from });
+    us.drain();
+    us.mesh.set_uplinks(us.now, ends.to_vec(), vec![candidate(PRIVATE)]);
+    let outputs = us.run(Duration::from_millis(1));
+    assert!(!handshakes(&outputs).is_empty(), "{outputs:?}");
+}
+
+#[test]
 fn what_the_kernel_chooses_is_tried_beside_each_uplink() {
     let (mut us, ends) = by_two_addresses();
     let tried: Vec<_> = pings(&us.run(Duration::from_millis(1)))
