@@ -162,7 +162,10 @@ fn who_holds_what_does_not_depend_on_the_order_in_which_it_was_heard() {
         let holds =
             us.table().peers.iter().map(|(key, peer)| format!("{key}: {:?}", peer.prefixes));
         let peers = us.mesh.peers();
-        let why = peers.map(|peer| format!("{:?} {:?}", peer.node.name(), peer.conflicts));
+        let why = peers.map(|peer| {
+            let conflicts: Vec<String> = peer.conflicts.iter().map(ToString::to_string).collect();
+            format!("{:?} {conflicts:?}", peer.node.name())
+        });
         let through = us.plan().routes.iter().filter(|((_, via), _)| *via == RouteVia::Link);
         let through = through.map(|route| format!("{route:?}"));
         found.insert(holds.chain(why).chain(through).collect::<Vec<_>>());

@@ -19,7 +19,8 @@ fn of_two_nodes_that_can_both_be_called_the_one_with_the_higher_key_waits_a_mome
     us.mesh.set_candidates(us.now, vec![candidate("203.0.113.9:51830")]);
     us.upsert(peer(2).candidates(&[PUBLIC]));
     assert!(handshakes(&us.run(Duration::from_millis(250))).is_empty());
-    assert_eq!(handshakes(&us.run(Duration::from_millis(200))).len(), 1);
+    // By the next attempt, whose time is random by a tenth.
+    assert!(!handshakes(&us.run(Duration::from_millis(400))).is_empty());
 }
 
 #[test]
