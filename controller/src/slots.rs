@@ -1,6 +1,6 @@
 //! Bounded slots that give way: who holds the most loses its oldest one.
 //!
-//! A table that refuses when it is full is a lock for whoever fills it first. Here a new holder always
+//! A table that refuses when it is full is a lock for the one that fills it first. Here a new holder always
 //! gets a slot. If its key has as many as a key may have, the oldest of these ends; otherwise, if all
 //! slots are taken, the oldest slot of the key that holds the most does.
 
