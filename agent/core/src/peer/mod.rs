@@ -7,6 +7,8 @@
 //! - [`liveness`]: whether the one that carries traffic still does.
 //! - [`pmtu`]: how large a datagram it takes.
 //! - [`trains`]: whether it takes several that are sent together.
+//! - [`local_changes`]: what a change of our own addresses, uplinks or port means for it.
+//! - [`why`]: why it is not up, or up through a relay alone.
 //!
 //! # From nothing to the best path
 //!
@@ -27,10 +29,12 @@
 mod connect_schedule;
 mod inbound;
 mod liveness;
+mod local_changes;
 mod paths;
 mod peer_candidates;
 pub(crate) mod pmtu;
 mod trains;
+mod why;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -54,7 +58,6 @@ use crate::path::Path;
 use crate::peer_table::{Observation, REKEY_TIMEOUT};
 use crate::pings::Purpose;
 use crate::probing::{CallOrder, Probing};
-use crate::reason::{Direct, PeerReason, RelayedPath, Silence};
 use crate::status::PeerState;
 use crate::stun_client::Mapping;
 use crate::timers::{Timer, Timers};
@@ -280,82 +283,6 @@ impl Peer {
         }
     }
 
-    /// Our own addresses or uplinks changed: whatever is not up may be now, and what is up may not
-    /// be. Where traffic goes, everything is tried now, and by a handshake, so that the peer learns
-    /// at once where we are. A path whose uplink is gone is dead, without waiting for the verdict.
-    pub(crate) fn handle_local_change(&mut self, cx: &mut PeerContext<'_>) {
-        let lost = self.follow_uplinks(cx);
-        self.try_everything(cx, lost);
-    }
-
-    /// Handles a change of addresses of ours that nothing is sent from but answers.
-    pub(crate) fn handle_address_change(&mut self, cx: &mut PeerContext<'_>) {
-        if self.follow_uplinks(cx) {
-            self.try_everything(cx, true);
-        }
-    }
-
-    /// Renames the paths after our uplinks changed. Returns whether the path in use was lost.
-    fn follow_uplinks(&mut self, cx: &mut PeerContext<'_>) -> bool {
-        self.paths.follow_uplinks(cx.local);
-        let mut lost = false;
-        if let Some(path) = self.endpoint {
-            match cx.local.still(path) {
-                Some(name) if name == path => {}
-                Some(name) => self.rename_endpoint(cx, name),
-                None => {
-                    tracing::debug!(%path, "path given up: its uplink is gone");
-                    lost = true;
-                    let other = self.paths.best(cx.fx.now, HEARD_FOR, None);
-                    self.set_endpoint(cx, other.or(Some(cx.local.canonical(path))));
-                }
-            }
-        }
-        lost
-    }
-
-    fn try_everything(&mut self, cx: &mut PeerContext<'_>, lost: bool) {
-        let wanted = cx.is_eager || self.liveness.is_recent(cx.fx.now);
-        match self.state {
-            PeerState::Connecting | PeerState::Down => self.try_again(cx),
-            PeerState::Up if wanted && lost => {
-                self.set_state(cx, PeerState::Connecting);
-                self.try_again(cx);
-                // The peer does not know yet that there is something to begin.
-                self.schedule.force();
-            }
-            PeerState::Up if wanted => {
-                self.schedule.restart(cx.fx.now);
-                let targets = self.targets(cx);
-                if self.schedule.may_answer(cx.fx.now, true) {
-                    self.schedule.answered(cx.fx.now);
-                    self.initiate(cx, targets.clone());
-                }
-                for to in targets {
-                    self.ping(cx, to, Purpose::Check);
-                }
-                cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
-            }
-            PeerState::Idle | PeerState::Up => {}
-        }
-    }
-
-    /// What goes to public addresses leaves from our other port: the path in use is another one, and
-    /// whatever is not up may be now.
-    pub(crate) fn handle_port_change(&mut self, cx: &mut PeerContext<'_>) {
-        self.paths.follow_port(cx.local);
-        if let Some(path) = self.endpoint.filter(|path| cx.local.is_left(path)) {
-            self.set_endpoint(cx, Some(Path { port: cx.local.outward_port(), ..path }));
-            if self.state == PeerState::Up {
-                cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
-            }
-        }
-        match self.state {
-            PeerState::Connecting | PeerState::Down => self.try_again(cx),
-            PeerState::Idle | PeerState::Up => {}
-        }
-    }
-
     /// Makes the attempt that is due.
     pub(crate) fn attempt(&mut self, cx: &mut PeerContext<'_>) {
         let wanted = cx.is_eager || self.liveness.is_recent(cx.fx.now);
@@ -522,64 +449,6 @@ impl Peer {
                 }
             }
         }
-    }
-
-    /// Returns why the peer is not up, or up through a relay alone; else `None`.
-    pub(crate) fn reason(
-        &self,
-        now: Instant,
-        local: &LocalNode,
-        conditions: NetworkConditions,
-    ) -> Option<PeerReason> {
-        if self.state == PeerState::Up {
-            return self.reason_for_relay(now, local, conditions);
-        }
-        if self.state == PeerState::Idle {
-            return Some(PeerReason::Idle);
-        }
-        let tried = self.candidates(now, local).len();
-        if self.state == PeerState::Connecting {
-            return Some(match tried {
-                0 => PeerReason::Waiting,
-                candidates => PeerReason::Trying { candidates },
-            });
-        }
-        let seconds = now.saturating_duration_since(self.trying_since).as_secs();
-        let direct = match tried {
-            0 => Direct::NoCandidates,
-            candidates => Direct::NoAnswer(Silence { candidates, seconds }),
-        };
-        let is_behind_nat = || !is_reachable(&self.node.record().candidates);
-        Some(if self.paths.has_answered(now, self.trying_since) {
-            PeerReason::NoHandshake
-        } else if conditions.is_silent {
-            PeerReason::UdpBlocked(direct)
-        } else if !conditions.has_relays && !local.is_reachable() && is_behind_nat() {
-            PeerReason::NoRelay(direct)
-        } else {
-            match direct {
-                Direct::NoCandidates => PeerReason::NoCandidates,
-                Direct::NoAnswer(silence) => PeerReason::NoAnswer(silence),
-            }
-        })
-    }
-
-    fn reason_for_relay(
-        &self,
-        now: Instant,
-        local: &LocalNode,
-        conditions: NetworkConditions,
-    ) -> Option<PeerReason> {
-        self.path().filter(Path::is_relayed)?;
-        let direct = match self.candidates(now, local).len() {
-            0 => RelayedPath::NoCandidates,
-            candidates if now < self.since + DOWN_AFTER => RelayedPath::Trying { candidates },
-            candidates => RelayedPath::NoAnswer { candidates },
-        };
-        Some(match conditions.mapping {
-            Some(Mapping::Dependent) => PeerReason::RelayedByMapping { direct },
-            Some(Mapping::None | Mapping::Independent) | None => PeerReason::Relayed { direct },
-        })
     }
 
     fn handshake(&mut self, cx: &mut PeerContext<'_>, from: Path) {

@@ -1,0 +1,84 @@
+//! What a change of our own addresses, uplinks or port means for a peer.
+
+use super::{HEARD_FOR, Peer, PeerContext, PeerState};
+use crate::path::Path;
+use crate::pings::Purpose;
+use crate::timers::Timer;
+
+impl Peer {
+    /// Our own addresses or uplinks changed: whatever is not up may be now, and what is up may not
+    /// be. Where traffic goes, everything is tried now, and by a handshake, so that the peer learns
+    /// at once where we are. A path whose uplink is gone is dead, without waiting for the verdict.
+    pub(crate) fn handle_local_change(&mut self, cx: &mut PeerContext<'_>) {
+        let lost = self.follow_uplinks(cx);
+        self.try_everything(cx, lost);
+    }
+
+    /// Handles a change of addresses of ours that nothing is sent from but answers.
+    pub(crate) fn handle_address_change(&mut self, cx: &mut PeerContext<'_>) {
+        if self.follow_uplinks(cx) {
+            self.try_everything(cx, true);
+        }
+    }
+
+    /// Renames the paths after our uplinks changed. Returns whether the path in use was lost.
+    fn follow_uplinks(&mut self, cx: &mut PeerContext<'_>) -> bool {
+        self.paths.follow_uplinks(cx.local);
+        let mut lost = false;
+        if let Some(path) = self.endpoint {
+            match cx.local.still(path) {
+                Some(name) if name == path => {}
+                Some(name) => self.rename_endpoint(cx, name),
+                None => {
+                    tracing::debug!(%path, "path given up: its uplink is gone");
+                    lost = true;
+                    let other = self.paths.best(cx.fx.now, HEARD_FOR, None);
+                    self.set_endpoint(cx, other.or(Some(cx.local.canonical(path))));
+                }
+            }
+        }
+        lost
+    }
+
+    fn try_everything(&mut self, cx: &mut PeerContext<'_>, lost: bool) {
+        let wanted = cx.is_eager || self.liveness.is_recent(cx.fx.now);
+        match self.state {
+            PeerState::Connecting | PeerState::Down => self.try_again(cx),
+            PeerState::Up if wanted && lost => {
+                self.set_state(cx, PeerState::Connecting);
+                self.try_again(cx);
+                // The peer does not know yet that there is something to begin.
+                self.schedule.force();
+            }
+            PeerState::Up if wanted => {
+                self.schedule.restart(cx.fx.now);
+                let targets = self.targets(cx);
+                if self.schedule.may_answer(cx.fx.now, true) {
+                    self.schedule.answered(cx.fx.now);
+                    self.initiate(cx, targets.clone());
+                }
+                for to in targets {
+                    self.ping(cx, to, Purpose::Check);
+                }
+                cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
+            }
+            PeerState::Idle | PeerState::Up => {}
+        }
+    }
+
+    /// What goes to public addresses leaves from our other port: the path in use is another one, and
+    /// whatever is not up may be now.
+    pub(crate) fn handle_port_change(&mut self, cx: &mut PeerContext<'_>) {
+        self.paths.follow_port(cx.local);
+        if let Some(path) = self.endpoint.filter(|path| cx.local.is_left(path)) {
+            self.set_endpoint(cx, Some(Path { port: cx.local.outward_port(), ..path }));
+            if self.state == PeerState::Up {
+                cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
+            }
+        }
+        match self.state {
+            PeerState::Connecting | PeerState::Down => self.try_again(cx),
+            PeerState::Idle | PeerState::Up => {}
+        }
+    }
+}
