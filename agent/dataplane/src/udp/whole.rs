@@ -14,8 +14,8 @@ use std::ptr;
 
 use socket2::Socket;
 
+use super::endpoint::{Endpoint, set};
 use super::messages::Headers;
-use super::{Endpoint, set};
 use crate::arena::GsoBatch;
 
 /// Largest number of queued errors that are searched for the error of the datagram. Replies from
