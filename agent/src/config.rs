@@ -195,7 +195,8 @@ pub struct KubernetesConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NodeIpFamilies {
-    /// Those of the cluster, as far as this node knows it.
+    /// Families of this node's pod networks. Until those are known: IPv4, and IPv6 if the join token allows
+    /// an IPv6 prefix.
     #[default]
     Auto,
     /// IPv4 alone.

@@ -19,7 +19,7 @@ use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 use towline_proto::codes;
 use towline_proto::token::ControllerAddress;
-use towline_service::{grpc, tls};
+use towline_service::{grpc, tcp, tls};
 
 /// Maximum time for one address to accept the TCP connection, and for the TLS handshake after that.
 const STEP: Duration = Duration::from_secs(5);
@@ -183,14 +183,7 @@ async fn connect_one(remote: SocketAddr, mark: u32) -> io::Result<TcpStream> {
         Err(error) => return Err(error),
     }
     socket.set_nodelay(true)?;
-    // The kernel notices within 5 + 3 * 3 = 14 s that the controller is gone, without heartbeats.
-    let keepalive = socket2::TcpKeepalive::new()
-        .with_time(Duration::from_secs(5))
-        .with_interval(Duration::from_secs(3))
-        .with_retries(3);
-    let options = socket2::SockRef::from(&socket);
-    options.set_tcp_keepalive(&keepalive)?;
-    options.set_tcp_user_timeout(Some(Duration::from_secs(14)))?;
+    tcp::keep_alive(&socket)?;
     socket.connect(remote).await
 }
 

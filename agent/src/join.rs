@@ -320,13 +320,7 @@ pub fn controllers(
     if !configured.is_empty() {
         return configured.to_vec();
     }
-    let mut controllers = membership.mesh.controllers.clone();
-    for address in &membership.controllers {
-        if !controllers.contains(address) {
-            controllers.push(address.clone());
-        }
-    }
-    controllers
+    membership.mesh.controllers_and(&membership.controllers)
 }
 
 #[cfg(test)]

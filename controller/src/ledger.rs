@@ -162,8 +162,8 @@ impl Ledger {
         Ok(published)
     }
 
-    /// Compares a record with the stored one of the node. A record is equal but for its generation
-    /// only if this version knows all of it: what it does not know may differ.
+    /// Compares a record with the stored one of the node. [`Difference::Generation`] is only returned if
+    /// this version knows every field of both, because unknown fields may differ.
     fn difference(&self, node: NodeId, record: &Record, signed: &pb::Signed) -> Difference {
         let stored = self.registry.member(node).ok().and_then(|member| member.record.as_ref());
         let before = self.nodes.get(&node).and_then(|node| node.record.as_ref());
@@ -416,13 +416,8 @@ mod tests {
                 node_id: NodeId([number; 16]),
             };
             let node = registry.join(&join, &self.sessions, self.now).unwrap();
-            let session = Session {
-                id: node.0,
-                instance: vec![1],
-                address: ([192, 0, 2, 1], 1000).into(),
-                last_seen: self.now.mono,
-                contested: None,
-            };
+            let address = ([192, 0, 2, 1], 1000).into();
+            let session = Session::new(node.0, vec![1], address, self.now);
             self.sessions.open(node, session, self.now).unwrap();
             self.publish(number, 1);
             node

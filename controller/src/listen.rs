@@ -3,13 +3,12 @@
 //! - A handshake must end within [`HANDSHAKE`]. The number of concurrent handshakes is limited, in
 //!   total and per source ([`HANDSHAKES`]). Beyond the limit the oldest one of the source with the most
 //!   ends, so that clients that keep handshakes open do not make others wait.
-//! - A connection of a client that is no node of the mesh (a joining node, a removed one, or any
-//!   stranger) is closed after [`STRANGER_LIFE`]. Their number is limited in total and per source
+//! - A connection of a client that is neither a node of the mesh nor an administrator (a joining node, a
+//!   removed one, or any stranger) is closed after [`STRANGER_LIFE`]. Their number is limited in total and per source
 //!   ([`STRANGERS`]), so that strangers cannot take the places of nodes. Nodes whose certificate has
 //!   expired have places of their own ([`EXPIRED`]): after a long outage they all come at once.
 //! - A node has at most [`NODES`]`.1` connections: the newest ones.
-//! - The kernel probes every connection, so that one whose peer is gone ends within 15 s, or within 30 s
-//!   if data was sent in the meantime: it does not probe while data is unacknowledged.
+//! - The kernel probes every connection, and ends one whose peer is gone ([`tcp::keep_alive`]).
 //! - Invalid input closes the connection, which is logged at debug, and has no other effect.
 
 use std::future::poll_fn;
@@ -31,6 +30,7 @@ use tonic::transport::server::Connected;
 use towline_proto::id::NodeId;
 use towline_proto::limits;
 use towline_proto::source_limiter::source;
+use towline_service::tcp;
 
 use crate::clock;
 use crate::peer::Peer;
@@ -40,13 +40,7 @@ use crate::slots::{Slot, Slots};
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Largest number of concurrent handshakes: in total, and per source.
 const HANDSHAKES: (usize, usize) = (1024, 128);
-/// TCP keepalive of every connection, in seconds: idle time before the first probe, interval between
-/// probes, and their number. The kernel ends a connection whose peer is gone after 5 + 3 * 3 = 14 s,
-/// without work for this process.
-const KEEPALIVE: (u32, u32, u32) = (5, 3, 3);
-/// Time in milliseconds after which the kernel ends a connection that has unacknowledged data.
-const UNACKNOWLEDGED_MS: u32 = 14_000;
-/// Longest lifetime of a connection without a client certificate.
+/// Longest lifetime of a connection of a stranger, or of a node whose certificate has expired.
 pub const STRANGER_LIFE: Duration = Duration::from_secs(60);
 /// Largest number of connections of strangers: in total, and per source.
 const STRANGERS: (usize, usize) = (1024, 128);
@@ -62,7 +56,8 @@ const ADMINS: (usize, usize) = (256, 64);
 pub struct Connection {
     stream: TlsStream<TcpStream>,
     info: ConnectionInfo,
-    /// Timer that ends the connection of a client that is no node; `None` for all others.
+    /// Timer that ends the connection of a stranger or of a node whose certificate has expired; `None`
+    /// for all others.
     end: Option<Pin<Box<Sleep>>>,
     slot: Slot<Holder>,
 }
@@ -116,13 +111,13 @@ fn bind_one(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(1024)
 }
 
-/// Accepts connections until the receiver of `connections` is dropped. `standing` tells what a client's
-/// certificate (its DER, and the identity in it) is worth now.
+/// Accepts connections until the receiver of `connections` is dropped. `standing` returns the kind of a
+/// client by its certificate and the map.
 pub async fn accept(
     listener: TcpListener,
     acceptor: TlsAcceptor,
     connections: mpsc::Sender<io::Result<Connection>>,
-    standing: impl Fn(&Peer, &[u8]) -> Standing + Clone + Send + 'static,
+    standing: impl Fn(&PresentedPeer) -> Standing + Clone + Send + 'static,
 ) {
     let places = Places::new();
     loop {
@@ -163,7 +158,7 @@ pub async fn accept(
     }
 }
 
-/// What a client's certificate is worth.
+/// Kind of a client, by its certificate and the map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     /// The client is a node of the mesh.
@@ -222,32 +217,21 @@ async fn handshake(
     address: SocketAddr,
     acceptor: TlsAcceptor,
     places: &Places,
-    standing: impl Fn(&Peer, &[u8]) -> Standing,
+    standing: impl Fn(&PresentedPeer) -> Standing,
 ) -> io::Result<Connection> {
     stream.set_nodelay(true)?;
-    keep_alive(&stream)?;
+    tcp::keep_alive(&stream)?;
     let stream = acceptor.accept(stream).await?;
     let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
-    let peer = certificate.and_then(|der| Peer::from_certificate(der).map(|peer| (peer, der)));
-    let worth = peer.as_ref().map_or(Standing::Stranger, |(peer, der)| standing(peer, der));
-    let (slot, life) = places.take(worth, source(address.ip()));
-    let peer = peer.map(|(peer, der)| {
+    let peer = certificate.and_then(|der| {
         let expired = crate::peer::is_expired(der, clock::now().unix);
-        Arc::new(PresentedPeer { peer, expired })
+        Some(PresentedPeer { peer: Peer::from_certificate(der)?, expired })
     });
+    let kind = peer.as_ref().map_or(Standing::Stranger, standing);
+    let (slot, life) = places.take(kind, source(address.ip()));
+    let peer = peer.map(Arc::new);
     let end = life.map(|life| Box::pin(sleep(life)));
     Ok(Connection { stream, info: ConnectionInfo { address, peer }, end, slot })
-}
-
-/// Lets the kernel notice a peer that is gone.
-fn keep_alive(stream: &TcpStream) -> io::Result<()> {
-    let (idle, interval, count) = KEEPALIVE;
-    setsockopt(stream, sockopt::KeepAlive, &true)?;
-    setsockopt(stream, sockopt::TcpKeepIdle, &idle)?;
-    setsockopt(stream, sockopt::TcpKeepInterval, &interval)?;
-    setsockopt(stream, sockopt::TcpKeepCount, &count)?;
-    setsockopt(stream, sockopt::TcpUserTimeout, &UNACKNOWLEDGED_MS)?;
-    Ok(())
 }
 
 impl Connected for Connection {

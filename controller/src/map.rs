@@ -79,11 +79,10 @@ struct Inner {
     mesh: pb::Signed,
     nodes: HashMap<NodeId, Node>,
     removed: HashMap<NodeId, Removed>,
-    /// Items by the revision of their newest state. Each item occurs once.
-    index: BTreeMap<u64, Item>,
+    /// Encoded [`pb::Change`] of each item (a node, a tombstone or the mesh), by the revision of its newest
+    /// state. Each item occurs once, and all watchers share its bytes.
+    index: BTreeMap<u64, Bytes>,
     mesh_revision: u64,
-    /// Bytes of changes that were encoded, for tests of the cost of a change.
-    encoded: u64,
 }
 
 /// A node, with the revision of its newest state.
@@ -99,12 +98,6 @@ struct Removed {
     revision: u64,
     name: NodeName,
     tombstone: pb::Signed,
-}
-
-/// An item of the map: a node, a tombstone or the mesh.
-struct Item {
-    /// Encoded [`pb::Change`] with its newest state, which is the same for every watcher.
-    change: Bytes,
 }
 
 impl MapChange {
@@ -195,10 +188,9 @@ impl Map {
         self.inner.read().removed.get(&node).map(|removed| removed.tombstone.clone())
     }
 
-    /// Returns how many bytes of changes were encoded since the map was created. Tests hold with it
-    /// that the cost of a change does not grow with the map or its watchers.
-    pub fn encoded(&self) -> u64 {
-        self.inner.read().encoded
+    /// Returns the number of running watches.
+    pub fn watchers(&self) -> usize {
+        self.latest.receiver_count()
     }
 
     /// Returns the changes after `cursor` that fit in one message, and whether they are all. The
@@ -207,8 +199,8 @@ impl Map {
         let inner = self.inner.read();
         let mut message = pb::Changes { changes: Vec::new(), revision: cursor, synced: false };
         let mut bytes = 0;
-        for (&revision, item) in inner.index.range(cursor.saturating_add(1)..) {
-            let size = item.change.len();
+        for (&revision, change) in inner.index.range(cursor.saturating_add(1)..) {
+            let size = change.len();
             let full = message.changes.len() >= limits::CHANGES
                 || (bytes + size > limits::CHANGES_BYTES && !message.changes.is_empty());
             if full {
@@ -216,7 +208,7 @@ impl Map {
             }
             bytes += size;
             message.revision = revision;
-            message.changes.push(item.change.clone());
+            message.changes.push(change.clone());
         }
         // Changes that are not part of the map may have raised the revision further.
         message.revision = message.revision.max(inner.revision);
@@ -260,9 +252,7 @@ impl Inner {
                 pb::change::Kind::Mesh(signed)
             }
         };
-        let change = pb::Change::encoded(kind);
-        self.encoded += change.len() as u64;
-        self.index.insert(revision, Item { change });
+        self.index.insert(revision, pb::Change::encoded(kind));
     }
 
     fn missing(&self, node: NodeId) -> NodeAbsent {
@@ -350,17 +340,18 @@ mod tests {
 
     #[test]
     fn a_change_is_encoded_once_whatever_the_number_of_nodes_and_watchers() {
-        let cost = |nodes: u64| {
-            let map = Map::new();
-            map.apply(1, nodes, (1..=nodes).map(|i| upsert(i, i as u8, 200)).collect());
-            let before = map.encoded();
-            map.apply(1, nodes + 1, vec![upsert(nodes + 1, 1, 200)]);
-            let messages: Vec<pb::Changes> = (0..50).map(|_| map.changes_after(nodes).0).collect();
-            let shared = messages[0].changes[0].as_ptr();
-            assert!(messages.iter().all(|message| message.changes[0].as_ptr() == shared));
-            map.encoded() - before
+        let map = Map::new();
+        map.apply(1, 200, (1..=200).map(|i| upsert(i, i as u8, 200)).collect());
+        let bytes = |cursor| -> Vec<*const u8> {
+            map.changes_after(cursor).0.changes.iter().map(|change| change.as_ptr()).collect()
         };
-        assert_eq!(cost(4), cost(200));
-        assert!(cost(200) < 400);
+        let before = bytes(0);
+        map.apply(1, 201, vec![upsert(201, 1, 200)]);
+        let after = bytes(0);
+        assert_eq!(after[..199], before[1..], "what did not change is not encoded again");
+        assert!(
+            (0..50).all(|_| bytes(200) == after[199..]),
+            "watchers share the bytes of the change"
+        );
     }
 }

@@ -7,7 +7,7 @@
 //! several addresses: a NAT drops what comes from another one.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::AsRawFd as _;
 
 use nix::libc;
@@ -87,13 +87,13 @@ impl Reflector {
     }
 }
 
-/// Address of this machine at which a datagram arrived, as the kernel reports it.
+/// Address of this machine at which a datagram arrived, as the kernel reports it and takes it. The link
+/// is 0, except that of an address which belongs to one link alone: the routes choose the way back.
 #[derive(Debug, Clone, Copy)]
 enum LocalAddress {
-    V4(libc::in_addr),
-    /// IPv6 address, or an IPv4 address in IPv6 form. Contains the link too, where the address belongs
-    /// to it alone.
-    V6(libc::in6_addr, u32),
+    V4(libc::in_pktinfo),
+    /// IPv6 address, or an IPv4 address in IPv6 form.
+    V6(libc::in6_pktinfo),
 }
 
 /// Receives a datagram. Returns its length, its sender, and the address at which it arrived.
@@ -112,11 +112,13 @@ fn receive(
     let from = received.address.as_ref().and_then(sender);
     let from = from.ok_or_else(|| io::Error::other("a datagram without a sender"))?;
     let local = received.cmsgs()?.find_map(|message| match message {
-        ControlMessageOwned::Ipv4PacketInfo(info) => Some(LocalAddress::V4(info.ipi_spec_dst)),
+        ControlMessageOwned::Ipv4PacketInfo(info) => {
+            Some(LocalAddress::V4(libc::in_pktinfo { ipi_ifindex: 0, ..info }))
+        }
         ControlMessageOwned::Ipv6PacketInfo(info) => {
             let is_of_link = Ipv6Addr::from(info.ipi6_addr.s6_addr).is_unicast_link_local();
             let link = if is_of_link { info.ipi6_ifindex } else { 0 };
-            Some(LocalAddress::V6(info.ipi6_addr, link))
+            Some(LocalAddress::V6(libc::in6_pktinfo { ipi6_ifindex: link, ..info }))
         }
         _ => None,
     });
@@ -130,19 +132,10 @@ fn respond(
     to: SocketAddr,
     local: Option<LocalAddress>,
 ) -> io::Result<usize> {
-    let (v4, v6);
-    let control = match local {
-        None => None,
-        Some(LocalAddress::V4(address)) => {
-            let any = libc::in_addr { s_addr: Ipv4Addr::UNSPECIFIED.to_bits() };
-            v4 = libc::in_pktinfo { ipi_ifindex: 0, ipi_spec_dst: address, ipi_addr: any };
-            Some(ControlMessage::Ipv4PacketInfo(&v4))
-        }
-        Some(LocalAddress::V6(address, link)) => {
-            v6 = libc::in6_pktinfo { ipi6_addr: address, ipi6_ifindex: link };
-            Some(ControlMessage::Ipv6PacketInfo(&v6))
-        }
-    };
+    let control = local.as_ref().map(|local| match local {
+        LocalAddress::V4(info) => ControlMessage::Ipv4PacketInfo(info),
+        LocalAddress::V6(info) => ControlMessage::Ipv6PacketInfo(info),
+    });
     let to = SockaddrStorage::from(to);
     let parts = [IoSlice::new(datagram)];
     let control = control.as_slice();
@@ -156,6 +149,8 @@ fn sender(address: &SockaddrStorage) -> Option<SocketAddr> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
     use std::time::Duration;
 

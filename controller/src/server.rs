@@ -34,9 +34,9 @@ use crate::clock;
 use crate::config::{Config, LEASE, MeshSettings, OVERLAY_V4};
 use crate::entropy::{NoEntropy, random};
 use crate::ledger::Ledger;
-use crate::listen::{self, Standing};
+use crate::listen::{self, PresentedPeer, Standing};
 use crate::map::Map;
-use crate::peer::{self, Peer, PeerName};
+use crate::peer::PeerName;
 use crate::reflector::Reflector;
 use crate::service::{
     AdminService, Authorizer, Budgets, DiscoveryService, FAILED_JOINS, Shared, Signals,
@@ -310,17 +310,14 @@ impl Controller {
     }
 }
 
-/// Returns the function that tells what a client's certificate is worth now.
-fn standing(map: Arc<Map>) -> impl Fn(&Peer, &[u8]) -> Standing + Clone {
-    move |peer, certificate| {
-        let is_expired = peer::is_expired(certificate, clock::now().unix);
-        match peer.name {
-            PeerName::Node(node) if map.member(node, &peer.key).is_err() => Standing::Stranger,
-            PeerName::Node(node) if is_expired => Standing::Expired(node),
-            PeerName::Node(node) => Standing::Node(node),
-            PeerName::Admin(_) if is_expired => Standing::Stranger,
-            PeerName::Admin(_) => Standing::Admin,
-        }
+/// Returns the function that tells the kind of a client by its certificate and the map.
+fn standing(map: Arc<Map>) -> impl Fn(&PresentedPeer) -> Standing + Clone {
+    move |PresentedPeer { peer, expired }| match peer.name {
+        PeerName::Node(node) if map.member(node, &peer.key).is_err() => Standing::Stranger,
+        PeerName::Node(node) if *expired => Standing::Expired(node),
+        PeerName::Node(node) => Standing::Node(node),
+        PeerName::Admin(_) if *expired => Standing::Stranger,
+        PeerName::Admin(_) => Standing::Admin,
     }
 }
 

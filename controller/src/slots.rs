@@ -1,8 +1,8 @@
-//! Bounded slots that give way: who holds the most loses its oldest one.
+//! A bounded table of slots in which a new holder always gets one.
 //!
-//! A table that refuses when it is full is a lock for the one that fills it first. Here a new holder always
-//! gets a slot. If its key has as many as a key may have, the oldest of these ends; otherwise, if all
-//! slots are taken, the oldest slot of the key that holds the most does.
+//! If its key has its maximum, the oldest slot of that key ends; otherwise, if the table is full, the
+//! oldest slot of the key with the most slots ends. So nobody can keep others out by filling the table
+//! first.
 
 use std::cmp::Reverse;
 use std::collections::{HashMap, VecDeque};

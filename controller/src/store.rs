@@ -119,8 +119,7 @@ impl Store {
     /// not replaced.
     pub fn create(path: &Path, records: &[Write]) -> Result<Self, OpenError> {
         let failed = |why: String| OpenError::Io { path: path.to_owned(), why };
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let temporary = path.with_file_name(format!(".{name}.new"));
+        let temporary = file::beside(path);
         // A crash may have left it behind.
         file::remove(&temporary).map_err(|error| failed(error.to_string()))?;
         let created = fill(&temporary, records)

@@ -35,8 +35,8 @@ pub struct Transmit {
 pub enum Output {
     /// Seal and send a message.
     Transmit(Transmit),
-    /// Seal and send pings that are padded to one size, together: with one system call, as far as the
-    /// kernel can. They tell whether the path takes datagrams that are sent so.
+    /// Seal and send pings that are padded to one size, with one system call where the kernel can. Their
+    /// answers show whether the path takes datagrams that are sent together.
     Train {
         /// Peer that the pings are sealed for.
         peer: WireguardKey,

@@ -83,8 +83,8 @@ pub struct Registry {
     removed_identities: BTreeMap<IdentityKey, NodeId>,
     tokens: BTreeMap<TokenId, Token>,
     problems: Problems,
-    /// Time at which the last-seen times were last marked to be stored; `None` if they were not
-    /// since the start.
+    /// Monotonic time at which the last-seen times were last marked to be stored; `None` before the first
+    /// time in this process.
     seen_stored_at: Option<Instant>,
     /// [`Sessions::opened_and_closed`] at that time.
     seen_stored: u64,

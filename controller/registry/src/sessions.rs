@@ -31,7 +31,14 @@ pub struct Session {
     /// Time of the last message of the client.
     pub last_seen: Instant,
     /// Time of the first attempt of another instance to open a session; `None` if there was none.
-    pub contested: Option<Instant>,
+    contested: Option<Instant>,
+}
+
+impl Session {
+    /// Creates the session of a client whose first message came now.
+    pub fn new(id: SessionId, instance: Vec<u8>, address: SocketAddr, now: Now) -> Self {
+        Self { id, instance, address, last_seen: now.mono, contested: None }
+    }
 }
 
 /// Error of opening a session: another instance of the node has one.
@@ -39,8 +46,8 @@ pub struct Session {
 pub struct Occupied {
     /// Source address of the other instance.
     pub address: SocketAddr,
-    /// True if the other instance was heard since it is contested, so that two machines run. Otherwise
-    /// it may be the connection of this machine before a restart.
+    /// True if the other instance sent a message after its session was first contested, so that two
+    /// machines run. Otherwise it may be a connection of this machine from before a restart.
     pub is_alive: bool,
 }
 
@@ -108,7 +115,7 @@ impl Sessions {
         Ok(())
     }
 
-    /// Returns the time within which a live client is heard: a heartbeat and a quarter.
+    /// Returns the time within which a live client sends a message: one and a quarter heartbeat intervals.
     fn patience(&self) -> Duration {
         self.heartbeat * 5 / 4
     }
@@ -197,8 +204,7 @@ mod tests {
 
     fn session(id: u8, instance: u8, now: Now) -> Session {
         let address = SocketAddr::from(([192, 0, 2, id], 1000));
-        let (id, instance) = ([id; 16], vec![instance]);
-        Session { id, instance, address, last_seen: now.mono, contested: None }
+        Session::new([id; 16], vec![instance], address, now)
     }
 
     #[test]

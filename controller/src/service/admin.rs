@@ -52,7 +52,7 @@ impl Admin for AdminService {
         let controllers = self.shared.controllers();
         if controllers.is_empty() {
             return Err(Status::failed_precondition(
-                "cannot create a token: the controller has no address to advertise: start it with --advertise HOST:PORT",
+                "cannot create a token: no address of a controller is known: start the controller with --advertise HOST:PORT, or run `towline-controller mesh set --controllers HOST:PORT`",
             ));
         }
         let ttl = match request.ttl_seconds {

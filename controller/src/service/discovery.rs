@@ -191,20 +191,15 @@ impl Discovery for DiscoveryService {
         }
         convert::bounded("instance_id", start.instance_id.len(), 64)
             .map_err(|error| error.status())?;
-        if Watcher::cursor(&self.shared.map, (start.epoch, start.revision)) == 0 {
+        let cursor = Watcher::cursor(&self.shared.map, (start.epoch, start.revision));
+        if cursor == 0 {
             self.shared.spend(&node, Work::Snapshot)?;
         }
         watch::resync(&self.shared, start.tombstones).await?;
 
         let id = random().map_err(|error| error.status())?;
         let now = clock::now();
-        let session = Session {
-            id,
-            instance: start.instance_id,
-            address,
-            last_seen: now.mono,
-            contested: None,
-        };
+        let session = Session::new(id, start.instance_id, address, now);
         let opened = self.shared.sessions.lock().open(node.id, session, now);
         if let Err(Occupied { address: other, is_alive }) = opened {
             if !is_alive {
@@ -224,8 +219,7 @@ impl Discovery for DiscoveryService {
         }
         tracing::info!(node = %node.name, %address, "session opened");
         let (responses, receiver) = tokio::sync::mpsc::channel(1);
-        let watcher =
-            Watcher::new(self.shared.clone(), node, id, (start.epoch, start.revision), responses);
+        let watcher = Watcher::new(self.shared.clone(), node, id, cursor, responses);
         tokio::spawn(watcher.run(requests));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }

@@ -21,7 +21,7 @@ use towline_proto::id::{NodeId, NodeName};
 use towline_proto::rate::Rate;
 use towline_proto::source_limiter::SourceLimiter;
 use towline_proto::token::ControllerAddress;
-use towline_proto::{limits, pb, signed};
+use towline_proto::{pb, signed};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::authority::Authority;
@@ -143,15 +143,10 @@ impl Shared {
     /// those of this controller.
     fn controllers(&self) -> Vec<ControllerAddress> {
         let mesh = self.map.mesh();
-        let mesh = signed::mesh(Some(&mesh), self.authority.public_key());
-        let mut controllers = mesh.map(|mesh| mesh.controllers).unwrap_or_default();
-        for address in &self.advertise {
-            if !controllers.contains(address) {
-                controllers.push(address.clone());
-            }
+        match signed::mesh(Some(&mesh), self.authority.public_key()) {
+            Ok(mesh) => mesh.controllers_and(&self.advertise),
+            Err(_) => self.advertise.clone(),
         }
-        controllers.truncate(limits::CONTROLLERS);
-        controllers
     }
 
     /// Returns the addresses of this controller's STUN server: the advertised addresses that are IP

@@ -21,7 +21,7 @@ const WAITING: usize = 64;
 #[derive(Debug, Default)]
 pub struct Signals(Mutex<BTreeMap<NodeId, (SessionId, mpsc::Sender<ToWatch>)>>);
 
-/// What a watch is told by another one.
+/// Message from another request or watch to the task of a watch.
 #[derive(Debug, PartialEq)]
 pub(super) enum ToWatch {
     /// Send this signal to the client.

@@ -59,22 +59,20 @@ enum Due {
 }
 
 impl Watcher {
-    /// Creates the watch of a client that has the map at `from` (epoch and revision). If the epoch
-    /// differs or the revision is ahead of the map (a first watch, or a controller restored from a
-    /// backup), the watch starts with a full snapshot.
+    /// Creates a watch that sends the changes after the revision `cursor`.
     pub(super) fn new(
         shared: Arc<Shared>,
         node: CallingNode,
         session: SessionId,
-        from: (u64, u64),
+        cursor: u64,
         responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
     ) -> Self {
-        let cursor = Self::cursor(&shared.map, from);
         Self { shared, node, session, cursor, synced: false, responses }
     }
 
-    /// Returns the revision after which a client that has the map at `from` gets changes; 0 if it gets
-    /// the whole map.
+    /// Returns the revision after which a client that has the map at this epoch and revision gets changes.
+    /// If the epoch differs or the revision is ahead of the map (a first watch, or a controller restored
+    /// from a backup), it is 0: the client gets the whole map.
     pub(super) fn cursor(map: &Map, (epoch, revision): (u64, u64)) -> u64 {
         let is_known = epoch == map.epoch() && revision <= map.revision();
         if is_known { revision } else { 0 }
@@ -166,8 +164,8 @@ impl Watcher {
                     if due != Due::Heartbeat {
                         latest.mark_unchanged();
                         // The node's own removal may be among what is marked as seen.
-                        if let Some(error) = self.shared.map.absence(self.node.id) {
-                            return Some(absent(&error, &self.shared.map));
+                        if let Some(removed) = self.removed() {
+                            return Some(removed);
                         }
                     }
                     if due == Due::Changes && self.synced {
@@ -186,8 +184,8 @@ impl Watcher {
                 changed = latest.changed(), if self.synced && pause.is_none() => {
                     // The sender lives as long as `shared`.
                     let _ = changed;
-                    if let Some(error) = self.shared.map.absence(self.node.id) {
-                        return Some(absent(&error, &self.shared.map));
+                    if let Some(removed) = self.removed() {
+                        return Some(removed);
                     }
                     if due != Due::Ready {
                         due = Due::Changes;
@@ -200,8 +198,8 @@ impl Watcher {
                 }
                 _ = ticks.tick() => {
                     // Also while the client reads nothing, and so gets no changes.
-                    if let Some(error) = self.shared.map.absence(self.node.id) {
-                        return Some(absent(&error, &self.shared.map));
+                    if let Some(removed) = self.removed() {
+                        return Some(removed);
                     }
                     if due == Due::Nothing {
                         due = Due::Heartbeat;
@@ -211,10 +209,15 @@ impl Watcher {
         }
     }
 
+    /// Returns the status to end the watch with, if the node was removed.
+    fn removed(&self) -> Option<Status> {
+        let map = &self.shared.map;
+        map.absence(self.node.id).map(|error| absent(&error, map))
+    }
+
     /// Returns the pause after a message of changes.
     fn pause(&self) -> Duration {
-        let watchers = self.shared.sessions.lock().len();
-        PAUSE_PER_WATCHER * u32::try_from(watchers).unwrap_or(u32::MAX)
+        PAUSE_PER_WATCHER * u32::try_from(self.shared.map.watchers()).unwrap_or(u32::MAX)
     }
 
     /// Returns the message that is due, and the kind that is due after it.

@@ -61,7 +61,7 @@ pub fn sync_parent(path: &Path) -> io::Result<()> {
 }
 
 /// Returns the temporary path of a new file: hidden, in the same directory.
-fn beside(path: &Path) -> PathBuf {
+pub fn beside(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}.new"))
 }

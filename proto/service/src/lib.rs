@@ -14,6 +14,7 @@
 //! | [`pem`] | certificates and keys as PEM text |
 //! | [`port_owner`] | lookup of the process that uses a port |
 //! | [`process`] | protection of a process's memory |
+//! | [`tcp`] | liveness of TCP connections |
 //! | [`tls`] | TLS settings of both sides |
 
 #![forbid(unsafe_code)]
@@ -33,4 +34,5 @@ pub mod output;
 pub mod pem;
 pub mod port_owner;
 pub mod process;
+pub mod tcp;
 pub mod tls;

@@ -290,6 +290,17 @@ pub struct MeshConfig {
 }
 
 impl MeshConfig {
+    /// Returns the mesh's controllers, then those of `others` that are not among them.
+    pub fn controllers_and(&self, others: &[ControllerAddress]) -> Vec<ControllerAddress> {
+        let mut controllers = self.controllers.clone();
+        for address in others {
+            if !controllers.contains(address) {
+                controllers.push(address.clone());
+            }
+        }
+        controllers
+    }
+
     /// Returns the ranges that every node guards: both overlay ranges and the protected ones.
     pub fn guarded(&self) -> impl Iterator<Item = IpNet> {
         [IpNet::V6(self.overlay_v6), IpNet::V4(self.overlay_v4)]

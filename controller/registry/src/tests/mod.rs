@@ -161,13 +161,8 @@ impl World {
     }
 
     fn open(&mut self, node: NodeId) {
-        let session = Session {
-            id: node.0,
-            instance: vec![1],
-            address: ([192, 0, 2, 1], 1000).into(),
-            last_seen: self.now.mono,
-            contested: None,
-        };
+        let address = ([192, 0, 2, 1], 1000).into();
+        let session = Session::new(node.0, vec![1], address, self.now);
         self.sessions.open(node, session, self.now).unwrap();
     }
 
