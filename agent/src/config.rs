@@ -75,8 +75,8 @@ pub struct NodeConfig {
     /// Networks to which packets from the tunnel may be forwarded even though they are not
     /// announced.
     pub forward_to: Vec<IpNet>,
-    /// Networks of this machine, such as its LAN, that stay as they are, whatever other nodes
-    /// announce. In addition to those to which it was connected when it joined.
+    /// Networks of this machine, such as its LAN, that stay as they are, even if other nodes
+    /// announce them. In addition to those to which it was connected when it joined.
     pub local_networks: Vec<IpNet>,
     /// True if packets of this machine that enter the tunnel with a source that is not this node's
     /// are translated to its address in the mesh. Needs conntrack.

@@ -190,7 +190,7 @@ pub async fn join_as(
 /// Returns the networks to which this machine is connected. A join does not fail where they cannot be
 /// read.
 fn connected_networks(mesh: &MeshConfig) -> Vec<IpNet> {
-    let excluded = vec![IpNet::from(mesh.overlay_v6), IpNet::from(mesh.overlay_v4)];
+    let excluded = mesh.overlays().to_vec();
     let policy = CandidatePolicy { excluded, ..CandidatePolicy::default() };
     let found = HostNetwork::open().and_then(|mut network| network.connected_networks(&policy));
     found.unwrap_or_else(|error| {

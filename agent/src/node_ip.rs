@@ -110,10 +110,8 @@ fn joined(state_dir: &Path) -> anyhow::Result<Membership> {
 /// Returns the node IPs that an agent on this machine would announce.
 fn of_the_machine(config: &Config, membership: &Membership) -> anyhow::Result<NodeIps> {
     let mesh = &membership.mesh;
-    let policy = CandidatePolicy {
-        own_link: config.link.name.clone(),
-        excluded: vec![mesh.overlay_v6.into(), mesh.overlay_v4.into()],
-    };
+    let policy =
+        CandidatePolicy { own_link: config.link.name.clone(), excluded: mesh.overlays().to_vec() };
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
     Ok(NodeIps::first(network.node_ips(&policy).context("cannot read this machine's addresses")?))
 }

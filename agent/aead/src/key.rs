@@ -21,11 +21,6 @@ impl Key {
         Self { keys: Keys::new(bytes), backend }
     }
 
-    /// Returns the backend.
-    pub fn backend(&self) -> Backend {
-        self.backend
-    }
-
     /// Encrypts each packet of the arena in place and writes its tag behind it. The packets are in
     /// the order of their positions.
     ///

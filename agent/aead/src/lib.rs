@@ -6,9 +6,11 @@
 //! # Contract
 //!
 //! - All packets of a batch are in one block of bytes, the arena ([`Packet`] says where). Each is
-//!   followed by room for its tag. A batch may mix lengths. Nothing is allocated.
-//! - [`Key::open`] verifies before it deciphers. Bytes of a packet that is not authentic are never
-//!   deciphered: the batch backends leave them as they were, ring overwrites them with zeros.
+//!   followed by room for its tag. A batch may mix lengths. Nothing is allocated, except
+//!   that `authentic` grows once to the size of the batch.
+//! - The batch backends verify before they decipher, and leave a packet that is not authentic as it was.
+//!   ring deciphers while it verifies, and overwrites such a packet with zeros. Either way its
+//!   plaintext is not returned.
 //! - The time that a call takes depends on the number and the lengths of the packets and on which
 //!   of them are authentic, and not on the key, the counters or the bytes: no branch, no index and
 //!   no instruction of variable time depends on them (`tests/timing.rs` measures it).

@@ -148,8 +148,8 @@ impl Claims {
     }
 
     /// Returns every node with what it holds.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&NodeId, &Claim)> {
-        self.by_node.iter().map(|(id, (_, claim))| (id, claim))
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&Arc<Node>, &Claim)> {
+        self.by_node.values().map(|(node, claim)| (node, claim))
     }
 
     /// Returns whether another node holds exactly this network.

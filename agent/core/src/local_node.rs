@@ -103,9 +103,9 @@ impl LocalNode {
         if is_behind_nat(remote) { self.outward_port } else { LocalPort::Configured }
     }
 
-    /// Returns whether a path uses the port that is not used outwards any more.
-    pub(crate) fn is_left(&self, path: &Path) -> bool {
-        path.port != self.port_to(path.remote)
+    /// Returns a path with the port that datagrams to its remote address leave from.
+    pub(crate) fn on_port(&self, path: Path) -> Path {
+        Path { port: self.port_to(path.remote), ..path }
     }
 
     /// Returns whether others can reach us over IPv4 without our having sent something first.
@@ -135,7 +135,7 @@ impl LocalNode {
     }
 
     pub(crate) fn set_mesh(&mut self, mesh: &MeshConfig) {
-        self.overlay = vec![IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)];
+        self.overlay = mesh.overlays().to_vec();
     }
 
     /// Puts our candidates together, and hands them out if they changed: sorted, each address once
@@ -277,8 +277,8 @@ impl LocalNode {
 
 /// Returns whether a node with these candidates can be reached without its having sent something
 /// first: it has a public or a configured one.
-pub(crate) fn is_reachable(candidates: &[Candidate]) -> bool {
-    candidates.iter().any(|c| match c.kind() {
+pub(crate) fn is_reachable<'a>(candidates: impl IntoIterator<Item = &'a Candidate>) -> bool {
+    candidates.into_iter().any(|c| match c.kind() {
         CandidateKind::Configured => true,
         CandidateKind::Local => !is_private(c.address().ip()),
         CandidateKind::Reflexive | CandidateKind::Relayed => false,
@@ -288,8 +288,7 @@ pub(crate) fn is_reachable(candidates: &[Candidate]) -> bool {
 /// Returns whether a node with these candidates can be reached over IPv4 without its having sent
 /// something first.
 pub(crate) fn is_reachable_v4(candidates: &[Candidate]) -> bool {
-    let v4 = candidates.iter().filter(|c| c.address().is_ipv4());
-    is_reachable(&v4.copied().collect::<Vec<_>>())
+    is_reachable(candidates.iter().filter(|c| c.address().is_ipv4()))
 }
 
 /// Returns the rank of a kind of candidate; lower is better.

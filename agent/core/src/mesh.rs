@@ -286,7 +286,7 @@ impl Mesh {
         self.roster.set_own_prefixes(&mut self.fx, prefixes);
     }
 
-    /// Takes the networks of this host that stay as they are, whatever others announce: neither routed
+    /// Takes the networks of this host that stay as they are, even if others announce them: neither routed
     /// into the tunnel nor guarded while the host is connected to them. What others hold inside of them
     /// (their own addresses) is.
     pub fn set_local_networks(&mut self, now: Instant, networks: LocalNetworks) {
@@ -372,7 +372,7 @@ impl Mesh {
     pub fn set_second_port(&mut self, now: Instant, port: Option<u16>) {
         self.fx.advance(now);
         if port.is_some() {
-            self.use_port(LocalPort::Second, port);
+            self.use_port(port);
         }
     }
 
@@ -457,7 +457,7 @@ impl Mesh {
         self.roster.withdrawn()
     }
 
-    /// Those of [`Self::withdrawn`] that are networks of machines rather than of pods. To be given back by
+    /// Returns those of [`Self::withdrawn`] that are networks of machines rather than of pods. Pass them to
     /// [`Self::set_withdrawn_lans`] at the next start.
     pub fn withdrawn_lans(&self) -> &BTreeSet<IpNet> {
         self.roster.withdrawn_lans()
@@ -465,12 +465,13 @@ impl Mesh {
 
     /// Every peer, by node id.
     pub fn peers(&self) -> impl Iterator<Item = PeerStatus> + '_ {
-        self.peers.iter().map(|peer| self.status(peer))
+        let conditions = self.conditions();
+        self.peers.iter().map(move |peer| self.status(peer, conditions))
     }
 
     /// One peer.
     pub fn peer(&self, id: NodeId) -> Option<PeerStatus> {
-        self.peers.get(id).map(|peer| self.status(peer))
+        self.peers.get(id).map(|peer| self.status(peer, self.conditions()))
     }
 
     /// The node that holds a WireGuard key.
@@ -485,10 +486,10 @@ impl Mesh {
 
     /// Returns the second UDP port, while it is in use.
     pub fn second_port(&self) -> Option<u16> {
-        self.second_port.number()
+        self.settings.second_port()
     }
 
-    /// Reflectors of the controllers that never answered, if peers can only reach us at an address
+    /// Returns the reflectors of the controllers that never answered, if peers can only reach us at an address
     /// that a reflector has to find.
     pub fn silent_reflectors(&self) -> impl Iterator<Item = SocketAddr> + '_ {
         self.stun.silent().filter(|_| !self.local.is_reachable_v4())
@@ -504,18 +505,19 @@ impl Mesh {
         self.stun.mapping(&self.local)
     }
 
-    fn status(&self, peer: &Peer) -> PeerStatus {
+    fn conditions(&self) -> NetworkConditions {
+        NetworkConditions {
+            has_relays: !self.relays.is_empty(),
+            is_silent: self.stun.is_silent(),
+            mapping: self.mapping(),
+        }
+    }
+
+    fn status(&self, peer: &Peer, conditions: NetworkConditions) -> PeerStatus {
         let claim = self.roster.claim(peer.id());
         let reason = match claim.and_then(|claim| claim.key_holder.as_ref()) {
             Some(holder) => Some(PeerReason::KeyConflict { holder: holder.clone() }),
-            None => {
-                let conditions = NetworkConditions {
-                    has_relays: !self.relays.is_empty(),
-                    is_silent: self.stun.is_silent(),
-                    mapping: self.mapping(),
-                };
-                peer.reason(self.fx.now, &self.local, conditions)
-            }
+            None => peer.reason(self.fx.now, &self.local, conditions),
         };
         // What is not checked may have ended: it is shown as what it will be treated as.
         let unchecked = peer.unchecked_for(self.fx.now, self.peers.is_eager());
@@ -595,13 +597,13 @@ impl Mesh {
 
     fn close_second_port(&mut self) {
         self.fx.output(Output::SecondPort { open: false });
-        self.use_port(LocalPort::Configured, None);
+        self.use_port(None);
     }
 
-    /// Tries everything from another port.
-    fn use_port(&mut self, port: LocalPort, number: Option<u16>) {
-        tracing::debug!(?port, number, "UDP port changed");
-        self.second_port.set_number(number);
+    /// Tries everything from another port: the second one, which has this number, or the configured one.
+    fn use_port(&mut self, number: Option<u16>) {
+        tracing::debug!(number, "UDP port changed");
+        let port = if number.is_some() { LocalPort::Second } else { LocalPort::Configured };
         self.settings.set_second_port(&mut self.fx, number);
         self.local.set_outward_port(port);
         self.stun.handle_port_change(&mut self.fx, &self.local);

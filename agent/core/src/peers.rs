@@ -86,20 +86,20 @@ impl Peers {
 }
 
 /// Lets a peer handle something, in a tracing span of that peer. Marks its routes as changed if its
-/// state or path MTU did, and the peer table if the path MTU did.
+/// state or path MTU did, and the peer table if the path MTU did, or whether datagrams are sent singly.
 fn tracked(
     peer: &mut Peer,
     cx: &mut PeerContext<'_>,
     f: impl FnOnce(&mut Peer, &mut PeerContext<'_>),
 ) {
     let _span = tracing::debug_span!("peer", node = %peer.node().name()).entered();
-    let (state, mtu) = (peer.state(), peer.applied_mtu());
+    let (state, mtu, is_single) = (peer.state(), peer.applied_mtu(), peer.is_single());
     f(peer, cx);
     let is_same_mtu = peer.applied_mtu() == mtu;
     if peer.state() != state || !is_same_mtu {
         cx.fx.mark(Change::Routes(peer.id()));
     }
-    if !is_same_mtu {
+    if !is_same_mtu || peer.is_single() != is_single {
         cx.fx.mark(Change::Endpoint);
     }
 }

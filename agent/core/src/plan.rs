@@ -27,9 +27,9 @@ pub struct Plan {
     /// Networks of this node's pods. The container network's own routes lead there; where there is
     /// none, nothing does: the host's default route would carry it out in clear.
     pub pods: BTreeSet<IpNet>,
-    /// Networks of this host's links that stay as they are although they lie in what others hold. They
-    /// are not guarded, and the host's own routes lead there, but for those that are wider than the network
-    /// of the link, such as its default route. Each with the network of the link, which it lies in.
+    /// Networks of this host's links that are not guarded although others hold a network around them. Each
+    /// is mapped to the network of the link that it lies in. The host's own routes lead there, except
+    /// routes wider than that network, such as the default route.
     pub local: BTreeMap<IpNet, IpNet>,
     /// Traffic that enters the tunnel even where a route leaves it to the host.
     pub detour: DetourPlan,
@@ -120,7 +120,7 @@ impl TransitPlan {
     /// Returns the part for those networks in which one of these nodes' addresses is. A network on a
     /// link that also leads to the internet needs no router.
     #[must_use]
-    pub fn around<'a>(&self, nodes: impl Iterator<Item = &'a IpNet> + Clone) -> Self {
+    pub(crate) fn around<'a>(&self, nodes: impl Iterator<Item = &'a IpNet> + Clone) -> Self {
         let lans = self.lans.iter().filter(|(link, lan)| {
             !self.ways_out.contains(link) && nodes.clone().any(|node| lan.contains(node))
         });

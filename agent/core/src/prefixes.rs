@@ -107,8 +107,8 @@ pub fn without(nets: BTreeSet<IpNet>, holes: &[IpNet]) -> BTreeSet<IpNet> {
 /// Adds the networks of `more` to `nets` and cuts those of `holes` out, the wider ones first: the longest
 /// prefix decides, and of two equal networks the hole.
 ///
-/// `nets` must not overlap one another, and no network of `more` may contain one that is not in `nets`.
-pub fn by_longest_prefix(
+/// `nets` must not overlap one another, and no network of `more` may be wider than a network of `nets` inside it.
+pub(crate) fn by_longest_prefix(
     nets: BTreeSet<IpNet>,
     more: impl IntoIterator<Item = IpNet>,
     holes: impl IntoIterator<Item = IpNet>,

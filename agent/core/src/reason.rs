@@ -29,10 +29,8 @@ pub enum PeerReason {
     },
     /// It published no address, and attempts began less than 10 s ago.
     Waiting,
-    /// It published no address, and did not connect.
-    NoCandidates,
-    /// None of its addresses answers.
-    NoAnswer(Silence),
+    /// It did not connect, and no direct path was found.
+    Unreached(Direct),
     /// It answers probes, but no handshake.
     NoHandshake,
     /// Nothing ever answered this node over UDP.
@@ -58,8 +56,7 @@ codes! {
         Unchecked => "peer-unchecked",
         Trying => "trying-candidates",
         Waiting => "waiting-for-peer",
-        NoCandidates => "no-candidates",
-        NoAnswer => "no-answer",
+        Unreached(Direct),
         NoHandshake => "no-handshake",
         UdpBlocked => "udp-blocked",
         NoRelay => "no-relay",
@@ -68,22 +65,25 @@ codes! {
     }
 }
 
-/// Addresses that did not answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Silence {
-    /// Number of addresses.
-    pub candidates: usize,
-    /// Time of the attempts, in seconds.
-    pub seconds: u64,
-}
-
 /// Result of the attempts to find a direct path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direct {
     /// The peer published no address.
     NoCandidates,
     /// None of its addresses answers.
-    NoAnswer(Silence),
+    NoAnswer {
+        /// Number of addresses.
+        candidates: usize,
+        /// Time of the attempts, in seconds.
+        seconds: u64,
+    },
+}
+
+codes! {
+    Direct {
+        NoCandidates => "no-candidates",
+        NoAnswer => "no-answer",
+    }
 }
 
 /// Reason why a peer that is up through a relay has no direct path.
@@ -157,8 +157,7 @@ impl fmt::Display for PeerReason {
             }
             Self::Trying { candidates } => write!(f, "trying {}", counted(*candidates)),
             Self::Waiting => write!(f, "waiting for it to call: {NO_CANDIDATES}"),
-            Self::NoCandidates => f.write_str(NO_CANDIDATES),
-            Self::NoAnswer(silence) => silence.fmt(f),
+            Self::Unreached(direct) => direct.fmt(f),
             Self::NoHandshake => {
                 f.write_str("it answers probes but no handshake: was its clock or ours set back?")
             }
@@ -178,17 +177,13 @@ impl fmt::Display for PeerReason {
 
 const NO_CANDIDATES: &str = "it has published no address that we could call";
 
-impl fmt::Display for Silence {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "no answer from {} for {} s", counted(self.candidates), self.seconds)
-    }
-}
-
 impl fmt::Display for Direct {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoCandidates => f.write_str(NO_CANDIDATES),
-            Self::NoAnswer(silence) => silence.fmt(f),
+            Self::NoAnswer { candidates, seconds } => {
+                write!(f, "no answer from {} for {seconds} s", counted(*candidates))
+            }
         }
     }
 }

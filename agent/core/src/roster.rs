@@ -285,17 +285,17 @@ impl Roster {
             None => Claims::default(),
         };
         let before = std::mem::replace(&mut self.claims, claims);
-        for (id, claim) in before.iter() {
-            if self.nodes.contains_key(id) {
+        for (node, claim) in before.iter() {
+            if self.nodes.contains_key(&node.id()) {
                 self.withdrawn.add(claim);
             }
-            if self.claims.of(*id) != Some(claim) {
-                fx.mark(Change::Routes(*id));
+            if self.claims.of(node.id()) != Some(claim) {
+                fx.mark(Change::Routes(node.id()));
             }
         }
-        for (id, claim) in self.claims.iter() {
-            if before.of(*id).is_none() {
-                fx.mark(Change::Routes(*id));
+        for (node, claim) in self.claims.iter() {
+            if before.of(node.id()).is_none() {
+                fx.mark(Change::Routes(node.id()));
             }
             for held in &claim.prefixes {
                 self.withdrawn.remove(held);
@@ -315,13 +315,11 @@ impl Roster {
         let ours = self.own_prefixes.iter().map(|net| (*net, Holder::ThisNode));
         let mut held: Vec<(IpNet, Holder)> = ours.collect();
         if let Some(mesh) = self.mesh() {
-            for net in [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)] {
-                held.push((net, Holder::Mesh));
-            }
+            held.extend(mesh.overlays().map(|net| (net, Holder::Mesh)));
         }
         let holder = |id: &NodeId| self.nodes.get(id).map(|node| Holder::Node(node.name().clone()));
-        for (id, claim) in self.claims.iter() {
-            let holder = holder(id).unwrap_or(Holder::Mesh);
+        for (node, claim) in self.claims.iter() {
+            let holder = Holder::Node(node.name().clone());
             held.extend(claim.prefixes.iter().map(|net| (*net, holder.clone())));
         }
         let own_key =

@@ -51,7 +51,7 @@ pub(crate) struct HostSettings {
     forward_to: Vec<IpNet>,
     /// Networks of our pods; announced too. None lies inside another.
     pod_networks: Vec<IpNet>,
-    /// Networks of this host that stay as they are, whatever others announce.
+    /// Networks of this host that stay as they are, even if others announce them.
     local_networks: ConnectedNetworks,
     /// Networks of this host's links, and the links that lead to the internet.
     transit: TransitPlan,
@@ -124,6 +124,10 @@ impl HostSettings {
         replace(&mut self.underlay, underlay, fx, Change::Host);
     }
 
+    pub(crate) fn second_port(&self) -> Option<u16> {
+        self.underlay.second_port
+    }
+
     pub(crate) fn set_second_port(&mut self, fx: &mut Effects, port: Option<u16>) {
         replace(&mut self.underlay.second_port, port, fx, Change::Host);
     }
@@ -165,7 +169,7 @@ struct Entry {
     /// True for a node IP of a trusted site: only what our pods send there enters the tunnel.
     is_detour: bool,
     /// True for an address of another node that is not one of the overlay.
-    is_node_ip: bool,
+    is_other_node_ip: bool,
 }
 
 impl Routing {
@@ -275,7 +279,7 @@ impl Routing {
             let HostSettings { local_networks, transit, .. } = input.settings;
             let is_near = |(_, lan): &(String, IpNet)| lan.contains(&entry.net);
             local_networks.touches(&entry.net)
-                || entry.is_node_ip && transit.lans.iter().any(is_near)
+                || entry.is_other_node_ip && transit.lans.iter().any(is_near)
         };
         if gone.iter().chain(&new).any(touches) {
             return None;
@@ -342,7 +346,7 @@ impl RoutingInput<'_> {
                 is_plain: trusted || in_clear,
                 is_lan: claim.lans.contains(net),
                 is_detour: trusted,
-                is_node_ip: !overlay && is_host(net),
+                is_other_node_ip: !overlay && is_host(net),
             }
         };
         claim.prefixes.iter().filter(|net| net.prefix_len() > 0).map(entry).collect()
@@ -364,7 +368,7 @@ impl RoutingInput<'_> {
                 is_plain: false,
                 is_lan,
                 is_detour: false,
-                is_node_ip: false,
+                is_other_node_ip: false,
             }
         };
         self.static_peers.prefixes().map(entry).collect()
@@ -414,8 +418,7 @@ impl RoutingInput<'_> {
             return BTreeMap::new();
         }
         let mesh = self.roster.membership().map(|ours| &ours.mesh);
-        let overlay = mesh.map(|mesh| [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)]);
-        let overlay: Vec<IpNet> = overlay.into_iter().flatten().collect();
+        let overlay: Vec<IpNet> = mesh.into_iter().flat_map(|mesh| mesh.overlays()).collect();
         // A lease that the host had when it joined must not open the network of another node's pods.
         let withdrawn = self.roster.withdrawn().difference(self.roster.withdrawn_lans()).copied();
         let held = entries.iter().filter(|entry| !entry.is_lan).map(|entry| entry.net);
@@ -432,7 +435,7 @@ impl RoutingInput<'_> {
 
     /// Returns the networks in which other nodes have their node IPs.
     fn transit<'e>(&self, entries: impl Iterator<Item = &'e Entry> + Clone) -> TransitPlan {
-        let nodes = entries.filter(|entry| entry.is_node_ip).map(|entry| &entry.net);
+        let nodes = entries.filter(|entry| entry.is_other_node_ip).map(|entry| &entry.net);
         self.settings.transit.around(nodes)
     }
 
@@ -443,8 +446,7 @@ impl RoutingInput<'_> {
 
 /// Guards one more network; `None` where it meets a hole.
 fn guard(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> {
-    let meets = |own: &IpNet| own.contains(&net) || net.contains(own);
-    if input.roster.own_prefixes().iter().any(meets) {
+    if input.roster.own_prefixes().iter().any(|own| overlap(own, &net)) {
         return None;
     }
     let guarded = &mut plan.firewall.guarded;

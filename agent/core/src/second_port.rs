@@ -44,13 +44,11 @@ pub(crate) struct SecondPort {
     changes: u32,
     /// Random part of the next silence, from 0 to 1.
     spread: f64,
-    /// Number of the second port, while it is open.
-    number: Option<u16>,
 }
 
 impl SecondPort {
     pub(crate) fn new(rng: &mut StdRng) -> Self {
-        Self { connected_since: None, changes: 0, spread: rng.random(), number: None }
+        Self { connected_since: None, changes: 0, spread: rng.random() }
     }
 
     /// Takes whether a controller is connected.
@@ -59,16 +57,6 @@ impl SecondPort {
             Some(_) if is_connected => {}
             _ => self.connected_since = is_connected.then_some(now),
         }
-    }
-
-    /// Takes the number of the second port; `None`: it is closed.
-    pub(crate) fn set_number(&mut self, number: Option<u16>) {
-        self.number = number;
-    }
-
-    /// Returns the number of the second port, while it is open.
-    pub(crate) fn number(&self) -> Option<u16> {
-        self.number
     }
 
     /// Records that a peer or a relay answered.
@@ -96,10 +84,11 @@ impl SecondPort {
 
     /// Returns when the port is to be changed, if the silence lasts.
     fn due(&self, fx: &Effects, local: &LocalNode) -> Option<Instant> {
+        // Nearly always nothing is silent, and the rest need not be looked at.
+        let (since, connected) = (fx.silence.begun()?, self.connected_since?);
         if local.is_reachable_v4() {
             return None;
         }
-        let (since, connected) = (fx.silence.begun()?, self.connected_since?);
         let silent = if fx.silence.is_reflected(fx.now) {
             PEERS_SILENT.mul_f64(1.0 + self.spread)
         } else {

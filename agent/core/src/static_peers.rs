@@ -200,8 +200,9 @@ impl StaticPeers {
     /// Has what goes to public addresses leave from our other port.
     pub(crate) fn handle_port_change(&mut self, fx: &mut Effects, local: &LocalNode) {
         for peer in self.by_key.values_mut() {
-            if let Some(path) = peer.endpoint.as_mut().filter(|path| local.is_left(path)) {
-                path.port = local.outward_port();
+            let moved = peer.endpoint.map(|path| local.on_port(path));
+            if moved != peer.endpoint {
+                peer.endpoint = moved;
                 fx.mark(Change::Endpoint);
             }
         }

@@ -160,7 +160,7 @@ pub fn outer_traffic_class(inner: u8, copy_dscp: bool) -> u8 {
 /// Returns whether a packet with this traffic class met congestion.
 #[inline]
 pub fn is_congested(traffic_class: u8) -> bool {
-    traffic_class & ECN == CONGESTED
+    ecn(traffic_class) == CONGESTED
 }
 
 /// Returns the ECN field of a traffic class.
@@ -183,13 +183,9 @@ pub fn mark_congestion(packet: &mut [u8]) {
     let Some(after) = packet.first_chunk::<2>().copied().filter(|_| is_v4) else { return };
     if let Some(Ok(checksum)) = packet.get_mut(IPV4_CHECKSUM).map(<&mut [u8; 2]>::try_from) {
         // RFC 1624, equation 3.
-        let [sum, before, after] =
-            [*checksum, before, after].map(|bytes| u32::from(u16::from_be_bytes(bytes)));
-        let mut sum = (!sum & 0xffff) + (!before & 0xffff) + after;
-        while sum > 0xffff {
-            sum = (sum & 0xffff) + (sum >> 16);
-        }
-        *checksum = (!(sum as u16)).to_be_bytes();
+        let [sum, before, after] = [*checksum, before, after].map(u16::from_be_bytes);
+        let sum = u64::from(!sum) + u64::from(!before) + u64::from(after);
+        *checksum = (!checksum::fold(sum)).to_be_bytes();
     }
 }
 

@@ -163,8 +163,6 @@ pub struct Snapshot {
     /// Number of packets dropped since the start, by [`DropReason::name`]. Reasons that never
     /// occurred have the value 0.
     pub drops: BTreeMap<&'static str, u64>,
-    /// Last packet from the TUN that was dropped because of its source.
-    pub foreign_source: Option<ForeignSource>,
     /// Offloads in use, and for the others the reason why they are not.
     pub features: Vec<Feature>,
 }
@@ -378,7 +376,8 @@ impl DataPlane {
         self.0.command(Command::SendWhole(peer, to, datagram.to_vec()));
     }
 
-    /// Sends a datagram like [`DataPlane::send`], but so that at most `hops` routers forward it.
+    /// Sends a datagram like [`DataPlane::send`], but with a hop limit (TTL) of `hops`: at most `hops - 1`
+    /// routers forward it.
     pub fn send_limited(&self, to: Path, datagram: &[u8], hops: u8) {
         self.0.command(Command::SendLimited(to, datagram.to_vec(), hops));
     }
@@ -461,12 +460,14 @@ impl DataPlane {
         Snapshot {
             peers: peers.collect(),
             drops: drops.collect(),
-            foreign_source: {
-                let workers = self.0.drops.iter().filter_map(|drops| drops.last_foreign_source());
-                workers.max_by_key(|last| last.at)
-            },
             features: self.0.features.iter().map(Switch::status).collect(),
         }
+    }
+
+    /// Returns the last packet from the TUN that was dropped because of its source.
+    pub fn foreign_source(&self) -> Option<ForeignSource> {
+        let workers = self.0.drops.iter().filter_map(|drops| drops.last_foreign_source());
+        workers.max_by_key(|last| last.at)
     }
 
     /// Stops the workers and waits a few seconds for their threads to end. The TUN link stays if it

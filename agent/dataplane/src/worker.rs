@@ -54,7 +54,7 @@ pub(super) enum Command {
     /// Sends a datagram with fragmentation forbidden, to find out whether the path to this peer
     /// takes its size.
     SendWhole(WireguardKey, Path, Vec<u8>),
-    /// Sends a datagram unencrypted that at most this number of routers forward.
+    /// Sends a datagram unencrypted with this hop limit (TTL).
     SendLimited(Path, Vec<u8>, u8),
     /// Sends datagrams of one length together.
     Train(Path, Vec<Vec<u8>>),

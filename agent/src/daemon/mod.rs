@@ -369,7 +369,7 @@ impl Daemon {
         // node's pods are never uplinks.
         let mut excluded = self.announcer.pods();
         if let Some(mesh) = self.mesh.config() {
-            excluded.extend([IpNet::from(mesh.overlay_v6), IpNet::from(mesh.overlay_v4)]);
+            excluded.extend(mesh.overlays());
         }
         let node = &self.config.node;
         // With `node.addressing = "overlay"` there are no node IPs to announce.
@@ -445,8 +445,7 @@ impl Daemon {
             return;
         }
         let mesh = self.mesh.config();
-        let overlay = mesh.map(|mesh| [IpNet::from(mesh.overlay_v6), IpNet::from(mesh.overlay_v4)]);
-        let overlay: Vec<IpNet> = overlay.into_iter().flatten().collect();
+        let overlay: Vec<IpNet> = mesh.into_iter().flat_map(|mesh| mesh.overlays()).collect();
         let outer = |peer: towline_core::mesh::PeerStatus| {
             let direct = peer.path.filter(|path| !path.is_relayed()).map(|path| path.remote);
             let published = || {

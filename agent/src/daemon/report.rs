@@ -125,7 +125,7 @@ impl Reporter<'_> {
     /// Returns a problem if a packet with a foreign source was dropped lately.
     fn foreign_source(&self) -> Option<Problem> {
         let daemon = self.0;
-        let last = daemon.tunnels.data_plane().snapshot().foreign_source?;
+        let last = daemon.tunnels.data_plane().foreign_source()?;
         if last.at.elapsed() > RECENT {
             return None;
         }

@@ -301,11 +301,14 @@ impl MeshConfig {
         controllers
     }
 
+    /// Returns both overlay ranges, IPv6 first.
+    pub fn overlays(&self) -> [IpNet; 2] {
+        [IpNet::V6(self.overlay_v6), IpNet::V4(self.overlay_v4)]
+    }
+
     /// Returns the ranges that every node guards: both overlay ranges and the protected ones.
     pub fn guarded(&self) -> impl Iterator<Item = IpNet> {
-        [IpNet::V6(self.overlay_v6), IpNet::V4(self.overlay_v4)]
-            .into_iter()
-            .chain(self.protected.iter().copied())
+        self.overlays().into_iter().chain(self.protected.iter().copied())
     }
 }
 

@@ -93,11 +93,10 @@ pub fn check<'a>(
 
 /// Checks that a node may hold `prefix` in this mesh if no other node claims it.
 pub fn usable(prefix: IpNet, mesh: &MeshConfig) -> Result<(), Unusable> {
-    let overlays = [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)];
     if prefix.prefix_len() == 0 || no_hosts().any(|range| overlap(&range, &prefix)) {
         return Err(Unusable::NoHosts { prefix });
     }
-    if let Some(overlay) = overlays.into_iter().find(|overlay| overlap(overlay, &prefix)) {
+    if let Some(overlay) = mesh.overlays().into_iter().find(|overlay| overlap(overlay, &prefix)) {
         return Err(Unusable::Overlay { prefix, overlay });
     }
     Ok(())
@@ -105,8 +104,7 @@ pub fn usable(prefix: IpNet, mesh: &MeshConfig) -> Result<(), Unusable> {
 
 /// Returns whether a grant of `prefix` allows nothing: no part of it can be announced in this mesh.
 pub fn is_useless_grant(prefix: IpNet, mesh: &MeshConfig) -> bool {
-    let overlays = [IpNet::V6(mesh.overlay_v6), IpNet::V4(mesh.overlay_v4)];
-    overlays.into_iter().chain(no_hosts()).any(|range| range.contains(&prefix))
+    mesh.overlays().into_iter().chain(no_hosts()).any(|range| range.contains(&prefix))
 }
 
 /// Returns whether the networks have an address in common.

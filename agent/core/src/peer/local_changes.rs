@@ -1,14 +1,13 @@
 //! What a change of our own addresses, uplinks or port means for a peer.
 
 use super::{HEARD_FOR, Peer, PeerContext, PeerState};
-use crate::path::Path;
 use crate::pings::Purpose;
 use crate::timers::Timer;
 
 impl Peer {
-    /// Our own addresses or uplinks changed: whatever is not up may be now, and what is up may not
-    /// be. Where traffic goes, everything is tried now, and by a handshake, so that the peer learns
-    /// at once where we are. A path whose uplink is gone is dead, without waiting for the verdict.
+    /// Handles a change of our addresses or uplinks: a peer that is not up may be reached now, and one that
+    /// is up may be lost. If it has traffic, all paths are tried now, and by a handshake, so that the
+    /// peer learns at once where we are. A path whose uplink is gone is given up at once.
     pub(crate) fn handle_local_change(&mut self, cx: &mut PeerContext<'_>) {
         let lost = self.follow_uplinks(cx);
         self.try_everything(cx, lost);
@@ -66,12 +65,13 @@ impl Peer {
         }
     }
 
-    /// What goes to public addresses leaves from our other port: the path in use is another one, and
-    /// whatever is not up may be now.
+    /// Handles a change of the port that datagrams to public addresses leave from: moves the path in use to
+    /// it, and tries a peer that is not up again.
     pub(crate) fn handle_port_change(&mut self, cx: &mut PeerContext<'_>) {
         self.paths.follow_port(cx.local);
-        if let Some(path) = self.endpoint.filter(|path| cx.local.is_left(path)) {
-            self.set_endpoint(cx, Some(Path { port: cx.local.outward_port(), ..path }));
+        let moved = self.endpoint.map(|path| cx.local.on_port(path));
+        if moved != self.endpoint {
+            self.set_endpoint(cx, moved);
             if self.state == PeerState::Up {
                 cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
             }

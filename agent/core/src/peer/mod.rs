@@ -392,9 +392,8 @@ impl Peer {
         if let Some(size) = step.train {
             self.ping_by_train(cx, path, size);
         }
-        if self.pmtu.is_bad_for_trains() != was_bad {
+        if !was_bad && self.pmtu.is_bad_for_trains() {
             tracing::debug!(%path, "datagrams that are sent together do not arrive: sent singly");
-            cx.fx.mark(Change::Endpoint);
         }
         if self.pmtu.inner() != before {
             tracing::debug!(%path, mtu = self.pmtu.inner(), "path MTU found");

@@ -124,7 +124,7 @@ impl Paths {
 
     /// Forgets the paths that use the port which is not used outwards any more.
     pub(super) fn follow_port(&mut self, local: &LocalNode) {
-        self.known.retain(|path, _| !local.is_left(path));
+        self.known.retain(|path, _| local.on_port(*path) == *path);
     }
 
     /// Returns the paths over which something came lately, the latest first.

@@ -109,7 +109,7 @@ impl Pmtu {
         self.inner().or(refused)
     }
 
-    /// A ping of a train was answered.
+    /// Records the answer to a ping of a train.
     pub(crate) fn train_answered(&mut self, path: Path) {
         if self.path == Some(path) {
             self.trains.answered();

@@ -8,7 +8,7 @@
 /// Number of pings of a train.
 pub(crate) const TRAIN: u8 = 3;
 /// Trains in a row with a ping that was not answered, beside a single one that was, from which on the
-/// path is bad for trains. With 5 % loss in each direction this happens by chance once in 300 times.
+/// path is bad for trains. With 5 % loss in each direction this happens by chance once in 200 series.
 const BAD_TRAINS: u8 = 4;
 
 /// Result of the trains on one path.
@@ -18,15 +18,13 @@ pub(super) struct Trains {
     answered: Option<u8>,
     /// Incomplete trains in a row.
     bad: u8,
-    /// True once the path is known to be bad for trains.
-    is_bad: bool,
 }
 
 impl Trains {
     /// Begins a train, unless the path is known to be bad for them. Returns whether it is to be sent.
     pub(super) fn begin(&mut self) -> bool {
-        self.answered = (!self.is_bad).then_some(0);
-        !self.is_bad
+        self.answered = (!self.is_bad()).then_some(0);
+        self.answered.is_some()
     }
 
     /// Records the answer to a ping of the current train.
@@ -41,18 +39,15 @@ impl Trains {
     pub(super) fn end(&mut self, is_single_answered: bool) -> bool {
         match self.answered.take() {
             Some(answered) if answered >= TRAIN => self.bad = 0,
-            Some(_) if is_single_answered => {
-                self.bad += 1;
-                self.is_bad = self.bad >= BAD_TRAINS;
-            }
+            Some(_) if is_single_answered => self.bad += 1,
             // A path that loses single pings says nothing about trains.
             Some(_) | None => {}
         }
-        self.bad > 0 && !self.is_bad
+        self.bad > 0 && !self.is_bad()
     }
 
     /// Returns whether the path is bad for trains.
     pub(super) fn is_bad(&self) -> bool {
-        self.is_bad
+        self.bad >= BAD_TRAINS
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::{DOWN_AFTER, NetworkConditions, Peer, PeerState};
 use crate::local_node::{LocalNode, is_reachable};
 use crate::path::Path;
-use crate::reason::{Direct, PeerReason, RelayedPath, Silence};
+use crate::reason::{Direct, PeerReason, RelayedPath};
 use crate::stun_client::Mapping;
 
 impl Peer {
@@ -32,7 +32,7 @@ impl Peer {
         let seconds = now.saturating_duration_since(self.trying_since).as_secs();
         let direct = match tried {
             0 => Direct::NoCandidates,
-            candidates => Direct::NoAnswer(Silence { candidates, seconds }),
+            candidates => Direct::NoAnswer { candidates, seconds },
         };
         let is_behind_nat = || !is_reachable(&self.node.record().candidates);
         Some(if self.paths.has_answered(now, self.trying_since) {
@@ -42,10 +42,7 @@ impl Peer {
         } else if !conditions.has_relays && !local.is_reachable() && is_behind_nat() {
             PeerReason::NoRelay(direct)
         } else {
-            match direct {
-                Direct::NoCandidates => PeerReason::NoCandidates,
-                Direct::NoAnswer(silence) => PeerReason::NoAnswer(silence),
-            }
+            PeerReason::Unreached(direct)
         })
     }
 

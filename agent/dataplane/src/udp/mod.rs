@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
 use socket2::Domain;
-use towline_core::path::LocalPort;
+use towline_core::path::{LocalPort, Path};
 
 use super::Offloads;
 use super::arena::{GsoBatch, RecvBatch, SendBatch};
@@ -61,7 +61,7 @@ pub trait UdpIo: Send + 'static {
     /// Returns [`TooBig`] if the kernel already knows that the datagram is too big for its path.
     fn send_whole(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) -> Result<(), TooBig>;
 
-    /// Sends a batch of one datagram that at most `hops` routers forward.
+    /// Sends a batch of one datagram with a hop limit (TTL) of `hops`: at most `hops - 1` routers forward it.
     fn send_limited(&mut self, now: Instant, batch: &SendBatch, hops: u8, drops: &Drops) {
         let _ = hops;
         self.send(now, batch, drops);
@@ -186,9 +186,7 @@ pub fn open_udp(port: u16, mark: u32) -> Result<Udp, OpenUdpError> {
 ///
 /// Returns [`OpenUdpError`], one line for the operator.
 pub fn open_udp_with(port: u16, mark: u32, offloads: Offloads) -> Result<Udp, OpenUdpError> {
-    let (segment, gro) = probe(offloads);
-    let switches = [Switch::new("udp_segment", segment), Switch::new("udp_gro", gro)];
-    open_pair(port, mark, switches, false)
+    open_pair(port, mark, probed(offloads), false)
 }
 
 /// Opens the port `count` times, once for each worker. All datagrams from one address arrive by the
@@ -203,12 +201,28 @@ pub fn open_udp_group(
     offloads: Offloads,
     count: usize,
 ) -> Result<Vec<Udp>, OpenUdpError> {
-    let alone = open_udp_with(port, mark, offloads)?;
+    open_group(port, mark, probed(offloads), count)
+}
+
+/// Returns the switches of the offloads, as their self-tests found them.
+fn probed(offloads: Offloads) -> [Switch; 2] {
+    let (segment, gro) = probe(offloads);
+    [Switch::new("udp_segment", segment), Switch::new("udp_gro", gro)]
+}
+
+/// Opens a port `count` times, with these switches.
+fn open_group(
+    port: u16,
+    mark: u32,
+    switches: [Switch; 2],
+    count: usize,
+) -> Result<Vec<Udp>, OpenUdpError> {
+    let alone = open_pair(port, mark, switches.clone(), false)?;
     if count < 2 {
         return Ok(vec![alone]);
     }
     // No other program has the port, so it can be opened again with SO_REUSEPORT.
-    let (port, switches) = (alone.port, [alone.segment.clone(), alone.gro.clone()]);
+    let port = alone.port;
     drop(alone);
     (0..count).map(|_| open_pair(port, mark, switches.clone(), true)).collect()
 }
@@ -264,32 +278,14 @@ impl Udp {
         self.port
     }
 
-    /// Sends from the configured port.
-    fn send_own(
-        &mut self,
-        now: Instant,
-        bytes: &[u8],
-        mut gso_batches: &[GsoBatch],
-        drops: &Drops,
-    ) {
-        let mut deadlines = SendDeadlines::default();
-        while let Some(first) = gso_batches.first() {
-            let same =
-                |gso: &&GsoBatch| gso.to.path.remote.is_ipv4() == first.to.path.remote.is_ipv4();
-            let run = gso_batches.iter().take_while(same).count();
-            let endpoint = if first.to.path.remote.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
-            match endpoint {
-                Some(endpoint) => {
-                    let gso_batches = &gso_batches[..run];
-                    endpoint.send(now, bytes, gso_batches, &self.segment, &mut deadlines, drops);
-                }
-                None => {
-                    let datagrams: usize = gso_batches[..run].iter().map(|gso| gso.segments).sum();
-                    drops.add(DropReason::SendRefused, datagrams as u64);
-                }
-            }
-            gso_batches = &gso_batches[run..];
-        }
+    /// Returns the socket that datagrams on this path leave from, and the switch of its offload.
+    fn endpoint(&mut self, path: &Path) -> (Option<&mut Endpoint>, &Switch) {
+        let (v4, v6) = match &mut self.second {
+            Some(second) if path.port == LocalPort::Second => (&mut second.v4, &mut second.v6),
+            _ => (&mut self.v4, &mut self.v6),
+        };
+        let endpoint = if path.remote.is_ipv4() { v4 } else { v6 };
+        (endpoint.as_mut(), &self.segment)
     }
 
     /// Sets `UDP_GRO` on the sockets as the switch demands. Another worker may have changed the
@@ -335,17 +331,27 @@ impl UdpIo for Udp {
         &mut self,
         now: Instant,
         bytes: &[u8],
-        gso_batches: &[GsoBatch],
+        mut gso_batches: &[GsoBatch],
         drops: &Drops,
     ) {
         self.segment.retry(now);
         self.gro.retry(now);
-        match self.second.take() {
-            None => self.send_own(now, bytes, gso_batches, drops),
-            Some(mut second) => {
-                self.send_by_port(&mut second, now, bytes, gso_batches, drops);
-                self.second = Some(second);
+        let mut deadlines = SendDeadlines::default();
+        while let Some(first) = gso_batches.first() {
+            let socket = |gso: &GsoBatch| (gso.to.path.port, gso.to.path.remote.is_ipv4());
+            let run = gso_batches.iter().take_while(|gso| socket(gso) == socket(first)).count();
+            let (these, others) = gso_batches.split_at(run);
+            let (endpoint, segment) = self.endpoint(&first.to.path);
+            match endpoint {
+                Some(endpoint) => {
+                    endpoint.send(now, bytes, these, segment, &mut deadlines, drops);
+                }
+                None => {
+                    let datagrams: usize = these.iter().map(|gso| gso.segments).sum();
+                    drops.add(DropReason::SendRefused, datagrams as u64);
+                }
             }
+            gso_batches = others;
         }
     }
 
@@ -364,12 +370,7 @@ impl UdpIo for Udp {
         drops: &Drops,
     ) -> Result<(), TooBig> {
         for gso in batch.gso_batches() {
-            let udp = match &mut self.second {
-                Some(second) if gso.to.path.port == LocalPort::Second => &mut **second,
-                _ => &mut *self,
-            };
-            let v4 = gso.to.path.remote.is_ipv4();
-            let Some(endpoint) = (if v4 { &mut udp.v4 } else { &mut udp.v6 }) else {
+            let (Some(endpoint), _) = self.endpoint(&gso.to.path) else {
                 drops.count(DropReason::SendRefused);
                 continue;
             };

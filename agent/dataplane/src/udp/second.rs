@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use towline_core::path::LocalPort;
 
-use super::{GsoBatch, OpenUdpError, Ready, SendBatch, Udp, UdpIo, open_pair, set};
+use super::{OpenUdpError, Ready, SendBatch, Udp, UdpIo, open_group, set};
 use crate::arena::RecvBatch;
 use crate::drops::Drops;
 use crate::switch::Switch;
@@ -16,15 +16,7 @@ pub(crate) fn open_second_port(
     switches: [Switch; 2],
     count: usize,
 ) -> Result<Vec<Udp>, OpenUdpError> {
-    let alone = open_pair(0, mark, switches.clone(), false)?;
-    let mut sockets = if count < 2 {
-        vec![alone]
-    } else {
-        let port = alone.port;
-        drop(alone);
-        let open = || open_pair(port, mark, switches.clone(), true);
-        (0..count).map(|_| open()).collect::<Result<_, _>>()?
-    };
+    let mut sockets = open_group(0, mark, switches, count)?;
     for endpoint in sockets.iter_mut().flat_map(|udp| udp.v4.iter_mut().chain(&mut udp.v6)) {
         endpoint.port_kind = LocalPort::Second;
     }
@@ -53,28 +45,7 @@ impl Udp {
         }
     }
 
-    /// Sends each GSO batch from the port of its path, in order.
-    pub(super) fn send_by_port(
-        &mut self,
-        second: &mut Self,
-        now: Instant,
-        bytes: &[u8],
-        mut gso_batches: &[GsoBatch],
-        drops: &Drops,
-    ) {
-        while let Some(first) = gso_batches.first() {
-            let port = first.to.path.port;
-            let run = gso_batches.iter().take_while(|gso| gso.to.path.port == port).count();
-            let (these, others) = gso_batches.split_at(run);
-            match port {
-                LocalPort::Configured => self.send_own(now, bytes, these, drops),
-                LocalPort::Second => second.send_own(now, bytes, these, drops),
-            }
-            gso_batches = others;
-        }
-    }
-
-    /// Sends a batch of one datagram that at most `hops` routers forward.
+    /// Sends a batch of one datagram with a hop limit (TTL) of `hops`: at most `hops - 1` routers forward it.
     pub(super) fn send_hops(&mut self, now: Instant, batch: &SendBatch, hops: u8, drops: &Drops) {
         self.set_hops(Some(hops));
         self.send_gso_batches(now, batch.bytes(), batch.gso_batches(), drops);
@@ -84,10 +55,10 @@ impl Udp {
     fn set_hops(&mut self, hops: Option<u8>) {
         /// Value for the system's own limit.
         const DEFAULT: i32 = -1;
-        let hops = hops.map_or(DEFAULT, i32::from);
         if let Some(second) = &mut self.second {
-            second.set_hops(u8::try_from(hops).ok());
+            second.set_hops(hops);
         }
+        let hops = hops.map_or(DEFAULT, i32::from);
         // The option exists on every kernel. If it were refused, the datagram would go all the way.
         if let Some(v4) = &self.v4 {
             let _ = set(&v4.socket, libc::IPPROTO_IP, libc::IP_TTL, hops);
