@@ -4,8 +4,12 @@
 const STATUS: &[&str] = &[
     "ControllerStatus",
     "Detail",
+    "Event",
     "Feature",
     "KubernetesStatus",
+    "PathStatus",
+    "PeerChange",
+    "PeerResponse",
     "PeerStatus",
     "PingResponse",
     "RelayStatus",
@@ -13,6 +17,18 @@ const STATUS: &[&str] = &[
 ];
 /// Fields of them that have another form in JSON, each with the function of `status.rs` that writes it.
 const FORMS: &[(&str, &str)] = &[
+    ("Event.at", "millis"),
+    ("Event.peer", "text"),
+    ("Event.reason_code", "text"),
+    ("PathStatus.local_address", "text"),
+    ("PathStatus.relay", "text"),
+    ("PeerChange.at", "millis"),
+    ("PeerChange.from_path", "text"),
+    ("PeerChange.from_state", "text"),
+    ("PeerChange.reason", "text"),
+    ("PeerChange.reason_code", "text"),
+    ("PeerChange.to_path", "text"),
+    ("PeerChange.to_state", "text"),
     ("PeerStatus.candidates", "candidates"),
     ("PeerStatus.path", "text"),
     ("PeerStatus.path_kind", "text"),

@@ -9,11 +9,11 @@ use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::Stream;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 use tokio_stream::StreamExt as _;
@@ -26,6 +26,7 @@ use towline_proto::pb::local_server::{Local, LocalServer};
 use towline_proto::{codes, limits, pb};
 
 use crate::down::{Down, Lasts};
+use crate::events::{self, EventId};
 
 /// Maximum time to write the pending responses when the daemon ends.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
@@ -37,6 +38,20 @@ pub enum Request {
     Status(oneshot::Sender<pb::StatusResponse>),
     /// Request of `towline peers`.
     Peers(oneshot::Sender<pb::PeersResponse>),
+    /// Request of `towline peer`.
+    Peer {
+        /// The node's name, or one of its overlay addresses.
+        node: String,
+        /// Receives what is known of the peer, or why nothing is.
+        reply: oneshot::Sender<Result<pb::PeerResponse, String>>,
+    },
+    /// Request of `towline events`.
+    Events {
+        /// Only events after this one.
+        after: Option<EventId>,
+        /// Receives the events that are kept, and a channel of those to come.
+        reply: oneshot::Sender<(Vec<pb::Event>, broadcast::Receiver<pb::Event>)>,
+    },
     /// One probe of `towline ping`.
     Ping {
         /// The node's name, or one of its overlay addresses.
@@ -338,16 +353,58 @@ fn response(node: &str, sequence: u32, answer: PingAnswer) -> Result<pb::PingRes
             reason_code: reason.code().into(),
             ..Default::default()
         }),
-        PingAnswer::UnknownNode => Err(Status::not_found(format!(
-            "no node is named `{node}`: run `towline peers` for a list"
-        ))),
+        PingAnswer::UnknownNode => Err(Status::not_found(unknown_node(node))),
     }
 }
 
+/// Returns the message for a name that no node has.
+pub(crate) fn unknown_node(node: &str) -> String {
+    format!("no node is named `{node}`: run `towline peers` for a list")
+}
+
+/// Sends the events that are kept, and those to come if `follow`, until the client disconnects.
+async fn send_events(
+    (kept, mut coming): (Vec<pb::Event>, broadcast::Receiver<pb::Event>),
+    oldest_ms: i64,
+    follow: bool,
+    sink: mpsc::Sender<Result<pb::Event, Status>>,
+) {
+    for event in kept.into_iter().filter(|event| event.at >= oldest_ms) {
+        if sink.send(Ok(event)).await.is_err() {
+            return;
+        }
+    }
+    if !follow {
+        return;
+    }
+    loop {
+        let event = tokio::select! {
+            event = coming.recv() => event,
+            () = sink.closed() => return,
+        };
+        let sent = match event {
+            Ok(event) => sink.send(Ok(event)).await,
+            Err(broadcast::error::RecvError::Lagged(missed)) => {
+                let text =
+                    format!("{missed} events were missed: read faster, or resume by --after");
+                sink.send(Err(Status::data_loss(text))).await
+            }
+            Err(broadcast::error::RecvError::Closed) => {
+                sink.send(Err(Status::unavailable("the agent is stopping"))).await
+            }
+        };
+        if sent.is_err() {
+            return;
+        }
+    }
+}
+
+type EventStream = Pin<Box<dyn Stream<Item = Result<pb::Event, Status>> + Send>>;
 type PingStream = Pin<Box<dyn Stream<Item = Result<pb::PingResponse, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl Local for Service {
+    type EventsStream = EventStream;
     type PingStream = PingStream;
 
     async fn status(
@@ -362,6 +419,37 @@ impl Local for Service {
         _: tonic::Request<pb::PeersRequest>,
     ) -> Result<Response<pb::PeersResponse>, Status> {
         self.ask(Request::Peers).await.map(Response::new)
+    }
+
+    async fn peer(
+        &self,
+        request: tonic::Request<pb::PeerRequest>,
+    ) -> Result<Response<pb::PeerResponse>, Status> {
+        let node = request.into_inner().node;
+        let answer = self.ask(|reply| Request::Peer { node, reply }).await?;
+        answer.map(Response::new).map_err(Status::not_found)
+    }
+
+    async fn events(
+        &self,
+        request: tonic::Request<pb::EventsRequest>,
+    ) -> Result<Response<EventStream>, Status> {
+        let pb::EventsRequest { after, since_ms, follow } = request.into_inner();
+        let after = match after.as_str() {
+            "" => None,
+            id => {
+                let id = id.parse::<EventId>();
+                Some(id.map_err(|error| Status::invalid_argument(error.to_string()))?)
+            }
+        };
+        let oldest_ms = match since_ms {
+            0 => i64::MIN,
+            age => events::unix_millis(SystemTime::now()).saturating_sub_unsigned(age),
+        };
+        let events = self.ask(|reply| Request::Events { after, reply }).await?;
+        let (sink, stream) = mpsc::channel(16);
+        tokio::spawn(send_events(events, oldest_ms, follow, sink));
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
     async fn ping(

@@ -11,6 +11,7 @@ pub mod daemon;
 pub mod dial;
 pub mod discovery;
 pub mod down;
+pub mod events;
 pub mod guard;
 pub mod install;
 #[doc(hidden)]
@@ -36,6 +37,8 @@ pub fn codes() -> Vec<&'static str> {
     use towline_proto::code::Coded as _;
     [
         daemon::codes(),
+        events::Event::codes(),
+        towline_core::peer_history::PathChange::codes(),
         towline_core::reason::PeerReason::codes(),
         towline_core::reason::StaticPeerReason::codes(),
         towline_core::status::PeerState::codes(),

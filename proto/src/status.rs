@@ -25,6 +25,12 @@ pub(crate) fn time<S: Serializer>(seconds: &i64, serializer: S) -> Result<S::Ok,
     time_text(*seconds).serialize(serializer)
 }
 
+/// Serializes milliseconds since 1970 as text.
+pub(crate) fn millis<S: Serializer>(millis: &i64, serializer: S) -> Result<S::Ok, S::Error> {
+    let time = Timestamp::from_millisecond(*millis).ok();
+    time.map(|time| time.to_string()).serialize(serializer)
+}
+
 /// Serializes seconds since 1970 as text. 0 and an absent time are `null`.
 pub(crate) fn optional_time<S: Serializer>(
     seconds: &Option<i64>,

@@ -75,6 +75,7 @@ impl Effects {
             | Output::SecondPort { .. }
             | Output::Advertise(_)
             | Output::StateChanged { .. }
+            | Output::PathChanged { .. }
             | Output::StaticStateChanged { .. }
             | Output::PingResult { .. } => {}
         }

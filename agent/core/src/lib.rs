@@ -79,6 +79,7 @@ pub mod output;
 pub mod own_networks;
 pub mod path;
 mod peer;
+pub mod peer_history;
 pub mod peer_table;
 mod peers;
 mod pings;

@@ -35,6 +35,7 @@ use crate::local_networks::LocalNetworks;
 use crate::local_node::LocalNode;
 use crate::path::{LocalAddress, LocalPort, Path};
 use crate::peer::{NetworkConditions, Peer, PeerContext};
+use crate::peer_history::PeerChange;
 use crate::peer_table::{Observation, PeerTable};
 use crate::peers::Peers;
 use crate::plan::{TransitPlan, UnderlayPlan};
@@ -51,7 +52,7 @@ use crate::timers::Timer;
 pub use crate::config::{Config, MapChange, Membership};
 pub use crate::output::{Output, Transmit};
 pub use crate::peers::EAGER_PEERS;
-pub use crate::status::{PeerState, PeerStatus, WakeReason};
+pub use crate::status::{PathStatus, PeerState, PeerStatus, WakeReason};
 
 /// Every peer of one node. See the crate's contract.
 #[derive(Debug)]
@@ -474,6 +475,23 @@ impl Mesh {
         self.peers.get(id).map(|peer| self.status(peer, self.conditions()))
     }
 
+    /// Every path to a peer that was tried or can be tried: those that something came over, then the
+    /// candidates that never answered.
+    pub fn paths(&self, id: NodeId) -> Vec<PathStatus> {
+        let Some(peer) = self.peers.get(id) else { return Vec::new() };
+        let mut paths = peer.paths(self.fx.now, &self.local);
+        for path in paths.iter_mut().filter(|status| status.path.is_relayed()) {
+            path.relay = self.relays.at(path.path.remote).cloned();
+        }
+        paths
+    }
+
+    /// The changes of state and path of a peer that are remembered, the oldest first.
+    pub fn history(&self, id: NodeId) -> Vec<PeerChange> {
+        let peer = self.peers.get(id);
+        peer.map(|peer| peer.history().iter().copied().collect()).unwrap_or_default()
+    }
+
     /// The node that holds a WireGuard key.
     pub fn node_id(&self, key: &WireguardKey) -> Option<NodeId> {
         self.roster.key_holder(key)
@@ -537,6 +555,7 @@ impl Mesh {
             relay: relayed.and_then(|path| self.relays.at(path.remote)).cloned(),
             mtu: peer.mtu(),
             rtt: peer.rtt(),
+            loss: peer.loss(),
             last_handshake: peer.last_handshake(),
             prefixes: claim.map(|claim| claim.prefixes.clone()).unwrap_or_default(),
             conflicts: claim.map(|claim| claim.conflicts.clone()).unwrap_or_default(),

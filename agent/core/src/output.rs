@@ -8,6 +8,7 @@ use towline_types::id::{NodeId, WireguardKey};
 use towline_types::node::Candidate;
 
 use crate::path::Path;
+use crate::peer_history::PathChange;
 use crate::peer_table::PeerTable;
 use crate::plan::Plan;
 use crate::status::PeerState;
@@ -84,6 +85,17 @@ pub enum Output {
         from: PeerState,
         /// State from now on.
         to: PeerState,
+    },
+    /// The path that a peer's traffic takes changed, for log and events.
+    PathChanged {
+        /// Node whose path changed.
+        peer: NodeId,
+        /// Path until now; `None`: none was known.
+        from: Option<Path>,
+        /// Path from now on; `None`: none is known.
+        to: Option<Path>,
+        /// Reason of the change.
+        reason: PathChange,
     },
     /// The state of a static peer changed, for log and events.
     StaticStateChanged {

@@ -57,10 +57,29 @@ pub struct PeerStatus {
     pub mtu: Option<u16>,
     /// Smoothed round-trip time of that path.
     pub rtt: Option<Duration>,
+    /// Share of the last pings on that path that were lost, from 0 to 1.
+    pub loss: Option<f64>,
     /// Time at which the last handshake completed.
     pub last_handshake: Option<Instant>,
     /// Networks that are routed to it.
     pub prefixes: Vec<IpNet>,
     /// Claims that it did not get.
     pub conflicts: Vec<Conflict>,
+}
+
+/// A path to a peer that was tried or can be tried, as the operator sees it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PathStatus {
+    /// The path. Its local address is `None` where the kernel chooses.
+    pub path: Path,
+    /// Name of the relay, if the path leads through one that is known.
+    pub relay: Option<NodeName>,
+    /// True for the path that carries the peer's traffic.
+    pub in_use: bool,
+    /// Smoothed round-trip time, if a pong came.
+    pub rtt: Option<Duration>,
+    /// Time at which something authentic came over it last.
+    pub heard: Option<Instant>,
+    /// Time at which a pong came over it last.
+    pub answered: Option<Instant>,
 }

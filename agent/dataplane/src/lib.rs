@@ -167,6 +167,15 @@ pub struct Snapshot {
     pub features: Vec<Feature>,
 }
 
+/// Traffic of one peer until one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes of authentic UDP payload received from the peer.
+    pub received_bytes: u64,
+    /// Bytes of UDP payload sent to the peer.
+    pub sent_bytes: u64,
+}
+
 /// Counters and state of one peer at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeerSnapshot {
@@ -462,6 +471,16 @@ impl DataPlane {
             drops: drops.collect(),
             features: self.0.features.iter().map(Switch::status).collect(),
         }
+    }
+
+    /// Returns the traffic of each peer so far. Waits for no worker.
+    pub fn traffic(&self) -> BTreeMap<WireguardKey, Traffic> {
+        let table = self.0.table.load();
+        let traffic = table.peers.iter().map(|peer| {
+            let (sent_bytes, received_bytes) = peer.counters.bytes();
+            (peer.key, Traffic { received_bytes, sent_bytes })
+        });
+        traffic.collect()
     }
 
     /// Returns the last packet from the TUN that was dropped because of its source.

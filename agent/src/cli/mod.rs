@@ -6,15 +6,18 @@
 #![expect(clippy::print_stderr, reason = "diagnostics of the command line")]
 
 mod daemon;
+mod events;
 mod guard;
 mod install;
 mod join;
 pub(crate) mod local;
 mod machine;
+mod peer;
 mod peers;
 mod ping;
 mod status;
 mod wait;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -65,9 +68,13 @@ enum Command {
     /// node for at most 30 s
     Wait(wait::WaitArgs),
     /// Show the state of this node
-    Status(OutputArgs),
+    Status(watch::WatchArgs),
     /// Show every peer: state, path, round-trip time, traffic
-    Peers(OutputArgs),
+    Peers(watch::WatchArgs),
+    /// Show everything about one peer: every path that was tried, and what happened to it
+    Peer(peer::PeerArgs),
+    /// Show what happened on this node lately: peers, paths, controllers, problems
+    Events(events::EventsArgs),
     /// Show this machine's WireGuard public key, for the other end of a static peer
     Pubkey,
     /// Probe the path to a node
@@ -148,8 +155,16 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             daemon::run(config, cli.global.config, Purpose::Relay)
         }
         Command::Wait(args) => wait::run(&config()?, &args),
-        Command::Status(args) => status::run(&config()?, args.output),
-        Command::Peers(args) => peers::run(&config()?, args.output),
+        Command::Status(args) => {
+            let config = config()?;
+            watch::repeat(&args, || status::text_of(&config, args.output))
+        }
+        Command::Peers(args) => {
+            let config = config()?;
+            watch::repeat(&args, || peers::text_of(&config, args.output))
+        }
+        Command::Peer(args) => peer::run(&config()?, args),
+        Command::Events(args) => events::run(&config()?, args),
         Command::Pubkey => daemon::pubkey(&config()?),
         Command::Ping(args) => ping::run(&config()?, args),
         Command::Leave(args) => machine::leave(&config()?, &args),

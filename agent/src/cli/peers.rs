@@ -10,13 +10,14 @@ use towline_service::output::{self, Format};
 use super::local::{status_error, with_agent};
 use crate::config::Config;
 
-pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
+/// Returns the output of `towline peers`.
+pub(super) fn text_of(config: &Config, format: Format) -> anyhow::Result<String> {
     let peers = with_agent(&config.socket, async |mut agent| {
         let answer =
             agent.peers(pb::PeersRequest {}).await.map_err(|status| status_error(&status))?;
         Ok(answer.into_inner().peers)
     })?;
-    Ok(output::write(format, &peers, |wide| text(&peers, wide))?)
+    Ok(output::text(format, &peers, |wide| text(&peers, wide))?)
 }
 
 fn text(peers: &[pb::PeerStatus], wide: bool) -> String {
@@ -30,13 +31,17 @@ fn text(peers: &[pb::PeerStatus], wide: bool) -> String {
         "STATE",
         "PATH",
         "RTT",
+        "LOSS",
+        "MTU",
         "HANDSHAKE",
         "RX",
         "TX",
+        "RX/S",
+        "TX/S",
         "PREFIXES",
     ];
     if wide {
-        header.extend(["MTU", "SINCE", "PUBLIC KEY", "CANDIDATES", "CONFLICTS"]);
+        header.extend(["SINCE", "PUBLIC KEY", "CANDIDATES", "CONFLICTS"]);
     }
     let rows = peers.iter().map(|peer| {
         let to = if peer.relay.is_empty() { &peer.path } else { &peer.relay };
@@ -54,13 +59,16 @@ fn text(peers: &[pb::PeerStatus], wide: bool) -> String {
             peer.state.clone(),
             output::or_dash(path),
             output::or_dash(peer.rtt_us.map(output::rtt)),
+            output::or_dash(peer.loss_percent.map(|percent| format!("{percent:.0} %"))),
+            output::or_dash(peer.mtu.map(|mtu| mtu.to_string())),
             output::or_dash(handshake.map(output::span)),
             output::bytes(peer.rx_bytes),
             output::bytes(peer.tx_bytes),
+            output::or_dash(peer.rx_bytes_per_s.map(output::rate)),
+            output::or_dash(peer.tx_bytes_per_s.map(output::rate)),
             output::list(&peer.prefixes),
         ];
         if wide {
-            row.push(output::or_dash(peer.mtu.map(|mtu| mtu.to_string())));
             row.push(output::span(Duration::from_millis(peer.since_ms)));
             row.push(peer.public_key.clone());
             let candidates = peer.candidates.iter().filter_map(|one| Candidate::try_from(one).ok());

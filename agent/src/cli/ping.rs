@@ -3,11 +3,13 @@
 use anyhow::bail;
 use clap::Args;
 use serde::Serialize;
+use towline_proto::code::Coded as _;
 use towline_proto::pb;
 use towline_service::output::{self, Format};
 
 use super::local::{status_error, with_agent};
 use crate::config::Config;
+use crate::control::PathKind;
 
 #[derive(Debug, Args)]
 pub(super) struct PingArgs {
@@ -22,6 +24,9 @@ pub(super) struct PingArgs {
     /// Milliseconds to wait for each answer
     #[arg(short, long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(10..=60_000))]
     timeout: u32,
+    /// Stop at the first answer by a direct path, and fail if there is none
+    #[arg(long)]
+    until_direct: bool,
     /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -32,7 +37,26 @@ struct Report {
     node: String,
     sent: usize,
     received: usize,
+    /// Round-trip times in microseconds. Absent if nothing was received.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rtt_us: Option<RoundTrips>,
     probes: Vec<pb::PingResponse>,
+}
+
+/// Shortest, mean and longest round-trip time, in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct RoundTrips {
+    min: u64,
+    mean: u64,
+    max: u64,
+}
+
+impl RoundTrips {
+    fn of(probes: &[pb::PingResponse]) -> Option<Self> {
+        let times: Vec<u64> = probes.iter().filter_map(|probe| probe.rtt_us).collect();
+        let (min, max) = (*times.iter().min()?, *times.iter().max()?);
+        Some(Self { min, mean: times.iter().sum::<u64>() / times.len() as u64, max })
+    }
 }
 
 /// Probes the path. Succeeds if at least one probe was answered.
@@ -44,7 +68,8 @@ pub(super) fn run(config: &Config, args: PingArgs) -> anyhow::Result<()> {
         timeout_ms: args.timeout,
     };
     let live = matches!(args.output, Format::Table | Format::Wide);
-    let node = args.node;
+    let (node, until_direct) = (args.node, args.until_direct);
+    let direct = PathKind::Direct.code();
     let probes = with_agent(&config.socket, async |mut agent| {
         let answer = agent.ping(request).await.map_err(|status| status_error(&status))?;
         let mut stream = answer.into_inner();
@@ -53,19 +78,35 @@ pub(super) fn run(config: &Config, args: PingArgs) -> anyhow::Result<()> {
             if live {
                 output::print(&line(&node, &answer))?;
             }
+            let is_direct = answer.path_kind == direct;
             probes.push(answer);
+            if until_direct && is_direct {
+                break;
+            }
         }
         Ok(probes)
     })?;
     let received = probes.iter().filter(|probe| probe.rtt_us.is_some()).count();
-    let report = Report { node, sent: probes.len(), received, probes };
-    if let Some(document) = output::document(args.output, &report)? {
-        output::print(&document)?;
-    }
+    let rtt_us = RoundTrips::of(&probes);
+    let report = Report { node, sent: probes.len(), received, rtt_us, probes };
+    output::write(args.output, &report, |_| summary(&report))?;
     if received == 0 {
         bail!("no answer from {}: run `towline peers` to see why", report.node);
     }
+    if until_direct && report.probes.iter().all(|probe| probe.path_kind != direct) {
+        bail!("no direct path to {0}: run `towline peer {0}` to see why", report.node);
+    }
     Ok(())
+}
+
+fn summary(report: &Report) -> String {
+    let Report { sent, received, rtt_us, .. } = report;
+    let lost = (sent - received) * 100 / (*sent).max(1);
+    let times = rtt_us.map(|RoundTrips { min, mean, max }| {
+        let [min, mean, max] = [min, mean, max].map(output::rtt);
+        format!("; round-trip time {min} to {max}, mean {mean}")
+    });
+    format!("{received} of {sent} answered, {lost} % lost{}", times.unwrap_or_default())
 }
 
 fn line(node: &str, answer: &pb::PingResponse) -> String {
@@ -77,5 +118,26 @@ fn line(node: &str, answer: &pb::PingResponse) -> String {
             output::rtt(rtt)
         ),
         None => format!("no answer from {node}: {}", answer.reason),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_summary_counts_what_was_lost() {
+        let answers = [Some(400), None, Some(200), None];
+        let probes: Vec<_> = answers
+            .into_iter()
+            .map(|rtt_us| pb::PingResponse { rtt_us, ..Default::default() })
+            .collect();
+        let rtt_us = RoundTrips::of(&probes);
+        let report = Report { node: "w1".into(), sent: 4, received: 2, rtt_us, probes };
+        assert_eq!(
+            summary(&report),
+            "2 of 4 answered, 50 % lost; round-trip time 0.20 ms to 0.40 ms, mean 0.30 ms"
+        );
+        assert_eq!(RoundTrips::of(&[]), None);
     }
 }

@@ -14,7 +14,8 @@ use crate::config::Config;
 use crate::daemon;
 use crate::down::{DownMarker, MachineState};
 
-pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
+/// Returns the output of `towline status`.
+pub(super) fn text_of(config: &Config, format: Format) -> anyhow::Result<String> {
     let marker = DownMarker::of(config).read().filter(|_| !daemon::is_running(&config.socket));
     if let Some(down) = marker {
         bail!("no agent is running: {down}");
@@ -24,7 +25,7 @@ pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
             agent.status(pb::StatusRequest {}).await.map_err(|status| status_error(&status))?;
         Ok(answer.into_inner())
     })?;
-    Ok(output::write(format, &status, |wide| text(&status, wide))?)
+    Ok(output::text(format, &status, |wide| text(&status, wide))?)
 }
 
 fn text(status: &pb::StatusResponse, wide: bool) -> String {

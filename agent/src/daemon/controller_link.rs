@@ -164,6 +164,11 @@ impl ControllerLink {
         }
     }
 
+    /// Returns whether there is a session with a controller.
+    pub(super) fn is_connected(&self) -> bool {
+        self.session.is_connected
+    }
+
     /// Returns the controller part of the status. `None` without a mesh.
     pub(super) fn status(&self) -> Option<pb::ControllerStatus> {
         let session = &self.session;

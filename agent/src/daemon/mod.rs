@@ -22,6 +22,7 @@
 //! | `KubernetesNode` | this machine's Node object |
 //! | `FirewallSearch` | a search of other programs' firewalls, and the requests that wait for it |
 //! | `Prober` | keys of the pairs, and pings of the operator |
+//! | `Observer` | events, rates of traffic, and the problems that are known |
 //! | `RelayServer` | requests of other nodes to this node's relay |
 //! | `Leaving` | a `towline leave` that waits for a controller |
 //! | `Reporter` | nothing: it reads all of them for status output |
@@ -32,6 +33,7 @@ mod firewall_search;
 mod host_controller;
 mod kubernetes_node;
 mod leave;
+mod observer;
 mod prober;
 mod problem;
 mod relay_server;
@@ -57,6 +59,7 @@ use ipnet::IpNet;
 use tokio::sync::oneshot;
 use towline_core::mesh::{Mesh, Output, PeerState, Transmit};
 use towline_core::path::Path as NetworkPath;
+use towline_core::peer_history::PathChange;
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::prefixes::is_private;
 use towline_dataplane as dataplane;
@@ -68,9 +71,10 @@ use towline_service::notify::Notifier;
 
 use crate::config::{Addressing, Config};
 use crate::confirm::{self, Confirmation, Moment};
-use crate::control::{ControlServer, Request};
+use crate::control::{self, ControlServer, Request};
 use crate::discovery;
 use crate::down::DownMarker;
+use crate::events::Event;
 use crate::node_ip::NodeIps;
 use crate::state::StateDir;
 use crate::static_peers;
@@ -80,6 +84,7 @@ use firewall_search::FirewallSearch;
 use host_controller::HostController;
 use kubernetes_node::KubernetesNode;
 use leave::Leaving;
+use observer::Observer;
 use prober::Prober;
 use relay_server::RelayServer;
 use report::Reporter;
@@ -203,6 +208,7 @@ struct Daemon {
     firewalls: FirewallSearch,
     prober: Prober,
     relay: RelayServer,
+    observer: Observer,
     /// Set while `towline leave` waits for a controller.
     leaving: Option<Leaving>,
 }
@@ -227,6 +233,7 @@ impl Daemon {
         let exit = loop {
             if let Some(slept) = sleep.woke(sleep::asleep()) {
                 tracing::info!(?slept, "the machine slept: connecting again");
+                self.observer.happened(&Event::MachineSlept { time: slept });
                 self.mesh.handle_wake(Instant::now());
                 self.addresses_changed();
             }
@@ -247,11 +254,12 @@ impl Daemon {
                 }
             }
             let deadline = self.mesh.poll_timeout().map(|(at, _reason)| at);
-            let search_at = self.firewalls.due();
+            let (search_at, look_at) = (self.firewalls.due(), self.observer.due());
             tokio::select! {
                 () = at(deadline) => self.mesh.handle_timeout(Instant::now()),
                 () = at(Some(watchdog.due())) => {}
                 () = at(Some(search_at)) => self.search_firewalls(),
+                () = at(Some(look_at)) => self.observe(),
                 found = self.firewalls.finished() => {
                     self.host.take_obstacles(found);
                     for reply in self.firewalls.take_waiting() {
@@ -314,6 +322,8 @@ impl Daemon {
             }
             Report::Fault(fault) => {
                 tracing::error!(%fault, "data plane failed: restarting it");
+                let event = Event::DataPlaneRestarted { fault: fault.to_string() };
+                self.observer.happened(&event);
                 let relay = self.relay.handle_for_data_plane();
                 self.tunnels.restart(&self.config, self.prober.own_key(), relay, self.purpose)?;
                 self.host.restore();
@@ -347,6 +357,16 @@ impl Daemon {
     }
 
     fn controller_event(&mut self, event: discovery::Event) {
+        match &event {
+            discovery::Event::Connected { address, .. } => {
+                let address = address.to_string();
+                self.observer.happened(&Event::ControllerConnected { address });
+            }
+            discovery::Event::Disconnected { reason } if self.controller.is_connected() => {
+                self.observer.happened(&Event::ControllerLost(observer::reason(reason)));
+            }
+            _ => {}
+        }
         match self.controller.handle(Instant::now(), &mut self.mesh, event) {
             None => {}
             Some(Received::Signal(datagram)) => self.message_received(None, &datagram),
@@ -417,6 +437,13 @@ impl Daemon {
             }
             Request::Peers(reply) => {
                 let _ = reply.send(Reporter(self).peers());
+            }
+            Request::Peer { node, reply } => {
+                let peer = Reporter(self).peer(&node);
+                let _ = reply.send(peer.ok_or_else(|| control::unknown_node(&node)));
+            }
+            Request::Events { after, reply } => {
+                let _ = reply.send(self.observer.log().read(after));
             }
             Request::Ping { node, timeout, reply } => {
                 self.prober.ping(Instant::now(), &mut self.mesh, &node, timeout, reply);
@@ -542,6 +569,9 @@ impl Daemon {
                 }
                 Output::Advertise(candidates) => self.announcer.set_candidates(candidates),
                 Output::StateChanged { peer, from, to } => self.state_changed(peer, from, to),
+                Output::PathChanged { peer, from, to, reason } => {
+                    self.path_changed(peer, from, to, reason);
+                }
                 Output::StaticStateChanged { peer, from, to } => {
                     self.static_state_changed(peer, from, to);
                 }
@@ -598,26 +628,51 @@ impl Daemon {
         self.relay.set_peers(table);
     }
 
-    fn static_state_changed(&self, peer: WireguardKey, from: PeerState, to: PeerState) {
+    fn static_state_changed(&mut self, peer: WireguardKey, from: PeerState, to: PeerState) {
         let status = self.mesh.static_peers().find(|status| status.public_key == peer);
         let Some(status) = status else { return };
         let endpoint = status.endpoint.map(|path| tracing::field::display(path.remote));
         let code = status.reason.as_ref().map(Coded::code);
-        let reason = status.reason.map(tracing::field::display);
-        tracing::info!(peer = %status.name, ?from, ?to, endpoint, reason, code, "static peer");
+        let why = status.reason.as_ref().map(tracing::field::display);
+        tracing::info!(peer = %status.name, ?from, ?to, endpoint, reason = why, code, "static peer");
+        let reason = status.reason.as_ref().map(observer::reason);
+        let (peer, path) = (status.name, status.endpoint);
+        self.observer.happened(&Event::PeerState { peer, from, to, path, reason });
     }
 
-    fn state_changed(&self, peer: NodeId, from: PeerState, to: PeerState) {
+    fn state_changed(&mut self, peer: NodeId, from: PeerState, to: PeerState) {
         let Some(status) = self.mesh.peer(peer) else { return };
         let name = status.node.name();
         match status.path {
             Some(path) => tracing::info!(peer = %name, ?from, ?to, %path, "peer"),
             None => {
                 let code = status.reason.as_ref().map(Coded::code);
-                let reason = status.reason.map(tracing::field::display);
+                let reason = status.reason.as_ref().map(tracing::field::display);
                 tracing::info!(peer = %name, ?from, ?to, reason, code, "peer");
             }
         }
+        let (peer, path) = (name.to_string(), status.path);
+        let reason = status.reason.as_ref().map(observer::reason);
+        self.observer.happened(&Event::PeerState { peer, from, to, path, reason });
+    }
+
+    fn path_changed(
+        &mut self,
+        peer: NodeId,
+        from: Option<NetworkPath>,
+        to: Option<NetworkPath>,
+        reason: PathChange,
+    ) {
+        let Some(status) = self.mesh.peer(peer) else { return };
+        let peer = status.node.name().to_string();
+        self.observer.happened(&Event::PeerPath { peer, from, to, reason });
+    }
+
+    /// Compares problems and traffic with those of a moment ago.
+    fn observe(&mut self) {
+        let problems = Reporter(self).problems();
+        let traffic = self.tunnels.data_plane().traffic();
+        self.observer.look(Instant::now(), &problems, traffic);
     }
 }
 

@@ -4,11 +4,12 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ipnet::IpNet;
-use towline_core::mesh::{PeerState, PeerStatus};
+use towline_core::mesh::{PathStatus, PeerState, PeerStatus};
+use towline_core::peer_history::{Changed, PeerChange};
 use towline_core::static_peers::StaticPeerStatus;
 use towline_dataplane::{Feature, ForeignSource};
 use towline_proto::code::Coded;
-use towline_proto::id::WireguardKey;
+use towline_proto::id::{NodeId, WireguardKey};
 use towline_proto::node::Grant;
 use towline_proto::pb;
 use towline_service::certificate;
@@ -19,6 +20,7 @@ use crate::config::Config;
 use crate::confirm::Confirmation;
 use crate::control::PathKind;
 use crate::down::MachineState;
+use crate::events;
 use crate::state::StateDir;
 
 /// Time after which something that was seen once is no longer a problem.
@@ -84,7 +86,7 @@ impl Reporter<'_> {
         }
     }
 
-    fn problems(&self) -> Vec<Problem> {
+    pub(super) fn problems(&self) -> Vec<Problem> {
         let Self(daemon) = self;
         let mesh = &daemon.mesh;
         let mut problems = Vec::new();
@@ -156,21 +158,49 @@ impl Reporter<'_> {
     /// Returns the answer to `towline peers`.
     pub(super) fn peers(&self) -> pb::PeersResponse {
         let Self(daemon) = self;
-        let snapshot = daemon.tunnels.data_plane().snapshot();
+        let traffic = daemon.tunnels.data_plane().traffic();
         let now = Instant::now();
-        let bytes = |key: &WireguardKey| {
-            let counters = snapshot.peers.get(key);
-            counters.map_or((0, 0), |counters| (counters.received_bytes, counters.sent_bytes))
+        let with_traffic = |key: WireguardKey, status: pb::PeerStatus| {
+            let bytes = traffic.get(&key);
+            let rates = daemon.observer.rates(&key);
+            pb::PeerStatus {
+                rx_bytes: bytes.map_or(0, |bytes| bytes.received_bytes),
+                tx_bytes: bytes.map_or(0, |bytes| bytes.sent_bytes),
+                rx_bytes_per_s: rates.map(|rates| rates.received),
+                tx_bytes_per_s: rates.map(|rates| rates.sent),
+                ..status
+            }
         };
-        let nodes = daemon.mesh.peers().map(|peer| {
-            let (rx_bytes, tx_bytes) = bytes(&peer.node.wireguard_key());
-            pb::PeerStatus { rx_bytes, tx_bytes, ..peer_status(peer, now) }
-        });
-        let static_peers = daemon.mesh.static_peers().map(|peer| {
-            let (rx_bytes, tx_bytes) = bytes(&peer.public_key);
-            pb::PeerStatus { rx_bytes, tx_bytes, ..static_peer_status(peer, now) }
-        });
+        let nodes = daemon
+            .mesh
+            .peers()
+            .map(|peer| with_traffic(peer.node.wireguard_key(), peer_status(peer, now)));
+        let static_peers = daemon
+            .mesh
+            .static_peers()
+            .map(|peer| with_traffic(peer.public_key, static_peer_status(peer, now)));
         pb::PeersResponse { peers: nodes.chain(static_peers).collect() }
+    }
+
+    /// Returns the answer to `towline peer` for the peer with this name or overlay address.
+    pub(super) fn peer(&self, name: &str) -> Option<pb::PeerResponse> {
+        let named = |peer: &pb::PeerStatus| {
+            peer.name == name || peer.overlay_addresses.iter().any(|address| address == name)
+        };
+        let peer = self.peers().peers.into_iter().find(named)?;
+        let Ok(id) = peer.node_id.parse::<NodeId>() else {
+            // A static peer has one endpoint, and no history.
+            return Some(pb::PeerResponse { peer: Some(peer), ..Default::default() });
+        };
+        let mesh = &self.0.mesh;
+        let (now, clock) = (Instant::now(), SystemTime::now());
+        let paths = mesh.paths(id).into_iter().map(|path| path_status(path, now));
+        let history = mesh.history(id).into_iter().map(|change| peer_change(change, now, clock));
+        Some(pb::PeerResponse {
+            peer: Some(peer),
+            paths: paths.collect(),
+            history: history.collect(),
+        })
     }
 }
 
@@ -228,10 +258,9 @@ fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
         path: peer.path.map(|path| path.remote.to_string()).unwrap_or_default(),
         relay: peer.relay.map(|relay| relay.to_string()).unwrap_or_default(),
         mtu: peer.mtu.map(u32::from),
-        rtt_us: peer.rtt.map(|rtt| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
+        rtt_us: peer.rtt.map(micros),
+        loss_percent: peer.loss.map(|share| share * 100.0),
         handshake_age_ms: peer.last_handshake.map(|at| millis(now.saturating_duration_since(at))),
-        rx_bytes: 0,
-        tx_bytes: 0,
         prefixes: announced.map(ToString::to_string).collect(),
         conflicts: texts(&peer.conflicts),
         conflict_details: details(&peer.conflicts),
@@ -240,6 +269,42 @@ fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
         candidates: peer.node.record().candidates.iter().map(Into::into).collect(),
         reason: text(peer.reason.as_ref()),
         reason_code: code(peer.reason.as_ref()),
+        // Filled in by the caller.
+        rx_bytes: 0,
+        tx_bytes: 0,
+        rx_bytes_per_s: None,
+        tx_bytes_per_s: None,
+    }
+}
+
+fn path_status(status: PathStatus, now: Instant) -> pb::PathStatus {
+    let age = |at: Instant| millis(now.saturating_duration_since(at));
+    pb::PathStatus {
+        path_kind: PathKind::of(&status.path).code().into(),
+        path: status.path.remote.to_string(),
+        relay: text(status.relay.as_ref()),
+        local_address: text(status.path.local.map(|local| local.address).as_ref()),
+        in_use: status.in_use,
+        rtt_us: status.rtt.map(micros),
+        heard_ms: status.heard.map(age),
+        answered_ms: status.answered.map(age),
+    }
+}
+
+fn peer_change(change: PeerChange, now: Instant, clock: SystemTime) -> pb::PeerChange {
+    let at = clock.checked_sub(now.saturating_duration_since(change.at)).unwrap_or(UNIX_EPOCH);
+    let empty = pb::PeerChange { at: events::unix_millis(at), ..Default::default() };
+    match change.what {
+        Changed::State { from, to } => {
+            pb::PeerChange { from_state: from.code().into(), to_state: to.code().into(), ..empty }
+        }
+        Changed::Path { from, to, reason } => pb::PeerChange {
+            from_path: text(from.as_ref()),
+            to_path: text(to.as_ref()),
+            reason: reason.to_string(),
+            reason_code: reason.code().into(),
+            ..empty
+        },
     }
 }
 
@@ -278,6 +343,10 @@ pub(super) fn texts(list: &[impl ToString]) -> Vec<String> {
 /// Returns the codes and texts of problems, conflicts or notes.
 pub(super) fn details<T: Coded + ToString>(list: &[T]) -> Vec<pb::Detail> {
     list.iter().map(pb::Detail::of).collect()
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 pub(super) fn millis(duration: Duration) -> u64 {

@@ -21,6 +21,7 @@ use crate::config::Config;
 use crate::confirm::{self, Confirmation, Moment};
 use crate::control::{ControlServer, DownAnswer, NoPong, PingAnswer, Request};
 use crate::down::{Down, DownMarker, MachineState};
+use crate::events::EventLog;
 use crate::state::StateDir;
 
 /// Delay after a failure until the host is opened again.
@@ -147,6 +148,12 @@ impl Standby {
             }
             Request::Peers(reply) => {
                 let _ = reply.send(pb::PeersResponse::default());
+            }
+            Request::Peer { reply, .. } => {
+                let _ = reply.send(Err(self.down().to_string()));
+            }
+            Request::Events { after, reply } => {
+                let _ = reply.send(EventLog::new(0).read(after));
             }
             Request::Ping { reply, .. } => {
                 let _ = reply.send(PingAnswer::Silence(NoPong::Down(self.down())));

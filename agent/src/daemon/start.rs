@@ -18,6 +18,7 @@ use super::controller_link::ControllerLink;
 use super::firewall_search::FirewallSearch;
 use super::host_controller::HostController;
 use super::kubernetes_node::KubernetesNode;
+use super::observer::Observer;
 use super::prober::Prober;
 use super::relay_server::RelayServer;
 use super::tunnels::Tunnels;
@@ -138,6 +139,7 @@ impl Daemon {
         let handle = relay.handle_for_data_plane();
         let tunnels = Tunnels::start(&config, prober.own_key(), handle, purpose)?;
         let cached = state.prefixes()?;
+        let observer = Observer::new(now, stored.counters.boot_epoch);
 
         let mesh = stored.mesh(&config, &cached, now);
         let (announcer, announced) = Announcer::new(state.clone(), cached, config.relay.enabled);
@@ -174,6 +176,7 @@ impl Daemon {
             firewalls: FirewallSearch::new(now),
             prober,
             relay,
+            observer,
             leaving: None,
         })
     }

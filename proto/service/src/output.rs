@@ -66,10 +66,23 @@ pub fn write(
     value: &impl Serialize,
     text: impl FnOnce(bool) -> String,
 ) -> Result<(), OutputError> {
-    match document(format, value)? {
-        Some(document) => print(&document),
-        None => print(&text(format == Format::Wide)),
-    }
+    print(&self::text(format, value, text)?)
+}
+
+/// Returns what [`write`] writes.
+///
+/// # Errors
+///
+/// If the value cannot be encoded.
+pub fn text(
+    format: Format,
+    value: &impl Serialize,
+    text: impl FnOnce(bool) -> String,
+) -> Result<String, OutputError> {
+    Ok(match document(format, value)? {
+        Some(document) => document,
+        None => text(format == Format::Wide),
+    })
 }
 
 /// Returns a value as JSON or YAML, or `None` if the format is a table.
@@ -130,6 +143,11 @@ pub fn bytes(count: u64) -> String {
         unit += 1;
     }
     format!("{value:.1} {}", UNITS[unit])
+}
+
+/// Formats a rate in binary units a second: `1.5 MiB/s`.
+pub fn rate(bytes_per_s: u64) -> String {
+    bytes(bytes_per_s) + "/s"
 }
 
 /// Formats a duration in its two largest units, the second one only if it is not zero: `1h 5m`,

@@ -381,6 +381,7 @@ fn check(output: &Output, sent: &mut u32) {
         Output::Plan(_)
         | Output::SecondPort { .. }
         | Output::StateChanged { .. }
+        | Output::PathChanged { .. }
         | Output::StaticStateChanged { .. }
         | Output::PingResult { .. } => {}
     }

@@ -366,7 +366,9 @@ impl Host {
                     Output::StateChanged { peer, from, to } => {
                         actions.push(Action::StateChanged(peer, from, to));
                     }
-                    Output::StaticStateChanged { .. } | Output::PingResult { .. } => {}
+                    Output::PathChanged { .. }
+                    | Output::StaticStateChanged { .. }
+                    | Output::PingResult { .. } => {}
                 }
             } else if let Some(effect) = agent.tunnels.effects.pop_front() {
                 use super::tunnel::Effect;

@@ -16,6 +16,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::loss::Loss;
+
 /// How often a path that is in use is pinged.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause between pings while the path is in doubt.
@@ -46,6 +48,8 @@ pub(super) struct Liveness {
     doubt: Option<Instant>,
     /// Time of the last pong. Cleared when the path changes.
     answered: Option<Instant>,
+    /// Pings on this path that were lost.
+    loss: Loss,
 }
 
 /// Result of [`Liveness::due`].
@@ -86,6 +90,7 @@ impl Liveness {
         self.unanswered = 0;
         self.doubt = None;
         self.answered = None;
+        self.loss = Loss::default();
     }
 
     /// Records a pong on the path, to a ping that was sent at `sent`. Returns when to ping next;
@@ -94,6 +99,7 @@ impl Liveness {
         self.unanswered = 0;
         self.doubt = None;
         self.answered = Some(now);
+        self.loss.record(false);
         if self.is_used(now) {
             Some((sent + PROBE_INTERVAL).max(now))
         } else {
@@ -103,6 +109,9 @@ impl Liveness {
 
     /// Counts the ping that is due, or gives the path up. An answer takes `wait` at most.
     pub(super) fn due(&mut self, now: Instant, wait: Duration) -> Verdict {
+        if self.unanswered > 0 {
+            self.loss.record(true);
+        }
         if self.unanswered >= DEAD {
             return Verdict::Dead;
         }
@@ -115,6 +124,12 @@ impl Liveness {
             2 => Verdict::Doubt(DOUBT_INTERVAL),
             _ => Verdict::Ping(DOUBT_INTERVAL),
         }
+    }
+
+    /// Returns the share of the last pings on the path that were lost, from 0 to 1. `None` before the first
+    /// one.
+    pub(super) fn loss(&self) -> Option<f64> {
+        self.loss.share()
     }
 
     /// Returns since when the path is in doubt, once another one may take over.

@@ -1,6 +1,6 @@
 //! What a change of our own addresses, uplinks or port means for a peer.
 
-use super::{HEARD_FOR, Peer, PeerContext, PeerState};
+use super::{HEARD_FOR, PathChange, Peer, PeerContext, PeerState};
 use crate::pings::Purpose;
 use crate::timers::Timer;
 
@@ -32,7 +32,8 @@ impl Peer {
                     tracing::debug!(%path, "path given up: its uplink is gone");
                     lost = true;
                     let other = self.paths.best(cx.fx.now, HEARD_FOR, None);
-                    self.set_endpoint(cx, other.or(Some(cx.local.canonical(path))));
+                    let to = other.or(Some(cx.local.canonical(path)));
+                    self.set_endpoint(cx, to, PathChange::AddressGone);
                 }
             }
         }
@@ -71,7 +72,7 @@ impl Peer {
         self.paths.follow_port(cx.local);
         let moved = self.endpoint.map(|path| cx.local.on_port(path));
         if moved != self.endpoint {
-            self.set_endpoint(cx, moved);
+            self.set_endpoint(cx, moved, PathChange::PortChanged);
             if self.state == PeerState::Up {
                 cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
             }

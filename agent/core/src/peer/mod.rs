@@ -5,6 +5,7 @@
 //! - [`connect_schedule`]: when attempts are made, while there is no path or none good enough.
 //! - [`inbound`]: messages from the peer, or from a relay about it.
 //! - [`liveness`]: whether the one that carries traffic still does.
+//! - [`loss`]: how many pings on it are lost.
 //! - [`pmtu`]: how large a datagram it takes.
 //! - [`trains`]: whether it takes several that are sent together.
 //! - [`local_changes`]: what a change of our own addresses, uplinks or port means for it.
@@ -30,6 +31,7 @@ mod connect_schedule;
 mod inbound;
 mod liveness;
 mod local_changes;
+mod loss;
 mod paths;
 mod peer_candidates;
 pub(crate) mod pmtu;
@@ -55,6 +57,7 @@ use crate::home_relays::HomeRelays;
 use crate::local_node::{LocalNode, is_reachable};
 use crate::output::Output;
 use crate::path::Path;
+use crate::peer_history::{Changed, PathChange, PeerHistory};
 use crate::peer_table::{Observation, REKEY_TIMEOUT};
 use crate::pings::Purpose;
 use crate::probing::{CallOrder, Probing};
@@ -132,6 +135,7 @@ pub(crate) struct Peer {
     /// Time at which the other good paths were pinged last.
     compared: Option<Instant>,
     paths: Paths,
+    history: PeerHistory,
     liveness: Liveness,
     pmtu: Pmtu,
     /// Candidates of calls, and until when each is worth a try.
@@ -166,6 +170,7 @@ impl Peer {
             moved: None,
             compared: None,
             paths: Paths::default(),
+            history: PeerHistory::default(),
             liveness: Liveness::default(),
             pmtu: Pmtu::default(),
             signalled: BTreeMap::new(),
@@ -213,6 +218,17 @@ impl Peer {
     /// Returns the path that carries traffic.
     pub(crate) fn path(&self) -> Option<Path> {
         self.endpoint.filter(|_| self.state == PeerState::Up)
+    }
+
+    /// Returns the share of the last pings on the path in use that were lost, from 0 to 1.
+    pub(crate) fn loss(&self) -> Option<f64> {
+        self.path()?;
+        self.liveness.loss()
+    }
+
+    /// Returns the changes of state and path that are remembered, the oldest first.
+    pub(crate) fn history(&self) -> &PeerHistory {
+        &self.history
     }
 
     pub(crate) fn rtt(&self) -> Option<Duration> {
@@ -264,7 +280,7 @@ impl Peer {
         if other_key {
             // Another tunnel: nothing of the old one holds.
             self.has_session = false;
-            self.set_endpoint(cx, None);
+            self.set_endpoint(cx, None, PathChange::KeyChanged);
         }
         let wanted = cx.is_eager || self.state != PeerState::Idle;
         if other_key || rebooted {
@@ -464,7 +480,11 @@ impl Peer {
             tracing::debug!(%from, path = ?was, "handshake on a worse path ignored");
             return;
         }
-        self.set_endpoint(cx, Some(from));
+        let is_better = was.is_some_and(|was| {
+            Tier::of(&from) < Tier::of(&was) || self.paths.better(cx.fx.now, was) == Some(from)
+        });
+        let reason = if is_better { PathChange::Better } else { PathChange::Handshake };
+        self.set_endpoint(cx, Some(from), reason);
         if was == Some(from) {
             return;
         }
@@ -509,7 +529,7 @@ impl Peer {
             cx.fx.timers.set_no_later(Timer::Probe(self.id()), cx.fx.now);
             return;
         }
-        self.set_endpoint(cx, Some(from));
+        self.set_endpoint(cx, Some(from), PathChange::Roamed);
         if self.state == PeerState::Up {
             cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
         }
@@ -584,7 +604,7 @@ impl Peer {
     /// Leaves a path that seems dead for one that answers.
     fn take_over(&mut self, cx: &mut PeerContext<'_>, to: Path) {
         tracing::debug!(from = ?self.endpoint, %to, "path in doubt left for one that answers");
-        self.set_endpoint(cx, Some(to));
+        self.set_endpoint(cx, Some(to), PathChange::Silent);
         // So that the peer follows at once, whether or not we have something to send.
         self.initiate(cx, vec![to]);
         cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
@@ -639,6 +659,7 @@ impl Peer {
         let from = std::mem::replace(&mut self.state, to);
         tracing::debug!(?from, ?to, path = ?self.endpoint, "state changed");
         self.since = cx.fx.now;
+        self.history.add(cx.fx.now, Changed::State { from, to });
         if matches!(from, PeerState::Up | PeerState::Idle) {
             self.trying_since = cx.fx.now;
         }
@@ -662,11 +683,21 @@ impl Peer {
         cx.fx.mark(Change::Endpoint);
     }
 
-    fn set_endpoint(&mut self, cx: &mut PeerContext<'_>, endpoint: Option<Path>) {
+    fn set_endpoint(
+        &mut self,
+        cx: &mut PeerContext<'_>,
+        endpoint: Option<Path>,
+        reason: PathChange,
+    ) {
         if self.endpoint == endpoint && (endpoint.is_none() || self.pmtu.path() == endpoint) {
             return;
         }
-        tracing::debug!(from = ?self.endpoint, to = ?endpoint, "endpoint changed");
+        let (from, to) = (self.endpoint, endpoint);
+        tracing::debug!(?from, ?to, %reason, "endpoint changed");
+        if from != to {
+            self.history.add(cx.fx.now, Changed::Path { from, to, reason });
+            cx.fx.output(Output::PathChanged { peer: self.id(), from, to, reason });
+        }
         if let Some(before) = self.endpoint {
             self.left = Some((before, cx.fx.now));
         }

@@ -9,6 +9,7 @@ use crate::local_node::LocalNode;
 use crate::path::Path;
 use crate::prefixes::is_private;
 use crate::rtt::Rtt;
+use crate::status::PathStatus;
 
 /// Largest number of paths that are remembered in addition to the candidates.
 const MORE: usize = 8;
@@ -175,6 +176,20 @@ impl Paths {
     pub(super) fn has_answered(&self, now: Instant, since: Instant) -> bool {
         let is_later = |known: &KnownPath| known.answered.is_some_and(|at| at > since);
         self.known.values().any(|known| is_later(known) && works(known, now, HEARD_FOR))
+    }
+
+    /// Returns every known path as the operator sees it, the best kind first.
+    pub(super) fn statuses(&self, in_use: Option<Path>) -> impl Iterator<Item = PathStatus> {
+        let mut known: Vec<_> = self.known.iter().collect();
+        known.sort_by_key(|(path, known)| (Tier::of(path), known.rtt.mean(), **path));
+        known.into_iter().map(move |(path, known)| PathStatus {
+            path: *path,
+            relay: None,
+            in_use: in_use == Some(*path),
+            rtt: known.rtt.mean(),
+            heard: known.heard,
+            answered: known.answered,
+        })
     }
 
     pub(super) fn wait(&self, path: &Path) -> Duration {

@@ -17,6 +17,7 @@ use crate::path::Path;
 use crate::pings::{Purpose, Sent};
 use crate::prefixes::{is_behind_nat, is_private};
 use crate::probing::CallOrder;
+use crate::status::PathStatus;
 
 /// Number of hops of a datagram that only opens our own NAT: the first router forwards it, and the
 /// second one drops it.
@@ -135,6 +136,25 @@ impl Peer {
             }
         }
         addresses
+    }
+
+    /// Returns the paths that something came over, then the candidates that never answered.
+    pub(crate) fn paths(&self, now: Instant, local: &LocalNode) -> Vec<PathStatus> {
+        let in_use = self.path();
+        let mut paths: Vec<PathStatus> = self.paths.statuses(in_use).collect();
+        for address in self.candidates(now, local) {
+            if paths.iter().all(|known| known.path.is_relayed() || known.path.remote != address) {
+                paths.push(PathStatus {
+                    path: Path::direct(address),
+                    relay: None,
+                    in_use: false,
+                    rtt: None,
+                    heard: None,
+                    answered: None,
+                });
+            }
+        }
+        paths
     }
 
     /// Returns the paths that an attempt tries: the last one, those over which something came

@@ -18,6 +18,7 @@ use towline_core::local_networks::LocalNetworks;
 use towline_core::mesh::{MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::path::{ChannelId, LocalAddress, Path};
+use towline_core::peer_history::{Changed, PathChange};
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::plan::{Plan, RouteVia};
 use towline_core::stun_client::Mapping;
@@ -139,6 +140,7 @@ impl Us {
                 | Output::SecondPort { .. }
                 | Output::Train { .. }
                 | Output::StateChanged { .. }
+                | Output::PathChanged { .. }
                 | Output::StaticStateChanged { .. } => {}
             }
             self.outputs += 1;

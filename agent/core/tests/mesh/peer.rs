@@ -120,6 +120,48 @@ fn a_silent_path_is_noticed_within_three_seconds_and_everything_is_tried() {
 }
 
 #[test]
+fn the_history_has_every_change_of_state_and_path_with_its_reason() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.drain();
+    us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+    us.echo(Duration::from_millis(40), Duration::from_secs(5));
+    let elsewhere = path("198.51.100.4:4444");
+    us.mesh.handle_observation(us.now, key(2), Observation::Roamed { from: elsewhere });
+    let outputs = us.drain();
+    let (from, to) = (Some(path(PUBLIC)), Some(elsewhere));
+    let moved = |from, to, reason| Changed::Path { from, to, reason };
+    let peer = us.peer(2).node.id();
+    let reason = PathChange::Roamed;
+    assert!(outputs.contains(&Output::PathChanged { peer, from, to, reason }));
+    let changes: Vec<Changed> = us.mesh.history(peer).iter().map(|change| change.what).collect();
+    assert_eq!(
+        changes,
+        [
+            moved(None, from, PathChange::Handshake),
+            Changed::State { from: PeerState::Connecting, to: PeerState::Up },
+            moved(from, to, reason),
+        ]
+    );
+    let paths = us.mesh.paths(peer);
+    let used: Vec<bool> = paths.iter().map(|status| status.in_use).collect();
+    assert_eq!(used.iter().filter(|used| **used).count(), 1, "{paths:?}");
+    assert!(paths.iter().any(|status| status.path == path(PUBLIC) && status.rtt.is_some()));
+}
+
+#[test]
+fn pings_that_are_lost_show_in_the_loss_of_the_path() {
+    let mut us = Us::up(PUBLIC);
+    us.active();
+    us.echo(Duration::from_millis(10), Duration::from_secs(10));
+    assert_eq!(us.peer(2).loss, Some(0.0));
+    us.run(Duration::from_millis(1_600));
+    us.echo(Duration::from_millis(10), Duration::from_secs(3));
+    let loss = us.peer(2).loss.unwrap();
+    assert!((0.05..0.5).contains(&loss), "{loss}");
+}
+
+#[test]
 fn one_lost_pong_changes_nothing() {
     let mut us = Us::up(PUBLIC);
     us.run(Duration::from_millis(1_400));
