@@ -474,19 +474,18 @@ fn outside_of_tunnel(plan: &Plan, chain: Chain) -> Chain {
 
 /// Returns the chain for packets from a network in which other nodes have their node IPs, and whose
 /// router this host may be. What is encrypted passes, and what is for neither this host nor the mesh. All
-/// else goes back to the rules for spoofed sources.
+/// else goes back to the rules of [`outside_of_tunnel`], which let plain sources pass and drop spoofed ones.
 fn transit(plan: &Plan) -> Chain {
     let mut chain = Chain::regular();
-    for (number, family) in Family::ALL.into_iter().enumerate() {
+    for family in Family::ALL {
         let from = || Rule::new().source_in(family, guarded_set(family));
-        let forged = |rule: Rule| rule.comment(FORGED[number]).counter().drop();
-        chain = chain.rule(forged(from().destination_is_local()));
+        chain = chain.rule(from().destination_is_local().return_());
         if let Some(port) = plan.underlay.port {
             chain = chain.rule(from().protocol(UDP).destination_port(port).accept());
         }
         let [_, announced, reachable] = own_sets(family);
         for set in [guarded_set(family), announced, reachable] {
-            chain = chain.rule(forged(from().destination_in(family, set)));
+            chain = chain.rule(from().destination_in(family, set).return_());
         }
         chain = chain.rule(from().accept());
     }

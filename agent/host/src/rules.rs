@@ -12,7 +12,7 @@
 //! | 3 | IPv6, local, our mark, UDP or TCP without a port, user root | goto offset 8 |
 //! | 4 | every packet | none: target of the gotos |
 //! | 4 | destinations that are pods of this node | look up the host's main table without its default routes |
-//! | 4 | forwarded from a network in which other nodes have node IPs, UDP to the tunnels' port; or forwarded to such a network from a link that leads to the internet | goto offset 6 |
+//! | 4 | forwarded from a network in which other nodes have node IPs, UDP to the tunnels' port; or forwarded to such a network from a link that leads to the internet | goto offset 8 |
 //! | 4 | sources of detours | look up the detour table |
 //! | 4 | local, from a plain TCP port | look up the answers table |
 //! | 5 | every packet | look up the plan's table |

@@ -75,14 +75,14 @@ fn datagram(from: &str, to: &str, port: u16, payload: &[u8]) -> Vec<u8> {
     packet
 }
 
-fn received(socket: &UdpSocket) -> Vec<u8> {
+pub(super) fn received(socket: &UdpSocket) -> Vec<u8> {
     let mut buffer = [0; 100];
     let length = socket.recv(&mut buffer).expect("a datagram in time");
     buffer[..length].to_vec()
 }
 
 /// Sends until a datagram arrives, because a new link may drop the first ones.
-fn reach(from: &UdpSocket, to: SocketAddr, service: &UdpSocket) {
+pub(super) fn reach(from: &UdpSocket, to: SocketAddr, service: &UdpSocket) {
     service.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
     let arrived =
         (0..50).any(|_| from.send_to(b"hello", to).is_ok() && service.recv(&mut [0; 100]).is_ok());
@@ -110,7 +110,7 @@ fn reach_by_tunnel(tunnel: &Tun, family: usize, port: u16, service: &UdpSocket) 
 }
 
 /// Asserts that the socket has no queued datagram.
-fn is_empty(socket: &UdpSocket, what: &str) {
+pub(super) fn is_empty(socket: &UdpSocket, what: &str) {
     socket.set_nonblocking(true).unwrap();
     let error = socket.recv(&mut [0; 100]).expect_err(what);
     assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "{what}");

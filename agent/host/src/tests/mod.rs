@@ -5,6 +5,7 @@ mod families;
 mod ingress;
 mod redirects;
 mod traffic;
+mod transit;
 mod trust;
 
 use std::collections::BTreeMap;
