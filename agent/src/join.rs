@@ -26,7 +26,6 @@ use crate::lockout::{self, CutOff, SshSession};
 use crate::state::{InvalidMembership, Keys, Membership, StateDir, StateError};
 use crate::tls;
 use towline_host::{CandidatePolicy, HostNetwork};
-use towline_netlink::Rtnetlink;
 
 /// Error of a join or a renewal.
 #[derive(Debug, thiserror::Error)]
@@ -177,7 +176,7 @@ pub async fn join_as(
         answer.grant.ok_or(JoinError::Incomplete("grant"))?,
         answer.mesh.ok_or(JoinError::Incomplete("mesh configuration"))?,
     )?;
-    let gateways = Rtnetlink::open().and_then(|mut netlink| netlink.gateways());
+    let gateways = HostNetwork::open().and_then(|mut network| network.gateways());
     refuse_covered(&membership.mesh, &gateways.unwrap_or_default())?;
     operator.refuse_cut_off(&membership.mesh.guarded().collect::<Vec<_>>())?;
     state.store_connected_networks(&connected_networks(&membership.mesh))?;

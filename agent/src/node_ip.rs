@@ -113,7 +113,8 @@ fn of_the_machine(config: &Config, membership: &Membership) -> anyhow::Result<No
     let policy =
         CandidatePolicy { own_link: config.link.name.clone(), excluded: mesh.overlays().to_vec() };
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
-    Ok(NodeIps::first(network.node_ips(&policy).context("cannot read this machine's addresses")?))
+    let found = network.connectivity(&policy, 0).context("cannot read this machine's addresses")?;
+    Ok(NodeIps::first(found.node_ips))
 }
 
 #[cfg(test)]

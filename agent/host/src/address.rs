@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use ipnet::IpNet;
 
-use towline_netlink::{AddressFlags, Link, NetlinkError, Rtnetlink};
+use towline_netlink::{Address, AddressFlags, Link, NetlinkError, Rtnetlink};
 
 /// Address of the host, with the properties of its link.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,15 +33,18 @@ pub struct LocalAddress {
 
 /// Reads all addresses of the host.
 pub(super) fn read(rtnetlink: &mut Rtnetlink) -> Result<Vec<LocalAddress>, NetlinkError> {
-    let links: BTreeMap<u32, Link> =
-        rtnetlink.links()?.into_iter().map(|link| (link.index, link)).collect();
+    Ok(on_links(&rtnetlink.links()?, rtnetlink.addresses(None)?))
+}
+
+/// Joins addresses with the links that they are on.
+pub(super) fn on_links(links: &[Link], addresses: Vec<Address>) -> Vec<LocalAddress> {
+    let links: BTreeMap<u32, &Link> = links.iter().map(|link| (link.index, link)).collect();
     let outward = |bridge: u32| {
         links.values().any(|port| {
             port.master == Some(bridge)
                 && matches!(port.kind.as_deref(), None | Some("bond" | "team" | "vlan"))
         })
     };
-    let addresses = rtnetlink.addresses(None)?;
     let found = addresses.into_iter().filter_map(|address| {
         // A link may have appeared or vanished between the two requests; a notification follows.
         let link = links.get(&address.index)?;
@@ -58,5 +61,5 @@ pub(super) fn read(rtnetlink: &mut Rtnetlink) -> Result<Vec<LocalAddress>, Netli
             outward: link.kind.as_deref() == Some("bridge") && outward(link.index),
         })
     });
-    Ok(found.collect())
+    found.collect()
 }

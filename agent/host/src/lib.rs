@@ -39,17 +39,18 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use towline_core::plan::{Plan, TransitPlan};
+use towline_core::path;
+use towline_core::plan::Plan;
 
-use towline_netlink::{Family, MAIN_TABLE, NetlinkError, RouteKind, Rtnetlink};
+use towline_netlink::{Family, NetlinkError, RouteKind, Rtnetlink};
 use towline_nftables::{Nft, NftError};
 
 pub use address::LocalAddress;
 pub use candidates::{CandidatePolicy, candidates};
 use families::Families;
 pub use obstacles::{Obstacle, ObstacleSearch, Owner, Traffic};
-pub use outward::OutwardAddresses;
 use outward::WaysOut;
+pub use outward::{Connectivity, OutwardAddresses};
 pub use overlaps::Overlap;
 pub use problem::{ApplyError, InUse, Piece, Problem, RedirectError};
 use redirects::EgressState;
@@ -81,6 +82,8 @@ pub struct HostNetwork {
     marks: Vec<Problem>,
     /// Uplinks that are guarded against redirected packets.
     egress: EgressState,
+    /// Families whose main table is too large to be read whole, see [`WaysOut::read`].
+    large: BTreeSet<Family>,
 }
 
 /// Result of an apply.
@@ -110,6 +113,7 @@ impl HostNetwork {
             problems: Vec::new(),
             marks: Vec::new(),
             egress: EgressState::default(),
+            large: BTreeSet::new(),
         })
     }
 
@@ -207,53 +211,30 @@ impl HostNetwork {
     /// sets `src_valid_mark` on uplinks that lack it.
     pub fn local_addresses(&mut self) -> Result<Vec<LocalAddress>, NetlinkError> {
         let addresses = address::read(&mut self.rtnetlink)?;
-        if let Some(plan) = &self.applied {
-            // A link may be new. The next apply reports failures.
-            let (link, mut unsaid) = (&plan.link.name, Changes::default());
-            let _ = uplinks::mark(&mut self.rtnetlink, &addresses, link, &mut unsaid);
-        }
+        self.mark_uplinks(&addresses);
         Ok(addresses)
     }
 
-    /// Returns the addresses that outer datagrams may leave from, and at most `limit` addresses to
-    /// publish, both in the order of [`OutwardAddresses`].
-    pub fn outward_addresses(
+    /// Reads links, addresses and routes once, and returns how this host is connected. At most `limit`
+    /// addresses are to be published. Once a plan is applied, also sets `src_valid_mark` on uplinks that lack
+    /// it.
+    pub fn connectivity(
         &mut self,
         policy: &CandidatePolicy,
         limit: usize,
-    ) -> Result<OutwardAddresses, NetlinkError> {
-        let addresses = self.local_addresses()?;
-        let ways = WaysOut::read(&mut self.rtnetlink)?;
-        Ok(outward::outward(&addresses, &ways, policy, limit))
-    }
-
-    /// Returns the UDP ports on which the host decapsulates VXLAN or Geneve, each once.
-    pub fn tunnel_ports(&mut self) -> Result<Vec<u16>, NetlinkError> {
+    ) -> Result<Connectivity, NetlinkError> {
         let links = self.rtnetlink.links()?;
-        let mut ports: Vec<u16> = links.iter().filter_map(|link| link.tunnel_port).collect();
-        ports.sort_unstable();
-        ports.dedup();
-        Ok(ports)
-    }
-
-    /// Returns the addresses that can serve as node IPs, which are those of [`candidates()`]. Addresses of
-    /// the link with the family's default route come first.
-    pub fn node_ips(&mut self, policy: &CandidatePolicy) -> Result<Vec<IpAddr>, NetlinkError> {
-        let addresses = self.local_addresses()?;
-        let mut outward = Vec::new();
-        for family in Family::ALL {
-            let routes = self.rtnetlink.routes(family, Some(MAIN_TABLE))?;
-            let defaults = routes.iter().filter(|route| route.destination.prefix_len() == 0);
-            let best = defaults.min_by_key(|route| route.metric).and_then(|route| route.link);
-            outward.push(best);
-        }
-        let mut found = candidates(&addresses, policy);
-        found.sort_by_key(|ip| {
-            let outward = outward[usize::from(ip.is_ipv6())];
-            let at = addresses.iter().find(|address| address.prefix.addr() == *ip);
-            at.is_none_or(|address| Some(address.index) != outward)
-        });
-        Ok(found)
+        let addresses = address::on_links(&links, self.rtnetlink.addresses(None)?);
+        self.mark_uplinks(&addresses);
+        let ways = self.ways_out()?;
+        let ports: BTreeSet<u16> = links.iter().filter_map(|link| link.tunnel_port).collect();
+        Ok(Connectivity {
+            outward: outward::outward(&addresses, &ways, policy, limit),
+            node_ips: outward::node_ips(&addresses, &ways, policy),
+            networks: candidates::link_networks(&addresses, &policy.own_link),
+            transit: outward::transit(&addresses, &ways, policy),
+            tunnel_ports: ports.into_iter().collect(),
+        })
     }
 
     /// Returns the first program found on this host that may redirect packets past nftables, see
@@ -296,46 +277,37 @@ impl HostNetwork {
         Ok(candidates::connected_networks(&addresses, policy))
     }
 
-    /// Returns the networks of the host's links, and the links by which packets leave for the internet.
-    /// The links of tunnels and the policy's networks are left out.
-    pub fn transit(&mut self, policy: &CandidatePolicy) -> Result<TransitPlan, NetlinkError> {
-        let addresses = self.local_addresses()?;
-        let ways = WaysOut::read(&mut self.rtnetlink)?;
-        Ok(outward::transit(&addresses, &ways, policy))
-    }
-
     /// Returns the networks of all links of the host that are connected now, except Towline's own link.
     pub fn link_networks(&mut self, own_link: &str) -> Result<BTreeSet<IpNet>, NetlinkError> {
         Ok(candidates::link_networks(&address::read(&mut self.rtnetlink)?, own_link))
     }
 
-    /// Returns the networks of the host's links that the guards cut off, in a mesh with these overlay
-    /// ranges.
-    pub fn overlaps(&mut self, overlay: &[IpNet]) -> Result<Vec<Overlap>, NetlinkError> {
-        let Some(plan) = &self.applied else { return Ok(Vec::new()) };
-        Ok(overlaps::find(plan, overlay, &address::read(&mut self.rtnetlink)?))
+    /// Returns the networks that the guards cut off among those of these addresses, in a mesh with these
+    /// overlay ranges.
+    pub fn overlaps(&self, overlay: &[IpNet], addresses: &[LocalAddress]) -> Vec<Overlap> {
+        let plan = self.applied.as_ref();
+        plan.map_or_else(Vec::new, |plan| overlaps::find(plan, overlay, addresses))
     }
 
-    /// Returns the search for firewalls of other programs that drop traffic of the mesh. `peers` are outer
-    /// addresses of peers. Without an applied plan or without nftables there is nothing to search.
+    /// Returns the search for firewalls of other programs that drop traffic of the mesh. `addresses` are all
+    /// addresses of the host, `uplinks` those of [`OutwardAddresses`], and `peers` outer addresses of peers.
+    /// Without an applied plan or without nftables there is nothing to search.
     pub fn obstacle_search(
         &mut self,
+        addresses: Vec<LocalAddress>,
+        uplinks: Vec<path::LocalAddress>,
         peers: Vec<SocketAddr>,
     ) -> Result<Option<ObstacleSearch>, NetlinkError> {
         let Some(plan) = self.applied.as_ref().filter(|_| self.nft.is_some()) else {
             return Ok(None);
         };
         let Some(link) = self.rtnetlink.link(&plan.link.name)? else { return Ok(None) };
-        let addresses = address::read(&mut self.rtnetlink)?;
-        let ways = WaysOut::read(&mut self.rtnetlink)?;
-        let policy = CandidatePolicy { own_link: plan.link.name.clone(), excluded: Vec::new() };
-        let uplinks = outward::outward(&addresses, &ways, &policy, 0).uplinks;
         Ok(Some(ObstacleSearch::new(plan, link.index, uplinks, addresses, peers)))
     }
 
-    /// Returns the gateways of the default routes.
+    /// Returns the gateways of the default routes, each once.
     pub fn gateways(&mut self) -> Result<Vec<IpAddr>, NetlinkError> {
-        self.rtnetlink.gateways()
+        Ok(self.ways_out()?.gateways())
     }
 
     /// Opens a watch for changes by other programs. Changes by this value are left out.
@@ -343,6 +315,19 @@ impl HostNetwork {
         let ports =
             Ports { route: self.rtnetlink.port(), netfilter: self.nft.as_ref().map(Nft::port) };
         Watch::open(&mut self.rtnetlink, names, ports)
+    }
+
+    /// Sets `src_valid_mark` on uplinks that lack it, since a link may be new. Does nothing before a plan is
+    /// applied. The next apply reports failures.
+    fn mark_uplinks(&mut self, addresses: &[LocalAddress]) {
+        if let Some(plan) = &self.applied {
+            let (link, mut unsaid) = (&plan.link.name, Changes::default());
+            let _ = uplinks::mark(&mut self.rtnetlink, addresses, link, &mut unsaid);
+        }
+    }
+
+    fn ways_out(&mut self) -> Result<WaysOut, NetlinkError> {
+        WaysOut::read(&mut self.rtnetlink, &mut self.large)
     }
 
     fn try_apply(&mut self, plan: &Plan) -> Result<Changes, ApplyError> {

@@ -7,18 +7,26 @@
 //! lost their carrier come last.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use ipnet::IpNet;
 use towline_core::path;
 use towline_core::plan::TransitPlan;
 use towline_core::prefixes::is_private;
-use towline_netlink::{Family, MAIN_TABLE, NetlinkError, Route, RouteKind, Rtnetlink};
+use towline_netlink::{Family, MAIN_TABLE, NetlinkError, NextHop, Route, RouteKind, Rtnetlink};
 
 use super::address::LocalAddress;
 use super::candidates::{CandidatePolicy, candidates, is_lan, is_usable_elsewhere, leads_outside};
 
 /// Greatest number of addresses that outer datagrams may leave from.
 const ADDRESSES: usize = 64;
+/// Greatest number of routes of a main table that are kept. A container network adds a route for each pod
+/// and each node, so that a host of a cluster has some thousands at most. A table of the internet's routes
+/// has a million.
+const ROUTES: usize = 8_192;
+/// Protocol numbers (`RTPROT_*`) of the routes that the host's own configuration adds: those of the kernel,
+/// of programs without a number of their own, static ones, of router advertisements, and of DHCP.
+const CONFIGURED: [u8; 5] = [libc::RTPROT_KERNEL, libc::RTPROT_BOOT, libc::RTPROT_STATIC, 9, 16];
 
 /// Addresses of the host that lead outside, in order of preference.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -28,6 +36,22 @@ pub struct OutwardAddresses {
     pub uplinks: Vec<path::LocalAddress>,
     /// Addresses to publish: public ones first, and one of each link before a second one of a link.
     pub candidates: Vec<IpAddr>,
+}
+
+/// How this host is connected to other networks, as of one read of its links, addresses and routes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Connectivity {
+    /// Addresses that lead outside.
+    pub outward: OutwardAddresses,
+    /// Addresses that can serve as node IPs, those on the links of default routes first, by metric.
+    pub node_ips: Vec<IpAddr>,
+    /// Networks of all links that are connected now, except Towline's own link.
+    pub networks: BTreeSet<IpNet>,
+    /// Networks of other machines on the host's links, and the links by which packets leave for the
+    /// internet.
+    pub transit: TransitPlan,
+    /// UDP ports on which the host decapsulates VXLAN or Geneve, each once.
+    pub tunnel_ports: Vec<u16>,
 }
 
 /// Routes of the main table by which packets leave the host.
@@ -44,15 +68,49 @@ pub(super) struct WaysOut {
 }
 
 impl WaysOut {
-    /// Reads the routes of the main table.
-    pub(super) fn read(rtnetlink: &mut Rtnetlink) -> Result<Self, NetlinkError> {
+    /// Reads the routes of the main table. `large` names the families whose table had more than [`ROUTES`]
+    /// routes when it was read before; one that has now is added.
+    ///
+    /// A routing daemon fills such a table, and it is not read again, because links and addresses change
+    /// often. Instead the kernel sends the routes of the host's configuration ([`CONFIGURED`], each at most
+    /// [`ROUTES`]), and the default route that it would choose, which may be the daemon's.
+    pub(super) fn read(
+        rtnetlink: &mut Rtnetlink,
+        large: &mut BTreeSet<Family>,
+    ) -> Result<Self, NetlinkError> {
         let mut ways = Self::default();
         for family in Family::ALL {
-            for route in rtnetlink.routes(family, Some(MAIN_TABLE))? {
-                ways.add(family, &route);
+            if !large.contains(&family) {
+                match rtnetlink.routes_at_most(family, MAIN_TABLE, None, ROUTES)? {
+                    Some(routes) => {
+                        ways.extend(family, routes);
+                        continue;
+                    }
+                    None => large.insert(family),
+                };
             }
+            for protocol in CONFIGURED {
+                let routes =
+                    rtnetlink.routes_at_most(family, MAIN_TABLE, Some(protocol), ROUTES)?;
+                ways.extend(family, routes.unwrap_or_default());
+            }
+            let chosen = rtnetlink.route_to(elsewhere(family))?;
+            ways.extend(family, chosen.filter(|route| route.table == MAIN_TABLE));
         }
         Ok(ways)
+    }
+
+    /// Returns the gateways of the default routes, each once.
+    pub(super) fn gateways(&self) -> Vec<IpAddr> {
+        let gateways: BTreeSet<IpAddr> =
+            self.gateways.iter().map(|(_, gateway)| *gateway).collect();
+        gateways.into_iter().collect()
+    }
+
+    fn extend(&mut self, family: Family, routes: impl IntoIterator<Item = Route>) {
+        for route in routes {
+            self.add(family, &route);
+        }
     }
 
     fn add(&mut self, family: Family, route: &Route) {
@@ -60,9 +118,7 @@ impl WaysOut {
             return;
         }
         let is_default = route.destination.prefix_len() == 0;
-        let own = route.link.map(|link| (link, route.gateway));
-        let several = route.next_hops.iter().map(|hop| (hop.link, hop.gateway));
-        for (link, gateway) in own.into_iter().chain(several) {
+        for NextHop { link, gateway } in route.hops() {
             if gateway.is_some() || is_default {
                 self.routed.insert((family, link));
                 if let Some(source) = route.source {
@@ -76,6 +132,31 @@ impl WaysOut {
             }
         }
     }
+}
+
+/// Returns an address that is in no network of the internet, nor in one of a LAN: reserved (RFC 1112), and for
+/// documentation (RFC 9637).
+fn elsewhere(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::new(240, 0, 0, 1).into(),
+        Family::V6 => Ipv6Addr::new(0x3fff, 0, 0, 0, 0, 0, 0, 1).into(),
+    }
+}
+
+/// Returns the addresses that can serve as node IPs, which are those of [`candidates`]. Those on the links of
+/// default routes come first, by metric.
+pub(super) fn node_ips(
+    addresses: &[LocalAddress],
+    ways: &WaysOut,
+    policy: &CandidatePolicy,
+) -> Vec<IpAddr> {
+    let mut found = candidates(addresses, policy);
+    found.sort_by_key(|ip| {
+        let on = addresses.iter().filter(|address| address.prefix.addr() == *ip);
+        let metric = on.filter_map(|at| ways.defaults.get(&(Family::of(*ip), at.index))).min();
+        (metric.is_none(), metric)
+    });
+    found
 }
 
 /// Returns the networks of the host's links, and the links of its default routes.
@@ -260,6 +341,25 @@ mod tests {
             .map(|(link, gateway)| NextHop { link, gateway: gateway.parse().ok() })
             .to_vec();
         assert_eq!(order(&addresses, &[route]).0, ["10.0.2.1%3", "10.0.3.1%4", "10.0.1.1%2"]);
+    }
+
+    #[test]
+    fn node_ips_follow_the_metrics_of_the_default_routes() {
+        let addresses = [on(2, "10.0.1.1/24"), on(3, "10.0.2.1/24"), on(4, "10.0.3.1/24")];
+        let policy = CandidatePolicy::default();
+        let order = |routes: &[Route]| -> Vec<String> {
+            let found = node_ips(&addresses, &ways(routes), &policy);
+            found.iter().map(ToString::to_string).collect()
+        };
+        assert_eq!(order(&[]), ["10.0.1.1", "10.0.2.1", "10.0.3.1"]);
+        let (first, second) = (default_by(4, "10.0.3.254", 100), default_by(3, "10.0.2.254", 200));
+        assert_eq!(order(&[second, first]), ["10.0.3.1", "10.0.2.1", "10.0.1.1"]);
+        // A route with several next hops has no link of its own.
+        let mut multipath = Route::new("0.0.0.0/0".parse().unwrap());
+        multipath.next_hops = [(3, "10.0.2.254"), (4, "10.0.3.254")]
+            .map(|(link, gateway)| NextHop { link, gateway: gateway.parse().ok() })
+            .to_vec();
+        assert_eq!(order(&[multipath]), ["10.0.2.1", "10.0.3.1", "10.0.1.1"]);
     }
 
     #[test]

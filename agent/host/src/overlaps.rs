@@ -53,7 +53,8 @@ impl fmt::Display for Overlap {
     }
 }
 
-/// Returns the networks that are cut off by a plan, in a mesh with these overlay ranges. Another node's own address in a network is not meant.
+/// Returns the networks that are cut off by a plan, in a mesh with these overlay ranges. Another node's own
+/// address in a network does not cut it off.
 pub(super) fn find(plan: &Plan, overlay: &[IpNet], addresses: &[LocalAddress]) -> Vec<Overlap> {
     let mut found: Vec<Overlap> = Vec::new();
     for local in addresses {
@@ -63,10 +64,13 @@ pub(super) fn find(plan: &Plan, overlay: &[IpNet], addresses: &[LocalAddress]) -
             && local.link != plan.link.name
             && !is_host(&network)
             && is_global(network.addr());
+        if !is_meant {
+            continue;
+        }
         let covers = |guarded: &&IpNet| {
             guarded.contains(&network) || network.contains(*guarded) && !is_host(guarded)
         };
-        if let Some(guarded) = plan.firewall.guarded.iter().find(covers).filter(|_| is_meant) {
+        if let Some(guarded) = plan.firewall.guarded.iter().find(covers) {
             let is_overlay = overlay.iter().any(|range| range.contains(&network));
             let link = local.link.clone();
             let overlap = Overlap { link, network, guarded: *guarded, is_overlay };

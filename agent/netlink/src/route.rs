@@ -86,6 +86,12 @@ impl Route {
         }
     }
 
+    /// Returns every next hop: its own if it has a link, and those of a multipath route.
+    pub fn hops(&self) -> impl Iterator<Item = NextHop> {
+        let own = self.link.map(|link| NextHop { link, gateway: self.gateway });
+        own.into_iter().chain(self.next_hops.iter().copied())
+    }
+
     /// Sets the next hop.
     pub fn via(mut self, gateway: IpAddr) -> Self {
         self.gateway = Some(gateway);
@@ -170,20 +176,6 @@ impl Rtnetlink {
         self.connection.request_all(messages.collect())
     }
 
-    /// Returns the gateways of the default routes in the main table.
-    pub fn gateways(&mut self) -> Result<Vec<IpAddr>, NetlinkError> {
-        let mut gateways = Vec::new();
-        for family in Family::ALL {
-            let routes = self.routes(family, Some(MAIN_TABLE))?;
-            let defaults = routes.iter().filter(|route| route.destination.prefix_len() == 0);
-            for route in defaults {
-                gateways.extend(route.gateway);
-                gateways.extend(route.next_hops.iter().filter_map(|hop| hop.gateway));
-            }
-        }
-        Ok(gateways)
-    }
-
     /// Returns the routes of a family in one table, or in all tables for `None`. Returns no routes for a
     /// family that the kernel lacks: such a kernel answers with the routes of its other families, which
     /// are left out.
@@ -192,20 +184,68 @@ impl Rtnetlink {
         family: Family,
         table: Option<u32>,
     ) -> Result<Vec<Route>, NetlinkError> {
+        let found = self.dump_routes(family, table, libc::RTPROT_UNSPEC, usize::MAX)?;
+        Ok(found.unwrap_or_default())
+    }
+
+    /// Returns the routes of a family in one table, and `None` if there are more than `most`: these are
+    /// read, but not kept. With a protocol (`RTPROT_*`), the kernel sends only the routes with this one.
+    pub fn routes_at_most(
+        &mut self,
+        family: Family,
+        table: u32,
+        protocol: Option<u8>,
+        most: usize,
+    ) -> Result<Option<Vec<Route>>, NetlinkError> {
+        self.dump_routes(family, Some(table), protocol.unwrap_or(libc::RTPROT_UNSPEC), most)
+    }
+
+    fn dump_routes(
+        &mut self,
+        family: Family,
+        table: Option<u32>,
+        protocol: u8,
+        most: usize,
+    ) -> Result<Option<Vec<Route>>, NetlinkError> {
         let mut header = [0; ROUTE_HEADER];
         header[0] = family.number();
+        header[5] = protocol;
         let mut request = Message::new(libc::RTM_GETROUTE, 0, &header);
         if let Some(table) = table {
             request.u32(RTA_TABLE, table);
         }
-        let found = self.connection.dump("list routes", &request, |received| {
+        let found = self.connection.dump_at_most("list routes", &request, most, |received| {
             parse(&received)
                 .filter(|route| Family::of(route.destination.addr()) == family)
                 .filter(|route| table.is_none_or(|table| table == route.table))
+                .filter(|route| [libc::RTPROT_UNSPEC, route.protocol].contains(&protocol))
         });
         match found {
             // The kernel has no table that was never used.
-            Err(error) if error.errno() == Some(Errno::ENOENT) => Ok(Vec::new()),
+            Err(error) if error.errno() == Some(Errno::ENOENT) => Ok(Some(Vec::new())),
+            other => other,
+        }
+    }
+
+    /// Returns the route that the kernel chooses for a packet of this host to an address, as it is in its
+    /// table. `None` if the address cannot be reached.
+    pub fn route_to(&mut self, destination: IpAddr) -> Result<Option<Route>, NetlinkError> {
+        const RTM_F_LOOKUP_TABLE: u32 = 0x1000;
+        const RTM_F_FIB_MATCH: u32 = 0x2000;
+        let mut header = [0; ROUTE_HEADER];
+        header[0] = Family::of(destination).number();
+        header[1] = IpNet::from(destination).prefix_len();
+        // For IPv6 the kernel always names the table, and refuses to be asked for it.
+        let flags = match destination {
+            IpAddr::V4(_) => RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH,
+            IpAddr::V6(_) => RTM_F_FIB_MATCH,
+        };
+        header[8..12].copy_from_slice(&flags.to_ne_bytes());
+        let mut request = Message::new(libc::RTM_GETROUTE, 0, &header);
+        request.ip(RTA_DST, destination);
+        let what = || format!("look up the route to {destination}");
+        match self.connection.get(what, request, |received| parse(&received)) {
+            Err(NetlinkError::Refused { .. }) => Ok(None),
             other => other,
         }
     }
@@ -417,6 +457,35 @@ mod tests {
             let delete: Vec<_> = routes.into_iter().map(RouteChange::Delete).collect();
             assert_eq!(rtnetlink.change_routes(&delete).unwrap(), []);
             assert_eq!(rtnetlink.routes(Family::V4, Some(21_580)).unwrap(), []);
+        }
+    }
+
+    namespace_test! {
+        fn routes_are_selected_by_protocol_and_by_destination() {
+            let mut rtnetlink = Rtnetlink::open().unwrap();
+            let link = link_with_addresses(&mut rtnetlink);
+            const BGP: u8 = 186;
+            for (any, gateway, there) in [
+                ("0.0.0.0/0", "192.0.2.254", "240.0.0.1"),
+                ("::/0", "2001:db8::fe", "3fff::1"),
+            ] {
+                let (any, there): (IpNet, IpAddr) = (any.parse().unwrap(), there.parse().unwrap());
+                let family = Family::of(there);
+                assert_eq!(rtnetlink.route_to(there).unwrap(), None);
+                let learned = Route {
+                    protocol: BGP,
+                    ..Route::new(any).via(gateway.parse().unwrap()).dev(link).metric(20)
+                };
+                rtnetlink.add_route(&learned).unwrap();
+                assert_eq!(rtnetlink.route_to(there).unwrap(), Some(learned.clone()));
+                let mut read = |protocol, most| {
+                    rtnetlink.routes_at_most(family, MAIN_TABLE, protocol, most).unwrap()
+                };
+                assert_eq!(read(Some(BGP), 1), Some(vec![learned.clone()]));
+                assert_eq!(read(Some(libc::RTPROT_STATIC), 1), Some(Vec::new()));
+                assert_eq!(read(Some(BGP), 0), None);
+                assert!(read(None, 9).unwrap().contains(&learned));
+            }
         }
     }
 

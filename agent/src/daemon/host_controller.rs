@@ -1,16 +1,16 @@
 //! The daemon's part of the host network: applies the latest plan and repairs it.
 
-use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use towline_core::plan::{Plan, TransitPlan};
+use towline_core::path;
+use towline_core::plan::Plan;
 use towline_host::{
-    CandidatePolicy, Changes, HostEvent, HostNetwork, Names, Obstacle, ObstacleSearch,
-    OutwardAddresses, Overlap, PastNetfilter, Watch,
+    CandidatePolicy, Changes, Connectivity, HostEvent, HostNetwork, LocalAddress, Names, Obstacle,
+    ObstacleSearch, Overlap, PastNetfilter, Watch,
 };
 use towline_proto::code::Coded as _;
 use towline_proto::limits;
@@ -41,7 +41,9 @@ pub(super) struct HostController {
     /// Gateways of the default routes, as of the last [`Self::read_gateways`].
     gateways: Vec<IpAddr>,
     /// Addresses of this host, as of the last [`Self::look_for_overlaps`].
-    addresses: Vec<IpAddr>,
+    addresses: Vec<LocalAddress>,
+    /// Addresses that datagrams leave from, as of the last [`Self::connectivity`].
+    uplinks: Vec<path::LocalAddress>,
     /// Networks of this host that the guards cut off, as of the last [`Self::look_for_overlaps`].
     overlaps: Vec<Overlap>,
     /// Firewalls of other programs that drop traffic of the mesh, as of the last search.
@@ -71,6 +73,7 @@ impl HostController {
             retry: None,
             gateways: Vec::new(),
             addresses: Vec::new(),
+            uplinks: Vec::new(),
             overlaps: Vec::new(),
             obstacles: Vec::new(),
             past_netfilter: None,
@@ -188,7 +191,7 @@ impl HostController {
 
     /// Returns whether this machine has an address, as of the last [`Self::look_for_overlaps`].
     pub(super) fn has_address(&self, ip: &IpAddr) -> bool {
-        self.addresses.contains(ip)
+        self.addresses.iter().any(|local| local.prefix.addr() == *ip)
     }
 
     /// Returns whether packets to an address enter the tunnel or are dropped. A local network is exempt.
@@ -248,15 +251,6 @@ impl HostController {
         Ok(())
     }
 
-    /// Returns the machine's own addresses that can be its node IPs, see [`HostNetwork::node_ips`].
-    pub(super) fn node_ips(&mut self, excluded: Vec<IpNet>) -> Vec<IpAddr> {
-        let policy = CandidatePolicy { own_link: self.names.link.clone(), excluded };
-        self.network.node_ips(&policy).unwrap_or_else(|error| {
-            tracing::warn!(%error, "local addresses not read");
-            Vec::new()
-        })
-    }
-
     /// Reads the gateways of the default routes.
     pub(super) fn read_gateways(&mut self) {
         match self.network.gateways() {
@@ -281,31 +275,25 @@ impl HostController {
         }
     }
 
-    /// Looks for networks of this host that the guards cut off.
-    /// `overlay` has the overlay ranges of the mesh.
+    /// Looks for networks of this host that the guards cut off, in a mesh with these overlay ranges.
     pub(super) fn look_for_overlaps(&mut self, overlay: &[IpNet]) {
         match self.network.local_addresses() {
-            Ok(found) => {
-                self.addresses = found.iter().map(|local| local.prefix.addr()).collect();
-            }
+            Ok(found) => self.addresses = found,
             Err(error) => tracing::debug!(%error, "local addresses not read"),
         }
-        match self.network.overlaps(overlay) {
-            Ok(found) => {
-                for overlap in found.iter().filter(|found| !self.overlaps.contains(found)) {
-                    tracing::warn!(problem = %overlap, code = overlap.code(), "host network");
-                }
-                self.overlaps = found;
-            }
-            Err(error) => tracing::debug!(%error, "local addresses not read"),
+        let found = self.network.overlaps(overlay, &self.addresses);
+        for overlap in found.iter().filter(|found| !self.overlaps.contains(found)) {
+            tracing::warn!(problem = %overlap, code = overlap.code(), "host network");
         }
+        self.overlaps = found;
     }
 
-    /// Returns the search for firewalls of other programs that drop traffic of the mesh. `peers` are the
-    /// outer addresses of peers.
+    /// Returns the search for firewalls of other programs that drop traffic of the mesh, with the addresses of
+    /// the last [`Self::look_for_overlaps`]. `peers` are the outer addresses of peers.
     pub(super) fn obstacle_search(&mut self, peers: Vec<SocketAddr>) -> Option<ObstacleSearch> {
-        self.network.obstacle_search(peers).unwrap_or_else(|error| {
-            tracing::debug!(%error, "local addresses not read");
+        let (addresses, uplinks) = (self.addresses.clone(), self.uplinks.clone());
+        self.network.obstacle_search(addresses, uplinks, peers).unwrap_or_else(|error| {
+            tracing::debug!(%error, "link not read");
             None
         })
     }
@@ -337,40 +325,18 @@ impl HostController {
         is_guarded
     }
 
-    /// Returns the machine's own addresses that lead outside, in order of preference.
-    pub(super) fn outward_addresses(&mut self, excluded: Vec<IpNet>) -> OutwardAddresses {
+    /// Reads how this machine is connected. `excluded` has the networks of which no address is published or
+    /// sent from. If the network cannot be read, the machine has no addresses and no networks: then all that
+    /// others hold is guarded.
+    pub(super) fn connectivity(&mut self, excluded: Vec<IpNet>) -> Connectivity {
         let policy = CandidatePolicy { own_link: self.names.link.clone(), excluded };
-        let found = self.network.outward_addresses(&policy, limits::CANDIDATES / 2);
-        found.unwrap_or_else(|error| {
-            tracing::warn!(%error, "local addresses not read");
-            OutwardAddresses::default()
-        })
-    }
-
-    /// Returns the networks of this host's links, and the links that lead to the internet.
-    pub(super) fn transit(&mut self, excluded: Vec<IpNet>) -> TransitPlan {
-        let policy = CandidatePolicy { own_link: self.names.link.clone(), excluded };
-        self.network.transit(&policy).unwrap_or_else(|error| {
-            tracing::warn!(%error, "networks of links not read");
-            TransitPlan::default()
-        })
-    }
-
-    /// Returns the networks to which this machine is connected now. None if they cannot be read: then
-    /// all that others hold is guarded.
-    pub(super) fn link_networks(&mut self) -> BTreeSet<IpNet> {
-        self.network.link_networks(&self.names.link).unwrap_or_else(|error| {
-            tracing::warn!(%error, "local addresses not read");
-            BTreeSet::new()
-        })
-    }
-
-    /// Returns the UDP ports of the host's VXLAN and Geneve links.
-    pub(super) fn tunnel_ports(&mut self) -> Vec<u16> {
-        self.network.tunnel_ports().unwrap_or_else(|error| {
-            tracing::warn!(%error, "links not read");
-            Vec::new()
-        })
+        let found = self.network.connectivity(&policy, limits::CANDIDATES / 2);
+        let found = found.unwrap_or_else(|error| {
+            tracing::warn!(%error, "links, addresses and routes not read");
+            Connectivity::default()
+        });
+        self.uplinks.clone_from(&found.outward.uplinks);
+        found
     }
 }
 

@@ -383,7 +383,6 @@ impl Daemon {
 
     /// Updates node IPs, uplinks and candidates after the host's addresses changed.
     fn addresses_changed(&mut self) {
-        self.mesh.set_connected_networks(Instant::now(), self.host.link_networks());
         self.host.look_for_redirects();
         // A LAN may lie inside a protected range, and this node may announce it. The overlay and this
         // node's pods are never uplinks.
@@ -391,6 +390,8 @@ impl Daemon {
         if let Some(mesh) = self.mesh.config() {
             excluded.extend(mesh.overlays());
         }
+        let found = self.host.connectivity(excluded);
+        self.mesh.set_connected_networks(Instant::now(), found.networks);
         let node = &self.config.node;
         // With `node.addressing = "overlay"` there are no node IPs to announce.
         let node_ips = match node.addressing {
@@ -398,13 +399,13 @@ impl Daemon {
             Addressing::NodeIp if !node.node_ips.is_empty() => {
                 NodeIps::first(node.node_ips.iter().copied())
             }
-            Addressing::NodeIp => NodeIps::first(self.host.node_ips(excluded.clone())),
+            Addressing::NodeIp => NodeIps::first(found.node_ips),
         };
         self.announcer.set_node_ips(&mut self.mesh, self.config.prefix_filter(), &node_ips);
-        self.tunnels.set_host_tunnels(self.host.tunnel_ports());
+        self.tunnels.set_host_tunnels(found.tunnel_ports);
         let mut candidates = self.config.candidates();
-        self.mesh.set_transit(Instant::now(), self.host.transit(excluded.clone()));
-        let outward = self.host.outward_addresses(excluded);
+        self.mesh.set_transit(Instant::now(), found.transit);
+        let outward = found.outward;
         let port = self.config.wireguard.port;
         candidates.extend(host_controller::local_candidates(&outward.candidates, port));
         self.mesh.set_uplinks(Instant::now(), outward.uplinks, candidates);

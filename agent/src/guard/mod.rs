@@ -199,8 +199,8 @@ fn plan(config: &Config, state: &StateDir, connected: BTreeSet<IpNet>) -> anyhow
 /// Returns the networks of this host's links, for other nodes whose router it is.
 fn transit(config: &Config, pods: &[IpNet]) -> TransitPlan {
     let policy = CandidatePolicy { own_link: config.link.name.clone(), excluded: pods.to_vec() };
-    let found = HostNetwork::open().map(|mut network| network.transit(&policy));
-    found.ok().and_then(Result::ok).unwrap_or_default()
+    let found = HostNetwork::open().map(|mut network| network.connectivity(&policy, 0));
+    found.ok().and_then(Result::ok).unwrap_or_default().transit
 }
 
 #[cfg(test)]

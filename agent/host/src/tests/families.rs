@@ -61,7 +61,7 @@ namespace_test! {
         let policy = CandidatePolicy { own_link: "towline0".to_owned(), excluded: Vec::new() };
         let gateways: Vec<IpAddr> = vec!["192.0.2.254".parse().unwrap()];
         assert!(host.gateways().unwrap().starts_with(&gateways));
-        assert_eq!(host.node_ips(&policy).unwrap()[0], net("192.0.2.1/32").addr());
+        assert_eq!(host.connectivity(&policy, 16).unwrap().node_ips[0], net("192.0.2.1/32").addr());
         assert!(host.remove(&Names::of(&next)).unwrap() > 0);
         assert_eq!(host.remove(&Names::of(&next)).unwrap(), 0);
     }

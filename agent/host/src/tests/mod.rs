@@ -1,6 +1,7 @@
 //! Tests of [`HostNetwork`] in network namespaces: the applied state, its repair and removal, and the
 //! state of other programs, which stays unchanged.
 
+mod connectivity;
 mod families;
 mod ingress;
 mod redirects;
