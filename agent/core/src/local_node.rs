@@ -138,8 +138,9 @@ impl LocalNode {
         self.overlay = mesh.overlays().to_vec();
     }
 
-    /// Puts our candidates together, and hands them out if they changed: sorted, each address once
-    /// (as the best kind that names it), no more than a record holds; `reflexive` ones come last.
+    /// Puts our candidates together, and hands them out if they changed: by kind, those of host and
+    /// configuration in their own order, each address once (as the best kind that names it), no more than
+    /// a record holds; `reflexive` ones come last, by address.
     pub(crate) fn advertise(
         &mut self,
         fx: &mut Effects,
@@ -148,8 +149,11 @@ impl LocalNode {
         let host = self.host_candidates.iter().copied();
         let mut candidates: Vec<Candidate> =
             host.filter(|c| !self.is_inside(c.address().ip())).collect();
+        let mut reflexive: Vec<Candidate> = reflexive.collect();
+        reflexive.sort_unstable_by_key(Candidate::address);
         candidates.extend(reflexive);
-        candidates.sort_unstable_by_key(|c| (preference(c.kind()), c.address()));
+        // Stable: the preferred one of a kind stays the first.
+        candidates.sort_by_key(|c| preference(c.kind()));
         let mut seen = BTreeSet::new();
         candidates.retain(|c| seen.insert(c.address()));
         candidates.truncate(limits::CANDIDATES);

@@ -115,7 +115,8 @@ impl Peer {
         free
     }
 
-    /// Returns those candidates that we may send to, the likeliest first.
+    /// Returns those candidates that we may send to, the likeliest first. Among equals that is the order in
+    /// which the peer published them.
     pub(super) fn candidates(&self, now: Instant, local: &LocalNode) -> Vec<SocketAddr> {
         let same_site =
             self.node.grant().site.is_some() && self.node.grant().site.as_ref() == local.site();
@@ -128,7 +129,7 @@ impl Peer {
             published.filter(|c| local.can_send_to(c.address())).map(rank).collect();
         let signalled = self.signalled.iter().filter(|(_, until)| now < **until);
         usable.extend(signalled.map(|(address, _)| (3, 0, *address)));
-        usable.sort_unstable();
+        usable.sort_by_key(|(tier, kind, _)| (*tier, *kind));
         let mut addresses: Vec<SocketAddr> = Vec::with_capacity(usable.len());
         for (_, _, address) in usable {
             if !addresses.contains(&address) && local.can_send_to(address) {

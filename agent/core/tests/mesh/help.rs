@@ -3,6 +3,25 @@
 use super::*;
 
 #[test]
+fn our_addresses_are_advertised_in_the_order_of_preference() {
+    let mut us = Us::new(1);
+    // Public ones first, and of each kind those of the default route.
+    let preferred =
+        ["203.0.113.9:51830", "198.51.100.7:51830", "192.168.1.7:51830", "10.0.0.5:51830"];
+    us.mesh.set_candidates(us.now, preferred.map(candidate).into());
+    us.mesh.set_reflectors(us.now, vec![addr("203.0.113.1:7443")]);
+    let asked = stun(&us.run(Duration::from_millis(1)));
+    us.mesh.handle_stun(us.now, asked[0].0, asked[0].1, addr("192.0.2.1:4000"));
+    let outputs = us.drain();
+    let advertised = outputs.iter().find_map(|output| match output {
+        Output::Advertise(list) => Some(list.iter().map(|c| c.address()).collect::<Vec<_>>()),
+        _ => None,
+    });
+    let expected = preferred.into_iter().chain(["192.0.2.1:4000"]).map(addr).collect();
+    assert_eq!(advertised, Some(expected));
+}
+
+#[test]
 fn a_reflexive_address_is_advertised_and_the_mapping_judged_by_two_reflectors_only() {
     let mut us = Us::new(1);
     us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);

@@ -14,6 +14,15 @@ fn all_candidates_are_tried_at_once_with_one_initiation() {
 }
 
 #[test]
+fn addresses_are_tried_in_the_order_in_which_the_peer_published_them() {
+    let mut us = Us::new(1);
+    let published = ["203.0.113.9:51830", "198.51.100.7:51830", "203.0.113.7:51830"];
+    us.upsert(peer(2).candidates(&published));
+    let outputs = us.run(Duration::from_millis(100));
+    assert_eq!(handshakes(&outputs), [published.map(path)]);
+}
+
+#[test]
 fn of_two_nodes_that_can_both_be_called_the_one_with_the_higher_key_waits_a_moment() {
     let mut us = Us::new(9);
     us.mesh.set_candidates(us.now, vec![candidate("203.0.113.9:51830")]);
