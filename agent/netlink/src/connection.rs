@@ -161,9 +161,7 @@ impl Connection {
                 bytes <= chunk
             });
             let count = fitting.count().max(1);
-            let Some((sent, after)) = std::mem::take(&mut rest).split_at_mut_checked(count) else {
-                break;
-            };
+            let (sent, after) = std::mem::take(&mut rest).split_at_mut(count);
             let failed = self.chunk(sent)?;
             failures.extend(failed.into_iter().map(|(at, refusal)| (start + at, refusal)));
             (rest, start) = (after, start + count);

@@ -288,7 +288,7 @@ impl Expression {
             Self::Payload { .. } => "payload",
             Self::Compare { .. } => "cmp",
             Self::Bitwise { .. } => "bitwise",
-            Self::Lookup { .. } => "lookup",
+            Self::Lookup { .. } | Self::VerdictMap { .. } => "lookup",
             Self::Immediate { .. } | Self::Verdict(_) => "immediate",
             Self::Ct { .. } | Self::SetCt { .. } => "ct",
             Self::Counter => "counter",
@@ -304,7 +304,6 @@ impl Expression {
             Self::Notrack => "notrack",
             Self::Match { .. } => "match",
             Self::Target { .. } => "target",
-            Self::VerdictMap { .. } => "lookup",
             Self::Other(name) => name,
         }
     }
@@ -392,10 +391,7 @@ impl Expression {
             Self::Forget { set, register } => {
                 data.string(1, set).u32_be(3, DYNSET_DELETE).u32_be(4, *register);
             }
-            Self::Match { name, revision, info } => {
-                data.string(1, name).u32_be(2, *revision).bytes(3, info);
-            }
-            Self::Target { name, revision, info } => {
+            Self::Match { name, revision, info } | Self::Target { name, revision, info } => {
                 data.string(1, name).u32_be(2, *revision).bytes(3, info);
             }
             Self::VerdictMap { set, register } => {
@@ -512,16 +508,14 @@ impl Expression {
                 }
             }
             "notrack" => Self::Notrack,
-            "match" => Self::Match {
-                name: fields.get(1)?.string(),
-                revision: fields.number(2)?,
-                info: fields.get(3)?.value.to_vec(),
-            },
-            "target" => Self::Target {
-                name: fields.get(1)?.string(),
-                revision: fields.number(2)?,
-                info: fields.get(3)?.value.to_vec(),
-            },
+            "match" | "target" => {
+                let (called, revision) = (fields.get(1)?.string(), fields.number(2)?);
+                let info = fields.get(3)?.value.to_vec();
+                match name {
+                    "match" => Self::Match { name: called, revision, info },
+                    _ => Self::Target { name: called, revision, info },
+                }
+            }
             _ => return None,
         })
     }

@@ -25,7 +25,7 @@ pub struct Rule {
 
 /// Conntrack states of a packet, which can be combined with `|`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CtState(u32);
+pub struct CtState(pub(super) u32);
 
 impl CtState {
     /// The packet belongs to no valid connection.
@@ -67,7 +67,8 @@ impl BitOr for IptablesStates {
     }
 }
 
-const LINK_NAME_BYTES: usize = 16;
+/// Length in bytes of the name of a link (`IFNAMSIZ`), which ends with zeros.
+pub(super) const LINK_NAME_BYTES: usize = 16;
 const REGISTER: u32 = key::REGISTER_1;
 const TCP_OPTION_MSS: u8 = 2;
 const FIN: u8 = 1;
@@ -619,7 +620,8 @@ fn write_mss() -> Expression {
     Expression::SetTcpOption { option: TCP_OPTION_MSS, offset: 2, length: 2, register: REGISTER }
 }
 
-fn octets(address: IpAddr) -> Vec<u8> {
+/// Returns the bytes of an address, 4 or 16.
+pub(super) fn octets(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(v4) => v4.octets().to_vec(),
         IpAddr::V6(v6) => v6.octets().to_vec(),

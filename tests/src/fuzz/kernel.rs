@@ -93,7 +93,7 @@ pub fn nftables(bytes: &[u8]) {
         for (name, chain) in &foreign.chains {
             if chain.base.is_some() {
                 let fate = foreign.evaluate(name, &packet);
-                assert!(fate.can_pass || fate.dropped_in.is_some());
+                assert!(fate.can_pass || fate.can_drop);
             }
         }
     }

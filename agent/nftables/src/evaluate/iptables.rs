@@ -1,5 +1,7 @@
 //! Evaluates the matches of iptables, which have the layout of the kernel's `struct xt_*` (`linux/netfilter`).
 
+use towline_netlink::codec::u32_at;
+
 use super::{NEW, ORDINARY, Run, Truth};
 
 /// Bytes of a match, in the machine's byte order.
@@ -17,8 +19,7 @@ impl Info<'_> {
     }
 
     fn long(self, at: usize) -> Option<u32> {
-        let bytes = self.0.get(at..at + 4)?;
-        bytes.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
+        u32_at(self.0, at)
     }
 }
 

@@ -14,9 +14,9 @@ use towline_netlink::Family;
 
 use crate::expression::{Expression, Verdict, key};
 use crate::foreign::{Element, ForeignTable};
-use crate::rule::Rule;
+use crate::rule::{CtState, LINK_NAME_BYTES, Rule, octets};
 use crate::set::KeyType;
-use crate::table::{Hook, Policy, TableFamily};
+use crate::table::{Chain, ChainKind, Hook, Policy, TableFamily};
 
 /// Packet that begins a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,18 +49,18 @@ pub struct PacketLink {
 }
 
 /// What may happen to a packet in a chain.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Fate {
     /// True if the packet may pass.
     pub can_pass: bool,
-    /// Chain in which it may be dropped, by a rule or by the policy of the base chain.
-    pub dropped_in: Option<String>,
+    /// True if it may be dropped, by a rule or by the policy of the base chain.
+    pub can_drop: bool,
 }
 
 impl Fate {
     /// Returns true if the packet is dropped in any case.
-    pub fn is_dropped(&self) -> bool {
-        self.dropped_in.is_some() && !self.can_pass
+    pub fn is_dropped(self) -> bool {
+        self.can_drop && !self.can_pass
     }
 }
 
@@ -68,14 +68,12 @@ impl Fate {
 const DEPTH: usize = 16;
 /// Greatest number of rules that are evaluated for one packet. With more, the packet may pass.
 const RULES: usize = 20_000;
-/// Conntrack state of a new connection (`NF_CT_STATE_BIT(IP_CT_NEW)`), which iptables numbers alike.
-const NEW: u32 = 8;
-/// States that a packet that begins a connection does not have: invalid, established, related.
-const ORDINARY: u32 = 0b111;
+/// Conntrack state of a new connection, which iptables numbers alike.
+const NEW: u32 = CtState::NEW.0;
+/// States that a packet that begins a connection does not have.
+const ORDINARY: u32 = CtState::INVALID.0 | CtState::ESTABLISHED.0 | CtState::RELATED.0;
 const LOCAL: u32 = libc::RTN_LOCAL as u32;
 const UNICAST: u32 = libc::RTN_UNICAST as u32;
-/// Bytes of a name of a link.
-const NAME: usize = 16;
 const REJECT_TARGETS: [&str; 2] = ["REJECT", "DROP"];
 /// Expressions that are not decoded, after which the next expression is evaluated. Any other one may give a
 /// verdict, as `queue` does.
@@ -115,15 +113,28 @@ impl ForeignTable {
         }
     }
 
+    /// Returns the filter chains at the packet's hook that drop it in any case.
+    pub fn chains_that_drop(&self, packet: &Packet) -> impl Iterator<Item = &str> {
+        let covers = self.covers(Family::of(packet.source));
+        let is_hooked = |chain: &Chain| {
+            chain
+                .base
+                .is_some_and(|base| base.hook == packet.hook && base.kind == ChainKind::Filter)
+        };
+        let hooked = self.chains.iter().filter(move |(_, chain)| covers && is_hooked(chain));
+        let dropping = hooked.filter(|(name, _)| self.evaluate(name, packet).is_dropped());
+        dropping.map(|(name, _)| name.as_str())
+    }
+
     /// Returns what happens to a packet in a base chain.
     pub fn evaluate(&self, chain: &str, packet: &Packet) -> Fate {
         let mut run = Run { table: self, packet, bytes: packet.bytes(), rules: 0 };
         let flow = run.chain(chain, 0);
-        let mut fate = Fate { can_pass: flow.accepts || run.rules > RULES, dropped_in: flow.drops };
+        let mut fate = Fate { can_pass: flow.accepts || run.rules > RULES, can_drop: flow.drops };
         if flow.continues {
             let base = self.chains.get(chain).and_then(|chain| chain.base);
             match base.map(|base| base.policy) {
-                Some(Policy::Drop) => fate.dropped_in = Some(chain.to_owned()),
+                Some(Policy::Drop) => fate.can_drop = true,
                 _ => fate.can_pass = true,
             }
         }
@@ -135,7 +146,7 @@ impl ForeignTable {
 #[derive(Debug, Default)]
 struct Flow {
     accepts: bool,
-    drops: Option<String>,
+    drops: bool,
     continues: bool,
 }
 
@@ -194,19 +205,16 @@ impl Run<'_> {
             let mut ends = truth == Truth::Yes;
             match verdict {
                 Verdict::Accept => flow.accepts = true,
-                Verdict::Drop => flow.drops = Some(name.to_owned()),
+                Verdict::Drop => flow.drops = true,
                 Verdict::Return => flow.continues = true,
-                Verdict::Jump(to) => {
-                    let inner = self.chain(&to, depth + 1);
+                Verdict::Jump(ref to) | Verdict::Goto(ref to) => {
+                    let inner = self.chain(to, depth + 1);
                     flow.accepts |= inner.accepts;
-                    flow.drops = inner.drops.or(flow.drops);
-                    ends &= !inner.continues;
-                }
-                Verdict::Goto(to) => {
-                    let inner = self.chain(&to, depth + 1);
-                    flow.accepts |= inner.accepts;
-                    flow.drops = inner.drops.or(flow.drops);
-                    flow.continues |= inner.continues;
+                    flow.drops |= inner.drops;
+                    match verdict {
+                        Verdict::Jump(_) => ends &= !inner.continues,
+                        _ => flow.continues |= inner.continues,
+                    }
                 }
             }
             if ends {
@@ -224,15 +232,13 @@ impl Run<'_> {
             let holds = match expression {
                 Expression::Verdict(verdict) => return Effect::Verdict(verdict.clone(), truth),
                 Expression::Reject { .. } => return Effect::Verdict(Verdict::Drop, truth),
-                Expression::Target { name, .. } => {
-                    if REJECT_TARGETS.contains(&name.as_str()) {
+                Expression::Target { name, .. } => match name.as_str() {
+                    name if REJECT_TARGETS.contains(&name) => {
                         return Effect::Verdict(Verdict::Drop, truth);
                     }
-                    if !PASSING_TARGETS.contains(&name.as_str()) {
-                        return Effect::Unknown;
-                    }
-                    Truth::Yes
-                }
+                    name if PASSING_TARGETS.contains(&name) => Truth::Yes,
+                    _ => return Effect::Unknown,
+                },
                 Expression::VerdictMap { set, register } => {
                     match self.look_up(set, registers.get(*register)) {
                         Some(Some(verdict)) => return Effect::Verdict(verdict, truth),
@@ -423,7 +429,7 @@ fn compare(found: &[u8], operator: u32, value: &[u8]) -> Truth {
 
 fn name_of(link: Option<&PacketLink>) -> Vec<u8> {
     let mut name = link.map(|link| link.name.as_bytes().to_vec()).unwrap_or_default();
-    name.resize(NAME, 0);
+    name.resize(LINK_NAME_BYTES, 0);
     name
 }
 
@@ -445,24 +451,11 @@ impl Packet {
         } else {
             transport.extend([0, 8, 0, 0]);
         }
-        let network = match (self.source, self.destination) {
-            (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                let mut header = vec![0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, self.protocol, 0, 0];
-                header.extend(source.octets());
-                header.extend(destination.octets());
-                header
-            }
-            (source, destination) => {
-                let mut header = vec![0x60, 0, 0, 0, 0, 20, self.protocol, 64];
-                for address in [source, destination] {
-                    header.extend(match address {
-                        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
-                        IpAddr::V6(v6) => v6.octets(),
-                    });
-                }
-                header
-            }
+        let mut network = match self.source {
+            IpAddr::V4(_) => vec![0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, self.protocol, 0, 0],
+            IpAddr::V6(_) => vec![0x60, 0, 0, 0, 0, 20, self.protocol, 64],
         };
+        network.extend([self.source, self.destination].into_iter().flat_map(octets));
         (network, transport)
     }
 }

@@ -79,10 +79,9 @@ fn jumps_return_and_a_goto_ends_the_chain() {
         table.evaluate("INPUT", &packet())
     };
     let fate = jump(Chain::regular().rule(Rule::new().input("eth0").accept()));
-    assert_eq!(fate, Fate { can_pass: false, dropped_in: Some("INPUT".to_owned()) });
+    assert_eq!(fate, Fate { can_pass: false, can_drop: true });
     assert!(!jump(Chain::regular().rule(Rule::new().accept())).is_dropped());
-    let fate = jump(Chain::regular().rule(Rule::new().drop()));
-    assert_eq!(fate.dropped_in.as_deref(), Some("ufw-user-input"));
+    assert!(jump(Chain::regular().rule(Rule::new().drop())).is_dropped());
     let looped = table([("INPUT", input([Rule::new().goto("INPUT")]))]);
     assert!(looped.evaluate("INPUT", &packet()).is_dropped(), "evaluation ends");
 }
