@@ -31,6 +31,25 @@ pub struct LocalAddress {
     pub outward: bool,
 }
 
+#[cfg(test)]
+impl LocalAddress {
+    /// Returns a permanent address on a hardware link that is up, or on the loopback `lo`.
+    pub(super) fn on(index: u32, link: &str, prefix: &str) -> Self {
+        Self {
+            prefix: prefix.parse().unwrap(),
+            flags: AddressFlags(libc::IFA_F_PERMANENT),
+            link: link.to_owned(),
+            index,
+            kind: None,
+            up: true,
+            carrier: true,
+            loopback: link == "lo",
+            point_to_point: false,
+            outward: false,
+        }
+    }
+}
+
 /// Reads all addresses of the host.
 pub(super) fn read(rtnetlink: &mut Rtnetlink) -> Result<Vec<LocalAddress>, NetlinkError> {
     Ok(on_links(&rtnetlink.links()?, rtnetlink.addresses(None)?))

@@ -39,10 +39,9 @@ pub fn candidates(addresses: &[LocalAddress], policy: &CandidatePolicy) -> Vec<I
         .iter()
         .filter(|address| {
             leads_outside(address, policy)
-                && is_global(address.prefix.addr())
+                && is_usable_elsewhere(address, policy)
                 && is_lasting(address)
                 && !is_floating(address, addresses)
-                && !policy.excluded.iter().any(|net| net.contains(&address.prefix.addr()))
         })
         .map(|address| address.prefix.addr())
         .collect();
@@ -58,7 +57,7 @@ pub(super) fn connected_networks(
         .iter()
         .filter(|address| leads_outside(address, policy) && is_usable_elsewhere(address, policy))
         .map(|address| address.prefix.trunc())
-        .filter(|net| net.prefix_len() < net.max_prefix_len())
+        .filter(|net| !is_host(net))
         .collect();
     connected.into_iter().collect()
 }
@@ -163,7 +162,7 @@ pub(super) fn is_lan(address: &LocalAddress, policy: &CandidatePolicy) -> bool {
     let kind = address.kind.as_deref().unwrap_or_default();
     !address.loopback
         && !INNER_KINDS.contains(&kind)
-        && address.prefix.prefix_len() < address.prefix.max_prefix_len()
+        && !is_host(&address.prefix)
         && is_usable_elsewhere(address, policy)
 }
 
@@ -202,26 +201,25 @@ pub(super) fn is_global(address: IpAddr) -> bool {
     }
 }
 
-/// Returns true if an address is usable now and not expected to vanish soon.
+/// Returns true if an address is not expected to vanish soon.
 fn is_lasting(address: &LocalAddress) -> bool {
     let flags = address.flags;
     // The bit of temporary IPv6 addresses (IFA_F_SECONDARY) marks secondary addresses in IPv4.
-    !(flags.temporary() || flags.deprecated() || flags.tentative())
+    !(flags.temporary() || flags.deprecated())
 }
 
 /// Returns true for a service address that may move to another machine: a permanent host address on a
 /// link that also has a network of the same family. An operator or a failover daemon adds such an
 /// address. An address leased by DHCPv6 looks the same but is not permanent.
 fn is_floating(address: &LocalAddress, all: &[LocalAddress]) -> bool {
-    let lone = |prefix: &IpNet| prefix.prefix_len() == prefix.max_prefix_len();
     let same_family = |other: &IpNet| other.addr().is_ipv4() == address.prefix.addr().is_ipv4();
-    lone(&address.prefix)
+    is_host(&address.prefix)
         && address.flags.permanent()
         && !address.point_to_point
         && all.iter().any(|other| {
             other.index == address.index
                 && same_family(&other.prefix)
-                && !lone(&other.prefix)
+                && !is_host(&other.prefix)
                 && is_global(other.prefix.addr())
         })
 }
@@ -232,18 +230,8 @@ mod tests {
     use towline_netlink::AddressFlags;
 
     fn on(link: &str, kind: Option<&str>, prefix: &str) -> LocalAddress {
-        LocalAddress {
-            prefix: prefix.parse().unwrap(),
-            flags: AddressFlags(libc::IFA_F_PERMANENT),
-            link: link.to_owned(),
-            index: link.bytes().map(u32::from).sum(),
-            kind: kind.map(str::to_owned),
-            up: true,
-            carrier: true,
-            loopback: link == "lo",
-            point_to_point: false,
-            outward: false,
-        }
+        let index = link.bytes().map(u32::from).sum();
+        LocalAddress { kind: kind.map(str::to_owned), ..LocalAddress::on(index, link, prefix) }
     }
 
     fn chosen(addresses: &[LocalAddress]) -> Vec<String> {

@@ -64,10 +64,14 @@ pub(super) fn put(nft: &mut Nft, plan: &Plan, changes: &mut Changes) -> Result<(
     Ok(())
 }
 
-/// Returns true if firewalld runs and the link is in none of its zones. For a link in a zone, firewalld
-/// has a rule that jumps to the zone's chain.
-pub(super) fn is_without_zone(nft: &mut Nft, link: &str) -> Result<bool, NftError> {
-    let Some(rules) = nft.rules(TableFamily::Inet, FIREWALLD)? else { return Ok(false) };
+/// Returns true if firewalld runs and the link is in none of its zones.
+fn is_without_zone(nft: &mut Nft, link: &str) -> Result<bool, NftError> {
+    let rules = nft.rules(TableFamily::Inet, FIREWALLD)?;
+    Ok(rules.is_some_and(|rules| !has_zone(&rules, link)))
+}
+
+/// Returns true if one of firewalld's rules jumps to a zone for packets that arrive on the link.
+pub(super) fn has_zone<'a>(rules: impl IntoIterator<Item = &'a Rule>, link: &str) -> bool {
     let ours = Rule::new().input(link).expressions;
     let leads = |rule: &Rule| match rule.expressions.strip_prefix(ours.as_slice()) {
         Some([.., Expression::Verdict(Verdict::Goto(zone) | Verdict::Jump(zone))]) => {
@@ -75,7 +79,7 @@ pub(super) fn is_without_zone(nft: &mut Nft, link: &str) -> Result<bool, NftErro
         }
         _ => false,
     };
-    Ok(!rules.iter().any(leads))
+    rules.into_iter().any(leads)
 }
 
 fn put_family(nft: &mut Nft, family: TableFamily, wanted: Vec<Rule>) -> Result<usize, NftError> {

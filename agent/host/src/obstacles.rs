@@ -24,11 +24,11 @@ use super::hook;
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Obstacle {
     /// Traffic that is dropped.
-    pub traffic: Traffic,
+    traffic: Traffic,
     /// Program that the chain belongs to.
-    pub owner: Owner,
-    /// Address family of the table, as `nft` names it.
-    family: &'static str,
+    owner: Owner,
+    /// Address family of the table.
+    family: TableFamily,
     /// Name of the table.
     table: String,
     /// Name of the base chain.
@@ -41,7 +41,7 @@ pub struct Obstacle {
 
 /// Traffic that a firewall may drop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Traffic {
+enum Traffic {
     /// Connections from the mesh to this host.
     In,
     /// Connections of this host to the mesh.
@@ -58,7 +58,7 @@ pub enum Traffic {
 
 /// Program that manages a firewall, which determines the command that opens it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Owner {
+enum Owner {
     /// ufw.
     Ufw,
     /// firewalld.
@@ -89,7 +89,7 @@ impl Obstacle {
     /// Returns the command that lets the traffic pass.
     fn command(&self) -> String {
         let Self { link, port, family, table, chain, .. } = self;
-        let tool = if *family == "ip6" { "ip6tables" } else { "iptables" };
+        let tool = if *family == TableFamily::Ip6 { "ip6tables" } else { "iptables" };
         match (self.owner, self.traffic) {
             (Owner::Ufw, Traffic::In) => format!("`ufw allow in on {link}`"),
             (Owner::Ufw, Traffic::Out) => format!("`ufw allow out on {link}`"),
@@ -247,41 +247,32 @@ impl ObstacleSearch {
         let nft = &mut Nft::open()?;
         let hooks = [Hook::Input, Hook::Forward, Hook::Output];
         let tables = nft.tables_with_filters(&hooks, &self.table)?;
-        // `hook` reports this.
-        let has_no_zone = hook::is_without_zone(nft, &self.link.name)?;
         let packets = self.packets();
         let mut found = BTreeSet::new();
         for table in &tables {
+            // `hook` reports a link without a zone.
+            let has_no_zone = table.name == hook::FIREWALLD
+                && !hook::has_zone(
+                    table.chains.values().flat_map(|chain| &chain.rules),
+                    &self.link.name,
+                );
             for (traffic, packet) in &packets {
-                if !table.covers(Family::of(packet.source)) {
+                let by_link = !matches!(traffic, Traffic::PortIn | Traffic::PortOut);
+                if has_no_zone && by_link {
                     continue;
                 }
-                let hooked = table.chains.iter().filter(|(_, chain)| {
-                    chain.base.is_some_and(|base| {
-                        base.hook == packet.hook && base.kind == towline_nftables::ChainKind::Filter
-                    })
-                });
-                for (name, _) in hooked {
-                    if table.evaluate(name, packet).is_dropped() {
-                        let owner = owner(table, name, packet.hook);
-                        found.insert(Obstacle {
-                            traffic: *traffic,
-                            owner,
-                            family: family_name(table.family),
-                            table: table.name.clone(),
-                            chain: name.clone(),
-                            link: self.link.name.clone(),
-                            port: self.port.unwrap_or_default(),
-                        });
-                    }
-                }
+                found.extend(table.chains_that_drop(packet).map(|chain| Obstacle {
+                    traffic: *traffic,
+                    owner: owner(table, chain, packet.hook),
+                    family: table.family,
+                    table: table.name.clone(),
+                    chain: chain.to_owned(),
+                    link: self.link.name.clone(),
+                    port: self.port.unwrap_or_default(),
+                }));
             }
         }
-        let is_reported = |obstacle: &Obstacle| {
-            let by_link = !matches!(obstacle.traffic, Traffic::PortIn | Traffic::PortOut);
-            has_no_zone && by_link && obstacle.owner == Owner::Firewalld
-        };
-        Ok(found.into_iter().filter(|obstacle| !is_reported(obstacle)).collect())
+        Ok(found.into_iter().collect())
     }
 
     /// Returns the packets that a working mesh needs.
@@ -382,13 +373,5 @@ fn owner(table: &ForeignTable, chain: &str, hook: Hook) -> Owner {
         Owner::Iptables
     } else {
         Owner::Nftables
-    }
-}
-
-fn family_name(family: TableFamily) -> &'static str {
-    match family {
-        TableFamily::Inet => "inet",
-        TableFamily::Ip => "ip",
-        TableFamily::Ip6 => "ip6",
     }
 }

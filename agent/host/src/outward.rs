@@ -260,21 +260,10 @@ pub(super) fn outward(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use towline_netlink::{AddressFlags, NextHop};
 
     fn on(index: u32, prefix: &str) -> LocalAddress {
-        LocalAddress {
-            prefix: prefix.parse().unwrap(),
-            flags: AddressFlags(libc::IFA_F_PERMANENT),
-            link: if index == 1 { "lo".to_owned() } else { format!("eth{index}") },
-            index,
-            kind: None,
-            up: true,
-            carrier: true,
-            loopback: index == 1,
-            point_to_point: false,
-            outward: false,
-        }
+        let link = if index == 1 { "lo".to_owned() } else { format!("eth{index}") };
+        LocalAddress::on(index, &link, prefix)
     }
 
     fn default_by(link: u32, gateway: &str, metric: u32) -> Route {

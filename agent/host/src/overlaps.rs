@@ -86,21 +86,9 @@ pub(super) fn find(plan: &Plan, overlay: &[IpNet], addresses: &[LocalAddress]) -
 mod tests {
     use super::*;
     use towline_fixtures::agent;
-    use towline_netlink::AddressFlags;
 
     fn on(link: &str, prefix: &str) -> LocalAddress {
-        LocalAddress {
-            prefix: prefix.parse().unwrap(),
-            flags: AddressFlags(libc::IFA_F_PERMANENT),
-            link: link.to_owned(),
-            index: 2,
-            kind: None,
-            up: true,
-            carrier: true,
-            loopback: link == "lo",
-            point_to_point: false,
-            outward: false,
-        }
+        LocalAddress::on(2, link, prefix)
     }
 
     #[test]
