@@ -1,5 +1,5 @@
 //! Receives netlink notifications about changes by other programs: of the host's links and addresses,
-//! of Towline's state, and of the chains that hold Towline's rules.
+//! of Towline's state, of the chains that hold Towline's rules, and of their own nftables.
 //!
 //! This module only reports changes; `HostNetwork` repairs them.
 
@@ -23,6 +23,9 @@ pub enum HostEvent {
     OursChanged,
     /// Another program changed a chain that may hold Towline's rules: call `apply_hooks`.
     HooksChanged,
+    /// Another program changed its nftables: what it drops may be something else now. Programs such as
+    /// kube-proxy do that often.
+    FirewallsChanged,
 }
 
 /// Stream of events.
@@ -63,12 +66,15 @@ struct Pending {
     addresses: bool,
     ours: bool,
     hooks: bool,
+    firewalls: bool,
 }
 
 // Message types (`NFT_MSG_*`) that may concern Towline's rules in a chain of another program.
 const NEW_CHAIN: u16 = 3;
 const NEW_RULE: u16 = 6;
 const DELETE_RULE: u16 = 8;
+/// Message type (`NFT_MSG_NEWGEN`) that ends each transaction and names no object.
+const NEW_GENERATION: u16 = 15;
 
 /// Multicast groups of rtnetlink that the watch subscribes to.
 const ROUTE_GROUPS: [Group; 7] = [
@@ -111,6 +117,9 @@ impl Watch {
             if std::mem::take(&mut self.pending.addresses) {
                 return Ok(HostEvent::AddressesChanged);
             }
+            if std::mem::take(&mut self.pending.firewalls) {
+                return Ok(HostEvent::FirewallsChanged);
+            }
             self.readable().await?;
             tokio::time::sleep(SETTLE).await;
             self.read()?;
@@ -134,7 +143,7 @@ impl Watch {
     /// may have changed.
     fn read(&mut self) -> Result<(), NetlinkError> {
         let Self { route, netfilter, filter, pending } = self;
-        let all = Pending { addresses: true, ours: true, hooks: true };
+        let all = Pending { addresses: true, ours: true, hooks: true, firewalls: true };
         let overrun = drain(route, |received| filter.route(&received, pending))?;
         if overrun {
             *pending = all;
@@ -144,6 +153,7 @@ impl Watch {
         {
             pending.ours = true;
             pending.hooks = true;
+            pending.firewalls = true;
         }
         Ok(())
     }
@@ -217,17 +227,22 @@ impl Filter {
         const HEADER: usize = 4;
         // Every message about a table or an object in it has the table's name in attribute 1.
         const TABLE: u16 = 1;
-        if self.ports.netfilter == Some(received.port) {
+        let kind = received.kind & 0xff;
+        if self.ports.netfilter == Some(received.port) || kind == NEW_GENERATION {
             return;
         }
         let named = |kind: u16, name: &str| {
             attributes(received.payload, HEADER).any(|a| a.kind == kind && a.string() == name)
         };
-        pending.ours |= named(TABLE, &self.names.firewall);
+        if named(TABLE, &self.names.firewall) {
+            pending.ours = true;
+        } else {
+            pending.firewalls = true;
+        }
         pending.hooks |= named(TABLE, hook::FIREWALLD);
         // The chain's name is in attribute 2 of a rule and attribute 3 of a chain.
         let (table, chain) = hook::PLACE;
-        let place = match received.kind & 0xff {
+        let place = match kind {
             NEW_CHAIN => 3,
             NEW_RULE | DELETE_RULE => 2,
             _ => return,
@@ -318,6 +333,10 @@ mod tests {
                 nft.load(&Table::new(TableFamily::Inet, "another")).unwrap();
                 nft.load(&Table::new(TableFamily::Inet, "towline")).unwrap();
                 assert_eq!(watch.next().await.unwrap(), HostEvent::OursChanged);
+
+                assert_eq!(watch.next().await.unwrap(), HostEvent::FirewallsChanged);
+                // Changes of our own are no news.
+                host.nft.as_mut().unwrap().load(&Table::new(TableFamily::Inet, "ours")).unwrap();
 
                 let foreign = Rule { priority: 100, ..rule };
                 rtnetlink.add_rule(&foreign).unwrap();

@@ -101,16 +101,6 @@ impl HostController {
         }
     }
 
-    /// Handles an event. Returns true if the host's addresses changed.
-    pub(super) fn handle(&mut self, event: HostEvent) -> bool {
-        match event {
-            HostEvent::AddressesChanged => return true,
-            HostEvent::OursChanged => self.restore(),
-            HostEvent::HooksChanged => self.restore_hooks(),
-        }
-        false
-    }
-
     /// Applies a plan, which replaces the last one.
     pub(super) fn apply(&mut self, plan: Arc<Plan>) {
         if self.purpose == Purpose::Relay {
@@ -131,7 +121,7 @@ impl HostController {
     }
 
     /// Applies the hooks again, after another program changed a chain with Towline's rules.
-    fn restore_hooks(&mut self) {
+    pub(super) fn restore_hooks(&mut self) {
         match self.network.apply_hooks() {
             Ok(changes) => self.changed(&changes),
             // The full apply finds and reports the problem.

@@ -63,6 +63,7 @@ use towline_core::peer_history::PathChange;
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::prefixes::is_private;
 use towline_dataplane as dataplane;
+use towline_host::HostEvent;
 use towline_proto::code::Coded;
 use towline_proto::frame::{Probe, RELAYED_HEADER_BYTES};
 use towline_proto::id::{NodeId, WireguardKey};
@@ -258,7 +259,7 @@ impl Daemon {
             tokio::select! {
                 () = at(deadline) => self.mesh.handle_timeout(Instant::now()),
                 () = at(Some(watchdog.due())) => {}
-                () = at(Some(search_at)) => self.search_firewalls(),
+                () = at(search_at) => self.search_firewalls(),
                 () = at(Some(look_at)) => self.observe(),
                 found = self.firewalls.finished() => {
                     self.host.take_obstacles(found);
@@ -268,8 +269,11 @@ impl Daemon {
                 }
                 report = self.tunnels.next() => self.tunnels_report(report)?,
                 Some(event) = self.controller.next() => self.controller_event(event),
-                event = self.host.next() => if self.host.handle(event) {
-                    self.addresses_changed();
+                event = self.host.next() => match event {
+                    HostEvent::AddressesChanged => self.addresses_changed(),
+                    HostEvent::OursChanged => self.host.restore(),
+                    HostEvent::HooksChanged => self.host.restore_hooks(),
+                    HostEvent::FirewallsChanged => self.firewalls.changed(Instant::now()),
                 },
                 Some(()) = self.kubernetes.changed() => self.kubernetes_changed(),
                 Some(request) = control.next() => {

@@ -29,6 +29,7 @@ use towline_service::notify::Notifier;
 use crate::config::Config;
 use crate::state::StateDir;
 use towline_host::{HostEvent, HostNetwork, Names, Problem, Watch};
+use towline_netlink::NetlinkError;
 
 /// Interval between checks of the lock and the files, which send no events.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -157,25 +158,38 @@ impl Keeper {
     async fn changed(&mut self) {
         let tick = tokio::time::sleep(PERIOD);
         let Some(held) = &mut self.held else { return tick.await };
-        tokio::select! {
-            () = tick => {}
-            event = held.watch.next() => match event {
-                Ok(HostEvent::OursChanged | HostEvent::HooksChanged) => {
-                    held.network.invalidate();
-                    held.is_stale = true;
-                }
-                Ok(HostEvent::AddressesChanged) => held.has_moved = true,
-                // The next check opens it again.
-                Err(_) => {
-                    self.held = None;
-                    tokio::time::sleep(PERIOD).await;
-                }
-            },
+        let event = tokio::select! {
+            () = tick => return,
+            event = held.next_event() => event,
+        };
+        match event {
+            Ok(HostEvent::OursChanged | HostEvent::HooksChanged) => {
+                held.network.invalidate();
+                held.is_stale = true;
+            }
+            Ok(HostEvent::AddressesChanged) => held.has_moved = true,
+            Ok(HostEvent::FirewallsChanged) => {}
+            // The next check opens it again.
+            Err(_) => {
+                self.held = None;
+                tokio::time::sleep(PERIOD).await;
+            }
         }
     }
 }
 
 impl Held {
+    /// Waits for the next event. The agent alone looks for what other programs drop: a program that changes
+    /// its nftables often causes no check.
+    async fn next_event(&mut self) -> Result<HostEvent, NetlinkError> {
+        loop {
+            match self.watch.next().await {
+                Ok(HostEvent::FirewallsChanged) => {}
+                event => return event,
+            }
+        }
+    }
+
     fn open(config: &Config, state: &StateDir, files: Files) -> anyhow::Result<Self> {
         let mut network = HostNetwork::open_unowned().context("cannot open a netlink socket")?;
         let names = Names {
