@@ -47,6 +47,15 @@ pub struct RouteSeen {
     pub link: Option<String>,
     /// True for a blackhole route, which drops packets without a more specific route.
     pub blackhole: bool,
+    /// True if the route has an MTU of its own.
+    pub has_mtu: bool,
+}
+
+impl RouteSeen {
+    /// Returns whether the route leads to the link of this name.
+    fn is_of(&self, link: &str) -> bool {
+        self.link.as_deref() == Some(link)
+    }
 }
 
 /// Snapshot of the machine.
@@ -104,6 +113,7 @@ impl Reading {
                 destination: route.destination,
                 link: route.link.and_then(|index| names.get(&index).map(|name| (*name).to_owned())),
                 blackhole: route.kind == RouteKind::Blackhole,
+                has_mtu: route.mtu.is_some(),
             }));
         }
         let addresses = netlink.addresses(None)?;
@@ -174,26 +184,40 @@ impl Reading {
     /// the name that the configured plugin gives it, or routes to pods use it.
     fn tunnel(&self, node_cidrs: &[IpNet]) -> Option<(&LinkSeen, u32)> {
         self.links.iter().find_map(|link| {
-            let overhead = match link.kind.as_deref()? {
-                // Overhead: outer IPv4 20, UDP 8, VXLAN or Geneve 8, Ethernet 14.
-                "vxlan" | "geneve"
-                    if self.is_of_plugin(link) || self.carries_pods(&link.name, node_cidrs) =>
-                {
-                    50
-                }
-                // flannel's backend `udp`. Overhead: IPv4 20, UDP 8.
-                "tun" if self.plugin_name() == "flannel" && link.name.starts_with("flannel") => 28,
+            let (kind, name) = (link.kind.as_deref()?, link.name.as_str());
+            let is_of_plugin = match (kind, name) {
+                // In native mode, Cilium answers the clients of services through such a link (DSR).
+                ("geneve", CILIUM_GENEVE) => self.is_of_plugin(link) && self.cilium_tunnels(),
                 // Without a route, tunl0 is only the default device of the kernel module.
-                "ipip" if self.carries_routes(&link.name) => 20,
+                ("ipip", _) => self.is_of_plugin(link) && self.carries_routes(name),
+                _ => self.is_of_plugin(link),
+            };
+            let counts = || is_of_plugin || self.carries_pods(name, node_cidrs);
+            let overhead = match kind {
+                // Overhead: outer IPv4 20, UDP 8, VXLAN or Geneve 8, Ethernet 14.
+                "vxlan" | "geneve" if counts() => 50,
+                // flannel's backend `udp`. Overhead: IPv4 20, UDP 8.
+                "tun" if is_of_plugin && self.plugin_name() == "flannel" => 28,
+                "ipip" if counts() => 20,
                 // Other programs use WireGuard too, so only the names of CNI links count.
-                "wireguard" if CNI_WIREGUARD.iter().any(|name| link.name.starts_with(name)) => 80,
+                "wireguard"
+                    if CNI_WIREGUARD.iter().any(|cni| name.starts_with(cni)) && counts() =>
+                {
+                    80
+                }
                 _ => return None,
             };
             Some((link, overhead))
         })
     }
 
-    /// Returns whether the configured plugin gives its VXLAN or Geneve link this name.
+    /// Returns whether Cilium tunnels to the pods of other nodes: its routes to them have an MTU, and those to
+    /// this node's pods have none. All of them lead to its host link, because eBPF programs encapsulate.
+    fn cilium_tunnels(&self) -> bool {
+        self.routes.iter().any(|route| route.is_of(CILIUM_HOST) && route.has_mtu)
+    }
+
+    /// Returns whether the configured plugin gives a link of a tunnel this name.
     fn is_of_plugin(&self, link: &LinkSeen) -> bool {
         let plugin = self.plugin_name();
         let mut of_plugin = TUNNEL_NAMES.iter().filter(|(known, _)| plugin == *known);
@@ -210,7 +234,7 @@ impl Reading {
             let around = IpNet::new(own.network(), length).map(|net| net.trunc());
             around.is_ok_and(|around| around.contains(&net.network())) && !own.contains(net)
         };
-        let mut routes = self.routes.iter().filter(|route| route.link.as_deref() == Some(link));
+        let mut routes = self.routes.iter().filter(|route| route.is_of(link));
         routes.any(|route| {
             let net = &route.destination;
             let is_network = net.prefix_len() > 0 && net.prefix_len() < net.max_prefix_len();
@@ -231,7 +255,7 @@ impl Reading {
     }
 
     fn carries_routes(&self, link: &str) -> bool {
-        self.routes.iter().any(|route| route.link.as_deref() == Some(link))
+        self.routes.iter().any(|route| route.is_of(link))
     }
 
     /// Returns the node's pod networks. For a CNI with its own allocation they are read from the
@@ -250,7 +274,7 @@ impl Reading {
             Some("cilium-cni") => self
                 .routes
                 .iter()
-                .filter(|route| route.link.as_deref() == Some("cilium_host"))
+                .filter(|route| route.is_of(CILIUM_HOST) && !route.has_mtu)
                 .map(|route| route.destination)
                 .filter(|net| !host_route(net) && !link_local(net))
                 .collect(),
@@ -281,16 +305,24 @@ const NATIVE: &[&str] = &[
 /// Prefixes of the names of the WireGuard links that CNIs create.
 const CNI_WIREGUARD: [&str; 3] = ["flannel-wg", "wireguard.cali", "cilium_wg"];
 
-/// Prefixes of the names of the VXLAN and Geneve links that each plugin creates.
-const TUNNEL_NAMES: [(&str, &str); 10] = [
+/// Link of Cilium that leads to the pods.
+const CILIUM_HOST: &str = "cilium_host";
+/// Geneve link of Cilium.
+const CILIUM_GENEVE: &str = "cilium_geneve";
+
+/// Prefixes of the names of the links of tunnels that each plugin creates.
+const TUNNEL_NAMES: [(&str, &str); 13] = [
     ("antrea", "antrea-"),
     ("antrea", "genev_sys"),
+    ("calico", "tunl"),
     ("calico", "vxlan-v6.calico"),
     ("calico", "vxlan.calico"),
+    ("calico", "wireguard.cali"),
     ("cilium-cni", "cilium_"),
     ("flannel", "flannel"),
     ("kube-ovn", "genev_sys"),
     ("kube-ovn", "vxlan_sys"),
+    ("kube-router", "tun-"),
     ("ovn-k8s-cni-overlay", "genev_sys"),
     ("weave-net", "vxlan-"),
 ];
@@ -397,7 +429,7 @@ mod tests {
 
     fn route(destination: &str, link: Option<&str>, blackhole: bool) -> RouteSeen {
         let destination = destination.parse().unwrap();
-        RouteSeen { destination, link: link.map(Into::into), blackhole }
+        RouteSeen { destination, link: link.map(Into::into), blackhole, has_mtu: false }
     }
 
     fn with(plugin: &str) -> Reading {
@@ -425,7 +457,7 @@ mod tests {
         for (plugin, name, kind, mtu) in [
             ("flannel", "flannel.1", "vxlan", 1370),
             ("calico", "vxlan.calico", "vxlan", 1370),
-            ("cilium-cni", "cilium_geneve", "geneve", 1370),
+            ("cilium-cni", "cilium_vxlan", "vxlan", 1370),
             ("flannel", "flannel-wg", "wireguard", 1340),
         ] {
             let reading = Reading { links: vec![link(name, kind, 1450)], ..with(plugin) };
@@ -461,6 +493,54 @@ mod tests {
         reading.routes.push(route("10.244.2.0/24", Some("flannel.1"), false));
         let decision = reading.decide(AnnouncePods::Auto, &nets(&["10.244.1.0/24"]), Mtu::DEFAULT);
         assert!(matches!(decision, Decision::Tunnelled { mtu: 1370, .. }), "{decision:?}");
+    }
+
+    #[test]
+    fn ciliums_geneve_link_is_a_tunnel_only_where_routes_to_other_nodes_pods_are_its_own() {
+        let mut reading =
+            Reading { links: vec![link("cilium_geneve", "geneve", 1450)], ..with("cilium-cni") };
+        reading.routes.push(route("10.0.1.0/24", Some("cilium_host"), false));
+        // Native routing, with the answers to the clients of services (DSR) in Geneve.
+        reading.routes.push(route("10.0.2.0/24", Some("eth0"), false));
+        assert_eq!(announced(&reading, &["10.244.1.0/24"]), nets(&["10.0.1.0/24"]));
+        // A tunnel: the routes to the pods of other nodes have the MTU that fits into it.
+        reading.routes.pop();
+        let there = route("10.0.2.0/24", Some("cilium_host"), false);
+        reading.routes.push(RouteSeen { has_mtu: true, ..there });
+        let cidrs = nets(&["10.244.1.0/24"]);
+        let decision = reading.decide(AnnouncePods::Auto, &cidrs, Mtu::DEFAULT);
+        assert!(matches!(decision, Decision::Tunnelled { mtu: 1370, .. }), "{decision:?}");
+        // The operator's word holds, for the pods of this node alone.
+        let always = reading.decide(AnnouncePods::Always, &cidrs, Mtu::DEFAULT);
+        assert!(
+            matches!(always, Decision::Announce { ref pods, .. } if *pods == nets(&["10.0.1.0/24"])),
+            "{always:?}"
+        );
+    }
+
+    #[test]
+    fn links_that_an_earlier_plugin_left_behind_do_not_count() {
+        let cidrs = nets(&["10.244.1.0/24"]);
+        for (name, kind) in [
+            ("flannel.1", "vxlan"),
+            ("flannel-wg", "wireguard"),
+            ("flannel0", "tun"),
+            ("cilium_geneve", "geneve"),
+            ("cilium_wg0", "wireguard"),
+            ("tunl0", "ipip"),
+        ] {
+            let mut reading = Reading { links: vec![link(name, kind, 1400)], ..with("bridge") };
+            // A route that is not one to pods.
+            reading.routes.push(route("192.168.50.0/24", Some(name), false));
+            assert_eq!(announced(&reading, &["10.244.1.0/24"]), cidrs, "{name}");
+            if kind == "tun" {
+                continue;
+            }
+            // Another plugin may use it all the same, as Calico does with flannel's.
+            reading.routes.push(route("10.244.0.0/16", Some(name), false));
+            let decision = reading.decide(AnnouncePods::Auto, &cidrs, Mtu::DEFAULT);
+            assert!(matches!(decision, Decision::Tunnelled { .. }), "{name}: {decision:?}");
+        }
     }
 
     #[test]
