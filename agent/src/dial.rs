@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
+use towline_netlink::Rtnetlink;
 use towline_proto::codes;
 use towline_proto::token::ControllerAddress;
 use towline_service::{grpc, tcp, tls};
@@ -140,8 +141,24 @@ pub async fn over(
 /// Returns true if this machine no longer has an address. A connection that is bound to it is dead, but
 /// the kernel keeps it and sends into the void.
 pub fn is_gone(address: IpAddr) -> bool {
-    let bound = std::net::UdpSocket::bind(SocketAddr::new(address, 0));
-    bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrNotAvailable)
+    match std::net::UdpSocket::bind(SocketAddr::new(address, 0)) {
+        Ok(_) => binds_to_any(address) && !address.is_loopback() && !is_listed(address),
+        Err(error) => error.kind() == io::ErrorKind::AddrNotAvailable,
+    }
+}
+
+/// Returns true if programs of this machine may bind to addresses that it does not have, which keepalived and
+/// HAProxy ask for (`ip_nonlocal_bind`).
+fn binds_to_any(address: IpAddr) -> bool {
+    let family = if address.is_ipv4() { "ipv4" } else { "ipv6" };
+    let setting = std::fs::read_to_string(format!("/proc/sys/net/{family}/ip_nonlocal_bind"));
+    setting.is_ok_and(|setting| setting.trim() != "0")
+}
+
+/// Returns true if a link of this machine has the address, and if the addresses cannot be read.
+fn is_listed(address: IpAddr) -> bool {
+    let listed = Rtnetlink::open().and_then(|mut netlink| netlink.addresses(None));
+    listed.map_or(true, |listed| listed.iter().any(|known| known.prefix.addr() == address))
 }
 
 /// Resolves the address and opens a TCP connection to the first of its addresses that accepts.
@@ -200,5 +217,30 @@ fn tls_error(address: &ControllerAddress, source: io::Error) -> DialError {
         )) => DialError::Clock { address },
         Some(TlsError::InvalidCertificate(_)) => DialError::WrongCa { address },
         _ => DialError::Tls { address, source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use towline_netlink::AddressOptions;
+    use towline_netns::{add_link, namespace_test};
+
+    namespace_test! {
+        fn an_address_is_gone_although_any_can_be_bound() {
+            let link = add_link("eth0");
+            let options = AddressOptions { no_dad: true, no_prefix_route: false };
+            for (family, prefix, other) in
+                [("ipv4", "192.0.2.1/24", "192.0.2.7"), ("ipv6", "2001:db8::1/64", "2001:db8::7")]
+            {
+                let prefix: ipnet::IpNet = prefix.parse().unwrap();
+                Rtnetlink::open().unwrap().add_address(link, prefix, options).unwrap();
+                for nonlocal in ["0", "1"] {
+                    std::fs::write(format!("/proc/sys/net/{family}/ip_nonlocal_bind"), nonlocal).unwrap();
+                    assert!(!is_gone(prefix.addr()), "{prefix}, ip_nonlocal_bind {nonlocal}");
+                    assert!(is_gone(other.parse().unwrap()), "{other}, ip_nonlocal_bind {nonlocal}");
+                }
+            }
+        }
     }
 }
