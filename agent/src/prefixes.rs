@@ -4,6 +4,7 @@
 //! each source, filters it, and announces what the grant allows.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use towline_core::prefixes::{covering, without};
@@ -81,6 +82,14 @@ codes! {
     NotAnnounced {
         NotGranted => "prefix-not-granted",
         TooMany => "too-many-prefixes",
+    }
+}
+
+impl Selection {
+    /// Returns whether other nodes reach an address through this node: it is announced, or in an announced
+    /// network, such as the LAN of the address.
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        self.announced.iter().any(|net| net.contains(&ip))
     }
 }
 
@@ -197,6 +206,18 @@ mod tests {
         let pods = prefixes.pods(&selection);
         assert_eq!(pods, ["10.244.3.0/24", "10.245.0.0/24"].map(net));
         assert_eq!(selection.lans, [net("10.1.0.0/24")], "the others are pods");
+    }
+
+    #[test]
+    fn a_node_ip_in_an_announced_lan_is_announced_with_it() {
+        let prefixes = prefixes(&[
+            (PrefixSource::Configuration, &["192.168.1.0/24"]),
+            (PrefixSource::NodeIp, &["192.168.1.10/32", "192.0.2.5/32"]),
+        ]);
+        let selection = prefixes.select(Filter::default(), &grant(&["192.168.0.0/16"]));
+        assert_eq!(selection.announced, [net("192.168.1.0/24")]);
+        assert!(selection.contains("192.168.1.10".parse().unwrap()));
+        assert!(!selection.contains("192.0.2.5".parse().unwrap()), "it is not granted");
     }
 
     #[test]

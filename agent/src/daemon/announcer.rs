@@ -139,8 +139,7 @@ impl Announcer {
 
     /// Returns the node IPs that are announced.
     fn announced_node_ips(&self) -> Vec<IpAddr> {
-        let announced = |ip: &&IpAddr| self.selection.announced.contains(&IpNet::from(**ip));
-        self.node_ips.iter().filter(announced).copied().collect()
+        self.node_ips.iter().copied().filter(|ip| self.selection.contains(*ip)).collect()
     }
 }
 
