@@ -27,6 +27,9 @@ const STEP: Duration = Duration::from_secs(5);
 /// Delay before the next address of the same name is tried in parallel (RFC 8305).
 const STAGGER: Duration = Duration::from_millis(250);
 
+/// Greatest number of addresses of one name that are tried.
+const REMOTES: usize = 8;
+
 /// Error of connecting to a controller.
 #[derive(Debug, thiserror::Error)]
 pub enum DialError {
@@ -111,7 +114,28 @@ pub async fn dial(
     config: Arc<ClientConfig>,
     mark: u32,
 ) -> Result<Connection, DialError> {
-    over(connect(address, mark).await?, address, config).await
+    let remotes = resolve(address).await?;
+    dial_any(remotes, address, config, mark).await
+}
+
+/// Dials those of `remotes`, the addresses of `address`, that accept. See [`dial`].
+pub async fn dial_any(
+    remotes: Vec<SocketAddr>,
+    address: &ControllerAddress,
+    config: Arc<ClientConfig>,
+    mark: u32,
+) -> Result<Connection, DialError> {
+    over(connect(remotes, address, mark).await?, address, config).await
+}
+
+/// Returns the addresses of a controller, at most [`REMOTES`].
+pub async fn resolve(address: &ControllerAddress) -> Result<Vec<SocketAddr>, DialError> {
+    let resolve_failed = |source| DialError::Resolve { address: address.clone(), source };
+    let resolved = timeout(STEP, tokio::net::lookup_host(address.as_str()))
+        .await
+        .unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut)))
+        .map_err(resolve_failed)?;
+    Ok(resolved.take(REMOTES).collect())
 }
 
 /// Opens TLS and HTTP/2 on a connection to `address`.
@@ -161,15 +185,14 @@ fn is_listed(address: IpAddr) -> bool {
     listed.map_or(true, |listed| listed.iter().any(|known| known.prefix.addr() == address))
 }
 
-/// Resolves the address and opens a TCP connection to the first of its addresses that accepts.
-async fn connect(address: &ControllerAddress, mark: u32) -> Result<TcpStream, DialError> {
-    let resolve_failed = |source| DialError::Resolve { address: address.clone(), source };
-    let resolved = timeout(STEP, tokio::net::lookup_host(address.as_str()))
-        .await
-        .unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut)))
-        .map_err(resolve_failed)?;
+/// Opens a TCP connection to the first of `remotes` that accepts.
+async fn connect(
+    remotes: Vec<SocketAddr>,
+    address: &ControllerAddress,
+    mark: u32,
+) -> Result<TcpStream, DialError> {
     let mut attempts = JoinSet::new();
-    for (index, remote) in resolved.take(8).enumerate() {
+    for (index, remote) in remotes.into_iter().enumerate() {
         let head_start = STAGGER.saturating_mul(u32::try_from(index).unwrap_or(u32::MAX));
         attempts.spawn(async move {
             tokio::time::sleep(head_start).await;

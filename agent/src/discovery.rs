@@ -79,6 +79,13 @@ pub enum Event {
         /// Addresses of the controller's STUN reflectors.
         reflectors: Vec<SocketAddr>,
     },
+    /// The name of a controller was resolved, before it is dialled.
+    Resolved {
+        /// Name and port of the controller.
+        address: ControllerAddress,
+        /// Addresses that the name has now.
+        remotes: Vec<SocketAddr>,
+    },
     /// The session ended, or could not be opened.
     Disconnected {
         /// Reason for the operator.
@@ -368,8 +375,19 @@ impl Discovery {
         let client = Some((self.certificate.as_slice(), &self.keys.identity));
         let config = Arc::new(tls::member(&self.membership.ca, client)?);
         let mut configured = self.configured.clone();
+        let connection = async {
+            let remotes = dial::resolve(address).await?;
+            // The guards have exceptions for addresses. If the name leads into the mesh and to another address
+            // than before, the next attempt passes.
+            if address.as_str().parse::<SocketAddr>().is_err() {
+                let resolved =
+                    Event::Resolved { address: address.clone(), remotes: remotes.clone() };
+                self.events.send(resolved).await.map_err(|_| Ended::Stop)?;
+            }
+            Ok::<_, Ended>(dial::dial_any(remotes, address, config, self.mark).await?)
+        };
         tokio::select! {
-            connection = dial::dial(address, config, self.mark) => Ok(connection?),
+            connection = connection => connection,
             _ = configured.changed() => Err(NotConnected::OtherControllers.into()),
         }
     }

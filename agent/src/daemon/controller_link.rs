@@ -1,5 +1,6 @@
 //! The daemon's end of the discovery client: commands to it, and what it last reported.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -24,6 +25,10 @@ pub(super) struct ControllerLink {
     commands: Option<mpsc::Sender<Command>>,
     /// Controllers of the configuration, which override those of the mesh.
     configured: watch::Sender<Vec<ControllerAddress>>,
+    /// Effective list of controllers.
+    controllers: Vec<ControllerAddress>,
+    /// Last known addresses of those controllers that have a name.
+    resolved: Vec<(ControllerAddress, Vec<SocketAddr>)>,
     events: mpsc::Receiver<Event>,
     session: Session,
     /// Result of the last publication of the record: remarks about prefixes that other nodes hold,
@@ -52,16 +57,17 @@ pub(super) enum Received {
     Signal(Vec<u8>),
     /// The mesh has another grant of this node.
     Grant,
-    /// These are the controllers from now on.
-    Controllers(Vec<ControllerAddress>),
+    /// Controllers have other addresses.
+    Controllers,
 }
 
 impl ControllerLink {
-    /// Creates the link. `commands` is `None` if there is no mesh. `revision` is that of the cached
-    /// map; 0 if there is none.
+    /// Creates the link. `commands` is `None` if there is no mesh. `controllers` is the effective list, and
+    /// `revision` that of the cached map; 0 if there is none.
     pub(super) fn new(
         commands: Option<mpsc::Sender<Command>>,
         configured: watch::Sender<Vec<ControllerAddress>>,
+        controllers: Vec<ControllerAddress>,
         events: mpsc::Receiver<Event>,
         revision: u64,
         certificate_expires_at: i64,
@@ -74,7 +80,16 @@ impl ControllerLink {
             reason: Some(NotConnected::NotYet),
         };
         let published = Ok(Vec::new());
-        Self { commands, configured, events, session, published, certificate_expires_at }
+        Self {
+            commands,
+            configured,
+            controllers,
+            resolved: Vec::new(),
+            events,
+            session,
+            published,
+            certificate_expires_at,
+        }
     }
 
     /// Waits for the next event. No event is lost when the future is dropped. `None` if the client
@@ -120,13 +135,32 @@ impl ControllerLink {
             Event::Published(result) => self.published = result,
             Event::Certificate { expires_at } => self.certificate_expires_at = expires_at,
             Event::Signal(datagram) => return Some(Received::Signal(datagram)),
-            Event::Controllers(controllers) => return Some(Received::Controllers(controllers)),
+            Event::Controllers(controllers) => {
+                self.resolved.retain(|(name, _)| controllers.contains(name));
+                self.controllers = controllers;
+                return Some(Received::Controllers);
+            }
+            Event::Resolved { address, remotes } => {
+                self.resolved.retain(|(name, _)| *name != address);
+                self.resolved.push((address, remotes));
+                return Some(Received::Controllers);
+            }
             Event::Grant(grant) => {
                 mesh.set_grant(now, *grant);
                 return Some(Received::Grant);
             }
         }
         None
+    }
+
+    /// Returns the effective list of controllers.
+    pub(super) fn controllers(&self) -> &[ControllerAddress] {
+        &self.controllers
+    }
+
+    /// Returns the last known addresses of those controllers that have a name.
+    pub(super) fn resolved(&self) -> impl Iterator<Item = SocketAddr> {
+        self.resolved.iter().flat_map(|(_, remotes)| remotes).copied()
     }
 
     /// Replaces the controllers of the configuration. A session with one that is no longer listed
@@ -193,5 +227,36 @@ impl ControllerLink {
 
     pub(super) fn certificate_expires_at(&self) -> i64 {
         self.certificate_expires_at
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use towline_fixtures::agent;
+
+    use super::*;
+
+    #[test]
+    fn a_controllers_name_has_the_addresses_of_the_last_attempt() {
+        let now = Instant::now();
+        let mut mesh = Mesh::new(agent::config(Some(agent::membership(1))), [0; 32], now);
+        let (_sender, events) = mpsc::channel(1);
+        let (configured, _seen) = watch::channel(Vec::new());
+        let named: ControllerAddress = "controller.example.org:7443".parse().unwrap();
+        let other: ControllerAddress = "192.0.2.1:7443".parse().unwrap();
+        let controllers = vec![named.clone(), other.clone()];
+        let mut link = ControllerLink::new(None, configured, controllers, events, 0, 0);
+        let mut resolved = |to: &[&str]| -> Vec<SocketAddr> {
+            let remotes = to.iter().map(|remote| remote.parse().unwrap()).collect();
+            let event = Event::Resolved { address: named.clone(), remotes };
+            let received = link.handle(now, &mut mesh, event);
+            assert!(matches!(received, Some(Received::Controllers)), "{received:?}");
+            link.resolved().collect()
+        };
+        assert_eq!(resolved(&["10.0.0.5:7443"]), ["10.0.0.5:7443".parse().unwrap()]);
+        assert_eq!(resolved(&["10.0.0.6:7443"]), ["10.0.0.6:7443".parse().unwrap()]);
+        link.handle(now, &mut mesh, Event::Controllers(vec![other.clone()]));
+        assert_eq!(link.resolved().next(), None, "it is no controller any more");
+        assert_eq!(link.controllers(), [other]);
     }
 }

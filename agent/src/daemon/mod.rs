@@ -378,8 +378,9 @@ impl Daemon {
                 self.kubernetes_changed();
                 self.announcer.select(&mut self.mesh, self.config.prefix_filter());
             }
-            Some(Received::Controllers(controllers)) => {
-                let underlay = start::underlay(&self.config, &controllers);
+            Some(Received::Controllers) => {
+                let mut underlay = start::underlay(&self.config, self.controller.controllers());
+                underlay.controllers.extend(self.controller.resolved());
                 self.mesh.set_underlay(Instant::now(), underlay);
             }
         }

@@ -88,6 +88,7 @@ impl Stored {
         let (events, discovery_events) = mpsc::channel(64);
         let revision = self.map.as_ref().map_or(0, |map| map.position().1);
         let (configured, seen) = watch::channel(config.controller.addresses.clone());
+        let controllers = self.controllers(config);
         let commands = match (self.membership, self.map) {
             (Some(membership), Some(map)) => {
                 let (commands, queue) = mpsc::channel(64);
@@ -106,7 +107,14 @@ impl Stored {
             _ => None,
         };
         let expires_at = report::certificate_expires_at(state);
-        Ok(ControllerLink::new(commands, configured, discovery_events, revision, expires_at))
+        Ok(ControllerLink::new(
+            commands,
+            configured,
+            controllers,
+            discovery_events,
+            revision,
+            expires_at,
+        ))
     }
 
     /// Returns the addresses of the controllers.
