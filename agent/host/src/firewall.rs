@@ -699,6 +699,22 @@ mod tests {
     }
 
     #[test]
+    fn the_kernel_tracks_connections_only_where_the_plan_needs_it() {
+        let tracks = |plan: &Plan| {
+            let table = table(plan, Extent::Full);
+            let rules = table.chains.into_values().flat_map(|chain| chain.rules);
+            let mut steps = rules.flat_map(|rule| rule.expressions);
+            steps.any(|step| matches!(step, Expression::Ct { .. } | Expression::Masquerade { .. }))
+        };
+        assert!(!tracks(&plan()));
+        let (mut masquerade, mut ports, mut sources) = (plan(), plan(), plan());
+        masquerade.firewall.masquerade = true;
+        ports.underlay.plain_ports = [6_443].into();
+        sources.firewall.plain = ["192.0.2.2/32".parse().unwrap()].into();
+        assert!([masquerade, ports, sources].iter().all(tracks));
+    }
+
+    #[test]
     fn only_a_host_without_ipv6_may_do_without_its_guard() {
         assert_eq!(Scope::of(Families::default()), [Scope::Both]);
     }
