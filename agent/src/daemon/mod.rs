@@ -261,12 +261,7 @@ impl Daemon {
                 () = at(Some(watchdog.due())) => {}
                 () = at(search_at) => self.search_firewalls(),
                 () = at(Some(look_at)) => self.observe(),
-                found = self.firewalls.finished() => {
-                    self.host.take_obstacles(found);
-                    for reply in self.firewalls.take_waiting() {
-                        let _ = reply.send(Reporter(&self).status());
-                    }
-                }
+                found = self.firewalls.finished() => self.firewalls_searched(found),
                 report = self.tunnels.next() => self.tunnels_report(report)?,
                 Some(event) = self.controller.next() => self.controller_event(event),
                 event = self.host.next() => match event {
@@ -491,6 +486,19 @@ impl Daemon {
         self.host.look_for_overlaps(&overlay);
         let search = self.host.obstacle_search(peers);
         self.firewalls.begin(now, search);
+    }
+
+    /// Takes the result of a search, and answers the requests that waited for it.
+    fn firewalls_searched(&mut self, found: firewall_search::Found) {
+        self.host.take_obstacles(found);
+        let waiting = self.firewalls.take_waiting();
+        if waiting.is_empty() {
+            return;
+        }
+        let status = Reporter(self).status();
+        for reply in waiting {
+            let _ = reply.send(status.clone());
+        }
     }
 
     /// Reads the configuration again on SIGHUP and applies what can change while the agent runs. A
