@@ -21,6 +21,7 @@ use towline_proto::token::ControllerAddress;
 use crate::prefixes::Filter;
 use crate::static_peers::{self, PeerConfig};
 use towline_dataplane::Offloads;
+use towline_host::Names;
 use towline_service::config_file::{self, FileError};
 
 /// Default path of the configuration file.
@@ -485,6 +486,16 @@ impl Config {
         }
         let bytes_per_second = megabits_per_node.saturating_mul(1_000_000 / 8);
         Relay::new(Limits { nodes, channels: channels_per_node, bytes_per_second })
+    }
+
+    /// Returns the names and numbers that identify Towline's state on the host.
+    pub fn names(&self) -> Names {
+        Names {
+            link: self.link.name.clone(),
+            table: self.routing.table,
+            priority: self.routing.priority,
+            firewall: self.routing.nftables_table.clone(),
+        }
     }
 
     /// Returns the numbers of the policy rules.

@@ -58,7 +58,7 @@ pub(super) struct HostController {
 
 impl HostController {
     pub(super) fn open(config: &Config, purpose: Purpose) -> anyhow::Result<Self> {
-        let names = names(config);
+        let names = config.names();
         let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
         let watch = network.watch(&names).context("cannot watch the host's network")?;
         Ok(Self {
@@ -344,20 +344,10 @@ fn connections(count: u64, max: u64) -> Option<Problem> {
     full.then_some(Problem::ConntrackFull { count, max })
 }
 
-/// Returns the names and numbers that identify Towline's state in this configuration.
-fn names(config: &Config) -> Names {
-    Names {
-        link: config.link.name.clone(),
-        table: config.routing.table,
-        priority: config.routing.priority,
-        firewall: config.routing.nftables_table.clone(),
-    }
-}
-
 /// Removes everything that Towline created on the host, without a running agent.
 pub(super) fn remove(config: &Config) -> anyhow::Result<()> {
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
-    network.remove(&names(config)).context("cannot open the host")?;
+    network.remove(&config.names()).context("cannot open the host")?;
     Ok(())
 }
 

@@ -192,14 +192,8 @@ impl Held {
 
     fn open(config: &Config, state: &StateDir, files: Files) -> anyhow::Result<Self> {
         let mut network = HostNetwork::open_unowned().context("cannot open a netlink socket")?;
-        let names = Names {
-            link: config.link.name.clone(),
-            table: config.routing.table,
-            priority: config.routing.priority,
-            firewall: config.routing.nftables_table.clone(),
-        };
         // Opened before the addresses are read, so that no change is missed.
-        let watch = network.watch(&names).context("cannot watch the host's network")?;
+        let watch = network.watch(&config.names()).context("cannot watch the host's network")?;
         let connected = link_networks(config, &mut network)?;
         let plan = with_guarded(plan(config, state, connected.clone())?, &mut network)?;
         let last = Guarded::NotJoined;
