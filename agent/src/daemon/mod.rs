@@ -98,7 +98,7 @@ use tunnels::{Report, Tunnels};
 use watchdog::{Verdict, Watchdog};
 
 pub use leave::{leave, open_host};
-pub(crate) use start::core_config;
+pub(crate) use start::{configure, core_config};
 
 /// Returns the codes of problems, notes and reasons that this module reports.
 pub(crate) fn codes() -> Vec<&'static str> {
@@ -534,12 +534,9 @@ impl Daemon {
         self.config.peers = fresh.peers;
         self.config.controller = fresh.controller;
         self.controller.set_configured(self.config.controller.addresses.clone());
-        self.mesh.set_addresses(Instant::now(), self.config.node.addresses.clone());
-        self.mesh.set_forward_to(Instant::now(), self.config.node.forward_to.clone());
-        self.mesh.set_masquerade(Instant::now(), self.config.node.masquerade_local);
-        let networks = self.config.local_networks(self.state.connected_networks());
-        self.mesh.set_local_networks(Instant::now(), networks);
-        self.mesh.set_static_peers(Instant::now(), static_peers);
+        let now = Instant::now();
+        configure(&mut self.mesh, now, &self.config, self.state.connected_networks());
+        self.mesh.set_static_peers(now, static_peers);
         self.configuration_changed();
         tracing::info!("configuration reloaded");
     }

@@ -65,10 +65,7 @@ impl Stored {
         let core_config = core_config(config, self.membership.as_ref(), self.counters.boot_epoch);
         let mut mesh = Mesh::new(core_config, rand::rng().random(), now);
         mesh.set_underlay(now, underlay(config, &self.controllers(config)));
-        mesh.set_addresses(now, config.node.addresses.clone());
-        mesh.set_forward_to(now, config.node.forward_to.clone());
-        mesh.set_masquerade(now, config.node.masquerade_local);
-        mesh.set_local_networks(now, config.local_networks(self.connected.clone()));
+        configure(&mut mesh, now, config, self.connected.clone());
         mesh.set_static_peers(now, self.static_peers.clone());
         mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
         mesh.set_withdrawn_lans(now, cached.withdrawn_lans.iter().copied());
@@ -234,6 +231,15 @@ pub(crate) fn core_config(
         relay: config.relay.enabled,
         boot_epoch,
     }
+}
+
+/// Passes on what `[node]` of the configuration says about this machine's traffic. `joined` has the
+/// networks to which the machine was connected when it joined.
+pub(crate) fn configure(mesh: &mut Mesh, now: Instant, config: &Config, joined: Vec<IpNet>) {
+    mesh.set_addresses(now, config.node.addresses.clone());
+    mesh.set_forward_to(now, config.node.forward_to.clone());
+    mesh.set_masquerade(now, config.node.masquerade_local);
+    mesh.set_local_networks(now, config.local_networks(joined));
 }
 
 /// Returns the wall-clock time in milliseconds since 1970.

@@ -167,10 +167,7 @@ fn plan(config: &Config, state: &StateDir, connected: BTreeSet<IpNet>) -> anyhow
     // The seed is constant, because no probe is sent.
     let mut mesh = Mesh::new(daemon::core_config(config, membership.as_ref(), 0), [0; 32], now);
     mesh.set_static_peers(now, static_peers::load(&config.peers)?);
-    mesh.set_addresses(now, config.node.addresses.clone());
-    mesh.set_forward_to(now, config.node.forward_to.clone());
-    mesh.set_masquerade(now, config.node.masquerade_local);
-    mesh.set_local_networks(now, config.local_networks(state.connected_networks()));
+    daemon::configure(&mut mesh, now, config, state.connected_networks());
     mesh.set_connected_networks(now, connected);
     mesh.set_transit(now, transit(config, &cached.pods));
     mesh.set_prefixes(now, cached.announced);
