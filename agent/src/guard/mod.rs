@@ -21,7 +21,7 @@ use crate::confirm::{self, Confirmation, Moment};
 use crate::daemon;
 use crate::down::DownMarker;
 use crate::join;
-use crate::state::{StateDir, StateError};
+use crate::state::{CachedPrefixes, Membership, StateDir, StateError};
 use crate::static_peers;
 use crate::tun_owner;
 use towline_host::{CandidatePolicy, Changes, HostNetwork, Problem};
@@ -61,7 +61,7 @@ pub fn run(config: &Config) -> anyhow::Result<Guarded> {
         Err(reason) => return Ok(reason),
     };
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
-    let plan = plan(config, &state, link_networks(config, &mut network)?)?;
+    let plan = Prepared::read(config, &state, &mut network)?.plan;
     let applied = network.apply(&plan).context("the guards are not installed")?;
     Ok(outcome(config, &plan, &applied))
 }
@@ -137,9 +137,8 @@ impl fmt::Display for Guarded {
 /// the disk.
 pub fn networks(config: &Config) -> anyhow::Result<Vec<IpNet>> {
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
-    let connected = link_networks(config, &mut network)?;
-    let plan = plan(config, &StateDir::peek(&config.state_dir), connected)?;
-    Ok(plan.tunnelled().into_iter().collect())
+    let prepared = Prepared::read(config, &StateDir::peek(&config.state_dir), &mut network)?;
+    Ok(prepared.plan.tunnelled().into_iter().collect())
 }
 
 /// Restricts a TUN link of an earlier run to the agent's user, which is the owner of the state
@@ -153,29 +152,72 @@ fn own_link(config: &Config) -> Option<String> {
     Some(format!("cannot give the link {link} to the agent's user: {error:#}"))
 }
 
-/// Returns the networks to which this machine is connected now.
-fn link_networks(config: &Config, network: &mut HostNetwork) -> anyhow::Result<BTreeSet<IpNet>> {
-    network.link_networks(&config.link.name).context("cannot read the machine's addresses")
+/// Networks around this machine, which the plan depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Surroundings {
+    /// Networks to which the machine is connected.
+    connected: BTreeSet<IpNet>,
+    /// Networks of this host's links, for other nodes whose router it is.
+    transit: TransitPlan,
 }
 
-/// Returns the plan that an agent would apply first on a machine that is connected to these networks.
-fn plan(config: &Config, state: &StateDir, connected: BTreeSet<IpNet>) -> anyhow::Result<Plan> {
-    let membership = state.membership()?;
-    let cached = state.prefixes()?;
+impl Surroundings {
+    /// Reads them from the kernel.
+    fn read(network: &mut HostNetwork, policy: &CandidatePolicy) -> anyhow::Result<Self> {
+        let connected = network
+            .link_networks(&policy.own_link)
+            .context("cannot read the machine's addresses")?;
+        // Nodes behind this host need it as a router, but a failure must not prevent the guards.
+        let transit = network.connectivity(policy, 0).map(|found| found.transit).unwrap_or_default();
+        Ok(Self { connected, transit })
+    }
+}
+
+/// The plan that an agent would apply first, and what it was made from.
+struct Prepared {
+    plan: Plan,
+    surroundings: Surroundings,
+    /// Networks that are no networks of links: the overlay's and this node's pods.
+    policy: CandidatePolicy,
+}
+
+impl Prepared {
+    /// Makes the plan from what is stored and from the networks around this machine.
+    fn read(config: &Config, state: &StateDir, network: &mut HostNetwork) -> anyhow::Result<Self> {
+        let membership = state.membership()?;
+        let cached = state.prefixes()?;
+        // The daemon leaves out the same networks.
+        let mut excluded = cached.pods.clone();
+        excluded.extend(membership.iter().flat_map(|membership| membership.mesh.overlays()));
+        let policy = CandidatePolicy { own_link: config.link.name.clone(), excluded };
+        let surroundings = Surroundings::read(network, &policy)?;
+        let plan = plan(config, state, membership.as_ref(), cached, &surroundings)?;
+        Ok(Self { plan, surroundings, policy })
+    }
+}
+
+/// Returns the plan for a machine with this membership and these networks around it.
+fn plan(
+    config: &Config,
+    state: &StateDir,
+    membership: Option<&Membership>,
+    cached: CachedPrefixes,
+    surroundings: &Surroundings,
+) -> anyhow::Result<Plan> {
     // The time is read once; no deadline of this plan is due.
     let now = Instant::now();
     // The seed is constant, because no probe is sent.
-    let mut mesh = Mesh::new(daemon::core_config(config, membership.as_ref(), 0), [0; 32], now);
+    let mut mesh = Mesh::new(daemon::core_config(config, membership, 0), [0; 32], now);
     mesh.set_static_peers(now, static_peers::load(&config.peers)?);
     daemon::configure(&mut mesh, now, config, state.connected_networks());
-    mesh.set_connected_networks(now, connected);
-    mesh.set_transit(now, transit(config, &cached.pods));
+    mesh.set_connected_networks(now, surroundings.connected.clone());
+    mesh.set_transit(now, surroundings.transit.clone());
     mesh.set_prefixes(now, cached.announced);
     mesh.set_pod_networks(now, cached.pods);
     mesh.set_node_ips(now, cached.node_ips);
     mesh.set_withdrawn(now, cached.withdrawn);
     mesh.set_withdrawn_lans(now, cached.withdrawn_lans);
-    if let Some(membership) = &membership {
+    if let Some(membership) = membership {
         let controllers = join::controllers(&config.controller.addresses, membership);
         mesh.set_underlay(now, config.underlay(&controllers));
         for change in state.map(membership)?.changes() {
@@ -193,13 +235,6 @@ fn plan(config: &Config, state: &StateDir, connected: BTreeSet<IpNet>) -> anyhow
     plan.map(|plan| (*plan).clone()).context("the core returned no plan")
 }
 
-/// Returns the networks of this host's links, for other nodes whose router it is.
-fn transit(config: &Config, pods: &[IpNet]) -> TransitPlan {
-    let policy = CandidatePolicy { own_link: config.link.name.clone(), excluded: pods.to_vec() };
-    let found = HostNetwork::open().map(|mut network| network.connectivity(&policy, 0));
-    found.ok().and_then(Result::ok).unwrap_or_default().transit
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::{Ipv4Addr, UdpSocket};
@@ -215,7 +250,6 @@ mod tests {
     use crate::config::Addressing;
     use crate::map_cache::MapCache;
     use crate::node_ip;
-    use crate::state::{CachedPrefixes, Membership};
     use towline_netlink::{AddressOptions, Route, Rtnetlink};
     use towline_netns::{add_link, add_unowned_tun, namespace_test};
 

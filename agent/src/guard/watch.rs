@@ -12,7 +12,6 @@
 //! while it works and is passive while it cannot get it. The nftables table is created without an
 //! owner, so that the agent can adopt it.
 
-use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Duration;
@@ -23,12 +22,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use towline_core::plan::{Plan, RoutePlan, RouteVia};
 use towline_core::prefixes::{covering, without};
 
-use super::{Guarded, enter, link_networks, outcome, plan};
+use super::{Guarded, Prepared, Surroundings, enter, outcome};
 use towline_service::notify::Notifier;
 
 use crate::config::Config;
 use crate::state::StateDir;
-use towline_host::{HostEvent, HostNetwork, Names, Problem, Watch};
+use towline_host::{CandidatePolicy, HostEvent, HostNetwork, Names, Problem, Watch};
 use towline_netlink::NetlinkError;
 
 /// Interval between checks of the lock and the files, which send no events.
@@ -96,9 +95,11 @@ struct Held {
     network: HostNetwork,
     watch: Watch,
     plan: Plan,
-    /// Networks to which the machine was connected when the plan was made.
-    connected: BTreeSet<IpNet>,
-    /// True if the machine's addresses changed since then.
+    /// Networks around the machine when the plan was made.
+    surroundings: Surroundings,
+    /// Networks that are no networks of links.
+    policy: CandidatePolicy,
+    /// True if the machine's links, addresses or default routes changed since then.
     has_moved: bool,
     /// Versions of the files that the plan was made from.
     files: Files,
@@ -135,8 +136,8 @@ impl Keeper {
         let mut held = self.held.take().filter(|held| held.files == files);
         if let Some(moved) = held.as_mut().filter(|held| held.has_moved) {
             moved.has_moved = false;
-            let connected = link_networks(&self.config, &mut moved.network)?;
-            held = held.filter(|held| held.connected == connected);
+            let surroundings = Surroundings::read(&mut moved.network, &moved.policy)?;
+            held = held.filter(|held| held.surroundings == surroundings);
         }
         let held = match held {
             Some(held) => held,
@@ -194,10 +195,19 @@ impl Held {
         let mut network = HostNetwork::open_unowned().context("cannot open a netlink socket")?;
         // Opened before the addresses are read, so that no change is missed.
         let watch = network.watch(&config.names()).context("cannot watch the host's network")?;
-        let connected = link_networks(config, &mut network)?;
-        let plan = with_guarded(plan(config, state, connected.clone())?, &mut network)?;
-        let last = Guarded::NotJoined;
-        Ok(Self { network, watch, plan, connected, has_moved: false, files, is_stale: true, last })
+        let Prepared { plan, surroundings, policy } = Prepared::read(config, state, &mut network)?;
+        let plan = with_guarded(plan, &mut network)?;
+        Ok(Self {
+            network,
+            watch,
+            plan,
+            surroundings,
+            policy,
+            has_moved: false,
+            files,
+            is_stale: true,
+            last: Guarded::NotJoined,
+        })
     }
 }
 
@@ -232,8 +242,8 @@ impl Files {
 mod tests {
     use super::super::tests::{host, leaves, state_of_a_node};
     use super::*;
-    use towline_netlink::{Family, Route, RouteKind, Rtnetlink};
-    use towline_netns::namespace_test;
+    use towline_netlink::{AddressOptions, Family, Route, RouteKind, Rtnetlink};
+    use towline_netns::{add_link, namespace_test};
     use towline_nftables::{Nft, Ownership, TableFamily};
 
     const OUR_TABLE: u32 = 21_580;
@@ -450,6 +460,37 @@ mod tests {
                 let table = Nft::open().unwrap().read(TableFamily::Inet, "towline").unwrap().unwrap();
                 assert_eq!(table.table.ownership == Ownership::Owner, agent.is_owner());
                 assert_eq!(keeper.check().unwrap(), Guarded::AgentRuns);
+            });
+        }
+    }
+
+    namespace_test! {
+        fn the_plan_follows_the_default_routes_to_other_links() {
+            let dir = tempfile::tempdir().unwrap();
+            host();
+            run(async {
+                let mut keeper = keeper(dir.path());
+                keeper.check().unwrap();
+                let ways_out = |keeper: &Keeper| {
+                    let held = keeper.held.as_ref().unwrap();
+                    Vec::from_iter(held.surroundings.transit.ways_out.iter().cloned())
+                };
+                assert_eq!(ways_out(&keeper), ["eth0"]);
+                let other = add_link("eth1");
+                let mut rtnetlink = Rtnetlink::open().unwrap();
+                let options = AddressOptions { no_dad: true, no_prefix_route: false };
+                rtnetlink.add_address(other, "203.0.113.1/24".parse().unwrap(), options).unwrap();
+                let gateway = "203.0.113.254".parse().unwrap();
+                let default = Route::new("0.0.0.0/0".parse().unwrap()).via(gateway).dev(other);
+                rtnetlink.add_route(&default.metric(100)).unwrap();
+                let work = async {
+                    while ways_out(&keeper) != ["eth0", "eth1"] {
+                        keeper.changed().await;
+                        keeper.check().unwrap();
+                    }
+                };
+                let ended = tokio::time::timeout(Duration::from_secs(20), work).await;
+                ended.expect("the default route is followed");
             });
         }
     }
