@@ -229,18 +229,22 @@ impl Tree {
         self.write(TOKEN, token.as_bytes(), 0o600, &mut Changes::default())
     }
 
-    /// Stores the reason of a failure. Enables the retry timer if another attempt may succeed.
-    pub fn failed(&self, config: &Config, reason: &str, again: bool) -> anyhow::Result<()> {
+    /// Stores the reason of a failed join.
+    pub fn store_failure(&self, config: &Config, reason: &str) -> anyhow::Result<()> {
         let directory = self.state(config)?;
-        directory.replace(JOIN_FAILURE, 0o600, format!("{reason}\n").as_bytes())?;
-        if again { self.enable(RETRY_TIMER, "timers.target") } else { self.no_retry() }
+        Ok(directory.replace(JOIN_FAILURE, 0o600, format!("{reason}\n").as_bytes())?)
+    }
+
+    /// Enables the timer that repeats a failed join.
+    pub fn enable_retry(&self) -> anyhow::Result<()> {
+        self.enable(RETRY_TIMER, "timers.target")
     }
 
     /// Removes what a failed join left: reason, timer and token.
     pub fn succeeded(&self, config: &Config) -> anyhow::Result<()> {
         self.state(config)?.remove(JOIN_FAILURE)?;
         remove(&self.path(TOKEN))?;
-        self.no_retry()
+        self.disable_retry()
     }
 
     /// Returns why the last unattended join failed, if it did.
@@ -325,8 +329,8 @@ impl Tree {
         Ok(())
     }
 
-    /// Stops and disables the retry timer.
-    fn no_retry(&self) -> anyhow::Result<()> {
+    /// Stops and disables the timer that repeats a failed join.
+    pub fn disable_retry(&self) -> anyhow::Result<()> {
         let link = self.path(ADMIN_UNITS).join("timers.target.wants").join(RETRY_TIMER);
         if link.is_symlink() {
             remove(&link)?;
@@ -527,7 +531,7 @@ mod tests {
         let written = install(&tree, "").written;
         assert!(written.contains(&PathBuf::from("/etc/sysusers.d/towline.conf")), "{written:?}");
         assert!(written.contains(&PathBuf::from("/etc/tmpfiles.d/towline.conf")), "{written:?}");
-        tree.failed(&config, "no controller answers", false).unwrap();
+        tree.store_failure(&config, "no controller answers").unwrap();
         let state = tree.path(&config.state_dir);
         let probe = tree.path("/probe");
         std::fs::write(&probe, "").unwrap();
@@ -652,10 +656,9 @@ mod tests {
     #[test]
     fn disabling_undoes_the_start_and_leaves_what_a_person_changed() {
         let (_directory, tree) = tree();
-        let config = Config::default();
         install(&tree, "");
         tree.start().unwrap();
-        tree.failed(&config, "no controller answers", true).unwrap();
+        tree.enable_retry().unwrap();
         let kubelet = tree.path("/etc/systemd/system/kubelet.service.d/10-towline.conf");
         let k3s = tree.path("/etc/systemd/system/k3s-agent.service.d/10-towline.conf");
         std::fs::write(&k3s, "# mine\n").unwrap();
@@ -696,12 +699,13 @@ mod tests {
         tree.keep_token("a token").unwrap();
         let mode = std::fs::metadata(tree.path(TOKEN)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        tree.failed(&config, "no controller answers", true).unwrap();
+        tree.store_failure(&config, "no controller answers").unwrap();
+        tree.enable_retry().unwrap();
         assert_eq!(tree.failure(&config).as_deref(), Some("no controller answers\n"));
         assert!(timer.is_symlink());
-        tree.failed(&config, "the token was used", false).unwrap();
+        tree.disable_retry().unwrap();
         assert!(!timer.is_symlink());
-        tree.failed(&config, "no controller answers", true).unwrap();
+        tree.enable_retry().unwrap();
         tree.succeeded(&config).unwrap();
         assert_eq!(tree.failure(&config), None);
         assert!(!timer.is_symlink() && !tree.path(TOKEN).exists());

@@ -46,6 +46,8 @@ struct Attempt {
     timeout: u64,
     /// Time at which the attempts end.
     deadline: Instant,
+    /// True if the retry timer finds the token, see [`Tree::keep_token`].
+    has_token: bool,
 }
 
 /// A machine that is being installed.
@@ -71,17 +73,24 @@ pub(super) fn run(global: &Global, args: JoinArgs) -> anyhow::Result<()> {
         // An invalid token fails before anything is tried.
         let text = source.read()?;
         let token: JoinToken = text.parse()?;
-        if let Err(error) = machine.tree.keep_token(&text) {
+        let kept = machine.tree.keep_token(&text);
+        if let Err(error) = &kept {
             // On a read-only disk, a join that succeeds is worth more than the retry of one that fails.
             eprintln!("warning: no timer can try again: {}", output::error_line(error.as_ref()));
         }
-        let attempt = Attempt { force, confirm: how.confirm, timeout: how.timeout, deadline };
+        let attempt = Attempt {
+            force,
+            confirm: how.confirm,
+            timeout: how.timeout,
+            deadline,
+            has_token: kept.is_ok(),
+        };
         machine.join(&token, name, &attempt)?;
     }
     // The join comes first: a machine that cannot be written to is a member then, and the same command
     // installs the rest once it can.
     let installed = machine.tree.install().and_then(|changes| {
-        told(&changes);
+        report_written(&changes);
         machine.tree.succeeded(&machine.config)?;
         machine.tree.start()
     });
@@ -115,14 +124,14 @@ impl Machine {
         let options = !how.advertise.is_empty() || !how.plain_port.is_empty();
         let changes = match tree.prepare(&configuration(how)?) {
             Ok(changes) => changes,
-            // Without options, the configuration that cannot be written says only what holds anyway.
+            // Without options, the configuration would have the defaults only.
             Err(error) if !options => {
                 eprintln!("warning: {}", output::error_line(error.as_ref()));
                 Changes::default()
             }
             Err(error) => return Err(error),
         };
-        told(&changes);
+        report_written(&changes);
         let fresh = changes.written.iter().any(|path| path == Path::new(DEFAULT_PATH));
         if !fresh && options {
             eprintln!("{DEFAULT_PATH} exists: --advertise and --plain-port are not applied");
@@ -162,28 +171,40 @@ impl Machine {
     ) -> anyhow::Result<()> {
         let result =
             super::join::name(name).and_then(|name| self.keep_trying(token, &name, attempt));
-        let Err(error) = result else { return Ok(()) };
+        result.map_err(|error| self.not_joined(error, attempt))
+    }
+
+    /// Stores why the join failed, and enables the retry timer if another attempt may succeed. Returns the
+    /// error with what happens next.
+    fn not_joined(&self, error: anyhow::Error, attempt: &Attempt) -> anyhow::Error {
         // A machine may get its name after its network.
         let is_early = error
             .downcast_ref::<NameError>()
             .is_some_and(|error| matches!(error, NameError::Localhost(_)));
         let may_pass =
             is_early || error.downcast_ref::<JoinError>().is_some_and(JoinError::may_pass);
-        // A timer would join without a confirmation, but this operator asked for one.
-        let again = may_pass && attempt.confirm.is_none();
-        // The timer runs the installed program.
-        if again && let Err(error) = self.tree.install() {
-            eprintln!("warning: no timer can try again: {}", output::error_line(error.as_ref()));
-        }
-        self.tree.failed(&self.config, &format!("{error:#}"), again)?;
-        let next = if again {
-            format!("not joined; towline-join.timer tries again with {TOKEN}")
+        let obstacle = if !may_pass {
+            Some("it would fail again".to_owned())
         } else if attempt.confirm.is_some() {
-            "not joined; no timer tries again, because the join needs a confirmation".to_owned()
+            // A timer would join without a confirmation, but this operator asked for one.
+            Some("the join needs a confirmation".to_owned())
+        } else if !attempt.has_token {
+            Some(format!("{TOKEN} is not written"))
         } else {
-            "not joined; no timer tries again, because it would fail again".to_owned()
+            // The timer runs the installed program.
+            let enabled = self.tree.install().and_then(|_| self.tree.enable_retry());
+            enabled.err().map(|error| output::error_line(error.as_ref()))
         };
-        Err(error.context(next))
+        // A timer may be left from an earlier attempt.
+        let disabled = obstacle.as_ref().map_or(Ok(()), |_| self.tree.disable_retry());
+        let stored = self.tree.store_failure(&self.config, &format!("{error:#}"));
+        for problem in [disabled, stored].into_iter().filter_map(Result::err) {
+            eprintln!("warning: {}", output::error_line(problem.as_ref()));
+        }
+        error.context(match obstacle {
+            None => format!("not joined; towline-join.timer tries again with {TOKEN}"),
+            Some(obstacle) => format!("not joined; no timer tries again, because {obstacle}"),
+        })
     }
 
     fn keep_trying(
@@ -256,8 +277,8 @@ impl Machine {
     }
 }
 
-/// Names the files that were written.
-fn told(changes: &Changes) {
+/// Prints the paths of the files that were written.
+fn report_written(changes: &Changes) {
     for path in &changes.written {
         eprintln!("wrote {}", path.display());
     }
@@ -313,5 +334,44 @@ mod tests {
         assert_eq!(config.routing.plain_ports, how.plain_port);
         let bad = InstallArgs { plain_port: vec![0], ..how };
         assert!(configuration(&bad).unwrap_err().to_string().contains("plain_ports"));
+    }
+
+    #[test]
+    fn the_error_of_the_join_is_reported_also_where_nothing_can_be_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let tree = Tree::new(Some(directory.path()));
+        let timer = tree.path("/etc/systemd/system/timers.target.wants/towline-join.timer");
+        let config = Config::default();
+        let outside = config.clone();
+        let machine = Machine { tree, config, outside };
+        let attempt = |has_token| Attempt {
+            force: false,
+            confirm: None,
+            timeout: 0,
+            deadline: Instant::now(),
+            has_token,
+        };
+        let not_joined = |has_token| {
+            let early = NameError::Localhost("localhost".to_owned());
+            format!("{:#}", machine.not_joined(early.into(), &attempt(has_token)))
+        };
+        let line = not_joined(true);
+        assert!(line.contains("timer tries again with") && line.contains("`localhost`"), "{line}");
+        assert!(timer.is_symlink());
+        let line = not_joined(false);
+        assert!(line.contains("no timer") && line.contains("`localhost`"), "{line}");
+        assert!(!timer.is_symlink(), "the earlier timer is disabled");
+
+        // Nobody, not even root, can create a file below a file.
+        for path in ["usr", "opt", "var"] {
+            let path = machine.tree.path(path);
+            if path.is_dir() {
+                std::fs::remove_dir_all(&path).unwrap();
+            }
+            std::fs::write(&path, "").unwrap();
+        }
+        let line = not_joined(true);
+        assert!(line.contains("no timer tries again, because no directory"), "{line}");
+        assert!(line.contains("`localhost`") && !timer.is_symlink(), "{line}");
     }
 }
