@@ -1,5 +1,7 @@
 //! Errors of the API client, for the operator.
 
+use towline_service::output;
+
 use super::ApiError;
 
 /// Converts an error of the client to a reason that names the remedy.
@@ -14,15 +16,7 @@ pub(super) fn api_error(error: &kube::Error) -> ApiError {
             ))),
         };
     }
-    let mut chain = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(next) = cause {
-        let text = next.to_string();
-        if !chain.contains(&text) {
-            chain = format!("{chain}: {text}");
-        }
-        cause = next.source();
-    }
+    let chain = output::error_line(error);
     let line = one_line(&chain);
     if chain.contains("UnknownIssuer") || chain.contains("BadSignature") {
         ApiError::OtherCluster(line)
