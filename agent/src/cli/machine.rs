@@ -23,6 +23,7 @@ use crate::lockout;
 use crate::reserved_port;
 use crate::state::{StateDir, StateError};
 use towline_host::HostNetwork;
+use towline_service::grpc;
 
 /// Maximum time for an agent to start or to end. After it the command fails.
 const AGENT_LIMIT: Duration = Duration::from_secs(15);
@@ -93,7 +94,7 @@ fn ask_or_replace<T>(
             });
             match answer {
                 Ok(Ok(answer)) => return Ok(Doer::Agent(answer)),
-                Ok(Err(status)) if !is_of_the_transport(&status) => {
+                Ok(Err(status)) if !is_no_answer(&status) => {
                     return Err(status_error(&status));
                 }
                 Ok(Err(status)) => {
@@ -118,15 +119,9 @@ fn ask_or_replace<T>(
 }
 
 /// Returns whether the connection ended, or the agent is ending. Such a status does not answer the
-/// request.
-fn is_of_the_transport(status: &tonic::Status) -> bool {
-    matches!(
-        status.code(),
-        tonic::Code::Unavailable
-            | tonic::Code::Unknown
-            | tonic::Code::Cancelled
-            | tonic::Code::Internal
-    )
+/// request. An agent never answers with an internal error: HTTP/2 reports a connection that broke as one.
+fn is_no_answer(status: &tonic::Status) -> bool {
+    grpc::is_of_the_transport(status) || status.code() == tonic::Code::Internal
 }
 
 /// Waits until an agent that was asked to end has ended.
