@@ -76,15 +76,6 @@ struct Task {
     stored: Option<Facts>,
 }
 
-/// Severity of the failure to get the Node.
-#[derive(Debug, Clone, Copy)]
-enum Severity {
-    /// The state of a machine that has not joined its cluster yet.
-    Expected,
-    /// An error of the API server or of the credentials.
-    Warning,
-}
-
 /// Content of a Node object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Seen {
@@ -104,7 +95,7 @@ impl Task {
                 let place =
                     configured.as_ref().map(|path| format!(": {} does not exist", path.display()));
                 let place = place.unwrap_or_default();
-                self.failed(Severity::Expected, Unavailable::NoCredentials(place));
+                self.failed(Unavailable::NoCredentials(place));
                 tokio::time::sleep(self.setup.credentials_period).await;
                 continue;
             };
@@ -122,7 +113,7 @@ impl Task {
                 }
                 Err(error) => {
                     self.view.kubeconfig = Some(path);
-                    self.failed(Severity::Warning, unusable(&error));
+                    self.failed(unusable(&error));
                     // A replaced file is read immediately. Other errors are retried periodically.
                     let again = Instant::now() + LAST_RETRY;
                     while !files.changed().await && Instant::now() < again {
@@ -161,8 +152,7 @@ impl Task {
                             }
                             Some(Ok(Event::InitDone)) if listed => {}
                             Some(Ok(Event::InitDone | Event::Delete(_))) => {
-                                let node = credentials.node.clone();
-                                self.failed(Severity::Expected, Unavailable::NotRegistered(node));
+                                self.failed(Unavailable::NotRegistered(credentials.node.clone()));
                             }
                             Some(Err(error)) => break refused(&error, credentials),
                             None => break Unavailable::WatchEnded,
@@ -180,7 +170,7 @@ impl Task {
                     }
                 }
             };
-            self.failed(Severity::Warning, error);
+            self.failed(error);
             if begun.elapsed() >= STABLE {
                 failures = 0;
             }
@@ -206,7 +196,7 @@ impl Task {
         let seen = Seen::read(node);
         // The request selects one Node. A response with another one is invalid.
         if seen.name != expected {
-            return self.failed(Severity::Warning, Unavailable::OtherNode(one_line(&seen.name)));
+            return self.failed(Unavailable::OtherNode(one_line(&seen.name)));
         }
         if !self.view.connected {
             tracing::info!(node = expected, "kubernetes node found");
@@ -296,14 +286,13 @@ impl Task {
     }
 
     /// Sets and logs the reason of a failure. The facts stay in effect.
-    fn failed(&mut self, severity: Severity, reason: Unavailable) {
+    fn failed(&mut self, reason: Unavailable) {
         if self.view.reason.as_ref() != Some(&reason) {
             let code = reason.code();
-            match severity {
-                Severity::Warning => tracing::warn!(%reason, code, "kubernetes node not available"),
-                Severity::Expected => {
-                    tracing::info!(%reason, code, "kubernetes node not available");
-                }
+            if reason.is_expected() {
+                tracing::info!(%reason, code, "kubernetes node not available");
+            } else {
+                tracing::warn!(%reason, code, "kubernetes node not available");
             }
         }
         self.view.connected = false;

@@ -45,6 +45,15 @@ codes! {
     }
 }
 
+#[cfg(feature = "kubernetes")]
+impl Unavailable {
+    /// Returns whether this is the state of a machine that has not joined its cluster yet. Other reasons
+    /// are errors of the API server or of the credentials.
+    pub(super) fn is_expected(&self) -> bool {
+        matches!(self, Self::NoCredentials(_) | Self::NotRegistered(_))
+    }
+}
+
 /// Error of a request to the API server.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ApiError {
