@@ -2,9 +2,10 @@
 //!
 //! A session consists of a watch (the map arrives, heartbeats go both ways) and of publishing this
 //! node's record. When it ends for any reason, the next session is tried after a jittered backoff,
-//! with the next controller of the list. The list is the configuration's, or else that of the mesh
-//! configuration and the join token; names in it are resolved at each attempt. It resumes from the last received revision. Established
-//! tunnels are not affected: only a signed tombstone removes a peer.
+//! with the next controller of the list. The list is the configured one; if none is configured, it has
+//! the controllers of the mesh's configuration and then those of the join token. Host names in it are
+//! resolved at each attempt. The watch resumes from the last received revision. Established tunnels are
+//! not affected: only a signed tombstone removes a peer.
 //!
 //! The task verifies what it receives, caches it on the disk, and sends it to the daemon as
 //! [`Event`]s. It reads what to publish from a watch channel of [`Announcement`]s.

@@ -61,11 +61,12 @@ pub(super) enum Mesh {
     Unreached(String),
 }
 
-/// What a machine has of its mesh now.
+/// Progress of a machine towards a mesh that can be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Progress {
+    /// Everything that has to be waited for is in place.
     Ready(Mesh),
-    /// This is missing on the machine itself, or a peer that is waited for is not up.
+    /// This part is missing on the machine itself, or this required peer is not up.
     Missing(String),
 }
 
@@ -102,7 +103,7 @@ pub(super) fn until_up(
     }
 }
 
-/// Returns what there is of the mesh, and probes a peer if nobody sends to any.
+/// Returns the progress, from the agent's status and its peers. Probes idle peers while no peer is up.
 fn progress_now(socket: &Path, wanted: &[String], probes: &mut Probes) -> anyhow::Result<Progress> {
     with_agent(socket, async |mut agent| {
         let status =

@@ -431,7 +431,7 @@ impl Daemon {
                 self.host.read_gateways();
                 self.host.look_for_redirects();
                 self.search_firewalls();
-                // The status has what the search finds.
+                // A request waits for the search, so that the status contains what it finds.
                 if let Some(reply) = self.firewalls.defer(reply) {
                     let _ = reply.send(Reporter(self).status());
                 }
@@ -466,7 +466,8 @@ impl Daemon {
         None
     }
 
-    /// Looks for what of this host is in the way of the mesh, unless that was done a moment ago.
+    /// Looks for networks of this host that the guards cut off, and begins to search the firewalls of
+    /// other programs, unless a search runs or has just begun.
     fn search_firewalls(&mut self) {
         let now = Instant::now();
         if !self.firewalls.can_begin(now) {
