@@ -2,11 +2,10 @@
 
 use std::path::PathBuf;
 
-use towline_proto::pb;
 use towline_service::{log, output};
 use tracing_subscriber::EnvFilter;
 
-use super::local::{status_error, with_agent};
+use super::local;
 use crate::config::Config;
 use crate::daemon::{self, Purpose};
 use crate::state::StateDir;
@@ -27,11 +26,7 @@ pub(super) fn run(
 /// first.
 pub(super) fn pubkey(config: &Config) -> anyhow::Result<()> {
     let key = if daemon::is_running(&config.socket) {
-        with_agent(&config.socket, async |mut agent| {
-            let answer =
-                agent.status(pb::StatusRequest {}).await.map_err(|status| status_error(&status))?;
-            Ok(answer.into_inner().public_key)
-        })?
+        local::status(&config.socket)?.public_key
     } else {
         StateDir::open(&config.state_dir)?.keys_or_generate()?.wireguard.public().to_string()
     };

@@ -13,7 +13,7 @@ use towline_proto::token::JoinToken;
 use towline_service::output;
 
 use super::join::{InstallArgs, JoinArgs, NameError, Parts};
-use super::local::{runtime, status_error, with_agent};
+use super::local::{self, runtime};
 use super::{Global, wait};
 use crate::config::{Addressing, Config, DEFAULT_PATH};
 use crate::confirm::{self, Confirmation, Moment, Unconfirmed};
@@ -263,16 +263,12 @@ impl Machine {
     fn report(&self, already: bool) -> anyhow::Result<Report> {
         let node_ips: Vec<String> =
             node_ip::in_force(&self.outside)?.iter().map(|ip| ip.to_string()).collect();
-        with_agent(&self.outside.socket, async |mut agent| {
-            let request = towline_proto::pb::StatusRequest {};
-            let status =
-                agent.status(request).await.map_err(|status| status_error(&status))?.into_inner();
-            Ok(Report {
-                name: status.name,
-                node_ip: node_ips.first().cloned().unwrap_or_default(),
-                overlay_addresses: status.overlay_addresses,
-                already,
-            })
+        let status = local::status(&self.outside.socket)?;
+        Ok(Report {
+            name: status.name,
+            node_ip: node_ips.first().cloned().unwrap_or_default(),
+            overlay_addresses: status.overlay_addresses,
+            already,
         })
     }
 }

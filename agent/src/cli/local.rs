@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::Context as _;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
-use towline_proto::limits;
 use towline_proto::pb::local_client::LocalClient;
+use towline_proto::{limits, pb};
 use towline_service::grpc;
 
 /// Runs `work` on a new runtime, with a client for the agent's socket.
@@ -15,6 +15,14 @@ pub(crate) fn with_agent<T>(
     work: impl AsyncFnOnce(LocalClient<Channel>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     runtime()?.block_on(async { work(connect(socket).await?).await })
+}
+
+/// Asks the agent for its status.
+pub(super) fn status(socket: &Path) -> anyhow::Result<pb::StatusResponse> {
+    with_agent(socket, async |mut agent| {
+        let answer = agent.status(pb::StatusRequest {}).await;
+        Ok(answer.map_err(|status| status_error(&status))?.into_inner())
+    })
 }
 
 /// Returns a runtime for one command.

@@ -11,7 +11,7 @@ use towline_proto::code::Coded as _;
 use towline_proto::pb;
 use towline_proto::pb::local_client::LocalClient;
 
-use super::local::{runtime, status_error, with_agent};
+use super::local::{runtime, status, status_error, with_agent};
 use crate::config::Config;
 use crate::control::DownAnswer;
 use crate::daemon;
@@ -209,7 +209,9 @@ pub(super) fn up(config: &Config, args: &UpArgs) -> anyhow::Result<()> {
     if !has_something_to_run(config) {
         StateDir::peek(&config.state_dir).require_membership()?;
     }
-    if daemon::is_running(&config.socket) && status(config)?.state != MachineState::Down.code() {
+    if daemon::is_running(&config.socket)
+        && status(&config.socket)?.state != MachineState::Down.code()
+    {
         await_applied(config, deadline)?;
         eprintln!("this machine is up already");
         return Ok(());
@@ -240,19 +242,11 @@ pub(super) fn up(config: &Config, args: &UpArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn status(config: &Config) -> anyhow::Result<pb::StatusResponse> {
-    with_agent(&config.socket, async |mut agent| {
-        let answer =
-            agent.status(pb::StatusRequest {}).await.map_err(|status| status_error(&status))?;
-        Ok(answer.into_inner())
-    })
-}
-
 /// Waits until the agent has applied its plan. Prints what is missing whenever that changes.
 fn await_applied(config: &Config, deadline: Instant) -> anyhow::Result<()> {
     let mut reported = String::new();
     loop {
-        let missing = match status(config) {
+        let missing = match status(&config.socket) {
             Ok(status) => match missing(&status) {
                 None => return Ok(()),
                 Some(missing) => missing,

@@ -9,7 +9,7 @@ use towline_proto::node::Candidate;
 use towline_proto::pb;
 use towline_service::output::{self, Format};
 
-use super::local::{status_error, with_agent};
+use super::local;
 use crate::config::Config;
 use crate::daemon;
 use crate::down::{DownMarker, MachineState};
@@ -20,11 +20,7 @@ pub(super) fn text_of(config: &Config, format: Format) -> anyhow::Result<String>
     if let Some(down) = marker {
         bail!("no agent is running: {down}");
     }
-    let status = with_agent(&config.socket, async |mut agent| {
-        let answer =
-            agent.status(pb::StatusRequest {}).await.map_err(|status| status_error(&status))?;
-        Ok(answer.into_inner())
-    })?;
+    let status = local::status(&config.socket)?;
     Ok(output::text(format, &status, |wide| text(&status, wide))?)
 }
 
