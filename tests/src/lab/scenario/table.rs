@@ -6,6 +6,7 @@ use std::process::{self, ExitCode};
 use anyhow::Context;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 
+use super::selection::{Entry, Selection, list};
 use super::{
     Setting, attack, bench, bootstrap, coexist, crash, demo, departure, failover, hosts, idle,
     interop, kubernetes, leak, many, mtu, nat, nodes, plan, scale, vm,
@@ -118,27 +119,15 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "attack",
         aliases: &[],
         help: "Attack a node as strangers, neighbours, local users, pods and members",
-        arguments: attack::Options::augment_args,
-        run: |matches, flags| {
-            let options = attack::Options::from_arg_matches(matches)?;
-            if options.list {
-                return show(&attack::list());
-            }
-            on_hosts(Profile::Dev, attack::run, matches, flags)
-        },
+        arguments: Selection::augment_args,
+        run: |matches, flags| on_cases(&attack::entries(), attack::run, matches, flags),
     },
     Scenario {
         name: "hosts",
         aliases: &[],
         help: "Join hosts with many links, odd addresses, firewalls and NATs",
-        arguments: hosts::Options::augment_args,
-        run: |matches, flags| {
-            let options = hosts::Options::from_arg_matches(matches)?;
-            if options.list {
-                return show(&hosts::list());
-            }
-            on_hosts(Profile::Dev, hosts::run, matches, flags)
-        },
+        arguments: Selection::augment_args,
+        run: |matches, flags| on_cases(&hosts::entries(), hosts::run, matches, flags),
     },
     Scenario {
         name: "nodes",
@@ -230,6 +219,22 @@ fn on_hosts<O: FromArgMatches, F: Figures>(
     let figures = run(&setting, &options)?;
     drop(setting);
     finish(&figures, flags.json)
+}
+
+/// Runs the selected cases of a scenario, or prints the list of all. A name that selects no case is
+/// refused before anything is built.
+fn on_cases<F: Figures>(
+    entries: &[Entry],
+    run: fn(&Setting, &Selection) -> anyhow::Result<F>,
+    matches: &ArgMatches,
+    flags: Flags,
+) -> anyhow::Result<ExitCode> {
+    let selection = Selection::from_arg_matches(matches)?;
+    if selection.list {
+        return show(&list(entries));
+    }
+    selection.check(entries)?;
+    on_hosts(Profile::Dev, run, matches, flags)
 }
 
 /// Runs a scenario without arguments of its own, like [`on_hosts`].

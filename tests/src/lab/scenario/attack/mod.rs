@@ -25,32 +25,11 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::Setting;
+use super::selection::{Entry, Selection};
 use crate::lab::interrupt;
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises};
 use stage::Stage;
-
-/// Command line options of the scenario.
-#[derive(Debug, Clone, Default, clap::Args)]
-pub struct Options {
-    /// Run every case; otherwise a selection with at least one case of each kind.
-    #[arg(long)]
-    pub full: bool,
-    /// Run only the cases whose name contains NAME.
-    #[arg(long = "case", value_name = "NAME", num_args = 1.., value_delimiter = ',', value_parser = part_of_a_name)]
-    pub cases: Vec<String>,
-    /// List the cases, one per line, and run none.
-    #[arg(long)]
-    pub list: bool,
-}
-
-/// Accepts a part of the name of a case.
-fn part_of_a_name(text: &str) -> Result<String, &'static str> {
-    let is_known = every_case().iter().any(|case| case.name.contains(text));
-    is_known
-        .then(|| text.to_owned())
-        .ok_or("no case matches: `cargo lab attack --list` shows the names")
-}
 
 /// Position of the attacker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -119,14 +98,6 @@ impl Case {
         self.is_short = false;
         self
     }
-
-    /// Returns whether the options select the case.
-    fn is_chosen(&self, options: &Options) -> bool {
-        if options.cases.is_empty() {
-            return self.is_short || options.full;
-        }
-        options.cases.iter().any(|name| self.name.contains(name.as_str()))
-    }
 }
 
 /// Results of one run.
@@ -179,18 +150,16 @@ fn every_case() -> Vec<Case> {
         .collect()
 }
 
-/// Returns the names of the cases, one per line. Cases that need `--full` are marked.
-pub fn list() -> String {
-    every_case().into_iter().fold(String::new(), |mut text, case| {
-        let _ = writeln!(text, "{}{}", case.name, if case.is_short { "" } else { "  (--full)" });
-        text
-    })
+/// Returns the cases as the command line selects them.
+pub fn entries() -> Vec<Entry> {
+    let entry = |case: Case| Entry { name: case.name, is_short: case.is_short };
+    every_case().into_iter().map(entry).collect()
 }
 
 /// Runs the selected cases.
-pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Attack> {
-    let cases: Vec<Case> =
-        every_case().into_iter().filter(|case| case.is_chosen(options)).collect();
+pub fn run(setting: &Setting, selection: &Selection) -> anyhow::Result<Attack> {
+    let mut cases = every_case();
+    cases.retain(|case| selection.has(&case.name, case.is_short));
     let mut stage = Stage::build(setting)?;
     let mut attack = Attack { rootless: setting.rank == Rank::Rootless, ..Attack::default() };
     let mut promises = Promises::new();
@@ -281,15 +250,5 @@ mod tests {
         ] {
             assert!(short.iter().any(|case| case.attacker == attacker), "{attacker:?}");
         }
-        assert_eq!(list().lines().count(), cases.len());
-    }
-
-    #[test]
-    fn a_part_of_a_name_chooses_from_the_long_form_too() {
-        let case = Case::new("a/b", Attacker::Pod, Outcome::Held, |_| Ok(Outcome::Held)).long();
-        let named = |name: &str| Options { cases: vec![name.to_owned()], ..Options::default() };
-        assert!(case.is_chosen(&named("/b")) && !case.is_chosen(&named("c")));
-        assert!(!case.is_chosen(&Options::default()));
-        assert!(case.is_chosen(&Options { full: true, ..Options::default() }));
     }
 }

@@ -34,31 +34,10 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::Setting;
+use super::selection::{Entry, Selection};
 use crate::lab::interrupt;
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises};
-
-/// Command line options of the scenario.
-#[derive(Debug, Clone, Default, clap::Args)]
-pub struct Options {
-    /// Run every case; otherwise a selection of at most 8 minutes.
-    #[arg(long)]
-    pub full: bool,
-    /// Run only the cases whose name contains NAME.
-    #[arg(long = "case", value_name = "NAME", num_args = 1.., value_delimiter = ',', value_parser = part_of_a_name)]
-    pub cases: Vec<String>,
-    /// List the cases, one per line, and run none.
-    #[arg(long)]
-    pub list: bool,
-}
-
-/// Accepts a part of the name of a case.
-fn part_of_a_name(text: &str) -> Result<String, &'static str> {
-    let is_known = every_case().iter().any(|case| case.name.contains(text));
-    is_known
-        .then(|| text.to_owned())
-        .ok_or("no case matches: `cargo lab hosts --list` shows the names")
-}
 
 /// A kind of host, with the check of what is right on it.
 struct Case {
@@ -78,14 +57,6 @@ impl Case {
     fn long(mut self) -> Self {
         self.is_short = false;
         self
-    }
-
-    /// Returns whether the options select the case.
-    fn is_chosen(&self, options: &Options) -> bool {
-        if options.cases.is_empty() {
-            return self.is_short || options.full;
-        }
-        options.cases.iter().any(|name| self.name.contains(name.as_str()))
     }
 }
 
@@ -108,7 +79,7 @@ pub struct Hosts {
     pub rootless: bool,
     /// Cases that ran, in order.
     pub cases: Vec<Tried>,
-    /// Cases that could not run on this machine.
+    /// Cases of hosts that namespaces cannot show.
     pub skipped: Vec<Skipped>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
@@ -128,7 +99,7 @@ pub struct Tried {
     pub why: Option<String>,
 }
 
-/// A case that could not run.
+/// A case that runs elsewhere.
 #[derive(Debug, Serialize)]
 pub struct Skipped {
     /// Name of the case.
@@ -136,11 +107,6 @@ pub struct Skipped {
     /// Reason, in one line.
     pub why: String,
 }
-
-/// Reason why this machine cannot run a case.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Unavailable(String);
 
 /// Returns all cases, in the order in which they run.
 fn every_case() -> Vec<Case> {
@@ -161,36 +127,30 @@ fn every_case() -> Vec<Case> {
     .collect()
 }
 
-/// Returns the names of the cases, one per line. Cases that need `--full` are marked.
-pub fn list() -> String {
-    every_case().into_iter().fold(String::new(), |mut text, case| {
-        let _ = writeln!(text, "{}{}", case.name, if case.is_short { "" } else { "  (--full)" });
-        text
-    })
+/// Returns the cases as the command line selects them.
+pub fn entries() -> Vec<Entry> {
+    let entry = |case: Case| Entry { name: case.name.to_owned(), is_short: case.is_short };
+    every_case().into_iter().map(entry).collect()
 }
 
 /// Runs the selected cases.
-pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Hosts> {
+pub fn run(setting: &Setting, selection: &Selection) -> anyhow::Result<Hosts> {
     let mut hosts = Hosts { rootless: setting.rank == Rank::Rootless, ..Hosts::default() };
-    if options.cases.is_empty() {
+    if selection.cases.is_empty() {
         let elsewhere = ELSEWHERE.map(|(name, why)| Skipped { name, why: why.to_owned() });
         hosts.skipped.extend(elsewhere);
     }
     let mut promises = Promises::new();
-    for case in every_case().into_iter().filter(|case| case.is_chosen(options)) {
+    for case in every_case() {
+        if !selection.has(case.name, case.is_short) {
+            continue;
+        }
         interrupt::check()?;
         setting.output.step(case.name);
         let begun = Instant::now();
         let result = (case.check)(setting);
         interrupt::check()?;
-        let why = match result {
-            Ok(()) => None,
-            Err(error) if error.downcast_ref::<Unavailable>().is_some() => {
-                hosts.skipped.push(Skipped { name: case.name, why: format!("{error:#}") });
-                continue;
-            }
-            Err(error) => Some(format!("{error:#}")),
-        };
+        let why = result.err().map(|error| format!("{error:#}"));
         if let Some(why) = &why {
             let found = format!("{}: {why}", case.name);
             setting.output.note(&found);
@@ -233,6 +193,5 @@ mod tests {
         let elsewhere = ELSEWHERE.iter().map(|(name, _)| *name);
         let names: BTreeSet<&str> = cases.iter().map(|case| case.name).chain(elsewhere).collect();
         assert_eq!(names.len(), cases.len() + ELSEWHERE.len());
-        assert_eq!(list().lines().count(), cases.len());
     }
 }
