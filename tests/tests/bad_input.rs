@@ -10,7 +10,7 @@ use anyhow::Context;
 use towline_proto::token::JoinToken;
 use towline_tests::lab::binaries::{Binaries, Profile};
 use towline_tests::lab::interrupt::wait_for;
-use towline_tests::lab::mesh::{Controller, Node, Token, await_tunnel};
+use towline_tests::lab::mesh::{Controller, Node, Token, require_tunnel};
 use towline_tests::lab::nat::Nat;
 use towline_tests::lab::netns_exec::netns_exec;
 use towline_tests::lab::ping::echoes;
@@ -65,9 +65,7 @@ impl World {
             node.launch()?;
             node.await_status(LIMIT)?;
         }
-        if let Some(reason) = await_tunnel(&worker, &cp, LIMIT)? {
-            anyhow::bail!("the tunnel did not come up: {reason}");
-        }
+        require_tunnel(&worker, &cp, LIMIT)?;
         Ok((cp, worker))
     }
 

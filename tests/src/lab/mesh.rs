@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
+use nix::sys::signal::{Signal, kill};
 use serde::Deserialize;
 
 use super::binaries::Binaries;
@@ -91,6 +92,10 @@ pub struct Status {
     pub overlay_addresses: Vec<IpAddr>,
     /// State of the connection to the controller.
     pub controller: ControllerStatus,
+    /// Candidates that the node publishes.
+    pub candidates: Vec<Candidate>,
+    /// Problems that the operator should repair, one line each.
+    pub problems: Vec<String>,
     /// Particularities of the host that need no repair, one line each. Earlier versions, with which
     /// benchmarks compare, report none.
     #[serde(default)]
@@ -102,6 +107,22 @@ pub struct Status {
 pub struct ControllerStatus {
     /// True while the agent has a live watch.
     pub connected: bool,
+    /// Address of the controller of the watch.
+    pub address: Option<String>,
+}
+
+/// An address at which a node may be reached.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Candidate {
+    /// Address and port.
+    pub address: SocketAddr,
+}
+
+impl Status {
+    /// Returns the node's IPv4 address in the mesh.
+    pub fn overlay_v4(&self) -> Option<IpAddr> {
+        self.overlay_addresses.iter().copied().find(IpAddr::is_ipv4)
+    }
 }
 
 /// The part of `towline peers -o json` that the lab reads.
@@ -119,7 +140,7 @@ pub struct Peer {
     pub path_kind: Option<String>,
     /// Candidates of the peer.
     #[serde(default)]
-    pub candidates: Vec<serde_json::Value>,
+    pub candidates: Vec<Candidate>,
     /// Name of the relay on the path, if there is one.
     pub relay: Option<String>,
     /// Size in bytes of the largest inner packet that fits the path, once known.
@@ -396,6 +417,17 @@ impl Node {
         Ok(())
     }
 
+    /// Starts or restarts the agent, and waits until it answers.
+    pub fn restart(&mut self) -> anyhow::Result<Status> {
+        self.launch()?;
+        self.await_status(START_LIMIT)
+    }
+
+    /// Has the agent read its configuration again.
+    pub fn reload(&mut self) -> anyhow::Result<()> {
+        Ok(kill(self.agent()?.pid(), Signal::SIGHUP)?)
+    }
+
     /// Stops the agent and removes the map that it cached, so that the next start knows no other
     /// node.
     pub fn stop_and_forget_map(&mut self) -> anyhow::Result<()> {
@@ -457,6 +489,12 @@ impl Node {
         serde_json::from_str(&output).context("cannot parse the output of `towline status`")
     }
 
+    /// Returns the node's IPv4 address in the mesh, from `towline status`.
+    pub fn overlay_v4(&self) -> anyhow::Result<IpAddr> {
+        let address = self.status()?.overlay_v4();
+        address.with_context(|| format!("{} has no IPv4 mesh address", self.name))
+    }
+
     /// Runs `towline peers`.
     pub fn peers(&self) -> anyhow::Result<Vec<Peer>> {
         let output = self.command_ok(&["peers", "-o", "json"])?;
@@ -504,4 +542,13 @@ pub fn await_tunnel(a: &Node, b: &Node, limit: Duration) -> anyhow::Result<Optio
         Ok(Some(()))
     })?;
     Ok(if up.is_some() { None } else { Some(reason) })
+}
+
+/// Waits until each of two nodes reports the other as up. Fails with the reason that the node gives if they
+/// do not within `limit`.
+pub fn require_tunnel(a: &Node, b: &Node, limit: Duration) -> anyhow::Result<()> {
+    match await_tunnel(a, b, limit)? {
+        None => Ok(()),
+        Some(reason) => bail!("tunnel {}/{} did not come up: {reason}", a.name(), b.name()),
+    }
 }

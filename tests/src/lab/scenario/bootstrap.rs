@@ -98,10 +98,8 @@ impl Bootstrap {
         let (name, site, configuration) = NODES[0];
         let mut cp = Node::new(&hybrid.lab, &hybrid.cp, name, &setting.binaries, configuration)?;
         cp.join(&controller.operator().token(site)?)?;
-        cp.launch()?;
-        let status = cp.await_status(START_LIMIT)?;
-        let cloud = status.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
-        let cloud = cloud.context("cp has no IPv4 mesh address")?;
+        let status = cp.restart()?;
+        let cloud = status.overlay_v4().context("cp has no IPv4 mesh address")?;
 
         let machine = |index, name| Machine::new(setting, hybrid, index, name);
         let mut first = machine(0, "worker-a");

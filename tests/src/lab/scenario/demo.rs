@@ -152,11 +152,8 @@ impl Demo {
         let token = controller.operator().token(site)?;
         let mut others = Vec::new();
         for other in &stage.nodes {
-            let overlay = other.status()?.overlay_addresses;
-            let target = overlay.iter().find(|address| address.is_ipv4()).copied();
+            let target = other.overlay_v4()?;
             let timeout = if other.name() == "cp" { FIRST_PACKET_TIMEOUT } else { WORKERS_TIMEOUT };
-            let target =
-                target.with_context(|| format!("{} has no IPv4 mesh address", other.name()))?;
             others.push((format!("{}/{}", node.name(), other.name()), target, timeout));
         }
         let by_input = stage.nodes.len() % 2 == 1;
@@ -178,8 +175,7 @@ impl Demo {
                 } else {
                     node.join(&token)?;
                 }
-                node.launch()?;
-                node.await_status(START_LIMIT)
+                node.restart()
             })();
             let first: anyhow::Result<Vec<_>> =
                 probes.into_iter().map(|(pair, probe)| Ok((pair, join(probe)?))).collect();

@@ -65,8 +65,7 @@ impl Acts {
         let advertise = "[node]\nadvertise = [\"203.0.113.10:51830\"]\n";
         let mut cp = Node::new(&hybrid.lab, &hybrid.cp, "cp", &setting.binaries, advertise)?;
         cp.join(&controller.operator().token("cloud")?)?;
-        cp.launch()?;
-        cp.await_status(START_LIMIT)?;
+        cp.restart()?;
 
         let host = &hybrid.workers[0];
         let mut worker = Node::new(&hybrid.lab, host, "worker-a", &setting.binaries, "")?;
@@ -131,8 +130,7 @@ impl Acts {
         let inside = "198.19.7.7 50000 192.168.1.2 22";
         let output = join(&["--force"], "SSH_CONNECTION", inside)?;
         self.check_output("the same with --force and the same token", &output, 0, &["joined as"]);
-        worker.launch()?;
-        worker.await_status(START_LIMIT)?;
+        worker.restart()?;
         Ok(())
     }
 
@@ -171,8 +169,7 @@ impl Acts {
         let output = worker.command(&["guard"])?;
         self.check_output("guard while down", &output, 0, &["down", "towline up"]);
         self.is_open("guard while down", place)?;
-        worker.launch()?;
-        worker.await_status(START_LIMIT)?;
+        worker.restart()?;
         self.is_open("the agent's start while down", place)?;
         let status = json(worker, "status")?;
         self.promises.hold(
@@ -232,8 +229,7 @@ impl Acts {
         self.promises.hold(!marker.exists(), || {
             "up without an agent removes the marker file of down".to_owned()
         });
-        worker.launch()?;
-        worker.await_status(START_LIMIT)?;
+        worker.restart()?;
         let status = json(worker, "status")?;
         self.promises.hold(status["state"] == "running", || format!("running: {status}"));
 
@@ -269,8 +265,7 @@ impl Acts {
             worker.command_ok(&["up"])?;
 
             setting.output.step("towline down and SIGTERM at the same time");
-            worker.launch()?;
-            worker.await_status(START_LIMIT)?;
+            worker.restart()?;
             let pid = worker.agent()?.pid();
             let output = std::thread::scope(|scope| {
                 let down = scope.spawn(|| worker.command(&["down"]));
@@ -323,8 +318,7 @@ impl Acts {
         setting.output.step("towline leave while down, with a running agent");
         worker.join(&controller.operator().token("dc-a")?)?;
         worker.command_ok(&["down"])?;
-        worker.launch()?;
-        worker.await_status(START_LIMIT)?;
+        worker.restart()?;
         let output = worker.command(&["leave"])?;
         self.check_output("leave while down", &output, 0, &["left the mesh"]);
         self.ends(worker, 0)?;
@@ -342,14 +336,12 @@ impl Acts {
 
         setting.output.step("towline leave while the controller is down");
         worker.join(&controller.operator().token("dc-a")?)?;
-        worker.launch()?;
-        worker.await_status(START_LIMIT)?;
+        worker.restart()?;
         drop(controller.take_daemon());
         wait_for("loss of the controller", START_LIMIT, || {
             Ok(worker.status().is_ok_and(|status| !status.controller.connected).then_some(()))
         })?;
-        worker.launch()?;
-        worker.await_status(START_LIMIT)?;
+        worker.restart()?;
         let status = json(worker, "status")?;
         self.promises.hold(status["certificate_expires_at"].is_string(), || {
             format!(

@@ -151,8 +151,7 @@ impl World {
         for (number, (name, host, more)) in relays.chain(built).enumerate() {
             let mut node = Node::new(&lab, &Arc::clone(&host), &name, &setting.binaries, more)?;
             node.join(&controller.operator().token(&format!("site-{number}"))?)?;
-            node.launch()?;
-            node.await_status(START_LIMIT)?;
+            node.restart()?;
             nodes.push(node);
         }
         let others = nodes.len() - 1;
@@ -169,9 +168,7 @@ impl World {
     /// Returns the namespace and the IPv4 mesh address of a node.
     fn end(&self, number: usize) -> anyhow::Result<End<'_>> {
         let node = &self.nodes[number];
-        let v4 = node.status()?.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
-        let v4 = v4.ok_or_else(|| anyhow!("{} has no mesh address", node.name()))?;
-        Ok((node.host().namespace(), v4))
+        Ok((node.host().namespace(), node.overlay_v4()?))
     }
 
     /// Returns the namespace of a router.
@@ -247,8 +244,7 @@ impl World {
             "relay_kill" => {
                 for relay in &mut self.relays {
                     if relay.agent()?.check().is_err() {
-                        relay.launch()?;
-                        relay.await_status(START_LIMIT)?;
+                        relay.restart()?;
                     }
                 }
                 Ok(())

@@ -12,7 +12,7 @@ use towline_netlink::NetlinkError;
 
 use super::Setting;
 use crate::lab::capture::Capture;
-use crate::lab::mesh::{Controller, Node, START_LIMIT};
+use crate::lab::mesh::{Controller, Node};
 use crate::lab::namespace::Namespace;
 use crate::lab::nat::Nat;
 use crate::lab::report::Forbidden;
@@ -150,8 +150,7 @@ impl Hybrid {
             let granted = granted.iter().flat_map(|prefix| ["--prefix", prefix.as_str()]);
             let flags: Vec<&str> = ["--site", site].into_iter().chain(granted).collect();
             node.join(&controller.operator().token_with(&flags)?)?;
-            node.launch()?;
-            node.await_status(START_LIMIT)?;
+            node.restart()?;
             nodes.push(node);
         }
         Ok(Mesh { controller, nodes })

@@ -43,7 +43,7 @@ use crate::lab::actor::Actor;
 use crate::lab::background_traffic::{BackgroundTraffic, Member, PORT, StopOnDrop};
 use crate::lab::capture::Capture;
 use crate::lab::interrupt::{sleep, wait_for, wait_up_to};
-use crate::lab::mesh::{Node, START_LIMIT, await_tunnel};
+use crate::lab::mesh::{Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::{Namespace, join};
 use crate::lab::privilege::Rank;
 use crate::lab::redirect::{Choice, Redirect};
@@ -387,9 +387,7 @@ impl Leak {
             (format!("{node}{announced}{plain}"), vec![v4.into(), v6.into()])
         })?;
         for worker in &nodes[1..] {
-            if let Some(reason) = await_tunnel(worker, &nodes[0], START_LIMIT)? {
-                anyhow::bail!("tunnel {}/cp did not come up: {reason}", worker.name());
-            }
+            require_tunnel(worker, &nodes[0], START_LIMIT)?;
         }
         let hosts: Vec<_> = nodes.iter().map(|node| Arc::clone(node.host())).collect();
         let members = nodes.iter().zip(&hosts).map(|(node, host)| {

@@ -112,8 +112,7 @@ impl Many {
             if number == 0 {
                 count(&node)?;
             }
-            node.launch()?;
-            node.await_status(START_LIMIT)?;
+            node.restart()?;
             nodes.push(node);
         }
         let one = &nodes[0];
@@ -121,13 +120,8 @@ impl Many {
             self.peers = one.peers()?.len();
             Ok((self.peers == PEERS).then_some(()))
         })?;
-        let targets: Vec<IpAddr> = nodes[1..]
-            .iter()
-            .map(|node| {
-                let v4 = node.status()?.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
-                v4.ok_or_else(|| anyhow!("{} has no mesh address", node.name()))
-            })
-            .collect::<anyhow::Result<_>>()?;
+        let targets: Vec<IpAddr> =
+            nodes[1..].iter().map(Node::overlay_v4).collect::<anyhow::Result<_>>()?;
         setting.output.step("waiting until the agent is idle");
         send_traffic(one, &targets, SETTLE)?;
         setting.output.step(&format!("measuring for {} s", WINDOW.as_secs()));

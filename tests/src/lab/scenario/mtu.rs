@@ -5,11 +5,9 @@
 //! is dropped.
 
 use std::fmt::Write as _;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::anyhow;
 use serde::Serialize;
 use towline_netlink::{Family, Rtnetlink};
 use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
@@ -125,20 +123,14 @@ fn case(setting: &Setting, underlay: u32, blackhole: bool) -> anyhow::Result<Cas
         let name = host.name().to_owned();
         let mut node = Node::new(&lab, &Arc::clone(host), &name, &setting.binaries, link)?;
         node.join(&controller.operator().token(&format!("site-{name}"))?)?;
-        node.launch()?;
-        node.await_status(START_LIMIT)?;
+        node.restart()?;
         nodes.push(node);
     }
     let peer = |from: usize, to: usize| nodes[from].peer(nodes[to].name());
     wait_for("map on both nodes", START_LIMIT, || {
         Ok((peer(0, 1)?.is_some() && peer(1, 0)?.is_some()).then_some(()))
     })?;
-    let address = |node: &Node| -> anyhow::Result<IpAddr> {
-        let addresses = node.status()?.overlay_addresses;
-        let v4 = addresses.into_iter().find(IpAddr::is_ipv4);
-        v4.ok_or_else(|| anyhow!("{} has no mesh address", node.name()))
-    };
-    let (a_end, b_end) = (address(&nodes[0])?, address(&nodes[1])?);
+    let (a_end, b_end) = (nodes[0].overlay_v4()?, nodes[1].overlay_v4()?);
     let begun = Instant::now();
     let (found, _) = while_talking((a.namespace(), a_end), (b.namespace(), b_end), || {
         wait_up_to(SETTLE, || Ok(peer(0, 1)?.and_then(|peer| peer.mtu).map(|_| begun.elapsed())))

@@ -392,8 +392,7 @@ impl World {
         let (a, b) = ((Behind(UdpBlocked), Stack::V4, 0), (Public, Stack::V4, 1));
         let target = *self.overlay.get(&b).context("the node does not exist")?;
         for place in [a, b] {
-            self.node(place)?.launch()?;
-            self.node(place)?.await_status(START_LIMIT)?;
+            self.node(place)?.restart()?;
         }
         let find = |place: Place| self.nodes.get(&place).context("the node does not exist");
         let (blocked, open) = (find(a)?, find(b)?);
@@ -438,7 +437,7 @@ impl World {
         }
         interrupt::sleep(Duration::from_secs(2))?;
         for (place, node) in &mut self.nodes {
-            self.overlay.insert(*place, overlay(node)?);
+            self.overlay.insert(*place, node.overlay_v4()?);
             node.stop_and_forget_map()?;
         }
         Ok(interrupt::sleep(REST * self.nodes.len() as u32)?)
@@ -529,13 +528,6 @@ impl NatFigures {
 /// Returns the kind of path from one node to another, as `towline peers` shows it.
 fn kind(from: &Node, to: &Node) -> anyhow::Result<Option<String>> {
     Ok(from.peer(to.name())?.and_then(|peer| peer.path_kind))
-}
-
-/// Returns the IPv4 mesh address of a node.
-fn overlay(node: &Node) -> anyhow::Result<IpAddr> {
-    let status = node.status()?;
-    let v4 = status.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
-    v4.ok_or_else(|| anyhow!("{} has no mesh address", node.name()))
 }
 
 /// Sends small inner packets until one arrives or `done` is set. Returns the time of its arrival.

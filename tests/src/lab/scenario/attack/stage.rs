@@ -30,7 +30,7 @@ use crate::lab::actor::Actor;
 use crate::lab::capture::Tap;
 use crate::lab::interrupt::wait_up_to;
 use crate::lab::listener::{Listener, Tag};
-use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
+use crate::lab::mesh::{Controller, Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::Namespace;
 use crate::lab::ping::echoes;
 use crate::lab::privilege::Rank;
@@ -335,7 +335,7 @@ impl<'s> Stage<'s> {
         let mesh = self.mesh()?;
         launch(&mut mesh.a)?;
         for other in [&mesh.cp, &mesh.b] {
-            up(&mesh.a, other)?;
+            require_tunnel(&mesh.a, other, START_LIMIT)?;
         }
         self.condition = Condition::Running;
         Ok(())
@@ -361,7 +361,7 @@ impl<'s> Stage<'s> {
         let mesh = self.mesh()?;
         launch(&mut mesh.b)?;
         for other in [&mesh.cp, &mesh.a] {
-            up(&mesh.b, other)?;
+            require_tunnel(&mesh.b, other, START_LIMIT)?;
         }
         Ok(())
     }
@@ -374,9 +374,9 @@ impl<'s> Stage<'s> {
         }
         launch(&mut mesh.cp)?;
         for other in [&mesh.a, &mesh.b] {
-            up(other, &mesh.cp)?;
+            require_tunnel(other, &mesh.cp, START_LIMIT)?;
         }
-        up(&mesh.a, &mesh.b)
+        require_tunnel(&mesh.a, &mesh.b, START_LIMIT)
     }
 
     /// Returns whether `a` gets echo replies from `cp` and, through the relay on `cp`, from `b`.
@@ -523,7 +523,7 @@ impl Mesh {
             launch(node)?;
         }
         for (here, there) in [(&a, &cp), (&b, &cp), (&a, &b), (&a, &evil)] {
-            up(here, there)?;
+            require_tunnel(here, there, START_LIMIT)?;
         }
         // From now on the cases act as this node.
         evil.agent()?.kill()?;
@@ -564,14 +564,4 @@ fn launch(node: &mut Node) -> anyhow::Result<()> {
         return Err(std::io::Error::last_os_error()).context("cannot limit an agent's memory");
     }
     node.await_status(START_LIMIT).map(drop)
-}
-
-/// Waits until the tunnel between two nodes is up.
-fn up(here: &Node, there: &Node) -> anyhow::Result<()> {
-    match await_tunnel(here, there, START_LIMIT)? {
-        None => Ok(()),
-        Some(reason) => {
-            anyhow::bail!("tunnel {}/{} did not come up: {reason}", here.name(), there.name())
-        }
-    }
 }

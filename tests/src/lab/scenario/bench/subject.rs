@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use ipnet::IpNet;
 use nix::unistd::Pid;
 use towline_netlink::{AddressOptions, Overlay, OverlayKind, Rtnetlink};
@@ -15,7 +15,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use super::load::Way;
 use crate::lab::binaries::Binaries;
 use crate::lab::interrupt::wait_for;
-use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
+use crate::lab::mesh::{Controller, Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::Namespace;
 use crate::lab::peers::{Installed, Peer, link_name, uapi};
 use crate::lab::ping::first_reply;
@@ -109,9 +109,7 @@ impl Subject {
             inner.push([*both.0, *both.1]);
             daemons.push(node.agent()?.pid());
         }
-        if let Some(reason) = await_tunnel(&nodes[0], &nodes[1], START_LIMIT)? {
-            return Err(anyhow!("the tunnel did not come up: {reason}"));
-        }
+        require_tunnel(&nodes[0], &nodes[1], START_LIMIT)?;
         Self {
             hosts,
             inner: [inner[0], inner[1]],

@@ -22,7 +22,7 @@ use super::Setting;
 use super::hybrid::{Hybrid, Mesh};
 use crate::lab::background_traffic::{BackgroundTraffic, Member, StopOnDrop};
 use crate::lab::interrupt::{wait_for, wait_up_to};
-use crate::lab::mesh::{Node, START_LIMIT, await_tunnel};
+use crate::lab::mesh::{Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::join;
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises, round};
@@ -121,9 +121,7 @@ impl Coexist {
         let pod = hybrid.workers[0].pod("pod", v4, v6)?;
         let Mesh { controller: _controller, mut nodes } = hybrid.bring_up(setting)?;
         for worker in &nodes[1..] {
-            if let Some(reason) = await_tunnel(worker, &nodes[0], START_LIMIT)? {
-                anyhow::bail!("tunnel {}/cp did not come up: {reason}", worker.name());
-            }
+            require_tunnel(worker, &nodes[0], START_LIMIT)?;
         }
         let hosts: Vec<_> = nodes.iter().map(|node| std::sync::Arc::clone(node.host())).collect();
         let members = nodes.iter().zip(&hosts).map(|(node, host)| {

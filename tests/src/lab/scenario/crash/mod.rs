@@ -8,7 +8,6 @@ use std::fmt::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::Serialize;
@@ -16,7 +15,7 @@ use serde::Serialize;
 use super::Setting;
 use super::hybrid::{Hybrid, Mesh};
 use crate::lab::interrupt::{self, sleep, wait_up_to};
-use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
+use crate::lab::mesh::{Controller, Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::join;
 use crate::lab::ping::Ticker;
 use crate::lab::privilege::Rank;
@@ -115,13 +114,9 @@ impl Crash {
     ) -> anyhow::Result<()> {
         let Mesh { controller, nodes } = hybrid.bring_up(setting)?;
         for worker in &nodes[1..] {
-            if let Some(reason) = await_tunnel(worker, &nodes[0], START_LIMIT)? {
-                anyhow::bail!("tunnel {}/cp did not come up: {reason}", worker.name());
-            }
+            require_tunnel(worker, &nodes[0], START_LIMIT)?;
         }
-        let cloud = nodes[0].status()?.overlay_addresses;
-        let cloud =
-            cloud.iter().find(|ip| ip.is_ipv4()).copied().context("cp has no IPv4 mesh address")?;
+        let cloud = nodes[0].overlay_v4()?;
         let tickers = [Ticker::default(), Ticker::default()];
         let stop = AtomicBool::new(false);
         let writers = Writers::new(controller.operator().clone(), hybrid, setting);

@@ -4,13 +4,11 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use nix::sys::signal::{Signal, kill};
-use serde_json::Value;
 
 use super::Case;
-use super::scene::{Pair, Scene, add_address, status};
+use super::scene::{Pair, Scene, add_address};
 use crate::lab::interrupt::wait_up_to;
-use crate::lab::mesh::{Node, START_LIMIT};
+use crate::lab::mesh::Node;
 use crate::lab::scenario::Setting;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -50,8 +48,7 @@ fn announced(setting: &Setting) -> anyhow::Result<()> {
         finds(node, NEW)?;
     }
     // The next start of an agent knows it too.
-    pair.worker.launch()?;
-    pair.worker.await_status(START_LIMIT)?;
+    pair.worker.restart()?;
     finds(&pair.worker, NEW)
 }
 
@@ -62,7 +59,7 @@ fn configured(setting: &Setting) -> anyhow::Result<()> {
     let path = pair.worker.config();
     let text = std::fs::read_to_string(&path)?;
     std::fs::write(&path, format!("{text}\n[controller]\naddresses = [\"{NEW}\"]\n"))?;
-    kill(pair.worker.agent()?.pid(), Signal::SIGHUP)?;
+    pair.worker.reload()?;
     finds(&pair.worker, NEW)
 }
 
@@ -82,12 +79,13 @@ fn stores(node: &Node, controller: &str) -> anyhow::Result<()> {
 
 /// Waits until an agent is connected to the controller at this address.
 fn finds(node: &Node, controller: &str) -> anyhow::Result<()> {
-    let mut last = Value::Null;
+    let mut last = None;
     let found = wait_up_to(FOUND_LIMIT, || {
-        last = status(node)?["controller"].take();
-        let is_there = last["connected"] == true && last["address"] == controller;
+        let now = node.status()?.controller;
+        let is_there = now.connected && now.address.as_deref() == Some(controller);
+        last = Some(now);
         Ok(is_there.then_some(()))
     })?;
-    ensure!(found.is_some(), "{} does not find {controller}: {last}", node.name());
+    ensure!(found.is_some(), "{} does not find {controller}: {last:?}", node.name());
     Ok(())
 }

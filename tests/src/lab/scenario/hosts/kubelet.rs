@@ -4,7 +4,7 @@ use anyhow::ensure;
 
 use super::Case;
 use super::scene::Scene;
-use crate::lab::mesh::{Node, START_LIMIT};
+use crate::lab::mesh::{Controller, Node};
 use crate::lab::scenario::Setting;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -26,8 +26,7 @@ fn alone(setting: &Setting, serves: bool) -> anyhow::Result<()> {
     if !serves {
         drop(pair.controller.take_daemon());
     }
-    pair.cp.launch()?;
-    pair.cp.await_status(START_LIMIT)?;
+    pair.cp.restart()?;
     ready(&pair.cp, "no peer is up; worker is")?;
     // A node that is named must be up.
     let output = pair.cp.command(&["wait", "--timeout", "2", "--peer", "worker"])?;
@@ -38,14 +37,12 @@ fn alone(setting: &Setting, serves: bool) -> anyhow::Result<()> {
 /// The first node of a mesh, whose map is the controller's first message.
 fn first(setting: &Setting) -> anyhow::Result<()> {
     let scene = Scene::build(setting)?;
-    let mut controller =
-        crate::lab::mesh::Controller::start(&scene.lab, &scene.cp, &setting.binaries)?;
+    let mut controller = Controller::start(&scene.lab, &scene.cp, &setting.binaries)?;
     let mut cp = scene.node(setting, &controller, &scene.cp, "cp", ("", &[]))?;
     ready(&cp, "the mesh is up")?;
     // The controller may run in the cluster whose kubelet waits here.
     drop(controller.take_daemon());
-    cp.launch()?;
-    cp.await_status(START_LIMIT)?;
+    cp.restart()?;
     ready(&cp, "the mesh is up")
 }
 

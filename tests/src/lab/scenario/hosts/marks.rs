@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use towline_netlink::Family;
 
 use super::Case;
-use super::scene::{connected, node_with, overlay};
+use super::scene::{connected, node_with};
 use crate::lab::capture::Tap;
 use crate::lab::mesh::Controller;
 use crate::lab::scenario::Setting;
@@ -49,7 +49,7 @@ fn marked(setting: &Setting, configuration: &str, outer: u8) -> anyhow::Result<(
     connected(&cp, &node)?;
     let mut outside = Tap::open(edge.namespace(), "eth0")?;
     let mut inside = Tap::open(host.namespace(), "towline0")?;
-    let to = SocketAddr::new(overlay(&cp)?, 9);
+    let to = SocketAddr::new(cp.overlay_v4()?, 9);
     edge.namespace().run(|| {
         let socket = socket2::Socket::from(UdpSocket::bind("0.0.0.0:0")?);
         socket.set_tos_v4(INNER.into())?;

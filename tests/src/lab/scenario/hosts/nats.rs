@@ -9,10 +9,10 @@ use towline_nftables::{Chain, ChainKind, Hook, Rule, Table, TableFamily};
 
 use super::Case;
 use super::scene::{
-    Scene, UP_LIMIT, add_address, add_route, connected, delete_address, has_no_problem, load,
-    names_problem, node_behind, overlay,
+    Scene, UP_LIMIT, add_address, add_route, connected, connected_within, delete_address,
+    has_no_problem, load, names_problem, node_behind,
 };
-use crate::lab::mesh::{Controller, await_tunnel};
+use crate::lab::mesh::Controller;
 use crate::lab::nat::Nat;
 use crate::lab::ping::first_reply;
 use crate::lab::scenario::Setting;
@@ -87,8 +87,7 @@ fn two_sites(setting: &Setting, nats: [Nat; 2], providers: Providers) -> anyhow:
         ([Nat::Unfiltered, _], Providers::Shared) => SECOND_PORT_LIMIT,
         _ => UP_LIMIT,
     };
-    await_tunnel(one, other, limit)?;
-    connected(one, other)
+    connected_within(limit, one, other)
 }
 
 /// Has everything that leaves a router take the internet's router, as behind a provider's line.
@@ -134,7 +133,7 @@ fn stuck(setting: &Setting, has_neighbour: bool) -> anyhow::Result<()> {
     let chain = Chain::base(ChainKind::Filter, Hook::Prerouting, -300).rule(dead);
     load(router, &Table::new(TableFamily::Ip, "line").chain("old", chain))?;
     let begun = Instant::now();
-    let target = overlay(&pair.cp)?;
+    let target = pair.cp.overlay_v4()?;
     let reply = first_reply(scene.worker.namespace(), target, "towline0", begun + LIMIT)?;
     ensure!(reply.is_some(), "no answer for {} s over the other address", LIMIT.as_secs());
     if let Some(neighbour) = &neighbour {

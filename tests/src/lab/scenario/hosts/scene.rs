@@ -5,14 +5,13 @@ use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use ipnet::IpNet;
-use serde_json::Value;
 use towline_netlink::{AddressOptions, Family, Route, Rtnetlink, VethPeer};
 use towline_nftables::{Nft, Table};
 
 use crate::lab::interrupt::wait_up_to;
-use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
+use crate::lab::mesh::{Controller, Node, require_tunnel};
 use crate::lab::namespace::Namespace;
 use crate::lab::nat::Nat;
 use crate::lab::ping::echoes;
@@ -166,27 +165,23 @@ fn start(
 ) -> anyhow::Result<Node> {
     let mut node = Node::new(lab, host, name, &setting.binaries, configuration)?;
     node.join(&controller.operator().token_with(flags)?)?;
-    node.launch()?;
-    node.await_status(START_LIMIT)?;
+    node.restart()?;
     Ok(node)
 }
 
 /// Checks that two nodes connect, and that each answers the other.
 pub(super) fn connected(one: &Node, other: &Node) -> anyhow::Result<()> {
-    if let Some(reason) = await_tunnel(one, other, UP_LIMIT)? {
-        bail!("{} and {} did not connect: {reason}", one.name(), other.name());
-    }
+    connected_within(UP_LIMIT, one, other)
+}
+
+/// Checks that two nodes connect within `limit`, and that each answers the other.
+pub(super) fn connected_within(limit: Duration, one: &Node, other: &Node) -> anyhow::Result<()> {
+    require_tunnel(one, other, limit)?;
     for (from, to) in [(one, other), (other, one)] {
-        answers(from.host(), overlay(to)?)
+        answers(from.host(), to.overlay_v4()?)
             .with_context(|| format!("{} does not reach {}", from.name(), to.name()))?;
     }
     Ok(())
-}
-
-/// Returns the IPv4 address of a node in the mesh.
-pub(super) fn overlay(node: &Node) -> anyhow::Result<IpAddr> {
-    let addresses = node.status()?.overlay_addresses;
-    addresses.into_iter().find(IpAddr::is_ipv4).context("the node has no IPv4 address in the mesh")
 }
 
 /// Checks that an address answers every echo request of a host.
@@ -198,24 +193,11 @@ pub(super) fn answers(from: &Host, target: IpAddr) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Returns the output of `towline status -o json`.
-pub(super) fn status(node: &Node) -> anyhow::Result<Value> {
-    let output = node.command_ok(&["status", "-o", "json"])?;
-    serde_json::from_str(&output).context("cannot parse the output of `towline status`")
-}
-
-/// Returns the problems in the status of a node.
-pub(super) fn problems(node: &Node) -> anyhow::Result<Vec<String>> {
-    let status = status(node)?;
-    let problems = status.get("problems").and_then(Value::as_array).context("no problems")?;
-    Ok(problems.iter().filter_map(Value::as_str).map(str::to_owned).collect())
-}
-
 /// Checks that the status of a node names a problem with each of these words.
 pub(super) fn names_problem(node: &Node, words: &[&str]) -> anyhow::Result<()> {
     let mut last = Vec::new();
     let found = wait_up_to(PROBLEM_LIMIT, || {
-        last = problems(node)?;
+        last = node.status()?.problems;
         let named = |problem: &String| words.iter().all(|word| problem.contains(word));
         Ok(last.iter().any(named).then_some(()))
     })?;
@@ -236,16 +218,18 @@ pub(super) fn names_note(node: &Node, words: &str) -> anyhow::Result<()> {
 
 /// Checks that a node has no problems.
 pub(super) fn has_no_problem(node: &Node) -> anyhow::Result<()> {
-    let problems = problems(node)?;
+    let problems = node.status()?.problems;
     ensure!(problems.is_empty(), "{} has problems: {problems:?}", node.name());
     Ok(())
 }
 
-/// Returns the addresses that a node publishes, without ports and reflexive ones.
-pub(super) fn published(node: &Node) -> anyhow::Result<Vec<String>> {
-    let status = status(node)?;
-    let candidates = status.get("candidates").and_then(Value::as_array).context("no candidates")?;
-    Ok(candidates.iter().map(ToString::to_string).collect())
+/// Checks that a node publishes an address, with any port.
+pub(super) fn publishes(node: &Node, address: &str) -> anyhow::Result<()> {
+    let address: IpAddr = address.parse()?;
+    let candidates = node.status()?.candidates;
+    let is_published = candidates.iter().any(|candidate| candidate.address.ip() == address);
+    ensure!(is_published, "{} does not publish {address}: {candidates:?}", node.name());
+    Ok(())
 }
 
 /// Adds an address to a link of a host.

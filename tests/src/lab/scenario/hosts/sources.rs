@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use towline_nftables::{Chain, ChainKind, Hook, Rule, Table, TableFamily};
 
 use super::Case;
-use super::scene::{Scene, answers, has_no_problem, load, names_problem, overlay};
+use super::scene::{Scene, answers, has_no_problem, load, names_problem};
 use crate::lab::namespace::Namespace;
 use crate::lab::scenario::Setting;
 
@@ -42,7 +42,7 @@ fn bound(setting: &Setting) -> anyhow::Result<()> {
     let pair = scene.join(setting)?;
     pair.is_connected()?;
     has_no_problem(&pair.worker)?;
-    let to = SocketAddr::new(overlay(&pair.cp)?, 6_443);
+    let to = SocketAddr::new(pair.cp.overlay_v4()?, 6_443);
     send(scene.worker.namespace(), "192.168.1.10".parse()?, to)?;
     names_problem(&pair.worker, &["packets of this machine", "their source 192.168.1.10"])
 }
@@ -64,7 +64,7 @@ fn translated(setting: &Setting, sender: Sender) -> anyhow::Result<()> {
     let masquerade = "[node]\nmasquerade_local = true\n";
     let pair = scene.join_with(setting, ("", &[]), (masquerade, &[]))?;
     pair.is_connected()?;
-    let (inner, own) = (overlay(&pair.cp)?, overlay(&pair.worker)?);
+    let (inner, own) = (pair.cp.overlay_v4()?, pair.worker.overlay_v4()?);
     let server = scene.cp.namespace().run(|| Ok(UdpSocket::bind((inner, 6_443))?))?;
     server.set_read_timeout(Some(LIMIT))?;
     let (from, to): (IpAddr, _) = match sender {
@@ -95,7 +95,7 @@ fn service(setting: &Setting) -> anyhow::Result<()> {
     let scene = Scene::build(setting)?;
     let pair = scene.join(setting)?;
     pair.is_connected()?;
-    translate_service(&scene, overlay(&pair.cp)?)?;
+    translate_service(&scene, pair.cp.overlay_v4()?)?;
     let to = SocketAddr::new(SERVICE, 443);
     send(scene.worker.namespace(), Ipv4Addr::UNSPECIFIED.into(), to)?;
     names_problem(&pair.worker, &["packets of this machine", "their source 192.168.1.10"])
@@ -117,7 +117,7 @@ fn pods(setting: &Setting) -> anyhow::Result<()> {
     let pod = scene.worker.pod("pod", "10.244.1.0/24".parse()?, "2001:db8:244:1::/64".parse()?)?;
     let pair = scene.join(setting)?;
     pair.is_connected()?;
-    let to = SocketAddr::new(overlay(&pair.cp)?, 6_443);
+    let to = SocketAddr::new(pair.cp.overlay_v4()?, 6_443);
     send(pod.namespace(), Ipv4Addr::UNSPECIFIED.into(), to)?;
     names_problem(&pair.worker, &["their source 10.244.1.2", "no network that this node announces"])
 }
@@ -135,6 +135,6 @@ fn ordinary(setting: &Setting) -> anyhow::Result<()> {
         let _ = socket.send_to(b"towline", &group.into());
         Ok(())
     })?;
-    answers(&scene.worker, overlay(&pair.cp)?)?;
+    answers(&scene.worker, pair.cp.overlay_v4()?)?;
     has_no_problem(&pair.worker)
 }

@@ -285,9 +285,7 @@ impl Pair {
         let text = std::fs::read_to_string(&path)?;
         let lines = text.lines().filter(|line| !line.starts_with("keepalive"));
         std::fs::write(&path, lines.collect::<Vec<_>>().join("\n"))?;
-        let agent = self.ours.agent()?.pid();
-        nix::sys::signal::kill(agent, nix::sys::signal::Signal::SIGHUP)?;
-        Ok(())
+        self.ours.reload()
     }
 }
 

@@ -19,7 +19,7 @@ use towline_netlink::{AddressOptions, Rtnetlink};
 use super::Setting;
 use super::hybrid::{Hybrid, NODES};
 use crate::lab::interrupt::wait_up_to;
-use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
+use crate::lab::mesh::{Controller, Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::join;
 use crate::lab::ping::first_reply;
 use crate::lab::privilege::Rank;
@@ -113,17 +113,13 @@ impl Kubernetes {
             let mut node = Node::new(&hybrid.lab, host, name, &setting.binaries, &more)?;
             let flags = ["--site", site, "--prefix", PODS];
             node.join(&controller.operator().token_with(&flags)?)?;
-            node.launch()?;
-            let status = node.await_status(START_LIMIT)?;
-            let address = status.overlay_addresses.into_iter().find(IpAddr::is_ipv4);
-            addresses.push(address.context("a node has no IPv4 mesh address")?);
+            let status = node.restart()?;
+            addresses.push(status.overlay_v4().context("a node has no IPv4 mesh address")?);
             nodes.push(node);
         }
         let cp = nodes.remove(0);
         for worker in &nodes {
-            if let Some(reason) = await_tunnel(worker, &cp, START_LIMIT)? {
-                anyhow::bail!("tunnel {}/cp did not come up: {reason}", worker.name());
-            }
+            require_tunnel(worker, &cp, START_LIMIT)?;
         }
         setting.output.step("starting etcd and the API server");
         let directory = hybrid.lab.directory();

@@ -13,7 +13,7 @@ use towline_netlink::{Family, Route, Rtnetlink};
 use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily, Transaction};
 
 use super::super::Setting;
-use crate::lab::mesh::{Controller, Node, START_LIMIT, await_tunnel};
+use crate::lab::mesh::{Controller, Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::Namespace;
 use crate::lab::nat::Nat;
 use crate::lab::tamper::LINK;
@@ -157,10 +157,7 @@ impl Cluster {
         let [cp, a, b] = <[Member; 3]>::try_from(members)
             .map_err(|_| anyhow::anyhow!("the cluster does not have three nodes"))?;
         for (here, there) in [(&a, &cp), (&b, &cp), (&b, &a)] {
-            if let Some(reason) = await_tunnel(&here.node, &there.node, START_LIMIT)? {
-                let (here, there) = (here.node.name(), there.node.name());
-                anyhow::bail!("tunnel {here}/{there} did not come up: {reason}");
-            }
+            require_tunnel(&here.node, &there.node, START_LIMIT)?;
         }
         let members = [cp, a, b];
         let container = members[1].host.container("container", CONTAINERS.0, CONTAINERS.1)?;
@@ -241,8 +238,7 @@ fn join(
     let granted = granted.iter().flat_map(|prefix| ["--prefix", prefix]);
     let flags: Vec<_> = ["--site", site].into_iter().chain(granted).collect();
     node.join(&controller.operator().token_with(&flags)?)?;
-    node.launch()?;
-    let status = node.await_status(START_LIMIT)?;
+    let status = node.restart()?;
     let addresses = match addressing {
         Addressing::Overlay => status.overlay_addresses,
         Addressing::NodeIp => host.addresses().to_vec(),
