@@ -39,7 +39,8 @@ pub enum Nat {
 /// UDP port of the inside host to which the classes apply.
 pub const PORT: u16 = 51830;
 
-const TABLE: &str = "lab";
+/// Name of the nftables table with the rules.
+pub const TABLE: &str = "lab";
 /// nftables priority before routing, at which the destination is translated.
 const TRANSLATE_DESTINATION: i32 = -100;
 /// nftables priority after connection tracking.

@@ -201,13 +201,8 @@ impl Host {
 
 impl Router {
     /// Returns the router as a host.
-    pub fn host(&self) -> &Host {
+    pub fn host(&self) -> &Arc<Host> {
         &self.host
-    }
-
-    /// Returns the router as a host on which an agent runs.
-    pub fn shared(&self) -> Arc<Host> {
-        self.host.clone()
     }
 
     /// Returns the router's IPv4 address in its LAN.

@@ -15,6 +15,7 @@ use anyhow::Context;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::namespace::Namespace;
+use super::ping::checksum;
 
 /// Delay, loss and congestion of a link, in each direction.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -125,11 +126,8 @@ fn mark_congestion(frame: &mut [u8]) {
     }
     packet[1] |= 3;
     packet[10..12].fill(0);
-    let words = packet[..20].chunks_exact(2);
-    let sum: u32 = words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
-    let sum = (sum & 0xffff) + (sum >> 16);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    packet[10..12].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+    let sum = checksum(&packet[..20]);
+    packet[10..12].copy_from_slice(&sum.to_be_bytes());
 }
 
 /// Creates a TAP link in the calling thread's namespace; the link exists while the file is open.

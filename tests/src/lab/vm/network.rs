@@ -21,6 +21,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use parking_lot::Mutex;
 
 use super::witness::{Sent, Witness};
+use crate::lab::ping::checksum;
 
 /// IPv4 address of the gateway.
 pub const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
@@ -300,7 +301,7 @@ fn neighbor_answer(frame: &[u8]) -> Option<Vec<u8>> {
     let pseudo_header =
         [GATEWAY_V6.octets().as_slice(), &source, &[0, 0, length[0], length[1], 0, 0, 0, ICMPV6]]
             .concat();
-    let sum = internet_checksum(&[pseudo_header.as_slice(), &advertisement].concat());
+    let sum = checksum(&[pseudo_header.as_slice(), &advertisement].concat());
     advertisement[2..4].copy_from_slice(&sum.to_be_bytes());
     let mut answer = ethernet(mac_at(frame, 6)?, [0x86, 0xdd]);
     answer.extend([0x60, 0, 0, 0, length[0], length[1], ICMPV6, 255]);
@@ -308,16 +309,6 @@ fn neighbor_answer(frame: &[u8]) -> Option<Vec<u8>> {
     answer.extend(source);
     answer.extend(advertisement);
     Some(answer)
-}
-
-/// Returns the Internet checksum (RFC 1071) of an even number of bytes.
-fn internet_checksum(bytes: &[u8]) -> u16 {
-    let words = bytes.chunks_exact(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
-    let mut sum: u32 = words.sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !u16::try_from(sum).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -414,7 +405,7 @@ mod tests {
         let (header, message) = (&answer[14..54], &answer[54..]);
         let pseudo_header = [&header[8..40], &[0, 0, 0, 32, 0, 0, 0, 58]].concat();
         // With a correct checksum the total is zero.
-        assert_eq!(internet_checksum(&[pseudo_header.as_slice(), message].concat()), 0);
+        assert_eq!(checksum(&[pseudo_header.as_slice(), message].concat()), 0);
         assert_eq!(gateway_answer(&solicitation([0; 16])), None);
         for length in 0..78 {
             let _ = gateway_answer(&solicitation([0xfe; 16])[..length]);

@@ -35,8 +35,8 @@ fn router(setting: &Setting) -> anyhow::Result<()> {
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let pair = scene.join_with(setting, ("", &[]), (node_ip, &flags))?;
     pair.is_connected()?;
-    let host = scene.router.shared();
-    let router = scene.node(setting, &pair.controller, &host, "router", ("", &[]))?;
+    let host = scene.router.host();
+    let router = scene.node(setting, &pair.controller, host, "router", ("", &[]))?;
     connected(&pair.cp, &router)?;
     connected(&pair.worker, &router)?;
     pair.is_connected().context("through the router that is a node")?;
