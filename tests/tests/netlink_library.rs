@@ -67,7 +67,8 @@ fn both_read_the_same_from_recorded_kernels() {
     assert!(compared > 200, "{compared} messages");
 }
 
-/// Creates objects of every kind that the kernel has.
+/// Creates links, addresses, routes and rules with the attributes that our readers read. Kinds of links
+/// that this kernel does not have are left out.
 fn fill_namespace() {
     let index = add_link("d0");
     let mut rtnetlink = Rtnetlink::open().unwrap();

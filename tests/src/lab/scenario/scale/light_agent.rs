@@ -1,4 +1,5 @@
-//! A light agent: it joins, watches and publishes with the agent's client code, but keeps no map.
+//! A light agent. It connects, joins and signs with the agent's code, but has a session of its own, which
+//! keeps no map.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -29,7 +30,7 @@ use towline_proto::pb::watch_response::Kind as Answer;
 use towline_proto::token::{ControllerAddress, JoinToken};
 
 /// Beginning of the version in a record, before the number of the mark.
-const MARK: &[u8] = b"scale-";
+const MARK: &str = "scale-";
 /// Digits of a mark's number.
 const DIGITS: usize = 8;
 /// Number of marks that a run can use.
@@ -156,7 +157,7 @@ impl Report {
 
 /// Returns the number of the mark in an encoded change.
 fn mark_in(change: &[u8]) -> Option<usize> {
-    let at = memmem::find(change, MARK)? + MARK.len();
+    let at = memmem::find(change, MARK.as_bytes())? + MARK.len();
     std::str::from_utf8(change.get(at..at + DIGITS)?).ok()?.parse().ok()
 }
 
@@ -170,21 +171,12 @@ pub(super) struct Member {
 }
 
 impl Member {
-    /// Joins the mesh.
+    /// Joins the mesh, and counts the join.
     pub(super) async fn join(
         number: usize,
         token: &JoinToken,
         report: &Report,
     ) -> anyhow::Result<Self> {
-        let joined = Self::try_join(number, token).await;
-        match &joined {
-            Ok(_) => drop(report.joined.fetch_add(1, Ordering::Relaxed)),
-            Err(error) => report.fail(error),
-        }
-        joined
-    }
-
-    async fn try_join(number: usize, token: &JoinToken) -> anyhow::Result<Self> {
         let keys = Keys { identity: Identity::generate()?, wireguard: Wireguard::generate()? };
         let connection = dial(number, Arc::new(tls::joining(token.ca)?)).await?;
         let ca = tls::pinned_ca(&connection.chain, token.ca).context("another CA answered")?;
@@ -196,6 +188,7 @@ impl Member {
             answer.certificate_chain.into_iter().map(CertificateDer::from).collect();
         let config = tls::member(&ca, Some((&chain, &keys.identity)))?;
         let grant = pb::Grant::decode(answer.grant.context("no grant")?.body)?;
+        report.joined.fetch_add(1, Ordering::Relaxed);
         Ok(Self { number, keys, grant, config: Arc::new(config) })
     }
 
@@ -325,7 +318,7 @@ impl LightAgent {
                 }
                 mark = changes.recv() => {
                     let Some(mark) = mark else { return Ok(()) };
-                    let version = format!("scale-{mark:0DIGITS$}");
+                    let version = format!("{MARK}{mark:0DIGITS$}");
                     self.publish(&mut client, &watch, version).await?;
                 }
                 _ = beat.tick() => {

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use clap::Args;
+use clap::builder::RangedU64ValueParser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::Pid;
 use serde::Serialize;
@@ -30,7 +31,7 @@ use crate::lab::interrupt::{self, sleep, wait_for, wait_up_to};
 use crate::lab::mesh::Controller;
 use crate::lab::privilege::Rank;
 use crate::lab::process::{processor_time, resident_mb};
-use crate::lab::report::{Figures, Promises, WrongUsage, round};
+use crate::lab::report::{Figures, Promises, round};
 use crate::lab::topology::Lab;
 
 use light_agent::{LightAgent, Member, Report};
@@ -39,7 +40,7 @@ use light_agent::{LightAgent, Member, Report};
 #[derive(Debug, Args)]
 pub struct Options {
     /// Number of agents
-    #[arg(long, default_value_t = 1_000)]
+    #[arg(long, default_value_t = 1_000, value_parser = RangedU64ValueParser::<usize>::new().range(20..=10_000))]
     agents: usize,
     /// Offer changes for 60 s instead of 10 s
     #[arg(long)]
@@ -92,15 +93,17 @@ pub struct Scale {
     pub failed: Vec<String>,
 }
 
-/// Number of joins, and of watches, that are opened at the same time.
+/// Number of agents that join or open a watch at the same time.
 const AT_ONCE: usize = 64;
 /// Number of changes that are measured one by one.
 const SINGLE: usize = 20;
 /// Pause between two changes under load.
 const LOAD_PACE: Duration = Duration::from_millis(50);
-/// Time without changes before the idle measurement, and its length: two heartbeats, so that each agent
-/// sends as many in any phase.
-const IDLE: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(30));
+/// Time without changes before the idle measurement.
+const SETTLE: Duration = Duration::from_secs(3);
+/// Length of the idle measurement. It is two heartbeats, so that each agent sends two of them, whenever
+/// its own ones are due.
+const IDLE: Duration = Duration::from_secs(30);
 /// Longest time of each step.
 const STEP: Duration = Duration::from_secs(600);
 /// Longest time until a change must have reached every agent.
@@ -110,9 +113,6 @@ const RECONNECT: Duration = Duration::from_secs(300);
 
 /// Runs the scenario and returns its results.
 pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Scale> {
-    if !(20..=10_000).contains(&options.agents) {
-        return Err(WrongUsage("--agents must be from 20 to 10000".into()).into());
-    }
     let mut figures = Scale {
         rootless: setting.rank == Rank::Rootless,
         agents: options.agents,
@@ -244,12 +244,12 @@ impl Scale {
         latencies.sort_by(f64::total_cmp);
         self.load_p99_ms = round(percentile(&latencies, 0.99));
 
-        output.step(&format!("measuring for {} s while nothing changes", IDLE.1.as_secs()));
-        sleep(IDLE.0)?;
+        output.step(&format!("measuring for {} s while nothing changes", IDLE.as_secs()));
+        sleep(SETTLE)?;
         let pid = controller.daemon()?.pid();
         let cpu = || anyhow::Ok((processor_time(pid)?, processor_time(Pid::this())?));
         let (begun, before) = (Instant::now(), cpu()?);
-        sleep(IDLE.1)?;
+        sleep(IDLE)?;
         let (window, after) = (begun.elapsed().as_secs_f64(), cpu()?);
         let percent = |from: Duration, to: Duration| (to - from).as_secs_f64() / window * 100.0;
         self.cpu_idle_pct = round(percent(before.0, after.0));
@@ -342,14 +342,16 @@ async fn run_agents(
             Request::Join { from, to } => {
                 let mut joins = JoinSet::new();
                 for number in from..to {
-                    while joins.len() >= AT_ONCE {
-                        take(&mut members, joins.join_next().await)?;
-                    }
-                    let (token, report) = (token.clone(), report.clone());
-                    joins.spawn(async move { Member::join(number, &token, &report).await });
+                    let (token, report, opening) = (token.clone(), report.clone(), opening.clone());
+                    joins.spawn(async move {
+                        let _permit = opening.acquire_owned().await?;
+                        Member::join(number, &token, &report).await
+                    });
                 }
-                while !joins.is_empty() {
-                    take(&mut members, joins.join_next().await)?;
+                while let Some(joined) = joins.join_next().await {
+                    let member = joined.context("a join panicked")??;
+                    let number = member.number;
+                    members[number] = Some(Arc::new(member));
                 }
             }
             Request::Watch { from, to } => {
@@ -376,20 +378,8 @@ async fn run_agents(
     Ok(())
 }
 
-/// Keeps the member that a finished join returned.
-fn take(
-    members: &mut [Option<Arc<Member>>],
-    joined: Option<Result<anyhow::Result<Member>, tokio::task::JoinError>>,
-) -> anyhow::Result<()> {
-    if let Some(joined) = joined {
-        let member = joined.context("a join panicked")??;
-        let number = member.number;
-        members[number] = Some(Arc::new(member));
-    }
-    Ok(())
-}
-
-/// Raises this process's limit of open files, which the controller inherits.
+/// Raises the limit of open files of this process to `wanted`, unless it is higher. The controller inherits
+/// it.
 fn allow_many_sockets(wanted: usize) -> anyhow::Result<()> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let wanted = wanted as u64;
