@@ -1,5 +1,6 @@
 //! The simulator, scripted servers, fuzz targets, namespace and VM labs, and benchmarks of Towline.
 
+pub mod checkout;
 pub mod cluster;
 pub mod fuzz;
 pub mod lab;

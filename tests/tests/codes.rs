@@ -3,17 +3,13 @@
 //! document names no code that does not exist.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
 
 use towline_proto::code::Coded as _;
 use towline_registry::NodeProblem;
+use towline_tests::checkout::{SHIPPED, root, rust_files};
 
 /// Heading of the document after which every row of a table is about a code.
 const HEADING: &str = "\n## By code\n";
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace")
-}
 
 fn document() -> String {
     std::fs::read_to_string(root().join("docs/troubleshooting.md")).expect("the document")
@@ -23,23 +19,6 @@ fn document() -> String {
 fn codes() -> BTreeSet<String> {
     let all = towline_agent::codes().into_iter().chain(NodeProblem::codes());
     all.map(ToOwned::to_owned).collect()
-}
-
-/// Returns the source files of the packages that are shipped.
-fn sources() -> Vec<PathBuf> {
-    let mut waiting = ["agent", "controller", "proto"].map(|top| root().join(top)).to_vec();
-    let mut found = Vec::new();
-    while let Some(directory) = waiting.pop() {
-        for entry in std::fs::read_dir(&directory).expect("a readable directory") {
-            let path = entry.expect("an entry").path();
-            if path.is_dir() {
-                waiting.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                found.push(path);
-            }
-        }
-    }
-    found
 }
 
 /// Returns the codes in every `codes!` of a source file.
@@ -110,7 +89,7 @@ fn codes_are_a_few_words_in_kebab_case() {
 #[test]
 fn every_type_with_codes_is_reported() {
     let mut found = BTreeSet::new();
-    for path in sources() {
+    for path in rust_files(&SHIPPED) {
         found.extend(written(&std::fs::read_to_string(&path).expect("a readable file")));
     }
     let codes = codes();

@@ -6,7 +6,9 @@
 //! files are made of, without function words. `UDP port.` passes, `Where.` does not.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+use towline_tests::checkout::{root, rust_files};
 
 /// First words of a fragment.
 const OPENINGS: [&str; 7] = ["Of", "To", "From", "Where", "Which", "Ours", "How it"];
@@ -17,29 +19,15 @@ const FUNCTION_WORDS: &str = "a all and any are as at be been before after by do
     some that the them then there they this to under up us was we were what when where which who \
     whom whose with you again";
 
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the package is a folder of the checkout")
-}
-
 /// Returns the source files of the checkout with their texts.
 fn sources() -> Vec<(PathBuf, String)> {
-    let mut waiting =
-        ["agent", "controller", "proto", "tests"].map(|top| root().join(top)).to_vec();
-    let mut found = Vec::new();
-    while let Some(directory) = waiting.pop() {
-        for entry in std::fs::read_dir(&directory).expect("a readable directory") {
-            let path = entry.expect("a directory entry").path();
-            if path.is_dir() {
-                if path.file_name().is_some_and(|name| name != "target") {
-                    waiting.push(path);
-                }
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                let text = std::fs::read_to_string(&path).expect("a readable file");
-                found.push((path.strip_prefix(root()).expect("below the root").to_owned(), text));
-            }
-        }
-    }
-    found
+    let files = rust_files(&["agent", "controller", "proto", "tests"]).into_iter();
+    files
+        .map(|path| {
+            let text = std::fs::read_to_string(&path).expect("a readable file");
+            (path.strip_prefix(root()).expect("below the root").to_owned(), text)
+        })
+        .collect()
 }
 
 /// Returns the text of a line of a doc comment.

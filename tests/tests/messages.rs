@@ -5,7 +5,8 @@
 //! `UPDATE=1 cargo test -p towline-tests --test messages` writes the file again.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+
+use towline_tests::checkout::{SHIPPED, root, rust_files};
 
 /// First words that keep their capital letter.
 const PROPER_NOUNS: [&str; 13] = [
@@ -23,28 +24,6 @@ const PROPER_NOUNS: [&str; 13] = [
     "URL",
     "WireGuard",
 ];
-
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
-}
-
-/// Returns the source files of the packages that are shipped, sorted.
-fn sources() -> Vec<PathBuf> {
-    let mut waiting = ["agent", "controller", "proto"].map(|top| root().join(top)).to_vec();
-    let mut found = Vec::new();
-    while let Some(directory) = waiting.pop() {
-        for entry in std::fs::read_dir(&directory).expect("a readable directory") {
-            let path = entry.expect("an entry").path();
-            if path.is_dir() {
-                waiting.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                found.push(path);
-            }
-        }
-    }
-    found.sort();
-    found
-}
 
 /// Returns the string literal at the start of `text`. Resolves the escapes that messages use.
 fn literal(text: &str) -> Option<String> {
@@ -70,7 +49,7 @@ fn messages(source: &str) -> Vec<String> {
 }
 
 fn all() -> Vec<(String, Vec<String>)> {
-    let files = sources().into_iter().map(|path| {
+    let files = rust_files(&SHIPPED).into_iter().map(|path| {
         let source = std::fs::read_to_string(&path).expect("a readable file");
         let name = path.strip_prefix(root()).expect("a file of the workspace");
         (name.display().to_string(), messages(&source))

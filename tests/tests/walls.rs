@@ -10,10 +10,11 @@ mod source;
 mod unused;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use serde::Deserialize;
+use towline_tests::checkout;
 
 /// The allowed dependencies of a package. Build and test dependencies are not restricted.
 struct Wall {
@@ -148,7 +149,8 @@ impl Package {
 }
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the workspace")
+    // Cargo names the manifests by real paths.
+    checkout::root().canonicalize().expect("the workspace")
 }
 
 fn packages() -> Vec<Package> {

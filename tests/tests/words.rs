@@ -6,6 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use towline_tests::checkout::root;
+
 /// Words and phrases that are never allowed, in lower case, with what to write instead.
 const FORBIDDEN: &[(&str, &str)] = &[
     ("anew", "again"),
@@ -20,11 +22,6 @@ const EXTENSIONS: &[&str] = &["md", "toml", "proto", "rs"];
 
 /// Path of this file, which names the words and is exempt.
 const EXEMPT: &str = "tests/tests/words.rs";
-
-/// Returns the root of the checkout.
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the package is a folder of the checkout")
-}
 
 /// Returns the files to read, relative to the root: those that git tracks, or where there is no git
 /// (a source archive) all files outside of hidden and build directories.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail};
 
 use super::output::line;
+use crate::checkout;
 
 /// The build profile of the daemons.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +43,7 @@ impl Binaries {
             Profile::Dev => "building the daemons",
             Profile::Release | Profile::Bench => "building the daemons (release)",
         });
-        Self::build_in(workspace(), profile, None)
+        Self::build_in(checkout::root(), profile, None)
     }
 
     /// Builds the daemons of another checkout in release mode, into that checkout's `target`: in a
@@ -50,7 +51,7 @@ impl Binaries {
     pub fn build_of(checkout: &Path) -> anyhow::Result<Self> {
         let checkout = std::fs::canonicalize(checkout)
             .with_context(|| format!("cannot find a checkout at {}", checkout.display()))?;
-        if checkout == std::fs::canonicalize(workspace())? {
+        if checkout == std::fs::canonicalize(checkout::root())? {
             bail!("{} is this checkout itself: name another one", checkout.display());
         }
         line(&format!("building the daemons of {} (release)", checkout.display()));
@@ -123,12 +124,6 @@ impl Binaries {
     pub fn directory(&self) -> &Path {
         self.towline.parent().unwrap_or(Path::new("/"))
     }
-}
-
-/// Returns the workspace that this package was built from.
-fn workspace() -> &'static Path {
-    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-    package.parent().unwrap_or(package)
 }
 
 /// Returns whether an environment variable describes the package that an outer `cargo run` or

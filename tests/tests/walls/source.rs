@@ -1,7 +1,9 @@
 //! Reads the Rust sources of a package: its modules, and the paths that they name.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use towline_tests::checkout::rust_files;
 
 /// Path of a module inside its crate, for example `["peer", "inbound"]`; empty for the crate's root.
 pub(crate) type Module = Vec<String>;
@@ -30,16 +32,12 @@ pub(crate) fn all_code(directory: &Path) -> String {
 }
 
 /// Returns the Rust files below a directory, or the file itself, each with its text.
-fn files(place: &Path) -> Vec<(std::path::PathBuf, String)> {
-    let Ok(entries) = std::fs::read_dir(place) else {
-        let text = std::fs::read_to_string(place).ok();
-        return text.map(|text| (place.to_owned(), text)).into_iter().collect();
+fn files(place: &Path) -> Vec<(PathBuf, String)> {
+    let with_text = |path: PathBuf| {
+        let text = std::fs::read_to_string(&path).expect("a readable file");
+        (path, text)
     };
-    let paths = entries.map(|entry| entry.expect("an entry").path());
-    paths
-        .filter(|path| path.is_dir() || path.extension().is_some_and(|ending| ending == "rs"))
-        .flat_map(|path| files(&path))
-        .collect()
+    rust_files(&[place]).into_iter().map(with_text).collect()
 }
 
 fn module(file: &Path) -> Module {

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::output::line;
 use super::report::Figures;
+use crate::checkout;
 use archive::{Entry, ar, read_ar, read_tar, tar};
 
 /// Results of `cargo lab package`.
@@ -86,7 +87,7 @@ fn target() -> String {
 }
 
 fn build(target: &str) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let root = checkout::root();
     let base = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
     let directory = base.unwrap_or_else(|| root.join("target")).join("package");
     line(&format!("building the static programs for {target}"));
@@ -94,7 +95,7 @@ fn build(target: &str) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
         .args(["build", "--release", "--locked", "-p", "towline-agent", "-p", "towline-helper"])
         .args(["-p", "towline-controller", "--target", target, "--target-dir"])
         .arg(&directory)
-        .current_dir(&root)
+        .current_dir(root)
         .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -146,7 +147,7 @@ fn programs_in(programs: &BTreeMap<String, Vec<u8>>) -> Vec<Entry> {
 }
 
 fn deploy(name: &str) -> anyhow::Result<Vec<u8>> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(name);
+    let path = checkout::root().join("deploy").join(name);
     std::fs::read(&path).with_context(|| format!("no {}", path.display()))
 }
 
