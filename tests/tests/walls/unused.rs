@@ -10,8 +10,8 @@ const UNNAMED: &[(&str, &str, &str)] = &[
     ("towline-tests", "netlink-packet-route", SAME_FEATURES),
 ];
 /// Reason of a dependency that only tests name, in a package that is only built for tests.
-const SAME_FEATURES: &str =
-    "`cargo lab` and `cargo test` get the same features of every dependency";
+const SAME_FEATURES: &str = "as a dev-dependency it would give `cargo test` other features of common \
+                             dependencies than `cargo lab` has";
 
 #[test]
 fn every_dependency_is_named_in_the_code_that_it_is_for() {
