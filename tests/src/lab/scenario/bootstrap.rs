@@ -79,6 +79,24 @@ pub(super) struct Machine {
     pub(super) agent: Option<Daemon>,
 }
 
+/// Returns a command of the program that is installed at `program` in a machine's tree, with the paths of
+/// the tree.
+pub(super) fn installed(root: &Path, program: &str, arguments: &[&str]) -> Program {
+    Program::new(root.join(program))
+        .arg("--config")
+        .arg(root.join("etc/towline/agent.toml"))
+        .arg("--state-dir")
+        .arg(root.join("var/lib/towline"))
+        .arg("--socket")
+        .arg(root.join("run/towline/agent.sock"))
+        .args(arguments.iter().copied())
+}
+
+/// Returns whether the unit of the agent is enabled in a machine's tree.
+pub(super) fn is_enabled(root: &Path) -> bool {
+    root.join("etc/systemd/system/multi-user.target.wants/towline.service").is_symlink()
+}
+
 /// Output and duration of a run of the command.
 pub(super) struct Ran {
     pub(super) output: CommandOutput,
@@ -270,12 +288,10 @@ impl Machine {
                 let output = command.run(host.namespace(), COMMAND_LIMIT)?;
                 anyhow::Ok(Ran { output, took: begun.elapsed() })
             });
-            let wanted =
-                self.root.join("etc/systemd/system/multi-user.target.wants/towline.service");
             let wait = wait_for("end of the command", COMMAND_LIMIT, || {
-                Ok((wanted.is_symlink() || command.is_finished()).then_some(()))
+                Ok((self.is_enabled() || command.is_finished()).then_some(()))
             });
-            if wait.is_ok() && wanted.is_symlink() && self.agent.is_none() {
+            if wait.is_ok() && self.is_enabled() && self.agent.is_none() {
                 self.boot()?;
             }
             let ran = join(command)?;
@@ -292,14 +308,7 @@ impl Machine {
 
     /// Returns a command of the installed program, with the paths of the machine's tree.
     pub(super) fn towline(&self, arguments: &[&str]) -> Program {
-        Program::new(self.root.join("usr/bin/towline"))
-            .arg("--config")
-            .arg(self.root.join("etc/towline/agent.toml"))
-            .arg("--state-dir")
-            .arg(self.root.join("var/lib/towline"))
-            .arg("--socket")
-            .arg(self.root.join("run/towline/agent.sock"))
-            .args(arguments.iter().copied())
+        installed(&self.root, "usr/bin/towline", arguments)
     }
 
     /// Returns the stored reason of the last failed join.
@@ -314,8 +323,7 @@ impl Machine {
 
     /// Returns whether the unit of the agent is enabled.
     pub(super) fn is_enabled(&self) -> bool {
-        let wants = self.root.join("etc/systemd/system/multi-user.target.wants");
-        wants.join("towline.service").is_symlink()
+        is_enabled(&self.root)
     }
 
     /// Configures kubelet credentials for an API server that does not answer.

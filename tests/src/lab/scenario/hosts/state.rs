@@ -1,6 +1,6 @@
 //! Machines that have another name or another file system than expected.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 
@@ -8,8 +8,9 @@ use super::Case;
 use super::scene::Scene;
 use crate::lab::interrupt::wait_for;
 use crate::lab::mesh::{COMMAND_LIMIT, Controller, Node};
-use crate::lab::process::{CommandOutput, Program};
+use crate::lab::process::{CommandOutput, Daemon, Program};
 use crate::lab::scenario::Setting;
+use crate::lab::scenario::bootstrap::{installed, is_enabled};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -99,9 +100,9 @@ fn read_only(setting: &Setting, blocked: &[&str], program: Option<&str>) -> anyh
         .args(["join", "--install", "--token-file", "-", "--name", "machine", "--root"])
         .arg(&root)
         .input(&*token.token);
-    let installed = |install: &Program| install.run(host.namespace(), COMMAND_LIMIT);
+    let run = || install.run(host.namespace(), COMMAND_LIMIT);
     let Some(program) = program else {
-        let output = installed(&install)?;
+        let output = run()?;
         let is_told = output.stderr.contains("joined, but not installed")
             && output.stderr.contains("towline-programs");
         ensure!(!output.status.success() && is_told, "the way out is not told: {output:?}");
@@ -109,14 +110,12 @@ fn read_only(setting: &Setting, blocked: &[&str], program: Option<&str>) -> anyh
         return Ok(());
     };
     std::thread::scope(|scope| {
-        let running = scope.spawn(|| installed(&install));
-        let wanted = root.join("etc/systemd/system/multi-user.target.wants/towline.service");
+        let running = scope.spawn(run);
         wait_for("unit of the agent", COMMAND_LIMIT, || {
-            Ok((wanted.is_symlink() || running.is_finished()).then_some(()))
+            Ok((is_enabled(&root) || running.is_finished()).then_some(()))
         })?;
         // Acts as init.
-        let _agent =
-            wanted.is_symlink().then(|| start_unit(&machine, &root, program)).transpose()?;
+        let _agent = is_enabled(&root).then(|| start_unit(&machine, &root, program)).transpose()?;
         let output = running.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
         ensure!(output.status.success(), "the machine is not installed: {output:?}");
         Ok(())
@@ -124,23 +123,11 @@ fn read_only(setting: &Setting, blocked: &[&str], program: Option<&str>) -> anyh
 }
 
 /// Starts what the agent's unit says, in the tree of a machine.
-fn start_unit(
-    machine: &Machine,
-    root: &Path,
-    program: &str,
-) -> anyhow::Result<crate::lab::process::Daemon> {
+fn start_unit(machine: &Machine, root: &Path, program: &str) -> anyhow::Result<Daemon> {
     let unit = std::fs::read_to_string(root.join("etc/systemd/system/towline.service"))?;
     let start = unit.lines().find_map(|line| line.strip_prefix("ExecStart="));
     let wanted = format!("/{program} agent");
     ensure!(start == Some(&*wanted), "the unit starts {start:?} instead of {wanted}");
-    let socket: PathBuf = root.join("run/towline/agent.sock");
-    Program::new(root.join(program))
-        .arg("--config")
-        .arg(root.join("etc/towline/agent.toml"))
-        .arg("--state-dir")
-        .arg(root.join("var/lib/towline"))
-        .arg("--socket")
-        .arg(socket)
-        .arg("agent")
-        .start(machine.node.host().namespace(), "the installed agent", &machine.node.log())
+    let agent = installed(root, program, &["agent"]);
+    agent.start(machine.node.host().namespace(), "the installed agent", &machine.node.log())
 }
