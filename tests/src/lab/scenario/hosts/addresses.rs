@@ -1,17 +1,15 @@
 //! Hosts with many links, with several addresses on a link, or with addresses that change.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::ensure;
 use towline_netlink::Family;
-use towline_nftables::{Chain, ChainKind, Hook, Rule, Table, TableFamily};
+use towline_nftables::Rule;
 
 use super::Case;
 use super::scene::{
-    Scene, add_address, add_route, change, connected, delete_address, has_no_problem, load,
-    publishes,
+    Scene, add_address, add_route, answers_within, change, connected, delete_address, drop_first,
+    has_no_problem, publishes,
 };
-use crate::lab::ping::first_reply;
 use crate::lab::scenario::Setting;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -59,10 +57,8 @@ fn worse_default(setting: &Setting) -> anyhow::Result<()> {
 fn drop_private_sources(scene: &Scene) -> anyhow::Result<()> {
     let from_private =
         |net: &str| anyhow::Ok(Rule::new().input("eth0").source(net.parse()?).drop());
-    let chain = Chain::base(ChainKind::Filter, Hook::Prerouting, -300)
-        .rule(from_private("10.0.0.0/8")?)
-        .rule(from_private("172.16.0.0/12")?);
-    load(scene.router.host(), &Table::new(TableFamily::Ip, "internet").chain("private", chain))
+    let rules = [from_private("10.0.0.0/8")?, from_private("172.16.0.0/12")?];
+    drop_first(scene.router.host(), "internet", rules)
 }
 
 /// A cloud machine with a public and a private address on its first link, and a second link.
@@ -107,8 +103,7 @@ fn floating(setting: &Setting) -> anyhow::Result<()> {
         .protocol(libc::IPPROTO_UDP as u8)
         .destination_port(51_830)
         .drop();
-    let chain = Chain::base(ChainKind::Filter, Hook::Prerouting, -300).rule(own);
-    load(&scene.cp, &Table::new(TableFamily::Ip, "cloud").chain("own", chain))?;
+    drop_first(&scene.cp, "cloud", [own])?;
     let advertise = "[node]\nadvertise = [\"203.0.113.50:51830\"]\n";
     let pair = scene.join_with(setting, (advertise, &[]), ("", &[]))?;
     pair.is_connected()
@@ -185,8 +180,5 @@ fn changing(setting: &Setting) -> anyhow::Result<()> {
     delete_address(&edge, "eth0", "203.0.113.20/24")?;
     add_address(&edge, "eth0", "203.0.113.21/24")?;
     add_route(&edge, "0.0.0.0/0", "eth0", Some("203.0.113.1"), |route| route)?;
-    let begun = Instant::now();
-    let reply = first_reply(scene.worker.namespace(), inner, "towline0", begun + LIMIT)?;
-    ensure!(reply.is_some(), "the node was not reached for {} s", LIMIT.as_secs());
-    Ok(())
+    answers_within(LIMIT, &scene.worker, inner)
 }

@@ -7,6 +7,7 @@ use towline_nftables::{Chain, ChainKind, CtState, Hook, Policy, Rule, Table, Tab
 use super::Case;
 use super::scene::{Pair, Scene, has_no_problem, load, names_note, names_problem};
 use crate::lab::scenario::Setting;
+use crate::lab::topology::Host;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -106,10 +107,7 @@ fn named(setting: &Setting, tables: &[Table], words: &str) -> anyhow::Result<()>
 }
 
 /// Joins the hosts; the worker announces a network of pods.
-fn with_pods(
-    setting: &Setting,
-    scene: &Scene,
-) -> anyhow::Result<(Pair, crate::lab::topology::Host)> {
+fn with_pods(setting: &Setting, scene: &Scene) -> anyhow::Result<(Pair, Host)> {
     let v4: Ipv4Net = "10.244.1.0/24".parse()?;
     let v6: Ipv6Net = "2001:db8:244:1::/64".parse()?;
     let pod = scene.worker.pod("pod", v4, v6)?;

@@ -17,8 +17,11 @@ use crate::lab::wire::Weather;
 /// Traffic class of the inner packets: expedited forwarding (RFC 3246), and endpoints that understand a
 /// congestion mark.
 const INNER: u8 = EXPEDITED | CAPABLE;
+/// DSCP of expedited forwarding, in its place in the traffic class.
 const EXPEDITED: u8 = 0xb8;
+/// ECN field of a packet whose endpoints understand a congestion mark.
 const CAPABLE: u8 = 0x02;
+/// ECN field of a packet with a congestion mark.
 const CONGESTED: u8 = 0x03;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -36,8 +39,9 @@ fn marked(setting: &Setting, configuration: &str, outer: u8) -> anyhow::Result<(
     /// Content by which the inner packet is known.
     const CONTENT: &[u8] = b"a packet with a traffic class";
     const LIMIT: Duration = Duration::from_secs(5);
-    /// Length of an Ethernet header, and positions in an IPv4 header without options.
+    /// Length of an Ethernet header, whose last two bytes are the EtherType.
     const ETHERNET: usize = 14;
+    /// EtherType of IPv4.
     const IPV4: [u8; 2] = [8, 0];
     let mut lab = Lab::new(setting.rank)?;
     lab.weather(Weather { is_congested: true, ..Weather::default() });

@@ -60,7 +60,7 @@ impl Case {
     }
 }
 
-/// Hosts that namespaces cannot show, with the reason.
+/// Cases that the lab's namespaces and links cannot show, each with the reason.
 const ELSEWHERE: [(&str, &str); 5] = [
     ("addresses/bond", "the lab creates no bond links: it uses veth and bridge links only"),
     ("addresses/vlan", "the lab creates no VLAN links: it uses veth and bridge links only"),
@@ -79,7 +79,7 @@ pub struct Hosts {
     pub rootless: bool,
     /// Cases that ran, in order.
     pub cases: Vec<Tried>,
-    /// Cases of hosts that namespaces cannot show.
+    /// Cases that the lab's namespaces and links cannot show.
     pub skipped: Vec<Skipped>,
     /// Promises that did not hold.
     pub failed: Vec<String>,

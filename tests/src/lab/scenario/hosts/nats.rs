@@ -3,18 +3,18 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use towline_netlink::Family;
 use towline_nftables::{Chain, ChainKind, Hook, Rule, Table, TableFamily};
 
 use super::Case;
 use super::scene::{
-    Scene, UP_LIMIT, add_address, add_route, connected, connected_within, delete_address,
-    has_no_problem, load, names_problem, node_behind,
+    Scene, UP_LIMIT, add_address, add_route, answers_within, connected, connected_within,
+    delete_address, drop_first, has_no_problem, load, names_problem, node_behind,
 };
+use crate::lab::interrupt::sleep;
 use crate::lab::mesh::Controller;
-use crate::lab::nat::Nat;
-use crate::lab::ping::first_reply;
+use crate::lab::nat::{self, Nat};
 use crate::lab::scenario::Setting;
 use crate::lab::topology::{Host, Lab, Router};
 
@@ -90,7 +90,8 @@ fn two_sites(setting: &Setting, nats: [Nat; 2], providers: Providers) -> anyhow:
     connected_within(limit, one, other)
 }
 
-/// Has everything that leaves a router take the internet's router, as behind a provider's line.
+/// Sends everything that leaves a router through the router of the internet, as if each had a provider of
+/// its own.
 fn own_provider(router: &Router, address: &str) -> anyhow::Result<()> {
     let host = router.host();
     delete_address(host, "eth0", &format!("{address}/24"))?;
@@ -99,11 +100,13 @@ fn own_provider(router: &Router, address: &str) -> anyhow::Result<()> {
     add_route(host, "0.0.0.0/0", "eth0", Some("203.0.113.1"), |route| route)
 }
 
-/// Has a router translate to this address, without a change of the connections that it knows.
+/// Makes a router translate the sources of new connections to this address. Connections that it tracks
+/// already keep their address.
 fn translate_to(router: &Host, address: &str) -> anyhow::Result<()> {
     let leaving = Rule::new().family(Family::V4).output("eth0").snat(address.parse()?, None);
     let chain = Chain::base(ChainKind::Nat, Hook::Postrouting, 100).rule(leaving);
-    load(router, &Table::new(TableFamily::Inet, "lab").chain("translate", chain))
+    // The table replaces the one of the router's class, with the rules that filter.
+    load(router, &Table::new(TableFamily::Inet, nat::TABLE).chain("translate", chain))
 }
 
 /// A router whose public address changes, and which keeps the connections of the old one: datagrams
@@ -130,12 +133,9 @@ fn stuck(setting: &Setting, has_neighbour: bool) -> anyhow::Result<()> {
     add_address(router, "eth0", "203.0.113.12/24")?;
     translate_to(router, "203.0.113.12")?;
     let dead = Rule::new().input("eth0").destination("203.0.113.11/32".parse()?).drop();
-    let chain = Chain::base(ChainKind::Filter, Hook::Prerouting, -300).rule(dead);
-    load(router, &Table::new(TableFamily::Ip, "line").chain("old", chain))?;
-    let begun = Instant::now();
-    let target = pair.cp.overlay_v4()?;
-    let reply = first_reply(scene.worker.namespace(), target, "towline0", begun + LIMIT)?;
-    ensure!(reply.is_some(), "no answer for {} s over the other address", LIMIT.as_secs());
+    drop_first(router, "line", [dead])?;
+    answers_within(LIMIT, &scene.worker, pair.cp.overlay_v4()?)
+        .context("over the other address")?;
     if let Some(neighbour) = &neighbour {
         connected(&pair.worker, neighbour)?;
     }
@@ -146,8 +146,7 @@ fn stuck(setting: &Setting, has_neighbour: bool) -> anyhow::Result<()> {
 fn tcp_alone(setting: &Setting) -> anyhow::Result<()> {
     let scene = Scene::build_v4(setting)?;
     let blocked = Rule::new().protocol(libc::IPPROTO_UDP as u8).destination_port(7_443).drop();
-    let chain = Chain::base(ChainKind::Filter, Hook::Prerouting, -300).rule(blocked);
-    load(&scene.cp, &Table::new(TableFamily::Ip, "service").chain("tcp-alone", chain))?;
+    drop_first(&scene.cp, "service", [blocked])?;
     let pair = scene.join(setting)?;
     ensure!(pair.controller.address().port() == 7_443, "the controller has another port");
     pair.is_connected()?;
@@ -167,7 +166,7 @@ fn public_node(setting: &Setting) -> anyhow::Result<()> {
     while Instant::now() < until {
         let notes = pair.cp.status()?.notes;
         ensure!(!notes.iter().any(|note| note.contains("second UDP port")), "{notes:?}");
-        std::thread::sleep(Duration::from_secs(5));
+        sleep(Duration::from_secs(5))?;
     }
     Ok(())
 }

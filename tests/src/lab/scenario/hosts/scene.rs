@@ -3,18 +3,18 @@
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use ipnet::IpNet;
 use towline_netlink::{AddressOptions, Family, Route, Rtnetlink, VethPeer};
-use towline_nftables::{Nft, Table};
+use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
 
 use crate::lab::interrupt::wait_up_to;
 use crate::lab::mesh::{Controller, Node, require_tunnel};
 use crate::lab::namespace::Namespace;
 use crate::lab::nat::Nat;
-use crate::lab::ping::echoes;
+use crate::lab::ping::{echoes, first_reply};
 use crate::lab::scenario::Setting;
 use crate::lab::topology::{Host, Lab, Router};
 use crate::lab::traffic::Pattern;
@@ -193,6 +193,14 @@ pub(super) fn answers(from: &Host, target: IpAddr) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Checks that an address answers a host's echo request through the tunnel within `limit`.
+pub(super) fn answers_within(limit: Duration, from: &Host, target: IpAddr) -> anyhow::Result<()> {
+    let deadline = Instant::now() + limit;
+    let reply = first_reply(from.namespace(), target, "towline0", deadline)?;
+    ensure!(reply.is_some(), "{target} did not answer for {} s", limit.as_secs());
+    Ok(())
+}
+
 /// Checks that the status of a node names a problem with each of these words.
 pub(super) fn names_problem(node: &Node, words: &[&str]) -> anyhow::Result<()> {
     let mut last = Vec::new();
@@ -277,6 +285,17 @@ pub(super) fn load(host: &Host, table: &Table) -> anyhow::Result<()> {
         Nft::open()?.load(table)?;
         Ok(())
     })
+}
+
+/// Makes a host drop IPv4 packets before its other rules and its connection tracking see them. `table` is
+/// the name of the new table, and each of `rules` drops.
+pub(super) fn drop_first(
+    host: &Host,
+    table: &str,
+    rules: impl IntoIterator<Item = Rule>,
+) -> anyhow::Result<()> {
+    let chain = Chain::base(ChainKind::Filter, Hook::Prerouting, -300).rules(rules);
+    load(host, &Table::new(TableFamily::Ip, table).chain("first", chain))
 }
 
 /// Changes the network of a host over netlink.
