@@ -163,10 +163,7 @@ impl Task {
                             }
                             self.decide_for_another_cni().await;
                         }
-                        () = host.changed() => {
-                            self.look_for_plugin().await;
-                            self.decide();
-                        }
+                        () = host.changed() => self.decide_after_a_change().await,
                     }
                 }
             };
@@ -182,10 +179,7 @@ impl Task {
                 tokio::select! {
                     () = &mut wake => break,
                     _ = period.tick() => if credentials.changed().await { return },
-                    () = host.changed() => {
-                            self.look_for_plugin().await;
-                            self.decide();
-                        }
+                    () = host.changed() => self.decide_after_a_change().await,
                 }
             }
         }
@@ -204,6 +198,12 @@ impl Task {
         self.view.connected = true;
         self.view.reason = None;
         self.node = Some(seen);
+        self.decide();
+    }
+
+    /// Decides again after links or routes of this machine changed.
+    async fn decide_after_a_change(&mut self) {
+        self.look_for_plugin().await;
         self.decide();
     }
 
