@@ -23,6 +23,7 @@ use crate::static_peers::{self, PeerConfig};
 use towline_dataplane::Offloads;
 use towline_host::Names;
 use towline_service::config_file::{self, FileError};
+use towline_service::log::LogConfig;
 
 /// Default path of the configuration file.
 pub const DEFAULT_PATH: &str = "/etc/towline/agent.toml";
@@ -55,6 +56,8 @@ pub struct Config {
     pub peers: Vec<PeerConfig>,
     /// Settings for relaying.
     pub relay: RelayConfig,
+    /// Settings of the log.
+    pub log: LogConfig,
 }
 
 /// Addresses and networks of this node.
@@ -247,6 +250,7 @@ impl Default for Config {
             peers: Vec::new(),
             relay: RelayConfig::default(),
             kubernetes: KubernetesConfig::default(),
+            log: LogConfig::default(),
         }
     }
 }
@@ -531,6 +535,8 @@ mod addresses {
 
 #[cfg(test)]
 mod tests {
+    use towline_service::log::LogFormat;
+
     use super::*;
 
     fn parse(text: &str) -> Result<Config, String> {
@@ -574,6 +580,14 @@ mod tests {
             let error = parse(text).unwrap_err();
             assert!(error.contains(says), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn the_log_is_text_unless_json_is_asked_for() {
+        assert_eq!(Config::default().log.format, LogFormat::Text);
+        assert_eq!(parse("[log]\nformat = \"json\"").unwrap().log.format, LogFormat::Json);
+        let error = parse("[log]\nformat = \"xml\"").unwrap_err();
+        assert!(error.contains("line 2") && error.contains("json"), "{error}");
     }
 
     #[test]

@@ -14,6 +14,7 @@ use towline_proto::id::Label;
 use towline_proto::limits;
 use towline_proto::token::ControllerAddress;
 use towline_service::config_file::{self, FileError};
+use towline_service::log::LogConfig;
 
 /// Configuration file that is read if `--config` is not given. It need not exist.
 pub const FILE: &str = "/etc/towline/controller.toml";
@@ -68,31 +69,41 @@ pub struct MeshSettings {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// See [`Config::state_dir`].
+    /// Directory of the CA, the administrator's credential and the store, mode 0700.
     pub state_dir: Option<PathBuf>,
-    /// See [`Config::listen`].
+    /// Address on which the controller listens. The default is every address of both families, or of
+    /// IPv4 alone where the machine has no IPv6.
     pub listen: Option<SocketAddr>,
-    /// See [`Config::advertise`]; each is `host:port`.
+    /// Addresses, each `host:port`, at which nodes reach the controller. They are written into the
+    /// tokens, and at the first start they become the mesh's list of controllers. Empty: the listening
+    /// address, if that is a single one.
     #[serde(deserialize_with = "from_texts")]
     pub advertise: Option<Vec<ControllerAddress>>,
-    /// See [`MeshSettings::overlay_v6`].
+    /// IPv6 range of the overlay. It can change only while the mesh has no node. A new mesh gets a
+    /// random /64 of fd00::/8 by default.
     #[serde(deserialize_with = "from_text")]
     pub overlay_v6: Option<Ipv6Net>,
-    /// See [`MeshSettings::overlay_v4`].
+    /// IPv4 range of the overlay. It can change only while the mesh has no node.
     #[serde(deserialize_with = "from_text")]
     pub overlay_v4: Option<Ipv4Net>,
-    /// See [`MeshSettings::protected`].
+    /// Ranges in which an address that no node holds is unreachable instead of sent in clear. An absent
+    /// key keeps the stored ranges.
     #[serde(deserialize_with = "from_texts")]
     pub protected: Option<Vec<IpNet>>,
-    /// See [`MeshSettings::trusted_sites`].
+    /// Sites whose nodes reach each other's node IPs outside of the tunnel. An absent key keeps the
+    /// stored sites.
     #[serde(deserialize_with = "from_texts")]
     pub trusted_sites: Option<Vec<Label>>,
-    /// See [`MeshSettings::bypass_when_down`].
+    /// Ranges in which a node's announced prefixes are reached in clear while the tunnel to it is
+    /// down. An absent key keeps the stored ranges.
     #[serde(deserialize_with = "from_texts")]
     pub bypass_when_down: Option<Vec<IpNet>>,
-    /// See [`MeshSettings::lease`]; for example `10m` or `1h 30m`.
+    /// Time that a node may be offline before other nodes may take over its prefixes, at least 10 s;
+    /// for example `10m` or `1h 30m`.
     #[serde(deserialize_with = "from_text")]
     pub lease: Option<SignedDuration>,
+    /// Settings of the log.
+    pub log: Option<LogConfig>,
 }
 
 fn from_text<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
@@ -154,6 +165,7 @@ impl Settings {
             trusted_sites: self.trusted_sites.or(below.trusted_sites),
             bypass_when_down: self.bypass_when_down.or(below.bypass_when_down),
             lease: self.lease.or(below.lease),
+            log: self.log.or(below.log),
         }
     }
 
@@ -240,6 +252,8 @@ pub fn check_ranges(ranges: &[IpNet]) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use towline_service::log::LogFormat;
+
     use super::*;
 
     fn parse(text: &str) -> Result<Settings, ConfigError> {
@@ -272,6 +286,14 @@ mod tests {
         assert_eq!(example.mesh.overlay_v4, Some(OVERLAY_V4.parse().unwrap()));
         assert_eq!(example.mesh.lease, Some(LEASE));
         assert_eq!(example.mesh.protected, Some(Vec::new()));
+    }
+
+    #[test]
+    fn the_format_of_the_log_is_text_or_json() {
+        let format = |text: &str| parse(text).unwrap().log.unwrap_or_default().format;
+        assert_eq!(format(""), LogFormat::Text);
+        assert_eq!(format("[log]\nformat = \"json\""), LogFormat::Json);
+        assert!(parse("[log]\nformat = \"xml\"").unwrap_err().to_string().contains("line 2"));
     }
 
     #[test]

@@ -95,6 +95,30 @@ fn tokens(dir: &str) -> Vec<serde_json::Value> {
 }
 
 #[test]
+fn the_log_is_json_where_that_is_asked_for() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("state");
+    let dir = dir.to_str().unwrap();
+    let file = root.path().join("controller.toml");
+    std::fs::write(&file, "listen = \"127.0.0.1:0\"\n[log]\nformat = \"json\"\n").unwrap();
+    let args = ["serve", "--state-dir", dir, "--config", file.to_str().unwrap()];
+    let mut child = command(&args).stderr(Stdio::piped()).spawn().unwrap();
+    let log = BufReader::new(child.stderr.take().unwrap());
+    let _running = Running { child };
+    for line in log.lines() {
+        let line = line.unwrap();
+        let event: serde_json::Value =
+            serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        assert!(event["timestamp"].is_string() && event["level"].is_string(), "{line}");
+        if event["fields"]["message"] == "listening" {
+            assert!(event["fields"]["address"].is_string(), "{line}");
+            return;
+        }
+    }
+    panic!("the controller ended");
+}
+
+#[test]
 fn a_backup_of_a_running_controller_can_take_the_place_of_its_store() {
     let root = tempfile::tempdir().unwrap();
     let (dir, file) = (root.path().join("state"), root.path().join("copy.redb"));

@@ -130,6 +130,25 @@ fn a_reader_that_went_away_is_no_error() {
 }
 
 #[test]
+fn a_format_or_a_filter_of_the_log_that_does_not_exist_is_wrong_usage() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("state");
+    for (name, value) in [("TOWLINE_LOG_FORMAT", "xml"), ("TOWLINE_LOG", "towline_core=loud")] {
+        for (program, arguments) in
+            [(&binaries().towline, ["agent"]), (&binaries().controller, ["serve"])]
+        {
+            let mut command = Command::new(program);
+            command.arg("--state-dir").arg(&state).args(arguments).env(name, value);
+            let output = run(&mut command);
+            let words = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{name}: {words}");
+            assert!(words.contains(value), "{name}: {words}");
+        }
+    }
+    assert!(!state.exists(), "wrong usage makes nothing");
+}
+
+#[test]
 fn the_lab_lists_its_scenarios_and_knows_wrong_usage() {
     let lab = |arguments: &[&str]| {
         Command::new(env!("CARGO_BIN_EXE_lab")).args(arguments).output().expect("the lab starts")

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use towline_service::{log, output};
-use tracing_subscriber::EnvFilter;
+use towline_service::log::LogArgs;
+use towline_service::output;
 
 use super::local;
 use crate::config::Config;
@@ -14,11 +14,10 @@ pub(super) fn run(
     config: Config,
     config_path: Option<PathBuf>,
     purpose: Purpose,
+    log: &LogArgs,
 ) -> anyhow::Result<()> {
     // boringtun logs unauthenticated datagrams, which strangers can send in any number.
-    let filter = EnvFilter::try_from_env("TOWLINE_LOG")
-        .unwrap_or_else(|_| EnvFilter::new("info,boringtun=off"));
-    log::init(filter);
+    log.init(config.log, "info,boringtun=off")?;
     daemon::run(config, config_path, purpose)
 }
 

@@ -6,9 +6,8 @@ use std::net::IpAddr;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use serde::Serialize;
-use towline_service::log;
+use towline_service::log::LogArgs;
 use towline_service::output::{self, Format};
-use tracing_subscriber::EnvFilter;
 
 use crate::config::{Addressing, Config};
 use crate::guard::{self, Guarded};
@@ -19,6 +18,8 @@ pub(super) struct GuardArgs {
     /// Keep running, and restore what other programs remove while no agent runs
     #[arg(long)]
     watch: bool,
+    #[command(flatten)]
+    log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -44,13 +45,16 @@ pub(super) struct NodeIpArgs {
 
 #[derive(Serialize)]
 struct NodeIp {
+    /// Kind of the addresses: `overlay` or `node-ip`.
     addressing: Addressing,
+    /// IPv4 address by which other nodes reach this one.
     ipv4: Option<IpAddr>,
+    /// IPv6 address by which other nodes reach this one.
     ipv6: Option<IpAddr>,
 }
 
 pub(super) fn guard(config: &Config, args: &GuardArgs) -> anyhow::Result<()> {
-    log::init(EnvFilter::new("info"));
+    args.log.init(config.log, "info")?;
     if args.watch {
         return guard::watch(config);
     }

@@ -23,6 +23,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use towline_service::log::LogArgs;
 use towline_service::output::{self, Format, OutputError};
 
 use crate::config::Config;
@@ -61,9 +62,9 @@ enum Command {
     /// Join a mesh with a token (from a file, the environment, or standard input)
     Join(join::JoinArgs),
     /// Run the agent in the foreground
-    Agent,
+    Agent(LogArgs),
     /// Run as a relay only, for nodes that have no direct path: no link, no routes
-    Relay,
+    Relay(LogArgs),
     /// Wait until the mesh can be used: link, routes and guards are in place. Waits for any other
     /// node for at most 30 s
     Wait(wait::WaitArgs),
@@ -125,7 +126,7 @@ pub fn run() -> ExitCode {
     // Nearly every command has a key or a token in memory.
     towline_service::process::forbid_dumps();
     let cli = Cli::parse();
-    let is_agent = matches!(cli.command, Command::Agent | Command::Relay);
+    let is_agent = matches!(cli.command, Command::Agent(_) | Command::Relay(_));
     let is_service = is_agent && std::env::var_os("NOTIFY_SOCKET").is_some();
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -148,11 +149,13 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Join(args) if args.install() => install::run(&cli.global, args),
         Command::Join(args) => join::run(&config()?, args),
-        Command::Agent => daemon::run(load(&cli.global)?, cli.global.config, Purpose::Node),
-        Command::Relay => {
+        Command::Agent(log) => {
+            daemon::run(load(&cli.global)?, cli.global.config, Purpose::Node, &log)
+        }
+        Command::Relay(log) => {
             let mut config = load(&cli.global)?;
             config.relay.enabled = true;
-            daemon::run(config, cli.global.config, Purpose::Relay)
+            daemon::run(config, cli.global.config, Purpose::Relay, &log)
         }
         Command::Wait(args) => wait::run(&config()?, &args),
         Command::Status(args) => {

@@ -24,10 +24,9 @@ use jiff::SignedDuration;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_proto::id::Label;
 use towline_proto::token::ControllerAddress;
-use towline_service::log;
+use towline_service::log::LogArgs;
 use towline_service::notify::Notifier;
 use towline_service::output::{self, OutputError};
-use tracing_subscriber::EnvFilter;
 
 use crate::config::Settings;
 use crate::server::Controller;
@@ -128,6 +127,8 @@ struct Serve {
     /// Time that a node may be offline before other nodes may take over its prefixes [default: 10m]
     #[arg(long, env = "TOWLINE_CONTROLLER_LEASE", value_name = "DURATION")]
     lease: Option<SignedDuration>,
+    #[command(flatten)]
+    log: LogArgs,
 }
 
 impl Common {
@@ -156,6 +157,7 @@ impl Serve {
             trusted_sites: some(self.trusted_site),
             bypass_when_down: some(self.bypass_when_down),
             lease: self.lease,
+            log: None,
         };
         Ok(flags.or(common.settings()?))
     }
@@ -180,7 +182,10 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<()> {
     let Cli { common, command } = cli;
     match command {
-        Command::Serve(serve) => serve_until_signal(serve.settings(&common)?),
+        Command::Serve(serve) => {
+            let log = serve.log.clone();
+            serve_until_signal(serve.settings(&common)?, &log)
+        }
         Command::Token(command) => block_on(token::run(command, &common)),
         Command::Node(command) => block_on(node::run(command, &common)),
         Command::Mesh(command) => block_on(mesh::run(command, &common)),
@@ -194,10 +199,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-fn serve_until_signal(settings: Settings) -> anyhow::Result<()> {
+fn serve_until_signal(settings: Settings, log: &LogArgs) -> anyhow::Result<()> {
+    let log_config = settings.log.unwrap_or_default();
     let config = settings.resolve()?;
-    let filter = EnvFilter::try_from_env("TOWLINE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    log::init(filter);
+    log.init(log_config, "info")?;
     raise_file_limit();
     block_on(async {
         // The handlers are installed before the start, so that no signal is missed.

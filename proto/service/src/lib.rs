@@ -8,7 +8,7 @@
 //! | [`directory`] | a private state directory: its owner, its permissions, how its files are written |
 //! | [`mod@file`] | files that are replaced atomically |
 //! | [`grpc`] | gRPC over a connection that exists already |
-//! | [`log`] | log output, to the journal or elsewhere |
+//! | [`log`] | log output, to the journal or elsewhere, as text or JSON |
 //! | [`notify`] | notifications to the service manager |
 //! | [`output`] | tables, JSON and YAML on stdout |
 //! | [`pem`] | certificates and keys as PEM text |
