@@ -8,6 +8,26 @@ use crate::code::Coded;
 use crate::node;
 use crate::pb::{Candidate, Counter, Detail};
 
+/// Version of the JSON and YAML documents of all commands of both programs. It grows when a field is
+/// removed or changes its type or meaning, not when one is added. `docs/json.md` describes them.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// Document of the commands `version`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Version {
+    /// Version of the program.
+    pub version: &'static str,
+    /// Version of the JSON and YAML documents.
+    pub schema_version: u32,
+}
+
+impl Version {
+    /// Returns the version of the program that runs this.
+    pub const fn of_this_program() -> Self {
+        Self { version: crate::VERSION, schema_version: SCHEMA_VERSION }
+    }
+}
+
 impl Detail {
     /// Returns the code and the text of a problem, conflict or note.
     pub fn of(what: &(impl Coded + ToString)) -> Self {

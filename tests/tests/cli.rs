@@ -130,6 +130,36 @@ fn a_reader_that_went_away_is_no_error() {
 }
 
 #[test]
+fn completions_are_scripts_and_man_pages_are_files() {
+    let programs: [(fn(&[&str]) -> Output, &str); 2] =
+        [(towline, "towline-status.1"), (controller, "towline-controller-token-create.1")];
+    for (program, page) in programs {
+        for shell in ["bash", "zsh", "fish"] {
+            let output = program(&["completions", shell]);
+            assert!(output.status.success() && output.stderr.is_empty(), "{shell}");
+            assert!(String::from_utf8_lossy(&output.stdout).contains("completions"), "{shell}");
+        }
+        assert_eq!(program(&["completions", "tcsh"]).status.code(), Some(2));
+        let directory = tempfile::tempdir().unwrap();
+        let written = program(&["man", directory.path().to_str().unwrap()]);
+        assert!(written.status.success(), "{}", String::from_utf8_lossy(&written.stderr));
+        let text = std::fs::read_to_string(directory.path().join(page)).unwrap();
+        assert!(text.contains(".SH EXAMPLES"), "{text}");
+        let absent = directory.path().join("absent");
+        assert_refused(&program(&["man", absent.to_str().unwrap()]), &["cannot write", "absent"]);
+    }
+}
+
+#[test]
+fn the_version_of_the_json_documents_is_shown_by_both_programs() {
+    for output in [towline(&["version", "-o", "json"]), controller(&["version", "-o", "json"])] {
+        let version: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(version["version"], env!("CARGO_PKG_VERSION"));
+        assert_eq!(version["schema_version"], towline_proto::status::SCHEMA_VERSION);
+    }
+}
+
+#[test]
 fn a_format_or_a_filter_of_the_log_that_does_not_exist_is_wrong_usage() {
     let directory = tempfile::tempdir().unwrap();
     let state = directory.path().join("state");

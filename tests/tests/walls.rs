@@ -93,6 +93,7 @@ const WALLS: &[Wall] = &[
         ours: &[
             "towline-aead",
             "towline-agent",
+            "towline-controller",
             "towline-core",
             "towline-dataplane",
             "towline-fixtures",

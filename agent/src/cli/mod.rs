@@ -7,6 +7,7 @@
 
 mod daemon;
 mod events;
+mod examples;
 mod guard;
 mod install;
 mod join;
@@ -22,8 +23,9 @@ mod watch;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use towline_service::log::LogArgs;
+use towline_service::manual::{self, Shell};
 use towline_service::output::{self, Format, OutputError};
 
 use crate::config::Config;
@@ -36,7 +38,7 @@ const NOT_JOINED: u8 = 6;
 
 /// Joins this machine to an encrypted node network and shows its state.
 #[derive(Debug, Parser)]
-#[command(name = "towline", version, propagate_version = true)]
+#[command(name = "towline", version, propagate_version = true, after_help = examples::TOWLINE)]
 struct Cli {
     #[command(flatten)]
     global: Global,
@@ -60,38 +62,54 @@ struct Global {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Join a mesh with a token (from a file, the environment, or standard input)
+    #[command(after_help = examples::JOIN)]
     Join(join::JoinArgs),
     /// Run the agent in the foreground
+    #[command(after_help = examples::AGENT)]
     Agent(LogArgs),
     /// Run as a relay only, for nodes that have no direct path: no link, no routes
+    #[command(after_help = examples::RELAY)]
     Relay(LogArgs),
     /// Wait until the mesh can be used: link, routes and guards are in place. Waits for any other
     /// node for at most 30 s
+    #[command(after_help = examples::WAIT)]
     Wait(wait::WaitArgs),
     /// Show the state of this node
+    #[command(after_help = examples::STATUS)]
     Status(watch::WatchArgs),
     /// Show every peer: state, path, round-trip time, traffic
+    #[command(after_help = examples::PEERS)]
     Peers(watch::WatchArgs),
     /// Show everything about one peer: every path that was tried, and what happened to it
+    #[command(after_help = examples::PEER)]
     Peer(peer::PeerArgs),
     /// Show what happened on this node lately: peers, paths, controllers, problems
+    #[command(after_help = examples::EVENTS)]
     Events(events::EventsArgs),
     /// Show this machine's WireGuard public key, for the other end of a static peer
+    #[command(after_help = examples::PUBKEY)]
     Pubkey,
     /// Probe the path to a node
+    #[command(after_help = examples::PING)]
     Ping(ping::PingArgs),
     /// Leave the mesh permanently: remove the node, its guards and routes, and disable its units
+    #[command(after_help = examples::LEAVE)]
     Leave(machine::LeaveArgs),
     /// Open the machine until `towline up`, across reboots too: stop the agent and remove its link,
     /// routes and guards
+    #[command(after_help = examples::DOWN)]
     Down,
     /// Bring the mesh up again after `towline down`
+    #[command(after_help = examples::UP)]
     Up(machine::UpArgs),
     /// Make a join with --confirm permanent
+    #[command(after_help = examples::CONFIRM)]
     Confirm,
     /// Install the guards before any agent runs, from the stored state (for the boot)
+    #[command(after_help = examples::GUARD)]
     Guard(guard::GuardArgs),
     /// Show the address by which other nodes reach this one, for the kubelet's --node-ip
+    #[command(after_help = examples::NODE_IP)]
     NodeIp(guard::NodeIpArgs),
     /// Reserve the tunnels' UDP port, so that no socket gets it by chance, as root (for the unit)
     #[command(hide = true)]
@@ -102,7 +120,21 @@ enum Command {
     /// Check or show the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Print the completions of this command line for a shell
+    #[command(after_help = examples::COMPLETIONS)]
+    Completions {
+        /// Shell that reads them
+        shell: Shell,
+    },
+    /// Write the man pages into a directory, one for each command (for packages)
+    #[command(hide = true)]
+    Man {
+        /// Directory, which must exist
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
     /// Show the version
+    #[command(after_help = examples::VERSION)]
     Version(OutputArgs),
 }
 
@@ -116,9 +148,16 @@ struct OutputArgs {
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
     /// Check the configuration and print its errors
+    #[command(after_help = examples::CONFIG_CHECK)]
     Check,
     /// Print the effective configuration, with all defaults
+    #[command(after_help = examples::CONFIG_SHOW)]
     Show,
+}
+
+/// Returns the definition of the command line, for completions, man pages and documents.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 /// Runs the command line and returns its exit status.
@@ -184,6 +223,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Config(ConfigCommand::Show) => Ok(output::print(&toml::to_string(&config()?)?)?),
+        Command::Completions { shell } => {
+            Ok(output::print(&manual::completions(command(), shell))?)
+        }
+        Command::Man { directory } => Ok(manual::write_pages(command(), &directory)?),
         Command::Version(args) => status::version(args.output),
     }
 }
@@ -206,7 +249,6 @@ mod tests {
 
     #[test]
     fn the_command_line_is_well_formed() {
-        use clap::CommandFactory as _;
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 }

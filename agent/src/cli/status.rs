@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use anyhow::bail;
-use serde::Serialize;
 use towline_proto::code::Coded as _;
 use towline_proto::node::Candidate;
 use towline_proto::pb;
+use towline_proto::status::Version;
 use towline_service::output::{self, Format};
 
 use super::local;
@@ -119,12 +119,7 @@ fn text(status: &pb::StatusResponse, wide: bool) -> String {
     output::sheet(14, &lines)
 }
 
-#[derive(Serialize)]
-struct Version {
-    version: &'static str,
-}
-
 pub(super) fn version(format: Format) -> anyhow::Result<()> {
-    let version = Version { version: towline_proto::VERSION };
+    let version = Version::of_this_program();
     Ok(output::write(format, &version, |_| format!("towline {}", version.version))?)
 }

@@ -13,19 +13,21 @@ use towline_proto::token::ControllerAddress;
 use towline_proto::{pb, signed};
 use towline_service::output::{self, Format};
 
-use super::Common;
 use super::client::status_error;
+use super::{Common, examples};
 use crate::config::check_ranges;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Mesh {
     /// Show the configuration of the mesh
+    #[command(after_help = examples::MESH_SHOW)]
     Show {
         /// Output format
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
     /// Change the configuration of the mesh: each given list is replaced, on every node at once
+    #[command(after_help = examples::MESH_SET)]
     Set(Changes),
 }
 
@@ -112,14 +114,24 @@ where
 
 #[derive(Serialize)]
 struct View {
+    /// Id of the mesh.
     id: MeshId,
+    /// IPv6 range of the overlay.
     overlay_v6: String,
+    /// IPv4 range of the overlay.
     overlay_v4: String,
+    /// Ranges in which an address that no node holds is unreachable instead of sent in clear.
     protected: Vec<String>,
+    /// Sites whose nodes reach each other's node IPs outside of the tunnel.
     trusted_sites: Vec<String>,
+    /// Ranges in which a node's announced prefixes are reached in clear while the tunnel to it is
+    /// down.
     bypass_when_down: Vec<String>,
+    /// Addresses of the controllers, in the order in which agents try them.
     controllers: Vec<String>,
+    /// Time in seconds that a node may be offline before other nodes may take over its prefixes.
     lease_seconds: u64,
+    /// Number of this configuration. It grows with every change.
     generation: u64,
 }
 

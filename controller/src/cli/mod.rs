@@ -8,6 +8,7 @@
 
 mod backup;
 mod client;
+mod examples;
 mod mesh;
 mod node;
 mod token;
@@ -18,22 +19,29 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use jiff::SignedDuration;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_proto::id::Label;
+use towline_proto::status::Version;
 use towline_proto::token::ControllerAddress;
 use towline_service::log::LogArgs;
+use towline_service::manual::{self, Shell};
 use towline_service::notify::Notifier;
-use towline_service::output::{self, OutputError};
+use towline_service::output::{self, Format, OutputError};
 
 use crate::config::Settings;
 use crate::server::Controller;
 
 /// The Towline controller: certificate authority and registry of a mesh.
 #[derive(Debug, Parser)]
-#[command(name = "towline-controller", version = towline_proto::VERSION, max_term_width = 100)]
+#[command(
+    name = "towline-controller",
+    version = towline_proto::VERSION,
+    max_term_width = 100,
+    after_help = examples::CONTROLLER
+)]
 struct Cli {
     #[command(flatten)]
     common: Common,
@@ -57,6 +65,7 @@ struct Common {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the controller; the first start creates the mesh
+    #[command(after_help = examples::SERVE)]
     Serve(Serve),
     /// Create, list and revoke join tokens
     #[command(subcommand)]
@@ -68,17 +77,37 @@ enum Command {
     #[command(subcommand)]
     Mesh(mesh::Mesh),
     /// Copy the store of the running controller into a new file
+    #[command(after_help = examples::BACKUP)]
     Backup(backup::Backup),
     /// Check the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Print the completions of this command line for a shell
+    #[command(after_help = examples::COMPLETIONS)]
+    Completions {
+        /// Shell that reads them
+        shell: Shell,
+    },
+    /// Write the man pages into a directory, one for each command (for packages)
+    #[command(hide = true)]
+    Man {
+        /// Directory, which must exist
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
     /// Print the version
-    Version,
+    #[command(after_help = examples::VERSION)]
+    Version {
+        /// Output format
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
 }
 
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
     /// Parse the configuration like `serve`, without starting the controller
+    #[command(after_help = examples::CONFIG_CHECK)]
     Check(Serve),
 }
 
@@ -163,6 +192,11 @@ impl Serve {
     }
 }
 
+/// Returns the definition of the command line, for completions, man pages and documents.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// Runs the command line of this process and returns its exit status.
 pub fn main() -> ExitCode {
     // Nearly every command reads a private key.
@@ -195,7 +229,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             eprintln!("the configuration is valid");
             Ok(())
         }
-        Command::Version => Ok(output::print(towline_proto::VERSION)?),
+        Command::Completions { shell } => {
+            Ok(output::print(&manual::completions(command(), shell))?)
+        }
+        Command::Man { directory } => Ok(manual::write_pages(command(), &directory)?),
+        Command::Version { output } => {
+            let version = Version::of_this_program();
+            Ok(output::write(output, &version, |_| version.version.to_owned())?)
+        }
     }
 }
 
@@ -254,12 +295,10 @@ fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Resul
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 }

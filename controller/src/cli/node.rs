@@ -10,18 +10,20 @@ use towline_proto::{pb, signed};
 use towline_service::output::{self, Format};
 
 use super::client::{Client, status_error};
-use super::{Common, span};
+use super::{Common, examples, span};
 use crate::clock;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Node {
     /// List the nodes
+    #[command(after_help = examples::NODE_LIST)]
     List {
         /// Output format
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
     /// Show the details of a node
+    #[command(after_help = examples::NODE_SHOW)]
     Show {
         /// Name of the node
         name: String,
@@ -30,6 +32,7 @@ pub(super) enum Node {
         output: Format,
     },
     /// Remove a node permanently: it can join again only with a new token and new keys
+    #[command(after_help = examples::NODE_REMOVE)]
     Remove {
         /// Name of the node
         name: String,
@@ -77,24 +80,43 @@ async fn list(client: &mut Client) -> anyhow::Result<Vec<View>> {
 
 #[derive(Serialize)]
 struct View {
+    /// Name of the node.
     name: String,
+    /// Id of the node.
     id: NodeId,
+    /// Site of the node; empty: none.
     site: String,
+    /// True if the node has a session with the controller.
     online: bool,
+    /// Addresses of the node in the mesh.
     overlay_addresses: Vec<String>,
+    /// Networks that the node announces.
     prefixes: Vec<String>,
+    /// Networks that the node may announce, whole or in part.
     allowed_prefixes: Vec<String>,
+    /// Addresses and ports where the node might be reached, each with its kind.
     candidates: Vec<String>,
+    /// Version of the node's agent; empty until it published a record.
     version: String,
+    /// Number of the node's record. It grows with every change.
     generation: Option<u64>,
+    /// WireGuard public key of the node.
     wireguard_key: Option<String>,
+    /// Public key with which the node signs its record.
     identity_key: IdentityKey,
+    /// Labels of the node.
     labels: BTreeMap<String, String>,
+    /// True if the node is removed once it is offline for longer than the lease.
     ephemeral: bool,
+    /// Time of its join.
     joined_at: Option<String>,
+    /// Time of its last session.
     last_seen: Option<String>,
+    /// Source address and port of the node's session; empty if it is offline.
     session_address: String,
+    /// The last requests of the node that were refused, newest first.
     problems: Vec<String>,
+    /// The same problems with their codes, in the same order.
     problem_details: Vec<pb::Detail>,
     #[serde(skip)]
     last_seen_unix: i64,

@@ -10,20 +10,23 @@ use towline_proto::{limits, pb};
 use towline_service::output::{self, Format};
 
 use super::client::{Client, status_error};
-use super::{Common, span};
+use super::{Common, examples, span};
 use crate::clock;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Token {
     /// Create a join token; it is shown only once, as the only line on standard output
+    #[command(after_help = examples::TOKEN_CREATE)]
     Create(Create),
     /// List the tokens, without their secrets
+    #[command(after_help = examples::TOKEN_LIST)]
     List {
         /// Output format
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
     /// Revoke a token; nodes that joined with it stay in the mesh
+    #[command(after_help = examples::TOKEN_REVOKE)]
     Revoke {
         /// Id of the token
         id: String,
@@ -135,6 +138,7 @@ impl Create {
 
 #[derive(Serialize)]
 struct Created<'a> {
+    /// The complete token. It is shown only once.
     token: &'a str,
     #[serde(flatten)]
     info: View,
@@ -142,18 +146,31 @@ struct Created<'a> {
 
 #[derive(Serialize)]
 struct View {
+    /// Id of the token, in 16 hexadecimal digits.
     id: String,
+    /// `open`, `used`, `expired` or `revoked`.
     state: &'static str,
+    /// Names that the nodes may have, a pattern; empty: any name.
     name: String,
+    /// Site of the nodes; empty: none.
     site: String,
+    /// Number of nodes that may join with it.
     uses: u32,
+    /// Number of nodes that joined with it.
     used: u32,
+    /// Time of its creation.
     created_at: Option<String>,
+    /// Time from which it is void.
     expires_at: Option<String>,
+    /// Labels of the nodes.
     labels: BTreeMap<String, String>,
+    /// Networks that the nodes may announce, whole or in part.
     prefixes: Vec<String>,
+    /// Name of the node that the joining machine replaces; empty: none.
     replace: String,
+    /// True if the nodes are removed once they are offline for longer than the lease.
     ephemeral: bool,
+    /// Names of the nodes that joined with it.
     nodes: Vec<String>,
     #[serde(skip)]
     expires_in: i64,

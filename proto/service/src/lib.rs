@@ -9,6 +9,7 @@
 //! | [`mod@file`] | files that are replaced atomically |
 //! | [`grpc`] | gRPC over a connection that exists already |
 //! | [`log`] | log output, to the journal or elsewhere, as text or JSON |
+//! | [`manual`] | shell completions and man pages |
 //! | [`notify`] | notifications to the service manager |
 //! | [`output`] | tables, JSON and YAML on stdout |
 //! | [`pem`] | certificates and keys as PEM text |
@@ -29,6 +30,7 @@ pub mod grpc;
 #[doc(hidden)]
 pub mod internals;
 pub mod log;
+pub mod manual;
 pub mod notify;
 pub mod output;
 pub mod pem;

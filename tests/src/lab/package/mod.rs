@@ -12,6 +12,7 @@ use anyhow::{Context as _, bail, ensure};
 use ring::digest::{SHA256, digest};
 use serde::Serialize;
 use serde_json::{Value, json};
+use towline_service::manual::{self, Shell};
 
 use super::output::line;
 use super::report::Figures;
@@ -204,6 +205,7 @@ pub(in crate::lab) fn deb(programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Resul
     }
     files.push(Entry::file("usr/share/doc/towline/README.md", 0o644, deploy("../README.md")?));
     files.push(Entry::file("usr/share/doc/towline/copyright", 0o644, deploy("../LICENSE")?));
+    files.extend(manuals()?);
     let kilobytes = files.iter().map(|file| file.bytes.len().div_ceil(1024)).sum::<usize>();
     let control = format!(
         "Package: towline\nVersion: {VERSION}\nArchitecture: {}\nMaintainer: Towline maintainers \
@@ -223,6 +225,23 @@ pub(in crate::lab) fn deb(programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Resul
         ("control.tar", tar(&scripts)?),
         ("data.tar", tar(&files)?),
     ]))
+}
+
+/// Returns the man pages and shell completions of the programs that people call. They come from this
+/// build of the programs' command lines, which is of the same sources as the programs.
+fn manuals() -> anyhow::Result<Vec<Entry>> {
+    let mut files = Vec::new();
+    for command in [towline_agent::cli::command(), towline_controller::cli::command()] {
+        for shell in Shell::ALL {
+            let script = manual::completions(command.clone(), shell);
+            files.push(Entry::file(&shell.path(command.get_name()), 0o644, script.into_bytes()));
+        }
+        for page in manual::pages(command)? {
+            let path = format!("usr/share/man/man1/{}", page.file);
+            files.push(Entry::file(&path, 0o644, page.text.into_bytes()));
+        }
+    }
+    Ok(files)
 }
 
 fn image(programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Result<Vec<u8>> {
@@ -290,7 +309,17 @@ fn check_deb(bytes: &[u8]) -> anyhow::Result<()> {
     }
     let units = UNITS.iter().map(|unit| format!("usr/lib/systemd/system/{unit}"));
     let declarations = DECLARATIONS.iter().map(|name| format!("usr/lib/{name}"));
-    for path in units.chain(declarations) {
+    let manuals = [
+        "usr/share/man/man1/towline.1",
+        "usr/share/man/man1/towline-status.1",
+        "usr/share/man/man1/towline-controller.1",
+        "usr/share/man/man1/towline-controller-token-create.1",
+        "usr/share/bash-completion/completions/towline",
+        "usr/share/zsh/vendor-completions/_towline-controller",
+        "usr/share/fish/vendor_completions.d/towline.fish",
+    ];
+    let manuals = manuals.map(ToOwned::to_owned);
+    for path in units.chain(declarations).chain(manuals) {
         ensure!(files.iter().any(|file| file.path == path), "no {path}");
     }
     let scripts = read_tar(&members[1].1)?;

@@ -1,0 +1,89 @@
+//! Examples of the commands, for their help, the man pages and `docs/cli.md`. A test parses each of
+//! them.
+
+pub(super) const CONTROLLER: &str = "\
+Examples:
+  # create a mesh and serve it
+  towline-controller serve --advertise 203.0.113.10:7443
+  # admit a machine
+  towline-controller token create --name gpu-1 --site dc > gpu-1.token
+  # who is in the mesh?
+  towline-controller node list";
+
+pub(super) const SERVE: &str = "\
+Examples:
+  # nodes reach it at this address
+  towline-controller serve --advertise 203.0.113.10:7443
+  # no address of the pods' range ever leaves in clear
+  towline-controller serve --advertise 203.0.113.10:7443 --protected 10.244.0.0/16";
+
+pub(super) const TOKEN_CREATE: &str = "\
+Examples:
+  # for one machine, within one hour
+  towline-controller token create --name gpu-1 --site dc > gpu-1.token
+  # for ten machines of a site, within a day, with pods of a cluster
+  towline-controller token create --uses 10 --ttl 24h --site dc --prefix 10.244.0.0/16
+  # for a machine that was installed again
+  towline-controller token create --replace gpu-1 > gpu-1.token";
+
+pub(super) const TOKEN_LIST: &str = "\
+Examples:
+  towline-controller token list
+  towline-controller token list -o wide";
+
+pub(super) const TOKEN_REVOKE: &str = "\
+Examples:
+  # the id is in the first column of `token list`
+  towline-controller token revoke 6f1d3c5e7a9b0d24";
+
+pub(super) const NODE_LIST: &str = "\
+Examples:
+  towline-controller node list
+  # ids, versions, source addresses and keys too
+  towline-controller node list -o wide
+  towline-controller node list -o json";
+
+pub(super) const NODE_SHOW: &str = "\
+Examples:
+  towline-controller node show gpu-1
+  towline-controller node show gpu-1 -o yaml";
+
+pub(super) const NODE_REMOVE: &str = "\
+Examples:
+  # the machine is gone, or is not trusted any more
+  towline-controller node remove gpu-1";
+
+pub(super) const MESH_SHOW: &str = "\
+Examples:
+  towline-controller mesh show";
+
+pub(super) const MESH_SET: &str = "\
+Examples:
+  # before the controller moves, while agents are connected
+  towline-controller mesh set --controllers 203.0.113.10:7443,203.0.113.11:7443
+  towline-controller mesh set --protected 10.244.0.0/16
+  # an empty list
+  towline-controller mesh set --trusted-site none";
+
+pub(super) const BACKUP: &str = "\
+Examples:
+  towline-controller backup /root/mesh.redb";
+
+pub(super) const CONFIG_CHECK: &str = "\
+Examples:
+  towline-controller config check
+  # a file that is not installed yet
+  towline-controller --config new.toml config check";
+
+pub(super) const COMPLETIONS: &str = "\
+Examples:
+  # the package installs them; without it
+  towline-controller completions bash > /etc/bash_completion.d/towline-controller
+  towline-controller completions zsh > /usr/local/share/zsh/site-functions/_towline-controller
+  towline-controller completions fish > /etc/fish/completions/towline-controller.fish";
+
+pub(super) const VERSION: &str = "\
+Examples:
+  towline-controller version
+  # with the version of the JSON documents
+  towline-controller version -o json";
