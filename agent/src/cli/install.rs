@@ -25,10 +25,13 @@ use crate::state::StateDir;
 
 #[derive(serde::Serialize)]
 struct Report {
+    /// Name of this node.
     name: String,
     /// Value of the kubelet's `--node-ip`.
     node_ip: String,
+    /// Addresses of this node in the mesh.
     overlay_addresses: Vec<String>,
+    /// True if the machine was a member before.
     already: bool,
 }
 

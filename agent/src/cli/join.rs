@@ -99,10 +99,15 @@ pub(super) struct Source {
 
 #[derive(serde::Serialize)]
 struct Report {
+    /// Name of this node.
     name: String,
+    /// Id of this node.
     node_id: String,
+    /// Id of the mesh.
     mesh_id: String,
+    /// Addresses of this node in the mesh.
     overlay_addresses: Vec<String>,
+    /// True if the machine was a member before.
     already: bool,
 }
 

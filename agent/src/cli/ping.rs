@@ -34,28 +34,34 @@ pub(super) struct PingArgs {
 
 #[derive(Serialize)]
 struct Report {
+    /// Name or address as it was given.
     node: String,
+    /// Number of probes that were sent.
     sent: usize,
+    /// Number of probes that were answered.
     received: usize,
-    /// Round-trip times in microseconds. Absent if nothing was received.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    rtt_us: Option<RoundTrips>,
+    /// Shortest round-trip time in microseconds; null if nothing was received.
+    rtt_min_us: Option<u64>,
+    /// Mean round-trip time in microseconds; null if nothing was received.
+    rtt_mean_us: Option<u64>,
+    /// Longest round-trip time in microseconds; null if nothing was received.
+    rtt_max_us: Option<u64>,
+    /// Result of each probe, in order.
     probes: Vec<pb::PingResponse>,
 }
 
-/// Shortest, mean and longest round-trip time, in microseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-struct RoundTrips {
-    min: u64,
-    mean: u64,
-    max: u64,
-}
-
-impl RoundTrips {
-    fn of(probes: &[pb::PingResponse]) -> Option<Self> {
+impl Report {
+    fn new(node: String, probes: Vec<pb::PingResponse>) -> Self {
         let times: Vec<u64> = probes.iter().filter_map(|probe| probe.rtt_us).collect();
-        let (min, max) = (*times.iter().min()?, *times.iter().max()?);
-        Some(Self { min, mean: times.iter().sum::<u64>() / times.len() as u64, max })
+        Self {
+            node,
+            sent: probes.len(),
+            received: times.len(),
+            rtt_min_us: times.iter().min().copied(),
+            rtt_mean_us: times.iter().sum::<u64>().checked_div(times.len() as u64),
+            rtt_max_us: times.iter().max().copied(),
+            probes,
+        }
     }
 }
 
@@ -86,11 +92,9 @@ pub(super) fn run(config: &Config, args: PingArgs) -> anyhow::Result<()> {
         }
         Ok(probes)
     })?;
-    let received = probes.iter().filter(|probe| probe.rtt_us.is_some()).count();
-    let rtt_us = RoundTrips::of(&probes);
-    let report = Report { node, sent: probes.len(), received, rtt_us, probes };
+    let report = Report::new(node, probes);
     output::write(args.output, &report, |_| summary(&report))?;
-    if received == 0 {
+    if report.received == 0 {
         bail!("no answer from {}: run `towline peers` to see why", report.node);
     }
     if until_direct && report.probes.iter().all(|probe| probe.path_kind != direct) {
@@ -100,13 +104,11 @@ pub(super) fn run(config: &Config, args: PingArgs) -> anyhow::Result<()> {
 }
 
 fn summary(report: &Report) -> String {
-    let Report { sent, received, rtt_us, .. } = report;
+    let Report { sent, received, .. } = report;
     let lost = (sent - received) * 100 / (*sent).max(1);
-    let times = rtt_us.map(|RoundTrips { min, mean, max }| {
-        let [min, mean, max] = [min, mean, max].map(output::rtt);
-        format!("; round-trip time {min} to {max}, mean {mean}")
-    });
-    format!("{received} of {sent} answered, {lost} % lost{}", times.unwrap_or_default())
+    let [min, mean, max] = [report.rtt_min_us, report.rtt_mean_us, report.rtt_max_us]
+        .map(|time| output::or_dash(time.map(output::rtt)));
+    format!("{received} of {sent} answered, {lost} % lost; round-trip time {min} to {max}, mean {mean}")
 }
 
 fn line(node: &str, answer: &pb::PingResponse) -> String {
@@ -132,12 +134,12 @@ mod tests {
             .into_iter()
             .map(|rtt_us| pb::PingResponse { rtt_us, ..Default::default() })
             .collect();
-        let rtt_us = RoundTrips::of(&probes);
-        let report = Report { node: "w1".into(), sent: 4, received: 2, rtt_us, probes };
+        let report = Report::new("w1".into(), probes);
         assert_eq!(
             summary(&report),
             "2 of 4 answered, 50 % lost; round-trip time 0.20 ms to 0.40 ms, mean 0.30 ms"
         );
-        assert_eq!(RoundTrips::of(&[]), None);
+        let silent = Report::new("w1".into(), vec![pb::PingResponse::default()]);
+        assert_eq!(summary(&silent), "0 of 1 answered, 100 % lost; round-trip time - to -, mean -");
     }
 }

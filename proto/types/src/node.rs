@@ -102,7 +102,9 @@ impl fmt::Display for CandidateKind {
 /// IPv4-mapped IPv6 address is stored as IPv4.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct Candidate {
+    /// Source of the candidate.
     kind: CandidateKind,
+    /// Address and port.
     address: SocketAddr,
 }
 
