@@ -66,6 +66,29 @@ pub enum RouteChange {
     Delete(Route),
 }
 
+/// Packet of a local socket whose route is looked up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RouteLookup {
+    /// Destination address.
+    pub destination: IpAddr,
+    /// Source address that the socket is bound to; `None` if the kernel chooses it.
+    pub source: Option<IpAddr>,
+    /// Transport protocol (`IPPROTO_*`) with the source and the destination port. A port of 0 is not
+    /// known.
+    pub transport: Option<(u8, u16, u16)>,
+    /// Mark of the packet.
+    pub mark: u32,
+    /// User id of the socket.
+    pub user: u32,
+}
+
+impl RouteLookup {
+    /// Creates a lookup for a packet without ports or mark, of a socket of root.
+    pub fn new(destination: IpAddr) -> Self {
+        Self { destination, source: None, transport: None, mark: 0, user: 0 }
+    }
+}
+
 /// Number of the main routing table.
 pub const MAIN_TABLE: u32 = libc::RT_TABLE_MAIN as u32;
 
@@ -137,13 +160,23 @@ impl Route {
 
 const RTA_MULTIPATH: u16 = 9;
 const RTA_DST: u16 = 1;
+const RTA_SRC: u16 = 2;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
 const RTA_PRIORITY: u16 = 6;
 const RTA_PREFSRC: u16 = 7;
 const RTA_METRICS: u16 = 8;
 const RTA_TABLE: u16 = 15;
+const RTA_MARK: u16 = 16;
+const RTA_UID: u16 = 25;
+const RTA_IP_PROTO: u16 = 27;
+const RTA_SPORT: u16 = 28;
+const RTA_DPORT: u16 = 29;
 const RTAX_MTU: u16 = 2;
+/// Flag of a route that the kernel composed for one destination.
+const RTM_F_CLONED: u32 = 0x200;
+/// Flag of a lookup: the answer names the routing table that was used, not always the local or main one.
+const RTM_F_LOOKUP_TABLE: u32 = 0x1000;
 /// Length in bytes of `struct rtmsg`.
 pub(super) const ROUTE_HEADER: usize = 12;
 
@@ -174,6 +207,17 @@ impl Rtnetlink {
             RouteChange::Delete(route) => message(libc::RTM_DELROUTE, 0, route),
         });
         self.connection.request_all(messages.collect())
+    }
+
+    /// Returns the route that the kernel uses for a packet: its table, output link, next hop and source
+    /// address. The destination is the packet's. Returns `None` if there is no route, or if the route
+    /// refuses the packet (unreachable, blackhole or prohibit).
+    pub fn look_up_route(&mut self, lookup: &RouteLookup) -> Result<Option<Route>, NetlinkError> {
+        let what = || format!("look up the route to {}", lookup.destination);
+        match self.connection.get(what, lookup_message(lookup), |received| parse(&received)) {
+            Err(error) if is_refusing(&error) => Ok(None),
+            other => other,
+        }
     }
 
     /// Returns the routes of a family in one table, or in all tables for `None`. Returns no routes for a
@@ -289,16 +333,59 @@ pub fn message(kind: u16, flags: u16, route: &Route) -> Message {
     message
 }
 
+/// Builds the request for the route of one packet.
+fn lookup_message(lookup: &RouteLookup) -> Message {
+    let bits = |address: IpAddr| if address.is_ipv4() { 32 } else { 128 };
+    let mut header = [0; ROUTE_HEADER];
+    header[0] = Family::of(lookup.destination).number();
+    header[1] = bits(lookup.destination);
+    header[2] = lookup.source.map_or(0, bits);
+    // IPv6 knows no such flag, and always names the table.
+    if lookup.destination.is_ipv4() {
+        let (_, flags) = header.split_at_mut(8);
+        flags.copy_from_slice(&RTM_F_LOOKUP_TABLE.to_ne_bytes());
+    }
+    let mut message = Message::new(libc::RTM_GETROUTE, 0, &header);
+    message.ip(RTA_DST, lookup.destination).u32(RTA_UID, lookup.user);
+    if let Some(source) = lookup.source {
+        message.ip(RTA_SRC, source);
+    }
+    if lookup.mark != 0 {
+        message.u32(RTA_MARK, lookup.mark);
+    }
+    if let Some((protocol, source_port, destination_port)) = lookup.transport {
+        message.u8(RTA_IP_PROTO, protocol);
+        for (kind, port) in [(RTA_SPORT, source_port), (RTA_DPORT, destination_port)] {
+            if port != 0 {
+                message.bytes(kind, &port.to_be_bytes());
+            }
+        }
+    }
+    message
+}
+
+/// Returns true for the errors of a lookup that found no route, or a route that refuses the packet. A
+/// blackhole gives the error of an invalid request, but without the kernel's message.
+fn is_refusing(error: &NetlinkError) -> bool {
+    let NetlinkError::Refused { refusal, .. } = error else { return false };
+    match refusal.errno {
+        Errno::EINVAL => refusal.text.is_none(),
+        errno => matches!(errno, Errno::ENETUNREACH | Errno::EHOSTUNREACH | Errno::EACCES),
+    }
+}
+
 /// Parses a message of a dump. Returns `None` unless it describes a route.
 pub fn parse(received: &Received<'_>) -> Option<Route> {
+    let is_cloned = super::codec::u32_at(received.payload, 8)? & RTM_F_CLONED != 0;
+    if is_cloned { None } else { read(received) }
+}
+
+/// Parses a message that describes a route, also one that was composed for one destination.
+fn read(received: &Received<'_>) -> Option<Route> {
     if received.kind != libc::RTM_NEWROUTE {
         return None;
     }
     let [family, length, _, _, table, protocol, _, kind] = *received.payload.first_chunk::<8>()?;
-    const RTM_F_CLONED: u32 = 0x200;
-    if super::codec::u32_at(received.payload, 8)? & RTM_F_CLONED != 0 {
-        return None;
-    }
     let unspecified: IpAddr = match Family::from_number(family)? {
         Family::V4 => std::net::Ipv4Addr::UNSPECIFIED.into(),
         Family::V6 => std::net::Ipv6Addr::UNSPECIFIED.into(),
@@ -378,7 +465,7 @@ impl RouteKind {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::AddressOptions;
+    use crate::{AddressOptions, Rule, RuleAction};
     use towline_netns::{add_link, namespace_test};
 
     fn link_with_addresses(rtnetlink: &mut Rtnetlink) -> u32 {
@@ -486,6 +573,41 @@ mod tests {
                 assert_eq!(read(Some(BGP), 0), None);
                 assert!(read(None, 9).unwrap().contains(&learned));
             }
+        }
+    }
+
+    namespace_test! {
+        fn the_route_of_a_packet_is_that_of_the_rules_and_tables() {
+            let mut rtnetlink = Rtnetlink::open().unwrap();
+            let index = link_with_addresses(&mut rtnetlink);
+            let find = |rtnetlink: &mut Rtnetlink, to: &str| {
+                rtnetlink.look_up_route(&RouteLookup::new(to.parse().unwrap())).unwrap()
+            };
+            assert_eq!(find(&mut rtnetlink, "10.2.0.9"), None);
+            for (family, net) in [(Family::V4, "10.2.0.0/16"), (Family::V6, "fd01::/64")] {
+                let net: IpNet = net.parse().unwrap();
+                rtnetlink.add_route(&Route::new(net).dev(index).table(21_580).metric(10)).unwrap();
+                let rule = Rule::new(family, 21_580, RuleAction::Table(21_580));
+                rtnetlink.add_rule(&rule).unwrap();
+            }
+            for (to, source) in [("10.2.0.9", "192.0.2.1"), ("fd01::9", "2001:db8::1")] {
+                let route = find(&mut rtnetlink, to).unwrap();
+                assert_eq!((route.table, route.link), (21_580, Some(index)), "{route:?}");
+                assert_eq!(route.source, Some(source.parse().unwrap()), "{route:?}");
+            }
+            let refused = Route::new("10.2.0.0/24".parse().unwrap())
+                .table(21_580)
+                .kind(RouteKind::Unreachable);
+            rtnetlink.add_route(&refused).unwrap();
+            assert_eq!(find(&mut rtnetlink, "10.2.0.9"), None);
+            assert!(find(&mut rtnetlink, "10.2.1.9").is_some());
+            let lookup = RouteLookup {
+                source: Some("192.0.2.1".parse().unwrap()),
+                transport: Some((libc::IPPROTO_TCP as u8, 0, 443)),
+                mark: 7,
+                ..RouteLookup::new("10.2.1.9".parse().unwrap())
+            };
+            assert!(rtnetlink.look_up_route(&lookup).unwrap().is_some());
         }
     }
 
