@@ -48,7 +48,7 @@ use towline_nftables::{Nft, NftError};
 pub use address::LocalAddress;
 pub use candidates::{CandidatePolicy, candidates};
 use families::Families;
-pub use obstacles::{Obstacle, ObstacleSearch};
+pub use obstacles::{Obstacle, ObstacleSearch, TrialConnection};
 use outward::WaysOut;
 pub use outward::{Connectivity, OutwardAddresses};
 pub use overlaps::Overlap;

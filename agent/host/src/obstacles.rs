@@ -86,8 +86,13 @@ impl Obstacle {
         self.traffic == Traffic::PortIn
     }
 
-    /// Returns the command that lets the traffic pass.
-    fn command(&self) -> String {
+    /// Returns the name of the chain with its table, such as `chain INPUT of table ip filter`.
+    pub fn place(&self) -> String {
+        format!("chain {} of table {} {}", self.chain, self.family, self.table)
+    }
+
+    /// Returns the command that lets the traffic pass, in backticks.
+    pub fn command(&self) -> String {
         let Self { link, port, family, table, chain, .. } = self;
         let tool = if *family == TableFamily::Ip6 { "ip6tables" } else { "iptables" };
         match (self.owner, self.traffic) {
@@ -160,7 +165,7 @@ codes! {
 
 impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { traffic, owner, family, table, chain, port, .. } = self;
+        let Self { traffic, owner, port, .. } = self;
         let what = match traffic {
             Traffic::In => {
                 format!("connections from the mesh to this machine (tried: TCP port {KUBELET})")
@@ -179,11 +184,7 @@ impl fmt::Display for Obstacle {
             Owner::Docker | Owner::DockerNftables => "Docker's firewall",
             Owner::Iptables | Owner::Nftables => "the host's firewall",
         };
-        write!(
-            f,
-            "{who} drops {what}: chain {chain} of table {family} {table}: run {}",
-            self.command()
-        )
+        write!(f, "{who} drops {what}: {}: run {}", self.place(), self.command())
     }
 }
 
@@ -244,32 +245,19 @@ impl ObstacleSearch {
     ///
     /// If the tables of other programs cannot be read.
     pub fn run(&self) -> Result<Vec<Obstacle>, NftError> {
-        let nft = &mut Nft::open()?;
-        let hooks = [Hook::Input, Hook::Forward, Hook::Output];
-        let tables = nft.tables_with_filters(&hooks, &self.table)?;
         let packets = self.packets();
         let mut found = BTreeSet::new();
-        for table in &tables {
+        for table in &other_tables(&self.table)? {
             // `hook` reports a link without a zone.
-            let has_no_zone = table.name == hook::FIREWALLD
-                && !hook::has_zone(
-                    table.chains.values().flat_map(|chain| &chain.rules),
-                    &self.link.name,
-                );
+            let rules = table.chains.values().flat_map(|chain| &chain.rules);
+            let has_no_zone =
+                table.name == hook::FIREWALLD && !hook::has_zone(rules, &self.link.name);
             for (traffic, packet) in &packets {
                 let by_link = !matches!(traffic, Traffic::PortIn | Traffic::PortOut);
-                if has_no_zone && by_link {
-                    continue;
+                if !(has_no_zone && by_link) {
+                    let port = self.port.unwrap_or_default();
+                    found.extend(droppers(table, *traffic, packet, &self.link.name, port));
                 }
-                found.extend(table.chains_that_drop(packet).map(|chain| Obstacle {
-                    traffic: *traffic,
-                    owner: owner(table, chain, packet.hook),
-                    family: table.family,
-                    table: table.name.clone(),
-                    chain: chain.to_owned(),
-                    link: self.link.name.clone(),
-                    port: self.port.unwrap_or_default(),
-                }));
             }
         }
         Ok(found.into_iter().collect())
@@ -336,6 +324,70 @@ impl ObstacleSearch {
         let local = self.addresses.iter().find(|local| local.index == index)?;
         Some(PacketLink { index, name: local.link.clone() })
     }
+}
+
+/// Connection of this host with the mesh, to try in the chains of other programs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrialConnection {
+    /// Name and index of Towline's link.
+    pub link: (String, u32),
+    /// Name of Towline's nftables table, which is not asked.
+    pub table: String,
+    /// Address of this host.
+    pub own: IpAddr,
+    /// Address at the other end, of the same family.
+    pub peer: IpAddr,
+    /// TCP port that the connection is made to.
+    pub port: u16,
+}
+
+impl TrialConnection {
+    /// Returns the chains that drop a connection from this host to the other end, and one from there to
+    /// the same port here.
+    ///
+    /// # Errors
+    ///
+    /// If the tables of other programs cannot be read.
+    pub fn run(&self) -> Result<Vec<Obstacle>, NftError> {
+        let (name, index) = &self.link;
+        let link = || Some(PacketLink { index: *index, name: name.clone() });
+        let to_port = |packet: Packet| Packet { destination_port: self.port, ..packet };
+        let out = tcp(Hook::Output, (None, link()), (self.own, self.peer));
+        let input = tcp(Hook::Input, (link(), None), (self.peer, self.own));
+        let packets = [(Traffic::Out, to_port(out)), (Traffic::In, to_port(input))];
+        let mut found = BTreeSet::new();
+        for table in &other_tables(&self.table)? {
+            for (traffic, packet) in &packets {
+                found.extend(droppers(table, *traffic, packet, name, 0));
+            }
+        }
+        Ok(found.into_iter().collect())
+    }
+}
+
+/// Returns the tables of other programs than the one whose table has this name.
+fn other_tables(own: &str) -> Result<Vec<ForeignTable>, NftError> {
+    Nft::open()?.tables_with_filters(&[Hook::Input, Hook::Forward, Hook::Output], own)
+}
+
+/// Returns the chains of a table that drop a packet. `link` is Towline's, `port` the UDP port of the
+/// tunnels.
+fn droppers(
+    table: &ForeignTable,
+    traffic: Traffic,
+    packet: &Packet,
+    link: &str,
+    port: u16,
+) -> impl Iterator<Item = Obstacle> {
+    table.chains_that_drop(packet).map(move |chain| Obstacle {
+        traffic,
+        owner: owner(table, chain, packet.hook),
+        family: table.family,
+        table: table.name.clone(),
+        chain: chain.to_owned(),
+        link: link.to_owned(),
+        port,
+    })
 }
 
 fn tcp(
