@@ -6,6 +6,7 @@
 pub mod cli;
 pub mod config;
 pub mod confirm;
+pub mod conntrack;
 pub mod control;
 pub mod daemon;
 pub mod dial;

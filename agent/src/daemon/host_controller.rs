@@ -19,6 +19,7 @@ use towline_proto::node::{Candidate, CandidateKind};
 use super::Purpose;
 use super::problem::{Blocked, NotApplied, Note, Problem};
 use crate::config::Config;
+use crate::conntrack::Conntrack;
 
 /// Delay after an incomplete apply until the next one, unless an event comes first.
 const RETRY: Duration = Duration::from_secs(1);
@@ -195,19 +196,9 @@ impl HostController {
         &self.gateways
     }
 
-    /// Returns a problem if the conntrack table is almost full. The kernel then drops new
-    /// connections, those of Towline included.
-    fn table_of_connections_is_full(&self) -> Option<Problem> {
-        let read = |name: &str| -> Option<u64> {
-            let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
-            std::fs::read_to_string(path).ok()?.trim().parse().ok()
-        };
-        connections(read("count")?, read("max")?)
-    }
-
     /// Returns the problems of the host's network.
     pub(super) fn problems(&self) -> Vec<Problem> {
-        let full = self.table_of_connections_is_full();
+        let full = Conntrack::read().and_then(Problem::of_conntrack);
         let obstacles = self.obstacles.iter().filter(|obstacle| !obstacle.is_note());
         let obstacles = obstacles.cloned().map(Problem::Firewall);
         let overlaps = self.overlaps.iter().cloned().map(Problem::NetworkCovered);
@@ -337,29 +328,9 @@ pub(super) fn local_candidates(addresses: &[IpAddr], port: u16) -> impl Iterator
     })
 }
 
-/// Returns a problem if at most 5 % of the conntrack table are free.
-fn connections(count: u64, max: u64) -> Option<Problem> {
-    // The last 5 % are used up within moments.
-    let full = max > 0 && count >= max - max / 20;
-    full.then_some(Problem::ConntrackFull { count, max })
-}
-
 /// Removes everything that Towline created on the host, without a running agent.
 pub(super) fn remove(config: &Config) -> anyhow::Result<()> {
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
     network.remove(&config.names()).context("cannot open the host")?;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_full_table_of_connections_is_said_with_the_way_out() {
-        assert_eq!(connections(900, 1_000), None);
-        assert_eq!(connections(0, 0), None);
-        let line = connections(960, 1_000).unwrap().to_string();
-        assert!(line.contains("960 of 1000") && line.contains("nf_conntrack_max"), "{line}");
-    }
 }

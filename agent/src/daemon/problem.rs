@@ -12,6 +12,7 @@ use towline_proto::codes;
 use towline_proto::id::NodeName;
 
 use crate::confirm::Confirmation;
+use crate::conntrack::Conntrack;
 use crate::kubernetes::NodeProblem;
 use crate::prefixes::NotAnnounced;
 use crate::state::{NotStored, StateError};
@@ -285,6 +286,12 @@ impl Problem {
             Confirmation::Missed => Some(Self::Undoing),
         }
     }
+
+    /// Returns a problem if the conntrack table is almost full.
+    pub(super) fn of_conntrack(table: Conntrack) -> Option<Self> {
+        let Conntrack { count, max } = table;
+        table.is_full().then_some(Self::ConntrackFull { count, max })
+    }
 }
 
 impl From<&StateError> for Problem {
@@ -296,4 +303,17 @@ impl From<&StateError> for Problem {
 /// Returns a duration in seconds, rounded up.
 fn whole_seconds(duration: Duration) -> u64 {
     duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_conntrack_table_is_said_with_what_helps() {
+        assert_eq!(Problem::of_conntrack(Conntrack { count: 900, max: 1_000 }), None);
+        let problem = Problem::of_conntrack(Conntrack { count: 960, max: 1_000 }).unwrap();
+        let line = problem.to_string();
+        assert!(line.contains("960 of 1000") && line.contains("nf_conntrack_max"), "{line}");
+    }
 }
