@@ -11,6 +11,7 @@ pub mod control;
 pub mod daemon;
 pub mod dial;
 pub mod discovery;
+pub mod doctor;
 pub mod down;
 pub mod events;
 pub mod guard;
@@ -31,6 +32,7 @@ pub mod reserved_port;
 pub mod state;
 pub mod static_peers;
 pub mod tls;
+pub mod trace;
 pub mod tun_owner;
 
 /// Returns every code of a reason, state, problem, conflict or note that the agent reports.
@@ -46,6 +48,7 @@ pub fn codes() -> Vec<&'static str> {
         towline_dataplane::OffReason::codes(),
         control::NoPong::codes(),
         control::PathKind::codes(),
+        doctor::Cause::codes(),
         down::MachineState::codes(),
         kubernetes::CniUnknown::codes(),
         kubernetes::Unavailable::codes(),

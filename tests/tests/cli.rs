@@ -43,10 +43,40 @@ fn without_an_agent_every_question_gets_one_clear_line() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("agent.sock");
     let socket = socket.to_str().unwrap();
-    for question in [&["status"][..], &["peers"], &["ping", "cp"], &["status", "-o", "json"]] {
+    for question in [
+        &["status"][..],
+        &["peers"],
+        &["ping", "cp"],
+        &["status", "-o", "json"],
+        &["explain", "cp"],
+        &["trace", "cp:443"],
+    ] {
         let output = towline(&[&["--socket", socket], question].concat());
         assert_refused(&output, &["no agent is running", "towline agent"]);
     }
+}
+
+#[test]
+fn without_an_agent_doctor_checks_the_host() {
+    let directory = tempfile::tempdir().unwrap();
+    let (state, socket) = (directory.path().join("state"), directory.path().join("agent.sock"));
+    let (state, socket) = (state.to_str().unwrap(), socket.to_str().unwrap());
+    let arguments = ["--state-dir", state, "--socket", socket, "doctor", "-o", "json"];
+    let output = towline(&arguments);
+    assert_eq!(output.status.code(), Some(1));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["schema_version"], 1);
+    assert_eq!(report["healthy"], false);
+    let checks = report["checks"].as_array().unwrap();
+    assert_eq!(checks[0]["code"], "agent");
+    assert_eq!(checks[0]["state"], "failed");
+    assert_eq!(checks[0]["causes"][0], "agent-not-running");
+    assert!(checks[0]["remedy"].as_str().unwrap().contains("systemctl"));
+    let conntrack = checks.iter().find(|check| check["code"] == "conntrack");
+    assert!(conntrack.is_some(), "{report}");
+    let table = towline(&arguments[..5]);
+    let table = String::from_utf8(table.stdout).unwrap();
+    assert!(table.starts_with("failed   agent "), "{table}");
 }
 
 #[test]
@@ -82,6 +112,7 @@ fn wrong_usage_is_status_2_and_says_nothing_on_stdout() {
     for output in [
         towline(&["no-such-command"]),
         towline(&["peers", "-o", "xml"]),
+        towline(&["trace", "cp:http"]),
         controller(&["token", "create", "--ttl", "soon"]),
     ] {
         assert_eq!(output.status.code(), Some(2));

@@ -68,6 +68,27 @@ Examples:
   # what happened after the last event that was read
   towline events --after 1764336000000-12";
 
+pub(super) const DOCTOR: &str = "\
+Examples:
+  towline doctor
+  # what was looked at, too
+  towline doctor -o wide
+  towline doctor -o json";
+
+pub(super) const EXPLAIN: &str = "\
+Examples:
+  # why is the GPU machine slow?
+  towline explain gpu-1
+  towline explain gpu-1 -o json";
+
+pub(super) const TRACE: &str = "\
+Examples:
+  # a node by its name
+  towline trace gpu-1
+  # a port of a pod
+  towline trace 10.244.1.7:8080
+  towline trace 10.244.1.7 -o json";
+
 pub(super) const PUBKEY: &str = "\
 Examples:
   # the public_key of this machine in the [[peer]] section of the other one

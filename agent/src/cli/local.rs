@@ -5,9 +5,13 @@ use std::path::Path;
 use anyhow::Context as _;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
+use towline_proto::code::Coded as _;
 use towline_proto::pb::local_client::LocalClient;
 use towline_proto::{limits, pb};
 use towline_service::grpc;
+
+use crate::doctor::Answers;
+use crate::down::MachineState;
 
 /// Runs `work` on a new runtime, with a client for the agent's socket.
 pub(crate) fn with_agent<T>(
@@ -22,6 +26,21 @@ pub(super) fn status(socket: &Path) -> anyhow::Result<pb::StatusResponse> {
     with_agent(socket, async |mut agent| {
         let answer = agent.status(pb::StatusRequest {}).await;
         Ok(answer.map_err(|status| status_error(&status))?.into_inner())
+    })
+}
+
+/// Asks the agent for its status and its peers.
+pub(super) fn ask(socket: &Path) -> anyhow::Result<Answers> {
+    with_agent(socket, async |mut agent| {
+        let status = agent.status(pb::StatusRequest {}).await;
+        let status = status.map_err(|status| status_error(&status))?.into_inner();
+        // A machine that is down has no peers.
+        if status.state == MachineState::Down.code() {
+            return Ok(Answers { status, peers: Vec::new() });
+        }
+        let peers = agent.peers(pb::PeersRequest {}).await;
+        let peers = peers.map_err(|status| status_error(&status))?.into_inner().peers;
+        Ok(Answers { status, peers })
     })
 }
 

@@ -6,8 +6,10 @@
 #![expect(clippy::print_stderr, reason = "diagnostics of the command line")]
 
 mod daemon;
+mod doctor;
 mod events;
 mod examples;
+mod explain;
 mod guard;
 mod install;
 mod join;
@@ -17,6 +19,7 @@ mod peer;
 mod peers;
 mod ping;
 mod status;
+mod trace;
 mod wait;
 mod watch;
 
@@ -92,6 +95,16 @@ enum Command {
     /// Probe the path to a node
     #[command(after_help = examples::PING)]
     Ping(ping::PingArgs),
+    /// Check this node and its host, and show what to do about what is wrong
+    #[command(after_help = examples::DOCTOR)]
+    Doctor(OutputArgs),
+    /// Explain why a peer is down, relayed or slow
+    #[command(after_help = examples::EXPLAIN)]
+    Explain(explain::ExplainArgs),
+    /// Show what happens to a packet from this node to an address: peer, rule, route, guards,
+    /// firewalls, path
+    #[command(after_help = examples::TRACE)]
+    Trace(trace::TraceArgs),
     /// Leave the mesh permanently: remove the node, its guards and routes, and disable its units
     #[command(after_help = examples::LEAVE)]
     Leave(machine::LeaveArgs),
@@ -209,6 +222,9 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Events(args) => events::run(&config()?, args),
         Command::Pubkey => daemon::pubkey(&config()?),
         Command::Ping(args) => ping::run(&config()?, args),
+        Command::Doctor(args) => doctor::run(&config()?, args.output),
+        Command::Explain(args) => explain::run(&config()?, &args),
+        Command::Trace(args) => trace::run(&config()?, &args),
         Command::Leave(args) => machine::leave(&config()?, &args),
         Command::Down => machine::down(&config()?),
         Command::Up(args) => machine::up(&config()?, &args),

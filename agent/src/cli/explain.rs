@@ -1,0 +1,55 @@
+//! Implements `towline explain PEER`: why a peer is down, relayed or slow, in words.
+
+use anyhow::bail;
+use clap::Args;
+use serde::Serialize;
+use towline_service::output::{self, Format};
+
+use super::{doctor, local};
+use crate::config::Config;
+use crate::doctor::explain::{self, Explanation, Verdict};
+use crate::doctor::{Agent, examine};
+
+/// Version of the JSON document. It changes when a field is removed or changes its meaning.
+const SCHEMA: u32 = 1;
+
+#[derive(Debug, Args)]
+pub(super) struct ExplainArgs {
+    /// Name of a node or of a static peer, or one of its overlay addresses
+    peer: String,
+    /// Output format
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    schema_version: u32,
+    #[serde(flatten)]
+    explanation: &'a Explanation,
+}
+
+/// Prints the explanation. Succeeds if this node knows the peer.
+pub(super) fn run(config: &Config, args: &ExplainArgs) -> anyhow::Result<()> {
+    let answers = local::ask(&config.socket)?;
+    let facts = doctor::facts(config, Agent::Answered(Box::new(answers.clone())));
+    let explanation = explain::explain(&args.peer, &answers, &examine(&facts));
+    let report = Report { schema_version: SCHEMA, explanation: &explanation };
+    output::write(args.output, &report, |wide| text(&explanation, wide))?;
+    if explanation.state == Verdict::Unknown {
+        bail!("no peer has the name {}: run `towline peers` for a list", args.peer);
+    }
+    Ok(())
+}
+
+fn text(explanation: &Explanation, wide: bool) -> String {
+    let mut text: String =
+        explanation.sentences.iter().flat_map(|sentence| [sentence, "\n"]).collect();
+    if let Some(remedy) = &explanation.remedy {
+        text.push_str(&format!("what to do: {remedy}\n"));
+    }
+    if let Some(cause) = explanation.cause.as_ref().filter(|_| wide) {
+        text.push_str(&format!("code: {cause}\n"));
+    }
+    text
+}
