@@ -17,6 +17,7 @@
 //! | [`client`] | the agent's side |
 //! | [`programs`] | loading eBPF programs, and the one that chooses the queue of a TUN |
 //! | [`egress`] | the eBPF program that guards an uplink, and its attachment |
+//! | [`wireguard_socket`] | the socket of `wg show` in the directory that all WireGuard programs share |
 //!
 //! The helper must not take a path, a name or a program from its client: a request is one value of
 //! [`protocol::Request`], whose few numbers are checked when it is parsed. It reads one message of bounded size, waits a bounded time, and keeps no
@@ -30,3 +31,4 @@ pub mod egress;
 pub mod programs;
 pub mod protocol;
 pub mod server;
+pub mod wireguard_socket;

@@ -8,8 +8,8 @@
 //! `present` has a bit for each file of the request, lowest first, which is set if the file exists.
 //! The descriptors of the existing files are passed with the response in the same order.
 //!
-//! Only the requests about an uplink have numbers: guarding it has those of [`EgressGuard`] in the order
-//! network namespace, uplink, tunnel, mark, mask; opening it has the first two. A helper of a version that
+//! Only the requests about a link have numbers: guarding an uplink has those of [`EgressGuard`] in the order
+//! network namespace, uplink, tunnel, mark, mask; the others have the namespace and the link. A helper of a version that
 //! does not know a request answers that it is malformed.
 
 use std::io;
@@ -50,6 +50,41 @@ pub enum Request {
     GuardUplink(EgressGuard),
     /// Detaches that program from an uplink.
     OpenUplink(Uplink),
+    /// Opens the socket `/run/wireguard/NAME.sock` of the client's own TUN link, at which `wg show` asks for
+    /// its state.
+    WireguardSocket(TunnelLink),
+    /// Removes that socket, if nobody serves it any more.
+    RemoveWireguardSocket(TunnelLink),
+}
+
+/// TUN link of the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TunnelLink(Uplink);
+
+impl TunnelLink {
+    /// Returns the link with this index in the network namespace of the calling thread. Returns `None`
+    /// if no link but the loopback has such an index.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if `/proc` is not mounted.
+    pub fn here(index: u32) -> io::Result<Option<Self>> {
+        Ok(Uplink::here(index)?.map(Self))
+    }
+
+    /// Returns true if the link is in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if `/proc` is not mounted.
+    pub fn is_here(&self) -> io::Result<bool> {
+        self.0.is_here()
+    }
+
+    /// Returns the index of the link.
+    pub fn index(&self) -> u32 {
+        self.0.index()
+    }
 }
 
 /// Link that leads out of this machine.
@@ -248,6 +283,10 @@ pub struct Response {
 const GUARD_UPLINK: u8 = 7;
 /// Number of the request [`Request::OpenUplink`] in a message.
 const OPEN_UPLINK: u8 = 8;
+/// Number of the request [`Request::WireguardSocket`] in a message.
+const WIREGUARD_SOCKET: u8 = 12;
+/// Number of the request [`Request::RemoveWireguardSocket`] in a message.
+const REMOVE_WIREGUARD_SOCKET: u8 = 13;
 
 impl Request {
     /// All requests without numbers, for parsing and tests.
@@ -270,7 +309,11 @@ impl Request {
                 let Uplink { namespace, link } = guard.uplink;
                 vec![namespace, link.0, guard.tunnel(), guard.mark, guard.mask]
             }
-            Self::OpenUplink(Uplink { namespace, link }) => vec![namespace, link.0],
+            Self::OpenUplink(Uplink { namespace, link })
+            | Self::WireguardSocket(TunnelLink(Uplink { namespace, link }))
+            | Self::RemoveWireguardSocket(TunnelLink(Uplink { namespace, link })) => {
+                vec![namespace, link.0]
+            }
             _ => Vec::new(),
         };
         let mut message = vec![MAGIC[0], MAGIC[1], VERSION, self.code()];
@@ -303,6 +346,12 @@ impl Request {
                 EgressGuard::new(uplink, tunnel, number(mark), number(mask)).map(Self::GuardUplink)
             }
             (OPEN_UPLINK, [namespace, link]) => uplink(namespace, link).map(Self::OpenUplink),
+            (WIREGUARD_SOCKET, [namespace, link]) => {
+                uplink(namespace, link).map(TunnelLink).map(Self::WireguardSocket)
+            }
+            (REMOVE_WIREGUARD_SOCKET, [namespace, link]) => {
+                uplink(namespace, link).map(TunnelLink).map(Self::RemoveWireguardSocket)
+            }
             (_, []) => Self::PLAIN.into_iter().find(|request| request.code() == code),
             _ => None,
         }
@@ -320,6 +369,8 @@ impl Request {
             Self::SteeringProgram => 6,
             Self::GuardUplink(_) => GUARD_UPLINK,
             Self::OpenUplink(_) => OPEN_UPLINK,
+            Self::WireguardSocket(_) => WIREGUARD_SOCKET,
+            Self::RemoveWireguardSocket(_) => REMOVE_WIREGUARD_SOCKET,
             Self::Kubelet(Installation::K0s) => 9,
             Self::Kubelet(Installation::MicroK8s) => 10,
             Self::Kubelet(Installation::Eks) => 11,
@@ -409,6 +460,12 @@ mod tests {
         let request = Request::OpenUplink(uplink);
         assert_eq!(Request::parse(&request.encode()), Some(request));
         assert_eq!(message(8, &[here, 2]), Some(request));
+        let link = TunnelLink::here(2).unwrap().unwrap();
+        for request in [Request::WireguardSocket(link), Request::RemoveWireguardSocket(link)] {
+            assert_eq!(Request::parse(&request.encode()), Some(request));
+        }
+        assert_eq!(message(12, &[here, 1]), None, "the loopback");
+        assert_eq!(message(13, &[here]), None);
         let Some(Request::OpenUplink(elsewhere)) = message(8, &[here ^ 1, 2]) else { panic!() };
         assert!(uplink.is_here().unwrap() && !elsewhere.is_here().unwrap());
         for numbers in [

@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, recv, sendmsg, setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
-use crate::protocol::{CNI_DIRECTORIES, DESCRIPTORS, REQUEST_BYTES, Request, Response, Status};
-use crate::{egress, programs};
+use crate::protocol::{
+    CNI_DIRECTORIES, DESCRIPTORS, REQUEST_BYTES, Request, Response, Status, TunnelLink,
+};
+use crate::{egress, programs, wireguard_socket};
 
 /// Name of the agent's user.
 const AGENT: &str = "towline";
@@ -24,6 +26,10 @@ const TIMEOUT_SECONDS: i64 = 5;
 const FILE_BYTES: u64 = 1 << 20;
 /// Largest number of directory entries that are examined.
 const NAMES: usize = 256;
+/// Directory with an entry for each link of the network namespace.
+const LINKS: &str = "/sys/class/net";
+/// Largest number of links that are examined: more than a host with thousands of pods has.
+const MOST_LINKS: usize = 65_536;
 
 /// File system that the helper works on.
 #[derive(Debug, Clone)]
@@ -55,7 +61,7 @@ pub fn serve(connection: BorrowedFd<'_>, machine: &Machine) -> io::Result<Status
         let mut message = [0; REQUEST_BYTES + 1];
         let length = recv(connection.as_raw_fd(), &mut message, MsgFlags::empty())?;
         match message.get(..length).and_then(Request::parse) {
-            Some(request) => answer(machine.perform(request)),
+            Some(request) => answer(machine.perform(request, peer.uid())),
             None => (Response::without(Status::Malformed, 0), Vec::new()),
         }
     } else {
@@ -91,8 +97,12 @@ fn send(connection: BorrowedFd<'_>, response: Response, descriptors: &[OwnedFd])
 
 impl Machine {
     /// Carries out a request and returns its descriptors, in the order of its files. An absent file
-    /// is `None`.
-    fn perform(&self, request: Request) -> io::Result<Vec<Option<OwnedFd>>> {
+    /// is `None`. `client` is the uid of the client.
+    fn perform(
+        &self,
+        request: Request,
+        client: u32,
+    ) -> io::Result<Vec<Option<OwnedFd>>> {
         match request {
             Request::Kubelet(installation) => {
                 let files = installation.files().iter();
@@ -107,7 +117,44 @@ impl Machine {
             Request::SteeringProgram => Ok(vec![Some(programs::steering()?)]),
             Request::GuardUplink(guard) => egress::attach(&guard).map(|()| Vec::new()),
             Request::OpenUplink(uplink) => egress::detach(uplink).map(|()| Vec::new()),
+            Request::WireguardSocket(link) => {
+                let name = self.name_of_tunnel(link, client)?;
+                let directory = self.place(Path::new(wireguard_socket::DIRECTORY));
+                Ok(vec![Some(wireguard_socket::open(&directory, &name)?)])
+            }
+            Request::RemoveWireguardSocket(link) => {
+                let name = self.name_of_tunnel(link, client)?;
+                let directory = self.place(Path::new(wireguard_socket::DIRECTORY));
+                wireguard_socket::remove(&directory, &name).map(|()| Vec::new())
+            }
         }
+    }
+
+    /// Returns the name of a TUN link that belongs to the client. Root may name any TUN. The name comes
+    /// from the kernel, so the client cannot choose which socket is opened.
+    fn name_of_tunnel(&self, link: TunnelLink, client: u32) -> io::Result<String> {
+        if !link.is_here()? {
+            return Err(io::Error::from_raw_os_error(libc::ENODEV));
+        }
+        let number = |path: PathBuf| -> Option<u32> {
+            std::fs::read_to_string(path).ok()?.trim().parse().ok()
+        };
+        let links = self.place(Path::new(LINKS));
+        for entry in std::fs::read_dir(links)?.take(MOST_LINKS) {
+            let entry = entry?;
+            if number(entry.path().join("ifindex")) != Some(link.index()) {
+                continue;
+            }
+            // Links of other kinds have no such file. A TUN without an owner has the number -1.
+            let owner = number(entry.path().join("owner"));
+            let is_tun = entry.path().join("tun_flags").exists();
+            if !is_tun || (client != 0 && owner != Some(client)) {
+                return Err(io::Error::from_raw_os_error(libc::EPERM));
+            }
+            let name = entry.file_name().into_string();
+            return name.map_err(|_| io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        Err(io::Error::from_raw_os_error(libc::ENODEV))
     }
 
     /// Opens the first files of the first directory that has any, in the order in which container
@@ -358,6 +405,40 @@ mod tests {
         let (response, files) = exchange(&machine, &request).unwrap();
         assert_eq!(response.present, 0b11);
         assert_eq!(files.into_iter().map(text).collect::<Vec<_>>(), ["a", "b"]);
+    }
+
+    #[test]
+    fn the_socket_of_wg_is_opened_for_the_owner_of_the_tun_alone() {
+        let (_root, machine) = machine("towline");
+        let client = geteuid().as_raw();
+        for (name, index, owner) in [("tl0", 7, client), ("tl1", 8, 64_123)] {
+            put(&machine, &format!("/sys/class/net/{name}/ifindex"), &format!("{index}\n"));
+            put(&machine, &format!("/sys/class/net/{name}/owner"), &format!("{owner}\n"));
+            put(&machine, &format!("/sys/class/net/{name}/tun_flags"), "0x1001\n");
+        }
+        put(&machine, "/sys/class/net/eth0/ifindex", "9\n");
+        std::fs::create_dir_all(machine.place(Path::new("/run"))).unwrap();
+        let link = |index| TunnelLink::here(index).unwrap().unwrap();
+        let ask = |request: Request| exchange(&machine, &request.encode()).unwrap();
+        let (response, mut files) = ask(Request::WireguardSocket(link(7)));
+        assert_eq!(response, Response { status: Status::Done, present: 1, errno: 0 });
+        let path = machine.place(Path::new("/run/wireguard/tl0.sock"));
+        std::os::unix::net::UnixStream::connect(&path).unwrap();
+        // A socket that is served stays, and is not opened a second time.
+        let (response, _) = ask(Request::RemoveWireguardSocket(link(7)));
+        assert_eq!((response.status, response.errno), (Status::Failed, libc::EADDRINUSE));
+        let (response, _) = ask(Request::WireguardSocket(link(7)));
+        assert_eq!((response.status, response.errno), (Status::Failed, libc::EADDRINUSE));
+        files.clear();
+        let (response, _) = ask(Request::RemoveWireguardSocket(link(7)));
+        assert_eq!((response.status, path.exists()), (Status::Done, false));
+        // Other kinds of links, links that do not exist, and those of other users.
+        for index in [9, 10] {
+            let (response, _) = ask(Request::WireguardSocket(link(index)));
+            assert_eq!(response.status, Status::Failed, "{index}");
+        }
+        assert!(machine.name_of_tunnel(link(8), 64_124).is_err());
+        assert_eq!(machine.name_of_tunnel(link(8), 64_123).unwrap(), "tl1");
     }
 
     #[test]

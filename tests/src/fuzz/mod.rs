@@ -455,10 +455,18 @@ pub fn helper(bytes: &[u8]) {
 }
 
 fn helper_seeds() -> Vec<Vec<u8>> {
-    use towline_helper::protocol::{EgressGuard, LinkIndex, Request, Response, Status, Uplink};
+    use towline_helper::protocol::{
+        EgressGuard, LinkIndex, Request, Response, Status, TunnelLink, Uplink,
+    };
     let uplink = Uplink::here(2).expect("a namespace").expect("an uplink");
     let guard = EgressGuard::new(uplink, LinkIndex::new(9), 0x10, 0x30).expect("a guard");
-    let uplinks = [Request::GuardUplink(guard), Request::OpenUplink(uplink)];
+    let link = TunnelLink::here(7).expect("a namespace").expect("a link");
+    let uplinks = [
+        Request::GuardUplink(guard),
+        Request::OpenUplink(uplink),
+        Request::WireguardSocket(link),
+        Request::RemoveWireguardSocket(link),
+    ];
     let responses = [
         Response { status: Status::Done, present: 0b11, errno: 0 },
         Response::without(Status::Failed, 13),
