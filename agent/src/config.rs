@@ -114,6 +114,8 @@ pub struct WireguardConfig {
     /// True if outer packets get the DSCP of the inner ones. It tells everybody on the way which
     /// traffic is which.
     pub copy_dscp: bool,
+    /// True if `wg show` is answered, at `/run/wireguard/LINK.sock`.
+    pub uapi: bool,
 }
 
 /// Settings of the TUN link.
@@ -257,7 +259,7 @@ impl Default for Config {
 
 impl Default for WireguardConfig {
     fn default() -> Self {
-        Self { port: 51830, workers: 1, copy_dscp: false }
+        Self { port: 51830, workers: 1, copy_dscp: false, uapi: true }
     }
 }
 

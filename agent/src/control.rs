@@ -27,6 +27,7 @@ use towline_proto::{codes, limits, pb};
 
 use crate::down::{Down, Lasts};
 use crate::events::{self, EventId};
+use crate::uapi;
 
 /// Maximum time to write the pending responses when the daemon ends.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
@@ -52,6 +53,10 @@ pub enum Request {
         /// Receives the events that are kept, and a channel of those to come.
         reply: oneshot::Sender<(Vec<pb::Event>, broadcast::Receiver<pb::Event>)>,
     },
+    /// Status and peers for the metrics, as of the last search of the host: a scrape must not begin one.
+    Metrics(oneshot::Sender<(pb::StatusResponse, pb::PeersResponse)>),
+    /// State of the tunnels for `wg show`.
+    Device(oneshot::Sender<uapi::Device>),
     /// One probe of `towline ping`.
     Ping {
         /// The node's name, or one of its overlay addresses.
@@ -74,6 +79,25 @@ pub enum Request {
     Up(oneshot::Sender<Result<bool, String>>),
     /// Request of `towline confirm`. The reply is true if the join was still to be confirmed.
     Confirm(oneshot::Sender<Result<bool, String>>),
+}
+
+/// Handle for other servers of the agent, which ask the daemon through the same queue. It does not keep the
+/// queue open.
+#[derive(Debug, Clone)]
+pub struct Requests(mpsc::WeakSender<Request>);
+
+impl Requests {
+    /// Creates a handle to the queue.
+    pub(crate) fn of(queue: &mpsc::Sender<Request>) -> Self {
+        Self(queue.downgrade())
+    }
+
+    /// Sends a request and waits for the reply. Returns `None` if the agent is stopping.
+    pub async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.0.upgrade()?.send(request(reply)).await.ok()?;
+        answer.await.ok()
+    }
 }
 
 /// Result of `towline down`.
@@ -221,6 +245,7 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
 #[derive(Debug)]
 pub struct ControlServer {
     requests: mpsc::Receiver<Request>,
+    handle: Requests,
     stop: oneshot::Sender<()>,
     served: JoinHandle<()>,
 }
@@ -230,12 +255,18 @@ impl ControlServer {
     pub fn start(path: &Path) -> Result<Self, ListenError> {
         let listener = listen(path)?;
         let (daemon, requests) = mpsc::channel(16);
+        let handle = Requests::of(&daemon);
         let (stop, stopped) = oneshot::channel();
         let served = tokio::spawn(serve(listener, daemon, async {
             // The sender was used or dropped.
             let _ = stopped.await;
         }));
-        Ok(Self { requests, stop, served })
+        Ok(Self { requests, handle, stop, served })
+    }
+
+    /// Returns a handle for another server that asks the daemon.
+    pub fn requests(&self) -> Requests {
+        self.handle.clone()
     }
 
     /// Waits for the next request. No request is lost when the future is dropped.
@@ -246,7 +277,7 @@ impl ControlServer {
     /// Stops the server. Requests in the queue fail with `UNAVAILABLE`. All responses are written
     /// before the connections are closed, within a time limit.
     pub async fn stop(self) {
-        let Self { requests, stop, mut served } = self;
+        let Self { requests, stop, mut served, .. } = self;
         drop(requests);
         let _ = stop.send(());
         if tokio::time::timeout(STOP_LIMIT, &mut served).await.is_err() {
@@ -278,8 +309,8 @@ async fn serve(
     }
 }
 
-/// Returns whether the peer of a connection may use the API.
-fn allowed(stream: &UnixStream) -> bool {
+/// Returns whether the peer of a connection may use the API: root and the agent's user may.
+pub(crate) fn allowed(stream: &UnixStream) -> bool {
     let own = nix::unistd::geteuid().as_raw();
     match stream.peer_cred() {
         Ok(peer) if peer.uid() == 0 || peer.uid() == own => true,

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 pub use crate::kubernetes::cni::plugin_type as cni_plugin;
 pub use crate::lockout::parse as ssh_variable;
 pub use crate::reserved_port::Ports as ReservedPorts;
+pub use crate::uapi::{Progress as UapiProgress, RequestParser as UapiRequest};
 
 /// Returns the local and the remote address in a line of `/proc/net/tcp`.
 pub fn connection(line: &str) -> Option<[SocketAddr; 2]> {

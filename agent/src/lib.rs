@@ -34,6 +34,7 @@ pub mod static_peers;
 pub mod tls;
 pub mod trace;
 pub mod tun_owner;
+pub mod uapi;
 
 /// Returns every code of a reason, state, problem, conflict or note that the agent reports.
 pub fn codes() -> Vec<&'static str> {

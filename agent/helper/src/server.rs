@@ -98,11 +98,7 @@ fn send(connection: BorrowedFd<'_>, response: Response, descriptors: &[OwnedFd])
 impl Machine {
     /// Carries out a request and returns its descriptors, in the order of its files. An absent file
     /// is `None`. `client` is the uid of the client.
-    fn perform(
-        &self,
-        request: Request,
-        client: u32,
-    ) -> io::Result<Vec<Option<OwnedFd>>> {
+    fn perform(&self, request: Request, client: u32) -> io::Result<Vec<Option<OwnedFd>>> {
         match request {
             Request::Kubelet(installation) => {
                 let files = installation.files().iter();

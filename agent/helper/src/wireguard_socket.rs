@@ -23,7 +23,7 @@ pub const DIRECTORY: &str = "/run/wireguard";
 
 /// Mode of the directory: everyone may look up a name in it, and root alone may add one.
 const DIRECTORY_MODE: u32 = 0o755;
-/// Mode of the socket. Root connects to it, and whoever serves it checks the credentials.
+/// Mode of the socket. Root connects to it, and the process that serves it checks the credentials.
 const SOCKET_MODE: u32 = 0o600;
 /// Largest number of connections that wait to be accepted.
 const WAITING: i32 = 8;

@@ -38,6 +38,7 @@ pub(super) async fn informed(leaving: &mut Option<Leaving>) -> Result<(), String
 impl Daemon {
     /// Stops the data plane and removes everything that Towline created on the host.
     pub(super) fn open_host(&mut self) -> Result<(), String> {
+        self.close_wireguard_socket();
         if let Err(error) = self.tunnels.data_plane().stop() {
             tracing::error!(%error, "data plane hangs: opening the host anyway");
         }

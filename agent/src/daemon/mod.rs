@@ -25,6 +25,7 @@
 //! | `Observer` | events, rates of traffic, and the problems that are known |
 //! | `RelayServer` | requests of other nodes to this node's relay |
 //! | `Leaving` | a `towline leave` that waits for a controller |
+//! | `WireguardSocket` | the socket of `wg show`, and its server |
 //! | `Reporter` | nothing: it reads all of them for status output |
 
 mod announcer;
@@ -48,6 +49,7 @@ mod termination;
 mod tests;
 mod tunnels;
 mod watchdog;
+mod wireguard_socket;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -96,6 +98,7 @@ use start::Stored;
 use start_report::StartReport;
 use tunnels::{Report, Tunnels};
 use watchdog::{Verdict, Watchdog};
+use wireguard_socket::WireguardSocket;
 
 pub use leave::{leave, open_host};
 pub(crate) use start::{configure, core_config};
@@ -212,6 +215,8 @@ struct Daemon {
     observer: Observer,
     /// Set while `towline leave` waits for a controller.
     leaving: Option<Leaving>,
+    /// Set while the daemon runs, if there is a link and the configuration does not disable it.
+    wireguard_socket: Option<WireguardSocket>,
 }
 
 /// # Inputs
@@ -228,6 +233,10 @@ impl Daemon {
         let mut start = StartReport::default();
         let mut watchdog = Watchdog::new(Instant::now(), notifier.period());
         let mut sleep = SleepClock::default();
+        if self.config.wireguard.uapi && self.purpose == Purpose::Node {
+            let socket = WireguardSocket::start(&self.config.link.name, control.requests());
+            self.wireguard_socket = Some(socket);
+        }
         // Pod networks are known before the uplinks are chosen: none of them is one.
         self.kubernetes_changed();
         self.configuration_changed();
@@ -296,6 +305,7 @@ impl Daemon {
             }
         };
         self.abandon_leave();
+        self.close_wireguard_socket();
         if let Err(error) = self.tunnels.data_plane().stop() {
             tracing::error!(%error, "data plane hangs: ending the agent without it");
         }
@@ -424,6 +434,13 @@ impl Daemon {
         self.addresses_changed();
     }
 
+    /// Closes the socket of `wg show`. It has to be closed before the link is removed.
+    fn close_wireguard_socket(&mut self) {
+        if let Some(socket) = self.wireguard_socket.take() {
+            socket.close();
+        }
+    }
+
     /// Handles a request of the command line. Returns why the daemon has to end, if it has to.
     fn control_request(&mut self, request: Request) -> Option<Exit> {
         match request {
@@ -445,6 +462,12 @@ impl Daemon {
             }
             Request::Events { after, reply } => {
                 let _ = reply.send(self.observer.log().read(after));
+            }
+            Request::Metrics(reply) => {
+                let _ = reply.send((Reporter(self).status(), Reporter(self).peers()));
+            }
+            Request::Device(reply) => {
+                let _ = reply.send(Reporter(self).device());
             }
             Request::Ping { node, timeout, reply } => {
                 self.prober.ping(Instant::now(), &mut self.mesh, &node, timeout, reply);

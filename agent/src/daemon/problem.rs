@@ -11,6 +11,7 @@ use towline_proto::code::Coded;
 use towline_proto::codes;
 use towline_proto::id::NodeName;
 
+use super::wireguard_socket::NotServed;
 use crate::confirm::Confirmation;
 use crate::conntrack::Conntrack;
 use crate::kubernetes::NodeProblem;
@@ -240,6 +241,9 @@ pub(super) enum Note {
         /// Port that the kernel chose.
         second: u16,
     },
+    /// `wg show` shows nothing of this agent.
+    #[error(transparent)]
+    NotServed(#[from] NotServed),
 }
 
 codes! {
@@ -248,6 +252,7 @@ codes! {
         PastNetfilter(PastNetfilter),
         Firewall(Obstacle),
         SecondPort => "second-port-used",
+        NotServed(NotServed),
     }
 }
 

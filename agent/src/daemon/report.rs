@@ -22,6 +22,7 @@ use crate::control::PathKind;
 use crate::down::MachineState;
 use crate::events;
 use crate::state::StateDir;
+use crate::uapi;
 
 /// Time after which something that was seen once is no longer a problem.
 const RECENT: Duration = Duration::from_secs(300);
@@ -47,6 +48,8 @@ impl Reporter<'_> {
         let blocked = daemon.host.blocked();
         let (problems, mut notes) = (self.problems(), daemon.host.notes());
         let configured = config.wireguard.port;
+        let socket = daemon.wireguard_socket.as_ref();
+        notes.extend(socket.and_then(|socket| socket.problem()).map(Note::from));
         notes.extend(mesh.second_port().map(|second| Note::SecondPort { configured, second }));
         let own_drops = [("probes_refused", daemon.prober.refused())];
         let drops = snapshot.drops.into_iter().chain(mesh.counters().named()).chain(own_drops);
@@ -201,6 +204,34 @@ impl Reporter<'_> {
             paths: paths.collect(),
             history: history.collect(),
         })
+    }
+}
+
+impl Reporter<'_> {
+    /// Returns the answer to `wg show`: the peer table with its counters.
+    pub(super) fn device(&self) -> uapi::Device {
+        let Self(daemon) = self;
+        let snapshot = daemon.tunnels.data_plane().snapshot();
+        let (now, wall) = (Instant::now(), SystemTime::now());
+        let since_1970 = |at: Instant| {
+            let at = wall.checked_sub(now.saturating_duration_since(at))?;
+            at.duration_since(UNIX_EPOCH).ok()
+        };
+        let table = daemon.mesh.peer_table();
+        let peers = table.into_iter().flat_map(|table| &table.peers).map(|(key, entry)| {
+            let state = snapshot.peers.get(key);
+            uapi::Peer {
+                public_key: *key,
+                endpoint: entry.endpoint.map(|path| path.remote),
+                last_handshake: state.and_then(|state| state.last_handshake).and_then(since_1970),
+                rx_bytes: state.map_or(0, |state| state.received_bytes),
+                tx_bytes: state.map_or(0, |state| state.sent_bytes),
+                keepalive: entry.keepalive,
+                allowed_ips: entry.prefixes.clone(),
+            }
+        });
+        let (listen_port, fwmark) = (daemon.config.wireguard.port, daemon.config.routing.mark);
+        uapi::Device { listen_port, fwmark, peers: peers.collect() }
     }
 }
 

@@ -155,6 +155,11 @@ impl Standby {
             Request::Events { after, reply } => {
                 let _ = reply.send(EventLog::new(0).read(after));
             }
+            Request::Metrics(reply) => {
+                let _ = reply.send((self.status(), pb::PeersResponse::default()));
+            }
+            // There is no link, and so no socket of `wg show`.
+            Request::Device(reply) => drop(reply),
             Request::Ping { reply, .. } => {
                 let _ = reply.send(PingAnswer::Silence(NoPong::Down(self.down())));
             }

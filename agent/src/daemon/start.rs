@@ -183,6 +183,7 @@ impl Daemon {
             relay,
             observer,
             leaving: None,
+            wireguard_socket: None,
         })
     }
 }

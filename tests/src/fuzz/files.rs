@@ -96,7 +96,28 @@ pub fn request(bytes: &[u8]) {
     let _ = controller::signing_request(bytes);
 }
 
+/// Parses a request at the socket of `wg show`. The first byte is where the bytes are split into pieces.
+///
+/// A request is the same in one piece and in several, and once it has ended it stays what it is.
+pub fn uapi(bytes: &[u8]) {
+    let Some((at, bytes)) = bytes.split_first() else { return };
+    let (first, second) = bytes.split_at(usize::from(*at).min(bytes.len()));
+    let mut parser = agent::UapiRequest::default();
+    let before = parser.feed(first);
+    let after = parser.feed(second);
+    assert!(before == agent::UapiProgress::More || before == after);
+    assert_eq!(agent::UapiRequest::default().feed(bytes), after);
+    if after != agent::UapiProgress::More {
+        assert_eq!(parser.feed(b"get=1\n\n"), after);
+    }
+}
+
 // Inputs
+
+pub(super) fn uapi_seeds() -> Vec<Vec<u8>> {
+    let set = b"\x09set=1\nlisten_port=51830\nreplace_peers=true\nallowed_ip=198.19.0.1/32\n\n";
+    vec![b"\x03get=1\n\n".to_vec(), set.to_vec()]
+}
 
 pub(super) fn files_seeds() -> Vec<Vec<u8>> {
     let texts: [(u8, &str); 7] = [

@@ -32,7 +32,7 @@ use towline_wireguard::{DATA_HEADER, MessageKind, Segments};
 
 use crate::sim::host::{self, Host};
 pub use aead::aead;
-pub use files::{files, request, stored};
+pub use files::{files, request, stored, uapi};
 pub use kernel::{netlink, nftables};
 pub use pipeline::pipeline;
 
@@ -70,6 +70,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "files", run: files, seeds: files::files_seeds },
     Target { name: "stored", run: stored, seeds: files::stored_seeds },
     Target { name: "request", run: request, seeds: files::request_seeds },
+    Target { name: "uapi", run: uapi, seeds: files::uapi_seeds },
 ];
 
 /// Decodes a body that is signed by the right key and may contain any bytes. The first byte selects
