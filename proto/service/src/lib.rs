@@ -10,6 +10,7 @@
 //! | [`grpc`] | gRPC over a connection that exists already |
 //! | [`log`] | log output, to the journal or elsewhere, as text or JSON |
 //! | [`manual`] | shell completions and man pages |
+//! | [`mod@metrics`] | metrics for Prometheus: table, text and server |
 //! | [`notify`] | notifications to the service manager |
 //! | [`output`] | tables, JSON and YAML on stdout |
 //! | [`pem`] | certificates and keys as PEM text |
@@ -31,6 +32,7 @@ pub mod grpc;
 pub mod internals;
 pub mod log;
 pub mod manual;
+pub mod metrics;
 pub mod notify;
 pub mod output;
 pub mod pem;
