@@ -58,6 +58,8 @@ pub struct Config {
     pub relay: RelayConfig,
     /// Settings of the log.
     pub log: LogConfig,
+    /// Settings of the metrics for Prometheus.
+    pub metrics: MetricsConfig,
 }
 
 /// Addresses and networks of this node.
@@ -183,6 +185,57 @@ impl Default for RelayConfig {
     }
 }
 
+/// Settings of the metrics for Prometheus.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MetricsConfig {
+    /// Address at which `GET /metrics` is answered, without TLS and login. Absent: nowhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen: Option<MetricsAddress>,
+}
+
+/// Address of the metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum MetricsAddress {
+    /// One address with a port.
+    Fixed(SocketAddr),
+    /// All addresses of this node's link, with this port. One configuration fits every node.
+    Overlay(u16),
+}
+
+/// Error of parsing the address of the metrics.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{text}` is no address: use `127.0.0.1:9586`, `[::1]:9586` or `overlay:9586`")]
+pub struct InvalidMetricsAddress {
+    text: String,
+}
+
+impl TryFrom<String> for MetricsAddress {
+    type Error = InvalidMetricsAddress;
+
+    fn try_from(text: String) -> Result<Self, InvalidMetricsAddress> {
+        let parsed = match text.strip_prefix("overlay:") {
+            Some(port) => port.parse().ok().map(Self::Overlay),
+            None => text.parse().ok().map(Self::Fixed),
+        };
+        let is_valid = |address: &Self| match address {
+            Self::Fixed(address) => address.port() != 0,
+            Self::Overlay(port) => *port != 0,
+        };
+        parsed.filter(is_valid).ok_or(InvalidMetricsAddress { text })
+    }
+}
+
+impl From<MetricsAddress> for String {
+    fn from(address: MetricsAddress) -> Self {
+        match address {
+            MetricsAddress::Fixed(address) => address.to_string(),
+            MetricsAddress::Overlay(port) => format!("overlay:{port}"),
+        }
+    }
+}
+
 /// Settings for Kubernetes, which is accessed with the kubelet's own credentials.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -251,6 +304,7 @@ impl Default for Config {
             controller: ControllerConfig::default(),
             peers: Vec::new(),
             relay: RelayConfig::default(),
+            metrics: MetricsConfig::default(),
             kubernetes: KubernetesConfig::default(),
             log: LogConfig::default(),
         }
@@ -578,6 +632,8 @@ mod tests {
             ("[node]\nadvertise = [\"0.0.0.0:1\"]", "valid endpoint"),
             ("[offloads]\nudp_gso = false", "udp_segment"),
             ("[controller]\naddresses = [\"nope\"]", "host:port"),
+            ("[metrics]\nlisten = \"9586\"", "overlay:9586"),
+            ("[metrics]\nlisten = \"overlay:0\"", "127.0.0.1:9586"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(says), "{text}: {error}");
@@ -596,6 +652,17 @@ mod tests {
     fn one_offload_is_switched_off_without_the_others() {
         let offloads = parse("[offloads]\ntun_udp = false").unwrap().offloads;
         assert_eq!(offloads, Offloads { tun_udp: false, ..Offloads::default() });
+    }
+
+    #[test]
+    fn the_address_of_the_metrics_reads_back() {
+        assert_eq!(parse("[metrics]").unwrap().metrics.listen, None);
+        for address in ["127.0.0.1:9586", "[::1]:9586", "overlay:9586"] {
+            let config = parse(&format!("[metrics]\nlisten = \"{address}\"")).unwrap();
+            let listen = config.metrics.listen.unwrap();
+            assert_eq!(String::from(listen), address);
+            assert_eq!(parse(&toml::to_string(&config).unwrap()).unwrap(), config);
+        }
     }
 
     #[test]

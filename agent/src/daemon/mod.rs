@@ -35,6 +35,7 @@ mod host_controller;
 mod kubernetes_node;
 mod leave;
 mod observer;
+mod metrics_server;
 mod prober;
 mod problem;
 mod relay_server;
@@ -172,6 +173,7 @@ async fn serve(
         let daemon = Daemon::start(config.clone(), path, purpose, state.clone(), stored)?;
         (Some((daemon, None)), control)
     };
+    metrics_server::start(&config.metrics, &control.requests());
     let mut standby = Standby::new(config, config_path, purpose, state);
     let exit = loop {
         let (daemon, asked) = match daemon.take() {
