@@ -45,6 +45,8 @@ pub struct Config {
     pub mesh: MeshSettings,
     /// Interval at which each side of a watch sends a heartbeat.
     pub heartbeat: Duration,
+    /// Address at which `GET /metrics` is answered, without TLS and login. `None`: nowhere.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// Settings of the mesh, which are stored. A setting that is `None` stays unchanged.
@@ -104,6 +106,17 @@ pub struct Settings {
     pub lease: Option<SignedDuration>,
     /// Settings of the log.
     pub log: Option<LogConfig>,
+    /// Settings of the metrics.
+    pub metrics: MetricsSettings,
+}
+
+/// Settings of the metrics for Prometheus.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MetricsSettings {
+    /// Address at which Prometheus reads `GET /metrics`, without TLS and login. Without it, there are no
+    /// metrics.
+    pub listen: Option<SocketAddr>,
 }
 
 fn from_text<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
@@ -166,6 +179,7 @@ impl Settings {
             bypass_when_down: self.bypass_when_down.or(below.bypass_when_down),
             lease: self.lease.or(below.lease),
             log: self.log.or(below.log),
+            metrics: MetricsSettings { listen: self.metrics.listen.or(below.metrics.listen) },
         }
     }
 
@@ -235,7 +249,11 @@ impl Settings {
             bypass_when_down: self.bypass_when_down,
             lease,
         };
-        Ok(Config { state_dir, listen, advertise, mesh, heartbeat: HEARTBEAT })
+        let metrics = self.metrics.listen;
+        if metrics.is_some_and(|address| address.port() == 0) {
+            return Err(invalid("metrics-listen", "use a port of 1 to 65535".into()));
+        }
+        Ok(Config { state_dir, listen, advertise, mesh, heartbeat: HEARTBEAT, metrics })
     }
 }
 
@@ -285,6 +303,7 @@ mod tests {
         assert_eq!(example.listen, default.listen);
         assert_eq!(example.mesh.overlay_v4, Some(OVERLAY_V4.parse().unwrap()));
         assert_eq!(example.mesh.lease, Some(LEASE));
+        assert_eq!(example.metrics, None);
         assert_eq!(example.mesh.protected, Some(Vec::new()));
     }
 
@@ -323,6 +342,7 @@ mod tests {
         assert!(of("overlay_v6 = \"fd00::1/64\"").contains("overlay-v6"));
         assert!(of("protected = [\"10.0.0.1/8\"]").contains("10.0.0.0/8"));
         assert!(of("lease = \"1s\"").contains("lease"));
+        assert!(of("[metrics]\nlisten = \"127.0.0.1:0\"").contains("metrics-listen"));
         let missing = Settings::read(Some(Path::new("/nonexistent/x.toml"))).unwrap_err();
         assert!(missing.to_string().contains("/nonexistent/x.toml"));
     }

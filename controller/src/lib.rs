@@ -17,7 +17,7 @@
 //! - [`writer`] is the only thread that owns the ledger and the [`store`]. A change is stored
 //!   before it is acknowledged and before a watcher sees it.
 //! - [`map`] is the state that watchers see. Each watcher is a cursor in it; nothing is queued.
-//! - [`view`] is the state that operators see.
+//! - [`view`] is the state that operators see, and [`metrics`] what Prometheus reads of all parts.
 //! - [`authority`] is the CA. Its key is in a separate file and never in the store.
 //! - [`service`] implements the RPCs, behind one table that says which role may call which RPC.
 //! - [`server`] starts and stops all parts. [`cli`] is the command line, whose commands call a
@@ -35,12 +35,14 @@ pub mod authority;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod counters;
 pub mod entropy;
 #[doc(hidden)]
 pub mod internals;
 pub mod ledger;
 pub mod listen;
 pub mod map;
+pub mod metrics;
 pub mod peer;
 mod reflector;
 pub mod server;

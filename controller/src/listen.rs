@@ -117,9 +117,9 @@ pub async fn accept(
     listener: TcpListener,
     acceptor: TlsAcceptor,
     connections: mpsc::Sender<io::Result<Connection>>,
+    places: Places,
     standing: impl Fn(&PresentedPeer) -> Standing + Clone + Send + 'static,
 ) {
-    let places = Places::new();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -180,8 +180,9 @@ enum Holder {
     Node(NodeId),
 }
 
+/// Places of the connections by kind, which limit their number.
 #[derive(Clone)]
-struct Places {
+pub struct Places {
     handshakes: Arc<Slots<Holder>>,
     strangers: Arc<Slots<Holder>>,
     expired: Arc<Slots<Holder>>,
@@ -190,7 +191,8 @@ struct Places {
 }
 
 impl Places {
-    fn new() -> Self {
+    /// Creates places without connections.
+    pub(crate) fn new() -> Self {
         Self {
             handshakes: Slots::new(HANDSHAKES),
             strangers: Slots::new(STRANGERS),
@@ -198,6 +200,17 @@ impl Places {
             nodes: Slots::new(NODES),
             admins: Slots::new(ADMINS),
         }
+    }
+
+    /// Returns the number of connections by kind.
+    pub fn counts(&self) -> [(&'static str, usize); 5] {
+        [
+            ("handshake", self.handshakes.taken()),
+            ("node", self.nodes.taken()),
+            ("expired", self.expired.taken()),
+            ("admin", self.admins.taken()),
+            ("stranger", self.strangers.taken()),
+        ]
     }
 
     /// Takes a slot for a connection, and returns how long the connection may last.

@@ -19,7 +19,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{interval, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::body::Body;
 use tonic::transport::Server;
+use tower::util::MapResponseLayer;
 use towline_proto::limits;
 use towline_proto::node::MeshConfig;
 use towline_proto::pb::admin_server::AdminServer;
@@ -32,10 +34,12 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use crate::authority::{self, ADMIN_LIFE, Authority, AuthorityError};
 use crate::clock;
 use crate::config::{Config, LEASE, MeshSettings, OVERLAY_V4};
+use crate::counters::Counters;
 use crate::entropy::{NoEntropy, random};
 use crate::ledger::Ledger;
-use crate::listen::{self, PresentedPeer, Standing};
+use crate::listen::{self, Places, PresentedPeer, Standing};
 use crate::map::Map;
+use crate::metrics;
 use crate::peer::PeerName;
 use crate::reflector::Reflector;
 use crate::service::{
@@ -131,6 +135,10 @@ pub struct Controller {
     shared: Shared,
     stop: watch::Sender<bool>,
     writer_ended: oneshot::Receiver<()>,
+    /// Address of the metrics, if they are served.
+    metrics: Option<SocketAddr>,
+    counters: Arc<Counters>,
+    started: Now,
 }
 
 /// Starts a controller and runs it until `shutdown` resolves.
@@ -175,8 +183,13 @@ impl Controller {
         let map = Arc::new(Map::new());
         let sessions = Arc::new(Mutex::new(Sessions::new(config.heartbeat)));
         let view = Arc::new(View::default());
-        let published =
-            writer::Published { map: map.clone(), view: view.clone(), sessions: sessions.clone() };
+        let counters = Arc::new(Counters::default());
+        let published = writer::Published {
+            map: map.clone(),
+            view: view.clone(),
+            sessions: sessions.clone(),
+            counters: counters.clone(),
+        };
         let (writer, writer_ended) = writer::start(store, ledger, authority.clone(), published)
             .map_err(ServeError::Thread)?;
         let proof_key = StaticSecret::from(random::<32>()?);
@@ -220,6 +233,9 @@ impl Controller {
             shared,
             stop,
             writer_ended,
+            metrics: config.metrics,
+            counters,
+            started: now,
         })
     }
 
@@ -236,7 +252,17 @@ impl Controller {
     /// Serves until `shutdown` resolves, then stops within about 1.5 seconds. Nothing that was
     /// acknowledged is lost.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
-        let Self { dir, listener, address, authority, acceptor, shared, stop, .. } = self;
+        let Self { dir, listener, address, authority, acceptor, shared, stop, counters, .. } = self;
+        let places = Places::new();
+        let source = metrics::Source {
+            started: self.started,
+            map: shared.map.clone(),
+            view: shared.view.clone(),
+            sessions: shared.sessions.clone(),
+            places: places.clone(),
+            counters: counters.clone(),
+        };
+        let measuring = tokio::spawn(measure(self.metrics, source));
         let mut writer_ended = self.writer_ended;
         tracing::info!(%address, "listening");
         let (accepted, connections) = mpsc::channel(64);
@@ -244,6 +270,7 @@ impl Controller {
             listener,
             acceptor,
             accepted,
+            places,
             standing(shared.map.clone()),
         ));
         let renewing = tokio::spawn(renew(dir.clone(), authority, self.certificate));
@@ -272,6 +299,10 @@ impl Controller {
             .max_concurrent_streams(STREAMS)
             .initial_stream_window_size(WINDOWS.0)
             .initial_connection_window_size(WINDOWS.1)
+            .layer(MapResponseLayer::new(move |response: http::Response<Body>| {
+                counters.response(&response);
+                response
+            }))
             .layer(authorizer)
             .add_service(discovery)
             .add_service(admin)
@@ -287,7 +318,7 @@ impl Controller {
         };
         tracing::info!("stopping");
         let _ = stop.send(true);
-        for task in [accepting, renewing, ticking, reflecting] {
+        for task in [accepting, renewing, ticking, reflecting, measuring] {
             task.abort();
         }
         if result.is_ok() {
@@ -497,6 +528,16 @@ async fn renew(dir: StateDir, authority: Arc<Authority>, certificate: Arc<Server
             }
         }
     }
+}
+
+/// Serves the metrics, if there is an address for them.
+async fn measure(address: Option<SocketAddr>, source: metrics::Source) {
+    let Some(address) = address else { return };
+    let collect = move || {
+        let text = source.collect(clock::now());
+        async move { Some(text) }
+    };
+    towline_service::metrics::serve(address, collect).await;
 }
 
 /// Runs the registry's periodic work.

@@ -69,6 +69,13 @@ impl<K: Copy + Eq + Hash> Slots<K> {
     }
 }
 
+impl<K> Slots<K> {
+    /// Returns the number of slots that are taken.
+    pub(crate) fn taken(&self) -> usize {
+        self.table.lock().taken
+    }
+}
+
 impl<K: Copy + Eq + Hash> Table<K> {
     /// Returns the key with the most slots; of several the one with the oldest slot.
     fn heaviest(&self) -> Option<K> {

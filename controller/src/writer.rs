@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::authority::Authority;
 use crate::clock;
+use crate::counters::Counters;
 use crate::ledger::{self, Ledger, LedgerChanges};
 use crate::map::Map;
 use crate::store::{OpenError, Record, Store};
@@ -81,6 +82,8 @@ pub struct Published {
     pub view: Arc<View>,
     /// Sessions of the connected nodes.
     pub sessions: Arc<Mutex<Sessions>>,
+    /// Counters of the commits.
+    pub counters: Arc<Counters>,
 }
 
 /// Loads the ledger from an open store.
@@ -227,7 +230,10 @@ impl Thread {
     fn store(&mut self, changes: LedgerChanges) -> Result<(), Unavailable> {
         if !changes.writes.is_empty() {
             let expected = self.store.sequence();
-            if let Err(error) = self.store.commit(expected, &changes.writes) {
+            let begun = clock::now();
+            let committed = self.store.commit(expected, &changes.writes);
+            self.published.counters.commit(clock::now().since(begun.mono), committed.is_ok());
+            if let Err(error) = committed {
                 tracing::error!(%error, "cannot store changes");
                 self.broken = true;
                 return Err(Unavailable(error.to_string().into()));
@@ -314,8 +320,9 @@ mod tests {
             map: Arc::new(Map::new()),
             view: Arc::default(),
             sessions: Arc::new(Mutex::new(sessions)),
+            counters: Arc::default(),
         };
-        let view = published.view.clone();
+        let (view, counters) = (published.view.clone(), published.counters.clone());
         let (writer, ended) = start(store, ledger, authority, published).unwrap();
 
         let error = writer.run(create_token(1)).await.unwrap_err();
@@ -323,6 +330,8 @@ mod tests {
         assert!(view.tokens(None, 9).is_empty(), "what was not stored is not shown");
         assert!(writer.run(create_token(2)).await.unwrap());
         let tokens = view.tokens(None, 9);
+        let commits = counters.commits();
+        assert_eq!((commits.done, commits.failed), (1, 1));
         assert_eq!(tokens.iter().map(|token| &token.id).collect::<Vec<_>>(), ["0202020202020202"]);
         writer.stop().await;
         ended.await.unwrap();

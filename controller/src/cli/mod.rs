@@ -31,7 +31,7 @@ use towline_service::manual::{self, Shell};
 use towline_service::notify::Notifier;
 use towline_service::output::{self, Format, OutputError};
 
-use crate::config::Settings;
+use crate::config::{MetricsSettings, Settings};
 use crate::server::Controller;
 
 /// The Towline controller: certificate authority and registry of a mesh.
@@ -158,6 +158,9 @@ struct Serve {
     lease: Option<SignedDuration>,
     #[command(flatten)]
     log: LogArgs,
+    /// Address at which Prometheus reads `GET /metrics`, without TLS and login [default: none]
+    #[arg(long, env = "TOWLINE_CONTROLLER_METRICS_LISTEN", value_name = "ADDR:PORT")]
+    metrics_listen: Option<SocketAddr>,
 }
 
 impl Common {
@@ -187,6 +190,7 @@ impl Serve {
             bypass_when_down: some(self.bypass_when_down),
             lease: self.lease,
             log: None,
+            metrics: MetricsSettings { listen: self.metrics_listen },
         };
         Ok(flags.or(common.settings()?))
     }
