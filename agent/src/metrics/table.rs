@@ -26,10 +26,10 @@ towline_service::metrics! {
     KUBERNETES_CONNECTED: Gauge "towline_kubernetes_connected" []
         "1 while the agent watches its Node object; absent on machines without Kubernetes.";
     /// Connection to a controller.
-    CONTROLLER_CONNECTED: Gauge "towline_controller_connected" []
+    CONTROLLER_CONNECTED: Gauge "towline_session_connected" []
         "1 while a session with a controller is open; tunnels keep working without one.";
     /// Silence of the controller.
-    CONTROLLER_SILENCE: Gauge "towline_controller_silence_seconds" []
+    CONTROLLER_SILENCE: Gauge "towline_session_silence_seconds" []
         "Time since the last message of a controller; absent before the first.";
     /// Revision of the map.
     MAP_REVISION: Gauge "towline_map_revision" []
