@@ -1,8 +1,10 @@
 //! Tests of whole agents in network namespaces, connected by static peers, on hosts with common
 //! faults.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -12,7 +14,7 @@ use towline_proto::pb;
 
 use super::{Purpose, run};
 use crate::cli::local::with_agent;
-use crate::config::Config;
+use crate::config::{Config, MetricsAddress};
 use crate::state::StateDir;
 use towline_dataplane::open_tun;
 use towline_netlink::{AddressOptions, Rtnetlink, VethPeer};
@@ -103,6 +105,22 @@ fn carries(from: &NetworkNamespace, to: &NetworkNamespace) -> bool {
     false
 }
 
+/// Sends a request as soon as there is a connection, and returns the answer.
+fn ask<S: Read + Write>(connect: impl Fn() -> io::Result<S>, request: &str) -> String {
+    let begun = Instant::now();
+    let mut stream = loop {
+        match connect() {
+            Ok(stream) => break stream,
+            Err(error) => assert!(begun.elapsed() < TIMEOUT, "{error}"),
+        }
+        std::thread::yield_now();
+    };
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
 fn mount_disk(directory: &Path) {
     std::fs::create_dir(directory).unwrap();
     mount(Some("disk"), directory, Some("tmpfs"), MsFlags::empty(), Some("size=1m")).unwrap();
@@ -172,5 +190,55 @@ namespace_test! {
         hosts[0].enter(|| Rtnetlink::open().unwrap().delete_rule(&theirs).unwrap());
         let applied = status(&config, |status| status.applied == Some(true));
         assert_eq!(applied.applied_reason, "");
+    }
+}
+
+namespace_test! {
+    fn wg_show_and_metrics_show_every_peer() {
+        let none = None::<&str>;
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        mount(Some("run"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).unwrap();
+        let hosts = hosts();
+        if let Err(error) = hosts[0].enter(|| open_tun("probe0").map(drop)) {
+            return println!("skipped: {error}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(&dir.path().join("state0")).unwrap();
+        let own = state.keys_or_generate().unwrap().wireguard.public();
+        drop(state);
+        let peer = crate::keys::Wireguard::generate().unwrap().public();
+        let mut config = configuration(dir.path(), 0, &peer.to_string());
+        let metrics: SocketAddr = "127.0.0.1:9586".parse().unwrap();
+        config.metrics.listen = Some(MetricsAddress::Fixed(metrics));
+        start(&hosts[0], config.clone());
+        status(&config, |status| status.applied == Some(true));
+
+        let socket = || UnixStream::connect("/run/wireguard/towline0.sock");
+        let shown = ask(socket, "get=1\n\n");
+        let key = data_encoding::HEXLOWER.encode(&peer.0);
+        for line in [
+            "listen_port=51830",
+            &format!("public_key={key}"),
+            "endpoint=192.0.2.2:51830",
+            "allowed_ip=10.80.0.2/32",
+        ] {
+            assert!(shown.lines().any(|found| found == line), "{line}: {shown}");
+        }
+        assert!(shown.ends_with("errno=0\n\n"), "{shown}");
+        assert!(!shown.contains("private_key") && !shown.contains("preshared_key"), "{shown}");
+        assert_eq!(ask(socket, "set=1\nlisten_port=1\n\n"), "errno=1\n\n");
+        let notes = status(&config, |_| true).note_details;
+        assert!(notes.iter().all(|note| !note.code.starts_with("wireguard-socket")), "{notes:?}");
+
+        let connect = || hosts[0].enter(|| TcpStream::connect(metrics));
+        let text = ask(connect, "GET /metrics HTTP/1.1\r\nHost: agent\r\n\r\n");
+        for line in [
+            "towline_host_applied 1",
+            "towline_peer_up{peer=\"other\",origin=\"configuration\"} 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}: {text}");
+        }
+        assert!(!text.contains(&own.to_string()), "no key is a label");
     }
 }
