@@ -216,10 +216,10 @@ namespace_test! {
 
         let socket = || UnixStream::connect("/run/wireguard/towline0.sock");
         let shown = ask(socket, "get=1\n\n");
-        let key = data_encoding::HEXLOWER.encode(&peer.0);
+        let key = format!("public_key={}", data_encoding::HEXLOWER.encode(&peer.0));
         for line in [
             "listen_port=51830",
-            &format!("public_key={key}"),
+            key.as_str(),
             "endpoint=192.0.2.2:51830",
             "allowed_ip=10.80.0.2/32",
         ] {
