@@ -6,7 +6,7 @@
 //! answer    listen_port=51830\n ... public_key=HEX\n endpoint=...\n ... errno=0\n\n
 //! ```
 //!
-//! `set=1` is answered with `errno=1` (EPERM). The mesh decides about peers, keys and addresses: what `wg set`
+//! `set=1` is answered with `errno=-1` (EPERM). The mesh decides about peers, keys and addresses: what `wg set`
 //! changed would be undone by the next peer table, and a peer that it added would pass neither the ownership of
 //! prefixes nor the guards. Static peers are in `agent.toml`. Private and preshared keys are not part of
 //! [`Device`], so no answer can contain one; that of a `wg` without them is `(none)`.
@@ -120,7 +120,7 @@ impl Refusal {
             Self::Malformed => libc::EINVAL,
             Self::Busy => libc::EAGAIN,
         };
-        format!("errno={number}\n\n")
+        format!("errno=-{number}\n\n")
     }
 }
 
@@ -268,7 +268,7 @@ mod tests {
 
     #[test]
     fn a_change_is_not_permitted() {
-        assert_eq!(Refusal::ReadOnly.answer(), "errno=1\n\n");
-        assert_eq!(Refusal::Malformed.answer(), "errno=22\n\n");
+        assert_eq!(Refusal::ReadOnly.answer(), "errno=-1\n\n");
+        assert_eq!(Refusal::Malformed.answer(), "errno=-22\n\n");
     }
 }

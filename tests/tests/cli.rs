@@ -162,7 +162,8 @@ fn a_reader_that_went_away_is_no_error() {
 
 #[test]
 fn completions_are_scripts_and_man_pages_are_files() {
-    let programs: [(fn(&[&str]) -> Output, &str); 2] =
+    type Program = fn(&[&str]) -> Output;
+    let programs: [(Program, &str); 2] =
         [(towline, "towline-status.1"), (controller, "towline-controller-token-create.1")];
     for (program, page) in programs {
         for shell in ["bash", "zsh", "fish"] {

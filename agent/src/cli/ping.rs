@@ -108,7 +108,9 @@ fn summary(report: &Report) -> String {
     let lost = (sent - received) * 100 / (*sent).max(1);
     let [min, mean, max] = [report.rtt_min_us, report.rtt_mean_us, report.rtt_max_us]
         .map(|time| output::or_dash(time.map(output::rtt)));
-    format!("{received} of {sent} answered, {lost} % lost; round-trip time {min} to {max}, mean {mean}")
+    format!(
+        "{received} of {sent} answered, {lost} % lost; round-trip time {min} to {max}, mean {mean}"
+    )
 }
 
 fn line(node: &str, answer: &pb::PingResponse) -> String {

@@ -227,7 +227,7 @@ namespace_test! {
         }
         assert!(shown.ends_with("errno=0\n\n"), "{shown}");
         assert!(!shown.contains("private_key") && !shown.contains("preshared_key"), "{shown}");
-        assert_eq!(ask(socket, "set=1\nlisten_port=1\n\n"), "errno=1\n\n");
+        assert_eq!(ask(socket, "set=1\nlisten_port=1\n\n"), "errno=-1\n\n");
         let notes = status(&config, |_| true).note_details;
         assert!(notes.iter().all(|note| !note.code.starts_with("wireguard-socket")), "{notes:?}");
 

@@ -176,7 +176,7 @@ async fn open_and_keep(link: &str, shared: &Arc<Mutex<Shared>>) -> io::Result<Un
             drop(shared);
             drop((listener, duplicate));
             remove(&link)?;
-            return Err(io::ErrorKind::Interrupted.into());
+            return Err(io::Error::from(io::ErrorKind::Interrupted));
         }
         shared.listener = Some(duplicate);
         Ok(listener)
@@ -280,7 +280,7 @@ mod tests {
     #[tokio::test]
     async fn a_device_is_shown_and_not_changed() {
         assert_eq!(exchange(b"get=1\n\n").await, "listen_port=7\nfwmark=0\nerrno=0\n\n");
-        assert_eq!(exchange(b"set=1\nfwmark=1\n\n").await, "errno=1\n\n");
-        assert_eq!(exchange(b"what?\n").await, "errno=22\n\n");
+        assert_eq!(exchange(b"set=1\nfwmark=1\n\n").await, "errno=-1\n\n");
+        assert_eq!(exchange(b"what?\n").await, "errno=-22\n\n");
     }
 }

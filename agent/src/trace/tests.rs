@@ -96,7 +96,8 @@ fn the_step_that_drops_a_packet_is_named() {
         place: "chain filter of table inet other".into(),
         command: "`nft list ruleset`".into(),
     };
-    let cases: [(&str, Box<dyn Fn(&mut World)>); 9] = [
+    type Change = Box<dyn Fn(&mut World)>;
+    let cases: [(&str, Change); 9] = [
         (
             "guard-refuses",
             Box::new(|world: &mut World| {

@@ -234,9 +234,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Completions { shell } => {
-            Ok(output::print(&manual::completions(command(), shell))?)
+            Ok(output::print(&manual::completions(self::command(), shell))?)
         }
-        Command::Man { directory } => Ok(manual::write_pages(command(), &directory)?),
+        Command::Man { directory } => Ok(manual::write_pages(self::command(), &directory)?),
         Command::Version { output } => {
             let version = Version::of_this_program();
             Ok(output::write(output, &version, |_| version.version.to_owned())?)

@@ -57,6 +57,9 @@ const DOCUMENTS: &[Document] = &[
     one("towline-controller version", Source::Struct("proto/src/status.rs", "Version")),
 ];
 
+/// Commands whose documents `docs/diagnosis.md` describes.
+const DIAGNOSES: &[&str] = &["towline doctor", "towline explain", "towline trace"];
+
 /// Types of Rust that are printed as text or as numbers.
 const SCALARS: &[(&str, &str)] = &[
     ("&'a str", "string"),
@@ -301,8 +304,8 @@ fn every_command_that_prints_json_is_described() {
     });
     let prints: BTreeSet<&str> = prints.map(name).collect();
     let described = DOCUMENTS.iter().map(|document| document.command);
-    let described: BTreeSet<&str> =
-        described.map(|command| command.split(" --").next().unwrap_or(command)).collect();
+    let described = described.map(|command| command.split(" --").next().unwrap_or(command));
+    let described: BTreeSet<&str> = described.chain(DIAGNOSES.iter().copied()).collect();
     assert_eq!(prints, described, "add the command to DOCUMENTS in this file");
 }
 
@@ -316,6 +319,9 @@ fn the_messages_are_printed_as_they_are_described() {
         ("StatusResponse", printed(&pb::StatusResponse::default())),
         ("PeerStatus", printed(&pb::PeerStatus::default())),
         ("PingResponse", printed(&pb::PingResponse::default())),
+        ("PathStatus", printed(&pb::PathStatus::default())),
+        ("PeerChange", printed(&pb::PeerChange::default())),
+        ("Event", printed(&pb::Event::default())),
         ("ControllerStatus", printed(&pb::ControllerStatus::default())),
         ("KubernetesStatus", printed(&pb::KubernetesStatus::default())),
         ("RelayStatus", printed(&pb::RelayStatus::default())),
