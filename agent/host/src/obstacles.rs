@@ -86,6 +86,11 @@ impl Obstacle {
         self.traffic == Traffic::PortIn
     }
 
+    /// Returns true if what the mesh sends to this host itself is dropped.
+    pub fn is_incoming(&self) -> bool {
+        self.traffic == Traffic::In
+    }
+
     /// Returns the name of the chain with its table, such as `chain INPUT of table ip filter`.
     pub fn place(&self) -> String {
         format!("chain {} of table {} {}", self.chain, self.family, self.table)

@@ -168,7 +168,8 @@ impl Surroundings {
             .link_networks(&policy.own_link)
             .context("cannot read the machine's addresses")?;
         // Nodes behind this host need it as a router, but a failure must not prevent the guards.
-        let transit = network.connectivity(policy, 0).map(|found| found.transit).unwrap_or_default();
+        let transit =
+            network.connectivity(policy, 0).map(|found| found.transit).unwrap_or_default();
         Ok(Self { connected, transit })
     }
 }

@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use towline_host::{OURS, Traffic, TrialConnection};
+use towline_host::{OURS, TrialConnection};
 use towline_netlink::{
     Family, NetlinkError, Route, RouteKind, RouteLookup, Rtnetlink, Rule, RuleAction,
 };
@@ -163,7 +163,7 @@ fn own_route(routes: &[Route], address: IpAddr) -> Option<(IpNet, OwnRoute)> {
 fn chains(trial: &TrialConnection) -> Result<Vec<DroppingChain>, String> {
     let found = trial.run().map_err(|error| format!("cannot read the firewalls: {error}"))?;
     let chain = |obstacle: towline_host::Obstacle| DroppingChain {
-        is_incoming: obstacle.traffic == Traffic::In,
+        is_incoming: obstacle.is_incoming(),
         code: obstacle.code(),
         place: obstacle.place(),
         command: obstacle.command(),
