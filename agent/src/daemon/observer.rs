@@ -128,7 +128,7 @@ mod tests {
         };
         assert_eq!(look(0, 100, 0), None);
         assert_eq!(look(5, 600, 50), Some(Rates { received: 100, sent: 10 }));
-        assert_eq!(look(10, 0, 50), Some(Rates::default()), "counted anew");
+        assert_eq!(look(10, 0, 50), Some(Rates::default()), "counted again");
     }
 
     #[test]

@@ -19,6 +19,7 @@ const SCALARS: &[(&str, &str)] = &[
     ("Ipv4Net", "IPv4 network"),
     ("Ipv6Net", "IPv6 network"),
     ("Label", "string"),
+    ("MetricsAddress", "`\"address:port\"` or `\"overlay:port\"`"),
     ("Mtu", "integer"),
     ("NodeName", "string"),
     ("PathBuf", "path"),
