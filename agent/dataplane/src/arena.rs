@@ -101,6 +101,18 @@ impl SendBatch {
 
     /// Appends the first `len` bytes of [`SendBatch::place`] as a datagram for `to`.
     pub fn commit(&mut self, to: &Destination, len: usize) {
+        let continues = self.ends_with(to);
+        self.append(to, len, continues);
+    }
+
+    /// Returns whether the last GSO batch is for `to`, and may have several datagrams.
+    fn ends_with(&self, to: &Destination) -> bool {
+        !to.is_single && self.gso_batches.last().is_some_and(|gso| gso.to == *to)
+    }
+
+    /// Appends a datagram. `continues` is the result of [`Self::ends_with`].
+    #[inline]
+    fn append(&mut self, to: &Destination, len: usize, continues: bool) {
         let len = match to.path.channel {
             Some(channel) => {
                 let place = self.bytes.get_mut(self.used..).and_then(<[u8]>::first_chunk_mut);
@@ -114,8 +126,7 @@ impl SendBatch {
         debug_assert!(self.used + len <= self.bytes.len());
         match self.gso_batches.last_mut() {
             Some(gso)
-                if gso.to == *to
-                    && !to.is_single
+                if continues
                     && gso.len == gso.segment_size.get() * gso.segments
                     && len <= gso.segment_size.get()
                     && len > 0
@@ -137,7 +148,7 @@ impl SendBatch {
     /// Returns the batch as the space for datagrams for `to` that the WireGuard engine seals.
     #[inline]
     pub fn to<'a>(&'a mut self, to: &'a Destination) -> SendTo<'a> {
-        SendTo { batch: self, to }
+        SendTo { continues: self.ends_with(to), batch: self, to }
     }
 
     /// Appends a copy of a datagram. Returns `false` if there is no room.
@@ -178,6 +189,8 @@ impl SendBatch {
 pub struct SendTo<'a> {
     batch: &'a mut SendBatch,
     to: &'a Destination,
+    /// Result of [`SendBatch::ends_with`], which is not evaluated again for each datagram.
+    continues: bool,
 }
 
 impl Sink for SendTo<'_> {
@@ -188,7 +201,8 @@ impl Sink for SendTo<'_> {
 
     #[inline]
     fn commit(&mut self, len: usize) {
-        self.batch.commit(self.to, len);
+        self.batch.append(self.to, len, self.continues);
+        self.continues = !self.to.is_single;
     }
 }
 

@@ -40,12 +40,26 @@ pub fn pseudo(source: &IpAddr, destination: &IpAddr, protocol: u8) -> u64 {
     }
 }
 
+/// Sums words of 64 bits in the processor's byte order, each with its carry. The sum is swapped once at the
+/// end (RFC 1071 section 2). The rest is added without a copy: most headers are a few words long.
+#[inline]
 fn narrow(bytes: &[u8]) -> u16 {
-    let (words, rest) = bytes.as_chunks::<4>();
-    let sum: u64 = words.iter().map(|word| u64::from(u32::from_be_bytes(*word))).sum();
-    let mut last = [0; 4];
-    last[..rest.len()].copy_from_slice(rest);
-    fold(sum + u64::from(u32::from_be_bytes(last)))
+    let carried = |sum: u64, word: u64| {
+        let (sum, carry) = sum.overflowing_add(word);
+        sum + u64::from(carry)
+    };
+    let (words, mut rest) = bytes.as_chunks::<8>();
+    let mut sum = words.iter().fold(0, |sum, word| carried(sum, u64::from_ne_bytes(*word)));
+    if let Some((word, more)) = rest.split_first_chunk::<4>() {
+        (sum, rest) = (carried(sum, u32::from_ne_bytes(*word).into()), more);
+    }
+    if let Some((word, more)) = rest.split_first_chunk::<2>() {
+        (sum, rest) = (carried(sum, u16::from_ne_bytes(*word).into()), more);
+    }
+    if let Some(last) = rest.first() {
+        sum = carried(sum, u16::from_ne_bytes([*last, 0]).into());
+    }
+    u16::from_be(fold(sum))
 }
 
 #[cfg(not(target_arch = "x86_64"))]
