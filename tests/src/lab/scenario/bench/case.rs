@@ -1,7 +1,7 @@
 //! Cases of the benchmark: what each measures, and how.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use towline_netlink::OverlayKind;
@@ -200,6 +200,7 @@ impl Case {
             Self::Loss1 => subject.losing(1, || tcp(&[there])),
             Self::Loss10 => subject.losing(10, || tcp(&[there])),
             Self::Ping | Self::PingWorkers2 => {
+                warm_up();
                 let echoes =
                     ping::echoes(there.from, there.address, ECHOES, ECHO_TIMEOUT, pattern)?;
                 let median = echoes.median.context("no echo reply arrived")?;
@@ -224,6 +225,25 @@ impl Case {
             }
         }
     }
+}
+
+/// Time for which every core is busy before echo requests are measured.
+const WARM_UP: Duration = Duration::from_millis(300);
+
+/// Keeps every core busy for a moment. An idle core of a virtual machine wakes up two to four times later once
+/// it was idle for long, so that latency would depend on what was measured before.
+fn warm_up() {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..cores {
+            scope.spawn(|| {
+                let began = Instant::now();
+                while began.elapsed() < WARM_UP {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+    });
 }
 
 impl Outcome {

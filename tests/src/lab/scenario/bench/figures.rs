@@ -65,14 +65,15 @@ pub struct Skipped {
 /// Comparison of two builds in one case.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Against {
-    /// Median of the rounds' ratios: the figure of this checkout divided by that of the other.
-    /// Above 1, this checkout is faster, except in cases measured in milliseconds.
+    /// Median of the ratios: the figure of this checkout divided by that of the other. Each is the
+    /// geometric mean of two rounds, in which either checkout is measured first once. Above 1, this
+    /// checkout is faster, except in cases measured in milliseconds.
     pub ratio: f64,
     /// Lower end of the 95 % confidence interval of the median.
     pub low: f64,
     /// Upper end of the 95 % confidence interval of the median.
     pub high: f64,
-    /// Number of ratios: the rounds in which both builds were measured.
+    /// Number of rounds in which both builds were measured, without an odd last one.
     pub rounds: usize,
 }
 
@@ -169,15 +170,17 @@ impl Bench {
         for (name, case) in &self.cases {
             let rounds = |subject| case.subjects.get(subject).map(|figure| &*figure.rounds);
             let Some((now, before)) = rounds(NOW).zip(rounds(BEFORE)) else { continue };
-            let ratios: Vec<f64> = now
-                .iter()
-                .zip(before)
-                .map(|(now, before)| now / before)
+            let ratios: Vec<f64> =
+                now.iter().zip(before).map(|(now, before)| now / before).collect();
+            // What is measured first in a round finds the machine in another state.
+            let pairs = ratios.as_chunks::<2>().0.iter();
+            let ratios: Vec<f64> = pairs
+                .map(|[one, other]| (one * other).sqrt())
                 .filter(|ratio| ratio.is_finite())
                 .collect();
             let Some([low, high]) = interval::of_median(&ratios) else { continue };
             let [ratio, low, high] = [median(&ratios), low, high].map(digits);
-            self.against.insert(name, Against { ratio, low, high, rounds: ratios.len() });
+            self.against.insert(name, Against { ratio, low, high, rounds: 2 * ratios.len() });
         }
     }
 
@@ -300,17 +303,20 @@ mod tests {
     }
 
     #[test]
-    fn two_builds_are_compared_round_by_round() {
+    fn two_builds_are_compared_by_pairs_of_rounds() {
         let mut bench = Bench::default();
-        for (now, before) in [(2.0, 2.0), (1.0, 2.0), (3.0, 2.0)] {
+        // What is second in a round is half as fast; the last round has no counterpart.
+        let rounds =
+            [(2.0, 1.0), (1.0, 2.0), (4.0, 1.0), (2.0, 2.0), (2.0, 2.0), (1.0, 4.0), (9.0, 1.0)];
+        for (now, before) in rounds {
             bench.add(Case::Tcp1, "towline", now, None);
             bench.add(Case::Tcp1, "before", before, None);
             bench.add(Case::Ping, "towline", now, None);
         }
         bench.compare_with_before();
         let tcp1 = bench.against["tcp1"];
-        assert_eq!((tcp1.ratio, tcp1.rounds), (1.0, 3));
-        assert_eq!((tcp1.low, tcp1.high), (0.5, 1.5), "three rounds give a wide interval");
+        assert_eq!((tcp1.ratio, tcp1.rounds), (1.0, 6));
+        assert_eq!((tcp1.low, tcp1.high), (0.5, 2.0), "three pairs give a wide interval");
         assert!(!bench.against.contains_key("ping"), "nothing to compare with");
     }
 

@@ -7,8 +7,8 @@
 //! round, so that a machine that gets slower during the run slows both.
 //!
 //! With `--against DIR`, the build of another checkout is a subject too, named `before`. For each
-//! case the report has the median of the rounds' ratios with its confidence interval
-//! ([`interval`]).
+//! case the report has the median of the ratios with its confidence interval ([`interval`]). A ratio is
+//! made of two rounds, so that either build is measured first once.
 
 mod case;
 mod figures;
