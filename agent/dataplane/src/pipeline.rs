@@ -165,9 +165,10 @@ impl Pipeline {
             let mtu = self.mtu.min(peer.entry.mtu.into());
             let inner = bytes.get(super::arena::HEADROOM..).map_or(0, traffic_class);
             let class = outer_traffic_class(inner, self.copy_dscp);
-            match Split::new(bytes, packet.len, &packet.header, mtu) {
+            // It is large, so it is not moved.
+            match &mut Split::new(bytes, packet.len, &packet.header, mtu) {
                 Ok(segments) => self.seal(now, peer, class, segments, out, udp),
-                Err(reason) => self.drops.count(reason),
+                Err(reason) => self.drops.count(*reason),
             }
         }
         if !out.is_empty() {
@@ -181,7 +182,7 @@ impl Pipeline {
         now: Instant,
         peer: &Peer,
         traffic_class: u8,
-        mut segments: impl Segments,
+        segments: &mut impl Segments,
         out: &mut SendBatch,
         udp: &mut U,
     ) {
@@ -206,7 +207,7 @@ impl Pipeline {
         let (fragment, is_single) = (peer.entry.fragment, peer.entry.is_single);
         let to = Destination { path, fragment, traffic_class, is_single };
         loop {
-            peer.counters.sent(tunnel.seal(&mut segments, &to, out, &self.drops, now));
+            peer.counters.sent(tunnel.seal(segments, &to, out, &self.drops, now));
             if segments.next_len().is_none() {
                 break;
             }

@@ -121,15 +121,14 @@ impl<'a> Split<'a> {
             return Err(DropReason::Unsplittable);
         }
         let packet = bytes.get_mut(HEADROOM..HEADROOM + len).ok_or(DropReason::Unsplittable)?;
-        let state = if header.gso_type == GSO_NONE {
+        if header.gso_type == GSO_NONE {
             if header.flags & FLAG_NEEDS_CSUM != 0 {
                 complete_checksum(packet, header).ok_or(DropReason::Unsplittable)?;
             }
-            State::Whole(len)
-        } else {
-            State::SuperPacket(SuperPacket::new(packet, header).ok_or(DropReason::Unsplittable)?)
-        };
-        Ok(Self { bytes, mtu, state })
+            return Ok(Self { bytes, mtu, state: State::Whole(len) });
+        }
+        let super_packet = SuperPacket::new(packet, header).ok_or(DropReason::Unsplittable)?;
+        Ok(Self { bytes, mtu, state: State::SuperPacket(super_packet) })
     }
 
     /// Writes the next segment with its padding. Returns its offset and its length. `None` if there
