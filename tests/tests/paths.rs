@@ -320,6 +320,45 @@ fn a_dead_direction_or_a_forgotten_nat_costs_less_than_three_seconds() {
     }
 }
 
+/// Nodes behind routers of which some only masquerade, a public node, and no relay: all of them are up
+/// with each other soon after they started, at once or one after the other.
+#[test]
+fn routers_that_take_unexpected_datagrams_for_their_own_keep_no_nodes_apart() {
+    const LIMIT: Duration = Duration::from_secs(3);
+    let (open, filtered) = (Behaviour::UNFILTERED, Behaviour::PORT_RESTRICTED);
+    let meshes = [vec![open, open], vec![open, filtered], vec![filtered, open], vec![open; 4]];
+    for seed in 0..24 {
+        for (number, routers) in meshes.iter().enumerate() {
+            for pause in [Duration::ZERO, Duration::from_millis(70), Duration::from_secs(2)] {
+                let conditions = if seed % 2 == 0 { BARE } else { FAR };
+                let mut sim = Sim::new(900 + seed, conditions);
+                for n in [200, 201] {
+                    let reflector = stand(&mut sim, Place::Open, Family::V4, n);
+                    sim.start(reflector);
+                }
+                sim.run(Duration::from_secs(2));
+                let mut hosts = Vec::new();
+                for (n, router) in (1..).zip(routers) {
+                    let nat = Nat::new(*router, [203, 0, 113, n].into());
+                    let uplink = Uplink { nat, blocks_udp: false };
+                    let realm = sim.net.add_realm(INTERNET, Some(uplink), None);
+                    let host = sim.add_host(&[(realm, [192, 168, n, 2].into())]);
+                    sim.start(host);
+                    sim.run(pause);
+                    hosts.push(host);
+                }
+                let all_up = |sim: &Sim| {
+                    hosts.iter().all(|a| hosts.iter().all(|b| a == b || sim.is_up(*a, *b)))
+                };
+                let began = sim.elapsed();
+                let is_up = sim.run_until(LIMIT, all_up);
+                println!("seed {seed}, mesh {number}, {pause:?}: {:?}", sim.elapsed() - began);
+                assert!(is_up, "seed {seed}, mesh {number}, {pause:?}");
+            }
+        }
+    }
+}
+
 /// A NAT that keeps its mappings while nothing passes through them: retries on the same port would
 /// keep them in use.
 #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_types::id::{Label, WireguardKey};
@@ -17,6 +18,9 @@ use crate::prefixes::{is_behind_nat, is_private};
 
 /// Uplinks of one family that are used: each multiplies the paths that are tried.
 const UPLINKS: usize = 4;
+/// Time after which peers know our record, once a controller got it: some round trips, and a write to
+/// its store.
+const PUBLISHED: Duration = Duration::from_secs(1);
 
 /// This node. Paths are named by its uplinks.
 #[derive(Debug)]
@@ -33,13 +37,16 @@ pub(crate) struct LocalNode {
     candidates: Vec<Candidate>,
     /// Number of `candidates` that are not reflexive; they come first.
     own: usize,
+    /// Time since which a public IPv4 address of ours is known. Begins again when all of them are
+    /// replaced. `None` while none is known.
+    outer_since: Option<Instant>,
     /// Addresses that datagrams may leave from, the preferred ones first.
     uplinks: Vec<LocalAddress>,
     /// Uplinks by which paths are named. Differs from `uplinks` from [`Self::set_uplinks`] until
     /// [`Self::named`].
     named_by: Vec<LocalAddress>,
-    /// True while a controller takes signals.
-    is_connected: bool,
+    /// Time since which a controller takes signals. `None` while none does.
+    connected_since: Option<Instant>,
     /// The overlay's ranges: a datagram to an address in there would enter the tunnel.
     overlay: Vec<IpNet>,
     /// Port that datagrams to public addresses leave from, unless they answer what arrived at the
@@ -56,9 +63,10 @@ impl LocalNode {
             host_candidates: Vec::new(),
             candidates: Vec::new(),
             own: 0,
+            outer_since: None,
             uplinks: Vec::new(),
             named_by: Vec::new(),
-            is_connected: false,
+            connected_since: None,
             overlay: Vec::new(),
             outward_port: LocalPort::Configured,
         };
@@ -85,7 +93,22 @@ impl LocalNode {
 
     /// Returns whether a controller takes signals.
     pub(crate) fn is_connected(&self) -> bool {
-        self.is_connected
+        self.connected_since.is_some()
+    }
+
+    /// Returns since when a controller takes signals.
+    pub(crate) fn connected_since(&self) -> Option<Instant> {
+        self.connected_since
+    }
+
+    /// Returns since when a public IPv4 address of ours is known.
+    pub(crate) fn outer_since(&self) -> Option<Instant> {
+        self.outer_since
+    }
+
+    /// Returns the time from which on peers know a public IPv4 address of ours from our record.
+    pub(crate) fn published_since(&self) -> Option<Instant> {
+        Some(self.outer_since?.max(self.connected_since?) + PUBLISHED)
     }
 
     /// Returns the port that datagrams to public addresses leave from.
@@ -117,8 +140,11 @@ impl LocalNode {
         &self.candidates
     }
 
-    pub(crate) fn set_controller_connected(&mut self, is_connected: bool) {
-        self.is_connected = is_connected;
+    pub(crate) fn set_controller_connected(&mut self, now: Instant, is_connected: bool) {
+        match self.connected_since {
+            Some(_) if is_connected => {}
+            _ => self.connected_since = is_connected.then_some(now),
+        }
     }
 
     /// Takes the candidates of host and configuration. Returns whether they changed; if so,
@@ -162,6 +188,10 @@ impl LocalNode {
             .take_while(|c| preference(c.kind()) < preference(CandidateKind::Reflexive))
             .count();
         if candidates != self.candidates {
+            let is_kept = self.candidates.iter().any(|c| is_outer(c) && candidates.contains(c));
+            if !is_kept {
+                self.outer_since = candidates.iter().any(is_outer).then_some(fx.now);
+            }
             self.candidates = candidates;
             fx.output(Output::Advertise(self.candidates.clone()));
         }
@@ -277,6 +307,11 @@ impl LocalNode {
     pub(crate) fn has_family(&self, remote: SocketAddr) -> bool {
         self.candidates[..self.own].iter().any(|c| c.address().is_ipv4() == remote.is_ipv4())
     }
+}
+
+/// Returns whether a candidate is a public IPv4 address.
+pub(crate) fn is_outer(candidate: &Candidate) -> bool {
+    is_behind_nat(candidate.address())
 }
 
 /// Returns whether a node with these candidates can be reached without its having sent something

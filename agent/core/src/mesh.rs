@@ -365,8 +365,7 @@ impl Mesh {
     /// Sets whether a controller is connected that can carry signals.
     pub fn set_controller_connected(&mut self, now: Instant, connected: bool) {
         self.fx.advance(now);
-        self.local.set_controller_connected(connected);
-        self.second_port.set_connected(self.fx.now, connected);
+        self.local.set_controller_connected(self.fx.now, connected);
     }
 
     /// Takes the number of the second UDP port, which is open now; `None`: it could not be opened.
@@ -643,7 +642,13 @@ impl Mesh {
 
     /// Puts our candidates together, and hands them out if they changed.
     fn advertise(&mut self) {
+        let before = self.local.outer_since();
         self.local.advertise(&mut self.fx, self.stun.candidates());
+        let since = self.local.outer_since();
+        if since.is_some() && since != before {
+            let (peers, mut cx) = self.peer_context();
+            peers.each(&mut cx, |peer, cx| peer.handle_outer_address(cx));
+        }
     }
 
     /// Decides again who holds what, if that may have changed.

@@ -38,8 +38,6 @@ const LONGEST: Duration = Duration::from_secs(600);
 /// When the port is changed; see the module.
 #[derive(Debug)]
 pub(crate) struct SecondPort {
-    /// Time since which a controller is connected.
-    connected_since: Option<Instant>,
     /// Number of changes since a peer answered.
     changes: u32,
     /// Random part of the next silence, from 0 to 1.
@@ -48,15 +46,7 @@ pub(crate) struct SecondPort {
 
 impl SecondPort {
     pub(crate) fn new(rng: &mut StdRng) -> Self {
-        Self { connected_since: None, changes: 0, spread: rng.random() }
-    }
-
-    /// Takes whether a controller is connected.
-    pub(crate) fn set_connected(&mut self, now: Instant, is_connected: bool) {
-        match self.connected_since {
-            Some(_) if is_connected => {}
-            _ => self.connected_since = is_connected.then_some(now),
-        }
+        Self { changes: 0, spread: rng.random() }
     }
 
     /// Records that a peer or a relay answered.
@@ -85,7 +75,7 @@ impl SecondPort {
     /// Returns when the port is to be changed, if the silence lasts.
     fn due(&self, fx: &Effects, local: &LocalNode) -> Option<Instant> {
         // Nearly always nothing is silent, and the rest need not be looked at.
-        let (since, connected) = (fx.silence.begun()?, self.connected_since?);
+        let (since, connected) = (fx.silence.begun()?, local.connected_since()?);
         if local.is_reachable_v4() {
             return None;
         }

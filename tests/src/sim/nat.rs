@@ -101,6 +101,9 @@ struct Mapping {
     /// When the mapping last carried an outbound datagram.
     used: Instant,
     remotes: BTreeMap<SocketAddr, Instant>,
+    /// Remote endpoints that have our external port for themselves: the port that datagrams to each of
+    /// them leave from instead, and the time of the last one.
+    diverted: BTreeMap<SocketAddr, (u16, Instant)>,
 }
 
 impl Nat {
@@ -155,8 +158,13 @@ impl Nat {
             if self.external.is_some() {
                 self.ports.insert(external.port(), key);
             }
-            let mapping =
-                Mapping { external, is_jammed: false, used: now, remotes: BTreeMap::new() };
+            let mapping = Mapping {
+                external,
+                is_jammed: false,
+                used: now,
+                remotes: BTreeMap::new(),
+                diverted: BTreeMap::new(),
+            };
             self.mappings.insert(key, mapping);
         }
         let mapping = self.mappings.get_mut(&key)?;
@@ -164,15 +172,22 @@ impl Nat {
         if mapping.is_jammed {
             return None;
         }
-        let is_new = mapping.remotes.insert(to, now).is_none();
         let external = mapping.external;
-        if is_new && self.taken.contains_key(&(to, external.port())) {
+        let is_new = !mapping.remotes.contains_key(&to);
+        let taken = is_new && self.taken.contains_key(&(to, external.port()));
+        if let Some((port, used)) = mapping.diverted.get_mut(&to) {
+            *used = now;
+            return Some(SocketAddr::new(external.ip(), *port));
+        }
+        if taken {
             // The remote endpoint has the port: what comes from here gets another one, at which
-            // nothing is expected.
-            mapping.remotes.remove(&to);
+            // nothing is expected, for as long as something comes.
             let port = self.free_port(rng, from.port())?;
+            let mapping = self.mappings.get_mut(&key)?;
+            mapping.diverted.insert(to, (port, now));
             return Some(SocketAddr::new(external.ip(), port));
         }
+        mapping.remotes.insert(to, now);
         Some(external)
     }
 
@@ -185,6 +200,15 @@ impl Nat {
         to: SocketAddr,
     ) -> Option<SocketAddr> {
         self.expire(now);
+        let inside = self.expected(from, to);
+        if inside.is_none() && self.behaviour.takes_unexpected && self.external == Some(to.ip()) {
+            self.taken.insert((from, to.port()), now);
+        }
+        inside
+    }
+
+    /// Returns the internal endpoint that expects a datagram, if any.
+    fn expected(&self, from: SocketAddr, to: SocketAddr) -> Option<SocketAddr> {
         let key = match self.external {
             Some(ip) if ip == to.ip() => *self.ports.get(&to.port())?,
             Some(_) => return None,
@@ -196,9 +220,6 @@ impl Nat {
             Dependence::Address => mapping.remotes.keys().any(|remote| remote.ip() == from.ip()),
             Dependence::AddressAndPort => mapping.remotes.contains_key(&from),
         };
-        if !allowed && self.behaviour.takes_unexpected {
-            self.taken.insert((from, to.port()), now);
-        }
         allowed.then_some(key.0)
     }
 
@@ -227,6 +248,7 @@ impl Nat {
         let ports = &mut self.ports;
         self.mappings.retain(|_, mapping| {
             mapping.remotes.retain(|_, at| now < *at + timeout);
+            mapping.diverted.retain(|_, (_, at)| now < *at + timeout);
             let live = now < mapping.used + timeout;
             if !live {
                 ports.remove(&mapping.external.port());
@@ -300,6 +322,24 @@ mod tests {
             assert_eq!(nat.passes("192.0.2.1:2", outside), same_host);
             assert_eq!(nat.passes("192.0.2.2:1", outside), stranger);
         }
+    }
+
+    #[test]
+    fn without_a_filter_who_comes_first_keeps_the_port() {
+        let mut nat = Box::new(Behaviour::UNFILTERED);
+        let (expected, early) = ("192.0.2.1:1", "192.0.2.2:1");
+        let outside = nat.out(expected);
+        assert!(nat.passes(expected, outside));
+        assert!(!nat.passes(early, outside));
+        assert_ne!(nat.out(early), outside);
+        nat.now += Duration::from_secs(29);
+        assert_ne!(nat.out(early), outside);
+        assert_eq!(nat.out(expected), outside);
+        nat.now += Duration::from_secs(2);
+        assert_ne!(nat.out(early), outside, "what is sent keeps the other port in use");
+        nat.now += Duration::from_secs(31);
+        assert_eq!(nat.out(early), outside);
+        assert!(nat.passes(early, outside));
     }
 
     #[test]

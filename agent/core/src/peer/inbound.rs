@@ -9,6 +9,7 @@ use towline_types::node::Candidate;
 use towline_types::rate::Rate;
 
 use super::{Peer, PeerContext};
+use crate::local_node::is_outer;
 use crate::path::Path;
 use crate::pings::{Purpose, Sent};
 use crate::probing::CallOrder;
@@ -123,7 +124,9 @@ impl Peer {
             return;
         }
         self.last_call = order;
-        self.called = Some(cx.fx.now);
+        if candidates.iter().any(is_outer) {
+            self.called = Some(cx.fx.now);
+        }
         self.signalled.retain(|_, until| cx.fx.now < *until);
         for candidate in candidates {
             let room = self.signalled.len() < limits::CANDIDATES;

@@ -66,10 +66,20 @@ impl Peer {
         }
     }
 
+    /// Handles that a public address of ours became known: a peer behind a NAT waits for it, and learns it
+    /// by a call sooner than from our record.
+    pub(crate) fn handle_outer_address(&mut self, cx: &mut PeerContext<'_>) {
+        let is_trying = matches!(self.state, PeerState::Connecting | PeerState::Down);
+        if is_trying && self.schedule.attempts() > 0 && self.are_both_behind_nat(cx) {
+            self.try_again(cx);
+        }
+    }
+
     /// Handles a change of the port that datagrams to public addresses leave from: moves the path in use to
     /// it, and tries a peer that is not up again.
     pub(crate) fn handle_port_change(&mut self, cx: &mut PeerContext<'_>) {
         self.paths.follow_port(cx.local);
+        self.opening_since = None;
         let moved = self.endpoint.map(|path| cx.local.on_port(path));
         if moved != self.endpoint {
             self.set_endpoint(cx, moved, PathChange::PortChanged);

@@ -83,8 +83,12 @@ const ALTERNATIVES: Duration = Duration::from_secs(10);
 /// Time without anything from a peer after which it may have ended, if nothing checks it. Longer than
 /// the interval of keepalives.
 const UNCHECKED: Duration = Duration::from_secs(30);
-/// Attempts of a series that open our NAT first, until the peer has called.
-const OPENING: u32 = 3;
+/// Attempts of a series that open our NAT first, until the peer has called: 0.5 s.
+const OPENING: u32 = 4;
+/// Time for which attempts open our NAT first, in however many series.
+const OPENING_FOR: Duration = Duration::from_millis(1_500);
+/// Time from the first attempt that opens our NAT to the next time that attempts do so.
+const OPENING_AGAIN: Duration = Duration::from_secs(10);
 /// Additional wait for the answer to a padded ping, which takes longer to send.
 const MTU_WAIT: Duration = Duration::from_millis(100);
 
@@ -142,10 +146,12 @@ pub(crate) struct Peer {
     signalled: BTreeMap<SocketAddr, Instant>,
     /// Order of the last call that was accepted.
     last_call: CallOrder,
-    /// Time of the last call that was accepted.
+    /// Time of the last call that was accepted and named a public IPv4 address of the peer.
     called: Option<Instant>,
-    /// Time of our last call.
-    calling: Option<Instant>,
+    /// Time of our first call that named a public IPv4 address of ours.
+    told: Option<Instant>,
+    /// Time of the first attempt that opened our NAT only. Cleared when our port changes.
+    opening_since: Option<Instant>,
     /// Limits of pongs: on the path in use, and elsewhere.
     pongs: [TokenBucket; 2],
     calls: TokenBucket,
@@ -176,7 +182,8 @@ impl Peer {
             signalled: BTreeMap::new(),
             last_call: CallOrder::default(),
             called: None,
-            calling: None,
+            told: None,
+            opening_since: None,
             pongs: <[TokenBucket; 2]>::default(),
             calls: TokenBucket::default(),
             channels: TokenBucket::default(),
@@ -456,8 +463,11 @@ impl Peer {
                 self.ping(cx, path, Purpose::Operator(id));
             }
             None => {
+                let opens = self.schedule.attempts() < OPENING && self.opens_first(cx);
                 for to in self.targets(cx) {
-                    self.ping(cx, to, Purpose::Operator(id));
+                    if !opens || !self.may_be_closed(cx.fx.now, &to) {
+                        self.ping(cx, to, Purpose::Operator(id));
+                    }
                 }
                 if self.state == PeerState::Idle {
                     self.try_again(cx);

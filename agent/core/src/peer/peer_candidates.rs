@@ -10,7 +10,7 @@ use towline_types::node::Candidate;
 
 use super::paths::{HEARD_FOR, Tier};
 use super::trains::TRAIN;
-use super::{Peer, PeerContext};
+use super::{OPENING, OPENING_AGAIN, OPENING_FOR, Peer, PeerContext};
 use crate::local_node::{LocalNode, is_reachable, is_reachable_v4, preference};
 use crate::output::{Output, Transmit};
 use crate::path::Path;
@@ -22,7 +22,7 @@ use crate::status::PathStatus;
 /// Number of hops of a datagram that only opens our own NAT: the first router forwards it, and the
 /// second one drops it.
 const OPENING_HOPS: u8 = 2;
-/// Time for which the calls of both nodes show that each sent something to the other.
+/// Time for which a call shows that the peer sent something to us.
 const CALLED_FOR: Duration = Duration::from_secs(10);
 /// Largest number of paths that one attempt tries.
 const TARGETS: usize = 48;
@@ -86,17 +86,32 @@ impl Peer {
         }));
     }
 
-    /// Returns whether both nodes are behind a NAT, and the peer has not yet sent something to us: then
-    /// ours is opened before anything reaches the peer's. Both have sent something once the peer called
-    /// after we did.
-    pub(super) fn opens_first(&self, cx: &PeerContext<'_>) -> bool {
-        let both_behind_nat =
-            !cx.local.is_reachable_v4() && !is_reachable_v4(&self.node.record().candidates);
-        let has_called = self
-            .calling
-            .zip(self.called)
-            .is_some_and(|(calling, called)| called >= calling && cx.fx.now < calling + CALLED_FOR);
-        both_behind_nat && cx.local.is_connected() && !has_called
+    /// Returns whether an attempt only opens our NAT, because nothing may reach the peer's yet: both nodes
+    /// are behind a NAT, and the peer has not yet sent something to us. Not for long: a NAT that filters
+    /// nothing lets us in although the peer never learns where we are.
+    pub(super) fn opens_first(&mut self, cx: &PeerContext<'_>) -> bool {
+        if !cx.local.is_connected() || !self.are_both_behind_nat(cx) || self.has_opened(cx) {
+            return false;
+        }
+        let now = cx.fx.now;
+        let began = self.opening_since.filter(|at| now < *at + OPENING_AGAIN).unwrap_or(now);
+        self.opening_since = Some(began);
+        now < began + OPENING_FOR
+    }
+
+    /// Returns whether neither node can be reached over IPv4 without its having sent something first.
+    pub(super) fn are_both_behind_nat(&self, cx: &PeerContext<'_>) -> bool {
+        !cx.local.is_reachable_v4() && !is_reachable_v4(&self.node.record().candidates)
+    }
+
+    /// Returns whether the peer sent something to a public address of ours: it does so before it calls,
+    /// once it knows one. It does if it called later than we told it, by a call or by our record.
+    fn has_opened(&self, cx: &PeerContext<'_>) -> bool {
+        let Some(since) = cx.local.outer_since() else { return false };
+        let by_call = self.told.filter(|told| *told >= since);
+        let told = by_call.into_iter().chain(cx.local.published_since()).min();
+        told.zip(self.called)
+            .is_some_and(|(told, called)| called > told && cx.fx.now < called + CALLED_FOR)
     }
 
     /// Returns whether the peer's NAT may drop what comes over a path.
@@ -184,10 +199,14 @@ impl Peer {
         let relayed =
             self.path().filter(Path::is_relayed).filter(|_| self.liveness.doubtful().is_none());
         let far = !is_reachable(&self.node.record().candidates) || !cx.local.is_reachable();
-        if callable && (far || turn > 0) && (relayed.is_some() || cx.local.is_connected()) {
+        let can_call = callable && (relayed.is_some() || cx.local.is_connected());
+        if can_call && (far || turn > 0) && !self.waits_with_call(cx, turn) {
             let CallOrder { boot_epoch, number } = cx.probing.next_call();
             let candidates = cx.local.candidates().to_vec();
-            self.calling = Some(cx.fx.now);
+            let since = cx.local.outer_since();
+            if self.told < since {
+                self.told = Some(cx.fx.now);
+            }
             cx.fx.output(Output::Transmit(Transmit {
                 peer: self.key(),
                 path: relayed,
@@ -200,5 +219,15 @@ impl Peer {
         if needs_relay && !self.node.record().relay && relayed.is_none() {
             cx.relays.open(cx.fx, cx.local, (self.id(), self.key()), turn / 2);
         }
+    }
+
+    /// Returns whether a call has to wait: to the peer it shows that we sent something to it, and we do not
+    /// know yet where to. The peer calls as soon as it knows itself.
+    fn waits_with_call(&self, cx: &PeerContext<'_>, turn: u32) -> bool {
+        let is_open = |to: &SocketAddr| !is_private(to.ip());
+        turn < OPENING
+            && cx.local.outer_since().is_some()
+            && self.are_both_behind_nat(cx)
+            && !self.candidates(cx.fx.now, cx.local).iter().any(is_open)
     }
 }
