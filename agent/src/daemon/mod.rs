@@ -445,6 +445,8 @@ impl Daemon {
 
     /// Handles a request of the command line. Returns why the daemon has to end, if it has to.
     fn control_request(&mut self, request: Request) -> Option<Exit> {
+        // What is shown depends on the time, which stands still in the core while nothing happens.
+        self.mesh.handle_timeout(Instant::now());
         match request {
             Request::Status(reply) => {
                 self.host.read_gateways();

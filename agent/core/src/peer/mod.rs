@@ -457,7 +457,7 @@ impl Peer {
 
     /// Sends an operator's ping on the path, or to everywhere while there is none.
     pub(crate) fn operator_ping(&mut self, cx: &mut PeerContext<'_>, id: u64) {
-        self.liveness.traffic(cx.fx.now);
+        self.traffic(cx);
         match self.path() {
             Some(path) => {
                 self.ping(cx, path, Purpose::Operator(id));

@@ -27,6 +27,7 @@ use towline_fixtures::node::{
     NodeBuilder, candidate, grant, mesh_config, net, node as peer, node_id as id, numbered_node,
     tombstone, wireguard_key as key,
 };
+use towline_types::code::Coded as _;
 use towline_types::frame::Probe;
 use towline_types::id::WireguardKey;
 use towline_types::mtu::Mtu;
@@ -152,6 +153,12 @@ impl Us {
     /// Time passes; nobody answers.
     fn run(&mut self, time: Duration) -> Vec<Output> {
         self.pass(time, None)
+    }
+
+    /// Time passes; nobody answers, and somebody asks for the state.
+    fn wait(&mut self, time: Duration) {
+        self.run(time);
+        self.mesh.handle_timeout(self.now);
     }
 
     /// Time passes; every ping is answered after `rtt`.

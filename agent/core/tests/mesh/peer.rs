@@ -339,6 +339,51 @@ fn a_thousand_peers_cost_nothing_until_there_is_traffic_for_one() {
     assert_eq!(probes(&us.run(Duration::from_millis(1))), 2);
 }
 
+/// With peer 2 up and unused, one of so many that an unused peer is not checked.
+fn one_of_many() -> Us {
+    let mut us = Us::up(PUBLIC);
+    us.mesh.set_candidates(us.now, vec![candidate("203.0.113.9:51830")]);
+    for number in 0..70 {
+        us.upsert(numbered_node(number));
+    }
+    us.echo(Duration::from_millis(10), Duration::from_secs(20));
+    assert_eq!(us.peer(2).state, PeerState::Up);
+    us
+}
+
+#[test]
+fn a_peer_that_nothing_checks_is_not_shown_as_up_after_half_a_minute() {
+    let mut us = one_of_many();
+    us.wait(Duration::from_secs(20));
+    assert_eq!(us.peer(2).state, PeerState::Up, "the last pong is younger than 30 s");
+    us.wait(Duration::from_secs(10));
+    let status = us.peer(2);
+    assert_eq!((status.state, status.path), (PeerState::Idle, None));
+    assert_eq!(status.reason.unwrap().code(), "peer-unchecked");
+    // In a mesh that is small enough each peer is checked.
+    let mut us = Us::up(PUBLIC);
+    us.echo(Duration::from_millis(10), Duration::from_secs(60));
+    assert_eq!(us.peer(2).state, PeerState::Up);
+}
+
+#[test]
+fn a_ping_shows_whether_a_peer_that_nothing_checked_is_still_there() {
+    for is_alive in [true, false] {
+        let mut us = one_of_many();
+        us.wait(Duration::from_secs(60));
+        assert_eq!(us.peer(2).state, PeerState::Idle);
+        us.mesh.ping(us.now, id(2), 7, Duration::from_secs(2));
+        if is_alive {
+            us.echo(Duration::from_millis(10), Duration::from_secs(3));
+            assert_eq!(us.peer(2).state, PeerState::Up);
+        } else {
+            us.run(Duration::from_secs(30));
+            assert_eq!(us.peer(2).state, PeerState::Down);
+        }
+        assert_eq!(us.results[&7].is_some(), is_alive);
+    }
+}
+
 #[test]
 fn a_machine_that_slept_begins_a_new_session_with_each_peer_in_use_at_once() {
     let mut us = Us::up(PUBLIC);
