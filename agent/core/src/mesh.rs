@@ -553,6 +553,7 @@ impl Mesh {
             path,
             relay: relayed.and_then(|path| self.relays.at(path.remote)).cloned(),
             mtu: peer.mtu(),
+            is_single: path.is_some() && peer.is_single(),
             rtt: peer.rtt(),
             loss: peer.loss(),
             last_handshake: peer.last_handshake(),

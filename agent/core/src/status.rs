@@ -55,6 +55,9 @@ pub struct PeerStatus {
     /// The largest inner packet that the path takes, in bytes, once that was found out. Below
     /// 1,280, outer datagrams are fragmented.
     pub mtu: Option<u16>,
+    /// True if each datagram on that path is sent by itself, since several that are sent together do not
+    /// arrive.
+    pub is_single: bool,
     /// Smoothed round-trip time of that path.
     pub rtt: Option<Duration>,
     /// Share of the last pings on that path that were lost, from 0 to 1.

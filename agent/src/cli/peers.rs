@@ -99,7 +99,13 @@ fn remarks(peer: &pb::PeerStatus) -> impl Iterator<Item = String> {
             peer.name
         )
     });
-    why.into_iter().chain(small)
+    let single = peer.single_datagrams.then(|| {
+        format!(
+            "datagrams to {} are sent singly: those that are sent together (UDP_SEGMENT) do not arrive\n",
+            peer.name
+        )
+    });
+    why.into_iter().chain(small).chain(single)
 }
 
 #[cfg(test)]
@@ -131,12 +137,14 @@ mod tests {
         let relayed =
             pb::PeerStatus { mtu: Some(1408), ..peer("worker-b", "up", "through a relay: why") };
         let small = pb::PeerStatus { mtu: Some(1236), ..peer("worker-c", "up", "") };
-        let text = text(&[peer("cp", "up", ""), relayed, small], false);
+        let single = pb::PeerStatus { single_datagrams: true, ..peer("worker-d", "up", "") };
+        let text = text(&[peer("cp", "up", ""), relayed, small, single], false);
         let below = text.split_once("\n\n").unwrap().1;
         assert_eq!(
             below,
             "worker-b is up for 1m 1s: through a relay: why\nthe path to worker-c has an MTU of \
-             1236 bytes: larger packets are sent in two fragments\n"
+             1236 bytes: larger packets are sent in two fragments\ndatagrams to worker-d are sent \
+             singly: those that are sent together (UDP_SEGMENT) do not arrive\n"
         );
     }
 }

@@ -289,6 +289,7 @@ fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
         path: peer.path.map(|path| path.remote.to_string()).unwrap_or_default(),
         relay: peer.relay.map(|relay| relay.to_string()).unwrap_or_default(),
         mtu: peer.mtu.map(u32::from),
+        single_datagrams: peer.is_single,
         rtt_us: peer.rtt.map(micros),
         loss_percent: peer.loss.map(|share| share * 100.0),
         handshake_age_ms: peer.last_handshake.map(|at| millis(now.saturating_duration_since(at))),
