@@ -89,10 +89,13 @@ namespace_test! {
 
 /// Returns the number of packets to guarded addresses that the peer received so far.
 fn seen(peer: &NetworkNamespace) -> u64 {
-    // All earlier packets have arrived when this datagram arrives.
-    let there = peer.enter(|| udp(at(PAIRS[0].1, 99), false));
-    udp(at(PAIRS[0].0, 0), false).send_to(b"all sent", there.local_addr().unwrap()).unwrap();
-    there.recv(&mut [0; 9]).unwrap();
+    // All earlier packets of a family have arrived when this datagram arrives: they wait for the same
+    // neighbour's link-layer address.
+    for (here, there) in PAIRS {
+        let there = peer.enter(|| udp(at(there, 99), false));
+        udp(at(here, 0), false).send_to(b"all sent", there.local_addr().unwrap()).unwrap();
+        there.recv(&mut [0; 9]).unwrap();
+    }
     let loaded =
         peer.enter(|| Nft::open().unwrap().read(TableFamily::Inet, "seen").unwrap().unwrap());
     let count = |prefix| loaded.counter("seen", prefix).unwrap().packets;
