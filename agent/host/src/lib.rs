@@ -42,7 +42,7 @@ use ipnet::IpNet;
 use towline_core::path;
 use towline_core::plan::Plan;
 
-use towline_netlink::{Family, NetlinkError, RouteKind, Rtnetlink};
+use towline_netlink::{MainTables, NetlinkError, RouteKind, Rtnetlink};
 use towline_nftables::{Nft, NftError};
 
 pub use address::LocalAddress;
@@ -82,8 +82,8 @@ pub struct HostNetwork {
     marks: Vec<Problem>,
     /// Uplinks that are guarded against redirected packets.
     egress: EgressState,
-    /// Families whose main table is too large to be read whole, see [`WaysOut::read`].
-    large: BTreeSet<Family>,
+    /// Reader of the main routing tables.
+    tables: MainTables,
 }
 
 /// Result of an apply.
@@ -113,7 +113,7 @@ impl HostNetwork {
             problems: Vec::new(),
             marks: Vec::new(),
             egress: EgressState::default(),
-            large: BTreeSet::new(),
+            tables: MainTables::default(),
         })
     }
 
@@ -327,7 +327,7 @@ impl HostNetwork {
     }
 
     fn ways_out(&mut self) -> Result<WaysOut, NetlinkError> {
-        WaysOut::read(&mut self.rtnetlink, &mut self.large)
+        WaysOut::read(&mut self.rtnetlink, &mut self.tables)
     }
 
     fn try_apply(&mut self, plan: &Plan) -> Result<Changes, ApplyError> {

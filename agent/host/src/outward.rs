@@ -13,17 +13,15 @@ use ipnet::IpNet;
 use towline_core::path;
 use towline_core::plan::TransitPlan;
 use towline_core::prefixes::is_private;
-use towline_netlink::{Family, MAIN_TABLE, NetlinkError, NextHop, Route, RouteKind, Rtnetlink};
+use towline_netlink::{
+    Family, MAIN_TABLE, MainTables, NetlinkError, NextHop, Route, RouteKind, Rtnetlink,
+};
 
 use super::address::LocalAddress;
 use super::candidates::{CandidatePolicy, candidates, is_lan, is_usable_elsewhere, leads_outside};
 
 /// Greatest number of addresses that outer datagrams may leave from.
 const ADDRESSES: usize = 64;
-/// Greatest number of routes of a main table that are kept. A container network adds a route for each pod
-/// and each node, so that a host of a cluster has some thousands at most. A table of the internet's routes
-/// has a million.
-const ROUTES: usize = 8_192;
 /// Protocol numbers (`RTPROT_*`) of the routes that the host's own configuration adds: those of the kernel,
 /// of programs without a number of their own, static ones, of router advertisements, and of DHCP.
 const CONFIGURED: [u8; 5] = [libc::RTPROT_KERNEL, libc::RTPROT_BOOT, libc::RTPROT_STATIC, 9, 16];
@@ -68,34 +66,21 @@ pub(super) struct WaysOut {
 }
 
 impl WaysOut {
-    /// Reads the routes of the main table. `large` names the families whose table had more than [`ROUTES`]
-    /// routes when it was read before; one that has now is added.
-    ///
-    /// A routing daemon fills such a table, and it is not read again, because links and addresses change
-    /// often. Instead the kernel sends the routes of the host's configuration ([`CONFIGURED`], each at most
-    /// [`ROUTES`]), and the default route that it would choose, which may be the daemon's.
+    /// Reads the routes of the main table. [`MainTables`] bounds their number: of the large table of a
+    /// routing daemon, the kernel sends the routes of the host's configuration ([`CONFIGURED`]), and the
+    /// default route that it would choose, which may be the daemon's.
     pub(super) fn read(
         rtnetlink: &mut Rtnetlink,
-        large: &mut BTreeSet<Family>,
+        tables: &mut MainTables,
     ) -> Result<Self, NetlinkError> {
         let mut ways = Self::default();
         for family in Family::ALL {
-            if !large.contains(&family) {
-                match rtnetlink.routes_at_most(family, MAIN_TABLE, None, ROUTES)? {
-                    Some(routes) => {
-                        ways.extend(family, routes);
-                        continue;
-                    }
-                    None => large.insert(family),
-                };
+            let mut routes = tables.read(rtnetlink, family, &CONFIGURED)?;
+            if tables.is_large(family) {
+                let chosen = rtnetlink.route_to(elsewhere(family))?;
+                routes.extend(chosen.filter(|route| route.table == MAIN_TABLE));
             }
-            for protocol in CONFIGURED {
-                let routes =
-                    rtnetlink.routes_at_most(family, MAIN_TABLE, Some(protocol), ROUTES)?;
-                ways.extend(family, routes.unwrap_or_default());
-            }
-            let chosen = rtnetlink.route_to(elsewhere(family))?;
-            ways.extend(family, chosen.filter(|route| route.table == MAIN_TABLE));
+            routes.iter().for_each(|route| ways.add(family, route));
         }
         Ok(ways)
     }
@@ -105,12 +90,6 @@ impl WaysOut {
         let gateways: BTreeSet<IpAddr> =
             self.gateways.iter().map(|(_, gateway)| *gateway).collect();
         gateways.into_iter().collect()
-    }
-
-    fn extend(&mut self, family: Family, routes: impl IntoIterator<Item = Route>) {
-        for route in routes {
-            self.add(family, &route);
-        }
     }
 
     fn add(&mut self, family: Family, route: &Route) {

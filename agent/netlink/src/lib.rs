@@ -33,7 +33,7 @@ pub use connection::{Connection, Failure, Protocol};
 pub use error::{NetlinkError, Refusal};
 pub use link::{Link, Overlay, OverlayKind, TunInfo, VethPeer};
 pub use monitor::{Group, Monitor, Notified};
-pub use route::{MAIN_TABLE, NextHop, Route, RouteChange, RouteKind, RouteLookup};
+pub use route::{MAIN_TABLE, MainTables, NextHop, Route, RouteChange, RouteKind, RouteLookup};
 pub use rule::{Rule, RuleAction};
 
 /// Address family.

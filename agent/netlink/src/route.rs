@@ -1,5 +1,6 @@
 //! Reads, sets and deletes routes.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -91,6 +92,47 @@ impl RouteLookup {
 
 /// Number of the main routing table.
 pub const MAIN_TABLE: u32 = libc::RT_TABLE_MAIN as u32;
+/// Greatest number of routes of a main table that are kept. A container network adds a route for each pod
+/// and each node, so that a host of a cluster has some thousands at most. A table of the internet's routes
+/// has a million.
+const ROUTES: usize = 8_192;
+
+/// Reader of the main tables. A table with more than 8,192 routes is filled by a routing daemon. It is read
+/// whole only once, because links and routes change often.
+#[derive(Debug, Default)]
+pub struct MainTables {
+    /// Families whose table was too large.
+    large: BTreeSet<Family>,
+}
+
+impl MainTables {
+    /// Returns the routes of a family, or of a large table only those with one of these protocols
+    /// (`RTPROT_*`). Protocols with too many routes themselves are left out.
+    pub fn read(
+        &mut self,
+        rtnetlink: &mut Rtnetlink,
+        family: Family,
+        protocols: &[u8],
+    ) -> Result<Vec<Route>, NetlinkError> {
+        if !self.is_large(family) {
+            match rtnetlink.routes_at_most(family, MAIN_TABLE, None, ROUTES)? {
+                Some(routes) => return Ok(routes),
+                None => self.large.insert(family),
+            };
+        }
+        let mut found = Vec::new();
+        for protocol in protocols {
+            let routes = rtnetlink.routes_at_most(family, MAIN_TABLE, Some(*protocol), ROUTES)?;
+            found.extend(routes.unwrap_or_default());
+        }
+        Ok(found)
+    }
+
+    /// Returns true if the table of a family was too large when it was read.
+    pub fn is_large(&self, family: Family) -> bool {
+        self.large.contains(&family)
+    }
+}
 
 impl Route {
     /// Creates a unicast route in the main table.
@@ -234,7 +276,7 @@ impl Rtnetlink {
 
     /// Returns the routes of a family in one table, and `None` if there are more than `most`: these are
     /// read, but not kept. With a protocol (`RTPROT_*`), the kernel sends only the routes with this one.
-    pub fn routes_at_most(
+    fn routes_at_most(
         &mut self,
         family: Family,
         table: u32,
@@ -274,7 +316,6 @@ impl Rtnetlink {
     /// Returns the route that the kernel chooses for a packet of this host to an address, as it is in its
     /// table. `None` if the address cannot be reached.
     pub fn route_to(&mut self, destination: IpAddr) -> Result<Option<Route>, NetlinkError> {
-        const RTM_F_LOOKUP_TABLE: u32 = 0x1000;
         const RTM_F_FIB_MATCH: u32 = 0x2000;
         let mut header = [0; ROUTE_HEADER];
         header[0] = Family::of(destination).number();

@@ -19,9 +19,13 @@ use towline_helper::protocol::CNI_DIRECTORIES;
 
 use super::CniUnknown;
 use crate::config::AnnouncePods;
-use towline_netlink::{Family, NetlinkError, RouteKind, Rtnetlink};
+use towline_netlink::{Family, MainTables, NetlinkError, RouteKind, Rtnetlink};
 use towline_proto::mtu::Mtu;
 
+/// Protocol numbers (`RTPROT_*`) of the routes of container networks, for a host with a large table: those of
+/// the kernel, of programs without a number of their own, of static routes, BIRD, kube-router and Calico.
+const PROTOCOLS: [u8; 6] =
+    [libc::RTPROT_KERNEL, libc::RTPROT_BOOT, libc::RTPROT_STATIC, 12, 17, 80];
 /// File that flannel writes once its backend has created the link.
 const FLANNEL_READY: &str = "/run/flannel/subnet.env";
 /// Maximum size of a CNI configuration, in bytes. Longer files are ignored.
@@ -100,15 +104,20 @@ pub enum Decision {
 }
 
 impl Reading {
-    /// Takes a snapshot. `own_link` is the mesh's link; `plugin` is the result of [`plugin_of`].
-    pub fn take(own_link: &str, plugin: Option<String>) -> Result<Self, NetlinkError> {
+    /// Takes a snapshot. `own_link` is the mesh's link, `plugin` is the result of [`plugin_of`], and `tables`
+    /// bounds the number of routes.
+    pub fn take(
+        own_link: &str,
+        plugin: Option<String>,
+        tables: &mut MainTables,
+    ) -> Result<Self, NetlinkError> {
         let mut netlink = Rtnetlink::open()?;
         let links = netlink.links()?;
         let names: BTreeMap<u32, &str> =
             links.iter().map(|link| (link.index, link.name.as_str())).collect();
         let mut routes = Vec::new();
         for family in Family::ALL {
-            let found = netlink.routes(family, Some(towline_netlink::MAIN_TABLE))?;
+            let found = tables.read(&mut netlink, family, &PROTOCOLS)?;
             routes.extend(found.into_iter().map(|route| RouteSeen {
                 destination: route.destination,
                 link: route.link.and_then(|index| names.get(&index).map(|name| (*name).to_owned())),

@@ -19,7 +19,7 @@ use super::credentials::{self, Credentials};
 use super::files::{self, Fingerprint};
 use super::{ApiError, CniUnknown, Facts, NodeProblem, Setup, Unavailable, View};
 use towline_host::register;
-use towline_netlink::{Group, Monitor, Protocol};
+use towline_netlink::{Group, MainTables, Monitor, Protocol};
 use towline_proto::backoff::{Backoff, Jitter};
 use towline_proto::code::Coded;
 
@@ -48,6 +48,7 @@ pub(super) async fn run(setup: Setup, views: watch::Sender<View>) {
         view,
         node: None,
         plugin: None,
+        tables: MainTables::default(),
         closed: Vec::new(),
         asked: None,
         stored: None,
@@ -67,6 +68,8 @@ struct Task {
     node: Option<Seen>,
     /// Configured CNI plugin, as of the last check.
     plugin: Option<String>,
+    /// Reader of the main routing tables.
+    tables: MainTables,
     /// Marks of the configurations that the helper was last asked for. Empty if none needs the
     /// helper.
     closed: Vec<cni::Mark>,
@@ -244,7 +247,7 @@ impl Task {
     /// Decides what is announced, from the Node and the state of the machine.
     fn decide(&mut self) {
         let Some(node) = &self.node else { return };
-        let reading = match Reading::take(&self.setup.link, self.plugin.clone()) {
+        let reading = match Reading::take(&self.setup.link, self.plugin.clone(), &mut self.tables) {
             Ok(reading) => reading,
             Err(error) => {
                 tracing::warn!(%error, "links and routes not read");
