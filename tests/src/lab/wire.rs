@@ -26,6 +26,9 @@ pub struct Weather {
     pub lost: u32,
     /// True if each IPv4 packet whose endpoints understand it is marked as congested (ECN, RFC 3168).
     pub is_congested: bool,
+    /// True if datagrams that were sent together (`UDP_SEGMENT`) are damaged, except the first one, as some
+    /// network cards do when they split them.
+    pub damages_trains: bool,
 }
 
 /// A simulated link. Dropping it removes it.
@@ -97,6 +100,9 @@ fn carry(mut from: File, mut to: File, weather: Weather, mut random: u64, stop: 
                     if weather.is_congested {
                         mark_congestion(&mut frame[..len]);
                     }
+                    if weather.damages_trains {
+                        damage_later_segment(&mut frame[..len]);
+                    }
                     if !lost && under_way.len() < UNDER_WAY {
                         under_way.push_back((Instant::now() + weather.delay, frame[..len].into()));
                     }
@@ -128,6 +134,25 @@ fn mark_congestion(frame: &mut [u8]) {
     packet[10..12].fill(0);
     let sum = checksum(&packet[..20]);
     packet[10..12].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// Damages the UDP datagram in an Ethernet frame if it is one of several that were sent together over
+/// IPv4, except the first one. The kernel, which splits them before this link, numbers them from 0;
+/// what is sent by itself and must not be fragmented has the number 0 (RFC 6864).
+fn damage_later_segment(frame: &mut [u8]) {
+    const ETHERNET: usize = 14;
+    const HEADERS: usize = 28;
+    const DO_NOT_FRAGMENT: u8 = 0x40;
+    let Some((ethernet, packet)) = frame.split_at_mut_checked(ETHERNET) else { return };
+    let is_udp = ethernet[12..] == [8, 0] && packet.len() > HEADERS && packet[0] == 0x45;
+    if !is_udp || packet[9] != libc::IPPROTO_UDP as u8 || packet[6] != DO_NOT_FRAGMENT {
+        return;
+    }
+    if packet[4..6] != [0, 0] {
+        // Without a checksum the damage is not noticed before the payload is decrypted.
+        packet[26..28].fill(0);
+        packet[HEADERS..].iter_mut().for_each(|byte| *byte = !*byte);
+    }
 }
 
 /// Creates a TAP link in the calling thread's namespace; the link exists while the file is open.

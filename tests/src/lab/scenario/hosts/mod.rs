@@ -13,10 +13,12 @@
 //! | [`state`] | with another name or file system than expected |
 //! | [`kubelet`] | whose kubelet waits for the mesh |
 //! | [`controllers`] | whose controller moves |
+//! | [`cards`] | whose network card damages what it splits |
 //! | [`nats`] | behind NAT routers that are set up simply, or that lose an address |
 //! | [`scene`] | builds the hosts, and joins them |
 
 mod addresses;
+mod cards;
 mod controllers;
 mod families;
 mod firewalls;
@@ -120,6 +122,7 @@ fn every_case() -> Vec<Case> {
         state::cases(),
         kubelet::cases(),
         controllers::cases(),
+        cards::cases(),
         nats::cases(),
     ]
     .into_iter()
