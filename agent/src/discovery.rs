@@ -105,6 +105,8 @@ pub enum Event {
     Controllers(Vec<ControllerAddress>),
     /// The grant of this node changed.
     Grant(Box<Grant>),
+    /// Peers knew a later start of this node than its state: this is the boot epoch from now on.
+    BootEpoch(u64),
     /// The controller accepted this node's record, with these remarks (prefixes that other nodes
     /// hold), or refused it for this reason.
     Published(Result<Vec<String>, String>),
@@ -144,6 +146,8 @@ pub struct Discovery {
     instance: [u8; 16],
     /// Record that was signed last. Each new session publishes it again, unchanged.
     current: Option<(Announcement, pb::Signed)>,
+    /// True once the map showed that the state was restored from an older copy.
+    is_restored: bool,
     events: mpsc::Sender<Event>,
 }
 
@@ -199,6 +203,7 @@ impl Discovery {
             map: setup.map,
             instance: rand::rng().random(),
             current: None,
+            is_restored: false,
             events,
         })
     }
@@ -500,7 +505,12 @@ impl Discovery {
         match message.kind {
             Some(Kind::Changes(changes)) => {
                 let synced = changes.synced;
+                let had_signed = self.current.is_some();
                 self.take_changes(changes).await?;
+                if had_signed && self.current.is_none() {
+                    session.published = false;
+                    session.retry_publish = Some(Instant::now());
+                }
                 session.map_dirty = true;
                 if synced {
                     self.save_map(session).await;
@@ -527,11 +537,7 @@ impl Discovery {
         for reason in applied.refused {
             tracing::warn!(%reason, "invalid statement in the map ignored");
         }
-        if let Some(record) = self.map.own_record() {
-            // The map has a later record of this node, so the state was restored from an older
-            // copy.
-            self.counters.generation = self.counters.generation.max(record.generation);
-        }
+        self.catch_up().await?;
         if self.membership.update(&self.map) {
             // The next start needs it before it has the map, for the list of controllers.
             kept(self.state.store_membership(&self.membership));
@@ -541,6 +547,35 @@ impl Discovery {
             return Ok(());
         }
         self.events.send(Event::Map(applied.changes)).await.map_err(|_| Ended::Stop)
+    }
+
+    /// Takes over the counters of the map's record of this node, if another start of the agent published
+    /// it. If that was a later one, the state was restored from an older copy: the record that was signed
+    /// since is void, and peers only know this start by a higher boot epoch.
+    async fn catch_up(&mut self) -> Result<(), Ended> {
+        let Some(record) = self.map.own_record() else { return Ok(()) };
+        let Counters { boot_epoch, generation } = self.counters;
+        let is_own = self.current.is_some() && record.boot_epoch == boot_epoch;
+        if record.generation < generation || record.generation == generation && is_own {
+            return Ok(());
+        }
+        self.counters.generation = record.generation;
+        let is_behind = record.boot_epoch >= boot_epoch;
+        // Once only: two machines with the same state would never cease.
+        if self.is_restored || !is_behind && self.current.is_none() {
+            return Ok(());
+        }
+        tracing::warn!(
+            "the map has a later record of this node: the state was restored from an older copy"
+        );
+        self.is_restored = true;
+        self.current = None;
+        if !is_behind {
+            return Ok(());
+        }
+        self.counters.boot_epoch = record.boot_epoch.saturating_add(1);
+        let event = Event::BootEpoch(self.counters.boot_epoch);
+        self.events.send(event).await.map_err(|_| Ended::Stop)
     }
 
     /// Takes the tombstone with which the controller refuses a removed node.

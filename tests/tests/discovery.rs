@@ -340,6 +340,59 @@ async fn a_node_whose_state_was_set_back_numbers_its_records_after_those_the_mes
 }
 
 #[tokio::test]
+async fn a_node_whose_state_was_set_back_is_not_refused_again_and_again() {
+    const LIMIT: Duration = Duration::from_secs(20);
+    let mut scene = Scene::new().await;
+    scene.daemon.announce(1000);
+    let keys = scene.node.state.keys().unwrap();
+    // A later start than this one published it.
+    let later = pb::Record {
+        node_id: vec![OWN; 16],
+        generation: 41,
+        boot_epoch: 7,
+        wireguard_keys: vec![keys.wireguard.public().0.to_vec()],
+        ..Default::default()
+    };
+    let own = pb::Entry {
+        grant: Some(scene.node.membership.signed_grant.clone()),
+        record: Some(keys.identity.sign_record(&later)),
+        withheld: Vec::new(),
+    };
+    let identity = scene.node.membership.grant.identity_key;
+    let mut watches = Vec::new();
+    let accepted = async {
+        loop {
+            match scene.controller.call().await.unwrap() {
+                Call::Watch(watch) => {
+                    watch.send(ready(1)).await;
+                    watch.send(changes(1, vec![Upsert(own.clone())])).await;
+                    watches.push(watch);
+                }
+                Call::Publish(request, reply) => {
+                    let record: Record =
+                        signed::record(request.record.as_ref(), &identity).unwrap();
+                    if record.generation > later.generation {
+                        let _ = reply.send(Ok(pb::PublishResponse::default()));
+                        return record;
+                    }
+                    let _ = reply.send(Err(Status::failed_precondition("behind")));
+                }
+                _ => {}
+            }
+        }
+    };
+    let record = tokio::time::timeout(LIMIT, accepted).await.unwrap();
+    assert_eq!((record.generation, record.boot_epoch), (42, 8));
+    let boot_epoch = scene.daemon.event(|event| match event {
+        Event::BootEpoch(boot_epoch) => Some(boot_epoch),
+        _ => None,
+    });
+    assert_eq!(boot_epoch.await, 8);
+    let counters = scene.node.state.counters().unwrap();
+    assert_eq!(counters, Counters { boot_epoch: 8, generation: 42 });
+}
+
+#[tokio::test]
 async fn a_silent_controller_is_left() {
     let mut scene = Scene::new().await;
     let watch = scene.controller.watch().await.unwrap();

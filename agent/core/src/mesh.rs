@@ -368,6 +368,12 @@ impl Mesh {
         self.local.set_controller_connected(self.fx.now, connected);
     }
 
+    /// Takes a higher boot epoch than that of the configuration: peers knew a later start.
+    pub fn set_boot_epoch(&mut self, now: Instant, boot_epoch: u64) {
+        self.fx.advance(now);
+        self.probing.set_boot_epoch(boot_epoch);
+    }
+
     /// Takes the number of the second UDP port, which is open now; `None`: it could not be opened.
     pub fn set_second_port(&mut self, now: Instant, port: Option<u16>) {
         self.fx.advance(now);

@@ -45,6 +45,11 @@ impl Probing {
         }
     }
 
+    /// Replaces the boot epoch by a higher one.
+    pub(crate) fn set_boot_epoch(&mut self, boot_epoch: u64) {
+        self.boot_epoch = boot_epoch;
+    }
+
     /// Returns boot epoch and number of the next call: together they only grow.
     pub(crate) fn next_call(&mut self) -> CallOrder {
         self.calls += 1;

@@ -132,6 +132,7 @@ impl ControllerLink {
                     tracing::error!("this node was removed from the mesh: run `towline leave`");
                 }
             }
+            Event::BootEpoch(boot_epoch) => mesh.set_boot_epoch(now, boot_epoch),
             Event::Published(result) => self.published = result,
             Event::Certificate { expires_at } => self.certificate_expires_at = expires_at,
             Event::Signal(datagram) => return Some(Received::Signal(datagram)),

@@ -1,13 +1,14 @@
 //! Machines that have another name or another file system than expected.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 
 use super::Case;
-use super::scene::Scene;
-use crate::lab::interrupt::wait_for;
-use crate::lab::mesh::{COMMAND_LIMIT, Controller, Node};
+use super::scene::{Pair, Scene, UP_LIMIT, connected, has_no_problem};
+use crate::lab::interrupt::{wait_for, wait_up_to};
+use crate::lab::mesh::{COMMAND_LIMIT, Controller, Node, START_LIMIT};
 use crate::lab::process::{CommandOutput, Daemon, Program};
 use crate::lab::scenario::Setting;
 use crate::lab::scenario::bootstrap::{installed, is_enabled};
@@ -22,6 +23,7 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("state/nowhere-to-install", |setting| {
             read_only(setting, &["usr", "opt", "var/lib/towline-programs"], None)
         }),
+        Case::new("state/rolled-back-snapshot", rolled_back),
     ]
 }
 
@@ -71,6 +73,90 @@ fn dns_name(setting: &Setting) -> anyhow::Result<()> {
     let is_told = !output.status.success() && output.stderr.contains("--name");
     ensure!(is_told, "a name that is taken leads nowhere: {output:?}");
     Ok(())
+}
+
+/// Machines whose state was restored from an older copy, as a snapshot of a virtual machine does: one with
+/// a public address, which does not change what it publishes, and one behind a NAT. The mesh knows later
+/// counters of each, from a start whose clock was ahead.
+fn rolled_back(setting: &Setting) -> anyhow::Result<()> {
+    /// Time by which the clock was ahead, in milliseconds: a day.
+    const AHEAD: u64 = 86_400_000;
+    let scene = Scene::build_v4(setting)?;
+    let mut pair = scene.join(setting)?;
+    pair.is_connected()?;
+    let copy = scene.lab.directory().join("snapshot");
+    for number in 0..2 {
+        fs::create_dir(&copy)?;
+        let node = node_of(&mut pair, number);
+        stop(node)?;
+        copy_files(&node.state(), &copy)?;
+        let counters = node.state().join("counters.json");
+        let epoch = boot_epoch(&counters)? + AHEAD;
+        let text = fs::read_to_string(&counters)?;
+        let old = format!("\"boot_epoch\":{}", epoch - AHEAD);
+        let new = format!("\"boot_epoch\":{epoch}");
+        ensure!(text.contains(&old), "the counters have another form: {text}");
+        fs::write(&counters, text.replace(&old, &new))?;
+        start(node)?;
+        pair.is_connected()?;
+        let name = node_of(&mut pair, number).name().to_owned();
+        let generation = generation(&pair, &name)?;
+        let node = node_of(&mut pair, number);
+        stop(node)?;
+        for entry in fs::read_dir(node.state())? {
+            fs::remove_file(entry?.path())?;
+        }
+        copy_files(&copy, &node.state())?;
+        start(node)?;
+        connected(&pair.cp, &pair.worker)
+            .with_context(|| format!("{name} was restored from a copy"))?;
+        let is_newer = || Ok((self::generation(&pair, &name)? > generation).then_some(()));
+        let published = wait_up_to(UP_LIMIT, is_newer)?;
+        ensure!(published.is_some(), "{name} publishes no record after {generation}");
+        let later = boot_epoch(&counters)?;
+        ensure!(later > epoch, "the boot epoch of {name} is {later}, and was {epoch}");
+        has_no_problem(&pair.cp)?;
+        has_no_problem(&pair.worker)?;
+        fs::remove_dir_all(&copy)?;
+    }
+    Ok(())
+}
+
+fn node_of(pair: &mut Pair, number: usize) -> &mut Node {
+    if number == 0 { &mut pair.cp } else { &mut pair.worker }
+}
+
+fn stop(node: &mut Node) -> anyhow::Result<()> {
+    let agent = node.take_agent().context("the agent does not run")?;
+    agent.stop().map(drop)
+}
+
+fn start(node: &mut Node) -> anyhow::Result<()> {
+    node.launch()?;
+    node.await_status(START_LIMIT).map(drop)
+}
+
+/// Copies the files of a directory, with their permissions.
+fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        fs::copy(entry.path(), to.join(entry.file_name()))
+            .with_context(|| format!("cannot copy {}", entry.path().display()))?;
+    }
+    Ok(())
+}
+
+/// Returns the number of the start that a state directory names last.
+fn boot_epoch(counters: &Path) -> anyhow::Result<u64> {
+    let counters: serde_json::Value = serde_json::from_slice(&fs::read(counters)?)?;
+    counters.get("boot_epoch").and_then(serde_json::Value::as_u64).context("no boot epoch")
+}
+
+/// Returns the generation of the record of a node that the controller has.
+fn generation(pair: &Pair, name: &str) -> anyhow::Result<u64> {
+    let nodes = pair.controller.operator().nodes()?;
+    let node = nodes.into_iter().find(|node| node.name == name).context("the node is not known")?;
+    node.generation.context("the node has no record")
 }
 
 /// A machine that did not get its own name yet.
