@@ -382,6 +382,26 @@ fn a_nat_whose_mappings_are_stuck_gets_datagrams_from_another_port() {
 }
 
 #[test]
+fn a_clock_that_jumps_while_the_agents_run_interrupts_nothing() {
+    for (seed, jump) in [3_600, -3_600].into_iter().enumerate() {
+        for both in [false, true] {
+            let (place, family) = (Place::PortRestricted, Family::V4);
+            let mut pair = Pair::new(970 + seed as u64, FAR, (place, family), (place, family));
+            pair.first_packet().unwrap();
+            pair.traffic(Duration::from_secs(5));
+            pair.sim.hosts[pair.a].clock_offset = jump;
+            if both {
+                pair.sim.hosts[pair.b].clock_offset = -jump;
+            }
+            // Several sessions long.
+            let gap = pair.traffic(Duration::from_secs(500));
+            println!("{jump} s, both {both}: {gap:?}");
+            assert!(gap < Duration::from_secs(1), "{jump} s, both {both}: {gap:?}");
+        }
+    }
+}
+
+#[test]
 fn another_address_is_told_at_once() {
     for controller in [true, false] {
         let (place, family) = (Place::PortRestricted, Family::V4);
