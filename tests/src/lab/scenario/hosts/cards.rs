@@ -7,7 +7,7 @@ use serde_json::Value;
 use towline_netlink::Family;
 
 use super::Case;
-use super::scene::{connected, node_behind, overlay, status};
+use super::scene::{connected, node_behind};
 use crate::lab::interrupt::wait_up_to;
 use crate::lab::mesh::{Controller, Node};
 use crate::lab::ping::echoes;
@@ -44,7 +44,7 @@ fn trains(setting: &Setting, are_damaged: bool) -> anyhow::Result<()> {
     for node in [&cp, &node] {
         ensure!(sends_together(node)?, "{} cannot send datagrams together", node.name());
     }
-    let target = overlay(&cp)?;
+    let target = cp.overlay_v4()?;
     let noticed = wait_up_to(NOTICE, || {
         // Only a path in use is probed.
         let sent = echoes(edge.namespace(), target, 1, Duration::from_secs(1), Pattern::random()?)?;
@@ -70,7 +70,7 @@ fn trains(setting: &Setting, are_damaged: bool) -> anyhow::Result<()> {
 
 /// Returns whether a node can send several datagrams with one system call.
 fn sends_together(node: &Node) -> anyhow::Result<bool> {
-    let status = status(node)?;
+    let status: Value = serde_json::from_str(&node.command_ok(&["status", "-o", "json"])?)?;
     let features = status.get("features").and_then(Value::as_array).context("no features")?;
     let is_segment =
         |feature: &&Value| feature.get("name").is_some_and(|name| name == "udp_segment");

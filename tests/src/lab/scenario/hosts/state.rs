@@ -8,7 +8,7 @@ use anyhow::{Context as _, ensure};
 use super::Case;
 use super::scene::{Pair, Scene, UP_LIMIT, connected, has_no_problem};
 use crate::lab::interrupt::{wait_for, wait_up_to};
-use crate::lab::mesh::{COMMAND_LIMIT, Controller, Node, START_LIMIT};
+use crate::lab::mesh::{COMMAND_LIMIT, Controller, Node};
 use crate::lab::process::{CommandOutput, Daemon, Program};
 use crate::lab::scenario::Setting;
 use crate::lab::scenario::bootstrap::{installed, is_enabled};
@@ -97,7 +97,7 @@ fn rolled_back(setting: &Setting) -> anyhow::Result<()> {
         let new = format!("\"boot_epoch\":{epoch}");
         ensure!(text.contains(&old), "the counters have another form: {text}");
         fs::write(&counters, text.replace(&old, &new))?;
-        start(node)?;
+        node.restart()?;
         pair.is_connected()?;
         let name = node_of(&mut pair, number).name().to_owned();
         let generation = generation(&pair, &name)?;
@@ -107,7 +107,7 @@ fn rolled_back(setting: &Setting) -> anyhow::Result<()> {
             fs::remove_file(entry?.path())?;
         }
         copy_files(&copy, &node.state())?;
-        start(node)?;
+        node.restart()?;
         connected(&pair.cp, &pair.worker)
             .with_context(|| format!("{name} was restored from a copy"))?;
         let is_newer = || Ok((self::generation(&pair, &name)? > generation).then_some(()));
@@ -129,11 +129,6 @@ fn node_of(pair: &mut Pair, number: usize) -> &mut Node {
 fn stop(node: &mut Node) -> anyhow::Result<()> {
     let agent = node.take_agent().context("the agent does not run")?;
     agent.stop().map(drop)
-}
-
-fn start(node: &mut Node) -> anyhow::Result<()> {
-    node.launch()?;
-    node.await_status(START_LIMIT).map(drop)
 }
 
 /// Copies the files of a directory, with their permissions.
