@@ -1,7 +1,7 @@
 //! Machines that have another name or another file system than expected.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 
