@@ -256,7 +256,7 @@ impl Rtnetlink {
     /// refuses the packet (unreachable, blackhole or prohibit).
     pub fn look_up_route(&mut self, lookup: &RouteLookup) -> Result<Option<Route>, NetlinkError> {
         let what = || format!("look up the route to {}", lookup.destination);
-        match self.connection.get(what, lookup_message(lookup), |received| parse(&received)) {
+        match self.connection.get(what, lookup_message(lookup), |received| read(&received)) {
             Err(error) if is_refusing(&error) => Ok(None),
             other => other,
         }

@@ -99,6 +99,9 @@ pub struct Agent {
     pub wake: Option<Instant>,
     /// Numbers of the echo replies that arrived.
     pub replies: BTreeSet<u64>,
+    /// Offset of the wall clock when the agent started, in seconds. boringtun counts the time stamps of
+    /// initiations from there on by the monotonic clock.
+    pub clock_offset: i64,
 }
 
 impl Host {
@@ -174,6 +177,7 @@ impl Host {
             candidates: Vec::new(),
             wake: None,
             replies: BTreeSet::new(),
+            clock_offset: self.clock_offset,
         });
     }
 

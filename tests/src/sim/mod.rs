@@ -371,9 +371,11 @@ impl Sim {
         }
     }
 
+    /// Returns the time stamp of an initiation, in nanoseconds.
     fn clock(&self, host: HostId) -> i64 {
         let elapsed = i64::try_from(self.elapsed().as_nanos()).unwrap_or(i64::MAX);
-        elapsed + self.hosts[host].clock_offset * 1_000_000_000
+        let offset = self.hosts[host].agent.as_ref().map_or(0, |agent| agent.clock_offset);
+        elapsed + offset * 1_000_000_000
     }
 
     fn schedule(&mut self, at: Instant, event: Event) {
