@@ -100,6 +100,18 @@ pub struct Status {
     /// benchmarks compare, report none.
     #[serde(default)]
     pub notes: Vec<String>,
+    /// Optional features of the data plane.
+    #[serde(default)]
+    pub features: Vec<Feature>,
+}
+
+/// An optional feature of the data plane.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Feature {
+    /// Name of the feature.
+    pub name: String,
+    /// True if it is in use.
+    pub active: bool,
 }
 
 /// State of an agent's connection to its controller.
@@ -145,6 +157,9 @@ pub struct Peer {
     pub relay: Option<String>,
     /// Size in bytes of the largest inner packet that fits the path, once known.
     pub mtu: Option<u32>,
+    /// True if each datagram to the peer is sent by itself. Earlier versions do not report it.
+    #[serde(default)]
+    pub single_datagrams: bool,
 }
 
 impl Peer {

@@ -26,9 +26,30 @@ pub struct Weather {
     pub lost: u32,
     /// True if each IPv4 packet whose endpoints understand it is marked as congested (ECN, RFC 3168).
     pub is_congested: bool,
-    /// True if datagrams that were sent together (`UDP_SEGMENT`) are damaged, except the first one, as some
-    /// network cards do when they split them.
-    pub damages_trains: bool,
+    /// Treatment of datagrams that were sent together (`UDP_SEGMENT`).
+    pub together: Together,
+}
+
+/// How a link treats datagrams that were sent together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Together {
+    /// The link takes single ones, so that the kernel splits them before.
+    #[default]
+    Split,
+    /// The link takes them as they are.
+    Whole,
+    /// The link takes them as they are, and damages all but the first one, as some network cards do when
+    /// they split them.
+    Damaged,
+}
+
+impl Together {
+    /// Returns the length of the header before each frame of a TAP link, in bytes.
+    fn header_bytes(self) -> usize {
+        /// Size of `virtio_net_hdr` (`linux/virtio_net.h`).
+        const VIRTIO: usize = 10;
+        if self == Self::Split { 0 } else { VIRTIO }
+    }
 }
 
 /// A simulated link. Dropping it removes it.
@@ -40,7 +61,8 @@ pub struct Cable {
 
 /// Maximum number of frames in flight in one direction.
 const UNDER_WAY: usize = 4096;
-const FRAME_BYTES: usize = 65_536;
+/// Largest frame: 64 KiB of IP, and the headers before it.
+const FRAME_BYTES: usize = 65_536 + 64;
 /// Interval at which a thread checks whether to stop.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -52,7 +74,8 @@ impl Cable {
         b: (&Namespace, &str),
         weather: Weather,
     ) -> anyhow::Result<Self> {
-        let [a, b] = [a, b].map(|(namespace, name)| namespace.run(|| open_tap(name)));
+        let [a, b] =
+            [a, b].map(|(namespace, name)| namespace.run(|| open_tap(name, weather.together)));
         let (a, b) = (a?, b?);
         let stop = Arc::new(AtomicBool::new(false));
         let ways = [(a.try_clone()?, b.try_clone()?), (b, a)];
@@ -80,6 +103,7 @@ impl Drop for Cable {
 fn carry(mut from: File, mut to: File, weather: Weather, mut random: u64, stop: &AtomicBool) {
     let mut under_way: VecDeque<(Instant, Vec<u8>)> = VecDeque::new();
     let mut frame = vec![0; FRAME_BYTES];
+    let header_bytes = weather.together.header_bytes();
     while !stop.load(Ordering::Relaxed) {
         let next = under_way
             .front()
@@ -97,11 +121,12 @@ fn carry(mut from: File, mut to: File, weather: Weather, mut random: u64, stop: 
                     random ^= random >> 7;
                     random ^= random << 17;
                     let lost = random % 100_000 < u64::from(weather.lost);
+                    let (header, packet) = frame[..len].split_at_mut(header_bytes.min(len));
                     if weather.is_congested {
-                        mark_congestion(&mut frame[..len]);
+                        mark_congestion(packet);
                     }
-                    if weather.damages_trains {
-                        damage_later_segment(&mut frame[..len]);
+                    if weather.together == Together::Damaged {
+                        damage_later_datagrams(header, packet);
                     }
                     if !lost && under_way.len() < UNDER_WAY {
                         under_way.push_back((Instant::now() + weather.delay, frame[..len].into()));
@@ -136,27 +161,23 @@ fn mark_congestion(frame: &mut [u8]) {
     packet[10..12].copy_from_slice(&sum.to_be_bytes());
 }
 
-/// Damages the UDP datagram in an Ethernet frame if it is one of several that were sent together over
-/// IPv4, except the first one. The kernel, which splits them before this link, numbers them from 0;
-/// what is sent by itself and must not be fragmented has the number 0 (RFC 6864).
-fn damage_later_segment(frame: &mut [u8]) {
-    const ETHERNET: usize = 14;
-    const HEADERS: usize = 28;
-    const DO_NOT_FRAGMENT: u8 = 0x40;
-    let Some((ethernet, packet)) = frame.split_at_mut_checked(ETHERNET) else { return };
-    let is_udp = ethernet[12..] == [8, 0] && packet.len() > HEADERS && packet[0] == 0x45;
-    if !is_udp || packet[9] != libc::IPPROTO_UDP as u8 || packet[6] != DO_NOT_FRAGMENT {
-        return;
-    }
-    if packet[4..6] != [0, 0] {
-        // Without a checksum the damage is not noticed before the payload is decrypted.
-        packet[26..28].fill(0);
-        packet[HEADERS..].iter_mut().for_each(|byte| *byte = !*byte);
+/// Damages the datagrams in an Ethernet frame of IPv4 that were sent together, except the first one. Their
+/// checksums are added later, so that only decryption notices. `header` is the virtio header of the frame.
+fn damage_later_datagrams(header: &[u8], frame: &mut [u8]) {
+    /// `VIRTIO_NET_HDR_GSO_UDP_L4` (`linux/virtio_net.h`).
+    const UDP_L4: u8 = 5;
+    /// Headers of Ethernet, IPv4 without options, and UDP.
+    const HEADERS: usize = 14 + 20 + 8;
+    let &[_, UDP_L4, _, _, low, high, ..] = header else { return };
+    let first = usize::from(u16::from_ne_bytes([low, high]));
+    if frame.get(12..15) == Some(&[8, 0, 0x45]) {
+        // The same on each link: the second one does not repair what the first one damaged.
+        frame.iter_mut().skip(HEADERS + first).for_each(|byte| *byte = 0);
     }
 }
 
 /// Creates a TAP link in the calling thread's namespace; the link exists while the file is open.
-fn open_tap(name: &str) -> anyhow::Result<File> {
+fn open_tap(name: &str, together: Together) -> anyhow::Result<File> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -168,12 +189,24 @@ fn open_tap(name: &str) -> anyhow::Result<File> {
     for (to, byte) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
         *to = byte as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+    let header = if together == Together::Split { 0 } else { libc::IFF_VNET_HDR };
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | header) as libc::c_short;
     // SAFETY: the request is an `ifreq`, which lives until the call returns.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) };
     if result == -1 {
         let error = std::io::Error::last_os_error();
         return Err(error).with_context(|| format!("cannot create the TAP link {name}"));
+    }
+    if together != Together::Split {
+        let offloads = libc::TUN_F_CSUM | libc::TUN_F_USO4 | libc::TUN_F_USO6;
+        // SAFETY: the argument is a number, which the kernel does not follow.
+        let result =
+            unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD as _, offloads as usize) };
+        if result == -1 {
+            let error = std::io::Error::last_os_error();
+            return Err(error)
+                .context("a TAP link cannot take UDP datagrams that were sent together");
+        }
     }
     Ok(file)
 }

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use serde_json::Value;
 use towline_netlink::Family;
 
 use super::Case;
@@ -14,7 +13,7 @@ use crate::lab::ping::echoes;
 use crate::lab::scenario::Setting;
 use crate::lab::topology::Lab;
 use crate::lab::traffic::{Pattern, tcp_both_ways};
-use crate::lab::wire::Weather;
+use crate::lab::wire::{Together, Weather};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -32,9 +31,8 @@ fn trains(setting: &Setting, are_damaged: bool) -> anyhow::Result<()> {
     const BYTES: u64 = 20_000_000;
     const LIMIT: Duration = Duration::from_secs(20);
     let mut lab = Lab::new(setting.rank)?;
-    // A delay has both links pass through the lab in either form.
-    let delay = Duration::from_micros(100);
-    lab.weather(Weather { damages_trains: are_damaged, delay, ..Weather::default() });
+    let together = if are_damaged { Together::Damaged } else { Together::Whole };
+    lab.weather(Weather { together, ..Weather::default() });
     let host = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.only(Family::V4).build()?;
     let edge = lab.host("edge").public("203.0.113.20", "2001:db8::20")?.only(Family::V4).build()?;
     let controller = Controller::start(&lab, &host, &setting.binaries)?;
@@ -70,19 +68,12 @@ fn trains(setting: &Setting, are_damaged: bool) -> anyhow::Result<()> {
 
 /// Returns whether a node can send several datagrams with one system call.
 fn sends_together(node: &Node) -> anyhow::Result<bool> {
-    let status: Value = serde_json::from_str(&node.command_ok(&["status", "-o", "json"])?)?;
-    let features = status.get("features").and_then(Value::as_array).context("no features")?;
-    let is_segment =
-        |feature: &&Value| feature.get("name").is_some_and(|name| name == "udp_segment");
-    let feature = features.iter().find(is_segment).context("no feature `udp_segment`")?;
-    feature.get("active").and_then(Value::as_bool).context("the feature has no state")
+    let features = node.status()?.features;
+    let feature = features.into_iter().find(|feature| feature.name == "udp_segment");
+    Ok(feature.context("no feature `udp_segment`")?.active)
 }
 
 /// Returns whether a node sends each datagram to another by itself.
 fn sends_singly(from: &Node, to: &Node) -> anyhow::Result<bool> {
-    let peers: Value = serde_json::from_str(&from.command_ok(&["peers", "-o", "json"])?)?;
-    let peers = peers.as_array().context("no list of peers")?;
-    let peer = peers.iter().find(|peer| peer.get("name").is_some_and(|name| name == to.name()));
-    let single = peer.context("the peer is not known")?.get("single_datagrams");
-    single.and_then(Value::as_bool).context("the peer has no field `single_datagrams`")
+    Ok(from.peer(to.name())?.context("the peer is not known")?.single_datagrams)
 }

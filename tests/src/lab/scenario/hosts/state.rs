@@ -110,11 +110,11 @@ fn rolled_back(setting: &Setting) -> anyhow::Result<()> {
         node.restart()?;
         connected(&pair.cp, &pair.worker)
             .with_context(|| format!("{name} was restored from a copy"))?;
-        let is_newer = || Ok((self::generation(&pair, &name)? > generation).then_some(()));
-        let published = wait_up_to(UP_LIMIT, is_newer)?;
-        ensure!(published.is_some(), "{name} publishes no record after {generation}");
-        let later = boot_epoch(&counters)?;
-        ensure!(later > epoch, "the boot epoch of {name} is {later}, and was {epoch}");
+        let published = wait_up_to(UP_LIMIT, || {
+            let is_newer = self::generation(&pair, &name)? > generation;
+            Ok((is_newer && boot_epoch(&counters)? > epoch).then_some(()))
+        })?;
+        ensure!(published.is_some(), "{name} has no later start than {epoch}, record {generation}");
         has_no_problem(&pair.cp)?;
         has_no_problem(&pair.worker)?;
         fs::remove_dir_all(&copy)?;
