@@ -69,7 +69,7 @@ pub fn write(
     print(&self::text(format, value, text)?)
 }
 
-/// Returns what [`write`] writes.
+/// Returns what [`write()`] writes.
 ///
 /// # Errors
 ///
