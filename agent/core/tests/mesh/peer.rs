@@ -339,7 +339,7 @@ fn a_thousand_peers_cost_nothing_until_there_is_traffic_for_one() {
     assert_eq!(probes(&us.run(Duration::from_millis(1))), 2);
 }
 
-/// With peer 2 up and unused, one of so many that an unused peer is not checked.
+/// Returns us with peer 2 up and unused, in a mesh in which unused peers are not checked.
 fn one_of_many() -> Us {
     let mut us = Us::up(PUBLIC);
     us.mesh.set_candidates(us.now, vec![candidate("203.0.113.9:51830")]);
