@@ -1,5 +1,5 @@
-//! Fill of the kernel's conntrack table. When it is full, the kernel drops new connections, those of
-//! Towline included.
+//! Fill of the kernel's conntrack table. When it is full, the kernel drops new connections, also
+//! those of Towline.
 
 /// Number of entries in the conntrack table, and its limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -72,7 +72,7 @@ fn text(trace: &Trace, wide: bool) -> String {
     let mut text = format!("to {} ({}{port}), peer {peer}\n", trace.destination, trace.address);
     steps(&mut text, &trace.outgoing, wide);
     if !trace.incoming.is_empty() {
-        text.push_str(&format!("\nfrom {}, as far as this node knows\n", trace.address));
+        text.push_str(&format!("\nfrom {}: what this node knows of it\n", trace.address));
         steps(&mut text, &trace.incoming, wide);
     }
     let outcome = match trace.outcome {

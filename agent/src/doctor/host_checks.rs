@@ -53,7 +53,7 @@ fn clock(facts: &Facts, findings: &mut Findings) {
         Some(false) => {
             let is_suspect = findings.worst(Subject::Clock) > Some(CheckState::Ok);
             let state = if is_suspect { CheckState::Failed } else { CheckState::Ok };
-            let text = "no program synchronizes the clock, as far as the kernel knows";
+            let text = "the kernel knows no program that synchronizes the clock";
             findings.cause(Subject::Clock, state, Cause::ClockNotSynchronized, text);
         }
         None => findings.skip(Subject::Clock, "the kernel does not tell the state of its clock"),

@@ -1,5 +1,5 @@
-//! Reads the facts about the host that the checks look at. Nothing is changed, and what cannot be read
-//! is left out.
+//! Reads the facts about the host that the checks look at. It changes nothing, and leaves out what
+//! cannot be read.
 
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -239,7 +239,7 @@ pub enum Cause {
     DiskFull,
     /// The file system of the state directory cannot be written.
     DiskReadOnly,
-    /// The mesh has no such peer, as far as this node knows.
+    /// This node knows no such peer.
     PeerUnknown,
     /// The address belongs to no peer.
     AddressOutsideMesh,

@@ -1,5 +1,5 @@
 //! Asks the kernel which rule, table and link a packet takes, and which chains of other programs drop it.
-//! Nothing is changed.
+//! It changes nothing.
 
 use std::net::IpAddr;
 

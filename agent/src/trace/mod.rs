@@ -49,7 +49,7 @@ pub struct Trace {
     pub remedy: Option<String>,
     /// Steps from this node to the destination.
     pub outgoing: Vec<Step>,
-    /// Steps of the answer on this node, or of a connection from there, as far as this node knows them.
+    /// Steps on this node of the answer, or of a connection from there.
     pub incoming: Vec<Step>,
 }
 

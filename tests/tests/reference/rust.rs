@@ -1,5 +1,5 @@
-//! Reads structs and enums of Rust sources, as far as the documents need them: names, types, attributes
-//! and doc comments of the fields of top-level items.
+//! Reads what the documents need of the structs and enums at the top level of Rust sources: names, types,
+//! attributes and doc comments of their fields.
 
 /// A struct or an enum at the top level of a file.
 #[derive(Debug, Clone, Default)]
