@@ -5,15 +5,13 @@ use std::os::unix::net::UnixStream;
 use anyhow::bail;
 use serde::Serialize;
 use towline_proto::code::Coded as _;
+use towline_proto::status::SCHEMA_VERSION;
 use towline_service::output::{self, Format};
 
 use super::local;
 use crate::config::Config;
 use crate::doctor::{self, Agent, Cause, Check, CheckState, Facts, host_facts};
 use crate::down::DownMarker;
-
-/// Version of the JSON document. It changes when a field is removed or changes its meaning.
-const SCHEMA: u32 = 1;
 
 #[derive(Serialize)]
 struct Report<'a> {
@@ -27,7 +25,7 @@ struct Report<'a> {
 pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
     let checks = doctor::examine(&facts(config, agent(config)));
     let healthy = checks.iter().all(|check| check.state <= CheckState::Ok);
-    let report = Report { schema_version: SCHEMA, healthy, checks: &checks };
+    let report = Report { schema_version: SCHEMA_VERSION, healthy, checks: &checks };
     output::write(format, &report, |wide| text(&checks, wide))?;
     let failed: Vec<&str> = checks
         .iter()

@@ -3,15 +3,14 @@
 use anyhow::bail;
 use clap::Args;
 use serde::Serialize;
+use towline_proto::status::SCHEMA_VERSION;
 use towline_service::output::{self, Format};
 
 use super::{doctor, local};
 use crate::config::Config;
+use crate::control::unknown_node;
 use crate::doctor::explain::{self, Explanation, Verdict};
 use crate::doctor::{Agent, examine};
-
-/// Version of the JSON document. It changes when a field is removed or changes its meaning.
-const SCHEMA: u32 = 1;
 
 #[derive(Debug, Args)]
 pub(super) struct ExplainArgs {
@@ -34,10 +33,10 @@ pub(super) fn run(config: &Config, args: &ExplainArgs) -> anyhow::Result<()> {
     let answers = local::ask(&config.socket)?;
     let facts = doctor::facts(config, Agent::Answered(Box::new(answers.clone())));
     let explanation = explain::explain(&args.peer, &answers, &examine(&facts));
-    let report = Report { schema_version: SCHEMA, explanation: &explanation };
+    let report = Report { schema_version: SCHEMA_VERSION, explanation: &explanation };
     output::write(args.output, &report, |wide| text(&explanation, wide))?;
     if explanation.state == Verdict::Unknown {
-        bail!("no peer has the name {}: run `towline peers` for a list", args.peer);
+        bail!("{}", unknown_node(&args.peer));
     }
     Ok(())
 }

@@ -5,6 +5,7 @@ use clap::Args;
 use ipnet::IpNet;
 use serde::Serialize;
 use towline_proto::pb;
+use towline_proto::status::SCHEMA_VERSION;
 use towline_service::output::{self, Format};
 
 use super::{doctor, local};
@@ -12,9 +13,6 @@ use crate::config::{Addressing, Config};
 use crate::doctor::{Agent, examine};
 use crate::trace::destination::Destination;
 use crate::trace::{Input, Outcome, OwnAddresses, Step, Trace, kernel, trace};
-
-/// Version of the JSON document. It changes when a field is removed or changes its meaning.
-const SCHEMA: u32 = 1;
 
 #[derive(Debug, Args)]
 pub(super) struct TraceArgs {
@@ -45,7 +43,7 @@ pub(super) fn run(config: &Config, args: &TraceArgs) -> anyhow::Result<()> {
     let input =
         Input { target: &target, answers: &answers, checks: &checks, own: &own, kernel: &kernel };
     let traced = trace(input);
-    let report = Report { schema_version: SCHEMA, trace: &traced };
+    let report = Report { schema_version: SCHEMA_VERSION, trace: &traced };
     output::write(args.output, &report, |wide| text(&traced, wide))?;
     if traced.outcome == Outcome::Dropped {
         bail!("a packet to {} is dropped, or its answer is: see the steps above", traced.address);
