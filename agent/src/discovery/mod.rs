@@ -10,6 +10,8 @@
 //! The task verifies what it receives, caches it on the disk, and sends it to the daemon as
 //! [`Event`]s. It reads what to publish from a watch channel of [`Announcement`]s.
 
+mod session;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -20,14 +22,12 @@ use rustls_pki_types::CertificateDer;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
 use tonic::transport::Channel;
 use towline_core::mesh::MapChange;
 use towline_proto::backoff::{Backoff, Jitter};
 use towline_proto::code::Coded as _;
 use towline_proto::id::NodeId;
 use towline_proto::node::{Candidate, Grant, Record};
-use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::pb::watch_response::Kind;
 use towline_proto::token::ControllerAddress;
 use towline_proto::{limits, pb, signed};
@@ -39,6 +39,7 @@ use crate::map_cache::MapCache;
 use crate::not_connected::NotConnected;
 use crate::state::{Counters, Keys, Membership, StateDir, StateError};
 use crate::tls;
+use session::{Ended, Session, reflectors};
 
 /// Delay between sessions. The jitter keeps many agents from reconnecting at the same time.
 const BACKOFF: Backoff =
@@ -149,20 +150,6 @@ pub struct Discovery {
     /// True once the map showed that the state was restored from an older copy.
     is_restored: bool,
     events: mpsc::Sender<Event>,
-}
-
-/// Reason why a session ended. After all but `Stop`, another session is tried.
-enum Ended {
-    /// The daemon dropped its channels, or this node has left.
-    Stop,
-    /// An error, or the controller refused a request.
-    Because(NotConnected),
-}
-
-impl<T: Into<NotConnected>> From<T> for Ended {
-    fn from(reason: T) -> Self {
-        Self::Because(reason.into())
-    }
 }
 
 /// Parameters of a new task.
@@ -715,67 +702,6 @@ fn kept(stored: Result<(), StateError>) {
     if let Err(error) = stored {
         tracing::warn!(%error, "not stored for the next start");
     }
-}
-
-/// One session with one controller.
-struct Session {
-    address: ControllerAddress,
-    client: DiscoveryClient<Channel>,
-    channel: Channel,
-    requests: mpsc::Sender<pb::WatchRequest>,
-    incoming: Streaming<pb::WatchResponse>,
-    id: Vec<u8>,
-    reflectors: Vec<SocketAddr>,
-    /// Address of this machine that the connection is bound to.
-    local: SocketAddr,
-    heartbeat: Duration,
-    published: bool,
-    retry_publish: Option<Instant>,
-    map_dirty: bool,
-    map_saved: Instant,
-}
-
-impl Session {
-    /// Fails if this machine lost the address that the connection is bound to. The controller would
-    /// notice before this machine does, which matters to the peers that it signals for.
-    fn has_address(&self) -> Result<(), Ended> {
-        let address = self.local.ip().to_canonical();
-        if dial::is_gone(address) {
-            return Err(NotConnected::AddressGone(address).into());
-        }
-        Ok(())
-    }
-
-    fn beat(&self, revision: u64) -> Result<(), Ended> {
-        self.send(pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision }))
-    }
-
-    fn signal(&self, to: NodeId, body: Vec<u8>) -> Result<(), Ended> {
-        self.send(pb::watch_request::Kind::Signal(pb::Signal { node_id: to.0.to_vec(), body }))
-    }
-
-    /// Queues a message of the watch without waiting.
-    fn send(&self, kind: pb::watch_request::Kind) -> Result<(), Ended> {
-        match self.requests.try_send(pb::WatchRequest { kind: Some(kind) }) {
-            // A full channel means that the connection does not drain. The heartbeat deadline then
-            // ends the session.
-            Ok(()) | Err(mpsc::error::TrySendError::Full(_)) => Ok(()),
-            Err(mpsc::error::TrySendError::Closed(_)) => Err(NotConnected::Broken.into()),
-        }
-    }
-}
-
-/// Returns the addresses of the STUN reflectors: the one at the controller's address, and a bounded
-/// number of those that the controller lists.
-fn reflectors(remote: SocketAddr, ready: &pb::WatchReady) -> Vec<SocketAddr> {
-    let port = u16::try_from(ready.reflector_port).unwrap_or(0);
-    let here = (port != 0).then(|| SocketAddr::new(remote.ip().to_canonical(), port));
-    let others = ready.reflectors.iter().filter_map(|address| address.parse().ok());
-    let mut reflectors: Vec<SocketAddr> =
-        here.into_iter().chain(others.take(limits::CONTROLLERS)).collect();
-    reflectors.sort_unstable();
-    reflectors.dedup();
-    reflectors
 }
 
 /// Returns whether the controller refused the record itself, so that another session would not
