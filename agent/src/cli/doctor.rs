@@ -6,6 +6,7 @@ use anyhow::bail;
 use serde::Serialize;
 use towline_proto::code::Coded as _;
 use towline_proto::status::SCHEMA_VERSION;
+use towline_service::color::Palette;
 use towline_service::output::{self, Format};
 
 use super::local;
@@ -26,7 +27,7 @@ pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
     let checks = doctor::examine(&facts(config, agent(config)));
     let healthy = checks.iter().all(|check| check.state <= CheckState::Ok);
     let report = Report { schema_version: SCHEMA_VERSION, healthy, checks: &checks };
-    output::write(format, &report, |wide| text(&checks, wide))?;
+    output::write(format, &report, |wide| text(&checks, wide, Palette::of_stdout()))?;
     let failed: Vec<&str> = checks
         .iter()
         .filter(|check| check.state == CheckState::Failed)
@@ -69,12 +70,12 @@ const STATE_WIDTH: usize = 9;
 /// Width of the column with the name of the check.
 const NAME_WIDTH: usize = 26;
 
-fn text(checks: &[Check], wide: bool) -> String {
+fn text(checks: &[Check], wide: bool, palette: Palette) -> String {
     let mut text = String::new();
     for check in checks.iter().filter(|check| wide || check.state != CheckState::Skipped) {
         let Check { name, state, finding, .. } = check;
-        let state = state.to_string();
-        text.push_str(&format!("{state:STATE_WIDTH$}{name:NAME_WIDTH$}{finding}\n"));
+        let state = palette.word(&format!("{state:STATE_WIDTH$}", state = state.to_string()));
+        text.push_str(&format!("{state}{name:NAME_WIDTH$}{finding}\n"));
         let mut below = |line: String| {
             text.push_str(&format!("{:STATE_WIDTH$}{:NAME_WIDTH$}{line}\n", "", ""));
         };
@@ -111,7 +112,8 @@ mod tests {
         let indent = " ".repeat(STATE_WIDTH + NAME_WIDTH);
         let line = |state: &str| format!("{state:9}{:26}what\n", "state directory");
         let narrow = format!("{}{}{indent}run `df`\n", line("ok"), line("failed"));
-        assert_eq!(text(&checks, false), narrow);
-        assert_eq!(text(&checks, true).matches("codes: disk-full").count(), 3);
+        let text = |wide| text(&checks, wide, Palette::PLAIN);
+        assert_eq!(text(false), narrow);
+        assert_eq!(text(true).matches("codes: disk-full").count(), 3);
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use towline_proto::mtu::Mtu;
 use towline_proto::node::Candidate;
 use towline_proto::pb;
+use towline_service::color::Palette;
 use towline_service::output::{self, Format};
 
 use super::local::{status_error, with_agent};
@@ -17,10 +18,10 @@ pub(super) fn text_of(config: &Config, format: Format) -> anyhow::Result<String>
             agent.peers(pb::PeersRequest {}).await.map_err(|status| status_error(&status))?;
         Ok(answer.into_inner().peers)
     })?;
-    Ok(output::text(format, &peers, |wide| text(&peers, wide))?)
+    Ok(output::text(format, &peers, |wide| text(&peers, wide, Palette::of_stdout()))?)
 }
 
-fn text(peers: &[pb::PeerStatus], wide: bool) -> String {
+fn text(peers: &[pb::PeerStatus], wide: bool, palette: Palette) -> String {
     if peers.is_empty() {
         return "no peers: this node knows no other node yet\n".into();
     }
@@ -78,7 +79,7 @@ fn text(peers: &[pb::PeerStatus], wide: bool) -> String {
         }
         row
     });
-    let table = output::table(&header, rows);
+    let table = palette.columns(&output::table(&header, rows), &["STATE", "PATH"]);
     let remarks: Vec<String> = peers.iter().flat_map(remarks).collect();
     if remarks.is_empty() {
         return table;
@@ -125,7 +126,8 @@ mod tests {
 
     #[test]
     fn a_peer_that_is_down_says_why_below_the_table() {
-        let text = text(&[peer("cp", "up", ""), peer("worker-b", "down", "no answer")], false);
+        let peers = [peer("cp", "up", ""), peer("worker-b", "down", "no answer")];
+        let text = text(&peers, false, Palette::PLAIN);
         assert!(text.lines().next().unwrap().starts_with("PEER"), "{text}");
         assert!(text.ends_with("\nworker-b is down for 1m 1s: no answer\n"), "{text}");
         assert!(!text.contains("cp is"), "{text}");
@@ -138,7 +140,7 @@ mod tests {
             pb::PeerStatus { mtu: Some(1408), ..peer("worker-b", "up", "through a relay: why") };
         let small = pb::PeerStatus { mtu: Some(1236), ..peer("worker-c", "up", "") };
         let single = pb::PeerStatus { single_datagrams: true, ..peer("worker-d", "up", "") };
-        let text = text(&[peer("cp", "up", ""), relayed, small, single], false);
+        let text = text(&[peer("cp", "up", ""), relayed, small, single], false, Palette::PLAIN);
         let below = text.split_once("\n\n").unwrap().1;
         assert_eq!(
             below,

@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use serde::Serialize;
 use towline_proto::pb;
 use towline_proto::status::SCHEMA_VERSION;
+use towline_service::color::Palette;
 use towline_service::output::{self, Format};
 
 use super::{doctor, local};
@@ -44,7 +45,7 @@ pub(super) fn run(config: &Config, args: &TraceArgs) -> anyhow::Result<()> {
         Input { target: &target, answers: &answers, checks: &checks, own: &own, kernel: &kernel };
     let traced = trace(input);
     let report = Report { schema_version: SCHEMA_VERSION, trace: &traced };
-    output::write(args.output, &report, |wide| text(&traced, wide))?;
+    output::write(args.output, &report, |wide| text(&traced, wide, Palette::of_stdout()))?;
     if traced.outcome == Outcome::Dropped {
         bail!("a packet to {} is dropped, or its answer is: see the steps above", traced.address);
     }
@@ -64,14 +65,14 @@ fn own_addresses(config: &Config, kubernetes: Option<&pb::KubernetesStatus>) -> 
     }
 }
 
-fn text(trace: &Trace, wide: bool) -> String {
+fn text(trace: &Trace, wide: bool, palette: Palette) -> String {
     let port = trace.port.map(|port| format!(", TCP port {port}")).unwrap_or_default();
     let peer = output::or_dash(trace.peer.as_ref());
     let mut text = format!("to {} ({}{port}), peer {peer}\n", trace.destination, trace.address);
-    steps(&mut text, &trace.outgoing, wide);
+    steps(&mut text, &trace.outgoing, wide, palette);
     if !trace.incoming.is_empty() {
         text.push_str(&format!("\nfrom {}: what this node knows of it\n", trace.address));
-        steps(&mut text, &trace.incoming, wide);
+        steps(&mut text, &trace.incoming, wide, palette);
     }
     let outcome = match trace.outcome {
         Outcome::Tunnel => "it travels through the tunnel",
@@ -86,11 +87,11 @@ fn text(trace: &Trace, wide: bool) -> String {
     text
 }
 
-fn steps(text: &mut String, steps: &[Step], wide: bool) {
+fn steps(text: &mut String, steps: &[Step], wide: bool, palette: Palette) {
     for step in steps {
-        let word = step.fate.word();
+        let word = palette.word(&format!("{:9}", step.fate.word()));
         let code = step.cause.as_ref().filter(|_| wide);
         let code = code.map(|code| format!(" [{code}]")).unwrap_or_default();
-        text.push_str(&format!("  {word:9}{:11}{}{code}\n", step.name, step.finding));
+        text.push_str(&format!("  {word}{:11}{}{code}\n", step.name, step.finding));
     }
 }

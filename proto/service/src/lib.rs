@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`account`] | system users, looked up by name |
 //! | [`certificate`] | what is read from an X.509 certificate |
+//! | [`color`] | colors of the output, on terminals alone |
 //! | [`config_file`] | configuration files in TOML, and their errors |
 //! | [`directory`] | a private state directory: its owner, its permissions, how its files are written |
 //! | [`mod@file`] | files that are replaced atomically |
@@ -24,6 +25,7 @@
 
 pub mod account;
 pub mod certificate;
+pub mod color;
 pub mod config_file;
 pub mod directory;
 pub mod file;
