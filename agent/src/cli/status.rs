@@ -7,11 +7,13 @@ use towline_proto::code::Coded as _;
 use towline_proto::node::Candidate;
 use towline_proto::pb;
 use towline_proto::status::Version;
+use towline_service::color::{Color, Palette};
 use towline_service::output::{self, Format};
 
-use super::local;
+use super::{doctor, local};
 use crate::config::Config;
 use crate::daemon;
+use crate::doctor::{Agent, Check, CheckState, examine};
 use crate::down::{DownMarker, MachineState};
 
 /// Returns the output of `towline status`.
@@ -20,13 +22,35 @@ pub(super) fn text_of(config: &Config, format: Format) -> anyhow::Result<String>
     if let Some(down) = marker {
         bail!("no agent is running: {down}");
     }
-    let status = local::status(&config.socket)?;
-    Ok(output::text(format, &status, |wide| text(&status, wide))?)
+    if matches!(format, Format::Json | Format::Yaml) {
+        let status = local::status(&config.socket)?;
+        return Ok(output::text(format, &status, |_| String::new())?);
+    }
+    let answers = local::ask(&config.socket)?;
+    let checks = examine(&doctor::facts(config, Agent::Answered(Box::new(answers.clone()))));
+    let health = health(&checks, Palette::of_stdout());
+    Ok(text(&answers.status, health, format == Format::Wide))
 }
 
-fn text(status: &pb::StatusResponse, wide: bool) -> String {
+/// Returns `healthy`, or the first of the worst checks, and how many others need a look.
+fn health(checks: &[Check], palette: Palette) -> String {
+    let wrong = |check: &&Check| check.state > CheckState::Ok;
+    // Of several, the last one would be returned: the first check is the one that explains the most.
+    let worst = checks.iter().filter(wrong).rev().max_by_key(|check| check.state);
+    let Some(worst) = worst else { return palette.paint(Some(Color::Green), "healthy") };
+    let state = palette.word(&worst.state.to_string());
+    let remedy = worst.remedy.as_ref().map(|remedy| format!(": {remedy}")).unwrap_or_default();
+    let others = match checks.iter().filter(wrong).count() - 1 {
+        0 => String::new(),
+        others => format!(" (and {others} more: run `towline doctor`)"),
+    };
+    format!("{state}: {}: {}{remedy}{others}", worst.name, worst.finding)
+}
+
+fn text(status: &pb::StatusResponse, health: String, wide: bool) -> String {
     let mut lines = Vec::new();
     let mut line = |name, value| lines.push((name, value));
+    line("health", health);
     if !status.name.is_empty() {
         line("node", format!("{} ({})", status.name, status.node_id));
     }
@@ -122,4 +146,46 @@ fn text(status: &pb::StatusResponse, wide: bool) -> String {
 pub(super) fn version(format: Format) -> anyhow::Result<()> {
     let version = Version::of_this_program();
     Ok(output::write(format, &version, |_| format!("towline {}", version.version))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::Subject;
+
+    fn check(subject: Subject, state: CheckState) -> Check {
+        Check {
+            subject,
+            name: subject.name(),
+            state,
+            finding: "what".into(),
+            remedy: (state > CheckState::Ok).then(|| "run `this`".into()),
+            causes: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_first_line_says_whether_the_node_is_healthy() {
+        let ok = check(Subject::Clock, CheckState::Ok);
+        let health_of = |checks: &[Check]| health(checks, Palette::PLAIN);
+        assert_eq!(health_of(&[ok.clone(), check(Subject::Cni, CheckState::Skipped)]), "healthy");
+        let text = text(&pb::StatusResponse::default(), health_of(&[ok]), false);
+        assert!(text.starts_with("health        healthy\n"), "{text}");
+    }
+
+    #[test]
+    fn the_first_of_the_worst_checks_is_named_with_its_remedy() {
+        let checks = [
+            check(Subject::Clock, CheckState::Warning),
+            check(Subject::Peers, CheckState::Failed),
+            check(Subject::Disk, CheckState::Failed),
+        ];
+        let line = health(&checks, Palette::PLAIN);
+        let others = "(and 2 more: run `towline doctor`)";
+        assert_eq!(line, format!("failed: peers: what: run `this` {others}"));
+        let line = health(&checks[..1], Palette::PLAIN);
+        assert_eq!(line, "warning: clock: what: run `this`");
+        let colored = health(&checks[..1], Palette::COLORED);
+        assert_eq!(colored, "\x1b[33mwarning\x1b[0m: clock: what: run `this`");
+    }
 }
