@@ -12,6 +12,7 @@ const STATUS: &[&str] = &[
     "PeerResponse",
     "PeerStatus",
     "PingResponse",
+    "ReflectorStatus",
     "RelayStatus",
     "StatusResponse",
 ];
@@ -36,12 +37,14 @@ const FORMS: &[(&str, &str)] = &[
     ("PeerStatus.reason_code", "text"),
     ("PeerStatus.relay", "text"),
     ("PeerStatus.site", "text"),
+    ("ReflectorStatus.mapped_address", "text"),
     ("StatusResponse.candidates", "candidates"),
     ("StatusResponse.certificate_expires_at", "time"),
     ("StatusResponse.down_since", "optional_time"),
     ("StatusResponse.drops", "counters"),
     ("StatusResponse.mesh_id", "text"),
     ("StatusResponse.name", "text"),
+    ("StatusResponse.nat_mapping", "text"),
     ("StatusResponse.node_id", "text"),
     ("StatusResponse.site", "text"),
 ];

@@ -46,13 +46,14 @@ use crate::roster::{Roster, RosterEvent};
 use crate::routing::{HostSettings, RoutingInput};
 use crate::second_port::SecondPort;
 use crate::static_peers::{StaticPeer, StaticPeerStatus, StaticPeers};
-use crate::stun_client::{Mapping, StunClient};
+use crate::stun_client::StunClient;
 use crate::timers::Timer;
 
 pub use crate::config::{Config, MapChange, Membership};
 pub use crate::output::{Output, Transmit};
 pub use crate::peers::EAGER_PEERS;
-pub use crate::status::{PathStatus, PeerState, PeerStatus, WakeReason};
+pub use crate::status::{PathStatus, PeerState, PeerStatus, ReflectorStatus, WakeReason};
+pub use crate::stun_client::Mapping;
 
 /// Every peer of one node. See the crate's contract.
 #[derive(Debug)]
@@ -516,6 +517,11 @@ impl Mesh {
     /// that a reflector has to find.
     pub fn silent_reflectors(&self) -> impl Iterator<Item = SocketAddr> + '_ {
         self.stun.silent().filter(|_| !self.local.is_reachable_v4())
+    }
+
+    /// Returns the reflectors that are known, with what they answered lately.
+    pub fn reflectors(&self) -> Vec<ReflectorStatus> {
+        self.stun.reflectors(&self.local)
     }
 
     /// What was refused or held back.

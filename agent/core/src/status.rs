@@ -1,5 +1,6 @@
 //! State of the peers, for status output.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -85,4 +86,13 @@ pub struct PathStatus {
     pub heard: Option<Instant>,
     /// Time at which a pong came over it last.
     pub answered: Option<Instant>,
+}
+
+/// A reflector (STUN server) that is known, as the operator sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReflectorStatus {
+    /// Address of the reflector.
+    pub address: SocketAddr,
+    /// Address at which it saw the tunnels' UDP port lately; `None` unless it was asked and answered.
+    pub mapped: Option<SocketAddr>,
 }

@@ -19,6 +19,7 @@ use crate::home_relays::{self, HomeRelays};
 use crate::local_node::LocalNode;
 use crate::output::Output;
 use crate::path::{LocalAddress, Path};
+use crate::status::ReflectorStatus;
 use crate::timers::Timer;
 
 /// Number of reflectors that are asked for each uplink and family: two show how the NAT maps.
@@ -38,6 +39,8 @@ const GOOD_FOR: Duration = Duration::from_secs(90);
 const SILENT_TRIES: u32 = 5;
 /// Largest number of addresses at which peers saw us that are remembered.
 const OBSERVED: usize = 4;
+/// Largest number of reflectors that the status lists.
+const LISTED: usize = 16;
 
 /// How the NAT on our side maps: RFC 4787 section 4.1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -298,6 +301,22 @@ impl StunClient {
                 Mapping::Dependent
             })
         })
+    }
+
+    /// Returns the reflectors that are known, in the order in which they are asked, with what they
+    /// answered lately. Bounded.
+    pub(crate) fn reflectors(&self, local: &LocalNode) -> Vec<ReflectorStatus> {
+        let mut found: Vec<ReflectorStatus> = Vec::new();
+        for address in self.offered.iter().chain(&self.relays).chain(self.public.values().flatten())
+        {
+            let is_new = found.iter().all(|known| known.address != *address);
+            if found.len() < LISTED && is_new && local.can_send_to(*address) {
+                let mut queries = self.queries.iter().filter(|((_, to), _)| to == address);
+                let mapped = queries.find_map(|(_, asked)| Some(asked.mapped?.0));
+                found.push(ReflectorStatus { address: *address, mapped });
+            }
+        }
+        found
     }
 
     /// Returns whether several reflectors were asked a few times and none ever answered.

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ipnet::IpNet;
-use towline_core::mesh::{PathStatus, PeerState, PeerStatus};
+use towline_core::mesh::{Mapping, PathStatus, PeerState, PeerStatus, ReflectorStatus};
 use towline_core::peer_history::{Changed, PeerChange};
 use towline_core::static_peers::StaticPeerStatus;
 use towline_dataplane::{Feature, ForeignSource};
@@ -85,6 +85,9 @@ impl Reporter<'_> {
             features: snapshot.features.into_iter().map(feature).collect(),
             state: MachineState::Running.code().into(),
             confirm_within_ms: confirm_within_ms(daemon.confirmation()),
+            reflectors: mesh.reflectors().into_iter().map(reflector_status).collect(),
+            nat_mapping: mesh.mapping().map(mapping_word).unwrap_or_default().into(),
+            second_port: mesh.second_port().map(u32::from),
             ..identity(mesh.grant(), config)
         }
     }
@@ -306,6 +309,22 @@ fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
         tx_bytes: 0,
         rx_bytes_per_s: None,
         tx_bytes_per_s: None,
+    }
+}
+
+fn reflector_status(status: ReflectorStatus) -> pb::ReflectorStatus {
+    pb::ReflectorStatus {
+        address: status.address.to_string(),
+        mapped_address: text(status.mapped.as_ref()),
+    }
+}
+
+/// Returns the word for a NAT's mapping, as the schema lists them.
+fn mapping_word(mapping: Mapping) -> &'static str {
+    match mapping {
+        Mapping::None => "none",
+        Mapping::Independent => "endpoint-independent",
+        Mapping::Dependent => "dependent",
     }
 }
 

@@ -20,8 +20,9 @@ const HEADER_BYTES: usize = 20;
 pub const REQUEST_BYTES: usize = HEADER_BYTES + 4 + SOFTWARE.len();
 /// Bytes in the longest response of Towline: one XOR-MAPPED-ADDRESS with an IPv6 address.
 pub const ANSWER_BYTES: usize = HEADER_BYTES + 4 + 20;
-/// Longest message that is parsed, in bytes. A binding message is far shorter.
-const MESSAGE_BYTES: usize = 1280;
+/// Longest message that is parsed, in bytes. A binding message is far shorter, but one that is padded to
+/// a packet of 1,500 bytes shows that the path carries such packets.
+pub const MESSAGE_BYTES: usize = 1472;
 
 const BINDING_REQUEST: u16 = 0x0001;
 const BINDING_SUCCESS: u16 = 0x0101;
@@ -111,6 +112,20 @@ pub fn request(transaction: Transaction) -> [u8; REQUEST_BYTES] {
     bytes[22..24].copy_from_slice(&(SOFTWARE.len() as u16).to_be_bytes());
     bytes[24..].copy_from_slice(SOFTWARE);
     bytes
+}
+
+/// Returns a binding request of `bytes` bytes, padded by its SOFTWARE attribute, which servers ignore.
+/// The length is rounded down to a multiple of four, and is at least [`REQUEST_BYTES`] and at most
+/// [`MESSAGE_BYTES`].
+pub fn padded_request(transaction: Transaction, bytes: usize) -> Vec<u8> {
+    let bytes = bytes.clamp(REQUEST_BYTES, MESSAGE_BYTES) / 4 * 4;
+    let value = bytes - HEADER_BYTES - 4;
+    let mut request = header(BINDING_REQUEST, bytes - HEADER_BYTES, transaction).to_vec();
+    request.extend(SOFTWARE_ATTRIBUTE.to_be_bytes());
+    request.extend((value as u16).to_be_bytes());
+    request.extend(SOFTWARE);
+    request.resize(bytes, b' ');
+    request
 }
 
 /// Returns the response to a request from `from`: a buffer and the number of bytes used in it.
@@ -229,6 +244,19 @@ mod tests {
         let (success, len) = answer(&request([7; 12]), "[2001:db8::1]:1".parse().unwrap()).unwrap();
         assert!(len <= REQUEST_BYTES);
         assert!(answer(&success[..len], "192.0.2.1:1".parse().unwrap()).is_none(), "no loop");
+    }
+
+    #[test]
+    fn a_padded_request_has_the_length_that_was_asked_for() {
+        let from = "192.0.2.1:1".parse().unwrap();
+        for (wanted, length) in [(0, REQUEST_BYTES), (1003, 1000), (9000, MESSAGE_BYTES)] {
+            let request = padded_request([7; 12], wanted);
+            assert_eq!(request.len(), length);
+            let read = Message::decode(&request);
+            assert_eq!(read, Some(Message::Request { transaction: [7; 12] }));
+            assert!(answer(&request, from).is_some());
+        }
+        assert_eq!(padded_request([7; 12], REQUEST_BYTES), request([7; 12]));
     }
 
     proptest! {

@@ -58,7 +58,8 @@ const DOCUMENTS: &[Document] = &[
 ];
 
 /// Commands whose documents `docs/diagnosis.md` describes.
-const DIAGNOSES: &[&str] = &["towline doctor", "towline explain", "towline trace"];
+const DIAGNOSES: &[&str] =
+    &["towline doctor", "towline explain", "towline netcheck", "towline trace"];
 
 /// Types of Rust that are printed as text or as numbers.
 const SCALARS: &[(&str, &str)] = &[
@@ -100,6 +101,7 @@ const PARTS: &[&str] = &[
     "PeerChange",
     "PeerStatus",
     "PingResponse",
+    "ReflectorStatus",
     "RelayStatus",
 ];
 
@@ -324,6 +326,7 @@ fn the_messages_are_printed_as_they_are_described() {
         ("Event", printed(&pb::Event::default())),
         ("ControllerStatus", printed(&pb::ControllerStatus::default())),
         ("KubernetesStatus", printed(&pb::KubernetesStatus::default())),
+        ("ReflectorStatus", printed(&pb::ReflectorStatus::default())),
         ("RelayStatus", printed(&pb::RelayStatus::default())),
         ("Feature", printed(&pb::Feature::default())),
         ("Detail", printed(&pb::Detail::default())),

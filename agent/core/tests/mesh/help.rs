@@ -42,6 +42,24 @@ fn a_reflexive_address_is_advertised_and_the_mapping_judged_by_two_reflectors_on
 }
 
 #[test]
+fn the_reflectors_that_are_known_are_listed_with_what_they_answered() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
+    // One inside the mesh would be asked through the tunnel.
+    let offered = ["203.0.113.1:7443", "203.0.113.1:7444", "198.19.0.9:7443"].map(addr);
+    us.mesh.set_reflectors(us.now, offered.to_vec());
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    let asked = stun(&us.run(Duration::from_millis(1)));
+    let (to, transaction) = asked[0];
+    us.mesh.handle_stun(us.now, to, transaction, addr("198.51.100.1:4000"));
+    let listed = us.mesh.reflectors();
+    let addresses: Vec<SocketAddr> = listed.iter().map(|reflector| reflector.address).collect();
+    assert_eq!(addresses, ["203.0.113.1:7443", "203.0.113.1:7444", PUBLIC].map(addr));
+    let answered = listed.iter().filter(|reflector| reflector.mapped.is_some());
+    assert_eq!(answered.map(|reflector| reflector.address).collect::<Vec<_>>(), [to]);
+}
+
+#[test]
 fn a_node_registers_with_relays_and_asks_for_a_channel_where_the_peer_is_at_home() {
     let mut us = Us::new(1);
     us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
