@@ -25,6 +25,7 @@ pub mod kubernetes;
 pub mod lockout;
 pub mod map_cache;
 pub mod metrics;
+pub mod netcheck;
 pub mod node_ip;
 pub mod not_connected;
 pub mod prefixes;

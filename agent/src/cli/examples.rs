@@ -89,6 +89,13 @@ Examples:
   towline trace 10.244.1.7:8080
   towline trace 10.244.1.7 -o json";
 
+pub(super) const NETCHECK: &str = "\
+Examples:
+  towline netcheck
+  # before the machine joins: any two STUN servers with different addresses
+  towline netcheck --reflector 203.0.113.10:7443 --reflector 198.51.100.20:3478
+  towline netcheck -o json";
+
 pub(super) const PUBKEY: &str = "\
 Examples:
   # the public_key of this machine in the [[peer]] section of the other one

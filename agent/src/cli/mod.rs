@@ -15,6 +15,7 @@ mod install;
 mod join;
 pub(crate) mod local;
 mod machine;
+mod netcheck;
 mod peer;
 mod peers;
 mod ping;
@@ -105,6 +106,9 @@ enum Command {
     /// firewalls, path
     #[command(after_help = examples::TRACE)]
     Trace(trace::TraceArgs),
+    /// Check what the network allows: UDP, IPv4, IPv6, the behaviour of the NAT, round-trip times, MTU
+    #[command(after_help = examples::NETCHECK)]
+    Netcheck(netcheck::NetcheckArgs),
     /// Leave the mesh permanently: remove the node, its guards and routes, and disable its units
     #[command(after_help = examples::LEAVE)]
     Leave(machine::LeaveArgs),
@@ -225,6 +229,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Doctor(args) => doctor::run(&config()?, args.output),
         Command::Explain(args) => explain::run(&config()?, &args),
         Command::Trace(args) => trace::run(&config()?, &args),
+        Command::Netcheck(args) => netcheck::run(&config()?, args),
         Command::Leave(args) => machine::leave(&config()?, &args),
         Command::Down => machine::down(&config()?),
         Command::Up(args) => machine::up(&config()?, &args),

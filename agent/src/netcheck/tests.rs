@@ -1,0 +1,108 @@
+//! Tests of the judgement.
+
+use super::*;
+
+const PORT: u16 = 40_000;
+
+fn address(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+/// Returns a server that saw the socket at an address, or that did not answer.
+fn asked(reflector: &str, mapped: Option<&str>) -> Asked {
+    Asked {
+        reflector: address(reflector),
+        source: Some("192.168.1.7".parse().unwrap()),
+        answer: mapped.map(|mapped| (address(mapped), Duration::from_micros(1_500))),
+        answered_packet: mapped.map(|_| 1_420),
+        route_mtu: Some(1_500),
+    }
+}
+
+fn observed(answers: &[(&str, Option<&str>)]) -> Observed {
+    Observed {
+        own: vec!["192.168.1.7".parse().unwrap()],
+        local_port: Some(PORT),
+        asked: answers.iter().map(|(reflector, mapped)| asked(reflector, *mapped)).collect(),
+        came_back: None,
+    }
+}
+
+fn mapping_of(answers: &[(&str, Option<&str>)]) -> NatMapping {
+    family(&observed(answers)).nat.mapping
+}
+
+#[test]
+fn the_mapping_follows_from_two_addresses_and_two_ports() {
+    let (a, a2, b) = ("203.0.113.1:7443", "203.0.113.1:7444", "203.0.113.2:7443");
+    let [one, two, three] =
+        ["198.51.100.7:40000", "198.51.100.7:40001", "198.51.100.7:40002"].map(Some);
+    let cases: [(&[(&str, Option<&str>)], NatMapping); 10] = [
+        (&[(a, one), (b, one)], NatMapping::EndpointIndependent),
+        (&[(a, one), (a2, one), (b, one)], NatMapping::EndpointIndependent),
+        (&[(a, one), (b, two)], NatMapping::Dependent),
+        (&[(a, one), (a2, one), (b, two)], NatMapping::AddressDependent),
+        (&[(a, one), (a2, two), (b, three)], NatMapping::AddressAndPortDependent),
+        // The address was not varied.
+        (&[(a, one), (a2, two)], NatMapping::AddressAndPortDependent),
+        (&[(a, one), (a2, one)], NatMapping::Unknown),
+        (&[(a, one), (b, None)], NatMapping::Unknown),
+        (&[(a, None), (b, None)], NatMapping::Unknown),
+        (&[], NatMapping::Unknown),
+    ];
+    for (answers, expected) in cases {
+        assert_eq!(mapping_of(answers), expected, "{answers:?}");
+    }
+}
+
+#[test]
+fn without_a_nat_the_servers_see_the_own_address() {
+    let own = Some("192.168.1.7:40000");
+    let seen = observed(&[("203.0.113.1:7443", own)]);
+    assert!(is_without_nat(&seen));
+    let nat = family(&seen).nat;
+    assert_eq!((nat.mapping, nat.preserves_port, nat.hairpins), (NatMapping::None, None, None));
+    // The own address with another port is a translation as well.
+    let other_port = observed(&[("203.0.113.1:7443", Some("192.168.1.7:40001"))]);
+    assert!(!is_without_nat(&other_port));
+    assert!(!is_without_nat(&observed(&[("203.0.113.1:7443", None)])));
+}
+
+#[test]
+fn port_and_hairpin_are_those_of_the_nat() {
+    let (a, b) = ("203.0.113.1:7443", "203.0.113.2:7443");
+    let same = Some("198.51.100.7:40000");
+    let kept = Observed { came_back: Some(true), ..observed(&[(a, same), (b, same)]) };
+    let nat = family(&kept).nat;
+    assert_eq!((nat.preserves_port, nat.hairpins), (Some(true), Some(true)));
+    let moved = observed(&[(a, same), (b, Some("198.51.100.7:5"))]);
+    assert_eq!(family(&moved).nat.preserves_port, Some(false));
+    assert_eq!(family(&observed(&[(a, None)])).nat.preserves_port, None);
+}
+
+#[test]
+fn the_state_of_a_family_is_told_apart() {
+    let a = "203.0.113.1:7443";
+    let works = observed(&[(a, None), ("203.0.113.2:7443", Some("198.51.100.7:40000"))]);
+    let no_answer = observed(&[(a, None)]);
+    let not_asked = observed(&[]);
+    let absent = Observed::default();
+    let mut no_route = observed(&[(a, None)]);
+    no_route.asked[0].source = None;
+    for (observed, expected) in [
+        (&works, FamilyState::Works),
+        (&no_answer, FamilyState::NoAnswer),
+        (&not_asked, FamilyState::NotAsked),
+        (&absent, FamilyState::Absent),
+        (&no_route, FamilyState::Absent),
+    ] {
+        assert_eq!(family(observed).state, expected, "{observed:?}");
+    }
+    assert!(judge(&works, &absent, None).udp);
+    assert!(judge(&absent, &works, None).udp);
+    assert!(!judge(&no_answer, &not_asked, None).udp);
+    let found = family(&works);
+    assert_eq!(found.public_address, Some(address("198.51.100.7:40000")));
+    assert_eq!(found.reflectors[1].rtt_us, Some(1_500));
+    assert_eq!(found.reflectors[1].mtu_at_least, Some(1_420));
+}
