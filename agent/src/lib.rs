@@ -34,6 +34,7 @@ pub mod reserved_port;
 pub mod state;
 pub mod static_peers;
 pub mod tls;
+pub mod top;
 pub mod trace;
 pub mod tun_owner;
 pub mod uapi;

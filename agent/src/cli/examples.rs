@@ -60,6 +60,11 @@ Examples:
   towline peer gpu-1
   towline peer gpu-1 -o json";
 
+pub(super) const TOP: &str = "\
+Examples:
+  # until q is pressed
+  towline top";
+
 pub(super) const EVENTS: &str = "\
 Examples:
   towline events --since 10m

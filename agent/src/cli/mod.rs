@@ -20,6 +20,7 @@ mod peer;
 mod peers;
 mod ping;
 mod status;
+mod top;
 mod trace;
 mod wait;
 mod watch;
@@ -87,6 +88,9 @@ enum Command {
     /// Show everything about one peer: every path that was tried, and what happened to it
     #[command(after_help = examples::PEER)]
     Peer(peer::PeerArgs),
+    /// Show the peers live, by traffic: state, path, throughput, round-trip times of the last minute
+    #[command(after_help = examples::TOP)]
+    Top,
     /// Show what happened on this node lately: peers, paths, controllers, problems
     #[command(after_help = examples::EVENTS)]
     Events(events::EventsArgs),
@@ -223,6 +227,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             watch::repeat(&args, || peers::text_of(&config, args.output))
         }
         Command::Peer(args) => peer::run(&config()?, args),
+        Command::Top => top::run(&config()?),
         Command::Events(args) => events::run(&config()?, args),
         Command::Pubkey => daemon::pubkey(&config()?),
         Command::Ping(args) => ping::run(&config()?, args),
