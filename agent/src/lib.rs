@@ -3,6 +3,7 @@
 //! `towline-core` makes the decisions. This crate has the parts that apply them, and the command
 //! line. The binary only calls `cli::run`.
 
+pub mod bundle;
 pub mod cli;
 pub mod config;
 pub mod confirm;

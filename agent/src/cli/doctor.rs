@@ -51,7 +51,7 @@ pub(super) fn facts(config: &Config, agent: Agent) -> Facts {
 }
 
 /// Asks the agent, or tells why it does not answer.
-fn agent(config: &Config) -> Agent {
+pub(super) fn agent(config: &Config) -> Agent {
     let reason = match local::ask(&config.socket) {
         Ok(answers) => return Agent::Answered(Box::new(answers)),
         Err(reason) => reason,

@@ -101,6 +101,12 @@ Examples:
   towline netcheck --reflector 203.0.113.10:7443 --reflector 198.51.100.20:3478
   towline netcheck -o json";
 
+pub(super) const BUNDLE: &str = "\
+Examples:
+  towline bundle
+  # into a file of that name
+  towline bundle /root/gpu-1.tar.gz";
+
 pub(super) const PUBKEY: &str = "\
 Examples:
   # the public_key of this machine in the [[peer]] section of the other one

@@ -5,6 +5,7 @@
 
 #![expect(clippy::print_stderr, reason = "diagnostics of the command line")]
 
+mod bundle;
 mod daemon;
 mod doctor;
 mod events;
@@ -113,6 +114,10 @@ enum Command {
     /// Check what the network allows: UDP, IPv4, IPv6, the behaviour of the NAT, round-trip times, MTU
     #[command(after_help = examples::NETCHECK)]
     Netcheck(netcheck::NetcheckArgs),
+    /// Write an archive for somebody who looks into a problem: status, peers, events, checks, routes,
+    /// firewall, log. Without keys and tokens
+    #[command(after_help = examples::BUNDLE)]
+    Bundle(bundle::BundleArgs),
     /// Leave the mesh permanently: remove the node, its guards and routes, and disable its units
     #[command(after_help = examples::LEAVE)]
     Leave(machine::LeaveArgs),
@@ -235,6 +240,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Explain(args) => explain::run(&config()?, &args),
         Command::Trace(args) => trace::run(&config()?, &args),
         Command::Netcheck(args) => netcheck::run(&config()?, args),
+        Command::Bundle(args) => bundle::run(&config()?, args),
         Command::Leave(args) => machine::leave(&config()?, &args),
         Command::Down => machine::down(&config()?),
         Command::Up(args) => machine::up(&config()?, &args),
