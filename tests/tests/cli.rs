@@ -1,9 +1,12 @@
 //! Runs the command-line programs as processes: what they print on which stream, and their exit
 //! status.
 
+use std::net::UdpSocket;
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
+use towline_proto::stun;
 use towline_tests::lab::binaries::{Binaries, Profile};
 
 fn binaries() -> &'static Binaries {
@@ -77,6 +80,57 @@ fn without_an_agent_doctor_checks_the_host() {
     let table = towline(&arguments[..5]);
     let table = String::from_utf8(table.stdout).unwrap();
     assert!(table.starts_with("failed   agent "), "{table}");
+}
+
+#[test]
+fn without_an_agent_netcheck_asks_the_servers_that_are_given() {
+    let directory = tempfile::tempdir().unwrap();
+    let (state, socket) = (directory.path().join("state"), directory.path().join("agent.sock"));
+    let (state, socket) = (state.to_str().unwrap(), socket.to_str().unwrap());
+    let netcheck = ["--state-dir", state, "--socket", socket, "netcheck"];
+    assert_refused(&towline(&netcheck), &["no STUN server is known", "--reflector"]);
+    let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = server.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        let mut datagram = [0; 2048];
+        while let Ok((len, from)) = server.recv_from(&mut datagram) {
+            if let Some((answer, len)) = stun::answer(&datagram[..len], from) {
+                server.send_to(&answer[..len], from).unwrap();
+            }
+        }
+    });
+    let output = towline(&[&netcheck[..], &["--reflector", &address, "-o", "json"]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["schema_version"], 1);
+    assert_eq!(report["udp"], true);
+    assert_eq!(report["ipv4"]["state"], "works");
+    assert_eq!(report["ipv4"]["nat"]["filtering"], "unknown");
+    let reflector = &report["ipv4"]["reflectors"][0];
+    assert_eq!(reflector["address"], address.as_str());
+    assert!(reflector["rtt_us"].is_u64(), "{report}");
+    assert_eq!(reflector["mtu_at_least"], 1500);
+    assert!(report["agent"].is_null(), "{report}");
+}
+
+#[test]
+fn without_an_agent_the_bundle_has_the_host_and_says_what_is_missing() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (state, socket, file) = (at("state"), at("agent.sock"), at("bundle.tar.gz"));
+    let bundle = ["--state-dir", &state, "--socket", &socket, "bundle", &file];
+    let output = towline(&bundle);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim_end(), file);
+    let mode = std::fs::metadata(&file).unwrap().permissions().mode() & 0o7777;
+    assert_eq!(mode, 0o600);
+    assert!(std::fs::read(&file).unwrap().starts_with(&[0x1f, 0x8b]), "gzip");
+    assert_refused(&towline(&bundle), &["cannot create", "bundle.tar.gz"]);
+}
+
+#[test]
+fn a_live_screen_needs_a_terminal() {
+    assert_refused(&towline(&["top"]), &["no terminal", "towline peers --watch"]);
 }
 
 #[test]
