@@ -28,6 +28,7 @@ pub mod nat;
 pub mod nodes;
 pub mod plan;
 pub mod scale;
+mod scene;
 pub mod selection;
 pub mod table;
 pub mod vm;

@@ -6,11 +6,11 @@ use towline_netlink::Family;
 use towline_nftables::Rule;
 
 use super::Case;
-use super::scene::{
+use crate::lab::scenario::Setting;
+use crate::lab::scenario::scene::{
     Scene, add_address, add_route, answers_within, change, connected, delete_address, drop_first,
     has_no_problem, publishes,
 };
-use crate::lab::scenario::Setting;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![

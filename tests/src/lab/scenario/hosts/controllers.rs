@@ -6,10 +6,10 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 
 use super::Case;
-use super::scene::{Pair, Scene, add_address};
 use crate::lab::interrupt::wait_up_to;
 use crate::lab::mesh::Node;
 use crate::lab::scenario::Setting;
+use crate::lab::scenario::scene::{Pair, Scene, add_address};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![

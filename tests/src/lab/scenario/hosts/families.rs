@@ -4,9 +4,9 @@ use anyhow::ensure;
 use towline_netlink::Family;
 
 use super::Case;
-use super::scene::{Scene, connected, has_no_problem};
 use crate::lab::mesh::Controller;
 use crate::lab::scenario::Setting;
+use crate::lab::scenario::scene::{Scene, connected, has_no_problem};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![

@@ -5,8 +5,8 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use towline_nftables::{Chain, ChainKind, CtState, Hook, Policy, Rule, Table, TableFamily};
 
 use super::Case;
-use super::scene::{Pair, Scene, has_no_problem, load, names_note, names_problem};
 use crate::lab::scenario::Setting;
+use crate::lab::scenario::scene::{Pair, Scene, has_no_problem, load, names_note, names_problem};
 use crate::lab::topology::Host;
 
 pub(super) fn cases() -> Vec<Case> {

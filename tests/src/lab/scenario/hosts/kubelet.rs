@@ -3,9 +3,9 @@
 use anyhow::ensure;
 
 use super::Case;
-use super::scene::Scene;
 use crate::lab::mesh::{Controller, Node};
 use crate::lab::scenario::Setting;
+use crate::lab::scenario::scene::Scene;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![

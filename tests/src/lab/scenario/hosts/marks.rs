@@ -7,10 +7,10 @@ use anyhow::{Context as _, ensure};
 use towline_netlink::Family;
 
 use super::Case;
-use super::scene::{connected, node_with};
 use crate::lab::capture::Tap;
 use crate::lab::mesh::Controller;
 use crate::lab::scenario::Setting;
+use crate::lab::scenario::scene::{connected, node_with};
 use crate::lab::topology::Lab;
 use crate::lab::wire::Weather;
 

@@ -15,7 +15,8 @@
 //! | [`controllers`] | whose controller moves |
 //! | [`cards`] | whose network card damages what it splits |
 //! | [`nats`] | behind NAT routers that are set up simply, or that lose an address |
-//! | [`scene`] | builds the hosts, and joins them |
+//!
+//! [`scene`](super::scene) builds the hosts, and joins them.
 
 mod addresses;
 mod cards;
@@ -26,7 +27,6 @@ mod kubelet;
 mod marks;
 mod nats;
 mod networks;
-mod scene;
 mod sources;
 mod state;
 

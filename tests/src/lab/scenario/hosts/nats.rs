@@ -8,14 +8,14 @@ use towline_netlink::Family;
 use towline_nftables::{Chain, ChainKind, Hook, Rule, Table, TableFamily};
 
 use super::Case;
-use super::scene::{
-    Scene, UP_LIMIT, add_address, add_route, answers_within, connected, connected_within,
-    delete_address, drop_first, has_no_problem, load, names_problem, node_behind,
-};
 use crate::lab::interrupt::sleep;
 use crate::lab::mesh::Controller;
 use crate::lab::nat::{self, Nat};
 use crate::lab::scenario::Setting;
+use crate::lab::scenario::scene::{
+    Scene, UP_LIMIT, add_address, add_route, answers_within, connected, connected_within,
+    delete_address, drop_first, has_no_problem, load, names_problem, node_behind,
+};
 use crate::lab::topology::{Host, Lab, Router};
 
 pub(super) fn cases() -> Vec<Case> {

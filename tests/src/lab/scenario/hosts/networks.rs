@@ -5,9 +5,11 @@ use std::sync::Arc;
 use anyhow::Context as _;
 
 use super::Case;
-use super::scene::{Scene, answers, connected, has_no_problem, names_problem, publishes};
 use crate::lab::mesh::Node;
 use crate::lab::scenario::Setting;
+use crate::lab::scenario::scene::{
+    Scene, answers, connected, has_no_problem, names_problem, publishes,
+};
 use crate::lab::topology::Host;
 
 pub(super) fn cases() -> Vec<Case> {

@@ -7,9 +7,9 @@ use anyhow::{Context as _, ensure};
 use towline_nftables::{Chain, ChainKind, Hook, Rule, Table, TableFamily};
 
 use super::Case;
-use super::scene::{Scene, answers, has_no_problem, load, names_problem};
 use crate::lab::namespace::Namespace;
 use crate::lab::scenario::Setting;
+use crate::lab::scenario::scene::{Scene, answers, has_no_problem, load, names_problem};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![

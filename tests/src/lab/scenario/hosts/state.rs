@@ -6,12 +6,12 @@ use std::path::Path;
 use anyhow::{Context as _, ensure};
 
 use super::Case;
-use super::scene::{Pair, Scene, UP_LIMIT, connected, has_no_problem};
 use crate::lab::interrupt::{wait_for, wait_up_to};
 use crate::lab::mesh::{COMMAND_LIMIT, Controller, Node};
 use crate::lab::process::{CommandOutput, Daemon, Program};
 use crate::lab::scenario::Setting;
 use crate::lab::scenario::bootstrap::{installed, is_enabled};
+use crate::lab::scenario::scene::{Pair, Scene, UP_LIMIT, connected, has_no_problem};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
