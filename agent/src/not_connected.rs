@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use towline_proto::codes;
+use towline_service::grpc;
 
 use crate::dial::DialError;
 use crate::join::{JoinError, status_message};
@@ -18,7 +19,10 @@ pub enum NotConnected {
     Dial(#[from] DialError),
     /// The controller refused a request; its message names the remedy.
     #[error("{}", status_message(.0))]
-    Refused(#[from] tonic::Status),
+    Refused(tonic::Status),
+    /// The controller has a session with another machine that has this node's identity.
+    #[error("{}", status_message(.0))]
+    Cloned(tonic::Status),
     /// The controller accepted the connection, but no answer came.
     #[error("the controller did not answer in time")]
     NoAnswer,
@@ -59,6 +63,7 @@ codes! {
         NotYet => "controller-pending",
         Dial(DialError),
         Refused => "controller-refused",
+        Cloned => "identity-cloned",
         NoAnswer => "controller-silent",
         MissedHeartbeats => "controller-heartbeats-missed",
         Ended => "controller-session-ended",
@@ -73,12 +78,37 @@ codes! {
     }
 }
 
+impl From<tonic::Status> for NotConnected {
+    fn from(status: tonic::Status) -> Self {
+        match grpc::code(&status) {
+            Some("identity-cloned") => Self::Cloned(status),
+            _ => Self::Refused(status),
+        }
+    }
+}
+
 impl From<JoinError> for NotConnected {
     fn from(error: JoinError) -> Self {
         match error {
             JoinError::Dial(error) => Self::Dial(error),
-            JoinError::Refused(status) => Self::Refused(status),
+            JoinError::Refused(status) => status.into(),
             other => Self::Renewal(other),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use towline_proto::code::Coded as _;
+
+    use super::*;
+
+    #[test]
+    fn a_cloned_machine_has_a_code_of_its_own() {
+        let status = || tonic::Status::already_exists("another session");
+        assert_eq!(NotConnected::from(status()).code(), "controller-refused");
+        let cloned = NotConnected::from(grpc::with_code(status(), "identity-cloned"));
+        assert_eq!(cloned.code(), "identity-cloned");
+        assert!(cloned.to_string().contains("another session"), "{cloned}");
     }
 }

@@ -286,15 +286,16 @@ async fn a_cloned_machine_is_refused_and_a_restarted_one_is_not() {
     assert_eq!(status.code(), Code::AlreadyExists);
     assert!(status.message().contains("127.0.0.1:"), "{status}");
     assert!(controller.info("a").await.problems.is_empty(), "it may be the same machine");
-    let info = loop {
+    let (info, status) = loop {
         first.heartbeat().await;
         let status = a.watch_from(&controller, clone.clone()).await.err().unwrap();
         assert_eq!(status.code(), Code::AlreadyExists);
         let info = controller.info("a").await;
         if !info.problems.is_empty() {
-            break info;
+            break (info, status);
         }
     };
+    assert_eq!(towline_service::grpc::code(&status), Some("identity-cloned"));
     assert!(info.problems[0].contains("two machines"), "{:?}", info.problems);
 
     // The same instance connects again over another connection.

@@ -14,6 +14,7 @@ use towline_proto::join_proof::{self, Claim};
 use towline_proto::pb::discovery_server::Discovery;
 use towline_proto::token::TokenSecret;
 use towline_proto::{limits, pb, signed};
+use towline_service::grpc;
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::authority::{Subject, csr_key};
@@ -210,12 +211,13 @@ impl Discovery for DiscoveryService {
                     node.name
                 )));
             }
-            watch::note_clone(&self.shared, node.id, address, other).await;
-            return Err(Status::already_exists(format!(
+            let code = watch::note_clone(&self.shared, node.id, address, other).await;
+            let status = Status::already_exists(format!(
                 "node `{}` is already connected from {other}: this machine may be a clone: stop one \
                  of them, remove its state directory and join it again",
                 node.name
-            )));
+            ));
+            return Err(grpc::with_code(status, code));
         }
         tracing::info!(node = %node.name, %address, "session opened");
         let (responses, receiver) = tokio::sync::mpsc::channel(1);

@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, Sleep, interval, sleep};
 use tonic::{Status, Streaming};
+use towline_proto::code::Coded as _;
 use towline_proto::convert;
 use towline_proto::id::NodeId;
 use towline_proto::{limits, pb, signed};
@@ -309,16 +310,18 @@ fn names_removed_node(shared: &Shared, tombstone: &pb::Signed) -> bool {
         .is_some_and(|node| shared.map.tombstone(node).is_some())
 }
 
-/// Logs a cloned machine and adds it to the node's problems.
+/// Logs a cloned machine and adds it to the node's problems. Returns the code of that problem.
 pub(super) async fn note_clone(
     shared: &Shared,
     node: NodeId,
     address: SocketAddr,
     other: SocketAddr,
-) {
+) -> &'static str {
     tracing::warn!(%node, %address, %other, "second session of one identity refused");
     let problem = NodeProblem::Cloned { connected: other.ip(), tried: address.ip() };
+    let code = problem.code();
     let change = move |ledger: &mut Ledger, _: &Sessions, _| ledger.registry().note(node, problem);
     // If this fails, only the note is missing; the second session is refused in any case.
     let _ = shared.apply(change).await;
+    code
 }

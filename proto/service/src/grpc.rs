@@ -8,11 +8,14 @@ use std::io;
 
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tonic::metadata::MetadataValue;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 /// Longest message of a status that is shown, in characters.
 const MESSAGE_CHARS: usize = 500;
+/// Name of the metadata of a status that holds a stable code.
+const CODE: &str = "towline-code";
 
 /// Opens a channel on a stream. `endpoint` has the settings of the channel; its address is not
 /// dialled.
@@ -42,6 +45,17 @@ pub fn message(status: &Status) -> String {
     if rest.next().is_some() { line + "…" } else { line }
 }
 
+/// Adds a stable code to a status, for clients that tell reasons with one gRPC code apart.
+pub fn with_code(mut status: Status, code: &'static str) -> Status {
+    status.metadata_mut().insert(CODE, MetadataValue::from_static(code));
+    status
+}
+
+/// Returns the stable code of a status, if it has one.
+pub fn code(status: &Status) -> Option<&str> {
+    status.metadata().get(CODE)?.to_str().ok()
+}
+
 /// Returns whether a status is about the connection, and not the server's answer.
 pub fn is_of_the_transport(status: &Status) -> bool {
     matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled)
@@ -50,6 +64,13 @@ pub fn is_of_the_transport(status: &Status) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_status_has_the_code_that_was_added() {
+        let status = Status::already_exists("taken");
+        assert_eq!(code(&status), None);
+        assert_eq!(code(&with_code(status, "identity-cloned")), Some("identity-cloned"));
+    }
 
     #[test]
     fn a_message_is_one_short_line() {
