@@ -69,6 +69,28 @@ fn two_nodes_that_no_hole_can_join_and_no_relay_serves_say_so() {
 }
 
 #[test]
+fn two_nodes_whose_only_relay_is_off_say_so() {
+    let mut sim = Sim::new(1, CALM);
+    let [first, second] = [1, 2].map(|n| {
+        let behind = nat(&mut sim, Behaviour::SYMMETRIC, [198, 51, 100, n].into());
+        sim.add_host(&[(behind, [192, 168, 1, 2].into())])
+    });
+    let cloud = sim.add_host(&[(INTERNET, [203, 0, 113, 1].into())]);
+    let relay = sim.add_host(&[(INTERNET, [203, 0, 113, 2].into())]);
+    sim.hosts[relay].relay = true;
+    for host in [first, second, cloud, relay] {
+        sim.start(host);
+    }
+    sim.run(Duration::from_secs(20));
+    assert!(sim.is_up(first, second));
+    sim.stop(relay);
+    sim.run(Duration::from_secs(60));
+    let mesh = &sim.hosts[first].agent.as_ref().unwrap().mesh;
+    let status = mesh.peer(sim.hosts[second].id()).unwrap();
+    assert!(matches!(status.reason, Some(PeerReason::RelaySilent(_))), "{:?}", status.reason);
+}
+
+#[test]
 fn a_restarted_agent_is_back_from_its_cache_while_the_controller_is_away() {
     let (mut sim, [cloud, first, _]) = datacenters(2);
     sim.run(Duration::from_secs(10));

@@ -136,6 +136,12 @@ impl HomeRelays {
         self.relays.is_empty()
     }
 
+    /// Returns whether the mesh has relays, and none of those that we ask answers.
+    pub(crate) fn is_silent(&self) -> bool {
+        let is_silent = |home: &Home| home.via.is_none() && home.missed >= MISSED;
+        !self.homes.is_empty() && self.homes.values().all(is_silent)
+    }
+
     /// Returns the name of the relay that has an address.
     pub(crate) fn at(&self, remote: SocketAddr) -> Option<&NodeName> {
         let relay = self.relays.values().find(|relay| relay.addresses.contains(&remote))?;

@@ -537,6 +537,7 @@ impl Mesh {
     fn conditions(&self) -> NetworkConditions {
         NetworkConditions {
             has_relays: !self.relays.is_empty(),
+            are_relays_silent: self.relays.is_silent(),
             is_silent: self.stun.is_silent(),
             mapping: self.mapping(),
         }

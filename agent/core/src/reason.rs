@@ -37,6 +37,8 @@ pub enum PeerReason {
     UdpBlocked(Direct),
     /// Both nodes are behind NAT, and the mesh has no relay.
     NoRelay(Direct),
+    /// Both nodes are behind NAT, and no relay of the mesh answers.
+    RelaySilent(Direct),
     /// It is up, but through a relay alone.
     Relayed {
         /// Why no direct path is used.
@@ -60,6 +62,7 @@ codes! {
         NoHandshake => "no-handshake",
         UdpBlocked => "udp-blocked",
         NoRelay => "no-relay",
+        RelaySilent => "relay-silent",
         Relayed { direct: RelayedPath },
         RelayedByMapping => "nat-mapping-dependent",
     }
@@ -166,6 +169,9 @@ impl fmt::Display for PeerReason {
             }
             Self::NoRelay(tried) => {
                 write!(f, "both nodes are behind NAT and no relay is configured ({tried})")
+            }
+            Self::RelaySilent(tried) => {
+                write!(f, "both nodes are behind NAT and no relay answers ({tried})")
             }
             Self::Relayed { direct } => write!(f, "through a relay: {direct}"),
             Self::RelayedByMapping { direct } => {

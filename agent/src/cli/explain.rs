@@ -32,7 +32,8 @@ struct Report<'a> {
 pub(super) fn run(config: &Config, args: &ExplainArgs) -> anyhow::Result<()> {
     let answers = local::ask(&config.socket)?;
     let facts = doctor::facts(config, Agent::Answered(Box::new(answers.clone())));
-    let explanation = explain::explain(&args.peer, &answers, &examine(&facts));
+    let paths = local::paths(&config.socket, &args.peer);
+    let explanation = explain::explain(&args.peer, &answers, &paths, &examine(&facts));
     let report = Report { schema_version: SCHEMA_VERSION, explanation: &explanation };
     output::write(args.output, &report, |wide| text(&explanation, wide))?;
     if explanation.state == Verdict::Unknown {

@@ -44,6 +44,17 @@ pub(super) fn ask(socket: &Path) -> anyhow::Result<Answers> {
     })
 }
 
+/// Asks the agent for the paths of a peer. There are none for a name that it does not know, and from an agent
+/// of an older version.
+pub(super) fn paths(socket: &Path, peer: &str) -> Vec<pb::PathStatus> {
+    let request = pb::PeerRequest { node: peer.to_owned() };
+    let answer = with_agent(socket, async |mut agent| {
+        let answer = agent.peer(request).await;
+        Ok(answer.map_err(|status| status_error(&status))?.into_inner())
+    });
+    answer.map(|answer| answer.paths).unwrap_or_default()
+}
+
 /// Returns a runtime for one command.
 pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread()

@@ -18,6 +18,7 @@ use towline_proto::node::{Candidate, CandidateKind};
 
 use super::Purpose;
 use super::problem::{Blocked, NotApplied, Note, Problem};
+use super::restorations::Restorations;
 use crate::config::Config;
 use crate::conntrack::Conntrack;
 
@@ -45,6 +46,8 @@ pub(super) struct HostController {
     addresses: Vec<LocalAddress>,
     /// Addresses that datagrams leave from, as of the last [`Self::connectivity`].
     uplinks: Vec<path::LocalAddress>,
+    /// Changes of Towline's state by other programs that were undone.
+    restorations: Restorations,
     /// Networks of this host that the guards cut off, as of the last [`Self::look_for_overlaps`].
     overlaps: Vec<Overlap>,
     /// Firewalls of other programs that drop traffic of the mesh, as of the last search.
@@ -75,6 +78,7 @@ impl HostController {
             gateways: Vec::new(),
             addresses: Vec::new(),
             uplinks: Vec::new(),
+            restorations: Restorations::default(),
             overlaps: Vec::new(),
             obstacles: Vec::new(),
             past_netfilter: None,
@@ -102,6 +106,23 @@ impl HostController {
         }
     }
 
+    /// Handles an event. Returns true if the host's addresses changed.
+    pub(super) fn handle(&mut self, event: HostEvent) -> bool {
+        match event {
+            HostEvent::AddressesChanged => return true,
+            HostEvent::OursChanged => {
+                // A retry finishes an apply of our own: nobody else need have changed anything.
+                let is_retry = self.retry.is_some();
+                let messages = self.restore();
+                if messages > 0 && !is_retry {
+                    self.restorations.add(Instant::now());
+                }
+            }
+            HostEvent::HooksChanged => self.restore_hooks(),
+        }
+        false
+    }
+
     /// Applies a plan, which replaces the last one.
     pub(super) fn apply(&mut self, plan: Arc<Plan>) {
         if self.purpose == Purpose::Relay {
@@ -115,10 +136,10 @@ impl HostController {
     }
 
     /// Applies the plan again, after another program changed state that Towline created or after an
-    /// incomplete apply.
-    pub(super) fn restore(&mut self) {
+    /// incomplete apply. Returns the number of netlink messages that changed state.
+    pub(super) fn restore(&mut self) -> usize {
         self.network.invalidate();
-        self.reapply();
+        self.reapply()
     }
 
     /// Applies the hooks again, after another program changed a chain with Towline's rules.
@@ -126,19 +147,26 @@ impl HostController {
         match self.network.apply_hooks() {
             Ok(changes) => self.changed(&changes),
             // The full apply finds and reports the problem.
-            Err(_) => self.restore(),
+            Err(_) => {
+                self.restore();
+            }
         }
     }
 
-    /// Applies the current plan and evaluates the result.
-    fn reapply(&mut self) {
-        let Some(plan) = &self.plan else { return };
+    /// Applies the current plan and evaluates the result. Returns the number of netlink messages that
+    /// changed state.
+    fn reapply(&mut self) -> usize {
+        let Some(plan) = &self.plan else { return 0 };
         match self.network.apply(plan) {
-            Ok(changes) => self.changed(&changes),
+            Ok(changes) => {
+                self.changed(&changes);
+                changes.messages
+            }
             Err(error) => {
                 let error = NotApplied::from(&error);
                 self.take_problems(vec![error.clone().into()], Vec::new(), Some(error.into()));
                 self.retry = Some(Instant::now() + RETRY);
+                0
             }
         }
     }
@@ -202,7 +230,10 @@ impl HostController {
         let obstacles = self.obstacles.iter().filter(|obstacle| !obstacle.is_note());
         let obstacles = obstacles.cloned().map(Problem::Firewall);
         let overlaps = self.overlaps.iter().cloned().map(Problem::NetworkCovered);
-        self.problems.iter().cloned().chain(overlaps).chain(obstacles).chain(full).collect()
+        let is_disturbed = self.restorations.are_many(Instant::now());
+        let removed = is_disturbed.then_some(Problem::StateRemoved);
+        let own = self.problems.iter().cloned();
+        own.chain(removed).chain(overlaps).chain(obstacles).chain(full).collect()
     }
 
     /// Returns peculiarities of the host that need no repair.

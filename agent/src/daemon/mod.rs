@@ -40,6 +40,7 @@ mod prober;
 mod problem;
 mod relay_server;
 mod report;
+mod restorations;
 mod signals;
 mod sleep;
 mod standby;

@@ -88,6 +88,13 @@ pub(super) enum Problem {
     /// A firewall of another program drops traffic of the mesh.
     #[error("{0}")]
     Firewall(Obstacle),
+    /// Another program keeps removing state that Towline created.
+    #[error(
+        "another program keeps changing Towline's link, rules, routes or nftables table: they are restored \
+         each time, and packets are dropped until then: stop that program (systemd-networkd: \
+         ManageForeignRoutes=no and ManageForeignRoutingPolicyRules=no)"
+    )]
+    StateRemoved,
     /// The kernel has no room for new connections.
     #[error(
         "the conntrack table is full ({count} of {max}): the kernel drops new connections: raise \
@@ -182,6 +189,7 @@ codes! {
         NetworkCovered(Overlap),
         GatewayCovered => "gateway-covered",
         Firewall(Obstacle),
+        StateRemoved => "state-removed",
         ConntrackFull => "conntrack-full",
         ReflectorSilent => "reflector-silent",
         OwnSource => "own-source-foreign",

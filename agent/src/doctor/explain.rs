@@ -5,18 +5,21 @@
 //! 1. This node is not ready: no plan, removed from the mesh, `towline down`.
 //! 2. The peer is not up, and something of this node explains it: a firewall, the clock, a full table.
 //! 3. The peer's own reason.
-//! 4. The peer is up, but something drops its packets, or makes the path slow.
+//! 4. The peer is up, but something drops its packets, or makes the path lossy or slow.
 
 use serde::Serialize;
 use towline_proto::code::Coded as _;
 use towline_proto::pb;
 use towline_service::output;
 
+use super::mesh_checks::lossy;
 use super::reference;
 use super::{Answers, Cause, Check, CheckState};
 
 /// Round-trip time in microseconds from which a path counts as slow. Between continents it is less.
 const SLOW_RTT_US: u64 = 350_000;
+/// Age in milliseconds up to which something that came from a peer tells about the present.
+const RECENT_MS: u64 = 60_000;
 
 /// Explanation of the state of a peer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -81,7 +84,7 @@ const OF_NODE: [&str; 12] = [
     "link-name-in-use",
 ];
 /// Causes on this node that drop packets although the path is up, the surest first.
-const OF_TRAFFIC: [&str; 21] = [
+const OF_TRAFFIC: [&str; 22] = [
     "firewall-drops-input",
     "firewall-drops-output",
     "firewall-drops-forwarded",
@@ -90,6 +93,7 @@ const OF_TRAFFIC: [&str; 21] = [
     "conntrack-full",
     "rp-filter-strict",
     "marked-packets-dropped",
+    "state-removed",
     "own-source-foreign",
     "source-not-announced",
     "local-network-covered",
@@ -105,15 +109,20 @@ const OF_TRAFFIC: [&str; 21] = [
     "offload-damages-packets",
 ];
 
-/// Explains the state of the peer with this name or overlay address. `checks` are those of
-/// [`super::examine`], of the same answers.
-pub fn explain(name: &str, answers: &Answers, checks: &[Check]) -> Explanation {
+/// Explains the state of the peer with this name or overlay address. `paths` are those of the peer, as far
+/// as they are known. `checks` are those of [`super::examine`], of the same answers.
+pub fn explain(
+    name: &str,
+    answers: &Answers,
+    paths: &[pb::PathStatus],
+    checks: &[Check],
+) -> Explanation {
     let local = Local { status: &answers.status, checks };
     let is_meant = |peer: &&pb::PeerStatus| {
         peer.name == name || peer.overlay_addresses.iter().any(|address| address == name)
     };
     let Some(peer) = answers.peers.iter().find(is_meant) else { return unknown(name, &local) };
-    let draft = Draft { peer, answers, local };
+    let draft = Draft { peer, paths, answers, local };
     match peer.state.as_str() {
         "up" if peer.path_kind == "relay" => draft.relayed(),
         "up" => draft.up(),
@@ -192,6 +201,7 @@ fn away(status: &pb::StatusResponse) -> Option<&pb::ControllerStatus> {
 /// A peer that is explained.
 struct Draft<'a> {
     peer: &'a pb::PeerStatus,
+    paths: &'a [pb::PathStatus],
     answers: &'a Answers,
     local: Local<'a>,
 }
@@ -258,7 +268,16 @@ impl Draft<'_> {
             return self.finish(Verdict::Down, Some(clock), sentences);
         }
         let up = self.answers.peers.iter().filter(|other| other.state == "up").count();
-        if reason != "no-handshake" && up == 0 {
+        if reason != "no-handshake" && self.is_heard_alone() {
+            sentences.push(
+                "its datagrams arrive here, but it answers none of ours: something on the way drops UDP \
+                 towards it"
+                    .to_owned(),
+            );
+            return self.finish(Verdict::Down, Some(Cause::UdpOneWay.code()), sentences);
+        }
+        // Where nothing answers at all, neither a port nor a STUN server is the cause.
+        if !matches!(reason, "no-handshake" | "udp-blocked") && up == 0 {
             // Peers that answer nobody: what this node knows about itself is the better guess.
             if let Some(cause) = local.first_bad(&OF_DIRECT_PATH) {
                 sentences.push(local.message(cause));
@@ -284,6 +303,14 @@ impl Draft<'_> {
             ));
         }
         self.finish(Verdict::Down, Some(reason).filter(|code| !code.is_empty()), sentences)
+    }
+
+    /// Returns true if something authentic came from the peer lately, and it answered nothing since.
+    fn is_heard_alone(&self) -> bool {
+        let is_recent = |age: Option<u64>| age.is_some_and(|ms| ms <= RECENT_MS);
+        let mut direct = self.paths.iter().filter(|path| path.path_kind == "direct");
+        direct.clone().any(|path| is_recent(path.heard_ms))
+            && direct.all(|path| !is_recent(path.answered_ms))
     }
 
     fn relayed(&self) -> Explanation {
@@ -329,6 +356,10 @@ impl Draft<'_> {
         let small = peer.mtu.filter(|mtu| *mtu < link);
         if let Some(mtu) = small {
             sentences.push(format!("the path carries packets of {mtu} instead of {link} bytes"));
+        }
+        if let Some(percent) = lossy(peer) {
+            sentences.push(format!("{percent:.0} % of the last probes on the path were lost"));
+            return self.finish(Verdict::Impaired, Some(Cause::PathLossHigh.code()), sentences);
         }
         if peer.rtt_us.is_some_and(|rtt| rtt >= SLOW_RTT_US) {
             sentences

@@ -23,6 +23,10 @@ const OF_AGENT: [Subject; 10] = [
     Subject::Offloads,
 ];
 
+/// Share of the last probes in percent from which a path counts as lossy: TCP is slow then. One lost probe of
+/// the first ten is no more than that.
+const LOSSY_PERCENT: f64 = 10.0;
+
 /// Adds the findings of the agent's answers.
 pub(super) fn examine(facts: &Facts, findings: &mut Findings) {
     match &facts.agent {
@@ -64,6 +68,7 @@ fn subject(code: &str) -> Subject {
         | "link-name-in-use"
         | "mark-in-use"
         | "marked-packets-dropped"
+        | "state-removed"
         | "redirects-by-cilium"
         | "redirects-by-calico"
         | "redirects-by-program" => Subject::OtherPrograms,
@@ -103,6 +108,7 @@ fn severity(code: &str) -> CheckState {
     match code {
         "join-unconfirmed"
         | "mark-in-use"
+        | "state-removed"
         | "nftables-guard-reduced"
         | "redirects-not-guarded"
         | "name-conflict"
@@ -207,6 +213,11 @@ fn is_relayed(peer: &pb::PeerStatus) -> bool {
     peer.state == "up" && peer.path_kind == "relay"
 }
 
+/// Returns the share of lost probes of a peer that is up, in percent, if that is too much.
+pub(super) fn lossy(peer: &pb::PeerStatus) -> Option<f64> {
+    peer.loss_percent.filter(|percent| peer.state == "up" && *percent > LOSSY_PERCENT)
+}
+
 fn peers(answers: &Answers, findings: &mut Findings) {
     let peers = &answers.peers;
     if peers.is_empty() {
@@ -231,6 +242,10 @@ fn peers(answers: &Answers, findings: &mut Findings) {
         // A peer that is up has no reason, unless it is relayed.
         if !code.is_empty() && (state > CheckState::Ok || peer.state == "connecting") {
             findings.add(Subject::Peers, state, code, text);
+        }
+        if let Some(percent) = lossy(peer) {
+            let text = format!("{} loses {percent:.0} % of the probes on its path", peer.name);
+            findings.cause(Subject::Peers, CheckState::Warning, Cause::PathLossHigh, text);
         }
         if code == "no-handshake" {
             let text = format!("{} answers probes, but no handshake", peer.name);

@@ -235,6 +235,10 @@ pub enum Cause {
     PathMtuSmall,
     /// Probes of a peer take long.
     PathRttHigh,
+    /// Many probes of a peer are lost.
+    PathLossHigh,
+    /// Datagrams of a peer arrive, while it answers nothing.
+    UdpOneWay,
     /// The file system of the state directory has no space.
     DiskFull,
     /// The file system of the state directory cannot be written.
@@ -265,6 +269,8 @@ codes! {
         UplinkMtuSmall => "uplink-mtu-small",
         PathMtuSmall => "path-mtu-small",
         PathRttHigh => "path-rtt-high",
+        PathLossHigh => "path-loss-high",
+        UdpOneWay => "udp-one-way",
         DiskFull => "disk-full",
         DiskReadOnly => "disk-read-only",
         PeerUnknown => "peer-unknown",

@@ -184,7 +184,7 @@ fn healthy_hosts_of_many_shapes_have_no_warning() {
 #[test]
 fn each_broken_host_gets_the_code_of_its_fault() {
     use CheckState::{Failed, Warning};
-    let broken: [(&str, Subject, CheckState, Change); 24] = [
+    let broken: [(&str, Subject, CheckState, Change); 26] = [
         ("clock-wrong", Subject::Clock, Failed, |facts| facts.host.now = NOW - 2 * DAY),
         ("clock-set-back", Subject::Clock, Warning, |facts| {
             facts.host.last_written = Some(NOW + 3_600);
@@ -256,6 +256,12 @@ fn each_broken_host_gets_the_code_of_its_fault() {
         ("key-conflict", Subject::Peers, Failed, |facts| {
             answers(facts).peers[0] = peer("node-b", "down", "", "key-conflict");
         }),
+        ("path-loss-high", Subject::Peers, Warning, |facts| {
+            answers(facts).peers[0].loss_percent = Some(18.0);
+        }),
+        ("state-removed", Subject::OtherPrograms, Warning, |facts| {
+            answers(facts).status.problem_details = vec![detail("state-removed")];
+        }),
         ("no-peer-up", Subject::Peers, Failed, |facts| {
             answers(facts).peers = vec![peer("node-b", "down", "", "no-answer")];
         }),
@@ -307,7 +313,7 @@ fn a_check_of_many_peers_stays_short() {
 
 #[test]
 fn the_true_cause_of_a_peers_state_is_named() {
-    let cases: [(&str, Option<&str>, Verdict, Change); 16] = [
+    let cases: [(&str, Option<&str>, Verdict, Change); 19] = [
         ("healthy", None, Verdict::Healthy, |_| {}),
         ("the peer is away", Some("no-answer"), Verdict::Down, |facts| {
             answers(facts).peers[0] = peer("node-b", "down", "", "no-answer");
@@ -359,6 +365,17 @@ fn the_true_cause_of_a_peers_state_is_named() {
         ("MTU hole", Some("path-mtu-small"), Verdict::Healthy, |facts| {
             answers(facts).peers[0].mtu = Some(1_320);
         }),
+        ("lossy", Some("path-loss-high"), Verdict::Impaired, |facts| {
+            answers(facts).peers[0].loss_percent = Some(18.0);
+        }),
+        ("UDP is blocked, also to the STUN servers", Some("udp-blocked"), Verdict::Down, |facts| {
+            let answers = answers(facts);
+            answers.peers = vec![peer("node-b", "down", "", "udp-blocked")];
+            answers.status.problem_details = vec![detail("reflector-silent")];
+        }),
+        ("dead relay", Some("relay-silent"), Verdict::Down, |facts| {
+            answers(facts).peers[0] = peer("node-b", "down", "", "relay-silent");
+        }),
         ("slow", Some("path-rtt-high"), Verdict::Impaired, |facts| {
             answers(facts).peers[0].rtt_us = Some(800_000);
         }),
@@ -367,7 +384,7 @@ fn the_true_cause_of_a_peers_state_is_named() {
         let mut facts = facts();
         change(&mut facts);
         let checks = examine(&facts);
-        let explanation = explain("node-b", answers(&mut facts), &checks);
+        let explanation = explain("node-b", answers(&mut facts), &[], &checks);
         assert_eq!(explanation.cause.as_deref(), cause, "{name}: {explanation:?}");
         assert_eq!(explanation.state, verdict, "{name}: {explanation:?}");
         assert_eq!(explanation.remedy.is_some(), verdict.is_bad(), "{name}: {explanation:?}");
@@ -376,15 +393,33 @@ fn the_true_cause_of_a_peers_state_is_named() {
 }
 
 #[test]
+fn a_peer_that_is_heard_but_does_not_answer_is_blocked_one_way() {
+    let mut facts = facts();
+    answers(&mut facts).peers[0] = peer("node-b", "down", "", "no-answer");
+    let checks = examine(&facts);
+    let cause = |heard_ms, answered_ms| {
+        let path_kind = "direct".to_owned();
+        let path = pb::PathStatus { path_kind, heard_ms, answered_ms, ..Default::default() };
+        let Agent::Answered(answers) = &facts.agent else { panic!("the agent answered") };
+        explain("node-b", answers, &[path], &checks).cause
+    };
+    assert_eq!(cause(Some(900), None).as_deref(), Some("udp-one-way"));
+    assert_eq!(cause(Some(900), Some(3_000_000)).as_deref(), Some("udp-one-way"));
+    for (heard, answered) in [(None, None), (Some(3_000_000), None), (Some(900), Some(900))] {
+        assert_eq!(cause(heard, answered).as_deref(), Some("no-answer"), "{heard:?} {answered:?}");
+    }
+}
+
+#[test]
 fn a_name_that_no_peer_has_is_explained() {
     let mut facts = facts();
     let checks = examine(&facts);
     let answers = answers(&mut facts);
-    let unknown = explain("node-x", answers, &checks);
+    let unknown = explain("node-x", answers, &[], &checks);
     assert_eq!(unknown.state, Verdict::Unknown);
     assert_eq!(unknown.cause.as_deref(), Some("peer-unknown"));
-    let own = explain("node-a", answers, &checks);
+    let own = explain("node-a", answers, &[], &checks);
     assert!(own.sentences[0].contains("this node itself"), "{own:?}");
-    let by_address = explain("198.19.0.7", answers, &checks);
+    let by_address = explain("198.19.0.7", answers, &[], &checks);
     assert_eq!(by_address.peer, "node-b");
 }

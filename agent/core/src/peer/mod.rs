@@ -107,6 +107,8 @@ pub(crate) struct PeerContext<'a> {
 pub(crate) struct NetworkConditions {
     /// True if the mesh has relays.
     pub(crate) has_relays: bool,
+    /// True if the mesh has relays, and none answers.
+    pub(crate) are_relays_silent: bool,
     /// True if no reflector ever answered.
     pub(crate) is_silent: bool,
     /// Mapping behaviour of our NAT, once it is known.

@@ -41,6 +41,8 @@ impl Peer {
             PeerReason::UdpBlocked(direct)
         } else if !conditions.has_relays && !local.is_reachable() && is_behind_nat() {
             PeerReason::NoRelay(direct)
+        } else if conditions.are_relays_silent && !local.is_reachable() && is_behind_nat() {
+            PeerReason::RelaySilent(direct)
         } else {
             PeerReason::Unreached(direct)
         })
