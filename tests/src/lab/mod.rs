@@ -25,6 +25,7 @@
 //! | [`nat`] | NAT and firewall rules of routers, as nftables |
 //! | [`binaries`] | building and finding the daemons |
 //! | [`process`] | daemons and commands inside a host: logs, deadlines, guaranteed termination |
+//! | [`small_disk`] | a file system in memory, which only the processes of one host see |
 //! | [`mesh`] | Towline in the lab: a controller, nodes, tokens, joins, agents |
 //! | [`peers`] | other WireGuard implementations: built once, configured over their own sockets |
 //! | [`capture`] | captures every packet on the simulated internet and searches it for leaks |
@@ -75,6 +76,7 @@ pub mod redirect;
 pub mod report;
 pub mod scenario;
 pub mod scenario_test;
+pub mod small_disk;
 pub mod spoof;
 pub mod tamper;
 pub mod topology;

@@ -28,10 +28,12 @@ pub struct Namespace {
     thread: Option<JoinHandle<()>>,
 }
 
-#[derive(Debug)]
-struct Request {
-    command: Command,
-    answer: mpsc::Sender<io::Result<Child>>,
+/// Request to the thread of a namespace.
+enum Request {
+    /// Starts a process.
+    Spawn { command: Command, answer: mpsc::Sender<io::Result<Child>> },
+    /// Calls a function.
+    Call(Box<dyn FnOnce() + Send>),
 }
 
 impl Namespace {
@@ -110,7 +112,24 @@ impl Namespace {
         let gone = || io::Error::other(format!("the thread of namespace {} ended", self.name));
         let (answer, when_answered) = mpsc::channel();
         let requests = self.requests.as_ref().ok_or_else(gone)?;
-        requests.send(Request { command, answer }).map_err(|_| gone())?;
+        requests.send(Request::Spawn { command, answer }).map_err(|_| gone())?;
+        when_answered.recv().map_err(|_| gone())?
+    }
+
+    /// Calls `function` on the thread that starts the processes, and waits for it. What it changes of that
+    /// thread, such as its mount namespace, applies to all processes that are started later.
+    pub fn call<T: Send + 'static>(
+        &self,
+        function: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+    ) -> anyhow::Result<T> {
+        let gone = || anyhow!("the thread of namespace {} ended", self.name);
+        let (answer, when_answered) = mpsc::channel();
+        let call = move || {
+            // Nobody waits for the answer if the lab is interrupted.
+            let _ = answer.send(function());
+        };
+        let requests = self.requests.as_ref().ok_or_else(gone)?;
+        requests.send(Request::Call(Box::new(call))).map_err(|_| gone())?;
         when_answered.recv().map_err(|_| gone())?
     }
 
@@ -146,7 +165,14 @@ pub fn join<T>(handle: ScopedJoinHandle<'_, anyhow::Result<T>>) -> anyhow::Resul
 }
 
 fn hold(inbox: &mpsc::Receiver<Request>) {
-    while let Ok(Request { mut command, answer }) = inbox.recv() {
+    while let Ok(request) = inbox.recv() {
+        let (mut command, answer) = match request {
+            Request::Spawn { command, answer } => (command, answer),
+            Request::Call(function) => {
+                function();
+                continue;
+            }
+        };
         let started = command.spawn();
         if let Err(mpsc::SendError(Ok(mut orphan))) = answer.send(started) {
             let _ = orphan.kill();
