@@ -135,6 +135,7 @@ mod tests {
             "interop gotatun roaming_ours --json",
             "leak --json --seconds 8 --seed 7 --rootless",
             "attack --case inward,sources --json --full",
+            "explain --case paths --update-docs --json",
             "nodes --addressing node-ip --rp-filter 1 --json",
             "cohabit --netlink",
             "plan --here --json",

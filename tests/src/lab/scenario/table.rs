@@ -8,8 +8,8 @@ use clap::{ArgMatches, Args, Command, FromArgMatches};
 
 use super::selection::{Entry, Selection, list};
 use super::{
-    Setting, attack, bench, bootstrap, coexist, crash, demo, departure, failover, hosts, idle,
-    interop, kubernetes, leak, many, mtu, nat, nodes, plan, scale, vm,
+    Setting, attack, bench, bootstrap, coexist, crash, demo, departure, explain, failover, hosts,
+    idle, interop, kubernetes, leak, many, mtu, nat, nodes, plan, scale, vm,
 };
 use crate::lab::binaries::{Binaries, Profile};
 use crate::lab::interrupt;
@@ -130,6 +130,13 @@ pub const SCENARIOS: &[Scenario] = &[
         run: |matches, flags| on_cases(&hosts::entries(), hosts::run, matches, flags),
     },
     Scenario {
+        name: "explain",
+        aliases: &[],
+        help: "Break meshes in 44 ways, and check that a command names each true cause",
+        arguments: explain::Options::augment_args,
+        run: run_explain,
+    },
+    Scenario {
         name: "nodes",
         aliases: &[],
         help: "Send over every connection of a hybrid cluster, in both kinds of addressing",
@@ -235,6 +242,16 @@ fn on_cases<F: Figures>(
     }
     selection.check(entries)?;
     on_hosts(Profile::Dev, run, matches, flags)
+}
+
+/// Runs `explain`, or prints the list of its cases.
+fn run_explain(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
+    let options = explain::Options::from_arg_matches(matches)?;
+    if options.selection.list {
+        return show(&list(&explain::entries()));
+    }
+    options.check()?;
+    on_hosts(Profile::Dev, explain::run, matches, flags)
 }
 
 /// Runs a scenario without arguments of its own, like [`on_hosts`].

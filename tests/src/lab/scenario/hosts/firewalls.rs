@@ -2,10 +2,11 @@
 //! and the command.
 
 use ipnet::{Ipv4Net, Ipv6Net};
-use towline_nftables::{Chain, ChainKind, CtState, Hook, Policy, Rule, Table, TableFamily};
+use towline_nftables::{Hook, Policy, Rule, Table, TableFamily};
 
 use super::Case;
 use crate::lab::scenario::Setting;
+use crate::lab::scenario::foreign_firewalls::{filter, ufw};
 use crate::lab::scenario::scene::{Pair, Scene, has_no_problem, load, names_note, names_problem};
 use crate::lab::topology::Host;
 
@@ -59,14 +60,6 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Returns a filter chain that accepts what every firewall accepts.
-fn filter(hook: Hook) -> Chain {
-    Chain::base(ChainKind::Filter, hook, 0)
-        .rule(Rule::new().ct_state(CtState::ESTABLISHED | CtState::RELATED).accept())
-        .rule(Rule::new().input("lo").accept())
-        .rule(Rule::new().protocol(libc::IPPROTO_ICMPV6 as u8).accept())
-}
-
 /// The rules of an administrator who accepts only SSH and the tunnels.
 fn iptables() -> Table {
     let chain = filter(Hook::Input)
@@ -74,24 +67,6 @@ fn iptables() -> Table {
         .rule(Rule::new().protocol(libc::IPPROTO_UDP as u8).destination_port(51_830).accept())
         .rule(Rule::new().protocol(libc::IPPROTO_TCP as u8).destination_port(22).accept());
     Table::new(TableFamily::Ip, "filter").chain("INPUT", chain)
-}
-
-/// The shape of ufw's rules.
-fn ufw() -> Table {
-    let user = Chain::regular()
-        .rule(Rule::new().protocol(libc::IPPROTO_UDP as u8).destination_port(51_830).accept())
-        .rule(Rule::new().protocol(libc::IPPROTO_TCP as u8).destination_port(22).accept());
-    let before = Chain::regular()
-        .rule(Rule::new().input("lo").accept())
-        .rule(Rule::new().ct_state(CtState::ESTABLISHED | CtState::RELATED).accept())
-        .rule(Rule::new().jump("ufw-user-input"));
-    let input = Chain::base(ChainKind::Filter, Hook::Input, 0)
-        .policy(Policy::Drop)
-        .rule(Rule::new().jump("ufw-before-input"));
-    Table::new(TableFamily::Ip, "filter")
-        .chain("INPUT", input)
-        .chain("ufw-before-input", before)
-        .chain("ufw-user-input", user)
 }
 
 /// Joins the hosts, loads the tables on the worker, and checks that its status names the problem.

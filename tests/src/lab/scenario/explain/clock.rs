@@ -1,0 +1,47 @@
+//! Another time of day for the programs of a node. The clock of this machine is not changed: a library that
+//! is loaded before the C library adds an offset.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::lab::mesh::Node;
+use crate::lab::topology::Lab;
+
+/// Source of the library.
+const SOURCE: &str = include_str!("clock.c");
+
+/// The compiled library.
+pub(super) struct OtherClock(PathBuf);
+
+impl OtherClock {
+    /// Compiles the library with the C compiler, into the lab's directory.
+    ///
+    /// # Errors
+    ///
+    /// The reason why this machine cannot do it, in one line.
+    pub(super) fn compile(lab: &Lab) -> Result<Self, String> {
+        let source = lab.directory().join("clock.c");
+        let library = lab.directory().join("clock.so");
+        std::fs::write(&source, SOURCE).map_err(|error| error.to_string())?;
+        let output = Command::new("cc")
+            .args(["-shared", "-fPIC", "-O1", "-o"])
+            .args([&library, &source])
+            .output()
+            .map_err(|error| format!("cannot run the C compiler `cc`: {error}"))?;
+        if !output.status.success() {
+            let reason = String::from_utf8_lossy(&output.stderr);
+            let line = reason.lines().next().unwrap_or_default();
+            return Err(format!("the C compiler `cc` failed: {line}"));
+        }
+        Ok(Self(library))
+    }
+
+    /// Makes the programs of a node that are started from now on see this time of day, in seconds from now.
+    pub(super) fn show(&self, node: &mut Node, offset: i64) {
+        node.wrap(vec![
+            "/usr/bin/env".to_owned(),
+            format!("LD_PRELOAD={}", self.0.display()),
+            format!("LAB_CLOCK_OFFSET={offset}"),
+        ]);
+    }
+}
