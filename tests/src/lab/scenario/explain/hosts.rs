@@ -193,7 +193,7 @@ fn full_conntrack(setting: &Setting, case: &Case) -> anyhow::Result<Outcome> {
     let worker = scene.worker.namespace();
     if let Err(error) = worker.sysctl("net.netfilter.nf_conntrack_max", &SMALL.to_string()) {
         return Ok(Outcome::NotShown(format!(
-            "this kernel has one limit for all network namespaces (before Linux 6.15): {error:#}"
+            "this kernel lets no network namespace have a limit of its own: {error:#}"
         )));
     }
     let gateway = scene.router.gateway();

@@ -66,7 +66,7 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         Case::new(
             "nodes/down",
-            "`towline down` was run on this machine",
+            "This machine was taken out of the mesh by `towline down`",
             "machine-down",
             |setting, case| {
                 broken(setting, case, |pair| pair.worker.command_ok(&["down"]).map(drop))
