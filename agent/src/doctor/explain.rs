@@ -268,7 +268,9 @@ impl Draft<'_> {
             return self.finish(Verdict::Down, Some(clock), sentences);
         }
         let up = self.answers.peers.iter().filter(|other| other.state == "up").count();
-        if reason != "no-handshake" && self.is_heard_alone() {
+        // Between two NATs it is no surprise that one direction works.
+        if matches!(reason, "no-answer" | "no-candidates" | "udp-blocked") && self.is_heard_alone()
+        {
             sentences.push(
                 "its datagrams arrive here, but it answers none of ours: something on the way drops UDP \
                  towards it"
