@@ -3,7 +3,7 @@
 //!
 //! `TryFrom<pb::X> for X` parses; `From<&X> for pb::X` is its inverse.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use crate::node::{
     Candidate, CandidateKind, Grant, MeshConfig, OverlayAddresses, Record, Tombstone,
 };
 use crate::pb;
+use crate::summary::{MeshSummary, PeerCounts, PeerSummary, Tunnel};
 use crate::token::ControllerAddress;
 
 /// Error of parsing a message.
@@ -336,9 +337,165 @@ impl From<&MeshConfig> for pb::MeshConfig {
     }
 }
 
+impl TryFrom<pb::MeshSummary> for MeshSummary {
+    type Error = Invalid;
+
+    fn try_from(summary: pb::MeshSummary) -> Result<Self, Invalid> {
+        let pb::MeshSummary { direct, relayed, connecting, down, idle, peers } = summary;
+        let what = "list of peers";
+        bounded(what, peers.len(), limits::SUMMARY_PEERS)?;
+        let all: u64 = [direct, relayed, connecting, down, idle].into_iter().map(u64::from).sum();
+        if usize::try_from(all).map_or(true, |all| all > limits::NODES) {
+            return Err(Invalid::Malformed("number of peers"));
+        }
+        let peers: Vec<_> =
+            peers.into_iter().map(PeerSummary::try_from).collect::<Result<_, _>>()?;
+        let distinct: BTreeSet<_> = peers.iter().map(|peer| peer.node).collect();
+        if distinct.len() != peers.len() {
+            return Err(Invalid::Malformed(what));
+        }
+        let counts = PeerCounts { direct, relayed, connecting, down, idle };
+        Ok(Self { counts, peers })
+    }
+}
+
+impl From<&MeshSummary> for pb::MeshSummary {
+    fn from(summary: &MeshSummary) -> Self {
+        let PeerCounts { direct, relayed, connecting, down, idle } = summary.counts;
+        let peers = summary.peers.iter().map(Into::into).collect();
+        Self { direct, relayed, connecting, down, idle, peers }
+    }
+}
+
+impl TryFrom<pb::PeerSummary> for PeerSummary {
+    type Error = Invalid;
+
+    fn try_from(peer: pb::PeerSummary) -> Result<Self, Invalid> {
+        let relay = if peer.relay.is_empty() { None } else { Some(peer.relay.clone()) };
+        let tunnel = match peer.state() {
+            pb::TunnelState::Unspecified => return Err(Invalid::Malformed("state of a peer")),
+            pb::TunnelState::Idle => Tunnel::Idle,
+            pb::TunnelState::Connecting => Tunnel::Connecting,
+            pb::TunnelState::Down => Tunnel::Down,
+            pb::TunnelState::Direct => Tunnel::Direct,
+            pb::TunnelState::Relayed => {
+                Tunnel::Relayed(relay.clone().map(NodeName::try_from).transpose()?)
+            }
+        };
+        if relay.is_some() && !matches!(tunnel, Tunnel::Relayed(_)) {
+            return Err(Invalid::Malformed("relay of a peer"));
+        }
+        let loss_permille = match peer.loss_permille {
+            Some(loss @ 0..=1000) => u16::try_from(loss).ok(),
+            Some(_) => return Err(Invalid::Malformed("loss")),
+            None => None,
+        };
+        let mtu = u16::try_from(peer.mtu).map_err(|_| Invalid::Malformed("mtu"))?;
+        Ok(Self {
+            node: id(&peer.node_id)?,
+            tunnel,
+            rtt_us: Some(peer.rtt_us).filter(|rtt| *rtt > 0),
+            loss_permille,
+            mtu: Some(mtu).filter(|mtu| *mtu > 0),
+            reason_code: reason_code(peer.reason_code)?,
+        })
+    }
+}
+
+impl From<&PeerSummary> for pb::PeerSummary {
+    fn from(peer: &PeerSummary) -> Self {
+        let (state, relay) = match &peer.tunnel {
+            Tunnel::Idle => (pb::TunnelState::Idle, None),
+            Tunnel::Connecting => (pb::TunnelState::Connecting, None),
+            Tunnel::Down => (pb::TunnelState::Down, None),
+            Tunnel::Direct => (pb::TunnelState::Direct, None),
+            Tunnel::Relayed(relay) => (pb::TunnelState::Relayed, relay.as_ref()),
+        };
+        Self {
+            node_id: peer.node.0.to_vec(),
+            state: state.into(),
+            relay: relay.map(ToString::to_string).unwrap_or_default(),
+            rtt_us: peer.rtt_us.unwrap_or(0),
+            loss_permille: peer.loss_permille.map(u32::from),
+            mtu: peer.mtu.map_or(0, u32::from),
+            reason_code: peer.reason_code.as_deref().unwrap_or_default().to_owned(),
+        }
+    }
+}
+
+/// Parses the code of a reason. An empty one means that there is none.
+fn reason_code(code: String) -> Result<Option<Box<str>>, Invalid> {
+    bounded("code of a reason", code.len(), limits::CODE_BYTES)?;
+    let is_part = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    if !code.bytes().all(is_part) {
+        return Err(Invalid::Malformed("code of a reason"));
+    }
+    Ok(if code.is_empty() { None } else { Some(code.into()) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn peer(node: u8, state: pb::TunnelState) -> pb::PeerSummary {
+        pb::PeerSummary { node_id: vec![node; 16], state: state.into(), ..Default::default() }
+    }
+
+    fn summary(peers: Vec<pb::PeerSummary>) -> Result<MeshSummary, Invalid> {
+        pb::MeshSummary { direct: 1, peers, ..Default::default() }.try_into()
+    }
+
+    #[test]
+    fn a_summary_is_read_as_it_was_written() {
+        let read = summary(vec![
+            pb::PeerSummary {
+                rtt_us: 420,
+                loss_permille: Some(0),
+                mtu: 1420,
+                ..peer(1, pb::TunnelState::Direct)
+            },
+            pb::PeerSummary {
+                relay: "r1".into(),
+                reason_code: "no-answer".into(),
+                ..peer(2, pb::TunnelState::Relayed)
+            },
+            peer(3, pb::TunnelState::Idle),
+        ])
+        .unwrap();
+        assert_eq!(read.peers[0].rtt_us, Some(420));
+        assert_eq!(read.peers[0].loss_permille, Some(0));
+        assert_eq!(read.peers[1].tunnel, Tunnel::Relayed(Some("r1".parse().unwrap())));
+        assert_eq!(read.peers[2].loss_permille, None);
+        assert_eq!(MeshSummary::try_from(pb::MeshSummary::from(&read)).unwrap(), read);
+    }
+
+    #[test]
+    fn a_summary_outside_of_its_bounds_is_refused() {
+        use pb::TunnelState::{Direct, Down, Relayed, Unspecified};
+        let numbered = |count: usize| {
+            let ids = (0..count).map(|number| u8::try_from(number).unwrap());
+            ids.map(|number| peer(number, Direct)).collect::<Vec<_>>()
+        };
+        assert!(summary(numbered(limits::SUMMARY_PEERS)).is_ok());
+        assert!(summary(numbered(limits::SUMMARY_PEERS + 1)).is_err());
+        let counts = pb::MeshSummary { direct: u32::MAX, idle: u32::MAX, ..Default::default() };
+        assert!(MeshSummary::try_from(counts).is_err());
+        let twice = vec![peer(1, Direct), peer(1, Down)];
+        assert_eq!(summary(twice), Err(Invalid::Malformed("list of peers")));
+        for wrong in [
+            peer(1, Unspecified),
+            pb::PeerSummary { state: 99, ..peer(1, Direct) },
+            pb::PeerSummary { node_id: vec![1; 15], ..peer(1, Direct) },
+            pb::PeerSummary { relay: "r1".into(), ..peer(1, Direct) },
+            pb::PeerSummary { relay: "no label!".into(), ..peer(1, Relayed) },
+            pb::PeerSummary { loss_permille: Some(1001), ..peer(1, Direct) },
+            pb::PeerSummary { mtu: 65_536, ..peer(1, Direct) },
+            pb::PeerSummary { reason_code: "<b>".into(), ..peer(1, Down) },
+            pb::PeerSummary { reason_code: "a".repeat(49), ..peer(1, Down) },
+        ] {
+            assert!(summary(vec![wrong.clone()]).is_err(), "{wrong:?}");
+        }
+    }
 
     #[test]
     fn a_record_with_ten_thousand_candidates_is_refused_and_one_with_all_that_there_may_be_is_not()

@@ -7,7 +7,7 @@
 
 pub use towline_types::{
     backoff, code, codes, cursor, frame, id, limits, mtu, node, ownership, rate, source_limiter,
-    stun, token,
+    stun, summary, token,
 };
 
 mod changes;

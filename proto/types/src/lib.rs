@@ -12,6 +12,7 @@
 //! | [`token`] | the join token and its text form |
 //! | [`frame`] | datagrams on the shared UDP port: their kinds, probes, relayed datagrams |
 //! | [`stun`] | STUN binding requests and responses (RFC 8489) |
+//! | [`summary`] | the state of a node's tunnels, as it reports it to operators |
 //! | [`mtu`] | the MTU of the mesh's link |
 //! | [`code`] | stable codes of what operators read |
 //! | [`cursor`] | bytes that a parser reads step by step |
@@ -35,4 +36,5 @@ pub mod ownership;
 pub mod rate;
 pub mod source_limiter;
 pub mod stun;
+pub mod summary;
 pub mod token;

@@ -8,6 +8,7 @@ use towline_fixtures::controller::internals as controller;
 use towline_proto::id::{NodeId, TokenId};
 use towline_proto::join_proof::{self, Claim};
 use towline_proto::pb;
+use towline_proto::summary::MeshSummary;
 use towline_proto::token::TokenSecret;
 use towline_service::port_owner::Transport;
 use towline_service::{certificate, internals as service};
@@ -94,6 +95,13 @@ pub fn request(bytes: &[u8]) {
         assert!(!(controller::join_request(join) && bare));
     }
     let _ = controller::signing_request(bytes);
+    if let Ok(summary) = pb::MeshSummary::decode(bytes)
+        && let Ok(summary) = MeshSummary::try_from(summary)
+    {
+        // What was accepted can be sent again.
+        let again = MeshSummary::try_from(pb::MeshSummary::from(&summary));
+        assert_eq!(again.as_ref(), Ok(&summary));
+    }
 }
 
 /// Parses a request at the socket of `wg show`. The first byte is where the bytes are split into pieces.
