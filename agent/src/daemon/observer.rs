@@ -8,7 +8,7 @@ use towline_proto::code::Coded;
 use towline_proto::id::WireguardKey;
 
 use super::problem::Problem;
-use crate::events::{Event, EventLog, Reason};
+use crate::events::{Event, EventLog, Reason, unix_millis};
 
 /// Interval between two looks at traffic and problems.
 const PERIOD: Duration = Duration::from_secs(5);
@@ -36,7 +36,7 @@ impl Observer {
     /// Returns the observer of an agent that starts now with this boot epoch.
     pub(super) fn new(now: Instant, boot_epoch: u64) -> Self {
         let mut log = EventLog::new(boot_epoch);
-        log.add(SystemTime::now(), &Event::AgentStarted);
+        log.add(unix_millis(SystemTime::now()), Event::AgentStarted.message());
         Self {
             log,
             problems: BTreeSet::new(),
@@ -54,7 +54,7 @@ impl Observer {
 
     /// Records an event that happens now.
     pub(super) fn happened(&mut self, event: &Event) {
-        self.log.add(SystemTime::now(), event);
+        self.log.add(unix_millis(SystemTime::now()), event.message());
     }
 
     /// Returns the log of the events.

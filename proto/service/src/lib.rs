@@ -7,6 +7,7 @@
 //! | [`color`] | colors of the output, on terminals alone |
 //! | [`config_file`] | configuration files in TOML, and their errors |
 //! | [`directory`] | a private state directory: its owner, its permissions, how its files are written |
+//! | [`events`] | the newest events of a program, with ids to resume after |
 //! | [`mod@file`] | files that are replaced atomically |
 //! | [`grpc`] | gRPC over a connection that exists already |
 //! | [`log`] | log output, to the journal or elsewhere, as text or JSON |
@@ -28,6 +29,7 @@ pub mod certificate;
 pub mod color;
 pub mod config_file;
 pub mod directory;
+pub mod events;
 pub mod file;
 pub mod grpc;
 #[doc(hidden)]

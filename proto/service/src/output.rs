@@ -98,6 +98,15 @@ pub fn document(format: Format, value: &impl Serialize) -> Result<Option<String>
     })
 }
 
+/// Returns a value as JSON in one line.
+///
+/// # Errors
+///
+/// If the value cannot be encoded.
+pub fn json_line(value: &impl Serialize) -> Result<String, OutputError> {
+    Ok(serde_json::to_string(value)?)
+}
+
 /// Returns a table without lines, like those of kubectl.
 pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
