@@ -10,6 +10,7 @@
 //! | [`events`] | the newest events of a program, with ids to resume after |
 //! | [`mod@file`] | files that are replaced atomically |
 //! | [`grpc`] | gRPC over a connection that exists already |
+//! | [`http`] | small read-only HTTP server |
 //! | [`log`] | log output, to the journal or elsewhere, as text or JSON |
 //! | [`manual`] | shell completions and man pages |
 //! | [`mod@metrics`] | metrics for Prometheus: table, text and server |
@@ -32,6 +33,7 @@ pub mod directory;
 pub mod events;
 pub mod file;
 pub mod grpc;
+pub mod http;
 #[doc(hidden)]
 pub mod internals;
 pub mod log;

@@ -6,7 +6,7 @@
 //!
 //! The text is our own, because the library for this (`prometheus-client`) writes OpenMetrics alone, and keeps
 //! metrics in a registry of live values that a snapshot would be copied into. The format is lines with three
-//! escapes. The HTTP of the server is hyper's.
+//! escapes. The server is that of [`http`](crate::http).
 
 mod server;
 

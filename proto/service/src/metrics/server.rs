@@ -1,37 +1,15 @@
-//! HTTP server of the metrics: it answers `GET /metrics`, and nothing else.
-//!
-//! There is no TLS and no login: who reaches the address reads the metrics. So it is off by default, and the
-//! documents propose the loopback or the overlay. A connection has one request, of bounded size and duration,
-//! and the number of connections is bounded.
+//! Server of the metrics: it answers `GET /metrics`.
 
-use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::Duration;
 
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::time::{sleep, timeout};
+use hyper::StatusCode;
+
+use crate::http::{self, Get, Listen, Reply};
 
 /// Path of the metrics.
 const PATH: &str = "/metrics";
-/// Longest duration of a connection. Prometheus gives up after 10 s by default.
-const TIMEOUT: Duration = Duration::from_secs(10);
-/// Largest number of connections at the same time; further ones are closed at once.
+/// Largest number of connections at the same time.
 const CONNECTIONS: usize = 8;
-/// Largest size of a request's head in bytes, the smallest that hyper allows.
-const REQUEST_BYTES: usize = 8 * 1024;
-/// Pause after an address that could not be bound. An address of the overlay exists once the link is up.
-const RETRY: Duration = Duration::from_secs(5);
-/// Pause after a connection that could not be accepted: the process has no descriptor left.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Listens on `address`, as soon as that is possible, and serves the text that `collect` returns. `None` means
 /// that the program cannot answer now. Never returns.
@@ -39,143 +17,41 @@ pub async fn serve<F>(address: SocketAddr, collect: impl Fn() -> F + Clone + Sen
 where
     F: Future<Output = Option<String>> + Send + 'static,
 {
-    let listener = bind(address).await;
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
-    loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::debug!(%error, "cannot accept a connection for metrics");
-                sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let Ok(place) = places.clone().try_acquire_owned() else { continue };
-        let collect = collect.clone();
-        tokio::spawn(async move {
-            // A client that is gone, too slow or no HTTP client ends its own connection.
-            let _ = timeout(TIMEOUT, answer(stream, collect)).await;
-            drop(place);
-        });
-    }
+    let listen = Listen { what: "metrics", address, connections: CONNECTIONS };
+    http::serve(listen, move |get| reply(get, collect.clone())).await;
 }
 
-async fn bind(address: SocketAddr) -> TcpListener {
-    let mut is_told = false;
-    loop {
-        match TcpListener::bind(address).await {
-            Ok(listener) => {
-                tracing::info!(%address, "metrics served");
-                return listener;
-            }
-            Err(error) if !is_told => {
-                is_told = true;
-                tracing::warn!(%address, %error, "metrics not served yet: cannot bind the address");
-            }
-            Err(_) => {}
-        }
-        sleep(RETRY).await;
-    }
-}
-
-/// Answers the request of a connection.
-async fn answer<F>(stream: TcpStream, collect: impl Fn() -> F) -> Result<(), hyper::Error>
+async fn reply<F>(get: Get, collect: impl Fn() -> F) -> Reply
 where
     F: Future<Output = Option<String>>,
 {
-    let service = service_fn(|request: Request<Incoming>| {
-        let refused = refusal(request.method(), request.uri().path());
-        let text = refused.is_none().then(&collect);
-        async move {
-            let response = match (refused, text) {
-                (Some(refused), _) => refused,
-                (None, Some(text)) => response(text.await),
-                (None, None) => response(None),
-            };
-            Ok::<_, Infallible>(response)
-        }
-    });
-    http1::Builder::new()
-        .keep_alive(false)
-        .max_buf_size(REQUEST_BYTES)
-        // The connection as a whole has a limit.
-        .header_read_timeout(None::<Duration>)
-        .serve_connection(TokioIo::new(stream), service)
-        .await
-}
-
-/// Returns the response to a request for anything but the metrics.
-fn refusal(method: &Method, path: &str) -> Option<Response<Full<Bytes>>> {
-    let with = |status: StatusCode, text: &'static str| {
-        let mut response = Response::new(Full::new(Bytes::from_static(text.as_bytes())));
-        *response.status_mut() = status;
-        response
-    };
-    if path != PATH {
-        return Some(with(StatusCode::NOT_FOUND, "metrics are at /metrics\n"));
+    if get.path != PATH {
+        return Reply::error(StatusCode::NOT_FOUND, "metrics are at /metrics\n");
     }
-    if method != Method::GET {
-        let mut response = with(StatusCode::METHOD_NOT_ALLOWED, "only GET is allowed\n");
-        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET"));
-        return Some(response);
+    let text = collect().await;
+    match text {
+        Some(text) => Reply::ok(super::CONTENT_TYPE, text),
+        None => Reply::error(StatusCode::SERVICE_UNAVAILABLE, "the program cannot answer now\n"),
     }
-    None
-}
-
-/// Returns the response with the metrics.
-fn response(text: Option<String>) -> Response<Full<Bytes>> {
-    let is_available = text.is_some();
-    let mut response = Response::new(Full::new(Bytes::from(text.unwrap_or_default())));
-    if is_available {
-        let kind = HeaderValue::from_static(super::CONTENT_TYPE);
-        response.headers_mut().insert(CONTENT_TYPE, kind);
-    } else {
-        *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
-    }
-    response
 }
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-
     use super::*;
-
-    async fn exchange(request: &str, text: Option<&'static str>) -> String {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let serving = tokio::spawn(async move {
-            let (stream, _) = listener.accept().await.unwrap();
-            let collect = move || async move { text.map(ToOwned::to_owned) };
-            let _ = answer(stream, collect).await;
-        });
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        stream.write_all(request.as_bytes()).await.unwrap();
-        let mut response = Vec::new();
-        // A request that is refused early may be answered with a reset.
-        let _ = stream.read_to_end(&mut response).await;
-        serving.await.unwrap();
-        String::from_utf8(response).unwrap()
-    }
+    use crate::http::testing::exchange;
 
     #[tokio::test]
     async fn metrics_are_served_and_nothing_else() {
-        let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n");
-        let response = exchange(&get("/metrics"), Some("towline_a 1\n")).await;
+        async fn ask(path: &str, text: Option<&'static str>) -> String {
+            let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n");
+            let collect = move || async move { text.map(ToOwned::to_owned) };
+            exchange(&request, move |get| reply(get, collect)).await
+        }
+        let response = ask("/metrics", Some("towline_a 1\n")).await;
         assert!(response.starts_with("HTTP/1.1 200 OK\r\n"), "{response}");
         assert!(response.to_lowercase().contains("content-type: text/plain; version=0.0.4"));
         assert!(response.ends_with("\r\n\r\ntowline_a 1\n"), "{response}");
-        assert!(exchange(&get("/"), Some("")).await.starts_with("HTTP/1.1 404 "));
-        assert!(exchange(&get("/metrics"), None).await.starts_with("HTTP/1.1 503 "));
-        let post = "POST /metrics HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n";
-        assert!(exchange(post, Some("")).await.starts_with("HTTP/1.1 405 "));
-    }
-
-    #[tokio::test]
-    async fn a_long_head_is_refused() {
-        let long = "x".repeat(2 * REQUEST_BYTES);
-        let request = format!("GET /metrics HTTP/1.1\r\nHost: a\r\nX: {long}\r\n\r\n");
-        let response = exchange(&request, Some("towline_a 1\n")).await;
-        assert!(!response.contains("towline_a"), "{response}");
+        assert!(ask("/", Some("")).await.starts_with("HTTP/1.1 404 "));
+        assert!(ask("/metrics", None).await.starts_with("HTTP/1.1 503 "));
     }
 }
