@@ -314,6 +314,7 @@ impl Ledger {
                 Some(ViewChange::Node(Arc::new(NodeView {
                     id,
                     name: member.grant.name.clone(),
+                    site: member.grant.site.clone(),
                     grant: node.grant.clone(),
                     record: node.record.clone(),
                     token: member.token,

@@ -18,6 +18,8 @@
 //!   before it is acknowledged and before a watcher sees it.
 //! - [`map`] is the state that watchers see. Each watcher is a cursor in it; nothing is queued.
 //! - [`view`] is the state that operators see, and [`metrics`] what Prometheus reads of all parts.
+//! - [`summaries`] has what the nodes report about their tunnels, [`tunnels`] turns it into tables and pictures,
+//!   and [`events`] has what happened lately. All of it is in memory, and nothing is decided by it.
 //! - [`authority`] is the CA. Its key is in a separate file and never in the store.
 //! - [`service`] implements the RPCs, behind one table that says which role may call which RPC.
 //! - [`server`] starts and stops all parts. [`cli`] is the command line, whose commands call a
@@ -37,6 +39,7 @@ pub mod clock;
 pub mod config;
 pub mod counters;
 pub mod entropy;
+pub mod events;
 #[doc(hidden)]
 pub mod internals;
 pub mod ledger;
@@ -51,7 +54,9 @@ mod slots;
 pub mod state_dir;
 pub mod store;
 mod stored;
+pub mod summaries;
 pub mod tls;
+pub mod tunnels;
 pub mod view;
 pub mod writer;
 

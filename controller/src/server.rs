@@ -36,6 +36,7 @@ use crate::clock;
 use crate::config::{Config, LEASE, MeshSettings, OVERLAY_V4};
 use crate::counters::Counters;
 use crate::entropy::{NoEntropy, random};
+use crate::events::Events;
 use crate::ledger::Ledger;
 use crate::listen::{self, Places, PresentedPeer, Standing};
 use crate::map::Map;
@@ -47,6 +48,7 @@ use crate::service::{
 };
 use crate::state_dir::{Lock, StateDir, StateError};
 use crate::store::{CommitError, OpenError, Store};
+use crate::summaries::Summaries;
 use crate::tls::{self, ServerCertificate, TlsError};
 use crate::view::View;
 use crate::writer::{self, LoadError, Writer};
@@ -184,11 +186,15 @@ impl Controller {
         let sessions = Arc::new(Mutex::new(Sessions::new(config.heartbeat)));
         let view = Arc::new(View::default());
         let counters = Arc::new(Counters::default());
+        // If this start could not be counted, ids of an earlier run may come again.
+        let starts = dir.starts()?.map_or(0, |starts| starts.count);
+        let events = Arc::new(Events::new(starts));
         let published = writer::Published {
             map: map.clone(),
             view: view.clone(),
             sessions: sessions.clone(),
             counters: counters.clone(),
+            events: events.clone(),
         };
         let (writer, writer_ended) = writer::start(store, ledger, authority.clone(), published)
             .map_err(ServeError::Thread)?;
@@ -211,6 +217,8 @@ impl Controller {
             advertise: config.advertise,
             budgets: Budgets::default(),
             signals: Signals::default(),
+            summaries: Arc::default(),
+            events,
             reflector: reflector.as_ref().map(|_| address.port()),
             stopping,
         };
@@ -275,8 +283,12 @@ impl Controller {
         ));
         let renewing = tokio::spawn(renew(dir.clone(), authority, self.certificate));
         let writer = shared.writer.clone();
-        let ticking =
-            tokio::spawn(tick(writer.clone(), shared.map.clone(), shared.sessions.clone()));
+        let ticking = tokio::spawn(tick(
+            writer.clone(),
+            shared.map.clone(),
+            shared.sessions.clone(),
+            shared.summaries.clone(),
+        ));
         let reflector = self.reflector;
         let reflecting = tokio::spawn(async move {
             if let Some(reflector) = reflector {
@@ -541,7 +553,12 @@ async fn measure(address: Option<SocketAddr>, source: metrics::Source) {
 }
 
 /// Runs the registry's periodic work.
-async fn tick(writer: Writer, map: Arc<Map>, sessions: Arc<Mutex<Sessions>>) {
+async fn tick(
+    writer: Writer,
+    map: Arc<Map>,
+    sessions: Arc<Mutex<Sessions>>,
+    summaries: Arc<Summaries>,
+) {
     let mut ticks = interval(TICK);
     loop {
         ticks.tick().await;
@@ -551,6 +568,7 @@ async fn tick(writer: Writer, map: Arc<Map>, sessions: Arc<Mutex<Sessions>>) {
         };
         let _ = writer.run(work).await;
         sessions.lock().retain(|node| map.absence(node).is_none());
+        summaries.retain(|node| map.absence(node).is_none());
     }
 }
 

@@ -8,7 +8,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use parking_lot::RwLock;
-use towline_proto::id::{NodeId, NodeName, TokenId};
+use towline_proto::id::{Label, NodeId, NodeName, TokenId};
 use towline_proto::pb;
 
 use towline_registry::{NoSuchNode, NodeProblem};
@@ -35,6 +35,8 @@ pub struct NodeView {
     pub id: NodeId,
     /// Name of the node.
     pub name: NodeName,
+    /// Site of the node, if it has one.
+    pub site: Option<Label>,
     /// Grant, as the CA signed it.
     pub grant: pb::Signed,
     /// Newest record, as the node signed it; `None` until it published one.
@@ -61,10 +63,18 @@ pub enum ViewChange {
 }
 
 impl View {
-    /// Applies changes, which must be stored already.
-    pub fn apply(&self, changes: Vec<ViewChange>) {
+    /// Applies changes, which must be stored already. Returns the problems that are new, each with the name of
+    /// its node.
+    pub fn apply(&self, changes: Vec<ViewChange>) -> Vec<(NodeName, NodeProblem)> {
         let mut inner = self.inner.write();
-        changes.into_iter().for_each(|change| inner.apply(change));
+        let mut found = Vec::new();
+        for change in changes {
+            if let ViewChange::Node(node) = &change {
+                found.extend(inner.new_problems(node));
+            }
+            inner.apply(change);
+        }
+        found
     }
 
     /// Replaces everything.
@@ -86,6 +96,11 @@ impl View {
         let inner = self.inner.read();
         let nodes = inner.nodes.range::<NodeName, _>((behind, Bound::Unbounded));
         nodes.take(limit).map(|(_, node)| node.clone()).collect()
+    }
+
+    /// Returns the name of a node. `None` if it is no member.
+    pub fn name(&self, node: NodeId) -> Option<NodeName> {
+        self.inner.read().names.get(&node).cloned()
     }
 
     /// Returns at most `limit` tokens after `after`, sorted by id, each with the names of the
@@ -110,6 +125,14 @@ impl View {
 }
 
 impl Inner {
+    /// Returns the problems of a node that it did not have before, the oldest first.
+    fn new_problems(&self, node: &NodeView) -> Vec<(NodeName, NodeProblem)> {
+        let before = self.nodes.get(&node.name).filter(|before| before.id == node.id);
+        let known = before.map_or(&[][..], |before| &before.problems);
+        let found = node.problems.iter().rev().filter(|problem| !known.contains(problem));
+        found.map(|problem| (node.name.clone(), problem.clone())).collect()
+    }
+
     fn apply(&mut self, change: ViewChange) {
         match change {
             ViewChange::Node(node) => {
@@ -152,6 +175,7 @@ mod tests {
         ViewChange::Node(Arc::new(NodeView {
             id: NodeId([id; 16]),
             name: name.parse().unwrap(),
+            site: None,
             grant: pb::Signed::default(),
             record: None,
             token: TokenId([token; 8]),
@@ -177,6 +201,32 @@ mod tests {
         assert_eq!(names(1), [vec!["b"]]);
         let rest = view.tokens(Some(TokenId([1; 8])), 9);
         assert_eq!(rest.len(), 1);
+    }
+
+    #[test]
+    fn a_problem_is_new_once() {
+        let address = "192.0.2.1".parse().unwrap();
+        let problem = NodeProblem::Cloned { connected: address, tried: address };
+        let with = |problems: Vec<NodeProblem>| {
+            let ViewChange::Node(node) = node(1, "a", 1) else { panic!("no node") };
+            let NodeView { id, ref name, token, .. } = *node;
+            ViewChange::Node(Arc::new(NodeView {
+                id,
+                name: name.clone(),
+                site: None,
+                grant: pb::Signed::default(),
+                record: None,
+                token,
+                joined_at: 0,
+                problems,
+            }))
+        };
+        let view = View::default();
+        let found = |problems| view.apply(vec![with(problems)]).len();
+        assert_eq!(found(vec![problem.clone()]), 1);
+        assert_eq!(found(vec![problem.clone()]), 0);
+        assert_eq!(found(Vec::new()), 0);
+        assert_eq!(found(vec![problem]), 1);
     }
 
     #[test]

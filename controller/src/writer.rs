@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::authority::Authority;
 use crate::clock;
 use crate::counters::Counters;
+use crate::events::{Events, MeshEvent};
 use crate::ledger::{self, Ledger, LedgerChanges};
 use crate::map::Map;
 use crate::store::{OpenError, Record, Store};
@@ -84,6 +85,8 @@ pub struct Published {
     pub sessions: Arc<Mutex<Sessions>>,
     /// Counters of the commits.
     pub counters: Arc<Counters>,
+    /// What happened lately, for operators.
+    pub events: Arc<Events>,
 }
 
 /// Loads the ledger from an open store.
@@ -241,10 +244,15 @@ impl Thread {
             let counters = self.ledger.counters();
             self.published.map.apply(counters.epoch, counters.revision, changes.map);
         }
+        let mut happened = Vec::new();
         if !changes.view.is_empty() {
-            self.published.view.apply(changes.view);
+            let problems = self.published.view.apply(changes.view).into_iter();
+            happened
+                .extend(problems.map(|(node, problem)| MeshEvent::NodeProblem { node, problem }));
         }
         changes.events.iter().for_each(log);
+        happened.extend(changes.events.into_iter().filter_map(MeshEvent::of));
+        happened.iter().for_each(|event| self.published.events.add(event));
         Ok(())
     }
 
@@ -321,6 +329,7 @@ mod tests {
             view: Arc::default(),
             sessions: Arc::new(Mutex::new(sessions)),
             counters: Arc::default(),
+            events: Arc::new(Events::new(1)),
         };
         let (view, counters) = (published.view.clone(), published.counters.clone());
         let (writer, ended) = start(store, ledger, authority, published).unwrap();

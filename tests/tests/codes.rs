@@ -17,7 +17,10 @@ fn document() -> String {
 
 /// Returns the codes of all types that agent and controller report.
 fn codes() -> BTreeSet<String> {
-    let all = towline_agent::codes().into_iter().chain(NodeProblem::codes());
+    let all = towline_agent::codes()
+        .into_iter()
+        .chain(NodeProblem::codes())
+        .chain(towline_controller::events::MeshEvent::codes());
     all.map(ToOwned::to_owned).collect()
 }
 

@@ -57,6 +57,34 @@ pub(super) const MESH_SHOW: &str = "\
 Examples:
   towline-controller mesh show";
 
+pub(super) const MESH_STATUS: &str = "\
+Examples:
+  towline-controller mesh status
+  # with the age of each report, and peers without traffic
+  towline-controller mesh status -o wide";
+
+pub(super) const MESH_MATRIX: &str = "\
+Examples:
+  towline-controller mesh matrix
+  # the nodes of one site, in a mesh with many
+  towline-controller mesh matrix --site dc
+  # one row for each tunnel, with loss, MTU and relay
+  towline-controller mesh matrix -o wide
+  towline-controller mesh matrix -o json";
+
+pub(super) const MESH_GRAPH: &str = "\
+Examples:
+  towline-controller mesh graph -o svg > mesh.svg
+  # with Graphviz
+  towline-controller mesh graph -o dot | dot -Tpng > mesh.png";
+
+pub(super) const MESH_EVENTS: &str = "\
+Examples:
+  towline-controller mesh events
+  towline-controller mesh events --since 1h -o wide
+  # as they happen, one JSON object on each line
+  towline-controller mesh events --follow -o json";
+
 pub(super) const MESH_SET: &str = "\
 Examples:
   # before the controller moves, while agents are connected

@@ -14,7 +14,7 @@ use towline_proto::{pb, signed};
 use towline_service::output::{self, Format};
 
 use super::client::status_error;
-use super::{Common, examples};
+use super::{Common, events, examples, tunnels};
 use crate::config::check_ranges;
 
 #[derive(Debug, Subcommand)]
@@ -26,6 +26,18 @@ pub(super) enum Mesh {
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
+    /// Show each node with what it reports of its tunnels: how many peers are up, and the worst one
+    #[command(after_help = examples::MESH_STATUS)]
+    Status(tunnels::Status),
+    /// Show which node reaches which, with round-trip times; by site if there are more than 40 nodes
+    #[command(after_help = examples::MESH_MATRIX)]
+    Matrix(tunnels::MatrixArgs),
+    /// Draw the mesh as a graph of nodes and tunnels
+    #[command(after_help = examples::MESH_GRAPH)]
+    Graph(tunnels::Graph),
+    /// Show what happened in the mesh lately: who joined, left, connected, disconnected, was refused
+    #[command(after_help = examples::MESH_EVENTS)]
+    Events(events::EventsArgs),
     /// Change the configuration of the mesh: each given list is replaced, on every node at once
     #[command(after_help = examples::MESH_SET)]
     Set(Changes),
@@ -62,6 +74,10 @@ pub(super) async fn run(command: Mesh, common: &Common) -> anyhow::Result<()> {
             let mesh = View::read(answer.into_inner().mesh.as_ref(), &client.ca)?;
             Ok(output::write(output, &mesh, |_| sheet(&mesh))?)
         }
+        Mesh::Status(args) => args.run(common).await,
+        Mesh::Matrix(args) => args.run(common).await,
+        Mesh::Graph(args) => args.run(common).await,
+        Mesh::Events(args) => args.run(common).await,
         Mesh::Set(changes) => {
             let request = changes.request()?;
             let mut client = common.connect().await?;

@@ -8,10 +8,12 @@
 
 mod backup;
 mod client;
+mod events;
 mod examples;
 mod mesh;
 mod node;
 mod token;
+mod tunnels;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

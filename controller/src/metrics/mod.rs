@@ -147,6 +147,7 @@ mod tests {
             ViewChange::Node(Arc::new(NodeView {
                 id: NodeId([1; 16]),
                 name: "a".parse().unwrap(),
+                site: None,
                 grant: pb::Signed::default(),
                 record: None,
                 token: TokenId([1; 8]),

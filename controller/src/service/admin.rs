@@ -11,6 +11,7 @@ use towline_proto::id::{InvalidId, NodeName, TokenId};
 use towline_proto::pb::admin_server::Admin;
 use towline_proto::token::{JoinToken, TokenSecret};
 use towline_proto::{limits, pb};
+use towline_service::events::EventId;
 
 use crate::clock;
 use crate::entropy::{random, secret_hash};
@@ -176,6 +177,33 @@ impl Admin for AdminService {
         self.shared.apply(change).await?.map_err(|error| error.status())?;
         let mesh = self.shared.map.mesh();
         Ok(Response::new(pb::ConfigureMeshResponse { mesh: Some(mesh) }))
+    }
+
+    async fn list_tunnels(
+        &self,
+        request: Request<pb::ListTunnelsRequest>,
+    ) -> Result<Response<pb::ListTunnelsResponse>, Status> {
+        let after = match request.into_inner().after {
+            name if name.is_empty() => None,
+            name => Some(node_name(name)?),
+        };
+        let nodes = self.shared.reported().nodes(after.as_ref(), PAGE + 1, clock::now());
+        let (nodes, more) = page(nodes.into_iter());
+        Ok(Response::new(pb::ListTunnelsResponse { nodes, more }))
+    }
+
+    async fn list_events(
+        &self,
+        request: Request<pb::ListEventsRequest>,
+    ) -> Result<Response<pb::ListEventsResponse>, Status> {
+        let after = match request.get_ref().after.as_str() {
+            "" => None,
+            id => {
+                let id = id.parse::<EventId>();
+                Some(id.map_err(|error| Status::invalid_argument(error.to_string()))?)
+            }
+        };
+        Ok(Response::new(pb::ListEventsResponse { events: self.shared.events.after(after) }))
     }
 
     type BackupStream = Pin<Box<dyn Stream<Item = Result<pb::BackupResponse, Status>> + Send>>;

@@ -52,6 +52,8 @@ pub const ROLES: &[(&str, Role)] = &[
     ("/towline.v1.Admin/RemoveNode", Role::Admin),
     ("/towline.v1.Admin/GetMesh", Role::Admin),
     ("/towline.v1.Admin/ConfigureMesh", Role::Admin),
+    ("/towline.v1.Admin/ListTunnels", Role::Admin),
+    ("/towline.v1.Admin/ListEvents", Role::Admin),
     ("/towline.v1.Admin/Backup", Role::Admin),
 ];
 

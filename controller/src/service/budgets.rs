@@ -24,6 +24,8 @@ pub(super) enum Work {
     Renew,
     /// Carrying a signal to another node.
     Signal,
+    /// Keeping a summary for operators.
+    Summary,
 }
 
 impl Work {
@@ -39,6 +41,8 @@ impl Work {
             Self::Renew => Rate::one_per(Duration::from_secs(60), 10),
             // Enough to reach thousands of nodes within a minute of the node's start.
             Self::Signal => Rate::per_second(50, 256),
+            // An agent reports every 30 s at most, and soon after each connection.
+            Self::Summary => Rate::one_per(Duration::from_secs(15), 6),
         }
     }
 }
@@ -48,7 +52,7 @@ impl Work {
 pub struct Budgets(Mutex<BTreeMap<(NodeId, Work), TokenBucket>>);
 
 /// Number of budgets at which unused ones are forgotten.
-const KEPT: usize = 5 * limits::NODES;
+const KEPT: usize = 6 * limits::NODES;
 
 impl Budgets {
     /// Spends one unit of work of a node.
@@ -72,7 +76,8 @@ impl Budgets {
 mod tests {
     use super::*;
 
-    const WORK: [Work; 5] = [Work::Publish, Work::Watch, Work::Snapshot, Work::Renew, Work::Signal];
+    const WORK: [Work; 6] =
+        [Work::Publish, Work::Watch, Work::Snapshot, Work::Renew, Work::Signal, Work::Summary];
 
     #[test]
     fn each_node_has_its_own_budget_of_each_work() {

@@ -20,6 +20,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use crate::authority::{Subject, csr_key};
 use crate::clock;
 use crate::entropy::{random, secret_hash};
+use crate::events::MeshEvent;
 use crate::ledger::Ledger;
 use crate::map::AccessError;
 use towline_registry::sessions::{Occupied, Session, Sessions};
@@ -220,6 +221,8 @@ impl Discovery for DiscoveryService {
             return Err(grpc::with_code(status, code));
         }
         tracing::info!(node = %node.name, %address, "session opened");
+        let connected = MeshEvent::NodeConnected { node: node.name.clone(), address };
+        self.shared.events.add(&connected);
         let (responses, receiver) = tokio::sync::mpsc::channel(1);
         let watcher = Watcher::new(self.shared.clone(), node, id, cursor, responses);
         tokio::spawn(watcher.run(requests));
@@ -295,6 +298,9 @@ mod tests {
             }
             let _ = csr_key(&bytes);
             let _ = pb::WatchRequest::decode(bytes.as_slice());
+            if let Ok(summary) = pb::MeshSummary::decode(bytes.as_slice()) {
+                let _ = towline_proto::summary::MeshSummary::try_from(summary);
+            }
             if let Ok(publish) = pb::PublishRequest::decode(bytes.as_slice()) {
                 let _ = signed::record(publish.record.as_ref(), &IdentityKey([1; 32]));
             }

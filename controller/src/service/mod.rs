@@ -26,9 +26,12 @@ use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::authority::Authority;
 use crate::clock;
+use crate::events::Events;
 use crate::ledger::Ledger;
 use crate::map::Map;
 use crate::store::Record;
+use crate::summaries::Summaries;
+use crate::tunnels::Reported;
 use crate::view::View;
 use crate::writer::Writer;
 use towline_registry::sessions::Sessions;
@@ -76,6 +79,10 @@ pub struct Shared {
     pub budgets: Budgets,
     /// Forwarding of signals between nodes.
     pub signals: Signals,
+    /// Newest summaries of the nodes' tunnels.
+    pub summaries: Arc<Summaries>,
+    /// What happened lately, for operators.
+    pub events: Arc<Events>,
     /// UDP port of the STUN server; `None` if it could not be bound.
     pub reflector: Option<u16>,
     /// Value that becomes true when the controller stops.
@@ -89,6 +96,15 @@ impl Shared {
         change: impl FnOnce(&mut Ledger, &Sessions, Now) -> T + Send + 'static,
     ) -> Result<T, Status> {
         self.writer.run(change).await.map_err(Refusal::status)
+    }
+
+    /// Returns what the nodes report, for operators.
+    pub fn reported(&self) -> Reported {
+        Reported {
+            view: self.view.clone(),
+            sessions: self.sessions.clone(),
+            summaries: self.summaries.clone(),
+        }
     }
 
     /// Spends one unit of a node's budget.

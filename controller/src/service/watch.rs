@@ -15,9 +15,11 @@ use tonic::{Status, Streaming};
 use towline_proto::code::Coded as _;
 use towline_proto::convert;
 use towline_proto::id::NodeId;
+use towline_proto::summary::MeshSummary;
 use towline_proto::{limits, pb, signed};
 
 use crate::clock;
+use crate::events::MeshEvent;
 use crate::ledger::Ledger;
 use crate::map::Map;
 use towline_registry::NodeProblem;
@@ -86,11 +88,17 @@ impl Watcher {
         self.shared.signals.close(self.node.id, self.session);
         let reason = end.as_ref().map_or("closed by the client", Status::message);
         tracing::info!(node = %self.node.name, reason, "session ended");
+        let disconnected =
+            MeshEvent::NodeDisconnected { node: self.node.name.clone(), reason: reason.to_owned() };
         if let Some(status) = end {
             // The client may be gone or may not read; the send must not wait for it.
             let _ = self.responses.try_send(Err(status));
         }
-        self.shared.sessions.lock().close(self.node.id, self.session, clock::now());
+        let is_gone = self.shared.sessions.lock().close(self.node.id, self.session, clock::now());
+        // A session that was replaced by a newer one ends without that the node is gone.
+        if is_gone {
+            self.shared.events.add(&disconnected);
+        }
     }
 
     /// Sends and receives until the watch ends. Returns the status to send to the client; `None` if
@@ -128,8 +136,11 @@ impl Watcher {
                         if !self.renew_session() {
                             return Some(replaced());
                         }
-                        if let Some(pb::watch_request::Kind::Signal(signal)) = request.kind {
-                            self.carry(signal);
+                        match request.kind {
+                            Some(pb::watch_request::Kind::Signal(signal)) => self.carry(signal),
+                            Some(pb::watch_request::Kind::Summary(summary)) => self.keep(summary),
+                            // A heartbeat, a second start, or a message of a newer agent.
+                            _ => {}
                         }
                     }
                     Ok(None) => return None,
@@ -261,6 +272,19 @@ impl Watcher {
         let carried = may && self.shared.signals.carry(self.node.id, signal);
         if !carried {
             tracing::debug!(node = %self.node.name, limited = !may, "signal dropped");
+        }
+    }
+
+    /// Keeps a summary for operators. A malformed one, and one too many, is dropped.
+    fn keep(&self, summary: pb::MeshSummary) {
+        let now = clock::now();
+        if self.shared.budgets.spend(self.node.id, Work::Summary, now.mono).is_err() {
+            tracing::debug!(node = %self.node.name, "summary dropped: budget used up");
+            return;
+        }
+        match MeshSummary::try_from(summary) {
+            Ok(summary) => self.shared.summaries.report(self.node.id, summary, now),
+            Err(error) => tracing::debug!(node = %self.node.name, %error, "summary dropped"),
         }
     }
 

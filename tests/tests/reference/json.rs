@@ -54,6 +54,15 @@ const DOCUMENTS: &[Document] = &[
     list("towline-controller node list", Source::Struct("controller/src/cli/node.rs", "View")),
     one("towline-controller node show", Source::Struct("controller/src/cli/node.rs", "View")),
     one("towline-controller mesh show", Source::Struct("controller/src/cli/mesh.rs", "View")),
+    list(
+        "towline-controller mesh status",
+        Source::Struct("controller/src/tunnels/mod.rs", "NodeStatus"),
+    ),
+    list(
+        "towline-controller mesh matrix",
+        Source::Struct("controller/src/tunnels/mod.rs", "TunnelStatus"),
+    ),
+    list("towline-controller mesh events", Source::Schema("Event")),
     one("towline-controller version", Source::Struct("proto/src/status.rs", "Version")),
 ];
 
@@ -75,6 +84,7 @@ const SCALARS: &[(&str, &str)] = &[
     ("SocketAddr", "string"),
     ("String", "string"),
     ("bool", "boolean"),
+    ("f64", "number"),
     ("u32", "number"),
     ("u64", "number"),
     ("usize", "number"),
@@ -302,7 +312,9 @@ fn the_document_describes_every_field() {
 fn every_command_that_prints_json_is_described() {
     let programs = built();
     let prints = programs.iter().flat_map(shown).filter(|command| {
-        command.get_arguments().any(|argument| argument.get_long() == Some("output"))
+        let formats = command.get_arguments().filter(|one| one.get_long() == Some("output"));
+        // Some commands print something else, such as a picture.
+        formats.flat_map(clap::Arg::get_possible_values).any(|format| format.get_name() == "json")
     });
     let prints: BTreeSet<&str> = prints.map(name).collect();
     let described = DOCUMENTS.iter().map(|document| document.command);
