@@ -11,6 +11,7 @@ use tonic::Status;
 use towline_agent::discovery::{Announcement, Command, Discovery, Event, Setup};
 use towline_agent::join::{self, JoinError, Joined};
 use towline_agent::state::{Counters, Membership, StateDir};
+use towline_controller::tunnels::matrix::Matrix;
 use towline_core::mesh::MapChange;
 use towline_fixtures::ca::Ca;
 use towline_fixtures::controller::TestController;
@@ -19,6 +20,7 @@ use towline_proto::id::{Fingerprint, NodeId, TokenId};
 use towline_proto::node::{MeshConfig, Record};
 use towline_proto::pb::change::Kind::{Mesh, Tombstone, Upsert};
 use towline_proto::signed::Domain;
+use towline_proto::summary::{MeshSummary, PeerSummary, Tunnel};
 use towline_proto::token::{ControllerAddress, JoinToken, TokenSecret};
 use towline_proto::{pb, signed};
 use towline_tests::scripted::{Call, ScriptedController, Watch, changes, enroll, own_grant, ready};
@@ -635,5 +637,38 @@ async fn agents_that_joined_a_controller_see_each_other_until_one_leaves() {
         }
     };
     assert_eq!(removed, a.membership.grant.node_id);
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_summary_of_an_agent_is_in_the_matrix_of_its_mesh() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let (a, b) = tokio::join!(Node::join(&controller, "a"), Node::join(&controller, "b"));
+    let mut daemon = a.start();
+    daemon.event(|event| matches!(event, Event::Connected { .. }).then_some(())).await;
+    let mut summary = MeshSummary::default();
+    summary.counts.add(&Tunnel::Direct);
+    summary.peers.push(PeerSummary {
+        node: b.membership.grant.node_id,
+        tunnel: Tunnel::Direct,
+        rtt_us: Some(420),
+        loss_permille: Some(0),
+        mtu: Some(1420),
+        reason_code: None,
+    });
+    daemon.commands.send(Command::Summary(Box::new(summary))).await.unwrap();
+
+    let mut admin = controller.admin().await;
+    let nodes = loop {
+        let request = pb::ListTunnelsRequest::default();
+        let nodes = admin.list_tunnels(request).await.unwrap().into_inner().nodes;
+        if nodes[0].reported_seconds.is_some() {
+            break nodes;
+        }
+    };
+    let matrix = Matrix::of(&nodes);
+    assert_eq!(matrix.names, ["a", "b"]);
+    assert_eq!(matrix.cells, [["", "0.42 ms"], ["?", ""]]);
     controller.stop().await;
 }

@@ -7,6 +7,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use towline_core::mesh::Mesh;
 use towline_proto::id::NodeId;
 use towline_proto::pb;
+use towline_proto::summary::MeshSummary;
 use towline_proto::token::ControllerAddress;
 
 use super::problem::Problem;
@@ -179,6 +180,14 @@ impl ControllerLink {
         // A full queue means that the controller is too slow. The core repeats the message.
         if let Some(commands) = &self.commands {
             let _ = commands.try_send(Command::Signal(to, datagram));
+        }
+    }
+
+    /// Sends a summary of the tunnels to the controller.
+    pub(super) fn report(&self, summary: MeshSummary) {
+        // A full queue means that the controller is too slow. The next summary replaces this one.
+        if let Some(commands) = &self.commands {
+            let _ = commands.try_send(Command::Summary(Box::new(summary)));
         }
     }
 

@@ -23,6 +23,7 @@
 //! | `FirewallSearch` | a search of other programs' firewalls, and the requests that wait for it |
 //! | `Prober` | keys of the pairs, and pings of the operator |
 //! | `Observer` | events, rates of traffic, and the problems that are known |
+//! | `SummarySchedule` | when the next summary of the tunnels goes to the controller |
 //! | `RelayServer` | requests of other nodes to this node's relay |
 //! | `Leaving` | a `towline leave` that waits for a controller |
 //! | `WireguardSocket` | the socket of `wg show`, and its server |
@@ -46,6 +47,7 @@ mod sleep;
 mod standby;
 mod start;
 mod start_report;
+mod summary;
 mod termination;
 #[cfg(test)]
 mod tests;
@@ -60,8 +62,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
+use rand::Rng as _;
 use tokio::sync::oneshot;
-use towline_core::mesh::{Mesh, Output, PeerState, Transmit};
+use towline_core::mesh::{Mesh, Output, PeerState, PeerStatus, Transmit};
 use towline_core::path::Path as NetworkPath;
 use towline_core::peer_history::PathChange;
 use towline_core::peer_table::{Observation, PeerTable};
@@ -98,6 +101,7 @@ use sleep::SleepClock;
 use standby::Standby;
 use start::Stored;
 use start_report::StartReport;
+use summary::SummarySchedule;
 use tunnels::{Report, Tunnels};
 use watchdog::{Verdict, Watchdog};
 use wireguard_socket::WireguardSocket;
@@ -216,6 +220,7 @@ struct Daemon {
     prober: Prober,
     relay: RelayServer,
     observer: Observer,
+    summaries: SummarySchedule,
     /// Set while `towline leave` waits for a controller.
     leaving: Option<Leaving>,
     /// Set while the daemon runs, if there is a link and the configuration does not disable it.
@@ -268,11 +273,13 @@ impl Daemon {
             }
             let deadline = self.mesh.poll_timeout().map(|(at, _reason)| at);
             let (search_at, look_at) = (self.firewalls.due(), self.observer.due());
+            let report_at = self.summaries.due().filter(|_| self.controller.is_connected());
             tokio::select! {
                 () = at(deadline) => self.mesh.handle_timeout(Instant::now()),
                 () = at(Some(watchdog.due())) => {}
                 () = at(search_at) => self.search_firewalls(),
                 () = at(Some(look_at)) => self.observe(),
+                () = at(report_at) => self.report_tunnels(),
                 found = self.firewalls.finished() => self.firewalls_searched(found),
                 report = self.tunnels.next() => self.tunnels_report(report)?,
                 Some(event) = self.controller.next() => self.controller_event(event),
@@ -373,6 +380,7 @@ impl Daemon {
             discovery::Event::Connected { address, .. } => {
                 let address = address.to_string();
                 self.observer.happened(&Event::ControllerConnected { address });
+                self.summaries.connected(Instant::now(), rand::rng().random());
             }
             discovery::Event::Disconnected { reason } if self.controller.is_connected() => {
                 self.observer.happened(&Event::ControllerLost(observer::reason(reason)));
@@ -706,6 +714,22 @@ impl Daemon {
         let Some(status) = self.mesh.peer(peer) else { return };
         let peer = status.node.name().to_string();
         self.observer.happened(&Event::PeerPath { peer, from, to, reason });
+    }
+
+    /// Sends a summary of the tunnels to the controller.
+    fn report_tunnels(&mut self) {
+        self.summaries.reported(Instant::now(), rand::rng().random());
+        let Some(grant) = self.mesh.grant() else { return };
+        let traffic = |peer: &PeerStatus| {
+            let rates = self.observer.rates(&peer.node.wireguard_key());
+            rates.map_or(0, |rates| rates.received.saturating_add(rates.sent))
+        };
+        let peers = self.mesh.peers().map(|peer| {
+            let traffic = traffic(&peer);
+            (peer, traffic)
+        });
+        let summary = summary::summarize(grant.node_id, peers);
+        self.controller.report(summary);
     }
 
     /// Compares problems and traffic with those of a moment ago.

@@ -21,6 +21,7 @@ use super::kubernetes_node::KubernetesNode;
 use super::observer::Observer;
 use super::prober::Prober;
 use super::relay_server::RelayServer;
+use super::summary::SummarySchedule;
 use super::tunnels::Tunnels;
 use super::{Daemon, Purpose, report};
 use crate::config::Config;
@@ -182,6 +183,7 @@ impl Daemon {
             prober,
             relay,
             observer,
+            summaries: SummarySchedule::default(),
             leaving: None,
             wireguard_socket: None,
         })

@@ -29,6 +29,7 @@ use towline_proto::code::Coded as _;
 use towline_proto::id::NodeId;
 use towline_proto::node::{Candidate, Grant, Record};
 use towline_proto::pb::watch_response::Kind;
+use towline_proto::summary::MeshSummary;
 use towline_proto::token::ControllerAddress;
 use towline_proto::{limits, pb, signed};
 use towline_service::certificate;
@@ -126,6 +127,9 @@ pub enum Command {
     /// Send a sealed signal to another node, if that node is connected too. It is dropped if there
     /// is no session.
     Signal(NodeId, Vec<u8>),
+    /// Send a summary of the tunnels to the controller, for its operators. It is dropped if there is no
+    /// session.
+    Summary(Box<MeshSummary>),
 }
 
 /// State of the discovery task.
@@ -274,7 +278,7 @@ impl Discovery {
                     Some(Command::Leave(reply)) => {
                         let _ = reply.send(Err(reason.to_owned()));
                     }
-                    Some(Command::Signal(..)) => {}
+                    Some(Command::Signal(..) | Command::Summary(_)) => {}
                     None => return false,
                 },
             }
@@ -473,6 +477,7 @@ impl Discovery {
                     match command {
                         Some(Command::Leave(reply)) => self.leave(session, reply).await?,
                         Some(Command::Signal(to, body)) => session.signal(to, body)?,
+                        Some(Command::Summary(summary)) => session.summary(&summary)?,
                         None => return Err(Ended::Stop),
                     }
                 }

@@ -9,6 +9,7 @@ use tonic::Streaming;
 use tonic::transport::Channel;
 use towline_proto::id::NodeId;
 use towline_proto::pb::discovery_client::DiscoveryClient;
+use towline_proto::summary::MeshSummary;
 use towline_proto::token::ControllerAddress;
 use towline_proto::{limits, pb};
 
@@ -64,6 +65,10 @@ impl Session {
 
     pub(super) fn signal(&self, to: NodeId, body: Vec<u8>) -> Result<(), Ended> {
         self.send(pb::watch_request::Kind::Signal(pb::Signal { node_id: to.0.to_vec(), body }))
+    }
+
+    pub(super) fn summary(&self, summary: &MeshSummary) -> Result<(), Ended> {
+        self.send(pb::watch_request::Kind::Summary(summary.into()))
     }
 
     /// Queues a message of the watch without waiting.
