@@ -47,6 +47,18 @@ pub struct Config {
     pub heartbeat: Duration,
     /// Address at which `GET /metrics` is answered, without TLS and login. `None`: nowhere.
     pub metrics: Option<SocketAddr>,
+    /// Web page. `None`: there is none.
+    pub ui: Option<UiConfig>,
+}
+
+/// Configuration of the web page.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UiConfig {
+    /// Address on which the page is served, without TLS and login.
+    pub listen: SocketAddr,
+    /// Host names by which browsers may call the page, in lower case. IP addresses of this machine and
+    /// `localhost` are always accepted.
+    pub hosts: Vec<String>,
 }
 
 /// Settings of the mesh, which are stored. A setting that is `None` stays unchanged.
@@ -108,6 +120,8 @@ pub struct Settings {
     pub log: Option<LogConfig>,
     /// Settings of the metrics.
     pub metrics: MetricsSettings,
+    /// Settings of the web page.
+    pub ui: UiSettings,
 }
 
 /// Settings of the metrics for Prometheus.
@@ -117,6 +131,23 @@ pub struct MetricsSettings {
     /// Address at which Prometheus reads `GET /metrics`, without TLS and login. Without it, there are no
     /// metrics.
     pub listen: Option<SocketAddr>,
+}
+
+/// Settings of the web page.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct UiSettings {
+    /// Address on which the controller serves a read-only web page of the mesh, for example
+    /// `127.0.0.1:7480`. There is no TLS and no login, so an address that other machines reach is refused
+    /// unless `allow_remote` is set. Without it, there is no page.
+    pub listen: Option<SocketAddr>,
+    /// Allows an address that is not of the loopback, for example one of the overlay or one behind a
+    /// proxy that asks for a login. Everybody who reaches it sees names, sites and events of the mesh.
+    pub allow_remote: Option<bool>,
+    /// Host names by which browsers may call the page, for example that of a proxy. IP addresses and
+    /// `localhost` are always accepted; other names are refused, so that no other web site can read
+    /// the page through a browser.
+    pub hosts: Option<Vec<String>>,
 }
 
 fn from_text<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
@@ -180,6 +211,11 @@ impl Settings {
             lease: self.lease.or(below.lease),
             log: self.log.or(below.log),
             metrics: MetricsSettings { listen: self.metrics.listen.or(below.metrics.listen) },
+            ui: UiSettings {
+                listen: self.ui.listen.or(below.ui.listen),
+                allow_remote: self.ui.allow_remote.or(below.ui.allow_remote),
+                hosts: self.ui.hosts.or(below.ui.hosts),
+            },
         }
     }
 
@@ -253,7 +289,37 @@ impl Settings {
         if metrics.is_some_and(|address| address.port() == 0) {
             return Err(invalid("metrics-listen", "use a port of 1 to 65535".into()));
         }
-        Ok(Config { state_dir, listen, advertise, mesh, heartbeat: HEARTBEAT, metrics })
+        let ui = self.ui.resolve().map_err(|(setting, why)| invalid(setting, why))?;
+        Ok(Config { state_dir, listen, advertise, mesh, heartbeat: HEARTBEAT, metrics, ui })
+    }
+}
+
+impl UiSettings {
+    /// Returns the configuration of the page, or the setting that is invalid and why.
+    fn resolve(self) -> Result<Option<UiConfig>, (&'static str, String)> {
+        let Some(listen) = self.listen else { return Ok(None) };
+        if listen.port() == 0 {
+            return Err(("ui", "use a port of 1 to 65535".into()));
+        }
+        if !listen.ip().to_canonical().is_loopback() && self.allow_remote != Some(true) {
+            let why = format!(
+                "{listen} can be reached by other machines, and the page has no login: use 127.0.0.1:{} \
+                 and `ssh -L`, or set `allow_remote = true` in [ui]",
+                listen.port()
+            );
+            return Err(("ui", why));
+        }
+        let hosts = self.hosts.unwrap_or_default();
+        let is_part = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.' || c == '_';
+        if let Some(host) = hosts.iter().find(|host| host.is_empty() || !host.chars().all(is_part))
+        {
+            return Err((
+                "ui.hosts",
+                format!("`{host}` is not a host name: give it without a port"),
+            ));
+        }
+        let hosts = hosts.iter().map(|host| host.to_ascii_lowercase()).collect();
+        Ok(Some(UiConfig { listen, hosts }))
     }
 }
 
@@ -304,6 +370,7 @@ mod tests {
         assert_eq!(example.mesh.overlay_v4, Some(OVERLAY_V4.parse().unwrap()));
         assert_eq!(example.mesh.lease, Some(LEASE));
         assert_eq!(example.metrics, None);
+        assert_eq!(example.ui, None);
         assert_eq!(example.mesh.protected, Some(Vec::new()));
     }
 
@@ -313,6 +380,19 @@ mod tests {
         assert_eq!(format(""), LogFormat::Text);
         assert_eq!(format("[log]\nformat = \"json\""), LogFormat::Json);
         assert!(parse("[log]\nformat = \"xml\"").unwrap_err().to_string().contains("line 2"));
+    }
+
+    #[test]
+    fn other_machines_reach_the_page_only_if_that_is_allowed() {
+        let page = |text: &str| parse(&format!("[ui]\n{text}")).unwrap().resolve().unwrap().ui;
+        assert_eq!(page(""), None);
+        for loopback in ["127.0.0.1:7480", "[::1]:7480", "[::ffff:127.0.0.1]:7480"] {
+            let found = page(&format!("listen = \"{loopback}\"")).unwrap();
+            assert_eq!(found.listen, loopback.parse().unwrap());
+        }
+        let remote =
+            "listen = \"198.19.0.1:7480\"\nallow_remote = true\nhosts = [\"Mesh.example\"]";
+        assert_eq!(page(remote).unwrap().hosts, ["mesh.example"]);
     }
 
     #[test]
@@ -343,6 +423,9 @@ mod tests {
         assert!(of("protected = [\"10.0.0.1/8\"]").contains("10.0.0.0/8"));
         assert!(of("lease = \"1s\"").contains("lease"));
         assert!(of("[metrics]\nlisten = \"127.0.0.1:0\"").contains("metrics-listen"));
+        assert!(of("[ui]\nlisten = \"127.0.0.1:0\"").contains("ui: "));
+        assert!(of("[ui]\nlisten = \"0.0.0.0:7480\"").contains("allow_remote"));
+        assert!(of("[ui]\nlisten = \"[::1]:1\"\nhosts = [\"a:1\"]").contains("ui.hosts"));
         let missing = Settings::read(Some(Path::new("/nonexistent/x.toml"))).unwrap_err();
         assert!(missing.to_string().contains("/nonexistent/x.toml"));
     }

@@ -19,7 +19,8 @@
 //! - [`map`] is the state that watchers see. Each watcher is a cursor in it; nothing is queued.
 //! - [`view`] is the state that operators see, and [`metrics`] what Prometheus reads of all parts.
 //! - [`summaries`] has what the nodes report about their tunnels, [`tunnels`] turns it into tables and pictures,
-//!   and [`events`] has what happened lately. All of it is in memory, and nothing is decided by it.
+//!   and [`events`] has what happened lately. All of it is in memory, and nothing is decided by it. [`ui`] is the
+//!   web page that shows it.
 //! - [`authority`] is the CA. Its key is in a separate file and never in the store.
 //! - [`service`] implements the RPCs, behind one table that says which role may call which RPC.
 //! - [`server`] starts and stops all parts. [`cli`] is the command line, whose commands call a
@@ -57,6 +58,7 @@ mod stored;
 pub mod summaries;
 pub mod tls;
 pub mod tunnels;
+pub mod ui;
 pub mod view;
 pub mod writer;
 

@@ -33,7 +33,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::authority::{self, ADMIN_LIFE, Authority, AuthorityError};
 use crate::clock;
-use crate::config::{Config, LEASE, MeshSettings, OVERLAY_V4};
+use crate::config::{Config, LEASE, MeshSettings, OVERLAY_V4, UiConfig};
 use crate::counters::Counters;
 use crate::entropy::{NoEntropy, random};
 use crate::events::Events;
@@ -50,6 +50,7 @@ use crate::state_dir::{Lock, StateDir, StateError};
 use crate::store::{CommitError, OpenError, Store};
 use crate::summaries::Summaries;
 use crate::tls::{self, ServerCertificate, TlsError};
+use crate::ui;
 use crate::view::View;
 use crate::writer::{self, LoadError, Writer};
 use towline_registry::sessions::Sessions;
@@ -139,6 +140,8 @@ pub struct Controller {
     writer_ended: oneshot::Receiver<()>,
     /// Address of the metrics, if they are served.
     metrics: Option<SocketAddr>,
+    /// Address of the web page and the host names that it answers to, if it is served.
+    ui: Option<UiConfig>,
     counters: Arc<Counters>,
     started: Now,
 }
@@ -242,6 +245,7 @@ impl Controller {
             stop,
             writer_ended,
             metrics: config.metrics,
+            ui: config.ui,
             counters,
             started: now,
         })
@@ -271,6 +275,12 @@ impl Controller {
             counters: counters.clone(),
         };
         let measuring = tokio::spawn(measure(self.metrics, source));
+        let page = ui::Page {
+            reported: shared.reported(),
+            events: shared.events.clone(),
+            mesh_id: shared.authority.mesh_id(),
+        };
+        let showing = tokio::spawn(ui::serve(self.ui, page));
         let mut writer_ended = self.writer_ended;
         tracing::info!(%address, "listening");
         let (accepted, connections) = mpsc::channel(64);
@@ -330,7 +340,7 @@ impl Controller {
         };
         tracing::info!("stopping");
         let _ = stop.send(true);
-        for task in [accepting, renewing, ticking, reflecting, measuring] {
+        for task in [accepting, renewing, ticking, reflecting, measuring, showing] {
             task.abort();
         }
         if result.is_ok() {

@@ -15,7 +15,10 @@ Examples:
   # nodes reach it at this address
   towline-controller serve --advertise 203.0.113.10:7443
   # no address of the pods' range ever leaves in clear
-  towline-controller serve --advertise 203.0.113.10:7443 --protected 10.244.0.0/16";
+  towline-controller serve --advertise 203.0.113.10:7443 --protected 10.244.0.0/16
+  # with the web page, for a browser on this machine or one that is forwarded here:
+  # ssh -L 7480:127.0.0.1:7480 CONTROLLER
+  towline-controller serve --advertise 203.0.113.10:7443 --ui 127.0.0.1:7480";
 
 pub(super) const TOKEN_CREATE: &str = "\
 Examples:

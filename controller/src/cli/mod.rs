@@ -33,7 +33,7 @@ use towline_service::manual::{self, Shell};
 use towline_service::notify::Notifier;
 use towline_service::output::{self, Format, OutputError};
 
-use crate::config::{MetricsSettings, Settings};
+use crate::config::{MetricsSettings, Settings, UiSettings};
 use crate::server::Controller;
 
 /// The Towline controller: certificate authority and registry of a mesh.
@@ -163,6 +163,10 @@ struct Serve {
     /// Address at which Prometheus reads `GET /metrics`, without TLS and login [default: none]
     #[arg(long, env = "TOWLINE_CONTROLLER_METRICS_LISTEN", value_name = "ADDR:PORT")]
     metrics_listen: Option<SocketAddr>,
+    /// Address of the read-only web page, without TLS and login, for example 127.0.0.1:7480 [default:
+    /// none]
+    #[arg(long, env = "TOWLINE_CONTROLLER_UI_LISTEN", value_name = "ADDR:PORT")]
+    ui: Option<SocketAddr>,
 }
 
 impl Common {
@@ -193,6 +197,7 @@ impl Serve {
             lease: self.lease,
             log: None,
             metrics: MetricsSettings { listen: self.metrics_listen },
+            ui: UiSettings { listen: self.ui, ..UiSettings::default() },
         };
         Ok(flags.or(common.settings()?))
     }
