@@ -128,7 +128,7 @@ impl Inner {
     /// Returns the problems of a node that it did not have before, the oldest first.
     fn new_problems(&self, node: &NodeView) -> Vec<(NodeName, NodeProblem)> {
         let before = self.nodes.get(&node.name).filter(|before| before.id == node.id);
-        let known = before.map_or(&[][..], |before| &before.problems);
+        let known = before.map(|before| before.problems.as_slice()).unwrap_or_default();
         let found = node.problems.iter().rev().filter(|problem| !known.contains(problem));
         found.map(|problem| (node.name.clone(), problem.clone())).collect()
     }
