@@ -12,6 +12,8 @@ let shown = ROWS;
 let filter = "";
 let events = [];
 let current = "";
+// False from a change of the view until its first answer.
+let drawn = false;
 let timer = 0;
 let request = 0;
 
@@ -251,6 +253,7 @@ async function refresh() {
       events = events.concat(answer.events.filter((event) => !known.has(event.id))).slice(-1000);
     }
     draw(answer);
+    drawn = true;
     document.getElementById("about").textContent =
       "Mesh " + answer.mesh_id + ", controller " + answer.version;
     live.classList.remove("lost");
@@ -258,13 +261,17 @@ async function refresh() {
   } catch (error) {
     if (mine !== request) return;
     live.classList.add("lost");
-    live.textContent = "Not up to date: " + error.message;
+    live.textContent = "Not up to date";
+    if (drawn) live.textContent += ": " + error.message;
+    else view.replaceChildren(element("p", { class: "bad" }, "Cannot show this: " + error.message));
   }
   if (!document.hidden) timer = setTimeout(refresh, PERIOD_MS);
 }
 
 function navigate() {
   shown = ROWS;
+  filter = "";
+  drawn = false;
   const [name] = place();
   const tab = name === "node" ? "nodes" : name;
   for (const one of document.querySelectorAll("nav a")) {
