@@ -95,7 +95,7 @@ impl Watcher {
             let _ = self.responses.try_send(Err(status));
         }
         let is_gone = self.shared.sessions.lock().close(self.node.id, self.session, clock::now());
-        // A session that was replaced by a newer one ends without that the node is gone.
+        // If a newer session replaced this one, the node is still connected.
         if is_gone {
             self.shared.events.add(&disconnected);
         }

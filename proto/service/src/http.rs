@@ -208,15 +208,17 @@ pub(crate) mod testing {
 
 #[cfg(test)]
 mod tests {
+    use std::future::{Ready, ready};
+
     use super::testing::exchange;
     use super::*;
 
-    async fn echo(get: Get) -> Reply {
+    fn echo(get: Get) -> Ready<Reply> {
         let host = get.host.unwrap_or_else(|| "none".to_owned());
-        Reply {
+        ready(Reply {
             headers: &[("x-frame-options", "DENY")],
             ..Reply::ok("text/plain", format!("{} {} {host}", get.path, get.query))
-        }
+        })
     }
 
     #[tokio::test]
