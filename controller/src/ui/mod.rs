@@ -1,7 +1,8 @@
 //! Web page of the mesh: a read-only view of what nodes report, for a browser on the controller's machine.
 //!
 //! There is no TLS and no login, so the page is off by default, and is served on the loopback unless the operator
-//! allows another address. It holds no secret: no key, no token and no address of a node. A browser is told to load
+//! allows another address. It holds no key and no token; events may name the
+//! address that a node connected from. A browser is told to load
 //! nothing from elsewhere and to run no other script. A request that names this server by a host name that is not
 //! configured is refused, so that a web site whose name resolves to this address reads nothing (DNS rebinding).
 //!
