@@ -6,11 +6,11 @@ use anyhow::{Context as _, ensure};
 use towline_netlink::Family;
 
 use super::Case;
-use super::scene::{connected, node_behind};
 use crate::lab::interrupt::wait_up_to;
 use crate::lab::mesh::{Controller, Node};
 use crate::lab::ping::echoes;
 use crate::lab::scenario::Setting;
+use crate::lab::scenario::scene::{connected, node_behind};
 use crate::lab::topology::Lab;
 use crate::lab::traffic::{Pattern, tcp_both_ways};
 use crate::lab::wire::{Together, Weather};
