@@ -7,6 +7,7 @@ use clap::Args;
 use serde::Serialize;
 use towline_proto::node::Candidate;
 use towline_proto::pb;
+use towline_proto::status::SCHEMA_VERSION;
 use towline_service::color::{Color, Palette};
 use towline_service::output::{self, Format};
 
@@ -17,9 +18,6 @@ use crate::netcheck::{
     probe,
 };
 use crate::state::StateDir;
-
-/// Version of the JSON document. It changes when a field is removed or changes its meaning.
-const SCHEMA: u32 = 1;
 
 #[derive(Debug, Args)]
 pub(super) struct NetcheckArgs {
@@ -54,7 +52,7 @@ pub(super) fn run(config: &Config, args: NetcheckArgs) -> anyhow::Result<()> {
     }
     let (ipv4, ipv6) = probe::observe(&reflectors, &config.link.name);
     let findings = judge(&ipv4, &ipv6, status.as_ref().map(agent_view));
-    let report = Report { schema_version: SCHEMA, netcheck: &findings };
+    let report = Report { schema_version: SCHEMA_VERSION, netcheck: &findings };
     output::write(args.output, &report, |_| text(&findings, Palette::of_stdout()))?;
     if !findings.udp {
         bail!(
