@@ -21,6 +21,7 @@
 //! - [`summaries`] has what the nodes report about their tunnels, [`tunnels`] turns it into tables and pictures,
 //!   and [`events`] has what happened lately. All of it is in memory, and nothing is decided by it. [`ui`] is the
 //!   web page that shows it.
+//! - `publish` (feature `kubernetes`) is a client that shows the same in the Kubernetes API.
 //! - [`authority`] is the CA. Its key is in a separate file and never in the store.
 //! - [`service`] implements the RPCs, behind one table that says which role may call which RPC.
 //! - [`server`] starts and stops all parts. [`cli`] is the command line, whose commands call a
@@ -48,6 +49,8 @@ pub mod listen;
 pub mod map;
 pub mod metrics;
 pub mod peer;
+#[cfg(feature = "kubernetes")]
+pub mod publish;
 mod reflector;
 pub mod server;
 pub mod service;

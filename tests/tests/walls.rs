@@ -87,6 +87,8 @@ const WALLS: &[Wall] = &[
         ours: &["towline-proto", "towline-registry", "towline-service"],
         others: None,
     },
+    // It runs on operators' machines and reaches the mesh through `kubectl` alone.
+    Wall { package: "kubectl-towline", ours: &["towline-service"], others: None },
     Wall { package: "towline-service", ours: &["towline-proto", "towline-types"], others: None },
     Wall {
         package: "towline-tests",

@@ -100,6 +100,15 @@ pub(super) const BACKUP: &str = "\
 Examples:
   towline-controller backup /root/mesh.redb";
 
+#[cfg(feature = "kubernetes")]
+pub(super) const PUBLISH: &str = "\
+Examples:
+  # once for each cluster
+  kubectl apply -f deploy/kubernetes/crds.yaml
+  towline-controller publish --kubeconfig /root/.kube/config
+  # seen with
+  kubectl get towlinenodes,towlinepaths";
+
 pub(super) const CONFIG_CHECK: &str = "\
 Examples:
   towline-controller config check

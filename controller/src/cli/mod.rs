@@ -12,6 +12,8 @@ mod events;
 mod examples;
 mod mesh;
 mod node;
+#[cfg(feature = "kubernetes")]
+mod publish;
 mod token;
 mod tunnels;
 
@@ -81,6 +83,10 @@ enum Command {
     /// Copy the store of the running controller into a new file
     #[command(after_help = examples::BACKUP)]
     Backup(backup::Backup),
+    /// Write nodes and paths into the Kubernetes API, as read-only objects, until it is stopped
+    #[cfg(feature = "kubernetes")]
+    #[command(after_help = examples::PUBLISH)]
+    Publish(publish::Publish),
     /// Check the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -235,6 +241,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Node(command) => block_on(node::run(command, &common)),
         Command::Mesh(command) => block_on(mesh::run(command, &common)),
         Command::Backup(command) => Ok(output::print(&block_on(command.run(&common))?)?),
+        #[cfg(feature = "kubernetes")]
+        Command::Publish(command) => block_on(command.run(&common)),
         Command::Config(ConfigCommand::Check(serve)) => {
             serve.settings(&common)?.resolve()?;
             eprintln!("the configuration is valid");

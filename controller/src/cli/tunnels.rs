@@ -79,7 +79,10 @@ impl Graph {
 }
 
 /// Returns all nodes, or those of one site, sorted by name.
-async fn read(client: &mut Client, site: Option<&str>) -> anyhow::Result<Vec<pb::NodeTunnels>> {
+pub(super) async fn read(
+    client: &mut Client,
+    site: Option<&str>,
+) -> anyhow::Result<Vec<pb::NodeTunnels>> {
     let mut nodes = Vec::new();
     let mut after = String::new();
     loop {

@@ -324,6 +324,12 @@ impl Operator {
         serde_json::from_str(&output).context("cannot parse the output of `token list`")
     }
 
+    /// Starts a command that runs until it is dropped, such as `publish`, on the controller's host.
+    pub fn start(&self, arguments: &[&str], log: &Path) -> anyhow::Result<Daemon> {
+        let name = arguments.first().copied().unwrap_or("towline-controller");
+        self.program(arguments).start(self.host.namespace(), name, log)
+    }
+
     fn program(&self, arguments: &[&str]) -> Program {
         Program::new(&self.program)
             .args(arguments.iter().copied())

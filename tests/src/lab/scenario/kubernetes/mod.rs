@@ -18,12 +18,14 @@ use towline_netlink::{AddressOptions, Rtnetlink};
 
 use super::Setting;
 use super::hybrid::{Hybrid, NODES};
+use crate::checkout;
 use crate::lab::interrupt::wait_up_to;
 use crate::lab::mesh::{Controller, Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::join;
 use crate::lab::ping::first_reply;
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises, round};
+use crate::lab::topology::Lab;
 use plane::{Plane, ask};
 use programs::Programs;
 
@@ -160,6 +162,9 @@ impl Kubernetes {
             self.arrow(promises, &format!("{name} is refused {other} and the list"), refused);
         }
 
+        setting.output.step("publishing the mesh into the cluster");
+        self.published(&controller, &plane, &hybrid.lab, promises)?;
+
         setting.output.step("changing the pod network of a Node");
         let worker = &workers[0];
         let name = worker.node.name();
@@ -199,6 +204,59 @@ impl Kubernetes {
 
         setting.output.step("reading logs from a kubelet through the API server");
         self.kubelet(&plane, worker, promises)
+    }
+
+    /// Checks that the objects of the mesh appear in the cluster, written by a user that may do nothing else.
+    fn published(
+        &mut self,
+        controller: &Controller,
+        plane: &Plane,
+        lab: &Lab,
+        promises: &mut Promises,
+    ) -> anyhow::Result<()> {
+        plane.create_all(&checkout::root().join("deploy/kubernetes/crds.yaml"))?;
+        let binding = json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "ClusterRoleBinding",
+            "metadata": {"name": "towline-publisher"},
+            "roleRef": {
+                "apiGroup": "rbac.authorization.k8s.io",
+                "kind": "ClusterRole",
+                "name": "towline-publisher",
+            },
+            "subjects": [{
+                "apiGroup": "rbac.authorization.k8s.io",
+                "kind": "User",
+                "name": "publisher",
+            }],
+        });
+        let bindings = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings";
+        let (code, answer) = plane.admin("POST", bindings, Some(binding))?;
+        anyhow::ensure!(code == 201, "cannot bind the publisher's role: {answer}");
+        let pem = plane.ca.issue("publisher", "", &[])?.both();
+        let kubeconfig = plane.credentials(lab.directory(), "publisher", &pem)?;
+        let kubeconfig = kubeconfig.to_string_lossy().into_owned();
+        let arguments = ["publish", "--every", "5s", "--kubeconfig", &kubeconfig];
+        let log = lab.directory().join("publish.log");
+        // The kinds are served a moment after they were created.
+        let served = wait_up_to(LIMIT, || {
+            let (code, _) = plane.admin("GET", "/apis/towline.io/v1alpha1/towlinepaths", None)?;
+            Ok((code == 200).then_some(()))
+        })?;
+        anyhow::ensure!(served.is_some(), "the API server does not serve the kinds");
+        let _publisher = controller.operator().start(&arguments, &log)?;
+        let connected = wait_up_to(LIMIT, || {
+            let (_, text) = plane.admin("GET", "/apis/towline.io/v1alpha1/towlinenodes", None)?;
+            let list: Value = serde_json::from_str(&text).unwrap_or_default();
+            let nodes = list["items"].as_array().map(Vec::as_slice).unwrap_or_default();
+            let connected = nodes.iter().filter(|node| {
+                let condition = &node["status"]["conditions"][0];
+                condition["type"] == "Connected" && condition["status"] == "True"
+            });
+            Ok((connected.count() == NODES.len()).then_some(()))
+        })?;
+        self.arrow(promises, "every node is an object of the cluster", connected.is_some());
+        Ok(())
     }
 
     /// Checks that the API server reads the logs of a pod from the worker's kubelet, through the

@@ -176,6 +176,24 @@ impl Plane {
         Ok(())
     }
 
+    /// Creates the objects of a file with YAML documents, as `kubectl create` does.
+    pub(super) fn create_all(&self, file: &Path) -> anyhow::Result<()> {
+        let text = std::fs::read_to_string(file)
+            .with_context(|| format!("cannot read {}", file.display()))?;
+        let admin = self.directory.join("admin.conf");
+        for document in text.split("\n---\n") {
+            let path = if document.contains("\nkind: ClusterRole\n") {
+                "/apis/rbac.authorization.k8s.io/v1/clusterroles"
+            } else {
+                "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+            };
+            let body = document.as_bytes().to_vec();
+            let (code, answer) = send(&self.host, &admin, "POST", path, "application/yaml", body)?;
+            anyhow::ensure!(code == 201, "cannot create an object of {}: {answer}", file.display());
+        }
+        Ok(())
+    }
+
     /// Runs kubectl with the rights of an administrator. Returns `None` if it is not installed.
     pub(super) fn kubectl(&self, arguments: &[&str]) -> Option<anyhow::Result<String>> {
         let program = Program::new(self.programs.kubectl.as_ref()?)
@@ -196,6 +214,19 @@ pub(super) fn ask(
 ) -> anyhow::Result<(u16, String)> {
     let merge = method == "PATCH";
     let kind = if merge { "application/merge-patch+json" } else { "application/json" };
+    let body = body.map(|body| body.to_string().into_bytes()).unwrap_or_default();
+    send(host, kubeconfig, method, path, kind, body)
+}
+
+/// Sends a request with a body of this content type.
+fn send(
+    host: &Host,
+    kubeconfig: &Path,
+    method: &str,
+    path: &str,
+    kind: &str,
+    body: Vec<u8>,
+) -> anyhow::Result<(u16, String)> {
     host.namespace().run(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
@@ -206,7 +237,6 @@ pub(super) fn ask(
             )
             .await?;
             let client = kube::Client::try_from(config)?;
-            let body = body.map(|body| body.to_string().into_bytes()).unwrap_or_default();
             let request = http::Request::builder()
                 .method(method)
                 .uri(path)
