@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Directories of the packages that are shipped.
-pub const SHIPPED: [&str; 3] = ["agent", "controller", "proto"];
+pub const SHIPPED: [&str; 4] = ["agent", "controller", "kubectl", "proto"];
 
 /// Returns the root of the checkout.
 ///
