@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::case::Case;
 use super::interval::{self, median};
+use super::quiet::Quiet;
 use super::{BEFORE, NOW};
 use crate::lab::report::Figures;
 
@@ -17,6 +18,8 @@ pub struct Bench {
     pub rootless: bool,
     /// Machine of the run. Figures of different machines cannot be compared.
     pub machine: Machine,
+    /// What the machine did beside the benchmark.
+    pub quiet: Quiet,
     /// Number of rounds. Each round ran each case with each subject, in an order that was reversed
     /// every time.
     pub rounds: usize,
@@ -268,6 +271,12 @@ impl Figures for Bench {
         }
         let _ =
             writeln!(text, "reordered: {} of {} datagrams", self.reordered, self.ordered_datagrams);
+        let Quiet { waited_s, begun_busy, repeated, disturbed } = &self.quiet;
+        let _ = writeln!(
+            text,
+            "waited {waited_s} s for an idle machine; windows disturbed by other programs: {repeated} measured \
+             again, {disturbed} kept; {begun_busy} begun on a busy machine"
+        );
         for Skipped { name, why } in &self.skipped {
             let _ = writeln!(text, "without {name}: {why}");
         }
@@ -276,7 +285,7 @@ impl Figures for Bench {
 }
 
 /// Rounds to four significant digits. Further digits are noise.
-fn digits(figure: f64) -> f64 {
+pub(super) fn digits(figure: f64) -> f64 {
     if figure == 0.0 || !figure.is_finite() {
         return 0.0;
     }

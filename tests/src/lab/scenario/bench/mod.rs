@@ -6,6 +6,8 @@
 //! order of the subjects is reversed after every round, and ratios are made of figures of the same
 //! round, so that a machine that gets slower during the run slows both.
 //!
+//! A window begins once the machine is idle, and is measured again if other programs ran in it ([`quiet`]).
+//!
 //! With `--against DIR`, the build of another checkout is a subject too, named `before`. For each
 //! case the report has the median of the ratios with its confidence interval ([`interval`]). A ratio is
 //! made of two rounds, so that either build is measured first once.
@@ -16,6 +18,7 @@ mod interval;
 pub mod limit;
 mod load;
 mod plot;
+mod quiet;
 mod subject;
 
 use std::path::PathBuf;
@@ -38,6 +41,7 @@ use crate::lab::topology::Lab;
 use crate::lab::traffic::{Pattern, tcp_both_ways};
 use figures::{Machine, Skipped};
 use load::Window;
+use quiet::Watch;
 use subject::{Outer, Subject};
 
 /// Command line options of the scenario.
@@ -156,6 +160,7 @@ fn measure(
     let rounds = options.rounds.unwrap_or(if options.full { FULL_ROUNDS } else { ROUNDS });
     let window = if options.full { FULL_WINDOW } else { WINDOW };
     let mut broken: Vec<(Case, &str)> = Vec::new();
+    let mut watch = Watch::default();
     for round in 0..rounds {
         for case in cases {
             for contestant in &contestants {
@@ -170,7 +175,7 @@ fn measure(
                     case.what(),
                     contestant.name
                 ));
-                match case.run(subject, window, pattern) {
+                match watch.measure(|| case.run(subject, window, pattern)) {
                     Ok(outcome) => {
                         bench.add(*case, contestant.name, outcome.value, outcome.cpu);
                         if contestant.name == NOW {
@@ -197,6 +202,7 @@ fn measure(
         bench.rounds += 1;
         contestants.reverse();
     }
+    bench.quiet = watch.into_quiet();
     let now = contestants.iter().find(|contestant| contestant.name == NOW);
     if let Some(shared) = now.and_then(|now| now.shared.as_ref())
         && ordered(options)
