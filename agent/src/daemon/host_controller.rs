@@ -106,21 +106,14 @@ impl HostController {
         }
     }
 
-    /// Handles an event. Returns true if the host's addresses changed.
-    pub(super) fn handle(&mut self, event: HostEvent) -> bool {
-        match event {
-            HostEvent::AddressesChanged => return true,
-            HostEvent::OursChanged => {
-                // A retry finishes an apply of our own: nobody else need have changed anything.
-                let is_retry = self.retry.is_some();
-                let messages = self.restore();
-                if messages > 0 && !is_retry {
-                    self.restorations.add(Instant::now());
-                }
-            }
-            HostEvent::HooksChanged => self.restore_hooks(),
+    /// Applies the plan again, since another program may have changed what is ours, and counts it if one did.
+    pub(super) fn ours_changed(&mut self) {
+        // A retry finishes an apply of our own: nobody else need have changed anything.
+        let is_retry = self.retry.is_some();
+        let messages = self.restore();
+        if messages > 0 && !is_retry {
+            self.restorations.add(Instant::now());
         }
-        false
     }
 
     /// Applies a plan, which replaces the last one.

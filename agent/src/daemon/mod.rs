@@ -285,7 +285,7 @@ impl Daemon {
                 Some(event) = self.controller.next() => self.controller_event(event),
                 event = self.host.next() => match event {
                     HostEvent::AddressesChanged => self.addresses_changed(),
-                    HostEvent::OursChanged => self.host.restore(),
+                    HostEvent::OursChanged => self.host.ours_changed(),
                     HostEvent::HooksChanged => self.host.restore_hooks(),
                     HostEvent::FirewallsChanged => self.firewalls.changed(Instant::now()),
                 },

@@ -119,6 +119,7 @@ mod tests {
             mtu: Some(1420),
             rtt: Some(Duration::from_micros(420)),
             loss: Some(0.025),
+            is_single: false,
             last_handshake: None,
             prefixes: Vec::new(),
             conflicts: Vec::new(),
