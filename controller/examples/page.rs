@@ -88,7 +88,7 @@ fn summary(own: usize, nodes: &[NodeName]) -> MeshSummary {
         summary.peers.push(PeerSummary {
             node: id(peer),
             rtt_us: figure,
-            loss_permille: tunnel.is_up().then_some(if mixed % 90 == 0 { 30 } else { 0 }),
+            loss_permille: tunnel.is_up().then_some(if mixed.is_multiple_of(90) { 30 } else { 0 }),
             mtu: tunnel.is_up().then_some(1420),
             reason_code: reason,
             tunnel,

@@ -27,19 +27,19 @@ fn plugin(directory: &Path, answers: &[(&str, &str)], arguments: &[&str]) -> (Ou
     script += "case \"$*\" in\n";
     for (at, (key, answer)) in answers.iter().enumerate() {
         let file = directory.join(format!("answer{at}"));
-        fs::write(&file, answer).unwrap();
+        fs::write(&file, answer).expect("a file");
         script += &format!("*{key}*) exec cat {};;\n", file.display());
     }
     script += "*exec*) echo ran; exit 7;;\nesac\necho 'the server has no such kind' >&2\nexit 1\n";
     let kubectl = directory.join("kubectl");
-    fs::write(&kubectl, script).unwrap();
-    fs::set_permissions(&kubectl, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(&kubectl, script).expect("a file");
+    fs::set_permissions(&kubectl, fs::Permissions::from_mode(0o755)).expect("a mode");
     let path = format!("{}:/usr/bin:/bin", directory.display());
     let output = Command::new(env!("CARGO_BIN_EXE_kubectl-towline"))
         .args(arguments)
         .env("PATH", path)
         .output()
-        .unwrap();
+        .expect("the plugin runs");
     let called = fs::read_to_string(directory.join("called")).unwrap_or_default();
     (output, called)
 }

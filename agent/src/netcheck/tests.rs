@@ -19,7 +19,10 @@ fn asked(reflector: &str, mapped: Option<&str>) -> Asked {
     }
 }
 
-fn observed(answers: &[(&str, Option<&str>)]) -> Observed {
+/// A server, and the address that it saw, if it answered.
+type Answer<'a> = (&'a str, Option<&'a str>);
+
+fn observed(answers: &[Answer<'_>]) -> Observed {
     Observed {
         own: vec!["192.168.1.7".parse().unwrap()],
         local_port: Some(PORT),
@@ -28,7 +31,7 @@ fn observed(answers: &[(&str, Option<&str>)]) -> Observed {
     }
 }
 
-fn mapping_of(answers: &[(&str, Option<&str>)]) -> NatMapping {
+fn mapping_of(answers: &[Answer<'_>]) -> NatMapping {
     family(&observed(answers)).nat.mapping
 }
 
@@ -37,7 +40,7 @@ fn the_mapping_follows_from_two_addresses_and_two_ports() {
     let (a, a2, b) = ("203.0.113.1:7443", "203.0.113.1:7444", "203.0.113.2:7443");
     let [one, two, three] =
         ["198.51.100.7:40000", "198.51.100.7:40001", "198.51.100.7:40002"].map(Some);
-    let cases: [(&[(&str, Option<&str>)], NatMapping); 10] = [
+    let cases: [(&[Answer<'_>], NatMapping); 10] = [
         (&[(a, one), (b, one)], NatMapping::EndpointIndependent),
         (&[(a, one), (a2, one), (b, one)], NatMapping::EndpointIndependent),
         (&[(a, one), (b, two)], NatMapping::Dependent),

@@ -13,6 +13,7 @@ use towline_service::notify::Notifier;
 use towline_service::output;
 
 use super::{Common, tunnels};
+use crate::clock;
 use crate::publish::Publisher;
 
 /// Default interval between rounds.
@@ -81,5 +82,7 @@ impl Publish {
 
 async fn round(publisher: &mut Publisher, common: &Common) -> anyhow::Result<usize> {
     let nodes = tunnels::read(&mut common.connect().await?, None).await?;
-    publisher.publish(&nodes, Timestamp::now()).await
+    // Kubernetes has times in seconds.
+    let now = Timestamp::from_second(clock::now().unix).context("the clock is out of range")?;
+    publisher.publish(&nodes, now).await
 }
