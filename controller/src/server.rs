@@ -405,7 +405,7 @@ fn begin(
     now: Now,
 ) -> Result<(Store, Ledger), ServeError> {
     let mut ledger = writer::read(&store, authority.clone(), now)?;
-    let started = ledger.registry().start(dir.starts()?);
+    let started = ledger.registry().start(dir.starts()?, now);
     if started.restored {
         tracing::warn!(
             epoch = started.starts.epoch,

@@ -308,16 +308,24 @@ impl Registry {
     /// A store that is marked as a backup, or that is behind the file, was restored. Then the epoch is
     /// raised, so that all watches start with a full snapshot, and all tokens are revoked, since some
     /// may have been used after the backup.
-    pub fn start(&mut self, beside: Option<Starts>) -> Started {
+    ///
+    /// An epoch is at least the time at which it began, in seconds since 1970. So a second store under the
+    /// same CA (an empty one, or the same backup restored twice) does not repeat the epoch of the first, and
+    /// no client takes a revision of the first for one of the second.
+    pub fn start(&mut self, beside: Option<Starts>, now: Now) -> Started {
         let beside = beside.unwrap_or(Starts { count: 0, epoch: 0 });
+        let began = u64::try_from(now.unix).unwrap_or(0);
         let counters = &mut self.counters;
+        if counters.starts == 0 && !counters.is_backup {
+            counters.epoch = counters.epoch.max(began);
+        }
         let restored = counters.is_backup || counters.starts < beside.count;
         counters.is_backup = false;
         counters.starts = counters.starts.max(beside.count) + 1;
         self.dirty.insert(Key::Counters);
         let mut voided = 0;
         if restored {
-            counters.epoch = counters.epoch.max(beside.epoch) + 1;
+            counters.epoch = (counters.epoch.max(beside.epoch) + 1).max(began);
             for token in self.tokens.values_mut().filter(|token| !token.revoked) {
                 token.revoked = true;
                 voided += 1;

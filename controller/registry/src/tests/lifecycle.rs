@@ -23,8 +23,9 @@ fn an_ephemeral_node_goes_when_it_stays_away_and_others_never_do() {
 #[test]
 fn a_restored_store_voids_open_tokens_and_begins_a_new_epoch() {
     let mut world = World::new();
-    let started = world.registry.start(None);
-    assert_eq!(started.starts, Starts { count: 1, epoch: 1 });
+    let started = world.registry.start(None, world.now);
+    let began = u64::try_from(world.now.unix).unwrap();
+    assert_eq!(started.starts, Starts { count: 1, epoch: began });
     assert!(!started.restored);
     let token = world.token(terms());
     world.commit();
@@ -32,22 +33,37 @@ fn a_restored_store_voids_open_tokens_and_begins_a_new_epoch() {
     let backup = world.stored.clone();
 
     let tombstone = world.remove(node);
-    let started = world.registry.start(Some(started.starts));
+    let started = world.registry.start(Some(started.starts), world.now);
     assert!(!started.restored);
     world.commit();
 
     world.stored = backup;
     world.reload();
     assert!(world.registry.member(node).is_ok(), "the backup is older than the removal");
-    let started = world.registry.start(Some(started.starts));
+    let started = world.registry.start(Some(started.starts), world.now);
     assert!(started.restored);
-    assert_eq!((started.starts.epoch, started.voided), (2, 2));
+    assert_eq!((started.starts.epoch, started.voided), (began + 1, 2));
     assert!(matches!(world.join(token, "b", 2), Err(JoinError::TokenRevoked { .. })));
 
     let known = vec![tombstone];
     assert_eq!(world.registry.resync(known.clone(), &world.sessions, world.now), 1);
     assert_eq!(world.registry.resync(known, &world.sessions, world.now), 0);
     assert!(world.is_removed(node));
+}
+
+#[test]
+fn a_backup_that_is_restored_twice_begins_two_epochs() {
+    let mut world = World::new();
+    world.registry.start(None, world.now);
+    world.commit();
+    world.stored.counters.is_backup = true;
+    let mut restore = |later: u64| {
+        world.reload();
+        let now = world.now.plus(Duration::from_secs(later));
+        world.registry.start(None, now).starts.epoch
+    };
+    let (first, second) = (restore(60), restore(90));
+    assert!(second > first, "{first} {second}");
 }
 
 #[test]
