@@ -274,6 +274,12 @@ impl Thread {
 fn log(event: &Event) {
     match event {
         Event::Joined { name, node, token } => tracing::info!(%name, %node, %token, "node joined"),
+        Event::Readmitted { name, node } => {
+            tracing::warn!(%name, %node, "node readmitted: the store did not have it");
+        }
+        Event::MeshReturned { generation } => {
+            tracing::warn!(generation, "mesh configuration received from a node");
+        }
         Event::Removed { name, node, why } => tracing::info!(%name, %node, why, "node removed"),
         Event::PrefixMoved { prefix, from, to } => {
             tracing::warn!(%prefix, %from, %to, "prefix moved");

@@ -101,6 +101,36 @@ pub enum JoinError {
     },
 }
 
+/// Reason to refuse the return of a node that the registry does not know.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ReadmitError {
+    /// The node was removed.
+    #[error(transparent)]
+    Absent(#[from] NodeAbsent),
+    /// The grant is of another mesh.
+    #[error("the grant is of another mesh: join again with a token of this mesh")]
+    OtherMesh,
+    /// Another node has the name, a key or an address.
+    #[error(
+        "node `{name}` cannot return: another node has its name, a key or an address: remove the other one, or join again with a new token"
+    )]
+    Taken {
+        /// Name of the node.
+        name: NodeName,
+    },
+    /// The mesh has other overlay ranges.
+    #[error(
+        "node `{name}` cannot return: its addresses are outside of the mesh's overlay ranges: join again with a new token"
+    )]
+    OutsideOverlay {
+        /// Name of the node.
+        name: NodeName,
+    },
+    /// The mesh has the largest number of nodes.
+    #[error("the mesh is full: it has {} nodes: remove some", limits::NODES)]
+    MeshFull,
+}
+
 /// Reason to refuse the publication of a record.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum PublishError {

@@ -13,6 +13,7 @@
 //! | `members` | the nodes, with an index for every value that is unique |
 //! | `claims` | which node holds which prefix |
 //! | `join` | admission of a node with a token |
+//! | `readmit` | the return of what a restored or empty store lost |
 //! | `publish` | a node's record, and the assignment of the prefixes that it claims |
 //! | `problems` | what the operator of a node should know |
 //! | [`sessions`] | the live sessions |
@@ -40,6 +41,7 @@ mod members;
 mod now;
 mod problems;
 mod publish;
+mod readmit;
 pub mod sessions;
 pub mod token;
 
@@ -54,7 +56,7 @@ use towline_types::ownership;
 use claims::Claims;
 pub use errors::{
     CreateTokenError, JoinError, LoadError, NoSuchNode, NodeAbsent, OverlayInUse, PublishError,
-    TokenUnknown,
+    ReadmitError, TokenUnknown,
 };
 pub use join::Join;
 pub use members::Member;
@@ -196,6 +198,18 @@ pub enum Event {
         node: NodeId,
         /// Id of the token that it joined with.
         token: TokenId,
+    },
+    /// A node returned that the store did not have.
+    Readmitted {
+        /// Name of the node.
+        name: NodeName,
+        /// Id of the node.
+        node: NodeId,
+    },
+    /// A node returned a configuration of the mesh that the store did not have.
+    MeshReturned {
+        /// Generation of the configuration.
+        generation: u64,
     },
     /// A node was removed.
     Removed {

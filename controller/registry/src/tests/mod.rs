@@ -5,6 +5,7 @@ mod invariants;
 mod join;
 mod lifecycle;
 mod publish;
+mod readmit;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
