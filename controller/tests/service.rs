@@ -18,7 +18,7 @@ use towline_fixtures::controller::{
 use towline_proto::id::NodeId;
 use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::token::TokenSecret;
-use towline_proto::{limits, pb, signed};
+use towline_proto::{limits, pb, refusal, signed};
 
 #[tokio::test]
 async fn nodes_join_and_see_each_other() {
@@ -392,7 +392,7 @@ async fn every_call_is_refused_without_the_certificate_that_it_needs() {
     for (path, role) in ROLES {
         match role {
             Role::Anyone => {}
-            Role::Node | Role::ExpiredNode => {
+            Role::Node | Role::ExpiredNode | Role::Certified => {
                 assert_eq!(call(stranger.clone(), path).await, Code::Unauthenticated, "{path}");
             }
             Role::Admin => {
@@ -547,6 +547,62 @@ async fn a_restored_backup_begins_a_new_epoch_and_learns_its_tombstones_again() 
     let start = pb::WatchStart { tombstones: vec![forged], ..Default::default() };
     let status = a.watch_from(&controller, start).await.err().unwrap();
     assert_eq!(status.code(), Code::InvalidArgument);
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn nodes_return_to_an_empty_store_with_their_grants_and_with_the_configuration() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let ca = controller.ca_key();
+    let a = controller.node("a", &["10.1.0.0/16"]).await;
+    let b = controller.node("b", &[]).await;
+    let watch = a.watch(&controller).await;
+    let (mesh, grant) = (watch.ready.mesh.clone(), watch.ready.grant.clone());
+    let epoch = watch.ready.epoch;
+    controller.stop().await;
+    for file in ["towline.redb", "starts"] {
+        std::fs::remove_file(root.path().join(file)).unwrap();
+    }
+
+    let controller = TestController::start(root.path());
+    let refused = a.watch_from(&controller, pb::WatchStart::default()).await.err().unwrap();
+    assert!(refusal::is_of_unknown_node(&refused), "{refused}");
+    let request = pb::ReadmitRequest { grant: grant.clone(), mesh: mesh.clone() };
+    // Another node's grant is refused, and so is what the CA did not sign.
+    let status = b.client(&controller).await.readmit(request.clone()).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied);
+    let forged = pb::ReadmitRequest { grant: Some(a.sign(&pb::Record::default())), mesh: None };
+    let status = a.client(&controller).await.readmit(forged).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+
+    a.client(&controller).await.readmit(request).await.unwrap();
+    let mut watch = a.watch(&controller).await;
+    assert!(watch.ready.epoch >= epoch);
+    assert_eq!(watch.ready.grant, grant, "the same id and addresses");
+    let read = |mesh: Option<&pb::Signed>| signed::mesh(mesh, &ca).unwrap().overlay_v6;
+    assert_eq!(read(watch.ready.mesh.as_ref()), read(mesh.as_ref()));
+    watch.synced().await;
+    watch.publish(a.record(7, &["10.1.2.0/24"])).await.unwrap();
+    assert_eq!(controller.info("a").await.name, "a");
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_used_up_budget_says_how_long_to_wait() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let node = controller.node("a", &[]).await;
+    let mut client = node.client(&controller).await;
+    let status = loop {
+        let request = pb::RenewRequest { csr: node.machine.csr() };
+        if let Err(status) = client.renew(request).await {
+            break status;
+        }
+    };
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    let wait = refusal::retry_after(&status).unwrap();
+    assert!(wait <= Duration::from_secs(60), "{wait:?}");
     controller.stop().await;
 }
 

@@ -13,6 +13,7 @@ pub use towline_types::{
 mod changes;
 pub mod convert;
 pub mod join_proof;
+pub mod refusal;
 pub mod signed;
 pub mod status;
 

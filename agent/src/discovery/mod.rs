@@ -22,15 +22,17 @@ use rustls_pki_types::CertificateDer;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
 use tonic::transport::Channel;
 use towline_core::mesh::MapChange;
 use towline_proto::backoff::{Backoff, Jitter};
 use towline_proto::code::Coded as _;
 use towline_proto::id::NodeId;
 use towline_proto::node::{Candidate, Grant, Record};
+use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::pb::watch_response::Kind;
 use towline_proto::token::ControllerAddress;
-use towline_proto::{limits, pb, signed};
+use towline_proto::{limits, pb, refusal, signed};
 use towline_service::certificate;
 
 use crate::dial;
@@ -57,6 +59,9 @@ const MISSED: u32 = 3;
 const LOGGED_REASONS: usize = 16;
 /// Minimum interval between writes of the cached map.
 const CACHE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Requests and responses of a watch, and its first response.
+type WatchStreams = (mpsc::Sender<pb::WatchRequest>, Streaming<pb::WatchResponse>, pb::WatchReady);
 
 /// Content of this node's record, before it is numbered and signed.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -232,10 +237,11 @@ impl Discovery {
                 tracing::info!(controller = %address, reason = text, code, "discovery session ended");
                 logged.push(text.clone());
             }
+            let asked = asked_pause(&reason, rand::rng().random());
             if self.events.send(Event::Disconnected { reason }).await.is_err() {
                 return;
             }
-            let pause = BACKOFF.pause(failures, rand::rng().random());
+            let pause = BACKOFF.pause(failures, rand::rng().random()).max(asked);
             failures = failures.saturating_add(1);
             if !self.wait(pause, &text, &mut commands).await {
                 return;
@@ -315,8 +321,35 @@ impl Discovery {
         }
     }
 
-    /// Dials, renews the certificate if that is due, and starts the watch.
+    /// Opens a session. A controller that does not know this node lost its store or restored an older backup: it
+    /// first gets back the statements of the CA that this node has.
     async fn open(&mut self, address: &ControllerAddress) -> Result<Session, Ended> {
+        match self.try_open(address).await {
+            Err(Ended::Because(NotConnected::Refused(status)))
+                if refusal::is_of_unknown_node(&status) =>
+            {
+                self.readmit(address).await?;
+                self.try_open(address).await
+            }
+            opened => opened,
+        }
+    }
+
+    /// Returns this node's grant and the mesh's configuration to a controller that does not know this node.
+    async fn readmit(&self, address: &ControllerAddress) -> Result<(), Ended> {
+        let connection = self.dial(address).await?;
+        let request = pb::ReadmitRequest {
+            grant: Some(self.membership.signed_grant.clone()),
+            mesh: Some(self.membership.signed_mesh.clone()),
+        };
+        let mut client = join::client(connection.channel);
+        timeout(READY, client.readmit(request)).await.map_err(|_| NotConnected::NoAnswer)??;
+        tracing::warn!(controller = %address, "the controller did not know this node, and took it back");
+        Ok(())
+    }
+
+    /// Dials, renews the certificate if that is due, and starts the watch.
+    async fn try_open(&mut self, address: &ControllerAddress) -> Result<Session, Ended> {
         if renewal_due(&self.certificate, SystemTime::now()) {
             // The renewal has its own connection: an expired certificate is valid for the renewal
             // only.
@@ -325,25 +358,20 @@ impl Discovery {
         }
         let connection = self.dial(address).await?;
         let mut client = join::client(connection.channel.clone());
-        let (requests, outgoing) = mpsc::channel(4);
-        let (epoch, revision) = self.map.position();
-        let start = pb::watch_request::Kind::Start(pb::WatchStart {
-            epoch,
-            revision,
-            instance_id: self.instance.to_vec(),
-            tombstones: self.map.tombstones(),
-        });
-        // The channel is empty, so this does not block.
-        let _ = requests.send(pb::WatchRequest { kind: Some(start) }).await;
-        let opening = async {
-            let mut incoming = client.watch(ReceiverStream::new(outgoing)).await?.into_inner();
-            match incoming.message().await? {
-                Some(pb::WatchResponse { kind: Some(Kind::Ready(ready)) }) => Ok((incoming, ready)),
-                _ => Err(Ended::from(NotConnected::InvalidResponse("the watch did not start"))),
+        // A controller has the tombstones of its own epoch. A client that has no map sends those that it got
+        // otherwise.
+        let mut tells = self.map.position().0 == 0;
+        let (requests, incoming, ready) = loop {
+            let opening = self.start_watch(&mut client, tells);
+            let opened = timeout(READY, opening)
+                .await
+                .unwrap_or_else(|_| Err(NotConnected::NoAnswer.into()))?;
+            if tells || opened.2.epoch == self.map.position().0 {
+                break opened;
             }
+            // Another epoch: the controller may lack what this node knows. The next watch replaces this one.
+            tells = true;
         };
-        let (incoming, ready) =
-            timeout(READY, opening).await.unwrap_or_else(|_| Err(NotConnected::NoAnswer.into()))?;
         self.take_ready(&ready).await?;
         self.certificate_event().await?;
         let reflectors = reflectors(connection.remote, &ready);
@@ -362,6 +390,33 @@ impl Discovery {
             map_dirty: false,
             map_saved: Instant::now(),
         })
+    }
+
+    /// Starts a watch, and returns its streams with the controller's first message. If `tells` is set, the
+    /// controller gets the tombstones and the mesh's configuration that this node has.
+    async fn start_watch(
+        &self,
+        client: &mut DiscoveryClient<Channel>,
+        tells: bool,
+    ) -> Result<WatchStreams, Ended> {
+        let (requests, outgoing) = mpsc::channel(4);
+        let (epoch, revision) = self.map.position();
+        let start = pb::watch_request::Kind::Start(pb::WatchStart {
+            epoch,
+            revision,
+            instance_id: self.instance.to_vec(),
+            tombstones: if tells { self.map.tombstones() } else { Vec::new() },
+            mesh: tells.then(|| self.membership.signed_mesh.clone()),
+        });
+        // The channel is empty, so this does not block.
+        let _ = requests.send(pb::WatchRequest { kind: Some(start) }).await;
+        let mut incoming = client.watch(ReceiverStream::new(outgoing)).await?.into_inner();
+        match incoming.message().await? {
+            Some(pb::WatchResponse { kind: Some(Kind::Ready(ready)) }) => {
+                Ok((requests, incoming, ready))
+            }
+            _ => Err(Ended::from(NotConnected::InvalidResponse("the watch did not start"))),
+        }
     }
 
     async fn dial(&self, address: &ControllerAddress) -> Result<dial::Connection, Ended> {
@@ -696,6 +751,14 @@ impl Discovery {
     }
 }
 
+/// Returns the pause that a controller asked for when it refused a call, plus up to half of it: nodes that were
+/// refused together must not come back together. Zero if it asked for none. `random` is uniform in 0 to 1.
+fn asked_pause(reason: &NotConnected, random: f64) -> Duration {
+    let NotConnected::Refused(status) = reason else { return Duration::ZERO };
+    let asked = refusal::retry_after(status).unwrap_or_default();
+    asked.mul_f64(1.0 + random.clamp(0.0, 1.0) / 2.0)
+}
+
 /// Logs a failed write. The value is used anyway: the state directory keeps it in memory, and the
 /// status reports it.
 fn kept(stored: Result<(), StateError>) {
@@ -734,6 +797,18 @@ fn renewal_due(chain: &[CertificateDer<'_>], now: SystemTime) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_pause_that_a_controller_asks_for_is_kept_and_spread() {
+        let refused = tonic::Status::unavailable("full");
+        let silent = NotConnected::Refused(refused.clone());
+        assert_eq!(asked_pause(&silent, 0.5), Duration::ZERO);
+        let asked = refusal::with_retry_after(refused, Duration::from_secs(8));
+        let asked = NotConnected::Refused(asked);
+        let pauses = [0.0, 0.5, 1.0].map(|random| asked_pause(&asked, random).as_secs());
+        assert_eq!(pauses, [8, 10, 12]);
+        assert_eq!(asked_pause(&NotConnected::NoAnswer, 1.0), Duration::ZERO);
+    }
 
     #[test]
     fn no_certificate_is_renewed_at_once() {

@@ -24,6 +24,8 @@ pub(super) enum Work {
     Renew,
     /// Carrying a signal to another node.
     Signal,
+    /// Adding a node that the store does not have.
+    Readmit,
 }
 
 impl Work {
@@ -39,6 +41,8 @@ impl Work {
             Self::Renew => Rate::one_per(Duration::from_secs(60), 10),
             // Enough to reach thousands of nodes within a minute of the node's start.
             Self::Signal => Rate::per_second(50, 256),
+            // Once after the loss of the store. A refused node repeats it with each attempt to connect.
+            Self::Readmit => Rate::one_per(Duration::from_secs(30), 6),
         }
     }
 }
@@ -48,7 +52,7 @@ impl Work {
 pub struct Budgets(Mutex<BTreeMap<(NodeId, Work), TokenBucket>>);
 
 /// Number of budgets at which unused ones are forgotten.
-const KEPT: usize = 5 * limits::NODES;
+const KEPT: usize = 6 * limits::NODES;
 
 impl Budgets {
     /// Spends one unit of work of a node.
@@ -72,7 +76,8 @@ impl Budgets {
 mod tests {
     use super::*;
 
-    const WORK: [Work; 5] = [Work::Publish, Work::Watch, Work::Snapshot, Work::Renew, Work::Signal];
+    const WORK: [Work; 6] =
+        [Work::Publish, Work::Watch, Work::Snapshot, Work::Renew, Work::Signal, Work::Readmit];
 
     #[test]
     fn each_node_has_its_own_budget_of_each_work() {

@@ -22,7 +22,7 @@ use crate::entropy::{random, secret_hash};
 use crate::ledger::Ledger;
 use crate::map::AccessError;
 use towline_registry::sessions::{Occupied, Session, Sessions};
-use towline_registry::{Join, JoinError, PublishError};
+use towline_registry::{Join, JoinError, PublishError, ReadmitError};
 
 use super::auth::Caller;
 use super::budgets::Work;
@@ -143,6 +143,38 @@ impl Discovery for DiscoveryService {
         }))
     }
 
+    async fn readmit(
+        &self,
+        request: Request<pb::ReadmitRequest>,
+    ) -> Result<Response<pb::ReadmitResponse>, Status> {
+        let (id, identity) = Caller::certified(&request)?;
+        self.shared.spend_of(id, &id, Work::Readmit)?;
+        let pb::ReadmitRequest { grant, mesh } = request.into_inner();
+        let key = self.shared.authority.public_key();
+        let untrusted = |error: signed::Untrusted| Status::invalid_argument(error.to_string());
+        let grant = signed::grant(grant.as_ref(), key).map_err(untrusted)?;
+        if (grant.node_id, grant.identity_key) != (id, identity) {
+            return Err(Status::permission_denied(
+                "the grant is of another node than the certificate",
+            ));
+        }
+        let mesh = match mesh {
+            Some(mesh) => Some(signed::mesh(Some(&mesh), key).map_err(untrusted)?),
+            None => None,
+        };
+        let change = move |ledger: &mut Ledger, _: &Sessions, now| {
+            if let Some(mesh) = mesh {
+                ledger.registry().adopt_mesh(mesh);
+            }
+            ledger.registry().readmit(grant, now)
+        };
+        self.shared.apply(change).await?.map_err(|error| match error {
+            ReadmitError::Absent(error) => absent(&error, &self.shared.map),
+            other => other.status(),
+        })?;
+        Ok(Response::new(pb::ReadmitResponse {}))
+    }
+
     async fn publish(
         &self,
         request: Request<pb::PublishRequest>,
@@ -195,7 +227,7 @@ impl Discovery for DiscoveryService {
         if cursor == 0 {
             self.shared.spend(&node, Work::Snapshot)?;
         }
-        watch::resync(&self.shared, start.tombstones).await?;
+        watch::resync(&self.shared, start.tombstones, start.mesh).await?;
 
         let id = random().map_err(|error| error.status())?;
         let now = clock::now();

@@ -19,6 +19,7 @@ use tonic::Status;
 use towline_proto::convert::Invalid;
 use towline_proto::id::{NodeId, NodeName};
 use towline_proto::rate::Rate;
+use towline_proto::refusal::with_retry_after;
 use towline_proto::source_limiter::SourceLimiter;
 use towline_proto::token::ControllerAddress;
 use towline_proto::{pb, signed};
@@ -93,13 +94,21 @@ impl Shared {
 
     /// Spends one unit of a node's budget.
     fn spend(&self, node: &CallingNode, work: Work) -> Result<(), Status> {
-        self.budgets.spend(node.id, work, clock::now().mono).map_err(|wait| {
+        self.spend_of(node.id, &node.name, work)
+    }
+
+    /// Spends one unit of the budget of a node whose name need not be known.
+    fn spend_of(
+        &self,
+        node: NodeId,
+        name: &dyn std::fmt::Display,
+        work: Work,
+    ) -> Result<(), Status> {
+        self.budgets.spend(node, work, clock::now().mono).map_err(|wait| {
             let seconds = wait.as_secs() + 1;
-            tracing::debug!(node = %node.name, ?work, seconds, "budget used up");
-            Status::resource_exhausted(format!(
-                "node `{}` asks too often: wait {seconds} s",
-                node.name
-            ))
+            tracing::debug!(node = %name, ?work, seconds, "budget used up");
+            let text = format!("node `{name}` asks too often: wait {seconds} s");
+            with_retry_after(Status::resource_exhausted(text), wait)
         })
     }
 

@@ -273,26 +273,42 @@ fn replaced() -> Status {
     Status::aborted("the session was replaced by a newer one")
 }
 
-/// Adds the tombstones of a client that this controller does not have, after it verified them.
-pub(super) async fn resync(shared: &Shared, tombstones: Vec<pb::Signed>) -> Result<(), Status> {
+/// Adds the tombstones of a client that this controller does not have, and takes over the client's configuration
+/// of the mesh if it is newer, after it verified them.
+pub(super) async fn resync(
+    shared: &Shared,
+    tombstones: Vec<pb::Signed>,
+    mesh: Option<pb::Signed>,
+) -> Result<(), Status> {
     convert::bounded("list of tombstones", tombstones.len(), limits::TOMBSTONES)
         .map_err(|error| error.status())?;
+    let key = shared.authority.public_key();
+    let untrusted = |error: signed::Untrusted| Status::invalid_argument(error.to_string());
     let mut unknown = Vec::new();
     for (i, tombstone) in tombstones.into_iter().enumerate() {
         if names_removed_node(shared, &tombstone) {
             continue;
         }
-        let verified = signed::tombstone(Some(&tombstone), shared.authority.public_key())
-            .map_err(|error| Status::invalid_argument(error.to_string()))?;
-        unknown.push(verified);
+        unknown.push(signed::tombstone(Some(&tombstone), key).map_err(untrusted)?);
         if i % VERIFIED_AT_ONCE == 0 {
             tokio::task::yield_now().await;
         }
     }
-    if unknown.is_empty() {
+    let mesh = match mesh {
+        Some(mesh) if mesh != shared.map.mesh() => {
+            let theirs = signed::mesh(Some(&mesh), key).map_err(untrusted)?;
+            let ours = signed::mesh(Some(&shared.map.mesh()), key).map_err(untrusted)?;
+            (theirs.generation > ours.generation).then_some(theirs)
+        }
+        _ => None,
+    };
+    if unknown.is_empty() && mesh.is_none() {
         return Ok(());
     }
     let change = move |ledger: &mut Ledger, sessions: &Sessions, now| {
+        if let Some(mesh) = mesh {
+            ledger.registry().adopt_mesh(mesh);
+        }
         ledger.registry().resync(unknown, sessions, now)
     };
     let learned = shared.apply(change).await?;

@@ -6,7 +6,7 @@ use crate::ReadmitError;
 /// Returns an empty world of the same mesh, as it is after the loss of the store.
 fn emptied(world: &World) -> World {
     let mut empty = World::of(config());
-    empty.now = world.now;
+    (empty.now, empty.drawn) = (world.now, world.drawn);
     empty
 }
 
