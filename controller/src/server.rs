@@ -16,12 +16,13 @@ use ipnet::Ipv6Net;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{interval, timeout};
+use tokio::time::{interval, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::body::Body;
 use tonic::transport::Server;
 use tower::util::MapResponseLayer;
+use towline_proto::health::health_server::HealthServer;
 use towline_proto::limits;
 use towline_proto::node::MeshConfig;
 use towline_proto::pb::admin_server::AdminServer;
@@ -43,7 +44,8 @@ use crate::metrics;
 use crate::peer::PeerName;
 use crate::reflector::Reflector;
 use crate::service::{
-    AdminService, Authorizer, Budgets, DiscoveryService, FAILED_JOINS, Shared, Signals,
+    AdminService, Authorizer, Budgets, DiscoveryService, FAILED_JOINS, HealthService, Shared,
+    Signals, drain_begins,
 };
 use crate::state_dir::{Lock, StateDir, StateError};
 use crate::store::{CommitError, OpenError, Store};
@@ -55,6 +57,9 @@ use towline_registry::{Now, OverlayInUse};
 
 /// Time to wait for connections to close when the controller stops, and again for the store.
 const GRACE: Duration = Duration::from_millis(700);
+/// Time over which watches end when the controller stops: for each watch, and at most. Nodes that all reconnect at
+/// the same moment would be a storm for the controllers that are left.
+const DRAIN: (Duration, Duration) = (Duration::from_millis(1), Duration::from_secs(5));
 /// Interval at which certificates are checked for renewal.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(300);
 /// Interval of the registry's periodic work, see [`Registry::tick`](towline_registry::Registry::tick).
@@ -133,7 +138,7 @@ pub struct Controller {
     acceptor: TlsAcceptor,
     reflector: Option<Reflector>,
     shared: Shared,
-    stop: watch::Sender<bool>,
+    stop: watch::Sender<Option<Duration>>,
     writer_ended: oneshot::Receiver<()>,
     /// Address of the metrics, if they are served.
     metrics: Option<SocketAddr>,
@@ -193,7 +198,7 @@ impl Controller {
         let (writer, writer_ended) = writer::start(store, ledger, authority.clone(), published)
             .map_err(ServeError::Thread)?;
         let proof_key = StaticSecret::from(random::<32>()?);
-        let (stop, stopping) = watch::channel(false);
+        let (stop, stopping) = watch::channel(None);
         // Without the STUN server, nodes learn their public addresses only from other nodes.
         let reflector = Reflector::bind(address).inspect_err(
             |error| tracing::warn!(%error, port = address.port(), "no STUN server: cannot bind UDP"),
@@ -211,6 +216,8 @@ impl Controller {
             advertise: config.advertise,
             budgets: Budgets::default(),
             signals: Signals::default(),
+            admission: Arc::default(),
+            counters: counters.clone(),
             reflector: reflector.as_ref().map(|_| address.port()),
             stopping,
         };
@@ -249,8 +256,8 @@ impl Controller {
         self.dir.path()
     }
 
-    /// Serves until `shutdown` resolves, then stops within about 1.5 seconds. Nothing that was
-    /// acknowledged is lost.
+    /// Serves until `shutdown` resolves, then stops within about 1.5 seconds, and up to 5 seconds more with many
+    /// watches, which end one after the other. Nothing that was acknowledged is lost.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
         let Self { dir, listener, address, authority, acceptor, shared, stop, counters, .. } = self;
         let places = Places::new();
@@ -261,11 +268,15 @@ impl Controller {
             sessions: shared.sessions.clone(),
             places: places.clone(),
             counters: counters.clone(),
+            admission: shared.admission.clone(),
+            writer: shared.writer.clone(),
         };
-        let measuring = tokio::spawn(measure(self.metrics, source));
+        let measuring = tokio::spawn(measure(self.metrics, source, shared.stopping.clone()));
         let mut writer_ended = self.writer_ended;
         tracing::info!(%address, "listening");
         let (accepted, connections) = mpsc::channel(64);
+        // While watches end, no connection is accepted, but the server must not take that for its end.
+        let _connections_open = accepted.clone();
         let accepting = tokio::spawn(listen::accept(
             listener,
             acceptor,
@@ -285,6 +296,8 @@ impl Controller {
         });
 
         let mut stopping = shared.stopping.clone();
+        let map = shared.map.clone();
+        let health = HealthServer::new(HealthService::new(shared.stopping.clone()));
         let authorizer = Authorizer::new(shared.map.clone(), shared.authority.mesh_id());
         let shared = Arc::new(shared);
         let discovery = DiscoveryServer::new(DiscoveryService::new(shared.clone()))
@@ -306,9 +319,9 @@ impl Controller {
             .layer(authorizer)
             .add_service(discovery)
             .add_service(admin)
+            .add_service(health)
             .serve_with_incoming_shutdown(ReceiverStream::new(connections), async move {
-                // The sender lives until the end of `run`.
-                let _ = stopping.wait_for(|stopping| *stopping).await;
+                sleep(drain_begins(&mut stopping).await).await;
             });
         let mut server = Box::pin(server);
         let result = tokio::select! {
@@ -316,14 +329,15 @@ impl Controller {
             ended = &mut server => ended.map_err(ServeError::from),
             _ = &mut writer_ended => Err(ServeError::WriterEnded),
         };
-        tracing::info!("stopping");
-        let _ = stop.send(true);
+        let over = if result.is_ok() { drain_time(map.watchers()) } else { Duration::ZERO };
+        tracing::info!(watches_end_within_ms = over.as_millis(), "stopping");
+        let _ = stop.send(Some(over));
         for task in [accepting, renewing, ticking, reflecting, measuring] {
             task.abort();
         }
         if result.is_ok() {
             // Watches end by themselves. Connections that do not close in time are dropped.
-            let _ = timeout(GRACE, &mut server).await;
+            let _ = timeout(over + GRACE, &mut server).await;
         }
         drop(server);
         // Connections that are still open do not keep the store's thread alive: it finishes the
@@ -339,6 +353,11 @@ impl Controller {
         dir.remove("address")?;
         result
     }
+}
+
+/// Returns the time over which this number of watches ends.
+fn drain_time(watches: usize) -> Duration {
+    DRAIN.1.min(DRAIN.0 * u32::try_from(watches).unwrap_or(u32::MAX))
 }
 
 /// Returns the function that tells the kind of a client by its certificate and the map.
@@ -530,14 +549,22 @@ async fn renew(dir: StateDir, authority: Arc<Authority>, certificate: Arc<Server
     }
 }
 
-/// Serves the metrics, if there is an address for them.
-async fn measure(address: Option<SocketAddr>, source: metrics::Source) {
+/// Serves the metrics and the state of health, if there is an address for them.
+async fn measure(
+    address: Option<SocketAddr>,
+    source: metrics::Source,
+    stopping: watch::Receiver<Option<Duration>>,
+) {
     let Some(address) = address else { return };
     let collect = move || {
         let text = source.collect(clock::now());
         async move { Some(text) }
     };
-    towline_service::metrics::serve(address, collect).await;
+    let ready = move || match *stopping.borrow() {
+        None => Ok(()),
+        Some(_) => Err("the controller is stopping"),
+    };
+    towline_service::metrics::serve_with_health(address, collect, Some(Arc::new(ready))).await;
 }
 
 /// Runs the registry's periodic work.
@@ -591,6 +618,13 @@ mod tests {
         assert!(begin(&dir, store, &authority, &settings, &[], now).is_err());
         let (_store, _ledger) = open_ledger(&dir, false, &authority, &settings, &[], now).unwrap();
         assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
+    }
+
+    #[test]
+    fn many_watches_end_over_a_longer_time_but_within_a_bound() {
+        let times =
+            [0, 3, 1_000, 10_000, usize::MAX].map(|watches| drain_time(watches).as_millis());
+        assert_eq!(times, [0, 3, 1_000, 5_000, 5_000]);
     }
 
     #[test]

@@ -155,6 +155,18 @@ impl Writer {
         answered.await.map_err(|_| stopping())?
     }
 
+    /// Returns the number of requests that wait, and the largest number that can wait.
+    pub fn queue(&self) -> (usize, usize) {
+        let most = self.queue.max_capacity();
+        (most - self.queue.capacity(), most)
+    }
+
+    /// Returns a handle to a writer that has ended.
+    #[cfg(test)]
+    pub(crate) fn ended() -> Self {
+        Self { queue: mpsc::channel(QUEUE).0 }
+    }
+
     /// Ends the writer once it has answered all queued requests. Later requests are refused.
     pub async fn stop(&self) {
         // If nothing receives this, the writer has already ended.

@@ -27,6 +27,12 @@ pub mod pb {
         include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 }
 
+/// Messages and service of the gRPC health checking protocol, generated from `proto/grpc/health/v1/health.proto`.
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, rust_2018_idioms)]
+pub mod health {
+    tonic::include_proto!("grpc.health.v1");
+}
+
 /// Version of this crate, which agent and controller report as their own.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 

@@ -58,6 +58,8 @@ pub const ROLES: &[(&str, Role)] = &[
     ("/towline.v1.Admin/GetMesh", Role::Admin),
     ("/towline.v1.Admin/ConfigureMesh", Role::Admin),
     ("/towline.v1.Admin/Backup", Role::Admin),
+    ("/grpc.health.v1.Health/Check", Role::Anyone),
+    ("/grpc.health.v1.Health/Watch", Role::Anyone),
 ];
 
 /// Client that calls an RPC, an extension of each request that passed the [`Authorizer`].
@@ -286,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_without_a_certificate_may_only_say_hello_and_join() {
+    fn a_client_without_a_certificate_may_only_say_hello_join_and_ask_for_health() {
         let authorizer = Authorizer::new(Arc::new(Map::new()), MeshId([1; 16]));
         let address = SocketAddr::from(([192, 0, 2, 1], 1));
         let stranger = ConnectionInfo { address, peer: None };

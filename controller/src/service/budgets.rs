@@ -11,6 +11,8 @@ use towline_proto::id::NodeId;
 use towline_proto::limits;
 use towline_proto::rate::{Rate, TokenBucket};
 
+use crate::counters::Limit;
+
 /// Work that a node asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Work {
@@ -29,6 +31,18 @@ pub(super) enum Work {
 }
 
 impl Work {
+    /// Returns the limit that refuses it, for the metrics.
+    pub(super) const fn limit(self) -> Limit {
+        match self {
+            Self::Publish => Limit::Publish,
+            Self::Watch => Limit::Watch,
+            Self::Snapshot => Limit::Snapshot,
+            Self::Renew => Limit::Renew,
+            Self::Signal => Limit::Signal,
+            Self::Readmit => Limit::Readmit,
+        }
+    }
+
     /// Returns the rate at which a node may ask for it.
     const fn rate(self) -> Rate {
         match self {

@@ -12,12 +12,14 @@ use towline_proto::convert::{self, Invalid};
 use towline_proto::id::{NodeId, NodeName, TokenId, WireguardKey};
 use towline_proto::join_proof::{self, Claim};
 use towline_proto::pb::discovery_server::Discovery;
+use towline_proto::refusal::with_retry_after;
 use towline_proto::token::TokenSecret;
 use towline_proto::{limits, pb, signed};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::authority::{Subject, csr_key};
 use crate::clock;
+use crate::counters::Limit;
 use crate::entropy::{random, secret_hash};
 use crate::ledger::Ledger;
 use crate::map::AccessError;
@@ -114,11 +116,10 @@ impl Discovery for DiscoveryService {
         let source = Caller::of(&request)?.address;
         let wait = self.shared.failed_joins.lock().wait(source.ip(), clock::now().mono);
         if !wait.is_zero() {
-            return Err(Status::resource_exhausted(format!(
-                "too many failed joins from {}: wait {} s",
-                source.ip(),
-                wait.as_secs() + 1
-            )));
+            self.shared.counters.limit(Limit::FailedJoins);
+            let seconds = wait.as_secs() + 1;
+            let text = format!("too many failed joins from {}: wait {seconds} s", source.ip());
+            return Err(with_retry_after(Status::resource_exhausted(text), wait));
         }
         let join = WireJoin::parse(request.into_inner()).map_err(|error| error.status())?;
         Ok(Response::new(self.admit(join, source).await?))
@@ -224,8 +225,11 @@ impl Discovery for DiscoveryService {
         convert::bounded("instance_id", start.instance_id.len(), 64)
             .map_err(|error| error.status())?;
         let cursor = Watcher::cursor(&self.shared.map, (start.epoch, start.revision));
+        let mut loading = None;
         if cursor == 0 {
             self.shared.spend(&node, Work::Snapshot)?;
+            let place = self.shared.admission.place().await;
+            loading = Some(place.inspect_err(|_| self.shared.counters.limit(Limit::Loading))?);
         }
         watch::resync(&self.shared, start.tombstones, start.mesh).await?;
 
@@ -251,7 +255,7 @@ impl Discovery for DiscoveryService {
         }
         tracing::info!(node = %node.name, %address, "session opened");
         let (responses, receiver) = tokio::sync::mpsc::channel(1);
-        let watcher = Watcher::new(self.shared.clone(), node, id, cursor, responses);
+        let watcher = Watcher::new(self.shared.clone(), node, id, cursor, loading, responses);
         tokio::spawn(watcher.run(requests));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }

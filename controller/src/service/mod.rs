@@ -3,9 +3,11 @@
 //! proofs; the registry decides the rest.
 
 mod admin;
+mod admission;
 mod auth;
 mod budgets;
 mod discovery;
+mod health;
 mod refusal;
 mod signals;
 mod watch;
@@ -27,6 +29,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::authority::Authority;
 use crate::clock;
+use crate::counters::Counters;
 use crate::ledger::Ledger;
 use crate::map::Map;
 use crate::store::Record;
@@ -40,10 +43,12 @@ use budgets::Work;
 use refusal::{Refusal, absent};
 
 pub use admin::AdminService;
+pub use admission::{Admission, drain_begins};
 pub use auth::{Authorizer, Caller, ROLES, Role};
 pub use budgets::Budgets;
 pub use discovery::DiscoveryService;
 pub(crate) use discovery::WireJoin;
+pub use health::HealthService;
 pub use refusal::tombstone_of;
 pub use signals::Signals;
 
@@ -79,8 +84,12 @@ pub struct Shared {
     pub signals: Signals,
     /// UDP port of the STUN server; `None` if it could not be bound.
     pub reflector: Option<u16>,
-    /// Value that becomes true when the controller stops.
-    pub stopping: tokio::sync::watch::Receiver<bool>,
+    /// Places of nodes that load the whole map.
+    pub admission: Arc<Admission>,
+    /// Counters for the metrics.
+    pub counters: Arc<Counters>,
+    /// Time over which watches end, set when the controller stops.
+    pub stopping: tokio::sync::watch::Receiver<Option<Duration>>,
 }
 
 impl Shared {
@@ -107,6 +116,7 @@ impl Shared {
         self.budgets.spend(node, work, clock::now().mono).map_err(|wait| {
             let seconds = wait.as_secs() + 1;
             tracing::debug!(node = %name, ?work, seconds, "budget used up");
+            self.counters.limit(work.limit());
             let text = format!("node `{name}` asks too often: wait {seconds} s");
             with_retry_after(Status::resource_exhausted(text), wait)
         })

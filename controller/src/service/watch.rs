@@ -7,6 +7,7 @@
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -17,12 +18,15 @@ use towline_proto::id::NodeId;
 use towline_proto::{limits, pb, signed};
 
 use crate::clock;
+use crate::counters::Limit;
+use crate::entropy;
 use crate::ledger::Ledger;
 use crate::map::Map;
 use towline_registry::NodeProblem;
 use towline_registry::sessions::{SessionId, Sessions};
 
 use super::Shared;
+use super::admission::{Place, drain_begins};
 use super::auth::CallingNode;
 use super::budgets::Work;
 use super::refusal::{Refusal as _, absent};
@@ -37,6 +41,9 @@ const VERIFIED_AT_ONCE: usize = 64;
 /// costs each watcher one message, and the controller's work for deltas stays below its capacity.
 const PAUSE_PER_WATCHER: Duration = Duration::from_micros(50);
 
+/// Time after which a node that loads the whole map gives its place to another one, though it has not read all.
+const LOADING: Duration = Duration::from_secs(60);
+
 /// A running watch.
 pub(super) struct Watcher {
     shared: Arc<Shared>,
@@ -46,6 +53,10 @@ pub(super) struct Watcher {
     cursor: u64,
     /// True once everything that existed at the start of the watch was sent.
     synced: bool,
+    /// Copy of the cursor for the metrics.
+    sent: Arc<AtomicU64>,
+    /// Place among the nodes that load the whole map, until this one has loaded it.
+    loading: Option<Place>,
     responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
 }
 
@@ -59,15 +70,18 @@ enum Due {
 }
 
 impl Watcher {
-    /// Creates a watch that sends the changes after the revision `cursor`.
+    /// Creates a watch that sends the changes after the revision `cursor`. `loading` is its place if it loads the
+    /// whole map.
     pub(super) fn new(
         shared: Arc<Shared>,
         node: CallingNode,
         session: SessionId,
         cursor: u64,
+        loading: Option<Place>,
         responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
     ) -> Self {
-        Self { shared, node, session, cursor, synced: false, responses }
+        let sent = shared.counters.cursor(cursor);
+        Self { shared, node, session, cursor, synced: false, sent, loading, responses }
     }
 
     /// Returns the revision after which a client that has the map at this epoch and revision gets changes.
@@ -109,6 +123,9 @@ impl Watcher {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         ticks.tick().await;
         let mut silence = pin!(sleep(deadline));
+        let mut loading = pin!(sleep(LOADING));
+        // Set once the controller stops, until this watch ends. Watches end one after the other.
+        let mut last: Option<Pin<Box<Sleep>>> = None;
         let mut due = Due::Ready;
         // Set after a message of changes to a watcher that has the whole map, until its pause is over.
         let mut pause: Option<Pin<Box<Sleep>>> = None;
@@ -118,9 +135,15 @@ impl Watcher {
             let responses = self.responses.clone();
             let is_paused = due == Due::Changes && pause.is_some();
             tokio::select! {
-                _ = stopping.wait_for(|stopping| *stopping) => {
+                over = drain_begins(&mut stopping), if last.is_none() => {
+                    last = Some(Box::pin(sleep(over.mul_f64(entropy::fraction()))));
+                }
+                () = async { if let Some(last) = &mut last { last.await } }, if last.is_some() => {
+                    self.shared.counters.limit(Limit::Stopping);
                     return Some(Status::unavailable("the controller is stopping: try again"));
                 }
+                // A client that reads slowly must not keep others from loading the map.
+                () = &mut loading, if self.loading.is_some() => self.loading = None,
                 request = requests.message() => match request {
                     Ok(Some(request)) => {
                         silence.as_mut().reset(Instant::now() + deadline);
@@ -229,8 +252,18 @@ impl Watcher {
             Due::Changes => {
                 let (mut changes, all) = map.changes_after(self.cursor);
                 self.cursor = changes.revision;
+                let was_synced = self.synced;
                 self.synced |= all;
                 changes.synced = self.synced;
+                self.sent.store(self.cursor, Ordering::Relaxed);
+                if was_synced && !changes.changes.is_empty() {
+                    let published = map.published_at();
+                    let time = published.map(|at| clock::now().since(at)).unwrap_or_default();
+                    self.shared.counters.fan_out(time);
+                }
+                if self.synced {
+                    self.loading = None;
+                }
                 (Kind::Changes(changes), if all { Due::Nothing } else { Due::Changes })
             }
             Due::Heartbeat | Due::Nothing => {
@@ -257,6 +290,9 @@ impl Watcher {
 
     fn carry(&self, signal: pb::Signal) {
         let may = self.shared.budgets.spend(self.node.id, Work::Signal, clock::now().mono).is_ok();
+        if !may {
+            self.shared.counters.limit(Limit::Signal);
+        }
         let carried = may && self.shared.signals.carry(self.node.id, signal);
         if !carried {
             tracing::debug!(node = %self.node.name, limited = !may, "signal dropped");

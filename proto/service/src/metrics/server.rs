@@ -1,4 +1,5 @@
-//! HTTP server of the metrics: it answers `GET /metrics`, and nothing else.
+//! HTTP server of the metrics: it answers `GET /metrics`, the probes `GET /healthz` and `GET /readyz` of programs that
+//! have them, and nothing else.
 //!
 //! There is no TLS and no login: who reaches the address reads the metrics. So it is off by default, and the
 //! documents propose the loopback or the overlay. A connection has one request, of bounded size and duration,
@@ -20,6 +21,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
+/// Function that returns why the program is not ready for clients, if it is not.
+pub type Readiness = Arc<dyn Fn() -> Result<(), &'static str> + Send + Sync>;
+
+/// Path of the probe whether the program runs.
+const HEALTH_PATH: &str = "/healthz";
+/// Path of the probe whether the program is ready for clients.
+const READY_PATH: &str = "/readyz";
 /// Path of the metrics.
 const PATH: &str = "/metrics";
 /// Longest duration of a connection. Prometheus gives up after 10 s by default.
@@ -39,6 +47,17 @@ pub async fn serve<F>(address: SocketAddr, collect: impl Fn() -> F + Clone + Sen
 where
     F: Future<Output = Option<String>> + Send + 'static,
 {
+    serve_with_health(address, collect, None).await;
+}
+
+/// Serves the metrics as [`serve`] does, and the probes if there is a `readiness`.
+pub async fn serve_with_health<F>(
+    address: SocketAddr,
+    collect: impl Fn() -> F + Clone + Send + Sync + 'static,
+    readiness: Option<Readiness>,
+) where
+    F: Future<Output = Option<String>> + Send + 'static,
+{
     let listener = bind(address).await;
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
@@ -51,10 +70,10 @@ where
             }
         };
         let Ok(place) = places.clone().try_acquire_owned() else { continue };
-        let collect = collect.clone();
+        let (collect, readiness) = (collect.clone(), readiness.clone());
         tokio::spawn(async move {
             // A client that is gone, too slow or no HTTP client ends its own connection.
-            let _ = timeout(TIMEOUT, answer(stream, collect)).await;
+            let _ = timeout(TIMEOUT, answer(stream, collect, readiness)).await;
             drop(place);
         });
     }
@@ -79,12 +98,18 @@ async fn bind(address: SocketAddr) -> TcpListener {
 }
 
 /// Answers the request of a connection.
-async fn answer<F>(stream: TcpStream, collect: impl Fn() -> F) -> Result<(), hyper::Error>
+async fn answer<F>(
+    stream: TcpStream,
+    collect: impl Fn() -> F,
+    readiness: Option<Readiness>,
+) -> Result<(), hyper::Error>
 where
     F: Future<Output = Option<String>>,
 {
     let service = service_fn(|request: Request<Incoming>| {
-        let refused = refusal(request.method(), request.uri().path());
+        let (method, path) = (request.method(), request.uri().path());
+        let probed = readiness.as_ref().and_then(|readiness| probe(method, path, readiness));
+        let refused = probed.or_else(|| refusal(method, path));
         let text = refused.is_none().then(&collect);
         async move {
             let response = match (refused, text) {
@@ -104,18 +129,35 @@ where
         .await
 }
 
-/// Returns the response to a request for anything but the metrics.
+/// Returns a response with a text.
+fn with(status: StatusCode, text: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(text)));
+    *response.status_mut() = status;
+    response
+}
+
+/// Returns the response to a probe. What answers at all is healthy.
+fn probe(method: &Method, path: &str, readiness: &Readiness) -> Option<Response<Full<Bytes>>> {
+    if method != Method::GET && method != Method::HEAD {
+        return None;
+    }
+    match path {
+        HEALTH_PATH => Some(with(StatusCode::OK, "ok\n".to_owned())),
+        READY_PATH => Some(match readiness() {
+            Ok(()) => with(StatusCode::OK, "ready\n".to_owned()),
+            Err(why) => with(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+        }),
+        _ => None,
+    }
+}
+
+/// Returns the response to a request for anything but the metrics and the probes.
 fn refusal(method: &Method, path: &str) -> Option<Response<Full<Bytes>>> {
-    let with = |status: StatusCode, text: &'static str| {
-        let mut response = Response::new(Full::new(Bytes::from_static(text.as_bytes())));
-        *response.status_mut() = status;
-        response
-    };
     if path != PATH {
-        return Some(with(StatusCode::NOT_FOUND, "metrics are at /metrics\n"));
+        return Some(with(StatusCode::NOT_FOUND, "metrics are at /metrics\n".to_owned()));
     }
     if method != Method::GET {
-        let mut response = with(StatusCode::METHOD_NOT_ALLOWED, "only GET is allowed\n");
+        let mut response = with(StatusCode::METHOD_NOT_ALLOWED, "only GET is allowed\n".to_owned());
         response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET"));
         return Some(response);
     }
@@ -142,12 +184,20 @@ mod tests {
     use super::*;
 
     async fn exchange(request: &str, text: Option<&'static str>) -> String {
+        exchange_with(request, text, None).await
+    }
+
+    async fn exchange_with(
+        request: &str,
+        text: Option<&'static str>,
+        readiness: Option<Readiness>,
+    ) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = tokio::spawn(async move {
             let (stream, _) = listener.accept().await.unwrap();
             let collect = move || async move { text.map(ToOwned::to_owned) };
-            let _ = answer(stream, collect).await;
+            let _ = answer(stream, collect, readiness).await;
         });
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(request.as_bytes()).await.unwrap();
@@ -169,6 +219,20 @@ mod tests {
         assert!(exchange(&get("/metrics"), None).await.starts_with("HTTP/1.1 503 "));
         let post = "POST /metrics HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n";
         assert!(exchange(post, Some("")).await.starts_with("HTTP/1.1 405 "));
+    }
+
+    #[tokio::test]
+    async fn probes_are_answered_where_the_program_has_them() {
+        let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n");
+        let ask = async |path: &str, state: Result<(), &'static str>| {
+            exchange_with(&get(path), Some(""), Some(Arc::new(move || state))).await
+        };
+        assert!(ask("/healthz", Err("it stops")).await.starts_with("HTTP/1.1 200 "));
+        assert!(ask("/readyz", Ok(())).await.starts_with("HTTP/1.1 200 "));
+        let stops = ask("/readyz", Err("it stops")).await;
+        assert!(stops.starts_with("HTTP/1.1 503 ") && stops.ends_with("it stops\n"), "{stops}");
+        assert!(ask("/other", Ok(())).await.starts_with("HTTP/1.1 404 "));
+        assert!(exchange(&get("/healthz"), Some("")).await.starts_with("HTTP/1.1 404 "));
     }
 
     #[tokio::test]
