@@ -1,6 +1,8 @@
 //! Reasons why the registry refuses an operation: one enum for each operation. Each message is one
 //! line that says what to do, and none contains a secret.
 
+use std::time::Duration;
+
 use ipnet::IpNet;
 use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId, WireguardKey};
 use towline_types::limits;
@@ -213,6 +215,12 @@ pub enum CreateTokenError {
     /// The largest number of tokens exists.
     #[error("too many tokens: wait until old ones are removed, 7 days after their expiry")]
     TooManyTokens,
+    /// The time after which ephemeral nodes are removed is too short or too long.
+    #[error(
+        "ephemeral nodes cannot be removed after {} s offline: use {} s to {} days",
+        .0.as_secs(), limits::EPHEMERAL_AFTER.0.as_secs(), limits::EPHEMERAL_AFTER.1.as_secs() / 86_400
+    )]
+    EphemeralAfter(Duration),
     /// A token that replaces a node has more than one use.
     #[error("a token that replaces a node allows only one use: leave --uses at 1")]
     ReplaceOnce,

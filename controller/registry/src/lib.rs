@@ -27,7 +27,7 @@
 //! - The identity key of a removed node can never join again; a tombstone is never deleted.
 //! - Revisions only grow, and each change of a node, a tombstone or the mesh has its own.
 //! - A node is removed by an operator, by itself, or by a machine that replaces it. An ephemeral
-//!   node is also removed when it is offline for longer than the lease.
+//!   node is also removed when it is offline for longer than its token says, by default the lease.
 //! - An operation on one node reads and writes a number of nodes that does not depend on the size of
 //!   the mesh.
 
@@ -50,6 +50,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId};
+use towline_types::limits;
 use towline_types::node::{MeshConfig, Node, Tombstone};
 use towline_types::ownership;
 
@@ -75,6 +76,10 @@ const TOKEN_KEPT: i64 = 7 * 24 * 3600;
 /// Shortest time between two writes of the times at which nodes were last seen.
 const LAST_SEEN_INTERVAL: Duration = Duration::from_secs(60);
 
+/// Time without periodic work after which the process counts as stopped in the meantime. The work is due every 5 s,
+/// and may wait for a slow disk.
+const STALLED: Duration = Duration::from_secs(30);
+
 /// Complete state of the registry.
 pub struct Registry {
     mesh: Mesh,
@@ -90,6 +95,10 @@ pub struct Registry {
     seen_stored_at: Option<Instant>,
     /// [`Sessions::opened_and_closed`] at that time.
     seen_stored: u64,
+    /// Monotonic time of the last periodic work; `None` before the first one.
+    ticked_at: Option<Instant>,
+    /// Monotonic time at which the process ran again after it was stopped; `None` if it never was.
+    awake_since: Option<Instant>,
     /// Records that changed since the last [`Registry::take_changes`].
     dirty: BTreeSet<Key>,
     /// Values that changed since then and have no signature yet.
@@ -312,6 +321,8 @@ impl Registry {
             problems: Problems::default(),
             seen_stored_at: None,
             seen_stored: 0,
+            ticked_at: None,
+            awake_since: None,
             dirty: BTreeSet::new(),
             unsigned: BTreeSet::new(),
             events: Vec::new(),
@@ -391,6 +402,10 @@ impl Registry {
         if terms.replace.is_some() && terms.uses != 1 {
             return Err(CreateTokenError::ReplaceOnce);
         }
+        let (least, most) = limits::EPHEMERAL_AFTER;
+        if let Some(after) = terms.ephemeral_after.filter(|after| *after < least || *after > most) {
+            return Err(CreateTokenError::EphemeralAfter(after));
+        }
         let useless = |prefix: &&IpNet| ownership::is_useless_grant(**prefix, &self.mesh.config);
         if let Some(prefix) = terms.allowed_prefixes.iter().find(useless) {
             return Err(CreateTokenError::Unusable(*prefix));
@@ -463,14 +478,22 @@ impl Registry {
         self.note_about(node, None, problem);
     }
 
-    /// Does the periodic work: removes ephemeral nodes that are offline for longer than the lease,
-    /// moves prefixes of offline nodes to connected claimants, deletes old tokens, and at most once
+    /// Does the periodic work: removes ephemeral nodes that are offline for too long, moves prefixes of offline nodes to connected claimants, deletes old tokens, and at most once
     /// a minute marks the last-seen times to be stored.
     pub fn tick(&mut self, sessions: &Sessions, now: Now) {
+        let was_stalled = self.is_stalled(now);
+        self.ticked_at = Some(now.mono);
+        if was_stalled {
+            // Nodes could not be heard in the meantime. They get their whole time again.
+            self.awake_since = Some(now.mono);
+        }
         for node in self.members.ephemeral() {
-            if self.is_away(node, sessions, now) {
+            let grant = self.members.get(node).map(|member| &member.grant);
+            let after = grant.and_then(|grant| grant.ephemeral_after);
+            let after = after.unwrap_or(self.mesh.config.lease);
+            if self.is_away_for(after, node, sessions, now) {
                 // This cannot fail: the node was just found.
-                let why = "ephemeral, offline for longer than the lease";
+                let why = "ephemeral, offline for too long";
                 let _ = self.remove(node, why, sessions, now);
             }
         }
@@ -608,14 +631,26 @@ impl Registry {
 
     /// Returns whether a node has been offline for longer than the lease.
     fn is_away(&self, node: NodeId, sessions: &Sessions, now: Now) -> bool {
-        if sessions.live(node, now).is_some() {
+        self.is_away_for(self.mesh.config.lease, node, sessions, now)
+    }
+
+    /// Returns whether a node has been offline for longer than `limit`. Time in which the controller itself was
+    /// away or stopped does not count.
+    fn is_away_for(&self, limit: Duration, node: NodeId, sessions: &Sessions, now: Now) -> bool {
+        if self.is_stalled(now) || sessions.live(node, now).is_some() {
             return false;
         }
         let Some(member) = self.members.get(node) else { return false };
-        let since = sessions
-            .last_heard(node)
-            .map_or(member.known_since, |heard| heard.max(member.known_since));
-        now.since(since) > self.mesh.config.lease
+        let heard = sessions.last_heard(node);
+        let since =
+            [heard, self.awake_since].into_iter().flatten().fold(member.known_since, Ord::max);
+        now.since(since) > limit
+    }
+
+    /// Returns whether the periodic work did not run for so long that the process was stopped, for example because
+    /// the machine was suspended.
+    fn is_stalled(&self, now: Now) -> bool {
+        self.ticked_at.is_some_and(|at| now.since(at) > STALLED)
     }
 
     /// Adds a problem of a node, which lasts until the claim is settled if there is one.

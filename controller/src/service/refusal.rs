@@ -71,7 +71,9 @@ impl Refusal for CreateTokenError {
     fn code(&self) -> Code {
         match self {
             Self::TooManyTokens => Code::ResourceExhausted,
-            Self::Unusable(_) | Self::ReplaceOnce => Code::InvalidArgument,
+            Self::Unusable(_) | Self::ReplaceOnce | Self::EphemeralAfter(_) => {
+                Code::InvalidArgument
+            }
         }
     }
 }
