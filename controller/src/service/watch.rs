@@ -374,3 +374,164 @@ pub(super) async fn note_clone(
     // If this fails, only the note is missing; the second session is refused in any case.
     let _ = shared.apply(change).await;
 }
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use bytes::{BufMut as _, Bytes, BytesMut};
+    use http_body::Frame;
+    use http_body_util::StreamBody;
+    use parking_lot::Mutex;
+    use prost::Message as _;
+    use tokio::sync::watch;
+    use tokio_stream::wrappers::ReceiverStream;
+    use tonic::Code;
+    use tonic::codec::Codec as _;
+    use towline_proto::id::{IdentityKey, NodeName};
+    use towline_proto::source_limiter::SourceLimiter;
+    use towline_registry::sessions::Session;
+    use x25519_dalek::{PublicKey, StaticSecret};
+
+    use super::*;
+    use crate::authority::Authority;
+    use crate::config::HEARTBEAT;
+    use crate::map::MapChange;
+    use crate::service::{Admission, Budgets, FAILED_JOINS, Signals};
+    use crate::state_dir::StateDir;
+    use crate::writer::Writer;
+
+    const NODE: NodeId = NodeId([1; 16]);
+    const SESSION: SessionId = [2; 16];
+
+    /// A watch of a mesh with one node, and both ends of it.
+    struct Scene {
+        /// Messages of the client. Dropping it ends the client's stream.
+        client: mpsc::Sender<Result<Frame<Bytes>, Infallible>>,
+        responses: mpsc::Receiver<Result<pb::WatchResponse, Status>>,
+        stop: watch::Sender<Option<Duration>>,
+        opened: Instant,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let root = tempfile::tempdir().unwrap();
+            let dir = StateDir::new(root.path());
+            let authority = Authority::load_or_create(&dir, true, 1_700_000_000).unwrap();
+            let proof_key = StaticSecret::from([1; 32]);
+            let (stop, stopping) = watch::channel(None);
+            let shared = Shared {
+                authority: Arc::new(authority),
+                writer: Writer::ended(),
+                map: Arc::new(Map::new()),
+                view: Arc::default(),
+                sessions: Arc::new(Mutex::new(Sessions::new(HEARTBEAT))),
+                failed_joins: Mutex::new(SourceLimiter::new(FAILED_JOINS)),
+                proof_public: PublicKey::from(&proof_key),
+                proof_key,
+                advertise: Vec::new(),
+                budgets: Budgets::default(),
+                signals: Signals::default(),
+                admission: Arc::new(Admission::new()),
+                counters: Arc::default(),
+                reflector: None,
+                stopping,
+            };
+            let identity = IdentityKey([3; 32]);
+            let name: NodeName = "a".parse().unwrap();
+            let entry = pb::Entry::default();
+            let node =
+                MapChange::Node { revision: 1, id: NODE, name: name.clone(), identity, entry };
+            shared.map.apply(1, 1, vec![node]);
+            let now = clock::now();
+            let address = SocketAddr::from(([192, 0, 2, 1], 1000));
+            let session = Session::new(SESSION, vec![1], address, now);
+            shared.sessions.lock().open(NODE, session, now).unwrap();
+
+            let (client, requests) = mpsc::channel(8);
+            let body = StreamBody::new(ReceiverStream::new(requests));
+            let mut codec =
+                tonic_prost::ProstCodec::<pb::WatchResponse, pb::WatchRequest>::default();
+            let requests = Streaming::new_request(codec.decoder(), body, None, None);
+            let (sender, responses) = mpsc::channel(1);
+            let node = CallingNode { id: NODE, name, identity };
+            let watcher = Watcher::new(Arc::new(shared), node, SESSION, 0, None, sender);
+            tokio::spawn(watcher.run(requests));
+            Self { client, responses, stop, opened: Instant::now() }
+        }
+
+        /// Sends a heartbeat as a client does: the message with the head of gRPC.
+        async fn beat(&self) {
+            let kind = pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision: 1 });
+            let message = pb::WatchRequest { kind: Some(kind) }.encode_to_vec();
+            let mut framed = BytesMut::new();
+            framed.put_u8(0);
+            framed.put_u32(u32::try_from(message.len()).unwrap());
+            framed.put_slice(&message);
+            self.client.send(Ok(Frame::data(framed.freeze()))).await.unwrap();
+        }
+
+        /// Reads until the watch ends. Returns the number of heartbeats, the code, and when it ended, in seconds
+        /// after it was opened. There is no code if another message waited for the client at the end.
+        async fn end(&mut self) -> (usize, Option<Code>, u64) {
+            let mut heartbeats = 0;
+            let code = loop {
+                match self.responses.recv().await {
+                    Some(Ok(response)) => {
+                        let kind = response.kind.unwrap();
+                        heartbeats +=
+                            usize::from(matches!(kind, pb::watch_response::Kind::Heartbeat(_)));
+                    }
+                    Some(Err(status)) => break Some(status.code()),
+                    None => break None,
+                }
+            };
+            (heartbeats, code, self.opened.elapsed().as_secs())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_sends_nothing_is_noticed_after_45_s_and_hears_the_controller_until_then()
+    {
+        let mut scene = Scene::new();
+        let (heartbeats, code, seconds) = scene.end().await;
+        assert!(code.is_none_or(|code| code == Code::DeadlineExceeded), "{code:?}");
+        assert_eq!(seconds, 45);
+        assert!((2..=3).contains(&heartbeats), "one in 15 s: {heartbeats}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_heartbeat_of_the_client_starts_the_time_again() {
+        let mut scene = Scene::new();
+        for _ in 0..4 {
+            sleep(HEARTBEAT).await;
+            scene.beat().await;
+            // The messages of the controller are read, as an agent does.
+            while scene.responses.try_recv().is_ok() {}
+        }
+        let (_, code, seconds) = scene.end().await;
+        assert!(code.is_none_or(|code| code == Code::DeadlineExceeded), "{code:?}");
+        assert_eq!(seconds, 60 + 45);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_reads_nothing_is_noticed_too() {
+        let scene = Scene::new();
+        let gone = scene.client.clone();
+        let Scene { responses, .. } = scene;
+        sleep(HEARTBEAT * 3).await;
+        tokio::task::yield_now().await;
+        sleep(Duration::from_secs(1)).await;
+        assert!(gone.is_closed(), "the watch ended though a message waits for the client");
+        drop(responses);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_ends_within_the_time_that_the_stop_leaves() {
+        let mut scene = Scene::new();
+        scene.stop.send(Some(Duration::from_secs(5))).unwrap();
+        let (_, code, seconds) = scene.end().await;
+        assert!(code.is_none_or(|code| code == Code::Unavailable), "{code:?}");
+        assert!(seconds <= 5, "{seconds}");
+    }
+}
