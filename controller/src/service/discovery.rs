@@ -227,9 +227,10 @@ impl Discovery for DiscoveryService {
         let cursor = Watcher::cursor(&self.shared.map, (start.epoch, start.revision));
         let mut loading = None;
         if cursor == 0 {
-            self.shared.spend(&node, Work::Snapshot)?;
+            // A node that waited in vain keeps its budget.
             let place = self.shared.admission.place().await;
             loading = Some(place.inspect_err(|_| self.shared.counters.limit(Limit::Loading))?);
+            self.shared.spend(&node, Work::Snapshot)?;
         }
         watch::resync(&self.shared, start.tombstones, start.mesh).await?;
 
