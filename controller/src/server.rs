@@ -332,7 +332,7 @@ impl Controller {
         let over = if result.is_ok() { drain_time(map.watchers()) } else { Duration::ZERO };
         tracing::info!(watches_end_within_ms = over.as_millis(), "stopping");
         let _ = stop.send(Some(over));
-        for task in [accepting, renewing, ticking, reflecting, measuring] {
+        for task in [accepting, renewing, ticking, reflecting] {
             task.abort();
         }
         if result.is_ok() {
@@ -340,6 +340,8 @@ impl Controller {
             let _ = timeout(over + GRACE, &mut server).await;
         }
         drop(server);
+        // Until here, probes were told that the controller stops.
+        measuring.abort();
         // Connections that are still open do not keep the store's thread alive: it finishes the
         // requests in its queue and closes the store.
         let _ = timeout(GRACE, async {

@@ -175,7 +175,7 @@ impl Authorizer {
         &self,
         connection: &'a ConnectionInfo,
     ) -> Result<(NodeId, &'a PresentedPeer), Status> {
-        let presented = connection.peer.as_ref().ok_or_else(|| {
+        let presented = connection.peer.as_deref().ok_or_else(|| {
             Status::unauthenticated("a node's certificate is required: join the mesh first")
         })?;
         let PeerName::Node(id) = presented.peer.name else {
