@@ -15,6 +15,9 @@ use towline_controller::state_dir::StateDir;
 use towline_fixtures::controller::{
     Machine, Node, TestController, config, prefix, soon, tombstone, upsert,
 };
+use towline_proto::health::HealthCheckRequest;
+use towline_proto::health::health_check_response::ServingStatus;
+use towline_proto::health::health_client::HealthClient;
 use towline_proto::id::NodeId;
 use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::token::TokenSecret;
@@ -568,11 +571,13 @@ async fn nodes_return_to_an_empty_store_with_their_grants_and_with_the_configura
     let controller = TestController::start(root.path());
     let refused = a.watch_from(&controller, pb::WatchStart::default()).await.err().unwrap();
     assert!(refusal::is_of_unknown_node(&refused), "{refused}");
-    let request = pb::ReadmitRequest { grant: grant.clone(), mesh: mesh.clone() };
+    let request =
+        pb::ReadmitRequest { grant: grant.clone(), mesh: mesh.clone(), tombstones: Vec::new() };
     // Another node's grant is refused, and so is what the CA did not sign.
     let status = b.client(&controller).await.readmit(request.clone()).await.unwrap_err();
     assert_eq!(status.code(), Code::PermissionDenied);
-    let forged = pb::ReadmitRequest { grant: Some(a.sign(&pb::Record::default())), mesh: None };
+    let forged =
+        pb::ReadmitRequest { grant: Some(a.sign(&pb::Record::default())), ..Default::default() };
     let status = a.client(&controller).await.readmit(forged).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
 
@@ -585,6 +590,37 @@ async fn nodes_return_to_an_empty_store_with_their_grants_and_with_the_configura
     watch.synced().await;
     watch.publish(a.record(7, &["10.1.2.0/24"])).await.unwrap();
     assert_eq!(controller.info("a").await.name, "a");
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn everybody_may_ask_for_the_state_of_health() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let mut health = HealthClient::new(controller.connect(None).await);
+    let request = |name: &str| HealthCheckRequest { service: name.to_owned() };
+    let state = health.check(request("towline.v1.Discovery")).await.unwrap().into_inner();
+    assert_eq!(state.status(), ServingStatus::Serving);
+    assert_eq!(health.check(request("other")).await.unwrap_err().code(), Code::NotFound);
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn the_time_after_which_an_ephemeral_node_is_removed_is_in_its_grant() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let request = |seconds| pb::CreateTokenRequest {
+        ephemeral: true,
+        ephemeral_after_seconds: seconds,
+        ..Default::default()
+    };
+    let token = controller.token(request(300)).await;
+    let machine = Machine::new("a");
+    let joined = machine.join(&controller, &token).await.unwrap();
+    let node = Node::new(machine, joined);
+    assert_eq!(node.grant.ephemeral_after, Some(Duration::from_secs(300)));
+    let refused = controller.admin().await.create_token(request(5)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
     controller.stop().await;
 }
 

@@ -41,12 +41,14 @@ impl Discovery {
         }
     }
 
-    /// Returns this node's grant and the mesh's configuration to a controller that does not know this node.
+    /// Returns this node's grant, the mesh's configuration and all tombstones to a controller that does not know this
+    /// node.
     async fn readmit(&self, address: &ControllerAddress) -> Result<(), Ended> {
         let connection = self.dial(address).await?;
         let request = pb::ReadmitRequest {
             grant: Some(self.membership.signed_grant.clone()),
             mesh: Some(self.membership.signed_mesh.clone()),
+            tombstones: self.map.tombstones(),
         };
         let mut client = join::client(connection.channel);
         timeout(READY, client.readmit(request)).await.map_err(|_| NotConnected::NoAnswer)??;

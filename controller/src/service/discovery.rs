@@ -150,7 +150,7 @@ impl Discovery for DiscoveryService {
     ) -> Result<Response<pb::ReadmitResponse>, Status> {
         let (id, identity) = Caller::certified(&request)?;
         self.shared.spend_of(id, &id, Work::Readmit)?;
-        let pb::ReadmitRequest { grant, mesh } = request.into_inner();
+        let pb::ReadmitRequest { grant, mesh, tombstones } = request.into_inner();
         let key = self.shared.authority.public_key();
         let untrusted = |error: signed::Untrusted| Status::invalid_argument(error.to_string());
         let grant = signed::grant(grant.as_ref(), key).map_err(untrusted)?;
@@ -163,6 +163,7 @@ impl Discovery for DiscoveryService {
             Some(mesh) => Some(signed::mesh(Some(&mesh), key).map_err(untrusted)?),
             None => None,
         };
+        watch::resync(&self.shared, tombstones, None).await?;
         let change = move |ledger: &mut Ledger, _: &Sessions, now| {
             if let Some(mesh) = mesh {
                 ledger.registry().adopt_mesh(mesh);
@@ -330,6 +331,10 @@ mod tests {
             }
             let _ = csr_key(&bytes);
             let _ = pb::WatchRequest::decode(bytes.as_slice());
+            if let Ok(readmit) = pb::ReadmitRequest::decode(bytes.as_slice()) {
+                let _ = signed::grant(readmit.grant.as_ref(), &IdentityKey([1; 32]));
+                let _ = signed::mesh(readmit.mesh.as_ref(), &IdentityKey([1; 32]));
+            }
             if let Ok(publish) = pb::PublishRequest::decode(bytes.as_slice()) {
                 let _ = signed::record(publish.record.as_ref(), &IdentityKey([1; 32]));
             }
