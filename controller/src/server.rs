@@ -38,7 +38,7 @@ use crate::config::{Config, LEASE, MeshSettings, OVERLAY_V4};
 use crate::counters::Counters;
 use crate::entropy::{NoEntropy, random};
 use crate::ledger::Ledger;
-use crate::listen::{self, Places, PresentedPeer, Standing};
+use crate::listen::{self, Handshakes, Places, PresentedPeer, Standing};
 use crate::map::Map;
 use crate::metrics;
 use crate::peer::PeerName;
@@ -119,6 +119,9 @@ pub enum ServeError {
     /// The thread of the store cannot be started.
     #[error("cannot start the store's thread: {0}")]
     Thread(std::io::Error),
+    /// The threads of the TLS handshakes cannot be started.
+    #[error("cannot start the threads of TLS handshakes: {0}")]
+    Handshakes(std::io::Error),
     /// The gRPC server ended by itself.
     #[error("the gRPC server ended: {0}")]
     Server(#[from] tonic::transport::Error),
@@ -136,6 +139,7 @@ pub struct Controller {
     authority: Arc<Authority>,
     certificate: Arc<ServerCertificate>,
     acceptor: TlsAcceptor,
+    handshakes: Handshakes,
     reflector: Option<Reflector>,
     shared: Shared,
     stop: watch::Sender<Option<Duration>>,
@@ -236,6 +240,7 @@ impl Controller {
             authority,
             certificate,
             acceptor: TlsAcceptor::from(Arc::new(tls)),
+            handshakes: Handshakes::start().map_err(ServeError::Handshakes)?,
             reflector,
             shared,
             stop,
@@ -283,6 +288,7 @@ impl Controller {
             accepted,
             places,
             standing(shared.map.clone()),
+            self.handshakes.handle(),
         ));
         let renewing = tokio::spawn(renew(dir.clone(), authority, self.certificate));
         let writer = shared.writer.clone();

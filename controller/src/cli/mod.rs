@@ -294,7 +294,7 @@ fn span(seconds: i64) -> String {
     output::span(Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
 }
 
-/// Runs the controller on several threads, so that TLS handshakes of nodes that reconnect do not delay watches.
+/// Runs the controller on several threads.
 fn block_on_all_threads<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let threads = std::thread::available_parallelism().map_or(LEAST_THREADS, usize::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
