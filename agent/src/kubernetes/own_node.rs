@@ -24,9 +24,9 @@ use towline_proto::backoff::{Backoff, Jitter};
 use towline_proto::code::Coded;
 use towline_proto::id::MeshId;
 
-/// Label of a Node with the id of the mesh to which the cluster's pod network belongs. Two meshes that both announced it
-/// would split the cluster: each node would reach the pods of its own mesh alone. Only the operator knows that the
-/// cluster's nodes are in two meshes, because each agent may read its own Node alone.
+/// Label of a Node with the id of the mesh to which the cluster's pod network belongs. Two meshes that both
+/// announced it would split the cluster: each node would reach the pods of its own mesh alone. Only the operator
+/// knows that the cluster's nodes are in two meshes, because each agent may read its own Node alone.
 const MESH_LABEL: &str = "towline.internal/mesh";
 /// Duration of a watch in seconds, after which the server ends it and the task starts another.
 const WATCH_SECONDS: u32 = 60;

@@ -478,8 +478,9 @@ impl Registry {
         self.note_about(node, None, problem);
     }
 
-    /// Does the periodic work: removes ephemeral nodes that are offline for too long, moves prefixes of offline nodes to connected claimants, deletes old tokens, and at most once
-    /// a minute marks the last-seen times to be stored.
+    /// Does the periodic work: removes ephemeral nodes that are offline for too long, moves prefixes of
+    /// offline nodes to connected claimants, deletes old tokens, and at most once a minute marks the
+    /// last-seen times to be stored.
     pub fn tick(&mut self, sessions: &Sessions, now: Now) {
         let was_stalled = self.is_stalled(now);
         self.ticked_at = Some(now.mono);
