@@ -212,7 +212,7 @@ pub enum Standing {
     Expired(NodeId),
     /// The client is an administrator.
     Admin,
-    /// The client has no certificate, or one of a removed node.
+    /// The client has no certificate, or one of a removed or unknown node.
     Stranger,
 }
 

@@ -60,7 +60,7 @@ impl Health for HealthService {
         let is_known = SERVICES.contains(&request.get_ref().service.as_str());
         let states = WatchStream::new(self.stopping.clone()).map(move |stopping| {
             let unknown = HealthCheckResponse { status: ServingStatus::ServiceUnknown.into() };
-            Ok(if is_known { state(stopping) } else { unknown })
+            Ok::<_, Status>(if is_known { state(stopping) } else { unknown })
         });
         Ok(Response::new(Box::pin(states)))
     }
