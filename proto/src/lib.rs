@@ -1,5 +1,6 @@
 //! Wire schema of Towline: the generated messages and services ([`pb`]), signatures over messages
-//! ([`signed`]), the proof of the WireGuard key at a join ([`join_proof`]), and the conversion of
+//! ([`signed`]), the proof of the WireGuard key at a join ([`join_proof`]), what a refused call says to the
+//! program that called ([`refusal`]), the health checking protocol ([`health`]), and the conversion of
 //! messages into the plain types of `towline-types` ([`convert`]), and status messages as JSON
 //! ([`status`]).
 
